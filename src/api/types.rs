@@ -1,0 +1,356 @@
+//! What crosses the API: requests, answers, and the documented fields of `status`.
+//!
+//! Times are RFC 3339 in UTC. Sizes are bytes. A field is never renamed or removed once released.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+use crate::fault::{Fault, Reason};
+use crate::names::{ArtifactRef, SiteName};
+
+/// The state of a transfer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum State {
+    /// Not begun; the reason says what it waits for.
+    Queued,
+    /// The site works out what it lacks.
+    Planning,
+    /// Bytes move.
+    Transferring,
+    /// Everything is there; the sink makes it visible.
+    Committing,
+    /// Committed, receipt signed.
+    Done,
+    /// Held by somebody.
+    Paused,
+    /// Stopped by a fault that needs a person; `retry` begins again where it stood.
+    Failed,
+    /// Given up by somebody.
+    Cancelled,
+}
+
+impl State {
+    /// The word in JSON and tables.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            State::Queued => "queued",
+            State::Planning => "planning",
+            State::Transferring => "transferring",
+            State::Committing => "committing",
+            State::Done => "done",
+            State::Paused => "paused",
+            State::Failed => "failed",
+            State::Cancelled => "cancelled",
+        }
+    }
+
+    /// Whether nothing more happens by itself.
+    pub fn is_final(self) -> bool {
+        matches!(self, State::Done | State::Failed | State::Cancelled)
+    }
+
+    /// The state of that name.
+    pub fn parse(s: &str) -> Option<Self> {
+        use State as S;
+        [S::Queued, S::Planning, S::Transferring, S::Committing, S::Done, S::Paused, S::Failed, S::Cancelled]
+            .into_iter()
+            .find(|state| state.as_str() == s)
+    }
+}
+
+/// Bytes of a transfer, each counted once and never going backwards.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(default)]
+pub struct Bytes {
+    /// Raw bytes of all the artifact's files.
+    pub total: u64,
+    /// Taken from what the site already had.
+    pub reused: u64,
+    /// Found in place from before an interruption.
+    pub resumed: u64,
+    /// Raw bytes that came over the line.
+    pub received: u64,
+    /// Raw bytes durable at the site.
+    pub committed: u64,
+    /// What crossed the line for it, manifests and framing included.
+    pub wire: u64,
+}
+
+/// One transfer, as `status` shows it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct Transfer {
+    /// Its id: `[A-Za-z0-9._-]`.
+    pub id: String,
+    /// The delivery it is part of.
+    pub delivery: String,
+    /// `kind/name:version`.
+    #[schema(value_type = String)]
+    pub artifact: ArtifactRef,
+    /// The artifact's digest, hex.
+    pub digest: String,
+    /// Where it goes.
+    #[schema(value_type = String)]
+    pub site: SiteName,
+    /// Where it is.
+    pub state: State,
+    /// Why it is there, if not by itself.
+    #[schema(value_type = Option<String>)]
+    pub reason: Option<Reason>,
+    /// The last error or the wait, in words.
+    pub message: Option<String>,
+    /// What to do next about it.
+    pub next: Option<String>,
+    /// Bytes.
+    pub bytes: Bytes,
+    /// Raw bytes a second over the last seconds; 0 when it stands.
+    pub rate: u64,
+    /// Seconds to go at this rate.
+    pub eta_seconds: Option<u64>,
+    /// How often it was begun.
+    pub attempts: u32,
+    /// Where it landed, once done.
+    pub location: Option<String>,
+    /// When it was asked for.
+    pub created_at: String,
+    /// When this last changed.
+    pub updated_at: String,
+    /// When it ended.
+    pub finished_at: Option<String>,
+    /// The signed receipt, once done.
+    #[schema(value_type = Option<Object>)]
+    pub receipt: Option<serde_json::Value>,
+    /// The event at which this last changed: give the largest one seen to `--since`.
+    pub cursor: u64,
+}
+
+/// One artifact, as `artifacts` and `show` list it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct Artifact {
+    /// `kind/name:version`.
+    #[schema(value_type = String)]
+    pub artifact: ArtifactRef,
+    /// The BLAKE3 of its root manifest, hex.
+    pub digest: String,
+    /// Bytes of all its files.
+    pub bytes: u64,
+    /// Files.
+    pub files: u64,
+    /// The site whose bytes these are; absent when the hub holds them.
+    #[schema(value_type = Option<String>)]
+    pub origin: Option<SiteName>,
+    /// When it was published.
+    pub created_at: String,
+    /// What its kind knows: the image's `sha256:` digest and platforms, the labels' dataset and counts.
+    #[schema(value_type = Object)]
+    pub info: serde_json::Value,
+    /// Where it lies on this daemon's sinks (at a site), if it does.
+    pub location: Option<String>,
+}
+
+/// One artifact with where it went.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct ArtifactDetail {
+    /// The artifact.
+    #[serde(flatten)]
+    pub artifact: Artifact,
+    /// Its transfers.
+    pub transfers: Vec<Transfer>,
+}
+
+/// One site.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct Site {
+    /// Its name.
+    #[schema(value_type = String)]
+    pub name: SiteName,
+    /// Its labels.
+    pub labels: BTreeMap<String, String>,
+    /// Whether it is connected now.
+    pub online: bool,
+    /// `quic` or `tcp`, while connected.
+    pub line: Option<String>,
+    /// Round trip, milliseconds, while connected.
+    pub rtt_ms: Option<f64>,
+    /// When it joined.
+    pub joined_at: String,
+    /// When it was last heard of.
+    pub last_seen: Option<String>,
+    /// The program version it runs.
+    pub version: Option<String>,
+    /// Transfers not yet ended.
+    pub open_transfers: u64,
+}
+
+/// Ask to publish.
+#[derive(Debug, Clone, Default, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct PublishRequest {
+    /// An absolute path as the daemon sees it, or `registry://host/repo:tag`.
+    pub source: String,
+    /// `kind/name:version`.
+    #[serde(rename = "as")]
+    pub as_ref: String,
+    /// Sites to deliver to at once.
+    #[serde(default)]
+    pub to: Option<String>,
+    /// How to read the source.
+    #[serde(default)]
+    pub options: SourceOptions,
+}
+
+/// How to read a source.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct SourceOptions {
+    /// Labels: `coco`, `csv`, `jsonl`, `label_studio`, `voc`, `yolo`; guessed when absent.
+    pub format: Option<String>,
+    /// Labels: the dataset version that they belong to.
+    #[serde(rename = "for")]
+    pub for_dataset: Option<String>,
+    /// Labels: accept samples that the dataset lacks.
+    pub allow_missing: bool,
+    /// Labels from CSV or JSON Lines: which column holds what (`sample_path=image,class=defect`).
+    pub columns: BTreeMap<String, String>,
+    /// Registry: a user name.
+    pub username: Option<String>,
+    /// Registry: a file that holds the password, as the daemon sees it.
+    pub password_file: Option<String>,
+}
+
+/// Published.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct Published {
+    /// `kind/name:version`.
+    pub artifact: String,
+    /// Its digest, hex.
+    pub digest: String,
+    /// Ids of the transfers that this began or that already stood.
+    pub transfers: Vec<String>,
+    /// Bytes of all its files.
+    pub bytes: u64,
+    /// Bytes that the store did not have yet, as stored.
+    pub stored: u64,
+    /// Whether the same content already stood under this reference.
+    pub unchanged: bool,
+}
+
+/// Ask to deliver.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct DeliverRequest {
+    /// `kind/name:version`, one or more.
+    pub artifacts: Vec<String>,
+    /// Names, `all`, or a selector.
+    pub to: String,
+}
+
+/// Delivered, or on the way.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct Delivered {
+    /// The references, as asked.
+    pub artifact: String,
+    /// The digest (of the first, where several were asked).
+    pub digest: String,
+    /// The delivery's id.
+    pub delivery: String,
+    /// Ids of its transfers.
+    pub transfers: Vec<String>,
+}
+
+/// What a delivery would cost, for one artifact and site.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct PlanRow {
+    /// `kind/name:version`.
+    pub artifact: String,
+    /// The site.
+    pub site: String,
+    /// Whether the site answered; if not the numbers assume that it has nothing.
+    pub asked: bool,
+    /// Bytes of the artifact.
+    pub total: u64,
+    /// Bytes that would cross the line.
+    pub missing: u64,
+    /// Room at the site, bytes.
+    pub free: Option<u64>,
+    /// Seconds at the line's present or last rate.
+    pub seconds: Option<u64>,
+}
+
+/// Work that was accepted (202) and goes on: ask `GET /v1/jobs?id=…&wait=…`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct Job {
+    /// Its id.
+    pub id: String,
+    /// `running`, `done` or `failed`.
+    pub state: String,
+    /// Bytes worked through so far.
+    pub bytes: u64,
+    /// Bytes in all, where known.
+    pub total: Option<u64>,
+    /// What it does now, in words.
+    pub doing: String,
+    /// The answer, once done.
+    #[schema(value_type = Option<Object>)]
+    pub result: Option<serde_json::Value>,
+    /// The error, once failed.
+    #[schema(value_type = Option<Object>)]
+    pub error: Option<Fault>,
+}
+
+/// Which transfers.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct TransferQuery {
+    /// Only these (comma-separated ids of transfers or deliveries).
+    pub id: Option<String>,
+    /// Only what changed after this cursor.
+    pub since: Option<u64>,
+    /// Wait up to this many seconds for a change after `since`.
+    pub wait: Option<u64>,
+    /// At most this many (1,000 when absent), in the order of their cursors when `since` is given, else newest first.
+    pub limit: Option<u32>,
+}
+
+/// What `pause`, `resume`, `cancel` and `retry` ask for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Action {
+    /// Hold it.
+    Pause,
+    /// Let it go on.
+    Resume,
+    /// Give it up and clean.
+    Cancel,
+    /// Begin a failed or cancelled one again, where it stood.
+    Retry,
+}
+
+/// One event, as the stream and `--watch` carry it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct Event {
+    /// Rises by one or more from event to event; the SSE `id`.
+    pub seq: u64,
+    /// When.
+    pub at: String,
+    /// `transfer`, `artifact` or `site`.
+    pub what: String,
+    /// The thing after the change (a [`Transfer`], [`Artifact`] or [`Site`]).
+    #[schema(value_type = Object)]
+    pub body: serde_json::Value,
+}
+
+/// A join token, made for one site.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct TokenRequest {
+    /// The site it is for.
+    pub site: String,
+    /// The labels that the site will have.
+    #[serde(default)]
+    pub labels: BTreeMap<String, String>,
+    /// How long it is good, seconds.
+    pub ttl_seconds: u64,
+}

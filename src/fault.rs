@@ -1,0 +1,277 @@
+//! What went wrong, as a person and a script are told it.
+//!
+//! Every module turns its own errors into a [`Fault`] at its edge. A fault says what, where and why in `message`, what
+//! to do about it in `next`, how a command exits in `code`, what a transfer shows in `reason`, and whether trying
+//! again can help in `retry`. It is what crosses the API and the line, so it never carries a secret.
+
+use std::fmt;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+/// The class of a fault, which is also the exit code of a command that ends with it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Code {
+    /// A defect in Packhorse itself, or an I/O error with no better name.
+    Internal = 1,
+    /// The command or request is not of a form that is understood.
+    Usage = 2,
+    /// The configuration is wrong.
+    Config = 3,
+    /// A token, certificate or right is missing, wrong or used up.
+    NotAllowed = 4,
+    /// It does not exist.
+    NotFound = 5,
+    /// It exists with other content, or is in use.
+    Conflict = 6,
+    /// Some sites failed, others did not.
+    Partial = 7,
+    /// Bytes are not what they were said to be, or the input is malformed.
+    Integrity = 8,
+    /// A disk or a quota is full.
+    NoSpace = 9,
+    /// A daemon, database, registry or source does not answer.
+    Unreachable = 10,
+    /// The time that was given ran out.
+    Deadline = 11,
+}
+
+impl Code {
+    /// The process exit code.
+    pub fn exit(self) -> u8 {
+        self as u8
+    }
+}
+
+/// Why a transfer is where it is: the fixed list that `status` shows beside the state.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Reason {
+    /// The site is not connected to the hub.
+    SiteOffline,
+    /// The site has no connection to the hub now (as seen at the site).
+    HubUnreachable,
+    /// The time window of the link is closed.
+    WindowClosed,
+    /// A disk at the site is full.
+    NoSpace,
+    /// The database, registry or NAS does not answer.
+    SinkUnavailable,
+    /// The database, registry or NAS refuses these credentials or this right.
+    SinkDenied,
+    /// The sink cannot hold this artifact as it is (names, an immutable tag, a quota).
+    SinkRefused,
+    /// The bytes live somewhere that is away now.
+    WaitingForSource,
+    /// An artifact it needs is not there yet.
+    WaitingForDependency,
+    /// Other transfers go first.
+    WaitingForTurn,
+    /// Bytes were not what their hash says.
+    Integrity,
+    /// Somebody paused it.
+    PausedByUser,
+    /// Somebody cancelled it.
+    CancelledByUser,
+    /// The artifact is no longer at its source.
+    SourceGone,
+    /// A defect or an I/O error; the message says which.
+    Internal,
+}
+
+impl Reason {
+    /// The word in JSON and tables.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Reason::SiteOffline => "site_offline",
+            Reason::HubUnreachable => "hub_unreachable",
+            Reason::WindowClosed => "window_closed",
+            Reason::NoSpace => "no_space",
+            Reason::SinkUnavailable => "sink_unavailable",
+            Reason::SinkDenied => "sink_denied",
+            Reason::SinkRefused => "sink_refused",
+            Reason::WaitingForSource => "waiting_for_source",
+            Reason::WaitingForDependency => "waiting_for_dependency",
+            Reason::WaitingForTurn => "waiting_for_turn",
+            Reason::Integrity => "integrity",
+            Reason::PausedByUser => "paused_by_user",
+            Reason::CancelledByUser => "cancelled_by_user",
+            Reason::SourceGone => "source_gone",
+            Reason::Internal => "internal",
+        }
+    }
+}
+
+/// Whether trying again by itself can help.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Retry {
+    /// No: a person has to change something first, then `retry`.
+    Never,
+    /// Yes, with the usual growing pause.
+    Backoff,
+    /// Yes, but not before this many milliseconds (a server's Retry-After).
+    AfterMs(u64),
+}
+
+/// One fault. Build it with the constructor named after its class, then say more with the `with_` calls.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Fault {
+    /// The class, and the exit code.
+    pub code: Code,
+    /// What a transfer shows.
+    pub reason: Reason,
+    /// Whether to try again.
+    pub retry: Retry,
+    /// What, where and why: lower-case, no full stop.
+    pub message: String,
+    /// What to do next.
+    pub next: String,
+}
+
+impl Fault {
+    fn new(code: Code, reason: Reason, retry: Retry, message: impl Into<String>, next: &str) -> Self {
+        Self { code, reason, retry, message: message.into(), next: next.into() }
+    }
+
+    /// A defect, or an I/O error with no better name.
+    pub fn internal(message: impl Into<String>) -> Self {
+        Self::new(
+            Code::Internal,
+            Reason::Internal,
+            Retry::Backoff,
+            message,
+            "read the daemon's log; if it comes again, report it with that log",
+        )
+    }
+
+    /// The command or request is not understood.
+    pub fn usage(message: impl Into<String>) -> Self {
+        Self::new(Code::Usage, Reason::Internal, Retry::Never, message, "see 'packhorse --help'")
+    }
+
+    /// The configuration is wrong.
+    pub fn config(message: impl Into<String>) -> Self {
+        Self::new(Code::Config, Reason::Internal, Retry::Never, message, "mend the configuration, then run 'packhorse config check'")
+    }
+
+    /// A token, certificate or right is missing or wrong.
+    pub fn not_allowed(message: impl Into<String>) -> Self {
+        Self::new(Code::NotAllowed, Reason::SinkDenied, Retry::Never, message, "check the token or the credentials")
+    }
+
+    /// It does not exist.
+    pub fn not_found(message: impl Into<String>) -> Self {
+        Self::new(
+            Code::NotFound,
+            Reason::SourceGone,
+            Retry::Never,
+            message,
+            "check the name; 'packhorse artifacts' and 'packhorse sites' list what there is",
+        )
+    }
+
+    /// It exists with other content, or is in use.
+    pub fn conflict(message: impl Into<String>) -> Self {
+        Self::new(Code::Conflict, Reason::SinkRefused, Retry::Never, message, "publish it under another version")
+    }
+
+    /// Bytes are not what they were said to be, or the input is malformed.
+    pub fn integrity(message: impl Into<String>) -> Self {
+        Self::new(Code::Integrity, Reason::Integrity, Retry::Never, message, "mend the input, then run the command again")
+    }
+
+    /// A disk or a quota is full.
+    pub fn no_space(message: impl Into<String>) -> Self {
+        Self::new(Code::NoSpace, Reason::NoSpace, Retry::Backoff, message, "make room; the transfer goes on by itself")
+    }
+
+    /// A server or peer does not answer.
+    pub fn unreachable(message: impl Into<String>) -> Self {
+        Self::new(
+            Code::Unreachable,
+            Reason::SinkUnavailable,
+            Retry::Backoff,
+            message,
+            "check that it runs and that the network lets it through; this is tried again by itself",
+        )
+    }
+
+    /// The time that was given ran out.
+    pub fn deadline(message: impl Into<String>) -> Self {
+        Self::new(Code::Deadline, Reason::Internal, Retry::Never, message, "ask again with 'packhorse status'; the work goes on")
+    }
+
+    /// Says what a transfer shows instead of the class's usual reason.
+    pub fn with_reason(mut self, reason: Reason) -> Self {
+        self.reason = reason;
+        self
+    }
+
+    /// Says whether trying again helps instead of the class's usual answer.
+    pub fn with_retry(mut self, retry: Retry) -> Self {
+        self.retry = retry;
+        self
+    }
+
+    /// The same, with the pause a server asked for.
+    pub fn with_retry_after(self, pause: Duration) -> Self {
+        self.with_retry(Retry::AfterMs(pause.as_millis() as u64))
+    }
+
+    /// Says what to do next instead of the class's usual advice.
+    pub fn with_next(mut self, next: impl Into<String>) -> Self {
+        self.next = next.into();
+        self
+    }
+
+    /// Puts where it happened before the message: `context: message`.
+    pub fn context(mut self, context: impl fmt::Display) -> Self {
+        self.message = format!("{context}: {}", self.message);
+        self
+    }
+
+    /// An I/O error on a path, classed by its kind: a full disk is `no_space`, a missing path `not_found`, and so on.
+    pub fn io(what: impl fmt::Display, error: &std::io::Error) -> Self {
+        use std::io::ErrorKind as K;
+        let message = format!("{what}: {error}");
+        match error.kind() {
+            K::StorageFull | K::QuotaExceeded | K::FileTooLarge => Self::no_space(message),
+            K::NotFound => Self::not_found(message).with_next("check the path as the daemon sees it"),
+            K::PermissionDenied | K::ReadOnlyFilesystem => {
+                Self::not_allowed(message).with_next("give the daemon's user the right to read or write there")
+            }
+            K::ConnectionRefused | K::ConnectionReset | K::TimedOut | K::HostUnreachable | K::NetworkUnreachable => {
+                Self::unreachable(message)
+            }
+            _ => Self::internal(message),
+        }
+    }
+}
+
+impl fmt::Display for Fault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.message)
+    }
+}
+
+impl std::error::Error for Fault {}
+
+impl From<crate::names::NameError> for Fault {
+    fn from(error: crate::names::NameError) -> Self {
+        Fault::usage(error.to_string()).with_next("choose a name that fits")
+    }
+}
+
+/// Adds where an I/O error happened and classes it.
+pub trait IoContext<T> {
+    /// `what` names the operation and the path: `read /data/a.png`.
+    fn at(self, what: impl fmt::Display) -> Result<T, Fault>;
+}
+
+impl<T> IoContext<T> for std::io::Result<T> {
+    fn at(self, what: impl fmt::Display) -> Result<T, Fault> {
+        self.map_err(|e| Fault::io(what, &e))
+    }
+}

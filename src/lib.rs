@@ -1,0 +1,11 @@
+//! Packhorse carries artifacts between a hub and many sites. ARCHITECTURE.md is the map.
+
+pub mod api;
+pub mod chunk;
+pub mod config;
+pub mod fault;
+pub mod limits;
+pub mod manifest;
+pub mod names;
+pub mod sink;
+pub mod source;

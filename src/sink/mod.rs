@@ -1,0 +1,100 @@
+//! Sinks: write an artifact out at a site.
+//!
+//! The transfer engine stages an artifact's files in the folder that the sink names, every byte checked against its
+//! hash first, and then asks the sink to commit. No sink sees a byte that was not verified. Every call is idempotent:
+//! after a crash the engine simply asks again.
+
+pub mod files;
+pub mod images;
+pub mod labels;
+
+use std::path::{Path, PathBuf};
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use serde::{Deserialize, Serialize};
+
+use crate::fault::Fault;
+use crate::manifest::{Digest, FileInfo, Root};
+use crate::names::{ArtifactRef, RelPath};
+
+/// An artifact on its way in, as a sink is shown it.
+#[derive(Debug, Clone)]
+pub struct Incoming {
+    /// Its name.
+    pub artifact: ArtifactRef,
+    /// The BLAKE3 of its root manifest.
+    pub digest: Digest,
+    /// The root manifest: totals and what its kind needs.
+    pub root: Root,
+    /// The transfer that brings it; names the staging folder.
+    pub transfer: String,
+}
+
+/// Where the files of a committed artifact can be read again, so that later transfers need not fetch their chunks.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", tag = "at")]
+pub enum Place {
+    /// A folder that holds each file at its path in the artifact.
+    Folder {
+        /// Absolute.
+        path: PathBuf,
+    },
+    /// The registry: a file `blobs/sha256/<hex>` is the blob of that digest in this repository.
+    Registry {
+        /// The repository, without host.
+        repository: String,
+    },
+}
+
+/// What a commit left behind.
+#[derive(Debug, Clone)]
+pub struct Landed {
+    /// Where the files can be read from now on.
+    pub place: Place,
+    /// Where people find it: a path, `host/repo:tag@digest`, or a table and version.
+    pub location: String,
+}
+
+/// Writes artifacts of some kinds out.
+#[async_trait]
+pub trait Sink: Send + Sync {
+    /// The folder in which the engine makes `<transfer>/` and stages files, on the same mount as the end where it matters.
+    fn staging_root(&self) -> &Path;
+
+    /// Refuses early what cannot be committed later: no rights, no room at the far end, an immutable tag with another
+    /// digest. Called before any byte moves.
+    async fn check(&self, incoming: &Incoming) -> Result<(), Fault>;
+
+    /// Every name the sink cannot hold, with the reason, judged one path at a time. `None` when the path is fine.
+    fn refuse_path(&self, _path: &RelPath) -> Option<String> {
+        None
+    }
+
+    /// Whether the far end already holds this very file (an image blob in the registry), so that it need not be
+    /// staged at all.
+    async fn holds(&self, _incoming: &Incoming, _path: &RelPath, _file: &FileInfo) -> Result<bool, Fault> {
+        Ok(false)
+    }
+
+    /// Makes the staged artifact visible, whole, and durable. `staged` is `<staging_root>/<transfer>`; files for which
+    /// [`Sink::holds`] said yes are absent from it. On success the staged folder is gone.
+    async fn commit(&self, incoming: &Incoming, staged: &Path) -> Result<Landed, Fault>;
+
+    /// Makes a committed artifact the active version of its series. Commits do this by themselves; this is for going
+    /// back to an older one.
+    async fn activate(&self, artifact: &ArtifactRef) -> Result<(), Fault>;
+
+    /// Reads `len` bytes at `offset` of a committed file. Short or failing reads are errors; the caller verifies.
+    async fn read_at(&self, place: &Place, path: &RelPath, offset: u64, len: u32) -> Result<Bytes, Fault>;
+
+    /// Compares what lies at the far end with the manifest where the engine cannot do it file by file (rows, registry
+    /// manifests). Returns one line per fault found; empty means sound.
+    async fn verify(&self, incoming: &Incoming, place: &Place) -> Result<Vec<String>, Fault>;
+
+    /// Takes a committed artifact away. Removing what is not there succeeds.
+    async fn remove(&self, artifact: &ArtifactRef) -> Result<(), Fault>;
+
+    /// Whether the far end answers and the credentials are good; for `doctor` and `/readyz`.
+    async fn probe(&self) -> Result<String, Fault>;
+}

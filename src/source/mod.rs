@@ -1,0 +1,70 @@
+//! Sources: read an artifact in, entry by entry in manifest order.
+//!
+//! A source names things and says where their bytes are; it does not chunk, hash or store. `ingest` drives it on a
+//! blocking thread. What a source has to spill (a decompressed tar, sorted label rows) goes to the scratch folder it
+//! was given, which `ingest` removes afterwards, so a crash leaves nothing but a folder that the next start cleans.
+
+pub mod files;
+pub mod image;
+pub mod labels;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use bytes::Bytes;
+
+use crate::fault::Fault;
+use crate::manifest::KindInfo;
+use crate::names::RelPath;
+
+/// One entry as a source names it.
+#[derive(Debug, Clone)]
+pub struct SourceEntry {
+    /// Where it stands in the artifact.
+    pub path: RelPath,
+    /// Unix permission bits (`0o7777` at most).
+    pub mode: u32,
+    /// What it is.
+    pub body: SourceBody,
+}
+
+/// What a source entry is.
+#[derive(Debug, Clone)]
+pub enum SourceBody {
+    /// A folder.
+    Dir,
+    /// A symbolic link whose target stays inside the artifact.
+    Symlink(String),
+    /// A regular file of `size` bytes.
+    File {
+        /// Bytes that must come out of `content`; fewer or more means that it changed while it was read.
+        size: u64,
+        /// Where they are.
+        content: Content,
+    },
+}
+
+/// Where a file's bytes are.
+#[derive(Debug, Clone)]
+pub enum Content {
+    /// The whole of this file.
+    File(PathBuf),
+    /// A range of this file (a member of an uncompressed tar), from `offset` on.
+    Range {
+        /// The file that holds it.
+        file: Arc<PathBuf>,
+        /// Where it begins, in bytes.
+        offset: u64,
+    },
+    /// Here (small things that a source made itself).
+    Memory(Bytes),
+}
+
+/// Reads an artifact in.
+pub trait Source: Send {
+    /// The next entry in manifest order (component-wise by path, a folder before what it holds); `None` at the end.
+    fn next(&mut self) -> Result<Option<SourceEntry>, Fault>;
+
+    /// What the artifact's kind needs beside its entries. Asked after the last entry.
+    fn info(&self) -> KindInfo;
+}
