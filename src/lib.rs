@@ -4,6 +4,7 @@ pub mod api;
 pub mod chunk;
 pub mod config;
 pub mod fault;
+pub mod labels;
 pub mod limits;
 pub mod manifest;
 pub mod names;
