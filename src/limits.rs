@@ -46,3 +46,7 @@ pub const API_BODY_BYTES_MAX: usize = 1 << 20;
 pub const EVENTS_KEPT: i64 = 100_000;
 /// The most offending records or names that one error lists.
 pub const OFFENDERS_LISTED_MAX: usize = 20;
+/// Bytes of chunks that a publish hands to a worker at once…
+pub const INGEST_BATCH_BYTES: usize = 1 << 20;
+/// …and how many such batches are on the way.
+pub const INGEST_BATCHES_MAX: usize = 8;

@@ -1,9 +1,23 @@
 //! Manifests: the sorted entries of an artifact and what its kind needs.
+//!
+//! A manifest is a tree: the root manifest lists pages, which hold entries and chunk references (or, above
+//! [`Root::depth`] 0, further pages). Pages are chunks like any other: named by their BLAKE3, kept in the store, fetched
+//! when lacking. Nothing here does I/O; [`Builder`] hands finished pages to a closure, [`Walk`] asks for them through
+//! [`Pages`], and neither holds more than a page of each level.
+
+mod build;
+mod page;
+mod walk;
+
+pub use build::Builder;
+pub use page::{ChunkRef, read_children};
+pub use walk::{Pages, Spot, Step, Walk, children};
 
 use serde::{Deserialize, Serialize};
 
 pub use crate::chunk::Chunking;
 use crate::chunk::Hash;
+use crate::fault::Fault;
 use crate::names::{ArtifactRef, Kind, RelPath};
 
 /// The BLAKE3 of a root manifest: what an artifact *is*.
@@ -126,6 +140,38 @@ pub struct Root {
     pub pages: Vec<PageRef>,
 }
 
+impl Root {
+    /// The canonical bytes.
+    pub fn to_bytes(&self) -> Vec<u8> {
+        #[expect(clippy::expect_used, reason = "a struct of strings and numbers always has a JSON form")]
+        serde_json::to_vec(self).expect("a root manifest as JSON")
+    }
+
+    /// Their BLAKE3: what the artifact is.
+    pub fn digest(&self) -> Digest {
+        Hash::of(&self.to_bytes())
+    }
+
+    /// A root manifest from bytes that hash to `digest`.
+    pub fn parse(bytes: &[u8], digest: Digest) -> Result<Self, Fault> {
+        if Hash::of(bytes) != digest {
+            return Err(Fault::integrity(format!("the root manifest {digest} does not hash to its name")));
+        }
+        let root: Self =
+            serde_json::from_slice(bytes).map_err(|e| Fault::integrity(format!("the root manifest {digest} is malformed: {e}")))?;
+        if root.format != 1 {
+            let format = root.format;
+            return Err(Fault::integrity(format!("the root manifest {digest} has format {format}; this program reads 1"))
+                .with_next("upgrade packhorse here"));
+        }
+        let Chunking { min, avg, max } = root.chunking;
+        if !(64 <= min && min <= avg && avg <= max && max as usize <= crate::limits::CHUNK_BYTES_MAX) {
+            return Err(Fault::integrity(format!("the root manifest {digest} has impossible chunk sizes")));
+        }
+        Ok(root)
+    }
+}
+
 /// One manifest page.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PageRef {
@@ -138,3 +184,6 @@ pub struct PageRef {
     /// Entries that begin in it, or below it.
     pub entries: u64,
 }
+
+#[cfg(test)]
+mod tests;

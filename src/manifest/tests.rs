@@ -1,0 +1,125 @@
+use std::cell::RefCell;
+use std::collections::HashMap;
+
+use bytes::Bytes;
+use proptest::prelude::*;
+
+use super::*;
+use crate::chunk::DEFAULT_CHUNKING;
+
+#[derive(Default)]
+struct Memory(RefCell<HashMap<Hash, Bytes>>);
+
+impl Pages for Memory {
+    fn page(&self, id: Hash) -> Result<Bytes, Fault> {
+        self.0.borrow().get(&id).cloned().ok_or_else(|| Fault::not_found("page"))
+    }
+}
+
+type File = (String, u64, u64);
+
+/// A flat folder of files: (name, size, seed).
+fn build(files: &[File], memory: &Memory) -> Root {
+    let mut sink = |page: crate::frame::Verified| {
+        memory.0.borrow_mut().insert(page.id, page.bytes);
+        Ok(())
+    };
+    let mut builder = Builder::new(DEFAULT_CHUNKING, &mut sink);
+    for (name, size, seed) in files {
+        let hash = Hash::of(&[&seed.to_le_bytes()[..], &size.to_le_bytes()[..]].concat());
+        let mut chunks = Vec::new();
+        if builder.lists_chunks(*size) {
+            let mut left = *size;
+            while left > 0 {
+                let len = left.min(30_000);
+                chunks.push(ChunkRef { id: Hash::of(&[hash.0, Hash::of(&left.to_le_bytes()).0].concat()), len: len as u32 });
+                left -= len;
+            }
+        }
+        let entry = Entry { path: name.parse().unwrap(), mode: 0o644, body: EntryBody::File(FileInfo { size: *size, hash }) };
+        builder.push(&entry, &chunks).unwrap();
+    }
+    builder.finish(Kind::Dataset, KindInfo::Files).unwrap()
+}
+
+fn numbered(n: u64) -> Vec<File> {
+    (0..n).map(|i| (format!("img_{i:07}.png"), 40_000, i)).collect()
+}
+
+#[test]
+fn a_walk_gives_back_what_was_built() {
+    let memory = Memory::default();
+    let mut files = numbered(5_000);
+    files.push(("z-large".into(), 30_000 * 60_000, 7));
+    let root = build(&files, &memory);
+    assert!(root.depth >= 1, "enough pages for an index level");
+    let (mut names, mut ordinals) = (Vec::new(), 0);
+    for step in Walk::new(&root, &memory) {
+        match step.unwrap() {
+            Step::Entry { entry, number, .. } => {
+                assert_eq!(number, names.len() as u64);
+                names.push(entry.path.to_string());
+            }
+            Step::Chunk(chunk, spot) => {
+                assert_eq!(spot.ordinal, ordinals);
+                ordinals += 1;
+                let page = memory.page(spot.page).unwrap();
+                assert_eq!(children(&page, &root).unwrap()[spot.index as usize], chunk, "a spot names its chunk");
+            }
+        }
+    }
+    assert_eq!(names, files.iter().map(|f| f.0.clone()).collect::<Vec<_>>());
+    assert_eq!(ordinals, root.totals.chunks);
+    assert_eq!(Root::parse(&root.to_bytes(), root.digest()).unwrap(), root);
+}
+
+#[test]
+fn a_small_change_shares_most_pages() {
+    let memory = Memory::default();
+    let mut files = numbered(20_000);
+    build(&files, &memory);
+    let before = memory.0.borrow().len();
+    files[10_000].2 = 999_999;
+    files.remove(3);
+    build(&files, &memory);
+    let new = memory.0.borrow().len() - before;
+    assert!(new <= 6, "two changes made {new} new pages of {before}");
+}
+
+#[test]
+fn a_lying_manifest_is_refused() {
+    let memory = Memory::default();
+    let mut root = build(&numbered(10), &memory);
+    root.totals.bytes += 1;
+    assert!(Walk::new(&root, &memory).any(|s| s.is_err()));
+    let mut sink = |_| Ok(());
+    let mut builder = Builder::new(DEFAULT_CHUNKING, &mut sink);
+    let entry = |path: &str, body| Entry { path: path.parse().unwrap(), mode: 0o755, body };
+    builder.push(&entry("a", EntryBody::Symlink("/etc".into())), &[]).unwrap();
+    assert!(builder.push(&entry("a/passwd", EntryBody::Dir), &[]).is_err(), "nothing goes through a link");
+    assert!(builder.push(&entry("a", EntryBody::Dir), &[]).is_err(), "no name twice");
+}
+
+proptest! {
+    #[test]
+    fn any_bytes_are_read_or_refused(bytes in proptest::collection::vec(any::<u8>(), 0..400)) {
+        for kind in [b'E', b'I'] {
+            let page: Vec<u8> = std::iter::once(kind).chain(bytes.iter().copied()).collect();
+            let _ = page::read_records(&page);
+            let _ = read_children(&page);
+        }
+    }
+
+    #[test]
+    fn any_tree_comes_back(mut names in proptest::collection::btree_set("[a-z]{1,3}(\\.[a-z])?", 1..60), size in 0u64..400_000) {
+        let memory = Memory::default();
+        let names = std::mem::take(&mut names);
+        let mut files: Vec<File> = names.into_iter().enumerate().map(|(i, n)| (n, size + i as u64, i as u64)).collect();
+        files.sort_by_key(|f| f.0.parse::<RelPath>().unwrap());
+        let root = build(&files, &memory);
+        let walked: Vec<String> = Walk::new(&root, &memory)
+            .filter_map(|s| match s.unwrap() { Step::Entry { entry, .. } => Some(entry.path.to_string()), Step::Chunk(..) => None })
+            .collect();
+        prop_assert_eq!(walked, files.into_iter().map(|f| f.0).collect::<Vec<_>>());
+    }
+}

@@ -1,0 +1,180 @@
+//! Walks a manifest, entry by entry and chunk by chunk, holding one page of each level.
+
+use std::collections::VecDeque;
+
+use bytes::Bytes;
+
+use crate::chunk::Hash;
+use crate::fault::Fault;
+use crate::names::RelPath;
+
+use super::build::check_order;
+use super::page::{ChunkRef, Record, is_one_chunk, read_children, read_records};
+use super::{Entry, EntryBody, PageRef, Root, Totals};
+
+/// Gives the raw bytes of a page; they are checked by whoever gives them.
+pub trait Pages {
+    /// The page of that name.
+    fn page(&self, id: Hash) -> Result<Bytes, Fault>;
+}
+
+/// Where a chunk stands: what a fetch request names it by, and what the journal counts by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Spot {
+    /// The entry page that names it.
+    pub page: Hash,
+    /// Which of that page's chunks it is.
+    pub index: u32,
+    /// Which of the whole artifact's chunks it is.
+    pub ordinal: u64,
+    /// Where it begins in its file, bytes.
+    pub offset: u64,
+}
+
+/// One step of a walk.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Step {
+    /// An entry begins.
+    Entry {
+        /// Which of the artifact's entries it is.
+        number: u64,
+        /// The entry.
+        entry: Entry,
+        /// For a file: the ordinal of its first chunk, and how many of its chunks this walk knows without looking
+        /// ahead (1 for a file of one chunk, else unknown).
+        first_ordinal: u64,
+    },
+    /// A chunk of the file that began last.
+    Chunk(ChunkRef, Spot),
+}
+
+/// An iterator over all of a manifest.
+pub struct Walk<'a, P: Pages + ?Sized> {
+    pages: &'a P,
+    root: &'a Root,
+    /// Pages still to read, with their depth (0: entry page), next last.
+    ahead: Vec<(PageRef, u8)>,
+    steps: VecDeque<Step>,
+    seen: Totals,
+    entries: u64,
+    last: Option<RelPath>,
+    open: Vec<String>,
+    /// Bytes of the last file that its chunks have not covered yet, and its size.
+    uncovered: u64,
+    size: u64,
+    failed: bool,
+}
+
+impl<'a, P: Pages + ?Sized> Walk<'a, P> {
+    /// A walk over all of it.
+    pub fn new(root: &'a Root, pages: &'a P) -> Self {
+        let ahead = root.pages.iter().rev().map(|page| (*page, root.depth)).collect();
+        let (steps, seen, last, open) = Default::default();
+        Self { pages, root, ahead, steps, seen, entries: 0, last, open, uncovered: 0, size: 0, failed: false }
+    }
+
+    fn read(&mut self, page: PageRef, depth: u8) -> Result<(), Fault> {
+        let bytes = self.pages.page(page.id)?;
+        if depth > 0 {
+            let children = read_children(&bytes)?;
+            self.ahead.extend(children.into_iter().rev().map(|child| (child, depth - 1)));
+            return Ok(());
+        }
+        let mut index = 0;
+        for record in read_records(&bytes)? {
+            match record {
+                Record::Entry(entry) => self.entry(entry, page.id, &mut index)?,
+                Record::Chunk(chunk) => self.chunk(chunk, page.id, &mut index)?,
+            }
+        }
+        Ok(())
+    }
+
+    fn entry(&mut self, entry: Entry, page: Hash, index: &mut u32) -> Result<(), Fault> {
+        self.covered()?;
+        check_order(self.last.as_ref(), &mut self.open, &entry)?;
+        self.last = Some(entry.path.clone());
+        let body = entry.body.clone();
+        self.steps.push_back(Step::Entry { number: self.entries, entry, first_ordinal: self.seen.chunks });
+        self.entries += 1;
+        match body {
+            EntryBody::Dir => self.seen.dirs += 1,
+            EntryBody::Symlink(_) => self.seen.symlinks += 1,
+            EntryBody::File(file) => {
+                self.seen.files += 1;
+                self.seen.bytes += file.size;
+                (self.uncovered, self.size) = (file.size, file.size);
+                if is_one_chunk(&self.root.chunking, file.size) {
+                    self.chunk(ChunkRef { id: file.hash, len: file.size as u32 }, page, index)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn chunk(&mut self, chunk: ChunkRef, page: Hash, index: &mut u32) -> Result<(), Fault> {
+        let len = u64::from(chunk.len);
+        if len == 0 || len > self.uncovered {
+            return Err(self.wrong("has chunks that are more than the file"));
+        }
+        let spot = Spot { page, index: *index, ordinal: self.seen.chunks, offset: self.size - self.uncovered };
+        self.uncovered -= len;
+        self.seen.chunks += 1;
+        *index += 1;
+        self.steps.push_back(Step::Chunk(chunk, spot));
+        Ok(())
+    }
+
+    fn covered(&self) -> Result<(), Fault> {
+        if self.uncovered == 0 { Ok(()) } else { Err(self.wrong("has chunks that are less than the file")) }
+    }
+
+    fn wrong(&self, why: &str) -> Fault {
+        let path = self.last.as_ref().map_or("", |p| p.as_str());
+        Fault::integrity(format!("the manifest entry {path:?} {why}")).with_next("publish the artifact again")
+    }
+
+    fn step(&mut self) -> Result<Option<Step>, Fault> {
+        loop {
+            if let Some(step) = self.steps.pop_front() {
+                return Ok(Some(step));
+            }
+            let Some((page, depth)) = self.ahead.pop() else { break };
+            self.read(page, depth)?;
+        }
+        self.covered()?;
+        if self.seen != self.root.totals {
+            return Err(Fault::integrity("the manifest does not hold what its totals say").with_next("publish the artifact again"));
+        }
+        Ok(None)
+    }
+}
+
+impl<P: Pages + ?Sized> Iterator for Walk<'_, P> {
+    type Item = Result<Step, Fault>;
+    fn next(&mut self) -> Option<Self::Item> {
+        if self.failed {
+            return None;
+        }
+        let step = self.step().transpose();
+        self.failed = !matches!(step, Some(Ok(_)));
+        step
+    }
+}
+
+/// The children of one page, as a fetch request counts them: chunks of an entry page, pages of an index page.
+pub fn children(page: &[u8], root: &Root) -> Result<Vec<ChunkRef>, Fault> {
+    if page.first() == Some(&b'I') {
+        return Ok(read_children(page)?.into_iter().map(|p| ChunkRef { id: p.id, len: p.len }).collect());
+    }
+    Ok(read_records(page)?
+        .into_iter()
+        .filter_map(|record| match record {
+            Record::Chunk(chunk) => Some(chunk),
+            Record::Entry(Entry { body: EntryBody::File(f), .. }) if is_one_chunk(&root.chunking, f.size) => {
+                Some(ChunkRef { id: f.hash, len: f.size as u32 })
+            }
+            Record::Entry(_) => None,
+        })
+        .collect())
+}

@@ -1,0 +1,124 @@
+//! Where each chunk lies: a B-tree on disk (redb), chunk id → pack, offset, lengths.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
+
+use crate::chunk::Hash;
+use crate::fault::Fault;
+
+/// What the index keeps in memory at the most.
+pub const INDEX_CACHE_BYTES: usize = 16 << 20;
+
+const CHUNKS: TableDefinition<'_, &[u8; 32], (u32, u32, u32, u32)> = TableDefinition::new("chunks");
+/// Pack → bytes of it that are synced and indexed.
+const PACKS: TableDefinition<'_, u32, u64> = TableDefinition::new("packs");
+
+/// Where a frame lies.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Location {
+    pub(super) pack: u32,
+    pub(super) offset: u32,
+    pub(super) frame_len: u32,
+    pub(super) raw_len: u32,
+}
+
+impl Location {
+    fn from_row((pack, offset, frame_len, raw_len): (u32, u32, u32, u32)) -> Self {
+        Self { pack, offset, frame_len, raw_len }
+    }
+}
+
+pub(super) struct Index {
+    database: Database,
+}
+
+fn fault(error: impl Into<redb::Error>) -> Fault {
+    redb_fault("the chunk index", error)
+}
+
+/// An error of an embedded B-tree, with a full disk told from a defect.
+pub(crate) fn redb_fault(what: &str, error: impl Into<redb::Error>) -> Fault {
+    match error.into() {
+        redb::Error::Io(e) => Fault::io(what, &e),
+        redb::Error::DatabaseAlreadyOpen => {
+            Fault::conflict(format!("{what} is in use by another daemon")).with_next("stop the other daemon first")
+        }
+        other => Fault::internal(format!("{what}: {other}")),
+    }
+}
+
+impl Index {
+    pub(super) fn open(path: &Path) -> Result<Self, Fault> {
+        let what = format!("the chunk index {}", path.display());
+        let database = Database::builder().set_cache_size(INDEX_CACHE_BYTES).create(path).map_err(|e| redb_fault(&what, e))?;
+        let write = database.begin_write().map_err(fault)?;
+        write.open_table(CHUNKS).map_err(fault)?;
+        write.open_table(PACKS).map_err(fault)?;
+        write.commit().map_err(fault)?;
+        Ok(Self { database })
+    }
+
+    pub(super) fn get(&self, id: Hash) -> Result<Option<Location>, Fault> {
+        Ok(self.get_many(&[id])?[0])
+    }
+
+    pub(super) fn get_many(&self, ids: &[Hash]) -> Result<Vec<Option<Location>>, Fault> {
+        let read = self.database.begin_read().map_err(fault)?;
+        let chunks = read.open_table(CHUNKS).map_err(fault)?;
+        ids.iter().map(|id| Ok(chunks.get(&id.0).map_err(fault)?.map(|row| Location::from_row(row.value())))).collect()
+    }
+
+    pub(super) fn packs(&self) -> Result<BTreeMap<u32, u64>, Fault> {
+        let read = self.database.begin_read().map_err(fault)?;
+        let packs = read.open_table(PACKS).map_err(fault)?;
+        packs.iter().map_err(fault)?.map(|row| row.map(|(k, v)| (k.value(), v.value())).map_err(fault)).collect()
+    }
+
+    /// Takes chunks in, of a pack that is synced up to `len`. In the order of their names: neighbours share a leaf.
+    pub(super) fn commit(&self, found: &[(Hash, Location)], pack: u32, len: u64) -> Result<(), Fault> {
+        let mut found: Vec<&(Hash, Location)> = found.iter().collect();
+        found.sort_unstable_by_key(|(id, _)| *id);
+        let write = self.database.begin_write().map_err(fault)?;
+        {
+            let mut chunks = write.open_table(CHUNKS).map_err(fault)?;
+            for (id, at) in found {
+                chunks.insert(&id.0, (at.pack, at.offset, at.frame_len, at.raw_len)).map_err(fault)?;
+            }
+            write.open_table(PACKS).map_err(fault)?.insert(pack, len).map_err(fault)?;
+        }
+        write.commit().map_err(fault)
+    }
+
+    /// Every chunk that the index places in this pack.
+    pub(super) fn chunks_of(&self, pack: u32) -> Result<Vec<(Hash, Location)>, Fault> {
+        let read = self.database.begin_read().map_err(fault)?;
+        let chunks = read.open_table(CHUNKS).map_err(fault)?;
+        let mut out = Vec::new();
+        for row in chunks.iter().map_err(fault)? {
+            let (id, at) = row.map_err(fault)?;
+            let at = Location::from_row(at.value());
+            if at.pack == pack {
+                out.push((Hash(*id.value()), at));
+            }
+        }
+        Ok(out)
+    }
+
+    /// Forgets these chunks, as far as they are still placed in this pack, and the pack.
+    pub(super) fn forget(&self, ids: &[Hash], pack: u32) -> Result<(), Fault> {
+        let write = self.database.begin_write().map_err(fault)?;
+        {
+            let mut chunks = write.open_table(CHUNKS).map_err(fault)?;
+            for id in ids {
+                let here = chunks.get(&id.0).map_err(fault)?.is_some_and(|row| row.value().0 == pack);
+                if here {
+                    chunks.remove(&id.0).map_err(fault)?;
+                }
+            }
+            write.open_table(PACKS).map_err(fault)?.remove(pack).map_err(fault)?;
+        }
+        write.commit().map_err(fault)
+    }
+}

@@ -1,0 +1,255 @@
+//! The store: chunks in packs, and the index that says where each lies.
+//!
+//! The hub keeps everything here; a site keeps manifest pages here (its files and blobs are its chunk store, see
+//! `places`). A chunk is written as a [`Frame`], appended to the open pack; [`Store::flush`] syncs the pack and then
+//! commits its index entries, so the index never names bytes that a power cut could take. Chunks put but not flushed
+//! can be read at once by this process.
+//!
+//! On disk, under the store's folder: `packs/00000001.pack …` (a header of 8 bytes, then frames) and `index.redb`.
+//! After a crash the tail of the last pack is scanned: whole frames are kept, the torn rest is cut off. The index
+//! costs about 90 bytes of disk a chunk and no memory but its cache ([`INDEX_CACHE_BYTES`]); it can be made anew from
+//! the packs.
+
+mod index;
+mod pack;
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use bytes::Bytes;
+use parking_lot::Mutex;
+
+use crate::chunk::Hash;
+use crate::durable;
+use crate::fault::Fault;
+use crate::frame::{Frame, Verified};
+use crate::limits::PACK_BYTES;
+use crate::manifest::Pages;
+
+pub use index::INDEX_CACHE_BYTES;
+use index::{Index, Location};
+use pack::{Packs, Writer};
+
+/// A store. Cheap to clone.
+#[derive(Clone)]
+pub struct Store {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    packs: Packs,
+    index: Index,
+    open: Mutex<Open>,
+}
+
+/// The pack being written, and what it holds that the index does not know yet.
+struct Open {
+    writer: Option<Writer>,
+    pending: HashMap<Hash, Location>,
+    next_pack: u32,
+}
+
+/// Frames that lie behind each other in one pack: read at once, sent as they are.
+type Run = (Location, u64);
+
+impl Store {
+    /// Opens or makes the store in this folder, and mends what a crash left.
+    pub fn open(dir: &Path) -> Result<Self, Fault> {
+        durable::create_dir_all(&dir.join("packs"))?;
+        let packs = Packs::new(dir.join("packs"));
+        let index = Index::open(&dir.join("index.redb"))?;
+        let known = index.packs()?;
+        let mut next_pack = 1;
+        for number in packs.list()? {
+            next_pack = next_pack.max(number + 1);
+            let synced = known.get(&number).copied().unwrap_or(0);
+            if packs.len(number)? > synced {
+                let (found, end) = packs.recover(number, synced)?;
+                if found.is_empty() && synced == 0 {
+                    packs.remove(number)?;
+                    continue;
+                }
+                tracing::info!(pack = number, chunks = found.len(), "recovered the tail of a pack");
+                index.commit(&found, number, end)?;
+            }
+        }
+        let open = Mutex::new(Open { writer: None, pending: HashMap::new(), next_pack });
+        Ok(Self { inner: Arc::new(Inner { packs, index, open }) })
+    }
+
+    /// The folder of the packs, for what is said to people.
+    pub fn path(&self) -> PathBuf {
+        self.inner.packs.dir().to_owned()
+    }
+
+    fn locate(&self, id: Hash) -> Result<Option<Location>, Fault> {
+        if let Some(found) = self.inner.open.lock().pending.get(&id) {
+            return Ok(Some(*found));
+        }
+        self.inner.index.get(id)
+    }
+
+    /// Whether the chunk is here.
+    pub fn has(&self, id: Hash) -> Result<bool, Fault> {
+        Ok(self.locate(id)?.is_some())
+    }
+
+    /// Which of these chunks are here.
+    pub fn has_many(&self, ids: &[Hash]) -> Result<Vec<bool>, Fault> {
+        let found = self.inner.index.get_many(ids)?;
+        let open = self.inner.open.lock();
+        Ok(ids.iter().zip(found).map(|(id, found)| found.is_some() || open.pending.contains_key(id)).collect())
+    }
+
+    /// Puts a frame whose BLAKE3 the caller verified. Returns the bytes it took, 0 when the chunk was here already.
+    pub fn put(&self, frame: &Frame) -> Result<u64, Fault> {
+        if self.has(frame.id())? {
+            return Ok(0);
+        }
+        self.append(frame)
+    }
+
+    /// [`Store::put`] for a caller that knows that the index lacks the chunk.
+    pub fn append(&self, frame: &Frame) -> Result<u64, Fault> {
+        let mut open = self.inner.open.lock();
+        if open.pending.contains_key(&frame.id()) {
+            return Ok(0);
+        }
+        if open.writer.as_ref().is_some_and(|w| w.len() >= PACK_BYTES) {
+            self.seal(&mut open)?;
+        }
+        if open.writer.is_none() {
+            let number = open.next_pack;
+            open.writer = Some(self.inner.packs.create(number)?);
+            open.next_pack += 1;
+        }
+        let Some(writer) = open.writer.as_mut() else { return Err(Fault::internal("no pack is open")) };
+        let offset = writer.append(frame.bytes())?;
+        let location = Location { pack: writer.number(), offset, frame_len: frame.bytes().len() as u32, raw_len: frame.raw_len() };
+        open.pending.insert(frame.id(), location);
+        Ok(frame.bytes().len() as u64)
+    }
+
+    /// Makes everything put so far durable.
+    pub fn flush(&self) -> Result<(), Fault> {
+        let mut open = self.inner.open.lock();
+        self.commit(&mut open)
+    }
+
+    fn commit(&self, open: &mut Open) -> Result<(), Fault> {
+        let Some(writer) = open.writer.as_mut() else { return Ok(()) };
+        if open.pending.is_empty() {
+            return Ok(());
+        }
+        if let Err(fault) = writer.sync() {
+            // A sync that failed may have lost any of the pack's new bytes: forget them all, they will be sent again.
+            open.pending.clear();
+            open.writer = None;
+            return Err(fault);
+        }
+        let found: Vec<(Hash, Location)> = open.pending.iter().map(|(id, at)| (*id, *at)).collect();
+        self.inner.index.commit(&found, writer.number(), writer.len())?;
+        open.pending.clear();
+        Ok(())
+    }
+
+    fn seal(&self, open: &mut Open) -> Result<(), Fault> {
+        self.commit(open)?;
+        open.writer = None;
+        Ok(())
+    }
+
+    /// The frames of these chunks in this order, neighbours joined into one piece, every sum checked. A chunk that is
+    /// not here is `not_found`; a damaged one is `integrity` and is never given out.
+    pub fn read_frames(&self, ids: &[Hash]) -> Result<Vec<Bytes>, Fault> {
+        let found = self.inner.index.get_many(ids)?;
+        let mut runs: Vec<Run> = Vec::new();
+        {
+            let open = self.inner.open.lock();
+            for (id, found) in ids.iter().zip(found) {
+                let Some(at) = found.or_else(|| open.pending.get(id).copied()) else {
+                    return Err(Fault::not_found(format!("chunk {id} is not in the store")));
+                };
+                match runs.last_mut() {
+                    Some((first, len)) if first.pack == at.pack && u64::from(first.offset) + *len == u64::from(at.offset) => {
+                        *len += u64::from(at.frame_len);
+                    }
+                    _ => runs.push((at, u64::from(at.frame_len))),
+                }
+            }
+        }
+        let mut out = Vec::with_capacity(runs.len());
+        let mut wanted = ids.iter();
+        for (first, len) in runs {
+            let bytes = self.inner.packs.read(first.pack, u64::from(first.offset), len as usize)?;
+            let mut rest = bytes.clone();
+            while !rest.is_empty() {
+                let frame = self.inner.packs.split_frame(first.pack, &mut rest)?;
+                let expected = wanted.next().copied();
+                if Some(frame.id()) != expected {
+                    return Err(Fault::integrity(format!(
+                        "the pack {} holds chunk {} where the index says another",
+                        first.pack,
+                        frame.id()
+                    )));
+                }
+            }
+            out.push(bytes);
+        }
+        Ok(out)
+    }
+
+    /// One chunk's raw bytes, verified.
+    pub fn read(&self, id: Hash) -> Result<Verified, Fault> {
+        let Some(at) = self.locate(id)? else { return Err(Fault::not_found(format!("chunk {id} is not in the store"))) };
+        let mut bytes = self.inner.packs.read(at.pack, u64::from(at.offset), at.frame_len as usize)?;
+        let frame = self.inner.packs.split_frame(at.pack, &mut bytes)?;
+        Ok(frame.verify(id, at.raw_len)?)
+    }
+
+    /// Bytes that the packs take on the disk.
+    pub fn stored_bytes(&self) -> Result<u64, Fault> {
+        self.inner.packs.list()?.into_iter().map(|number| self.inner.packs.len(number)).sum()
+    }
+
+    /// Removes every chunk for which `live` says no. Packs of which less than 70 % lives are written anew; the others
+    /// keep their dead weight. Nothing may be put meanwhile. Returns the bytes freed.
+    pub fn collect(&self, live: &dyn Fn(Hash) -> bool) -> Result<u64, Fault> {
+        {
+            let mut open = self.inner.open.lock();
+            self.seal(&mut open)?;
+        }
+        let before = self.stored_bytes()?;
+        for number in self.inner.packs.list()? {
+            let chunks = self.inner.index.chunks_of(number)?;
+            let total = self.inner.packs.len(number)?;
+            let alive: Vec<&(Hash, Location)> = chunks.iter().filter(|(id, _)| live(*id)).collect();
+            let bytes: u64 = alive.iter().map(|(_, at)| u64::from(at.frame_len)).sum();
+            if bytes * 10 >= total * 7 {
+                continue;
+            }
+            for (id, at) in &alive {
+                let bytes = self.inner.packs.read(at.pack, u64::from(at.offset), at.frame_len as usize)?;
+                let frame = Frame::parse(bytes).map_err(|e| Fault::from(e).context(format!("pack {number}, chunk {id}")))?;
+                self.append(&frame)?;
+            }
+            self.flush()?;
+            let dead: Vec<Hash> = chunks.iter().filter(|(id, _)| !live(*id)).map(|(id, _)| *id).collect();
+            // The index forgets the pack before the file goes: a crash between leaves a pack that nothing names, and
+            // the next start takes its frames in again, which costs room and no harm.
+            self.inner.index.forget(&dead, number)?;
+            self.inner.packs.remove(number)?;
+        }
+        Ok(before.saturating_sub(self.stored_bytes()?))
+    }
+}
+
+impl Pages for Store {
+    fn page(&self, id: Hash) -> Result<Bytes, Fault> {
+        self.read(id).map(|chunk| chunk.bytes).map_err(|fault| fault.context(format!("manifest page {id}")))
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,199 @@
+//! Packs: files of frames, appended to, then never changed.
+
+use std::collections::VecDeque;
+use std::fs::File;
+use std::io::Write;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use bytes::{Buf, Bytes};
+use parking_lot::Mutex;
+
+use crate::chunk::Hash;
+use crate::durable;
+use crate::fault::{Fault, IoContext};
+use crate::frame::{Frame, HEADER_BYTES, Header};
+
+use super::index::Location;
+
+const MAGIC: &[u8; 8] = b"PHPACK01";
+/// Packs kept open for reading.
+const OPEN_PACKS_MAX: usize = 64;
+
+pub(super) struct Packs {
+    dir: PathBuf,
+    /// Most recently used last.
+    open: Mutex<VecDeque<(u32, Arc<File>)>>,
+}
+
+/// The pack being appended to.
+pub(super) struct Writer {
+    number: u32,
+    file: File,
+    len: u64,
+    path: PathBuf,
+}
+
+impl Packs {
+    pub(super) fn new(dir: PathBuf) -> Self {
+        Self { dir, open: Mutex::default() }
+    }
+
+    pub(super) fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    fn path(&self, number: u32) -> PathBuf {
+        self.dir.join(format!("{number:08}.pack"))
+    }
+
+    pub(super) fn list(&self) -> Result<Vec<u32>, Fault> {
+        let mut out = Vec::new();
+        for entry in std::fs::read_dir(&self.dir).at(format_args!("list {}", self.dir.display()))? {
+            let name = entry.at(format_args!("list {}", self.dir.display()))?.file_name();
+            if let Some(number) = name.to_str().and_then(|n| n.strip_suffix(".pack")).and_then(|n| n.parse().ok()) {
+                out.push(number);
+            }
+        }
+        out.sort_unstable();
+        Ok(out)
+    }
+
+    pub(super) fn len(&self, number: u32) -> Result<u64, Fault> {
+        let path = self.path(number);
+        Ok(std::fs::metadata(&path).at(path.display())?.len())
+    }
+
+    pub(super) fn create(&self, number: u32) -> Result<Writer, Fault> {
+        let path = self.path(number);
+        let what = || format!("make the pack {}", path.display());
+        let mut file = File::options().write(true).create_new(true).open(&path).at(what())?;
+        if let Err(error) = file.write_all(MAGIC) {
+            let _ = std::fs::remove_file(&path);
+            return Err(Fault::io(what(), &error));
+        }
+        durable::sync_dir(&self.dir)?;
+        Ok(Writer { number, file, len: MAGIC.len() as u64, path })
+    }
+
+    pub(super) fn remove(&self, number: u32) -> Result<(), Fault> {
+        self.open.lock().retain(|(n, _)| *n != number);
+        durable::remove_all(&self.path(number))
+    }
+
+    fn file(&self, number: u32) -> Result<Arc<File>, Fault> {
+        let mut open = self.open.lock();
+        if let Some(at) = open.iter().position(|(n, _)| *n == number) {
+            // Reads come in runs from one pack: nearly always the last.
+            if at + 1 != open.len() {
+                if let Some(hit) = open.remove(at) {
+                    open.push_back(hit);
+                }
+            }
+            if let Some((_, file)) = open.back() {
+                return Ok(file.clone());
+            }
+        }
+        let path = self.path(number);
+        let file = Arc::new(File::open(&path).at(format_args!("open the pack {}", path.display()))?);
+        if open.len() == OPEN_PACKS_MAX {
+            open.pop_front();
+        }
+        open.push_back((number, file.clone()));
+        Ok(file)
+    }
+
+    /// Bytes of a pack. A pack that is shorter than the index says is damage, not an I/O error.
+    pub(super) fn read(&self, number: u32, offset: u64, len: usize) -> Result<Bytes, Fault> {
+        let mut out = vec![0; len];
+        match self.file(number)?.read_exact_at(&mut out, offset) {
+            Ok(()) => Ok(out.into()),
+            Err(e) if e.kind() == std::io::ErrorKind::UnexpectedEof => {
+                Err(Fault::integrity(format!("the pack {} is cut off: nothing at {offset}", self.path(number).display()))
+                    .with_next("run 'packhorse verify' on the artifacts, then publish those hit again"))
+            }
+            Err(e) => Err(Fault::io(format_args!("read the pack {}", self.path(number).display()), &e)),
+        }
+    }
+
+    /// Takes the first frame off `bytes`, its sum checked.
+    pub(super) fn split_frame(&self, number: u32, bytes: &mut Bytes) -> Result<Frame, Fault> {
+        let damaged = |error: crate::frame::FrameError| {
+            Fault::integrity(format!("the pack {}: {error}", self.path(number).display()))
+                .with_next("run 'packhorse verify' on the artifacts, then publish those hit again")
+        };
+        let head = bytes.first_chunk::<HEADER_BYTES>().ok_or(crate::frame::FrameError::Malformed).map_err(damaged)?;
+        let len = Header::parse(head).map_err(damaged)?.frame_len();
+        if len > bytes.len() {
+            return Err(damaged(crate::frame::FrameError::Malformed));
+        }
+        Frame::parse(bytes.split_to(len)).map_err(damaged)
+    }
+
+    /// Reads the frames behind `synced` and cuts off what is torn. Every one is verified by its BLAKE3: what a power
+    /// cut left may be anything.
+    pub(super) fn recover(&self, number: u32, synced: u64) -> Result<(Vec<(Hash, Location)>, u64), Fault> {
+        let path = self.path(number);
+        let what = || format!("recover the pack {}", path.display());
+        let total = self.len(number)?;
+        let mut end = synced.max(MAGIC.len() as u64);
+        let mut found = Vec::new();
+        if total >= MAGIC.len() as u64 && synced == 0 && self.read(number, 0, MAGIC.len())? != MAGIC[..] {
+            return Err(Fault::integrity(format!("{}: it is not a pack", what())).with_next("move the file away"));
+        }
+        while end + HEADER_BYTES as u64 <= total {
+            let head = self.read(number, end, HEADER_BYTES)?;
+            let Some(Ok(header)) = head.first_chunk().map(Header::parse) else { break };
+            let len = header.frame_len();
+            if end + len as u64 > total {
+                break;
+            }
+            let Ok(frame) = Frame::parse(self.read(number, end, len)?) else { break };
+            if frame.verify(header.id, header.raw_len).is_err() {
+                break;
+            }
+            found.push((header.id, Location { pack: number, offset: end as u32, frame_len: len as u32, raw_len: header.raw_len }));
+            end += len as u64;
+        }
+        let file = File::options().write(true).open(&path).at(what())?;
+        file.set_len(end).at(what())?;
+        file.sync_all().at(what())?;
+        Ok((found, end))
+    }
+}
+
+impl Writer {
+    pub(super) fn number(&self) -> u32 {
+        self.number
+    }
+
+    pub(super) fn len(&self) -> u64 {
+        self.len
+    }
+
+    /// Appends a frame; returns where it begins. On failure the pack is as it was.
+    pub(super) fn append(&mut self, frame: &Bytes) -> Result<u32, Fault> {
+        let mut rest = frame.clone();
+        while rest.has_remaining() {
+            match self.file.write(&rest) {
+                Ok(n) if n > 0 => rest.advance(n),
+                Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
+                result => {
+                    let error = result.err().unwrap_or_else(|| std::io::ErrorKind::WriteZero.into());
+                    use std::io::{Seek, SeekFrom};
+                    let back = self.file.set_len(self.len).and_then(|()| self.file.seek(SeekFrom::Start(self.len)));
+                    back.at(format_args!("cut back the pack {}", self.path.display()))?;
+                    return Err(Fault::io(format_args!("write the pack {}", self.path.display()), &error));
+                }
+            }
+        }
+        let offset = self.len as u32;
+        self.len += frame.len() as u64;
+        Ok(offset)
+    }
+
+    pub(super) fn sync(&mut self) -> Result<(), Fault> {
+        self.file.sync_data().at(format_args!("sync the pack {}", self.path.display()))
+    }
+}
