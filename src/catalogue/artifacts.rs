@@ -1,0 +1,160 @@
+//! Artifacts in the catalogue.
+
+use sqlx::Row;
+use sqlx::sqlite::SqliteRow;
+
+use super::{Catalogue, fault, note, time};
+use crate::api::types::Artifact;
+use crate::chunk::Hash;
+use crate::clock;
+use crate::fault::Fault;
+use crate::manifest::{Digest, KindInfo, Root};
+use crate::names::{ArtifactRef, SiteName};
+use crate::sink::Place;
+
+/// One artifact.
+#[derive(Debug, Clone)]
+pub struct ArtifactRow {
+    /// Its name.
+    pub artifact: ArtifactRef,
+    /// The BLAKE3 of its root manifest.
+    pub digest: Digest,
+    /// The root manifest.
+    pub root: Root,
+    /// The site whose bytes these are; `None`: this daemon's own.
+    pub origin: Option<SiteName>,
+    /// Where people find it on this daemon's sinks.
+    pub location: Option<String>,
+    /// Where the daemon reads its files, if it holds them.
+    pub place: Option<Place>,
+    /// When it was recorded.
+    pub created_ms: i64,
+}
+
+fn stored(what: impl std::fmt::Display) -> Fault {
+    Fault::internal(format!("the catalogue holds a malformed row: {what}"))
+}
+
+fn artifact(row: &SqliteRow) -> Result<ArtifactRow, Fault> {
+    let get = |name: &str| row.try_get::<Option<String>, _>(name).map_err(fault);
+    let digest: Vec<u8> = row.try_get("digest").map_err(fault)?;
+    let root: Vec<u8> = row.try_get("root").map_err(fault)?;
+    let digest = Hash(digest.try_into().map_err(|_| stored("digest"))?);
+    Ok(ArtifactRow {
+        artifact: row.try_get::<String, _>("reference").map_err(fault)?.parse().map_err(stored)?,
+        digest,
+        root: Root::parse(&root, digest)?,
+        origin: get("origin")?.map(|s| s.parse()).transpose().map_err(stored)?,
+        location: get("location")?,
+        place: get("place")?.map(|s| serde_json::from_str(&s)).transpose().map_err(stored)?,
+        created_ms: row.try_get("created_ms").map_err(fault)?,
+    })
+}
+
+impl ArtifactRow {
+    /// As the API shows it.
+    pub fn view(&self) -> Artifact {
+        let info = match &self.root.info {
+            KindInfo::Files => serde_json::json!({}),
+            KindInfo::Image(image) => serde_json::to_value(image).unwrap_or_default(),
+            KindInfo::Labels(labels) => serde_json::to_value(labels).unwrap_or_default(),
+        };
+        Artifact {
+            artifact: self.artifact.clone(),
+            digest: self.digest.hex(),
+            bytes: self.root.totals.bytes,
+            files: self.root.totals.files,
+            origin: self.origin.clone(),
+            created_at: time(self.created_ms),
+            info,
+            location: self.location.clone(),
+        }
+    }
+}
+
+impl Catalogue {
+    /// Records a published or arriving artifact. `false` when the same content stands under this name already; other
+    /// content is a conflict.
+    pub async fn add_artifact(&self, artifact: &ArtifactRef, root: &Root, origin: Option<&SiteName>) -> Result<bool, Fault> {
+        let digest = root.digest();
+        let mut tx = self.write.begin_with("BEGIN IMMEDIATE").await.map_err(fault)?;
+        let name = artifact.to_string();
+        let there: Option<(Vec<u8>,)> =
+            sqlx::query_as("SELECT digest FROM artifact WHERE reference = ?").bind(&name).fetch_optional(&mut *tx).await.map_err(fault)?;
+        if let Some((other,)) = there {
+            if other == digest.0 {
+                return Ok(false);
+            }
+            return Err(Fault::conflict(format!(
+                "{artifact} is published already with other content: {} there, {digest} now",
+                hex::encode(other)
+            ))
+            .with_next("an artifact never changes: publish this under a new version"));
+        }
+        sqlx::query("INSERT INTO artifact (reference, digest, root, origin, created_ms) VALUES (?, ?, ?, ?, ?)")
+            .bind(&name)
+            .bind(&digest.0[..])
+            .bind(root.to_bytes())
+            .bind(origin.map(|s| s.as_str()))
+            .bind(clock::now_unix_ms() as i64)
+            .execute(&mut *tx)
+            .await
+            .map_err(fault)?;
+        note(&mut tx, "artifact", &name).await?;
+        tx.commit().await.map_err(fault)?;
+        self.notify();
+        Ok(true)
+    }
+
+    /// Notes where an artifact lies on this daemon, or that it no longer does.
+    pub async fn set_place(&self, artifact: &ArtifactRef, place: Option<&Place>, location: Option<&str>) -> Result<(), Fault> {
+        let place = place.map(serde_json::to_string).transpose().map_err(stored)?;
+        sqlx::query("UPDATE artifact SET place = ?, location = ? WHERE reference = ?")
+            .bind(place)
+            .bind(location)
+            .bind(artifact.to_string())
+            .execute(&self.write)
+            .await
+            .map_err(fault)?;
+        self.notify();
+        Ok(())
+    }
+
+    /// One artifact by name.
+    pub async fn artifact(&self, artifact: &ArtifactRef) -> Result<ArtifactRow, Fault> {
+        let row = sqlx::query("SELECT * FROM artifact WHERE reference = ?")
+            .bind(artifact.to_string())
+            .fetch_optional(&self.read)
+            .await
+            .map_err(fault)?;
+        match row {
+            Some(row) => self::artifact(&row),
+            None => {
+                Err(Fault::not_found(format!("there is no artifact {artifact}")).with_next("'packhorse artifacts' lists what there is"))
+            }
+        }
+    }
+
+    /// Any artifact of this digest; the content is the same under every name.
+    pub async fn by_digest(&self, digest: Digest) -> Result<Option<ArtifactRow>, Fault> {
+        let row = sqlx::query("SELECT * FROM artifact WHERE digest = ? ORDER BY place IS NULL LIMIT 1")
+            .bind(&digest.0[..])
+            .fetch_optional(&self.read)
+            .await
+            .map_err(fault)?;
+        row.as_ref().map(artifact).transpose()
+    }
+
+    /// All artifacts, by name.
+    pub async fn artifacts(&self) -> Result<Vec<ArtifactRow>, Fault> {
+        let rows = sqlx::query("SELECT * FROM artifact ORDER BY reference").fetch_all(&self.read).await.map_err(fault)?;
+        rows.iter().map(artifact).collect()
+    }
+
+    /// Takes an artifact's row away.
+    pub async fn remove_artifact(&self, artifact: &ArtifactRef) -> Result<(), Fault> {
+        sqlx::query("DELETE FROM artifact WHERE reference = ?").bind(artifact.to_string()).execute(&self.write).await.map_err(fault)?;
+        self.notify();
+        Ok(())
+    }
+}

@@ -1,0 +1,149 @@
+//! Sites and join tokens in the catalogue (the hub's).
+
+use std::collections::BTreeMap;
+
+use super::{Catalogue, fault, note, time};
+use crate::api::types::Site;
+use crate::clock;
+use crate::fault::Fault;
+use crate::names::{SiteName, SiteSelector};
+
+type SiteColumns = (String, String, i64, Option<i64>, Option<String>, i64);
+
+impl Catalogue {
+    /// Keeps a join token: only the hash of its secret.
+    pub async fn add_token(
+        &self,
+        id: &str,
+        secret_hash: &[u8; 32],
+        site: &SiteName,
+        labels: &BTreeMap<String, String>,
+        ttl_seconds: u64,
+    ) -> Result<(), Fault> {
+        let now = clock::now_unix_ms() as i64;
+        sqlx::query("INSERT INTO token (id, secret_hash, site, labels, expires_ms) VALUES (?, ?, ?, ?, ?)")
+            .bind(id)
+            .bind(&secret_hash[..])
+            .bind(site.as_str())
+            .bind(serde_json::to_string(labels).unwrap_or_default())
+            .bind(now.saturating_add((ttl_seconds as i64).saturating_mul(1000)))
+            .execute(&self.write)
+            .await
+            .map_err(fault)?;
+        Ok(())
+    }
+
+    /// Uses a join token up and enrols its site.
+    pub async fn redeem_token(&self, id: &str, secret_hash: &[u8; 32]) -> Result<SiteName, Fault> {
+        let refuse = |why: &str| {
+            Fault::not_allowed(format!("the join token {id} {why}"))
+                .with_next("make a new one at the hub: packhorse token create --site NAME")
+        };
+        let now = clock::now_unix_ms() as i64;
+        let mut tx = self.write.begin_with("BEGIN IMMEDIATE").await.map_err(fault)?;
+        let row: Option<(Vec<u8>, String, String, i64, Option<i64>)> =
+            sqlx::query_as("SELECT secret_hash, site, labels, expires_ms, used_ms FROM token WHERE id = ?")
+                .bind(id)
+                .fetch_optional(&mut *tx)
+                .await
+                .map_err(fault)?;
+        let Some((hash, site, labels, expires, used)) = row.filter(|row| row.0 == secret_hash) else {
+            return Err(refuse("is not one of this hub"));
+        };
+        let _ = hash;
+        if used.is_some() {
+            return Err(refuse("was used already"));
+        }
+        if expires < now {
+            return Err(refuse("has expired"));
+        }
+        sqlx::query("UPDATE token SET used_ms = ? WHERE id = ?").bind(now).bind(id).execute(&mut *tx).await.map_err(fault)?;
+        sqlx::query(
+            "INSERT INTO site (name, labels, joined_ms) VALUES (?, ?, ?)
+             ON CONFLICT (name) DO UPDATE SET labels = excluded.labels, joined_ms = excluded.joined_ms",
+        )
+        .bind(&site)
+        .bind(&labels)
+        .bind(now)
+        .execute(&mut *tx)
+        .await
+        .map_err(fault)?;
+        note(&mut tx, "site", &site).await?;
+        tx.commit().await.map_err(fault)?;
+        self.notify();
+        Ok(site.parse()?)
+    }
+
+    /// Notes that a site came or went.
+    pub async fn site_seen(&self, site: &SiteName, version: Option<&str>) -> Result<(), Fault> {
+        let mut tx = self.write.begin_with("BEGIN IMMEDIATE").await.map_err(fault)?;
+        sqlx::query("UPDATE site SET seen_ms = ?, version = COALESCE(?, version) WHERE name = ?")
+            .bind(clock::now_unix_ms() as i64)
+            .bind(version)
+            .bind(site.as_str())
+            .execute(&mut *tx)
+            .await
+            .map_err(fault)?;
+        let seq = note(&mut tx, "site", site.as_str()).await?;
+        // Whoever follows the site's transfers learns by the same event that its reason changed.
+        sqlx::query("UPDATE transfer SET cursor = ? WHERE site = ? AND state NOT IN ('done', 'failed', 'cancelled')")
+            .bind(seq)
+            .bind(site.as_str())
+            .execute(&mut *tx)
+            .await
+            .map_err(fault)?;
+        tx.commit().await.map_err(fault)?;
+        self.notify();
+        Ok(())
+    }
+
+    /// All sites, by name. What only the running daemon knows (online, line) is left for it to fill in.
+    pub async fn sites(&self) -> Result<Vec<Site>, Fault> {
+        let rows: Vec<SiteColumns> = sqlx::query_as(
+            "SELECT name, labels, joined_ms, seen_ms, version,
+                    (SELECT COUNT(*) FROM transfer t WHERE t.site = site.name AND t.state NOT IN ('done', 'failed', 'cancelled'))
+             FROM site ORDER BY name",
+        )
+        .fetch_all(&self.read)
+        .await
+        .map_err(fault)?;
+        rows.into_iter()
+            .map(|(name, labels, joined, seen, version, open)| {
+                Ok(Site {
+                    name: name.parse()?,
+                    labels: serde_json::from_str(&labels).unwrap_or_default(),
+                    online: false,
+                    line: None,
+                    rtt_ms: None,
+                    joined_at: time(joined),
+                    last_seen: seen.map(time),
+                    version,
+                    open_transfers: open as u64,
+                })
+            })
+            .collect()
+    }
+
+    /// The sites that a selection means; a name that does not exist, or a selection of none, is `not_found`.
+    pub async fn select_sites(&self, selector: &SiteSelector) -> Result<Vec<SiteName>, Fault> {
+        let all = self.sites().await?;
+        let chosen: Vec<SiteName> = match selector {
+            SiteSelector::All => all.into_iter().map(|s| s.name).collect(),
+            SiteSelector::Names(names) => {
+                let missing: Vec<&str> = names.iter().filter(|n| !all.iter().any(|s| s.name == **n)).map(|n| n.as_str()).collect();
+                if !missing.is_empty() {
+                    return Err(Fault::not_found(format!("there is no site {}", missing.join(", ")))
+                        .with_next("'packhorse sites' lists those that have joined"));
+                }
+                names.clone()
+            }
+            SiteSelector::Labels(terms) => {
+                all.into_iter().filter(|site| terms.iter().all(|t| t.matches(&site.labels))).map(|s| s.name).collect()
+            }
+        };
+        if chosen.is_empty() {
+            return Err(Fault::not_found("the selection matches no site").with_next("'packhorse sites' lists them with their labels"));
+        }
+        Ok(chosen)
+    }
+}

@@ -1,0 +1,434 @@
+//! Transfers in the catalogue.
+
+use serde::{Deserialize, Serialize};
+use sqlx::Row;
+use sqlx::sqlite::SqliteRow;
+
+use super::{Catalogue, fault, note, time};
+use crate::api::types::{Bytes, State, Transfer, TransferQuery};
+use crate::chunk::Hash;
+use crate::clock;
+use crate::fault::{Fault, Reason};
+use crate::manifest::Digest;
+use crate::names::{ArtifactRef, SiteName};
+
+/// What the hub asks of a transfer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Want {
+    /// Go on.
+    Run,
+    /// Stand still.
+    Pause,
+    /// Give up and clean.
+    Cancel,
+}
+
+impl Want {
+    fn as_str(self) -> &'static str {
+        match self {
+            Want::Run => "run",
+            Want::Pause => "pause",
+            Want::Cancel => "cancel",
+        }
+    }
+}
+
+/// What a site reports of a transfer, and `status` shows.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Body {
+    /// Why it is where it is.
+    pub reason: Option<Reason>,
+    /// In words.
+    pub message: Option<String>,
+    /// What to do next.
+    pub next: Option<String>,
+    /// Bytes.
+    pub bytes: Bytes,
+    /// Raw bytes a second.
+    pub rate: u64,
+    /// Seconds to go.
+    pub eta_seconds: Option<u64>,
+    /// How often it was begun.
+    pub attempts: u32,
+    /// Where it landed.
+    pub location: Option<String>,
+    /// The signed receipt.
+    pub receipt: Option<serde_json::Value>,
+}
+
+impl Body {
+    /// Notes a fault, or with `None` that all is well.
+    pub fn set_fault(&mut self, fault: Option<&Fault>) {
+        self.reason = fault.map(|f| f.reason);
+        self.message = fault.map(|f| f.message.clone());
+        self.next = fault.map(|f| f.next.clone());
+    }
+}
+
+/// One transfer.
+#[derive(Debug, Clone, PartialEq)]
+pub struct TransferRow {
+    /// Its id.
+    pub id: String,
+    /// The delivery it is part of.
+    pub delivery: String,
+    /// What.
+    pub artifact: ArtifactRef,
+    /// Its digest.
+    pub digest: Digest,
+    /// Where to.
+    pub site: SiteName,
+    /// What the hub asks for.
+    pub want: Want,
+    /// Raised by every retry.
+    pub generation: i64,
+    /// Where it is.
+    pub state: State,
+    /// The rest.
+    pub body: Body,
+    /// When it was asked for.
+    pub created_ms: i64,
+    /// When it last changed.
+    pub updated_ms: i64,
+    /// When it ended.
+    pub finished_ms: Option<i64>,
+    /// The event at which it last changed.
+    pub cursor: i64,
+}
+
+impl TransferRow {
+    /// As `status` shows it.
+    pub fn view(&self) -> Transfer {
+        let body = self.body.clone();
+        Transfer {
+            id: self.id.clone(),
+            delivery: self.delivery.clone(),
+            artifact: self.artifact.clone(),
+            digest: self.digest.hex(),
+            site: self.site.clone(),
+            state: self.state,
+            reason: body.reason,
+            message: body.message,
+            next: body.next,
+            bytes: body.bytes,
+            rate: if self.state == State::Transferring { body.rate } else { 0 },
+            eta_seconds: if self.state == State::Transferring { body.eta_seconds } else { None },
+            attempts: body.attempts,
+            location: body.location,
+            created_at: time(self.created_ms),
+            updated_at: time(self.updated_ms),
+            finished_at: self.finished_ms.map(time),
+            receipt: body.receipt,
+            cursor: self.cursor as u64,
+        }
+    }
+}
+
+fn transfer(row: &SqliteRow) -> Result<TransferRow, Fault> {
+    let malformed = |what: &str| Fault::internal(format!("the catalogue holds a malformed transfer: {what}"));
+    let text = |name: &str| row.try_get::<String, _>(name).map_err(fault);
+    let number = |name: &str| row.try_get::<i64, _>(name).map_err(fault);
+    let digest: Vec<u8> = row.try_get("digest").map_err(fault)?;
+    Ok(TransferRow {
+        id: text("id")?,
+        delivery: text("delivery")?,
+        artifact: text("reference")?.parse()?,
+        digest: Hash(digest.try_into().map_err(|_| malformed("digest"))?),
+        site: text("site")?.parse()?,
+        want: match text("want")?.as_str() {
+            "pause" => Want::Pause,
+            "cancel" => Want::Cancel,
+            _ => Want::Run,
+        },
+        generation: number("generation")?,
+        state: State::parse(&text("state")?).ok_or_else(|| malformed("state"))?,
+        body: serde_json::from_str(&text("body")?).map_err(|_| malformed("body"))?,
+        created_ms: number("created_ms")?,
+        updated_ms: number("updated_ms")?,
+        finished_ms: row.try_get("finished_ms").map_err(fault)?,
+        cursor: number("cursor")?,
+    })
+}
+
+/// A new id: sorts by time, and cannot be guessed from another.
+pub(crate) fn new_id(prefix: &str) -> String {
+    format!("{prefix}-{:011x}{:08x}", clock::now_unix_ms(), rand::random::<u32>())
+}
+
+impl Catalogue {
+    /// Begins transfers of an artifact, one for each site. A transfer that stands already is taken instead: one that
+    /// runs as it is, one that is done stays done; a failed one begins again.
+    pub async fn deliver(
+        &self,
+        delivery: &str,
+        artifact: &ArtifactRef,
+        digest: Digest,
+        total: u64,
+        sites: &[SiteName],
+    ) -> Result<Vec<String>, Fault> {
+        let now = clock::now_unix_ms() as i64;
+        let mut tx = self.write.begin_with("BEGIN IMMEDIATE").await.map_err(fault)?;
+        let mut ids = Vec::new();
+        for site in sites {
+            let there = sqlx::query(
+                "SELECT * FROM transfer WHERE reference = ? AND site = ? AND state != 'cancelled' ORDER BY created_ms DESC LIMIT 1",
+            )
+            .bind(artifact.to_string())
+            .bind(site.as_str())
+            .fetch_optional(&mut *tx)
+            .await
+            .map_err(fault)?;
+            if let Some(row) = there {
+                let row = transfer(&row)?;
+                if row.state == State::Failed {
+                    let seq = note(&mut tx, "transfer", &row.id).await?;
+                    sqlx::query("UPDATE transfer SET state = 'queued', want = 'run', generation = generation + 1, finished_ms = NULL, updated_ms = ?, cursor = ? WHERE id = ?")
+                        .bind(now).bind(seq).bind(&row.id).execute(&mut *tx).await.map_err(fault)?;
+                }
+                ids.push(row.id);
+                continue;
+            }
+            let id = new_id("t");
+            let seq = note(&mut tx, "transfer", &id).await?;
+            let body = Body { bytes: Bytes { total, ..Bytes::default() }, ..Body::default() };
+            sqlx::query(
+                "INSERT INTO transfer (id, delivery, reference, digest, site, state, body, created_ms, updated_ms, cursor)
+                 VALUES (?, ?, ?, ?, ?, 'queued', ?, ?, ?, ?)",
+            )
+            .bind(&id)
+            .bind(delivery)
+            .bind(artifact.to_string())
+            .bind(&digest.0[..])
+            .bind(site.as_str())
+            .bind(serde_json::to_string(&body).unwrap_or_default())
+            .bind(now)
+            .bind(now)
+            .bind(seq)
+            .execute(&mut *tx)
+            .await
+            .map_err(fault)?;
+            ids.push(id);
+        }
+        tx.commit().await.map_err(fault)?;
+        self.notify();
+        Ok(ids)
+    }
+
+    /// Takes over a transfer that the hub asks for (at a site). Returns it as it stands here.
+    pub async fn adopt(&self, wanted: &TransferRow) -> Result<TransferRow, Fault> {
+        let mut tx = self.write.begin_with("BEGIN IMMEDIATE").await.map_err(fault)?;
+        let here = sqlx::query("SELECT * FROM transfer WHERE id = ?").bind(&wanted.id).fetch_optional(&mut *tx).await.map_err(fault)?;
+        let mut row = match here {
+            Some(row) => transfer(&row)?,
+            None => {
+                // Another transfer of the same artifact that the hub no longer knows would bar this one.
+                sqlx::query(
+                    "UPDATE transfer SET state = 'cancelled' WHERE reference = ? AND site = ? AND state NOT IN ('done', 'cancelled')",
+                )
+                .bind(wanted.artifact.to_string())
+                .bind(wanted.site.as_str())
+                .execute(&mut *tx)
+                .await
+                .map_err(fault)?;
+                let seq = note(&mut tx, "transfer", &wanted.id).await?;
+                sqlx::query(
+                    "INSERT INTO transfer (id, delivery, reference, digest, site, want, generation, state, body, created_ms, updated_ms, cursor)
+                     VALUES (?, ?, ?, ?, ?, ?, ?, 'queued', ?, ?, ?, ?)",
+                )
+                .bind(&wanted.id)
+                .bind(&wanted.delivery)
+                .bind(wanted.artifact.to_string())
+                .bind(&wanted.digest.0[..])
+                .bind(wanted.site.as_str())
+                .bind(wanted.want.as_str())
+                .bind(wanted.generation)
+                .bind(serde_json::to_string(&Body { bytes: wanted.body.bytes, ..Body::default() }).unwrap_or_default())
+                .bind(wanted.created_ms)
+                .bind(clock::now_unix_ms() as i64)
+                .bind(seq)
+                .execute(&mut *tx)
+                .await
+                .map_err(fault)?;
+                tx.commit().await.map_err(fault)?;
+                self.notify();
+                return self.transfer(&wanted.id).await;
+            }
+        };
+        let again = wanted.generation > row.generation && row.state.is_final();
+        if again || row.want != wanted.want || row.generation != wanted.generation {
+            (row.want, row.generation) = (wanted.want, wanted.generation);
+            if again {
+                (row.state, row.finished_ms) = (State::Queued, None);
+            }
+            sqlx::query("UPDATE transfer SET want = ?, generation = ?, state = ?, finished_ms = ? WHERE id = ?")
+                .bind(row.want.as_str())
+                .bind(row.generation)
+                .bind(row.state.as_str())
+                .bind(row.finished_ms)
+                .bind(&row.id)
+                .execute(&mut *tx)
+                .await
+                .map_err(fault)?;
+            tx.commit().await.map_err(fault)?;
+            self.notify();
+        }
+        Ok(row)
+    }
+
+    /// Says what the hub wants of a transfer.
+    pub async fn set_want(&self, id: &str, want: Want, retry: bool) -> Result<TransferRow, Fault> {
+        let mut tx = self.write.begin_with("BEGIN IMMEDIATE").await.map_err(fault)?;
+        let seq = note(&mut tx, "transfer", id).await?;
+        sqlx::query(
+            "UPDATE transfer SET want = ?1, updated_ms = ?2, cursor = ?3, generation = generation + ?4,
+                    state = CASE WHEN ?4 = 1 THEN 'queued' ELSE state END,
+                    finished_ms = CASE WHEN ?4 = 1 THEN NULL ELSE finished_ms END
+             WHERE id = ?5",
+        )
+        .bind(want.as_str())
+        .bind(clock::now_unix_ms() as i64)
+        .bind(seq)
+        .bind(i64::from(retry))
+        .bind(id)
+        .execute(&mut *tx)
+        .await
+        .map_err(|e| match &e {
+            sqlx::Error::Database(db) if db.is_unique_violation() => {
+                Fault::conflict(format!("another transfer of the artifact to that site stands already, so {id} cannot begin again"))
+                    .with_next("see 'packhorse status'")
+            }
+            _ => fault(e),
+        })?;
+        tx.commit().await.map_err(fault)?;
+        self.notify();
+        self.transfer(id).await
+    }
+
+    /// Writes where a transfer is. A state that is final stays, unless a newer generation asked for it again.
+    pub async fn update_transfer(&self, id: &str, generation: i64, state: State, body: &Body) -> Result<(), Fault> {
+        let mut tx = self.write.begin_with("BEGIN IMMEDIATE").await.map_err(fault)?;
+        let now = clock::now_unix_ms() as i64;
+        let text = serde_json::to_string(body).unwrap_or_default();
+        let same: Option<(i64,)> = sqlx::query_as("SELECT 1 FROM transfer WHERE id = ? AND state = ? AND body = ? AND generation = ?")
+            .bind(id)
+            .bind(state.as_str())
+            .bind(&text)
+            .bind(generation)
+            .fetch_optional(&mut *tx)
+            .await
+            .map_err(fault)?;
+        if same.is_some() {
+            return Ok(());
+        }
+        let seq = note(&mut tx, "transfer", id).await?;
+        sqlx::query(
+            "UPDATE transfer SET state = ?, body = ?, updated_ms = ?, cursor = ?, finished_ms = ?
+             WHERE id = ? AND generation <= ? AND (state NOT IN ('done', 'cancelled') OR state = ?)",
+        )
+        .bind(state.as_str())
+        .bind(&text)
+        .bind(now)
+        .bind(seq)
+        .bind(state.is_final().then_some(now))
+        .bind(id)
+        .bind(generation)
+        .bind(state.as_str())
+        .execute(&mut *tx)
+        .await
+        .map_err(fault)?;
+        tx.commit().await.map_err(fault)?;
+        self.notify();
+        Ok(())
+    }
+
+    /// One transfer.
+    pub async fn transfer(&self, id: &str) -> Result<TransferRow, Fault> {
+        let row = sqlx::query("SELECT * FROM transfer WHERE id = ?").bind(id).fetch_optional(&self.read).await.map_err(fault)?;
+        match row {
+            Some(row) => transfer(&row),
+            None => Err(Fault::not_found(format!("there is no transfer {id}")).with_next("'packhorse status' lists them")),
+        }
+    }
+
+    /// The transfers of an id, which may be a delivery's.
+    pub async fn transfers_of(&self, id: &str) -> Result<Vec<TransferRow>, Fault> {
+        let rows = sqlx::query("SELECT * FROM transfer WHERE id = ?1 OR delivery = ?1 ORDER BY created_ms, id")
+            .bind(id)
+            .fetch_all(&self.read)
+            .await
+            .map_err(fault)?;
+        if rows.is_empty() {
+            return Err(Fault::not_found(format!("there is no transfer or delivery {id}")).with_next("'packhorse status' lists them"));
+        }
+        rows.iter().map(transfer).collect()
+    }
+
+    /// The transfers that a query asks for, and the cursor to go on from.
+    pub async fn transfers(&self, query: &TransferQuery) -> Result<(Vec<TransferRow>, u64), Fault> {
+        let cursor = self.cursor().await?;
+        let limit = i64::from(query.limit.unwrap_or(1000).min(10_000));
+        if let Some(ids) = &query.id {
+            let mut out: Vec<TransferRow> = Vec::new();
+            for id in ids.split(',') {
+                for row in self.transfers_of(id.trim()).await? {
+                    if query.since.is_none_or(|since| row.cursor as u64 > since) && !out.iter().any(|o| o.id == row.id) {
+                        out.push(row);
+                    }
+                }
+            }
+            return Ok((out, cursor));
+        }
+        let rows = match query.since {
+            Some(since) => {
+                sqlx::query("SELECT * FROM transfer WHERE cursor > ? ORDER BY cursor LIMIT ?")
+                    .bind(since as i64)
+                    .bind(limit)
+                    .fetch_all(&self.read)
+                    .await
+            }
+            None => sqlx::query("SELECT * FROM transfer ORDER BY created_ms DESC, id DESC LIMIT ?").bind(limit).fetch_all(&self.read).await,
+        };
+        let rows: Vec<TransferRow> = rows.map_err(fault)?.iter().map(transfer).collect::<Result<_, _>>()?;
+        // A reader who got a full page goes on behind it, not behind what it was not shown.
+        let cursor = match (query.since, rows.last()) {
+            (Some(_), Some(last)) if rows.len() as i64 == limit => last.cursor as u64,
+            _ => cursor,
+        };
+        Ok((rows, cursor))
+    }
+
+    /// What a site has to do: its transfers that are not ended, oldest first.
+    pub async fn open_transfers(&self, site: &SiteName) -> Result<Vec<TransferRow>, Fault> {
+        let rows = sqlx::query(
+            "SELECT * FROM transfer WHERE site = ? AND state NOT IN ('done', 'failed', 'cancelled') ORDER BY created_ms, id LIMIT 1000",
+        )
+        .bind(site.as_str())
+        .fetch_all(&self.read)
+        .await
+        .map_err(fault)?;
+        rows.iter().map(transfer).collect()
+    }
+
+    /// Whether a site may read this content: it has a transfer of it that was not cancelled.
+    pub async fn is_entitled(&self, site: &SiteName, digest: Digest) -> Result<bool, Fault> {
+        let row: Option<(i64,)> = sqlx::query_as("SELECT 1 FROM transfer WHERE site = ? AND digest = ? AND state != 'cancelled' LIMIT 1")
+            .bind(site.as_str())
+            .bind(&digest.0[..])
+            .fetch_optional(&self.read)
+            .await
+            .map_err(fault)?;
+        Ok(row.is_some())
+    }
+
+    /// The transfers of one artifact.
+    pub async fn transfers_of_artifact(&self, artifact: &ArtifactRef) -> Result<Vec<TransferRow>, Fault> {
+        let rows = sqlx::query("SELECT * FROM transfer WHERE reference = ? ORDER BY created_ms, id")
+            .bind(artifact.to_string())
+            .fetch_all(&self.read)
+            .await
+            .map_err(fault)?;
+        rows.iter().map(transfer).collect()
+    }
+}
