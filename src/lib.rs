@@ -13,6 +13,8 @@ pub mod labels;
 pub mod limits;
 pub mod manifest;
 pub mod names;
+pub mod places;
 pub mod sink;
 pub mod source;
+pub mod stage;
 pub mod store;

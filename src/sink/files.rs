@@ -1,1 +1,244 @@
-//! (being written)
+//! Files on the NAS: an immutable folder a version, and a small text file that names the active one.
+//!
+//! ```text
+//! <root>/<kind>/<name>/<version>/…           appears by one rename, never changes
+//! <root>/<kind>/<name>/CURRENT               "<version>\n", replaced by rename
+//! <root>/<kind>/<name>/current               a link beside it, where there are links
+//! <root>/.packhorse/staging/<transfer>/…     what is on its way in (same mount)
+//! <root>/.packhorse/versions/<kind>/<name>/<version>.json    the digest of what stands there
+//! ```
+//! The note of the digest is durable before the rename: after a crash between the two, a commit that is asked again
+//! finds either the staged folder or its own finished one, and knows which.
+
+use std::path::{Path, PathBuf};
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use serde::{Deserialize, Serialize};
+
+use super::{Incoming, Landed, Place, Sink};
+use crate::config;
+use crate::durable;
+use crate::fault::{Fault, IoContext, Reason};
+use crate::manifest::Digest;
+use crate::names::{ArtifactRef, RelPath};
+
+/// The folder of Packhorse's own things in a root.
+pub const HIDDEN: &str = ".packhorse";
+
+/// Writes datasets, operators and models.
+pub struct FilesSink {
+    root: PathBuf,
+    staging: PathBuf,
+    /// Whether the filesystem takes every name that Linux does (SMB does not).
+    any_name: bool,
+}
+
+/// What stands under a version.
+#[derive(Debug, Serialize, Deserialize)]
+struct Note {
+    digest: Digest,
+}
+
+impl FilesSink {
+    /// Opens the root that the config names (default: `<data_dir>/artifacts`) and probes what its filesystem can.
+    pub fn open(config: Option<&config::FilesSink>, data_dir: &Path) -> Result<Self, Fault> {
+        let root = match config {
+            Some(config) => {
+                // A root that is missing is a NAS that is not mounted: making it would fill the wrong disk.
+                if !config.root.is_dir() {
+                    return Err(Fault::config(format!("[sink.files] root {} is not a folder", config.root.display()))
+                        .with_next("mount the NAS there, or make the folder"));
+                }
+                config.root.clone()
+            }
+            None => data_dir.join("artifacts"),
+        };
+        let staging = root.join(HIDDEN).join("staging");
+        durable::create_dir_all(&staging)?;
+        let probe = staging.join(format!(".probe:{}", std::process::id()));
+        let any_name = std::fs::create_dir(&probe).and_then(|()| std::fs::remove_dir(&probe)).is_ok();
+        Ok(Self { root, staging, any_name })
+    }
+
+    fn series(&self, artifact: &ArtifactRef) -> PathBuf {
+        self.root.join(artifact.kind.as_str()).join(artifact.name())
+    }
+
+    fn folder(&self, artifact: &ArtifactRef) -> PathBuf {
+        self.series(artifact).join(artifact.version())
+    }
+
+    fn note_path(&self, artifact: &ArtifactRef) -> PathBuf {
+        let folder = self.root.join(HIDDEN).join("versions").join(artifact.kind.as_str()).join(artifact.name());
+        folder.join(format!("{}.json", artifact.version()))
+    }
+
+    fn note(&self, artifact: &ArtifactRef) -> Option<Note> {
+        serde_json::from_slice(&std::fs::read(self.note_path(artifact)).ok()?).ok()
+    }
+
+    /// Whether the version stands already: ours or, as a fault, somebody else's.
+    fn stands(&self, incoming: &Incoming) -> Result<bool, Fault> {
+        let folder = self.folder(&incoming.artifact);
+        if std::fs::symlink_metadata(&folder).is_err() {
+            return Ok(false);
+        }
+        match self.note(&incoming.artifact) {
+            Some(note) if note.digest == incoming.digest => Ok(true),
+            _ => Err(Fault::conflict(format!("{} stands in the way: packhorse did not put {} there", folder.display(), incoming.artifact))
+                .with_reason(Reason::SinkRefused)
+                .with_next("move that folder away, then retry the transfer")),
+        }
+    }
+
+    fn landed(&self, artifact: &ArtifactRef) -> Landed {
+        let path = self.folder(artifact);
+        Landed { location: path.display().to_string(), place: Place::Folder { path } }
+    }
+
+    fn set_current(&self, artifact: &ArtifactRef) -> Result<(), Fault> {
+        let series = self.series(artifact);
+        durable::replace(&series.join("CURRENT"), format!("{}\n", artifact.version()).as_bytes())?;
+        durable::replace_symlink(&series.join("current"), artifact.version())
+    }
+
+    fn commit_blocking(&self, incoming: &Incoming, staged: &Path) -> Result<Landed, Fault> {
+        let artifact = &incoming.artifact;
+        if !self.stands(incoming)? {
+            let note = self.note_path(artifact);
+            durable::create_dir_all(note.parent().unwrap_or(&self.root))?;
+            let text = serde_json::to_vec(&Note { digest: incoming.digest }).unwrap_or_default();
+            durable::replace(&note, &text)?;
+            durable::create_dir_all(&self.series(artifact))?;
+            if let Err(fault) = durable::rename_noreplace(staged, &self.folder(artifact)) {
+                // A rename that a network filesystem reports as failed may have happened.
+                if staged.exists() || !self.stands(incoming)? {
+                    return Err(fault);
+                }
+            }
+        }
+        durable::remove_all(staged)?;
+        self.set_current(artifact)?;
+        Ok(self.landed(artifact))
+    }
+
+    fn remove_blocking(&self, artifact: &ArtifactRef) -> Result<(), Fault> {
+        let folder = self.folder(artifact);
+        let series = self.series(artifact);
+        let current = std::fs::read_to_string(series.join("CURRENT")).unwrap_or_default();
+        if self.note(artifact).is_some() && folder.exists() {
+            // Out of sight by one rename, then taken apart.
+            let away = self.staging.join(format!("removed-{}-{}", artifact.version(), rand::random::<u32>()));
+            durable::rename_noreplace(&folder, &away)?;
+            durable::remove_all(&away)?;
+        }
+        durable::remove_all(&self.note_path(artifact))?;
+        if current.trim() == artifact.version() {
+            durable::remove_all(&series.join("CURRENT"))?;
+            durable::remove_all(&series.join("current"))?;
+        }
+        Ok(())
+    }
+}
+
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T, Fault> + Send + 'static) -> Result<T, Fault> {
+    tokio::task::spawn_blocking(work).await.map_err(|e| Fault::internal(format!("a file task ended: {e}")))?
+}
+
+impl FilesSink {
+    fn again(&self) -> Self {
+        Self { root: self.root.clone(), staging: self.staging.clone(), any_name: self.any_name }
+    }
+}
+
+#[async_trait]
+impl Sink for FilesSink {
+    fn staging_root(&self) -> &Path {
+        &self.staging
+    }
+
+    async fn check(&self, incoming: &Incoming) -> Result<(), Fault> {
+        let (this, incoming) = (self.again(), incoming.clone());
+        blocking(move || this.stands(&incoming).map(|_| ())).await
+    }
+
+    fn refuse_path(&self, path: &RelPath) -> Option<String> {
+        if self.any_name {
+            return None;
+        }
+        path.components().find_map(|name| {
+            if let Some(c) = name.chars().find(|c| "<>:\"|?*\\".contains(*c) || c.is_control()) {
+                return Some(format!("the NAS takes no {c:?} in names"));
+            }
+            let stem = name.split('.').next().unwrap_or(name).to_ascii_uppercase();
+            let reserved = matches!(stem.as_str(), "CON" | "PRN" | "AUX" | "NUL")
+                || (stem.len() == 4
+                    && (stem.starts_with("COM") || stem.starts_with("LPT"))
+                    && stem.ends_with(|c: char| c.is_ascii_digit()));
+            if name.ends_with(['.', ' ']) || reserved {
+                return Some("the NAS takes no reserved names, nor names that end in a dot or a space".into());
+            }
+            None
+        })
+    }
+
+    async fn commit(&self, incoming: &Incoming, staged: &Path) -> Result<Landed, Fault> {
+        let (this, incoming, staged) = (self.again(), incoming.clone(), staged.to_owned());
+        blocking(move || this.commit_blocking(&incoming, &staged)).await
+    }
+
+    async fn activate(&self, artifact: &ArtifactRef) -> Result<(), Fault> {
+        let (this, artifact) = (self.again(), artifact.clone());
+        blocking(move || {
+            if this.note(&artifact).is_none() || !this.folder(&artifact).is_dir() {
+                return Err(Fault::not_found(format!("{artifact} is not in {}", this.root.display())));
+            }
+            this.set_current(&artifact)
+        })
+        .await
+    }
+
+    async fn read_at(&self, place: &Place, path: &RelPath, offset: u64, len: u32) -> Result<Bytes, Fault> {
+        let Place::Folder { path: folder } = place else { return Err(Fault::internal("a files sink reads folders only")) };
+        let file = folder.join(path.as_str());
+        blocking(move || {
+            use std::os::unix::fs::FileExt;
+            let mut out = vec![0; len as usize];
+            let what = || format!("read {}", file.display());
+            std::fs::File::open(&file).at(what())?.read_exact_at(&mut out, offset).at(what())?;
+            Ok(out.into())
+        })
+        .await
+    }
+
+    async fn verify(&self, incoming: &Incoming, _place: &Place) -> Result<Vec<String>, Fault> {
+        let (this, incoming) = (self.again(), incoming.clone());
+        blocking(move || {
+            let folder = this.folder(&incoming.artifact);
+            Ok(match this.note(&incoming.artifact) {
+                _ if !folder.is_dir() => vec![format!("{} is gone", folder.display())],
+                Some(note) if note.digest == incoming.digest => vec![],
+                _ => vec![format!("{} has no note of its digest", folder.display())],
+            })
+        })
+        .await
+    }
+
+    async fn remove(&self, artifact: &ArtifactRef) -> Result<(), Fault> {
+        let (this, artifact) = (self.again(), artifact.clone());
+        blocking(move || this.remove_blocking(&artifact)).await
+    }
+
+    async fn probe(&self) -> Result<String, Fault> {
+        let this = self.again();
+        blocking(move || {
+            let file = this.staging.join(".probe");
+            durable::replace(&file, b"probe")?;
+            durable::remove_all(&file)?;
+            let free = crate::stage::free_bytes(&this.root)?;
+            Ok(format!("files at {}: writable, {} GiB free", this.root.display(), free >> 30))
+        })
+        .await
+    }
+}

@@ -28,6 +28,7 @@ use crate::limits::PACK_BYTES;
 use crate::manifest::Pages;
 
 pub use index::INDEX_CACHE_BYTES;
+pub(crate) use index::redb_fault;
 use index::{Index, Location};
 use pack::{Packs, Writer};
 

@@ -1,0 +1,152 @@
+//! A staging folder: where an artifact's files grow before a sink takes them.
+//!
+//! Every write goes through a handle that was opened on the folder, so no path from a manifest can reach outside it,
+//! whatever links stand around. Links of the artifact itself are made last. After a crash the folder is found again
+//! under its transfer's id, and the journal (see `places`) says which of its bytes are durable.
+
+use std::fs::File;
+use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use cap_std::ambient_authority;
+use cap_std::fs::{Dir, DirBuilder, OpenOptions, OpenOptionsExt, Permissions, PermissionsExt};
+
+use crate::durable;
+use crate::fault::{Fault, IoContext};
+use crate::names::RelPath;
+
+/// The mode files are staged with; others are set at the end.
+pub const FILE_MODE: u32 = 0o644;
+/// Files of this size and more get their room at once.
+const PREALLOCATE_BYTES: u64 = 1 << 20;
+
+/// One staging folder.
+pub struct Stage {
+    dir: Dir,
+    path: PathBuf,
+}
+
+impl Stage {
+    /// Opens the folder, making it if it is not there.
+    pub fn open(path: &Path) -> Result<Self, Fault> {
+        durable::create_dir_all(path)?;
+        let dir = Dir::open_ambient_dir(path, ambient_authority()).at(format_args!("open {}", path.display()))?;
+        Ok(Self { dir, path: path.to_owned() })
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    fn what(&self, doing: &str, path: &RelPath) -> String {
+        format!("{doing} {}", self.path.join(path.as_str()).display())
+    }
+
+    /// Makes a folder; one that is there is fine.
+    pub fn make_dir(&self, path: &RelPath) -> Result<(), Fault> {
+        match self.dir.create_dir_with(path.as_str(), &DirBuilder::new()) {
+            Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => Ok(()),
+            other => other.at(self.what("make the folder", path)),
+        }
+    }
+
+    /// Opens a file for writing at offsets, making it if it is not there.
+    pub fn open_file(&self, path: &RelPath, size: u64) -> Result<File, Fault> {
+        let mut options = OpenOptions::new();
+        options.write(true).create(true).truncate(false).mode(FILE_MODE);
+        let file = self.dir.open_with(path.as_str(), &options).at(self.what("open", path))?.into_std();
+        if size >= PREALLOCATE_BYTES {
+            use rustix::io::Errno;
+            match rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, size) {
+                Err(Errno::NOSPC | Errno::DQUOT) => {
+                    return Err(Fault::no_space(format!("{}: no room for its {size} bytes", self.what("make", path))));
+                }
+                // Where it is not supported the room is found out about later.
+                _ => {}
+            }
+        }
+        Ok(file)
+    }
+
+    /// Writes a whole small file.
+    pub fn write_file(&self, path: &RelPath, bytes: &[u8]) -> Result<(), Fault> {
+        let file = self.open_file(path, 0)?;
+        file.write_all_at(bytes, 0).at(self.what("write", path))
+    }
+
+    /// Takes a file away; one that is not there is fine.
+    pub fn remove_file(&self, path: &RelPath) -> Result<(), Fault> {
+        match self.dir.remove_file(path.as_str()) {
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(()),
+            other => other.at(self.what("remove", path)),
+        }
+    }
+
+    /// Makes `path` the same file as `from`, sharing its blocks if the filesystem can: by reflink, else by hard link
+    /// when `from` has the wanted mode and `link` allows it, else not at all (`false`).
+    pub fn share(&self, from: &Path, path: &RelPath, mode: u32, link: bool) -> Result<bool, Fault> {
+        use std::os::unix::fs::PermissionsExt as _;
+        self.remove_file(path)?;
+        let what = || self.what("share", path);
+        let source = File::open(from).at(from.display())?;
+        let target = self.open_file(path, 0)?;
+        if rustix::fs::ioctl_ficlone(&target, &source).is_ok() {
+            return Ok(true);
+        }
+        drop(target);
+        self.remove_file(path)?;
+        let meta = source.metadata().at(from.display())?;
+        if !link || meta.permissions().mode() & 0o7777 != mode {
+            return Ok(false);
+        }
+        match rustix::fs::linkat(rustix::fs::CWD, from, self.dir.as_fd(), path.as_str(), rustix::fs::AtFlags::empty()) {
+            Ok(()) => Ok(true),
+            // Another filesystem, too many links, or none at all: then its bytes are copied.
+            Err(rustix::io::Errno::XDEV | rustix::io::Errno::MLINK | rustix::io::Errno::PERM | rustix::io::Errno::NOTSUP) => Ok(false),
+            Err(e) => Err(Fault::io(what(), &e.into())),
+        }
+    }
+
+    /// Makes a symbolic link; one that is there is replaced.
+    pub fn make_symlink(&self, path: &RelPath, target: &str) -> Result<(), Fault> {
+        self.remove_file(path)?;
+        rustix::fs::symlinkat(target, self.dir.as_fd(), path.as_str()).map_err(|e| Fault::io(self.what("make the link", path), &e.into()))
+    }
+
+    /// Sets an entry's mode, if it has another.
+    pub fn set_mode(&self, path: &RelPath, mode: u32) -> Result<(), Fault> {
+        let now = self.dir.symlink_metadata(path.as_str()).at(self.what("look at", path))?.permissions().mode() & 0o7777;
+        if now == mode {
+            return Ok(());
+        }
+        self.dir.set_permissions(path.as_str(), Permissions::from_mode(mode)).at(self.what("set the mode of", path))
+    }
+
+    /// Syncs one file by name.
+    pub fn sync_file(&self, path: &RelPath) -> Result<(), Fault> {
+        self.dir.open(path.as_str()).and_then(|file| file.sync_all()).at(self.what("sync", path))
+    }
+
+    /// Syncs one folder's entries; `None` is the staging folder itself.
+    pub fn sync_dir(&self, path: Option<&RelPath>) -> Result<(), Fault> {
+        durable::sync_dir(&path.map_or(self.path.clone(), |p| self.path.join(p.as_str())))
+    }
+
+    /// Syncs all of the filesystem: cheaper than many files one by one.
+    pub fn sync_filesystem(&self) -> Result<(), Fault> {
+        rustix::fs::syncfs(self.dir.as_fd()).map_err(|e| Fault::io(format_args!("sync {}", self.path.display()), &e.into()))
+    }
+
+    /// Free bytes of the filesystem, for whoever is not root.
+    pub fn free_bytes(&self) -> Result<u64, Fault> {
+        free_bytes(&self.path)
+    }
+}
+
+/// Free bytes of the filesystem that a path is on.
+pub fn free_bytes(path: &Path) -> Result<u64, Fault> {
+    let stat = rustix::fs::statvfs(path).map_err(|e| Fault::io(format_args!("look at the filesystem of {}", path.display()), &e.into()))?;
+    Ok(stat.f_bavail.saturating_mul(stat.f_frsize))
+}

@@ -1,0 +1,197 @@
+//! What crosses the line: the kinds of streams, their messages, and their framing.
+//!
+//! Every stream begins with one byte that says its kind.
+//!
+//! ```text
+//! 'C'  control, opened by the site, one for each connection: JSON messages both ways, each behind its u32 LE length
+//! 'F'  fetch, opened by whoever lacks chunks: u32 LE length, a postcard [`FetchRequest`]; the answer is the frames
+//!      asked for, in order, as they are stored (see `frame`), and the end of the stream. A frame with the fault codec
+//!      stands for a chunk that could not be given and ends the answer.
+//! 'Q'  question, opened by either: u32 LE length, JSON; the answer likewise, `{"Ok":…}` or `{"Err":fault}`
+//! ```
+
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+use crate::api::types::{Action, Bytes, State};
+use crate::catalogue::{Body, Want};
+use crate::chunk::Hash;
+use crate::fault::Fault;
+use crate::limits::CONTROL_FRAME_BYTES_MAX;
+use crate::line::{RecvHalf, SendHalf};
+use crate::manifest::Digest;
+use crate::names::{ArtifactRef, SiteName};
+
+/// First byte of a control stream.
+pub const CONTROL: u8 = b'C';
+/// First byte of a fetch stream.
+pub const FETCH: u8 = b'F';
+/// First byte of a question.
+pub const QUESTION: u8 = b'Q';
+
+/// Priorities of streams: control before questions before small transfers before large.
+pub const PRIORITY_CONTROL: i32 = 100;
+/// Questions.
+pub const PRIORITY_QUESTION: i32 = 50;
+/// Manifests.
+pub const PRIORITY_MANIFEST: i32 = 20;
+
+/// Asks for chunks of an artifact by where its manifest names them, so that nobody can ask for what he does not know
+/// to belong to an artifact that he may read.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct FetchRequest {
+    /// The artifact.
+    pub digest: Digest,
+    /// What of it.
+    pub wants: Vec<Wanted>,
+}
+
+/// Some of an artifact.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub enum Wanted {
+    /// The root manifest.
+    Root,
+    /// Pages that the root manifest lists: `(first, count)`.
+    TopPages(Vec<(u32, u32)>),
+    /// Children of a page, pages or chunks: `(first, count)`.
+    Children {
+        /// The page.
+        page: Hash,
+        /// Which of its children.
+        ranges: Vec<(u32, u32)>,
+    },
+}
+
+/// From a site.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FromSite {
+    /// First.
+    Hello {
+        /// The program's version.
+        version: String,
+    },
+    /// How transfers stand; any number of times for each.
+    Report(Vec<Report>),
+}
+
+/// How a transfer stands.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Report {
+    /// Which.
+    pub id: String,
+    /// Of which try.
+    pub generation: i64,
+    /// Where it is.
+    pub state: State,
+    /// The rest.
+    pub body: Body,
+}
+
+/// From the hub.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FromHub {
+    /// Everything that the site has to do; sent whole whenever it changes, so that no single message matters.
+    Desired {
+        /// Rises with every change.
+        revision: u64,
+        /// What is not ended.
+        transfers: Vec<Desired>,
+    },
+}
+
+/// A transfer that the hub wants.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Desired {
+    /// Its id.
+    pub id: String,
+    /// Its delivery.
+    pub delivery: String,
+    /// What.
+    pub artifact: ArtifactRef,
+    /// Its digest.
+    pub digest: Digest,
+    /// Go on, stand still, give up.
+    pub want: Want,
+    /// Raised by every retry.
+    pub generation: i64,
+    /// Bytes, as the hub knows them.
+    pub bytes: Bytes,
+    /// When it was asked for.
+    pub created_ms: i64,
+}
+
+/// A site asks the hub.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum AskHub {
+    /// Act on one of the site's transfers.
+    Act {
+        /// Which.
+        id: String,
+        /// What.
+        action: Action,
+    },
+    /// Deliver artifacts to sites.
+    Deliver {
+        /// References.
+        artifacts: Vec<String>,
+        /// Names, `all`, or a selector.
+        to: String,
+    },
+    /// A new certificate for the key of this request.
+    Renew {
+        /// The signing request, PEM.
+        request: String,
+    },
+}
+
+/// The hub asks a site.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum AskSite {
+    /// What a delivery of this artifact would move.
+    Plan {
+        /// Which.
+        artifact: ArtifactRef,
+        /// Its digest.
+        digest: Digest,
+    },
+}
+
+/// Which site is on the other end of a stream, for what it may see.
+pub type Peer = SiteName;
+
+/// Sends one message behind its length.
+pub async fn send<T: Serialize + Sync>(to: &mut SendHalf, message: &T) -> Result<(), Fault> {
+    let text = serde_json::to_vec(message).map_err(|e| Fault::internal(format!("a message as JSON: {e}")))?;
+    send_bytes(to, &text).await
+}
+
+/// Sends bytes behind their length.
+pub async fn send_bytes(to: &mut SendHalf, bytes: &[u8]) -> Result<(), Fault> {
+    let mut out = Vec::with_capacity(bytes.len() + 4);
+    out.extend_from_slice(&(bytes.len() as u32).to_le_bytes());
+    out.extend_from_slice(bytes);
+    to.write_all(&out).await
+}
+
+/// Receives one message of at most [`CONTROL_FRAME_BYTES_MAX`].
+pub async fn receive<T: DeserializeOwned>(from: &mut RecvHalf) -> Result<T, Fault> {
+    let text = receive_bytes(from, CONTROL_FRAME_BYTES_MAX).await?;
+    serde_json::from_slice(&text).map_err(|e| Fault::integrity(format!("the peer sent a malformed message: {e}")))
+}
+
+/// Receives bytes behind their length.
+pub async fn receive_bytes(from: &mut RecvHalf, max: usize) -> Result<Vec<u8>, Fault> {
+    let mut len = [0; 4];
+    from.read_exact(&mut len).await?;
+    let len = u32::from_le_bytes(len) as usize;
+    if len > max {
+        return Err(Fault::integrity(format!("the peer sent a message of {len} bytes; {max} are allowed")));
+    }
+    let mut out = vec![0; len];
+    from.read_exact(&mut out).await?;
+    Ok(out)
+}
