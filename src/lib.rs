@@ -2,11 +2,14 @@
 
 pub mod api;
 pub mod chunk;
+pub mod clock;
 pub mod config;
+pub mod durable;
 pub mod fault;
 pub mod labels;
 pub mod limits;
 pub mod manifest;
 pub mod names;
+pub mod registry;
 pub mod sink;
 pub mod source;
