@@ -254,7 +254,7 @@ pub fn no_answer(error: &reqwest::Error) -> Fault {
             return tls_fault(tls);
         }
         if let Some(io) = this.downcast_ref::<std::io::Error>() {
-            if let Some(tls) = io.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>()) {
+            if let Some(tls) = tls_inside(io) {
                 return tls_fault(tls);
             }
             if io.kind() == std::io::ErrorKind::ConnectionRefused {
@@ -266,12 +266,22 @@ pub fn no_answer(error: &reqwest::Error) -> Fault {
     Fault::unreachable(last)
 }
 
+/// The TLS error in an I/O error, which may be wrapped more than once and is no `source` of it.
+fn tls_inside(error: &std::io::Error) -> Option<&rustls::Error> {
+    let inner = error.get_ref()?;
+    match inner.downcast_ref::<rustls::Error>() {
+        Some(tls) => Some(tls),
+        None => tls_inside(inner.downcast_ref::<std::io::Error>()?),
+    }
+}
+
 fn tls_fault(error: &rustls::Error) -> Fault {
     use rustls::CertificateError as C;
     let (why, next) = match error {
-        rustls::Error::InvalidCertificate(C::UnknownIssuer) => {
-            ("its certificate is signed by nobody this machine trusts".into(), "set ca_file to the certificate of the authority that signed it")
-        }
+        rustls::Error::InvalidCertificate(C::UnknownIssuer) => (
+            "its certificate is signed by nobody this machine trusts".into(),
+            "set ca_file to the certificate of the authority that signed it",
+        ),
         rustls::Error::InvalidCertificate(C::Expired | C::ExpiredContext { .. }) => {
             ("its certificate has expired".into(), "renew the registry's certificate")
         }
@@ -309,7 +319,10 @@ mod tests {
             (401, error("UNAUTHORIZED", "unauthorized"), C::NotAllowed, R::SinkDenied, Retry::Never),
             (
                 403,
-                error("DENIED", "adding 2.0 MiB of storage resource, which when updated to current usage of 9 MiB will exceed the configured upper limit of 10.0 MiB."),
+                error(
+                    "DENIED",
+                    "adding 2.0 MiB of storage resource, which when updated to current usage of 9 MiB will exceed the configured upper limit of 10.0 MiB.",
+                ),
                 C::NoSpace,
                 R::NoSpace,
                 Retry::Backoff,

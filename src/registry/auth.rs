@@ -251,6 +251,7 @@ pub(super) struct Auth {
 #[derive(Default)]
 struct State {
     challenge: Option<Challenge>,
+    /// Sent with every request where the password itself is asked for, so it is not read from its file each time.
     basic: Option<HeaderValue>,
     tokens: HashMap<Scope, Token>,
 }
@@ -285,22 +286,26 @@ impl Auth {
         self.state.lock().tokens.clear();
     }
 
-    /// The password as a header; `None` for a nameless client.
+    /// The password as a header, read anew; `None` for a nameless client.
     pub(super) async fn basic(&self) -> Result<Option<HeaderValue>, Fault> {
-        if let Some(value) = self.state.lock().basic.clone() {
-            return Ok(Some(value));
+        match &self.credentials {
+            Some(credentials) => credentials.basic().await.map(Some),
+            None => Ok(None),
         }
-        let Some(credentials) = &self.credentials else { return Ok(None) };
-        let value = credentials.basic().await?;
-        self.state.lock().basic = Some(value.clone());
-        Ok(Some(value))
     }
 
     /// What to send with a request for this scope.
     pub(super) async fn header(&self, http: &reqwest::Client, origin: &Origin, scope: &Scope) -> Result<Option<HeaderValue>, Error> {
         match self.challenge() {
             None | Some(Challenge::None) => Ok(None),
-            Some(Challenge::Basic) => Ok(self.basic().await?),
+            Some(Challenge::Basic) => {
+                if let Some(value) = self.state.lock().basic.clone() {
+                    return Ok(Some(value));
+                }
+                let value = self.basic().await?;
+                self.state.lock().basic.clone_from(&value);
+                Ok(value)
+            }
             Some(Challenge::Bearer { realm, service }) => {
                 let held = |state: &State| state.tokens.get(scope).filter(|t| t.ends > Instant::now()).map(|t| t.header.clone());
                 if let Some(header) = held(&self.state.lock()) {

@@ -251,8 +251,7 @@ impl Registry {
                 .header(CONTENT_LENGTH, blob.size)
                 .body(file_body(&blob.file, 0, blob.size, &progress))
         };
-        let response =
-            self.send(&Self::scope(repository, "pull,push"), Method::PUT, url, &fill, Wait::Upload(progress.clone())).await?;
+        let response = self.send(&Self::scope(repository, "pull,push"), Method::PUT, url, &fill, Wait::Upload(progress.clone())).await?;
         closed(response, &blob.digest).await
     }
 

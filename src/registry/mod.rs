@@ -13,7 +13,7 @@ mod manifests;
 mod pull;
 pub mod reference;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 use std::path::Path;
 use std::sync::Arc;

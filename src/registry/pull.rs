@@ -8,7 +8,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
-use futures::{StreamExt, TryStreamExt};
+use futures::TryStreamExt;
 use sha2::Digest as _;
 use tokio::sync::mpsc;
 
@@ -124,13 +124,7 @@ async fn fetch(registry: &Registry, repository: &str, blob: &Descriptor, dir: &P
     Ok(())
 }
 
-async fn copy(
-    registry: &Registry,
-    repository: &str,
-    blob: &Descriptor,
-    offset: &mut u64,
-    send: &mpsc::Sender<Bytes>,
-) -> Result<(), Error> {
+async fn copy(registry: &Registry, repository: &str, blob: &Descriptor, offset: &mut u64, send: &mpsc::Sender<Bytes>) -> Result<(), Error> {
     let mut stream = registry.blob_stream(repository, &blob.digest, *offset).await?;
     while let Some(piece) = stream.next().await? {
         *offset += piece.len() as u64;

@@ -42,7 +42,9 @@ impl Origin {
             && authority.chars().all(|c| c.is_ascii_alphanumeric() || ".-_:[]".contains(c))
             && port(authority).is_none_or(|p| p.parse::<u16>().is_ok());
         if !host_ok {
-            return Err(Fault::config(format!("{:?} is not a registry's host", clip(authority))).with_next("write it as host[:port]/repository"));
+            return Err(
+                Fault::config(format!("{:?} is not a registry's host", clip(authority))).with_next("write it as host[:port]/repository")
+            );
         }
         let https = scheme.unwrap_or_else(|| !is_loopback(authority));
         Ok((Self { https, authority: authority.to_ascii_lowercase() }, rest))
@@ -201,7 +203,19 @@ mod tests {
 
     #[test]
     fn bad_references_are_refused() {
-        for bad in ["", "host", "host/", "host/A:1", "host/a:", "host/a:.x", "host:99999/a", "ho st/a", "host/a@sha256:12", "host/a//b", "host/../b"] {
+        for bad in [
+            "",
+            "host",
+            "host/",
+            "host/A:1",
+            "host/a:",
+            "host/a:.x",
+            "host:99999/a",
+            "ho st/a",
+            "host/a@sha256:12",
+            "host/a//b",
+            "host/../b",
+        ] {
             assert!(bad.parse::<Reference>().is_err(), "{bad:?}");
         }
         let fault = "https://user:hunter2@host/a:1".parse::<Reference>().unwrap_err();

@@ -17,7 +17,7 @@ use parking_lot::Mutex;
 use serde_json::{Value, json};
 use sha2::Digest as _;
 
-use super::{blocking, file_size, image_info, lost, read_small, taken, top_of};
+use super::{blocking, file_size, image_info, lost, not_staged, read_small, taken, top_of};
 use crate::durable;
 use crate::fault::{Code, Fault, IoContext};
 use crate::limits;
@@ -254,7 +254,8 @@ impl Sink for LayoutSink {
             // Committed before a crash, and cleaned up.
             Some(_) if !tokio::fs::try_exists(staged).await.unwrap_or(true) => {}
             _ => {
-                let tree = self.tree(incoming, &[staged, &layout]).await?;
+                let tree =
+                    self.tree(incoming, &[staged, &layout]).await.map_err(|fault| not_staged(fault, &self.location(&incoming.artifact)))?;
                 let (layout, staged, top, version) =
                     (layout.clone(), staged.to_owned(), top.clone(), incoming.artifact.version().to_owned());
                 blocking(move || {

@@ -86,6 +86,11 @@ fn lost(what: &str, at: &str) -> Fault {
         .with_next("something removes images there (garbage collection); what is missing is fetched by itself")
 }
 
+/// A top manifest that is neither staged nor at the far end is one that was lost, not one that the user misspelt.
+fn not_staged(fault: Fault, location: &str) -> Fault {
+    if fault.code == crate::fault::Code::NotFound { lost("the top manifest", location) } else { fault }
+}
+
 /// A name that other content has already.
 fn taken(location: &str, theirs: &Sha256, ours: &Sha256) -> Fault {
     Fault::conflict(format!("{location} is there already with another image ({theirs}, not {ours})"))

@@ -9,10 +9,10 @@ use std::path::{Path, PathBuf};
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use futures::{StreamExt, TryStreamExt};
+use futures::TryStreamExt;
 use parking_lot::Mutex;
 
-use super::{image_info, lost, read_small, taken, top_of};
+use super::{image_info, lost, not_staged, read_small, taken, top_of};
 use crate::config;
 use crate::durable;
 use crate::fault::{Code, Fault, Reason};
@@ -144,7 +144,7 @@ impl RegistrySink {
     async fn push(&self, repository: &str, incoming: &Incoming, staged: &Path) -> Result<(), Fault> {
         let location = self.location(&incoming.artifact);
         let ours = top_of(image_info(incoming)?)?.digest;
-        let tree = self.tree(repository, Some(staged), incoming).await?;
+        let tree = self.tree(repository, Some(staged), incoming).await.map_err(|fault| not_staged(fault, &location))?;
         let mut again = false;
         loop {
             self.push_blobs(repository, &tree, staged).await?;
