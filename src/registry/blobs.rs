@@ -134,6 +134,13 @@ impl Registry {
         }
     }
 
+    /// Whether uploads to a repository are taken at all: opens one and gives it up again.
+    pub async fn try_upload(&self, repository: &str) -> Result<(), Error> {
+        let session = self.session_for(repository).await?;
+        self.cancel(repository, session).await;
+        Ok(())
+    }
+
     /// Makes sure that a repository holds a blob. Says whether its bytes had to be sent.
     pub async fn push_blob(&self, repository: &str, blob: &LocalBlob) -> Result<bool, Fault> {
         let doing = || format!("push blob {} to {}/{repository}", blob.digest, self.origin);

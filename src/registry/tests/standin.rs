@@ -25,8 +25,16 @@ pub(crate) struct Scripted {
     pub(crate) headers: Vec<(&'static str, &'static str)>,
     pub(crate) body: String,
     pub(crate) times: usize,
+    /// As many such requests pass untouched first.
+    pub(crate) skip: usize,
     /// Whether the request is carried out all the same.
     pub(crate) but_done: bool,
+}
+
+impl Scripted {
+    pub(crate) fn new(method: &'static str, path: &'static str, status: u16, body: String) -> Self {
+        Self { method, path, status, headers: Vec::new(), body, times: 1, skip: 0, but_done: false }
+    }
 }
 
 #[derive(Default)]
@@ -69,13 +77,11 @@ impl StandIn {
     }
 
     pub(crate) fn script(&self, method: &'static str, path: &'static str, status: u16, body: impl Into<String>) {
-        let scripted = Scripted { method, path, status, headers: Vec::new(), body: body.into(), times: 1, but_done: false };
-        self.held.lock().script.push(scripted);
+        self.held.lock().script.push(Scripted::new(method, path, status, body.into()));
     }
 
     pub(crate) fn script_always(&self, method: &'static str, path: &'static str, status: u16, body: impl Into<String>) {
-        let scripted = Scripted { method, path, status, headers: Vec::new(), body: body.into(), times: usize::MAX, but_done: false };
-        self.held.lock().script.push(scripted);
+        self.held.lock().script.push(Scripted { times: usize::MAX, ..Scripted::new(method, path, status, body.into()) });
     }
 }
 
@@ -100,9 +106,11 @@ async fn answer(State(this): State<StandIn>, request: Request<Body>) -> Response
     if held.body_bytes_max.is_some_and(|max| body.len() > max) {
         return reply(413, &[("content-type", "text/html".into())], "<html>413 Request Entity Too Large</html>");
     }
-    let scripted = held.script.iter_mut().find(|s| s.times > 0 && parts.method == s.method && path.contains(s.path));
+    let mut scripted = held.script.iter_mut().find(|s| s.times > 0 && parts.method == s.method && path.contains(s.path));
     let mut forced = None;
-    if let Some(scripted) = scripted {
+    if let Some(waiting) = scripted.as_deref_mut().filter(|s| s.skip > 0) {
+        waiting.skip -= 1;
+    } else if let Some(scripted) = scripted {
         scripted.times -= 1;
         let headers: Vec<_> = scripted.headers.iter().map(|(n, v)| (*n, (*v).to_owned())).collect();
         let response = reply(scripted.status, &headers, scripted.body.clone());

@@ -240,7 +240,14 @@ impl Sink for RegistrySink {
         };
         match found {
             Some(theirs) if theirs != ours => Err(taken(&self.location(&incoming.artifact), &theirs, &ours)),
-            _ => Ok(()),
+            Some(_) => Ok(()),
+            None => match self.registry.try_upload(&repository).await {
+                Ok(()) => Ok(()),
+                Err(error) => {
+                    let fault = error.fault(format!("ask to push {}", self.location(&incoming.artifact)));
+                    Err(self.told(fault, &repository).await)
+                }
+            },
         }
     }
 

@@ -189,18 +189,22 @@ async fn harbor_refusals() {
 }
 
 #[tokio::test]
+async fn a_registry_that_takes_nothing_is_noticed_before_a_byte_moves() {
+    let dir = tempfile::tempdir().unwrap();
+    let (server, sink) = harbor(dir.path(), false).await;
+    let made = staged(sink.as_ref(), &[noise(1, 10)], &["amd64"]);
+    sink.check(&incoming("image/a:v1", &made)).await.unwrap();
+    server.script_always("POST", "/blobs/uploads/", 403, error("DENIED", "The system is in read only mode."));
+    let fault = sink.check(&incoming("image/a:v1", &made)).await.unwrap_err();
+    assert_eq!((fault.reason, fault.retry), (Reason::SinkUnavailable, Retry::AfterMs(60_000)), "{fault}");
+}
+
+#[tokio::test]
 async fn harbor_asks_for_a_pause() {
     let dir = tempfile::tempdir().unwrap();
     let (server, sink) = harbor(dir.path(), false).await;
-    server.held.lock().script.push(Scripted {
-        method: "POST",
-        path: "/blobs/uploads/",
-        status: 429,
-        headers: vec![("retry-after", "17")],
-        body: error("TOOMANYREQUESTS", "slow down"),
-        times: usize::MAX,
-        but_done: false,
-    });
+    let slow_down = Scripted::new("POST", "/blobs/uploads/", 429, error("TOOMANYREQUESTS", "slow down"));
+    server.held.lock().script.push(Scripted { headers: vec![("retry-after", "17")], times: usize::MAX, ..slow_down });
     let made = staged(sink.as_ref(), &[noise(1, 10_000)], &["amd64"]);
     let fault = sink.commit(&incoming("image/a:v1", &made), &made.dir).await.unwrap_err();
     assert_eq!((fault.reason, fault.retry), (Reason::SinkUnavailable, Retry::AfterMs(17_000)), "{fault}");
@@ -262,15 +266,7 @@ async fn an_immutable_tag_is_fine_when_it_is_this_image() {
     let made = staged(sink.as_ref(), &[noise(1, 10_000)], &["amd64"]);
     let one = incoming("image/a:v1", &made);
     let precondition = error("PRECONDITION", "Failed to process request due to 'a:v1' configured as immutable.");
-    let script = |but_done| Scripted {
-        method: "PUT",
-        path: "/manifests/v1",
-        status: 412,
-        headers: Vec::new(),
-        body: precondition.clone(),
-        times: 1,
-        but_done,
-    };
+    let script = |but_done| Scripted { but_done, ..Scripted::new("PUT", "/manifests/v1", 412, precondition.clone()) };
     server.held.lock().script.push(script(true));
     sink.commit(&one, &made.dir).await.unwrap();
 
@@ -311,15 +307,7 @@ async fn broken_uploads_go_on_or_start_again() {
         server.held.lock().count("POST", "/blobs/uploads/") - before
     };
     // The gateway gave up, the registry did not: the blob is there and is not sent again.
-    server.held.lock().script.push(Scripted {
-        method: "PUT",
-        path: "/blobs/uploads/",
-        status: 504,
-        headers: vec![("content-type", "text/html")],
-        body: "<html>504</html>".into(),
-        times: 1,
-        but_done: true,
-    });
+    server.held.lock().script.push(Scripted { but_done: true, ..Scripted::new("PUT", "/blobs/uploads/", 504, "<html>504</html>".into()) });
     assert_eq!(commit("image/a:v1", 1).await, 2, "one session a blob");
     // The session is gone: a new one.
     server.script("PUT", "/blobs/uploads/", 404, error("BLOB_UPLOAD_UNKNOWN", ""));
@@ -330,21 +318,47 @@ async fn broken_uploads_go_on_or_start_again() {
     // In chunks, a server's error between two of them: the session goes on.
     server.held.lock().body_bytes_max = Some(2 << 20);
     assert_eq!(commit("image/a:v4", 4).await, 3, "one session went to find the size that passes");
-    for _ in 0..2 {
-        server.script("PATCH", "/nowhere", 0, "");
-    }
-    let patches = server.held.lock().count("PATCH", "/blobs/uploads/");
-    server.held.lock().script.push(Scripted {
-        method: "PATCH",
-        path: "/blobs/uploads/",
-        status: 500,
-        headers: Vec::new(),
-        body: String::new(),
-        times: 1,
-        but_done: false,
+    server.held.lock().script.push(Scripted { skip: 2, ..Scripted::new("PATCH", "/blobs/uploads/", 500, String::new()) });
+    assert_eq!(commit("image/a:v5", 5).await, 2);
+    assert_eq!(server.held.lock().count("GET", "/blobs/uploads/"), 1, "the session was asked where it stands");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_answer_before_the_end_of_the_body_is_heard() {
+    // As a proxy does that judges by the length alone: it answers, closes, and reads nothing more.
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    tokio::spawn(async move {
+        while let Ok((mut socket, _)) = listener.accept().await {
+            tokio::spawn(async move {
+                let mut head = Vec::new();
+                while !head.ends_with(b"\r\n\r\n") {
+                    match socket.read_u8().await {
+                        Ok(byte) => head.push(byte),
+                        Err(_) => return,
+                    }
+                }
+                let answer = match head.split(|b| *b == b' ').next().unwrap_or_default() {
+                    b"GET" => "HTTP/1.1 200 OK\r\ncontent-length: 2\r\nconnection: close\r\n\r\n{}".to_owned(),
+                    b"HEAD" => "HTTP/1.1 404 Not Found\r\ncontent-length: 0\r\nconnection: close\r\n\r\n".to_owned(),
+                    b"POST" => "HTTP/1.1 202 Accepted\r\nlocation: /v2/up\r\ncontent-length: 0\r\nconnection: close\r\n\r\n".to_owned(),
+                    _ => {
+                        let body = error("DENIED", "it will exceed the configured upper limit of 1 MiB");
+                        format!("HTTP/1.1 403 Forbidden\r\ncontent-length: {}\r\nconnection: close\r\n\r\n{body}", body.len())
+                    }
+                };
+                let _ = socket.write_all(answer.as_bytes()).await;
+            });
+        }
     });
-    assert!(commit("image/a:v5", 5).await <= 3);
-    assert!(server.held.lock().count("PATCH", "/blobs/uploads/") > patches);
+    let dir = tempfile::tempdir().unwrap();
+    let sink = open(Some(&sink_config(&format!("http://{address}/op"), dir.path())), dir.path()).unwrap();
+    let made = staged(sink.as_ref(), &[noise(1, 20 << 20), noise(2, 1 << 20), noise(3, 100)], &["amd64"]);
+    for _ in 0..20 {
+        let fault = sink.commit(&incoming("image/a:v1", &made), &made.dir).await.unwrap_err();
+        assert_eq!(fault.reason, Reason::NoSpace, "{fault}");
+    }
 }
 
 #[tokio::test]
