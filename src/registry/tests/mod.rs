@@ -157,9 +157,11 @@ async fn a_pull_skips_absent_platforms_and_notices_wrong_bytes() {
         }
         held.manifests.remove(&("op/a".to_owned(), arm.clone().unwrap()));
     }
+    server.held.lock().cuts = 3;
     let reference: Reference = format!("{}/op/a:v1", server.address).parse().unwrap();
     let got = dir.path().join("got");
     pull_to_layout(&reference, credentials(), None, &got).await.unwrap();
+    assert_eq!(server.held.lock().cuts, 0, "what broke off went on");
     assert!(!got.join(arm.unwrap().parse::<Sha256>().unwrap().layout_path()).exists());
     assert!(got.join(made.layers[0].layout_path()).exists());
 

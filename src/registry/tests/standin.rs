@@ -49,6 +49,8 @@ pub(crate) struct Held {
     pub(crate) first_good_token: usize,
     /// A proxy in front answers 413 to larger bodies.
     pub(crate) body_bytes_max: Option<usize>,
+    /// As many answers with a blob break off in their middle.
+    pub(crate) cuts: usize,
     uploads: HashMap<String, Vec<u8>>,
     tokens: usize,
     sessions: usize,
@@ -223,13 +225,23 @@ fn play(
         let Some(bytes) = held.blobs.get(&(repository.into(), digest.into())) else {
             return reply(404, &[], error("BLOB_UNKNOWN", ""));
         };
+        let bytes = bytes.clone();
         let range = headers.get("range").and_then(|v| v.to_str().ok()).and_then(|v| v.strip_prefix("bytes=")?.split_once('-'));
-        if let Some((first, last)) = range {
-            let first: usize = first.parse().unwrap();
-            let last = last.parse::<usize>().map_or(bytes.len(), |last| last + 1).min(bytes.len());
-            return reply(206, &[], bytes.slice(first..last));
+        let (status, bytes) = match range {
+            Some((first, last)) => {
+                let first: usize = first.parse().unwrap();
+                (206, bytes.slice(first..last.parse::<usize>().map_or(bytes.len(), |last| last + 1).min(bytes.len())))
+            }
+            None => (200, bytes),
+        };
+        let length = [("content-length", bytes.len().to_string())];
+        if *method == Method::GET && held.cuts > 0 {
+            held.cuts -= 1;
+            let half = bytes.slice(..bytes.len() / 2);
+            let pieces = [Ok(half), Err(std::io::Error::other("the line is cut"))];
+            return reply(status, &length, Body::from_stream(futures::stream::iter(pieces)));
         }
-        return reply(200, &[("content-length", bytes.len().to_string())], bytes.clone());
+        return reply(status, &length, bytes);
     }
     if let Some((repository, reference)) = rest.split_once("/manifests/") {
         let key = (repository.to_owned(), reference.to_owned());
