@@ -50,3 +50,39 @@ pub const OFFENDERS_LISTED_MAX: usize = 20;
 pub const INGEST_BATCH_BYTES: usize = 1 << 20;
 /// …and how many such batches are on the way.
 pub const INGEST_BATCHES_MAX: usize = 8;
+/// How long a connection to a registry may take to stand.
+pub const REGISTRY_CONNECT_MAX: Duration = Duration::from_secs(10);
+/// How long a registry may stay silent: before it answers a small request, or between two pieces of a body.
+pub const REGISTRY_SILENCE_MAX: Duration = Duration::from_secs(60);
+/// How long a registry may take to answer once the whole of a blob was sent: some hash it again first.
+pub const REGISTRY_CLOSE_MAX: Duration = Duration::from_secs(15 * 60);
+/// The pause before a registry in read-only mode is asked again.
+pub const REGISTRY_READ_ONLY_PAUSE: Duration = Duration::from_secs(60);
+/// The longest Retry-After that is obeyed.
+pub const REGISTRY_RETRY_AFTER_MAX: Duration = Duration::from_secs(60 * 60);
+/// Blobs of one image that move to or from a registry at once.
+pub const REGISTRY_BLOBS_IN_FLIGHT_MAX: usize = 3;
+/// Each blob on its way to a registry is read in pieces of this size…
+pub const REGISTRY_READ_BYTES: usize = 512 << 10;
+/// …and this many of them wait at most.
+pub const REGISTRY_READ_AHEAD_MAX: usize = 3;
+/// The first chunk of an upload in chunks, which is used where a proxy limits the size of a request.
+pub const REGISTRY_CHUNK_BYTES: u64 = 64 << 20;
+/// Chunks are not halved below this.
+pub const REGISTRY_CHUNK_BYTES_MIN: u64 = 1 << 20;
+/// Tries of one blob before the transfer's own pause takes over.
+pub const REGISTRY_BLOB_TRIES_MAX: u32 = 3;
+/// Bearer tokens that are kept.
+pub const REGISTRY_TOKENS_KEPT_MAX: usize = 256;
+/// The largest token, error body or list that is read from a registry.
+pub const REGISTRY_BODY_BYTES_MAX: usize = 1 << 20;
+/// The most pages of a tag list that are read.
+pub const REGISTRY_TAG_PAGES_MAX: usize = 64;
+/// Blobs whose repository is remembered, for mounting.
+pub const REGISTRY_MOUNTS_KEPT_MAX: usize = 16 << 10;
+/// The largest image manifest or index, which is what registries take.
+pub const IMAGE_MANIFEST_BYTES_MAX: usize = 4 << 20;
+/// The most manifests under one image index…
+pub const IMAGE_MANIFESTS_MAX: usize = 1024;
+/// …and their bytes together.
+pub const IMAGE_MANIFESTS_BYTES_MAX: usize = 32 << 20;

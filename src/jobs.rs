@@ -1,0 +1,120 @@
+//! Jobs: work that a request began and that goes on after its 202. Kept in memory: a restart forgets them, and since
+//! every command may be run again, whoever waited for one runs it again.
+
+use std::collections::VecDeque;
+use std::future::Future;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use parking_lot::Mutex;
+use serde::Serialize;
+
+use crate::api::types::Job;
+use crate::catalogue::{Catalogue, new_id};
+use crate::fault::Fault;
+
+/// Jobs remembered; the oldest ended one is forgotten first.
+const JOBS_KEPT: usize = 256;
+/// Jobs that may run at once.
+const JOBS_RUNNING_MAX: usize = 32;
+
+/// One job's progress, shared with its work.
+#[derive(Debug, Default)]
+pub struct JobProgress {
+    /// Bytes worked through.
+    pub bytes: AtomicU64,
+    doing: Mutex<String>,
+}
+
+impl JobProgress {
+    /// Says what it does now.
+    pub fn doing(&self, what: impl Into<String>) {
+        *self.doing.lock() = what.into();
+    }
+}
+
+struct Entry {
+    id: String,
+    progress: Arc<JobProgress>,
+    end: Option<Result<serde_json::Value, Fault>>,
+}
+
+/// All jobs of a daemon.
+#[derive(Clone)]
+pub struct Jobs {
+    entries: Arc<Mutex<VecDeque<Entry>>>,
+    catalogue: Catalogue,
+}
+
+impl Jobs {
+    /// No jobs yet; news of them wake whoever waits for the catalogue.
+    pub fn new(catalogue: Catalogue) -> Self {
+        Self { entries: Arc::default(), catalogue }
+    }
+
+    /// Begins a job.
+    pub fn start<T, F>(&self, work: impl FnOnce(Arc<JobProgress>) -> F) -> Result<Job, Fault>
+    where
+        T: Serialize,
+        F: Future<Output = Result<T, Fault>> + Send + 'static,
+    {
+        let progress = Arc::new(JobProgress::default());
+        let id = new_id("j");
+        {
+            let mut entries = self.entries.lock();
+            if entries.iter().filter(|e| e.end.is_none()).count() >= JOBS_RUNNING_MAX {
+                return Err(Fault::conflict(format!("{JOBS_RUNNING_MAX} jobs run already")).with_next("wait until one of them ends"));
+            }
+            if entries.len() >= JOBS_KEPT {
+                if let Some(at) = entries.iter().position(|e| e.end.is_some()) {
+                    entries.remove(at);
+                }
+            }
+            entries.push_back(Entry { id: id.clone(), progress: progress.clone(), end: None });
+        }
+        let work = work(progress);
+        let (jobs, job) = (self.clone(), id.clone());
+        tokio::spawn(async move {
+            // In a task of its own, so that a defect in the work ends the job and does not leave it running for ever.
+            let end = match tokio::spawn(work).await {
+                Ok(result) => result.and_then(|v| serde_json::to_value(v).map_err(|e| Fault::internal(format!("a job's result: {e}")))),
+                Err(error) => Err(Fault::internal(format!("the job ended: {error}"))),
+            };
+            if let Err(fault) = &end {
+                tracing::warn!(%job, error = %fault, "a job failed");
+            }
+            if let Some(entry) = jobs.entries.lock().iter_mut().find(|e| e.id == job) {
+                entry.end = Some(end);
+            }
+            jobs.catalogue.notify();
+        });
+        self.get(&id)
+    }
+
+    /// One job.
+    pub fn get(&self, id: &str) -> Result<Job, Fault> {
+        let entries = self.entries.lock();
+        let Some(entry) = entries.iter().find(|e| e.id == id) else {
+            return Err(Fault::not_found(format!("there is no job {id}")).with_next("the daemon may have been restarted: run the command again"));
+        };
+        let (state, result, error) = match &entry.end {
+            None => ("running", None, None),
+            Some(Ok(value)) => ("done", Some(value.clone()), None),
+            Some(Err(fault)) => ("failed", None, Some(fault.clone())),
+        };
+        Ok(Job {
+            id: id.into(),
+            state: state.into(),
+            bytes: entry.progress.bytes.load(Ordering::Relaxed),
+            total: None,
+            doing: entry.progress.doing.lock().clone(),
+            result,
+            error,
+        })
+    }
+
+    /// Jobs that run.
+    pub fn running(&self) -> usize {
+        self.entries.lock().iter().filter(|e| e.end.is_none()).count()
+    }
+}

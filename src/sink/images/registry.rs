@@ -1,0 +1,361 @@
+//! Images into an OCI registry: `<url>/<name>:<version>`.
+//!
+//! Blobs go up in parallel, those that are there are not sent; then the manifests below the top by digest, then the top
+//! one under the tag, which is what makes the image appear. A crash before that leaves blobs that nobody names: the next
+//! try finds and uses them, or the registry's garbage collection takes them.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use futures::TryStreamExt;
+use parking_lot::Mutex;
+
+use super::{image_info, lost, not_staged, read_small, taken, top_of};
+use crate::config;
+use crate::durable;
+use crate::fault::{Code, Fault, Reason};
+use crate::limits;
+use crate::manifest::FileInfo;
+use crate::names::{ArtifactRef, RelPath};
+use crate::registry::image::{Descriptor, Sha256, Tree, walk};
+use crate::registry::reference::check_repository;
+use crate::registry::{Credentials, Deleted, Error, LocalBlob, Origin, Registry};
+use crate::sink::{Incoming, Landed, Place, Sink};
+
+/// Writes images to a registry.
+pub struct RegistrySink {
+    registry: Registry,
+    /// What stands before an image's name: a Harbor project, perhaps with folders; may be empty.
+    prefix: String,
+    create_project: bool,
+    staging_root: PathBuf,
+    /// Where blobs are known to lie, so that another repository can mount them. A hint: forgotten at a restart.
+    seen: Mutex<HashMap<Sha256, String>>,
+}
+
+impl RegistrySink {
+    /// A sink for the registry that the configuration names. Asks it nothing yet.
+    pub fn new(cfg: &config::ImagesSink, staging_root: PathBuf) -> Result<Self, Fault> {
+        let url = cfg.url.trim_end_matches('/');
+        if !url.starts_with("https://") && !url.starts_with("http://") {
+            return Err(Fault::config(format!("sink.images.url {url:?}: it begins with none of https://, http://, oci-layout:")));
+        }
+        let (origin, prefix) = Origin::split(url)?;
+        if !prefix.is_empty() {
+            check_repository(prefix).map_err(|why| Fault::config(format!("sink.images.url: {prefix:?}: {why}")))?;
+        }
+        let credentials = Credentials::from_config(cfg.username.as_deref(), cfg.password_file.as_ref())?;
+        let registry = Registry::new(origin, credentials, cfg.ca_file.as_deref())?;
+        durable::create_dir_all(&staging_root)?;
+        Ok(Self { registry, prefix: prefix.into(), create_project: cfg.create_project, staging_root, seen: Mutex::default() })
+    }
+
+    fn repository(&self, artifact: &ArtifactRef) -> String {
+        if self.prefix.is_empty() { artifact.name().into() } else { format!("{}/{}", self.prefix, artifact.name()) }
+    }
+
+    fn project(&self) -> Option<&str> {
+        self.prefix.split('/').next().filter(|p| !p.is_empty())
+    }
+
+    fn location(&self, artifact: &ArtifactRef) -> String {
+        format!("{}/{}:{}", self.registry.origin(), self.repository(artifact), artifact.version())
+    }
+
+    /// An error as a person is told it, with a closer look at what a refusal means.
+    async fn told(&self, fault: Fault, repository: &str) -> Fault {
+        if fault.reason == Reason::SinkDenied && fault.code == Code::NotAllowed {
+            return self.registry.explain_denied(self.project(), repository, fault).await;
+        }
+        fault
+    }
+
+    async fn tag(&self, artifact: &ArtifactRef) -> Result<Option<Sha256>, Fault> {
+        let repository = self.repository(artifact);
+        let found = self.registry.head_manifest(&repository, artifact.version()).await;
+        found.map_err(|e| e.fault(format_args!("look for {}", self.location(artifact))))
+    }
+
+    /// A manifest's bytes from the staged folder, or from the registry where it was held already.
+    async fn manifest(&self, repository: &str, staged: Option<&Path>, digest: &Sha256) -> Result<Option<Bytes>, Fault> {
+        if let Some(staged) = staged
+            && let Some(bytes) = read_small(&staged.join(digest.layout_path())).await?
+        {
+            return Ok(Some(bytes));
+        }
+        let got = self.registry.get_manifest(repository, &digest.to_string(), "pull,push").await;
+        Ok(got.map_err(|e| e.fault(format_args!("read manifest {digest} of {repository}")))?.map(|m| m.bytes))
+    }
+
+    async fn tree(&self, repository: &str, staged: Option<&Path>, incoming: &Incoming) -> Result<Tree, Fault> {
+        let info = image_info(incoming)?;
+        let tree = walk(&top_of(info)?, |wanted| async move { self.manifest(repository, staged, &wanted.digest).await }).await?;
+        match tree.absent.iter().find(|digest| !info.absent.contains(&digest.to_string())) {
+            Some(digest) if staged.is_some() => Err(lost(&format!("manifest {digest}"), &self.location(&incoming.artifact))),
+            _ => Ok(tree),
+        }
+    }
+
+    async fn push_blobs(&self, repository: &str, tree: &Tree, staged: &Path) -> Result<(), Fault> {
+        futures::stream::iter(tree.blobs.iter().map(Ok))
+            .try_for_each_concurrent(limits::REGISTRY_BLOBS_IN_FLIGHT_MAX, |blob| self.push_blob(repository, blob, staged))
+            .await
+    }
+
+    async fn push_blob(&self, repository: &str, blob: &Descriptor, staged: &Path) -> Result<(), Fault> {
+        let file = staged.join(blob.digest.layout_path());
+        if tokio::fs::try_exists(&file).await.unwrap_or(false) {
+            let local = LocalBlob { digest: blob.digest, size: blob.size, file };
+            self.registry.push_blob(repository, &local).await?;
+        } else {
+            let held = self.registry.blob_size(repository, &blob.digest).await;
+            match held.map_err(|e| e.fault(format_args!("look for blob {}", blob.digest)))? {
+                Some(size) if size == blob.size => {}
+                Some(size) => return Err(wrong_size(blob, size)),
+                None if blob.is_foreign() => return Ok(()), // such layers are in no registry by design
+                None => return Err(lost(&format!("blob {}", blob.digest), &format!("{}/{repository}", self.registry.origin()))),
+            }
+        }
+        self.remember(blob.digest, repository);
+        Ok(())
+    }
+
+    fn remember(&self, digest: Sha256, repository: &str) {
+        let mut seen = self.seen.lock();
+        if seen.len() >= limits::REGISTRY_MOUNTS_KEPT_MAX {
+            seen.clear();
+        }
+        seen.insert(digest, repository.to_owned());
+    }
+
+    /// Puts the manifests, the top one last and under the tag.
+    async fn push_manifests(&self, repository: &str, tree: &Tree, tag: &str) -> Result<(), Error> {
+        let last = tree.manifests.len().saturating_sub(1);
+        for (at, node) in tree.manifests.iter().enumerate() {
+            let digest = node.digest.to_string();
+            let reference = if at == last { tag } else { digest.as_str() };
+            self.registry.put_manifest(repository, reference, &node.media_type, &node.bytes, &node.digest).await?;
+        }
+        Ok(())
+    }
+
+    async fn push(&self, repository: &str, incoming: &Incoming, staged: &Path) -> Result<(), Fault> {
+        let location = self.location(&incoming.artifact);
+        let ours = top_of(image_info(incoming)?)?.digest;
+        let tree = self.tree(repository, Some(staged), incoming).await.map_err(|fault| not_staged(fault, &location))?;
+        let mut again = false;
+        loop {
+            self.push_blobs(repository, &tree, staged).await?;
+            let error = match self.push_manifests(repository, &tree, incoming.artifact.version()).await {
+                Ok(()) => break,
+                Err(error) => error,
+            };
+            let blob_unknown = matches!(&error, Error::Answer(answer) if answer.is_blob_unknown());
+            if blob_unknown && !again {
+                again = true; // a blob went between the look and now
+                continue;
+            }
+            // An immutable tag, or somebody else's push at the same moment: fine if it is the same image.
+            if matches!(error.status(), Some(409 | 412)) || error.is_passing() {
+                match self.tag(&incoming.artifact).await {
+                    Ok(Some(theirs)) if theirs == ours => break,
+                    Ok(Some(theirs)) if error.status() == Some(412) => return Err(taken(&location, &theirs, &ours)),
+                    _ => {}
+                }
+            }
+            return Err(error.fault(format_args!("push {location}")));
+        }
+        match self.tag(&incoming.artifact).await? {
+            Some(theirs) if theirs == ours => Ok(()),
+            Some(theirs) => Err(Fault::integrity(format!("{location} came out as {theirs}, not {ours}"))
+                .with_next("something before the registry changes what passes, or somebody pushes the same tag")),
+            None => Err(Fault::unreachable(format!("{location} was pushed and is not there"))),
+        }
+    }
+
+    /// Whether another tag of the repository names this manifest too, which deleting it would take along.
+    async fn is_shared(&self, repository: &str, tag: &str, digest: &Sha256) -> Result<bool, Error> {
+        for other in self.registry.tags(repository).await? {
+            if other != tag && self.registry.head_manifest(repository, &other).await? == Some(*digest) {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
+    async fn take_away(&self, artifact: &ArtifactRef, repository: &str) -> Result<(), Error> {
+        let Some(digest) = self.registry.head_manifest(repository, artifact.version()).await? else { return Ok(()) };
+        if self.is_shared(repository, artifact.version(), &digest).await? {
+            let name = repository.split_once('/').map_or("", |(_, name)| name);
+            let gone = match self.project() {
+                Some(project) => self.registry.delete_tag(project, name, artifact.version()).await?,
+                None => false,
+            };
+            if !gone {
+                tracing::warn!(image = %self.location(artifact), "another tag names the same image and this registry cannot delete one tag: it stays");
+            }
+            return Ok(());
+        }
+        if self.registry.delete_manifest(repository, &digest).await? == Deleted::Unsupported {
+            tracing::warn!(image = %self.location(artifact), "the registry does not allow deletion: the image stays there");
+        }
+        Ok(())
+    }
+
+    fn repository_of(place: &Place) -> Result<&str, Fault> {
+        match place {
+            Place::Registry { repository } => Ok(repository),
+            Place::Folder { path } => Err(Fault::internal(format!("{} is a folder, not a repository", path.display()))),
+        }
+    }
+}
+
+fn wrong_size(blob: &Descriptor, size: u64) -> Fault {
+    Fault::integrity(format!("blob {}: the registry holds {size} bytes, the manifest says {}", blob.digest, blob.size))
+}
+
+#[async_trait]
+impl Sink for RegistrySink {
+    fn staging_root(&self) -> &Path {
+        &self.staging_root
+    }
+
+    async fn check(&self, incoming: &Incoming) -> Result<(), Fault> {
+        let repository = self.repository(&incoming.artifact);
+        check_repository(&repository).map_err(|why| {
+            Fault::conflict(format!("{}: registries do not take the repository name {repository:?}: {why}", incoming.artifact))
+                .with_next("publish it under another name")
+        })?;
+        let ours = top_of(image_info(incoming)?)?.digest;
+        if self.create_project
+            && let Some(project) = self.project()
+        {
+            self.registry.ensure_project(project).await?;
+        }
+        let found = match self.tag(&incoming.artifact).await {
+            Ok(found) => found,
+            Err(fault) => return Err(self.told(fault, &repository).await),
+        };
+        match found {
+            Some(theirs) if theirs != ours => Err(taken(&self.location(&incoming.artifact), &theirs, &ours)),
+            Some(_) => Ok(()),
+            None => match self.registry.try_upload(&repository).await {
+                Ok(()) => Ok(()),
+                Err(error) => {
+                    let fault = error.fault(format!("ask to push {}", self.location(&incoming.artifact)));
+                    Err(self.told(fault, &repository).await)
+                }
+            },
+        }
+    }
+
+    async fn holds(&self, incoming: &Incoming, path: &RelPath, file: &FileInfo) -> Result<bool, Fault> {
+        let Some(digest) = Sha256::from_layout_path(path.as_str()) else { return Ok(false) };
+        let repository = self.repository(&incoming.artifact);
+        let doing = || format!("look for blob {digest} at {}/{repository}", self.registry.origin());
+        if let Some(size) = self.registry.blob_size(&repository, &digest).await.map_err(|e| e.fault(doing()))? {
+            self.remember(digest, &repository);
+            return Ok(size == file.size);
+        }
+        let Some(from) = self.seen.lock().get(&digest).cloned().filter(|from| *from != repository) else { return Ok(false) };
+        // A mount saves an upload; when it does not work, nothing is lost.
+        Ok(self.registry.mount(&repository, &digest, &from).await.unwrap_or(false))
+    }
+
+    async fn commit(&self, incoming: &Incoming, staged: &Path) -> Result<Landed, Fault> {
+        let repository = self.repository(&incoming.artifact);
+        let ours = top_of(image_info(incoming)?)?.digest;
+        let found = match self.tag(&incoming.artifact).await {
+            Ok(found) => found,
+            Err(fault) => return Err(self.told(fault, &repository).await),
+        };
+        match found {
+            Some(theirs) if theirs != ours => return Err(taken(&self.location(&incoming.artifact), &theirs, &ours)),
+            // Committed before a crash, and cleaned up.
+            Some(_) if !tokio::fs::try_exists(staged).await.unwrap_or(true) => {}
+            _ => {
+                if let Err(fault) = self.push(&repository, incoming, staged).await {
+                    return Err(self.told(fault, &repository).await);
+                }
+                let staged = staged.to_owned();
+                super::blocking(move || durable::remove_all(&staged)).await?;
+            }
+        }
+        Ok(Landed { place: Place::Registry { repository }, location: format!("{}@{ours}", self.location(&incoming.artifact)) })
+    }
+
+    async fn activate(&self, _artifact: &ArtifactRef) -> Result<(), Fault> {
+        Ok(()) // every version has its tag; none is more current than another
+    }
+
+    async fn read_at(&self, place: &Place, path: &RelPath, offset: u64, len: u32) -> Result<Bytes, Fault> {
+        let repository = Self::repository_of(place)?;
+        let doing = || format!("read {path} of {}/{repository}", self.registry.origin());
+        let Some(digest) = Sha256::from_layout_path(path.as_str()) else {
+            return Err(Fault::not_found(format!("{}: a registry keeps blobs only", doing())));
+        };
+        let error = match self.registry.blob_range(repository, &digest, offset, len).await {
+            Ok(bytes) => return Ok(bytes),
+            Err(error) if error.status() == Some(404) => error,
+            Err(error) => return Err(error.fault(doing())),
+        };
+        // Most registries keep manifests apart from blobs.
+        let got = self.registry.get_manifest(repository, &digest.to_string(), "pull").await;
+        let Some(manifest) = got.map_err(|e| e.fault(doing()))? else { return Err(error.fault(doing())) };
+        let start = usize::try_from(offset).unwrap_or(usize::MAX);
+        let end = start.saturating_add(len as usize);
+        if end > manifest.bytes.len() {
+            return Err(Fault::integrity(format!("{}: it ends before byte {end}", doing())));
+        }
+        Ok(manifest.bytes.slice(start..end))
+    }
+
+    async fn verify(&self, incoming: &Incoming, place: &Place) -> Result<Vec<String>, Fault> {
+        let repository = Self::repository_of(place)?;
+        let location = self.location(&incoming.artifact);
+        let ours = top_of(image_info(incoming)?)?.digest;
+        let mut out = Vec::new();
+        match self.tag(&incoming.artifact).await? {
+            None => out.push(format!("{location}: the tag is gone")),
+            Some(theirs) if theirs != ours => out.push(format!("{location}: the tag names {theirs}, not {ours}")),
+            Some(_) => {}
+        }
+        let tree = match self.tree(repository, None, incoming).await {
+            Ok(tree) => tree,
+            // What the registry says of the image is the finding; that it does not answer is not.
+            Err(fault) if matches!(fault.code, Code::NotFound | Code::Integrity) => {
+                out.push(format!("{location}: {fault}"));
+                return Ok(out);
+            }
+            Err(fault) => return Err(fault),
+        };
+        let allowed = &image_info(incoming)?.absent;
+        let missing = tree.absent.iter().filter(|digest| !allowed.contains(&digest.to_string()));
+        out.extend(missing.map(|digest| format!("{location}: manifest {digest} is gone")));
+        for blob in &tree.blobs {
+            let held = self.registry.blob_size(repository, &blob.digest).await;
+            match held.map_err(|e| e.fault(format_args!("look for blob {}", blob.digest)))? {
+                Some(size) if size == blob.size => {}
+                Some(size) => out.push(format!("{location}: {}", wrong_size(blob, size))),
+                None if blob.is_foreign() => {}
+                None => out.push(format!("{location}: blob {} is gone", blob.digest)),
+            }
+        }
+        Ok(out)
+    }
+
+    async fn remove(&self, artifact: &ArtifactRef) -> Result<(), Fault> {
+        let repository = self.repository(artifact);
+        let result = self.take_away(artifact, &repository).await;
+        result.map_err(|e| e.fault(format_args!("remove {}", self.location(artifact))))
+    }
+
+    async fn probe(&self) -> Result<String, Fault> {
+        let origin = self.registry.origin();
+        self.registry.ping().await.map_err(|e| e.fault(format_args!("ask the registry at {origin}")))?;
+        let what = if self.registry.is_harbor() { "Harbor" } else { "a registry" };
+        Ok(format!("{what} answers at {} and takes the credentials", origin.base()))
+    }
+}

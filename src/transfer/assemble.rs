@@ -1,0 +1,839 @@
+//! Assembles an artifact in its staging folder: from what the site has, and from the line for the rest.
+//!
+//! One pass walks the manifest and starts what each missing chunk needs; passes go on until nothing is missing, so a
+//! local chunk that turned out stale, or one that occurs twice, is simply found by the next pass.
+//!
+//! ```text
+//! producer (walks, looks up) ──copy, share──▶ workers (verify, write) ──▶ committer (sync, journal)
+//!          └──── batches ──▶ fetches (line) ──frames──▶ ┘
+//! ```
+//! The producer, the workers and the committer are threads, for they block on disks; fetches are tasks. Every arrow is
+//! a bounded queue, and the bytes of a batch hold a share of the daemon's budget until they are written.
+
+use std::collections::{HashMap, HashSet};
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
+use std::time::Instant;
+
+use bytes::Bytes;
+use parking_lot::{Mutex, RwLock};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+use crate::chunk::Hash;
+use crate::durable;
+use crate::fault::{Fault, IoContext, Reason};
+use crate::fetch::{Fetcher, Ranges, blocking};
+use crate::frame::{Frame, Verified};
+use crate::limits::{COMMIT_BYTES, COMMIT_EVERY, FETCH_BATCH_BYTES, FETCH_BATCH_CHUNKS_MAX, FETCH_IN_FLIGHT_MAX, OFFENDERS_LISTED_MAX};
+use crate::manifest::{ChunkRef, EntryBody, FileInfo, KindInfo, Spot, Step, Walk};
+use crate::names::RelPath;
+use crate::places::{At, Commit, Journal, PlaceInfo, Places};
+use crate::sink::{Incoming, Place, Sink};
+use crate::stage::{FILE_MODE, Stage, free_bytes};
+use crate::store::Store;
+use crate::wire::Wanted;
+
+/// Chunks that are looked up together.
+const LOOK_UP: usize = 256;
+/// Jobs that wait for a worker.
+const JOBS_MAX: usize = 256;
+/// Files with several chunks that may be open between two commits.
+const DIRTY_FILES_MAX: usize = 256;
+/// From so many files on, one sync of the filesystem is cheaper than one for each.
+const SYNC_ALL_FROM: usize = 32;
+/// Bytes of a share of the budget.
+pub const BUDGET_UNIT: u64 = 4 << 10;
+/// Room that a site keeps free on its disks.
+const SPARE_BYTES: u64 = 16 << 20;
+
+/// A transfer's bytes as they grow.
+#[derive(Debug, Default)]
+pub struct Counters {
+    /// See [`crate::api::types::Bytes`].
+    pub reused: AtomicU64,
+    /// Likewise.
+    pub resumed: AtomicU64,
+    /// Likewise.
+    pub received: AtomicU64,
+    /// Likewise.
+    pub committed: AtomicU64,
+    /// Likewise.
+    pub wire: Arc<AtomicU64>,
+}
+
+/// What all assemblies of a daemon share.
+#[derive(Clone)]
+pub struct Shared {
+    /// Manifest pages.
+    pub store: Store,
+    /// Where chunks lie.
+    pub places: Arc<Places>,
+    /// The bytes in flight, in units of [`BUDGET_UNIT`].
+    pub budget: Arc<Semaphore>,
+    /// The sink that reads blobs of the registry.
+    pub images: Arc<dyn Sink>,
+}
+
+/// One artifact being assembled.
+#[derive(Clone)]
+pub struct Assembly {
+    /// The daemon's.
+    pub shared: Shared,
+    /// Where it will go.
+    pub sink: Arc<dyn Sink>,
+    /// What it is.
+    pub incoming: Incoming,
+    /// Where the bytes come from.
+    pub fetcher: Fetcher,
+    /// Higher goes first.
+    pub priority: i32,
+    /// How far it is.
+    pub counters: Arc<Counters>,
+    /// Stops it at the next chunk; what is there is kept.
+    pub stop: CancellationToken,
+}
+
+/// What a delivery would move.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Estimate {
+    /// Raw bytes that the site lacks.
+    pub missing: u64,
+    /// Raw bytes it has.
+    pub here: u64,
+}
+
+/// A file as it is staged.
+struct Dest {
+    number: u64,
+    path: RelPath,
+    mode: u32,
+    file: FileInfo,
+    /// Open while chunks of it are on the way; files of one chunk are opened, written and closed.
+    handle: Mutex<Option<Arc<File>>>,
+    announced: AtomicBool,
+}
+
+struct Item {
+    dest: Arc<Dest>,
+    chunk: ChunkRef,
+    spot: Spot,
+}
+
+enum Job {
+    /// A frame from the line.
+    Write { item: Item, frame: Frame, _share: Arc<OwnedSemaphorePermit> },
+    /// A chunk that lies here.
+    Copy { item: Item, at: At },
+    /// A whole file that lies here.
+    Share { dest: Arc<Dest>, from: PathBuf, first: (Hash, Spot), chunks: Vec<(Hash, u64, u64, u32)> },
+}
+
+struct Batch {
+    wants: Vec<Wanted>,
+    items: Vec<Item>,
+    bytes: u64,
+}
+
+/// Chunks that were written; they count once they are synced.
+struct Done {
+    dest: Arc<Dest>,
+    chunks: Vec<(Hash, u64, u64, u32)>,
+    bytes: u64,
+}
+
+/// The first fault of a pass ends all of it.
+struct Failure {
+    token: CancellationToken,
+    fault: Mutex<Option<Fault>>,
+}
+
+impl Failure {
+    fn set(&self, fault: Fault) {
+        self.fault.lock().get_or_insert(fault);
+        self.token.cancel();
+    }
+}
+
+impl Assembly {
+    /// The staging folder of this transfer.
+    fn staged(&self) -> PathBuf {
+        self.sink.staging_root().join(&self.incoming.transfer)
+    }
+
+    fn walk(&self) -> Walk<'_, Store> {
+        Walk::new(&self.incoming.root, &self.shared.store)
+    }
+
+    /// Names that the sink cannot hold, all of them at once.
+    fn check_names(&self) -> Result<(), Fault> {
+        let (mut listed, mut total) = (Vec::new(), 0);
+        for step in self.walk() {
+            let Step::Entry { entry, .. } = step? else { continue };
+            if let Some(why) = self.sink.refuse_path(&entry.path) {
+                total += 1;
+                if listed.len() < OFFENDERS_LISTED_MAX {
+                    listed.push(format!("{:?} ({why})", entry.path.as_str()));
+                }
+            }
+        }
+        if total == 0 {
+            return Ok(());
+        }
+        Err(Fault::conflict(format!("{total} names cannot exist at this site: {}", listed.join(", ")))
+            .with_reason(Reason::SinkRefused)
+            .with_next("rename those files and publish a new version"))
+    }
+
+    /// What it would take to bring the artifact here.
+    pub fn estimate(&self, journal: Option<&Journal>) -> Result<Estimate, Fault> {
+        let mut out = Estimate::default();
+        let mut pending: Vec<ChunkRef> = Vec::new();
+        let mut seen: HashSet<Hash> = HashSet::new();
+        let places = &self.shared.places;
+        let mut look = |pending: &mut Vec<ChunkRef>| -> Result<(), Fault> {
+            let ids: Vec<Hash> = pending.iter().map(|c| c.id).collect();
+            for (chunk, at) in pending.drain(..).zip(places.find(&ids)?) {
+                let len = u64::from(chunk.len);
+                if at.is_some() || !seen.insert(chunk.id) { out.here += len } else { out.missing += len }
+            }
+            Ok(())
+        };
+        for step in self.walk() {
+            if let Step::Chunk(chunk, spot) = step? {
+                if journal.is_some_and(|j| j.has(spot.ordinal)) {
+                    continue;
+                }
+                pending.push(chunk);
+                if pending.len() >= LOOK_UP {
+                    look(&mut pending)?;
+                }
+            }
+        }
+        look(&mut pending)?;
+        Ok(out)
+    }
+
+    /// Brings everything here. Returns the staging folder, complete and durable.
+    pub async fn run(&self) -> Result<PathBuf, Fault> {
+        let this = self.clone();
+        let (place, journal, stage) = blocking(move || this.begin()).await?;
+        let journal = Arc::new(RwLock::new(journal));
+        let held = Arc::new(self.held_by_sink().await?);
+        let total = self.incoming.root.totals.chunks;
+        let mut stuck = 0;
+        loop {
+            let before = journal.read().count();
+            if before + held.chunks >= total {
+                break;
+            }
+            self.pass(place, &journal, &stage, &held).await?;
+            stuck = if journal.read().count() == before { stuck + 1 } else { 0 };
+            if stuck == 3 {
+                return Err(Fault::internal(format!("{} chunks of {} are missing and cannot be had", total - before, self.incoming.artifact)));
+            }
+        }
+        let (this, held, staged) = (self.clone(), held.clone(), stage.clone());
+        blocking(move || this.finish(&staged, &held)).await?;
+        Ok(stage.path().to_owned())
+    }
+
+    /// Opens or finds the staging folder and the journal, and makes sure that there is room.
+    fn begin(&self) -> Result<(u32, Journal, Arc<Stage>), Fault> {
+        self.check_names()?;
+        let (places, path) = (&self.shared.places, self.staged());
+        let totals = self.incoming.root.totals;
+        let mut place = places.staged_by(&self.incoming.transfer);
+        if let Some(old) = place.filter(|_| !path.is_dir()) {
+            // Somebody cleaned the staging folder away: the journal speaks of nothing.
+            places.remove(old)?;
+            place = None;
+        }
+        if place.is_none() {
+            durable::remove_all(&path)?;
+        }
+        let stage = Stage::open(&path)?;
+        let info = PlaceInfo {
+            place: Place::Folder { path: path.clone() },
+            digest: self.incoming.digest,
+            transfer: Some(self.incoming.transfer.clone()),
+        };
+        let place = match place {
+            Some(place) => place,
+            None => places.put(None, info)?,
+        };
+        let journal = places.journal(place, totals.chunks)?;
+        let mut resumed = 0;
+        if journal.count() > 0 {
+            for step in self.walk() {
+                if let Step::Chunk(chunk, spot) = step? {
+                    resumed += if journal.has(spot.ordinal) { u64::from(chunk.len) } else { 0 };
+                }
+            }
+        }
+        self.counters.resumed.fetch_max(resumed, Ordering::Relaxed);
+        self.counters.committed.fetch_max(resumed, Ordering::Relaxed);
+        let free = stage.free_bytes()?.saturating_sub(SPARE_BYTES);
+        if totals.bytes - resumed > free {
+            // Only now is it worth to look what the site has; shared files take no room.
+            let need = self.estimate(Some(&journal))?.missing;
+            if need > free {
+                return Err(Fault::no_space(format!(
+                    "{} needs {need} bytes more in {}, which has {free} to spare",
+                    self.incoming.artifact,
+                    self.sink.staging_root().display()
+                )));
+            }
+        }
+        Ok((place, journal, Arc::new(stage)))
+    }
+
+    /// Files that the far end holds already, whole.
+    async fn held_by_sink(&self) -> Result<Held, Fault> {
+        let mut held = Held::default();
+        if !matches!(self.incoming.root.info, KindInfo::Image(_)) {
+            return Ok(held);
+        }
+        let this = self.clone();
+        let files: Vec<(u64, RelPath, FileInfo, u64)> = blocking(move || {
+            let mut out: Vec<(u64, RelPath, FileInfo, u64)> = Vec::new();
+            for step in this.walk() {
+                match step? {
+                    Step::Entry { number, entry, .. } => {
+                        if let EntryBody::File(file) = entry.body {
+                            out.push((number, entry.path, file, 0));
+                        }
+                    }
+                    Step::Chunk(..) => {
+                        if let Some(last) = out.last_mut() {
+                            last.3 += 1;
+                        }
+                    }
+                }
+            }
+            Ok(out)
+        })
+        .await?;
+        for (number, path, file, chunks) in files {
+            if self.sink.holds(&self.incoming, &path, &file).await? {
+                held.files.insert(number);
+                held.chunks += chunks;
+                held.bytes += file.size;
+            }
+        }
+        self.counters.reused.fetch_max(held.bytes, Ordering::Relaxed);
+        Ok(held)
+    }
+
+    async fn pass(&self, place: u32, journal: &Arc<RwLock<Journal>>, stage: &Arc<Stage>, held: &Arc<Held>) -> Result<(), Fault> {
+        let failure = Arc::new(Failure { token: self.stop.child_token(), fault: Mutex::default() });
+        let (jobs, job_queue) = mpsc::channel::<Job>(JOBS_MAX);
+        let (batches, mut batch_queue) = mpsc::channel::<Batch>(4);
+        let (done, done_queue) = sync_channel::<Done>(1024);
+
+        let producer = Producer {
+            assembly: self.clone(),
+            journal: journal.clone(),
+            stage: stage.clone(),
+            held: held.clone(),
+            place,
+            failure: failure.clone(),
+            jobs: jobs.clone(),
+            batches,
+            batch: Batch { wants: Vec::new(), items: Vec::new(), bytes: 0 },
+            asked: HashSet::new(),
+            sharing: None,
+        };
+        let mut threads = Vec::new();
+        let guard = |failure: &Arc<Failure>, work: Box<dyn FnOnce() -> Result<(), Fault> + Send>| {
+            let failure = failure.clone();
+            tokio::task::spawn_blocking(move || {
+                if let Err(fault) = work() {
+                    failure.set(fault);
+                }
+            })
+        };
+        threads.push(guard(&failure, Box::new(move || producer.run())));
+        let job_queue = Arc::new(Mutex::new(job_queue));
+        for _ in 0..std::thread::available_parallelism().map_or(2, usize::from).clamp(2, 4) {
+            let worker = Worker {
+                stage: stage.clone(),
+                shared: self.shared.clone(),
+                counters: self.counters.clone(),
+                place,
+                done: done.clone(),
+                runtime: tokio::runtime::Handle::current(),
+                source: None,
+                any_link: self.incoming.artifact.kind.is_files(),
+            };
+            let queue = job_queue.clone();
+            threads.push(guard(&failure, Box::new(move || worker.run(&queue))));
+        }
+        drop((job_queue, done));
+        let committer = Committer {
+            stage: stage.clone(),
+            places: self.shared.places.clone(),
+            journal: journal.clone(),
+            place,
+            counters: self.counters.clone(),
+            commit: Commit::default(),
+            bytes: 0,
+            large: HashMap::new(),
+            small: Vec::new(),
+        };
+        threads.push(guard(&failure, Box::new(move || committer.run(&done_queue))));
+
+        let mut fetches = JoinSet::new();
+        let in_flight = Arc::new(Semaphore::new(FETCH_IN_FLIGHT_MAX));
+        while let Some(batch) = batch_queue.recv().await {
+            let Ok(turn) = in_flight.clone().acquire_owned().await else { break };
+            let units = batch.bytes.div_ceil(BUDGET_UNIT).max(1) as u32;
+            let Ok(share) = self.shared.budget.clone().acquire_many_owned(units).await else { break };
+            if failure.token.is_cancelled() {
+                break;
+            }
+            let (fetcher, jobs, failure) = (self.fetcher.clone(), jobs.clone(), failure.clone());
+            let priority = self.priority;
+            fetches.spawn(async move {
+                let work = fetch_batch(&fetcher, priority, batch, share, &jobs);
+                tokio::select! {
+                    result = work => if let Err(fault) = result { failure.set(fault) },
+                    () = failure.token.cancelled() => {}
+                }
+                drop(turn);
+            });
+        }
+        drop(batch_queue);
+        while fetches.join_next().await.is_some() {}
+        drop(jobs);
+        for thread in threads {
+            let _ = thread.await;
+        }
+        match failure.fault.lock().take() {
+            Some(fault) => Err(fault),
+            None if self.stop.is_cancelled() => Err(Fault::internal("stopped").with_reason(Reason::PausedByUser)),
+            None => Ok(()),
+        }
+    }
+
+    /// Makes what has no chunks, sets modes, and syncs the tree.
+    fn finish(&self, stage: &Stage, held: &Held) -> Result<(), Fault> {
+        let mut dirs: Vec<(RelPath, u32)> = Vec::new();
+        let mut loose: Vec<RelPath> = Vec::new();
+        for step in self.walk() {
+            let Step::Entry { number, entry, .. } = step? else { continue };
+            match entry.body {
+                EntryBody::Dir => {
+                    stage.make_dir(&entry.path)?;
+                    dirs.push((entry.path, entry.mode));
+                }
+                EntryBody::Symlink(target) => stage.make_symlink(&entry.path, &target)?,
+                EntryBody::File(_) if held.files.contains(&number) => {}
+                EntryBody::File(file) => {
+                    if file.size == 0 {
+                        stage.write_file(&entry.path, b"")?;
+                    }
+                    if entry.mode != FILE_MODE {
+                        stage.set_mode(&entry.path, entry.mode)?;
+                    }
+                    if (file.size == 0 || entry.mode != FILE_MODE) && loose.len() < SYNC_ALL_FROM {
+                        loose.push(entry.path);
+                    }
+                }
+            }
+        }
+        let all = dirs.len() + loose.len() >= SYNC_ALL_FROM;
+        if !all {
+            loose.iter().try_for_each(|path| stage.sync_file(path))?;
+        }
+        // Deepest first: a folder that its owner may not write to still lets its subfolders be changed by path.
+        for (path, mode) in dirs.iter().rev() {
+            stage.set_mode(path, *mode)?;
+            if !all {
+                stage.sync_dir(Some(path))?;
+            }
+        }
+        if all { stage.sync_filesystem() } else { stage.sync_dir(None) }
+    }
+}
+
+/// What the far end holds.
+#[derive(Debug, Default)]
+struct Held {
+    files: HashSet<u64>,
+    chunks: u64,
+    bytes: u64,
+}
+
+async fn fetch_batch(fetcher: &Fetcher, priority: i32, batch: Batch, share: OwnedSemaphorePermit, jobs: &mpsc::Sender<Job>) -> Result<(), Fault> {
+    let share = Arc::new(share);
+    let mut frames = fetcher.ask(batch.wants, priority).await?;
+    for item in batch.items {
+        let frame = frames.next().await?;
+        let job = Job::Write { item, frame, _share: share.clone() };
+        jobs.send(job).await.map_err(|_| Fault::internal("the writers ended early"))?;
+    }
+    Ok(())
+}
+
+/// A file that is being shared whole: where from, and its chunks so far.
+struct Sharing {
+    dest: Arc<Dest>,
+    from: PathBuf,
+    first: (Hash, Spot),
+    chunks: Vec<(Hash, u64, u64, u32)>,
+}
+
+struct Producer {
+    assembly: Assembly,
+    journal: Arc<RwLock<Journal>>,
+    stage: Arc<Stage>,
+    held: Arc<Held>,
+    place: u32,
+    failure: Arc<Failure>,
+    jobs: mpsc::Sender<Job>,
+    batches: mpsc::Sender<Batch>,
+    batch: Batch,
+    /// Chunks asked for in this pass, by eight bytes of their names: one that is taken for another waits for the next.
+    asked: HashSet<u64>,
+    sharing: Option<Sharing>,
+}
+
+/// The queue's other end is gone: somebody failed, and says what.
+struct Ended;
+
+impl Producer {
+    fn run(mut self) -> Result<(), Fault> {
+        let assembly = self.assembly.clone();
+        let mut pending: Vec<Item> = Vec::with_capacity(LOOK_UP);
+        let mut dest: Option<Arc<Dest>> = None;
+        for step in assembly.walk() {
+            if self.failure.token.is_cancelled() {
+                return Ok(());
+            }
+            match step? {
+                Step::Entry { number, entry, .. } => {
+                    dest = None;
+                    match entry.body {
+                        EntryBody::Dir => self.stage.make_dir(&entry.path)?,
+                        EntryBody::File(file) if !self.held.files.contains(&number) => {
+                            let (handle, announced) = Default::default();
+                            dest = Some(Arc::new(Dest { number, path: entry.path, mode: entry.mode, file, handle, announced }));
+                        }
+                        EntryBody::File(_) | EntryBody::Symlink(_) => {}
+                    }
+                }
+                Step::Chunk(chunk, spot) => {
+                    let Some(dest) = &dest else { continue };
+                    if self.journal.read().has(spot.ordinal) {
+                        continue;
+                    }
+                    pending.push(Item { dest: dest.clone(), chunk, spot });
+                    if pending.len() >= LOOK_UP && self.look_up(&mut pending)?.is_err() {
+                        return Ok(());
+                    }
+                }
+            }
+        }
+        if self.look_up(&mut pending)?.is_ok() && self.end_sharing().is_ok() {
+            let _ = self.send_batch();
+        }
+        Ok(())
+    }
+
+    fn look_up(&mut self, pending: &mut Vec<Item>) -> Result<Result<(), Ended>, Fault> {
+        let ids: Vec<Hash> = pending.iter().map(|item| item.chunk.id).collect();
+        let found = self.assembly.shared.places.find(&ids)?;
+        for (item, at) in pending.drain(..).zip(found) {
+            if let Some(sharing) = self.sharing.as_mut().filter(|s| s.dest.number == item.dest.number) {
+                sharing.chunks.push((item.chunk.id, item.spot.ordinal, item.spot.offset, item.chunk.len));
+                continue;
+            }
+            if self.end_sharing().is_err() {
+                return Ok(Err(Ended));
+            }
+            let sent = match at {
+                Some(at) => match self.shareable(&item, at)? {
+                    Some(from) => {
+                        let chunks = vec![(item.chunk.id, item.spot.ordinal, item.spot.offset, item.chunk.len)];
+                        self.sharing = Some(Sharing { first: (item.chunk.id, item.spot), dest: item.dest, from, chunks });
+                        Ok(())
+                    }
+                    None => self.jobs.blocking_send(Job::Copy { item, at }).map_err(|_| Ended),
+                },
+                None => self.ask(item),
+            };
+            if sent.is_err() {
+                return Ok(Err(Ended));
+            }
+        }
+        Ok(Ok(()))
+    }
+
+    /// Where the same file lies whole, if the chunk found is the first of one.
+    fn shareable(&self, item: &Item, at: At) -> Result<Option<PathBuf>, Fault> {
+        if item.spot.offset != 0 || at.offset != 0 || at.place == self.place {
+            return Ok(None);
+        }
+        let places = &self.assembly.shared.places;
+        let Some(info) = places.info(at.place).filter(|info| info.transfer.is_none()) else { return Ok(None) };
+        let Place::Folder { path } = &info.place else { return Ok(None) };
+        Ok(places.entry(at.place, at.entry)?.filter(|(_, file)| *file == item.dest.file).map(|(rel, _)| path.join(rel.as_str())))
+    }
+
+    fn end_sharing(&mut self) -> Result<(), Ended> {
+        let Some(Sharing { dest, from, first, chunks }) = self.sharing.take() else { return Ok(()) };
+        self.jobs.blocking_send(Job::Share { dest, from, first, chunks }).map_err(|_| Ended)
+    }
+
+    fn ask(&mut self, item: Item) -> Result<(), Ended> {
+        let id = item.chunk.id.0;
+        if !self.asked.insert(u64::from_le_bytes([id[0], id[1], id[2], id[3], id[4], id[5], id[6], id[7]])) {
+            return Ok(()); // it comes once; the next pass finds it here
+        }
+        match self.batch.wants.last_mut() {
+            Some(Wanted::Children { page, ranges }) if *page == item.spot.page => {
+                let mut runs = Ranges(std::mem::take(ranges));
+                runs.push(item.spot.index);
+                *ranges = runs.0;
+            }
+            _ => self.batch.wants.push(Wanted::Children { page: item.spot.page, ranges: vec![(item.spot.index, 1)] }),
+        }
+        self.batch.bytes += u64::from(item.chunk.len);
+        self.batch.items.push(item);
+        if self.batch.bytes >= FETCH_BATCH_BYTES || self.batch.items.len() >= FETCH_BATCH_CHUNKS_MAX { self.send_batch() } else { Ok(()) }
+    }
+
+    fn send_batch(&mut self) -> Result<(), Ended> {
+        if self.batch.items.is_empty() {
+            return Ok(());
+        }
+        let batch = std::mem::replace(&mut self.batch, Batch { wants: Vec::new(), items: Vec::new(), bytes: 0 });
+        self.batches.blocking_send(batch).map_err(|_| Ended)
+    }
+}
+
+/// A local file that chunks were read from last.
+struct Source {
+    place: u32,
+    entry: u64,
+    file: Option<File>,
+    path: RelPath,
+    info: Arc<PlaceInfo>,
+}
+
+struct Worker {
+    stage: Arc<Stage>,
+    shared: Shared,
+    counters: Arc<Counters>,
+    place: u32,
+    done: SyncSender<Done>,
+    runtime: tokio::runtime::Handle,
+    source: Option<Source>,
+    /// Whether whole files may be hard links of those of other versions.
+    any_link: bool,
+}
+
+impl Worker {
+    fn run(mut self, queue: &Mutex<mpsc::Receiver<Job>>) -> Result<(), Fault> {
+        loop {
+            let job = queue.lock().blocking_recv();
+            let Some(job) = job else { return Ok(()) };
+            match job {
+                Job::Write { item, frame, _share } => {
+                    let chunk = frame.verify(item.chunk.id, item.chunk.len)?;
+                    self.write(item, &chunk)?;
+                    self.counters.received.fetch_add(chunk.bytes.len() as u64, Ordering::Relaxed);
+                }
+                Job::Copy { item, at } => match self.read_local(item.chunk, at) {
+                    Ok(chunk) => {
+                        self.write(item, &chunk)?;
+                        self.counters.reused.fetch_add(chunk.bytes.len() as u64, Ordering::Relaxed);
+                    }
+                    Err(fault) => {
+                        tracing::info!(chunk = %item.chunk.id, error = %fault, "a local chunk is stale; fetching it instead");
+                        self.source = None;
+                        self.shared.places.forget(item.chunk.id)?;
+                    }
+                },
+                Job::Share { dest, from, first, chunks } => match self.share(&dest, &from) {
+                    Ok(true) => {
+                        self.counters.reused.fetch_add(dest.file.size, Ordering::Relaxed);
+                        let bytes = dest.file.size;
+                        self.report(Done { dest, chunks, bytes })?;
+                    }
+                    Ok(false) => self.copy_whole(&dest, &chunks, &from)?,
+                    Err(fault) => {
+                        tracing::info!(path = %from.display(), error = %fault, "a local file is stale; fetching it instead");
+                        self.stage.remove_file(&dest.path)?;
+                        self.shared.places.forget(first.0)?;
+                    }
+                },
+            }
+        }
+    }
+
+    fn report(&self, done: Done) -> Result<(), Fault> {
+        self.done.send(done).map_err(|_| Fault::internal("the committer ended early"))
+    }
+
+    /// Puts verified bytes at their place.
+    fn write(&self, item: Item, chunk: &Verified) -> Result<(), Fault> {
+        let Item { dest, spot, .. } = item;
+        if chunk.bytes.len() as u64 == dest.file.size {
+            self.stage.write_file(&dest.path, &chunk.bytes)?;
+        } else {
+            let file = {
+                let mut handle = dest.handle.lock();
+                match &*handle {
+                    Some(file) => file.clone(),
+                    None => handle.insert(Arc::new(self.stage.open_file(&dest.path, dest.file.size)?)).clone(),
+                }
+            };
+            file.write_all_at(&chunk.bytes, spot.offset).at(format_args!("write {}", dest.path))?;
+        }
+        let len = chunk.bytes.len() as u32;
+        self.report(Done { dest, chunks: vec![(chunk.id, spot.ordinal, spot.offset, len)], bytes: u64::from(len) })
+    }
+
+    /// A chunk from the site's own files or blobs, verified.
+    fn read_local(&mut self, chunk: ChunkRef, at: At) -> Result<Verified, Fault> {
+        if at.len != chunk.len {
+            return Err(Fault::integrity("its length is another"));
+        }
+        if !self.source.as_ref().is_some_and(|s| s.place == at.place && s.entry == at.entry) {
+            let gone = || Fault::not_found("its place is gone");
+            let info = self.shared.places.info(at.place).ok_or_else(gone)?;
+            let (path, _) = self.shared.places.entry(at.place, at.entry)?.ok_or_else(gone)?;
+            let file = match &info.place {
+                Place::Folder { path: folder } => {
+                    let full = folder.join(path.as_str());
+                    Some(File::open(&full).at(format_args!("open {}", full.display()))?)
+                }
+                Place::Registry { .. } => None,
+            };
+            self.source = Some(Source { place: at.place, entry: at.entry, file, path, info });
+        }
+        let Some(source) = &self.source else { return Err(Fault::internal("no source")) };
+        let bytes: Bytes = match &source.file {
+            Some(file) => {
+                let mut out = vec![0; at.len as usize];
+                file.read_exact_at(&mut out, at.offset).at(format_args!("read {}", source.path))?;
+                out.into()
+            }
+            None => self.runtime.block_on(self.shared.images.read_at(&source.info.place, &source.path, at.offset, at.len))?,
+        };
+        Ok(Verified::check(chunk.id, bytes)?)
+    }
+
+    /// Makes the staged file the same as one that lies here, after checking all of that one's bytes.
+    fn share(&self, dest: &Dest, from: &PathBuf) -> Result<bool, Fault> {
+        let mut hasher = blake3::Hasher::new();
+        let file = File::open(from).at(from.display())?;
+        if file.metadata().at(from.display())?.len() != dest.file.size {
+            return Err(Fault::integrity("its size is another"));
+        }
+        hasher.update_reader(&file).at(from.display())?;
+        if *hasher.finalize().as_bytes() != dest.file.hash.0 {
+            return Err(Fault::integrity("its content is another"));
+        }
+        self.stage.share(from, &dest.path, dest.mode, self.any_link)
+    }
+
+    /// Copies a file's chunks from one that lies here and cannot be shared.
+    fn copy_whole(&self, dest: &Arc<Dest>, chunks: &[(Hash, u64, u64, u32)], from: &PathBuf) -> Result<(), Fault> {
+        let source = File::open(from).at(from.display())?;
+        for &(id, ordinal, offset, len) in chunks {
+            let mut out = vec![0; len as usize];
+            source.read_exact_at(&mut out, offset).at(from.display())?;
+            let Ok(chunk) = Verified::check(id, out.into()) else {
+                self.shared.places.forget(id)?;
+                continue;
+            };
+            let spot = Spot { page: Hash([0; 32]), index: 0, ordinal, offset };
+            self.write(Item { dest: dest.clone(), chunk: ChunkRef { id, len }, spot }, &chunk)?;
+            self.counters.reused.fetch_add(u64::from(len), Ordering::Relaxed);
+        }
+        Ok(())
+    }
+}
+
+struct Committer {
+    stage: Arc<Stage>,
+    places: Arc<Places>,
+    journal: Arc<RwLock<Journal>>,
+    place: u32,
+    counters: Arc<Counters>,
+    commit: Commit,
+    bytes: u64,
+    /// Files of several chunks written since the last commit.
+    large: HashMap<u64, Arc<Dest>>,
+    /// Files of one chunk, or shared ones.
+    small: Vec<Arc<Dest>>,
+}
+
+impl Committer {
+    fn run(mut self, queue: &Receiver<Done>) -> Result<(), Fault> {
+        let mut last = Instant::now();
+        loop {
+            match queue.recv_timeout(COMMIT_EVERY.saturating_sub(last.elapsed())) {
+                Ok(done) => self.take(done),
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => return self.flush(),
+            }
+            if self.bytes >= COMMIT_BYTES || self.large.len() >= DIRTY_FILES_MAX || last.elapsed() >= COMMIT_EVERY {
+                self.flush()?;
+                last = Instant::now();
+            }
+        }
+    }
+
+    fn take(&mut self, done: Done) {
+        let Done { dest, chunks, bytes } = done;
+        self.bytes += bytes;
+        for (id, ordinal, offset, len) in chunks {
+            self.commit.chunks.push((id, At { place: self.place, entry: dest.number, offset, len }));
+            self.commit.ordinals.push(ordinal);
+        }
+        if !dest.announced.swap(true, Ordering::Relaxed) {
+            self.commit.entries.push((dest.number, dest.path.clone(), dest.file));
+        }
+        if dest.handle.lock().is_some() {
+            self.large.entry(dest.number).or_insert(dest);
+        } else {
+            self.small.push(dest);
+        }
+    }
+
+    fn flush(&mut self) -> Result<(), Fault> {
+        if self.commit.ordinals.is_empty() {
+            return Ok(());
+        }
+        if self.large.len() + self.small.len() >= SYNC_ALL_FROM {
+            self.stage.sync_filesystem()?;
+        } else {
+            for dest in self.large.values() {
+                let handle = dest.handle.lock().clone();
+                if let Some(file) = handle {
+                    file.sync_data().at(format_args!("sync {}", dest.path))?;
+                }
+            }
+            self.small.iter().try_for_each(|dest| self.stage.sync_file(&dest.path))?;
+        }
+        self.large.clear();
+        self.small.clear();
+        self.places.commit(self.place, &self.journal, &mut self.commit)?;
+        self.counters.committed.fetch_add(std::mem::take(&mut self.bytes), Ordering::Relaxed);
+        Ok(())
+    }
+}
+
+/// Free room in a sink's staging, for `plan`.
+pub fn free_room(sink: &dyn Sink) -> Option<u64> {
+    free_bytes(sink.staging_root()).ok()
+}

@@ -1,0 +1,447 @@
+//! Transfers at a site: each a task that goes from `queued` to `done` and survives everything between.
+//!
+//! The hub says what it wants ([`Runner::apply`], level-triggered: the whole list each time); the catalogue holds where
+//! each transfer is, and is written before anything is told to anybody. A try that fails with a fault that may pass is
+//! made again after a growing pause; what was staged stays.
+
+mod assemble;
+mod pace;
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use base64::Engine as _;
+use parking_lot::Mutex;
+use tokio::sync::{Semaphore, watch};
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+
+use crate::api::types::{Bytes, State};
+use crate::catalogue::{Body, Catalogue, TransferRow, Want};
+use crate::clock;
+use crate::durable;
+use crate::fault::{Fault, Reason};
+use crate::fetch::{Fetcher, blocking};
+use crate::identity::SiteIdentity;
+use crate::line::Link;
+use crate::manifest::Root;
+use crate::names::Kind;
+use crate::places::PlaceInfo;
+use crate::sink::{Incoming, Landed, Sink};
+use crate::wire::Desired;
+
+pub use assemble::{Assembly, BUDGET_UNIT, Counters, Estimate, Shared, free_room};
+use pace::{Pace, Pause};
+
+/// Artifacts below this size do not wait for, nor behind, larger ones.
+const SMALL_BYTES: u64 = 256 << 20;
+/// Large transfers at once.
+const LARGE_TURNS: usize = 3;
+/// Small transfers at once.
+const SMALL_TURNS: usize = 4;
+/// How often a transfer's progress is written down.
+const PROGRESS_EVERY: Duration = Duration::from_secs(1);
+
+/// The sinks of a site.
+#[derive(Clone)]
+pub struct Sinks {
+    /// Datasets, operators, models.
+    pub files: Arc<dyn Sink>,
+    /// Labels.
+    pub labels: Arc<dyn Sink>,
+    /// Images.
+    pub images: Arc<dyn Sink>,
+}
+
+impl Sinks {
+    /// The sink of a kind.
+    pub fn of(&self, kind: Kind) -> &Arc<dyn Sink> {
+        match kind {
+            Kind::Dataset | Kind::Operator | Kind::Model => &self.files,
+            Kind::Labels => &self.labels,
+            Kind::Image => &self.images,
+        }
+    }
+}
+
+/// Runs a site's transfers. Cheap to clone.
+#[derive(Clone)]
+pub struct Runner {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    catalogue: Catalogue,
+    shared: Shared,
+    sinks: Sinks,
+    identity: watch::Receiver<Arc<SiteIdentity>>,
+    link: watch::Receiver<Option<Link>>,
+    small: Semaphore,
+    large: Semaphore,
+    running: Mutex<HashMap<String, Running>>,
+    stop: CancellationToken,
+}
+
+struct Running {
+    stop: CancellationToken,
+    generation: i64,
+    task: JoinHandle<()>,
+}
+
+/// Why a try ended without a fault of its own.
+enum Ended {
+    Done,
+    /// The daemon stops, or somebody paused or cancelled it.
+    Stopped,
+}
+
+impl Runner {
+    /// A runner with nothing to do yet. `stop` ends all of it.
+    pub fn new(
+        catalogue: Catalogue,
+        shared: Shared,
+        sinks: Sinks,
+        identity: watch::Receiver<Arc<SiteIdentity>>,
+        link: watch::Receiver<Option<Link>>,
+        stop: CancellationToken,
+    ) -> Self {
+        let (small, large, running) = (Semaphore::new(SMALL_TURNS), Semaphore::new(LARGE_TURNS), Mutex::default());
+        Self { inner: Arc::new(Inner { catalogue, shared, sinks, identity, link, small, large, running, stop }) }
+    }
+
+    /// Does what the hub wants. Returns the transfers listed, as they stand here.
+    pub async fn apply(&self, desired: &[Desired], complete: bool) -> Result<Vec<TransferRow>, Fault> {
+        let inner = &self.inner;
+        let site = inner.identity.borrow().name().clone();
+        let mut out = Vec::new();
+        for wanted in desired {
+            let row = TransferRow {
+                id: wanted.id.clone(),
+                delivery: wanted.delivery.clone(),
+                artifact: wanted.artifact.clone(),
+                digest: wanted.digest,
+                site: site.clone(),
+                want: wanted.want,
+                generation: wanted.generation,
+                state: State::Queued,
+                body: Body { bytes: wanted.bytes, ..Body::default() },
+                created_ms: wanted.created_ms,
+                updated_ms: 0,
+                finished_ms: None,
+                cursor: 0,
+            };
+            let row = inner.catalogue.adopt(&row).await?;
+            self.follow(&row).await?;
+            out.push(inner.catalogue.transfer(&row.id).await?);
+        }
+        if complete {
+            for row in inner.catalogue.open_transfers(&site).await? {
+                if !desired.iter().any(|d| d.id == row.id) {
+                    self.cancel(&row).await?;
+                }
+            }
+        }
+        Ok(out)
+    }
+
+    /// Goes on with what was open when the daemon stopped, without waiting for the hub.
+    pub async fn start(&self) -> Result<(), Fault> {
+        let site = self.inner.identity.borrow().name().clone();
+        for row in self.inner.catalogue.open_transfers(&site).await? {
+            self.follow(&row).await?;
+        }
+        Ok(())
+    }
+
+    async fn follow(&self, row: &TransferRow) -> Result<(), Fault> {
+        match row.want {
+            Want::Cancel => self.cancel(row).await,
+            _ if row.state.is_final() => Ok(()),
+            Want::Pause => {
+                self.halt(&row.id).await;
+                if row.state == State::Paused {
+                    return Ok(());
+                }
+                let row = self.inner.catalogue.transfer(&row.id).await?;
+                if row.state.is_final() {
+                    return Ok(());
+                }
+                let mut body = row.body;
+                body.set_fault(Some(&Fault::internal("paused").with_reason(Reason::PausedByUser).with_next(format!("packhorse resume {}", row.id))));
+                self.inner.catalogue.update_transfer(&row.id, row.generation, State::Paused, &body).await
+            }
+            Want::Run => {
+                self.spawn(row);
+                Ok(())
+            }
+        }
+    }
+
+    /// Stops a transfer's task and waits until it is gone.
+    async fn halt(&self, id: &str) {
+        let running = self.inner.running.lock().remove(id);
+        if let Some(running) = running {
+            running.stop.cancel();
+            let _ = running.task.await;
+        }
+    }
+
+    async fn cancel(&self, row: &TransferRow) -> Result<(), Fault> {
+        self.halt(&row.id).await;
+        let row = self.inner.catalogue.transfer(&row.id).await?;
+        if row.state == State::Done || row.state == State::Cancelled {
+            return Ok(());
+        }
+        let staged = self.inner.sinks.of(row.artifact.kind).staging_root().join(&row.id);
+        let places = self.inner.shared.places.clone();
+        let id = row.id.clone();
+        blocking(move || {
+            if let Some(place) = places.staged_by(&id) {
+                places.remove(place)?;
+            }
+            durable::remove_all(&staged)
+        })
+        .await?;
+        let mut body = row.body;
+        body.set_fault(Some(&Fault::internal("cancelled").with_reason(Reason::CancelledByUser).with_next(format!("packhorse retry {}", row.id))));
+        self.inner.catalogue.update_transfer(&row.id, row.generation, State::Cancelled, &body).await
+    }
+
+    fn spawn(&self, row: &TransferRow) {
+        let mut running = self.inner.running.lock();
+        if let Some(there) = running.get(&row.id) {
+            if !there.task.is_finished() && there.generation == row.generation {
+                return;
+            }
+            there.stop.cancel();
+        }
+        let stop = self.inner.stop.child_token();
+        let (this, row, token) = (self.clone(), row.clone(), stop.clone());
+        let (id, generation) = (row.id.clone(), row.generation);
+        let task = tokio::spawn(async move { this.go(row, token).await });
+        running.insert(id, Running { stop, generation, task });
+    }
+
+    /// Waits until nothing runs any more; called after `stop`.
+    pub async fn drained(&self) {
+        let all: Vec<Running> = self.inner.running.lock().drain().map(|(_, running)| running).collect();
+        for running in all {
+            let _ = running.task.await;
+        }
+    }
+
+    /// One transfer, from where it stands to its end.
+    async fn go(&self, mut row: TransferRow, stop: CancellationToken) {
+        let mut pause = Pause::default();
+        let first = row.body.bytes;
+        let counters = Arc::new(Counters::default());
+        counters.received.store(first.received, Ordering::Relaxed);
+        counters.reused.store(first.reused, Ordering::Relaxed);
+        counters.wire.store(first.wire, Ordering::Relaxed);
+        let mut link = self.inner.link.clone();
+        loop {
+            row.body.attempts += 1;
+            let before = counters.committed.load(Ordering::Relaxed);
+            let result = tokio::select! {
+                result = self.attempt(&mut row, &counters, &stop) => result,
+                () = stop.cancelled(), if row.state == State::Queued => Ok(Ended::Stopped),
+            };
+            let fault = match result {
+                Ok(_) => return,
+                Err(fault) => fault,
+            };
+            if stop.is_cancelled() {
+                self.note_bytes(&mut row, &counters);
+                let _ = self.inner.catalogue.update_transfer(&row.id, row.generation, row.state, &row.body).await;
+                return;
+            }
+            if counters.committed.load(Ordering::Relaxed) > before {
+                pause = Pause::default();
+            }
+            self.note_bytes(&mut row, &counters);
+            row.body.set_fault(Some(&fault));
+            row.body.rate = 0;
+            let Some(wait) = pause.after(&fault) else {
+                tracing::warn!(transfer = %row.id, artifact = %row.artifact, error = %fault, "a transfer failed");
+                row.state = State::Failed;
+                self.save(&row).await;
+                return;
+            };
+            tracing::info!(transfer = %row.id, artifact = %row.artifact, error = %fault, wait_ms = wait.as_millis() as u64, "a transfer waits");
+            self.save(&row).await;
+            tokio::select! {
+                () = tokio::time::sleep(wait) => {}
+                // A new line is what most waits are for.
+                _ = link.changed(), if fault.reason == Reason::HubUnreachable => {}
+                () = stop.cancelled() => return,
+            }
+        }
+    }
+
+    async fn save(&self, row: &TransferRow) {
+        if let Err(fault) = self.inner.catalogue.update_transfer(&row.id, row.generation, row.state, &row.body).await {
+            tracing::error!(transfer = %row.id, error = %fault, "the catalogue cannot be written");
+        }
+    }
+
+    fn note_bytes(&self, row: &mut TransferRow, counters: &Counters) {
+        let get = |n: &std::sync::atomic::AtomicU64| n.load(Ordering::Relaxed);
+        let was = row.body.bytes;
+        row.body.bytes = Bytes {
+            total: was.total,
+            reused: was.reused.max(get(&counters.reused)),
+            resumed: was.resumed.max(get(&counters.resumed)),
+            received: was.received.max(get(&counters.received)),
+            committed: was.committed.max(get(&counters.committed)),
+            wire: was.wire.max(get(&counters.wire)),
+        };
+    }
+
+    async fn enter(&self, row: &mut TransferRow, state: State, wait: Option<Fault>) {
+        row.state = state;
+        row.body.set_fault(wait.as_ref());
+        self.save(row).await;
+    }
+
+    /// The line, as soon as there is one.
+    async fn link(&self, row: &mut TransferRow) -> Result<Link, Fault> {
+        let mut watch = self.inner.link.clone();
+        loop {
+            if let Some(link) = watch.borrow_and_update().clone().filter(|link| !link.is_closed()) {
+                return Ok(link);
+            }
+            if row.body.reason != Some(Reason::HubUnreachable) {
+                let fault = Fault::unreachable("there is no line to the hub").with_reason(Reason::HubUnreachable);
+                let state = row.state;
+                self.enter(row, state, Some(fault)).await;
+            }
+            watch.changed().await.map_err(|_| Fault::internal("the daemon stops"))?;
+        }
+    }
+
+    async fn attempt(&self, row: &mut TransferRow, counters: &Arc<Counters>, stop: &CancellationToken) -> Result<Ended, Fault> {
+        let inner = &self.inner;
+        let resumes_commit = row.state == State::Committing;
+        let turns = if row.body.bytes.total < SMALL_BYTES { &inner.small } else { &inner.large };
+        let _turn = match turns.try_acquire() {
+            Ok(turn) => turn,
+            Err(_) => {
+                let wait = Fault::internal("other transfers go first").with_reason(Reason::WaitingForTurn).with_next("nothing: it begins by itself");
+                self.enter(row, State::Queued, Some(wait)).await;
+                turns.acquire().await.map_err(|_| Fault::internal("the daemon stops"))?
+            }
+        };
+        let sink = inner.sinks.of(row.artifact.kind).clone();
+        let incoming = |root: &Root| Incoming { artifact: row.artifact.clone(), digest: row.digest, root: root.clone(), transfer: row.id.clone() };
+        let known = inner.catalogue.by_digest(row.digest).await?.map(|known| known.root);
+
+        if let (true, Some(root)) = (resumes_commit, &known) {
+            // The daemon ended in or after the commit: the sink knows which.
+            let incoming = incoming(root);
+            let staged = sink.staging_root().join(&row.id);
+            if !staged.exists() {
+                if let Ok(landed) = sink.commit(&incoming, &staged).await {
+                    return self.land(row, counters, &incoming, landed).await;
+                }
+            }
+        }
+
+        self.enter(row, State::Planning, None).await;
+        let mut fetcher = None;
+        let root = match known {
+            Some(root) => root,
+            None => {
+                let new = Fetcher::new(self.link(row).await?, row.digest, counters.wire.clone());
+                let root = new.root().await?;
+                fetcher = Some(new);
+                root
+            }
+        };
+        if root.kind != row.artifact.kind {
+            return Err(Fault::integrity(format!("{} has the manifest of a {}", row.artifact, root.kind)));
+        }
+        let fetcher = match fetcher {
+            Some(fetcher) => fetcher,
+            None => Fetcher::new(self.link(row).await?, row.digest, counters.wire.clone()),
+        };
+        row.body.set_fault(None);
+        fetcher.pages(&root, &inner.shared.store).await?;
+        inner.catalogue.add_artifact(&row.artifact, &root, None).await?;
+        row.body.bytes.total = root.totals.bytes;
+        let incoming = incoming(&root);
+        sink.check(&incoming).await?;
+
+        self.enter(row, State::Transferring, None).await;
+        let assembly = Assembly {
+            shared: inner.shared.clone(),
+            sink: sink.clone(),
+            incoming: incoming.clone(),
+            fetcher,
+            priority: if root.totals.bytes < SMALL_BYTES { 10 } else { 0 },
+            counters: counters.clone(),
+            stop: stop.clone(),
+        };
+        let staged = {
+            let run = assembly.run();
+            tokio::pin!(run);
+            let mut pace = Pace::new(clock::now_unix_ms());
+            let mut ticks = tokio::time::interval(PROGRESS_EVERY);
+            ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+            ticks.tick().await;
+            loop {
+                tokio::select! {
+                    staged = &mut run => break staged?,
+                    _ = ticks.tick() => {
+                        self.note_bytes(row, counters);
+                        let bytes = row.body.bytes;
+                        row.body.rate = pace.rate(clock::now_unix_ms(), bytes.received + bytes.reused);
+                        row.body.eta_seconds = pace.eta(bytes.total.saturating_sub(bytes.committed));
+                        self.save(row).await;
+                    }
+                }
+            }
+        };
+        self.note_bytes(row, counters);
+        row.body.rate = 0;
+        self.enter(row, State::Committing, None).await;
+        let landed = sink.commit(&incoming, &staged).await?;
+        self.land(row, counters, &incoming, landed).await
+    }
+
+    /// Everything is durable and visible: note where, sign, and say so.
+    async fn land(&self, row: &mut TransferRow, counters: &Counters, incoming: &Incoming, landed: Landed) -> Result<Ended, Fault> {
+        let inner = &self.inner;
+        let (places, id, digest) = (inner.shared.places.clone(), row.id.clone(), row.digest);
+        let place = landed.place.clone();
+        blocking(move || {
+            if let Some(number) = places.staged_by(&id) {
+                places.put(Some(number), PlaceInfo { place, digest, transfer: None })?;
+            }
+            Ok(())
+        })
+        .await?;
+        inner.catalogue.add_artifact(&row.artifact, &incoming.root, None).await?;
+        inner.catalogue.set_place(&row.artifact, Some(&landed.place), Some(&landed.location)).await?;
+        counters.committed.store(row.body.bytes.total, Ordering::Relaxed);
+        self.note_bytes(row, counters);
+        row.body.location = Some(landed.location);
+        row.body.receipt = Some(self.receipt(row)?);
+        self.enter(row, State::Done, None).await;
+        tracing::info!(transfer = %row.id, artifact = %row.artifact, "a transfer is done");
+        Ok(Ended::Done)
+    }
+
+    /// What the site signs when an artifact is committed: a JSON text, and the signature over exactly that text.
+    fn receipt(&self, row: &TransferRow) -> Result<serde_json::Value, Fault> {
+        let identity = self.inner.identity.borrow().clone();
+        let statement = serde_json::json!({
+            "artifact": row.artifact, "digest": row.digest, "site": row.site, "transfer": row.id,
+            "location": row.body.location, "committed_at": clock::now_rfc3339(),
+        })
+        .to_string();
+        let signature = base64::engine::general_purpose::STANDARD.encode(identity.sign(statement.as_bytes())?);
+        Ok(serde_json::json!({ "statement": statement, "signature": signature }))
+    }
+}
