@@ -2,10 +2,14 @@
 
 pub mod api;
 pub mod chunk;
+pub mod clock;
 pub mod config;
+pub mod durable;
 pub mod fault;
+pub mod identity;
 pub mod labels;
 pub mod limits;
+pub mod line;
 pub mod manifest;
 pub mod names;
 pub mod sink;
