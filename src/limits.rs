@@ -86,3 +86,44 @@ pub const IMAGE_MANIFEST_BYTES_MAX: usize = 4 << 20;
 pub const IMAGE_MANIFESTS_MAX: usize = 1024;
 /// …and their bytes together.
 pub const IMAGE_MANIFESTS_BYTES_MAX: usize = 32 << 20;
+/// The longest a stream of the line may run ahead of its reader. With quinn a larger window dies on a lossy line: it keeps at
+/// most 1,024 pieces out of order a stream and else closes the whole connection.
+pub const LINE_STREAM_WINDOW_BYTES: u32 = 1280 << 10;
+/// The longest all streams of one line may run ahead of their readers: 10 Gbit/s times 50 ms.
+pub const LINE_WINDOW_BYTES: u32 = 64 << 20;
+/// What one line buffers for sending at least, and at most when its congestion window asks for more.
+pub const LINE_SEND_BYTES_MIN: u64 = 8 << 20;
+/// The most one line buffers for sending.
+pub const LINE_SEND_BYTES_MAX: u64 = 96 << 20;
+/// Streams that each end of a line may have open at once.
+pub const LINE_STREAMS_MAX: u32 = 256;
+/// Packets asked of the path at most: a batch of ten still fits one segmented send.
+pub const LINE_PACKET_BYTES_MAX: u16 = 6500;
+/// The buffers asked of the kernel for the line's UDP socket.
+pub const LINE_SOCKET_BUFFER_BYTES: usize = 8 << 20;
+/// A quiet line is kept open by a packet this often.
+pub const LINE_KEEP_ALIVE: Duration = Duration::from_secs(5);
+/// How long the hub's UDP port may stay silent before a site tries TCP.
+pub const LINE_QUIC_ANSWER_MAX: Duration = Duration::from_secs(4);
+/// How long one handshake may take, from the first packet to the hub's welcome.
+pub const LINE_HANDSHAKE_MAX: Duration = Duration::from_secs(10);
+/// Handshakes that the hub works on at once; further ones are refused.
+pub const LINE_HANDSHAKES_MAX: usize = 256;
+/// Handshakes at once from which on the hub makes new callers prove their address first.
+pub const LINE_HANDSHAKES_EASY: usize = 32;
+/// Lines that are set up and wait for the daemon to take them.
+pub const LINE_ARRIVALS_WAITING_MAX: usize = 64;
+/// Addresses of one host name that are tried.
+pub const LINE_ADDRESSES_MAX: usize = 8;
+/// The largest join request, join answer or welcome.
+pub const LINE_HELLO_BYTES_MAX: usize = 64 << 10;
+/// The longest reason sent along when a line is closed.
+pub const LINE_REASON_BYTES_MAX: usize = 1024;
+/// The largest piece of a stream in one frame of the TCP line.
+pub const MUX_FRAME_BYTES_MAX: usize = 64 << 10;
+/// What one write to the TCP line takes together.
+pub const MUX_BATCH_BYTES: usize = 256 << 10;
+/// A stream of the TCP line takes the next bytes from its writer once fewer than this wait.
+pub const MUX_STREAM_QUEUE_BYTES: usize = 64 << 10;
+/// Control frames of the TCP line that wait to be sent; a peer that provokes more and reads none is cut off.
+pub const MUX_CONTROL_BYTES_MAX: usize = 256 << 10;
