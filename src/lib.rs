@@ -8,5 +8,6 @@ pub mod labels;
 pub mod limits;
 pub mod manifest;
 pub mod names;
+pub mod sample;
 pub mod sink;
 pub mod source;

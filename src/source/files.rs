@@ -25,8 +25,8 @@ use crate::names::RelPath;
 
 /// The least that one folder of a walk may hold in names, in bytes, however deep it lies.
 const FOLDER_NAMES_BYTES_MIN: usize = 64 << 10;
-/// What holding a name costs beside its bytes: its place in the list and what the allocator adds.
-const NAME_OVERHEAD_BYTES: usize = 48;
+/// What holding a name costs beside its bytes.
+const NAME_OVERHEAD_BYTES: usize = size_of::<Name>();
 /// The permission bits of every symbolic link, which has none of its own.
 const SYMLINK_MODE: u32 = 0o777;
 
@@ -288,16 +288,60 @@ struct Walk {
 #[derive(Debug)]
 struct Level {
     rel: Vec<u8>,
-    names: std::vec::IntoIter<Name>,
-    cost: usize,
-    /// The last name of this batch, where the folder has more behind it.
-    more_after: Option<Box<[u8]>>,
+    names: Names,
+    /// How many of the names were given out.
+    given: usize,
 }
 
-#[derive(Debug)]
+/// Sorted names of a folder, one behind the other in one piece of memory: millions of small allocations cost more.
+#[derive(Debug, Default)]
+struct Names {
+    bytes: Vec<u8>,
+    list: Vec<Name>,
+    /// Whether the folder has more behind the last of these.
+    more: bool,
+}
+
+#[derive(Debug, Clone, Copy)]
 struct Name {
-    bytes: Box<[u8]>,
+    start: u32,
+    len: u16,
     kind: FileType,
+}
+
+impl Names {
+    fn get(&self, name: &Name) -> &[u8] {
+        &self.bytes[name.start as usize..name.start as usize + usize::from(name.len)]
+    }
+
+    fn last(&self) -> Option<&[u8]> {
+        self.list.last().map(|name| self.get(name))
+    }
+
+    fn cost(&self) -> usize {
+        self.bytes.len() + self.list.len() * NAME_OVERHEAD_BYTES
+    }
+
+    fn push(&mut self, name: &[u8], kind: FileType) {
+        // A folder's names stay under the walk's budget, and one name under what a filesystem allows.
+        self.list.push(Name { start: self.bytes.len() as u32, len: name.len() as u16, kind });
+        self.bytes.extend_from_slice(name);
+    }
+
+    fn sort(&mut self) {
+        let (bytes, of) = (&self.bytes, |n: &Name| n.start as usize..n.start as usize + usize::from(n.len));
+        self.list.sort_unstable_by(|a, b| bytes[of(a)].cmp(&bytes[of(b)]));
+    }
+
+    /// Keeps the smaller half.
+    fn halve(&mut self) {
+        self.sort();
+        let mut kept = Self { more: true, ..Self::default() };
+        for name in &self.list[..self.list.len() / 2] {
+            kept.push(self.get(name), name.kind);
+        }
+        *self = kept;
+    }
 }
 
 impl Walk {
@@ -313,19 +357,23 @@ impl Walk {
 
     /// The next name; `None` at the end. A folder's own names follow only if [`Walk::enter`] is called for it.
     fn step(&mut self) -> Result<Option<Found>, Fault> {
-        while let Some(level) = self.levels.last_mut() {
-            if let Some(name) = level.names.next() {
+        while let Some(mut level) = self.levels.pop() {
+            if let Some(name) = level.names.list.get(level.given) {
                 let mut rel = level.rel.clone();
                 if !rel.is_empty() {
                     rel.push(b'/');
                 }
-                rel.extend_from_slice(&name.bytes);
-                return Ok(Some(Found { rel, kind: name.kind }));
+                rel.extend_from_slice(level.names.get(name));
+                let found = Found { rel, kind: name.kind };
+                level.given += 1;
+                self.levels.push(level);
+                return Ok(Some(found));
             }
-            let Some(level) = self.levels.pop() else { break };
-            self.held -= level.cost;
-            if let Some(last) = level.more_after {
-                self.read(level.rel.clone(), Some(&last)).at(format_args!("read folder {}", self.full(&level.rel).display()))?;
+            self.held -= level.names.cost();
+            if level.names.more {
+                let after = level.names.last().map(<[u8]>::to_vec);
+                drop(level.names); // before the next batch of them takes its place
+                self.read(level.rel.clone(), after.as_deref()).at(format_args!("read folder {}", self.full(&level.rel).display()))?;
             }
         }
         Ok(None)
@@ -337,51 +385,37 @@ impl Walk {
     }
 
     fn read(&mut self, rel: Vec<u8>, after: Option<&[u8]>) -> io::Result<()> {
-        let budget = (WALK_NAMES_BYTES_MAX.saturating_sub(self.held) / 2).max(FOLDER_NAMES_BYTES_MIN);
-        let batch = read_names(&self.full(&rel), after, budget)?;
-        self.held += batch.cost;
-        let more_after = if batch.more { batch.names.last().map(|n| n.bytes.clone()) } else { None };
-        self.levels.push(Level { rel, names: batch.names.into_iter(), cost: batch.cost, more_after });
+        let budget = (WALK_NAMES_BYTES_MAX.saturating_sub(self.held) / 3 * 2).max(FOLDER_NAMES_BYTES_MIN);
+        let names = read_names(&self.full(&rel), after, budget)?;
+        self.held += names.cost();
+        self.levels.push(Level { rel, names, given: 0 });
         Ok(())
     }
 }
 
-struct Batch {
-    names: Vec<Name>,
-    cost: usize,
-    more: bool,
-}
-
-/// The smallest names of a folder behind `after`, sorted, as many as `budget` bytes hold, and whether there are more.
-fn read_names(folder: &Path, after: Option<&[u8]>, budget: usize) -> io::Result<Batch> {
-    let cost_of = |name: &Name| name.bytes.len() + NAME_OVERHEAD_BYTES;
-    let mut batch = Batch { names: Vec::new(), cost: 0, more: false };
+/// The smallest names of a folder behind `after`, sorted, as many as `budget` bytes hold.
+fn read_names(folder: &Path, after: Option<&[u8]>, budget: usize) -> io::Result<Names> {
+    let mut names = Names::default();
     // Names from here on are for a later batch.
-    let mut bound: Option<Box<[u8]>> = None;
+    let mut bound: Option<Vec<u8>> = None;
     for entry in fs::read_dir(folder)? {
         let entry = entry?;
         let name = entry.file_name();
-        let bytes = name.as_bytes();
-        if after.is_some_and(|after| bytes <= after) {
+        let name = name.as_bytes();
+        if after.is_some_and(|after| name <= after) {
             continue;
         }
-        if bound.as_deref().is_some_and(|bound| bytes >= bound) {
-            batch.more = true;
+        if bound.as_deref().is_some_and(|bound| name >= bound) {
             continue;
         }
-        let name = Name { bytes: bytes.into(), kind: entry.file_type()? };
-        batch.cost += cost_of(&name);
-        batch.names.push(name);
-        if batch.cost > budget && batch.names.len() > 1 {
-            batch.names.sort_unstable_by(|a, b| a.bytes.cmp(&b.bytes));
-            batch.names.truncate(batch.names.len() / 2);
-            batch.cost = batch.names.iter().map(cost_of).sum();
-            bound = batch.names.last().map(|n| n.bytes.clone());
-            batch.more = true;
+        names.push(name, entry.file_type()?);
+        if names.cost() > budget && names.list.len() > 1 {
+            names.halve();
+            bound = names.last().map(<[u8]>::to_vec);
         }
     }
-    batch.names.sort_unstable_by(|a, b| a.bytes.cmp(&b.bytes));
-    Ok(batch)
+    names.sort();
+    Ok(names)
 }
 
 #[cfg(test)]
@@ -509,14 +543,14 @@ mod tests {
         for i in 0..500 {
             put(&dir.path().join(format!("{:03}", (i * 7) % 500)), b"");
         }
-        let (mut got, mut after, mut batches) = (Vec::new(), None::<Box<[u8]>>, 0);
+        let (mut got, mut after, mut batches) = (Vec::new(), None::<Vec<u8>>, 0);
         loop {
-            let batch = read_names(dir.path(), after.as_deref(), 100 * (3 + NAME_OVERHEAD_BYTES)).unwrap();
-            assert!(batch.names.len() <= 100);
-            after = batch.names.last().map(|n| n.bytes.clone());
-            got.extend(batch.names.into_iter().map(|n| String::from_utf8(n.bytes.into()).unwrap()));
+            let names = read_names(dir.path(), after.as_deref(), 100 * (3 + NAME_OVERHEAD_BYTES)).unwrap();
+            assert!(names.list.len() <= 100);
+            after = names.last().map(<[u8]>::to_vec);
+            got.extend(names.list.iter().map(|n| String::from_utf8(names.get(n).to_vec()).unwrap()));
             batches += 1;
-            if !batch.more {
+            if !names.more {
                 break;
             }
         }
