@@ -19,6 +19,7 @@ pub mod manifest;
 pub mod names;
 pub mod places;
 pub mod registry;
+pub mod sample;
 pub mod sink;
 pub mod source;
 pub mod stage;

@@ -34,6 +34,26 @@ pub const BACKOFF_FIRST: Duration = Duration::from_millis(250);
 pub const BACKOFF_MAX: Duration = Duration::from_secs(60);
 /// The transfers a site works on at once.
 pub const TRANSFERS_ACTIVE_MAX: usize = 4;
+/// The names of folders that one walk over a tree holds at once, in bytes; a larger folder is read in batches.
+pub const WALK_NAMES_BYTES_MAX: usize = 32 << 20;
+/// The largest JSON of an image (manifest, index, config), in bytes: what registries accept as well.
+pub const IMAGE_JSON_BYTES_MAX: u64 = 4 << 20;
+/// All the JSON of one image together, in bytes.
+pub const IMAGE_JSON_TOTAL_BYTES_MAX: u64 = 64 << 20;
+/// How deep indexes may stand in each other.
+pub const IMAGE_INDEX_DEPTH_MAX: usize = 4;
+/// The most members of an image archive.
+pub const ARCHIVE_MEMBERS_MAX: usize = 65_536;
+/// The names of all members of an image archive together, in bytes.
+pub const ARCHIVE_NAMES_BYTES_MAX: usize = 16 << 20;
+/// The largest extended header (a long name) in an archive, in bytes.
+pub const ARCHIVE_HEADER_BYTES_MAX: u64 = 64 << 10;
+/// Decompressing stops as a bomb when more than this many bytes came out…
+pub const BOMB_BYTES: u64 = 1 << 30;
+/// …and more than this many times what went in. Real layers reach 20, gzip cannot pass 1,032, zstd has no bound.
+pub const BOMB_RATIO: u64 = 256;
+/// The layers of an image that are checked at once.
+pub const IMAGE_CHECKS_MAX: usize = 4;
 /// Connections from sites that the hub accepts at once.
 pub const SITE_CONNECTIONS_MAX: usize = 4096;
 /// How long a clean stop may take before what is left is dropped (resume makes it whole).

@@ -1,1 +1,190 @@
-//! (being written)
+//! An operator image as a source: `docker save` archives, OCI layouts as a folder or an archive, compressed or not.
+//!
+//! Whatever comes in goes out as one OCI image layout folder, so that the hub and every site hold the same bytes and
+//! the same digest:
+//! ```text
+//! blobs/sha256/<hex>   configs, layers, manifests and indexes, as they were
+//! index.json           one descriptor: the image's manifest or index; no names, so that the same image is the same artifact
+//! oci-layout           {"imageLayoutVersion":"1.0.0"}
+//! ```
+//! `ingest` drives it. All checks are done in `open`, before the first entry: structure first, then every layer is read
+//! and hashed, compressed and uncompressed. Nothing is unpacked; a compressed archive is decompressed as a whole into
+//! the scratch folder, which is all that a crash leaves, and which the next start cleans.
+//!
+//! [`oci`] knows layouts, [`docker`] knows `manifest.json`, [`holder`] finds and reads pieces, [`archive`] reads tar
+//! headers, [`decompress`] holds the rule against bombs, [`listing`] the choice among several images.
+
+mod archive;
+mod decompress;
+mod docker;
+mod holder;
+mod listing;
+mod oci;
+#[cfg(test)]
+mod tests;
+
+use std::fmt;
+use std::fs::{self, File};
+use std::io::Read;
+use std::path::Path;
+
+use bytes::Bytes;
+
+use self::decompress::{Caps, Compression, SNIFFED_BYTES};
+use self::holder::{Holder, Piece};
+pub use self::listing::split_tag;
+use self::oci::{Chosen, Descriptor, Image, Trouble};
+use super::{Content, Source, SourceBody, SourceEntry};
+use crate::fault::{Fault, IoContext};
+use crate::manifest::{ImageInfo, KindInfo};
+
+const FOLDER_MODE: u32 = 0o755;
+const FILE_MODE: u32 = 0o644;
+/// The name of a decompressed archive in the scratch folder.
+const DECOMPRESSED: &str = "image.tar";
+
+/// The refusal of a damaged or lying image: which file, which member of it, why.
+fn refuse(shown: &Path, member: &str, why: impl fmt::Display) -> Fault {
+    let member: String = member.chars().take(300).map(|c| if c.is_control() { '\u{fffd}' } else { c }).collect();
+    Fault::integrity(format!("image {}: {member}: {why}", shown.display())).with_next("make the image's archive again, then publish that")
+}
+
+/// Reads an image, whatever form it came in, as an OCI layout.
+#[derive(Debug)]
+pub struct ImageSource {
+    entries: std::vec::IntoIter<SourceEntry>,
+    info: ImageInfo,
+}
+
+impl ImageSource {
+    /// The only image of an archive or layout folder. `scratch` takes the decompressed copy of a compressed archive.
+    pub fn open(path: &Path, scratch: &Path) -> Result<Self, Fault> {
+        Self::open_tag(path, scratch, None)
+    }
+
+    /// The image named `tag` of an archive or layout folder: a whole name, the part of it behind the colon, or the
+    /// digest of its manifest. Without a tag there must be one image; `usage` lists the tags where there are several.
+    pub fn open_tag(path: &Path, scratch: &Path, tag: Option<&str>) -> Result<Self, Fault> {
+        open(path, scratch, tag, Caps::default())
+    }
+
+    /// The only image of a layout folder, such as a registry was read into.
+    pub fn open_layout(folder: &Path) -> Result<Self, Fault> {
+        from_holder(&Holder::folder(folder), None, Caps::default())
+    }
+
+    /// What the artifact is known by: also what [`Source::info`] gives.
+    pub fn image_info(&self) -> &ImageInfo {
+        &self.info
+    }
+}
+
+impl Source for ImageSource {
+    fn next(&mut self) -> Result<Option<SourceEntry>, Fault> {
+        Ok(self.entries.next())
+    }
+
+    fn info(&self) -> KindInfo {
+        KindInfo::Image(self.info.clone())
+    }
+}
+
+fn open(path: &Path, scratch: &Path, tag: Option<&str>, caps: Caps) -> Result<ImageSource, Fault> {
+    let path = &fs::canonicalize(path).at(format_args!("open image {}", path.display()))?;
+    let meta = fs::metadata(path).at(format_args!("open image {}", path.display()))?;
+    if meta.is_dir() {
+        return from_holder(&Holder::folder(path), tag, caps);
+    }
+    if !meta.is_file() {
+        return Err(refuse(path, "the archive", "it is neither a file nor a folder"));
+    }
+    let mut first = Vec::with_capacity(SNIFFED_BYTES);
+    File::open(path)
+        .and_then(|f| f.take(SNIFFED_BYTES as u64).read_to_end(&mut first))
+        .at(format_args!("read image {}", path.display()))?;
+    let holder = match Compression::of(&first) {
+        Compression::None if first.is_empty() => return Err(refuse(path, "the archive", "it is empty")),
+        Compression::None => Holder::tar(path, path)?,
+        Compression::Foreign(name) => {
+            return Err(refuse(path, "the archive", format!("it is compressed with {name}, which is not supported"))
+                .with_next("decompress it, or use gzip or zstd"));
+        }
+        known => {
+            let copy = scratch.join(DECOMPRESSED);
+            decompress::to_scratch(path, known, &copy, caps)?;
+            Holder::tar(&copy, path)?
+        }
+    };
+    from_holder(&holder, tag, caps)
+}
+
+fn from_holder(holder: &Holder, tag: Option<&str>, caps: Caps) -> Result<ImageSource, Fault> {
+    let tops = oci::top_descriptors(holder)?;
+    let saved = docker::saved(holder, tag, tops.is_some())?;
+    let image = match (tops, saved) {
+        (None, None) => return Err(holder.refuse("index.json", holder.why_no_image())),
+        (Some(tops), None) => checked(holder, oci::image(holder, &oci::choose(holder, &tops, tag)?).map_err(Trouble::fault)?, caps)?,
+        (None, Some(saved)) => saved.image(holder, caps)?,
+        (Some(tops), Some(saved)) => match oci_of_saved(holder, &tops, &saved)? {
+            Some(image) => checked(holder, image, caps)?,
+            None => saved.image(holder, caps)?,
+        },
+    };
+    source(image)
+}
+
+/// Reads every layer of an OCI image.
+fn checked(holder: &Holder, image: Image, caps: Caps) -> Result<Image, Fault> {
+    holder.check_all(&image.checks, caps)?;
+    Ok(image)
+}
+
+/// The OCI image in `index.json` that is the chosen one of `manifest.json`: the one with the same config. `None` when
+/// no such is there or it contradicts that config, as Docker 25.0 wrote them; then `manifest.json` is what counts.
+fn oci_of_saved(holder: &Holder, tops: &[Descriptor], saved: &docker::Saved) -> Result<Option<Image>, Fault> {
+    // By name first: two names may stand for two builds of one config.
+    let named = |d: &&Descriptor| d.names().any(|n| saved.tags.iter().any(|t| listing::same_image(n, t)));
+    let candidates = tops.iter().filter(named).chain(tops.iter().filter(|d| !named(d)));
+    let mut why = None;
+    for top in candidates {
+        match oci::image(holder, &Chosen::One(top.clone())) {
+            Ok(image) if image.blobs.contains_key(&saved.config_digest) => return Ok(Some(image)),
+            Ok(_) => {}
+            Err(Trouble::Disagrees(fault)) => why = Some(fault.message),
+            Err(Trouble::Refused(fault)) => return Err(fault),
+        }
+    }
+    tracing::warn!(
+        archive = %holder.shown.display(),
+        why = why.as_deref().unwrap_or("no image in index.json has the config that manifest.json names"),
+        "the OCI parts of a docker archive are not used",
+    );
+    Ok(None)
+}
+
+/// The entries of the normalised layout, in manifest order.
+fn source(image: Image) -> Result<ImageSource, Fault> {
+    let descriptor = serde_json::json!({
+        "mediaType": image.top.media_type, "digest": image.top.digest.to_string(), "size": image.top.size,
+    });
+    let index = oci::to_bytes(&serde_json::json!({ "schemaVersion": 2, "mediaType": oci::OCI_INDEX, "manifests": [descriptor] }))?;
+    let folder = |path: &str| Ok(SourceEntry { path: path.parse()?, mode: FOLDER_MODE, body: SourceBody::Dir });
+    let file = |path: &str, size: u64, content: Content| {
+        Ok(SourceEntry { path: path.parse()?, mode: FILE_MODE, body: SourceBody::File { size, content } })
+    };
+    let mut entries: Vec<Result<SourceEntry, Fault>> = vec![folder("blobs"), folder("blobs/sha256")];
+    entries.extend(image.blobs.into_iter().map(|(digest, Piece { size, content, .. })| file(&digest.member(), size, content)));
+    entries.push(file("index.json", index.len() as u64, Content::Memory(index.into())));
+    let layout: &[u8] = br#"{"imageLayoutVersion":"1.0.0"}"#;
+    entries.push(file("oci-layout", layout.len() as u64, Content::Memory(Bytes::from_static(layout))));
+    Ok(ImageSource {
+        entries: entries.into_iter().collect::<Result<Vec<_>, _>>()?.into_iter(),
+        info: ImageInfo {
+            media_type: image.top.media_type,
+            digest: image.top.digest.to_string(),
+            size: image.top.size,
+            platforms: image.platforms,
+            absent: image.absent,
+        },
+    })
+}

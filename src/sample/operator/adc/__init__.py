@@ -1,0 +1,1 @@
+"""Automatic defect classification on panel images."""
