@@ -55,7 +55,7 @@ impl Jobs {
     /// Begins a job.
     pub fn start<T, F>(&self, work: impl FnOnce(Arc<JobProgress>) -> F) -> Result<Job, Fault>
     where
-        T: Serialize,
+        T: Serialize + Send + 'static,
         F: Future<Output = Result<T, Fault>> + Send + 'static,
     {
         let progress = Arc::new(JobProgress::default());

@@ -147,3 +147,5 @@ pub const MUX_BATCH_BYTES: usize = 256 << 10;
 pub const MUX_STREAM_QUEUE_BYTES: usize = 64 << 10;
 /// Control frames of the TCP line that wait to be sent; a peer that provokes more and reads none is cut off.
 pub const MUX_CONTROL_BYTES_MAX: usize = 256 << 10;
+/// Streams of one site that the hub answers at once.
+pub const FETCH_STREAMS_MAX: usize = 128;

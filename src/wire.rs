@@ -13,7 +13,7 @@
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use crate::api::types::{Action, Bytes, State};
+use crate::api::types::{Action, State};
 use crate::catalogue::{Body, Want};
 use crate::chunk::Hash;
 use crate::fault::Fault;
@@ -116,8 +116,8 @@ pub struct Desired {
     pub want: Want,
     /// Raised by every retry.
     pub generation: i64,
-    /// Bytes, as the hub knows them.
-    pub bytes: Bytes,
+    /// Bytes of the artifact.
+    pub total: u64,
     /// When it was asked for.
     pub created_ms: i64,
 }
@@ -142,7 +142,7 @@ pub enum AskHub {
     },
     /// A new certificate for the key of this request.
     Renew {
-        /// The signing request, PEM.
+        /// The signing request, DER in hex.
         request: String,
     },
 }
@@ -158,6 +158,17 @@ pub enum AskSite {
         /// Its digest.
         digest: Digest,
     },
+}
+
+/// A site's answer to [`AskSite::Plan`].
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Planned {
+    /// Bytes that would cross the line.
+    pub missing: u64,
+    /// Room at the site.
+    pub free: Option<u64>,
+    /// Bytes a second, as the line last went; 0 when it is not known.
+    pub rate: u64,
 }
 
 /// Which site is on the other end of a stream, for what it may see.

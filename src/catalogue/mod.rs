@@ -15,11 +15,15 @@ use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePool, SqlitePo
 use tokio::sync::Notify;
 
 pub use artifacts::ArtifactRow;
+pub(crate) use transfers::new_id;
 pub use transfers::{Body, TransferRow, Want};
 
 use crate::api::types::Event;
 use crate::clock;
 use crate::fault::Fault;
+
+/// Whoever waits for news looks again after this long, whatever he was told.
+const LOOK_AGAIN: Duration = Duration::from_secs(5);
 
 /// The catalogue. Cheap to clone.
 #[derive(Clone)]
@@ -64,9 +68,12 @@ impl Catalogue {
         Ok(Self { write, read, changed: Arc::new(Notify::new()) })
     }
 
-    /// Returns when something changed after this call, or after a while.
-    pub async fn changed(&self) {
-        let _ = tokio::time::timeout(Duration::from_secs(5), self.changed.notified()).await;
+    /// A future that ends when something changed after this call (not after its first poll), or after a while.
+    pub fn changed(&self) -> impl Future<Output = ()> + Send + 'static {
+        let changed = self.changed.clone().notified_owned();
+        async move {
+            let _ = tokio::time::timeout(LOOK_AGAIN, changed).await;
+        }
     }
 
     /// Wakes whoever waits for news.

@@ -33,8 +33,8 @@ impl Catalogue {
         Ok(())
     }
 
-    /// Uses a join token up and enrols its site.
-    pub async fn redeem_token(&self, id: &str, secret_hash: &[u8; 32]) -> Result<SiteName, Fault> {
+    /// Uses a join token up and enrols its site. `claimed` is the name in the joining site's config.
+    pub async fn redeem_token(&self, id: &str, secret_hash: &[u8; 32], claimed: &SiteName) -> Result<SiteName, Fault> {
         let refuse = |why: &str| {
             Fault::not_allowed(format!("the join token {id} {why}"))
                 .with_next("make a new one at the hub: packhorse token create --site NAME")
@@ -47,15 +47,17 @@ impl Catalogue {
                 .fetch_optional(&mut *tx)
                 .await
                 .map_err(fault)?;
-        let Some((hash, site, labels, expires, used)) = row.filter(|row| row.0 == secret_hash) else {
+        let Some((_, site, labels, expires, used)) = row.filter(|row| row.0 == secret_hash) else {
             return Err(refuse("is not one of this hub"));
         };
-        let _ = hash;
         if used.is_some() {
             return Err(refuse("was used already"));
         }
         if expires < now {
             return Err(refuse("has expired"));
+        }
+        if site != claimed.as_str() {
+            return Err(refuse(&format!("is for the site {site}, and this config says {claimed}")));
         }
         sqlx::query("UPDATE token SET used_ms = ? WHERE id = ?").bind(now).bind(id).execute(&mut *tx).await.map_err(fault)?;
         sqlx::query(

@@ -31,12 +31,12 @@ async fn a_token_is_good_once_and_for_a_while() {
     let (_dir, catalogue) = catalogue().await;
     let site: SiteName = "west".parse().unwrap();
     catalogue.add_token("a", &[1; 32], &site, &Default::default(), 60).await.unwrap();
-    assert_eq!(catalogue.redeem_token("a", &[2; 32]).await.unwrap_err().code, Code::NotAllowed);
-    assert_eq!(catalogue.redeem_token("a", &[1; 32]).await.unwrap(), site);
-    assert!(catalogue.redeem_token("a", &[1; 32]).await.unwrap_err().message.contains("used"));
+    assert_eq!(catalogue.redeem_token("a", &[2; 32], &site).await.unwrap_err().code, Code::NotAllowed);
+    assert_eq!(catalogue.redeem_token("a", &[1; 32], &site).await.unwrap(), site);
+    assert!(catalogue.redeem_token("a", &[1; 32], &site).await.unwrap_err().message.contains("used"));
     catalogue.add_token("b", &[1; 32], &site, &Default::default(), 0).await.unwrap();
-    tokio::time::sleep(std::time::Duration::from_millis(5)).await;
-    assert!(catalogue.redeem_token("b", &[1; 32]).await.unwrap_err().message.contains("expired"));
+    tokio::time::sleep(Duration::from_millis(5)).await;
+    assert!(catalogue.redeem_token("b", &[1; 32], &site).await.unwrap_err().message.contains("expired"));
 }
 
 #[tokio::test]

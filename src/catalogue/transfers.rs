@@ -5,7 +5,7 @@ use sqlx::Row;
 use sqlx::sqlite::SqliteRow;
 
 use super::{Catalogue, fault, note, time};
-use crate::api::types::{Bytes, State, Transfer, TransferQuery};
+use crate::api::types::{Action, Bytes, State, Transfer, TransferQuery};
 use crate::chunk::Hash;
 use crate::clock;
 use crate::fault::{Fault, Reason};
@@ -277,26 +277,37 @@ impl Catalogue {
         Ok(row)
     }
 
-    /// Says what the hub wants of a transfer.
-    pub async fn set_want(&self, id: &str, want: Want, retry: bool) -> Result<TransferRow, Fault> {
+    /// Does what somebody asks of a transfer, at the hub. It shows at once; the site follows when it hears of it.
+    pub async fn act(&self, id: &str, action: Action) -> Result<TransferRow, Fault> {
+        let mut row = self.transfer(id).await?;
+        let hold = |reason, next: &str| Some(Fault::internal("asked for by a person").with_reason(reason).with_next(format!("packhorse {next} {id}")));
+        let (want, state, why) = match action {
+            Action::Pause => (Want::Pause, State::Paused, hold(Reason::PausedByUser, "resume")),
+            Action::Cancel => (Want::Cancel, State::Cancelled, hold(Reason::CancelledByUser, "retry")),
+            Action::Resume if row.state == State::Paused => (Want::Run, State::Queued, None),
+            Action::Resume => (Want::Run, row.state, None),
+            Action::Retry => (Want::Run, State::Queued, None),
+        };
+        row.body.set_fault(why.as_ref());
+        let now = clock::now_unix_ms() as i64;
         let mut tx = self.write.begin_with("BEGIN IMMEDIATE").await.map_err(fault)?;
         let seq = note(&mut tx, "transfer", id).await?;
         sqlx::query(
-            "UPDATE transfer SET want = ?1, updated_ms = ?2, cursor = ?3, generation = generation + ?4,
-                    state = CASE WHEN ?4 = 1 THEN 'queued' ELSE state END,
-                    finished_ms = CASE WHEN ?4 = 1 THEN NULL ELSE finished_ms END
-             WHERE id = ?5",
+            "UPDATE transfer SET want = ?, state = ?, body = ?, generation = generation + ?, updated_ms = ?, finished_ms = ?, cursor = ? WHERE id = ?",
         )
         .bind(want.as_str())
-        .bind(clock::now_unix_ms() as i64)
+        .bind(state.as_str())
+        .bind(serde_json::to_string(&row.body).unwrap_or_default())
+        .bind(i64::from(action == Action::Retry))
+        .bind(now)
+        .bind(state.is_final().then_some(now))
         .bind(seq)
-        .bind(i64::from(retry))
         .bind(id)
         .execute(&mut *tx)
         .await
         .map_err(|e| match &e {
             sqlx::Error::Database(db) if db.is_unique_violation() => {
-                Fault::conflict(format!("another transfer of the artifact to that site stands already, so {id} cannot begin again"))
+                Fault::conflict(format!("another transfer of {} to {} stands already, so {id} cannot begin again", row.artifact, row.site))
                     .with_next("see 'packhorse status'")
             }
             _ => fault(e),

@@ -126,7 +126,7 @@ impl Runner {
                 want: wanted.want,
                 generation: wanted.generation,
                 state: State::Queued,
-                body: Body { bytes: wanted.bytes, ..Body::default() },
+                body: Body { bytes: Bytes { total: wanted.total, ..Bytes::default() }, ..Body::default() },
                 created_ms: wanted.created_ms,
                 updated_ms: 0,
                 finished_ms: None,
@@ -334,12 +334,11 @@ impl Runner {
             }
         };
         let sink = inner.sinks.of(row.artifact.kind).clone();
-        let incoming = |root: &Root| Incoming { artifact: row.artifact.clone(), digest: row.digest, root: root.clone(), transfer: row.id.clone() };
         let known = inner.catalogue.by_digest(row.digest).await?.map(|known| known.root);
 
         if let (true, Some(root)) = (resumes_commit, &known) {
             // The daemon ended in or after the commit: the sink knows which.
-            let incoming = incoming(root);
+            let incoming = incoming(row, root);
             let staged = sink.staging_root().join(&row.id);
             if !staged.exists() {
                 if let Ok(landed) = sink.commit(&incoming, &staged).await {
@@ -370,7 +369,7 @@ impl Runner {
         fetcher.pages(&root, &inner.shared.store).await?;
         inner.catalogue.add_artifact(&row.artifact, &root, None).await?;
         row.body.bytes.total = root.totals.bytes;
-        let incoming = incoming(&root);
+        let incoming = incoming(row, &root);
         sink.check(&incoming).await?;
 
         self.enter(row, State::Transferring, None).await;
@@ -444,4 +443,8 @@ impl Runner {
         let signature = base64::engine::general_purpose::STANDARD.encode(identity.sign(statement.as_bytes())?);
         Ok(serde_json::json!({ "statement": statement, "signature": signature }))
     }
+}
+
+fn incoming(row: &TransferRow, root: &Root) -> Incoming {
+    Incoming { artifact: row.artifact.clone(), digest: row.digest, root: root.clone(), transfer: row.id.clone() }
 }

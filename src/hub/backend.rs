@@ -1,0 +1,405 @@
+//! What the hub can be asked over its API.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use async_trait::async_trait;
+
+use super::Hub;
+use crate::api::Backend;
+use crate::api::types::*;
+use crate::catalogue::{TransferRow, new_id};
+use crate::chunk::Hash;
+use crate::durable;
+use crate::fault::{Fault, Reason};
+use crate::fetch::blocking;
+use crate::identity::JoinToken;
+use crate::ingest::{self, Progress};
+use crate::jobs::JobProgress;
+use crate::manifest::{DatasetBinding, Pages, Step, Walk, read_children};
+use crate::names::{ArtifactRef, Kind, SiteSelector, check_label};
+use crate::reading;
+use crate::wire::AskSite;
+
+/// How long a site may take to work out a plan.
+const PLAN_MAX: Duration = Duration::from_secs(30);
+
+fn parse_refs(artifacts: &[String]) -> Result<Vec<ArtifactRef>, Fault> {
+    if artifacts.is_empty() {
+        return Err(Fault::usage("no artifact is named"));
+    }
+    artifacts.iter().map(|a| Ok(a.parse()?)).collect()
+}
+
+impl Hub {
+    /// A transfer as the API shows it: a site that is away is the reason for whatever is open.
+    fn view(&self, row: &TransferRow) -> Transfer {
+        let mut view = row.view();
+        if !row.state.is_final() && row.state != State::Paused && !self.is_online(&row.site) {
+            view.reason = Some(Reason::SiteOffline);
+            view.message = Some(format!("site {} is not connected", row.site));
+            view.next = Some("nothing: it goes on by itself when the site is back; see 'packhorse sites'".into());
+            (view.rate, view.eta_seconds) = (0, None);
+        }
+        view
+    }
+
+    pub(super) async fn deliver_to(&self, artifacts: &[String], to: &str) -> Result<Delivered, Fault> {
+        let refs = parse_refs(artifacts)?;
+        let selector: SiteSelector = to.parse()?;
+        let sites = self.inner.catalogue.select_sites(&selector).await?;
+        let mut rows = Vec::new();
+        for artifact in &refs {
+            rows.push(self.inner.catalogue.artifact(artifact).await?);
+        }
+        let delivery = new_id("d");
+        let mut transfers = Vec::new();
+        for row in &rows {
+            transfers.extend(self.inner.catalogue.deliver(&delivery, &row.artifact, row.digest, row.root.totals.bytes, &sites).await?);
+        }
+        let digest = rows.first().map(|row| row.digest.hex()).unwrap_or_default();
+        Ok(Delivered { artifact: artifacts.join(","), digest, delivery, transfers })
+    }
+
+    pub(super) async fn act_on(&self, id: &str, action: Action) -> Result<Vec<Transfer>, Fault> {
+        let rows = self.inner.catalogue.transfers_of(id).await?;
+        let single = rows.len() == 1;
+        let mut out = Vec::new();
+        for row in rows {
+            let fits = match action {
+                Action::Pause => !row.state.is_final(),
+                Action::Resume => row.state == State::Paused || !row.state.is_final(),
+                Action::Cancel => row.state != State::Done,
+                Action::Retry => matches!(row.state, State::Failed | State::Cancelled),
+            };
+            if !fits && single {
+                let word = match action {
+                    Action::Pause => "pause",
+                    Action::Resume => "resume",
+                    Action::Cancel => "cancel",
+                    Action::Retry => "retry",
+                };
+                let state = row.state.as_str();
+                return Err(Fault::conflict(format!("transfer {id} is {state}: there is nothing to {word}")).with_next("see 'packhorse status'"));
+            }
+            let row = if fits { self.inner.catalogue.act(&row.id, action).await? } else { row };
+            out.push(self.view(&row));
+        }
+        Ok(out)
+    }
+
+    async fn publish_now(&self, request: PublishRequest, progress: Arc<JobProgress>) -> Result<Published, Fault> {
+        let inner = &self.inner;
+        let artifact: ArtifactRef = request.as_ref.parse()?;
+        // Whatever can be refused is refused before a byte is read.
+        let sites = match &request.to {
+            Some(to) => Some((to, inner.catalogue.select_sites(&to.parse()?).await?)),
+            None => None,
+        };
+        let dataset = match &request.options.for_dataset {
+            Some(_) if artifact.kind != Kind::Labels => return Err(Fault::usage("--for is for labels only")),
+            Some(name) => {
+                let name: ArtifactRef = name.parse()?;
+                if name.kind != Kind::Dataset {
+                    return Err(Fault::usage(format!("--for takes a dataset, and {name} is a {}", name.kind)));
+                }
+                let row = inner.catalogue.artifact(&name).await?;
+                Some((DatasetBinding { artifact: name, digest: row.digest }, row.root))
+            }
+            None => None,
+        };
+        let _publishing = inner.collecting.clone().read_owned().await;
+        let scratch = inner.config.data_dir.join("scratch").join(new_id("p"));
+        durable::create_dir_all(&scratch)?;
+        let (store, folder, options, source) = (inner.store.clone(), scratch.clone(), request.options.clone(), request.source.clone());
+        let (kind, watched) = (artifact.kind, progress.clone());
+        let runtime = tokio::runtime::Handle::current();
+        progress.doing(format!("reading {source}"));
+        let work = tokio::task::spawn_blocking(move || {
+            let dataset = dataset.map(|(binding, root)| reading::bind(binding, root, store.clone()));
+            let mut source = reading::open(kind, &source, &options, dataset, &folder, &runtime)?;
+            let counted = Progress::default();
+            std::thread::scope(|scope| {
+                let (done, ended) = std::sync::mpsc::sync_channel::<()>(0);
+                let counted = &counted;
+                scope.spawn(move || {
+                    while ended.recv_timeout(Duration::from_millis(200)).is_err_and(|e| e == std::sync::mpsc::RecvTimeoutError::Timeout) {
+                        watched.bytes.store(counted.read.load(Ordering::Relaxed), Ordering::Relaxed);
+                    }
+                });
+                let result = ingest::ingest(source.as_mut(), kind, &store, &store, counted);
+                drop(done);
+                result
+            })
+        });
+        let result = work.await.map_err(|e| Fault::internal(format!("the publish ended: {e}")));
+        let _ = blocking(move || durable::remove_all(&scratch)).await;
+        let ingested = result?.map_err(|fault| fault.context(format!("publish {artifact}")))?;
+        let bytes = ingested.root.totals.bytes;
+        let added = inner.catalogue.add_artifact(&artifact, &ingested.root, None).await?;
+        let transfers = match sites {
+            Some((_, sites)) => inner.catalogue.deliver(&new_id("d"), &artifact, ingested.digest, bytes, &sites).await?,
+            None => Vec::new(),
+        };
+        tracing::info!(%artifact, digest = %ingested.digest, bytes, stored = ingested.stored, "published");
+        Ok(Published {
+            artifact: artifact.to_string(),
+            digest: ingested.digest.hex(),
+            transfers,
+            bytes,
+            stored: if added { ingested.stored } else { 0 },
+            unchanged: !added,
+        })
+    }
+
+    /// Re-reads every page and chunk of an artifact. One line a fault.
+    async fn verify_now(&self, artifact: ArtifactRef, progress: Arc<JobProgress>) -> Result<Vec<String>, Fault> {
+        let row = self.inner.catalogue.artifact(&artifact).await?;
+        let store = self.inner.store.clone();
+        progress.doing(format!("re-reading {artifact}"));
+        blocking(move || {
+            let mut faults = Vec::new();
+            let mut path = String::new();
+            for step in Walk::new(&row.root, &store) {
+                match step {
+                    Err(fault) => {
+                        faults.push(format!("{artifact}: {fault}"));
+                        break;
+                    }
+                    Ok(Step::Entry { entry, .. }) => path = entry.path.to_string(),
+                    Ok(Step::Chunk(chunk, _)) => {
+                        if let Err(fault) = store.read(chunk.id) {
+                            faults.push(format!("{artifact}: {path}: {fault}"));
+                        }
+                        progress.bytes.fetch_add(u64::from(chunk.len), Ordering::Relaxed);
+                    }
+                }
+            }
+            Ok(faults)
+        })
+        .await
+    }
+
+    /// Removes chunks that no artifact names. Returns the bytes freed.
+    async fn collect_now(&self, progress: Arc<JobProgress>) -> Result<u64, Fault> {
+        progress.doing("waiting for publishes to end");
+        let _alone = self.inner.collecting.clone().write_owned().await;
+        let rows = self.inner.catalogue.artifacts().await?;
+        let store = self.inner.store.clone();
+        progress.doing("marking what is named");
+        blocking(move || {
+            // Eight bytes of a name: a dead chunk that shares them with a live one is kept, which harms nobody.
+            let mut live: std::collections::HashSet<u64> = std::collections::HashSet::new();
+            let short = |id: Hash| u64::from_le_bytes([id.0[0], id.0[1], id.0[2], id.0[3], id.0[4], id.0[5], id.0[6], id.0[7]]);
+            for row in rows {
+                let mut level = row.root.pages.clone();
+                for depth in (0..=row.root.depth).rev() {
+                    live.extend(level.iter().map(|p| short(p.id)));
+                    if depth > 0 {
+                        let mut below = Vec::new();
+                        for page in level {
+                            below.extend(read_children(&store.page(page.id)?)?);
+                        }
+                        level = below;
+                    }
+                }
+                for step in Walk::new(&row.root, &store) {
+                    if let Step::Chunk(chunk, _) = step? {
+                        live.insert(short(chunk.id));
+                    }
+                }
+            }
+            store.collect(&|id| live.contains(&short(id)))
+        })
+        .await
+    }
+}
+
+#[async_trait]
+impl Backend for Hub {
+    fn role(&self) -> &'static str {
+        "hub"
+    }
+
+    fn name(&self) -> String {
+        self.inner.config.name.to_string()
+    }
+
+    async fn ready(&self) -> Result<(), Fault> {
+        self.inner.catalogue.cursor().await.map(|_| ())
+    }
+
+    async fn publish(&self, request: PublishRequest) -> Result<Job, Fault> {
+        let artifact: ArtifactRef = request.as_ref.parse()?;
+        if let Some(to) = &request.to {
+            self.inner.catalogue.select_sites(&to.parse()?).await?;
+        }
+        let this = self.clone();
+        tracing::info!(%artifact, source = %request.source, "publishing");
+        self.inner.jobs.start(move |progress| async move { this.publish_now(request, progress).await })
+    }
+
+    async fn deliver(&self, request: DeliverRequest) -> Result<Delivered, Fault> {
+        self.deliver_to(&request.artifacts, &request.to).await
+    }
+
+    async fn plan(&self, request: DeliverRequest) -> Result<Vec<PlanRow>, Fault> {
+        let refs = parse_refs(&request.artifacts)?;
+        let sites = self.inner.catalogue.select_sites(&request.to.parse()?).await?;
+        let mut out = Vec::new();
+        for artifact in refs {
+            let row = self.inner.catalogue.artifact(&artifact).await?;
+            for site in &sites {
+                let question = AskSite::Plan { artifact: artifact.clone(), digest: row.digest };
+                // A site may plan what it is not yet entitled to hold: for that moment it may read the manifest.
+                self.inner.entitled.lock().insert((site.clone(), row.digest), std::time::Instant::now() + PLAN_MAX);
+                let asked = tokio::time::timeout(PLAN_MAX, self.ask_site::<crate::wire::Planned>(site, &question)).await;
+                let total = row.root.totals.bytes;
+                let planned = asked.ok().and_then(Result::ok);
+                out.push(PlanRow {
+                    artifact: artifact.to_string(),
+                    site: site.to_string(),
+                    asked: planned.is_some(),
+                    total,
+                    missing: planned.as_ref().map_or(total, |p| p.missing),
+                    free: planned.as_ref().and_then(|p| p.free),
+                    seconds: planned.as_ref().and_then(|p| (p.rate > 0).then(|| p.missing.div_ceil(p.rate))),
+                });
+            }
+        }
+        Ok(out)
+    }
+
+    async fn transfers(&self, query: &TransferQuery) -> Result<(Vec<Transfer>, u64), Fault> {
+        let (rows, cursor) = self.inner.catalogue.transfers(query).await?;
+        Ok((rows.iter().map(|row| self.view(row)).collect(), cursor))
+    }
+
+    async fn act(&self, id: &str, action: Action) -> Result<Vec<Transfer>, Fault> {
+        self.act_on(id, action).await
+    }
+
+    async fn artifacts(&self) -> Result<Vec<Artifact>, Fault> {
+        Ok(self.inner.catalogue.artifacts().await?.iter().map(|row| row.view()).collect())
+    }
+
+    async fn show(&self, artifact: &str) -> Result<ArtifactDetail, Fault> {
+        let artifact: ArtifactRef = artifact.parse()?;
+        let row = self.inner.catalogue.artifact(&artifact).await?;
+        let transfers = self.inner.catalogue.transfers_of_artifact(&artifact).await?;
+        Ok(ArtifactDetail { artifact: row.view(), transfers: transfers.iter().map(|t| self.view(t)).collect() })
+    }
+
+    async fn sites(&self) -> Result<Vec<Site>, Fault> {
+        let mut sites = self.inner.catalogue.sites().await?;
+        let links = self.inner.links.read();
+        for site in &mut sites {
+            if let Some(connected) = links.get(&site.name) {
+                site.online = true;
+                site.line = Some(connected.link.transport().into());
+                site.rtt_ms = Some(connected.link.rtt().as_secs_f64() * 1000.0);
+            }
+        }
+        Ok(sites)
+    }
+
+    async fn token(&self, request: TokenRequest) -> Result<String, Fault> {
+        let site = request.site.parse()?;
+        if request.ttl_seconds == 0 {
+            return Err(Fault::usage("a token must be good for some time"));
+        }
+        request.labels.iter().try_for_each(|(key, value)| check_label(key, value))?;
+        let token = JoinToken::generate(&self.inner.identity);
+        self.inner.catalogue.add_token(token.id(), &token.secret_hash(), &site, &request.labels, request.ttl_seconds).await?;
+        Ok(token.to_string())
+    }
+
+    async fn verify(&self, artifact: &str, repair: bool) -> Result<Job, Fault> {
+        let artifact: ArtifactRef = artifact.parse()?;
+        self.inner.catalogue.artifact(&artifact).await?;
+        if repair {
+            return Err(Fault::usage("the hub repairs nothing by itself").with_next("publish the artifact again: what is damaged is stored anew"));
+        }
+        let this = self.clone();
+        self.inner.jobs.start(move |progress| async move { this.verify_now(artifact, progress).await })
+    }
+
+    async fn export(&self, _artifacts: Vec<String>, _out: String) -> Result<Job, Fault> {
+        Err(not_in_this_version("export"))
+    }
+
+    async fn import(&self, _file: String) -> Result<Job, Fault> {
+        Err(not_in_this_version("import"))
+    }
+
+    async fn gc(&self) -> Result<Job, Fault> {
+        let this = self.clone();
+        self.inner.jobs.start(move |progress| async move {
+            this.collect_now(progress).await.map(|freed| BTreeMap::from([("freed", freed)]))
+        })
+    }
+
+    async fn doctor(&self) -> Result<Vec<String>, Fault> {
+        let data = &self.inner.config.data_dir;
+        let mut out = Vec::new();
+        let free = crate::stage::free_bytes(data)?;
+        let word = if free < 1 << 30 { "fault" } else { "ok" };
+        out.push(format!("{word} data_dir {}: {} MiB free", data.display(), free >> 20));
+        let store = self.inner.store.clone();
+        let stored = blocking(move || store.stored_bytes()).await?;
+        out.push(format!("ok store: {} MiB in packs at {}", stored >> 20, self.inner.store.path().display()));
+        out.push(format!("ok line: listening on {} (UDP and TCP)", self.inner.listener.local_addr()));
+        for site in self.sites().await? {
+            let word = if site.online { "ok" } else { "fault" };
+            let line = site.line.unwrap_or_else(|| "not connected".into());
+            out.push(format!("{word} site {}: {line}", site.name));
+        }
+        Ok(out)
+    }
+
+    async fn job(&self, id: &str) -> Result<Job, Fault> {
+        self.inner.jobs.get(id)
+    }
+
+    async fn events(&self, since: u64, limit: u32) -> Result<Vec<Event>, Fault> {
+        let sites = self.sites().await?;
+        let mut out = Vec::new();
+        for (mut event, name) in self.inner.catalogue.events(since, limit).await? {
+            event.body = match event.what.as_str() {
+                "transfer" => self.inner.catalogue.transfer(&name).await.ok().and_then(|row| serde_json::to_value(self.view(&row)).ok()),
+                "artifact" => match name.parse() {
+                    Ok(artifact) => self.inner.catalogue.artifact(&artifact).await.ok().and_then(|row| serde_json::to_value(row.view()).ok()),
+                    Err(_) => None,
+                },
+                _ => sites.iter().find(|s| s.name.as_str() == name).and_then(|s| serde_json::to_value(s).ok()),
+            }
+            .unwrap_or_default();
+            out.push(event);
+        }
+        Ok(out)
+    }
+
+    fn changed(&self) -> futures::future::BoxFuture<'static, ()> {
+        Box::pin(self.inner.catalogue.changed())
+    }
+
+    async fn metrics(&self) -> Result<String, Fault> {
+        let (transfers, _) = self.inner.catalogue.transfers(&TransferQuery { limit: Some(10_000), ..Default::default() }).await?;
+        let mut out = crate::metrics::transfers(&transfers);
+        let store = self.inner.store.clone();
+        let stored = blocking(move || store.stored_bytes()).await?;
+        let online = self.inner.links.read().len();
+        let _ = writeln!(out, "# TYPE packhorse_store_bytes gauge\npackhorse_store_bytes {stored}");
+        let _ = writeln!(out, "# TYPE packhorse_sites_online gauge\npackhorse_sites_online {online}");
+        let _ = writeln!(out, "# TYPE packhorse_jobs_running gauge\npackhorse_jobs_running {}", self.inner.jobs.running());
+        Ok(out)
+    }
+}
+
+/// The fault for a command whose work is not in this version; said plainly rather than half done.
+pub(crate) fn not_in_this_version(what: &str) -> Fault {
+    Fault::usage(format!("{what} is not in this version of packhorse yet")).with_next("deliver over the line instead")
+}

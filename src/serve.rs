@@ -1,0 +1,127 @@
+//! The daemon: builds what the config says, serves, and stops clean.
+
+use std::fs::File;
+use std::future::Future;
+use std::path::Path;
+use std::sync::Arc;
+
+use tokio::net::TcpListener;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::sync::CancellationToken;
+
+use crate::api::{self, ApiToken, Backend};
+use crate::config::{Config, Role};
+use crate::durable;
+use crate::fault::{Code, Fault, IoContext};
+use crate::hub::Hub;
+use crate::identity::{JoinToken, SiteIdentity};
+use crate::limits::DRAIN_MAX;
+use crate::line;
+use crate::site::Site;
+
+/// Runs a daemon until SIGTERM or SIGINT.
+pub async fn run(config: Config) -> Result<(), Fault> {
+    let stop = CancellationToken::new();
+    let token = stop.clone();
+    let mut terminate = signal(SignalKind::terminate()).at("listen for SIGTERM")?;
+    let mut interrupt = signal(SignalKind::interrupt()).at("listen for SIGINT")?;
+    tokio::spawn(async move {
+        tokio::select! { _ = terminate.recv() => {} _ = interrupt.recv() => {} }
+        tracing::info!("stopping");
+        token.cancel();
+    });
+    run_until(config, stop).await
+}
+
+/// Runs a daemon until `stop`. What is under way is written down and goes on at the next start.
+pub async fn run_until(config: Config, stop: CancellationToken) -> Result<(), Fault> {
+    // Files get the modes that manifests say, not those that some shell had set.
+    rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o022));
+    let _ = raise_open_files();
+    durable::create_dir_all(&config.data_dir)?;
+    let _lock = Lock::take(&config.data_dir)?;
+    let token = ApiToken::open_or_create(&config.data_dir)?;
+    let listener = TcpListener::bind(config.listen.api).await.map_err(|e| {
+        Fault::io(format_args!("listen on {} for the API", config.listen.api), &e).with_next("choose another [listen] api, or stop what listens there")
+    })?;
+    match config.role {
+        Role::Hub => {
+            let hub = Hub::open(config, stop.clone()).await?;
+            let work = hub.clone();
+            drive(listener, token, hub.clone(), async move { work.run().await }, stop, hub.stopped()).await
+        }
+        Role::Site => {
+            let site = Site::open(config, stop.clone()).await?;
+            let work = site.clone();
+            drive(listener, token, site.clone(), async move { work.run().await }, stop, site.stopped()).await
+        }
+    }
+}
+
+async fn drive(
+    listener: TcpListener,
+    token: ApiToken,
+    backend: Arc<dyn Backend>,
+    work: impl Future<Output = Result<(), Fault>> + Send + 'static,
+    stop: CancellationToken,
+    stopped: impl Future<Output = ()>,
+) -> Result<(), Fault> {
+    let shutdown = stop.clone();
+    let api = tokio::spawn(api::serve(listener, backend, token, async move { shutdown.cancelled().await }));
+    let result = work.await;
+    stop.cancel();
+    if tokio::time::timeout(DRAIN_MAX, stopped).await.is_err() {
+        tracing::warn!(seconds = DRAIN_MAX.as_secs(), "not everything stopped in time; it goes on at the next start");
+    }
+    let served = tokio::time::timeout(DRAIN_MAX, api).await;
+    result?;
+    match served {
+        Ok(Ok(result)) => result,
+        _ => Ok(()),
+    }
+}
+
+/// Enrols a site: recognises the hub by the token, and keeps the certificate it gets.
+pub async fn join(config: &Config, hub: &str, token: &str) -> Result<(), Fault> {
+    if config.role != Role::Site {
+        return Err(Fault::usage("only a site joins; this config is a hub's"));
+    }
+    durable::create_dir_all(&config.data_dir)?;
+    let _lock = Lock::take(&config.data_dir)?;
+    let token: JoinToken = token.parse()?;
+    if let Some(there) = SiteIdentity::load(&config.data_dir)? {
+        tracing::info!(site = %there.name(), "joining anew: the certificate that is there will be replaced");
+    }
+    line::join(hub, &token, &config.name, &config.line).await?.save(&config.data_dir)
+}
+
+/// One daemon for one data folder.
+struct Lock {
+    _file: File,
+}
+
+impl Lock {
+    fn take(data_dir: &Path) -> Result<Self, Fault> {
+        let path = data_dir.join("lock");
+        let file = File::options().create(true).truncate(false).write(true).open(&path).at(path.display())?;
+        match rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => Ok(Self { _file: file }),
+            Err(_) => Err(Fault::conflict(format!("another packhorse runs on {}", data_dir.display()))
+                .with_next("stop the other daemon, or give this one a data_dir of its own")),
+        }
+    }
+}
+
+/// Many files may be open between two commits; the usual soft limit of 1,024 is close.
+fn raise_open_files() -> rustix::io::Result<()> {
+    use rustix::process::{Resource, getrlimit, setrlimit};
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    setrlimit(Resource::Nofile, limit)
+}
+
+/// The fault for what this role does not do.
+pub(crate) fn wrong_role(what: &str, role: &str) -> Fault {
+    Fault { code: Code::Usage, ..Fault::usage(format!("{what} is asked of the {role}; this daemon is not one")) }
+        .with_next(format!("give --api or --config of the {role}"))
+}
