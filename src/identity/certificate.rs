@@ -106,7 +106,8 @@ impl Validity {
     pub fn check(&self, whose: &impl std::fmt::Display, clock: &str, now: Timestamp) -> Result<(), Fault> {
         let (from, until, now_text) = (clock::rfc3339(self.from), clock::rfc3339(self.until), clock::rfc3339(now));
         if now < self.from {
-            let message = format!("the certificate of {whose} is not valid yet: it begins at {from}, and the clock of {clock} says {now_text}");
+            let message =
+                format!("the certificate of {whose} is not valid yet: it begins at {from}, and the clock of {clock} says {now_text}");
             return Err(Fault::not_allowed(message).with_next("set the clocks of both machines right (NTP), then try again"));
         }
         if now > self.until {
@@ -127,13 +128,9 @@ impl Validity {
 /// From when until when a certificate is good.
 pub fn validity(cert_der: &[u8]) -> Result<Validity, Fault> {
     let certificate = parse(cert_der)?;
-    let at = |seconds: i64| {
-        Timestamp::from_second(seconds).map_err(|_| Fault::not_allowed("the certificate's validity is out of any calendar"))
-    };
-    Ok(Validity {
-        from: at(certificate.validity().not_before.timestamp())?,
-        until: at(certificate.validity().not_after.timestamp())?,
-    })
+    let at =
+        |seconds: i64| Timestamp::from_second(seconds).map_err(|_| Fault::not_allowed("the certificate's validity is out of any calendar"));
+    Ok(Validity { from: at(certificate.validity().not_before.timestamp())?, until: at(certificate.validity().not_after.timestamp())? })
 }
 
 /// The moment nearest to `now` at which the certificate is valid.

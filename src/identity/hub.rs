@@ -154,12 +154,7 @@ fn make_ca(name: &SiteName) -> Result<(PrivatePkcs8KeyDer<'static>, CertificateD
     Ok((PrivatePkcs8KeyDer::from(key.serialize_der()), cert.der().clone()))
 }
 
-fn issue(
-    issuer: &Issuer<'_, KeyPair>,
-    key: &impl PublicKeyData,
-    holder: &Holder,
-    days: u32,
-) -> Result<CertificateDer<'static>, Fault> {
+fn issue(issuer: &Issuer<'_, KeyPair>, key: &impl PublicKeyData, holder: &Holder, days: u32) -> Result<CertificateDer<'static>, Fault> {
     let wrong = |e: rcgen::Error| Fault::internal(format!("issue a certificate for {holder}: {e}"));
     let mut params = params(&holder.to_string(), days);
     params.is_ca = IsCa::ExplicitNoCa;
@@ -195,7 +190,8 @@ fn write_pair(key: &PrivatePkcs8KeyDer<'_>, cert: &CertificateDer<'_>) -> Vec<u8
 
 fn read_pair(path: &Path, bytes: &[u8]) -> Result<(PrivatePkcs8KeyDer<'static>, CertificateDer<'static>), Fault> {
     let wrong = |e: rustls::pki_types::pem::Error| {
-        Fault::config(format!("read {}: {e}", path.display())).with_next("restore this file from a backup; a new one would shut every site out")
+        Fault::config(format!("read {}: {e}", path.display()))
+            .with_next("restore this file from a backup; a new one would shut every site out")
     };
     Ok((PrivatePkcs8KeyDer::from_pem_slice(bytes).map_err(wrong)?, CertificateDer::from_pem_slice(bytes).map_err(wrong)?))
 }

@@ -1,0 +1,180 @@
+//! Which congestion control a QUIC line uses.
+//!
+//! BBR holds a long line full under loss, where CUBIC stalls; CUBIC is faster on a loopback or within a building. quinn wants
+//! the choice when a connection is made, before any round trip was measured, so [`Auto`] begins as CUBIC, chooses at the
+//! first measured round trip, and goes back to CUBIC should a shorter one show that the first was delayed by a busy machine.
+
+use std::any::Any;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use quinn::congestion::{BbrConfig, Controller, ControllerFactory, ControllerMetrics, CubicConfig};
+use quinn_proto::RttEstimator;
+
+use crate::config::Congestion;
+
+/// What quinn takes for the round trip until it has measured one. While an estimate is exactly this, there is no measure.
+pub(super) const UNKNOWN_RTT: Duration = Duration::from_millis(333);
+/// From this round trip on a line is long.
+pub(super) const LONG_RTT: Duration = Duration::from_millis(5);
+/// A long line is taken to carry 100 Mbit/s until BBR knows: its first window is this times the round trip, so a slower line sees
+/// one round trip of excess and a faster one is found out three doublings sooner.
+const FIRST_RATE_BYTES_PER_SECOND: u64 = 100_000_000 / 8;
+/// BBR's own first window (200 packets), which is the least here.
+const FIRST_WINDOW_MIN: u64 = 200 * 1200;
+/// What is dared before the line is known better.
+const FIRST_WINDOW_MAX: u64 = 4 << 20;
+/// The first window of a short line, which slow start doubles at once anyway.
+const SHORT_WINDOW: u64 = 128 << 10;
+
+/// The factory for a line's `congestion` setting.
+pub(super) fn factory(choice: Congestion) -> Arc<dyn ControllerFactory + Send + Sync> {
+    match choice {
+        Congestion::Auto => Arc::new(AutoFactory),
+        Congestion::Bbr => Arc::new(bbr(FIRST_WINDOW_MIN)),
+        Congestion::Cubic => Arc::new(cubic(SHORT_WINDOW)),
+    }
+}
+
+fn bbr(window: u64) -> BbrConfig {
+    let mut config = BbrConfig::default();
+    config.initial_window(window);
+    config
+}
+
+fn cubic(window: u64) -> CubicConfig {
+    let mut config = CubicConfig::default();
+    config.initial_window(window);
+    config
+}
+
+fn first_window(rtt: Duration) -> u64 {
+    let bytes = u128::from(FIRST_RATE_BYTES_PER_SECOND) * rtt.as_micros() / 1_000_000;
+    u64::try_from(bytes).unwrap_or(u64::MAX).clamp(FIRST_WINDOW_MIN, FIRST_WINDOW_MAX)
+}
+
+struct AutoFactory;
+
+impl ControllerFactory for AutoFactory {
+    fn build(self: Arc<Self>, now: Instant, current_mtu: u16) -> Box<dyn Controller> {
+        let inner = Arc::new(CubicConfig::default()).build(now, current_mtu);
+        Box::new(Auto { inner, chosen: Chosen::Nothing, mtu: current_mtu })
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Chosen {
+    Nothing,
+    Long,
+    Short,
+}
+
+/// Delegates to the controller that fits the round trip.
+struct Auto {
+    inner: Box<dyn Controller>,
+    chosen: Chosen,
+    mtu: u16,
+}
+
+impl Auto {
+    fn choose(&mut self, now: Instant, rtt: Duration) {
+        match self.chosen {
+            Chosen::Short => {}
+            Chosen::Nothing if rtt >= LONG_RTT => {
+                self.inner = Arc::new(bbr(first_window(rtt))).build(now, self.mtu);
+                self.chosen = Chosen::Long;
+            }
+            Chosen::Long if rtt >= LONG_RTT => {}
+            Chosen::Nothing | Chosen::Long => {
+                let window = self.inner.window().max(SHORT_WINDOW);
+                self.inner = Arc::new(cubic(window)).build(now, self.mtu);
+                self.chosen = Chosen::Short;
+            }
+        }
+    }
+}
+
+impl Controller for Auto {
+    fn on_sent(&mut self, now: Instant, bytes: u64, last_packet_number: u64) {
+        self.inner.on_sent(now, bytes, last_packet_number);
+    }
+
+    fn on_ack(&mut self, now: Instant, sent: Instant, bytes: u64, app_limited: bool, rtt: &RttEstimator) {
+        // The least round trip: it only falls, so the choice changes at most once and only towards CUBIC.
+        if rtt.min() != UNKNOWN_RTT || rtt.get() != UNKNOWN_RTT {
+            self.choose(now, rtt.min());
+        }
+        self.inner.on_ack(now, sent, bytes, app_limited, rtt);
+    }
+
+    fn on_end_acks(&mut self, now: Instant, in_flight: u64, app_limited: bool, largest_packet_num_acked: Option<u64>) {
+        self.inner.on_end_acks(now, in_flight, app_limited, largest_packet_num_acked);
+    }
+
+    fn on_congestion_event(&mut self, now: Instant, sent: Instant, is_persistent_congestion: bool, lost_bytes: u64) {
+        self.inner.on_congestion_event(now, sent, is_persistent_congestion, lost_bytes);
+    }
+
+    fn on_mtu_update(&mut self, new_mtu: u16) {
+        self.mtu = new_mtu;
+        self.inner.on_mtu_update(new_mtu);
+    }
+
+    fn window(&self) -> u64 {
+        self.inner.window()
+    }
+
+    fn metrics(&self) -> ControllerMetrics {
+        self.inner.metrics()
+    }
+
+    fn clone_box(&self) -> Box<dyn Controller> {
+        Box::new(Self { inner: self.inner.clone_box(), chosen: self.chosen, mtu: self.mtu })
+    }
+
+    fn initial_window(&self) -> u64 {
+        self.inner.initial_window()
+    }
+
+    fn into_any(self: Box<Self>) -> Box<dyn Any> {
+        self
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn chosen_after(rtts: &[u64]) -> (Chosen, u64) {
+        let now = Instant::now();
+        let inner = Arc::new(CubicConfig::default()).build(now, 1200);
+        let mut auto = Auto { inner, chosen: Chosen::Nothing, mtu: 1200 };
+        for rtt in rtts {
+            auto.choose(now, Duration::from_millis(*rtt));
+        }
+        (auto.chosen, auto.window())
+    }
+
+    #[test]
+    fn the_round_trip_decides() {
+        assert_eq!(chosen_after(&[1]), (Chosen::Short, SHORT_WINDOW));
+        assert_eq!(chosen_after(&[100]), (Chosen::Long, 1_250_000));
+        assert_eq!(chosen_after(&[20]), (Chosen::Long, 250_000));
+        assert_eq!(chosen_after(&[5000]), (Chosen::Long, FIRST_WINDOW_MAX));
+    }
+
+    #[test]
+    fn a_delayed_first_measure_is_mended_without_losing_the_window() {
+        assert_eq!(chosen_after(&[60, 30, 2]), (Chosen::Short, 750_000));
+        assert_eq!(chosen_after(&[1, 60]).0, Chosen::Short);
+    }
+
+    #[test]
+    fn a_copy_for_a_new_path_keeps_the_choice() {
+        let now = Instant::now();
+        let mut auto = Auto { inner: Arc::new(CubicConfig::default()).build(now, 1200), chosen: Chosen::Nothing, mtu: 1200 };
+        auto.choose(now, Duration::from_millis(100));
+        let copy = auto.clone_box().into_any().downcast::<Auto>().unwrap();
+        assert_eq!((copy.chosen, copy.window()), (Chosen::Long, 1_250_000));
+    }
+}

@@ -1,0 +1,164 @@
+//! QUIC: sockets, transport settings, and what quinn's errors mean.
+
+use std::net::{SocketAddr, UdpSocket};
+use std::sync::Arc;
+use std::time::Duration;
+
+use quinn::crypto::rustls::{HandshakeData, QuicClientConfig, QuicServerConfig};
+use quinn::{ConnectionError, Endpoint, EndpointConfig, MtuDiscoveryConfig, TransportConfig, VarInt};
+use rustls::pki_types::CertificateDer;
+
+use super::tls::Shown;
+use super::{CLOSE_REFUSED, CLOSE_VIOLATION, Ended, congestion};
+use crate::config::Congestion;
+use crate::fault::{Fault, IoContext};
+use crate::limits::{
+    LINE_HANDSHAKES_MAX, LINE_KEEP_ALIVE, LINE_PACKET_BYTES_MAX, LINE_SEND_BYTES_MAX, LINE_SEND_BYTES_MIN, LINE_SOCKET_BUFFER_BYTES,
+    LINE_STREAM_WINDOW_BYTES, LINE_STREAMS_MAX, LINE_WINDOW_BYTES, SILENCE_MAX,
+};
+
+/// How often the send buffer is fitted to the congestion window.
+const FIT_EVERY: Duration = Duration::from_millis(500);
+
+fn transport(choice: Congestion) -> Result<Arc<TransportConfig>, Fault> {
+    let mut mtu = MtuDiscoveryConfig::default();
+    mtu.upper_bound(LINE_PACKET_BYTES_MAX);
+    let idle = SILENCE_MAX.try_into().map_err(|e| Fault::internal(format!("set up QUIC: the idle timeout: {e}")))?;
+    let mut config = TransportConfig::default();
+    config
+        .max_concurrent_bidi_streams(LINE_STREAMS_MAX.into())
+        .max_concurrent_uni_streams(VarInt::from_u32(0))
+        .datagram_receive_buffer_size(None)
+        .stream_receive_window(LINE_STREAM_WINDOW_BYTES.into())
+        .receive_window(LINE_WINDOW_BYTES.into())
+        .send_window(LINE_SEND_BYTES_MIN)
+        .mtu_discovery_config(Some(mtu))
+        .initial_rtt(congestion::UNKNOWN_RTT)
+        .keep_alive_interval(Some(LINE_KEEP_ALIVE))
+        .max_idle_timeout(Some(idle))
+        .congestion_controller_factory(congestion::factory(choice));
+    Ok(Arc::new(config))
+}
+
+fn endpoint_config() -> Result<EndpointConfig, Fault> {
+    let mut config = EndpointConfig::default();
+    config.max_udp_payload_size(LINE_PACKET_BYTES_MAX).map_err(|e| Fault::internal(format!("set up QUIC: the packet size: {e}")))?;
+    Ok(config)
+}
+
+/// Asks for large socket buffers: what does not fit while the daemon is busy elsewhere is lost, and slows the line.
+fn enlarge_buffers(socket: &UdpSocket) {
+    use rustix::net::sockopt;
+    let wanted = LINE_SOCKET_BUFFER_BYTES;
+    // The kernel reports twice what was asked, for its own bookkeeping.
+    let granted = |size: rustix::io::Result<usize>| size.unwrap_or(0) / 2;
+    let _ = sockopt::set_socket_recv_buffer_size(socket, wanted);
+    if granted(sockopt::socket_recv_buffer_size(socket)) < wanted {
+        // Beyond the system's limit for those who may (CAP_NET_ADMIN).
+        let _ = sockopt::set_socket_recv_buffer_size_force(socket, wanted);
+    }
+    let _ = sockopt::set_socket_send_buffer_size(socket, wanted);
+    if granted(sockopt::socket_send_buffer_size(socket)) < wanted {
+        let _ = sockopt::set_socket_send_buffer_size_force(socket, wanted);
+    }
+    let receive = granted(sockopt::socket_recv_buffer_size(socket));
+    let send = granted(sockopt::socket_send_buffer_size(socket));
+    if receive < wanted || send < wanted {
+        tracing::info!(
+            wanted,
+            receive,
+            send,
+            "the kernel grants smaller UDP buffers than asked; raise net.core.rmem_max and net.core.wmem_max for fast lines"
+        );
+    } else {
+        tracing::debug!(receive, send, "UDP buffers granted");
+    }
+}
+
+fn endpoint(socket: UdpSocket, server: Option<quinn::ServerConfig>) -> Result<Endpoint, Fault> {
+    enlarge_buffers(&socket);
+    Endpoint::new(endpoint_config()?, server, socket, Arc::new(quinn::TokioRuntime)).at("set up the QUIC endpoint")
+}
+
+/// The hub's endpoint.
+pub(super) fn listen(socket: UdpSocket, tls: rustls::ServerConfig, choice: Congestion) -> Result<Endpoint, Fault> {
+    let crypto = QuicServerConfig::try_from(tls).map_err(|e| Fault::internal(format!("set up QUIC: {e}")))?;
+    let mut config = quinn::ServerConfig::with_crypto(Arc::new(crypto));
+    config
+        .transport_config(transport(choice)?)
+        .max_incoming(LINE_HANDSHAKES_MAX)
+        .incoming_buffer_size(64 << 10)
+        .incoming_buffer_size_total(8 << 20);
+    endpoint(socket, Some(config))
+}
+
+/// Dials one address; returns once the handshake is done on this side.
+pub(super) async fn connect(remote: SocketAddr, tls: rustls::ClientConfig, choice: Congestion) -> Result<Connected, Ended> {
+    let give_up = |e: &dyn std::fmt::Display| Ended::lost(&e.to_string());
+    let any = if remote.is_ipv4() { SocketAddr::from(([0; 4], 0)) } else { SocketAddr::from(([0u16; 8], 0)) };
+    let socket = UdpSocket::bind(any).map_err(|e| give_up(&e))?;
+    let endpoint = endpoint(socket, None).map_err(|e| give_up(&e))?;
+    let crypto = QuicClientConfig::try_from(tls).map_err(|e| give_up(&e))?;
+    let mut config = quinn::ClientConfig::new(Arc::new(crypto));
+    config.transport_config(transport(choice).map_err(|e| give_up(&e))?);
+    let connecting = endpoint.connect_with(config, remote, crate::identity::HUB_DNS_NAME).map_err(|e| give_up(&e))?;
+    let connection = connecting.await.map_err(|e| ended(&e))?;
+    let shown = shown(&connection);
+    Ok(Connected { connection, shown, endpoint })
+}
+
+/// A dialled connection after its handshake.
+pub(super) struct Connected {
+    pub(super) connection: quinn::Connection,
+    pub(super) shown: Shown,
+    pub(super) endpoint: Endpoint,
+}
+
+/// What the handshake of a connection showed.
+pub(super) fn shown(connection: &quinn::Connection) -> Shown {
+    let data = connection.handshake_data().and_then(|data| data.downcast::<HandshakeData>().ok());
+    let chain = connection.peer_identity().and_then(|identity| identity.downcast::<Vec<CertificateDer<'static>>>().ok());
+    Shown { alpn: data.and_then(|d| d.protocol).unwrap_or_default(), chain: chain.map(|c| *c).unwrap_or_default() }
+}
+
+/// Fits the send buffer to what the line carries, until the connection ends: it must hold what is in flight and what goes next,
+/// and beyond that it would only hold memory. `guard` is held as long.
+pub(super) fn tend(connection: quinn::Connection, guard: impl Send + 'static) {
+    tokio::spawn(async move {
+        let mut window = LINE_SEND_BYTES_MIN;
+        let mut tick = tokio::time::interval(FIT_EVERY);
+        tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                _ = connection.closed() => break,
+                _ = tick.tick() => {}
+            }
+            let fitting = (2 * connection.stats().path.cwnd).clamp(LINE_SEND_BYTES_MIN, LINE_SEND_BYTES_MAX);
+            if fitting != window {
+                connection.set_send_window(fitting);
+                window = fitting;
+            }
+        }
+        drop(guard);
+    });
+}
+
+/// What a connection's error means.
+pub(super) fn ended(error: &ConnectionError) -> Ended {
+    match error {
+        ConnectionError::ApplicationClosed(close) => {
+            Ended::by_peer(u32::try_from(close.error_code.into_inner()).unwrap_or(CLOSE_VIOLATION), &close.reason)
+        }
+        ConnectionError::LocallyClosed => Ended::by_us(super::CLOSE_DONE, "it was closed here"),
+        // A TLS alert: codes from 0x100 on.
+        ConnectionError::ConnectionClosed(close) if u64::from(close.error_code) >> 8 == 1 => {
+            let reason = format!("the TLS handshake was refused: {}", String::from_utf8_lossy(&close.reason));
+            Ended::by_peer(CLOSE_REFUSED, reason.as_bytes())
+        }
+        // This end refused the peer's certificate.
+        ConnectionError::TransportError(error) if u64::from(error.code) >> 8 == 1 => Ended::by_us(CLOSE_REFUSED, &error.reason),
+        ConnectionError::TimedOut => Ended::lost("no answer for too long"),
+        ConnectionError::Reset => Ended::lost("the other end has forgotten it (it was restarted)"),
+        other => Ended::lost(&other.to_string()),
+    }
+}
