@@ -88,9 +88,11 @@ impl Sorter {
 
     fn sort(&mut self) {
         let arena = &self.arena;
-        // `start` grows with every push, so comparing it last keeps the order of equal keys.
+        // `start` grows with every push, so comparing it last keeps the order of equal keys; only an empty record has
+        // the start of the one behind it.
         self.slots.sort_unstable_by(|a, b| {
-            a.prefix.cmp(&b.prefix).then_with(|| a.key(arena).cmp(b.key(arena))).then_with(|| a.start.cmp(&b.start))
+            let keys = a.prefix.cmp(&b.prefix).then_with(|| a.key(arena).cmp(b.key(arena)));
+            keys.then_with(|| (a.start, a.value).cmp(&(b.start, b.value)))
         });
     }
 
@@ -300,6 +302,15 @@ mod tests {
         expected.sort_by(|a, b| a.0.cmp(&b.0));
         // 4 records a run: 1,250 runs, merged over three levels.
         assert_eq!(sort(&records, 130), expected);
+    }
+
+    #[test]
+    fn empty_records_keep_their_place() {
+        // Found by the property below: an empty record begins where the next one does.
+        let records: Vec<_> = [&b""[..], b"a", b"", b"b", b""].map(|value| (Vec::new(), value.to_vec())).to_vec();
+        for budget in [1, 60, 4000] {
+            assert_eq!(sort(&records, budget), records);
+        }
     }
 
     proptest! {

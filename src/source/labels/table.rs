@@ -77,6 +77,7 @@ pub(super) fn read_csv(path: &Path, columns: &BTreeMap<String, String>, collecto
         return Err(Fault::integrity("the file's beginning holds NULs: it is UTF-16 or no text").with_next(Why::Utf8.advice()));
     }
     let delimiter = delimiter(head);
+    let crlf = head.split(|b| *b == b'\n').next().is_some_and(|line| line.ends_with(b"\r"));
     let bom = usize::from(head.starts_with(&[0xef, 0xbb, 0xbf])) * 3;
     buffered.consume(bom);
     let allowance = std::rc::Rc::new(std::cell::Cell::new(0));
@@ -88,8 +89,11 @@ pub(super) fn read_csv(path: &Path, columns: &BTreeMap<String, String>, collecto
         allowance.set(LABEL_RECORD_BYTES_MAX + READ_BYTES);
         let line = reader.position().line();
         let more = reader.read_byte_record(record).map_err(|error| csv_fault(error, line))?;
-        // The reader skips empty lines, so a record's own position says where it stands.
-        Ok::<_, Fault>((more, record.position().map_or(line, csv::Position::line)))
+        // The position of a record lies before empty lines that were skipped, so its line is told from where it ends:
+        // behind its newline, or between CR and LF. The last record may have none of these.
+        let inside = record.as_slice().iter().filter(|b| **b == b'\n').count() as u64;
+        let from_end = reader.position().line().saturating_sub(inside + u64::from(!crlf));
+        Ok::<_, Fault>((more, from_end.max(record.position().map_or(line, csv::Position::line))))
     };
     if !read(&mut record)?.0 {
         return Err(Fault::integrity("it is empty; a header is needed").with_next("put the names of the columns into the first row"));

@@ -125,7 +125,7 @@ fn split_items(text: &str) -> Result<Vec<String>, String> {
                 quote = None;
                 item.push(c);
             }
-            '"' | '\'' if quote.is_none() && item.trim_start().is_empty() => {
+            '"' | '\'' if quote.is_none() && matches!(item.trim_end().chars().last(), None | Some(':')) => {
                 quote = Some(c);
                 item.push(c);
             }
