@@ -2,7 +2,9 @@
 
 pub mod api;
 pub mod chunk;
+pub mod clock;
 pub mod config;
+pub mod durable;
 pub mod fault;
 pub mod labels;
 pub mod limits;
