@@ -163,16 +163,35 @@ struct AnnotationLine<'a> {
     class: Option<i64>,
     #[serde(borrow)]
     kind: Cow<'a, str>,
-    x: Option<f64>,
-    y: Option<f64>,
-    w: Option<f64>,
-    h: Option<f64>,
+    #[serde(borrow)]
+    x: Option<&'a RawValue>,
+    #[serde(borrow)]
+    y: Option<&'a RawValue>,
+    #[serde(borrow)]
+    w: Option<&'a RawValue>,
+    #[serde(borrow)]
+    h: Option<&'a RawValue>,
     #[serde(borrow)]
     geom: Option<&'a RawValue>,
     #[serde(borrow)]
     attrs: Option<&'a RawValue>,
     #[serde(borrow)]
     raw: &'a RawValue,
+}
+
+impl AnnotationLine<'_> {
+    /// serde_json's own parser may be off by the last bit unless a feature is chosen for the whole program; the
+    /// standard library's never is.
+    fn bbox(&self) -> Option<[Option<f64>; 4]> {
+        let mut bbox = [None; 4];
+        for (number, text) in bbox.iter_mut().zip([self.x, self.y, self.w, self.h]) {
+            *number = match text {
+                Some(text) => Some(text.get().parse().ok()?),
+                None => None,
+            };
+        }
+        Some(bbox)
+    }
 }
 
 /// Reads one file line by line; never more than one line in memory.
@@ -336,7 +355,7 @@ pub(super) fn read_annotations(dir: &Path, classes: &HashSet<i64>, each: &mut Ea
             sample: &row.sample,
             class: row.class,
             kind: &row.kind,
-            bbox: [row.x, row.y, row.w, row.h],
+            bbox: row.bbox().ok_or_else(|| refuse(table, no, "is not an annotation: x, y, w and h are numbers or null"))?,
             geom: row.geom.map(RawValue::get),
             attrs: row.attrs.map(RawValue::get),
             raw: row.raw.get(),

@@ -212,7 +212,11 @@ impl Postgres {
 
     /// Whether the schema is there at all; before the first commit it is not.
     async fn has_schema(&self, conn: &mut PgConnection) -> Result<bool, Fault> {
-        let query = sqlx::query_scalar("SELECT to_regclass('packhorse.label_active') IS NOT NULL");
+        // Not to_regclass: that is an error for whoever may not look into the schema.
+        let query = sqlx::query_scalar(
+            "SELECT EXISTS (SELECT 1 FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+             WHERE n.nspname = 'packhorse' AND c.relname = 'label_active')",
+        );
         self.within("look for the schema", LABEL_STATEMENT_MAX, query.fetch_one(conn)).await
     }
 
@@ -221,7 +225,8 @@ impl Postgres {
             "SELECT pg_is_in_recovery(), to_regnamespace('packhorse') IS NOT NULL,
              CASE WHEN to_regnamespace('packhorse') IS NULL THEN has_database_privilege(current_database(), 'CREATE')
                   ELSE has_schema_privilege('packhorse', 'CREATE') AND has_schema_privilege('packhorse', 'USAGE') END,
-             (SELECT coalesce(bool_and(pg_has_role(relowner, 'USAGE')), true) FROM pg_class WHERE oid = to_regclass('packhorse.annotation'))",
+             (SELECT coalesce(bool_and(pg_has_role(c.relowner, 'USAGE')), true)
+              FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE n.nspname = 'packhorse' AND c.relname = 'annotation')",
         );
         let row = self.within("read the rights", LABEL_STATEMENT_MAX, query.fetch_one(conn)).await?;
         let get = |column: usize| row.try_get::<bool, _>(column).map_err(|e| self.fault("read the rights", &e));

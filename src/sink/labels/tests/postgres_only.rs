@@ -45,19 +45,20 @@ async fn a_server_that_is_down_is_tried_again() {
 async fn wrong_credentials_and_missing_rights_are_not() {
     let data = tempfile::tempdir().unwrap();
     let server = tokio::task::spawn_blocking(server).await.unwrap();
-    let database = server.database();
+    let database = "labels_of_others";
+    server.psql("postgres", &format!("CREATE DATABASE {database}"));
     let denied = (Code::NotAllowed, Reason::SinkDenied, Retry::Never);
 
-    let mut cfg = postgres_config(server, "packhorse", &database, &data);
+    let mut cfg = postgres_config(server, "packhorse", database, &data);
     crate::durable::replace_secret(cfg.password_file.as_deref().unwrap(), b"horse battery\n").unwrap();
     let fault = fault_of(&cfg, &data).await;
     assert_eq!(class(&fault), denied, "{fault}");
     assert!(fault.next.contains("password_file"), "{}", fault.next);
 
-    cfg = postgres_config(server, "nobody_much", &database, &data);
+    cfg = postgres_config(server, "nobody_much", database, &data);
     let fault = fault_of(&cfg, &data).await;
     assert_eq!(class(&fault), denied, "{fault}");
-    assert!(fault.next.contains("GRANT CREATE ON DATABASE"), "{}", fault.next);
+    assert!(fault.next.contains("GRANT CREATE ON DATABASE … TO nobody_much"), "{}", fault.next);
 
     cfg = postgres_config(server, "packhorse", "no_such_db", &data);
     let fault = fault_of(&cfg, &data).await;
@@ -65,16 +66,16 @@ async fn wrong_credentials_and_missing_rights_are_not() {
     assert!(fault.next.contains("CREATE DATABASE"), "{}", fault.next);
 
     // A schema that somebody else made.
-    server.psql(&database, "CREATE SCHEMA packhorse");
-    cfg = postgres_config(server, "packhorse", &database, &data);
+    server.psql(database, "CREATE SCHEMA packhorse");
+    cfg = postgres_config(server, "packhorse", database, &data);
     let fault = fault_of(&cfg, &data).await;
     assert_eq!(class(&fault), denied, "{fault}");
     assert!(fault.next.contains("ON SCHEMA packhorse"), "{}", fault.next);
-    server.psql(&database, "GRANT CREATE, USAGE ON SCHEMA packhorse TO packhorse");
+    server.psql(database, "GRANT CREATE, USAGE ON SCHEMA packhorse TO packhorse");
     open(Some(&cfg), data.path()).unwrap().check(&Set::new(1, 5, 2, 0).incoming("v1")).await.unwrap();
     // Tables that belong to another role.
-    server.psql(&database, "GRANT CREATE, USAGE ON SCHEMA packhorse TO nobody_much");
-    cfg = postgres_config(server, "nobody_much", &database, &data);
+    server.psql(database, "GRANT CREATE, USAGE ON SCHEMA packhorse TO nobody_much");
+    cfg = postgres_config(server, "nobody_much", database, &data);
     assert_eq!(class(&fault_of(&cfg, &data).await), denied);
 }
 
