@@ -58,6 +58,26 @@ pub const IMAGE_CHECKS_MAX: usize = 4;
 pub const SITE_CONNECTIONS_MAX: usize = 4096;
 /// How long a clean stop may take before what is left is dropped (resume makes it whole).
 pub const DRAIN_MAX: Duration = Duration::from_secs(10);
+/// The longest line of a canonical label file, which is one row.
+pub const LABEL_LINE_BYTES_MAX: usize = 2 << 20;
+/// The most classes of one label set: their ids are the only part of it that is kept in memory.
+pub const LABEL_CLASSES_MAX: usize = 100_000;
+/// Rows on their way to or from a label database travel in batches of about this size…
+pub const LABEL_BATCH_BYTES: usize = 1 << 20;
+/// …and this many batches wait at most.
+pub const LABEL_BATCHES_QUEUED_MAX: usize = 4;
+/// How long a label database may take to accept a connection.
+pub const LABEL_CONNECT_MAX: Duration = Duration::from_secs(10);
+/// How long a label database may take to accept one batch of rows, or to hand out the next row.
+pub const LABEL_SILENCE_MAX: Duration = Duration::from_secs(120);
+/// How long one statement without rows (an index, a switch) may take in a label database.
+pub const LABEL_STATEMENT_MAX: Duration = Duration::from_secs(3600);
+/// How long a commit waits for another writer of the same label set, or for the writer's lock of SQLite.
+pub const LABEL_WRITER_WAIT_MAX: Duration = Duration::from_secs(10);
+/// How long a commit waits for readers that planned their query before the new rows were attached.
+pub const LABEL_READERS_WAIT_MAX: Duration = Duration::from_secs(60);
+/// How often a change of tables is tried against readers' locks, half a second each.
+pub const LABEL_DDL_TRIES_MAX: u32 = 6;
 /// How long an API long-poll may wait.
 pub const LONG_POLL_MAX: Duration = Duration::from_secs(60);
 /// The largest body of an API request.

@@ -1,0 +1,235 @@
+//! What only a server can do wrong, and how the switch treats sessions that began before it.
+
+use std::time::Duration;
+
+use sqlx::{AssertSqlSafe, Connection};
+
+use super::server::server;
+use super::set::Set;
+use super::{Bench, Db, open, postgres_config};
+use crate::config;
+use crate::fault::{Code, Fault, Reason, Retry};
+use crate::sink::Sink;
+
+fn class(fault: &Fault) -> (Code, Reason, Retry) {
+    (fault.code, fault.reason, fault.retry)
+}
+
+/// The fault of check, commit and probe, which must be the same.
+async fn fault_of(cfg: &config::LabelsSink, data: &tempfile::TempDir) -> Fault {
+    let sink = open(Some(cfg), data.path()).unwrap();
+    let (incoming, staged) = Set::new(1, 5, 2, 0).stage(&sink, "v1");
+    let checked = sink.check(&incoming).await.unwrap_err();
+    let committed = sink.commit(&incoming, &staged).await.unwrap_err();
+    let probed = sink.probe().await.unwrap_err();
+    assert_eq!(class(&checked), class(&committed));
+    assert_eq!(class(&checked), class(&probed));
+    for fault in [&checked, &committed, &probed] {
+        assert!(!format!("{fault:?}").contains("horse battery"), "the password is in {fault:?}");
+    }
+    assert!(staged.exists());
+    checked
+}
+
+#[tokio::test]
+async fn a_server_that_is_down_is_tried_again() {
+    let data = tempfile::tempdir().unwrap();
+    let port = std::net::TcpListener::bind(("127.0.0.1", 0)).unwrap().local_addr().unwrap().port();
+    let cfg = config::LabelsSink { url: format!("postgres://packhorse@127.0.0.1:{port}/labels"), password_file: None };
+    let fault = fault_of(&cfg, &data).await;
+    assert_eq!(class(&fault), (Code::Unreachable, Reason::SinkUnavailable, Retry::Backoff), "{fault}");
+    assert!(fault.message.contains(&port.to_string()), "{fault}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn wrong_credentials_and_missing_rights_are_not() {
+    let data = tempfile::tempdir().unwrap();
+    let server = tokio::task::spawn_blocking(server).await.unwrap();
+    let database = "labels_of_others";
+    server.psql("postgres", &format!("CREATE DATABASE {database}"));
+    let denied = (Code::NotAllowed, Reason::SinkDenied, Retry::Never);
+
+    let mut cfg = postgres_config(server, "packhorse", database, &data);
+    crate::durable::replace_secret(cfg.password_file.as_deref().unwrap(), b"horse battery\n").unwrap();
+    let fault = fault_of(&cfg, &data).await;
+    assert_eq!(class(&fault), denied, "{fault}");
+    assert!(fault.next.contains("password_file"), "{}", fault.next);
+
+    cfg = postgres_config(server, "nobody_much", database, &data);
+    let fault = fault_of(&cfg, &data).await;
+    assert_eq!(class(&fault), denied, "{fault}");
+    assert!(fault.next.contains("GRANT CREATE ON DATABASE … TO nobody_much"), "{}", fault.next);
+
+    cfg = postgres_config(server, "packhorse", "no_such_db", &data);
+    let fault = fault_of(&cfg, &data).await;
+    assert_eq!(class(&fault), denied, "{fault}");
+    assert!(fault.next.contains("CREATE DATABASE"), "{}", fault.next);
+
+    // A schema that somebody else made.
+    server.psql(database, "CREATE SCHEMA packhorse");
+    cfg = postgres_config(server, "packhorse", database, &data);
+    let fault = fault_of(&cfg, &data).await;
+    assert_eq!(class(&fault), denied, "{fault}");
+    assert!(fault.next.contains("ON SCHEMA packhorse"), "{}", fault.next);
+    server.psql(database, "GRANT CREATE, USAGE ON SCHEMA packhorse TO packhorse");
+    open(Some(&cfg), data.path()).unwrap().check(&Set::new(1, 5, 2, 0).incoming("v1")).await.unwrap();
+    // Tables that belong to another role.
+    server.psql(database, "GRANT CREATE, USAGE ON SCHEMA packhorse TO nobody_much");
+    cfg = postgres_config(server, "nobody_much", database, &data);
+    assert_eq!(class(&fault_of(&cfg, &data).await), denied);
+}
+
+#[tokio::test]
+async fn the_config_is_checked_when_it_is_opened() {
+    let data = tempfile::tempdir().unwrap();
+    let open_with = |url: &str, password_file: Option<&str>| {
+        let cfg = config::LabelsSink { url: url.into(), password_file: password_file.map(|f| data.path().join(f)) };
+        open(Some(&cfg), data.path()).err().unwrap()
+    };
+    let fault = open_with("postgres://packhorse@db/labels", Some("missing"));
+    assert_eq!(fault.code, Code::Config);
+    assert!(fault.message.contains(data.path().join("missing").to_str().unwrap()), "{fault}");
+    for (url, why) in [
+        ("postgres://packhorse:secret@db/labels", "holds a password"),
+        ("postgres://packhorse@db/labels?password=secret", "holds a password"),
+        ("postgres://packhorse@db:notaport/labels", "not of the form"),
+        ("mysql://db/labels", "begins with neither"),
+        ("sqlite://labels.db", "does not name a file"),
+    ] {
+        let fault = open_with(url, None);
+        assert_eq!(fault.code, Code::Config, "{url}");
+        assert!(fault.message.contains(why) && !fault.message.contains("secret"), "{url}: {fault}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_switch_waits_for_sessions_that_planned_before() {
+    let bench = Bench::postgres().await;
+    let Db::Postgres(server, database) = &bench.db else { unreachable!() };
+    let (one, two) = (Set::new(1, 20, 4, 0), Set::new(2, 25, 4, 0));
+    let (incoming, staged) = one.stage(&bench.sink, "v1");
+    bench.sink.check(&incoming).await.unwrap();
+    bench.sink.commit(&incoming, &staged).await.unwrap();
+
+    // A prepared statement with a generic plan, in an open transaction: without the wait it would find no rows at all.
+    let mut reader = sqlx::PgConnection::connect(&server.admin_url(database)).await.unwrap();
+    let sql = "SELECT count(*) FROM packhorse.current_annotations WHERE label_set = $1";
+    for _ in 0..8 {
+        let _: i64 = sqlx::query_scalar(sql).bind("aoi-line3").fetch_one(&mut reader).await.unwrap();
+    }
+    sqlx::raw_sql("BEGIN").execute(&mut reader).await.unwrap();
+    let before: i64 = sqlx::query_scalar(sql).bind("aoi-line3").fetch_one(&mut reader).await.unwrap();
+    assert_eq!(before, one.count());
+
+    let (incoming, staged) = two.stage(&bench.sink, "v2");
+    let sink = bench.sink.clone();
+    let commit = tokio::spawn(async move { sink.commit(&incoming, &staged).await });
+    while bench.number("SELECT count(*) FROM {}label_version WHERE state = 'attached'").await == 0 {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    assert!(!commit.is_finished());
+    let during: i64 = sqlx::query_scalar(sql).bind("aoi-line3").fetch_one(&mut reader).await.unwrap();
+    assert_eq!(during, one.count());
+    assert_eq!(bench.number("SELECT count(*) FROM {}annotations WHERE version = 'v2'").await, 0, "seen before the switch");
+    sqlx::raw_sql("COMMIT").execute(&mut reader).await.unwrap();
+    commit.await.unwrap().unwrap();
+    let after: i64 = sqlx::query_scalar(sql).bind("aoi-line3").fetch_one(&mut reader).await.unwrap();
+    assert_eq!(after, two.count());
+
+    // Cut off while it waits, it goes on from there and copies nothing again.
+    sqlx::raw_sql("BEGIN").execute(&mut reader).await.unwrap();
+    let _: i64 = sqlx::query_scalar(sql).bind("aoi-line3").fetch_one(&mut reader).await.unwrap();
+    let (incoming, staged) = one.stage(&bench.sink, "v3");
+    let _ = tokio::time::timeout(Duration::from_secs(3), bench.sink.commit(&incoming, &staged)).await.unwrap_err();
+    let id = bench.number("SELECT id FROM {}label_version WHERE state = 'attached'").await;
+    sqlx::raw_sql("COMMIT").execute(&mut reader).await.unwrap();
+    bench.sink.commit(&incoming, &staged).await.unwrap();
+    assert_eq!(bench.number("SELECT id FROM {}label_version WHERE version = 'v3'").await, id);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_removal_that_a_reader_holds_up_hides_the_rows_and_is_finished_later() {
+    let bench = Bench::postgres().await;
+    let Db::Postgres(server, database) = &bench.db else { unreachable!() };
+    let set = Set::new(1, 20, 4, 0);
+    let (incoming, staged) = set.stage(&bench.sink, "v1");
+    bench.sink.check(&incoming).await.unwrap();
+    bench.sink.commit(&incoming, &staged).await.unwrap();
+    let mut reader = sqlx::PgConnection::connect(&server.admin_url(database)).await.unwrap();
+    sqlx::raw_sql("BEGIN; SELECT count(*) FROM packhorse.annotations").execute(&mut reader).await.unwrap();
+    let fault = bench.sink.remove(&incoming.artifact).await.unwrap_err();
+    assert_eq!(class(&fault), (Code::Unreachable, Reason::SinkUnavailable, Retry::Backoff), "{fault}");
+    assert_eq!(bench.current().await, 0);
+    assert_eq!(bench.number("SELECT count(*) FROM {}annotations").await, 0);
+    sqlx::raw_sql("COMMIT").execute(&mut reader).await.unwrap();
+    bench.sink.remove(&incoming.artifact).await.unwrap();
+    assert_eq!(bench.number("SELECT count(*) FROM {}label_version").await, 0);
+    assert_eq!(bench.leftovers().await, 0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_session_that_the_server_ends_is_tried_again() {
+    let bench = Bench::postgres().await;
+    let Db::Postgres(server, database) = &bench.db else { unreachable!() };
+    let set = Set::new(1, 5_000, 6, 200);
+    let (incoming, staged) = set.stage(&bench.sink, "v1");
+    bench.sink.check(&incoming).await.unwrap();
+    let (sink, again) = (bench.sink.clone(), (incoming.clone(), staged.clone()));
+    let commit = tokio::spawn(async move { sink.commit(&incoming, &staged).await });
+    let end = "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity
+        WHERE datname = current_database() AND query LIKE 'COPY packhorse.annotation%' AND state = 'active'";
+    while server.psql(database, end) == "0" {
+        assert!(!commit.is_finished(), "the copy was too quick to be hit");
+    }
+    let fault = commit.await.unwrap().unwrap_err();
+    assert_eq!(class(&fault), (Code::Unreachable, Reason::SinkUnavailable, Retry::Backoff), "{fault}");
+    bench.sink.commit(&again.0, &again.1).await.unwrap();
+    assert_eq!(bench.current().await, set.count());
+    assert_eq!(bench.leftovers().await, 0);
+}
+
+/// `cargo test --lib copy_beside_psql -- --ignored --nocapture`; `ROWS` sets the number of annotations.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "a measurement"]
+async fn copy_beside_psql() {
+    let bench = Bench::postgres().await;
+    let Db::Postgres(server, database) = &bench.db else { unreachable!() };
+    let rows: usize = std::env::var("ROWS").ok().and_then(|n| n.parse().ok()).unwrap_or(200_000);
+    let set = Set::new(1, rows / 9, 10, 100);
+    for round in 0..3 {
+        let (incoming, staged) = set.stage(&bench.sink, &format!("v{round}"));
+        bench.sink.check(&incoming).await.unwrap();
+        let began = std::time::Instant::now();
+        bench.sink.commit(&incoming, &staged).await.unwrap();
+        let ours = began.elapsed();
+
+        let id = bench.number(&format!("SELECT id FROM {{}}label_version WHERE version = 'v{round}'")).await;
+        let file = bench.data.path().join("rows.tsv");
+        let rows_of = |name: &str| format!("packhorse.{name}_v{id}");
+        server.psql(database, &format!("\\copy {} to '{}'", rows_of("annotation"), file.display()));
+        server.psql(database, &format!("DROP TABLE IF EXISTS peer; CREATE TABLE peer (LIKE {})", rows_of("annotation")));
+        let began = std::time::Instant::now();
+        server.psql(database, &format!("\\copy peer from '{}'", file.display()));
+        let copied = began.elapsed();
+        let indexes = "CREATE UNIQUE INDEX ON peer (ann_no); CREATE INDEX ON peer (sample_no); CREATE INDEX ON peer (class_id)";
+        server.psql(database, indexes);
+        let theirs = began.elapsed();
+        println!(
+            "{} rows: packhorse {ours:.2?} (samples, classes, ANALYZE and the switch included), psql \\copy {copied:.2?}, with indexes {theirs:.2?}: ratio {:.2}",
+            set.count(),
+            ours.as_secs_f64() / theirs.as_secs_f64()
+        );
+    }
+    let sqlite = Bench::sqlite().await;
+    let (incoming, staged) = set.stage(&sqlite.sink, "v1");
+    sqlite.sink.check(&incoming).await.unwrap();
+    let began = std::time::Instant::now();
+    sqlite.sink.commit(&incoming, &staged).await.unwrap();
+    println!("sqlite {:.2?}", began.elapsed());
+    let mut conn = sqlx::PgConnection::connect(&server.admin_url(database)).await.unwrap();
+    let explain =
+        "EXPLAIN (ANALYZE, COSTS off) SELECT * FROM packhorse.current_annotations WHERE label_set = 'aoi-line3' AND class = '划痕'";
+    let plan: Vec<String> = sqlx::query_scalar(AssertSqlSafe(explain)).fetch_all(&mut conn).await.unwrap();
+    println!("{}", plan.join("\n"));
+}
