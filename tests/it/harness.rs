@@ -19,7 +19,7 @@ fn postgres_starts_stops_and_answers() {
     let _limit = limit(secs(60));
     let scratch = Scratch::new();
     let mut postgres = Postgres::start_new(&scratch);
-    assert_eq!(postgres.rows("SELECT 1 AS one, 'ä' AS text")[0]["text"], "ä");
+    assert_eq!(postgres.rows("labels", "SELECT 1 AS one, 'ä' AS text")[0]["text"], "ä");
     postgres.stop();
     postgres.start();
     assert_eq!(postgres.query("labels", "SELECT current_database()").trim(), "labels");
@@ -154,7 +154,12 @@ fn the_line_carries_counts_slows_and_cuts() {
 #[test]
 fn a_started_process_dies_with_the_thread_that_started_it() {
     let _limit = limit(secs(60));
-    let pid = std::thread::spawn(|| bound("sleep").arg("1000").spawn().unwrap().id()).join().unwrap();
+    let starter = std::thread::spawn(|| {
+        let pid = bound("sleep").arg("1000").spawn().unwrap().id();
+        let runs = || std::fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|name| name.trim() == "sleep");
+        wait_for("the process has asked for the signal", secs(10), || runs().then_some(pid))
+    });
+    let pid = starter.join().unwrap();
     wait_for("the process is gone or a zombie", secs(10), || {
         let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
         (stat.is_empty() || stat.contains(") Z ")).then_some(())

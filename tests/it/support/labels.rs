@@ -33,17 +33,17 @@ impl Mark {
     }
 }
 
-/// A few boxes for each photo, in whole and half pixels so that no format rounds them.
-pub(crate) fn marks(photos: &[Photo]) -> Vec<Mark> {
+/// One to `most` boxes for each photo, in whole and half pixels so that no format rounds them; some have a polygon too.
+pub(crate) fn marks(photos: &[Photo], most: usize) -> Vec<Mark> {
     let mut rng = rng("marks");
     let mut marks = Vec::new();
     for photo in photos {
-        for i in 0..rng.random_range(1..5) {
+        for i in 0..rng.random_range(1..=most) {
             let x = f64::from(rng.random_range(0..photo.width / 2));
             let y = f64::from(rng.random_range(0..photo.height / 2)) + 0.5;
             let w = f64::from(rng.random_range(1..photo.width / 2));
             let h = f64::from(rng.random_range(1..photo.height / 2 - 1));
-            marks.push(Mark { photo: photo.clone(), class: rng.random_range(0..CLASSES.len()), x, y, w, h, polygon: i == 2 });
+            marks.push(Mark { photo: photo.clone(), class: rng.random_range(0..CLASSES.len()), x, y, w, h, polygon: i == 5 });
         }
     }
     marks
@@ -205,8 +205,8 @@ fn sort(rows: &mut [Row]) {
 
 /// Where a site's labels are read.
 pub(crate) enum Reader<'a> {
-    /// PostgreSQL.
-    Postgres(&'a Postgres),
+    /// A database of a PostgreSQL.
+    Postgres(&'a Postgres, &'a str),
     /// The embedded SQLite file.
     Sqlite(&'a Path),
 }
@@ -216,7 +216,7 @@ impl Reader<'_> {
     #[track_caller]
     pub(crate) fn query(&self, sql: &str) -> Vec<Value> {
         match self {
-            Reader::Postgres(postgres) => postgres.rows(&sql.replace("{}", "packhorse.")),
+            Reader::Postgres(postgres, database) => postgres.rows(database, &sql.replace("{}", "packhorse.")),
             Reader::Sqlite(file) => sqlite_rows(file, &sql.replace("{}", "")),
         }
     }

@@ -13,7 +13,6 @@ use super::{Scratch, free_port, is_root, register_log, secs, tool_user, wait_for
 /// The role that sites log in as.
 pub(crate) const ROLE: &str = "packhorse";
 const PASSWORD: &str = "läb els'\"9";
-const DATABASE: &str = "labels";
 
 /// A running (or stopped) server.
 pub(crate) struct Postgres {
@@ -47,7 +46,8 @@ fn server(program: &str) -> Command {
 }
 
 impl Postgres {
-    /// A new cluster, started, with the database `labels` owned by [`ROLE`].
+    /// A new cluster, started, with the database `labels` owned by [`ROLE`]. Another
+    /// is one [`Postgres::create_database`] away.
     pub(crate) fn start_new(scratch: &Scratch) -> Self {
         let dir = scratch.folder("postgres");
         if is_root() {
@@ -73,8 +73,13 @@ impl Postgres {
         let mut postgres = Self { dir, port: free_port(), log, child: None };
         postgres.start();
         postgres.query("postgres", &format!("CREATE ROLE {ROLE} LOGIN PASSWORD '{}'", PASSWORD.replace('\'', "''")));
-        postgres.query("postgres", &format!("CREATE DATABASE {DATABASE} OWNER {ROLE}"));
+        postgres.create_database("labels");
         postgres
+    }
+
+    /// One more database owned by [`ROLE`].
+    pub(crate) fn create_database(&self, name: &str) {
+        self.query("postgres", &format!("CREATE DATABASE {name} OWNER {ROLE}"));
     }
 
     /// Starts it and waits until it answers.
@@ -107,23 +112,20 @@ impl Postgres {
         self.psql(database, sql).expect(0).out
     }
 
-    /// The rows of a query in the labels database, each as a JSON object.
+    /// The rows of a query in a database, each as a JSON object.
     #[track_caller]
-    pub(crate) fn rows(&self, sql: &str) -> Vec<Value> {
-        let text = self.query(DATABASE, &format!("SELECT row_to_json(q)::text FROM ({sql}) q"));
+    pub(crate) fn rows(&self, database: &str, sql: &str) -> Vec<Value> {
+        let text = self.query(database, &format!("SELECT row_to_json(q)::text FROM ({sql}) q"));
         text.lines().map(|line| serde_json::from_str(line).expect("row_to_json gives JSON")).collect()
     }
 
-    /// The lines of `[sink.labels]` for it; writes the password file.
-    pub(crate) fn sink(&self, scratch: &Scratch) -> String {
+    /// The lines of `[sink.labels]` for a database; writes the password file.
+    pub(crate) fn sink(&self, scratch: &Scratch, database: &str) -> String {
         let file = scratch.join("postgres-password");
         std::fs::write(&file, format!("{PASSWORD}\n")).expect("write the password");
-        sink_lines(self.port, &file)
+        let url = format!("postgres://{ROLE}@127.0.0.1:{}/{database}", self.port);
+        format!("url = \"{url}\"\npassword_file = \"{}\"", file.display())
     }
-}
-
-fn sink_lines(port: u16, password_file: &Path) -> String {
-    format!("url = \"postgres://{ROLE}@127.0.0.1:{port}/{DATABASE}\"\npassword_file = \"{}\"", password_file.display())
 }
 
 impl Drop for Postgres {
