@@ -105,6 +105,18 @@ impl Line {
         self.state.down.load(Ordering::Relaxed)
     }
 
+    /// Waits until a whole second carries less towards the site than a transfer would.
+    #[track_caller]
+    pub(crate) fn wait_quiet(&self, limit: Duration) {
+        let mut since = (Instant::now(), self.down());
+        super::wait_for("the line is quiet for a second", limit, || {
+            if self.down() > since.1 + 50_000 {
+                since = (Instant::now(), self.down());
+            }
+            (since.0.elapsed() > Duration::from_secs(1)).then_some(())
+        });
+    }
+
     /// Bytes carried towards the hub so far.
     pub(crate) fn up(&self) -> u64 {
         self.state.up.load(Ordering::Relaxed)

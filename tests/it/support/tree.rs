@@ -1,7 +1,6 @@
 //! Folders compared: names, kinds, permission bits, link targets, bytes.
 
 use std::collections::BTreeMap;
-use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
@@ -62,9 +61,4 @@ pub(crate) fn assert_same(expected: &Path, found: &Path) {
     differences.extend(right.keys().filter(|p| !left.contains_key(*p)).map(|p| format!("too much: {}", p.display())));
     differences.truncate(20);
     assert!(differences.is_empty(), "{} and {} differ:\n{}", expected.display(), found.display(), differences.join("\n"));
-}
-
-/// Whether any name under a folder contains these bytes.
-pub(crate) fn has_name(root: &Path, name: &str) -> bool {
-    read(root).keys().any(|p| p.file_name().is_some_and(|n| n.as_bytes() == name.as_bytes()))
 }
