@@ -153,6 +153,7 @@ fn oci_layouts_that_lie() {
     let world = Refusing::start();
     let refused = |layout: &Path, words: &[&str]| drop(world.hub.refuses(layout, "image/bad:v1", &[], 8, words));
     let digest_of = |manifest: &Value, i: usize| manifest["layers"][i]["digest"].as_str().unwrap().to_owned();
+    let hex = |digest: &str| digest.trim_start_matches("sha256:").to_owned();
 
     let (flipped, manifest) = layout(&world, "flipped");
     let digest = digest_of(&manifest, 0);
@@ -160,12 +161,12 @@ fn oci_layouts_that_lie() {
     let middle = bytes.len() / 2;
     bytes[middle] ^= 1;
     write(&blob(&flipped, &digest), &bytes);
-    refused(&flipped, &[&digest]);
+    refused(&flipped, &[&hex(&digest)]);
 
     let (missing, manifest) = layout(&world, "missing");
     let digest = digest_of(&manifest, 1);
     std::fs::remove_file(blob(&missing, &digest)).unwrap();
-    refused(&missing, &[&digest]);
+    refused(&missing, &[&hex(&digest)]);
 
     let (size, mut manifest) = layout(&world, "size");
     manifest["layers"][0]["size"] = json!(manifest["layers"][0]["size"].as_u64().unwrap() + 1);
