@@ -319,6 +319,10 @@ fn all_kinds_reach_three_sites_and_the_next_version_moves_only_what_is_new() {
     world.deliver("v2");
     let crossed = world.lines.iter().map(Line::down).sum::<u64>() - before;
     assert!(crossed < 1 << 20, "delivering again moved {crossed} bytes");
+    for daemon in world.sites.iter().map(|site| &**site).chain([&*world.hub]) {
+        let peak = daemon.memory("VmHWM");
+        assert!(peak <= 256 << 20, "{} had {peak} bytes resident", daemon.name);
+    }
 }
 
 #[test]

@@ -18,12 +18,6 @@ fn ticks(daemon: &Daemon) -> u64 {
     fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap()
 }
 
-fn resident(daemon: &Daemon) -> u64 {
-    let status = std::fs::read_to_string(format!("/proc/{}/status", daemon.pid())).unwrap();
-    let line = status.lines().find(|l| l.starts_with("VmRSS:")).unwrap();
-    line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap() << 10
-}
-
 #[test]
 fn two_idle_daemons_cost_next_to_nothing() {
     let seconds = std::env::var("PACKHORSE_IDLE_SECONDS").map_or(SECONDS, |s| s.parse().expect("PACKHORSE_IDLE_SECONDS is a number"));
@@ -42,7 +36,7 @@ fn two_idle_daemons_cost_next_to_nothing() {
     let after = [ticks(&hub), ticks(&site)];
     for (i, daemon) in [&*hub, &*site].into_iter().enumerate() {
         let used = (after[i] - before[i]) as f64 / ticks_a_second as f64 / began.elapsed().as_secs_f64() * 100.0;
-        let resident = resident(daemon);
+        let resident = daemon.memory("VmRSS");
         println!("{}: {used:.2} % of a core, {:.1} MiB resident", daemon.name, resident as f64 / 1_048_576.0);
         assert!(used <= 1.0, "{} used {used:.2} % of a core while idle", daemon.name);
         assert!(resident <= RESIDENT_MAX, "{} has {resident} bytes resident while idle", daemon.name);

@@ -150,6 +150,38 @@ fn a_line_cut_for_a_minute_goes_on() {
     world.check_end(1);
 }
 
+/// How the hub says that the site is connected.
+fn transport(hub: &Hub) -> Option<String> {
+    let sites = hub.json(&["sites"]);
+    sites[0]["line"].as_str().map(ToOwned::to_owned)
+}
+
+#[test]
+fn where_udp_is_blocked_tcp_carries() {
+    let _limit = limit(secs(240));
+    let scratch = Scratch::new();
+    let hub = Hub::start_new(scratch.path());
+    let line = Line::to(hub.quic);
+    let mut site = Site::new(scratch.path(), &hub, "chengdu", &SiteSpec { through: Some(line.address()), ..SiteSpec::default() });
+    site.join(&hub, &[]);
+    line.block_udp(true);
+    site.start_alive();
+    hub.wait_online("chengdu", true, secs(60));
+    assert_eq!(transport(&hub).as_deref(), Some("tcp"));
+    let source = scratch.join("model");
+    data::model(&source, 8 << 20);
+    hub.publish(&source, "model/yolo:v1", &[]);
+    let done = hub.deliver_and_wait("model/yolo:v1", "chengdu", secs(60));
+    assert_same(&source, &site.folder("model/yolo:v1"));
+    assert!(done.bytes.wire >= 8 << 20, "{:?}", done.bytes);
+
+    site.stop();
+    line.block_udp(false);
+    site.start();
+    hub.wait_online("chengdu", true, secs(60));
+    wait_for("QUIC is taken where it works", secs(60), || (transport(&hub).as_deref() == Some("quic")).then_some(()));
+}
+
 #[test]
 fn a_publish_killed_with_the_hub_leaves_nothing_and_can_be_repeated() {
     let _limit = limit(secs(200));

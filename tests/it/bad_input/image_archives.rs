@@ -5,7 +5,6 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 
-use crate::support::daemon::Hub;
 use crate::support::data::{copy_tree, noise, rng, write};
 use crate::support::images::{self, blob, put_blob, set_top, sha256, top};
 use crate::support::{limit, secs};
@@ -191,13 +190,6 @@ fn oci_layouts_that_lie() {
     world.check_clean();
 }
 
-/// The most memory a daemon has had resident, in bytes.
-fn peak_memory(hub: &Hub) -> u64 {
-    let status = std::fs::read_to_string(format!("/proc/{}/status", hub.pid())).unwrap();
-    let line = status.lines().find(|l| l.starts_with("VmHWM:")).unwrap();
-    line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap() << 10
-}
-
 #[test]
 fn a_bomb_fills_neither_memory_nor_disk() {
     let _limit = limit(secs(240));
@@ -217,7 +209,7 @@ fn a_bomb_fills_neither_memory_nor_disk() {
     out.write_all(&[0; 1024]).unwrap();
     out.finish().unwrap();
     world.hub.refuses(&path, "image/bomb:v1", &[], 8, &["manifest.json"]);
-    let peak = peak_memory(&world.hub);
+    let peak = world.hub.memory("VmHWM");
     assert!(peak < 256 << 20, "the daemon had {peak} bytes resident");
     world.check_clean();
 }

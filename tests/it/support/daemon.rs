@@ -146,6 +146,14 @@ impl Daemon {
         self.child.as_ref().expect("the daemon runs").id()
     }
 
+    /// A line of `/proc/PID/status` that counts kilobytes, in bytes: `VmRSS` is resident now, `VmHWM` the most ever.
+    pub(crate) fn memory(&self, field: &str) -> u64 {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid())).expect("the daemon runs");
+        let line = status.lines().find(|l| l.starts_with(field)).unwrap_or_else(|| panic!("no {field} in /proc"));
+        let kilobytes = line.split_whitespace().nth(1).and_then(|n| n.parse::<u64>().ok());
+        kilobytes.expect("/proc counts in numbers") << 10
+    }
+
     /// Kills it as a power cut would.
     pub(crate) fn kill(&mut self) {
         let mut child = self.child.take().expect("the daemon runs");

@@ -17,6 +17,7 @@ const TICK: Duration = Duration::from_millis(100);
 struct State {
     closed: AtomicBool,
     cut: AtomicBool,
+    no_udp: AtomicBool,
     /// Bytes a second towards the site; 0 is as fast as it goes.
     rate: AtomicU64,
     /// Bytes towards the site.
@@ -49,6 +50,10 @@ impl State {
 
     fn cut(&self) -> bool {
         self.cut.load(Ordering::Relaxed)
+    }
+
+    fn drops_udp(&self) -> bool {
+        self.cut() || self.no_udp.load(Ordering::Relaxed)
     }
 
     fn closed(&self) -> bool {
@@ -95,6 +100,11 @@ impl Line {
         self.state.cut.store(true, Ordering::Relaxed);
     }
 
+    /// Drops UDP from now on and carries TCP, as many firewalls do; or carries both again.
+    pub(crate) fn block_udp(&self, blocked: bool) {
+        self.state.no_udp.store(blocked, Ordering::Relaxed);
+    }
+
     /// Carries again.
     pub(crate) fn mend(&self) {
         self.state.cut.store(false, Ordering::Relaxed);
@@ -139,7 +149,7 @@ fn carry_udp(socket: &UdpSocket, hub: SocketAddr, state: &Arc<State>) {
     let mut datagram = vec![0; 65_536];
     while !state.closed() {
         let Ok((len, peer)) = socket.recv_from(&mut datagram) else { continue };
-        if state.cut() {
+        if state.drops_udp() {
             continue;
         }
         let upstream = peers.entry(peer).or_insert_with(|| {
@@ -152,7 +162,7 @@ fn carry_udp(socket: &UdpSocket, hub: SocketAddr, state: &Arc<State>) {
                 let mut datagram = vec![0; 65_536];
                 while !state.closed() {
                     let Ok(len) = from.recv(&mut datagram) else { continue };
-                    if !state.cut() {
+                    if !state.drops_udp() {
                         state.pace(len);
                         state.down.fetch_add(len as u64, Ordering::Relaxed);
                         let _ = to.send_to(&datagram[..len], peer);
