@@ -290,10 +290,10 @@ fn all_kinds_reach_three_sites_and_the_next_version_moves_only_what_is_new() {
 
     let (v2, new_bytes) = Edition::second(&world.scratch, &v1);
     world.publish(&v2);
-    let before: Vec<u64> = world.lines.iter().map(Line::down).collect();
+    let before: Vec<u64> = world.lines.iter().map(Line::carried).collect();
     let transfers = world.deliver("v2");
     for (i, (site, line)) in SITES.iter().zip(&world.lines).enumerate() {
-        let crossed = line.down() - before[i];
+        let crossed = line.carried() - before[i];
         let wire: u64 = transfers.iter().filter(|t| t.site == *site).map(|t| t.bytes.wire).sum();
         // The line's own count holds packet headers, acknowledgements and what is not about a transfer.
         assert!(crossed >= wire && crossed <= wire + wire / 4 + (1 << 20), "{site}: wire says {wire} bytes, {crossed} crossed the line");

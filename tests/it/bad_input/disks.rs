@@ -6,7 +6,7 @@ use crate::support::command::{bound, run, tool};
 use crate::support::daemon::{Hub, Site, SiteSpec};
 use crate::support::data::{self, noise, rng, write};
 use crate::support::tree::assert_same;
-use crate::support::{Scratch, disk_usage, limit, secs, wait_for};
+use crate::support::{Scratch, disk_usage, limit, secs, skipped, wait_for};
 
 /// A small filesystem in memory, taken away when dropped.
 struct SmallDisk(PathBuf);
@@ -17,7 +17,7 @@ impl SmallDisk {
         std::fs::create_dir_all(path).unwrap();
         let output = run(bound("mount").args(["-t", "tmpfs", "-o", &format!("size={size}"), "tmpfs"]).arg(path), secs(20));
         if output.code != 0 {
-            eprintln!("skipped: a tmpfs cannot be mounted here: {}", output.err.trim());
+            skipped(&format!("a tmpfs cannot be mounted here: {}", output.err.trim()));
             return None;
         }
         Some(Self(path.into()))

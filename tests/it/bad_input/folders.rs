@@ -8,7 +8,7 @@ use std::path::Path;
 use crate::support::command::{bound, run, tool};
 use crate::support::daemon::{Hub, PACKHORSE, Site, SiteSpec};
 use crate::support::data::{chmod, write};
-use crate::support::{Scratch, find, is_root, limit, secs, tool_user, wait_for};
+use crate::support::{Scratch, find, is_root, limit, secs, skipped, tool_user, wait_for};
 
 use super::Refusing;
 
@@ -131,7 +131,7 @@ fn names_that_the_nas_cannot_hold_are_all_listed() {
     let made = run(bound("mkfs.vfat").arg(&disk), secs(20)).code == 0;
     let mounted = made && run(bound("mount").args(["-o", "loop,utf8"]).args([&disk, &root]), secs(20)).code == 0;
     if !mounted {
-        eprintln!("skipped: this machine cannot mount a FAT filesystem (root, loop devices and mkfs.vfat are needed)");
+        skipped("a FAT filesystem cannot be mounted here: that needs root, a loop device, mkfs.vfat and the kernel's vfat");
         return;
     }
     let _mount = Mount(root.clone());

@@ -115,6 +115,11 @@ impl Line {
         self.state.down.load(Ordering::Relaxed)
     }
 
+    /// Bytes carried both ways so far.
+    pub(crate) fn carried(&self) -> u64 {
+        self.up() + self.down()
+    }
+
     /// Waits until a whole second carries less towards the site than a transfer would.
     #[track_caller]
     pub(crate) fn wait_quiet(&self, limit: Duration) {

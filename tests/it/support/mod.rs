@@ -12,6 +12,7 @@ pub(crate) mod postgres;
 pub(crate) mod registry;
 pub(crate) mod tree;
 
+use std::io::Write;
 use std::net::{Ipv4Addr, TcpListener, UdpSocket};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
@@ -137,6 +138,16 @@ pub(crate) fn free_port() -> u16 {
 /// Whether this runs as root, which mounts and other users need.
 pub(crate) fn is_root() -> bool {
     rustix::process::geteuid().is_root()
+}
+
+/// Says that a test could not test anything here, and why. `scripts/test` collects it for its totals.
+pub(crate) fn skipped(why: &str) {
+    let test = thread::current().name().unwrap_or("a test").to_owned();
+    eprintln!("skipped: {test}: {why}");
+    if let Some(list) = std::env::var_os("PACKHORSE_TESTS_SKIPPED") {
+        let mut file = std::fs::File::options().create(true).append(true).open(list).expect("open the list of skipped tests");
+        writeln!(file, "{test}: {why}").expect("note a skipped test");
+    }
 }
 
 /// Bytes of all regular files under a folder.
