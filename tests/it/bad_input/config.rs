@@ -1,0 +1,96 @@
+//! Configurations that cannot be: exit code 3, with the line or the key.
+
+use crate::support::command::Output;
+use crate::support::daemon::{Hub, packhorse};
+use crate::support::{Scratch, limit, secs};
+
+/// What `config check` and `serve` say of a configuration; both must say the same.
+#[track_caller]
+fn refused(scratch: &Scratch, text: &str) -> Output {
+    let file = scratch.join("bad.toml");
+    std::fs::write(&file, text).unwrap();
+    let file = file.to_str().unwrap();
+    let checked = packhorse(&["config", "check", "--config", file]).expect(3);
+    let served = packhorse(&["serve", "--config", file]).expect(3);
+    assert_eq!(served.out, "");
+    assert!(checked.err.contains("bad.toml"), "it names the file: {}", checked.err);
+    served
+}
+
+#[test]
+fn unknown_keys_missing_secrets_and_wrong_values() {
+    let _limit = limit(secs(60));
+    let scratch = Scratch::new();
+    let head =
+        format!("role = \"site\"\nname = \"chengdu\"\ndata_dir = \"{}\"\n[hub]\naddress = \"127.0.0.1:1\"\n", scratch.join("d").display());
+
+    refused(&scratch, &format!("{head}[sink.files]\nrot = \"/mnt\"\n")).says(&["rot", ":7"]);
+    refused(&scratch, &format!("surprise = 1\n{head}")).says(&["surprise", ":1"]);
+    let secret = scratch.join("no-such-secret");
+    let labels = format!("[sink.labels]\nurl = \"postgres://p@127.0.0.1:1/labels\"\npassword_file = \"{}\"\n", secret.display());
+    refused(&scratch, &format!("{head}{labels}")).says(&["no-such-secret", "password_file"]);
+    std::fs::write(&secret, "\n").unwrap();
+    refused(&scratch, &format!("{head}{labels}")).says(&["no-such-secret", "empty"]);
+    refused(&scratch, &format!("{head}[limits]\nmemory = \"256\"\n")).says(&["256", "unit"]);
+    refused(&scratch, &head.replace("chengdu", "Chengdu!")).says(&["Chengdu!"]);
+    refused(&scratch, &head.replace("\"site\"", "\"boss\"")).says(&["boss"]);
+    refused(&scratch, "role = \"site\"\nname = \"chengdu\"\ndata_dir = \"/x\"\n").says(&["hub"]);
+    refused(&scratch, "role = \"hub\"\nname = ").says(&[":2"]);
+    packhorse(&["serve", "--config", "/no/such/config.toml"]).expect(3).says(&["/no/such/config.toml"]);
+    assert!(!scratch.join("d").exists(), "a refused configuration makes no folder");
+}
+
+#[test]
+fn a_good_configuration_passes() {
+    let _limit = limit(secs(60));
+    let scratch = Scratch::new();
+    let hub = Hub::new(scratch.path());
+    hub.cli(&["config", "check"]).expect(0);
+    assert!(!hub.data_dir.exists(), "a check makes nothing");
+}
+
+#[test]
+fn usage_errors_are_exit_code_two() {
+    let _limit = limit(secs(60));
+    let scratch = Scratch::new();
+    let hub = Hub::start_new(scratch.path());
+    packhorse(&["no-such-command"]).expect(2);
+    packhorse(&["serve", "--no-such-flag"]).expect(2);
+    hub.cli(&["publish", "/tmp", "--as", "dataset/Upper:v1"]).expect(2).says(&["Upper"]);
+    hub.cli(&["publish", "/tmp", "--as", "surprise/x:v1"]).expect(2).says(&["surprise"]);
+    hub.cli(&["show", "dataset/x"]).expect(2);
+    hub.cli(&["token", "create", "--site", "all"]).expect(2);
+    hub.cli(&["token", "create", "--site", "a", "--label", "no value"]).expect(2);
+    hub.cli(&["token", "create", "--site", "a", "--ttl", "24"]).expect(2);
+}
+
+#[test]
+fn a_second_daemon_on_the_same_folder_is_refused() {
+    let _limit = limit(secs(60));
+    let scratch = Scratch::new();
+    let mut hub = Hub::start_new(scratch.path());
+    // Other ports, the same data.
+    let text = std::fs::read_to_string(&hub.config).unwrap();
+    let port = |n: u16| format!("127.0.0.1:{n}");
+    let second = text
+        .replace(&hub.api.to_string(), &port(crate::support::free_port()))
+        .replace(&hub.quic.to_string(), &port(crate::support::free_port()));
+    let file = scratch.join("second.toml");
+    std::fs::write(&file, second).unwrap();
+    packhorse(&["serve", "--config", file.to_str().unwrap()]).expect(6).says(&[hub.data_dir.to_str().unwrap()]);
+    assert!(hub.is_running(), "the first goes on");
+    hub.cli(&["artifacts"]).expect(0);
+    // A lock that outlives a killed daemon would need a hand.
+    hub.kill();
+    hub.start();
+}
+
+#[test]
+fn a_port_in_use_is_named() {
+    let _limit = limit(secs(60));
+    let scratch = Scratch::new();
+    let hub = Hub::new(scratch.path());
+    let _taken = std::net::TcpListener::bind(hub.api).unwrap();
+    let output = packhorse(&["serve", "--config", hub.config.to_str().unwrap()]);
+    assert!(output.code != 0 && output.err.contains(&hub.api.port().to_string()), "{output:?}");
+}

@@ -1,0 +1,111 @@
+//! Full disks: at the hub, at a site's NAS, and what happens once there is room.
+
+use std::path::{Path, PathBuf};
+
+use crate::support::command::{bound, run, tool};
+use crate::support::daemon::{Hub, Site, SiteSpec};
+use crate::support::data::{self, noise, rng, write};
+use crate::support::tree::assert_same;
+use crate::support::{Scratch, disk_usage, limit, secs, skipped, wait_for};
+
+/// A small filesystem in memory, taken away when dropped.
+struct SmallDisk(PathBuf);
+
+impl SmallDisk {
+    /// Mounted at `path`; `None`, with the reason printed, where nothing can be mounted.
+    fn mount(path: &Path, size: &str) -> Option<Self> {
+        std::fs::create_dir_all(path).unwrap();
+        let output = run(bound("mount").args(["-t", "tmpfs", "-o", &format!("size={size}"), "tmpfs"]).arg(path), secs(20));
+        if output.code != 0 {
+            skipped(&format!("a tmpfs cannot be mounted here: {}", output.err.trim()));
+            return None;
+        }
+        Some(Self(path.into()))
+    }
+
+    fn grow(&self, size: &str) {
+        tool("mount", &["-o", &format!("remount,size={size}"), self.0.to_str().unwrap()]);
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        let _ = run(bound("umount").arg("-l").arg(&self.0), secs(20));
+    }
+}
+
+#[test]
+fn a_full_hub_refuses_and_goes_on() {
+    let _limit = limit(secs(150));
+    let scratch = Scratch::new();
+    let mut hub = Hub::new(scratch.path());
+    let Some(disk) = SmallDisk::mount(&hub.data_dir, "64m") else { return };
+    hub.start();
+    let small = scratch.join("small");
+    write(&small.join("model.bin"), &noise(&mut rng("small"), 4 << 20));
+    hub.publish(&small, "model/small:v1", &[]);
+    let big = scratch.join("big");
+    write(&big.join("model.bin"), &noise(&mut rng("big"), 120 << 20));
+    let refused = hub.refuses(&big, "model/big:v1", &[], 9, &["space"]);
+    assert!(refused.err.contains(hub.data_dir.to_str().unwrap()), "it names the disk: {}", refused.err);
+
+    // The rest of the hub goes on, over a restart too, and what failed can be cleaned away.
+    hub.cli(&["verify", "model/small:v1"]).expect(0);
+    hub.kill();
+    hub.start();
+    hub.cli(&["gc"]).expect(0);
+    assert!(disk_usage(&hub.data_dir) < 32 << 20, "what failed still takes {} bytes", disk_usage(&hub.data_dir));
+    hub.publish(&small, "model/small:v2", &[]);
+    disk.grow("300m");
+    hub.publish(&big, "model/big:v1", &[]);
+    hub.cli(&["verify", "model/big:v1"]).expect(0);
+    hub.stop();
+}
+
+#[test]
+fn a_full_nas_stops_the_transfer_until_there_is_room() {
+    let _limit = limit(secs(200));
+    let scratch = Scratch::new();
+    let root = scratch.folder("nas");
+    let Some(disk) = SmallDisk::mount(&root, "40m") else { return };
+    let hub = Hub::start_new(scratch.path());
+    let spec = SiteSpec { root: Some(root), ..SiteSpec::default() };
+    let site = Site::start_new(scratch.path(), &hub, "chengdu", &spec);
+    let source = scratch.join("model");
+    data::model(&source, 80 << 20);
+    hub.publish(&source, "model/big:v1", &[]);
+    let id = hub.deliver(&["model/big:v1"], "chengdu").remove(0);
+    let stuck = hub.wait_transfer(&id, "out of space", secs(60), |t| t.has_reason(&["no_space"]));
+    assert!(stuck.message.is_some() && stuck.next.is_some(), "{stuck:#?}");
+    assert!(stuck.bytes.committed <= stuck.bytes.total / 2, "the size is known: half of it need not be written first: {:?}", stuck.bytes);
+    assert!(!site.folder("model/big:v1").exists(), "nothing is visible before it is whole");
+
+    // Others that fit are not held up by it.
+    write(&scratch.join("tiny").join("m.bin"), b"tiny");
+    hub.publish(&scratch.join("tiny"), "model/tiny:v1", &["--to", "chengdu", "--wait"]);
+
+    disk.grow("300m");
+    hub.wait_done(&id, secs(120));
+    assert_same(&source, &site.folder("model/big:v1"));
+    assert_eq!(site.leftovers(), Vec::<PathBuf>::new());
+}
+
+#[test]
+fn what_is_cancelled_on_a_full_disk_leaves_nothing() {
+    let _limit = limit(secs(150));
+    let scratch = Scratch::new();
+    let root = scratch.folder("nas");
+    let Some(_disk) = SmallDisk::mount(&root, "30m") else { return };
+    let hub = Hub::start_new(scratch.path());
+    let spec = SiteSpec { root: Some(root.clone()), ..SiteSpec::default() };
+    let site = Site::start_new(scratch.path(), &hub, "chengdu", &spec);
+    let source = data::dataset(&scratch.join("dataset"), 20).root;
+    write(&source.join("large.bin"), &noise(&mut rng("large"), 60 << 20));
+    hub.publish(&source, "dataset/d:v1", &[]);
+    let id = hub.deliver(&["dataset/d:v1"], "chengdu").remove(0);
+    hub.wait_transfer(&id, "out of space", secs(60), |t| t.has_reason(&["no_space"]));
+    hub.cli(&["cancel", &id]).expect(0);
+    wait_for("staging is cleaned", secs(30), || site.leftovers().is_empty().then_some(()));
+    assert!(disk_usage(&root) < 1 << 20, "{} bytes are left on the NAS", disk_usage(&root));
+    assert!(!site.root.join("dataset/d/CURRENT").exists());
+}

@@ -1,0 +1,349 @@
+//! The whole job: a hub and three sites, all five kinds, then the next version of each.
+//!
+//! Site `chengdu` has PostgreSQL and a registry with passwords, `wuhan` PostgreSQL and a registry with tokens, `hefei` what
+//! is embedded: SQLite and an OCI layout. Each dials through a line of its own that counts what really crosses.
+
+use std::path::{Path, PathBuf};
+
+use serde_json::Value;
+
+use crate::support::command::tool;
+use crate::support::daemon::{Hub, Site, SiteSpec, Transfer, ids};
+use crate::support::data::{self, Dataset};
+use crate::support::images::{self, blob};
+use crate::support::labels::{self, Reader, Row, coco_rows};
+use crate::support::line::Line;
+use crate::support::postgres::Postgres;
+use crate::support::registry::Registry;
+use crate::support::tree::assert_same;
+use crate::support::{Scratch, limit, secs};
+
+const SITES: [&str; 3] = ["chengdu", "wuhan", "hefei"];
+const SERIES: [&str; 5] = ["dataset/line3", "labels/line3-defects", "operator/detect", "image/detect", "model/yolo"];
+
+/// One version of all five kinds, as the sources have it and as it must be found.
+struct Edition {
+    version: &'static str,
+    dataset: Dataset,
+    coco: PathBuf,
+    rows: Vec<Row>,
+    operator: PathBuf,
+    model: PathBuf,
+    image: PathBuf,
+    /// What `/app` in the image holds.
+    app: PathBuf,
+}
+
+/// Bytes that are in a version and not in the one before, by [`SERIES`].
+type NewBytes = [u64; 5];
+
+impl Edition {
+    fn source(&self, series: &str) -> &Path {
+        match series.split('/').next().unwrap() {
+            "dataset" => &self.dataset.root,
+            "labels" => &self.coco,
+            "operator" => &self.operator,
+            "image" => &self.image,
+            _ => &self.model,
+        }
+    }
+
+    fn first(scratch: &Scratch) -> Self {
+        let dataset = data::dataset(&scratch.join("source/dataset-1"), 300);
+        let marks = labels::marks(&dataset.photos, 60);
+        let document = labels::coco(&dataset.photos, &marks);
+        let coco = scratch.join("source/coco-1.json");
+        labels::write_json(&coco, &document);
+        let rows = coco_rows(&document, &marks, &dataset.root);
+        let operator = scratch.join("source/operator-1");
+        data::operator(&operator);
+        let model = scratch.join("source/model-1");
+        data::model(&model, 24 << 20);
+        let image = images::large();
+        Self { version: "v1", dataset, coco, rows, operator, model, image: image.join("v1.tar"), app: image.join("app1") }
+    }
+
+    fn second(scratch: &Scratch, v1: &Edition) -> (Self, NewBytes) {
+        let (dataset, new_in_dataset) = data::next_dataset(&v1.dataset, &scratch.join("source/dataset-2"));
+
+        // The same dataset, looked at again: one box corrected, one added at the end.
+        let mut marks = labels::marks(&v1.dataset.photos, 60);
+        let middle = marks.len() / 2;
+        marks[middle].w += 1.0;
+        marks.push(labels::Mark { polygon: false, ..marks[middle].clone() });
+        let document = labels::coco(&v1.dataset.photos, &marks);
+        let coco = scratch.join("source/coco-2.json");
+        labels::write_json(&coco, &document);
+        let rows = coco_rows(&document, &marks, &v1.dataset.root);
+
+        let operator = scratch.join("source/operator-2");
+        data::copy_tree(&v1.operator, &operator);
+        let changed = b"def step(image):\n    return image\n";
+        data::write(&operator.join("src/detect/module_3.py"), changed);
+
+        // A byte string put in at the front and another overwritten in the middle: nothing else moves by itself.
+        let model = scratch.join("source/model-2");
+        data::copy_tree(&v1.model, &model);
+        let mut weights = std::fs::read(model.join("model.safetensors")).unwrap();
+        weights[12 << 20..][..65_536].fill(7);
+        weights.splice(0..0, *b"header");
+        data::write(&model.join("model.safetensors"), &weights);
+
+        let image = images::large();
+        let new_in_image = new_layer_bytes(&image.join("layout"));
+        let edition = Self { version: "v2", dataset, coco, rows, operator, model, image: image.join("v2.tar"), app: image.join("app2") };
+        (edition, [new_in_dataset, 0, changed.len() as u64, new_in_image, 65_536])
+    }
+}
+
+/// Bytes of the blobs of the image's version 2 that version 1 does not have.
+fn new_layer_bytes(layout: &Path) -> u64 {
+    let parts = |tag: &str| -> Vec<String> {
+        let raw = tool("skopeo", &["inspect", "--raw", &format!("oci:{}:{tag}", layout.display())]);
+        let manifest: Value = serde_json::from_str(&raw).unwrap();
+        let layers = manifest["layers"].as_array().unwrap().iter();
+        layers.chain([&manifest["config"]]).map(|d| d["digest"].as_str().unwrap().to_owned()).collect()
+    };
+    let old = parts("v1");
+    parts("v2").iter().filter(|d| !old.contains(d)).map(|d| blob(layout, d).metadata().unwrap().len()).sum()
+}
+
+struct World {
+    hub: Hub,
+    lines: Vec<Line>,
+    sites: Vec<Site>,
+    postgres: Postgres,
+    basic: Registry,
+    bearer: Registry,
+    scratch: Scratch,
+}
+
+impl World {
+    fn start() -> Self {
+        let scratch = Scratch::new();
+        let postgres = Postgres::start_new(&scratch);
+        postgres.create_database("labels_wuhan");
+        let basic = Registry::basic(&scratch, "basic");
+        let bearer = Registry::bearer(&scratch, "bearer");
+        let hub = Hub::start_new(scratch.path());
+        let specs = [
+            SiteSpec {
+                labels_sink: Some(postgres.sink(&scratch, "labels")),
+                images_sink: Some(basic.sink(&scratch)),
+                ..SiteSpec::default()
+            },
+            SiteSpec {
+                labels_sink: Some(postgres.sink(&scratch, "labels_wuhan")),
+                images_sink: Some(bearer.sink(&scratch)),
+                ..SiteSpec::default()
+            },
+            SiteSpec::default(),
+        ];
+        let mut lines = Vec::new();
+        let mut sites = Vec::new();
+        for (name, spec) in SITES.into_iter().zip(specs) {
+            let line = Line::to(hub.quic);
+            let spec = SiteSpec { through: Some(line.address()), ..spec };
+            sites.push(Site::start_new(scratch.path(), &hub, name, &spec));
+            lines.push(line);
+        }
+        Self { hub, lines, sites, postgres, basic, bearer, scratch }
+    }
+
+    fn registry(&self, site: &str) -> Option<&Registry> {
+        match site {
+            "chengdu" => Some(&self.basic),
+            "wuhan" => Some(&self.bearer),
+            _ => None,
+        }
+    }
+
+    fn reader<'a>(&'a self, site: &'a Site) -> Reader<'a> {
+        match site.name.as_str() {
+            "chengdu" => Reader::Postgres(&self.postgres, "labels"),
+            "wuhan" => Reader::Postgres(&self.postgres, "labels_wuhan"),
+            _ => Reader::Sqlite(&site.labels_db),
+        }
+    }
+
+    /// Publishes all five kinds.
+    fn publish(&self, edition: &Edition) {
+        for series in SERIES {
+            let reference = format!("{series}:{}", edition.version);
+            // Both versions of the labels speak of the first version of the dataset.
+            let more: &[&str] = if series.starts_with("labels/") { &["--for", "dataset/line3:v1"] } else { &[] };
+            let published = self.hub.publish(edition.source(series), &reference, more);
+            assert_eq!(published["artifact"], reference.as_str());
+            assert_eq!(published["digest"].as_str().map(str::len), Some(64), "a BLAKE3 in hex: {published}");
+        }
+    }
+
+    /// Delivers all five kinds to all sites by one command that waits; the transfers.
+    fn deliver(&self, version: &str) -> Vec<Transfer> {
+        let references: Vec<String> = SERIES.iter().map(|s| format!("{s}:{version}")).collect();
+        let mut args = vec!["deliver"];
+        args.extend(references.iter().map(String::as_str));
+        args.extend(["--to", "all", "--wait", "-o", "json"]);
+        let answer = self.hub.cli_within(&args, secs(240)).expect(0).json();
+        let transfers: Vec<Transfer> = ids(&answer).iter().map(|id| self.hub.transfer(id)).collect();
+        assert_eq!(transfers.len(), SERIES.len() * SITES.len());
+        for t in &transfers {
+            assert_eq!(t.state, "done", "{t:#?}");
+            assert_eq!(t.bytes.committed, t.bytes.total, "{t:#?}");
+            assert_eq!(t.bytes.reused + t.bytes.resumed + t.bytes.received, t.bytes.total, "each byte is counted once: {t:#?}");
+            assert!(t.attempts >= 1 && t.location.is_some(), "{t:#?}");
+        }
+        transfers
+    }
+
+    /// Checks that a version lies at every site as it was published.
+    fn check(&self, edition: &Edition) {
+        let version = edition.version;
+        for site in &self.sites {
+            for series in ["dataset/line3", "operator/detect", "model/yolo"] {
+                assert_same(edition.source(series), &site.folder(&format!("{series}:{version}")));
+            }
+            let found = self.reader(site).version("line3-defects", version);
+            assert_rows(&site.name, &found, &edition.rows);
+            self.check_image(site, edition);
+        }
+    }
+
+    /// The registry (or layout) of a site has the image with the digest that the hub recorded, and umoci finds the
+    /// right files in it.
+    fn check_image(&self, site: &Site, edition: &Edition) {
+        let version = edition.version;
+        let recorded = self.hub.json(&["show", &format!("image/detect:{version}")])["info"]["digest"].as_str().unwrap().to_owned();
+        let at_site = site.json(&["show", &format!("image/detect:{version}")])["info"]["digest"].clone();
+        assert_eq!(at_site, recorded.as_str(), "the digest that the site shows");
+
+        let copy = self.scratch.join(&format!("copy-{}-{version}", site.name));
+        let target = format!("oci:{}:{version}", copy.display());
+        match self.registry(&site.name) {
+            Some(registry) => {
+                assert_eq!(registry.digest(&format!("operators/detect:{version}")), recorded, "the digest in the registry");
+                registry.skopeo("copy", &["--preserve-digests", &format!("{{}}/operators/detect:{version}"), &target]);
+            }
+            None => {
+                let source = format!("oci:{}/detect:{version}", site.layout.display());
+                let raw = tool("skopeo", &["inspect", "--raw", &source]);
+                assert_eq!(images::sha256(raw.as_bytes()), recorded, "the digest in the layout");
+                tool("skopeo", &["copy", "--preserve-digests", &source, &target]);
+            }
+        }
+        assert_eq!(images::top(&copy)["digest"], recorded.as_str(), "the digest of a copy");
+        let bundle = self.scratch.join(&format!("bundle-{}-{version}", site.name));
+        let root = images::unpack(&copy, version, &bundle);
+        assert_same(&edition.app, &root.join("app"));
+        if version == "v1" && site.name != "hefei" {
+            let original = images::unpack(&images::large().join("layout"), version, &self.scratch.join(&format!("original-{}", site.name)));
+            assert_same(&original, &root);
+        }
+        tool("rm", &["-rf", copy.to_str().unwrap(), bundle.to_str().unwrap()]);
+    }
+
+    /// Checks that a version is the active one at every site.
+    fn check_current(&self, edition: &Edition) {
+        for site in &self.sites {
+            for series in ["dataset/line3", "operator/detect", "model/yolo"] {
+                assert_eq!(site.current(series), edition.version, "CURRENT of {series} at {}", site.name);
+                let link = std::fs::read_link(site.root.join(series).join("current")).unwrap();
+                assert_eq!(link.file_name().unwrap().to_str(), Some(edition.version), "the current link of {series}");
+            }
+            assert_rows(&site.name, &self.reader(site).current("line3-defects"), &edition.rows);
+            assert_eq!(site.leftovers(), Vec::<PathBuf>::new(), "staging at {} is not clean", site.name);
+        }
+    }
+}
+
+#[track_caller]
+fn assert_rows(site: &str, found: &[Row], expected: &[Row]) {
+    assert_eq!(found.len(), expected.len(), "rows at {site}");
+    for (found, expected) in found.iter().zip(expected) {
+        assert_eq!(found, expected, "a row at {site}");
+    }
+}
+
+/// The most bytes that may cross the line for a kind's next version, from the bytes that are new in it.
+fn most_wire(kind: &str, new_bytes: u64, total: u64) -> u64 {
+    const MANIFEST_AND_FRAMES: u64 = 192 << 10;
+    match kind {
+        // Small files are whole chunks: nothing but the new ones moves.
+        "dataset" | "operator" => new_bytes + new_bytes / 20 + MANIFEST_AND_FRAMES,
+        // A layer is compressed: one that is new shares nothing with the old.
+        "image" => new_bytes + new_bytes / 20 + MANIFEST_AND_FRAMES,
+        // Two places of one large file: the chunks around them.
+        "model" => new_bytes + (4 << 20),
+        _ => total / 2,
+    }
+}
+
+#[test]
+fn all_kinds_reach_three_sites_and_the_next_version_moves_only_what_is_new() {
+    let _limit = limit(secs(460));
+    let world = World::start();
+    let v1 = Edition::first(&world.scratch);
+    world.publish(&v1);
+    world.deliver("v1");
+    world.check(&v1);
+    world.check_current(&v1);
+
+    let (v2, new_bytes) = Edition::second(&world.scratch, &v1);
+    world.publish(&v2);
+    let before: Vec<u64> = world.lines.iter().map(Line::carried).collect();
+    let transfers = world.deliver("v2");
+    for (i, (site, line)) in SITES.iter().zip(&world.lines).enumerate() {
+        let crossed = line.carried() - before[i];
+        let wire: u64 = transfers.iter().filter(|t| t.site == *site).map(|t| t.bytes.wire).sum();
+        // The line's own count holds packet headers, acknowledgements and what is not about a transfer.
+        assert!(crossed >= wire && crossed <= wire + wire / 4 + (1 << 20), "{site}: wire says {wire} bytes, {crossed} crossed the line");
+    }
+    for t in &transfers {
+        let series = SERIES.iter().position(|s| t.artifact.starts_with(&format!("{s}:"))).unwrap();
+        let most = most_wire(SERIES[series].split('/').next().unwrap(), new_bytes[series], t.bytes.total);
+        assert!(t.bytes.wire <= most, "{} at {}: {} bytes crossed, {most} would do: {:?}", t.artifact, t.site, t.bytes.wire, t.bytes);
+    }
+    world.check(&v2);
+    world.check(&v1);
+    world.check_current(&v2);
+
+    for series in SERIES {
+        let reference = format!("{series}:v2");
+        world.hub.cli(&["verify", &reference]).expect(0);
+        for site in &world.sites {
+            site.cli(&["verify", &reference]).expect(0);
+        }
+    }
+    // Asking again changes nothing and moves nothing.
+    let before: u64 = world.lines.iter().map(Line::down).sum();
+    world.deliver("v2");
+    let crossed = world.lines.iter().map(Line::down).sum::<u64>() - before;
+    assert!(crossed < 1 << 20, "delivering again moved {crossed} bytes");
+    for daemon in world.sites.iter().map(|site| &**site).chain([&*world.hub]) {
+        let peak = daemon.memory("VmHWM");
+        assert!(peak <= 256 << 20, "{} had {peak} bytes resident", daemon.name);
+    }
+}
+
+#[test]
+fn a_receipt_names_what_was_committed_where() {
+    let _limit = limit(secs(90));
+    let scratch = Scratch::new();
+    let hub = Hub::start_new(scratch.path());
+    let _site = Site::start_new(scratch.path(), &hub, "chengdu", &SiteSpec::default());
+    data::model(&scratch.join("model"), 100_000);
+    let published = hub.publish(&scratch.join("model"), "model/yolo:v1", &["--to", "chengdu", "--wait"]);
+    let id = &ids(&published)[0];
+    let shown = hub.json(&["status", id]);
+    let receipt = &shown[0]["receipt"];
+    assert!(receipt.is_object(), "what is done has a receipt: {shown:#}");
+    let text = receipt.to_string();
+    for part in ["model/yolo:v1", "chengdu", published["digest"].as_str().unwrap()] {
+        assert!(text.contains(part), "{part} is not in the receipt {text}");
+    }
+    let site_table = hub.cli(&["sites"]).expect(0).out;
+    assert!(site_table.contains("chengdu"), "{site_table}");
+    let detail = hub.json(&["show", "model/yolo:v1"]);
+    assert_eq!(detail["transfers"][0]["id"], id.as_str());
+    assert_eq!(detail["bytes"], 100_000 + 36, "the bytes of both files");
+}

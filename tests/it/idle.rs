@@ -1,0 +1,44 @@
+//! Two daemons with nothing to do: what they cost.
+
+use std::time::Instant;
+
+use crate::support::daemon::{Daemon, Hub, Site, SiteSpec};
+use crate::support::{Scratch, data, limit, secs, wait_for};
+
+/// Seconds of idling, and what the environment may set it to: `PACKHORSE_IDLE_SECONDS=600` is the whole test.
+const SECONDS: u64 = 20;
+/// Resident memory of an idle daemon.
+const RESIDENT_MAX: u64 = 40 << 20;
+
+/// Clock ticks of processor time that a daemon has used, its threads together.
+fn ticks(daemon: &Daemon) -> u64 {
+    let stat = std::fs::read_to_string(format!("/proc/{}/stat", daemon.pid())).unwrap();
+    // The name in brackets may hold spaces; user and system time are fields 14 and 15, 3 is the first after it.
+    let fields: Vec<&str> = stat.rsplit_once(')').unwrap().1.split_whitespace().collect();
+    fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap()
+}
+
+#[test]
+fn two_idle_daemons_cost_next_to_nothing() {
+    let seconds = std::env::var("PACKHORSE_IDLE_SECONDS").map_or(SECONDS, |s| s.parse().expect("PACKHORSE_IDLE_SECONDS is a number"));
+    let _limit = limit(secs(seconds + 90));
+    let scratch = Scratch::new();
+    let hub = Hub::start_new(scratch.path());
+    let site = Site::start_new(scratch.path(), &hub, "chengdu", &SiteSpec::default());
+    // After some work: what a daemon took for it must be given back.
+    data::model(&scratch.join("model"), 8 << 20);
+    hub.publish(&scratch.join("model"), "model/m:v1", &["--to", "all", "--wait"]);
+
+    let ticks_a_second: u64 = crate::support::command::tool("getconf", &["CLK_TCK"]).trim().parse().unwrap();
+    let began = Instant::now();
+    let before = [ticks(&hub), ticks(&site)];
+    wait_for("the time of idling is over", secs(seconds + 5), || (began.elapsed() >= secs(seconds)).then_some(()));
+    let after = [ticks(&hub), ticks(&site)];
+    for (i, daemon) in [&*hub, &*site].into_iter().enumerate() {
+        let used = (after[i] - before[i]) as f64 / ticks_a_second as f64 / began.elapsed().as_secs_f64() * 100.0;
+        let resident = daemon.memory("VmRSS");
+        println!("{}: {used:.2} % of a core, {:.1} MiB resident", daemon.name, resident as f64 / 1_048_576.0);
+        assert!(used <= 1.0, "{} used {used:.2} % of a core while idle", daemon.name);
+        assert!(resident <= RESIDENT_MAX, "{} has {resident} bytes resident while idle", daemon.name);
+    }
+}

@@ -1,0 +1,135 @@
+//! Images made by others' tools: every form that `publish` reads ends with one digest everywhere.
+
+use std::path::PathBuf;
+
+use crate::support::command::tool;
+use crate::support::daemon::{Hub, Site, SiteSpec};
+use crate::support::images::{self, sha256};
+use crate::support::registry::{PASSWORD, Registry, USER};
+use crate::support::tree::assert_same;
+use crate::support::{Scratch, limit, secs};
+
+/// A hub, a site with a registry and one with an OCI layout.
+struct World {
+    hub: Hub,
+    layout_site: Site,
+    _registry_site: Site,
+    registry: Registry,
+    scratch: Scratch,
+}
+
+impl World {
+    fn start() -> Self {
+        let scratch = Scratch::new();
+        let registry = Registry::bearer(&scratch, "bearer");
+        let hub = Hub::start_new(scratch.path());
+        let spec = SiteSpec { images_sink: Some(registry.sink(&scratch)), ..SiteSpec::default() };
+        let registry_site = Site::start_new(scratch.path(), &hub, "chengdu", &spec);
+        let layout_site = Site::start_new(scratch.path(), &hub, "hefei", &SiteSpec::default());
+        Self { hub, layout_site, _registry_site: registry_site, registry, scratch }
+    }
+
+    /// Publishes an image to both sites; its `info`, once both hold it with the digest recorded.
+    fn carry(&self, source: &str, name: &str, more: &[&str]) -> serde_json::Value {
+        let reference = format!("image/{name}:v1");
+        let args: Vec<&str> =
+            ["publish", source, "--as", &reference, "--to", "all", "--wait"].into_iter().chain(more.iter().copied()).collect();
+        self.hub.cli(&args).expect(0);
+        let info = self.hub.json(&["show", &reference])["info"].clone();
+        let digest = info["digest"].as_str().unwrap_or_else(|| panic!("{name} has no digest: {info}"));
+        assert_eq!(self.registry.digest(&format!("operators/{name}:v1")), digest, "{name} in the registry");
+        let raw = tool("skopeo", &["inspect", "--raw", &self.in_layout(name)]);
+        assert_eq!(sha256(raw.as_bytes()), digest, "{name} in the layout");
+        info
+    }
+
+    fn in_layout(&self, name: &str) -> String {
+        format!("oci:{}/{name}:v1", self.layout_site.layout.display())
+    }
+
+    /// Copies an image out of the registry, unpacks it, and compares its files.
+    fn check_files(&self, name: &str) {
+        let copy = self.scratch.join(&format!("copy-{name}"));
+        self.registry.skopeo("copy", &["--preserve-digests", &format!("{{}}/operators/{name}:v1"), &format!("oci:{}:v1", copy.display())]);
+        let root = images::unpack(&copy, "v1", &self.scratch.join(&format!("bundle-{name}")));
+        assert_same(&images::small().join("root"), &root);
+    }
+}
+
+fn fixture(name: &str) -> String {
+    let path: PathBuf = images::small().join(name);
+    path.to_str().unwrap().to_owned()
+}
+
+#[test]
+fn one_image_in_every_form() {
+    let _limit = limit(secs(240));
+    let world = World::start();
+    let original = images::top(&images::small().join("layout"))["digest"].clone();
+
+    for (source, name) in [("layout", "layout"), ("oci.tar", "oci-tar"), ("oci.tar.zst", "oci-tar-zst")] {
+        let info = world.carry(&fixture(source), name, &[]);
+        assert_eq!(info["digest"], original, "an OCI image keeps its bytes: {name}");
+        world.check_files(name);
+    }
+    let plain = world.carry(&fixture("docker.tar"), "docker-tar", &[]);
+    world.check_files("docker-tar");
+    let squeezed = world.carry(&fixture("docker.tar.gz"), "docker-tar-gz", &[]);
+    assert_eq!(plain["digest"], squeezed["digest"], "what is around a tar does not count");
+    assert_eq!(plain["platforms"], serde_json::json!(["linux/amd64"]));
+}
+
+#[test]
+fn zstd_layers_stay_zstd() {
+    let _limit = limit(secs(180));
+    let world = World::start();
+    let info = world.carry(&fixture("zstd"), "zstd", &[]);
+    assert_eq!(info["digest"], images::top(&images::small().join("zstd"))["digest"]);
+}
+
+#[test]
+fn an_index_of_two_platforms_arrives_whole() {
+    let _limit = limit(secs(180));
+    let world = World::start();
+    let info = world.carry(&fixture("two"), "two", &[]);
+    assert_eq!(info["digest"], images::top(&images::small().join("two"))["digest"]);
+    assert_eq!(info["platforms"], serde_json::json!(["linux/amd64", "linux/arm64"]));
+    for architecture in ["amd64", "arm64"] {
+        let out = world.registry.skopeo("inspect", &["--override-arch", architecture, "--config", "{}/operators/two:v1"]);
+        assert!(out.contains(architecture), "{out}");
+    }
+}
+
+#[test]
+fn a_platform_without_blobs_is_left_out_and_named() {
+    let _limit = limit(secs(180));
+    let world = World::start();
+    let info = world.carry(&fixture("absent"), "absent", &[]);
+    assert_eq!(info["platforms"], serde_json::json!(["linux/amd64"]));
+    let left_out = info["absent"].as_array().unwrap();
+    let digest = left_out.first().and_then(|d| d.as_str()).unwrap_or_default();
+    assert!(left_out.len() == 1 && digest.starts_with("sha256:"), "what was left out is named: {info}");
+}
+
+#[test]
+fn an_image_comes_out_of_a_registry() {
+    let _limit = limit(secs(180));
+    let world = World::start();
+    let source = Registry::basic(&world.scratch, "source");
+    source.push(&format!("oci:{}:v1", fixture("two")), "team/app:v1");
+    let password = world.scratch.join("source-password");
+    std::fs::write(&password, PASSWORD).unwrap();
+    let url = format!("registry://{}/team/app:v1", source.host());
+    let info = world.carry(&url, "pulled", &["--username", USER, "--password-file", password.to_str().unwrap()]);
+    assert_eq!(info["digest"], images::top(&images::small().join("two"))["digest"]);
+
+    let missing = format!("registry://{}/team/none:v1", source.host());
+    let credentials = ["--username", USER, "--password-file", password.to_str().unwrap()];
+    let mut args = vec!["publish", missing.as_str(), "--as", "image/none:v1"];
+    args.extend(credentials);
+    world.hub.cli(&args).expect(5).says(&["team/none"]);
+    std::fs::write(&password, "wrong").unwrap();
+    args[1] = &url;
+    world.hub.cli(&args).expect(4);
+    world.hub.cli(&["show", "image/none:v1"]).expect(5);
+}

@@ -1,0 +1,212 @@
+//! Interruptions: a site stopped, killed or cut off, a hub killed, each in the middle of a transfer that a slow line
+//! makes last. It ends well without a hand, and never begins again from zero.
+
+use std::path::PathBuf;
+
+use rustix::process::{Pid, Signal, kill_process};
+
+use crate::support::command::{bound, run};
+use crate::support::daemon::{Hub, PACKHORSE, Site, SiteSpec, Transfer};
+use crate::support::data;
+use crate::support::line::Line;
+use crate::support::tree::assert_same;
+use crate::support::{Scratch, disk_usage, limit, secs, wait_for};
+
+/// What is carried: noise, so that no byte is saved by compressing.
+const SIZE: usize = 40 << 20;
+/// Bytes a second on the slow line: the transfer lasts some eight seconds.
+const RATE: u64 = 5 << 20;
+/// What may be sent again after an interruption: two seconds of the line (a group commit is a second or 64 MiB, and the
+/// interruption takes a moment to be noticed) and what was in flight.
+const AGAIN: u64 = 3 * RATE;
+/// Headers, acknowledgements, manifests, handshakes: a part in this many, beside the payload.
+const OVERHEAD: u64 = 10;
+
+/// One site behind a line, with a transfer that has begun.
+struct World {
+    site: Site,
+    line: Line,
+    hub: Hub,
+    source: PathBuf,
+    transfer: String,
+    _scratch: Scratch,
+}
+
+impl World {
+    fn start() -> Self {
+        let scratch = Scratch::new();
+        let hub = Hub::start_new(scratch.path());
+        let line = Line::to(hub.quic);
+        let spec = SiteSpec { through: Some(line.address()), ..SiteSpec::default() };
+        let site = Site::start_new(scratch.path(), &hub, "chengdu", &spec);
+        let source = scratch.join("model");
+        data::model(&source, SIZE);
+        hub.publish(&source, "model/yolo:v1", &[]);
+        line.throttle(RATE);
+        let transfer = hub.deliver(&["model/yolo:v1"], "chengdu").remove(0);
+        Self { site, line, hub, source, transfer, _scratch: scratch }
+    }
+
+    /// Waits until about this many bytes have arrived, and no more than half of all.
+    fn wait_received(&self, bytes: u64) -> Transfer {
+        let seen = self.hub.wait_transfer(&self.transfer, "on its way", secs(60), |t| t.bytes.received >= bytes);
+        assert!(seen.bytes.received < SIZE as u64 * 3 / 4, "too late to interrupt: {:?}", seen.bytes);
+        seen
+    }
+
+    /// Lets the transfer end by itself, and checks that it did not begin at zero.
+    fn check_end(&self, interruptions: u64) -> Transfer {
+        let done = self.hub.wait_done(&self.transfer, secs(90));
+        assert_same(&self.source, &self.site.folder("model/yolo:v1"));
+        assert_eq!(done.bytes.committed, done.bytes.total, "{:?}", done.bytes);
+        let most = SIZE as u64 + SIZE as u64 / OVERHEAD + interruptions * AGAIN;
+        assert!(self.line.down() <= most, "{} bytes crossed the line, {most} would do: {:?}", self.line.down(), done.bytes);
+        let same = self.site.transfer(&self.transfer);
+        assert_eq!((same.state.as_str(), same.bytes.committed), ("done", done.bytes.committed), "the site tells the same");
+        assert_eq!(self.site.leftovers(), Vec::<PathBuf>::new());
+        done
+    }
+}
+
+#[test]
+fn a_site_stopped_in_the_middle_goes_on() {
+    let _limit = limit(secs(200));
+    let mut world = World::start();
+    world.wait_received(10 << 20);
+    world.site.stop();
+    world.hub.wait_online("chengdu", false, secs(20));
+    let waiting = world.hub.transfer(&world.transfer);
+    assert!(!waiting.is_final() && waiting.has_reason(&["site_offline"]), "{waiting:#?}");
+    world.site.start();
+    let done = world.check_end(1);
+    assert!(done.bytes.resumed >= 5 << 20, "what had arrived was not taken up again: {:?}", done.bytes);
+}
+
+#[test]
+fn a_site_killed_in_the_middle_goes_on() {
+    let _limit = limit(secs(200));
+    let mut world = World::start();
+    world.wait_received(12 << 20);
+    world.site.kill();
+    world.site.start();
+    let done = world.check_end(1);
+    assert!(done.bytes.resumed >= 4 << 20, "what had arrived was not taken up again: {:?}", done.bytes);
+    assert!(done.attempts >= 2, "an interruption is a new attempt: {done:#?}");
+}
+
+#[test]
+fn a_site_killed_again_and_again_goes_on() {
+    let _limit = limit(secs(240));
+    let mut world = World::start();
+    for n in 1..=3 {
+        let before = world.hub.transfer(&world.transfer).bytes;
+        let settled = before.resumed + before.received;
+        world.hub.wait_transfer(&world.transfer, "further", secs(60), |t| {
+            t.bytes.resumed + t.bytes.received >= settled.max(n * (8 << 20)) && t.bytes.received > 0
+        });
+        world.site.kill();
+        world.site.start();
+    }
+    world.check_end(3);
+}
+
+#[test]
+fn a_hub_killed_in_the_middle_goes_on() {
+    let _limit = limit(secs(200));
+    let mut world = World::start();
+    world.wait_received(12 << 20);
+    world.hub.kill();
+    world.hub.start();
+    world.check_end(1);
+}
+
+#[test]
+fn a_hub_stopped_in_the_middle_goes_on() {
+    let _limit = limit(secs(200));
+    let mut world = World::start();
+    world.wait_received(12 << 20);
+    world.hub.stop();
+    let alone = world.site.transfer(&world.transfer);
+    assert!(!alone.is_final(), "a site without its hub waits: {alone:#?}");
+    world.hub.start();
+    world.check_end(1);
+}
+
+#[test]
+fn a_line_cut_for_a_minute_goes_on() {
+    let _limit = limit(secs(280));
+    let world = World::start();
+    world.wait_received(12 << 20);
+    world.line.cut();
+    let cut_at = std::time::Instant::now();
+    world.hub.wait_online("chengdu", false, secs(60));
+    let waiting = world.hub.transfer(&world.transfer);
+    assert!(waiting.has_reason(&["site_offline"]), "the hub says why nothing moves: {waiting:#?}");
+    let alone = world.site.wait_transfer(&world.transfer, "waiting for the hub", secs(60), |t| t.has_reason(&["hub_unreachable"]));
+    assert!(!alone.is_final(), "{alone:#?}");
+    wait_for("the minute is over", secs(70), || (cut_at.elapsed() > secs(60)).then_some(()));
+    world.line.mend();
+    world.hub.wait_online("chengdu", true, secs(75));
+    world.check_end(1);
+}
+
+/// How the hub says that the site is connected.
+fn transport(hub: &Hub) -> Option<String> {
+    let sites = hub.json(&["sites"]);
+    sites[0]["line"].as_str().map(ToOwned::to_owned)
+}
+
+#[test]
+fn where_udp_is_blocked_tcp_carries() {
+    let _limit = limit(secs(240));
+    let scratch = Scratch::new();
+    let hub = Hub::start_new(scratch.path());
+    let line = Line::to(hub.quic);
+    let mut site = Site::new(scratch.path(), &hub, "chengdu", &SiteSpec { through: Some(line.address()), ..SiteSpec::default() });
+    site.join(&hub, &[]);
+    line.block_udp(true);
+    site.start_alive();
+    hub.wait_online("chengdu", true, secs(60));
+    assert_eq!(transport(&hub).as_deref(), Some("tcp"));
+    let source = scratch.join("model");
+    data::model(&source, 8 << 20);
+    hub.publish(&source, "model/yolo:v1", &[]);
+    let done = hub.deliver_and_wait("model/yolo:v1", "chengdu", secs(60));
+    assert_same(&source, &site.folder("model/yolo:v1"));
+    assert!(done.bytes.wire >= 8 << 20, "{:?}", done.bytes);
+
+    site.stop();
+    line.block_udp(false);
+    site.start();
+    hub.wait_online("chengdu", true, secs(60));
+    wait_for("QUIC is taken where it works", secs(60), || (transport(&hub).as_deref() == Some("quic")).then_some(()));
+}
+
+#[test]
+fn a_publish_killed_with_the_hub_leaves_nothing_and_can_be_repeated() {
+    let _limit = limit(secs(200));
+    let scratch = Scratch::new();
+    let mut hub = Hub::start_new(scratch.path());
+    data::write(&scratch.join("big.bin"), &data::noise(&mut data::rng("big"), 200 << 20));
+    let source = scratch.join("big.bin");
+    let before = disk_usage(&hub.data_dir);
+    std::thread::scope(|scope| {
+        let publish = scope.spawn(|| {
+            let config = hub.config.to_str().unwrap().to_owned();
+            let mut command = bound(PACKHORSE);
+            command.args(["publish", source.to_str().unwrap(), "--as", "model/big:v1", "--config", &config]);
+            run(&mut command, secs(60))
+        });
+        wait_for("the hub has stored some of it", secs(60), || (disk_usage(&hub.data_dir) > before + (20 << 20)).then_some(()));
+        kill_process(Pid::from_raw(hub.pid().cast_signed()).unwrap(), Signal::KILL).unwrap();
+        let output = publish.join().unwrap();
+        assert_ne!(output.code, 0, "the publish was cut short: {output:?}");
+    });
+    hub.kill();
+    hub.start();
+    hub.cli(&["show", "model/big:v1"]).expect(5);
+    hub.cli(&["gc"]).expect(0);
+    let published = hub.publish(&source, "model/big:v1", &[]);
+    assert_eq!(published["unchanged"], false);
+    hub.cli(&["verify", "model/big:v1"]).expect(0);
+}

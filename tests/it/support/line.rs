@@ -1,0 +1,232 @@
+//! The line between a site and the hub: forwards UDP and TCP on one port, counts, slows down and cuts.
+
+use std::collections::HashMap;
+use std::io::{Read, Write};
+use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use super::free_port;
+
+/// How long a socket of the line waits before it looks whether it is still wanted.
+const TICK: Duration = Duration::from_millis(100);
+
+#[derive(Default)]
+struct State {
+    closed: AtomicBool,
+    cut: AtomicBool,
+    no_udp: AtomicBool,
+    /// Bytes a second towards the site; 0 is as fast as it goes.
+    rate: AtomicU64,
+    /// Bytes towards the site.
+    down: AtomicU64,
+    /// Bytes towards the hub.
+    up: AtomicU64,
+    /// When the line towards the site is free again; what makes all flows share one rate.
+    free_at: Mutex<Option<Instant>>,
+    tcp: Mutex<Vec<TcpStream>>,
+}
+
+impl State {
+    /// Waits for the line's turn to carry so many bytes towards the site.
+    fn pace(&self, bytes: usize) {
+        let rate = self.rate.load(Ordering::Relaxed);
+        if rate == 0 {
+            return;
+        }
+        let now = Instant::now();
+        let until = {
+            let mut free_at = self.free_at.lock().expect("no holder panics");
+            let begin = free_at.map_or(now, |t| t.max(now));
+            *free_at.insert(begin + Duration::from_nanos(bytes as u64 * 1_000_000_000 / rate))
+        };
+        // A short debt is left standing: the sleep would be longer than it.
+        if until > now + Duration::from_millis(2) {
+            thread::sleep(until - now);
+        }
+    }
+
+    fn cut(&self) -> bool {
+        self.cut.load(Ordering::Relaxed)
+    }
+
+    fn drops_udp(&self) -> bool {
+        self.cut() || self.no_udp.load(Ordering::Relaxed)
+    }
+
+    fn closed(&self) -> bool {
+        self.closed.load(Ordering::Relaxed)
+    }
+}
+
+/// A line to a hub. Sites dial its [`Line::address`].
+pub(crate) struct Line {
+    address: SocketAddr,
+    state: Arc<State>,
+}
+
+impl Line {
+    /// A line that ends at `hub`.
+    pub(crate) fn to(hub: SocketAddr) -> Self {
+        let address = SocketAddr::from((Ipv4Addr::LOCALHOST, free_port()));
+        let state = Arc::new(State::default());
+        let udp = UdpSocket::bind(address).expect("bind the line's UDP port");
+        let tcp = TcpListener::bind(address).expect("bind the line's TCP port");
+        thread::spawn({
+            let state = Arc::clone(&state);
+            move || carry_udp(&udp, hub, &state)
+        });
+        thread::spawn({
+            let state = Arc::clone(&state);
+            move || carry_tcp(&tcp, hub, &state)
+        });
+        Self { address, state }
+    }
+
+    /// Where sites dial.
+    pub(crate) fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Sets the bytes a second towards the site; 0 is as fast as it goes.
+    pub(crate) fn throttle(&self, bytes_per_second: u64) {
+        self.state.rate.store(bytes_per_second, Ordering::Relaxed);
+    }
+
+    /// Drops everything, both ways, without telling anybody: a cable pulled.
+    pub(crate) fn cut(&self) {
+        self.state.cut.store(true, Ordering::Relaxed);
+    }
+
+    /// Drops UDP from now on and carries TCP, as many firewalls do; or carries both again.
+    pub(crate) fn block_udp(&self, blocked: bool) {
+        self.state.no_udp.store(blocked, Ordering::Relaxed);
+    }
+
+    /// Carries again.
+    pub(crate) fn mend(&self) {
+        self.state.cut.store(false, Ordering::Relaxed);
+    }
+
+    /// Bytes carried towards the site so far.
+    pub(crate) fn down(&self) -> u64 {
+        self.state.down.load(Ordering::Relaxed)
+    }
+
+    /// Bytes carried both ways so far.
+    pub(crate) fn carried(&self) -> u64 {
+        self.up() + self.down()
+    }
+
+    /// Waits until a whole second carries less towards the site than a transfer would.
+    #[track_caller]
+    pub(crate) fn wait_quiet(&self, limit: Duration) {
+        let mut since = (Instant::now(), self.down());
+        super::wait_for("the line is quiet for a second", limit, || {
+            if self.down() > since.1 + 50_000 {
+                since = (Instant::now(), self.down());
+            }
+            (since.0.elapsed() > Duration::from_secs(1)).then_some(())
+        });
+    }
+
+    /// Bytes carried towards the hub so far.
+    pub(crate) fn up(&self) -> u64 {
+        self.state.up.load(Ordering::Relaxed)
+    }
+}
+
+impl Drop for Line {
+    fn drop(&mut self) {
+        self.state.closed.store(true, Ordering::Relaxed);
+        for stream in self.state.tcp.lock().expect("no holder panics").drain(..) {
+            let _ = stream.shutdown(Shutdown::Both);
+        }
+    }
+}
+
+fn carry_udp(socket: &UdpSocket, hub: SocketAddr, state: &Arc<State>) {
+    socket.set_read_timeout(Some(TICK)).expect("set a read timeout");
+    // One socket towards the hub for each peer, so that the hub tells them apart.
+    let mut peers: HashMap<SocketAddr, UdpSocket> = HashMap::new();
+    let mut datagram = vec![0; 65_536];
+    while !state.closed() {
+        let Ok((len, peer)) = socket.recv_from(&mut datagram) else { continue };
+        if state.drops_udp() {
+            continue;
+        }
+        let upstream = peers.entry(peer).or_insert_with(|| {
+            let upstream = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).expect("bind a socket towards the hub");
+            upstream.connect(hub).expect("connect it");
+            upstream.set_read_timeout(Some(TICK)).expect("set a read timeout");
+            let (from, to) = (upstream.try_clone().expect("clone a socket"), socket.try_clone().expect("clone a socket"));
+            let state = Arc::clone(state);
+            thread::spawn(move || {
+                let mut datagram = vec![0; 65_536];
+                while !state.closed() {
+                    let Ok(len) = from.recv(&mut datagram) else { continue };
+                    if !state.drops_udp() {
+                        state.pace(len);
+                        state.down.fetch_add(len as u64, Ordering::Relaxed);
+                        let _ = to.send_to(&datagram[..len], peer);
+                    }
+                }
+            });
+            upstream
+        });
+        state.up.fetch_add(len as u64, Ordering::Relaxed);
+        let _ = upstream.send(&datagram[..len]);
+    }
+}
+
+fn carry_tcp(listener: &TcpListener, hub: SocketAddr, state: &Arc<State>) {
+    listener.set_nonblocking(true).expect("set non-blocking");
+    while !state.closed() {
+        let Ok((site, _)) = listener.accept() else {
+            thread::sleep(TICK);
+            continue;
+        };
+        if state.cut() {
+            // Accepted by the kernel already; all that is left is never to answer.
+            state.tcp.lock().expect("no holder panics").push(site);
+            continue;
+        }
+        let Ok(upstream) = TcpStream::connect(hub) else { continue };
+        for stream in [&site, &upstream] {
+            stream.set_nonblocking(false).expect("set blocking");
+            state.tcp.lock().expect("no holder panics").push(stream.try_clone().expect("clone a stream"));
+        }
+        for (from, to, towards_site) in
+            [(site.try_clone().expect("clone a stream"), upstream.try_clone().expect("clone a stream"), false), (upstream, site, true)]
+        {
+            let state = Arc::clone(state);
+            thread::spawn(move || pump(from, to, towards_site, &state));
+        }
+    }
+}
+
+fn pump(mut from: TcpStream, mut to: TcpStream, towards_site: bool, state: &State) {
+    let mut buffer = vec![0; 16_384];
+    while let Ok(len) = from.read(&mut buffer) {
+        // A cut line holds the bytes back; TCP would send them again when it is mended.
+        while state.cut() && !state.closed() {
+            thread::sleep(TICK);
+        }
+        if len == 0 {
+            break;
+        }
+        if towards_site {
+            state.pace(len);
+            state.down.fetch_add(len as u64, Ordering::Relaxed);
+        } else {
+            state.up.fetch_add(len as u64, Ordering::Relaxed);
+        }
+        if to.write_all(&buffer[..len]).is_err() {
+            break;
+        }
+    }
+    let _ = from.shutdown(Shutdown::Both);
+    let _ = to.shutdown(Shutdown::Both);
+}
