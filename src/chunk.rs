@@ -60,3 +60,30 @@ impl<'de> Deserialize<'de> for Hash {
         }
     }
 }
+
+/// Sizes chosen by measuring model, image-layer, code and photo data; the table is in BENCHMARKS.md.
+pub const DEFAULT_CHUNKING: Chunking = Chunking { min: 8 << 10, avg: 32 << 10, max: 128 << 10 };
+
+/// FastCDC parameters, in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Chunking {
+    /// No chunk is smaller, but a file's last.
+    pub min: u32,
+    /// The size aimed at.
+    pub avg: u32,
+    /// No chunk is larger.
+    pub max: u32,
+}
+
+impl Chunking {
+    /// A file up to this size is one chunk: cutting it would cost more in references than it could save.
+    pub fn whole_file_max(&self) -> u64 {
+        u64::from(self.max) / 2
+    }
+
+    /// Where the next chunk of `data` ends. `data` must hold [`Chunking::max`] bytes or all that is left of the file.
+    pub fn cut(&self, data: &[u8]) -> usize {
+        let (min, avg, max) = (self.min as usize, self.avg as usize, self.max as usize);
+        fastcdc::v2020::FastCDC::new(data, min, avg, max).cut(0, data.len()).1
+    }
+}

@@ -2,8 +2,11 @@
 
 pub mod api;
 pub mod chunk;
+pub mod clock;
 pub mod config;
+pub mod durable;
 pub mod fault;
+pub mod frame;
 pub mod labels;
 pub mod limits;
 pub mod manifest;

@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+pub use crate::chunk::Chunking;
 use crate::chunk::Hash;
 use crate::names::{ArtifactRef, Kind, RelPath};
 
@@ -123,17 +124,6 @@ pub struct Root {
     pub depth: u8,
     /// The pages, in order.
     pub pages: Vec<PageRef>,
-}
-
-/// FastCDC parameters, in bytes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Chunking {
-    /// No chunk is smaller, but a file's last.
-    pub min: u32,
-    /// The size aimed at.
-    pub avg: u32,
-    /// No chunk is larger.
-    pub max: u32,
 }
 
 /// One manifest page.

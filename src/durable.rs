@@ -1,0 +1,174 @@
+//! The only place that renames, and that knows what must be synced before and after.
+//!
+//! After [`replace`] or [`rename_noreplace`] returned `Ok`, a power cut loses nothing of it; before, a crash leaves the
+//! old state or the new one and at worst a hidden temporary file beside it. An fsync that failed is never tried again
+//! on the same file: the kernel reports a lost write once and then says that all is well, so the caller must discard
+//! the file and write it anew.
+
+use std::fs::{self, File};
+use std::io::Write;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use crate::fault::{Fault, IoContext};
+
+static NEXT: AtomicU64 = AtomicU64::new(0);
+
+fn parent(path: &Path) -> &Path {
+    path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}
+
+/// Puts a small file in place: whole, synced, by rename. Mode 0644.
+pub fn replace(path: &Path, bytes: &[u8]) -> Result<(), Fault> {
+    replace_with_mode(path, bytes, 0o644)
+}
+
+/// [`replace`] for a secret: nobody but the owner can read it, from its first byte on.
+pub fn replace_secret(path: &Path, bytes: &[u8]) -> Result<(), Fault> {
+    replace_with_mode(path, bytes, 0o600)
+}
+
+fn replace_with_mode(path: &Path, bytes: &[u8], mode: u32) -> Result<(), Fault> {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let unique = NEXT.fetch_add(1, Ordering::Relaxed);
+    let temporary = parent(path).join(format!(".{name}.{}-{unique}.tmp", std::process::id()));
+    let write = || -> std::io::Result<()> {
+        let mut file = File::options().write(true).create_new(true).mode(mode).open(&temporary)?;
+        file.write_all(bytes)?;
+        file.sync_all()?;
+        drop(file); // some network filesystems refuse to rename an open file
+        rename(&temporary, path)
+    };
+    if let Err(error) = write() {
+        let _ = fs::remove_file(&temporary);
+        return Err(Fault::io(format_args!("write {}", path.display()), &error));
+    }
+    sync_dir(parent(path))
+}
+
+#[expect(clippy::disallowed_methods, reason = "this is the module that renames")]
+fn rename(from: &Path, to: &Path) -> std::io::Result<()> {
+    fs::rename(from, to)
+}
+
+/// Renames a file or folder to a name that does not exist, and syncs both parents. What is renamed must be synced
+/// already. Where the filesystem has no exclusive rename (NFS) the check comes first: only we write there.
+pub fn rename_noreplace(from: &Path, to: &Path) -> Result<(), Fault> {
+    use rustix::fs::{CWD, RenameFlags, renameat_with};
+    let what = || format!("rename {} to {}", from.display(), to.display());
+    match renameat_with(CWD, from, CWD, to, RenameFlags::NOREPLACE) {
+        Ok(()) => {}
+        Err(rustix::io::Errno::INVAL | rustix::io::Errno::NOSYS | rustix::io::Errno::NOTSUP) => {
+            if fs::symlink_metadata(to).is_ok() {
+                return Err(Fault::conflict(format!("{}: the target exists", what())));
+            }
+            rename(from, to).at(what())?;
+        }
+        Err(rustix::io::Errno::EXIST) => return Err(Fault::conflict(format!("{}: the target exists", what()))),
+        Err(error) => return Err(Fault::io(what(), &error.into())),
+    }
+    sync_dir(parent(to))?;
+    if parent(from) != parent(to) {
+        sync_dir(parent(from))?;
+    }
+    Ok(())
+}
+
+/// Replaces a symbolic link by rename. A convenience for people: not synced, and `Ok` where there are no links.
+pub fn replace_symlink(link: &Path, target: &str) -> Result<(), Fault> {
+    let name = link.file_name().unwrap_or_default().to_string_lossy();
+    let temporary: PathBuf = parent(link).join(format!(".{name}.{}.tmp", std::process::id()));
+    let _ = fs::remove_file(&temporary);
+    if std::os::unix::fs::symlink(target, &temporary).is_err() {
+        return Ok(());
+    }
+    rename(&temporary, link).at(format_args!("replace the link {}", link.display()))
+}
+
+/// Syncs a folder's entries. SMB servers may not know this call; that is no fault.
+pub fn sync_dir(path: &Path) -> Result<(), Fault> {
+    match File::open(path).and_then(|dir| dir.sync_all()) {
+        Err(e) if e.raw_os_error() == Some(rustix::io::Errno::INVAL.raw_os_error()) => Ok(()),
+        other => other.at(format_args!("sync the folder {}", path.display())),
+    }
+}
+
+/// Syncs a file's content and length.
+pub fn sync_file(path: &Path) -> Result<(), Fault> {
+    File::open(path).and_then(|file| file.sync_all()).at(format_args!("sync {}", path.display()))
+}
+
+/// Makes a folder and those above it, and syncs each new entry.
+pub fn create_dir_all(path: &Path) -> Result<(), Fault> {
+    if path.is_dir() {
+        return Ok(());
+    }
+    if let Some(above) = path.parent().filter(|p| !p.as_os_str().is_empty()) {
+        create_dir_all(above)?;
+    }
+    match fs::create_dir(path) {
+        Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists && path.is_dir() => return Ok(()),
+        other => other.at(format_args!("make the folder {}", path.display()))?,
+    }
+    sync_dir(parent(path))
+}
+
+/// Removes a file or a whole folder; what is not there is fine.
+pub fn remove_all(path: &Path) -> Result<(), Fault> {
+    let gone = |e: &std::io::Error| e.kind() == std::io::ErrorKind::NotFound;
+    let result = match fs::symlink_metadata(path) {
+        Ok(meta) if meta.is_dir() => make_removable(path).and_then(|()| fs::remove_dir_all(path)),
+        Ok(_) => fs::remove_file(path),
+        Err(e) => Err(e),
+    };
+    match result {
+        Err(e) if gone(&e) => Ok(()),
+        other => other.at(format_args!("remove {}", path.display())),
+    }
+}
+
+/// Folders of an artifact may be read-only; whoever is not root must open them before removing what they hold.
+fn make_removable(path: &Path) -> std::io::Result<()> {
+    use std::os::unix::fs::PermissionsExt;
+    if rustix::process::geteuid().is_root() {
+        return Ok(());
+    }
+    let mode = fs::metadata(path)?.permissions().mode();
+    if mode & 0o700 != 0o700 {
+        fs::set_permissions(path, fs::Permissions::from_mode(mode | 0o700))?;
+    }
+    for entry in fs::read_dir(path)? {
+        let entry = entry?;
+        if entry.file_type()?.is_dir() {
+            make_removable(&entry.path())?;
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn replace_leaves_one_whole_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a");
+        replace(&path, b"one").unwrap();
+        replace(&path, b"two").unwrap();
+        assert_eq!(fs::read(&path).unwrap(), b"two");
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn rename_refuses_an_existing_target() {
+        let dir = tempfile::tempdir().unwrap();
+        let (a, b) = (dir.path().join("a"), dir.path().join("b"));
+        fs::create_dir(&a).unwrap();
+        fs::create_dir(&b).unwrap();
+        let fault = rename_noreplace(&a, &b).unwrap_err();
+        assert_eq!(fault.code, crate::fault::Code::Conflict);
+        rename_noreplace(&a, &dir.path().join("c")).unwrap();
+    }
+}
