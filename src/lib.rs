@@ -2,6 +2,7 @@
 
 pub mod api;
 pub mod chunk;
+pub mod cli;
 pub mod clock;
 pub mod config;
 pub mod durable;
@@ -11,5 +12,7 @@ pub mod labels;
 pub mod limits;
 pub mod manifest;
 pub mod names;
+pub mod quickstart;
+pub mod serve;
 pub mod sink;
 pub mod source;
