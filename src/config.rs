@@ -277,7 +277,8 @@ pub fn parse(text: &str, origin: &str) -> Result<Config, Fault> {
         let message = e.message().replace("unknown field", "unknown key").replace("missing field", "missing key");
         Fault::config(format!("{}: {message}", position(origin, text, e.span().map_or(0, |s| s.start))))
     })?;
-    rules::check(&config, text).map_err(|broken| Fault::config(format!("{}: {}", position(origin, text, broken.offset), broken.message)))?;
+    rules::check(&config, text)
+        .map_err(|broken| Fault::config(format!("{}: {}", position(origin, text, broken.offset), broken.message)))?;
     Ok(config)
 }
 

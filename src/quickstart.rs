@@ -5,7 +5,6 @@ use std::path::PathBuf;
 use crate::fault::Fault;
 
 /// Runs it.
-#[expect(clippy::unused_async, reason = "a stub")]
 pub async fn run(_dir: Option<PathBuf>, _once: bool) -> Result<(), Fault> {
     Err(Fault::internal("not built"))
 }

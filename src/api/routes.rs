@@ -82,8 +82,8 @@ async fn authenticate(State(app): State<App>, headers: HeaderMap, request: Reque
         Some(_) => "the API token is wrong",
         None => "the API wants a token",
     };
-    let fault = Fault::not_allowed(why)
-        .with_next("send the content of <data_dir>/api-token in X-Packhorse-Token, or use --config or --token-file");
+    let fault =
+        Fault::not_allowed(why).with_next("send the content of <data_dir>/api-token in X-Packhorse-Token, or use --config or --token-file");
     Err(ApiError::with_status(fault, StatusCode::UNAUTHORIZED))
 }
 
