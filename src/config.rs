@@ -1,11 +1,21 @@
 //! The configuration: one TOML file, unknown keys refused with their line, units required, secrets by file.
+//!
+//! [`load`] is what a daemon starts with and what `config check` runs: the text, the rules of the role, and the
+//! surroundings (secret files, the filesystem under `data_dir`). [`read`] stops after the rules: the command line needs
+//! only the API's address, and may run as a user who cannot read the daemon's secrets. Nothing here writes, and no
+//! secret is ever held in a [`Config`], so its `Debug` form may be logged.
 
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use serde::Deserialize;
 
+use crate::fault::{Fault, IoContext};
+use crate::limits::{CONFIG_BYTES_MAX, MEMORY_BUDGET_BYTES_MIN, SECRET_BYTES_MAX};
 use crate::names::SiteName;
+
+mod rules;
 
 /// Which daemon this is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
@@ -191,3 +201,141 @@ pub fn parse_size(text: &str) -> Result<u64, String> {
 fn size<'de, D: serde::Deserializer<'de>>(d: D) -> Result<u64, D::Error> {
     parse_size(&String::deserialize(d)?).map_err(serde::de::Error::custom)
 }
+
+/// Reads `500ms`, `90s`, `15m`, `24h`, `7d`: a whole number and a unit.
+pub fn parse_duration(text: &str) -> Result<Duration, String> {
+    let units: [(&str, u64); 5] = [("ms", 1), ("s", 1_000), ("m", 60_000), ("h", 3_600_000), ("d", 86_400_000)];
+    let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let (number, unit) = text.split_at(digits);
+    let factor = units.iter().find(|(name, _)| *name == unit.trim()).map(|(_, f)| *f);
+    match (number.parse::<u64>(), factor) {
+        (Ok(n), Some(f)) => n.checked_mul(f).map(Duration::from_millis).ok_or_else(|| format!("{text:?} is too long")),
+        _ => Err(format!("{text:?} is not a duration: write a whole number with a unit (ms, s, m, h, d), for example 30s")),
+    }
+}
+
+impl Config {
+    /// Where folders land: `[sink.files]` or its default.
+    pub fn files_root(&self) -> PathBuf {
+        self.sink.files.as_ref().map_or_else(|| self.data_dir.join("artifacts"), |sink| sink.root.clone())
+    }
+
+    /// Where labels land: `[sink.labels]` or its default.
+    pub fn labels_sink(&self) -> LabelsSink {
+        let default = || LabelsSink { url: format!("sqlite://{}", self.data_dir.join("labels.db").display()), password_file: None };
+        self.sink.labels.clone().unwrap_or_else(default)
+    }
+
+    /// Where images land: `[sink.images]` or its default.
+    pub fn images_sink(&self) -> ImagesSink {
+        let default = || ImagesSink {
+            url: format!("oci-layout:{}", self.data_dir.join("images").display()),
+            username: None,
+            password_file: None,
+            ca_file: None,
+            create_project: false,
+        };
+        self.sink.images.clone().unwrap_or_else(default)
+    }
+
+    /// Every file that this configuration names and that must be there, with the key that names it.
+    fn named_files(&self) -> impl Iterator<Item = (&'static str, &Path)> {
+        let labels = self.sink.labels.as_ref().and_then(|s| s.password_file.as_deref()).map(|p| ("sink.labels.password_file", p));
+        let images = self.sink.images.as_ref();
+        let password = images.and_then(|s| s.password_file.as_deref()).map(|p| ("sink.images.password_file", p));
+        let ca = images.and_then(|s| s.ca_file.as_deref()).map(|p| ("sink.images.ca_file", p));
+        [labels, password, ca].into_iter().flatten()
+    }
+}
+
+/// Reads a configuration and checks all that can be checked without contacting anybody: the text, the rules of the
+/// role, the secret files, the filesystem under `data_dir`.
+pub fn load(path: &Path) -> Result<Config, Fault> {
+    let config = read(path)?;
+    for (key, file) in config.named_files() {
+        read_secret(file).map_err(|f| Fault::config(format!("{}: {key}: {}", path.display(), f.message)))?;
+    }
+    refuse_network_filesystem(&config.data_dir).map_err(|f| f.context(path.display()))?;
+    Ok(config)
+}
+
+/// Reads a configuration and checks its text and the rules of its role, but not its surroundings.
+pub fn read(path: &Path) -> Result<Config, Fault> {
+    let here = path.display();
+    let size = std::fs::metadata(path).map_err(|e| Fault::config(format!("cannot read the configuration {here}: {e}")))?.len();
+    if size > CONFIG_BYTES_MAX {
+        return Err(Fault::config(format!("{here} has {size} bytes; a configuration has at most {CONFIG_BYTES_MAX}")));
+    }
+    let text = std::fs::read_to_string(path).map_err(|e| Fault::config(format!("cannot read the configuration {here}: {e}")))?;
+    parse(&text, &here.to_string())
+}
+
+/// Reads a configuration from text; `origin` is the file's name for messages.
+pub fn parse(text: &str, origin: &str) -> Result<Config, Fault> {
+    let config: Config = toml::from_str(text).map_err(|e| {
+        // "field" is serde's word; people who write TOML say key.
+        let message = e.message().replace("unknown field", "unknown key").replace("missing field", "missing key");
+        Fault::config(format!("{}: {message}", position(origin, text, e.span().map_or(0, |s| s.start))))
+    })?;
+    rules::check(&config, text)
+        .map_err(|broken| Fault::config(format!("{}: {}", position(origin, text, broken.offset), broken.message)))?;
+    Ok(config)
+}
+
+/// `file:line:column`, both counted from 1, the column in characters.
+fn position(origin: &str, text: &str, offset: usize) -> String {
+    let before = text.get(..offset).unwrap_or(text);
+    let line = before.matches('\n').count() + 1;
+    let column = before.rsplit('\n').next().unwrap_or_default().chars().count() + 1;
+    format!("{origin}:{line}:{column}")
+}
+
+/// Reads a secret from its file, without the line end that editors leave behind. An empty one is refused: it is
+/// always a mistake, and a server's answer to it says nothing of the file.
+pub fn read_secret(path: &Path) -> Result<String, Fault> {
+    let meta = std::fs::metadata(path).at(format!("cannot read the file {}", path.display()))?;
+    if !meta.is_file() {
+        return Err(Fault::config(format!("{} is not a regular file", path.display())));
+    }
+    if meta.len() > SECRET_BYTES_MAX {
+        return Err(Fault::config(format!("{} has {} bytes; a secret has at most {SECRET_BYTES_MAX}", path.display(), meta.len())));
+    }
+    let text = std::fs::read_to_string(path).at(format!("cannot read the file {}", path.display()))?;
+    let secret = text.trim_end_matches(['\r', '\n']);
+    if secret.is_empty() {
+        return Err(Fault::config(format!("{} is empty", path.display())));
+    }
+    Ok(secret.into())
+}
+
+/// SQLite's locks and the daemon's own do not hold on network filesystems, where two daemons could then share a folder.
+fn refuse_network_filesystem(data_dir: &Path) -> Result<(), Fault> {
+    // The folder may not exist yet: what counts is the mount that it will be made on.
+    let Some(existing) = data_dir.ancestors().find(|p| p.exists()) else { return Ok(()) };
+    let stat = rustix::fs::statfs(existing).map_err(|e| Fault::io(format!("statfs {}", existing.display()), &e.into()))?;
+    match network_filesystem(stat.f_type as u64) {
+        None => Ok(()),
+        Some(kind) => Err(Fault::config(format!("data_dir {} is on a network filesystem ({kind})", data_dir.display()))
+            .with_next("set data_dir to a folder on a local disk; only [sink.files] root may lie on a NAS")),
+    }
+}
+
+/// The name of a network filesystem by its statfs magic (linux/magic.h and the filesystems' own headers).
+fn network_filesystem(magic: u64) -> Option<&'static str> {
+    match magic & 0xffff_ffff {
+        0x6969 => Some("nfs"),
+        0x517b => Some("smb"),
+        0xff53_4d42 => Some("cifs"),
+        0xfe53_4d42 => Some("smb2"),
+        0x5346_414f | 0x6b41_4653 => Some("afs"),
+        0x7375_7245 => Some("coda"),
+        0x564c => Some("ncp"),
+        0x00c3_6400 => Some("ceph"),
+        0x0bd0_0bd0 => Some("lustre"),
+        0x4750_4653 => Some("gpfs"),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests;

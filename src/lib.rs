@@ -3,6 +3,7 @@
 pub mod api;
 pub mod catalogue;
 pub mod chunk;
+pub mod cli;
 pub mod clock;
 pub mod config;
 pub mod durable;
@@ -20,6 +21,8 @@ pub mod names;
 pub mod places;
 pub mod registry;
 pub mod sample;
+pub mod quickstart;
+pub mod serve;
 pub mod sink;
 pub mod source;
 pub mod stage;

@@ -82,6 +82,30 @@ pub const LABEL_DDL_TRIES_MAX: u32 = 6;
 pub const LONG_POLL_MAX: Duration = Duration::from_secs(60);
 /// The largest body of an API request.
 pub const API_BODY_BYTES_MAX: usize = 1 << 20;
+/// Connections to the API at once; the next one waits in the listener's backlog.
+pub const API_CONNECTIONS_MAX: usize = 256;
+/// Rows of one API reply.
+pub const API_ROWS_MAX: u32 = 10_000;
+/// Rows of one API reply when the request does not say.
+pub const API_ROWS_DEFAULT: u32 = 1_000;
+/// Between two looks of a waiting API request: changes that come faster are told together.
+pub const API_LOOK_EVERY: Duration = Duration::from_millis(50);
+/// A quiet event stream says that it lives this often (proxies cut what is silent for 15 s).
+pub const SSE_HEARTBEAT: Duration = Duration::from_secs(10);
+/// How long a waiting command bears a daemon that does not answer (a restart) before it gives up.
+pub const DAEMON_AWAY_MAX: Duration = Duration::from_secs(300);
+/// How long a command waits for the API's answer beyond the wait that it asked for.
+pub const API_REPLY_MAX: Duration = Duration::from_secs(60);
+/// A command off the terminal says how far it is this often.
+pub const PROGRESS_LINE_EVERY: Duration = Duration::from_secs(10);
+/// Transfer ids in one API query: a request line has room for 64 KiB.
+pub const API_IDS_MAX: usize = 200;
+/// The largest configuration file.
+pub const CONFIG_BYTES_MAX: u64 = 1 << 20;
+/// The largest secret or certificate file.
+pub const SECRET_BYTES_MAX: u64 = 1 << 20;
+/// The smallest `[limits] memory`: less cannot hold the batches of one transfer.
+pub const MEMORY_BUDGET_BYTES_MIN: u64 = 32 << 20;
 /// Events kept for `--since`; older ones are forgotten and a reader is told to start anew.
 pub const EVENTS_KEPT: i64 = 100_000;
 /// The most offending records or names that one error lists.

@@ -1,11 +1,45 @@
 //! The HTTP API that every daemon serves, and the trait that a daemon implements for it.
+//!
+//! [`serve`] is called once by the daemon; the command line (`cli`), the dashboard and the platform, through Karmada's
+//! proxy, are its clients. The proxy binds the form: no redirects, no cookies, relative links, references in query or
+//! body, work answered by 202 and an id, waits bounded, errors as `{code, message, next}`, a version header on every
+//! reply. Nothing here is kept: a crash loses open connections, and a client goes on from its cursor.
 
+mod error;
+mod events;
+mod listen;
+mod openapi;
+mod routes;
+mod token;
 pub mod types;
 
+#[cfg(test)]
+pub(crate) mod fake;
+#[cfg(test)]
+mod tests;
+
+pub use error::ErrorBody;
+pub use token::ApiToken;
+
+use std::future::{Future, IntoFuture};
+use std::sync::Arc;
+
 use async_trait::async_trait;
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
 
 use crate::fault::Fault;
+use crate::limits::DRAIN_MAX;
 use types::*;
+
+/// The header in which every reply says the daemon's version.
+pub const VERSION_HEADER: &str = "x-packhorse-version";
+/// The header that says from where to go on: the `since` of the next question.
+pub const CURSOR_HEADER: &str = "x-packhorse-cursor";
+/// The header that carries the token where a proxy strips `Authorization`.
+pub const TOKEN_HEADER: &str = "x-packhorse-token";
+/// This program's version.
+pub const VERSION: &str = env!("CARGO_PKG_VERSION");
 
 /// What a daemon, hub or site, can be asked. The HTTP handlers are a thin shell around it.
 #[async_trait]
@@ -46,10 +80,35 @@ pub trait Backend: Send + Sync {
     async fn doctor(&self) -> Result<Vec<String>, Fault>;
     /// A job's state. Does not wait; the API does.
     async fn job(&self, id: &str) -> Result<Job, Fault>;
-    /// Events after `since`, at most `limit`. Does not wait.
+    /// Events after `since`, at most `limit`, in order; `since` 0 means from the oldest kept. Does not wait.
     async fn events(&self, since: u64, limit: u32) -> Result<Vec<Event>, Fault>;
     /// Returns after something changed (an event, a job), or after some time: a hint to look again.
     async fn changed(&self);
     /// The metrics in Prometheus text form.
     async fn metrics(&self) -> Result<String, Fault>;
+}
+
+/// Serves the API until `shutdown` is ready: then no new connection is taken, waiting requests are answered, event
+/// streams end, and what is left after the drain time is dropped.
+pub async fn serve(
+    listener: TcpListener,
+    backend: Arc<dyn Backend>,
+    token: ApiToken,
+    shutdown: impl Future<Output = ()> + Send + 'static,
+) -> Result<(), Fault> {
+    let stop = CancellationToken::new();
+    let router = routes::router(routes::App { backend, token: Arc::new(token), stop: stop.clone() });
+    let signal = stop.clone();
+    let server = axum::serve(listen::Capped::new(listener), router).with_graceful_shutdown(async move {
+        shutdown.await;
+        signal.cancel();
+    });
+    let drained = async {
+        stop.cancelled().await;
+        tokio::time::sleep(DRAIN_MAX).await;
+    };
+    tokio::select! {
+        result = server.into_future() => result.map_err(|e| Fault::io("serve the API", &e)),
+        () = drained => Ok(()),
+    }
 }

@@ -5,7 +5,7 @@
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
-use utoipa::ToSchema;
+use utoipa::{IntoParams, ToSchema};
 
 use crate::fault::{Fault, Reason};
 use crate::names::{ArtifactRef, SiteName};
@@ -301,8 +301,9 @@ pub struct Job {
 }
 
 /// Which transfers.
-#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, Serialize, Deserialize, IntoParams)]
 #[serde(default)]
+#[into_params(parameter_in = Query)]
 pub struct TransferQuery {
     /// Only these (comma-separated ids of transfers or deliveries).
     pub id: Option<String>,
@@ -353,4 +354,85 @@ pub struct TokenRequest {
     pub labels: BTreeMap<String, String>,
     /// How long it is good, seconds.
     pub ttl_seconds: u64,
+}
+
+/// A join token, to be given to `packhorse join` at the site. It works once.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub struct TokenReply {
+    /// The token.
+    pub token: String,
+}
+
+/// Ask for `pause`, `resume`, `cancel` or `retry`.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ActionRequest {
+    /// A transfer, or a delivery: then all of its transfers.
+    pub id: String,
+    /// What to do.
+    pub action: Action,
+}
+
+/// Ask to verify.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct VerifyRequest {
+    /// `kind/name:version`.
+    pub artifact: String,
+    /// Whether to fetch again what is bad.
+    #[serde(default)]
+    pub repair: bool,
+}
+
+/// Ask to export.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ExportRequest {
+    /// `kind/name:version`, one or more.
+    pub artifacts: Vec<String>,
+    /// The absolute path of the file to write, as the daemon sees it.
+    pub out: String,
+}
+
+/// Ask to import.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ImportRequest {
+    /// The absolute path of an exported file, as the daemon sees it.
+    pub file: String,
+}
+
+/// Which artifact.
+#[derive(Debug, Clone, Serialize, Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
+pub struct ShowQuery {
+    /// `kind/name:version`.
+    #[serde(rename = "ref")]
+    #[param(rename = "ref")]
+    pub artifact: String,
+}
+
+/// Which job.
+#[derive(Debug, Clone, Serialize, Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
+pub struct JobQuery {
+    /// Its id.
+    pub id: String,
+    /// Wait up to this many seconds for its end.
+    pub wait: Option<u64>,
+}
+
+/// Which events.
+#[derive(Debug, Clone, Default, Serialize, Deserialize, IntoParams)]
+#[serde(default)]
+#[into_params(parameter_in = Query)]
+pub struct EventQuery {
+    /// Only those after this one; all that are kept when absent. `Last-Event-ID` goes before it.
+    pub since: Option<u64>,
+    /// JSON only: wait up to this many seconds for one.
+    pub wait: Option<u64>,
+    /// JSON only: at most this many (1,000 when absent).
+    pub limit: Option<u32>,
+    /// `json` for an array, `sse` for a stream; when absent the `Accept` header decides.
+    pub format: Option<String>,
 }

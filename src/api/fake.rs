@@ -1,0 +1,251 @@
+//! A backend out of memory, for the tests of the API and of the command line.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use parking_lot::Mutex;
+use tokio::sync::Notify;
+
+use super::types::*;
+use super::{ApiToken, Backend};
+use crate::fault::{Fault, Reason};
+
+/// The token of every fake daemon.
+pub(crate) const TOKEN: &str = "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef";
+
+/// What a test sets and reads.
+#[derive(Default)]
+pub(crate) struct World {
+    pub(crate) ready: Option<Fault>,
+    pub(crate) transfers: Vec<Transfer>,
+    pub(crate) events: Vec<Event>,
+    pub(crate) jobs: Vec<Job>,
+    pub(crate) seq: u64,
+    pub(crate) published: Vec<PublishRequest>,
+    pub(crate) delivered: Vec<DeliverRequest>,
+    pub(crate) doctor: Vec<String>,
+}
+
+/// The backend.
+#[derive(Default)]
+pub(crate) struct Fake {
+    pub(crate) world: Mutex<World>,
+    changed: Notify,
+}
+
+/// A transfer with plain values.
+pub(crate) fn transfer(id: &str, site: &str, state: State) -> Transfer {
+    Transfer {
+        id: id.into(),
+        delivery: "d1".into(),
+        artifact: "dataset/line3:v1".parse().unwrap(),
+        digest: "ab".repeat(32),
+        site: site.parse().unwrap(),
+        state,
+        reason: None,
+        message: None,
+        next: None,
+        bytes: Bytes { total: 1000, ..Bytes::default() },
+        rate: 0,
+        eta_seconds: None,
+        attempts: 1,
+        location: None,
+        created_at: "2026-11-23T10:00:00.000Z".into(),
+        updated_at: "2026-11-23T10:00:05.000Z".into(),
+        finished_at: None,
+        receipt: None,
+        cursor: 0,
+    }
+}
+
+/// A transfer that waits for its site.
+pub(crate) fn offline(id: &str, site: &str) -> Transfer {
+    Transfer {
+        reason: Some(Reason::SiteOffline),
+        message: Some(format!("site {site} is not connected")),
+        next: Some("nothing: it goes on when the site comes".into()),
+        ..transfer(id, site, State::Queued)
+    }
+}
+
+/// A job that has ended.
+pub(crate) fn job(id: &str, result: Result<serde_json::Value, Fault>) -> Job {
+    let state = if result.is_ok() { "done" } else { "failed" };
+    let (result, error) = result.map_or_else(|fault| (None, Some(fault)), |value| (Some(value), None));
+    Job { id: id.into(), state: state.into(), bytes: 0, total: None, doing: String::new(), result, error }
+}
+
+impl Fake {
+    /// Sets or replaces a transfer, as a change with an event.
+    pub(crate) fn put(&self, mut transfer: Transfer) {
+        let mut world = self.world.lock();
+        world.seq += 1;
+        transfer.cursor = world.seq;
+        let body = serde_json::to_value(&transfer).unwrap();
+        let event = Event { seq: world.seq, at: "2026-11-23T10:00:00.000Z".into(), what: "transfer".into(), body };
+        world.events.push(event);
+        world.transfers.retain(|t| t.id != transfer.id);
+        world.transfers.push(transfer);
+        drop(world);
+        self.changed.notify_waiters();
+    }
+
+    /// Sets or replaces a job.
+    pub(crate) fn put_job(&self, job: Job) {
+        let mut world = self.world.lock();
+        world.jobs.retain(|j| j.id != job.id);
+        world.jobs.push(job);
+        drop(world);
+        self.changed.notify_waiters();
+    }
+
+    /// Serves it on a free port; returns the base URL and what stops it.
+    pub(crate) async fn serve(self: &Arc<Self>) -> (String, tokio::sync::oneshot::Sender<()>, tokio::task::JoinHandle<Result<(), Fault>>) {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        self.serve_on(listener)
+    }
+
+    /// Serves it on this listener.
+    pub(crate) fn serve_on(
+        self: &Arc<Self>,
+        listener: tokio::net::TcpListener,
+    ) -> (String, tokio::sync::oneshot::Sender<()>, tokio::task::JoinHandle<Result<(), Fault>>) {
+        let base = format!("http://{}", listener.local_addr().unwrap());
+        let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
+        let backend = Arc::clone(self);
+        let shutdown = async move {
+            let _ = stopped.await;
+        };
+        let task = tokio::spawn(super::serve(listener, backend, ApiToken::parse(TOKEN).unwrap(), shutdown));
+        (base, stop, task)
+    }
+}
+
+#[async_trait]
+impl Backend for Fake {
+    fn role(&self) -> &'static str {
+        "hub"
+    }
+    fn name(&self) -> String {
+        "central".into()
+    }
+    async fn ready(&self) -> Result<(), Fault> {
+        self.world.lock().ready.clone().map_or(Ok(()), Err)
+    }
+    async fn publish(&self, request: PublishRequest) -> Result<Job, Fault> {
+        request.as_ref.parse::<crate::names::ArtifactRef>()?;
+        self.world.lock().published.push(request);
+        Ok(Job { state: "running".into(), ..self.job("publish").await? })
+    }
+    async fn deliver(&self, request: DeliverRequest) -> Result<Delivered, Fault> {
+        let mut world = self.world.lock();
+        let transfers = world.transfers.iter().map(|t| t.id.clone()).collect();
+        let artifact = request.artifacts.join(",");
+        world.delivered.push(request);
+        Ok(Delivered { artifact, digest: "ab".repeat(32), delivery: "d1".into(), transfers })
+    }
+    async fn plan(&self, request: DeliverRequest) -> Result<Vec<PlanRow>, Fault> {
+        let row = |artifact: &String| PlanRow {
+            artifact: artifact.clone(),
+            site: "chengdu".into(),
+            asked: true,
+            total: 3 << 30,
+            missing: 20 << 20,
+            free: Some(1 << 40),
+            seconds: Some(75),
+        };
+        Ok(request.artifacts.iter().map(row).collect())
+    }
+    async fn transfers(&self, query: &TransferQuery) -> Result<(Vec<Transfer>, u64), Fault> {
+        let world = self.world.lock();
+        let ids: Option<Vec<&str>> = query.id.as_ref().map(|ids| ids.split(',').collect());
+        let wanted = |t: &&Transfer| {
+            let named = ids.as_ref().is_none_or(|ids| ids.contains(&t.id.as_str()) || ids.contains(&t.delivery.as_str()));
+            named && query.since.is_none_or(|since| t.cursor > since)
+        };
+        let mut found: Vec<Transfer> = world.transfers.iter().filter(wanted).cloned().collect();
+        found.sort_by_key(|t| t.cursor);
+        let limit = query.limit.unwrap_or(u32::MAX) as usize;
+        let cut = found.len() > limit;
+        if query.since.is_none() {
+            found.reverse();
+        }
+        found.truncate(limit);
+        let cursor = if cut && query.since.is_some() { found.last().map_or(0, |t| t.cursor) } else { world.seq };
+        Ok((found, cursor))
+    }
+    async fn act(&self, id: &str, action: Action) -> Result<Vec<Transfer>, Fault> {
+        let found = self.world.lock().transfers.iter().find(|t| t.id == id).cloned();
+        let mut transfer = found.ok_or_else(|| Fault::not_found(format!("there is no transfer {id:?}")))?;
+        transfer.state = match action {
+            Action::Pause => State::Paused,
+            Action::Resume | Action::Retry => State::Queued,
+            Action::Cancel => State::Cancelled,
+        };
+        self.put(transfer.clone());
+        Ok(vec![transfer])
+    }
+    async fn artifacts(&self) -> Result<Vec<Artifact>, Fault> {
+        Ok(vec![Artifact {
+            artifact: "dataset/line3:v1".parse()?,
+            digest: "ab".repeat(32),
+            bytes: 3 << 30,
+            files: 40_000,
+            origin: None,
+            created_at: "2026-11-23T10:00:00.000Z".into(),
+            info: serde_json::json!({"is": "files"}),
+            location: None,
+        }])
+    }
+    async fn show(&self, artifact: &str) -> Result<ArtifactDetail, Fault> {
+        let found = self.artifacts().await?.into_iter().find(|a| a.artifact.to_string() == artifact);
+        let artifact = found.ok_or_else(|| Fault::not_found(format!("there is no artifact {artifact:?}")))?;
+        Ok(ArtifactDetail { artifact, transfers: self.world.lock().transfers.clone() })
+    }
+    async fn sites(&self) -> Result<Vec<Site>, Fault> {
+        Ok(vec![Site {
+            name: "chengdu".parse()?,
+            labels: [("region".to_owned(), "west".to_owned())].into(),
+            online: true,
+            line: Some("quic".into()),
+            rtt_ms: Some(42.25),
+            joined_at: "2026-11-23T10:00:00.000Z".into(),
+            last_seen: None,
+            version: Some("0.1.0".into()),
+            open_transfers: 2,
+        }])
+    }
+    async fn token(&self, request: TokenRequest) -> Result<String, Fault> {
+        Ok(format!("id.secret-for-{}-{}s", request.site, request.ttl_seconds))
+    }
+    async fn verify(&self, _artifact: &str, _repair: bool) -> Result<Job, Fault> {
+        self.job("verify").await
+    }
+    async fn export(&self, _artifacts: Vec<String>, _out: String) -> Result<Job, Fault> {
+        self.job("export").await
+    }
+    async fn import(&self, _file: String) -> Result<Job, Fault> {
+        self.job("import").await
+    }
+    async fn gc(&self) -> Result<Job, Fault> {
+        self.job("gc").await
+    }
+    async fn doctor(&self) -> Result<Vec<String>, Fault> {
+        Ok(self.world.lock().doctor.clone())
+    }
+    async fn job(&self, id: &str) -> Result<Job, Fault> {
+        let found = self.world.lock().jobs.iter().find(|j| j.id == id).cloned();
+        found.ok_or_else(|| Fault::not_found(format!("there is no job {id:?}")))
+    }
+    async fn events(&self, since: u64, limit: u32) -> Result<Vec<Event>, Fault> {
+        let world = self.world.lock();
+        Ok(world.events.iter().filter(|e| e.seq > since).take(limit as usize).cloned().collect())
+    }
+    async fn changed(&self) {
+        let _ = tokio::time::timeout(Duration::from_secs(1), self.changed.notified()).await;
+    }
+    async fn metrics(&self) -> Result<String, Fault> {
+        Ok("packhorse_up 1\n".into())
+    }
+}

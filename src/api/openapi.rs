@@ -1,0 +1,39 @@
+//! The description of the API, made from the handlers and types themselves.
+
+use axum::Json;
+use utoipa::openapi::security::{ApiKey, ApiKeyValue, HttpAuthScheme, HttpBuilder, SecurityScheme};
+use utoipa::{Modify, OpenApi};
+
+use super::{error::ErrorBody, events, routes, types::*};
+
+#[derive(OpenApi)]
+#[openapi(
+    info(title = "Packhorse", description = "Carries artifacts between a hub and many sites. Every daemon serves this."),
+    // Relative to this document, so that it holds behind a proxy's prefix too.
+    servers((url = ".")),
+    paths(
+        routes::healthz, routes::readyz, routes::metrics, routes::artifacts, routes::show, routes::publish, routes::transfers,
+        routes::deliver, routes::act, routes::plan, routes::sites, routes::token, routes::verify, routes::export, routes::import,
+        routes::gc, routes::doctor, routes::job, events::events,
+    ),
+    components(schemas(ErrorBody, Published, Event, Bytes, State, Action)),
+    security(("token" = []), ("bearer" = [])),
+    modifiers(&Schemes),
+)]
+struct Document;
+
+struct Schemes;
+
+impl Modify for Schemes {
+    fn modify(&self, document: &mut utoipa::openapi::OpenApi) {
+        let components = document.components.get_or_insert_default();
+        components.add_security_scheme("token", SecurityScheme::ApiKey(ApiKey::Header(ApiKeyValue::new("X-Packhorse-Token"))));
+        let bearer = HttpBuilder::new().scheme(HttpAuthScheme::Bearer).build();
+        components.add_security_scheme("bearer", SecurityScheme::Http(bearer));
+    }
+}
+
+/// The document.
+pub(super) async fn document() -> Json<utoipa::openapi::OpenApi> {
+    Json(Document::openapi())
+}

@@ -1,0 +1,343 @@
+//! The routes: each handler reads its request, asks the [`Backend`], and says the answer. No handler knows more.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::body::Body;
+use axum::extract::{DefaultBodyLimit, FromRequest, FromRequestParts, Query, Request, State};
+use axum::http::request::Parts;
+use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
+use axum::middleware::{self, Next};
+use axum::response::{Html, IntoResponse, Response};
+use axum::routing::{get, post};
+use axum::{Json, Router};
+use futures::future::BoxFuture;
+use serde::de::DeserializeOwned;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use super::error::{ApiError, ErrorBody};
+use super::types::*;
+use super::{ApiToken, Backend, CURSOR_HEADER, TOKEN_HEADER, VERSION, VERSION_HEADER, events, openapi};
+use crate::fault::Fault;
+use crate::limits::{API_BODY_BYTES_MAX, API_LOOK_EVERY, API_ROWS_DEFAULT, API_ROWS_MAX, LONG_POLL_MAX};
+
+/// What every handler has.
+#[derive(Clone)]
+pub(super) struct App {
+    pub(super) backend: Arc<dyn Backend>,
+    pub(super) token: Arc<ApiToken>,
+    /// Cancelled when the daemon stops: waits end early, streams end.
+    pub(super) stop: CancellationToken,
+}
+
+/// All routes. Everything under `/v1/` and the metrics want the token; roles will be decided in [`authenticate`], and
+/// the dashboard will take the place of [`home`].
+pub(super) fn router(app: App) -> Router {
+    let guarded = Router::new()
+        .route("/v1/artifacts", get(artifacts).post(publish))
+        .route("/v1/artifacts/show", get(show))
+        .route("/v1/transfers", get(transfers).post(deliver))
+        .route("/v1/transfers/action", post(act))
+        .route("/v1/plan", post(plan))
+        .route("/v1/sites", get(sites))
+        .route("/v1/tokens", post(token))
+        .route("/v1/verify", post(verify))
+        .route("/v1/export", post(export))
+        .route("/v1/import", post(import))
+        .route("/v1/gc", post(gc))
+        .route("/v1/doctor", get(doctor))
+        .route("/v1/jobs", get(job))
+        .route("/v1/events", get(events::events))
+        .route("/metrics", get(metrics))
+        .route_layer(middleware::from_fn_with_state(app.clone(), authenticate));
+    Router::new()
+        .route("/", get(home))
+        .route("/healthz", get(healthz))
+        .route("/readyz", get(readyz))
+        .route("/openapi.json", get(openapi::document))
+        .merge(guarded)
+        .fallback(no_such_route)
+        .method_not_allowed_fallback(no_such_method)
+        .layer(DefaultBodyLimit::max(API_BODY_BYTES_MAX))
+        .layer(middleware::from_fn(stamp))
+        .with_state(app)
+}
+
+/// Says the version on every reply, errors included.
+async fn stamp(request: Request, next: Next) -> Response {
+    let (method, path) = (request.method().clone(), request.uri().path().to_owned());
+    let mut response = next.run(request).await;
+    response.headers_mut().insert(VERSION_HEADER, HeaderValue::from_static(VERSION));
+    tracing::debug!(%method, ?path, status = response.status().as_u16(), "answered a request");
+    response
+}
+
+/// Lets a request through that carries the token, in either header.
+async fn authenticate(State(app): State<App>, headers: HeaderMap, request: Request, next: Next) -> Result<Response, ApiError> {
+    let own = headers.get(TOKEN_HEADER).map(HeaderValue::as_bytes);
+    let bearer = headers.get(header::AUTHORIZATION).and_then(|v| v.as_bytes().strip_prefix(b"Bearer "));
+    let why = match own.or(bearer) {
+        Some(presented) if app.token.is(presented) => return Ok(next.run(request).await),
+        Some(_) => "the API token is wrong",
+        None => "the API wants a token",
+    };
+    let fault =
+        Fault::not_allowed(why).with_next("send the content of <data_dir>/api-token in X-Packhorse-Token, or use --config or --token-file");
+    Err(ApiError::with_status(fault, StatusCode::UNAUTHORIZED))
+}
+
+async fn no_such_route(request: Request) -> ApiError {
+    let path: String = request.uri().path().chars().take(200).collect();
+    Fault::not_found(format!("there is nothing at {path:?}")).with_next("see openapi.json for what there is").into()
+}
+
+async fn no_such_method(request: Request) -> ApiError {
+    let fault = Fault::usage(format!("{} is not allowed at {:?}", request.method(), request.uri().path()));
+    ApiError::with_status(fault.with_next("see openapi.json for what is"), StatusCode::METHOD_NOT_ALLOWED)
+}
+
+/// A query, its faults told as ours.
+pub(super) struct Q<T>(pub(super) T);
+
+impl<T: DeserializeOwned, S: Send + Sync> FromRequestParts<S> for Q<T> {
+    type Rejection = ApiError;
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ApiError> {
+        let Query(query) = Query::from_request_parts(parts, state).await?;
+        Ok(Self(query))
+    }
+}
+
+/// A JSON body, its faults told as ours.
+pub(super) struct B<T>(pub(super) T);
+
+impl<T: DeserializeOwned, S: Send + Sync> FromRequest<S> for B<T> {
+    type Rejection = ApiError;
+    async fn from_request(request: Request, state: &S) -> Result<Self, ApiError> {
+        let Json(body) = Json::from_request(request, state).await?;
+        Ok(Self(body))
+    }
+}
+
+/// How many rows a reply may have.
+pub(super) fn rows(asked: Option<u32>) -> u32 {
+    asked.unwrap_or(API_ROWS_DEFAULT).clamp(1, API_ROWS_MAX)
+}
+
+/// A reply with the cursor to go on from.
+pub(super) fn with_cursor(reply: impl IntoResponse, cursor: u64) -> Response {
+    ([(CURSOR_HEADER, HeaderValue::from(cursor))], reply).into_response()
+}
+
+/// Looks, and looks again after each change, until there is enough, the wait is over or the daemon stops. The last
+/// look is the answer.
+pub(super) async fn wait_for<'a, T>(
+    app: &App,
+    wait_seconds: Option<u64>,
+    look: impl Fn() -> BoxFuture<'a, Result<T, Fault>>,
+    enough: impl Fn(&T) -> bool,
+) -> Result<T, Fault> {
+    let wait = Duration::from_secs(wait_seconds.unwrap_or(0)).min(LONG_POLL_MAX);
+    let deadline = Instant::now() + wait;
+    loop {
+        // Begun before the look: a change between the look and the wait would else be slept through.
+        let mut changed = app.backend.changed();
+        let already = futures::poll!(&mut changed).is_ready();
+        let answer = look().await?;
+        if enough(&answer) || Instant::now() >= deadline || app.stop.is_cancelled() {
+            return Ok(answer);
+        }
+        if !already {
+            tokio::select! {
+                () = changed => {}
+                () = tokio::time::sleep_until(deadline) => {}
+                () = app.stop.cancelled() => {}
+            }
+        }
+        tokio::time::sleep(API_LOOK_EVERY).await;
+    }
+}
+
+fn accepted<T: serde::Serialize>(body: T) -> Response {
+    (StatusCode::ACCEPTED, Json(body)).into_response()
+}
+
+/// What this is. The dashboard comes here.
+async fn home(State(app): State<App>) -> Html<String> {
+    let role = app.backend.role();
+    Html(format!(
+        "<!doctype html><meta charset=\"utf-8\"><title>Packhorse</title><p>Packhorse {VERSION}, a {role}. \
+         The API is described in <a href=\"openapi.json\">openapi.json</a>; this daemon is <a href=\"healthz\">alive</a>, \
+         and <a href=\"readyz\">ready</a> or not.\n"
+    ))
+}
+
+/// Whether the process answers.
+#[utoipa::path(get, path = "/healthz", tag = "daemon", security(()), responses((status = 200, description = "`{\"status\":\"ok\"}`")))]
+pub(super) async fn healthz() -> Json<serde_json::Value> {
+    Json(serde_json::json!({"status": "ok"}))
+}
+
+/// Whether it can do its work.
+#[utoipa::path(get, path = "/readyz", tag = "daemon", security(()), responses(
+    (status = 200, description = "`{\"status\":\"ready\"}`"),
+    (status = 503, description = "what is missing", body = ErrorBody),
+))]
+pub(super) async fn readyz(State(app): State<App>) -> Result<Json<serde_json::Value>, ApiError> {
+    match app.backend.ready().await {
+        Ok(()) => Ok(Json(serde_json::json!({"status": "ready"}))),
+        Err(fault) => Err(ApiError::with_status(fault, StatusCode::SERVICE_UNAVAILABLE)),
+    }
+}
+
+/// Metrics in Prometheus text form.
+#[utoipa::path(get, path = "/metrics", tag = "daemon", responses((status = 200, description = "text", content_type = "text/plain")))]
+pub(super) async fn metrics(State(app): State<App>) -> Result<Response, ApiError> {
+    let text = app.backend.metrics().await?;
+    Ok(([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], Body::from(text)).into_response())
+}
+
+/// All artifacts.
+#[utoipa::path(get, path = "/v1/artifacts", tag = "artifacts", responses(
+    (status = 200, description = "all artifacts that this daemon knows", body = Vec<Artifact>),
+    (status = "default", description = "an error", body = ErrorBody),
+))]
+pub(super) async fn artifacts(State(app): State<App>) -> Result<Json<Vec<Artifact>>, ApiError> {
+    Ok(Json(app.backend.artifacts().await?))
+}
+
+/// One artifact and where it went.
+#[utoipa::path(get, path = "/v1/artifacts/show", tag = "artifacts", params(ShowQuery), responses(
+    (status = 200, description = "the artifact", body = ArtifactDetail),
+    (status = 404, description = "there is none", body = ErrorBody),
+    (status = "default", description = "an error", body = ErrorBody),
+))]
+pub(super) async fn show(State(app): State<App>, Q(query): Q<ShowQuery>) -> Result<Json<ArtifactDetail>, ApiError> {
+    Ok(Json(app.backend.show(&query.artifact).await?))
+}
+
+/// Publishes. The job's result is a `Published`.
+#[utoipa::path(post, path = "/v1/artifacts", tag = "artifacts", request_body = PublishRequest, responses(
+    (status = 202, description = "begun", body = Job),
+    (status = "default", description = "an error", body = ErrorBody),
+))]
+pub(super) async fn publish(State(app): State<App>, B(request): B<PublishRequest>) -> Result<Response, ApiError> {
+    Ok(accepted(app.backend.publish(request).await?))
+}
+
+/// Transfers: a snapshot, or with `since` what changed after that cursor, waiting for it up to `wait` seconds (60 at
+/// most). The header X-Packhorse-Cursor is the next `since`.
+#[utoipa::path(get, path = "/v1/transfers", tag = "transfers", params(TransferQuery), responses(
+    (status = 200, description = "the transfers", body = Vec<Transfer>, headers(("X-Packhorse-Cursor" = u64, description = "the next `since`"))),
+    (status = "default", description = "an error", body = ErrorBody),
+))]
+pub(super) async fn transfers(State(app): State<App>, Q(mut query): Q<TransferQuery>) -> Result<Response, ApiError> {
+    query.limit = Some(rows(query.limit));
+    // Without a cursor there is nothing to wait for: the answer is how things stand now.
+    let wait = query.since.and(query.wait);
+    let look = || app.backend.transfers(&query);
+    let (transfers, cursor) = wait_for(&app, wait, look, |(transfers, _)| !transfers.is_empty()).await?;
+    Ok(with_cursor(Json(transfers), cursor))
+}
+
+/// Delivers.
+#[utoipa::path(post, path = "/v1/transfers", tag = "transfers", request_body = DeliverRequest, responses(
+    (status = 202, description = "begun", body = Delivered),
+    (status = "default", description = "an error", body = ErrorBody),
+))]
+pub(super) async fn deliver(State(app): State<App>, B(request): B<DeliverRequest>) -> Result<Response, ApiError> {
+    Ok(accepted(app.backend.deliver(request).await?))
+}
+
+/// Pauses, resumes, cancels or retries a transfer, or all of a delivery.
+#[utoipa::path(post, path = "/v1/transfers/action", tag = "transfers", request_body = ActionRequest, responses(
+    (status = 200, description = "the transfers after it", body = Vec<Transfer>),
+    (status = "default", description = "an error", body = ErrorBody),
+))]
+pub(super) async fn act(State(app): State<App>, B(request): B<ActionRequest>) -> Result<Json<Vec<Transfer>>, ApiError> {
+    Ok(Json(app.backend.act(&request.id, request.action).await?))
+}
+
+/// What a delivery would cost. Sends nothing.
+#[utoipa::path(post, path = "/v1/plan", tag = "transfers", request_body = DeliverRequest, responses(
+    (status = 200, description = "a row for each artifact and site", body = Vec<PlanRow>),
+    (status = "default", description = "an error", body = ErrorBody),
+))]
+pub(super) async fn plan(State(app): State<App>, B(request): B<DeliverRequest>) -> Result<Json<Vec<PlanRow>>, ApiError> {
+    Ok(Json(app.backend.plan(request).await?))
+}
+
+/// All sites; at a site, itself.
+#[utoipa::path(get, path = "/v1/sites", tag = "sites", responses(
+    (status = 200, description = "the sites", body = Vec<Site>),
+    (status = "default", description = "an error", body = ErrorBody),
+))]
+pub(super) async fn sites(State(app): State<App>) -> Result<Json<Vec<Site>>, ApiError> {
+    Ok(Json(app.backend.sites().await?))
+}
+
+/// Makes a join token (hub only).
+#[utoipa::path(post, path = "/v1/tokens", tag = "sites", request_body = TokenRequest, responses(
+    (status = 200, description = "the token, which is shown this once", body = TokenReply),
+    (status = "default", description = "an error", body = ErrorBody),
+))]
+pub(super) async fn token(State(app): State<App>, B(request): B<TokenRequest>) -> Result<Response, ApiError> {
+    let token = app.backend.token(request).await?;
+    Ok(([(header::CACHE_CONTROL, "no-store")], Json(TokenReply { token })).into_response())
+}
+
+/// Reads an artifact again. The job's result is an array of findings, empty when it is sound.
+#[utoipa::path(post, path = "/v1/verify", tag = "artifacts", request_body = VerifyRequest, responses(
+    (status = 202, description = "begun", body = Job),
+    (status = "default", description = "an error", body = ErrorBody),
+))]
+pub(super) async fn verify(State(app): State<App>, B(request): B<VerifyRequest>) -> Result<Response, ApiError> {
+    Ok(accepted(app.backend.verify(&request.artifact, request.repair).await?))
+}
+
+/// Writes artifacts to one file, to be carried by hand.
+#[utoipa::path(post, path = "/v1/export", tag = "artifacts", request_body = ExportRequest, responses(
+    (status = 202, description = "begun", body = Job),
+    (status = "default", description = "an error", body = ErrorBody),
+))]
+pub(super) async fn export(State(app): State<App>, B(request): B<ExportRequest>) -> Result<Response, ApiError> {
+    Ok(accepted(app.backend.export(request.artifacts, request.out).await?))
+}
+
+/// Reads such a file.
+#[utoipa::path(post, path = "/v1/import", tag = "artifacts", request_body = ImportRequest, responses(
+    (status = 202, description = "begun", body = Job),
+    (status = "default", description = "an error", body = ErrorBody),
+))]
+pub(super) async fn import(State(app): State<App>, B(request): B<ImportRequest>) -> Result<Response, ApiError> {
+    Ok(accepted(app.backend.import(request.file).await?))
+}
+
+/// Frees what nothing refers to.
+#[utoipa::path(post, path = "/v1/gc", tag = "daemon", responses(
+    (status = 202, description = "begun", body = Job),
+    (status = "default", description = "an error", body = ErrorBody),
+))]
+pub(super) async fn gc(State(app): State<App>) -> Result<Response, ApiError> {
+    Ok(accepted(app.backend.gc().await?))
+}
+
+/// Checks the daemon's surroundings.
+#[utoipa::path(get, path = "/v1/doctor", tag = "daemon", responses(
+    (status = 200, description = "a line for each check: `ok …` or `fault …`", body = Vec<String>),
+    (status = "default", description = "an error", body = ErrorBody),
+))]
+pub(super) async fn doctor(State(app): State<App>) -> Result<Json<Vec<String>>, ApiError> {
+    Ok(Json(app.backend.doctor().await?))
+}
+
+/// A job, after its end or after `wait` seconds (60 at most), whichever is first.
+#[utoipa::path(get, path = "/v1/jobs", tag = "daemon", params(JobQuery), responses(
+    (status = 200, description = "the job", body = Job),
+    (status = 404, description = "there is none (a restart forgets them)", body = ErrorBody),
+    (status = "default", description = "an error", body = ErrorBody),
+))]
+pub(super) async fn job(State(app): State<App>, Q(query): Q<JobQuery>) -> Result<Json<Job>, ApiError> {
+    let look = || app.backend.job(&query.id);
+    Ok(Json(wait_for(&app, query.wait, look, |job: &Job| job.state != "running").await?))
+}

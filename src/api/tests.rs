@@ -1,0 +1,235 @@
+//! The API over a real socket, with a backend out of memory.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use futures::StreamExt;
+use reqwest::{Client, Method, Response, StatusCode};
+use serde_json::{Value, json};
+
+use super::fake::{Fake, TOKEN, job, transfer};
+use super::types::State;
+use crate::fault::{Fault, Retry};
+use crate::limits::API_BODY_BYTES_MAX;
+
+struct Daemon {
+    fake: Arc<Fake>,
+    base: String,
+    client: Client,
+    stop: tokio::sync::oneshot::Sender<()>,
+    task: tokio::task::JoinHandle<Result<(), Fault>>,
+}
+
+async fn daemon() -> Daemon {
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    let fake = Arc::new(Fake::default());
+    let (base, stop, task) = fake.serve().await;
+    let client = Client::builder().redirect(reqwest::redirect::Policy::none()).timeout(Duration::from_secs(20)).build().unwrap();
+    Daemon { fake, base, client, stop, task }
+}
+
+impl Daemon {
+    fn request(&self, method: Method, path: &str) -> reqwest::RequestBuilder {
+        self.client.request(method, format!("{}{path}", self.base)).header("X-Packhorse-Token", TOKEN)
+    }
+    async fn get(&self, path: &str) -> Response {
+        self.request(Method::GET, path).send().await.unwrap()
+    }
+    async fn post(&self, path: &str, body: Value) -> Response {
+        self.request(Method::POST, path).json(&body).send().await.unwrap()
+    }
+}
+
+/// Checks status, form and code of an error; returns its message.
+async fn error(response: Response, status: StatusCode, code: &str) -> String {
+    assert_eq!(response.status(), status);
+    assert!(response.headers().contains_key("x-packhorse-version"));
+    let body: Value = response.json().await.unwrap();
+    assert_eq!(body.as_object().unwrap().keys().collect::<Vec<_>>(), ["code", "message", "next"]);
+    assert_eq!(body["code"], code);
+    body["message"].as_str().unwrap().to_owned()
+}
+
+#[tokio::test]
+async fn a_token_is_wanted_everywhere_but_for_probes() {
+    let d = daemon().await;
+    for path in ["/", "/healthz", "/readyz", "/openapi.json"] {
+        let response = d.client.get(format!("{}{path}", d.base)).send().await.unwrap();
+        assert_eq!(response.status(), 200, "{path}");
+        assert_eq!(response.headers()["x-packhorse-version"], super::VERSION);
+        assert!(!response.headers().contains_key("set-cookie"));
+    }
+    let paths = [
+        "/metrics",
+        "/v1/artifacts",
+        "/v1/artifacts/show?ref=x",
+        "/v1/transfers",
+        "/v1/sites",
+        "/v1/doctor",
+        "/v1/jobs?id=x",
+        "/v1/events",
+    ];
+    for path in paths {
+        let bare = d.client.get(format!("{}{path}", d.base)).send().await.unwrap();
+        assert_eq!(error(bare, StatusCode::UNAUTHORIZED, "not_allowed").await, "the API wants a token", "{path}");
+    }
+    let wrong = d.client.get(format!("{}/v1/sites", d.base)).header("X-Packhorse-Token", "x").send().await.unwrap();
+    assert_eq!(error(wrong, StatusCode::UNAUTHORIZED, "not_allowed").await, "the API token is wrong");
+    let bearer = d.client.get(format!("{}/v1/sites", d.base)).bearer_auth(TOKEN).send().await.unwrap();
+    assert_eq!(bearer.status(), 200);
+    // A body is not even read for who may not ask.
+    let post = d.client.post(format!("{}/v1/transfers", d.base)).body("{").send().await.unwrap();
+    error(post, StatusCode::UNAUTHORIZED, "not_allowed").await;
+}
+
+#[tokio::test]
+async fn errors_have_one_form() {
+    let d = daemon().await;
+    error(d.get("/v1/nothing").await, StatusCode::NOT_FOUND, "not_found").await;
+    error(d.get("/v1/plan").await, StatusCode::METHOD_NOT_ALLOWED, "usage").await;
+    error(d.request(Method::DELETE, "/").send().await.unwrap(), StatusCode::METHOD_NOT_ALLOWED, "usage").await;
+    error(d.get("/v1/artifacts/show?ref=dataset/x:1").await, StatusCode::NOT_FOUND, "not_found").await;
+    error(d.get("/v1/artifacts/show").await, StatusCode::BAD_REQUEST, "usage").await;
+    error(d.get("/v1/transfers?since=soon").await, StatusCode::BAD_REQUEST, "usage").await;
+    error(d.get("/v1/events?format=xml").await, StatusCode::BAD_REQUEST, "usage").await;
+    let missing = error(d.post("/v1/transfers", json!({"to": "all"})).await, StatusCode::BAD_REQUEST, "usage").await;
+    assert!(missing.contains("artifacts"), "{missing}");
+    let unknown = error(d.post("/v1/gc2", json!({})).await, StatusCode::NOT_FOUND, "not_found").await;
+    assert!(unknown.contains("/v1/gc2"));
+    let extra = d.post("/v1/transfers", json!({"artifacts": [], "to": "all", "dryRun": true})).await;
+    assert!(error(extra, StatusCode::BAD_REQUEST, "usage").await.contains("dryRun"));
+    let broken = d.request(Method::POST, "/v1/plan").header("content-type", "application/json").body("{\"a").send().await.unwrap();
+    error(broken, StatusCode::BAD_REQUEST, "usage").await;
+    let untyped = d.request(Method::POST, "/v1/plan").body("{}").send().await.unwrap();
+    error(untyped, StatusCode::UNSUPPORTED_MEDIA_TYPE, "usage").await;
+    let name = d.post("/v1/artifacts", json!({"source": "/x", "as": "nonsense"})).await;
+    error(name, StatusCode::BAD_REQUEST, "usage").await;
+    let large = json!({"artifacts": ["x".repeat(API_BODY_BYTES_MAX)], "to": "all"});
+    error(d.post("/v1/plan", large).await, StatusCode::PAYLOAD_TOO_LARGE, "usage").await;
+    assert!(d.fake.world.lock().delivered.is_empty());
+}
+
+#[tokio::test]
+async fn readiness_says_what_is_missing() {
+    let d = daemon().await;
+    d.fake.world.lock().ready = Some(Fault::unreachable("postgres at db does not answer").with_retry(Retry::AfterMs(1500)));
+    let response = d.get("/readyz").await;
+    assert_eq!(response.headers()["retry-after"], "2");
+    assert!(error(response, StatusCode::SERVICE_UNAVAILABLE, "unreachable").await.contains("postgres"));
+}
+
+#[tokio::test]
+async fn work_is_accepted_and_followed() {
+    let d = daemon().await;
+    d.fake.put_job(job("publish", Ok(json!({"artifact": "dataset/x:1"}))));
+    let response = d.post("/v1/artifacts", json!({"source": "/x", "as": "dataset/x:1", "options": {"for": "dataset/y:1"}})).await;
+    assert_eq!(response.status(), 202);
+    assert_eq!(response.json::<Value>().await.unwrap()["id"], "publish");
+    assert_eq!(d.fake.world.lock().published[0].options.for_dataset.as_deref(), Some("dataset/y:1"));
+    let done: Value = d.get("/v1/jobs?id=publish&wait=30").await.json().await.unwrap();
+    assert_eq!(done["result"]["artifact"], "dataset/x:1");
+    let deliver = d.post("/v1/transfers", json!({"artifacts": ["dataset/x:1"], "to": "all"})).await;
+    assert_eq!(deliver.status(), 202);
+    let token: Value = d.post("/v1/tokens", json!({"site": "chengdu", "ttl_seconds": 60})).await.json().await.unwrap();
+    assert_eq!(token["token"], "id.secret-for-chengdu-60s");
+    let text = d.get("/metrics").await;
+    assert!(text.headers()["content-type"].to_str().unwrap().starts_with("text/plain"));
+}
+
+#[tokio::test]
+async fn a_long_poll_ends_with_the_change_and_with_its_time() {
+    let d = daemon().await;
+    d.fake.put(transfer("t1", "chengdu", State::Queued));
+    let now = d.get("/v1/transfers").await;
+    assert_eq!(now.headers()["x-packhorse-cursor"], "1");
+    let began = Instant::now();
+    let none = d.get("/v1/transfers?since=1&wait=1").await;
+    assert!(began.elapsed() >= Duration::from_millis(900));
+    assert_eq!(none.headers()["x-packhorse-cursor"], "1");
+    assert_eq!(none.json::<Value>().await.unwrap(), json!([]));
+    let began = Instant::now();
+    let (changed, ()) = tokio::join!(d.get("/v1/transfers?since=1&wait=15"), async {
+        tokio::time::sleep(Duration::from_millis(200)).await;
+        d.fake.put(transfer("t1", "chengdu", State::Planning));
+    });
+    assert!(began.elapsed() < Duration::from_secs(3));
+    assert_eq!(changed.headers()["x-packhorse-cursor"], "2");
+    assert_eq!(changed.json::<Value>().await.unwrap()[0]["state"], "planning");
+}
+
+/// Reads a stream until it holds `frames` frames.
+async fn read_frames(response: Response, frames: usize) -> Vec<String> {
+    let mut stream = response.bytes_stream();
+    let mut text = String::new();
+    while text.matches("\n\n").count() < frames {
+        let piece = tokio::time::timeout(Duration::from_secs(15), stream.next()).await.unwrap();
+        text.push_str(std::str::from_utf8(&piece.unwrap().unwrap()).unwrap());
+    }
+    text.split("\n\n").filter(|f| !f.is_empty()).map(str::to_owned).collect()
+}
+
+#[tokio::test]
+async fn the_event_stream_goes_on_where_it_stopped() {
+    let d = daemon().await;
+    for state in [State::Queued, State::Planning, State::Transferring] {
+        d.fake.put(transfer("t1", "chengdu", state));
+    }
+    let stream = d.get("/v1/events?since=1").await;
+    assert_eq!(stream.headers()["content-type"], "text/event-stream");
+    assert!(!stream.headers().contains_key("content-length"));
+    let frames = read_frames(stream, 2).await;
+    assert!(frames[0].contains("id: 2\n") && frames[0].contains("event: transfer\n"), "{frames:?}");
+    // Last-Event-ID goes before since.
+    let again = d.request(Method::GET, "/v1/events?since=0").header("Last-Event-ID", "2").send().await.unwrap();
+    let (frames, ()) = tokio::join!(read_frames(again, 2), async {
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        d.fake.put(transfer("t1", "chengdu", State::Done));
+    });
+    assert!(frames[0].contains("id: 3\n") && frames[1].contains("id: 4\n"), "{frames:?}");
+    let array = d.get("/v1/events?since=2&format=json").await;
+    assert_eq!(array.headers()["x-packhorse-cursor"], "4");
+    assert_eq!(array.json::<Value>().await.unwrap().as_array().unwrap().len(), 2);
+    let accept = d.request(Method::GET, "/v1/events?since=4&wait=1").header("Accept", "application/json").send().await.unwrap();
+    assert_eq!(accept.json::<Value>().await.unwrap(), json!([]));
+}
+
+#[tokio::test]
+async fn a_quiet_stream_says_that_it_lives() {
+    let d = daemon().await;
+    let frames = read_frames(d.get("/v1/events").await, 1).await;
+    assert_eq!(frames, [": heartbeat"]);
+}
+
+#[tokio::test]
+async fn a_stop_ends_waits_and_streams() {
+    let d = daemon().await;
+    let stream = d.get("/v1/events").await;
+    let (poll, task) = (d.request(Method::GET, "/v1/transfers?since=0&wait=60").send(), d.task);
+    let began = Instant::now();
+    let (answer, ()) = tokio::join!(poll, async {
+        tokio::time::sleep(Duration::from_millis(200)).await;
+        d.stop.send(()).unwrap();
+    });
+    assert_eq!(answer.unwrap().status(), 200);
+    assert_eq!(stream.bytes().await.unwrap(), "");
+    task.await.unwrap().unwrap();
+    assert!(began.elapsed() < Duration::from_secs(5));
+}
+
+#[tokio::test]
+async fn the_description_names_every_route() {
+    let d = daemon().await;
+    let document: Value = d.get("/openapi.json").await.json().await.unwrap();
+    let paths: Vec<&String> = document["paths"].as_object().unwrap().keys().collect();
+    assert_eq!(paths.len(), 17, "{paths:?}");
+    assert_eq!(document["servers"][0]["url"], ".");
+    for schema in ["Transfer", "Artifact", "ArtifactDetail", "Site", "Job", "Published", "Delivered", "PlanRow", "Event", "ErrorBody"] {
+        assert!(document["components"]["schemas"][schema].is_object(), "{schema}");
+    }
+    // Every reference must lead somewhere, or generators of clients stop.
+    let text = document.to_string();
+    for reference in text.split("#/components/schemas/").skip(1) {
+        let name = reference.split('"').next().unwrap();
+        assert!(document["components"]["schemas"][name].is_object(), "{name}");
+    }
+}

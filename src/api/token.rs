@@ -1,0 +1,83 @@
+//! The admin token: 256 random bits that the daemon writes beside its state at first start and the command line reads.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+
+use rand::TryRngCore;
+
+use crate::durable;
+use crate::fault::{Code, Fault};
+
+/// The token that the API wants with every request.
+#[derive(Clone)]
+pub struct ApiToken(String);
+
+impl fmt::Debug for ApiToken {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("ApiToken(…)")
+    }
+}
+
+impl ApiToken {
+    /// Where the token of the daemon with this state folder lies.
+    pub fn path(data_dir: &Path) -> PathBuf {
+        data_dir.join("api-token")
+    }
+
+    /// The daemon's token; made at first start, durable and mode 0600 before it is first used.
+    pub fn open_or_create(data_dir: &Path) -> Result<Self, Fault> {
+        let path = Self::path(data_dir);
+        match Self::read(&path) {
+            Err(fault) if fault.code == Code::NotFound => {}
+            other => return other,
+        }
+        let mut bits = [0; 32];
+        rand::rngs::OsRng.try_fill_bytes(&mut bits).map_err(|e| Fault::internal(format!("no random bits from the system: {e}")))?;
+        let token = hex::encode(bits);
+        durable::replace_secret(&path, format!("{token}\n").as_bytes())?;
+        Ok(Self(token))
+    }
+
+    /// Reads a token from its file.
+    pub fn read(path: &Path) -> Result<Self, Fault> {
+        Self::parse(&crate::config::read_secret(path)?).map_err(|f| f.context(path.display()))
+    }
+
+    /// A token from text: what a header can carry, and no shorter than 128 bits in hex.
+    pub fn parse(text: &str) -> Result<Self, Fault> {
+        if text.len() < 32 || text.len() > 512 || !text.bytes().all(|b| b.is_ascii_graphic()) {
+            return Err(Fault::config("this is not an API token").with_next("give the file that the daemon wrote: <data_dir>/api-token"));
+        }
+        Ok(Self(text.into()))
+    }
+
+    /// The text, for a request's header.
+    pub fn secret(&self) -> &str {
+        &self.0
+    }
+
+    /// Whether this is the token. Hashes are compared, in constant time, so the answer's time says nothing of it.
+    pub fn is(&self, presented: &[u8]) -> bool {
+        blake3::hash(self.0.as_bytes()) == blake3::hash(presented)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+
+    #[test]
+    fn made_once_and_for_the_owner_only() {
+        let dir = tempfile::tempdir().unwrap();
+        let first = ApiToken::open_or_create(dir.path()).unwrap();
+        let again = ApiToken::open_or_create(dir.path()).unwrap();
+        assert_eq!(first.secret(), again.secret());
+        assert_eq!(first.secret().len(), 64);
+        let mode = std::fs::metadata(ApiToken::path(dir.path())).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o600);
+        assert!(first.is(again.secret().as_bytes()) && !first.is(b"") && !first.is(&again.secret().as_bytes()[..63]));
+        assert!(!format!("{first:?}").contains(first.secret()));
+    }
+}

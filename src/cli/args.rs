@@ -1,0 +1,272 @@
+//! What can be typed.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use clap::{Parser, Subcommand, ValueEnum};
+
+use crate::config::{self, Config};
+use crate::fault::Fault;
+
+/// Carries datasets, labels, operator projects, images and models between a hub and many sites.
+#[derive(Debug, Parser)]
+#[command(name = "packhorse", version, subcommand_required = true, arg_required_else_help = true)]
+#[command(after_help = "Exit codes: 0 done, 1 internal, 2 usage, 3 config, 4 not allowed, 5 not found, 6 conflict, 7 some sites failed,\n\
+                        8 integrity, 9 no space, 10 unreachable, 11 deadline passed.")]
+pub struct Args {
+    #[command(flatten)]
+    pub(super) global: Global,
+    #[command(subcommand)]
+    pub(super) command: Command,
+}
+
+/// What every command takes.
+#[derive(Debug, Clone, clap::Args)]
+pub(super) struct Global {
+    /// How results are printed.
+    #[arg(short, long, global = true, value_enum, default_value_t = Output::Table, value_name = "FORMAT")]
+    pub(super) output: Output,
+    /// The daemon's configuration: says where its API is and where its token lies.
+    #[arg(long, global = true, env = "PACKHORSE_CONFIG", value_name = "FILE")]
+    pub(super) config: Option<PathBuf>,
+    /// The daemon's API, instead of the configuration's.
+    #[arg(long, global = true, env = "PACKHORSE_API", value_name = "URL")]
+    pub(super) api: Option<String>,
+    /// A file with the API's token, instead of `<data_dir>/api-token`.
+    #[arg(long, global = true, env = "PACKHORSE_TOKEN_FILE", value_name = "FILE")]
+    pub(super) token_file: Option<PathBuf>,
+}
+
+impl Global {
+    /// The path of the configuration, or why there must be one.
+    pub(super) fn config_path(&self) -> Result<&Path, Fault> {
+        let given = self.config.as_deref().filter(|path| !path.as_os_str().is_empty());
+        given.ok_or_else(|| Fault::usage("no configuration is named").with_next("give --config FILE, or set PACKHORSE_CONFIG"))
+    }
+
+    /// The configuration with all checks, for a daemon.
+    pub(super) fn load_config(&self) -> Result<Config, Fault> {
+        config::load(self.config_path()?)
+    }
+}
+
+/// How results are printed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(super) enum Output {
+    /// For people.
+    Table,
+    /// One JSON value.
+    Json,
+    /// One JSON object a line.
+    Ndjson,
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum Command {
+    /// Run a hub and two sites on this machine, publish a sample of each kind, and show it arrive.
+    Quickstart {
+        /// Where it puts everything (default: a new temporary folder).
+        #[arg(long)]
+        dir: Option<PathBuf>,
+        /// End when all arrived and is verified, instead of running on.
+        #[arg(long)]
+        once: bool,
+    },
+    /// Run the daemon; the configuration's role says hub or site.
+    Serve,
+    /// Make join tokens (at the hub).
+    #[command(subcommand)]
+    Token(TokenCommand),
+    /// Enrol this site at the hub: pins the hub's CA, gets a certificate.
+    Join {
+        /// The hub's line.
+        #[arg(long, value_name = "HOST:PORT")]
+        hub: String,
+        /// What `token create` printed. The environment keeps it out of the process list.
+        #[arg(long, env = "PACKHORSE_JOIN_TOKEN", hide_env_values = true)]
+        token: String,
+    },
+    /// Publish an artifact, at the hub or at a site.
+    Publish(Publish),
+    /// Deliver artifacts to sites, from wherever they are.
+    Deliver(Deliver),
+    /// Show transfers.
+    Status(Status),
+    /// List the artifacts.
+    Artifacts,
+    /// Show one artifact and where it went.
+    Show {
+        /// KIND/NAME:VERSION.
+        #[arg(value_name = "REF")]
+        artifact: String,
+    },
+    /// List the sites.
+    Sites,
+    /// Hold a transfer.
+    Pause {
+        /// A transfer's id, or a delivery's: then all of it.
+        transfer: String,
+    },
+    /// Let a paused transfer go on.
+    Resume {
+        /// A transfer's id, or a delivery's: then all of it.
+        transfer: String,
+    },
+    /// Give a transfer up, and clean what it left.
+    Cancel {
+        /// A transfer's id, or a delivery's: then all of it.
+        transfer: String,
+    },
+    /// Begin a failed or cancelled transfer again, where it stood.
+    Retry {
+        /// A transfer's id, or a delivery's: then all of it.
+        transfer: String,
+    },
+    /// Say what a delivery would cost; sends nothing.
+    Plan {
+        /// KIND/NAME:VERSION, one or more.
+        #[arg(value_name = "REF", required = true)]
+        artifacts: Vec<String>,
+        /// Names by comma, `all`, or a selector on labels (`region=west,line!=3`).
+        #[arg(long, value_name = "SITES")]
+        to: String,
+    },
+    /// Read again what this daemon holds of an artifact: store, NAS, rows, registry.
+    Verify {
+        /// KIND/NAME:VERSION.
+        #[arg(value_name = "REF")]
+        artifact: String,
+        /// Fetch again what is bad.
+        #[arg(long)]
+        repair: bool,
+    },
+    /// Write artifacts to one file, to be carried by hand.
+    Export {
+        /// KIND/NAME:VERSION, one or more.
+        #[arg(value_name = "REF", required = true)]
+        artifacts: Vec<String>,
+        /// The file to write.
+        #[arg(long, value_name = "FILE")]
+        out: PathBuf,
+    },
+    /// Read a file that `export` wrote.
+    Import {
+        /// The file.
+        file: PathBuf,
+    },
+    /// Free what nothing refers to.
+    Gc,
+    /// Check the daemon's surroundings: disks, database, registry, line.
+    Doctor,
+    /// The configuration.
+    #[command(subcommand)]
+    Config(ConfigCommand),
+}
+
+impl Command {
+    /// Whether this runs a daemon, which logs what it does.
+    pub(super) fn is_daemon(&self) -> bool {
+        matches!(self, Command::Serve)
+    }
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum TokenCommand {
+    /// Make a join token for one site; it works once.
+    Create(TokenCreate),
+}
+
+#[derive(Debug, clap::Args)]
+pub(super) struct TokenCreate {
+    /// The site it is for.
+    #[arg(long, value_name = "NAME")]
+    pub(super) site: String,
+    /// A label that the site will have; may be given often.
+    #[arg(long = "label", value_name = "KEY=VALUE", value_parser = key_value)]
+    pub(super) labels: Vec<(String, String)>,
+    /// How long it is good.
+    #[arg(long, default_value = "24h", value_name = "DURATION", value_parser = config::parse_duration)]
+    pub(super) ttl: Duration,
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum ConfigCommand {
+    /// Check a configuration, without contacting anybody.
+    Check,
+}
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Publish {
+    /// A path, or registry://HOST/REPOSITORY:TAG.
+    pub(super) source: String,
+    /// What to publish it as; kinds are dataset, labels, operator, image, model.
+    #[arg(long = "as", value_name = "KIND/NAME:VERSION")]
+    pub(super) as_ref: String,
+    /// Deliver it at once: names by comma, `all`, or a selector on labels (`region=west,line!=3`).
+    #[arg(long, value_name = "SITES")]
+    pub(super) to: Option<String>,
+    #[command(flatten)]
+    pub(super) wait: Wait,
+    /// Labels: the dataset version that they belong to.
+    #[arg(long = "for", value_name = "dataset/NAME:VERSION")]
+    pub(super) for_dataset: Option<String>,
+    /// Labels: accept samples that the dataset lacks.
+    #[arg(long)]
+    pub(super) allow_missing: bool,
+    /// Labels: coco, csv, jsonl, label_studio, voc or yolo; guessed when absent.
+    #[arg(long)]
+    pub(super) format: Option<String>,
+    /// Labels from CSV or JSON Lines: which column holds what (sample_path=image); may be given often.
+    #[arg(long = "column", value_name = "FIELD=COLUMN", value_parser = key_value, num_args = 1..)]
+    pub(super) columns: Vec<(String, String)>,
+    /// Registry: the user.
+    #[arg(long, requires = "password_file")]
+    pub(super) username: Option<String>,
+    /// Registry: a file that holds the password, as the daemon sees it.
+    #[arg(long, value_name = "FILE", requires = "username")]
+    pub(super) password_file: Option<PathBuf>,
+}
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Deliver {
+    /// KIND/NAME:VERSION, one or more.
+    #[arg(value_name = "REF", required = true)]
+    pub(super) artifacts: Vec<String>,
+    /// Names by comma, `all`, or a selector on labels (`region=west,line!=3`).
+    #[arg(long, value_name = "SITES")]
+    pub(super) to: String,
+    #[command(flatten)]
+    pub(super) wait: Wait,
+}
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Wait {
+    /// Wait for all transfers to end.
+    #[arg(long)]
+    pub(super) wait: bool,
+    /// Stop waiting after this long (exit code 11); the work goes on.
+    #[arg(long, value_name = "DURATION", value_parser = config::parse_duration)]
+    pub(super) timeout: Option<Duration>,
+}
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Status {
+    /// A transfer's id, or a delivery's.
+    pub(super) transfer: Option<String>,
+    /// Go on showing changes; for a named transfer until it ends.
+    #[arg(long)]
+    pub(super) watch: bool,
+    /// Only what changed since this cursor (0: everything); says the next one on stderr.
+    #[arg(long, value_name = "CURSOR")]
+    pub(super) since: Option<u64>,
+    /// At most this many.
+    #[arg(long, default_value_t = crate::limits::API_ROWS_DEFAULT, value_name = "COUNT", value_parser = clap::value_parser!(u32).range(1..))]
+    pub(super) limit: u32,
+}
+
+fn key_value(text: &str) -> Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((key, value)) if !key.is_empty() => Ok((key.into(), value.into())),
+        _ => Err("write it as KEY=VALUE".into()),
+    }
+}

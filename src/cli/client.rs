@@ -1,0 +1,161 @@
+//! The client of the API: finds the daemon, sends the token, turns every answer into a value or a fault.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::time::Duration;
+
+use reqwest::header::HeaderMap;
+use reqwest::{Method, RequestBuilder, StatusCode};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use super::args::Global;
+use crate::api::types::{Job, Transfer, TransferQuery};
+use crate::api::{ApiToken, CURSOR_HEADER, ErrorBody, TOKEN_HEADER, VERSION, VERSION_HEADER};
+use crate::config;
+use crate::fault::{Code, Fault};
+use crate::limits::API_REPLY_MAX;
+
+/// One daemon, as a client sees it.
+pub(super) struct Client {
+    http: reqwest::Client,
+    base: String,
+    token: ApiToken,
+}
+
+impl Client {
+    /// The daemon that the options name: `--api` goes before `--config`, `--token-file` before `<data_dir>/api-token`.
+    pub(super) fn new(global: &Global) -> Result<Self, Fault> {
+        let config = match global.config_path() {
+            Ok(path) => Some(config::read(path)?),
+            Err(_) => None,
+        };
+        let base = match (&global.api, &config) {
+            (Some(url), _) if !url.is_empty() => url.trim_end_matches('/').to_owned(),
+            (_, Some(config)) => format!("http://{}", reachable(config.listen.api)),
+            _ => {
+                return Err(
+                    Fault::usage("no daemon is named").with_next("give --config FILE (PACKHORSE_CONFIG) or --api URL (PACKHORSE_API)")
+                );
+            }
+        };
+        if !base.starts_with("http://") && !base.starts_with("https://") {
+            return Err(Fault::usage(format!("{base:?} is not an http:// or https:// URL")).with_next("give --api http://HOST:PORT"));
+        }
+        let token = match (&global.token_file, &config) {
+            (Some(path), _) if !path.as_os_str().is_empty() => ApiToken::read(path)?,
+            (_, Some(config)) => read_token_of(&config.data_dir)?,
+            _ => {
+                return Err(
+                    Fault::not_allowed("the API wants a token").with_next("give --token-file FILE, or --config FILE of that daemon")
+                );
+            }
+        };
+        Self::to(base, token)
+    }
+
+    /// The daemon at this URL.
+    pub(super) fn to(base: String, token: ApiToken) -> Result<Self, Fault> {
+        // Set once a process; whoever came first chose the same.
+        let _ = rustls::crypto::ring::default_provider().install_default();
+        // The daemon never redirects; a proxy from the environment would see the token.
+        let http = reqwest::Client::builder().redirect(reqwest::redirect::Policy::none()).no_proxy().build();
+        let http = http.map_err(|e| Fault::internal(format!("cannot make an HTTP client: {}", chain(&e))))?;
+        Ok(Self { http, base, token })
+    }
+
+    /// Asks.
+    pub(super) async fn get<T: DeserializeOwned>(&self, path: &str, query: &impl Serialize) -> Result<T, Fault> {
+        self.send(self.http.request(Method::GET, self.url(path)).query(query), Duration::ZERO).await.map(|(value, _)| value)
+    }
+
+    /// Tells.
+    pub(super) async fn post<T: DeserializeOwned>(&self, path: &str, body: &impl Serialize) -> Result<T, Fault> {
+        self.send(self.http.request(Method::POST, self.url(path)).json(body), Duration::ZERO).await.map(|(value, _)| value)
+    }
+
+    /// Transfers, and the cursor to go on from.
+    pub(super) async fn transfers(&self, query: &TransferQuery) -> Result<(Vec<Transfer>, u64), Fault> {
+        let request = self.http.request(Method::GET, self.url("/v1/transfers")).query(query);
+        let (transfers, headers): (Vec<Transfer>, _) = self.send(request, Duration::from_secs(query.wait.unwrap_or(0))).await?;
+        let said = headers.get(CURSOR_HEADER).and_then(|v| v.to_str().ok()?.parse().ok());
+        // A proxy may drop the header; the rows say it too.
+        let seen = transfers.iter().map(|t| t.cursor).max();
+        Ok((transfers, said.or(seen).or(query.since).unwrap_or(0)))
+    }
+
+    /// A job, after its end or after `wait`.
+    pub(super) async fn job(&self, id: &str, wait: Duration) -> Result<Job, Fault> {
+        let query = [("id", id.to_owned()), ("wait", wait.as_secs().to_string())];
+        self.send(self.http.request(Method::GET, self.url("/v1/jobs")).query(&query), wait).await.map(|(job, _)| job)
+    }
+
+    fn url(&self, path: &str) -> String {
+        format!("{}{path}", self.base)
+    }
+
+    async fn send<T: DeserializeOwned>(&self, request: RequestBuilder, wait: Duration) -> Result<(T, HeaderMap), Fault> {
+        let request = request.header(TOKEN_HEADER, self.token.secret()).timeout(wait + API_REPLY_MAX);
+        let response = request.send().await.map_err(|e| self.unreachable(&e))?;
+        let (status, headers) = (response.status(), response.headers().clone());
+        let body = response.bytes().await.map_err(|e| self.unreachable(&e))?;
+        if !status.is_success() {
+            return Err(self.refusal(status, &headers, &body));
+        }
+        match serde_json::from_slice(&body) {
+            Ok(value) => Ok((value, headers)),
+            Err(error) => Err(self.not_understood(&headers, &error.to_string())),
+        }
+    }
+
+    fn unreachable(&self, error: &reqwest::Error) -> Fault {
+        Fault::unreachable(format!("the daemon at {} does not answer: {}", self.base, chain(error)))
+            .with_next("start it with 'packhorse serve --config FILE', or name another with --config or --api")
+    }
+
+    fn refusal(&self, status: StatusCode, headers: &HeaderMap, body: &[u8]) -> Fault {
+        if let Ok(body) = serde_json::from_slice::<ErrorBody>(body) {
+            return body.into();
+        }
+        let message = format!("{} answered {status}, which is not Packhorse's form", self.base);
+        let next = "check the URL, and what stands between here and the daemon";
+        match status {
+            StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => Fault::not_allowed(message).with_next(next),
+            _ if headers.contains_key(VERSION_HEADER) => Fault::internal(message),
+            _ => Fault::unreachable(message).with_next(next),
+        }
+    }
+
+    fn not_understood(&self, headers: &HeaderMap, why: &str) -> Fault {
+        match headers.get(VERSION_HEADER).and_then(|v| v.to_str().ok()) {
+            None => Fault::unreachable(format!("what answers at {} is not Packhorse", self.base)).with_next("check the URL"),
+            Some(theirs) => Fault::internal(format!("the daemon's answer is not understood: {why} (it is {theirs}, this is {VERSION})"))
+                .with_next("use the daemon's version of this command"),
+        }
+    }
+}
+
+fn read_token_of(data_dir: &std::path::Path) -> Result<ApiToken, Fault> {
+    let path = ApiToken::path(data_dir);
+    ApiToken::read(&path).map_err(|fault| match fault.code {
+        Code::NotFound => Fault::unreachable(format!("the daemon has not run yet: there is no {}", path.display()))
+            .with_next("start it with 'packhorse serve --config FILE'"),
+        _ => fault.with_next("run this as the daemon's user, or give --token-file FILE"),
+    })
+}
+
+/// Where a client finds what listens on every address.
+fn reachable(mut listen: std::net::SocketAddr) -> std::net::SocketAddr {
+    if listen.ip().is_unspecified() {
+        listen.set_ip(if listen.is_ipv4() { IpAddr::V4(Ipv4Addr::LOCALHOST) } else { IpAddr::V6(Ipv6Addr::LOCALHOST) });
+    }
+    listen
+}
+
+/// The innermost cause: the outer ones repeat the URL and say nothing of why.
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut innermost = error;
+    while let Some(source) = innermost.source() {
+        innermost = source;
+    }
+    innermost.to_string()
+}

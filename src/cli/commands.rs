@@ -1,0 +1,241 @@
+//! The commands that ask a daemon, each from request to printed answer.
+
+use std::path::{Path, PathBuf};
+
+use serde_json::{Value, json};
+
+use super::args::{Deliver, Global, Output, Publish, Status, TokenCreate, Wait};
+use super::client::Client;
+use super::follow::{self, Deadline, Progress};
+use super::output::{self, emit, fields, one, rows};
+use super::{human, status as show_status, watch};
+use crate::api::types::*;
+use crate::fault::{Fault, Retry};
+use crate::limits::API_ROWS_MAX;
+
+/// `config check`
+pub(super) fn config_check(global: &Global) -> Result<(), Fault> {
+    let config = global.load_config()?;
+    let path = global.config_path()?.display().to_string();
+    let role = match config.role {
+        crate::config::Role::Hub => "hub",
+        crate::config::Role::Site => "site",
+    };
+    let answer = json!({"ok": true, "file": path, "role": role, "name": config.name.as_str()});
+    one(global.output, &answer, |_| format!("ok: {path} is sound ({role} {})\n", config.name))
+}
+
+/// `token create`
+pub(super) async fn token_create(global: &Global, create: TokenCreate) -> Result<(), Fault> {
+    let request = TokenRequest { site: create.site, labels: create.labels.into_iter().collect(), ttl_seconds: create.ttl.as_secs() };
+    let reply: TokenReply = Client::new(global)?.post("/v1/tokens", &request).await?;
+    // Alone on stdout: TOKEN=$(packhorse token create …)
+    one(global.output, &reply, |reply| format!("{}\n", reply.token))
+}
+
+/// `publish`
+pub(super) async fn publish(global: &Global, publish: Publish) -> Result<(), Fault> {
+    let client = Client::new(global)?;
+    let deadline = Deadline::after(publish.wait.timeout);
+    let request = PublishRequest {
+        source: source(&publish.source)?,
+        as_ref: publish.as_ref,
+        to: publish.to,
+        options: SourceOptions {
+            format: publish.format,
+            for_dataset: publish.for_dataset,
+            allow_missing: publish.allow_missing,
+            columns: publish.columns.into_iter().collect(),
+            username: publish.username,
+            password_file: publish.password_file.as_deref().map(absolute).transpose()?,
+        },
+    };
+    let mut progress = Progress::new();
+    let job: Job = client.post("/v1/artifacts", &request).await?;
+    let result = follow::job(&client, job, deadline, &mut progress).await?;
+    let published: Published = answer(result)?;
+    drop(progress);
+    one(global.output, &published, published_text)?;
+    wait_for(&client, global.output, &published.transfers, &publish.wait, deadline).await
+}
+
+fn published_text(p: &Published) -> String {
+    let what = if p.unchanged { "was already published with this content" } else { "published" };
+    let mut out = format!("{} {what}\n", p.artifact);
+    out.push_str(&fields(&[
+        ("  digest", p.digest.clone()),
+        ("  size", format!("{}, of which {} are new to the store", human::bytes(p.bytes), human::bytes(p.stored))),
+    ]));
+    out + &transfers_text(&p.transfers)
+}
+
+fn transfers_text(ids: &[String]) -> String {
+    if ids.is_empty() { String::new() } else { format!("  transfers: {}\n", ids.join(", ")) }
+}
+
+/// `deliver`
+pub(super) async fn deliver(global: &Global, deliver: Deliver) -> Result<(), Fault> {
+    let client = Client::new(global)?;
+    let deadline = Deadline::after(deliver.wait.timeout);
+    let request = DeliverRequest { artifacts: deliver.artifacts, to: deliver.to };
+    let delivered: Delivered = client.post("/v1/transfers", &request).await?;
+    let text = |d: &Delivered| format!("delivery {} of {}\n{}", d.delivery, d.artifact, transfers_text(&d.transfers));
+    one(global.output, &delivered, text)?;
+    wait_for(&client, global.output, &delivered.transfers, &deliver.wait, deadline).await
+}
+
+/// Waits for transfers when that was asked for, and ends with how they ended.
+async fn wait_for(client: &Client, format: Output, ids: &[String], wait: &Wait, deadline: Deadline) -> Result<(), Fault> {
+    if !wait.wait || ids.is_empty() {
+        return Ok(());
+    }
+    let mut progress = Progress::new();
+    let tracker = follow::transfers(client, ids, deadline, &mut progress).await?;
+    drop(progress);
+    // Programs were given the ids, and ask `status` for what they want to know.
+    if format == Output::Table {
+        emit(&show_status::table(&tracker.seen(), output::colour()))?;
+    }
+    tracker.verdict()
+}
+
+/// `status`
+pub(super) async fn status(global: &Global, args: Status) -> Result<(), Fault> {
+    let client = Client::new(global)?;
+    let query = TransferQuery { id: args.transfer.clone(), since: args.since, wait: None, limit: Some(args.limit.min(API_ROWS_MAX)) };
+    if args.watch {
+        return watch::run(&client, global.output, query).await;
+    }
+    let (transfers, cursor) = client.transfers(&query).await?;
+    if transfers.is_empty() && args.transfer.is_some() && args.since.is_none() {
+        return Err(watch::no_transfer(args.transfer.as_deref()));
+    }
+    let cut = transfers.len() as u64 >= u64::from(args.limit);
+    rows(global.output, &transfers, |transfers| match transfers {
+        [only] if args.transfer.is_some() => show_status::detail(only),
+        _ => show_status::table(transfers, output::colour()),
+    })?;
+    match args.since {
+        Some(_) => eprintln!("cursor: {cursor}"),
+        None if cut && args.transfer.is_none() => eprintln!("the newest {} are shown; --limit shows more", args.limit),
+        None => {}
+    }
+    Ok(())
+}
+
+/// `pause`, `resume`, `cancel`, `retry`
+pub(super) async fn act(global: &Global, id: String, action: Action) -> Result<(), Fault> {
+    let transfers: Vec<Transfer> = Client::new(global)?.post("/v1/transfers/action", &ActionRequest { id, action }).await?;
+    rows(global.output, &transfers, |transfers| show_status::table(transfers, output::colour()))
+}
+
+/// `artifacts`
+pub(super) async fn artifacts(global: &Global) -> Result<(), Fault> {
+    let artifacts: Vec<Artifact> = Client::new(global)?.get("/v1/artifacts", &()).await?;
+    rows(global.output, &artifacts, |artifacts| show_status::artifacts(artifacts, output::colour()))
+}
+
+/// `show`
+pub(super) async fn show(global: &Global, artifact: &str) -> Result<(), Fault> {
+    let detail: ArtifactDetail = Client::new(global)?.get("/v1/artifacts/show", &[("ref", artifact)]).await?;
+    one(global.output, &detail, |detail| show_status::artifact(detail, output::colour()))
+}
+
+/// `sites`
+pub(super) async fn sites(global: &Global) -> Result<(), Fault> {
+    let sites: Vec<Site> = Client::new(global)?.get("/v1/sites", &()).await?;
+    rows(global.output, &sites, |sites| show_status::sites(sites, output::colour()))
+}
+
+/// `plan`
+pub(super) async fn plan(global: &Global, artifacts: Vec<String>, to: String) -> Result<(), Fault> {
+    let plan: Vec<PlanRow> = Client::new(global)?.post("/v1/plan", &DeliverRequest { artifacts, to }).await?;
+    rows(global.output, &plan, |plan| show_status::plan(plan, output::colour()))
+}
+
+/// `verify`
+pub(super) async fn verify(global: &Global, artifact: String, repair: bool) -> Result<(), Fault> {
+    let request = VerifyRequest { artifact: artifact.clone(), repair };
+    let findings: Vec<String> = answer(work(global, "/v1/verify", &request).await?)?;
+    let result = json!({"artifact": artifact, "sound": findings.is_empty(), "findings": findings});
+    one(global.output, &result, |_| match findings.as_slice() {
+        [] => format!("{artifact} is sound\n"),
+        _ => findings.iter().map(|line| format!("{}\n", human::clean(line))).collect(),
+    })?;
+    match findings.len() {
+        0 => Ok(()),
+        count => {
+            let next = if repair { "deliver or publish it again" } else { "run it again with --repair" };
+            Err(Fault::integrity(format!("{artifact}: {count} findings")).with_next(next))
+        }
+    }
+}
+
+/// `export`
+pub(super) async fn export(global: &Global, artifacts: Vec<String>, out: &Path) -> Result<(), Fault> {
+    let result = work(global, "/v1/export", &ExportRequest { artifacts, out: absolute(out)? }).await?;
+    one(global.output, &result, value_text)
+}
+
+/// `import`
+pub(super) async fn import(global: &Global, file: &Path) -> Result<(), Fault> {
+    let result = work(global, "/v1/import", &ImportRequest { file: absolute(file)? }).await?;
+    one(global.output, &result, value_text)
+}
+
+/// `gc`
+pub(super) async fn gc(global: &Global) -> Result<(), Fault> {
+    let result = work(global, "/v1/gc", &json!({})).await?;
+    one(global.output, &result, value_text)
+}
+
+/// `doctor`
+pub(super) async fn doctor(global: &Global) -> Result<(), Fault> {
+    let lines: Vec<String> = Client::new(global)?.get("/v1/doctor", &()).await?;
+    rows(global.output, &lines, |lines| lines.iter().map(|line| format!("{}\n", human::clean(line))).collect())?;
+    match lines.iter().filter(|line| line.starts_with("fault")).count() {
+        0 => Ok(()),
+        bad => Err(Fault::internal(format!("{bad} of {} checks failed", lines.len()))
+            .with_next("mend what the lines say")
+            .with_retry(Retry::Never)),
+    }
+}
+
+/// Begins a job and follows it to its result.
+async fn work(global: &Global, path: &str, request: &impl serde::Serialize) -> Result<Value, Fault> {
+    let client = Client::new(global)?;
+    let job: Job = client.post(path, request).await?;
+    follow::job(&client, job, Deadline::after(None), &mut Progress::new()).await
+}
+
+fn answer<T: serde::de::DeserializeOwned>(result: Value) -> Result<T, Fault> {
+    serde_json::from_value(result).map_err(|e| Fault::internal(format!("the daemon's answer is not understood: {e}")))
+}
+
+/// A result that only people read: its fields, its lines, or itself.
+fn value_text(value: &Value) -> String {
+    let plain = |v: &Value| v.as_str().map_or_else(|| v.to_string(), str::to_owned);
+    match value {
+        Value::Null => "done\n".into(),
+        Value::Array(items) => items.iter().map(|item| format!("{}\n", human::clean(&plain(item)))).collect(),
+        Value::Object(map) => {
+            let field = |(name, v): (&'_ String, &Value)| match v.as_u64().filter(|_| name.contains("bytes")) {
+                Some(count) => format!("{} ({count})", human::bytes(count)),
+                None => plain(v),
+            };
+            fields(&map.iter().map(|(name, v)| (name.as_str(), field((name, v)))).collect::<Vec<_>>())
+        }
+        other => format!("{}\n", human::clean(&plain(other))),
+    }
+}
+
+/// A source as the daemon must hear it: a path made absolute, a reference as it is.
+fn source(text: &str) -> Result<String, Fault> {
+    if text.contains("://") { Ok(text.into()) } else { absolute(&PathBuf::from(text)) }
+}
+
+/// The daemon has another working directory than whoever types the command.
+fn absolute(path: &Path) -> Result<String, Fault> {
+    let absolute = std::path::absolute(path).map_err(|e| Fault::usage(format!("{} is not a path: {e}", path.display())))?;
+    absolute.into_os_string().into_string().map_err(|path| Fault::usage(format!("{path:?} is not UTF-8")).with_next("rename it"))
+}

@@ -1,0 +1,94 @@
+//! The command line: reads what is asked, calls the daemon's API, says the answer and exits by the table of codes.
+//!
+//! `serve`, `join` and `quickstart` are the daemon side and are handed over; everything else is a client that holds
+//! nothing, so any command can be killed and run again. Results go to stdout, progress and errors to stderr.
+
+mod args;
+mod client;
+mod commands;
+mod follow;
+mod human;
+mod output;
+mod status;
+mod tracker;
+mod watch;
+
+#[cfg(test)]
+mod tests;
+
+pub use args::Args;
+
+use std::io::IsTerminal;
+use std::process::ExitCode;
+
+use args::{Command, ConfigCommand, Output, TokenCommand};
+
+use crate::api::ErrorBody;
+use crate::fault::Fault;
+
+/// Sends the log to stderr: `PACKHORSE_LOG` filters it as RUST_LOG does elsewhere; a daemon says what it does by
+/// default, a command only what is wrong.
+pub fn init_log(args: &Args) {
+    let default = if args.command.is_daemon() { "warn,packhorse=info" } else { "warn" };
+    let wanted = std::env::var("PACKHORSE_LOG").unwrap_or_default();
+    let filter = tracing_subscriber::EnvFilter::try_new(if wanted.is_empty() { default } else { &wanted });
+    let filter = filter.unwrap_or_else(|error| {
+        eprintln!("warning: PACKHORSE_LOG is not understood ({error}); it is ignored");
+        tracing_subscriber::EnvFilter::new(default)
+    });
+    let colour = std::io::stderr().is_terminal() && human::colour_wanted();
+    // Set once a process; a second call (in tests) changes nothing.
+    let _ = tracing_subscriber::fmt().with_env_filter(filter).with_ansi(colour).with_writer(std::io::stderr).try_init();
+}
+
+/// Does what is asked and returns the process's exit code.
+pub async fn run(args: Args) -> ExitCode {
+    let format = args.global.output;
+    match dispatch(args).await {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(fault) => {
+            eprint!("{}", render_error(&fault, format));
+            ExitCode::from(fault.code.exit())
+        }
+    }
+}
+
+async fn dispatch(args: Args) -> Result<(), Fault> {
+    let global = &args.global;
+    match args.command {
+        Command::Quickstart { dir, once } => crate::quickstart::run(dir, once).await,
+        Command::Serve => crate::serve::run(global.load_config()?).await,
+        Command::Join { hub, token } => crate::serve::join(&global.load_config()?, &hub, &token).await,
+        Command::Config(ConfigCommand::Check) => commands::config_check(global),
+        Command::Token(TokenCommand::Create(create)) => commands::token_create(global, create).await,
+        Command::Publish(publish) => commands::publish(global, publish).await,
+        Command::Deliver(deliver) => commands::deliver(global, deliver).await,
+        Command::Status(status) => commands::status(global, status).await,
+        Command::Artifacts => commands::artifacts(global).await,
+        Command::Show { artifact } => commands::show(global, &artifact).await,
+        Command::Sites => commands::sites(global).await,
+        Command::Pause { transfer } => commands::act(global, transfer, crate::api::types::Action::Pause).await,
+        Command::Resume { transfer } => commands::act(global, transfer, crate::api::types::Action::Resume).await,
+        Command::Cancel { transfer } => commands::act(global, transfer, crate::api::types::Action::Cancel).await,
+        Command::Retry { transfer } => commands::act(global, transfer, crate::api::types::Action::Retry).await,
+        Command::Plan { artifacts, to } => commands::plan(global, artifacts, to).await,
+        Command::Verify { artifact, repair } => commands::verify(global, artifact, repair).await,
+        Command::Export { artifacts, out } => commands::export(global, artifacts, &out).await,
+        Command::Import { file } => commands::import(global, &file).await,
+        Command::Gc => commands::gc(global).await,
+        Command::Doctor => commands::doctor(global).await,
+    }
+}
+
+/// What went wrong and what to do; for a program that reads, the same again as one line of JSON.
+fn render_error(fault: &Fault, format: Output) -> String {
+    let mut text = format!("error: {}\n", human::clean_lines(&fault.message));
+    if !fault.next.is_empty() {
+        text.push_str(&format!("  next: {}\n", human::clean_lines(&fault.next)));
+    }
+    if format != Output::Table {
+        text.push_str(&serde_json::to_string(&ErrorBody::from(fault)).unwrap_or_default());
+        text.push('\n');
+    }
+    text
+}

@@ -1,0 +1,177 @@
+//! How transfers, artifacts and sites look to people.
+
+use super::human;
+use super::output::{Cell, Table, fields};
+use crate::api::types::{Artifact, ArtifactDetail, PlanRow, Site, State, Transfer};
+use crate::fault::Reason;
+use crate::limits::OFFENDERS_LISTED_MAX;
+
+/// The table of `status`, and below it what is to be done about those in trouble.
+pub(super) fn table(transfers: &[Transfer], colour: bool) -> String {
+    if transfers.is_empty() {
+        return "no transfers\n".into();
+    }
+    rows(transfers, colour) + &troubles(transfers)
+}
+
+/// The table alone.
+pub(super) fn rows(transfers: &[Transfer], colour: bool) -> String {
+    let mut table = Table::new(&["ID", "ARTIFACT", "SITE", "STATE", "REASON", ">DONE", ">SIZE", ">RATE", ">ETA"]);
+    for t in transfers {
+        table.row(vec![
+            t.id.as_str().into(),
+            t.artifact.to_string().into(),
+            t.site.as_str().into(),
+            Cell::state(t.state, stuck(t)),
+            t.reason.map_or("-", Reason::as_str).into(),
+            human::percent(t).map_or_else(|| "-".into(), |p| format!("{p} %")).into(),
+            human::bytes(t.bytes.total).into(),
+            human::rate(t.rate).into(),
+            t.eta_seconds.map_or_else(|| "-".into(), human::seconds).into(),
+        ]);
+    }
+    table.render(colour)
+}
+
+/// Whether somebody may have to do something about it.
+fn stuck(t: &Transfer) -> bool {
+    match t.state {
+        State::Done | State::Cancelled => false,
+        State::Failed => true,
+        _ => t.reason.is_some_and(|r| r != Reason::WaitingForTurn),
+    }
+}
+
+fn troubles(transfers: &[Transfer]) -> String {
+    let stuck: Vec<&Transfer> = transfers.iter().filter(|t| stuck(t) && t.message.is_some()).collect();
+    let mut out = String::new();
+    for t in stuck.iter().take(OFFENDERS_LISTED_MAX) {
+        let message = t.message.as_deref().unwrap_or_default();
+        out.push_str(&format!("\n{}: {}\n", t.id, human::clean_lines(message)));
+        if let Some(next) = &t.next {
+            out.push_str(&format!("  next: {}\n", human::clean_lines(next)));
+        }
+    }
+    if stuck.len() > OFFENDERS_LISTED_MAX {
+        out.push_str(&format!("\nand {} more: see 'packhorse status TRANSFER'\n", stuck.len() - OFFENDERS_LISTED_MAX));
+    }
+    out
+}
+
+/// All of one transfer.
+pub(super) fn detail(t: &Transfer) -> String {
+    let b = &t.bytes;
+    let mut pairs = vec![
+        ("transfer", t.id.clone()),
+        ("delivery", t.delivery.clone()),
+        ("artifact", t.artifact.to_string()),
+        ("digest", t.digest.clone()),
+        ("site", t.site.to_string()),
+        ("state", t.state.as_str().into()),
+    ];
+    let mut add = |name, value: Option<String>| pairs.extend(value.map(|v| (name, v)));
+    add("reason", t.reason.map(|r| r.as_str().into()));
+    add("message", t.message.clone());
+    add("next", t.next.clone());
+    add("done", human::percent(t).map(|p| format!("{p} % of {}", human::bytes(b.total))));
+    add("reused", Some(format!("{}, from what the site had", human::bytes(b.reused))));
+    add("resumed", Some(format!("{}, from before an interruption", human::bytes(b.resumed))));
+    add("received", Some(format!("{}, over the line", human::bytes(b.received))));
+    add("committed", Some(format!("{}, durable at the site", human::bytes(b.committed))));
+    add("wire", Some(format!("{}, all that crossed the line for it", human::bytes(b.wire))));
+    add("rate", (t.rate > 0).then(|| human::rate(t.rate)));
+    add("eta", t.eta_seconds.map(human::seconds));
+    add("attempts", Some(t.attempts.to_string()));
+    add("location", t.location.clone());
+    add("created", Some(human::local(&t.created_at)));
+    add("updated", Some(human::local(&t.updated_at)));
+    add("finished", t.finished_at.as_deref().map(human::local));
+    add("receipt", t.receipt.as_ref().map(|_| "signed by the site; -o json shows it".into()));
+    fields(&pairs)
+}
+
+/// The table of `artifacts`.
+pub(super) fn artifacts(artifacts: &[Artifact], colour: bool) -> String {
+    if artifacts.is_empty() {
+        return "no artifacts\n".into();
+    }
+    let mut table = Table::new(&["ARTIFACT", ">SIZE", ">FILES", "ORIGIN", "PUBLISHED", "DIGEST"]);
+    for a in artifacts {
+        table.row(vec![
+            a.artifact.to_string().into(),
+            human::bytes(a.bytes).into(),
+            a.files.to_string().into(),
+            a.origin.as_ref().map_or("hub", |site| site.as_str()).into(),
+            human::local(&a.created_at).into(),
+            a.digest.chars().take(16).collect::<String>().into(),
+        ]);
+    }
+    table.render(colour)
+}
+
+/// All of one artifact, and where it went.
+pub(super) fn artifact(detail: &ArtifactDetail, colour: bool) -> String {
+    let a = &detail.artifact;
+    let mut pairs = vec![
+        ("artifact", a.artifact.to_string()),
+        ("digest", a.digest.clone()),
+        ("size", format!("{} ({} bytes)", human::bytes(a.bytes), a.bytes)),
+        ("files", a.files.to_string()),
+        ("origin", a.origin.as_ref().map_or("hub", |site| site.as_str()).into()),
+        ("published", human::local(&a.created_at)),
+    ];
+    pairs.extend(a.location.clone().map(|l| ("location", l)));
+    for (name, value) in a.info.as_object().into_iter().flatten().filter(|(name, value)| *name != "is" && !value.is_null()) {
+        pairs.push((name.as_str(), value.as_str().map_or_else(|| value.to_string(), str::to_owned)));
+    }
+    let mut out = fields(&pairs);
+    if !detail.transfers.is_empty() {
+        out.push('\n');
+        out.push_str(&table(&detail.transfers, colour));
+    }
+    out
+}
+
+/// The table of `sites`.
+pub(super) fn sites(sites: &[Site], colour: bool) -> String {
+    if sites.is_empty() {
+        return "no sites have joined\n".into();
+    }
+    let mut table = Table::new(&["SITE", "ONLINE", "LINE", ">RTT", ">OPEN", "LAST SEEN", "VERSION", "LABELS"]);
+    for s in sites {
+        let labels: Vec<String> = s.labels.iter().map(|(key, value)| format!("{key}={value}")).collect();
+        table.row(vec![
+            s.name.as_str().into(),
+            if s.online { "yes" } else { "no" }.into(),
+            s.line.as_deref().unwrap_or("-").into(),
+            s.rtt_ms.map_or_else(|| "-".into(), |ms| format!("{ms:.1} ms")).into(),
+            s.open_transfers.to_string().into(),
+            s.last_seen.as_deref().map_or_else(|| "-".into(), human::local).into(),
+            s.version.as_deref().unwrap_or("-").into(),
+            labels.join(",").into(),
+        ]);
+    }
+    table.render(colour)
+}
+
+/// The table of `plan`.
+pub(super) fn plan(rows: &[PlanRow], colour: bool) -> String {
+    let mut table = Table::new(&["ARTIFACT", "SITE", ">SIZE", ">TO MOVE", ">FREE", ">TIME", "NOTE"]);
+    for row in rows {
+        let note = match row.free {
+            Some(free) if free < row.missing => "no room",
+            _ if !row.asked => "the site did not answer: assumes that it has nothing",
+            _ => "",
+        };
+        table.row(vec![
+            row.artifact.as_str().into(),
+            row.site.as_str().into(),
+            human::bytes(row.total).into(),
+            human::bytes(row.missing).into(),
+            row.free.map_or_else(|| "-".into(), human::bytes).into(),
+            row.seconds.map_or_else(|| "-".into(), human::seconds).into(),
+            note.into(),
+        ]);
+    }
+    table.render(colour)
+}

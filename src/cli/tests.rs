@@ -1,0 +1,319 @@
+//! The command line against a daemon out of memory: exit codes, what is sent, and what people see.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use clap::Parser;
+use clap::error::ErrorKind;
+use serde_json::json;
+
+use super::args::Args;
+use super::tracker::{Tracker, notice};
+use super::{dispatch, render_error, status};
+use crate::api::ApiToken;
+use crate::api::fake::{Fake, TOKEN, job, offline, transfer};
+use crate::api::types::*;
+use crate::cli::args::Output;
+use crate::fault::{Code, Fault, Reason};
+
+struct Daemon {
+    fake: Arc<Fake>,
+    base: String,
+    dir: tempfile::TempDir,
+    _stop: tokio::sync::oneshot::Sender<()>,
+}
+
+async fn daemon() -> Daemon {
+    let fake = Arc::new(Fake::default());
+    let (base, stop, _) = fake.serve().await;
+    let dir = tempfile::tempdir().unwrap();
+    crate::durable::replace(&dir.path().join("token"), TOKEN.as_bytes()).unwrap();
+    Daemon { fake, base, dir, _stop: stop }
+}
+
+impl Daemon {
+    /// Runs a command and returns how it ended.
+    async fn run(&self, line: &str) -> Result<(), Fault> {
+        let token = self.dir.path().join("token");
+        let words = line.split_whitespace().map(str::to_owned);
+        let to = ["--api".to_owned(), self.base.clone(), "--token-file".to_owned(), token.to_str().unwrap().to_owned()];
+        let args = Args::try_parse_from(["packhorse".to_owned()].into_iter().chain(words).chain(to)).unwrap();
+        dispatch(args).await
+    }
+    async fn code(&self, line: &str) -> Code {
+        self.run(line).await.unwrap_err().code
+    }
+}
+
+fn failed(id: &str, site: &str, reason: Reason, message: &str) -> Transfer {
+    Transfer { reason: Some(reason), message: Some(message.into()), next: Some("make room".into()), ..transfer(id, site, State::Failed) }
+}
+
+#[test]
+fn every_command_of_the_manual_parses() {
+    let lines = [
+        "quickstart --dir /tmp/x --once",
+        "serve --config f",
+        "token create --site a --label region=west --label line=3 --ttl 24h",
+        "join --config f --hub h:7443 --token t",
+        "publish /data --as dataset/x:1 --to all --wait --timeout 30s",
+        "publish l.csv --as labels/x:1 --for dataset/x:1 --allow-missing --format csv --column sample_path=image class=defect",
+        "publish registry://h/r:t --as image/x:1 --username u --password-file p",
+        "deliver dataset/x:1 model/y:2 --to region=west,line!=3 --wait",
+        "status",
+        "status t1 --watch --since 5 -o ndjson",
+        "artifacts",
+        "show dataset/x:1",
+        "sites -o json",
+        "pause t",
+        "resume t",
+        "cancel t",
+        "retry t",
+        "plan dataset/x:1 --to all",
+        "verify dataset/x:1 --repair",
+        "export dataset/x:1 --out f",
+        "import f",
+        "gc",
+        "doctor",
+        "config check --config f",
+    ];
+    for line in lines {
+        let parsed = Args::try_parse_from(std::iter::once("packhorse").chain(line.split(' ')));
+        assert!(parsed.is_ok(), "{line}: {}", parsed.unwrap_err());
+    }
+    for (line, kind) in [
+        ("deliver --to all", ErrorKind::MissingRequiredArgument),
+        ("token create --site a --ttl 24", ErrorKind::ValueValidation),
+        ("sites -o xml", ErrorKind::InvalidValue),
+        ("sties", ErrorKind::InvalidSubcommand),
+    ] {
+        let error = Args::try_parse_from(std::iter::once("packhorse").chain(line.split(' '))).unwrap_err();
+        assert_eq!((error.kind(), error.exit_code()), (kind, 2), "{line}");
+    }
+}
+
+#[tokio::test]
+async fn the_daemon_is_found_or_the_fault_says_how() {
+    let d = daemon().await;
+    d.run("sites").await.unwrap();
+    let run = |line: String| async move { dispatch(Args::try_parse_from(line.split(' ')).unwrap()).await.unwrap_err() };
+    let nowhere = run("packhorse sites".into()).await;
+    assert_eq!((nowhere.code, nowhere.message.as_str()), (Code::Usage, "no daemon is named"));
+    let dir = d.dir.path().display();
+    let away = run(format!("packhorse sites --api http://127.0.0.1:1 --token-file {dir}/token")).await;
+    assert_eq!(away.code, Code::Unreachable);
+    assert!(away.next.contains("packhorse serve"), "{away:?}");
+    crate::durable::replace(&d.dir.path().join("wrong"), "f".repeat(64).as_bytes()).unwrap();
+    let wrong = run(format!("packhorse sites --api {} --token-file {dir}/wrong", d.base)).await;
+    assert_eq!((wrong.code, wrong.message.as_str()), (Code::NotAllowed, "the API token is wrong"));
+    // By configuration: the address and the token beside the state.
+    let config = format!("role = \"hub\"\nname = \"h\"\ndata_dir = \"{dir}/data\"\n[listen]\napi = \"{}\"\n", &d.base[7..]);
+    crate::durable::replace(&d.dir.path().join("hub.toml"), config.as_bytes()).unwrap();
+    let by_config = format!("packhorse sites --config {dir}/hub.toml");
+    assert_eq!(run(by_config.clone()).await.code, Code::Unreachable);
+    std::fs::create_dir(d.dir.path().join("data")).unwrap();
+    crate::durable::replace(&ApiToken::path(&d.dir.path().join("data")), TOKEN.as_bytes()).unwrap();
+    dispatch(Args::try_parse_from(by_config.split(' ')).unwrap()).await.unwrap();
+}
+
+#[tokio::test]
+async fn publish_sends_what_was_typed_and_follows_to_the_end() {
+    let d = daemon().await;
+    let published = json!({"artifact": "labels/x:1", "digest": "ab", "transfers": ["t1"], "bytes": 10, "stored": 5, "unchanged": false});
+    d.fake.put_job(job("publish", Ok(published)));
+    d.fake.put(transfer("t1", "chengdu", State::Transferring));
+    let finish = async {
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        d.fake.put(transfer("t1", "chengdu", State::Done));
+    };
+    let line = "publish l.csv --as labels/x:1 --to all --wait --for dataset/x:1 --column sample_path=image class=defect -o json";
+    let (end, ()) = tokio::join!(d.run(line), finish);
+    end.unwrap();
+    let world = d.fake.world.lock();
+    let sent = &world.published[0];
+    assert!(sent.source.starts_with('/') && sent.source.ends_with("/l.csv"), "{}", sent.source);
+    assert_eq!((sent.to.as_deref(), sent.options.for_dataset.as_deref()), (Some("all"), Some("dataset/x:1")));
+    assert_eq!(sent.options.columns["class"], "defect");
+}
+
+#[tokio::test]
+async fn waiting_ends_by_the_table_of_codes() {
+    let d = daemon().await;
+    assert_eq!(d.code("status t9").await, Code::NotFound);
+    assert_eq!(d.code("pause t9").await, Code::NotFound);
+    d.fake.put(failed("t1", "chengdu", Reason::NoSpace, "the disk is full"));
+    let only = d.run("deliver dataset/line3:v1 --to all --wait").await.unwrap_err();
+    assert_eq!((only.code, only.next.as_str()), (Code::NoSpace, "make room"));
+    assert_eq!(only.message, "dataset/line3:v1 did not arrive at chengdu: the disk is full");
+    d.run("deliver dataset/line3:v1 --to all").await.unwrap();
+    d.fake.put(transfer("t2", "xian", State::Done));
+    let some = d.run("deliver dataset/line3:v1 --to all --wait").await.unwrap_err();
+    assert_eq!(some.code, Code::Partial);
+    assert_eq!(some.message, "1 of 2 transfers did not arrive: dataset/line3:v1 at chengdu (no_space)");
+    d.fake.put(offline("t1", "chengdu"));
+    let late = d.run("deliver dataset/line3:v1 --to all --wait --timeout 1s").await.unwrap_err();
+    assert_eq!(late.code, Code::Deadline);
+    assert!(late.message.contains("waiting: chengdu (site_offline)"), "{late}");
+    assert_eq!(d.code("status t1 --watch --since 0").now_or_pending().await, None);
+    d.fake.put(transfer("t1", "chengdu", State::Done));
+    d.run("deliver dataset/line3:v1 --to all --wait").await.unwrap();
+    d.run("status t1 --watch").await.unwrap();
+    d.run("status --since 0 -o ndjson").await.unwrap();
+}
+
+/// Whether a future ends within a moment.
+trait NowOrPending: Future + Sized {
+    async fn now_or_pending(self) -> Option<Self::Output> {
+        tokio::time::timeout(Duration::from_millis(700), self).await.ok()
+    }
+}
+impl<F: Future> NowOrPending for F {}
+
+#[tokio::test]
+async fn a_wait_outlives_a_restart_of_the_daemon() {
+    let d = daemon().await;
+    let Daemon { fake, base, dir, _stop: stop } = d;
+    fake.put(transfer("t1", "chengdu", State::Transferring));
+    let address = base[7..].to_owned();
+    let d = Daemon { fake: Arc::clone(&fake), base, dir, _stop: tokio::sync::oneshot::channel().0 };
+    let restart = async {
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        stop.send(()).unwrap();
+        tokio::time::sleep(Duration::from_millis(600)).await;
+        fake.put(transfer("t1", "chengdu", State::Done));
+        let listener = tokio::net::TcpSocket::new_v4().unwrap();
+        listener.set_reuseaddr(true).unwrap();
+        listener.bind(address.parse().unwrap()).unwrap();
+        fake.serve_on(listener.listen(16).unwrap())
+    };
+    let (end, _again) = tokio::join!(d.run("deliver dataset/line3:v1 --to all --wait"), restart);
+    end.unwrap();
+}
+
+#[tokio::test]
+async fn jobs_end_with_their_fault() {
+    let d = daemon().await;
+    d.fake.put_job(job("verify", Ok(json!([]))));
+    d.run("verify dataset/line3:v1").await.unwrap();
+    d.fake.put_job(job("verify", Ok(json!(["a.png: the hash differs"]))));
+    assert_eq!(d.code("verify dataset/line3:v1").await, Code::Integrity);
+    d.fake.put_job(job("gc", Ok(json!({"freed_bytes": 4096}))));
+    d.run("gc").await.unwrap();
+    d.fake.put_job(job("export", Err(Fault::no_space("the disk of /x is full"))));
+    assert_eq!(d.code("export dataset/line3:v1 --out x").await, Code::NoSpace);
+    assert_eq!(d.code("import x").await, Code::NotFound);
+    d.fake.world.lock().doctor = vec!["ok data_dir".into(), "fault sink.images: refused".into()];
+    assert_eq!(d.code("doctor").await, Code::Internal);
+    d.run("token create --site chengdu --ttl 2h").await.unwrap();
+    d.run("plan dataset/line3:v1 --to all").await.unwrap();
+    d.run("show dataset/line3:v1").await.unwrap();
+    assert_eq!(d.code("show dataset/none:v1").await, Code::NotFound);
+}
+
+#[test]
+fn the_status_table() {
+    let mut moving = transfer("t1", "chengdu", State::Transferring);
+    moving.bytes = Bytes { total: 3 << 30, reused: 1 << 30, received: 345 << 20, committed: 1369 << 20, ..Bytes::default() };
+    (moving.rate, moving.eta_seconds) = (12 << 20, Some(142));
+    let mut done = transfer("t2", "xian", State::Done);
+    done.bytes.committed = 1000;
+    let stuck = failed("t3", "wuhan", Reason::NoSpace, "the disk of /mnt/nas is full");
+    insta::assert_snapshot!(status::table(&[moving, done, stuck, offline("t4", "hefei")], false), @r"
+    ID  ARTIFACT          SITE     STATE         REASON         DONE     SIZE      RATE     ETA
+    t1  dataset/line3:v1  chengdu  transferring  -              44 %  3.0 GiB  12 MiB/s  2m 22s
+    t2  dataset/line3:v1  xian     done          -             100 %   1000 B         -       -
+    t3  dataset/line3:v1  wuhan    failed        no_space        0 %   1000 B         -       -
+    t4  dataset/line3:v1  hefei    queued        site_offline    0 %   1000 B         -       -
+
+    t3: the disk of /mnt/nas is full
+      next: make room
+
+    t4: site hefei is not connected
+      next: nothing: it goes on when the site comes
+    ");
+    assert_eq!(status::table(&[], false), "no transfers\n");
+}
+
+#[test]
+fn colours_change_no_width() {
+    let rows = [transfer("t1", "chengdu", State::Done), transfer("t2", "xian", State::Failed)];
+    let painted = status::rows(&rows, true);
+    assert!(painted.contains("\u{1b}[32mdone\u{1b}[0m"), "{painted:?}");
+    let plain = painted.replace("\u{1b}[32m", "").replace("\u{1b}[31m", "").replace("\u{1b}[0m", "");
+    assert_eq!(plain, status::rows(&rows, false));
+}
+
+#[test]
+fn the_detail_of_a_transfer() {
+    let mut t = failed("t1", "chengdu", Reason::Integrity, "a.png\u{1b}[2J: bad hash");
+    t.bytes = Bytes { total: 10 << 20, reused: 1 << 20, resumed: 0, received: 2 << 20, committed: 3 << 20, wire: 2_200_000 };
+    let text = status::detail(&t);
+    let shown: Vec<&str> =
+        text.lines().filter(|l| !l.starts_with("digest") && !l.starts_with("created") && !l.starts_with("updated")).collect();
+    insta::assert_snapshot!(shown.join("\n"), @r"
+    transfer   t1
+    delivery   d1
+    artifact   dataset/line3:v1
+    site       chengdu
+    state      failed
+    reason     integrity
+    message    a.png�[2J: bad hash
+    next       make room
+    done       30 % of 10 MiB
+    reused     1.0 MiB, from what the site had
+    resumed    0 B, from before an interruption
+    received   2.0 MiB, over the line
+    committed  3.0 MiB, durable at the site
+    wire       2.0 MiB, all that crossed the line for it
+    attempts   1
+    ");
+}
+
+#[test]
+fn sites_and_plans() {
+    let row = |site: &str, asked, free| PlanRow {
+        artifact: "model/m:1".into(),
+        site: site.into(),
+        asked,
+        total: 2 << 30,
+        missing: 20 << 20,
+        free,
+        seconds: None,
+    };
+    insta::assert_snapshot!(status::plan(&[row("chengdu", true, Some(1 << 20)), row("xian", false, None)], false), @r"
+    ARTIFACT   SITE        SIZE  TO MOVE     FREE  TIME  NOTE
+    model/m:1  chengdu  2.0 GiB   20 MiB  1.0 MiB     -  no room
+    model/m:1  xian     2.0 GiB   20 MiB        -     -  the site did not answer: assumes that it has nothing
+    ");
+    assert_eq!(status::sites(&[], false), "no sites have joined\n");
+}
+
+#[test]
+fn errors_say_what_and_what_next() {
+    let fault = Fault::conflict("dataset/x:1 holds other content");
+    insta::assert_snapshot!(render_error(&fault, Output::Json), @r#"
+    error: dataset/x:1 holds other content
+      next: publish it under another version
+    {"code":"conflict","message":"dataset/x:1 holds other content","next":"publish it under another version"}
+    "#);
+    assert_eq!(render_error(&fault, Output::Table).lines().count(), 2);
+}
+
+#[test]
+fn a_tracker_tells_each_thing_once_and_never_goes_back() {
+    let mut tracker = Tracker::new(&["t1".into(), "t2".into()]);
+    assert_eq!(tracker.unseen(), Some("t1"));
+    let at = |cursor, t: Transfer| Transfer { cursor, ..t };
+    let told = tracker.absorb(at(1, offline("t1", "chengdu"))).unwrap();
+    assert_eq!(told, "dataset/line3:v1 to chengdu waits (site_offline): site chengdu is not connected");
+    assert_eq!(tracker.absorb(at(2, offline("t1", "chengdu"))), None);
+    let mut moving = transfer("t1", "chengdu", State::Transferring);
+    moving.bytes.committed = 500;
+    assert_eq!(tracker.absorb(at(4, moving)), None);
+    assert_eq!(tracker.absorb(at(3, offline("t1", "chengdu"))), None, "an older answer came late");
+    assert_eq!(tracker.absorb(transfer("other", "x", State::Done)), None);
+    assert_eq!(tracker.absorb(at(5, transfer("t2", "xian", State::Done))).as_deref(), Some("dataset/line3:v1 arrived at xian"));
+    assert_eq!((tracker.open(), tracker.bytes()), (vec!["t1".to_owned()], (1500, 2000)));
+    assert_eq!(tracker.summary(), "75 % of 1.9 KiB, 1 of 2 ended");
+    assert!(notice(&transfer("t", "s", State::Cancelled)).unwrap().contains("cancelled (cancelled)"));
+}

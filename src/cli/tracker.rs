@@ -1,0 +1,151 @@
+//! What a waiting command knows of its transfers: plain state that takes answers and says lines. No I/O, no clock.
+
+use std::collections::BTreeMap;
+
+use super::human;
+use crate::api::types::{State, Transfer};
+use crate::fault::{Code, Fault, Reason, Retry};
+use crate::limits::OFFENDERS_LISTED_MAX;
+
+/// The transfers that are waited for.
+#[derive(Debug)]
+pub(super) struct Tracker {
+    transfers: BTreeMap<String, Option<Transfer>>,
+}
+
+impl Tracker {
+    /// Waits for these.
+    pub(super) fn new(ids: &[String]) -> Self {
+        Self { transfers: ids.iter().map(|id| (id.clone(), None)).collect() }
+    }
+
+    /// Takes an answer. Returns what a person should be told: an end, or a new reason to stand still.
+    pub(super) fn absorb(&mut self, transfer: Transfer) -> Option<String> {
+        let known = self.transfers.get_mut(&transfer.id)?;
+        let before = known.as_ref().map(|t| (t.state, t.reason));
+        // An older answer may come after a newer one; progress never goes backwards.
+        if known.as_ref().is_some_and(|t| t.cursor > transfer.cursor) {
+            return None;
+        }
+        let line = (before != Some((transfer.state, transfer.reason))).then(|| notice(&transfer)).flatten();
+        *known = Some(transfer);
+        line
+    }
+
+    /// Ids of those that have not ended, or were never seen.
+    pub(super) fn open(&self) -> Vec<String> {
+        let open = |t: &Option<Transfer>| t.as_ref().is_none_or(|t| !t.state.is_final());
+        self.transfers.iter().filter(|(_, t)| open(t)).map(|(id, _)| id.clone()).collect()
+    }
+
+    /// An id that the daemon has never spoken of.
+    pub(super) fn unseen(&self) -> Option<&str> {
+        self.transfers.iter().find(|(_, t)| t.is_none()).map(|(id, _)| id.as_str())
+    }
+
+    /// All of them, as last seen.
+    pub(super) fn seen(&self) -> Vec<Transfer> {
+        self.transfers.values().flatten().cloned().collect()
+    }
+
+    /// Durable bytes, and bytes in all.
+    pub(super) fn bytes(&self) -> (u64, u64) {
+        self.transfers.values().flatten().fold((0, 0), |(done, total), t| {
+            let part = if t.state == State::Done { t.bytes.total } else { t.bytes.committed.min(t.bytes.total) };
+            (done + part, total + t.bytes.total)
+        })
+    }
+
+    /// How far all is, on one line.
+    pub(super) fn summary(&self) -> String {
+        let (done, total) = self.bytes();
+        let seen = || self.transfers.values().flatten();
+        let ended = seen().filter(|t| t.state.is_final()).count();
+        let mut line = match human::share(done, total) {
+            Some(percent) if ended < self.transfers.len() => format!("{percent} % of {}", human::bytes(total)),
+            _ => human::bytes(total),
+        };
+        line.push_str(&format!(", {ended} of {} ended", self.transfers.len()));
+        let rate: u64 = seen().map(|t| t.rate).sum();
+        if rate > 0 {
+            line.push_str(&format!(", {}", human::rate(rate)));
+        }
+        if let Some(eta) = seen().filter_map(|t| t.eta_seconds).max() {
+            line.push_str(&format!(", {} to go", human::seconds(eta)));
+        }
+        let waiting: Vec<String> =
+            seen().filter(|t| !t.state.is_final()).filter_map(|t| Some(format!("{} ({})", t.site, t.reason?.as_str()))).collect();
+        if !waiting.is_empty() {
+            line.push_str(&format!("; waiting: {}", listed(&waiting)));
+        }
+        line
+    }
+
+    /// How the command ends: well, with the only transfer's fault, or with `some sites failed`.
+    pub(super) fn verdict(&self) -> Result<(), Fault> {
+        let bad: Vec<&Transfer> = self.transfers.values().flatten().filter(|t| t.state != State::Done).collect();
+        match bad.as_slice() {
+            [] => Ok(()),
+            [only] if self.transfers.len() == 1 => Err(fault_of(only)),
+            _ => {
+                let names: Vec<String> = bad.iter().map(|t| format!("{} at {} ({})", t.artifact, t.site, why(t))).collect();
+                let message = format!("{} of {} transfers did not arrive: {}", bad.len(), self.transfers.len(), listed(&names));
+                Err(fault(Code::Partial, message, "see 'packhorse status TRANSFER', mend it, then 'packhorse retry TRANSFER'"))
+            }
+        }
+    }
+}
+
+/// At most so many, and how many more.
+fn listed(items: &[String]) -> String {
+    let shown = items.iter().take(OFFENDERS_LISTED_MAX).cloned().collect::<Vec<_>>().join(", ");
+    match items.len().checked_sub(OFFENDERS_LISTED_MAX) {
+        Some(more) if more > 0 => format!("{shown}, and {more} more"),
+        _ => shown,
+    }
+}
+
+fn why(transfer: &Transfer) -> &'static str {
+    transfer.reason.map_or(transfer.state.as_str(), Reason::as_str)
+}
+
+/// The line for a transfer that ended or stands still; `None` for one that simply goes on.
+pub(super) fn notice(transfer: &Transfer) -> Option<String> {
+    let (artifact, site) = (&transfer.artifact, &transfer.site);
+    let said = transfer.message.as_deref().map(|m| format!(": {}", human::clean(m))).unwrap_or_default();
+    match (transfer.state, transfer.reason) {
+        (State::Done, _) => Some(format!("{artifact} arrived at {site}")),
+        (State::Failed | State::Cancelled, _) => {
+            Some(format!("{artifact} to {site}: {} ({}){said}", transfer.state.as_str(), why(transfer)))
+        }
+        (State::Paused, _) => Some(format!("{artifact} to {site} is paused{said}")),
+        (_, Some(Reason::WaitingForTurn) | None) => None,
+        (_, Some(reason)) => Some(format!("{artifact} to {site} waits ({}){said}", reason.as_str())),
+    }
+}
+
+/// A transfer that did not arrive, as the fault that a command ends with.
+fn fault_of(transfer: &Transfer) -> Fault {
+    let code = match transfer.reason {
+        Some(Reason::NoSpace) => Code::NoSpace,
+        Some(Reason::SinkUnavailable | Reason::HubUnreachable | Reason::SiteOffline | Reason::WaitingForSource) => Code::Unreachable,
+        Some(Reason::SinkDenied) => Code::NotAllowed,
+        Some(Reason::SinkRefused) => Code::Conflict,
+        Some(Reason::Integrity) => Code::Integrity,
+        Some(Reason::SourceGone) => Code::NotFound,
+        Some(Reason::CancelledByUser | Reason::PausedByUser) => Code::Partial,
+        Some(Reason::Internal | Reason::WindowClosed | Reason::WaitingForDependency | Reason::WaitingForTurn) => Code::Internal,
+        None if transfer.state == State::Cancelled => Code::Partial,
+        None => Code::Internal,
+    };
+    let said = transfer.message.as_deref().unwrap_or(why(transfer));
+    let message = format!("{} did not arrive at {}: {said}", transfer.artifact, transfer.site);
+    let next = transfer.next.clone().unwrap_or_else(|| format!("mend it, then 'packhorse retry {}'", transfer.id));
+    fault(code, message, &next)
+}
+
+fn fault(code: Code, message: String, next: &str) -> Fault {
+    let mut fault = Fault::internal(message).with_next(next).with_retry(Retry::Never);
+    fault.code = code;
+    fault
+}

@@ -1,0 +1,156 @@
+//! The rules that the types of a [`Config`] cannot say, each with the place in the file that breaks it.
+
+use std::path::Path;
+
+use super::{Config, MEMORY_BUDGET_BYTES_MIN, Role};
+
+/// A broken rule.
+#[derive(Debug)]
+pub(super) struct Broken {
+    /// Byte offset in the text.
+    pub(super) offset: usize,
+    /// What is wrong, and with which key.
+    pub(super) message: String,
+}
+
+/// Checks all rules; `text` is what `config` was read from.
+pub(super) fn check(config: &Config, text: &str) -> Result<(), Broken> {
+    let rules = Rules { text };
+    match config.role {
+        Role::Hub => rules.hub(config)?,
+        Role::Site => rules.site(config)?,
+    }
+    rules.absolute("data_dir", &config.data_dir)?;
+    if config.limits.memory < MEMORY_BUDGET_BYTES_MIN {
+        return rules.broken("limits.memory", format!("it must be {} MiB at least", MEMORY_BUDGET_BYTES_MIN >> 20));
+    }
+    Ok(())
+}
+
+struct Rules<'a> {
+    text: &'a str,
+}
+
+impl Rules<'_> {
+    /// Refuses with the key's place: `key: why`.
+    fn broken<T>(&self, key: &str, why: impl std::fmt::Display) -> Result<T, Broken> {
+        Err(Broken { offset: locate(self.text, key).unwrap_or(0), message: format!("{key}: {why}") })
+    }
+
+    fn absent(&self, key: &str, why: &str) -> Result<(), Broken> {
+        if locate(self.text, key).is_some() { self.broken(key, why) } else { Ok(()) }
+    }
+
+    fn absolute(&self, key: &str, path: &Path) -> Result<(), Broken> {
+        if path.is_absolute() { Ok(()) } else { self.broken(key, format!("{path:?} is not an absolute path")) }
+    }
+
+    fn hub(&self, _config: &Config) -> Result<(), Broken> {
+        self.absent("hub", "only a site has it; a hub dials nobody")?;
+        self.absent("sink", "only a site has it; artifacts land at sites")
+    }
+
+    fn site(&self, config: &Config) -> Result<(), Broken> {
+        self.absent("listen.quic", "only a hub has it; sites dial")?;
+        let Some(hub) = &config.hub else {
+            return self.broken("role", "a site needs [hub] with address = \"HOST:PORT\"");
+        };
+        if let Err(why) = check_host_port(&hub.address) {
+            return self.broken("hub.address", why);
+        }
+        if let Some(files) = &config.sink.files {
+            self.absolute("sink.files.root", &files.root)?;
+            if files.root == config.data_dir {
+                return self.broken("sink.files.root", "it must not be data_dir itself");
+            }
+        }
+        if let Some(labels) = &config.sink.labels {
+            self.labels(labels)?;
+        }
+        config.sink.images.as_ref().map_or(Ok(()), |images| self.images(images))
+    }
+
+    fn labels(&self, sink: &super::LabelsSink) -> Result<(), Broken> {
+        let key = "sink.labels.url";
+        if let Some(path) = sink.url.strip_prefix("sqlite://") {
+            self.absolute(key, Path::new(path))?;
+            return self.absent("sink.labels.password_file", "SQLite has no password");
+        }
+        let Some(rest) = sink.url.strip_prefix("postgres://").or_else(|| sink.url.strip_prefix("postgresql://")) else {
+            return self.broken(key, "write postgres://USER@HOST/DATABASE or sqlite:///PATH");
+        };
+        self.no_secret(key, rest, "sink.labels.password_file")?;
+        sink.password_file.as_deref().map_or(Ok(()), |p| self.absolute("sink.labels.password_file", p))
+    }
+
+    fn images(&self, sink: &super::ImagesSink) -> Result<(), Broken> {
+        let key = "sink.images.url";
+        let password = "sink.images.password_file";
+        if let Some(path) = sink.url.strip_prefix("oci-layout:") {
+            self.absolute(key, Path::new(path))?;
+            for only_registry in ["username", "password_file", "ca_file", "create_project"] {
+                self.absent(&format!("sink.images.{only_registry}"), "only a registry has it; this is an OCI layout folder")?;
+            }
+            return Ok(());
+        }
+        let Some(rest) = sink.url.strip_prefix("https://").or_else(|| sink.url.strip_prefix("http://")) else {
+            return self.broken(key, "write https://HOST/PROJECT, http://HOST:PORT/PROJECT or oci-layout:/PATH");
+        };
+        if rest.is_empty() || rest.starts_with('/') || rest.contains(['?', '#']) {
+            return self.broken(key, "write https://HOST/PROJECT, with neither query nor fragment");
+        }
+        if authority(rest).contains('@') {
+            return self.broken(key, "credentials do not belong in the URL; use sink.images.username and password_file");
+        }
+        match (&sink.username, &sink.password_file) {
+            (Some(_), None) => return self.broken("sink.images.username", format!("it needs {password}")),
+            (None, Some(_)) => return self.broken(password, "it needs sink.images.username"),
+            _ => {}
+        }
+        if let Some(path) = &sink.password_file {
+            self.absolute(password, path)?;
+        }
+        sink.ca_file.as_deref().map_or(Ok(()), |p| self.absolute("sink.images.ca_file", p))
+    }
+
+    /// Refuses `user:password@` and `?password=`: the configuration is often in a repository.
+    fn no_secret(&self, key: &str, rest: &str, instead: &str) -> Result<(), Broken> {
+        let in_user = authority(rest).rsplit_once('@').is_some_and(|(user, _)| user.contains(':'));
+        if in_user || rest.contains("password=") {
+            return self.broken(key, format!("a password does not belong in the URL; use {instead}"));
+        }
+        Ok(())
+    }
+}
+
+/// `user@host:port` of what stands behind `scheme://`.
+fn authority(rest: &str) -> &str {
+    rest.split(['/', '?', '#']).next().unwrap_or_default()
+}
+
+/// `HOST:PORT`, `[v6]:PORT`.
+pub(super) fn check_host_port(address: &str) -> Result<(), String> {
+    let shape = || format!("{address:?} is not HOST:PORT");
+    let (host, port) = address.rsplit_once(':').ok_or_else(shape)?;
+    let bare_v6 = host.contains(':') && !(host.starts_with('[') && host.ends_with(']'));
+    let odd = host.is_empty() || bare_v6 || host.contains(|c: char| c.is_whitespace() || c == '/' || c == '@');
+    match port.parse::<u16>() {
+        Ok(p) if p > 0 && !odd => Ok(()),
+        _ => Err(shape()),
+    }
+}
+
+/// Where `a.b.c` stands in the text, as a byte offset; `None` when it is not there.
+fn locate(text: &str, key: &str) -> Option<usize> {
+    let document = toml::de::DeTable::parse(text).ok()?;
+    let mut table = document.get_ref();
+    let mut parts = key.split('.').peekable();
+    while let Some(part) = parts.next() {
+        let (found, value) = table.iter().find(|(k, _)| k.get_ref() == part)?;
+        if parts.peek().is_none() {
+            return Some(found.span().start);
+        }
+        table = value.get_ref().as_table()?;
+    }
+    None
+}

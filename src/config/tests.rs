@@ -1,0 +1,143 @@
+//! The error texts are what a person sees at three in the morning: they are written out here.
+
+use super::*;
+
+const SITE: &str = "role = \"site\"\nname = \"chengdu\"\ndata_dir = \"/var/lib/packhorse\"\n[hub]\naddress = \"hub:7443\"\n";
+const HUB: &str = "role = \"hub\"\nname = \"central\"\ndata_dir = \"/var/lib/packhorse\"\n";
+
+#[track_caller]
+fn check(text: &str, expected: &str) {
+    let fault = parse(text, "x.toml").unwrap_err();
+    assert_eq!(fault.code, crate::fault::Code::Config);
+    assert_eq!(fault.message, expected);
+}
+
+#[test]
+fn samples_parse_and_say_the_true_defaults() {
+    for name in ["hub", "site"] {
+        let text = std::fs::read_to_string(format!("{}/config/{name}.toml", env!("CARGO_MANIFEST_DIR"))).unwrap();
+        parse(&text, name).unwrap();
+        // Prose begins with "# "; a line "#key = value" or "#[table]" is a default that may be uncommented.
+        let uncommented: String = text
+            .lines()
+            .map(|line| match line.strip_prefix('#') {
+                Some(rest) if rest.starts_with(|c: char| c.is_ascii_lowercase() || c == '[') => format!("{rest}\n"),
+                _ => format!("{line}\n"),
+            })
+            .collect();
+        let all = parse(&uncommented, name).unwrap();
+        let minimal = parse(if name == "hub" { HUB } else { SITE }, name).unwrap();
+        assert_eq!(format!("{:?}", all.listen), format!("{:?}", minimal.listen));
+        assert_eq!(format!("{:?}", all.line), format!("{:?}", minimal.line));
+        assert_eq!(format!("{:?}", all.limits), format!("{:?}", minimal.limits));
+        assert_eq!(all.files_root(), minimal.files_root());
+        assert_eq!(format!("{:?}", all.labels_sink()), format!("{:?}", minimal.labels_sink()));
+        assert_eq!(format!("{:?}", all.images_sink()), format!("{:?}", minimal.images_sink()));
+    }
+}
+
+#[test]
+fn unknown_keys_and_wrong_values_name_their_line() {
+    check(
+        "role = \"site\"\nname = \"a\"\ndata_dir = \"/d\"\ncolour = 1\n",
+        "x.toml:4:1: unknown key `colour`, expected one of `role`, `name`, `data_dir`, `listen`, `hub`, `sink`, `line`, `limits`",
+    );
+    check("role = \"site\"\nname = \"a\"\n", "x.toml:1:1: missing key `data_dir`");
+    check("role = \"boss\"\n", "x.toml:1:8: unknown variant `boss`, expected `hub` or `site`");
+    check(&format!("{HUB}[listen]\napi = \"here\"\n"), "x.toml:5:7: invalid socket address syntax");
+    check(&format!("{HUB}[listen]\nport = 1\n"), "x.toml:5:1: unknown key `port`, expected `api` or `quic`");
+    check(
+        &format!("{HUB}[limits]\nmemory = \"256\"\n"),
+        "x.toml:5:10: \"256\" is not a size: write a whole number with a unit, for example 20MiB",
+    );
+    check(&format!("{HUB}[limits]\nmemory = \"1MiB\"\n"), "x.toml:5:1: limits.memory: it must be 32 MiB at least");
+    check(
+        "role = \"hub\"\nname = \"Chengdu\"\ndata_dir = \"/d\"\n",
+        "x.toml:2:8: site name \"Chengdu\" is not allowed: it must start with a lower-case letter or a digit",
+    );
+    check("role = \"hub\"\nname = 'x'\ndata_dir = \"d\"\n", "x.toml:3:1: data_dir: \"d\" is not an absolute path");
+    let fault = parse("role = = 1\n", "x.toml").unwrap_err();
+    assert!(fault.message.starts_with("x.toml:1:8: "), "{fault}");
+}
+
+#[test]
+fn roles_have_their_own_tables() {
+    parse(HUB, "x").unwrap();
+    parse(SITE, "x").unwrap();
+    check("role = \"site\"\nname = \"a\"\ndata_dir = \"/d\"\n", "x.toml:1:1: role: a site needs [hub] with address = \"HOST:PORT\"");
+    check(&format!("{HUB}[hub]\naddress = \"h:1\"\n"), "x.toml:4:2: hub: only a site has it; a hub dials nobody");
+    check(&format!("{HUB}[sink.files]\nroot = \"/x\"\n"), "x.toml:4:2: sink: only a site has it; artifacts land at sites");
+    check(&format!("{SITE}[listen]\nquic = \"0.0.0.0:1\"\n"), "x.toml:7:1: listen.quic: only a hub has it; sites dial");
+    check(&SITE.replace("hub:7443", "hub"), "x.toml:5:1: hub.address: \"hub\" is not HOST:PORT");
+}
+
+#[test]
+fn secrets_come_by_file_only() {
+    let labels = |url: &str| format!("{SITE}[sink.labels]\nurl = \"{url}\"\n");
+    let images = |rest: &str| format!("{SITE}[sink.images]\n{rest}\n");
+    parse(&labels("postgres://packhorse@db/labels"), "x").unwrap();
+    check(
+        &labels("postgres://packhorse:secret@db/labels"),
+        "x.toml:7:1: sink.labels.url: a password does not belong in the URL; use sink.labels.password_file",
+    );
+    check(&labels("mysql://db"), "x.toml:7:1: sink.labels.url: write postgres://USER@HOST/DATABASE or sqlite:///PATH");
+    check(
+        &images("url = \"https://robot:x@harbor/operators\""),
+        "x.toml:7:1: sink.images.url: credentials do not belong in the URL; use sink.images.username and password_file",
+    );
+    check(
+        &images("url = \"https://harbor/operators\"\nusername = \"r\""),
+        "x.toml:8:1: sink.images.username: it needs sink.images.password_file",
+    );
+    check(
+        &images("url = \"oci-layout:/i\"\nusername = \"r\""),
+        "x.toml:8:1: sink.images.username: only a registry has it; this is an OCI layout folder",
+    );
+}
+
+#[test]
+fn surroundings_are_checked_by_load_only() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("site.toml");
+    let secret = dir.path().join("secret");
+    let text = format!(
+        "role = \"site\"\nname = \"a\"\ndata_dir = \"{0}/data\"\n[hub]\naddress = \"h:1\"\n[sink.labels]\nurl = \"postgres://u@db/x\"\npassword_file = \"{1}\"\n",
+        dir.path().display(),
+        secret.display()
+    );
+    crate::durable::replace(&file, text.as_bytes()).unwrap();
+    read(&file).unwrap();
+    let fault = load(&file).unwrap_err();
+    assert_eq!(fault.code, crate::fault::Code::Config);
+    assert!(fault.message.contains("sink.labels.password_file") && fault.message.contains(secret.to_str().unwrap()), "{fault}");
+    crate::durable::replace(&secret, b"\n").unwrap();
+    assert!(load(&file).unwrap_err().message.contains("is empty"));
+    crate::durable::replace(&secret, b"pass word\r\n").unwrap();
+    load(&file).unwrap();
+    assert_eq!(read_secret(&secret).unwrap(), "pass word");
+    assert!(load(&dir.path().join("none")).unwrap_err().message.contains("cannot read the configuration"));
+}
+
+#[test]
+fn network_filesystems_are_known() {
+    assert_eq!(network_filesystem(0x6969), Some("nfs"));
+    // Some targets have a signed 32-bit f_type.
+    assert_eq!(network_filesystem(0xffff_ffff_ff53_4d42), Some("cifs"));
+    assert_eq!(network_filesystem(0xef53), None);
+    refuse_network_filesystem(Path::new("/tmp/does/not/exist")).unwrap();
+}
+
+#[test]
+fn sizes_and_durations_need_units() {
+    assert_eq!(parse_size("20MiB"), Ok(20 << 20));
+    assert_eq!(parse_size("4 GB"), Ok(4_000_000_000));
+    for bad in ["20", "", "MiB", "-1MiB", "1.5GiB", "99999999999TiB"] {
+        assert!(parse_size(bad).is_err(), "{bad:?}");
+    }
+    assert_eq!(parse_duration("90s"), Ok(Duration::from_secs(90)));
+    assert_eq!(parse_duration("24h"), Ok(Duration::from_secs(86_400)));
+    assert_eq!(parse_duration("250ms"), Ok(Duration::from_millis(250)));
+    for bad in ["5", "h", "1w", "-1s", "99999999999999999d"] {
+        assert!(parse_duration(bad).is_err(), "{bad:?}");
+    }
+}
