@@ -27,6 +27,8 @@ use crate::names::SiteName;
 use crate::store::Store;
 use crate::wire::{Peer, Wanted};
 
+pub(crate) use backend::not_in_this_version;
+
 /// Artifacts kept open for sites that read them.
 const OPENED_MAX: usize = 64;
 /// How long an answer to "may this site read it" is good.

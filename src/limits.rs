@@ -197,9 +197,9 @@ pub const FETCH_STREAMS_MAX: usize = 128;
 pub const LABEL_RECORD_BYTES_MAX: usize = 1 << 20;
 /// The deepest nesting of a label record.
 pub const LABEL_DEPTH_MAX: u32 = 128;
-/// The most classes of a label set.
-pub const LABEL_CLASSES_MAX: usize = 100_000;
 /// The largest small file beside labels that is read whole: a list of names or sizes, or one image's XML.
 pub const LABEL_SIDE_FILE_BYTES_MAX: u64 = 4 << 20;
 /// Label rows kept in memory before they are spilled, for each sort that runs (two at once at most).
 pub const LABEL_SORT_BYTES: usize = 32 << 20;
+/// The longest pause between two tries to reach the hub.
+pub const RECONNECT_MAX: Duration = Duration::from_secs(15);

@@ -29,7 +29,7 @@ pub fn open(
         }
         let reference: Reference = source.parse()?;
         let credentials = match (&options.username, &options.password_file) {
-            (Some(user), Some(file)) => Some(Credentials::from_file(user, Path::new(file))?),
+            (Some(user), Some(file)) => Some(Credentials::from_file(user, PathBuf::from(file))?),
             (None, None) => None,
             _ => return Err(Fault::usage("--username and --password-file go together")),
         };

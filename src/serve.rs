@@ -48,12 +48,12 @@ pub async fn run_until(config: Config, stop: CancellationToken) -> Result<(), Fa
         Role::Hub => {
             let hub = Hub::open(config, stop.clone()).await?;
             let work = hub.clone();
-            drive(listener, token, hub.clone(), async move { work.run().await }, stop, hub.stopped()).await
+            drive(listener, token, Arc::new(hub.clone()), async move { work.run().await }, stop, hub.stopped()).await
         }
         Role::Site => {
             let site = Site::open(config, stop.clone()).await?;
             let work = site.clone();
-            drive(listener, token, site.clone(), async move { work.run().await }, stop, site.stopped()).await
+            drive(listener, token, Arc::new(site.clone()), async move { work.run().await }, stop, site.stopped()).await
         }
     }
 }

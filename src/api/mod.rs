@@ -25,6 +25,7 @@ use std::future::{Future, IntoFuture};
 use std::sync::Arc;
 
 use async_trait::async_trait;
+use futures::future::BoxFuture;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
@@ -82,8 +83,8 @@ pub trait Backend: Send + Sync {
     async fn job(&self, id: &str) -> Result<Job, Fault>;
     /// Events after `since`, at most `limit`, in order; `since` 0 means from the oldest kept. Does not wait.
     async fn events(&self, since: u64, limit: u32) -> Result<Vec<Event>, Fault>;
-    /// Returns after something changed (an event, a job), or after some time: a hint to look again.
-    async fn changed(&self);
+    /// Ends after something changed since this call (an event, a job), or after some time: a hint to look again.
+    fn changed(&self) -> BoxFuture<'static, ()>;
     /// The metrics in Prometheus text form.
     async fn metrics(&self) -> Result<String, Fault>;
 }

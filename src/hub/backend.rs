@@ -387,7 +387,7 @@ impl Backend for Hub {
     }
 
     async fn metrics(&self) -> Result<String, Fault> {
-        let (transfers, _) = self.inner.catalogue.transfers(&TransferQuery { limit: Some(10_000), ..Default::default() }).await?;
+        let (transfers, _) = self.transfers(&TransferQuery { limit: Some(10_000), ..Default::default() }).await?;
         let mut out = crate::metrics::transfers(&transfers);
         let store = self.inner.store.clone();
         let stored = blocking(move || store.stored_bytes()).await?;

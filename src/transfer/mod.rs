@@ -9,7 +9,7 @@ mod pace;
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use base64::Engine as _;
@@ -81,6 +81,8 @@ struct Inner {
     small: Semaphore,
     large: Semaphore,
     running: Mutex<HashMap<String, Running>>,
+    /// Bytes a second, as a transfer last had it.
+    last_rate: AtomicU64,
     stop: CancellationToken,
 }
 
@@ -107,8 +109,14 @@ impl Runner {
         link: watch::Receiver<Option<Link>>,
         stop: CancellationToken,
     ) -> Self {
-        let (small, large, running) = (Semaphore::new(SMALL_TURNS), Semaphore::new(LARGE_TURNS), Mutex::default());
-        Self { inner: Arc::new(Inner { catalogue, shared, sinks, identity, link, small, large, running, stop }) }
+        let (small, large) = (Semaphore::new(SMALL_TURNS), Semaphore::new(LARGE_TURNS));
+        let (running, last_rate) = Default::default();
+        Self { inner: Arc::new(Inner { catalogue, shared, sinks, identity, link, small, large, running, last_rate, stop }) }
+    }
+
+    /// Bytes a second, as the line last went; 0 when it is not known.
+    pub fn last_rate(&self) -> u64 {
+        self.inner.last_rate.load(Ordering::Relaxed)
     }
 
     /// Does what the hub wants. Returns the transfers listed, as they stand here.
@@ -287,7 +295,7 @@ impl Runner {
     }
 
     fn note_bytes(&self, row: &mut TransferRow, counters: &Counters) {
-        let get = |n: &std::sync::atomic::AtomicU64| n.load(Ordering::Relaxed);
+        let get = |n: &AtomicU64| n.load(Ordering::Relaxed);
         let was = row.body.bytes;
         row.body.bytes = Bytes {
             total: was.total,
@@ -396,6 +404,7 @@ impl Runner {
                         self.note_bytes(row, counters);
                         let bytes = row.body.bytes;
                         row.body.rate = pace.rate(clock::now_unix_ms(), bytes.received + bytes.reused);
+                        self.inner.last_rate.store(row.body.rate, Ordering::Relaxed);
                         row.body.eta_seconds = pace.eta(bytes.total.saturating_sub(bytes.committed));
                         self.save(row).await;
                     }

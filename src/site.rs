@@ -1,0 +1,123 @@
+//! A site: dials the hub, keeps a line to it, and runs the transfers that the hub wants.
+
+mod backend;
+mod line;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use tokio::sync::{Semaphore, watch};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::catalogue::Catalogue;
+use crate::config::Config;
+use crate::durable;
+use crate::fault::{Fault, IoContext};
+use crate::fetch::blocking;
+use crate::identity::SiteIdentity;
+use crate::jobs::Jobs;
+use crate::line::Link;
+use crate::places::Places;
+use crate::sink::files::FilesSink;
+use crate::sink::{images, labels};
+use crate::store::Store;
+use crate::transfer::{BUDGET_UNIT, Runner, Shared, Sinks};
+
+/// The site. Cheap to clone.
+#[derive(Clone)]
+pub struct Site {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    config: Config,
+    catalogue: Catalogue,
+    shared: Shared,
+    sinks: Sinks,
+    runner: Runner,
+    identity: watch::Sender<Arc<SiteIdentity>>,
+    link: watch::Sender<Option<Link>>,
+    /// Why there is no line, as the last try said.
+    line_fault: parking_lot::Mutex<Option<Fault>>,
+    jobs: Jobs,
+    tasks: TaskTracker,
+    stop: CancellationToken,
+}
+
+impl Site {
+    /// Opens the site's state and sinks. It must have joined.
+    pub async fn open(config: Config, stop: CancellationToken) -> Result<Self, Fault> {
+        let Some(identity) = SiteIdentity::load(&config.data_dir)? else {
+            return Err(Fault::not_allowed(format!("site {} has not joined a hub yet: {} holds no certificate", config.name, config.data_dir.display()))
+                .with_next("at the hub: packhorse token create --site NAME; then here: packhorse join --config FILE --hub HOST:PORT --token TOKEN"));
+        };
+        if *identity.name() != config.name {
+            return Err(Fault::config(format!("the config says that this is site {}, its certificate says {}", config.name, identity.name()))
+                .with_next("mend the name in the config, or join anew"));
+        }
+        let catalogue = Catalogue::open(&config.data_dir).await?;
+        let data = config.data_dir.clone();
+        let (store, places) = blocking(move || Ok((Store::open(&data.join("store"))?, Places::open(&data)?))).await?;
+        let sinks = Sinks {
+            files: Arc::new(FilesSink::open(config.sink.files.as_ref(), &config.data_dir)?),
+            labels: labels::open(config.sink.labels.as_ref(), &config.data_dir)?,
+            images: images::open(config.sink.images.as_ref(), &config.data_dir)?,
+        };
+        let shared = Shared {
+            store,
+            places: Arc::new(places),
+            // Half of the budget: what the line itself holds in its windows is the other half.
+            budget: Arc::new(Semaphore::new((config.limits.memory / 2 / BUDGET_UNIT) as usize)),
+            images: sinks.images.clone(),
+        };
+        let (identity, identity_watch) = watch::channel(Arc::new(identity));
+        let (link, link_watch) = watch::channel(None);
+        let runner = Runner::new(catalogue.clone(), shared.clone(), sinks.clone(), identity_watch, link_watch, stop.clone());
+        tracing::info!(name = %config.name, api = %config.listen.api, data = %config.data_dir.display(), "the site is ready");
+        let jobs = Jobs::new(catalogue.clone());
+        let (line_fault, tasks) = Default::default();
+        Ok(Self { inner: Arc::new(Inner { config, catalogue, shared, sinks, runner, identity, link, line_fault, jobs, tasks, stop }) })
+    }
+
+    /// Keeps the line and works until the daemon stops.
+    pub async fn run(&self) -> Result<(), Fault> {
+        self.clean_staging().await?;
+        self.inner.runner.start().await?;
+        self.keep_line().await
+    }
+
+    /// Waits for what runs; each transfer writes down where it is.
+    pub async fn stopped(&self) {
+        self.inner.runner.drained().await;
+        self.inner.tasks.close();
+        self.inner.tasks.wait().await;
+        if let Some(link) = self.inner.link.send_replace(None) {
+            link.close("the site stops");
+        }
+    }
+
+    /// Takes away staging folders of transfers that are no longer open: what a crash left between two steps.
+    async fn clean_staging(&self) -> Result<(), Fault> {
+        let inner = &self.inner;
+        let open = inner.catalogue.open_transfers(&inner.config.name).await?;
+        let roots: Vec<PathBuf> =
+            [&inner.sinks.files, &inner.sinks.labels, &inner.sinks.images].iter().map(|sink| sink.staging_root().to_owned()).collect();
+        let places = inner.shared.places.clone();
+        blocking(move || {
+            for root in roots {
+                let Ok(entries) = std::fs::read_dir(&root) else { continue };
+                for entry in entries {
+                    let entry = entry.at(root.display())?;
+                    let name = entry.file_name().to_string_lossy().into_owned();
+                    // A failed transfer keeps what it has for `retry`.
+                    if name.starts_with("t-") && places.staged_by(&name).is_none() && !open.iter().any(|row| row.id == name) || name.starts_with("removed-") {
+                        durable::remove_all(&entry.path())?;
+                    }
+                }
+            }
+            Ok(())
+        })
+        .await
+    }
+}

@@ -1,0 +1,207 @@
+//! What a site can be asked over its API. What only the hub can decide is passed on to it.
+
+use std::fmt::Write as _;
+use std::fs::File;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use async_trait::async_trait;
+
+use super::Site;
+use crate::api::Backend;
+use crate::api::types::Site as SiteView;
+use crate::api::types::*;
+use crate::catalogue::ArtifactRow;
+use crate::fault::{Fault, IoContext};
+use crate::fetch::blocking;
+use crate::hub::not_in_this_version;
+use crate::jobs::JobProgress;
+use crate::manifest::{EntryBody, Step, Walk};
+use crate::names::ArtifactRef;
+use crate::serve::wrong_role;
+use crate::sink::{Incoming, Place};
+use crate::wire::AskHub;
+
+impl Site {
+    /// Re-reads what this site holds of an artifact. One line a fault.
+    async fn verify_now(&self, row: ArtifactRow, progress: Arc<JobProgress>) -> Result<Vec<String>, Fault> {
+        let Some(place) = row.place.clone() else { return Ok(vec![format!("{} is not held here", row.artifact)]) };
+        progress.doing(format!("re-reading {}", row.artifact));
+        let sink = self.inner.sinks.of(row.artifact.kind).clone();
+        let incoming = Incoming { artifact: row.artifact.clone(), digest: row.digest, root: row.root.clone(), transfer: "verify".into() };
+        let mut faults = sink.verify(&incoming, &place).await?;
+        let store = self.inner.shared.store.clone();
+        if let (Place::Folder { path: folder }, true) = (place, row.artifact.kind.is_files()) {
+            faults.extend(
+                blocking(move || {
+                    let mut faults = Vec::new();
+                    for step in Walk::new(&row.root, &store) {
+                        let Step::Entry { entry, .. } = step? else { continue };
+                        let path = folder.join(entry.path.as_str());
+                        let fault = match entry.body {
+                            EntryBody::Dir => (!path.is_dir()).then(|| "the folder is gone".to_owned()),
+                            EntryBody::Symlink(target) => {
+                                let now = std::fs::read_link(&path).ok();
+                                (now.as_deref() != Some(std::path::Path::new(&target))).then(|| "the link is gone or another".to_owned())
+                            }
+                            EntryBody::File(file) => {
+                                let mut hasher = blake3::Hasher::new();
+                                let read = File::open(&path).and_then(|f| hasher.update_reader(f).map(|_| ())).at("read");
+                                progress.bytes.fetch_add(file.size, Ordering::Relaxed);
+                                match read {
+                                    Err(fault) => Some(fault.message),
+                                    Ok(()) => (*hasher.finalize().as_bytes() != file.hash.0).then(|| "its content is not what was delivered".to_owned()),
+                                }
+                            }
+                        };
+                        faults.extend(fault.map(|why| format!("{}: {why}", path.display())));
+                    }
+                    Ok(faults)
+                })
+                .await?,
+            );
+        }
+        Ok(faults)
+    }
+}
+
+#[async_trait]
+impl Backend for Site {
+    fn role(&self) -> &'static str {
+        "site"
+    }
+
+    fn name(&self) -> String {
+        self.inner.config.name.to_string()
+    }
+
+    async fn ready(&self) -> Result<(), Fault> {
+        self.inner.catalogue.cursor().await.map(|_| ())
+    }
+
+    async fn publish(&self, _request: PublishRequest) -> Result<Job, Fault> {
+        Err(wrong_role("publish", "hub"))
+    }
+
+    async fn deliver(&self, request: DeliverRequest) -> Result<Delivered, Fault> {
+        self.ask_hub(&AskHub::Deliver { artifacts: request.artifacts, to: request.to }).await
+    }
+
+    async fn plan(&self, _request: DeliverRequest) -> Result<Vec<PlanRow>, Fault> {
+        Err(wrong_role("plan", "hub"))
+    }
+
+    async fn transfers(&self, query: &TransferQuery) -> Result<(Vec<Transfer>, u64), Fault> {
+        let (rows, cursor) = self.inner.catalogue.transfers(query).await?;
+        Ok((rows.iter().map(|row| row.view()).collect(), cursor))
+    }
+
+    async fn act(&self, id: &str, action: Action) -> Result<Vec<Transfer>, Fault> {
+        self.ask_hub(&AskHub::Act { id: id.into(), action }).await
+    }
+
+    async fn artifacts(&self) -> Result<Vec<Artifact>, Fault> {
+        Ok(self.inner.catalogue.artifacts().await?.iter().map(|row| row.view()).collect())
+    }
+
+    async fn show(&self, artifact: &str) -> Result<ArtifactDetail, Fault> {
+        let artifact: ArtifactRef = artifact.parse()?;
+        let row = self.inner.catalogue.artifact(&artifact).await?;
+        let transfers = self.inner.catalogue.transfers_of_artifact(&artifact).await?;
+        Ok(ArtifactDetail { artifact: row.view(), transfers: transfers.iter().map(|t| t.view()).collect() })
+    }
+
+    async fn sites(&self) -> Result<Vec<SiteView>, Fault> {
+        let link = self.inner.link.borrow().clone();
+        let open = self.inner.catalogue.open_transfers(&self.inner.config.name).await?.len();
+        Ok(vec![SiteView {
+            name: self.inner.config.name.clone(),
+            labels: Default::default(),
+            online: link.is_some(),
+            line: link.as_ref().map(|l| l.transport().into()),
+            rtt_ms: link.as_ref().map(|l| l.rtt().as_secs_f64() * 1000.0),
+            joined_at: self.inner.identity.borrow().validity().map(|v| crate::clock::rfc3339(v.from)).unwrap_or_default(),
+            last_seen: None,
+            version: Some(crate::api::VERSION.into()),
+            open_transfers: open as u64,
+        }])
+    }
+
+    async fn token(&self, _request: TokenRequest) -> Result<String, Fault> {
+        Err(wrong_role("token create", "hub"))
+    }
+
+    async fn verify(&self, artifact: &str, repair: bool) -> Result<Job, Fault> {
+        let artifact: ArtifactRef = artifact.parse()?;
+        let row = self.inner.catalogue.artifact(&artifact).await?;
+        if repair {
+            return Err(not_in_this_version("verify --repair"));
+        }
+        let this = self.clone();
+        self.inner.jobs.start(move |progress| async move { this.verify_now(row, progress).await })
+    }
+
+    async fn export(&self, _artifacts: Vec<String>, _out: String) -> Result<Job, Fault> {
+        Err(not_in_this_version("export"))
+    }
+
+    async fn import(&self, _file: String) -> Result<Job, Fault> {
+        Err(not_in_this_version("import"))
+    }
+
+    async fn gc(&self) -> Result<Job, Fault> {
+        Err(wrong_role("gc", "hub"))
+    }
+
+    async fn doctor(&self) -> Result<Vec<String>, Fault> {
+        let inner = &self.inner;
+        let mut out = Vec::new();
+        let link = inner.link.borrow().clone();
+        out.push(match (&link, inner.line_fault.lock().clone()) {
+            (Some(link), _) => format!("ok line: {} to {}, round trip {} ms", link.transport(), link.remote_address(), link.rtt().as_millis()),
+            (None, Some(fault)) => format!("fault line: {}; {}", fault.message, fault.next),
+            (None, None) => "fault line: not connected yet".into(),
+        });
+        for sink in [&inner.sinks.files, &inner.sinks.labels, &inner.sinks.images] {
+            out.push(match sink.probe().await {
+                Ok(text) => format!("ok {text}"),
+                Err(fault) => format!("fault {}; {}", fault.message, fault.next),
+            });
+        }
+        let free = crate::stage::free_bytes(&inner.config.data_dir)?;
+        out.push(format!("ok data_dir {}: {} MiB free", inner.config.data_dir.display(), free >> 20));
+        Ok(out)
+    }
+
+    async fn job(&self, id: &str) -> Result<Job, Fault> {
+        self.inner.jobs.get(id)
+    }
+
+    async fn events(&self, since: u64, limit: u32) -> Result<Vec<Event>, Fault> {
+        let mut out = Vec::new();
+        for (mut event, name) in self.inner.catalogue.events(since, limit).await? {
+            let body = match event.what.as_str() {
+                "transfer" => self.inner.catalogue.transfer(&name).await.ok().and_then(|row| serde_json::to_value(row.view()).ok()),
+                _ => match name.parse() {
+                    Ok(artifact) => self.inner.catalogue.artifact(&artifact).await.ok().and_then(|row| serde_json::to_value(row.view()).ok()),
+                    Err(_) => None,
+                },
+            };
+            event.body = body.unwrap_or_default();
+            out.push(event);
+        }
+        Ok(out)
+    }
+
+    fn changed(&self) -> futures::future::BoxFuture<'static, ()> {
+        Box::pin(self.inner.catalogue.changed())
+    }
+
+    async fn metrics(&self) -> Result<String, Fault> {
+        let (transfers, _) = self.transfers(&TransferQuery { limit: Some(10_000), ..Default::default() }).await?;
+        let mut out = crate::metrics::transfers(&transfers);
+        let connected = u8::from(self.inner.link.borrow().is_some());
+        let _ = writeln!(out, "# TYPE packhorse_hub_connected gauge\npackhorse_hub_connected {connected}");
+        Ok(out)
+    }
+}

@@ -1,0 +1,243 @@
+//! The site's end of the line: dials, keeps, reports, and moves from TCP to QUIC when that works again.
+
+use std::time::Duration;
+
+use super::Site;
+use crate::api::VERSION;
+use crate::config::Transport;
+use crate::fault::{Fault, Retry};
+use crate::fetch::{Fetcher, blocking};
+use crate::limits::{BACKOFF_FIRST, RECONNECT_MAX};
+use crate::line::{self, Link, RecvHalf, SendHalf};
+use crate::transfer::{Assembly, free_room};
+use crate::wire::{self, AskHub, AskSite, CONTROL, FromHub, FromSite, Planned, QUESTION, Report};
+
+/// How often a site on TCP tries whether QUIC works again.
+const QUIC_PROBE_EVERY: Duration = Duration::from_secs(60);
+/// How often the certificate's age is looked at.
+const RENEW_CHECK_EVERY: Duration = Duration::from_secs(3600);
+/// Desired lists shorter than this are complete.
+const DESIRED_MAX: usize = 1000;
+
+impl Site {
+    /// Dials until the daemon stops; a line that ends is followed by another.
+    pub(super) async fn keep_line(&self) -> Result<(), Fault> {
+        let inner = &self.inner;
+        let address = match &inner.config.hub {
+            Some(hub) => hub.address.clone(),
+            None => return Err(Fault::config("a site needs [hub] address")),
+        };
+        let mut pause = BACKOFF_FIRST;
+        while !inner.stop.is_cancelled() {
+            let identity = inner.identity.borrow().clone();
+            let dialled = tokio::select! {
+                dialled = line::dial(&address, &identity, &inner.config.line) => dialled,
+                () = inner.stop.cancelled() => return Ok(()),
+            };
+            match dialled {
+                Ok(link) => {
+                    pause = BACKOFF_FIRST;
+                    *inner.line_fault.lock() = None;
+                    self.use_line(link, &address).await;
+                }
+                Err(fault) => {
+                    let again = inner.line_fault.lock().as_ref().is_some_and(|old| old.message == fault.message);
+                    if !again {
+                        tracing::warn!(hub = %address, error = %fault, next = %fault.next, "no line to the hub");
+                    }
+                    *inner.line_fault.lock() = Some(fault);
+                    inner.catalogue.notify();
+                }
+            }
+            tokio::select! {
+                () = tokio::time::sleep(pause.mul_f64(rand::random_range(0.5..1.0))) => {}
+                () = inner.stop.cancelled() => {}
+            }
+            pause = (pause * 2).min(RECONNECT_MAX);
+        }
+        Ok(())
+    }
+
+    /// Works over a line until it ends. A better one that comes up meanwhile takes its place.
+    async fn use_line(&self, mut link: Link, address: &str) {
+        let inner = &self.inner;
+        loop {
+            inner.link.send_replace(Some(link.clone()));
+            inner.catalogue.notify();
+            let better = tokio::select! {
+                ended = self.talk(&link) => {
+                    if let Err(fault) = ended {
+                        tracing::debug!(error = %fault, "the control stream ended");
+                    }
+                    None
+                }
+                () = self.answer(&link) => None,
+                better = self.wait_for_quic(&link, address) => Some(better),
+                () = inner.stop.cancelled() => None,
+            };
+            if let Some(better) = better {
+                // What is being fetched over the old line ends there; new requests take the new one.
+                tracing::info!("moved from TCP to QUIC");
+                link = better;
+                continue;
+            }
+            if inner.stop.is_cancelled() {
+                // Transfers still write down where they are; the line is closed after them.
+                return;
+            }
+            inner.link.send_replace(None);
+            link.close("the line is given up");
+            tracing::info!("the line to the hub ended");
+            inner.catalogue.notify();
+            return;
+        }
+    }
+
+    async fn wait_for_quic(&self, link: &Link, address: &str) -> Link {
+        if link.transport() != "tcp" || self.inner.config.line.transport != Transport::Auto {
+            return std::future::pending().await;
+        }
+        loop {
+            tokio::time::sleep(QUIC_PROBE_EVERY).await;
+            let identity = self.inner.identity.borrow().clone();
+            if let Ok(better) = line::probe_quic(address, &identity, &self.inner.config.line).await {
+                return better;
+            }
+        }
+    }
+
+    /// The control stream: says hello, does what is desired, reports whatever changes.
+    async fn talk(&self, link: &Link) -> Result<(), Fault> {
+        let inner = &self.inner;
+        let (mut send, mut recv) = link.open(wire::PRIORITY_CONTROL).await?;
+        send.write_all(&[CONTROL]).await?;
+        wire::send(&mut send, &FromSite::Hello { version: VERSION.into() }).await?;
+        let (listed, mut asked) = tokio::sync::mpsc::channel::<Vec<Report>>(4);
+        let read = async {
+            loop {
+                let FromHub::Desired { revision, transfers } = wire::receive(&mut recv).await?;
+                tracing::debug!(revision, transfers = transfers.len(), "desired");
+                let rows = inner.runner.apply(&transfers, transfers.len() < DESIRED_MAX).await?;
+                let reports = rows.into_iter().map(report).collect();
+                if listed.send(reports).await.is_err() {
+                    return Ok(());
+                }
+            }
+        };
+        let write = async {
+            let mut cursor = inner.catalogue.cursor().await?;
+            let mut renew = tokio::time::interval(RENEW_CHECK_EVERY);
+            loop {
+                let changed = inner.catalogue.changed();
+                let query = crate::api::types::TransferQuery { since: Some(cursor), ..Default::default() };
+                let (rows, next) = inner.catalogue.transfers(&query).await?;
+                cursor = next;
+                if !rows.is_empty() {
+                    wire::send(&mut send, &FromSite::Report(rows.into_iter().map(report).collect())).await?;
+                }
+                tokio::select! {
+                    () = changed => {}
+                    Some(reports) = asked.recv() => wire::send(&mut send, &FromSite::Report(reports)).await?,
+                    _ = renew.tick() => self.renew(link).await,
+                }
+            }
+        };
+        tokio::select! {
+            result = read => result,
+            result = write => result,
+        }
+    }
+
+    /// Gets a new certificate when the old one is old.
+    async fn renew(&self, link: &Link) {
+        let identity = self.inner.identity.borrow().clone();
+        if !identity.needs_renewal() {
+            return;
+        }
+        let work = async {
+            let request = identity.make_renewal_request()?;
+            let answer: String = ask(link, &AskHub::Renew { request: hex::encode(request.csr_der()) }).await?;
+            let cert = hex::decode(answer).map_err(|_| Fault::integrity("the hub sent a malformed certificate"))?;
+            let renewed = request.complete(&cert, identity.ca_der())?;
+            renewed.save(&self.inner.config.data_dir)?;
+            self.inner.identity.send_replace(std::sync::Arc::new(renewed));
+            Ok::<(), Fault>(())
+        };
+        match work.await {
+            Ok(()) => tracing::info!("the certificate was renewed"),
+            Err(fault) => tracing::warn!(error = %fault, "the certificate could not be renewed; tried again in an hour"),
+        }
+    }
+
+    /// Answers what the hub opens.
+    async fn answer(&self, link: &Link) {
+        while let Some((send, mut recv)) = link.accept().await {
+            let this = self.clone();
+            let link = link.clone();
+            self.inner.tasks.spawn(async move {
+                let mut kind = [0];
+                if recv.read_exact(&mut kind).await.is_err() {
+                    return;
+                }
+                if kind[0] == QUESTION {
+                    if let Err(fault) = this.question(send, recv, &link).await {
+                        tracing::debug!(error = %fault, "a question went unanswered");
+                    }
+                }
+            });
+        }
+    }
+
+    async fn question(&self, mut send: SendHalf, mut recv: RecvHalf, link: &Link) -> Result<(), Fault> {
+        let AskSite::Plan { artifact, digest } = wire::receive(&mut recv).await?;
+        let inner = &self.inner;
+        let planned = async {
+            let fetcher = Fetcher::new(link.clone(), digest, Default::default());
+            let root = fetcher.root().await?;
+            fetcher.pages(&root, &inner.shared.store).await?;
+            let sink = inner.sinks.of(artifact.kind).clone();
+            let free = free_room(sink.as_ref());
+            let assembly = Assembly {
+                shared: inner.shared.clone(),
+                sink,
+                incoming: crate::sink::Incoming { artifact, digest, root, transfer: "plan".into() },
+                fetcher,
+                priority: 0,
+                counters: Default::default(),
+                stop: inner.stop.clone(),
+            };
+            let estimate = blocking(move || assembly.estimate(None)).await?;
+            Ok::<Planned, Fault>(Planned { missing: estimate.missing, free, rate: inner.runner.last_rate() })
+        };
+        wire::send(&mut send, &planned.await).await?;
+        send.finish()
+    }
+
+    /// Asks the hub.
+    pub(super) async fn ask_hub<T: serde::de::DeserializeOwned>(&self, question: &AskHub) -> Result<T, Fault> {
+        let link = self.inner.link.borrow().clone();
+        match link {
+            Some(link) => ask(&link, question).await,
+            None => {
+                let why = self.inner.line_fault.lock().clone();
+                let fault = Fault::unreachable("there is no line to the hub").with_retry(Retry::Never);
+                Err(match why {
+                    Some(why) => fault.with_next(why.next).context(why.message),
+                    None => fault,
+                })
+            }
+        }
+    }
+}
+
+fn report(row: crate::catalogue::TransferRow) -> Report {
+    Report { id: row.id, generation: row.generation, state: row.state, body: row.body }
+}
+
+async fn ask<T: serde::de::DeserializeOwned>(link: &Link, question: &AskHub) -> Result<T, Fault> {
+    let (mut send, mut recv) = link.open(wire::PRIORITY_QUESTION).await?;
+    send.write_all(&[QUESTION]).await?;
+    wire::send(&mut send, question).await?;
+    send.finish()?;
+    wire::receive::<Result<T, Fault>>(&mut recv).await?
+}
