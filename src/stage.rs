@@ -23,7 +23,10 @@ const PREALLOCATE_BYTES: u64 = 1 << 20;
 
 /// One staging folder.
 pub struct Stage {
+    /// What all paths are opened below.
     dir: Dir,
+    /// The same folder, open for reading: a filesystem is synced through it, and `dir` may be a mere path handle.
+    handle: File,
     path: PathBuf,
 }
 
@@ -32,7 +35,8 @@ impl Stage {
     pub fn open(path: &Path) -> Result<Self, Fault> {
         durable::create_dir_all(path)?;
         let dir = Dir::open_ambient_dir(path, ambient_authority()).at(format_args!("open {}", path.display()))?;
-        Ok(Self { dir, path: path.to_owned() })
+        let handle = File::open(path).at(format_args!("open {}", path.display()))?;
+        Ok(Self { dir, handle, path: path.to_owned() })
     }
 
     /// Where it is.
@@ -136,7 +140,7 @@ impl Stage {
 
     /// Syncs all of the filesystem: cheaper than many files one by one.
     pub fn sync_filesystem(&self) -> Result<(), Fault> {
-        rustix::fs::syncfs(self.dir.as_fd()).map_err(|e| Fault::io(format_args!("sync {}", self.path.display()), &e.into()))
+        rustix::fs::syncfs(&self.handle).map_err(|e| Fault::io(format_args!("sync {}", self.path.display()), &e.into()))
     }
 
     /// Free bytes of the filesystem, for whoever is not root.
