@@ -46,7 +46,9 @@ impl ApiToken {
     /// A token from text: what a header can carry, and no shorter than 128 bits in hex.
     pub fn parse(text: &str) -> Result<Self, Fault> {
         if text.len() < 32 || text.len() > 512 || !text.bytes().all(|b| b.is_ascii_graphic()) {
-            return Err(Fault::config("this is not an API token").with_next("give the file that the daemon wrote: <data_dir>/api-token"));
+            return Err(
+                Fault::not_allowed("this is not an API token").with_next("give the file that the daemon wrote: <data_dir>/api-token")
+            );
         }
         Ok(Self(text.into()))
     }

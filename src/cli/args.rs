@@ -11,8 +11,8 @@ use crate::fault::Fault;
 /// Carries datasets, labels, operator projects, images and models between a hub and many sites.
 #[derive(Debug, Parser)]
 #[command(name = "packhorse", version, subcommand_required = true, arg_required_else_help = true)]
-#[command(after_help = "Exit codes: 0 done, 1 internal, 2 usage, 3 config, 4 not allowed, 5 not found, 6 conflict, 7 some sites failed,\n\
-                        8 integrity, 9 no space, 10 unreachable, 11 deadline passed.")]
+#[command(after_help = "Exit codes: 0 done, 1 internal, 2 usage, 3 config, 4 not allowed, 5 not found, 6 conflict, 7 some \
+                        sites failed, 8 integrity, 9 no space, 10 unreachable, 11 deadline passed.")]
 pub struct Args {
     #[command(flatten)]
     pub(super) global: Global,
@@ -24,16 +24,16 @@ pub struct Args {
 #[derive(Debug, Clone, clap::Args)]
 pub(super) struct Global {
     /// How results are printed.
-    #[arg(short, long, global = true, value_enum, default_value_t = Output::Table, value_name = "FORMAT")]
+    #[arg(short, long, global = true, help_heading = "Everywhere", value_enum, default_value_t = Output::Table, value_name = "FORMAT")]
     pub(super) output: Output,
     /// The daemon's configuration: says where its API is and where its token lies.
-    #[arg(long, global = true, env = "PACKHORSE_CONFIG", value_name = "FILE")]
+    #[arg(long, global = true, help_heading = "Everywhere", env = "PACKHORSE_CONFIG", value_name = "FILE")]
     pub(super) config: Option<PathBuf>,
     /// The daemon's API, instead of the configuration's.
-    #[arg(long, global = true, env = "PACKHORSE_API", value_name = "URL")]
+    #[arg(long, global = true, help_heading = "Everywhere", env = "PACKHORSE_API", value_name = "URL")]
     pub(super) api: Option<String>,
     /// A file with the API's token, instead of `<data_dir>/api-token`.
-    #[arg(long, global = true, env = "PACKHORSE_TOKEN_FILE", value_name = "FILE")]
+    #[arg(long, global = true, help_heading = "Everywhere", env = "PACKHORSE_TOKEN_FILE", value_name = "FILE")]
     pub(super) token_file: Option<PathBuf>,
 }
 
@@ -216,7 +216,8 @@ pub(super) struct Publish {
     /// Labels: coco, csv, jsonl, label_studio, voc or yolo; guessed when absent.
     #[arg(long)]
     pub(super) format: Option<String>,
-    /// Labels from CSV or JSON Lines: which column holds what (sample_path=image); may be given often.
+    /// Labels: which column of a CSV or JSON Lines file holds what (sample_path=image), and path_strip, path_prefix; may be
+    /// given often.
     #[arg(long = "column", value_name = "FIELD=COLUMN", value_parser = key_value, num_args = 1..)]
     pub(super) columns: Vec<(String, String)>,
     /// Registry: the user.

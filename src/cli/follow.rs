@@ -32,8 +32,8 @@ impl Progress {
     pub(super) fn new() -> Self {
         let terminal = std::io::stderr().is_terminal() && std::env::var_os("TERM").is_none_or(|term| term != "dumb");
         let bar = terminal.then(|| {
-            let bar = ProgressBar::with_draw_target(Some(0), ProgressDrawTarget::stderr());
-            let style = ProgressStyle::with_template("[{bar:24}] {msg}").unwrap_or_else(|_| ProgressStyle::default_bar());
+            let bar = ProgressBar::with_draw_target(Some(1), ProgressDrawTarget::stderr());
+            let style = ProgressStyle::with_template("[{bar:24}] {wide_msg}").unwrap_or_else(|_| ProgressStyle::default_bar());
             bar.with_style(style.progress_chars("=> "))
         });
         // The first line comes after the pause: what ends at once says nothing.
@@ -43,9 +43,9 @@ impl Progress {
     /// Shows how far it is; off a terminal only now and then.
     pub(super) fn update(&mut self, done: u64, total: u64, text: impl FnOnce() -> String) {
         if let Some(bar) = &self.bar {
+            bar.set_message(text());
             bar.set_length(total.max(1));
             bar.set_position(done.min(total));
-            bar.set_message(text());
         } else if Instant::now() >= self.next_line {
             self.next_line = Instant::now() + PROGRESS_LINE_EVERY;
             eprintln!("{}", text());

@@ -26,8 +26,9 @@ pub(super) fn rows(transfers: &[Transfer], colour: bool) -> String {
             t.reason.map_or("-", Reason::as_str).into(),
             human::percent(t).map_or_else(|| "-".into(), |p| format!("{p} %")).into(),
             human::bytes(t.bytes.total).into(),
-            human::rate(t.rate).into(),
-            t.eta_seconds.map_or_else(|| "-".into(), human::seconds).into(),
+            // What has ended has no speed, whatever was measured last.
+            human::rate(if t.state.is_final() { 0 } else { t.rate }).into(),
+            t.eta_seconds.filter(|_| !t.state.is_final()).map_or_else(|| "-".into(), human::seconds).into(),
         ]);
     }
     table.render(colour)
@@ -79,8 +80,8 @@ pub(super) fn detail(t: &Transfer) -> String {
     add("received", Some(format!("{}, over the line", human::bytes(b.received))));
     add("committed", Some(format!("{}, durable at the site", human::bytes(b.committed))));
     add("wire", Some(format!("{}, all that crossed the line for it", human::bytes(b.wire))));
-    add("rate", (t.rate > 0).then(|| human::rate(t.rate)));
-    add("eta", t.eta_seconds.map(human::seconds));
+    add("rate", (t.rate > 0 && !t.state.is_final()).then(|| human::rate(t.rate)));
+    add("eta", t.eta_seconds.filter(|_| !t.state.is_final()).map(human::seconds));
     add("attempts", Some(t.attempts.to_string()));
     add("location", t.location.clone());
     add("created", Some(human::local(&t.created_at)));

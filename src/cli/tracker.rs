@@ -66,15 +66,15 @@ impl Tracker {
             _ => human::bytes(total),
         };
         line.push_str(&format!(", {ended} of {} ended", self.transfers.len()));
-        let rate: u64 = seen().map(|t| t.rate).sum();
+        let moving = || seen().filter(|t| !t.state.is_final());
+        let rate: u64 = moving().map(|t| t.rate).sum();
         if rate > 0 {
             line.push_str(&format!(", {}", human::rate(rate)));
         }
-        if let Some(eta) = seen().filter_map(|t| t.eta_seconds).max() {
+        if let Some(eta) = moving().filter_map(|t| t.eta_seconds).max() {
             line.push_str(&format!(", {} to go", human::seconds(eta)));
         }
-        let waiting: Vec<String> =
-            seen().filter(|t| !t.state.is_final()).filter_map(|t| Some(format!("{} ({})", t.site, t.reason?.as_str()))).collect();
+        let waiting: Vec<String> = moving().filter_map(|t| Some(format!("{} ({})", t.site, t.reason?.as_str()))).collect();
         if !waiting.is_empty() {
             line.push_str(&format!("; waiting: {}", listed(&waiting)));
         }
