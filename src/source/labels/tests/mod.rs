@@ -12,7 +12,7 @@ use super::*;
 use crate::chunk::Hash;
 use crate::labels::{AnnotationRow, ClassRow, SampleRow};
 
-/// The files of an input: `("", bytes)` alone stands for a single file, named by the second of [`Input::file`].
+/// An input on disk, and how it is to be read.
 pub(super) struct Input {
     root: tempfile::TempDir,
     path: PathBuf,
