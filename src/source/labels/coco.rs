@@ -172,7 +172,7 @@ fn shape<'a>(fields: &mut Fields<'a>, class: Option<ClassRef>) -> Result<Shape<'
         Some(None) => return Err("its bbox is not a list of four numbers"),
     };
     if let Some(json) = keypoints {
-        if !json::as_numbers(json).is_some_and(|numbers| numbers.len() % 3 == 0) {
+        if json::as_numbers(json).is_none_or(|numbers| numbers.len() % 3 != 0) {
             return Err("its keypoints are not a list of x, y, v");
         }
         return Ok(Shape { kind: "keypoints", extent, geom: Some(json) });

@@ -18,6 +18,9 @@ const FAN_IN: usize = 32;
 /// The read buffer of each run.
 const RUN_BUFFER_BYTES: usize = 64 << 10;
 
+/// A key and its value.
+pub(crate) type Record<'a> = (&'a [u8], &'a [u8]);
+
 /// Takes records in any order.
 pub(crate) struct Sorter {
     dir: PathBuf,
@@ -143,7 +146,7 @@ enum Origin {
 
 impl Sorted {
     /// The next record; `None` at the end.
-    pub(crate) fn next(&mut self) -> Result<Option<(&[u8], &[u8])>, Fault> {
+    pub(crate) fn next(&mut self) -> Result<Option<Record<'_>>, Fault> {
         match &mut self.0 {
             Origin::Memory { arena, slots, at } => {
                 let Some(slot) = slots.get(*at).copied() else { return Ok(None) };
@@ -261,7 +264,7 @@ impl Merge {
         Ok(Self { heap, given: false })
     }
 
-    fn next(&mut self) -> Result<Option<(&[u8], &[u8])>, Fault> {
+    fn next(&mut self) -> Result<Option<Record<'_>>, Fault> {
         if self.given
             && let Some(mut top) = self.heap.peek_mut()
             && !top.advance()?

@@ -13,6 +13,7 @@ use csv::{ByteRecord, ReaderBuilder};
 
 use crate::fault::{Fault, IoContext};
 use crate::limits::LABEL_RECORD_BYTES_MAX;
+use crate::names::RelPath;
 
 use super::collect::{Annotation, ClassRef, Collector, Extent, Sample};
 use super::json::{self, Fields, JsonReader};
@@ -100,6 +101,8 @@ pub(super) fn read_csv(path: &Path, columns: &BTreeMap<String, String>, collecto
     }
     let header = header(&record)?;
     let mapping = map_columns(&header, columns)?;
+    let field_of: Vec<Option<usize>> = (0..header.len()).map(|at| mapping.iter().position(|column| *column == Some(at))).collect();
+    let keys: Vec<String> = header.iter().map(|name| json_string(name) + ":").collect();
     let mut state = Rows::default();
     loop {
         let (more, line) = read(&mut record)?;
@@ -117,15 +120,19 @@ pub(super) fn read_csv(path: &Path, columns: &BTreeMap<String, String>, collecto
         let (mut raw, mut rest) = (String::from("{"), String::new());
         for (at, cell) in cells.iter().enumerate() {
             let value = json_string(cell);
-            let member = format!("{}{}:{value}", if raw.len() > 1 { "," } else { "" }, json_string(&header[at]));
-            raw.push_str(&member);
-            match mapping.iter().position(|column| *column == Some(at)) {
-                Some(field) if !cell.trim().is_empty() => cells_by_field[field] = Some(value),
-                None if !cell.trim().is_empty() => {
+            if at > 0 {
+                raw.push(',');
+            }
+            raw.push_str(&keys[at]);
+            raw.push_str(&value);
+            match field_of[at] {
+                _ if cell.trim().is_empty() => {}
+                Some(field) => cells_by_field[field] = Some(value),
+                None => {
                     rest.push(if rest.is_empty() { '{' } else { ',' });
-                    rest.push_str(member.trim_start_matches(','));
+                    rest.push_str(&keys[at]);
+                    rest.push_str(&value);
                 }
-                _ => {}
             }
         }
         raw.push('}');
@@ -292,7 +299,16 @@ impl From<Fault> for Stop {
 #[derive(Default)]
 struct Rows {
     /// What the last row said of its sample, so that a run of rows says it once.
-    last: Option<(String, Option<i64>, Option<i64>, Option<String>)>,
+    last: Option<Said>,
+}
+
+/// What a row says of its sample.
+#[derive(PartialEq, Eq)]
+struct Said {
+    path: RelPath,
+    width: Option<i64>,
+    height: Option<i64>,
+    split: Option<String>,
 }
 
 impl Rows {
@@ -314,9 +330,9 @@ impl Rows {
         let path = words(SAMPLE_PATH)?.ok_or_else(|| (Why::Shape, "it names no sample".to_owned()))?;
         let Some(path) = collector.path(place, &path) else { return Ok(()) };
         let (width, height) = (pixels(cells, WIDTH)?, pixels(cells, HEIGHT)?);
-        let said = (path.to_string(), width, height, words(SPLIT)?);
+        let said = Said { path: path.clone(), width, height, split: words(SPLIT)? };
         if self.last.as_ref() != Some(&said) {
-            let sample = Sample { place, width, height, split: said.3.as_deref(), ..Sample::default() };
+            let sample = Sample { place, width, height, split: said.split.as_deref(), ..Sample::default() };
             collector.sample(&path, &sample)?;
             self.last = Some(said);
         }

@@ -76,7 +76,8 @@ pub(super) fn one_of_many(path: &Path, place: &str, refusals: &mut Refusals) -> 
 
 /// The text as a JSON string, quotes included.
 pub(super) fn json_string(text: &str) -> String {
-    serde_json::Value::from(text).to_string()
+    // Text always serialises.
+    serde_json::to_string(text).unwrap_or_default()
 }
 
 #[cfg(test)]

@@ -8,7 +8,7 @@ use crate::limits::{LABEL_RECORD_BYTES_MAX, OFFENDERS_LISTED_MAX};
 fn check(input: &Input, said: &[&str]) {
     let fault = match input.read() {
         Err(fault) => fault,
-        Ok(output) => panic!("taken, but {said:?} was expected: {output:?}"),
+        Ok(output) => unreachable!("taken, but {said:?} was expected: {output:?}"),
     };
     assert_eq!(fault.code, Code::Integrity, "{fault:?}");
     assert!(!fault.next.is_empty());

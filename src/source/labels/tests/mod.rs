@@ -12,7 +12,7 @@ use super::*;
 use crate::chunk::Hash;
 use crate::labels::{AnnotationRow, ClassRow, SampleRow};
 
-/// The files of an input: `("", bytes)` alone stands for a single file, named by the second of [`Input::file`].
+/// An input on disk, and how it is to be read.
 pub(super) struct Input {
     root: tempfile::TempDir,
     path: PathBuf,
@@ -59,7 +59,7 @@ impl Input {
         let mut output = Output { format: source.format(), guessed: source.guessed(), ..Output::default() };
         let mut names = Vec::new();
         while let Some(entry) = source.next()? {
-            let SourceBody::File { size, content: Content::File(path) } = entry.body else { panic!("an entry is no file") };
+            let SourceBody::File { size, content: Content::File(path) } = entry.body else { unreachable!("an entry is no file") };
             let text = std::fs::read_to_string(path).unwrap();
             assert_eq!((entry.mode, size), (0o644, text.len() as u64));
             names.push(entry.path.to_string());
@@ -73,7 +73,7 @@ impl Input {
         check_canonical::<AnnotationRow>(&output.annotations);
         check_canonical::<ClassRow>(&output.classes);
         check_canonical::<SampleRow>(&output.samples);
-        let KindInfo::Labels(info) = source.info() else { panic!("labels have labels' info") };
+        let KindInfo::Labels(info) = source.info() else { unreachable!("labels have labels' info") };
         assert_eq!(info.format, output.format);
         let lines = |text: &str| text.lines().count() as u64;
         let counted = (lines(&output.annotations), lines(&output.classes), lines(&output.samples));
@@ -87,7 +87,7 @@ impl Input {
 fn check_canonical<T: serde::Serialize + serde::de::DeserializeOwned>(text: &str) {
     assert!(text.is_empty() || text.ends_with('\n'));
     for line in text.lines() {
-        let row: T = serde_json::from_str(line).unwrap_or_else(|error| panic!("{line}: {error}"));
+        let row: T = serde_json::from_str(line).unwrap_or_else(|error| unreachable!("{line}: {error}"));
         assert_eq!(serde_json::to_string(&row).unwrap(), line);
     }
 }
