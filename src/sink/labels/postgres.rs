@@ -177,7 +177,7 @@ impl Postgres {
     }
 
     /// Classes an error by its SQLSTATE (PostgreSQL documentation, appendix A).
-    fn fault(&self, what: &str, error: &sqlx::Error) -> Fault {
+    pub(super) fn fault(&self, what: &str, error: &sqlx::Error) -> Fault {
         let place = &self.place;
         let user = self.options.get_username();
         let Some(database) = error.as_database_error() else {
@@ -495,13 +495,15 @@ impl Postgres {
         }
     }
 
-    /// Step 6: the switch.
+    /// Step 6: the switch. The small tables are analysed because autovacuum leaves tables of a few rows alone, and without
+    /// that the planner does not see that one active version means one partition.
     async fn switch(&self, conn: &mut PgConnection, id: i64) -> Result<(), Fault> {
         let sql = format!(
             "BEGIN; UPDATE packhorse.label_version SET state = 'ready', committed_at = now() WHERE id = {id};
              INSERT INTO packhorse.label_active (label_set_id, version_id)
              SELECT label_set_id, id FROM packhorse.label_version WHERE id = {id}
-             ON CONFLICT (label_set_id) DO UPDATE SET version_id = EXCLUDED.version_id; COMMIT"
+             ON CONFLICT (label_set_id) DO UPDATE SET version_id = EXCLUDED.version_id; COMMIT;
+             ANALYZE packhorse.label_set, packhorse.label_version, packhorse.label_active, packhorse.label_class"
         );
         self.run(conn, "switch to the new version", sql).await
     }
