@@ -1,7 +1,7 @@
 //! The labels sink: label sets as rows in a database, and rows as label sets again.
 //!
 //! Called by the transfer engine through [`Sink`], and by publishing out of a database through
-//! [`LabelsSink::export_canonical`]. Two engines stand behind one trait: [`postgres`] and [`sqlite`], the embedded
+//! [`LabelsSink::export_canonical`]. Two engines stand behind one trait: `postgres` and `sqlite`, the embedded
 //! default. Readers use two views, `annotations` and `current_annotations` (in Postgres in the schema `packhorse`), and
 //! see the old version's rows or the new one's, never a mix.
 //!
@@ -23,7 +23,7 @@
 //! Rows are committed first, then the staged folder is renamed to `<data_dir>/labels/<name>/<version>/`, where the
 //! canonical files serve later transfers as a source of chunks. After a crash between the two the engine asks again,
 //! finds the rows with the same digest, and only renames. What a crash leaves in the database is described in
-//! [`postgres`]; in SQLite it leaves nothing.
+//! `postgres`; in SQLite it leaves nothing.
 
 mod canonical;
 mod compare;

@@ -1,8 +1,9 @@
 //! What every engine must do, run on each.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use futures::StreamExt;
 use sqlx::Connection;
 
 use super::set::Set;
@@ -154,7 +155,9 @@ async fn readers_see_the_old_version_or_the_new(bench: Bench) {
     let reading = {
         let counts = counts.clone();
         let read = move |(rows, versions, seeds): (i64, i64, i64), last: &mut usize| {
-            let at = counts.iter().position(|c| *c == rows).unwrap_or_else(|| panic!("{rows} rows: of no version"));
+            let at = counts.iter().position(|c| *c == rows);
+            assert!(at.is_some(), "{rows} rows: of no version");
+            let at = at.unwrap();
             assert_eq!((versions, seeds), (1, 1), "rows of two versions at once");
             assert!(at >= *last, "an older version came back");
             *last = at;
@@ -345,27 +348,22 @@ async fn many_rows_in_bounded_memory(bench: Bench) {
     drop(set);
     bench.sink.check(&incoming).await.unwrap();
     let before = resident_bytes();
-    let watch = tokio::spawn(
-        futures::stream::unfold((), |()| async {
+    let peak = Arc::new(AtomicU64::new(0));
+    let seen = peak.clone();
+    let watch = tokio::spawn(async move {
+        loop {
+            seen.fetch_max(resident_bytes(), Ordering::Relaxed);
             tokio::time::sleep(Duration::from_millis(10)).await;
-            Some((resident_bytes(), ()))
-        })
-        .take(100_000)
-        .fold(0, |most, now| async move {
-            PEAK.fetch_max(now, std::sync::atomic::Ordering::Relaxed);
-            u64::max(most, now)
-        }),
-    );
+        }
+    });
     bench.sink.commit(&incoming, &staged).await.unwrap();
     bench.sink.export_canonical("aoi-line3", "v1", &bench.data.path().join("out")).await.unwrap();
     watch.abort();
     assert_eq!(bench.current().await, rows);
-    let grown = PEAK.load(std::sync::atomic::Ordering::Relaxed).saturating_sub(before);
+    let grown = peak.load(Ordering::Relaxed).saturating_sub(before);
     // Other tests run beside this one, so the bound is loose.
     assert!(grown < bytes.max(64 << 20), "grew by {grown} bytes for {bytes}");
 }
-
-static PEAK: std::sync::atomic::AtomicU64 = std::sync::atomic::AtomicU64::new(0);
 
 async fn two_sets_at_once(bench: Bench) {
     let set = Set::new(1, 300, 4, 0);

@@ -10,6 +10,7 @@ use super::{Bench, Db, open, postgres_config};
 use crate::config;
 use crate::fault::{Code, Fault, Reason, Retry};
 use crate::sink::Sink;
+use crate::sink::labels::postgres::Postgres;
 
 fn class(fault: &Fault) -> (Code, Reason, Retry) {
     (fault.code, fault.reason, fault.retry)
@@ -99,6 +100,37 @@ async fn the_config_is_checked_when_it_is_opened() {
         let fault = open_with(url, None);
         assert_eq!(fault.code, Code::Config, "{url}");
         assert!(fault.message.contains(why) && !fault.message.contains("secret"), "{url}: {fault}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn each_sqlstate_has_its_class() {
+    let server = tokio::task::spawn_blocking(server).await.unwrap();
+    let engine = Postgres::new(&server.admin_url("postgres"), None).unwrap();
+    let mut conn = sqlx::PgConnection::connect(&server.admin_url("postgres")).await.unwrap();
+    let tried_again = (Code::Unreachable, Reason::SinkUnavailable, Retry::Backoff);
+    let denied = (Code::NotAllowed, Reason::SinkDenied, Retry::Never);
+    let wrong = (Code::Integrity, Reason::Integrity, Retry::Never);
+    for (state, expected) in [
+        ("53100", (Code::NoSpace, Reason::NoSpace, Retry::Backoff)),
+        ("53300", tried_again),
+        ("40001", tried_again),
+        ("40P01", tried_again),
+        ("55P03", tried_again),
+        ("57P01", tried_again),
+        ("25006", tried_again),
+        ("28P01", denied),
+        ("42501", denied),
+        ("3D000", denied),
+        ("23505", wrong),
+        ("22P05", wrong),
+        ("XX000", (Code::Internal, Reason::Internal, Retry::Backoff)),
+    ] {
+        let sql = format!("DO $$ BEGIN RAISE 'no way' USING ERRCODE = '{state}'; END $$");
+        let error = sqlx::raw_sql(AssertSqlSafe(sql)).execute(&mut conn).await.unwrap_err();
+        let fault = engine.fault("try", &error);
+        assert_eq!(class(&fault), expected, "{state}: {fault}");
+        assert!(fault.message.contains("(try): no way"), "{fault}");
     }
 }
 

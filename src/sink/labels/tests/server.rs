@@ -77,18 +77,18 @@ fn start() -> Server {
         let _ = command.current_dir("/").stdin(Stdio::null()).status();
     });
     let server = Server { dir, bin, port };
-    for _ in 0..600 {
-        let ready =
-            Command::new(server.bin.join("pg_isready")).arg("-q").arg("-h").arg(&server.dir).args(["-p", &port.to_string()]).status();
-        if ready.unwrap().success() {
-            server.psql("postgres", &format!("CREATE ROLE packhorse LOGIN PASSWORD '{PASSWORD}'"));
-            server.psql("postgres", &format!("CREATE ROLE nobody_much LOGIN PASSWORD '{PASSWORD}'"));
-            return server;
-        }
-        std::thread::sleep(Duration::from_millis(100));
-    }
-    let log = std::fs::read_to_string(server.dir.join("log")).unwrap_or_default();
-    panic!("PostgreSQL did not start: {log}");
+    let ready = || {
+        let mut command = Command::new(server.bin.join("pg_isready"));
+        command.arg("-q").arg("-h").arg(&server.dir).args(["-p", &port.to_string()]).status().unwrap().success()
+    };
+    let started = (0..600).any(|_| {
+        std::thread::sleep(Duration::from_millis(50));
+        ready()
+    });
+    assert!(started, "PostgreSQL did not start: {}", std::fs::read_to_string(server.dir.join("log")).unwrap_or_default());
+    server.psql("postgres", &format!("CREATE ROLE packhorse LOGIN PASSWORD '{PASSWORD}'"));
+    server.psql("postgres", &format!("CREATE ROLE nobody_much LOGIN PASSWORD '{PASSWORD}'"));
+    server
 }
 
 impl Server {

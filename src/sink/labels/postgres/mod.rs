@@ -1,0 +1,297 @@
+//! Labels in PostgreSQL ≥ 15: one partition a version, loaded beside the readers and switched to in one row.
+//!
+//! # A commit
+//! 1. A dedicated connection takes the session advisory lock of the label set, so that one commit at a time works on
+//!    it, and drops what an earlier one left behind.
+//! 2. `label_version` gets a row in the state `loading`; its id names two tables, `version_sample_v<id>` and
+//!    `annotation_v<id>`, with a CHECK on that id.
+//! 3. One transaction empties them, copies the rows in (binary, frozen), counts, builds the indexes and analyses.
+//! 4. A second attaches them as partitions: thanks to the CHECK without a scan. The views do not show them yet.
+//! 5. **Readers who planned before step 4 are waited for.** A session that already holds a lock on the partitioned table
+//!    does not learn of a new partition before its transaction ends; with a prepared statement it would read the new
+//!    version in `label_active` and find no rows of it. Attaching and switching in one transaction shows just that.
+//! 6. A third transaction sets the state to `ready` and changes the one row in `label_active`: the switch.
+//!
+//! A crash before step 4 leaves a `loading` row and tables that the next commit of the set drops; after it, the next
+//! commit goes on at step 5. No DEFAULT partition: with one, each attach would scan it.
+//!
+//! Every operation has a connection of its own, closed afterwards: they are rare, a COPY that fails cannot poison a
+//! pool, and a changed password file is read anew. The server ends a session whose network is gone within a minute, so
+//! that its advisory lock does not outlive it.
+//!
+//! Whoever reads needs `USAGE` on the schema `packhorse` and `SELECT` on its two views, nothing more.
+
+mod connect;
+mod load;
+
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+use async_trait::async_trait;
+use futures::TryStreamExt;
+use sqlx::postgres::{PgConnectOptions, PgRow};
+use sqlx::{ConnectOptions, PgConnection, Row};
+use tokio::sync::mpsc;
+
+use super::canonical::{Annotation, Class, Sample, Table};
+use super::engine::{Batcher, Engine, Held, NewVersion, Rows, not_held};
+use crate::fault::{Fault, Reason};
+use crate::limits::LABEL_STATEMENT_MAX;
+
+const HELD: &str = "SELECT v.manifest_digest, v.n_classes, v.n_samples, v.n_annotations, v.rows_digest, v.id
+    FROM packhorse.label_version v JOIN packhorse.label_set s ON s.id = v.label_set_id
+    WHERE s.name = $1 AND v.version = $2 AND v.state = 'ready'";
+const EXPORT_CLASSES: &str = "SELECT class_id, name, attrs::text FROM packhorse.label_class WHERE version_id = $1 ORDER BY class_id";
+const EXPORT_SAMPLES: &str = "SELECT sample_no, path, hash, width, height, split, meta::text
+    FROM packhorse.version_sample WHERE version_id = $1 ORDER BY sample_no";
+const EXPORT_ANNOTATIONS: &str = "SELECT n.ann_no, i.path, n.class_id, n.kind, n.x, n.y, n.w, n.h, n.geom::text, n.attrs::text, n.raw::text
+    FROM packhorse.annotation n JOIN packhorse.version_sample i ON i.sample_no = n.sample_no AND i.version_id = $1
+    WHERE n.version_id = $1 ORDER BY n.ann_no";
+
+/// A PostgreSQL database; nothing is open between two calls.
+pub(super) struct Postgres {
+    options: PgConnectOptions,
+    password_file: Option<PathBuf>,
+    /// `postgres://host:port/db`, for people.
+    place: String,
+}
+
+/// Reads the secret that a file holds, without the line end that editors add.
+fn password(file: &Path) -> Result<String, Fault> {
+    let text = std::fs::read_to_string(file)
+        .map_err(|e| Fault::config(format!("the password file of [sink.labels], {}, cannot be read: {e}", file.display())))?;
+    Ok(text.trim_end_matches(['\r', '\n']).into())
+}
+
+impl Postgres {
+    /// Checks the URL and the password file; does not connect.
+    pub(super) fn new(url: &str, password_file: Option<&Path>) -> Result<Self, Fault> {
+        let authority = url.split_once("://").map_or("", |(_, rest)| rest).split(['/', '?']).next().unwrap_or("");
+        let in_url = authority.rsplit_once('@').is_some_and(|(user, _)| user.contains(':')) || url.contains("password=");
+        if in_url {
+            return Err(Fault::config("the url of [sink.labels] holds a password")
+                .with_next("put the password in a file of mode 0600 and name it as password_file"));
+        }
+        // The parser's own error could repeat the URL.
+        let options = PgConnectOptions::from_str(url)
+            .map_err(|_| Fault::config("the url of [sink.labels] is not of the form postgres://user@host:port/database"))?
+            .application_name("packhorse")
+            .disable_statement_logging();
+        if let Some(file) = password_file {
+            password(file)?;
+        }
+        let database = options.get_database().unwrap_or(options.get_username());
+        let place = match options.get_socket() {
+            Some(socket) => format!("postgres:///{database}?host={}", socket.display()),
+            None => format!("postgres://{}:{}/{database}", options.get_host(), options.get_port()),
+        };
+        Ok(Self { place, options, password_file: password_file.map(Into::into) })
+    }
+
+    async fn held_on(&self, conn: &mut PgConnection, set: &str, version: &str) -> Result<Option<(i64, Held)>, Fault> {
+        let query = sqlx::query(HELD).bind(set).bind(version);
+        let row = self.within("look for the version", LABEL_STATEMENT_MAX, query.fetch_optional(conn)).await?;
+        let held = |row: PgRow| -> sqlx::Result<(i64, Held)> {
+            let held = Held {
+                digest: row.try_get(0)?,
+                classes: row.try_get::<i64, _>(1)?.unsigned_abs(),
+                samples: row.try_get::<i64, _>(2)?.unsigned_abs(),
+                annotations: row.try_get::<i64, _>(3)?.unsigned_abs(),
+                rows_digest: row.try_get(4)?,
+            };
+            Ok((row.try_get(5)?, held))
+        };
+        row.map(held).transpose().map_err(|e| self.fault("look for the version", &e))
+    }
+
+    async fn export_on(&self, conn: &mut PgConnection, set: &str, version: &str, out: mpsc::Sender<Rows>) -> Result<Held, Fault> {
+        // The lock comes before the snapshot: so a removal either is seen by it, or waits until the export has ended.
+        let begin = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY;
+             LOCK TABLE packhorse.version_sample, packhorse.annotation IN ACCESS SHARE MODE";
+        self.run(conn, "begin the export", begin.into()).await?;
+        let Some((id, held)) = self.held_on(conn, set, version).await? else { return Err(not_held(set, version)) };
+        let mut batcher = Batcher::new(out);
+
+        let mut rows = sqlx::query(EXPORT_CLASSES).bind(id).fetch(&mut *conn);
+        let mut number = 0;
+        while let Some(row) = self.within("read the classes", LABEL_STATEMENT_MAX, rows.try_next()).await? {
+            let class = class_of(&row).map_err(|e| self.fault("read the classes", &e))?;
+            batcher.push(Table::Classes, number, |out| class.write(out)).await?;
+            number += 1;
+        }
+        drop(rows);
+
+        let mut rows = sqlx::query(EXPORT_SAMPLES).bind(id).fetch(&mut *conn);
+        while let Some(row) = self.within("read the samples", LABEL_STATEMENT_MAX, rows.try_next()).await? {
+            let (no, sample) = sample_of(&row).map_err(|e| self.fault("read the samples", &e))?;
+            batcher.push(Table::Samples, no.unsigned_abs(), |out| sample.write(out)).await?;
+        }
+        drop(rows);
+
+        let mut rows = sqlx::query(EXPORT_ANNOTATIONS).bind(id).fetch(&mut *conn);
+        while let Some(row) = self.within("read the annotations", LABEL_STATEMENT_MAX, rows.try_next()).await? {
+            let (no, annotation) = annotation_of(&row).map_err(|e| self.fault("read the annotations", &e))?;
+            batcher.push(Table::Annotations, no.unsigned_abs(), |out| annotation.write(out)).await?;
+        }
+        drop(rows);
+        let (counts, rows_digest) = batcher.finish().await?;
+        self.run(conn, "end the export", "COMMIT".into()).await?;
+        let [classes, samples, annotations] = counts;
+        Ok(Held { digest: held.digest, classes, samples, annotations, rows_digest: rows_digest.hex() })
+    }
+}
+
+fn class_of(row: &PgRow) -> sqlx::Result<Class<'_>> {
+    Ok(Class { id: row.try_get(0)?, name: row.try_get(1)?, attrs: row.try_get(2)? })
+}
+
+fn sample_of(row: &PgRow) -> sqlx::Result<(i64, Sample<'_>)> {
+    let sample = Sample {
+        path: row.try_get(1)?,
+        hash: row.try_get(2)?,
+        width: row.try_get(3)?,
+        height: row.try_get(4)?,
+        split: row.try_get(5)?,
+        meta: row.try_get(6)?,
+    };
+    Ok((row.try_get(0)?, sample))
+}
+
+fn annotation_of(row: &PgRow) -> sqlx::Result<(i64, Annotation<'_>)> {
+    let annotation = Annotation {
+        sample: row.try_get(1)?,
+        class: row.try_get(2)?,
+        kind: row.try_get(3)?,
+        bbox: [row.try_get(4)?, row.try_get(5)?, row.try_get(6)?, row.try_get(7)?],
+        geom: row.try_get(8)?,
+        attrs: row.try_get(9)?,
+        raw: row.try_get(10)?,
+    };
+    Ok((row.try_get(0)?, annotation))
+}
+
+#[async_trait]
+impl Engine for Postgres {
+    async fn prepare(&self, _room_bytes: u64) -> Result<(), Fault> {
+        let mut conn = self.connect().await?;
+        self.rights(&mut conn).await?;
+        self.migrate(&mut conn).await?;
+        self.close(conn).await;
+        Ok(())
+    }
+
+    async fn probe(&self) -> Result<String, Fault> {
+        let mut conn = self.connect().await?;
+        self.rights(&mut conn).await?;
+        let version = conn.server_version_num().unwrap_or(0);
+        let held: i64 = if self.has_schema(&mut conn).await? {
+            let query = sqlx::query_scalar("SELECT count(*) FROM packhorse.label_version WHERE state = 'ready'");
+            self.within("count the versions", LABEL_STATEMENT_MAX, query.fetch_one(&mut conn)).await?
+        } else {
+            0
+        };
+        self.close(conn).await;
+        Ok(format!("{}: PostgreSQL {}.{}, {held} label versions held", self.place, version / 10_000, version % 10_000))
+    }
+
+    async fn held(&self, set: &str, version: &str) -> Result<Option<Held>, Fault> {
+        let mut conn = self.connect().await?;
+        let held = if self.has_schema(&mut conn).await? { self.held_on(&mut conn, set, version).await? } else { None };
+        self.close(conn).await;
+        Ok(held.map(|(_, held)| held))
+    }
+
+    async fn load(&self, new: &NewVersion) -> Result<(), Fault> {
+        let mut conn = self.connect().await?;
+        match self.load_on(&mut conn, new).await {
+            Ok(()) => {
+                self.close(conn).await;
+                Ok(())
+            }
+            Err(fault) => {
+                drop(conn);
+                let down = fault.reason == Reason::SinkUnavailable;
+                if !down && let Err(left) = self.clean_after_failure(new).await {
+                    tracing::warn!(error = %left, "what a failed load left in the label database is dropped at the next commit");
+                }
+                Err(fault)
+            }
+        }
+    }
+
+    async fn active(&self, set: &str) -> Result<Option<String>, Fault> {
+        let mut conn = self.connect().await?;
+        if !self.has_schema(&mut conn).await? {
+            return Ok(None);
+        }
+        let query = sqlx::query_scalar(
+            "SELECT v.version FROM packhorse.label_active a JOIN packhorse.label_version v ON v.id = a.version_id
+             JOIN packhorse.label_set s ON s.id = a.label_set_id WHERE s.name = $1",
+        )
+        .bind(set);
+        let version = self.within("read the active version", LABEL_STATEMENT_MAX, query.fetch_optional(&mut conn)).await?;
+        self.close(conn).await;
+        Ok(version)
+    }
+
+    async fn activate(&self, set: &str, version: &str) -> Result<bool, Fault> {
+        let mut conn = self.connect().await?;
+        if !self.has_schema(&mut conn).await? {
+            return Ok(false);
+        }
+        self.lock_set(&mut conn, set).await?;
+        let query = sqlx::query(
+            "UPDATE packhorse.label_active a SET version_id = v.id FROM packhorse.label_version v, packhorse.label_set s
+             WHERE s.name = $1 AND v.label_set_id = s.id AND v.version = $2 AND v.state = 'ready' AND a.label_set_id = s.id",
+        )
+        .bind(set)
+        .bind(version);
+        let done = self.within("switch the active version", LABEL_STATEMENT_MAX, query.execute(&mut conn)).await?;
+        self.close(conn).await;
+        Ok(done.rows_affected() == 1)
+    }
+
+    async fn remove(&self, set: &str, version: &str) -> Result<(), Fault> {
+        let mut conn = self.connect().await?;
+        if !self.has_schema(&mut conn).await? {
+            return Ok(());
+        }
+        self.lock_set(&mut conn, set).await?;
+        let query = sqlx::query_scalar::<_, i64>(
+            "SELECT v.id FROM packhorse.label_version v JOIN packhorse.label_set s ON s.id = v.label_set_id
+             WHERE s.name = $1 AND v.version = $2",
+        )
+        .bind(set)
+        .bind(version);
+        let id = self.within("look for the version", LABEL_STATEMENT_MAX, query.fetch_optional(&mut conn)).await?;
+        if let Some(id) = id {
+            // Hidden first, in one small transaction that no reader can hold up; then dropped.
+            let hide = format!(
+                "BEGIN; UPDATE packhorse.label_version SET state = 'removing' WHERE id = {id};
+                 DELETE FROM packhorse.label_active WHERE version_id = {id};
+                 INSERT INTO packhorse.label_active (label_set_id, version_id)
+                 SELECT label_set_id, max(id) FROM packhorse.label_version WHERE state = 'ready'
+                 AND label_set_id = (SELECT label_set_id FROM packhorse.label_version WHERE id = {id})
+                 GROUP BY label_set_id ON CONFLICT (label_set_id) DO NOTHING; COMMIT"
+            );
+            self.run(&mut conn, "hide the version", hide).await?;
+            self.drop_version(&mut conn, id).await?;
+        }
+        self.close(conn).await;
+        Ok(())
+    }
+
+    async fn export(&self, set: &str, version: &str, out: mpsc::Sender<Rows>) -> Result<Held, Fault> {
+        let mut conn = self.connect().await?;
+        if !self.has_schema(&mut conn).await? {
+            return Err(not_held(set, version));
+        }
+        let held = self.export_on(&mut conn, set, version, out).await?;
+        self.close(conn).await;
+        Ok(held)
+    }
+
+    fn location(&self, set: &str, version: &str) -> String {
+        format!("{} packhorse.annotations label_set={set} version={version}", self.place)
+    }
+}
