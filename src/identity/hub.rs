@@ -68,7 +68,7 @@ impl HubIdentity {
             Some(pair) => pair,
             None => {
                 let key = generate_key()?;
-                let cert = issue(&issuer, &key, &Holder::Hub(name.clone()), HUB_DAYS)?;
+                let cert = issue(&issuer, &key, &Holder::Hub(name.clone()), lasting(HUB_DAYS))?;
                 let pair = (PrivatePkcs8KeyDer::from(key.serialize_der()), cert);
                 durable::replace_secret(&hub_path, &write_pair(&pair.0, &pair.1))?;
                 tracing::info!(path = %hub_path.display(), "made the hub's certificate");
@@ -116,7 +116,14 @@ impl HubIdentity {
     /// must be signed with it): the name is the caller's, from a redeemed token or from the certificate that is renewed.
     pub fn issue_for(&self, site: &SiteName, csr_der: &[u8]) -> Result<Vec<u8>, Fault> {
         let request = read_csr(csr_der)?;
-        Ok(issue(&self.issuer, &request.public_key, &Holder::Site(site.clone()), SITE_DAYS)?.to_vec())
+        Ok(issue(&self.issuer, &request.public_key, &Holder::Site(site.clone()), lasting(SITE_DAYS))?.to_vec())
+    }
+
+    /// A certificate of any lifetime (since 1970).
+    #[cfg(test)]
+    pub(crate) fn issue_between(&self, site: &SiteName, csr_der: &[u8], lifetime: (Duration, Duration)) -> Result<Vec<u8>, Fault> {
+        let request = read_csr(csr_der)?;
+        Ok(issue(&self.issuer, &request.public_key, &Holder::Site(site.clone()), lifetime)?.to_vec())
     }
 
     /// The site a certificate was issued to, if this hub's CA issued it. Says nothing of the clock: a receipt that was signed
@@ -147,16 +154,21 @@ pub(super) fn generate_key() -> Result<KeyPair, Fault> {
 
 fn make_ca(name: &SiteName) -> Result<(PrivatePkcs8KeyDer<'static>, CertificateDer<'static>), Fault> {
     let key = generate_key()?;
-    let mut params = params(&format!("packhorse CA of {name}"), CA_DAYS);
+    let mut params = params(&format!("packhorse CA of {name}"), lasting(CA_DAYS));
     params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
     params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
     let cert = params.self_signed(&key).map_err(|e| Fault::internal(format!("make the CA's certificate: {e}")))?;
     Ok((PrivatePkcs8KeyDer::from(key.serialize_der()), cert.der().clone()))
 }
 
-fn issue(issuer: &Issuer<'_, KeyPair>, key: &impl PublicKeyData, holder: &Holder, days: u32) -> Result<CertificateDer<'static>, Fault> {
+fn issue(
+    issuer: &Issuer<'_, KeyPair>,
+    key: &impl PublicKeyData,
+    holder: &Holder,
+    lifetime: (Duration, Duration),
+) -> Result<CertificateDer<'static>, Fault> {
     let wrong = |e: rcgen::Error| Fault::internal(format!("issue a certificate for {holder}: {e}"));
-    let mut params = params(&holder.to_string(), days);
+    let mut params = params(&holder.to_string(), lifetime);
     params.is_ca = IsCa::ExplicitNoCa;
     params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
     params.use_authority_key_identifier_extension = true;
@@ -171,11 +183,17 @@ fn issue(issuer: &Issuer<'_, KeyPair>, key: &impl PublicKeyData, holder: &Holder
     Ok(params.signed_by(key, issuer).map_err(wrong)?.der().clone())
 }
 
-fn params(common_name: &str, days: u32) -> CertificateParams {
-    let now = rcgen::date_time_ymd(1970, 1, 1) + Duration::from_millis(clock::now_unix_ms());
+/// From a little before now, for so many days (since 1970).
+fn lasting(days: u32) -> (Duration, Duration) {
+    let now = Duration::from_millis(clock::now_unix_ms());
+    (now.saturating_sub(BACKDATED), now + DAY * days)
+}
+
+fn params(common_name: &str, (from, until): (Duration, Duration)) -> CertificateParams {
+    let epoch = rcgen::date_time_ymd(1970, 1, 1);
     let mut params = CertificateParams::default();
-    params.not_before = now - BACKDATED;
-    params.not_after = now + DAY * days;
+    params.not_before = epoch + from;
+    params.not_after = epoch + until;
     params.distinguished_name = DistinguishedName::new();
     params.distinguished_name.push(DnType::CommonName, common_name);
     params

@@ -117,11 +117,11 @@ impl Listener {
         Self::start(Some(udp), tcp, identity, line)
     }
 
-    /// As where a firewall drops UDP.
+    /// As where a firewall drops UDP: the UDP socket is handed out and answers nothing.
     #[cfg(test)]
-    pub(super) fn bind_tcp_only(addr: SocketAddr, identity: Arc<HubIdentity>, line: &Line) -> Result<Self, Fault> {
-        let tcp = StdTcpListener::bind(addr).at("listen")?;
-        Self::start(None, tcp, identity, line)
+    pub(super) fn bind_tcp_only(addr: SocketAddr, identity: Arc<HubIdentity>, line: &Line) -> Result<(Self, UdpSocket), Fault> {
+        let (tcp, udp) = bind_pair(addr)?;
+        Ok((Self::start(None, tcp, identity, line)?, udp))
     }
 
     fn start(udp: Option<UdpSocket>, tcp: StdTcpListener, identity: Arc<HubIdentity>, line: &Line) -> Result<Self, Fault> {
@@ -319,7 +319,7 @@ async fn accept_tcp(listener: TcpListener, tls: Arc<rustls::ServerConfig>, door:
         let (door, tls) = (door.clone(), tls.clone());
         tokio::spawn(async move {
             let work = async {
-                let secured = tcp::accept(socket, remote, tls, door.congestion).await;
+                let secured = tcp::accept(socket, tls, door.congestion).await;
                 let secured = secured.map_err(|e| Fault::unreachable(e.to_string()))?;
                 let mux = Mux::start(secured.io, End::Listening, secured.handshake, seat);
                 door.enter(Wire::Tcp { mux, traffic: secured.traffic }, secured.shown, remote).await

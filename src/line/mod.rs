@@ -17,17 +17,19 @@ mod hello;
 mod listen;
 mod mux;
 mod quic;
+mod stream;
 mod tcp;
 mod tls;
 
 pub use dial::{dial, join, probe_quic};
 pub use listen::{Arrival, JoinRequest, Listener};
+pub use stream::{RecvHalf, SendHalf};
+use stream::{RecvWire, SendWire};
 
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::Bytes;
 use parking_lot::Mutex;
 
 use crate::fault::{Fault, Reason};
@@ -305,189 +307,6 @@ impl Link {
             }
             Wire::Tcp { traffic, .. } => traffic.bytes(),
         }
-    }
-}
-
-enum SendWire {
-    Quic(quinn::SendStream),
-    Tcp(mux::SendStream),
-}
-
-/// The writing half of a stream. Dropped unfinished it is reset, so that the peer cannot take a part for the whole.
-pub struct SendHalf {
-    wire: SendWire,
-    link: Arc<Inner>,
-    over: bool,
-}
-
-impl SendHalf {
-    /// Writes all of it, copying.
-    pub async fn write_all(&mut self, data: &[u8]) -> Result<(), Fault> {
-        let result = match &mut self.wire {
-            SendWire::Quic(stream) => stream.write_all(data).await.map_err(write_end),
-            SendWire::Tcp(stream) => stream.write_all(data).await,
-        };
-        result.map_err(|e| self.link.fault(e))
-    }
-
-    /// Writes all of it without copying.
-    pub async fn write_bytes(&mut self, data: Bytes) -> Result<(), Fault> {
-        let result = match &mut self.wire {
-            SendWire::Quic(stream) => stream.write_chunk(data).await.map_err(write_end),
-            SendWire::Tcp(stream) => stream.write_bytes(data).await,
-        };
-        result.map_err(|e| self.link.fault(e))
-    }
-
-    /// Says that nothing more comes. What was written is still delivered, as long as the line stands.
-    pub fn finish(&mut self) -> Result<(), Fault> {
-        self.over = true;
-        let result = match &mut self.wire {
-            SendWire::Quic(stream) => stream.finish().map_err(|_| StreamEnd::Finished),
-            SendWire::Tcp(stream) => stream.finish(),
-        };
-        result.map_err(|e| self.link.fault(e))
-    }
-
-    /// Gives the stream up: the peer's next read fails.
-    pub fn reset(&mut self) {
-        self.over = true;
-        match &mut self.wire {
-            SendWire::Quic(stream) => {
-                let _ = stream.reset(CLOSE_DONE.into());
-            }
-            SendWire::Tcp(stream) => stream.reset(),
-        }
-    }
-
-    /// Changes the priority; an accepted stream begins with 0.
-    pub fn set_priority(&self, priority: i32) {
-        match &self.wire {
-            SendWire::Quic(stream) => {
-                let _ = stream.set_priority(priority);
-            }
-            SendWire::Tcp(stream) => stream.set_priority(priority),
-        }
-    }
-}
-
-impl Drop for SendHalf {
-    fn drop(&mut self) {
-        // quinn would finish the stream in good order here.
-        if !self.over {
-            self.reset();
-        }
-    }
-}
-
-fn write_end(error: quinn::WriteError) -> StreamEnd {
-    match error {
-        quinn::WriteError::Stopped(_) => StreamEnd::Stopped,
-        quinn::WriteError::ConnectionLost(_) | quinn::WriteError::ZeroRttRejected => StreamEnd::LineGone,
-        quinn::WriteError::ClosedStream => StreamEnd::Finished,
-    }
-}
-
-enum RecvWire {
-    Quic(quinn::RecvStream),
-    Tcp(mux::RecvStream),
-}
-
-/// The reading half of a stream. Dropped before the end, it tells the peer to stop.
-pub struct RecvHalf {
-    wire: RecvWire,
-    link: Arc<Inner>,
-}
-
-impl RecvHalf {
-    /// Fills the whole buffer; an end before that is a fault.
-    pub async fn read_exact(&mut self, buffer: &mut [u8]) -> Result<(), Fault> {
-        let mut filled = 0;
-        while filled < buffer.len() {
-            let rest = &mut buffer[filled..];
-            let read = match &mut self.wire {
-                RecvWire::Quic(stream) => stream.read(rest).await.map_err(read_end),
-                RecvWire::Tcp(stream) => {
-                    let chunk = stream.read_chunk(rest.len()).await;
-                    chunk.map(|chunk| {
-                        chunk.map(|bytes| {
-                            rest[..bytes.len()].copy_from_slice(&bytes);
-                            bytes.len()
-                        })
-                    })
-                }
-            };
-            match read.map_err(|e| self.link.fault(e))? {
-                Some(read) => filled += read,
-                None => {
-                    let message = format!("{} ended a stream {} bytes too early", self.link.peer_name(), buffer.len() - filled);
-                    return Err(Fault::unreachable(message).with_reason(self.link.fault(StreamEnd::Reset).reason));
-                }
-            }
-        }
-        Ok(())
-    }
-
-    /// The next bytes as they came, at most `max`, without copying; `None` at the end.
-    pub async fn read_chunk(&mut self, max: usize) -> Result<Option<Bytes>, Fault> {
-        let result = match &mut self.wire {
-            RecvWire::Quic(stream) => match stream.read_chunk(max, true).await {
-                Ok(chunk) => Ok(chunk.map(|c| c.bytes)),
-                Err(error) => Err(read_end(error)),
-            },
-            RecvWire::Tcp(stream) => stream.read_chunk(max).await,
-        };
-        result.map_err(|e| self.link.fault(e))
-    }
-
-    /// The next pieces as they came, as many as there are and as `pieces` has places, without copying; `None` at the end.
-    /// On QUIC a piece is at most a packet, so this is much cheaper than [`RecvHalf::read_chunk`] in a loop.
-    pub async fn read_chunks(&mut self, pieces: &mut [Bytes]) -> Result<Option<usize>, Fault> {
-        let result = match &mut self.wire {
-            RecvWire::Quic(stream) => stream.read_chunks(pieces).await.map_err(read_end),
-            RecvWire::Tcp(stream) => match (pieces, stream.read_chunk(usize::MAX).await) {
-                ([first, ..], Ok(Some(bytes))) => {
-                    *first = bytes;
-                    Ok(Some(1))
-                }
-                ([], Ok(Some(_))) => Ok(Some(0)),
-                (_, Ok(None)) => Ok(None),
-                (_, Err(error)) => Err(error),
-            },
-        };
-        result.map_err(|e| self.link.fault(e))
-    }
-
-    /// Everything up to the end, which must come within `limit` bytes.
-    pub async fn read_to_end(&mut self, limit: usize) -> Result<Vec<u8>, Fault> {
-        let mut all = Vec::new();
-        while let Some(bytes) = self.read_chunk(limit + 1 - all.len()).await? {
-            all.extend_from_slice(&bytes);
-            if all.len() > limit {
-                self.stop();
-                return Err(Fault::integrity(format!("{} sent a message of more than {limit} bytes", self.link.peer_name()))
-                    .with_next("make sure that both ends run the same version"));
-            }
-        }
-        Ok(all)
-    }
-
-    /// Reads no more and tells the peer so.
-    pub fn stop(&mut self) {
-        match &mut self.wire {
-            RecvWire::Quic(stream) => {
-                let _ = stream.stop(CLOSE_DONE.into());
-            }
-            RecvWire::Tcp(stream) => stream.stop(),
-        }
-    }
-}
-
-fn read_end(error: quinn::ReadError) -> StreamEnd {
-    match error {
-        quinn::ReadError::Reset(_) => StreamEnd::Reset,
-        quinn::ReadError::ConnectionLost(_) | quinn::ReadError::ZeroRttRejected => StreamEnd::LineGone,
-        quinn::ReadError::ClosedStream | quinn::ReadError::IllegalOrderedRead => StreamEnd::Stopped,
     }
 }
 

@@ -84,7 +84,6 @@ pub(super) struct Secured<T> {
     pub(super) io: T,
     pub(super) traffic: Arc<Traffic>,
     pub(super) shown: Shown,
-    pub(super) remote: SocketAddr,
     /// How long the handshake took: about one round trip.
     pub(super) handshake: Duration,
 }
@@ -124,7 +123,6 @@ fn shown(connection: &rustls::CommonState) -> Shown {
 /// The hub's side of the handshake.
 pub(super) async fn accept(
     socket: TcpStream,
-    remote: SocketAddr,
     tls: Arc<rustls::ServerConfig>,
     congestion: Congestion,
 ) -> std::io::Result<Secured<ServerIo>> {
@@ -135,7 +133,7 @@ pub(super) async fn accept(
     let handshake = begun.elapsed();
     choose_congestion(io.get_ref().0, congestion, handshake);
     let shown = shown(io.get_ref().1);
-    Ok(Secured { io, traffic, shown, remote, handshake })
+    Ok(Secured { io, traffic, shown, handshake })
 }
 
 /// A site's side: connects, and shakes hands.
@@ -152,5 +150,5 @@ pub(super) async fn connect(
     let handshake = begun.elapsed();
     choose_congestion(io.get_ref().0, congestion, handshake);
     let shown = shown(io.get_ref().1);
-    Ok(Secured { io, traffic, shown, remote, handshake })
+    Ok(Secured { io, traffic, shown, handshake })
 }

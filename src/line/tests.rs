@@ -60,7 +60,7 @@ impl Hub {
     async fn next_site(&self) -> (SiteName, Link, Vec<u8>) {
         match tokio::time::timeout(Duration::from_secs(10), self.listener.accept()).await.unwrap().unwrap() {
             Arrival::Site { name, link, cert_der } => (name, link, cert_der),
-            Arrival::Join(_) => panic!("a join request where a site was expected"),
+            Arrival::Join(_) => unreachable!("a join request where a site was expected"),
         }
     }
 
@@ -88,7 +88,10 @@ impl Hub {
 
 /// The hub's catalogue of tokens, in little.
 #[derive(Default)]
-struct Tokens(Mutex<HashMap<String, ([u8; 32], SiteName, bool)>>);
+struct Tokens(Mutex<HashMap<String, Stored>>);
+
+/// The hash, the site, and whether it was used.
+type Stored = ([u8; 32], SiteName, bool);
 
 impl Tokens {
     fn make(&self, hub: &HubIdentity, site: &str) -> JoinToken {
@@ -132,7 +135,7 @@ async fn a_site_joins_once_and_dials_ever_after() {
                     assert_eq!((request.token_id(), request.claimed_name()), (token.id(), &name("chengdu")));
                     request.redeem(&*tokens).await
                 }
-                _ => panic!("no join request"),
+                _ => unreachable!("no join request"),
             }
         };
         let (joined, answered) = tokio::join!(join(&hub.address, &token, &site_name, &hub_line), request);
@@ -233,6 +236,29 @@ async fn certificates_of_another_ca_are_refused_on_both_sides() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_certificate_out_of_its_time_is_refused_with_both_clocks() {
+    let hub = Hub::start();
+    let day = Duration::from_secs(86400);
+    let now = Duration::from_millis(crate::clock::now_unix_ms());
+    for (from, until, word) in [(now - 3 * day, now - 2 * day, "has expired"), (now + day, now + 2 * day, "is not valid yet")] {
+        let request = CertificateRequest::new().unwrap();
+        let cert = hub.identity.issue_between(&name("chengdu"), request.csr_der(), (from, until)).unwrap();
+        let site = request.complete(&cert, hub.identity.ca_der()).unwrap();
+        // The site itself notices first, by its own clock …
+        let fault = dial(&hub.address, &site, &line(Transport::Auto)).await.unwrap_err();
+        assert!(fault.code == Code::NotAllowed && fault.message.contains(word) && fault.message.contains("this machine"), "{fault}");
+        // … and the hub says what its clock says.
+        for transport in BOTH {
+            let fault = dial::call_for_test(&hub.address, tls::client(&site).unwrap(), &line(transport)).await.unwrap_err();
+            assert!(
+                fault.code == Code::NotAllowed && fault.message.contains(word) && fault.message.contains("clock of the hub"),
+                "{fault}"
+            );
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn many_streams_carry_their_bytes_unmixed() {
     const STREAMS: u64 = 64;
     const BYTES: usize = 3 << 20;
@@ -291,9 +317,13 @@ async fn many_streams_carry_their_bytes_unmixed() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn where_udp_is_dropped_tcp_is_taken_and_quic_again_later() {
-    let hub = Hub::start_with(|identity| Listener::bind_tcp_only(loopback(), identity, &line(Transport::Auto)));
-    // Somebody takes the packets and never answers.
-    let hole = std::net::UdpSocket::bind(&hub.address).unwrap();
+    // Its packets are taken, and nobody answers.
+    let mut hole = None;
+    let hub = Hub::start_with(|identity| {
+        let (listener, udp) = Listener::bind_tcp_only(loopback(), identity, &line(Transport::Auto))?;
+        hole = Some(udp);
+        Ok(listener)
+    });
     let site = site_of(&hub.identity, "chengdu");
     let wanted = line(Transport::Auto);
     let begun = std::time::Instant::now();
@@ -306,11 +336,18 @@ async fn where_udp_is_dropped_tcp_is_taken_and_quic_again_later() {
     assert_eq!((fault.code, fault.reason), (Code::Unreachable, Reason::HubUnreachable));
 
     // UDP works again.
-    drop(hole);
+    let hole = hole.unwrap();
+    hole.set_nonblocking(true).unwrap();
+    while hole.recv(&mut [0; 2000]).is_ok() {}
     let tls = tls::server(&hub.identity).unwrap();
-    let endpoint = quic::listen(std::net::UdpSocket::bind(&hub.address).unwrap(), tls, Congestion::Auto).unwrap();
+    let endpoint = quic::listen(hole, tls, Congestion::Auto).unwrap();
     let welcome = async {
-        let connection = endpoint.accept().await.unwrap().await.unwrap();
+        // The goodbye of the call that was given up may come first.
+        let connection = loop {
+            if let Ok(connection) = endpoint.accept().await.unwrap().await {
+                break connection;
+            }
+        };
         let endpoint = None;
         let link = Link::new(Wire::Quic { connection, endpoint }, None, loopback());
         let (mut send, _) = link.open(0).await.unwrap();

@@ -45,12 +45,14 @@ enum Sending {
     Finishing,
     Finished,
     Reset,
+    /// The peer reads no more, and will be answered with a reset once somebody here takes the stream.
+    StopAsked,
     Stopped,
 }
 
 impl Sending {
     fn is_over(self) -> bool {
-        !matches!(self, Sending::Open | Sending::Finishing)
+        matches!(self, Sending::Finished | Sending::Reset | Sending::Stopped)
     }
 }
 
@@ -84,12 +86,14 @@ struct Stream {
     reader_gone: bool,
     reader: Option<Waker>,
 
+    /// Whether this end knows of it: it opened it or took it.
+    taken: bool,
     /// Whether it takes one of the places of [`LINE_STREAMS_MAX`].
     counted: bool,
 }
 
 impl Stream {
-    fn new(priority: i32) -> Self {
+    fn new(priority: i32, taken: bool) -> Self {
         Self {
             priority,
             sending: Sending::Open,
@@ -107,6 +111,7 @@ impl Stream {
             discarding: false,
             reader_gone: false,
             reader: None,
+            taken,
             counted: true,
         }
     }
@@ -161,7 +166,7 @@ impl Stream {
         match self.sending {
             Sending::Open => self.queued > 0 && self.credit > 0,
             Sending::Finishing => self.queued == 0 || self.credit > 0,
-            Sending::Finished | Sending::Reset | Sending::Stopped => false,
+            Sending::Finished | Sending::Reset | Sending::StopAsked | Sending::Stopped => false,
         }
     }
 }
@@ -224,13 +229,19 @@ impl State {
     pub(super) fn open(&mut self, priority: i32) -> Option<u32> {
         let id = self.next_local;
         self.next_local = id.checked_add(2)?;
-        self.streams.insert(id, Stream::new(priority));
+        self.streams.insert(id, Stream::new(priority, true));
         self.put_control(Kind::Open, id);
         Some(id)
     }
 
     pub(super) fn accept(&mut self) -> Option<u32> {
-        self.accepts.pop_front()
+        let id = self.accepts.pop_front()?;
+        let stream = self.streams.get_mut(&id)?;
+        stream.taken = true;
+        if stream.sending == Sending::StopAsked {
+            self.give_up(id, Sending::Stopped);
+        }
+        Some(id)
     }
 
     pub(super) fn set_priority(&mut self, id: u32, priority: i32) {
@@ -247,7 +258,7 @@ impl State {
         let Some(stream) = self.streams.get_mut(&id) else { return Poll::Ready(Err(StreamEnd::Stopped)) };
         match stream.sending {
             Sending::Open => {}
-            Sending::Stopped => return Poll::Ready(Err(StreamEnd::Stopped)),
+            Sending::StopAsked | Sending::Stopped => return Poll::Ready(Err(StreamEnd::Stopped)),
             Sending::Finishing | Sending::Finished | Sending::Reset => return Poll::Ready(Err(StreamEnd::Finished)),
         }
         if data.is_empty() {
@@ -356,10 +367,7 @@ impl State {
             Kind::Data => self.on_data(id, body, false)?,
             Kind::End => self.on_data(id, body, true)?,
             Kind::Reset => self.on_reset(id)?,
-            Kind::Stop => {
-                self.check_known(id)?;
-                self.give_up(id, Sending::Stopped);
-            }
+            Kind::Stop => self.on_stop(id)?,
             Kind::Credit => self.on_credit(id, body.get_u32())?,
             Kind::Ping => {
                 put_header(&mut self.control, Kind::Pong, 0, body.len());
@@ -401,7 +409,7 @@ impl State {
         }
         self.next_remote = id.checked_add(2).ok_or("it has used up every stream id")?;
         self.remote_open += 1;
-        self.streams.insert(id, Stream::new(0));
+        self.streams.insert(id, Stream::new(0, false));
         self.accepts.push_back(id);
         self.effects.accepted += 1;
         Ok(())
@@ -440,6 +448,16 @@ impl State {
         let dropped = stream.clear_received();
         self.consumed(dropped);
         self.settle(id);
+        Ok(())
+    }
+
+    /// A stream that waits to be taken keeps its place until then, at both ends: else a peer could fill the queue of those that wait.
+    fn on_stop(&mut self, id: u32) -> Result<(), String> {
+        self.check_known(id)?;
+        match self.streams.get_mut(&id) {
+            Some(stream) if !stream.taken => stream.sending = Sending::StopAsked,
+            _ => self.give_up(id, Sending::Stopped),
+        }
         Ok(())
     }
 
@@ -579,17 +597,10 @@ impl State {
                 self.effects.places_freed += 1;
             } else {
                 self.remote_open -= 1;
-                // Given up in both directions before anybody took it: nobody ever will.
-                if let Some(place) = self.accepts.iter().position(|waiting| *waiting == id) {
-                    self.accepts.remove(place);
-                    stream.reader_gone = true;
-                }
             }
         }
         if stream.reader_gone {
-            let dropped = stream.clear_received();
             self.streams.remove(&id);
-            self.consumed(dropped);
         }
     }
 }

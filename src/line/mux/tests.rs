@@ -106,28 +106,38 @@ async fn places_are_limited_and_come_back() {
         held.push(a.open(0).await.unwrap());
     }
     assert!(tokio::time::timeout(Duration::from_millis(50), a.open(0)).await.is_err());
-    // Given up in both directions before the other end took them: their places come back, and nobody finds them.
+    // Given up in both directions, and not taken yet: the places come back only once the other end takes the streams.
     held.clear();
+    assert!(tokio::time::timeout(Duration::from_millis(50), a.open(0)).await.is_err());
+    tokio::spawn(async move {
+        while let Some((mut answer, mut question)) = b.accept().await {
+            if let Ok(bytes) = read_all(&mut question).await {
+                answer.write_bytes(bytes.into()).await.unwrap();
+                answer.finish().unwrap();
+            }
+        }
+    });
     for round in 0..3 * LINE_STREAMS_MAX {
         let (mut send, mut recv) = tokio::time::timeout(Duration::from_secs(5), a.open(0)).await.unwrap().unwrap();
-        let (mut answer, mut question) = loop {
-            send.write_all(&round.to_be_bytes()).await.unwrap();
-            send.finish().unwrap();
-            let (answer, mut question) = b.accept().await.unwrap();
-            match question.read_chunk(4).await {
-                Ok(bytes) => {
-                    assert_eq!(bytes.unwrap(), round.to_be_bytes()[..]);
-                    break (answer, question);
-                }
-                // One of those given up above, taken before the reset came.
-                Err(end) => assert_eq!(end, StreamEnd::Reset),
-            }
-            (send, recv) = a.open(0).await.unwrap();
-        };
-        assert!(read_all(&mut question).await.unwrap().is_empty());
-        answer.finish().unwrap();
-        assert!(read_all(&mut recv).await.unwrap().is_empty());
+        send.write_all(&round.to_be_bytes()).await.unwrap();
+        send.finish().unwrap();
+        assert_eq!(read_all(&mut recv).await.unwrap(), round.to_be_bytes());
     }
+}
+
+#[tokio::test]
+async fn a_message_nobody_may_answer_arrives() {
+    let (a, b) = pair();
+    let (mut send, recv) = a.open(0).await.unwrap();
+    drop(recv);
+    send.write_all(b"welcome").await.unwrap();
+    send.finish().unwrap();
+    drop(send);
+    // Everything has come before anybody looks.
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    let (mut answer, mut message) = b.accept().await.unwrap();
+    assert_eq!(read_all(&mut message).await.unwrap(), b"welcome");
+    assert_eq!(answer.write_all(b"thanks").await, Err(StreamEnd::Stopped));
 }
 
 #[tokio::test]
