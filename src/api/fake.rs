@@ -31,7 +31,7 @@ pub(crate) struct World {
 #[derive(Default)]
 pub(crate) struct Fake {
     pub(crate) world: Mutex<World>,
-    changed: Notify,
+    changed: Arc<Notify>,
 }
 
 /// A transfer with plain values.
@@ -242,8 +242,11 @@ impl Backend for Fake {
         let world = self.world.lock();
         Ok(world.events.iter().filter(|e| e.seq > since).take(limit as usize).cloned().collect())
     }
-    async fn changed(&self) {
-        let _ = tokio::time::timeout(Duration::from_secs(1), self.changed.notified()).await;
+    fn changed(&self) -> futures::future::BoxFuture<'static, ()> {
+        let changed = self.changed.clone().notified_owned();
+        Box::pin(async move {
+            let _ = tokio::time::timeout(Duration::from_secs(1), changed).await;
+        })
     }
     async fn metrics(&self) -> Result<String, Fault> {
         Ok("packhorse_up 1\n".into())
