@@ -17,7 +17,7 @@ use crate::fault::{Fault, Reason, Retry};
 use crate::frame::{Frame, FrameError, HEADER_BYTES, Header};
 use crate::limits::{FETCH_BATCH_BYTES, FETCH_BATCH_CHUNKS_MAX, FETCH_REQUEST_BYTES_MAX, ROOT_BYTES_MAX, SILENCE_MAX};
 use crate::line::{Link, RecvHalf, SendHalf};
-use crate::manifest::{ChunkRef, Digest, PageRef, Pages, Root, children, read_children};
+use crate::manifest::{ChunkRef, Digest, PageRef, Pages, Root, children, for_each_page, read_children};
 use crate::store::Store;
 use crate::wire::{self, FETCH, FetchRequest, PRIORITY_MANIFEST, Peer, Wanted};
 
@@ -38,17 +38,10 @@ impl Opened {
     /// Lists an artifact's pages; reads its index pages only.
     pub fn new(digest: Digest, root: Root, source: &dyn Pages) -> Result<Self, Fault> {
         let mut pages = HashSet::new();
-        let mut level: Vec<PageRef> = root.pages.clone();
-        for depth in (0..=root.depth).rev() {
-            pages.extend(level.iter().map(|p| p.id));
-            if depth > 0 {
-                let mut below = Vec::new();
-                for page in level {
-                    below.extend(read_children(&source.page(page.id)?)?);
-                }
-                level = below;
-            }
-        }
+        for_each_page(&root, source, |page| {
+            pages.insert(page.id);
+            Ok(())
+        })?;
         Ok(Self { digest, root, pages })
     }
 }
