@@ -89,7 +89,7 @@ pub const API_ROWS_MAX: u32 = 10_000;
 /// Rows of one API reply when the request does not say.
 pub const API_ROWS_DEFAULT: u32 = 1_000;
 /// Between two looks of a waiting API request: changes that come faster are told together.
-pub const API_LOOK_EVERY: Duration = Duration::from_millis(50);
+pub const API_LOOK_EVERY: Duration = Duration::from_millis(10);
 /// A quiet event stream says that it lives this often (proxies cut what is silent for 15 s).
 pub const SSE_HEARTBEAT: Duration = Duration::from_secs(10);
 /// How long a waiting command bears a daemon that does not answer (a restart) before it gives up.

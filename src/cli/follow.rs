@@ -18,7 +18,7 @@ use crate::fault::{Code, Fault};
 use crate::limits::{API_IDS_MAX, API_ROWS_MAX, DAEMON_AWAY_MAX, JOB_AWAY_MAX, PROGRESS_LINE_EVERY};
 
 /// Between two looks at least, however fast things change.
-const LOOK_EVERY: Duration = Duration::from_millis(200);
+const LOOK_EVERY: Duration = Duration::from_millis(20);
 /// Between two tries while the daemon is away.
 const TRY_EVERY: Duration = Duration::from_secs(1);
 
