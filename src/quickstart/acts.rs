@@ -11,7 +11,7 @@ use super::check::{self, Found};
 use super::daemon::{Daemons, Home, write_config};
 use super::folder::Folder;
 use super::show::{self, Show, program, quoted, quoted_text};
-use crate::api::types::{Published, PublishRequest, Site, SourceOptions, State, TokenReply, TokenRequest, Transfer, TransferQuery};
+use crate::api::types::{PublishRequest, Published, Site, SourceOptions, State, TokenReply, TokenRequest, Transfer, TransferQuery};
 use crate::cli::client::Client;
 use crate::cli::human;
 use crate::cli::output::{Table, emit};
@@ -189,17 +189,21 @@ pub(super) fn farewell(world: &World<'_>, once: bool) -> Result<(), Fault> {
     let program = program();
     let site = &world.sites[0];
     let (hub, east) = (quoted(&world.hub.config), quoted(&site.config));
-    let nas = quoted(&check::nas(site).join(SERIES[0]));
+    let panels = check::nas(site).join(SERIES[0]);
+    let (folder, current) = (quoted(&panels.join("v2")), quoted(&panels.join("CURRENT")));
     let labels = quoted(&check::labels_db(site));
     let image = quoted_text(&format!("oci:{}:v2", check::layout(site, SERIES[3]).display()));
     let mut lines = format!(
         "\nAll arrived, and all is as it was published. To look at what lies there:\n\n  \
-         ls {nas}/v2; cat {nas}/CURRENT\n  \
+         ls {folder}; cat {current}\n  \
          sqlite3 {labels} 'SELECT class, count(*) FROM current_annotations GROUP BY class'\n  \
          skopeo inspect {image}\n"
     );
     if once {
-        lines.push_str(&format!("\n'{program} quickstart --dir {}' starts the daemons again.\n", quoted(world.folder.path())));
+        lines.push_str(&format!(
+            "\nTo start the daemons again and keep them running:\n\n  {program} quickstart --dir {}\n",
+            quoted(world.folder.path())
+        ));
     } else {
         lines.push_str(&format!(
             "\nTo ask the daemons:\n\n  \
@@ -225,7 +229,7 @@ async fn follow(client: &Client, show: &Show, published: &Published) -> Result<V
         let query = TransferQuery { id: Some(published.transfers.join(",")), ..TransferQuery::default() };
         for transfer in client.transfers(&query).await?.0 {
             bars.update(&transfer);
-            let arrived = (transfer.state == State::Done).then(|| show::arrived(&transfer));
+            let arrived = (transfer.state == State::Done).then(|| show::arrived(&transfer, published.unchanged));
             if let Some(line) = tracker.absorb(transfer) {
                 show.say(&arrived.unwrap_or_else(|| format!("   {line}")));
             }
@@ -235,7 +239,11 @@ async fn follow(client: &Client, show: &Show, published: &Published) -> Result<V
             return Ok(tracker.seen());
         }
         if Instant::now() >= until {
-            return Err(Fault::deadline(format!("{} has not arrived everywhere after {ARRIVAL_MAX:?}: {}", published.artifact, tracker.summary())));
+            return Err(Fault::deadline(format!(
+                "{} has not arrived everywhere after {ARRIVAL_MAX:?}: {}",
+                published.artifact,
+                tracker.summary()
+            )));
         }
         sleep(LOOK_EVERY).await;
     }

@@ -95,7 +95,8 @@ fn files(source: &Path, series: &Path, version: &str) -> Result<(String, String)
     }
     list(&folder, Path::new(""), &mut here)?;
     if there != here {
-        let odd = there.iter().find(|(path, item)| here.get(*path) != Some(item)).or_else(|| here.iter().find(|(p, _)| !there.contains_key(*p)));
+        let odd =
+            there.iter().find(|(path, item)| here.get(*path) != Some(item)).or_else(|| here.iter().find(|(p, _)| !there.contains_key(*p)));
         return Err(differs(format!("{:?} is not as in the source", odd.map(|(path, _)| path))));
     }
     let base = if source.is_dir() { source } else { source.parent().unwrap_or(source) };
@@ -176,7 +177,9 @@ async fn labels(site: &Home, series: &str, version: &str, source: PathBuf) -> Re
     let active = active.ok_or_else(|| differs("no version is active"))?;
     check_active(&active, version)?;
     let (view, query) = match active == version {
-        true => ("current_annotations", "SELECT class, count(*) FROM current_annotations WHERE label_set = ? AND version = ? GROUP BY class"),
+        true => {
+            ("current_annotations", "SELECT class, count(*) FROM current_annotations WHERE label_set = ? AND version = ? GROUP BY class")
+        }
         false => ("annotations", "SELECT class, count(*) FROM annotations WHERE label_set = ? AND version = ? GROUP BY class"),
     };
     let rows: Vec<(String, i64)> = sqlx::query_as(query).bind(set).bind(version).fetch_all(&mut db).await.map_err(failed)?;
@@ -240,4 +243,42 @@ fn hashed(layout: &Path, digest: &str) -> Result<PathBuf, Fault> {
         return Err(differs(format!("the blob {} has other bytes than its name says", path.display())));
     }
     Ok(path)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::Permissions;
+    use std::io::Write;
+
+    use super::*;
+
+    fn put(path: &Path, text: &str) {
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        File::create(path).unwrap().write_all(text.as_bytes()).unwrap();
+    }
+
+    #[test]
+    fn a_folder_that_differs_in_anything_is_seen() {
+        let dir = tempfile::tempdir().unwrap();
+        let (source, series) = (dir.path().join("source"), dir.path().join("nas/dataset/x"));
+        for base in [&source, &series.join("v1")] {
+            put(&base.join("a/b.png"), "one");
+            std::os::unix::fs::symlink("a/b.png", base.join("link")).unwrap();
+        }
+        put(&series.join("CURRENT"), "v1\n");
+        let check = || files(&source, &series, "v1").map(|(what, _)| what).map_err(|f| f.message);
+        assert_eq!(check().as_deref(), Ok("1 file, byte for byte"));
+        let landed = series.join("v1/a/b.png");
+        put(&landed, "two");
+        assert!(check().unwrap_err().contains("other bytes"));
+        put(&landed, "one");
+        std::fs::set_permissions(&landed, Permissions::from_mode(0o600)).unwrap();
+        assert!(check().unwrap_err().contains("a/b.png"));
+        std::fs::set_permissions(&landed, Permissions::from_mode(0o644)).unwrap();
+        put(&series.join("v1/more"), "");
+        assert!(check().unwrap_err().contains("more"));
+        std::fs::remove_file(series.join("v1/more")).unwrap();
+        put(&series.join("CURRENT"), "v0\n");
+        assert!(check().unwrap_err().contains("active version is v0"));
+    }
 }

@@ -74,8 +74,10 @@ impl Folder {
         if self.temporary && done_with {
             return std::fs::remove_dir_all(&self.path).at(format_args!("remove {}", self.path.display()));
         }
-        let path = show::quoted(&self.path);
-        show.say(&format!("Everything is still in {path}: '{} quickstart --dir {path}' goes on with it", show::program()));
+        if self.temporary {
+            show.say("Everything is still there. To go on with it:");
+            show.say(&format!("   {} quickstart --dir {}", show::program(), show::quoted(&self.path)));
+        }
         Ok(())
     }
 }

@@ -6,7 +6,7 @@ use std::path::Path;
 
 use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 
-use crate::api::types::{State, Transfer};
+use crate::api::types::Transfer;
 use crate::cli::human;
 
 /// Says things. Cheap to clone.
@@ -62,14 +62,17 @@ impl Bars {
         }
         let bar = self.bars.entry(transfer.id.clone()).or_insert_with(|| {
             let bar = all.add(ProgressBar::new(1));
-            let style = ProgressStyle::with_template("   {prefix:32} [{bar:24}] {wide_msg}").unwrap_or_else(|_| ProgressStyle::default_bar());
+            let style =
+                ProgressStyle::with_template("   {prefix:32} [{bar:24}] {wide_msg}").unwrap_or_else(|_| ProgressStyle::default_bar());
             bar.set_style(style.progress_chars("=> "));
             bar.set_prefix(format!("{} to {}", transfer.artifact, transfer.site));
             bar
         });
         bar.set_length(transfer.bytes.total.max(1));
-        bar.set_position(transfer.bytes.committed.min(transfer.bytes.total));
-        bar.set_message(format!("{} of {}", transfer.state.as_str(), human::bytes(transfer.bytes.total)));
+        // What is at hand moves before what is durable does, which comes in large steps.
+        let bytes = &transfer.bytes;
+        bar.set_position((bytes.reused + bytes.resumed + bytes.received).max(bytes.committed).min(bytes.total));
+        bar.set_message(format!("{} {}", human::bytes(bytes.total), transfer.state.as_str()));
     }
 }
 
@@ -79,11 +82,14 @@ impl Drop for Bars {
     }
 }
 
-/// The line for a transfer that arrived.
-pub(super) fn arrived(transfer: &Transfer) -> String {
-    debug_assert_eq!(transfer.state, State::Done);
-    let (size, wire) = (human::bytes(transfer.bytes.total), human::bytes(transfer.bytes.wire));
-    format!("   {} arrived at {}: {size}, {wire} over the line", transfer.artifact, transfer.site)
+/// The line for a transfer that arrived; where all is as an earlier run left it, that is said.
+pub(super) fn arrived(transfer: &Transfer, unchanged: bool) -> String {
+    let (artifact, site, bytes) = (&transfer.artifact, &transfer.site, &transfer.bytes);
+    let (size, wire) = (human::bytes(bytes.total), human::bytes(bytes.wire));
+    match unchanged {
+        true => format!("   {artifact} is at {site}: {size}, {wire} crossed the line for it once"),
+        false => format!("   {artifact} arrived at {site}: {size}, {wire} over the line"),
+    }
 }
 
 /// How this program was called, for commands to copy.
