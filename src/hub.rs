@@ -78,7 +78,9 @@ impl Hub {
         let jobs = Jobs::new(catalogue.clone());
         let (links, opened, entitled, collecting) = Default::default();
         let tasks = TaskTracker::new();
-        Ok(Self { inner: Arc::new(Inner { config, catalogue, store, identity, listener, links, opened, entitled, jobs, collecting, tasks, stop }) })
+        Ok(Self {
+            inner: Arc::new(Inner { config, catalogue, store, identity, listener, links, opened, entitled, jobs, collecting, tasks, stop }),
+        })
     }
 
     /// Takes sites in until the daemon stops.

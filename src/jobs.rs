@@ -95,7 +95,9 @@ impl Jobs {
     pub fn get(&self, id: &str) -> Result<Job, Fault> {
         let entries = self.entries.lock();
         let Some(entry) = entries.iter().find(|e| e.id == id) else {
-            return Err(Fault::not_found(format!("there is no job {id}")).with_next("the daemon may have been restarted: run the command again"));
+            return Err(
+                Fault::not_found(format!("there is no job {id}")).with_next("the daemon may have been restarted: run the command again")
+            );
         };
         let (state, result, error) = match &entry.end {
             None => ("running", None, None),

@@ -12,7 +12,9 @@ pub fn transfers(all: &[Transfer]) -> String {
     for transfer in all {
         *states.entry((transfer.state.as_str(), transfer.reason.map_or("", |r| r.as_str()))).or_default() += 1;
         let b = transfer.bytes;
-        for (name, value) in [("reused", b.reused), ("resumed", b.resumed), ("received", b.received), ("committed", b.committed), ("wire", b.wire)] {
+        for (name, value) in
+            [("reused", b.reused), ("resumed", b.resumed), ("received", b.received), ("committed", b.committed), ("wire", b.wire)]
+        {
             *bytes.entry(name).or_default() += value;
         }
     }
@@ -20,7 +22,9 @@ pub fn transfers(all: &[Transfer]) -> String {
     for ((state, reason), count) in states {
         let _ = writeln!(out, "packhorse_transfers{{state=\"{state}\",reason=\"{reason}\"}} {count}");
     }
-    out.push_str("# HELP packhorse_transfer_bytes Bytes of the transfers known, by how they came.\n# TYPE packhorse_transfer_bytes gauge\n");
+    out.push_str(
+        "# HELP packhorse_transfer_bytes Bytes of the transfers known, by how they came.\n# TYPE packhorse_transfer_bytes gauge\n",
+    );
     for (how, count) in bytes {
         let _ = writeln!(out, "packhorse_transfer_bytes{{how=\"{how}\"}} {count}");
     }

@@ -19,8 +19,8 @@ use crate::limits::DRAIN_MAX;
 use crate::line;
 use crate::site::Site;
 
-/// Runs a daemon until SIGTERM or SIGINT.
-pub async fn run(config: Config) -> Result<(), Fault> {
+/// Runs a daemon until SIGTERM or SIGINT, or, if so asked, until standard input ends.
+pub async fn run(config: Config, until_stdin_ends: bool) -> Result<(), Fault> {
     let stop = CancellationToken::new();
     let token = stop.clone();
     let mut terminate = signal(SignalKind::terminate()).at("listen for SIGTERM")?;
@@ -30,6 +30,15 @@ pub async fn run(config: Config) -> Result<(), Fault> {
         tracing::info!("stopping");
         token.cancel();
     });
+    if until_stdin_ends {
+        let token = stop.clone();
+        // A thread of its own: it may hang in the read when the daemon stops for another reason, and holds nothing up.
+        std::thread::spawn(move || {
+            let _ = std::io::copy(&mut std::io::stdin().lock(), &mut std::io::sink());
+            tracing::info!("standard input ended, stopping");
+            token.cancel();
+        });
+    }
     run_until(config, stop).await
 }
 
@@ -42,7 +51,8 @@ pub async fn run_until(config: Config, stop: CancellationToken) -> Result<(), Fa
     let _lock = Lock::take(&config.data_dir)?;
     let token = ApiToken::open_or_create(&config.data_dir)?;
     let listener = TcpListener::bind(config.listen.api).await.map_err(|e| {
-        Fault::io(format_args!("listen on {} for the API", config.listen.api), &e).with_next("choose another [listen] api, or stop what listens there")
+        Fault::io(format_args!("listen on {} for the API", config.listen.api), &e)
+            .with_next("choose another [listen] api, or stop what listens there")
     })?;
     match config.role {
         Role::Hub => {

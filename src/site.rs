@@ -49,12 +49,22 @@ impl Site {
     /// Opens the site's state and sinks. It must have joined.
     pub async fn open(config: Config, stop: CancellationToken) -> Result<Self, Fault> {
         let Some(identity) = SiteIdentity::load(&config.data_dir)? else {
-            return Err(Fault::not_allowed(format!("site {} has not joined a hub yet: {} holds no certificate", config.name, config.data_dir.display()))
-                .with_next("at the hub: packhorse token create --site NAME; then here: packhorse join --config FILE --hub HOST:PORT --token TOKEN"));
+            return Err(Fault::not_allowed(format!(
+                "site {} has not joined a hub yet: {} holds no certificate",
+                config.name,
+                config.data_dir.display()
+            ))
+            .with_next(
+                "at the hub: packhorse token create --site NAME; then here: packhorse join --config FILE --hub HOST:PORT --token TOKEN",
+            ));
         };
         if *identity.name() != config.name {
-            return Err(Fault::config(format!("the config says that this is site {}, its certificate says {}", config.name, identity.name()))
-                .with_next("mend the name in the config, or join anew"));
+            return Err(Fault::config(format!(
+                "the config says that this is site {}, its certificate says {}",
+                config.name,
+                identity.name()
+            ))
+            .with_next("mend the name in the config, or join anew"));
         }
         let catalogue = Catalogue::open(&config.data_dir).await?;
         let data = config.data_dir.clone();
@@ -111,7 +121,9 @@ impl Site {
                     let entry = entry.at(root.display())?;
                     let name = entry.file_name().to_string_lossy().into_owned();
                     // A failed transfer keeps what it has for `retry`.
-                    if name.starts_with("t-") && places.staged_by(&name).is_none() && !open.iter().any(|row| row.id == name) || name.starts_with("removed-") {
+                    if name.starts_with("t-") && places.staged_by(&name).is_none() && !open.iter().any(|row| row.id == name)
+                        || name.starts_with("removed-")
+                    {
                         durable::remove_all(&entry.path())?;
                     }
                 }

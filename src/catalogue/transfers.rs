@@ -280,7 +280,9 @@ impl Catalogue {
     /// Does what somebody asks of a transfer, at the hub. It shows at once; the site follows when it hears of it.
     pub async fn act(&self, id: &str, action: Action) -> Result<TransferRow, Fault> {
         let mut row = self.transfer(id).await?;
-        let hold = |reason, next: &str| Some(Fault::internal("asked for by a person").with_reason(reason).with_next(format!("packhorse {next} {id}")));
+        let hold = |reason, next: &str| {
+            Some(Fault::internal("asked for by a person").with_reason(reason).with_next(format!("packhorse {next} {id}")))
+        };
         let (want, state, why) = match action {
             Action::Pause => (Want::Pause, State::Paused, hold(Reason::PausedByUser, "resume")),
             Action::Cancel => (Want::Cancel, State::Cancelled, hold(Reason::CancelledByUser, "retry")),

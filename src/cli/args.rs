@@ -73,7 +73,11 @@ pub(super) enum Command {
         once: bool,
     },
     /// Run the daemon; the configuration's role says hub or site.
-    Serve,
+    Serve {
+        /// Stop when standard input ends too: for a parent that must not be outlived, however it dies.
+        #[arg(long, hide = true)]
+        until_stdin_ends: bool,
+    },
     /// Make join tokens (at the hub).
     #[command(subcommand)]
     Token(TokenCommand),
@@ -166,7 +170,7 @@ pub(super) enum Command {
 impl Command {
     /// Whether this runs a daemon, which logs what it does.
     pub(super) fn is_daemon(&self) -> bool {
-        matches!(self, Command::Serve)
+        matches!(self, Command::Serve { .. })
     }
 }
 

@@ -16,7 +16,7 @@ use crate::fault::{Code, Fault};
 use crate::limits::API_REPLY_MAX;
 
 /// One daemon, as a client sees it.
-pub(super) struct Client {
+pub(crate) struct Client {
     http: reqwest::Client,
     base: String,
     token: ApiToken,
@@ -54,7 +54,7 @@ impl Client {
     }
 
     /// The daemon at this URL.
-    pub(super) fn to(base: String, token: ApiToken) -> Result<Self, Fault> {
+    pub(crate) fn to(base: String, token: ApiToken) -> Result<Self, Fault> {
         // Set once a process; whoever came first chose the same.
         let _ = rustls::crypto::ring::default_provider().install_default();
         // The daemon never redirects; a proxy from the environment would see the token.
@@ -64,17 +64,17 @@ impl Client {
     }
 
     /// Asks.
-    pub(super) async fn get<T: DeserializeOwned>(&self, path: &str, query: &impl Serialize) -> Result<T, Fault> {
+    pub(crate) async fn get<T: DeserializeOwned>(&self, path: &str, query: &impl Serialize) -> Result<T, Fault> {
         self.send(self.http.request(Method::GET, self.url(path)).query(query), Duration::ZERO).await.map(|(value, _)| value)
     }
 
     /// Tells.
-    pub(super) async fn post<T: DeserializeOwned>(&self, path: &str, body: &impl Serialize) -> Result<T, Fault> {
+    pub(crate) async fn post<T: DeserializeOwned>(&self, path: &str, body: &impl Serialize) -> Result<T, Fault> {
         self.send(self.http.request(Method::POST, self.url(path)).json(body), Duration::ZERO).await.map(|(value, _)| value)
     }
 
     /// Transfers, and the cursor to go on from.
-    pub(super) async fn transfers(&self, query: &TransferQuery) -> Result<(Vec<Transfer>, u64), Fault> {
+    pub(crate) async fn transfers(&self, query: &TransferQuery) -> Result<(Vec<Transfer>, u64), Fault> {
         let request = self.http.request(Method::GET, self.url("/v1/transfers")).query(query);
         let (transfers, headers): (Vec<Transfer>, _) = self.send(request, Duration::from_secs(query.wait.unwrap_or(0))).await?;
         let said = headers.get(CURSOR_HEADER).and_then(|v| v.to_str().ok()?.parse().ok());
@@ -84,7 +84,7 @@ impl Client {
     }
 
     /// A job, after its end or after `wait`.
-    pub(super) async fn job(&self, id: &str, wait: Duration) -> Result<Job, Fault> {
+    pub(crate) async fn job(&self, id: &str, wait: Duration) -> Result<Job, Fault> {
         let query = [("id", id.to_owned()), ("wait", wait.as_secs().to_string())];
         self.send(self.http.request(Method::GET, self.url("/v1/jobs")).query(&query), wait).await.map(|(job, _)| job)
     }

@@ -6,7 +6,7 @@ use jiff::tz::TimeZone;
 use crate::api::types::{State, Transfer};
 
 /// `512 B`, `1.5 GiB`, `40 MiB`: rounded down, so that nothing looks more than it is.
-pub(super) fn bytes(count: u64) -> String {
+pub(crate) fn bytes(count: u64) -> String {
     const UNITS: [&str; 5] = ["KiB", "MiB", "GiB", "TiB", "PiB"];
     if count < 1024 {
         return format!("{count} B");
@@ -23,7 +23,7 @@ pub(super) fn rate(bytes_per_second: u64) -> String {
 }
 
 /// `45s`, `3m 20s`, `2h 05m`, `3d 04h`.
-pub(super) fn seconds(count: u64) -> String {
+pub(crate) fn seconds(count: u64) -> String {
     let (days, hours, minutes) = (count / 86_400, count / 3600 % 24, count / 60 % 60);
     match count {
         0..60 => format!("{count}s"),
@@ -60,7 +60,7 @@ fn in_zone(rfc3339: &str, zone: TimeZone) -> String {
 }
 
 /// The same text without what could steer a terminal: file names and peers' words may hold anything.
-pub(super) fn clean(text: &str) -> String {
+pub(crate) fn clean(text: &str) -> String {
     text.chars().map(|c| if c.is_control() { '\u{fffd}' } else { c }).collect()
 }
 

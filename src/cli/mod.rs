@@ -4,13 +4,13 @@
 //! nothing, so any command can be killed and run again. Results go to stdout, progress and errors to stderr.
 
 mod args;
-mod client;
+pub(crate) mod client;
 mod commands;
 mod follow;
-mod human;
-mod output;
+pub(crate) mod human;
+pub(crate) mod output;
 mod status;
-mod tracker;
+pub(crate) mod tracker;
 mod watch;
 
 #[cfg(test)]
@@ -57,7 +57,7 @@ async fn dispatch(args: Args) -> Result<(), Fault> {
     let global = &args.global;
     match args.command {
         Command::Quickstart { dir, once } => crate::quickstart::run(dir, once).await,
-        Command::Serve => crate::serve::run(global.load_config()?).await,
+        Command::Serve { until_stdin_ends } => crate::serve::run(global.load_config()?, until_stdin_ends).await,
         Command::Join { hub, token } => crate::serve::join(&global.load_config()?, &hub, &token).await,
         Command::Config(ConfigCommand::Check) => commands::config_check(global),
         Command::Token(TokenCommand::Create(create)) => commands::token_create(global, create).await,

@@ -10,7 +10,7 @@ use crate::api::types::State;
 use crate::fault::Fault;
 
 /// Writes to stdout. A reader that went away (`| head`) ends the command quietly, as it ends every Unix filter.
-pub(super) fn emit(text: &str) -> Result<(), Fault> {
+pub(crate) fn emit(text: &str) -> Result<(), Fault> {
     let mut stdout = std::io::stdout().lock();
     match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
         Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => std::process::exit(0),
@@ -52,7 +52,7 @@ pub(super) fn colour() -> bool {
 
 /// A cell: its text, and the terminal code to paint it with.
 #[derive(Debug, Clone)]
-pub(super) struct Cell {
+pub(crate) struct Cell {
     text: String,
     paint: Option<&'static str>,
 }
@@ -77,24 +77,24 @@ impl Cell {
 }
 
 /// A table: columns as wide as their widest cell, two blanks between.
-pub(super) struct Table {
+pub(crate) struct Table {
     head: &'static [&'static str],
     rows: Vec<Vec<Cell>>,
 }
 
 impl Table {
     /// A table with these column names; one that begins with `>` is set to the right.
-    pub(super) fn new(head: &'static [&'static str]) -> Self {
+    pub(crate) fn new(head: &'static [&'static str]) -> Self {
         Self { head, rows: Vec::new() }
     }
 
     /// Adds a row.
-    pub(super) fn row(&mut self, cells: Vec<Cell>) {
+    pub(crate) fn row(&mut self, cells: Vec<Cell>) {
         self.rows.push(cells);
     }
 
     /// The lines, each with its line end.
-    pub(super) fn render(&self, colour: bool) -> String {
+    pub(crate) fn render(&self, colour: bool) -> String {
         let names: Vec<Cell> = self.head.iter().map(|name| Cell::from(name.trim_start_matches('>'))).collect();
         let all = || std::iter::once(&names).chain(&self.rows);
         let widths: Vec<usize> =

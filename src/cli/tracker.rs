@@ -9,18 +9,18 @@ use crate::limits::OFFENDERS_LISTED_MAX;
 
 /// The transfers that are waited for.
 #[derive(Debug)]
-pub(super) struct Tracker {
+pub(crate) struct Tracker {
     transfers: BTreeMap<String, Option<Transfer>>,
 }
 
 impl Tracker {
     /// Waits for these.
-    pub(super) fn new(ids: &[String]) -> Self {
+    pub(crate) fn new(ids: &[String]) -> Self {
         Self { transfers: ids.iter().map(|id| (id.clone(), None)).collect() }
     }
 
     /// Takes an answer. Returns what a person should be told: an end, or a new reason to stand still.
-    pub(super) fn absorb(&mut self, transfer: Transfer) -> Option<String> {
+    pub(crate) fn absorb(&mut self, transfer: Transfer) -> Option<String> {
         let known = self.transfers.get_mut(&transfer.id)?;
         let before = known.as_ref().map(|t| (t.state, t.reason));
         // An older answer may come after a newer one; progress never goes backwards.
@@ -33,7 +33,7 @@ impl Tracker {
     }
 
     /// Ids of those that have not ended, or were never seen.
-    pub(super) fn open(&self) -> Vec<String> {
+    pub(crate) fn open(&self) -> Vec<String> {
         let open = |t: &Option<Transfer>| t.as_ref().is_none_or(|t| !t.state.is_final());
         self.transfers.iter().filter(|(_, t)| open(t)).map(|(id, _)| id.clone()).collect()
     }
@@ -44,7 +44,7 @@ impl Tracker {
     }
 
     /// All of them, as last seen.
-    pub(super) fn seen(&self) -> Vec<Transfer> {
+    pub(crate) fn seen(&self) -> Vec<Transfer> {
         self.transfers.values().flatten().cloned().collect()
     }
 
@@ -57,7 +57,7 @@ impl Tracker {
     }
 
     /// How far all is, on one line.
-    pub(super) fn summary(&self) -> String {
+    pub(crate) fn summary(&self) -> String {
         let (done, total) = self.bytes();
         let seen = || self.transfers.values().flatten();
         let ended = seen().filter(|t| t.state.is_final()).count();
@@ -82,7 +82,7 @@ impl Tracker {
     }
 
     /// How the command ends: well, with the only transfer's fault, or with `some sites failed`.
-    pub(super) fn verdict(&self) -> Result<(), Fault> {
+    pub(crate) fn verdict(&self) -> Result<(), Fault> {
         let bad: Vec<&Transfer> = self.transfers.values().flatten().filter(|t| t.state != State::Done).collect();
         match bad.as_slice() {
             [] => Ok(()),

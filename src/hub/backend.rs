@@ -84,7 +84,9 @@ impl Hub {
                     Action::Retry => "retry",
                 };
                 let state = row.state.as_str();
-                return Err(Fault::conflict(format!("transfer {id} is {state}: there is nothing to {word}")).with_next("see 'packhorse status'"));
+                return Err(
+                    Fault::conflict(format!("transfer {id} is {state}: there is nothing to {word}")).with_next("see 'packhorse status'")
+                );
             }
             let row = if fits { self.inner.catalogue.act(&row.id, action).await? } else { row };
             out.push(self.view(&row));
@@ -315,7 +317,9 @@ impl Backend for Hub {
         let artifact: ArtifactRef = artifact.parse()?;
         self.inner.catalogue.artifact(&artifact).await?;
         if repair {
-            return Err(Fault::usage("the hub repairs nothing by itself").with_next("publish the artifact again: what is damaged is stored anew"));
+            return Err(
+                Fault::usage("the hub repairs nothing by itself").with_next("publish the artifact again: what is damaged is stored anew")
+            );
         }
         let this = self.clone();
         self.inner.jobs.start(move |progress| async move { this.verify_now(artifact, progress).await })
@@ -356,9 +360,9 @@ impl Backend for Hub {
 
     async fn gc(&self) -> Result<Job, Fault> {
         let this = self.clone();
-        self.inner.jobs.start(move |progress| async move {
-            this.collect_now(progress).await.map(|freed| BTreeMap::from([("freed", freed)]))
-        })
+        self.inner
+            .jobs
+            .start(move |progress| async move { this.collect_now(progress).await.map(|freed| BTreeMap::from([("freed", freed)])) })
     }
 
     async fn doctor(&self) -> Result<Vec<String>, Fault> {
@@ -390,7 +394,9 @@ impl Backend for Hub {
             event.body = match event.what.as_str() {
                 "transfer" => self.inner.catalogue.transfer(&name).await.ok().and_then(|row| serde_json::to_value(self.view(&row)).ok()),
                 "artifact" => match name.parse() {
-                    Ok(artifact) => self.inner.catalogue.artifact(&artifact).await.ok().and_then(|row| serde_json::to_value(row.view()).ok()),
+                    Ok(artifact) => {
+                        self.inner.catalogue.artifact(&artifact).await.ok().and_then(|row| serde_json::to_value(row.view()).ok())
+                    }
                     Err(_) => None,
                 },
                 _ => sites.iter().find(|s| s.name.as_str() == name).and_then(|s| serde_json::to_value(s).ok()),

@@ -50,7 +50,8 @@ impl Site {
                                 progress.bytes.fetch_add(file.size, Ordering::Relaxed);
                                 match read {
                                     Err(fault) => Some(fault.message),
-                                    Ok(()) => (*hasher.finalize().as_bytes() != file.hash.0).then(|| "its content is not what was delivered".to_owned()),
+                                    Ok(()) => (*hasher.finalize().as_bytes() != file.hash.0)
+                                        .then(|| "its content is not what was delivered".to_owned()),
                                 }
                             }
                         };
@@ -158,7 +159,9 @@ impl Backend for Site {
         let mut out = Vec::new();
         let link = inner.link.borrow().clone();
         out.push(match (&link, inner.line_fault.lock().clone()) {
-            (Some(link), _) => format!("ok line: {} to {}, round trip {} ms", link.transport(), link.remote_address(), link.rtt().as_millis()),
+            (Some(link), _) => {
+                format!("ok line: {} to {}, round trip {} ms", link.transport(), link.remote_address(), link.rtt().as_millis())
+            }
             (None, Some(fault)) => format!("fault line: {}; {}", fault.message, fault.next),
             (None, None) => "fault line: not connected yet".into(),
         });
@@ -183,7 +186,9 @@ impl Backend for Site {
             let body = match event.what.as_str() {
                 "transfer" => self.inner.catalogue.transfer(&name).await.ok().and_then(|row| serde_json::to_value(row.view()).ok()),
                 _ => match name.parse() {
-                    Ok(artifact) => self.inner.catalogue.artifact(&artifact).await.ok().and_then(|row| serde_json::to_value(row.view()).ok()),
+                    Ok(artifact) => {
+                        self.inner.catalogue.artifact(&artifact).await.ok().and_then(|row| serde_json::to_value(row.view()).ok())
+                    }
                     Err(_) => None,
                 },
             };

@@ -235,7 +235,11 @@ impl Assembly {
             self.pass(place, &journal, &stage, &held).await?;
             stuck = if journal.read().count() == before { stuck + 1 } else { 0 };
             if stuck == 3 {
-                return Err(Fault::internal(format!("{} chunks of {} are missing and cannot be had", total - before, self.incoming.artifact)));
+                return Err(Fault::internal(format!(
+                    "{} chunks of {} are missing and cannot be had",
+                    total - before,
+                    self.incoming.artifact
+                )));
             }
         }
         let (this, held, staged) = (self.clone(), held.clone(), stage.clone());
@@ -473,7 +477,13 @@ struct Held {
     bytes: u64,
 }
 
-async fn fetch_batch(fetcher: &Fetcher, priority: i32, batch: Batch, share: OwnedSemaphorePermit, jobs: &mpsc::Sender<Job>) -> Result<(), Fault> {
+async fn fetch_batch(
+    fetcher: &Fetcher,
+    priority: i32,
+    batch: Batch,
+    share: OwnedSemaphorePermit,
+    jobs: &mpsc::Sender<Job>,
+) -> Result<(), Fault> {
     let share = Arc::new(share);
     let mut frames = fetcher.ask(batch.wants, priority).await?;
     for item in batch.items {

@@ -183,7 +183,9 @@ impl Runner {
                     return Ok(());
                 }
                 let mut body = row.body;
-                body.set_fault(Some(&Fault::internal("paused").with_reason(Reason::PausedByUser).with_next(format!("packhorse resume {}", row.id))));
+                body.set_fault(Some(
+                    &Fault::internal("paused").with_reason(Reason::PausedByUser).with_next(format!("packhorse resume {}", row.id)),
+                ));
                 self.inner.catalogue.update_transfer(&row.id, row.generation, State::Paused, &body).await
             }
             Want::Run => {
@@ -219,7 +221,9 @@ impl Runner {
         })
         .await?;
         let mut body = row.body;
-        body.set_fault(Some(&Fault::internal("cancelled").with_reason(Reason::CancelledByUser).with_next(format!("packhorse retry {}", row.id))));
+        body.set_fault(Some(
+            &Fault::internal("cancelled").with_reason(Reason::CancelledByUser).with_next(format!("packhorse retry {}", row.id)),
+        ));
         self.inner.catalogue.update_transfer(&row.id, row.generation, State::Cancelled, &body).await
     }
 
@@ -335,7 +339,9 @@ impl Runner {
         let _turn = match turns.try_acquire() {
             Ok(turn) => turn,
             Err(_) => {
-                let wait = Fault::internal("other transfers go first").with_reason(Reason::WaitingForTurn).with_next("nothing: it begins by itself");
+                let wait = Fault::internal("other transfers go first")
+                    .with_reason(Reason::WaitingForTurn)
+                    .with_next("nothing: it begins by itself");
                 self.enter(row, State::Queued, Some(wait)).await;
                 unless(stop, async { turns.acquire().await.map_err(|_| stopped()) }).await?
             }

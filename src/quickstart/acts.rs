@@ -1,0 +1,319 @@
+//! The acts: what is done with the hub and the sites, in order. Each ends with its result on stdout.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::task::JoinSet;
+use tokio::time::{Instant, sleep};
+
+use super::check::{self, Found};
+use super::daemon::{Daemons, Home, write_config};
+use super::folder::Folder;
+use super::show::{self, Show, program, quoted, quoted_text};
+use crate::api::types::{PublishRequest, Published, Site, SourceOptions, State, TokenReply, TokenRequest, Transfer, TransferQuery};
+use crate::cli::client::Client;
+use crate::cli::human;
+use crate::cli::output::{Table, emit};
+use crate::cli::tracker::Tracker;
+use crate::config;
+use crate::durable;
+use crate::fault::{Code, Fault};
+use crate::identity::SiteIdentity;
+use crate::sample::SampleSet;
+use crate::serve;
+
+/// What is published, one of each kind; labels come after the dataset that they are bound to.
+pub(super) const SERIES: [&str; 5] = ["dataset/panels", "labels/panels", "operator/adc", "image/adc", "model/adc"];
+const SITES: [&str; 2] = ["east", "west"];
+/// How long the sites may take to dial the hub.
+const ONLINE_MAX: Duration = Duration::from_secs(60);
+/// How long one artifact may take to reach both sites.
+const ARRIVAL_MAX: Duration = Duration::from_secs(180);
+const LOOK_EVERY: Duration = Duration::from_millis(100);
+const JOB_WAIT: Duration = Duration::from_secs(10);
+
+/// The stage: a hub and sites that are connected to it.
+pub(super) struct World<'a> {
+    folder: &'a Folder,
+    show: Show,
+    hub: Home,
+    client: Arc<Client>,
+    sites: Vec<Home>,
+}
+
+impl<'a> World<'a> {
+    /// Starts the hub and the sites, and enrols those that have not joined yet.
+    pub(super) async fn raise(folder: &'a Folder, daemons: &mut Daemons, show: &Show) -> Result<Self, Fault> {
+        show.act("A hub and two sites start");
+        let hub = Home::new(folder.path(), "hub");
+        let ready = daemons.start(&hub, async |api, line| write_config(&hub, &hub_config(&hub, api, line)?)).await?;
+        let (client, line) = (ready.client, ready.line.to_string());
+        show.say(&format!("   hub is ready: API at http://{}, line at {line}, log in {}", ready.api, hub.log.display()));
+        let mut sites = Vec::new();
+        for name in SITES {
+            let site = Home::new(folder.path(), name);
+            let joined = SiteIdentity::load(&site.state())?.is_some();
+            let ready = daemons.start(&site, async |api, _| enrol(&client, &site, &line, api).await).await?;
+            let how = if joined { "had joined before" } else { "has joined with a token from the hub" };
+            show.say(&format!("   {name} {how}: API at http://{}, log in {}", ready.api, site.log.display()));
+            sites.push(site);
+        }
+        let world = Self { folder, show: show.clone(), hub, client, sites };
+        world.wait_online().await?;
+        Ok(world)
+    }
+
+    async fn wait_online(&self) -> Result<(), Fault> {
+        let until = Instant::now() + ONLINE_MAX;
+        loop {
+            let sites: Vec<Site> = self.client.get("/v1/sites", &()).await?;
+            let online: Vec<String> = sites.iter().filter(|s| s.online).map(said_of).collect();
+            if online.len() == SITES.len() {
+                self.show.say(&format!("   connected to the hub, which nobody but they dialled: {}", online.join(", ")));
+                return Ok(());
+            }
+            if Instant::now() >= until {
+                return Err(Fault::unreachable(format!("of the {} sites only {} reached the hub", SITES.len(), online.len()))
+                    .with_next(format!("read the logs in {}", self.folder.path().display())));
+            }
+            sleep(LOOK_EVERY).await;
+        }
+    }
+
+    /// Makes a version of each kind, publishes all to both sites, and waits until they have arrived.
+    async fn deliver(&self, version: u32) -> Result<(SampleSet, Vec<Transfer>), Fault> {
+        let set = self.folder.sample(version).await?;
+        let mut arrivals = JoinSet::new();
+        for series in SERIES {
+            let published = self.publish(&set, series, version).await?;
+            let (client, show) = (self.client.clone(), self.show.clone());
+            arrivals.spawn(async move { follow(&client, &show, &published).await });
+        }
+        let mut transfers: Vec<Transfer> = Vec::new();
+        while let Some(arrived) = arrivals.join_next().await {
+            transfers.extend(arrived.map_err(|e| Fault::internal(format!("waiting for a transfer: {e}")))??);
+        }
+        Ok((set, transfers))
+    }
+
+    async fn publish(&self, set: &SampleSet, series: &str, version: u32) -> Result<Published, Fault> {
+        let source = source(set, series);
+        let for_dataset = series.starts_with("labels/").then(|| format!("{}:v{version}", SERIES[0]));
+        let request = PublishRequest {
+            source: source.to_string_lossy().into_owned(),
+            as_ref: format!("{series}:v{version}"),
+            to: Some("all".into()),
+            options: SourceOptions { for_dataset, ..SourceOptions::default() },
+        };
+        let mut job = self.client.post("/v1/artifacts", &request).await?;
+        let published: Published = loop {
+            let crate::api::types::Job { id, state, result, error, .. } = job;
+            match (state.as_str(), result) {
+                ("running", _) => job = self.client.job(&id, JOB_WAIT).await?,
+                ("done", Some(result)) => {
+                    break serde_json::from_value(result).map_err(|e| Fault::internal(format!("the hub's answer: {e}")))?;
+                }
+                _ => return Err(refused(error, &request.as_ref)),
+            }
+        };
+        let (size, stored) = (human::bytes(published.bytes), human::bytes(published.stored));
+        self.show.say(&match published.unchanged {
+            true => format!("   {} is published already, with this content: {size}", published.artifact),
+            false => format!("   {} is published: {size}, {stored} new in the hub's store", published.artifact),
+        });
+        Ok(published)
+    }
+
+    /// Compares what lies at both sites with its source.
+    async fn check(&self, set: &SampleSet, transfers: &[Transfer], version: u32) -> Result<Vec<Found>, Fault> {
+        let mut found = Vec::new();
+        for series in SERIES {
+            for site in &self.sites {
+                let wire = of(transfers, series, site.name).map_or(0, |t| t.bytes.wire);
+                found.push(check::artifact(site, series, version, source(set, series), wire).await?);
+            }
+        }
+        Ok(found)
+    }
+}
+
+/// The first delivery: one of each kind to both sites, from nothing.
+pub(super) async fn first_delivery(world: &World<'_>) -> Result<(), Fault> {
+    world.show.act("One of each kind is published at the hub, to both sites");
+    let (set, transfers) = world.deliver(1).await?;
+    let found = world.check(&set, &transfers, 1).await?;
+    let mut table = Table::new(&["ARTIFACT", "SITE", ">SIZE", "COMPARED WITH THE SOURCE", "WHERE"]);
+    for row in found {
+        let size = of(&transfers, row.series, row.site).map_or(0, |t| t.bytes.total);
+        table.row(vec![row.artifact.into(), row.site.into(), human::bytes(size).into(), row.what.into(), row.location.into()]);
+    }
+    emit(&format!("\nWhat lies where, read again and compared:\n\n{}", table.render(false)))
+}
+
+/// The second version: small changes, of which little more than themselves may move.
+pub(super) async fn second_version(world: &World<'_>) -> Result<(), Fault> {
+    world.show.act("A day later: some images shot again, labels corrected, a line of code, an image layer, 1 % of the weights");
+    let (set, transfers) = world.deliver(2).await?;
+    let found = world.check(&set, &transfers, 2).await?;
+    let mut table = Table::new(&["ARTIFACT", ">SIZE", ">TO EAST", ">TO WEST", ">OF ITS SIZE", "COMPARED WITH THE SOURCE"]);
+    let mut sum = [0; 3];
+    for series in SERIES {
+        let rows: Vec<&Found> = found.iter().filter(|f| f.series == series).collect();
+        let size = of(&transfers, series, SITES[0]).map_or(0, |t| t.bytes.total);
+        let [east, west] = SITES.map(|site| rows.iter().find(|f| f.site == site).map_or(0, |f| f.wire));
+        sum = [sum[0] + size, sum[1] + east, sum[2] + west];
+        let (artifact, what) = rows.first().map(|f| (f.artifact.clone(), format!("both: {}", f.what))).unwrap_or_default();
+        table.row(vec![
+            artifact.into(),
+            human::bytes(size).into(),
+            human::bytes(east).into(),
+            human::bytes(west).into(),
+            percent(east.max(west), size).into(),
+            what.into(),
+        ]);
+    }
+    let [size, east, west] = sum;
+    let cells = [human::bytes(size), human::bytes(east), human::bytes(west), percent(east.max(west), size)];
+    table.row(std::iter::once("all".to_owned()).chain(cells).map(Into::into).collect());
+    emit(&format!("\nHow little of version 2 crossed the line (manifests and framing included):\n\n{}", table.render(false)))
+}
+
+/// The end: commands to look with.
+pub(super) fn farewell(world: &World<'_>, once: bool) -> Result<(), Fault> {
+    if once && world.folder.is_temporary() {
+        world.show.say("");
+        world.show.say("All arrived, and all is as it was published. Without --once it keeps running, for you to look around");
+        return Ok(());
+    }
+    let program = program();
+    let site = &world.sites[0];
+    let (hub, east) = (quoted(&world.hub.config), quoted(&site.config));
+    let panels = check::nas(site).join(SERIES[0]);
+    let (folder, current) = (quoted(&panels.join("v2")), quoted(&panels.join("CURRENT")));
+    let labels = quoted(&check::labels_db(site));
+    let image = quoted_text(&format!("oci:{}:v2", check::layout(site, SERIES[3]).display()));
+    let mut lines = format!(
+        "\nAll arrived, and all is as it was published. To look at what lies there:\n\n  \
+         ls {folder}; cat {current}\n  \
+         sqlite3 {labels} 'SELECT class, count(*) FROM current_annotations GROUP BY class'\n  \
+         skopeo inspect {image}\n"
+    );
+    if once {
+        lines.push_str(&format!(
+            "\nTo start the daemons again and keep them running:\n\n  {program} quickstart --dir {}\n",
+            quoted(world.folder.path())
+        ));
+    } else {
+        lines.push_str(&format!(
+            "\nTo ask the daemons:\n\n  \
+             {program} status --config {hub}\n  \
+             {program} sites --config {hub}\n  \
+             {program} show dataset/panels:v2 --config {hub}\n  \
+             {program} artifacts --config {east}\n  \
+             {program} verify model/adc:v2 --config {east}\n\n\
+             To send something of your own:\n\n  \
+             {program} publish FOLDER --as dataset/mine:v1 --to region=east --wait --config {hub}\n\n\
+             It runs on until Ctrl-C.\n"
+        ));
+    }
+    emit(&lines)
+}
+
+/// Waits for the transfers of one artifact, and shows how far they are.
+async fn follow(client: &Client, show: &Show, published: &Published) -> Result<Vec<Transfer>, Fault> {
+    let mut tracker = Tracker::new(&published.transfers);
+    let mut bars = show.bars();
+    let until = Instant::now() + ARRIVAL_MAX;
+    loop {
+        let query = TransferQuery { id: Some(published.transfers.join(",")), ..TransferQuery::default() };
+        for transfer in client.transfers(&query).await?.0 {
+            bars.update(&transfer);
+            let arrived = (transfer.state == State::Done).then(|| show::arrived(&transfer, published.unchanged));
+            if let Some(line) = tracker.absorb(transfer) {
+                show.say(&arrived.unwrap_or_else(|| format!("   {line}")));
+            }
+        }
+        if tracker.open().is_empty() {
+            tracker.verdict()?;
+            return Ok(tracker.seen());
+        }
+        if Instant::now() >= until {
+            return Err(Fault::deadline(format!(
+                "{} has not arrived everywhere after {ARRIVAL_MAX:?}: {}",
+                published.artifact,
+                tracker.summary()
+            )));
+        }
+        sleep(LOOK_EVERY).await;
+    }
+}
+
+/// Writes a site's configuration, and joins it to the hub if it has not joined yet.
+async fn enrol(client: &Client, site: &Home, line: &str, api: std::net::SocketAddr) -> Result<(), Fault> {
+    durable::create_dir_all(&check::nas(site))?;
+    write_config(site, &site_config(site, api, line)?)?;
+    if SiteIdentity::load(&site.state())?.is_some() {
+        return Ok(());
+    }
+    let labels = [("region".to_owned(), site.name.to_owned())].into();
+    let request = TokenRequest { site: site.name.into(), labels, ttl_seconds: 600 };
+    let reply: TokenReply = client.post("/v1/tokens", &request).await?;
+    serve::join(&config::load(&site.config)?, line, &reply.token).await
+}
+
+fn hub_config(hub: &Home, api: std::net::SocketAddr, line: std::net::SocketAddr) -> Result<String, Fault> {
+    let state = toml_path(&hub.state())?;
+    Ok(format!("role = \"hub\"\nname = \"hub\"\ndata_dir = {state}\n[listen]\napi = \"{api}\"\nquic = \"{line}\"\n"))
+}
+
+fn site_config(site: &Home, api: std::net::SocketAddr, line: &str) -> Result<String, Fault> {
+    let (name, state, nas) = (site.name, toml_path(&site.state())?, toml_path(&check::nas(site))?);
+    let labels = toml_text(&format!("sqlite://{}", check::labels_db(site).display()));
+    let images = toml_text(&format!("oci-layout:{}", check::images(site).display()));
+    Ok(format!(
+        "role = \"site\"\nname = \"{name}\"\ndata_dir = {state}\n[listen]\napi = \"{api}\"\n[hub]\naddress = \"{line}\"\n\
+         [sink.files]\nroot = {nas}\n[sink.labels]\nurl = {labels}\n[sink.images]\nurl = {images}\n"
+    ))
+}
+
+fn toml_path(path: &Path) -> Result<String, Fault> {
+    path.to_str().map(toml_text).ok_or_else(|| Fault::usage(format!("the path {} is not UTF-8", path.display())))
+}
+
+fn toml_text(text: &str) -> String {
+    toml::Value::String(text.into()).to_string()
+}
+
+fn source<'s>(set: &'s SampleSet, series: &str) -> &'s Path {
+    match series.split_once('/').map(|(kind, _)| kind) {
+        Some("dataset") => &set.dataset,
+        Some("labels") => &set.labels,
+        Some("operator") => &set.operator,
+        Some("image") => &set.image,
+        _ => &set.model,
+    }
+}
+
+fn of<'t>(transfers: &'t [Transfer], series: &str, site: &str) -> Option<&'t Transfer> {
+    transfers.iter().find(|t| t.site.as_str() == site && t.artifact.to_string().split(':').next() == Some(series))
+}
+
+fn refused(error: Option<Fault>, artifact: &str) -> Fault {
+    let fault = error.unwrap_or_else(|| Fault::internal("the hub does not say why")).context(format_args!("publish {artifact}"));
+    match fault.code {
+        Code::Conflict => fault.with_next("another version of this program made that folder: choose a new --dir"),
+        _ => fault,
+    }
+}
+
+fn said_of(site: &Site) -> String {
+    match (&site.line, site.rtt_ms) {
+        (Some(line), Some(rtt)) => format!("{} by {line} ({rtt:.1} ms)", site.name),
+        _ => site.name.to_string(),
+    }
+}
+
+fn percent(part: u64, whole: u64) -> String {
+    format!("{:.1} %", part as f64 * 100.0 / whole.max(1) as f64)
+}
