@@ -6,11 +6,13 @@
 use std::collections::{HashSet, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::{Bytes, BytesMut};
 use futures::StreamExt;
 use parking_lot::Mutex;
+use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::timeout;
 
 use crate::chunk::Hash;
@@ -24,6 +26,12 @@ use crate::wire::{self, FETCH, FetchRequest, PRIORITY_MANIFEST, Peer, Wanted};
 
 /// Parsed pages remembered for each open artifact: about 1 MiB.
 const RECENT_PAGES_MAX: usize = 64;
+/// A line that brings more than this in the time of silence is not dead; its own upkeep takes less.
+const LIVELY_BYTES: u64 = 16 << 10;
+/// Raw bytes that are read from the store for one answer before they are sent.
+const ANSWER_BYTES: u64 = 1 << 20;
+/// How long a peer may take for one piece of an answer.
+const WRITE_MAX: Duration = Duration::from_secs(120);
 /// Manifest requests on the way at once.
 const MANIFEST_IN_FLIGHT: usize = 8;
 
@@ -75,6 +83,8 @@ impl Opened {
 pub trait Library: Send + Sync {
     /// The artifact, if this peer may read it. What does not exist and what he may not see get the same answer.
     async fn open(&self, peer: &Peer, digest: Digest) -> Result<Arc<Opened>, Fault>;
+    /// A share of the daemon's budget for this many bytes, out of what this peer may have of it.
+    async fn share(&self, peer: &Peer, bytes: u64) -> Result<[OwnedSemaphorePermit; 2], Fault>;
     /// A page's raw bytes.
     async fn page(&self, opened: &Opened, page: Hash) -> Result<Bytes, Fault>;
     /// The frames of these children of an opened artifact, in order, in any number of pieces.
@@ -112,6 +122,8 @@ async fn answer(send: &mut SendHalf, recv: &mut RecvHalf, peer: &Peer, library: 
     let request = timeout(SILENCE_MAX, wire::receive_bytes(recv, FETCH_REQUEST_BYTES_MAX)).await;
     let request = request.map_err(|_| Fault::unreachable("a fetch request did not arrive"))??;
     let request: FetchRequest = postcard::from_bytes(&request).map_err(|_| Fault::integrity("a malformed fetch request"))?;
+    // Manifests and small artifacts go before large ones on the way back too; control goes before all of them.
+    send.set_priority(request.priority.clamp(0, PRIORITY_MANIFEST));
     let opened = library.open(peer, request.digest).await?;
     for wanted in &request.wants {
         let ids = match wanted {
@@ -128,8 +140,21 @@ async fn answer(send: &mut SendHalf, recv: &mut RecvHalf, peer: &Peer, library: 
                 pick(&opened.children(*page, library).await?, ranges)?
             }
         };
-        for piece in library.frames(&opened, wanted, ids).await? {
-            send.write_bytes(piece).await?;
+        let mut ids = ids.as_slice();
+        while !ids.is_empty() {
+            let (mut bytes, mut count) = (0, 0);
+            while count < ids.len() && bytes < ANSWER_BYTES {
+                bytes += u64::from(ids[count].len);
+                count += 1;
+            }
+            let (now, later) = ids.split_at(count);
+            ids = later;
+            // What is read and not yet taken by the line holds a share of the daemon's budget.
+            let _share = library.share(peer, bytes).await?;
+            for piece in library.frames(&opened, wanted, now.to_vec()).await? {
+                let sent = timeout(WRITE_MAX, send.write_bytes(piece)).await;
+                sent.map_err(|_| Fault::unreachable(format!("{peer} takes nothing from this stream")))??;
+            }
         }
     }
     Ok(())
@@ -145,6 +170,7 @@ pub struct Fetcher {
 
 /// The frames of one request, one by one.
 pub struct Frames {
+    link: Link,
     recv: RecvHalf,
     wire: Arc<AtomicU64>,
     /// Keeps the request's stream until the answer is read.
@@ -168,7 +194,7 @@ impl Fetcher {
 
     /// Asks. The frames come in the order of the request.
     pub async fn ask(&self, wants: Vec<Wanted>, priority: i32) -> Result<Frames, Fault> {
-        let request = FetchRequest { digest: self.digest, wants };
+        let request = FetchRequest { digest: self.digest, priority, wants };
         let bytes = postcard::to_stdvec(&request).map_err(|e| Fault::internal(format!("a fetch request: {e}")))?;
         let (mut send, recv) = self.link.open(priority).await.map_err(broken)?;
         let mut out = BytesMut::with_capacity(bytes.len() + 5);
@@ -178,7 +204,7 @@ impl Fetcher {
         self.wire.fetch_add(out.len() as u64, Ordering::Relaxed);
         send.write_bytes(out.freeze()).await.map_err(broken)?;
         send.finish().map_err(broken)?;
-        Ok(Frames { recv, wire: self.wire.clone(), _send: send })
+        Ok(Frames { link: self.link.clone(), recv, wire: self.wire.clone(), _send: send })
     }
 
     /// The root manifest, checked against its digest.
@@ -261,9 +287,17 @@ impl Fetcher {
 impl Frames {
     /// The next frame as the peer sent it: its sum and its name are not checked yet, [`Frame::verify`] does.
     pub async fn next(&mut self) -> Result<Frame, Fault> {
-        match timeout(SILENCE_MAX, self.read()).await {
-            Err(_) => Err(silent()),
-            Ok(result) => result,
+        let link = self.link.clone();
+        let read = self.read();
+        tokio::pin!(read);
+        loop {
+            let before = link.bytes().1;
+            match timeout(SILENCE_MAX, &mut read).await {
+                Ok(result) => return result,
+                // On a slow line this stream may wait long for its turn behind others: silent is a line that brings nothing.
+                Err(_) if link.bytes().1 - before > LIVELY_BYTES => {}
+                Err(_) => return Err(silent()),
+            }
         }
     }
 

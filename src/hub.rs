@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use async_trait::async_trait;
 use bytes::Bytes;
 use parking_lot::{Mutex, RwLock};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -25,6 +26,7 @@ use crate::line::{Arrival, Link, Listener};
 use crate::manifest::{ChunkRef, Digest, Pages};
 use crate::names::SiteName;
 use crate::store::Store;
+use crate::transfer::BUDGET_UNIT;
 use crate::wire::{Peer, Wanted};
 
 pub(crate) use backend::not_in_this_version;
@@ -33,6 +35,8 @@ pub(crate) use backend::not_in_this_version;
 const OPENED_MAX: usize = 64;
 /// How long an answer to "may this site read it" is good.
 const ENTITLED_FOR: Duration = Duration::from_secs(2);
+/// What one site may have of the budget: enough answers to keep a fast line full.
+const SITE_SHARE_UNITS: usize = ((12 << 20) / BUDGET_UNIT) as usize;
 /// How often old events are forgotten.
 const TRIM_EVERY: Duration = Duration::from_secs(600);
 
@@ -52,6 +56,10 @@ struct Inner {
     opened: Mutex<Vec<Arc<Opened>>>,
     entitled: Mutex<HashMap<(SiteName, Digest), Instant>>,
     jobs: Jobs,
+    /// The bytes read for sites and not yet sent, in units of [`BUDGET_UNIT`].
+    budget: Arc<Semaphore>,
+    /// What each site may have of the budget.
+    shares: Mutex<HashMap<SiteName, Arc<Semaphore>>>,
     /// Publishes and collections take turns: many may publish, one may collect.
     collecting: Arc<tokio::sync::RwLock<()>>,
     tasks: TaskTracker,
@@ -76,10 +84,12 @@ impl Hub {
         let listener = Listener::bind(config.listen.quic, identity.clone(), &config.line)?;
         tracing::info!(name = %config.name, line = %listener.local_addr(), api = %config.listen.api, data = %config.data_dir.display(), "the hub is ready");
         let jobs = Jobs::new(catalogue.clone());
-        let (links, opened, entitled, collecting) = Default::default();
+        let (links, opened, entitled, shares, collecting) = Default::default();
         let tasks = TaskTracker::new();
+        // Half of it: what the lines hold to send is the other half.
+        let budget = Arc::new(Semaphore::new((config.limits.memory / 2 / BUDGET_UNIT) as usize));
         Ok(Self {
-            inner: Arc::new(Inner { config, catalogue, store, identity, listener, links, opened, entitled, jobs, collecting, tasks, stop }),
+            inner: Arc::new(Inner { config, catalogue, store, identity, listener, links, opened, entitled, jobs, budget, shares, collecting, tasks, stop }),
         })
     }
 
@@ -90,7 +100,9 @@ impl Hub {
             let arrival = tokio::select! {
                 arrival = self.inner.listener.accept() => arrival,
                 _ = trim.tick() => {
-                    self.inner.catalogue.trim_events().await?;
+                    if let Err(fault) = self.inner.catalogue.trim_events().await {
+                        tracing::warn!(error = %fault, "old events could not be forgotten");
+                    }
                     continue;
                 }
                 () = self.inner.stop.cancelled() => None,
@@ -162,6 +174,18 @@ impl Library for Hub {
         }
         cache.push(opened.clone());
         Ok(opened)
+    }
+
+    async fn share(&self, peer: &Peer, bytes: u64) -> Result<[OwnedSemaphorePermit; 2], Fault> {
+        let units = bytes.div_ceil(BUDGET_UNIT).max(1) as u32;
+        let own = self.inner.shares.lock().entry(peer.clone()).or_insert_with(|| Arc::new(Semaphore::new(SITE_SHARE_UNITS))).clone();
+        // The site's own share first: a site that takes nothing waits for itself and not in front of the others.
+        let own = own.acquire_many_owned(units).await;
+        let all = self.inner.budget.clone().acquire_many_owned(units).await;
+        match (own, all) {
+            (Ok(own), Ok(all)) => Ok([own, all]),
+            _ => Err(Fault::internal("the hub stops")),
+        }
     }
 
     async fn page(&self, _opened: &Opened, page: Hash) -> Result<Bytes, Fault> {

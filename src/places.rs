@@ -32,6 +32,8 @@ type ChunkRow = (u32, u64, u64, u32);
 const CHUNKS: TableDefinition<'_, &[u8; 32], ChunkRow> = TableDefinition::new("chunks");
 const ENTRIES: TableDefinition<'_, (u32, u64), (&str, u64, &[u8; 32])> = TableDefinition::new("entries");
 const PLACES: TableDefinition<'_, u32, &str> = TableDefinition::new("places");
+/// The next place's number: numbers are never used again, so that no late row can be taken for another place's.
+const NEXT: TableDefinition<'_, (), u32> = TableDefinition::new("next");
 const JOURNAL: TableDefinition<'_, (u32, u32), &[u8]> = TableDefinition::new("journal");
 
 /// Where a chunk lies.
@@ -121,6 +123,7 @@ impl Places {
         write.open_table(CHUNKS).map_err(fault)?;
         write.open_table(ENTRIES).map_err(fault)?;
         write.open_table(JOURNAL).map_err(fault)?;
+        write.open_table(NEXT).map_err(fault)?;
         let mut known = HashMap::new();
         for row in write.open_table(PLACES).map_err(fault)?.iter().map_err(fault)? {
             let (number, text) = row.map_err(fault)?;
@@ -144,9 +147,17 @@ impl Places {
     /// Makes a place known, or changes where a known one is.
     pub fn put(&self, number: Option<u32>, info: PlaceInfo) -> Result<u32, Fault> {
         let mut known = self.known.write();
-        let number = number.unwrap_or_else(|| known.keys().max().map_or(1, |max| max + 1));
         let text = serde_json::to_string(&info).map_err(|e| Fault::internal(format!("a place as JSON: {e}")))?;
         let write = self.database.begin_write().map_err(fault)?;
+        let number = match number {
+            Some(number) => number,
+            None => {
+                let mut next = write.open_table(NEXT).map_err(fault)?;
+                let number = next.get(()).map_err(fault)?.map_or(1, |n| n.value());
+                next.insert((), number + 1).map_err(fault)?;
+                number
+            }
+        };
         write.open_table(PLACES).map_err(fault)?.insert(number, text.as_str()).map_err(fault)?;
         if info.transfer.is_none() {
             let mut journal = write.open_table(JOURNAL).map_err(fault)?;
@@ -234,10 +245,19 @@ impl Places {
     pub fn commit(&self, place: u32, journal: &RwLock<Journal>, commit: &mut Commit) -> Result<(), Fault> {
         // In the order of their names: neighbours share a leaf of the tree.
         commit.chunks.sort_unstable_by_key(|(id, _)| *id);
+        let known = self.known.read();
+        if !known.contains_key(&place) {
+            return Err(Fault::internal("the staging place of this transfer is gone"));
+        }
+        // A row that names a version which has landed is worth more than one of a staging folder that may go away.
+        let keep = |row: &ChunkRow| row.0 != place && known.get(&row.0).is_some_and(|info| info.transfer.is_none());
         let write = self.database.begin_write().map_err(fault)?;
         {
             let mut chunks = write.open_table(CHUNKS).map_err(fault)?;
             for (id, at) in &commit.chunks {
+                if known.len() > 1 && chunks.get(&id.0).map_err(fault)?.is_some_and(|row| keep(&row.value())) {
+                    continue;
+                }
                 chunks.insert(&id.0, (at.place, at.entry, at.offset, at.len)).map_err(fault)?;
             }
             let mut entries = write.open_table(ENTRIES).map_err(fault)?;

@@ -80,6 +80,15 @@ impl Stage {
         file.write_all_at(bytes, 0).at(self.what("write", path))
     }
 
+    /// The size of a regular file; `None` when there is none.
+    pub fn size(&self, path: &RelPath) -> Result<Option<u64>, Fault> {
+        match self.dir.symlink_metadata(path.as_str()) {
+            Ok(meta) => Ok(meta.is_file().then(|| meta.len())),
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
+            Err(e) => Err(Fault::io(self.what("look at", path), &e)),
+        }
+    }
+
     /// Takes a file away; one that is not there is fine.
     pub fn remove_file(&self, path: &RelPath) -> Result<(), Fault> {
         match self.dir.remove_file(path.as_str()) {
@@ -113,8 +122,12 @@ impl Stage {
         }
     }
 
-    /// Makes a symbolic link; one that is there is replaced.
+    /// Makes a symbolic link; another that is there is replaced.
     pub fn make_symlink(&self, path: &RelPath, target: &str) -> Result<(), Fault> {
+        let there = rustix::fs::readlinkat(self.dir.as_fd(), path.as_str(), Vec::new());
+        if there.is_ok_and(|there| there.as_bytes() == target.as_bytes()) {
+            return Ok(());
+        }
         self.remove_file(path)?;
         rustix::fs::symlinkat(target, self.dir.as_fd(), path.as_str()).map_err(|e| Fault::io(self.what("make the link", path), &e.into()))
     }

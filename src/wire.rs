@@ -42,6 +42,8 @@ pub const PRIORITY_MANIFEST: i32 = 20;
 pub struct FetchRequest {
     /// The artifact.
     pub digest: Digest,
+    /// Higher is answered first.
+    pub priority: i32,
     /// What of it.
     pub wants: Vec<Wanted>,
 }

@@ -356,6 +356,13 @@ impl Catalogue {
         Ok(())
     }
 
+    /// Notes that the site has given a cancelled transfer up.
+    pub async fn confirm_cancelled(&self, id: &str) -> Result<(), Fault> {
+        sqlx::query("UPDATE transfer SET want = 'run' WHERE id = ? AND state = 'cancelled'").bind(id).execute(&self.write).await.map_err(fault)?;
+        self.notify();
+        Ok(())
+    }
+
     /// One transfer.
     pub async fn transfer(&self, id: &str) -> Result<TransferRow, Fault> {
         let row = sqlx::query("SELECT * FROM transfer WHERE id = ?").bind(id).fetch_optional(&self.read).await.map_err(fault)?;
@@ -412,10 +419,11 @@ impl Catalogue {
         Ok((rows, cursor))
     }
 
-    /// What a site has to do: its transfers that are not ended, oldest first.
+    /// What a site has to do: its transfers that are not ended, or that it has still to give up; oldest first.
     pub async fn open_transfers(&self, site: &SiteName) -> Result<Vec<TransferRow>, Fault> {
         let rows = sqlx::query(
-            "SELECT * FROM transfer WHERE site = ? AND state NOT IN ('done', 'failed', 'cancelled') ORDER BY created_ms, id LIMIT 1000",
+            "SELECT * FROM transfer WHERE site = ? AND (state NOT IN ('done', 'failed', 'cancelled') OR want = 'cancel')
+             ORDER BY created_ms, id LIMIT 1000",
         )
         .bind(site.as_str())
         .fetch_all(&self.read)

@@ -2,6 +2,9 @@
 
 use std::sync::Arc;
 
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD as BASE64;
+
 use super::{Connected, Hub};
 use crate::api::types::{Action, State};
 use crate::catalogue::{TransferRow, Want};
@@ -36,9 +39,9 @@ impl Hub {
             };
             let Some((send, recv)) = stream else { break };
             let Ok(turn) = streams.clone().acquire_owned().await else { break };
-            let (this, name, connected) = (self.clone(), name.clone(), connected.clone());
+            let (this, name) = (self.clone(), name.clone());
             self.inner.tasks.spawn(async move {
-                this.stream(send, recv, name, connected).await;
+                this.stream(send, recv, name).await;
                 drop(turn);
             });
         }
@@ -60,7 +63,7 @@ impl Hub {
         }
     }
 
-    async fn stream(&self, send: SendHalf, mut recv: RecvHalf, site: SiteName, connected: Connected) {
+    async fn stream(&self, send: SendHalf, mut recv: RecvHalf, site: SiteName) {
         let mut kind = [0];
         if recv.read_exact(&mut kind).await.is_err() {
             return;
@@ -70,7 +73,7 @@ impl Hub {
                 fetch::serve(send, recv, &site, self).await;
                 Ok(())
             }
-            CONTROL => self.control(send, recv, &site, &connected).await,
+            CONTROL => self.control(send, recv, &site).await,
             QUESTION => self.question(send, recv, &site).await,
             other => Err(Fault::integrity(format!("a stream of kind {other}"))),
         };
@@ -80,7 +83,7 @@ impl Hub {
     }
 
     /// The control stream: whatever changes, the whole desired state is sent again.
-    async fn control(&self, mut send: SendHalf, mut recv: RecvHalf, site: &SiteName, connected: &Connected) -> Result<(), Fault> {
+    async fn control(&self, mut send: SendHalf, mut recv: RecvHalf, site: &SiteName) -> Result<(), Fault> {
         send.set_priority(wire::PRIORITY_CONTROL);
         let read = async {
             loop {
@@ -88,7 +91,11 @@ impl Hub {
                     FromSite::Hello { version } => self.note_seen(site, Some(&version)).await,
                     FromSite::Report(reports) => {
                         for report in reports {
-                            self.take_report(site, connected, report).await?;
+                            // One bad report must not end the line for all the others.
+                            let id = report.id.clone();
+                            if let Err(fault) = self.take_report(site, report).await {
+                                tracing::warn!(%site, transfer = %id, error = %fault, "a report was refused");
+                            }
                         }
                     }
                 }
@@ -120,7 +127,7 @@ impl Hub {
         }
     }
 
-    async fn take_report(&self, site: &SiteName, connected: &Connected, report: Report) -> Result<(), Fault> {
+    async fn take_report(&self, site: &SiteName, report: Report) -> Result<(), Fault> {
         let Ok(row) = self.inner.catalogue.transfer(&report.id).await else { return Ok(()) };
         if row.site != *site {
             return Err(Fault::not_allowed(format!("site {site} reports a transfer of {}", row.site)));
@@ -128,11 +135,14 @@ impl Hub {
         // What somebody held or gave up here stays so until the site has heard of it.
         let held = (row.state == State::Paused && row.want == Want::Pause && report.state != State::Paused && report.state != State::Done)
             || row.state == State::Cancelled;
+        if row.state == State::Cancelled && row.want == Want::Cancel && report.state.is_final() {
+            return self.inner.catalogue.confirm_cancelled(&row.id).await;
+        }
         if held || report.generation < row.generation {
             return Ok(());
         }
         if report.state == State::Done {
-            check_receipt(&row, &connected.cert_der, report.body.receipt.as_ref())?;
+            self.check_receipt(&row, report.body.receipt.as_ref())?;
         }
         self.inner.catalogue.update_transfer(&report.id, row.generation, report.state, &report.body).await
     }
@@ -140,13 +150,26 @@ impl Hub {
     async fn question(&self, mut send: SendHalf, mut recv: RecvHalf, site: &SiteName) -> Result<(), Fault> {
         let answer = match wire::receive::<AskHub>(&mut recv).await? {
             AskHub::Act { id, action } => self.act_for(site, &id, action).await,
-            AskHub::Deliver { artifacts, to } => {
-                self.deliver_to(&artifacts, &to).await.and_then(|d| serde_json::to_value(d).map_err(|e| Fault::internal(e.to_string())))
-            }
+            AskHub::Deliver { artifacts, to } => self.deliver_for(site, &artifacts, &to).await,
             AskHub::Renew { request } => self.renew(site, &request),
         };
         wire::send(&mut send, &answer).await?;
         send.finish()
+    }
+
+    /// A site may send on what it was given, and nothing else: it cannot make itself entitled to the rest.
+    async fn deliver_for(&self, site: &SiteName, artifacts: &[String], to: &str) -> Result<serde_json::Value, Fault> {
+        for artifact in artifacts {
+            let held = match self.inner.catalogue.artifact(&artifact.parse()?).await {
+                Ok(row) => self.inner.catalogue.is_entitled(site, row.digest).await?,
+                Err(_) => false,
+            };
+            if !held {
+                return Err(Fault::not_found(format!("site {site} holds no artifact {artifact}")));
+            }
+        }
+        let delivered = self.deliver_to(artifacts, to).await?;
+        serde_json::to_value(delivered).map_err(|e| Fault::internal(e.to_string()))
     }
 
     fn renew(&self, site: &SiteName, request: &str) -> Result<serde_json::Value, Fault> {
@@ -188,15 +211,20 @@ fn desired(row: TransferRow) -> Desired {
     }
 }
 
-/// "Done" counts only with a receipt that the site's own key signed for this very artifact.
-fn check_receipt(row: &TransferRow, cert_der: &[u8], receipt: Option<&serde_json::Value>) -> Result<(), Fault> {
-    use base64::Engine as _;
-    let wrong = |why: &str| Fault::integrity(format!("the receipt for transfer {} {why}", row.id));
-    let text = |key: &str| receipt.and_then(|r| r.get(key)).and_then(|v| v.as_str()).ok_or_else(|| wrong("is missing"));
-    let signature = base64::engine::general_purpose::STANDARD.decode(text("signature")?).map_err(|_| wrong("is malformed"))?;
-    let statement = text("statement")?;
-    verify_signature(cert_der, statement.as_bytes(), &signature)?;
-    let said: serde_json::Value = serde_json::from_str(statement).map_err(|_| wrong("is malformed"))?;
-    let matches = said["digest"] == row.digest.hex() && said["artifact"] == row.artifact.to_string() && said["site"] == row.site.as_str();
-    if matches { Ok(()) } else { Err(wrong("is for something else")) }
+impl Hub {
+    /// "Done" counts only with a receipt that a key of this very site signed for this very artifact. The certificate
+    /// comes with it, since the site may have renewed its own between the commit and the report.
+    fn check_receipt(&self, row: &TransferRow, receipt: Option<&serde_json::Value>) -> Result<(), Fault> {
+        let wrong = |why: &str| Fault::integrity(format!("the receipt for transfer {} {why}", row.id));
+        let text = |key: &str| receipt.and_then(|r| r.get(key)).and_then(|v| v.as_str()).ok_or_else(|| wrong("is missing"));
+        let bytes = |key: &str| BASE64.decode(text(key)?).map_err(|_| wrong("is malformed"));
+        let (certificate, statement) = (bytes("certificate")?, text("statement")?);
+        if self.inner.identity.verify_site(&certificate)? != row.site {
+            return Err(wrong("is signed by another site"));
+        }
+        verify_signature(&certificate, statement.as_bytes(), &bytes("signature")?)?;
+        let said: serde_json::Value = serde_json::from_str(statement).map_err(|_| wrong("is malformed"))?;
+        let matches = said["digest"] == row.digest.hex() && said["artifact"] == row.artifact.to_string() && said["site"] == row.site.as_str();
+        if matches { Ok(()) } else { Err(wrong("is for something else")) }
+    }
 }

@@ -340,7 +340,7 @@ async fn where_udp_is_dropped_tcp_is_taken_and_quic_again_later() {
     hole.set_nonblocking(true).unwrap();
     while hole.recv(&mut [0; 2000]).is_ok() {}
     let tls = tls::server(&hub.identity).unwrap();
-    let endpoint = quic::listen(hole, tls, Congestion::Auto).unwrap();
+    let endpoint = quic::listen(hole, tls, Congestion::Auto, [0; 32]).unwrap();
     let welcome = async {
         // The goodbye of the call that was given up may come first.
         let connection = loop {

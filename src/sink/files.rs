@@ -30,6 +30,8 @@ pub const HIDDEN: &str = ".packhorse";
 pub struct FilesSink {
     root: PathBuf,
     staging: PathBuf,
+    /// What `<root>/.packhorse/id` must hold.
+    id: String,
     /// Whether the filesystem takes every name that Linux does (SMB does not).
     any_name: bool,
 }
@@ -38,6 +40,8 @@ pub struct FilesSink {
 #[derive(Debug, Serialize, Deserialize)]
 struct Note {
     digest: Digest,
+    /// The transfer that brought it; ids sort by time.
+    transfer: String,
 }
 
 impl FilesSink {
@@ -55,10 +59,28 @@ impl FilesSink {
             None => data_dir.join("artifacts"),
         };
         let staging = root.join(HIDDEN).join("staging");
-        durable::create_dir_all(&staging)?;
+        let id_file = data_dir.join("sink-files-id");
+        let there = root.join(HIDDEN).join("id");
+        let id = match std::fs::read_to_string(&id_file) {
+            Ok(id) => id,
+            Err(_) => {
+                // The first start with this root: it gets a mark, by which it is known from an empty mount point.
+                let id = match std::fs::read_to_string(&there) {
+                    Ok(id) => id,
+                    Err(_) => {
+                        let id = format!("{:032x}\n", rand::random::<u128>());
+                        durable::create_dir_all(&staging)?;
+                        durable::replace(&there, id.as_bytes())?;
+                        id
+                    }
+                };
+                durable::replace(&id_file, id.as_bytes())?;
+                id
+            }
+        };
         let probe = staging.join(format!(".probe:{}", std::process::id()));
         let any_name = std::fs::create_dir(&probe).and_then(|()| std::fs::remove_dir(&probe)).is_ok();
-        Ok(Self { root, staging, any_name })
+        Ok(Self { root, staging, id, any_name })
     }
 
     fn series(&self, artifact: &ArtifactRef) -> PathBuf {
@@ -97,6 +119,26 @@ impl FilesSink {
         Landed { location: path.display().to_string(), place: Place::Folder { path } }
     }
 
+    /// Whether this version was asked for after the one that is active: a large old version that arrives late, or one
+    /// that is delivered again, must not take readers back.
+    fn is_newest(&self, artifact: &ArtifactRef) -> Result<bool, Fault> {
+        let current = std::fs::read_to_string(self.series(artifact).join("CURRENT")).unwrap_or_default();
+        let Ok(active) = ArtifactRef::new(artifact.kind, artifact.name(), current.trim()) else { return Ok(true) };
+        Ok(match (self.note(&active), self.note(artifact)) {
+            (Some(active), Some(this)) => active.transfer <= this.transfer,
+            _ => true,
+        })
+    }
+
+    /// Whether the root is the one that this site has always had. An empty mount point must not be filled.
+    fn mounted(&self) -> Result<(), Fault> {
+        match std::fs::read_to_string(self.root.join(HIDDEN).join("id")) {
+            Ok(id) if id == self.id => Ok(()),
+            _ => Err(Fault::unreachable(format!("{} is not the folder that it was: its {HIDDEN}/id is missing or another", self.root.display()))
+                .with_next("mount the NAS there; transfers go on by themselves. If the NAS is a new one on purpose, remove sink-files-id from data_dir and restart")),
+        }
+    }
+
     fn set_current(&self, artifact: &ArtifactRef) -> Result<(), Fault> {
         let series = self.series(artifact);
         durable::replace(&series.join("CURRENT"), format!("{}\n", artifact.version()).as_bytes())?;
@@ -105,10 +147,11 @@ impl FilesSink {
 
     fn commit_blocking(&self, incoming: &Incoming, staged: &Path) -> Result<Landed, Fault> {
         let artifact = &incoming.artifact;
+        self.mounted()?;
         if !self.stands(incoming)? {
             let note = self.note_path(artifact);
             durable::create_dir_all(note.parent().unwrap_or(&self.root))?;
-            let text = serde_json::to_vec(&Note { digest: incoming.digest }).unwrap_or_default();
+            let text = serde_json::to_vec(&Note { digest: incoming.digest, transfer: incoming.transfer.clone() }).unwrap_or_default();
             durable::replace(&note, &text)?;
             durable::create_dir_all(&self.series(artifact))?;
             if let Err(fault) = durable::rename_noreplace(staged, &self.folder(artifact)) {
@@ -119,7 +162,9 @@ impl FilesSink {
             }
         }
         durable::remove_all(staged)?;
-        self.set_current(artifact)?;
+        if self.is_newest(artifact)? {
+            self.set_current(artifact)?;
+        }
         Ok(self.landed(artifact))
     }
 
@@ -148,7 +193,7 @@ async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T, Fault> + S
 
 impl FilesSink {
     fn again(&self) -> Self {
-        Self { root: self.root.clone(), staging: self.staging.clone(), any_name: self.any_name }
+        Self { root: self.root.clone(), staging: self.staging.clone(), id: self.id.clone(), any_name: self.any_name }
     }
 }
 
@@ -160,7 +205,12 @@ impl Sink for FilesSink {
 
     async fn check(&self, incoming: &Incoming) -> Result<(), Fault> {
         let (this, incoming) = (self.again(), incoming.clone());
-        blocking(move || this.stands(&incoming).map(|_| ())).await
+        blocking(move || {
+            this.mounted()?;
+            durable::create_dir_all(&this.staging)?;
+            this.stands(&incoming).map(|_| ())
+        })
+        .await
     }
 
     fn refuse_path(&self, path: &RelPath) -> Option<String> {
@@ -233,6 +283,7 @@ impl Sink for FilesSink {
     async fn probe(&self) -> Result<String, Fault> {
         let this = self.again();
         blocking(move || {
+            this.mounted()?;
             let file = this.staging.join(".probe");
             durable::replace(&file, b"probe")?;
             durable::remove_all(&file)?;

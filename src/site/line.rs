@@ -138,7 +138,10 @@ impl Site {
                 tokio::select! {
                     () = changed => {}
                     Some(reports) = asked.recv() => wire::send(&mut send, &FromSite::Report(reports)).await?,
-                    _ = renew.tick() => self.renew(link).await,
+                    _ = renew.tick() => {
+                        self.renew(link).await;
+                        inner.catalogue.trim_events().await?;
+                    }
                 }
             }
         };

@@ -91,33 +91,43 @@ impl Index {
         write.commit().map_err(fault)
     }
 
-    /// Every chunk that the index places in this pack.
-    pub(super) fn chunks_of(&self, pack: u32) -> Result<Vec<(Hash, Location)>, Fault> {
+    /// Shows every chunk with its place.
+    pub(super) fn scan(&self, mut see: impl FnMut(Hash, Location)) -> Result<(), Fault> {
         let read = self.database.begin_read().map_err(fault)?;
-        let chunks = read.open_table(CHUNKS).map_err(fault)?;
-        let mut out = Vec::new();
-        for row in chunks.iter().map_err(fault)? {
+        for row in read.open_table(CHUNKS).map_err(fault)?.iter().map_err(fault)? {
             let (id, at) = row.map_err(fault)?;
-            let at = Location::from_row(at.value());
-            if at.pack == pack {
-                out.push((Hash(*id.value()), at));
-            }
+            see(Hash(*id.value()), Location::from_row(at.value()));
         }
-        Ok(out)
+        Ok(())
     }
 
-    /// Forgets these chunks, as far as they are still placed in this pack, and the pack.
-    pub(super) fn forget(&self, ids: &[Hash], pack: u32) -> Result<(), Fault> {
+    /// Forgets these chunks, wherever they are placed.
+    pub(super) fn forget_chunks(&self, ids: &[Hash]) -> Result<(), Fault> {
         let write = self.database.begin_write().map_err(fault)?;
         {
             let mut chunks = write.open_table(CHUNKS).map_err(fault)?;
             for id in ids {
-                let here = chunks.get(&id.0).map_err(fault)?.is_some_and(|row| row.value().0 == pack);
+                chunks.remove(&id.0).map_err(fault)?;
+            }
+        }
+        write.commit().map_err(fault)
+    }
+
+    /// Forgets these chunks, as far as they are still placed in these packs, and the packs.
+    pub(super) fn forget(&self, ids: &[Hash], packs: &[u32]) -> Result<(), Fault> {
+        let write = self.database.begin_write().map_err(fault)?;
+        {
+            let mut chunks = write.open_table(CHUNKS).map_err(fault)?;
+            for id in ids {
+                let here = chunks.get(&id.0).map_err(fault)?.is_some_and(|row| packs.contains(&row.value().0));
                 if here {
                     chunks.remove(&id.0).map_err(fault)?;
                 }
             }
-            write.open_table(PACKS).map_err(fault)?.remove(pack).map_err(fault)?;
+            let mut table = write.open_table(PACKS).map_err(fault)?;
+            for pack in packs {
+                table.remove(pack).map_err(fault)?;
+            }
         }
         write.commit().map_err(fault)
     }

@@ -22,15 +22,18 @@ use parking_lot::Mutex;
 
 use crate::chunk::Hash;
 use crate::durable;
-use crate::fault::Fault;
+use crate::fault::{Code, Fault};
 use crate::frame::{Frame, Verified};
-use crate::limits::PACK_BYTES;
+use crate::limits::{PACK_BYTES, STORE_SPARE_BYTES};
 use crate::manifest::Pages;
 
 pub use index::INDEX_CACHE_BYTES;
 pub(crate) use index::redb_fault;
 use index::{Index, Location};
 use pack::{Packs, Writer};
+
+/// Packs that a collection rewrites for one look through the index.
+const COLLECT_TOGETHER: usize = 256;
 
 /// A store. Cheap to clone.
 #[derive(Clone)]
@@ -113,6 +116,11 @@ impl Store {
 
     /// [`Store::put`] for a caller that knows that the index lacks the chunk.
     pub fn append(&self, frame: &Frame) -> Result<u64, Fault> {
+        self.append_leaving(frame, STORE_SPARE_BYTES + PACK_BYTES)
+    }
+
+    /// Appends, if a new pack would leave this much room on the disk.
+    fn append_leaving(&self, frame: &Frame, spare: u64) -> Result<u64, Fault> {
         let mut open = self.inner.open.lock();
         if open.pending.contains_key(&frame.id()) {
             return Ok(0);
@@ -122,7 +130,7 @@ impl Store {
         }
         if open.writer.is_none() {
             let number = open.next_pack;
-            open.writer = Some(self.inner.packs.create(number)?);
+            open.writer = Some(self.inner.packs.create(number, spare)?);
             open.next_pack += 1;
         }
         let Some(writer) = open.writer.as_mut() else { return Err(Fault::internal("no pack is open")) };
@@ -170,7 +178,7 @@ impl Store {
             let open = self.inner.open.lock();
             for (id, found) in ids.iter().zip(found) {
                 let Some(at) = found.or_else(|| open.pending.get(id).copied()) else {
-                    return Err(Fault::not_found(format!("chunk {id} is not in the store")));
+                    return Err(missing(*id));
                 };
                 match runs.last_mut() {
                     Some((first, len)) if first.pack == at.pack && u64::from(first.offset) + *len == u64::from(at.offset) => {
@@ -180,6 +188,10 @@ impl Store {
                 }
             }
         }
+        self.read_runs(ids, runs).inspect_err(|fault| self.forget_damaged(ids, fault))
+    }
+
+    fn read_runs(&self, ids: &[Hash], runs: Vec<Run>) -> Result<Vec<Bytes>, Fault> {
         let mut out = Vec::with_capacity(runs.len());
         let mut wanted = ids.iter();
         for (first, len) in runs {
@@ -203,7 +215,24 @@ impl Store {
 
     /// One chunk's raw bytes, verified.
     pub fn read(&self, id: Hash) -> Result<Verified, Fault> {
-        let Some(at) = self.locate(id)? else { return Err(Fault::not_found(format!("chunk {id} is not in the store"))) };
+        self.read_unforgiving(id).inspect_err(|fault| self.forget_damaged(&[id], fault))
+    }
+
+    /// A chunk that turned out damaged is as good as not there: forgotten, it is stored anew by the next publish of it.
+    fn forget_damaged(&self, ids: &[Hash], fault: &Fault) {
+        if fault.code != Code::Integrity {
+            return;
+        }
+        let damaged: Vec<Hash> =
+            ids.iter().copied().filter(|id| self.read_unforgiving(*id).is_err_and(|f| f.code == Code::Integrity)).collect();
+        tracing::error!(chunks = damaged.len(), error = %fault, "damage in the store");
+        if let Err(fault) = self.inner.index.forget_chunks(&damaged) {
+            tracing::error!(error = %fault, "the chunk index cannot be written");
+        }
+    }
+
+    fn read_unforgiving(&self, id: Hash) -> Result<Verified, Fault> {
+        let Some(at) = self.locate(id)? else { return Err(missing(id)) };
         let mut bytes = self.inner.packs.read(at.pack, u64::from(at.offset), at.frame_len as usize)?;
         let frame = self.inner.packs.split_frame(at.pack, &mut bytes)?;
         Ok(frame.verify(id, at.raw_len)?)
@@ -222,25 +251,20 @@ impl Store {
             self.seal(&mut open)?;
         }
         let before = self.stored_bytes()?;
+        let mut alive: HashMap<u32, u64> = HashMap::new();
+        self.inner.index.scan(|id, at| {
+            if live(id) {
+                *alive.entry(at.pack).or_default() += u64::from(at.frame_len);
+            }
+        })?;
+        let mut sparse = Vec::new();
         for number in self.inner.packs.list()? {
-            let chunks = self.inner.index.chunks_of(number)?;
-            let total = self.inner.packs.len(number)?;
-            let alive: Vec<&(Hash, Location)> = chunks.iter().filter(|(id, _)| live(*id)).collect();
-            let bytes: u64 = alive.iter().map(|(_, at)| u64::from(at.frame_len)).sum();
-            if bytes * 10 >= total * 7 {
-                continue;
+            if alive.get(&number).copied().unwrap_or(0) * 10 < self.inner.packs.len(number)? * 7 {
+                sparse.push(number);
             }
-            for (id, at) in &alive {
-                let bytes = self.inner.packs.read(at.pack, u64::from(at.offset), at.frame_len as usize)?;
-                let frame = Frame::parse(bytes).map_err(|e| Fault::from(e).context(format!("pack {number}, chunk {id}")))?;
-                self.append(&frame)?;
-            }
-            self.flush()?;
-            let dead: Vec<Hash> = chunks.iter().filter(|(id, _)| !live(*id)).map(|(id, _)| *id).collect();
-            // The index forgets the pack before the file goes: a crash between leaves a pack that nothing names, and
-            // the next start takes its frames in again, which costs room and no harm.
-            self.inner.index.forget(&dead, number)?;
-            self.inner.packs.remove(number)?;
+        }
+        for some in sparse.chunks(COLLECT_TOGETHER) {
+            self.rewrite(some, live)?;
         }
         Ok(before.saturating_sub(self.stored_bytes()?))
     }
@@ -250,6 +274,37 @@ impl Pages for Store {
     fn page(&self, id: Hash) -> Result<Bytes, Fault> {
         self.read(id).map(|chunk| chunk.bytes).map_err(|fault| fault.context(format!("manifest page {id}")))
     }
+}
+
+impl Store {
+    /// Moves what lives out of these packs, then drops them.
+    fn rewrite(&self, packs: &[u32], live: &dyn Fn(Hash) -> bool) -> Result<(), Fault> {
+        let mut chunks: Vec<(Hash, Location)> = Vec::new();
+        self.inner.index.scan(|id, at| {
+            if packs.contains(&at.pack) {
+                chunks.push((id, at));
+            }
+        })?;
+        chunks.sort_unstable_by_key(|(_, at)| (at.pack, at.offset));
+        for (id, at) in chunks.iter().filter(|(id, _)| live(*id)) {
+            let bytes = self.inner.packs.read(at.pack, u64::from(at.offset), at.frame_len as usize)?;
+            let frame = Frame::parse(bytes).map_err(|e| Fault::from(e).context(format!("pack {}, chunk {id}", at.pack)))?;
+            // A collection may use the room that is kept free: it makes more.
+            self.append_leaving(&frame, 0)?;
+        }
+        self.flush()?;
+        let dead: Vec<Hash> = chunks.iter().filter(|(id, _)| !live(*id)).map(|(id, _)| *id).collect();
+        // The index forgets the packs before the files go: a crash between leaves packs that nothing names, and the next
+        // start takes their frames in again, which costs room and no harm.
+        self.inner.index.forget(&dead, packs)?;
+        packs.iter().try_for_each(|number| self.inner.packs.remove(*number))
+    }
+}
+
+/// An artifact names the chunk, so it was here once.
+fn missing(id: Hash) -> Fault {
+    Fault::integrity(format!("chunk {id} is not in the store: it was lost or damaged"))
+        .with_next("run 'packhorse verify' on the artifacts, publish those hit again, then retry their transfers")
 }
 
 #[cfg(test)]

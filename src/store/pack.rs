@@ -14,7 +14,6 @@ use crate::chunk::Hash;
 use crate::durable;
 use crate::fault::{Fault, IoContext};
 use crate::frame::{Frame, HEADER_BYTES, Header};
-use crate::limits::{PACK_BYTES, STORE_SPARE_BYTES};
 
 use super::index::Location;
 
@@ -66,11 +65,12 @@ impl Packs {
         Ok(std::fs::metadata(&path).at(path.display())?.len())
     }
 
-    pub(super) fn create(&self, number: u32) -> Result<Writer, Fault> {
+    /// A new pack, if the disk has at least `spare` bytes free.
+    pub(super) fn create(&self, number: u32, spare: u64) -> Result<Writer, Fault> {
         let path = self.path(number);
         let what = || format!("make the pack {}", path.display());
         let free = crate::stage::free_bytes(&self.dir)?;
-        if free < PACK_BYTES + STORE_SPARE_BYTES {
+        if free < spare {
             return Err(Fault::no_space(format!("{}: no space left for it, only {free} bytes are free", what()))
                 .with_next("make room on that disk: 'packhorse gc' frees what failed publishes left; then run the command again"));
         }

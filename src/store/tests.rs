@@ -65,12 +65,12 @@ fn damage_is_noticed_and_never_given_out() {
     #[expect(clippy::disallowed_methods, reason = "damage is what this test makes")]
     std::fs::write(&pack, &bytes).unwrap();
     let fault = store.read_frames(&[chunks[1].id]).unwrap_err();
-    assert_eq!(fault.code, crate::fault::Code::Integrity);
+    assert_eq!(fault.code, Code::Integrity);
     assert!(fault.message.contains("00000001.pack"), "{fault}");
     assert!(store.read(chunks[0].id).is_ok());
     let file = std::fs::File::options().write(true).open(&pack).unwrap();
     file.set_len(12_000).unwrap();
-    assert_eq!(store.read(chunks[2].id).unwrap_err().code, crate::fault::Code::Integrity);
+    assert_eq!(store.read(chunks[2].id).unwrap_err().code, Code::Integrity);
 }
 
 #[test]

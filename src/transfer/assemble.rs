@@ -12,6 +12,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::fs::File;
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -131,7 +132,7 @@ enum Job {
     /// A chunk that lies here.
     Copy { item: Item, at: At },
     /// A whole file that lies here.
-    Share { dest: Arc<Dest>, from: PathBuf, first: (Hash, Spot), chunks: Vec<(Hash, u64, u64, u32)> },
+    Share { dest: Arc<Dest>, from: PathBuf, chunks: Vec<(Hash, u64, u64, u32)> },
 }
 
 struct Batch {
@@ -229,7 +230,7 @@ impl Assembly {
         let mut stuck = 0;
         loop {
             let before = journal.read().count();
-            if before + held.chunks >= total {
+            if before + held.unjournaled(&journal.read()) >= total {
                 break;
             }
             self.pass(place, &journal, &stage, &held).await?;
@@ -304,18 +305,19 @@ impl Assembly {
             return Ok(held);
         }
         let this = self.clone();
-        let files: Vec<(u64, RelPath, FileInfo, u64)> = blocking(move || {
-            let mut out: Vec<(u64, RelPath, FileInfo, u64)> = Vec::new();
+        // Number, path, file, and the ordinals of its chunks.
+        let files: Vec<(u64, RelPath, FileInfo, Range<u64>)> = blocking(move || {
+            let mut out: Vec<(u64, RelPath, FileInfo, Range<u64>)> = Vec::new();
             for step in this.walk() {
                 match step? {
-                    Step::Entry { number, entry, .. } => {
+                    Step::Entry { number, entry, first_ordinal } => {
                         if let EntryBody::File(file) = entry.body {
-                            out.push((number, entry.path, file, 0));
+                            out.push((number, entry.path, file, first_ordinal..first_ordinal));
                         }
                     }
                     Step::Chunk(..) => {
                         if let Some(last) = out.last_mut() {
-                            last.3 += 1;
+                            last.3.end += 1;
                         }
                     }
                 }
@@ -323,14 +325,14 @@ impl Assembly {
             Ok(out)
         })
         .await?;
-        for (number, path, file, chunks) in files {
+        for (number, path, file, ordinals) in files {
             let holds = tokio::select! {
                 holds = self.sink.holds(&self.incoming, &path, &file) => holds?,
                 () = self.stop.cancelled() => return Ok(held),
             };
             if holds {
                 held.files.insert(number);
-                held.chunks += chunks;
+                held.ordinals.push(ordinals);
                 held.bytes += file.size;
             }
         }
@@ -442,8 +444,17 @@ impl Assembly {
                 EntryBody::Symlink(target) => stage.make_symlink(&entry.path, &target)?,
                 EntryBody::File(_) if held.files.contains(&number) => {}
                 EntryBody::File(file) => {
-                    if file.size == 0 {
+                    if file.size == 0 && stage.size(&entry.path)? != Some(0) {
                         stage.write_file(&entry.path, b"")?;
+                    }
+                    if stage.size(&entry.path)? != Some(file.size) {
+                        // Somebody reached into the staging folder: nothing that the journal says can be believed.
+                        if let Some(place) = self.shared.places.staged_by(&self.incoming.transfer) {
+                            self.shared.places.remove(place)?;
+                        }
+                        return Err(Fault::integrity(format!("the staged file {:?} is gone or has another size", entry.path.as_str()))
+                            .with_retry(crate::fault::Retry::Backoff)
+                            .with_next("nothing: it is brought again by itself"));
                     }
                     if entry.mode != FILE_MODE {
                         stage.set_mode(&entry.path, entry.mode)?;
@@ -473,8 +484,15 @@ impl Assembly {
 #[derive(Debug, Default)]
 struct Held {
     files: HashSet<u64>,
-    chunks: u64,
+    ordinals: Vec<Range<u64>>,
     bytes: u64,
+}
+
+impl Held {
+    /// Chunks that need not be staged and were not staged either, before the far end held them.
+    fn unjournaled(&self, journal: &Journal) -> u64 {
+        self.ordinals.iter().cloned().flatten().filter(|ordinal| !journal.has(*ordinal)).count() as u64
+    }
 }
 
 async fn fetch_batch(
@@ -494,12 +512,11 @@ async fn fetch_batch(
     Ok(())
 }
 
-/// A file that is being shared whole: where from, and its chunks so far.
+/// A file that may be shared whole: where from, and its chunks so far.
 struct Sharing {
     dest: Arc<Dest>,
     from: PathBuf,
-    first: (Hash, Spot),
-    chunks: Vec<(Hash, u64, u64, u32)>,
+    items: Vec<Item>,
 }
 
 struct Producer {
@@ -553,7 +570,7 @@ impl Producer {
                 }
             }
         }
-        if self.look_up(&mut pending)?.is_ok() && self.end_sharing().is_ok() {
+        if self.look_up(&mut pending)?.is_ok() && self.end_sharing()?.is_ok() {
             let _ = self.send_batch();
         }
         Ok(())
@@ -564,28 +581,26 @@ impl Producer {
         let found = self.assembly.shared.places.find(&ids)?;
         for (item, at) in pending.drain(..).zip(found) {
             if let Some(sharing) = self.sharing.as_mut().filter(|s| s.dest.number == item.dest.number) {
-                sharing.chunks.push((item.chunk.id, item.spot.ordinal, item.spot.offset, item.chunk.len));
+                sharing.items.push(item);
                 continue;
             }
-            if self.end_sharing().is_err() {
+            if self.end_sharing()?.is_err() {
                 return Ok(Err(Ended));
             }
-            let sent = match at {
-                Some(at) => match self.shareable(&item, at)? {
-                    Some(from) => {
-                        let chunks = vec![(item.chunk.id, item.spot.ordinal, item.spot.offset, item.chunk.len)];
-                        self.sharing = Some(Sharing { first: (item.chunk.id, item.spot), dest: item.dest, from, chunks });
-                        Ok(())
-                    }
-                    None => self.jobs.blocking_send(Job::Copy { item, at }).map_err(|_| Ended),
-                },
-                None => self.ask(item),
-            };
-            if sent.is_err() {
+            if let Some(from) = at.map(|at| self.shareable(&item, at)).transpose()?.flatten() {
+                self.sharing = Some(Sharing { dest: item.dest.clone(), from, items: vec![item] });
+            } else if self.bring(item, at).is_err() {
                 return Ok(Err(Ended));
             }
         }
         Ok(Ok(()))
+    }
+
+    fn bring(&mut self, item: Item, at: Option<At>) -> Result<(), Ended> {
+        match at {
+            Some(at) => self.jobs.blocking_send(Job::Copy { item, at }).map_err(|_| Ended),
+            None => self.ask(item),
+        }
     }
 
     /// Where the same file lies whole, if the chunk found is the first of one.
@@ -599,9 +614,22 @@ impl Producer {
         Ok(places.entry(at.place, at.entry)?.filter(|(_, file)| *file == item.dest.file).map(|(rel, _)| path.join(rel.as_str())))
     }
 
-    fn end_sharing(&mut self) -> Result<(), Ended> {
-        let Some(Sharing { dest, from, first, chunks }) = self.sharing.take() else { return Ok(()) };
-        self.jobs.blocking_send(Job::Share { dest, from, first, chunks }).map_err(|_| Ended)
+    fn end_sharing(&mut self) -> Result<Result<(), Ended>, Fault> {
+        let Some(Sharing { dest, from, items }) = self.sharing.take() else { return Ok(Ok(())) };
+        let bytes: u64 = items.iter().map(|item| u64::from(item.chunk.len)).sum();
+        if bytes == dest.file.size {
+            let chunks = items.iter().map(|item| (item.chunk.id, item.spot.ordinal, item.spot.offset, item.chunk.len)).collect();
+            return Ok(self.jobs.blocking_send(Job::Share { dest, from, chunks }).map_err(|_| Ended));
+        }
+        // Some of it is staged and journaled already: that must stay, so the rest comes chunk by chunk.
+        let ids: Vec<Hash> = items.iter().map(|item| item.chunk.id).collect();
+        let found = self.assembly.shared.places.find(&ids)?;
+        for (item, at) in items.into_iter().zip(found) {
+            if self.bring(item, at).is_err() {
+                return Ok(Err(Ended));
+            }
+        }
+        Ok(Ok(()))
     }
 
     fn ask(&mut self, item: Item) -> Result<(), Ended> {
@@ -673,7 +701,7 @@ impl Worker {
                         self.shared.places.forget(item.chunk.id)?;
                     }
                 },
-                Job::Share { dest, from, first, chunks } => match self.share(&dest, &from) {
+                Job::Share { dest, from, chunks } => match self.share(&dest, &from) {
                     Ok(true) => {
                         self.counters.reused.fetch_add(dest.file.size, Ordering::Relaxed);
                         let bytes = dest.file.size;
@@ -683,7 +711,9 @@ impl Worker {
                     Err(fault) => {
                         tracing::info!(path = %from.display(), error = %fault, "a local file is stale; fetching it instead");
                         self.stage.remove_file(&dest.path)?;
-                        self.shared.places.forget(first.0)?;
+                        if let Some(first) = chunks.first() {
+                            self.shared.places.forget(first.0)?;
+                        }
                     }
                 },
             }

@@ -147,13 +147,18 @@ impl Runner {
                 cursor: 0,
             };
             let row = inner.catalogue.adopt(&row).await?;
-            self.follow(&row).await?;
+            if let Err(fault) = self.follow(&row).await {
+                // One transfer's trouble must not keep the others from going on.
+                tracing::warn!(transfer = %row.id, error = %fault, "what the hub wants of a transfer could not be done; tried again");
+            }
             out.push(inner.catalogue.transfer(&row.id).await?);
         }
         if complete {
             for row in inner.catalogue.open_transfers(&site).await? {
                 if !desired.iter().any(|d| d.id == row.id) {
-                    self.cancel(&row).await?;
+                    if let Err(fault) = self.cancel(&row).await {
+                        tracing::warn!(transfer = %row.id, error = %fault, "a transfer could not be cleaned up; tried again");
+                    }
                 }
             }
         }
@@ -455,7 +460,8 @@ impl Runner {
         })
         .to_string();
         let signature = base64::engine::general_purpose::STANDARD.encode(identity.sign(statement.as_bytes())?);
-        Ok(serde_json::json!({ "statement": statement, "signature": signature }))
+        let certificate = base64::engine::general_purpose::STANDARD.encode(identity.cert_der());
+        Ok(serde_json::json!({ "statement": statement, "signature": signature, "certificate": certificate }))
     }
 }
 
