@@ -3,13 +3,14 @@
 //! Both sides of the fetch stream live here: [`serve`] answers from a [`Library`], [`Fetcher`] asks. What comes back is
 //! not trusted: the asker verifies every frame against the name that its manifest says.
 
-use std::collections::HashSet;
+use std::collections::{HashSet, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use async_trait::async_trait;
 use bytes::{Bytes, BytesMut};
 use futures::StreamExt;
+use parking_lot::Mutex;
 use tokio::time::timeout;
 
 use crate::chunk::Hash;
@@ -17,10 +18,12 @@ use crate::fault::{Fault, Reason, Retry};
 use crate::frame::{Frame, FrameError, HEADER_BYTES, Header};
 use crate::limits::{FETCH_BATCH_BYTES, FETCH_BATCH_CHUNKS_MAX, FETCH_REQUEST_BYTES_MAX, ROOT_BYTES_MAX, SILENCE_MAX};
 use crate::line::{Link, RecvHalf, SendHalf};
-use crate::manifest::{ChunkRef, Digest, PageRef, Pages, Root, children, read_children};
+use crate::manifest::{ChunkRef, Digest, PageRef, Pages, Root, children, for_each_page, read_children};
 use crate::store::Store;
 use crate::wire::{self, FETCH, FetchRequest, PRIORITY_MANIFEST, Peer, Wanted};
 
+/// Parsed pages remembered for each open artifact: about 1 MiB.
+const RECENT_PAGES_MAX: usize = 64;
 /// Manifest requests on the way at once.
 const MANIFEST_IN_FLIGHT: usize = 8;
 
@@ -32,24 +35,38 @@ pub struct Opened {
     pub root: Root,
     /// Every page of it: what a request may name.
     pub pages: HashSet<Hash>,
+    /// The children of the pages that were named last: a page is named by many requests behind each other.
+    recent: Mutex<VecDeque<(Hash, Arc<Vec<ChunkRef>>)>>,
 }
 
 impl Opened {
     /// Lists an artifact's pages; reads its index pages only.
     pub fn new(digest: Digest, root: Root, source: &dyn Pages) -> Result<Self, Fault> {
         let mut pages = HashSet::new();
-        let mut level: Vec<PageRef> = root.pages.clone();
-        for depth in (0..=root.depth).rev() {
-            pages.extend(level.iter().map(|p| p.id));
-            if depth > 0 {
-                let mut below = Vec::new();
-                for page in level {
-                    below.extend(read_children(&source.page(page.id)?)?);
-                }
-                level = below;
-            }
+        for_each_page(&root, source, |page| {
+            pages.insert(page.id);
+            Ok(())
+        })?;
+        Ok(Self { digest, root, pages, recent: Mutex::default() })
+    }
+}
+
+impl Opened {
+    /// What a page of this artifact lists. A page that is not one of its own is as good as not there.
+    async fn children(&self, page: Hash, library: &dyn Library) -> Result<Arc<Vec<ChunkRef>>, Fault> {
+        if !self.pages.contains(&page) {
+            return Err(nothing_such());
         }
-        Ok(Self { digest, root, pages })
+        if let Some((_, known)) = self.recent.lock().iter().find(|(id, _)| *id == page) {
+            return Ok(known.clone());
+        }
+        let listed = Arc::new(children(&library.page(self, page).await?, &self.root)?);
+        let mut recent = self.recent.lock();
+        if recent.len() == RECENT_PAGES_MAX {
+            recent.pop_front();
+        }
+        recent.push_back((page, listed.clone()));
+        Ok(listed)
     }
 }
 
@@ -108,11 +125,7 @@ async fn answer(send: &mut SendHalf, recv: &mut RecvHalf, peer: &Peer, library: 
                 pick(&all, ranges)?
             }
             Wanted::Children { page, ranges } => {
-                if !opened.pages.contains(page) {
-                    return Err(nothing_such());
-                }
-                let page = library.page(&opened, *page).await?;
-                pick(&children(&page, &opened.root)?, ranges)?
+                pick(&opened.children(*page, library).await?, ranges)?
             }
         };
         for piece in library.frames(&opened, wanted, ids).await? {

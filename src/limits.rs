@@ -89,7 +89,7 @@ pub const API_ROWS_MAX: u32 = 10_000;
 /// Rows of one API reply when the request does not say.
 pub const API_ROWS_DEFAULT: u32 = 1_000;
 /// Between two looks of a waiting API request: changes that come faster are told together.
-pub const API_LOOK_EVERY: Duration = Duration::from_millis(50);
+pub const API_LOOK_EVERY: Duration = Duration::from_millis(10);
 /// A quiet event stream says that it lives this often (proxies cut what is silent for 15 s).
 pub const SSE_HEARTBEAT: Duration = Duration::from_secs(10);
 /// How long a waiting command bears a daemon that does not answer (a restart) before it gives up.
@@ -166,7 +166,7 @@ pub const LINE_PACKET_BYTES_MAX: u16 = 6500;
 /// The buffers asked of the kernel for the line's UDP socket.
 pub const LINE_SOCKET_BUFFER_BYTES: usize = 8 << 20;
 /// A quiet line is kept open by a packet this often.
-pub const LINE_KEEP_ALIVE: Duration = Duration::from_secs(5);
+pub const LINE_KEEP_ALIVE: Duration = Duration::from_secs(1);
 /// How long the hub's UDP port may stay silent before a site tries TCP.
 pub const LINE_QUIC_ANSWER_MAX: Duration = Duration::from_secs(4);
 /// How long one handshake may take, from the first packet to the hub's welcome.
@@ -203,3 +203,9 @@ pub const LABEL_SIDE_FILE_BYTES_MAX: u64 = 4 << 20;
 pub const LABEL_SORT_BYTES: usize = 32 << 20;
 /// The longest pause between two tries to reach the hub.
 pub const RECONNECT_MAX: Duration = Duration::from_secs(15);
+/// The largest list of artifacts at the head of a bundle.
+pub const BUNDLE_LIST_BYTES_MAX: usize = 64 << 20;
+/// How long a command waits for a daemon that went away while it did a job: after a restart it knows the job no more.
+pub const JOB_AWAY_MAX: Duration = Duration::from_secs(15);
+/// Room that the store leaves on its disk beside a whole pack, so that the databases can still be written.
+pub const STORE_SPARE_BYTES: u64 = 8 << 20;

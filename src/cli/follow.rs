@@ -15,10 +15,10 @@ use super::human;
 use super::tracker::Tracker;
 use crate::api::types::{Job, Transfer, TransferQuery};
 use crate::fault::{Code, Fault};
-use crate::limits::{API_IDS_MAX, API_ROWS_MAX, DAEMON_AWAY_MAX, PROGRESS_LINE_EVERY};
+use crate::limits::{API_IDS_MAX, API_ROWS_MAX, DAEMON_AWAY_MAX, JOB_AWAY_MAX, PROGRESS_LINE_EVERY};
 
 /// Between two looks at least, however fast things change.
-const LOOK_EVERY: Duration = Duration::from_millis(200);
+const LOOK_EVERY: Duration = Duration::from_millis(20);
 /// Between two tries while the daemon is away.
 const TRY_EVERY: Duration = Duration::from_secs(1);
 
@@ -139,7 +139,7 @@ pub(super) async fn job(client: &Client, mut job: Job, deadline: Deadline, progr
         }
         progress.update(job.bytes, job.total.unwrap_or(0), || job_line(&job));
         let wait = deadline.cap(progress.pause());
-        let asked = patiently(progress, deadline, DAEMON_AWAY_MAX, || client.job(&job.id, wait)).await;
+        let asked = patiently(progress, deadline, JOB_AWAY_MAX, || client.job(&job.id, wait)).await;
         job = asked.map_err(|fault| match fault.code {
             Code::NotFound => Fault::unreachable(format!("the daemon was restarted and no longer knows job {}", job.id))
                 .with_next("run the command again: what was done is not done twice"),

@@ -11,6 +11,7 @@ use async_trait::async_trait;
 use super::Hub;
 use crate::api::Backend;
 use crate::api::types::*;
+use crate::bundle::{self, Member};
 use crate::catalogue::{TransferRow, new_id};
 use crate::chunk::Hash;
 use crate::durable;
@@ -19,7 +20,7 @@ use crate::fetch::blocking;
 use crate::identity::JoinToken;
 use crate::ingest::{self, Progress};
 use crate::jobs::JobProgress;
-use crate::manifest::{DatasetBinding, Pages, Step, Walk, read_children};
+use crate::manifest::{DatasetBinding, Step, Walk, for_each_page};
 use crate::names::{ArtifactRef, Kind, SiteSelector, check_label};
 use crate::reading;
 use crate::wire::AskSite;
@@ -197,17 +198,10 @@ impl Hub {
             let mut live: std::collections::HashSet<u64> = std::collections::HashSet::new();
             let short = |id: Hash| u64::from_le_bytes([id.0[0], id.0[1], id.0[2], id.0[3], id.0[4], id.0[5], id.0[6], id.0[7]]);
             for row in rows {
-                let mut level = row.root.pages.clone();
-                for depth in (0..=row.root.depth).rev() {
-                    live.extend(level.iter().map(|p| short(p.id)));
-                    if depth > 0 {
-                        let mut below = Vec::new();
-                        for page in level {
-                            below.extend(read_children(&store.page(page.id)?)?);
-                        }
-                        level = below;
-                    }
-                }
+                for_each_page(&row.root, &store, |page| {
+                    live.insert(short(page.id));
+                    Ok(())
+                })?;
                 for step in Walk::new(&row.root, &store) {
                     if let Step::Chunk(chunk, _) = step? {
                         live.insert(short(chunk.id));
@@ -331,12 +325,37 @@ impl Backend for Hub {
         self.inner.jobs.start(move |progress| async move { this.verify_now(artifact, progress).await })
     }
 
-    async fn export(&self, _artifacts: Vec<String>, _out: String) -> Result<Job, Fault> {
-        Err(not_in_this_version("export"))
+    async fn export(&self, artifacts: Vec<String>, out: String) -> Result<Job, Fault> {
+        let mut members = Vec::new();
+        for artifact in parse_refs(&artifacts)? {
+            let row = self.inner.catalogue.artifact(&artifact).await?;
+            members.push(Member::new(artifact, &row.root));
+        }
+        let store = self.inner.store.clone();
+        self.inner.jobs.start(move |progress| async move {
+            progress.doing(format!("writing {out}"));
+            blocking(move || {
+                let out = std::path::PathBuf::from(out);
+                let written = bundle::export(&members, &store, &out, &progress)?;
+                bundle::sync_parent(&out)?;
+                Ok(BTreeMap::from([("bytes", written)]))
+            })
+            .await
+        })
     }
 
-    async fn import(&self, _file: String) -> Result<Job, Fault> {
-        Err(not_in_this_version("import"))
+    async fn import(&self, file: String) -> Result<Job, Fault> {
+        let this = self.clone();
+        self.inner.jobs.start(move |progress| async move {
+            let _publishing = this.inner.collecting.clone().read_owned().await;
+            progress.doing(format!("reading {file}"));
+            let store = this.inner.store.clone();
+            let members = blocking(move || bundle::import(std::path::Path::new(&file), &store, &progress)).await?;
+            for member in &members {
+                this.inner.catalogue.add_artifact(&member.artifact, &member.root()?, None).await?;
+            }
+            Ok(members.into_iter().map(|m| m.artifact).collect::<Vec<_>>())
+        })
     }
 
     async fn gc(&self) -> Result<Job, Fault> {

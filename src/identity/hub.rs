@@ -78,6 +78,11 @@ impl HubIdentity {
         Ok(Self { name: name.clone(), ca_der, issuer, cert_der, key_der })
     }
 
+    /// A secret that stays the same over restarts, with which the hub's endpoint says that a connection is gone.
+    pub fn reset_key(&self) -> [u8; 32] {
+        blake3::derive_key("packhorse QUIC stateless reset v1", self.key_der.secret_pkcs8_der())
+    }
+
     /// The hub's name.
     pub fn name(&self) -> &SiteName {
         &self.name

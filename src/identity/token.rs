@@ -81,7 +81,7 @@ impl FromStr for JoinToken {
     fn from_str(text: &str) -> Result<Self, Fault> {
         // The text is never quoted back: it holds the secret.
         let wrong = |why: &str| {
-            Fault::usage(format!("the join token is not whole: {why}"))
+            Fault::not_allowed(format!("the join token is not whole: {why}"))
                 .with_next("copy the whole line that 'packhorse token create' printed at the hub")
         };
         let parts: Vec<&str> = text.trim().split('.').collect();

@@ -40,8 +40,13 @@ fn transport(choice: Congestion) -> Result<Arc<TransportConfig>, Fault> {
     Ok(Arc::new(config))
 }
 
-fn endpoint_config() -> Result<EndpointConfig, Fault> {
-    let mut config = EndpointConfig::default();
+fn endpoint_config(reset_key: Option<[u8; 32]>) -> Result<EndpointConfig, Fault> {
+    // With a key that outlives the process, a hub that was restarted can tell a site at its next packet that the old
+    // connection is gone, and the site dials anew at once instead of after the idle timeout.
+    let mut config = match reset_key {
+        Some(key) => EndpointConfig::new(Arc::new(ring::hmac::Key::new(ring::hmac::HMAC_SHA256, &key))),
+        None => EndpointConfig::default(),
+    };
     config.max_udp_payload_size(LINE_PACKET_BYTES_MAX).map_err(|e| Fault::internal(format!("set up QUIC: the packet size: {e}")))?;
     Ok(config)
 }
@@ -75,13 +80,13 @@ fn enlarge_buffers(socket: &UdpSocket) {
     }
 }
 
-fn endpoint(socket: UdpSocket, server: Option<quinn::ServerConfig>) -> Result<Endpoint, Fault> {
+fn endpoint(socket: UdpSocket, server: Option<quinn::ServerConfig>, reset_key: Option<[u8; 32]>) -> Result<Endpoint, Fault> {
     enlarge_buffers(&socket);
-    Endpoint::new(endpoint_config()?, server, socket, Arc::new(quinn::TokioRuntime)).at("set up the QUIC endpoint")
+    Endpoint::new(endpoint_config(reset_key)?, server, socket, Arc::new(quinn::TokioRuntime)).at("set up the QUIC endpoint")
 }
 
 /// The hub's endpoint.
-pub(super) fn listen(socket: UdpSocket, tls: rustls::ServerConfig, choice: Congestion) -> Result<Endpoint, Fault> {
+pub(super) fn listen(socket: UdpSocket, tls: rustls::ServerConfig, choice: Congestion, reset_key: [u8; 32]) -> Result<Endpoint, Fault> {
     let crypto = QuicServerConfig::try_from(tls).map_err(|e| Fault::internal(format!("set up QUIC: {e}")))?;
     let mut config = quinn::ServerConfig::with_crypto(Arc::new(crypto));
     config
@@ -89,7 +94,7 @@ pub(super) fn listen(socket: UdpSocket, tls: rustls::ServerConfig, choice: Conge
         .max_incoming(LINE_HANDSHAKES_MAX)
         .incoming_buffer_size(64 << 10)
         .incoming_buffer_size_total(8 << 20);
-    endpoint(socket, Some(config))
+    endpoint(socket, Some(config), Some(reset_key))
 }
 
 /// Dials one address; returns once the handshake is done on this side.
@@ -97,7 +102,7 @@ pub(super) async fn connect(remote: SocketAddr, tls: rustls::ClientConfig, choic
     let give_up = |e: &dyn std::fmt::Display| Ended::lost(&e.to_string());
     let any = if remote.is_ipv4() { SocketAddr::from(([0; 4], 0)) } else { SocketAddr::from(([0u16; 8], 0)) };
     let socket = UdpSocket::bind(any).map_err(|e| give_up(&e))?;
-    let endpoint = endpoint(socket, None).map_err(|e| give_up(&e))?;
+    let endpoint = endpoint(socket, None, None).map_err(|e| give_up(&e))?;
     let crypto = QuicClientConfig::try_from(tls).map_err(|e| give_up(&e))?;
     let mut config = quinn::ClientConfig::new(Arc::new(crypto));
     config.transport_config(transport(choice).map_err(|e| give_up(&e))?);

@@ -11,7 +11,7 @@ mod walk;
 
 pub use build::Builder;
 pub use page::{ChunkRef, read_children};
-pub use walk::{Pages, Spot, Step, Walk, children};
+pub use walk::{Pages, Spot, Step, Walk, children, for_each_page};
 
 use serde::{Deserialize, Serialize};
 

@@ -162,6 +162,22 @@ impl<P: Pages + ?Sized> Iterator for Walk<'_, P> {
     }
 }
 
+/// Calls `take` for every page of a manifest, index pages before what they list.
+pub fn for_each_page(root: &Root, pages: &dyn Pages, mut take: impl FnMut(PageRef) -> Result<(), Fault>) -> Result<(), Fault> {
+    let mut level = root.pages.clone();
+    for depth in (0..=root.depth).rev() {
+        let mut below = Vec::new();
+        for page in level {
+            take(page)?;
+            if depth > 0 {
+                below.extend(read_children(&pages.page(page.id)?)?);
+            }
+        }
+        level = below;
+    }
+    Ok(())
+}
+
 /// The children of one page, as a fetch request counts them: chunks of an entry page, pages of an index page.
 pub fn children(page: &[u8], root: &Root) -> Result<Vec<ChunkRef>, Fault> {
     if page.first() == Some(&b'I') {

@@ -209,8 +209,8 @@ impl Registry {
     /// Halves the chunks after `used` was too large. False when there is nothing left to halve.
     fn shrink_chunks(&self, used: u64, blob_bytes: u64) -> bool {
         let tried = if used == 0 { blob_bytes } else { used.min(blob_bytes) };
-        let next = (tried / 2).min(limits::REGISTRY_CHUNK_BYTES);
-        if next < limits::REGISTRY_CHUNK_BYTES_MIN {
+        let next = (tried / 2).clamp(limits::REGISTRY_CHUNK_BYTES_MIN, limits::REGISTRY_CHUNK_BYTES);
+        if tried <= limits::REGISTRY_CHUNK_BYTES_MIN {
             return false;
         }
         // Another blob may have found a smaller size meanwhile; then that one is tried next.

@@ -14,6 +14,7 @@ use crate::chunk::Hash;
 use crate::durable;
 use crate::fault::{Fault, IoContext};
 use crate::frame::{Frame, HEADER_BYTES, Header};
+use crate::limits::{PACK_BYTES, STORE_SPARE_BYTES};
 
 use super::index::Location;
 
@@ -68,6 +69,11 @@ impl Packs {
     pub(super) fn create(&self, number: u32) -> Result<Writer, Fault> {
         let path = self.path(number);
         let what = || format!("make the pack {}", path.display());
+        let free = crate::stage::free_bytes(&self.dir)?;
+        if free < PACK_BYTES + STORE_SPARE_BYTES {
+            return Err(Fault::no_space(format!("{}: no space left for it, only {free} bytes are free", what()))
+                .with_next("make room on that disk: 'packhorse gc' frees what failed publishes left; then run the command again"));
+        }
         let mut file = File::options().write(true).create_new(true).open(&path).at(what())?;
         if let Err(error) = file.write_all(MAGIC) {
             let _ = std::fs::remove_file(&path);

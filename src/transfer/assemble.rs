@@ -324,7 +324,11 @@ impl Assembly {
         })
         .await?;
         for (number, path, file, chunks) in files {
-            if self.sink.holds(&self.incoming, &path, &file).await? {
+            let holds = tokio::select! {
+                holds = self.sink.holds(&self.incoming, &path, &file) => holds?,
+                () = self.stop.cancelled() => return Ok(held),
+            };
+            if holds {
                 held.files.insert(number);
                 held.chunks += chunks;
                 held.bytes += file.size;

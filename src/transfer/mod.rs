@@ -92,11 +92,17 @@ struct Running {
     task: JoinHandle<()>,
 }
 
-/// Why a try ended without a fault of its own.
-enum Ended {
-    Done,
-    /// The daemon stops, or somebody paused or cancelled it.
-    Stopped,
+/// Waits for what may be dropped at any moment, unless the transfer is stopped first.
+async fn unless<T>(stop: &CancellationToken, work: impl Future<Output = Result<T, Fault>>) -> Result<T, Fault> {
+    tokio::select! {
+        result = work => result,
+        () = stop.cancelled() => Err(stopped()),
+    }
+}
+
+/// What ends a try when somebody paused or cancelled it, or the daemon stops: never shown.
+fn stopped() -> Fault {
+    Fault::internal("the transfer was stopped")
 }
 
 impl Runner {
@@ -256,14 +262,7 @@ impl Runner {
         loop {
             row.body.attempts += 1;
             let before = counters.committed.load(Ordering::Relaxed);
-            let result = tokio::select! {
-                result = self.attempt(&mut row, &counters, &stop) => result,
-                () = stop.cancelled(), if row.state == State::Queued => Ok(Ended::Stopped),
-            };
-            let fault = match result {
-                Ok(_) => return,
-                Err(fault) => fault,
-            };
+            let Err(fault) = self.attempt(&mut row, &counters, &stop).await else { return };
             if stop.is_cancelled() {
                 self.note_bytes(&mut row, &counters);
                 let _ = self.inner.catalogue.update_transfer(&row.id, row.generation, row.state, &row.body).await;
@@ -329,11 +328,11 @@ impl Runner {
                 let state = row.state;
                 self.enter(row, state, Some(fault)).await;
             }
-            watch.changed().await.map_err(|_| Fault::internal("the daemon stops"))?;
+            watch.changed().await.map_err(|_| stopped())?;
         }
     }
 
-    async fn attempt(&self, row: &mut TransferRow, counters: &Arc<Counters>, stop: &CancellationToken) -> Result<Ended, Fault> {
+    async fn attempt(&self, row: &mut TransferRow, counters: &Arc<Counters>, stop: &CancellationToken) -> Result<(), Fault> {
         let inner = &self.inner;
         let resumes_commit = row.state == State::Committing;
         let turns = if row.body.bytes.total < SMALL_BYTES { &inner.small } else { &inner.large };
@@ -344,7 +343,7 @@ impl Runner {
                     .with_reason(Reason::WaitingForTurn)
                     .with_next("nothing: it begins by itself");
                 self.enter(row, State::Queued, Some(wait)).await;
-                turns.acquire().await.map_err(|_| Fault::internal("the daemon stops"))?
+                unless(stop, async { turns.acquire().await.map_err(|_| stopped()) }).await?
             }
         };
         let sink = inner.sinks.of(row.artifact.kind).clone();
@@ -366,8 +365,8 @@ impl Runner {
         let root = match known {
             Some(root) => root,
             None => {
-                let new = Fetcher::new(self.link(row).await?, row.digest, counters.wire.clone());
-                let root = new.root().await?;
+                let new = Fetcher::new(unless(stop, self.link(row)).await?, row.digest, counters.wire.clone());
+                let root = unless(stop, new.root()).await?;
                 fetcher = Some(new);
                 root
             }
@@ -377,14 +376,14 @@ impl Runner {
         }
         let fetcher = match fetcher {
             Some(fetcher) => fetcher,
-            None => Fetcher::new(self.link(row).await?, row.digest, counters.wire.clone()),
+            None => Fetcher::new(unless(stop, self.link(row)).await?, row.digest, counters.wire.clone()),
         };
         row.body.set_fault(None);
-        fetcher.pages(&root, &inner.shared.store).await?;
+        unless(stop, fetcher.pages(&root, &inner.shared.store)).await?;
         inner.catalogue.add_artifact(&row.artifact, &root, None).await?;
         row.body.bytes.total = root.totals.bytes;
         let incoming = incoming(row, &root);
-        sink.check(&incoming).await?;
+        unless(stop, sink.check(&incoming)).await?;
 
         self.enter(row, State::Transferring, None).await;
         let assembly = Assembly {
@@ -425,7 +424,7 @@ impl Runner {
     }
 
     /// Everything is durable and visible: note where, sign, and say so.
-    async fn land(&self, row: &mut TransferRow, counters: &Counters, incoming: &Incoming, landed: Landed) -> Result<Ended, Fault> {
+    async fn land(&self, row: &mut TransferRow, counters: &Counters, incoming: &Incoming, landed: Landed) -> Result<(), Fault> {
         let inner = &self.inner;
         let (places, id, digest) = (inner.shared.places.clone(), row.id.clone(), row.digest);
         let place = landed.place.clone();
@@ -444,7 +443,7 @@ impl Runner {
         row.body.receipt = Some(self.receipt(row)?);
         self.enter(row, State::Done, None).await;
         tracing::info!(transfer = %row.id, artifact = %row.artifact, "a transfer is done");
-        Ok(Ended::Done)
+        Ok(())
     }
 
     /// What the site signs when an artifact is committed: a JSON text, and the signature over exactly that text.

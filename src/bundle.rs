@@ -1,0 +1,155 @@
+//! Bundles: artifacts in one file, to be carried by disk, with the same checks as over the line.
+//!
+//! ```text
+//! "PHBUNDL1"
+//! u32 LE length, JSON array of {artifact, digest, root}     the root manifests, as text
+//! frame*                                                    every page and chunk once, as stored (see `frame`)
+//! ```
+//! An import verifies each frame by its BLAKE3 as it is read, and then walks each manifest to see that nothing is
+//! missing; only then does the artifact exist. An import that fails leaves chunks that nothing names, for `gc`.
+
+use std::collections::HashSet;
+use std::fs::File;
+use std::io::{BufReader, BufWriter, Read, Write};
+use std::path::Path;
+use std::sync::atomic::Ordering;
+
+use bytes::Bytes;
+use serde::{Deserialize, Serialize};
+
+use crate::chunk::Hash;
+use crate::durable;
+use crate::fault::{Fault, IoContext};
+use crate::frame::{Frame, HEADER_BYTES, Header};
+use crate::jobs::JobProgress;
+use crate::limits::BUNDLE_LIST_BYTES_MAX;
+use crate::manifest::{Digest, Root, Step, Walk, for_each_page};
+use crate::names::ArtifactRef;
+use crate::store::Store;
+
+const MAGIC: &[u8; 8] = b"PHBUNDL1";
+/// Chunks read from the store together.
+const TOGETHER: usize = 64;
+
+/// One artifact of a bundle.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Member {
+    /// Its name.
+    pub artifact: ArtifactRef,
+    /// Its digest.
+    pub digest: Digest,
+    /// The root manifest's canonical bytes.
+    root: String,
+}
+
+impl Member {
+    /// A member from the catalogue.
+    pub fn new(artifact: ArtifactRef, root: &Root) -> Self {
+        Self { artifact, digest: root.digest(), root: String::from_utf8_lossy(&root.to_bytes()).into_owned() }
+    }
+
+    /// The root manifest, checked against the digest.
+    pub fn root(&self) -> Result<Root, Fault> {
+        Root::parse(self.root.as_bytes(), self.digest)
+    }
+}
+
+/// Writes artifacts to a new file; on failure there is no file.
+pub fn export(members: &[Member], store: &Store, out: &Path, progress: &JobProgress) -> Result<u64, Fault> {
+    let what = format!("write {}", out.display());
+    let file = File::options().write(true).create_new(true).open(out).at(&what)?;
+    let result = write(members, store, file, &what, progress);
+    if result.is_err() {
+        let _ = std::fs::remove_file(out);
+    }
+    result
+}
+
+fn write(members: &[Member], store: &Store, file: File, what: &str, progress: &JobProgress) -> Result<u64, Fault> {
+    let list = serde_json::to_vec(members).map_err(|e| Fault::internal(format!("a bundle's list: {e}")))?;
+    let mut out = BufWriter::with_capacity(1 << 20, file);
+    out.write_all(MAGIC).and_then(|()| out.write_all(&(list.len() as u32).to_le_bytes())).and_then(|()| out.write_all(&list)).at(what)?;
+    let mut written = (MAGIC.len() + 4 + list.len()) as u64;
+    let mut seen = HashSet::new();
+    let mut pending = Vec::new();
+    let mut put = |id: Hash, pending: &mut Vec<Hash>, last: bool| -> Result<(), Fault> {
+        if !last && seen.insert(id) {
+            pending.push(id);
+        }
+        if pending.len() >= TOGETHER || last {
+            for piece in store.read_frames(pending)? {
+                out.write_all(&piece).at(what)?;
+                written += piece.len() as u64;
+                progress.bytes.store(written, Ordering::Relaxed);
+            }
+            pending.clear();
+        }
+        Ok(())
+    };
+    for member in members {
+        let root = member.root()?;
+        for_each_page(&root, store, |page| put(page.id, &mut pending, false))?;
+        for step in Walk::new(&root, store) {
+            if let Step::Chunk(chunk, _) = step? {
+                put(chunk.id, &mut pending, false)?;
+            }
+        }
+    }
+    put(Hash([0; 32]), &mut pending, true)?;
+    let file = out.into_inner().map_err(|e| Fault::io(what, e.error()))?;
+    file.sync_all().at(what)?;
+    Ok(written)
+}
+
+/// Reads a bundle into the store. Returns its artifacts, each whole.
+pub fn import(from: &Path, store: &Store, progress: &JobProgress) -> Result<Vec<Member>, Fault> {
+    let what = format!("read {}", from.display());
+    let wrong = |why: &str| Fault::integrity(format!("{} {why}", from.display())).with_next("carry the file over again, or export it anew");
+    let mut file = BufReader::with_capacity(1 << 20, File::open(from).at(&what)?);
+    let mut head = [0; 12];
+    file.read_exact(&mut head).map_err(|_| wrong("is not a bundle"))?;
+    let len = u32::from_le_bytes([head[8], head[9], head[10], head[11]]) as usize;
+    if head[..8] != MAGIC[..] || len > BUNDLE_LIST_BYTES_MAX {
+        return Err(wrong("is not a bundle"));
+    }
+    let mut list = vec![0; len];
+    file.read_exact(&mut list).map_err(|_| wrong("is cut off"))?;
+    let members: Vec<Member> = serde_json::from_slice(&list).map_err(|_| wrong("has a damaged list"))?;
+    let mut header = [0; HEADER_BYTES];
+    while read_or_end(&mut file, &mut header).map_err(|_| wrong("is cut off"))? {
+        let parsed = Header::parse(&header).map_err(|e| wrong(&format!("is damaged: {e}")))?;
+        let mut bytes = vec![0; parsed.frame_len()];
+        bytes[..HEADER_BYTES].copy_from_slice(&header);
+        file.read_exact(&mut bytes[HEADER_BYTES..]).map_err(|_| wrong("is cut off"))?;
+        progress.bytes.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+        let frame = Frame::parse(Bytes::from(bytes)).map_err(|e| wrong(&format!("is damaged: {e}")))?;
+        frame.verify(parsed.id, parsed.raw_len).map_err(|e| wrong(&format!("is damaged: {e}")))?;
+        store.put(&frame)?;
+    }
+    store.flush()?;
+    for member in &members {
+        for step in Walk::new(&member.root()?, store) {
+            if let Step::Chunk(chunk, _) = step? {
+                if !store.has(chunk.id)? {
+                    return Err(wrong(&format!("lacks parts of {}", member.artifact)));
+                }
+            }
+        }
+    }
+    Ok(members)
+}
+
+/// Fills the buffer; `false` when the file ends right here.
+fn read_or_end(file: &mut impl Read, buffer: &mut [u8]) -> std::io::Result<bool> {
+    let first = file.read(buffer)?;
+    if first == 0 {
+        return Ok(false);
+    }
+    file.read_exact(&mut buffer[first..])?;
+    Ok(true)
+}
+
+/// A folder that exists, for a file that is to be made: said before hours of work, and durable after.
+pub fn sync_parent(of: &Path) -> Result<(), Fault> {
+    durable::sync_dir(of.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new(".")))
+}
