@@ -63,7 +63,7 @@ impl Bars {
         let bar = self.bars.entry(transfer.id.clone()).or_insert_with(|| {
             let bar = all.add(ProgressBar::new(1));
             let style =
-                ProgressStyle::with_template("   {prefix:32} [{bar:24}] {wide_msg}").unwrap_or_else(|_| ProgressStyle::default_bar());
+                ProgressStyle::with_template("   {prefix:26} [{bar:16}] {wide_msg}").unwrap_or_else(|_| ProgressStyle::default_bar());
             bar.set_style(style.progress_chars("=> "));
             bar.set_prefix(format!("{} to {}", transfer.artifact, transfer.site));
             bar
