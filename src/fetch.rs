@@ -136,9 +136,7 @@ async fn answer(send: &mut SendHalf, recv: &mut RecvHalf, peer: &Peer, library: 
                 let all: Vec<ChunkRef> = opened.root.pages.iter().map(|p| ChunkRef { id: p.id, len: p.len }).collect();
                 pick(&all, ranges)?
             }
-            Wanted::Children { page, ranges } => {
-                pick(&opened.children(*page, library).await?, ranges)?
-            }
+            Wanted::Children { page, ranges } => pick(&opened.children(*page, library).await?, ranges)?,
         };
         let mut ids = ids.as_slice();
         while !ids.is_empty() {

@@ -89,7 +89,22 @@ impl Hub {
         // Half of it: what the lines hold to send is the other half.
         let budget = Arc::new(Semaphore::new((config.limits.memory / 2 / BUDGET_UNIT) as usize));
         Ok(Self {
-            inner: Arc::new(Inner { config, catalogue, store, identity, listener, links, opened, entitled, jobs, budget, shares, collecting, tasks, stop }),
+            inner: Arc::new(Inner {
+                config,
+                catalogue,
+                store,
+                identity,
+                listener,
+                links,
+                opened,
+                entitled,
+                jobs,
+                budget,
+                shares,
+                collecting,
+                tasks,
+                stop,
+            }),
         })
     }
 

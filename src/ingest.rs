@@ -236,7 +236,9 @@ impl Reading<'_, '_> {
         loop {
             let mut ended = false;
             let start = buffer.len();
-            buffer.resize(block.max(start), 0);
+            // No more than is left, and a byte to see that the file has not grown.
+            let left = (size - total).min(block as u64) as usize + 1;
+            buffer.resize(block.min(start + left).max(start), 0);
             let mut filled = start;
             while filled < buffer.len() {
                 match from.read(&mut buffer[filled..]) {

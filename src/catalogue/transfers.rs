@@ -358,7 +358,11 @@ impl Catalogue {
 
     /// Notes that the site has given a cancelled transfer up.
     pub async fn confirm_cancelled(&self, id: &str) -> Result<(), Fault> {
-        sqlx::query("UPDATE transfer SET want = 'run' WHERE id = ? AND state = 'cancelled'").bind(id).execute(&self.write).await.map_err(fault)?;
+        sqlx::query("UPDATE transfer SET want = 'run' WHERE id = ? AND state = 'cancelled'")
+            .bind(id)
+            .execute(&self.write)
+            .await
+            .map_err(fault)?;
         self.notify();
         Ok(())
     }

@@ -224,7 +224,8 @@ impl Hub {
         }
         verify_signature(&certificate, statement.as_bytes(), &bytes("signature")?)?;
         let said: serde_json::Value = serde_json::from_str(statement).map_err(|_| wrong("is malformed"))?;
-        let matches = said["digest"] == row.digest.hex() && said["artifact"] == row.artifact.to_string() && said["site"] == row.site.as_str();
+        let matches =
+            said["digest"] == row.digest.hex() && said["artifact"] == row.artifact.to_string() && said["site"] == row.site.as_str();
         if matches { Ok(()) } else { Err(wrong("is for something else")) }
     }
 }

@@ -140,7 +140,7 @@ fn tokens_survive_printing_and_nothing_else() {
     assert_ne!(token.secret_hash(), JoinToken::generate(&hub).secret_hash());
     for bad in ["", "a.b.c", &text[1..], &text[..text.len() - 3], &text.replace('.', "-"), &format!("{text}.x")] {
         let fault = bad.parse::<JoinToken>().unwrap_err();
-        assert_eq!(fault.code, Code::Usage, "{bad}");
+        assert_eq!(fault.code, Code::NotAllowed, "{bad}");
         assert!(fault.message.starts_with("the join token is not whole"), "{fault}");
     }
 }

@@ -44,7 +44,13 @@ fn endpoint_config(reset_key: Option<[u8; 32]>) -> Result<EndpointConfig, Fault>
     // With a key that outlives the process, a hub that was restarted can tell a site at its next packet that the old
     // connection is gone, and the site dials anew at once instead of after the idle timeout.
     let mut config = match reset_key {
-        Some(key) => EndpointConfig::new(Arc::new(ring::hmac::Key::new(ring::hmac::HMAC_SHA256, &key))),
+        Some(key) => {
+            let mut config = EndpointConfig::new(Arc::new(ring::hmac::Key::new(ring::hmac::HMAC_SHA256, &key)));
+            // A reset is only sent for a connection id that the endpoint knows for one of its own making.
+            let ids = u64::from_le_bytes([key[0], key[1], key[2], key[3], key[4], key[5], key[6], key[7]]);
+            config.cid_generator(move || Box::new(quinn_proto::HashedConnectionIdGenerator::from_key(ids)));
+            config
+        }
         None => EndpointConfig::default(),
     };
     config.max_udp_payload_size(LINE_PACKET_BYTES_MAX).map_err(|e| Fault::internal(format!("set up QUIC: the packet size: {e}")))?;

@@ -18,6 +18,12 @@ use crate::frame::{Frame, HEADER_BYTES, Header};
 use super::index::Location;
 
 const MAGIC: &[u8; 8] = b"PHPACK01";
+/// Read buffers kept: 16 MiB at the most.
+const BUFFERS_KEPT: usize = 8;
+/// The smallest buffer worth keeping.
+const BUFFER_BYTES_MIN: usize = 128 << 10;
+/// The largest buffer that is kept.
+const BUFFER_BYTES_MAX: usize = 2 << 20;
 /// Packs kept open for reading.
 const OPEN_PACKS_MAX: usize = 64;
 
@@ -25,6 +31,51 @@ pub(super) struct Packs {
     dir: PathBuf,
     /// Most recently used last.
     open: Mutex<VecDeque<(u32, Arc<File>)>>,
+    buffers: Buffers,
+}
+
+/// Read buffers, used again: given back to the system and faulted in anew they would cost a tenth of a sender's time.
+#[derive(Clone, Default)]
+struct Buffers {
+    free: Arc<Mutex<Vec<Vec<u8>>>>,
+}
+
+/// A buffer that goes back when the last slice of it is gone.
+struct Lent {
+    bytes: Vec<u8>,
+    home: Buffers,
+}
+
+impl Buffers {
+    fn take(&self, len: usize) -> Lent {
+        // Small reads do not deserve, and must not keep, a large buffer.
+        let reused = if len >= BUFFER_BYTES_MIN { self.free.lock().pop() } else { None };
+        let mut bytes = reused.unwrap_or_default();
+        bytes.resize(len, 0);
+        Lent { bytes, home: self.clone() }
+    }
+}
+
+impl Lent {
+    fn as_mut(&mut self) -> &mut [u8] {
+        &mut self.bytes
+    }
+}
+
+impl AsRef<[u8]> for Lent {
+    fn as_ref(&self) -> &[u8] {
+        &self.bytes
+    }
+}
+
+impl Drop for Lent {
+    fn drop(&mut self) {
+        let bytes = std::mem::take(&mut self.bytes);
+        let mut free = self.home.free.lock();
+        if bytes.capacity() >= BUFFER_BYTES_MIN && bytes.capacity() <= BUFFER_BYTES_MAX && free.len() < BUFFERS_KEPT {
+            free.push(bytes);
+        }
+    }
 }
 
 /// The pack being appended to.
@@ -37,7 +88,7 @@ pub(super) struct Writer {
 
 impl Packs {
     pub(super) fn new(dir: PathBuf) -> Self {
-        Self { dir, open: Mutex::default() }
+        Self { dir, open: Mutex::default(), buffers: Buffers::default() }
     }
 
     pub(super) fn dir(&self) -> &Path {
@@ -112,9 +163,9 @@ impl Packs {
 
     /// Bytes of a pack. A pack that is shorter than the index says is damage, not an I/O error.
     pub(super) fn read(&self, number: u32, offset: u64, len: usize) -> Result<Bytes, Fault> {
-        let mut out = vec![0; len];
-        match self.file(number)?.read_exact_at(&mut out, offset) {
-            Ok(()) => Ok(out.into()),
+        let mut out = self.buffers.take(len);
+        match self.file(number)?.read_exact_at(out.as_mut(), offset) {
+            Ok(()) => Ok(Bytes::from_owner(out)),
             Err(e) if e.kind() == std::io::ErrorKind::UnexpectedEof => {
                 Err(Fault::integrity(format!("the pack {} is cut off: nothing at {offset}", self.path(number).display()))
                     .with_next("run 'packhorse verify' on the artifacts, then publish those hit again"))

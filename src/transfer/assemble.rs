@@ -43,7 +43,9 @@ use crate::wire::Wanted;
 /// Chunks that are looked up together.
 const LOOK_UP: usize = 256;
 /// Jobs that wait for a worker.
-const JOBS_MAX: usize = 256;
+const JOBS_MAX: usize = 64;
+/// Bytes of frames that are handed to a worker together.
+const JOB_BYTES: usize = 256 << 10;
 /// Files with several chunks that may be open between two commits.
 const DIRTY_FILES_MAX: usize = 256;
 /// From so many files on, one sync of the filesystem is cheaper than one for each.
@@ -127,8 +129,8 @@ struct Item {
 }
 
 enum Job {
-    /// A frame from the line.
-    Write { item: Item, frame: Frame, _share: Arc<OwnedSemaphorePermit> },
+    /// Frames from the line.
+    Write { frames: Vec<(Item, Frame)>, _share: Arc<OwnedSemaphorePermit> },
     /// A chunk that lies here.
     Copy { item: Item, at: At },
     /// A whole file that lies here.
@@ -504,10 +506,18 @@ async fn fetch_batch(
 ) -> Result<(), Fault> {
     let share = Arc::new(share);
     let mut frames = fetcher.ask(batch.wants, priority).await?;
-    for item in batch.items {
+    let (mut together, mut bytes) = (Vec::new(), 0);
+    let mut items = batch.items.into_iter().peekable();
+    while let Some(item) = items.next() {
         let frame = frames.next().await?;
-        let job = Job::Write { item, frame, _share: share.clone() };
-        jobs.send(job).await.map_err(|_| Fault::internal("the writers ended early"))?;
+        bytes += frame.bytes().len();
+        together.push((item, frame));
+        // One hand-over for many chunks: waking another thread costs as much as writing one.
+        if bytes >= JOB_BYTES || items.peek().is_none() {
+            let job = Job::Write { frames: std::mem::take(&mut together), _share: share.clone() };
+            jobs.send(job).await.map_err(|_| Fault::internal("the writers ended early"))?;
+            bytes = 0;
+        }
     }
     Ok(())
 }
@@ -685,14 +695,25 @@ impl Worker {
             let job = queue.lock().blocking_recv();
             let Some(job) = job else { return Ok(()) };
             match job {
-                Job::Write { item, frame, _share } => {
-                    let chunk = frame.verify(item.chunk.id, item.chunk.len)?;
-                    self.write(item, &chunk)?;
-                    self.counters.received.fetch_add(chunk.bytes.len() as u64, Ordering::Relaxed);
+                Job::Write { frames, _share } => {
+                    let mut done: Vec<Done> = Vec::with_capacity(frames.len());
+                    for (item, frame) in frames {
+                        let chunk = frame.verify(item.chunk.id, item.chunk.len)?;
+                        let written = self.write(item, &chunk)?;
+                        self.counters.received.fetch_add(written.bytes, Ordering::Relaxed);
+                        match done.last_mut() {
+                            Some(last) if last.dest.number == written.dest.number => {
+                                last.bytes += written.bytes;
+                                last.chunks.extend(written.chunks);
+                            }
+                            _ => done.push(written),
+                        }
+                    }
+                    done.into_iter().try_for_each(|done| self.report(done))?;
                 }
                 Job::Copy { item, at } => match self.read_local(item.chunk, at) {
                     Ok(chunk) => {
-                        self.write(item, &chunk)?;
+                        self.report(self.write(item, &chunk)?)?;
                         self.counters.reused.fetch_add(chunk.bytes.len() as u64, Ordering::Relaxed);
                     }
                     Err(fault) => {
@@ -725,7 +746,7 @@ impl Worker {
     }
 
     /// Puts verified bytes at their place.
-    fn write(&self, item: Item, chunk: &Verified) -> Result<(), Fault> {
+    fn write(&self, item: Item, chunk: &Verified) -> Result<Done, Fault> {
         let Item { dest, spot, .. } = item;
         if chunk.bytes.len() as u64 == dest.file.size {
             self.stage.write_file(&dest.path, &chunk.bytes)?;
@@ -740,7 +761,7 @@ impl Worker {
             file.write_all_at(&chunk.bytes, spot.offset).at(format_args!("write {}", dest.path))?;
         }
         let len = chunk.bytes.len() as u32;
-        self.report(Done { dest, chunks: vec![(chunk.id, spot.ordinal, spot.offset, len)], bytes: u64::from(len) })
+        Ok(Done { dest, chunks: vec![(chunk.id, spot.ordinal, spot.offset, len)], bytes: u64::from(len) })
     }
 
     /// A chunk from the site's own files or blobs, verified.
@@ -798,7 +819,7 @@ impl Worker {
                 continue;
             };
             let spot = Spot { page: Hash([0; 32]), index: 0, ordinal, offset };
-            self.write(Item { dest: dest.clone(), chunk: ChunkRef { id, len }, spot }, &chunk)?;
+            self.report(self.write(Item { dest: dest.clone(), chunk: ChunkRef { id, len }, spot }, &chunk)?)?;
             self.counters.reused.fetch_add(u64::from(len), Ordering::Relaxed);
         }
         Ok(())

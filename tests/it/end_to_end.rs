@@ -236,7 +236,8 @@ impl World {
         let root = images::unpack(&copy, version, &bundle);
         assert_same(&edition.app, &root.join("app"));
         if version == "v1" && site.name != "hefei" {
-            let original = images::unpack(&images::large().join("layout"), version, &self.scratch.join(&format!("original-{}-{version}", site.name)));
+            let original =
+                images::unpack(&images::large().join("layout"), version, &self.scratch.join(&format!("original-{}-{version}", site.name)));
             assert_same(&original, &root);
         }
         tool("rm", &["-rf", copy.to_str().unwrap(), bundle.to_str().unwrap()]);
