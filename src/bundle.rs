@@ -129,10 +129,10 @@ pub fn import(from: &Path, store: &Store, progress: &JobProgress) -> Result<Vec<
     store.flush()?;
     for member in &members {
         for step in Walk::new(&member.root()?, store) {
-            if let Step::Chunk(chunk, _) = step? {
-                if !store.has(chunk.id)? {
-                    return Err(wrong(&format!("lacks parts of {}", member.artifact)));
-                }
+            if let Step::Chunk(chunk, _) = step?
+                && !store.has(chunk.id)?
+            {
+                return Err(wrong(&format!("lacks parts of {}", member.artifact)));
             }
         }
     }

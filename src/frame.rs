@@ -134,11 +134,11 @@ impl Frame {
         if raw.len() > 128 && !looks_random(raw) {
             let mut out = BytesMut::zeroed(HEADER_BYTES + raw.len());
             // A buffer of the raw size cannot hold what does not shrink; that error means: keep it raw.
-            if let Ok(n) = zstd::bulk::compress_to_buffer(raw, &mut out[HEADER_BYTES..], ZSTD_LEVEL) {
-                if n * WORTH_DENOMINATOR < raw.len() * WORTH_NUMERATOR {
-                    out.truncate(HEADER_BYTES + n);
-                    return Self::seal(chunk.id, raw.len(), ZSTD, out);
-                }
+            if let Ok(n) = zstd::bulk::compress_to_buffer(raw, &mut out[HEADER_BYTES..], ZSTD_LEVEL)
+                && n * WORTH_DENOMINATOR < raw.len() * WORTH_NUMERATOR
+            {
+                out.truncate(HEADER_BYTES + n);
+                return Self::seal(chunk.id, raw.len(), ZSTD, out);
             }
         }
         let mut out = BytesMut::with_capacity(HEADER_BYTES + raw.len());

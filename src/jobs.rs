@@ -65,10 +65,10 @@ impl Jobs {
             if entries.iter().filter(|e| e.end.is_none()).count() >= JOBS_RUNNING_MAX {
                 return Err(Fault::conflict(format!("{JOBS_RUNNING_MAX} jobs run already")).with_next("wait until one of them ends"));
             }
-            if entries.len() >= JOBS_KEPT {
-                if let Some(at) = entries.iter().position(|e| e.end.is_some()) {
-                    entries.remove(at);
-                }
+            if entries.len() >= JOBS_KEPT
+                && let Some(at) = entries.iter().position(|e| e.end.is_some())
+            {
+                entries.remove(at);
             }
             entries.push_back(Entry { id: id.clone(), progress: progress.clone(), end: None });
         }

@@ -63,12 +63,9 @@ impl Stage {
         let file = self.dir.open_with(path.as_str(), &options).at(self.what("open", path))?.into_std();
         if size >= PREALLOCATE_BYTES {
             use rustix::io::Errno;
-            match rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, size) {
-                Err(Errno::NOSPC | Errno::DQUOT) => {
-                    return Err(Fault::no_space(format!("{}: no room for its {size} bytes", self.what("make", path))));
-                }
-                // Where it is not supported the room is found out about later.
-                _ => {}
+            // Where it is not supported the room is found out about later.
+            if let Err(Errno::NOSPC | Errno::DQUOT) = rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, size) {
+                return Err(Fault::no_space(format!("{}: no room for its {size} bytes", self.what("make", path))));
             }
         }
         Ok(file)

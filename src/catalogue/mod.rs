@@ -35,6 +35,7 @@ pub struct Catalogue {
 }
 
 /// An error of the database as a fault; a full disk is told from a defect.
+#[expect(clippy::needless_pass_by_value, reason = "every use is `map_err(fault)`, which gives it by value")]
 pub(crate) fn fault(error: sqlx::Error) -> Fault {
     if let sqlx::Error::Database(db) = &error {
         // SQLITE_FULL

@@ -8,6 +8,7 @@ use crate::clock;
 use crate::fault::Fault;
 use crate::names::{SiteName, SiteSelector};
 
+type TokenColumns = (Vec<u8>, String, String, i64, Option<i64>);
 type SiteColumns = (String, String, i64, Option<i64>, Option<String>, i64);
 
 impl Catalogue {
@@ -41,12 +42,11 @@ impl Catalogue {
         };
         let now = clock::now_unix_ms() as i64;
         let mut tx = self.write.begin_with("BEGIN IMMEDIATE").await.map_err(fault)?;
-        let row: Option<(Vec<u8>, String, String, i64, Option<i64>)> =
-            sqlx::query_as("SELECT secret_hash, site, labels, expires_ms, used_ms FROM token WHERE id = ?")
-                .bind(id)
-                .fetch_optional(&mut *tx)
-                .await
-                .map_err(fault)?;
+        let row: Option<TokenColumns> = sqlx::query_as("SELECT secret_hash, site, labels, expires_ms, used_ms FROM token WHERE id = ?")
+            .bind(id)
+            .fetch_optional(&mut *tx)
+            .await
+            .map_err(fault)?;
         let Some((_, site, labels, expires, used)) = row.filter(|row| row.0 == secret_hash) else {
             return Err(refuse("is not one of this hub"));
         };

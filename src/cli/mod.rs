@@ -56,9 +56,9 @@ pub async fn run(args: Args) -> ExitCode {
 async fn dispatch(args: Args) -> Result<(), Fault> {
     let global = &args.global;
     match args.command {
-        Command::Quickstart { dir, once } => crate::quickstart::run(dir, once).await,
-        Command::Serve { until_stdin_ends } => crate::serve::run(global.load_config()?, until_stdin_ends).await,
-        Command::Join { hub, token } => crate::serve::join(&global.load_config()?, &hub, &token).await,
+        Command::Quickstart { dir, once } => Box::pin(crate::quickstart::run(dir, once)).await,
+        Command::Serve { until_stdin_ends } => Box::pin(crate::serve::run(global.load_config()?, until_stdin_ends)).await,
+        Command::Join { hub, token } => Box::pin(crate::serve::join(&global.load_config()?, &hub, &token)).await,
         Command::Config(ConfigCommand::Check) => commands::config_check(global),
         Command::Token(TokenCommand::Create(create)) => commands::token_create(global, create).await,
         Command::Publish(publish) => commands::publish(global, publish).await,

@@ -129,14 +129,15 @@ impl Listener {
         let tls = tls::server(&identity)?;
         let (send, receive) = mpsc::channel(LINE_ARRIVALS_WAITING_MAX);
         let stop = CancellationToken::new();
+        let reset_key = identity.reset_key();
         let door = Arc::new(Door {
-            hub: identity.clone(),
+            hub: identity,
             arrivals: send,
             handshakes: Arc::new(Semaphore::new(LINE_HANDSHAKES_MAX)),
             seats: Arc::new(Semaphore::new(SITE_CONNECTIONS_MAX)),
             congestion: line.congestion,
         });
-        let endpoint = udp.map(|udp| quic::listen(udp, tls.clone(), line.congestion, identity.reset_key())).transpose()?;
+        let endpoint = udp.map(|udp| quic::listen(udp, tls.clone(), line.congestion, reset_key)).transpose()?;
         tcp.set_nonblocking(true).at("listen")?;
         let tcp = TcpListener::from_std(tcp).at("listen")?;
         if let Some(endpoint) = endpoint.clone() {

@@ -135,7 +135,7 @@ impl PageWriter {
         let low = u32::from_le_bytes([key.0[0], key.0[1], key.0[2], key.0[3]]);
         let cut = if self.bytes[0] == b'I' { PAGE_CUT / 4 } else { PAGE_CUT };
         // Index pages have fewer and larger records, and few are wanted in the root.
-        (self.bytes.len() >= PAGE_BYTES_MIN && low % cut == 0) || self.bytes.len() >= PAGE_BYTES_MAX
+        (self.bytes.len() >= PAGE_BYTES_MIN && low.is_multiple_of(cut)) || self.bytes.len() >= PAGE_BYTES_MAX
     }
 }
 

@@ -182,10 +182,10 @@ impl Site {
                 if recv.read_exact(&mut kind).await.is_err() {
                     return;
                 }
-                if kind[0] == QUESTION {
-                    if let Err(fault) = this.question(send, recv, &link).await {
-                        tracing::debug!(error = %fault, "a question went unanswered");
-                    }
+                if kind[0] == QUESTION
+                    && let Err(fault) = this.question(send, recv, &link).await
+                {
+                    tracing::debug!(error = %fault, "a question went unanswered");
                 }
             });
         }

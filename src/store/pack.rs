@@ -143,10 +143,10 @@ impl Packs {
         let mut open = self.open.lock();
         if let Some(at) = open.iter().position(|(n, _)| *n == number) {
             // Reads come in runs from one pack: nearly always the last.
-            if at + 1 != open.len() {
-                if let Some(hit) = open.remove(at) {
-                    open.push_back(hit);
-                }
+            if at + 1 != open.len()
+                && let Some(hit) = open.remove(at)
+            {
+                open.push_back(hit);
             }
             if let Some((_, file)) = open.back() {
                 return Ok(file.clone());

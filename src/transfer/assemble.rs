@@ -265,11 +265,8 @@ impl Assembly {
             durable::remove_all(&path)?;
         }
         let stage = Stage::open(&path)?;
-        let info = PlaceInfo {
-            place: Place::Folder { path: path.clone() },
-            digest: self.incoming.digest,
-            transfer: Some(self.incoming.transfer.clone()),
-        };
+        let info =
+            PlaceInfo { place: Place::Folder { path }, digest: self.incoming.digest, transfer: Some(self.incoming.transfer.clone()) };
         let place = match place {
             Some(place) => place,
             None => places.put(None, info)?,

@@ -155,10 +155,10 @@ impl Runner {
         }
         if complete {
             for row in inner.catalogue.open_transfers(&site).await? {
-                if !desired.iter().any(|d| d.id == row.id) {
-                    if let Err(fault) = self.cancel(&row).await {
-                        tracing::warn!(transfer = %row.id, error = %fault, "a transfer could not be cleaned up; tried again");
-                    }
+                if !desired.iter().any(|d| d.id == row.id)
+                    && let Err(fault) = self.cancel(&row).await
+                {
+                    tracing::warn!(transfer = %row.id, error = %fault, "a transfer could not be cleaned up; tried again");
                 }
             }
         }
@@ -358,10 +358,10 @@ impl Runner {
             // The daemon ended in or after the commit: the sink knows which.
             let incoming = incoming(row, root);
             let staged = sink.staging_root().join(&row.id);
-            if !staged.exists() {
-                if let Ok(landed) = sink.commit(&incoming, &staged).await {
-                    return self.land(row, counters, &incoming, landed).await;
-                }
+            if !staged.exists()
+                && let Ok(landed) = sink.commit(&incoming, &staged).await
+            {
+                return self.land(row, counters, &incoming, landed).await;
             }
         }
 
