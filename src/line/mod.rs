@@ -6,7 +6,7 @@
 //! is not known here.
 //!
 //! ALPN `packhorse/1` wants a site's certificate. `packhorse-join/1` wants none: it carries one request with a join token and
-//! is answered with a certificate. After the handshake of `packhorse/1` the hub sends a [`hello::Welcome`] on a stream of its
+//! is answered with a certificate. After the handshake of `packhorse/1` the hub sends a `hello::Welcome` on a stream of its
 //! own, so that a site that was refused learns why before it does anything.
 //!
 //! Memory is bounded by the windows in [`crate::limits`] whatever the peer does. Nothing here survives a crash, nor has to.

@@ -2,7 +2,7 @@
 //!
 //! Called by the command line alone; a client of the daemons like any other. Everything lies in one folder: what a
 //! killed run left there is taken up by the next one, because publishing, joining and delivering may all be repeated.
-//! The daemons die with this process, however it dies ([`daemon`]).
+//! The daemons die with this process, however it dies (`daemon`).
 
 mod acts;
 mod check;

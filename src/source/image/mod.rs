@@ -11,8 +11,8 @@
 //! and hashed, compressed and uncompressed. Nothing is unpacked; a compressed archive is decompressed as a whole into
 //! the scratch folder, which is all that a crash leaves, and which the next start cleans.
 //!
-//! [`oci`] knows layouts, [`docker`] knows `manifest.json`, [`holder`] finds and reads pieces, [`archive`] reads tar
-//! headers, [`decompress`] holds the rule against bombs, [`listing`] the choice among several images.
+//! `oci` knows layouts, `docker` knows `manifest.json`, `holder` finds and reads pieces, `archive` reads tar
+//! headers, `decompress` holds the rule against bombs, `listing` the choice among several images.
 
 mod archive;
 mod decompress;
