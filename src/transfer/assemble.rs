@@ -46,6 +46,12 @@ const LOOK_UP: usize = 256;
 const JOBS_MAX: usize = 64;
 /// Bytes of frames that are handed to a worker together.
 const JOB_BYTES: usize = 256 << 10;
+/// Bytes of local chunks, or files, that are handed to a worker together…
+const COPY_BYTES: usize = 2 << 20;
+/// …and files at the most.
+const WHOLES_MAX: usize = 64;
+/// Bytes that are read at once of a blob in the registry, whose chunks mostly follow each other.
+const AHEAD_BYTES: u64 = 4 << 20;
 /// Files with several chunks that may be open between two commits.
 const DIRTY_FILES_MAX: usize = 256;
 /// From so many files on, one sync of the filesystem is cheaper than one for each.
@@ -131,10 +137,17 @@ struct Item {
 enum Job {
     /// Frames from the line.
     Write { frames: Vec<(Item, Frame)>, _share: Arc<OwnedSemaphorePermit> },
-    /// A chunk that lies here.
-    Copy { item: Item, at: At },
-    /// A whole file that lies here.
-    Share { dest: Arc<Dest>, from: PathBuf, chunks: Vec<(Hash, u64, u64, u32)> },
+    /// Chunks that lie here.
+    Copy(Vec<(Item, At)>),
+    /// Whole files that lie here.
+    Share(Vec<Whole>),
+}
+
+/// A whole file that lies here already.
+struct Whole {
+    dest: Arc<Dest>,
+    from: PathBuf,
+    chunks: Vec<(Hash, u64, u64, u32)>,
 }
 
 struct Batch {
@@ -143,11 +156,13 @@ struct Batch {
     bytes: u64,
 }
 
-/// Chunks that were written; they count once they are synced.
+/// Chunks of a file that are in place; they count once they are synced.
 struct Done {
     dest: Arc<Dest>,
     chunks: Vec<(Hash, u64, u64, u32)>,
     bytes: u64,
+    /// Whether bytes were written, or only blocks shared.
+    written: bool,
 }
 
 /// The first fault of a pass ends all of it.
@@ -343,7 +358,7 @@ impl Assembly {
         let failure = Arc::new(Failure { token: self.stop.child_token(), fault: Mutex::default() });
         let (jobs, job_queue) = mpsc::channel::<Job>(JOBS_MAX);
         let (batches, mut batch_queue) = mpsc::channel::<Batch>(4);
-        let (done, done_queue) = sync_channel::<Done>(1024);
+        let (done, done_queue) = sync_channel::<Vec<Done>>(JOBS_MAX);
 
         let producer = Producer {
             assembly: self.clone(),
@@ -357,6 +372,10 @@ impl Assembly {
             batch: Batch { wants: Vec::new(), items: Vec::new(), bytes: 0 },
             asked: HashSet::new(),
             sharing: None,
+            copies: Vec::new(),
+            copy_bytes: 0,
+            wholes: Vec::new(),
+            whole_bytes: 0,
         };
         let mut threads = Vec::new();
         let guard = |failure: &Arc<Failure>, work: Box<dyn FnOnce() -> Result<(), Fault> + Send>| {
@@ -391,6 +410,7 @@ impl Assembly {
             counters: self.counters.clone(),
             commit: Commit::default(),
             bytes: 0,
+            unsynced: 0,
             large: HashMap::new(),
             small: Vec::new(),
         };
@@ -539,6 +559,11 @@ struct Producer {
     /// Chunks asked for in this pass, by eight bytes of their names: one that is taken for another waits for the next.
     asked: HashSet<u64>,
     sharing: Option<Sharing>,
+    /// What is handed over together next.
+    copies: Vec<(Item, At)>,
+    copy_bytes: usize,
+    wholes: Vec<Whole>,
+    whole_bytes: u64,
 }
 
 /// The queue's other end is gone: somebody failed, and says what.
@@ -577,7 +602,7 @@ impl Producer {
                 }
             }
         }
-        if self.look_up(&mut pending)?.is_ok() && self.end_sharing()?.is_ok() {
+        if self.look_up(&mut pending)?.is_ok() && self.end_sharing()?.is_ok() && self.send_copies().is_ok() && self.send_wholes().is_ok() {
             let _ = self.send_batch();
         }
         Ok(())
@@ -605,9 +630,25 @@ impl Producer {
 
     fn bring(&mut self, item: Item, at: Option<At>) -> Result<(), Ended> {
         match at {
-            Some(at) => self.jobs.blocking_send(Job::Copy { item, at }).map_err(|_| Ended),
+            Some(at) => {
+                self.copy_bytes += at.len as usize;
+                self.copies.push((item, at));
+                if self.copy_bytes >= COPY_BYTES { self.send_copies() } else { Ok(()) }
+            }
             None => self.ask(item),
         }
+    }
+
+    fn send_copies(&mut self) -> Result<(), Ended> {
+        self.copy_bytes = 0;
+        let copies = std::mem::take(&mut self.copies);
+        if copies.is_empty() { Ok(()) } else { self.jobs.blocking_send(Job::Copy(copies)).map_err(|_| Ended) }
+    }
+
+    fn send_wholes(&mut self) -> Result<(), Ended> {
+        self.whole_bytes = 0;
+        let wholes = std::mem::take(&mut self.wholes);
+        if wholes.is_empty() { Ok(()) } else { self.jobs.blocking_send(Job::Share(wholes)).map_err(|_| Ended) }
     }
 
     /// Where the same file lies whole, if the chunk found is the first of one.
@@ -626,7 +667,9 @@ impl Producer {
         let bytes: u64 = items.iter().map(|item| u64::from(item.chunk.len)).sum();
         if bytes == dest.file.size {
             let chunks = items.iter().map(|item| (item.chunk.id, item.spot.ordinal, item.spot.offset, item.chunk.len)).collect();
-            return Ok(self.jobs.blocking_send(Job::Share { dest, from, chunks }).map_err(|_| Ended));
+            self.whole_bytes += bytes;
+            self.wholes.push(Whole { dest, from, chunks });
+            return Ok(if self.whole_bytes >= COPY_BYTES as u64 || self.wholes.len() >= WHOLES_MAX { self.send_wholes() } else { Ok(()) });
         }
         // Some of it is staged and journaled already: that must stay, so the rest comes chunk by chunk.
         let ids: Vec<Hash> = items.iter().map(|item| item.chunk.id).collect();
@@ -672,14 +715,17 @@ struct Source {
     entry: u64,
     file: Option<File>,
     path: RelPath,
+    size: u64,
     info: Arc<PlaceInfo>,
+    /// Where the bytes that were read ahead begin, and they.
+    ahead: (u64, Bytes),
 }
 
 struct Worker {
     stage: Arc<Stage>,
     shared: Shared,
     counters: Arc<Counters>,
-    done: SyncSender<Done>,
+    done: SyncSender<Vec<Done>>,
     runtime: tokio::runtime::Handle,
     source: Option<Source>,
     /// Whether whole files may be hard links of those of other versions.
@@ -706,39 +752,50 @@ impl Worker {
                             _ => done.push(written),
                         }
                     }
-                    done.into_iter().try_for_each(|done| self.report(done))?;
+                    self.report(done)?;
                 }
-                Job::Copy { item, at } => match self.read_local(item.chunk, at) {
-                    Ok(chunk) => {
-                        self.report(self.write(item, &chunk)?)?;
-                        self.counters.reused.fetch_add(chunk.bytes.len() as u64, Ordering::Relaxed);
-                    }
-                    Err(fault) => {
-                        tracing::info!(chunk = %item.chunk.id, error = %fault, "a local chunk is stale; fetching it instead");
-                        self.source = None;
-                        self.shared.places.forget(item.chunk.id)?;
-                    }
-                },
-                Job::Share { dest, from, chunks } => match self.share(&dest, &from) {
-                    Ok(true) => {
-                        self.counters.reused.fetch_add(dest.file.size, Ordering::Relaxed);
-                        let bytes = dest.file.size;
-                        self.report(Done { dest, chunks, bytes })?;
-                    }
-                    Ok(false) => self.copy_whole(&dest, &chunks, &from)?,
-                    Err(fault) => {
-                        tracing::info!(path = %from.display(), error = %fault, "a local file is stale; fetching it instead");
-                        self.stage.remove_file(&dest.path)?;
-                        if let Some(first) = chunks.first() {
-                            self.shared.places.forget(first.0)?;
+                Job::Copy(copies) => {
+                    let mut done = Vec::with_capacity(copies.len());
+                    for (item, at) in copies {
+                        match self.read_local(item.chunk, at) {
+                            Ok(chunk) => {
+                                self.counters.reused.fetch_add(chunk.bytes.len() as u64, Ordering::Relaxed);
+                                done.push(self.write(item, &chunk)?);
+                            }
+                            Err(fault) => {
+                                tracing::info!(chunk = %item.chunk.id, error = %fault, "a local chunk is stale; fetching it instead");
+                                self.source = None;
+                                self.shared.places.forget(item.chunk.id)?;
+                            }
                         }
                     }
-                },
+                    self.report(done)?;
+                }
+                Job::Share(wholes) => {
+                    let mut done = Vec::with_capacity(wholes.len());
+                    for Whole { dest, from, chunks } in wholes {
+                        match self.share(&dest, &from) {
+                            Ok(true) => {
+                                self.counters.reused.fetch_add(dest.file.size, Ordering::Relaxed);
+                                done.push(Done { bytes: dest.file.size, dest, chunks, written: false });
+                            }
+                            Ok(false) => self.copy_whole(&dest, &chunks, &from, &mut done)?,
+                            Err(fault) => {
+                                tracing::info!(path = %from.display(), error = %fault, "a local file is stale; fetching it instead");
+                                self.stage.remove_file(&dest.path)?;
+                                if let Some(first) = chunks.first() {
+                                    self.shared.places.forget(first.0)?;
+                                }
+                            }
+                        }
+                    }
+                    self.report(done)?;
+                }
             }
         }
     }
 
-    fn report(&self, done: Done) -> Result<(), Fault> {
+    fn report(&self, done: Vec<Done>) -> Result<(), Fault> {
         self.done.send(done).map_err(|_| Fault::internal("the committer ended early"))
     }
 
@@ -758,7 +815,7 @@ impl Worker {
             file.write_all_at(&chunk.bytes, spot.offset).at(format_args!("write {}", dest.path))?;
         }
         let len = chunk.bytes.len() as u32;
-        Ok(Done { dest, chunks: vec![(chunk.id, spot.ordinal, spot.offset, len)], bytes: u64::from(len) })
+        Ok(Done { dest, chunks: vec![(chunk.id, spot.ordinal, spot.offset, len)], bytes: u64::from(len), written: true })
     }
 
     /// A chunk from the site's own files or blobs, verified.
@@ -769,7 +826,7 @@ impl Worker {
         if !self.source.as_ref().is_some_and(|s| s.place == at.place && s.entry == at.entry) {
             let gone = || Fault::not_found("its place is gone");
             let info = self.shared.places.info(at.place).ok_or_else(gone)?;
-            let (path, _) = self.shared.places.entry(at.place, at.entry)?.ok_or_else(gone)?;
+            let (path, entry) = self.shared.places.entry(at.place, at.entry)?.ok_or_else(gone)?;
             let file = match &info.place {
                 Place::Folder { path: folder } => {
                     let full = folder.join(path.as_str());
@@ -777,16 +834,32 @@ impl Worker {
                 }
                 Place::Registry { .. } => None,
             };
-            self.source = Some(Source { place: at.place, entry: at.entry, file, path, info });
+            let size = entry.size;
+            self.source = Some(Source { place: at.place, entry: at.entry, file, path, size, info, ahead: (0, Bytes::new()) });
         }
-        let Some(source) = &self.source else { return Err(Fault::internal("no source")) };
+        let Some(source) = &mut self.source else { return Err(Fault::internal("no source")) };
         let bytes: Bytes = match &source.file {
             Some(file) => {
                 let mut out = vec![0; at.len as usize];
                 file.read_exact_at(&mut out, at.offset).at(format_args!("read {}", source.path))?;
                 out.into()
             }
-            None => self.runtime.block_on(self.shared.images.read_at(&source.info.place, &source.path, at.offset, at.len))?,
+            None => {
+                let end = at.offset + u64::from(at.len);
+                let (start, bytes) = &source.ahead;
+                if at.offset < *start || end > *start + bytes.len() as u64 {
+                    // A request for every chunk would take a round trip each.
+                    let len = AHEAD_BYTES.min(source.size.saturating_sub(at.offset)).max(u64::from(at.len)) as u32;
+                    let read = self.shared.images.read_at(&source.info.place, &source.path, at.offset, len);
+                    source.ahead = (at.offset, self.runtime.block_on(read)?);
+                }
+                let (start, bytes) = &source.ahead;
+                let from = (at.offset - start) as usize;
+                if bytes.len() < from + at.len as usize {
+                    return Err(Fault::integrity("the blob is shorter than it was"));
+                }
+                bytes.slice(from..from + at.len as usize)
+            }
         };
         Ok(Verified::check(chunk.id, bytes)?)
     }
@@ -806,7 +879,7 @@ impl Worker {
     }
 
     /// Copies a file's chunks from one that lies here and cannot be shared.
-    fn copy_whole(&self, dest: &Arc<Dest>, chunks: &[(Hash, u64, u64, u32)], from: &PathBuf) -> Result<(), Fault> {
+    fn copy_whole(&self, dest: &Arc<Dest>, chunks: &[(Hash, u64, u64, u32)], from: &PathBuf, done: &mut Vec<Done>) -> Result<(), Fault> {
         let source = File::open(from).at(from.display())?;
         for &(id, ordinal, offset, len) in chunks {
             let mut out = vec![0; len as usize];
@@ -816,7 +889,7 @@ impl Worker {
                 continue;
             };
             let spot = Spot { page: Hash([0; 32]), index: 0, ordinal, offset };
-            self.report(self.write(Item { dest: dest.clone(), chunk: ChunkRef { id, len }, spot }, &chunk)?)?;
+            done.push(self.write(Item { dest: dest.clone(), chunk: ChunkRef { id, len }, spot }, &chunk)?);
             self.counters.reused.fetch_add(u64::from(len), Ordering::Relaxed);
         }
         Ok(())
@@ -831,6 +904,8 @@ struct Committer {
     counters: Arc<Counters>,
     commit: Commit,
     bytes: u64,
+    /// Those of them that were written and not only shared.
+    unsynced: u64,
     /// Files of several chunks written since the last commit.
     large: HashMap<u64, Arc<Dest>>,
     /// Files of one chunk, or shared ones.
@@ -838,15 +913,15 @@ struct Committer {
 }
 
 impl Committer {
-    fn run(mut self, queue: &Receiver<Done>) -> Result<(), Fault> {
+    fn run(mut self, queue: &Receiver<Vec<Done>>) -> Result<(), Fault> {
         let mut last = Instant::now();
         loop {
             match queue.recv_timeout(COMMIT_EVERY.saturating_sub(last.elapsed())) {
-                Ok(done) => self.take(done),
+                Ok(done) => done.into_iter().for_each(|done| self.take(done)),
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => return self.flush(),
             }
-            if self.bytes >= COMMIT_BYTES || self.large.len() >= DIRTY_FILES_MAX || last.elapsed() >= COMMIT_EVERY {
+            if self.unsynced >= COMMIT_BYTES || self.large.len() >= DIRTY_FILES_MAX || last.elapsed() >= COMMIT_EVERY {
                 self.flush()?;
                 last = Instant::now();
             }
@@ -854,8 +929,9 @@ impl Committer {
     }
 
     fn take(&mut self, done: Done) {
-        let Done { dest, chunks, bytes } = done;
+        let Done { dest, chunks, bytes, written } = done;
         self.bytes += bytes;
+        self.unsynced += if written { bytes } else { 0 };
         for (id, ordinal, offset, len) in chunks {
             self.commit.chunks.push((id, At { place: self.place, entry: dest.number, offset, len }));
             self.commit.ordinals.push(ordinal);
@@ -887,6 +963,7 @@ impl Committer {
         }
         self.large.clear();
         self.small.clear();
+        self.unsynced = 0;
         self.places.commit(self.place, &self.journal, &mut self.commit)?;
         self.counters.committed.fetch_add(std::mem::take(&mut self.bytes), Ordering::Relaxed);
         Ok(())
