@@ -1,0 +1,51 @@
+"""W6: publish W1, W2 and a system tree, against `restic backup` into a local repository."""
+
+import os
+
+import data
+from lab import GIB, RUNS, SCALE, Farm, folder, median, rate, remove, say, scaled, scratch, timed, tree_bytes
+from peers import Restic
+
+# On tmpfs nothing is on a disk: the tree is read once before, so that both find it in memory.
+TREE = os.environ.get("BENCH_TREE", "/usr/lib" if SCALE >= 1 else "/usr/lib/python3")
+
+
+def run(results):
+    one = data.random_file(scratch("w6", "w1", "model.bin"), scaled(2 * GIB), "w1")
+    measure(results, "W1's file", "model", os.path.dirname(one))
+    remove(folder("w6", "w1"))
+    many = scratch("w6", "w2")
+    data.photos(many, scaled(20_000), "w2")
+    measure(results, "W2's files", "dataset", many)
+    remove(many)
+    for here, _, files in os.walk(TREE):
+        for name in files:
+            path = os.path.join(here, name)
+            if os.path.isfile(path) and not os.path.islink(path):
+                with open(path, "rb", buffering=0) as f:
+                    while f.read(1 << 20):
+                        pass
+    measure(results, TREE, "operator", TREE)
+
+
+def measure(results, what, kind, path):
+    size = tree_bytes(path)
+    ours, again, theirs, store, store_theirs, cpu = [], [], [], [], [], []
+    for i in range(RUNS):
+        farm = Farm(f"W6-{i}")
+        empty = tree_bytes(farm.hub.data)
+        before = farm.hub.cpu()
+        ours.append(farm.hub.publish(path, f"{kind}/w6:v1")[0])
+        cpu.append(farm.hub.cpu() - before)
+        store.append(tree_bytes(farm.hub.data) - empty)
+        again.append(timed(farm.hub.publish, path, f"{kind}/w6:v2")[0])
+        farm.close()
+        restic = Restic(str(i))
+        theirs.append(restic.backup(path))
+        store_theirs.append(tree_bytes(restic.repo))
+        remove(restic.repo)
+    say(f"W6 {what}: {size / 1e6:.0f} MB; again {rate(size, again)}; processor time {median(cpu):.2f} s")
+    ratio = median(theirs) / median(ours)
+    results.add("W6", f"publish {what}", rate(size, ours), rate(size, theirs), f"{ratio:.2f} ×", "≥ 3 ×", ratio >= 3)
+    kept = median(store) / median(store_theirs)
+    results.add("W6", f"store of {what}", f"{median(store) / 1e6:.1f} MB", f"{median(store_theirs) / 1e6:.1f} MB", f"{kept:.3f} ×", "≤ 1 ×", kept <= 1)

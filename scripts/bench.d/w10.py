@@ -1,0 +1,72 @@
+"""W10: kill -9 the site, then the hub, at random moments of W1: nothing is sent again but what was not committed yet."""
+
+import time
+
+import data
+from lab import GIB, MIB, Farm, folder, landed, median, remove, rng, same_content, say, scaled, scratch
+
+SIZE = scaled(2 * GIB)
+KILLS = scaled(20, 2)
+AGAIN_MAX = 64 * MIB
+
+
+def run(results):
+    path = data.random_file(scratch("w10", "src", "model.bin"), SIZE, "w1")
+    farm = Farm("W10")
+    farm.hub.publish(path, "model/w10:v1")
+    site = farm.site("calm")
+    calm, (transfer,) = farm.hub.deliver("model/w10:v1", "calm")
+    overhead = transfer["bytes"]["wire"] - SIZE
+    farm.drop(site)
+    gen = rng("w10")
+    again, first, wrong = [], {"site": [], "hub": []}, 0
+    for i in range(KILLS):
+        victim = ("site", "hub")[i % 2]
+        site = farm.site(f"s{i}")
+        tid = farm.hub.json("deliver", "model/w10:v1", "--to", site.name)["transfers"][0]
+        time.sleep(gen.uniform(0.05, 0.95) * calm)
+        daemon = site if victim == "site" else farm.hub
+        daemon.kill()
+        daemon.start()
+        # What the site has got, as the site itself counts it.
+        ready = time.monotonic()
+        first[victim].append(first_byte(site, tid, ready))
+        farm.hub.cli("deliver", "model/w10:v1", "--to", site.name, "--wait")
+        done = farm.hub.transfer(tid)
+        b = done["bytes"]
+        # Two counts that must agree: what crossed the line beyond the file, and what came raw beyond it.
+        again.append(max(b["wire"] - SIZE - overhead, b["received"] + b["reused"] - SIZE))
+        try:
+            same_content(path, f"{landed(site, 'model/w10:v1')}/model.bin")
+        except Exception as e:
+            wrong += 1
+            say(f"W10: {e}")
+        say(f"W10: killed the {victim}: {again[-1] / MIB:.1f} MiB again, resumed {b['resumed'] / MIB:.0f} MiB, first byte after {first[victim][-1]} s")
+        farm.drop(site)
+    farm.close()
+    worst = max(again)
+    results.add("W10", f"{KILLS} kills: sent again", f"at most {worst / MIB:.1f} MiB, median {median(again) / MIB:.1f}", "-", "-", "≤ 64 MiB", worst <= AGAIN_MAX)
+    for victim, times in first.items():
+        seen = [t for t in times if t is not None]
+        if seen:
+            results.add("W10", f"first new byte after the {victim} is ready", f"at most {max(seen):.2f} s, median {median(seen):.2f}", "-", "-", "≤ 1 s", max(seen) <= 1)
+    results.add("W10", "content", f"{KILLS - wrong} of {KILLS} right", "-", "-", "every time", wrong == 0)
+    remove(folder("w10"))
+
+
+def first_byte(site, tid, ready):
+    """Seconds from ready to the first new byte at the site; None when there was none left to come."""
+    before = None
+    while time.monotonic() - ready < 60:
+        row = site.get(f"/v1/transfers?id={tid}")[0:1]
+        if row:
+            received = row[0]["bytes"]["received"]
+            if row[0]["state"] == "done" and before is None:
+                return None
+            if before is not None and received > before:
+                return round(time.monotonic() - ready, 3)
+            if row[0]["state"] == "done":
+                return None
+            before = received if before is None else before
+        time.sleep(0.005)
+    return 60.0
