@@ -1,15 +1,14 @@
 """W5: an image with (a) a new top layer, (b) small changes in a large layer; into docker-registry at the site."""
 
-import os
 import subprocess
 
 import data
-from lab import MIB, RUNS, Farm, folder, median, remove, rng, same_content, say, scaled, scratch, seconds  # noqa: F401
+from lab import MIB, RUNS, Farm, folder, median, remove, rng, say, scaled, scratch, seconds
 from peers import Registry
 
 
 def make():
-    """The old image and both new ones; the bytes of the new layer, and the changed files as one tar."""
+    """The old image and both new ones; the bytes of the new layer, and of the changed files after zstd."""
     gen = rng("w5")
     base = data.layer_files(gen, scaled(300), 200_000)
     large = data.layer_files(gen, scaled(2_000), 100_000)
@@ -25,7 +24,7 @@ def make():
         changed[name] = bytes(body)
     data.oci_layout(scratch("w5", "b"), [lower, data.layer_tar(large | changed)])
     say(f"W5: layers of {len(lower) / MIB:.0f} and {len(big) / MIB:.0f} MiB, a new one of {len(upper) / MIB:.0f} MiB")
-    return zstd(upper), zstd(data.layer_tar(changed))
+    return len(upper), zstd(data.layer_tar(changed))
 
 
 def zstd(content):
@@ -33,11 +32,11 @@ def zstd(content):
 
 
 def run(results):
-    upper, changed = make()
+    layer, changed = make()
     farm = Farm("W5")
     for version in ("old", "a", "b"):
         farm.hub.publish(scratch("w5", version), f"image/w5:{version}")
-    for version, what, fits, factor in (("a", "a new top layer", upper, 1.02), ("b", "small changes in a large layer", changed, 1.3)):
+    for version, what, fits, factor in (("a", "a new top layer", layer, 1.0), ("b", "small changes in a large layer", changed, 1.3)):
         ours, wire, theirs = [], [], []
         for i in range(RUNS):
             registry = Registry(f"{version}{i}")
@@ -56,10 +55,9 @@ def run(results):
             other.close()
             remove(other.data)
         share = median(wire) / fits
-        against = "the layer by zstd -3" if version == "a" else "the changed files by zstd -3"
+        against = "the layer" if version == "a" else "the changed files by zstd -3"
         results.add(f"W5{version}", f"{what}: bytes on the wire", f"{median(wire) / 1e6:.2f} MB", f"{against}: {fits / 1e6:.2f} MB", f"{share:.2f} ×", f"≤ {factor} ×", share <= factor)
         ratio = median(ours) / median(theirs)
         results.add(f"W5{version}", f"{what}: time, skopeo copy", seconds(ours), seconds(theirs), f"{ratio:.2f} ×", "< 1 ×", ratio < 1)
     farm.close()
     remove(folder("w5"))
-    assert not os.path.exists(scratch("w5", "old"))

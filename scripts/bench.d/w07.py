@@ -4,7 +4,7 @@ import os
 import shutil
 
 import data
-from lab import GIB, MIB, Farm, Trouble, landed, remove, same_content, scaled, ROOT, at_end
+from lab import GIB, MIB, ROOT, Farm, Trouble, at_end, landed, remove, same_content, scaled
 
 FILES = scaled(1_000_000, 10)
 BYTES = scaled(20 * GIB, 10)

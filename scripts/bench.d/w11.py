@@ -3,7 +3,7 @@
 import link
 import w01
 import w09
-from lab import GIB, RUNS, folder, median, rate, remove, seconds  # noqa: F401
+from lab import GIB, folder, median, rate, remove, seconds
 
 TCP = '[line]\ntransport = "tcp"\n'
 
