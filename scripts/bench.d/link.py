@@ -1,6 +1,8 @@
 """Two network namespaces and what joins them: a veth pair, or a long line (tc netem where the kernel has it, else the
 emulator in longline.c)."""
 
+import contextlib
+import ctypes
 import itertools
 import os
 import subprocess
@@ -43,6 +45,38 @@ class Namespaces:
 
     def part(self):
         pass
+
+
+class Alone(Namespaces):
+    """Nothing but a loopback of our own, whose counters then count our bytes only."""
+
+    def join(self):
+        pass
+
+
+@contextlib.contextmanager
+def inside(ns):
+    """Runs the bench itself in a namespace: what it starts meanwhile is there as well."""
+    libc = ctypes.CDLL(None, use_errno=True)
+
+    def enter(path):
+        with open(path) as f:
+            if libc.setns(f.fileno(), 0x4000_0000) != 0:  # CLONE_NEWNET
+                raise Trouble(f"cannot enter {path}: {os.strerror(ctypes.get_errno())}")
+
+    home = f"/proc/{os.getpid()}/fd/{os.open('/proc/self/ns/net', os.O_RDONLY)}"
+    enter(f"/run/netns/{ns}")
+    try:
+        yield
+    finally:
+        enter(home)
+        os.close(int(home.rsplit("/", 1)[1]))
+
+
+def loopback_bytes():
+    """What went over this namespace's loopback so far, headers and acknowledgements included."""
+    with open("/proc/net/dev") as f:
+        return next(int(line.split(":")[1].split()[0]) for line in f if line.strip().startswith("lo:"))
 
 
 class Veth(Namespaces):
