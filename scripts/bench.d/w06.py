@@ -33,11 +33,10 @@ def measure(results, what, kind, path):
     ours, again, theirs, store, store_theirs, cpu = [], [], [], [], [], []
     for i in range(RUNS):
         farm = Farm(f"W6-{i}")
-        empty = tree_bytes(farm.hub.data)
         before = farm.hub.cpu()
         ours.append(farm.hub.publish(path, f"{kind}/w6:v1")[0])
         cpu.append(farm.hub.cpu() - before)
-        store.append(tree_bytes(farm.hub.data) - empty)
+        store.append(tree_bytes(f"{farm.hub.data}/store"))
         again.append(timed(farm.hub.publish, path, f"{kind}/w6:v2")[0])
         farm.close()
         restic = Restic(str(i))
