@@ -236,9 +236,10 @@ impl World {
         let root = images::unpack(&copy, version, &bundle);
         assert_same(&edition.app, &root.join("app"));
         if version == "v1" && site.name != "hefei" {
-            let original =
-                images::unpack(&images::large().join("layout"), version, &self.scratch.join(&format!("original-{}-{version}", site.name)));
+            let unpacked = self.scratch.join(&format!("original-{}", site.name));
+            let original = images::unpack(&images::large().join("layout"), version, &unpacked);
             assert_same(&original, &root);
+            tool("rm", &["-rf", unpacked.to_str().unwrap()]);
         }
         tool("rm", &["-rf", copy.to_str().unwrap(), bundle.to_str().unwrap()]);
     }
