@@ -37,6 +37,8 @@ const OPENED_MAX: usize = 64;
 const ENTITLED_FOR: Duration = Duration::from_secs(2);
 /// What one site may have of the budget: enough answers to keep a fast line full.
 const SITE_SHARE_UNITS: usize = ((12 << 20) / BUDGET_UNIT) as usize;
+/// How often buffers that nobody used since are given back.
+const REST_EVERY: Duration = Duration::from_secs(5);
 /// How often old events are forgotten.
 const TRIM_EVERY: Duration = Duration::from_secs(600);
 
@@ -111,6 +113,7 @@ impl Hub {
     /// Takes sites in until the daemon stops.
     pub async fn run(&self) -> Result<(), Fault> {
         let mut trim = tokio::time::interval(TRIM_EVERY);
+        let mut rest = tokio::time::interval(REST_EVERY);
         loop {
             let arrival = tokio::select! {
                 arrival = self.inner.listener.accept() => arrival,
@@ -118,6 +121,10 @@ impl Hub {
                     if let Err(fault) = self.inner.catalogue.trim_events().await {
                         tracing::warn!(error = %fault, "old events could not be forgotten");
                     }
+                    continue;
+                }
+                _ = rest.tick() => {
+                    self.inner.store.rest();
                     continue;
                 }
                 () = self.inner.stop.cancelled() => None,

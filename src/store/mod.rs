@@ -238,6 +238,11 @@ impl Store {
         Ok(frame.verify(id, at.raw_len)?)
     }
 
+    /// To be called now and then: an idle daemon keeps no buffers.
+    pub fn rest(&self) {
+        self.inner.packs.rest();
+    }
+
     /// Bytes that the packs take on the disk.
     pub fn stored_bytes(&self) -> Result<u64, Fault> {
         self.inner.packs.list()?.into_iter().map(|number| self.inner.packs.len(number)).sum()

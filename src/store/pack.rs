@@ -6,6 +6,7 @@ use std::io::Write;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use bytes::{Buf, Bytes};
 use parking_lot::Mutex;
@@ -38,6 +39,8 @@ pub(super) struct Packs {
 #[derive(Clone, Default)]
 struct Buffers {
     free: Arc<Mutex<Vec<Vec<u8>>>>,
+    /// Whether one was lent since the last [`Packs::rest`].
+    used: Arc<AtomicBool>,
 }
 
 /// A buffer that goes back when the last slice of it is gone.
@@ -50,6 +53,7 @@ impl Buffers {
     fn take(&self, len: usize) -> Lent {
         // Small reads do not deserve, and must not keep, a large buffer.
         let reused = if len >= BUFFER_BYTES_MIN { self.free.lock().pop() } else { None };
+        self.used.store(true, Ordering::Relaxed);
         let mut bytes = reused.unwrap_or_default();
         bytes.resize(len, 0);
         Lent { bytes, home: self.clone() }
@@ -89,6 +93,13 @@ pub(super) struct Writer {
 impl Packs {
     pub(super) fn new(dir: PathBuf) -> Self {
         Self { dir, open: Mutex::default(), buffers: Buffers::default() }
+    }
+
+    /// Gives kept buffers back to the system, if nobody read since the last call.
+    pub(super) fn rest(&self) {
+        if !self.buffers.used.swap(false, Ordering::Relaxed) {
+            self.buffers.free.lock().clear();
+        }
     }
 
     pub(super) fn dir(&self) -> &Path {
