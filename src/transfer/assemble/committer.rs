@@ -1,0 +1,89 @@
+//! The group commit: syncs what was written, and only then lets the index and the journal speak of it.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
+use std::time::Instant;
+
+use parking_lot::RwLock;
+
+use super::{Counters, DIRTY_FILES_MAX, Dest, Done, SYNC_ALL_FROM};
+use crate::fault::{Fault, IoContext};
+use crate::limits::{COMMIT_BYTES, COMMIT_EVERY};
+use crate::places::{At, Commit, Journal, Places};
+use crate::stage::Stage;
+
+pub(super) struct Committer {
+    pub(super) stage: Arc<Stage>,
+    pub(super) places: Arc<Places>,
+    pub(super) journal: Arc<RwLock<Journal>>,
+    pub(super) place: u32,
+    pub(super) counters: Arc<Counters>,
+    pub(super) commit: Commit,
+    pub(super) bytes: u64,
+    /// Those of them that were written and not only shared.
+    pub(super) unsynced: u64,
+    /// Files of several chunks written since the last commit.
+    pub(super) large: HashMap<u64, Arc<Dest>>,
+    /// Files of one chunk, or shared ones.
+    pub(super) small: Vec<Arc<Dest>>,
+}
+
+impl Committer {
+    pub(super) fn run(mut self, queue: &Receiver<Vec<Done>>) -> Result<(), Fault> {
+        let mut last = Instant::now();
+        loop {
+            match queue.recv_timeout(COMMIT_EVERY.saturating_sub(last.elapsed())) {
+                Ok(done) => done.into_iter().for_each(|done| self.take(done)),
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => return self.flush(),
+            }
+            if self.unsynced >= COMMIT_BYTES || self.large.len() >= DIRTY_FILES_MAX || last.elapsed() >= COMMIT_EVERY {
+                self.flush()?;
+                last = Instant::now();
+            }
+        }
+    }
+
+    fn take(&mut self, done: Done) {
+        let Done { dest, chunks, bytes, written } = done;
+        self.bytes += bytes;
+        self.unsynced += if written { bytes } else { 0 };
+        for (id, ordinal, offset, len) in chunks {
+            self.commit.chunks.push((id, At { place: self.place, entry: dest.number, offset, len }));
+            self.commit.ordinals.push(ordinal);
+        }
+        if !dest.announced.swap(true, Ordering::Relaxed) {
+            self.commit.entries.push((dest.number, dest.path.clone(), dest.file));
+        }
+        if dest.handle.lock().is_some() {
+            self.large.entry(dest.number).or_insert(dest);
+        } else {
+            self.small.push(dest);
+        }
+    }
+
+    fn flush(&mut self) -> Result<(), Fault> {
+        if self.commit.ordinals.is_empty() {
+            return Ok(());
+        }
+        if self.large.len() + self.small.len() >= SYNC_ALL_FROM {
+            self.stage.sync_filesystem()?;
+        } else {
+            for dest in self.large.values() {
+                let handle = dest.handle.lock().clone();
+                if let Some(file) = handle {
+                    file.sync_data().at(format_args!("sync {}", dest.path))?;
+                }
+            }
+            self.small.iter().try_for_each(|dest| self.stage.sync_file(&dest.path))?;
+        }
+        self.large.clear();
+        self.small.clear();
+        self.unsynced = 0;
+        self.places.commit(self.place, &self.journal, &mut self.commit)?;
+        self.counters.committed.fetch_add(std::mem::take(&mut self.bytes), Ordering::Relaxed);
+        Ok(())
+    }
+}
