@@ -103,6 +103,11 @@ impl Daemon {
         self.user = Some(user);
     }
 
+    /// Runs the daemon from now on from this program.
+    pub(crate) fn run_program(&mut self, program: &Path) {
+        self.program = program.into();
+    }
+
     /// Starts the process and does not wait.
     pub(crate) fn spawn(&mut self) {
         assert!(self.child.is_none(), "{} runs already", self.name);
