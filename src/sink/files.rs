@@ -34,6 +34,8 @@ pub struct FilesSink {
     id: String,
     /// Whether the filesystem takes every name that Linux does (SMB does not).
     any_name: bool,
+    /// Whether it takes two names that differ in case only for one.
+    folds_case: bool,
 }
 
 /// What stands under a version.
@@ -80,7 +82,11 @@ impl FilesSink {
         };
         let probe = staging.join(format!(".probe:{}", std::process::id()));
         let any_name = std::fs::create_dir(&probe).and_then(|()| std::fs::remove_dir(&probe)).is_ok();
-        Ok(Self { root, staging, id, any_name })
+        let probe = staging.join(format!(".Probe-{}", std::process::id()));
+        let folded = staging.join(format!(".pROBE-{}", std::process::id()));
+        let folds_case = std::fs::create_dir(&probe).is_ok() && std::fs::symlink_metadata(&folded).is_ok();
+        let _ = std::fs::remove_dir(&probe);
+        Ok(Self { root, staging, id, any_name, folds_case })
     }
 
     fn series(&self, artifact: &ArtifactRef) -> PathBuf {
@@ -193,7 +199,8 @@ async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T, Fault> + S
 
 impl FilesSink {
     fn again(&self) -> Self {
-        Self { root: self.root.clone(), staging: self.staging.clone(), id: self.id.clone(), any_name: self.any_name }
+        let Self { root, staging, id, any_name, folds_case } = self;
+        Self { root: root.clone(), staging: staging.clone(), id: id.clone(), any_name: *any_name, folds_case: *folds_case }
     }
 }
 
@@ -231,6 +238,10 @@ impl Sink for FilesSink {
             }
             None
         })
+    }
+
+    fn folds_case(&self) -> bool {
+        self.folds_case
     }
 
     async fn commit(&self, incoming: &Incoming, staged: &Path) -> Result<Landed, Fault> {

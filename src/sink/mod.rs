@@ -71,6 +71,11 @@ pub trait Sink: Send + Sync {
         None
     }
 
+    /// Whether two names that differ in case only are one name to the sink.
+    fn folds_case(&self) -> bool {
+        false
+    }
+
     /// Whether the far end already holds this very file (an image blob in the registry), so that it need not be
     /// staged at all.
     async fn holds(&self, _incoming: &Incoming, _path: &RelPath, _file: &FileInfo) -> Result<bool, Fault> {

@@ -11,6 +11,7 @@
 //! a bounded queue, and the bytes of a batch hold a share of the daemon's budget until they are written.
 
 mod committer;
+mod names;
 mod producer;
 mod worker;
 
@@ -32,7 +33,7 @@ use crate::durable;
 use crate::fault::{Fault, Reason};
 use crate::fetch::{Fetcher, blocking};
 use crate::frame::Frame;
-use crate::limits::{FETCH_IN_FLIGHT_MAX, OFFENDERS_LISTED_MAX};
+use crate::limits::FETCH_IN_FLIGHT_MAX;
 use crate::manifest::{ChunkRef, EntryBody, FileInfo, KindInfo, Spot, Step, Walk};
 use crate::names::RelPath;
 use crate::places::{At, Commit, Journal, PlaceInfo, Places};
@@ -193,26 +194,6 @@ impl Assembly {
         Walk::new(&self.incoming.root, &self.shared.store)
     }
 
-    /// Names that the sink cannot hold, all of them at once.
-    fn check_names(&self) -> Result<(), Fault> {
-        let (mut listed, mut total) = (Vec::new(), 0);
-        for step in self.walk() {
-            let Step::Entry { entry, .. } = step? else { continue };
-            if let Some(why) = self.sink.refuse_path(&entry.path) {
-                total += 1;
-                if listed.len() < OFFENDERS_LISTED_MAX {
-                    listed.push(format!("{:?} ({why})", entry.path.as_str()));
-                }
-            }
-        }
-        if total == 0 {
-            return Ok(());
-        }
-        Err(Fault::conflict(format!("{total} names cannot exist at this site: {}", listed.join(", ")))
-            .with_reason(Reason::SinkRefused)
-            .with_next("rename those files and publish a new version"))
-    }
-
     /// What it would take to bring the artifact here.
     pub fn estimate(&self, journal: Option<&Journal>) -> Result<Estimate, Fault> {
         let mut out = Estimate::default();
@@ -272,7 +253,7 @@ impl Assembly {
 
     /// Opens or finds the staging folder and the journal, and makes sure that there is room.
     fn begin(&self) -> Result<(u32, Journal, Arc<Stage>), Fault> {
-        self.check_names()?;
+        names::check(&self.incoming, self.walk(), self.sink.as_ref())?;
         let (places, path) = (&self.shared.places, self.staged());
         let totals = self.incoming.root.totals;
         let mut place = places.staged_by(&self.incoming.transfer);

@@ -121,20 +121,27 @@ impl Drop for Mount {
     }
 }
 
+/// An exFAT filesystem, which takes few characters and folds case, as a share of a Windows server does.
+fn mount_exfat(image: &Path, root: &Path) -> Option<Mount> {
+    std::fs::File::create(image).unwrap().set_len(64 << 20).unwrap();
+    tool("mkfs.exfat", &[image.to_str().unwrap()]);
+    // The loop device goes away with its last user.
+    let attached = run(bound("losetup").args(["--find", "--show"]).arg(image), secs(20));
+    let device = (attached.code == 0).then(|| attached.out.trim().to_owned())?;
+    let mounted = run(bound("mount.exfat-fuse").arg(&device).arg(root), secs(20)).code == 0;
+    let _ = run(bound("losetup").args(["--detach", &device]), secs(20));
+    mounted.then(|| Mount(root.into()))
+}
+
 #[test]
 fn names_that_the_nas_cannot_hold_are_all_listed() {
     let _limit = limit(secs(120));
     let scratch = Scratch::new();
     let root = scratch.folder("nas");
-    let disk = scratch.join("fat.img");
-    std::fs::File::create(&disk).unwrap().set_len(32 << 20).unwrap();
-    let made = run(bound("mkfs.vfat").arg(&disk), secs(20)).code == 0;
-    let mounted = made && run(bound("mount").args(["-o", "loop,utf8"]).args([&disk, &root]), secs(20)).code == 0;
-    if !mounted {
-        skipped("a FAT filesystem cannot be mounted here: that needs root, a loop device, mkfs.vfat and the kernel's vfat");
+    let Some(_mount) = mount_exfat(&scratch.join("exfat.img"), &root) else {
+        skipped("an exFAT filesystem cannot be mounted here: that needs root, a loop device and /dev/fuse");
         return;
-    }
-    let _mount = Mount(root.clone());
+    };
     let hub = Hub::start_new(scratch.path());
     let spec = SiteSpec { root: Some(root.clone()), ..SiteSpec::default() };
     let site = Site::start_new(scratch.path(), &hub, "chengdu", &spec);
