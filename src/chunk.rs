@@ -6,16 +6,30 @@
 use std::fmt;
 use std::str::FromStr;
 
+use fastcdc::v2020::{FastCDC, Normalization};
 use serde::{Deserialize, Serialize};
+
+use crate::limits::CHUNK_BYTES_MAX;
 
 /// A BLAKE3 hash: of a chunk's raw bytes, of a file's content, or of a root manifest.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Hash(pub [u8; 32]);
 
+/// See [`Hash::short`].
+pub type ShortHash = [u8; 16];
+
 impl Hash {
     /// The hash of these bytes.
     pub fn of(bytes: &[u8]) -> Self {
         Self(*blake3::hash(bytes).as_bytes())
+    }
+
+    /// Half of it: what large tables keep. Two chunks that share it could only be made on purpose, with 2^64 hashes; the
+    /// whole of it stands in each frame, and is compared when the frame is read.
+    pub fn short(&self) -> ShortHash {
+        let mut out = [0; 16];
+        out.copy_from_slice(&self.0[..16]);
+        out
     }
 
     /// 64 lower-case hex digits.
@@ -62,28 +76,39 @@ impl<'de> Deserialize<'de> for Hash {
 }
 
 /// Sizes chosen by measuring model, image-layer, code and photo data; the table is in BENCHMARKS.md.
-pub const DEFAULT_CHUNKING: Chunking = Chunking { min: 8 << 10, avg: 32 << 10, max: 128 << 10 };
+pub const DEFAULT_CHUNKING: Chunking = Chunking { min: 8 << 10, avg: 28 << 10, max: 64 << 10, whole: 256 << 10, normalization: 2 };
 
-/// FastCDC parameters, in bytes.
+/// FastCDC parameters, in bytes: all that decides where content is cut.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Chunking {
     /// No chunk is smaller, but a file's last.
     pub min: u32,
     /// The size aimed at.
     pub avg: u32,
-    /// No chunk is larger.
+    /// No chunk is larger, but a file that is one.
     pub max: u32,
+    /// A file up to this size is one chunk: cutting it would cost more in references than it could save.
+    pub whole: u32,
+    /// How closely sizes keep to the one aimed at: FastCDC's normalization level, 0 to 3.
+    pub normalization: u8,
 }
 
 impl Chunking {
-    /// A file up to this size is one chunk: cutting it would cost more in references than it could save.
-    pub fn whole_file_max(&self) -> u64 {
-        u64::from(self.max) / 2
+    /// Whether content can be cut so, and every chunk is within [`CHUNK_BYTES_MAX`].
+    pub fn is_possible(&self) -> bool {
+        let Self { min, avg, max, whole, normalization } = *self;
+        64 <= min && min <= avg && avg <= max && (max.max(whole) as usize) <= CHUNK_BYTES_MAX && normalization <= 3
     }
 
     /// Where the next chunk of `data` ends. `data` must hold [`Chunking::max`] bytes or all that is left of the file.
     pub fn cut(&self, data: &[u8]) -> usize {
         let (min, avg, max) = (self.min as usize, self.avg as usize, self.max as usize);
-        fastcdc::v2020::FastCDC::new(data, min, avg, max).cut(0, data.len()).1
+        let level = match self.normalization {
+            0 => Normalization::Level0,
+            1 => Normalization::Level1,
+            2 => Normalization::Level2,
+            _ => Normalization::Level3,
+        };
+        FastCDC::with_level(data, min, avg, max, level).cut(0, data.len()).1
     }
 }

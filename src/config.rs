@@ -45,12 +45,20 @@ pub struct Config {
     /// Where artifacts land (sites only).
     #[serde(default)]
     pub sink: Sinks,
+    /// Whom this site's own artifacts are shared with (sites only).
+    #[serde(default)]
+    pub share: Share,
+    /// What is kept of bytes that pass from site to site (hub only).
+    #[serde(default)]
+    pub relay: Relay,
     /// The line.
     #[serde(default)]
     pub line: Line,
     /// Bounds.
     #[serde(default)]
     pub limits: Limits,
+    /// Who trains here (sites only); without it this site trains for nobody.
+    pub train: Option<Train>,
 }
 
 /// `[listen]`
@@ -124,6 +132,32 @@ pub struct ImagesSink {
     pub create_project: bool,
 }
 
+/// `[share]`
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Share {
+    /// Sites that may have what is published here: names or label selectors. Default: all.
+    pub allow: Option<Vec<String>>,
+}
+
+/// `[relay]`
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Relay {
+    /// What relayed bytes may take on the hub's disk.
+    #[serde(deserialize_with = "size")]
+    pub budget: u64,
+    /// How long they stay after they were last asked for.
+    #[serde(deserialize_with = "duration")]
+    pub keep: Duration,
+}
+
+impl Default for Relay {
+    fn default() -> Self {
+        Self { budget: 100 << 30, keep: Duration::from_secs(7 * 24 * 3600) }
+    }
+}
+
 /// Which congestion control a line uses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, Default)]
 #[serde(rename_all = "lowercase")]
@@ -175,6 +209,18 @@ impl Default for Limits {
     }
 }
 
+/// `[train]`: a command or a platform, one of both.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Train {
+    /// The trainer and its arguments; the path of the run's descriptor is put behind them.
+    pub command: Vec<String>,
+    /// A training platform: the descriptor is sent there by POST.
+    pub url: Option<String>,
+    /// Runs that train at once (1 when absent).
+    pub at_once: Option<u32>,
+}
+
 /// Reads `20MiB`, `4GB`, `512KiB`, `100B`: a whole number and a unit.
 pub fn parse_size(text: &str) -> Result<u64, String> {
     let units: [(&str, u64); 10] = [
@@ -200,6 +246,10 @@ pub fn parse_size(text: &str) -> Result<u64, String> {
 
 fn size<'de, D: serde::Deserializer<'de>>(d: D) -> Result<u64, D::Error> {
     parse_size(&String::deserialize(d)?).map_err(serde::de::Error::custom)
+}
+
+fn duration<'de, D: serde::Deserializer<'de>>(d: D) -> Result<Duration, D::Error> {
+    parse_duration(&String::deserialize(d)?).map_err(serde::de::Error::custom)
 }
 
 /// Reads `500ms`, `90s`, `15m`, `24h`, `7d`: a whole number and a unit.

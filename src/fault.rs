@@ -239,6 +239,10 @@ impl Fault {
         match error.kind() {
             K::StorageFull | K::QuotaExceeded | K::FileTooLarge => Self::no_space(message),
             K::NotFound => Self::not_found(message).with_next("check the path as the daemon sees it"),
+            K::AlreadyExists | K::NotADirectory => {
+                Self::conflict(message).with_next("something else stands there: move it away, or name another path")
+            }
+            K::InvalidFilename => Self::usage(message).with_next("shorten the names"),
             K::PermissionDenied | K::ReadOnlyFilesystem => {
                 Self::not_allowed(message).with_next("give the daemon's user the right to read or write there")
             }

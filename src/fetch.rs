@@ -1,16 +1,21 @@
 //! Fetching: one side asks for chunks by where a manifest names them, the other gives the stored frames as they are.
 //!
-//! Both sides of the fetch stream live here: [`serve`] answers from a [`Library`], [`Fetcher`] asks. What comes back is
+//! Both sides of the fetch stream live here: [`serve`] answers from a [`Library`], [`Fetcher`] asks; `pages` is what is
+//! particular to manifest pages. What comes back is
 //! not trusted: the asker verifies every frame against the name that its manifest says.
 
+mod pages;
+
 use std::collections::{HashSet, VecDeque};
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use bytes::{Bytes, BytesMut};
+use bytes::{Buf, Bytes, BytesMut};
 use futures::StreamExt;
+use futures::stream::BoxStream;
 use parking_lot::Mutex;
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::timeout;
@@ -20,7 +25,7 @@ use crate::fault::{Fault, Reason, Retry};
 use crate::frame::{Frame, FrameError, HEADER_BYTES, Header};
 use crate::limits::{FETCH_BATCH_BYTES, FETCH_BATCH_CHUNKS_MAX, FETCH_REQUEST_BYTES_MAX, ROOT_BYTES_MAX, SILENCE_MAX};
 use crate::line::{Link, RecvHalf, SendHalf};
-use crate::manifest::{ChunkRef, Digest, PageRef, Pages, Root, children, for_each_page, read_children};
+use crate::manifest::{ChunkRef, Digest, PageRef, Pages, Root, children, entry_pages, for_each_page};
 use crate::store::Store;
 use crate::wire::{self, FETCH, FetchRequest, PRIORITY_MANIFEST, Peer, Wanted};
 
@@ -32,8 +37,12 @@ const LIVELY_BYTES: u64 = 16 << 10;
 const ANSWER_BYTES: u64 = 1 << 20;
 /// How long a peer may take for one piece of an answer.
 const WRITE_MAX: Duration = Duration::from_secs(120);
-/// Manifest requests on the way at once.
-const MANIFEST_IN_FLIGHT: usize = 8;
+/// Pieces of a stream, a packet each at the most, that are taken at once.
+const PIECES: usize = 64;
+/// Room for the frame that goes beyond what was asked for.
+const FRAME_BYTES_USUAL: usize = HEADER_BYTES + (128 << 10);
+/// Buffers for frames that are kept while a transfer runs.
+const BUFFERS_KEPT: usize = 16;
 
 /// An artifact that is open for reading by a peer.
 pub struct Opened {
@@ -43,6 +52,10 @@ pub struct Opened {
     pub root: Root,
     /// Every page of it: what a request may name.
     pub pages: HashSet<Hash>,
+    /// Its entry pages, in order.
+    entry_pages: Vec<PageRef>,
+    /// Whether its bytes live elsewhere (at the hub: at a site).
+    pub relayed: bool,
     /// The children of the pages that were named last: a page is named by many requests behind each other.
     recent: Mutex<VecDeque<(Hash, Arc<Vec<ChunkRef>>)>>,
 }
@@ -55,7 +68,13 @@ impl Opened {
             pages.insert(page.id);
             Ok(())
         })?;
-        Ok(Self { digest, root, pages, recent: Mutex::default() })
+        let entry_pages = entry_pages(&root, source)?;
+        Ok(Self { digest, root, pages, entry_pages, relayed: false, recent: Mutex::default() })
+    }
+
+    /// The same, of which the bytes live elsewhere.
+    pub fn relayed(self, relayed: bool) -> Self {
+        Self { relayed, ..self }
     }
 }
 
@@ -83,12 +102,33 @@ impl Opened {
 pub trait Library: Send + Sync {
     /// The artifact, if this peer may read it. What does not exist and what he may not see get the same answer.
     async fn open(&self, peer: &Peer, digest: Digest) -> Result<Arc<Opened>, Fault>;
+    /// Waits until these can be had, or says why they cannot: asked before a share of the budget is taken.
+    async fn ready(&self, _peer: &Peer, _opened: &Opened, _wanted: &Wanted, _children: &[Child]) -> Result<(), Fault> {
+        Ok(())
+    }
     /// A share of the daemon's budget for this many bytes, out of what this peer may have of it.
-    async fn share(&self, peer: &Peer, bytes: u64) -> Result<[OwnedSemaphorePermit; 2], Fault>;
+    async fn share(&self, peer: &Peer, bytes: u64) -> Result<Vec<OwnedSemaphorePermit>, Fault>;
     /// A page's raw bytes.
     async fn page(&self, opened: &Opened, page: Hash) -> Result<Bytes, Fault>;
-    /// The frames of these children of an opened artifact, in order, in any number of pieces.
-    async fn frames(&self, opened: &Opened, wanted: &Wanted, ids: Vec<ChunkRef>) -> Result<Vec<Bytes>, Fault>;
+    /// The frames of these children of an opened artifact, in order, in any number of pieces, each as soon as it is here.
+    async fn frames(&self, peer: &Peer, opened: &Arc<Opened>, wanted: &Wanted, children: Vec<Child>) -> Result<Pieces, Fault>;
+}
+
+/// Whole frames, one or several behind each other.
+pub type Pieces = BoxStream<'static, Result<Bytes, Fault>>;
+
+/// A child of a page, or of the root's list: which one, and what.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Child {
+    /// Its place in the list.
+    pub index: u32,
+    /// The chunk or page.
+    pub chunk: ChunkRef,
+}
+
+/// Pieces that are here already.
+pub fn pieces(all: Vec<Bytes>) -> Pieces {
+    futures::stream::iter(all.into_iter().map(Ok)).boxed()
 }
 
 /// The answer to a peer that asks for what it may not have, or what is not there.
@@ -96,12 +136,22 @@ pub fn nothing_such() -> Fault {
     Fault::not_found("the hub has no such artifact for this site").with_reason(Reason::SourceGone)
 }
 
-fn pick(all: &[ChunkRef], ranges: &[(u32, u32)]) -> Result<Vec<ChunkRef>, Fault> {
+/// Raw bytes of the pages that a root manifest lists.
+fn listed_bytes(root: &Root) -> u64 {
+    root.pages.iter().map(|page| u64::from(page.len)).sum()
+}
+
+/// The pages that a root manifest lists, as what they are: chunks.
+fn listed(root: &Root) -> Vec<ChunkRef> {
+    root.pages.iter().map(|page| ChunkRef { id: page.id, len: page.len }).collect()
+}
+
+fn pick(all: &[ChunkRef], ranges: &[(u32, u32)]) -> Result<Vec<Child>, Fault> {
     let mut out = Vec::new();
     for &(first, count) in ranges {
         let range = first as usize..(first as usize).saturating_add(count as usize);
         let part = all.get(range).ok_or_else(|| Fault::integrity("a fetch request names more than the page holds"))?;
-        out.extend_from_slice(part);
+        out.extend((first..).zip(part).map(|(index, chunk)| Child { index, chunk: *chunk }));
         if out.len() > FETCH_BATCH_CHUNKS_MAX * 4 {
             return Err(Fault::integrity("a fetch request asks for too much at once"));
         }
@@ -113,7 +163,7 @@ fn pick(all: &[ChunkRef], ranges: &[(u32, u32)]) -> Result<Vec<ChunkRef>, Fault>
 pub async fn serve(mut send: SendHalf, mut recv: RecvHalf, peer: &Peer, library: &dyn Library) {
     if let Err(fault) = answer(&mut send, &mut recv, peer, library).await {
         tracing::debug!(%peer, error = %fault, "a fetch was refused");
-        let _ = send.write_bytes(Frame::fault(&fault).bytes().clone()).await;
+        let _ = send.write_bytes(Frame::fault(&fault).to_bytes()).await;
     }
     let _ = send.finish();
 }
@@ -126,31 +176,39 @@ async fn answer(send: &mut SendHalf, recv: &mut RecvHalf, peer: &Peer, library: 
     send.set_priority(request.priority.clamp(0, PRIORITY_MANIFEST));
     let opened = library.open(peer, request.digest).await?;
     for wanted in &request.wants {
-        let ids = match wanted {
-            Wanted::Root => {
+        let children = match wanted {
+            Wanted::Root | Wanted::RootAndPages(_) => {
                 let root = crate::frame::Verified::new(opened.root.to_bytes().into());
-                send.write_bytes(Frame::encode(&root).bytes().clone()).await?;
+                send.write_bytes(Frame::encode(&root).to_bytes()).await?;
+                match wanted {
+                    Wanted::RootAndPages(max) if listed_bytes(&opened.root) <= *max => {
+                        pick(&listed(&opened.root), &[(0, opened.root.pages.len() as u32)])?
+                    }
+                    _ => continue,
+                }
+            }
+            Wanted::TopPages(ranges) => pick(&listed(&opened.root), ranges)?,
+            Wanted::Children { page, ranges } => pick(&opened.children(*page, library).await?, ranges)?,
+            Wanted::Difference { ranges, base, against } => {
+                pages::answer(send, peer, library, &opened, ranges, *base, *against).await?;
                 continue;
             }
-            Wanted::TopPages(ranges) => {
-                let all: Vec<ChunkRef> = opened.root.pages.iter().map(|p| ChunkRef { id: p.id, len: p.len }).collect();
-                pick(&all, ranges)?
-            }
-            Wanted::Children { page, ranges } => pick(&opened.children(*page, library).await?, ranges)?,
         };
-        let mut ids = ids.as_slice();
-        while !ids.is_empty() {
+        let mut children = children.as_slice();
+        while !children.is_empty() {
             let (mut bytes, mut count) = (0, 0);
-            while count < ids.len() && bytes < ANSWER_BYTES {
-                bytes += u64::from(ids[count].len);
+            while count < children.len() && bytes < ANSWER_BYTES {
+                bytes += u64::from(children[count].chunk.len);
                 count += 1;
             }
-            let (now, later) = ids.split_at(count);
-            ids = later;
+            let (now, later) = children.split_at(count);
+            children = later;
+            library.ready(peer, &opened, wanted, now).await?;
             // What is read and not yet taken by the line holds a share of the daemon's budget.
             let _share = library.share(peer, bytes).await?;
-            for piece in library.frames(&opened, wanted, now.to_vec()).await? {
-                let sent = timeout(WRITE_MAX, send.write_bytes(piece)).await;
+            let mut pieces = library.frames(peer, &opened, wanted, now.to_vec()).await?;
+            while let Some(piece) = pieces.next().await {
+                let sent = timeout(WRITE_MAX, send.write_bytes(piece?)).await;
                 sent.map_err(|_| Fault::unreachable(format!("{peer} takes nothing from this stream")))??;
             }
         }
@@ -166,11 +224,15 @@ pub struct Fetcher {
     wire: Arc<AtomicU64>,
 }
 
-/// The frames of one request, one by one.
+/// The frames of one request, one by one or some at a time.
 pub struct Frames {
     link: Link,
     recv: RecvHalf,
     wire: Arc<AtomicU64>,
+    /// What came and is not part of a frame yet.
+    pieces: VecDeque<Bytes>,
+    /// What the line had brought in all when it was last looked at.
+    brought: u64,
     /// Keeps the request's stream until the answer is read.
     _send: SendHalf,
 }
@@ -202,12 +264,33 @@ impl Fetcher {
         self.wire.fetch_add(out.len() as u64, Ordering::Relaxed);
         send.write_bytes(out.freeze()).await.map_err(broken)?;
         send.finish().map_err(broken)?;
-        Ok(Frames { link: self.link.clone(), recv, wire: self.wire.clone(), _send: send })
+        let brought = self.link.bytes().1;
+        Ok(Frames { link: self.link.clone(), recv, wire: self.wire.clone(), pieces: VecDeque::new(), brought, _send: send })
     }
 
     /// The root manifest, checked against its digest.
     pub async fn root(&self) -> Result<Root, Fault> {
         let mut frames = self.ask(vec![Wanted::Root], PRIORITY_MANIFEST).await?;
+        self.next_root(&mut frames).await
+    }
+
+    /// The root manifest and, if they are small, the pages that it lists, which go to the store: one round trip instead of two.
+    /// For a site that has no other version, and so none of these pages.
+    pub async fn root_and_pages(&self, store: &Store) -> Result<Root, Fault> {
+        let mut frames = self.ask(vec![Wanted::RootAndPages(FETCH_BATCH_BYTES)], PRIORITY_MANIFEST).await?;
+        let root = self.next_root(&mut frames).await?;
+        if listed_bytes(&root) <= FETCH_BATCH_BYTES {
+            for page in &root.pages {
+                let frame = frames.next().await?;
+                frame.verify(page.id, page.len)?;
+                // Its sum as well: a store gives it out by that.
+                store.put(&Frame::parse(frame.to_bytes())?)?;
+            }
+        }
+        Ok(root)
+    }
+
+    async fn next_root(&self, frames: &mut Frames) -> Result<Root, Fault> {
         let frame = frames.next().await?;
         let len = frame.raw_len();
         if len as usize > ROOT_BYTES_MAX {
@@ -215,101 +298,128 @@ impl Fetcher {
         }
         Root::parse(&frame.verify(self.digest, len)?.bytes, self.digest)
     }
-
-    /// Brings every page of the manifest that the store lacks.
-    pub async fn pages(&self, root: &Root, store: &Store) -> Result<(), Fault> {
-        let mut level: Vec<(Option<Hash>, Vec<PageRef>)> = vec![(None, root.pages.clone())];
-        for depth in (0..=root.depth).rev() {
-            self.bring(&level, store).await?;
-            if depth == 0 {
-                break;
-            }
-            let (above, pages) = (level, store.clone());
-            level = blocking(move || {
-                let mut below = Vec::new();
-                for page in above.iter().flat_map(|(_, pages)| pages) {
-                    below.push((Some(page.id), read_children(&pages.page(page.id)?)?));
-                }
-                Ok(below)
-            })
-            .await?;
-        }
-        let store = store.clone();
-        blocking(move || store.flush()).await
-    }
-
-    async fn bring(&self, level: &[(Option<Hash>, Vec<PageRef>)], store: &Store) -> Result<(), Fault> {
-        let mut requests: Vec<(Vec<Wanted>, Vec<PageRef>)> = Vec::new();
-        let mut seen = HashSet::new();
-        for (parent, pages) in level {
-            let ids: Vec<Hash> = pages.iter().map(|p| p.id).collect();
-            let here = store.has_many(&ids)?;
-            let (mut ranges, mut lacking, mut bytes) = (Ranges::default(), Vec::new(), 0);
-            let wanted = |ranges: Ranges| match parent {
-                None => Wanted::TopPages(ranges.0),
-                Some(page) => Wanted::Children { page: *page, ranges: ranges.0 },
-            };
-            for (index, page) in pages.iter().enumerate() {
-                if here[index] || !seen.insert(page.id) {
-                    continue;
-                }
-                ranges.push(index as u32);
-                lacking.push(*page);
-                bytes += u64::from(page.len);
-                if bytes >= FETCH_BATCH_BYTES / 2 || lacking.len() >= FETCH_BATCH_CHUNKS_MAX {
-                    requests.push((vec![wanted(std::mem::take(&mut ranges))], std::mem::take(&mut lacking)));
-                    bytes = 0;
-                }
-            }
-            if !lacking.is_empty() {
-                requests.push((vec![wanted(ranges)], lacking));
-            }
-        }
-        let fetch = |(wants, pages): (Vec<Wanted>, Vec<PageRef>)| async move {
-            let mut frames = self.ask(wants, PRIORITY_MANIFEST).await?;
-            for page in pages {
-                let frame = frames.next().await?;
-                frame.verify(page.id, page.len)?;
-                store.put(&frame)?;
-            }
-            Ok::<(), Fault>(())
-        };
-        let mut running = futures::stream::iter(requests.into_iter().map(fetch)).buffer_unordered(MANIFEST_IN_FLIGHT);
-        while let Some(result) = running.next().await {
-            result?;
-        }
-        Ok(())
-    }
 }
 
 impl Frames {
     /// The next frame as the peer sent it: its sum and its name are not checked yet, [`Frame::verify`] does.
     pub async fn next(&mut self) -> Result<Frame, Fault> {
-        let link = self.link.clone();
-        let read = self.read();
-        tokio::pin!(read);
-        loop {
-            let before = link.bytes().1;
-            match timeout(SILENCE_MAX, &mut read).await {
-                Ok(result) => return result,
-                // On a slow line this stream may wait long for its turn behind others: silent is a line that brings nothing.
-                Err(_) if link.bytes().1 - before > LIVELY_BYTES => {}
-                Err(_) => return Err(silent()),
-            }
-        }
+        let mut bytes = Vec::new();
+        let (header, _) = self.append(&mut bytes).await?;
+        frame(header, bytes.into())
     }
 
-    async fn read(&mut self) -> Result<Frame, Fault> {
+    /// The next frames, as many as `bytes` of them need and `count` at the most, in one buffer out of `buffers`.
+    pub async fn some(&mut self, count: usize, bytes: usize, buffers: &Buffers) -> Result<Vec<Frame>, Fault> {
+        let mut buffer = buffers.take();
+        buffer.bytes.reserve(bytes + FRAME_BYTES_USUAL);
+        let mut found: Vec<(Header, Range<usize>)> = Vec::new();
+        while found.len() < count && buffer.bytes.len() < bytes {
+            found.push(self.append(&mut buffer.bytes).await?);
+        }
+        let all = Bytes::from_owner(buffer);
+        found.into_iter().map(|(header, range)| frame(header, all.slice(range))).collect()
+    }
+
+    /// Appends one frame to the buffer.
+    async fn append(&mut self, buffer: &mut Vec<u8>) -> Result<(Header, Range<usize>), Fault> {
+        let start = buffer.len();
         let mut head = [0; HEADER_BYTES];
-        self.recv.read_exact(&mut head).await.map_err(broken)?;
+        self.take(HEADER_BYTES, buffer).await?;
+        head.copy_from_slice(&buffer[start..]);
         let header = Header::parse(&head).map_err(Fault::from)?;
-        let mut bytes = BytesMut::zeroed(header.frame_len());
-        bytes[..HEADER_BYTES].copy_from_slice(&head);
-        self.recv.read_exact(&mut bytes[HEADER_BYTES..]).await.map_err(broken)?;
-        self.wire.fetch_add(bytes.len() as u64, Ordering::Relaxed);
-        match Frame::from_line(header, bytes.freeze()) {
-            Err(FrameError::Fault(fault)) => Err(fault),
-            other => Ok(other?),
+        buffer.reserve(header.stored_len as usize);
+        self.take(header.stored_len as usize, buffer).await?;
+        self.wire.fetch_add(header.frame_len() as u64, Ordering::Relaxed);
+        if header.is_fault() {
+            // It ends the answer, and must be heard before the frames that came in front of it are complete.
+            frame(header, Bytes::copy_from_slice(&buffer[start..]))?;
+        }
+        Ok((header, start..buffer.len()))
+    }
+
+    /// Moves exactly `len` bytes from the line to the end of the buffer: one copy, and nothing is zeroed before.
+    async fn take(&mut self, mut len: usize, buffer: &mut Vec<u8>) -> Result<(), Fault> {
+        while len > 0 {
+            let Some(first) = self.pieces.front_mut() else {
+                self.read().await?;
+                continue;
+            };
+            let part = first.len().min(len);
+            buffer.extend_from_slice(&first[..part]);
+            first.advance(part);
+            len -= part;
+            if first.is_empty() {
+                self.pieces.pop_front();
+            }
+        }
+        Ok(())
+    }
+
+    async fn read(&mut self) -> Result<(), Fault> {
+        let mut pieces = [const { Bytes::new() }; PIECES];
+        let count = {
+            let read = self.recv.read_chunks(&mut pieces);
+            tokio::pin!(read);
+            loop {
+                match timeout(SILENCE_MAX, &mut read).await {
+                    Ok(result) => break result.map_err(broken)?,
+                    Err(_) => {
+                        // On a slow line this stream may wait long for its turn behind others: silent is a line that brings nothing.
+                        let now = self.link.bytes().1;
+                        if now - std::mem::replace(&mut self.brought, now) <= LIVELY_BYTES {
+                            return Err(silent());
+                        }
+                    }
+                }
+            }
+        };
+        let Some(count) = count else {
+            return Err(broken(Fault::unreachable("the answer to a fetch ended too early")));
+        };
+        self.pieces.extend(pieces.into_iter().take(count).filter(|piece| !piece.is_empty()));
+        Ok(())
+    }
+}
+
+fn frame(header: Header, bytes: Bytes) -> Result<Frame, Fault> {
+    match Frame::from_line(header, bytes) {
+        Err(FrameError::Fault(fault)) => Err(fault),
+        other => Ok(other?),
+    }
+}
+
+/// Buffers that are used again: fresh memory costs more to fault in than to fill.
+#[derive(Clone, Default)]
+pub struct Buffers {
+    free: Arc<Mutex<Vec<Vec<u8>>>>,
+}
+
+/// A buffer that goes back when the last slice of it is gone.
+struct Lent {
+    bytes: Vec<u8>,
+    home: Buffers,
+}
+
+impl Buffers {
+    fn take(&self) -> Lent {
+        let bytes = self.free.lock().pop().unwrap_or_default();
+        Lent { bytes, home: self.clone() }
+    }
+}
+
+impl AsRef<[u8]> for Lent {
+    fn as_ref(&self) -> &[u8] {
+        &self.bytes
+    }
+}
+
+impl Drop for Lent {
+    fn drop(&mut self) {
+        let mut bytes = std::mem::take(&mut self.bytes);
+        let mut free = self.home.free.lock();
+        if free.len() < BUFFERS_KEPT {
+            bytes.clear();
+            free.push(bytes);
         }
     }
 }

@@ -5,7 +5,8 @@
 //!      0    32  id: BLAKE3 of the raw bytes
 //!     32     4  raw length, little endian
 //!     36     4  stored length, little endian
-//!     40     1  codec: 0 raw, 1 zstd, 255 fault (stored bytes are a JSON fault; on the line only)
+//!     40     1  codec: 0 raw, 1 zstd, 2 lanes (see `lanes`); on the line only: 254 difference (of manifest pages, see `manifest::difference`),
+//!               255 fault (stored bytes are a JSON fault)
 //!     41     3  zero
 //!     44     8  XXH3-64 of bytes 0..44 and the stored bytes, little endian
 //!     52     …  stored bytes
@@ -13,6 +14,10 @@
 //!
 //! The XXH3 sum tells a flipped bit on a disk at a tenth of BLAKE3's price, so a daemon checks it whenever it reads a
 //! frame to send it on. Only [`Frame::verify`] turns stored bytes into raw ones, and it checks the BLAKE3.
+
+mod lanes;
+
+use std::cell::RefCell;
 
 use bytes::{Bytes, BytesMut};
 use thiserror::Error;
@@ -22,18 +27,21 @@ use crate::chunk::Hash;
 use crate::fault::Fault;
 use crate::limits::CHUNK_BYTES_MAX;
 
+use lanes::{Nature, nature};
+
 /// Bytes before the stored bytes.
 pub const HEADER_BYTES: usize = 52;
 const RAW: u8 = 0;
 const ZSTD: u8 = 1;
+const LANES: u8 = 2;
+const DIFFERENCE: u8 = 254;
 const FAULT: u8 = 255;
-/// zstd's fastest regular level: the line is rarely faster than it, and higher levels gain a few percent.
-const ZSTD_LEVEL: i32 = 1;
+/// zstd's level: next to the first in time, and 2.6 % smaller on a system tree. Levels 3 and 4 gain 1 and 3 % more for half
+/// as much time again, which a publish would notice (BENCHMARKS.md).
+const ZSTD_LEVEL: i32 = 2;
 /// Stored bytes must be smaller than this share of the raw ones to be worth decompressing.
 const WORTH_NUMERATOR: usize = 15;
 const WORTH_DENOMINATOR: usize = 16;
-/// A sample of this many bytes tells whether data is random.
-const SAMPLE_BYTES: usize = 4096;
 
 /// What is wrong with a frame.
 #[derive(Debug, Error)]
@@ -109,9 +117,14 @@ impl Header {
         let header = Self { id: Hash(id), raw_len: word(32), stored_len: word(36), codec: bytes[40], sum: u64::from_le_bytes(sum) };
         let sane = header.raw_len as usize <= CHUNK_BYTES_MAX
             && header.stored_len as usize <= CHUNK_BYTES_MAX
-            && matches!(header.codec, RAW | ZSTD | FAULT)
+            && matches!(header.codec, RAW | ZSTD | LANES | DIFFERENCE | FAULT)
             && bytes[41..44] == [0; 3];
         if sane { Ok(header) } else { Err(FrameError::Malformed) }
+    }
+
+    /// Whether it stands for a chunk that could not be given.
+    pub fn is_fault(&self) -> bool {
+        self.codec == FAULT
     }
 
     /// Header and stored bytes together.
@@ -124,68 +137,101 @@ impl Header {
 #[derive(Debug, Clone)]
 pub struct Frame {
     header: Header,
-    bytes: Bytes,
+    head: Bytes,
+    stored: Bytes,
+}
+
+thread_local! {
+    /// zstd's tables, and room for what it makes: to set them up anew for each chunk takes a third of its time.
+    static SQUEEZER: RefCell<Option<(zstd::bulk::Compressor<'static>, Vec<u8>)>> = const { RefCell::new(None) };
+}
+
+/// Stored bytes must be fewer than this to be worth decompressing.
+fn worth(raw: &[u8]) -> usize {
+    raw.len() * WORTH_NUMERATOR / WORTH_DENOMINATOR
+}
+
+/// The chunk squeezed, if that makes it smaller by more than a sixteenth.
+fn squeeze(raw: &[u8]) -> Option<Bytes> {
+    SQUEEZER.with_borrow_mut(|kept| {
+        if kept.is_none() {
+            *kept = Some((zstd::bulk::Compressor::new(ZSTD_LEVEL).ok()?, Vec::new()));
+        }
+        let (squeezer, out) = kept.as_mut()?;
+        // A buffer of this size cannot hold what does not shrink enough; that error means: keep it raw.
+        out.clear();
+        out.reserve(worth(raw));
+        squeezer.compress_to_buffer(raw, out).ok().filter(|&n| n < worth(raw))?;
+        Some(Bytes::copy_from_slice(out))
+    })
 }
 
 impl Frame {
-    /// Squeezes a chunk when a sample says that it pays.
+    /// Squeezes a chunk when a sample says that it pays. What stays as it is, is not copied.
     pub fn encode(chunk: &Verified) -> Self {
         let raw = &chunk.bytes;
-        if raw.len() > 128 && !looks_random(raw) {
-            let mut out = BytesMut::zeroed(HEADER_BYTES + raw.len());
-            // A buffer of the raw size cannot hold what does not shrink; that error means: keep it raw.
-            if let Ok(n) = zstd::bulk::compress_to_buffer(raw, &mut out[HEADER_BYTES..], ZSTD_LEVEL)
-                && n * WORTH_DENOMINATOR < raw.len() * WORTH_NUMERATOR
-            {
-                out.truncate(HEADER_BYTES + n);
-                return Self::seal(chunk.id, raw.len(), ZSTD, out);
-            }
+        let (codec, squeezed) = match nature(raw) {
+            Nature::Random => (RAW, None),
+            Nature::Numbers(stride) => (LANES, lanes::squeeze(raw, stride).filter(|stored| stored.len() < worth(raw)).map(Bytes::from)),
+            Nature::Other if raw.len() <= 128 => (RAW, None),
+            Nature::Other => (ZSTD, squeeze(raw)),
+        };
+        match squeezed {
+            Some(stored) => Self::seal(chunk.id, raw.len(), codec, stored),
+            None => Self::seal(chunk.id, raw.len(), RAW, raw.clone()),
         }
-        let mut out = BytesMut::with_capacity(HEADER_BYTES + raw.len());
-        out.resize(HEADER_BYTES, 0);
-        out.extend_from_slice(raw);
-        Self::seal(chunk.id, raw.len(), RAW, out)
     }
 
     /// A fault, to be sent in place of the chunk that could not be.
     pub fn fault(fault: &Fault) -> Self {
         let text = serde_json::to_vec(fault).unwrap_or_default();
-        let mut out = BytesMut::zeroed(HEADER_BYTES);
-        out.extend_from_slice(&text);
-        Self::seal(Hash([0; 32]), 0, FAULT, out)
+        Self::seal(Hash([0; 32]), 0, FAULT, text.into())
     }
 
-    fn seal(id: Hash, raw_len: usize, codec: u8, mut out: BytesMut) -> Self {
-        let (raw_len, stored_len) = (raw_len as u32, (out.len() - HEADER_BYTES) as u32);
-        out[..32].copy_from_slice(&id.0);
-        out[32..36].copy_from_slice(&raw_len.to_le_bytes());
-        out[36..40].copy_from_slice(&stored_len.to_le_bytes());
-        out[40] = codec;
-        let sum = sum(&out);
-        out[44..52].copy_from_slice(&sum.to_le_bytes());
-        Self { header: Header { id, raw_len, stored_len, codec, sum }, bytes: out.freeze() }
+    /// Manifest pages of so many bytes together, squeezed against others.
+    pub fn difference(raw_len: usize, squeezed: Vec<u8>) -> Self {
+        Self::seal(Hash([0; 32]), raw_len, DIFFERENCE, squeezed.into())
+    }
+
+    /// What [`Frame::difference`] was given.
+    pub fn squeezed(&self) -> Result<Bytes, FrameError> {
+        if self.header.codec == DIFFERENCE { Ok(self.stored.clone()) } else { Err(FrameError::Malformed) }
+    }
+
+    fn seal(id: Hash, raw_len: usize, codec: u8, stored: Bytes) -> Self {
+        let (raw_len, stored_len) = (raw_len as u32, stored.len() as u32);
+        let mut head = BytesMut::zeroed(HEADER_BYTES);
+        head[..32].copy_from_slice(&id.0);
+        head[32..36].copy_from_slice(&raw_len.to_le_bytes());
+        head[36..40].copy_from_slice(&stored_len.to_le_bytes());
+        head[40] = codec;
+        let sum = sum(&head, &stored);
+        head[44..52].copy_from_slice(&sum.to_le_bytes());
+        Self { header: Header { id, raw_len, stored_len, codec, sum }, head: head.freeze(), stored }
     }
 
     /// A frame from its bytes, if its sum is right.
     pub fn parse(bytes: Bytes) -> Result<Self, FrameError> {
         let Some(head) = bytes.first_chunk::<HEADER_BYTES>() else { return Err(FrameError::Malformed) };
         let header = Header::parse(head)?;
+        let frame = Self::split(header, bytes)?;
+        if sum(&frame.head, &frame.stored) != header.sum {
+            return Err(FrameError::Damaged(header.id));
+        }
+        Ok(frame)
+    }
+
+    fn split(header: Header, mut bytes: Bytes) -> Result<Self, FrameError> {
         if bytes.len() != header.frame_len() {
             return Err(FrameError::Malformed);
         }
-        if sum(&bytes) != header.sum {
-            return Err(FrameError::Damaged(header.id));
-        }
-        Ok(Self { header, bytes })
+        Ok(Self { header, head: bytes.split_to(HEADER_BYTES), stored: bytes })
     }
 
     /// A frame that came over the line, whose sum need not be checked because [`Frame::verify`] will be: a fault that
     /// stands for it is an error at once.
     pub fn from_line(header: Header, bytes: Bytes) -> Result<Self, FrameError> {
-        if bytes.len() != header.frame_len() {
-            return Err(FrameError::Malformed);
-        }
-        let frame = Self { header, bytes };
+        let frame = Self::split(header, bytes)?;
         if header.codec == FAULT {
             frame.verify(header.id, header.raw_len)?;
         }
@@ -202,14 +248,25 @@ impl Frame {
         self.header.raw_len
     }
 
-    /// The frame as it is stored and sent.
-    pub fn bytes(&self) -> &Bytes {
-        &self.bytes
+    /// The frame as it is stored and sent, in two pieces.
+    pub fn pieces(&self) -> [&[u8]; 2] {
+        [&self.head, &self.stored]
+    }
+
+    /// The frame as it is stored and sent, in one piece: a copy.
+    pub fn to_bytes(&self) -> Bytes {
+        self.pieces().concat().into()
+    }
+
+    /// Bytes of the whole.
+    #[expect(clippy::len_without_is_empty, reason = "a frame is never empty")]
+    pub fn len(&self) -> usize {
+        self.header.frame_len()
     }
 
     /// The raw bytes, if they are those of the chunk `expected` of `len` bytes.
     pub fn verify(&self, expected: Hash, len: u32) -> Result<Verified, FrameError> {
-        let stored = self.bytes.slice(HEADER_BYTES..);
+        let stored = self.stored.clone();
         match self.header.codec {
             FAULT => Err(FrameError::Fault(serde_json::from_slice(&stored).map_err(|_| FrameError::Malformed)?)),
             _ if self.header.id != expected || self.header.raw_len != len => Err(FrameError::Mismatch { expected }),
@@ -218,36 +275,20 @@ impl Frame {
                 let raw = zstd::bulk::decompress(&stored, len as usize).map_err(|_| FrameError::Mismatch { expected })?;
                 Verified::check(expected, raw.into())
             }
+            LANES => {
+                let raw = lanes::restore(&stored, len as usize).ok_or(FrameError::Mismatch { expected })?;
+                Verified::check(expected, raw.into())
+            }
             _ => Err(FrameError::Malformed),
         }
     }
 }
 
-fn sum(frame: &[u8]) -> u64 {
+fn sum(head: &[u8], stored: &[u8]) -> u64 {
     let mut hasher = Xxh3::new();
-    hasher.update(&frame[..44]);
-    hasher.update(&frame[HEADER_BYTES..]);
+    hasher.update(&head[..44]);
+    hasher.update(stored);
     hasher.digest()
-}
-
-/// Whether a sample's bytes are as good as evenly spread (order-0 entropy above 7.6 of 8 bits), as in JPEG, weights'
-/// mantissas or compressed layers: zstd would burn time and gain nothing.
-fn looks_random(raw: &[u8]) -> bool {
-    if raw.len() < SAMPLE_BYTES {
-        return false;
-    }
-    let mut counts = [0u32; 256];
-    // Eight runs over the whole chunk, so that a header of another nature does not decide.
-    let run = SAMPLE_BYTES / 8;
-    let stride = raw.len() / 8;
-    for part in 0..8 {
-        for &byte in &raw[part * stride..part * stride + run] {
-            counts[byte as usize] += 1;
-        }
-    }
-    let total = SAMPLE_BYTES as f32;
-    let entropy: f32 = counts.iter().filter(|&&n| n > 0).map(|&n| (n as f32 / total) * (total / n as f32).log2()).sum();
-    entropy > 7.6
 }
 
 #[cfg(test)]
@@ -265,18 +306,30 @@ mod tests {
         for raw in [Bytes::new(), Bytes::from_static(b"x"), random(40_000), Bytes::from(b"abcdefgh".repeat(5000))] {
             let chunk = Verified::new(raw.clone());
             let frame = Frame::encode(&chunk);
-            let back = Frame::parse(frame.bytes().clone()).unwrap().verify(chunk.id, raw.len() as u32).unwrap();
+            let back = Frame::parse(frame.to_bytes()).unwrap().verify(chunk.id, raw.len() as u32).unwrap();
             assert_eq!(back.bytes, raw);
         }
-        assert!(Frame::encode(&Verified::new(Bytes::from(b"abcdefgh".repeat(5000)))).bytes().len() < 1000, "repeats shrink");
-        assert_eq!(Frame::encode(&Verified::new(random(40_000))).bytes().len(), 40_000 + HEADER_BYTES, "noise stays as it is");
+        assert!(Frame::encode(&Verified::new(Bytes::from(b"abcdefgh".repeat(5000)))).len() < 1000, "repeats shrink");
+        assert_eq!(Frame::encode(&Verified::new(random(40_000))).len(), 40_000 + HEADER_BYTES, "noise stays as it is");
+    }
+
+    #[test]
+    fn weights_come_back_and_are_smaller() {
+        for (name, _, raw) in lanes::tests::forms() {
+            let chunk = Verified::new(raw.clone().into());
+            let frame = Frame::encode(&chunk);
+            assert_eq!(frame.header.codec, LANES, "{name}");
+            assert!(frame.len() < zstd::bulk::compress(&raw, 1).unwrap().len() * 95 / 100, "{name}: {} of {}", frame.len(), raw.len());
+            let back = Frame::parse(frame.to_bytes()).unwrap().verify(chunk.id, raw.len() as u32).unwrap();
+            assert_eq!(back.bytes, raw);
+        }
     }
 
     #[test]
     fn a_flipped_bit_is_noticed_wherever_it_is() {
         let frame = Frame::encode(&Verified::new(random(5000)));
-        for at in 0..frame.bytes().len() {
-            let mut bytes = frame.bytes().to_vec();
+        for at in 0..frame.len() {
+            let mut bytes = frame.to_bytes().to_vec();
             bytes[at] ^= 1;
             assert!(Frame::parse(bytes.into()).is_err(), "bit at {at}");
         }
@@ -284,9 +337,8 @@ mod tests {
 
     #[test]
     fn a_bomb_is_refused() {
-        let mut out = BytesMut::zeroed(HEADER_BYTES);
-        out.extend_from_slice(&zstd::bulk::compress(&vec![0; 64 << 20], 1).unwrap());
-        let frame = Frame::seal(Hash([1; 32]), 10, ZSTD, out);
+        let bomb = zstd::bulk::compress(&vec![0; 64 << 20], 1).unwrap();
+        let frame = Frame::seal(Hash([1; 32]), 10, ZSTD, bomb.into());
         assert!(matches!(frame.verify(Hash([1; 32]), 10), Err(FrameError::Mismatch { .. })));
     }
 }

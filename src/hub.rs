@@ -1,10 +1,15 @@
 //! The hub: keeps the catalogue and the store, tells sites what they should hold, and gives them the bytes.
 
 mod backend;
+mod relay;
+mod runs;
 mod session;
+mod upload;
 
 use std::collections::HashMap;
+use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
@@ -15,21 +20,23 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::catalogue::Catalogue;
-use crate::chunk::Hash;
+use crate::chunk::{Hash, ShortHash};
 use crate::config::Config;
 use crate::durable;
 use crate::fault::Fault;
-use crate::fetch::{Library, Opened, blocking, nothing_such};
-use crate::identity::{HubIdentity, Redeemer};
+use crate::fetch::{Child, Library, Opened, Pieces, blocking, nothing_such, pieces};
+use crate::identity::{Claim, Holder, HubIdentity, Redeemer};
 use crate::jobs::Jobs;
 use crate::line::{Arrival, Link, Listener};
-use crate::manifest::{ChunkRef, Digest, Pages};
+use crate::manifest::{Digest, Pages};
 use crate::names::SiteName;
+use crate::relay::{Of, Relay, Upstream};
 use crate::store::Store;
 use crate::transfer::BUDGET_UNIT;
 use crate::wire::{Peer, Wanted};
 
 pub(crate) use backend::not_in_this_version;
+pub(crate) use runs::lineage_view;
 
 /// Artifacts kept open for sites that read them.
 const OPENED_MAX: usize = 64;
@@ -54,7 +61,13 @@ struct Inner {
     store: Store,
     identity: Arc<HubIdentity>,
     listener: Listener,
-    links: RwLock<HashMap<SiteName, Connected>>,
+    links: Links,
+    /// The sites as sources of bytes.
+    upstream: Arc<dyn Upstream>,
+    relay: Relay,
+    relay_memory: Mutex<relay::Memory>,
+    /// Bytes that crossed the lines from sites for the relay.
+    relay_wire: Arc<AtomicU64>,
     opened: Mutex<Vec<Arc<Opened>>>,
     entitled: Mutex<HashMap<(SiteName, Digest), Instant>>,
     jobs: Jobs,
@@ -64,9 +77,14 @@ struct Inner {
     shares: Mutex<HashMap<SiteName, Arc<Semaphore>>>,
     /// Publishes and collections take turns: many may publish, one may collect.
     collecting: Arc<tokio::sync::RwLock<()>>,
+    /// Events of training runs are taken one after the other.
+    runs: tokio::sync::Mutex<()>,
     tasks: TaskTracker,
     stop: CancellationToken,
 }
+
+/// The lines that are up.
+type Links = Arc<RwLock<HashMap<SiteName, Connected>>>;
 
 /// A site's line.
 #[derive(Clone)]
@@ -79,14 +97,23 @@ impl Hub {
     /// Opens the hub's state and binds its line.
     pub async fn open(config: Config, stop: CancellationToken) -> Result<Self, Fault> {
         durable::remove_all(&config.data_dir.join("scratch"))?;
-        let identity = Arc::new(HubIdentity::open_or_create(&config.data_dir, &config.name)?);
+        refuse_a_part(&config.data_dir, "catalogue.db", has_packs(&config.data_dir), "the store has packs")?;
         let catalogue = Catalogue::open(&config.data_dir).await?;
+        let joined = !catalogue.sites().await?.is_empty();
+        refuse_a_part(&config.data_dir, "identity/ca.pem", joined, "sites have joined")?;
+        let identity = Arc::new(HubIdentity::open_or_create(&config.data_dir, &config.name)?);
         let dir = config.data_dir.join("store");
         let store = blocking(move || Store::open(&dir)).await?;
         let listener = Listener::bind(config.listen.quic, identity.clone(), &config.line)?;
         tracing::info!(name = %config.name, line = %listener.local_addr(), api = %config.listen.api, data = %config.data_dir.display(), "the hub is ready");
         let jobs = Jobs::new(catalogue.clone());
-        let (links, opened, entitled, shares, collecting) = Default::default();
+        let links = Links::default();
+        let relay_wire = Arc::new(AtomicU64::new(0));
+        let lines = relay::Lines { links: links.clone(), catalogue: catalogue.clone(), wire: relay_wire.clone() };
+        let upstream: Arc<dyn Upstream> = Arc::new(lines);
+        let (data, main, sites, room) = (config.data_dir.clone(), store.clone(), upstream.clone(), config.relay.budget);
+        let relay = blocking(move || Relay::open(&data, main, sites, room)).await?;
+        let (relay_memory, opened, entitled, shares, collecting, runs) = Default::default();
         let tasks = TaskTracker::new();
         // Half of it: what the lines hold to send is the other half.
         let budget = Arc::new(Semaphore::new((config.limits.memory / 2 / BUDGET_UNIT) as usize));
@@ -98,12 +125,17 @@ impl Hub {
                 identity,
                 listener,
                 links,
+                upstream,
+                relay,
+                relay_memory,
+                relay_wire,
                 opened,
                 entitled,
                 jobs,
                 budget,
                 shares,
                 collecting,
+                runs,
                 tasks,
                 stop,
             }),
@@ -112,6 +144,10 @@ impl Hub {
 
     /// Takes sites in until the daemon stops.
     pub async fn run(&self) -> Result<(), Fault> {
+        let this = self.clone();
+        self.inner.tasks.spawn(async move { this.keep_relay().await });
+        let this = self.clone();
+        self.inner.tasks.spawn(async move { this.keep_runs().await });
         let mut trim = tokio::time::interval(TRIM_EVERY);
         let mut rest = tokio::time::interval(REST_EVERY);
         loop {
@@ -125,6 +161,7 @@ impl Hub {
                 }
                 _ = rest.tick() => {
                     self.inner.store.rest();
+                    self.inner.relay.rest();
                     continue;
                 }
                 () = self.inner.stop.cancelled() => None,
@@ -135,10 +172,14 @@ impl Hub {
                     let this = self.clone();
                     self.inner.tasks.spawn(async move {
                         match request.redeem(&this).await {
-                            Ok(site) => tracing::info!(%site, "a site joined"),
+                            Ok(who) => tracing::info!(%who, "joined"),
                             Err(fault) => tracing::warn!(error = %fault, "a join was refused"),
                         }
                     });
+                }
+                Some(Arrival::Publisher { name, link }) => {
+                    let this = self.clone();
+                    self.inner.tasks.spawn(async move { this.welcome_publisher(name, link).await });
                 }
                 Some(Arrival::Site { name, link, cert_der }) => {
                     let this = self.clone();
@@ -165,8 +206,8 @@ impl Hub {
 
 #[async_trait]
 impl Redeemer for Hub {
-    async fn redeem(&self, id: &str, secret_hash: &[u8; 32], site: &SiteName) -> Result<SiteName, Fault> {
-        self.inner.catalogue.redeem_token(id, secret_hash, site).await
+    async fn redeem(&self, id: &str, secret_hash: &[u8; 32], claim: &Claim) -> Result<Holder, Fault> {
+        self.inner.catalogue.redeem_token(id, secret_hash, claim).await
     }
 }
 
@@ -177,7 +218,8 @@ impl Library for Hub {
         let key = (peer.clone(), digest);
         let fresh = inner.entitled.lock().get(&key).is_some_and(|at| at.elapsed() < ENTITLED_FOR);
         if !fresh {
-            if !inner.catalogue.is_entitled(peer, digest).await? {
+            let catalogue = &inner.catalogue;
+            if !catalogue.is_entitled(peer, digest).await? || !catalogue.is_shared(peer, digest).await? {
                 return Err(nothing_such());
             }
             let mut entitled = inner.entitled.lock();
@@ -187,9 +229,11 @@ impl Library for Hub {
         if let Some(opened) = inner.opened.lock().iter().find(|o| o.digest == digest) {
             return Ok(opened.clone());
         }
-        let row = inner.catalogue.by_digest(digest).await?.ok_or_else(nothing_such)?;
+        let rows = inner.catalogue.all_by_digest(digest).await?;
+        let relayed = rows.iter().all(|row| row.origin.is_some());
+        let row = rows.into_iter().next().ok_or_else(nothing_such)?;
         let store = inner.store.clone();
-        let opened = Arc::new(blocking(move || Opened::new(digest, row.root, &store)).await?);
+        let opened = Arc::new(blocking(move || Opened::new(digest, row.root, &store)).await?.relayed(relayed));
         let mut cache = inner.opened.lock();
         if cache.len() >= OPENED_MAX {
             cache.remove(0);
@@ -198,14 +242,14 @@ impl Library for Hub {
         Ok(opened)
     }
 
-    async fn share(&self, peer: &Peer, bytes: u64) -> Result<[OwnedSemaphorePermit; 2], Fault> {
+    async fn share(&self, peer: &Peer, bytes: u64) -> Result<Vec<OwnedSemaphorePermit>, Fault> {
         let units = bytes.div_ceil(BUDGET_UNIT).max(1) as u32;
         let own = self.inner.shares.lock().entry(peer.clone()).or_insert_with(|| Arc::new(Semaphore::new(SITE_SHARE_UNITS))).clone();
         // The site's own share first: a site that takes nothing waits for itself and not in front of the others.
         let own = own.acquire_many_owned(units).await;
         let all = self.inner.budget.clone().acquire_many_owned(units).await;
         match (own, all) {
-            (Ok(own), Ok(all)) => Ok([own, all]),
+            (Ok(own), Ok(all)) => Ok(vec![own, all]),
             _ => Err(Fault::internal("the hub stops")),
         }
     }
@@ -215,9 +259,49 @@ impl Library for Hub {
         blocking(move || store.page(page)).await
     }
 
-    async fn frames(&self, _opened: &Opened, _wanted: &Wanted, ids: Vec<ChunkRef>) -> Result<Vec<Bytes>, Fault> {
-        let store = self.inner.store.clone();
-        let ids: Vec<Hash> = ids.into_iter().map(|c| c.id).collect();
-        blocking(move || store.read_frames(&ids)).await
+    async fn ready(&self, peer: &Peer, opened: &Opened, wanted: &Wanted, children: &[Child]) -> Result<(), Fault> {
+        match relayed_page(opened, wanted) {
+            Some(_) => self.inner.relay.ready(peer, opened.digest, children).await,
+            None => Ok(()),
+        }
     }
+
+    async fn frames(&self, peer: &Peer, opened: &Arc<Opened>, wanted: &Wanted, children: Vec<Child>) -> Result<Pieces, Fault> {
+        if let Some(page) = relayed_page(opened, wanted) {
+            self.note_use(opened.digest).await;
+            return self.inner.relay.frames(peer, Of { digest: opened.digest, page }, children).await;
+        }
+        let store = self.inner.store.clone();
+        let ids: Vec<Hash> = children.into_iter().map(|c| c.chunk.id).collect();
+        blocking(move || store.read_frames(&ids)).await.map(pieces)
+    }
+}
+
+/// The page of a relayed artifact whose children are asked for. The root and what it lists are always here.
+fn relayed_page(opened: &Opened, wanted: &Wanted) -> Option<Hash> {
+    match wanted {
+        Wanted::Children { page, .. } if opened.relayed => Some(*page),
+        _ => None,
+    }
+}
+
+/// A hub that lost a part of its state must not begin a new one beside the rest: an empty catalogue would let `gc` free
+/// the whole store, and a new CA would lock every site out.
+fn refuse_a_part(data_dir: &Path, part: &str, needed: bool, why: &str) -> Result<(), Fault> {
+    if !needed || data_dir.join(part).exists() {
+        return Ok(());
+    }
+    Err(Fault::config(format!("{} is missing, and {why}: a part of the hub's state is lost", data_dir.join(part).display())).with_next(
+        format!("stop the hub and restore the whole of {} from a backup; to begin anew, move that folder away", data_dir.display()),
+    ))
+}
+
+fn has_packs(data_dir: &Path) -> bool {
+    std::fs::read_dir(data_dir.join("store").join("packs")).is_ok_and(|mut packs| packs.next().is_some())
+}
+
+/// Eight bytes of a name, for sets of what is alive: a dead chunk that shares them with a live one is kept, which harms
+/// nobody.
+fn short(id: ShortHash) -> u64 {
+    u64::from_le_bytes([id[0], id[1], id[2], id[3], id[4], id[5], id[6], id[7]])
 }

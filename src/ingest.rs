@@ -8,21 +8,32 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
+use std::ops::Range;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
+use std::time::Duration;
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 
 use crate::chunk::{Chunking, DEFAULT_CHUNKING, Hash};
 use crate::fault::{Fault, IoContext};
 use crate::frame::{Frame, Verified};
-use crate::limits::{INGEST_BATCH_BYTES, INGEST_BATCHES_MAX};
+use crate::jobs::JobProgress;
+use crate::limits::{CHUNK_BYTES_MAX, INGEST_BATCH_BYTES, INGEST_BATCHES_MAX};
 use crate::manifest::{Builder, ChunkRef, Digest, Entry, EntryBody, FileInfo, Root};
 use crate::names::{Kind, RelPath};
 use crate::source::{Content, Source, SourceBody, SourceEntry};
 use crate::store::Store;
+use crate::store::buffers::Buffers;
+
+// A file that is one chunk must fit in a batch.
+const _: () = assert!(CHUNK_BYTES_MAX <= INGEST_BATCH_BYTES);
+
+/// How often a job is told how far its reading is.
+const REPORT_EVERY: Duration = Duration::from_millis(200);
 
 /// How far a publish is, for whoever watches.
 #[derive(Debug, Default)]
@@ -31,6 +42,23 @@ pub struct Progress {
     pub read: AtomicU64,
     /// Bytes that the store did not have, as stored.
     pub stored: AtomicU64,
+}
+
+/// Runs `work` on this thread and tells the job's watchers how far its reading is.
+pub fn reported<T>(watched: &Arc<JobProgress>, work: impl FnOnce(&Progress) -> T) -> T {
+    let counted = Progress::default();
+    std::thread::scope(|scope| {
+        let (done, ended) = sync_channel::<()>(0);
+        let counted = &counted;
+        scope.spawn(move || {
+            while ended.recv_timeout(REPORT_EVERY).is_err_and(|e| e == RecvTimeoutError::Timeout) {
+                watched.bytes.store(counted.read.load(Ordering::Relaxed), Ordering::Relaxed);
+            }
+        });
+        let result = work(counted);
+        drop(done);
+        result
+    })
 }
 
 /// What came of it.
@@ -66,13 +94,10 @@ pub trait Keeper: Sync {
 impl Keeper for Store {
     fn keep(&self, chunks: &[(Verified, Origin)]) -> Result<u64, Fault> {
         let ids: Vec<Hash> = chunks.iter().map(|(chunk, _)| chunk.id).collect();
-        let mut stored = 0;
-        for ((chunk, _), here) in chunks.iter().zip(self.has_many(&ids)?) {
-            if !here {
-                stored += self.append(&Frame::encode(chunk))?;
-            }
-        }
-        Ok(stored)
+        let here = self.has_many(&ids)?;
+        let lacking = chunks.iter().zip(here).filter(|(_, here)| !here);
+        let frames: Vec<Frame> = lacking.map(|((chunk, _), _)| Frame::encode(chunk)).collect();
+        self.append_all(&frames)
     }
 
     fn file(&self, _: u64, _: &RelPath, _: &FileInfo) -> Result<(), Fault> {
@@ -84,16 +109,28 @@ impl Keeper for Store {
     }
 }
 
-/// A run of cut chunks on its way to a worker.
+/// A run of cut chunks on its way to a worker: bytes read behind each other, and where each chunk lies in them.
 struct Batch {
     number: u64,
-    chunks: Vec<(Bytes, Origin)>,
+    block: Bytes,
+    chunks: Vec<(Range<usize>, Origin)>,
 }
 
 type Answer = (u64, Result<Vec<ChunkRef>, Fault>);
 
 /// Reads `source` in. Pages go to `pages`, content to `keeper`. Runs on the calling thread and a few of its own.
 pub fn ingest(source: &mut dyn Source, kind: Kind, pages: &Store, keeper: &dyn Keeper, progress: &Progress) -> Result<Ingested, Fault> {
+    ingest_as(DEFAULT_CHUNKING, source, kind, pages, keeper, progress)
+}
+
+fn ingest_as(
+    chunking: Chunking,
+    source: &mut dyn Source,
+    kind: Kind,
+    pages: &Store,
+    keeper: &dyn Keeper,
+    progress: &Progress,
+) -> Result<Ingested, Fault> {
     let workers = std::thread::available_parallelism().map_or(2, usize::from).clamp(2, 8);
     let (batches, work) = sync_channel::<Batch>(INGEST_BATCHES_MAX);
     let (answers, results) = sync_channel::<Answer>(INGEST_BATCHES_MAX * 2);
@@ -106,7 +143,7 @@ pub fn ingest(source: &mut dyn Source, kind: Kind, pages: &Store, keeper: &dyn K
         }
         drop(answers);
         // `batches` is moved in, so that the workers end with this whatever comes of it.
-        read_all(source, kind, pages, keeper, progress, batches, results)
+        read_all(chunking, source, kind, pages, keeper, progress, batches, results)
     })?;
     keeper.flush()?;
     pages.flush()?;
@@ -118,7 +155,10 @@ fn run_worker(work: &parking_lot::Mutex<Receiver<Batch>>, answers: &SyncSender<A
     loop {
         let next = work.lock().recv();
         let Ok(batch) = next else { return };
-        let chunks: Vec<(Verified, Origin)> = batch.chunks.into_iter().map(|(bytes, origin)| (Verified::new(bytes), origin)).collect();
+        let block = batch.block;
+        let chunks: Vec<(Verified, Origin)> =
+            batch.chunks.into_iter().map(|(range, origin)| (Verified::new(block.slice(range)), origin)).collect();
+        drop(block);
         let refs = chunks.iter().map(|(chunk, _)| ChunkRef { id: chunk.id, len: chunk.bytes.len() as u32 }).collect();
         let answer = keeper.keep(&chunks).map(|stored| {
             progress.stored.fetch_add(stored, Ordering::Relaxed);
@@ -148,8 +188,12 @@ struct Reading<'a, 'b> {
     results: Receiver<Answer>,
     progress: &'b Progress,
     chunking: Chunking,
-    batch: Vec<(Bytes, Origin)>,
-    batch_bytes: usize,
+    /// What was read and not handed over: chunks up to `cut`, what is not cut yet up to `filled`, then room.
+    block: Vec<u8>,
+    filled: usize,
+    cut: usize,
+    chunks: Vec<(Range<usize>, Origin)>,
+    buffers: Buffers,
     sent: u64,
     answered: u64,
     /// Answers that came before their turn.
@@ -159,7 +203,9 @@ struct Reading<'a, 'b> {
     built: u64,
 }
 
+#[expect(clippy::too_many_arguments, reason = "all of it goes into one struct")]
 fn read_all(
+    chunking: Chunking,
     source: &mut dyn Source,
     kind: Kind,
     pages: &Store,
@@ -170,14 +216,17 @@ fn read_all(
 ) -> Result<Root, Fault> {
     let mut sink = |page: Verified| pages.put(&Frame::encode(&page)).map(|_| ());
     let mut reading = Reading {
-        builder: Builder::new(DEFAULT_CHUNKING, &mut sink),
+        builder: Builder::new(chunking, &mut sink),
         keeper,
         batches,
         results,
         progress,
-        chunking: DEFAULT_CHUNKING,
-        batch: Vec::new(),
-        batch_bytes: 0,
+        chunking,
+        block: vec![0; INGEST_BATCH_BYTES],
+        filled: 0,
+        cut: 0,
+        chunks: Vec::new(),
+        buffers: Buffers::new(INGEST_BATCHES_MAX, INGEST_BATCH_BYTES, INGEST_BATCH_BYTES),
         sent: 0,
         answered: 0,
         early: BTreeMap::new(),
@@ -228,70 +277,76 @@ impl Reading<'_, '_> {
 
     /// Cuts a file's content into batches. Returns its hash, unless it is one chunk and so named by that.
     fn cut(&mut self, path: &RelPath, size: u64, from: &mut dyn Read) -> Result<Option<Hash>, Fault> {
-        let one = !self.builder.lists_chunks(size);
-        let mut hasher = (!one).then(blake3::Hasher::new);
-        let mut buffer = BytesMut::new();
-        let (mut offset, mut total) = (0u64, 0u64);
-        let block = if one { size as usize + 1 } else { INGEST_BATCH_BYTES + self.chunking.max as usize };
-        loop {
-            let mut ended = false;
-            let start = buffer.len();
-            // No more than is left, and a byte to see that the file has not grown.
-            let left = (size - total).min(block as u64) as usize + 1;
-            buffer.resize(block.min(start + left).max(start), 0);
-            let mut filled = start;
-            while filled < buffer.len() {
-                match from.read(&mut buffer[filled..]) {
-                    Ok(0) => {
-                        ended = true;
-                        break;
-                    }
-                    Ok(n) => filled += n,
-                    Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
-                    Err(e) => return Err(Fault::io(format_args!("read {:?}", path.as_str()), &e)),
-                }
+        if size == 0 {
+            self.fill(path, 0, 0, from)?;
+            return Ok(Some(Hash::of(b"")));
+        }
+        if !self.builder.lists_chunks(size) {
+            if self.filled + size as usize > INGEST_BATCH_BYTES {
+                self.send()?;
             }
-            buffer.truncate(filled);
-            total += (filled - start) as u64;
-            self.progress.read.fetch_add((filled - start) as u64, Ordering::Relaxed);
-            if total > size || (ended && total < size) {
-                return Err(changed(path, &format!("it had {size} bytes when it was listed, and {total} or more when it was read")));
-            }
-            if let Some(hasher) = &mut hasher {
-                hasher.update(&buffer[start..]);
-            }
-            while !buffer.is_empty() && (ended || buffer.len() >= self.chunking.max as usize) {
-                let len = if one { buffer.len() } else { self.chunking.cut(&buffer) };
-                let chunk = buffer.split_to(len).freeze();
-                let origin = Origin { entry: self.entries, offset };
+            self.fill(path, size, 0, from)?;
+            self.take(size as usize, 0);
+            return Ok(None);
+        }
+        let mut hasher = blake3::Hasher::new();
+        let (mut read, mut offset) = (0u64, 0u64);
+        while read < size || self.cut < self.filled {
+            let start = self.filled;
+            read = self.fill(path, size, read, from)?;
+            hasher.update(&self.block[start..self.filled]);
+            while self.cut < self.filled && (read == size || self.filled - self.cut >= self.chunking.max as usize) {
+                let len = self.chunking.cut(&self.block[self.cut..self.filled]);
+                self.take(len, offset);
                 offset += len as u64;
-                self.take(chunk, origin)?;
             }
-            if ended || total == size && buffer.is_empty() {
-                break;
+            if self.filled >= INGEST_BATCH_BYTES {
+                self.send()?;
             }
         }
-        Ok(match hasher {
-            Some(hasher) => Some(Hash(*hasher.finalize().as_bytes())),
-            None => (size == 0).then(|| Hash::of(b"")),
-        })
+        Ok(Some(Hash(*hasher.finalize().as_bytes())))
     }
 
-    fn take(&mut self, chunk: Bytes, origin: Origin) -> Result<(), Fault> {
+    /// Reads of a file of `size` bytes, of which `read` were read, as much as the block takes. Returns how many are read.
+    fn fill(&mut self, path: &RelPath, size: u64, read: u64, from: &mut dyn Read) -> Result<u64, Fault> {
+        let room = INGEST_BATCH_BYTES - self.filled;
+        let want = (size - read).min(room as u64) as usize;
+        let mut read_into =
+            |buffer: &mut [u8]| read_all_of(from, buffer).map_err(|e| Fault::io(format_args!("read {:?}", path.as_str()), &e));
+        let got = read_into(&mut self.block[self.filled..self.filled + want])?;
+        self.filled += got;
+        self.progress.read.fetch_add(got as u64, Ordering::Relaxed);
+        let read = read + got as u64;
+        // At the end one byte more, to see that the file has not grown.
+        let more = if read == size { read_into(&mut [0])? as u64 } else { 0 };
+        if got < want || more > 0 {
+            let read = read + more;
+            return Err(changed(path, &format!("it had {size} bytes when it was listed, and {read} or more when it was read")));
+        }
+        Ok(read)
+    }
+
+    /// The next bytes that are not cut yet become a chunk.
+    fn take(&mut self, len: usize, offset: u64) {
         if let Some(waiting) = self.waiting.back_mut() {
             waiting.chunks_left += 1;
         }
-        self.batch_bytes += chunk.len();
-        self.batch.push((chunk, origin));
-        if self.batch_bytes >= INGEST_BATCH_BYTES { self.send() } else { Ok(()) }
+        self.chunks.push((self.cut..self.cut + len, Origin { entry: self.entries, offset }));
+        self.cut += len;
     }
 
+    /// Hands the chunks over. What is not cut yet begins the next block.
     fn send(&mut self) -> Result<(), Fault> {
-        if self.batch.is_empty() {
+        if self.chunks.is_empty() {
             return Ok(());
         }
-        let batch = Batch { number: self.sent, chunks: std::mem::take(&mut self.batch) };
-        self.batch_bytes = 0;
+        let mut next = self.buffers.take(INGEST_BATCH_BYTES);
+        next.resize(INGEST_BATCH_BYTES, 0);
+        let rest = self.cut..self.filled;
+        next[..rest.len()].copy_from_slice(&self.block[rest.clone()]);
+        (self.cut, self.filled) = (0, rest.len());
+        let block = std::mem::replace(&mut self.block, next);
+        let batch = Batch { number: self.sent, block: self.buffers.lend(block), chunks: std::mem::take(&mut self.chunks) };
         self.sent += 1;
         self.batches.send(batch).map_err(|_| Fault::internal("the ingest workers ended early"))?;
         while self.sent - self.answered > INGEST_BATCHES_MAX as u64 {
@@ -344,6 +399,20 @@ impl Reading<'_, '_> {
     }
 }
 
+/// Reads until the buffer is full or nothing follows.
+fn read_all_of(from: &mut dyn Read, buffer: &mut [u8]) -> std::io::Result<usize> {
+    let mut filled = 0;
+    while filled < buffer.len() {
+        match from.read(&mut buffer[filled..]) {
+            Ok(0) => break,
+            Ok(n) => filled += n,
+            Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(filled)
+}
+
 fn open(path: &Path) -> Result<File, Fault> {
     File::open(path).at(format_args!("read {}", path.display()))
 }
@@ -352,3 +421,6 @@ fn changed(path: &RelPath, how: &str) -> Fault {
     Fault::integrity(format!("the file {:?} changed while it was read: {how}", path.as_str()))
         .with_next("publish again when nothing writes to it any more")
 }
+
+#[cfg(test)]
+mod tests;

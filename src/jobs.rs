@@ -31,6 +31,11 @@ impl JobProgress {
     pub fn doing(&self, what: impl Into<String>) {
         *self.doing.lock() = what.into();
     }
+
+    /// What it does now.
+    pub fn what(&self) -> String {
+        self.doing.lock().clone()
+    }
 }
 
 struct Entry {

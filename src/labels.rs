@@ -15,6 +15,32 @@ pub const CLASSES: &str = "classes.jsonl";
 /// Rows of [`SampleRow`], sorted by path in manifest order.
 pub const SAMPLES: &str = "samples.jsonl";
 
+/// The columns that a query may return when its rows are published: those of the view `annotations`, and what the view
+/// leaves out. Only `sample_path` must be there.
+pub const QUERY_COLUMNS: [&str; 17] = [
+    "sample_path",
+    "sample_hash",
+    "class",
+    "class_id",
+    "kind",
+    "x",
+    "y",
+    "w",
+    "h",
+    "geom",
+    "attrs",
+    "raw",
+    "width",
+    "height",
+    "split",
+    "label_set",
+    "version",
+];
+
+/// One row of such a query: for each of [`QUERY_COLUMNS`] a JSON string or number; `None` where it is null or not
+/// returned. JSON columns come as strings that hold JSON.
+pub type QueryRow = [Option<String>; QUERY_COLUMNS.len()];
+
 /// One annotation. Its number (`ann_no`) is its 0-based line in the file.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

@@ -20,18 +20,29 @@ pub const FETCH_BATCH_BYTES: u64 = 1 << 20;
 pub const FETCH_BATCH_CHUNKS_MAX: usize = 1024;
 /// The fetch requests a transfer keeps on the way at once.
 pub const FETCH_IN_FLIGHT_MAX: usize = 32;
+/// The pages of an old version that new ones are squeezed against at once.
+pub const DIFFERENCE_BASE_BYTES_MAX: u64 = 2 << 20;
 /// A pack is sealed once it holds this much.
 pub const PACK_BYTES: u64 = 32 << 20;
-/// A transfer's group commit: after this many bytes…
-pub const COMMIT_BYTES: u64 = 64 << 20;
+/// The most bytes of a transfer that were asked for and are not committed yet: what a kill costs at the worst, beside the 8 MiB and
+/// more that the hub may still send to the dead.
+pub const UNCOMMITTED_BYTES_MAX: u64 = 36 << 20;
+/// A transfer's group commit: after this many bytes, which leaves more than half of the above to what is on the way…
+pub const COMMIT_BYTES: u64 = 16 << 20;
 /// …or after this long, whichever comes first.
 pub const COMMIT_EVERY: Duration = Duration::from_secs(1);
 /// Nothing received on a busy transfer for this long means the line is dead.
 pub const SILENCE_MAX: Duration = Duration::from_secs(30);
+/// How long a publisher calls a hub that has gone away before it gives up.
+pub const HUB_AWAY_MAX: Duration = Duration::from_secs(600);
+/// The publishes that run at once from one state folder.
+pub const PUBLISHES_AT_ONCE_MAX: usize = 16;
 /// The first and the longest pause between two tries of anything.
 pub const BACKOFF_FIRST: Duration = Duration::from_millis(250);
 /// The longest pause between two tries of anything.
 pub const BACKOFF_MAX: Duration = Duration::from_secs(60);
+/// The longest pause before the hub is asked again for what lies at a site that is away.
+pub const SOURCE_PAUSE_MAX: Duration = Duration::from_secs(5);
 /// The transfers a site works on at once.
 pub const TRANSFERS_ACTIVE_MAX: usize = 4;
 /// The names of folders that one walk over a tree holds at once, in bytes; a larger folder is read in batches.
@@ -84,6 +95,8 @@ pub const LONG_POLL_MAX: Duration = Duration::from_secs(60);
 pub const API_BODY_BYTES_MAX: usize = 1 << 20;
 /// Connections to the API at once; the next one waits in the listener's backlog.
 pub const API_CONNECTIONS_MAX: usize = 256;
+/// A connection to the API on which nothing moved for this long is closed; twice the longest poll.
+pub const API_IDLE_MAX: Duration = Duration::from_secs(120);
 /// Rows of one API reply.
 pub const API_ROWS_MAX: u32 = 10_000;
 /// Rows of one API reply when the request does not say.
@@ -209,3 +222,23 @@ pub const BUNDLE_LIST_BYTES_MAX: usize = 64 << 20;
 pub const JOB_AWAY_MAX: Duration = Duration::from_secs(15);
 /// Room that the store leaves on its disk beside a whole pack, so that the databases can still be written.
 pub const STORE_SPARE_BYTES: u64 = 8 << 20;
+/// Artifacts that one training run borrows.
+pub const RUN_INPUTS_MAX: usize = 256;
+/// Training runs of one site that are not ended and cleaned up: each is told to the site whole.
+pub const RUNS_OPEN_MAX: usize = 64;
+/// The longest life of a training run.
+pub const RUN_TTL_MAX: Duration = Duration::from_secs(366 * 86_400);
+/// The end of a trainer's output that is shown at the hub, bytes.
+pub const TRAINER_TAIL_BYTES: usize = 4 << 10;
+/// A trainer's log file begins anew once it holds this much; one older file is kept.
+pub const TRAINER_LOG_BYTES_MAX: u64 = 8 << 20;
+/// How long a trainer that is asked to end may take before it is killed.
+pub const TRAINER_GRACE: Duration = Duration::from_secs(10);
+/// How often a trainer is started from nothing: it may have gone down with its machine.
+pub const TRAINER_STARTS_MAX: u32 = 3;
+/// How often a running trainer is looked at.
+pub const TRAINER_LOOK_EVERY: Duration = Duration::from_millis(250);
+/// How long a training platform may take to answer the call that starts a run.
+pub const TRAINER_CALL_MAX: Duration = Duration::from_secs(30);
+/// Less room than this for a daemon's own state is a fault for `doctor`: two packs and the databases beside them.
+pub const STATE_ROOM_BYTES_MIN: u64 = 128 << 20;

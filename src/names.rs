@@ -209,6 +209,21 @@ impl FromStr for SiteName {
     }
 }
 
+/// The name of a training run.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct RunName(String);
+
+string_type!(RunName);
+
+impl FromStr for RunName {
+    type Err = NameError;
+    fn from_str(s: &str) -> Result<Self, NameError> {
+        check_word("run name", s)?;
+        Ok(Self(s.into()))
+    }
+}
+
 /// A path inside an artifact: UTF-8, `/` between components, relative, no `.`, `..`, empty component or NUL.
 ///
 /// The order is the manifest's: component by component, bytes within one, so a folder stands right before what it holds.
@@ -288,6 +303,17 @@ pub enum SiteSelector {
     Names(Vec<SiteName>),
     /// Those whose labels meet every term.
     Labels(Vec<LabelTerm>),
+}
+
+impl SiteSelector {
+    /// Whether it means a site of this name and these labels.
+    pub fn includes(&self, site: &SiteName, labels: &std::collections::BTreeMap<String, String>) -> bool {
+        match self {
+            Self::All => true,
+            Self::Names(names) => names.contains(site),
+            Self::Labels(terms) => terms.iter().all(|term| term.matches(labels)),
+        }
+    }
 }
 
 /// One term of a label selector.

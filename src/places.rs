@@ -180,6 +180,33 @@ impl Places {
         Ok(())
     }
 
+    /// The landed place of an artifact that lies here, if it is known.
+    pub fn landed(&self, digest: Digest, place: &Place) -> Option<u32> {
+        let known = self.known.read();
+        known.iter().find(|(_, i)| i.digest == digest && i.transfer.is_none() && i.place == *place).map(|(number, _)| *number)
+    }
+
+    /// Notes where chunks of landed places lie. `anew`: even those of which another landed place is known already.
+    pub fn note(&self, rows: &mut Vec<(Hash, At)>, entries: &mut Vec<(u32, u64, RelPath, FileInfo)>, anew: bool) -> Result<(), Fault> {
+        rows.sort_unstable_by_key(|(id, _)| *id);
+        let known = self.known.read();
+        let write = self.database.begin_write().map_err(fault)?;
+        {
+            let mut chunks = write.open_table(CHUNKS).map_err(fault)?;
+            for (id, at) in rows.drain(..) {
+                let keep = |row: &ChunkRow| known.get(&row.0).is_some_and(|info| info.transfer.is_none());
+                if anew || !chunks.get(&id.0).map_err(fault)?.is_some_and(|row| keep(&row.value())) {
+                    chunks.insert(&id.0, (at.place, at.entry, at.offset, at.len)).map_err(fault)?;
+                }
+            }
+            let mut table = write.open_table(ENTRIES).map_err(fault)?;
+            for (place, number, path, file) in entries.drain(..) {
+                table.insert((place, number), (path.as_str(), file.size, &file.hash.0)).map_err(fault)?;
+            }
+        }
+        write.commit().map_err(fault)
+    }
+
     /// Forgets every place of an artifact that has landed.
     pub fn remove_digest(&self, digest: Digest) -> Result<(), Fault> {
         let gone: Vec<u32> =

@@ -14,7 +14,7 @@ use crate::config::{Config, Role};
 use crate::durable;
 use crate::fault::{Code, Fault, IoContext};
 use crate::hub::Hub;
-use crate::identity::{JoinToken, SiteIdentity};
+use crate::identity::{Claim, JoinToken, SiteIdentity};
 use crate::limits::DRAIN_MAX;
 use crate::line;
 use crate::site::Site;
@@ -102,7 +102,7 @@ pub async fn join(config: &Config, hub: &str, token: &str) -> Result<(), Fault> 
     if let Some(there) = SiteIdentity::load(&config.data_dir)? {
         tracing::info!(site = %there.name(), "joining anew: the certificate that is there will be replaced");
     }
-    line::join(hub, &token, &config.name, &config.line).await?.save(&config.data_dir)
+    line::join(hub, &token, &Claim::Site(config.name.clone()), &config.line).await?.save(&config.data_dir)
 }
 
 /// One daemon for one data folder.

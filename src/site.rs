@@ -2,6 +2,8 @@
 
 mod backend;
 mod line;
+mod publish;
+mod runs;
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -15,10 +17,12 @@ use crate::config::Config;
 use crate::durable;
 use crate::fault::{Fault, IoContext};
 use crate::fetch::blocking;
-use crate::identity::SiteIdentity;
+use crate::identity::{Holder, SiteIdentity};
 use crate::jobs::Jobs;
 use crate::line::Link;
+use crate::origin::Origin;
 use crate::places::Places;
+use crate::reading::AtSite;
 use crate::sink::files::FilesSink;
 use crate::sink::{images, labels};
 use crate::store::Store;
@@ -41,6 +45,13 @@ struct Inner {
     /// Why there is no line, as the last try said.
     line_fault: parking_lot::Mutex<Option<Fault>>,
     jobs: Jobs,
+    runs: runs::RunsState,
+    /// What can be published here beside paths.
+    sources: AtSite,
+    /// Gives the hub what was published here, or landed.
+    origin: Origin,
+    /// Held while the hub is told of what was published here.
+    offering: tokio::sync::Mutex<()>,
     tasks: TaskTracker,
     stop: CancellationToken,
 }
@@ -58,20 +69,22 @@ impl Site {
                 "at the hub: packhorse token create --site NAME; then here: packhorse join --config FILE --hub HOST:PORT --token TOKEN",
             ));
         };
-        if *identity.name() != config.name {
+        if *identity.holder() != Holder::Site(config.name.clone()) {
             return Err(Fault::config(format!(
                 "the config says that this is site {}, its certificate says {}",
                 config.name,
-                identity.name()
+                identity.holder()
             ))
             .with_next("mend the name in the config, or join anew"));
         }
         let catalogue = Catalogue::open(&config.data_dir).await?;
         let data = config.data_dir.clone();
         let (store, places) = blocking(move || Ok((Store::open(&data.join("store"))?, Places::open(&data)?))).await?;
+        let rows = labels::open(config.sink.labels.as_ref(), &config.data_dir)?;
+        let sources = AtSite { labels: rows.clone(), catalogue: catalogue.clone(), registry: config.sink.images.clone() };
         let sinks = Sinks {
             files: Arc::new(FilesSink::open(config.sink.files.as_ref(), &config.data_dir)?),
-            labels: labels::open(config.sink.labels.as_ref(), &config.data_dir)?,
+            labels: rows.clone(),
             images: images::open(config.sink.images.as_ref(), &config.data_dir)?,
         };
         let shared = Shared {
@@ -86,14 +99,42 @@ impl Site {
         let runner = Runner::new(catalogue.clone(), shared.clone(), sinks.clone(), identity_watch, link_watch, stop.clone());
         tracing::info!(name = %config.name, api = %config.listen.api, data = %config.data_dir.display(), "the site is ready");
         let jobs = Jobs::new(catalogue.clone());
-        let (line_fault, tasks) = Default::default();
-        Ok(Self { inner: Arc::new(Inner { config, catalogue, shared, sinks, runner, identity, link, line_fault, jobs, tasks, stop }) })
+        let origin = Origin::new(
+            shared.store.clone(),
+            shared.places.clone(),
+            config.data_dir.join("published"),
+            Arc::new(catalogue.clone()),
+            Some(sinks.images.clone()),
+        );
+        let (line_fault, offering, runs, tasks) = Default::default();
+        Ok(Self {
+            inner: Arc::new(Inner {
+                config,
+                catalogue,
+                shared,
+                sinks,
+                runner,
+                identity,
+                link,
+                line_fault,
+                jobs,
+                sources,
+                origin,
+                offering,
+                runs,
+                tasks,
+                stop,
+            }),
+        })
     }
 
     /// Keeps the line and works until the daemon stops.
     pub async fn run(&self) -> Result<(), Fault> {
         self.clean_staging().await?;
+        self.clean_published().await?;
         self.inner.runner.start().await?;
+        let this = self.clone();
+        self.inner.tasks.spawn(async move { this.keep_runs().await });
         self.keep_line().await
     }
 

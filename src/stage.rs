@@ -8,16 +8,20 @@ use std::fs::File;
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use cap_std::ambient_authority;
 use cap_std::fs::{Dir, DirBuilder, OpenOptions, OpenOptionsExt, Permissions, PermissionsExt};
 
 use crate::durable;
 use crate::fault::{Fault, IoContext};
+use crate::limits::STATE_ROOM_BYTES_MIN;
 use crate::names::RelPath;
 
 /// The mode files are staged with; others are set at the end.
 pub const FILE_MODE: u32 = 0o644;
+/// The number of a tmpfs among filesystems.
+const TMPFS: rustix::fs::FsWord = 0x0102_1994;
 /// Files of this size and more get their room at once.
 const PREALLOCATE_BYTES: u64 = 1 << 20;
 
@@ -28,6 +32,10 @@ pub struct Stage {
     /// The same folder, open for reading: a filesystem is synced through it, and `dir` may be a mere path handle.
     handle: File,
     path: PathBuf,
+    /// Whether the filesystem may know reflinks: until it has said no.
+    reflinks: AtomicBool,
+    /// Whether room can be had without touching it: a tmpfs would take and clear every page, while all writers wait.
+    preallocates: bool,
 }
 
 impl Stage {
@@ -36,7 +44,8 @@ impl Stage {
         durable::create_dir_all(path)?;
         let dir = Dir::open_ambient_dir(path, ambient_authority()).at(format_args!("open {}", path.display()))?;
         let handle = File::open(path).at(format_args!("open {}", path.display()))?;
-        Ok(Self { dir, handle, path: path.to_owned() })
+        let preallocates = !rustix::fs::fstatfs(&handle).is_ok_and(|stat| stat.f_type == TMPFS);
+        Ok(Self { dir, handle, path: path.to_owned(), reflinks: AtomicBool::new(true), preallocates })
     }
 
     /// Where it is.
@@ -61,7 +70,7 @@ impl Stage {
         let mut options = OpenOptions::new();
         options.write(true).create(true).truncate(false).mode(FILE_MODE);
         let file = self.dir.open_with(path.as_str(), &options).at(self.what("open", path))?.into_std();
-        if size >= PREALLOCATE_BYTES {
+        if size >= PREALLOCATE_BYTES && self.preallocates {
             use rustix::io::Errno;
             // Where it is not supported the room is found out about later.
             if let Err(Errno::NOSPC | Errno::DQUOT) = rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, size) {
@@ -79,10 +88,12 @@ impl Stage {
 
     /// The size of a regular file; `None` when there is none.
     pub fn size(&self, path: &RelPath) -> Result<Option<u64>, Fault> {
-        match self.dir.symlink_metadata(path.as_str()) {
-            Ok(meta) => Ok(meta.is_file().then(|| meta.len())),
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
-            Err(e) => Err(Fault::io(self.what("look at", path), &e)),
+        use rustix::fs::{AtFlags, FileType, statat};
+        // One call instead of three: nothing is opened, so a link on the way does no harm.
+        match statat(self.dir.as_fd(), path.as_str(), AtFlags::SYMLINK_NOFOLLOW) {
+            Ok(stat) => Ok((FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile).then_some(stat.st_size as u64)),
+            Err(rustix::io::Errno::NOENT | rustix::io::Errno::NOTDIR) => Ok(None),
+            Err(e) => Err(Fault::io(self.what("look at", path), &e.into())),
         }
     }
 
@@ -94,28 +105,36 @@ impl Stage {
         }
     }
 
-    /// Makes `path` the same file as `from`, sharing its blocks if the filesystem can: by reflink, else by hard link
-    /// when `from` has the wanted mode and `link` allows it, else not at all (`false`).
-    pub fn share(&self, from: &Path, path: &RelPath, mode: u32, link: bool) -> Result<bool, Fault> {
-        use std::os::unix::fs::PermissionsExt as _;
-        self.remove_file(path)?;
-        let what = || self.what("share", path);
-        let source = File::open(from).at(from.display())?;
-        let target = self.open_file(path, 0)?;
-        if rustix::fs::ioctl_ficlone(&target, &source).is_ok() {
-            return Ok(true);
+    /// Makes `path` the same file as `from`, which `source` has open, sharing its blocks if the filesystem can: by reflink,
+    /// else by hard link when it has the wanted mode and `link` allows it, else not at all (`false`).
+    pub fn share(&self, from: &Path, source: &File, path: &RelPath, mode: u32, link: bool) -> Result<bool, Fault> {
+        use rustix::io::Errno;
+        if self.reflinks.load(Ordering::Relaxed) {
+            self.remove_file(path)?;
+            match rustix::fs::ioctl_ficlone(self.open_file(path, 0)?, source) {
+                Ok(()) => return Ok(true),
+                // Both are on this filesystem, and it cannot: no need to try with every file.
+                Err(Errno::NOTSUP | Errno::NOTTY) => self.reflinks.store(false, Ordering::Relaxed),
+                Err(_) => {}
+            }
+            self.remove_file(path)?;
         }
-        drop(target);
-        self.remove_file(path)?;
-        let meta = source.metadata().at(from.display())?;
-        if !link || meta.permissions().mode() & 0o7777 != mode {
+        if !link || rustix::fs::fstat(source).map_err(|e| Fault::io(from.display(), &e.into()))?.st_mode & 0o7777 != mode {
             return Ok(false);
         }
-        match rustix::fs::linkat(rustix::fs::CWD, from, self.dir.as_fd(), path.as_str(), rustix::fs::AtFlags::empty()) {
+        let make = || rustix::fs::linkat(rustix::fs::CWD, from, self.dir.as_fd(), path.as_str(), rustix::fs::AtFlags::empty());
+        let made = match make() {
+            Err(Errno::EXIST) => {
+                self.remove_file(path)?;
+                make()
+            }
+            made => made,
+        };
+        match made {
             Ok(()) => Ok(true),
             // Another filesystem, too many links, or none at all: then its bytes are copied.
-            Err(rustix::io::Errno::XDEV | rustix::io::Errno::MLINK | rustix::io::Errno::PERM | rustix::io::Errno::NOTSUP) => Ok(false),
-            Err(e) => Err(Fault::io(what(), &e.into())),
+            Err(Errno::XDEV | Errno::MLINK | Errno::PERM | Errno::NOTSUP) => Ok(false),
+            Err(e) => Err(Fault::io(self.what("share", path), &e.into())),
         }
     }
 
@@ -157,6 +176,17 @@ impl Stage {
     pub fn free_bytes(&self) -> Result<u64, Fault> {
         free_bytes(&self.path)
     }
+}
+
+/// What `doctor` says of the room for a daemon's own state.
+pub fn room_report(data_dir: &Path) -> Result<String, Fault> {
+    let free = free_bytes(data_dir)?;
+    let at = format!("data_dir {}: {} MiB free", data_dir.display(), free >> 20);
+    Ok(if free < STATE_ROOM_BYTES_MIN {
+        format!("fault {at}, less than {} MiB; make room there, or nothing can be written down", STATE_ROOM_BYTES_MIN >> 20)
+    } else {
+        format!("ok {at}")
+    })
 }
 
 /// Free bytes of the filesystem that a path is on.

@@ -13,14 +13,15 @@
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use crate::api::types::{Action, State};
+use crate::api::types::{Action, RunActionRequest, RunRequest, State};
 use crate::catalogue::{Body, Want};
 use crate::chunk::Hash;
 use crate::fault::Fault;
 use crate::limits::CONTROL_FRAME_BYTES_MAX;
-use crate::line::{RecvHalf, SendHalf};
+use crate::line::{Link, RecvHalf, SendHalf};
 use crate::manifest::Digest;
 use crate::names::{ArtifactRef, SiteName};
+use crate::run::{DesiredRun, Lineage, RunReport};
 
 /// First byte of a control stream.
 pub const CONTROL: u8 = b'C';
@@ -62,6 +63,18 @@ pub enum Wanted {
         /// Which of its children.
         ranges: Vec<(u32, u32)>,
     },
+    /// The root manifest, and behind it the pages that it lists, if together they have no more than this many raw bytes.
+    RootAndPages(u64),
+    /// Entry pages of the artifact, as one difference against entry pages of another that the asker holds: by their
+    /// numbers in the order of the manifests.
+    Difference {
+        /// The pages wanted: `(first, count)`.
+        ranges: Vec<(u32, u32)>,
+        /// The other artifact, which the asker may read as well.
+        base: Digest,
+        /// Its pages: `(first, count)`.
+        against: (u32, u32),
+    },
 }
 
 /// From a site.
@@ -72,9 +85,14 @@ pub enum FromSite {
     Hello {
         /// The program's version.
         version: String,
+        /// Whom the site shares what is published there with: names or selectors; `None`: everybody.
+        #[serde(default)]
+        share: Option<Vec<String>>,
     },
     /// How transfers stand; any number of times for each.
     Report(Vec<Report>),
+    /// How training runs stand at this site; any number of times for each.
+    Runs(Vec<RunReport>),
 }
 
 /// How a transfer stands.
@@ -100,6 +118,9 @@ pub enum FromHub {
         revision: u64,
         /// What is not ended.
         transfers: Vec<Desired>,
+        /// The training runs that this site trains, or has to clean up after.
+        #[serde(default)]
+        runs: Vec<DesiredRun>,
     },
 }
 
@@ -122,6 +143,12 @@ pub struct Desired {
     pub total: u64,
     /// When it was asked for.
     pub created_ms: i64,
+    /// The transfers to this site that go first: labels come after their dataset.
+    #[serde(default)]
+    pub after: Vec<String>,
+    /// What it was made of, where that is known.
+    #[serde(default)]
+    pub lineage: Option<Lineage>,
 }
 
 /// A site asks the hub.
@@ -146,6 +173,51 @@ pub enum AskHub {
     Renew {
         /// The signing request, DER in hex.
         request: String,
+    },
+    /// Begin a training run for this site.
+    StartRun(RunRequest),
+    /// Finish or cancel a run that this site has to do with.
+    ActOnRun(RunActionRequest),
+    /// A run that this site has to do with.
+    ShowRun(String),
+    /// The runs that this site has to do with.
+    ListRuns {
+        /// At most this many.
+        limit: u32,
+    },
+    /// An artifact was published at the site; the answer is an [`crate::api::types::Published`]. The hub fetches the
+    /// manifest over the same line before it answers.
+    Publish {
+        /// Its name.
+        artifact: ArtifactRef,
+        /// Its digest.
+        digest: Digest,
+        /// Sites to deliver to at once.
+        #[serde(default)]
+        to: Option<String>,
+        /// The training run that made it.
+        #[serde(default)]
+        run: Option<String>,
+    },
+    /// A publisher has an artifact, which the hub fetches over the same line into its own store before it answers with an
+    /// [`crate::api::types::Published`].
+    Upload {
+        /// Its name.
+        artifact: ArtifactRef,
+        /// Its digest.
+        digest: Digest,
+        /// Sites to deliver to at once.
+        #[serde(default)]
+        to: Option<String>,
+    },
+    /// How transfers stand that are not the site's own, but of what it holds; the answer is a list and a cursor.
+    Transfers {
+        /// Ids, comma-separated.
+        id: String,
+        /// Only what changed after this cursor.
+        since: Option<u64>,
+        /// Wait so many seconds for that.
+        wait: u64,
     },
 }
 
@@ -175,6 +247,15 @@ pub struct Planned {
 
 /// Which site is on the other end of a stream, for what it may see.
 pub type Peer = SiteName;
+
+/// Asks the other end of a line, and waits for its answer.
+pub async fn ask<Q: Serialize + Sync, T: DeserializeOwned>(link: &Link, question: &Q) -> Result<T, Fault> {
+    let (mut send, mut recv) = link.open(PRIORITY_QUESTION).await?;
+    send.write_all(&[QUESTION]).await?;
+    self::send(&mut send, question).await?;
+    send.finish()?;
+    receive::<Result<T, Fault>>(&mut recv).await?
+}
 
 /// Sends one message behind its length.
 pub async fn send<T: Serialize + Sync>(to: &mut SendHalf, message: &T) -> Result<(), Fault> {

@@ -21,6 +21,7 @@ pub(crate) struct World {
     pub(crate) transfers: Vec<Transfer>,
     pub(crate) events: Vec<Event>,
     pub(crate) jobs: Vec<Job>,
+    pub(crate) runs: Vec<Run>,
     pub(crate) seq: u64,
     pub(crate) published: Vec<PublishRequest>,
     pub(crate) delivered: Vec<DeliverRequest>,
@@ -55,7 +56,32 @@ pub(crate) fn transfer(id: &str, site: &str, state: State) -> Transfer {
         updated_at: "2026-11-23T10:00:05.000Z".into(),
         finished_at: None,
         receipt: None,
+        removed_at: None,
         cursor: 0,
+    }
+}
+
+/// A run with plain values.
+pub(crate) fn run(name: &str, state: RunState) -> Run {
+    let model = RunModel { artifact: "model/m:1".into(), digest: "cd".repeat(32) };
+    let input = RunInput { artifact: "dataset/line3:v1".into(), digest: "ab".repeat(32), bytes: 1000 };
+    Run {
+        name: name.parse().unwrap(),
+        from: "chengdu".parse().unwrap(),
+        on: "wuhan".parse().unwrap(),
+        state,
+        message: None,
+        next: None,
+        inputs: vec![input],
+        expect: "model/m".into(),
+        model: (state == RunState::Done).then_some(model),
+        delivery: "d1".into(),
+        home: None,
+        trainer: None,
+        released: false,
+        created_at: "2026-11-23T10:00:00.000Z".into(),
+        deadline_at: "2026-11-30T10:00:00.000Z".into(),
+        finished_at: None,
     }
 }
 
@@ -186,6 +212,37 @@ impl Backend for Fake {
         self.put(transfer.clone());
         Ok(vec![transfer])
     }
+    async fn deliveries(&self, _limit: u32) -> Result<Vec<Delivery>, Fault> {
+        Ok(vec![self.delivery("d1").await?])
+    }
+    async fn delivery(&self, id: &str) -> Result<Delivery, Fault> {
+        let parts: Vec<Transfer> = self.world.lock().transfers.iter().filter(|t| t.delivery == id).cloned().collect();
+        if parts.is_empty() {
+            return Err(Fault::not_found(format!("there is no delivery {id}")));
+        }
+        let row = crate::catalogue::DeliveryRow { id: id.into(), run: None, created_ms: 0, parts: vec![] };
+        Ok(crate::delivery::view(&row, parts))
+    }
+    async fn runs(&self, _limit: u32) -> Result<Vec<Run>, Fault> {
+        Ok(self.world.lock().runs.clone())
+    }
+    async fn run(&self, name: &str) -> Result<Run, Fault> {
+        let found = self.world.lock().runs.iter().find(|r| r.name.as_str() == name).cloned();
+        found.ok_or_else(|| Fault::not_found(format!("there is no run {name:?}")))
+    }
+    async fn train(&self, request: RunRequest) -> Result<Run, Fault> {
+        let run = run(&request.name, RunState::Delivering);
+        self.world.lock().runs.push(run.clone());
+        Ok(run)
+    }
+    async fn act_on_run(&self, request: RunActionRequest) -> Result<Run, Fault> {
+        let mut run = self.run(&request.name).await?;
+        run.state = if request.action == RunVerb::Cancel { RunState::Cancelled } else { RunState::Publishing };
+        self.world.lock().runs.retain(|r| r.name != run.name);
+        self.world.lock().runs.push(run.clone());
+        self.changed.notify_waiters();
+        Ok(run)
+    }
     async fn artifacts(&self) -> Result<Vec<Artifact>, Fault> {
         Ok(vec![Artifact {
             artifact: "dataset/line3:v1".parse()?,
@@ -196,12 +253,13 @@ impl Backend for Fake {
             created_at: "2026-11-23T10:00:00.000Z".into(),
             info: serde_json::json!({"is": "files"}),
             location: None,
+            pinned: false,
         }])
     }
     async fn show(&self, artifact: &str) -> Result<ArtifactDetail, Fault> {
         let found = self.artifacts().await?.into_iter().find(|a| a.artifact.to_string() == artifact);
         let artifact = found.ok_or_else(|| Fault::not_found(format!("there is no artifact {artifact:?}")))?;
-        Ok(ArtifactDetail { artifact, transfers: self.world.lock().transfers.clone() })
+        Ok(ArtifactDetail { artifact, transfers: self.world.lock().transfers.clone(), lineage: None })
     }
     async fn sites(&self) -> Result<Vec<Site>, Fault> {
         Ok(vec![Site {
@@ -217,10 +275,15 @@ impl Backend for Fake {
         }])
     }
     async fn token(&self, request: TokenRequest) -> Result<String, Fault> {
-        Ok(format!("id.secret-for-{}-{}s", request.site, request.ttl_seconds))
+        Ok(format!("id.secret-for-{}-{}s", request.site.or(request.publisher).unwrap_or_default(), request.ttl_seconds))
     }
     async fn verify(&self, _artifact: &str, _repair: bool) -> Result<Job, Fault> {
         self.job("verify").await
+    }
+    async fn pin(&self, artifact: &str, pinned: bool) -> Result<Artifact, Fault> {
+        let found = self.artifacts().await?.into_iter().find(|a| a.artifact.to_string() == artifact);
+        let artifact = found.ok_or_else(|| Fault::not_found(format!("there is no artifact {artifact:?}")))?;
+        Ok(Artifact { pinned, ..artifact })
     }
     async fn export(&self, _artifacts: Vec<String>, _out: String) -> Result<Job, Fault> {
         self.job("export").await

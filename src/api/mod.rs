@@ -61,6 +61,18 @@ pub trait Backend: Send + Sync {
     async fn transfers(&self, query: &TransferQuery) -> Result<(Vec<Transfer>, u64), Fault>;
     /// Acts on a transfer (or on all of a delivery).
     async fn act(&self, id: &str, action: Action) -> Result<Vec<Transfer>, Fault>;
+    /// The newest deliveries.
+    async fn deliveries(&self, limit: u32) -> Result<Vec<Delivery>, Fault>;
+    /// One delivery. Does not wait; the API does.
+    async fn delivery(&self, id: &str) -> Result<Delivery, Fault>;
+    /// The newest training runs.
+    async fn runs(&self, limit: u32) -> Result<Vec<Run>, Fault>;
+    /// One training run. Does not wait; the API does.
+    async fn run(&self, name: &str) -> Result<Run, Fault>;
+    /// Begins a training run, or finds it.
+    async fn train(&self, request: RunRequest) -> Result<Run, Fault>;
+    /// Finishes or cancels a training run.
+    async fn act_on_run(&self, request: RunActionRequest) -> Result<Run, Fault>;
     /// All artifacts.
     async fn artifacts(&self) -> Result<Vec<Artifact>, Fault>;
     /// One artifact.
@@ -71,6 +83,8 @@ pub trait Backend: Send + Sync {
     async fn token(&self, request: TokenRequest) -> Result<String, Fault>;
     /// Begins a verify; the result is a list of lines, empty when sound.
     async fn verify(&self, artifact: &str, repair: bool) -> Result<Job, Fault>;
+    /// Keeps an artifact's relayed bytes whatever their age, or no longer (hub only).
+    async fn pin(&self, artifact: &str, pinned: bool) -> Result<Artifact, Fault>;
     /// Begins an export of these artifacts to a file that the daemon writes.
     async fn export(&self, artifacts: Vec<String>, out: String) -> Result<Job, Fault>;
     /// Begins an import of such a file.

@@ -13,8 +13,9 @@ use super::{error::ErrorBody, events, routes, types::*};
     servers((url = ".")),
     paths(
         routes::healthz, routes::readyz, routes::metrics, routes::artifacts, routes::show, routes::publish, routes::transfers,
-        routes::deliver, routes::act, routes::plan, routes::sites, routes::token, routes::verify, routes::export, routes::import,
-        routes::gc, routes::doctor, routes::job, events::events,
+        routes::deliver, routes::act, routes::plan, routes::sites, routes::token, routes::verify, routes::pin, routes::export, routes::import,
+        routes::gc, routes::doctor, routes::job, events::events, routes::deliveries, routes::delivery, routes::runs,
+        routes::run, routes::train, routes::act_on_run,
     ),
     components(schemas(ErrorBody, Published, Event, Bytes, State, Action)),
     security(("token" = []), ("bearer" = [])),

@@ -39,10 +39,16 @@ pub(super) fn router(app: App) -> Router {
         .route("/v1/artifacts/show", get(show))
         .route("/v1/transfers", get(transfers).post(deliver))
         .route("/v1/transfers/action", post(act))
+        .route("/v1/deliveries", get(deliveries))
+        .route("/v1/deliveries/show", get(delivery))
+        .route("/v1/runs", get(runs).post(train))
+        .route("/v1/runs/show", get(run))
+        .route("/v1/runs/action", post(act_on_run))
         .route("/v1/plan", post(plan))
         .route("/v1/sites", get(sites))
         .route("/v1/tokens", post(token))
         .route("/v1/verify", post(verify))
+        .route("/v1/pin", post(pin))
         .route("/v1/export", post(export))
         .route("/v1/import", post(import))
         .route("/v1/gc", post(gc))
@@ -258,6 +264,64 @@ pub(super) async fn act(State(app): State<App>, B(request): B<ActionRequest>) ->
     Ok(Json(app.backend.act(&request.id, request.action).await?))
 }
 
+/// The newest deliveries, each with its parts.
+#[utoipa::path(get, path = "/v1/deliveries", tag = "transfers", params(LimitQuery), responses(
+    (status = 200, description = "the deliveries, newest first", body = Vec<Delivery>),
+    (status = "default", description = "an error", body = ErrorBody),
+))]
+pub(super) async fn deliveries(State(app): State<App>, Q(query): Q<LimitQuery>) -> Result<Json<Vec<Delivery>>, ApiError> {
+    Ok(Json(app.backend.deliveries(rows(query.limit)).await?))
+}
+
+/// One delivery as a whole and its parts, after its end or after `wait` seconds (60 at most), whichever is first.
+#[utoipa::path(get, path = "/v1/deliveries/show", tag = "transfers", params(DeliveryQuery), responses(
+    (status = 200, description = "the delivery", body = Delivery),
+    (status = 404, description = "there is none", body = ErrorBody),
+    (status = "default", description = "an error", body = ErrorBody),
+))]
+pub(super) async fn delivery(State(app): State<App>, Q(query): Q<DeliveryQuery>) -> Result<Json<Delivery>, ApiError> {
+    let look = || app.backend.delivery(&query.id);
+    Ok(Json(wait_for(&app, query.wait, look, |whole: &Delivery| whole.state.is_final()).await?))
+}
+
+/// The newest training runs; at a site those that it has to do with.
+#[utoipa::path(get, path = "/v1/runs", tag = "runs", params(LimitQuery), responses(
+    (status = 200, description = "the runs, newest first", body = Vec<Run>),
+    (status = "default", description = "an error", body = ErrorBody),
+))]
+pub(super) async fn runs(State(app): State<App>, Q(query): Q<LimitQuery>) -> Result<Json<Vec<Run>>, ApiError> {
+    Ok(Json(app.backend.runs(rows(query.limit)).await?))
+}
+
+/// One training run, after its end or after `wait` seconds (60 at most), whichever is first.
+#[utoipa::path(get, path = "/v1/runs/show", tag = "runs", params(RunQuery), responses(
+    (status = 200, description = "the run", body = Run),
+    (status = 404, description = "there is none", body = ErrorBody),
+    (status = "default", description = "an error", body = ErrorBody),
+))]
+pub(super) async fn run(State(app): State<App>, Q(query): Q<RunQuery>) -> Result<Json<Run>, ApiError> {
+    let look = || app.backend.run(&query.name);
+    Ok(Json(wait_for(&app, query.wait, look, |run: &Run| run.state.is_final()).await?))
+}
+
+/// Begins a training run. One of the same name that asks for the same is found, not begun again.
+#[utoipa::path(post, path = "/v1/runs", tag = "runs", request_body = RunRequest, responses(
+    (status = 202, description = "begun", body = Run),
+    (status = "default", description = "an error", body = ErrorBody),
+))]
+pub(super) async fn train(State(app): State<App>, B(request): B<RunRequest>) -> Result<Response, ApiError> {
+    Ok(accepted(app.backend.train(request).await?))
+}
+
+/// Finishes a training run, as a training platform does when it is ready, or cancels it.
+#[utoipa::path(post, path = "/v1/runs/action", tag = "runs", request_body = RunActionRequest, responses(
+    (status = 200, description = "the run after it", body = Run),
+    (status = "default", description = "an error", body = ErrorBody),
+))]
+pub(super) async fn act_on_run(State(app): State<App>, B(request): B<RunActionRequest>) -> Result<Json<Run>, ApiError> {
+    Ok(Json(app.backend.act_on_run(request).await?))
+}
+
 /// What a delivery would cost. Sends nothing.
 #[utoipa::path(post, path = "/v1/plan", tag = "transfers", request_body = DeliverRequest, responses(
     (status = 200, description = "a row for each artifact and site", body = Vec<PlanRow>),
@@ -293,6 +357,15 @@ pub(super) async fn token(State(app): State<App>, B(request): B<TokenRequest>) -
 ))]
 pub(super) async fn verify(State(app): State<App>, B(request): B<VerifyRequest>) -> Result<Response, ApiError> {
     Ok(accepted(app.backend.verify(&request.artifact, request.repair).await?))
+}
+
+/// Keeps an artifact's relayed bytes whatever their age, or no longer (hub only).
+#[utoipa::path(post, path = "/v1/pin", tag = "artifacts", request_body = PinRequest, responses(
+    (status = 200, description = "the artifact after it", body = Artifact),
+    (status = "default", description = "an error", body = ErrorBody),
+))]
+pub(super) async fn pin(State(app): State<App>, B(request): B<PinRequest>) -> Result<Json<Artifact>, ApiError> {
+    Ok(Json(app.backend.pin(&request.artifact, request.pinned).await?))
 }
 
 /// Writes artifacts to one file, to be carried by hand.

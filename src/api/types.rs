@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
 
 use crate::fault::{Fault, Reason};
-use crate::names::{ArtifactRef, SiteName};
+use crate::names::{ArtifactRef, RunName, SiteName};
 
 /// The state of a transfer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
@@ -122,8 +122,62 @@ pub struct Transfer {
     /// The signed receipt, once done.
     #[schema(value_type = Option<Object>)]
     pub receipt: Option<serde_json::Value>,
+    /// When what it brought was taken away again, because a run had only borrowed it.
+    #[serde(default)]
+    pub removed_at: Option<String>,
     /// The event at which this last changed: give the largest one seen to `--since`.
     pub cursor: u64,
+}
+
+/// A delivery: the whole, and each of its parts.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct Delivery {
+    /// Its id: `[A-Za-z0-9._-]`.
+    pub id: String,
+    /// Where the whole is: what the parts that are furthest behind do, `failed` once all ended and one failed.
+    pub state: State,
+    /// Why it stands, if a part does.
+    #[schema(value_type = Option<String>)]
+    pub reason: Option<Reason>,
+    /// The same in words.
+    pub message: Option<String>,
+    /// What to do next about it.
+    pub next: Option<String>,
+    /// Bytes of all parts together.
+    pub bytes: Bytes,
+    /// Parts that are done.
+    pub done: u64,
+    /// The artifacts, each once.
+    pub artifacts: Vec<String>,
+    /// The sites, each once.
+    pub sites: Vec<String>,
+    /// The training run that asked for it, if one did.
+    pub run: Option<String>,
+    /// When it was asked for.
+    pub created_at: String,
+    /// When its last part ended.
+    pub finished_at: Option<String>,
+    /// Its transfers, those that stood already when it was asked for with them.
+    pub parts: Vec<Transfer>,
+}
+
+/// Which delivery.
+#[derive(Debug, Clone, Serialize, Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
+pub struct DeliveryQuery {
+    /// Its id.
+    pub id: String,
+    /// Wait up to this many seconds for its end.
+    pub wait: Option<u64>,
+}
+
+/// How many.
+#[derive(Debug, Clone, Default, Serialize, Deserialize, IntoParams)]
+#[serde(default)]
+#[into_params(parameter_in = Query)]
+pub struct LimitQuery {
+    /// At most this many, newest first (1,000 when absent).
+    pub limit: Option<u32>,
 }
 
 /// One artifact, as `artifacts` and `show` list it.
@@ -148,6 +202,200 @@ pub struct Artifact {
     pub info: serde_json::Value,
     /// Where it lies on this daemon's sinks (at a site), if it does.
     pub location: Option<String>,
+    /// Whether the hub keeps its relayed bytes whatever their age.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub pinned: bool,
+}
+
+/// Where a training run is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum RunState {
+    /// Its inputs are on their way.
+    Delivering,
+    /// They are there; the site has not begun yet.
+    Waiting,
+    /// The trainer works.
+    Training,
+    /// It ended well; what it made is being published.
+    Publishing,
+    /// The model is on its way home.
+    Returning,
+    /// The model is home.
+    Done,
+    /// It made no model.
+    Failed,
+    /// Given up by somebody.
+    Cancelled,
+}
+
+impl RunState {
+    /// The word in JSON and tables.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            RunState::Delivering => "delivering",
+            RunState::Waiting => "waiting",
+            RunState::Training => "training",
+            RunState::Publishing => "publishing",
+            RunState::Returning => "returning",
+            RunState::Done => "done",
+            RunState::Failed => "failed",
+            RunState::Cancelled => "cancelled",
+        }
+    }
+
+    /// Whether nothing more happens by itself, but for cleaning up.
+    pub fn is_final(self) -> bool {
+        matches!(self, RunState::Done | RunState::Failed | RunState::Cancelled)
+    }
+}
+
+/// An artifact that a run trains with, or the model that it made.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct RunInput {
+    /// `kind/name:version`.
+    pub artifact: String,
+    /// Its digest, hex.
+    pub digest: String,
+    /// Bytes of all its files.
+    pub bytes: u64,
+}
+
+/// How a trainer did.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct RunTrainer {
+    /// How far the run is at its site: `waiting`, `training`, `trained`, `publishing`, `published`, `failed`.
+    pub phase: String,
+    /// How often it was started.
+    pub starts: u32,
+    /// When it was started last.
+    pub started_at: Option<String>,
+    /// When it ended.
+    pub ended_at: Option<String>,
+    /// Its exit code.
+    pub exit_code: Option<i32>,
+    /// The signal that ended it.
+    pub signal: Option<i32>,
+    /// What happened, in words.
+    pub message: Option<String>,
+    /// The end of what it said.
+    pub tail: Option<String>,
+}
+
+/// A training run: `from` borrows `on`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct Run {
+    /// Its name.
+    #[schema(value_type = String)]
+    pub name: RunName,
+    /// Who borrows, and gets the model.
+    #[schema(value_type = String)]
+    pub from: SiteName,
+    /// Who trains.
+    #[schema(value_type = String)]
+    pub on: SiteName,
+    /// Where it is.
+    pub state: RunState,
+    /// Why it stands, or why it ended badly.
+    pub message: Option<String>,
+    /// What to do next about it.
+    pub next: Option<String>,
+    /// What it trains with.
+    pub inputs: Vec<RunInput>,
+    /// The model that it is to make: `model/NAME` or `model/NAME:VERSION`.
+    pub expect: String,
+    /// The model that it made: reference and digest.
+    pub model: Option<RunModel>,
+    /// The delivery that brings the inputs.
+    pub delivery: String,
+    /// The transfer that brings the model home.
+    pub home: Option<String>,
+    /// The trainer, once its site has spoken of it.
+    pub trainer: Option<RunTrainer>,
+    /// Whether the site that trains has removed all that it borrowed.
+    pub released: bool,
+    /// When it was asked for.
+    pub created_at: String,
+    /// When it must have made its model.
+    pub deadline_at: String,
+    /// When it ended.
+    pub finished_at: Option<String>,
+}
+
+/// A model that a run made.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct RunModel {
+    /// `model/name:version`.
+    pub artifact: String,
+    /// Its digest, hex.
+    pub digest: String,
+}
+
+/// Ask for a training run.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct RunRequest {
+    /// Its name, unique: `[a-z0-9][a-z0-9._-]*`.
+    pub name: String,
+    /// The site that borrows, and gets the model.
+    pub from: String,
+    /// The site that trains.
+    pub on: String,
+    /// What it trains with: `kind/name:version`, one or more.
+    pub inputs: Vec<String>,
+    /// What it is to make: `model/NAME` or `model/NAME:VERSION`.
+    pub expect: String,
+    /// How long it may take to make it, seconds.
+    pub ttl_seconds: u64,
+}
+
+/// What to do with a run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum RunVerb {
+    /// The training platform has finished.
+    Finish,
+    /// Give it up.
+    Cancel,
+}
+
+/// Ask to finish or cancel a run.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct RunActionRequest {
+    /// Which.
+    pub name: String,
+    /// What.
+    pub action: RunVerb,
+    /// `finish` only: why it failed, if it did.
+    #[serde(default)]
+    pub failed: Option<String>,
+}
+
+/// Which run.
+#[derive(Debug, Clone, Serialize, Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
+pub struct RunQuery {
+    /// Its name.
+    pub name: String,
+    /// Wait up to this many seconds for its end.
+    pub wait: Option<u64>,
+}
+
+/// What a model was made of.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct ModelLineage {
+    /// The run that made it.
+    #[schema(value_type = String)]
+    pub run: RunName,
+    /// For whom.
+    #[schema(value_type = String)]
+    pub from: SiteName,
+    /// Where.
+    #[schema(value_type = String)]
+    pub on: SiteName,
+    /// Of what: data, labels, code and image, by digest.
+    pub inputs: Vec<RunInput>,
 }
 
 /// One artifact with where it went.
@@ -158,6 +406,9 @@ pub struct ArtifactDetail {
     pub artifact: Artifact,
     /// Its transfers.
     pub transfers: Vec<Transfer>,
+    /// What it was made of, for a model that a training run made.
+    #[serde(default)]
+    pub lineage: Option<ModelLineage>,
 }
 
 /// One site.
@@ -196,6 +447,9 @@ pub struct PublishRequest {
     /// Sites to deliver to at once.
     #[serde(default)]
     pub to: Option<String>,
+    /// The training run that made it (at a site).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub run: Option<String>,
     /// How to read the source.
     #[serde(default)]
     pub options: SourceOptions,
@@ -235,6 +489,9 @@ pub struct Published {
     pub stored: u64,
     /// Whether the same content already stood under this reference.
     pub unchanged: bool,
+    /// What there is to know beside that: at a site, that the hub has still to hear of it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub note: Option<String>,
 }
 
 /// Ask to deliver.
@@ -343,12 +600,16 @@ pub struct Event {
     pub body: serde_json::Value,
 }
 
-/// A join token, made for one site.
+/// A join token, made for one site or one publisher.
 #[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct TokenRequest {
     /// The site it is for.
-    pub site: String,
+    #[serde(default)]
+    pub site: Option<String>,
+    /// The publisher it is for: whoever publishes at the hub from another machine, and may do nothing else.
+    #[serde(default)]
+    pub publisher: Option<String>,
     /// The labels that the site will have.
     #[serde(default)]
     pub labels: BTreeMap<String, String>,
@@ -356,7 +617,7 @@ pub struct TokenRequest {
     pub ttl_seconds: u64,
 }
 
-/// A join token, to be given to `packhorse join` at the site. It works once.
+/// A join token, to be given to `packhorse join` at the site, or to `packhorse publish --hub`. It works once.
 #[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
 pub struct TokenReply {
     /// The token.
@@ -382,6 +643,16 @@ pub struct VerifyRequest {
     /// Whether to fetch again what is bad.
     #[serde(default)]
     pub repair: bool,
+}
+
+/// Ask to keep an artifact's relayed bytes whatever their age, or no longer.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct PinRequest {
+    /// `kind/name:version`.
+    pub artifact: String,
+    /// Whether they stay.
+    pub pinned: bool,
 }
 
 /// Ask to export.

@@ -1,5 +1,6 @@
 //! Artifacts in the catalogue.
 
+use serde::{Deserialize, Serialize};
 use sqlx::Row;
 use sqlx::sqlite::SqliteRow;
 
@@ -29,10 +30,33 @@ pub struct ArtifactRow {
     pub place: Option<Place>,
     /// When it was recorded.
     pub created_ms: i64,
+    /// Whether it was published here, at this site, and lies where it was published.
+    pub published: bool,
+    /// What the hub has still to be told of it (at a site).
+    pub offer: Option<Offer>,
+    /// Whether its relayed bytes stay whatever their age (at the hub).
+    pub pinned: bool,
+    /// When its relayed bytes were last asked for (at the hub).
+    pub used_ms: i64,
+}
+
+/// What a site tells the hub of an artifact that was published there, again and again until the hub has heard it.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Offer {
+    /// Sites to deliver to at once.
+    pub to: Option<String>,
+    /// The training run that made it.
+    pub run: Option<String>,
 }
 
 fn stored(what: impl std::fmt::Display) -> Fault {
     Fault::internal(format!("the catalogue holds a malformed row: {what}"))
+}
+
+/// The answer for an artifact that does not exist, and for one that somebody may not have.
+pub(crate) fn no_artifact(artifact: &ArtifactRef) -> Fault {
+    Fault::not_found(format!("there is no artifact {artifact}")).with_next("'packhorse artifacts' lists what there is")
 }
 
 fn artifact(row: &SqliteRow) -> Result<ArtifactRow, Fault> {
@@ -48,6 +72,10 @@ fn artifact(row: &SqliteRow) -> Result<ArtifactRow, Fault> {
         location: get("location")?,
         place: get("place")?.map(|s| serde_json::from_str(&s)).transpose().map_err(stored)?,
         created_ms: row.try_get("created_ms").map_err(fault)?,
+        published: row.try_get::<Option<i64>, _>("published_ms").map_err(fault)?.is_some(),
+        offer: get("offer")?.map(|s| serde_json::from_str(&s)).transpose().map_err(stored)?,
+        pinned: row.try_get::<i64, _>("pinned").map_err(fault)? != 0,
+        used_ms: row.try_get::<Option<i64>, _>("used_ms").map_err(fault)?.unwrap_or(0),
     })
 }
 
@@ -68,6 +96,7 @@ impl ArtifactRow {
             created_at: time(self.created_ms),
             info,
             location: self.location.clone(),
+            pinned: self.pinned,
         }
     }
 }
@@ -120,6 +149,60 @@ impl Catalogue {
         Ok(())
     }
 
+    /// Notes that an artifact was published here and lies there, and what the hub has to be told of it. What was
+    /// received before stays where it landed.
+    pub async fn set_published(&self, artifact: &ArtifactRef, place: &Place, location: &str, offer: &Offer) -> Result<(), Fault> {
+        let place = serde_json::to_string(place).map_err(stored)?;
+        let offer = serde_json::to_string(offer).map_err(stored)?;
+        let mut tx = self.write.begin_with("BEGIN IMMEDIATE").await.map_err(fault)?;
+        sqlx::query("UPDATE artifact SET offer = ? WHERE reference = ?")
+            .bind(offer)
+            .bind(artifact.to_string())
+            .execute(&mut *tx)
+            .await
+            .map_err(fault)?;
+        sqlx::query(
+            "UPDATE artifact SET published_ms = ?, location = ?, place = ?
+             WHERE reference = ? AND (place IS NULL OR published_ms IS NOT NULL)",
+        )
+        .bind(clock::now_unix_ms() as i64)
+        .bind(location)
+        .bind(place)
+        .bind(artifact.to_string())
+        .execute(&mut *tx)
+        .await
+        .map_err(fault)?;
+        tx.commit().await.map_err(fault)?;
+        self.notify();
+        Ok(())
+    }
+
+    /// Notes that the hub has heard of an artifact that was published here.
+    pub async fn offered(&self, artifact: &ArtifactRef) -> Result<(), Fault> {
+        sqlx::query("UPDATE artifact SET offer = NULL WHERE reference = ?")
+            .bind(artifact.to_string())
+            .execute(&self.write)
+            .await
+            .map_err(fault)?;
+        Ok(())
+    }
+
+    /// What the hub has still to be told of, oldest first.
+    pub async fn offers(&self) -> Result<Vec<ArtifactRow>, Fault> {
+        let rows = sqlx::query("SELECT * FROM artifact WHERE offer IS NOT NULL ORDER BY id").fetch_all(&self.read).await.map_err(fault)?;
+        rows.iter().map(artifact).collect()
+    }
+
+    /// All artifacts of this digest, those that lie here first.
+    pub async fn all_by_digest(&self, digest: Digest) -> Result<Vec<ArtifactRow>, Fault> {
+        let rows = sqlx::query("SELECT * FROM artifact WHERE digest = ? ORDER BY place IS NULL, id")
+            .bind(&digest.0[..])
+            .fetch_all(&self.read)
+            .await
+            .map_err(fault)?;
+        rows.iter().map(artifact).collect()
+    }
+
     /// One artifact by name.
     pub async fn artifact(&self, artifact: &ArtifactRef) -> Result<ArtifactRow, Fault> {
         let row = sqlx::query("SELECT * FROM artifact WHERE reference = ?")
@@ -129,9 +212,7 @@ impl Catalogue {
             .map_err(fault)?;
         match row {
             Some(row) => self::artifact(&row),
-            None => {
-                Err(Fault::not_found(format!("there is no artifact {artifact}")).with_next("'packhorse artifacts' lists what there is"))
-            }
+            None => Err(no_artifact(artifact)),
         }
     }
 
@@ -142,6 +223,23 @@ impl Catalogue {
             .fetch_optional(&self.read)
             .await
             .map_err(fault)?;
+        row.as_ref().map(artifact).transpose()
+    }
+
+    /// The newest other version of this artifact that this daemon holds.
+    pub async fn kin(&self, of: &ArtifactRef) -> Result<Option<ArtifactRow>, Fault> {
+        // All of "kind/name:" and nothing else: ';' is the character behind ':'.
+        let series = of.series();
+        let row = sqlx::query(
+            "SELECT * FROM artifact WHERE reference > ? AND reference < ? AND reference != ? AND place IS NOT NULL \
+             ORDER BY created_ms DESC LIMIT 1",
+        )
+        .bind(format!("{series}:"))
+        .bind(format!("{series};"))
+        .bind(of.to_string())
+        .fetch_optional(&self.read)
+        .await
+        .map_err(fault)?;
         row.as_ref().map(artifact).transpose()
     }
 

@@ -4,6 +4,9 @@
 //! news. Hub and site have the same tables: at a site the transfers are its own, as the hub asked for them.
 
 mod artifacts;
+mod deliveries;
+mod relay;
+mod runs;
 mod sites;
 mod transfers;
 
@@ -14,9 +17,13 @@ use std::time::Duration;
 use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePool, SqlitePoolOptions, SqliteSynchronous};
 use tokio::sync::Notify;
 
-pub use artifacts::ArtifactRow;
+pub(crate) use artifacts::no_artifact;
+pub use artifacts::{ArtifactRow, Offer};
+pub use deliveries::DeliveryRow;
+pub use relay::Kept;
+pub use runs::RunRow;
 pub(crate) use transfers::new_id;
-pub use transfers::{Body, TransferRow, Want};
+pub use transfers::{Body, Part, TransferRow, Want};
 
 use crate::api::types::Event;
 use crate::clock;

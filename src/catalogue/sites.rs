@@ -1,4 +1,4 @@
-//! Sites and join tokens in the catalogue (the hub's).
+//! Sites, publishers and join tokens in the catalogue (the hub's).
 
 use std::collections::BTreeMap;
 
@@ -6,26 +6,42 @@ use super::{Catalogue, fault, note, time};
 use crate::api::types::Site;
 use crate::clock;
 use crate::fault::Fault;
+use crate::identity::{Claim, Holder};
 use crate::names::{SiteName, SiteSelector};
 
-type TokenColumns = (Vec<u8>, String, String, i64, Option<i64>);
+type TokenColumns = (Vec<u8>, String, String, i64, Option<i64>, String);
 type SiteColumns = (String, String, i64, Option<i64>, Option<String>, i64);
 
+/// What a token's certificate is good for, as the table says it.
+const SITE: &str = "site";
+const PUBLISHER: &str = "publisher";
+
 impl Catalogue {
-    /// Keeps a join token: only the hash of its secret.
+    /// Keeps a join token: only the hash of its secret. A site and a publisher may not share a name.
     pub async fn add_token(
         &self,
         id: &str,
         secret_hash: &[u8; 32],
-        site: &SiteName,
+        holder: &Holder,
         labels: &BTreeMap<String, String>,
         ttl_seconds: u64,
     ) -> Result<(), Fault> {
         let now = clock::now_unix_ms() as i64;
-        sqlx::query("INSERT INTO token (id, secret_hash, site, labels, expires_ms) VALUES (?, ?, ?, ?, ?)")
+        let (role, taken) = match holder {
+            Holder::Publisher(_) => (PUBLISHER, "SELECT 'a site' FROM site WHERE name = ?"),
+            Holder::Site(_) => (SITE, "SELECT 'a publisher' FROM publisher WHERE name = ?"),
+            Holder::Hub(_) => return Err(Fault::usage("a hub joins nothing")),
+        };
+        let taken: Option<(String,)> =
+            sqlx::query_as(taken).bind(holder.name().as_str()).fetch_optional(&self.read).await.map_err(fault)?;
+        if let Some((what,)) = taken {
+            return Err(Fault::conflict(format!("{} is {what} already", holder.name())).with_next("choose another name"));
+        }
+        sqlx::query("INSERT INTO token (id, secret_hash, role, site, labels, expires_ms) VALUES (?, ?, ?, ?, ?, ?)")
             .bind(id)
             .bind(&secret_hash[..])
-            .bind(site.as_str())
+            .bind(role)
+            .bind(holder.name().as_str())
             .bind(serde_json::to_string(labels).unwrap_or_default())
             .bind(now.saturating_add((ttl_seconds as i64).saturating_mul(1000)))
             .execute(&self.write)
@@ -34,20 +50,25 @@ impl Catalogue {
         Ok(())
     }
 
-    /// Uses a join token up and enrols its site. `claimed` is the name in the joining site's config.
-    pub async fn redeem_token(&self, id: &str, secret_hash: &[u8; 32], claimed: &SiteName) -> Result<SiteName, Fault> {
+    /// Uses a join token up and enrols its site or publisher. `claim` is who asks, as he says.
+    pub async fn redeem_token(&self, id: &str, secret_hash: &[u8; 32], claim: &Claim) -> Result<Holder, Fault> {
+        let role = match claim {
+            Claim::Site(_) => SITE,
+            Claim::Publisher => PUBLISHER,
+        };
         let refuse = |why: &str| {
             Fault::not_allowed(format!("the join token {id} {why}"))
-                .with_next("make a new one at the hub: packhorse token create --site NAME")
+                .with_next(format!("make a new one at the hub: packhorse token create --{role} NAME"))
         };
         let now = clock::now_unix_ms() as i64;
         let mut tx = self.write.begin_with("BEGIN IMMEDIATE").await.map_err(fault)?;
-        let row: Option<TokenColumns> = sqlx::query_as("SELECT secret_hash, site, labels, expires_ms, used_ms FROM token WHERE id = ?")
-            .bind(id)
-            .fetch_optional(&mut *tx)
-            .await
-            .map_err(fault)?;
-        let Some((_, site, labels, expires, used)) = row.filter(|row| row.0 == secret_hash) else {
+        let row: Option<TokenColumns> =
+            sqlx::query_as("SELECT secret_hash, site, labels, expires_ms, used_ms, role FROM token WHERE id = ?")
+                .bind(id)
+                .fetch_optional(&mut *tx)
+                .await
+                .map_err(fault)?;
+        let Some((_, name, labels, expires, used, bound)) = row.filter(|row| row.0 == secret_hash) else {
             return Err(refuse("is not one of this hub"));
         };
         if used.is_some() {
@@ -56,24 +77,51 @@ impl Catalogue {
         if expires < now {
             return Err(refuse("has expired"));
         }
-        if site != claimed.as_str() {
-            return Err(refuse(&format!("is for the site {site}, and this config says {claimed}")));
+        if bound != role {
+            return Err(refuse(&format!("is for a {bound}, not for a {role}")));
+        }
+        if let Claim::Site(claimed) = claim
+            && name != claimed.as_str()
+        {
+            return Err(refuse(&format!("is for the site {name}, and this config says {claimed}")));
         }
         sqlx::query("UPDATE token SET used_ms = ? WHERE id = ?").bind(now).bind(id).execute(&mut *tx).await.map_err(fault)?;
-        sqlx::query(
-            "INSERT INTO site (name, labels, joined_ms) VALUES (?, ?, ?)
-             ON CONFLICT (name) DO UPDATE SET labels = excluded.labels, joined_ms = excluded.joined_ms",
-        )
-        .bind(&site)
-        .bind(&labels)
-        .bind(now)
-        .execute(&mut *tx)
-        .await
-        .map_err(fault)?;
-        note(&mut tx, "site", &site).await?;
+        let holder = match claim {
+            Claim::Publisher => {
+                let join =
+                    "INSERT INTO publisher (name, joined_ms) VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET joined_ms = excluded.joined_ms";
+                sqlx::query(join).bind(&name).bind(now).execute(&mut *tx).await.map_err(fault)?;
+                Holder::Publisher(name.parse()?)
+            }
+            Claim::Site(_) => {
+                sqlx::query(
+                    "INSERT INTO site (name, labels, joined_ms) VALUES (?, ?, ?)
+                     ON CONFLICT (name) DO UPDATE SET labels = excluded.labels, joined_ms = excluded.joined_ms",
+                )
+                .bind(&name)
+                .bind(&labels)
+                .bind(now)
+                .execute(&mut *tx)
+                .await
+                .map_err(fault)?;
+                note(&mut tx, "site", &name).await?;
+                Holder::Site(name.parse()?)
+            }
+        };
         tx.commit().await.map_err(fault)?;
         self.notify();
-        Ok(site.parse()?)
+        Ok(holder)
+    }
+
+    /// Notes that a publisher is there; `false` for one that this hub does not know.
+    pub async fn publisher_seen(&self, name: &SiteName) -> Result<bool, Fault> {
+        let done = sqlx::query("UPDATE publisher SET seen_ms = ? WHERE name = ?")
+            .bind(clock::now_unix_ms() as i64)
+            .bind(name.as_str())
+            .execute(&self.write)
+            .await
+            .map_err(fault)?;
+        Ok(done.rows_affected() == 1)
     }
 
     /// Notes that a site came or went.

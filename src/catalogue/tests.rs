@@ -1,6 +1,7 @@
 use super::*;
 use crate::api::types::{State, TransferQuery};
 use crate::fault::Code;
+use crate::identity::{Claim, Holder};
 use crate::manifest::{KindInfo, Root, Totals};
 use crate::names::{ArtifactRef, SiteName};
 
@@ -29,14 +30,36 @@ async fn an_artifact_never_changes() {
 #[tokio::test]
 async fn a_token_is_good_once_and_for_a_while() {
     let (_dir, catalogue) = catalogue().await;
-    let site: SiteName = "west".parse().unwrap();
+    let name: SiteName = "west".parse().unwrap();
+    let (site, claim) = (Holder::Site(name.clone()), Claim::Site(name.clone()));
     catalogue.add_token("a", &[1; 32], &site, &Default::default(), 60).await.unwrap();
-    assert_eq!(catalogue.redeem_token("a", &[2; 32], &site).await.unwrap_err().code, Code::NotAllowed);
-    assert_eq!(catalogue.redeem_token("a", &[1; 32], &site).await.unwrap(), site);
-    assert!(catalogue.redeem_token("a", &[1; 32], &site).await.unwrap_err().message.contains("used"));
+    assert_eq!(catalogue.redeem_token("a", &[2; 32], &claim).await.unwrap_err().code, Code::NotAllowed);
+    assert_eq!(catalogue.redeem_token("a", &[1; 32], &claim).await.unwrap(), site);
+    assert!(catalogue.redeem_token("a", &[1; 32], &claim).await.unwrap_err().message.contains("used"));
     catalogue.add_token("b", &[1; 32], &site, &Default::default(), 0).await.unwrap();
     tokio::time::sleep(Duration::from_millis(5)).await;
-    assert!(catalogue.redeem_token("b", &[1; 32], &site).await.unwrap_err().message.contains("expired"));
+    assert!(catalogue.redeem_token("b", &[1; 32], &claim).await.unwrap_err().message.contains("expired"));
+}
+
+#[tokio::test]
+async fn a_publisher_is_no_site() {
+    let (_dir, catalogue) = catalogue().await;
+    let name: SiteName = "office".parse().unwrap();
+    let publisher = Holder::Publisher(name.clone());
+    catalogue.add_token("a", &[1; 32], &publisher, &Default::default(), 60).await.unwrap();
+    // A site that shows a publisher's token is refused, and the token stays good.
+    let fault = catalogue.redeem_token("a", &[1; 32], &Claim::Site(name.clone())).await.unwrap_err();
+    assert!(fault.message.contains("is for a publisher"), "{fault}");
+    assert!(!catalogue.publisher_seen(&name).await.unwrap());
+    assert_eq!(catalogue.redeem_token("a", &[1; 32], &Claim::Publisher).await.unwrap(), publisher);
+    assert!(catalogue.publisher_seen(&name).await.unwrap());
+    assert!(catalogue.sites().await.unwrap().is_empty());
+    assert_eq!(catalogue.select_sites(&"all".parse().unwrap()).await.unwrap_err().code, Code::NotFound);
+    // Nor can a site take its name, or a publisher that of a site.
+    let site = Holder::Site(name);
+    assert_eq!(catalogue.add_token("b", &[1; 32], &site, &Default::default(), 60).await.unwrap_err().code, Code::Conflict);
+    catalogue.add_token("c", &[1; 32], &Holder::Site("west".parse().unwrap()), &Default::default(), 60).await.unwrap();
+    assert_eq!(catalogue.redeem_token("c", &[1; 32], &Claim::Publisher).await.unwrap_err().code, Code::NotAllowed);
 }
 
 #[tokio::test]
@@ -44,8 +67,10 @@ async fn delivering_twice_is_one_transfer_and_a_cursor_shows_what_is_new() {
     let (_dir, catalogue) = catalogue().await;
     let name: ArtifactRef = "model/m:1".parse().unwrap();
     let sites: Vec<SiteName> = vec!["a".parse().unwrap(), "b".parse().unwrap()];
-    let first = catalogue.deliver("d-1", &name, root(1).digest(), 1, &sites).await.unwrap();
-    assert_eq!(catalogue.deliver("d-2", &name, root(1).digest(), 1, &sites).await.unwrap(), first);
+    let part = || [Part { artifact: name.clone(), digest: root(1).digest(), total: 1, needs: None, sites: sites.clone() }];
+    let first = catalogue.deliver("d-1", None, &part()).await.unwrap();
+    assert_eq!(catalogue.deliver("d-2", None, &part()).await.unwrap(), first);
+    assert_eq!(catalogue.delivery("d-2").await.unwrap().parts.len(), 2, "what stood already is part of the second delivery too");
     let (all, cursor) = catalogue.transfers(&TransferQuery::default()).await.unwrap();
     assert_eq!(all.len(), 2);
     let since = |c| TransferQuery { since: Some(c), ..Default::default() };
@@ -57,4 +82,67 @@ async fn delivering_twice_is_one_transfer_and_a_cursor_shows_what_is_new() {
     assert_eq!(catalogue.transfer(&first[1]).await.unwrap().state, State::Done, "what is done stays done");
     assert!(catalogue.is_entitled(&sites[0], root(1).digest()).await.unwrap());
     assert!(!catalogue.is_entitled(&sites[0], root(2).digest()).await.unwrap());
+}
+
+#[tokio::test]
+async fn labels_wait_for_their_dataset_at_the_same_site() {
+    let (_dir, catalogue) = catalogue().await;
+    let sites: Vec<SiteName> = vec!["a".parse().unwrap(), "b".parse().unwrap()];
+    let part = |name: &str, needs: Option<&str>| Part {
+        sites: sites.clone(),
+        artifact: name.parse().unwrap(),
+        digest: root(name.len() as u64).digest(),
+        total: 1,
+        needs: needs.map(|n| n.parse().unwrap()),
+    };
+    let parts = [part("labels/l:1", Some("dataset/d:1")), part("dataset/d:1", None)];
+    let ids = catalogue.deliver("d-1", None, &parts).await.unwrap();
+    let at_a = |ids: &[String]| vec![(ids[0].clone(), ids[2].clone())];
+    assert_eq!(catalogue.waits(&sites[0]).await.unwrap(), at_a(&ids));
+    catalogue.update_transfer(&ids[2], 0, State::Failed, &Body::default()).await.unwrap();
+    assert_eq!(catalogue.waits(&sites[0]).await.unwrap(), at_a(&ids), "a failed one will be retried");
+    catalogue.act(&ids[2], crate::api::types::Action::Retry).await.unwrap();
+    catalogue.update_transfer(&ids[2], 1, State::Done, &Body::default()).await.unwrap();
+    assert!(catalogue.waits(&sites[0]).await.unwrap().is_empty());
+    assert_eq!(catalogue.waits(&sites[1]).await.unwrap().len(), 1, "each site waits for its own");
+}
+
+#[tokio::test]
+async fn what_a_run_borrowed_goes_and_what_others_want_stays() {
+    let (_dir, catalogue) = catalogue().await;
+    let sites: Vec<SiteName> = vec!["b".parse().unwrap()];
+    let part = |name: &str| Part { artifact: name.parse().unwrap(), digest: root(1).digest(), total: 1, needs: None, sites: sites.clone() };
+    let done = |id: String| {
+        let catalogue = catalogue.clone();
+        async move { catalogue.update_transfer(&id, 0, State::Done, &Body::default()).await.unwrap() }
+    };
+    let before = catalogue.deliver("d-1", None, &[part("model/had:1")]).await.unwrap();
+    let all = [part("model/had:1"), part("model/one:1"), part("model/two:1")];
+    let one = catalogue.deliver("d-2", Some("one"), &all).await.unwrap();
+    catalogue.deliver("d-3", Some("two"), &[part("model/two:1")]).await.unwrap();
+    for id in &one {
+        done(id.clone()).await;
+    }
+    assert_eq!(one[0], before[0]);
+    let borrowed = |run: &'static str| {
+        let (catalogue, site) = (catalogue.clone(), sites[0].clone());
+        async move {
+            let rows = catalogue.only_borrowed(run, &site).await.unwrap();
+            rows.into_iter().map(|row| row.artifact.to_string()).collect::<Vec<_>>()
+        }
+    };
+    catalogue.save_run("one", "training", true, &1).await.unwrap();
+    catalogue.save_run("two", "training", true, &1).await.unwrap();
+    assert_eq!(borrowed("one").await, ["model/one:1"]);
+    assert!(borrowed("two").await.is_empty(), "run one still needs it");
+    catalogue.save_run("one", "failed", true, &1).await.unwrap();
+    assert_eq!(borrowed("two").await, ["model/two:1"]);
+    catalogue.deliver("d-4", None, &[part("model/two:1")]).await.unwrap();
+    assert!(borrowed("two").await.is_empty(), "somebody asked for it since");
+
+    catalogue.set_removed(&one[1], 7).await.unwrap();
+    let other = root(1).digest();
+    assert!(catalogue.is_entitled(&sites[0], other).await.unwrap(), "by the others");
+    let again = catalogue.deliver("d-5", None, &[part("model/one:1")]).await.unwrap();
+    assert_ne!(again[0], one[1], "what was given back is sent again");
 }

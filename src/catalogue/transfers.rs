@@ -4,12 +4,12 @@ use serde::{Deserialize, Serialize};
 use sqlx::Row;
 use sqlx::sqlite::SqliteRow;
 
-use super::{Catalogue, fault, note, time};
+use super::{ArtifactRow, Catalogue, fault, note, time};
 use crate::api::types::{Action, Bytes, State, Transfer, TransferQuery};
 use crate::chunk::Hash;
 use crate::clock;
 use crate::fault::{Fault, Reason};
-use crate::manifest::Digest;
+use crate::manifest::{Digest, KindInfo};
 use crate::names::{ArtifactRef, SiteName};
 
 /// What the hub asks of a transfer.
@@ -96,6 +96,36 @@ pub struct TransferRow {
     pub finished_ms: Option<i64>,
     /// The event at which it last changed.
     pub cursor: i64,
+    /// The transfers to this site that go first.
+    pub after: Vec<String>,
+    /// When what it brought was taken away again.
+    pub removed_ms: Option<i64>,
+}
+
+/// One artifact of a delivery.
+#[derive(Debug, Clone)]
+pub struct Part {
+    /// What.
+    pub artifact: ArtifactRef,
+    /// Its digest.
+    pub digest: Digest,
+    /// Its bytes.
+    pub total: u64,
+    /// The artifact that must be at the site first.
+    pub needs: Option<ArtifactRef>,
+    /// Where it goes.
+    pub sites: Vec<SiteName>,
+}
+
+impl Part {
+    /// An artifact to these sites.
+    pub fn new(row: &ArtifactRow, sites: &[SiteName]) -> Self {
+        let needs = match &row.root.info {
+            KindInfo::Labels(labels) => labels.dataset.as_ref().map(|dataset| dataset.artifact.clone()),
+            KindInfo::Files | KindInfo::Image(_) => None,
+        };
+        Self { artifact: row.artifact.clone(), digest: row.digest, total: row.root.totals.bytes, needs, sites: sites.to_vec() }
+    }
 }
 
 impl TransferRow {
@@ -121,12 +151,13 @@ impl TransferRow {
             updated_at: time(self.updated_ms),
             finished_at: self.finished_ms.map(time),
             receipt: body.receipt,
+            removed_at: self.removed_ms.map(time),
             cursor: self.cursor as u64,
         }
     }
 }
 
-fn transfer(row: &SqliteRow) -> Result<TransferRow, Fault> {
+pub(super) fn transfer(row: &SqliteRow) -> Result<TransferRow, Fault> {
     let malformed = |what: &str| Fault::internal(format!("the catalogue holds a malformed transfer: {what}"));
     let text = |name: &str| row.try_get::<String, _>(name).map_err(fault);
     let number = |name: &str| row.try_get::<i64, _>(name).map_err(fault);
@@ -149,6 +180,8 @@ fn transfer(row: &SqliteRow) -> Result<TransferRow, Fault> {
         updated_ms: number("updated_ms")?,
         finished_ms: row.try_get("finished_ms").map_err(fault)?,
         cursor: number("cursor")?,
+        after: serde_json::from_str(&text("after_ids")?).map_err(|_| malformed("after_ids"))?,
+        removed_ms: row.try_get("removed_ms").map_err(fault)?,
     })
 }
 
@@ -157,59 +190,79 @@ pub(crate) fn new_id(prefix: &str) -> String {
     format!("{prefix}-{:011x}{:08x}", clock::now_unix_ms(), rand::random::<u32>())
 }
 
+/// Finds the transfer of an artifact to a site that stands, or begins one.
+async fn begin(tx: &mut sqlx::SqliteConnection, delivery: &str, part: &Part, site: &SiteName, now: i64) -> Result<String, Fault> {
+    let there = sqlx::query(
+        "SELECT * FROM transfer WHERE reference = ? AND site = ? AND state != 'cancelled' AND removed_ms IS NULL
+         ORDER BY created_ms DESC LIMIT 1",
+    )
+    .bind(part.artifact.to_string())
+    .bind(site.as_str())
+    .fetch_optional(&mut *tx)
+    .await
+    .map_err(fault)?;
+    if let Some(row) = there {
+        let row = transfer(&row)?;
+        if row.state == State::Failed {
+            let seq = note(tx, "transfer", &row.id).await?;
+            sqlx::query("UPDATE transfer SET state = 'queued', want = 'run', generation = generation + 1, finished_ms = NULL, updated_ms = ?, cursor = ? WHERE id = ?")
+                .bind(now).bind(seq).bind(&row.id).execute(&mut *tx).await.map_err(fault)?;
+        }
+        return Ok(row.id);
+    }
+    let id = new_id("t");
+    let seq = note(tx, "transfer", &id).await?;
+    let body = Body { bytes: Bytes { total: part.total, ..Bytes::default() }, ..Body::default() };
+    sqlx::query(
+        "INSERT INTO transfer (id, delivery, reference, digest, site, state, body, created_ms, updated_ms, cursor, needs)
+         VALUES (?, ?, ?, ?, ?, 'queued', ?, ?, ?, ?, ?)",
+    )
+    .bind(&id)
+    .bind(delivery)
+    .bind(part.artifact.to_string())
+    .bind(&part.digest.0[..])
+    .bind(site.as_str())
+    .bind(serde_json::to_string(&body).unwrap_or_default())
+    .bind(now)
+    .bind(now)
+    .bind(seq)
+    .bind(part.needs.as_ref().map(ToString::to_string))
+    .execute(&mut *tx)
+    .await
+    .map_err(fault)?;
+    Ok(id)
+}
+
 impl Catalogue {
-    /// Begins transfers of an artifact, one for each site. A transfer that stands already is taken instead: one that
-    /// runs as it is, one that is done stays done; a failed one begins again.
-    pub async fn deliver(
-        &self,
-        delivery: &str,
-        artifact: &ArtifactRef,
-        digest: Digest,
-        total: u64,
-        sites: &[SiteName],
-    ) -> Result<Vec<String>, Fault> {
+    /// Begins a delivery: a transfer for each artifact and site, all in one transaction, so that no site ever hears of
+    /// labels without the dataset that they wait for. A transfer that stands already is taken instead: one that runs as
+    /// it is, one that is done stays done; a failed one begins again. What a run borrowed and gave back does not stand.
+    pub async fn deliver(&self, delivery: &str, run: Option<&str>, parts: &[Part]) -> Result<Vec<String>, Fault> {
         let now = clock::now_unix_ms() as i64;
         let mut tx = self.write.begin_with("BEGIN IMMEDIATE").await.map_err(fault)?;
-        let mut ids = Vec::new();
-        for site in sites {
-            let there = sqlx::query(
-                "SELECT * FROM transfer WHERE reference = ? AND site = ? AND state != 'cancelled' ORDER BY created_ms DESC LIMIT 1",
-            )
-            .bind(artifact.to_string())
-            .bind(site.as_str())
-            .fetch_optional(&mut *tx)
-            .await
-            .map_err(fault)?;
-            if let Some(row) = there {
-                let row = transfer(&row)?;
-                if row.state == State::Failed {
-                    let seq = note(&mut tx, "transfer", &row.id).await?;
-                    sqlx::query("UPDATE transfer SET state = 'queued', want = 'run', generation = generation + 1, finished_ms = NULL, updated_ms = ?, cursor = ? WHERE id = ?")
-                        .bind(now).bind(seq).bind(&row.id).execute(&mut *tx).await.map_err(fault)?;
-                }
-                ids.push(row.id);
-                continue;
-            }
-            let id = new_id("t");
-            let seq = note(&mut tx, "transfer", &id).await?;
-            let body = Body { bytes: Bytes { total, ..Bytes::default() }, ..Body::default() };
-            sqlx::query(
-                "INSERT INTO transfer (id, delivery, reference, digest, site, state, body, created_ms, updated_ms, cursor)
-                 VALUES (?, ?, ?, ?, ?, 'queued', ?, ?, ?, ?)",
-            )
-            .bind(&id)
+        sqlx::query("INSERT INTO delivery (id, run, created_ms) VALUES (?, ?, ?)")
             .bind(delivery)
-            .bind(artifact.to_string())
-            .bind(&digest.0[..])
-            .bind(site.as_str())
-            .bind(serde_json::to_string(&body).unwrap_or_default())
+            .bind(run)
             .bind(now)
-            .bind(now)
-            .bind(seq)
             .execute(&mut *tx)
             .await
             .map_err(fault)?;
-            ids.push(id);
+        let mut ids: Vec<String> = Vec::new();
+        for part in parts {
+            for site in &part.sites {
+                let id = begin(&mut tx, delivery, part, site, now).await?;
+                // One artifact named twice is one part.
+                if ids.contains(&id) {
+                    continue;
+                }
+                sqlx::query("INSERT INTO delivery_part (delivery, transfer) VALUES (?, ?)")
+                    .bind(delivery)
+                    .bind(&id)
+                    .execute(&mut *tx)
+                    .await
+                    .map_err(fault)?;
+                ids.push(id);
+            }
         }
         tx.commit().await.map_err(fault)?;
         self.notify();
@@ -234,8 +287,8 @@ impl Catalogue {
                 .map_err(fault)?;
                 let seq = note(&mut tx, "transfer", &wanted.id).await?;
                 sqlx::query(
-                    "INSERT INTO transfer (id, delivery, reference, digest, site, want, generation, state, body, created_ms, updated_ms, cursor)
-                     VALUES (?, ?, ?, ?, ?, ?, ?, 'queued', ?, ?, ?, ?)",
+                    "INSERT INTO transfer (id, delivery, reference, digest, site, want, generation, state, body, created_ms, updated_ms, cursor, after_ids)
+                     VALUES (?, ?, ?, ?, ?, ?, ?, 'queued', ?, ?, ?, ?, ?)",
                 )
                 .bind(&wanted.id)
                 .bind(&wanted.delivery)
@@ -248,6 +301,7 @@ impl Catalogue {
                 .bind(wanted.created_ms)
                 .bind(clock::now_unix_ms() as i64)
                 .bind(seq)
+                .bind(serde_json::to_string(&wanted.after).unwrap_or_default())
                 .execute(&mut *tx)
                 .await
                 .map_err(fault)?;
@@ -257,16 +311,18 @@ impl Catalogue {
             }
         };
         let again = wanted.generation > row.generation && row.state.is_final();
-        if again || row.want != wanted.want || row.generation != wanted.generation {
+        if again || row.want != wanted.want || row.generation != wanted.generation || row.after != wanted.after {
             (row.want, row.generation) = (wanted.want, wanted.generation);
+            row.after.clone_from(&wanted.after);
             if again {
                 (row.state, row.finished_ms) = (State::Queued, None);
             }
-            sqlx::query("UPDATE transfer SET want = ?, generation = ?, state = ?, finished_ms = ? WHERE id = ?")
+            sqlx::query("UPDATE transfer SET want = ?, generation = ?, state = ?, finished_ms = ?, after_ids = ? WHERE id = ?")
                 .bind(row.want.as_str())
                 .bind(row.generation)
                 .bind(row.state.as_str())
                 .bind(row.finished_ms)
+                .bind(serde_json::to_string(&row.after).unwrap_or_default())
                 .bind(&row.id)
                 .execute(&mut *tx)
                 .await
@@ -378,11 +434,14 @@ impl Catalogue {
 
     /// The transfers of an id, which may be a delivery's.
     pub async fn transfers_of(&self, id: &str) -> Result<Vec<TransferRow>, Fault> {
-        let rows = sqlx::query("SELECT * FROM transfer WHERE id = ?1 OR delivery = ?1 ORDER BY created_ms, id")
-            .bind(id)
-            .fetch_all(&self.read)
-            .await
-            .map_err(fault)?;
+        let rows = sqlx::query(
+            "SELECT * FROM transfer WHERE id = ?1 OR delivery = ?1 OR id IN (SELECT transfer FROM delivery_part WHERE delivery = ?1)
+             ORDER BY created_ms, id",
+        )
+        .bind(id)
+        .fetch_all(&self.read)
+        .await
+        .map_err(fault)?;
         if rows.is_empty() {
             return Err(Fault::not_found(format!("there is no transfer or delivery {id}")).with_next("'packhorse status' lists them"));
         }
@@ -436,14 +495,29 @@ impl Catalogue {
         rows.iter().map(transfer).collect()
     }
 
-    /// Whether a site may read this content: it has a transfer of it that was not cancelled.
+    /// Which open transfers of a site wait for which others: what they need is on its way there, and not given up. One
+    /// that failed is still waited for, since a person will see to it.
+    pub async fn waits(&self, site: &SiteName) -> Result<Vec<(String, String)>, Fault> {
+        sqlx::query_as(
+            "SELECT t.id, first.id FROM transfer t JOIN transfer first ON first.site = t.site AND first.reference = t.needs
+             WHERE t.site = ? AND t.needs IS NOT NULL AND t.state NOT IN ('done', 'failed', 'cancelled')
+               AND first.state NOT IN ('done', 'cancelled') ORDER BY t.id, first.id",
+        )
+        .bind(site.as_str())
+        .fetch_all(&self.read)
+        .await
+        .map_err(fault)
+    }
+
+    /// Whether a site may read this content: it has a transfer of it that was not cancelled, nor its result removed.
     pub async fn is_entitled(&self, site: &SiteName, digest: Digest) -> Result<bool, Fault> {
-        let row: Option<(i64,)> = sqlx::query_as("SELECT 1 FROM transfer WHERE site = ? AND digest = ? AND state != 'cancelled' LIMIT 1")
-            .bind(site.as_str())
-            .bind(&digest.0[..])
-            .fetch_optional(&self.read)
-            .await
-            .map_err(fault)?;
+        let row: Option<(i64,)> =
+            sqlx::query_as("SELECT 1 FROM transfer WHERE site = ? AND digest = ? AND state != 'cancelled' AND removed_ms IS NULL LIMIT 1")
+                .bind(site.as_str())
+                .bind(&digest.0[..])
+                .fetch_optional(&self.read)
+                .await
+                .map_err(fault)?;
         Ok(row.is_some())
     }
 

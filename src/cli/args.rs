@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use clap::{Parser, Subcommand, ValueEnum};
 
+use super::train::{TrainCommand, Trainer};
 use crate::config::{self, Config};
 use crate::fault::Fault;
 
@@ -91,7 +92,7 @@ pub(super) enum Command {
         token: String,
     },
     /// Publish an artifact, at the hub or at a site.
-    Publish(Publish),
+    Publish(Box<Publish>),
     /// Deliver artifacts to sites, from wherever they are.
     Deliver(Deliver),
     /// Show transfers.
@@ -126,6 +127,16 @@ pub(super) enum Command {
         /// A transfer's id, or a delivery's: then all of it.
         transfer: String,
     },
+    /// Training at another site: its runs.
+    #[command(subcommand)]
+    Train(TrainCommand),
+    #[command(hide = true)]
+    Trainer(Trainer),
+    #[command(hide = true)]
+    SampleTrainer {
+        /// The run's descriptor.
+        descriptor: PathBuf,
+    },
     /// Say what a delivery would cost; sends nothing.
     Plan {
         /// KIND/NAME:VERSION, one or more.
@@ -143,6 +154,18 @@ pub(super) enum Command {
         /// Fetch again what is bad.
         #[arg(long)]
         repair: bool,
+    },
+    /// Keep what the hub holds of an artifact that lives at a site, whatever its age.
+    Pin {
+        /// KIND/NAME:VERSION.
+        #[arg(value_name = "REF")]
+        artifact: String,
+    },
+    /// Let it age again.
+    Unpin {
+        /// KIND/NAME:VERSION.
+        #[arg(value_name = "REF")]
+        artifact: String,
     },
     /// Write artifacts to one file, to be carried by hand.
     Export {
@@ -176,15 +199,18 @@ impl Command {
 
 #[derive(Debug, Subcommand)]
 pub(super) enum TokenCommand {
-    /// Make a join token for one site; it works once.
+    /// Make a join token for one site, or for one publisher; it works once.
     Create(TokenCreate),
 }
 
 #[derive(Debug, clap::Args)]
 pub(super) struct TokenCreate {
     /// The site it is for.
-    #[arg(long, value_name = "NAME")]
-    pub(super) site: String,
+    #[arg(long, value_name = "NAME", required_unless_present = "publisher")]
+    pub(super) site: Option<String>,
+    /// The publisher it is for: whoever publishes from another machine (`publish --hub`), and may do nothing else.
+    #[arg(long, value_name = "NAME", conflicts_with_all = ["site", "labels"])]
+    pub(super) publisher: Option<String>,
     /// A label that the site will have; may be given often.
     #[arg(long = "label", value_name = "KEY=VALUE", value_parser = key_value)]
     pub(super) labels: Vec<(String, String)>,
@@ -201,7 +227,7 @@ pub(super) enum ConfigCommand {
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Publish {
-    /// A path, or registry://HOST/REPOSITORY:TAG.
+    /// A path, registry://HOST/REPOSITORY:TAG, or at a site its label database: db:LABEL_SET:VERSION, db:'SELECT …'.
     pub(super) source: String,
     /// What to publish it as; kinds are dataset, labels, operator, image, model.
     #[arg(long = "as", value_name = "KIND/NAME:VERSION")]
@@ -224,12 +250,24 @@ pub(super) struct Publish {
     /// given often.
     #[arg(long = "column", value_name = "FIELD=COLUMN", value_parser = key_value, num_args = 1..)]
     pub(super) columns: Vec<(String, String)>,
+    /// The training run that made it: the model goes to the site that borrows.
+    #[arg(long, value_name = "RUN", conflicts_with = "hub")]
+    pub(super) run: Option<String>,
     /// Registry: the user.
     #[arg(long, requires = "password_file")]
     pub(super) username: Option<String>,
     /// Registry: a file that holds the password, as the daemon sees it.
     #[arg(long, value_name = "FILE", requires = "username")]
     pub(super) password_file: Option<PathBuf>,
+    /// Publish from this machine, which has no daemon, at the hub whose line this is: only what it lacks is sent.
+    #[arg(long, value_name = "HOST:PORT")]
+    pub(super) hub: Option<String>,
+    /// With --hub, the first time: what `token create --publisher` printed. The environment keeps it out of the process list.
+    #[arg(long, env = "PACKHORSE_JOIN_TOKEN", hide_env_values = true, value_name = "TOKEN")]
+    pub(super) join_token: Option<String>,
+    /// With --hub: where this machine's certificate lies (default: ~/.local/share/packhorse).
+    #[arg(long, value_name = "DIR", requires = "hub")]
+    pub(super) state: Option<PathBuf>,
 }
 
 #[derive(Debug, clap::Args)]

@@ -68,6 +68,11 @@ impl Client {
         self.send(self.http.request(Method::GET, self.url(path)).query(query), Duration::ZERO).await.map(|(value, _)| value)
     }
 
+    /// Asks what the daemon may think about for `wait`.
+    pub(crate) async fn get_within<T: DeserializeOwned>(&self, path: &str, query: &impl Serialize, wait: Duration) -> Result<T, Fault> {
+        self.send(self.http.request(Method::GET, self.url(path)).query(query), wait).await.map(|(value, _)| value)
+    }
+
     /// Tells.
     pub(crate) async fn post<T: DeserializeOwned>(&self, path: &str, body: &impl Serialize) -> Result<T, Fault> {
         self.send(self.http.request(Method::POST, self.url(path)).json(body), Duration::ZERO).await.map(|(value, _)| value)

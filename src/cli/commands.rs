@@ -8,7 +8,7 @@ use super::args::{Deliver, Global, Output, Publish, Status, TokenCreate, Wait};
 use super::client::Client;
 use super::follow::{self, Deadline, Progress};
 use super::output::{self, emit, fields, one, rows};
-use super::{human, status as show_status, watch};
+use super::{human, remote, status as show_status, watch};
 use crate::api::types::*;
 use crate::fault::{Fault, Retry};
 use crate::limits::API_ROWS_MAX;
@@ -27,7 +27,12 @@ pub(super) fn config_check(global: &Global) -> Result<(), Fault> {
 
 /// `token create`
 pub(super) async fn token_create(global: &Global, create: TokenCreate) -> Result<(), Fault> {
-    let request = TokenRequest { site: create.site, labels: create.labels.into_iter().collect(), ttl_seconds: create.ttl.as_secs() };
+    let request = TokenRequest {
+        site: create.site,
+        publisher: create.publisher,
+        labels: create.labels.into_iter().collect(),
+        ttl_seconds: create.ttl.as_secs(),
+    };
     let reply: TokenReply = Client::new(global)?.post("/v1/tokens", &request).await?;
     // Alone on stdout: TOKEN=$(packhorse token create …)
     one(global.output, &reply, |reply| format!("{}\n", reply.token))
@@ -35,21 +40,20 @@ pub(super) async fn token_create(global: &Global, create: TokenCreate) -> Result
 
 /// `publish`
 pub(super) async fn publish(global: &Global, publish: Publish) -> Result<(), Fault> {
+    let options = SourceOptions {
+        format: publish.format.clone(),
+        for_dataset: publish.for_dataset.clone(),
+        allow_missing: publish.allow_missing,
+        columns: publish.columns.iter().cloned().collect(),
+        username: publish.username.clone(),
+        password_file: publish.password_file.as_deref().map(absolute).transpose()?,
+    };
+    if let Some(hub) = publish.hub.clone() {
+        return Box::pin(remote::publish(global, publish, hub, options)).await;
+    }
     let client = Client::new(global)?;
     let deadline = Deadline::after(publish.wait.timeout);
-    let request = PublishRequest {
-        source: source(&publish.source)?,
-        as_ref: publish.as_ref,
-        to: publish.to,
-        options: SourceOptions {
-            format: publish.format,
-            for_dataset: publish.for_dataset,
-            allow_missing: publish.allow_missing,
-            columns: publish.columns.into_iter().collect(),
-            username: publish.username,
-            password_file: publish.password_file.as_deref().map(absolute).transpose()?,
-        },
-    };
+    let request = PublishRequest { source: source(&publish.source)?, as_ref: publish.as_ref, to: publish.to, run: publish.run, options };
     let mut progress = Progress::new();
     let job: Job = client.post("/v1/artifacts", &request).await?;
     let result = follow::job(&client, job, deadline, &mut progress).await?;
@@ -59,13 +63,16 @@ pub(super) async fn publish(global: &Global, publish: Publish) -> Result<(), Fau
     wait_for(&client, global.output, &published.transfers, &publish.wait, deadline).await
 }
 
-fn published_text(p: &Published) -> String {
+pub(super) fn published_text(p: &Published) -> String {
     let what = if p.unchanged { "was already published with this content" } else { "published" };
     let mut out = format!("{} {what}\n", p.artifact);
     out.push_str(&fields(&[
         ("  digest", p.digest.clone()),
         ("  size", format!("{}, of which {} are new to the store", human::bytes(p.bytes), human::bytes(p.stored))),
     ]));
+    if let Some(note) = &p.note {
+        out.push_str(&format!("  {}\n", human::clean(note)));
+    }
     out + &transfers_text(&p.transfers)
 }
 
@@ -111,8 +118,16 @@ pub(super) async fn status(global: &Global, args: Status) -> Result<(), Fault> {
         return Err(watch::no_transfer(args.transfer.as_deref()));
     }
     let cut = transfers.len() as u64 >= u64::from(args.limit);
-    rows(global.output, &transfers, |transfers| match transfers {
-        [only] if args.transfer.is_some() => show_status::detail(only),
+    // Asked for by a delivery's id, people see the whole first; programs get its parts, and `deliveries` from the API.
+    let whole: Option<Delivery> = match &args.transfer {
+        Some(id) if global.output == Output::Table && args.since.is_none() && !transfers.iter().any(|t| t.id == *id) => {
+            client.get("/v1/deliveries/show", &[("id", id)]).await.ok()
+        }
+        _ => None,
+    };
+    rows(global.output, &transfers, |transfers| match (transfers, &whole) {
+        (_, Some(whole)) => show_status::delivery(whole, output::colour()),
+        ([only], None) if args.transfer.is_some() => show_status::detail(only),
         _ => show_status::table(transfers, output::colour()),
     })?;
     match args.since {
@@ -169,6 +184,13 @@ pub(super) async fn verify(global: &Global, artifact: String, repair: bool) -> R
             Err(Fault::integrity(format!("{artifact}: {count} findings")).with_next(next))
         }
     }
+}
+
+/// `pin`, `unpin`
+pub(super) async fn pin(global: &Global, artifact: String, pinned: bool) -> Result<(), Fault> {
+    let artifact: Artifact = Client::new(global)?.post("/v1/pin", &PinRequest { artifact, pinned }).await?;
+    let what = if pinned { "stays, whatever its age" } else { "goes when it is old or room is needed" };
+    one(global.output, &artifact, |a| format!("what the hub keeps of {} {what}\n", a.artifact))
 }
 
 /// `export`
@@ -229,9 +251,9 @@ fn value_text(value: &Value) -> String {
     }
 }
 
-/// A source as the daemon must hear it: a path made absolute, a reference as it is.
-fn source(text: &str) -> Result<String, Fault> {
-    if text.contains("://") { Ok(text.into()) } else { absolute(&PathBuf::from(text)) }
+/// A source as the daemon must hear it: a path made absolute; a reference to a registry or into the database as it is.
+pub(super) fn source(text: &str) -> Result<String, Fault> {
+    if text.contains("://") || text.starts_with("db:") { Ok(text.into()) } else { absolute(&PathBuf::from(text)) }
 }
 
 /// The daemon has another working directory than whoever types the command.

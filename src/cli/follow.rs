@@ -84,11 +84,11 @@ impl Deadline {
     }
 
     /// At most `longest`, and no longer than there is time.
-    fn cap(self, longest: Duration) -> Duration {
+    pub(super) fn cap(self, longest: Duration) -> Duration {
         self.0.map_or(longest, |at| at.saturating_duration_since(Instant::now()).min(longest))
     }
 
-    fn passed(self) -> bool {
+    pub(super) fn passed(self) -> bool {
         self.0.is_some_and(|at| Instant::now() >= at)
     }
 }
@@ -187,7 +187,10 @@ pub(super) async fn transfers(client: &Client, ids: &[String], deadline: Deadlin
         };
         let (changed, _) = patiently(progress, deadline, DAEMON_AWAY_MAX, || client.transfers(&query)).await?;
         take(&mut tracker, changed, progress);
-        tokio::time::sleep(LOOK_EVERY).await;
+        // The last one to end is the end: nothing more can change.
+        if !tracker.open().is_empty() {
+            tokio::time::sleep(LOOK_EVERY).await;
+        }
     }
 }
 

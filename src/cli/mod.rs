@@ -9,8 +9,10 @@ mod commands;
 mod follow;
 pub(crate) mod human;
 pub(crate) mod output;
+mod remote;
 mod status;
 pub(crate) mod tracker;
+mod train;
 mod watch;
 
 #[cfg(test)]
@@ -61,7 +63,7 @@ async fn dispatch(args: Args) -> Result<(), Fault> {
         Command::Join { hub, token } => Box::pin(crate::serve::join(&global.load_config()?, &hub, &token)).await,
         Command::Config(ConfigCommand::Check) => commands::config_check(global),
         Command::Token(TokenCommand::Create(create)) => commands::token_create(global, create).await,
-        Command::Publish(publish) => commands::publish(global, publish).await,
+        Command::Publish(publish) => commands::publish(global, *publish).await,
         Command::Deliver(deliver) => commands::deliver(global, deliver).await,
         Command::Status(status) => commands::status(global, status).await,
         Command::Artifacts => commands::artifacts(global).await,
@@ -71,8 +73,13 @@ async fn dispatch(args: Args) -> Result<(), Fault> {
         Command::Resume { transfer } => commands::act(global, transfer, crate::api::types::Action::Resume).await,
         Command::Cancel { transfer } => commands::act(global, transfer, crate::api::types::Action::Cancel).await,
         Command::Retry { transfer } => commands::act(global, transfer, crate::api::types::Action::Retry).await,
+        Command::Train(command) => train::run(global, command).await,
+        Command::Trainer(trainer) => trainer.run(),
+        Command::SampleTrainer { descriptor } => crate::quickstart::train(&descriptor),
         Command::Plan { artifacts, to } => commands::plan(global, artifacts, to).await,
         Command::Verify { artifact, repair } => commands::verify(global, artifact, repair).await,
+        Command::Pin { artifact } => commands::pin(global, artifact, true).await,
+        Command::Unpin { artifact } => commands::pin(global, artifact, false).await,
         Command::Export { artifacts, out } => commands::export(global, artifacts, &out).await,
         Command::Import { file } => commands::import(global, &file).await,
         Command::Gc => commands::gc(global).await,

@@ -2,7 +2,7 @@
 
 use super::human;
 use super::output::{Cell, Table, fields};
-use crate::api::types::{Artifact, ArtifactDetail, PlanRow, Site, State, Transfer};
+use crate::api::types::{Artifact, ArtifactDetail, Delivery, PlanRow, Site, State, Transfer};
 use crate::fault::Reason;
 use crate::limits::OFFENDERS_LISTED_MAX;
 
@@ -59,6 +59,24 @@ fn troubles(transfers: &[Transfer]) -> String {
     out
 }
 
+/// A delivery: the whole, then each part.
+pub(super) fn delivery(whole: &Delivery, colour: bool) -> String {
+    let b = &whole.bytes;
+    let mut pairs = vec![
+        ("delivery", whole.id.clone()),
+        ("state", whole.state.as_str().into()),
+        ("done", format!("{} of {} parts, {} of {}", whole.done, whole.parts.len(), human::bytes(b.committed), human::bytes(b.total))),
+        ("artifacts", whole.artifacts.join(", ")),
+        ("sites", whole.sites.join(", ")),
+    ];
+    let mut add = |name, value: Option<String>| pairs.extend(value.map(|v| (name, v)));
+    add("reason", whole.reason.map(|r| r.as_str().into()));
+    add("run", whole.run.clone());
+    add("created", Some(human::local(&whole.created_at)));
+    add("finished", whole.finished_at.as_deref().map(human::local));
+    format!("{}\n{}", fields(&pairs), table(&whole.parts, colour))
+}
+
 /// All of one transfer.
 pub(super) fn detail(t: &Transfer) -> String {
     let b = &t.bytes;
@@ -87,6 +105,7 @@ pub(super) fn detail(t: &Transfer) -> String {
     add("created", Some(human::local(&t.created_at)));
     add("updated", Some(human::local(&t.updated_at)));
     add("finished", t.finished_at.as_deref().map(human::local));
+    add("removed", t.removed_at.as_deref().map(human::local));
     add("receipt", t.receipt.as_ref().map(|_| "signed by the site; -o json shows it".into()));
     fields(&pairs)
 }
@@ -124,6 +143,10 @@ pub(super) fn artifact(detail: &ArtifactDetail, colour: bool) -> String {
     pairs.extend(a.location.clone().map(|l| ("location", l)));
     for (name, value) in a.info.as_object().into_iter().flatten().filter(|(name, value)| *name != "is" && !value.is_null()) {
         pairs.push((name.as_str(), value.as_str().map_or_else(|| value.to_string(), str::to_owned)));
+    }
+    if let Some(lineage) = &detail.lineage {
+        pairs.push(("made by", format!("run {}, for {}, on {}", lineage.run, lineage.from, lineage.on)));
+        pairs.extend(lineage.inputs.iter().map(|input| ("made of", format!("{} ({})", input.artifact, input.digest))));
     }
     let mut out = fields(&pairs);
     if !detail.transfers.is_empty() {

@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use super::{Config, MEMORY_BUDGET_BYTES_MIN, Role};
+use crate::names::SiteSelector;
 
 /// A broken rule.
 #[derive(Debug)]
@@ -47,11 +48,19 @@ impl Rules<'_> {
 
     fn hub(&self, _config: &Config) -> Result<(), Broken> {
         self.absent("hub", "only a site has it; a hub dials nobody")?;
+        self.absent("train", "only a site has it; sites train")?;
+        self.absent("share", "only a site has it; it says whom the site shares with")?;
         self.absent("sink", "only a site has it; artifacts land at sites")
     }
 
     fn site(&self, config: &Config) -> Result<(), Broken> {
         self.absent("listen.quic", "only a hub has it; sites dial")?;
+        self.absent("relay", "only a hub has it; bytes between sites pass through it")?;
+        for text in config.share.allow.iter().flatten() {
+            if let Err(why) = text.parse::<SiteSelector>() {
+                return self.broken("share.allow", why);
+            }
+        }
         let Some(hub) = &config.hub else {
             return self.broken("role", "a site needs [hub] with address = \"HOST:PORT\"");
         };
@@ -67,7 +76,26 @@ impl Rules<'_> {
         if let Some(labels) = &config.sink.labels {
             self.labels(labels)?;
         }
+        config.train.as_ref().map_or(Ok(()), |train| self.train(train))?;
         config.sink.images.as_ref().map_or(Ok(()), |images| self.images(images))
+    }
+
+    fn train(&self, train: &super::Train) -> Result<(), Broken> {
+        match (train.command.first(), &train.url) {
+            (Some(_), Some(_)) => return self.broken("train.url", "a command trains, or a platform: choose one"),
+            (None, None) => return self.broken("train", "name who trains: command = [\"/PATH\", …] or url = \"http://…\""),
+            (Some(program), None) => self.absolute("train.command", Path::new(program))?,
+            (None, Some(url)) => {
+                let rest = url.strip_prefix("https://").or_else(|| url.strip_prefix("http://"));
+                if rest.is_none_or(|rest| rest.is_empty() || rest.starts_with('/')) {
+                    return self.broken("train.url", "write http://HOST/PATH or https://HOST/PATH");
+                }
+                if rest.is_some_and(|rest| rest.split('/').next().unwrap_or_default().contains('@')) {
+                    return self.broken("train.url", "it must not hold a user or a password");
+                }
+            }
+        }
+        if train.at_once == Some(0) { self.broken("train.at_once", "it must be 1 at least") } else { Ok(()) }
     }
 
     fn labels(&self, sink: &super::LabelsSink) -> Result<(), Broken> {

@@ -40,7 +40,7 @@ fn samples_parse_and_say_the_true_defaults() {
 fn unknown_keys_and_wrong_values_name_their_line() {
     check(
         "role = \"site\"\nname = \"a\"\ndata_dir = \"/d\"\ncolour = 1\n",
-        "x.toml:4:1: unknown key `colour`, expected one of `role`, `name`, `data_dir`, `listen`, `hub`, `sink`, `line`, `limits`",
+        "x.toml:4:1: unknown key `colour`, expected one of `role`, `name`, `data_dir`, `listen`, `hub`, `sink`, `share`, `relay`, `line`, `limits`, `train`",
     );
     check("role = \"site\"\nname = \"a\"\n", "x.toml:1:1: missing key `data_dir`");
     check("role = \"boss\"\n", "x.toml:1:8: unknown variant `boss`, expected `hub` or `site`");
@@ -68,6 +68,15 @@ fn roles_have_their_own_tables() {
     check(&format!("{HUB}[hub]\naddress = \"h:1\"\n"), "x.toml:4:2: hub: only a site has it; a hub dials nobody");
     check(&format!("{HUB}[sink.files]\nroot = \"/x\"\n"), "x.toml:4:2: sink: only a site has it; artifacts land at sites");
     check(&format!("{SITE}[listen]\nquic = \"0.0.0.0:1\"\n"), "x.toml:7:1: listen.quic: only a hub has it; sites dial");
+    check(&format!("{HUB}[train]\nurl = \"http://t/\"\n"), "x.toml:4:2: train: only a site has it; sites train");
+    let train = |rest: &str| format!("{SITE}[train]\n{rest}\n");
+    parse(&train("command = [\"/opt/trainer\", \"--run\"]\nat_once = 2"), "x").unwrap();
+    parse(&train("url = \"https://platform/runs\""), "x").unwrap();
+    check(&train("command = [\"trainer\"]"), "x.toml:7:1: train.command: \"trainer\" is not an absolute path");
+    check(&train("command = [\"/t\"]\nurl = \"http://t/\""), "x.toml:8:1: train.url: a command trains, or a platform: choose one");
+    check(&train("url = \"ftp://t/\""), "x.toml:7:1: train.url: write http://HOST/PATH or https://HOST/PATH");
+    check(&train("url = \"http://u:p@t/\""), "x.toml:7:1: train.url: it must not hold a user or a password");
+    check(&train("command = [\"/t\"]\nat_once = 0"), "x.toml:8:1: train.at_once: it must be 1 at least");
     check(&SITE.replace("hub:7443", "hub"), "x.toml:5:1: hub.address: \"hub\" is not HOST:PORT");
 }
 

@@ -8,17 +8,17 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 
-use super::Hub;
+use super::{Hub, short};
 use crate::api::Backend;
 use crate::api::types::*;
 use crate::bundle::{self, Member};
-use crate::catalogue::{TransferRow, new_id};
-use crate::chunk::Hash;
+use crate::catalogue::{Part, TransferRow, new_id};
+use crate::delivery;
 use crate::durable;
 use crate::fault::{Fault, Reason};
 use crate::fetch::blocking;
-use crate::identity::JoinToken;
-use crate::ingest::{self, Progress};
+use crate::identity::{Holder, JoinToken};
+use crate::ingest;
 use crate::jobs::JobProgress;
 use crate::manifest::{DatasetBinding, Step, Walk, for_each_page};
 use crate::names::{ArtifactRef, Kind, SiteSelector, check_label};
@@ -37,7 +37,7 @@ fn parse_refs(artifacts: &[String]) -> Result<Vec<ArtifactRef>, Fault> {
 
 impl Hub {
     /// A transfer as the API shows it: a site that is away is the reason for whatever is open.
-    fn view(&self, row: &TransferRow) -> Transfer {
+    pub(super) fn view(&self, row: &TransferRow) -> Transfer {
         let mut view = row.view();
         if !row.state.is_final() && row.state != State::Paused && !self.is_online(&row.site) {
             view.reason = Some(Reason::SiteOffline);
@@ -56,11 +56,13 @@ impl Hub {
         for artifact in &refs {
             rows.push(self.inner.catalogue.artifact(artifact).await?);
         }
-        let delivery = new_id("d");
-        let mut transfers = Vec::new();
+        let mut targets = Vec::new();
         for row in &rows {
-            transfers.extend(self.inner.catalogue.deliver(&delivery, &row.artifact, row.digest, row.root.totals.bytes, &sites).await?);
+            targets.push(self.shared_with(&row.artifact, row.origin.as_ref(), &sites, &selector).await?);
         }
+        let delivery = new_id("d");
+        let parts: Vec<Part> = rows.iter().zip(&targets).map(|(row, sites)| Part::new(row, sites)).collect();
+        let transfers = self.inner.catalogue.deliver(&delivery, None, &parts).await?;
         let digest = rows.first().map(|row| row.digest.hex()).unwrap_or_default();
         Ok(Delivered { artifact: artifacts.join(","), digest, delivery, transfers })
     }
@@ -102,6 +104,9 @@ impl Hub {
             Some(to) => Some((to, inner.catalogue.select_sites(&to.parse()?).await?)),
             None => None,
         };
+        if let Some(run) = &request.run {
+            self.check_run_model(None, run, &artifact).await?;
+        }
         let dataset = match &request.options.for_dataset {
             Some(_) if artifact.kind != Kind::Labels => return Err(Fault::usage("--for is for labels only")),
             Some(name) => {
@@ -123,30 +128,29 @@ impl Hub {
         progress.doing(format!("reading {source}"));
         let work = tokio::task::spawn_blocking(move || {
             let dataset = dataset.map(|(binding, root)| reading::bind(binding, root, store.clone()));
-            let mut source = reading::open(kind, &source, &options, dataset, &folder, &runtime)?;
-            let counted = Progress::default();
-            std::thread::scope(|scope| {
-                let (done, ended) = std::sync::mpsc::sync_channel::<()>(0);
-                let counted = &counted;
-                scope.spawn(move || {
-                    while ended.recv_timeout(Duration::from_millis(200)).is_err_and(|e| e == std::sync::mpsc::RecvTimeoutError::Timeout) {
-                        watched.bytes.store(counted.read.load(Ordering::Relaxed), Ordering::Relaxed);
-                    }
-                });
-                let result = ingest::ingest(source.as_mut(), kind, &store, &store, counted);
-                drop(done);
-                result
-            })
+            let mut source = reading::open(kind, &source, &options, dataset, None, &folder, &runtime)?;
+            ingest::reported(&watched, |counted| ingest::ingest(source.as_mut(), kind, &store, &store, counted))
         });
         let result = work.await.map_err(|e| Fault::internal(format!("the publish ended: {e}")));
         let _ = blocking(move || durable::remove_all(&scratch)).await;
         let ingested = result?.map_err(|fault| fault.context(format!("publish {artifact}")))?;
         let bytes = ingested.root.totals.bytes;
         let added = inner.catalogue.add_artifact(&artifact, &ingested.root, None).await?;
+        if !added {
+            // A site may have published the same before; the hub has the bytes now.
+            inner.catalogue.take_over(&artifact).await?;
+            inner.opened.lock().retain(|opened| opened.digest != ingested.digest);
+        }
         let transfers = match sites {
-            Some((_, sites)) => inner.catalogue.deliver(&new_id("d"), &artifact, ingested.digest, bytes, &sites).await?,
+            Some((_, sites)) => {
+                let part = Part::new(&inner.catalogue.artifact(&artifact).await?, &sites);
+                inner.catalogue.deliver(&new_id("d"), None, &[part]).await?
+            }
             None => Vec::new(),
         };
+        if let Some(run) = &request.run {
+            self.run_published(None, run, &artifact, ingested.digest).await?;
+        }
         tracing::info!(%artifact, digest = %ingested.digest, bytes, stored = ingested.stored, "published");
         Ok(Published {
             artifact: artifact.to_string(),
@@ -155,13 +159,14 @@ impl Hub {
             bytes,
             stored: if added { ingested.stored } else { 0 },
             unchanged: !added,
+            note: None,
         })
     }
 
     /// Re-reads every page and chunk of an artifact. One line a fault.
     async fn verify_now(&self, artifact: ArtifactRef, progress: Arc<JobProgress>) -> Result<Vec<String>, Fault> {
         let row = self.inner.catalogue.artifact(&artifact).await?;
-        let store = self.inner.store.clone();
+        let (store, relay) = (self.inner.store.clone(), self.inner.relay.clone());
         progress.doing(format!("re-reading {artifact}"));
         blocking(move || {
             let mut faults = Vec::new();
@@ -174,7 +179,9 @@ impl Hub {
                     }
                     Ok(Step::Entry { entry, .. }) => path = entry.path.to_string(),
                     Ok(Step::Chunk(chunk, _)) => {
-                        if let Err(fault) = store.read(chunk.id) {
+                        // Of what lives at a site only that is read which is here.
+                        let read = if row.origin.is_some() { relay.check(chunk.id) } else { store.read(chunk.id).map(|_| ()) };
+                        if let Err(fault) = read {
                             faults.push(format!("{artifact}: {path}: {fault}"));
                         }
                         progress.bytes.fetch_add(u64::from(chunk.len), Ordering::Relaxed);
@@ -194,17 +201,15 @@ impl Hub {
         let store = self.inner.store.clone();
         progress.doing("marking what is named");
         blocking(move || {
-            // Eight bytes of a name: a dead chunk that shares them with a live one is kept, which harms nobody.
             let mut live: std::collections::HashSet<u64> = std::collections::HashSet::new();
-            let short = |id: Hash| u64::from_le_bytes([id.0[0], id.0[1], id.0[2], id.0[3], id.0[4], id.0[5], id.0[6], id.0[7]]);
             for row in rows {
                 for_each_page(&row.root, &store, |page| {
-                    live.insert(short(page.id));
+                    live.insert(short(page.id.short()));
                     Ok(())
                 })?;
                 for step in Walk::new(&row.root, &store) {
                     if let Step::Chunk(chunk, _) = step? {
-                        live.insert(short(chunk.id));
+                        live.insert(short(chunk.id.short()));
                     }
                 }
             }
@@ -244,11 +249,12 @@ impl Backend for Hub {
 
     async fn plan(&self, request: DeliverRequest) -> Result<Vec<PlanRow>, Fault> {
         let refs = parse_refs(&request.artifacts)?;
-        let sites = self.inner.catalogue.select_sites(&request.to.parse()?).await?;
+        let selector: SiteSelector = request.to.parse()?;
+        let sites = self.inner.catalogue.select_sites(&selector).await?;
         let mut out = Vec::new();
         for artifact in refs {
             let row = self.inner.catalogue.artifact(&artifact).await?;
-            for site in &sites {
+            for site in &self.shared_with(&artifact, row.origin.as_ref(), &sites, &selector).await? {
                 let question = AskSite::Plan { artifact: artifact.clone(), digest: row.digest };
                 // A site may plan what it is not yet entitled to hold: for that moment it may read the manifest.
                 self.inner.entitled.lock().insert((site.clone(), row.digest), std::time::Instant::now() + PLAN_MAX);
@@ -278,6 +284,32 @@ impl Backend for Hub {
         self.act_on(id, action).await
     }
 
+    async fn deliveries(&self, limit: u32) -> Result<Vec<Delivery>, Fault> {
+        let rows = self.inner.catalogue.deliveries(limit).await?;
+        Ok(rows.iter().map(|row| delivery::view(row, row.parts.iter().map(|t| self.view(t)).collect())).collect())
+    }
+
+    async fn delivery(&self, id: &str) -> Result<Delivery, Fault> {
+        let row = self.inner.catalogue.delivery(id).await?;
+        Ok(delivery::view(&row, row.parts.iter().map(|t| self.view(t)).collect()))
+    }
+
+    async fn runs(&self, limit: u32) -> Result<Vec<Run>, Fault> {
+        self.list_runs(None, limit).await
+    }
+
+    async fn run(&self, name: &str) -> Result<Run, Fault> {
+        self.show_run(None, name).await
+    }
+
+    async fn train(&self, request: RunRequest) -> Result<Run, Fault> {
+        self.start_run(None, &request).await
+    }
+
+    async fn act_on_run(&self, request: RunActionRequest) -> Result<Run, Fault> {
+        Hub::act_on_run(self, None, &request).await
+    }
+
     async fn artifacts(&self) -> Result<Vec<Artifact>, Fault> {
         Ok(self.inner.catalogue.artifacts().await?.iter().map(|row| row.view()).collect())
     }
@@ -286,7 +318,8 @@ impl Backend for Hub {
         let artifact: ArtifactRef = artifact.parse()?;
         let row = self.inner.catalogue.artifact(&artifact).await?;
         let transfers = self.inner.catalogue.transfers_of_artifact(&artifact).await?;
-        Ok(ArtifactDetail { artifact: row.view(), transfers: transfers.iter().map(|t| self.view(t)).collect() })
+        let lineage = self.inner.catalogue.lineage(&artifact).await?.map(super::lineage_view);
+        Ok(ArtifactDetail { artifact: row.view(), transfers: transfers.iter().map(|t| self.view(t)).collect(), lineage })
     }
 
     async fn sites(&self) -> Result<Vec<Site>, Fault> {
@@ -303,13 +336,18 @@ impl Backend for Hub {
     }
 
     async fn token(&self, request: TokenRequest) -> Result<String, Fault> {
-        let site = request.site.parse()?;
+        let holder = match (&request.site, &request.publisher) {
+            (Some(site), None) => Holder::Site(site.parse()?),
+            (None, Some(publisher)) if request.labels.is_empty() => Holder::Publisher(publisher.parse()?),
+            (None, Some(_)) => return Err(Fault::usage("a publisher has no labels: nothing is delivered to it")),
+            _ => return Err(Fault::usage("a token is for a site or for a publisher")),
+        };
         if request.ttl_seconds == 0 {
             return Err(Fault::usage("a token must be good for some time"));
         }
         request.labels.iter().try_for_each(|(key, value)| check_label(key, value))?;
         let token = JoinToken::generate(&self.inner.identity);
-        self.inner.catalogue.add_token(token.id(), &token.secret_hash(), &site, &request.labels, request.ttl_seconds).await?;
+        self.inner.catalogue.add_token(token.id(), &token.secret_hash(), &holder, &request.labels, request.ttl_seconds).await?;
         Ok(token.to_string())
     }
 
@@ -325,10 +363,24 @@ impl Backend for Hub {
         self.inner.jobs.start(move |progress| async move { this.verify_now(artifact, progress).await })
     }
 
+    async fn pin(&self, artifact: &str, pinned: bool) -> Result<Artifact, Fault> {
+        let artifact: ArtifactRef = artifact.parse()?;
+        let row = self.inner.catalogue.artifact(&artifact).await?;
+        if row.origin.is_none() {
+            return Err(Fault::usage(format!("{artifact} is the hub's own and stays anyway")).with_next("pin what lives at a site"));
+        }
+        self.inner.catalogue.set_pinned(&artifact, pinned).await?;
+        Ok(self.inner.catalogue.artifact(&artifact).await?.view())
+    }
+
     async fn export(&self, artifacts: Vec<String>, out: String) -> Result<Job, Fault> {
         let mut members = Vec::new();
         for artifact in parse_refs(&artifacts)? {
             let row = self.inner.catalogue.artifact(&artifact).await?;
+            if let Some(site) = &row.origin {
+                return Err(Fault::usage(format!("{artifact} lives at site {site}, and this hub may hold only some of it"))
+                    .with_next("publish it at the hub, or deliver it over the line"));
+            }
             members.push(Member::new(artifact, &row.root));
         }
         let store = self.inner.store.clone();
@@ -352,7 +404,9 @@ impl Backend for Hub {
             let store = this.inner.store.clone();
             let members = blocking(move || bundle::import(std::path::Path::new(&file), &store, &progress)).await?;
             for member in &members {
-                this.inner.catalogue.add_artifact(&member.artifact, &member.root()?, None).await?;
+                if !this.inner.catalogue.add_artifact(&member.artifact, &member.root()?, None).await? {
+                    this.inner.catalogue.take_over(&member.artifact).await?;
+                }
             }
             Ok(members.into_iter().map(|m| m.artifact).collect::<Vec<_>>())
         })
@@ -368,12 +422,12 @@ impl Backend for Hub {
     async fn doctor(&self) -> Result<Vec<String>, Fault> {
         let data = &self.inner.config.data_dir;
         let mut out = Vec::new();
-        let free = crate::stage::free_bytes(data)?;
-        let word = if free < 1 << 30 { "fault" } else { "ok" };
-        out.push(format!("{word} data_dir {}: {} MiB free", data.display(), free >> 20));
+        out.push(crate::stage::room_report(data)?);
         let store = self.inner.store.clone();
         let stored = blocking(move || store.stored_bytes()).await?;
         out.push(format!("ok store: {} MiB in packs at {}", stored >> 20, self.inner.store.path().display()));
+        let (kept, budget) = (self.inner.relay.kept_bytes(), self.inner.config.relay.budget);
+        out.push(format!("ok relay: {} MiB of {} MiB are kept of what passed from site to site", kept >> 20, budget >> 20));
         out.push(format!("ok line: listening on {} (UDP and TCP)", self.inner.listener.local_addr()));
         for site in self.sites().await? {
             let word = if site.online { "ok" } else { "fault" };
@@ -399,6 +453,7 @@ impl Backend for Hub {
                     }
                     Err(_) => None,
                 },
+                "run" => self.show_run(None, &name).await.ok().and_then(|run| serde_json::to_value(run).ok()),
                 _ => sites.iter().find(|s| s.name.as_str() == name).and_then(|s| serde_json::to_value(s).ok()),
             }
             .unwrap_or_default();
@@ -417,6 +472,7 @@ impl Backend for Hub {
         let store = self.inner.store.clone();
         let stored = blocking(move || store.stored_bytes()).await?;
         let online = self.inner.links.read().len();
+        out.push_str(&self.relay_metrics());
         let _ = writeln!(out, "# TYPE packhorse_store_bytes gauge\npackhorse_store_bytes {stored}");
         let _ = writeln!(out, "# TYPE packhorse_sites_online gauge\npackhorse_sites_online {online}");
         let _ = writeln!(out, "# TYPE packhorse_jobs_running gauge\npackhorse_jobs_running {}", self.inner.jobs.running());

@@ -1,19 +1,22 @@
 //! One site's line at the hub: the desired state goes out, reports come in, fetches and questions are answered.
 
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
 
 use super::{Connected, Hub};
-use crate::api::types::{Action, State};
-use crate::catalogue::{TransferRow, Want};
+use crate::api::types::{Action, Published, State, Transfer, TransferQuery};
+use crate::catalogue::{ArtifactRow, TransferRow, Want};
 use crate::fault::Fault;
-use crate::fetch;
-use crate::identity::verify_signature;
-use crate::limits::FETCH_STREAMS_MAX;
+use crate::fetch::{self, Fetcher};
+use crate::identity::{Holder, verify_signature};
+use crate::limits::{API_ROWS_MAX, FETCH_STREAMS_MAX, LONG_POLL_MAX};
 use crate::line::{Link, RecvHalf, SendHalf};
-use crate::names::SiteName;
+use crate::manifest::Digest;
+use crate::names::{ArtifactRef, Kind, SiteName};
+use crate::run::DesiredRun;
 use crate::wire::{self, AskHub, CONTROL, Desired, FETCH, FromHub, FromSite, QUESTION, Report};
 
 impl Hub {
@@ -88,7 +91,10 @@ impl Hub {
         let read = async {
             loop {
                 match wire::receive::<FromSite>(&mut recv).await? {
-                    FromSite::Hello { version } => self.note_seen(site, Some(&version)).await,
+                    FromSite::Hello { version, share } => {
+                        self.inner.catalogue.set_share(site, share.as_deref()).await?;
+                        self.note_seen(site, Some(&version)).await;
+                    }
                     FromSite::Report(reports) => {
                         for report in reports {
                             // One bad report must not end the line for all the others.
@@ -98,21 +104,30 @@ impl Hub {
                             }
                         }
                     }
+                    FromSite::Runs(reports) => {
+                        for report in reports {
+                            let name = report.name.clone();
+                            if let Err(fault) = self.take_run_report(site, report).await {
+                                tracing::warn!(%site, run = %name, error = %fault, "a report of a run was refused");
+                            }
+                        }
+                    }
                 }
             }
             #[expect(unreachable_code, reason = "says the type of an endless loop's error")]
             Ok::<(), Fault>(())
         };
         let write = async {
-            let mut last: Option<Vec<Desired>> = None;
+            let mut last: Option<(Vec<Desired>, Vec<DesiredRun>)> = None;
             let mut revision = 0;
             loop {
                 let changed = self.inner.catalogue.changed();
                 tokio::pin!(changed);
-                let now: Vec<Desired> = self.inner.catalogue.open_transfers(site).await?.into_iter().map(desired).collect();
+                let now = (self.desired_transfers(site).await?, self.desired_runs(site).await?);
                 if last.as_ref() != Some(&now) {
                     revision += 1;
-                    wire::send(&mut send, &FromHub::Desired { revision, transfers: now.clone() }).await?;
+                    let (transfers, runs) = now.clone();
+                    wire::send(&mut send, &FromHub::Desired { revision, transfers, runs }).await?;
                     last = Some(now);
                 }
                 changed.await;
@@ -151,7 +166,14 @@ impl Hub {
         let answer = match wire::receive::<AskHub>(&mut recv).await? {
             AskHub::Act { id, action } => self.act_for(site, &id, action).await,
             AskHub::Deliver { artifacts, to } => self.deliver_for(site, &artifacts, &to).await,
-            AskHub::Renew { request } => self.renew(site, &request),
+            AskHub::Renew { request } => self.renew_for(&Holder::Site(site.clone()), &request),
+            AskHub::Upload { .. } => Err(Fault::not_allowed("a site publishes at its own daemon").with_next("run the command at the site")),
+            AskHub::Transfers { id, since, wait } => self.transfers_for(site, &id, since, wait).await,
+            AskHub::StartRun(request) => self.start_run(Some(site), &request).await.and_then(as_json),
+            AskHub::ActOnRun(request) => self.act_on_run(Some(site), &request).await.and_then(as_json),
+            AskHub::ShowRun(name) => self.show_run(Some(site), &name).await.and_then(as_json),
+            AskHub::ListRuns { limit } => self.list_runs(Some(site), limit.min(API_ROWS_MAX)).await.and_then(as_json),
+            AskHub::Publish { artifact, digest, to, run } => self.take_offer(site, artifact, digest, to.as_deref(), run.as_deref()).await,
         };
         wire::send(&mut send, &answer).await?;
         send.finish()
@@ -160,21 +182,108 @@ impl Hub {
     /// A site may send on what it was given, and nothing else: it cannot make itself entitled to the rest.
     async fn deliver_for(&self, site: &SiteName, artifacts: &[String], to: &str) -> Result<serde_json::Value, Fault> {
         for artifact in artifacts {
-            let held = match self.inner.catalogue.artifact(&artifact.parse()?).await {
-                Ok(row) => self.inner.catalogue.is_entitled(site, row.digest).await?,
-                Err(_) => false,
-            };
-            if !held {
-                return Err(Fault::not_found(format!("site {site} holds no artifact {artifact}")));
-            }
+            self.artifact_for(site, &artifact.parse()?).await?;
         }
         let delivered = self.deliver_to(artifacts, to).await?;
         serde_json::to_value(delivered).map_err(|e| Fault::internal(e.to_string()))
     }
 
-    fn renew(&self, site: &SiteName, request: &str) -> Result<serde_json::Value, Fault> {
+    /// How transfers stand of what a site holds, wherever they go.
+    async fn transfers_for(&self, site: &SiteName, id: &str, since: Option<u64>, wait: u64) -> Result<serde_json::Value, Fault> {
+        let query = TransferQuery { id: Some(id.to_owned()), since, ..TransferQuery::default() };
+        let until = Instant::now() + Duration::from_secs(wait).min(LONG_POLL_MAX);
+        loop {
+            let changed = self.inner.catalogue.changed();
+            let (rows, cursor) = self.inner.catalogue.transfers(&query).await?;
+            for row in &rows {
+                let own = self.inner.catalogue.artifact(&row.artifact).await.is_ok_and(|a| a.origin.as_ref() == Some(site));
+                if row.site != *site && !own && !self.inner.catalogue.is_entitled(site, row.digest).await? {
+                    return Err(
+                        Fault::not_found(format!("there is no transfer or delivery {id}")).with_next("'packhorse status' lists them")
+                    );
+                }
+            }
+            if !rows.is_empty() || since.is_none() || Instant::now() >= until {
+                let views: Vec<Transfer> = rows.iter().map(|row| self.view(row)).collect();
+                return serde_json::to_value((views, cursor)).map_err(|e| Fault::internal(e.to_string()));
+            }
+            let _ = tokio::time::timeout_at(until.into(), changed).await;
+        }
+    }
+
+    /// An artifact that this site was given, or gave.
+    pub(super) async fn artifact_for(&self, site: &SiteName, artifact: &ArtifactRef) -> Result<ArtifactRow, Fault> {
+        if let Ok(row) = self.inner.catalogue.artifact(artifact).await
+            && (row.origin.as_ref() == Some(site) || self.inner.catalogue.is_entitled(site, row.digest).await?)
+        {
+            return Ok(row);
+        }
+        Err(Fault::not_found(format!("site {site} holds no artifact {artifact}")))
+    }
+
+    /// What a site has to do, each transfer with those that go first.
+    async fn desired_transfers(&self, site: &SiteName) -> Result<Vec<Desired>, Fault> {
+        let catalogue = &self.inner.catalogue;
+        let waits = catalogue.waits(site).await?;
+        let mut out = Vec::new();
+        for row in catalogue.open_transfers(site).await? {
+            let after = waits.iter().filter(|(id, _)| *id == row.id).map(|(_, first)| first.clone()).collect();
+            let lineage = if row.artifact.kind == Kind::Model { catalogue.lineage(&row.artifact).await? } else { None };
+            out.push(Desired { after, lineage, ..desired(row) });
+        }
+        Ok(out)
+    }
+
+    /// Takes an artifact that was published at a site into the catalogue; its bytes stay there until somebody asks.
+    async fn take_offer(
+        &self,
+        site: &SiteName,
+        artifact: ArtifactRef,
+        digest: Digest,
+        to: Option<&str>,
+        run: Option<&str>,
+    ) -> Result<serde_json::Value, Fault> {
+        let inner = &self.inner;
+        // What can be refused is refused before the artifact exists.
+        if let Some(to) = to {
+            let selector = to.parse()?;
+            let sites = inner.catalogue.select_sites(&selector).await?;
+            self.shared_with(&artifact, Some(site), &sites, &selector).await?;
+        }
+        if let Some(run) = run {
+            self.check_run_model(Some(site), run, &artifact).await?;
+        }
+        let link = self.link_of(site).ok_or_else(|| Fault::unreachable(format!("the line to site {site} ended")))?;
+        let _publishing = inner.collecting.clone().read_owned().await;
+        let fetcher = Fetcher::new(link, digest, Arc::default());
+        let root = fetcher.root().await?;
+        if root.kind != artifact.kind {
+            return Err(Fault::integrity(format!("{artifact} has the manifest of a {}", root.kind)));
+        }
+        fetcher.pages(&root, None, &inner.store).await?;
+        // What was opened by its digest before it was known here must be looked at anew.
+        inner.opened.lock().retain(|opened| opened.digest != digest);
+        let added = inner.catalogue.add_artifact(&artifact, &root, Some(site)).await?;
+        let transfers = match to {
+            Some(to) => self.deliver_to(&[artifact.to_string()], to).await?.transfers,
+            None => Vec::new(),
+        };
+        if let Some(run) = run {
+            self.run_published(Some(site), run, &artifact, digest).await?;
+        }
+        tracing::info!(%artifact, %digest, %site, bytes = root.totals.bytes, "published at a site");
+        let (artifact, digest, bytes) = (artifact.to_string(), digest.hex(), root.totals.bytes);
+        let published = Published { artifact, digest, transfers, bytes, stored: 0, unchanged: !added, note: None };
+        serde_json::to_value(published).map_err(|e| Fault::internal(e.to_string()))
+    }
+
+    fn link_of(&self, site: &SiteName) -> Option<Link> {
+        self.inner.links.read().get(site).map(|c| c.link.clone())
+    }
+
+    pub(super) fn renew_for(&self, holder: &Holder, request: &str) -> Result<serde_json::Value, Fault> {
         let request = hex::decode(request).map_err(|_| Fault::integrity("a malformed certificate request"))?;
-        Ok(serde_json::Value::String(hex::encode(self.inner.identity.issue_for(site, &request)?)))
+        Ok(serde_json::Value::String(hex::encode(self.inner.identity.issue_as(holder, &request)?)))
     }
 
     async fn act_for(&self, site: &SiteName, id: &str, action: Action) -> Result<serde_json::Value, Fault> {
@@ -188,13 +297,8 @@ impl Hub {
 
     /// Asks a site that is online.
     pub(super) async fn ask_site<T: serde::de::DeserializeOwned>(&self, site: &SiteName, question: &wire::AskSite) -> Result<T, Fault> {
-        let link = self.inner.links.read().get(site).map(|c| c.link.clone());
-        let link = link.ok_or_else(|| Fault::unreachable(format!("site {site} is not connected")))?;
-        let (mut send, mut recv) = link.open(wire::PRIORITY_QUESTION).await?;
-        send.write_all(&[QUESTION]).await?;
-        wire::send(&mut send, question).await?;
-        send.finish()?;
-        wire::receive::<Result<T, Fault>>(&mut recv).await?
+        let link = self.link_of(site).ok_or_else(|| Fault::unreachable(format!("site {site} is not connected")))?;
+        wire::ask(&link, question).await
     }
 }
 
@@ -208,7 +312,13 @@ fn desired(row: TransferRow) -> Desired {
         generation: row.generation,
         total: row.body.bytes.total,
         created_ms: row.created_ms,
+        after: Vec::new(),
+        lineage: None,
     }
+}
+
+fn as_json<T: serde::Serialize>(value: T) -> Result<serde_json::Value, Fault> {
+    serde_json::to_value(value).map_err(|e| Fault::internal(format!("an answer as JSON: {e}")))
 }
 
 impl Hub {

@@ -27,6 +27,8 @@ pub enum Holder {
     Hub(SiteName),
     /// The site of this name.
     Site(SiteName),
+    /// Whoever publishes at the hub from another machine, and may do nothing else.
+    Publisher(SiteName),
 }
 
 impl Holder {
@@ -34,13 +36,14 @@ impl Holder {
         match self {
             Holder::Hub(name) => format!("packhorse:hub:{name}"),
             Holder::Site(name) => format!("packhorse:site:{name}"),
+            Holder::Publisher(name) => format!("packhorse:publisher:{name}"),
         }
     }
 
     /// The name, whichever it is.
     pub fn name(&self) -> &SiteName {
         match self {
-            Holder::Hub(name) | Holder::Site(name) => name,
+            Holder::Hub(name) | Holder::Site(name) | Holder::Publisher(name) => name,
         }
     }
 }
@@ -50,6 +53,7 @@ impl std::fmt::Display for Holder {
         match self {
             Holder::Hub(name) => write!(f, "hub {name}"),
             Holder::Site(name) => write!(f, "site {name}"),
+            Holder::Publisher(name) => write!(f, "publisher {name}"),
         }
     }
 }
@@ -57,13 +61,14 @@ impl std::fmt::Display for Holder {
 impl FromStr for Holder {
     type Err = Fault;
     fn from_str(uri: &str) -> Result<Self, Fault> {
-        let unknown = || Fault::not_allowed(format!("the certificate names {uri:?}, which is no hub and no site"));
+        let unknown = || Fault::not_allowed(format!("the certificate names {uri:?}, which is no hub, no site and no publisher"));
         let rest = uri.strip_prefix("packhorse:").ok_or_else(unknown)?;
         let (what, name) = rest.split_once(':').ok_or_else(unknown)?;
         let name = name.parse().map_err(|_| unknown())?;
         match what {
             "hub" => Ok(Holder::Hub(name)),
             "site" => Ok(Holder::Site(name)),
+            "publisher" => Ok(Holder::Publisher(name)),
             _ => Err(unknown()),
         }
     }
@@ -160,7 +165,7 @@ pub(crate) fn crypto_provider() -> Arc<CryptoProvider> {
 pub(crate) enum Role {
     /// The hub's, with [`HUB_DNS_NAME`] in it.
     Hub,
-    /// A site's.
+    /// A site's, or a publisher's: whoever dials.
     Site,
 }
 

@@ -120,8 +120,13 @@ impl HubIdentity {
     /// Issues a site's certificate, good for a year, for the key in the request. Only the key is taken from the request (which
     /// must be signed with it): the name is the caller's, from a redeemed token or from the certificate that is renewed.
     pub fn issue_for(&self, site: &SiteName, csr_der: &[u8]) -> Result<Vec<u8>, Fault> {
+        self.issue_as(&Holder::Site(site.clone()), csr_der)
+    }
+
+    /// [`HubIdentity::issue_for`] for a site or a publisher.
+    pub fn issue_as(&self, holder: &Holder, csr_der: &[u8]) -> Result<Vec<u8>, Fault> {
         let request = read_csr(csr_der)?;
-        Ok(issue(&self.issuer, &request.public_key, &Holder::Site(site.clone()), lasting(SITE_DAYS))?.to_vec())
+        Ok(issue(&self.issuer, &request.public_key, holder, lasting(SITE_DAYS))?.to_vec())
     }
 
     /// A certificate of any lifetime (since 1970).
@@ -137,7 +142,7 @@ impl HubIdentity {
         verify_chain(cert_der, &self.ca_der, Role::Site)?;
         match holder(cert_der)? {
             Holder::Site(name) => Ok(name),
-            Holder::Hub(name) => Err(Fault::not_allowed(format!("the certificate is the hub {name}'s, not a site's"))),
+            other => Err(Fault::not_allowed(format!("the certificate is that of {other}, not a site's"))),
         }
     }
 }
@@ -183,7 +188,7 @@ fn issue(
             params.subject_alt_names.push(SanType::DnsName(HUB_DNS_NAME.try_into().map_err(wrong)?));
             params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
         }
-        Holder::Site(_) => params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth],
+        Holder::Site(_) | Holder::Publisher(_) => params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth],
     }
     Ok(params.signed_by(key, issuer).map_err(wrong)?.der().clone())
 }

@@ -1,7 +1,7 @@
 //! Who is who on the line: the hub's CA, the certificates it issues, and the tokens that let a site join.
 //!
 //! The hub makes its CA on first start ([`HubIdentity`]); a site gets its certificate once, by a [`JoinToken`], and
-//! renews it over the line ([`SiteIdentity`]). A certificate names its holder in a URI (`packhorse:site:chengdu`), and
+//! renews it over the line ([`SiteIdentity`]); so does a *publisher*, who may publish from another machine and do nothing else. A certificate names its holder in a URI (`packhorse:site:chengdu`), and
 //! that name comes from the token or from the certificate renewed, never from what the asking side wrote.
 //!
 //! On disk, under `<data_dir>/identity/` (mode 0700, files 0600), PEM:
@@ -21,7 +21,7 @@ pub(crate) use certificate::{Role, clamp_to_validity, crypto_provider, fingerpri
 pub use hub::HubIdentity;
 pub(crate) use hub::read_csr;
 pub use site::{CertificateRequest, SiteIdentity};
-pub use token::{JoinToken, Redeemer, secret_hash};
+pub use token::{Claim, JoinToken, Redeemer, secret_hash};
 
 use std::path::{Path, PathBuf};
 

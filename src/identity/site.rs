@@ -1,4 +1,4 @@
-//! A site's identity: its key, its certificate, and the CA of the hub it joined.
+//! The identity of a site, or of a publisher: its key, its certificate, and the CA of the hub it joined.
 
 use std::path::Path;
 
@@ -14,9 +14,9 @@ use crate::{clock, durable};
 
 const FILE: &str = "site.pem";
 
-/// Who this site is on the line.
+/// Who this site (or publisher) is on the line.
 pub struct SiteIdentity {
-    name: SiteName,
+    holder: Holder,
     key: KeyPair,
     cert_der: CertificateDer<'static>,
     ca_der: CertificateDer<'static>,
@@ -24,7 +24,7 @@ pub struct SiteIdentity {
 
 impl std::fmt::Debug for SiteIdentity {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("SiteIdentity").field("name", &self.name).finish_non_exhaustive()
+        f.debug_struct("SiteIdentity").field("holder", &self.holder).finish_non_exhaustive()
     }
 }
 
@@ -52,18 +52,24 @@ impl SiteIdentity {
 
     fn assemble(key: KeyPair, cert_der: CertificateDer<'static>, ca_der: CertificateDer<'static>) -> Result<Self, Fault> {
         verify_chain(&cert_der, &ca_der, Role::Site)?;
-        let Holder::Site(name) = holder(&cert_der)? else {
+        let holder = holder(&cert_der)?;
+        if matches!(holder, Holder::Hub(_)) {
             return Err(Fault::not_allowed("the certificate is a hub's, not a site's"));
-        };
-        if !is_for_key(&cert_der, &key) {
-            return Err(Fault::not_allowed(format!("the certificate of site {name} is for another key")));
         }
-        Ok(Self { name, key, cert_der, ca_der })
+        if !is_for_key(&cert_der, &key) {
+            return Err(Fault::not_allowed(format!("the certificate of {holder} is for another key")));
+        }
+        Ok(Self { holder, key, cert_der, ca_der })
     }
 
     /// The name the hub gave.
     pub fn name(&self) -> &SiteName {
-        &self.name
+        self.holder.name()
+    }
+
+    /// A site, or a publisher.
+    pub fn holder(&self) -> &Holder {
+        &self.holder
     }
 
     /// The site's certificate, DER; goes with every signature.
@@ -83,7 +89,7 @@ impl SiteIdentity {
 
     /// Refuses a certificate that this machine's clock finds expired or not valid yet.
     pub fn check_clock(&self) -> Result<(), Fault> {
-        self.validity()?.check(&format_args!("site {}", self.name), "this machine", clock::now())
+        self.validity()?.check(&self.holder, "this machine", clock::now())
     }
 
     /// Whether it is time to renew: less than a third of the certificate's life is left.
@@ -99,7 +105,7 @@ impl SiteIdentity {
 
     /// Signs with the certificate's key: ECDSA P-256 over SHA-256, ASN.1. [`super::verify_signature`] checks it.
     pub fn sign(&self, message: &[u8]) -> Result<Vec<u8>, Fault> {
-        self.key.sign(message).map_err(|e| Fault::internal(format!("sign as site {}: {e}", self.name)))
+        self.key.sign(message).map_err(|e| Fault::internal(format!("sign as {}: {e}", self.holder)))
     }
 
     pub(crate) fn chain(&self) -> Vec<CertificateDer<'static>> {

@@ -11,7 +11,7 @@ use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use rand::Rng as _;
 
-use super::HubIdentity;
+use super::{Holder, HubIdentity};
 use crate::fault::Fault;
 use crate::names::SiteName;
 
@@ -102,8 +102,17 @@ impl FromStr for JoinToken {
 /// The hub's store of tokens, as the line sees it.
 #[async_trait::async_trait]
 pub trait Redeemer: Send + Sync {
-    /// Uses up the token, in one transaction: it must exist with this hash, be unused, unexpired, and be bound to the site that
-    /// asks (`site` is what the joining side's config says; a mismatch is refused without using the token up). Returns the
-    /// name that the token is bound to; refuses with `not_allowed` and the reason.
-    async fn redeem(&self, id: &str, secret_hash: &[u8; 32], site: &SiteName) -> Result<SiteName, Fault>;
+    /// Uses up the token, in one transaction: it must exist with this hash, be unused, unexpired, and be bound to whom
+    /// asks; a mismatch is refused without using the token up. Returns whom the token is bound to; refuses with
+    /// `not_allowed` and the reason.
+    async fn redeem(&self, id: &str, secret_hash: &[u8; 32], claim: &Claim) -> Result<Holder, Fault>;
+}
+
+/// Who asks to join, as he says.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Claim {
+    /// The site of this name, as its config says.
+    Site(SiteName),
+    /// A publisher, who goes by the name in his token.
+    Publisher,
 }

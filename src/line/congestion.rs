@@ -1,26 +1,28 @@
 //! Which congestion control a QUIC line uses.
 //!
-//! BBR holds a long line full under loss, where CUBIC stalls; CUBIC is faster on a loopback or within a building. quinn wants
-//! the choice when a connection is made, before any round trip was measured, so [`Auto`] begins as CUBIC, chooses at the
-//! first measured round trip, and goes back to CUBIC should a shorter one show that the first was delayed by a busy machine.
+//! The model of BBR ([`Steady`]) holds a long line full under loss, where CUBIC stalls; CUBIC is faster on a loopback or within
+//! a building. quinn wants the choice when a connection is made, before any round trip was measured, so [`Auto`] begins as CUBIC,
+//! chooses at the first measured round trip, and goes back to CUBIC should a shorter one show that the first was delayed by a busy
+//! machine.
 
 use std::any::Any;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use quinn::congestion::{BbrConfig, Controller, ControllerFactory, ControllerMetrics, CubicConfig};
+use quinn::congestion::{Controller, ControllerFactory, ControllerMetrics, CubicConfig};
 use quinn_proto::RttEstimator;
 
+use super::steady::Steady;
 use crate::config::Congestion;
 
 /// What quinn takes for the round trip until it has measured one. While an estimate is exactly this, there is no measure.
 pub(super) const UNKNOWN_RTT: Duration = Duration::from_millis(333);
 /// From this round trip on a line is long.
 pub(super) const LONG_RTT: Duration = Duration::from_millis(5);
-/// A long line is taken to carry 100 Mbit/s until BBR knows: its first window is this times the round trip, so a slower line sees
+/// A long line is taken to carry 100 Mbit/s until it is known better: its first window is this times the round trip, so a slower line sees
 /// one round trip of excess and a faster one is found out three doublings sooner.
 const FIRST_RATE_BYTES_PER_SECOND: u64 = 100_000_000 / 8;
-/// BBR's own first window (200 packets), which is the least here.
+/// The least first window of a long line: 200 packets.
 const FIRST_WINDOW_MIN: u64 = 200 * 1200;
 /// What is dared before the line is known better.
 const FIRST_WINDOW_MAX: u64 = 4 << 20;
@@ -31,15 +33,9 @@ const SHORT_WINDOW: u64 = 128 << 10;
 pub(super) fn factory(choice: Congestion) -> Arc<dyn ControllerFactory + Send + Sync> {
     match choice {
         Congestion::Auto => Arc::new(AutoFactory),
-        Congestion::Bbr => Arc::new(bbr(FIRST_WINDOW_MIN)),
+        Congestion::Bbr => Arc::new(SteadyFactory),
         Congestion::Cubic => Arc::new(cubic(SHORT_WINDOW)),
     }
-}
-
-fn bbr(window: u64) -> BbrConfig {
-    let mut config = BbrConfig::default();
-    config.initial_window(window);
-    config
 }
 
 fn cubic(window: u64) -> CubicConfig {
@@ -51,6 +47,14 @@ fn cubic(window: u64) -> CubicConfig {
 fn first_window(rtt: Duration) -> u64 {
     let bytes = u128::from(FIRST_RATE_BYTES_PER_SECOND) * rtt.as_micros() / 1_000_000;
     u64::try_from(bytes).unwrap_or(u64::MAX).clamp(FIRST_WINDOW_MIN, FIRST_WINDOW_MAX)
+}
+
+struct SteadyFactory;
+
+impl ControllerFactory for SteadyFactory {
+    fn build(self: Arc<Self>, now: Instant, current_mtu: u16) -> Box<dyn Controller> {
+        Box::new(Steady::new(now, FIRST_WINDOW_MIN, current_mtu))
+    }
 }
 
 struct AutoFactory;
@@ -81,7 +85,7 @@ impl Auto {
         match self.chosen {
             Chosen::Short => {}
             Chosen::Nothing if rtt >= LONG_RTT => {
-                self.inner = Arc::new(bbr(first_window(rtt))).build(now, self.mtu);
+                self.inner = Box::new(Steady::new(now, first_window(rtt), self.mtu));
                 self.chosen = Chosen::Long;
             }
             Chosen::Long if rtt >= LONG_RTT => {}

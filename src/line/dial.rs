@@ -13,9 +13,8 @@ use super::{CLOSE_REFUSED, Ended, Link, PRIORITY_CONTROL, Wire, clean, hello, qu
 use crate::clock;
 use crate::config::{Line, Transport};
 use crate::fault::{Fault, Reason};
-use crate::identity::{CertificateRequest, Holder, JoinToken, SiteIdentity};
+use crate::identity::{CertificateRequest, Claim, Holder, JoinToken, SiteIdentity};
 use crate::limits::{LINE_ADDRESSES_MAX, LINE_HANDSHAKE_MAX, LINE_QUIC_ANSWER_MAX};
-use crate::names::SiteName;
 
 /// How long an address of a name has a head start over the next.
 const HEAD_START: Duration = Duration::from_millis(250);
@@ -207,8 +206,8 @@ pub async fn probe_quic(address: &str, identity: &SiteIdentity, line: &Line) -> 
 }
 
 /// Joins the hub at `HOST:PORT`: recognises it by the hash in the token, proves with the secret that it may, and comes back with
-/// the site's identity, which the caller saves. `site` is the name in the site's config.
-pub async fn join(address: &str, token: &JoinToken, site: &SiteName, line: &Line) -> Result<SiteIdentity, Fault> {
+/// the identity, which the caller saves.
+pub async fn join(address: &str, token: &JoinToken, claim: &Claim, line: &Line) -> Result<SiteIdentity, Fault> {
     let call = Call { address, tls: tls::joining_client(*token.ca_hash())?, line, welcomed: false };
     let (link, shown) = call.place().await?;
     // The handshake has checked this; the CA is taken from here to be kept, so it is checked once more.
@@ -220,7 +219,10 @@ pub async fn join(address: &str, token: &JoinToken, site: &SiteName, line: &Line
     let ask = hello::Ask {
         token_id: token.id().into(),
         secret: hello::encode(token.secret()),
-        site: site.clone(),
+        site: match claim {
+            Claim::Site(name) => Some(name.clone()),
+            Claim::Publisher => None,
+        },
         csr: hello::encode(request.csr_der()),
     };
     let answer = tokio::time::timeout(LINE_HANDSHAKE_MAX, exchange(&link, &ask)).await;
@@ -231,11 +233,16 @@ pub async fn join(address: &str, token: &JoinToken, site: &SiteName, line: &Line
     };
     let identity = request.complete(&cert, ca)?;
     link.close_and_flush("joined").await;
-    if identity.name() != site {
-        return Err(Fault::not_allowed(format!("the token is for site {}, and this site's config says {site}", identity.name())));
+    let fits = match (claim, identity.holder()) {
+        (Claim::Site(name), Holder::Site(given)) => name == given,
+        (Claim::Publisher, Holder::Publisher(_)) => true,
+        _ => false,
+    };
+    if !fits {
+        return Err(Fault::not_allowed(format!("the token is for {}, which this is not", identity.holder())));
     }
     let hub = link.peer().map(Holder::to_string).unwrap_or_default();
-    tracing::info!(hub, site = %site, "joined");
+    tracing::info!(hub, who = %identity.holder(), "joined");
     Ok(identity)
 }
 

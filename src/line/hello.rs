@@ -24,8 +24,8 @@ pub(super) struct Ask {
     pub(super) token_id: String,
     /// Base64 (url-safe, no padding), 32 bytes.
     pub(super) secret: String,
-    /// The name in the site's config.
-    pub(super) site: SiteName,
+    /// The name in the site's config; a publisher has none.
+    pub(super) site: Option<SiteName>,
     /// Base64 (url-safe, no padding): the certificate request, DER.
     pub(super) csr: String,
 }

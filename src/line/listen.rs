@@ -15,7 +15,7 @@ use super::{CLOSE_REFUSED, FLUSH_MAX, Link, PRIORITY_CONTROL, SendHalf, Wire, he
 use crate::clock;
 use crate::config::{Congestion, Line};
 use crate::fault::{Fault, IoContext};
-use crate::identity::{HubIdentity, Redeemer, read_csr, secret_hash};
+use crate::identity::{Claim, Holder, HubIdentity, Redeemer, read_csr, secret_hash};
 use crate::limits::{LINE_ARRIVALS_WAITING_MAX, LINE_HANDSHAKE_MAX, LINE_HANDSHAKES_EASY, LINE_HANDSHAKES_MAX, SITE_CONNECTIONS_MAX};
 use crate::names::SiteName;
 
@@ -38,6 +38,13 @@ pub enum Arrival {
         /// The certificate, DER, with which the site's receipts are checked.
         cert_der: Vec<u8>,
     },
+    /// A publisher with a certificate of this hub; several lines of one publisher may stand.
+    Publisher {
+        /// The name in the certificate.
+        name: SiteName,
+        /// The line, which stands and has been welcomed.
+        link: Link,
+    },
     /// Somebody with a join token.
     Join(JoinRequest),
 }
@@ -49,7 +56,7 @@ pub struct JoinRequest {
     send: SendHalf,
     token_id: String,
     secret_hash: [u8; 32],
-    site: SiteName,
+    claim: Claim,
     csr: Vec<u8>,
 }
 
@@ -64,9 +71,9 @@ impl JoinRequest {
         &self.secret_hash
     }
 
-    /// The name in the asking site's config, which proves nothing.
-    pub fn claimed_name(&self) -> &SiteName {
-        &self.site
+    /// Who it says that it is, which proves nothing.
+    pub fn claim(&self) -> &Claim {
+        &self.claim
     }
 
     /// Where the request comes from.
@@ -74,15 +81,15 @@ impl JoinRequest {
         self.link.remote_address()
     }
 
-    /// Redeems the token and answers with a certificate or the refusal. Returns the name of the site that joined.
-    pub async fn redeem(self, redeemer: &dyn Redeemer) -> Result<SiteName, Fault> {
-        let verdict = redeemer.redeem(&self.token_id, &self.secret_hash, &self.site).await;
+    /// Redeems the token and answers with a certificate or the refusal. Returns who joined.
+    pub async fn redeem(self, redeemer: &dyn Redeemer) -> Result<Holder, Fault> {
+        let verdict = redeemer.redeem(&self.token_id, &self.secret_hash, &self.claim).await;
         self.answer(verdict).await
     }
 
-    /// Answers: a name gets a certificate of that name, a fault is sent as the refusal (and returned).
-    pub async fn answer(mut self, verdict: Result<SiteName, Fault>) -> Result<SiteName, Fault> {
-        let issued = verdict.and_then(|name| Ok((self.hub.issue_for(&name, &self.csr)?, name)));
+    /// Answers: a holder gets a certificate of his name, a fault is sent as the refusal (and returned).
+    pub async fn answer(mut self, verdict: Result<Holder, Fault>) -> Result<Holder, Fault> {
+        let issued = verdict.and_then(|holder| Ok((self.hub.issue_as(&holder, &self.csr)?, holder)));
         let answer = match &issued {
             Ok((cert, _)) => hello::Answer::Certificate(hello::encode(cert)),
             Err(fault) => hello::Answer::refused(fault.clone()),
@@ -90,9 +97,9 @@ impl JoinRequest {
         let sent = hello::send(&mut self.send, &answer).await;
         // The site closes once it has the answer; closing first could overtake it.
         let _ = tokio::time::timeout(PARTING_MAX, self.link.closed()).await;
-        let (_, name) = issued?;
-        sent.map_err(|f| f.context(format_args!("site {name} was not told that it joined, and needs a new token")))?;
-        Ok(name)
+        let (_, holder) = issued?;
+        sent.map_err(|f| f.context(format_args!("{holder} was not told that it joined, and needs a new token")))?;
+        Ok(holder)
     }
 }
 
@@ -237,12 +244,13 @@ impl Door {
                 return Err(fault);
             }
         };
-        let name = who.name().clone();
-        let link = Link::new(wire, Some(who), remote);
+        let (name, publishes) = (who.name().clone(), matches!(who, Holder::Publisher(_)));
+        let link = Link::new(wire, Some(who.clone()), remote);
         let (mut send, _) = link.open(PRIORITY_CONTROL).await?;
         hello::send(&mut send, &hello::Welcome { hub: self.hub.name().clone(), time_ms: clock::now_unix_ms() }).await?;
-        tracing::info!(site = %name, %remote, transport = link.transport(), "a site connected");
-        let _ = self.arrivals.send(Arrival::Site { name, link, cert_der }).await;
+        tracing::info!(%who, %remote, transport = link.transport(), "connected");
+        let arrival = if publishes { Arrival::Publisher { name, link } } else { Arrival::Site { name, link, cert_der } };
+        let _ = self.arrivals.send(arrival).await;
         Ok(())
     }
 
@@ -260,7 +268,8 @@ impl Door {
         match read.await {
             Ok((ask, csr, secret)) => {
                 let secret_hash = secret_hash(&ask.token_id, &secret);
-                Ok(JoinRequest { hub: self.hub.clone(), link, send, token_id: ask.token_id, secret_hash, site: ask.site, csr })
+                let claim = ask.site.map_or(Claim::Publisher, Claim::Site);
+                Ok(JoinRequest { hub: self.hub.clone(), link, send, token_id: ask.token_id, secret_hash, claim, csr })
             }
             Err(fault) => {
                 let refusal = Fault::not_allowed(fault.message.clone()).with_next("make sure that both ends run the same version");

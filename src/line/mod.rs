@@ -17,6 +17,7 @@ mod hello;
 mod listen;
 mod mux;
 mod quic;
+mod steady;
 mod stream;
 mod tcp;
 mod tls;
@@ -28,6 +29,7 @@ use stream::{RecvWire, SendWire};
 
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use parking_lot::Mutex;
@@ -47,6 +49,9 @@ pub(crate) const CLOSE_VIOLATION: u32 = 2;
 pub const PRIORITY_CONTROL: i32 = 100;
 /// Priority of streams that carry bulk data.
 pub const PRIORITY_BULK: i32 = 0;
+
+/// Places in the order of streams of one priority; after so many it begins anew, and once a young stream goes first.
+const PLACES: u32 = 1 << 24;
 
 /// How a line ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -124,6 +129,8 @@ struct Inner {
     /// `None`: a site that has not joined yet.
     peer: Option<Holder>,
     remote: SocketAddr,
+    /// How many streams were given a priority.
+    ordered: AtomicU32,
     /// What this end said when it closed a QUIC connection, which quinn does not keep.
     last_words: Mutex<Option<String>>,
 }
@@ -142,6 +149,14 @@ impl Inner {
             Wire::Quic { connection, .. } => connection.close_reason().map(|e| self.translate(&e)),
             Wire::Tcp { mux, .. } => mux.ended(),
         }
+    }
+
+    /// quinn's priority for the next stream of this one. Streams of one priority are sent one behind the other: a packet from
+    /// each of 32 answers in turn would wake 32 tasks for a packet each, and what is lost of an old answer would have to wait
+    /// behind all the younger ones.
+    fn place_of(&self, priority: i32) -> i32 {
+        let place = self.ordered.fetch_add(1, Ordering::Relaxed) % PLACES;
+        priority.clamp(0, PRIORITY_CONTROL) * PLACES as i32 - place as i32
     }
 
     fn translate(&self, error: &quinn::ConnectionError) -> Ended {
@@ -168,7 +183,7 @@ impl Inner {
         };
         fault.with_reason(match self.peer {
             Some(Holder::Hub(_)) => Reason::HubUnreachable,
-            Some(Holder::Site(_)) | None => Reason::SiteOffline,
+            Some(Holder::Site(_) | Holder::Publisher(_)) | None => Reason::SiteOffline,
         })
     }
 }
@@ -187,7 +202,7 @@ impl std::fmt::Debug for Link {
 
 impl Link {
     fn new(wire: Wire, peer: Option<Holder>, remote: SocketAddr) -> Self {
-        Self { inner: Arc::new(Inner { wire, peer, remote, last_words: Mutex::new(None) }) }
+        Self { inner: Arc::new(Inner { wire, peer, remote, ordered: AtomicU32::new(0), last_words: Mutex::new(None) }) }
     }
 
     /// Opens a stream. Streams of a higher priority are sent first; equal ones take turns. Waits while 256 are open. The peer
@@ -196,7 +211,7 @@ impl Link {
         match &self.inner.wire {
             Wire::Quic { connection, .. } => {
                 let (send, recv) = connection.open_bi().await.map_err(|_| self.inner.fault(StreamEnd::LineGone))?;
-                let _ = send.set_priority(priority);
+                let _ = send.set_priority(self.inner.place_of(priority));
                 Ok(self.halves(SendWire::Quic(send), RecvWire::Quic(recv)))
             }
             Wire::Tcp { mux, .. } => {

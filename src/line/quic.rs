@@ -144,7 +144,11 @@ pub(super) fn tend(connection: quinn::Connection, guard: impl Send + 'static) {
                 _ = connection.closed() => break,
                 _ = tick.tick() => {}
             }
-            let fitting = (2 * connection.stats().path.cwnd).clamp(LINE_SEND_BYTES_MIN, LINE_SEND_BYTES_MAX);
+            // What is lost of an answer holds all that follows of it for two round trips more. On a short line 8 MiB are plenty,
+            // however far its window has grown: more would only leave the caches.
+            let long = connection.rtt() >= congestion::LONG_RTT;
+            let wanted = if long { 4 * connection.stats().path.cwnd } else { 0 };
+            let fitting = wanted.clamp(LINE_SEND_BYTES_MIN, LINE_SEND_BYTES_MAX);
             if fitting != window {
                 connection.set_send_window(fitting);
                 window = fitting;

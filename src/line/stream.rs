@@ -63,7 +63,7 @@ impl SendHalf {
     pub fn set_priority(&self, priority: i32) {
         match &self.wire {
             SendWire::Quic(stream) => {
-                let _ = stream.set_priority(priority);
+                let _ = stream.set_priority(self.link.place_of(priority));
             }
             SendWire::Tcp(stream) => stream.set_priority(priority),
         }

@@ -11,7 +11,7 @@ use tokio::io::AsyncWriteExt;
 use super::*;
 use crate::config::{Congestion, Line, Transport};
 use crate::fault::Code;
-use crate::identity::{CertificateRequest, HubIdentity, JoinToken, Redeemer, SiteIdentity};
+use crate::identity::{CertificateRequest, Claim, HubIdentity, JoinToken, Redeemer, SiteIdentity};
 use crate::names::SiteName;
 
 fn name(s: &str) -> SiteName {
@@ -60,7 +60,7 @@ impl Hub {
     async fn next_site(&self) -> (SiteName, Link, Vec<u8>) {
         match tokio::time::timeout(Duration::from_secs(10), self.listener.accept()).await.unwrap().unwrap() {
             Arrival::Site { name, link, cert_der } => (name, link, cert_der),
-            Arrival::Join(_) => unreachable!("a join request where a site was expected"),
+            Arrival::Join(_) | Arrival::Publisher { .. } => unreachable!("something else where a site was expected"),
         }
     }
 
@@ -103,16 +103,18 @@ impl Tokens {
 
 #[async_trait::async_trait]
 impl Redeemer for Tokens {
-    async fn redeem(&self, id: &str, secret_hash: &[u8; 32], site: &SiteName) -> Result<SiteName, Fault> {
+    async fn redeem(&self, id: &str, secret_hash: &[u8; 32], claim: &Claim) -> Result<Holder, Fault> {
         match self.0.lock().get_mut(id) {
             Some((hash, bound, used)) if hash == secret_hash => {
-                if bound != site {
-                    return Err(Fault::not_allowed(format!("the token is for site {bound}, not for {site}")));
+                match claim {
+                    Claim::Site(site) if site == bound => {}
+                    Claim::Site(site) => return Err(Fault::not_allowed(format!("the token is for site {bound}, not for {site}"))),
+                    Claim::Publisher => return Err(Fault::not_allowed(format!("the token is for site {bound}"))),
                 }
                 if std::mem::replace(used, true) {
                     return Err(Fault::not_allowed("the token was used before"));
                 }
-                Ok(bound.clone())
+                Ok(Holder::Site(bound.clone()))
             }
             _ => Err(Fault::not_allowed("the token is not known here")),
         }
@@ -128,19 +130,19 @@ async fn a_site_joins_once_and_dials_ever_after() {
         let hub_line = line(transport);
         let tokens = Arc::new(Tokens::default());
         let token = tokens.make(&hub.identity, "chengdu");
-        let site_name = name("chengdu");
+        let claim = Claim::Site(name("chengdu"));
         let request = async {
             match hub.listener.accept().await {
                 Some(Arrival::Join(request)) => {
-                    assert_eq!((request.token_id(), request.claimed_name()), (token.id(), &name("chengdu")));
+                    assert_eq!((request.token_id(), request.claim()), (token.id(), &Claim::Site(name("chengdu"))));
                     request.redeem(&*tokens).await
                 }
                 _ => unreachable!("no join request"),
             }
         };
-        let (joined, answered) = tokio::join!(join(&hub.address, &token, &site_name, &hub_line), request);
+        let (joined, answered) = tokio::join!(join(&hub.address, &token, &claim, &hub_line), request);
         let site = joined.unwrap();
-        assert_eq!((site.name(), answered.unwrap()), (&name("chengdu"), name("chengdu")));
+        assert_eq!((site.name(), answered.unwrap()), (&name("chengdu"), Holder::Site(name("chengdu"))));
         assert_eq!(hub.identity.verify_site(site.cert_der()).unwrap(), name("chengdu"));
 
         let (link, (arrived, hub_end, _)) = tokio::join!(dial(&hub.address, &site, &hub_line), hub.next_site());
@@ -178,20 +180,20 @@ async fn bad_tokens_are_refused_in_words() {
         let wanted = line(transport);
         let token = tokens.make(&hub.identity, "chengdu");
 
-        let fault = join(&hub.address, &token, &name("xian"), &wanted).await.unwrap_err();
+        let fault = join(&hub.address, &token, &Claim::Site(name("xian")), &wanted).await.unwrap_err();
         assert_eq!((fault.code, fault.message.as_str()), (Code::NotAllowed, "the token is for site chengdu, not for xian"));
         // That did not use it up.
-        join(&hub.address, &token, &name("chengdu"), &wanted).await.unwrap();
-        let fault = join(&hub.address, &token, &name("chengdu"), &wanted).await.unwrap_err();
+        join(&hub.address, &token, &Claim::Site(name("chengdu")), &wanted).await.unwrap();
+        let fault = join(&hub.address, &token, &Claim::Site(name("chengdu")), &wanted).await.unwrap_err();
         assert_eq!((fault.code, fault.message.as_str()), (Code::NotAllowed, "the token was used before"));
 
         let unknown = JoinToken::generate(&hub.identity);
-        let fault = join(&hub.address, &unknown, &name("chengdu"), &wanted).await.unwrap_err();
+        let fault = join(&hub.address, &unknown, &Claim::Site(name("chengdu")), &wanted).await.unwrap_err();
         assert_eq!((fault.code, fault.message.as_str()), (Code::NotAllowed, "the token is not known here"));
 
         // A token of another hub: the secret is never said.
         let foreign = tokens.make(&other.identity, "chengdu");
-        let fault = join(&hub.address, &foreign, &name("chengdu"), &wanted).await.unwrap_err();
+        let fault = join(&hub.address, &foreign, &Claim::Site(name("chengdu")), &wanted).await.unwrap_err();
         assert_eq!(fault.code, Code::NotAllowed, "{fault}");
         assert!(fault.message.contains("is not the one that made the token"), "{fault}");
         assert!(!tokens.0.lock()[foreign.id()].2);
@@ -371,7 +373,7 @@ async fn nobody_there_is_unreachable() {
     let fault = dial(&address, &site, &line(Transport::Auto)).await.unwrap_err();
     assert_eq!((fault.code, fault.code.exit(), fault.reason), (Code::Unreachable, 10, Reason::HubUnreachable));
     assert!(fault.message.contains("QUIC") && fault.message.contains("TCP"), "{fault}");
-    let fault = join(&address, &token, &name("chengdu"), &line(Transport::Tcp)).await.unwrap_err();
+    let fault = join(&address, &token, &Claim::Site(name("chengdu")), &line(Transport::Tcp)).await.unwrap_err();
     assert_eq!(fault.code, Code::Unreachable, "{fault}");
     let fault = dial("hub.invalid:7443", &site, &line(Transport::Auto)).await.unwrap_err();
     assert_eq!(fault.code, Code::Unreachable, "{fault}");

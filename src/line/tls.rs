@@ -84,7 +84,7 @@ pub(super) fn check_site(shown: &Shown) -> Result<(Holder, Vec<u8>), Fault> {
         return Err(Fault::not_allowed("no certificate was shown").with_next("join first: 'packhorse join' with a token from the hub"));
     };
     let who = holder(leaf)?;
-    if !matches!(who, Holder::Site(_)) {
+    if !matches!(who, Holder::Site(_) | Holder::Publisher(_)) {
         return Err(Fault::not_allowed(format!("the certificate of {who} is not a site's")));
     }
     validity(leaf)?.check(&who, "the hub", clock::now())?;

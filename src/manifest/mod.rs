@@ -6,12 +6,13 @@
 //! [`Pages`], and neither holds more than a page of each level.
 
 mod build;
+pub mod difference;
 mod page;
 mod walk;
 
 pub use build::Builder;
 pub use page::{ChunkRef, read_children};
-pub use walk::{Pages, Spot, Step, Walk, children, for_each_page};
+pub use walk::{Pages, Spot, Step, Walk, children, entry_pages, for_each_page};
 
 use serde::{Deserialize, Serialize};
 
@@ -164,8 +165,7 @@ impl Root {
             return Err(Fault::integrity(format!("the root manifest {digest} has format {format}; this program reads 1"))
                 .with_next("upgrade packhorse here"));
         }
-        let Chunking { min, avg, max } = root.chunking;
-        if !(64 <= min && min <= avg && avg <= max && max as usize <= crate::limits::CHUNK_BYTES_MAX) {
+        if !root.chunking.is_possible() {
             return Err(Fault::integrity(format!("the root manifest {digest} has impossible chunk sizes")));
         }
         Ok(root)

@@ -4,7 +4,7 @@
 //! page   = 'E' record*            entry page        page = 'I' child*      index page
 //! record = 1 path mode                              folder
 //!        | 2 path mode target                       symbolic link
-//!        | 3 path mode size hash                    file; up to `whole_file_max` bytes it is one chunk named by its hash
+//!        | 3 path mode size hash                    file; up to `Chunking::whole` bytes it is one chunk named by its hash
 //!        | 4 len id                                 the next chunk of the file before (perhaps on the page before)
 //! path   = shared suffix_len suffix                 bytes shared with the path before on this page, then the rest
 //! child  = len chunks entries id
@@ -50,7 +50,7 @@ pub(super) enum Record {
 
 /// Whether a file's only chunk is named by the file's hash and has no record of its own.
 pub(super) fn is_one_chunk(chunking: &Chunking, size: u64) -> bool {
-    size > 0 && size <= chunking.whole_file_max()
+    size > 0 && size <= u64::from(chunking.whole)
 }
 
 fn put_number(out: &mut Vec<u8>, mut n: u64) {

@@ -86,6 +86,63 @@ fn a_small_change_shares_most_pages() {
     assert!(new <= 6, "two changes made {new} new pages of {before}");
 }
 
+/// How many bytes the second manifest's new pages take as differences against the first's, and as they are.
+fn differences(old: &[File], new: &[File]) -> (usize, usize) {
+    use super::difference::{Alignment, restore, squeeze};
+    let memory = Memory::default();
+    let list = |files| entry_pages(&build(files, &memory), &memory).unwrap();
+    let (old, new) = (list(old), list(new));
+    let alignment = Alignment::new(&old, &new);
+    let read = |pages: &[PageRef]| pages.iter().map(|p| memory.page(p.id).unwrap()).collect::<Vec<_>>();
+    let (mut squeezed, mut plain) = (0, 0);
+    for first in (0..new.len()).step_by(8) {
+        let span = first..new.len().min(first + 8);
+        let beside = read(&old[alignment.beside(&span)]);
+        let bytes: usize = beside.iter().map(Bytes::len).sum();
+        assert!(bytes as u64 <= crate::limits::DIFFERENCE_BASE_BYTES_MAX);
+        let pages = read(&new[span.clone()]);
+        let made = squeeze(&beside, &pages).unwrap();
+        let lens: Vec<u32> = new[span].iter().map(|p| p.len).collect();
+        assert_eq!(restore(&beside, &made, &lens).unwrap(), pages);
+        assert!(restore(&beside, &made[..made.len() / 2], &lens).is_err());
+        assert!(restore(&beside, &made, &lens[1..]).is_err(), "more than was asked for");
+        squeezed += made.len();
+        plain += lens.iter().sum::<u32>() as usize;
+    }
+    println!("{} pages: {plain} bytes, as differences {squeezed}", new.len());
+    (squeezed, plain)
+}
+
+#[test]
+fn scattered_changes_cost_what_they_are_as_differences() {
+    let old = numbered(20_000);
+    let mut new = old.clone();
+    new.iter_mut().step_by(20).for_each(|file| file.2 += 1_000_000);
+    new.retain(|file| file.2 % 40 != 7);
+    let (squeezed, plain) = differences(&old, &new);
+    assert!(squeezed < 1_000 * 64 + 500 * 16, "{squeezed} of {plain} bytes for 1,000 changes and 500 gaps");
+    // A large file: pages of nothing but chunks.
+    let large = |seed| vec![("model.bin".to_owned(), 30_000 * 40_000, seed)];
+    let (squeezed, plain) = differences(&large(1), &large(1));
+    assert!(squeezed * 100 < plain, "{squeezed} of {plain} bytes for no change");
+    let (squeezed, plain) = differences(&large(1), &large(2));
+    assert!(squeezed < plain + plain / 100, "{squeezed} of {plain} bytes where nothing is alike");
+    differences(&[], &numbered(10));
+    differences(&numbered(10), &[]);
+}
+
+#[test]
+fn differences_find_their_old_pages_in_a_long_list() {
+    // More than is looked at at once, and shifted by what was put in front and taken out on the way.
+    let old = numbered(150_000);
+    let mut new: Vec<File> = (0..30_000).map(|i| (format!("a_{i:07}.png"), 50_000, 5_000_000 + i)).collect();
+    new.extend(old.iter().filter(|file| !(60_000..80_000).contains(&file.2)).cloned());
+    new[30_000..].iter_mut().step_by(100).for_each(|file| file.2 += 1_000_000);
+    let (squeezed, plain) = differences(&old, &new);
+    let fresh = 31_300 * 50;
+    assert!(squeezed < fresh + (plain - fresh) / 10, "{squeezed} of {plain} bytes, {fresh} of them are new");
+}
+
 #[test]
 fn a_lying_manifest_is_refused() {
     let memory = Memory::default();

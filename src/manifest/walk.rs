@@ -178,6 +178,16 @@ pub fn for_each_page(root: &Root, pages: &dyn Pages, mut take: impl FnMut(PageRe
     Ok(())
 }
 
+/// The entry pages of a manifest, in order; reads its index pages.
+pub fn entry_pages(root: &Root, pages: &dyn Pages) -> Result<Vec<PageRef>, Fault> {
+    let mut level = root.pages.clone();
+    for _ in 0..root.depth {
+        let below: Vec<Vec<PageRef>> = level.iter().map(|page| read_children(&pages.page(page.id)?)).collect::<Result<_, _>>()?;
+        level = below.concat();
+    }
+    Ok(level)
+}
+
 /// The children of one page, as a fetch request counts them: chunks of an entry page, pages of an index page.
 pub fn children(page: &[u8], root: &Root) -> Result<Vec<ChunkRef>, Fault> {
     if page.first() == Some(&b'I') {

@@ -11,7 +11,10 @@ use super::check::{self, Found};
 use super::daemon::{Daemons, Home, write_config};
 use super::folder::Folder;
 use super::show::{self, Show, program, quoted, quoted_text};
-use crate::api::types::{PublishRequest, Published, Site, SourceOptions, State, TokenReply, TokenRequest, Transfer, TransferQuery};
+use crate::api::types::{
+    Job, PublishRequest, Published, Run, RunRequest, RunState, Site, SourceOptions, State, TokenReply, TokenRequest, Transfer,
+    TransferQuery,
+};
 use crate::cli::client::Client;
 use crate::cli::human;
 use crate::cli::output::{Table, emit};
@@ -30,6 +33,8 @@ const SITES: [&str; 2] = ["east", "west"];
 const ONLINE_MAX: Duration = Duration::from_secs(60);
 /// How long one artifact may take to reach both sites.
 const ARRIVAL_MAX: Duration = Duration::from_secs(180);
+/// How long the training run may take.
+const RUN_MAX: Duration = Duration::from_secs(120);
 const LOOK_EVERY: Duration = Duration::from_millis(100);
 const JOB_WAIT: Duration = Duration::from_secs(10);
 
@@ -40,6 +45,8 @@ pub(super) struct World<'a> {
     hub: Home,
     client: Arc<Client>,
     sites: Vec<Home>,
+    /// The sites' APIs, as [`SITES`] has them.
+    clients: Vec<Arc<Client>>,
 }
 
 impl<'a> World<'a> {
@@ -50,7 +57,7 @@ impl<'a> World<'a> {
         let ready = daemons.start(&hub, async |api, line| write_config(&hub, &hub_config(&hub, api, line)?)).await?;
         let (client, line) = (ready.client, ready.line.to_string());
         show.say(&format!("   hub is ready: API at http://{}, line at {line}, log in {}", ready.api, hub.log.display()));
-        let mut sites = Vec::new();
+        let (mut sites, mut clients) = (Vec::new(), Vec::new());
         for name in SITES {
             let site = Home::new(folder.path(), name);
             let joined = SiteIdentity::load(&site.state())?.is_some();
@@ -58,8 +65,9 @@ impl<'a> World<'a> {
             let how = if joined { "had joined before" } else { "has joined with a token from the hub" };
             show.say(&format!("   {name} {how}: API at http://{}, log in {}", ready.api, site.log.display()));
             sites.push(site);
+            clients.push(ready.client);
         }
-        let world = Self { folder, show: show.clone(), hub, client, sites };
+        let world = Self { folder, show: show.clone(), hub, client, sites, clients };
         world.wait_online().await?;
         Ok(world)
     }
@@ -105,18 +113,9 @@ impl<'a> World<'a> {
             as_ref: format!("{series}:v{version}"),
             to: Some("all".into()),
             options: SourceOptions { for_dataset, ..SourceOptions::default() },
+            run: None,
         };
-        let mut job = self.client.post("/v1/artifacts", &request).await?;
-        let published: Published = loop {
-            let crate::api::types::Job { id, state, result, error, .. } = job;
-            match (state.as_str(), result) {
-                ("running", _) => job = self.client.job(&id, JOB_WAIT).await?,
-                ("done", Some(result)) => {
-                    break serde_json::from_value(result).map_err(|e| Fault::internal(format!("the hub's answer: {e}")))?;
-                }
-                _ => return Err(refused(error, &request.as_ref)),
-            }
-        };
+        let published = publish_by(&self.client, &request).await?;
         let (size, stored) = (human::bytes(published.bytes), human::bytes(published.stored));
         self.show.say(&match published.unchanged {
             true => format!("   {} is published already, with this content: {size}", published.artifact),
@@ -177,6 +176,72 @@ pub(super) async fn second_version(world: &World<'_>) -> Result<(), Fault> {
     let cells = [human::bytes(size), human::bytes(east), human::bytes(west), percent(east.max(west), size)];
     table.row(std::iter::once("all".to_owned()).chain(cells).map(Into::into).collect());
     emit(&format!("\nHow little of version 2 crossed the line (manifests and framing included):\n\n{}", table.render(false)))
+}
+
+/// The last act: east has images of its own and no trainer; west has one. What east publishes stays where it lies until west
+/// asks for it, the model comes home by itself, and west gives back what it borrowed.
+pub(super) async fn borrowed_training(world: &World<'_>) -> Result<(), Fault> {
+    let [east, west] = SITES;
+    world.show.act("East borrows west: its own images and labels go there, a trainer learns from them, the model comes home");
+    let set = world.folder.own_sample().await?;
+    let [images, labels, model] = ["dataset/east-line:v1", "labels/east-line:v1", "model/east-judge"];
+    for (source, name) in [(&set.dataset, images), (&set.labels, labels)] {
+        let request = PublishRequest {
+            source: source.to_string_lossy().into_owned(),
+            as_ref: name.into(),
+            to: None,
+            options: SourceOptions { for_dataset: (name == labels).then(|| images.into()), ..SourceOptions::default() },
+            run: None,
+        };
+        let published = publish_by(&world.clients[0], &request).await?;
+        world.show.say(&format!("   {name} is published at {east}: {}, which stay where they lie", human::bytes(published.bytes)));
+    }
+    let request = RunRequest {
+        name: "first".into(),
+        from: east.into(),
+        on: west.into(),
+        inputs: vec![images.into(), labels.into(), format!("{}:v2", SERIES[2])],
+        expect: model.into(),
+        ttl_seconds: 3600,
+    };
+    let mut run: Run = world.clients[0].post("/v1/runs", &request).await?;
+    let until = Instant::now() + RUN_MAX;
+    let mut said = None;
+    while !(run.state.is_final() && run.released) {
+        if said != Some(run.state) {
+            world.show.say(&format!("   run {} is {}", run.name, run.state.as_str()));
+            said = Some(run.state);
+        }
+        if Instant::now() >= until {
+            return Err(Fault::deadline(format!("run {} is still {} after {RUN_MAX:?}", run.name, run.state.as_str())));
+        }
+        sleep(LOOK_EVERY).await;
+        run = world.client.get("/v1/runs/show", &[("name", run.name.as_str())]).await?;
+    }
+    let (Some(made), RunState::Done) = (&run.model, run.state) else {
+        return Err(Fault::internal(format!("run {} is {}: {}", run.name, run.state.as_str(), run.message.unwrap_or_default()))
+            .with_next(format!("read the logs in {}", world.folder.path().display())));
+    };
+    let home = check::nas(&world.sites[0]).join(made.artifact.replace(':', "/")).join("model.json");
+    let text = std::fs::read_to_string(&home).map_err(|e| Fault::io(home.display(), &e))?;
+    let found: serde_json::Value = serde_json::from_str(&text).map_err(|e| Fault::integrity(format!("{}: {e}", home.display())))?;
+    if check::nas(&world.sites[1]).join(images.replace(':', "/")).exists() {
+        return Err(Fault::internal(format!("{images} still lies at {west}")));
+    }
+    let mut table = Table::new(&["MADE OF", "DIGEST", "AT WEST NOW"]);
+    for input in &run.inputs {
+        let stays = input.artifact.starts_with(SERIES[2]);
+        let now = if stays { "stays: it was there before" } else { "given back" };
+        table.row(vec![input.artifact.as_str().into(), input.digest.chars().take(16).collect::<String>().into(), now.into()]);
+    }
+    emit(&format!(
+        "\nThe model {} came home to {}; of {} boxes that it never saw it tells {} right:\n\n{}",
+        made.artifact,
+        home.display(),
+        found["tried_on"],
+        found["right"],
+        table.render(false)
+    ))
 }
 
 /// The end: commands to look with.
@@ -249,6 +314,21 @@ async fn follow(client: &Client, show: &Show, published: &Published) -> Result<V
     }
 }
 
+/// Publishes through a daemon, and waits for it.
+async fn publish_by(client: &Client, request: &PublishRequest) -> Result<Published, Fault> {
+    let mut job: Job = client.post("/v1/artifacts", request).await?;
+    loop {
+        let Job { id, state, result, error, .. } = job;
+        match (state.as_str(), result) {
+            ("running", _) => job = client.job(&id, JOB_WAIT).await?,
+            ("done", Some(result)) => {
+                return serde_json::from_value(result).map_err(|e| Fault::internal(format!("the daemon's answer: {e}")));
+            }
+            _ => return Err(refused(error, &request.as_ref)),
+        }
+    }
+}
+
 /// Writes a site's configuration, and joins it to the hub if it has not joined yet.
 async fn enrol(client: &Client, site: &Home, line: &str, api: std::net::SocketAddr) -> Result<(), Fault> {
     durable::create_dir_all(&check::nas(site))?;
@@ -257,7 +337,7 @@ async fn enrol(client: &Client, site: &Home, line: &str, api: std::net::SocketAd
         return Ok(());
     }
     let labels = [("region".to_owned(), site.name.to_owned())].into();
-    let request = TokenRequest { site: site.name.into(), labels, ttl_seconds: 600 };
+    let request = TokenRequest { site: Some(site.name.into()), publisher: None, labels, ttl_seconds: 600 };
     let reply: TokenReply = client.post("/v1/tokens", &request).await?;
     serve::join(&config::load(&site.config)?, line, &reply.token).await
 }
@@ -271,9 +351,11 @@ fn site_config(site: &Home, api: std::net::SocketAddr, line: &str) -> Result<Str
     let (name, state, nas) = (site.name, toml_path(&site.state())?, toml_path(&check::nas(site))?);
     let labels = toml_text(&format!("sqlite://{}", check::labels_db(site).display()));
     let images = toml_text(&format!("oci-layout:{}", check::images(site).display()));
+    let trainer = toml_path(&std::env::current_exe().map_err(|e| Fault::io("find this program", &e))?)?;
     Ok(format!(
         "role = \"site\"\nname = \"{name}\"\ndata_dir = {state}\n[listen]\napi = \"{api}\"\n[hub]\naddress = \"{line}\"\n\
-         [sink.files]\nroot = {nas}\n[sink.labels]\nurl = {labels}\n[sink.images]\nurl = {images}\n"
+         [sink.files]\nroot = {nas}\n[sink.labels]\nurl = {labels}\n[sink.images]\nurl = {images}\n\
+         [train]\ncommand = [{trainer}, \"sample-trainer\"]\n"
     ))
 }
 

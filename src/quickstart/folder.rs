@@ -69,6 +69,12 @@ impl Folder {
         crate::fetch::blocking(move || sample::make(&dir, SEED, version)).await
     }
 
+    /// Makes (again) what site east has of its own.
+    pub(super) async fn own_sample(&self) -> Result<SampleSet, Fault> {
+        let dir = self.path.join("source").join("east");
+        crate::fetch::blocking(move || sample::make(&dir, SEED + 1, 1)).await
+    }
+
     /// Ends the use: a temporary folder is removed when nobody needs it any more.
     pub(super) fn leave(self, done_with: bool, show: &Show) -> Result<(), Fault> {
         if self.temporary && done_with {

@@ -9,8 +9,11 @@ mod check;
 mod daemon;
 mod folder;
 mod show;
+mod trainer;
 
 use std::path::PathBuf;
+
+pub(crate) use self::trainer::run as train;
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
@@ -54,6 +57,7 @@ async fn play(folder: &Folder, daemons: &mut Daemons, show: &Show, once: bool) -
     let acts = async {
         acts::first_delivery(&world).await?;
         acts::second_version(&world).await?;
+        acts::borrowed_training(&world).await?;
         acts::farewell(&world, once)
     };
     tokio::select! {

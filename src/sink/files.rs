@@ -174,6 +174,18 @@ impl FilesSink {
         Ok(self.landed(artifact))
     }
 
+    /// The version of the same series that was asked for last, of those that stand.
+    fn newest_left(&self, artifact: &ArtifactRef) -> Option<ArtifactRef> {
+        let notes = std::fs::read_dir(self.note_path(artifact).parent()?).ok()?;
+        let versions = notes.flatten().filter_map(|entry| entry.file_name().to_str()?.strip_suffix(".json").map(str::to_owned));
+        let standing = versions.filter_map(|version| {
+            let left = ArtifactRef::new(artifact.kind, artifact.name(), &version).ok()?;
+            let note = self.note(&left).filter(|_| self.folder(&left).is_dir())?;
+            Some((note.transfer, left))
+        });
+        standing.max_by(|a, b| a.0.cmp(&b.0)).map(|(_, left)| left)
+    }
+
     fn remove_blocking(&self, artifact: &ArtifactRef) -> Result<(), Fault> {
         let folder = self.folder(artifact);
         let series = self.series(artifact);
@@ -186,8 +198,13 @@ impl FilesSink {
         }
         durable::remove_all(&self.note_path(artifact))?;
         if current.trim() == artifact.version() {
-            durable::remove_all(&series.join("CURRENT"))?;
-            durable::remove_all(&series.join("current"))?;
+            match self.newest_left(artifact) {
+                Some(left) => self.set_current(&left)?,
+                None => {
+                    durable::remove_all(&series.join("CURRENT"))?;
+                    durable::remove_all(&series.join("current"))?;
+                }
+            }
         }
         Ok(())
     }
@@ -298,6 +315,12 @@ impl Sink for FilesSink {
             let file = this.staging.join(".probe");
             durable::replace(&file, b"probe")?;
             durable::remove_all(&file)?;
+            // Versions are renamed into folders of their kinds, which may have other owners than the staging.
+            let kinds = ["dataset", "operator", "model"].map(|kind| this.root.join(kind));
+            for folder in std::iter::once(&this.root).chain(kinds.iter().filter(|kind| kind.exists())) {
+                let probe = folder.join(format!(".packhorse-probe-{}", std::process::id()));
+                std::fs::create_dir(&probe).and_then(|()| std::fs::remove_dir(&probe)).at(format_args!("write to {}", folder.display()))?;
+            }
             let free = crate::stage::free_bytes(&this.root)?;
             Ok(format!("files at {}: writable, {} GiB free", this.root.display(), free >> 30))
         })

@@ -12,7 +12,8 @@ use crate::api::Backend;
 use crate::api::types::Site as SiteView;
 use crate::api::types::*;
 use crate::catalogue::ArtifactRow;
-use crate::fault::{Fault, IoContext};
+use crate::delivery;
+use crate::fault::{Code, Fault, IoContext};
 use crate::fetch::blocking;
 use crate::hub::not_in_this_version;
 use crate::jobs::JobProgress;
@@ -27,6 +28,16 @@ impl Site {
     async fn verify_now(&self, row: ArtifactRow, progress: Arc<JobProgress>) -> Result<Vec<String>, Fault> {
         let Some(place) = row.place.clone() else { return Ok(vec![format!("{} is not held here", row.artifact)]) };
         progress.doing(format!("re-reading {}", row.artifact));
+        if row.published {
+            let origin = self.inner.origin.clone();
+            return blocking(move || {
+                let read = |bytes| {
+                    progress.bytes.fetch_add(bytes, Ordering::Relaxed);
+                };
+                origin.verify(row.digest, &row.root, &[place], read)
+            })
+            .await;
+        }
         let sink = self.inner.sinks.of(row.artifact.kind).clone();
         let incoming = Incoming { artifact: row.artifact.clone(), digest: row.digest, root: row.root.clone(), transfer: "verify".into() };
         let mut faults = sink.verify(&incoming, &place).await?;
@@ -80,8 +91,11 @@ impl Backend for Site {
         self.inner.catalogue.cursor().await.map(|_| ())
     }
 
-    async fn publish(&self, _request: PublishRequest) -> Result<Job, Fault> {
-        Err(wrong_role("publish", "hub"))
+    async fn publish(&self, request: PublishRequest) -> Result<Job, Fault> {
+        let artifact: ArtifactRef = request.as_ref.parse()?;
+        let this = self.clone();
+        tracing::info!(%artifact, source = %request.source, "publishing in place");
+        self.inner.jobs.start(move |progress| async move { this.publish_now(request, progress).await })
     }
 
     async fn deliver(&self, request: DeliverRequest) -> Result<Delivered, Fault> {
@@ -93,12 +107,45 @@ impl Backend for Site {
     }
 
     async fn transfers(&self, query: &TransferQuery) -> Result<(Vec<Transfer>, u64), Fault> {
-        let (rows, cursor) = self.inner.catalogue.transfers(query).await?;
+        let (rows, cursor) = match (self.inner.catalogue.transfers(query).await, &query.id) {
+            // Not this site's own: it may go to another, and the hub knows.
+            (Err(fault), Some(id)) if fault.code == Code::NotFound => {
+                let wait = query.since.and(query.wait).unwrap_or(0);
+                return self.ask_hub(&AskHub::Transfers { id: id.clone(), since: query.since, wait }).await;
+            }
+            (other, _) => other?,
+        };
         Ok((rows.iter().map(|row| row.view()).collect(), cursor))
     }
 
     async fn act(&self, id: &str, action: Action) -> Result<Vec<Transfer>, Fault> {
         self.ask_hub(&AskHub::Act { id: id.into(), action }).await
+    }
+
+    async fn deliveries(&self, limit: u32) -> Result<Vec<Delivery>, Fault> {
+        let rows = self.inner.catalogue.deliveries(limit).await?;
+        Ok(rows.iter().map(|row| delivery::view(row, row.parts.iter().map(|t| t.view()).collect())).collect())
+    }
+
+    async fn delivery(&self, id: &str) -> Result<Delivery, Fault> {
+        let row = self.inner.catalogue.delivery(id).await?;
+        Ok(delivery::view(&row, row.parts.iter().map(|t| t.view()).collect()))
+    }
+
+    async fn runs(&self, limit: u32) -> Result<Vec<Run>, Fault> {
+        self.ask_hub(&AskHub::ListRuns { limit }).await
+    }
+
+    async fn run(&self, name: &str) -> Result<Run, Fault> {
+        self.ask_hub(&AskHub::ShowRun(name.into())).await
+    }
+
+    async fn train(&self, request: RunRequest) -> Result<Run, Fault> {
+        self.ask_hub(&AskHub::StartRun(request)).await
+    }
+
+    async fn act_on_run(&self, request: RunActionRequest) -> Result<Run, Fault> {
+        self.ask_hub(&AskHub::ActOnRun(request)).await
     }
 
     async fn artifacts(&self) -> Result<Vec<Artifact>, Fault> {
@@ -109,7 +156,8 @@ impl Backend for Site {
         let artifact: ArtifactRef = artifact.parse()?;
         let row = self.inner.catalogue.artifact(&artifact).await?;
         let transfers = self.inner.catalogue.transfers_of_artifact(&artifact).await?;
-        Ok(ArtifactDetail { artifact: row.view(), transfers: transfers.iter().map(|t| t.view()).collect() })
+        let lineage = self.inner.catalogue.lineage(&artifact).await?.map(crate::hub::lineage_view);
+        Ok(ArtifactDetail { artifact: row.view(), transfers: transfers.iter().map(|t| t.view()).collect(), lineage })
     }
 
     async fn sites(&self) -> Result<Vec<SiteView>, Fault> {
@@ -142,6 +190,10 @@ impl Backend for Site {
         self.inner.jobs.start(move |progress| async move { this.verify_now(row, progress).await })
     }
 
+    async fn pin(&self, _artifact: &str, _pinned: bool) -> Result<Artifact, Fault> {
+        Err(wrong_role("pin", "hub"))
+    }
+
     async fn export(&self, _artifacts: Vec<String>, _out: String) -> Result<Job, Fault> {
         Err(not_in_this_version("export"))
     }
@@ -171,8 +223,7 @@ impl Backend for Site {
                 Err(fault) => format!("fault {}; {}", fault.message, fault.next),
             });
         }
-        let free = crate::stage::free_bytes(&inner.config.data_dir)?;
-        out.push(format!("ok data_dir {}: {} MiB free", inner.config.data_dir.display(), free >> 20));
+        out.push(crate::stage::room_report(&inner.config.data_dir)?);
         Ok(out)
     }
 

@@ -1,19 +1,25 @@
 //! The site's end of the line: dials, keeps, reports, and moves from TCP to QUIC when that works again.
 
-use std::time::Duration;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tokio::sync::Semaphore;
 
 use super::Site;
 use crate::api::VERSION;
 use crate::config::Transport;
 use crate::fault::{Fault, Retry};
-use crate::fetch::{Fetcher, blocking};
-use crate::limits::{BACKOFF_FIRST, RECONNECT_MAX};
+use crate::fetch::{self, Fetcher, blocking};
+use crate::limits::{BACKOFF_FIRST, FETCH_STREAMS_MAX, RECONNECT_MAX};
 use crate::line::{self, Link, RecvHalf, SendHalf};
+use crate::run::RunReport;
 use crate::transfer::{Assembly, free_room};
-use crate::wire::{self, AskHub, AskSite, CONTROL, FromHub, FromSite, Planned, QUESTION, Report};
+use crate::wire::{self, AskHub, AskSite, CONTROL, FETCH, FromHub, FromSite, Planned, QUESTION, Report};
 
 /// How often a site on TCP tries whether QUIC works again.
 const QUIC_PROBE_EVERY: Duration = Duration::from_secs(60);
+/// A line that stood this long was a good one: the next is dialled at once.
+const LINE_GOOD_FROM: Duration = Duration::from_secs(10);
 /// How often the certificate's age is looked at.
 const RENEW_CHECK_EVERY: Duration = Duration::from_secs(3600);
 /// Desired lists shorter than this are complete.
@@ -36,9 +42,13 @@ impl Site {
             };
             match dialled {
                 Ok(link) => {
-                    pause = BACKOFF_FIRST;
                     *inner.line_fault.lock() = None;
+                    let began = Instant::now();
                     self.use_line(link, &address).await;
+                    // A line that ends as soon as it stands, because this site cannot work, is not dialled without end.
+                    if began.elapsed() >= LINE_GOOD_FROM {
+                        pause = BACKOFF_FIRST;
+                    }
                 }
                 Err(fault) => {
                     let again = inner.line_fault.lock().as_ref().is_some_and(|old| old.message == fault.message);
@@ -67,7 +77,7 @@ impl Site {
             let better = tokio::select! {
                 ended = self.talk(&link) => {
                     if let Err(fault) = ended {
-                        tracing::debug!(error = %fault, "the control stream ended");
+                        tracing::info!(error = %fault, "the control stream ended");
                     }
                     None
                 }
@@ -111,13 +121,15 @@ impl Site {
         let inner = &self.inner;
         let (mut send, mut recv) = link.open(wire::PRIORITY_CONTROL).await?;
         send.write_all(&[CONTROL]).await?;
-        wire::send(&mut send, &FromSite::Hello { version: VERSION.into() }).await?;
+        wire::send(&mut send, &FromSite::Hello { version: VERSION.into(), share: inner.config.share.allow.clone() }).await?;
         let (listed, mut asked) = tokio::sync::mpsc::channel::<Vec<Report>>(4);
         let read = async {
             loop {
-                let FromHub::Desired { revision, transfers } = wire::receive(&mut recv).await?;
-                tracing::debug!(revision, transfers = transfers.len(), "desired");
+                let FromHub::Desired { revision, transfers, runs } = wire::receive(&mut recv).await?;
+                tracing::debug!(revision, transfers = transfers.len(), runs = runs.len(), "desired");
                 let rows = inner.runner.apply(&transfers, transfers.len() < DESIRED_MAX).await?;
+                // After the transfers: a run that is over removes what they brought.
+                self.apply_runs(&runs).await?;
                 let reports = rows.into_iter().map(report).collect();
                 if listed.send(reports).await.is_err() {
                     return Ok(());
@@ -126,6 +138,7 @@ impl Site {
         };
         let write = async {
             let mut cursor = inner.catalogue.cursor().await?;
+            let mut said: Vec<RunReport> = Vec::new();
             let mut renew = tokio::time::interval(RENEW_CHECK_EVERY);
             loop {
                 let changed = inner.catalogue.changed();
@@ -134,6 +147,11 @@ impl Site {
                 cursor = next;
                 if !rows.is_empty() {
                     wire::send(&mut send, &FromSite::Report(rows.into_iter().map(report).collect())).await?;
+                }
+                let runs = self.run_reports().await?;
+                if runs != said {
+                    wire::send(&mut send, &FromSite::Runs(runs.clone())).await?;
+                    said = runs;
                 }
                 tokio::select! {
                     () = changed => {}
@@ -148,6 +166,7 @@ impl Site {
         tokio::select! {
             result = read => result,
             result = write => result,
+            result = self.keep_offering() => result,
         }
     }
 
@@ -159,11 +178,11 @@ impl Site {
         }
         let work = async {
             let request = identity.make_renewal_request()?;
-            let answer: String = ask(link, &AskHub::Renew { request: hex::encode(request.csr_der()) }).await?;
+            let answer: String = wire::ask(link, &AskHub::Renew { request: hex::encode(request.csr_der()) }).await?;
             let cert = hex::decode(answer).map_err(|_| Fault::integrity("the hub sent a malformed certificate"))?;
             let renewed = request.complete(&cert, identity.ca_der())?;
             renewed.save(&self.inner.config.data_dir)?;
-            self.inner.identity.send_replace(std::sync::Arc::new(renewed));
+            self.inner.identity.send_replace(Arc::new(renewed));
             Ok::<(), Fault>(())
         };
         match work.await {
@@ -174,18 +193,29 @@ impl Site {
 
     /// Answers what the hub opens.
     async fn answer(&self, link: &Link) {
+        let streams = Arc::new(Semaphore::new(FETCH_STREAMS_MAX));
+        // Whoever opens a stream here is the hub; the name is for the log.
+        let hub = self.inner.config.name.clone();
         while let Some((send, mut recv)) = link.accept().await {
+            let Ok(turn) = streams.clone().acquire_owned().await else { return };
             let this = self.clone();
-            let link = link.clone();
+            let (link, hub) = (link.clone(), hub.clone());
             self.inner.tasks.spawn(async move {
+                let _turn = turn;
                 let mut kind = [0];
                 if recv.read_exact(&mut kind).await.is_err() {
                     return;
                 }
-                if kind[0] == QUESTION
-                    && let Err(fault) = this.question(send, recv, &link).await
-                {
-                    tracing::debug!(error = %fault, "a question went unanswered");
+                let result = match kind[0] {
+                    QUESTION => this.question(send, recv, &link).await,
+                    FETCH => {
+                        fetch::serve(send, recv, &hub, &this.inner.origin).await;
+                        Ok(())
+                    }
+                    other => Err(Fault::integrity(format!("a stream of kind {other}"))),
+                };
+                if let Err(fault) = result {
+                    tracing::debug!(error = %fault, "a stream ended");
                 }
             });
         }
@@ -197,7 +227,8 @@ impl Site {
         let planned = async {
             let fetcher = Fetcher::new(link.clone(), digest, Default::default());
             let root = fetcher.root().await?;
-            fetcher.pages(&root, &inner.shared.store).await?;
+            let base = inner.catalogue.kin(&artifact).await?.map(|kin| kin.root);
+            fetcher.pages(&root, base.as_ref(), &inner.shared.store).await?;
             let sink = inner.sinks.of(artifact.kind).clone();
             let free = free_room(sink.as_ref());
             let assembly = Assembly {
@@ -220,7 +251,7 @@ impl Site {
     pub(super) async fn ask_hub<T: serde::de::DeserializeOwned>(&self, question: &AskHub) -> Result<T, Fault> {
         let link = self.inner.link.borrow().clone();
         match link {
-            Some(link) => ask(&link, question).await,
+            Some(link) => wire::ask(&link, question).await,
             None => {
                 let why = self.inner.line_fault.lock().clone();
                 let fault = Fault::unreachable("there is no line to the hub").with_retry(Retry::Never);
@@ -235,12 +266,4 @@ impl Site {
 
 fn report(row: crate::catalogue::TransferRow) -> Report {
     Report { id: row.id, generation: row.generation, state: row.state, body: row.body }
-}
-
-async fn ask<T: serde::de::DeserializeOwned>(link: &Link, question: &AskHub) -> Result<T, Fault> {
-    let (mut send, mut recv) = link.open(wire::PRIORITY_QUESTION).await?;
-    send.write_all(&[QUESTION]).await?;
-    wire::send(&mut send, question).await?;
-    send.finish()?;
-    wire::receive::<Result<T, Fault>>(&mut recv).await?
 }

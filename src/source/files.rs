@@ -157,7 +157,7 @@ impl Offenders {
     }
 
     fn add_unreadable(&mut self, rel: &[u8], error: &io::Error) {
-        self.unreadable += 1;
+        self.unreadable += u64::from(error.kind() == io::ErrorKind::PermissionDenied);
         self.add(rel, &format!("it cannot be read: {error}"));
     }
 

@@ -1,17 +1,17 @@
-//! Where each chunk lies: a B-tree on disk (redb), chunk id → pack, offset, lengths.
+//! Where each chunk lies: a B-tree on disk (redb), half a chunk id → pack, offset, length.
 
 use std::collections::BTreeMap;
 use std::path::Path;
 
 use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
 
-use crate::chunk::Hash;
+use crate::chunk::{Hash, ShortHash};
 use crate::fault::Fault;
 
 /// What the index keeps in memory at the most.
 pub const INDEX_CACHE_BYTES: usize = 16 << 20;
 
-const CHUNKS: TableDefinition<'_, &[u8; 32], (u32, u32, u32, u32)> = TableDefinition::new("chunks");
+const CHUNKS: TableDefinition<'_, &ShortHash, (u32, u32, u32)> = TableDefinition::new("chunks");
 /// Pack → bytes of it that are synced and indexed.
 const PACKS: TableDefinition<'_, u32, u64> = TableDefinition::new("packs");
 
@@ -21,12 +21,11 @@ pub(super) struct Location {
     pub(super) pack: u32,
     pub(super) offset: u32,
     pub(super) frame_len: u32,
-    pub(super) raw_len: u32,
 }
 
 impl Location {
-    fn from_row((pack, offset, frame_len, raw_len): (u32, u32, u32, u32)) -> Self {
-        Self { pack, offset, frame_len, raw_len }
+    fn from_row((pack, offset, frame_len): (u32, u32, u32)) -> Self {
+        Self { pack, offset, frame_len }
     }
 }
 
@@ -67,7 +66,7 @@ impl Index {
     pub(super) fn get_many(&self, ids: &[Hash]) -> Result<Vec<Option<Location>>, Fault> {
         let read = self.database.begin_read().map_err(fault)?;
         let chunks = read.open_table(CHUNKS).map_err(fault)?;
-        ids.iter().map(|id| Ok(chunks.get(&id.0).map_err(fault)?.map(|row| Location::from_row(row.value())))).collect()
+        ids.iter().map(|id| Ok(chunks.get(&id.short()).map_err(fault)?.map(|row| Location::from_row(row.value())))).collect()
     }
 
     pub(super) fn packs(&self) -> Result<BTreeMap<u32, u64>, Fault> {
@@ -76,27 +75,31 @@ impl Index {
         packs.iter().map_err(fault)?.map(|row| row.map(|(k, v)| (k.value(), v.value())).map_err(fault)).collect()
     }
 
-    /// Takes chunks in, of a pack that is synced up to `len`. In the order of their names: neighbours share a leaf.
-    pub(super) fn commit(&self, found: &[(Hash, Location)], pack: u32, len: u64) -> Result<(), Fault> {
+    /// Takes chunks in, of packs that are synced up to these lengths. In the order of their names: neighbours share a
+    /// leaf.
+    pub(super) fn commit(&self, found: &[(Hash, Location)], packs: &[(u32, u64)]) -> Result<(), Fault> {
         let mut found: Vec<&(Hash, Location)> = found.iter().collect();
         found.sort_unstable_by_key(|(id, _)| *id);
         let write = self.database.begin_write().map_err(fault)?;
         {
             let mut chunks = write.open_table(CHUNKS).map_err(fault)?;
             for (id, at) in found {
-                chunks.insert(&id.0, (at.pack, at.offset, at.frame_len, at.raw_len)).map_err(fault)?;
+                chunks.insert(&id.short(), (at.pack, at.offset, at.frame_len)).map_err(fault)?;
             }
-            write.open_table(PACKS).map_err(fault)?.insert(pack, len).map_err(fault)?;
+            let mut table = write.open_table(PACKS).map_err(fault)?;
+            for (pack, len) in packs {
+                table.insert(pack, len).map_err(fault)?;
+            }
         }
         write.commit().map_err(fault)
     }
 
     /// Shows every chunk with its place.
-    pub(super) fn scan(&self, mut see: impl FnMut(Hash, Location)) -> Result<(), Fault> {
+    pub(super) fn scan(&self, mut see: impl FnMut(ShortHash, Location)) -> Result<(), Fault> {
         let read = self.database.begin_read().map_err(fault)?;
         for row in read.open_table(CHUNKS).map_err(fault)?.iter().map_err(fault)? {
             let (id, at) = row.map_err(fault)?;
-            see(Hash(*id.value()), Location::from_row(at.value()));
+            see(*id.value(), Location::from_row(at.value()));
         }
         Ok(())
     }
@@ -107,21 +110,21 @@ impl Index {
         {
             let mut chunks = write.open_table(CHUNKS).map_err(fault)?;
             for id in ids {
-                chunks.remove(&id.0).map_err(fault)?;
+                chunks.remove(&id.short()).map_err(fault)?;
             }
         }
         write.commit().map_err(fault)
     }
 
     /// Forgets these chunks, as far as they are still placed in these packs, and the packs.
-    pub(super) fn forget(&self, ids: &[Hash], packs: &[u32]) -> Result<(), Fault> {
+    pub(super) fn forget(&self, ids: &[ShortHash], packs: &[u32]) -> Result<(), Fault> {
         let write = self.database.begin_write().map_err(fault)?;
         {
             let mut chunks = write.open_table(CHUNKS).map_err(fault)?;
             for id in ids {
-                let here = chunks.get(&id.0).map_err(fault)?.is_some_and(|row| packs.contains(&row.value().0));
+                let here = chunks.get(id).map_err(fault)?.is_some_and(|row| packs.contains(&row.value().0));
                 if here {
-                    chunks.remove(&id.0).map_err(fault)?;
+                    chunks.remove(id).map_err(fault)?;
                 }
             }
             let mut table = write.open_table(PACKS).map_err(fault)?;

@@ -2,25 +2,27 @@
 //!
 //! The hub keeps everything here; a site keeps manifest pages here (its files and blobs are its chunk store, see
 //! `places`). A chunk is written as a [`Frame`], appended to the open pack; [`Store::flush`] syncs the pack and then
-//! commits its index entries, so the index never names bytes that a power cut could take. Chunks put but not flushed
+//! commits its index entries (and so does every 64th pack that is full), so the index never names bytes that a power
+//! cut could take. Chunks put but not flushed
 //! can be read at once by this process.
 //!
 //! On disk, under the store's folder: `packs/00000001.pack …` (a header of 8 bytes, then frames) and `index.redb`.
-//! After a crash the tail of the last pack is scanned: whole frames are kept, the torn rest is cut off. The index
-//! costs about 90 bytes of disk a chunk and no memory but its cache ([`INDEX_CACHE_BYTES`]); it can be made anew from
+//! After a crash what the index does not know of the last packs is scanned: whole frames are kept, the torn rest is cut off. The index
+//! costs 35 to 71 bytes of disk a chunk and no memory but its cache ([`INDEX_CACHE_BYTES`]); it can be made anew from
 //! the packs.
 
+pub(crate) mod buffers;
 mod index;
 mod pack;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use bytes::Bytes;
 use parking_lot::Mutex;
 
-use crate::chunk::Hash;
+use crate::chunk::{Hash, ShortHash};
 use crate::durable;
 use crate::fault::{Code, Fault};
 use crate::frame::{Frame, Verified};
@@ -32,6 +34,11 @@ pub(crate) use index::redb_fault;
 use index::{Index, Location};
 use pack::{Packs, Writer};
 
+/// Packs that are synced and closed before the index is written. What a crash leaves of them is read at the next start:
+/// 2 GiB at the most…
+const PACKS_A_COMMIT: usize = 64;
+/// …and chunks that wait for the index, in about 10 MB of memory.
+const ROWS_A_COMMIT: usize = 100_000;
 /// Packs that a collection rewrites for one look through the index.
 const COLLECT_TOGETHER: usize = 256;
 
@@ -51,6 +58,8 @@ struct Inner {
 struct Open {
     writer: Option<Writer>,
     pending: HashMap<Hash, Location>,
+    /// Packs that were synced and closed since the index was written, with their lengths.
+    sealed: Vec<(u32, u64)>,
     next_pack: u32,
 }
 
@@ -75,10 +84,10 @@ impl Store {
                     continue;
                 }
                 tracing::info!(pack = number, chunks = found.len(), "recovered the tail of a pack");
-                index.commit(&found, number, end)?;
+                index.commit(&found, &[(number, end)])?;
             }
         }
-        let open = Mutex::new(Open { writer: None, pending: HashMap::new(), next_pack });
+        let open = Mutex::new(Open { writer: None, pending: HashMap::new(), sealed: Vec::new(), next_pack });
         Ok(Self { inner: Arc::new(Inner { packs, index, open }) })
     }
 
@@ -94,6 +103,16 @@ impl Store {
         self.inner.index.get(id)
     }
 
+    /// What is pending is looked up first: a flush puts chunks into the index before it forgets them here, so that the
+    /// other order would miss those that are flushed in between.
+    fn locate_many(&self, ids: &[Hash]) -> Result<Vec<Option<Location>>, Fault> {
+        let pending: Vec<Option<Location>> = {
+            let open = self.inner.open.lock();
+            ids.iter().map(|id| open.pending.get(id).copied()).collect()
+        };
+        Ok(pending.into_iter().zip(self.inner.index.get_many(ids)?).map(|(pending, found)| found.or(pending)).collect())
+    }
+
     /// Whether the chunk is here.
     pub fn has(&self, id: Hash) -> Result<bool, Fault> {
         Ok(self.locate(id)?.is_some())
@@ -101,9 +120,7 @@ impl Store {
 
     /// Which of these chunks are here.
     pub fn has_many(&self, ids: &[Hash]) -> Result<Vec<bool>, Fault> {
-        let found = self.inner.index.get_many(ids)?;
-        let open = self.inner.open.lock();
-        Ok(ids.iter().zip(found).map(|(id, found)| found.is_some() || open.pending.contains_key(id)).collect())
+        Ok(self.locate_many(ids)?.into_iter().map(|found| found.is_some()).collect())
     }
 
     /// Puts a frame whose BLAKE3 the caller verified. Returns the bytes it took, 0 when the chunk was here already.
@@ -116,13 +133,20 @@ impl Store {
 
     /// [`Store::put`] for a caller that knows that the index lacks the chunk.
     pub fn append(&self, frame: &Frame) -> Result<u64, Fault> {
-        self.append_leaving(frame, STORE_SPARE_BYTES + PACK_BYTES)
+        self.append_all(std::slice::from_ref(frame))
+    }
+
+    /// [`Store::append`] for many, which lie behind each other then. Returns the bytes that they took.
+    pub fn append_all(&self, frames: &[Frame]) -> Result<u64, Fault> {
+        self.append_leaving(frames, STORE_SPARE_BYTES + PACK_BYTES)
     }
 
     /// Appends, if a new pack would leave this much room on the disk.
-    fn append_leaving(&self, frame: &Frame, spare: u64) -> Result<u64, Fault> {
+    fn append_leaving(&self, frames: &[Frame], spare: u64) -> Result<u64, Fault> {
         let mut open = self.inner.open.lock();
-        if open.pending.contains_key(&frame.id()) {
+        let mut new = HashSet::new();
+        let frames: Vec<&Frame> = frames.iter().filter(|f| !open.pending.contains_key(&f.id()) && new.insert(f.id())).collect();
+        if frames.is_empty() {
             return Ok(0);
         }
         if open.writer.as_ref().is_some_and(|w| w.len() >= PACK_BYTES) {
@@ -134,10 +158,15 @@ impl Store {
             open.next_pack += 1;
         }
         let Some(writer) = open.writer.as_mut() else { return Err(Fault::internal("no pack is open")) };
-        let offset = writer.append(frame.bytes())?;
-        let location = Location { pack: writer.number(), offset, frame_len: frame.bytes().len() as u32, raw_len: frame.raw_len() };
-        open.pending.insert(frame.id(), location);
-        Ok(frame.bytes().len() as u64)
+        let pieces: Vec<&[u8]> = frames.iter().flat_map(|frame| frame.pieces()).collect();
+        let mut offset = writer.append(&pieces)?;
+        let (pack, begin) = (writer.number(), offset);
+        for frame in frames {
+            let location = Location { pack, offset, frame_len: frame.len() as u32 };
+            open.pending.insert(frame.id(), location);
+            offset += location.frame_len;
+        }
+        Ok(u64::from(offset - begin))
     }
 
     /// Makes everything put so far durable.
@@ -146,25 +175,39 @@ impl Store {
         self.commit(&mut open)
     }
 
-    fn commit(&self, open: &mut Open) -> Result<(), Fault> {
-        let Some(writer) = open.writer.as_mut() else { return Ok(()) };
-        if open.pending.is_empty() {
-            return Ok(());
-        }
+    /// Syncs the open pack. After that its bytes may be named by the index.
+    fn sync(open: &mut Open) -> Result<Option<(u32, u64)>, Fault> {
+        let Some(writer) = open.writer.as_mut() else { return Ok(None) };
+        let number = writer.number();
         if let Err(fault) = writer.sync() {
             // A sync that failed may have lost any of the pack's new bytes: forget them all, they will be sent again.
-            open.pending.clear();
+            open.pending.retain(|_, at| at.pack != number);
             open.writer = None;
             return Err(fault);
         }
+        Ok(Some((number, writer.len())))
+    }
+
+    fn commit(&self, open: &mut Open) -> Result<(), Fault> {
+        if open.pending.is_empty() {
+            return Ok(());
+        }
+        let synced = Self::sync(open)?;
         let found: Vec<(Hash, Location)> = open.pending.iter().map(|(id, at)| (*id, *at)).collect();
-        self.inner.index.commit(&found, writer.number(), writer.len())?;
+        let packs: Vec<(u32, u64)> = open.sealed.iter().copied().chain(synced).collect();
+        self.inner.index.commit(&found, &packs)?;
         open.pending.clear();
+        open.sealed.clear();
         Ok(())
     }
 
+    /// Ends the open pack. The index is written when enough is to be told: each time it copies most of its leaves.
     fn seal(&self, open: &mut Open) -> Result<(), Fault> {
-        self.commit(open)?;
+        if open.sealed.len() + 1 >= PACKS_A_COMMIT || open.pending.len() >= ROWS_A_COMMIT {
+            self.commit(open)?;
+        } else if let Some(synced) = Self::sync(open)? {
+            open.sealed.push(synced);
+        }
         open.writer = None;
         Ok(())
     }
@@ -172,20 +215,14 @@ impl Store {
     /// The frames of these chunks in this order, neighbours joined into one piece, every sum checked. A chunk that is
     /// not here is `not_found`; a damaged one is `integrity` and is never given out.
     pub fn read_frames(&self, ids: &[Hash]) -> Result<Vec<Bytes>, Fault> {
-        let found = self.inner.index.get_many(ids)?;
         let mut runs: Vec<Run> = Vec::new();
-        {
-            let open = self.inner.open.lock();
-            for (id, found) in ids.iter().zip(found) {
-                let Some(at) = found.or_else(|| open.pending.get(id).copied()) else {
-                    return Err(missing(*id));
-                };
-                match runs.last_mut() {
-                    Some((first, len)) if first.pack == at.pack && u64::from(first.offset) + *len == u64::from(at.offset) => {
-                        *len += u64::from(at.frame_len);
-                    }
-                    _ => runs.push((at, u64::from(at.frame_len))),
+        for (id, found) in ids.iter().zip(self.locate_many(ids)?) {
+            let Some(at) = found else { return Err(missing(*id)) };
+            match runs.last_mut() {
+                Some((first, len)) if first.pack == at.pack && u64::from(first.offset) + *len == u64::from(at.offset) => {
+                    *len += u64::from(at.frame_len);
                 }
+                _ => runs.push((at, u64::from(at.frame_len))),
             }
         }
         self.read_runs(ids, runs).inspect_err(|fault| self.forget_damaged(ids, fault))
@@ -235,7 +272,7 @@ impl Store {
         let Some(at) = self.locate(id)? else { return Err(missing(id)) };
         let mut bytes = self.inner.packs.read(at.pack, u64::from(at.offset), at.frame_len as usize)?;
         let frame = self.inner.packs.split_frame(at.pack, &mut bytes)?;
-        Ok(frame.verify(id, at.raw_len)?)
+        Ok(frame.verify(id, frame.raw_len())?)
     }
 
     /// To be called now and then: an idle daemon keeps no buffers.
@@ -250,10 +287,11 @@ impl Store {
 
     /// Removes every chunk for which `live` says no. Packs of which less than 70 % lives are written anew; the others
     /// keep their dead weight. Nothing may be put meanwhile. Returns the bytes freed.
-    pub fn collect(&self, live: &dyn Fn(Hash) -> bool) -> Result<u64, Fault> {
+    pub fn collect(&self, live: &dyn Fn(ShortHash) -> bool) -> Result<u64, Fault> {
         {
             let mut open = self.inner.open.lock();
-            self.seal(&mut open)?;
+            self.commit(&mut open)?;
+            open.writer = None;
         }
         let before = self.stored_bytes()?;
         let mut alive: HashMap<u32, u64> = HashMap::new();
@@ -283,8 +321,8 @@ impl Pages for Store {
 
 impl Store {
     /// Moves what lives out of these packs, then drops them.
-    fn rewrite(&self, packs: &[u32], live: &dyn Fn(Hash) -> bool) -> Result<(), Fault> {
-        let mut chunks: Vec<(Hash, Location)> = Vec::new();
+    fn rewrite(&self, packs: &[u32], live: &dyn Fn(ShortHash) -> bool) -> Result<(), Fault> {
+        let mut chunks: Vec<(ShortHash, Location)> = Vec::new();
         self.inner.index.scan(|id, at| {
             if packs.contains(&at.pack) {
                 chunks.push((id, at));
@@ -293,12 +331,12 @@ impl Store {
         chunks.sort_unstable_by_key(|(_, at)| (at.pack, at.offset));
         for (id, at) in chunks.iter().filter(|(id, _)| live(*id)) {
             let bytes = self.inner.packs.read(at.pack, u64::from(at.offset), at.frame_len as usize)?;
-            let frame = Frame::parse(bytes).map_err(|e| Fault::from(e).context(format!("pack {}, chunk {id}", at.pack)))?;
+            let frame = Frame::parse(bytes).map_err(|e| Fault::from(e).context(format!("pack {}, chunk {}…", at.pack, hex::encode(id))))?;
             // A collection may use the room that is kept free: it makes more.
-            self.append_leaving(&frame, 0)?;
+            self.append_leaving(&[frame], 0)?;
         }
         self.flush()?;
-        let dead: Vec<Hash> = chunks.iter().filter(|(id, _)| !live(*id)).map(|(id, _)| *id).collect();
+        let dead: Vec<ShortHash> = chunks.iter().filter(|(id, _)| !live(*id)).map(|(id, _)| *id).collect();
         // The index forgets the packs before the files go: a crash between leaves packs that nothing names, and the next
         // start takes their frames in again, which costs room and no harm.
         self.inner.index.forget(&dead, packs)?;

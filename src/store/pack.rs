@@ -2,15 +2,15 @@
 
 use std::collections::VecDeque;
 use std::fs::File;
-use std::io::Write;
+use std::io::{IoSlice, Seek, SeekFrom, Write};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
-use bytes::{Buf, Bytes};
+use bytes::Bytes;
 use parking_lot::Mutex;
 
+use super::buffers::Buffers;
 use crate::chunk::Hash;
 use crate::durable;
 use crate::fault::{Fault, IoContext};
@@ -19,12 +19,14 @@ use crate::frame::{Frame, HEADER_BYTES, Header};
 use super::index::Location;
 
 const MAGIC: &[u8; 8] = b"PHPACK01";
-/// Read buffers kept: 16 MiB at the most.
-const BUFFERS_KEPT: usize = 8;
+/// Read buffers kept, more than a site has answers under way: 32 MiB at the most.
+const BUFFERS_KEPT: usize = 16;
 /// The smallest buffer worth keeping.
 const BUFFER_BYTES_MIN: usize = 128 << 10;
 /// The largest buffer that is kept.
 const BUFFER_BYTES_MAX: usize = 2 << 20;
+/// Pieces of one write to a pack.
+const PIECES_MAX: usize = 512;
 /// Packs kept open for reading.
 const OPEN_PACKS_MAX: usize = 64;
 
@@ -33,53 +35,6 @@ pub(super) struct Packs {
     /// Most recently used last.
     open: Mutex<VecDeque<(u32, Arc<File>)>>,
     buffers: Buffers,
-}
-
-/// Read buffers, used again: given back to the system and faulted in anew they would cost a tenth of a sender's time.
-#[derive(Clone, Default)]
-struct Buffers {
-    free: Arc<Mutex<Vec<Vec<u8>>>>,
-    /// Whether one was lent since the last [`Packs::rest`].
-    used: Arc<AtomicBool>,
-}
-
-/// A buffer that goes back when the last slice of it is gone.
-struct Lent {
-    bytes: Vec<u8>,
-    home: Buffers,
-}
-
-impl Buffers {
-    fn take(&self, len: usize) -> Lent {
-        // Small reads do not deserve, and must not keep, a large buffer.
-        let reused = if len >= BUFFER_BYTES_MIN { self.free.lock().pop() } else { None };
-        self.used.store(true, Ordering::Relaxed);
-        let mut bytes = reused.unwrap_or_default();
-        bytes.resize(len, 0);
-        Lent { bytes, home: self.clone() }
-    }
-}
-
-impl Lent {
-    fn as_mut(&mut self) -> &mut [u8] {
-        &mut self.bytes
-    }
-}
-
-impl AsRef<[u8]> for Lent {
-    fn as_ref(&self) -> &[u8] {
-        &self.bytes
-    }
-}
-
-impl Drop for Lent {
-    fn drop(&mut self) {
-        let bytes = std::mem::take(&mut self.bytes);
-        let mut free = self.home.free.lock();
-        if bytes.capacity() >= BUFFER_BYTES_MIN && bytes.capacity() <= BUFFER_BYTES_MAX && free.len() < BUFFERS_KEPT {
-            free.push(bytes);
-        }
-    }
 }
 
 /// The pack being appended to.
@@ -92,14 +47,13 @@ pub(super) struct Writer {
 
 impl Packs {
     pub(super) fn new(dir: PathBuf) -> Self {
-        Self { dir, open: Mutex::default(), buffers: Buffers::default() }
+        let buffers = Buffers::new(BUFFERS_KEPT, BUFFER_BYTES_MIN, BUFFER_BYTES_MAX);
+        Self { dir, open: Mutex::default(), buffers }
     }
 
     /// Gives kept buffers back to the system, if nobody read since the last call.
     pub(super) fn rest(&self) {
-        if !self.buffers.used.swap(false, Ordering::Relaxed) {
-            self.buffers.free.lock().clear();
-        }
+        self.buffers.rest();
     }
 
     pub(super) fn dir(&self) -> &Path {
@@ -175,8 +129,9 @@ impl Packs {
     /// Bytes of a pack. A pack that is shorter than the index says is damage, not an I/O error.
     pub(super) fn read(&self, number: u32, offset: u64, len: usize) -> Result<Bytes, Fault> {
         let mut out = self.buffers.take(len);
-        match self.file(number)?.read_exact_at(out.as_mut(), offset) {
-            Ok(()) => Ok(Bytes::from_owner(out)),
+        out.resize(len, 0);
+        match self.file(number)?.read_exact_at(&mut out, offset) {
+            Ok(()) => Ok(self.buffers.lend(out)),
             Err(e) if e.kind() == std::io::ErrorKind::UnexpectedEof => {
                 Err(Fault::integrity(format!("the pack {} is cut off: nothing at {offset}", self.path(number).display()))
                     .with_next("run 'packhorse verify' on the artifacts, then publish those hit again"))
@@ -221,7 +176,7 @@ impl Packs {
             if frame.verify(header.id, header.raw_len).is_err() {
                 break;
             }
-            found.push((header.id, Location { pack: number, offset: end as u32, frame_len: len as u32, raw_len: header.raw_len }));
+            found.push((header.id, Location { pack: number, offset: end as u32, frame_len: len as u32 }));
             end += len as u64;
         }
         let file = File::options().write(true).open(&path).at(what())?;
@@ -240,16 +195,18 @@ impl Writer {
         self.len
     }
 
-    /// Appends a frame; returns where it begins. On failure the pack is as it was.
-    pub(super) fn append(&mut self, frame: &Bytes) -> Result<u32, Fault> {
-        let mut rest = frame.clone();
-        while rest.has_remaining() {
-            match self.file.write(&rest) {
-                Ok(n) if n > 0 => rest.advance(n),
+    /// Appends these pieces behind each other; returns where they begin. On failure the pack is as it was.
+    pub(super) fn append(&mut self, pieces: &[&[u8]]) -> Result<u32, Fault> {
+        let mut slices: Vec<IoSlice<'_>> = pieces.iter().map(|piece| IoSlice::new(piece)).collect();
+        let mut rest = &mut slices[..];
+        IoSlice::advance_slices(&mut rest, 0); // what is empty at the front would look like a full disk
+        while !rest.is_empty() {
+            let some = rest.len().min(PIECES_MAX);
+            match self.file.write_vectored(&rest[..some]) {
+                Ok(n) if n > 0 => IoSlice::advance_slices(&mut rest, n),
                 Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
                 result => {
                     let error = result.err().unwrap_or_else(|| std::io::ErrorKind::WriteZero.into());
-                    use std::io::{Seek, SeekFrom};
                     let back = self.file.set_len(self.len).and_then(|()| self.file.seek(SeekFrom::Start(self.len)));
                     back.at(format_args!("cut back the pack {}", self.path.display()))?;
                     return Err(Fault::io(format_args!("write the pack {}", self.path.display()), &error));
@@ -257,7 +214,7 @@ impl Writer {
             }
         }
         let offset = self.len as u32;
-        self.len += frame.len() as u64;
+        self.len += pieces.iter().map(|piece| piece.len() as u64).sum::<u64>();
         Ok(offset)
     }
 

@@ -31,9 +31,9 @@ use tokio_util::sync::CancellationToken;
 use crate::chunk::Hash;
 use crate::durable;
 use crate::fault::{Fault, Reason};
-use crate::fetch::{Fetcher, blocking};
+use crate::fetch::{Buffers, Fetcher, blocking};
 use crate::frame::Frame;
-use crate::limits::FETCH_IN_FLIGHT_MAX;
+use crate::limits::{FETCH_IN_FLIGHT_MAX, UNCOMMITTED_BYTES_MAX};
 use crate::manifest::{ChunkRef, EntryBody, FileInfo, KindInfo, Spot, Step, Walk};
 use crate::names::RelPath;
 use crate::places::{At, Commit, Journal, PlaceInfo, Places};
@@ -44,7 +44,7 @@ use crate::wire::Wanted;
 
 use committer::Committer;
 use producer::Producer;
-use worker::Worker;
+use worker::{READ_BYTES, Worker};
 
 /// Chunks that are looked up together.
 const LOOK_UP: usize = 256;
@@ -142,7 +142,7 @@ struct Item {
 
 enum Job {
     /// Frames from the line.
-    Write { frames: Vec<(Item, Frame)>, _share: Arc<OwnedSemaphorePermit> },
+    Write { frames: Vec<(Item, Frame)>, share: Share },
     /// Chunks that lie here.
     Copy(Vec<(Item, At)>),
     /// Whole files that lie here.
@@ -154,6 +154,15 @@ struct Whole {
     dest: Arc<Dest>,
     from: PathBuf,
     chunks: Vec<(Hash, u64, u64, u32)>,
+}
+
+/// What a batch holds until the last of it has come to rest.
+#[derive(Clone)]
+struct Share {
+    /// Of the daemon's memory: until it is written.
+    _memory: Arc<OwnedSemaphorePermit>,
+    /// Of what a kill may cost: until it is committed.
+    uncommitted: Arc<OwnedSemaphorePermit>,
 }
 
 struct Batch {
@@ -169,6 +178,8 @@ struct Done {
     bytes: u64,
     /// Whether bytes were written, or only blocks shared.
     written: bool,
+    /// Of what a kill may cost; nothing for what lies here.
+    uncommitted: Option<Arc<OwnedSemaphorePermit>>,
 }
 
 /// The first fault of a pass ends all of it.
@@ -383,6 +394,7 @@ impl Assembly {
                 runtime: tokio::runtime::Handle::current(),
                 source: None,
                 any_link: self.incoming.artifact.kind.is_files(),
+                buffer: vec![0; READ_BYTES],
             };
             let queue = job_queue.clone();
             threads.push(guard(&failure, Box::new(move || worker.run(&queue))));
@@ -399,22 +411,28 @@ impl Assembly {
             unsynced: 0,
             large: HashMap::new(),
             small: Vec::new(),
+            shares: Vec::new(),
         };
         threads.push(guard(&failure, Box::new(move || committer.run(&done_queue))));
 
         let mut fetches = JoinSet::new();
         let in_flight = Arc::new(Semaphore::new(FETCH_IN_FLIGHT_MAX));
+        let uncommitted = Arc::new(Semaphore::new((UNCOMMITTED_BYTES_MAX / BUDGET_UNIT) as usize));
+        let buffers = Buffers::default();
         while let Some(batch) = batch_queue.recv().await {
             let Ok(turn) = in_flight.clone().acquire_owned().await else { break };
             let units = batch.bytes.div_ceil(BUDGET_UNIT).max(1) as u32;
-            let Ok(share) = self.shared.budget.clone().acquire_many_owned(units).await else { break };
+            // Its own limit first: a transfer that waits for its disk holds none of what the others need.
+            let Ok(own) = uncommitted.clone().acquire_many_owned(units).await else { break };
+            let Ok(memory) = self.shared.budget.clone().acquire_many_owned(units).await else { break };
+            let share = Share { _memory: Arc::new(memory), uncommitted: Arc::new(own) };
             if failure.token.is_cancelled() {
                 break;
             }
             let (fetcher, jobs, failure) = (self.fetcher.clone(), jobs.clone(), failure.clone());
-            let priority = self.priority;
+            let (priority, buffers) = (self.priority, buffers.clone());
             fetches.spawn(async move {
-                let work = fetch_batch(&fetcher, priority, batch, share, &jobs);
+                let work = fetch_batch(&fetcher, priority, batch, share, &jobs, &buffers);
                 tokio::select! {
                     result = work => if let Err(fault) = result { failure.set(fault) },
                     () = failure.token.cancelled() => {}
@@ -504,23 +522,18 @@ async fn fetch_batch(
     fetcher: &Fetcher,
     priority: i32,
     batch: Batch,
-    share: OwnedSemaphorePermit,
+    share: Share,
     jobs: &mpsc::Sender<Job>,
+    buffers: &Buffers,
 ) -> Result<(), Fault> {
-    let share = Arc::new(share);
     let mut frames = fetcher.ask(batch.wants, priority).await?;
-    let (mut together, mut bytes) = (Vec::new(), 0);
-    let mut items = batch.items.into_iter().peekable();
-    while let Some(item) = items.next() {
-        let frame = frames.next().await?;
-        bytes += frame.bytes().len();
-        together.push((item, frame));
+    let mut items = batch.items.into_iter();
+    while items.len() > 0 {
         // One hand-over for many chunks: waking another thread costs as much as writing one.
-        if bytes >= JOB_BYTES || items.peek().is_none() {
-            let job = Job::Write { frames: std::mem::take(&mut together), _share: share.clone() };
-            jobs.send(job).await.map_err(|_| Fault::internal("the writers ended early"))?;
-            bytes = 0;
-        }
+        let some = frames.some(items.len(), JOB_BYTES, buffers).await?;
+        let together = items.by_ref().take(some.len()).zip(some).collect();
+        let job = Job::Write { frames: together, share: share.clone() };
+        jobs.send(job).await.map_err(|_| Fault::internal("the writers ended early"))?;
     }
     Ok(())
 }

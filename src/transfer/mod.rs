@@ -22,7 +22,7 @@ use crate::api::types::{Bytes, State};
 use crate::catalogue::{Body, Catalogue, TransferRow, Want};
 use crate::clock;
 use crate::durable;
-use crate::fault::{Fault, Reason};
+use crate::fault::{Code, Fault, Reason};
 use crate::fetch::{Fetcher, blocking};
 use crate::identity::SiteIdentity;
 use crate::line::Link;
@@ -145,7 +145,12 @@ impl Runner {
                 updated_ms: 0,
                 finished_ms: None,
                 cursor: 0,
+                after: wanted.after.clone(),
+                removed_ms: None,
             };
+            if let Some(lineage) = &wanted.lineage {
+                inner.catalogue.set_lineage(&wanted.artifact, lineage).await?;
+            }
             let row = inner.catalogue.adopt(&row).await?;
             if let Err(fault) = self.follow(&row).await {
                 // One transfer's trouble must not keep the others from going on.
@@ -317,7 +322,11 @@ impl Runner {
 
     async fn enter(&self, row: &mut TransferRow, state: State, wait: Option<Fault>) {
         row.state = state;
-        row.body.set_fault(wait.as_ref());
+        // Until bytes come it still waits for its source, however often it asks.
+        let waits = row.body.reason == Some(Reason::WaitingForSource) && matches!(state, State::Planning | State::Transferring);
+        if wait.is_some() || !waits {
+            row.body.set_fault(wait.as_ref());
+        }
         self.save(row).await;
     }
 
@@ -337,9 +346,41 @@ impl Runner {
         }
     }
 
+    /// Waits until the transfers that go first are done, or given up.
+    async fn let_others_go_first(&self, row: &mut TransferRow) -> Result<(), Fault> {
+        let catalogue = &self.inner.catalogue;
+        loop {
+            let changed = catalogue.changed();
+            let mut waits = None;
+            // As the hub says now: it may have been told since that nothing need go first.
+            for id in catalogue.transfer(&row.id).await?.after {
+                match catalogue.transfer(&id).await {
+                    Ok(first) if matches!(first.state, State::Done | State::Cancelled) => {}
+                    Ok(first) if first.state == State::Failed => {
+                        waits = Some(format!("{} must be here first, and failed: {id}", first.artifact))
+                    }
+                    Ok(first) => waits = Some(format!("{} must be here first: {id}", first.artifact)),
+                    Err(fault) if fault.code == Code::NotFound => waits = Some(format!("transfer {id} must be done first")),
+                    Err(fault) => return Err(fault),
+                }
+            }
+            let Some(message) = waits else { return Ok(()) };
+            if row.body.message.as_ref() != Some(&message) {
+                let wait = Fault::internal(message)
+                    .with_reason(Reason::WaitingForDependency)
+                    .with_next("nothing: it begins by itself; if what it waits for failed, mend that and retry it");
+                self.enter(row, State::Queued, Some(wait)).await;
+            }
+            changed.await;
+        }
+    }
+
     async fn attempt(&self, row: &mut TransferRow, counters: &Arc<Counters>, stop: &CancellationToken) -> Result<(), Fault> {
         let inner = &self.inner;
         let resumes_commit = row.state == State::Committing;
+        if !resumes_commit {
+            unless(stop, self.let_others_go_first(row)).await?;
+        }
         let turns = if row.body.bytes.total < SMALL_BYTES { &inner.small } else { &inner.large };
         let _turn = match turns.try_acquire() {
             Ok(turn) => turn,
@@ -366,12 +407,17 @@ impl Runner {
         }
 
         self.enter(row, State::Planning, None).await;
+        let base = inner.catalogue.kin(&row.artifact).await?.map(|kin| kin.root);
         let mut fetcher = None;
         let root = match known {
             Some(root) => root,
             None => {
                 let new = Fetcher::new(unless(stop, self.link(row)).await?, row.digest, counters.wire.clone());
-                let root = unless(stop, new.root()).await?;
+                let root = if base.is_some() {
+                    unless(stop, new.root()).await?
+                } else {
+                    unless(stop, new.root_and_pages(&inner.shared.store)).await?
+                };
                 fetcher = Some(new);
                 root
             }
@@ -383,8 +429,10 @@ impl Runner {
             Some(fetcher) => fetcher,
             None => Fetcher::new(unless(stop, self.link(row)).await?, row.digest, counters.wire.clone()),
         };
-        row.body.set_fault(None);
-        unless(stop, fetcher.pages(&root, &inner.shared.store)).await?;
+        if row.body.reason != Some(Reason::WaitingForSource) {
+            row.body.set_fault(None);
+        }
+        unless(stop, fetcher.pages(&root, base.as_ref(), &inner.shared.store)).await?;
         inner.catalogue.add_artifact(&row.artifact, &root, None).await?;
         row.body.bytes.total = root.totals.bytes;
         let incoming = incoming(row, &root);
@@ -402,6 +450,7 @@ impl Runner {
         };
         let staged = {
             let run = assembly.run();
+            let before = counters.received.load(Ordering::Relaxed);
             tokio::pin!(run);
             let mut pace = Pace::new(clock::now_unix_ms());
             let mut ticks = tokio::time::interval(PROGRESS_EVERY);
@@ -412,6 +461,9 @@ impl Runner {
                     staged = &mut run => break staged?,
                     _ = ticks.tick() => {
                         self.note_bytes(row, counters);
+                        if row.body.reason == Some(Reason::WaitingForSource) && counters.received.load(Ordering::Relaxed) > before {
+                            row.body.set_fault(None);
+                        }
                         let bytes = row.body.bytes;
                         row.body.rate = pace.rate(clock::now_unix_ms(), bytes.received + bytes.reused);
                         self.inner.last_rate.store(row.body.rate, Ordering::Relaxed);

@@ -3,8 +3,8 @@
 use std::collections::VecDeque;
 use std::time::Duration;
 
-use crate::fault::{Fault, Retry};
-use crate::limits::{BACKOFF_FIRST, BACKOFF_MAX};
+use crate::fault::{Fault, Reason, Retry};
+use crate::limits::{BACKOFF_FIRST, BACKOFF_MAX, SOURCE_PAUSE_MAX};
 
 /// The rate is taken over this much time.
 const WINDOW_MS: u64 = 10_000;
@@ -22,7 +22,9 @@ impl Pause {
             Retry::Never => None,
             Retry::AfterMs(ms) => Some(Duration::from_millis(ms).max(BACKOFF_FIRST)),
             Retry::Backoff => {
-                let whole = BACKOFF_FIRST.saturating_mul(1 << self.tries.min(16)).min(BACKOFF_MAX);
+                // A source comes back at any moment, and asking whether it has costs little.
+                let longest = if fault.reason == Reason::WaitingForSource { SOURCE_PAUSE_MAX } else { BACKOFF_MAX };
+                let whole = BACKOFF_FIRST.saturating_mul(1 << self.tries.min(16)).min(longest);
                 self.tries += 1;
                 Some(whole.mul_f64(rand::random_range(0.5..1.0)))
             }
@@ -75,6 +77,7 @@ mod tests {
         assert_eq!(waits.len(), 20);
         assert!(waits[0] <= BACKOFF_FIRST && waits[19] >= BACKOFF_MAX / 2 && waits[19] <= BACKOFF_MAX);
         assert_eq!(pause.after(&Fault::usage("x")), None);
+        assert!(pause.after(&fault.with_reason(Reason::WaitingForSource)).unwrap() <= SOURCE_PAUSE_MAX);
     }
 
     #[test]

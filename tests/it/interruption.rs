@@ -16,7 +16,7 @@ use crate::support::{Scratch, disk_usage, limit, secs, wait_for};
 const SIZE: usize = 40 << 20;
 /// Bytes a second on the slow line: the transfer lasts some eight seconds.
 const RATE: u64 = 5 << 20;
-/// What may be sent again after an interruption: two seconds of the line (a group commit is a second or 64 MiB, and the
+/// What may be sent again after an interruption: two seconds of the line (a group commit is a second or 16 MiB, and the
 /// interruption takes a moment to be noticed) and what was in flight.
 const AGAIN: u64 = 3 * RATE;
 /// Headers, acknowledgements, manifests, handshakes: a part in this many, beside the payload.

@@ -7,6 +7,7 @@
 #![expect(clippy::disallowed_methods, reason = "fixtures need no durability, and the clock here is only for time limits")]
 
 mod bad_input;
+mod borrow;
 mod end_to_end;
 mod harbor;
 mod harness;
@@ -15,4 +16,10 @@ mod images;
 mod interruption;
 mod offline;
 mod quickstart;
+mod relay;
+mod remote_publish;
+mod resume;
+mod site_sources;
 mod support;
+mod training;
+mod wire_bytes;

@@ -19,7 +19,7 @@ use serde_json::json;
 
 use crate::chunk::Hash;
 use crate::config;
-use crate::manifest::{Chunking, FileInfo, ImageInfo, KindInfo, Root, Totals};
+use crate::manifest::{FileInfo, ImageInfo, KindInfo, Root, Totals};
 use crate::names::{ArtifactRef, Kind};
 use crate::registry::image::{OCI_INDEX, OCI_MANIFEST, Sha256};
 use crate::sink::Incoming;
@@ -110,7 +110,7 @@ pub(crate) fn incoming(reference: &str, image: &Image) -> Incoming {
         format: 1,
         kind: Kind::Image,
         info: KindInfo::Image(image.info.clone()),
-        chunking: Chunking { min: 1, avg: 2, max: 3 },
+        chunking: crate::chunk::DEFAULT_CHUNKING,
         totals: Totals::default(),
         depth: 0,
         pages: Vec::new(),

@@ -12,6 +12,7 @@ use tokio::task::JoinHandle;
 use super::canonical::Table;
 use crate::chunk::Hash;
 use crate::fault::Fault;
+use crate::labels::QueryRow;
 use crate::limits::{LABEL_BATCH_BYTES, LABEL_BATCHES_QUEUED_MAX};
 use crate::manifest::{Digest, LabelsInfo};
 
@@ -97,6 +98,9 @@ pub(super) trait Engine: Send + Sync {
 
     /// Sends every row of a version in canonical order from one consistent snapshot: classes, samples, annotations.
     async fn export(&self, set: &str, version: &str, out: mpsc::Sender<Rows>) -> Result<Held, Fault>;
+
+    /// Sends the rows of a query from one consistent snapshot, in any order. The query can only read.
+    async fn query(&self, sql: &str, out: mpsc::Sender<Vec<QueryRow>>) -> Result<(), Fault>;
 
     /// Where people find a version: without a password.
     fn location(&self, set: &str, version: &str) -> String;

@@ -30,6 +30,7 @@ mod compare;
 mod copy;
 mod engine;
 mod postgres;
+mod query;
 mod sqlite;
 #[cfg(test)]
 mod tests;
@@ -46,11 +47,12 @@ use tokio::sync::mpsc;
 
 use self::canonical::Table;
 use self::compare::Compare;
-use self::engine::{Engine, NewVersion, Rows, joined, not_held};
+use self::engine::{Engine, Held, NewVersion, Rows, joined, not_held};
 use super::{Incoming, Landed, Place, Sink};
 use crate::config;
 use crate::durable;
 use crate::fault::{Fault, IoContext};
+use crate::labels::QueryRow;
 use crate::limits::LABEL_BATCHES_QUEUED_MAX;
 use crate::manifest::{KindInfo, LabelsInfo};
 use crate::names::{ArtifactRef, Kind, RelPath};
@@ -60,6 +62,19 @@ pub struct LabelsSink {
     engine: Box<dyn Engine>,
     staging: PathBuf,
     kept: PathBuf,
+}
+
+/// A version whose canonical files were written out of the database.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Exported {
+    /// The digest, hex, of the artifact that it was committed as.
+    pub digest: String,
+    /// Lines of `classes.jsonl`.
+    pub classes: u64,
+    /// Lines of `samples.jsonl`.
+    pub samples: u64,
+    /// Lines of `annotations.jsonl`.
+    pub annotations: u64,
 }
 
 /// Opens the sink that the config names, or SQLite at `<data_dir>/labels.db`. Nothing is connected yet, so a database
@@ -105,9 +120,15 @@ impl LabelsSink {
         self.engine.active(label_set).await
     }
 
+    /// Sends the rows of a query from one consistent snapshot, in any order: `source::labels` puts them in order and
+    /// checks them. The query can only read, and returns columns of [`crate::labels::QUERY_COLUMNS`].
+    pub async fn query(&self, sql: &str, out: mpsc::Sender<Vec<QueryRow>>) -> Result<(), Fault> {
+        self.engine.query(sql, out).await
+    }
+
     /// Writes the canonical files of a version that the database holds into `dir`, from one consistent snapshot: the
-    /// same bytes that were loaded. Not synced: they are on their way into a store.
-    pub async fn export_canonical(&self, label_set: &str, version: &str, dir: &Path) -> Result<(), Fault> {
+    /// same bytes that were loaded. Not synced.
+    pub async fn export_canonical(&self, label_set: &str, version: &str, dir: &Path) -> Result<Exported, Fault> {
         let Some(held) = self.engine.held(label_set, version).await? else { return Err(not_held(label_set, version)) };
         let (sender, mut receiver) = mpsc::channel::<Rows>(LABEL_BATCHES_QUEUED_MAX);
         let dir = dir.to_path_buf();
@@ -133,7 +154,8 @@ impl LabelsSink {
             return Err(Fault::integrity(format!("the rows of {label_set}:{version} are no longer those that were committed"))
                 .with_next(format!("run 'packhorse verify labels/{label_set}:{version}' to see which rows differ")));
         }
-        Ok(())
+        let Held { digest, classes, samples, annotations, .. } = held;
+        Ok(Exported { digest, classes, samples, annotations })
     }
 
     /// The canonical files move to where they are kept.

@@ -11,12 +11,17 @@ use async_trait::async_trait;
 use futures::TryStreamExt;
 use sqlx::migrate::MigrateError;
 use sqlx::sqlite::{SqliteArguments, SqliteConnectOptions, SqliteJournalMode, SqliteRow, SqliteSynchronous};
-use sqlx::{AssertSqlSafe, ConnectOptions, Connection, Row, Sqlite as Db, SqliteConnection};
+use sqlx::{
+    AssertSqlSafe, Column as _, ConnectOptions, Connection, Executor as _, Row, SqlSafeStr as _, Sqlite as Db, SqliteConnection,
+    Statement as _, TypeInfo as _, ValueRef as _,
+};
 use tokio::sync::mpsc;
 
 use super::canonical::{Annotation, Class, Sample, Table, read_annotations, read_classes, read_samples};
 use super::engine::{Batcher, Engine, Held, NewVersion, Rows, joined, not_held, pump};
+use super::query::{self, Batch};
 use crate::fault::{Fault, IoContext, Reason, Retry};
+use crate::labels::QueryRow;
 use crate::limits::{LABEL_BATCH_BYTES, LABEL_BATCHES_QUEUED_MAX, LABEL_WRITER_WAIT_MAX};
 
 /// Rows in one INSERT: SQLite takes 32,766 parameters at most, and more rows than this are no faster.
@@ -424,6 +429,21 @@ fn annotation_of(row: &SqliteRow) -> sqlx::Result<(i64, Annotation<'_>)> {
     Ok((row.try_get_unchecked(0)?, annotation))
 }
 
+/// A value as JSON, by the type that it has and not by that of its column: a cast to text would round a number.
+fn value_of(row: &SqliteRow, at: usize) -> sqlx::Result<Option<String>> {
+    let raw = row.try_get_raw(at)?;
+    if raw.is_null() {
+        return Ok(None);
+    }
+    let json = match raw.type_info().name() {
+        "INTEGER" => serde_json::to_string(&row.try_get_unchecked::<i64, _>(at)?),
+        // Not finite, it prints as null.
+        "REAL" => serde_json::to_string(&row.try_get_unchecked::<f64, _>(at)?),
+        _ => serde_json::to_string(row.try_get_unchecked::<&str, _>(at)?),
+    };
+    json.map(Some).map_err(|e| sqlx::Error::Decode(e.into()))
+}
+
 #[async_trait]
 impl Engine for Sqlite {
     async fn prepare(&self, room_bytes: u64) -> Result<(), Fault> {
@@ -528,6 +548,36 @@ impl Engine for Sqlite {
         transaction.commit().await.map_err(|e| self.fault("end the export", &e))?;
         self.close(conn).await;
         Ok(held)
+    }
+
+    async fn query(&self, sql: &str, out: mpsc::Sender<Vec<QueryRow>>) -> Result<(), Fault> {
+        if self.connect_existing().await?.is_none() {
+            return Err(Fault::not_found(format!("there are no labels in {} yet", self.file.display())));
+        }
+        // Opened for reading only: whatever the query says, it writes nothing.
+        let options = self.options.clone().read_only(true).create_if_missing(false);
+        let mut conn = options.connect().await.map_err(|e| self.fault("open", &e))?;
+        let own = |e: sqlx::Error| query::users(self.fault("run the query", &e));
+        // One read transaction is one snapshot.
+        let mut transaction = conn.begin().await.map_err(|e| self.fault("begin", &e))?;
+        let prepared = (&mut *transaction).prepare(AssertSqlSafe(query::bare(sql)).into_sql_str()).await.map_err(own)?;
+        let plan = query::plan(sql, prepared.columns().iter().map(|column| column.name()), "")?;
+        let mut batch = Batch::default();
+        let mut rows = sqlx::query(AssertSqlSafe(plan.sql.as_str())).fetch(&mut *transaction);
+        while let Some(row) = rows.try_next().await.map_err(own)? {
+            let mut cells = QueryRow::default();
+            for (at, column) in plan.columns.iter().enumerate() {
+                cells[*column] = value_of(&row, at).map_err(own)?;
+            }
+            if let Some(full) = batch.push(cells)? {
+                out.send(full).await.map_err(|_| query::unread())?;
+            }
+        }
+        drop(rows);
+        out.send(batch.finish()).await.map_err(|_| query::unread())?;
+        transaction.commit().await.map_err(|e| self.fault("end the query", &e))?;
+        self.close(conn).await;
+        Ok(())
     }
 
     fn location(&self, set: &str, version: &str) -> String {

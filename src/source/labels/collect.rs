@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use crate::chunk::Hash;
 use crate::fault::Fault;
 use crate::limits::{LABEL_CLASSES_MAX, LABEL_SORT_BYTES};
 use crate::names::RelPath;
@@ -88,6 +89,8 @@ pub(super) struct Sample<'a> {
     pub(super) height: Option<i64>,
     pub(super) split: Option<&'a str>,
     pub(super) meta: Option<&'a str>,
+    /// What its file hashes to, where a database says it.
+    pub(super) hash: Option<Hash>,
 }
 
 /// An annotation between the sort's ends.
@@ -118,6 +121,8 @@ pub(super) struct Collector {
     pub(super) rows: Sorter,
     /// Annotation ids, each with its place, to find those that come twice.
     pub(super) ids: Sorter,
+    /// Annotations of a sample come in the order of their content, because the input has none.
+    pub(super) by_content: bool,
     rules: PathRules,
     key: Vec<u8>,
     record: Vec<u8>,
@@ -131,6 +136,7 @@ impl Collector {
             scratch: scratch.into(),
             rows: Sorter::new(scratch, LABEL_SORT_BYTES),
             ids: Sorter::new(scratch, LABEL_SORT_BYTES / 4),
+            by_content: false,
             rules,
             key: Vec::new(),
             record: Vec::new(),
@@ -173,6 +179,11 @@ impl Collector {
             return Ok(());
         }
         row_key(path.as_str(), TAG_ANNOTATION, &mut self.key);
+        if self.by_content {
+            let record: AnnotationRecord<'_> = decode(&self.record)?;
+            self.key.extend_from_slice(record.tail.as_bytes());
+            self.key.extend_from_slice(record.class.map(|class| self.classes.word(class)).unwrap_or_default().as_bytes());
+        }
         self.rows.push(&self.key, &self.record)
     }
 
@@ -271,7 +282,7 @@ pub(super) fn decode<'a, T: Deserialize<'a>>(bytes: &'a [u8]) -> Result<T, Fault
     postcard::from_bytes(bytes).map_err(|error| Fault::internal(format!("decode a label row: {error}")))
 }
 
-/// The sort key of a row: the path with NUL for '/', two NULs, the tag.
+/// The sort key of a row: the path with NUL for '/', two NULs, the tag; behind it whatever else orders the rows.
 ///
 /// Paths hold no NUL and no empty component, so keys compare bytewise as paths do in the manifest: component by
 /// component, and a path before those that it begins.
@@ -283,9 +294,10 @@ pub(super) fn row_key(path: &str, tag: u8, out: &mut Vec<u8>) {
 
 /// The path part of a row's key, and the tag.
 pub(super) fn split_key(key: &[u8]) -> (&[u8], u8) {
-    match key {
-        [path @ .., 0, 0, tag] => (path, *tag),
-        _ => (key, 0),
+    // Nothing in a path is two NULs, so the first pair ends it.
+    match key.windows(2).position(|pair| pair == [0, 0]) {
+        Some(end) => (&key[..end], key.get(end + 2).copied().unwrap_or(0)),
+        None => (key, 0),
     }
 }
 
@@ -390,6 +402,14 @@ impl Classes {
         self.indices.insert(name.to_owned(), index);
         self.named.push(name.to_owned());
         Ok(Some(ClassRef::Named(index)))
+    }
+
+    /// How the record names the class, whatever the order in which classes came.
+    fn word(&self, class: ClassRef) -> String {
+        match class {
+            ClassRef::Id(id) => id.to_string(),
+            ClassRef::Named(index) => self.named.get(index as usize).cloned().unwrap_or_default(),
+        }
     }
 
     fn make_room(&mut self, bytes: usize) -> Result<(), Fault> {

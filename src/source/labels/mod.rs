@@ -16,6 +16,13 @@
 //! | `voc` | a folder of Pascal VOC XML | pixels counted from 1, ends included, become left, top, width, height counted from 0 |
 //! | `yolo` | a folder of YOLO text files | normalised centre to pixels; sizes from the images beside, or from `sizes.csv` (path,width,height) |
 //!
+//! Out of a site's label database come a whole version, byte for byte as it was loaded, or the rows of a query (`sink::labels` reads
+//! them from one snapshot). A query returns `sample_path` and any of `sample_hash`, `class`, `class_id`, `kind`, `x`, `y`, `w`, `h`,
+//! `geom`, `attrs`, `raw` (the columns of the view `packhorse.annotations`), `width`, `height`, `split`; `label_set` and
+//! `version` may come too and must be the same in all rows. Rows may come in any order: those of one sample are put in the order of their
+//! content, so that the same rows give the same digest. Without `kind` it is told from what there is; without `raw` the row
+//! itself is the record; a row with nothing but its sample names one without annotations.
+//!
 //! The format is guessed from the name and the first bytes unless it is given; [`LabelsSource::format`] and
 //! [`LabelsSource::guessed`] say what was taken.
 //!
@@ -65,7 +72,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use crate::fault::{Fault, IoContext};
-use crate::labels::{ANNOTATIONS, CLASSES, SAMPLES};
+use crate::labels::{ANNOTATIONS, CLASSES, QueryRow, SAMPLES};
 use crate::manifest::{DatasetBinding, FileInfo, KindInfo, LabelsInfo};
 use crate::names::RelPath;
 
@@ -95,12 +102,15 @@ pub struct BoundDataset {
     pub files: DatasetFiles,
 }
 
+/// The format of what comes out of a database.
+const DATABASE: &str = "database";
+
 /// The settings among the columns, which are no fields.
 const SETTINGS: [&str; 3] = ["path_strip", "path_prefix", "predictions"];
 
 /// Labels in canonical form, from any format.
 pub struct LabelsSource {
-    format: Format,
+    format: &'static str,
     guessed: bool,
     info: LabelsInfo,
     entries: std::vec::IntoIter<SourceEntry>,
@@ -125,16 +135,39 @@ impl LabelsSource {
             fault
         };
         let info = convert(path, scratch, format, options, dataset).map_err(context)?;
+        Ok(Self { format: format.as_str(), guessed, ..Self::canonical(scratch, info)? })
+    }
+
+    /// Labels whose canonical files lie in this folder already.
+    pub fn canonical(folder: &Path, info: LabelsInfo) -> Result<Self, Fault> {
         let mut entries = Vec::new();
         for name in [ANNOTATIONS, CLASSES, SAMPLES] {
-            entries.push(entry(name, scratch.join(name))?);
+            entries.push(entry(name, folder.join(name))?);
         }
-        Ok(Self { format, guessed, info, entries: entries.into_iter() })
+        Ok(Self { format: DATABASE, guessed: false, info, entries: entries.into_iter() })
+    }
+
+    /// Writes the rows of a database query in canonical form into the folder `scratch`. Rows may come in any order, and
+    /// the same rows give the same files. Blocking.
+    pub fn from_query(
+        rows: impl Iterator<Item = Vec<QueryRow>>,
+        scratch: &Path,
+        options: &LabelOptions,
+        dataset: Option<BoundDataset>,
+    ) -> Result<Self, Fault> {
+        if let Some(name) = options.columns.keys().find(|name| !SETTINGS.contains(&name.as_str())) {
+            return Err(Fault::usage(format!("a query names its columns itself, so {name:?} cannot be mapped"))
+                .with_next("rename columns in the query by AS"));
+        }
+        let mut collector = Collector::new(scratch, rules(options));
+        collector.by_content = true;
+        let info = table::read_query(rows, &mut collector).and_then(|()| finish(collector, DATABASE, options, dataset));
+        Self::canonical(scratch, info.map_err(|fault| fault.context("labels out of the database"))?)
     }
 
     /// The format that the labels were read as.
     pub fn format(&self) -> &'static str {
-        self.format.as_str()
+        self.format
     }
 
     /// Whether that was guessed.
@@ -160,15 +193,13 @@ fn convert(
     options: &LabelOptions,
     dataset: Option<BoundDataset>,
 ) -> Result<LabelsInfo, Fault> {
-    let setting = |name: &str| options.columns.get(name).filter(|value| !value.is_empty()).cloned();
-    let rules = PathRules { strip: setting("path_strip"), prefix: setting("path_prefix") };
-    let mut collector = Collector::new(scratch, rules);
+    let mut collector = Collector::new(scratch, rules(options));
     match format {
         Format::Coco => coco::read(path, &mut collector)?,
         Format::Csv => table::read_csv(path, &options.columns, &mut collector)?,
         Format::Jsonl => table::read_jsonl(path, &options.columns, &mut collector)?,
         Format::LabelStudio => {
-            let predictions = match setting("predictions").as_deref() {
+            let predictions = match setting(options, "predictions").as_deref() {
                 None | Some("false") => false,
                 Some("true") => true,
                 Some(other) => return Err(Fault::usage(format!("predictions is true or false, not {other:?}"))),
@@ -178,14 +209,22 @@ fn convert(
         Format::Voc => voc::read(path, &mut collector)?,
         Format::Yolo => yolo::read(path, &mut collector)?,
     }
+    finish(collector, format.as_str(), options, dataset)
+}
+
+fn setting(options: &LabelOptions, name: &str) -> Option<String> {
+    options.columns.get(name).filter(|value| !value.is_empty()).cloned()
+}
+
+fn rules(options: &LabelOptions) -> PathRules {
+    PathRules { strip: setting(options, "path_strip"), prefix: setting(options, "path_prefix") }
+}
+
+/// Writes the files from what was collected.
+fn finish(collector: Collector, format: &'static str, options: &LabelOptions, dataset: Option<BoundDataset>) -> Result<LabelsInfo, Fault> {
     let (counts, binding) = write::write(collector, dataset, options.allow_missing)?;
-    Ok(LabelsInfo {
-        dataset: binding,
-        samples: counts.samples,
-        annotations: counts.annotations,
-        classes: counts.classes,
-        format: format.as_str().to_owned(),
-    })
+    let write::Counts { samples, annotations, classes } = counts;
+    Ok(LabelsInfo { dataset: binding, samples, annotations, classes, format: format.into() })
 }
 
 fn check_columns(format: Format, columns: &BTreeMap<String, String>) -> Result<(), Fault> {

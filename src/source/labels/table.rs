@@ -1,4 +1,4 @@
-//! Tables: CSV and JSON Lines, one annotation a row, fields taken by name.
+//! Tables: CSV, JSON Lines and the rows of a database query, one annotation a row, fields taken by name.
 //!
 //! A row with a sample and nothing else names a sample without annotations. Edges (`x2`, `y2`) are exclusive and count
 //! from 0 like `x` and `y`: the width is `x2 - x`. Columns that stand for no field go into `attrs` unless a column is
@@ -11,8 +11,10 @@ use std::path::Path;
 
 use csv::{ByteRecord, ReaderBuilder};
 
+use crate::chunk::Hash;
 use crate::fault::{Fault, IoContext};
-use crate::limits::LABEL_RECORD_BYTES_MAX;
+use crate::labels::{QUERY_COLUMNS, QueryRow};
+use crate::limits::{LABEL_LINE_BYTES_MAX, LABEL_RECORD_BYTES_MAX};
 use crate::names::RelPath;
 
 use super::collect::{Annotation, ClassRef, Collector, Extent, Sample};
@@ -137,7 +139,7 @@ pub(super) fn read_csv(path: &Path, columns: &BTreeMap<String, String>, collecto
         }
         raw.push('}');
         let rest = (!rest.is_empty()).then(|| rest + "}");
-        state.row(&place, &cells_by_field, rest.as_deref(), &raw, collector)?;
+        state.row(&place, &cells_by_field, Parts { rest: rest.as_deref(), raw: &raw, hash: None }, collector)?;
     }
 }
 
@@ -162,9 +164,97 @@ pub(super) fn read_jsonl(path: &Path, columns: &BTreeMap<String, String>, collec
             }
             .map(str::to_owned);
         }
-        state.row(&place, &cells, fields.rest().as_deref(), text, collector)?;
+        state.row(&place, &cells, Parts { rest: fields.rest().as_deref(), raw: text, hash: None }, collector)?;
     }
     Ok(())
+}
+
+/// A row of a query, so that its canonical line fits too.
+const QUERY_ROW_BYTES_MAX: usize = LABEL_LINE_BYTES_MAX - (64 << 10);
+
+/// Reads the rows of a query, in whatever order they come.
+pub(super) fn read_query(rows: impl Iterator<Item = Vec<QueryRow>>, collector: &mut Collector) -> Result<(), Fault> {
+    const FIELD_OF: [(&str, usize); 13] = [
+        ("sample_path", SAMPLE_PATH),
+        ("class", CLASS),
+        ("class_id", CLASS_ID),
+        ("kind", KIND),
+        ("x", X),
+        ("y", Y),
+        ("w", W),
+        ("h", H),
+        ("geom", GEOM),
+        ("attrs", ATTRS),
+        ("width", WIDTH),
+        ("height", HEIGHT),
+        ("split", SPLIT),
+    ];
+    let column = |name: &str| QUERY_COLUMNS.iter().position(|known| *known == name);
+    let fields: Vec<(usize, usize)> = FIELD_OF.iter().filter_map(|(name, field)| Some((column(name)?, *field))).collect();
+    let (hash_column, raw_column) = (column("sample_hash"), column("raw"));
+    let take = |row: &QueryRow, column: Option<usize>| column.and_then(|at| row[at].clone());
+    let mut state = Rows::default();
+    for row in rows.flatten() {
+        // Rows have no numbers: what stands for one is the sample that it speaks of.
+        let place = format!("a row of {}", row[0].as_deref().unwrap_or("no sample"));
+        let plain = |json: &String| json::as_string(json).map_or(json.len(), |text| text.len());
+        if row.iter().flatten().map(String::len).sum::<usize>() > QUERY_ROW_BYTES_MAX
+            && row.iter().flatten().map(plain).sum::<usize>() > QUERY_ROW_BYTES_MAX
+        {
+            collector.refusals.add(Why::TooLarge, place, format!("it is larger than {QUERY_ROW_BYTES_MAX} bytes"));
+            continue;
+        }
+        let mut cells = Cells::default();
+        for (from, field) in &fields {
+            cells[*field] = row[*from].clone();
+        }
+        let hash = match take(&row, hash_column) {
+            None => None,
+            Some(json) => match json::as_string(&json).and_then(|text| text.parse::<Hash>().ok()) {
+                Some(hash) => Some(hash),
+                None => {
+                    collector.refusals.add(Why::Shape, place, format!("sample_hash is {json}, not 64 hex digits"));
+                    continue;
+                }
+            },
+        };
+        if let Some(nul) =
+            row.iter().flatten().find(|json| json.contains("\\u0000") && json::as_string(json).is_some_and(|t| t.contains('\0')))
+        {
+            collector.refusals.add(Why::Nul, place, format!("{nul} holds a NUL"));
+            continue;
+        }
+        let raw = match take(&row, raw_column) {
+            Some(json) => json::compact(&json::as_string(&json).unwrap_or(json), &place, &mut collector.refusals),
+            None => Some(rendered(&cells)),
+        };
+        let Some(raw) = raw else { continue };
+        state.row(&place, &cells, Parts { rest: None, raw: &raw, hash }, collector)?;
+    }
+    Ok(())
+}
+
+/// A row without a record of its own, as an object of its fields.
+fn rendered(cells: &Cells) -> String {
+    let mut out = String::from("{");
+    for ((name, _), json) in FIELDS.iter().zip(cells).filter_map(|(field, cell)| Some((field, cell.as_ref()?))) {
+        if out.len() > 1 {
+            out.push(',');
+        }
+        out.push_str(&json_string(name));
+        out.push(':');
+        let text = json::as_string(json);
+        let number = matches!(*name, "x" | "y" | "w" | "h" | "width" | "height" | "class_id");
+        match text {
+            Some(text) if number && text.trim().parse::<f64>().is_ok_and(f64::is_finite) => {
+                super::collect::push_number(&mut out, text.trim().parse().unwrap_or_default());
+            }
+            // Checked as JSON where the field itself is taken.
+            Some(text) if matches!(*name, "geom" | "attrs") => out.push_str(&json_string(&text)),
+            _ => out.push_str(json),
+        }
+    }
+    out + "}"
 }
 
 /// How much the CSV reader takes at once.
@@ -309,11 +399,22 @@ struct Said {
     width: Option<i64>,
     height: Option<i64>,
     split: Option<String>,
+    hash: Option<Hash>,
+}
+
+/// What a row is beside its fields.
+struct Parts<'a> {
+    /// Its other columns, as an object.
+    rest: Option<&'a str>,
+    /// All of it, as it came.
+    raw: &'a str,
+    /// What the sample's file hashes to.
+    hash: Option<Hash>,
 }
 
 impl Rows {
-    fn row(&mut self, place: &str, cells: &Cells, rest: Option<&str>, raw: &str, collector: &mut Collector) -> Result<(), Fault> {
-        match self.try_row(place, cells, rest, raw, collector) {
+    fn row(&mut self, place: &str, cells: &Cells, parts: Parts<'_>, collector: &mut Collector) -> Result<(), Fault> {
+        match self.try_row(place, cells, parts, collector) {
             Err(Stop::Refused(why, detail)) => collector.refusals.add(why, place, detail),
             Err(Stop::Fault(fault)) => return Err(fault),
             Ok(()) => {}
@@ -321,7 +422,8 @@ impl Rows {
         Ok(())
     }
 
-    fn try_row(&mut self, place: &str, cells: &Cells, rest: Option<&str>, raw: &str, collector: &mut Collector) -> Result<(), Stop> {
+    fn try_row(&mut self, place: &str, cells: &Cells, parts: Parts<'_>, collector: &mut Collector) -> Result<(), Stop> {
+        let Parts { rest, raw, hash } = parts;
         let words = |field: usize| -> Result<Option<String>, (Why, String)> {
             let Some(json) = &cells[field] else { return Ok(None) };
             let wrong = || (Why::Shape, format!("{} is {json}, not text", FIELDS[field].0));
@@ -330,9 +432,9 @@ impl Rows {
         let path = words(SAMPLE_PATH)?.ok_or_else(|| (Why::Shape, "it names no sample".to_owned()))?;
         let Some(path) = collector.path(place, &path) else { return Ok(()) };
         let (width, height) = (pixels(cells, WIDTH)?, pixels(cells, HEIGHT)?);
-        let said = Said { path: path.clone(), width, height, split: words(SPLIT)? };
+        let said = Said { path: path.clone(), width, height, split: words(SPLIT)?, hash };
         if self.last.as_ref() != Some(&said) {
-            let sample = Sample { place, width, height, split: said.split.as_deref(), ..Sample::default() };
+            let sample = Sample { place, width, height, split: said.split.as_deref(), hash, ..Sample::default() };
             collector.sample(&path, &sample)?;
             self.last = Some(said);
         }

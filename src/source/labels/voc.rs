@@ -99,7 +99,7 @@ fn image(
     let (width, height) = (size("width"), size("height"));
     let stem = place.rsplit('/').next().and_then(|name| name.rsplit_once('.')).map_or("", |(stem, _)| stem);
     let meta = Value::Object(annotation).to_string();
-    let sample = Sample { place, declared: true, width, height, split: splits.get(stem).copied(), meta: Some(&meta) };
+    let sample = Sample { place, declared: true, width, height, split: splits.get(stem).copied(), meta: Some(&meta), ..Sample::default() };
     collector.sample(&path, &sample)?;
     for (at, value) in objects.iter().enumerate() {
         let place = format!("{place} object[{at}]");

@@ -161,6 +161,14 @@ impl Pass<'_> {
             (None, Some(said)) => open.split = Some(said.to_owned()),
             _ => {}
         }
+        match (open.hash, sample.hash) {
+            (Some(known), Some(said)) if known != said => {
+                let detail = format!("{:?} hashes to {said} here and to {known} before", open.path.as_str());
+                self.refusals.add(Why::Conflict, sample.place, detail);
+            }
+            (None, Some(said)) if self.dataset.is_none() => open.hash = Some(said),
+            _ => {}
+        }
         if open.meta.is_none() {
             open.meta = sample.meta.map(str::to_owned);
         }

@@ -81,7 +81,7 @@ impl Folder<'_> {
         let Some(path) = collector.path(name, name) else { return Ok(()) };
         let found = self.sizes.get(stem).map(|(_, w, h)| (*w, *h)).or_else(|| size::of_file(&self.root.join(name)));
         let (width, height) = found.unzip();
-        collector.sample(&path, &Sample { place: name, declared: true, width, height, split: split(name), meta: None })
+        collector.sample(&path, &Sample { place: name, declared: true, width, height, split: split(name), ..Sample::default() })
     }
 
     fn label(&self, name: &str, collector: &mut Collector) -> Result<(), Fault> {
@@ -90,7 +90,8 @@ impl Folder<'_> {
             return Ok(());
         };
         let Some(path) = collector.path(name, &image) else { return Ok(()) };
-        let sample = Sample { place: name, declared: true, width: Some(width), height: Some(height), split: split(name), meta: None };
+        let sample =
+            Sample { place: name, declared: true, width: Some(width), height: Some(height), split: split(name), ..Sample::default() };
         collector.sample(&path, &sample)?;
         let at = || format!("read {}", self.root.join(name).display());
         let mut reader = BufReader::new(File::open(self.root.join(name)).at(at())?);

@@ -7,6 +7,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::Instant;
 
 use parking_lot::RwLock;
+use tokio::sync::OwnedSemaphorePermit;
 
 use super::{Counters, DIRTY_FILES_MAX, Dest, Done, SYNC_ALL_FROM};
 use crate::fault::{Fault, IoContext};
@@ -28,6 +29,8 @@ pub(super) struct Committer {
     pub(super) large: HashMap<u64, Arc<Dest>>,
     /// Files of one chunk, or shared ones.
     pub(super) small: Vec<Arc<Dest>>,
+    /// What a kill may cost, given back when it costs nothing any more.
+    pub(super) shares: Vec<Arc<OwnedSemaphorePermit>>,
 }
 
 impl Committer {
@@ -47,7 +50,8 @@ impl Committer {
     }
 
     fn take(&mut self, done: Done) {
-        let Done { dest, chunks, bytes, written } = done;
+        let Done { dest, chunks, bytes, written, uncommitted } = done;
+        self.shares.extend(uncommitted);
         self.bytes += bytes;
         self.unsynced += if written { bytes } else { 0 };
         for (id, ordinal, offset, len) in chunks {
@@ -83,6 +87,7 @@ impl Committer {
         self.small.clear();
         self.unsynced = 0;
         self.places.commit(self.place, &self.journal, &mut self.commit)?;
+        self.shares.clear();
         self.counters.committed.fetch_add(std::mem::take(&mut self.bytes), Ordering::Relaxed);
         Ok(())
     }

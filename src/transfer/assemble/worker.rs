@@ -1,14 +1,16 @@
 //! Puts chunks in place: verifies each, whether it came over the line or lies here, and writes it.
 
 use std::fs::File;
+use std::io::IoSlice;
 use std::os::unix::fs::FileExt;
-use std::path::PathBuf;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::SyncSender;
 
 use bytes::Bytes;
 use parking_lot::Mutex;
+use rustix::io::Errno;
 use tokio::sync::mpsc;
 
 use super::{AHEAD_BYTES, Counters, Dest, Done, Item, Job, Shared, Whole};
@@ -20,6 +22,13 @@ use crate::names::RelPath;
 use crate::places::{At, PlaceInfo};
 use crate::sink::Place;
 use crate::stage::Stage;
+
+/// Bytes of a file that are read at once to be hashed.
+pub(super) const READ_BYTES: usize = 256 << 10;
+/// Bytes of one file that are written together at the most.
+const RUN_BYTES: u64 = 1 << 20;
+/// Pieces of one write; the system takes 1,024.
+const PARTS_MAX: usize = 256;
 
 /// A local file that chunks were read from last.
 pub(super) struct Source {
@@ -42,6 +51,8 @@ pub(super) struct Worker {
     pub(super) source: Option<Source>,
     /// Whether whole files may be hard links of those of other versions.
     pub(super) any_link: bool,
+    /// What files are read into to be hashed: [`READ_BYTES`].
+    pub(super) buffer: Vec<u8>,
 }
 
 impl Worker {
@@ -50,29 +61,27 @@ impl Worker {
             let job = queue.lock().blocking_recv();
             let Some(job) = job else { return Ok(()) };
             match job {
-                Job::Write { frames, _share } => {
-                    let mut done: Vec<Done> = Vec::with_capacity(frames.len());
+                Job::Write { frames, share } => {
+                    let (mut run, mut done) = (None, Vec::new());
                     for (item, frame) in frames {
                         let chunk = frame.verify(item.chunk.id, item.chunk.len)?;
-                        let written = self.write(item, &chunk)?;
-                        self.counters.received.fetch_add(written.bytes, Ordering::Relaxed);
-                        match done.last_mut() {
-                            Some(last) if last.dest.number == written.dest.number => {
-                                last.bytes += written.bytes;
-                                last.chunks.extend(written.chunks);
-                            }
-                            _ => done.push(written),
-                        }
+                        self.counters.received.fetch_add(chunk.bytes.len() as u64, Ordering::Relaxed);
+                        self.put(item, chunk, &mut run, &mut done)?;
                     }
+                    self.end_run(run, &mut done)?;
+                    if let Some(first) = done.first_mut() {
+                        first.uncommitted = Some(share.uncommitted.clone());
+                    }
+                    drop(share);
                     self.report(done)?;
                 }
                 Job::Copy(copies) => {
-                    let mut done = Vec::with_capacity(copies.len());
+                    let (mut run, mut done) = (None, Vec::new());
                     for (item, at) in copies {
                         match self.read_local(item.chunk, at) {
                             Ok(chunk) => {
                                 self.counters.reused.fetch_add(chunk.bytes.len() as u64, Ordering::Relaxed);
-                                done.push(self.write(item, &chunk)?);
+                                self.put(item, chunk, &mut run, &mut done)?;
                             }
                             Err(fault) => {
                                 tracing::info!(chunk = %item.chunk.id, error = %fault, "a local chunk is stale; fetching it instead");
@@ -81,6 +90,7 @@ impl Worker {
                             }
                         }
                     }
+                    self.end_run(run, &mut done)?;
                     self.report(done)?;
                 }
                 Job::Share(wholes) => {
@@ -89,7 +99,7 @@ impl Worker {
                         match self.share(&dest, &from) {
                             Ok(true) => {
                                 self.counters.reused.fetch_add(dest.file.size, Ordering::Relaxed);
-                                done.push(Done { bytes: dest.file.size, dest, chunks, written: false });
+                                done.push(Done { bytes: dest.file.size, dest, chunks, written: false, uncommitted: None });
                             }
                             Ok(false) => self.copy_whole(&dest, &chunks, &from, &mut done)?,
                             Err(fault) => {
@@ -111,11 +121,26 @@ impl Worker {
         self.done.send(done).map_err(|_| Fault::internal("the committer ended early"))
     }
 
-    /// Puts verified bytes at their place.
-    fn write(&self, item: Item, chunk: &Verified) -> Result<Done, Fault> {
+    /// Puts verified bytes at their place; those that follow each other go together.
+    fn put(&self, item: Item, chunk: Verified, run: &mut Option<Run>, done: &mut Vec<Done>) -> Result<(), Fault> {
+        if !run.as_ref().is_some_and(|run| run.goes_on_with(&item)) {
+            self.end_run(run.take(), done)?;
+        }
         let Item { dest, spot, .. } = item;
-        if chunk.bytes.len() as u64 == dest.file.size {
-            self.stage.write_file(&dest.path, &chunk.bytes)?;
+        let run = run.get_or_insert_with(|| Run { dest, offset: spot.offset, len: 0, chunks: Vec::new(), parts: Vec::new() });
+        run.chunks.push((chunk.id, spot.ordinal, spot.offset, chunk.bytes.len() as u32));
+        run.len += chunk.bytes.len() as u64;
+        run.parts.push(chunk.bytes);
+        Ok(())
+    }
+
+    /// Writes what was put.
+    fn end_run(&self, run: Option<Run>, done: &mut Vec<Done>) -> Result<(), Fault> {
+        let Some(Run { dest, offset, len, chunks, parts }) = run else { return Ok(()) };
+        if len == dest.file.size {
+            // The whole of it: nobody needs it open any longer.
+            let file = self.stage.open_file(&dest.path, 0)?;
+            write_parts(&file, &parts, offset).at(format_args!("write {}", dest.path))?;
         } else {
             let file = {
                 let mut handle = dest.handle.lock();
@@ -124,10 +149,10 @@ impl Worker {
                     None => handle.insert(Arc::new(self.stage.open_file(&dest.path, dest.file.size)?)).clone(),
                 }
             };
-            file.write_all_at(&chunk.bytes, spot.offset).at(format_args!("write {}", dest.path))?;
+            write_parts(&file, &parts, offset).at(format_args!("write {}", dest.path))?;
         }
-        let len = chunk.bytes.len() as u32;
-        Ok(Done { dest, chunks: vec![(chunk.id, spot.ordinal, spot.offset, len)], bytes: u64::from(len), written: true })
+        done.push(Done { dest, chunks, bytes: len, written: true, uncommitted: None });
+        Ok(())
     }
 
     /// A chunk from the site's own files or blobs, verified.
@@ -177,22 +202,29 @@ impl Worker {
     }
 
     /// Makes the staged file the same as one that lies here, after checking all of that one's bytes.
-    fn share(&self, dest: &Dest, from: &PathBuf) -> Result<bool, Fault> {
-        let mut hasher = blake3::Hasher::new();
+    fn share(&mut self, dest: &Dest, from: &Path) -> Result<bool, Fault> {
         let file = File::open(from).at(from.display())?;
         if file.metadata().at(from.display())?.len() != dest.file.size {
             return Err(Fault::integrity("its size is another"));
         }
-        hasher.update_reader(&file).at(from.display())?;
+        let mut hasher = blake3::Hasher::new();
+        let mut at = 0;
+        while at < dest.file.size {
+            let part = (dest.file.size - at).min(self.buffer.len() as u64) as usize;
+            file.read_exact_at(&mut self.buffer[..part], at).at(from.display())?;
+            hasher.update(&self.buffer[..part]);
+            at += part as u64;
+        }
         if *hasher.finalize().as_bytes() != dest.file.hash.0 {
             return Err(Fault::integrity("its content is another"));
         }
-        self.stage.share(from, &dest.path, dest.mode, self.any_link)
+        self.stage.share(from, &file, &dest.path, dest.mode, self.any_link)
     }
 
     /// Copies a file's chunks from one that lies here and cannot be shared.
-    fn copy_whole(&self, dest: &Arc<Dest>, chunks: &[(Hash, u64, u64, u32)], from: &PathBuf, done: &mut Vec<Done>) -> Result<(), Fault> {
+    fn copy_whole(&self, dest: &Arc<Dest>, chunks: &[(Hash, u64, u64, u32)], from: &Path, done: &mut Vec<Done>) -> Result<(), Fault> {
         let source = File::open(from).at(from.display())?;
+        let mut run = None;
         for &(id, ordinal, offset, len) in chunks {
             let mut out = vec![0; len as usize];
             source.read_exact_at(&mut out, offset).at(from.display())?;
@@ -201,9 +233,41 @@ impl Worker {
                 continue;
             };
             let spot = Spot { page: Hash([0; 32]), index: 0, ordinal, offset };
-            done.push(self.write(Item { dest: dest.clone(), chunk: ChunkRef { id, len }, spot }, &chunk)?);
+            self.put(Item { dest: dest.clone(), chunk: ChunkRef { id, len }, spot }, chunk, &mut run, done)?;
             self.counters.reused.fetch_add(u64::from(len), Ordering::Relaxed);
         }
-        Ok(())
+        self.end_run(run, done)
     }
+}
+
+/// Verified bytes of one file that follow each other.
+struct Run {
+    dest: Arc<Dest>,
+    offset: u64,
+    len: u64,
+    chunks: Vec<(Hash, u64, u64, u32)>,
+    parts: Vec<Bytes>,
+}
+
+impl Run {
+    fn goes_on_with(&self, item: &Item) -> bool {
+        Arc::ptr_eq(&self.dest, &item.dest) && self.offset + self.len == item.spot.offset && self.len < RUN_BYTES
+    }
+}
+
+/// Writes all of them behind each other: one call for many, as a rule.
+fn write_parts(file: &File, parts: &[Bytes], offset: u64) -> std::io::Result<()> {
+    let mut at = offset;
+    for some in parts.chunks(PARTS_MAX) {
+        let slices: Vec<IoSlice<'_>> = some.iter().map(|part| IoSlice::new(part)).collect();
+        let mut written = rustix::io::pwritev(file, &slices, at).or_else(|e| if e == Errno::INTR { Ok(0) } else { Err(e) })?;
+        // What a signal or a full disk left over.
+        for part in some {
+            let here = written.min(part.len());
+            written -= here;
+            file.write_all_at(&part[here..], at + here as u64)?;
+            at += part.len() as u64;
+        }
+    }
+    Ok(())
 }

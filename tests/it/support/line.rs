@@ -20,25 +20,37 @@ struct State {
     no_udp: AtomicBool,
     /// Bytes a second towards the site; 0 is as fast as it goes.
     rate: AtomicU64,
+    /// The same towards the hub.
+    rate_up: AtomicU64,
     /// Bytes towards the site.
     down: AtomicU64,
     /// Bytes towards the hub.
     up: AtomicU64,
     /// When the line towards the site is free again; what makes all flows share one rate.
     free_at: Mutex<Option<Instant>>,
+    free_at_up: Mutex<Option<Instant>>,
     tcp: Mutex<Vec<TcpStream>>,
 }
 
 impl State {
     /// Waits for the line's turn to carry so many bytes towards the site.
     fn pace(&self, bytes: usize) {
-        let rate = self.rate.load(Ordering::Relaxed);
+        Self::wait(bytes, &self.rate, &self.free_at);
+    }
+
+    /// The same towards the hub.
+    fn pace_up(&self, bytes: usize) {
+        Self::wait(bytes, &self.rate_up, &self.free_at_up);
+    }
+
+    fn wait(bytes: usize, rate: &AtomicU64, free_at: &Mutex<Option<Instant>>) {
+        let rate = rate.load(Ordering::Relaxed);
         if rate == 0 {
             return;
         }
         let now = Instant::now();
         let until = {
-            let mut free_at = self.free_at.lock().expect("no holder panics");
+            let mut free_at = free_at.lock().expect("no holder panics");
             let begin = free_at.map_or(now, |t| t.max(now));
             *free_at.insert(begin + Duration::from_nanos(bytes as u64 * 1_000_000_000 / rate))
         };
@@ -93,6 +105,11 @@ impl Line {
     /// Sets the bytes a second towards the site; 0 is as fast as it goes.
     pub(crate) fn throttle(&self, bytes_per_second: u64) {
         self.state.rate.store(bytes_per_second, Ordering::Relaxed);
+    }
+
+    /// Sets the bytes a second towards the hub; 0 is as fast as it goes.
+    pub(crate) fn throttle_up(&self, bytes_per_second: u64) {
+        self.state.rate_up.store(bytes_per_second, Ordering::Relaxed);
     }
 
     /// Drops everything, both ways, without telling anybody: a cable pulled.
@@ -176,6 +193,7 @@ fn carry_udp(socket: &UdpSocket, hub: SocketAddr, state: &Arc<State>) {
             });
             upstream
         });
+        state.pace_up(len);
         state.up.fetch_add(len as u64, Ordering::Relaxed);
         let _ = upstream.send(&datagram[..len]);
     }
@@ -221,6 +239,7 @@ fn pump(mut from: TcpStream, mut to: TcpStream, towards_site: bool, state: &Stat
             state.pace(len);
             state.down.fetch_add(len as u64, Ordering::Relaxed);
         } else {
+            state.pace_up(len);
             state.up.fetch_add(len as u64, Ordering::Relaxed);
         }
         if to.write_all(&buffer[..len]).is_err() {

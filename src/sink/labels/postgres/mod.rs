@@ -30,12 +30,14 @@ use std::str::FromStr;
 use async_trait::async_trait;
 use futures::TryStreamExt;
 use sqlx::postgres::{PgConnectOptions, PgRow};
-use sqlx::{ConnectOptions, PgConnection, Row};
+use sqlx::{AssertSqlSafe, Column as _, ConnectOptions, Executor as _, PgConnection, Row, SqlSafeStr as _, Statement as _};
 use tokio::sync::mpsc;
 
 use super::canonical::{Annotation, Class, Sample, Table};
 use super::engine::{Batcher, Engine, Held, NewVersion, Rows, not_held};
+use super::query::{self, Batch};
 use crate::fault::{Fault, Reason};
+use crate::labels::QueryRow;
 use crate::limits::LABEL_STATEMENT_MAX;
 
 const HELD: &str = "SELECT v.manifest_digest, v.n_classes, v.n_samples, v.n_annotations, v.rows_digest, v.id
@@ -138,6 +140,48 @@ impl Postgres {
         self.run(conn, "end the export", "COMMIT".into()).await?;
         let [classes, samples, annotations] = counts;
         Ok(Held { digest: held.digest, classes, samples, annotations, rows_digest: rows_digest.hex() })
+    }
+}
+
+impl Postgres {
+    async fn query_on(&self, conn: &mut PgConnection, sql: &str, out: mpsc::Sender<Vec<QueryRow>>) -> Result<(), Fault> {
+        let what = "run the query";
+        self.run(conn, "begin the query", "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY".into()).await?;
+        let prepare = (&mut *conn).prepare(AssertSqlSafe(query::bare(sql)).into_sql_str());
+        let prepared = match tokio::time::timeout(LABEL_STATEMENT_MAX, prepare).await {
+            Ok(prepared) => prepared.map_err(|e| self.fault_of_query(&e))?,
+            Err(_) => return Err(Fault::unreachable(format!("{} did not answer ({what})", self.place))),
+        };
+        // As text, which is exact for every type, numbers included.
+        let plan = query::plan(sql, prepared.columns().iter().map(|column| column.name()), "::text")?;
+        let mut batch = Batch::default();
+        let mut rows = sqlx::query(AssertSqlSafe(plan.sql.as_str())).fetch(&mut *conn);
+        loop {
+            let row = match tokio::time::timeout(LABEL_STATEMENT_MAX, rows.try_next()).await {
+                Ok(row) => row.map_err(|e| self.fault_of_query(&e))?,
+                Err(_) => return Err(Fault::unreachable(format!("{} did not answer ({what})", self.place))),
+            };
+            let Some(row) = row else { break };
+            let mut cells = QueryRow::default();
+            for (at, column) in plan.columns.iter().enumerate() {
+                let text: Option<&str> = row.try_get(at).map_err(|e| self.fault(what, &e))?;
+                cells[*column] = text.and_then(|text| serde_json::to_string(text).ok());
+            }
+            if let Some(full) = batch.push(cells)? {
+                out.send(full).await.map_err(|_| query::unread())?;
+            }
+        }
+        drop(rows);
+        out.send(batch.finish()).await.map_err(|_| query::unread())?;
+        self.run(conn, "end the query", "COMMIT".into()).await
+    }
+
+    /// What the user's own statement does wrong is not the server's trouble: syntax, names and rights (42), values
+    /// (22), writing (25006, 0A000), several statements in one (42601).
+    fn fault_of_query(&self, error: &sqlx::Error) -> Fault {
+        let code = error.as_database_error().and_then(|e| e.code()).unwrap_or_default().into_owned();
+        let fault = self.fault("run the query", error);
+        if ["42", "22", "0A"].iter().any(|class| code.starts_with(class)) || code == "25006" { query::users(fault) } else { fault }
     }
 }
 
@@ -289,6 +333,13 @@ impl Engine for Postgres {
         let held = self.export_on(&mut conn, set, version, out).await?;
         self.close(conn).await;
         Ok(held)
+    }
+
+    async fn query(&self, sql: &str, out: mpsc::Sender<Vec<QueryRow>>) -> Result<(), Fault> {
+        let mut conn = self.connect().await?;
+        self.query_on(&mut conn, sql, out).await?;
+        self.close(conn).await;
+        Ok(())
     }
 
     fn location(&self, set: &str, version: &str) -> String {

@@ -11,19 +11,6 @@ use super::{Bench, Db};
 use crate::fault::{Code, Reason, Retry};
 use crate::sink::{Place, Sink};
 
-macro_rules! on_both {
-    ($($name:ident),* $(,)?) => {
-        mod on_postgres {
-            $(#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-            async fn $name() { super::$name(super::Bench::postgres().await).await; })*
-        }
-        mod on_sqlite {
-            $(#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-            async fn $name() { super::$name(super::Bench::sqlite().await).await; })*
-        }
-    };
-}
-
 on_both!(
     commits_what_the_views_show,
     commits_again_without_a_change,

@@ -1,7 +1,21 @@
 //! One contract for both engines, and what only Postgres can do wrong.
 
+macro_rules! on_both {
+    ($($name:ident),* $(,)?) => {
+        mod on_postgres {
+            $(#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+            async fn $name() { super::$name(super::Bench::postgres().await).await; })*
+        }
+        mod on_sqlite {
+            $(#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+            async fn $name() { super::$name(super::Bench::sqlite().await).await; })*
+        }
+    };
+}
+
 mod contract;
 mod postgres_only;
+mod published;
 pub(crate) mod server;
 mod set;
 

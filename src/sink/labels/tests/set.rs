@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use crate::chunk::Hash;
 use crate::labels::{ANNOTATIONS, AnnotationRow, CLASSES, ClassRow, SAMPLES, SampleRow};
-use crate::manifest::{Chunking, KindInfo, LabelsInfo, Root, Totals};
+use crate::manifest::{KindInfo, LabelsInfo, Root, Totals};
 use crate::names::{ArtifactRef, Kind, RelPath};
 use crate::sink::Incoming;
 use crate::sink::Sink as _;
@@ -115,7 +115,7 @@ impl Set {
                 format: 1,
                 kind: Kind::Labels,
                 info: KindInfo::Labels(info),
-                chunking: Chunking { min: 1, avg: 2, max: 3 },
+                chunking: crate::chunk::DEFAULT_CHUNKING,
                 totals: Totals { files: 3, bytes: all.len() as u64, ..Totals::default() },
                 depth: 0,
                 pages: Vec::new(),

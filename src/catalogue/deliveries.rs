@@ -1,0 +1,100 @@
+//! Deliveries in the catalogue: what was asked for as one.
+
+use super::transfers::transfer;
+use super::{Catalogue, TransferRow, fault};
+use crate::fault::Fault;
+use crate::names::SiteName;
+
+/// One delivery with its parts.
+#[derive(Debug, Clone)]
+pub struct DeliveryRow {
+    /// Its id.
+    pub id: String,
+    /// The run that borrows by it.
+    pub run: Option<String>,
+    /// When it was asked for.
+    pub created_ms: i64,
+    /// Its transfers, in the order in which they were begun.
+    pub parts: Vec<TransferRow>,
+}
+
+impl Catalogue {
+    /// One delivery. At a site its parts are those that go to that site.
+    pub async fn delivery(&self, id: &str) -> Result<DeliveryRow, Fault> {
+        let unknown = || Fault::not_found(format!("there is no delivery {id}")).with_next("'packhorse status' lists the transfers");
+        let said: Option<(Option<String>, i64)> =
+            sqlx::query_as("SELECT run, created_ms FROM delivery WHERE id = ?").bind(id).fetch_optional(&self.read).await.map_err(fault)?;
+        let parts = self.transfers_of(id).await.map_err(|_| unknown())?;
+        if parts.iter().any(|part| part.id == id) {
+            return Err(unknown());
+        }
+        let first = parts.iter().map(|part| part.created_ms).min().unwrap_or_default();
+        let (run, created_ms) = said.unwrap_or((None, first));
+        Ok(DeliveryRow { id: id.into(), run, created_ms, parts })
+    }
+
+    /// The newest deliveries, newest first. A site knows them by their transfers alone.
+    pub async fn deliveries(&self, limit: u32) -> Result<Vec<DeliveryRow>, Fault> {
+        let ids: Vec<(String,)> = sqlx::query_as(
+            "SELECT id FROM (SELECT id, created_ms FROM delivery UNION ALL SELECT delivery, created_ms FROM transfer)
+             GROUP BY id ORDER BY MIN(created_ms) DESC, id DESC LIMIT ?",
+        )
+        .bind(i64::from(limit))
+        .fetch_all(&self.read)
+        .await
+        .map_err(fault)?;
+        let mut out = Vec::new();
+        for (id,) in ids {
+            // One without parts cannot be made; were there one, the list would not be worth failing for.
+            if let Ok(row) = self.delivery(&id).await {
+                out.push(row);
+            }
+        }
+        Ok(out)
+    }
+
+    /// The transfers of a delivery; `None` when it was never begun.
+    pub async fn delivery_parts(&self, id: &str) -> Result<Option<Vec<TransferRow>>, Fault> {
+        let there: Option<(i64,)> =
+            sqlx::query_as("SELECT 1 FROM delivery WHERE id = ?").bind(id).fetch_optional(&self.read).await.map_err(fault)?;
+        match there {
+            None => Ok(None),
+            Some(_) => Ok(Some(self.transfers_of(id).await.unwrap_or_default())),
+        }
+    }
+
+    /// Of the transfers that a run waits for, those that nobody else wants: every delivery that they are part of was asked for
+    /// by a run that needs them no longer, or by this one. What stood before the run, or was asked for since, is not among them.
+    pub async fn only_borrowed(&self, run: &str, site: &SiteName) -> Result<Vec<TransferRow>, Fault> {
+        let rows = sqlx::query(
+            "SELECT DISTINCT t.* FROM transfer t JOIN delivery_part p ON p.transfer = t.id JOIN delivery d ON d.id = p.delivery
+             WHERE d.run = ?1 AND t.site = ?2 AND NOT EXISTS (
+                SELECT 1 FROM delivery_part q JOIN delivery e ON e.id = q.delivery LEFT JOIN run r ON r.name = e.run
+                WHERE q.transfer = t.id AND (e.run IS NULL OR (e.run != ?1
+                    AND (r.state IS NULL OR r.state NOT IN ('returning', 'done', 'failed', 'cancelled')))))
+             ORDER BY t.created_ms, t.id",
+        )
+        .bind(run)
+        .bind(site.as_str())
+        .fetch_all(&self.read)
+        .await
+        .map_err(fault)?;
+        rows.iter().map(transfer).collect()
+    }
+
+    /// Notes that what a transfer brought was taken away again.
+    pub async fn set_removed(&self, id: &str, removed_ms: i64) -> Result<(), Fault> {
+        let mut tx = self.write.begin_with("BEGIN IMMEDIATE").await.map_err(fault)?;
+        let seq = super::note(&mut tx, "transfer", id).await?;
+        sqlx::query("UPDATE transfer SET removed_ms = ?, cursor = ? WHERE id = ? AND removed_ms IS NULL")
+            .bind(removed_ms)
+            .bind(seq)
+            .bind(id)
+            .execute(&mut *tx)
+            .await
+            .map_err(fault)?;
+        tx.commit().await.map_err(fault)?;
+        self.notify();
+        Ok(())
+    }
+}

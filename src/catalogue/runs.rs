@@ -1,0 +1,105 @@
+//! Training runs in the catalogue, as JSON that `run` gives its meaning; and the lineage of models.
+
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use super::{Catalogue, fault, note};
+use crate::clock;
+use crate::fault::Fault;
+use crate::names::ArtifactRef;
+use crate::run::Lineage;
+
+/// One run as it is kept.
+#[derive(Debug, Clone)]
+pub struct RunRow<T> {
+    /// The run.
+    pub run: T,
+    /// When it was last written.
+    pub updated_ms: i64,
+}
+
+type Columns = (String, String, i64);
+
+fn parse<T: DeserializeOwned>((name, body, updated_ms): Columns) -> Result<RunRow<T>, Fault> {
+    let run = serde_json::from_str(&body).map_err(|e| Fault::internal(format!("the catalogue holds a malformed run {name}: {e}")))?;
+    Ok(RunRow { run, updated_ms })
+}
+
+impl Catalogue {
+    /// Writes a run. `open` until it has ended and nothing of it is left to be cleaned up.
+    pub async fn save_run<T: Serialize + Sync>(&self, name: &str, state: &str, open: bool, run: &T) -> Result<(), Fault> {
+        let body = serde_json::to_string(run).map_err(|e| Fault::internal(format!("a run as JSON: {e}")))?;
+        let now = clock::now_unix_ms() as i64;
+        let mut tx = self.write.begin_with("BEGIN IMMEDIATE").await.map_err(fault)?;
+        sqlx::query(
+            "INSERT INTO run (name, state, open, body, created_ms, updated_ms) VALUES (?1, ?2, ?3, ?4, ?5, ?5)
+             ON CONFLICT (name) DO UPDATE SET state = ?2, open = ?3, body = ?4, updated_ms = ?5",
+        )
+        .bind(name)
+        .bind(state)
+        .bind(open)
+        .bind(body)
+        .bind(now)
+        .execute(&mut *tx)
+        .await
+        .map_err(fault)?;
+        note(&mut tx, "run", name).await?;
+        tx.commit().await.map_err(fault)?;
+        self.notify();
+        Ok(())
+    }
+
+    /// One run.
+    pub async fn run<T: DeserializeOwned>(&self, name: &str) -> Result<Option<RunRow<T>>, Fault> {
+        let row: Option<Columns> = sqlx::query_as("SELECT name, body, updated_ms FROM run WHERE name = ?")
+            .bind(name)
+            .fetch_optional(&self.read)
+            .await
+            .map_err(fault)?;
+        row.map(parse).transpose()
+    }
+
+    /// The newest runs, newest first; or all that are open, oldest first.
+    pub async fn runs<T: DeserializeOwned>(&self, only_open: bool, limit: u32) -> Result<Vec<RunRow<T>>, Fault> {
+        let query = match only_open {
+            true => "SELECT name, body, updated_ms FROM run WHERE open = 1 ORDER BY created_ms, name LIMIT ?",
+            false => "SELECT name, body, updated_ms FROM run ORDER BY created_ms DESC, name LIMIT ?",
+        };
+        let rows: Vec<Columns> = sqlx::query_as(query).bind(i64::from(limit)).fetch_all(&self.read).await.map_err(fault)?;
+        rows.into_iter().map(parse).collect()
+    }
+
+    /// Forgets a run (at a site, of another hub or of an earlier life).
+    pub async fn remove_run(&self, name: &str) -> Result<(), Fault> {
+        sqlx::query("DELETE FROM run WHERE name = ?").bind(name).execute(&self.write).await.map_err(fault)?;
+        self.notify();
+        Ok(())
+    }
+
+    /// Notes what a model was made of.
+    pub async fn set_lineage(&self, artifact: &ArtifactRef, lineage: &Lineage) -> Result<(), Fault> {
+        if self.lineage(artifact).await?.as_ref() == Some(lineage) {
+            return Ok(());
+        }
+        let body = serde_json::to_string(lineage).map_err(|e| Fault::internal(format!("a lineage as JSON: {e}")))?;
+        sqlx::query("INSERT INTO lineage (reference, body) VALUES (?1, ?2) ON CONFLICT (reference) DO UPDATE SET body = ?2")
+            .bind(artifact.to_string())
+            .bind(body)
+            .execute(&self.write)
+            .await
+            .map_err(fault)?;
+        self.notify();
+        Ok(())
+    }
+
+    /// What a model was made of, where that is known.
+    pub async fn lineage(&self, artifact: &ArtifactRef) -> Result<Option<Lineage>, Fault> {
+        let row: Option<(String,)> = sqlx::query_as("SELECT body FROM lineage WHERE reference = ?")
+            .bind(artifact.to_string())
+            .fetch_optional(&self.read)
+            .await
+            .map_err(fault)?;
+        row.map(|(body,)| serde_json::from_str(&body).map_err(|e| Fault::internal(format!("a malformed lineage of {artifact}: {e}"))))
+            .transpose()
+    }
+}

@@ -1,0 +1,66 @@
+//! `publish --hub`: publishing from this machine at a hub elsewhere, without a daemon here.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use super::args::{Global, Publish};
+use super::commands::{published_text, source};
+use super::follow::{Deadline, Progress};
+use super::human;
+use super::output::one;
+use crate::api::types::SourceOptions;
+use crate::fault::Fault;
+use crate::jobs::JobProgress;
+use crate::publisher::{self, Asked};
+
+/// Between two looks at how far it is.
+const LOOK_EVERY: Duration = Duration::from_millis(200);
+
+/// `publish --hub`
+pub(super) async fn publish(global: &Global, publish: Publish, hub: String, options: SourceOptions) -> Result<(), Fault> {
+    if publish.wait.wait {
+        return Err(Fault::usage("--wait asks the hub's API, which is not spoken here")
+            .with_next("leave it out; see 'packhorse status' at the hub"));
+    }
+    let deadline = Deadline::after(publish.wait.timeout);
+    let asked = Asked {
+        source: source(&publish.source)?,
+        artifact: publish.as_ref.parse()?,
+        to: publish.to,
+        options,
+        hub,
+        token: publish.join_token,
+        state: state_dir(publish.state)?,
+    };
+    let watched = Arc::new(JobProgress::default());
+    let work = publisher::publish(asked, watched.clone());
+    tokio::pin!(work);
+    let mut progress = Progress::new();
+    let uploaded = loop {
+        tokio::select! {
+            result = &mut work => break result?,
+            () = tokio::time::sleep(LOOK_EVERY) => {}
+        }
+        if deadline.passed() {
+            return Err(Fault::deadline("the time is over, and not all is at the hub yet")
+                .with_next("run the command again: what the hub has is not sent again"));
+        }
+        let (bytes, doing) = (watched.bytes.load(Ordering::Relaxed), watched.what());
+        progress.update(bytes, 0, || format!("{}: {}", human::clean(&doing), human::bytes(bytes)));
+    };
+    drop(progress);
+    one(global.output, &uploaded, |uploaded| {
+        format!("{}  {} crossed the line\n", published_text(&uploaded.published), human::bytes(uploaded.wire))
+    })
+}
+
+/// Where a publisher's certificate lies.
+fn state_dir(given: Option<PathBuf>) -> Result<PathBuf, Fault> {
+    let home = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    given
+        .or_else(|| home("XDG_DATA_HOME").map(|data| data.join("packhorse")))
+        .or_else(|| home("HOME").map(|home| home.join(".local/share/packhorse")))
+        .ok_or_else(|| Fault::usage("it is not known where your home is").with_next("give --state DIR"))
+}

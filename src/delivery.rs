@@ -1,0 +1,105 @@
+//! What a delivery as a whole is, from what its parts are. Plain functions, called by the API's backends.
+
+use crate::api::types::{Bytes, Delivery, State, Transfer};
+use crate::catalogue::DeliveryRow;
+
+/// The state of the whole. While a part is open: what moves furthest, else why it stands. Once all have ended: `failed` if
+/// one failed, else `cancelled` if one was, else `done`.
+pub fn state(parts: &[State]) -> State {
+    let any = |state: State| parts.contains(&state);
+    if parts.iter().all(|state| state.is_final()) {
+        return [State::Failed, State::Cancelled].into_iter().find(|state| any(*state)).unwrap_or(State::Done);
+    }
+    let moving = [State::Transferring, State::Committing, State::Planning, State::Queued];
+    moving.into_iter().find(|state| any(*state)).unwrap_or(State::Paused)
+}
+
+/// The sum of the parts.
+pub fn bytes(parts: &[Transfer]) -> Bytes {
+    parts.iter().fold(Bytes::default(), |sum, part| Bytes {
+        total: sum.total + part.bytes.total,
+        reused: sum.reused + part.bytes.reused,
+        resumed: sum.resumed + part.bytes.resumed,
+        received: sum.received + part.bytes.received,
+        committed: sum.committed + part.bytes.committed,
+        wire: sum.wire + part.bytes.wire,
+    })
+}
+
+/// The whole, as the API shows it. `parts` are the row's, as they are shown.
+pub fn view(row: &DeliveryRow, parts: Vec<Transfer>) -> Delivery {
+    let states: Vec<State> = parts.iter().map(|part| part.state).collect();
+    let state = state(&states);
+    // A failed part first, then one that waits for what is not just another part.
+    let stuck = parts
+        .iter()
+        .filter(|part| part.reason.is_some() && part.state != State::Done)
+        .min_by_key(|part| (part.state != State::Failed, part.reason == Some(crate::fault::Reason::WaitingForDependency)));
+    let mut artifacts: Vec<String> = Vec::new();
+    let mut sites: Vec<String> = Vec::new();
+    for part in &parts {
+        let (artifact, site) = (part.artifact.to_string(), part.site.to_string());
+        if !artifacts.contains(&artifact) {
+            artifacts.push(artifact);
+        }
+        if !sites.contains(&site) {
+            sites.push(site);
+        }
+    }
+    Delivery {
+        id: row.id.clone(),
+        state,
+        reason: stuck.and_then(|part| part.reason),
+        message: stuck.and_then(|part| part.message.clone()),
+        next: stuck.and_then(|part| part.next.clone()),
+        bytes: bytes(&parts),
+        done: states.iter().filter(|state| **state == State::Done).count() as u64,
+        artifacts,
+        sites,
+        run: row.run.clone(),
+        created_at: jiff::Timestamp::from_millisecond(row.created_ms).map(crate::clock::rfc3339).unwrap_or_default(),
+        finished_at: state.is_final().then(|| parts.iter().filter_map(|part| part.finished_at.clone()).max()).flatten(),
+        parts,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_whole_follows_from_its_parts() {
+        use State as S;
+        let cases: [(&[State], State); 9] = [
+            (&[S::Done, S::Done], S::Done),
+            (&[S::Done, S::Failed, S::Cancelled], S::Failed),
+            (&[S::Done, S::Cancelled], S::Cancelled),
+            (&[S::Failed, S::Transferring], S::Transferring),
+            (&[S::Queued, S::Done], S::Queued),
+            (&[S::Queued, S::Planning], S::Planning),
+            (&[S::Paused, S::Done], S::Paused),
+            (&[S::Paused, S::Queued], S::Queued),
+            (&[S::Queued, S::Committing], S::Committing),
+        ];
+        for (parts, whole) in cases {
+            assert_eq!(state(parts), whole, "{parts:?}");
+        }
+    }
+
+    #[test]
+    fn bytes_add_up_and_a_failed_part_is_told_first() {
+        use crate::api::fake::{offline, transfer};
+        let failed = Transfer {
+            reason: Some(crate::fault::Reason::NoSpace),
+            message: Some("the disk is full".into()),
+            bytes: Bytes { total: 7, committed: 3, ..Bytes::default() },
+            ..transfer("t2", "b", State::Failed)
+        };
+        let parts = vec![offline("t1", "a"), failed];
+        let row = DeliveryRow { id: "d".into(), run: None, created_ms: 0, parts: vec![] };
+        let whole = view(&row, parts);
+        assert_eq!((whole.bytes.total, whole.bytes.committed, whole.done), (1007, 3, 0));
+        assert_eq!(whole.message.as_deref(), Some("the disk is full"));
+        assert_eq!((whole.artifacts.len(), whole.sites.len(), whole.state), (1, 2, State::Queued));
+    }
+}

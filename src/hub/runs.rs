@@ -1,0 +1,367 @@
+//! Training runs at the hub: does what the state machine of `run::hub` says, and looks for it.
+//!
+//! One look at a time, and each change is written before it is acted on; whatever a crash leaves out is done at the next
+//! look, because effects that are due are given again.
+
+use std::time::Duration;
+
+use super::Hub;
+use crate::api::types::{self, ModelLineage, RunActionRequest, RunModel, RunRequest, RunState, RunTrainer, RunVerb, State};
+use crate::catalogue::{Part, RunRow, TransferRow, new_id};
+use crate::chunk::Hash;
+use crate::clock;
+use crate::fault::Fault;
+use crate::limits::{RUN_INPUTS_MAX, RUN_TTL_MAX, RUNS_OPEN_MAX};
+use crate::manifest::Digest;
+use crate::names::{ArtifactRef, RunName, SiteName, SiteSelector};
+use crate::run::hub::{Effect, Event, Run, Seen, step};
+use crate::run::{Borrowed, DesiredRun, Expect, Input, Lineage, Model, RunReport, Spec};
+
+/// A run may take several steps at one look; more than this many are a defect.
+const STEPS_MAX: usize = 16;
+/// Between two looks at least, however fast things change.
+const LOOK_EVERY: Duration = Duration::from_millis(50);
+/// Open runs that are looked at.
+const OPEN_MAX: u32 = 10_000;
+
+fn now_ms() -> i64 {
+    clock::now_unix_ms() as i64
+}
+
+fn unknown(name: &str) -> Fault {
+    Fault::not_found(format!("there is no run {name}")).with_next("'packhorse train list' lists them")
+}
+
+impl Hub {
+    /// Looks at the open runs whenever something changed, until the daemon stops.
+    pub(super) async fn keep_runs(&self) {
+        loop {
+            let changed = self.inner.catalogue.changed();
+            match self.inner.catalogue.runs::<Run>(true, OPEN_MAX).await {
+                Ok(open) => {
+                    for row in open {
+                        let name = &row.run.spec.name;
+                        if let Err(fault) = self.look_at(name).await {
+                            tracing::warn!(run = %name, error = %fault, "a run could not go on; tried again");
+                        }
+                    }
+                }
+                Err(fault) => tracing::error!(error = %fault, "the runs cannot be read"),
+            }
+            tokio::select! {
+                () = async { changed.await; tokio::time::sleep(LOOK_EVERY).await } => {}
+                () = self.inner.stop.cancelled() => return,
+            }
+        }
+    }
+
+    async fn load(&self, name: &str) -> Result<RunRow<Run>, Fault> {
+        self.inner.catalogue.run(name).await?.ok_or_else(|| unknown(name))
+    }
+
+    /// Takes an event; what changed is durable when this returns. The effects are left to the caller.
+    async fn take(&self, name: &RunName, event: Event) -> Result<(Run, Vec<Effect>, bool), Fault> {
+        let _turn = self.inner.runs.lock().await;
+        let before = self.load(name.as_str()).await?.run;
+        let (after, effects) = step(&before, event, now_ms())?;
+        let changed = after != before;
+        if changed {
+            if after.state != before.state {
+                tracing::info!(run = %name, state = after.state.as_str(), why = after.message.as_deref().unwrap_or_default(), "a run");
+            }
+            self.inner.catalogue.save_run(name.as_str(), after.state.as_str(), after.is_open(), &after).await?;
+        }
+        Ok((after, effects, changed))
+    }
+
+    /// Looks at a run until it stands still.
+    async fn look_at(&self, name: &RunName) -> Result<(), Fault> {
+        for _ in 0..STEPS_MAX {
+            let run = self.load(name.as_str()).await?.run;
+            let parts = self.inner.catalogue.delivery_parts(&run.spec.delivery).await?;
+            // Once it is over it has to do with nothing but what is its own.
+            let own = match run.state.is_final() {
+                true => self.inner.catalogue.only_borrowed(name.as_str(), &run.spec.on).await?,
+                false => parts.clone().unwrap_or_default(),
+            };
+            let inputs = own.iter().map(|row| self.seen(row)).collect();
+            let home = match &run.model {
+                Some(model) => self.home_of(&run, model).await?,
+                None => None,
+            };
+            let home = home.map(|row| self.seen(&row));
+            let (run, effects, changed) = self.take(name, Event::Looked { delivered: parts.is_some(), inputs, home }).await?;
+            for effect in &effects {
+                self.run_effect(&run, *effect).await?;
+            }
+            if effects.is_empty() && !changed {
+                return Ok(());
+            }
+        }
+        Err(Fault::internal("it does not come to rest"))
+    }
+
+    fn seen(&self, row: &TransferRow) -> Seen {
+        let view = self.view(row);
+        Seen { id: view.id, state: view.state, message: view.message }
+    }
+
+    async fn home_of(&self, run: &Run, model: &Model) -> Result<Option<TransferRow>, Fault> {
+        let rows = self.inner.catalogue.transfers_of_artifact(&model.artifact).await?;
+        let own = |row: &TransferRow| row.site == run.spec.from && row.removed_ms.is_none();
+        // The one that stands, else the one that was cancelled last.
+        let standing = rows.iter().rev().find(|row| own(row) && row.state != State::Cancelled);
+        Ok(standing.or_else(|| rows.iter().rev().find(|row| own(row))).cloned())
+    }
+
+    async fn run_effect(&self, run: &Run, effect: Effect) -> Result<(), Fault> {
+        let catalogue = &self.inner.catalogue;
+        match effect {
+            Effect::Borrow => {
+                let mut parts = Vec::new();
+                for input in &run.spec.inputs {
+                    let row = catalogue.artifact(&input.artifact).await?;
+                    // What was published there lies there.
+                    if row.origin.as_ref() != Some(&run.spec.on) {
+                        parts.push(Part::new(&row, std::slice::from_ref(&run.spec.on)));
+                    }
+                }
+                catalogue.deliver(&run.spec.delivery, Some(run.spec.name.as_str()), &parts).await.map(|_| ())
+            }
+            Effect::SendHome => {
+                let Some(model) = &run.model else { return Ok(()) };
+                catalogue.set_lineage(&model.artifact, &Lineage::from(&run.spec)).await?;
+                let row = catalogue.artifact(&model.artifact).await?;
+                let part = Part::new(&row, std::slice::from_ref(&run.spec.from));
+                catalogue.deliver(&new_id("d"), None, &[part]).await.map(|_| ())
+            }
+            Effect::Abandon => {
+                let own = catalogue.only_borrowed(run.spec.name.as_str(), &run.spec.on).await?;
+                let home = match &run.model {
+                    Some(model) => self.home_of(run, model).await?,
+                    None => None,
+                };
+                for row in own.into_iter().chain(home) {
+                    if !matches!(row.state, State::Done | State::Cancelled) {
+                        catalogue.act(&row.id, types::Action::Cancel).await?;
+                    }
+                }
+                Ok(())
+            }
+        }
+    }
+
+    /// The runs that a site has to do with, as it is told them.
+    pub(super) async fn desired_runs(&self, site: &SiteName) -> Result<Vec<DesiredRun>, Fault> {
+        let mut out = Vec::new();
+        for RunRow { run, .. } in self.inner.catalogue.runs::<Run>(true, OPEN_MAX).await? {
+            if run.spec.on != *site {
+                continue;
+            }
+            let borrowed = self.inner.catalogue.only_borrowed(run.spec.name.as_str(), site).await?;
+            let borrowed = borrowed.into_iter().map(|row| Borrowed { transfer: row.id, artifact: row.artifact, digest: row.digest });
+            out.push(DesiredRun { want: run.want(), borrowed: borrowed.collect(), model: run.model, spec: run.spec });
+        }
+        Ok(out)
+    }
+
+    /// A site says how its runs stand.
+    pub(super) async fn take_run_report(&self, site: &SiteName, report: RunReport) -> Result<(), Fault> {
+        let run = self.load(report.name.as_str()).await?.run;
+        if run.spec.on != *site {
+            return Err(Fault::not_allowed(format!("site {site} reports a run of {}", run.spec.on)));
+        }
+        if run.spec.id != report.id {
+            return Ok(());
+        }
+        for id in &report.removed {
+            let Ok(row) = self.inner.catalogue.transfer(id).await else { continue };
+            let ours = row.site == *site && run.spec.inputs.iter().any(|input| input.artifact == row.artifact);
+            if ours && row.state == State::Done && row.removed_ms.is_none() {
+                self.inner.catalogue.set_removed(id, now_ms()).await?;
+            }
+        }
+        let name = report.name.clone();
+        self.take(&name, Event::Reported(Box::new(report))).await.map(|_| ())
+    }
+
+    /// Refuses a model before anything is kept of it, when its run would refuse it.
+    pub(super) async fn check_run_model(&self, by: Option<&SiteName>, run: &str, artifact: &ArtifactRef) -> Result<(), Fault> {
+        let row = self.load(run).await?.run;
+        if by.is_some_and(|by| row.spec.on != *by) {
+            return Err(unknown(run));
+        }
+        // The digest is not known yet; that of a model which is there already is.
+        let digest = match &row.model {
+            Some(model) => model.digest,
+            None => Hash([0; 32]),
+        };
+        step(&row, Event::Published(Model { artifact: artifact.clone(), digest }), now_ms()).map(|_| ())
+    }
+
+    /// A model of a run is in the catalogue.
+    pub(super) async fn run_published(
+        &self,
+        by: Option<&SiteName>,
+        run: &str,
+        artifact: &ArtifactRef,
+        digest: Digest,
+    ) -> Result<(), Fault> {
+        self.check_run_model(by, run, artifact).await?;
+        let model = Model { artifact: artifact.clone(), digest };
+        let (run, ..) = self.take(&run.parse()?, Event::Published(model)).await?;
+        self.inner.catalogue.set_lineage(artifact, &Lineage::from(&run.spec)).await
+    }
+
+    /// Begins a run, or finds the one that was begun.
+    pub(super) async fn start_run(&self, by: Option<&SiteName>, request: &RunRequest) -> Result<types::Run, Fault> {
+        let catalogue = &self.inner.catalogue;
+        let name: RunName = request.name.parse()?;
+        let (from, on): (SiteName, SiteName) = (request.from.parse()?, request.on.parse()?);
+        let expect: Expect = request.expect.parse()?;
+        if from == on {
+            return Err(Fault::usage(format!("site {from} cannot borrow itself")).with_next("start the trainer there by hand"));
+        }
+        if request.inputs.is_empty() || request.inputs.len() > RUN_INPUTS_MAX {
+            return Err(Fault::usage(format!("a run needs 1 to {RUN_INPUTS_MAX} inputs, and {} are named", request.inputs.len())));
+        }
+        if request.ttl_seconds == 0 || request.ttl_seconds > RUN_TTL_MAX.as_secs() {
+            return Err(Fault::usage(format!("a run's time is 1 s to {} days", RUN_TTL_MAX.as_secs() / 86_400)));
+        }
+        if by.is_some_and(|by| *by != from) {
+            return Err(
+                Fault::not_allowed("a site starts runs for itself only").with_next("name this site in --from, or start it at the hub")
+            );
+        }
+        catalogue.select_sites(&format!("{from},{on}").parse()?).await?;
+        if !catalogue.shares_with(&on, &from).await? {
+            return Err(Fault::not_allowed(format!("site {on} does not share what is made there with {from}"))
+                .with_next(format!("add {from} to [share] allow in the configuration of {on}")));
+        }
+        let mut inputs: Vec<Input> = Vec::new();
+        for text in &request.inputs {
+            let artifact: ArtifactRef = text.parse()?;
+            if inputs.iter().any(|input| input.artifact == artifact) {
+                continue;
+            }
+            let row = match by {
+                Some(site) => self.artifact_for(site, &artifact).await?,
+                None => catalogue.artifact(&artifact).await?,
+            };
+            // The site that trains needs all of it, or the answer is that for what does not exist.
+            let there = SiteSelector::Names(vec![on.clone()]);
+            self.shared_with(&artifact, row.origin.as_ref(), std::slice::from_ref(&on), &there).await?;
+            inputs.push(Input { artifact, digest: row.digest, bytes: row.root.totals.bytes });
+        }
+        let _turn = self.inner.runs.lock().await;
+        if let Some(RunRow { run, .. }) = catalogue.run::<Run>(name.as_str()).await? {
+            let same = run.spec.from == from && run.spec.on == on && run.spec.inputs == inputs && run.spec.expect == expect;
+            let ended_badly = matches!(run.state, RunState::Failed | RunState::Cancelled);
+            return match same && !ended_badly {
+                true => Ok(view(&run)),
+                false => Err(Fault::conflict(match same {
+                    true => format!("run {name} is {} already", run.state.as_str()),
+                    false => format!("there is a run {name} already, and it is another"),
+                })
+                .with_next("start it under another name")),
+            };
+        }
+        let open = catalogue.runs::<Run>(true, OPEN_MAX).await?;
+        if open.iter().filter(|row| row.run.spec.on == on).count() >= RUNS_OPEN_MAX {
+            return Err(Fault::conflict(format!("{RUNS_OPEN_MAX} runs are open at site {on}")).with_next("wait until one has ended"));
+        }
+        let created_ms = now_ms();
+        let ttl_ms = i64::try_from(request.ttl_seconds.saturating_mul(1000)).unwrap_or(i64::MAX);
+        let spec = Spec {
+            name,
+            id: new_id("r"),
+            from,
+            on,
+            inputs,
+            expect,
+            delivery: new_id("d"),
+            created_ms,
+            deadline_ms: created_ms.saturating_add(ttl_ms),
+        };
+        let run = Run::new(spec);
+        catalogue.save_run(run.spec.name.as_str(), run.state.as_str(), true, &run).await?;
+        tracing::info!(run = %run.spec.name, from = %run.spec.from, on = %run.spec.on, "a run begins");
+        Ok(view(&run))
+    }
+
+    /// Finishes or cancels a run.
+    pub(super) async fn act_on_run(&self, by: Option<&SiteName>, request: &RunActionRequest) -> Result<types::Run, Fault> {
+        let run = self.visible_run(by, &request.name).await?;
+        let event = match request.action {
+            RunVerb::Finish => Event::Finish { failed: request.failed.clone() },
+            RunVerb::Cancel => Event::Cancel,
+        };
+        let (run, ..) = self.take(&run.spec.name, event).await?;
+        Ok(view(&run))
+    }
+
+    async fn visible_run(&self, by: Option<&SiteName>, name: &str) -> Result<Run, Fault> {
+        let run = self.load(name).await?.run;
+        match by.is_none_or(|by| run.spec.from == *by || run.spec.on == *by) {
+            true => Ok(run),
+            false => Err(unknown(name)),
+        }
+    }
+
+    /// One run, as `by` may see it.
+    pub(super) async fn show_run(&self, by: Option<&SiteName>, name: &str) -> Result<types::Run, Fault> {
+        Ok(view(&self.visible_run(by, name).await?))
+    }
+
+    /// The newest runs, as `by` may see them.
+    pub(super) async fn list_runs(&self, by: Option<&SiteName>, limit: u32) -> Result<Vec<types::Run>, Fault> {
+        let rows = self.inner.catalogue.runs::<Run>(false, limit).await?;
+        let mine = |run: &Run| by.is_none_or(|by| run.spec.from == *by || run.spec.on == *by);
+        Ok(rows.iter().filter(|row| mine(&row.run)).map(|row| view(&row.run)).collect())
+    }
+}
+
+/// A lineage as the API shows it.
+pub(crate) fn lineage_view(lineage: Lineage) -> ModelLineage {
+    let inputs = lineage.inputs.iter().map(Into::into).collect();
+    ModelLineage { run: lineage.run, from: lineage.from, on: lineage.on, inputs }
+}
+
+fn time(ms: i64) -> String {
+    jiff::Timestamp::from_millisecond(ms).map(clock::rfc3339).unwrap_or_default()
+}
+
+fn view(run: &Run) -> types::Run {
+    let trainer = run.site.as_ref().map(|site| {
+        let ended = site.ended.as_ref();
+        let phase = serde_json::to_value(site.phase).ok().and_then(|v| v.as_str().map(str::to_owned));
+        RunTrainer {
+            phase: phase.unwrap_or_default(),
+            starts: site.starts,
+            started_at: site.started_ms.map(time),
+            ended_at: ended.map(|e| time(e.ended_ms)),
+            exit_code: ended.and_then(|e| e.exit_code),
+            signal: ended.and_then(|e| e.signal),
+            message: ended.map(|e| e.message.clone()).or_else(|| site.message.clone()),
+            tail: ended.map(|e| e.tail.clone()),
+        }
+    });
+    types::Run {
+        name: run.spec.name.clone(),
+        from: run.spec.from.clone(),
+        on: run.spec.on.clone(),
+        state: run.state,
+        message: run.message.clone(),
+        next: run.next.clone(),
+        inputs: run.spec.inputs.iter().map(Into::into).collect(),
+        expect: run.spec.expect.to_string(),
+        model: run.model.as_ref().map(|m| RunModel { artifact: m.artifact.to_string(), digest: m.digest.hex() }),
+        delivery: run.spec.delivery.clone(),
+        home: run.home.clone(),
+        trainer,
+        released: run.released,
+        created_at: time(run.spec.created_ms),
+        deadline_at: time(run.spec.deadline_ms),
+        finished_at: run.finished_ms.map(time),
+    }
+}

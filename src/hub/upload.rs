@@ -1,0 +1,275 @@
+//! Publishing from another machine: a publisher's line at the hub, and the pull of what the hub lacks over it.
+//!
+//! A publisher reads its source where it lies and says what it has ([`AskHub::Upload`]). The hub fetches over that line, the
+//! other way round than a site does: the root, the pages, and of the chunks only those that its store lacks, each verified before
+//! it is kept. The store is flushed with every group commit, so that whichever end is killed, the next try sends nothing
+//! again that was kept. Only when all is durable does the artifact enter the catalogue.
+//!
+//! A publisher may do nothing else: it reads nothing, delivers nothing of others, and is no site.
+
+use std::collections::{HashSet, VecDeque};
+use std::sync::Arc;
+use std::time::Instant;
+
+use futures::StreamExt;
+use tokio::sync::{Semaphore, mpsc};
+
+use super::Hub;
+use crate::api::types::Published;
+use crate::chunk::Hash;
+use crate::fault::Fault;
+use crate::fetch::{Fetcher, Library, Ranges, blocking, nothing_such};
+use crate::frame::Frame;
+use crate::identity::Holder;
+use crate::limits::{COMMIT_BYTES, COMMIT_EVERY, FETCH_BATCH_BYTES, FETCH_BATCH_CHUNKS_MAX, FETCH_IN_FLIGHT_MAX, SILENCE_MAX};
+use crate::line::{Link, RecvHalf, SendHalf};
+use crate::manifest::{ChunkRef, Digest, Root, Step, Walk};
+use crate::names::{ArtifactRef, SiteName};
+use crate::store::Store;
+use crate::wire::{self, AskHub, FETCH, QUESTION, Wanted};
+
+/// Streams of one publisher's line that are answered at once.
+const STREAMS_MAX: usize = 8;
+/// Batches that are planned ahead of those on the way.
+const BATCHES_AHEAD_MAX: usize = 8;
+/// Chunks that are looked up together.
+const LOOKED_UP_TOGETHER: usize = 1024;
+/// Chunks asked for that are remembered, so that one that comes twice is asked for once: as many as can be on the way.
+const ASKED_KEPT: usize = FETCH_BATCH_CHUNKS_MAX * (FETCH_IN_FLIGHT_MAX + BATCHES_AHEAD_MAX + 2);
+
+/// What one request brings.
+#[derive(Default)]
+struct Batch {
+    wants: Vec<(Hash, Ranges)>,
+    chunks: Vec<ChunkRef>,
+    bytes: u64,
+}
+
+impl Hub {
+    /// Hears a publisher until its line ends.
+    pub(super) async fn welcome_publisher(&self, name: SiteName, link: Link) {
+        let streams = Arc::new(Semaphore::new(STREAMS_MAX));
+        loop {
+            let stream = tokio::select! {
+                stream = link.accept() => stream,
+                () = self.inner.stop.cancelled() => None,
+            };
+            let Some((send, recv)) = stream else { break };
+            let Ok(turn) = streams.clone().acquire_owned().await else { break };
+            let (this, name, link) = (self.clone(), name.clone(), link.clone());
+            self.inner.tasks.spawn(async move {
+                if let Err(fault) = this.hear_publisher(send, recv, &link, &name).await {
+                    tracing::debug!(publisher = %name, error = %fault, "a stream ended");
+                }
+                drop(turn);
+            });
+        }
+        link.close("the hub stops");
+    }
+
+    async fn hear_publisher(&self, mut send: SendHalf, mut recv: RecvHalf, link: &Link, name: &SiteName) -> Result<(), Fault> {
+        let mut kind = [0];
+        recv.read_exact(&mut kind).await?;
+        match kind[0] {
+            QUESTION => {}
+            FETCH => {
+                send.write_bytes(Frame::fault(&nothing_such()).to_bytes()).await?;
+                return send.finish();
+            }
+            other => return Err(Fault::not_allowed(format!("a publisher opened a stream of kind {other}"))),
+        }
+        let question = tokio::time::timeout(SILENCE_MAX, wire::receive::<AskHub>(&mut recv)).await;
+        let question = question.map_err(|_| Fault::unreachable("a question did not arrive"))??;
+        let answer = match question {
+            // A publisher that was taken away may still hold its certificate.
+            _ if !self.inner.catalogue.publisher_seen(name).await? => {
+                Err(Fault::not_allowed(format!("the hub does not know the publisher {name} (any more)"))
+                    .with_next("at the hub: packhorse token create --publisher NAME; then publish again with --join-token TOKEN"))
+            }
+            AskHub::Upload { artifact, digest, to } => tokio::select! {
+                answer = self.take_upload(name, link, artifact, digest, to.as_deref()) => answer,
+                _ = link.closed() => Err(Fault::unreachable("the publisher's line ended")),
+                () = self.inner.stop.cancelled() => Err(Fault::unreachable("the hub stops")),
+            },
+            AskHub::Renew { request } => self.renew_for(&Holder::Publisher(name.clone()), &request),
+            _ => Err(Fault::not_allowed(format!("{name} is a publisher, and may publish and nothing else"))
+                .with_next("ask the hub's own API, or join as a site")),
+        };
+        if let Err(fault) = self.flush_uploaded().await {
+            tracing::error!(error = %fault, "the store cannot be flushed");
+        }
+        wire::send(&mut send, &answer).await?;
+        send.finish()
+    }
+
+    /// Whatever came of it, what was brought stays.
+    async fn flush_uploaded(&self) -> Result<(), Fault> {
+        let store = self.inner.store.clone();
+        blocking(move || store.flush()).await
+    }
+
+    async fn take_upload(
+        &self,
+        publisher: &SiteName,
+        link: &Link,
+        artifact: ArtifactRef,
+        digest: Digest,
+        to: Option<&str>,
+    ) -> Result<serde_json::Value, Fault> {
+        let inner = &self.inner;
+        // Whatever can be refused is refused before a byte is moved.
+        if let Some(to) = to {
+            inner.catalogue.select_sites(&to.parse()?).await?;
+        }
+        let fetcher = Fetcher::new(link.clone(), digest, Arc::default());
+        let root = fetcher.root().await?;
+        if root.kind != artifact.kind {
+            return Err(Fault::integrity(format!("{artifact} has the manifest of a {}", root.kind)));
+        }
+        if let Ok(row) = inner.catalogue.artifact(&artifact).await
+            && row.digest != digest
+        {
+            // Says the conflict in its own words.
+            inner.catalogue.add_artifact(&artifact, &root, None).await?;
+        }
+        let _publishing = inner.collecting.clone().read_owned().await;
+        fetcher.pages(&root, None, &inner.store).await?;
+        let stored = self.pull(publisher, &fetcher, &root).await?;
+        self.flush_uploaded().await?;
+        let added = inner.catalogue.add_artifact(&artifact, &root, None).await?;
+        if !added {
+            // Published at a site before: the hub has all of it now, and asks the site no more.
+            inner.catalogue.take_over(&artifact).await?;
+        }
+        let transfers = match to {
+            Some(to) => self.deliver_to(&[artifact.to_string()], to).await?.transfers,
+            None => Vec::new(),
+        };
+        let bytes = root.totals.bytes;
+        tracing::info!(%artifact, %digest, %publisher, bytes, stored, "published from another machine");
+        let (artifact, digest) = (artifact.to_string(), digest.hex());
+        let published = Published { artifact, digest, transfers, bytes, stored, unchanged: !added, note: None };
+        serde_json::to_value(published).map_err(|e| Fault::internal(e.to_string()))
+    }
+
+    /// Brings every chunk that the store lacks. Returns the bytes that were stored.
+    async fn pull(&self, publisher: &SiteName, fetcher: &Fetcher, root: &Root) -> Result<u64, Fault> {
+        let (send, batches) = mpsc::channel(BATCHES_AHEAD_MAX);
+        let (store, root) = (self.inner.store.clone(), root.clone());
+        let planning = tokio::task::spawn_blocking(move || plan(&root, &store, &send));
+        let batches = futures::stream::unfold(batches, |mut batches| async move { Some((batches.recv().await?, batches)) });
+        let running = batches.map(|batch| self.bring(publisher, fetcher, batch)).buffer_unordered(FETCH_IN_FLIGHT_MAX);
+        tokio::pin!(running);
+        let (mut stored, mut unflushed, mut flushed) = (0, 0, Instant::now());
+        let mut flushing: Option<tokio::task::JoinHandle<Result<(), Fault>>> = None;
+        while let Some(bytes) = running.next().await {
+            let bytes = bytes?;
+            stored += bytes;
+            unflushed += bytes;
+            // Beside the fetching: the line does not wait for the disk's sync.
+            if (unflushed >= COMMIT_BYTES || flushed.elapsed() >= COMMIT_EVERY) && flushing.as_ref().is_none_or(|f| f.is_finished()) {
+                let store = self.inner.store.clone();
+                let before = flushing.replace(tokio::task::spawn_blocking(move || store.flush()));
+                if let Some(before) = before {
+                    before.await.map_err(|e| Fault::internal(format!("a flush ended: {e}")))??;
+                }
+                (unflushed, flushed) = (0, Instant::now());
+            }
+        }
+        planning.await.map_err(|e| Fault::internal(format!("planning ended: {e}")))??;
+        if let Some(last) = flushing {
+            last.await.map_err(|e| Fault::internal(format!("a flush ended: {e}")))??;
+        }
+        Ok(stored)
+    }
+
+    /// Brings one batch into the store.
+    async fn bring(&self, publisher: &SiteName, fetcher: &Fetcher, batch: Batch) -> Result<u64, Fault> {
+        // What is on the way holds a share of the daemon's budget, out of the publisher's own.
+        let _share = self.share(publisher, batch.bytes).await?;
+        let wants = batch.wants.into_iter().map(|(page, ranges)| Wanted::Children { page, ranges: ranges.0 }).collect();
+        let mut frames = fetcher.ask(wants, 0).await?;
+        let mut brought = Vec::with_capacity(batch.chunks.len());
+        for chunk in batch.chunks {
+            brought.push((chunk, frames.next().await?));
+        }
+        let store = self.inner.store.clone();
+        blocking(move || {
+            let mut stored = 0;
+            for (chunk, frame) in brought {
+                frame.verify(chunk.id, chunk.len)?;
+                // Its sum as well: the store gives it out by that.
+                stored += store.put(&Frame::parse(frame.to_bytes()).map_err(Fault::from)?)?;
+            }
+            Ok(stored)
+        })
+        .await
+    }
+}
+
+/// Walks the manifest and makes batches of the chunks that the store lacks. Blocks.
+fn plan(root: &Root, store: &Store, out: &mpsc::Sender<Batch>) -> Result<(), Fault> {
+    let mut planner = Planner { store, out, batch: Batch::default(), asked: HashSet::new(), order: VecDeque::new() };
+    let mut looked_at = Vec::with_capacity(LOOKED_UP_TOGETHER);
+    for step in Walk::new(root, store) {
+        if let Step::Chunk(chunk, spot) = step? {
+            looked_at.push((chunk, spot.page, spot.index));
+            if looked_at.len() == LOOKED_UP_TOGETHER && !planner.look(&mut looked_at)? {
+                return Ok(());
+            }
+        }
+    }
+    planner.look(&mut looked_at)?;
+    planner.send();
+    Ok(())
+}
+
+struct Planner<'a> {
+    store: &'a Store,
+    out: &'a mpsc::Sender<Batch>,
+    batch: Batch,
+    /// Chunks that may still be on the way, and the order in which they were asked for.
+    asked: HashSet<Hash>,
+    order: VecDeque<Hash>,
+}
+
+impl Planner<'_> {
+    /// Asks for those that are not here. `false`: nobody takes batches any more.
+    fn look(&mut self, chunks: &mut Vec<(ChunkRef, Hash, u32)>) -> Result<bool, Fault> {
+        let ids: Vec<Hash> = chunks.iter().map(|(chunk, ..)| chunk.id).collect();
+        for ((chunk, page, index), here) in chunks.drain(..).zip(self.store.has_many(&ids)?) {
+            if here || !self.asked.insert(chunk.id) {
+                continue;
+            }
+            self.order.push_back(chunk.id);
+            if self.order.len() > ASKED_KEPT
+                && let Some(oldest) = self.order.pop_front()
+            {
+                self.asked.remove(&oldest);
+            }
+            match self.batch.wants.last_mut() {
+                Some((last, ranges)) if *last == page => ranges.push(index),
+                _ => {
+                    let mut ranges = Ranges::default();
+                    ranges.push(index);
+                    self.batch.wants.push((page, ranges));
+                }
+            }
+            self.batch.bytes += u64::from(chunk.len);
+            self.batch.chunks.push(chunk);
+            let full = self.batch.bytes >= FETCH_BATCH_BYTES || self.batch.chunks.len() >= FETCH_BATCH_CHUNKS_MAX;
+            if full && !self.send() {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    fn send(&mut self) -> bool {
+        let batch = std::mem::take(&mut self.batch);
+        batch.chunks.is_empty() || self.out.blocking_send(batch).is_ok()
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,184 @@
+//! A hub in this process, and a publisher that tries what it may and what it may not.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use tokio_util::sync::CancellationToken;
+
+use super::super::Hub;
+use crate::api::Backend as _;
+use crate::api::types::{Action, TokenRequest};
+use crate::config::{self, Line};
+use crate::fault::{Code, Reason};
+use crate::fetch::Fetcher;
+use crate::identity::{Claim, Holder, JoinToken, SiteIdentity};
+use crate::line::{self, Link};
+use crate::manifest::Digest;
+use crate::publisher::{self, Asked, Uploaded};
+use crate::wire::{self, AskHub, CONTROL, FromHub, FromSite};
+
+/// What a line costs that carries nothing: handshake, questions, and the search for the largest packet.
+const QUIET: u64 = 192 << 10;
+
+struct Bench {
+    hub: Hub,
+    address: String,
+    dir: tempfile::TempDir,
+}
+
+impl Bench {
+    async fn start() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let data = dir.path().join("hub");
+        crate::durable::create_dir_all(&data).unwrap();
+        let text = format!(
+            "role = \"hub\"\nname = \"hub\"\ndata_dir = {:?}\n[listen]\napi = \"127.0.0.1:0\"\nquic = \"127.0.0.1:0\"\n",
+            data.display().to_string()
+        );
+        let hub = Hub::open(config::parse(&text, "a test").unwrap(), CancellationToken::new()).await.unwrap();
+        let address = hub.inner.listener.local_addr().to_string();
+        let work = hub.clone();
+        tokio::spawn(async move { work.run().await });
+        Self { hub, address, dir }
+    }
+
+    async fn token(&self, site: Option<&str>, publisher: Option<&str>) -> String {
+        let (site, publisher) = (site.map(Into::into), publisher.map(Into::into));
+        self.hub.token(TokenRequest { site, publisher, labels: Default::default(), ttl_seconds: 60 }).await.unwrap()
+    }
+
+    async fn join(&self, token: &str, claim: &Claim) -> SiteIdentity {
+        line::join(&self.address, &token.parse::<JoinToken>().unwrap(), claim, &Line::default()).await.unwrap()
+    }
+
+    async fn dial(&self, identity: &SiteIdentity) -> Link {
+        line::dial(&self.address, identity, &Line::default()).await.unwrap()
+    }
+
+    fn source(&self, name: &str, bytes: usize, seed: u8) -> std::path::PathBuf {
+        let folder = self.dir.path().join(name);
+        crate::durable::create_dir_all(&folder).unwrap();
+        let mut content = vec![0; bytes];
+        blake3::Hasher::new().update(&[seed]).finalize_xof().fill(&mut content);
+        crate::durable::replace(&folder.join("weights.bin"), &content).unwrap();
+        crate::durable::replace(&folder.join("notes.txt"), name.as_bytes()).unwrap();
+        folder
+    }
+
+    async fn publish(&self, source: &Path, reference: &str, token: Option<&str>) -> Result<Uploaded, crate::fault::Fault> {
+        let asked = Asked {
+            source: source.display().to_string(),
+            artifact: reference.parse().unwrap(),
+            to: None,
+            options: Default::default(),
+            hub: self.address.clone(),
+            token: token.map(Into::into),
+            state: self.dir.path().join("state"),
+        };
+        publisher::publish(asked, Arc::default()).await
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn only_what_lacks_is_sent() {
+    let bench = Bench::start().await;
+    let token = bench.token(None, Some("office")).await;
+    let source = bench.source("a", 4 << 20, 1);
+    let first = bench.publish(&source, "model/a:v1", Some(&token)).await.unwrap();
+    assert!(first.wire > 4 << 20 && first.wire < 5 << 20, "{first:?}");
+    assert!(!first.published.unchanged && first.published.stored > 4 << 20);
+    let again = bench.publish(&source, "model/a:v1", None).await.unwrap();
+    assert!(again.published.unchanged && again.published.stored == 0 && again.wire < QUIET, "{again:?}");
+    // The same bytes under another name; then a little more of them.
+    let other = bench.publish(&source, "model/b:v1", None).await.unwrap();
+    assert!(!other.published.unchanged && other.published.stored == 0 && other.wire < QUIET, "{other:?}");
+    crate::durable::replace(&source.join("more.bin"), &[7; 100_000]).unwrap();
+    let more = bench.publish(&source, "model/b:v2", None).await.unwrap();
+    assert!(more.published.stored > 0 && more.wire < QUIET + (100 << 10), "{more:?}");
+    assert_eq!(bench.publish(&source, "model/a:v1", None).await.unwrap_err().code, Code::Conflict);
+    // It is the hub's own, and whole.
+    let row = bench.hub.inner.catalogue.artifact(&"model/b:v2".parse().unwrap()).await.unwrap();
+    assert_eq!(row.origin, None);
+    let store = bench.hub.inner.store.clone();
+    tokio::task::spawn_blocking(move || {
+        for step in crate::manifest::Walk::new(&row.root, &store) {
+            if let crate::manifest::Step::Chunk(chunk, _) = step.unwrap() {
+                store.read(chunk.id).unwrap();
+            }
+        }
+    })
+    .await
+    .unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn two_at_once_share_a_token_and_a_certificate() {
+    let bench = Bench::start().await;
+    let token = bench.token(None, Some("office")).await;
+    let (a, b) = (bench.source("a", 3 << 20, 1), bench.source("b", 3 << 20, 2));
+    let (a, b) = tokio::join!(bench.publish(&a, "model/a:v1", Some(&token)), bench.publish(&b, "model/b:v1", Some(&token)));
+    assert!(!a.unwrap().published.unchanged && !b.unwrap().published.unchanged);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_publisher_may_do_nothing_else() {
+    let bench = Bench::start().await;
+    let token = bench.token(None, Some("office")).await;
+    let source = bench.source("a", 1 << 20, 1);
+    let published = bench.publish(&source, "model/a:v1", Some(&token)).await.unwrap();
+    let digest: Digest = published.published.digest.parse().unwrap();
+    let identity = bench.join(&bench.token(None, Some("lab")).await, &Claim::Publisher).await;
+    assert_eq!(identity.holder(), &Holder::Publisher("lab".parse().unwrap()));
+    let link = bench.dial(&identity).await;
+    let fault = Fetcher::new(link.clone(), digest, Arc::default()).root().await.unwrap_err();
+    assert_eq!((fault.code, fault.reason), (Code::NotFound, Reason::SourceGone), "as for what is not there: {fault}");
+    let artifact: crate::names::ArtifactRef = "model/a:v1".parse().unwrap();
+    for question in [
+        AskHub::Deliver { artifacts: vec!["model/a:v1".into()], to: "all".into() },
+        AskHub::Act { id: "t-1".into(), action: Action::Cancel },
+        AskHub::Publish { artifact: artifact.clone(), digest, to: None, run: None },
+    ] {
+        let fault = wire::ask::<_, serde_json::Value>(&link, &question).await.unwrap_err();
+        assert_eq!(fault.code, Code::NotAllowed, "{question:?}: {fault}");
+    }
+    // A control stream gets no answer.
+    let (mut send, mut recv) = link.open(wire::PRIORITY_CONTROL).await.unwrap();
+    send.write_all(&[CONTROL]).await.unwrap();
+    let _ = wire::send(&mut send, &FromSite::Hello { version: "0".into(), share: None }).await;
+    assert!(wire::receive::<FromHub>(&mut recv).await.is_err());
+    assert!(bench.hub.sites().await.unwrap().is_empty());
+    // It can renew, and stays a publisher.
+    let request = identity.make_renewal_request().unwrap();
+    let answer: String = wire::ask(&link, &AskHub::Renew { request: hex::encode(request.csr_der()) }).await.unwrap();
+    let renewed = request.complete(&hex::decode(answer).unwrap(), identity.ca_der()).unwrap();
+    assert_eq!(renewed.holder(), identity.holder());
+    assert_eq!(bench.hub.inner.identity.verify_site(renewed.cert_der()).unwrap_err().code, Code::NotAllowed, "it signs no receipts");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_site_uploads_nothing_and_a_lie_is_refused() {
+    let bench = Bench::start().await;
+    let site = bench.join(&bench.token(Some("west"), None).await, &Claim::Site("west".parse().unwrap())).await;
+    let link = bench.dial(&site).await;
+    let artifact: crate::names::ArtifactRef = "model/a:v1".parse().unwrap();
+    let upload = AskHub::Upload { artifact, digest: crate::chunk::Hash::of(b"x"), to: None };
+    let fault = wire::ask::<_, serde_json::Value>(&link, &upload).await.unwrap_err();
+    assert_eq!(fault.code, Code::NotAllowed, "{fault}");
+
+    // A publisher that says one thing and gives another: the bytes do not hash to the digest.
+    let publisher = bench.join(&bench.token(None, Some("lab")).await, &Claim::Publisher).await;
+    let link = bench.dial(&publisher).await;
+    let liar = async {
+        while let Some((mut send, mut recv)) = link.accept().await {
+            let mut kind = [0];
+            recv.read_exact(&mut kind).await.unwrap();
+            let frame = crate::frame::Frame::encode(&crate::frame::Verified::new(b"something else".as_slice().into()));
+            send.write_bytes(frame.to_bytes()).await.unwrap();
+            send.finish().unwrap();
+        }
+    };
+    let asked = wire::ask::<_, serde_json::Value>(&link, &upload);
+    let fault = tokio::select! { answer = asked => answer.unwrap_err(), () = liar => unreachable!("the line ended") };
+    assert_eq!(fault.code, Code::Integrity, "{fault}");
+    assert!(bench.hub.inner.catalogue.artifacts().await.unwrap().is_empty());
+}

@@ -1,0 +1,400 @@
+//! The origin: gives out artifacts from where they were published, or landed, without a second copy of their bytes.
+//!
+//! [`Origin::publish`] reads a source in and keeps nothing of it but its manifest, and a note in [`Places`] of where each
+//! chunk lies. Entries whose content is not simply a file of the folder that was published are written to
+//! `<data_dir>/published/<digest>/`, each at its path in the artifact. [`fetch::serve`](crate::fetch::serve) reads the
+//! chunks from there again, hashes each, and never gives out one that changed: that is `integrity`, with the path.
+//!
+//! The site's daemon calls it, and so may whoever publishes from another machine; [`Holdings`] says what there is. The notes
+//! are hints: one that is missing, or names a place that is gone, is made anew from the manifest. A crash while
+//! publishing leaves a folder `published/p-…`, which [`Origin::clean`] takes away at the next start.
+
+mod keep;
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use parking_lot::Mutex;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+
+use crate::chunk::Hash;
+use crate::durable;
+use crate::fault::{Fault, IoContext, Reason, Retry};
+use crate::fetch::{Child, Library, Opened, Pieces, blocking, pieces};
+use crate::frame::{Frame, Verified};
+use crate::manifest::{ChunkRef, Digest, EntryBody, FileInfo, Pages, Root, Step, Walk};
+use crate::names::RelPath;
+use crate::places::{At, PlaceInfo, Places};
+use crate::sink::{Place, Sink};
+use crate::store::Store;
+use crate::transfer::BUDGET_UNIT;
+use crate::wire::{Peer, Wanted};
+
+pub use keep::InPlace;
+
+/// Artifacts kept open.
+const OPENED_MAX: usize = 16;
+/// Bytes that are read and not yet taken by the line.
+const BYTES_IN_FLIGHT_MAX: u64 = 32 << 20;
+/// Rows of the index that are written together.
+const ROWS_TOGETHER: usize = 32 << 10;
+/// Bytes that are read at once of a blob in the registry, whose chunks mostly follow each other.
+const AHEAD_BYTES: u64 = 4 << 20;
+/// The notes of one artifact are made anew at most this often: a walk over a large manifest takes a while.
+const INDEX_EVERY: Duration = Duration::from_secs(30);
+
+/// An artifact that lies here.
+#[derive(Debug, Clone)]
+pub struct Held {
+    /// Its root manifest.
+    pub root: Root,
+    /// Every place where it lies, the best first.
+    pub places: Vec<Place>,
+}
+
+/// Says what there is to give out.
+#[async_trait]
+pub trait Holdings: Send + Sync {
+    /// The artifact of this digest, if it lies here.
+    async fn held(&self, digest: Digest) -> Result<Option<Held>, Fault>;
+}
+
+/// Gives out what lies here. Cheap to clone.
+#[derive(Clone)]
+pub struct Origin {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    /// Manifest pages.
+    store: Store,
+    places: Arc<Places>,
+    /// `<data_dir>/published`
+    kept: PathBuf,
+    holdings: Arc<dyn Holdings>,
+    /// Reads blobs of the registry; `None` where there is none.
+    images: Option<Arc<dyn Sink>>,
+    opened: Mutex<Vec<Arc<Opened>>>,
+    budget: Arc<Semaphore>,
+    /// When the notes of an artifact were made anew last; held while that goes on.
+    indexed: Mutex<Vec<(Digest, Instant)>>,
+}
+
+impl Origin {
+    /// An origin that keeps its pages in `store`, its notes in `places`, and what it must write itself in `kept`.
+    pub fn new(store: Store, places: Arc<Places>, kept: PathBuf, holdings: Arc<dyn Holdings>, images: Option<Arc<dyn Sink>>) -> Self {
+        let budget = Arc::new(Semaphore::new((BYTES_IN_FLIGHT_MAX / BUDGET_UNIT) as usize));
+        let (opened, indexed) = Default::default();
+        Self { inner: Arc::new(Inner { store, places, kept, holdings, images, opened, budget, indexed }) }
+    }
+
+    /// Takes away what a crash left, and what no artifact in `live` needs. Blocks.
+    pub fn clean(&self, live: &[Digest]) -> Result<(), Fault> {
+        let Ok(entries) = std::fs::read_dir(&self.inner.kept) else { return Ok(()) };
+        for entry in entries {
+            let entry = entry.at(self.inner.kept.display())?;
+            let name = entry.file_name().to_string_lossy().into_owned();
+            if !live.iter().any(|digest| digest.hex() == name) {
+                durable::remove_all(&entry.path())?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The folder of what had to be written of an artifact.
+    fn kept_folder(&self, digest: Digest) -> PathBuf {
+        self.inner.kept.join(digest.hex())
+    }
+
+    /// Notes where every chunk of an artifact lies. `anew`: even where another place of it is known. Blocks.
+    pub fn index(&self, digest: Digest, root: &Root, places: &[Place], anew: bool) -> Result<(), Fault> {
+        let known = &self.inner.places;
+        let kept = Place::Folder { path: self.kept_folder(digest) };
+        let mut candidates: Vec<&Place> = Vec::new();
+        if matches!(&kept, Place::Folder { path } if path.is_dir()) && !places.contains(&kept) {
+            candidates.push(&kept);
+        }
+        candidates.extend(places);
+        let mut numbers = Vec::new();
+        for place in &candidates {
+            numbers.push(match known.landed(digest, place) {
+                Some(number) => number,
+                None => known.put(None, PlaceInfo { place: (*place).clone(), digest, transfer: None })?,
+            });
+        }
+        let Some(last) = numbers.last().copied() else { return Ok(()) };
+        let (mut rows, mut entries, mut current) = (Vec::new(), Vec::new(), (last, 0));
+        for step in Walk::new(root, &self.inner.store) {
+            match step? {
+                Step::Entry { number, entry, .. } => {
+                    let EntryBody::File(file) = entry.body else { continue };
+                    // Where it lies nowhere the last place stands for it: whoever reads it there learns its path.
+                    let at = candidates.iter().position(|place| candidates.len() > 1 && lies_at(place, &entry.path, &file));
+                    let place = at.and_then(|at| numbers.get(at)).copied().unwrap_or(last);
+                    current = (place, number);
+                    entries.push((place, number, entry.path, file));
+                }
+                Step::Chunk(chunk, spot) => {
+                    rows.push((chunk.id, At { place: current.0, entry: current.1, offset: spot.offset, len: chunk.len }));
+                }
+            }
+            if rows.len() >= ROWS_TOGETHER || entries.len() >= ROWS_TOGETHER {
+                known.note(&mut rows, &mut entries, anew)?;
+            }
+        }
+        known.note(&mut rows, &mut entries, anew)
+    }
+
+    /// [`Origin::index`] once more, unless that was just done. Returns whether the notes are fresh.
+    fn index_anew(&self, opened: &Opened, places: &[Place]) -> Result<bool, Fault> {
+        // One at a time: whoever waits here finds it done.
+        let mut indexed = self.inner.indexed.lock();
+        indexed.retain(|(_, at)| at.elapsed() < INDEX_EVERY);
+        if indexed.iter().any(|(digest, _)| *digest == opened.digest) {
+            return Ok(false);
+        }
+        tracing::info!(digest = %opened.digest, "noting anew where an artifact lies");
+        self.index(opened.digest, &opened.root, places, true)?;
+        indexed.push((opened.digest, Instant::now()));
+        Ok(true)
+    }
+
+    /// These chunks, each read where it lies and hashed. Blocks.
+    fn read(&self, opened: &Opened, held: &Held, chunks: &[ChunkRef], runtime: &tokio::runtime::Handle) -> Result<Vec<Bytes>, Fault> {
+        let mut reader = Reader { origin: &self.inner, runtime, file: None };
+        let ids: Vec<Hash> = chunks.iter().map(|c| c.id).collect();
+        let found = self.inner.places.find(&ids)?;
+        let mut out = Vec::with_capacity(chunks.len());
+        for (chunk, at) in chunks.iter().zip(found) {
+            let first = match at {
+                Some(at) => reader.chunk(*chunk, at),
+                None => Err(Fault::not_found("it is not noted where this chunk lies")),
+            };
+            let chunk = match first {
+                Ok(read) => read,
+                Err(_) => {
+                    reader.file = None;
+                    let fresh = self.index_anew(opened, &held.places)?;
+                    let at = self.inner.places.find(&[chunk.id])?.into_iter().flatten().next();
+                    let at = at.ok_or_else(|| Fault::internal(format!("chunk {} of {} lies nowhere", chunk.id, opened.digest)))?;
+                    match reader.chunk(*chunk, at) {
+                        Ok(read) => read,
+                        Err(fault) => return Err(self.wrong(opened, at, fresh, fault)),
+                    }
+                }
+            };
+            out.push(Frame::encode(&chunk).to_bytes());
+        }
+        Ok(out)
+    }
+
+    /// What is said of a chunk that cannot be given.
+    fn wrong(&self, opened: &Opened, at: At, fresh: bool, fault: Fault) -> Fault {
+        let info = self.inner.places.info(at.place);
+        let own = info.as_ref().is_some_and(|info| info.digest == opened.digest);
+        let path = self.inner.places.entry(at.place, at.entry).ok().flatten().map(|(path, _)| path);
+        let (Some(info), Some(path)) = (info, path) else { return fault.with_reason(Reason::Internal).with_retry(Retry::Backoff) };
+        if !own && !fresh {
+            // Another artifact's note took this one's place; in a while it is looked for again.
+            return fault.with_reason(Reason::WaitingForSource).with_retry(Retry::Backoff);
+        }
+        match &info.place {
+            Place::Folder { path: folder } => {
+                let empty = std::fs::read_dir(folder).map_or(true, |mut entries| entries.next().is_none());
+                if empty {
+                    return Fault::unreachable(format!("{}, where it was published, is empty or not there", folder.display()))
+                        .with_reason(Reason::WaitingForSource)
+                        .with_next("mount it again, or put the files back; it goes on by itself");
+                }
+                changed(&folder.join(path.as_str()).display().to_string(), &fault)
+            }
+            Place::Registry { repository } if !path.as_str().starts_with("blobs/") => {
+                // What arrived here was made part of the registry's own answers; only where it was published it is a file.
+                Fault::not_found(format!("{path} is no blob of {repository}"))
+                    .with_reason(Reason::WaitingForSource)
+                    .with_retry(Retry::Backoff)
+            }
+            Place::Registry { repository } if fault.retry == Retry::Never => changed(&format!("{path} of {repository}"), &fault),
+            Place::Registry { .. } => fault.with_reason(Reason::WaitingForSource),
+        }
+    }
+
+    /// What is wrong with the files of an artifact, one line each. Reads all of them. Blocks.
+    pub fn verify(&self, digest: Digest, root: &Root, places: &[Place], read: impl Fn(u64)) -> Result<Vec<String>, Fault> {
+        self.index(digest, root, places, true)?;
+        let runtime = tokio::runtime::Handle::current();
+        let mut reader = Reader { origin: &self.inner, runtime: &runtime, file: None };
+        let (mut faults, mut path, mut told) = (Vec::new(), None::<RelPath>, false);
+        for step in Walk::new(root, &self.inner.store) {
+            match step? {
+                Step::Entry { entry, .. } => (path, told) = (Some(entry.path), false),
+                Step::Chunk(chunk, _) => {
+                    read(u64::from(chunk.len));
+                    let at = self.inner.places.find(&[chunk.id])?.into_iter().flatten().next();
+                    let Some(at) = at else { continue };
+                    if let Err(fault) = reader.chunk(chunk, at)
+                        && !told
+                    {
+                        told = true;
+                        let name = path.as_ref().map_or("", |p| p.as_str());
+                        faults.push(format!("{name}: {fault}"));
+                    }
+                }
+            }
+        }
+        Ok(faults)
+    }
+}
+
+fn changed(path: &str, fault: &Fault) -> Fault {
+    Fault::integrity(format!("{path} changed after it was published: {fault}"))
+        .with_next("put the old content back and retry the transfer, or publish what is there now as a new version")
+}
+
+fn lies_at(place: &Place, path: &RelPath, file: &FileInfo) -> bool {
+    match place {
+        Place::Folder { path: folder } => {
+            std::fs::symlink_metadata(folder.join(path.as_str())).is_ok_and(|meta| meta.is_file() && meta.len() == file.size)
+        }
+        Place::Registry { .. } => path.as_str().starts_with("blobs/sha256/"),
+    }
+}
+
+/// Reads chunks, mostly one behind the other from one file.
+struct Reader<'a> {
+    origin: &'a Inner,
+    runtime: &'a tokio::runtime::Handle,
+    file: Option<Source>,
+}
+
+/// The file that was read last.
+struct Source {
+    place: u32,
+    entry: u64,
+    info: Arc<PlaceInfo>,
+    path: RelPath,
+    size: u64,
+    /// `None`: a blob of the registry.
+    file: Option<File>,
+    /// Where the bytes that were read ahead begin, and they.
+    ahead: (u64, Bytes),
+}
+
+impl Reader<'_> {
+    fn chunk(&mut self, chunk: ChunkRef, at: At) -> Result<Verified, Fault> {
+        if at.len != chunk.len {
+            return Err(Fault::integrity("its length is another"));
+        }
+        if !self.file.as_ref().is_some_and(|f| f.place == at.place && f.entry == at.entry) {
+            self.file = Some(self.open(at)?);
+        }
+        let Some(source) = &mut self.file else { return Err(Fault::internal("no source is open")) };
+        let bytes: Bytes = match &source.file {
+            Some(file) => {
+                let mut out = vec![0; at.len as usize];
+                match file.read_exact_at(&mut out, at.offset) {
+                    Err(e) if e.kind() == std::io::ErrorKind::UnexpectedEof => return Err(Fault::integrity("it is shorter now")),
+                    other => other.at(format_args!("read {}", source.path))?,
+                }
+                out.into()
+            }
+            None => {
+                let end = at.offset + u64::from(at.len);
+                let (start, bytes) = &source.ahead;
+                if at.offset < *start || end > *start + bytes.len() as u64 {
+                    let Some(images) = &self.origin.images else { return Err(Fault::internal("there is no registry here")) };
+                    let len = AHEAD_BYTES.min(source.size.saturating_sub(at.offset)).max(u64::from(at.len)) as u32;
+                    let read = images.read_at(&source.info.place, &source.path, at.offset, len);
+                    source.ahead = (at.offset, self.runtime.block_on(read)?);
+                }
+                let (start, bytes) = &source.ahead;
+                let from = (at.offset - start) as usize;
+                if bytes.len() < from + at.len as usize {
+                    return Err(Fault::integrity("the blob is shorter now"));
+                }
+                bytes.slice(from..from + at.len as usize)
+            }
+        };
+        Verified::check(chunk.id, bytes).map_err(|_| Fault::integrity("its content is another"))
+    }
+
+    fn open(&self, at: At) -> Result<Source, Fault> {
+        let gone = || Fault::not_found("its place is gone");
+        let info = self.origin.places.info(at.place).ok_or_else(gone)?;
+        let (path, entry) = self.origin.places.entry(at.place, at.entry)?.ok_or_else(gone)?;
+        let file = match &info.place {
+            Place::Folder { path: folder } => {
+                let full = folder.join(path.as_str());
+                let file = File::open(&full).at(format_args!("open {}", full.display()))?;
+                if file.metadata().at(full.display())?.len() != entry.size {
+                    return Err(Fault::integrity("its size is another"));
+                }
+                Some(file)
+            }
+            Place::Registry { .. } => None,
+        };
+        Ok(Source { place: at.place, entry: at.entry, info, path, size: entry.size, file, ahead: (0, Bytes::new()) })
+    }
+}
+
+/// The answer for what does not lie here (any more).
+fn not_here(digest: Digest) -> Fault {
+    Fault::not_found(format!("no artifact {digest} lies here any more")).with_reason(Reason::SourceGone)
+}
+
+#[async_trait]
+impl Library for Origin {
+    /// The peer is the hub, which decides for whom it asks.
+    async fn open(&self, _peer: &Peer, digest: Digest) -> Result<Arc<Opened>, Fault> {
+        if let Some(opened) = self.inner.opened.lock().iter().find(|o| o.digest == digest) {
+            return Ok(opened.clone());
+        }
+        let held = self.inner.holdings.held(digest).await?.ok_or_else(|| not_here(digest))?;
+        let store = self.inner.store.clone();
+        let opened = Arc::new(blocking(move || Opened::new(digest, held.root, &store)).await?);
+        let mut cache = self.inner.opened.lock();
+        if cache.len() >= OPENED_MAX {
+            cache.remove(0);
+        }
+        cache.push(opened.clone());
+        Ok(opened)
+    }
+
+    async fn share(&self, _peer: &Peer, bytes: u64) -> Result<Vec<OwnedSemaphorePermit>, Fault> {
+        let units = bytes.div_ceil(BUDGET_UNIT).max(1) as u32;
+        let share = self.inner.budget.clone().acquire_many_owned(units).await;
+        share.map(|share| vec![share]).map_err(|_| Fault::internal("the daemon stops"))
+    }
+
+    async fn page(&self, _opened: &Opened, page: Hash) -> Result<Bytes, Fault> {
+        let store = self.inner.store.clone();
+        blocking(move || store.page(page)).await
+    }
+
+    async fn frames(&self, _peer: &Peer, opened: &Arc<Opened>, wanted: &Wanted, children: Vec<Child>) -> Result<Pieces, Fault> {
+        // Pages lie in the store, whether the root lists them or an index page does.
+        let store = self.inner.store.clone();
+        let ids: Vec<Hash> = children.iter().map(|c| c.chunk.id).collect();
+        let are_pages = match wanted {
+            Wanted::TopPages(_) | Wanted::Root | Wanted::RootAndPages(_) | Wanted::Difference { .. } => true,
+            Wanted::Children { .. } => ids.first().is_some_and(|id| opened.pages.contains(id)),
+        };
+        if are_pages {
+            return blocking(move || store.read_frames(&ids)).await.map(pieces);
+        }
+        // Asked each time: what was taken away meanwhile is given no more.
+        let held = self.inner.holdings.held(opened.digest).await?.ok_or_else(|| not_here(opened.digest))?;
+        let (this, opened) = (self.clone(), opened.clone());
+        let chunks: Vec<ChunkRef> = children.iter().map(|c| c.chunk).collect();
+        let runtime = tokio::runtime::Handle::current();
+        blocking(move || this.read(&opened, &held, &chunks, &runtime)).await.map(pieces)
+    }
+}
+
+#[cfg(test)]
+mod tests;

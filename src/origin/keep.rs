@@ -1,0 +1,157 @@
+//! Publishing in place: reads a source in, and writes only what lies nowhere else.
+
+use std::fs::File;
+use std::io::{Read, Seek, SeekFrom};
+use std::path::{Path, PathBuf};
+
+use super::Origin;
+use crate::catalogue::new_id;
+use crate::durable;
+use crate::fault::{Fault, IoContext};
+use crate::frame::Verified;
+use crate::ingest::{self, Ingested, Keeper, Progress};
+use crate::manifest::{FileInfo, KindInfo};
+use crate::names::{Kind, RelPath};
+use crate::sink::Place;
+use crate::source::{Content, Source, SourceBody, SourceEntry};
+
+/// What was published, and where it lies.
+#[derive(Debug)]
+pub struct InPlace {
+    /// Its manifest.
+    pub ingested: Ingested,
+    /// Where it lies. What does not lie there lies in the folder of what was kept.
+    pub place: Place,
+}
+
+/// Keeps nothing: the bytes stay where they are.
+struct Nothing;
+
+impl Keeper for Nothing {
+    fn keep(&self, _: &[(Verified, ingest::Origin)]) -> Result<u64, Fault> {
+        Ok(0)
+    }
+
+    fn file(&self, _: u64, _: &RelPath, _: &FileInfo) -> Result<(), Fault> {
+        Ok(())
+    }
+
+    fn flush(&self) -> Result<(), Fault> {
+        Ok(())
+    }
+}
+
+/// A source whose entries all lie somewhere that stays: what does not is written to a folder first.
+struct Keep<'a> {
+    source: &'a mut dyn Source,
+    base: Option<&'a Place>,
+    folder: PathBuf,
+    kept: u64,
+    in_place: u64,
+}
+
+impl Keep<'_> {
+    fn lies_at_base(&self, path: &RelPath, content: &Content) -> bool {
+        match (self.base, content) {
+            (Some(Place::Folder { path: base }), Content::File(file)) => *file == base.join(path.as_str()),
+            // Whoever names a repository has made sure that its blobs are there.
+            (Some(Place::Registry { .. }), _) => path.as_str().starts_with("blobs/sha256/"),
+            _ => false,
+        }
+    }
+
+    fn write(&self, path: &RelPath, size: u64, content: &Content) -> Result<PathBuf, Fault> {
+        let to = self.folder.join(path.as_str());
+        durable::create_dir_all(to.parent().unwrap_or(&self.folder))?;
+        let what = || format!("write {}", to.display());
+        let mut out = File::create(&to).at(what())?;
+        let open = |from: &Path| File::open(from).at(format_args!("read {}", from.display()));
+        match content {
+            Content::Memory(bytes) => std::io::copy(&mut &bytes[..], &mut out),
+            Content::File(from) => std::io::copy(&mut open(from)?, &mut out),
+            Content::Range { file, offset } => {
+                let mut from = open(file)?;
+                from.seek(SeekFrom::Start(*offset)).at(format_args!("read {}", file.display()))?;
+                std::io::copy(&mut from.take(size), &mut out)
+            }
+        }
+        .at(what())?;
+        out.sync_all().at(what())?;
+        Ok(to)
+    }
+
+    fn sync(&self) -> Result<(), Fault> {
+        fn folders(path: &Path) -> Result<(), Fault> {
+            for entry in std::fs::read_dir(path).at(path.display())? {
+                let entry = entry.at(path.display())?.path();
+                if entry.is_dir() {
+                    folders(&entry)?;
+                }
+            }
+            durable::sync_dir(path)
+        }
+        folders(&self.folder)
+    }
+}
+
+impl Source for Keep<'_> {
+    fn next(&mut self) -> Result<Option<SourceEntry>, Fault> {
+        let Some(mut entry) = self.source.next()? else { return Ok(None) };
+        if let SourceBody::File { size, content } = &entry.body {
+            if self.lies_at_base(&entry.path, content) {
+                self.in_place += 1;
+            } else {
+                self.kept += 1;
+                let content = Content::File(self.write(&entry.path, *size, content)?);
+                entry.body = SourceBody::File { size: *size, content };
+            }
+        }
+        Ok(Some(entry))
+    }
+
+    fn info(&self) -> KindInfo {
+        self.source.info()
+    }
+}
+
+impl Origin {
+    /// Reads a source in and notes where its content lies: at `base` for what simply lies there (a file of that folder at
+    /// its path in the artifact, a blob of that repository), else in a folder of its own. Blocks.
+    pub fn publish(&self, kind: Kind, source: &mut dyn Source, base: Option<&Place>, progress: &Progress) -> Result<InPlace, Fault> {
+        let folder = self.inner.kept.join(new_id("p"));
+        durable::create_dir_all(&folder)?;
+        let published = self.publish_keeping(kind, source, base, &folder, progress);
+        durable::remove_all(&folder)?;
+        published
+    }
+
+    fn publish_keeping(
+        &self,
+        kind: Kind,
+        source: &mut dyn Source,
+        base: Option<&Place>,
+        folder: &Path,
+        progress: &Progress,
+    ) -> Result<InPlace, Fault> {
+        let mut keep = Keep { source, base, folder: folder.to_owned(), kept: 0, in_place: 0 };
+        let ingested = ingest::ingest(&mut keep, kind, &self.inner.store, &Nothing, progress)?;
+        let kept = self.kept_folder(ingested.digest);
+        if keep.kept > 0 {
+            keep.sync()?;
+            let at = Place::Folder { path: kept.clone() };
+            // What lies there from before may be being read; it is replaced only when it was damaged since.
+            if kept.is_dir() && !self.verify(ingested.digest, &ingested.root, &[at], |_| ())?.is_empty() {
+                durable::remove_all(&kept)?;
+            }
+            if !kept.is_dir() {
+                durable::rename_noreplace(folder, &kept)?;
+            }
+        }
+        let place = match base {
+            Some(base) if keep.in_place > 0 || keep.kept == 0 => base.clone(),
+            _ => Place::Folder { path: kept },
+        };
+        self.index(ingested.digest, &ingested.root, std::slice::from_ref(&place), false)?;
+        Ok(InPlace { ingested, place })
+    }
+}

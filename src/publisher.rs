@@ -1,0 +1,368 @@
+//! Publishing from another machine than the hub's: reads a source here, and gives the hub what it lacks of it.
+//!
+//! The command line calls [`publish`]; there is no daemon on this side. The artifact's bytes stay where they are: an
+//! [`Origin`] notes where each chunk lies, the hub is told what there is, and fetches over the line that was dialled here.
+//!
+//! Under the state folder (`--state`, by default `~/.local/share/packhorse`), a folder for each hub:
+//! - `identity/site.pem`: the publisher's key and certificate, got once by a join token;
+//! - `work/<n>/`: manifest pages and notes of one publish, while it runs. A lock keeps several at once apart.
+//!
+//! A crash leaves a folder of work that the next publish takes over and empties. Nothing else is needed to go on: the
+//! source is read again, and what the hub has kept by then is not sent again.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Instant;
+
+use async_trait::async_trait;
+use parking_lot::Mutex;
+use serde::{Deserialize, Serialize};
+use tokio::sync::Semaphore;
+use tokio::task::JoinSet;
+
+use crate::api::types::{Published, SourceOptions};
+use crate::config::Line;
+use crate::durable;
+use crate::fault::{Code, Fault, IoContext};
+use crate::fetch::{self, blocking};
+use crate::identity::{Claim, Holder, JoinToken, SiteIdentity, fingerprint};
+use crate::ingest;
+use crate::jobs::JobProgress;
+use crate::limits::{BACKOFF_FIRST, FETCH_STREAMS_MAX, HUB_AWAY_MAX, PUBLISHES_AT_ONCE_MAX, RECONNECT_MAX};
+use crate::line::{self, Link};
+use crate::manifest::Digest;
+use crate::names::{ArtifactRef, SiteName};
+use crate::origin::{Held, Holdings, Origin};
+use crate::places::Places;
+use crate::reading;
+use crate::store::Store;
+use crate::wire::{self, AskHub, FETCH};
+
+/// What is to be published, and where.
+#[derive(Debug, Clone)]
+pub struct Asked {
+    /// An absolute path, or `registry://host/repository:tag`.
+    pub source: String,
+    /// What it is published as.
+    pub artifact: ArtifactRef,
+    /// Sites to deliver to at once.
+    pub to: Option<String>,
+    /// How the source is read.
+    pub options: SourceOptions,
+    /// The hub's line, `HOST:PORT`.
+    pub hub: String,
+    /// What makes this machine a publisher of that hub, where it is none yet.
+    pub token: Option<String>,
+    /// The state folder.
+    pub state: PathBuf,
+}
+
+/// What came of it.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Uploaded {
+    /// As the hub answered.
+    #[serde(flatten)]
+    pub published: Published,
+    /// Bytes that crossed the line, both ways, with all that the transport adds; without those of joining, once.
+    pub wire: u64,
+}
+
+/// Publishes. Where the line breaks it is dialled again, for a while.
+pub async fn publish(asked: Asked, progress: Arc<JobProgress>) -> Result<Uploaded, Fault> {
+    if asked.options.for_dataset.is_some() {
+        return Err(Fault::usage("--for needs the list of the dataset's files, and a publisher cannot read what the hub has")
+            .with_next("publish the labels without it, or at the hub or a site"));
+    }
+    let token: Option<JoinToken> = asked.token.as_deref().map(str::parse).transpose()?;
+    let dir = std::path::absolute(&asked.state).at(asked.state.display())?.join(folder_of(&asked.hub));
+    durable::create_dir_all(&dir)?;
+    progress.doing(format!("calling the hub at {}", asked.hub));
+    // Before the source is read, which may take hours: a hub that refuses says so at once.
+    let mut publisher = Publisher { hub: asked.hub.clone(), token, dir: dir.clone(), line: Line::default(), wire: 0, link: None };
+    publisher.line().await?;
+
+    let work = blocking(move || Work::take(&dir)).await?;
+    progress.doing(format!("reading {}", asked.source));
+    let (origin, digest, folder) = {
+        let (source, progress, folder) = (asked.clone(), progress.clone(), work.folder.clone());
+        let runtime = tokio::runtime::Handle::current();
+        let reading = blocking(move || read(&source, &folder, &progress, &runtime)).await;
+        reading.map_err(|fault| fault.context(format_args!("publish {}", asked.artifact)))?
+    };
+    progress.doing(format!("giving the hub what it lacks of {}", asked.artifact));
+    progress.bytes.store(0, Ordering::Relaxed);
+    let question = AskHub::Upload { artifact: asked.artifact.clone(), digest, to: asked.to.clone() };
+    let published = publisher.offer(&question, &origin, &progress).await;
+    publisher.hang_up().await;
+    drop((origin, folder, work));
+    Ok(Uploaded { published: published?, wire: publisher.wire })
+}
+
+/// A hub's address as a folder's name.
+fn folder_of(hub: &str) -> String {
+    hub.chars().map(|c| if c.is_ascii_alphanumeric() || matches!(c, '.' | '-') { c } else { '_' }).collect()
+}
+
+/// Reads the source in: its manifest into a store, and notes of where its content lies. Blocks.
+fn read(
+    asked: &Asked,
+    folder: &Path,
+    progress: &Arc<JobProgress>,
+    runtime: &tokio::runtime::Handle,
+) -> Result<(Origin, Digest, Arc<Here>), Fault> {
+    let kind = asked.artifact.kind;
+    let scratch = folder.join("scratch");
+    durable::create_dir_all(&scratch)?;
+    let store = Store::open(&folder.join("store"))?;
+    let places = Arc::new(Places::open(folder)?);
+    let here = Arc::new(Here::default());
+    let origin = Origin::new(store, places, folder.join("published"), here.clone(), None);
+    let base = reading::base_of(kind, &asked.source, None)?;
+    let mut source = reading::open(kind, &asked.source, &asked.options, None, None, &scratch, runtime)?;
+    let found = ingest::reported(progress, |counted| origin.publish(kind, source.as_mut(), base.as_ref(), counted))?;
+    drop(source);
+    durable::remove_all(&scratch)?;
+    let digest = found.ingested.digest;
+    *here.0.lock() = Some((digest, Held { root: found.ingested.root, places: vec![found.place] }));
+    Ok((origin, digest, here))
+}
+
+/// The one artifact that is here.
+#[derive(Default)]
+struct Here(Mutex<Option<(Digest, Held)>>);
+
+#[async_trait]
+impl Holdings for Here {
+    async fn held(&self, digest: Digest) -> Result<Option<Held>, Fault> {
+        Ok(self.0.lock().as_ref().filter(|(own, _)| *own == digest).map(|(_, held)| held.clone()))
+    }
+}
+
+/// A publisher's end of the line.
+struct Publisher {
+    hub: String,
+    token: Option<JoinToken>,
+    dir: PathBuf,
+    line: Line,
+    /// Bytes that crossed lines that are over.
+    wire: u64,
+    link: Option<Link>,
+}
+
+impl Publisher {
+    /// The line, dialled where there is none. A token is used where the hub does not take what is here.
+    async fn line(&mut self) -> Result<Link, Fault> {
+        if let Some(link) = self.link.clone().filter(|link| !link.is_closed()) {
+            return Ok(link);
+        }
+        self.hang_up().await;
+        let identity = self.identity(false).await?;
+        let link = match line::dial(&self.hub, &identity, &self.line).await {
+            Err(fault) if fault.code == Code::NotAllowed && self.token.is_some() => {
+                let identity = self.identity(true).await?;
+                line::dial(&self.hub, &identity, &self.line).await?
+            }
+            dialled => dialled?,
+        };
+        if identity.needs_renewal() {
+            self.renew(&identity, &link).await;
+        }
+        self.link = Some(link.clone());
+        Ok(link)
+    }
+
+    /// Closes the line, and counts what crossed it.
+    async fn hang_up(&mut self) {
+        if let Some(link) = self.link.take() {
+            link.close_and_flush("published").await;
+            let (sent, received) = link.bytes();
+            self.wire += sent + received;
+        }
+    }
+
+    /// The certificate that is here; else one by the token, which works once. `anew`: the one that is here is no good.
+    async fn identity(&mut self, anew: bool) -> Result<SiteIdentity, Fault> {
+        let dir = self.dir.clone();
+        // Two that begin at once must not both use the token.
+        let _turn = blocking(move || lock(&dir.join("identity.lock"), true)).await?;
+        let dir = self.dir.clone();
+        let kept = blocking(move || SiteIdentity::load(&dir)).await?.filter(|kept| matches!(kept.holder(), Holder::Publisher(_)));
+        if let Some(kept) = kept.filter(|_| !anew) {
+            let other_hub = self.token.as_ref().is_some_and(|token| *token.ca_hash() != fingerprint(kept.ca_der()));
+            if !other_hub {
+                return Ok(kept);
+            }
+        }
+        let Some(token) = self.token.take() else {
+            return Err(Fault::not_allowed(format!("this machine is no publisher of the hub at {} yet", self.hub))
+                .with_next("at the hub: packhorse token create --publisher NAME; then here again with --join-token TOKEN"));
+        };
+        let joined = line::join(&self.hub, &token, &Claim::Publisher, &self.line).await?;
+        joined.save(&self.dir)?;
+        Ok(joined)
+    }
+
+    /// Gets a new certificate when the old one is old. One that fails is tried again at the next publish.
+    async fn renew(&self, identity: &SiteIdentity, link: &Link) {
+        let work = async {
+            let request = identity.make_renewal_request()?;
+            let answer: String = wire::ask(link, &AskHub::Renew { request: hex::encode(request.csr_der()) }).await?;
+            let cert = hex::decode(answer).map_err(|_| Fault::integrity("the hub sent a malformed certificate"))?;
+            request.complete(&cert, identity.ca_der())?.save(&self.dir)
+        };
+        if let Err(fault) = work.await {
+            tracing::warn!(error = %fault, "the certificate could not be renewed");
+        }
+    }
+
+    /// Tells the hub what there is and answers its fetches, until it says that it has all.
+    async fn offer(&mut self, question: &AskHub, origin: &Origin, progress: &JobProgress) -> Result<Published, Fault> {
+        let (mut pause, mut away_since) = (BACKOFF_FIRST, Instant::now());
+        loop {
+            let tried = async {
+                let link = self.line().await?;
+                let before = link.bytes();
+                let answer = tokio::select! {
+                    answer = wire::ask(&link, question) => answer,
+                    () = serve(&link, origin) => Err(Fault::unreachable("the line to the hub ended")),
+                    () = watch(&link, progress) => Err(Fault::internal("nobody looks any more")),
+                };
+                // A hub that took something is a hub that is there.
+                let moved = link.bytes().0 - before.0 > MOVED_BYTES;
+                if answer.is_err() {
+                    link.close("gone on with anew");
+                }
+                Ok::<_, Fault>((answer, moved))
+            };
+            let fault = match tried.await {
+                Ok((Ok(published), _)) => return Ok(published),
+                Ok((Err(fault), moved)) => {
+                    if moved {
+                        (pause, away_since) = (BACKOFF_FIRST, Instant::now());
+                    }
+                    fault
+                }
+                Err(fault) => fault,
+            };
+            if fault.code == Code::NotAllowed && self.token.is_some() {
+                // The hub no longer knows who this was; the token says who it is now.
+                self.hang_up().await;
+                self.identity(true).await?;
+                continue;
+            }
+            if fault.code != Code::Unreachable || away_since.elapsed() > HUB_AWAY_MAX {
+                return Err(fault);
+            }
+            tracing::warn!(error = %fault, "the line broke; it is dialled again, and goes on where it stood");
+            tokio::time::sleep(pause.mul_f64(rand::random_range(0.5..1.0))).await;
+            pause = (pause * 2).min(RECONNECT_MAX);
+        }
+    }
+}
+
+/// More than this went out: it was not only a handshake and a question.
+const MOVED_BYTES: u64 = 1 << 20;
+
+/// Answers what the hub asks for.
+async fn serve(link: &Link, origin: &Origin) {
+    let streams = Arc::new(Semaphore::new(FETCH_STREAMS_MAX));
+    // Whoever opens a stream here is the hub; the name is for the log.
+    let hub = link.peer().map_or_else(|| "hub".parse::<SiteName>(), |peer| Ok(peer.name().clone()));
+    let Ok(hub) = hub else { return };
+    // Dropped with this future, they end with it.
+    let mut tasks = JoinSet::new();
+    while let Some((send, mut recv)) = link.accept().await {
+        let Ok(turn) = streams.clone().acquire_owned().await else { return };
+        while tasks.try_join_next().is_some() {}
+        let (origin, hub) = (origin.clone(), hub.clone());
+        tasks.spawn(async move {
+            let _turn = turn;
+            let mut kind = [0];
+            if recv.read_exact(&mut kind).await.is_ok() && kind[0] == FETCH {
+                fetch::serve(send, recv, &hub, &origin).await;
+            }
+        });
+    }
+}
+
+/// Says how much went out.
+async fn watch(link: &Link, progress: &JobProgress) {
+    let before = link.bytes().0;
+    loop {
+        tokio::time::sleep(std::time::Duration::from_millis(200)).await;
+        progress.bytes.store(link.bytes().0 - before, Ordering::Relaxed);
+    }
+}
+
+/// A folder of work that nobody else uses. Removed when it is dropped.
+struct Work {
+    folder: PathBuf,
+    _lock: File,
+}
+
+impl Work {
+    fn take(dir: &Path) -> Result<Self, Fault> {
+        let all = dir.join("work");
+        durable::create_dir_all(&all)?;
+        for number in 0..PUBLISHES_AT_ONCE_MAX {
+            let Ok(lock) = lock(&all.join(format!("{number}.lock")), false) else { continue };
+            let folder = all.join(number.to_string());
+            durable::remove_all(&folder)?;
+            durable::create_dir_all(&folder)?;
+            return Ok(Self { folder, _lock: lock });
+        }
+        Err(Fault::conflict(format!("{PUBLISHES_AT_ONCE_MAX} publishes run from {} already", dir.display()))
+            .with_next("wait for one of them, or name another folder by --state"))
+    }
+}
+
+impl Drop for Work {
+    fn drop(&mut self) {
+        // What is left, the next one empties.
+        let _ = durable::remove_all(&self.folder);
+    }
+}
+
+/// Locks a file, for as long as it is open.
+fn lock(path: &Path, wait: bool) -> Result<File, Fault> {
+    use rustix::fs::FlockOperation::{LockExclusive, NonBlockingLockExclusive};
+    let file = File::options().create(true).truncate(false).write(true).open(path).at(path.display())?;
+    let how = if wait { LockExclusive } else { NonBlockingLockExclusive };
+    rustix::fs::flock(&file, how).map_err(std::io::Error::from).at(format_args!("lock {}", path.display()))?;
+    Ok(file)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn work_folders_are_taken_once_and_emptied() {
+        let dir = tempfile::tempdir().unwrap();
+        let first = Work::take(dir.path()).unwrap();
+        let second = Work::take(dir.path()).unwrap();
+        assert_ne!(first.folder, second.folder);
+        let folder = first.folder.clone();
+        durable::create_dir_all(&folder.join("left")).unwrap();
+        // As after a kill: the lock goes with the process, the folder stays.
+        let Work { _lock: lock, .. } = &first;
+        rustix::fs::flock(lock, rustix::fs::FlockOperation::Unlock).unwrap();
+        let third = Work::take(dir.path()).unwrap();
+        assert_eq!(third.folder, folder);
+        assert!(!folder.join("left").exists());
+        drop(third);
+        assert!(!folder.exists());
+        let rest: Vec<Work> = (2..=PUBLISHES_AT_ONCE_MAX).map(|_| Work::take(dir.path()).unwrap()).collect();
+        assert_eq!(Work::take(dir.path()).err().unwrap().code, Code::Conflict);
+        drop(rest);
+    }
+
+    #[test]
+    fn a_hub_has_a_folder_of_its_own() {
+        assert_eq!(folder_of("hub.example.com:7443"), "hub.example.com_7443");
+        assert_eq!(folder_of("[::1]:7443"), "___1__7443");
+        assert_eq!(folder_of("../..:1"), ".._.._1");
+    }
+}

@@ -1,0 +1,111 @@
+//! Labels out of a site's database: `db:LABEL_SET:VERSION`, `db:LABEL_SET` (the active version), `db:SELECT …`.
+//!
+//! The canonical files are written into the folder that the caller gave, from one snapshot. Called by publishing at a
+//! site, on a blocking thread.
+
+use std::path::Path;
+
+use tokio::sync::mpsc;
+
+use super::AtSite;
+use crate::api::types::SourceOptions;
+use crate::fault::Fault;
+use crate::limits::LABEL_BATCHES_QUEUED_MAX;
+use crate::manifest::{DatasetBinding, KindInfo, LabelsInfo};
+use crate::names::{ArtifactRef, Kind};
+use crate::source::Source;
+use crate::source::labels::{BoundDataset, LabelOptions, LabelsSource};
+
+/// What a source in the database begins with.
+pub(super) const SCHEME: &str = "db:";
+
+/// The first words of a query.
+const QUERIES: [&str; 4] = ["SELECT", "WITH", "VALUES", "TABLE"];
+
+pub(super) fn open(
+    kind: Kind,
+    asked: &str,
+    options: &SourceOptions,
+    dataset: Option<BoundDataset>,
+    site: Option<&AtSite>,
+    scratch: &Path,
+    runtime: &tokio::runtime::Handle,
+) -> Result<Box<dyn Source>, Fault> {
+    if kind != Kind::Labels {
+        return Err(Fault::usage(format!("the label database holds labels, and this is to be a {kind}")));
+    }
+    let Some(site) = site else {
+        return Err(Fault::usage("a source that begins with db: is in a site's label database, and this is not a site's daemon")
+            .with_next("run it at the site, with --config of the site"));
+    };
+    if options.format.is_some() {
+        return Err(Fault::usage("--format is for files; rows have no other format").with_next("leave --format out"));
+    }
+    let first = asked.split_whitespace().next().unwrap_or("");
+    let source = if QUERIES.iter().any(|word| first.eq_ignore_ascii_case(word)) {
+        query(asked, options, dataset, site, scratch, runtime)?
+    } else if dataset.is_some() || options.allow_missing || !options.columns.is_empty() {
+        return Err(Fault::usage("a version in the database keeps the samples and the dataset that it was delivered with")
+            .with_next("leave --for, --allow-missing and --column out, or publish the rows of a query: db:SELECT …"));
+    } else {
+        runtime.block_on(version(asked, site, scratch))?
+    };
+    Ok(Box::new(source))
+}
+
+async fn version(asked: &str, site: &AtSite, scratch: &Path) -> Result<LabelsSource, Fault> {
+    let (set, version) = match asked.split_once(':') {
+        Some((set, version)) => (set, version.to_owned()),
+        None => match site.labels.active_version(asked).await? {
+            Some(version) => (asked, version),
+            None => {
+                return Err(Fault::not_found(format!("the label database holds no label set {asked:?}"))
+                    .with_next("write db:LABEL_SET:VERSION as the view packhorse.annotations names them, or db:SELECT …"));
+            }
+        },
+    };
+    let name = ArtifactRef::new(Kind::Labels, set, &version)?;
+    let exported = site.labels.export_canonical(set, &version, scratch).await?;
+    let info = LabelsInfo {
+        dataset: binding(site, &name, &exported.digest).await?,
+        samples: exported.samples,
+        annotations: exported.annotations,
+        classes: exported.classes,
+        format: "database".into(),
+    };
+    LabelsSource::canonical(scratch, info)
+}
+
+/// The dataset that a version was delivered for. The catalogue's row must be of the very rows in the database.
+async fn binding(site: &AtSite, name: &ArtifactRef, digest: &str) -> Result<Option<DatasetBinding>, Fault> {
+    let known = site.catalogue.artifacts().await?.into_iter().find(|row| row.artifact == *name && row.digest.hex() == digest);
+    Ok(match known.map(|row| row.root.info) {
+        Some(KindInfo::Labels(info)) => info.dataset,
+        _ => None,
+    })
+}
+
+fn query(
+    sql: &str,
+    options: &SourceOptions,
+    dataset: Option<BoundDataset>,
+    site: &AtSite,
+    scratch: &Path,
+    runtime: &tokio::runtime::Handle,
+) -> Result<LabelsSource, Fault> {
+    let (send, mut rows) = mpsc::channel(LABEL_BATCHES_QUEUED_MAX);
+    let (labels, sql) = (site.labels.clone(), sql.to_owned());
+    let asked = runtime.spawn(async move { labels.query(&sql, send).await });
+    let options = LabelOptions { format: None, allow_missing: options.allow_missing, columns: options.columns.clone() };
+    let mut all = false;
+    let batches = std::iter::from_fn(|| {
+        let batch = rows.blocking_recv();
+        all |= batch.is_none();
+        batch
+    });
+    let read = LabelsSource::from_query(batches, scratch, &options, dataset);
+    drop(rows);
+    let asked = runtime.block_on(asked).map_err(|e| Fault::internal(format!("the query ended early: {e}")))?;
+    // A reader that gave up before the end is the cause; else what it read of a query that failed is only a part.
+    if all { asked.and(read) } else { read }
+}

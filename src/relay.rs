@@ -1,0 +1,500 @@
+//! The relay: what the hub does for an artifact whose bytes live at a site. Cut-through and store in one.
+//!
+//! A chunk that somebody asks for is taken from the hub's own store, or from the relay's, or is fetched from a site that
+//! has it: once, however many wait for it (a flight). Each frame is verified, passed on at once, and kept in a store
+//! of its own under `<data_dir>/relay` for the next who asks. That store has a budget: what it does not hold is passed on
+//! all the same and not kept.
+//!
+//! The hub calls it for its sites and to fetch ahead for a site that is away. After a crash the relay's store has what
+//! its last flush had, a second or 32 MiB ago, and the whole frames behind it; the rest is fetched again.
+
+mod flight;
+
+use std::collections::HashMap;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use futures::StreamExt;
+use futures::stream::{self, BoxStream};
+use parking_lot::Mutex;
+use tokio::sync::RwLock;
+
+use crate::chunk::{Hash, ShortHash};
+use crate::fault::{Code, Fault, Reason, Retry};
+use crate::fetch::{Child, Pieces, Ranges, blocking};
+use crate::frame::Frame;
+use crate::manifest::Digest;
+use crate::names::SiteName;
+use crate::store::Store;
+use crate::wire::Wanted;
+
+use flight::Flight;
+
+/// Stored bytes that are verified and kept together.
+const TOGETHER_BYTES: usize = 128 << 10;
+/// How long a fetch waits for a source that went away before whoever asked is told.
+const PATIENCE: Duration = Duration::from_secs(2);
+/// Between two looks for a source.
+const LOOK_EVERY: Duration = Duration::from_millis(100);
+/// How often a plan is made anew because a kept chunk turned out damaged.
+const PLANS_MAX: u32 = 3;
+
+/// Frames as a site sends them: neither sum nor name is checked yet.
+pub type Sent = BoxStream<'static, Result<Frame, Fault>>;
+
+/// A site that has an artifact.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Holder {
+    /// Which.
+    pub site: SiteName,
+    /// Whether it was published there, or has only arrived.
+    pub origin: bool,
+}
+
+/// The sites that have bytes.
+#[async_trait]
+pub trait Upstream: Send + Sync {
+    /// The sites that are connected and hold this artifact, the best first; never `but`.
+    async fn sources(&self, digest: Digest, but: Option<&SiteName>) -> Result<Vec<Holder>, Fault>;
+    /// Asks one of them. The frames come in the order of the request.
+    async fn ask(&self, source: &SiteName, digest: Digest, wants: Vec<Wanted>) -> Result<Sent, Fault>;
+}
+
+/// The relay. Cheap to clone.
+#[derive(Clone)]
+pub struct Relay {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    /// The hub's own store.
+    main: Store,
+    /// What is kept of relayed bytes.
+    store: Store,
+    upstream: Arc<dyn Upstream>,
+    /// Which chunk comes with which flight.
+    flights: Mutex<HashMap<Hash, (Arc<Flight>, usize)>>,
+    /// Whoever reads or puts holds it for reading, an eviction for writing.
+    gate: Arc<RwLock<()>>,
+    budget: u64,
+    /// Bytes that the relay's packs take, about.
+    kept: AtomicU64,
+    unflushed: AtomicBool,
+    fetched: AtomicU64,
+    unkept: AtomicU64,
+}
+
+/// A part of an answer.
+enum Slot {
+    Here(Vec<Bytes>),
+    Coming(Arc<Flight>, usize, Hash),
+}
+
+/// What a request must fetch itself.
+struct Claimed {
+    flight: Arc<Flight>,
+    children: Vec<Child>,
+}
+
+/// Which artifact, and which page of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Of {
+    /// The artifact.
+    pub digest: Digest,
+    /// The page that lists what is asked for.
+    pub page: Hash,
+}
+
+fn waiting(digest: Digest) -> Fault {
+    Fault::unreachable(format!("no site that holds {digest} is connected"))
+        .with_reason(Reason::WaitingForSource)
+        .with_next("nothing: it goes on by itself when the site that has it is back; see 'packhorse sites'")
+}
+
+impl Relay {
+    /// Opens the relay's store. Blocks.
+    pub fn open(data_dir: &Path, main: Store, upstream: Arc<dyn Upstream>, budget: u64) -> Result<Self, Fault> {
+        let store = Store::open(&data_dir.join("relay"))?;
+        let kept = AtomicU64::new(store.stored_bytes()?);
+        let (flights, gate, unflushed, fetched, unkept) = Default::default();
+        Ok(Self { inner: Arc::new(Inner { main, store, upstream, flights, gate, budget, kept, unflushed, fetched, unkept }) })
+    }
+
+    /// Bytes that the relay's packs take, about.
+    pub fn kept_bytes(&self) -> u64 {
+        self.inner.kept.load(Ordering::Relaxed)
+    }
+
+    /// Bytes that sites sent for the relay since the daemon began, as stored.
+    pub fn fetched_bytes(&self) -> u64 {
+        self.inner.fetched.load(Ordering::Relaxed)
+    }
+
+    /// Bytes of these that were passed on without being kept, for want of room.
+    pub fn unkept_bytes(&self) -> u64 {
+        self.inner.unkept.load(Ordering::Relaxed)
+    }
+
+    /// Whether the budget is used up.
+    pub fn is_full(&self) -> bool {
+        self.kept_bytes() >= self.inner.budget
+    }
+
+    /// Which of these chunks neither store has. Blocks.
+    pub fn lacking(&self, children: &[Child]) -> Result<Vec<Child>, Fault> {
+        let ids: Vec<Hash> = children.iter().map(|c| c.chunk.id).collect();
+        let main = self.inner.main.has_many(&ids)?;
+        let kept = self.inner.store.has_many(&ids)?;
+        Ok(children.iter().zip(main.into_iter().zip(kept)).filter(|(_, (m, k))| !m && !k).map(|(c, _)| *c).collect())
+    }
+
+    /// Waits a little for a source, if one is needed.
+    pub async fn ready(&self, peer: &SiteName, digest: Digest, children: &[Child]) -> Result<(), Fault> {
+        let (this, asked) = (self.clone(), children.to_vec());
+        if blocking(move || this.lacking(&asked)).await?.is_empty() {
+            return Ok(());
+        }
+        let until = Instant::now() + PATIENCE;
+        loop {
+            if !self.inner.upstream.sources(digest, Some(peer)).await?.is_empty() {
+                return Ok(());
+            }
+            if Instant::now() >= until {
+                return Err(waiting(digest));
+            }
+            tokio::time::sleep(LOOK_EVERY).await;
+        }
+    }
+
+    /// The frames of these chunks, in order, each as soon as it is here.
+    pub async fn frames(&self, peer: &SiteName, of: Of, children: Vec<Child>) -> Result<Pieces, Fault> {
+        let slots = self.plan(Some(peer), of, children, true).await?;
+        let this = self.clone();
+        Ok(stream::iter(slots)
+            .then(move |slot| {
+                let this = this.clone();
+                async move {
+                    match slot {
+                        Slot::Here(pieces) => pieces.into_iter().map(Ok).collect::<Vec<_>>(),
+                        Slot::Coming(flight, index, id) => vec![this.landed(&flight, index, id).await],
+                    }
+                }
+            })
+            .flat_map(stream::iter)
+            .boxed())
+    }
+
+    /// Fetches these chunks as far as they are not here, and waits until they are.
+    pub async fn bring(&self, of: Of, children: Vec<Child>) -> Result<(), Fault> {
+        for slot in self.plan(None, of, children, false).await? {
+            if let Slot::Coming(flight, index, _) = slot {
+                flight.wait(index).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The frame of a flight; once that is over, what was kept of it.
+    async fn landed(&self, flight: &Flight, index: usize, id: Hash) -> Result<Bytes, Fault> {
+        if let Some(frame) = flight.wait(index).await? {
+            return Ok(frame);
+        }
+        let store = self.inner.store.clone();
+        let read = blocking(move || store.read_frames(&[id])).await;
+        // Evicted or damaged within moments of its coming: whoever asked asks again.
+        read.map(|pieces| pieces.concat().into()).map_err(|fault| fault.with_retry(Retry::Backoff).with_reason(Reason::WaitingForSource))
+    }
+
+    /// Reads what is here, joins what is on its way, and begins to fetch the rest.
+    async fn plan(&self, peer: Option<&SiteName>, of: Of, children: Vec<Child>, read: bool) -> Result<Vec<Slot>, Fault> {
+        for _ in 1..PLANS_MAX {
+            match self.plan_once(peer, of, children.clone(), read).await {
+                // A chunk turned out damaged and is forgotten now: it is fetched again.
+                Err(fault) if fault.code == Code::Integrity => {
+                    tracing::warn!(error = %fault, "a relayed chunk is fetched again");
+                }
+                other => return other,
+            }
+        }
+        self.plan_once(peer, of, children, read).await
+    }
+
+    async fn plan_once(&self, peer: Option<&SiteName>, of: Of, children: Vec<Child>, read: bool) -> Result<Vec<Slot>, Fault> {
+        let gate = self.inner.gate.clone().read_owned().await;
+        let this = self.clone();
+        let (slots, claimed) = blocking(move || {
+            let _gate = gate;
+            this.slots(children, read)
+        })
+        .await?;
+        if let Some(claimed) = claimed {
+            let (this, but) = (self.clone(), peer.cloned());
+            // In a task of its own: whoever asked may go away, and others may wait for it too.
+            tokio::spawn(async move { this.fly(claimed, of, but).await });
+        }
+        Ok(slots)
+    }
+
+    fn slots(&self, children: Vec<Child>, read: bool) -> Result<(Vec<Slot>, Option<Claimed>), Fault> {
+        let inner = &self.inner;
+        let ids: Vec<Hash> = children.iter().map(|c| c.chunk.id).collect();
+        let in_main = inner.main.has_many(&ids)?;
+        let mut slots = Vec::new();
+        let mut claimed = Vec::new();
+        let flight = Arc::new(Flight::default());
+        let kept = {
+            let mut flights = inner.flights.lock();
+            // Looked up with the flights held: what has landed by now is seen here, what has not is seen there.
+            let kept = inner.store.has_many(&ids)?;
+            for (index, child) in children.iter().enumerate() {
+                if in_main[index] || kept[index] {
+                    continue;
+                }
+                flights.entry(child.chunk.id).or_insert_with(|| {
+                    claimed.push(*child);
+                    (flight.clone(), claimed.len() - 1)
+                });
+            }
+            for (index, child) in children.iter().enumerate() {
+                if !in_main[index] && !kept[index] {
+                    let Some((flight, at)) = flights.get(&child.chunk.id) else { continue };
+                    slots.push((index, Slot::Coming(flight.clone(), *at, child.chunk.id)));
+                }
+            }
+            kept
+        };
+        let claimed = (!claimed.is_empty()).then_some(Claimed { flight, children: claimed });
+        if !read {
+            return Ok((slots.into_iter().map(|(_, slot)| slot).collect(), claimed));
+        }
+        let mut out = Vec::new();
+        let mut coming = slots.into_iter().peekable();
+        let mut at = 0;
+        while at < children.len() {
+            if let Some((_, slot)) = coming.next_if(|(index, _)| *index == at) {
+                out.push(slot);
+                at += 1;
+                continue;
+            }
+            let from = at;
+            while at < children.len() && in_main[at] == in_main[from] && (in_main[at] || kept[at]) {
+                at += 1;
+            }
+            let store = if in_main[from] { &inner.main } else { &inner.store };
+            match store.read_frames(&ids[from..at]) {
+                Ok(pieces) => out.push(Slot::Here(pieces)),
+                Err(fault) => {
+                    // What was claimed must fly all the same: others may have joined it.
+                    if let Some(claimed) = claimed {
+                        self.give_up(&claimed, &fault);
+                    }
+                    return Err(fault);
+                }
+            }
+        }
+        Ok((out, claimed))
+    }
+
+    fn give_up(&self, claimed: &Claimed, fault: &Fault) {
+        self.forget(&claimed.children);
+        claimed.flight.fail(fault.clone().with_retry(Retry::Backoff).with_reason(Reason::WaitingForSource));
+    }
+
+    fn forget(&self, children: &[Child]) {
+        let mut flights = self.inner.flights.lock();
+        for child in children {
+            flights.remove(&child.chunk.id);
+        }
+    }
+
+    /// Fetches what was claimed, from one site or another.
+    async fn fly(&self, claimed: Claimed, of: Of, but: Option<SiteName>) {
+        let Claimed { flight, children } = claimed;
+        // Whatever ends this, nobody may wait for ever.
+        let mut landing = Landing { relay: self, flight: &flight, children: &children, done: 0, fault: None };
+        let mut since = Instant::now();
+        let fault = loop {
+            let mut last = None;
+            let before = landing.done;
+            let sources = match self.inner.upstream.sources(of.digest, but.as_ref()).await {
+                Ok(sources) => sources,
+                Err(fault) => break fault,
+            };
+            for Holder { site: source, origin } in sources {
+                match self.pull(&source, of, &mut landing).await {
+                    Ok(()) => return,
+                    Err(fault) => {
+                        tracing::info!(%source, digest = %of.digest, error = %fault, "a relayed chunk did not come");
+                        // What a site where it has only arrived no longer has may still come from where it was published.
+                        let fault = if origin { fault } else { fault.with_retry(Retry::Backoff) };
+                        // What is wrong with the content says more than that another site is away.
+                        if last.as_ref().is_none_or(|old: &Fault| old.retry != Retry::Never) {
+                            last = Some(fault);
+                        }
+                    }
+                }
+            }
+            if landing.done > before {
+                since = Instant::now();
+            }
+            match last {
+                // The source answers, and what it says does not pass in moments.
+                Some(fault) if fault.retry == Retry::Never => break fault,
+                Some(fault) if since.elapsed() >= PATIENCE => break fault.with_reason(Reason::WaitingForSource),
+                None if since.elapsed() >= PATIENCE => break waiting(of.digest),
+                _ => tokio::time::sleep(LOOK_EVERY).await,
+            }
+        };
+        landing.fault = Some(fault);
+    }
+
+    /// What is still lacking of a flight, from this site.
+    async fn pull(&self, source: &SiteName, of: Of, landing: &mut Landing<'_>) -> Result<(), Fault> {
+        let mut wants: Vec<Wanted> = Vec::new();
+        let mut ranges = Ranges::default();
+        let mut last = None;
+        for child in &landing.children[landing.done..] {
+            if last.is_some_and(|last| child.index <= last) {
+                wants.push(Wanted::Children { page: of.page, ranges: std::mem::take(&mut ranges).0 });
+            }
+            ranges.push(child.index);
+            last = Some(child.index);
+        }
+        wants.push(Wanted::Children { page: of.page, ranges: ranges.0 });
+        let mut sent = self.inner.upstream.ask(source, of.digest, wants).await?;
+        while landing.done < landing.children.len() {
+            let (mut group, mut bytes) = (Vec::new(), 0);
+            let mut ended = None;
+            while bytes < TOGETHER_BYTES && landing.done + group.len() < landing.children.len() {
+                match sent.next().await {
+                    Some(Ok(frame)) => {
+                        bytes += frame.len();
+                        group.push((landing.children[landing.done + group.len()], frame));
+                    }
+                    Some(Err(fault)) => ended = Some(fault),
+                    None => ended = Some(Fault::unreachable(format!("site {source} ended an answer early"))),
+                }
+                if ended.is_some() {
+                    break;
+                }
+            }
+            // What came before a fault is good.
+            let gate = self.inner.gate.clone().read_owned().await;
+            let this = self.clone();
+            let taken = blocking(move || {
+                let _gate = gate;
+                this.take(group)
+            });
+            let frames = taken.await.map_err(|fault| fault.context(format!("site {source}")))?;
+            landing.land(frames);
+            if let Some(fault) = ended {
+                return Err(fault);
+            }
+        }
+        Ok(())
+    }
+
+    /// Verifies frames and keeps them, as far as there is room.
+    fn take(&self, group: Vec<(Child, Frame)>) -> Result<Vec<(Bytes, bool)>, Fault> {
+        let mut out = Vec::with_capacity(group.len());
+        for (child, frame) in group {
+            let chunk = frame.verify(child.chunk.id, child.chunk.len)?;
+            // The sum is what a store gives a frame out by; one that the sender got wrong is made anew.
+            let frame = Frame::parse(frame.to_bytes()).unwrap_or_else(|_| Frame::encode(&chunk));
+            let len = frame.len() as u64;
+            self.inner.fetched.fetch_add(len, Ordering::Relaxed);
+            let kept = !self.is_full() && self.keep(&frame);
+            if !kept {
+                self.inner.unkept.fetch_add(len, Ordering::Relaxed);
+            }
+            out.push((frame.to_bytes(), kept));
+        }
+        Ok(out)
+    }
+
+    fn keep(&self, frame: &Frame) -> bool {
+        match self.inner.store.put(frame) {
+            Ok(bytes) => {
+                self.inner.kept.fetch_add(bytes, Ordering::Relaxed);
+                self.inner.unflushed.store(true, Ordering::Relaxed);
+                true
+            }
+            Err(fault) => {
+                tracing::warn!(error = %fault, "a relayed chunk is passed on without being kept");
+                false
+            }
+        }
+    }
+
+    /// Makes what was kept durable, if there is something. Blocks.
+    pub fn flush(&self) -> Result<(), Fault> {
+        if self.inner.unflushed.swap(false, Ordering::Relaxed) { self.inner.store.flush() } else { Ok(()) }
+    }
+
+    /// Gives buffers back that nobody used since the last call.
+    pub fn rest(&self) {
+        self.inner.store.rest();
+    }
+
+    /// Which of these chunks the relay or the hub holds damaged: one line each. Blocks.
+    pub fn check(&self, id: Hash) -> Result<(), Fault> {
+        if self.inner.main.has(id)? {
+            return self.inner.main.read(id).map(|_| ());
+        }
+        if self.inner.store.has(id)? { self.inner.store.read(id).map(|_| ()) } else { Ok(()) }
+    }
+
+    /// Takes away all but what `live` names, which is called once nobody puts any more. Returns the bytes freed.
+    pub async fn evict<F, L>(&self, live: impl FnOnce() -> F) -> Result<u64, Fault>
+    where
+        F: Future<Output = Result<L, Fault>>,
+        L: Fn(ShortHash) -> bool + Send + 'static,
+    {
+        let gate = self.inner.gate.clone().write_owned().await;
+        let live = live().await?;
+        let this = self.clone();
+        blocking(move || {
+            let _gate = gate;
+            let freed = this.inner.store.collect(&live)?;
+            this.inner.kept.store(this.inner.store.stored_bytes()?, Ordering::Relaxed);
+            Ok(freed)
+        })
+        .await
+    }
+}
+
+/// A flight as it comes in; when it is dropped before all has landed, whoever waits for the rest is told.
+struct Landing<'a> {
+    relay: &'a Relay,
+    flight: &'a Flight,
+    children: &'a [Child],
+    done: usize,
+    fault: Option<Fault>,
+}
+
+impl Landing<'_> {
+    fn land(&mut self, frames: Vec<(Bytes, bool)>) {
+        let landed = &self.children[self.done..self.done + frames.len()];
+        self.done += frames.len();
+        self.flight.land(frames);
+        // After the put: whoever finds no flight finds it in the store.
+        self.relay.forget(landed);
+    }
+}
+
+impl Drop for Landing<'_> {
+    fn drop(&mut self) {
+        if self.done < self.children.len() {
+            self.relay.forget(&self.children[self.done..]);
+            self.flight.fail(self.fault.take().unwrap_or_else(|| Fault::internal("a fetch of the relay ended early")));
+        }
+        self.flight.end();
+    }
+}
+
+#[cfg(test)]
+mod tests;

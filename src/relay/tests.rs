@@ -1,0 +1,195 @@
+//! Single flight, what is kept, what happens when a source goes away; the source is a list of chunks in memory.
+
+use std::collections::VecDeque;
+
+use super::*;
+use crate::frame::Verified;
+use crate::manifest::ChunkRef;
+
+/// A site that has some chunks on one page, by their index, and counts what it is asked for.
+#[derive(Default)]
+struct Site {
+    chunks: Vec<Verified>,
+    asked: Mutex<Vec<u32>>,
+    away: AtomicBool,
+    /// What it answers instead of chunks, one after the other.
+    faults: Mutex<VecDeque<Fault>>,
+    /// Frames that it sends before each fault.
+    before_fault: usize,
+    delay: Duration,
+}
+
+#[async_trait]
+impl Upstream for Site {
+    async fn sources(&self, _: Digest, but: Option<&SiteName>) -> Result<Vec<Holder>, Fault> {
+        assert_ne!(but.map(SiteName::as_str), Some("a"));
+        Ok(if self.away.load(Ordering::Relaxed) { vec![] } else { vec![Holder { site: "a".parse()?, origin: true }] })
+    }
+
+    async fn ask(&self, _: &SiteName, _: Digest, wants: Vec<Wanted>) -> Result<Sent, Fault> {
+        let mut out: Vec<Result<Frame, Fault>> = Vec::new();
+        for want in wants {
+            let Wanted::Children { ranges, .. } = want else { unreachable!("chunks only") };
+            for (first, count) in ranges {
+                for index in first..first + count {
+                    self.asked.lock().push(index);
+                    out.push(Ok(Frame::encode(&self.chunks[index as usize])));
+                }
+            }
+        }
+        if let Some(fault) = self.faults.lock().pop_front() {
+            out.truncate(self.before_fault);
+            out.push(Err(fault));
+        }
+        let delay = self.delay;
+        Ok(stream::iter(out)
+            .then(move |frame| async move {
+                tokio::time::sleep(delay).await;
+                frame
+            })
+            .boxed())
+    }
+}
+
+fn site(count: usize) -> Site {
+    let chunk = |i: usize| {
+        let mut out = vec![0; 20_000];
+        blake3::Hasher::new().update(&i.to_le_bytes()).finalize_xof().fill(&mut out);
+        Verified::new(out.into())
+    };
+    Site { chunks: (0..count).map(chunk).collect(), before_fault: 1, ..Site::default() }
+}
+
+struct Fixture {
+    dir: tempfile::TempDir,
+    site: Arc<Site>,
+    main: Store,
+    relay: Relay,
+}
+
+fn fixture(site: Site, budget: u64) -> Fixture {
+    let dir = tempfile::tempdir().unwrap();
+    let site = Arc::new(site);
+    let main = Store::open(&dir.path().join("store")).unwrap();
+    let relay = Relay::open(dir.path(), main.clone(), site.clone(), budget).unwrap();
+    Fixture { dir, site, main, relay }
+}
+
+const OF: Of = Of { digest: Hash([1; 32]), page: Hash([2; 32]) };
+
+impl Fixture {
+    fn children(&self, which: impl IntoIterator<Item = usize>) -> Vec<Child> {
+        let child = |i: usize| {
+            let chunk = &self.site.chunks[i];
+            Child { index: i as u32, chunk: ChunkRef { id: chunk.id, len: chunk.bytes.len() as u32 } }
+        };
+        which.into_iter().map(child).collect()
+    }
+
+    /// Asks as site `peer` and checks every frame.
+    async fn ask(&self, peer: &str, which: impl IntoIterator<Item = usize>) -> Result<usize, Fault> {
+        let children = self.children(which);
+        let mut pieces = self.relay.frames(&peer.parse().unwrap(), OF, children.clone()).await?;
+        let mut bytes = Vec::new();
+        while let Some(piece) = pieces.next().await {
+            bytes.extend_from_slice(&piece?);
+        }
+        let mut rest = Bytes::from(bytes);
+        for child in &children {
+            let header = crate::frame::Header::parse(rest.first_chunk().unwrap()).unwrap();
+            let frame = Frame::parse(rest.split_to(header.frame_len())).unwrap();
+            frame.verify(child.chunk.id, child.chunk.len).unwrap();
+        }
+        assert!(rest.is_empty());
+        Ok(children.len())
+    }
+
+    fn asked(&self) -> Vec<u32> {
+        let mut asked = self.site.asked.lock().clone();
+        asked.sort_unstable();
+        asked
+    }
+}
+
+#[tokio::test]
+async fn many_who_wait_for_one_chunk_are_one_fetch() {
+    let f = fixture(Site { delay: Duration::from_millis(5), ..site(40) }, 1 << 30);
+    // Overlapping and in another order, some before and some while the first is on its way.
+    let (one, two, three) = tokio::join!(f.ask("b", 0..40), f.ask("c", (10..40).step_by(3)), f.ask("d", [39, 0, 17, 0]));
+    assert_eq!((one.unwrap(), two.unwrap(), three.unwrap()), (40, 10, 4));
+    assert_eq!(f.asked(), (0..40).collect::<Vec<u32>>(), "each chunk left the source once");
+    f.ask("e", 0..40).await.unwrap();
+    assert_eq!(f.asked().len(), 40, "what was kept is not asked for again");
+    assert!(f.relay.inner.flights.lock().is_empty());
+}
+
+#[tokio::test]
+async fn what_was_flushed_survives_and_the_own_store_is_used() {
+    let mut f = fixture(site(10), 1 << 30);
+    for chunk in &f.site.chunks[..3] {
+        f.main.put(&Frame::encode(chunk)).unwrap();
+    }
+    f.ask("b", 0..10).await.unwrap();
+    assert_eq!(f.asked(), (3..10).collect::<Vec<u32>>());
+    f.relay.flush().unwrap();
+    drop(f.relay);
+    f.relay = Relay::open(f.dir.path(), f.main.clone(), f.site.clone(), 1 << 30).unwrap();
+    f.ask("c", 0..10).await.unwrap();
+    assert_eq!(f.asked().len(), 7);
+}
+
+#[tokio::test]
+async fn over_budget_chunks_are_passed_on_and_not_kept() {
+    let f = fixture(site(20), 100_000);
+    f.ask("b", 0..20).await.unwrap();
+    assert!(f.relay.is_full() && f.relay.kept_bytes() < 300_000, "{}", f.relay.kept_bytes());
+    assert!(f.relay.unkept_bytes() > 100_000);
+    f.ask("c", 0..20).await.unwrap();
+    assert!(f.asked().len() > 20, "what was not kept is fetched again");
+    let freed = f.relay.evict(|| async { Ok(|_: ShortHash| false) }).await.unwrap();
+    assert!(freed > 0 && !f.relay.is_full());
+    f.ask("d", 0..20).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_source_that_goes_away_in_the_middle_is_asked_for_the_rest() {
+    let f = fixture(site(10), 1 << 30);
+    f.site.faults.lock().push_back(Fault::unreachable("the line broke"));
+    f.ask("b", 0..10).await.unwrap();
+    assert_eq!(f.asked(), [0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7, 8, 8, 9, 9], "the first had come");
+}
+
+#[tokio::test]
+async fn a_source_that_stays_away_is_waited_for_elsewhere() {
+    let f = fixture(site(2), 1 << 30);
+    f.site.away.store(true, Ordering::Relaxed);
+    let peer: SiteName = "b".parse().unwrap();
+    let fault = f.relay.ready(&peer, OF.digest, &f.children(0..2)).await.unwrap_err();
+    assert_eq!((fault.reason, fault.retry), (Reason::WaitingForSource, Retry::Backoff));
+    let fault = f.ask("b", 0..2).await.unwrap_err();
+    assert_eq!((fault.reason, fault.retry), (Reason::WaitingForSource, Retry::Backoff));
+    assert!(f.relay.inner.flights.lock().is_empty(), "nobody waits for a flight that ended");
+    f.site.away.store(false, Ordering::Relaxed);
+    f.ask("b", 0..2).await.unwrap();
+}
+
+#[tokio::test]
+async fn what_the_source_says_of_a_changed_file_reaches_whoever_asked() {
+    let f = fixture(site(4), 1 << 30);
+    f.site.faults.lock().push_back(Fault::integrity("/nas/x.png changed after it was published"));
+    let fault = f.ask("b", 0..4).await.unwrap_err();
+    assert_eq!((fault.code, fault.reason, fault.retry), (Code::Integrity, Reason::Integrity, Retry::Never));
+    assert!(fault.message.contains("/nas/x.png"), "{fault}");
+}
+
+#[tokio::test]
+async fn a_source_that_sends_something_else_is_not_believed() {
+    let mut other = site(2);
+    let truth = other.chunks[1].clone();
+    other.chunks[1] = Verified::new(Bytes::from_static(b"something else"));
+    let f = fixture(other, 1 << 30);
+    let asked = Child { index: 1, chunk: ChunkRef { id: truth.id, len: truth.bytes.len() as u32 } };
+    let fault = f.relay.bring(OF, vec![asked]).await.unwrap_err();
+    assert_eq!(fault.code, Code::Integrity);
+    assert!(!f.relay.inner.store.has(truth.id).unwrap());
+}

@@ -1,0 +1,332 @@
+//! A run at the site that trains.
+//!
+//! ```text
+//! waiting ─ inputs there, turn free ─▶ training ─ ended with 0 ─▶ trained ─ hub says publish ─▶ publishing ─▶ published
+//!     └──────────────┴─ no trainer, ended badly, time is up, stopped ─▶ failed
+//! ```
+//! Beside the phase stands whether all that was borrowed is gone (`released`): when the hub says that the run is over, or
+//! when its time is up, the hub heard or not.
+
+use serde::{Deserialize, Serialize};
+
+use super::{Borrowed, DesiredRun, Ended, Model, RunReport, Spec, Want};
+use crate::limits::TRAINER_STARTS_MAX;
+
+/// How far a run is at the site.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Phase {
+    /// For its inputs, or for its turn.
+    Waiting,
+    /// The trainer works.
+    Training,
+    /// It ended well.
+    Trained,
+    /// What it made is being published.
+    Publishing,
+    /// The model is registered at the hub.
+    Published,
+    /// It ended badly, or was ended.
+    Failed,
+}
+
+/// One run at the site that trains.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Run {
+    /// What was asked for.
+    pub spec: Spec,
+    /// What the hub wants.
+    pub want: Want,
+    /// What is to be removed in the end, as the hub said last.
+    pub borrowed: Vec<Borrowed>,
+    /// The model, here or as the hub knows it.
+    pub model: Option<Model>,
+    /// How far it is.
+    pub phase: Phase,
+    /// Whether a platform trains.
+    pub by_platform: bool,
+    /// Whether the platform took the call.
+    pub called: bool,
+    /// How often the trainer was started.
+    pub starts: u32,
+    /// When last.
+    pub started_ms: Option<i64>,
+    /// How it ended.
+    pub ended: Option<Ended>,
+    /// Whether there is something in its output folder.
+    pub has_output: bool,
+    /// What it waits for, or why it failed.
+    pub message: Option<String>,
+    /// Transfers whose artifacts were removed.
+    pub removed: Vec<String>,
+    /// Whether nothing is left to be cleaned up.
+    pub released: bool,
+}
+
+/// Who trains here, as the config says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Trainer {
+    /// Nobody: there is no `[train]`.
+    None,
+    /// A command.
+    Command,
+    /// A platform that is called.
+    Platform,
+}
+
+/// A command's process.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Process {
+    /// Never started, or gone without having said how it ended.
+    Absent,
+    /// Works.
+    Running,
+    /// Ended.
+    Ended(Ended),
+}
+
+/// What is there, when somebody looks.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Seen {
+    /// The first input that is not committed yet.
+    pub missing: Option<String>,
+    /// Whether another run may train beside those that do.
+    pub turn: bool,
+    /// Who trains.
+    pub trainer: Trainer,
+    /// The command's process.
+    pub process: Process,
+    /// Whether there is something in its output folder.
+    pub has_output: bool,
+}
+
+/// What happens to a run.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Event {
+    /// What the hub wants of it.
+    Wanted(Box<DesiredRun>),
+    /// The hub, who lists all its runs, does not list it.
+    Unlisted,
+    /// Somebody looked.
+    Looked(Seen),
+    /// The command could not be started at all, or the platform not called, which is tried again.
+    NotStarted(String),
+    /// The platform took the call.
+    Called,
+    /// The model is registered at the hub.
+    Published(Model),
+    /// It could not be; tried again if so said.
+    NotPublished {
+        /// Why.
+        why: String,
+        /// Whether trying again helps.
+        again: bool,
+    },
+    /// A borrowed input was removed.
+    Removed(String),
+}
+
+/// What is to be done for a run. Each may be done twice.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Effect {
+    /// Start the command from nothing, or call the platform.
+    Start,
+    /// End the command.
+    Stop,
+    /// Publish the output folder.
+    Publish,
+    /// Remove these inputs.
+    Remove(Vec<Borrowed>),
+}
+
+impl Run {
+    /// A run that the hub was just heard of.
+    pub fn new(desired: DesiredRun) -> Self {
+        Self {
+            spec: desired.spec,
+            want: desired.want,
+            borrowed: desired.borrowed,
+            model: desired.model,
+            phase: Phase::Waiting,
+            by_platform: false,
+            called: false,
+            starts: 0,
+            started_ms: None,
+            ended: None,
+            has_output: false,
+            message: None,
+            removed: Vec::new(),
+            released: false,
+        }
+    }
+
+    /// What the hub is told.
+    pub fn report(&self) -> RunReport {
+        RunReport {
+            name: self.spec.name.clone(),
+            id: self.spec.id.clone(),
+            phase: self.phase,
+            by_platform: self.by_platform,
+            starts: self.starts,
+            started_ms: self.started_ms,
+            ended: self.ended.clone(),
+            has_output: self.has_output,
+            model: self.model.clone(),
+            message: self.message.clone(),
+            removed: self.removed.clone(),
+            released: self.released,
+        }
+    }
+
+    fn is_making(&self) -> bool {
+        matches!(self.phase, Phase::Waiting | Phase::Training | Phase::Trained | Phase::Publishing)
+    }
+
+    fn fail(&mut self, why: impl Into<String>) {
+        self.phase = Phase::Failed;
+        self.message = Some(why.into());
+    }
+}
+
+/// Takes an event.
+pub fn step(run: &Run, event: Event, now_ms: i64) -> (Run, Vec<Effect>) {
+    let mut run = run.clone();
+    let effects = match event {
+        Event::Wanted(desired) => {
+            run.want = desired.want;
+            run.borrowed = desired.borrowed;
+            run.model = desired.model.or(run.model);
+            // More may be free to be removed than when it was said before.
+            run.released &= run.borrowed.iter().all(|b| run.removed.contains(&b.transfer));
+            Vec::new()
+        }
+        Event::Unlisted => {
+            run.want = Want::Stop;
+            Vec::new()
+        }
+        Event::Looked(seen) => looked(&mut run, &seen, now_ms),
+        Event::NotStarted(why) => {
+            match run.by_platform {
+                true => run.message = Some(why),
+                false => run.fail(why),
+            }
+            Vec::new()
+        }
+        Event::Called => {
+            run.called = true;
+            run.message = None;
+            Vec::new()
+        }
+        Event::Published(model) => {
+            run.phase = Phase::Published;
+            run.model = Some(model);
+            run.message = None;
+            Vec::new()
+        }
+        Event::NotPublished { why, again: true } => {
+            run.message = Some(why);
+            Vec::new()
+        }
+        Event::NotPublished { why, again: false } => {
+            run.fail(why);
+            Vec::new()
+        }
+        Event::Removed(transfer) => {
+            if !run.removed.contains(&transfer) {
+                run.removed.push(transfer);
+            }
+            Vec::new()
+        }
+    };
+    (run, effects)
+}
+
+fn looked(run: &mut Run, seen: &Seen, now_ms: i64) -> Vec<Effect> {
+    let late = now_ms >= run.spec.deadline_ms;
+    let running = seen.process == Process::Running;
+    run.has_output = seen.has_output;
+    if run.want == Want::Stop || late {
+        if running {
+            return vec![Effect::Stop];
+        }
+        if run.is_making() && run.model.is_none() {
+            run.ended = run.ended.take().or_else(|| match &seen.process {
+                Process::Ended(ended) => Some(ended.clone()),
+                Process::Absent | Process::Running => None,
+            });
+            run.fail(if late { "its time is up" } else { "the run was ended" });
+        }
+        return release(run);
+    }
+    if run.want == Want::Release {
+        if let (Phase::Training, Process::Ended(ended)) = (run.phase, &seen.process) {
+            run.phase = Phase::Trained;
+            run.ended = Some(ended.clone());
+        }
+        // A trainer that published by itself may still have something to do; its time is bounded by the run's.
+        return if running { Vec::new() } else { release(run) };
+    }
+    match run.phase {
+        Phase::Waiting => match (seen.trainer, &seen.missing) {
+            (Trainer::None, _) => run.fail("this site trains for nobody: its configuration has no [train]"),
+            (_, Some(missing)) => run.message = Some(format!("waits for {missing}")),
+            (_, None) if !seen.turn => run.message = Some("waits for its turn: other runs train here".into()),
+            (trainer, None) => {
+                run.by_platform = trainer == Trainer::Platform;
+                return start(run, now_ms);
+            }
+        },
+        Phase::Training if run.by_platform => {
+            if run.want == Want::Publish {
+                return publish(run);
+            }
+            if !run.called {
+                return vec![Effect::Start];
+            }
+        }
+        Phase::Training => match &seen.process {
+            Process::Running => run.message = None,
+            Process::Absent if run.starts >= TRAINER_STARTS_MAX => {
+                run.fail(format!("the trainer was started {} times and never said how it ended", run.starts));
+            }
+            Process::Absent => return start(run, now_ms),
+            Process::Ended(ended) => {
+                run.ended = Some(ended.clone());
+                run.message = None;
+                match ended.is_well() {
+                    true => run.phase = Phase::Trained,
+                    false => run.fail(ended.message.clone()),
+                }
+            }
+        },
+        Phase::Trained if run.want == Want::Publish => return publish(run),
+        Phase::Publishing => return vec![Effect::Publish],
+        Phase::Trained | Phase::Published | Phase::Failed => {}
+    }
+    Vec::new()
+}
+
+fn start(run: &mut Run, now_ms: i64) -> Vec<Effect> {
+    run.phase = Phase::Training;
+    run.starts += 1;
+    run.started_ms = Some(now_ms);
+    run.message = None;
+    vec![Effect::Start]
+}
+
+fn publish(run: &mut Run) -> Vec<Effect> {
+    if !run.has_output {
+        run.fail("there is nothing in the run's output folder, and nothing was published with --run");
+        return Vec::new();
+    }
+    run.phase = Phase::Publishing;
+    run.message = None;
+    vec![Effect::Publish]
+}
+
+fn release(run: &mut Run) -> Vec<Effect> {
+    let left: Vec<Borrowed> = run.borrowed.iter().filter(|b| !run.removed.contains(&b.transfer)).cloned().collect();
+    // Before the hub said that it is over, more may be borrowed still.
+    run.released = left.is_empty() && matches!(run.want, Want::Stop | Want::Release);
+    if left.is_empty() { Vec::new() } else { vec![Effect::Remove(left)] }
+}

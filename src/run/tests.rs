@@ -1,0 +1,392 @@
+//! The two machines, each alone and both together over a line that loses and repeats what it likes.
+
+use super::hub::{Effect as HubEffect, Event as HubEvent, Run as HubRun, Seen as SeenTransfer};
+use super::site::{Effect, Event, Phase, Process, Run as SiteRun, Seen, Trainer};
+use super::*;
+use crate::api::types::{RunState, State};
+use crate::chunk::Hash;
+use crate::fault::Code;
+use crate::limits::TRAINER_STARTS_MAX;
+
+fn spec() -> Spec {
+    let input = |artifact: &str, n: u8| Input { artifact: artifact.parse().unwrap(), digest: Hash([n; 32]), bytes: 10 };
+    Spec {
+        name: "r".parse().unwrap(),
+        id: "r-1".into(),
+        from: "a".parse().unwrap(),
+        on: "b".parse().unwrap(),
+        inputs: vec![input("dataset/x:1", 1), input("labels/x:1", 2)],
+        expect: "model/m".parse().unwrap(),
+        delivery: "d-1".into(),
+        created_ms: 0,
+        deadline_ms: 1000,
+    }
+}
+
+fn model() -> Model {
+    Model { artifact: "model/m:r".parse().unwrap(), digest: Hash([9; 32]) }
+}
+
+fn ended(code: i32) -> Ended {
+    Ended { exit_code: Some(code), signal: None, message: format!("it ended with {code}"), tail: "last words".into(), ended_ms: 5 }
+}
+
+fn input(state: State, message: Option<&str>) -> SeenTransfer {
+    SeenTransfer { id: "t-1".into(), state, message: message.map(Into::into) }
+}
+
+fn looked(state: State) -> HubEvent {
+    HubEvent::Looked { delivered: true, inputs: vec![input(state, None)], home: None }
+}
+
+#[track_caller]
+fn hub(run: &HubRun, event: HubEvent) -> (HubRun, Vec<HubEffect>) {
+    hub::step(run, event, 1).unwrap()
+}
+
+fn borrowed() -> Vec<Borrowed> {
+    vec![Borrowed { transfer: "t-1".into(), artifact: "dataset/x:1".parse().unwrap(), digest: Hash([1; 32]) }]
+}
+
+fn desired(want: Want) -> DesiredRun {
+    DesiredRun { spec: spec(), want, borrowed: borrowed(), model: None }
+}
+
+fn seen(process: Process) -> Seen {
+    Seen { missing: None, turn: true, trainer: Trainer::Command, process, has_output: true }
+}
+
+fn site(run: &SiteRun, event: Event) -> (SiteRun, Vec<Effect>) {
+    site::step(run, event, 1)
+}
+
+#[test]
+fn what_is_expected_is_a_model() {
+    let any: Expect = "model/m".parse().unwrap();
+    assert!(any.accepts(&"model/m:7".parse().unwrap()) && !any.accepts(&"model/n:7".parse().unwrap()));
+    assert_eq!(any.reference(&"r".parse().unwrap()).unwrap().to_string(), "model/m:r");
+    let one: Expect = "model/m:2".parse().unwrap();
+    assert!(one.accepts(&"model/m:2".parse().unwrap()) && !one.accepts(&"model/m:3".parse().unwrap()));
+    assert_eq!(one.to_string(), "model/m:2");
+    for bad in ["dataset/m", "model/", "model/M", "m", "model/m:"] {
+        assert_eq!(bad.parse::<Expect>().unwrap_err().code, Code::Usage, "{bad}");
+    }
+}
+
+#[test]
+fn a_run_at_the_hub_goes_all_the_way() {
+    let run = HubRun::new(spec());
+    let (run, effects) = hub(&run, HubEvent::Looked { delivered: false, inputs: vec![], home: None });
+    assert_eq!((run.state, effects), (RunState::Delivering, vec![HubEffect::Borrow]));
+    let waits = HubEvent::Looked { delivered: true, inputs: vec![input(State::Queued, Some("site b is not connected"))], home: None };
+    let (run, _) = hub(&run, waits);
+    assert!(run.message.as_ref().unwrap().contains("site b is not connected"), "{run:?}");
+    let (run, _) = hub(&run, looked(State::Done));
+    assert_eq!((run.state, run.message.clone(), run.want()), (RunState::Waiting, None, Want::Train));
+
+    let mut there = SiteRun::new(desired(Want::Train));
+    there.phase = Phase::Training;
+    let (run, _) = hub(&run, HubEvent::Reported(Box::new(there.report())));
+    assert_eq!(run.state, RunState::Training);
+    (there.phase, there.has_output) = (Phase::Trained, true);
+    let (run, _) = hub(&run, HubEvent::Reported(Box::new(there.report())));
+    assert_eq!((run.state, run.want()), (RunState::Publishing, Want::Publish));
+    let (run, _) = hub(&run, HubEvent::Published(model()));
+    assert_eq!((run.state, run.want()), (RunState::Returning, Want::Release));
+    let (run, effects) = hub(&run, looked(State::Done));
+    assert_eq!(effects, [HubEffect::SendHome]);
+    let home = |state| HubEvent::Looked { delivered: true, inputs: vec![], home: Some(input(state, None)) };
+    let (run, effects) = hub(&run, home(State::Transferring));
+    assert_eq!((run.state, effects), (RunState::Returning, vec![]));
+    let (run, _) = hub(&run, home(State::Done));
+    assert_eq!((run.state, run.is_open()), (RunState::Done, true), "b has not said that it cleaned up");
+    there.released = true;
+    let (run, _) = hub(&run, HubEvent::Reported(Box::new(there.report())));
+    assert!(!run.is_open());
+}
+
+#[test]
+fn a_trainer_that_fails_ends_the_run_and_its_words_are_kept() {
+    let (run, _) = hub(&HubRun::new(spec()), looked(State::Done));
+    let mut there = SiteRun::new(desired(Want::Train));
+    (there.phase, there.ended) = (Phase::Failed, Some(ended(3)));
+    let (run, _) = hub(&run, HubEvent::Reported(Box::new(there.report())));
+    assert_eq!((run.state, run.want(), run.message.as_deref()), (RunState::Failed, Want::Stop, Some("it ended with 3")));
+    assert_eq!(run.site.unwrap().ended.unwrap().tail, "last words");
+}
+
+#[test]
+fn a_trainer_that_leaves_nothing_fails_the_run() {
+    let (run, _) = hub(&HubRun::new(spec()), looked(State::Done));
+    let mut there = SiteRun::new(desired(Want::Train));
+    there.phase = Phase::Trained;
+    let (failed, _) = hub(&run, HubEvent::Reported(Box::new(there.report())));
+    assert_eq!(failed.state, RunState::Failed);
+    // Unless it published by itself before it ended.
+    let (run, _) = hub(&run, HubEvent::Published(model()));
+    let (run, _) = hub(&run, HubEvent::Reported(Box::new(there.report())));
+    assert_eq!(run.state, RunState::Returning);
+}
+
+#[test]
+fn only_the_expected_model_is_taken_and_once() {
+    let (run, _) = hub(&HubRun::new(spec()), looked(State::Done));
+    let other = Model { artifact: "model/other:1".parse().unwrap(), ..model() };
+    assert_eq!(hub::step(&run, HubEvent::Published(other), 1).unwrap_err().code, Code::Conflict);
+    let (run, _) = hub(&run, HubEvent::Published(model()));
+    let (same, _) = hub(&run, HubEvent::Published(model()));
+    assert_eq!(run, same);
+    let second = Model { artifact: "model/m:2".parse().unwrap(), ..model() };
+    assert_eq!(hub::step(&run, HubEvent::Published(second), 1).unwrap_err().code, Code::Conflict);
+}
+
+#[test]
+fn time_and_people_end_a_run_but_not_one_that_has_its_model() {
+    let (run, _) = hub(&HubRun::new(spec()), looked(State::Transferring));
+    let (late, _) = hub::step(&run, looked(State::Transferring), 1000).unwrap();
+    assert_eq!((late.state, late.want()), (RunState::Failed, Want::Stop));
+    let (_, effects) = hub(&late, looked(State::Transferring));
+    assert_eq!(effects, [HubEffect::Abandon]);
+    let (cancelled, _) = hub(&run, HubEvent::Cancel);
+    assert_eq!((cancelled.state, cancelled.want()), (RunState::Cancelled, Want::Stop));
+    assert!(hub::step(&late, HubEvent::Cancel, 1).is_err());
+    let (returning, _) = hub(&run, HubEvent::Published(model()));
+    let (returning, effects) = hub::step(&returning, looked(State::Done), 5000).unwrap();
+    assert_eq!((returning.state, effects), (RunState::Returning, vec![HubEffect::SendHome]));
+}
+
+#[test]
+fn only_a_platform_says_that_it_is_finished() {
+    let (run, _) = hub(&HubRun::new(spec()), looked(State::Done));
+    let finish = |run: &HubRun| hub::step(run, HubEvent::Finish { failed: None }, 1);
+    assert!(finish(&run).is_err(), "it has not begun");
+    let mut there = SiteRun::new(desired(Want::Train));
+    there.phase = Phase::Training;
+    let (command, _) = hub(&run, HubEvent::Reported(Box::new(there.report())));
+    assert!(finish(&command).is_err());
+    there.by_platform = true;
+    let (platform, _) = hub(&run, HubEvent::Reported(Box::new(there.report())));
+    assert_eq!(finish(&platform).unwrap().0.state, RunState::Publishing);
+    let (failed, _) = hub(&platform, HubEvent::Finish { failed: Some("no GPU".into()) });
+    assert_eq!((failed.state, failed.message.as_deref()), (RunState::Failed, Some("the training platform says: no GPU")));
+}
+
+#[test]
+fn a_site_trains_publishes_and_cleans_up() {
+    let run = SiteRun::new(desired(Want::Train));
+    let missing = Seen { missing: Some("dataset/x:1".into()), ..seen(Process::Absent) };
+    let (run, effects) = site(&run, Event::Looked(missing));
+    assert_eq!((run.phase, effects, run.message.as_deref()), (Phase::Waiting, vec![], Some("waits for dataset/x:1")));
+    let (run, effects) = site(&run, Event::Looked(Seen { turn: false, ..seen(Process::Absent) }));
+    assert_eq!((run.phase, effects), (Phase::Waiting, vec![]));
+    let (run, effects) = site(&run, Event::Looked(seen(Process::Absent)));
+    assert_eq!((run.phase, run.starts, effects), (Phase::Training, 1, vec![Effect::Start]));
+    let (run, effects) = site(&run, Event::Looked(seen(Process::Running)));
+    assert_eq!((run.phase, effects), (Phase::Training, vec![]));
+    let (run, effects) = site(&run, Event::Looked(seen(Process::Ended(ended(0)))));
+    assert_eq!((run.phase, effects), (Phase::Trained, vec![]));
+    let (run, _) = site(&run, Event::Wanted(Box::new(desired(Want::Publish))));
+    let (run, effects) = site(&run, Event::Looked(seen(Process::Ended(ended(0)))));
+    assert_eq!((run.phase, effects), (Phase::Publishing, vec![Effect::Publish]));
+    let (run, effects) = site(&run, Event::Looked(seen(Process::Ended(ended(0)))));
+    assert_eq!(effects, [Effect::Publish], "due until it is seen to be done");
+    let (run, _) = site(&run, Event::Published(model()));
+    let (run, _) = site(&run, Event::Wanted(Box::new(desired(Want::Release))));
+    let (run, effects) = site(&run, Event::Looked(seen(Process::Ended(ended(0)))));
+    assert_eq!((run.released, effects), (false, vec![Effect::Remove(borrowed())]));
+    let (run, _) = site(&run, Event::Removed("t-1".into()));
+    let (run, effects) = site(&run, Event::Looked(seen(Process::Ended(ended(0)))));
+    assert_eq!((run.released, effects), (true, vec![]));
+}
+
+#[test]
+fn a_trainer_that_vanishes_is_started_again_a_few_times() {
+    let (mut run, _) = site(&SiteRun::new(desired(Want::Train)), Event::Looked(seen(Process::Absent)));
+    for start in 2..=TRAINER_STARTS_MAX {
+        let (next, effects) = site(&run, Event::Looked(seen(Process::Absent)));
+        assert_eq!((next.starts, effects), (start, vec![Effect::Start]));
+        run = next;
+    }
+    let (run, effects) = site(&run, Event::Looked(seen(Process::Absent)));
+    assert_eq!((run.phase, effects), (Phase::Failed, vec![]));
+}
+
+#[test]
+fn stopping_ends_the_trainer_before_anything_is_removed() {
+    let (run, _) = site(&SiteRun::new(desired(Want::Train)), Event::Looked(seen(Process::Absent)));
+    let (run, _) = site(&run, Event::Wanted(Box::new(desired(Want::Stop))));
+    let (run, effects) = site(&run, Event::Looked(seen(Process::Running)));
+    assert_eq!((run.phase, effects), (Phase::Training, vec![Effect::Stop]));
+    let killed = Ended { exit_code: None, signal: Some(15), ..ended(0) };
+    let (run, effects) = site(&run, Event::Looked(seen(Process::Ended(killed.clone()))));
+    assert_eq!((run.phase, run.ended.clone(), effects), (Phase::Failed, Some(killed), vec![Effect::Remove(borrowed())]));
+}
+
+#[test]
+fn when_time_is_up_a_site_cleans_up_though_it_hears_nothing() {
+    let (run, _) = site(&SiteRun::new(desired(Want::Train)), Event::Looked(seen(Process::Absent)));
+    let (run, effects) = site::step(&run, Event::Looked(seen(Process::Running)), 1000);
+    assert_eq!(effects, [Effect::Stop]);
+    let (run, effects) = site::step(&run, Event::Looked(seen(Process::Absent)), 1001);
+    assert_eq!((run.phase, effects), (Phase::Failed, vec![Effect::Remove(borrowed())]));
+    let (run, _) = site(&run, Event::Removed("t-1".into()));
+    let (run, effects) = site::step(&run, Event::Looked(seen(Process::Absent)), 1002);
+    assert_eq!((run.released, effects), (false, vec![]), "the hub may still have something to say");
+}
+
+#[test]
+fn a_site_without_a_trainer_says_so_before_anything_moves() {
+    let nobody = Seen { trainer: Trainer::None, missing: Some("dataset/x:1".into()), ..seen(Process::Absent) };
+    let (run, effects) = site(&SiteRun::new(desired(Want::Train)), Event::Looked(nobody));
+    assert_eq!((run.phase, effects), (Phase::Failed, vec![]));
+    assert!(run.message.unwrap().contains("[train]"));
+}
+
+#[test]
+fn a_platform_is_called_until_it_answers() {
+    let platform = || Seen { trainer: Trainer::Platform, ..seen(Process::Absent) };
+    let (run, effects) = site(&SiteRun::new(desired(Want::Train)), Event::Looked(platform()));
+    assert_eq!((run.by_platform, effects), (true, vec![Effect::Start]));
+    let (run, _) = site(&run, Event::NotStarted("connection refused".into()));
+    let (run, effects) = site(&run, Event::Looked(platform()));
+    assert_eq!((run.starts, effects), (1, vec![Effect::Start]), "a call is no start");
+    let (run, _) = site(&run, Event::Called);
+    let (run, effects) = site(&run, Event::Looked(platform()));
+    assert_eq!((run.phase, effects), (Phase::Training, vec![]));
+    let (run, _) = site(&run, Event::Wanted(Box::new(desired(Want::Publish))));
+    let (run, effects) = site(&run, Event::Looked(Seen { has_output: false, ..platform() }));
+    assert_eq!((run.phase, effects), (Phase::Failed, vec![]));
+}
+
+/// Both machines, and a world that does what they ask; messages are lost and repeated, and either side may at any moment
+/// begin anew from what it has written.
+mod together {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    struct World {
+        hub: HubRun,
+        site: Option<SiteRun>,
+        delivered: bool,
+        input: State,
+        home: Option<State>,
+        process: Process,
+        removed: bool,
+        exit: i32,
+        cancelled: bool,
+    }
+
+    impl World {
+        fn hub_event(&mut self, event: HubEvent) {
+            let Ok((run, effects)) = hub::step(&self.hub, event, 1) else { return };
+            self.hub = run;
+            for effect in effects {
+                match effect {
+                    HubEffect::Borrow => self.delivered = true,
+                    HubEffect::SendHome => self.home = Some(self.home.unwrap_or(State::Queued)),
+                    HubEffect::Abandon => {
+                        if self.input != State::Done {
+                            self.input = State::Cancelled;
+                        }
+                        self.home = self.home.map(|home| if home == State::Done { home } else { State::Cancelled });
+                    }
+                }
+            }
+        }
+
+        fn site_event(&mut self, event: Event) {
+            let Some(run) = &self.site else { return };
+            let (run, effects) = site::step(run, event, 1);
+            self.site = Some(run);
+            for effect in effects {
+                match effect {
+                    Effect::Start => {
+                        assert_eq!(self.input, State::Done, "nothing trains without its data");
+                        assert!(!self.removed, "nor with data that is gone");
+                        self.process = Process::Running;
+                    }
+                    Effect::Stop => self.process = Process::Ended(Ended { exit_code: None, signal: Some(15), ..ended(0) }),
+                    Effect::Publish => {
+                        self.hub_event(HubEvent::Published(model()));
+                        if self.hub.model.is_some() {
+                            self.site_event(Event::Published(model()));
+                        }
+                    }
+                    Effect::Remove(list) => {
+                        assert_ne!(self.process, Process::Running, "nothing is taken from under a trainer");
+                        if matches!(self.input, State::Done | State::Cancelled) {
+                            self.removed = true;
+                            list.into_iter().for_each(|b| self.site_event(Event::Removed(b.transfer)));
+                        }
+                    }
+                }
+            }
+        }
+
+        fn turn(&mut self, what: u8) {
+            match what % 9 {
+                0 => {
+                    let home = self.home.map(|state| input(state, None));
+                    self.hub_event(HubEvent::Looked { delivered: self.delivered, inputs: vec![input(self.input, None)], home });
+                }
+                1 if self.delivered && self.input == State::Queued => self.input = State::Done,
+                2 if self.home == Some(State::Queued) => self.home = Some(State::Done),
+                3 => {
+                    let wanted = DesiredRun { want: self.hub.want(), model: self.hub.model.clone(), ..desired(Want::Train) };
+                    if self.site.is_none() {
+                        self.site = Some(SiteRun::new(wanted.clone()));
+                    }
+                    self.site_event(Event::Wanted(Box::new(wanted)));
+                }
+                4 => {
+                    if let Some(site) = &self.site {
+                        self.hub_event(HubEvent::Reported(Box::new(site.report())));
+                    }
+                }
+                5 | 6 => {
+                    let missing = (self.input != State::Done).then(|| "dataset/x:1".to_owned());
+                    let process = self.process.clone();
+                    self.site_event(Event::Looked(Seen { missing, ..seen(process) }));
+                }
+                7 if self.process == Process::Running => self.process = Process::Ended(ended(self.exit)),
+                8 if self.cancelled => self.hub_event(HubEvent::Cancel),
+                _ => {}
+            }
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn every_run_ends_and_gives_back(turns in proptest::collection::vec(any::<u8>(), 0..60), exit in 0..2i32, cancelled in any::<bool>()) {
+            let mut world = World {
+                hub: HubRun::new(spec()),
+                site: None,
+                delivered: false,
+                input: State::Queued,
+                home: None,
+                process: Process::Absent,
+                removed: false,
+                exit,
+                cancelled,
+            };
+            turns.into_iter().for_each(|what| world.turn(what));
+            // From wherever that led: when everything works again, it ends.
+            for round in 0..40u8 {
+                (0..8).for_each(|what| world.turn(what));
+                if !world.hub.is_open() {
+                    break;
+                }
+                prop_assert!(round < 39, "{:?} {:?}", world.hub, world.site);
+            }
+            prop_assert!(world.removed && world.site.as_ref().unwrap().released);
+            let wanted = match (exit, cancelled) {
+                (0, false) => vec![RunState::Done],
+                (0, true) => vec![RunState::Done, RunState::Cancelled],
+                (_, false) => vec![RunState::Failed],
+                (_, true) => vec![RunState::Failed, RunState::Cancelled],
+            };
+            prop_assert!(wanted.contains(&world.hub.state), "{:?}", world.hub);
+        }
+    }
+}

@@ -1,0 +1,183 @@
+//! Publishing at a site: the bytes stay where they are, and the hub is told.
+//!
+//! The artifact stands in the site's catalogue with an *offer* until the hub has heard of it; the offer survives
+//! everything and is made again whenever a line comes up.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+
+use super::Site;
+use crate::api::types::{PublishRequest, Published};
+use crate::catalogue::{ArtifactRow, Catalogue, Offer, new_id};
+use crate::durable;
+use crate::fault::{Code, Fault, Retry};
+use crate::fetch::blocking;
+use crate::ingest;
+use crate::jobs::JobProgress;
+use crate::manifest::{DatasetBinding, Digest};
+use crate::names::{ArtifactRef, Kind};
+use crate::origin::{Held, Holdings};
+use crate::reading;
+use crate::sink::Place;
+use crate::wire::AskHub;
+
+/// The pause before the hub is told again of what it did not take.
+const OFFER_AGAIN: Duration = Duration::from_secs(5);
+
+#[async_trait]
+impl Holdings for Catalogue {
+    async fn held(&self, digest: Digest) -> Result<Option<Held>, Fault> {
+        let rows = self.all_by_digest(digest).await?;
+        let places: Vec<Place> = rows.iter().filter_map(|row| row.place.clone()).collect();
+        Ok(rows.into_iter().next().filter(|_| !places.is_empty()).map(|row| Held { root: row.root, places }))
+    }
+}
+
+impl Site {
+    /// Publishes at this site, without copying what lies in a folder, and tells the hub. Where the hub is away the artifact
+    /// stands here and the hub is told later; `note` says so.
+    pub async fn publish_here(&self, request: PublishRequest) -> Result<Published, Fault> {
+        self.publish_now(request, Arc::default()).await
+    }
+
+    pub(super) async fn publish_now(&self, request: PublishRequest, progress: Arc<JobProgress>) -> Result<Published, Fault> {
+        let inner = &self.inner;
+        let artifact: ArtifactRef = request.as_ref.parse()?;
+        if let Some(to) = &request.to {
+            to.parse::<crate::names::SiteSelector>()?;
+        }
+        let dataset = self.dataset_of(&artifact, request.options.for_dataset.as_deref()).await?;
+        let scratch = inner.config.data_dir.join("scratch").join(new_id("p"));
+        durable::create_dir_all(&scratch)?;
+        progress.doing(format!("reading {}", request.source));
+        let (this, folder, kind) = (self.clone(), scratch.clone(), artifact.kind);
+        let (options, text, watched) = (request.options.clone(), request.source.clone(), progress.clone());
+        let runtime = tokio::runtime::Handle::current();
+        let work = tokio::task::spawn_blocking(move || {
+            let store = this.inner.shared.store.clone();
+            let dataset = dataset.map(|(binding, root)| reading::bind(binding, root, store));
+            let site = Some(&this.inner.sources);
+            let base = reading::base_of(kind, &text, site)?;
+            let mut source = reading::open(kind, &text, &options, dataset, site, &folder, &runtime)?;
+            ingest::reported(&watched, |counted| this.inner.origin.publish(kind, source.as_mut(), base.as_ref(), counted))
+        });
+        let result = work.await.map_err(|e| Fault::internal(format!("the publish ended: {e}")));
+        let _ = blocking(move || durable::remove_all(&scratch)).await;
+        let published = result?.map_err(|fault| fault.context(format!("publish {artifact}")))?;
+        let root = published.ingested.root;
+
+        let _turn = inner.offering.lock().await;
+        let added = inner.catalogue.add_artifact(&artifact, &root, None).await?;
+        let held = !added && inner.catalogue.artifact(&artifact).await?.place.is_some();
+        let location = match &published.place {
+            // What was written here on purpose is nothing that people should look for.
+            Place::Folder { path } if path.starts_with(&inner.config.data_dir) => request.source.clone(),
+            Place::Folder { path } => path.display().to_string(),
+            Place::Registry { repository } => repository.clone(),
+        };
+        let offer = Offer { to: request.to, run: request.run };
+        inner.catalogue.set_published(&artifact, &published.place, &location, &offer).await?;
+        progress.doing(format!("telling the hub of {artifact}"));
+        let row = inner.catalogue.artifact(&artifact).await?;
+        match self.offer(&row).await {
+            Ok(answer) => {
+                tracing::info!(%artifact, digest = %row.digest, bytes = answer.bytes, "published in place");
+                Ok(Published { unchanged: held, ..answer })
+            }
+            Err(fault) if may_pass(&fault) => {
+                tracing::warn!(%artifact, error = %fault, "published in place; the hub is told as soon as it answers");
+                Ok(Published {
+                    artifact: artifact.to_string(),
+                    digest: row.digest.hex(),
+                    transfers: Vec::new(),
+                    bytes: row.root.totals.bytes,
+                    stored: 0,
+                    unchanged: held,
+                    note: Some(format!("it stands at this site; the hub is told as soon as it answers: {}", fault.message)),
+                })
+            }
+            Err(fault) => {
+                self.withdraw(&artifact, added).await?;
+                Err(fault)
+            }
+        }
+    }
+
+    /// The dataset that labels belong to, which this site must know.
+    async fn dataset_of(
+        &self,
+        artifact: &ArtifactRef,
+        name: Option<&str>,
+    ) -> Result<Option<(DatasetBinding, crate::manifest::Root)>, Fault> {
+        let Some(name) = name else { return Ok(None) };
+        if artifact.kind != Kind::Labels {
+            return Err(Fault::usage("--for is for labels only"));
+        }
+        let name: ArtifactRef = name.parse()?;
+        if name.kind != Kind::Dataset {
+            return Err(Fault::usage(format!("--for takes a dataset, and {name} is a {}", name.kind)));
+        }
+        let row = self.inner.catalogue.artifact(&name).await.map_err(|f| f.context("this site"))?;
+        Ok(Some((DatasetBinding { artifact: name, digest: row.digest }, row.root)))
+    }
+
+    /// Tells the hub of an artifact. Called with `offering` held.
+    async fn offer(&self, row: &ArtifactRow) -> Result<Published, Fault> {
+        let Offer { to, run } = row.offer.clone().unwrap_or_default();
+        let question = AskHub::Publish { artifact: row.artifact.clone(), digest: row.digest, to, run };
+        let answer: Published = self.ask_hub(&question).await?;
+        self.inner.catalogue.offered(&row.artifact).await?;
+        Ok(answer)
+    }
+
+    /// The hub does not take it: as if it had not been published, where it was not there before.
+    async fn withdraw(&self, artifact: &ArtifactRef, added: bool) -> Result<(), Fault> {
+        if added { self.inner.catalogue.remove_artifact(artifact).await } else { self.inner.catalogue.offered(artifact).await }
+    }
+
+    /// Tells the hub, while there is a line, of everything that it has not heard of. Ends with the line only.
+    pub(super) async fn keep_offering(&self) -> Result<(), Fault> {
+        loop {
+            let changed = self.inner.catalogue.changed();
+            let mut all_heard = true;
+            for listed in self.inner.catalogue.offers().await? {
+                let _turn = self.inner.offering.lock().await;
+                // While this waited for its turn a publish may have told the hub.
+                let Ok(row) = self.inner.catalogue.artifact(&listed.artifact).await else { continue };
+                if row.offer.is_none() {
+                    continue;
+                }
+                match self.offer(&row).await {
+                    Ok(_) => tracing::info!(artifact = %row.artifact, "the hub has heard of what was published here"),
+                    Err(fault) if may_pass(&fault) => {
+                        all_heard = false;
+                        tracing::debug!(artifact = %row.artifact, error = %fault, "the hub has not heard of it yet");
+                    }
+                    Err(fault) => {
+                        tracing::error!(artifact = %row.artifact, error = %fault, "the hub refuses what was published here");
+                        self.withdraw(&row.artifact, row.published).await?;
+                    }
+                }
+            }
+            if all_heard { changed.await } else { tokio::time::sleep(OFFER_AGAIN).await }
+        }
+    }
+
+    /// Takes away what a crash left of a publish.
+    pub(super) async fn clean_published(&self) -> Result<(), Fault> {
+        let live: Vec<Digest> = self.inner.catalogue.artifacts().await?.into_iter().map(|row| row.digest).collect();
+        let (origin, scratch) = (self.inner.origin.clone(), self.inner.config.data_dir.join("scratch"));
+        blocking(move || {
+            durable::remove_all(&scratch)?;
+            origin.clean(&live)
+        })
+        .await
+    }
+}
+
+/// Whether the hub may take it later.
+fn may_pass(fault: &Fault) -> bool {
+    fault.code == Code::Unreachable || fault.retry != Retry::Never
+}

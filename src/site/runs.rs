@@ -1,0 +1,399 @@
+//! Training runs at the site that trains: does what the state machine of `run::site` says, and looks for it.
+//!
+//! Each change is written before it is acted on, and effects that are due are given again at the next look, so a crash
+//! anywhere between leaves nothing undone. The trainer's process is not the daemon's: see `trainer`.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
+use serde_json::{Value, json};
+
+use super::Site;
+use crate::api::ApiToken;
+use crate::api::types::{PublishRequest, SourceOptions, State};
+use crate::catalogue::RunRow;
+use crate::clock;
+use crate::fault::{Code, Fault, Retry};
+use crate::fetch::blocking;
+use crate::limits::{BACKOFF_FIRST, BACKOFF_MAX, TRAINER_CALL_MAX, TRAINER_LOOK_EVERY};
+use crate::names::{Kind, RunName};
+use crate::run::site::{Effect, Event, Phase, Process, Run, Seen, Trainer, step};
+use crate::run::{Borrowed, DesiredRun, Lineage, Model, RunReport};
+use crate::trainer::Folder;
+
+/// Runs that are looked at.
+const OPEN_MAX: u32 = 10_000;
+/// Between two looks at least, however fast things change.
+const LOOK_EVERY: Duration = Duration::from_millis(50);
+
+/// What the runs' keeper knows only while the daemon lives.
+#[derive(Default)]
+pub(super) struct RunsState {
+    /// Events are taken one after the other.
+    turn: tokio::sync::Mutex<()>,
+    /// Runs for which something is being done.
+    busy: Mutex<HashSet<RunName>>,
+    /// When a call or a publish that failed is tried again, and how often it failed.
+    again: Mutex<HashMap<RunName, (u32, Instant)>>,
+    /// What the hub listed last.
+    listed: Mutex<Vec<RunName>>,
+}
+
+fn now_ms() -> i64 {
+    clock::now_unix_ms() as i64
+}
+
+impl Site {
+    /// Takes what the hub wants of its runs: the whole list.
+    pub(super) async fn apply_runs(&self, desired: &[DesiredRun]) -> Result<(), Fault> {
+        let catalogue = &self.inner.catalogue;
+        {
+            let _turn = self.inner.runs.turn.lock().await;
+            for wanted in desired {
+                let name = wanted.spec.name.as_str();
+                let here = catalogue.run::<Run>(name).await?.filter(|row| row.run.spec.id == wanted.spec.id);
+                let run = match &here {
+                    Some(RunRow { run, .. }) => step(run, Event::Wanted(Box::new(wanted.clone())), now_ms()).0,
+                    None => Run::new(wanted.clone()),
+                };
+                if here.is_none_or(|row| row.run != run) {
+                    self.save_run(&run).await?;
+                }
+            }
+            for RunRow { run, .. } in catalogue.runs::<Run>(true, OPEN_MAX).await? {
+                if !desired.iter().any(|wanted| wanted.spec.name == run.spec.name) {
+                    let (after, _) = step(&run, Event::Unlisted, now_ms());
+                    if after != run {
+                        self.save_run(&after).await?;
+                    }
+                }
+            }
+            *self.inner.runs.listed.lock() = desired.iter().map(|wanted| wanted.spec.name.clone()).collect();
+        }
+        for wanted in desired {
+            if let Some(model) = &wanted.model {
+                catalogue.set_lineage(&model.artifact, &Lineage::from(&wanted.spec)).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// How the runs stand that the hub has to hear of.
+    pub(super) async fn run_reports(&self) -> Result<Vec<RunReport>, Fault> {
+        let mut out: Vec<RunReport> = Vec::new();
+        let listed = self.inner.runs.listed.lock().clone();
+        for name in listed {
+            if let Some(row) = self.inner.catalogue.run::<Run>(name.as_str()).await? {
+                out.push(row.run.report());
+            }
+        }
+        Ok(out)
+    }
+
+    async fn save_run(&self, run: &Run) -> Result<(), Fault> {
+        let phase = serde_json::to_value(run.phase).ok().and_then(|v| v.as_str().map(str::to_owned)).unwrap_or_default();
+        self.inner.catalogue.save_run(run.spec.name.as_str(), &phase, !run.released, run).await
+    }
+
+    /// Looks at the open runs whenever something changed, and at running trainers often, until the daemon stops.
+    pub(super) async fn keep_runs(&self) {
+        loop {
+            let changed = self.inner.catalogue.changed();
+            let mut often = false;
+            match self.inner.catalogue.runs::<Run>(true, OPEN_MAX).await {
+                Ok(open) => {
+                    for RunRow { run, .. } in open {
+                        often |= run.phase == Phase::Training && !run.by_platform;
+                        self.look_soon(run.spec.name);
+                    }
+                }
+                Err(fault) => tracing::error!(error = %fault, "the runs cannot be read"),
+            }
+            tokio::select! {
+                () = async { changed.await; tokio::time::sleep(LOOK_EVERY).await } => {}
+                () = tokio::time::sleep(TRAINER_LOOK_EVERY), if often => {}
+                () = self.inner.stop.cancelled() => return,
+            }
+        }
+    }
+
+    /// Looks at a run in a task of its own, unless one does already.
+    fn look_soon(&self, name: RunName) {
+        if !self.inner.runs.busy.lock().insert(name.clone()) {
+            return;
+        }
+        let this = self.clone();
+        self.inner.tasks.spawn(async move {
+            tokio::select! {
+                result = this.look_at(&name) => {
+                    if let Err(fault) = result {
+                        tracing::warn!(run = %name, error = %fault, "a run could not go on; tried again");
+                    }
+                }
+                () = this.inner.stop.cancelled() => {}
+            }
+            this.inner.runs.busy.lock().remove(&name);
+        });
+    }
+
+    async fn look_at(&self, name: &RunName) -> Result<(), Fault> {
+        let Some((run, effects)) = self.take(name, None).await? else { return Ok(()) };
+        for effect in effects {
+            self.run_effect(&run, effect).await?;
+        }
+        Ok(())
+    }
+
+    /// Takes an event, or looks; what changed is durable when this returns.
+    async fn take(&self, name: &RunName, event: Option<Event>) -> Result<Option<(Run, Vec<Effect>)>, Fault> {
+        let _turn = self.inner.runs.turn.lock().await;
+        let Some(RunRow { run: before, .. }) = self.inner.catalogue.run::<Run>(name.as_str()).await? else { return Ok(None) };
+        let event = match event {
+            Some(event) => event,
+            None => Event::Looked(self.see(&before).await?),
+        };
+        let (after, effects) = step(&before, event, now_ms());
+        if after != before {
+            if after.phase != before.phase {
+                tracing::info!(run = %name, phase = ?after.phase, why = after.message.as_deref().unwrap_or_default(), "a run");
+            }
+            self.save_run(&after).await?;
+        }
+        Ok(Some((after, effects)))
+    }
+
+    fn folder(&self, run: &Run) -> Folder {
+        Folder::new(self.inner.config.data_dir.join("runs").join(run.spec.name.as_str()))
+    }
+
+    fn trainer(&self) -> Trainer {
+        match &self.inner.config.train {
+            None => Trainer::None,
+            Some(train) if train.url.is_some() => Trainer::Platform,
+            Some(_) => Trainer::Command,
+        }
+    }
+
+    async fn see(&self, run: &Run) -> Result<Seen, Fault> {
+        let catalogue = &self.inner.catalogue;
+        let mut missing = None;
+        if run.phase == Phase::Waiting {
+            for input in &run.spec.inputs {
+                let there = match catalogue.artifact(&input.artifact).await {
+                    Ok(row) => row.place.is_some() && row.digest == input.digest,
+                    Err(fault) if fault.code == Code::NotFound => false,
+                    Err(fault) => return Err(fault),
+                };
+                if !there {
+                    missing = Some(input.artifact.to_string());
+                    break;
+                }
+            }
+        }
+        let others = catalogue.runs::<Run>(true, OPEN_MAX).await?;
+        let training = others.iter().filter(|row| row.run.phase == Phase::Training && row.run.spec.name != run.spec.name).count();
+        let at_once = self.inner.config.train.as_ref().and_then(|train| train.at_once).unwrap_or(1);
+        let folder = self.folder(run);
+        // A folder of a run that this one has not started is another's.
+        let fresh = run.starts == 0;
+        let (process, has_output) = blocking(move || match fresh {
+            true => Ok((Process::Absent, false)),
+            false => Ok((folder.process()?, folder.has_output())),
+        })
+        .await?;
+        Ok(Seen { missing, turn: training < at_once as usize, trainer: self.trainer(), process, has_output })
+    }
+
+    async fn run_effect(&self, run: &Run, effect: Effect) -> Result<(), Fault> {
+        let name = &run.spec.name;
+        match effect {
+            Effect::Start if run.by_platform => {
+                if self.is_too_soon(name) {
+                    return Ok(());
+                }
+                let event = match self.call_platform(run).await {
+                    Ok(()) => Event::Called,
+                    Err(fault) => {
+                        self.put_off(name);
+                        Event::NotStarted(fault.message)
+                    }
+                };
+                self.take(name, Some(event)).await.map(|_| ())
+            }
+            Effect::Start => match self.start_command(run).await {
+                Ok(()) => Ok(()),
+                Err(fault) => self.take(name, Some(Event::NotStarted(fault.message))).await.map(|_| ()),
+            },
+            Effect::Stop => {
+                let folder = self.folder(run);
+                blocking(move || folder.stop()).await
+            }
+            Effect::Publish => {
+                if self.is_too_soon(name) {
+                    return Ok(());
+                }
+                let event = match self.publish_output(run).await {
+                    Ok(model) => Event::Published(model),
+                    Err(fault) => {
+                        self.put_off(name);
+                        Event::NotPublished { again: fault.retry != Retry::Never, why: fault.message }
+                    }
+                };
+                self.take(name, Some(event)).await.map(|_| ())
+            }
+            Effect::Remove(list) => {
+                for borrowed in list {
+                    if self.give_back(&borrowed).await? {
+                        self.take(name, Some(Event::Removed(borrowed.transfer))).await?;
+                    }
+                }
+                Ok(())
+            }
+        }
+    }
+
+    fn is_too_soon(&self, name: &RunName) -> bool {
+        self.inner.runs.again.lock().get(name).is_some_and(|(_, at)| Instant::now() < *at)
+    }
+
+    fn put_off(&self, name: &RunName) {
+        let mut again = self.inner.runs.again.lock();
+        again.retain(|_, (_, at)| at.elapsed() < BACKOFF_MAX);
+        let (tries, at) = again.entry(name.clone()).or_insert((0, Instant::now()));
+        *at = Instant::now() + BACKOFF_FIRST.saturating_mul(1 << (*tries).min(16)).min(BACKOFF_MAX);
+        *tries += 1;
+    }
+
+    async fn start_command(&self, run: &Run) -> Result<(), Fault> {
+        let Some(train) = &self.inner.config.train else { return Err(Fault::config("there is no [train]")) };
+        let descriptor = self.descriptor(run).await?;
+        let folder = self.folder(run);
+        let path = folder.descriptor().display().to_string();
+        let mut command = train.command.clone();
+        command.push(path.clone());
+        let environment = BTreeMap::from([
+            ("PACKHORSE_RUN".to_owned(), path),
+            ("PACKHORSE_API".to_owned(), format!("http://{}", from_here(self.inner.config.listen.api))),
+            ("PACKHORSE_TOKEN_FILE".to_owned(), ApiToken::path(&self.inner.config.data_dir).display().to_string()),
+        ]);
+        let deadline_ms = run.spec.deadline_ms;
+        blocking(move || {
+            folder.prepare(&descriptor)?;
+            folder.start(&command, environment, deadline_ms)
+        })
+        .await
+    }
+
+    async fn call_platform(&self, run: &Run) -> Result<(), Fault> {
+        let url = self.inner.config.train.as_ref().and_then(|train| train.url.clone());
+        let Some(url) = url else { return Err(Fault::config("there is no [train] url")) };
+        let descriptor = self.descriptor(run).await?;
+        let (folder, text) = (self.folder(run), descriptor.clone());
+        blocking(move || folder.prepare(&text)).await?;
+        // Set once a process; whoever came first chose the same.
+        let _ = rustls::crypto::ring::default_provider().install_default();
+        let client = reqwest::Client::builder().redirect(reqwest::redirect::Policy::none()).timeout(TRAINER_CALL_MAX).build();
+        let client = client.map_err(|e| Fault::internal(format!("cannot make an HTTP client: {e}")))?;
+        let unreachable = |why: String| Fault::unreachable(format!("the training platform at {url} {why}"));
+        let answer = client.post(&url).json(&descriptor).send().await.map_err(|e| unreachable(format!("does not answer: {e}")))?;
+        if answer.status().is_success() { Ok(()) } else { Err(unreachable(format!("answers {}", answer.status()))) }
+    }
+
+    /// What a trainer is told: where each input lies, and where the model is to be put.
+    async fn descriptor(&self, run: &Run) -> Result<Value, Fault> {
+        let spec = &run.spec;
+        let mut inputs = Vec::new();
+        for input in &spec.inputs {
+            let row = self.inner.catalogue.artifact(&input.artifact).await?;
+            let artifact = &input.artifact;
+            let mut about = json!({
+                "artifact": artifact, "kind": artifact.kind, "name": artifact.name(), "version": artifact.version(),
+                "digest": input.digest.hex(), "bytes": input.bytes,
+            });
+            let more = match artifact.kind {
+                Kind::Dataset | Kind::Operator | Kind::Model => json!({ "path": row.location }),
+                Kind::Image => json!({ "image": row.location }),
+                Kind::Labels => {
+                    let sink = self.inner.config.labels_sink();
+                    let schema = if sink.url.starts_with("sqlite:") { "" } else { "packhorse." };
+                    json!({
+                        "database": sink.url, "table": format!("{schema}annotations"),
+                        "label_set": artifact.name(), "location": row.location,
+                        "rows": row.place.as_ref().and_then(|place| match place {
+                            crate::sink::Place::Folder { path } => Some(path.display().to_string()),
+                            crate::sink::Place::Registry { .. } => None,
+                        }),
+                    })
+                }
+            };
+            if let (Some(about), Value::Object(more)) = (about.as_object_mut(), more) {
+                about.extend(more);
+            }
+            inputs.push(about);
+        }
+        let deadline = jiff::Timestamp::from_millisecond(spec.deadline_ms).map(clock::rfc3339).unwrap_or_default();
+        Ok(json!({
+            "run": spec.name, "id": spec.id, "from": spec.from, "on": spec.on, "start": run.starts, "deadline_at": deadline,
+            "inputs": inputs, "output": self.folder(run).output(), "expect": spec.expect,
+            "model": spec.expect.reference(&spec.name)?,
+        }))
+    }
+
+    async fn publish_output(&self, run: &Run) -> Result<Model, Fault> {
+        let artifact = run.spec.expect.reference(&run.spec.name)?;
+        let request = PublishRequest {
+            source: self.folder(run).output().display().to_string(),
+            as_ref: artifact.to_string(),
+            to: None,
+            options: SourceOptions::default(),
+            run: Some(run.spec.name.to_string()),
+        };
+        let published = self.publish_here(request).await?;
+        let digest = hex::decode(&published.digest).ok().and_then(|bytes| bytes.try_into().ok());
+        let digest = digest.ok_or_else(|| Fault::internal(format!("{:?} is not a digest", published.digest)))?;
+        Ok(Model { artifact, digest: crate::chunk::Hash(digest) })
+    }
+
+    /// Removes a borrowed input. `false`: it is still on its way here, and is being given up.
+    async fn give_back(&self, borrowed: &Borrowed) -> Result<bool, Fault> {
+        let inner = &self.inner;
+        let row = match inner.catalogue.transfer(&borrowed.transfer).await {
+            Ok(row) => row,
+            Err(fault) if fault.code == Code::NotFound => return Ok(true),
+            Err(fault) => return Err(fault),
+        };
+        match row.state {
+            State::Done => {}
+            State::Cancelled => return Ok(true),
+            _ => return Ok(false),
+        }
+        if row.removed_ms.is_some() {
+            return Ok(true);
+        }
+        let artifact = &row.artifact;
+        let lies = inner.catalogue.artifact(artifact).await.ok();
+        // What lies elsewhere than this transfer put it was published here since.
+        if lies.as_ref().is_none_or(|there| !there.published && (there.location == row.body.location || there.location.is_none())) {
+            inner.sinks.of(artifact.kind).remove(artifact).await?;
+            let (places, digest) = (inner.shared.places.clone(), row.digest);
+            blocking(move || places.remove_digest(digest)).await?;
+            inner.catalogue.remove_artifact(artifact).await?;
+            tracing::info!(%artifact, transfer = %row.id, "a borrowed artifact was removed");
+        }
+        inner.catalogue.set_removed(&row.id, now_ms()).await?;
+        Ok(true)
+    }
+}
+
+/// Where a process on this machine reaches an address that the daemon listens on.
+fn from_here(mut address: SocketAddr) -> SocketAddr {
+    if address.ip().is_unspecified() {
+        address.set_ip(match address.ip() {
+            IpAddr::V4(_) => Ipv4Addr::LOCALHOST.into(),
+            IpAddr::V6(_) => Ipv6Addr::LOCALHOST.into(),
+        });
+    }
+    address
+}

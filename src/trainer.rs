@@ -1,0 +1,336 @@
+//! A trainer's process: a run's folder, and the small program that watches over the command in it.
+//!
+//! ```text
+//! <data_dir>/runs/<RUN>/run.json       the descriptor that the trainer reads
+//!                       job.json       what the watcher starts
+//!                       output/        what the trainer makes
+//!                       trainer.log    what it says; trainer.log.old once that was full
+//!                       lock           held by the watcher while it lives
+//!                       stop           written by the daemon: end it
+//!                       exit.json      how it ended; the watcher's last word
+//! ```
+//! The watcher ([`watch`], this program under a hidden command) is not the daemon: a daemon that is killed or renewed leaves
+//! training alone, and finds it again by the lock, which no other process can hold by chance, and by `exit.json`. When both
+//! watcher and trainer went down, with the machine or by a kill of the whole unit, the lock is free and there is no
+//! `exit.json`: the run then begins again from nothing. The trainer dies with its watcher; what a trainer leaves running
+//! in its process group is killed when it ends.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{Read, Write};
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::{Arc, mpsc};
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
+use rustix::fs::FlockOperation;
+use rustix::process::{Pid, Signal, kill_process_group};
+use serde::{Deserialize, Serialize};
+
+use crate::clock;
+use crate::durable;
+use crate::fault::{Fault, IoContext};
+use crate::limits::{TRAINER_GRACE, TRAINER_LOG_BYTES_MAX, TRAINER_TAIL_BYTES};
+use crate::run::Ended;
+use crate::run::site::Process;
+
+/// How often the watcher looks whether it is asked to stop.
+const LOOK_EVERY: Duration = Duration::from_millis(100);
+/// How long a new watcher may take to take its lock.
+const BEGIN_MAX: Duration = Duration::from_secs(10);
+/// How long the rest of the output is waited for once the trainer has ended.
+const LAST_WORDS_MAX: Duration = Duration::from_secs(2);
+
+/// What the watcher starts.
+#[derive(Debug, Serialize, Deserialize)]
+struct Job {
+    command: Vec<String>,
+    environment: BTreeMap<String, String>,
+    deadline_ms: i64,
+}
+
+/// A run's folder.
+#[derive(Debug, Clone)]
+pub struct Folder(PathBuf);
+
+impl Folder {
+    /// The folder of a run. Nothing is made yet.
+    pub fn new(path: PathBuf) -> Self {
+        Self(path)
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+
+    /// The descriptor.
+    pub fn descriptor(&self) -> PathBuf {
+        self.0.join("run.json")
+    }
+
+    /// What the trainer makes.
+    pub fn output(&self) -> PathBuf {
+        self.0.join("output")
+    }
+
+    fn file(&self, name: &str) -> PathBuf {
+        self.0.join(name)
+    }
+
+    /// Whether there is something in the output folder.
+    pub fn has_output(&self) -> bool {
+        std::fs::read_dir(self.output()).is_ok_and(|mut entries| entries.next().is_some())
+    }
+
+    /// Makes the folder anew, with its descriptor: what an earlier start left is gone.
+    pub fn prepare(&self, descriptor: &serde_json::Value) -> Result<(), Fault> {
+        durable::remove_all(&self.0)?;
+        durable::create_dir_all(&self.output())?;
+        let text = serde_json::to_vec_pretty(descriptor).map_err(|e| Fault::internal(format!("a descriptor as JSON: {e}")))?;
+        durable::replace(&self.descriptor(), &text)
+    }
+
+    /// How its process is.
+    pub fn process(&self) -> Result<Process, Fault> {
+        let ended = || -> Result<Option<Ended>, Fault> {
+            let path = self.file("exit.json");
+            match std::fs::read(&path) {
+                Ok(text) => serde_json::from_slice(&text).map(Some).map_err(|e| Fault::internal(format!("{}: {e}", path.display()))),
+                Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
+                Err(e) => Err(Fault::io(path.display(), &e)),
+            }
+        };
+        if let Some(ended) = ended()? {
+            return Ok(Process::Ended(ended));
+        }
+        match self.lock()? {
+            None => Ok(Process::Running),
+            // It may have written its last word and gone between the two looks.
+            Some(_free) => Ok(ended()?.map_or(Process::Absent, Process::Ended)),
+        }
+    }
+
+    fn lock(&self) -> Result<Option<File>, Fault> {
+        if !self.0.is_dir() {
+            return File::open("/dev/null").at("open /dev/null").map(Some);
+        }
+        let path = self.file("lock");
+        let file = File::options().create(true).truncate(false).write(true).open(&path).at(path.display())?;
+        Ok(rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive).is_ok().then_some(file))
+    }
+
+    /// Starts the command under a watcher, and returns once that has taken over. The folder is prepared.
+    pub fn start(&self, command: &[String], environment: BTreeMap<String, String>, deadline_ms: i64) -> Result<(), Fault> {
+        let job = Job { command: command.to_vec(), environment, deadline_ms };
+        let text = serde_json::to_vec_pretty(&job).map_err(|e| Fault::internal(format!("a job as JSON: {e}")))?;
+        durable::replace(&self.file("job.json"), &text)?;
+        // Its own file even when the program was replaced since this daemon began.
+        let mut watcher = Command::new("/proc/self/exe");
+        watcher.arg0("packhorse").arg("trainer").arg(&self.0).current_dir(&self.0).process_group(0);
+        watcher.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        let mut child = watcher.spawn().at("start the trainer's watcher")?;
+        let until = Instant::now() + BEGIN_MAX;
+        loop {
+            if self.process()? != Process::Absent {
+                break;
+            }
+            if let Some(status) = child.try_wait().at("look at the trainer's watcher")? {
+                return Err(Fault::internal(format!("the trainer's watcher ended at once: {status}")));
+            }
+            if Instant::now() >= until {
+                let _ = child.kill();
+                let _ = child.wait();
+                return Err(Fault::internal("the trainer's watcher did not begin"));
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        // Somebody must bury it; it lives as long as the trainer.
+        std::thread::Builder::new()
+            .name("trainer".into())
+            .stack_size(64 << 10)
+            .spawn(move || {
+                let _ = child.wait();
+            })
+            .at("start a thread")?;
+        Ok(())
+    }
+
+    /// Asks the watcher to end the trainer.
+    pub fn stop(&self) -> Result<(), Fault> {
+        let path = self.file("stop");
+        if path.exists() { Ok(()) } else { durable::replace(&path, b"stop\n") }
+    }
+}
+
+/// The watcher: starts the command of a run's folder, keeps what it says within bounds, and writes how it ended.
+pub fn watch(folder: &Path) -> Result<(), Fault> {
+    let folder = Folder::new(folder.to_owned());
+    let Some(_lock) = folder.lock()? else { return Ok(()) };
+    if folder.file("exit.json").exists() {
+        return Ok(());
+    }
+    let path = folder.file("job.json");
+    let text = std::fs::read(&path).at(path.display())?;
+    let job: Job = serde_json::from_slice(&text).map_err(|e| Fault::internal(format!("{}: {e}", path.display())))?;
+    let ended = work(&folder, &job)?;
+    let text = serde_json::to_vec_pretty(&ended).map_err(|e| Fault::internal(format!("an end as JSON: {e}")))?;
+    durable::replace(&folder.file("exit.json"), &text)
+}
+
+/// The last step before the trainer: it is to die with its watcher. Returns only when the command cannot be started.
+pub fn become_trainer(command: &[String]) -> Fault {
+    let Some((program, arguments)) = command.split_first() else { return Fault::usage("no command") };
+    if let Err(e) = rustix::process::set_parent_process_death_signal(Some(Signal::KILL)) {
+        return Fault::io("bind the trainer to its watcher", &e.into());
+    }
+    let error = Command::new(program).args(arguments).exec();
+    Fault::io(format_args!("start {program}"), &error)
+}
+
+fn work(folder: &Folder, job: &Job) -> Result<Ended, Fault> {
+    let (mut reader, writer) = std::io::pipe().at("make a pipe")?;
+    let mut command = Command::new("/proc/self/exe");
+    command.arg0("packhorse").args(["trainer", "--exec", "--"]).args(&job.command);
+    command.envs(&job.environment).current_dir(folder.path()).process_group(0).stdin(Stdio::null());
+    command.stdout(writer.try_clone().at("make a pipe")?).stderr(writer);
+    let mut child = command.spawn().at("start the trainer")?;
+    drop(command); // its ends of the pipe
+    let log = Arc::new(Mutex::new(Log::open(folder.file("trainer.log"))?));
+    let (done, said_all) = mpsc::sync_channel::<()>(1);
+    let keeper = log.clone();
+    std::thread::spawn(move || {
+        let mut buffer = [0; 16 << 10];
+        while let Ok(count @ 1..) = reader.read(&mut buffer) {
+            keeper.lock().take(&buffer[..count]);
+        }
+        let _ = done.send(());
+    });
+    let (status, why) = wait(folder, job, &mut child)?;
+    // Whatever it left behind in its group holds GPUs and the pipe.
+    signal(&child, Signal::KILL);
+    let _ = said_all.recv_timeout(LAST_WORDS_MAX);
+    let tail = log.lock().tail();
+    let how = match (status.code(), status.signal()) {
+        (Some(0), _) => "the trainer ended well".to_owned(),
+        (Some(code), _) => format!("the trainer ended with exit code {code}"),
+        (None, Some(signal)) => format!("the trainer was ended by signal {signal}"),
+        (None, None) => "the trainer ended".to_owned(),
+    };
+    Ok(Ended {
+        exit_code: status.code(),
+        signal: status.signal(),
+        message: why.map_or(how.clone(), |why| format!("{how}: {why}")),
+        tail,
+        ended_ms: clock::now_unix_ms() as i64,
+    })
+}
+
+fn signal(child: &Child, signal: Signal) {
+    let _ = kill_process_group(Pid::from_child(child), signal);
+}
+
+/// Waits for the trainer's end, and brings it about when that is asked for.
+fn wait(folder: &Folder, job: &Job, child: &mut Child) -> Result<(ExitStatus, Option<&'static str>), Fault> {
+    let mut stopping: Option<(Instant, &'static str)> = None;
+    loop {
+        if let Some(status) = child.try_wait().at("wait for the trainer")? {
+            return Ok((status, stopping.map(|(_, why)| why)));
+        }
+        match stopping {
+            Some((since, _)) if since.elapsed() >= TRAINER_GRACE => signal(child, Signal::KILL),
+            Some(_) => {}
+            None => {
+                let why = if folder.file("stop").exists() {
+                    Some("the run was ended")
+                } else if clock::now_unix_ms() as i64 >= job.deadline_ms {
+                    Some("the run's time was up")
+                } else {
+                    None
+                };
+                if let Some(why) = why {
+                    signal(child, Signal::TERM);
+                    stopping = Some((Instant::now(), why));
+                }
+            }
+        }
+        std::thread::sleep(LOOK_EVERY);
+    }
+}
+
+/// What a trainer says: a file within bounds, and its last bytes.
+struct Log {
+    path: PathBuf,
+    file: File,
+    size: u64,
+    tail: Vec<u8>,
+}
+
+impl Log {
+    fn open(path: PathBuf) -> Result<Self, Fault> {
+        let file = File::create(&path).at(path.display())?;
+        Ok(Self { path, file, size: 0, tail: Vec::new() })
+    }
+
+    fn take(&mut self, bytes: &[u8]) {
+        if self.size + bytes.len() as u64 > TRAINER_LOG_BYTES_MAX {
+            // A log that cannot be written must not stop a training.
+            let _ = std::fs::copy(&self.path, self.path.with_extension("log.old"));
+            if let Ok(file) = File::create(&self.path) {
+                self.file = file;
+            }
+            self.size = 0;
+        }
+        if self.file.write_all(bytes).is_ok() {
+            self.size += bytes.len() as u64;
+        }
+        self.tail.extend_from_slice(bytes);
+        let surplus = self.tail.len().saturating_sub(TRAINER_TAIL_BYTES);
+        self.tail.drain(..surplus);
+    }
+
+    fn tail(&self) -> String {
+        String::from_utf8_lossy(&self.tail).trim_end().to_owned()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_log_keeps_its_bounds_and_its_last_words() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("trainer.log");
+        let mut log = Log::open(path.clone()).unwrap();
+        let line = [b'x'; 64 << 10];
+        for _ in 0..(2 * TRAINER_LOG_BYTES_MAX / line.len() as u64) + 3 {
+            log.take(&line);
+        }
+        log.take(b"the end\n");
+        assert!(std::fs::metadata(&path).unwrap().len() <= TRAINER_LOG_BYTES_MAX);
+        assert!(std::fs::metadata(dir.path().join("trainer.log.old")).unwrap().len() <= TRAINER_LOG_BYTES_MAX);
+        assert!(log.tail().ends_with("xthe end") && log.tail().len() < TRAINER_TAIL_BYTES);
+    }
+
+    #[test]
+    fn a_folder_knows_how_its_process_is() {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = Folder::new(dir.path().join("r"));
+        assert_eq!(folder.process().unwrap(), Process::Absent);
+        folder.prepare(&serde_json::json!({"run": "r"})).unwrap();
+        assert_eq!((folder.process().unwrap(), folder.has_output()), (Process::Absent, false));
+        let held = folder.lock().unwrap().unwrap();
+        assert_eq!(folder.process().unwrap(), Process::Running);
+        let ended = Ended { exit_code: Some(0), signal: None, message: "m".into(), tail: "t".into(), ended_ms: 1 };
+        durable::replace(&folder.file("exit.json"), &serde_json::to_vec(&ended).unwrap()).unwrap();
+        drop(held);
+        assert_eq!(folder.process().unwrap(), Process::Ended(ended));
+        durable::replace(&folder.output().join("model"), b"m").unwrap();
+        assert!(folder.has_output());
+        folder.prepare(&serde_json::json!({})).unwrap();
+        assert_eq!((folder.process().unwrap(), folder.has_output()), (Process::Absent, false));
+    }
+}

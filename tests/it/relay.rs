@@ -1,0 +1,289 @@
+//! Site to site through the hub: what is published at one site arrives at others, whoever is away, and leaves its site once.
+
+use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rand::Rng;
+
+use crate::support::daemon::{Hub, Site, SiteSpec, ids};
+use crate::support::line::Line;
+use crate::support::{Scratch, data, disk_usage, labels, limit, secs, tree, wait_for};
+
+const MIB: u64 = 1 << 20;
+
+/// A model of noise, which nothing squeezes.
+fn model(folder: &Path, mib: u64) -> PathBuf {
+    data::model(folder, (mib * MIB) as usize);
+    folder.to_owned()
+}
+
+/// What A may send for so many unique bytes and so many kills.
+fn uplink_max(bytes: u64, kills: u64) -> u64 {
+    bytes * 105 / 100 + 64 * MIB * kills + MIB
+}
+
+#[test]
+fn what_is_published_at_a_site_arrives_at_others_and_leaves_it_once() {
+    let _limit = limit(secs(180));
+    let dir = Scratch::new();
+    let hub = Hub::start_new(dir.path());
+    let line = Line::to(hub.quic);
+    let mut a = Site::start_new(dir.path(), &hub, "a", &SiteSpec { through: Some(line.address()), ..SiteSpec::default() });
+    let b = Site::start_new(dir.path(), &hub, "b", &SiteSpec::default());
+    let set = data::dataset(&dir.join("set"), 60);
+    data::operator(&dir.join("operator"));
+    data::write(&dir.join("weights.bin"), &data::noise(&mut data::rng("weights"), 9 << 20));
+    let coco = dir.join("labels.json");
+    data::write(&coco, labels::coco(&set.photos, &labels::marks(&set.photos, 2)).to_string().as_bytes());
+
+    let published = a.publish(&set.root, "dataset/line:v1", &[]);
+    assert!(published.get("note").is_none(), "the hub has heard of it: {published}");
+    a.publish(&dir.join("operator"), "operator/detect:v1", &[]);
+    a.publish(&dir.join("weights.bin"), "model/detect:v1", &[]);
+    a.publish(&coco, "labels/line:v1", &["--for", "dataset/line:v1"]);
+    assert!(disk_usage(&a.data_dir.join("published")) < MIB, "only the canonical labels are written anew");
+    assert_eq!(disk_usage(&hub.data_dir.join("relay/packs")), 0, "nobody asked for bytes yet");
+    let shown = hub.json(&["show", "dataset/line:v1"]);
+    assert_eq!(shown["origin"], "a");
+    assert_eq!(shown["digest"], published["digest"]);
+    // Again: the same.
+    assert_eq!(a.publish(&set.root, "dataset/line:v1", &[])["unchanged"], true);
+    data::write(&set.root.join("more.txt"), b"more");
+    a.cli(&["publish", set.root.to_str().unwrap(), "--as", "dataset/line:v1"]).expect(6);
+    std::fs::remove_file(set.root.join("more.txt")).unwrap();
+
+    // Asked at A, which waits for transfers of B.
+    let all = ["dataset/line:v1", "operator/detect:v1", "model/detect:v1", "labels/line:v1"];
+    let args: Vec<&str> = ["deliver"].into_iter().chain(all).chain(["--to", "b", "--wait", "--timeout", "90s"]).collect();
+    a.cli(&args).expect(0);
+    tree::assert_same(&set.root, &b.folder("dataset/line:v1"));
+    tree::assert_same(&dir.join("operator"), &b.folder("operator/detect:v1"));
+    assert_eq!(
+        blake3::hash(&std::fs::read(b.folder("model/detect:v1").join("weights.bin")).unwrap()),
+        blake3::hash(&std::fs::read(dir.join("weights.bin")).unwrap()),
+    );
+    for reference in all {
+        a.cli(&["verify", reference]).expect(0);
+        b.cli(&["verify", reference]).expect(0);
+        hub.cli(&["verify", reference]).expect(0);
+    }
+
+    // The second receiver costs A nothing, not even its being there.
+    let sent = line.up();
+    let bytes: u64 = [set.root.clone(), dir.join("operator")].iter().map(|f| disk_usage(f)).sum::<u64>() + (9 << 20);
+    assert!(sent < uplink_max(bytes, 0) + 2 * MIB, "A sent {sent} bytes of {bytes}");
+    a.stop();
+    let c = Site::start_new(dir.path(), &hub, "c", &SiteSpec::default());
+    // What B received it may send on.
+    let transfers = ids(&b.json(&["deliver", "dataset/line:v1", "model/detect:v1", "--to", "c"]));
+    for id in &transfers {
+        hub.wait_done(id, secs(60));
+    }
+    tree::assert_same(&set.root, &c.folder("dataset/line:v1"));
+    assert!(line.up() - sent < MIB, "A was asked again");
+    // Pinned or not, what is the hub's own is not a thing to pin, and what lives at a site is.
+    assert_eq!(hub.json(&["pin", "model/detect:v1"])["pinned"], true);
+    assert!(hub.json(&["unpin", "model/detect:v1"]).get("pinned").is_none());
+}
+
+#[test]
+fn either_end_may_be_away_and_it_still_arrives() {
+    let _limit = limit(secs(180));
+    let dir = Scratch::new();
+    let mut hub = Hub::start_new(dir.path());
+    let line = Line::to(hub.quic);
+    let mut a = Site::start_new(dir.path(), &hub, "a", &SiteSpec { through: Some(line.address()), ..SiteSpec::default() });
+    let mut b = Site::start_new(dir.path(), &hub, "b", &SiteSpec::default());
+    let folder = model(&dir.join("model"), 40);
+    b.stop();
+    hub.wait_online("b", false, secs(40));
+    // The hub is away while A publishes: A tells it later, by itself.
+    hub.stop();
+    let published = a.publish(&folder, "model/away:v1", &["--to", "b"]);
+    assert!(published["note"].as_str().is_some_and(|note| note.contains("hub")), "{published}");
+    hub.start();
+    let transfer = wait_for("the hub has heard of it", secs(40), || hub.transfers(&[]).into_iter().next());
+    assert_eq!(transfer.artifact, "model/away:v1");
+    assert!(transfer.has_reason(&["site_offline"]), "{transfer:#?}");
+    let packs = hub.data_dir.join("relay/packs");
+    wait_for("all of it is at the hub", secs(60), || (disk_usage(&packs) > 40 * MIB).then_some(()));
+    wait_for("fetched ahead", secs(20), || hub.log().contains("fetched ahead").then_some(()));
+    a.kill();
+    hub.wait_online("a", false, secs(60));
+    b.start();
+    hub.wait_done(&transfer.id, secs(60));
+    tree::assert_same(&folder, &b.folder("model/away:v1"));
+    assert!(line.up() < uplink_max(40 * MIB, 0) + MIB, "A sent {}", line.up());
+}
+
+#[test]
+fn a_source_that_is_away_is_the_reason_and_its_return_is_enough() {
+    let _limit = limit(secs(180));
+    let dir = Scratch::new();
+    let hub = Hub::start_new(dir.path());
+    let mut a = Site::start_new(dir.path(), &hub, "a", &SiteSpec::default());
+    let b = Site::start_new(dir.path(), &hub, "b", &SiteSpec::default());
+    let folder = model(&dir.join("model"), 8);
+    a.publish(&folder, "model/later:v1", &[]);
+    a.stop();
+    hub.wait_online("a", false, secs(40));
+    let id = hub.deliver(&["model/later:v1"], "b").remove(0);
+    let waits = hub.wait_transfer(&id, "waiting", secs(40), |t| t.has_reason(&["waiting_for_source"]));
+    assert!(waits.next.is_some() && waits.message.is_some(), "{waits:#?}");
+    a.start();
+    hub.wait_done(&id, secs(60));
+    tree::assert_same(&folder, &b.folder("model/later:v1"));
+}
+
+#[test]
+fn chunks_are_passed_on_before_the_source_has_sent_a_tenth() {
+    let _limit = limit(secs(180));
+    let dir = Scratch::new();
+    let hub = Hub::start_new(dir.path());
+    let (line_a, line_b) = (Line::to(hub.quic), Line::to(hub.quic));
+    let a = Site::start_new(dir.path(), &hub, "a", &SiteSpec { through: Some(line_a.address()), ..SiteSpec::default() });
+    let b = Site::start_new(dir.path(), &hub, "b", &SiteSpec { through: Some(line_b.address()), ..SiteSpec::default() });
+    let folder = model(&dir.join("model"), 256);
+    a.publish(&folder, "model/through:v1", &[]);
+    // B brings the manifest first, which is small beside this.
+    let manifest = 2 * MIB;
+    let (sent, received) = (line_a.up(), line_b.down());
+    let id = hub.deliver(&["model/through:v1"], "b").remove(0);
+    let at_first = wait_for_fast(secs(60), || (line_b.down() - received > manifest).then(|| line_a.up() - sent));
+    assert!(at_first < 256 * MIB / 10, "A had sent {at_first} bytes when B had its first");
+    hub.wait_done(&id, secs(120));
+    tree::assert_same(&folder, &b.folder("model/through:v1"));
+    let sent = line_a.up() - sent;
+    assert!(sent < uplink_max(256 * MIB, 0), "A sent {sent}");
+}
+
+fn wait_for_fast<T>(limit: Duration, mut look: impl FnMut() -> Option<T>) -> T {
+    let deadline = Instant::now() + limit;
+    loop {
+        if let Some(found) = look() {
+            return found;
+        }
+        assert!(Instant::now() < deadline, "waited in vain");
+        thread::sleep(Duration::from_millis(1));
+    }
+}
+
+#[test]
+fn two_receivers_at_once_cost_one_uplink() {
+    let _limit = limit(secs(180));
+    let dir = Scratch::new();
+    let hub = Hub::start_new(dir.path());
+    let line = Line::to(hub.quic);
+    let a = Site::start_new(dir.path(), &hub, "a", &SiteSpec { through: Some(line.address()), ..SiteSpec::default() });
+    let others: Vec<Site> = ["b", "c", "d"].iter().map(|name| Site::start_new(dir.path(), &hub, name, &SiteSpec::default())).collect();
+    let folder = model(&dir.join("model"), 64);
+    a.publish(&folder, "model/many:v1", &[]);
+    let sent = line.up();
+    for id in hub.deliver(&["model/many:v1"], "b,c,d") {
+        hub.wait_done(&id, secs(120));
+    }
+    for site in &others {
+        tree::assert_same(&folder, &site.folder("model/many:v1"));
+    }
+    let sent = line.up() - sent;
+    assert!(sent < uplink_max(64 * MIB, 0), "A sent {sent} bytes of {}", 64 * MIB);
+}
+
+#[test]
+fn a_file_that_changed_after_publishing_fails_the_transfer_with_its_path() {
+    let _limit = limit(secs(120));
+    let dir = Scratch::new();
+    let hub = Hub::start_new(dir.path());
+    let a = Site::start_new(dir.path(), &hub, "a", &SiteSpec::default());
+    let b = Site::start_new(dir.path(), &hub, "b", &SiteSpec::default());
+    let set = data::dataset(&dir.join("set"), 20);
+    a.publish(&set.root, "dataset/line:v1", &[]);
+    let file = set.root.join(&set.photos[7].path);
+    let good = std::fs::read(&file).unwrap();
+    let mut bad = good.clone();
+    bad[40] ^= 1;
+    std::fs::write(&file, bad).unwrap();
+    let id = hub.deliver(&["dataset/line:v1"], "b").remove(0);
+    let failed = hub.wait_transfer(&id, "failed", secs(60), |t| t.state == "failed");
+    assert_eq!(failed.reason.as_deref(), Some("integrity"));
+    assert!(failed.message.as_deref().is_some_and(|m| m.contains(&set.photos[7].path)), "{failed:#?}");
+    assert!(!b.folder("dataset/line:v1").exists(), "nothing wrong arrives");
+    a.cli(&["verify", "dataset/line:v1"]).expect(8).says(&[]);
+    // The old content again, and it goes on.
+    std::fs::write(&file, good).unwrap();
+    a.cli(&["verify", "dataset/line:v1"]).expect(0);
+    hub.cli(&["retry", &id]).expect(0);
+    hub.wait_done(&id, secs(60));
+    tree::assert_same(&set.root, &b.folder("dataset/line:v1"));
+}
+
+#[test]
+fn a_site_says_whom_it_shares_with() {
+    let _limit = limit(secs(120));
+    let dir = Scratch::new();
+    let hub = Hub::start_new(dir.path());
+    let more = "[share]\nallow = [\"b\", \"line=3\"]";
+    let a = Site::start_new(dir.path(), &hub, "a", &SiteSpec { more, ..SiteSpec::default() });
+    let b = Site::start_new(dir.path(), &hub, "b", &SiteSpec::default());
+    let c = Site::start_new(dir.path(), &hub, "c", &SiteSpec { labels: &["line=4"], ..SiteSpec::default() });
+    let d = Site::start_new(dir.path(), &hub, "d", &SiteSpec { labels: &["line=3"], ..SiteSpec::default() });
+    let folder = model(&dir.join("model"), 1);
+    a.publish(&folder, "model/private:v1", &[]);
+    let refused = hub.cli(&["deliver", "model/private:v1", "--to", "c"]).expect(5);
+    let absent = hub.cli(&["deliver", "model/absent:v1", "--to", "c"]).expect(5);
+    assert_eq!(refused.err.replace("private", "absent"), absent.err, "one answer for both");
+    hub.cli(&["plan", "model/private:v1", "--to", "c"]).expect(5);
+    // "All" are those that may have it.
+    let ids = hub.deliver(&["model/private:v1"], "all");
+    assert_eq!(ids.len(), 2, "B and D");
+    for id in &ids {
+        hub.wait_done(id, secs(60));
+    }
+    tree::assert_same(&folder, &b.folder("model/private:v1"));
+    tree::assert_same(&folder, &d.folder("model/private:v1"));
+    // B cannot send on what is not its own to share.
+    b.cli(&["deliver", "model/private:v1", "--to", "c"]).expect(5);
+    assert!(!c.folder("model/private:v1").exists());
+}
+
+#[test]
+fn kills_of_all_three_at_random_moments_cost_little() {
+    let _limit = limit(secs(300));
+    let dir = Scratch::new();
+    let mut hub = Hub::start_new(dir.path());
+    let (line_a, line_b) = (Line::to(hub.quic), Line::to(hub.quic));
+    let mut a = Site::start_new(dir.path(), &hub, "a", &SiteSpec { through: Some(line_a.address()), ..SiteSpec::default() });
+    let mut b = Site::start_new(dir.path(), &hub, "b", &SiteSpec { through: Some(line_b.address()), ..SiteSpec::default() });
+    let folder = model(&dir.join("model"), 128);
+    a.publish(&folder, "model/kills:v1", &[]);
+    line_b.throttle(8 << 20);
+    let sent = line_a.up();
+    let id = hub.deliver(&["model/kills:v1"], "b").remove(0);
+    let mut rng = rand::rng();
+    let mut kills = 0;
+    for round in 0..9 {
+        thread::sleep(Duration::from_millis(rng.random_range(100..1500)));
+        match round % 3 {
+            0 => {
+                hub.kill();
+                hub.start();
+            }
+            1 => {
+                a.kill();
+                a.start();
+            }
+            _ => {
+                b.kill();
+                b.start();
+            }
+        }
+        kills += 1;
+    }
+    line_b.throttle(0);
+    hub.wait_done(&id, secs(120));
+    tree::assert_same(&folder, &b.folder("model/kills:v1"));
+    let sent = line_a.up() - sent;
+    assert!(sent < uplink_max(128 * MIB, kills), "A sent {} MiB of 128 with {kills} kills", sent >> 20);
+    eprintln!("A sent {} MiB of 128 with {kills} kills", sent >> 20);
+}

@@ -1,0 +1,132 @@
+//! The properties of the data plane that are not a speed: what a kill may cost, what memory many files may take, and that
+//! a local source is never believed.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+use crate::support::daemon::{Hub, Site, SiteSpec};
+use crate::support::data;
+use crate::support::line::Line;
+use crate::support::tree::assert_same;
+use crate::support::{Scratch, limit, secs};
+
+/// What is carried: much more than a kill may cost.
+const SIZE: usize = 192 << 20;
+/// Bytes a second on the line: fast enough that what is on the way fills its limit, slow enough to be hit in the middle.
+const RATE: u64 = 48 << 20;
+/// What a kill may cost on the line.
+const AGAIN: u64 = 64 << 20;
+/// The budget of a daemon.
+const MEMORY: u64 = 256 << 20;
+/// Files of the memory test.
+const FILES: usize = 40_000;
+
+/// Kills a daemon in the middle of a transfer, and lets it end: content right, and no more sent again than the bound.
+fn kill_in_the_middle(kill: impl Fn(&mut Hub, &mut Site)) {
+    let scratch = Scratch::new();
+    let mut hub = Hub::start_new(scratch.path());
+    let line = Line::to(hub.quic);
+    let mut site = Site::start_new(scratch.path(), &hub, "chengdu", &SiteSpec { through: Some(line.address()), ..SiteSpec::default() });
+    let source = scratch.join("model");
+    data::write(&source.join("weights.bin"), &data::noise(&mut data::rng("resume"), SIZE));
+    hub.publish(&source, "model/big:v1", &[]);
+    line.throttle(RATE);
+    let before = line.down();
+    let transfer = hub.deliver(&["model/big:v1"], "chengdu").remove(0);
+    // Late enough that a start from nothing would cost more than the bound.
+    hub.wait_transfer(&transfer, "on its way", secs(60), |t| t.bytes.received >= 90 << 20);
+    kill(&mut hub, &mut site);
+    let done = hub.wait_done(&transfer, secs(120));
+    assert_same(&source, &site.folder("model/big:v1"));
+    assert_eq!(done.bytes.committed, done.bytes.total, "{:?}", done.bytes);
+    // Headers and acknowledgements of the datagrams are no payload: 3 %.
+    let most = SIZE as u64 + SIZE as u64 * 3 / 100 + AGAIN;
+    let sent = line.down() - before;
+    assert!(sent <= most, "{sent} bytes crossed the line, {most} would do: {:?}", done.bytes);
+}
+
+#[test]
+fn a_killed_site_is_sent_again_no_more_than_was_not_committed() {
+    let _limit = limit(secs(240));
+    kill_in_the_middle(|_, site| {
+        site.kill();
+        site.start();
+    });
+}
+
+#[test]
+fn a_killed_hub_sends_again_no_more_than_was_not_committed() {
+    let _limit = limit(secs(240));
+    kill_in_the_middle(|hub, _| {
+        hub.kill();
+        hub.start();
+    });
+}
+
+#[test]
+fn many_files_stay_within_the_memory_of_a_daemon() {
+    let _limit = limit(secs(290));
+    let scratch = Scratch::new();
+    let hub = Hub::start_new(scratch.path());
+    let site = Site::start_new(scratch.path(), &hub, "chengdu", &SiteSpec::default());
+    let source = scratch.join("many");
+    for number in 0..FILES {
+        if number % 1000 == 0 {
+            std::fs::create_dir_all(source.join(format!("{:03}", number / 1000))).unwrap();
+        }
+        std::fs::write(source.join(format!("{:03}/{number:06}.txt", number / 1000)), format!("sample {number}\n").repeat(1 + number % 40))
+            .unwrap();
+    }
+    hub.publish(&source, "dataset/many:v1", &[]);
+    hub.deliver_and_wait("dataset/many:v1", "chengdu", secs(200));
+    assert_same(&source, &site.folder("dataset/many:v1"));
+    for daemon in [&*hub, &*site] {
+        let peak = daemon.memory("VmHWM");
+        assert!(peak <= MEMORY, "{} took {peak} bytes at its peak", daemon.name);
+    }
+}
+
+/// Flips a byte in the middle of a file, and leaves its size and time as they were.
+fn damage(path: &Path) {
+    let file = File::options().read(true).write(true).open(path).unwrap();
+    let meta = file.metadata().unwrap();
+    let mut byte = [0];
+    file.read_exact_at(&mut byte, meta.len() / 2).unwrap();
+    file.write_all_at(&[byte[0] ^ 1], meta.len() / 2).unwrap();
+    file.set_modified(meta.modified().unwrap()).unwrap();
+}
+
+#[test]
+fn a_local_source_that_changed_unseen_is_fetched_instead() {
+    let _limit = limit(secs(200));
+    let scratch = Scratch::new();
+    let hub = Hub::start_new(scratch.path());
+    let site = Site::start_new(scratch.path(), &hub, "chengdu", &SiteSpec::default());
+    let (v1, v2) = (scratch.join("v1"), scratch.join("v2"));
+    let mut rng = data::rng("stale");
+    for folder in [&v1, &v2] {
+        std::fs::create_dir_all(folder).unwrap();
+    }
+    let sizes = [("small.bin", 30 << 10), ("middle.bin", 300 << 10), ("large.bin", 3 << 20), ("sound.bin", 2 << 20)];
+    for (name, size) in sizes {
+        let bytes = data::noise(&mut rng, size);
+        data::write(&v1.join(name), &bytes);
+        data::write(&v2.join(name), &bytes);
+    }
+    // A file that is in parts what it was: its chunks are taken one by one.
+    let mut grown = std::fs::read(v1.join("large.bin")).unwrap();
+    grown.splice(1000..1000, data::noise(&mut rng, 500));
+    data::write(&v2.join("grown.bin"), &grown);
+    hub.publish(&v1, "model/net:v1", &[]);
+    hub.deliver_and_wait("model/net:v1", "chengdu", secs(60));
+    for name in ["small.bin", "middle.bin", "large.bin"] {
+        damage(&site.folder("model/net:v1").join(name));
+    }
+    hub.publish(&v2, "model/net:v2", &[]);
+    let done = hub.deliver_and_wait("model/net:v2", "chengdu", secs(60));
+    assert_same(&v2, &site.folder("model/net:v2"));
+    assert!(done.bytes.reused >= 2 << 20, "what is sound is taken from here: {:?}", done.bytes);
+    assert!(done.bytes.received >= 30 << 10, "what was changed is fetched: {:?}", done.bytes);
+    assert!(done.bytes.received < 4 << 20, "and not everything is: {:?}", done.bytes);
+}

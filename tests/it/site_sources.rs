@@ -1,0 +1,115 @@
+//! What a site can publish that is no path of files: rows of its label database, images of its registry, archives.
+
+use std::path::{Path, PathBuf};
+
+use crate::support::daemon::{Hub, Site, SiteSpec};
+use crate::support::data;
+use crate::support::images;
+use crate::support::labels as marks;
+use crate::support::postgres::Postgres;
+use crate::support::registry::Registry;
+use crate::support::{Scratch, disk_usage, find, limit, secs};
+
+/// The folder of what a site had to write to publish an artifact.
+fn kept(site: &Site, digest: &str) -> PathBuf {
+    site.data_dir.join("published").join(digest)
+}
+
+fn text(path: &Path) -> String {
+    std::fs::read_to_string(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
+}
+
+/// Publishes at a site, checks that the hub lists it as the site's, and gives the digest.
+fn publish_at(site: &Site, hub: &Hub, source: &str, reference: &str) -> String {
+    let answer = site.json(&["publish", source, "--as", reference]);
+    let digest = answer["digest"].as_str().unwrap().to_owned();
+    let shown = hub.json(&["show", reference]);
+    assert_eq!((shown["digest"].as_str(), shown["origin"].as_str()), (Some(&*digest), Some(&*site.name)), "{shown}");
+    site.cli(&["verify", reference]).expect(0);
+    digest
+}
+
+fn labels_out_of_a_database(site: &Site, hub: &Hub, view: &str, scratch: &Scratch) {
+    let set = data::dataset(&scratch.join(&format!("{}-set", site.name)), 40);
+    let made = marks::marks(&set.photos, 4);
+    let file = scratch.join(&format!("{}.csv", site.name));
+    data::write(&file, marks::csv(&made).as_bytes());
+    let (name, site_name) = (format!("panels-{}", site.name), site.name.clone());
+    let reference = format!("labels/{name}:v1");
+    hub.publish(&file, &reference, &[]);
+    hub.deliver_and_wait(&reference, &site_name, secs(60));
+
+    // A version: the files are those that were delivered, byte for byte.
+    let digest = publish_at(site, hub, &format!("db:{name}:v1"), &format!("labels/{name}-out:v1"));
+    let delivered = site.data_dir.join("labels").join(&name).join("v1");
+    for file in ["annotations.jsonl", "classes.jsonl", "samples.jsonl"] {
+        assert_eq!(text(&kept(site, &digest).join(file)), text(&delivered.join(file)), "{file}");
+    }
+    assert_eq!(hub.json(&["show", &format!("labels/{name}-out:v1")])["info"]["format"], "database");
+    assert_eq!(publish_at(site, hub, &format!("db:{name}"), &format!("labels/{name}-out:v2")), digest, "the active version is that one");
+
+    // Rows, in two orders.
+    let class = marks::CLASSES[made[0].class].1;
+    let query = format!("db:SELECT * FROM {view} WHERE label_set = '{name}' AND class = '{class}' ORDER BY");
+    let one = publish_at(site, hub, &format!("{query} sample_path, x"), &format!("labels/{name}-some:v1"));
+    assert_eq!(publish_at(site, hub, &format!("{query} y DESC"), &format!("labels/{name}-some:v2")), one);
+    let rows = text(&kept(site, &one).join("annotations.jsonl")).lines().count();
+    assert_eq!(rows, made.iter().filter(|m| marks::CLASSES[m.class].1 == class).count());
+
+    let refused = ["publish", "db:nothing:v1", "--as", "labels/x:v1"];
+    site.cli(&refused).expect(5).says(&["does not hold"]);
+    site.cli(&["publish", "db:SELECT 1 AS one", "--as", "labels/x:v1"]).expect(2).says(&["sample_path"]);
+    hub.cli(&["publish", &format!("db:{name}:v1"), "--as", "labels/x:v1"]).expect(2).says(&["site"]);
+    hub.cli(&["show", "labels/x:v1"]).expect(5);
+}
+
+#[test]
+fn labels_out_of_postgres_and_sqlite() {
+    let _limit = limit(secs(200));
+    let scratch = Scratch::new();
+    let postgres = Postgres::start_new(&scratch);
+    let hub = Hub::start_new(scratch.path());
+    let spec = SiteSpec { labels_sink: Some(postgres.sink(&scratch, "labels")), ..SiteSpec::default() };
+    let chengdu = Site::start_new(scratch.path(), &hub, "chengdu", &spec);
+    let hefei = Site::start_new(scratch.path(), &hub, "hefei", &SiteSpec::default());
+    labels_out_of_a_database(&chengdu, &hub, "packhorse.annotations", &scratch);
+    labels_out_of_a_database(&hefei, &hub, "annotations", &scratch);
+}
+
+#[test]
+fn images_of_a_registry_and_of_archives() {
+    let _limit = limit(secs(200));
+    let scratch = Scratch::new();
+    let (own, other) = (Registry::bearer(&scratch, "own"), Registry::basic(&scratch, "other"));
+    let hub = Hub::start_new(scratch.path());
+    let spec = SiteSpec { images_sink: Some(own.sink(&scratch)), ..SiteSpec::default() };
+    let site = Site::start_new(scratch.path(), &hub, "chengdu", &spec);
+    let layout = images::small().join("layout");
+    let original = images::top(&layout)["digest"].clone();
+    let source = format!("oci:{}:v1", layout.display());
+    own.push(&source, "operators/adc:v7");
+    other.push(&source, "tools/adc:v7");
+
+    // The site's own registry is read with the site's own credentials, and keeps the blobs: nothing but the layout's
+    // two small files is written.
+    let digest = publish_at(&site, &hub, &format!("registry://{}/operators/adc:v7", own.host()), "image/adc:v1");
+    assert_eq!(hub.json(&["show", "image/adc:v1"])["info"]["digest"], original);
+    let written = find(&kept(&site, &digest), &|p| p.is_file());
+    assert_eq!(written.len(), 2, "{written:?}");
+    assert!(disk_usage(&kept(&site, &digest)) < 4096, "{written:?}");
+    let scratch_left = find(&site.data_dir.join("scratch"), &|p| p.is_file());
+    assert_eq!(scratch_left, Vec::<PathBuf>::new());
+
+    // Another registry, and archives, are kept: the same image is the same artifact.
+    let file = scratch.join("other-password");
+    data::write(&file, crate::support::registry::PASSWORD.as_bytes());
+    let elsewhere = format!("registry://{}/tools/adc:v7", other.host());
+    let args = ["publish", &elsewhere, "--as", "image/adc:v2", "--username", crate::support::registry::USER, "--password-file"];
+    let args: Vec<&str> = args.into_iter().chain([file.to_str().unwrap()]).collect();
+    let answer = site.json(&args);
+    assert_eq!(answer["digest"], *digest);
+    assert!(disk_usage(&kept(&site, &digest)) > 4096, "what lies in another registry is kept here");
+    let saved = publish_at(&site, &hub, images::small().join("docker.tar").to_str().unwrap(), "image/saved:v1");
+    assert!(find(&kept(&site, &saved), &|p| p.is_file()).len() > 4);
+    site.cli(&["publish", &format!("registry://{}/operators/none:v1", own.host()), "--as", "image/x:v1"]).expect(5);
+}

@@ -1,0 +1,487 @@
+//! Cross-site training: a site borrows another's trainer, the model comes home, and what was borrowed is given back.
+//!
+//! The trainer is a Python script that really learns: which of two textures an image shows, from the pixels delivered and the
+//! rows delivered, by logistic regression. What it learned is tried here, on images that it never saw.
+
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+
+use rand::Rng;
+use serde_json::Value;
+
+use crate::support::daemon::{Hub, PACKHORSE, Site, SiteSpec, Transfer};
+use crate::support::data::{self, write};
+use crate::support::http;
+use crate::support::postgres::sqlite_rows;
+use crate::support::tree::assert_same;
+use crate::support::{Scratch, limit, secs, wait_for};
+
+const SIDE: usize = 12;
+const CLASSES: [&str; 2] = ["clean", "scratched"];
+
+/// Takes its rows from SQLite where it can, else from the JSON Lines beside the database: Python has no PostgreSQL of its own.
+pub(crate) const TRAINER: &str = r#"
+import json, math, os, sqlite3, subprocess, sys, time
+mode, folder, path = sys.argv[1], sys.argv[2], sys.argv[-1]
+assert os.environ["PACKHORSE_RUN"] == path
+run = json.load(open(path))
+inputs = {i["kind"]: i for i in run["inputs"]}
+open(os.path.join(folder, "pid"), "w").write(str(os.getpid()))
+print("training", run["run"], "with", [i["artifact"] for i in run["inputs"]], flush=True)
+while mode == "hold" and not os.path.exists(os.path.join(folder, "go")):
+    time.sleep(0.05)
+if mode == "fail":
+    print("x" * 20000)
+    print("CUDA error: 显存不足", file=sys.stderr)
+    sys.exit(3)
+labels = inputs["labels"]
+if labels["database"].startswith("sqlite:"):
+    db = sqlite3.connect("file:" + labels["database"].removeprefix("sqlite://") + "?mode=ro", uri=True)
+    rows = db.execute(f"SELECT sample_path, class FROM {labels['table']} WHERE label_set = ? AND version = ?", (labels["label_set"], labels["version"])).fetchall()
+else:
+    lines = lambda name: [json.loads(line) for line in open(os.path.join(labels["rows"], name))]
+    names = {c["id"]: c["name"] for c in lines("classes.jsonl")}
+    rows = [(a["sample"], names[a["class"]]) for a in lines("annotations.jsonl")]
+def pixels(file):
+    data = open(file, "rb").read()
+    header, body = data.split(b"\n255\n", 1)
+    assert header.startswith(b"P5")
+    return [b / 255 - 0.5 for b in body]
+classes = ["clean", "scratched"]
+samples = [(pixels(os.path.join(inputs["dataset"]["path"], p)), classes.index(c)) for p, c in sorted(rows)]
+weights, bias = [0.0] * len(samples[0][0]), 0.0
+for epoch in range(60):
+    for x, y in samples:
+        z = bias + sum(w * v for w, v in zip(weights, x))
+        step = 0.1 * (y - 1 / (1 + math.exp(-max(-50, min(50, z)))))
+        bias += step
+        weights = [w + step * v for w, v in zip(weights, x)]
+out = run["output"]
+if mode == "self":
+    out = os.path.join(folder, "made")
+    os.mkdir(out)
+json.dump({"bias": bias, "weights": weights, "samples": len(samples)}, open(os.path.join(out, "model.json"), "w"))
+if mode == "self":
+    subprocess.run([sys.argv[3], "publish", out, "--as", run["model"], "--run", run["run"], "--config", sys.argv[4]], check=True)
+"#;
+
+/// An image of one of two textures, as PGM.
+fn picture(rng: &mut impl Rng, class: usize) -> Vec<u8> {
+    let mut out = format!("P5\n{SIDE} {SIDE}\n255\n").into_bytes();
+    for y in 0..SIDE {
+        for x in 0..SIDE {
+            let line = class == 1 && x.abs_diff(y) <= 1;
+            let level: i32 = if line { 170 } else { 110 };
+            out.push((level + rng.random_range(-60..60)) as u8);
+        }
+    }
+    out
+}
+
+/// A dataset and its labels as CSV.
+pub(crate) fn dataset(scratch: &Scratch, name: &str, count: usize) -> (PathBuf, PathBuf) {
+    let (root, csv) = (scratch.join(name), scratch.join(&format!("{name}.csv")));
+    let mut rng = data::rng(name);
+    let mut text = String::from("sample_path,class,x,y,w,h\n");
+    for i in 0..count {
+        let path = format!("相机/图 {i:03}.pgm");
+        write(&root.join(&path), &picture(&mut rng, i % 2));
+        text += &format!("{path},{},0,0,{SIDE},{SIDE}\n", CLASSES[i % 2]);
+    }
+    write(&csv, text.as_bytes());
+    (root, csv)
+}
+
+/// How many of a hundred images that it never saw a model tells right.
+pub(crate) fn score(model: &Path) -> usize {
+    let text = std::fs::read(model.join("model.json")).unwrap();
+    let model: Value = serde_json::from_slice(&text).unwrap();
+    let weights: Vec<f64> = model["weights"].as_array().unwrap().iter().map(|w| w.as_f64().unwrap()).collect();
+    assert_eq!(weights.len(), SIDE * SIDE);
+    let mut rng = data::rng("never seen");
+    let right = |class: usize, image: &[u8]| {
+        let pixels = &image[image.len() - SIDE * SIDE..];
+        let z = model["bias"].as_f64().unwrap() + pixels.iter().zip(&weights).map(|(p, w)| (f64::from(*p) / 255.0 - 0.5) * w).sum::<f64>();
+        (z > 0.0) == (class == 1)
+    };
+    (0..100).filter(|i| right(i % 2, &picture(&mut rng, i % 2))).count()
+}
+
+struct World {
+    a: Site,
+    b: Site,
+    hub: Hub,
+    folder: PathBuf,
+    scratch: Scratch,
+}
+
+impl World {
+    /// A hub with two sites; b trains with the script in this mode.
+    fn start(mode: &str) -> Self {
+        Self::with(|scratch, folder, hub| Self::command(scratch, folder, hub, mode))
+    }
+
+    fn command(scratch: &Scratch, folder: &Path, hub: &Hub, mode: &str) -> String {
+        let script = scratch.join("trainer.py");
+        write(&script, TRAINER.as_bytes());
+        let words =
+            ["/usr/bin/env", "python3", script.to_str().unwrap(), mode, folder.to_str().unwrap(), PACKHORSE, hub.config.to_str().unwrap()];
+        format!("[train]\ncommand = {words:?}\n")
+    }
+
+    /// A hub with two sites; b has this `[train]`.
+    fn with(train: impl Fn(&Scratch, &Path, &Hub) -> String) -> Self {
+        let scratch = Scratch::new();
+        let folder = scratch.folder("trainer");
+        let hub = Hub::start_new(scratch.path());
+        let a = Site::start_new(scratch.path(), &hub, "a", &SiteSpec::default());
+        let more = train(&scratch, &folder, &hub);
+        let b = Site::start_new(scratch.path(), &hub, "b", &SiteSpec { more: &more, ..SiteSpec::default() });
+        Self { a, b, hub, folder, scratch }
+    }
+
+    /// Publishes a dataset and its labels at the hub.
+    fn publish_at_hub(&self) {
+        let (root, csv) = dataset(&self.scratch, "panels", 60);
+        self.hub.publish(&root, "dataset/panels:v1", &[]);
+        self.hub.publish(&csv, "labels/panels:v1", &["--for", "dataset/panels:v1"]);
+    }
+
+    fn begin(&self, more: &[&str]) -> Value {
+        let args = ["train", "start", "--name", "r1", "--from", "a", "--on", "b", "--input", "labels/panels:v1", "dataset/panels:v1"];
+        let args: Vec<&str> = args.into_iter().chain(["--expect", "model/judge"]).chain(more.iter().copied()).collect();
+        self.hub.json(&args)
+    }
+
+    fn run(&self) -> Value {
+        self.hub.json(&["train", "show", "r1"])
+    }
+
+    #[track_caller]
+    fn wait_run(&self, what: &str, wanted: impl Fn(&Value) -> bool) -> Value {
+        wait_for(&format!("the run is {what}"), secs(90), || Some(self.run()).filter(|run| wanted(run)))
+    }
+
+    /// Waits until the trainer has begun; its process.
+    #[track_caller]
+    fn trainer(&self) -> String {
+        wait_for("the trainer has begun", secs(60), || std::fs::read_to_string(self.folder.join("pid")).ok().filter(|pid| !pid.is_empty()))
+    }
+
+    /// Everything that was borrowed is gone at b.
+    #[track_caller]
+    fn assert_given_back(&self) {
+        self.wait_run("given back", |run| run["released"] == true);
+        for reference in ["dataset/panels:v1", "labels/panels:v1"] {
+            assert!(!self.b.folder(reference).exists(), "{reference} still lies at b");
+            assert!(!self.b.artifacts().contains(&reference.to_owned()), "{reference} is still listed at b");
+        }
+        let rows = sqlite_rows(&self.b.labels_db, "SELECT count(*) AS n FROM annotations WHERE label_set = 'panels'");
+        assert_eq!(rows[0]["n"], 0, "rows at b");
+        for t in self.hub.json(&["status"]).as_array().unwrap() {
+            let borrowed = t["site"] == "b" && t["state"] == "done" && t["artifact"].as_str().unwrap().ends_with("/panels:v1");
+            assert_eq!(!t["removed_at"].is_null(), borrowed, "{t:#}");
+        }
+    }
+}
+
+fn is(state: &'static str) -> impl Fn(&Value) -> bool {
+    move |run| run["state"] == state
+}
+
+#[test]
+fn a_model_that_its_trainer_published_comes_home_and_what_was_borrowed_goes() {
+    let _limit = limit(secs(180));
+    let world = World::start("self");
+    world.publish_at_hub();
+    // b has something of its own, which the run needs as well.
+    let base = world.scratch.join("base");
+    write(&base.join("base.bin"), &data::noise(&mut data::rng("base"), 100_000));
+    world.hub.publish(&base, "model/base:v1", &[]);
+    world.hub.deliver_and_wait("model/base:v1", "b", secs(60));
+
+    // And an older version of what it will borrow.
+    let (older, _) = dataset(&world.scratch, "older", 20);
+    world.hub.publish(&older, "dataset/panels:v0", &[]);
+    world.hub.deliver_and_wait("dataset/panels:v0", "b", secs(60));
+
+    let begun = world.begin(&["--input", "model/base:v1", "--ttl", "1h"]);
+    assert_eq!(begun["name"], "r1");
+    let again = world.begin(&["--input", "model/base:v1", "--ttl", "1h"]);
+    assert_eq!(again["delivery"], begun["delivery"], "asking again begins nothing");
+    world
+        .hub
+        .cli(&["train", "start", "--name", "r1", "--from", "a", "--on", "b", "--input", "model/base:v1", "--expect", "model/x"])
+        .expect(6);
+
+    let done = world.wait_run("done", is("done"));
+    assert_eq!(done["model"]["artifact"], "model/judge:r1", "{done:#}");
+    let right = score(&world.a.folder("model/judge:r1"));
+    assert!(right >= 90, "the model at a tells {right} of 100 right");
+
+    // Both the hub and a know what it was made of.
+    for daemon in [&*world.hub, &*world.a] {
+        let shown = daemon.json(&["show", "model/judge:r1"]);
+        assert_eq!(shown["digest"], done["model"]["digest"]);
+        let lineage = &shown["lineage"];
+        assert_eq!((&lineage["run"], &lineage["from"], &lineage["on"]), (&"r1".into(), &"a".into(), &"b".into()), "{shown:#}");
+        let inputs = lineage["inputs"].as_array().unwrap();
+        assert_eq!(inputs.len(), 3);
+        for input in inputs {
+            let source = world.hub.json(&["show", input["artifact"].as_str().unwrap()]);
+            assert_eq!(source["digest"], input["digest"], "{input}");
+        }
+        assert!(daemon.cli(&["show", "model/judge:r1"]).expect(0).out.contains("run r1, for a, on b"));
+    }
+    world.assert_given_back();
+    assert!(world.b.folder("model/base:v1").join("base.bin").exists(), "what b had before stays");
+    assert_eq!(world.b.current("model/base"), "v1");
+    assert_same(&older, &world.b.folder("dataset/panels:v0"));
+    assert_eq!(world.b.current("dataset/panels"), "v0", "readers find again what they had");
+    // What was given back is not there any more: delivered again, it comes again.
+    world.hub.deliver_and_wait("dataset/panels:v1", "b", secs(60));
+    assert!(world.b.folder("dataset/panels:v1").exists());
+}
+
+#[test]
+fn a_trainer_that_fails_says_why_at_the_hub() {
+    let _limit = limit(secs(120));
+    let world = World::start("fail");
+    world.publish_at_hub();
+    let failed = world.hub.cli(&[
+        "train",
+        "start",
+        "--name",
+        "r1",
+        "--from",
+        "a",
+        "--on",
+        "b",
+        "--input",
+        "labels/panels:v1",
+        "dataset/panels:v1",
+        "--expect",
+        "model/judge",
+        "--wait",
+    ]);
+    failed.expect(7).says(&["exit code 3"]);
+    let run = world.run();
+    assert_eq!((&run["state"], &run["trainer"]["exit_code"]), (&"failed".into(), &3.into()), "{run:#}");
+    let tail = run["trainer"]["tail"].as_str().unwrap();
+    assert!(tail.ends_with("CUDA error: 显存不足") && tail.len() <= 4096, "{tail}");
+    assert!(world.hub.cli(&["train", "show", "r1"]).expect(0).out.contains("CUDA error: 显存不足"));
+    assert!(world.hub.cli(&["train", "list"]).expect(0).out.contains("failed"));
+    world.assert_given_back();
+    // The log stays where it was written.
+    let log = std::fs::read_to_string(world.b.data_dir.join("runs/r1/trainer.log")).unwrap();
+    assert!(log.starts_with("training r1"), "{log}");
+    world.hub.cli(&["train", "cancel", "r1"]).expect(6);
+}
+
+#[test]
+fn training_outlives_the_death_of_every_daemon() {
+    let _limit = limit(secs(240));
+    let mut world = World::start("hold");
+    world.publish_at_hub();
+    world.begin(&[]);
+    // While the inputs are on their way, or just there.
+    world.hub.kill();
+    world.hub.start();
+    world.b.kill();
+    world.b.start();
+    let pid = world.trainer();
+    // While it trains.
+    world.b.kill();
+    world.b.start();
+    world.hub.kill();
+    world.hub.start();
+    world.a.kill();
+    let run = world.wait_run("training", is("training"));
+    assert!(Path::new(&format!("/proc/{pid}")).exists(), "training went on without its daemon");
+    assert_eq!(run["trainer"]["starts"], 1, "{run:#}");
+    world.b.kill();
+    write(&world.folder.join("go"), b"");
+    wait_for("the trainer has ended", secs(60), || (!Path::new(&format!("/proc/{pid}")).exists()).then_some(()));
+    world.b.start();
+    // a is away; the model waits for it.
+    world.wait_run("returning", is("returning"));
+    world.hub.kill();
+    world.hub.start();
+    world.a.start();
+    let done = world.wait_run("done", is("done"));
+    assert_eq!(done["trainer"]["starts"], 1);
+    assert_eq!(done["trainer"]["exit_code"], 0, "the daemon was dead when the trainer ended: {done:#}");
+    assert!(score(&world.a.folder("model/judge:r1")) >= 90);
+    world.assert_given_back();
+}
+
+#[test]
+fn a_run_that_is_given_up_or_late_ends_its_trainer_and_gives_back() {
+    let _limit = limit(secs(180));
+    for (ttl, state) in [("1h", "cancelled"), ("8s", "failed")] {
+        let world = World::start("hold");
+        world.publish_at_hub();
+        world.begin(&["--ttl", ttl]);
+        let pid = world.trainer();
+        if state == "cancelled" {
+            world.wait_run("training", is("training"));
+            world.hub.cli(&["train", "finish", "r1"]).expect(6).says(&["command"]);
+            world.hub.cli(&["train", "cancel", "r1"]).expect(0);
+        }
+        let run = world.wait_run(state, is(state));
+        wait_for("the trainer is gone", secs(30), || (!Path::new(&format!("/proc/{pid}")).exists()).then_some(()));
+        world.assert_given_back();
+        if state == "failed" {
+            assert!(run["message"].as_str().unwrap().contains("time"), "{run:#}");
+        }
+        assert!(world.run()["model"].is_null());
+    }
+}
+
+#[test]
+fn what_cannot_run_is_refused_or_fails_before_anything_moves() {
+    let _limit = limit(secs(120));
+    let world = World::start("learn");
+    world.publish_at_hub();
+    let start = |more: &[&str]| {
+        let args: Vec<&str> = ["train", "start", "--name"].into_iter().chain(more.iter().copied()).collect();
+        world.hub.cli(&args)
+    };
+    let data = ["--input", "dataset/panels:v1"];
+    start(&["R", "--from", "a", "--on", "b", data[0], data[1], "--expect", "model/m"]).expect(2);
+    start(&["r", "--from", "a", "--on", "a", data[0], data[1], "--expect", "model/m"]).expect(2);
+    start(&["r", "--from", "a", "--on", "c", data[0], data[1], "--expect", "model/m"]).expect(5);
+    start(&["r", "--from", "a", "--on", "b", data[0], "dataset/none:v1", "--expect", "model/m"]).expect(5);
+    start(&["r", "--from", "a", "--on", "b", data[0], data[1], "--expect", "dataset/m"]).expect(2);
+    world.hub.cli(&["train", "show", "r"]).expect(5);
+    // A site asks for itself only, and with what it holds.
+    let at_a = |on: &str, from: &str| {
+        world.a.cli(&["train", "start", "--name", "r", "--from", from, "--on", on, data[0], data[1], "--expect", "model/m"])
+    };
+    at_a("a", "b").expect(4);
+    at_a("b", "a").expect(5);
+    world.hub.deliver_and_wait("dataset/panels:v1", "a", secs(60));
+    // a has no [train]: nobody trains there.
+    start(&["r2", "--from", "b", "--on", "a", data[0], data[1], "--expect", "model/m", "--wait"]).expect(7).says(&["[train]"]);
+    assert!(world.a.folder("dataset/panels:v1").exists(), "what a had stays");
+    world.hub.cli(&["publish", world.scratch.path().to_str().unwrap(), "--as", "model/m:1", "--run", "r2"]).expect(6);
+    assert!(world.a.cli(&["train", "list"]).expect(0).out.contains("r2"));
+}
+
+#[test]
+fn several_artifacts_are_one_delivery_and_labels_come_after_their_dataset() {
+    let _limit = limit(secs(120));
+    let world = World::start("learn");
+    let (root, csv) = dataset(&world.scratch, "panels", 30);
+    world.hub.publish(&root, "dataset/panels:v1", &["--to", "a"]);
+    world.hub.publish(&csv, "labels/panels:v1", &["--for", "dataset/panels:v1"]);
+    let first = world.hub.json(&["deliver", "labels/panels:v1", "dataset/panels:v1", "--to", "a", "--wait"]);
+    let delivery = first["delivery"].as_str().unwrap();
+    assert_eq!(first["transfers"].as_array().unwrap().len(), 2);
+    assert_eq!(first["artifact"], "labels/panels:v1,dataset/panels:v1");
+    // The dataset was on its way before: it is part of this delivery all the same.
+    assert_eq!(world.hub.transfers(&[delivery]).len(), 2);
+    let shown = world.hub.cli(&["status", delivery]).expect(0).out;
+    assert!(shown.contains(delivery) && shown.contains("2 of 2 parts"), "{shown}");
+
+    // At b the dataset is held: its labels wait for it, and say so.
+    let mut world = world;
+    world.b.stop();
+    let held = world.hub.json(&["deliver", "labels/panels:v1", "dataset/panels:v1", "--to", "b"]);
+    let delivery = held["delivery"].as_str().unwrap().to_owned();
+    let parts = world.hub.transfers(&[&delivery]);
+    let of = |kind: &str| parts.iter().find(|t| t.artifact.starts_with(kind)).unwrap().id.clone();
+    let (data, labels) = (of("dataset"), of("labels"));
+    world.hub.cli(&["pause", &data]).expect(0);
+    world.b.start();
+    let says_so = |t: &Transfer| {
+        t.has_reason(&["waiting_for_dependency"]) && t.message.as_deref().is_some_and(|message| message.contains("dataset/panels:v1"))
+    };
+    world.hub.wait_transfer(&labels, "waiting", secs(30), says_so);
+    assert!(world.hub.cli(&["status", &delivery]).expect(0).out.contains("0 of 2 parts"));
+    // It waits over a restart of the site too.
+    world.b.kill();
+    world.b.start();
+    world.hub.wait_online("b", true, secs(20));
+    world.hub.wait_transfer(&labels, "waiting", secs(30), says_so);
+    world.hub.cli(&["resume", &data]).expect(0);
+    world.hub.wait_done(&labels, secs(60));
+    assert_eq!(world.hub.transfer(&data).state, "done", "the dataset was there first");
+    let at_site = world.b.cli(&["status", &delivery]).expect(0).out;
+    assert!(at_site.contains("2 of 2 parts"), "{at_site}");
+}
+
+#[test]
+fn a_platform_is_called_until_it_takes_the_run_and_says_when_it_is_ready() {
+    let _limit = limit(secs(120));
+    let calls: Arc<Mutex<Vec<Value>>> = Arc::default();
+    let seen = calls.clone();
+    let platform = http::serve(move |_| {
+        let take = move |axum::Json(descriptor): axum::Json<Value>| async move {
+            let mut seen = seen.lock().unwrap();
+            seen.push(descriptor);
+            // Busy at first.
+            if seen.len() < 3 { axum::http::StatusCode::SERVICE_UNAVAILABLE } else { axum::http::StatusCode::ACCEPTED }
+        };
+        axum::Router::new().route("/runs", axum::routing::post(take))
+    });
+    let url = format!("http://{}/runs", platform.address);
+    let world = World::with(|_, _, _| format!("[train]\nurl = \"{url}\"\n"));
+    world.publish_at_hub();
+    world.begin(&[]);
+    let descriptor = wait_for("the platform takes the run", secs(60), || calls.lock().unwrap().get(2).cloned());
+    assert_eq!((&descriptor["run"], &descriptor["model"]), (&"r1".into(), &"model/judge:r1".into()));
+    let input = |kind: &str| descriptor["inputs"].as_array().unwrap().iter().find(|i| i["kind"] == kind).unwrap().clone();
+    assert_eq!(input("dataset")["path"], world.b.folder("dataset/panels:v1").to_str().unwrap());
+    let labels = input("labels");
+    assert_eq!((&labels["label_set"], &labels["version"]), (&"panels".into(), &"v1".into()));
+    assert!(Path::new(labels["rows"].as_str().unwrap()).join("annotations.jsonl").is_file());
+    world.wait_run("training", is("training"));
+    let made = world.scratch.join("made");
+    write(&made.join("weights.bin"), b"made by a platform");
+    // It publishes where it is, and that is the end of it.
+    world.hub.publish(&made, "model/judge:7", &["--run", "r1"]);
+    let done = world.wait_run("done", is("done"));
+    assert_eq!(done["model"]["artifact"], "model/judge:7");
+    assert!(world.a.folder("model/judge:7").join("weights.bin").exists());
+    world.hub.json(&["train", "finish", "r1"]);
+    world.assert_given_back();
+    assert_eq!(calls.lock().unwrap().len(), 3, "what was taken is not sent again");
+}
+
+#[test]
+fn the_model_is_published_where_it_was_made_and_carried_home() {
+    let _limit = limit(secs(180));
+    let world = World::start("learn");
+    // The data lies at a, and nowhere else.
+    let (root, csv) = dataset(&world.scratch, "panels", 60);
+    world.a.publish(&root, "dataset/panels:v1", &[]);
+    world.a.publish(&csv, "labels/panels:v1", &["--for", "dataset/panels:v1"]);
+    let begun = world.a.json(&[
+        "train",
+        "start",
+        "--name",
+        "r1",
+        "--from",
+        "a",
+        "--on",
+        "b",
+        "--input",
+        "dataset/panels:v1",
+        "labels/panels:v1",
+        "--expect",
+        "model/judge:best",
+        "--wait",
+    ]);
+    assert_eq!((&begun["state"], &begun["model"]["artifact"]), (&"done".into(), &"model/judge:best".into()), "{begun:#}");
+    let right = score(&world.a.folder("model/judge:best"));
+    assert!(right >= 90, "the model at a tells {right} of 100 right");
+    let shown = world.a.json(&["show", "model/judge:best"]);
+    for (i, reference) in ["dataset/panels:v1", "labels/panels:v1"].into_iter().enumerate() {
+        let source = world.a.json(&["show", reference]);
+        assert_eq!(shown["lineage"]["inputs"][i]["digest"], source["digest"]);
+    }
+    assert_eq!(world.b.json(&["show", "model/judge:best"])["lineage"], shown["lineage"]);
+    world.assert_given_back();
+    assert!(root.exists(), "what a published stays where it lies");
+}
