@@ -228,7 +228,7 @@ impl Relay {
         let this = self.clone();
         let (slots, claimed) = blocking(move || {
             let _gate = gate;
-            this.slots(children, read)
+            this.slots(&children, read)
         })
         .await?;
         if let Some(claimed) = claimed {
@@ -239,7 +239,7 @@ impl Relay {
         Ok(slots)
     }
 
-    fn slots(&self, children: Vec<Child>, read: bool) -> Result<(Vec<Slot>, Option<Claimed>), Fault> {
+    fn slots(&self, children: &[Child], read: bool) -> Result<(Vec<Slot>, Option<Claimed>), Fault> {
         let inner = &self.inner;
         let ids: Vec<Hash> = children.iter().map(|c| c.chunk.id).collect();
         let in_main = inner.main.has_many(&ids)?;

@@ -58,12 +58,14 @@ pub async fn run_until(config: Config, stop: CancellationToken) -> Result<(), Fa
         Role::Hub => {
             let hub = Hub::open(config, stop.clone()).await?;
             let work = hub.clone();
-            drive(listener, token, Arc::new(hub.clone()), async move { work.run().await }, stop, hub.stopped()).await
+            let work = Box::pin(async move { work.run().await });
+            drive(listener, token, Arc::new(hub.clone()), work, stop, hub.stopped()).await
         }
         Role::Site => {
             let site = Site::open(config, stop.clone()).await?;
             let work = site.clone();
-            drive(listener, token, Arc::new(site.clone()), async move { work.run().await }, stop, site.stopped()).await
+            let work = Box::pin(async move { work.run().await });
+            drive(listener, token, Arc::new(site.clone()), work, stop, site.stopped()).await
         }
     }
 }

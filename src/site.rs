@@ -84,7 +84,7 @@ impl Site {
         let sources = AtSite { labels: rows.clone(), catalogue: catalogue.clone(), registry: config.sink.images.clone() };
         let sinks = Sinks {
             files: Arc::new(FilesSink::open(config.sink.files.as_ref(), &config.data_dir)?),
-            labels: rows.clone(),
+            labels: rows,
             images: images::open(config.sink.images.as_ref(), &config.data_dir)?,
         };
         let shared = Shared {

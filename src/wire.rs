@@ -232,6 +232,13 @@ pub enum AskSite {
         /// Its digest.
         digest: Digest,
     },
+    /// Whether the site has this artifact still, as far as a quick look tells; the answer is a `bool`.
+    Holds {
+        /// Which.
+        artifact: ArtifactRef,
+        /// Its digest.
+        digest: Digest,
+    },
 }
 
 /// A site's answer to [`AskSite::Plan`].
@@ -239,6 +246,8 @@ pub enum AskSite {
 pub struct Planned {
     /// Bytes that would cross the line.
     pub missing: u64,
+    /// Bytes that would be written.
+    pub needs: u64,
     /// Room at the site.
     pub free: Option<u64>,
     /// Bytes a second, as the line last went; 0 when it is not known.

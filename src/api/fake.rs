@@ -178,6 +178,7 @@ impl Backend for Fake {
             asked: true,
             total: 3 << 30,
             missing: 20 << 20,
+            needs: 20 << 20,
             free: Some(1 << 40),
             seconds: Some(75),
         };

@@ -530,6 +530,9 @@ pub struct PlanRow {
     pub total: u64,
     /// Bytes that would cross the line.
     pub missing: u64,
+    /// Bytes that would be written at the site: what crosses the line, and what lies there and cannot be shared.
+    #[serde(default)]
+    pub needs: u64,
     /// Room at the site, bytes.
     pub free: Option<u64>,
     /// Seconds at the line's present or last rate.

@@ -123,7 +123,9 @@ impl Catalogue {
 
     /// Relayed artifacts of which something may be kept, the longest unused first.
     pub async fn relay_kept(&self) -> Result<Vec<Kept>, Fault> {
-        let rows: Vec<(String, Vec<u8>, Vec<u8>, i64, i64, i64)> = sqlx::query_as(
+        /// Reference, digest, root, pinned, when it was used, whether a transfer is open.
+        type Row = (String, Vec<u8>, Vec<u8>, i64, i64, i64);
+        let rows: Vec<Row> = sqlx::query_as(
             "SELECT reference, digest, root, pinned, used_ms,
                     EXISTS (SELECT 1 FROM transfer t WHERE t.digest = artifact.digest AND t.state NOT IN ('done', 'failed', 'cancelled'))
              FROM artifact WHERE origin IS NOT NULL AND used_ms IS NOT NULL ORDER BY used_ms",

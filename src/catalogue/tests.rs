@@ -68,8 +68,8 @@ async fn delivering_twice_is_one_transfer_and_a_cursor_shows_what_is_new() {
     let name: ArtifactRef = "model/m:1".parse().unwrap();
     let sites: Vec<SiteName> = vec!["a".parse().unwrap(), "b".parse().unwrap()];
     let part = || [Part { artifact: name.clone(), digest: root(1).digest(), total: 1, needs: None, sites: sites.clone() }];
-    let first = catalogue.deliver("d-1", None, &part()).await.unwrap();
-    assert_eq!(catalogue.deliver("d-2", None, &part()).await.unwrap(), first);
+    let first = catalogue.deliver("d-1", None, &part(), &[]).await.unwrap();
+    assert_eq!(catalogue.deliver("d-2", None, &part(), &[]).await.unwrap(), first);
     assert_eq!(catalogue.delivery("d-2").await.unwrap().parts.len(), 2, "what stood already is part of the second delivery too");
     let (all, cursor) = catalogue.transfers(&TransferQuery::default()).await.unwrap();
     assert_eq!(all.len(), 2);
@@ -96,7 +96,7 @@ async fn labels_wait_for_their_dataset_at_the_same_site() {
         needs: needs.map(|n| n.parse().unwrap()),
     };
     let parts = [part("labels/l:1", Some("dataset/d:1")), part("dataset/d:1", None)];
-    let ids = catalogue.deliver("d-1", None, &parts).await.unwrap();
+    let ids = catalogue.deliver("d-1", None, &parts, &[]).await.unwrap();
     let at_a = |ids: &[String]| vec![(ids[0].clone(), ids[2].clone())];
     assert_eq!(catalogue.waits(&sites[0]).await.unwrap(), at_a(&ids));
     catalogue.update_transfer(&ids[2], 0, State::Failed, &Body::default()).await.unwrap();
@@ -116,10 +116,10 @@ async fn what_a_run_borrowed_goes_and_what_others_want_stays() {
         let catalogue = catalogue.clone();
         async move { catalogue.update_transfer(&id, 0, State::Done, &Body::default()).await.unwrap() }
     };
-    let before = catalogue.deliver("d-1", None, &[part("model/had:1")]).await.unwrap();
+    let before = catalogue.deliver("d-1", None, &[part("model/had:1")], &[]).await.unwrap();
     let all = [part("model/had:1"), part("model/one:1"), part("model/two:1")];
-    let one = catalogue.deliver("d-2", Some("one"), &all).await.unwrap();
-    catalogue.deliver("d-3", Some("two"), &[part("model/two:1")]).await.unwrap();
+    let one = catalogue.deliver("d-2", Some("one"), &all, &[]).await.unwrap();
+    catalogue.deliver("d-3", Some("two"), &[part("model/two:1")], &[]).await.unwrap();
     for id in &one {
         done(id.clone()).await;
     }
@@ -137,12 +137,12 @@ async fn what_a_run_borrowed_goes_and_what_others_want_stays() {
     assert!(borrowed("two").await.is_empty(), "run one still needs it");
     catalogue.save_run("one", "failed", true, &1).await.unwrap();
     assert_eq!(borrowed("two").await, ["model/two:1"]);
-    catalogue.deliver("d-4", None, &[part("model/two:1")]).await.unwrap();
+    catalogue.deliver("d-4", None, &[part("model/two:1")], &[]).await.unwrap();
     assert!(borrowed("two").await.is_empty(), "somebody asked for it since");
 
     catalogue.set_removed(&one[1], 7).await.unwrap();
     let other = root(1).digest();
     assert!(catalogue.is_entitled(&sites[0], other).await.unwrap(), "by the others");
-    let again = catalogue.deliver("d-5", None, &[part("model/one:1")]).await.unwrap();
+    let again = catalogue.deliver("d-5", None, &[part("model/one:1")], &[]).await.unwrap();
     assert_ne!(again[0], one[1], "what was given back is sent again");
 }

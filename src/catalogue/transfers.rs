@@ -65,6 +65,17 @@ impl Body {
         self.message = fault.map(|f| f.message.clone());
         self.next = fault.map(|f| f.next.clone());
     }
+
+    /// As it is when a transfer that ended begins again: one that failed goes on with what it has, one that was done
+    /// begins at nothing.
+    fn begun_again(self, from: State) -> Self {
+        match from {
+            State::Done => {
+                Self { bytes: Bytes { total: self.bytes.total, ..Bytes::default() }, attempts: self.attempts, ..Self::default() }
+            }
+            _ => self,
+        }
+    }
 }
 
 /// One transfer.
@@ -190,23 +201,35 @@ pub(crate) fn new_id(prefix: &str) -> String {
     format!("{prefix}-{:011x}{:08x}", clock::now_unix_ms(), rand::random::<u32>())
 }
 
-/// Finds the transfer of an artifact to a site that stands, or begins one.
-async fn begin(tx: &mut sqlx::SqliteConnection, delivery: &str, part: &Part, site: &SiteName, now: i64) -> Result<String, Fault> {
+/// The transfer of an artifact to a site that stands.
+async fn standing<'e>(db: impl sqlx::SqliteExecutor<'e>, artifact: &ArtifactRef, site: &SiteName) -> Result<Option<TransferRow>, Fault> {
     let there = sqlx::query(
         "SELECT * FROM transfer WHERE reference = ? AND site = ? AND state != 'cancelled' AND removed_ms IS NULL
          ORDER BY created_ms DESC LIMIT 1",
     )
-    .bind(part.artifact.to_string())
+    .bind(artifact.to_string())
     .bind(site.as_str())
-    .fetch_optional(&mut *tx)
+    .fetch_optional(db)
     .await
     .map_err(fault)?;
-    if let Some(row) = there {
-        let row = transfer(&row)?;
-        if row.state == State::Failed {
+    there.as_ref().map(transfer).transpose()
+}
+
+/// Finds the transfer of an artifact to a site that stands, or begins one.
+async fn begin(
+    tx: &mut sqlx::SqliteConnection,
+    delivery: &str,
+    part: &Part,
+    site: &SiteName,
+    lost: &[String],
+    now: i64,
+) -> Result<String, Fault> {
+    if let Some(row) = standing(&mut *tx, &part.artifact, site).await? {
+        if row.state == State::Failed || row.state == State::Done && lost.contains(&row.id) {
+            let body = row.body.begun_again(row.state);
             let seq = note(tx, "transfer", &row.id).await?;
-            sqlx::query("UPDATE transfer SET state = 'queued', want = 'run', generation = generation + 1, finished_ms = NULL, updated_ms = ?, cursor = ? WHERE id = ?")
-                .bind(now).bind(seq).bind(&row.id).execute(&mut *tx).await.map_err(fault)?;
+            sqlx::query("UPDATE transfer SET state = 'queued', want = 'run', generation = generation + 1, finished_ms = NULL, body = ?, updated_ms = ?, cursor = ? WHERE id = ?")
+                .bind(serde_json::to_string(&body).unwrap_or_default()).bind(now).bind(seq).bind(&row.id).execute(&mut *tx).await.map_err(fault)?;
         }
         return Ok(row.id);
     }
@@ -236,8 +259,9 @@ async fn begin(tx: &mut sqlx::SqliteConnection, delivery: &str, part: &Part, sit
 impl Catalogue {
     /// Begins a delivery: a transfer for each artifact and site, all in one transaction, so that no site ever hears of
     /// labels without the dataset that they wait for. A transfer that stands already is taken instead: one that runs as
-    /// it is, one that is done stays done; a failed one begins again. What a run borrowed and gave back does not stand.
-    pub async fn deliver(&self, delivery: &str, run: Option<&str>, parts: &[Part]) -> Result<Vec<String>, Fault> {
+    /// it is, one that is done stays done; a failed one begins again, and so does a done one that is named in `lost`. What
+    /// a run borrowed and gave back does not stand.
+    pub async fn deliver(&self, delivery: &str, run: Option<&str>, parts: &[Part], lost: &[String]) -> Result<Vec<String>, Fault> {
         let now = clock::now_unix_ms() as i64;
         let mut tx = self.write.begin_with("BEGIN IMMEDIATE").await.map_err(fault)?;
         sqlx::query("INSERT INTO delivery (id, run, created_ms) VALUES (?, ?, ?)")
@@ -250,7 +274,7 @@ impl Catalogue {
         let mut ids: Vec<String> = Vec::new();
         for part in parts {
             for site in &part.sites {
-                let id = begin(&mut tx, delivery, part, site, now).await?;
+                let id = begin(&mut tx, delivery, part, site, lost, now).await?;
                 // One artifact named twice is one part.
                 if ids.contains(&id) {
                     continue;
@@ -267,6 +291,17 @@ impl Catalogue {
         tx.commit().await.map_err(fault)?;
         self.notify();
         Ok(ids)
+    }
+
+    /// The transfers of these parts that are done.
+    pub async fn done_already(&self, parts: &[Part]) -> Result<Vec<TransferRow>, Fault> {
+        let mut out = Vec::new();
+        for part in parts {
+            for site in &part.sites {
+                out.extend(standing(&self.read, &part.artifact, site).await?.filter(|row| row.state == State::Done));
+            }
+        }
+        Ok(out)
     }
 
     /// Takes over a transfer that the hub asks for (at a site). Returns it as it stands here.
@@ -315,12 +350,14 @@ impl Catalogue {
             (row.want, row.generation) = (wanted.want, wanted.generation);
             row.after.clone_from(&wanted.after);
             if again {
+                row.body = row.body.begun_again(row.state);
                 (row.state, row.finished_ms) = (State::Queued, None);
             }
-            sqlx::query("UPDATE transfer SET want = ?, generation = ?, state = ?, finished_ms = ?, after_ids = ? WHERE id = ?")
+            sqlx::query("UPDATE transfer SET want = ?, generation = ?, state = ?, body = ?, finished_ms = ?, after_ids = ? WHERE id = ?")
                 .bind(row.want.as_str())
                 .bind(row.generation)
                 .bind(row.state.as_str())
+                .bind(serde_json::to_string(&row.body).unwrap_or_default())
                 .bind(row.finished_ms)
                 .bind(serde_json::to_string(&row.after).unwrap_or_default())
                 .bind(&row.id)
@@ -344,7 +381,10 @@ impl Catalogue {
             Action::Cancel => (Want::Cancel, State::Cancelled, hold(Reason::CancelledByUser, "retry")),
             Action::Resume if row.state == State::Paused => (Want::Run, State::Queued, None),
             Action::Resume => (Want::Run, row.state, None),
-            Action::Retry => (Want::Run, State::Queued, None),
+            Action::Retry => {
+                row.body = row.body.begun_again(row.state);
+                (Want::Run, State::Queued, None)
+            }
         };
         row.body.set_fault(why.as_ref());
         let now = clock::now_unix_ms() as i64;

@@ -180,7 +180,8 @@ pub(super) async fn verify(global: &Global, artifact: String, repair: bool) -> R
     match findings.len() {
         0 => Ok(()),
         count => {
-            let next = if repair { "deliver or publish it again" } else { "run it again with --repair" };
+            let next =
+                if repair { "nothing: what lacks is on its way; verify again when it is done" } else { "run it again with --repair" };
             Err(Fault::integrity(format!("{artifact}: {count} findings")).with_next(next))
         }
     }

@@ -183,7 +183,7 @@ pub(super) fn plan(rows: &[PlanRow], colour: bool) -> String {
     let mut table = Table::new(&["ARTIFACT", "SITE", ">SIZE", ">TO MOVE", ">FREE", ">TIME", "NOTE"]);
     for row in rows {
         let note = match row.free {
-            Some(free) if free < row.missing => "no room",
+            Some(free) if free < row.needs => "no room",
             _ if !row.asked => "the site did not answer: assumes that it has nothing",
             _ => "",
         };

@@ -284,6 +284,7 @@ fn sites_and_plans() {
         asked,
         total: 2 << 30,
         missing: 20 << 20,
+        needs: 20 << 20,
         free,
         seconds: None,
     };

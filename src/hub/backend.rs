@@ -7,6 +7,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use async_trait::async_trait;
+use futures::StreamExt as _;
 
 use super::{Hub, short};
 use crate::api::Backend;
@@ -27,6 +28,10 @@ use crate::wire::AskSite;
 
 /// How long a site may take to work out a plan.
 const PLAN_MAX: Duration = Duration::from_secs(30);
+/// How long it may take to say whether it has something still.
+const HOLDS_MAX: Duration = Duration::from_secs(5);
+/// Sites that are asked that together.
+const HOLDS_AT_ONCE: usize = 32;
 
 fn parse_refs(artifacts: &[String]) -> Result<Vec<ArtifactRef>, Fault> {
     if artifacts.is_empty() {
@@ -62,9 +67,27 @@ impl Hub {
         }
         let delivery = new_id("d");
         let parts: Vec<Part> = rows.iter().zip(&targets).map(|(row, sites)| Part::new(row, sites)).collect();
-        let transfers = self.inner.catalogue.deliver(&delivery, None, &parts).await?;
+        let transfers = self.begin_delivery(&delivery, None, &parts).await?;
         let digest = rows.first().map(|row| row.digest.hex()).unwrap_or_default();
         Ok(Delivered { artifact: artifacts.join(","), digest, delivery, transfers })
+    }
+
+    /// Begins a delivery, and again what its sites have lost since it was done.
+    pub(super) async fn begin_delivery(&self, id: &str, run: Option<&str>, parts: &[Part]) -> Result<Vec<String>, Fault> {
+        let lost = self.lost(parts).await?;
+        self.inner.catalogue.deliver(id, run, parts, &lost).await
+    }
+
+    /// The transfers of these parts that are done, and whose site says that it no longer has what they brought. A site
+    /// that is away or slow is taken at its old word: `retry` asks it to look closely.
+    async fn lost(&self, parts: &[Part]) -> Result<Vec<String>, Fault> {
+        let done = self.inner.catalogue.done_already(parts).await?;
+        let asked = futures::stream::iter(done).map(|row| async move {
+            let question = AskSite::Holds { artifact: row.artifact, digest: row.digest };
+            let answer = tokio::time::timeout(HOLDS_MAX, self.ask_site::<bool>(&row.site, &question)).await;
+            matches!(answer, Ok(Ok(false))).then_some(row.id)
+        });
+        Ok(asked.buffer_unordered(HOLDS_AT_ONCE).filter_map(std::future::ready).collect().await)
     }
 
     pub(super) async fn act_on(&self, id: &str, action: Action) -> Result<Vec<Transfer>, Fault> {
@@ -76,7 +99,8 @@ impl Hub {
                 Action::Pause => !row.state.is_final(),
                 Action::Resume => row.state == State::Paused || !row.state.is_final(),
                 Action::Cancel => row.state != State::Done,
-                Action::Retry => matches!(row.state, State::Failed | State::Cancelled),
+                // What was done is looked at again, and what lacks is brought; what a run gave back is not.
+                Action::Retry => matches!(row.state, State::Failed | State::Cancelled | State::Done) && row.removed_ms.is_none(),
             };
             if !fits && single {
                 let word = match action {
@@ -85,7 +109,7 @@ impl Hub {
                     Action::Cancel => "cancel",
                     Action::Retry => "retry",
                 };
-                let state = row.state.as_str();
+                let state = if row.removed_ms.is_some() { "given back" } else { row.state.as_str() };
                 return Err(
                     Fault::conflict(format!("transfer {id} is {state}: there is nothing to {word}")).with_next("see 'packhorse status'")
                 );
@@ -144,7 +168,7 @@ impl Hub {
         let transfers = match sites {
             Some((_, sites)) => {
                 let part = Part::new(&inner.catalogue.artifact(&artifact).await?, &sites);
-                inner.catalogue.deliver(&new_id("d"), None, &[part]).await?
+                self.begin_delivery(&new_id("d"), None, &[part]).await?
             }
             None => Vec::new(),
         };
@@ -267,6 +291,7 @@ impl Backend for Hub {
                     asked: planned.is_some(),
                     total,
                     missing: planned.as_ref().map_or(total, |p| p.missing),
+                    needs: planned.as_ref().map_or(total, |p| p.needs),
                     free: planned.as_ref().and_then(|p| p.free),
                     seconds: planned.as_ref().and_then(|p| (p.rate > 0).then(|| p.missing.div_ceil(p.rate))),
                 });
@@ -355,9 +380,8 @@ impl Backend for Hub {
         let artifact: ArtifactRef = artifact.parse()?;
         self.inner.catalogue.artifact(&artifact).await?;
         if repair {
-            return Err(
-                Fault::usage("the hub repairs nothing by itself").with_next("publish the artifact again: what is damaged is stored anew")
-            );
+            return Err(Fault::usage("the hub repairs nothing by itself")
+                .with_next("publish the artifact again: what is damaged is stored anew; at a site, run this there"));
         }
         let this = self.clone();
         self.inner.jobs.start(move |progress| async move { this.verify_now(artifact, progress).await })

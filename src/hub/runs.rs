@@ -126,14 +126,14 @@ impl Hub {
                         parts.push(Part::new(&row, std::slice::from_ref(&run.spec.on)));
                     }
                 }
-                catalogue.deliver(&run.spec.delivery, Some(run.spec.name.as_str()), &parts).await.map(|_| ())
+                self.begin_delivery(&run.spec.delivery, Some(run.spec.name.as_str()), &parts).await.map(|_| ())
             }
             Effect::SendHome => {
                 let Some(model) = &run.model else { return Ok(()) };
                 catalogue.set_lineage(&model.artifact, &Lineage::from(&run.spec)).await?;
                 let row = catalogue.artifact(&model.artifact).await?;
                 let part = Part::new(&row, std::slice::from_ref(&run.spec.from));
-                catalogue.deliver(&new_id("d"), None, &[part]).await.map(|_| ())
+                self.begin_delivery(&new_id("d"), None, &[part]).await.map(|_| ())
             }
             Effect::Abandon => {
                 let own = catalogue.only_borrowed(run.spec.name.as_str(), &run.spec.on).await?;

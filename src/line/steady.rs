@@ -371,7 +371,7 @@ mod tests {
                         None
                     } else {
                         free_at += Duration::from_secs_f64(PACKET as f64 / self.rate as f64);
-                        (self.loss == 0 || (seed >> 33) % self.loss != 0).then_some(free_at + trip)
+                        (self.loss == 0 || !(seed >> 33).is_multiple_of(self.loss)).then_some(free_at + trip)
                     };
                     flying.push_back((now, back));
                 }

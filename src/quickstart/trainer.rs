@@ -53,7 +53,7 @@ pub(crate) fn run(descriptor: &Path) -> Result<(), Fault> {
     if lessons.is_empty() {
         return Err(Fault::usage("there are too few boxes to learn from"));
     }
-    let scale = spread(lessons.iter().map(|(_, (_, features))| features));
+    let scale = spread(&lessons.iter().map(|(_, (_, features))| features));
     let mut means: BTreeMap<&str, ([f64; FEATURES], f64)> = BTreeMap::new();
     for (_, (name, features)) in &lessons {
         let (sum, count) = means.entry(name).or_default();
@@ -102,7 +102,7 @@ fn features(picture: &Picture, [x, y, w, h]: [f64; 4]) -> [f64; FEATURES] {
     [(w * h).sqrt(), (w.max(h) / w.min(h).max(1.0)).ln(), mean - whole, at(0.02) - whole, at(0.98) - whole]
 }
 
-fn spread<'a>(all: impl Iterator<Item = &'a [f64; FEATURES]> + Clone) -> [f64; FEATURES] {
+fn spread<'a>(all: &(impl Iterator<Item = &'a [f64; FEATURES]> + Clone)) -> [f64; FEATURES] {
     let count = all.clone().count().max(1) as f64;
     std::array::from_fn(|i| {
         let mean = all.clone().map(|f| f[i]).sum::<f64>() / count;

@@ -219,7 +219,7 @@ fn stopping_ends_the_trainer_before_anything_is_removed() {
     assert_eq!((run.phase, effects), (Phase::Training, vec![Effect::Stop]));
     let killed = Ended { exit_code: None, signal: Some(15), ..ended(0) };
     let (run, effects) = site(&run, Event::Looked(seen(Process::Ended(killed.clone()))));
-    assert_eq!((run.phase, run.ended.clone(), effects), (Phase::Failed, Some(killed), vec![Effect::Remove(borrowed())]));
+    assert_eq!((run.phase, run.ended, effects), (Phase::Failed, Some(killed), vec![Effect::Remove(borrowed())]));
 }
 
 #[test]

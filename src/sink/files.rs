@@ -8,7 +8,8 @@
 //! <root>/.packhorse/versions/<kind>/<name>/<version>.json    the digest of what stands there
 //! ```
 //! The note of the digest is durable before the rename: after a crash between the two, a commit that is asked again
-//! finds either the staged folder or its own finished one, and knows which.
+//! finds either the staged folder or its own finished one, and knows which. Only a version of which something was found
+//! gone or damaged is ever replaced: it is moved away, then the whole one takes its name.
 
 use std::path::{Path, PathBuf};
 
@@ -107,7 +108,7 @@ impl FilesSink {
     }
 
     /// Whether the version stands already: ours or, as a fault, somebody else's.
-    fn stands(&self, incoming: &Incoming) -> Result<bool, Fault> {
+    fn is_there(&self, incoming: &Incoming) -> Result<bool, Fault> {
         let folder = self.folder(&incoming.artifact);
         if std::fs::symlink_metadata(&folder).is_err() {
             return Ok(false);
@@ -154,7 +155,13 @@ impl FilesSink {
     fn commit_blocking(&self, incoming: &Incoming, staged: &Path) -> Result<Landed, Fault> {
         let artifact = &incoming.artifact;
         self.mounted()?;
-        if !self.stands(incoming)? {
+        let mut stands = self.is_there(incoming)?;
+        if stands && staged.exists() {
+            // What is staged is whole and checked: a version is staged again only when the one that stands is not.
+            self.take_away(artifact)?;
+            stands = false;
+        }
+        if !stands {
             let note = self.note_path(artifact);
             durable::create_dir_all(note.parent().unwrap_or(&self.root))?;
             let text = serde_json::to_vec(&Note { digest: incoming.digest, transfer: incoming.transfer.clone() }).unwrap_or_default();
@@ -162,7 +169,7 @@ impl FilesSink {
             durable::create_dir_all(&self.series(artifact))?;
             if let Err(fault) = durable::rename_noreplace(staged, &self.folder(artifact)) {
                 // A rename that a network filesystem reports as failed may have happened.
-                if staged.exists() || !self.stands(incoming)? {
+                if staged.exists() || !self.is_there(incoming)? {
                     return Err(fault);
                 }
             }
@@ -186,15 +193,19 @@ impl FilesSink {
         standing.max_by(|a, b| a.0.cmp(&b.0)).map(|(_, left)| left)
     }
 
+    /// Takes a version out of sight by one rename, then apart.
+    fn take_away(&self, artifact: &ArtifactRef) -> Result<(), Fault> {
+        let away = self.staging.join(format!("removed-{}-{}", artifact.version(), rand::random::<u32>()));
+        durable::rename_noreplace(&self.folder(artifact), &away)?;
+        durable::remove_all(&away)
+    }
+
     fn remove_blocking(&self, artifact: &ArtifactRef) -> Result<(), Fault> {
         let folder = self.folder(artifact);
         let series = self.series(artifact);
         let current = std::fs::read_to_string(series.join("CURRENT")).unwrap_or_default();
         if self.note(artifact).is_some() && folder.exists() {
-            // Out of sight by one rename, then taken apart.
-            let away = self.staging.join(format!("removed-{}-{}", artifact.version(), rand::random::<u32>()));
-            durable::rename_noreplace(&folder, &away)?;
-            durable::remove_all(&away)?;
+            self.take_away(artifact)?;
         }
         durable::remove_all(&self.note_path(artifact))?;
         if current.trim() == artifact.version() {
@@ -232,7 +243,7 @@ impl Sink for FilesSink {
         blocking(move || {
             this.mounted()?;
             durable::create_dir_all(&this.staging)?;
-            this.stands(&incoming).map(|_| ())
+            this.is_there(&incoming).map(|_| ())
         })
         .await
     }
@@ -290,6 +301,11 @@ impl Sink for FilesSink {
         .await
     }
 
+    async fn stands(&self, incoming: &Incoming) -> Result<bool, Fault> {
+        let (this, incoming) = (self.again(), incoming.clone());
+        blocking(move || this.mounted().and_then(|()| this.is_there(&incoming))).await
+    }
+
     async fn verify(&self, incoming: &Incoming, _place: &Place) -> Result<Vec<String>, Fault> {
         let (this, incoming) = (self.again(), incoming.clone());
         blocking(move || {
@@ -301,6 +317,10 @@ impl Sink for FilesSink {
             })
         })
         .await
+    }
+
+    async fn clear(&self, _incoming: &Incoming) -> Result<(), Fault> {
+        Ok(()) // the commit replaces it, and until then its sound files need not cross the line again
     }
 
     async fn remove(&self, artifact: &ArtifactRef) -> Result<(), Fault> {

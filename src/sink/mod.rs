@@ -93,9 +93,18 @@ pub trait Sink: Send + Sync {
     /// Reads `len` bytes at `offset` of a committed file. Short or failing reads are errors; the caller verifies.
     async fn read_at(&self, place: &Place, path: &RelPath, offset: u64, len: u32) -> Result<Bytes, Fault>;
 
+    /// Whether a committed artifact is there still, by a quick look.
+    async fn stands(&self, incoming: &Incoming) -> Result<bool, Fault>;
+
     /// Compares what lies at the far end with the manifest where the engine cannot do it file by file (rows, registry
     /// manifests). Returns one line per fault found; empty means sound.
     async fn verify(&self, incoming: &Incoming, place: &Place) -> Result<Vec<String>, Fault>;
+
+    /// Makes way for an artifact to be committed again of which [`Sink::verify`], or the engine, found something gone or
+    /// damaged. A sink whose commit puts back what lacks, and replaces the rest, takes nothing away.
+    async fn clear(&self, incoming: &Incoming) -> Result<(), Fault> {
+        self.remove(&incoming.artifact).await
+    }
 
     /// Takes a committed artifact away. Removing what is not there succeeds.
     async fn remove(&self, artifact: &ArtifactRef) -> Result<(), Fault>;

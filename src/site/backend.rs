@@ -1,7 +1,6 @@
 //! What a site can be asked over its API. What only the hub can decide is passed on to it.
 
 use std::fmt::Write as _;
-use std::fs::File;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -13,14 +12,14 @@ use crate::api::types::Site as SiteView;
 use crate::api::types::*;
 use crate::catalogue::ArtifactRow;
 use crate::delivery;
-use crate::fault::{Code, Fault, IoContext};
+use crate::fault::{Code, Fault};
 use crate::fetch::blocking;
 use crate::hub::not_in_this_version;
 use crate::jobs::JobProgress;
-use crate::manifest::{EntryBody, Step, Walk};
 use crate::names::ArtifactRef;
 use crate::serve::wrong_role;
-use crate::sink::{Incoming, Place};
+use crate::sink::Incoming;
+use crate::transfer::verify;
 use crate::wire::AskHub;
 
 impl Site {
@@ -39,41 +38,22 @@ impl Site {
             .await;
         }
         let sink = self.inner.sinks.of(row.artifact.kind).clone();
-        let incoming = Incoming { artifact: row.artifact.clone(), digest: row.digest, root: row.root.clone(), transfer: "verify".into() };
-        let mut faults = sink.verify(&incoming, &place).await?;
-        let store = self.inner.shared.store.clone();
-        if let (Place::Folder { path: folder }, true) = (place, row.artifact.kind.is_files()) {
-            faults.extend(
-                blocking(move || {
-                    let mut faults = Vec::new();
-                    for step in Walk::new(&row.root, &store) {
-                        let Step::Entry { entry, .. } = step? else { continue };
-                        let path = folder.join(entry.path.as_str());
-                        let fault = match entry.body {
-                            EntryBody::Dir => (!path.is_dir()).then(|| "the folder is gone".to_owned()),
-                            EntryBody::Symlink(target) => {
-                                let now = std::fs::read_link(&path).ok();
-                                (now.as_deref() != Some(std::path::Path::new(&target))).then(|| "the link is gone or another".to_owned())
-                            }
-                            EntryBody::File(file) => {
-                                let mut hasher = blake3::Hasher::new();
-                                let read = File::open(&path).and_then(|f| hasher.update_reader(f).map(|_| ())).at("read");
-                                progress.bytes.fetch_add(file.size, Ordering::Relaxed);
-                                match read {
-                                    Err(fault) => Some(fault.message),
-                                    Ok(()) => (*hasher.finalize().as_bytes() != file.hash.0)
-                                        .then(|| "its content is not what was delivered".to_owned()),
-                                }
-                            }
-                        };
-                        faults.extend(fault.map(|why| format!("{}: {why}", path.display())));
-                    }
-                    Ok(faults)
-                })
-                .await?,
-            );
-        }
-        Ok(faults)
+        let incoming = Incoming { artifact: row.artifact, digest: row.digest, root: row.root, transfer: "verify".into() };
+        let read = move |bytes| {
+            progress.bytes.fetch_add(bytes, Ordering::Relaxed);
+        };
+        verify(sink.as_ref(), self.inner.shared.store.clone(), &incoming, &place, read).await
+    }
+
+    /// Asks the hub to bring an artifact again, of which something is gone or damaged here.
+    async fn ask_again(&self, artifact: &ArtifactRef) -> Result<String, Fault> {
+        let rows = self.inner.catalogue.transfers_of_artifact(artifact).await?;
+        let Some(brought) = rows.iter().rev().find(|row| row.state == State::Done && row.removed_ms.is_none()) else {
+            return Err(Fault::conflict(format!("no transfer that is done brought {artifact} here"))
+                .with_next("see 'packhorse status'; at the hub: packhorse deliver"));
+        };
+        let _: Vec<Transfer> = self.ask_hub(&AskHub::Act { id: brought.id.clone(), action: Action::Retry }).await?;
+        Ok(format!("the hub was asked to bring what lacks: packhorse status {}", brought.id))
     }
 }
 
@@ -183,11 +163,18 @@ impl Backend for Site {
     async fn verify(&self, artifact: &str, repair: bool) -> Result<Job, Fault> {
         let artifact: ArtifactRef = artifact.parse()?;
         let row = self.inner.catalogue.artifact(&artifact).await?;
-        if repair {
-            return Err(not_in_this_version("verify --repair"));
+        if repair && row.published {
+            return Err(Fault::usage(format!("{artifact} was published here: nobody else has what lacks"))
+                .with_next("put the files back as they were, or publish a new version"));
         }
         let this = self.clone();
-        self.inner.jobs.start(move |progress| async move { this.verify_now(row, progress).await })
+        self.inner.jobs.start(move |progress| async move {
+            let mut faults = this.verify_now(row, progress).await?;
+            if repair && !faults.is_empty() {
+                faults.push(this.ask_again(&artifact).await?);
+            }
+            Ok(faults)
+        })
     }
 
     async fn pin(&self, _artifact: &str, _pinned: bool) -> Result<Artifact, Fault> {

@@ -12,6 +12,8 @@ use crate::fault::{Fault, Retry};
 use crate::fetch::{self, Fetcher, blocking};
 use crate::limits::{BACKOFF_FIRST, FETCH_STREAMS_MAX, RECONNECT_MAX};
 use crate::line::{self, Link, RecvHalf, SendHalf};
+use crate::manifest::Digest;
+use crate::names::ArtifactRef;
 use crate::run::RunReport;
 use crate::transfer::{Assembly, free_room};
 use crate::wire::{self, AskHub, AskSite, CONTROL, FETCH, FromHub, FromSite, Planned, QUESTION, Report};
@@ -222,29 +224,32 @@ impl Site {
     }
 
     async fn question(&self, mut send: SendHalf, mut recv: RecvHalf, link: &Link) -> Result<(), Fault> {
-        let AskSite::Plan { artifact, digest } = wire::receive(&mut recv).await?;
-        let inner = &self.inner;
-        let planned = async {
-            let fetcher = Fetcher::new(link.clone(), digest, Default::default());
-            let root = fetcher.root().await?;
-            let base = inner.catalogue.kin(&artifact).await?.map(|kin| kin.root);
-            fetcher.pages(&root, base.as_ref(), &inner.shared.store).await?;
-            let sink = inner.sinks.of(artifact.kind).clone();
-            let free = free_room(sink.as_ref());
-            let assembly = Assembly {
-                shared: inner.shared.clone(),
-                sink,
-                incoming: crate::sink::Incoming { artifact, digest, root, transfer: "plan".into() },
-                fetcher,
-                priority: 0,
-                counters: Default::default(),
-                stop: inner.stop.clone(),
-            };
-            let estimate = blocking(move || assembly.estimate(None)).await?;
-            Ok::<Planned, Fault>(Planned { missing: estimate.missing, free, rate: inner.runner.last_rate() })
-        };
-        wire::send(&mut send, &planned.await).await?;
+        match wire::receive(&mut recv).await? {
+            AskSite::Plan { artifact, digest } => wire::send(&mut send, &self.plan_for(link, artifact, digest).await).await?,
+            AskSite::Holds { artifact, digest } => wire::send(&mut send, &self.inner.runner.holds(&artifact, digest).await).await?,
+        }
         send.finish()
+    }
+
+    async fn plan_for(&self, link: &Link, artifact: ArtifactRef, digest: Digest) -> Result<Planned, Fault> {
+        let inner = &self.inner;
+        let fetcher = Fetcher::new(link.clone(), digest, Default::default());
+        let root = fetcher.root().await?;
+        let base = inner.catalogue.kin(&artifact).await?.map(|kin| kin.root);
+        fetcher.pages(&root, base.as_ref(), &inner.shared.store).await?;
+        let sink = inner.sinks.of(artifact.kind).clone();
+        let free = free_room(sink.as_ref());
+        let assembly = Assembly {
+            shared: inner.shared.clone(),
+            sink,
+            incoming: crate::sink::Incoming { artifact, digest, root, transfer: "plan".into() },
+            fetcher,
+            priority: 0,
+            counters: Default::default(),
+            stop: inner.stop.clone(),
+        };
+        let estimate = blocking(move || assembly.estimate(None)).await?;
+        Ok(Planned { missing: estimate.missing, needs: estimate.needs, free, rate: inner.runner.last_rate() })
     }
 
     /// Asks the hub.

@@ -119,8 +119,8 @@ pub struct Assembly {
 pub struct Estimate {
     /// Raw bytes that the site lacks.
     pub missing: u64,
-    /// Raw bytes it has.
-    pub here: u64,
+    /// Raw bytes that would be written: of what it has, all but files that can be shared whole.
+    pub needs: u64,
 }
 
 /// A file as it is staged.
@@ -208,30 +208,47 @@ impl Assembly {
     /// What it would take to bring the artifact here.
     pub fn estimate(&self, journal: Option<&Journal>) -> Result<Estimate, Fault> {
         let mut out = Estimate::default();
-        let mut pending: Vec<ChunkRef> = Vec::new();
+        // Each with the file that it is of, its number, and where it begins there.
+        let mut pending: Vec<(ChunkRef, FileInfo, u64, u64)> = Vec::new();
         let mut seen: HashSet<Hash> = HashSet::new();
         let places = &self.shared.places;
-        let mut look = |pending: &mut Vec<ChunkRef>| -> Result<(), Fault> {
-            let ids: Vec<Hash> = pending.iter().map(|c| c.id).collect();
-            for (chunk, at) in pending.drain(..).zip(places.find(&ids)?) {
+        let links = self.incoming.artifact.kind.is_files();
+        let mut whole = None;
+        let mut look = |pending: &mut Vec<(ChunkRef, FileInfo, u64, u64)>| -> Result<(), Fault> {
+            let ids: Vec<Hash> = pending.iter().map(|(chunk, ..)| chunk.id).collect();
+            for ((chunk, file, number, offset), at) in pending.drain(..).zip(places.find(&ids)?) {
                 let len = u64::from(chunk.len);
-                if at.is_some() || !seen.insert(chunk.id) { out.here += len } else { out.missing += len }
+                if links && offset == 0 && at.map(|at| self.shareable(file, at)).transpose()?.flatten().is_some() {
+                    whole = Some(number);
+                }
+                out.missing += if at.is_none() && seen.insert(chunk.id) { len } else { 0 };
+                out.needs += if whole == Some(number) { 0 } else { len };
             }
             Ok(())
         };
+        let mut of = None;
         for step in self.walk() {
-            if let Step::Chunk(chunk, spot) = step? {
-                if journal.is_some_and(|j| j.has(spot.ordinal)) {
-                    continue;
-                }
-                pending.push(chunk);
-                if pending.len() >= LOOK_UP {
-                    look(&mut pending)?;
+            match step? {
+                Step::Entry { number, entry, .. } => of = if let EntryBody::File(file) = entry.body { Some((number, file)) } else { None },
+                Step::Chunk(chunk, spot) => {
+                    let Some((number, file)) = of.filter(|_| !journal.is_some_and(|j| j.has(spot.ordinal))) else { continue };
+                    pending.push((chunk, file, number, spot.offset));
+                    if pending.len() >= LOOK_UP {
+                        look(&mut pending)?;
+                    }
                 }
             }
         }
         look(&mut pending)?;
         Ok(out)
+    }
+
+    /// Where the same file lies whole, if what was found of it is its first chunk.
+    fn shareable(&self, file: FileInfo, at: At) -> Result<Option<PathBuf>, Fault> {
+        let places = &self.shared.places;
+        let Some(info) = places.info(at.place).filter(|info| info.transfer.is_none() && at.offset == 0) else { return Ok(None) };
+        let Place::Folder { path } = &info.place else { return Ok(None) };
+        Ok(places.entry(at.place, at.entry)?.filter(|(_, there)| *there == file).map(|(rel, _)| path.join(rel.as_str())))
     }
 
     /// Brings everything here. Returns the staging folder, complete and durable.
@@ -297,7 +314,7 @@ impl Assembly {
         let free = stage.free_bytes()?.saturating_sub(SPARE_BYTES);
         if totals.bytes - resumed > free {
             // Only now is it worth to look what the site has; shared files take no room.
-            let need = self.estimate(Some(&journal))?.missing;
+            let need = self.estimate(Some(&journal))?.needs;
             if need > free {
                 return Err(Fault::no_space(format!(
                     "{} needs {need} bytes more in {}, which has {free} to spare",
@@ -362,7 +379,6 @@ impl Assembly {
             journal: journal.clone(),
             stage: stage.clone(),
             held: held.clone(),
-            place,
             failure: failure.clone(),
             jobs: jobs.clone(),
             batches,

@@ -6,6 +6,7 @@
 
 mod assemble;
 mod pace;
+mod verify;
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -26,14 +27,15 @@ use crate::fault::{Code, Fault, Reason};
 use crate::fetch::{Fetcher, blocking};
 use crate::identity::SiteIdentity;
 use crate::line::Link;
-use crate::manifest::Root;
-use crate::names::Kind;
+use crate::manifest::{Digest, Root};
+use crate::names::{ArtifactRef, Kind};
 use crate::places::PlaceInfo;
 use crate::sink::{Incoming, Landed, Sink};
 use crate::wire::Desired;
 
 pub use assemble::{Assembly, BUDGET_UNIT, Counters, Estimate, Shared, free_room};
 use pace::{Pace, Pause};
+pub use verify::verify;
 
 /// Artifacts below this size do not wait for, nor behind, larger ones.
 const SMALL_BYTES: u64 = 256 << 20;
@@ -357,7 +359,7 @@ impl Runner {
                 match catalogue.transfer(&id).await {
                     Ok(first) if matches!(first.state, State::Done | State::Cancelled) => {}
                     Ok(first) if first.state == State::Failed => {
-                        waits = Some(format!("{} must be here first, and failed: {id}", first.artifact))
+                        waits = Some(format!("{} must be here first, and failed: {id}", first.artifact));
                     }
                     Ok(first) => waits = Some(format!("{} must be here first: {id}", first.artifact)),
                     Err(fault) if fault.code == Code::NotFound => waits = Some(format!("transfer {id} must be done first")),
@@ -407,6 +409,10 @@ impl Runner {
         }
 
         self.enter(row, State::Planning, None).await;
+        if let Some(landed) = unless(stop, self.still_here(row)).await? {
+            let Some(root) = known else { return Err(Fault::internal("an artifact that lies here is not in the catalogue")) };
+            return self.land(row, counters, &incoming(row, &root), landed).await;
+        }
         let base = inner.catalogue.kin(&row.artifact).await?.map(|kin| kin.root);
         let mut fetcher = None;
         let root = match known {
@@ -478,6 +484,38 @@ impl Runner {
         self.enter(row, State::Committing, None).await;
         let landed = sink.commit(&incoming, &staged).await?;
         self.land(row, counters, &incoming, landed).await
+    }
+
+    /// Looks closely at what was committed before, if it was. What is sound counts as landed; what is not is brought again.
+    async fn still_here(&self, row: &TransferRow) -> Result<Option<Landed>, Fault> {
+        let inner = &self.inner;
+        let there = match inner.catalogue.artifact(&row.artifact).await {
+            Ok(there) if there.digest == row.digest && !there.published => there,
+            Err(fault) if fault.code != Code::NotFound => return Err(fault),
+            _ => return Ok(None),
+        };
+        // Once something of it is staged, it was looked at.
+        let (Some(place), None) = (&there.place, inner.shared.places.staged_by(&row.id)) else { return Ok(None) };
+        let sink = inner.sinks.of(row.artifact.kind);
+        let incoming = incoming(row, &there.root);
+        let faults = verify(sink.as_ref(), inner.shared.store.clone(), &incoming, place, |_| {}).await?;
+        let Some(first) = faults.first() else {
+            return sink.commit(&incoming, &sink.staging_root().join(&row.id)).await.map(Some);
+        };
+        tracing::warn!(transfer = %row.id, artifact = %row.artifact, faults = faults.len(), first, "what was here is brought again");
+        sink.clear(&incoming).await?;
+        Ok(None)
+    }
+
+    /// Whether an artifact is here still, by a quick look.
+    pub async fn holds(&self, artifact: &ArtifactRef, digest: Digest) -> Result<bool, Fault> {
+        let there = match self.inner.catalogue.artifact(artifact).await {
+            Ok(there) if there.digest == digest && there.place.is_some() => there,
+            Err(fault) if fault.code != Code::NotFound => return Err(fault),
+            _ => return Ok(false),
+        };
+        let incoming = Incoming { artifact: artifact.clone(), digest, root: there.root, transfer: "holds".into() };
+        if there.published { Ok(true) } else { self.inner.sinks.of(artifact.kind).stands(&incoming).await }
     }
 
     /// Everything is durable and visible: note where, sign, and say so.

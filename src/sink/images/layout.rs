@@ -199,6 +199,27 @@ fn sweep(layout: &Path, named: &HashSet<Sha256>) -> Result<(), Fault> {
     Ok(())
 }
 
+/// Removes the blobs whose content is not what their names say.
+fn remove_damaged(layout: &Path) -> Result<(), Fault> {
+    let folder = layout.join("blobs/sha256");
+    let entries = match fs::read_dir(&folder) {
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+        entries => entries.at(format_args!("list {}", folder.display()))?,
+    };
+    for entry in entries {
+        let entry = entry.at(format_args!("list {}", folder.display()))?;
+        let name = entry.file_name();
+        let digest = name.to_str().and_then(|hex| Sha256::from_layout_path(&format!("blobs/sha256/{hex}")));
+        let size = entry.metadata().at(format_args!("look at {}", entry.path().display()))?.len();
+        if let Some(digest) = digest
+            && check_blob(&entry.path(), &digest, size)?.is_some()
+        {
+            durable::remove_all(&entry.path())?;
+        }
+    }
+    Ok(())
+}
+
 /// Reads a blob again from its first byte to its last; what is wrong with it.
 fn check_blob(path: &Path, digest: &Sha256, size: u64) -> Result<Option<String>, Fault> {
     let mut file = match File::open(path) {
@@ -285,6 +306,10 @@ impl Sink for LayoutSink {
         .await
     }
 
+    async fn stands(&self, incoming: &Incoming) -> Result<bool, Fault> {
+        Ok(self.named(&incoming.artifact).await? == Some(top_of(image_info(incoming)?)?.digest))
+    }
+
     async fn verify(&self, incoming: &Incoming, _place: &Place) -> Result<Vec<String>, Fault> {
         let (layout, location) = (self.layout(&incoming.artifact), self.location(&incoming.artifact));
         let ours = top_of(image_info(incoming)?)?.digest;
@@ -311,6 +336,13 @@ impl Sink for LayoutSink {
             Ok(out)
         })
         .await
+    }
+
+    async fn clear(&self, incoming: &Incoming) -> Result<(), Fault> {
+        let layout = self.layout(&incoming.artifact);
+        let lock = self.lock(&incoming.artifact);
+        let _held = lock.lock().await;
+        blocking(move || remove_damaged(&layout)).await
     }
 
     async fn remove(&self, artifact: &ArtifactRef) -> Result<(), Fault> {

@@ -312,6 +312,10 @@ impl Sink for RegistrySink {
         Ok(manifest.bytes.slice(start..end))
     }
 
+    async fn stands(&self, incoming: &Incoming) -> Result<bool, Fault> {
+        Ok(self.tag(&incoming.artifact).await? == Some(top_of(image_info(incoming)?)?.digest))
+    }
+
     async fn verify(&self, incoming: &Incoming, place: &Place) -> Result<Vec<String>, Fault> {
         let repository = Self::repository_of(place)?;
         let location = self.location(&incoming.artifact);
@@ -344,6 +348,10 @@ impl Sink for RegistrySink {
             }
         }
         Ok(out)
+    }
+
+    async fn clear(&self, _incoming: &Incoming) -> Result<(), Fault> {
+        Ok(()) // the commit pushes what the registry lacks
     }
 
     async fn remove(&self, artifact: &ArtifactRef) -> Result<(), Fault> {

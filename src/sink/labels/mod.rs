@@ -237,6 +237,11 @@ impl Sink for LabelsSink {
         .await
     }
 
+    async fn stands(&self, incoming: &Incoming) -> Result<bool, Fault> {
+        let held = self.engine.held(incoming.artifact.name(), incoming.artifact.version()).await?;
+        Ok(held.is_some_and(|held| held.digest == incoming.digest.hex()))
+    }
+
     async fn verify(&self, incoming: &Incoming, place: &Place) -> Result<Vec<String>, Fault> {
         let (set, version) = (incoming.artifact.name(), incoming.artifact.version());
         let Some(held) = self.engine.held(set, version).await? else {

@@ -403,6 +403,7 @@ struct Said {
 }
 
 /// What a row is beside its fields.
+#[derive(Clone, Copy)]
 struct Parts<'a> {
     /// Its other columns, as an object.
     rest: Option<&'a str>,

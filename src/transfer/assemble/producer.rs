@@ -14,7 +14,6 @@ use crate::fetch::Ranges;
 use crate::limits::{FETCH_BATCH_BYTES, FETCH_BATCH_CHUNKS_MAX};
 use crate::manifest::{EntryBody, Step};
 use crate::places::{At, Journal};
-use crate::sink::Place;
 use crate::stage::Stage;
 use crate::wire::Wanted;
 
@@ -30,7 +29,6 @@ pub(super) struct Producer {
     pub(super) journal: Arc<RwLock<Journal>>,
     pub(super) stage: Arc<Stage>,
     pub(super) held: Arc<Held>,
-    pub(super) place: u32,
     pub(super) failure: Arc<Failure>,
     pub(super) jobs: mpsc::Sender<Job>,
     pub(super) batches: mpsc::Sender<Batch>,
@@ -98,7 +96,8 @@ impl Producer {
             if self.end_sharing()?.is_err() {
                 return Ok(Err(Ended));
             }
-            if let Some(from) = at.map(|at| self.shareable(&item, at)).transpose()?.flatten() {
+            let first = at.filter(|_| item.spot.offset == 0);
+            if let Some(from) = first.map(|at| self.assembly.shareable(item.dest.file, at)).transpose()?.flatten() {
                 self.sharing = Some(Sharing { dest: item.dest.clone(), from, items: vec![item] });
             } else if self.bring(item, at).is_err() {
                 return Ok(Err(Ended));
@@ -128,17 +127,6 @@ impl Producer {
         self.whole_bytes = 0;
         let wholes = std::mem::take(&mut self.wholes);
         if wholes.is_empty() { Ok(()) } else { self.jobs.blocking_send(Job::Share(wholes)).map_err(|_| Ended) }
-    }
-
-    /// Where the same file lies whole, if the chunk found is the first of one.
-    fn shareable(&self, item: &Item, at: At) -> Result<Option<PathBuf>, Fault> {
-        if item.spot.offset != 0 || at.offset != 0 || at.place == self.place {
-            return Ok(None);
-        }
-        let places = &self.assembly.shared.places;
-        let Some(info) = places.info(at.place).filter(|info| info.transfer.is_none()) else { return Ok(None) };
-        let Place::Folder { path } = &info.place else { return Ok(None) };
-        Ok(places.entry(at.place, at.entry)?.filter(|(_, file)| *file == item.dest.file).map(|(rel, _)| path.join(rel.as_str())))
     }
 
     fn end_sharing(&mut self) -> Result<Result<(), Ended>, Fault> {
