@@ -20,6 +20,7 @@ use parking_lot::Mutex;
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::timeout;
 
+use crate::buffers::Buffers;
 use crate::chunk::Hash;
 use crate::fault::{Fault, Reason, Retry};
 use crate::frame::{Frame, FrameError, HEADER_BYTES, Header};
@@ -41,8 +42,10 @@ const WRITE_MAX: Duration = Duration::from_secs(120);
 const PIECES: usize = 64;
 /// Room for the frame that goes beyond what was asked for.
 const FRAME_BYTES_USUAL: usize = HEADER_BYTES + (128 << 10);
-/// Buffers for frames that are kept while a transfer runs.
+/// Buffers for frames that are kept while a transfer runs…
 const BUFFERS_KEPT: usize = 16;
+/// …each of this size at the most.
+const BUFFER_BYTES_MAX: usize = 2 << 20;
 
 /// An artifact that is open for reading by a peer.
 pub struct Opened {
@@ -233,6 +236,8 @@ pub struct Frames {
     pieces: VecDeque<Bytes>,
     /// What the line had brought in all when it was last looked at.
     brought: u64,
+    /// Why the answer ended early, to be told once the frames that came before were taken.
+    ended: Option<Fault>,
     /// Keeps the request's stream until the answer is read.
     _send: SendHalf,
 }
@@ -265,7 +270,7 @@ impl Fetcher {
         send.write_bytes(out.freeze()).await.map_err(broken)?;
         send.finish().map_err(broken)?;
         let brought = self.link.bytes().1;
-        Ok(Frames { link: self.link.clone(), recv, wire: self.wire.clone(), pieces: VecDeque::new(), brought, _send: send })
+        Ok(Frames { link: self.link.clone(), recv, wire: self.wire.clone(), pieces: VecDeque::new(), brought, ended: None, _send: send })
     }
 
     /// The root manifest, checked against its digest.
@@ -308,15 +313,27 @@ impl Frames {
         frame(header, bytes.into())
     }
 
-    /// The next frames, as many as `bytes` of them need and `count` at the most, in one buffer out of `buffers`.
+    /// The next frames, as many as `bytes` of them need and `count` at the most, in one buffer out of `buffers`. When the
+    /// answer ends early, what came before that is given first.
     pub async fn some(&mut self, count: usize, bytes: usize, buffers: &Buffers) -> Result<Vec<Frame>, Fault> {
-        let mut buffer = buffers.take();
-        buffer.bytes.reserve(bytes + FRAME_BYTES_USUAL);
-        let mut found: Vec<(Header, Range<usize>)> = Vec::new();
-        while found.len() < count && buffer.bytes.len() < bytes {
-            found.push(self.append(&mut buffer.bytes).await?);
+        if let Some(fault) = self.ended.take() {
+            return Err(fault);
         }
-        let all = Bytes::from_owner(buffer);
+        let mut buffer = buffers.take(bytes + FRAME_BYTES_USUAL);
+        buffer.clear();
+        buffer.reserve(bytes + FRAME_BYTES_USUAL);
+        let mut found: Vec<(Header, Range<usize>)> = Vec::new();
+        while found.len() < count && buffer.len() < bytes {
+            match self.append(&mut buffer).await {
+                Ok(frame) => found.push(frame),
+                Err(fault) if found.is_empty() => return Err(fault),
+                Err(fault) => {
+                    self.ended = Some(fault);
+                    break;
+                }
+            }
+        }
+        let all = buffers.lend(buffer);
         found.into_iter().map(|(header, range)| frame(header, all.slice(range))).collect()
     }
 
@@ -331,7 +348,7 @@ impl Frames {
         self.take(header.stored_len as usize, buffer).await?;
         self.wire.fetch_add(header.frame_len() as u64, Ordering::Relaxed);
         if header.is_fault() {
-            // It ends the answer, and must be heard before the frames that came in front of it are complete.
+            // It ends the answer.
             frame(header, Bytes::copy_from_slice(&buffer[start..]))?;
         }
         Ok((header, start..buffer.len()))
@@ -388,40 +405,9 @@ fn frame(header: Header, bytes: Bytes) -> Result<Frame, Fault> {
     }
 }
 
-/// Buffers that are used again: fresh memory costs more to fault in than to fill.
-#[derive(Clone, Default)]
-pub struct Buffers {
-    free: Arc<Mutex<Vec<Vec<u8>>>>,
-}
-
-/// A buffer that goes back when the last slice of it is gone.
-struct Lent {
-    bytes: Vec<u8>,
-    home: Buffers,
-}
-
-impl Buffers {
-    fn take(&self) -> Lent {
-        let bytes = self.free.lock().pop().unwrap_or_default();
-        Lent { bytes, home: self.clone() }
-    }
-}
-
-impl AsRef<[u8]> for Lent {
-    fn as_ref(&self) -> &[u8] {
-        &self.bytes
-    }
-}
-
-impl Drop for Lent {
-    fn drop(&mut self) {
-        let mut bytes = std::mem::take(&mut self.bytes);
-        let mut free = self.home.free.lock();
-        if free.len() < BUFFERS_KEPT {
-            bytes.clear();
-            free.push(bytes);
-        }
-    }
+/// Buffers for the frames of one transfer.
+pub fn buffers() -> Buffers {
+    Buffers::new(BUFFERS_KEPT, FRAME_BYTES_USUAL, BUFFER_BYTES_MAX)
 }
 
 /// Ascending indexes as `(first, count)` runs.

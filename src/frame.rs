@@ -238,6 +238,12 @@ impl Frame {
         Ok(frame)
     }
 
+    /// A frame that came over the line and was verified, fit to be stored: by its sum a store tells damage, and one that the
+    /// sender got wrong is made anew.
+    pub fn fit_to_store(self, chunk: &Verified) -> Self {
+        if sum(&self.head, &self.stored) == self.header.sum { self } else { Self::encode(chunk) }
+    }
+
     /// The chunk's name, as the frame claims it.
     pub fn id(&self) -> Hash {
         self.header.id

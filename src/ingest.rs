@@ -18,6 +18,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 
+use crate::buffers::Buffers;
 use crate::chunk::{Chunking, DEFAULT_CHUNKING, Hash};
 use crate::fault::{Fault, IoContext};
 use crate::frame::{Frame, Verified};
@@ -27,7 +28,6 @@ use crate::manifest::{Builder, ChunkRef, Digest, Entry, EntryBody, FileInfo, Roo
 use crate::names::{Kind, RelPath};
 use crate::source::{Content, Source, SourceBody, SourceEntry};
 use crate::store::Store;
-use crate::store::buffers::Buffers;
 
 // A file that is one chunk must fit in a batch.
 const _: () = assert!(CHUNK_BYTES_MAX <= INGEST_BATCH_BYTES);

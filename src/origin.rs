@@ -11,8 +11,6 @@
 
 mod keep;
 
-use std::fs::File;
-use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -26,10 +24,10 @@ use crate::chunk::Hash;
 use crate::durable;
 use crate::fault::{Fault, IoContext, Reason, Retry};
 use crate::fetch::{Child, Library, Opened, Pieces, blocking, pieces};
-use crate::frame::{Frame, Verified};
+use crate::frame::Frame;
 use crate::manifest::{ChunkRef, Digest, EntryBody, FileInfo, Pages, Root, Step, Walk};
 use crate::names::RelPath;
-use crate::places::{At, PlaceInfo, Places};
+use crate::places::{At, PlaceInfo, Places, Reader};
 use crate::sink::{Place, Sink};
 use crate::store::Store;
 use crate::transfer::BUDGET_UNIT;
@@ -43,8 +41,6 @@ const OPENED_MAX: usize = 16;
 const BYTES_IN_FLIGHT_MAX: u64 = 32 << 20;
 /// Rows of the index that are written together.
 const ROWS_TOGETHER: usize = 32 << 10;
-/// Bytes that are read at once of a blob in the registry, whose chunks mostly follow each other.
-const AHEAD_BYTES: u64 = 4 << 20;
 /// The notes of one artifact are made anew at most this often: a walk over a large manifest takes a while.
 const INDEX_EVERY: Duration = Duration::from_secs(30);
 
@@ -164,9 +160,13 @@ impl Origin {
         Ok(true)
     }
 
+    fn reader(&self, runtime: &tokio::runtime::Handle) -> Reader {
+        Reader::new(self.inner.places.clone(), self.inner.images.clone(), runtime.clone())
+    }
+
     /// These chunks, each read where it lies and hashed. Blocks.
     fn read(&self, opened: &Opened, held: &Held, chunks: &[ChunkRef], runtime: &tokio::runtime::Handle) -> Result<Vec<Bytes>, Fault> {
-        let mut reader = Reader { origin: &self.inner, runtime, file: None };
+        let mut reader = self.reader(runtime);
         let ids: Vec<Hash> = chunks.iter().map(|c| c.id).collect();
         let found = self.inner.places.find(&ids)?;
         let mut out = Vec::with_capacity(chunks.len());
@@ -178,7 +178,6 @@ impl Origin {
             let chunk = match first {
                 Ok(read) => read,
                 Err(_) => {
-                    reader.file = None;
                     let fresh = self.index_anew(opened, &held.places)?;
                     let at = self.inner.places.find(&[chunk.id])?.into_iter().flatten().next();
                     let at = at.ok_or_else(|| Fault::internal(format!("chunk {} of {} lies nowhere", chunk.id, opened.digest)))?;
@@ -228,7 +227,7 @@ impl Origin {
     pub fn verify(&self, digest: Digest, root: &Root, places: &[Place], read: impl Fn(u64)) -> Result<Vec<String>, Fault> {
         self.index(digest, root, places, true)?;
         let runtime = tokio::runtime::Handle::current();
-        let mut reader = Reader { origin: &self.inner, runtime: &runtime, file: None };
+        let mut reader = self.reader(&runtime);
         let (mut faults, mut path, mut told) = (Vec::new(), None::<RelPath>, false);
         for step in Walk::new(root, &self.inner.store) {
             match step? {
@@ -262,83 +261,6 @@ fn lies_at(place: &Place, path: &RelPath, file: &FileInfo) -> bool {
             std::fs::symlink_metadata(folder.join(path.as_str())).is_ok_and(|meta| meta.is_file() && meta.len() == file.size)
         }
         Place::Registry { .. } => path.as_str().starts_with("blobs/sha256/"),
-    }
-}
-
-/// Reads chunks, mostly one behind the other from one file.
-struct Reader<'a> {
-    origin: &'a Inner,
-    runtime: &'a tokio::runtime::Handle,
-    file: Option<Source>,
-}
-
-/// The file that was read last.
-struct Source {
-    place: u32,
-    entry: u64,
-    info: Arc<PlaceInfo>,
-    path: RelPath,
-    size: u64,
-    /// `None`: a blob of the registry.
-    file: Option<File>,
-    /// Where the bytes that were read ahead begin, and they.
-    ahead: (u64, Bytes),
-}
-
-impl Reader<'_> {
-    fn chunk(&mut self, chunk: ChunkRef, at: At) -> Result<Verified, Fault> {
-        if at.len != chunk.len {
-            return Err(Fault::integrity("its length is another"));
-        }
-        if !self.file.as_ref().is_some_and(|f| f.place == at.place && f.entry == at.entry) {
-            self.file = Some(self.open(at)?);
-        }
-        let Some(source) = &mut self.file else { return Err(Fault::internal("no source is open")) };
-        let bytes: Bytes = match &source.file {
-            Some(file) => {
-                let mut out = vec![0; at.len as usize];
-                match file.read_exact_at(&mut out, at.offset) {
-                    Err(e) if e.kind() == std::io::ErrorKind::UnexpectedEof => return Err(Fault::integrity("it is shorter now")),
-                    other => other.at(format_args!("read {}", source.path))?,
-                }
-                out.into()
-            }
-            None => {
-                let end = at.offset + u64::from(at.len);
-                let (start, bytes) = &source.ahead;
-                if at.offset < *start || end > *start + bytes.len() as u64 {
-                    let Some(images) = &self.origin.images else { return Err(Fault::internal("there is no registry here")) };
-                    let len = AHEAD_BYTES.min(source.size.saturating_sub(at.offset)).max(u64::from(at.len)) as u32;
-                    let read = images.read_at(&source.info.place, &source.path, at.offset, len);
-                    source.ahead = (at.offset, self.runtime.block_on(read)?);
-                }
-                let (start, bytes) = &source.ahead;
-                let from = (at.offset - start) as usize;
-                if bytes.len() < from + at.len as usize {
-                    return Err(Fault::integrity("the blob is shorter now"));
-                }
-                bytes.slice(from..from + at.len as usize)
-            }
-        };
-        Verified::check(chunk.id, bytes).map_err(|_| Fault::integrity("its content is another"))
-    }
-
-    fn open(&self, at: At) -> Result<Source, Fault> {
-        let gone = || Fault::not_found("its place is gone");
-        let info = self.origin.places.info(at.place).ok_or_else(gone)?;
-        let (path, entry) = self.origin.places.entry(at.place, at.entry)?.ok_or_else(gone)?;
-        let file = match &info.place {
-            Place::Folder { path: folder } => {
-                let full = folder.join(path.as_str());
-                let file = File::open(&full).at(format_args!("open {}", full.display()))?;
-                if file.metadata().at(full.display())?.len() != entry.size {
-                    return Err(Fault::integrity("its size is another"));
-                }
-                Some(file)
-            }
-            Place::Registry { .. } => None,
-        };
-        Ok(Source { place: at.place, entry: at.entry, info, path, size: entry.size, file, ahead: (0, Bytes::new()) })
     }
 }
 

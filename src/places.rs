@@ -8,6 +8,8 @@
 //! written only after the bytes they speak of were synced, in one transaction, so after a kill or a power cut a
 //! transfer goes on where the last commit stood and nothing is hashed again.
 
+mod reader;
+
 use std::collections::{BTreeSet, HashMap};
 use std::path::Path;
 use std::sync::Arc;
@@ -22,6 +24,8 @@ use crate::manifest::{Digest, FileInfo};
 use crate::names::RelPath;
 use crate::sink::Place;
 use crate::store::redb_fault;
+
+pub use reader::Reader;
 
 const CACHE_BYTES: usize = 16 << 20;
 /// Journal bits that are written together.

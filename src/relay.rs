@@ -23,9 +23,10 @@ use futures::stream::{self, BoxStream};
 use parking_lot::Mutex;
 use tokio::sync::RwLock;
 
+use crate::buffers::Buffers;
 use crate::chunk::{Hash, ShortHash};
 use crate::fault::{Code, Fault, Reason, Retry};
-use crate::fetch::{Child, Pieces, Ranges, blocking};
+use crate::fetch::{self, Child, Pieces, Ranges, blocking};
 use crate::frame::Frame;
 use crate::manifest::Digest;
 use crate::names::SiteName;
@@ -34,8 +35,8 @@ use crate::wire::Wanted;
 
 use flight::Flight;
 
-/// Stored bytes that are verified and kept together.
-const TOGETHER_BYTES: usize = 128 << 10;
+/// Stored bytes that are verified and kept together: a source sends them in groups of about this size.
+pub const TOGETHER_BYTES: usize = 128 << 10;
 /// How long a fetch waits for a source that went away before whoever asked is told.
 const PATIENCE: Duration = Duration::from_secs(2);
 /// Between two looks for a source.
@@ -43,8 +44,8 @@ const LOOK_EVERY: Duration = Duration::from_millis(100);
 /// How often a plan is made anew because a kept chunk turned out damaged.
 const PLANS_MAX: u32 = 3;
 
-/// Frames as a site sends them: neither sum nor name is checked yet.
-pub type Sent = BoxStream<'static, Result<Frame, Fault>>;
+/// Frames as a site sends them, some at a time: neither sum nor name is checked yet.
+pub type Sent = BoxStream<'static, Result<Vec<Frame>, Fault>>;
 
 /// A site that has an artifact.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -60,8 +61,8 @@ pub struct Holder {
 pub trait Upstream: Send + Sync {
     /// The sites that are connected and hold this artifact, the best first; never `but`.
     async fn sources(&self, digest: Digest, but: Option<&SiteName>) -> Result<Vec<Holder>, Fault>;
-    /// Asks one of them. The frames come in the order of the request.
-    async fn ask(&self, source: &SiteName, digest: Digest, wants: Vec<Wanted>) -> Result<Sent, Fault>;
+    /// Asks one of them for so many frames, which come in the order of the request, in some of these buffers.
+    async fn ask(&self, source: &SiteName, digest: Digest, wants: Vec<Wanted>, count: usize, buffers: &Buffers) -> Result<Sent, Fault>;
 }
 
 /// The relay. Cheap to clone.
@@ -84,6 +85,8 @@ struct Inner {
     /// Bytes that the relay's packs take, about.
     kept: AtomicU64,
     unflushed: AtomicBool,
+    /// What frames are taken off the lines into.
+    buffers: Buffers,
     fetched: AtomicU64,
     unkept: AtomicU64,
 }
@@ -121,7 +124,8 @@ impl Relay {
         let store = Store::open(&data_dir.join("relay"))?;
         let kept = AtomicU64::new(store.stored_bytes()?);
         let (flights, gate, unflushed, fetched, unkept) = Default::default();
-        Ok(Self { inner: Arc::new(Inner { main, store, upstream, flights, gate, budget, kept, unflushed, fetched, unkept }) })
+        let buffers = fetch::buffers();
+        Ok(Self { inner: Arc::new(Inner { main, store, upstream, flights, gate, budget, kept, unflushed, buffers, fetched, unkept }) })
     }
 
     /// Bytes that the relay's packs take, about.
@@ -365,24 +369,12 @@ impl Relay {
             last = Some(child.index);
         }
         wants.push(Wanted::Children { page: of.page, ranges: ranges.0 });
-        let mut sent = self.inner.upstream.ask(source, of.digest, wants).await?;
+        let count = landing.children.len() - landing.done;
+        let mut sent = self.inner.upstream.ask(source, of.digest, wants, count, &self.inner.buffers).await?;
         while landing.done < landing.children.len() {
-            let (mut group, mut bytes) = (Vec::new(), 0);
-            let mut ended = None;
-            while bytes < TOGETHER_BYTES && landing.done + group.len() < landing.children.len() {
-                match sent.next().await {
-                    Some(Ok(frame)) => {
-                        bytes += frame.len();
-                        group.push((landing.children[landing.done + group.len()], frame));
-                    }
-                    Some(Err(fault)) => ended = Some(fault),
-                    None => ended = Some(Fault::unreachable(format!("site {source} ended an answer early"))),
-                }
-                if ended.is_some() {
-                    break;
-                }
-            }
-            // What came before a fault is good.
+            let early = || Fault::unreachable(format!("site {source} ended an answer early"));
+            let frames = sent.next().await.ok_or_else(early)??;
+            let group: Vec<(Child, Frame)> = landing.children[landing.done..].iter().copied().zip(frames).collect();
             let gate = self.inner.gate.clone().read_owned().await;
             let this = self.clone();
             let taken = blocking(move || {
@@ -391,40 +383,36 @@ impl Relay {
             });
             let frames = taken.await.map_err(|fault| fault.context(format!("site {source}")))?;
             landing.land(frames);
-            if let Some(fault) = ended {
-                return Err(fault);
-            }
         }
         Ok(())
     }
 
-    /// Verifies frames and keeps them, as far as there is room.
+    /// Verifies frames and keeps them, if there is room.
     fn take(&self, group: Vec<(Child, Frame)>) -> Result<Vec<(Bytes, bool)>, Fault> {
-        let mut out = Vec::with_capacity(group.len());
+        let mut frames = Vec::with_capacity(group.len());
         for (child, frame) in group {
             let chunk = frame.verify(child.chunk.id, child.chunk.len)?;
-            // The sum is what a store gives a frame out by; one that the sender got wrong is made anew.
-            let frame = Frame::parse(frame.to_bytes()).unwrap_or_else(|_| Frame::encode(&chunk));
-            let len = frame.len() as u64;
-            self.inner.fetched.fetch_add(len, Ordering::Relaxed);
-            let kept = !self.is_full() && self.keep(&frame);
-            if !kept {
-                self.inner.unkept.fetch_add(len, Ordering::Relaxed);
-            }
-            out.push((frame.to_bytes(), kept));
+            frames.push(frame.fit_to_store(&chunk));
         }
-        Ok(out)
+        let bytes: Vec<Bytes> = frames.iter().map(Frame::to_bytes).collect();
+        let len: u64 = bytes.iter().map(|frame| frame.len() as u64).sum();
+        self.inner.fetched.fetch_add(len, Ordering::Relaxed);
+        let kept = !self.is_full() && self.keep(frames);
+        if !kept {
+            self.inner.unkept.fetch_add(len, Ordering::Relaxed);
+        }
+        Ok(bytes.into_iter().map(|frame| (frame, kept)).collect())
     }
 
-    fn keep(&self, frame: &Frame) -> bool {
-        match self.inner.store.put(frame) {
+    fn keep(&self, frames: Vec<Frame>) -> bool {
+        match self.inner.store.put_all(frames) {
             Ok(bytes) => {
                 self.inner.kept.fetch_add(bytes, Ordering::Relaxed);
                 self.inner.unflushed.store(true, Ordering::Relaxed);
                 true
             }
             Err(fault) => {
-                tracing::warn!(error = %fault, "a relayed chunk is passed on without being kept");
+                tracing::warn!(error = %fault, "relayed chunks are passed on without being kept");
                 false
             }
         }
@@ -438,6 +426,7 @@ impl Relay {
     /// Gives buffers back that nobody used since the last call.
     pub fn rest(&self) {
         self.inner.store.rest();
+        self.inner.buffers.rest();
     }
 
     /// Which of these chunks the relay or the hub holds damaged: one line each. Blocks.

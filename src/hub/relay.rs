@@ -11,6 +11,7 @@ use futures::{StreamExt, TryStreamExt, stream};
 use tokio_util::sync::CancellationToken;
 
 use super::{Hub, Links, short};
+use crate::buffers::Buffers;
 use crate::catalogue::{Catalogue, Kept, no_artifact};
 use crate::chunk::{Hash, ShortHash};
 use crate::clock;
@@ -19,7 +20,7 @@ use crate::fetch::{Child, Fetcher, blocking};
 use crate::limits::{FETCH_BATCH_BYTES, FETCH_BATCH_CHUNKS_MAX};
 use crate::manifest::{Digest, Root, Step, Walk};
 use crate::names::{ArtifactRef, SiteName, SiteSelector};
-use crate::relay::{Holder, Of, Relay, Sent, Upstream};
+use crate::relay::{Holder, Of, Relay, Sent, TOGETHER_BYTES, Upstream};
 use crate::transfer::BUDGET_UNIT;
 use crate::wire::Wanted;
 
@@ -56,12 +57,19 @@ impl Upstream for Lines {
         Ok(here.map(|(site, origin)| Holder { site, origin }).collect())
     }
 
-    async fn ask(&self, source: &SiteName, digest: Digest, wants: Vec<Wanted>) -> Result<Sent, Fault> {
+    async fn ask(&self, source: &SiteName, digest: Digest, wants: Vec<Wanted>, count: usize, buffers: &Buffers) -> Result<Sent, Fault> {
         let link = self.links.read().get(source).map(|c| c.link.clone());
         let link = link.ok_or_else(|| Fault::unreachable(format!("site {source} is not connected")))?;
         let frames = Fetcher::new(link, digest, self.wire.clone()).ask(wants, 0).await?;
-        // Ends by an error at the latest: whoever reads knows how many frames he asked for.
-        Ok(stream::unfold(frames, |mut frames| async move { Some((frames.next().await, frames)) }).boxed())
+        Ok(stream::unfold((frames, buffers.clone(), count), |(mut frames, buffers, left)| async move {
+            if left == 0 {
+                return None;
+            }
+            let some = frames.some(left, TOGETHER_BYTES, &buffers).await;
+            let left = some.as_ref().map_or(0, |some| left - some.len());
+            Some((some, (frames, buffers, left)))
+        })
+        .boxed())
     }
 }
 

@@ -26,7 +26,7 @@ impl Upstream for Site {
         Ok(if self.away.load(Ordering::Relaxed) { vec![] } else { vec![Holder { site: "a".parse()?, origin: true }] })
     }
 
-    async fn ask(&self, _: &SiteName, _: Digest, wants: Vec<Wanted>) -> Result<Sent, Fault> {
+    async fn ask(&self, _: &SiteName, _: Digest, wants: Vec<Wanted>, _: usize, _: &Buffers) -> Result<Sent, Fault> {
         let mut out: Vec<Result<Frame, Fault>> = Vec::new();
         for want in wants {
             let Wanted::Children { ranges, .. } = want else { unreachable!("chunks only") };
@@ -45,7 +45,7 @@ impl Upstream for Site {
         Ok(stream::iter(out)
             .then(move |frame| async move {
                 tokio::time::sleep(delay).await;
-                frame
+                frame.map(|frame| vec![frame])
             })
             .boxed())
     }

@@ -11,7 +11,6 @@
 //! costs 35 to 71 bytes of disk a chunk and no memory but its cache ([`INDEX_CACHE_BYTES`]); it can be made anew from
 //! the packs.
 
-pub(crate) mod buffers;
 mod index;
 mod pack;
 
@@ -129,6 +128,14 @@ impl Store {
             return Ok(0);
         }
         self.append(frame)
+    }
+
+    /// [`Store::put`] for many.
+    pub fn put_all(&self, mut frames: Vec<Frame>) -> Result<u64, Fault> {
+        let ids: Vec<Hash> = frames.iter().map(Frame::id).collect();
+        let mut here = self.has_many(&ids)?.into_iter();
+        frames.retain(|_| !here.next().unwrap_or(false));
+        self.append_all(&frames)
     }
 
     /// [`Store::put`] for a caller that knows that the index lacks the chunk.

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use parking_lot::Mutex;
 
-use super::buffers::Buffers;
+use crate::buffers::Buffers;
 use crate::chunk::Hash;
 use crate::durable;
 use crate::fault::{Fault, IoContext};

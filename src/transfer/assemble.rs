@@ -28,15 +28,16 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
+use crate::buffers::Buffers;
 use crate::chunk::Hash;
 use crate::durable;
 use crate::fault::{Fault, Reason};
-use crate::fetch::{Buffers, Fetcher, blocking};
+use crate::fetch::{self, Fetcher, blocking};
 use crate::frame::Frame;
 use crate::limits::{FETCH_IN_FLIGHT_MAX, UNCOMMITTED_BYTES_MAX};
 use crate::manifest::{ChunkRef, EntryBody, FileInfo, KindInfo, Spot, Step, Walk};
 use crate::names::RelPath;
-use crate::places::{At, Commit, Journal, PlaceInfo, Places};
+use crate::places::{At, Commit, Journal, PlaceInfo, Places, Reader};
 use crate::sink::{Incoming, Place, Sink};
 use crate::stage::{FILE_MODE, Stage, free_bytes};
 use crate::store::Store;
@@ -56,8 +57,6 @@ const JOB_BYTES: usize = 256 << 10;
 const COPY_BYTES: usize = 2 << 20;
 /// …and files at the most.
 const WHOLES_MAX: usize = 64;
-/// Bytes that are read at once of a blob in the registry, whose chunks mostly follow each other.
-const AHEAD_BYTES: u64 = 4 << 20;
 /// Files with several chunks that may be open between two commits.
 const DIRTY_FILES_MAX: usize = 256;
 /// From so many files on, one sync of the filesystem is cheaper than one for each.
@@ -214,10 +213,18 @@ impl Assembly {
         let places = &self.shared.places;
         let links = self.incoming.artifact.kind.is_files();
         let mut whole = None;
+        // The index hears late of a folder that somebody took away.
+        let mut gone: HashMap<u32, bool> = HashMap::new();
+        let mut is_gone = |place: u32| {
+            *gone
+                .entry(place)
+                .or_insert_with(|| places.info(place).is_none_or(|i| matches!(&i.place, Place::Folder { path } if !path.is_dir())))
+        };
         let mut look = |pending: &mut Vec<(ChunkRef, FileInfo, u64, u64)>| -> Result<(), Fault> {
             let ids: Vec<Hash> = pending.iter().map(|(chunk, ..)| chunk.id).collect();
             for ((chunk, file, number, offset), at) in pending.drain(..).zip(places.find(&ids)?) {
                 let len = u64::from(chunk.len);
+                let at = at.filter(|at| !is_gone(at.place));
                 if links && offset == 0 && at.map(|at| self.shareable(file, at)).transpose()?.flatten().is_some() {
                     whole = Some(number);
                 }
@@ -407,8 +414,7 @@ impl Assembly {
                 shared: self.shared.clone(),
                 counters: self.counters.clone(),
                 done: done.clone(),
-                runtime: tokio::runtime::Handle::current(),
-                source: None,
+                local: Reader::new(self.shared.places.clone(), Some(self.shared.images.clone()), tokio::runtime::Handle::current()),
                 any_link: self.incoming.artifact.kind.is_files(),
                 buffer: vec![0; READ_BYTES],
             };
@@ -434,7 +440,7 @@ impl Assembly {
         let mut fetches = JoinSet::new();
         let in_flight = Arc::new(Semaphore::new(FETCH_IN_FLIGHT_MAX));
         let uncommitted = Arc::new(Semaphore::new((UNCOMMITTED_BYTES_MAX / BUDGET_UNIT) as usize));
-        let buffers = Buffers::default();
+        let buffers = fetch::buffers();
         while let Some(batch) = batch_queue.recv().await {
             let Ok(turn) = in_flight.clone().acquire_owned().await else { break };
             let units = batch.bytes.div_ceil(BUDGET_UNIT).max(1) as u32;

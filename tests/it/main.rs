@@ -6,6 +6,7 @@
 #![expect(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test ends by panicking; helpers are not marked as tests")]
 #![expect(clippy::disallowed_methods, reason = "fixtures need no durability, and the clock here is only for time limits")]
 
+mod again;
 mod bad_input;
 mod borrow;
 mod end_to_end;

@@ -13,14 +13,12 @@ use parking_lot::Mutex;
 use rustix::io::Errno;
 use tokio::sync::mpsc;
 
-use super::{AHEAD_BYTES, Counters, Dest, Done, Item, Job, Shared, Whole};
+use super::{Counters, Dest, Done, Item, Job, Shared, Whole};
 use crate::chunk::Hash;
 use crate::fault::{Fault, IoContext};
 use crate::frame::Verified;
 use crate::manifest::{ChunkRef, Spot};
-use crate::names::RelPath;
-use crate::places::{At, PlaceInfo};
-use crate::sink::Place;
+use crate::places::Reader;
 use crate::stage::Stage;
 
 /// Bytes of a file that are read at once to be hashed.
@@ -30,25 +28,13 @@ const RUN_BYTES: u64 = 1 << 20;
 /// Pieces of one write; the system takes 1,024.
 const PARTS_MAX: usize = 256;
 
-/// A local file that chunks were read from last.
-pub(super) struct Source {
-    place: u32,
-    entry: u64,
-    file: Option<File>,
-    path: RelPath,
-    size: u64,
-    info: Arc<PlaceInfo>,
-    /// Where the bytes that were read ahead begin, and they.
-    ahead: (u64, Bytes),
-}
-
 pub(super) struct Worker {
     pub(super) stage: Arc<Stage>,
     pub(super) shared: Shared,
     pub(super) counters: Arc<Counters>,
     pub(super) done: SyncSender<Vec<Done>>,
-    pub(super) runtime: tokio::runtime::Handle,
-    pub(super) source: Option<Source>,
+    /// Reads what lies here.
+    pub(super) local: Reader,
     /// Whether whole files may be hard links of those of other versions.
     pub(super) any_link: bool,
     /// What files are read into to be hashed: [`READ_BYTES`].
@@ -78,14 +64,13 @@ impl Worker {
                 Job::Copy(copies) => {
                     let (mut run, mut done) = (None, Vec::new());
                     for (item, at) in copies {
-                        match self.read_local(item.chunk, at) {
+                        match self.local.chunk(item.chunk, at) {
                             Ok(chunk) => {
                                 self.counters.reused.fetch_add(chunk.bytes.len() as u64, Ordering::Relaxed);
                                 self.put(item, chunk, &mut run, &mut done)?;
                             }
                             Err(fault) => {
                                 tracing::info!(chunk = %item.chunk.id, error = %fault, "a local chunk is stale; fetching it instead");
-                                self.source = None;
                                 self.shared.places.forget(item.chunk.id)?;
                             }
                         }
@@ -153,52 +138,6 @@ impl Worker {
         }
         done.push(Done { dest, chunks, bytes: len, written: true, uncommitted: None });
         Ok(())
-    }
-
-    /// A chunk from the site's own files or blobs, verified.
-    fn read_local(&mut self, chunk: ChunkRef, at: At) -> Result<Verified, Fault> {
-        if at.len != chunk.len {
-            return Err(Fault::integrity("its length is another"));
-        }
-        if !self.source.as_ref().is_some_and(|s| s.place == at.place && s.entry == at.entry) {
-            let gone = || Fault::not_found("its place is gone");
-            let info = self.shared.places.info(at.place).ok_or_else(gone)?;
-            let (path, entry) = self.shared.places.entry(at.place, at.entry)?.ok_or_else(gone)?;
-            let file = match &info.place {
-                Place::Folder { path: folder } => {
-                    let full = folder.join(path.as_str());
-                    Some(File::open(&full).at(format_args!("open {}", full.display()))?)
-                }
-                Place::Registry { .. } => None,
-            };
-            let size = entry.size;
-            self.source = Some(Source { place: at.place, entry: at.entry, file, path, size, info, ahead: (0, Bytes::new()) });
-        }
-        let Some(source) = &mut self.source else { return Err(Fault::internal("no source")) };
-        let bytes: Bytes = match &source.file {
-            Some(file) => {
-                let mut out = vec![0; at.len as usize];
-                file.read_exact_at(&mut out, at.offset).at(format_args!("read {}", source.path))?;
-                out.into()
-            }
-            None => {
-                let end = at.offset + u64::from(at.len);
-                let (start, bytes) = &source.ahead;
-                if at.offset < *start || end > *start + bytes.len() as u64 {
-                    // A request for every chunk would take a round trip each.
-                    let len = AHEAD_BYTES.min(source.size.saturating_sub(at.offset)).max(u64::from(at.len)) as u32;
-                    let read = self.shared.images.read_at(&source.info.place, &source.path, at.offset, len);
-                    source.ahead = (at.offset, self.runtime.block_on(read)?);
-                }
-                let (start, bytes) = &source.ahead;
-                let from = (at.offset - start) as usize;
-                if bytes.len() < from + at.len as usize {
-                    return Err(Fault::integrity("the blob is shorter than it was"));
-                }
-                bytes.slice(from..from + at.len as usize)
-            }
-        };
-        Ok(Verified::check(chunk.id, bytes)?)
     }
 
     /// Makes the staged file the same as one that lies here, after checking all of that one's bytes.

@@ -1,6 +1,6 @@
 //! Buffers, used again: given back to the system and faulted in anew they would cost a tenth of a sender's time.
 //!
-//! The store reads packs into them, `ingest` reads sources. In memory only.
+//! The store reads packs into them, `ingest` reads sources, a fetch takes frames off the line. In memory only.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -10,7 +10,7 @@ use parking_lot::Mutex;
 
 /// Some buffers of about the same size. Cheap to clone.
 #[derive(Clone)]
-pub(crate) struct Buffers {
+pub struct Buffers {
     free: Arc<Mutex<Vec<Vec<u8>>>>,
     /// Whether one was taken since the last [`Buffers::rest`].
     used: Arc<AtomicBool>,
@@ -27,25 +27,25 @@ struct Lent {
 
 impl Buffers {
     /// Keeps up to `kept_max` buffers of at least `min` and at most `max` bytes.
-    pub(crate) fn new(kept_max: usize, min: usize, max: usize) -> Self {
+    pub fn new(kept_max: usize, min: usize, max: usize) -> Self {
         Self { free: Arc::default(), used: Arc::default(), kept_max, worth: (min, max) }
     }
 
     /// A buffer for `len` bytes, with what it held last still in it. Small ones do not deserve, and must not keep, a
     /// large buffer.
-    pub(crate) fn take(&self, len: usize) -> Vec<u8> {
+    pub fn take(&self, len: usize) -> Vec<u8> {
         self.used.store(true, Ordering::Relaxed);
         let reused = if len >= self.worth.0 { self.free.lock().pop() } else { None };
         reused.unwrap_or_else(|| Vec::with_capacity(len))
     }
 
     /// The bytes of a buffer, which comes back when nobody needs them any more.
-    pub(crate) fn lend(&self, bytes: Vec<u8>) -> Bytes {
+    pub fn lend(&self, bytes: Vec<u8>) -> Bytes {
         Bytes::from_owner(Lent { bytes, home: self.clone() })
     }
 
     /// Gives what is kept back to the system, if none was taken since the last call.
-    pub(crate) fn rest(&self) {
+    pub fn rest(&self) {
         if !self.used.swap(false, Ordering::Relaxed) {
             self.free.lock().clear();
         }

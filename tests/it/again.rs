@@ -1,0 +1,127 @@
+//! What a site lost, or had damaged, is brought again: by `retry`, by `deliver`, by `verify --repair`. What is sound
+//! stays where it is, and only what lacks crosses the line.
+
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+
+use crate::support::daemon::{Hub, Site, SiteSpec};
+use crate::support::data;
+use crate::support::images;
+use crate::support::labels as marks;
+use crate::support::line::Line;
+use crate::support::postgres::Postgres;
+use crate::support::registry::Registry;
+use crate::support::tree::assert_same;
+use crate::support::{Scratch, find, limit, secs};
+
+const REFERENCE: &str = "dataset/panels:v1";
+
+#[test]
+fn files_that_were_damaged_or_deleted_at_a_site() {
+    let _limit = limit(secs(200));
+    let scratch = Scratch::new();
+    let hub = Hub::start_new(scratch.path());
+    let line = Line::to(hub.quic);
+    let site = Site::start_new(scratch.path(), &hub, "chengdu", &SiteSpec { through: Some(line.address()), ..SiteSpec::default() });
+    let set = scratch.join("set");
+    data::dataset(&set, 200);
+    data::write(&set.join("weights.bin"), &data::noise(&mut data::rng("again"), 8 << 20));
+    hub.publish(&set, REFERENCE, &[]);
+    let transfer = hub.deliver_and_wait(REFERENCE, "chengdu", secs(60)).id;
+    let folder = site.folder(REFERENCE);
+    let inode = |name: &str| fs::metadata(folder.join(name)).unwrap().ino();
+
+    // Sound: it is looked at and stays.
+    let (before, was) = (inode("weights.bin"), line.down());
+    hub.cli(&["retry", &transfer]).expect(0);
+    hub.wait_done(&transfer, secs(60));
+    assert_eq!(inode("weights.bin"), before);
+    assert!(line.down() - was < 100_000, "{}", line.down() - was);
+
+    // One bit of one file, and a file gone.
+    let mut bytes = fs::read(folder.join("weights.bin")).unwrap();
+    bytes[5 << 20] ^= 1;
+    fs::write(folder.join("weights.bin"), &bytes).unwrap();
+    let photo = find(&folder, &|path| path.extension().is_some_and(|e| e == "png")).remove(0);
+    fs::remove_file(&photo).unwrap();
+    let found = site.cli(&["verify", REFERENCE]).expect(8).says(&["--repair"]);
+    assert!(found.out.lines().count() == 2 && found.out.contains("weights.bin"), "{}", found.out);
+    let was = line.down();
+    let asked = site.cli(&["verify", REFERENCE, "--repair"]).expect(8);
+    assert!(asked.out.contains(&transfer), "{}", asked.out);
+    let done = hub.wait_done(&transfer, secs(60));
+    assert_same(&set, &folder);
+    site.cli(&["verify", REFERENCE]).expect(0);
+    assert!(line.down() - was < 2 << 20, "{} bytes crossed the line for one chunk and one photo", line.down() - was);
+    assert!(done.bytes.reused > 7 << 20 && done.bytes.committed == done.bytes.total, "{:?}", done.bytes);
+    assert_eq!(site.leftovers(), Vec::<std::path::PathBuf>::new());
+
+    // All of it gone, killed in the middle of bringing it again.
+    fs::remove_dir_all(&folder).unwrap();
+    let gone = site.cli(&["verify", REFERENCE]).expect(8);
+    assert!(gone.out.lines().count() == 1 && gone.out.contains("is gone"), "{}", gone.out);
+    let plan = hub.json(&["plan", REFERENCE, "--to", "chengdu"]);
+    assert!(plan[0]["needs"].as_u64().unwrap() > 8 << 20, "{plan}");
+    line.throttle(4 << 20);
+    assert_eq!(hub.deliver(&[REFERENCE], "chengdu"), std::slice::from_ref(&transfer), "the transfer that stands begins again");
+    hub.wait_transfer(&transfer, "on its way", secs(60), |t| t.bytes.received > 1 << 20);
+    let mut site = site;
+    site.kill();
+    site.start();
+    hub.wait_done(&transfer, secs(60));
+    assert_same(&set, &site.folder(REFERENCE));
+    assert_eq!(site.current("dataset/panels"), "v1");
+}
+
+#[test]
+fn rows_and_an_image_that_were_deleted_at_a_site() {
+    let _limit = limit(secs(200));
+    let scratch = Scratch::new();
+    let postgres = Postgres::start_new(&scratch);
+    let registry = Registry::basic(&scratch, "registry");
+    let hub = Hub::start_new(scratch.path());
+    let spec = SiteSpec {
+        labels_sink: Some(postgres.sink(&scratch, "labels")),
+        images_sink: Some(registry.sink(&scratch)),
+        ..SiteSpec::default()
+    };
+    let site = Site::start_new(scratch.path(), &hub, "chengdu", &spec);
+    let plain = Site::start_new(scratch.path(), &hub, "hefei", &SiteSpec::default());
+    let set = data::dataset(&scratch.join("set"), 30);
+    let made = marks::marks(&set.photos, 4);
+    let file = scratch.join("marks.csv");
+    data::write(&file, marks::csv(&made).as_bytes());
+    let (labels, image) = ("labels/panels:v1", "image/tool:v1");
+    hub.publish(&file, labels, &[]);
+    hub.publish(&images::small().join("docker.tar"), image, &[]);
+    for (reference, name) in [(labels, "chengdu"), (image, "chengdu"), (image, "hefei")] {
+        hub.deliver_and_wait(reference, name, secs(90));
+    }
+    let count = || postgres.query("labels", "SELECT count(*) FROM packhorse.annotations WHERE label_set = 'panels'");
+    let all = count();
+
+    // Rows that somebody deleted: verify sees it, and asks for them.
+    postgres.query("labels", "DELETE FROM packhorse.annotation WHERE true");
+    assert_ne!(count(), all);
+    site.cli(&["verify", labels]).expect(8);
+    site.cli(&["verify", labels, "--repair"]).expect(8);
+    hub.deliver_and_wait(labels, "chengdu", secs(60));
+    assert_eq!(count(), all);
+    site.cli(&["verify", labels]).expect(0);
+
+    // An image's blob, in a layout on a disk.
+    let blobs = find(&scratch.join("hefei-images"), &|path| path.parent().is_some_and(|p| p.ends_with("sha256")));
+    let largest = blobs.into_iter().max_by_key(|path| fs::metadata(path).unwrap().len()).unwrap();
+    let mut bytes = fs::read(&largest).unwrap();
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 1;
+    fs::write(&largest, &bytes).unwrap();
+    plain.cli(&["verify", image, "--repair"]).expect(8);
+    hub.deliver_and_wait(image, "hefei", secs(60));
+    plain.cli(&["verify", image]).expect(0);
+
+    // A tag that was deleted in the registry: the next delivery finds that out by itself.
+    registry.skopeo("delete", &["{}/operators/tool:v1"]);
+    hub.deliver_and_wait(image, "chengdu", secs(60));
+    site.cli(&["verify", image]).expect(0);
+}
