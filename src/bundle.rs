@@ -115,6 +115,7 @@ pub fn import(from: &Path, store: &Store, progress: &JobProgress) -> Result<Vec<
     let mut list = vec![0; len];
     file.read_exact(&mut list).map_err(|_| wrong("is cut off"))?;
     let members: Vec<Member> = serde_json::from_slice(&list).map_err(|_| wrong("has a damaged list"))?;
+    let losses = store.losses();
     let mut header = [0; HEADER_BYTES];
     while read_or_end(&mut file, &mut header).map_err(|_| wrong("is cut off"))? {
         let parsed = Header::parse(&header).map_err(|e| wrong(&format!("is damaged: {e}")))?;
@@ -126,7 +127,7 @@ pub fn import(from: &Path, store: &Store, progress: &JobProgress) -> Result<Vec<
         frame.verify(parsed.id, parsed.raw_len).map_err(|e| wrong(&format!("is damaged: {e}")))?;
         store.put(&frame)?;
     }
-    store.flush()?;
+    store.flush_since(losses)?;
     for member in &members {
         for step in Walk::new(&member.root()?, store) {
             if let Step::Chunk(chunk, _) = step?

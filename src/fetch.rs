@@ -287,9 +287,8 @@ impl Fetcher {
         if listed_bytes(&root) <= FETCH_BATCH_BYTES {
             for page in &root.pages {
                 let frame = frames.next().await?;
-                frame.verify(page.id, page.len)?;
-                // Its sum as well: a store gives it out by that.
-                store.put(&Frame::parse(frame.to_bytes())?)?;
+                let raw = frame.verify(page.id, page.len)?;
+                store.put(&frame.fit_to_store(&raw))?;
             }
         }
         Ok(root)

@@ -131,6 +131,7 @@ fn ingest_as(
     keeper: &dyn Keeper,
     progress: &Progress,
 ) -> Result<Ingested, Fault> {
+    let losses = pages.losses();
     let workers = std::thread::available_parallelism().map_or(2, usize::from).clamp(2, 8);
     let (batches, work) = sync_channel::<Batch>(INGEST_BATCHES_MAX);
     let (answers, results) = sync_channel::<Answer>(INGEST_BATCHES_MAX * 2);
@@ -146,7 +147,7 @@ fn ingest_as(
         read_all(chunking, source, kind, pages, keeper, progress, batches, results)
     })?;
     keeper.flush()?;
-    pages.flush()?;
+    pages.flush_since(losses)?;
     let digest = root.digest();
     Ok(Ingested { root, digest, stored: progress.stored.load(Ordering::Relaxed) })
 }

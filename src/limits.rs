@@ -43,8 +43,6 @@ pub const BACKOFF_FIRST: Duration = Duration::from_millis(250);
 pub const BACKOFF_MAX: Duration = Duration::from_secs(60);
 /// The longest pause before the hub is asked again for what lies at a site that is away.
 pub const SOURCE_PAUSE_MAX: Duration = Duration::from_secs(5);
-/// The transfers a site works on at once.
-pub const TRANSFERS_ACTIVE_MAX: usize = 4;
 /// The names of folders that one walk over a tree holds at once, in bytes; a larger folder is read in batches.
 pub const WALK_NAMES_BYTES_MAX: usize = 32 << 20;
 /// The largest JSON of an image (manifest, index, config), in bytes: what registries accept as well.
@@ -223,7 +221,7 @@ pub const JOB_AWAY_MAX: Duration = Duration::from_secs(15);
 /// Room that the store leaves on its disk beside a whole pack, so that the databases can still be written.
 pub const STORE_SPARE_BYTES: u64 = 8 << 20;
 /// Artifacts that one training run borrows.
-pub const RUN_INPUTS_MAX: usize = 256;
+pub const RUN_INPUTS_MAX: usize = 64;
 /// Training runs of one site that are not ended and cleaned up: each is told to the site whole.
 pub const RUNS_OPEN_MAX: usize = 64;
 /// The longest life of a training run.

@@ -107,36 +107,37 @@ impl Origin {
         self.inner.kept.join(digest.hex())
     }
 
+    /// Where the files of an artifact may lie: what had to be written of it first, the last stands for what lies nowhere.
+    fn candidates(&self, digest: Digest, places: &[Place]) -> Result<Vec<(u32, Place)>, Fault> {
+        let known = &self.inner.places;
+        let folder = self.kept_folder(digest);
+        let kept = Some(Place::Folder { path: folder.clone() }).filter(|kept| folder.is_dir() && !places.contains(kept));
+        let number = |place: Place| {
+            let number = match known.landed(digest, &place) {
+                Some(number) => number,
+                None => known.put(None, PlaceInfo { place: place.clone(), digest, transfer: None })?,
+            };
+            Ok((number, place))
+        };
+        kept.into_iter().chain(places.iter().cloned()).map(number).collect()
+    }
+
     /// Notes where every chunk of an artifact lies. `anew`: even where another place of it is known. Blocks.
     pub fn index(&self, digest: Digest, root: &Root, places: &[Place], anew: bool) -> Result<(), Fault> {
         let known = &self.inner.places;
-        let kept = Place::Folder { path: self.kept_folder(digest) };
-        let mut candidates: Vec<&Place> = Vec::new();
-        if matches!(&kept, Place::Folder { path } if path.is_dir()) && !places.contains(&kept) {
-            candidates.push(&kept);
-        }
-        candidates.extend(places);
-        let mut numbers = Vec::new();
-        for place in &candidates {
-            numbers.push(match known.landed(digest, place) {
-                Some(number) => number,
-                None => known.put(None, PlaceInfo { place: (*place).clone(), digest, transfer: None })?,
-            });
-        }
-        let Some(last) = numbers.last().copied() else { return Ok(()) };
-        let (mut rows, mut entries, mut current) = (Vec::new(), Vec::new(), (last, 0));
+        let candidates = self.candidates(digest, places)?;
+        let (mut rows, mut entries, mut current) = (Vec::new(), Vec::new(), None);
         for step in Walk::new(root, &self.inner.store) {
             match step? {
                 Step::Entry { number, entry, .. } => {
                     let EntryBody::File(file) = entry.body else { continue };
-                    // Where it lies nowhere the last place stands for it: whoever reads it there learns its path.
-                    let at = candidates.iter().position(|place| candidates.len() > 1 && lies_at(place, &entry.path, &file));
-                    let place = at.and_then(|at| numbers.get(at)).copied().unwrap_or(last);
-                    current = (place, number);
+                    let Some(place) = place_of(&candidates, &entry.path, &file) else { return Ok(()) };
+                    current = Some((place, number));
                     entries.push((place, number, entry.path, file));
                 }
                 Step::Chunk(chunk, spot) => {
-                    rows.push((chunk.id, At { place: current.0, entry: current.1, offset: spot.offset, len: chunk.len }));
+                    let Some((place, entry)) = current else { continue };
+                    rows.push((chunk.id, At { place, entry, offset: spot.offset, len: chunk.len }));
                 }
             }
             if rows.len() >= ROWS_TOGETHER || entries.len() >= ROWS_TOGETHER {
@@ -160,13 +161,13 @@ impl Origin {
         Ok(true)
     }
 
-    fn reader(&self, runtime: &tokio::runtime::Handle) -> Reader {
-        Reader::new(self.inner.places.clone(), self.inner.images.clone(), runtime.clone())
+    fn reader(&self, runtime: &tokio::runtime::Handle, bytes: u64) -> Reader {
+        Reader::new(self.inner.places.clone(), self.inner.images.clone(), runtime.clone()).strict(bytes)
     }
 
     /// These chunks, each read where it lies and hashed. Blocks.
     fn read(&self, opened: &Opened, held: &Held, chunks: &[ChunkRef], runtime: &tokio::runtime::Handle) -> Result<Vec<Bytes>, Fault> {
-        let mut reader = self.reader(runtime);
+        let mut reader = self.reader(runtime, chunks.iter().map(|c| u64::from(c.len)).sum());
         let ids: Vec<Hash> = chunks.iter().map(|c| c.id).collect();
         let found = self.inner.places.find(&ids)?;
         let mut out = Vec::with_capacity(chunks.len());
@@ -226,22 +227,27 @@ impl Origin {
     /// What is wrong with the files of an artifact, one line each. Reads all of them. Blocks.
     pub fn verify(&self, digest: Digest, root: &Root, places: &[Place], read: impl Fn(u64)) -> Result<Vec<String>, Fault> {
         self.index(digest, root, places, true)?;
+        let candidates = self.candidates(digest, places)?;
         let runtime = tokio::runtime::Handle::current();
-        let mut reader = self.reader(&runtime);
-        let (mut faults, mut path, mut told) = (Vec::new(), None::<RelPath>, false);
+        let mut reader = self.reader(&runtime, u64::MAX);
+        let (mut faults, mut file) = (Vec::new(), None::<(RelPath, At, bool)>);
         for step in Walk::new(root, &self.inner.store) {
             match step? {
-                Step::Entry { entry, .. } => (path, told) = (Some(entry.path), false),
-                Step::Chunk(chunk, _) => {
+                Step::Entry { number, entry, .. } => {
+                    let EntryBody::File(info) = entry.body else { continue };
+                    let place = place_of(&candidates, &entry.path, &info);
+                    file = place.map(|place| (entry.path, At { place, entry: number, offset: 0, len: 0 }, false));
+                }
+                Step::Chunk(chunk, spot) => {
                     read(u64::from(chunk.len));
-                    let at = self.inner.places.find(&[chunk.id])?.into_iter().flatten().next();
-                    let Some(at) = at else { continue };
+                    let Some((path, at, told)) = &mut file else { continue };
+                    // Where this entry lies, not where the same chunk may lie besides.
+                    let at = At { offset: spot.offset, len: chunk.len, ..*at };
                     if let Err(fault) = reader.chunk(chunk, at)
-                        && !told
+                        && !*told
                     {
-                        told = true;
-                        let name = path.as_ref().map_or("", |p| p.as_str());
-                        faults.push(format!("{name}: {fault}"));
+                        *told = true;
+                        faults.push(format!("{path}: {fault}"));
                     }
                 }
             }
@@ -253,6 +259,12 @@ impl Origin {
 fn changed(path: &str, fault: &Fault) -> Fault {
     Fault::integrity(format!("{path} changed after it was published: {fault}"))
         .with_next("put the old content back and retry the transfer, or publish what is there now as a new version")
+}
+
+/// The first place where such a file lies, else the last, where whoever looks for it learns its path.
+fn place_of(candidates: &[(u32, Place)], path: &RelPath, file: &FileInfo) -> Option<u32> {
+    let here = candidates.iter().find(|(_, place)| candidates.len() > 1 && lies_at(place, path, file));
+    here.or(candidates.last()).map(|(number, _)| *number)
 }
 
 fn lies_at(place: &Place, path: &RelPath, file: &FileInfo) -> bool {

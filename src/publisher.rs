@@ -30,7 +30,7 @@ use crate::fetch::{self, blocking};
 use crate::identity::{Claim, Holder, JoinToken, SiteIdentity, fingerprint};
 use crate::ingest;
 use crate::jobs::JobProgress;
-use crate::limits::{BACKOFF_FIRST, FETCH_STREAMS_MAX, HUB_AWAY_MAX, PUBLISHES_AT_ONCE_MAX, RECONNECT_MAX};
+use crate::limits::{BACKOFF_FIRST, FETCH_STREAMS_MAX, HUB_AWAY_MAX, PUBLISHES_AT_ONCE_MAX, RECONNECT_MAX, SILENCE_MAX};
 use crate::line::{self, Link};
 use crate::manifest::Digest;
 use crate::names::{ArtifactRef, SiteName};
@@ -223,23 +223,24 @@ impl Publisher {
         loop {
             let tried = async {
                 let link = self.line().await?;
-                let before = link.bytes();
+                let (before, begun) = (link.bytes(), Instant::now());
                 let answer = tokio::select! {
                     answer = wire::ask(&link, question) => answer,
                     () = serve(&link, origin) => Err(Fault::unreachable("the line to the hub ended")),
                     () = watch(&link, progress) => Err(Fault::internal("nobody looks any more")),
                 };
-                // A hub that took something is a hub that is there.
-                let moved = link.bytes().0 - before.0 > MOVED_BYTES;
+                // A hub that took something, or heard us for so long that it must have worked, is a hub that is there. Not one
+                // that only answers the call: it may refuse for ever.
+                let there = link.bytes().0 - before.0 > MOVED_BYTES || begun.elapsed() > SILENCE_MAX;
                 if answer.is_err() {
                     link.close("gone on with anew");
                 }
-                Ok::<_, Fault>((answer, moved))
+                Ok::<_, Fault>((answer, there))
             };
             let fault = match tried.await {
                 Ok((Ok(published), _)) => return Ok(published),
-                Ok((Err(fault), moved)) => {
-                    if moved {
+                Ok((Err(fault), there)) => {
+                    if there {
                         (pause, away_since) = (BACKOFF_FIRST, Instant::now());
                     }
                     fault

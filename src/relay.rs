@@ -97,6 +97,9 @@ enum Slot {
     Coming(Arc<Flight>, usize, Hash),
 }
 
+/// Parts of an answer, each with its place among what was asked for.
+type Slots = Vec<(usize, Slot)>;
+
 /// What a request must fetch itself.
 struct Claimed {
     flight: Arc<Flight>,
@@ -184,7 +187,7 @@ impl Relay {
                 async move {
                     match slot {
                         Slot::Here(pieces) => pieces.into_iter().map(Ok).collect::<Vec<_>>(),
-                        Slot::Coming(flight, index, id) => vec![this.landed(&flight, index, id).await],
+                        Slot::Coming(flight, index, id) => vec![this.landed(of, &flight, index, id).await],
                     }
                 }
             })
@@ -196,15 +199,15 @@ impl Relay {
     pub async fn bring(&self, of: Of, children: Vec<Child>) -> Result<(), Fault> {
         for slot in self.plan(None, of, children, false).await? {
             if let Slot::Coming(flight, index, _) = slot {
-                flight.wait(index).await?;
+                flight.wait(of.digest, index).await?;
             }
         }
         Ok(())
     }
 
     /// The frame of a flight; once that is over, what was kept of it.
-    async fn landed(&self, flight: &Flight, index: usize, id: Hash) -> Result<Bytes, Fault> {
-        if let Some(frame) = flight.wait(index).await? {
+    async fn landed(&self, of: Of, flight: &Flight, index: usize, id: Hash) -> Result<Bytes, Fault> {
+        if let Some(frame) = flight.wait(of.digest, index).await? {
             return Ok(frame);
         }
         let store = self.inner.store.clone();
@@ -229,83 +232,64 @@ impl Relay {
 
     async fn plan_once(&self, peer: Option<&SiteName>, of: Of, children: Vec<Child>, read: bool) -> Result<Vec<Slot>, Fault> {
         let gate = self.inner.gate.clone().read_owned().await;
-        let this = self.clone();
-        let (slots, claimed) = blocking(move || {
+        let (this, but) = (self.clone(), peer.cloned());
+        blocking(move || {
             let _gate = gate;
-            this.slots(&children, read)
+            let (slots, claimed) = this.slots(of, &children)?;
+            if let Some(claimed) = claimed {
+                let this = this.clone();
+                // In a task of its own, begun at once: whoever asked may go away at any moment, and others may wait for it.
+                tokio::spawn(async move { this.fly(claimed, of, but).await });
+            }
+            if read { this.read_here(&children, slots) } else { Ok(slots.into_iter().map(|(_, slot)| slot).collect()) }
         })
-        .await?;
-        if let Some(claimed) = claimed {
-            let (this, but) = (self.clone(), peer.cloned());
-            // In a task of its own: whoever asked may go away, and others may wait for it too.
-            tokio::spawn(async move { this.fly(claimed, of, but).await });
-        }
-        Ok(slots)
+        .await
     }
 
-    fn slots(&self, children: &[Child], read: bool) -> Result<(Vec<Slot>, Option<Claimed>), Fault> {
+    /// What of these is on its way, each with its place among them, and what must be fetched for it.
+    fn slots(&self, of: Of, children: &[Child]) -> Result<(Slots, Option<Claimed>), Fault> {
         let inner = &self.inner;
         let ids: Vec<Hash> = children.iter().map(|c| c.chunk.id).collect();
         let in_main = inner.main.has_many(&ids)?;
         let mut slots = Vec::new();
         let mut claimed = Vec::new();
-        let flight = Arc::new(Flight::default());
-        let kept = {
-            let mut flights = inner.flights.lock();
-            // Looked up with the flights held: what has landed by now is seen here, what has not is seen there.
-            let kept = inner.store.has_many(&ids)?;
-            for (index, child) in children.iter().enumerate() {
-                if in_main[index] || kept[index] {
-                    continue;
-                }
-                flights.entry(child.chunk.id).or_insert_with(|| {
-                    claimed.push(*child);
-                    (flight.clone(), claimed.len() - 1)
-                });
-            }
-            for (index, child) in children.iter().enumerate() {
-                if !in_main[index] && !kept[index] {
-                    let Some((flight, at)) = flights.get(&child.chunk.id) else { continue };
-                    slots.push((index, Slot::Coming(flight.clone(), *at, child.chunk.id)));
-                }
-            }
-            kept
-        };
+        let flight = Arc::new(Flight::new(of.digest));
+        let mut flights = inner.flights.lock();
+        // Looked up with the flights held: what has landed by now is seen here, what has not is seen there.
+        let kept = inner.store.has_many(&ids)?;
+        for (index, child) in children.iter().enumerate().filter(|(index, _)| !in_main[*index] && !kept[*index]) {
+            let (flight, at) = flights.entry(child.chunk.id).or_insert_with(|| {
+                claimed.push(*child);
+                (flight.clone(), claimed.len() - 1)
+            });
+            slots.push((index, Slot::Coming(flight.clone(), *at, child.chunk.id)));
+        }
         let claimed = (!claimed.is_empty()).then_some(Claimed { flight, children: claimed });
-        if !read {
-            return Ok((slots.into_iter().map(|(_, slot)| slot).collect(), claimed));
-        }
-        let mut out = Vec::new();
-        let mut coming = slots.into_iter().peekable();
-        let mut at = 0;
-        while at < children.len() {
-            if let Some((_, slot)) = coming.next_if(|(index, _)| *index == at) {
-                out.push(slot);
-                at += 1;
-                continue;
-            }
-            let from = at;
-            while at < children.len() && in_main[at] == in_main[from] && (in_main[at] || kept[at]) {
-                at += 1;
-            }
-            let store = if in_main[from] { &inner.main } else { &inner.store };
-            match store.read_frames(&ids[from..at]) {
-                Ok(pieces) => out.push(Slot::Here(pieces)),
-                Err(fault) => {
-                    // What was claimed must fly all the same: others may have joined it.
-                    if let Some(claimed) = claimed {
-                        self.give_up(&claimed, &fault);
-                    }
-                    return Err(fault);
-                }
-            }
-        }
-        Ok((out, claimed))
+        Ok((slots, claimed))
     }
 
-    fn give_up(&self, claimed: &Claimed, fault: &Fault) {
-        self.forget(&claimed.children);
-        claimed.flight.fail(fault.clone().with_retry(Retry::Backoff).with_reason(Reason::WaitingForSource));
+    /// Puts what is here between what comes.
+    fn read_here(&self, children: &[Child], coming: Slots) -> Result<Vec<Slot>, Fault> {
+        let inner = &self.inner;
+        let ids: Vec<Hash> = children.iter().map(|c| c.chunk.id).collect();
+        let in_main = inner.main.has_many(&ids)?;
+        let mut out = Vec::new();
+        let mut at = 0;
+        let here = |from: usize, to: usize, out: &mut Vec<Slot>| -> Result<(), Fault> {
+            for run in (from..to).collect::<Vec<_>>().chunk_by(|a, b| in_main[*a] == in_main[*b]) {
+                let (Some(first), Some(last)) = (run.first(), run.last()) else { continue };
+                let store = if in_main[*first] { &inner.main } else { &inner.store };
+                out.push(Slot::Here(store.read_frames(&ids[*first..=*last])?));
+            }
+            Ok(())
+        };
+        for (index, slot) in coming {
+            here(at, index, &mut out)?;
+            out.push(slot);
+            at = index + 1;
+        }
+        here(at, children.len(), &mut out)?;
+        Ok(out)
     }
 
     fn forget(&self, children: &[Child]) {

@@ -40,6 +40,8 @@ use crate::run::site::Process;
 const LOOK_EVERY: Duration = Duration::from_millis(100);
 /// How long a new watcher may take to take its lock.
 const BEGIN_MAX: Duration = Duration::from_secs(10);
+/// How long a new watcher tries for its lock: whoever looks how the process is holds it for a moment.
+const LOCK_MAX: Duration = Duration::from_secs(2);
 /// How long the rest of the output is waited for once the trainer has ended.
 const LAST_WORDS_MAX: Duration = Duration::from_secs(2);
 
@@ -122,6 +124,18 @@ impl Folder {
         Ok(rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive).is_ok().then_some(file))
     }
 
+    /// The lock for the watcher itself. `None`: another one lives.
+    fn lock_to_stay(&self) -> Result<Option<File>, Fault> {
+        let until = Instant::now() + LOCK_MAX;
+        loop {
+            let lock = self.lock()?;
+            if lock.is_some() || Instant::now() >= until {
+                return Ok(lock);
+            }
+            std::thread::sleep(Duration::from_millis(3));
+        }
+    }
+
     /// Starts the command under a watcher, and returns once that has taken over. The folder is prepared.
     pub fn start(&self, command: &[String], environment: BTreeMap<String, String>, deadline_ms: i64) -> Result<(), Fault> {
         let job = Job { command: command.to_vec(), environment, deadline_ms };
@@ -138,6 +152,10 @@ impl Folder {
                 break;
             }
             if let Some(status) = child.try_wait().at("look at the trainer's watcher")? {
+                // A short trainer may have come and gone between the two looks.
+                if self.process()? != Process::Absent {
+                    break;
+                }
                 return Err(Fault::internal(format!("the trainer's watcher ended at once: {status}")));
             }
             if Instant::now() >= until {
@@ -168,7 +186,7 @@ impl Folder {
 /// The watcher: starts the command of a run's folder, keeps what it says within bounds, and writes how it ended.
 pub fn watch(folder: &Path) -> Result<(), Fault> {
     let folder = Folder::new(folder.to_owned());
-    let Some(_lock) = folder.lock()? else { return Ok(()) };
+    let Some(_lock) = folder.lock_to_stay()? else { return Ok(()) };
     if folder.file("exit.json").exists() {
         return Ok(());
     }
@@ -313,6 +331,20 @@ mod tests {
         assert!(std::fs::metadata(&path).unwrap().len() <= TRAINER_LOG_BYTES_MAX);
         assert!(std::fs::metadata(dir.path().join("trainer.log.old")).unwrap().len() <= TRAINER_LOG_BYTES_MAX);
         assert!(log.tail().ends_with("xthe end") && log.tail().len() < TRAINER_TAIL_BYTES);
+    }
+
+    #[test]
+    fn a_look_does_not_send_a_new_watcher_away() {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = Folder::new(dir.path().join("r"));
+        folder.prepare(&serde_json::json!({"run": "r"})).unwrap();
+        let look = folder.lock().unwrap().unwrap();
+        let looking = std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_millis(50));
+            drop(look);
+        });
+        assert!(folder.lock_to_stay().unwrap().is_some());
+        looking.join().unwrap();
     }
 
     #[test]

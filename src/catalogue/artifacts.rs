@@ -48,6 +48,8 @@ pub struct Offer {
     pub to: Option<String>,
     /// The training run that made it.
     pub run: Option<String>,
+    /// Whether the hub has never heard of the artifact.
+    pub new: bool,
 }
 
 fn stored(what: impl std::fmt::Display) -> Fault {

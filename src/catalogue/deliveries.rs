@@ -86,13 +86,10 @@ impl Catalogue {
     pub async fn set_removed(&self, id: &str, removed_ms: i64) -> Result<(), Fault> {
         let mut tx = self.write.begin_with("BEGIN IMMEDIATE").await.map_err(fault)?;
         let seq = super::note(&mut tx, "transfer", id).await?;
-        sqlx::query("UPDATE transfer SET removed_ms = ?, cursor = ? WHERE id = ? AND removed_ms IS NULL")
-            .bind(removed_ms)
-            .bind(seq)
-            .bind(id)
-            .execute(&mut *tx)
-            .await
-            .map_err(fault)?;
+        // One that was begun again meanwhile is on its way here anew.
+        let remove = "UPDATE transfer SET removed_ms = ?, cursor = ?
+             WHERE id = ? AND removed_ms IS NULL AND state IN ('done', 'failed', 'cancelled')";
+        sqlx::query(remove).bind(removed_ms).bind(seq).bind(id).execute(&mut *tx).await.map_err(fault)?;
         tx.commit().await.map_err(fault)?;
         self.notify();
         Ok(())

@@ -21,7 +21,6 @@ pub(crate) use artifacts::no_artifact;
 pub use artifacts::{ArtifactRow, Offer};
 pub use deliveries::DeliveryRow;
 pub use relay::Kept;
-pub use runs::RunRow;
 pub(crate) use transfers::new_id;
 pub use transfers::{Body, Part, TransferRow, Want};
 

@@ -142,9 +142,13 @@ impl Catalogue {
             .collect()
     }
 
-    /// Notes that nothing is kept of this content any more.
-    pub async fn relay_evicted(&self, digest: Digest) -> Result<(), Fault> {
-        sqlx::query("UPDATE artifact SET used_ms = NULL WHERE digest = ?").bind(&digest.0[..]).execute(&self.write).await.map_err(fault)?;
+    /// Notes that nothing is kept under this name any more. The same content may stay under another, pinned or open.
+    pub async fn relay_evicted(&self, artifact: &ArtifactRef) -> Result<(), Fault> {
+        sqlx::query("UPDATE artifact SET used_ms = NULL WHERE reference = ?")
+            .bind(artifact.to_string())
+            .execute(&self.write)
+            .await
+            .map_err(fault)?;
         Ok(())
     }
 

@@ -6,23 +6,14 @@ use serde::de::DeserializeOwned;
 use super::{Catalogue, fault, note};
 use crate::clock;
 use crate::fault::Fault;
-use crate::names::ArtifactRef;
+use crate::names::{ArtifactRef, SiteName};
 use crate::run::Lineage;
 
-/// One run as it is kept.
-#[derive(Debug, Clone)]
-pub struct RunRow<T> {
-    /// The run.
-    pub run: T,
-    /// When it was last written.
-    pub updated_ms: i64,
-}
+/// Name and body.
+type Columns = (String, String);
 
-type Columns = (String, String, i64);
-
-fn parse<T: DeserializeOwned>((name, body, updated_ms): Columns) -> Result<RunRow<T>, Fault> {
-    let run = serde_json::from_str(&body).map_err(|e| Fault::internal(format!("the catalogue holds a malformed run {name}: {e}")))?;
-    Ok(RunRow { run, updated_ms })
+fn parse<T: DeserializeOwned>((name, body): Columns) -> Result<T, Fault> {
+    serde_json::from_str(&body).map_err(|e| Fault::internal(format!("the catalogue holds a malformed run {name}: {e}")))
 }
 
 impl Catalogue {
@@ -50,30 +41,34 @@ impl Catalogue {
     }
 
     /// One run.
-    pub async fn run<T: DeserializeOwned>(&self, name: &str) -> Result<Option<RunRow<T>>, Fault> {
-        let row: Option<Columns> = sqlx::query_as("SELECT name, body, updated_ms FROM run WHERE name = ?")
-            .bind(name)
-            .fetch_optional(&self.read)
-            .await
-            .map_err(fault)?;
+    pub async fn run<T: DeserializeOwned>(&self, name: &str) -> Result<Option<T>, Fault> {
+        let row: Option<Columns> =
+            sqlx::query_as("SELECT name, body FROM run WHERE name = ?").bind(name).fetch_optional(&self.read).await.map_err(fault)?;
         row.map(parse).transpose()
     }
 
     /// The newest runs, newest first; or all that are open, oldest first.
-    pub async fn runs<T: DeserializeOwned>(&self, only_open: bool, limit: u32) -> Result<Vec<RunRow<T>>, Fault> {
+    pub async fn runs<T: DeserializeOwned>(&self, only_open: bool, limit: u32) -> Result<Vec<T>, Fault> {
         let query = match only_open {
-            true => "SELECT name, body, updated_ms FROM run WHERE open = 1 ORDER BY created_ms, name LIMIT ?",
-            false => "SELECT name, body, updated_ms FROM run ORDER BY created_ms DESC, name LIMIT ?",
+            true => "SELECT name, body FROM run WHERE open = 1 ORDER BY created_ms, name LIMIT ?",
+            false => "SELECT name, body FROM run ORDER BY created_ms DESC, name LIMIT ?",
         };
         let rows: Vec<Columns> = sqlx::query_as(query).bind(i64::from(limit)).fetch_all(&self.read).await.map_err(fault)?;
         rows.into_iter().map(parse).collect()
     }
 
-    /// Forgets a run (at a site, of another hub or of an earlier life).
-    pub async fn remove_run(&self, name: &str) -> Result<(), Fault> {
-        sqlx::query("DELETE FROM run WHERE name = ?").bind(name).execute(&self.write).await.map_err(fault)?;
-        self.notify();
-        Ok(())
+    /// The newest runs that this site has to do with, newest first.
+    pub async fn runs_of<T: DeserializeOwned>(&self, site: &SiteName, limit: u32) -> Result<Vec<T>, Fault> {
+        let rows: Vec<Columns> = sqlx::query_as(
+            "SELECT name, body FROM run WHERE json_extract(body, '$.spec.from') = ?1 OR json_extract(body, '$.spec.on') = ?1
+             ORDER BY created_ms DESC, name LIMIT ?2",
+        )
+        .bind(site.as_str())
+        .bind(i64::from(limit))
+        .fetch_all(&self.read)
+        .await
+        .map_err(fault)?;
+        rows.into_iter().map(parse).collect()
     }
 
     /// Notes what a model was made of.

@@ -201,6 +201,14 @@ pub(crate) fn new_id(prefix: &str) -> String {
     format!("{prefix}-{:011x}{:08x}", clock::now_unix_ms(), rand::random::<u32>())
 }
 
+async fn one<'e>(db: impl sqlx::SqliteExecutor<'e>, id: &str) -> Result<TransferRow, Fault> {
+    let row = sqlx::query("SELECT * FROM transfer WHERE id = ?").bind(id).fetch_optional(db).await.map_err(fault)?;
+    match row {
+        Some(row) => transfer(&row),
+        None => Err(Fault::not_found(format!("there is no transfer {id}")).with_next("'packhorse status' lists them")),
+    }
+}
+
 /// The transfer of an artifact to a site that stands.
 async fn standing<'e>(db: impl sqlx::SqliteExecutor<'e>, artifact: &ArtifactRef, site: &SiteName) -> Result<Option<TransferRow>, Fault> {
     let there = sqlx::query(
@@ -351,15 +359,19 @@ impl Catalogue {
             row.after.clone_from(&wanted.after);
             if again {
                 row.body = row.body.begun_again(row.state);
-                (row.state, row.finished_ms) = (State::Queued, None);
+                // What was given back after a run is brought again.
+                (row.state, row.finished_ms, row.removed_ms) = (State::Queued, None, None);
             }
-            sqlx::query("UPDATE transfer SET want = ?, generation = ?, state = ?, body = ?, finished_ms = ?, after_ids = ? WHERE id = ?")
+            sqlx::query(
+                "UPDATE transfer SET want = ?, generation = ?, state = ?, body = ?, finished_ms = ?, after_ids = ?, removed_ms = ? WHERE id = ?",
+            )
                 .bind(row.want.as_str())
                 .bind(row.generation)
                 .bind(row.state.as_str())
                 .bind(serde_json::to_string(&row.body).unwrap_or_default())
                 .bind(row.finished_ms)
                 .bind(serde_json::to_string(&row.after).unwrap_or_default())
+                .bind(row.removed_ms)
                 .bind(&row.id)
                 .execute(&mut *tx)
                 .await
@@ -372,7 +384,8 @@ impl Catalogue {
 
     /// Does what somebody asks of a transfer, at the hub. It shows at once; the site follows when it hears of it.
     pub async fn act(&self, id: &str, action: Action) -> Result<TransferRow, Fault> {
-        let mut row = self.transfer(id).await?;
+        let mut tx = self.write.begin_with("BEGIN IMMEDIATE").await.map_err(fault)?;
+        let mut row = one(&mut *tx, id).await?;
         let hold = |reason, next: &str| {
             Some(Fault::internal("asked for by a person").with_reason(reason).with_next(format!("packhorse {next} {id}")))
         };
@@ -388,7 +401,6 @@ impl Catalogue {
         };
         row.body.set_fault(why.as_ref());
         let now = clock::now_unix_ms() as i64;
-        let mut tx = self.write.begin_with("BEGIN IMMEDIATE").await.map_err(fault)?;
         let seq = note(&mut tx, "transfer", id).await?;
         sqlx::query(
             "UPDATE transfer SET want = ?, state = ?, body = ?, generation = generation + ?, updated_ms = ?, finished_ms = ?, cursor = ? WHERE id = ?",
@@ -465,11 +477,7 @@ impl Catalogue {
 
     /// One transfer.
     pub async fn transfer(&self, id: &str) -> Result<TransferRow, Fault> {
-        let row = sqlx::query("SELECT * FROM transfer WHERE id = ?").bind(id).fetch_optional(&self.read).await.map_err(fault)?;
-        match row {
-            Some(row) => transfer(&row),
-            None => Err(Fault::not_found(format!("there is no transfer {id}")).with_next("'packhorse status' lists them")),
-        }
+        one(&self.read, id).await
     }
 
     /// The transfers of an id, which may be a delivery's.

@@ -15,7 +15,7 @@ use crate::frame::{Frame, Verified};
 use crate::limits::{CHUNK_BYTES_MAX, DIFFERENCE_BASE_BYTES_MAX, FETCH_BATCH_BYTES, FETCH_BATCH_CHUNKS_MAX};
 use crate::line::SendHalf;
 use crate::manifest::difference::{Alignment, restore, squeeze};
-use crate::manifest::{Digest, PageRef, Pages, Root, entry_pages, read_children};
+use crate::manifest::{Digest, Listed, PageRef, Pages, Root, entry_pages, level_below, top_level};
 use crate::store::Store;
 use crate::wire::{PRIORITY_MANIFEST, Peer, Wanted};
 
@@ -82,7 +82,8 @@ impl Fetcher {
     /// Brings every page of the manifest that the store lacks. `base` is the root manifest of a similar artifact, whose
     /// pages the store most likely holds: then only what differs from them crosses the line.
     pub async fn pages(&self, root: &Root, base: Option<&Root>, store: &Store) -> Result<(), Fault> {
-        let mut level: Vec<(Option<Hash>, Vec<PageRef>)> = vec![(None, root.pages.clone())];
+        let losses = store.losses();
+        let mut level = top_level(root)?;
         for depth in (0..=root.depth).rev() {
             if depth == 0 {
                 if let Some(base) = base {
@@ -93,21 +94,14 @@ impl Fetcher {
             }
             self.bring(&level, store).await?;
             let (above, pages) = (level, store.clone());
-            level = blocking(move || {
-                let mut below = Vec::new();
-                for page in above.iter().flat_map(|(_, pages)| pages) {
-                    below.push((Some(page.id), read_children(&pages.page(page.id)?)?));
-                }
-                Ok(below)
-            })
-            .await?;
+            level = blocking(move || level_below(&above, &pages)).await?;
         }
         let store = store.clone();
-        blocking(move || store.flush()).await
+        blocking(move || store.flush_since(losses)).await
     }
 
     /// Brings the entry pages that the store lacks as differences. What does not come so is left to [`Fetcher::bring`].
-    async fn differences(&self, level: &[(Option<Hash>, Vec<PageRef>)], base: &Root, store: &Store) -> Result<(), Fault> {
+    async fn differences(&self, level: &[Listed], base: &Root, store: &Store) -> Result<(), Fault> {
         let all: Vec<PageRef> = level.iter().flat_map(|(_, pages)| pages).copied().collect();
         let (root, pages) = (base.clone(), store.clone());
         let prepared = blocking(move || {
@@ -153,7 +147,7 @@ impl Fetcher {
         .await
     }
 
-    async fn bring(&self, level: &[(Option<Hash>, Vec<PageRef>)], store: &Store) -> Result<(), Fault> {
+    async fn bring(&self, level: &[Listed], store: &Store) -> Result<(), Fault> {
         let mut requests: Vec<(Vec<Wanted>, Vec<PageRef>)> = Vec::new();
         let mut seen = HashSet::new();
         for (parent, pages) in level {
@@ -184,9 +178,8 @@ impl Fetcher {
             let mut frames = self.ask(wants, PRIORITY_MANIFEST).await?;
             for page in pages {
                 let frame = frames.next().await?;
-                frame.verify(page.id, page.len)?;
-                // Its sum as well: a store gives it out by that.
-                store.put(&Frame::parse(frame.to_bytes())?)?;
+                let raw = frame.verify(page.id, page.len)?;
+                store.put(&frame.fit_to_store(&raw))?;
             }
             Ok::<(), Fault>(())
         };

@@ -21,8 +21,8 @@ use crate::fetch::blocking;
 use crate::identity::{Holder, JoinToken};
 use crate::ingest;
 use crate::jobs::JobProgress;
-use crate::manifest::{DatasetBinding, Step, Walk, for_each_page};
-use crate::names::{ArtifactRef, Kind, SiteSelector, check_label};
+use crate::manifest::{DatasetBinding, Root, Step, Walk, for_each_page};
+use crate::names::{ArtifactRef, Kind, SiteName, SiteSelector, check_label};
 use crate::reading;
 use crate::wire::AskSite;
 
@@ -93,14 +93,16 @@ impl Hub {
     pub(super) async fn act_on(&self, id: &str, action: Action) -> Result<Vec<Transfer>, Fault> {
         let rows = self.inner.catalogue.transfers_of(id).await?;
         let single = rows.len() == 1;
+        // Of several, those that failed are meant; where none did, all are looked at again.
+        let failed = rows.iter().any(|row| matches!(row.state, State::Failed | State::Cancelled));
         let mut out = Vec::new();
         for row in rows {
             let fits = match action {
                 Action::Pause => !row.state.is_final(),
                 Action::Resume => row.state == State::Paused || !row.state.is_final(),
                 Action::Cancel => row.state != State::Done,
-                // What was done is looked at again, and what lacks is brought; what a run gave back is not.
-                Action::Retry => matches!(row.state, State::Failed | State::Cancelled | State::Done) && row.removed_ms.is_none(),
+                Action::Retry if row.state == State::Done => !failed && row.removed_ms.is_none(),
+                Action::Retry => matches!(row.state, State::Failed | State::Cancelled),
             };
             if !fits && single {
                 let word = match action {
@@ -118,6 +120,19 @@ impl Hub {
             out.push(self.view(&row));
         }
         Ok(out)
+    }
+
+    /// Takes an artifact into the catalogue that was published at a site, or whose bytes are in the hub's store now. `false`: it
+    /// was there already.
+    pub(super) async fn register(&self, origin: Option<&SiteName>, artifact: &ArtifactRef, root: &Root) -> Result<bool, Fault> {
+        let inner = &self.inner;
+        let added = inner.catalogue.add_artifact(artifact, root, origin).await?;
+        if !added && origin.is_none() {
+            // A site may have published the same before: the hub has all of it now, and asks the site no more.
+            inner.catalogue.take_over(artifact).await?;
+            inner.opened.lock().retain(|opened| opened.digest != root.digest());
+        }
+        Ok(added)
     }
 
     async fn publish_now(&self, request: PublishRequest, progress: Arc<JobProgress>) -> Result<Published, Fault> {
@@ -159,12 +174,10 @@ impl Hub {
         let _ = blocking(move || durable::remove_all(&scratch)).await;
         let ingested = result?.map_err(|fault| fault.context(format!("publish {artifact}")))?;
         let bytes = ingested.root.totals.bytes;
-        let added = inner.catalogue.add_artifact(&artifact, &ingested.root, None).await?;
-        if !added {
-            // A site may have published the same before; the hub has the bytes now.
-            inner.catalogue.take_over(&artifact).await?;
-            inner.opened.lock().retain(|opened| opened.digest != ingested.digest);
-        }
+        let added = match &request.run {
+            Some(run) => self.add_run_model(None, run, &artifact, &ingested.root).await?,
+            None => self.register(None, &artifact, &ingested.root).await?,
+        };
         let transfers = match sites {
             Some((_, sites)) => {
                 let part = Part::new(&inner.catalogue.artifact(&artifact).await?, &sites);
@@ -172,9 +185,6 @@ impl Hub {
             }
             None => Vec::new(),
         };
-        if let Some(run) = &request.run {
-            self.run_published(None, run, &artifact, ingested.digest).await?;
-        }
         tracing::info!(%artifact, digest = %ingested.digest, bytes, stored = ingested.stored, "published");
         Ok(Published {
             artifact: artifact.to_string(),
@@ -428,9 +438,7 @@ impl Backend for Hub {
             let store = this.inner.store.clone();
             let members = blocking(move || bundle::import(std::path::Path::new(&file), &store, &progress)).await?;
             for member in &members {
-                if !this.inner.catalogue.add_artifact(&member.artifact, &member.root()?, None).await? {
-                    this.inner.catalogue.take_over(&member.artifact).await?;
-                }
+                this.register(None, &member.artifact, &member.root()?).await?;
             }
             Ok(members.into_iter().map(|m| m.artifact).collect::<Vec<_>>())
         })

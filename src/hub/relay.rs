@@ -193,7 +193,7 @@ impl Hub {
                 let stays = |k: &Kept| !gone.contains(&k.digest) || k.pinned || k.open;
                 let stay: Vec<Root> = kept.iter().filter(|k| stays(k)).map(|k| k.root.clone()).collect();
                 for left in kept.iter().filter(|k| !stays(k)) {
-                    catalogue.relay_evicted(left.digest).await?;
+                    catalogue.relay_evicted(&left.artifact).await?;
                     tracing::info!(artifact = %left.artifact, "relayed bytes are evicted");
                 }
                 let live = blocking(move || {

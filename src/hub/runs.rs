@@ -7,12 +7,12 @@ use std::time::Duration;
 
 use super::Hub;
 use crate::api::types::{self, ModelLineage, RunActionRequest, RunModel, RunRequest, RunState, RunTrainer, RunVerb, State};
-use crate::catalogue::{Part, RunRow, TransferRow, new_id};
+use crate::catalogue::{Part, TransferRow, new_id};
 use crate::chunk::Hash;
 use crate::clock;
 use crate::fault::Fault;
 use crate::limits::{RUN_INPUTS_MAX, RUN_TTL_MAX, RUNS_OPEN_MAX};
-use crate::manifest::Digest;
+use crate::manifest::Root;
 use crate::names::{ArtifactRef, RunName, SiteName, SiteSelector};
 use crate::run::hub::{Effect, Event, Run, Seen, step};
 use crate::run::{Borrowed, DesiredRun, Expect, Input, Lineage, Model, RunReport, Spec};
@@ -23,6 +23,8 @@ const STEPS_MAX: usize = 16;
 const LOOK_EVERY: Duration = Duration::from_millis(50);
 /// Open runs that are looked at.
 const OPEN_MAX: u32 = 10_000;
+/// What the runs that a site is told take of one message on the line, about.
+const TOLD_BYTES_MAX: usize = 1 << 20;
 
 fn now_ms() -> i64 {
     clock::now_unix_ms() as i64
@@ -39,8 +41,8 @@ impl Hub {
             let changed = self.inner.catalogue.changed();
             match self.inner.catalogue.runs::<Run>(true, OPEN_MAX).await {
                 Ok(open) => {
-                    for row in open {
-                        let name = &row.run.spec.name;
+                    for run in open {
+                        let name = &run.spec.name;
                         if let Err(fault) = self.look_at(name).await {
                             tracing::warn!(run = %name, error = %fault, "a run could not go on; tried again");
                         }
@@ -55,14 +57,19 @@ impl Hub {
         }
     }
 
-    async fn load(&self, name: &str) -> Result<RunRow<Run>, Fault> {
+    async fn load(&self, name: &str) -> Result<Run, Fault> {
         self.inner.catalogue.run(name).await?.ok_or_else(|| unknown(name))
     }
 
     /// Takes an event; what changed is durable when this returns. The effects are left to the caller.
     async fn take(&self, name: &RunName, event: Event) -> Result<(Run, Vec<Effect>, bool), Fault> {
         let _turn = self.inner.runs.lock().await;
-        let before = self.load(name.as_str()).await?.run;
+        self.take_in_turn(name, event).await
+    }
+
+    /// The same for one who holds `runs`.
+    async fn take_in_turn(&self, name: &RunName, event: Event) -> Result<(Run, Vec<Effect>, bool), Fault> {
+        let before = self.load(name.as_str()).await?;
         let (after, effects) = step(&before, event, now_ms())?;
         let changed = after != before;
         if changed {
@@ -77,7 +84,7 @@ impl Hub {
     /// Looks at a run until it stands still.
     async fn look_at(&self, name: &RunName) -> Result<(), Fault> {
         for _ in 0..STEPS_MAX {
-            let run = self.load(name.as_str()).await?.run;
+            let run = self.load(name.as_str()).await?;
             let parts = self.inner.catalogue.delivery_parts(&run.spec.delivery).await?;
             // Once it is over it has to do with nothing but what is its own.
             let own = match run.state.is_final() {
@@ -151,12 +158,20 @@ impl Hub {
         }
     }
 
-    /// The runs that a site has to do with, as it is told them.
+    /// The runs that a site has to do with, as it is told them: the oldest, as many as a message holds. The others wait.
     pub(super) async fn desired_runs(&self, site: &SiteName) -> Result<Vec<DesiredRun>, Fault> {
         let mut out = Vec::new();
-        for RunRow { run, .. } in self.inner.catalogue.runs::<Run>(true, OPEN_MAX).await? {
+        let mut told = 0;
+        for run in self.inner.catalogue.runs::<Run>(true, OPEN_MAX).await? {
             if run.spec.on != *site {
                 continue;
+            }
+            // By what never changes, since the site ends a run that was listed and is no more. What is borrowed names the
+            // inputs once more.
+            let spec = serde_json::to_vec(&run.spec).map_err(|e| Fault::internal(format!("a run as JSON: {e}")))?;
+            told += 3 * spec.len();
+            if told > TOLD_BYTES_MAX && !out.is_empty() {
+                break;
             }
             let borrowed = self.inner.catalogue.only_borrowed(run.spec.name.as_str(), site).await?;
             let borrowed = borrowed.into_iter().map(|row| Borrowed { transfer: row.id, artifact: row.artifact, digest: row.digest });
@@ -167,18 +182,29 @@ impl Hub {
 
     /// A site says how its runs stand.
     pub(super) async fn take_run_report(&self, site: &SiteName, report: RunReport) -> Result<(), Fault> {
-        let run = self.load(report.name.as_str()).await?.run;
+        let run = self.load(report.name.as_str()).await?;
         if run.spec.on != *site {
             return Err(Fault::not_allowed(format!("site {site} reports a run of {}", run.spec.on)));
         }
         if run.spec.id != report.id {
             return Ok(());
         }
+        let borrowed = match report.removed.is_empty() {
+            true => Vec::new(),
+            false => self.inner.catalogue.only_borrowed(report.name.as_str(), site).await?,
+        };
         for id in &report.removed {
             let Ok(row) = self.inner.catalogue.transfer(id).await else { continue };
             let ours = row.site == *site && run.spec.inputs.iter().any(|input| input.artifact == row.artifact);
-            if ours && row.state == State::Done && row.removed_ms.is_none() {
+            if !ours || row.state != State::Done || row.removed_ms.is_some() {
+                continue;
+            }
+            if borrowed.iter().any(|row| row.id == *id) {
                 self.inner.catalogue.set_removed(id, now_ms()).await?;
+            } else {
+                // Somebody else has asked for it since, which the site heard too late.
+                tracing::info!(transfer = %id, artifact = %row.artifact, %site, "what was given back is wanted again, and brought again");
+                self.inner.catalogue.act(id, types::Action::Retry).await?;
             }
         }
         let name = report.name.clone();
@@ -187,7 +213,7 @@ impl Hub {
 
     /// Refuses a model before anything is kept of it, when its run would refuse it.
     pub(super) async fn check_run_model(&self, by: Option<&SiteName>, run: &str, artifact: &ArtifactRef) -> Result<(), Fault> {
-        let row = self.load(run).await?.run;
+        let row = self.load(run).await?;
         if by.is_some_and(|by| row.spec.on != *by) {
             return Err(unknown(run));
         }
@@ -199,18 +225,18 @@ impl Hub {
         step(&row, Event::Published(Model { artifact: artifact.clone(), digest }), now_ms()).map(|_| ())
     }
 
-    /// A model of a run is in the catalogue.
-    pub(super) async fn run_published(
-        &self,
-        by: Option<&SiteName>,
-        run: &str,
-        artifact: &ArtifactRef,
-        digest: Digest,
-    ) -> Result<(), Fault> {
+    /// Takes a model of a run into the catalogue. A run that ended while the manifest was fetched takes none: the model
+    /// would use its version up for nothing. `false`: it stood there already.
+    pub(super) async fn add_run_model(&self, by: Option<&SiteName>, run: &str, artifact: &ArtifactRef, root: &Root) -> Result<bool, Fault> {
+        let name: RunName = run.parse()?;
+        let turn = self.inner.runs.lock().await;
         self.check_run_model(by, run, artifact).await?;
-        let model = Model { artifact: artifact.clone(), digest };
-        let (run, ..) = self.take(&run.parse()?, Event::Published(model)).await?;
-        self.inner.catalogue.set_lineage(artifact, &Lineage::from(&run.spec)).await
+        let added = self.register(by, artifact, root).await?;
+        let model = Model { artifact: artifact.clone(), digest: root.digest() };
+        let (run, ..) = self.take_in_turn(&name, Event::Published(model)).await?;
+        drop(turn);
+        self.inner.catalogue.set_lineage(artifact, &Lineage::from(&run.spec)).await?;
+        Ok(added)
     }
 
     /// Begins a run, or finds the one that was begun.
@@ -254,7 +280,7 @@ impl Hub {
             inputs.push(Input { artifact, digest: row.digest, bytes: row.root.totals.bytes });
         }
         let _turn = self.inner.runs.lock().await;
-        if let Some(RunRow { run, .. }) = catalogue.run::<Run>(name.as_str()).await? {
+        if let Some(run) = catalogue.run::<Run>(name.as_str()).await? {
             let same = run.spec.from == from && run.spec.on == on && run.spec.inputs == inputs && run.spec.expect == expect;
             let ended_badly = matches!(run.state, RunState::Failed | RunState::Cancelled);
             return match same && !ended_badly {
@@ -267,7 +293,7 @@ impl Hub {
             };
         }
         let open = catalogue.runs::<Run>(true, OPEN_MAX).await?;
-        if open.iter().filter(|row| row.run.spec.on == on).count() >= RUNS_OPEN_MAX {
+        if open.iter().filter(|run| run.spec.on == on).count() >= RUNS_OPEN_MAX {
             return Err(Fault::conflict(format!("{RUNS_OPEN_MAX} runs are open at site {on}")).with_next("wait until one has ended"));
         }
         let created_ms = now_ms();
@@ -301,7 +327,7 @@ impl Hub {
     }
 
     async fn visible_run(&self, by: Option<&SiteName>, name: &str) -> Result<Run, Fault> {
-        let run = self.load(name).await?.run;
+        let run = self.load(name).await?;
         match by.is_none_or(|by| run.spec.from == *by || run.spec.on == *by) {
             true => Ok(run),
             false => Err(unknown(name)),
@@ -315,9 +341,11 @@ impl Hub {
 
     /// The newest runs, as `by` may see them.
     pub(super) async fn list_runs(&self, by: Option<&SiteName>, limit: u32) -> Result<Vec<types::Run>, Fault> {
-        let rows = self.inner.catalogue.runs::<Run>(false, limit).await?;
-        let mine = |run: &Run| by.is_none_or(|by| run.spec.from == *by || run.spec.on == *by);
-        Ok(rows.iter().filter(|row| mine(&row.run)).map(|row| view(&row.run)).collect())
+        let runs: Vec<Run> = match by {
+            Some(site) => self.inner.catalogue.runs_of(site, limit).await?,
+            None => self.inner.catalogue.runs(false, limit).await?,
+        };
+        Ok(runs.iter().map(view).collect())
     }
 }
 

@@ -19,6 +19,9 @@ use crate::names::{ArtifactRef, Kind, SiteName};
 use crate::run::DesiredRun;
 use crate::wire::{self, AskHub, CONTROL, Desired, FETCH, FromHub, FromSite, QUESTION, Report};
 
+/// What the lineages that a site is told take of one message on the line.
+const LINEAGE_BYTES_MAX: usize = 1 << 20;
+
 impl Hub {
     /// Serves a site until its line ends.
     pub(super) async fn welcome(&self, name: SiteName, link: Link, cert_der: Vec<u8>) {
@@ -226,9 +229,17 @@ impl Hub {
         let catalogue = &self.inner.catalogue;
         let waits = catalogue.waits(site).await?;
         let mut out = Vec::new();
+        let mut told = 0;
         for row in catalogue.open_transfers(site).await? {
             let after = waits.iter().filter(|(id, _)| *id == row.id).map(|(_, first)| first.clone()).collect();
             let lineage = if row.artifact.kind == Kind::Model { catalogue.lineage(&row.artifact).await? } else { None };
+            // A transfer must be listed, or the site gives it up; what its model was made of is told once there is room.
+            let lineage = lineage.filter(|lineage| {
+                let bytes = serde_json::to_vec(lineage).map_or(0, |text| text.len());
+                let fits = told + bytes <= LINEAGE_BYTES_MAX;
+                told += if fits { bytes } else { 0 };
+                fits
+            });
             out.push(Desired { after, lineage, ..desired(row) });
         }
         Ok(out)
@@ -263,14 +274,14 @@ impl Hub {
         fetcher.pages(&root, None, &inner.store).await?;
         // What was opened by its digest before it was known here must be looked at anew.
         inner.opened.lock().retain(|opened| opened.digest != digest);
-        let added = inner.catalogue.add_artifact(&artifact, &root, Some(site)).await?;
+        let added = match run {
+            Some(run) => self.add_run_model(Some(site), run, &artifact, &root).await?,
+            None => inner.catalogue.add_artifact(&artifact, &root, Some(site)).await?,
+        };
         let transfers = match to {
             Some(to) => self.deliver_to(&[artifact.to_string()], to).await?.transfers,
             None => Vec::new(),
         };
-        if let Some(run) = run {
-            self.run_published(Some(site), run, &artifact, digest).await?;
-        }
         tracing::info!(%artifact, %digest, %site, bytes = root.totals.bytes, "published at a site");
         let (artifact, digest, bytes) = (artifact.to_string(), digest.hex(), root.totals.bytes);
         let published = Published { artifact, digest, transfers, bytes, stored: 0, unchanged: !added, note: None };

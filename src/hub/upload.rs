@@ -12,14 +12,14 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use futures::StreamExt;
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::{OwnedRwLockReadGuard, Semaphore, mpsc};
 
 use super::Hub;
 use crate::api::types::Published;
 use crate::chunk::Hash;
 use crate::fault::Fault;
 use crate::fetch::{Fetcher, Library, Ranges, blocking, nothing_such};
-use crate::frame::Frame;
+use crate::frame::{Frame, HEADER_BYTES};
 use crate::identity::Holder;
 use crate::limits::{COMMIT_BYTES, COMMIT_EVERY, FETCH_BATCH_BYTES, FETCH_BATCH_CHUNKS_MAX, FETCH_IN_FLIGHT_MAX, SILENCE_MAX};
 use crate::line::{Link, RecvHalf, SendHalf};
@@ -36,6 +36,9 @@ const BATCHES_AHEAD_MAX: usize = 8;
 const LOOKED_UP_TOGETHER: usize = 1024;
 /// Chunks asked for that are remembered, so that one that comes twice is asked for once: as many as can be on the way.
 const ASKED_KEPT: usize = FETCH_BATCH_CHUNKS_MAX * (FETCH_IN_FLIGHT_MAX + BATCHES_AHEAD_MAX + 2);
+
+/// Keeps collections off, for as long as a copy of it is there.
+type Publishing = Arc<OwnedRwLockReadGuard<()>>;
 
 /// What one request brings.
 #[derive(Default)]
@@ -132,15 +135,13 @@ impl Hub {
             // Says the conflict in its own words.
             inner.catalogue.add_artifact(&artifact, &root, None).await?;
         }
-        let _publishing = inner.collecting.clone().read_owned().await;
+        let publishing: Publishing = Arc::new(inner.collecting.clone().read_owned().await);
+        let losses = inner.store.losses();
         fetcher.pages(&root, None, &inner.store).await?;
-        let stored = self.pull(publisher, &fetcher, &root).await?;
-        self.flush_uploaded().await?;
-        let added = inner.catalogue.add_artifact(&artifact, &root, None).await?;
-        if !added {
-            // Published at a site before: the hub has all of it now, and asks the site no more.
-            inner.catalogue.take_over(&artifact).await?;
-        }
+        let stored = self.pull(publisher, &fetcher, &root, &publishing).await?;
+        let store = inner.store.clone();
+        blocking(move || store.flush_since(losses)).await?;
+        let added = self.register(None, &artifact, &root).await?;
         let transfers = match to {
             Some(to) => self.deliver_to(&[artifact.to_string()], to).await?.transfers,
             None => Vec::new(),
@@ -153,12 +154,13 @@ impl Hub {
     }
 
     /// Brings every chunk that the store lacks. Returns the bytes that were stored.
-    async fn pull(&self, publisher: &SiteName, fetcher: &Fetcher, root: &Root) -> Result<u64, Fault> {
+    async fn pull(&self, publisher: &SiteName, fetcher: &Fetcher, root: &Root, publishing: &Publishing) -> Result<u64, Fault> {
         let (send, batches) = mpsc::channel(BATCHES_AHEAD_MAX);
         let (store, root) = (self.inner.store.clone(), root.clone());
         let planning = tokio::task::spawn_blocking(move || plan(&root, &store, &send));
         let batches = futures::stream::unfold(batches, |mut batches| async move { Some((batches.recv().await?, batches)) });
-        let running = batches.map(|batch| self.bring(publisher, fetcher, batch)).buffer_unordered(FETCH_IN_FLIGHT_MAX);
+        let bring = |batch| self.bring(publisher, fetcher, batch, publishing.clone());
+        let running = batches.map(bring).buffer_unordered(FETCH_IN_FLIGHT_MAX);
         tokio::pin!(running);
         let (mut stored, mut unflushed, mut flushed) = (0, 0, Instant::now());
         let mut flushing: Option<tokio::task::JoinHandle<Result<(), Fault>>> = None;
@@ -184,22 +186,29 @@ impl Hub {
     }
 
     /// Brings one batch into the store.
-    async fn bring(&self, publisher: &SiteName, fetcher: &Fetcher, batch: Batch) -> Result<u64, Fault> {
+    async fn bring(&self, publisher: &SiteName, fetcher: &Fetcher, batch: Batch, publishing: Publishing) -> Result<u64, Fault> {
         // What is on the way holds a share of the daemon's budget, out of the publisher's own.
         let _share = self.share(publisher, batch.bytes).await?;
         let wants = batch.wants.into_iter().map(|(page, ranges)| Wanted::Children { page, ranges: ranges.0 }).collect();
         let mut frames = fetcher.ask(wants, 0).await?;
         let mut brought = Vec::with_capacity(batch.chunks.len());
         for chunk in batch.chunks {
-            brought.push((chunk, frames.next().await?));
+            let frame = frames.next().await?;
+            // At once: all of the batch waits here, and the share is what the manifest says of it.
+            if frame.raw_len() != chunk.len || frame.len() > HEADER_BYTES + chunk.len as usize {
+                return Err(Fault::integrity(format!("{publisher} sent chunk {} in another size than its manifest says", chunk.id))
+                    .with_next("publish again with the same version of packhorse as the hub"));
+            }
+            brought.push((chunk, frame));
         }
         let store = self.inner.store.clone();
         blocking(move || {
+            // What was begun here ends even if the publisher's line does not last: no collection may run beside it.
+            let _publishing = publishing;
             let mut stored = 0;
             for (chunk, frame) in brought {
-                frame.verify(chunk.id, chunk.len)?;
-                // Its sum as well: the store gives it out by that.
-                stored += store.put(&Frame::parse(frame.to_bytes()).map_err(Fault::from)?)?;
+                let raw = frame.verify(chunk.id, chunk.len)?;
+                stored += store.put(&frame.fit_to_store(&raw))?;
             }
             Ok(stored)
         })

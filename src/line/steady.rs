@@ -131,7 +131,7 @@ impl Steady {
             }
         }
         if let Phase::Start { .. } = self.phase {
-            let queued = smoothed > self.least + self.least / 4 + JITTER;
+            let queued = smoothed > self.least.saturating_add(self.least / 4).saturating_add(JITTER);
             if queued && self.measured && !limited {
                 self.phase = Phase::Cruise;
                 self.note_part_of_round(now);

@@ -12,7 +12,7 @@ mod walk;
 
 pub use build::Builder;
 pub use page::{ChunkRef, read_children};
-pub use walk::{Pages, Spot, Step, Walk, children, entry_pages, for_each_page};
+pub use walk::{Listed, Pages, Spot, Step, Walk, children, entry_pages, for_each_page, level_below, top_level};
 
 use serde::{Deserialize, Serialize};
 

@@ -6,6 +6,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::chunk::DEFAULT_CHUNKING;
+use crate::fault::Code;
 
 #[derive(Default)]
 struct Memory(RefCell<HashMap<Hash, Bytes>>);
@@ -155,6 +156,40 @@ fn a_lying_manifest_is_refused() {
     builder.push(&entry("a", EntryBody::Symlink("/etc".into())), &[]).unwrap();
     assert!(builder.push(&entry("a/passwd", EntryBody::Dir), &[]).is_err(), "nothing goes through a link");
     assert!(builder.push(&entry("a", EntryBody::Dir), &[]).is_err(), "no name twice");
+}
+
+#[test]
+fn a_manifest_that_unfolds_without_end_is_refused() {
+    let memory = Memory::default();
+    let honest = build(&numbered(1), &memory);
+    let with = |page: PageRef, depth: u8| {
+        let totals = Totals { files: page.entries, chunks: page.chunks, ..Totals::default() };
+        Root { depth, totals, pages: vec![page], ..honest.clone() }
+    };
+    // Index pages that list one page many times, above each other. All they say adds up.
+    let mut tower = vec![honest.pages[0]];
+    for level in 0..3 {
+        let mut index = page::PageWriter::default();
+        for _ in 0..1_500 {
+            index.child(&tower[level]);
+        }
+        let (chunks, entries) = (index.chunks, index.entries);
+        let made = crate::frame::Verified::new(index.bytes.into());
+        tower.push(PageRef { id: made.id, len: made.bytes.len() as u32, chunks, entries });
+        memory.0.borrow_mut().insert(made.id, made.bytes);
+    }
+    assert_eq!(entry_pages(&with(tower[1], 1), &memory).unwrap().len(), 1_500, "a page may be there many times");
+    let bomb = with(tower[3], 3);
+    assert_eq!(entry_pages(&bomb, &memory).unwrap_err().code, Code::Integrity);
+    assert_eq!(for_each_page(&bomb, &memory, |_| Ok(())).unwrap_err().code, Code::Integrity);
+    // So deep that only a liar says it; counts that do not add up; a page that holds something else than is said of it.
+    let lies = [with(tower[1], 200), Root { totals: honest.totals, ..with(tower[1], 1) }, with(PageRef { chunks: 7, ..tower[0] }, 0)];
+    for root in &lies {
+        assert!(Walk::new(root, &memory).any(|s| s.is_err_and(|fault| fault.code == Code::Integrity)));
+    }
+    for root in &lies[..2] {
+        assert_eq!(entry_pages(root, &memory).unwrap_err().code, Code::Integrity);
+    }
 }
 
 proptest! {

@@ -1,6 +1,6 @@
 //! Walks a manifest, entry by entry and chunk by chunk, holding one page of each level.
 
-use std::collections::VecDeque;
+use std::collections::{HashSet, VecDeque};
 
 use bytes::Bytes;
 
@@ -11,6 +11,12 @@ use crate::names::RelPath;
 use super::build::check_order;
 use super::page::{ChunkRef, Record, is_one_chunk, read_children, read_records};
 use super::{Entry, EntryBody, PageRef, Root, Totals};
+
+/// The most levels of index pages. An index page lists 45 pages or more, but the last of its level: eight levels are more than
+/// there can be bytes to list.
+const DEPTH_MAX: u8 = 8;
+/// The most pages that are listed by index pages that were opened before: some 3 TB of zeros at the least, 100 as a rule.
+const REPEATED_PAGES_MAX: usize = 1 << 20;
 
 /// Gives the raw bytes of a page; they are checked by whoever gives them.
 pub trait Pages {
@@ -54,6 +60,9 @@ pub struct Walk<'a, P: Pages + ?Sized> {
     root: &'a Root,
     /// Pages still to read, with their depth (0: entry page), next last.
     ahead: Vec<(PageRef, u8)>,
+    unfolding: Unfolding,
+    /// What is wrong with the root, until it is told.
+    refused: Option<Fault>,
     steps: VecDeque<Step>,
     seen: Totals,
     entries: u64,
@@ -69,23 +78,27 @@ impl<'a, P: Pages + ?Sized> Walk<'a, P> {
     /// A walk over all of it.
     pub fn new(root: &'a Root, pages: &'a P) -> Self {
         let ahead = root.pages.iter().rev().map(|page| (*page, root.depth)).collect();
-        let (steps, seen, last, open) = Default::default();
-        Self { pages, root, ahead, steps, seen, entries: 0, last, open, uncovered: 0, size: 0, failed: false }
+        let refused = check_root(root).err();
+        let (unfolding, steps, seen, last, open) = Default::default();
+        Self { pages, root, ahead, unfolding, refused, steps, seen, entries: 0, last, open, uncovered: 0, size: 0, failed: false }
     }
 
     fn read(&mut self, page: PageRef, depth: u8) -> Result<(), Fault> {
         let bytes = self.pages.page(page.id)?;
         if depth > 0 {
-            let children = read_children(&bytes)?;
+            let children = self.unfolding.open(&page, &bytes)?;
             self.ahead.extend(children.into_iter().rev().map(|child| (child, depth - 1)));
             return Ok(());
         }
-        let mut index = 0;
+        let (mut index, before) = (0, self.entries);
         for record in read_records(&bytes)? {
             match record {
                 Record::Entry(entry) => self.entry(entry, page.id, &mut index)?,
                 Record::Chunk(chunk) => self.chunk(chunk, page.id, &mut index)?,
             }
+        }
+        if (u64::from(index), self.entries - before) != (page.chunks, page.entries) {
+            return Err(impossible("a page does not hold what is said of it where it is listed"));
         }
         Ok(())
     }
@@ -102,7 +115,7 @@ impl<'a, P: Pages + ?Sized> Walk<'a, P> {
             EntryBody::Symlink(_) => self.seen.symlinks += 1,
             EntryBody::File(file) => {
                 self.seen.files += 1;
-                self.seen.bytes += file.size;
+                self.seen.bytes = self.seen.bytes.checked_add(file.size).ok_or_else(|| self.wrong("is larger than can be"))?;
                 (self.uncovered, self.size) = (file.size, file.size);
                 if is_one_chunk(&self.root.chunking, file.size) {
                     self.chunk(ChunkRef { id: file.hash, len: file.size as u32 }, page, index)?;
@@ -135,6 +148,9 @@ impl<'a, P: Pages + ?Sized> Walk<'a, P> {
     }
 
     fn step(&mut self) -> Result<Option<Step>, Fault> {
+        if let Some(fault) = self.refused.take() {
+            return Err(fault);
+        }
         loop {
             if let Some(step) = self.steps.pop_front() {
                 return Ok(Some(step));
@@ -162,30 +178,95 @@ impl<P: Pages + ?Sized> Iterator for Walk<'_, P> {
     }
 }
 
-/// Calls `take` for every page of a manifest, index pages before what they list.
-pub fn for_each_page(root: &Root, pages: &dyn Pages, mut take: impl FnMut(PageRef) -> Result<(), Fault>) -> Result<(), Fault> {
-    let mut level = root.pages.clone();
-    for depth in (0..=root.depth).rev() {
-        let mut below = Vec::new();
-        for page in level {
-            take(page)?;
-            if depth > 0 {
-                below.extend(read_children(&pages.page(page.id)?)?);
+/// Opens index pages, and refuses a manifest that unfolds to far more than its bytes. An index page may be listed many times, as
+/// where a file holds nothing but zeros for very long, and each time all below it is there once more for a few bytes.
+#[derive(Default)]
+struct Unfolding {
+    opened: HashSet<Hash>,
+    repeated: usize,
+}
+
+impl Unfolding {
+    /// The pages that this one lists.
+    fn open(&mut self, page: &PageRef, bytes: &[u8]) -> Result<Vec<PageRef>, Fault> {
+        let children = read_children(bytes)?;
+        add_up(&children, page.chunks.into(), page.entries.into())?;
+        if !self.opened.insert(page.id) {
+            self.repeated += children.len();
+            if self.repeated > REPEATED_PAGES_MAX {
+                return Err(impossible("its index pages are listed so often that it unfolds without end"));
             }
         }
-        level = below;
+        Ok(children)
+    }
+}
+
+fn impossible(why: &str) -> Fault {
+    Fault::integrity(format!("the manifest is malformed: {why}")).with_next("publish the artifact again")
+}
+
+fn check_root(root: &Root) -> Result<(), Fault> {
+    if root.depth > DEPTH_MAX {
+        return Err(impossible(&format!("it has {} levels, over {DEPTH_MAX}", root.depth)));
+    }
+    let totals = &root.totals;
+    let entries = u128::from(totals.files) + u128::from(totals.dirs) + u128::from(totals.symlinks);
+    add_up(&root.pages, totals.chunks.into(), entries)
+}
+
+/// Every page holds something, and all together what the root or the page says that lists them.
+fn add_up(listed: &[PageRef], chunks: u128, entries: u128) -> Result<(), Fault> {
+    let (mut all_chunks, mut all_entries) = (0, 0);
+    for page in listed {
+        if page.chunks == 0 && page.entries == 0 {
+            return Err(impossible("it lists a page that holds nothing"));
+        }
+        all_chunks += u128::from(page.chunks);
+        all_entries += u128::from(page.entries);
+    }
+    if (all_chunks, all_entries) == (chunks, entries) { Ok(()) } else { Err(impossible("its counts do not add up")) }
+}
+
+/// Pages of one level that stand behind each other, and the index page that lists them (`None`: the root).
+pub type Listed = (Option<Hash>, Vec<PageRef>);
+
+/// The uppermost level of a manifest.
+pub fn top_level(root: &Root) -> Result<Vec<Listed>, Fault> {
+    check_root(root)?;
+    Ok(vec![(None, root.pages.clone())])
+}
+
+/// The level below this one, in order; reads the index pages that this one consists of.
+pub fn level_below(level: &[Listed], pages: &dyn Pages) -> Result<Vec<Listed>, Fault> {
+    let mut unfolding = Unfolding::default();
+    let mut below = Vec::new();
+    for page in level.iter().flat_map(|(_, listed)| listed) {
+        below.push((Some(page.id), unfolding.open(page, &pages.page(page.id)?)?));
+    }
+    Ok(below)
+}
+
+/// Calls `take` for every page of a manifest, index pages before what they list.
+pub fn for_each_page(root: &Root, pages: &dyn Pages, mut take: impl FnMut(PageRef) -> Result<(), Fault>) -> Result<(), Fault> {
+    let mut level = top_level(root)?;
+    for depth in (0..=root.depth).rev() {
+        for page in level.iter().flat_map(|(_, listed)| listed) {
+            take(*page)?;
+        }
+        if depth > 0 {
+            level = level_below(&level, pages)?;
+        }
     }
     Ok(())
 }
 
 /// The entry pages of a manifest, in order; reads its index pages.
 pub fn entry_pages(root: &Root, pages: &dyn Pages) -> Result<Vec<PageRef>, Fault> {
-    let mut level = root.pages.clone();
+    let mut level = top_level(root)?;
     for _ in 0..root.depth {
-        let below: Vec<Vec<PageRef>> = level.iter().map(|page| read_children(&pages.page(page.id)?)).collect::<Result<_, _>>()?;
-        level = below.concat();
+        level = level_below(&level, pages)?;
     }
-    Ok(level)
+    Ok(level.into_iter().flat_map(|(_, listed)| listed).collect())
 }
 
 /// The children of one page, as a fetch request counts them: chunks of an entry page, pages of an index page.

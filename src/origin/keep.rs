@@ -139,8 +139,9 @@ impl Origin {
         if keep.kept > 0 {
             keep.sync()?;
             let at = Place::Folder { path: kept.clone() };
+            let places: Vec<Place> = std::iter::once(at).chain(base.cloned()).collect();
             // What lies there from before may be being read; it is replaced only when it was damaged since.
-            if kept.is_dir() && !self.verify(ingested.digest, &ingested.root, &[at], |_| ())?.is_empty() {
+            if kept.is_dir() && !self.verify(ingested.digest, &ingested.root, &places, |_| ())?.is_empty() {
                 durable::remove_all(&kept)?;
             }
             if !kept.is_dir() {

@@ -23,6 +23,10 @@ pub struct Reader {
     /// Reads blobs of the registry; `None` where there is none.
     images: Option<Arc<dyn Sink>>,
     runtime: Handle,
+    /// Whether a file of another size than noted is refused, though the chunk may be in it.
+    strict: bool,
+    /// Bytes that are read at once of a blob at the most.
+    ahead: u64,
     /// The file that was read last.
     source: Option<Source>,
 }
@@ -42,7 +46,13 @@ struct Source {
 impl Reader {
     /// A reader for a thread that may block.
     pub fn new(places: Arc<Places>, images: Option<Arc<dyn Sink>>, runtime: Handle) -> Self {
-        Self { places, images, runtime, source: None }
+        Self { places, images, runtime, strict: false, ahead: AHEAD_BYTES, source: None }
+    }
+
+    /// The same for what was published where it lies: there a file of another size is another file. Of a blob no more is read
+    /// at once than `bytes`.
+    pub fn strict(self, bytes: u64) -> Self {
+        Self { strict: true, ahead: bytes.min(AHEAD_BYTES), ..self }
     }
 
     /// One chunk. What the index says may be stale: then it is `not_found`, or `integrity` for other bytes.
@@ -78,7 +88,7 @@ impl Reader {
                 if at.offset < *start || end > *start + bytes.len() as u64 {
                     // A request for every chunk would take a round trip each.
                     let Some(images) = &self.images else { return Err(Fault::internal("there is no registry here")) };
-                    let len = AHEAD_BYTES.min(source.size.saturating_sub(at.offset)).max(u64::from(at.len)) as u32;
+                    let len = self.ahead.min(source.size.saturating_sub(at.offset)).max(u64::from(at.len)) as u32;
                     let read = images.read_at(&source.info.place, &source.path, at.offset, len);
                     source.ahead = (at.offset, self.runtime.block_on(read)?);
                 }
@@ -100,7 +110,11 @@ impl Reader {
         let file = match &info.place {
             Place::Folder { path: folder } => {
                 let full = folder.join(path.as_str());
-                Some(File::open(&full).at(format_args!("open {}", full.display()))?)
+                let file = File::open(&full).at(format_args!("open {}", full.display()))?;
+                if self.strict && file.metadata().at(full.display())?.len() != entry.size {
+                    return Err(Fault::integrity("its size is another"));
+                }
+                Some(file)
             }
             Place::Registry { .. } => None,
         };

@@ -98,6 +98,8 @@ pub struct Seen {
     pub process: Process,
     /// Whether there is something in its output folder.
     pub has_output: bool,
+    /// Whether a model was published for it here, and the hub has not heard of that yet.
+    pub offering: bool,
 }
 
 /// What happens to a run.
@@ -263,8 +265,23 @@ fn looked(run: &mut Run, seen: &Seen, now_ms: i64) -> Vec<Effect> {
             run.phase = Phase::Trained;
             run.ended = Some(ended.clone());
         }
+        if run.is_making() {
+            run.message = None;
+        }
+        // That the hub knows a model is what publishing was for.
+        if run.phase == Phase::Publishing {
+            run.phase = Phase::Published;
+        }
         // A trainer that published by itself may still have something to do; its time is bounded by the run's.
         return if running { Vec::new() } else { release(run) };
+    }
+    // What the hub has still to hear of decides: nothing may overtake it, nor may its bytes be wiped by another start.
+    if seen.offering && !running && run.is_making() {
+        if let Process::Ended(ended) = &seen.process {
+            run.ended = Some(ended.clone());
+        }
+        run.message = Some("waits for the hub to hear of the model that was published for it".into());
+        return Vec::new();
     }
     match run.phase {
         Phase::Waiting => match (seen.trainer, &seen.missing) {

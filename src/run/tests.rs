@@ -53,7 +53,7 @@ fn desired(want: Want) -> DesiredRun {
 }
 
 fn seen(process: Process) -> Seen {
-    Seen { missing: None, turn: true, trainer: Trainer::Command, process, has_output: true }
+    Seen { missing: None, turn: true, trainer: Trainer::Command, process, has_output: true, offering: false }
 }
 
 fn site(run: &SiteRun, event: Event) -> (SiteRun, Vec<Effect>) {
@@ -209,6 +209,36 @@ fn a_trainer_that_vanishes_is_started_again_a_few_times() {
     }
     let (run, effects) = site(&run, Event::Looked(seen(Process::Absent)));
     assert_eq!((run.phase, effects), (Phase::Failed, vec![]));
+}
+
+#[test]
+fn nothing_overtakes_or_wipes_a_model_that_the_hub_has_not_heard_of() {
+    let offering = |process| Seen { offering: true, ..seen(process) };
+    let (run, _) = site(&SiteRun::new(desired(Want::Train)), Event::Looked(seen(Process::Absent)));
+    // It is not started anew, which would begin with an empty folder; nor is it said to have ended.
+    let (gone, effects) = site(&run, Event::Looked(offering(Process::Absent)));
+    assert_eq!((gone.phase, gone.starts, effects), (Phase::Training, 1, vec![]));
+    let none = Seen { has_output: false, ..offering(Process::Ended(ended(0))) };
+    let (held, effects) = site(&run, Event::Looked(none));
+    assert_eq!((held.phase, &held.ended, effects), (Phase::Training, &Some(ended(0)), vec![]));
+    let (kept, _) = hub(&HubRun::new(spec()), looked(State::Done));
+    let (kept, _) = hub(&kept, HubEvent::Reported(Box::new(held.report())));
+    assert_eq!(kept.state, RunState::Training);
+    // The hub heard of it.
+    let (heard, _) = site(&held, Event::Wanted(Box::new(DesiredRun { model: Some(model()), ..desired(Want::Release) })));
+    let (heard, effects) = site(&heard, Event::Looked(seen(Process::Ended(ended(0)))));
+    assert_eq!((heard.phase, effects), (Phase::Trained, vec![Effect::Remove(borrowed())]));
+    // Or refused it: what is in the output folder counts.
+    let (refused, _) = site(&held, Event::Looked(seen(Process::Ended(ended(0)))));
+    assert_eq!((refused.phase, refused.message), (Phase::Trained, None));
+    // The same while the output is being published, and time ends it all the same.
+    let publishing = SiteRun { phase: Phase::Publishing, want: Want::Publish, ..held };
+    let (publishing, effects) = site(&publishing, Event::Looked(offering(Process::Ended(ended(0)))));
+    assert_eq!((publishing.phase, effects), (Phase::Publishing, vec![]));
+    let (again, effects) = site(&publishing, Event::Looked(seen(Process::Ended(ended(0)))));
+    assert_eq!((again.phase, effects), (Phase::Publishing, vec![Effect::Publish]));
+    let (late, _) = site::step(&publishing, Event::Looked(offering(Process::Ended(ended(0)))), 1000);
+    assert_eq!(late.phase, Phase::Failed);
 }
 
 #[test]

@@ -155,13 +155,10 @@ impl FilesSink {
     fn commit_blocking(&self, incoming: &Incoming, staged: &Path) -> Result<Landed, Fault> {
         let artifact = &incoming.artifact;
         self.mounted()?;
-        let mut stands = self.is_there(incoming)?;
-        if stands && staged.exists() {
-            // What is staged is whole and checked: a version is staged again only when the one that stands is not.
-            self.take_away(artifact)?;
-            stands = false;
-        }
-        if !stands {
+        // What is staged is whole and checked: a version is staged again only when the one that stands is not.
+        let stood = self.is_there(incoming)?;
+        let replaced = if stood && staged.exists() { Some(self.move_away(artifact)?) } else { None };
+        if !stood || replaced.is_some() {
             let note = self.note_path(artifact);
             durable::create_dir_all(note.parent().unwrap_or(&self.root))?;
             let text = serde_json::to_vec(&Note { digest: incoming.digest, transfer: incoming.transfer.clone() }).unwrap_or_default();
@@ -175,8 +172,15 @@ impl FilesSink {
             }
         }
         durable::remove_all(staged)?;
-        if self.is_newest(artifact)? {
+        // Bringing back what was there changes nothing for readers of the series.
+        if replaced.is_none() && self.is_newest(artifact)? {
             self.set_current(artifact)?;
+        }
+        if let Some(old) = replaced {
+            // It is out of sight; what cannot be removed now goes at the next start.
+            if let Err(fault) = durable::remove_all(&old) {
+                tracing::warn!(error = %fault, "a version that was replaced could not be removed yet");
+            }
         }
         Ok(self.landed(artifact))
     }
@@ -193,19 +197,21 @@ impl FilesSink {
         standing.max_by(|a, b| a.0.cmp(&b.0)).map(|(_, left)| left)
     }
 
-    /// Takes a version out of sight by one rename, then apart.
-    fn take_away(&self, artifact: &ArtifactRef) -> Result<(), Fault> {
+    /// Takes a version out of sight by one rename. Returns where it is now, to be removed.
+    fn move_away(&self, artifact: &ArtifactRef) -> Result<PathBuf, Fault> {
         let away = self.staging.join(format!("removed-{}-{}", artifact.version(), rand::random::<u32>()));
         durable::rename_noreplace(&self.folder(artifact), &away)?;
-        durable::remove_all(&away)
+        Ok(away)
     }
 
     fn remove_blocking(&self, artifact: &ArtifactRef) -> Result<(), Fault> {
+        // Where nothing is mounted nothing would be found, and all of it be taken for removed.
+        self.mounted()?;
         let folder = self.folder(artifact);
         let series = self.series(artifact);
         let current = std::fs::read_to_string(series.join("CURRENT")).unwrap_or_default();
         if self.note(artifact).is_some() && folder.exists() {
-            self.take_away(artifact)?;
+            durable::remove_all(&self.move_away(artifact)?)?;
         }
         durable::remove_all(&self.note_path(artifact))?;
         if current.trim() == artifact.version() {
@@ -317,10 +323,6 @@ impl Sink for FilesSink {
             })
         })
         .await
-    }
-
-    async fn clear(&self, _incoming: &Incoming) -> Result<(), Fault> {
-        Ok(()) // the commit replaces it, and until then its sound files need not cross the line again
     }
 
     async fn remove(&self, artifact: &ArtifactRef) -> Result<(), Fault> {

@@ -100,10 +100,10 @@ pub trait Sink: Send + Sync {
     /// manifests). Returns one line per fault found; empty means sound.
     async fn verify(&self, incoming: &Incoming, place: &Place) -> Result<Vec<String>, Fault>;
 
-    /// Makes way for an artifact to be committed again of which [`Sink::verify`], or the engine, found something gone or
-    /// damaged. A sink whose commit puts back what lacks, and replaces the rest, takes nothing away.
-    async fn clear(&self, incoming: &Incoming) -> Result<(), Fault> {
-        self.remove(&incoming.artifact).await
+    /// Takes away what would be taken for sound when an artifact is committed again, of which [`Sink::verify`] or the engine
+    /// found something gone or damaged. The commit puts back what lacks, and replaces the rest.
+    async fn clear(&self, _incoming: &Incoming) -> Result<(), Fault> {
+        Ok(())
     }
 
     /// Takes a committed artifact away. Removing what is not there succeeds.

@@ -70,14 +70,17 @@ impl Site {
 
         let _turn = inner.offering.lock().await;
         let added = inner.catalogue.add_artifact(&artifact, &root, None).await?;
-        let held = !added && inner.catalogue.artifact(&artifact).await?.place.is_some();
+        let before = inner.catalogue.artifact(&artifact).await?;
+        let held = !added && before.place.is_some();
+        // What the hub has never heard of may go again if it refuses; else it names this site as the one that has it.
+        let new = added || before.offer.is_some_and(|offer| offer.new);
         let location = match &published.place {
             // What was written here on purpose is nothing that people should look for.
             Place::Folder { path } if path.starts_with(&inner.config.data_dir) => request.source.clone(),
             Place::Folder { path } => path.display().to_string(),
             Place::Registry { repository } => repository.clone(),
         };
-        let offer = Offer { to: request.to, run: request.run };
+        let offer = Offer { to: request.to, run: request.run, new };
         inner.catalogue.set_published(&artifact, &published.place, &location, &offer).await?;
         progress.doing(format!("telling the hub of {artifact}"));
         let row = inner.catalogue.artifact(&artifact).await?;
@@ -99,7 +102,7 @@ impl Site {
                 })
             }
             Err(fault) => {
-                self.withdraw(&artifact, added).await?;
+                self.withdraw(&artifact, new).await?;
                 Err(fault)
             }
         }
@@ -125,16 +128,23 @@ impl Site {
 
     /// Tells the hub of an artifact. Called with `offering` held.
     async fn offer(&self, row: &ArtifactRow) -> Result<Published, Fault> {
-        let Offer { to, run } = row.offer.clone().unwrap_or_default();
+        let Offer { to, run, new: _ } = row.offer.clone().unwrap_or_default();
         let question = AskHub::Publish { artifact: row.artifact.clone(), digest: row.digest, to, run };
         let answer: Published = self.ask_hub(&question).await?;
         self.inner.catalogue.offered(&row.artifact).await?;
         Ok(answer)
     }
 
-    /// The hub does not take it: as if it had not been published, where it was not there before.
-    async fn withdraw(&self, artifact: &ArtifactRef, added: bool) -> Result<(), Fault> {
-        if added { self.inner.catalogue.remove_artifact(artifact).await } else { self.inner.catalogue.offered(artifact).await }
+    /// The hub does not take it: as if it had not been published, where the hub has never heard of it.
+    async fn withdraw(&self, artifact: &ArtifactRef, new: bool) -> Result<(), Fault> {
+        let catalogue = &self.inner.catalogue;
+        match new {
+            true => catalogue.remove_artifact(artifact).await?,
+            false => catalogue.offered(artifact).await?,
+        }
+        // A run may wait for what the hub says to it.
+        catalogue.notify();
+        Ok(())
     }
 
     /// Tells the hub, while there is a line, of everything that it has not heard of. Ends with the line only.
@@ -146,9 +156,7 @@ impl Site {
                 let _turn = self.inner.offering.lock().await;
                 // While this waited for its turn a publish may have told the hub.
                 let Ok(row) = self.inner.catalogue.artifact(&listed.artifact).await else { continue };
-                if row.offer.is_none() {
-                    continue;
-                }
+                let Some(new) = row.offer.as_ref().map(|offer| offer.new) else { continue };
                 match self.offer(&row).await {
                     Ok(_) => tracing::info!(artifact = %row.artifact, "the hub has heard of what was published here"),
                     Err(fault) if may_pass(&fault) => {
@@ -157,7 +165,7 @@ impl Site {
                     }
                     Err(fault) => {
                         tracing::error!(artifact = %row.artifact, error = %fault, "the hub refuses what was published here");
-                        self.withdraw(&row.artifact, row.published).await?;
+                        self.withdraw(&row.artifact, new).await?;
                     }
                 }
             }

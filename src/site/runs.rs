@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 use super::Site;
 use crate::api::ApiToken;
 use crate::api::types::{PublishRequest, SourceOptions, State};
-use crate::catalogue::RunRow;
+use crate::catalogue::TransferRow;
 use crate::clock;
 use crate::fault::{Code, Fault, Retry};
 use crate::fetch::blocking;
@@ -53,16 +53,16 @@ impl Site {
             let _turn = self.inner.runs.turn.lock().await;
             for wanted in desired {
                 let name = wanted.spec.name.as_str();
-                let here = catalogue.run::<Run>(name).await?.filter(|row| row.run.spec.id == wanted.spec.id);
+                let here = catalogue.run::<Run>(name).await?.filter(|run| run.spec.id == wanted.spec.id);
                 let run = match &here {
-                    Some(RunRow { run, .. }) => step(run, Event::Wanted(Box::new(wanted.clone())), now_ms()).0,
+                    Some(run) => step(run, Event::Wanted(Box::new(wanted.clone())), now_ms()).0,
                     None => Run::new(wanted.clone()),
                 };
-                if here.is_none_or(|row| row.run != run) {
+                if here.is_none_or(|before| before != run) {
                     self.save_run(&run).await?;
                 }
             }
-            for RunRow { run, .. } in catalogue.runs::<Run>(true, OPEN_MAX).await? {
+            for run in catalogue.runs::<Run>(true, OPEN_MAX).await? {
                 if !desired.iter().any(|wanted| wanted.spec.name == run.spec.name) {
                     let (after, _) = step(&run, Event::Unlisted, now_ms());
                     if after != run {
@@ -85,9 +85,20 @@ impl Site {
         let mut out: Vec<RunReport> = Vec::new();
         let listed = self.inner.runs.listed.lock().clone();
         for name in listed {
-            if let Some(row) = self.inner.catalogue.run::<Run>(name.as_str()).await? {
-                out.push(row.run.report());
+            let Some(run) = self.inner.catalogue.run::<Run>(name.as_str()).await? else { continue };
+            let mut report = run.report();
+            for id in std::mem::take(&mut report.removed) {
+                // What was brought again since is there.
+                let gone = match self.inner.catalogue.transfer(&id).await {
+                    Ok(row) => given_back(&row) == Some(true),
+                    Err(fault) if fault.code == Code::NotFound => true,
+                    Err(fault) => return Err(fault),
+                };
+                if gone {
+                    report.removed.push(id);
+                }
             }
+            out.push(report);
         }
         Ok(out)
     }
@@ -104,7 +115,7 @@ impl Site {
             let mut often = false;
             match self.inner.catalogue.runs::<Run>(true, OPEN_MAX).await {
                 Ok(open) => {
-                    for RunRow { run, .. } in open {
+                    for run in open {
                         often |= run.phase == Phase::Training && !run.by_platform;
                         self.look_soon(run.spec.name);
                     }
@@ -149,7 +160,7 @@ impl Site {
     /// Takes an event, or looks; what changed is durable when this returns.
     async fn take(&self, name: &RunName, event: Option<Event>) -> Result<Option<(Run, Vec<Effect>)>, Fault> {
         let _turn = self.inner.runs.turn.lock().await;
-        let Some(RunRow { run: before, .. }) = self.inner.catalogue.run::<Run>(name.as_str()).await? else { return Ok(None) };
+        let Some(before) = self.inner.catalogue.run::<Run>(name.as_str()).await? else { return Ok(None) };
         let event = match event {
             Some(event) => event,
             None => Event::Looked(self.see(&before).await?),
@@ -193,7 +204,7 @@ impl Site {
             }
         }
         let others = catalogue.runs::<Run>(true, OPEN_MAX).await?;
-        let training = others.iter().filter(|row| row.run.phase == Phase::Training && row.run.spec.name != run.spec.name).count();
+        let training = others.iter().filter(|other| is_at_work(other) && other.spec.name != run.spec.name).count();
         let at_once = self.inner.config.train.as_ref().and_then(|train| train.at_once).unwrap_or(1);
         let folder = self.folder(run);
         // A folder of a run that this one has not started is another's.
@@ -203,7 +214,11 @@ impl Site {
             false => Ok((folder.process()?, folder.has_output())),
         })
         .await?;
-        Ok(Seen { missing, turn: training < at_once as usize, trainer: self.trainer(), process, has_output })
+        // After the process: what a trainer that has ended published, it published before.
+        let name = Some(run.spec.name.as_str());
+        let offers = catalogue.offers().await?;
+        let offering = offers.iter().any(|row| row.offer.as_ref().and_then(|offer| offer.run.as_deref()) == name);
+        Ok(Seen { missing, turn: training < at_once as usize, trainer: self.trainer(), process, has_output, offering })
     }
 
     async fn run_effect(&self, run: &Run, effect: Effect) -> Result<(), Fault> {
@@ -351,6 +366,10 @@ impl Site {
             run: Some(run.spec.name.to_string()),
         };
         let published = self.publish_here(request).await?;
+        // It stands here, and the hub may still refuse it.
+        if let Some(note) = published.note {
+            return Err(Fault::unreachable(note));
+        }
         let digest = hex::decode(&published.digest).ok().and_then(|bytes| bytes.try_into().ok());
         let digest = digest.ok_or_else(|| Fault::internal(format!("{:?} is not a digest", published.digest)))?;
         Ok(Model { artifact, digest: crate::chunk::Hash(digest) })
@@ -364,13 +383,20 @@ impl Site {
             Err(fault) if fault.code == Code::NotFound => return Ok(true),
             Err(fault) => return Err(fault),
         };
-        match row.state {
-            State::Done => {}
-            State::Cancelled => return Ok(true),
-            _ => return Ok(false),
+        // Whoever waits for one that is still on its way keeps the others waiting.
+        if let Some(given_back) = given_back(&row) {
+            return Ok(given_back);
         }
-        if row.removed_ms.is_some() {
-            return Ok(true);
+        // It may be begun again at any moment; then it lands after this, or this finds that it has landed anew.
+        let generation = row.generation;
+        let _alone = inner.runner.alone_with(&row.artifact).await;
+        let row = inner.catalogue.transfer(&row.id).await?;
+        if row.generation != generation {
+            // The next look knows whether it is to go again.
+            return Ok(false);
+        }
+        if let Some(given_back) = given_back(&row) {
+            return Ok(given_back);
         }
         let artifact = &row.artifact;
         let lies = inner.catalogue.artifact(artifact).await.ok();
@@ -382,9 +408,27 @@ impl Site {
             inner.catalogue.remove_artifact(artifact).await?;
             tracing::info!(%artifact, transfer = %row.id, "a borrowed artifact was removed");
         }
+        // Begun again meanwhile, it waits to bring everything anew: that is not to be noted as taken away.
+        if let Some(given_back) = given_back(&inner.catalogue.transfer(&row.id).await?) {
+            return Ok(given_back);
+        }
         inner.catalogue.set_removed(&row.id, now_ms()).await?;
         Ok(true)
     }
+}
+
+/// Whether what a transfer brought is gone, or was never there; `None`: it is there. `Some(false)`: still on its way.
+fn given_back(row: &TransferRow) -> Option<bool> {
+    match row.state {
+        State::Done if row.removed_ms.is_none() => None,
+        State::Done | State::Cancelled => Some(true),
+        _ => Some(false),
+    }
+}
+
+/// Whether a run has its turn. One that has ended, and waits only for the hub to hear of its model, has not.
+fn is_at_work(run: &Run) -> bool {
+    run.phase == Phase::Training && run.ended.is_none()
 }
 
 /// Where a process on this machine reaches an address that the daemon listens on.

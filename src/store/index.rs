@@ -104,13 +104,16 @@ impl Index {
         Ok(())
     }
 
-    /// Forgets these chunks, wherever they are placed.
-    pub(super) fn forget_chunks(&self, ids: &[Hash]) -> Result<(), Fault> {
+    /// Forgets these chunks, as far as they still lie there: one that was moved or stored anew meanwhile stays known.
+    pub(super) fn forget_chunks(&self, lying: &[(Hash, Location)]) -> Result<(), Fault> {
         let write = self.database.begin_write().map_err(fault)?;
         {
             let mut chunks = write.open_table(CHUNKS).map_err(fault)?;
-            for id in ids {
-                chunks.remove(&id.short()).map_err(fault)?;
+            for (id, at) in lying {
+                let there = chunks.get(&id.short()).map_err(fault)?.is_some_and(|row| Location::from_row(row.value()) == *at);
+                if there {
+                    chunks.remove(&id.short()).map_err(fault)?;
+                }
             }
         }
         write.commit().map_err(fault)

@@ -17,6 +17,7 @@ mod pack;
 use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use bytes::Bytes;
 use parking_lot::Mutex;
@@ -51,6 +52,8 @@ struct Inner {
     packs: Packs,
     index: Index,
     open: Mutex<Open>,
+    /// See [`Store::losses`].
+    losses: AtomicU64,
 }
 
 /// The pack being written, and what it holds that the index does not know yet.
@@ -72,7 +75,8 @@ impl Store {
         let packs = Packs::new(dir.join("packs"));
         let index = Index::open(&dir.join("index.redb"))?;
         let known = index.packs()?;
-        let mut next_pack = 1;
+        // A pack that was lost leaves its number to the chunks that the index still looks for in it.
+        let mut next_pack = known.keys().next_back().map_or(1, |last| last + 1);
         for number in packs.list()? {
             next_pack = next_pack.max(number + 1);
             let synced = known.get(&number).copied().unwrap_or(0);
@@ -87,7 +91,7 @@ impl Store {
             }
         }
         let open = Mutex::new(Open { writer: None, pending: HashMap::new(), sealed: Vec::new(), next_pack });
-        Ok(Self { inner: Arc::new(Inner { packs, index, open }) })
+        Ok(Self { inner: Arc::new(Inner { packs, index, open, losses: AtomicU64::new(0) }) })
     }
 
     /// The folder of the packs, for what is said to people.
@@ -182,14 +186,35 @@ impl Store {
         self.commit(&mut open)
     }
 
+    /// How often chunks were lost after they were put, because the disk failed when they were to be made durable. That is
+    /// told to whoever synced; everybody else who puts compares: this before the first put, [`Store::flush_since`] after
+    /// the last.
+    pub fn losses(&self) -> u64 {
+        self.inner.losses.load(Ordering::SeqCst)
+    }
+
+    /// [`Store::flush`], which fails as well if anything was lost since [`Store::losses`] said `before`: it may have been
+    /// what the caller put, or what he found here and did not put.
+    pub fn flush_since(&self, before: u64) -> Result<(), Fault> {
+        self.flush()?;
+        if self.losses() == before {
+            return Ok(());
+        }
+        Err(Fault::internal(format!("the disk of {} failed while it was written: chunks were lost", self.inner.packs.dir().display()))
+            .with_next("look after that disk (the daemon's log has its error), then publish again: what was kept is not sent again"))
+    }
+
     /// Syncs the open pack. After that its bytes may be named by the index.
-    fn sync(open: &mut Open) -> Result<Option<(u32, u64)>, Fault> {
+    fn sync(&self, open: &mut Open) -> Result<Option<(u32, u64)>, Fault> {
         let Some(writer) = open.writer.as_mut() else { return Ok(None) };
         let number = writer.number();
         if let Err(fault) = writer.sync() {
             // A sync that failed may have lost any of the pack's new bytes: forget them all, they will be sent again.
             open.pending.retain(|_, at| at.pack != number);
             open.writer = None;
+            // After that: whoever reads the new count finds none of them here.
+            self.inner.losses.fetch_add(1, Ordering::SeqCst);
+            tracing::error!(pack = number, error = %fault, "chunks were lost: the disk failed as they were to be made durable");
             return Err(fault);
         }
         Ok(Some((number, writer.len())))
@@ -199,7 +224,7 @@ impl Store {
         if open.pending.is_empty() {
             return Ok(());
         }
-        let synced = Self::sync(open)?;
+        let synced = self.sync(open)?;
         let found: Vec<(Hash, Location)> = open.pending.iter().map(|(id, at)| (*id, *at)).collect();
         let packs: Vec<(u32, u64)> = open.sealed.iter().copied().chain(synced).collect();
         self.inner.index.commit(&found, &packs)?;
@@ -212,7 +237,7 @@ impl Store {
     fn seal(&self, open: &mut Open) -> Result<(), Fault> {
         if open.sealed.len() + 1 >= PACKS_A_COMMIT || open.pending.len() >= ROWS_A_COMMIT {
             self.commit(open)?;
-        } else if let Some(synced) = Self::sync(open)? {
+        } else if let Some(synced) = self.sync(open)? {
             open.sealed.push(synced);
         }
         open.writer = None;
@@ -222,6 +247,11 @@ impl Store {
     /// The frames of these chunks in this order, neighbours joined into one piece, every sum checked. A chunk that is
     /// not here is `not_found`; a damaged one is `integrity` and is never given out.
     pub fn read_frames(&self, ids: &[Hash]) -> Result<Vec<Bytes>, Fault> {
+        // A collection may take a pack away between the look at the index and the read: the second failure is believed.
+        self.read_located(ids).or_else(|_| self.read_located(ids)).inspect_err(|fault| self.forget_damaged(ids, fault))
+    }
+
+    fn read_located(&self, ids: &[Hash]) -> Result<Vec<Bytes>, Fault> {
         let mut runs: Vec<Run> = Vec::new();
         for (id, found) in ids.iter().zip(self.locate_many(ids)?) {
             let Some(at) = found else { return Err(missing(*id)) };
@@ -232,7 +262,7 @@ impl Store {
                 _ => runs.push((at, u64::from(at.frame_len))),
             }
         }
-        self.read_runs(ids, runs).inspect_err(|fault| self.forget_damaged(ids, fault))
+        self.read_runs(ids, runs)
     }
 
     fn read_runs(&self, ids: &[Hash], runs: Vec<Run>) -> Result<Vec<Bytes>, Fault> {
@@ -259,7 +289,8 @@ impl Store {
 
     /// One chunk's raw bytes, verified.
     pub fn read(&self, id: Hash) -> Result<Verified, Fault> {
-        self.read_unforgiving(id).inspect_err(|fault| self.forget_damaged(&[id], fault))
+        // As in `read_frames`.
+        self.read_unforgiving(id).or_else(|_| self.read_unforgiving(id)).inspect_err(|fault| self.forget_damaged(&[id], fault))
     }
 
     /// A chunk that turned out damaged is as good as not there: forgotten, it is stored anew by the next publish of it.
@@ -267,16 +298,28 @@ impl Store {
         if fault.code != Code::Integrity {
             return;
         }
-        let damaged: Vec<Hash> =
-            ids.iter().copied().filter(|id| self.read_unforgiving(*id).is_err_and(|f| f.code == Code::Integrity)).collect();
+        let damaged: Vec<(Hash, Location)> = ids.iter().filter_map(|id| self.damaged(*id)).collect();
+        if damaged.is_empty() {
+            return;
+        }
         tracing::error!(chunks = damaged.len(), error = %fault, "damage in the store");
         if let Err(fault) = self.inner.index.forget_chunks(&damaged) {
             tracing::error!(error = %fault, "the chunk index cannot be written");
         }
     }
 
+    /// The chunk and where it lies, if it is damaged there.
+    fn damaged(&self, id: Hash) -> Option<(Hash, Location)> {
+        let at = self.locate(id).ok().flatten()?;
+        self.read_at(id, at).is_err_and(|fault| fault.code == Code::Integrity).then_some((id, at))
+    }
+
     fn read_unforgiving(&self, id: Hash) -> Result<Verified, Fault> {
         let Some(at) = self.locate(id)? else { return Err(missing(id)) };
+        self.read_at(id, at)
+    }
+
+    fn read_at(&self, id: Hash, at: Location) -> Result<Verified, Fault> {
         let mut bytes = self.inner.packs.read(at.pack, u64::from(at.offset), at.frame_len as usize)?;
         let frame = self.inner.packs.split_frame(at.pack, &mut bytes)?;
         Ok(frame.verify(id, frame.raw_len())?)
@@ -293,13 +336,17 @@ impl Store {
     }
 
     /// Removes every chunk for which `live` says no. Packs of which less than 70 % lives are written anew; the others
-    /// keep their dead weight. Nothing may be put meanwhile. Returns the bytes freed.
+    /// keep their dead weight. Whoever finds a chunk here and counts on it must keep collections off meanwhile. Returns the
+    /// bytes freed.
     pub fn collect(&self, live: &dyn Fn(ShortHash) -> bool) -> Result<u64, Fault> {
-        {
+        // What is put from here on, by the collection itself or by somebody who was given up, goes to packs that are let be:
+        // the index does not know yet what lives in them.
+        let first_new = {
             let mut open = self.inner.open.lock();
             self.commit(&mut open)?;
             open.writer = None;
-        }
+            open.next_pack
+        };
         let before = self.stored_bytes()?;
         let mut alive: HashMap<u32, u64> = HashMap::new();
         self.inner.index.scan(|id, at| {
@@ -308,7 +355,7 @@ impl Store {
             }
         })?;
         let mut sparse = Vec::new();
-        for number in self.inner.packs.list()? {
+        for number in self.inner.packs.list()?.into_iter().filter(|number| *number < first_new) {
             if alive.get(&number).copied().unwrap_or(0) * 10 < self.inner.packs.len(number)? * 7 {
                 sparse.push(number);
             }
@@ -327,8 +374,10 @@ impl Pages for Store {
 }
 
 impl Store {
-    /// Moves what lives out of these packs, then drops them.
+    /// Moves what lives out of these packs, then drops them. What is damaged is lost already, and would else stand in the way
+    /// of every collection to come.
     fn rewrite(&self, packs: &[u32], live: &dyn Fn(ShortHash) -> bool) -> Result<(), Fault> {
+        let losses = self.losses();
         let mut chunks: Vec<(ShortHash, Location)> = Vec::new();
         self.inner.index.scan(|id, at| {
             if packs.contains(&at.pack) {
@@ -336,18 +385,40 @@ impl Store {
             }
         })?;
         chunks.sort_unstable_by_key(|(_, at)| (at.pack, at.offset));
-        for (id, at) in chunks.iter().filter(|(id, _)| live(*id)) {
-            let bytes = self.inner.packs.read(at.pack, u64::from(at.offset), at.frame_len as usize)?;
-            let frame = Frame::parse(bytes).map_err(|e| Fault::from(e).context(format!("pack {}, chunk {}…", at.pack, hex::encode(id))))?;
-            // A collection may use the room that is kept free: it makes more.
-            self.append_leaving(&[frame], 0)?;
+        let mut dead: Vec<ShortHash> = Vec::new();
+        for (id, at) in chunks {
+            if !live(id) {
+                dead.push(id);
+                continue;
+            }
+            match self.read_named(id, at) {
+                // A collection may use the room that is kept free: it makes more.
+                Ok(frame) => {
+                    self.append_leaving(&[frame], 0)?;
+                }
+                Err(fault) if fault.code == Code::Integrity => {
+                    tracing::error!(chunk = hex::encode(id), error = %fault, "damage in the store: the chunk is forgotten");
+                    dead.push(id);
+                }
+                Err(fault) => return Err(fault),
+            }
         }
-        self.flush()?;
-        let dead: Vec<ShortHash> = chunks.iter().filter(|(id, _)| !live(*id)).map(|(id, _)| *id).collect();
+        // A flush of somebody else may have failed over what was moved: then it lives in the old packs only.
+        self.flush_since(losses)?;
         // The index forgets the packs before the files go: a crash between leaves packs that nothing names, and the next
         // start takes their frames in again, which costs room and no harm.
         self.inner.index.forget(&dead, packs)?;
         packs.iter().try_for_each(|number| self.inner.packs.remove(*number))
+    }
+
+    /// The frame that lies there, if it is the one of that name and undamaged.
+    fn read_named(&self, id: ShortHash, at: Location) -> Result<Frame, Fault> {
+        let frame = Frame::parse(self.inner.packs.read(at.pack, u64::from(at.offset), at.frame_len as usize)?);
+        let frame = frame.map_err(|e| Fault::from(e).context(format!("pack {}, chunk {}…", at.pack, hex::encode(id))))?;
+        if frame.id().short() != id {
+            return Err(Fault::integrity(format!("the pack {} holds another chunk where {}… should be", at.pack, hex::encode(id))));
+        }
+        Ok(frame)
     }
 }
 

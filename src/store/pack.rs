@@ -100,10 +100,13 @@ impl Packs {
     }
 
     pub(super) fn remove(&self, number: u32) -> Result<(), Fault> {
+        durable::remove_all(&self.path(number))?;
+        // After that nobody can open it any more: one kept open would keep its room on the disk.
         self.open.lock().retain(|(n, _)| *n != number);
-        durable::remove_all(&self.path(number))
+        Ok(())
     }
 
+    /// A pack that the index names and that is not there is damage, not an I/O error.
     fn file(&self, number: u32) -> Result<Arc<File>, Fault> {
         let mut open = self.open.lock();
         if let Some(at) = open.iter().position(|(n, _)| *n == number) {
@@ -118,7 +121,14 @@ impl Packs {
             }
         }
         let path = self.path(number);
-        let file = Arc::new(File::open(&path).at(format_args!("open the pack {}", path.display()))?);
+        let file = match File::open(&path) {
+            Ok(file) => Arc::new(file),
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
+                return Err(Fault::integrity(format!("the pack {} is gone", path.display()))
+                    .with_next("run 'packhorse verify' on the artifacts, then publish those hit again"));
+            }
+            Err(e) => return Err(Fault::io(format_args!("open the pack {}", path.display()), &e)),
+        };
         if open.len() == OPEN_PACKS_MAX {
             open.pop_front();
         }
@@ -220,5 +230,12 @@ impl Writer {
 
     pub(super) fn sync(&mut self) -> Result<(), Fault> {
         self.file.sync_data().at(format_args!("sync the pack {}", self.path.display()))
+    }
+
+    /// Makes the next sync fail, as a disk does that has lost a write: what is written goes where nothing can be synced.
+    #[cfg(test)]
+    pub(super) fn break_sync(&mut self) -> std::io::Result<()> {
+        self.file = File::options().write(true).open("/dev/null")?;
+        Ok(())
     }
 }

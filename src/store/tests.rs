@@ -107,6 +107,76 @@ fn collecting_frees_what_nothing_names() {
     assert!(Store::open(dir.path()).unwrap().read(keep[0]).is_ok());
 }
 
+#[test]
+fn a_put_beside_a_collection_takes_nothing_away() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(dir.path()).unwrap();
+    let chunks = fill(&store, 0..100);
+    store.flush().unwrap();
+    let keep: Vec<Hash> = chunks[..10].iter().map(|c| c.id).collect();
+    let stray = chunk(1_000, 10_000);
+    let freed = store.collect(&|id| {
+        store.put(&Frame::encode(&stray)).unwrap();
+        keep.iter().any(|k| k.short() == id)
+    });
+    assert!(freed.unwrap() > 700_000);
+    store.flush().unwrap();
+    drop(store);
+    let store = Store::open(dir.path()).unwrap();
+    assert!(keep.iter().chain([&stray.id]).all(|id| store.read(*id).is_ok()));
+}
+
+#[test]
+fn a_damaged_chunk_does_not_stop_a_collection() {
+    use std::os::unix::fs::FileExt;
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(dir.path()).unwrap();
+    let chunks = fill(&store, 0..100);
+    store.flush().unwrap();
+    let file = std::fs::File::options().write(true).open(dir.path().join("packs/00000001.pack")).unwrap();
+    file.write_all_at(b"damage", 35_000).unwrap();
+    let keep: Vec<Hash> = chunks[..10].iter().map(|c| c.id).collect();
+    store.collect(&|id| keep.iter().any(|k| k.short() == id)).unwrap();
+    assert!(!store.has(keep[3]).unwrap());
+    assert!(keep.iter().enumerate().all(|(n, id)| n == 3 || store.read(*id).is_ok()));
+    assert!(store.put(&Frame::encode(&chunks[3])).unwrap() > 0);
+    assert!(store.read(keep[3]).is_ok());
+}
+
+#[test]
+fn what_a_lost_pack_held_is_stored_anew() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(dir.path()).unwrap();
+    let chunks = fill(&store, 0..3);
+    store.flush().unwrap();
+    drop(store);
+    std::fs::remove_file(dir.path().join("packs/00000001.pack")).unwrap();
+    let store = Store::open(dir.path()).unwrap();
+    assert_eq!(store.read(chunks[0].id).unwrap_err().code, Code::Integrity);
+    assert_eq!(store.read_frames(&[chunks[1].id, chunks[2].id]).unwrap_err().code, Code::Integrity);
+    for chunk in &chunks {
+        assert!(store.put(&Frame::encode(chunk)).unwrap() > 0);
+        assert_eq!(store.read(chunk.id).unwrap().bytes, chunk.bytes);
+    }
+}
+
+#[test]
+fn a_failed_sync_is_told_to_all_who_put() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(dir.path()).unwrap();
+    let before = store.losses();
+    let chunks = fill(&store, 0..3);
+    store.inner.open.lock().writer.as_mut().unwrap().break_sync().unwrap();
+    assert!(store.flush().is_err(), "somebody else's flush");
+    store.flush().unwrap();
+    assert_eq!(store.flush_since(before).unwrap_err().code, Code::Internal);
+    assert!(!store.has(chunks[0].id).unwrap());
+    let before = store.losses();
+    fill(&store, 0..3);
+    store.flush_since(before).unwrap();
+    assert!(chunks.iter().all(|c| store.read(c.id).is_ok()));
+}
+
 /// Measures the index for BENCHMARKS.md: `cargo test --release --lib -- --ignored --nocapture index_of_millions`.
 #[test]
 #[ignore = "prints figures"]

@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use base64::Engine as _;
 use parking_lot::Mutex;
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::{OwnedMutexGuard, Semaphore, watch};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
@@ -83,6 +83,8 @@ struct Inner {
     small: Semaphore,
     large: Semaphore,
     running: Mutex<HashMap<String, Running>>,
+    /// Who lands, looks at, or takes away an artifact does so alone.
+    alone: Mutex<HashMap<ArtifactRef, Arc<tokio::sync::Mutex<()>>>>,
     /// Bytes a second, as a transfer last had it.
     last_rate: AtomicU64,
     stop: CancellationToken,
@@ -118,8 +120,8 @@ impl Runner {
         stop: CancellationToken,
     ) -> Self {
         let (small, large) = (Semaphore::new(SMALL_TURNS), Semaphore::new(LARGE_TURNS));
-        let (running, last_rate) = Default::default();
-        Self { inner: Arc::new(Inner { catalogue, shared, sinks, identity, link, small, large, running, last_rate, stop }) }
+        let (running, alone, last_rate) = Default::default();
+        Self { inner: Arc::new(Inner { catalogue, shared, sinks, identity, link, small, large, running, alone, last_rate, stop }) }
     }
 
     /// Bytes a second, as the line last went; 0 when it is not known.
@@ -482,13 +484,25 @@ impl Runner {
         self.note_bytes(row, counters);
         row.body.rate = 0;
         self.enter(row, State::Committing, None).await;
+        let _alone = self.alone_with(&row.artifact).await;
         let landed = sink.commit(&incoming, &staged).await?;
         self.land(row, counters, &incoming, landed).await
+    }
+
+    /// Waits until nobody else lands, looks at, or takes away this artifact.
+    pub async fn alone_with(&self, artifact: &ArtifactRef) -> OwnedMutexGuard<()> {
+        let lock = {
+            let mut all = self.inner.alone.lock();
+            all.retain(|_, lock| Arc::strong_count(lock) > 1);
+            all.entry(artifact.clone()).or_default().clone()
+        };
+        lock.lock_owned().await
     }
 
     /// Looks closely at what was committed before, if it was. What is sound counts as landed; what is not is brought again.
     async fn still_here(&self, row: &TransferRow) -> Result<Option<Landed>, Fault> {
         let inner = &self.inner;
+        let _alone = self.alone_with(&row.artifact).await;
         let there = match inner.catalogue.artifact(&row.artifact).await {
             Ok(there) if there.digest == row.digest && !there.published => there,
             Err(fault) if fault.code != Code::NotFound => return Err(fault),
@@ -498,9 +512,13 @@ impl Runner {
         let (Some(place), None) = (&there.place, inner.shared.places.staged_by(&row.id)) else { return Ok(None) };
         let sink = inner.sinks.of(row.artifact.kind);
         let incoming = incoming(row, &there.root);
-        let faults = verify(sink.as_ref(), inner.shared.store.clone(), &incoming, place, |_| {}).await?;
+        let faults = match verify(sink.as_ref(), inner.shared.store.clone(), &incoming, place, |_| {}).await {
+            // A page of the manifest is damaged: it is brought again as well.
+            Err(fault) if fault.code == Code::Integrity => vec![fault.to_string()],
+            other => other?,
+        };
         let Some(first) = faults.first() else {
-            return sink.commit(&incoming, &sink.staging_root().join(&row.id)).await.map(Some);
+            return Ok(Some(Landed { place: place.clone(), location: there.location.clone().unwrap_or_default() }));
         };
         tracing::warn!(transfer = %row.id, artifact = %row.artifact, faults = faults.len(), first, "what was here is brought again");
         sink.clear(&incoming).await?;

@@ -317,8 +317,10 @@ impl Sink for RegistrySink {
     }
 
     async fn verify(&self, incoming: &Incoming, place: &Place) -> Result<Vec<String>, Fault> {
-        let repository = Self::repository_of(place)?;
         let location = self.location(&incoming.artifact);
+        let Place::Registry { repository } = place else {
+            return Ok(vec![format!("{location}: it was put into a folder, before this site had a registry")]);
+        };
         let ours = top_of(image_info(incoming)?)?.digest;
         let mut out = Vec::new();
         match self.tag(&incoming.artifact).await? {
@@ -348,10 +350,6 @@ impl Sink for RegistrySink {
             }
         }
         Ok(out)
-    }
-
-    async fn clear(&self, _incoming: &Incoming) -> Result<(), Fault> {
-        Ok(()) // the commit pushes what the registry lacks
     }
 
     async fn remove(&self, artifact: &ArtifactRef) -> Result<(), Fault> {

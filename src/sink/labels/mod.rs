@@ -211,7 +211,18 @@ impl Sink for LabelsSink {
         let new = self.new_version(incoming, staged)?;
         // Again, because the database may be another than the one that was checked, hours ago.
         self.engine.prepare(0).await?;
+        let (set, version) = (artifact.name(), artifact.version());
+        // A version is staged again when something of it was found gone or changed, or when a crash came right behind the
+        // load. Either way its rows are made anew, and readers of the series stay where they were.
+        let stood = self.engine.held(set, version).await?.is_some_and(|held| held.digest == incoming.digest.hex()) && staged.exists();
+        let active = if stood { self.engine.active(set).await? } else { None };
+        if stood {
+            self.engine.remove(set, version).await?;
+        }
         self.engine.load(&new).await?;
+        if let Some(active) = active.filter(|active| active != version) {
+            self.engine.activate(set, &active).await?;
+        }
         let place = self.keep(artifact, staged).await?;
         Ok(Landed { place, location: self.engine.location(artifact.name(), artifact.version()) })
     }

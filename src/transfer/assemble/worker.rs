@@ -127,14 +127,14 @@ impl Worker {
             let file = self.stage.open_file(&dest.path, 0)?;
             write_parts(&file, &parts, offset).at(format_args!("write {}", dest.path))?;
         } else {
-            let file = {
-                let mut handle = dest.handle.lock();
-                match &*handle {
-                    Some(file) => file.clone(),
-                    None => handle.insert(Arc::new(self.stage.open_file(&dest.path, dest.file.size)?)).clone(),
-                }
+            // Held while writing: the kernel lets one in at a time, and has the others spin.
+            let mut handle = dest.handle.lock();
+            let file = match &mut *handle {
+                Some(file) => file,
+                none => none.insert(Arc::new(self.stage.open_file(&dest.path, dest.file.size)?)),
             };
-            write_parts(&file, &parts, offset).at(format_args!("write {}", dest.path))?;
+            write_parts(file, &parts, offset).at(format_args!("write {}", dest.path))?;
+            drop(handle);
         }
         done.push(Done { dest, chunks, bytes: len, written: true, uncommitted: None });
         Ok(())
