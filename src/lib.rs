@@ -40,4 +40,5 @@ pub mod stage;
 pub mod store;
 pub mod trainer;
 pub mod transfer;
+pub mod tree;
 pub mod wire;

@@ -15,7 +15,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use parking_lot::RwLock;
-use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
+use redb::{ReadableTable, TableDefinition};
 use serde::{Deserialize, Serialize};
 
 use crate::chunk::Hash;
@@ -23,7 +23,7 @@ use crate::fault::Fault;
 use crate::manifest::{Digest, FileInfo};
 use crate::names::RelPath;
 use crate::sink::Place;
-use crate::store::redb_fault;
+use crate::tree::Tree;
 
 pub use reader::Reader;
 
@@ -109,33 +109,29 @@ impl Journal {
 
 /// The index.
 pub struct Places {
-    database: Database,
+    tree: Tree,
     known: RwLock<HashMap<u32, Arc<PlaceInfo>>>,
-}
-
-fn fault(error: impl Into<redb::Error>) -> Fault {
-    redb_fault("the site's chunk index", error)
 }
 
 impl Places {
     /// Opens or makes it.
     pub fn open(data_dir: &Path) -> Result<Self, Fault> {
         let path = data_dir.join("places.redb");
-        let what = format!("the site's chunk index {}", path.display());
-        let database = Database::builder().set_cache_size(CACHE_BYTES).create(&path).map_err(|e| redb_fault(&what, e))?;
-        let write = database.begin_write().map_err(fault)?;
-        write.open_table(CHUNKS).map_err(fault)?;
-        write.open_table(ENTRIES).map_err(fault)?;
-        write.open_table(JOURNAL).map_err(fault)?;
-        write.open_table(NEXT).map_err(fault)?;
+        let tree = Tree::open(&path, "the site's chunk index", CACHE_BYTES)?;
+        let write = tree.write()?;
+        write.open_table(CHUNKS).map_err(|e| tree.fault(e))?;
+        write.open_table(ENTRIES).map_err(|e| tree.fault(e))?;
+        write.open_table(JOURNAL).map_err(|e| tree.fault(e))?;
+        write.open_table(NEXT).map_err(|e| tree.fault(e))?;
         let mut known = HashMap::new();
-        for row in write.open_table(PLACES).map_err(fault)?.iter().map_err(fault)? {
-            let (number, text) = row.map_err(fault)?;
-            let info = serde_json::from_str(text.value()).map_err(|e| Fault::internal(format!("{what}: a malformed place: {e}")))?;
+        for row in write.open_table(PLACES).map_err(|e| tree.fault(e))?.iter().map_err(|e| tree.fault(e))? {
+            let (number, text) = row.map_err(|e| tree.fault(e))?;
+            let info =
+                serde_json::from_str(text.value()).map_err(|e| Fault::internal(format!("{}: a malformed place: {e}", path.display())))?;
             known.insert(number.value(), Arc::new(info));
         }
-        write.commit().map_err(fault)?;
-        Ok(Self { database, known: RwLock::new(known) })
+        write.commit().map_err(|e| tree.fault(e))?;
+        Ok(Self { tree, known: RwLock::new(known) })
     }
 
     /// What is known of a place; `None` once it is gone.
@@ -152,22 +148,22 @@ impl Places {
     pub fn put(&self, number: Option<u32>, info: PlaceInfo) -> Result<u32, Fault> {
         let mut known = self.known.write();
         let text = serde_json::to_string(&info).map_err(|e| Fault::internal(format!("a place as JSON: {e}")))?;
-        let write = self.database.begin_write().map_err(fault)?;
+        let write = self.tree.write()?;
         let number = match number {
             Some(number) => number,
             None => {
-                let mut next = write.open_table(NEXT).map_err(fault)?;
-                let number = next.get(()).map_err(fault)?.map_or(1, |n| n.value());
-                next.insert((), number + 1).map_err(fault)?;
+                let mut next = write.open_table(NEXT).map_err(|e| self.tree.fault(e))?;
+                let number = next.get(()).map_err(|e| self.tree.fault(e))?.map_or(1, |n| n.value());
+                next.insert((), number + 1).map_err(|e| self.tree.fault(e))?;
                 number
             }
         };
-        write.open_table(PLACES).map_err(fault)?.insert(number, text.as_str()).map_err(fault)?;
+        write.open_table(PLACES).map_err(|e| self.tree.fault(e))?.insert(number, text.as_str()).map_err(|e| self.tree.fault(e))?;
         if info.transfer.is_none() {
-            let mut journal = write.open_table(JOURNAL).map_err(fault)?;
-            journal.retain_in((number, 0)..(number, u32::MAX), |_, _| false).map_err(fault)?;
+            let mut journal = write.open_table(JOURNAL).map_err(|e| self.tree.fault(e))?;
+            journal.retain_in((number, 0)..(number, u32::MAX), |_, _| false).map_err(|e| self.tree.fault(e))?;
         }
-        write.commit().map_err(fault)?;
+        write.commit().map_err(|e| self.tree.fault(e))?;
         known.insert(number, Arc::new(info));
         Ok(number)
     }
@@ -175,11 +171,19 @@ impl Places {
     /// Forgets a place. Its chunks' rows stay until somebody stumbles over them or overwrites them.
     pub fn remove(&self, number: u32) -> Result<(), Fault> {
         let mut known = self.known.write();
-        let write = self.database.begin_write().map_err(fault)?;
-        write.open_table(PLACES).map_err(fault)?.remove(number).map_err(fault)?;
-        write.open_table(JOURNAL).map_err(fault)?.retain_in((number, 0)..(number, u32::MAX), |_, _| false).map_err(fault)?;
-        write.open_table(ENTRIES).map_err(fault)?.retain_in((number, 0)..(number, u64::MAX), |_, _| false).map_err(fault)?;
-        write.commit().map_err(fault)?;
+        let write = self.tree.write()?;
+        write.open_table(PLACES).map_err(|e| self.tree.fault(e))?.remove(number).map_err(|e| self.tree.fault(e))?;
+        write
+            .open_table(JOURNAL)
+            .map_err(|e| self.tree.fault(e))?
+            .retain_in((number, 0)..(number, u32::MAX), |_, _| false)
+            .map_err(|e| self.tree.fault(e))?;
+        write
+            .open_table(ENTRIES)
+            .map_err(|e| self.tree.fault(e))?
+            .retain_in((number, 0)..(number, u64::MAX), |_, _| false)
+            .map_err(|e| self.tree.fault(e))?;
+        write.commit().map_err(|e| self.tree.fault(e))?;
         known.remove(&number);
         Ok(())
     }
@@ -194,21 +198,21 @@ impl Places {
     pub fn note(&self, rows: &mut Vec<(Hash, At)>, entries: &mut Vec<(u32, u64, RelPath, FileInfo)>, anew: bool) -> Result<(), Fault> {
         rows.sort_unstable_by_key(|(id, _)| *id);
         let known = self.known.read();
-        let write = self.database.begin_write().map_err(fault)?;
+        let write = self.tree.write()?;
         {
-            let mut chunks = write.open_table(CHUNKS).map_err(fault)?;
+            let mut chunks = write.open_table(CHUNKS).map_err(|e| self.tree.fault(e))?;
             for (id, at) in rows.drain(..) {
                 let keep = |row: &ChunkRow| known.get(&row.0).is_some_and(|info| info.transfer.is_none());
-                if anew || !chunks.get(&id.0).map_err(fault)?.is_some_and(|row| keep(&row.value())) {
-                    chunks.insert(&id.0, (at.place, at.entry, at.offset, at.len)).map_err(fault)?;
+                if anew || !chunks.get(&id.0).map_err(|e| self.tree.fault(e))?.is_some_and(|row| keep(&row.value())) {
+                    chunks.insert(&id.0, (at.place, at.entry, at.offset, at.len)).map_err(|e| self.tree.fault(e))?;
                 }
             }
-            let mut table = write.open_table(ENTRIES).map_err(fault)?;
+            let mut table = write.open_table(ENTRIES).map_err(|e| self.tree.fault(e))?;
             for (place, number, path, file) in entries.drain(..) {
-                table.insert((place, number), (path.as_str(), file.size, &file.hash.0)).map_err(fault)?;
+                table.insert((place, number), (path.as_str(), file.size, &file.hash.0)).map_err(|e| self.tree.fault(e))?;
             }
         }
-        write.commit().map_err(fault)
+        write.commit().map_err(|e| self.tree.fault(e))
     }
 
     /// Forgets every place of an artifact that has landed.
@@ -224,11 +228,11 @@ impl Places {
         if known.is_empty() {
             return Ok(vec![None; ids.len()]);
         }
-        let read = self.database.begin_read().map_err(fault)?;
-        let chunks = read.open_table(CHUNKS).map_err(fault)?;
+        let read = self.tree.read()?;
+        let chunks = read.open_table(CHUNKS).map_err(|e| self.tree.fault(e))?;
         ids.iter()
             .map(|id| {
-                let row = chunks.get(&id.0).map_err(fault)?.map(|row| row.value());
+                let row = chunks.get(&id.0).map_err(|e| self.tree.fault(e))?.map(|row| row.value());
                 Ok(row.filter(|row| known.contains_key(&row.0)).map(|(place, entry, offset, len)| At { place, entry, offset, len }))
             })
             .collect()
@@ -236,8 +240,8 @@ impl Places {
 
     /// The file that an entry of a place is.
     pub fn entry(&self, place: u32, entry: u64) -> Result<Option<(RelPath, FileInfo)>, Fault> {
-        let read = self.database.begin_read().map_err(fault)?;
-        let row = read.open_table(ENTRIES).map_err(fault)?.get((place, entry)).map_err(fault)?;
+        let read = self.tree.read()?;
+        let row = read.open_table(ENTRIES).map_err(|e| self.tree.fault(e))?.get((place, entry)).map_err(|e| self.tree.fault(e))?;
         row.map(|row| {
             let (path, size, hash) = row.value();
             Ok((path.parse()?, FileInfo { size, hash: Hash(*hash) }))
@@ -247,20 +251,20 @@ impl Places {
 
     /// Forgets that a chunk lies there: its bytes were others.
     pub fn forget(&self, id: Hash) -> Result<(), Fault> {
-        let mut write = self.database.begin_write().map_err(fault)?;
+        let mut write = self.tree.write()?;
         // Losing this in a crash costs one more look.
         write.set_durability(redb::Durability::None).map_err(|e| Fault::internal(format!("the site's chunk index: {e}")))?;
-        write.open_table(CHUNKS).map_err(fault)?.remove(&id.0).map_err(fault)?;
-        write.commit().map_err(fault)
+        write.open_table(CHUNKS).map_err(|e| self.tree.fault(e))?.remove(&id.0).map_err(|e| self.tree.fault(e))?;
+        write.commit().map_err(|e| self.tree.fault(e))
     }
 
     /// A transfer's journal as it was last committed.
     pub fn journal(&self, place: u32, chunks: u64) -> Result<Journal, Fault> {
         let mut bits = vec![0u64; chunks.div_ceil(64) as usize];
-        let read = self.database.begin_read().map_err(fault)?;
-        let journal = read.open_table(JOURNAL).map_err(fault)?;
-        for row in journal.range((place, 0)..(place, u32::MAX)).map_err(fault)? {
-            let (key, value) = row.map_err(fault)?;
+        let read = self.tree.read()?;
+        let journal = read.open_table(JOURNAL).map_err(|e| self.tree.fault(e))?;
+        for row in journal.range((place, 0)..(place, u32::MAX)).map_err(|e| self.tree.fault(e))? {
+            let (key, value) = row.map_err(|e| self.tree.fault(e))?;
             let start = key.value().1 as usize * (SEGMENT_BITS / 64) as usize;
             for (word, bytes) in bits.iter_mut().skip(start).zip(value.value().chunks_exact(8)) {
                 let mut out = [0; 8];
@@ -282,30 +286,30 @@ impl Places {
         }
         // A row that names a version which has landed is worth more than one of a staging folder that may go away.
         let keep = |row: &ChunkRow| row.0 != place && known.get(&row.0).is_some_and(|info| info.transfer.is_none());
-        let write = self.database.begin_write().map_err(fault)?;
+        let write = self.tree.write()?;
         {
-            let mut chunks = write.open_table(CHUNKS).map_err(fault)?;
+            let mut chunks = write.open_table(CHUNKS).map_err(|e| self.tree.fault(e))?;
             for (id, at) in &commit.chunks {
-                if known.len() > 1 && chunks.get(&id.0).map_err(fault)?.is_some_and(|row| keep(&row.value())) {
+                if known.len() > 1 && chunks.get(&id.0).map_err(|e| self.tree.fault(e))?.is_some_and(|row| keep(&row.value())) {
                     continue;
                 }
-                chunks.insert(&id.0, (at.place, at.entry, at.offset, at.len)).map_err(fault)?;
+                chunks.insert(&id.0, (at.place, at.entry, at.offset, at.len)).map_err(|e| self.tree.fault(e))?;
             }
-            let mut entries = write.open_table(ENTRIES).map_err(fault)?;
+            let mut entries = write.open_table(ENTRIES).map_err(|e| self.tree.fault(e))?;
             for (number, path, file) in &commit.entries {
-                entries.insert((place, *number), (path.as_str(), file.size, &file.hash.0)).map_err(fault)?;
+                entries.insert((place, *number), (path.as_str(), file.size, &file.hash.0)).map_err(|e| self.tree.fault(e))?;
             }
-            let mut table = write.open_table(JOURNAL).map_err(fault)?;
+            let mut table = write.open_table(JOURNAL).map_err(|e| self.tree.fault(e))?;
             let segments: BTreeSet<u64> = commit.ordinals.iter().map(|ordinal| ordinal / SEGMENT_BITS).collect();
             let mut journal = journal.write();
             for ordinal in &commit.ordinals {
                 journal.set(*ordinal);
             }
             for segment in segments {
-                table.insert((place, segment as u32), journal.segment(segment).as_slice()).map_err(fault)?;
+                table.insert((place, segment as u32), journal.segment(segment).as_slice()).map_err(|e| self.tree.fault(e))?;
             }
         }
-        write.commit().map_err(fault)?;
+        write.commit().map_err(|e| self.tree.fault(e))?;
         *commit = Commit::default();
         Ok(())
     }

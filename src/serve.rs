@@ -51,7 +51,7 @@ pub async fn run_until(config: Config, stop: CancellationToken) -> Result<(), Fa
     let _lock = Lock::take(&config.data_dir)?;
     let token = ApiToken::open_or_create(&config.data_dir)?;
     let listener = TcpListener::bind(config.listen.api).await.map_err(|e| {
-        Fault::io(format_args!("listen on {} for the API", config.listen.api), &e)
+        Fault::config(format!("cannot listen on {} for the API: {e}", config.listen.api))
             .with_next("choose another [listen] api, or stop what listens there")
     })?;
     match config.role {

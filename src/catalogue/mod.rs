@@ -14,6 +14,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use sqlx::Connection as _;
 use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePool, SqlitePoolOptions, SqliteSynchronous};
 use tokio::sync::Notify;
 
@@ -64,7 +65,13 @@ impl Catalogue {
             .foreign_keys(true)
             .busy_timeout(Duration::from_secs(10));
         let open = |e: sqlx::Error| fault(e).context(path.display());
-        let write = SqlitePoolOptions::new().max_connections(1).connect_with(options.clone()).await.map_err(open)?;
+        let write = SqlitePoolOptions::new()
+            .max_connections(1)
+            // A commit that fails, on a full disk say, leaves a connection in a transaction that it cannot end.
+            .before_acquire(|connection, _| Box::pin(async move { Ok(!connection.is_in_transaction()) }))
+            .connect_with(options.clone())
+            .await
+            .map_err(open)?;
         sqlx::migrate!("migrations/catalogue").run(&write).await.map_err(|e| match e {
             sqlx::migrate::MigrateError::VersionMissing(_) | sqlx::migrate::MigrateError::VersionMismatch(_) => {
                 Fault::config(format!("{}: it was written by a newer packhorse", path.display())).with_next("start the newer program")

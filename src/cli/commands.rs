@@ -12,11 +12,15 @@ use super::{human, remote, status as show_status, watch};
 use crate::api::types::*;
 use crate::fault::{Fault, Retry};
 use crate::limits::API_ROWS_MAX;
+use crate::sink::files::FilesSink;
 
 /// `config check`
 pub(super) fn config_check(global: &Global) -> Result<(), Fault> {
     let config = global.load_config()?;
     let path = global.config_path()?.display().to_string();
+    if let Some(files) = &config.sink.files {
+        FilesSink::check_root(&files.root)?;
+    }
     let role = match config.role {
         crate::config::Role::Hub => "hub",
         crate::config::Role::Site => "site",

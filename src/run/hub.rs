@@ -15,6 +15,9 @@ use super::{Model, RunReport, Spec, Want};
 use crate::api::types::{RunState, State as Transfer};
 use crate::fault::Fault;
 
+/// What is said of a run that made nothing in its time.
+const LATE: &str = "its time is up, and there is no model yet";
+
 /// One run at the hub.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Run {
@@ -171,7 +174,7 @@ pub fn step(run: &Run, event: Event, now_ms: i64) -> Result<(Run, Vec<Effect>), 
 
 fn looked(run: &mut Run, delivered: bool, inputs: &[Seen], home: Option<Seen>, now_ms: i64) -> Vec<Effect> {
     if run.is_making() && now_ms >= run.spec.deadline_ms {
-        run.fail("its time is up, and there is no model yet".into(), now_ms);
+        run.fail(LATE.into(), now_ms);
     }
     match run.state {
         RunState::Delivering if !delivered => return vec![Effect::Borrow],
@@ -234,6 +237,8 @@ fn reported(run: &mut Run, report: RunReport, now_ms: i64) {
             Phase::Trained => {
                 run.fail("the trainer ended well, but left nothing in its output folder and published nothing with --run".into(), now_ms);
             }
+            // The site may notice first, and ends the trainer for it.
+            Phase::Failed if now_ms >= run.spec.deadline_ms => run.fail(LATE.into(), now_ms),
             Phase::Failed => {
                 let why = report.ended.as_ref().map(|ended| ended.message.clone()).or_else(|| report.message.clone());
                 run.fail(why.unwrap_or_else(|| "the trainer failed".into()), now_ms);

@@ -48,15 +48,20 @@ struct Note {
 }
 
 impl FilesSink {
+    /// A root that is missing is a NAS that is not mounted: making it would fill the wrong disk.
+    pub fn check_root(root: &Path) -> Result<(), Fault> {
+        if root.is_dir() {
+            return Ok(());
+        }
+        Err(Fault::config(format!("[sink.files] root {} is not a folder", root.display()))
+            .with_next("mount the NAS there, or make the folder"))
+    }
+
     /// Opens the root that the config names (default: `<data_dir>/artifacts`) and probes what its filesystem can.
     pub fn open(config: Option<&config::FilesSink>, data_dir: &Path) -> Result<Self, Fault> {
         let root = match config {
             Some(config) => {
-                // A root that is missing is a NAS that is not mounted: making it would fill the wrong disk.
-                if !config.root.is_dir() {
-                    return Err(Fault::config(format!("[sink.files] root {} is not a folder", config.root.display()))
-                        .with_next("mount the NAS there, or make the folder"));
-                }
+                Self::check_root(&config.root)?;
                 config.root.clone()
             }
             None => data_dir.join("artifacts"),

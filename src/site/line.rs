@@ -124,16 +124,15 @@ impl Site {
         let (mut send, mut recv) = link.open(wire::PRIORITY_CONTROL).await?;
         send.write_all(&[CONTROL]).await?;
         wire::send(&mut send, &FromSite::Hello { version: VERSION.into(), share: inner.config.share.allow.clone() }).await?;
-        let (listed, mut asked) = tokio::sync::mpsc::channel::<Vec<Report>>(4);
+        let (listed, mut asked) = tokio::sync::mpsc::channel::<Vec<String>>(4);
         let read = async {
             loop {
                 let FromHub::Desired { revision, transfers, runs } = wire::receive(&mut recv).await?;
                 tracing::debug!(revision, transfers = transfers.len(), runs = runs.len(), "desired");
-                let rows = inner.runner.apply(&transfers, transfers.len() < DESIRED_MAX).await?;
+                inner.runner.apply(&transfers, transfers.len() < DESIRED_MAX).await?;
                 // After the transfers: a run that is over removes what they brought.
                 self.apply_runs(&runs).await?;
-                let reports = rows.into_iter().map(report).collect();
-                if listed.send(reports).await.is_err() {
+                if listed.send(transfers.into_iter().map(|wanted| wanted.id).collect()).await.is_err() {
                     return Ok(());
                 }
             }
@@ -157,7 +156,14 @@ impl Site {
                 }
                 tokio::select! {
                     () = changed => {}
-                    Some(reports) = asked.recv() => wire::send(&mut send, &FromSite::Report(reports)).await?,
+                    Some(ids) = asked.recv() => {
+                        let mut reports = Vec::new();
+                        for id in ids {
+                            // As it stands when it is told: an older word must not come behind a newer one.
+                            reports.push(report(inner.catalogue.transfer(&id).await?));
+                        }
+                        wire::send(&mut send, &FromSite::Report(reports)).await?;
+                    }
                     _ = renew.tick() => {
                         self.renew(link).await;
                         inner.catalogue.trim_events().await?;

@@ -30,7 +30,6 @@ use crate::limits::{PACK_BYTES, STORE_SPARE_BYTES};
 use crate::manifest::Pages;
 
 pub use index::INDEX_CACHE_BYTES;
-pub(crate) use index::redb_fault;
 use index::{Index, Location};
 use pack::{Packs, Writer};
 

@@ -129,11 +129,10 @@ impl Runner {
         self.inner.last_rate.load(Ordering::Relaxed)
     }
 
-    /// Does what the hub wants. Returns the transfers listed, as they stand here.
-    pub async fn apply(&self, desired: &[Desired], complete: bool) -> Result<Vec<TransferRow>, Fault> {
+    /// Does what the hub wants.
+    pub async fn apply(&self, desired: &[Desired], complete: bool) -> Result<(), Fault> {
         let inner = &self.inner;
         let site = inner.identity.borrow().name().clone();
-        let mut out = Vec::new();
         for wanted in desired {
             let row = TransferRow {
                 id: wanted.id.clone(),
@@ -160,7 +159,6 @@ impl Runner {
                 // One transfer's trouble must not keep the others from going on.
                 tracing::warn!(transfer = %row.id, error = %fault, "what the hub wants of a transfer could not be done; tried again");
             }
-            out.push(inner.catalogue.transfer(&row.id).await?);
         }
         if complete {
             for row in inner.catalogue.open_transfers(&site).await? {
@@ -171,7 +169,7 @@ impl Runner {
                 }
             }
         }
-        Ok(out)
+        Ok(())
     }
 
     /// Goes on with what was open when the daemon stopped, without waiting for the hub.

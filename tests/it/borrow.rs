@@ -55,9 +55,9 @@ fn all_five_kinds_are_borrowed_by_way_of_the_hub_and_given_back() {
     let reference = format!("registry://{}/operators/judge:v1", registry_a.host());
     let password = scratch.join("ra-password");
     a.publish(&images_root, KINDS[0], &[]);
-    hub.publish(&csv, "labels/marks:v1", &[]);
+    hub.publish(&csv, "labels/marks:v1", &["--for", KINDS[0]]);
     hub.deliver_and_wait("labels/marks:v1", "a", secs(60));
-    a.json(&["publish", "db:marks:v1", "--as", KINDS[1], "--for", KINDS[0]]);
+    a.json(&["publish", "db:marks:v1", "--as", KINDS[1]]);
     a.publish(&project, KINDS[2], &[]);
     let user = crate::support::registry::USER;
     a.json(&["publish", &reference, "--as", KINDS[3], "--username", user, "--password-file", password.to_str().unwrap()]);

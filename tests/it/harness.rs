@@ -1,7 +1,7 @@
 //! The harness itself: its servers serve, its fixtures are what they say, its line cuts.
 
 use std::io::{Read, Write};
-use std::net::{TcpListener, TcpStream, UdpSocket};
+use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::time::Duration;
 
 use crate::support::command::{bound, run, tool};
@@ -12,7 +12,7 @@ use crate::support::line::Line;
 use crate::support::postgres::{Postgres, sqlite_rows};
 use crate::support::registry::Registry;
 use crate::support::tree::{assert_same, read};
-use crate::support::{Scratch, disk_usage, limit, secs, wait_for};
+use crate::support::{Scratch, disk_usage, free_port, limit, secs, wait_for};
 
 #[test]
 fn postgres_starts_stops_and_answers() {
@@ -121,8 +121,8 @@ fn trees_differ_when_anything_does() {
 #[test]
 fn the_line_carries_counts_slows_and_cuts() {
     let _limit = limit(secs(60));
-    let end = UdpSocket::bind("127.0.0.1:0").unwrap();
-    let address = end.local_addr().unwrap();
+    let address = SocketAddr::from(([127, 0, 0, 1], free_port()));
+    let end = UdpSocket::bind(address).unwrap();
     let listener = TcpListener::bind(address).unwrap();
     let line = Line::to(address);
 

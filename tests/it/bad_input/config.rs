@@ -50,6 +50,19 @@ fn a_good_configuration_passes() {
 }
 
 #[test]
+fn a_nas_that_is_not_mounted_is_found_by_the_check() {
+    let _limit = limit(secs(60));
+    let scratch = Scratch::new();
+    let file = scratch.join("site.toml");
+    let text = format!(
+        "role = \"site\"\nname = \"chengdu\"\ndata_dir = \"{}\"\n[hub]\naddress = \"hub:7443\"\n[sink.files]\nroot = \"/no/such/nas\"\n",
+        scratch.join("d").display()
+    );
+    std::fs::write(&file, text).unwrap();
+    packhorse(&["config", "check", "--config", file.to_str().unwrap()]).expect(3).says(&["/no/such/nas", "mount"]);
+}
+
+#[test]
 fn usage_errors_are_exit_code_two() {
     let _limit = limit(secs(60));
     let scratch = Scratch::new();

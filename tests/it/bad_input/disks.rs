@@ -91,6 +91,38 @@ fn a_full_nas_stops_the_transfer_until_there_is_room() {
 }
 
 #[test]
+fn a_full_data_folder_at_a_site_is_no_end() {
+    let _limit = limit(secs(200));
+    let scratch = Scratch::new();
+    let hub = Hub::start_new(scratch.path());
+    let mut site = Site::new(scratch.path(), &hub, "chengdu", &SiteSpec::default());
+    let Some(disk) = SmallDisk::mount(&site.data_dir, "80m") else { return };
+    site.join(&hub, &[]);
+    site.start();
+    let set = data::dataset(&scratch.join("set"), 400).root;
+    hub.publish(&set, "dataset/d:v1", &[]);
+    hub.publish(&set, "dataset/d:v2", &[]);
+    hub.deliver_and_wait("dataset/d:v1", "chengdu", secs(60));
+
+    // Not a byte of room for what the site writes of itself, in the middle of its work.
+    let filler = site.data_dir.join("filler");
+    let _ = std::fs::write(&filler, vec![1; 90 << 20]);
+    let other = data::dataset(&scratch.join("other"), 400).root;
+    write(&other.join("more.bin"), &noise(&mut rng("more"), 48 << 20));
+    hub.publish(&other, "dataset/other:v1", &[]);
+    let ids = hub.deliver(&["dataset/other:v1", "dataset/d:v2"], "chengdu");
+    std::thread::sleep(secs(5));
+    assert!(hub.transfers(&[]).iter().any(|t| !t.is_final()), "it must have hit the full disk");
+    std::fs::remove_file(&filler).unwrap();
+    disk.grow("300m");
+    for id in &ids {
+        hub.wait_done(id, secs(120));
+    }
+    assert_same(&other, &site.folder("dataset/other:v1"));
+    assert_same(&set, &site.folder("dataset/d:v2"));
+}
+
+#[test]
 fn what_is_cancelled_on_a_full_disk_leaves_nothing() {
     let _limit = limit(secs(150));
     let scratch = Scratch::new();
