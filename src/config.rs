@@ -9,7 +9,7 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 use crate::fault::{Fault, IoContext};
 use crate::limits::{CONFIG_BYTES_MAX, MEMORY_BUDGET_BYTES_MIN, SECRET_BYTES_MAX};
@@ -159,7 +159,7 @@ impl Default for Relay {
 }
 
 /// Which congestion control a line uses.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, Default)]
 #[serde(rename_all = "lowercase")]
 pub enum Congestion {
     /// By the round trip: CUBIC below 5 ms, BBR above.

@@ -5,6 +5,7 @@
 //! again can help in `retry`. It is what crosses the API and the line, so it never carries a secret.
 
 use std::fmt;
+use std::path::Path;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
@@ -203,6 +204,13 @@ impl Fault {
         Self::new(Code::Deadline, Reason::Internal, Retry::Never, message, "ask again with 'packhorse status'; the work goes on")
     }
 
+    /// A file with a secret that cannot be read any more, though it could at the start: who replaces it may not be done yet.
+    pub fn secret_unreadable(file: &Path, error: &std::io::Error) -> Self {
+        Self::not_allowed(format!("read the password file {}: {error}", file.display()))
+            .with_retry(Retry::Backoff)
+            .with_next(format!("put the password into {}, readable for the daemon's user; it goes on by itself", file.display()))
+    }
+
     /// Says what a transfer shows instead of the class's usual reason.
     pub fn with_reason(mut self, reason: Reason) -> Self {
         self.reason = reason;
@@ -237,7 +245,11 @@ impl Fault {
         use std::io::ErrorKind as K;
         let message = format!("{what}: {error}");
         match error.kind() {
-            K::StorageFull | K::QuotaExceeded | K::FileTooLarge => Self::no_space(message),
+            K::StorageFull | K::QuotaExceeded => Self::no_space(message),
+            // No room made there would help.
+            K::FileTooLarge => Self::conflict(message).with_next(
+                "no file of that size can be there: use another filesystem (FAT holds none of 4 GiB), or raise the limit on the size of files",
+            ),
             K::NotFound => Self::not_found(message).with_next("check the path as the daemon sees it"),
             K::AlreadyExists | K::NotADirectory => {
                 Self::conflict(message).with_next("something else stands there: move it away, or name another path")
@@ -277,5 +289,20 @@ pub trait IoContext<T> {
 impl<T> IoContext<T> for std::io::Result<T> {
     fn at(self, what: impl fmt::Display) -> Result<T, Fault> {
         self.map_err(|e| Fault::io(what, &e))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_that_is_too_large_waits_for_no_room() {
+        let of = |errno: rustix::io::Errno| Fault::io("write /nas/a", &errno.into());
+        let large = of(rustix::io::Errno::FBIG);
+        assert_eq!((large.reason, large.retry), (Reason::SinkRefused, Retry::Never), "{large:?}");
+        assert!(!large.next.contains("make room"), "{}", large.next);
+        let full = of(rustix::io::Errno::NOSPC);
+        assert_eq!((full.reason, full.retry), (Reason::NoSpace, Retry::Backoff));
     }
 }

@@ -17,9 +17,9 @@ use bytes::{Buf, Bytes, BytesMut};
 use futures::StreamExt;
 use futures::stream::BoxStream;
 use parking_lot::Mutex;
-use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::timeout;
 
+use crate::budget::Share;
 use crate::buffers::Buffers;
 use crate::chunk::Hash;
 use crate::fault::{Fault, Reason, Retry};
@@ -110,14 +110,14 @@ pub trait Library: Send + Sync {
         Ok(())
     }
     /// A share of the daemon's budget for this many bytes, out of what this peer may have of it.
-    async fn share(&self, peer: &Peer, bytes: u64) -> Result<Vec<OwnedSemaphorePermit>, Fault>;
+    async fn share(&self, peer: &Peer, bytes: u64, priority: i32) -> Result<Share, Fault>;
     /// A page's raw bytes.
     async fn page(&self, opened: &Opened, page: Hash) -> Result<Bytes, Fault>;
-    /// The frames of these children of an opened artifact, in order, in any number of pieces, each as soon as it is here.
+    /// The frames of these children of an opened artifact, in order, in any number of pieces, each piece as soon as it is here.
     async fn frames(&self, peer: &Peer, opened: &Arc<Opened>, wanted: &Wanted, children: Vec<Child>) -> Result<Pieces, Fault>;
 }
 
-/// Whole frames, one or several behind each other.
+/// Frames behind each other, cut anywhere.
 pub type Pieces = BoxStream<'static, Result<Bytes, Fault>>;
 
 /// A child of a page, or of the root's list: which one, and what.
@@ -208,7 +208,7 @@ async fn answer(send: &mut SendHalf, recv: &mut RecvHalf, peer: &Peer, library: 
             children = later;
             library.ready(peer, &opened, wanted, now).await?;
             // What is read and not yet taken by the line holds a share of the daemon's budget.
-            let _share = library.share(peer, bytes).await?;
+            let _share = library.share(peer, bytes, request.priority).await?;
             let mut pieces = library.frames(peer, &opened, wanted, now.to_vec()).await?;
             while let Some(piece) = pieces.next().await {
                 let sent = timeout(WRITE_MAX, send.write_bytes(piece?)).await;
@@ -383,6 +383,8 @@ impl Frames {
                         // On a slow line this stream may wait long for its turn behind others: silent is a line that brings nothing.
                         let now = self.link.bytes().1;
                         if now - std::mem::replace(&mut self.brought, now) <= LIVELY_BYTES {
+                            // Packets may still be answered; whoever needs the line dials a new one.
+                            self.link.close("it brought nothing for too long");
                             return Err(silent());
                         }
                     }

@@ -139,6 +139,8 @@ pub struct Frame {
     header: Header,
     head: Bytes,
     stored: Bytes,
+    /// Both in one piece, if that is how they came.
+    whole: Option<Bytes>,
 }
 
 thread_local! {
@@ -207,7 +209,7 @@ impl Frame {
         head[40] = codec;
         let sum = sum(&head, &stored);
         head[44..52].copy_from_slice(&sum.to_le_bytes());
-        Self { header: Header { id, raw_len, stored_len, codec, sum }, head: head.freeze(), stored }
+        Self { header: Header { id, raw_len, stored_len, codec, sum }, head: head.freeze(), stored, whole: None }
     }
 
     /// A frame from its bytes, if its sum is right.
@@ -225,7 +227,8 @@ impl Frame {
         if bytes.len() != header.frame_len() {
             return Err(FrameError::Malformed);
         }
-        Ok(Self { header, head: bytes.split_to(HEADER_BYTES), stored: bytes })
+        let whole = Some(bytes.clone());
+        Ok(Self { header, head: bytes.split_to(HEADER_BYTES), stored: bytes, whole })
     }
 
     /// A frame that came over the line, whose sum need not be checked because [`Frame::verify`] will be: a fault that
@@ -259,9 +262,14 @@ impl Frame {
         [&self.head, &self.stored]
     }
 
-    /// The frame as it is stored and sent, in one piece: a copy.
+    /// The frame as it is stored and sent, in two pieces of its own.
+    pub fn into_pieces(self) -> [Bytes; 2] {
+        [self.head, self.stored]
+    }
+
+    /// The frame as it is stored and sent, in one piece: a copy, unless it came so.
     pub fn to_bytes(&self) -> Bytes {
-        self.pieces().concat().into()
+        self.whole.clone().unwrap_or_else(|| self.pieces().concat().into())
     }
 
     /// Bytes of the whole.

@@ -15,10 +15,10 @@ use std::time::{Duration, Instant};
 use async_trait::async_trait;
 use bytes::Bytes;
 use parking_lot::{Mutex, RwLock};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use crate::budget::{Budget, Share};
 use crate::catalogue::Catalogue;
 use crate::chunk::{Hash, ShortHash};
 use crate::config::Config;
@@ -32,7 +32,6 @@ use crate::manifest::{Digest, Pages};
 use crate::names::SiteName;
 use crate::relay::{Of, Relay, Upstream};
 use crate::store::Store;
-use crate::transfer::BUDGET_UNIT;
 use crate::wire::{Peer, Wanted};
 
 pub(crate) use backend::not_in_this_version;
@@ -42,8 +41,8 @@ pub(crate) use runs::lineage_view;
 const OPENED_MAX: usize = 64;
 /// How long an answer to "may this site read it" is good.
 const ENTITLED_FOR: Duration = Duration::from_secs(2);
-/// What one site may have of the budget: enough answers to keep a fast line full.
-const SITE_SHARE_UNITS: usize = ((12 << 20) / BUDGET_UNIT) as usize;
+/// What one site may have of the budget, bytes: enough answers to keep a fast line full.
+const SITE_SHARE_MAX: u64 = 12 << 20;
 /// How often buffers that nobody used since are given back.
 const REST_EVERY: Duration = Duration::from_secs(5);
 /// How often old events are forgotten.
@@ -71,10 +70,8 @@ struct Inner {
     opened: Mutex<Vec<Arc<Opened>>>,
     entitled: Mutex<HashMap<(SiteName, Digest), Instant>>,
     jobs: Jobs,
-    /// The bytes read for sites and not yet sent, in units of [`BUDGET_UNIT`].
-    budget: Arc<Semaphore>,
-    /// What each site may have of the budget.
-    shares: Mutex<HashMap<SiteName, Arc<Semaphore>>>,
+    /// The bytes read for sites and not yet sent.
+    budget: Budget,
     /// Publishes and collections take turns: many may publish, one may collect.
     collecting: Arc<tokio::sync::RwLock<()>>,
     /// Events of training runs are taken one after the other.
@@ -104,7 +101,7 @@ impl Hub {
         let identity = Arc::new(HubIdentity::open_or_create(&config.data_dir, &config.name)?);
         let dir = config.data_dir.join("store");
         let store = blocking(move || Store::open(&dir)).await?;
-        let listener = Listener::bind(config.listen.quic, identity.clone(), &config.line)?;
+        let listener = Listener::bind(config.listen.quic, identity.clone(), &config.line, config.limits.memory / 2)?;
         tracing::info!(name = %config.name, line = %listener.local_addr(), api = %config.listen.api, data = %config.data_dir.display(), "the hub is ready");
         let jobs = Jobs::new(catalogue.clone());
         let links = Links::default();
@@ -113,10 +110,10 @@ impl Hub {
         let upstream: Arc<dyn Upstream> = Arc::new(lines);
         let (data, main, sites, room) = (config.data_dir.clone(), store.clone(), upstream.clone(), config.relay.budget);
         let relay = blocking(move || Relay::open(&data, main, sites, room)).await?;
-        let (relay_memory, opened, entitled, shares, collecting, runs) = Default::default();
+        let (relay_memory, opened, entitled, collecting, runs) = Default::default();
         let tasks = TaskTracker::new();
         // Half of it: what the lines hold to send is the other half.
-        let budget = Arc::new(Semaphore::new((config.limits.memory / 2 / BUDGET_UNIT) as usize));
+        let budget = Budget::new(config.limits.memory / 2, SITE_SHARE_MAX);
         Ok(Self {
             inner: Arc::new(Inner {
                 config,
@@ -133,7 +130,6 @@ impl Hub {
                 entitled,
                 jobs,
                 budget,
-                shares,
                 collecting,
                 runs,
                 tasks,
@@ -242,16 +238,8 @@ impl Library for Hub {
         Ok(opened)
     }
 
-    async fn share(&self, peer: &Peer, bytes: u64) -> Result<Vec<OwnedSemaphorePermit>, Fault> {
-        let units = bytes.div_ceil(BUDGET_UNIT).max(1) as u32;
-        let own = self.inner.shares.lock().entry(peer.clone()).or_insert_with(|| Arc::new(Semaphore::new(SITE_SHARE_UNITS))).clone();
-        // The site's own share first: a site that takes nothing waits for itself and not in front of the others.
-        let own = own.acquire_many_owned(units).await;
-        let all = self.inner.budget.clone().acquire_many_owned(units).await;
-        match (own, all) {
-            (Ok(own), Ok(all)) => Ok(vec![own, all]),
-            _ => Err(Fault::internal("the hub stops")),
-        }
+    async fn share(&self, peer: &Peer, bytes: u64, priority: i32) -> Result<Share, Fault> {
+        self.inner.budget.take(peer, bytes, priority).await
     }
 
     async fn page(&self, _opened: &Opened, page: Hash) -> Result<Bytes, Fault> {

@@ -9,7 +9,6 @@ use std::collections::{BTreeMap, VecDeque};
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
 use std::ops::Range;
-use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -248,7 +247,7 @@ fn read_all(
 
 impl Reading<'_, '_> {
     fn read(&mut self, entry: SourceEntry) -> Result<(), Fault> {
-        let (path, body) = (entry.path.clone(), entry.body.clone());
+        let (path, body, stamp) = (entry.path.clone(), entry.body.clone(), entry.stamp.clone());
         self.waiting.push_back(Waiting { entry, hash: None, open: true, chunks_left: 0, chunks: Vec::new() });
         let hash = match body {
             SourceBody::File { size, content: Content::Memory(bytes) } => self.cut(&path, size, &mut &bytes[..])?,
@@ -257,18 +256,15 @@ impl Reading<'_, '_> {
                 file.seek(SeekFrom::Start(offset)).at(from.display())?;
                 self.cut(&path, size, &mut file.take(size))?
             }
-            SourceBody::File { size, content: Content::File(from) } => {
-                let mut file = open(&from)?;
-                let before = file.metadata().at(from.display())?;
-                let hash = self.cut(&path, size, &mut file)?;
-                let after = file.metadata().at(from.display())?;
-                if (before.len(), before.mtime(), before.mtime_nsec()) != (after.len(), after.mtime(), after.mtime_nsec()) {
-                    return Err(changed(&path, "its time or size changed"));
-                }
-                hash
-            }
+            SourceBody::File { size, content: Content::File(from) } => self.cut(&path, size, &mut open(&from)?)?,
             SourceBody::Dir | SourceBody::Symlink(_) => None,
         };
+        // What was read is what the source saw only if nobody wrote to the file since.
+        if let Some(stamp) = stamp
+            && !stamp.holds()?
+        {
+            return Err(changed(&path, &format!("{} has another time or size than before", stamp.file().display())));
+        }
         if let Some(waiting) = self.waiting.back_mut() {
             (waiting.hash, waiting.open) = (hash, false);
         }

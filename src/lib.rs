@@ -1,6 +1,7 @@
 //! Packhorse carries artifacts between a hub and many sites. ARCHITECTURE.md is the map.
 
 pub mod api;
+pub mod budget;
 pub mod buffers;
 pub mod bundle;
 pub mod catalogue;

@@ -220,6 +220,10 @@ pub const BUNDLE_LIST_BYTES_MAX: usize = 64 << 20;
 pub const JOB_AWAY_MAX: Duration = Duration::from_secs(15);
 /// Room that the store leaves on its disk beside a whole pack, so that the databases can still be written.
 pub const STORE_SPARE_BYTES: u64 = 8 << 20;
+/// Room that decompressing an archive leaves on its disk, which is the store's as well: what that asks for one pack…
+pub const SCRATCH_SPARE_BYTES: u64 = PACK_BYTES + STORE_SPARE_BYTES;
+/// …and whether it is there still is looked at each time that this much was written.
+pub const SCRATCH_LOOK_BYTES: u64 = 8 << 20;
 /// Artifacts that one training run borrows.
 pub const RUN_INPUTS_MAX: usize = 64;
 /// Training runs of one site that are not ended and cleaned up: each is told to the site whole.

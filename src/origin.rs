@@ -18,8 +18,8 @@ use std::time::{Duration, Instant};
 use async_trait::async_trait;
 use bytes::Bytes;
 use parking_lot::Mutex;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
+use crate::budget::{Budget, Share};
 use crate::chunk::Hash;
 use crate::durable;
 use crate::fault::{Fault, IoContext, Reason, Retry};
@@ -30,7 +30,6 @@ use crate::names::RelPath;
 use crate::places::{At, PlaceInfo, Places, Reader};
 use crate::sink::{Place, Sink};
 use crate::store::Store;
-use crate::transfer::BUDGET_UNIT;
 use crate::wire::{Peer, Wanted};
 
 pub use keep::InPlace;
@@ -76,7 +75,7 @@ struct Inner {
     /// Reads blobs of the registry; `None` where there is none.
     images: Option<Arc<dyn Sink>>,
     opened: Mutex<Vec<Arc<Opened>>>,
-    budget: Arc<Semaphore>,
+    budget: Budget,
     /// When the notes of an artifact were made anew last; held while that goes on.
     indexed: Mutex<Vec<(Digest, Instant)>>,
 }
@@ -84,7 +83,7 @@ struct Inner {
 impl Origin {
     /// An origin that keeps its pages in `store`, its notes in `places`, and what it must write itself in `kept`.
     pub fn new(store: Store, places: Arc<Places>, kept: PathBuf, holdings: Arc<dyn Holdings>, images: Option<Arc<dyn Sink>>) -> Self {
-        let budget = Arc::new(Semaphore::new((BYTES_IN_FLIGHT_MAX / BUDGET_UNIT) as usize));
+        let budget = Budget::new(BYTES_IN_FLIGHT_MAX, BYTES_IN_FLIGHT_MAX);
         let (opened, indexed) = Default::default();
         Self { inner: Arc::new(Inner { store, places, kept, holdings, images, opened, budget, indexed }) }
     }
@@ -113,9 +112,10 @@ impl Origin {
         let folder = self.kept_folder(digest);
         let kept = Some(Place::Folder { path: folder.clone() }).filter(|kept| folder.is_dir() && !places.contains(kept));
         let number = |place: Place| {
+            let foreign = !matches!(&place, Place::Folder { path } if *path == folder);
             let number = match known.landed(digest, &place) {
                 Some(number) => number,
-                None => known.put(None, PlaceInfo { place: place.clone(), digest, transfer: None })?,
+                None => known.put(None, PlaceInfo { place: place.clone(), digest, transfer: None, foreign })?,
             };
             Ok((number, place))
         };
@@ -188,7 +188,7 @@ impl Origin {
                     }
                 }
             };
-            out.push(Frame::encode(&chunk).to_bytes());
+            out.extend(Frame::encode(&chunk).into_pieces());
         }
         Ok(out)
     }
@@ -299,10 +299,8 @@ impl Library for Origin {
         Ok(opened)
     }
 
-    async fn share(&self, _peer: &Peer, bytes: u64) -> Result<Vec<OwnedSemaphorePermit>, Fault> {
-        let units = bytes.div_ceil(BUDGET_UNIT).max(1) as u32;
-        let share = self.inner.budget.clone().acquire_many_owned(units).await;
-        share.map(|share| vec![share]).map_err(|_| Fault::internal("the daemon stops"))
+    async fn share(&self, peer: &Peer, bytes: u64, priority: i32) -> Result<Share, Fault> {
+        self.inner.budget.take(peer, bytes, priority).await
     }
 
     async fn page(&self, _opened: &Opened, page: Hash) -> Result<Bytes, Fault> {

@@ -62,6 +62,9 @@ pub struct PlaceInfo {
     pub digest: Digest,
     /// The transfer that stages it, until it has landed.
     pub transfer: Option<String>,
+    /// Whether its files are somebody else's, published where they lie: he may write into them, so none may be shared by link.
+    #[serde(default)]
+    pub foreign: bool,
 }
 
 /// What one group commit makes known.
@@ -323,7 +326,8 @@ mod tests {
     fn a_commit_survives_and_a_removed_place_is_forgotten() {
         let dir = tempfile::tempdir().unwrap();
         let places = Places::open(dir.path()).unwrap();
-        let info = PlaceInfo { place: Place::Folder { path: "/x".into() }, digest: Hash([1; 32]), transfer: Some("t-1".into()) };
+        let info =
+            PlaceInfo { place: Place::Folder { path: "/x".into() }, digest: Hash([1; 32]), transfer: Some("t-1".into()), foreign: false };
         let place = places.put(None, info).unwrap();
         let journal = RwLock::new(places.journal(place, 200_000).unwrap());
         let file = FileInfo { size: 5, hash: Hash([2; 32]) };

@@ -25,6 +25,20 @@ const TMPFS: rustix::fs::FsWord = 0x0102_1994;
 /// Files of this size and more get their room at once.
 const PREALLOCATE_BYTES: u64 = 1 << 20;
 
+/// Bytes of one call that has the filesystem copy.
+const COPY_WITHIN_BYTES: usize = 64 << 20;
+
+/// How a file came to be the same as another.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Shared {
+    /// They share their blocks: nothing was written.
+    Blocks,
+    /// Its bytes were written by the filesystem.
+    Copy,
+    /// It did not: the filesystem can do neither.
+    Not,
+}
+
 /// One staging folder.
 pub struct Stage {
     /// What all paths are opened below.
@@ -105,22 +119,23 @@ impl Stage {
         }
     }
 
-    /// Makes `path` the same file as `from`, which `source` has open, sharing its blocks if the filesystem can: by reflink,
-    /// else by hard link when it has the wanted mode and `link` allows it, else not at all (`false`).
-    pub fn share(&self, from: &Path, source: &File, path: &RelPath, mode: u32, link: bool) -> Result<bool, Fault> {
+    /// Makes `path` the same as `from`, which `source` has open, without its bytes passing through here: by reflink, else by hard
+    /// link when it has the wanted mode and `link` allows it, else by a copy that the filesystem makes itself.
+    pub fn share(&self, from: &Path, source: &File, path: &RelPath, mode: u32, link: bool) -> Result<Shared, Fault> {
         use rustix::io::Errno;
         if self.reflinks.load(Ordering::Relaxed) {
             self.remove_file(path)?;
             match rustix::fs::ioctl_ficlone(self.open_file(path, 0)?, source) {
-                Ok(()) => return Ok(true),
+                Ok(()) => return Ok(Shared::Blocks),
                 // Both are on this filesystem, and it cannot: no need to try with every file.
                 Err(Errno::NOTSUP | Errno::NOTTY) => self.reflinks.store(false, Ordering::Relaxed),
                 Err(_) => {}
             }
             self.remove_file(path)?;
         }
-        if !link || rustix::fs::fstat(source).map_err(|e| Fault::io(from.display(), &e.into()))?.st_mode & 0o7777 != mode {
-            return Ok(false);
+        let stat = rustix::fs::fstat(source).map_err(|e| Fault::io(from.display(), &e.into()))?;
+        if !link || stat.st_mode & 0o7777 != mode {
+            return self.copy_within(source, path, stat.st_size as u64);
         }
         let make = || rustix::fs::linkat(rustix::fs::CWD, from, self.dir.as_fd(), path.as_str(), rustix::fs::AtFlags::empty());
         let made = match make() {
@@ -131,11 +146,30 @@ impl Stage {
             made => made,
         };
         match made {
-            Ok(()) => Ok(true),
-            // Another filesystem, too many links, or none at all: then its bytes are copied.
-            Err(Errno::XDEV | Errno::MLINK | Errno::PERM | Errno::NOTSUP) => Ok(false),
+            Ok(()) => Ok(Shared::Blocks),
+            // Another filesystem, too many links, or none at all.
+            Err(Errno::XDEV | Errno::MLINK | Errno::PERM | Errno::NOTSUP) => self.copy_within(source, path, stat.st_size as u64),
             Err(e) => Err(Fault::io(self.what("share", path), &e.into())),
         }
+    }
+
+    /// Has the filesystem copy a whole file: of a NAS the bytes then cross no network.
+    fn copy_within(&self, source: &File, path: &RelPath, size: u64) -> Result<Shared, Fault> {
+        use rustix::io::Errno;
+        self.remove_file(path)?;
+        let into = self.open_file(path, size)?;
+        let (mut read_at, mut write_at) = (0, 0);
+        while write_at < size {
+            let left = usize::try_from(size - write_at).unwrap_or(usize::MAX).min(COPY_WITHIN_BYTES);
+            match rustix::fs::copy_file_range(source, Some(&mut read_at), &into, Some(&mut write_at), left) {
+                Ok(copied) if copied > 0 => {}
+                Err(Errno::INTR) => {}
+                // Another filesystem, one that cannot, or a file that became shorter.
+                Ok(_) | Err(Errno::XDEV | Errno::NOSYS | Errno::NOTSUP | Errno::INVAL | Errno::PERM) => return Ok(Shared::Not),
+                Err(e) => return Err(Fault::io(self.what("copy", path), &e.into())),
+            }
+        }
+        Ok(Shared::Copy)
     }
 
     /// Makes a symbolic link; another that is there is replaced.

@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 use crate::api::types::{Action, RunActionRequest, RunRequest, State};
 use crate::catalogue::{Body, Want};
 use crate::chunk::Hash;
+use crate::config::Congestion;
 use crate::fault::Fault;
 use crate::limits::CONTROL_FRAME_BYTES_MAX;
 use crate::line::{Link, RecvHalf, SendHalf};
@@ -88,6 +89,9 @@ pub enum FromSite {
         /// Whom the site shares what is published there with: names or selectors; `None`: everybody.
         #[serde(default)]
         share: Option<Vec<String>>,
+        /// The congestion control that the site's line is set to, for what the hub sends as well.
+        #[serde(default)]
+        congestion: Congestion,
     },
     /// How transfers stand; any number of times for each.
     Report(Vec<Report>),

@@ -40,7 +40,7 @@ pub(super) async fn answer(
     if bytes(&pages) > CHUNK_BYTES_MAX as u64 || bytes(&old) > DIFFERENCE_BASE_BYTES_MAX {
         return Err(too_much());
     }
-    let _share = library.share(peer, bytes(&pages) + bytes(&old)).await?;
+    let _share = library.share(peer, bytes(&pages) + bytes(&old), PRIORITY_MANIFEST).await?;
     let (pages, old) = (read(library, opened, &pages).await?, read(library, &base, &old).await?);
     let frame = blocking(move || Ok(Frame::difference(pages.iter().map(Bytes::len).sum(), squeeze(&old, &pages)?))).await?;
     let sent = timeout(WRITE_MAX, send.write_bytes(frame.to_bytes())).await;

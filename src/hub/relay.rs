@@ -15,13 +15,12 @@ use crate::buffers::Buffers;
 use crate::catalogue::{Catalogue, Kept, no_artifact};
 use crate::chunk::{Hash, ShortHash};
 use crate::clock;
-use crate::fault::{Fault, Retry};
+use crate::fault::{Code, Fault, Retry};
 use crate::fetch::{Child, Fetcher, blocking};
 use crate::limits::{FETCH_BATCH_BYTES, FETCH_BATCH_CHUNKS_MAX};
 use crate::manifest::{Digest, Root, Step, Walk};
 use crate::names::{ArtifactRef, SiteName, SiteSelector};
 use crate::relay::{Holder, Of, Relay, Sent, TOGETHER_BYTES, Upstream};
-use crate::transfer::BUDGET_UNIT;
 use crate::wire::Wanted;
 
 /// Artifacts that are fetched ahead at once.
@@ -283,7 +282,8 @@ impl Hub {
             Ok(false) => tracing::info!(%digest, "fetching ahead waits for room"),
             Err(fault) => {
                 tracing::warn!(%digest, error = %fault, "it could not be fetched ahead");
-                if fault.retry == Retry::Never {
+                // A source that is away says so when it is back; all else would be tried in vain at every change.
+                if fault.retry == Retry::Never || fault.code == Code::NoSpace {
                     memory.failed.insert(digest, Instant::now());
                 }
             }
@@ -311,9 +311,14 @@ impl Hub {
                     return Err(Fault::no_space("the relay's budget is used up"));
                 }
                 let bytes: u64 = children.iter().map(|c| u64::from(c.chunk.len)).sum();
-                let units = bytes.div_ceil(BUDGET_UNIT).max(1) as u32;
-                let _share = inner.budget.acquire_many(units).await.map_err(|_| Fault::internal("the hub stops"))?;
-                inner.relay.bring(Of { digest, page }, children).await
+                // As a peer of its own, beside those that ask.
+                let _share = inner.budget.take(&inner.config.name, bytes, 0).await?;
+                let unkept = inner.relay.unkept_bytes();
+                inner.relay.bring(Of { digest, page }, children).await?;
+                if inner.relay.unkept_bytes() != unkept {
+                    return Err(Fault::no_space("the hub's disk takes no more relayed bytes"));
+                }
+                Ok(())
             })
             .await;
         let _ = walking.await;

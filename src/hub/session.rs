@@ -5,10 +5,12 @@ use std::time::{Duration, Instant};
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
+use tokio::sync::Semaphore;
 
 use super::{Connected, Hub};
 use crate::api::types::{Action, Published, State, Transfer, TransferQuery};
 use crate::catalogue::{ArtifactRow, TransferRow, Want};
+use crate::config::Congestion;
 use crate::fault::Fault;
 use crate::fetch::{self, Fetcher};
 use crate::identity::{Holder, verify_signature};
@@ -37,19 +39,16 @@ impl Hub {
         }
         tracing::info!(site = %name, line = link.transport(), "a site is online");
         self.note_seen(&name, None).await;
-        let streams = Arc::new(tokio::sync::Semaphore::new(FETCH_STREAMS_MAX));
+        let _seat = self.inner.budget.seat();
+        let fetches = Arc::new(Semaphore::new(FETCH_STREAMS_MAX));
         loop {
             let stream = tokio::select! {
                 stream = link.accept() => stream,
                 () = self.inner.stop.cancelled() => None,
             };
             let Some((send, recv)) = stream else { break };
-            let Ok(turn) = streams.clone().acquire_owned().await else { break };
-            let (this, name) = (self.clone(), name.clone());
-            self.inner.tasks.spawn(async move {
-                this.stream(send, recv, name).await;
-                drop(turn);
-            });
+            let (this, name, link, fetches) = (self.clone(), name.clone(), link.clone(), fetches.clone());
+            self.inner.tasks.spawn(async move { this.stream(send, recv, name, &link, &fetches).await });
         }
         link.close("the hub stops");
         {
@@ -69,17 +68,19 @@ impl Hub {
         }
     }
 
-    async fn stream(&self, send: SendHalf, mut recv: RecvHalf, site: SiteName) {
+    async fn stream(&self, send: SendHalf, mut recv: RecvHalf, site: SiteName, link: &Link, fetches: &Semaphore) {
         let mut kind = [0];
         if recv.read_exact(&mut kind).await.is_err() {
             return;
         }
         let result = match kind[0] {
             FETCH => {
+                // Known to be one by now: control and questions never wait behind fetches.
+                let Ok(_turn) = fetches.acquire().await else { return };
                 fetch::serve(send, recv, &site, self).await;
                 Ok(())
             }
-            CONTROL => self.control(send, recv, &site).await,
+            CONTROL => self.control(send, recv, &site, link).await,
             QUESTION => self.question(send, recv, &site).await,
             other => Err(Fault::integrity(format!("a stream of kind {other}"))),
         };
@@ -89,12 +90,16 @@ impl Hub {
     }
 
     /// The control stream: whatever changes, the whole desired state is sent again.
-    async fn control(&self, mut send: SendHalf, mut recv: RecvHalf, site: &SiteName) -> Result<(), Fault> {
+    async fn control(&self, mut send: SendHalf, mut recv: RecvHalf, site: &SiteName, link: &Link) -> Result<(), Fault> {
         send.set_priority(wire::PRIORITY_CONTROL);
         let read = async {
             loop {
                 match wire::receive::<FromSite>(&mut recv).await? {
-                    FromSite::Hello { version, share } => {
+                    FromSite::Hello { version, share, congestion } => {
+                        // The site knows its line; what it leaves open is as the hub's own configuration says.
+                        if congestion != Congestion::Auto {
+                            link.set_congestion(congestion);
+                        }
                         self.inner.catalogue.set_share(site, share.as_deref()).await?;
                         self.note_seen(site, Some(&version)).await;
                     }

@@ -22,7 +22,7 @@ use crate::fetch::{Fetcher, Library, Ranges, blocking, nothing_such};
 use crate::frame::{Frame, HEADER_BYTES};
 use crate::identity::Holder;
 use crate::limits::{COMMIT_BYTES, COMMIT_EVERY, FETCH_BATCH_BYTES, FETCH_BATCH_CHUNKS_MAX, FETCH_IN_FLIGHT_MAX, SILENCE_MAX};
-use crate::line::{Link, RecvHalf, SendHalf};
+use crate::line::{Link, PRIORITY_BULK, RecvHalf, SendHalf};
 use crate::manifest::{ChunkRef, Digest, Root, Step, Walk};
 use crate::names::{ArtifactRef, SiteName};
 use crate::store::Store;
@@ -51,6 +51,7 @@ struct Batch {
 impl Hub {
     /// Hears a publisher until its line ends.
     pub(super) async fn welcome_publisher(&self, name: SiteName, link: Link) {
+        let _seat = self.inner.budget.seat();
         let streams = Arc::new(Semaphore::new(STREAMS_MAX));
         loop {
             let stream = tokio::select! {
@@ -188,7 +189,7 @@ impl Hub {
     /// Brings one batch into the store.
     async fn bring(&self, publisher: &SiteName, fetcher: &Fetcher, batch: Batch, publishing: Publishing) -> Result<u64, Fault> {
         // What is on the way holds a share of the daemon's budget, out of the publisher's own.
-        let _share = self.share(publisher, batch.bytes).await?;
+        let _share = self.share(publisher, batch.bytes, PRIORITY_BULK).await?;
         let wants = batch.wants.into_iter().map(|(page, ranges)| Wanted::Children { page, ranges: ranges.0 }).collect();
         let mut frames = fetcher.ask(wants, 0).await?;
         let mut brought = Vec::with_capacity(batch.chunks.len());

@@ -70,10 +70,33 @@ fn content_that_is_not_what_was_listed_is_refused() {
     let store = Store::open(dir.path()).unwrap();
     for (size, there) in [(10, 9), (10, 11), (0, 1), (3 << 20, (3 << 20) - 1), (3 << 20, (3 << 20) + 1), (300_000, 0)] {
         let body = SourceBody::File { size, content: Content::Memory(noise("x", there).into()) };
-        let mut source = One(Some(SourceEntry { path: "f".parse().unwrap(), mode: 0o644, body }));
+        let mut source = One(Some(SourceEntry { path: "f".parse().unwrap(), mode: 0o644, body, stamp: None }));
         let fault = ingest(&mut source, Kind::Model, &store, &store, &Progress::default()).unwrap_err();
         assert!(fault.message.contains("changed while it was read"), "{size} {there}: {fault}");
     }
+}
+
+#[test]
+fn a_file_that_changes_between_its_listing_and_its_end_is_refused() {
+    struct Meddled(FilesSource, PathBuf);
+    impl Source for Meddled {
+        fn next(&mut self) -> Result<Option<SourceEntry>, Fault> {
+            let entry = self.0.next()?;
+            // Timestamps are as coarse as the kernel's tick.
+            std::thread::sleep(Duration::from_millis(30));
+            put(&self.1, b"other");
+            Ok(entry)
+        }
+        fn info(&self) -> crate::manifest::KindInfo {
+            self.0.info()
+        }
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let (tree, store) = (dir.path().join("tree"), Store::open(&dir.path().join("store")).unwrap());
+    put(&tree.join("a"), b"first");
+    let mut source = Meddled(FilesSource::open(&tree).unwrap(), tree.join("a"));
+    let fault = ingest(&mut source, Kind::Dataset, &store, &store, &Progress::default()).unwrap_err();
+    assert!(fault.message.contains("\"a\" changed while it was read"), "{fault}");
 }
 
 /// Measures chunk sizes for the table in BENCHMARKS.md, on a system tree and on data made here:

@@ -1,12 +1,13 @@
 //! Which congestion control a QUIC line uses.
 //!
 //! The model of BBR ([`Steady`]) holds a long line full under loss, where CUBIC stalls; CUBIC is faster on a loopback or within
-//! a building. quinn wants the choice when a connection is made, before any round trip was measured, so [`Auto`] begins as CUBIC,
-//! chooses at the first measured round trip, and goes back to CUBIC should a shorter one show that the first was delayed by a busy
-//! machine.
+//! a building. quinn wants the choice when a connection is made, before any round trip was measured and before the site has said
+//! what its line is set to, so [`Fitting`] begins as CUBIC, chooses at the first measured round trip, and goes back to CUBIC should a
+//! shorter one show that the first was delayed by a busy machine.
 
 use std::any::Any;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::{Duration, Instant};
 
 use quinn::congestion::{Controller, ControllerFactory, ControllerMetrics, CubicConfig};
@@ -29,13 +30,43 @@ const FIRST_WINDOW_MAX: u64 = 4 << 20;
 /// The first window of a short line, which slow start doubles at once anyway.
 const SHORT_WINDOW: u64 = 128 << 10;
 
-/// The factory for a line's `congestion` setting.
-pub(super) fn factory(choice: Congestion) -> Arc<dyn ControllerFactory + Send + Sync> {
-    match choice {
-        Congestion::Auto => Arc::new(AutoFactory),
-        Congestion::Bbr => Arc::new(SteadyFactory),
-        Congestion::Cubic => Arc::new(cubic(SHORT_WINDOW)),
+/// What a line's congestion control is set to; it may be set while the line stands. Cheap to clone.
+#[derive(Debug, Clone)]
+pub(super) struct Choice(Arc<AtomicU8>);
+
+const AUTO: u8 = 0;
+const BBR: u8 = 1;
+const CUBIC: u8 = 2;
+
+impl Choice {
+    pub(super) fn new(congestion: Congestion) -> Self {
+        let choice = Self(Arc::default());
+        choice.set(congestion);
+        choice
     }
+
+    pub(super) fn set(&self, congestion: Congestion) {
+        let value = match congestion {
+            Congestion::Auto => AUTO,
+            Congestion::Bbr => BBR,
+            Congestion::Cubic => CUBIC,
+        };
+        self.0.store(value, Ordering::Relaxed);
+    }
+
+    /// Whether a line of this round trip is to be held full as a long one.
+    fn is_long(&self, rtt: Duration) -> bool {
+        match self.0.load(Ordering::Relaxed) {
+            BBR => true,
+            CUBIC => false,
+            _ => rtt >= LONG_RTT,
+        }
+    }
+}
+
+/// The factory for one line.
+pub(super) fn factory(choice: &Choice) -> Arc<dyn ControllerFactory + Send + Sync> {
+    Arc::new(FittingFactory(choice.clone()))
 }
 
 fn cubic(window: u64) -> CubicConfig {
@@ -49,20 +80,11 @@ fn first_window(rtt: Duration) -> u64 {
     u64::try_from(bytes).unwrap_or(u64::MAX).clamp(FIRST_WINDOW_MIN, FIRST_WINDOW_MAX)
 }
 
-struct SteadyFactory;
+struct FittingFactory(Choice);
 
-impl ControllerFactory for SteadyFactory {
+impl ControllerFactory for FittingFactory {
     fn build(self: Arc<Self>, now: Instant, current_mtu: u16) -> Box<dyn Controller> {
-        Box::new(Steady::new(now, FIRST_WINDOW_MIN, current_mtu))
-    }
-}
-
-struct AutoFactory;
-
-impl ControllerFactory for AutoFactory {
-    fn build(self: Arc<Self>, now: Instant, current_mtu: u16) -> Box<dyn Controller> {
-        let inner = Arc::new(CubicConfig::default()).build(now, current_mtu);
-        Box::new(Auto { inner, chosen: Chosen::Nothing, mtu: current_mtu })
+        Box::new(Fitting::new(self.0.clone(), now, current_mtu))
     }
 }
 
@@ -73,23 +95,28 @@ enum Chosen {
     Short,
 }
 
-/// Delegates to the controller that fits the round trip.
-struct Auto {
+/// Delegates to the controller that fits the line.
+struct Fitting {
+    choice: Choice,
     inner: Box<dyn Controller>,
     chosen: Chosen,
     mtu: u16,
 }
 
-impl Auto {
+impl Fitting {
+    fn new(choice: Choice, now: Instant, mtu: u16) -> Self {
+        let inner = Arc::new(CubicConfig::default()).build(now, mtu);
+        Self { choice, inner, chosen: Chosen::Nothing, mtu }
+    }
+
     fn choose(&mut self, now: Instant, rtt: Duration) {
-        match self.chosen {
-            Chosen::Short => {}
-            Chosen::Nothing if rtt >= LONG_RTT => {
+        match (self.chosen, self.choice.is_long(rtt)) {
+            (Chosen::Long, true) | (Chosen::Short, false) => {}
+            (_, true) => {
                 self.inner = Box::new(Steady::new(now, first_window(rtt), self.mtu));
                 self.chosen = Chosen::Long;
             }
-            Chosen::Long if rtt >= LONG_RTT => {}
-            Chosen::Nothing | Chosen::Long => {
+            (_, false) => {
                 let window = self.inner.window().max(SHORT_WINDOW);
                 self.inner = Arc::new(cubic(window)).build(now, self.mtu);
                 self.chosen = Chosen::Short;
@@ -98,13 +125,13 @@ impl Auto {
     }
 }
 
-impl Controller for Auto {
+impl Controller for Fitting {
     fn on_sent(&mut self, now: Instant, bytes: u64, last_packet_number: u64) {
         self.inner.on_sent(now, bytes, last_packet_number);
     }
 
     fn on_ack(&mut self, now: Instant, sent: Instant, bytes: u64, app_limited: bool, rtt: &RttEstimator) {
-        // The least round trip: it only falls, so the choice changes at most once and only towards CUBIC.
+        // The least round trip: it only falls, so by itself the choice changes at most once and only towards CUBIC.
         if rtt.min() != UNKNOWN_RTT || rtt.get() != UNKNOWN_RTT {
             self.choose(now, rtt.min());
         }
@@ -133,7 +160,7 @@ impl Controller for Auto {
     }
 
     fn clone_box(&self) -> Box<dyn Controller> {
-        Box::new(Self { inner: self.inner.clone_box(), chosen: self.chosen, mtu: self.mtu })
+        Box::new(Self { choice: self.choice.clone(), inner: self.inner.clone_box(), chosen: self.chosen, mtu: self.mtu })
     }
 
     fn initial_window(&self) -> u64 {
@@ -149,14 +176,27 @@ impl Controller for Auto {
 mod tests {
     use super::*;
 
+    fn fitting(congestion: Congestion) -> Fitting {
+        Fitting::new(Choice::new(congestion), Instant::now(), 1200)
+    }
+
     fn chosen_after(rtts: &[u64]) -> (Chosen, u64) {
-        let now = Instant::now();
-        let inner = Arc::new(CubicConfig::default()).build(now, 1200);
-        let mut auto = Auto { inner, chosen: Chosen::Nothing, mtu: 1200 };
+        let mut fitting = fitting(Congestion::Auto);
         for rtt in rtts {
-            auto.choose(now, Duration::from_millis(*rtt));
+            fitting.choose(Instant::now(), Duration::from_millis(*rtt));
         }
-        (auto.chosen, auto.window())
+        (fitting.chosen, fitting.window())
+    }
+
+    #[test]
+    fn a_setting_goes_before_the_round_trip_and_may_come_late() {
+        let (now, short, long) = (Instant::now(), Duration::from_millis(1), Duration::from_millis(100));
+        let mut set = fitting(Congestion::Cubic);
+        set.choose(now, long);
+        assert_eq!(set.chosen, Chosen::Short);
+        set.choice.set(Congestion::Bbr);
+        set.choose(now, short);
+        assert_eq!(set.chosen, Chosen::Long);
     }
 
     #[test]
@@ -175,10 +215,9 @@ mod tests {
 
     #[test]
     fn a_copy_for_a_new_path_keeps_the_choice() {
-        let now = Instant::now();
-        let mut auto = Auto { inner: Arc::new(CubicConfig::default()).build(now, 1200), chosen: Chosen::Nothing, mtu: 1200 };
-        auto.choose(now, Duration::from_millis(100));
-        let copy = auto.clone_box().into_any().downcast::<Auto>().unwrap();
+        let mut first = fitting(Congestion::Auto);
+        first.choose(Instant::now(), Duration::from_millis(100));
+        let copy = first.clone_box().into_any().downcast::<Fitting>().unwrap();
         assert_eq!((copy.chosen, copy.window()), (Chosen::Long, 1_250_000));
     }
 }

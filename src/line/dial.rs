@@ -7,6 +7,7 @@ use std::time::Duration;
 use futures::StreamExt as _;
 use futures::stream::FuturesUnordered;
 
+use super::congestion::Choice;
 use super::mux::{End, Mux};
 use super::tls::{self, Shown};
 use super::{CLOSE_REFUSED, Ended, Link, PRIORITY_CONTROL, Wire, clean, hello, quic, tcp};
@@ -14,7 +15,7 @@ use crate::clock;
 use crate::config::{Line, Transport};
 use crate::fault::{Fault, Reason};
 use crate::identity::{CertificateRequest, Claim, Holder, JoinToken, SiteIdentity};
-use crate::limits::{LINE_ADDRESSES_MAX, LINE_HANDSHAKE_MAX, LINE_QUIC_ANSWER_MAX};
+use crate::limits::{LINE_ADDRESSES_MAX, LINE_HANDSHAKE_MAX, LINE_QUIC_ANSWER_MAX, LINE_SEND_BYTES_MAX};
 
 /// How long an address of a name has a head start over the next.
 const HEAD_START: Duration = Duration::from_millis(250);
@@ -133,10 +134,11 @@ impl Call<'_> {
     }
 
     async fn one_quic(&self, address: SocketAddr) -> Result<(Link, Shown), Failure> {
-        let connecting = quic::connect(address, self.tls.clone(), self.line.congestion).await;
+        let choice = Choice::new(self.line.congestion);
+        let connecting = quic::connect(address, self.tls.clone(), &choice).await;
         let quic::Connected { connection, shown, endpoint } = connecting.map_err(|e| Failure::of(&e, self.address))?;
-        quic::tend(connection.clone(), ());
-        self.reached(Wire::Quic { connection, endpoint: Some(endpoint) }, shown, address).await
+        quic::tend(connection.clone(), || LINE_SEND_BYTES_MAX, ());
+        self.reached(Wire::Quic { connection, endpoint: Some(endpoint), choice }, shown, address).await
     }
 
     async fn one_tcp(&self, address: SocketAddr) -> Result<(Link, Shown), Failure> {

@@ -9,6 +9,7 @@ use tokio::net::TcpListener;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio_util::sync::CancellationToken;
 
+use super::congestion::Choice;
 use super::mux::{End, Mux};
 use super::tls::{self, Shown};
 use super::{CLOSE_REFUSED, FLUSH_MAX, Link, PRIORITY_CONTROL, SendHalf, Wire, hello, quic, tcp};
@@ -16,7 +17,9 @@ use crate::clock;
 use crate::config::{Congestion, Line};
 use crate::fault::{Fault, IoContext};
 use crate::identity::{Claim, Holder, HubIdentity, Redeemer, read_csr, secret_hash};
-use crate::limits::{LINE_ARRIVALS_WAITING_MAX, LINE_HANDSHAKE_MAX, LINE_HANDSHAKES_EASY, LINE_HANDSHAKES_MAX, SITE_CONNECTIONS_MAX};
+use crate::limits::{
+    LINE_ARRIVALS_WAITING_MAX, LINE_HANDSHAKE_MAX, LINE_HANDSHAKES_EASY, LINE_HANDSHAKES_MAX, LINE_SEND_BYTES_MAX, SITE_CONNECTIONS_MAX,
+};
 use crate::names::SiteName;
 
 /// How long a site that was answered may take to go.
@@ -118,20 +121,21 @@ impl Drop for Listener {
 }
 
 impl Listener {
-    /// Listens on UDP (QUIC) and TCP (TLS) at the same port number. Must be called within a tokio runtime.
-    pub fn bind(addr: SocketAddr, identity: Arc<HubIdentity>, line: &Line) -> Result<Self, Fault> {
+    /// Listens on UDP (QUIC) and TCP (TLS) at the same port number. All lines together buffer about `memory` bytes for sending.
+    /// Must be called within a tokio runtime.
+    pub fn bind(addr: SocketAddr, identity: Arc<HubIdentity>, line: &Line, memory: u64) -> Result<Self, Fault> {
         let (tcp, udp) = bind_pair(addr)?;
-        Self::start(Some(udp), tcp, identity, line)
+        Self::start(Some(udp), tcp, identity, line, memory)
     }
 
     /// As where a firewall drops UDP: the UDP socket is handed out and answers nothing.
     #[cfg(test)]
     pub(super) fn bind_tcp_only(addr: SocketAddr, identity: Arc<HubIdentity>, line: &Line) -> Result<(Self, UdpSocket), Fault> {
         let (tcp, udp) = bind_pair(addr)?;
-        Ok((Self::start(None, tcp, identity, line)?, udp))
+        Ok((Self::start(None, tcp, identity, line, LINE_SEND_BYTES_MAX)?, udp))
     }
 
-    fn start(udp: Option<UdpSocket>, tcp: StdTcpListener, identity: Arc<HubIdentity>, line: &Line) -> Result<Self, Fault> {
+    fn start(udp: Option<UdpSocket>, tcp: StdTcpListener, identity: Arc<HubIdentity>, line: &Line, memory: u64) -> Result<Self, Fault> {
         let local = tcp.local_addr().at("listen")?;
         let tls = tls::server(&identity)?;
         let (send, receive) = mpsc::channel(LINE_ARRIVALS_WAITING_MAX);
@@ -143,12 +147,14 @@ impl Listener {
             handshakes: Arc::new(Semaphore::new(LINE_HANDSHAKES_MAX)),
             seats: Arc::new(Semaphore::new(SITE_CONNECTIONS_MAX)),
             congestion: line.congestion,
+            memory,
         });
-        let endpoint = udp.map(|udp| quic::listen(udp, tls.clone(), line.congestion, reset_key)).transpose()?;
+        let quic = udp.map(|udp| quic::listen(udp, tls.clone(), reset_key)).transpose()?;
         tcp.set_nonblocking(true).at("listen")?;
         let tcp = TcpListener::from_std(tcp).at("listen")?;
-        if let Some(endpoint) = endpoint.clone() {
-            tokio::spawn(stop.clone().run_until_cancelled_owned(accept_quic(endpoint, door.clone())));
+        let endpoint = quic.as_ref().map(|(endpoint, _)| endpoint.clone());
+        if let Some((endpoint, config)) = quic {
+            tokio::spawn(stop.clone().run_until_cancelled_owned(accept_quic(endpoint, config, door.clone())));
         }
         tokio::spawn(stop.clone().run_until_cancelled_owned(accept_tcp(tcp, Arc::new(tls), door)));
         Ok(Self { arrivals: tokio::sync::Mutex::new(receive), endpoint, local, stop })
@@ -215,9 +221,17 @@ struct Door {
     /// Places for connections.
     seats: Arc<Semaphore>,
     congestion: Congestion,
+    /// Bytes that all lines may buffer for sending.
+    memory: u64,
 }
 
 impl Door {
+    /// What one line may buffer for sending, as many as there are now.
+    fn send_room(&self) -> u64 {
+        let lines = SITE_CONNECTIONS_MAX - self.seats.available_permits();
+        (self.memory / lines.max(1) as u64).min(LINE_SEND_BYTES_MAX)
+    }
+
     /// A place for the handshake and one for the connection, or none.
     fn admit(&self) -> Option<(OwnedSemaphorePermit, OwnedSemaphorePermit)> {
         let handshake = self.handshakes.clone().try_acquire_owned().ok()?;
@@ -281,7 +295,8 @@ impl Door {
     }
 }
 
-async fn accept_quic(endpoint: Endpoint, door: Arc<Door>) {
+async fn accept_quic(endpoint: Endpoint, config: quinn::ServerConfig, door: Arc<Door>) {
+    let config = Arc::new(config);
     while let Some(incoming) = endpoint.accept().await {
         let Some((handshake, seat)) = door.admit() else {
             tracing::warn!(remote = %incoming.remote_address(), "no room for another connection");
@@ -292,19 +307,17 @@ async fn accept_quic(endpoint: Endpoint, door: Arc<Door>) {
             let _ = incoming.retry();
             continue;
         }
-        let door = door.clone();
+        let (door, config) = (door.clone(), config.clone());
         tokio::spawn(async move {
             let remote = incoming.remote_address();
             let work = async {
-                let connection = match incoming.accept() {
-                    Ok(connecting) => connecting.await,
-                    Err(error) => Err(error),
-                };
-                let connection = connection.map_err(|e| Fault::unreachable(e.to_string()))?;
-                quic::tend(connection.clone(), seat);
+                let choice = Choice::new(door.congestion);
+                let connection = quic::accept(incoming, &config, &choice).await?;
+                let own = door.clone();
+                quic::tend(connection.clone(), move || own.send_room(), seat);
                 let shown = quic::shown(&connection);
                 let endpoint = None;
-                door.enter(Wire::Quic { connection, endpoint }, shown, remote).await
+                door.enter(Wire::Quic { connection, endpoint, choice }, shown, remote).await
             };
             conclude(tokio::time::timeout(LINE_HANDSHAKE_MAX, work).await, remote);
             drop(handshake);

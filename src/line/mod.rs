@@ -34,6 +34,7 @@ use std::time::Duration;
 
 use parking_lot::Mutex;
 
+use crate::config::Congestion;
 use crate::fault::{Fault, Reason};
 use crate::identity::Holder;
 use crate::limits::LINE_REASON_BYTES_MAX;
@@ -117,6 +118,7 @@ enum Wire {
     Quic {
         connection: quinn::Connection,
         endpoint: Option<quinn::Endpoint>,
+        choice: congestion::Choice,
     },
     Tcp {
         mux: mux::Mux,
@@ -261,6 +263,13 @@ impl Link {
         self.close(reason);
         if let Wire::Quic { endpoint: Some(endpoint), .. } = &self.inner.wire {
             let _ = tokio::time::timeout(FLUSH_MAX, endpoint.wait_idle()).await;
+        }
+    }
+
+    /// Sets the congestion control of what this end sends, while the line stands. On TCP the kernel's stays as it was chosen.
+    pub fn set_congestion(&self, congestion: Congestion) {
+        if let Wire::Quic { choice, .. } = &self.inner.wire {
+            choice.set(congestion);
         }
     }
 

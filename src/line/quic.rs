@@ -8,21 +8,38 @@ use quinn::crypto::rustls::{HandshakeData, QuicClientConfig, QuicServerConfig};
 use quinn::{ConnectionError, Endpoint, EndpointConfig, MtuDiscoveryConfig, TransportConfig, VarInt};
 use rustls::pki_types::CertificateDer;
 
+use super::congestion::{self, Choice};
 use super::tls::Shown;
-use super::{CLOSE_REFUSED, CLOSE_VIOLATION, Ended, congestion};
-use crate::config::Congestion;
+use super::{CLOSE_REFUSED, CLOSE_VIOLATION, Ended};
 use crate::fault::{Fault, IoContext};
 use crate::limits::{
-    LINE_HANDSHAKES_MAX, LINE_KEEP_ALIVE, LINE_PACKET_BYTES_MAX, LINE_SEND_BYTES_MAX, LINE_SEND_BYTES_MIN, LINE_SOCKET_BUFFER_BYTES,
-    LINE_STREAM_WINDOW_BYTES, LINE_STREAMS_MAX, LINE_WINDOW_BYTES, SILENCE_MAX,
+    LINE_HANDSHAKES_MAX, LINE_KEEP_ALIVE, LINE_PACKET_BYTES_MAX, LINE_SEND_BYTES_MIN, LINE_SOCKET_BUFFER_BYTES, LINE_STREAM_WINDOW_BYTES,
+    LINE_STREAMS_MAX, LINE_WINDOW_BYTES, SILENCE_MAX,
 };
 
 /// How often the send buffer is fitted to the congestion window.
 const FIT_EVERY: Duration = Duration::from_millis(500);
+/// What QUIC asks of every path.
+const PACKET_BYTES_MIN: u16 = 1200;
+/// Packets that are larger by no more than this are not worth another try.
+const PACKET_BYTES_STEP: u16 = 8;
 
-fn transport(choice: Congestion) -> Result<Arc<TransportConfig>, Fault> {
+/// The largest packet that is worth trying: no larger than what leaves this machine towards `remote`. A search that begins far above
+/// what the path takes costs a long line seconds, for each size that fails is tried thrice.
+fn packet_bytes_max(remote: SocketAddr) -> u16 {
+    use rustix::net::sockopt;
+    let any = if remote.is_ipv4() { SocketAddr::from(([0; 4], 0)) } else { SocketAddr::from(([0u16; 8], 0)) };
+    let route = UdpSocket::bind(any).and_then(|probe| {
+        // Sends nothing: it has the kernel look the route up.
+        probe.connect(remote)?;
+        Ok(if remote.is_ipv4() { sockopt::ip_mtu(&probe)?.saturating_sub(28) } else { sockopt::ipv6_mtu(&probe)?.saturating_sub(48) })
+    });
+    route.ok().and_then(|bytes| u16::try_from(bytes).ok()).unwrap_or(u16::MAX).clamp(PACKET_BYTES_MIN, LINE_PACKET_BYTES_MAX)
+}
+
+fn transport(choice: &Choice, remote: SocketAddr) -> Result<Arc<TransportConfig>, Fault> {
     let mut mtu = MtuDiscoveryConfig::default();
-    mtu.upper_bound(LINE_PACKET_BYTES_MAX);
+    mtu.upper_bound(packet_bytes_max(remote)).minimum_change(PACKET_BYTES_STEP);
     let idle = SILENCE_MAX.try_into().map_err(|e| Fault::internal(format!("set up QUIC: the idle timeout: {e}")))?;
     let mut config = TransportConfig::default();
     config
@@ -51,7 +68,12 @@ fn endpoint_config(reset_key: Option<[u8; 32]>) -> Result<EndpointConfig, Fault>
             config.cid_generator(move || Box::new(quinn_proto::HashedConnectionIdGenerator::from_key(ids)));
             config
         }
-        None => EndpointConfig::default(),
+        None => {
+            // A dialling end has a socket for each line, so its packets need not say which they are for.
+            let mut config = EndpointConfig::default();
+            config.cid_generator(|| Box::new(quinn_proto::RandomConnectionIdGenerator::new(0)));
+            config
+        }
     };
     config.max_udp_payload_size(LINE_PACKET_BYTES_MAX).map_err(|e| Fault::internal(format!("set up QUIC: the packet size: {e}")))?;
     Ok(config)
@@ -91,27 +113,31 @@ fn endpoint(socket: UdpSocket, server: Option<quinn::ServerConfig>, reset_key: O
     Endpoint::new(endpoint_config(reset_key)?, server, socket, Arc::new(quinn::TokioRuntime)).at("set up the QUIC endpoint")
 }
 
-/// The hub's endpoint.
-pub(super) fn listen(socket: UdpSocket, tls: rustls::ServerConfig, choice: Congestion, reset_key: [u8; 32]) -> Result<Endpoint, Fault> {
+/// The hub's endpoint, and what every connection to it is set up with.
+pub(super) fn listen(socket: UdpSocket, tls: rustls::ServerConfig, reset_key: [u8; 32]) -> Result<(Endpoint, quinn::ServerConfig), Fault> {
     let crypto = QuicServerConfig::try_from(tls).map_err(|e| Fault::internal(format!("set up QUIC: {e}")))?;
     let mut config = quinn::ServerConfig::with_crypto(Arc::new(crypto));
-    config
-        .transport_config(transport(choice)?)
-        .max_incoming(LINE_HANDSHAKES_MAX)
-        .incoming_buffer_size(64 << 10)
-        .incoming_buffer_size_total(8 << 20);
-    endpoint(socket, Some(config), Some(reset_key))
+    config.max_incoming(LINE_HANDSHAKES_MAX).incoming_buffer_size(64 << 10).incoming_buffer_size_total(8 << 20);
+    Ok((endpoint(socket, Some(config.clone()), Some(reset_key))?, config))
+}
+
+/// Accepts a connection whose congestion control can be set by `choice` for itself.
+pub(super) async fn accept(incoming: quinn::Incoming, config: &quinn::ServerConfig, choice: &Choice) -> Result<quinn::Connection, Fault> {
+    let mut config = config.clone();
+    config.transport_config(transport(choice, incoming.remote_address())?);
+    let lost = |e: ConnectionError| Fault::unreachable(e.to_string());
+    incoming.accept_with(Arc::new(config)).map_err(lost)?.await.map_err(lost)
 }
 
 /// Dials one address; returns once the handshake is done on this side.
-pub(super) async fn connect(remote: SocketAddr, tls: rustls::ClientConfig, choice: Congestion) -> Result<Connected, Ended> {
+pub(super) async fn connect(remote: SocketAddr, tls: rustls::ClientConfig, choice: &Choice) -> Result<Connected, Ended> {
     let give_up = |e: &dyn std::fmt::Display| Ended::lost(&e.to_string());
     let any = if remote.is_ipv4() { SocketAddr::from(([0; 4], 0)) } else { SocketAddr::from(([0u16; 8], 0)) };
     let socket = UdpSocket::bind(any).map_err(|e| give_up(&e))?;
     let endpoint = endpoint(socket, None, None).map_err(|e| give_up(&e))?;
     let crypto = QuicClientConfig::try_from(tls).map_err(|e| give_up(&e))?;
     let mut config = quinn::ClientConfig::new(Arc::new(crypto));
-    config.transport_config(transport(choice).map_err(|e| give_up(&e))?);
+    config.transport_config(transport(choice, remote).map_err(|e| give_up(&e))?);
     let connecting = endpoint.connect_with(config, remote, crate::identity::HUB_DNS_NAME).map_err(|e| give_up(&e))?;
     let connection = connecting.await.map_err(|e| ended(&e))?;
     let shown = shown(&connection);
@@ -133,8 +159,8 @@ pub(super) fn shown(connection: &quinn::Connection) -> Shown {
 }
 
 /// Fits the send buffer to what the line carries, until the connection ends: it must hold what is in flight and what goes next,
-/// and beyond that it would only hold memory. `guard` is held as long.
-pub(super) fn tend(connection: quinn::Connection, guard: impl Send + 'static) {
+/// and beyond that it would only hold memory. `room` says what the line may have of that now; `guard` is held as long.
+pub(super) fn tend(connection: quinn::Connection, room: impl Fn() -> u64 + Send + 'static, guard: impl Send + 'static) {
     tokio::spawn(async move {
         let mut window = LINE_SEND_BYTES_MIN;
         let mut tick = tokio::time::interval(FIT_EVERY);
@@ -148,7 +174,7 @@ pub(super) fn tend(connection: quinn::Connection, guard: impl Send + 'static) {
             // however far its window has grown: more would only leave the caches.
             let long = connection.rtt() >= congestion::LONG_RTT;
             let wanted = if long { 4 * connection.stats().path.cwnd } else { 0 };
-            let fitting = wanted.clamp(LINE_SEND_BYTES_MIN, LINE_SEND_BYTES_MAX);
+            let fitting = wanted.max(LINE_SEND_BYTES_MIN).min(room()).max(LINE_STREAM_WINDOW_BYTES.into());
             if fitting != window {
                 connection.set_send_window(fitting);
                 window = fitting;

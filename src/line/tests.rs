@@ -46,7 +46,7 @@ struct Hub {
 
 impl Hub {
     fn start() -> Self {
-        Self::start_with(|identity| Listener::bind(loopback(), identity, &line(Transport::Auto)))
+        Self::start_with(|identity| Listener::bind(loopback(), identity, &line(Transport::Auto), 128 << 20))
     }
 
     fn start_with(bind: impl FnOnce(Arc<HubIdentity>) -> Result<Listener, Fault>) -> Self {
@@ -342,16 +342,17 @@ async fn where_udp_is_dropped_tcp_is_taken_and_quic_again_later() {
     hole.set_nonblocking(true).unwrap();
     while hole.recv(&mut [0; 2000]).is_ok() {}
     let tls = tls::server(&hub.identity).unwrap();
-    let endpoint = quic::listen(hole, tls, Congestion::Auto, [0; 32]).unwrap();
+    let (endpoint, config) = quic::listen(hole, tls, [0; 32]).unwrap();
+    let choice = congestion::Choice::new(Congestion::Auto);
     let welcome = async {
         // The goodbye of the call that was given up may come first.
         let connection = loop {
-            if let Ok(connection) = endpoint.accept().await.unwrap().await {
+            if let Ok(connection) = quic::accept(endpoint.accept().await.unwrap(), &config, &choice).await {
                 break connection;
             }
         };
         let endpoint = None;
-        let link = Link::new(Wire::Quic { connection, endpoint }, None, loopback());
+        let link = Link::new(Wire::Quic { connection, endpoint, choice }, None, loopback());
         let (mut send, _) = link.open(0).await.unwrap();
         let welcome = hello::Welcome { hub: name("hub"), time_ms: crate::clock::now_unix_ms() };
         hello::send(&mut send, &welcome).await.unwrap();
@@ -496,7 +497,7 @@ async fn garbage_and_silence_harm_nobody() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn one_port_number_serves_both_and_only_once() {
     let hub = Hub::start();
-    let taken = Listener::bind(hub.listener.local_addr(), hub.identity.clone(), &line(Transport::Auto));
+    let taken = Listener::bind(hub.listener.local_addr(), hub.identity.clone(), &line(Transport::Auto), 128 << 20);
     let fault = taken.err().unwrap();
     assert_eq!(fault.code, Code::Config);
     assert!(fault.next.contains("port"), "{fault:?}");

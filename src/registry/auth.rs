@@ -51,7 +51,7 @@ impl Credentials {
     /// From a file, which is read when it is needed: a secret that is replaced there is used from then on. It must be
     /// readable now.
     pub fn from_file(username: impl Into<String>, path: PathBuf) -> Result<Self, Fault> {
-        std::fs::File::open(&path).map_err(|e| unreadable(&path, &e))?;
+        std::fs::File::open(&path).map_err(|e| Fault::config(format!("read the registry's password file {}: {e}", path.display())))?;
         Ok(Self { username: username.into(), secret: Secret::File(path) })
     }
 
@@ -67,15 +67,11 @@ impl Credentials {
     async fn basic(&self) -> Result<HeaderValue, Fault> {
         let password = match &self.secret {
             Secret::Text(text) => text.clone(),
-            Secret::File(path) => tokio::fs::read_to_string(path).await.map_err(|e| unreadable(path, &e))?,
+            Secret::File(path) => tokio::fs::read_to_string(path).await.map_err(|e| Fault::secret_unreadable(path, &e))?,
         };
         let pair = format!("{}:{}", self.username, password.trim_end_matches(['\r', '\n']));
         sensitive(format!("Basic {}", STANDARD.encode(pair)))
     }
-}
-
-fn unreadable(path: &std::path::Path, error: &std::io::Error) -> Fault {
-    Fault::config(format!("read the registry's password file {}: {error}", path.display()))
 }
 
 fn sensitive(text: String) -> Result<HeaderValue, Fault> {
@@ -371,6 +367,7 @@ impl Auth {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::fault::{Reason, Retry};
 
     fn parse(headers: &[&str]) -> Challenge {
         let mut map = HeaderMap::new();
@@ -412,5 +409,19 @@ mod tests {
         assert!(Credentials::from_config(Some("u"), None).is_err());
         let fault = Credentials::from_file("u", "/nowhere/secret".into()).unwrap_err();
         assert_eq!(fault.code, crate::fault::Code::Config);
+    }
+
+    #[tokio::test]
+    async fn a_password_file_that_is_gone_for_a_while_is_waited_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("password");
+        crate::durable::replace_secret(&file, b"hunter2\n").unwrap();
+        let credentials = Credentials::from_file("u", file.clone()).unwrap();
+        std::fs::remove_file(&file).unwrap();
+        let fault = credentials.basic().await.unwrap_err();
+        assert_eq!((fault.reason, fault.retry), (Reason::SinkDenied, Retry::Backoff), "{fault:?}");
+        assert!(fault.next.contains(file.to_str().unwrap()), "{}", fault.next);
+        crate::durable::replace_secret(&file, b"hunter2\n").unwrap();
+        credentials.basic().await.unwrap();
     }
 }

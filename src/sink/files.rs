@@ -12,12 +12,13 @@
 //! gone or damaged is ever replaced: it is moved away, then the whole one takes its name.
 
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, OnceLock};
 
 use async_trait::async_trait;
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
-use super::{Incoming, Landed, Place, Sink};
+use super::{Folding, Incoming, Landed, Place, Sink};
 use crate::config;
 use crate::durable;
 use crate::fault::{Fault, IoContext, Reason};
@@ -27,16 +28,47 @@ use crate::names::{ArtifactRef, RelPath};
 /// The folder of Packhorse's own things in a root.
 pub const HIDDEN: &str = ".packhorse";
 
-/// Writes datasets, operators and models.
+/// Writes datasets, operators and models. Cheap to clone.
+#[derive(Clone)]
 pub struct FilesSink {
     root: PathBuf,
     staging: PathBuf,
     /// What `<root>/.packhorse/id` must hold.
     id: String,
-    /// Whether the filesystem takes every name that Linux does (SMB does not).
-    any_name: bool,
-    /// Whether it takes two names that differ in case only for one.
-    folds_case: bool,
+    /// Known from the first check on: at the start the NAS may not be mounted yet.
+    mount: Arc<OnceLock<Mount>>,
+}
+
+/// What a filesystem does otherwise than Linux's own.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Mount {
+    /// It refuses names that Windows refuses (SMB, FAT).
+    pub(crate) windows_names: bool,
+    /// It takes different names for one.
+    pub(crate) folding: Folding,
+    /// It has no symbolic links (FAT, SMB without mfsymlinks).
+    pub(crate) no_links: bool,
+}
+
+impl Mount {
+    /// Tries all of it in a new folder below `staging`.
+    fn probe(staging: &Path) -> Result<Self, Fault> {
+        // The name is of those that the next start takes away, should a crash leave it.
+        let folder = staging.join(format!("removed-probe-{:08x}", rand::random::<u32>()));
+        let make = |path: &Path| std::fs::create_dir(path).at(format_args!("make the folder {}", path.display()));
+        let makes = |name: &str| make(&folder.join(name)).is_ok();
+        let finds = |name: &str| std::fs::symlink_metadata(folder.join(name)).is_ok();
+        make(&folder)?;
+        let mount = Self {
+            windows_names: !makes("a:b"),
+            folding: Folding { case: makes("Case") && finds("cASE"), unicode: makes("\u{e9}") && finds("e\u{301}") },
+            no_links: std::os::unix::fs::symlink("Case", folder.join("link")).is_err(),
+        };
+        // What it refused tells of it only if it still works: it has not filled up or gone away in between.
+        make(&folder.join("last"))?;
+        durable::remove_all(&folder)?;
+        Ok(mount)
+    }
 }
 
 /// What stands under a version.
@@ -57,7 +89,7 @@ impl FilesSink {
             .with_next("mount the NAS there, or make the folder"))
     }
 
-    /// Opens the root that the config names (default: `<data_dir>/artifacts`) and probes what its filesystem can.
+    /// Opens the root that the config names (default: `<data_dir>/artifacts`).
     pub fn open(config: Option<&config::FilesSink>, data_dir: &Path) -> Result<Self, Fault> {
         let root = match config {
             Some(config) => {
@@ -86,13 +118,17 @@ impl FilesSink {
                 id
             }
         };
-        let probe = staging.join(format!(".probe:{}", std::process::id()));
-        let any_name = std::fs::create_dir(&probe).and_then(|()| std::fs::remove_dir(&probe)).is_ok();
-        let probe = staging.join(format!(".Probe-{}", std::process::id()));
-        let folded = staging.join(format!(".pROBE-{}", std::process::id()));
-        let folds_case = std::fs::create_dir(&probe).is_ok() && std::fs::symlink_metadata(&folded).is_ok();
-        let _ = std::fs::remove_dir(&probe);
-        Ok(Self { root, staging, id, any_name, folds_case })
+        Ok(Self { root, staging, id, mount: Arc::default() })
+    }
+
+    fn mount(&self) -> Mount {
+        self.mount.get().copied().unwrap_or_default()
+    }
+
+    /// The sink as it is on such a filesystem.
+    #[cfg(test)]
+    pub(crate) fn assuming(self, mount: Mount) -> Self {
+        Self { mount: Arc::new(mount.into()), ..self }
     }
 
     fn series(&self, artifact: &ArtifactRef) -> PathBuf {
@@ -236,13 +272,6 @@ async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T, Fault> + S
     tokio::task::spawn_blocking(work).await.map_err(|e| Fault::internal(format!("a file task ended: {e}")))?
 }
 
-impl FilesSink {
-    fn again(&self) -> Self {
-        let Self { root, staging, id, any_name, folds_case } = self;
-        Self { root: root.clone(), staging: staging.clone(), id: id.clone(), any_name: *any_name, folds_case: *folds_case }
-    }
-}
-
 #[async_trait]
 impl Sink for FilesSink {
     fn staging_root(&self) -> &Path {
@@ -250,17 +279,21 @@ impl Sink for FilesSink {
     }
 
     async fn check(&self, incoming: &Incoming) -> Result<(), Fault> {
-        let (this, incoming) = (self.again(), incoming.clone());
+        let (this, incoming) = (self.clone(), incoming.clone());
         blocking(move || {
             this.mounted()?;
             durable::create_dir_all(&this.staging)?;
+            if this.mount.get().is_none() {
+                // Two at once find the same.
+                let _ = this.mount.set(Mount::probe(&this.staging)?);
+            }
             this.is_there(&incoming).map(|_| ())
         })
         .await
     }
 
     fn refuse_path(&self, path: &RelPath) -> Option<String> {
-        if self.any_name {
+        if !self.mount().windows_names {
             return None;
         }
         path.components().find_map(|name| {
@@ -279,17 +312,21 @@ impl Sink for FilesSink {
         })
     }
 
-    fn folds_case(&self) -> bool {
-        self.folds_case
+    fn folding(&self) -> Folding {
+        self.mount().folding
+    }
+
+    fn takes_links(&self) -> bool {
+        !self.mount().no_links
     }
 
     async fn commit(&self, incoming: &Incoming, staged: &Path) -> Result<Landed, Fault> {
-        let (this, incoming, staged) = (self.again(), incoming.clone(), staged.to_owned());
+        let (this, incoming, staged) = (self.clone(), incoming.clone(), staged.to_owned());
         blocking(move || this.commit_blocking(&incoming, &staged)).await
     }
 
     async fn activate(&self, artifact: &ArtifactRef) -> Result<(), Fault> {
-        let (this, artifact) = (self.again(), artifact.clone());
+        let (this, artifact) = (self.clone(), artifact.clone());
         blocking(move || {
             if this.note(&artifact).is_none() || !this.folder(&artifact).is_dir() {
                 return Err(Fault::not_found(format!("{artifact} is not in {}", this.root.display())));
@@ -313,12 +350,12 @@ impl Sink for FilesSink {
     }
 
     async fn stands(&self, incoming: &Incoming) -> Result<bool, Fault> {
-        let (this, incoming) = (self.again(), incoming.clone());
+        let (this, incoming) = (self.clone(), incoming.clone());
         blocking(move || this.mounted().and_then(|()| this.is_there(&incoming))).await
     }
 
     async fn verify(&self, incoming: &Incoming, _place: &Place) -> Result<Vec<String>, Fault> {
-        let (this, incoming) = (self.again(), incoming.clone());
+        let (this, incoming) = (self.clone(), incoming.clone());
         blocking(move || {
             let folder = this.folder(&incoming.artifact);
             Ok(match this.note(&incoming.artifact) {
@@ -331,12 +368,12 @@ impl Sink for FilesSink {
     }
 
     async fn remove(&self, artifact: &ArtifactRef) -> Result<(), Fault> {
-        let (this, artifact) = (self.again(), artifact.clone());
+        let (this, artifact) = (self.clone(), artifact.clone());
         blocking(move || this.remove_blocking(&artifact)).await
     }
 
     async fn probe(&self) -> Result<String, Fault> {
-        let this = self.again();
+        let this = self.clone();
         blocking(move || {
             this.mounted()?;
             let file = this.staging.join(".probe");
@@ -352,5 +389,119 @@ impl Sink for FilesSink {
             Ok(format!("files at {}: writable, {} GiB free", this.root.display(), free >> 30))
         })
         .await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::chunk::{DEFAULT_CHUNKING, Hash};
+    use crate::fault::Retry;
+    use crate::manifest::{KindInfo, Root, Totals};
+    use crate::names::Kind;
+
+    fn incoming(version: &str) -> Incoming {
+        let root = Root {
+            format: 1,
+            kind: Kind::Dataset,
+            info: KindInfo::Files,
+            chunking: DEFAULT_CHUNKING,
+            totals: Totals::default(),
+            depth: 0,
+            pages: Vec::new(),
+        };
+        let artifact = ArtifactRef::new(Kind::Dataset, "d", version).unwrap();
+        Incoming { artifact, digest: Hash::of(version.as_bytes()), root, transfer: format!("t-{version}") }
+    }
+
+    #[test]
+    fn names_that_windows_refuses_are_refused_where_the_nas_does() {
+        let dir = tempfile::tempdir().unwrap();
+        let linux = FilesSink::open(None, dir.path()).unwrap();
+        let smb = linux.clone().assuming(Mount { windows_names: true, ..Mount::default() });
+        let refused = |sink: &FilesSink, name: &str| sink.refuse_path(&name.parse().unwrap()).is_some();
+        for bad in [
+            ["CON", "con.txt", "sub/Aux", "nul.tar.gz", "prn/b.png"],
+            ["COM1", "lpt9.log", "a.", "a ", "folder./x.png"],
+            ["folder /x.png", "a\u{1}b", "tab\there", "new\nline", "del\u{7f}"],
+            ["a<b", "a>b", "a:b", "a\"b", "a|b"],
+            ["a?b", "a*b", "a\\b", "a/b/c?", "..."],
+        ]
+        .into_iter()
+        .flatten()
+        {
+            assert!(refused(&smb, bad), "{bad:?}");
+            assert!(!refused(&linux, bad), "{bad:?}");
+        }
+        for good in ["CONSOLE.png", "COM10", "COM", "lpt", "a.b", ".hidden", "a b", "图像/缺陷 1.png"] {
+            assert!(!refused(&smb, good), "{good:?}");
+        }
+    }
+
+    #[test]
+    fn a_name_has_255_bytes_at_the_most() {
+        let dir = tempfile::tempdir().unwrap();
+        let smb = FilesSink::open(None, dir.path()).unwrap().assuming(Mount { windows_names: true, ..Mount::default() });
+        for (letter, most) in [("a", 255), ("图", 85)] {
+            assert_eq!(smb.refuse_path(&format!("a/{}", letter.repeat(most)).parse().unwrap()), None);
+            assert!(format!("a/{}", letter.repeat(most + 1)).parse::<RelPath>().is_err(), "no sink is ever shown it");
+        }
+    }
+
+    #[test]
+    fn a_filesystem_of_linux_is_found_to_be_one() {
+        let dir = tempfile::tempdir().unwrap();
+        assert_eq!(Mount::probe(dir.path()).unwrap(), Mount::default());
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0, "nothing is left of it");
+        assert!(Mount::probe(&dir.path().join("gone")).is_err(), "one that is away is not one that can do nothing");
+    }
+
+    #[tokio::test]
+    async fn an_empty_mount_point_is_not_filled() {
+        let dir = tempfile::tempdir().unwrap();
+        let [nas, away, data] = ["nas", "away", "data"].map(|name| dir.path().join(name));
+        std::fs::create_dir(&nas).unwrap();
+        std::fs::create_dir(&data).unwrap();
+        let config = config::FilesSink { root: nas.clone() };
+        let sink = FilesSink::open(Some(&config), &data).unwrap();
+        let (one, two) = (incoming("v1"), incoming("v2"));
+        sink.check(&one).await.unwrap();
+        let staged = sink.staging_root().join("t-v1");
+        durable::create_dir_all(&staged).unwrap();
+        sink.commit(&one, &staged).await.unwrap();
+
+        // Unmounted, under a daemon that runs and under one that starts.
+        durable::rename_noreplace(&nas, &away).unwrap();
+        std::fs::create_dir(&nas).unwrap();
+        let started = FilesSink::open(Some(&config), &data).unwrap();
+        for sink in [&sink, &started] {
+            let staged = sink.staging_root().join("t-v2");
+            let faults = [
+                sink.check(&two).await.unwrap_err(),
+                sink.commit(&two, &staged).await.unwrap_err(),
+                sink.stands(&one).await.unwrap_err(),
+                sink.remove(&one.artifact).await.unwrap_err(),
+                sink.probe().await.unwrap_err(),
+            ];
+            for fault in faults {
+                assert_eq!((fault.reason, fault.retry), (Reason::SinkUnavailable, Retry::Backoff), "{fault}");
+                assert!(fault.next.contains("mount the NAS there"), "{}", fault.next);
+            }
+        }
+        assert_eq!(std::fs::read_dir(&nas).unwrap().count(), 0, "nothing was made on the disk below the mount");
+        assert_eq!(started.mount.get(), None, "what is not there says nothing of the NAS");
+
+        // Mounted again.
+        std::fs::remove_dir(&nas).unwrap();
+        durable::rename_noreplace(&away, &nas).unwrap();
+        for sink in [&sink, &started] {
+            sink.check(&two).await.unwrap();
+            assert!(sink.stands(&one).await.unwrap());
+        }
+        assert_eq!(started.mount.get(), Some(&Mount::default()));
+
+        // Another NAS in its place.
+        durable::replace(&nas.join(HIDDEN).join("id"), b"another\n").unwrap();
+        assert_eq!(sink.check(&two).await.unwrap_err().reason, Reason::SinkUnavailable);
     }
 }

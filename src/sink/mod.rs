@@ -13,6 +13,7 @@ use std::path::{Path, PathBuf};
 use async_trait::async_trait;
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
+use unicode_normalization::UnicodeNormalization;
 
 use crate::fault::Fault;
 use crate::manifest::{Digest, FileInfo, Root};
@@ -56,6 +57,23 @@ pub struct Landed {
     pub location: String,
 }
 
+/// Which names are one name to a sink, though they differ.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Folding {
+    /// Those that differ in case only.
+    pub case: bool,
+    /// Those that differ in their Unicode normalization only: an accent may be a part of its letter (NFC) or follow it (NFD).
+    pub unicode: bool,
+}
+
+impl Folding {
+    /// What all names have in common that are one name to the sink.
+    pub fn fold(self, name: &str) -> String {
+        let name: String = if self.unicode { name.nfd().collect() } else { name.to_owned() };
+        if self.case { name.to_lowercase() } else { name }
+    }
+}
+
 /// Writes artifacts of some kinds out.
 #[async_trait]
 pub trait Sink: Send + Sync {
@@ -71,9 +89,14 @@ pub trait Sink: Send + Sync {
         None
     }
 
-    /// Whether two names that differ in case only are one name to the sink.
-    fn folds_case(&self) -> bool {
-        false
+    /// Which names are one name to the sink.
+    fn folding(&self) -> Folding {
+        Folding::default()
+    }
+
+    /// Whether it can hold symbolic links.
+    fn takes_links(&self) -> bool {
+        true
     }
 
     /// Whether the far end already holds this very file (an image blob in the registry), so that it need not be

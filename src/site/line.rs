@@ -123,7 +123,8 @@ impl Site {
         let inner = &self.inner;
         let (mut send, mut recv) = link.open(wire::PRIORITY_CONTROL).await?;
         send.write_all(&[CONTROL]).await?;
-        wire::send(&mut send, &FromSite::Hello { version: VERSION.into(), share: inner.config.share.allow.clone() }).await?;
+        let congestion = inner.config.line.congestion;
+        wire::send(&mut send, &FromSite::Hello { version: VERSION.into(), share: inner.config.share.allow.clone(), congestion }).await?;
         let (listed, mut asked) = tokio::sync::mpsc::channel::<Vec<String>>(4);
         let read = async {
             loop {
@@ -201,15 +202,12 @@ impl Site {
 
     /// Answers what the hub opens.
     async fn answer(&self, link: &Link) {
-        let streams = Arc::new(Semaphore::new(FETCH_STREAMS_MAX));
+        let fetches = Arc::new(Semaphore::new(FETCH_STREAMS_MAX));
         // Whoever opens a stream here is the hub; the name is for the log.
         let hub = self.inner.config.name.clone();
         while let Some((send, mut recv)) = link.accept().await {
-            let Ok(turn) = streams.clone().acquire_owned().await else { return };
-            let this = self.clone();
-            let (link, hub) = (link.clone(), hub.clone());
+            let (this, link, hub, fetches) = (self.clone(), link.clone(), hub.clone(), fetches.clone());
             self.inner.tasks.spawn(async move {
-                let _turn = turn;
                 let mut kind = [0];
                 if recv.read_exact(&mut kind).await.is_err() {
                     return;
@@ -217,6 +215,8 @@ impl Site {
                 let result = match kind[0] {
                     QUESTION => this.question(send, recv, &link).await,
                     FETCH => {
+                        // A question never waits behind fetches.
+                        let Ok(_turn) = fetches.acquire().await else { return };
                         fetch::serve(send, recv, &hub, &this.inner.origin).await;
                         Ok(())
                     }

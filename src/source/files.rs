@@ -14,10 +14,11 @@ use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use rustix::fs::Access;
 
-use super::{Content, Source, SourceBody, SourceEntry};
+use super::{Content, Source, SourceBody, SourceEntry, Stamp};
 use crate::fault::{Fault, IoContext};
 use crate::limits::{OFFENDERS_LISTED_MAX, WALK_NAMES_BYTES_MAX};
 use crate::manifest::KindInfo;
@@ -81,7 +82,8 @@ impl Source for FilesSource {
 }
 
 fn file_entry(path: RelPath, meta: &Metadata, file: PathBuf) -> SourceEntry {
-    SourceEntry { path, mode: mode(meta), body: SourceBody::File { size: meta.len(), content: Content::File(file) } }
+    let stamp = Some(Stamp::new(Arc::new(file.clone()), meta));
+    SourceEntry { path, mode: mode(meta), body: SourceBody::File { size: meta.len(), content: Content::File(file) }, stamp }
 }
 
 fn mode(meta: &Metadata) -> u32 {
@@ -106,11 +108,11 @@ fn next_entry(walk: &mut Walk) -> Result<Option<SourceEntry>, Fault> {
     }
     if meta.is_dir() {
         walk.enter(&found.rel).at(format_args!("read folder {}", full.display()))?;
-        return Ok(Some(SourceEntry { path, mode: mode(&meta), body: SourceBody::Dir }));
+        return Ok(Some(SourceEntry { path, mode: mode(&meta), body: SourceBody::Dir, stamp: None }));
     }
     if meta.is_symlink() {
         let target = link_target(&walk.root, &found.rel).map_err(refuse)?;
-        return Ok(Some(SourceEntry { path, mode: SYMLINK_MODE, body: SourceBody::Symlink(target) }));
+        return Ok(Some(SourceEntry { path, mode: SYMLINK_MODE, body: SourceBody::Symlink(target), stamp: None }));
     }
     Ok(Some(file_entry(path, &meta, full)))
 }

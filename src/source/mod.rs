@@ -7,6 +7,7 @@
 pub mod files;
 pub mod image;
 pub mod labels;
+mod stamp;
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -17,6 +18,8 @@ use crate::fault::Fault;
 use crate::manifest::KindInfo;
 use crate::names::RelPath;
 
+pub use stamp::Stamp;
+
 /// One entry as a source names it.
 #[derive(Debug, Clone)]
 pub struct SourceEntry {
@@ -26,6 +29,9 @@ pub struct SourceEntry {
     pub mode: u32,
     /// What it is.
     pub body: SourceBody,
+    /// The file that the content is in, as it was before the source looked at it: once the content is read it must still hold.
+    /// `None` where nothing was read of any file.
+    pub stamp: Option<Stamp>,
 }
 
 /// What a source entry is.

@@ -151,8 +151,15 @@ enum Job {
 /// A whole file that lies here already.
 struct Whole {
     dest: Arc<Dest>,
-    from: PathBuf,
+    from: Local,
     chunks: Vec<(Hash, u64, u64, u32)>,
+}
+
+/// A file that lies here.
+struct Local {
+    path: PathBuf,
+    /// Whether a hard link of it will do: nobody else writes into it.
+    link: bool,
 }
 
 /// What a batch holds until the last of it has come to rest.
@@ -211,7 +218,6 @@ impl Assembly {
         let mut pending: Vec<(ChunkRef, FileInfo, u64, u64)> = Vec::new();
         let mut seen: HashSet<Hash> = HashSet::new();
         let places = &self.shared.places;
-        let links = self.incoming.artifact.kind.is_files();
         let mut whole = None;
         // The index hears late of a folder that somebody took away.
         let mut gone: HashMap<u32, bool> = HashMap::new();
@@ -225,7 +231,7 @@ impl Assembly {
             for ((chunk, file, number, offset), at) in pending.drain(..).zip(places.find(&ids)?) {
                 let len = u64::from(chunk.len);
                 let at = at.filter(|at| !is_gone(at.place));
-                if links && offset == 0 && at.map(|at| self.shareable(file, at)).transpose()?.flatten().is_some() {
+                if offset == 0 && at.map(|at| self.shareable(file, at)).transpose()?.flatten().is_some_and(|local| local.link) {
                     whole = Some(number);
                 }
                 out.missing += if at.is_none() && seen.insert(chunk.id) { len } else { 0 };
@@ -251,11 +257,13 @@ impl Assembly {
     }
 
     /// Where the same file lies whole, if what was found of it is its first chunk.
-    fn shareable(&self, file: FileInfo, at: At) -> Result<Option<PathBuf>, Fault> {
+    fn shareable(&self, file: FileInfo, at: At) -> Result<Option<Local>, Fault> {
         let places = &self.shared.places;
         let Some(info) = places.info(at.place).filter(|info| info.transfer.is_none() && at.offset == 0) else { return Ok(None) };
         let Place::Folder { path } = &info.place else { return Ok(None) };
-        Ok(places.entry(at.place, at.entry)?.filter(|(_, there)| *there == file).map(|(rel, _)| path.join(rel.as_str())))
+        let link = self.incoming.artifact.kind.is_files() && !info.foreign;
+        let there = places.entry(at.place, at.entry)?.filter(|(_, there)| *there == file);
+        Ok(there.map(|(rel, _)| Local { path: path.join(rel.as_str()), link }))
     }
 
     /// Brings everything here. Returns the staging folder, complete and durable.
@@ -301,8 +309,8 @@ impl Assembly {
             durable::remove_all(&path)?;
         }
         let stage = Stage::open(&path)?;
-        let info =
-            PlaceInfo { place: Place::Folder { path }, digest: self.incoming.digest, transfer: Some(self.incoming.transfer.clone()) };
+        let (digest, transfer) = (self.incoming.digest, Some(self.incoming.transfer.clone()));
+        let info = PlaceInfo { place: Place::Folder { path }, digest, transfer, foreign: false };
         let place = match place {
             Some(place) => place,
             None => places.put(None, info)?,
@@ -415,7 +423,6 @@ impl Assembly {
                 counters: self.counters.clone(),
                 done: done.clone(),
                 local: Reader::new(self.shared.places.clone(), Some(self.shared.images.clone()), tokio::runtime::Handle::current()),
-                any_link: self.incoming.artifact.kind.is_files(),
                 buffer: vec![0; READ_BYTES],
             };
             let queue = job_queue.clone();

@@ -458,7 +458,7 @@ impl Runner {
             let run = assembly.run();
             let before = counters.received.load(Ordering::Relaxed);
             tokio::pin!(run);
-            let mut pace = Pace::new(clock::now_unix_ms());
+            let mut pace = Pace::new(clock::now_unix_ms(), row.body.bytes.received + row.body.bytes.reused);
             let mut ticks = tokio::time::interval(PROGRESS_EVERY);
             ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
             ticks.tick().await;
@@ -541,7 +541,7 @@ impl Runner {
         let place = landed.place.clone();
         blocking(move || {
             if let Some(number) = places.staged_by(&id) {
-                places.put(Some(number), PlaceInfo { place, digest, transfer: None })?;
+                places.put(Some(number), PlaceInfo { place, digest, transfer: None, foreign: false })?;
             }
             Ok(())
         })

@@ -37,12 +37,12 @@ impl Pause {
 pub(super) struct Pace {
     samples: VecDeque<(u64, u64)>,
     last: u64,
-    began_ms: u64,
 }
 
 impl Pace {
-    pub(super) fn new(now_ms: u64) -> Self {
-        Self { samples: VecDeque::new(), last: 0, began_ms: now_ms }
+    /// Begins here, with what came before already counted in `bytes`.
+    pub(super) fn new(now_ms: u64, bytes: u64) -> Self {
+        Self { samples: VecDeque::from([(now_ms, bytes)]), last: 0 }
     }
 
     /// Takes the bytes so far; gives bytes a second.
@@ -51,10 +51,7 @@ impl Pace {
         while self.samples.len() > 2 && self.samples.front().is_some_and(|(at, _)| at + WINDOW_MS < now_ms) {
             self.samples.pop_front();
         }
-        let (from_ms, from) = match self.samples.front() {
-            Some(first) if self.samples.len() > 1 => *first,
-            _ => (self.began_ms, 0),
-        };
+        let (from_ms, from) = self.samples.front().copied().unwrap_or((now_ms, bytes));
         self.last = bytes.saturating_sub(from) * 1000 / now_ms.saturating_sub(from_ms).max(1);
         self.last
     }
@@ -82,11 +79,12 @@ mod tests {
 
     #[test]
     fn a_rate_is_that_of_the_last_seconds() {
-        let mut pace = Pace::new(0);
+        let mut pace = Pace::new(0, 0);
         for second in 1..=30 {
             pace.rate(second * 1000, if second <= 15 { second * 100 } else { 1500 });
         }
         assert_eq!(pace.rate(31_000, 1500), 0, "it stood for longer than the window");
         assert_eq!(pace.eta(10), None);
+        assert_eq!(Pace::new(0, 5000).rate(1000, 5100), 100, "what came before an interruption is no speed");
     }
 }

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use rustix::process::{Pid, Signal, kill_process};
 
 use crate::support::command::{bound, run};
-use crate::support::daemon::{Hub, PACKHORSE, Site, SiteSpec, Transfer};
+use crate::support::daemon::{Hub, PACKHORSE, Site, SiteSpec};
 use crate::support::data;
 use crate::support::line::Line;
 use crate::support::tree::assert_same;
@@ -16,11 +16,22 @@ use crate::support::{Scratch, disk_usage, limit, secs, wait_for};
 const SIZE: usize = 40 << 20;
 /// Bytes a second on the slow line: the transfer lasts some eight seconds.
 const RATE: u64 = 5 << 20;
-/// What may be sent again after an interruption: two seconds of the line (a group commit is a second or 16 MiB, and the
-/// interruption takes a moment to be noticed) and what was in flight.
-const AGAIN: u64 = 3 * RATE;
+/// What must be durable at the site before it is interrupted: to begin at zero then costs more than all allowances together.
+const ENOUGH: u64 = 12 << 20;
 /// Headers, acknowledgements, manifests, handshakes: a part in this many, beside the payload.
 const OVERHEAD: u64 = 10;
+/// What the line may carry beside that after an interruption: packets on their way to whoever is dead, the handshake, control.
+const UNDERWAY: u64 = 4 << 20;
+
+const _: () = assert!(ENOUGH > (SIZE as u64 - ENOUGH) / OVERHEAD + UNDERWAY, "a start from zero would pass for a resumption");
+
+/// A transfer when it was interrupted.
+struct Moment {
+    /// What was durable at the site, at the least: reports come late.
+    committed: u64,
+    /// What the line had carried towards the site.
+    down: u64,
+}
 
 /// One site behind a line, with a transfer that has begun.
 struct World {
@@ -47,24 +58,29 @@ impl World {
         Self { site, line, hub, source, transfer, _scratch: scratch }
     }
 
-    /// Waits until about this many bytes have arrived, and no more than half of all.
-    fn wait_received(&self, bytes: u64) -> Transfer {
-        let seen = self.hub.wait_transfer(&self.transfer, "on its way", secs(60), |t| t.bytes.received >= bytes);
-        assert!(seen.bytes.received < SIZE as u64 * 3 / 4, "too late to interrupt: {:?}", seen.bytes);
-        seen
+    /// Waits until so many bytes are durable at the site, and interrupts.
+    fn interrupt(&mut self, committed: u64, how: impl FnOnce(&mut Self)) -> Moment {
+        let seen = self.hub.wait_transfer(&self.transfer, "on its way", secs(60), |t| t.bytes.committed >= committed);
+        assert!(seen.bytes.committed < SIZE as u64 * 3 / 4, "too late to interrupt: {:?}", seen.bytes);
+        how(self);
+        Moment { committed: seen.bytes.committed, down: self.line.down() }
     }
 
-    /// Lets the transfer end by itself, and checks that it did not begin at zero.
-    fn check_end(&self, interruptions: u64) -> Transfer {
+    /// Lets the transfer end by itself, and checks that it went on with all that was durable.
+    fn check_end(&self, last: &Moment) {
         let done = self.hub.wait_done(&self.transfer, secs(90));
         assert_same(&self.source, &self.site.folder("model/yolo:v1"));
         assert_eq!(done.bytes.committed, done.bytes.total, "{:?}", done.bytes);
-        let most = SIZE as u64 + SIZE as u64 / OVERHEAD + interruptions * AGAIN;
-        assert!(self.line.down() <= most, "{} bytes crossed the line, {most} would do: {:?}", self.line.down(), done.bytes);
+        assert!(done.attempts >= 2, "an interruption is a new attempt: {done:#?}");
+        // The transfer says so, and the line has to agree: only what was not durable crossed it again.
+        let bytes = done.bytes;
+        assert!(bytes.resumed >= last.committed, "{} bytes were durable, and not all were taken up again: {bytes:?}", last.committed);
+        let left = SIZE as u64 - last.committed;
+        let (more, most) = (self.line.down() - last.down, left + left / OVERHEAD + UNDERWAY);
+        assert!(more <= most, "{more} bytes crossed the line after the interruption, {most} would do for {left}: {bytes:?}");
         let same = self.site.transfer(&self.transfer);
         assert_eq!((same.state.as_str(), same.bytes.committed), ("done", done.bytes.committed), "the site tells the same");
         assert_eq!(self.site.leftovers(), Vec::<PathBuf>::new());
-        done
     }
 }
 
@@ -72,72 +88,66 @@ impl World {
 fn a_site_stopped_in_the_middle_goes_on() {
     let _limit = limit(secs(200));
     let mut world = World::start();
-    world.wait_received(10 << 20);
-    world.site.stop();
+    let stopped = world.interrupt(ENOUGH, |w| w.site.stop());
     world.hub.wait_online("chengdu", false, secs(20));
     let waiting = world.hub.transfer(&world.transfer);
     assert!(!waiting.is_final() && waiting.has_reason(&["site_offline"]), "{waiting:#?}");
     world.site.start();
-    let done = world.check_end(1);
-    assert!(done.bytes.resumed >= 5 << 20, "what had arrived was not taken up again: {:?}", done.bytes);
+    world.check_end(&stopped);
 }
 
 #[test]
 fn a_site_killed_in_the_middle_goes_on() {
     let _limit = limit(secs(200));
     let mut world = World::start();
-    world.wait_received(12 << 20);
-    world.site.kill();
+    let killed = world.interrupt(ENOUGH, |w| w.site.kill());
     world.site.start();
-    let done = world.check_end(1);
-    assert!(done.bytes.resumed >= 4 << 20, "what had arrived was not taken up again: {:?}", done.bytes);
-    assert!(done.attempts >= 2, "an interruption is a new attempt: {done:#?}");
+    world.check_end(&killed);
 }
 
 #[test]
 fn a_site_killed_again_and_again_goes_on() {
     let _limit = limit(secs(240));
     let mut world = World::start();
-    for n in 1..=3 {
-        let before = world.hub.transfer(&world.transfer).bytes;
-        let settled = before.resumed + before.received;
-        world.hub.wait_transfer(&world.transfer, "further", secs(60), |t| {
-            t.bytes.resumed + t.bytes.received >= settled.max(n * (8 << 20)) && t.bytes.received > 0
-        });
-        world.site.kill();
+    // Slower, so that three kills find their place.
+    world.line.throttle(RATE / 2);
+    let mut killed = world.interrupt(ENOUGH / 2, |w| w.site.kill());
+    for _ in 0..2 {
         world.site.start();
+        let again = world.hub.wait_transfer(&world.transfer, "taken up again", secs(60), |t| t.bytes.resumed >= killed.committed);
+        // Each life brings something to lose.
+        killed = world.interrupt((again.bytes.resumed + 1).max(ENOUGH), |w| w.site.kill());
     }
-    world.check_end(3);
+    world.line.throttle(RATE);
+    world.site.start();
+    world.check_end(&killed);
 }
 
 #[test]
 fn a_hub_killed_in_the_middle_goes_on() {
     let _limit = limit(secs(200));
     let mut world = World::start();
-    world.wait_received(12 << 20);
-    world.hub.kill();
+    let killed = world.interrupt(ENOUGH, |w| w.hub.kill());
     world.hub.start();
-    world.check_end(1);
+    world.check_end(&killed);
 }
 
 #[test]
 fn a_hub_stopped_in_the_middle_goes_on() {
     let _limit = limit(secs(200));
     let mut world = World::start();
-    world.wait_received(12 << 20);
-    world.hub.stop();
+    let stopped = world.interrupt(ENOUGH, |w| w.hub.stop());
     let alone = world.site.transfer(&world.transfer);
     assert!(!alone.is_final(), "a site without its hub waits: {alone:#?}");
     world.hub.start();
-    world.check_end(1);
+    world.check_end(&stopped);
 }
 
 #[test]
 fn a_line_cut_for_a_minute_goes_on() {
     let _limit = limit(secs(280));
-    let world = World::start();
-    world.wait_received(12 << 20);
-    world.line.cut();
+    let mut world = World::start();
+    let cut = world.interrupt(ENOUGH, |w| w.line.cut());
     let cut_at = std::time::Instant::now();
     world.hub.wait_online("chengdu", false, secs(60));
     let waiting = world.hub.transfer(&world.transfer);
@@ -147,7 +157,7 @@ fn a_line_cut_for_a_minute_goes_on() {
     wait_for("the minute is over", secs(70), || (cut_at.elapsed() > secs(60)).then_some(()));
     world.line.mend();
     world.hub.wait_online("chengdu", true, secs(75));
-    world.check_end(1);
+    world.check_end(&cut);
 }
 
 /// How the hub says that the site is connected.

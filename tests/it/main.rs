@@ -9,6 +9,7 @@
 mod again;
 mod bad_input;
 mod borrow;
+mod damage;
 mod end_to_end;
 mod harbor;
 mod harness;

@@ -1,5 +1,7 @@
 //! What a site can publish that is no path of files: rows of its label database, images of its registry, archives.
 
+use std::fs::File;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use crate::support::daemon::{Hub, Site, SiteSpec};
@@ -8,6 +10,7 @@ use crate::support::images;
 use crate::support::labels as marks;
 use crate::support::postgres::Postgres;
 use crate::support::registry::Registry;
+use crate::support::tree::assert_same;
 use crate::support::{Scratch, disk_usage, find, limit, secs};
 
 /// The folder of what a site had to write to publish an artifact.
@@ -112,4 +115,51 @@ fn images_of_a_registry_and_of_archives() {
     let saved = publish_at(&site, &hub, images::small().join("docker.tar").to_str().unwrap(), "image/saved:v1");
     assert!(find(&kept(&site, &saved), &|p| p.is_file()).len() > 4);
     site.cli(&["publish", &format!("registry://{}/operators/none:v1", own.host()), "--as", "image/x:v1"]).expect(5);
+}
+
+/// Whoever published a folder where it lies may write into its files later. So no version that is delivered may be the same file
+/// under another name, though its content is taken from there.
+#[test]
+fn files_published_in_place_are_copied_and_never_linked() {
+    let _limit = limit(secs(150));
+    let scratch = Scratch::new();
+    let hub = Hub::start_new(scratch.path());
+    let site = Site::start_new(scratch.path(), &hub, "chengdu", &SiteSpec::default());
+    let (own, v1, v2) = (scratch.join("own"), scratch.join("v1"), scratch.join("v2"));
+    let mut rng = data::rng("in place");
+    let files = [("large.bin", 3 << 20), ("small.bin", 30 << 10)];
+    for (name, size) in files {
+        let bytes = data::noise(&mut rng, size);
+        for folder in [&own, &v1, &v2] {
+            data::write(&folder.join(name), &bytes);
+            // The mode in which files are staged: any other would rule a link out by itself.
+            data::chmod(&folder.join(name), 0o644);
+        }
+    }
+    data::write(&v1.join("notes.txt"), b"one");
+    data::write(&v2.join("notes.txt"), b"two");
+    site.publish(&own, "dataset/own:v1", &[]);
+    hub.publish(&v1, "dataset/line:v1", &[]);
+    let done = hub.deliver_and_wait("dataset/line:v1", "chengdu", secs(60));
+    assert!(done.bytes.reused >= (3 << 20) + (30 << 10), "what lies here is not fetched: {:?}", done.bytes);
+    let delivered = site.folder("dataset/line:v1");
+    for (name, _) in files {
+        let (mine, theirs) = (own.join(name).metadata().unwrap(), delivered.join(name).metadata().unwrap());
+        assert_eq!(mine.dev(), theirs.dev(), "on one filesystem, or the test says nothing");
+        assert_ne!(mine.ino(), theirs.ino(), "{name} is one file under two names");
+        assert_eq!((mine.nlink(), theirs.nlink()), (1, 1), "{name}");
+    }
+
+    // Its owner goes on working.
+    for (name, _) in files {
+        let file = File::options().write(true).open(own.join(name)).unwrap();
+        file.write_all_at(b"looked at again", 1000).unwrap();
+    }
+    assert_same(&v1, &delivered);
+    site.cli(&["verify", "dataset/line:v1"]).expect(0);
+    // Nor does a later version take what he made of them, though it is noted there where its chunks lay.
+    hub.publish(&v2, "dataset/line:v2", &[]);
+    hub.deliver_and_wait("dataset/line:v2", "chengdu", secs(60));
+    assert_same(&v2, &site.folder("dataset/line:v2"));
+    assert_same(&v1, &delivered);
 }

@@ -144,7 +144,7 @@ async fn a_publisher_may_do_nothing_else() {
     // A control stream gets no answer.
     let (mut send, mut recv) = link.open(wire::PRIORITY_CONTROL).await.unwrap();
     send.write_all(&[CONTROL]).await.unwrap();
-    let _ = wire::send(&mut send, &FromSite::Hello { version: "0".into(), share: None }).await;
+    let _ = wire::send(&mut send, &FromSite::Hello { version: "0".into(), share: None, congestion: Default::default() }).await;
     assert!(wire::receive::<FromHub>(&mut recv).await.is_err());
     assert!(bench.hub.sites().await.unwrap().is_empty());
     // It can renew, and stays a publisher.

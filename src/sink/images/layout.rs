@@ -158,14 +158,13 @@ fn land(layout: &Path, staged: &Path, tree: &Tree, top: &Descriptor, version: &s
     let blobs = tree.blobs.iter().map(|blob| (blob.digest, blob.size, blob.is_foreign()));
     for (digest, size, foreign) in manifests.chain(blobs) {
         let (from, to) = (staged.join(digest.layout_path()), layout.join(digest.layout_path()));
-        if fs::metadata(&to).is_ok_and(|m| m.len() == size) {
+        // What stands there was asked for by its name and size only, and may have been damaged since it came.
+        if check_blob(&to, &digest, size)?.is_none() {
             continue;
         }
+        durable::remove_all(&to)?;
         match fs::metadata(&from) {
-            Ok(meta) if meta.len() == size => {
-                durable::remove_all(&to)?; // a file of another size, which only somebody else can have put there
-                move_in(&from, &to)?;
-            }
+            Ok(meta) if meta.len() == size => move_in(&from, &to)?,
             Ok(meta) => {
                 return Err(Fault::integrity(format!("image blob {digest}: its manifest says {size} bytes, the file has {}", meta.len())));
             }

@@ -135,6 +135,33 @@ async fn a_folder_of_layouts() {
 }
 
 #[tokio::test]
+async fn a_damaged_layer_is_not_landed_again_for_its_size() {
+    let dir = tempfile::tempdir().unwrap();
+    let sink = open(None, dir.path()).unwrap();
+    let base = noise(30, 5000);
+    let one = staged(sink.as_ref(), std::slice::from_ref(&base), &["amd64"]);
+    sink.commit(&incoming("image/one:v1", &one), &one.dir).await.unwrap();
+    let layer = dir.path().join("images/one").join(one.layers[0].layout_path());
+    write(&layer, &noise(31, 5000));
+
+    // The second version has the same base, which is held by its name and size and so not staged.
+    let two = staged(sink.as_ref(), &[base.clone(), noise(32, 100)], &["amd64"]);
+    let (v2, path) = (incoming("image/one:v2", &two), blob_path(&two.layers[0]));
+    let from = two.dir.join(path.as_str());
+    let file = file_info(&from);
+    assert!(sink.holds(&v2, &path, &file).await.unwrap());
+    std::fs::remove_file(&from).unwrap();
+    let fault = sink.commit(&v2, &two.dir).await.unwrap_err();
+    assert_eq!((fault.reason, fault.retry), (Reason::SinkUnavailable, Retry::Backoff), "{fault}");
+    // The next try brings it, and then both versions are sound.
+    assert!(!sink.holds(&v2, &path, &file).await.unwrap());
+    write(&from, &base);
+    let landed = sink.commit(&v2, &two.dir).await.unwrap();
+    assert_eq!(sink.verify(&v2, &landed.place).await.unwrap(), Vec::<String>::new());
+    assert_eq!(std::fs::read(&layer).unwrap(), base);
+}
+
+#[tokio::test]
 async fn what_is_refused_before_a_byte_moves() {
     let dir = tempfile::tempdir().unwrap();
     let cfg = |url: &str| sink_config(url, dir.path());

@@ -16,6 +16,7 @@ use tar::{EntryType, Header, PaxExtensions};
 use super::refuse;
 use crate::fault::{Fault, IoContext};
 use crate::limits::{ARCHIVE_HEADER_BYTES_MAX, ARCHIVE_MEMBERS_MAX, ARCHIVE_NAMES_BYTES_MAX};
+use crate::source::Stamp;
 
 /// The unit of a tar, in bytes.
 const BLOCK: u64 = 512;
@@ -26,6 +27,8 @@ const HOPS_MAX: usize = 40;
 #[derive(Debug)]
 pub(super) struct TarIndex {
     pub(super) file: Arc<PathBuf>,
+    /// The file before its first header was read.
+    pub(super) stamp: Stamp,
     members: BTreeMap<String, Member>,
 }
 
@@ -57,10 +60,12 @@ impl TarIndex {
     /// decompressed copy that nobody knows.
     pub(super) fn open(path: &Path, shown: &Path) -> Result<Self, Fault> {
         let file = File::open(path).at(format_args!("open {}", path.display()))?;
-        let len = file.metadata().at(format_args!("read {}", path.display()))?.len();
-        let mut scan = Scan { file, len, shown, members: BTreeMap::new(), names_bytes: 0 };
+        let meta = file.metadata().at(format_args!("read {}", path.display()))?;
+        let name = Arc::new(path.to_path_buf());
+        let stamp = Stamp::new(Arc::clone(&name), &meta);
+        let mut scan = Scan { file, len: meta.len(), shown, members: BTreeMap::new(), names_bytes: 0 };
         scan.run()?;
-        let index = Self { file: Arc::new(path.to_path_buf()), members: scan.members };
+        let index = Self { file: name, stamp, members: scan.members };
         for (name, member) in &index.members {
             if matches!(member, Member::Link(_)) {
                 index.follow(name).map_err(|why| refuse(shown, name, why))?;

@@ -5,8 +5,8 @@
 //! more than [`BOMB_RATIO`] times what went in. So small things may be as dense as they like, and large ones must be
 //! as plausible as real files are.
 //!
-//! [`to_scratch`] writes one file into the scratch folder; after a crash it lies there half written until the next
-//! start cleans the folder.
+//! [`to_scratch`] writes one file into the scratch folder, and stops before the disk is full: the daemon's own state is on
+//! it. After a crash the file lies there half written until the next start cleans the folder.
 
 use std::cell::Cell;
 use std::fs::{self, File};
@@ -17,8 +17,9 @@ use std::rc::Rc;
 use flate2::read::MultiGzDecoder;
 
 use super::refuse;
-use crate::fault::{Fault, IoContext};
-use crate::limits::{BOMB_BYTES, BOMB_RATIO};
+use crate::fault::{Code, Fault, IoContext};
+use crate::limits::{BOMB_BYTES, BOMB_RATIO, SCRATCH_LOOK_BYTES, SCRATCH_SPARE_BYTES};
+use crate::stage::free_bytes;
 
 /// The size of read and write buffers, in bytes.
 pub(super) const BUFFER: usize = 128 << 10;
@@ -116,8 +117,10 @@ impl Read for Bounded<'_> {
 pub(super) fn to_scratch(path: &Path, compression: Compression, copy: &Path, caps: Caps) -> Result<(), Fault> {
     let input = File::open(path).at(format_args!("open {}", path.display()))?;
     let output = File::create(copy).at(format_args!("create {}", copy.display()))?;
-    let result = copy_to(path, compression, input, output, caps).map_err(|fault| match fault.code {
-        crate::fault::Code::NoSpace => fault.context(format_args!("decompress {} to {}", path.display(), copy.display())),
+    let result = copy_to(path, compression, input, output, caps, || free_bytes(copy)).map_err(|fault| match fault.code {
+        Code::NoSpace => fault
+            .context(format_args!("decompress {} to {}", path.display(), copy.display()))
+            .with_next("make room on that disk and run the command again, or publish the archive decompressed, which needs no copy"),
         _ => fault,
     });
     if result.is_err() {
@@ -126,13 +129,33 @@ pub(super) fn to_scratch(path: &Path, compression: Compression, copy: &Path, cap
     result
 }
 
-fn copy_to(path: &Path, compression: Compression, input: impl Read, mut output: impl Write, caps: Caps) -> Result<(), Fault> {
+/// `free` says how much room is left where `output` goes.
+fn copy_to(
+    path: &Path,
+    compression: Compression,
+    input: impl Read,
+    mut output: impl Write,
+    caps: Caps,
+    free: impl Fn() -> Result<u64, Fault>,
+) -> Result<(), Fault> {
     let mut reader = compression.reader(input, caps).map_err(|e| damaged(path, &e))?;
     let mut buffer = vec![0; BUFFER];
+    // What may be written before the room is looked at again.
+    let mut sure = 0;
     loop {
         match reader.read(&mut buffer) {
             Ok(0) => return output.flush().at("write the decompressed archive"),
-            Ok(n) => output.write_all(&buffer[..n]).at("write the decompressed archive")?,
+            Ok(n) => {
+                if sure < n {
+                    let free = free()?;
+                    if free < SCRATCH_SPARE_BYTES + SCRATCH_LOOK_BYTES {
+                        return Err(Fault::no_space(format!("no space left for all of it, only {free} bytes are free")));
+                    }
+                    sure = SCRATCH_LOOK_BYTES as usize;
+                }
+                sure -= n;
+                output.write_all(&buffer[..n]).at("write the decompressed archive")?;
+            }
             Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
             Err(e) => return Err(damaged(path, &e)),
         }
@@ -157,7 +180,6 @@ pub(super) fn why_damaged(error: &io::Error) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::fault::Code;
 
     const CAPS: Caps = Caps { bytes: 1 << 20, ratio: 64 };
 
@@ -187,10 +209,37 @@ mod tests {
     fn truncation_and_a_full_disk_are_told_apart() {
         let whole = zstd::encode_all(&b"x".repeat(300_000)[..], 1).unwrap();
         let path = Path::new("/img.tar.zst");
-        let cut = copy_to(path, Compression::Zstd, &whole[..whole.len() - 4], io::sink(), CAPS).unwrap_err();
+        let room = || Ok(u64::MAX);
+        let cut = copy_to(path, Compression::Zstd, &whole[..whole.len() - 4], io::sink(), CAPS, room).unwrap_err();
         assert_eq!(cut.code, Code::Integrity);
         assert!(cut.message.contains("truncated"), "{}", cut.message);
         let full = File::options().write(true).open("/dev/full").unwrap();
-        assert_eq!(copy_to(path, Compression::Zstd, &whole[..], full, CAPS).unwrap_err().code, Code::NoSpace);
+        assert_eq!(copy_to(path, Compression::Zstd, &whole[..], full, CAPS, room).unwrap_err().code, Code::NoSpace);
+    }
+
+    #[test]
+    fn it_stops_before_the_disk_is_full() {
+        struct Disk<'a>(&'a Cell<u64>);
+        impl Write for Disk<'_> {
+            fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+                self.0.set(self.0.get().checked_sub(bytes.len() as u64).ok_or(io::ErrorKind::StorageFull)?);
+                Ok(bytes.len())
+            }
+            fn flush(&mut self) -> io::Result<()> {
+                Ok(())
+            }
+        }
+        let archive = zstd::encode_all(io::repeat(7).take(3 * SCRATCH_LOOK_BYTES), 1).unwrap();
+        let copy = |room: u64| {
+            let free = Cell::new(room);
+            let no_caps = Caps { bytes: u64::MAX, ratio: 1 };
+            let result = copy_to(Path::new("/img.tar.zst"), Compression::Zstd, &archive[..], Disk(&free), no_caps, || Ok(free.get()));
+            (result, free.get())
+        };
+        let (copied, left) = copy(SCRATCH_SPARE_BYTES + 4 * SCRATCH_LOOK_BYTES);
+        assert_eq!((copied, left), (Ok(()), SCRATCH_SPARE_BYTES + SCRATCH_LOOK_BYTES));
+        let (stopped, left) = copy(SCRATCH_SPARE_BYTES + 2 * SCRATCH_LOOK_BYTES);
+        assert_eq!(stopped.unwrap_err().code, Code::NoSpace);
+        assert!((SCRATCH_SPARE_BYTES..SCRATCH_SPARE_BYTES + SCRATCH_LOOK_BYTES).contains(&left), "{left} bytes are left");
     }
 }

@@ -21,7 +21,7 @@ use super::refuse;
 use crate::fault::Fault;
 use crate::limits::{IMAGE_CHECKS_MAX, IMAGE_JSON_BYTES_MAX};
 use crate::names::RelPath;
-use crate::source::Content;
+use crate::source::{Content, Stamp};
 
 /// `sha256:` and 64 lower-case hex digits: the name of a blob.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Deserialize)]
@@ -71,12 +71,14 @@ pub(super) struct Piece {
     pub(super) name: String,
     pub(super) size: u64,
     pub(super) content: Content,
+    /// Its file before anything was read of it.
+    pub(super) stamp: Option<Stamp>,
 }
 
 impl Piece {
     /// Something this program made itself.
     pub(super) fn made(name: String, bytes: Vec<u8>) -> Self {
-        Self { name, size: bytes.len() as u64, content: Content::Memory(bytes.into()) }
+        Self { name, size: bytes.len() as u64, content: Content::Memory(bytes.into()), stamp: None }
     }
 
     fn open(&self) -> io::Result<Box<dyn Read + '_>> {
@@ -134,11 +136,15 @@ impl Holder {
                 name: name.to_owned(),
                 size: extent.size,
                 content: Content::Range { file: Arc::clone(&index.file), offset: extent.offset },
+                stamp: Some(index.stamp.clone()),
             })),
             Place::Folder => {
                 let path = self.shown.join(name.parse::<RelPath>().map_err(|why| self.refuse(name, why))?.as_str());
                 match fs::symlink_metadata(&path) {
-                    Ok(meta) if meta.is_file() => Ok(Some(Piece { name: name.to_owned(), size: meta.len(), content: Content::File(path) })),
+                    Ok(meta) if meta.is_file() => {
+                        let stamp = Some(Stamp::new(Arc::new(path.clone()), &meta));
+                        Ok(Some(Piece { name: name.to_owned(), size: meta.len(), content: Content::File(path), stamp }))
+                    }
                     Ok(_) => Err(self.refuse(name, "it is not a regular file")),
                     Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
                     Err(e) => Err(self.io(name, &e)),

@@ -8,8 +8,9 @@
 //! oci-layout           {"imageLayoutVersion":"1.0.0"}
 //! ```
 //! `ingest` drives it. All checks are done in `open`, before the first entry: structure first, then every layer is read
-//! and hashed, compressed and uncompressed. Nothing is unpacked; a compressed archive is decompressed as a whole into
-//! the scratch folder, which is all that a crash leaves, and which the next start cleans.
+//! and hashed, compressed and uncompressed. Each entry carries the stamp of its file from before that, so that nothing
+//! else is taken than what was checked. Nothing is unpacked; a compressed archive is decompressed as a whole into the
+//! scratch folder, which is all that a crash leaves, and which the next start cleans.
 //!
 //! `oci` knows layouts, `docker` knows `manifest.json`, `holder` finds and reads pieces, `archive` reads tar
 //! headers, `decompress` holds the rule against bombs, `listing` the choice among several images.
@@ -34,7 +35,7 @@ use self::decompress::{Caps, Compression, SNIFFED_BYTES};
 use self::holder::{Holder, Piece};
 pub use self::listing::split_tag;
 use self::oci::{Chosen, Descriptor, Image, Trouble};
-use super::{Content, Source, SourceBody, SourceEntry};
+use super::{Content, Source, SourceBody, SourceEntry, Stamp};
 use crate::fault::{Fault, IoContext};
 use crate::manifest::{ImageInfo, KindInfo};
 
@@ -168,15 +169,16 @@ fn source(image: Image) -> Result<ImageSource, Fault> {
         "mediaType": image.top.media_type, "digest": image.top.digest.to_string(), "size": image.top.size,
     });
     let index = oci::to_bytes(&serde_json::json!({ "schemaVersion": 2, "mediaType": oci::OCI_INDEX, "manifests": [descriptor] }))?;
-    let folder = |path: &str| Ok(SourceEntry { path: path.parse()?, mode: FOLDER_MODE, body: SourceBody::Dir });
-    let file = |path: &str, size: u64, content: Content| {
-        Ok(SourceEntry { path: path.parse()?, mode: FILE_MODE, body: SourceBody::File { size, content } })
+    let folder = |path: &str| Ok(SourceEntry { path: path.parse()?, mode: FOLDER_MODE, body: SourceBody::Dir, stamp: None });
+    let file = |path: &str, size: u64, content: Content, stamp: Option<Stamp>| {
+        Ok(SourceEntry { path: path.parse()?, mode: FILE_MODE, body: SourceBody::File { size, content }, stamp })
     };
     let mut entries: Vec<Result<SourceEntry, Fault>> = vec![folder("blobs"), folder("blobs/sha256")];
-    entries.extend(image.blobs.into_iter().map(|(digest, Piece { size, content, .. })| file(&digest.member(), size, content)));
-    entries.push(file("index.json", index.len() as u64, Content::Memory(index.into())));
+    let blobs = image.blobs.into_iter();
+    entries.extend(blobs.map(|(digest, Piece { size, content, stamp, .. })| file(&digest.member(), size, content, stamp)));
+    entries.push(file("index.json", index.len() as u64, Content::Memory(index.into()), None));
     let layout: &[u8] = br#"{"imageLayoutVersion":"1.0.0"}"#;
-    entries.push(file("oci-layout", layout.len() as u64, Content::Memory(Bytes::from_static(layout))));
+    entries.push(file("oci-layout", layout.len() as u64, Content::Memory(Bytes::from_static(layout)), None));
     Ok(ImageSource {
         entries: entries.into_iter().collect::<Result<Vec<_>, _>>()?.into_iter(),
         info: ImageInfo {

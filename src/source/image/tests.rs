@@ -2,8 +2,10 @@
 
 use std::collections::BTreeMap;
 use std::io::Write;
+use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::process::Command;
+use std::time::Duration;
 
 use serde_json::{Value, json};
 
@@ -11,7 +13,9 @@ use super::holder::BlobDigest;
 use super::oci::{OCI_CONFIG, OCI_INDEX, OCI_MANIFEST};
 use super::*;
 use crate::fault::Code;
-use crate::names::RelPath;
+use crate::ingest::{Progress, ingest};
+use crate::names::{Kind, RelPath};
+use crate::store::Store;
 
 const SMALL_CAPS: Caps = Caps { bytes: 1 << 20, ratio: 64 };
 const TAR_LAYER: &str = "application/vnd.oci.image.layer.v1.tar";
@@ -617,6 +621,35 @@ fn a_lying_oci_layout_is_refused() {
     refused(case.open(&odd(OCI_MANIFEST, json!({ "schemaVersion": 2, "mediaType": OCI_INDEX }))), &["is listed as"]);
     let sha512 = json!({ "mediaType": OCI_MANIFEST, "digest": "sha512:00", "size": 1 });
     refused(case.open(&make().0.layout(&[sha512]).tar()), &["not a sha256"]);
+}
+
+#[test]
+fn an_image_that_changes_after_its_check_is_not_taken() {
+    let case = Case::new();
+    let store = Store::open(&case.path("store")).unwrap();
+    let raw = layer("a", b"1");
+    let mut parts = Parts::default();
+    let top = oci_image(&mut parts, "amd64", &[&raw]);
+    parts.layout(&[top]);
+    let (folder, tar) = (case.path("folder"), parts.tar());
+    parts.folder(&folder);
+    let archive = case.file(&tar);
+    let member = folder.join(BlobDigest::of(&raw).member());
+    let in_tar = tar.windows(raw.len()).position(|bytes| bytes == raw).unwrap();
+    for (image, file, start) in [(&folder, &member, 0), (&archive, &archive, in_tar)] {
+        let opened = || open(image, &case.path("none"), None, SMALL_CAPS).unwrap();
+        ingest(&mut opened(), Kind::Image, &store, &store, &Progress::default()).unwrap();
+        let mut source = opened();
+        // Timestamps are as coarse as the kernel's tick.
+        std::thread::sleep(Duration::from_millis(30));
+        let time = fs::metadata(file).unwrap().modified().unwrap();
+        let out = File::options().write(true).open(file).unwrap();
+        out.write_all_at(b"2", start as u64 + 512).unwrap();
+        out.set_modified(time).unwrap();
+        let fault = ingest(&mut source, Kind::Image, &store, &store, &Progress::default()).unwrap_err();
+        assert_eq!(fault.code, Code::Integrity, "{fault}");
+        assert!(fault.message.contains("changed while it was read"), "{fault}");
+    }
 }
 
 #[test]

@@ -439,12 +439,16 @@ impl Classes {
         }
         let mut names: Vec<&String> = self.named.iter().filter(|name| !self.ids.contains_key(*name)).collect();
         names.sort_unstable();
-        let mut next = self.declared.last_key_value().map_or(0, |(id, _)| id.saturating_add(1).max(0));
-        let fresh: Vec<(String, i64)> = names.into_iter().cloned().zip(next..).collect();
+        let first = self.declared.last_key_value().map_or(Some(0), |(id, _)| id.checked_add(1));
+        let mut free = first.into_iter().flat_map(|first| first.max(0)..=i64::MAX);
+        let fresh: Vec<(String, Option<i64>)> = names.into_iter().map(|name| (name.clone(), free.next())).collect();
         for (name, id) in fresh {
-            next = id;
-            self.ids.insert(name.clone(), next);
-            self.declared.insert(next, Class { name, attrs: None });
+            let Some(id) = id else {
+                refusals.add(Why::ClassIds, format!("class {name:?}"), "it needs an id of its own, and the largest that there is is taken");
+                continue;
+            };
+            self.ids.insert(name.clone(), id);
+            self.declared.insert(id, Class { name, attrs: None });
         }
         let named = self.named.iter().map(|name| self.ids.get(name).copied().unwrap_or(-1)).collect();
         ClassTable { rows: self.declared, named }
@@ -481,6 +485,25 @@ mod tests {
         assert_eq!([dent, scratch, seven, stain].map(|c| table.id(c)), [Some(8), Some(9), Some(7), Some(3)]);
         assert_eq!(table.id(ClassRef::Id(1)), None);
         assert!(refusals.check().is_ok());
+    }
+
+    #[test]
+    fn a_name_without_an_id_left_for_it_is_refused() {
+        for (taken, refused) in [(i64::MAX, 2), (i64::MAX - 1, 1), (i64::MAX - 2, 0)] {
+            let mut refusals = Refusals::default();
+            let mut classes = Classes::default();
+            let last = classes.by_id(taken).unwrap();
+            let dent = classes.named("x", "dent", &mut refusals).unwrap().unwrap();
+            let scratch = classes.named("x", "scratch", &mut refusals).unwrap().unwrap();
+            let table = classes.resolve(&mut refusals);
+            assert_eq!(refusals.count(Why::ClassIds), refused, "{taken}");
+            assert_eq!(table.rows[&taken].name, taken.to_string());
+            let ids: Vec<Option<i64>> = [last, dent, scratch].into_iter().map(|class| table.id(class)).collect();
+            assert_eq!(ids[0], Some(taken));
+            if refused == 0 {
+                assert_eq!(ids[1..], [Some(i64::MAX - 1), Some(i64::MAX)]);
+            }
+        }
     }
 
     proptest! {

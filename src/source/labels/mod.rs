@@ -70,13 +70,14 @@ mod yolo_names;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use crate::fault::{Fault, IoContext};
 use crate::labels::{ANNOTATIONS, CLASSES, QueryRow, SAMPLES};
 use crate::manifest::{DatasetBinding, FileInfo, KindInfo, LabelsInfo};
 use crate::names::RelPath;
 
-use super::{Content, Source, SourceBody, SourceEntry};
+use super::{Content, Source, SourceBody, SourceEntry, Stamp};
 use collect::{Collector, PathRules};
 use guess::Format;
 
@@ -246,6 +247,7 @@ fn check_columns(format: Format, columns: &BTreeMap<String, String>) -> Result<(
 }
 
 fn entry(name: &str, file: PathBuf) -> Result<SourceEntry, Fault> {
-    let size = file.metadata().at(format_args!("read {}", file.display()))?.len();
-    Ok(SourceEntry { path: name.parse()?, mode: 0o644, body: SourceBody::File { size, content: Content::File(file) } })
+    let meta = file.metadata().at(format_args!("read {}", file.display()))?;
+    let stamp = Some(Stamp::new(Arc::new(file.clone()), &meta));
+    Ok(SourceEntry { path: name.parse()?, mode: 0o644, body: SourceBody::File { size: meta.len(), content: Content::File(file) }, stamp })
 }

@@ -24,6 +24,8 @@ pub(super) enum Why {
     DuplicateImage,
     DuplicateSample,
     DuplicateClass,
+    /// No number is left for a class that comes by name.
+    ClassIds,
     Orphan,
     Nul,
     Utf8,
@@ -57,6 +59,7 @@ impl Why {
             Why::DuplicateImage => ("duplicate image id", "give each image an id of its own"),
             Why::DuplicateSample => ("duplicate image path", "name each image once"),
             Why::DuplicateClass => ("duplicate class", "give each class one id and a name of its own"),
+            Why::ClassIds => ("class ids used up", "name all classes by id or all by name, or use smaller ids"),
             Why::Orphan => ("orphan annotation", "add the image that the annotation names, or drop the annotation"),
             Why::Nul => ("NUL in text", "remove the NUL characters: databases cannot hold them"),
             Why::Utf8 => ("invalid UTF-8", "convert the file to UTF-8, for GBK by: iconv -f GB18030 -t UTF-8 OLD > NEW"),

@@ -1,13 +1,12 @@
 //! Walks the manifest of one pass and starts what each missing chunk needs.
 
 use std::collections::HashSet;
-use std::path::PathBuf;
 use std::sync::Arc;
 
 use parking_lot::RwLock;
 use tokio::sync::mpsc;
 
-use super::{Assembly, Batch, COPY_BYTES, Dest, Failure, Held, Item, Job, LOOK_UP, WHOLES_MAX, Whole};
+use super::{Assembly, Batch, COPY_BYTES, Dest, Failure, Held, Item, Job, LOOK_UP, Local, WHOLES_MAX, Whole};
 use crate::chunk::Hash;
 use crate::fault::Fault;
 use crate::fetch::Ranges;
@@ -20,7 +19,7 @@ use crate::wire::Wanted;
 /// A file that may be shared whole: where from, and its chunks so far.
 pub(super) struct Sharing {
     dest: Arc<Dest>,
-    from: PathBuf,
+    from: Local,
     items: Vec<Item>,
 }
 

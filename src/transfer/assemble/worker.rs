@@ -13,13 +13,13 @@ use parking_lot::Mutex;
 use rustix::io::Errno;
 use tokio::sync::mpsc;
 
-use super::{Counters, Dest, Done, Item, Job, Shared, Whole};
+use super::{Counters, Dest, Done, Item, Job, Local, Shared, Whole};
 use crate::chunk::Hash;
 use crate::fault::{Fault, IoContext};
 use crate::frame::Verified;
 use crate::manifest::{ChunkRef, Spot};
 use crate::places::Reader;
-use crate::stage::Stage;
+use crate::stage::{self, Stage};
 
 /// Bytes of a file that are read at once to be hashed.
 pub(super) const READ_BYTES: usize = 256 << 10;
@@ -35,8 +35,6 @@ pub(super) struct Worker {
     pub(super) done: SyncSender<Vec<Done>>,
     /// Reads what lies here.
     pub(super) local: Reader,
-    /// Whether whole files may be hard links of those of other versions.
-    pub(super) any_link: bool,
     /// What files are read into to be hashed: [`READ_BYTES`].
     pub(super) buffer: Vec<u8>,
 }
@@ -82,13 +80,14 @@ impl Worker {
                     let mut done = Vec::with_capacity(wholes.len());
                     for Whole { dest, from, chunks } in wholes {
                         match self.share(&dest, &from) {
-                            Ok(true) => {
+                            Ok(how @ (stage::Shared::Blocks | stage::Shared::Copy)) => {
                                 self.counters.reused.fetch_add(dest.file.size, Ordering::Relaxed);
-                                done.push(Done { bytes: dest.file.size, dest, chunks, written: false, uncommitted: None });
+                                let written = how == stage::Shared::Copy;
+                                done.push(Done { bytes: dest.file.size, dest, chunks, written, uncommitted: None });
                             }
-                            Ok(false) => self.copy_whole(&dest, &chunks, &from, &mut done)?,
+                            Ok(stage::Shared::Not) => self.copy_whole(&dest, &chunks, &from.path, &mut done)?,
                             Err(fault) => {
-                                tracing::info!(path = %from.display(), error = %fault, "a local file is stale; fetching it instead");
+                                tracing::info!(path = %from.path.display(), error = %fault, "a local file is stale; fetching it instead");
                                 self.stage.remove_file(&dest.path)?;
                                 if let Some(first) = chunks.first() {
                                     self.shared.places.forget(first.0)?;
@@ -141,7 +140,8 @@ impl Worker {
     }
 
     /// Makes the staged file the same as one that lies here, after checking all of that one's bytes.
-    fn share(&mut self, dest: &Dest, from: &Path) -> Result<bool, Fault> {
+    fn share(&mut self, dest: &Dest, from: &Local) -> Result<stage::Shared, Fault> {
+        let Local { path: from, link } = from;
         let file = File::open(from).at(from.display())?;
         if file.metadata().at(from.display())?.len() != dest.file.size {
             return Err(Fault::integrity("its size is another"));
@@ -157,7 +157,7 @@ impl Worker {
         if *hasher.finalize().as_bytes() != dest.file.hash.0 {
             return Err(Fault::integrity("its content is another"));
         }
-        self.stage.share(from, &file, &dest.path, dest.mode, self.any_link)
+        self.stage.share(from, &file, &dest.path, dest.mode, *link)
     }
 
     /// Copies a file's chunks from one that lies here and cannot be shared.

@@ -23,6 +23,17 @@ impl SmallDisk {
         Some(Self(path.into()))
     }
 
+    /// Fills it up with a file of this name, so that so many bytes stay free.
+    fn fill(&self, name: &str, leave: u64) -> PathBuf {
+        let room = rustix::fs::statvfs(self.0.as_path()).unwrap();
+        let free = room.f_bavail * room.f_frsize;
+        // Not a byte: then more is asked for than there is, and what fits is taken.
+        let len = if leave == 0 { free + (1 << 20) } else { free.saturating_sub(leave) };
+        let filler = self.0.join(name);
+        let _ = std::fs::write(&filler, vec![1; len as usize]);
+        filler
+    }
+
     fn grow(&self, size: &str) {
         tool("mount", &["-o", &format!("remount,size={size}"), self.0.to_str().unwrap()]);
     }
@@ -92,7 +103,7 @@ fn a_full_nas_stops_the_transfer_until_there_is_room() {
 
 #[test]
 fn a_full_data_folder_at_a_site_is_no_end() {
-    let _limit = limit(secs(200));
+    let _limit = limit(secs(280));
     let scratch = Scratch::new();
     let hub = Hub::start_new(scratch.path());
     let mut site = Site::new(scratch.path(), &hub, "chengdu", &SiteSpec::default());
@@ -104,15 +115,28 @@ fn a_full_data_folder_at_a_site_is_no_end() {
     hub.publish(&set, "dataset/d:v2", &[]);
     hub.deliver_and_wait("dataset/d:v1", "chengdu", secs(60));
 
-    // Not a byte of room for what the site writes of itself, in the middle of its work.
-    let filler = site.data_dir.join("filler");
-    let _ = std::fs::write(&filler, vec![1; 90 << 20]);
+    // Room for what the site notes, none for the manifest of what is new: it begins a pack after a start, and asks for a whole
+    // pack's room beforehand. That is the reason, and it says of which disk.
+    site.stop();
+    let filler = disk.fill("filler", 12 << 20);
+    site.start();
+    hub.wait_online("chengdu", true, secs(20));
     let other = data::dataset(&scratch.join("other"), 400).root;
     write(&other.join("more.bin"), &noise(&mut rng("more"), 48 << 20));
     hub.publish(&other, "dataset/other:v1", &[]);
     let ids = hub.deliver(&["dataset/other:v1", "dataset/d:v2"], "chengdu");
-    std::thread::sleep(secs(5));
-    assert!(hub.transfers(&[]).iter().any(|t| !t.is_final()), "it must have hit the full disk");
+    let stuck = hub.wait_transfer(&ids[0], "out of space", secs(60), |t| t.has_reason(&["no_space"]));
+    assert_eq!(stuck.artifact, "dataset/other:v1");
+    assert!(stuck.message.as_deref().is_some_and(|m| m.contains(site.data_dir.to_str().unwrap())), "it names the disk: {stuck:#?}");
+    assert!(stuck.next.as_deref().is_some_and(|next| next.contains("room")), "{stuck:#?}");
+
+    // Then not a byte, in the middle of its work: not even that can be noted any more, and the daemon bears it.
+    let rest = disk.fill("rest", 0);
+    wait_for("the catalogue cannot be written", secs(90), || site.log().contains("the catalogue cannot be written").then_some(()));
+    assert!(site.is_running(), "the site ended");
+
+    // With room it goes on by itself.
+    std::fs::remove_file(&rest).unwrap();
     std::fs::remove_file(&filler).unwrap();
     disk.grow("300m");
     for id in &ids {

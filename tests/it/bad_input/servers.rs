@@ -19,7 +19,7 @@ fn publish_labels(hub: &Hub, scratch: &Scratch, version: &str) -> Vec<labels::Ro
     let dataset_reference = format!("dataset/d:{version}");
     hub.publish(&dataset.root, &dataset_reference, &[]);
     hub.publish(&file, &format!("labels/l:{version}"), &["--for", &dataset_reference]);
-    coco_rows(&document, &marks, &dataset.root)
+    coco_rows(&document, &marks, &dataset.root, &format!("l:{version}"))
 }
 
 #[test]

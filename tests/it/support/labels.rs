@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use rand::Rng;
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 use super::data::{Photo, rng, write};
 use super::postgres::{Postgres, sqlite_rows};
@@ -170,28 +170,49 @@ pub(crate) fn yolo(root: &Path, dataset: &Path, photos: &[Photo], marks: &[Mark]
 /// One row of the views, as tests compare it.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Row {
+    pub(crate) label_set: String,
+    pub(crate) version: String,
     pub(crate) sample_path: String,
     pub(crate) sample_hash: Option<String>,
     pub(crate) class: String,
     pub(crate) kind: String,
     pub(crate) bbox: [f64; 4],
-    pub(crate) has_geom: bool,
+    /// The exact shape, as JSON; null where there is none.
+    pub(crate) geom: Value,
+    /// Attributes, likewise.
+    pub(crate) attrs: Value,
     pub(crate) raw: Value,
 }
 
-/// The rows that a COCO document about a dataset must give, in the views' order of samples and boxes.
-pub(crate) fn coco_rows(document: &Value, marks: &[Mark], dataset: &Path) -> Vec<Row> {
+/// What of a COCO annotation has a column of its own; the rest are attributes.
+const COCO_COLUMNS: [&str; 6] = ["id", "image_id", "category_id", "bbox", "segmentation", "keypoints"];
+
+/// The attributes of a COCO annotation.
+fn coco_attrs(annotation: &Value) -> Value {
+    let members = annotation.as_object().expect("an annotation is an object").iter();
+    let rest: Map<String, Value> =
+        members.filter(|(key, _)| !COCO_COLUMNS.contains(&key.as_str())).map(|(key, value)| (key.clone(), value.clone())).collect();
+    if rest.is_empty() { Value::Null } else { Value::Object(rest) }
+}
+
+/// The rows that a COCO document about a dataset must give as this version of a set (`set:version`), in the views' order of
+/// samples and boxes.
+pub(crate) fn coco_rows(document: &Value, marks: &[Mark], dataset: &Path, set_and_version: &str) -> Vec<Row> {
+    let (label_set, version) = set_and_version.split_once(':').expect("set:version");
     let annotations = document["annotations"].as_array().expect("a COCO document has annotations");
     let mut rows: Vec<Row> = marks
         .iter()
         .zip(annotations)
         .map(|(m, raw)| Row {
+            label_set: label_set.into(),
+            version: version.into(),
             sample_path: m.photo.path.clone(),
             sample_hash: Some(blake3::hash(&std::fs::read(dataset.join(&m.photo.path)).expect("read a photo")).to_hex().to_string()),
             class: CLASSES[m.class].1.into(),
             kind: if m.polygon { "polygon" } else { "bbox" }.into(),
             bbox: [m.x, m.y, m.w, m.h],
-            has_geom: m.polygon,
+            geom: if m.polygon { m.corners() } else { Value::Null },
+            attrs: coco_attrs(raw),
             raw: raw.clone(),
         })
         .collect();
@@ -254,13 +275,16 @@ fn row(value: &Value) -> Row {
     let text = |key: &str| value[key].as_str().unwrap_or_else(|| panic!("{key} is not text in {value}")).to_owned();
     let number = |key: &str| value[key].as_f64().unwrap_or_else(|| panic!("{key} is not a number in {value}"));
     Row {
+        label_set: text("label_set"),
+        version: text("version"),
         sample_path: text("sample_path"),
         // bytea prints as \x…
         sample_hash: value["sample_hash"].as_str().map(|h| h.trim_start_matches("\\x").to_owned()),
         class: text("class"),
         kind: text("kind"),
         bbox: [number("x"), number("y"), number("w"), number("h")],
-        has_geom: !value["geom"].is_null(),
+        geom: embedded(&value["geom"]),
+        attrs: embedded(&value["attrs"]),
         raw: embedded(&value["raw"]),
     }
 }

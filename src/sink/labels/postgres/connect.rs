@@ -20,7 +20,8 @@ impl Postgres {
     pub(super) async fn connect(&self) -> Result<PgConnection, Fault> {
         let mut options = self.options.clone();
         if let Some(file) = self.password_file.clone() {
-            let secret = joined(tokio::task::spawn_blocking(move || password(&file))).await?;
+            let read = move || password(&file).map_err(|e| Fault::secret_unreadable(&file, &e));
+            let secret = joined(tokio::task::spawn_blocking(read)).await?;
             options = options.password(&secret);
         }
         let mut conn = match tokio::time::timeout(LABEL_CONNECT_MAX, options.connect()).await {

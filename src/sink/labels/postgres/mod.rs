@@ -59,10 +59,8 @@ pub(super) struct Postgres {
 }
 
 /// Reads the secret that a file holds, without the line end that editors add.
-fn password(file: &Path) -> Result<String, Fault> {
-    let text = std::fs::read_to_string(file)
-        .map_err(|e| Fault::config(format!("the password file of [sink.labels], {}, cannot be read: {e}", file.display())))?;
-    Ok(text.trim_end_matches(['\r', '\n']).into())
+fn password(file: &Path) -> std::io::Result<String> {
+    Ok(std::fs::read_to_string(file)?.trim_end_matches(['\r', '\n']).into())
 }
 
 impl Postgres {
@@ -80,7 +78,8 @@ impl Postgres {
             .application_name("packhorse")
             .disable_statement_logging();
         if let Some(file) = password_file {
-            password(file)?;
+            password(file)
+                .map_err(|e| Fault::config(format!("the password file of [sink.labels], {}, cannot be read: {e}", file.display())))?;
         }
         let database = options.get_database().unwrap_or(options.get_username());
         let place = match options.get_socket() {

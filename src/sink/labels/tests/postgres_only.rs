@@ -42,6 +42,19 @@ async fn a_server_that_is_down_is_tried_again() {
     assert!(fault.message.contains(&port.to_string()), "{fault}");
 }
 
+#[tokio::test]
+async fn a_password_file_that_is_gone_for_a_while_is_waited_for() {
+    let data = tempfile::tempdir().unwrap();
+    let file = data.path().join("password");
+    crate::durable::replace_secret(&file, b"horse battery\n").unwrap();
+    let cfg = config::LabelsSink { url: "postgres://packhorse@127.0.0.1:1/labels".into(), password_file: Some(file.clone()) };
+    let sink = open(Some(&cfg), data.path()).unwrap();
+    std::fs::remove_file(&file).unwrap();
+    let fault = sink.check(&Set::new(1, 5, 2, 0).incoming("v1")).await.unwrap_err();
+    assert_eq!(class(&fault), (Code::NotAllowed, Reason::SinkDenied, Retry::Backoff), "{fault}");
+    assert!(fault.next.contains(file.to_str().unwrap()), "{}", fault.next);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn wrong_credentials_and_missing_rights_are_not() {
     let data = tempfile::tempdir().unwrap();

@@ -1,0 +1,194 @@
+//! A budget of bytes in flight that many peers share.
+//!
+//! The hub reads chunks for its sites out of one, a site those that it gives away. No peer has more of it than its part, which
+//! shrinks as peers come: one that takes nothing off its line holds its own part and nobody else's. Of a peer's requests the one
+//! of the highest priority goes first, so that a manifest does not wait behind what a large transfer has asked for already.
+
+use std::cmp::Reverse;
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+use tokio::sync::oneshot;
+
+use crate::fault::Fault;
+use crate::wire::Peer;
+
+/// A budget. Cheap to clone.
+#[derive(Clone)]
+pub struct Budget {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    /// Bytes in all.
+    total: u64,
+    /// The most that one peer has of them, however few there are.
+    part_max: u64,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    used: u64,
+    seats: usize,
+    /// Peers that hold something or wait.
+    peers: HashMap<Peer, Account>,
+    requests: u64,
+}
+
+#[derive(Default)]
+struct Account {
+    used: u64,
+    /// In the order in which they are served: by priority, then as they came.
+    waiting: BTreeMap<(Reverse<i32>, u64), (u64, oneshot::Sender<Share>)>,
+}
+
+/// Some bytes of a budget, given back when it is dropped.
+pub struct Share {
+    inner: Arc<Inner>,
+    peer: Peer,
+    bytes: u64,
+}
+
+/// A peer's place at the table, for as long as it is connected.
+pub struct Seat {
+    inner: Arc<Inner>,
+}
+
+impl Budget {
+    /// So many bytes, of which one peer has `part_max` at the most.
+    pub fn new(total: u64, part_max: u64) -> Self {
+        Self { inner: Arc::new(Inner { total, part_max, state: Mutex::default() }) }
+    }
+
+    /// Counts a peer in: from now on something is left for it.
+    pub fn seat(&self) -> Seat {
+        self.inner.state.lock().seats += 1;
+        Seat { inner: self.inner.clone() }
+    }
+
+    /// Waits for so many bytes. A request that is larger than the peer's part is served when the peer holds nothing else.
+    pub async fn take(&self, peer: &Peer, bytes: u64, priority: i32) -> Result<Share, Fault> {
+        let (send, receive) = oneshot::channel();
+        {
+            let mut state = self.inner.state.lock();
+            state.requests += 1;
+            let turn = (Reverse(priority), state.requests);
+            state.peers.entry(peer.clone()).or_default().waiting.insert(turn, (bytes, send));
+        }
+        Inner::serve(&self.inner);
+        receive.await.map_err(|_| Fault::internal("a budget ended"))
+    }
+}
+
+impl Inner {
+    /// Gives out what there is.
+    fn serve(this: &Arc<Self>) {
+        // A share whose taker is gone is given back at once, which needs the lock: so all is handed over after it.
+        while let Some((send, share)) = this.next() {
+            drop(send.send(share));
+        }
+    }
+
+    /// The next share: of the peers that wait and whose part allows it, for the one that holds the least.
+    fn next(self: &Arc<Self>) -> Option<(oneshot::Sender<Share>, Share)> {
+        let mut state = self.state.lock();
+        let part = (self.total / state.peers.len().max(state.seats).max(1) as u64).min(self.part_max);
+        let left = self.total.saturating_sub(state.used);
+        let all_free = state.used == 0;
+        let fits = |account: &Account| {
+            let (bytes, _) = account.waiting.first_key_value()?.1;
+            ((account.used == 0 || account.used + bytes <= part) && (all_free || *bytes <= left)).then_some(account.used)
+        };
+        let peer = state.peers.iter().filter_map(|(peer, account)| Some((fits(account)?, peer))).min()?.1.clone();
+        let account = state.peers.get_mut(&peer)?;
+        let (_, (bytes, send)) = account.waiting.pop_first()?;
+        account.used += bytes;
+        state.used += bytes;
+        Some((send, Share { inner: self.clone(), peer, bytes }))
+    }
+}
+
+impl Drop for Share {
+    fn drop(&mut self) {
+        {
+            let mut state = self.inner.state.lock();
+            state.used -= self.bytes;
+            if let Some(account) = state.peers.get_mut(&self.peer) {
+                account.used -= self.bytes;
+                if account.used == 0 && account.waiting.is_empty() {
+                    state.peers.remove(&self.peer);
+                }
+            }
+        }
+        Inner::serve(&self.inner);
+    }
+}
+
+impl Drop for Seat {
+    fn drop(&mut self) {
+        self.inner.state.lock().seats -= 1;
+        Inner::serve(&self.inner);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use futures::FutureExt as _;
+
+    use super::*;
+
+    fn peer(name: &str) -> Peer {
+        name.parse().unwrap()
+    }
+
+    /// What is there for the taking.
+    fn now(budget: &Budget, name: &str, bytes: u64) -> Option<Share> {
+        budget.take(&peer(name), bytes, 0).now_or_never().map(Result::unwrap)
+    }
+
+    #[test]
+    fn a_peer_that_gives_nothing_back_leaves_the_others_their_part() {
+        let budget = Budget::new(100, 40);
+        let slow: Vec<Option<Share>> = (0..9).map(|_| now(&budget, "slow", 10)).collect();
+        assert_eq!(slow.iter().flatten().count(), 4, "no more than the most of one peer");
+        let quick: Vec<Option<Share>> = (0..9).map(|_| now(&budget, "quick", 10)).collect();
+        assert_eq!(quick.iter().flatten().count(), 4);
+        let seats: Vec<Seat> = (0..10).map(|_| budget.seat()).collect();
+        drop(quick);
+        assert!(now(&budget, "quick", 10).is_some(), "its part is a tenth now");
+        let held = now(&budget, "quick", 10);
+        assert!(held.is_some() && now(&budget, "quick", 10).is_none());
+        drop(seats);
+        assert!(now(&budget, "quick", 10).is_some(), "those who left need nothing");
+    }
+
+    #[test]
+    fn the_highest_priority_goes_first_and_whoever_left_holds_nothing() {
+        let budget = Budget::new(10, 10);
+        let all = now(&budget, "a", 10).unwrap();
+        let a = peer("a");
+        let mut bulk = Box::pin(budget.take(&a, 10, 0));
+        let mut manifest = Box::pin(budget.take(&a, 10, 20));
+        let mut gone = Box::pin(budget.take(&a, 10, 30));
+        assert!(bulk.as_mut().now_or_never().is_none() && manifest.as_mut().now_or_never().is_none());
+        assert!(gone.as_mut().now_or_never().is_none());
+        drop(gone);
+        drop(all);
+        let first = manifest.as_mut().now_or_never();
+        assert!(first.is_some() && bulk.as_mut().now_or_never().is_none());
+        drop(first);
+        assert!(bulk.as_mut().now_or_never().is_some());
+        assert!(budget.inner.state.lock().peers.is_empty());
+    }
+
+    #[test]
+    fn what_is_larger_than_a_part_is_served_alone() {
+        let budget = Budget::new(10, 4);
+        let large = now(&budget, "a", 30);
+        assert!(large.is_some() && now(&budget, "a", 1).is_none() && now(&budget, "b", 1).is_none());
+        drop(large);
+        assert!(now(&budget, "b", 1).is_some());
+    }
+}
