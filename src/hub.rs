@@ -29,7 +29,7 @@ use crate::identity::{Claim, Holder, HubIdentity, Redeemer};
 use crate::jobs::Jobs;
 use crate::line::{Arrival, Link, Listener};
 use crate::manifest::{Digest, Pages};
-use crate::names::SiteName;
+use crate::names::{ArtifactRef, SiteName};
 use crate::relay::{Of, Relay, Upstream};
 use crate::store::Store;
 use crate::wire::{Peer, Wanted};
@@ -72,6 +72,8 @@ struct Inner {
     jobs: Jobs,
     /// The bytes read for sites and not yet sent.
     budget: Budget,
+    /// Over which line a publisher sends what.
+    uploads: Mutex<HashMap<(SiteName, ArtifactRef), Link>>,
     /// Publishes and collections take turns: many may publish, one may collect.
     collecting: Arc<tokio::sync::RwLock<()>>,
     /// Events of training runs are taken one after the other.
@@ -110,7 +112,7 @@ impl Hub {
         let upstream: Arc<dyn Upstream> = Arc::new(lines);
         let (data, main, sites, room) = (config.data_dir.clone(), store.clone(), upstream.clone(), config.relay.budget);
         let relay = blocking(move || Relay::open(&data, main, sites, room)).await?;
-        let (relay_memory, opened, entitled, collecting, runs) = Default::default();
+        let (relay_memory, opened, entitled, uploads, collecting, runs) = Default::default();
         let tasks = TaskTracker::new();
         // Half of it: what the lines hold to send is the other half.
         let budget = Budget::new(config.limits.memory / 2, SITE_SHARE_MAX);
@@ -130,6 +132,7 @@ impl Hub {
                 entitled,
                 jobs,
                 budget,
+                uploads,
                 collecting,
                 runs,
                 tasks,

@@ -243,13 +243,25 @@ impl Places {
 
     /// The file that an entry of a place is.
     pub fn entry(&self, place: u32, entry: u64) -> Result<Option<(RelPath, FileInfo)>, Fault> {
+        Ok(self.entries(&[(place, entry)])?.pop().flatten())
+    }
+
+    /// [`Places::entry`] for many: places, each with the number of an entry.
+    pub fn entries(&self, wanted: &[(u32, u64)]) -> Result<Vec<Option<(RelPath, FileInfo)>>, Fault> {
+        if wanted.is_empty() {
+            return Ok(Vec::new());
+        }
         let read = self.tree.read()?;
-        let row = read.open_table(ENTRIES).map_err(|e| self.tree.fault(e))?.get((place, entry)).map_err(|e| self.tree.fault(e))?;
-        row.map(|row| {
-            let (path, size, hash) = row.value();
-            Ok((path.parse()?, FileInfo { size, hash: Hash(*hash) }))
-        })
-        .transpose()
+        let entries = read.open_table(ENTRIES).map_err(|e| self.tree.fault(e))?;
+        let file = |key: &(u32, u64)| {
+            let row = entries.get(key).map_err(|e| self.tree.fault(e))?;
+            row.map(|row| {
+                let (path, size, hash) = row.value();
+                Ok((path.parse()?, FileInfo { size, hash: Hash(*hash) }))
+            })
+            .transpose()
+        };
+        wanted.iter().map(file).collect()
     }
 
     /// Forgets that a chunk lies there: its bytes were others.

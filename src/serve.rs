@@ -82,10 +82,12 @@ async fn drive(
     let api = tokio::spawn(api::serve(listener, backend, token, async move { shutdown.cancelled().await }));
     let result = work.await;
     stop.cancel();
-    if tokio::time::timeout(DRAIN_MAX, stopped).await.is_err() {
+    // One deadline for all of it.
+    let deadline = tokio::time::Instant::now() + DRAIN_MAX;
+    if tokio::time::timeout_at(deadline, stopped).await.is_err() {
         tracing::warn!(seconds = DRAIN_MAX.as_secs(), "not everything stopped in time; it goes on at the next start");
     }
-    let served = tokio::time::timeout(DRAIN_MAX, api).await;
+    let served = tokio::time::timeout_at(deadline, api).await;
     result?;
     match served {
         Ok(Ok(result)) => result,

@@ -21,7 +21,7 @@ def run(results):
 
 
 def measure(results, label, path, targets, net=None, more="", peers=True):
-    """Packhorse, the rsync daemon and rsync over ssh in turn, each into an empty place."""
+    """Packhorse, the rsync daemon and rsync over ssh in turn, each into an empty place; without peers, the transfers' own times."""
     where = {"netns": net.a, "client_netns": net.b, "address": net.address_a} if net else {}
     farm = Farm(label, net and net.a, net.address_a if net else "127.0.0.1", net and net.b)
     farm.hub.publish(path, "model/w1:v1")
@@ -49,7 +49,7 @@ def measure(results, label, path, targets, net=None, more="", peers=True):
     say(f"{label}: the transfers' own times {median(own):.2f} s, processor time of both daemons {median(cpu):.2f} s")
     farm.close()
     if not peers:
-        return ours
+        return own
     rsyncd.close()
     sshd.close()
     for name, times, target in (("rsync daemon", daemon, targets[0]), ("rsync over ssh", ssh, targets[1])):

@@ -1,12 +1,21 @@
-"""W14: one file of 1 GiB from site to site through the hub, against the direct way; what four receivers cost the source's uplink."""
+"""W14: one file of 1 GiB from site to site through the hub, against the direct way; what four receivers cost the source's uplink; the
+hub's memory while it relays 10 GiB between a fast source and a sink at 1 MB/s."""
 
 import urllib.request
 
+import os
+import time
+
 import data
-from lab import MIB, RUNS, Farm, folder, landed, median, remove, same_content, say, scaled, scratch, seconds
+import link
+import w07
+from lab import GIB, MIB, RUNS, Farm, folder, landed, median, remove, same_content, say, scaled, scratch, seconds
 
 SIZE = scaled(1024 * MIB)
 RECEIVERS = 4
+LONG = scaled(10 * GIB)
+# So long the sink stays behind the slow line; then it goes on without it, for 10 GiB at 1 MB/s take three hours.
+SLOW_SECONDS = scaled(180, 10)
 
 
 def uplinked(hub):
@@ -65,3 +74,29 @@ def run(results):
     results.add("W14", f"the source's uplink for {RECEIVERS} receivers", f"{many / 1e6:.1f} MB", f"for one: {one / 1e6:.1f} MB", f"{ratio:.3f} ×", "≤ 1.01 ×", ratio <= 1.01)
     farm.close()
     remove(folder("w14"))
+    memory(results)
+
+
+def memory(results):
+    where = w07.room(int(LONG * 3.2))
+    source_file = os.path.join(where, "src", "model.bin")
+    data.random_file(source_file, LONG, "w14-long")
+    with link.Emulated(rate_mbit=8) as net:
+        farm = Farm("W14-memory", net.a, net.address_a, net.a, where=os.path.join(where, "farm"))
+        source = farm.site("source")
+        sink = farm.site("sink", netns=net.b)
+        source.publish(source_file, "model/long:v1")
+        tid = farm.hub.json("deliver", "model/long:v1", "--to", "sink")["transfers"][0]
+        time.sleep(SLOW_SECONDS)
+        slow = farm.hub.transfer(tid)["bytes"]["received"]
+        peak_slow = farm.hub.peak()
+        sink.stop()
+        sink.netns = net.a
+        sink.start()
+        farm.hub.cli("deliver", "model/long:v1", "--to", "sink", "--wait")
+        same_content(source_file, f"{landed(sink, 'model/long:v1')}/model.bin")
+        peak = farm.hub.peak()
+        say(f"W14: {slow / MIB:.0f} MiB came in {SLOW_SECONDS} s of the slow line, the hub's peak then {peak_slow / MIB:.0f} MiB")
+        farm.close()
+    remove(where)
+    results.add("W14", f"hub's peak memory, {LONG / GIB:.1f} GiB relayed, {SLOW_SECONDS} s of it at 1 MB/s", f"{peak / MIB:.0f} MiB", "-", "-", "≤ 256 MiB", peak <= w07.LIMIT)

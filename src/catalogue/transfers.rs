@@ -67,10 +67,11 @@ impl Body {
     }
 
     /// As it is when a transfer that ended begins again: one that failed goes on with what it has, one that was done
-    /// begins at nothing.
+    /// or cancelled begins at nothing.
     fn begun_again(self, from: State) -> Self {
         match from {
-            State::Done => {
+            // What was cancelled was cleared away.
+            State::Done | State::Cancelled => {
                 Self { bytes: Bytes { total: self.bytes.total, ..Bytes::default() }, attempts: self.attempts, ..Self::default() }
             }
             _ => self,

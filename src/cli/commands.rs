@@ -184,8 +184,11 @@ pub(super) async fn verify(global: &Global, artifact: String, repair: bool) -> R
     match findings.len() {
         0 => Ok(()),
         count => {
-            let next =
-                if repair { "nothing: what lacks is on its way; verify again when it is done" } else { "run it again with --repair" };
+            let next = if repair {
+                "nothing: what lacks is on its way; verify again when it is done"
+            } else {
+                "at a site: run it again with --repair; at the hub: publish the same content again, then retry what failed"
+            };
             Err(Fault::integrity(format!("{artifact}: {count} findings")).with_next(next))
         }
     }

@@ -1,6 +1,6 @@
 //! What the hub can be asked over its API.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::fmt::Write as _;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -14,6 +14,7 @@ use crate::api::Backend;
 use crate::api::types::*;
 use crate::bundle::{self, Member};
 use crate::catalogue::{Part, TransferRow, new_id};
+use crate::chunk::Hash;
 use crate::delivery;
 use crate::durable;
 use crate::fault::{Fault, Reason};
@@ -201,9 +202,11 @@ impl Hub {
     async fn verify_now(&self, artifact: ArtifactRef, progress: Arc<JobProgress>) -> Result<Vec<String>, Fault> {
         let row = self.inner.catalogue.artifact(&artifact).await?;
         let (store, relay) = (self.inner.store.clone(), self.inner.relay.clone());
+        let others = self.inner.catalogue.artifacts().await?;
         progress.doing(format!("re-reading {artifact}"));
         blocking(move || {
             let mut faults = Vec::new();
+            let mut damaged: HashSet<Hash> = HashSet::new();
             let mut path = String::new();
             for step in Walk::new(&row.root, &store) {
                 match step {
@@ -217,9 +220,21 @@ impl Hub {
                         let read = if row.origin.is_some() { relay.check(chunk.id) } else { store.read(chunk.id).map(|_| ()) };
                         if let Err(fault) = read {
                             faults.push(format!("{artifact}: {path}: {fault}"));
+                            damaged.insert(chunk.id);
                         }
                         progress.bytes.fetch_add(u64::from(chunk.len), Ordering::Relaxed);
                     }
+                }
+            }
+            for other in others.iter().filter(|other| !damaged.is_empty() && other.artifact != artifact) {
+                // A manifest that cannot be read is found by the verify of its own artifact.
+                let chunks = Walk::new(&other.root, &store).filter_map(|step| match step {
+                    Ok(Step::Chunk(chunk, _)) => Some(chunk.id),
+                    _ => None,
+                });
+                let hit = chunks.filter(|id| damaged.contains(id)).count();
+                if hit > 0 {
+                    faults.push(format!("{}: {hit} of the damaged chunks are its too", other.artifact));
                 }
             }
             Ok(faults)
@@ -235,7 +250,7 @@ impl Hub {
         let store = self.inner.store.clone();
         progress.doing("marking what is named");
         blocking(move || {
-            let mut live: std::collections::HashSet<u64> = std::collections::HashSet::new();
+            let mut live: HashSet<u64> = HashSet::new();
             for row in rows {
                 for_each_page(&row.root, &store, |page| {
                     live.insert(short(page.id.short()));

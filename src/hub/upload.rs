@@ -90,11 +90,24 @@ impl Hub {
                 Err(Fault::not_allowed(format!("the hub does not know the publisher {name} (any more)"))
                     .with_next("at the hub: packhorse token create --publisher NAME; then publish again with --join-token TOKEN"))
             }
-            AskHub::Upload { artifact, digest, to } => tokio::select! {
-                answer = self.take_upload(name, link, artifact, digest, to.as_deref()) => answer,
-                _ = link.closed() => Err(Fault::unreachable("the publisher's line ended")),
-                () = self.inner.stop.cancelled() => Err(Fault::unreachable("the hub stops")),
-            },
+            AskHub::Upload { artifact, digest, to } => {
+                let key = (name.clone(), artifact.clone());
+                let before = self.inner.uploads.lock().insert(key.clone(), link.clone());
+                if let Some(before) = before.filter(|before| before != link) {
+                    // Of a publisher that was killed: what it holds of the budget would keep this one waiting.
+                    before.close("the publisher began anew");
+                }
+                let answer = tokio::select! {
+                    answer = self.take_upload(name, link, artifact, digest, to.as_deref()) => answer,
+                    _ = link.closed() => Err(Fault::unreachable("the publisher's line ended")),
+                    () = self.inner.stop.cancelled() => Err(Fault::unreachable("the hub stops")),
+                };
+                let mut uploads = self.inner.uploads.lock();
+                if uploads.get(&key) == Some(link) {
+                    uploads.remove(&key);
+                }
+                answer
+            }
             AskHub::Renew { request } => self.renew_for(&Holder::Publisher(name.clone()), &request),
             _ => Err(Fault::not_allowed(format!("{name} is a publisher, and may publish and nothing else"))
                 .with_next("ask the hub's own API, or join as a site")),

@@ -54,12 +54,12 @@ impl Choice {
         self.0.store(value, Ordering::Relaxed);
     }
 
-    /// Whether a line of this round trip is to be held full as a long one.
-    fn is_long(&self, rtt: Duration) -> bool {
+    /// Whether a line of this round trip is to be held full as a long one. One that was found short stays so by itself.
+    fn is_long(&self, rtt: Duration, before: Chosen) -> bool {
         match self.0.load(Ordering::Relaxed) {
             BBR => true,
             CUBIC => false,
-            _ => rtt >= LONG_RTT,
+            _ => rtt >= LONG_RTT && before != Chosen::Short,
         }
     }
 }
@@ -110,7 +110,7 @@ impl Fitting {
     }
 
     fn choose(&mut self, now: Instant, rtt: Duration) {
-        match (self.chosen, self.choice.is_long(rtt)) {
+        match (self.chosen, self.choice.is_long(rtt, self.chosen)) {
             (Chosen::Long, true) | (Chosen::Short, false) => {}
             (_, true) => {
                 self.inner = Box::new(Steady::new(now, first_window(rtt), self.mtu));

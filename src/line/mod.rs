@@ -196,6 +196,13 @@ pub struct Link {
     inner: Arc<Inner>,
 }
 
+impl PartialEq for Link {
+    /// Whether both are the same line.
+    fn eq(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.inner, &other.inner)
+    }
+}
+
 impl std::fmt::Debug for Link {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Link").field("peer", &self.inner.peer).field("transport", &self.transport()).finish_non_exhaustive()

@@ -64,7 +64,7 @@ impl Fixture {
         for step in Walk::new(&held.root, &self.origin.inner.store) {
             if let Step::Chunk(chunk, _) = step.unwrap() {
                 let frames = self.origin.read(&opened, &held, &[chunk], runtime.handle())?;
-                bytes += Frame::parse(frames[0].clone()).unwrap().verify(chunk.id, chunk.len).unwrap().bytes.len() as u64;
+                bytes += Frame::parse(frames.concat().into()).unwrap().verify(chunk.id, chunk.len).unwrap().bytes.len() as u64;
             }
         }
         Ok(bytes)

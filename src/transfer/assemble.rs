@@ -228,10 +228,12 @@ impl Assembly {
         };
         let mut look = |pending: &mut Vec<(ChunkRef, FileInfo, u64, u64)>| -> Result<(), Fault> {
             let ids: Vec<Hash> = pending.iter().map(|(chunk, ..)| chunk.id).collect();
-            for ((chunk, file, number, offset), at) in pending.drain(..).zip(places.find(&ids)?) {
+            let found: Vec<Option<At>> = places.find(&ids)?.into_iter().map(|at| at.filter(|at| !is_gone(at.place))).collect();
+            let wholes =
+                self.shareable(pending.iter().zip(&found).map(|((_, file, _, offset), at)| (*file, at.filter(|_| *offset == 0))))?;
+            for (((chunk, _, number, _), at), local) in pending.drain(..).zip(found).zip(wholes) {
                 let len = u64::from(chunk.len);
-                let at = at.filter(|at| !is_gone(at.place));
-                if offset == 0 && at.map(|at| self.shareable(file, at)).transpose()?.flatten().is_some_and(|local| local.link) {
+                if local.is_some_and(|local| local.link) {
                     whole = Some(number);
                 }
                 out.missing += if at.is_none() && seen.insert(chunk.id) { len } else { 0 };
@@ -256,14 +258,26 @@ impl Assembly {
         Ok(out)
     }
 
-    /// Where the same file lies whole, if what was found of it is its first chunk.
-    fn shareable(&self, file: FileInfo, at: At) -> Result<Option<Local>, Fault> {
+    /// Where the same files lie whole: of each it is told where its first chunk was found, if what was looked for is that.
+    fn shareable(&self, files: impl Iterator<Item = (FileInfo, Option<At>)>) -> Result<Vec<Option<Local>>, Fault> {
         let places = &self.shared.places;
-        let Some(info) = places.info(at.place).filter(|info| info.transfer.is_none() && at.offset == 0) else { return Ok(None) };
-        let Place::Folder { path } = &info.place else { return Ok(None) };
-        let link = self.incoming.artifact.kind.is_files() && !info.foreign;
-        let there = places.entry(at.place, at.entry)?.filter(|(_, there)| *there == file);
-        Ok(there.map(|(rel, _)| Local { path: path.join(rel.as_str()), link }))
+        let mut out: Vec<Option<Local>> = Vec::new();
+        let (mut wanted, mut of) = (Vec::new(), Vec::new());
+        for (number, (file, at)) in files.enumerate() {
+            out.push(None);
+            let Some(at) = at.filter(|at| at.offset == 0) else { continue };
+            let Some(info) = places.info(at.place).filter(|info| info.transfer.is_none()) else { continue };
+            if matches!(info.place, Place::Folder { .. }) {
+                wanted.push((at.place, at.entry));
+                of.push((number, file, info));
+            }
+        }
+        for ((number, file, info), there) in of.into_iter().zip(places.entries(&wanted)?) {
+            let (Place::Folder { path }, Some((rel, _))) = (&info.place, there.filter(|(_, there)| *there == file)) else { continue };
+            let link = self.incoming.artifact.kind.is_files() && !info.foreign;
+            out[number] = Some(Local { path: path.join(rel.as_str()), link });
+        }
+        Ok(out)
     }
 
     /// Brings everything here. Returns the staging folder, complete and durable.

@@ -87,7 +87,9 @@ impl Producer {
     fn look_up(&mut self, pending: &mut Vec<Item>) -> Result<Result<(), Ended>, Fault> {
         let ids: Vec<Hash> = pending.iter().map(|item| item.chunk.id).collect();
         let found = self.assembly.shared.places.find(&ids)?;
-        for (item, at) in pending.drain(..).zip(found) {
+        let firsts = pending.iter().zip(&found).map(|(item, at)| (item.dest.file, at.filter(|_| item.spot.offset == 0)));
+        let wholes = self.assembly.shareable(firsts)?;
+        for ((item, at), from) in pending.drain(..).zip(found).zip(wholes) {
             if let Some(sharing) = self.sharing.as_mut().filter(|s| s.dest.number == item.dest.number) {
                 sharing.items.push(item);
                 continue;
@@ -95,8 +97,7 @@ impl Producer {
             if self.end_sharing()?.is_err() {
                 return Ok(Err(Ended));
             }
-            let first = at.filter(|_| item.spot.offset == 0);
-            if let Some(from) = first.map(|at| self.assembly.shareable(item.dest.file, at)).transpose()?.flatten() {
+            if let Some(from) = from {
                 self.sharing = Some(Sharing { dest: item.dest.clone(), from, items: vec![item] });
             } else if self.bring(item, at).is_err() {
                 return Ok(Err(Ended));
