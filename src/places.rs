@@ -5,16 +5,18 @@
 //! hint: whoever reads a chunk by it hashes the bytes, and forgets the hint when they are others.
 //!
 //! It is also the journal of transfers: which chunks of a staged artifact are durable, a bit each. Rows and bits are
-//! written only after the bytes they speak of were synced, in one transaction, so after a kill or a power cut a
-//! transfer goes on where the last commit stood and nothing is hashed again.
+//! written only after the bytes they speak of were synced, so after a kill or a power cut a transfer goes on where the last
+//! commit stood and nothing is hashed again. Bits are written at every group commit; rows, which lie all over the tree and would
+//! have most of it copied each time, once there are many. A place whose rows are behind its bits is made good when its transfer goes
+//! on (see [`Places::is_behind`]).
 
 mod reader;
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::path::Path;
 use std::sync::Arc;
 
-use parking_lot::RwLock;
+use parking_lot::{Mutex, RwLock};
 use redb::{ReadableTable, TableDefinition};
 use serde::{Deserialize, Serialize};
 
@@ -114,6 +116,8 @@ impl Journal {
 pub struct Places {
     tree: Tree,
     known: RwLock<HashMap<u32, Arc<PlaceInfo>>>,
+    /// Staging places that may lack rows of chunks that their journal has.
+    behind: Mutex<HashSet<u32>>,
 }
 
 impl Places {
@@ -134,7 +138,9 @@ impl Places {
             known.insert(number.value(), Arc::new(info));
         }
         write.commit().map_err(|e| tree.fault(e))?;
-        Ok(Self { tree, known: RwLock::new(known) })
+        // What the process before had not written, nobody knows.
+        let behind = known.iter().filter(|(_, info): &(_, &Arc<PlaceInfo>)| info.transfer.is_some()).map(|(number, _)| *number).collect();
+        Ok(Self { tree, known: RwLock::new(known), behind: Mutex::new(behind) })
     }
 
     /// What is known of a place; `None` once it is gone.
@@ -188,6 +194,7 @@ impl Places {
             .map_err(|e| self.tree.fault(e))?;
         write.commit().map_err(|e| self.tree.fault(e))?;
         known.remove(&number);
+        self.behind.lock().remove(&number);
         Ok(())
     }
 
@@ -216,6 +223,16 @@ impl Places {
             }
         }
         write.commit().map_err(|e| self.tree.fault(e))
+    }
+
+    /// Whether a staging place may lack rows of chunks that its journal has: whoever goes on with it notes them, then says so.
+    pub fn is_behind(&self, place: u32) -> bool {
+        self.behind.lock().contains(&place)
+    }
+
+    /// Every chunk that the place's journal has was noted.
+    pub fn caught_up(&self, place: u32) {
+        self.behind.lock().remove(&place);
     }
 
     /// Forgets every place of an artifact that has landed.
@@ -291,7 +308,7 @@ impl Places {
         Ok(Journal { bits, set })
     }
 
-    /// Makes a group commit known. Everything in it must be synced.
+    /// Makes a group commit known. Everything in it must be synced. One without chunks leaves them to a later one.
     pub fn commit(&self, place: u32, journal: &RwLock<Journal>, commit: &mut Commit) -> Result<(), Fault> {
         // In the order of their names: neighbours share a leaf of the tree.
         commit.chunks.sort_unstable_by_key(|(id, _)| *id);
@@ -324,7 +341,13 @@ impl Places {
                 table.insert((place, segment as u32), journal.segment(segment).as_slice()).map_err(|e| self.tree.fault(e))?;
             }
         }
+        if commit.chunks.is_empty() {
+            self.behind.lock().insert(place);
+        }
         write.commit().map_err(|e| self.tree.fault(e))?;
+        if !commit.chunks.is_empty() {
+            self.behind.lock().remove(&place);
+        }
         *commit = Commit::default();
         Ok(())
     }
@@ -360,5 +383,28 @@ mod tests {
         assert_eq!(places.entry(place, 7).unwrap().unwrap().1, file);
         places.remove(place).unwrap();
         assert_eq!(places.find(&[Hash([3; 32])]).unwrap(), [None]);
+    }
+
+    #[test]
+    fn rows_that_wait_are_missed_until_they_are_noted() {
+        let dir = tempfile::tempdir().unwrap();
+        let places = Places::open(dir.path()).unwrap();
+        let transfer = Some("t-1".into());
+        let info = PlaceInfo { place: Place::Folder { path: "/x".into() }, digest: Hash([1; 32]), transfer, foreign: false };
+        let place = places.put(None, info).unwrap();
+        let journal = RwLock::new(places.journal(place, 2).unwrap());
+        let row = |n: u8| (Hash([n; 32]), At { place, entry: 0, offset: 0, len: 5 });
+        assert!(!places.is_behind(place));
+        places.commit(place, &journal, &mut Commit { ordinals: vec![0], ..Commit::default() }).unwrap();
+        assert!(places.is_behind(place));
+        let both = Commit { chunks: vec![row(1), row(2)], ordinals: vec![1], ..Commit::default() };
+        places.commit(place, &journal, &mut { both }).unwrap();
+        assert!(!places.is_behind(place));
+        drop(places);
+        let places = Places::open(dir.path()).unwrap();
+        assert!(places.is_behind(place), "who knows what a process that ended had not written");
+        places.note(&mut vec![row(1), row(2)], &mut Vec::new(), false).unwrap();
+        places.caught_up(place);
+        assert!(!places.is_behind(place) && places.find(&[row(2).0]).unwrap()[0].is_some());
     }
 }

@@ -49,6 +49,8 @@ use worker::{READ_BYTES, Worker};
 
 /// Chunks that are looked up together.
 const LOOK_UP: usize = 256;
+/// Chunks that are noted together.
+const ROWS_TOGETHER: usize = 64 << 10;
 /// Jobs that wait for a worker.
 const JOBS_MAX: usize = 64;
 /// Bytes of frames that are handed to a worker together.
@@ -332,10 +334,26 @@ impl Assembly {
         let journal = places.journal(place, totals.chunks)?;
         let mut resumed = 0;
         if journal.count() > 0 {
+            let behind = places.is_behind(place);
+            let (mut rows, mut entry) = (Vec::new(), 0);
             for step in self.walk() {
-                if let Step::Chunk(chunk, spot) = step? {
-                    resumed += if journal.has(spot.ordinal) { u64::from(chunk.len) } else { 0 };
+                match step? {
+                    Step::Entry { number, .. } => entry = number,
+                    Step::Chunk(chunk, spot) if journal.has(spot.ordinal) => {
+                        resumed += u64::from(chunk.len);
+                        if behind {
+                            rows.push((chunk.id, At { place, entry, offset: spot.offset, len: chunk.len }));
+                        }
+                        if rows.len() >= ROWS_TOGETHER {
+                            places.note(&mut rows, &mut Vec::new(), false)?;
+                        }
+                    }
+                    Step::Chunk(..) => {}
                 }
+            }
+            if behind {
+                places.note(&mut rows, &mut Vec::new(), false)?;
+                places.caught_up(place);
             }
         }
         self.counters.resumed.fetch_max(resumed, Ordering::Relaxed);
@@ -450,6 +468,7 @@ impl Assembly {
             place,
             counters: self.counters.clone(),
             commit: Commit::default(),
+            rows: Vec::new(),
             bytes: 0,
             unsynced: 0,
             large: HashMap::new(),

@@ -44,6 +44,20 @@ fn kill_in_the_middle(kill: impl Fn(&mut Hub, &mut Site)) {
     let most = SIZE as u64 + SIZE as u64 * 3 / 100 + AGAIN;
     let sent = line.down() - before;
     assert!(sent <= most, "{sent} bytes crossed the line, {most} would do: {:?}", done.bytes);
+    // Where the chunks lie that came before the kill is known as well: another artifact finds all of them here.
+    data::write(&source.join("one more"), b"so that it is another");
+    hub.publish(&source, "model/again:v1", &[]);
+    let again = hub.deliver(&["model/again:v1"], "chengdu").remove(0);
+    let again = hub.wait_done(&again, secs(60)).bytes;
+    assert!(again.wire < 2 << 20, "{again:?}");
+    // By chunks, for what is shared whole asks for one chunk of each file only.
+    let mut grown = std::fs::read(source.join("weights.bin")).unwrap();
+    grown.extend_from_slice(b"more");
+    data::write(&source.join("weights.bin"), &grown);
+    hub.publish(&source, "model/again:v2", &[]);
+    let grown = hub.deliver(&["model/again:v2"], "chengdu").remove(0);
+    let grown = hub.wait_done(&grown, secs(60)).bytes;
+    assert!(grown.wire < 2 << 20, "{grown:?}");
 }
 
 #[test]

@@ -10,10 +10,14 @@ use parking_lot::RwLock;
 use tokio::sync::OwnedSemaphorePermit;
 
 use super::{Counters, DIRTY_FILES_MAX, Dest, Done, SYNC_ALL_FROM};
+use crate::chunk::Hash;
 use crate::fault::{Fault, IoContext};
 use crate::limits::{COMMIT_BYTES, COMMIT_EVERY};
 use crate::places::{At, Commit, Journal, Places};
 use crate::stage::Stage;
+
+/// Chunks that wait for the index, in some 4 MB of memory.
+const ROWS_A_COMMIT: usize = 64 << 10;
 
 pub(super) struct Committer {
     pub(super) stage: Arc<Stage>,
@@ -22,6 +26,8 @@ pub(super) struct Committer {
     pub(super) place: u32,
     pub(super) counters: Arc<Counters>,
     pub(super) commit: Commit,
+    /// Where chunks lie that were committed, or will be next, and that the index does not know yet.
+    pub(super) rows: Vec<(Hash, At)>,
     pub(super) bytes: u64,
     /// Those of them that were written and not only shared.
     pub(super) unsynced: u64,
@@ -40,10 +46,10 @@ impl Committer {
             match queue.recv_timeout(COMMIT_EVERY.saturating_sub(last.elapsed())) {
                 Ok(done) => done.into_iter().for_each(|done| self.take(done)),
                 Err(RecvTimeoutError::Timeout) => {}
-                Err(RecvTimeoutError::Disconnected) => return self.flush(),
+                Err(RecvTimeoutError::Disconnected) => return self.flush(true),
             }
             if self.unsynced >= COMMIT_BYTES || self.large.len() >= DIRTY_FILES_MAX || last.elapsed() >= COMMIT_EVERY {
-                self.flush()?;
+                self.flush(false)?;
                 last = Instant::now();
             }
         }
@@ -55,7 +61,7 @@ impl Committer {
         self.bytes += bytes;
         self.unsynced += if written { bytes } else { 0 };
         for (id, ordinal, offset, len) in chunks {
-            self.commit.chunks.push((id, At { place: self.place, entry: dest.number, offset, len }));
+            self.rows.push((id, At { place: self.place, entry: dest.number, offset, len }));
             self.commit.ordinals.push(ordinal);
         }
         if !dest.announced.swap(true, Ordering::Relaxed) {
@@ -68,8 +74,9 @@ impl Committer {
         }
     }
 
-    fn flush(&mut self) -> Result<(), Fault> {
-        if self.commit.ordinals.is_empty() {
+    /// `all`: the index learns of every chunk; else only once there are many.
+    fn flush(&mut self, all: bool) -> Result<(), Fault> {
+        if self.commit.ordinals.is_empty() && (self.rows.is_empty() || !all) {
             return Ok(());
         }
         if self.large.len() + self.small.len() >= SYNC_ALL_FROM {
@@ -86,6 +93,9 @@ impl Committer {
         self.large.clear();
         self.small.clear();
         self.unsynced = 0;
+        if all || self.rows.len() >= ROWS_A_COMMIT {
+            self.commit.chunks = std::mem::take(&mut self.rows);
+        }
         self.places.commit(self.place, &self.journal, &mut self.commit)?;
         self.shares.clear();
         self.counters.committed.fetch_add(std::mem::take(&mut self.bytes), Ordering::Relaxed);
