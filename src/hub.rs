@@ -98,6 +98,8 @@ impl Hub {
         durable::remove_all(&config.data_dir.join("scratch"))?;
         refuse_a_part(&config.data_dir, "catalogue.db", has_packs(&config.data_dir), "the store has packs")?;
         let catalogue = Catalogue::open(&config.data_dir).await?;
+        let published = catalogue.any_artifact().await?;
+        refuse_a_part(&config.data_dir, "store/index.redb", published, "the catalogue names artifacts")?;
         let joined = !catalogue.sites().await?.is_empty();
         refuse_a_part(&config.data_dir, "identity/ca.pem", joined, "sites have joined")?;
         let identity = Arc::new(HubIdentity::open_or_create(&config.data_dir, &config.name)?);

@@ -128,6 +128,9 @@ impl FromStr for Kind {
     }
 }
 
+/// What names the active version on a NAS, `CURRENT` the file and `current` the link: no version can be called that.
+const CURRENT: &str = "current";
+
 /// `kind/name:version`, immutable once published.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
@@ -143,6 +146,9 @@ impl ArtifactRef {
     pub fn new(kind: Kind, name: &str, version: &str) -> Result<Self, NameError> {
         check_word("artifact name", name)?;
         check_word("artifact version", version)?;
+        if version == CURRENT {
+            return refuse("artifact version", version, "beside the versions on a NAS, this is the link to the active one");
+        }
         Ok(Self { kind, name: name.into(), version: version.into() })
     }
 
@@ -403,6 +409,7 @@ mod tests {
             "dataset/.x:1",
             "dataset/a/b:1",
             "dataset/x:1:2",
+            "dataset/x:current",
             "dataset/../x:1",
         ] {
             assert!(bad.parse::<ArtifactRef>().is_err(), "{bad:?} must be refused");

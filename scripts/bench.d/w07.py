@@ -44,12 +44,13 @@ def once(kind, make, need):
 
 
 def run(results):
+    # A tenth goes where the whole goes, for else it would be compared with another disk.
     def files(count):
         # A file of 1 KB takes a page in memory and two inodes' worth of names.
-        return once("dataset", lambda path: data.tiny_files(path, count), count * 14_000)
+        return once("dataset", lambda path: data.tiny_files(path, count), FILES * 14_000)
 
     def bulk(size):
-        return once("model", lambda path: data.random_file(os.path.join(path, "model.bin"), size, "w7"), int(size * 3.1))
+        return once("model", lambda path: data.random_file(os.path.join(path, "model.bin"), size, "w7"), int(BYTES * 3.1))
 
     for what, measure, full in ((f"{FILES:,} files of 1 KB", files, FILES), (f"one file of {BYTES / GIB:.1f} GiB", bulk, BYTES)):
         tenth, whole = measure(full // 10), measure(full)

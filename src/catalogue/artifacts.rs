@@ -245,6 +245,11 @@ impl Catalogue {
         row.as_ref().map(artifact).transpose()
     }
 
+    /// Whether there is any.
+    pub async fn any_artifact(&self) -> Result<bool, Fault> {
+        sqlx::query_scalar("SELECT EXISTS (SELECT 1 FROM artifact)").fetch_one(&self.read).await.map_err(fault)
+    }
+
     /// All artifacts, by name.
     pub async fn artifacts(&self) -> Result<Vec<ArtifactRow>, Fault> {
         let rows = sqlx::query("SELECT * FROM artifact ORDER BY reference").fetch_all(&self.read).await.map_err(fault)?;

@@ -96,7 +96,9 @@ impl Catalogue {
             Claim::Site(_) => {
                 sqlx::query(
                     "INSERT INTO site (name, labels, joined_ms) VALUES (?, ?, ?)
-                     ON CONFLICT (name) DO UPDATE SET labels = excluded.labels, joined_ms = excluded.joined_ms",
+                     -- A token without labels says nothing of them.
+                     ON CONFLICT (name) DO UPDATE SET joined_ms = excluded.joined_ms,
+                         labels = CASE excluded.labels WHEN '{}' THEN site.labels ELSE excluded.labels END",
                 )
                 .bind(&name)
                 .bind(&labels)

@@ -189,7 +189,7 @@ pub(super) async fn verify(global: &Global, artifact: String, repair: bool) -> R
             } else {
                 "at a site: run it again with --repair; at the hub: publish the same content again, then retry what failed"
             };
-            Err(Fault::integrity(format!("{artifact}: {count} findings")).with_next(next))
+            Err(Fault::integrity(format!("{artifact}: {count} finding{}", if count == 1 { "" } else { "s" })).with_next(next))
         }
     }
 }

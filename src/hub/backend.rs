@@ -471,8 +471,18 @@ impl Backend for Hub {
         let mut out = Vec::new();
         out.push(crate::stage::room_report(data)?);
         let store = self.inner.store.clone();
-        let stored = blocking(move || store.stored_bytes()).await?;
-        out.push(format!("ok store: {} MiB in packs at {}", stored >> 20, self.inner.store.path().display()));
+        let (stored, lost) = blocking(move || Ok((store.stored_bytes()?, store.lost_packs()?))).await?;
+        let packs = self.inner.store.path();
+        out.push(format!("ok store: {} MiB in packs at {}", stored >> 20, packs.display()));
+        if !lost.is_empty() {
+            let next = "restore the hub's data_dir, or publish again what 'packhorse verify' finds damaged";
+            out.push(format!(
+                "fault store: {} packs are gone from {}, the first is {:08}.pack; {next}",
+                lost.len(),
+                packs.display(),
+                lost[0]
+            ));
+        }
         let (kept, budget) = (self.inner.relay.kept_bytes(), self.inner.config.relay.budget);
         out.push(format!("ok relay: {} MiB of {} MiB are kept of what passed from site to site", kept >> 20, budget >> 20));
         out.push(format!("ok line: listening on {} (UDP and TCP)", self.inner.listener.local_addr()));
@@ -529,5 +539,6 @@ impl Backend for Hub {
 
 /// The fault for a command whose work is not in this version; said plainly rather than half done.
 pub(crate) fn not_in_this_version(what: &str) -> Fault {
-    Fault::usage(format!("{what} is not in this version of packhorse yet")).with_next("deliver over the line instead")
+    Fault::usage(format!("{what} at a site is not in this version of packhorse yet"))
+        .with_next("run it at the hub, or deliver over the line")
 }

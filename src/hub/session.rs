@@ -35,6 +35,10 @@ impl Hub {
         let connected = Connected { link: link.clone(), cert_der: Arc::new(cert_der) };
         let old = self.inner.links.write().insert(name.clone(), connected.clone());
         if let Some(old) = old {
+            if !old.link.is_closed() && old.link.remote_address().ip() != link.remote_address().ip() {
+                let (old, new) = (old.link.remote_address(), link.remote_address());
+                tracing::warn!(site = %name, %old, %new, "a site came from another address while its line stood: do two machines use its name?");
+            }
             old.link.close("the site has a newer line");
         }
         tracing::info!(site = %name, line = link.transport(), "a site is online");

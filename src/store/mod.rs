@@ -93,6 +93,12 @@ impl Store {
         Ok(Self { inner: Arc::new(Inner { packs, index, open, losses: AtomicU64::new(0) }) })
     }
 
+    /// Packs that the index counts on and that are gone.
+    pub fn lost_packs(&self) -> Result<Vec<u32>, Fault> {
+        let there = self.inner.packs.list()?;
+        Ok(self.inner.index.packs()?.into_keys().filter(|number| !there.contains(number)).collect())
+    }
+
     /// The folder of the packs, for what is said to people.
     pub fn path(&self) -> PathBuf {
         self.inner.packs.dir().to_owned()

@@ -96,18 +96,21 @@ fn place_in(pack: &Path, of: &Path) -> u64 {
     found.expect("the content lies in the pack") as u64
 }
 
+/// Flips a bit of some bytes of a file in a pack.
+fn flip(pack: &Path, of: &Path) {
+    let at = place_in(pack, of);
+    let file = File::options().read(true).write(true).open(pack).unwrap();
+    let mut byte = [0];
+    file.read_exact_at(&mut byte, at).unwrap();
+    file.write_all_at(&[byte[0] ^ 1], at).unwrap();
+}
+
 #[test]
 fn one_flipped_byte_in_a_pack_is_never_given_out() {
     let _limit = limit(secs(180));
     let mut world = World::start();
     let weights = world.source.join("weights.bin");
-    world.damage(|pack| {
-        let at = place_in(pack, &weights);
-        let file = File::options().read(true).write(true).open(pack).unwrap();
-        let mut byte = [0];
-        file.read_exact_at(&mut byte, at).unwrap();
-        file.write_all_at(&[byte[0] ^ 1], at).unwrap();
-    });
+    world.damage(|pack| flip(pack, &weights));
     let transfer = world.refused();
     let found = world.found();
     assert!(found.lines().count() == 1 && found.contains("weights.bin"), "one chunk of one file: {found}");
@@ -131,4 +134,28 @@ fn a_pack_cut_in_half_is_never_given_out() {
     // What nobody has read since is not known to be gone, and so not stored anew: the list of the chunks first, then they.
     world.mend(4);
     world.arrives(&transfer);
+}
+
+#[test]
+fn every_artifact_that_damage_hits_is_named() {
+    let _limit = limit(secs(120));
+    let mut world = World::start();
+    let weights = world.source.join("weights.bin");
+    data::write(&world.source.join("more"), b"so that it is another");
+    world.hub.publish(&world.source, "model/twin:v1", &[]);
+    world.damage(|pack| flip(pack, &weights));
+    let found = world.hub.cli(&["verify", REFERENCE]).expect(8).out;
+    assert!(found.contains(REFERENCE) && found.contains("model/twin:v1"), "{found}");
+}
+
+#[test]
+fn a_hub_that_lost_its_store_does_not_start_and_lost_packs_are_told() {
+    let _limit = limit(secs(120));
+    let mut world = World::start();
+    world.damage(|pack| std::fs::remove_file(pack).unwrap());
+    assert!(world.hub.cli(&["doctor"]).expect(1).out.contains("fault store"));
+    world.hub.stop();
+    std::fs::remove_dir_all(world.hub.data_dir.join("store")).unwrap();
+    world.hub.cli(&["serve"]).expect(3).says(&["index.redb", "backup"]);
+    assert!(!world.hub.data_dir.join("store").exists(), "nothing is begun beside what is left");
 }
