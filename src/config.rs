@@ -45,7 +45,7 @@ pub struct Config {
     /// Where artifacts land (sites only).
     #[serde(default)]
     pub sink: Sinks,
-    /// Whom this site's own artifacts are shared with (sites only).
+    /// Who may have what sites publish: at a site what it publishes itself, at the hub what any does.
     #[serde(default)]
     pub share: Share,
     /// What is kept of bytes that pass from site to site (hub only).
@@ -133,11 +133,21 @@ pub struct ImagesSink {
 }
 
 /// `[share]`
-#[derive(Debug, Clone, Default, Deserialize)]
+#[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Share {
-    /// Sites that may have what is published here: names or label selectors. Default: all.
+    /// Sites that may have it: names or label selectors. Default: all. Where the hub and the site both have a list, both must
+    /// allow; a site may always have its own.
     pub allow: Option<Vec<String>>,
+    /// How often a site looks whether what it published in place changed there (sites only).
+    #[serde(deserialize_with = "duration")]
+    pub check_every: Duration,
+}
+
+impl Default for Share {
+    fn default() -> Self {
+        Self { allow: None, check_every: Duration::from_secs(300) }
+    }
 }
 
 /// `[relay]`

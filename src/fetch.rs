@@ -23,7 +23,7 @@ use crate::budget::Share;
 use crate::buffers::Buffers;
 use crate::chunk::Hash;
 use crate::fault::{Fault, Reason, Retry};
-use crate::frame::{Frame, FrameError, HEADER_BYTES, Header};
+use crate::frame::{Frame, FrameError, HEADER_BYTES, Header, Verified};
 use crate::limits::{FETCH_BATCH_BYTES, FETCH_BATCH_CHUNKS_MAX, FETCH_REQUEST_BYTES_MAX, ROOT_BYTES_MAX, SILENCE_MAX};
 use crate::line::{Link, RecvHalf, SendHalf};
 use crate::manifest::{ChunkRef, Digest, PageRef, Pages, Root, children, entry_pages, for_each_page};
@@ -114,7 +114,14 @@ pub trait Library: Send + Sync {
     /// A page's raw bytes.
     async fn page(&self, opened: &Opened, page: Hash) -> Result<Bytes, Fault>;
     /// The frames of these children of an opened artifact, in order, in any number of pieces, each piece as soon as it is here.
-    async fn frames(&self, peer: &Peer, opened: &Arc<Opened>, wanted: &Wanted, children: Vec<Child>) -> Result<Pieces, Fault>;
+    async fn frames(
+        &self,
+        peer: &Peer,
+        opened: &Arc<Opened>,
+        wanted: &Wanted,
+        children: Vec<Child>,
+        priority: i32,
+    ) -> Result<Pieces, Fault>;
 }
 
 /// Frames behind each other, cut anywhere.
@@ -140,7 +147,7 @@ pub fn nothing_such() -> Fault {
 }
 
 /// Raw bytes of the pages that a root manifest lists.
-fn listed_bytes(root: &Root) -> u64 {
+pub fn listed_bytes(root: &Root) -> u64 {
     root.pages.iter().map(|page| u64::from(page.len)).sum()
 }
 
@@ -162,6 +169,44 @@ fn pick(all: &[ChunkRef], ranges: &[(u32, u32)]) -> Result<Vec<Child>, Fault> {
     Ok(out)
 }
 
+/// The frames of a root manifest and of the pages that it lists, behind each other, for a peer that did not ask.
+pub async fn manifest_frames(peer: &Peer, library: &dyn Library, opened: &Arc<Opened>) -> Result<Vec<u8>, Fault> {
+    let mut out = Frame::encode(&Verified::new(opened.root.to_bytes().into())).to_bytes().to_vec();
+    let pages = pick(&listed(&opened.root), &[(0, opened.root.pages.len() as u32)])?;
+    let mut pieces = library.frames(peer, opened, &Wanted::TopPages(Vec::new()), pages, PRIORITY_MANIFEST).await?;
+    while let Some(piece) = pieces.next().await {
+        out.extend_from_slice(&piece?);
+    }
+    Ok(out)
+}
+
+/// Takes in what [`manifest_frames`] gave: the root comes back, and the pages go to the store. Blocks.
+pub fn take_manifest(mut frames: Bytes, digest: Digest, store: &Store) -> Result<Root, Fault> {
+    let mut next = || -> Result<Frame, Fault> {
+        let head = frames.first_chunk::<HEADER_BYTES>().ok_or(FrameError::Malformed)?;
+        let header = Header::parse(head)?;
+        if frames.len() < header.frame_len() {
+            return Err(FrameError::Malformed.into());
+        }
+        frame(header, frames.split_to(header.frame_len()))
+    };
+    let root = parse_root(&next()?, digest)?;
+    for page in &root.pages {
+        let frame = next()?;
+        let raw = frame.verify(page.id, page.len)?;
+        store.put(&frame.fit_to_store(&raw))?;
+    }
+    Ok(root)
+}
+
+fn parse_root(frame: &Frame, digest: Digest) -> Result<Root, Fault> {
+    let len = frame.raw_len();
+    if len as usize > ROOT_BYTES_MAX {
+        return Err(Fault::integrity("the root manifest is larger than allowed"));
+    }
+    Root::parse(&frame.verify(digest, len)?.bytes, digest)
+}
+
 /// Answers one fetch stream; its kind byte was read already.
 pub async fn serve(mut send: SendHalf, mut recv: RecvHalf, peer: &Peer, library: &dyn Library) {
     if let Err(fault) = answer(&mut send, &mut recv, peer, library).await {
@@ -174,14 +219,15 @@ pub async fn serve(mut send: SendHalf, mut recv: RecvHalf, peer: &Peer, library:
 async fn answer(send: &mut SendHalf, recv: &mut RecvHalf, peer: &Peer, library: &dyn Library) -> Result<(), Fault> {
     let request = timeout(SILENCE_MAX, wire::receive_bytes(recv, FETCH_REQUEST_BYTES_MAX)).await;
     let request = request.map_err(|_| Fault::unreachable("a fetch request did not arrive"))??;
-    let request: FetchRequest = postcard::from_bytes(&request).map_err(|_| Fault::integrity("a malformed fetch request"))?;
+    let mut request: FetchRequest = postcard::from_bytes(&request).map_err(|_| Fault::integrity("a malformed fetch request"))?;
     // Manifests and small artifacts go before large ones on the way back too; control goes before all of them.
-    send.set_priority(request.priority.clamp(0, PRIORITY_MANIFEST));
+    request.priority = request.priority.clamp(0, PRIORITY_MANIFEST);
+    send.set_priority(request.priority);
     let opened = library.open(peer, request.digest).await?;
     for wanted in &request.wants {
         let children = match wanted {
             Wanted::Root | Wanted::RootAndPages(_) => {
-                let root = crate::frame::Verified::new(opened.root.to_bytes().into());
+                let root = Verified::new(opened.root.to_bytes().into());
                 send.write_bytes(Frame::encode(&root).to_bytes()).await?;
                 match wanted {
                     Wanted::RootAndPages(max) if listed_bytes(&opened.root) <= *max => {
@@ -209,7 +255,7 @@ async fn answer(send: &mut SendHalf, recv: &mut RecvHalf, peer: &Peer, library: 
             library.ready(peer, &opened, wanted, now).await?;
             // What is read and not yet taken by the line holds a share of the daemon's budget.
             let _share = library.share(peer, bytes, request.priority).await?;
-            let mut pieces = library.frames(peer, &opened, wanted, now.to_vec()).await?;
+            let mut pieces = library.frames(peer, &opened, wanted, now.to_vec(), request.priority).await?;
             while let Some(piece) = pieces.next().await {
                 let sent = timeout(WRITE_MAX, send.write_bytes(piece?)).await;
                 sent.map_err(|_| Fault::unreachable(format!("{peer} takes nothing from this stream")))??;
@@ -295,12 +341,7 @@ impl Fetcher {
     }
 
     async fn next_root(&self, frames: &mut Frames) -> Result<Root, Fault> {
-        let frame = frames.next().await?;
-        let len = frame.raw_len();
-        if len as usize > ROOT_BYTES_MAX {
-            return Err(Fault::integrity("the root manifest is larger than allowed"));
-        }
-        Root::parse(&frame.verify(self.digest, len)?.bytes, self.digest)
+        parse_root(&frames.next().await?, self.digest)
     }
 }
 

@@ -29,7 +29,7 @@ use crate::identity::{Claim, Holder, HubIdentity, Redeemer};
 use crate::jobs::Jobs;
 use crate::line::{Arrival, Link, Listener};
 use crate::manifest::{Digest, Pages};
-use crate::names::{ArtifactRef, SiteName};
+use crate::names::{ArtifactRef, SiteName, SiteSelector};
 use crate::relay::{Of, Relay, Upstream};
 use crate::store::Store;
 use crate::wire::{Peer, Wanted};
@@ -97,7 +97,8 @@ impl Hub {
     pub async fn open(config: Config, stop: CancellationToken) -> Result<Self, Fault> {
         durable::remove_all(&config.data_dir.join("scratch"))?;
         refuse_a_part(&config.data_dir, "catalogue.db", has_packs(&config.data_dir), "the store has packs")?;
-        let catalogue = Catalogue::open(&config.data_dir).await?;
+        let allow = config.share.allow.as_ref().map(|list| list.iter().map(|text| text.parse()).collect::<Result<Vec<SiteSelector>, _>>());
+        let catalogue = Catalogue::open(&config.data_dir).await?.with_share_policy(allow.transpose()?);
         let published = catalogue.any_artifact().await?;
         refuse_a_part(&config.data_dir, "store/index.redb", published, "the catalogue names artifacts")?;
         let joined = !catalogue.sites().await?.is_empty();
@@ -259,10 +260,17 @@ impl Library for Hub {
         }
     }
 
-    async fn frames(&self, peer: &Peer, opened: &Arc<Opened>, wanted: &Wanted, children: Vec<Child>) -> Result<Pieces, Fault> {
+    async fn frames(
+        &self,
+        peer: &Peer,
+        opened: &Arc<Opened>,
+        wanted: &Wanted,
+        children: Vec<Child>,
+        priority: i32,
+    ) -> Result<Pieces, Fault> {
         if let Some(page) = relayed_page(opened, wanted) {
             self.note_use(opened.digest).await;
-            return self.inner.relay.frames(peer, Of { digest: opened.digest, page }, children).await;
+            return self.inner.relay.frames(peer, Of { digest: opened.digest, page, priority }, children).await;
         }
         let store = self.inner.store.clone();
         let ids: Vec<Hash> = children.into_iter().map(|c| c.chunk.id).collect();

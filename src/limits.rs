@@ -8,6 +8,8 @@ use std::time::Duration;
 pub const MEMORY_BUDGET_BYTES: u64 = 256 << 20;
 /// The largest control message on the line.
 pub const CONTROL_FRAME_BYTES_MAX: usize = 4 << 20;
+/// Raw bytes of manifests that a site is told in one control message, at most.
+pub const TOLD_BYTES_MAX: u64 = 256 << 10;
 /// The largest request for chunks on the line.
 pub const FETCH_REQUEST_BYTES_MAX: usize = 64 << 10;
 /// The largest chunk, raw or stored.
@@ -216,6 +218,10 @@ pub const LABEL_SORT_BYTES: usize = 32 << 20;
 pub const RECONNECT_MAX: Duration = Duration::from_secs(15);
 /// The largest list of artifacts at the head of a bundle.
 pub const BUNDLE_LIST_BYTES_MAX: usize = 64 << 20;
+/// The shortest `[share] check_every`.
+pub const CHECK_EVERY_MIN: Duration = Duration::from_secs(1);
+/// Artifacts that changed where they were published, which a site tells the hub of in one message; others are told as these are mended.
+pub const CHANGED_TOLD_MAX: i64 = 500;
 /// How long a command waits for a daemon that went away while it did a job: after a restart it knows the job no more.
 pub const JOB_AWAY_MAX: Duration = Duration::from_secs(15);
 /// Room that the store leaves on its disk beside a whole pack, so that the databases can still be written.

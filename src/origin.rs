@@ -3,15 +3,18 @@
 //! [`Origin::publish`] reads a source in and keeps nothing of it but its manifest, and a note in [`Places`] of where each
 //! chunk lies. Entries whose content is not simply a file of the folder that was published are written to
 //! `<data_dir>/published/<digest>/`, each at its path in the artifact. [`fetch::serve`](crate::fetch::serve) reads the
-//! chunks from there again, hashes each, and never gives out one that changed: that is `integrity`, with the path.
+//! chunks from there again, hashes each, and never gives out one that changed: that is `integrity`, with the path. [`Origin::look`]
+//! finds what changed before anybody asks.
 //!
 //! The site's daemon calls it, and so may whoever publishes from another machine; [`Holdings`] says what there is. The notes
 //! are hints: one that is missing, or names a place that is gone, is made anew from the manifest. A crash while
 //! publishing leaves a folder `published/p-…`, which [`Origin::clean`] takes away at the next start.
 
 mod keep;
+mod watch;
 
-use std::path::PathBuf;
+use std::fmt::Display;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -33,6 +36,10 @@ use crate::store::Store;
 use crate::wire::{Peer, Wanted};
 
 pub use keep::InPlace;
+pub use watch::{Look, Mark, RESTS};
+
+/// What to do about a file that changed after it was published.
+pub const CHANGED_NEXT: &str = "put the old content back and retry the transfer, or publish what is there now as a new version";
 
 /// Artifacts kept open.
 const OPENED_MAX: usize = 16;
@@ -205,13 +212,12 @@ impl Origin {
         }
         match &info.place {
             Place::Folder { path: folder } => {
-                let empty = std::fs::read_dir(folder).map_or(true, |mut entries| entries.next().is_none());
-                if empty {
+                if is_away(folder) {
                     return Fault::unreachable(format!("{}, where it was published, is empty or not there", folder.display()))
                         .with_reason(Reason::WaitingForSource)
                         .with_next("mount it again, or put the files back; it goes on by itself");
                 }
-                changed(&folder.join(path.as_str()).display().to_string(), &fault)
+                changed(folder.join(path.as_str()).display(), &fault)
             }
             Place::Registry { repository } if !path.as_str().starts_with("blobs/") => {
                 // What arrived here was made part of the registry's own answers; only where it was published it is a file.
@@ -219,7 +225,7 @@ impl Origin {
                     .with_reason(Reason::WaitingForSource)
                     .with_retry(Retry::Backoff)
             }
-            Place::Registry { repository } if fault.retry == Retry::Never => changed(&format!("{path} of {repository}"), &fault),
+            Place::Registry { repository } if fault.retry == Retry::Never => changed(format_args!("{path} of {repository}"), &fault),
             Place::Registry { .. } => fault.with_reason(Reason::WaitingForSource),
         }
     }
@@ -256,9 +262,17 @@ impl Origin {
     }
 }
 
-fn changed(path: &str, fault: &Fault) -> Fault {
-    Fault::integrity(format!("{path} changed after it was published: {fault}"))
-        .with_next("put the old content back and retry the transfer, or publish what is there now as a new version")
+fn changed(path: impl Display, why: impl Display) -> Fault {
+    Fault::integrity(changed_text(path, why)).with_next(CHANGED_NEXT)
+}
+
+fn changed_text(path: impl Display, why: impl Display) -> String {
+    format!("{path} changed after it was published: {why}")
+}
+
+/// Whether a folder is empty or not there, as a NAS is that is not mounted: that says nothing of the files.
+fn is_away(folder: &Path) -> bool {
+    std::fs::read_dir(folder).map_or(true, |mut entries| entries.next().is_none())
 }
 
 /// The first place where such a file lies, else the last, where whoever looks for it learns its path.
@@ -308,7 +322,14 @@ impl Library for Origin {
         blocking(move || store.page(page)).await
     }
 
-    async fn frames(&self, _peer: &Peer, opened: &Arc<Opened>, wanted: &Wanted, children: Vec<Child>) -> Result<Pieces, Fault> {
+    async fn frames(
+        &self,
+        _peer: &Peer,
+        opened: &Arc<Opened>,
+        wanted: &Wanted,
+        children: Vec<Child>,
+        _priority: i32,
+    ) -> Result<Pieces, Fault> {
         // Pages lie in the store, whether the root lists them or an index page does.
         let store = self.inner.store.clone();
         let ids: Vec<Hash> = children.iter().map(|c| c.chunk.id).collect();

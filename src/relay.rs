@@ -62,7 +62,7 @@ pub trait Upstream: Send + Sync {
     /// The sites that are connected and hold this artifact, the best first; never `but`.
     async fn sources(&self, digest: Digest, but: Option<&SiteName>) -> Result<Vec<Holder>, Fault>;
     /// Asks one of them for so many frames, which come in the order of the request, in some of these buffers.
-    async fn ask(&self, source: &SiteName, digest: Digest, wants: Vec<Wanted>, count: usize, buffers: &Buffers) -> Result<Sent, Fault>;
+    async fn ask(&self, source: &SiteName, of: Of, wants: Vec<Wanted>, count: usize, buffers: &Buffers) -> Result<Sent, Fault>;
 }
 
 /// The relay. Cheap to clone.
@@ -100,19 +100,30 @@ enum Slot {
 /// Parts of an answer, each with its place among what was asked for.
 type Slots = Vec<(usize, Slot)>;
 
+/// How a request is answered.
+struct Planned {
+    /// What comes over a line; all else is here.
+    coming: Slots,
+    claimed: Option<Claimed>,
+    /// Which chunks the hub's own store has.
+    in_main: Vec<bool>,
+}
+
 /// What a request must fetch itself.
 struct Claimed {
     flight: Arc<Flight>,
     children: Vec<Child>,
 }
 
-/// Which artifact, and which page of it.
+/// Which artifact, which page of it, and how urgently.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Of {
     /// The artifact.
     pub digest: Digest,
     /// The page that lists what is asked for.
     pub page: Hash,
+    /// Higher is sent first, from the source as well. Who joins a flight waits as long as who began it.
+    pub priority: i32,
 }
 
 fn waiting(digest: Digest) -> Fault {
@@ -235,23 +246,23 @@ impl Relay {
         let (this, but) = (self.clone(), peer.cloned());
         blocking(move || {
             let _gate = gate;
-            let (slots, claimed) = this.slots(of, &children)?;
+            let Planned { coming, claimed, in_main } = this.slots(of, &children)?;
             if let Some(claimed) = claimed {
                 let this = this.clone();
                 // In a task of its own, begun at once: whoever asked may go away at any moment, and others may wait for it.
                 tokio::spawn(async move { this.fly(claimed, of, but).await });
             }
-            if read { this.read_here(&children, slots) } else { Ok(slots.into_iter().map(|(_, slot)| slot).collect()) }
+            if read { this.read_here(&children, coming, &in_main) } else { Ok(coming.into_iter().map(|(_, slot)| slot).collect()) }
         })
         .await
     }
 
     /// What of these is on its way, each with its place among them, and what must be fetched for it.
-    fn slots(&self, of: Of, children: &[Child]) -> Result<(Slots, Option<Claimed>), Fault> {
+    fn slots(&self, of: Of, children: &[Child]) -> Result<Planned, Fault> {
         let inner = &self.inner;
         let ids: Vec<Hash> = children.iter().map(|c| c.chunk.id).collect();
         let in_main = inner.main.has_many(&ids)?;
-        let mut slots = Vec::new();
+        let mut coming = Vec::new();
         let mut claimed = Vec::new();
         let flight = Arc::new(Flight::new(of.digest));
         let mut flights = inner.flights.lock();
@@ -262,17 +273,16 @@ impl Relay {
                 claimed.push(*child);
                 (flight.clone(), claimed.len() - 1)
             });
-            slots.push((index, Slot::Coming(flight.clone(), *at, child.chunk.id)));
+            coming.push((index, Slot::Coming(flight.clone(), *at, child.chunk.id)));
         }
         let claimed = (!claimed.is_empty()).then_some(Claimed { flight, children: claimed });
-        Ok((slots, claimed))
+        Ok(Planned { coming, claimed, in_main })
     }
 
     /// Puts what is here between what comes.
-    fn read_here(&self, children: &[Child], coming: Slots) -> Result<Vec<Slot>, Fault> {
+    fn read_here(&self, children: &[Child], coming: Slots, in_main: &[bool]) -> Result<Vec<Slot>, Fault> {
         let inner = &self.inner;
         let ids: Vec<Hash> = children.iter().map(|c| c.chunk.id).collect();
-        let in_main = inner.main.has_many(&ids)?;
         let mut out = Vec::new();
         let mut at = 0;
         let here = |from: usize, to: usize, out: &mut Vec<Slot>| -> Result<(), Fault> {
@@ -354,7 +364,7 @@ impl Relay {
         }
         wants.push(Wanted::Children { page: of.page, ranges: ranges.0 });
         let count = landing.children.len() - landing.done;
-        let mut sent = self.inner.upstream.ask(source, of.digest, wants, count, &self.inner.buffers).await?;
+        let mut sent = self.inner.upstream.ask(source, of, wants, count, &self.inner.buffers).await?;
         while landing.done < landing.children.len() {
             let early = || Fault::unreachable(format!("site {source} ended an answer early"));
             let frames = sent.next().await.ok_or_else(early)??;

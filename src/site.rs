@@ -4,11 +4,12 @@ mod backend;
 mod line;
 mod publish;
 mod runs;
+mod watch;
 
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::{self, Semaphore, mpsc};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -26,7 +27,7 @@ use crate::reading::AtSite;
 use crate::sink::files::FilesSink;
 use crate::sink::{images, labels};
 use crate::store::Store;
-use crate::transfer::{BUDGET_UNIT, Runner, Shared, Sinks};
+use crate::transfer::{BUDGET_UNIT, LOOKS_ASKED_MAX, Runner, Shared, Sinks};
 
 /// The site. Cheap to clone.
 #[derive(Clone)]
@@ -40,8 +41,8 @@ struct Inner {
     shared: Shared,
     sinks: Sinks,
     runner: Runner,
-    identity: watch::Sender<Arc<SiteIdentity>>,
-    link: watch::Sender<Option<Link>>,
+    identity: sync::watch::Sender<Arc<SiteIdentity>>,
+    link: sync::watch::Sender<Option<Link>>,
     /// Why there is no line, as the last try said.
     line_fault: parking_lot::Mutex<Option<Fault>>,
     jobs: Jobs,
@@ -51,7 +52,8 @@ struct Inner {
     /// Gives the hub what was published here, or landed.
     origin: Origin,
     /// Held while the hub is told of what was published here.
-    offering: tokio::sync::Mutex<()>,
+    offering: sync::Mutex<()>,
+    watch: watch::WatchState,
     tasks: TaskTracker,
     stop: CancellationToken,
 }
@@ -94,9 +96,10 @@ impl Site {
             budget: Arc::new(Semaphore::new((config.limits.memory / 2 / BUDGET_UNIT) as usize)),
             images: sinks.images.clone(),
         };
-        let (identity, identity_watch) = watch::channel(Arc::new(identity));
-        let (link, link_watch) = watch::channel(None);
-        let runner = Runner::new(catalogue.clone(), shared.clone(), sinks.clone(), identity_watch, link_watch, stop.clone());
+        let (identity, identity_watch) = sync::watch::channel(Arc::new(identity));
+        let (link, link_watch) = sync::watch::channel(None);
+        let (looks, asked) = mpsc::channel(LOOKS_ASKED_MAX);
+        let runner = Runner::new(catalogue.clone(), shared.clone(), sinks.clone(), identity_watch, link_watch, looks, stop.clone());
         tracing::info!(name = %config.name, api = %config.listen.api, data = %config.data_dir.display(), "the site is ready");
         let jobs = Jobs::new(catalogue.clone());
         let origin = Origin::new(
@@ -121,6 +124,7 @@ impl Site {
                 sources,
                 origin,
                 offering,
+                watch: watch::WatchState::new(asked),
                 runs,
                 tasks,
                 stop,
@@ -135,6 +139,8 @@ impl Site {
         self.inner.runner.start().await?;
         let this = self.clone();
         self.inner.tasks.spawn(async move { this.keep_runs().await });
+        let this = self.clone();
+        self.inner.tasks.spawn(async move { this.keep_watch().await });
         self.keep_line().await
     }
 

@@ -97,6 +97,9 @@ pub enum FromSite {
     Report(Vec<Report>),
     /// How training runs stand at this site; any number of times for each.
     Runs(Vec<RunReport>),
+    /// Everything that was published here in place and is no longer what it was, and how it changed; sent whole on connecting and
+    /// whenever it differs.
+    Changed(Vec<(ArtifactRef, String)>),
 }
 
 /// How a transfer stands.
@@ -125,7 +128,19 @@ pub enum FromHub {
         /// The training runs that this site trains, or has to clean up after.
         #[serde(default)]
         runs: Vec<DesiredRun>,
+        /// Manifests of what is new, if they are small, so that the site need not ask: on a long line a round trip less.
+        #[serde(default)]
+        manifests: Vec<Told>,
     },
+}
+
+/// A manifest that was not asked for.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Told {
+    /// Of which artifact.
+    pub digest: Digest,
+    /// The frames of the root and of the pages that it lists, behind each other, in base64.
+    pub frames: String,
 }
 
 /// A transfer that the hub wants.

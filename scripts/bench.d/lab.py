@@ -80,6 +80,10 @@ def remove(*paths):
                 os.unlink(path)
 
 
+# What a run uses at the most, unless its workload says more.
+touched_bytes = scaled(4 * GIB)
+
+
 def touch_memory():
     """Touches the memory that a run will use. A virtual machine gives free memory back to its host, and the first touch of a
     page costs several times its writing, whoever happens to touch it: without this the order of the runs decides."""
@@ -87,7 +91,7 @@ def touch_memory():
         available = next(int(line.split()[1]) << 10 for line in f if line.startswith("MemAvailable"))
     path, block = scratch("touched"), bytes(MIB)
     with open(path, "wb") as f:
-        for _ in range(min(scaled(4 * GIB), available // 2) // MIB):
+        for _ in range(min(touched_bytes, available * 3 // 4) // MIB):
             f.write(block)
     remove(path)
 

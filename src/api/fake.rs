@@ -255,6 +255,7 @@ impl Backend for Fake {
             info: serde_json::json!({"is": "files"}),
             location: None,
             pinned: false,
+            changed: None,
         }])
     }
     async fn show(&self, artifact: &str) -> Result<ArtifactDetail, Fault> {

@@ -205,6 +205,10 @@ pub struct Artifact {
     /// Whether the hub keeps its relayed bytes whatever their age.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub pinned: bool,
+    /// How it changed where it was published in place, at its origin or at this site: the first path and why. Absent: it is
+    /// sound as far as is known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub changed: Option<String>,
 }
 
 /// Where a training run is.

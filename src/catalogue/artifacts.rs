@@ -32,6 +32,10 @@ pub struct ArtifactRow {
     pub created_ms: i64,
     /// Whether it was published here, at this site, and lies where it was published.
     pub published: bool,
+    /// When its source began to be read for that; 0 if it was not.
+    pub published_ms: i64,
+    /// How it changed since it was published, in place here or at its site; `None`: it is sound as far as is known.
+    pub changed: Option<String>,
     /// What the hub has still to be told of it (at a site).
     pub offer: Option<Offer>,
     /// Whether its relayed bytes stay whatever their age (at the hub).
@@ -66,6 +70,7 @@ fn artifact(row: &SqliteRow) -> Result<ArtifactRow, Fault> {
     let digest: Vec<u8> = row.try_get("digest").map_err(fault)?;
     let root: Vec<u8> = row.try_get("root").map_err(fault)?;
     let digest = Hash(digest.try_into().map_err(|_| stored("digest"))?);
+    let published: Option<i64> = row.try_get("published_ms").map_err(fault)?;
     Ok(ArtifactRow {
         artifact: row.try_get::<String, _>("reference").map_err(fault)?.parse().map_err(stored)?,
         digest,
@@ -74,7 +79,9 @@ fn artifact(row: &SqliteRow) -> Result<ArtifactRow, Fault> {
         location: get("location")?,
         place: get("place")?.map(|s| serde_json::from_str(&s)).transpose().map_err(stored)?,
         created_ms: row.try_get("created_ms").map_err(fault)?,
-        published: row.try_get::<Option<i64>, _>("published_ms").map_err(fault)?.is_some(),
+        published: published.is_some(),
+        published_ms: published.unwrap_or(0),
+        changed: get("changed")?,
         offer: get("offer")?.map(|s| serde_json::from_str(&s)).transpose().map_err(stored)?,
         pinned: row.try_get::<i64, _>("pinned").map_err(fault)? != 0,
         used_ms: row.try_get::<Option<i64>, _>("used_ms").map_err(fault)?.unwrap_or(0),
@@ -99,6 +106,7 @@ impl ArtifactRow {
             info,
             location: self.location.clone(),
             pinned: self.pinned,
+            changed: self.changed.clone(),
         }
     }
 }
@@ -151,9 +159,16 @@ impl Catalogue {
         Ok(())
     }
 
-    /// Notes that an artifact was published here and lies there, and what the hub has to be told of it. What was
-    /// received before stays where it landed.
-    pub async fn set_published(&self, artifact: &ArtifactRef, place: &Place, location: &str, offer: &Offer) -> Result<(), Fault> {
+    /// Notes that an artifact was published here and lies there, since when its source was read, and what the hub has to be told of
+    /// it. What was received before stays where it landed.
+    pub async fn set_published(
+        &self,
+        artifact: &ArtifactRef,
+        place: &Place,
+        location: &str,
+        since_ms: i64,
+        offer: &Offer,
+    ) -> Result<(), Fault> {
         let place = serde_json::to_string(place).map_err(stored)?;
         let offer = serde_json::to_string(offer).map_err(stored)?;
         let mut tx = self.write.begin_with("BEGIN IMMEDIATE").await.map_err(fault)?;
@@ -167,7 +182,7 @@ impl Catalogue {
             "UPDATE artifact SET published_ms = ?, location = ?, place = ?
              WHERE reference = ? AND (place IS NULL OR published_ms IS NOT NULL)",
         )
-        .bind(clock::now_unix_ms() as i64)
+        .bind(since_ms)
         .bind(location)
         .bind(place)
         .bind(artifact.to_string())
@@ -243,6 +258,22 @@ impl Catalogue {
         .await
         .map_err(fault)?;
         row.as_ref().map(artifact).transpose()
+    }
+
+    /// Whether a site has, or published, another version of this artifact.
+    pub async fn has_kin_at(&self, site: &SiteName, of: &ArtifactRef) -> Result<bool, Fault> {
+        let series = of.series();
+        sqlx::query_scalar(
+            "SELECT EXISTS (SELECT 1 FROM transfer WHERE site = ?1 AND reference > ?2 AND reference < ?3
+                            AND state = 'done' AND removed_ms IS NULL)
+                 OR EXISTS (SELECT 1 FROM artifact WHERE origin = ?1 AND reference > ?2 AND reference < ?3)",
+        )
+        .bind(site.as_str())
+        .bind(format!("{series}:"))
+        .bind(format!("{series};"))
+        .fetch_one(&self.read)
+        .await
+        .map_err(fault)
     }
 
     /// Whether there is any.

@@ -4,6 +4,7 @@
 //! news. Hub and site have the same tables: at a site the transfers are its own, as the hub asked for them.
 
 mod artifacts;
+mod changed;
 mod deliveries;
 mod relay;
 mod runs;
@@ -21,13 +22,14 @@ use tokio::sync::Notify;
 pub(crate) use artifacts::no_artifact;
 pub use artifacts::{ArtifactRow, Offer};
 pub use deliveries::DeliveryRow;
-pub use relay::Kept;
+pub use relay::{Forbids, Kept};
 pub(crate) use transfers::new_id;
 pub use transfers::{Body, Part, TransferRow, Want};
 
 use crate::api::types::Event;
 use crate::clock;
 use crate::fault::Fault;
+use crate::names::SiteSelector;
 
 /// Whoever waits for news looks again after this long, whatever he was told.
 const LOOK_AGAIN: Duration = Duration::from_secs(5);
@@ -39,6 +41,9 @@ pub struct Catalogue {
     write: SqlitePool,
     read: SqlitePool,
     changed: Arc<Notify>,
+    /// Who may have what sites publish, as the hub's configuration says; `None`: everybody. It is not in the file: what counts is
+    /// what the daemon was started with.
+    share_policy: Option<Arc<[SiteSelector]>>,
 }
 
 /// An error of the database as a fault; a full disk is told from a defect.
@@ -79,7 +84,7 @@ impl Catalogue {
             other => Fault::internal(format!("{}: {other}", path.display())),
         })?;
         let read = SqlitePoolOptions::new().max_connections(2).connect_with(options.read_only(true)).await.map_err(open)?;
-        Ok(Self { write, read, changed: Arc::new(Notify::new()) })
+        Ok(Self { write, read, changed: Arc::new(Notify::new()), share_policy: None })
     }
 
     /// A future that ends when something changed after this call (not after its first poll), or after a while.

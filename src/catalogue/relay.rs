@@ -1,6 +1,7 @@
 //! What the hub knows of artifacts whose bytes live at sites: who has them, whom they are shared with, what is kept.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use super::{Catalogue, fault, note};
 use crate::chunk::Hash;
@@ -8,6 +9,15 @@ use crate::clock;
 use crate::fault::Fault;
 use crate::manifest::{Digest, Root};
 use crate::names::{ArtifactRef, SiteName, SiteSelector};
+
+/// Who forbids that a site has what another published.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Forbids {
+    /// The hub's policy.
+    Hub,
+    /// The site where it was published.
+    Origin,
+}
 
 /// A relayed artifact of which something may be kept.
 #[derive(Debug, Clone)]
@@ -31,6 +41,13 @@ fn digest_of(bytes: Vec<u8>) -> Result<Digest, Fault> {
 }
 
 impl Catalogue {
+    /// Sets the hub's policy of who may have what sites publish, which a site can only narrow; `None`: everybody. Clones that were
+    /// made before do not know it.
+    #[must_use]
+    pub fn with_share_policy(self, policy: Option<Vec<SiteSelector>>) -> Self {
+        Self { share_policy: policy.map(Arc::from), ..self }
+    }
+
     /// Notes whom a site shares with; `None`: everybody.
     pub async fn set_share(&self, site: &SiteName, share: Option<&[String]>) -> Result<(), Fault> {
         let share = share.map(|list| serde_json::to_string(list).unwrap_or_default());
@@ -43,27 +60,38 @@ impl Catalogue {
         Ok(())
     }
 
-    /// Whether `origin` shares what is published there with `site`. Itself it shares with always.
+    /// Whether `site` may have what is published at `origin`, by the hub's policy and by what `origin` says.
     pub async fn shares_with(&self, origin: &SiteName, site: &SiteName) -> Result<bool, Fault> {
-        if origin == site {
-            return Ok(true);
-        }
-        let share: Option<(Option<String>,)> = sqlx::query_as("SELECT share FROM site WHERE name = ?")
-            .bind(origin.as_str())
-            .fetch_optional(&self.read)
-            .await
-            .map_err(fault)?;
-        let Some(share) = share.and_then(|(share,)| share) else { return Ok(true) };
-        let labels: Option<(String,)> =
-            sqlx::query_as("SELECT labels FROM site WHERE name = ?").bind(site.as_str()).fetch_optional(&self.read).await.map_err(fault)?;
-        let labels: BTreeMap<String, String> = labels.and_then(|(text,)| serde_json::from_str(&text).ok()).unwrap_or_default();
-        let list: Vec<String> = serde_json::from_str(&share).unwrap_or_default();
-        // What cannot be read allows nobody.
-        Ok(list.iter().filter_map(|text| text.parse::<SiteSelector>().ok()).any(|selector| selector.includes(site, &labels)))
+        Ok(self.forbidden_by(origin, site).await?.is_none())
     }
 
-    /// Whether a site that has a transfer of this content may have it for all that its sources say: by one of its names
-    /// at least.
+    /// Who forbids that `site` has what is published at `origin`; of both the hub, whose word comes first. What is its own a site
+    /// may always have.
+    pub async fn forbidden_by(&self, origin: &SiteName, site: &SiteName) -> Result<Option<Forbids>, Fault> {
+        if origin == site {
+            return Ok(None);
+        }
+        let (share, labels): (Option<String>, Option<String>) =
+            sqlx::query_as("SELECT (SELECT share FROM site WHERE name = ?1), (SELECT labels FROM site WHERE name = ?2)")
+                .bind(origin.as_str())
+                .bind(site.as_str())
+                .fetch_one(&self.read)
+                .await
+                .map_err(fault)?;
+        let labels: BTreeMap<String, String> = labels.and_then(|text| serde_json::from_str(&text).ok()).unwrap_or_default();
+        let allowed_by = |list: &[SiteSelector]| list.iter().any(|selector| selector.includes(site, &labels));
+        if self.share_policy.as_deref().is_some_and(|policy| !allowed_by(policy)) {
+            return Ok(Some(Forbids::Hub));
+        }
+        let Some(share) = share else { return Ok(None) };
+        // What cannot be read allows nobody.
+        let list: Vec<String> = serde_json::from_str(&share).unwrap_or_default();
+        let list: Vec<SiteSelector> = list.iter().filter_map(|text| text.parse().ok()).collect();
+        Ok(if allowed_by(&list) { None } else { Some(Forbids::Origin) })
+    }
+
+    /// Whether a site that has a transfer of this content may have it for all that the hub's policy and its sources say: by one of
+    /// its names at least.
     pub async fn is_shared(&self, site: &SiteName, digest: Digest) -> Result<bool, Fault> {
         let origins: Vec<(Option<String>,)> = sqlx::query_as(
             "SELECT DISTINCT a.origin FROM transfer t JOIN artifact a ON a.reference = t.reference
@@ -169,7 +197,7 @@ impl Catalogue {
 
     /// The hub holds the bytes of this artifact itself now.
     pub async fn take_over(&self, artifact: &ArtifactRef) -> Result<(), Fault> {
-        sqlx::query("UPDATE artifact SET origin = NULL WHERE reference = ?")
+        sqlx::query("UPDATE artifact SET origin = NULL, changed = NULL WHERE reference = ?")
             .bind(artifact.to_string())
             .execute(&self.write)
             .await

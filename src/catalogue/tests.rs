@@ -146,3 +146,133 @@ async fn what_a_run_borrowed_goes_and_what_others_want_stays() {
     let again = catalogue.deliver("d-5", None, &[part("model/one:1")], &[]).await.unwrap();
     assert_ne!(again[0], one[1], "what was given back is sent again");
 }
+
+async fn join(catalogue: &Catalogue, name: &str, labels: &[(&str, &str)]) -> SiteName {
+    let site: SiteName = name.parse().unwrap();
+    let labels = labels.iter().map(|&(key, value)| (key.to_owned(), value.to_owned())).collect();
+    catalogue.add_token(name, &[1; 32], &Holder::Site(site.clone()), &labels, 60).await.unwrap();
+    catalogue.redeem_token(name, &[1; 32], &Claim::Site(site.clone())).await.unwrap();
+    site
+}
+
+/// The same catalogue under a hub whose policy is this.
+fn under(catalogue: &Catalogue, allow: &[&str]) -> Catalogue {
+    let policy: Vec<SiteSelector> = allow.iter().map(|text| text.parse().unwrap()).collect();
+    catalogue.clone().with_share_policy(Some(policy))
+}
+
+#[tokio::test]
+async fn the_hub_says_who_may_have_what_sites_publish_and_a_site_can_only_narrow_it() {
+    let (_dir, catalogue) = catalogue().await;
+    let sites = [
+        join(&catalogue, "a", &[]).await,
+        join(&catalogue, "b", &[]).await,
+        join(&catalogue, "c", &[("line", "3")]).await,
+        join(&catalogue, "d", &[("line", "4")]).await,
+    ];
+    // Of what a published: to a itself, b, c and d.
+    let check = async |catalogue: &Catalogue, expected: [Option<Forbids>; 4]| {
+        for (site, expected) in sites.iter().zip(expected) {
+            assert_eq!(catalogue.forbidden_by(&sites[0], site).await.unwrap(), expected, "{site}");
+            assert_eq!(catalogue.shares_with(&sites[0], site).await.unwrap(), expected.is_none(), "{site}");
+        }
+    };
+    let (hub, origin) = (Some(Forbids::Hub), Some(Forbids::Origin));
+    let policy = under(&catalogue, &["b", "line=3"]);
+    check(&catalogue, [None; 4]).await;
+    check(&policy, [None, None, None, hub]).await;
+    check(&under(&catalogue, &["all"]), [None; 4]).await;
+    check(&under(&catalogue, &[]), [None, hub, hub, hub]).await;
+
+    catalogue.set_share(&sites[0], Some(&["b".to_owned(), "d".to_owned()])).await.unwrap();
+    check(&catalogue, [None, None, origin, None]).await;
+    check(&policy, [None, None, origin, hub]).await;
+    catalogue.set_share(&sites[0], Some(&[])).await.unwrap();
+    check(&policy, [None, origin, origin, hub]).await;
+    // That was a's list: what b publishes goes as far as the hub lets it.
+    assert!(policy.shares_with(&sites[1], &sites[2]).await.unwrap());
+    assert!(!policy.shares_with(&sites[1], &sites[0]).await.unwrap());
+}
+
+#[tokio::test]
+async fn the_hubs_policy_ends_open_transfers_of_what_sites_published_and_no_others() {
+    let (_dir, catalogue) = catalogue().await;
+    let sites = [join(&catalogue, "a", &[]).await, join(&catalogue, "b", &[]).await, join(&catalogue, "c", &[]).await];
+    let published = [("model/of-a:1", root(1), Some(&sites[0])), ("model/of-hub:1", root(2), None)];
+    for (name, root, origin) in &published {
+        let artifact: ArtifactRef = name.parse().unwrap();
+        catalogue.add_artifact(&artifact, root, *origin).await.unwrap();
+        let part = Part { artifact, digest: root.digest(), total: 1, needs: None, sites: sites.to_vec() };
+        catalogue.deliver(name, None, &[part], &[]).await.unwrap();
+    }
+    // To a, b and c.
+    let check = async |catalogue: &Catalogue, of_a: [bool; 3]| {
+        for (site, of_a) in sites.iter().zip(of_a) {
+            assert_eq!(catalogue.is_shared(site, root(1).digest()).await.unwrap(), of_a, "{site}");
+            assert!(catalogue.is_shared(site, root(2).digest()).await.unwrap(), "the hub's own is no site's to keep from {site}");
+        }
+    };
+    check(&catalogue, [true; 3]).await;
+    check(&under(&catalogue, &["b"]), [true, true, false]).await;
+    check(&under(&catalogue, &[]), [true, false, false]).await;
+}
+
+#[tokio::test]
+async fn what_changed_where_it_was_published_is_an_event_once() {
+    let (_dir, catalogue) = catalogue().await;
+    let names: Vec<ArtifactRef> = ["model/m:1", "model/m:2", "model/m:3"].iter().map(|name| name.parse().unwrap()).collect();
+    let place = crate::sink::Place::Folder { path: "/nas".into() };
+    for name in &names {
+        catalogue.add_artifact(name, &root(1), None).await.unwrap();
+    }
+    for name in &names[..2] {
+        catalogue.set_published(name, &place, "/nas", 7, &Offer::default()).await.unwrap();
+    }
+    assert_eq!(catalogue.published().await.unwrap(), names[..2]);
+    assert_eq!(catalogue.artifact(&names[0]).await.unwrap().published_ms, 7);
+    let before = catalogue.cursor().await.unwrap();
+    assert!(!catalogue.set_changed(&names[0], None).await.unwrap(), "it was sound");
+    assert!(catalogue.set_changed(&names[0], Some("a is gone")).await.unwrap());
+    assert!(!catalogue.set_changed(&names[0], Some("a is gone")).await.unwrap());
+    assert!(catalogue.set_changed(&names[0], Some("b is gone")).await.unwrap());
+    assert_eq!(catalogue.cursor().await.unwrap(), before + 2);
+    assert_eq!(catalogue.artifact(&names[0]).await.unwrap().view().changed.as_deref(), Some("b is gone"));
+    // The hub is told of it once it has heard of the artifact itself.
+    assert!(catalogue.changed_here().await.unwrap().is_empty());
+    catalogue.offered(&names[0]).await.unwrap();
+    assert_eq!(catalogue.changed_here().await.unwrap(), [(names[0].clone(), "b is gone".to_owned())]);
+    assert!(catalogue.set_changed(&names[0], None).await.unwrap());
+    assert!(catalogue.changed_here().await.unwrap().is_empty());
+}
+
+#[tokio::test]
+async fn the_hub_believes_of_each_site_what_changed_of_its_own() {
+    let (_dir, catalogue) = catalogue().await;
+    let sites: Vec<SiteName> = vec!["a".parse().unwrap(), "b".parse().unwrap()];
+    let names: Vec<ArtifactRef> = ["model/a:1", "model/a:2", "model/b:1", "model/hub:1"].iter().map(|name| name.parse().unwrap()).collect();
+    for (name, origin) in names.iter().zip([Some(&sites[0]), Some(&sites[0]), Some(&sites[1]), None]) {
+        catalogue.add_artifact(name, &root(1), origin).await.unwrap();
+    }
+    let tell = async |site: usize, of: &[usize]| {
+        let all: Vec<(ArtifactRef, String)> = of.iter().map(|&i| (names[i].clone(), format!("{i} is gone"))).collect();
+        catalogue.set_changed_at(&sites[site], &all).await.unwrap()
+    };
+    let check = async |expected: [bool; 4]| {
+        for (i, expected) in expected.into_iter().enumerate() {
+            let changed = catalogue.artifact(&names[i]).await.unwrap().changed;
+            assert_eq!(changed, expected.then(|| format!("{i} is gone")), "{}", names[i]);
+        }
+    };
+    assert!(!tell(0, &[]).await);
+    assert!(tell(1, &[2]).await);
+    assert!(tell(0, &[0, 1, 2, 3]).await);
+    check([true, true, true, false]).await;
+    assert!(!tell(0, &[0, 1]).await);
+    assert!(tell(0, &[1]).await);
+    check([false, true, true, false]).await;
+    assert!(tell(1, &[]).await);
+    check([false, true, false, false]).await;
+    // The hub has the bytes itself now: whatever lies there is no business of its.
+    catalogue.take_over(&names[1]).await.unwrap();
+    check([false; 4]).await;
+}

@@ -126,12 +126,21 @@ pub(super) fn artifacts(artifacts: &[Artifact], colour: bool) -> String {
             a.digest.chars().take(16).collect::<String>().into(),
         ]);
     }
-    table.render(colour)
+    let mut out = table.render(colour);
+    let changed: Vec<(&Artifact, &String)> = artifacts.iter().filter_map(|a| a.changed.as_ref().map(|how| (a, how))).collect();
+    for (a, how) in changed.iter().take(OFFENDERS_LISTED_MAX) {
+        out.push_str(&format!("\n{}: {}\n", a.artifact, human::clean_lines(how)));
+    }
+    if changed.len() > OFFENDERS_LISTED_MAX {
+        out.push_str(&format!("\nand {} more: see 'packhorse show REF'\n", changed.len() - OFFENDERS_LISTED_MAX));
+    }
+    out
 }
 
 /// All of one artifact, and where it went.
 pub(super) fn artifact(detail: &ArtifactDetail, colour: bool) -> String {
     let a = &detail.artifact;
+    let changed_at = a.origin.as_ref().map_or_else(|| "changed".to_owned(), |site| format!("changed at {site}"));
     let mut pairs = vec![
         ("artifact", a.artifact.to_string()),
         ("digest", a.digest.clone()),
@@ -141,6 +150,7 @@ pub(super) fn artifact(detail: &ArtifactDetail, colour: bool) -> String {
         ("published", human::local(&a.created_at)),
     ];
     pairs.extend(a.location.clone().map(|l| ("location", l)));
+    pairs.extend(a.changed.clone().map(|how| (changed_at.as_str(), how)));
     for (name, value) in a.info.as_object().into_iter().flatten().filter(|(name, value)| *name != "is" && !value.is_null()) {
         pairs.push((name.as_str(), value.as_str().map_or_else(|| value.to_string(), str::to_owned)));
     }

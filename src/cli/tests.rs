@@ -10,9 +10,9 @@ use serde_json::json;
 use super::args::Args;
 use super::tracker::{Tracker, notice};
 use super::{dispatch, render_error, status};
-use crate::api::ApiToken;
 use crate::api::fake::{Fake, TOKEN, job, offline, transfer};
 use crate::api::types::*;
+use crate::api::{ApiToken, Backend};
 use crate::cli::args::Output;
 use crate::fault::{Code, Fault, Reason};
 
@@ -274,6 +274,19 @@ fn the_detail_of_a_transfer() {
     wire       2.0 MiB, all that crossed the line for it
     attempts   1
     ");
+}
+
+#[tokio::test]
+async fn what_changed_where_it_lies_is_told_beside_it() {
+    let mut all = Fake::default().artifacts().await.unwrap();
+    let plain = status::artifacts(&all, false);
+    all[0].changed = Some("/nas/a.png changed after it was published: it is gone".into());
+    let marked = status::artifacts(&all, false);
+    assert_eq!(marked, format!("{plain}\ndataset/line3:v1: /nas/a.png changed after it was published: it is gone\n"));
+    let mut detail = ArtifactDetail { artifact: all.remove(0), transfers: Vec::new(), lineage: None };
+    assert!(status::artifact(&detail, false).contains("\nchanged    /nas/a.png changed"), "{}", status::artifact(&detail, false));
+    detail.artifact.origin = Some("chengdu".parse().unwrap());
+    assert!(status::artifact(&detail, false).contains("\nchanged at chengdu  /nas/a.png"), "{}", status::artifact(&detail, false));
 }
 
 #[test]

@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use super::{Config, MEMORY_BUDGET_BYTES_MIN, Role};
+use crate::limits::CHECK_EVERY_MIN;
 use crate::names::SiteSelector;
 
 /// A broken rule.
@@ -21,6 +22,7 @@ pub(super) fn check(config: &Config, text: &str) -> Result<(), Broken> {
         Role::Hub => rules.hub(config)?,
         Role::Site => rules.site(config)?,
     }
+    rules.share(&config.share)?;
     rules.absolute("data_dir", &config.data_dir)?;
     if config.limits.memory < MEMORY_BUDGET_BYTES_MIN {
         return rules.broken("limits.memory", format!("it must be {} MiB at least", MEMORY_BUDGET_BYTES_MIN >> 20));
@@ -49,18 +51,13 @@ impl Rules<'_> {
     fn hub(&self, _config: &Config) -> Result<(), Broken> {
         self.absent("hub", "only a site has it; a hub dials nobody")?;
         self.absent("train", "only a site has it; sites train")?;
-        self.absent("share", "only a site has it; it says whom the site shares with")?;
+        self.absent("share.check_every", "only a site has it; sites publish in place")?;
         self.absent("sink", "only a site has it; artifacts land at sites")
     }
 
     fn site(&self, config: &Config) -> Result<(), Broken> {
         self.absent("listen.quic", "only a hub has it; sites dial")?;
         self.absent("relay", "only a hub has it; bytes between sites pass through it")?;
-        for text in config.share.allow.iter().flatten() {
-            if let Err(why) = text.parse::<SiteSelector>() {
-                return self.broken("share.allow", why);
-            }
-        }
         let Some(hub) = &config.hub else {
             return self.broken("role", "a site needs [hub] with address = \"HOST:PORT\"");
         };
@@ -78,6 +75,18 @@ impl Rules<'_> {
         }
         config.train.as_ref().map_or(Ok(()), |train| self.train(train))?;
         config.sink.images.as_ref().map_or(Ok(()), |images| self.images(images))
+    }
+
+    fn share(&self, share: &super::Share) -> Result<(), Broken> {
+        for text in share.allow.iter().flatten() {
+            if let Err(why) = text.parse::<SiteSelector>() {
+                return self.broken("share.allow", why);
+            }
+        }
+        if share.check_every < CHECK_EVERY_MIN {
+            return self.broken("share.check_every", format!("it must be {}s at least", CHECK_EVERY_MIN.as_secs()));
+        }
+        Ok(())
     }
 
     fn train(&self, train: &super::Train) -> Result<(), Broken> {

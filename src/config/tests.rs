@@ -30,6 +30,7 @@ fn samples_parse_and_say_the_true_defaults() {
         assert_eq!(format!("{:?}", all.listen), format!("{:?}", minimal.listen));
         assert_eq!(format!("{:?}", all.line), format!("{:?}", minimal.line));
         assert_eq!(format!("{:?}", all.limits), format!("{:?}", minimal.limits));
+        assert_eq!(all.share.check_every, minimal.share.check_every);
         assert_eq!(all.files_root(), minimal.files_root());
         assert_eq!(format!("{:?}", all.labels_sink()), format!("{:?}", minimal.labels_sink()));
         assert_eq!(format!("{:?}", all.images_sink()), format!("{:?}", minimal.images_sink()));
@@ -78,6 +79,33 @@ fn roles_have_their_own_tables() {
     check(&train("url = \"http://u:p@t/\""), "x.toml:7:1: train.url: it must not hold a user or a password");
     check(&train("command = [\"/t\"]\nat_once = 0"), "x.toml:8:1: train.at_once: it must be 1 at least");
     check(&SITE.replace("hub:7443", "hub"), "x.toml:5:1: hub.address: \"hub\" is not HOST:PORT");
+}
+
+#[test]
+fn hub_and_site_say_alike_who_may_have_what_is_published() {
+    for role in [HUB, SITE] {
+        let share = |list: &str| format!("{role}[share]\nallow = {list}\n");
+        let allow = |text: &str| parse(text, "x").unwrap().share.allow;
+        assert_eq!(allow(role), None);
+        assert_eq!(allow(&share("[]")), Some(vec![]), "nobody is not everybody");
+        assert_eq!(allow(&share("[\"suzhou\", \"line=3\"]")), Some(vec!["suzhou".into(), "line=3".into()]));
+        let line = role.lines().count() + 2;
+        check(
+            &share("[\"suzhou\", \"Wuhan\"]"),
+            &format!("x.toml:{line}:1: share.allow: site name \"Wuhan\" is not allowed: it must start with a lower-case letter or a digit"),
+        );
+    }
+}
+
+#[test]
+fn a_site_says_how_often_it_looks_at_what_it_published() {
+    let share = |role: &str, every: &str| format!("{role}[share]\ncheck_every = \"{every}\"\n");
+    let every = |text: &str| parse(text, "x").unwrap().share.check_every;
+    assert_eq!(every(SITE), Duration::from_secs(300));
+    assert_eq!(every(&share(SITE, "1s")), Duration::from_secs(1));
+    check(&share(SITE, "999ms"), "x.toml:7:1: share.check_every: it must be 1s at least");
+    check(&share(SITE, "5"), "x.toml:7:15: \"5\" is not a duration: write a whole number with a unit (ms, s, m, h, d), for example 30s");
+    check(&share(HUB, "5m"), "x.toml:5:1: share.check_every: only a site has it; sites publish in place");
 }
 
 #[test]

@@ -18,6 +18,7 @@ use crate::clock;
 use crate::fault::{Code, Fault, Retry};
 use crate::fetch::{Child, Fetcher, blocking};
 use crate::limits::{FETCH_BATCH_BYTES, FETCH_BATCH_CHUNKS_MAX};
+use crate::line::PRIORITY_BULK;
 use crate::manifest::{Digest, Root, Step, Walk};
 use crate::names::{ArtifactRef, SiteName, SiteSelector};
 use crate::relay::{Holder, Of, Relay, Sent, TOGETHER_BYTES, Upstream};
@@ -56,10 +57,10 @@ impl Upstream for Lines {
         Ok(here.map(|(site, origin)| Holder { site, origin }).collect())
     }
 
-    async fn ask(&self, source: &SiteName, digest: Digest, wants: Vec<Wanted>, count: usize, buffers: &Buffers) -> Result<Sent, Fault> {
+    async fn ask(&self, source: &SiteName, of: Of, wants: Vec<Wanted>, count: usize, buffers: &Buffers) -> Result<Sent, Fault> {
         let link = self.links.read().get(source).map(|c| c.link.clone());
         let link = link.ok_or_else(|| Fault::unreachable(format!("site {source} is not connected")))?;
-        let frames = Fetcher::new(link, digest, self.wire.clone()).ask(wants, 0).await?;
+        let frames = Fetcher::new(link, of.digest, self.wire.clone()).ask(wants, of.priority).await?;
         Ok(stream::unfold((frames, buffers.clone(), count), |(mut frames, buffers, left)| async move {
             if left == 0 {
                 return None;
@@ -84,8 +85,8 @@ pub(super) struct Memory {
 }
 
 impl Hub {
-    /// Of these sites those that may have an artifact by what its origin says. A site named outright that may not gets the
-    /// answer for what does not exist.
+    /// Of these sites those that may have an artifact by the hub's policy and by what its origin says. A site named outright that
+    /// may not gets the answer for what does not exist.
     pub(super) async fn shared_with(
         &self,
         artifact: &ArtifactRef,
@@ -314,7 +315,7 @@ impl Hub {
                 // As a peer of its own, beside those that ask.
                 let _share = inner.budget.take(&inner.config.name, bytes, 0).await?;
                 let unkept = inner.relay.unkept_bytes();
-                inner.relay.bring(Of { digest, page }, children).await?;
+                inner.relay.bring(Of { digest, page, priority: PRIORITY_BULK }, children).await?;
                 if inner.relay.unkept_bytes() != unkept {
                     return Err(Fault::no_space("the hub's disk takes no more relayed bytes"));
                 }

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use super::Hub;
 use crate::api::types::{self, ModelLineage, RunActionRequest, RunModel, RunRequest, RunState, RunTrainer, RunVerb, State};
-use crate::catalogue::{Part, TransferRow, new_id};
+use crate::catalogue::{Forbids, Part, TransferRow, new_id};
 use crate::chunk::Hash;
 use crate::clock;
 use crate::fault::Fault;
@@ -260,9 +260,13 @@ impl Hub {
             );
         }
         catalogue.select_sites(&format!("{from},{on}").parse()?).await?;
-        if !catalogue.shares_with(&on, &from).await? {
-            return Err(Fault::not_allowed(format!("site {on} does not share what is made there with {from}"))
-                .with_next(format!("add {from} to [share] allow in the configuration of {on}")));
+        if let Some(forbids) = catalogue.forbidden_by(&on, &from).await? {
+            let (who, place) = match forbids {
+                Forbids::Hub => ("the hub's policy".to_owned(), "the hub".to_owned()),
+                Forbids::Origin => (format!("site {on}"), on.to_string()),
+            };
+            return Err(Fault::not_allowed(format!("{who} does not share what is made at {on} with {from}"))
+                .with_next(format!("add {from} to [share] allow in the configuration of {place}")));
         }
         let mut inputs: Vec<Input> = Vec::new();
         for text in &request.inputs {

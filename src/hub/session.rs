@@ -1,25 +1,28 @@
 //! One site's line at the hub: the desired state goes out, reports come in, fetches and questions are answered.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
+use futures::FutureExt;
 use tokio::sync::Semaphore;
 
 use super::{Connected, Hub};
 use crate::api::types::{Action, Published, State, Transfer, TransferQuery};
+use crate::budget::Share;
 use crate::catalogue::{ArtifactRow, TransferRow, Want};
 use crate::config::Congestion;
 use crate::fault::Fault;
-use crate::fetch::{self, Fetcher};
+use crate::fetch::{self, Fetcher, Library};
 use crate::identity::{Holder, verify_signature};
-use crate::limits::{API_ROWS_MAX, FETCH_STREAMS_MAX, LONG_POLL_MAX};
+use crate::limits::{API_ROWS_MAX, FETCH_STREAMS_MAX, LONG_POLL_MAX, TOLD_BYTES_MAX};
 use crate::line::{Link, RecvHalf, SendHalf};
 use crate::manifest::Digest;
 use crate::names::{ArtifactRef, Kind, SiteName};
 use crate::run::DesiredRun;
-use crate::wire::{self, AskHub, CONTROL, Desired, FETCH, FromHub, FromSite, QUESTION, Report};
+use crate::wire::{self, AskHub, CONTROL, Desired, FETCH, FromHub, FromSite, PRIORITY_MANIFEST, QUESTION, Report, Told};
 
 /// What the lineages that a site is told take of one message on the line.
 const LINEAGE_BYTES_MAX: usize = 1 << 20;
@@ -124,6 +127,11 @@ impl Hub {
                             }
                         }
                     }
+                    FromSite::Changed(all) => match self.inner.catalogue.set_changed_at(site, &all).await {
+                        Ok(true) => tracing::info!(%site, artifacts = all.len(), "a site tells what changed of what is published there"),
+                        Ok(false) => {}
+                        Err(fault) => tracing::error!(%site, error = %fault, "what changed at a site could not be noted"),
+                    },
                 }
             }
             #[expect(unreachable_code, reason = "says the type of an endless loop's error")]
@@ -132,6 +140,7 @@ impl Hub {
         let write = async {
             let mut last: Option<(Vec<Desired>, Vec<DesiredRun>)> = None;
             let mut revision = 0;
+            let mut told = HashSet::new();
             loop {
                 let changed = self.inner.catalogue.changed();
                 tokio::pin!(changed);
@@ -139,7 +148,8 @@ impl Hub {
                 if last.as_ref() != Some(&now) {
                     revision += 1;
                     let (transfers, runs) = now.clone();
-                    wire::send(&mut send, &FromHub::Desired { revision, transfers, runs }).await?;
+                    let (manifests, _share) = self.manifests_of_new(site, &transfers, &mut told).await?;
+                    wire::send(&mut send, &FromHub::Desired { revision, transfers, runs, manifests }).await?;
                     last = Some(now);
                 }
                 changed.await;
@@ -252,6 +262,45 @@ impl Hub {
             out.push(Desired { after, lineage, ..desired(row) });
         }
         Ok(out)
+    }
+
+    /// The manifests of transfers that this line was not told of yet, as far as they are small, with the share of the budget
+    /// that they hold. Who has another version asks for what differs from that.
+    async fn manifests_of_new(
+        &self,
+        site: &SiteName,
+        transfers: &[Desired],
+        known: &mut HashSet<String>,
+    ) -> Result<(Vec<Told>, Option<Share>), Fault> {
+        let catalogue = &self.inner.catalogue;
+        let mut new = Vec::new();
+        let mut bytes = 0;
+        for wanted in transfers.iter().filter(|wanted| !known.contains(&wanted.id)) {
+            let row = catalogue.transfer(&wanted.id).await?;
+            if row.state != State::Queued
+                || row.want != Want::Run
+                || row.generation > 0
+                || catalogue.has_kin_at(site, &row.artifact).await?
+            {
+                continue;
+            }
+            // Not entitled to it any more, perhaps: it will hear so when it asks.
+            let Ok(opened) = self.open(site, row.digest).await else { continue };
+            let size = fetch::listed_bytes(&opened.root);
+            if bytes + size <= TOLD_BYTES_MAX {
+                bytes += size;
+                new.push(opened);
+            }
+        }
+        *known = transfers.iter().map(|wanted| wanted.id.clone()).collect();
+        // The list does not wait for what only saves a round trip.
+        let Some(share) = self.share(site, bytes, PRIORITY_MANIFEST).now_or_never().transpose()? else { return Ok((Vec::new(), None)) };
+        let mut manifests = Vec::with_capacity(new.len());
+        for opened in new {
+            let frames = fetch::manifest_frames(site, self, &opened).await?;
+            manifests.push(Told { digest: opened.digest, frames: BASE64.encode(frames) });
+        }
+        Ok((manifests, Some(share)))
     }
 
     /// Takes an artifact that was published at a site into the catalogue; its bytes stay there until somebody asks.

@@ -9,6 +9,8 @@ use crate::ingest::Progress;
 use crate::names::Kind;
 use crate::source::files::FilesSource;
 
+mod watch;
+
 struct One(Mutex<Option<(Digest, Held)>>);
 
 #[async_trait]
@@ -47,7 +49,7 @@ fn fixture() -> Fixture {
 }
 
 impl Fixture {
-    fn publish(&self, path: &std::path::Path, base: Option<&Place>) -> InPlace {
+    fn publish(&self, path: &Path, base: Option<&Place>) -> InPlace {
         let mut source = FilesSource::open(path).unwrap();
         let published = self.origin.publish(Kind::Dataset, &mut source, base, &Progress::default()).unwrap();
         let held = Held { root: published.ingested.root.clone(), places: vec![published.place.clone()] };

@@ -26,7 +26,8 @@ impl Upstream for Site {
         Ok(if self.away.load(Ordering::Relaxed) { vec![] } else { vec![Holder { site: "a".parse()?, origin: true }] })
     }
 
-    async fn ask(&self, _: &SiteName, _: Digest, wants: Vec<Wanted>, _: usize, _: &Buffers) -> Result<Sent, Fault> {
+    async fn ask(&self, _: &SiteName, of: Of, wants: Vec<Wanted>, _: usize, _: &Buffers) -> Result<Sent, Fault> {
+        assert_eq!(of.priority, OF.priority, "a source is asked as urgently as the hub was");
         let mut out: Vec<Result<Frame, Fault>> = Vec::new();
         for want in wants {
             let Wanted::Children { ranges, .. } = want else { unreachable!("chunks only") };
@@ -75,7 +76,7 @@ fn fixture(site: Site, budget: u64) -> Fixture {
     Fixture { dir, site, main, relay }
 }
 
-const OF: Of = Of { digest: Hash([1; 32]), page: Hash([2; 32]) };
+const OF: Of = Of { digest: Hash([1; 32]), page: Hash([2; 32]), priority: 10 };
 
 impl Fixture {
     fn children(&self, which: impl IntoIterator<Item = usize>) -> Vec<Child> {

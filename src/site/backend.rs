@@ -211,6 +211,7 @@ impl Backend for Site {
             });
         }
         out.push(crate::stage::room_report(&inner.config.data_dir)?);
+        out.extend(self.changed_lines().await?);
         Ok(out)
     }
 

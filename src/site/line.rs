@@ -128,8 +128,9 @@ impl Site {
         let (listed, mut asked) = tokio::sync::mpsc::channel::<Vec<String>>(4);
         let read = async {
             loop {
-                let FromHub::Desired { revision, transfers, runs } = wire::receive(&mut recv).await?;
+                let FromHub::Desired { revision, transfers, runs, manifests } = wire::receive(&mut recv).await?;
                 tracing::debug!(revision, transfers = transfers.len(), runs = runs.len(), "desired");
+                inner.runner.hear(manifests).await;
                 inner.runner.apply(&transfers, transfers.len() < DESIRED_MAX).await?;
                 // After the transfers: a run that is over removes what they brought.
                 self.apply_runs(&runs).await?;
@@ -141,6 +142,8 @@ impl Site {
         let write = async {
             let mut cursor = inner.catalogue.cursor().await?;
             let mut said: Vec<RunReport> = Vec::new();
+            // Told even when it is nothing: the hub may know of what was put back since.
+            let mut said_changed: Option<Vec<(ArtifactRef, String)>> = None;
             let mut renew = tokio::time::interval(RENEW_CHECK_EVERY);
             loop {
                 let changed = inner.catalogue.changed();
@@ -154,6 +157,11 @@ impl Site {
                 if runs != said {
                     wire::send(&mut send, &FromSite::Runs(runs.clone())).await?;
                     said = runs;
+                }
+                let changed_here = inner.catalogue.changed_here().await?;
+                if said_changed.as_ref() != Some(&changed_here) {
+                    wire::send(&mut send, &FromSite::Changed(changed_here.clone())).await?;
+                    said_changed = Some(changed_here);
                 }
                 tokio::select! {
                     () = changed => {}

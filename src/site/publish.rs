@@ -11,6 +11,7 @@ use async_trait::async_trait;
 use super::Site;
 use crate::api::types::{PublishRequest, Published};
 use crate::catalogue::{ArtifactRow, Catalogue, Offer, new_id};
+use crate::clock;
 use crate::durable;
 use crate::fault::{Code, Fault, Retry};
 use crate::fetch::blocking;
@@ -44,6 +45,7 @@ impl Site {
 
     pub(super) async fn publish_now(&self, request: PublishRequest, progress: Arc<JobProgress>) -> Result<Published, Fault> {
         let inner = &self.inner;
+        let since_ms = clock::now_unix_ms() as i64;
         let artifact: ArtifactRef = request.as_ref.parse()?;
         if let Some(to) = &request.to {
             to.parse::<crate::names::SiteSelector>()?;
@@ -81,7 +83,9 @@ impl Site {
             Place::Registry { repository } => repository.clone(),
         };
         let offer = Offer { to: request.to, run: request.run, new };
-        inner.catalogue.set_published(&artifact, &published.place, &location, &offer).await?;
+        inner.catalogue.set_published(&artifact, &published.place, &location, since_ms, &offer).await?;
+        // All of it was just read.
+        inner.catalogue.set_changed(&artifact, None).await?;
         progress.doing(format!("telling the hub of {artifact}"));
         let row = inner.catalogue.artifact(&artifact).await?;
         match self.offer(&row).await {

@@ -11,16 +11,18 @@
 //! a bounded queue, and the bytes of a batch hold a share of the daemon's budget until they are written.
 
 mod committer;
+mod ends;
+mod estimate;
 mod names;
 mod producer;
+mod recent;
 mod worker;
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::fs::File;
-use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::sync::mpsc::sync_channel;
 
 use parking_lot::{Mutex, RwLock};
@@ -30,21 +32,23 @@ use tokio_util::sync::CancellationToken;
 
 use crate::buffers::Buffers;
 use crate::chunk::Hash;
-use crate::durable;
 use crate::fault::{Fault, Reason};
 use crate::fetch::{self, Fetcher, blocking};
 use crate::frame::Frame;
 use crate::limits::{FETCH_IN_FLIGHT_MAX, UNCOMMITTED_BYTES_MAX};
-use crate::manifest::{ChunkRef, EntryBody, FileInfo, KindInfo, Spot, Step, Walk};
+use crate::manifest::{ChunkRef, FileInfo, Spot, Walk};
 use crate::names::RelPath;
-use crate::places::{At, Commit, Journal, PlaceInfo, Places, Reader};
-use crate::sink::{Incoming, Place, Sink};
-use crate::stage::{FILE_MODE, Stage, free_bytes};
+use crate::places::{At, Commit, Journal, Places, Reader};
+use crate::sink::{Incoming, Sink};
+use crate::stage::Stage;
 use crate::store::Store;
 use crate::wire::Wanted;
 
 use committer::Committer;
+use ends::Held;
+pub use estimate::{Estimate, free_room};
 use producer::Producer;
+use recent::Recent;
 use worker::{READ_BYTES, Worker};
 
 /// Chunks that are looked up together.
@@ -113,15 +117,6 @@ pub struct Assembly {
     pub counters: Arc<Counters>,
     /// Stops it at the next chunk; what is there is kept.
     pub stop: CancellationToken,
-}
-
-/// What a delivery would move.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct Estimate {
-    /// Raw bytes that the site lacks.
-    pub missing: u64,
-    /// Raw bytes that would be written: of what it has, all but files that can be shared whole.
-    pub needs: u64,
 }
 
 /// A file as it is staged.
@@ -213,75 +208,6 @@ impl Assembly {
         Walk::new(&self.incoming.root, &self.shared.store)
     }
 
-    /// What it would take to bring the artifact here.
-    pub fn estimate(&self, journal: Option<&Journal>) -> Result<Estimate, Fault> {
-        let mut out = Estimate::default();
-        // Each with the file that it is of, its number, and where it begins there.
-        let mut pending: Vec<(ChunkRef, FileInfo, u64, u64)> = Vec::new();
-        let mut seen: HashSet<Hash> = HashSet::new();
-        let places = &self.shared.places;
-        let mut whole = None;
-        // The index hears late of a folder that somebody took away.
-        let mut gone: HashMap<u32, bool> = HashMap::new();
-        let mut is_gone = |place: u32| {
-            *gone
-                .entry(place)
-                .or_insert_with(|| places.info(place).is_none_or(|i| matches!(&i.place, Place::Folder { path } if !path.is_dir())))
-        };
-        let mut look = |pending: &mut Vec<(ChunkRef, FileInfo, u64, u64)>| -> Result<(), Fault> {
-            let ids: Vec<Hash> = pending.iter().map(|(chunk, ..)| chunk.id).collect();
-            let found: Vec<Option<At>> = places.find(&ids)?.into_iter().map(|at| at.filter(|at| !is_gone(at.place))).collect();
-            let wholes =
-                self.shareable(pending.iter().zip(&found).map(|((_, file, _, offset), at)| (*file, at.filter(|_| *offset == 0))))?;
-            for (((chunk, _, number, _), at), local) in pending.drain(..).zip(found).zip(wholes) {
-                let len = u64::from(chunk.len);
-                if local.is_some_and(|local| local.link) {
-                    whole = Some(number);
-                }
-                out.missing += if at.is_none() && seen.insert(chunk.id) { len } else { 0 };
-                out.needs += if whole == Some(number) { 0 } else { len };
-            }
-            Ok(())
-        };
-        let mut of = None;
-        for step in self.walk() {
-            match step? {
-                Step::Entry { number, entry, .. } => of = if let EntryBody::File(file) = entry.body { Some((number, file)) } else { None },
-                Step::Chunk(chunk, spot) => {
-                    let Some((number, file)) = of.filter(|_| !journal.is_some_and(|j| j.has(spot.ordinal))) else { continue };
-                    pending.push((chunk, file, number, spot.offset));
-                    if pending.len() >= LOOK_UP {
-                        look(&mut pending)?;
-                    }
-                }
-            }
-        }
-        look(&mut pending)?;
-        Ok(out)
-    }
-
-    /// Where the same files lie whole: of each it is told where its first chunk was found, if what was looked for is that.
-    fn shareable(&self, files: impl Iterator<Item = (FileInfo, Option<At>)>) -> Result<Vec<Option<Local>>, Fault> {
-        let places = &self.shared.places;
-        let mut out: Vec<Option<Local>> = Vec::new();
-        let (mut wanted, mut of) = (Vec::new(), Vec::new());
-        for (number, (file, at)) in files.enumerate() {
-            out.push(None);
-            let Some(at) = at.filter(|at| at.offset == 0) else { continue };
-            let Some(info) = places.info(at.place).filter(|info| info.transfer.is_none()) else { continue };
-            if matches!(info.place, Place::Folder { .. }) {
-                wanted.push((at.place, at.entry));
-                of.push((number, file, info));
-            }
-        }
-        for ((number, file, info), there) in of.into_iter().zip(places.entries(&wanted)?) {
-            let (Place::Folder { path }, Some((rel, _))) = (&info.place, there.filter(|(_, there)| *there == file)) else { continue };
-            let link = self.incoming.artifact.kind.is_files() && !info.foreign;
-            out[number] = Some(Local { path: path.join(rel.as_str()), link });
-        }
-        Ok(out)
-    }
-
     /// Brings everything here. Returns the staging folder, complete and durable.
     pub async fn run(&self) -> Result<PathBuf, Fault> {
         let this = self.clone();
@@ -310,111 +236,6 @@ impl Assembly {
         Ok(stage.path().to_owned())
     }
 
-    /// Opens or finds the staging folder and the journal, and makes sure that there is room.
-    fn begin(&self) -> Result<(u32, Journal, Arc<Stage>), Fault> {
-        names::check(&self.incoming, self.walk(), self.sink.as_ref())?;
-        let (places, path) = (&self.shared.places, self.staged());
-        let totals = self.incoming.root.totals;
-        let mut place = places.staged_by(&self.incoming.transfer);
-        if let Some(old) = place.filter(|_| !path.is_dir()) {
-            // Somebody cleaned the staging folder away: the journal speaks of nothing.
-            places.remove(old)?;
-            place = None;
-        }
-        if place.is_none() {
-            durable::remove_all(&path)?;
-        }
-        let stage = Stage::open(&path)?;
-        let (digest, transfer) = (self.incoming.digest, Some(self.incoming.transfer.clone()));
-        let info = PlaceInfo { place: Place::Folder { path }, digest, transfer, foreign: false };
-        let place = match place {
-            Some(place) => place,
-            None => places.put(None, info)?,
-        };
-        let journal = places.journal(place, totals.chunks)?;
-        let mut resumed = 0;
-        if journal.count() > 0 {
-            let behind = places.is_behind(place);
-            let (mut rows, mut entry) = (Vec::new(), 0);
-            for step in self.walk() {
-                match step? {
-                    Step::Entry { number, .. } => entry = number,
-                    Step::Chunk(chunk, spot) if journal.has(spot.ordinal) => {
-                        resumed += u64::from(chunk.len);
-                        if behind {
-                            rows.push((chunk.id, At { place, entry, offset: spot.offset, len: chunk.len }));
-                        }
-                        if rows.len() >= ROWS_TOGETHER {
-                            places.note(&mut rows, &mut Vec::new(), false)?;
-                        }
-                    }
-                    Step::Chunk(..) => {}
-                }
-            }
-            if behind {
-                places.note(&mut rows, &mut Vec::new(), false)?;
-                places.caught_up(place);
-            }
-        }
-        self.counters.resumed.fetch_max(resumed, Ordering::Relaxed);
-        self.counters.committed.fetch_max(resumed, Ordering::Relaxed);
-        let free = stage.free_bytes()?.saturating_sub(SPARE_BYTES);
-        if totals.bytes - resumed > free {
-            // Only now is it worth to look what the site has; shared files take no room.
-            let need = self.estimate(Some(&journal))?.needs;
-            if need > free {
-                return Err(Fault::no_space(format!(
-                    "{} needs {need} bytes more in {}, which has {free} to spare",
-                    self.incoming.artifact,
-                    self.sink.staging_root().display()
-                )));
-            }
-        }
-        Ok((place, journal, Arc::new(stage)))
-    }
-
-    /// Files that the far end holds already, whole.
-    async fn held_by_sink(&self) -> Result<Held, Fault> {
-        let mut held = Held::default();
-        if !matches!(self.incoming.root.info, KindInfo::Image(_)) {
-            return Ok(held);
-        }
-        let this = self.clone();
-        // Number, path, file, and the ordinals of its chunks.
-        let files: Vec<(u64, RelPath, FileInfo, Range<u64>)> = blocking(move || {
-            let mut out: Vec<(u64, RelPath, FileInfo, Range<u64>)> = Vec::new();
-            for step in this.walk() {
-                match step? {
-                    Step::Entry { number, entry, first_ordinal } => {
-                        if let EntryBody::File(file) = entry.body {
-                            out.push((number, entry.path, file, first_ordinal..first_ordinal));
-                        }
-                    }
-                    Step::Chunk(..) => {
-                        if let Some(last) = out.last_mut() {
-                            last.3.end += 1;
-                        }
-                    }
-                }
-            }
-            Ok(out)
-        })
-        .await?;
-        for (number, path, file, ordinals) in files {
-            let holds = tokio::select! {
-                holds = self.sink.holds(&self.incoming, &path, &file) => holds?,
-                () = self.stop.cancelled() => return Ok(held),
-            };
-            if holds {
-                held.files.insert(number);
-                held.ordinals.push(ordinals);
-                held.bytes += file.size;
-            }
-        }
-        self.counters.reused.fetch_max(held.bytes, Ordering::Relaxed);
-        Ok(held)
-    }
-
     async fn pass(&self, place: u32, journal: &Arc<RwLock<Journal>>, stage: &Arc<Stage>, held: &Arc<Held>) -> Result<(), Fault> {
         let failure = Arc::new(Failure { token: self.stop.child_token(), fault: Mutex::default() });
         let (jobs, job_queue) = mpsc::channel::<Job>(JOBS_MAX);
@@ -430,7 +251,7 @@ impl Assembly {
             jobs: jobs.clone(),
             batches,
             batch: Batch { wants: Vec::new(), items: Vec::new(), bytes: 0 },
-            asked: HashSet::new(),
+            asked: Recent::default(),
             sharing: None,
             copies: Vec::new(),
             copy_bytes: 0,
@@ -514,70 +335,6 @@ impl Assembly {
             None => Ok(()),
         }
     }
-
-    /// Makes what has no chunks, sets modes, and syncs the tree.
-    fn finish(&self, stage: &Stage, held: &Held) -> Result<(), Fault> {
-        let mut dirs: Vec<(RelPath, u32)> = Vec::new();
-        let mut loose: Vec<RelPath> = Vec::new();
-        for step in self.walk() {
-            let Step::Entry { number, entry, .. } = step? else { continue };
-            match entry.body {
-                EntryBody::Dir => {
-                    stage.make_dir(&entry.path)?;
-                    dirs.push((entry.path, entry.mode));
-                }
-                EntryBody::Symlink(target) => stage.make_symlink(&entry.path, &target)?,
-                EntryBody::File(_) if held.files.contains(&number) => {}
-                EntryBody::File(file) => {
-                    if file.size == 0 && stage.size(&entry.path)? != Some(0) {
-                        stage.write_file(&entry.path, b"")?;
-                    }
-                    if stage.size(&entry.path)? != Some(file.size) {
-                        // Somebody reached into the staging folder: nothing that the journal says can be believed.
-                        if let Some(place) = self.shared.places.staged_by(&self.incoming.transfer) {
-                            self.shared.places.remove(place)?;
-                        }
-                        return Err(Fault::integrity(format!("the staged file {:?} is gone or has another size", entry.path.as_str()))
-                            .with_retry(crate::fault::Retry::Backoff)
-                            .with_next("nothing: it is brought again by itself"));
-                    }
-                    if entry.mode != FILE_MODE {
-                        stage.set_mode(&entry.path, entry.mode)?;
-                    }
-                    if (file.size == 0 || entry.mode != FILE_MODE) && loose.len() < SYNC_ALL_FROM {
-                        loose.push(entry.path);
-                    }
-                }
-            }
-        }
-        let all = dirs.len() + loose.len() >= SYNC_ALL_FROM;
-        if !all {
-            loose.iter().try_for_each(|path| stage.sync_file(path))?;
-        }
-        // Deepest first: a folder that its owner may not write to still lets its subfolders be changed by path.
-        for (path, mode) in dirs.iter().rev() {
-            stage.set_mode(path, *mode)?;
-            if !all {
-                stage.sync_dir(Some(path))?;
-            }
-        }
-        if all { stage.sync_filesystem() } else { stage.sync_dir(None) }
-    }
-}
-
-/// What the far end holds.
-#[derive(Debug, Default)]
-struct Held {
-    files: HashSet<u64>,
-    ordinals: Vec<Range<u64>>,
-    bytes: u64,
-}
-
-impl Held {
-    /// Chunks that need not be staged and were not staged either, before the far end held them.
-    fn unjournaled(&self, journal: &Journal) -> u64 {
-        self.ordinals.iter().cloned().flatten().filter(|ordinal| !journal.has(*ordinal)).count() as u64
-    }
 }
 
 async fn fetch_batch(
@@ -598,9 +355,4 @@ async fn fetch_batch(
         jobs.send(job).await.map_err(|_| Fault::internal("the writers ended early"))?;
     }
     Ok(())
-}
-
-/// Free room in a sink's staging, for `plan`.
-pub fn free_room(sink: &dyn Sink) -> Option<u64> {
-    free_bytes(sink.staging_root()).ok()
 }

@@ -8,14 +8,15 @@ mod assemble;
 mod pace;
 mod verify;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD as BASE64;
 use parking_lot::Mutex;
-use tokio::sync::{OwnedMutexGuard, Semaphore, watch};
+use tokio::sync::{OwnedMutexGuard, Semaphore, mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
@@ -24,14 +25,15 @@ use crate::catalogue::{Body, Catalogue, TransferRow, Want};
 use crate::clock;
 use crate::durable;
 use crate::fault::{Code, Fault, Reason};
-use crate::fetch::{Fetcher, blocking};
+use crate::fetch::{Fetcher, blocking, take_manifest};
 use crate::identity::SiteIdentity;
 use crate::line::Link;
 use crate::manifest::{Digest, Root};
 use crate::names::{ArtifactRef, Kind};
+use crate::origin::CHANGED_NEXT;
 use crate::places::PlaceInfo;
 use crate::sink::{Incoming, Landed, Sink};
-use crate::wire::Desired;
+use crate::wire::{Desired, Told};
 
 pub use assemble::{Assembly, BUDGET_UNIT, Counters, Estimate, Shared, free_room};
 use pace::{Pace, Pause};
@@ -43,6 +45,10 @@ const SMALL_BYTES: u64 = 256 << 20;
 const LARGE_TURNS: usize = 3;
 /// Small transfers at once.
 const SMALL_TURNS: usize = 4;
+/// Roots of manifests that are kept until their transfers begin.
+const TOLD_MAX: usize = 64;
+/// Transfers that wait for a look at once.
+pub const LOOKS_ASKED_MAX: usize = 16;
 /// How often a transfer's progress is written down.
 const PROGRESS_EVERY: Duration = Duration::from_secs(1);
 
@@ -68,6 +74,14 @@ impl Sinks {
     }
 }
 
+/// Asks for a look at a content that was published here in place.
+pub struct AskLook {
+    /// Which.
+    pub digest: Digest,
+    /// Takes what changed; `None`: it is sound, or nothing can be said.
+    pub answer: oneshot::Sender<Option<String>>,
+}
+
 /// Runs a site's transfers. Cheap to clone.
 #[derive(Clone)]
 pub struct Runner {
@@ -80,11 +94,14 @@ struct Inner {
     sinks: Sinks,
     identity: watch::Receiver<Arc<SiteIdentity>>,
     link: watch::Receiver<Option<Link>>,
+    looks: mpsc::Sender<AskLook>,
     small: Semaphore,
     large: Semaphore,
     running: Mutex<HashMap<String, Running>>,
     /// Who lands, looks at, or takes away an artifact does so alone.
     alone: Mutex<HashMap<ArtifactRef, Arc<tokio::sync::Mutex<()>>>>,
+    /// Roots of manifests that the hub told of by itself, with the bytes that crossed the line for each.
+    told: Mutex<VecDeque<(Digest, Root, u64)>>,
     /// Bytes a second, as a transfer last had it.
     last_rate: AtomicU64,
     stop: CancellationToken,
@@ -110,23 +127,54 @@ fn stopped() -> Fault {
 }
 
 impl Runner {
-    /// A runner with nothing to do yet. `stop` ends all of it.
+    /// A runner with nothing to do yet. What was published here it has looked at by `looks`; `stop` ends all of it.
     pub fn new(
         catalogue: Catalogue,
         shared: Shared,
         sinks: Sinks,
         identity: watch::Receiver<Arc<SiteIdentity>>,
         link: watch::Receiver<Option<Link>>,
+        looks: mpsc::Sender<AskLook>,
         stop: CancellationToken,
     ) -> Self {
         let (small, large) = (Semaphore::new(SMALL_TURNS), Semaphore::new(LARGE_TURNS));
-        let (running, alone, last_rate) = Default::default();
-        Self { inner: Arc::new(Inner { catalogue, shared, sinks, identity, link, small, large, running, alone, last_rate, stop }) }
+        let (running, alone, told, last_rate) = Default::default();
+        let inner = Inner { catalogue, shared, sinks, identity, link, looks, small, large, running, alone, told, last_rate, stop };
+        Self { inner: Arc::new(inner) }
     }
 
     /// Bytes a second, as the line last went; 0 when it is not known.
     pub fn last_rate(&self) -> u64 {
         self.inner.last_rate.load(Ordering::Relaxed)
+    }
+
+    /// Takes in manifests that the hub tells of by itself. They are hints: what is wrong with one shows when it is asked for.
+    pub async fn hear(&self, manifests: Vec<Told>) {
+        for Told { digest, frames } in manifests {
+            let (store, wire) = (self.inner.shared.store.clone(), frames.len() as u64);
+            let taken = blocking(move || {
+                let frames = BASE64.decode(frames).map_err(|e| Fault::integrity(format!("base64: {e}")))?;
+                take_manifest(frames.into(), digest, &store)
+            });
+            match taken.await {
+                Ok(root) => {
+                    let mut told = self.inner.told.lock();
+                    told.push_back((digest, root, wire));
+                    if told.len() > TOLD_MAX {
+                        told.pop_front();
+                    }
+                }
+                Err(fault) => tracing::warn!(%digest, error = %fault, "a manifest that the hub told of cannot be used"),
+            }
+        }
+    }
+
+    /// The root manifest that the hub told of.
+    fn told(&self, digest: Digest, counters: &Counters) -> Option<Root> {
+        let mut told = self.inner.told.lock();
+        let (_, root, wire) = told.iter().position(|(of, ..)| *of == digest).and_then(|at| told.remove(at))?;
+        counters.wire.fetch_add(wire, Ordering::Relaxed);
+        Some(root)
     }
 
     /// Does what the hub wants.
@@ -284,8 +332,9 @@ impl Runner {
                 pause = Pause::default();
             }
             self.note_bytes(&mut row, &counters);
-            row.body.set_fault(Some(&fault));
             row.body.rate = 0;
+            let fault = self.unless_changed_here(&mut row, fault, &stop).await;
+            row.body.set_fault(Some(&fault));
             let Some(wait) = pause.after(&fault) else {
                 tracing::warn!(transfer = %row.id, artifact = %row.artifact, error = %fault, "a transfer failed");
                 row.state = State::Failed;
@@ -301,6 +350,28 @@ impl Runner {
                 () = stop.cancelled() => return,
             }
         }
+    }
+
+    /// The hub never asks a site for what it lacks itself. So what was published here and waits for its source is looked at: when
+    /// it changed, it would wait for ever.
+    async fn unless_changed_here(&self, row: &mut TransferRow, fault: Fault, stop: &CancellationToken) -> Fault {
+        let waits = fault.reason == Reason::WaitingForSource;
+        if !waits || !self.inner.catalogue.all_by_digest(row.digest).await.is_ok_and(|all| all.iter().any(|known| known.published)) {
+            return fault;
+        }
+        // The look may take a while.
+        row.body.set_fault(Some(&fault));
+        self.save(row).await;
+        let (answer, answered) = oneshot::channel();
+        let look = async {
+            self.inner.looks.send(AskLook { digest: row.digest, answer }).await.ok()?;
+            answered.await.ok()?
+        };
+        let changed = tokio::select! {
+            changed = look => changed,
+            () = stop.cancelled() => None,
+        };
+        changed.map_or(fault, |changed| Fault::integrity(changed).with_next(CHANGED_NEXT))
     }
 
     async fn save(&self, row: &TransferRow) {
@@ -415,7 +486,7 @@ impl Runner {
         }
         let base = inner.catalogue.kin(&row.artifact).await?.map(|kin| kin.root);
         let mut fetcher = None;
-        let root = match known {
+        let root = match known.or_else(|| self.told(row.digest, counters)) {
             Some(root) => root,
             None => {
                 let new = Fetcher::new(unless(stop, self.link(row)).await?, row.digest, counters.wire.clone());
@@ -565,8 +636,8 @@ impl Runner {
             "location": row.body.location, "committed_at": clock::now_rfc3339(),
         })
         .to_string();
-        let signature = base64::engine::general_purpose::STANDARD.encode(identity.sign(statement.as_bytes())?);
-        let certificate = base64::engine::general_purpose::STANDARD.encode(identity.cert_der());
+        let signature = BASE64.encode(identity.sign(statement.as_bytes())?);
+        let certificate = BASE64.encode(identity.cert_der());
         Ok(serde_json::json!({ "statement": statement, "signature": signature, "certificate": certificate }))
     }
 }

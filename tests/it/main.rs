@@ -24,4 +24,5 @@ mod resume;
 mod site_sources;
 mod support;
 mod training;
+mod watch;
 mod wire_bytes;

@@ -251,6 +251,64 @@ fn a_site_says_whom_it_shares_with() {
     assert!(!c.folder("model/private:v1").exists());
 }
 
+#[test]
+fn the_hub_says_who_may_have_what_sites_publish() {
+    let _limit = limit(secs(180));
+    let dir = Scratch::new();
+    let mut hub = Hub::new(dir.path());
+    let (both, only_d) = ("[share]\nallow = [\"b\", \"line=3\"]\n", "[share]\nallow = [\"line=3\"]\n");
+    hub.edit_config("[listen]", &format!("{both}[listen]"));
+    hub.start();
+    // A would share with C, which the hub forbids, and not with D, whom the hub would allow.
+    let more = "[share]\nallow = [\"b\", \"c\"]";
+    let a = Site::start_new(dir.path(), &hub, "a", &SiteSpec { more, ..SiteSpec::default() });
+    let mut b = Site::start_new(dir.path(), &hub, "b", &SiteSpec::default());
+    let c = Site::start_new(dir.path(), &hub, "c", &SiteSpec { labels: &["line=4"], ..SiteSpec::default() });
+    let d = Site::start_new(dir.path(), &hub, "d", &SiteSpec { labels: &["line=3"], ..SiteSpec::default() });
+    let folder = model(&dir.join("model"), 1);
+    a.publish(&folder, "model/private:v1", &[]);
+    for to in ["c", "d"] {
+        let refused = hub.cli(&["deliver", "model/private:v1", "--to", to]).expect(5);
+        let absent = hub.cli(&["deliver", "model/absent:v1", "--to", to]).expect(5);
+        assert_eq!((refused.out, refused.err.replace("private", "absent")), (absent.out, absent.err), "one answer for both");
+    }
+    let ids = hub.deliver(&["model/private:v1"], "all");
+    assert_eq!(ids.len(), 1, "B alone is allowed by both");
+    hub.wait_done(&ids[0], secs(60));
+    tree::assert_same(&folder, &b.folder("model/private:v1"));
+    // What the hub published is its own to give.
+    let own = model(&dir.join("own"), 2);
+    hub.publish(&own, "model/own:v1", &[]);
+    hub.deliver_and_wait("model/own:v1", "c", secs(60));
+    tree::assert_same(&own, &c.folder("model/own:v1"));
+    // Who has to be asked for leave.
+    for (from, whose) in [("c", "configuration of the hub"), ("d", "configuration of a")] {
+        let args = ["train", "start", "--name", "r", "--from", from, "--on", "a", "--input", "model/own:v1", "--expect", "model/m"];
+        hub.cli(&args).expect(4).says(&[whose, &format!("add {from} to [share] allow")]);
+    }
+
+    // A hub that has changed its mind gives nothing more of what is on its way, though all of it may lie there already.
+    b.stop();
+    hub.wait_online("b", false, secs(40));
+    let late = model(&dir.join("late"), 3);
+    a.publish(&late, "model/late:v1", &[]);
+    let id = hub.deliver(&["model/late:v1"], "b").remove(0);
+    hub.stop();
+    hub.edit_config(both, only_d);
+    hub.start();
+    b.start();
+    let failed = hub.wait_transfer(&id, "failed", secs(60), |t| t.state == "failed");
+    assert_eq!(failed.reason.as_deref(), Some("source_gone"), "{failed:#?}");
+    assert!(!b.folder("model/late:v1").exists());
+    assert!(!d.folder("model/private:v1").exists() && !c.folder("model/private:v1").exists());
+    hub.stop();
+    hub.edit_config(only_d, both);
+    hub.start();
+    hub.cli(&["retry", &id]).expect(0);
+    hub.wait_done(&id, secs(60));
+    tree::assert_same(&late, &b.folder("model/late:v1"));
+}
+
 /// Bytes a second that A sends while daemons are killed.
 const UPLINK: u64 = 8 * MIB;
 /// What a kill of A or of the hub may cost on that line.

@@ -182,3 +182,59 @@ async fn a_site_uploads_nothing_and_a_lie_is_refused() {
     assert_eq!(fault.code, Code::Integrity, "{fault}");
     assert!(bench.hub.inner.catalogue.artifacts().await.unwrap().is_empty());
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_site_is_told_the_manifest_of_what_is_new_to_it_once() {
+    let bench = Bench::start().await;
+    let token = bench.token(None, Some("office")).await;
+    for (reference, seed) in [("model/a:v1", 1), ("model/a:v2", 2)] {
+        bench.publish(&bench.source(reference, 3 << 20, seed), reference, Some(&token)).await.unwrap();
+    }
+    let site = bench.join(&bench.token(Some("west"), None).await, &Claim::Site("west".parse().unwrap())).await;
+    let catalogue = &bench.hub.inner.catalogue;
+    let told = async |link: &Link| {
+        let (mut send, mut recv) = link.open(wire::PRIORITY_CONTROL).await.unwrap();
+        send.write_all(&[CONTROL]).await.unwrap();
+        wire::send(&mut send, &FromSite::Hello { version: "t".into(), share: None, congestion: Default::default() }).await.unwrap();
+        let FromHub::Desired { transfers, manifests, .. } = wire::receive(&mut recv).await.unwrap();
+        (transfers, manifests, send, recv)
+    };
+
+    let link = bench.dial(&site).await;
+    bench.hub.deliver_to(&["model/a:v1".into()], "west").await.unwrap();
+    let (transfers, manifests, _send, mut recv) = told(&link).await;
+    let (first, [only]) = (&transfers[0], &manifests[..]) else { panic!("{} manifests", manifests.len()) };
+    assert_eq!(only.digest, first.digest);
+    let frames = base64::Engine::decode(&base64::engine::general_purpose::STANDARD, &only.frames).unwrap();
+    let pages = crate::store::Store::open(&bench.dir.path().join("pages")).unwrap();
+    let root = crate::fetch::take_manifest(frames.clone().into(), first.digest, &pages).unwrap();
+    let chunks =
+        crate::manifest::Walk::new(&root, &pages).map(Result::unwrap).filter(|step| matches!(step, crate::manifest::Step::Chunk(..)));
+    assert!(chunks.count() > 50, "the whole manifest is there, and nothing was asked for");
+    // A part of it, another's, and one with a flipped bit are refused.
+    for (frames, digest) in [
+        (frames[..frames.len() - 1].to_vec(), first.digest),
+        (frames.clone(), crate::chunk::Hash::of(b"x")),
+        (frames.iter().enumerate().map(|(at, byte)| byte ^ u8::from(at == frames.len() - 9)).collect(), first.digest),
+    ] {
+        crate::fetch::take_manifest(frames.into(), digest, &pages).unwrap_err();
+    }
+
+    // The next list of this line says nothing of what was told, and of another version only what differs is asked for.
+    catalogue.update_transfer(&first.id, first.generation, crate::api::types::State::Done, &Default::default()).await.unwrap();
+    bench.hub.deliver_to(&["model/a:v2".into()], "west").await.unwrap();
+    loop {
+        let FromHub::Desired { transfers, manifests, .. } = wire::receive(&mut recv).await.unwrap();
+        assert!(manifests.is_empty(), "a site with a version of it asks for what differs");
+        if transfers.iter().any(|wanted| wanted.artifact.version() == "v2") {
+            break;
+        }
+    }
+    // What has begun is not told again to a new line.
+    let v2 = catalogue.transfers(&Default::default()).await.unwrap().0.into_iter().find(|row| row.artifact.version() == "v2").unwrap();
+    catalogue.update_transfer(&first.id, first.generation, crate::api::types::State::Failed, &Default::default()).await.unwrap();
+    catalogue.update_transfer(&v2.id, v2.generation, crate::api::types::State::Planning, &Default::default()).await.unwrap();
+    let link = bench.dial(&site).await;
+    let (_, manifests, ..) = told(&link).await;
+    assert!(manifests.is_empty());
+}

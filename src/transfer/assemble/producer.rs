@@ -1,12 +1,13 @@
 //! Walks the manifest of one pass and starts what each missing chunk needs.
 
-use std::collections::HashSet;
 use std::sync::Arc;
 
 use parking_lot::RwLock;
 use tokio::sync::mpsc;
 
-use super::{Assembly, Batch, COPY_BYTES, Dest, Failure, Held, Item, Job, LOOK_UP, Local, WHOLES_MAX, Whole};
+use super::ends::Held;
+use super::recent::Recent;
+use super::{Assembly, Batch, COPY_BYTES, Dest, Failure, Item, Job, LOOK_UP, Local, WHOLES_MAX, Whole};
 use crate::chunk::Hash;
 use crate::fault::Fault;
 use crate::fetch::Ranges;
@@ -32,8 +33,8 @@ pub(super) struct Producer {
     pub(super) jobs: mpsc::Sender<Job>,
     pub(super) batches: mpsc::Sender<Batch>,
     pub(super) batch: Batch,
-    /// Chunks asked for in this pass, by eight bytes of their names: one that is taken for another waits for the next.
-    pub(super) asked: HashSet<u64>,
+    /// Chunks asked for in this pass: one that is taken for another waits for the next, and the index knows older ones.
+    pub(super) asked: Recent,
     pub(super) sharing: Option<Sharing>,
     /// What is handed over together next.
     pub(super) copies: Vec<(Item, At)>,
@@ -150,8 +151,7 @@ impl Producer {
     }
 
     fn ask(&mut self, item: Item) -> Result<(), Ended> {
-        let id = item.chunk.id.0;
-        if !self.asked.insert(u64::from_le_bytes([id[0], id[1], id[2], id[3], id[4], id[5], id[6], id[7]])) {
+        if !self.asked.insert(item.chunk.id) {
             return Ok(()); // it comes once; the next pass finds it here
         }
         match self.batch.wants.last_mut() {

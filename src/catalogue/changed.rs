@@ -1,0 +1,83 @@
+//! What was published in place and is no longer what it was: at its site as the watch found it, at the hub as the site tells it.
+
+use std::collections::HashMap;
+
+use super::{Catalogue, fault, note};
+use crate::fault::Fault;
+use crate::limits::CHANGED_TOLD_MAX;
+use crate::names::{ArtifactRef, SiteName};
+
+impl Catalogue {
+    /// The names of what was published here, in place.
+    pub async fn published(&self) -> Result<Vec<ArtifactRef>, Fault> {
+        let rows: Vec<(String,)> = sqlx::query_as("SELECT reference FROM artifact WHERE published_ms IS NOT NULL ORDER BY reference")
+            .fetch_all(&self.read)
+            .await
+            .map_err(fault)?;
+        rows.into_iter().map(|(name,)| Ok(name.parse()?)).collect()
+    }
+
+    /// Notes how an artifact of this daemon changed since it was published, or with `None` that it is what it was. `false`: that
+    /// was known.
+    pub async fn set_changed(&self, artifact: &ArtifactRef, changed: Option<&str>) -> Result<bool, Fault> {
+        let mut tx = self.write.begin_with("BEGIN IMMEDIATE").await.map_err(fault)?;
+        let new = put(&mut tx, None, &artifact.to_string(), changed).await?;
+        tx.commit().await.map_err(fault)?;
+        if new {
+            self.notify();
+        }
+        Ok(new)
+    }
+
+    /// What the hub has to know of what changed here: everything that it has heard of, and how it changed.
+    pub async fn changed_here(&self) -> Result<Vec<(ArtifactRef, String)>, Fault> {
+        let rows: Vec<(String, String)> = sqlx::query_as(
+            "SELECT reference, changed FROM artifact
+             WHERE changed IS NOT NULL AND published_ms IS NOT NULL AND offer IS NULL ORDER BY reference LIMIT ?",
+        )
+        .bind(CHANGED_TOLD_MAX)
+        .fetch_all(&self.read)
+        .await
+        .map_err(fault)?;
+        rows.into_iter().map(|(name, changed)| Ok((name.parse()?, changed))).collect()
+    }
+
+    /// Notes what changed at a site, at the hub: these of what is published there, and nothing else of it. `false`: that was known.
+    pub async fn set_changed_at(&self, site: &SiteName, all: &[(ArtifactRef, String)]) -> Result<bool, Fault> {
+        let all: HashMap<String, &str> = all.iter().map(|(artifact, changed)| (artifact.to_string(), changed.as_str())).collect();
+        let mut tx = self.write.begin_with("BEGIN IMMEDIATE").await.map_err(fault)?;
+        let before: Vec<(String,)> = sqlx::query_as("SELECT reference FROM artifact WHERE changed IS NOT NULL AND origin = ?")
+            .bind(site.as_str())
+            .fetch_all(&mut *tx)
+            .await
+            .map_err(fault)?;
+        let mut new = false;
+        for (name,) in before.iter().filter(|(name,)| !all.contains_key(name)) {
+            new |= put(&mut tx, Some(site), name, None).await?;
+        }
+        for (name, &changed) in &all {
+            new |= put(&mut tx, Some(site), name, Some(changed)).await?;
+        }
+        tx.commit().await.map_err(fault)?;
+        if new {
+            self.notify();
+        }
+        Ok(new)
+    }
+}
+
+/// Writes how an artifact changed, if its bytes are those of `origin` (`None`: this daemon's own) and it was not known.
+async fn put(connection: &mut sqlx::SqliteConnection, origin: Option<&SiteName>, name: &str, changed: Option<&str>) -> Result<bool, Fault> {
+    let done = sqlx::query("UPDATE artifact SET changed = ?1 WHERE reference = ?2 AND origin IS ?3 AND changed IS NOT ?1")
+        .bind(changed)
+        .bind(name)
+        .bind(origin.map(|site| site.as_str()))
+        .execute(&mut *connection)
+        .await
+        .map_err(fault)?;
+    let new = done.rows_affected() > 0;
+    if new {
+        note(connection, "artifact", name).await?;
+    }
+    Ok(new)
+}

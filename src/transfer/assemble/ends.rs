@@ -1,0 +1,187 @@
+//! The two ends of an assembly: what is there before the first pass, and what is done after the last.
+
+use std::collections::HashSet;
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use super::{Assembly, ROWS_TOGETHER, SPARE_BYTES, SYNC_ALL_FROM, names};
+use crate::durable;
+use crate::fault::{Fault, Retry};
+use crate::fetch::blocking;
+use crate::manifest::{EntryBody, FileInfo, KindInfo, Step};
+use crate::names::RelPath;
+use crate::places::{At, Journal, PlaceInfo};
+use crate::sink::Place;
+use crate::stage::{FILE_MODE, Stage};
+
+/// What the far end holds.
+#[derive(Debug, Default)]
+pub(super) struct Held {
+    pub(super) files: HashSet<u64>,
+    pub(super) ordinals: Vec<Range<u64>>,
+    pub(super) bytes: u64,
+}
+
+impl Held {
+    /// Chunks that need not be staged and were not staged either, before the far end held them.
+    pub(super) fn unjournaled(&self, journal: &Journal) -> u64 {
+        self.ordinals.iter().cloned().flatten().filter(|ordinal| !journal.has(*ordinal)).count() as u64
+    }
+}
+
+impl Assembly {
+    /// Opens or finds the staging folder and the journal, and makes sure that there is room.
+    pub(super) fn begin(&self) -> Result<(u32, Journal, Arc<Stage>), Fault> {
+        names::check(&self.incoming, self.walk(), self.sink.as_ref())?;
+        let (places, path) = (&self.shared.places, self.staged());
+        let totals = self.incoming.root.totals;
+        let mut place = places.staged_by(&self.incoming.transfer);
+        if let Some(old) = place.filter(|_| !path.is_dir()) {
+            // Somebody cleaned the staging folder away: the journal speaks of nothing.
+            places.remove(old)?;
+            place = None;
+        }
+        if place.is_none() {
+            durable::remove_all(&path)?;
+        }
+        let stage = Stage::open(&path)?;
+        let (digest, transfer) = (self.incoming.digest, Some(self.incoming.transfer.clone()));
+        let info = PlaceInfo { place: Place::Folder { path }, digest, transfer, foreign: false };
+        let place = match place {
+            Some(place) => place,
+            None => places.put(None, info)?,
+        };
+        let journal = places.journal(place, totals.chunks)?;
+        let mut resumed = 0;
+        if journal.count() > 0 {
+            let behind = places.is_behind(place);
+            let (mut rows, mut entry) = (Vec::new(), 0);
+            for step in self.walk() {
+                match step? {
+                    Step::Entry { number, .. } => entry = number,
+                    Step::Chunk(chunk, spot) if journal.has(spot.ordinal) => {
+                        resumed += u64::from(chunk.len);
+                        if behind {
+                            rows.push((chunk.id, At { place, entry, offset: spot.offset, len: chunk.len }));
+                        }
+                        if rows.len() >= ROWS_TOGETHER {
+                            places.note(&mut rows, &mut Vec::new(), false)?;
+                        }
+                    }
+                    Step::Chunk(..) => {}
+                }
+            }
+            if behind {
+                places.note(&mut rows, &mut Vec::new(), false)?;
+                places.caught_up(place);
+            }
+        }
+        self.counters.resumed.fetch_max(resumed, Ordering::Relaxed);
+        self.counters.committed.fetch_max(resumed, Ordering::Relaxed);
+        let free = stage.free_bytes()?.saturating_sub(SPARE_BYTES);
+        if totals.bytes - resumed > free {
+            // Only now is it worth to look what the site has; shared files take no room.
+            let need = self.estimate(Some(&journal))?.needs;
+            if need > free {
+                return Err(Fault::no_space(format!(
+                    "{} needs {need} bytes more in {}, which has {free} to spare",
+                    self.incoming.artifact,
+                    self.sink.staging_root().display()
+                )));
+            }
+        }
+        Ok((place, journal, Arc::new(stage)))
+    }
+
+    /// Files that the far end holds already, whole.
+    pub(super) async fn held_by_sink(&self) -> Result<Held, Fault> {
+        let mut held = Held::default();
+        if !matches!(self.incoming.root.info, KindInfo::Image(_)) {
+            return Ok(held);
+        }
+        let this = self.clone();
+        // Number, path, file, and the ordinals of its chunks.
+        let files: Vec<(u64, RelPath, FileInfo, Range<u64>)> = blocking(move || {
+            let mut out: Vec<(u64, RelPath, FileInfo, Range<u64>)> = Vec::new();
+            for step in this.walk() {
+                match step? {
+                    Step::Entry { number, entry, first_ordinal } => {
+                        if let EntryBody::File(file) = entry.body {
+                            out.push((number, entry.path, file, first_ordinal..first_ordinal));
+                        }
+                    }
+                    Step::Chunk(..) => {
+                        if let Some(last) = out.last_mut() {
+                            last.3.end += 1;
+                        }
+                    }
+                }
+            }
+            Ok(out)
+        })
+        .await?;
+        for (number, path, file, ordinals) in files {
+            let holds = tokio::select! {
+                holds = self.sink.holds(&self.incoming, &path, &file) => holds?,
+                () = self.stop.cancelled() => return Ok(held),
+            };
+            if holds {
+                held.files.insert(number);
+                held.ordinals.push(ordinals);
+                held.bytes += file.size;
+            }
+        }
+        self.counters.reused.fetch_max(held.bytes, Ordering::Relaxed);
+        Ok(held)
+    }
+
+    /// Makes what has no chunks, sets modes, and syncs the tree.
+    pub(super) fn finish(&self, stage: &Stage, held: &Held) -> Result<(), Fault> {
+        let mut dirs: Vec<(RelPath, u32)> = Vec::new();
+        let mut loose: Vec<RelPath> = Vec::new();
+        for step in self.walk() {
+            let Step::Entry { number, entry, .. } = step? else { continue };
+            match entry.body {
+                EntryBody::Dir => {
+                    stage.make_dir(&entry.path)?;
+                    dirs.push((entry.path, entry.mode));
+                }
+                EntryBody::Symlink(target) => stage.make_symlink(&entry.path, &target)?,
+                EntryBody::File(_) if held.files.contains(&number) => {}
+                EntryBody::File(file) => {
+                    if file.size == 0 && stage.size(&entry.path)? != Some(0) {
+                        stage.write_file(&entry.path, b"")?;
+                    }
+                    if stage.size(&entry.path)? != Some(file.size) {
+                        // Somebody reached into the staging folder: nothing that the journal says can be believed.
+                        if let Some(place) = self.shared.places.staged_by(&self.incoming.transfer) {
+                            self.shared.places.remove(place)?;
+                        }
+                        return Err(Fault::integrity(format!("the staged file {:?} is gone or has another size", entry.path.as_str()))
+                            .with_retry(Retry::Backoff)
+                            .with_next("nothing: it is brought again by itself"));
+                    }
+                    if entry.mode != FILE_MODE {
+                        stage.set_mode(&entry.path, entry.mode)?;
+                    }
+                    if (file.size == 0 || entry.mode != FILE_MODE) && loose.len() < SYNC_ALL_FROM {
+                        loose.push(entry.path);
+                    }
+                }
+            }
+        }
+        let all = dirs.len() + loose.len() >= SYNC_ALL_FROM;
+        if !all {
+            loose.iter().try_for_each(|path| stage.sync_file(path))?;
+        }
+        // Deepest first: a folder that its owner may not write to still lets its subfolders be changed by path.
+        for (path, mode) in dirs.iter().rev() {
+            stage.set_mode(path, *mode)?;
+            if !all {
+                stage.sync_dir(Some(path))?;
+            }
+        }
+        if all { stage.sync_filesystem() } else { stage.sync_dir(None) }
+    }
+}

@@ -1,0 +1,113 @@
+//! What a site published in place is watched where it lies: what changes is told there and at the hub, and nobody waits for it.
+
+use std::path::{Path, PathBuf};
+
+use serde_json::Value;
+
+use crate::support::daemon::{Daemon, Hub, Site, SiteSpec};
+use crate::support::{Scratch, data, limit, secs, tree, wait_for};
+
+const REFERENCE: &str = "dataset/line:v1";
+
+/// How this daemon says that the artifact changed.
+fn changed(daemon: &Daemon) -> Value {
+    daemon.json(&["show", REFERENCE])["changed"].clone()
+}
+
+/// Waits until both say that this file changed.
+fn wait_changed(daemons: [&Daemon; 2], path: &Path) {
+    let path = path.to_str().unwrap();
+    for daemon in daemons {
+        let what = format!("{} says that {path} changed", daemon.name);
+        wait_for(&what, secs(30), || changed(daemon).as_str().is_some_and(|how| how.starts_with(path)).then_some(()));
+    }
+}
+
+fn wait_sound(daemons: [&Daemon; 2]) {
+    for daemon in daemons {
+        wait_for(&format!("{} says that nothing changed", daemon.name), secs(30), || changed(daemon).is_null().then_some(()));
+    }
+}
+
+/// A set that was published in place, and a file of it.
+fn published(site: &Site, scratch: &Scratch) -> (data::Dataset, PathBuf) {
+    let set = data::dataset(&scratch.folder("set").canonicalize().unwrap(), 20);
+    site.publish(&set.root, REFERENCE, &[]);
+    let file = set.root.join(&set.photos[7].path);
+    (set, file)
+}
+
+#[test]
+fn what_changes_is_told_at_the_site_and_at_the_hub_until_it_is_put_back() {
+    let _limit = limit(secs(180));
+    let scratch = Scratch::new();
+    let mut hub = Hub::start_new(scratch.path());
+    let spec = SiteSpec { more: "[share]\ncheck_every = \"1s\"", ..SiteSpec::default() };
+    let mut a = Site::start_new(scratch.path(), &hub, "a", &spec);
+    let (set, file) = published(&a, &scratch);
+    wait_sound([&a, &hub]);
+    a.cli(&["doctor"]).expect(0);
+
+    // One byte, under the same time.
+    let good = std::fs::read(&file).unwrap();
+    let time = file.metadata().unwrap().modified().unwrap();
+    let mut bad = good.clone();
+    bad[40] ^= 1;
+    std::fs::write(&file, bad).unwrap();
+    std::fs::File::options().write(true).open(&file).unwrap().set_modified(time).unwrap();
+    wait_changed([&a, &hub], &file);
+    assert!(a.log().contains("what was published in place changed"));
+    assert!(hub.cli(&["show", REFERENCE]).expect(0).out.contains("changed at a"));
+    assert!(hub.cli(&["artifacts"]).expect(0).out.contains(file.to_str().unwrap()));
+    let doctor = a.cli(&["doctor"]).expect(1).out;
+    assert!(doctor.contains(&format!("fault {REFERENCE}: {}", file.display())) && doctor.contains("new version"), "{doctor}");
+    // What is there now under a new version: that is one way out.
+    a.publish(&set.root, "dataset/line:v2", &[]);
+    let doctor = a.cli(&["doctor"]).expect(0).out;
+    assert!(doctor.contains("was published as dataset/line:v2"), "{doctor}");
+
+    // Neither daemon forgets, and what is put back while there is no line is told when there is one again.
+    hub.stop();
+    a.stop();
+    a.start();
+    assert!(changed(&a).is_string());
+    std::fs::write(&file, good).unwrap();
+    wait_for("the site has seen it", secs(30), || changed(&a).is_null().then_some(()));
+    hub.start();
+    hub.wait_online("a", true, secs(40));
+    wait_sound([&a, &hub]);
+
+    // A folder that is away says nothing.
+    let away = scratch.join("away");
+    std::fs::rename(&set.root, &away).unwrap();
+    std::thread::sleep(secs(4));
+    assert!(changed(&a).is_null());
+    std::fs::rename(&away, &set.root).unwrap();
+    std::fs::remove_file(&file).unwrap();
+    wait_changed([&a, &hub], &file);
+}
+
+/// The hub never asks a site for its own. So a transfer to where it was published must not wait for what is gone there.
+#[test]
+fn a_delivery_to_where_it_was_published_fails_with_the_path_that_is_gone() {
+    let _limit = limit(secs(180));
+    let scratch = Scratch::new();
+    let hub = Hub::start_new(scratch.path());
+    // It looks every five minutes: what happens here happens because the transfer asks.
+    let a = Site::start_new(scratch.path(), &hub, "a", &SiteSpec::default());
+    let (set, file) = published(&a, &scratch);
+    let good = std::fs::read(&file).unwrap();
+    std::fs::remove_file(&file).unwrap();
+    let id = hub.deliver(&[REFERENCE], "a").remove(0);
+    let failed = hub.wait_transfer(&id, "failed", secs(60), |t| t.state == "failed");
+    assert_eq!(failed.reason.as_deref(), Some("integrity"));
+    assert!(failed.message.as_deref().is_some_and(|m| m.starts_with(file.to_str().unwrap())), "{failed:#?}");
+    assert!(failed.next.as_deref().is_some_and(|next| next.contains("put the old content back")), "{failed:#?}");
+    wait_changed([&a, &hub], &file);
+
+    std::fs::write(&file, good).unwrap();
+    hub.cli(&["retry", &id]).expect(0);
+    hub.wait_done(&id, secs(60));
+    tree::assert_same(&set.root, &a.folder(REFERENCE));
+    wait_sound([&a, &hub]);
+}
