@@ -59,6 +59,7 @@ pub fn view(row: &DeliveryRow, parts: Vec<Transfer>) -> Delivery {
         run: row.run.clone(),
         created_at: jiff::Timestamp::from_millisecond(row.created_ms).map(crate::clock::rfc3339).unwrap_or_default(),
         finished_at: state.is_final().then(|| parts.iter().filter_map(|part| part.finished_at.clone()).max()).flatten(),
+        note: None,
         parts,
     }
 }

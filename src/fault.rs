@@ -116,6 +116,9 @@ pub enum Retry {
     AfterMs(u64),
 }
 
+/// What to do about a full disk, for whatever waits until there is room.
+const MAKE_ROOM: &str = "make room; the transfer goes on by itself";
+
 /// One fault. Build it with the constructor named after its class, then say more with the `with_` calls.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Fault {
@@ -185,7 +188,7 @@ impl Fault {
 
     /// A disk or a quota is full.
     pub fn no_space(message: impl Into<String>) -> Self {
-        Self::new(Code::NoSpace, Reason::NoSpace, Retry::Backoff, message, "make room; the transfer goes on by itself")
+        Self::new(Code::NoSpace, Reason::NoSpace, Retry::Backoff, message, MAKE_ROOM)
     }
 
     /// A server or peer does not answer.
@@ -232,6 +235,14 @@ impl Fault {
     pub fn with_next(mut self, next: impl Into<String>) -> Self {
         self.next = next.into();
         self
+    }
+
+    /// The same, said of a publish: unlike a transfer it does not go on by itself once a disk has room.
+    pub fn of_publish(self) -> Self {
+        if self.next != MAKE_ROOM {
+            return self;
+        }
+        self.with_next("make room on that disk, then publish again: what was kept is not stored again")
     }
 
     /// Puts where it happened before the message: `context: message`.
@@ -304,5 +315,16 @@ mod tests {
         assert!(!large.next.contains("make room"), "{}", large.next);
         let full = of(rustix::io::Errno::NOSPC);
         assert_eq!((full.reason, full.retry), (Reason::NoSpace, Retry::Backoff));
+    }
+
+    #[test]
+    fn a_publish_is_not_said_to_go_on_by_itself() {
+        let full = Fault::no_space("write /hub/store: no space left on device");
+        assert!(full.next.contains("goes on by itself"), "{}", full.next);
+        let published = full.clone().of_publish();
+        assert!(published.next.contains("publish again") && !published.next.contains("by itself"), "{}", published.next);
+        assert_eq!((published.code, &published.message), (full.code, &full.message));
+        let better = full.with_next("publish the archive decompressed");
+        assert_eq!(better.clone().of_publish(), better, "what is said already of this very case stands");
     }
 }

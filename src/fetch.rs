@@ -36,8 +36,8 @@ const RECENT_PAGES_MAX: usize = 64;
 const LIVELY_BYTES: u64 = 16 << 10;
 /// Raw bytes that are read from the store for one answer before they are sent.
 const ANSWER_BYTES: u64 = 1 << 20;
-/// How long a peer may take for one piece of an answer.
-const WRITE_MAX: Duration = Duration::from_secs(120);
+/// How long a peer may take for one piece of an answer: with what goes before it, at 20 KB/s.
+const WRITE_MAX: Duration = Duration::from_secs(900);
 /// Pieces of a stream, a packet each at the most, that are taken at once.
 const PIECES: usize = 64;
 /// Room for the frame that goes beyond what was asked for.
@@ -147,7 +147,7 @@ pub fn nothing_such() -> Fault {
 }
 
 /// Raw bytes of the pages that a root manifest lists.
-pub fn listed_bytes(root: &Root) -> u64 {
+fn listed_bytes(root: &Root) -> u64 {
     root.pages.iter().map(|page| u64::from(page.len)).sum()
 }
 
@@ -169,15 +169,21 @@ fn pick(all: &[ChunkRef], ranges: &[(u32, u32)]) -> Result<Vec<Child>, Fault> {
     Ok(out)
 }
 
-/// The frames of a root manifest and of the pages that it lists, behind each other, for a peer that did not ask.
-pub async fn manifest_frames(peer: &Peer, library: &dyn Library, opened: &Arc<Opened>) -> Result<Vec<u8>, Fault> {
+/// The frames of a root manifest and of the pages that it lists, behind each other, for a peer that did not ask; `None` when they
+/// have more than `most` bytes. Of what the root says of its pages nothing is believed.
+pub async fn manifest_frames(peer: &Peer, library: &dyn Library, opened: &Arc<Opened>, most: usize) -> Result<Option<Vec<u8>>, Fault> {
     let mut out = Frame::encode(&Verified::new(opened.root.to_bytes().into())).to_bytes().to_vec();
-    let pages = pick(&listed(&opened.root), &[(0, opened.root.pages.len() as u32)])?;
-    let mut pieces = library.frames(peer, opened, &Wanted::TopPages(Vec::new()), pages, PRIORITY_MANIFEST).await?;
-    while let Some(piece) = pieces.next().await {
-        out.extend_from_slice(&piece?);
+    for (index, chunk) in (0..).zip(listed(&opened.root)) {
+        if out.len() > most {
+            break;
+        }
+        let mut pieces =
+            library.frames(peer, opened, &Wanted::TopPages(Vec::new()), vec![Child { index, chunk }], PRIORITY_MANIFEST).await?;
+        while let Some(piece) = pieces.next().await {
+            out.extend_from_slice(&piece?);
+        }
     }
-    Ok(out)
+    Ok((out.len() <= most).then_some(out))
 }
 
 /// Takes in what [`manifest_frames`] gave: the root comes back, and the pages go to the store. Blocks.
@@ -301,6 +307,11 @@ impl Fetcher {
     /// A fetcher of this artifact over this link, which counts what crosses the line in `wire`.
     pub fn new(link: Link, digest: Digest, wire: Arc<AtomicU64>) -> Self {
         Self { link, digest, wire }
+    }
+
+    /// The round trip of the line.
+    pub fn rtt(&self) -> Duration {
+        self.link.rtt()
     }
 
     /// Asks. The frames come in the order of the request.

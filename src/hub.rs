@@ -4,6 +4,7 @@ mod backend;
 mod relay;
 mod runs;
 mod session;
+mod telling;
 mod upload;
 
 use std::collections::HashMap;

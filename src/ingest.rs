@@ -93,10 +93,7 @@ pub trait Keeper: Sync {
 impl Keeper for Store {
     fn keep(&self, chunks: &[(Verified, Origin)]) -> Result<u64, Fault> {
         let ids: Vec<Hash> = chunks.iter().map(|(chunk, _)| chunk.id).collect();
-        let here = self.has_many(&ids)?;
-        let lacking = chunks.iter().zip(here).filter(|(_, here)| !here);
-        let frames: Vec<Frame> = lacking.map(|((chunk, _), _)| Frame::encode(chunk)).collect();
-        self.append_all(&frames)
+        self.put_lacking(&ids, |place| Frame::encode(&chunks[place].0))
     }
 
     fn file(&self, _: u64, _: &RelPath, _: &FileInfo) -> Result<(), Fault> {
@@ -107,6 +104,9 @@ impl Keeper for Store {
         Store::flush(self)
     }
 }
+
+/// Bytes of entries that wait for the names of their chunks: more than belong to the blocks on their way, as a rule.
+const WAITING_BYTES_MAX: usize = 8 << 20;
 
 /// A run of cut chunks on its way to a worker: bytes read behind each other, and where each chunk lies in them.
 struct Batch {
@@ -199,6 +199,8 @@ struct Reading<'a, 'b> {
     /// Answers that came before their turn.
     early: BTreeMap<u64, Vec<ChunkRef>>,
     waiting: VecDeque<Waiting>,
+    /// Bytes of memory that these take, without their chunks, about.
+    waiting_bytes: usize,
     entries: u64,
     built: u64,
 }
@@ -231,6 +233,7 @@ fn read_all(
         answered: 0,
         early: BTreeMap::new(),
         waiting: VecDeque::new(),
+        waiting_bytes: 0,
         entries: 0,
         built: 0,
     };
@@ -248,6 +251,7 @@ fn read_all(
 impl Reading<'_, '_> {
     fn read(&mut self, entry: SourceEntry) -> Result<(), Fault> {
         let (path, body, stamp) = (entry.path.clone(), entry.body.clone(), entry.stamp.clone());
+        self.waiting_bytes += weight(&entry);
         self.waiting.push_back(Waiting { entry, hash: None, open: true, chunks_left: 0, chunks: Vec::new() });
         let hash = match body {
             SourceBody::File { size, content: Content::Memory(bytes) } => self.cut(&path, size, &mut &bytes[..])?,
@@ -269,7 +273,16 @@ impl Reading<'_, '_> {
             (waiting.hash, waiting.open) = (hash, false);
         }
         self.entries += 1;
-        self.build()
+        self.build()?;
+        // Behind a small file, whose block is not full, any number of entries could gather that have no content.
+        if self.waiting_bytes >= WAITING_BYTES_MAX {
+            self.send()?;
+            while self.waiting_bytes >= WAITING_BYTES_MAX && self.answered < self.sent {
+                self.wait()?;
+                self.build()?;
+            }
+        }
+        Ok(())
     }
 
     /// Cuts a file's content into batches. Returns its hash, unless it is one chunk and so named by that.
@@ -378,6 +391,7 @@ impl Reading<'_, '_> {
     fn build(&mut self) -> Result<(), Fault> {
         while self.waiting.front().is_some_and(|w| w.chunks_left == 0 && !w.open) {
             let Some(Waiting { entry, hash, chunks, .. }) = self.waiting.pop_front() else { break };
+            self.waiting_bytes -= weight(&entry);
             let body = match entry.body {
                 SourceBody::Dir => EntryBody::Dir,
                 SourceBody::Symlink(target) => EntryBody::Symlink(target),
@@ -394,6 +408,16 @@ impl Reading<'_, '_> {
         }
         Ok(())
     }
+}
+
+/// Bytes of memory that an entry takes, about.
+fn weight(entry: &SourceEntry) -> usize {
+    let own = match &entry.body {
+        SourceBody::Symlink(target) => target.len(),
+        SourceBody::File { content: Content::Memory(bytes), .. } => bytes.len(),
+        SourceBody::File { .. } | SourceBody::Dir => 0,
+    };
+    size_of::<Waiting>() + 2 * entry.path.as_str().len() + own
 }
 
 /// Reads until the buffer is full or nothing follows.

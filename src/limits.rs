@@ -8,8 +8,12 @@ use std::time::Duration;
 pub const MEMORY_BUDGET_BYTES: u64 = 256 << 20;
 /// The largest control message on the line.
 pub const CONTROL_FRAME_BYTES_MAX: usize = 4 << 20;
-/// Raw bytes of manifests that a site is told in one control message, at most.
-pub const TOLD_BYTES_MAX: u64 = 256 << 10;
+/// Manifests that a site is told of in one control message without asking…
+pub const TOLD_MAX: usize = 16;
+/// …and their bytes, at most.
+pub const TOLD_BYTES_MAX: usize = 256 << 10;
+/// Roots of such manifests that a site keeps until their transfers begin.
+pub const TOLD_KEPT_MAX: usize = 64;
 /// The largest request for chunks on the line.
 pub const FETCH_REQUEST_BYTES_MAX: usize = 64 << 10;
 /// The largest chunk, raw or stored.
@@ -20,8 +24,12 @@ pub const ROOT_BYTES_MAX: usize = 1 << 20;
 pub const FETCH_BATCH_BYTES: u64 = 1 << 20;
 /// The most chunks in one fetch request.
 pub const FETCH_BATCH_CHUNKS_MAX: usize = 1024;
-/// The fetch requests a transfer keeps on the way at once.
+/// The fetch requests a transfer keeps on the way at once…
 pub const FETCH_IN_FLIGHT_MAX: usize = 32;
+/// …and on a line with a round trip of this…
+pub const FETCH_FAR_FROM: Duration = Duration::from_millis(20);
+/// …this many: what 10 Gbit/s hold in 50 ms.
+pub const FETCH_IN_FLIGHT_FAR_MAX: usize = 60;
 /// The pages of an old version that new ones are squeezed against at once.
 pub const DIFFERENCE_BASE_BYTES_MAX: u64 = 2 << 20;
 /// A pack is sealed once it holds this much.
@@ -29,13 +37,15 @@ pub const PACK_BYTES: u64 = 32 << 20;
 /// The most bytes of a transfer that were asked for and are not committed yet: what a kill costs at the worst, beside the 8 MiB and
 /// more that the hub may still send to the dead.
 pub const UNCOMMITTED_BYTES_MAX: u64 = 36 << 20;
+/// The same where more is on the way; of that a kill costs no more unless the line is as fast as that.
+pub const UNCOMMITTED_BYTES_FAR_MAX: u64 = 76 << 20;
 /// A transfer's group commit: after this many bytes, which leaves more than half of the above to what is on the way…
 pub const COMMIT_BYTES: u64 = 16 << 20;
 /// …or after this long, whichever comes first.
 pub const COMMIT_EVERY: Duration = Duration::from_secs(1);
 /// Nothing received on a busy transfer for this long means the line is dead.
 pub const SILENCE_MAX: Duration = Duration::from_secs(30);
-/// How long a publisher calls a hub that has gone away before it gives up.
+/// How long a publisher calls a hub that has gone away, or has no room, before it gives up.
 pub const HUB_AWAY_MAX: Duration = Duration::from_secs(600);
 /// The publishes that run at once from one state folder.
 pub const PUBLISHES_AT_ONCE_MAX: usize = 16;
@@ -200,8 +210,11 @@ pub const LINE_REASON_BYTES_MAX: usize = 1024;
 pub const MUX_FRAME_BYTES_MAX: usize = 64 << 10;
 /// What one write to the TCP line takes together.
 pub const MUX_BATCH_BYTES: usize = 256 << 10;
-/// A stream of the TCP line takes the next bytes from its writer once fewer than this wait.
+/// A stream of the TCP line takes the next bytes from its writer once fewer than this wait: the next piece as it is…
 pub const MUX_STREAM_QUEUE_BYTES: usize = 64 << 10;
+/// …while all streams of the line hold less than this, else no more than the above. It feeds the kernel's buffer, which holds what is
+/// in flight, so no line needs more of it.
+pub const MUX_LINE_QUEUE_BYTES: usize = 8 << 20;
 /// Control frames of the TCP line that wait to be sent; a peer that provokes more and reads none is cut off.
 pub const MUX_CONTROL_BYTES_MAX: usize = 256 << 10;
 /// Streams of one site that the hub answers at once.
@@ -222,6 +235,8 @@ pub const BUNDLE_LIST_BYTES_MAX: usize = 64 << 20;
 pub const CHECK_EVERY_MIN: Duration = Duration::from_secs(1);
 /// Artifacts that changed where they were published, which a site tells the hub of in one message; others are told as these are mended.
 pub const CHANGED_TOLD_MAX: i64 = 500;
+/// Characters of what is said of one of them.
+pub const CHANGED_CHARS_MAX: usize = 8 << 10;
 /// How long a command waits for a daemon that went away while it did a job: after a restart it knows the job no more.
 pub const JOB_AWAY_MAX: Duration = Duration::from_secs(15);
 /// Room that the store leaves on its disk beside a whole pack, so that the databases can still be written.

@@ -25,7 +25,7 @@ use parking_lot::Mutex;
 use crate::budget::{Budget, Share};
 use crate::chunk::Hash;
 use crate::durable;
-use crate::fault::{Fault, IoContext, Reason, Retry};
+use crate::fault::{Code, Fault, IoContext, Reason, Retry};
 use crate::fetch::{Child, Library, Opened, Pieces, blocking, pieces};
 use crate::frame::Frame;
 use crate::manifest::{ChunkRef, Digest, EntryBody, FileInfo, Pages, Root, Step, Walk};
@@ -225,8 +225,11 @@ impl Origin {
                     .with_reason(Reason::WaitingForSource)
                     .with_retry(Retry::Backoff)
             }
-            Place::Registry { repository } if fault.retry == Retry::Never => changed(format_args!("{path} of {repository}"), &fault),
-            Place::Registry { .. } => fault.with_reason(Reason::WaitingForSource),
+            Place::Registry { repository } if matches!(fault.code, Code::NotFound | Code::Integrity) => {
+                changed(format_args!("{path} of {repository}"), &fault)
+            }
+            // Whoever may not read there now may do so again.
+            Place::Registry { .. } => fault.with_reason(Reason::WaitingForSource).with_retry(Retry::Backoff),
         }
     }
 

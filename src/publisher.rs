@@ -30,8 +30,8 @@ use crate::fetch::{self, blocking};
 use crate::identity::{Claim, Holder, JoinToken, SiteIdentity, fingerprint};
 use crate::ingest;
 use crate::jobs::JobProgress;
-use crate::limits::{BACKOFF_FIRST, FETCH_STREAMS_MAX, HUB_AWAY_MAX, PUBLISHES_AT_ONCE_MAX, RECONNECT_MAX, SILENCE_MAX};
-use crate::line::{self, Link};
+use crate::limits::{FETCH_BATCH_BYTES, FETCH_IN_FLIGHT_MAX, FETCH_STREAMS_MAX, HUB_AWAY_MAX, PUBLISHES_AT_ONCE_MAX, SILENCE_MAX};
+use crate::line::{self, Link, Redial};
 use crate::manifest::Digest;
 use crate::names::{ArtifactRef, SiteName};
 use crate::origin::{Held, Holdings, Origin};
@@ -69,7 +69,7 @@ pub struct Uploaded {
     pub wire: u64,
 }
 
-/// Publishes. Where the line breaks it is dialled again, for a while.
+/// Publishes. Where the line breaks it is dialled again, and a hub that has no room is asked again, for a while.
 pub async fn publish(asked: Asked, progress: Arc<JobProgress>) -> Result<Uploaded, Fault> {
     if asked.options.for_dataset.is_some() {
         return Err(Fault::usage("--for needs the list of the dataset's files, and a publisher cannot read what the hub has")
@@ -89,7 +89,7 @@ pub async fn publish(asked: Asked, progress: Arc<JobProgress>) -> Result<Uploade
         let (source, progress, folder) = (asked.clone(), progress.clone(), work.folder.clone());
         let runtime = tokio::runtime::Handle::current();
         let reading = blocking(move || read(&source, &folder, &progress, &runtime)).await;
-        reading.map_err(|fault| fault.context(format_args!("publish {}", asked.artifact)))?
+        reading.map_err(|fault| fault.of_publish().context(format_args!("publish {}", asked.artifact)))?
     };
     progress.doing(format!("giving the hub what it lacks of {}", asked.artifact));
     progress.bytes.store(0, Ordering::Relaxed);
@@ -217,9 +217,10 @@ impl Publisher {
         }
     }
 
-    /// Tells the hub what there is and answers its fetches, until it says that it has all.
+    /// Tells the hub what there is and answers its fetches, until it says that it has all. One that is away or has no room is waited for.
     async fn offer(&mut self, question: &AskHub, origin: &Origin, progress: &JobProgress) -> Result<Published, Fault> {
-        let (mut pause, mut away_since) = (BACKOFF_FIRST, Instant::now());
+        let giving = progress.what();
+        let (mut redial, mut away_since, mut full_since) = (Redial::default(), Instant::now(), None);
         loop {
             let tried = async {
                 let link = self.line().await?;
@@ -229,22 +230,27 @@ impl Publisher {
                     () = serve(&link, origin) => Err(Fault::unreachable("the line to the hub ended")),
                     () = watch(&link, progress) => Err(Fault::internal("nobody looks any more")),
                 };
-                // A hub that took something, or heard us for so long that it must have worked, is a hub that is there. Not one
-                // that only answers the call: it may refuse for ever.
-                let there = link.bytes().0 - before.0 > MOVED_BYTES || begun.elapsed() > SILENCE_MAX;
+                let sent = link.bytes().0 - before.0;
                 if answer.is_err() {
                     link.close("gone on with anew");
                 }
-                Ok::<_, Fault>((answer, there))
+                Ok::<_, Fault>((answer, sent, begun.elapsed()))
             };
             let fault = match tried.await {
-                Ok((Ok(published), _)) => return Ok(published),
-                Ok((Err(fault), there)) => {
-                    if there {
-                        (pause, away_since) = (BACKOFF_FIRST, Instant::now());
+                Ok((Ok(published), ..)) => return Ok(published),
+                Ok((Err(fault), sent, took)) => {
+                    // A hub that took something, or heard us for so long that it must have worked, is a hub that is there. Not
+                    // one that only answers the call: it may refuse for ever.
+                    if sent > MOVED_BYTES || took > SILENCE_MAX {
+                        (redial, away_since) = (Redial::default(), Instant::now());
+                    }
+                    if sent > KEPT_BYTES {
+                        full_since = None;
                     }
                     fault
                 }
+                // The disk here: nobody would make room on it while this waits.
+                Err(fault) if fault.code == Code::NoSpace => return Err(fault),
                 Err(fault) => fault,
             };
             if fault.code == Code::NotAllowed && self.token.is_some() {
@@ -253,18 +259,31 @@ impl Publisher {
                 self.identity(true).await?;
                 continue;
             }
-            if fault.code != Code::Unreachable || away_since.elapsed() > HUB_AWAY_MAX {
+            let since = match fault.code {
+                Code::Unreachable => away_since,
+                Code::NoSpace => *full_since.get_or_insert_with(Instant::now),
+                _ => return Err(fault),
+            };
+            if since.elapsed() > HUB_AWAY_MAX {
                 return Err(fault);
             }
-            tracing::warn!(error = %fault, "the line broke; it is dialled again, and goes on where it stood");
-            tokio::time::sleep(pause.mul_f64(rand::random_range(0.5..1.0))).await;
-            pause = (pause * 2).min(RECONNECT_MAX);
+            if fault.code == Code::NoSpace {
+                away_since = Instant::now();
+                progress.doing("waiting for room at the hub");
+                tracing::warn!(error = %fault, "the hub has no room; it is asked again, and goes on where it stood");
+            } else {
+                tracing::warn!(error = %fault, "the line broke; it is dialled again, and goes on where it stood");
+            }
+            tokio::time::sleep(redial.pause()).await;
+            progress.doing(giving.clone());
         }
     }
 }
 
 /// More than this went out: it was not only a handshake and a question.
 const MOVED_BYTES: u64 = 1 << 20;
+/// More than this went out: the hub kept some of it, for it has half of this on the way at the most. Less may have come to a full disk.
+const KEPT_BYTES: u64 = 2 * FETCH_IN_FLIGHT_MAX as u64 * FETCH_BATCH_BYTES;
 
 /// Answers what the hub asks for.
 async fn serve(link: &Link, origin: &Origin) {
@@ -338,6 +357,7 @@ fn lock(path: &Path, wait: bool) -> Result<File, Fault> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::identity::{CertificateRequest, HubIdentity};
 
     #[test]
     fn work_folders_are_taken_once_and_emptied() {
@@ -358,6 +378,50 @@ mod tests {
         let rest: Vec<Work> = (2..=PUBLISHES_AT_ONCE_MAX).map(|_| Work::take(dir.path()).unwrap()).collect();
         assert_eq!(Work::take(dir.path()).err().unwrap().code, Code::Conflict);
         drop(rest);
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn a_full_hub_is_waited_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let (source, state) = (dir.path().join("source"), dir.path().join("state"));
+        durable::create_dir_all(&source).unwrap();
+        durable::replace(&source.join("weights.bin"), b"weights").unwrap();
+        let hub = Arc::new(HubIdentity::open_or_create(&dir.path().join("hub"), &"hub".parse().unwrap()).unwrap());
+        let listener = line::Listener::bind(([127, 0, 0, 1], 0).into(), hub.clone(), &Line::default(), 64 << 20).unwrap();
+        let address = listener.local_addr().to_string();
+        // This machine is a publisher of that hub already.
+        let request = CertificateRequest::new().unwrap();
+        let cert = hub.issue_as(&Holder::Publisher("office".parse().unwrap()), request.csr_der()).unwrap();
+        request.complete(&cert, hub.ca_der()).unwrap().save(&state.join(folder_of(&address))).unwrap();
+
+        let answers = tokio::spawn(async move {
+            for room in [false, false, true] {
+                let Some(line::Arrival::Publisher { link, .. }) = listener.accept().await else { unreachable!("somebody else came") };
+                let (mut send, mut recv) = link.accept().await.unwrap();
+                let mut kind = [0];
+                recv.read_exact(&mut kind).await.unwrap();
+                let AskHub::Upload { artifact, digest, .. } = wire::receive(&mut recv).await.unwrap() else { unreachable!("no upload") };
+                let (artifact, digest) = (artifact.to_string(), digest.hex());
+                let published = Published { artifact, digest, transfers: Vec::new(), bytes: 7, stored: 7, unchanged: false, note: None };
+                let answer = if room { Ok(published) } else { Err(Fault::no_space("no room")) };
+                wire::send(&mut send, &answer).await.unwrap();
+                // By now the publisher may have hung up.
+                let _ = send.finish();
+                link.closed().await;
+            }
+        });
+        let asked = Asked {
+            source: source.display().to_string(),
+            artifact: "model/a:v1".parse().unwrap(),
+            to: None,
+            options: SourceOptions::default(),
+            hub: address,
+            token: None,
+            state,
+        };
+        let uploaded = tokio::time::timeout(std::time::Duration::from_secs(30), publish(asked, Arc::default())).await.unwrap();
+        assert_eq!(uploaded.unwrap().published.stored, 7);
+        answers.await.unwrap();
     }
 
     #[test]

@@ -61,6 +61,8 @@ pub struct Holder {
 pub trait Upstream: Send + Sync {
     /// The sites that are connected and hold this artifact, the best first; never `but`.
     async fn sources(&self, digest: Digest, but: Option<&SiteName>) -> Result<Vec<Holder>, Fault>;
+    /// Whether any site but this one holds it, connected or not.
+    async fn is_elsewhere(&self, digest: Digest, but: Option<&SiteName>) -> Result<bool, Fault>;
     /// Asks one of them for so many frames, which come in the order of the request, in some of these buffers.
     async fn ask(&self, source: &SiteName, of: Of, wants: Vec<Wanted>, count: usize, buffers: &Buffers) -> Result<Sent, Fault>;
 }
@@ -126,10 +128,15 @@ pub struct Of {
     pub priority: i32,
 }
 
-fn waiting(digest: Digest) -> Fault {
-    Fault::unreachable(format!("no site that holds {digest} is connected"))
-        .with_reason(Reason::WaitingForSource)
-        .with_next("nothing: it goes on by itself when the site that has it is back; see 'packhorse sites'")
+/// What is said where nobody is there to be asked. That nobody else has it at all is another code: who asks may be its origin.
+fn waiting(digest: Digest, elsewhere: bool) -> Fault {
+    let fault = match elsewhere {
+        true => Fault::unreachable(format!("no site that holds {digest} is connected"))
+            .with_next("nothing: it goes on by itself when the site that has it is back; see 'packhorse sites'"),
+        false => Fault::not_found(format!("no other site holds {digest}"))
+            .with_next("nothing: it goes on by itself when another site has it, or its files are where they were"),
+    };
+    fault.with_reason(Reason::WaitingForSource).with_retry(Retry::Backoff)
 }
 
 impl Relay {
@@ -182,7 +189,7 @@ impl Relay {
                 return Ok(());
             }
             if Instant::now() >= until {
-                return Err(waiting(digest));
+                return Err(waiting(digest, self.inner.upstream.is_elsewhere(digest, Some(peer)).await?));
             }
             tokio::time::sleep(LOOK_EVERY).await;
         }
@@ -343,7 +350,12 @@ impl Relay {
                 // The source answers, and what it says does not pass in moments.
                 Some(fault) if fault.retry == Retry::Never => break fault,
                 Some(fault) if since.elapsed() >= PATIENCE => break fault.with_reason(Reason::WaitingForSource),
-                None if since.elapsed() >= PATIENCE => break waiting(of.digest),
+                None if since.elapsed() >= PATIENCE => {
+                    break match self.inner.upstream.is_elsewhere(of.digest, but.as_ref()).await {
+                        Ok(elsewhere) => waiting(of.digest, elsewhere),
+                        Err(fault) => fault,
+                    };
+                }
                 _ => tokio::time::sleep(LOOK_EVERY).await,
             }
         };

@@ -94,6 +94,11 @@ impl Stage {
         Ok(file)
     }
 
+    /// Opens a staged file for reading.
+    pub fn open_to_read(&self, path: &RelPath) -> Result<File, Fault> {
+        Ok(self.dir.open(path.as_str()).at(self.what("open", path))?.into_std())
+    }
+
     /// Writes a whole small file.
     pub fn write_file(&self, path: &RelPath, bytes: &[u8]) -> Result<(), Fault> {
         let file = self.open_file(path, 0)?;
@@ -102,10 +107,19 @@ impl Stage {
 
     /// The size of a regular file; `None` when there is none.
     pub fn size(&self, path: &RelPath) -> Result<Option<u64>, Fault> {
+        Ok(self.stat(path)?.map(|stat| stat.st_size as u64))
+    }
+
+    /// Bytes of room that a file has on the disk, written or not.
+    pub fn allocated(&self, path: &RelPath) -> Result<u64, Fault> {
+        Ok(self.stat(path)?.map_or(0, |stat| stat.st_blocks as u64 * 512))
+    }
+
+    fn stat(&self, path: &RelPath) -> Result<Option<rustix::fs::Stat>, Fault> {
         use rustix::fs::{AtFlags, FileType, statat};
         // One call instead of three: nothing is opened, so a link on the way does no harm.
         match statat(self.dir.as_fd(), path.as_str(), AtFlags::SYMLINK_NOFOLLOW) {
-            Ok(stat) => Ok((FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile).then_some(stat.st_size as u64)),
+            Ok(stat) => Ok((FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile).then_some(stat)),
             Err(rustix::io::Errno::NOENT | rustix::io::Errno::NOTDIR) => Ok(None),
             Err(e) => Err(Fault::io(self.what("look at", path), &e.into())),
         }

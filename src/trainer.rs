@@ -95,6 +95,16 @@ impl Folder {
         durable::replace(&self.descriptor(), &text)
     }
 
+    /// Whether it was made for the run of this id.
+    pub fn is_of(&self, id: &str) -> Result<bool, Fault> {
+        let path = self.descriptor();
+        match std::fs::read(&path) {
+            Ok(text) => Ok(serde_json::from_slice::<serde_json::Value>(&text).is_ok_and(|descriptor| descriptor["id"] == id)),
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(false),
+            Err(e) => Err(Fault::io(path.display(), &e)),
+        }
+    }
+
     /// How its process is.
     pub fn process(&self) -> Result<Process, Fault> {
         let ended = || -> Result<Option<Ended>, Fault> {
@@ -345,6 +355,17 @@ mod tests {
         });
         assert!(folder.lock_to_stay().unwrap().is_some());
         looking.join().unwrap();
+    }
+
+    #[test]
+    fn a_folder_knows_whose_it_is() {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = Folder::new(dir.path().join("r"));
+        assert!(!folder.is_of("r-1").unwrap(), "there is none");
+        folder.prepare(&serde_json::json!({"run": "r", "id": "r-1"})).unwrap();
+        assert!(folder.is_of("r-1").unwrap() && !folder.is_of("r-2").unwrap());
+        durable::replace(&folder.descriptor(), b"no JSON").unwrap();
+        assert!(!folder.is_of("r-1").unwrap());
     }
 
     #[test]

@@ -229,9 +229,12 @@ pub enum AskHub {
         #[serde(default)]
         to: Option<String>,
     },
-    /// How transfers stand that are not the site's own, but of what it holds; the answer is a list and a cursor.
+    /// A delivery as a whole, if each of its parts is the site's own or of what it holds; the answer is an
+    /// [`crate::api::types::Delivery`].
+    Delivery(String),
+    /// How transfers stand, each the site's own or of what it holds; the answer is a list and a cursor.
     Transfers {
-        /// Ids, comma-separated.
+        /// Ids of transfers or deliveries, comma-separated.
         id: String,
         /// Only what changed after this cursor.
         since: Option<u64>,

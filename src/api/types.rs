@@ -61,7 +61,8 @@ impl State {
     }
 }
 
-/// Bytes of a transfer, each counted once and never going backwards.
+/// Bytes of a transfer, which never go backwards. What came over the line, or was reused, before an interruption is counted as resumed
+/// too.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(default)]
 pub struct Bytes {
@@ -157,6 +158,9 @@ pub struct Delivery {
     pub created_at: String,
     /// When its last part ended.
     pub finished_at: Option<String>,
+    /// What there is to know beside that: at a site, that these are only the parts that go there, and why.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub note: Option<String>,
     /// Its transfers, those that stood already when it was asked for with them.
     pub parts: Vec<Transfer>,
 }

@@ -260,7 +260,7 @@ impl Catalogue {
         row.as_ref().map(artifact).transpose()
     }
 
-    /// Whether a site has, or published, another version of this artifact.
+    /// Whether a site has, or published, any version of this artifact.
     pub async fn has_kin_at(&self, site: &SiteName, of: &ArtifactRef) -> Result<bool, Fault> {
         let series = of.series();
         sqlx::query_scalar(

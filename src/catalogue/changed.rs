@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use super::{Catalogue, fault, note};
 use crate::fault::Fault;
-use crate::limits::CHANGED_TOLD_MAX;
+use crate::limits::{CHANGED_CHARS_MAX, CHANGED_TOLD_MAX};
 use crate::names::{ArtifactRef, SiteName};
 
 impl Catalogue {
@@ -44,7 +44,10 @@ impl Catalogue {
 
     /// Notes what changed at a site, at the hub: these of what is published there, and nothing else of it. `false`: that was known.
     pub async fn set_changed_at(&self, site: &SiteName, all: &[(ArtifactRef, String)]) -> Result<bool, Fault> {
-        let all: HashMap<String, &str> = all.iter().map(|(artifact, changed)| (artifact.to_string(), changed.as_str())).collect();
+        // A site may say anything: no more is taken in than one that is sound would say.
+        let all = all.iter().take(CHANGED_TOLD_MAX as usize);
+        let all: HashMap<String, String> =
+            all.map(|(artifact, how)| (artifact.to_string(), how.chars().take(CHANGED_CHARS_MAX).collect())).collect();
         let mut tx = self.write.begin_with("BEGIN IMMEDIATE").await.map_err(fault)?;
         let before: Vec<(String,)> = sqlx::query_as("SELECT reference FROM artifact WHERE changed IS NOT NULL AND origin = ?")
             .bind(site.as_str())
@@ -55,7 +58,7 @@ impl Catalogue {
         for (name,) in before.iter().filter(|(name,)| !all.contains_key(name)) {
             new |= put(&mut tx, Some(site), name, None).await?;
         }
-        for (name, &changed) in &all {
+        for (name, changed) in &all {
             new |= put(&mut tx, Some(site), name, Some(changed)).await?;
         }
         tx.commit().await.map_err(fault)?;

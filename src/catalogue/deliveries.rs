@@ -18,15 +18,19 @@ pub struct DeliveryRow {
     pub parts: Vec<TransferRow>,
 }
 
+/// The answer for a delivery that does not exist, and for one that somebody may not see.
+pub(crate) fn no_delivery(id: &str) -> Fault {
+    Fault::not_found(format!("there is no delivery {id}")).with_next("'packhorse status' lists the transfers")
+}
+
 impl Catalogue {
     /// One delivery. At a site its parts are those that go to that site.
     pub async fn delivery(&self, id: &str) -> Result<DeliveryRow, Fault> {
-        let unknown = || Fault::not_found(format!("there is no delivery {id}")).with_next("'packhorse status' lists the transfers");
         let said: Option<(Option<String>, i64)> =
             sqlx::query_as("SELECT run, created_ms FROM delivery WHERE id = ?").bind(id).fetch_optional(&self.read).await.map_err(fault)?;
-        let parts = self.transfers_of(id).await.map_err(|_| unknown())?;
+        let parts = self.transfers_of(id).await.map_err(|_| no_delivery(id))?;
         if parts.iter().any(|part| part.id == id) {
-            return Err(unknown());
+            return Err(no_delivery(id));
         }
         let first = parts.iter().map(|part| part.created_ms).min().unwrap_or_default();
         let (run, created_ms) = said.unwrap_or((None, first));

@@ -22,6 +22,7 @@ use tokio::sync::Notify;
 pub(crate) use artifacts::no_artifact;
 pub use artifacts::{ArtifactRow, Offer};
 pub use deliveries::DeliveryRow;
+pub(crate) use deliveries::no_delivery;
 pub use relay::{Forbids, Kept};
 pub(crate) use transfers::new_id;
 pub use transfers::{Body, Part, TransferRow, Want};

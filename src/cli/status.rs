@@ -74,6 +74,7 @@ pub(super) fn delivery(whole: &Delivery, colour: bool) -> String {
     add("run", whole.run.clone());
     add("created", Some(human::local(&whole.created_at)));
     add("finished", whole.finished_at.as_deref().map(human::local));
+    add("note", whole.note.clone());
     format!("{}\n{}", fields(&pairs), table(&whole.parts, colour))
 }
 

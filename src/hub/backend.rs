@@ -13,7 +13,7 @@ use super::{Hub, short};
 use crate::api::Backend;
 use crate::api::types::*;
 use crate::bundle::{self, Member};
-use crate::catalogue::{Part, TransferRow, new_id};
+use crate::catalogue::{DeliveryRow, Part, TransferRow, new_id};
 use crate::chunk::Hash;
 use crate::delivery;
 use crate::durable;
@@ -52,6 +52,11 @@ impl Hub {
             (view.rate, view.eta_seconds) = (0, None);
         }
         view
+    }
+
+    /// A delivery as the API shows it, and as a site is told of it.
+    pub(super) fn whole(&self, row: &DeliveryRow) -> Delivery {
+        delivery::view(row, row.parts.iter().map(|part| self.view(part)).collect())
     }
 
     pub(super) async fn deliver_to(&self, artifacts: &[String], to: &str) -> Result<Delivered, Fault> {
@@ -173,7 +178,7 @@ impl Hub {
         });
         let result = work.await.map_err(|e| Fault::internal(format!("the publish ended: {e}")));
         let _ = blocking(move || durable::remove_all(&scratch)).await;
-        let ingested = result?.map_err(|fault| fault.context(format!("publish {artifact}")))?;
+        let ingested = result?.map_err(|fault| fault.of_publish().context(format!("publish {artifact}")))?;
         let bytes = ingested.root.totals.bytes;
         let added = match &request.run {
             Some(run) => self.add_run_model(None, run, &artifact, &ingested.root).await?,
@@ -336,12 +341,11 @@ impl Backend for Hub {
 
     async fn deliveries(&self, limit: u32) -> Result<Vec<Delivery>, Fault> {
         let rows = self.inner.catalogue.deliveries(limit).await?;
-        Ok(rows.iter().map(|row| delivery::view(row, row.parts.iter().map(|t| self.view(t)).collect())).collect())
+        Ok(rows.iter().map(|row| self.whole(row)).collect())
     }
 
     async fn delivery(&self, id: &str) -> Result<Delivery, Fault> {
-        let row = self.inner.catalogue.delivery(id).await?;
-        Ok(delivery::view(&row, row.parts.iter().map(|t| self.view(t)).collect()))
+        Ok(self.whole(&self.inner.catalogue.delivery(id).await?))
     }
 
     async fn runs(&self, limit: u32) -> Result<Vec<Run>, Fault> {

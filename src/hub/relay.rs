@@ -34,9 +34,9 @@ const AHEAD_QUEUED_MAX: usize = 8;
 const AHEAD_AGAIN: Duration = Duration::from_secs(60);
 /// How often the relay's store is made durable.
 const FLUSH_EVERY: Duration = Duration::from_secs(1);
-/// How often it is looked for what may go.
+/// How often it is looked for what may go, unless it may go sooner than that.
 const EVICT_EVERY: Duration = Duration::from_secs(60);
-/// How often while the budget is used up.
+/// How often while the budget is used up, and how often at the most.
 const EVICT_EVERY_WHEN_FULL: Duration = Duration::from_secs(5);
 /// Uses that follow each other sooner are noted once.
 const USED_EVERY: Duration = Duration::from_secs(10);
@@ -55,6 +55,10 @@ impl Upstream for Lines {
         let links = self.links.read();
         let here = all.into_iter().filter(|(site, _)| Some(site) != but && links.contains_key(site));
         Ok(here.map(|(site, origin)| Holder { site, origin }).collect())
+    }
+
+    async fn is_elsewhere(&self, digest: Digest, but: Option<&SiteName>) -> Result<bool, Fault> {
+        Ok(self.catalogue.sources(digest).await?.iter().any(|(site, _)| Some(site) != but))
     }
 
     async fn ask(&self, source: &SiteName, of: Of, wants: Vec<Wanted>, count: usize, buffers: &Buffers) -> Result<Sent, Fault> {
@@ -152,10 +156,11 @@ impl Hub {
     }
 
     async fn keep_evicting(&self) {
+        let every = EVICT_EVERY.min(self.inner.config.relay.keep).max(EVICT_EVERY_WHEN_FULL);
         let mut last = Instant::now();
         loop {
             tokio::time::sleep(EVICT_EVERY_WHEN_FULL).await;
-            if !self.inner.relay.is_full() && last.elapsed() < EVICT_EVERY {
+            if !self.inner.relay.is_full() && last.elapsed() < every {
                 continue;
             }
             last = Instant::now();
@@ -241,6 +246,7 @@ impl Hub {
                 }
                 Err(fault) => tracing::error!(error = %fault, "it could not be worked out what to fetch ahead"),
             }
+            // It ends after a while too: what failed gets its next try however quiet the catalogue is.
             changed.await;
         }
     }

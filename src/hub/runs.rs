@@ -13,7 +13,7 @@ use crate::clock;
 use crate::fault::Fault;
 use crate::limits::{RUN_INPUTS_MAX, RUN_TTL_MAX, RUNS_OPEN_MAX};
 use crate::manifest::Root;
-use crate::names::{ArtifactRef, RunName, SiteName, SiteSelector};
+use crate::names::{ArtifactRef, Kind, RunName, SiteName, SiteSelector};
 use crate::run::hub::{Effect, Event, Run, Seen, step};
 use crate::run::{Borrowed, DesiredRun, Expect, Input, Lineage, Model, RunReport, Spec};
 
@@ -128,7 +128,7 @@ impl Hub {
                 let mut parts = Vec::new();
                 for input in &run.spec.inputs {
                     let row = catalogue.artifact(&input.artifact).await?;
-                    // What was published there lies there.
+                    // What was published there lies there; rows and images were delivered there, else the run had been refused.
                     if row.origin.as_ref() != Some(&run.spec.on) {
                         parts.push(Part::new(&row, std::slice::from_ref(&run.spec.on)));
                     }
@@ -269,6 +269,7 @@ impl Hub {
                 .with_next(format!("add {from} to [share] allow in the configuration of {place}")));
         }
         let mut inputs: Vec<Input> = Vec::new();
+        let mut own: Vec<Part> = Vec::new();
         for text in &request.inputs {
             let artifact: ArtifactRef = text.parse()?;
             if inputs.iter().any(|input| input.artifact == artifact) {
@@ -281,6 +282,9 @@ impl Hub {
             // The site that trains needs all of it, or the answer is that for what does not exist.
             let there = SiteSelector::Names(vec![on.clone()]);
             self.shared_with(&artifact, row.origin.as_ref(), std::slice::from_ref(&on), &there).await?;
+            if row.origin.as_ref() == Some(&on) && matches!(artifact.kind, Kind::Labels | Kind::Image) {
+                own.push(Part::new(&row, std::slice::from_ref(&on)));
+            }
             inputs.push(Input { artifact, digest: row.digest, bytes: row.root.totals.bytes });
         }
         let _turn = self.inner.runs.lock().await;
@@ -295,6 +299,18 @@ impl Hub {
                 })
                 .with_next("start it under another name")),
             };
+        }
+        // A trainer finds rows and images by their names. Publishing in place gives them none, and the run does not do it either:
+        // what it delivers it takes away again, and this is the site's own.
+        let named = catalogue.done_already(&own).await?;
+        own.retain(|part| named.iter().all(|row| row.artifact != part.artifact));
+        if !own.is_empty() {
+            let all: Vec<String> = own.iter().map(|part| part.artifact.to_string()).collect();
+            return Err(Fault::conflict(format!(
+                "{}: published at {on}, but not delivered there, so no trainer finds the rows or the image under that name",
+                all.join(", ")
+            ))
+            .with_next(format!("packhorse deliver {} --to {on}; when that is done, start the run again", all.join(" "))));
         }
         let open = catalogue.runs::<Run>(true, OPEN_MAX).await?;
         if open.iter().filter(|run| run.spec.on == on).count() >= RUNS_OPEN_MAX {

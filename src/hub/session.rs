@@ -1,28 +1,26 @@
 //! One site's line at the hub: the desired state goes out, reports come in, fetches and questions are answered.
 
-use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
-use futures::FutureExt;
 use tokio::sync::Semaphore;
 
+use super::telling::Telling;
 use super::{Connected, Hub};
 use crate::api::types::{Action, Published, State, Transfer, TransferQuery};
-use crate::budget::Share;
-use crate::catalogue::{ArtifactRow, TransferRow, Want};
+use crate::catalogue::{ArtifactRow, TransferRow, Want, no_delivery};
 use crate::config::Congestion;
-use crate::fault::Fault;
-use crate::fetch::{self, Fetcher, Library};
+use crate::fault::{Code, Fault};
+use crate::fetch::{self, Fetcher};
 use crate::identity::{Holder, verify_signature};
-use crate::limits::{API_ROWS_MAX, FETCH_STREAMS_MAX, LONG_POLL_MAX, TOLD_BYTES_MAX};
+use crate::limits::{API_ROWS_MAX, FETCH_STREAMS_MAX, LONG_POLL_MAX};
 use crate::line::{Link, RecvHalf, SendHalf};
 use crate::manifest::Digest;
 use crate::names::{ArtifactRef, Kind, SiteName};
 use crate::run::DesiredRun;
-use crate::wire::{self, AskHub, CONTROL, Desired, FETCH, FromHub, FromSite, PRIORITY_MANIFEST, QUESTION, Report, Told};
+use crate::wire::{self, AskHub, CONTROL, Desired, FETCH, FromHub, FromSite, QUESTION, Report};
 
 /// What the lineages that a site is told take of one message on the line.
 const LINEAGE_BYTES_MAX: usize = 1 << 20;
@@ -140,7 +138,7 @@ impl Hub {
         let write = async {
             let mut last: Option<(Vec<Desired>, Vec<DesiredRun>)> = None;
             let mut revision = 0;
-            let mut told = HashSet::new();
+            let mut telling = Telling::begin();
             loop {
                 let changed = self.inner.catalogue.changed();
                 tokio::pin!(changed);
@@ -148,7 +146,7 @@ impl Hub {
                 if last.as_ref() != Some(&now) {
                     revision += 1;
                     let (transfers, runs) = now.clone();
-                    let (manifests, _share) = self.manifests_of_new(site, &transfers, &mut told).await?;
+                    let (manifests, _share) = self.tell_of_new(site, &transfers, &mut telling).await;
                     wire::send(&mut send, &FromHub::Desired { revision, transfers, runs, manifests }).await?;
                     last = Some(now);
                 }
@@ -190,6 +188,7 @@ impl Hub {
             AskHub::Deliver { artifacts, to } => self.deliver_for(site, &artifacts, &to).await,
             AskHub::Renew { request } => self.renew_for(&Holder::Site(site.clone()), &request),
             AskHub::Upload { .. } => Err(Fault::not_allowed("a site publishes at its own daemon").with_next("run the command at the site")),
+            AskHub::Delivery(id) => self.delivery_for(site, &id).await,
             AskHub::Transfers { id, since, wait } => self.transfers_for(site, &id, since, wait).await,
             AskHub::StartRun(request) => self.start_run(Some(site), &request).await.and_then(as_json),
             AskHub::ActOnRun(request) => self.act_on_run(Some(site), &request).await.and_then(as_json),
@@ -210,21 +209,39 @@ impl Hub {
         serde_json::to_value(delivered).map_err(|e| Fault::internal(e.to_string()))
     }
 
+    /// A delivery as a whole, for a site that may see all of it.
+    async fn delivery_for(&self, site: &SiteName, id: &str) -> Result<serde_json::Value, Fault> {
+        let row = self.inner.catalogue.delivery(id).await?;
+        if !self.may_see(site, &row.parts).await? {
+            return Err(no_delivery(id));
+        }
+        as_json(self.whole(&row))
+    }
+
+    /// Whether each of these goes to this site, or is of what it published or holds.
+    async fn may_see(&self, site: &SiteName, rows: &[TransferRow]) -> Result<bool, Fault> {
+        let catalogue = &self.inner.catalogue;
+        for row in rows.iter().filter(|row| row.site != *site) {
+            let own = catalogue.artifact(&row.artifact).await.is_ok_and(|a| a.origin.as_ref() == Some(site));
+            if !own && !catalogue.is_entitled(site, row.digest).await? {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
     /// How transfers stand of what a site holds, wherever they go.
     async fn transfers_for(&self, site: &SiteName, id: &str, since: Option<u64>, wait: u64) -> Result<serde_json::Value, Fault> {
-        let query = TransferQuery { id: Some(id.to_owned()), since, ..TransferQuery::default() };
+        let all = TransferQuery { id: Some(id.to_owned()), ..TransferQuery::default() };
+        // All of them, changed or not: what a site may not see looks the same to it as what is not there.
+        if !self.may_see(site, &self.inner.catalogue.transfers(&all).await?.0).await? {
+            return Err(Fault::not_found(format!("there is no transfer or delivery {id}")).with_next("'packhorse status' lists them"));
+        }
+        let query = TransferQuery { since, ..all };
         let until = Instant::now() + Duration::from_secs(wait).min(LONG_POLL_MAX);
         loop {
             let changed = self.inner.catalogue.changed();
             let (rows, cursor) = self.inner.catalogue.transfers(&query).await?;
-            for row in &rows {
-                let own = self.inner.catalogue.artifact(&row.artifact).await.is_ok_and(|a| a.origin.as_ref() == Some(site));
-                if row.site != *site && !own && !self.inner.catalogue.is_entitled(site, row.digest).await? {
-                    return Err(
-                        Fault::not_found(format!("there is no transfer or delivery {id}")).with_next("'packhorse status' lists them")
-                    );
-                }
-            }
             if !rows.is_empty() || since.is_none() || Instant::now() >= until {
                 let views: Vec<Transfer> = rows.iter().map(|row| self.view(row)).collect();
                 return serde_json::to_value((views, cursor)).map_err(|e| Fault::internal(e.to_string()));
@@ -264,45 +281,6 @@ impl Hub {
         Ok(out)
     }
 
-    /// The manifests of transfers that this line was not told of yet, as far as they are small, with the share of the budget
-    /// that they hold. Who has another version asks for what differs from that.
-    async fn manifests_of_new(
-        &self,
-        site: &SiteName,
-        transfers: &[Desired],
-        known: &mut HashSet<String>,
-    ) -> Result<(Vec<Told>, Option<Share>), Fault> {
-        let catalogue = &self.inner.catalogue;
-        let mut new = Vec::new();
-        let mut bytes = 0;
-        for wanted in transfers.iter().filter(|wanted| !known.contains(&wanted.id)) {
-            let row = catalogue.transfer(&wanted.id).await?;
-            if row.state != State::Queued
-                || row.want != Want::Run
-                || row.generation > 0
-                || catalogue.has_kin_at(site, &row.artifact).await?
-            {
-                continue;
-            }
-            // Not entitled to it any more, perhaps: it will hear so when it asks.
-            let Ok(opened) = self.open(site, row.digest).await else { continue };
-            let size = fetch::listed_bytes(&opened.root);
-            if bytes + size <= TOLD_BYTES_MAX {
-                bytes += size;
-                new.push(opened);
-            }
-        }
-        *known = transfers.iter().map(|wanted| wanted.id.clone()).collect();
-        // The list does not wait for what only saves a round trip.
-        let Some(share) = self.share(site, bytes, PRIORITY_MANIFEST).now_or_never().transpose()? else { return Ok((Vec::new(), None)) };
-        let mut manifests = Vec::with_capacity(new.len());
-        for opened in new {
-            let frames = fetch::manifest_frames(site, self, &opened).await?;
-            manifests.push(Told { digest: opened.digest, frames: BASE64.encode(frames) });
-        }
-        Ok((manifests, Some(share)))
-    }
-
     /// Takes an artifact that was published at a site into the catalogue; its bytes stay there until somebody asks.
     async fn take_offer(
         &self,
@@ -333,9 +311,17 @@ impl Hub {
         // What was opened by its digest before it was known here must be looked at anew.
         inner.opened.lock().retain(|opened| opened.digest != digest);
         let added = match run {
-            Some(run) => self.add_run_model(Some(site), run, &artifact, &root).await?,
-            None => inner.catalogue.add_artifact(&artifact, &root, Some(site)).await?,
+            Some(run) => self.add_run_model(Some(site), run, &artifact, &root).await,
+            None => inner.catalogue.add_artifact(&artifact, &root, Some(site)).await,
         };
+        if let Err(fault) = &added
+            && fault.code == Code::Conflict
+            && self.is_taken_unseen(site, &artifact, digest).await?
+        {
+            // The fault names the digest of what stands there, which would tell the site what somebody else has.
+            return Err(Fault::conflict(format!("the name {artifact} is taken")).with_next("publish this under another name or version"));
+        }
+        let added = added?;
         let transfers = match to {
             Some(to) => self.deliver_to(&[artifact.to_string()], to).await?.transfers,
             None => Vec::new(),
@@ -344,6 +330,19 @@ impl Hub {
         let (artifact, digest, bytes) = (artifact.to_string(), digest.hex(), root.totals.bytes);
         let published = Published { artifact, digest, transfers, bytes, stored: 0, unchanged: !added, note: None };
         serde_json::to_value(published).map_err(|e| Fault::internal(e.to_string()))
+    }
+
+    /// Whether a name stands for other content that a site may not know of: neither given to it nor shared with it.
+    async fn is_taken_unseen(&self, site: &SiteName, artifact: &ArtifactRef, digest: Digest) -> Result<bool, Fault> {
+        let catalogue = &self.inner.catalogue;
+        let Ok(there) = catalogue.artifact(artifact).await else { return Ok(false) };
+        if there.digest == digest || catalogue.is_entitled(site, there.digest).await? {
+            return Ok(false);
+        }
+        match &there.origin {
+            Some(origin) => Ok(!catalogue.shares_with(origin, site).await?),
+            None => Ok(true),
+        }
     }
 
     fn link_of(&self, site: &SiteName) -> Option<Link> {

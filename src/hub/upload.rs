@@ -17,7 +17,7 @@ use tokio::sync::{OwnedRwLockReadGuard, Semaphore, mpsc};
 use super::Hub;
 use crate::api::types::Published;
 use crate::chunk::Hash;
-use crate::fault::Fault;
+use crate::fault::{Code, Fault};
 use crate::fetch::{Fetcher, Library, Ranges, blocking, nothing_such};
 use crate::frame::{Frame, HEADER_BYTES};
 use crate::identity::Holder;
@@ -98,7 +98,7 @@ impl Hub {
                     before.close("the publisher began anew");
                 }
                 let answer = tokio::select! {
-                    answer = self.take_upload(name, link, artifact, digest, to.as_deref()) => answer,
+                    answer = self.take_upload(name, link, artifact, digest, to.as_deref()) => answer.map_err(of_the_hub),
                     _ = link.closed() => Err(Fault::unreachable("the publisher's line ended")),
                     () = self.inner.stop.cancelled() => Err(Fault::unreachable("the hub stops")),
                 };
@@ -230,6 +230,14 @@ impl Hub {
     }
 }
 
+/// To the publisher a full disk is the hub's, and the upload ends with it.
+fn of_the_hub(fault: Fault) -> Fault {
+    if fault.code != Code::NoSpace {
+        return fault;
+    }
+    fault.context("the hub has no room").with_next("make room at the hub, then publish again: what was kept is not sent again")
+}
+
 /// Walks the manifest and makes batches of the chunks that the store lacks. Blocks.
 fn plan(root: &Root, store: &Store, out: &mpsc::Sender<Batch>) -> Result<(), Fault> {
     let mut planner = Planner { store, out, batch: Batch::default(), asked: HashSet::new(), order: VecDeque::new() };
@@ -243,7 +251,7 @@ fn plan(root: &Root, store: &Store, out: &mpsc::Sender<Batch>) -> Result<(), Fau
         }
     }
     planner.look(&mut looked_at)?;
-    planner.send();
+    planner.send()?;
     Ok(())
 }
 
@@ -281,16 +289,21 @@ impl Planner<'_> {
             self.batch.bytes += u64::from(chunk.len);
             self.batch.chunks.push(chunk);
             let full = self.batch.bytes >= FETCH_BATCH_BYTES || self.batch.chunks.len() >= FETCH_BATCH_CHUNKS_MAX;
-            if full && !self.send() {
+            if full && !self.send()? {
                 return Ok(false);
             }
         }
         Ok(true)
     }
 
-    fn send(&mut self) -> bool {
+    fn send(&mut self) -> Result<bool, Fault> {
         let batch = std::mem::take(&mut self.batch);
-        batch.chunks.is_empty() || self.out.blocking_send(batch).is_ok()
+        if batch.chunks.is_empty() {
+            return Ok(true);
+        }
+        // A publisher asks again and again until there is room; what came meanwhile would have been sent for nothing.
+        self.store.check_room()?;
+        Ok(self.out.blocking_send(batch).is_ok())
     }
 }
 

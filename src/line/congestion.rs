@@ -54,6 +54,15 @@ impl Choice {
         self.0.store(value, Ordering::Relaxed);
     }
 
+    #[cfg(test)]
+    pub(super) fn get(&self) -> Congestion {
+        match self.0.load(Ordering::Relaxed) {
+            BBR => Congestion::Bbr,
+            CUBIC => Congestion::Cubic,
+            _ => Congestion::Auto,
+        }
+    }
+
     /// Whether a line of this round trip is to be held full as a long one. One that was found short stays so by itself.
     fn is_long(&self, rtt: Duration, before: Chosen) -> bool {
         match self.0.load(Ordering::Relaxed) {

@@ -17,6 +17,7 @@ mod hello;
 mod listen;
 mod mux;
 mod quic;
+mod redial;
 mod steady;
 mod stream;
 mod tcp;
@@ -24,6 +25,7 @@ mod tls;
 
 pub use dial::{dial, join, probe_quic};
 pub use listen::{Arrival, JoinRequest, Listener};
+pub use redial::Redial;
 pub use stream::{RecvHalf, SendHalf};
 use stream::{RecvWire, SendWire};
 
@@ -214,8 +216,8 @@ impl Link {
         Self { inner: Arc::new(Inner { wire, peer, remote, ordered: AtomicU32::new(0), last_words: Mutex::new(None) }) }
     }
 
-    /// Opens a stream. Streams of a higher priority are sent first; equal ones take turns. Waits while 256 are open. The peer
-    /// may learn of the stream only with its first byte.
+    /// Opens a stream. Streams of a higher priority are sent first; of equal ones, on QUIC the one that was given its priority first,
+    /// while on TCP they take turns. Waits while 256 are open. The peer may learn of the stream only with its first byte.
     pub async fn open(&self, priority: i32) -> Result<(SendHalf, RecvHalf), Fault> {
         match &self.inner.wire {
             Wire::Quic { connection, .. } => {
@@ -277,6 +279,15 @@ impl Link {
     pub fn set_congestion(&self, congestion: Congestion) {
         if let Wire::Quic { choice, .. } = &self.inner.wire {
             choice.set(congestion);
+        }
+    }
+
+    /// What [`Link::set_congestion`] has set; `None` on TCP.
+    #[cfg(test)]
+    pub(crate) fn congestion(&self) -> Option<Congestion> {
+        match &self.inner.wire {
+            Wire::Quic { choice, .. } => Some(choice.get()),
+            Wire::Tcp { .. } => None,
         }
     }
 

@@ -29,7 +29,7 @@ impl SendHalf {
         result.map_err(|e| self.link.fault(e))
     }
 
-    /// Writes all of it without copying.
+    /// Writes all of it, without copying unless a TCP line has much to send already.
     pub async fn write_bytes(&mut self, data: Bytes) -> Result<(), Fault> {
         let result = match &mut self.wire {
             SendWire::Quic(stream) => stream.write_chunk(data).await.map_err(|e| write_end(&e)),

@@ -9,10 +9,11 @@
 
 use std::fs::{File, symlink_metadata};
 use std::io::{self, ErrorKind};
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use rustix::fs::OFlags;
 use tokio_util::sync::CancellationToken;
 
 use super::{Origin, changed_text, is_away, lies_at};
@@ -23,7 +24,7 @@ use crate::names::RelPath;
 use crate::sink::Place;
 
 /// A look that is in no hurry rests so many times as long as it works.
-pub const RESTS: u32 = 10;
+pub const RESTS: u32 = 4;
 /// Work between two rests.
 const WORK: Duration = Duration::from_millis(100);
 /// How often a rest looks whether the daemon stops.
@@ -32,6 +33,9 @@ const STOP_LOOK_EVERY: Duration = Duration::from_millis(50);
 const SKEW_MAX: Duration = Duration::from_secs(120);
 /// The steps of the coarsest clock that a filesystem has (FAT).
 const CLOCK_STEP_MAX: Duration = Duration::from_secs(2);
+
+/// A link is not followed, and nobody need write into a pipe.
+const NEVER_WAITS: i32 = (OFlags::NOFOLLOW.bits() | OFlags::NONBLOCK.bits()) as i32;
 
 /// Seconds and nanoseconds since 1970, by the clock of a filesystem.
 type Time = (i64, i64);
@@ -193,7 +197,8 @@ impl Suspect {
     fn is_still(&mut self, chunk: ChunkRef, offset: u64, buffer: &mut Vec<u8>) -> io::Result<bool> {
         let file = match &mut self.file {
             Some(file) => file,
-            none => none.insert(File::open(&self.path)?),
+            // It was a file when it was looked at: nothing else may be followed, or waited for.
+            none => none.insert(File::options().read(true).custom_flags(NEVER_WAITS).open(&self.path)?),
         };
         buffer.resize(chunk.len as usize, 0);
         file.read_exact_at(buffer, offset)?;

@@ -12,7 +12,7 @@ use super::daemon::{Daemons, Home, write_config};
 use super::folder::Folder;
 use super::show::{self, Show, program, quoted, quoted_text};
 use crate::api::types::{
-    Job, PublishRequest, Published, Run, RunRequest, RunState, Site, SourceOptions, State, TokenReply, TokenRequest, Transfer,
+    Artifact, Job, PublishRequest, Published, Run, RunRequest, RunState, Site, SourceOptions, State, TokenReply, TokenRequest, Transfer,
     TransferQuery,
 };
 use crate::cli::client::Client;
@@ -225,13 +225,17 @@ pub(super) async fn borrowed_training(world: &World<'_>) -> Result<(), Fault> {
     let home = check::nas(&world.sites[0]).join(made.artifact.replace(':', "/")).join("model.json");
     let text = std::fs::read_to_string(&home).map_err(|e| Fault::io(home.display(), &e))?;
     let found: serde_json::Value = serde_json::from_str(&text).map_err(|e| Fault::integrity(format!("{}: {e}", home.display())))?;
+    let listed: Vec<Artifact> = world.clients[1].get("/v1/artifacts", &()).await?;
+    let is_listed = |name: &str| listed.iter().any(|there| there.artifact.to_string() == name);
     if check::nas(&world.sites[1]).join(images.replace(':', "/")).exists() {
         return Err(Fault::internal(format!("{images} still lies at {west}")));
     }
+    if let Some(left) = [images, labels].into_iter().find(|name| is_listed(name)) {
+        return Err(Fault::internal(format!("{left} is still listed at {west}")));
+    }
     let mut table = Table::new(&["MADE OF", "DIGEST", "AT WEST NOW"]);
     for input in &run.inputs {
-        let stays = input.artifact.starts_with(SERIES[2]);
-        let now = if stays { "stays: it was there before" } else { "given back" };
+        let now = if is_listed(&input.artifact) { "stays: it was there before" } else { "given back" };
         table.row(vec![input.artifact.as_str().into(), input.digest.chars().take(16).collect::<String>().into(), now.into()]);
     }
     emit(&format!(

@@ -6,10 +6,14 @@ use super::*;
 use crate::frame::Verified;
 use crate::manifest::ChunkRef;
 
-/// A site that has some chunks on one page, by their index, and counts what it is asked for.
+/// A site that has some chunks on one page, by their index, and counts what it is asked for. It may stand for more than one.
 #[derive(Default)]
 struct Site {
     chunks: Vec<Verified>,
+    /// The sites that have them, the best first.
+    holders: Vec<Holder>,
+    /// What those of them answer, each time, where the chunks have only arrived.
+    arrived_says: Option<Fault>,
     asked: Mutex<Vec<u32>>,
     away: AtomicBool,
     /// What it answers instead of chunks, one after the other.
@@ -23,11 +27,19 @@ struct Site {
 impl Upstream for Site {
     async fn sources(&self, _: Digest, but: Option<&SiteName>) -> Result<Vec<Holder>, Fault> {
         assert_ne!(but.map(SiteName::as_str), Some("a"));
-        Ok(if self.away.load(Ordering::Relaxed) { vec![] } else { vec![Holder { site: "a".parse()?, origin: true }] })
+        Ok(if self.away.load(Ordering::Relaxed) { vec![] } else { self.holders.clone() })
     }
 
-    async fn ask(&self, _: &SiteName, of: Of, wants: Vec<Wanted>, _: usize, _: &Buffers) -> Result<Sent, Fault> {
+    async fn is_elsewhere(&self, _: Digest, _: Option<&SiteName>) -> Result<bool, Fault> {
+        Ok(true)
+    }
+
+    async fn ask(&self, source: &SiteName, of: Of, wants: Vec<Wanted>, _: usize, _: &Buffers) -> Result<Sent, Fault> {
         assert_eq!(of.priority, OF.priority, "a source is asked as urgently as the hub was");
+        let arrived = self.holders.iter().any(|holder| holder.site == *source && !holder.origin);
+        if let Some(fault) = self.arrived_says.as_ref().filter(|_| arrived) {
+            return Err(fault.clone());
+        }
         let mut out: Vec<Result<Frame, Fault>> = Vec::new();
         for want in wants {
             let Wanted::Children { ranges, .. } = want else { unreachable!("chunks only") };
@@ -52,13 +64,17 @@ impl Upstream for Site {
     }
 }
 
+fn holder(site: &str, origin: bool) -> Holder {
+    Holder { site: site.parse().unwrap(), origin }
+}
+
 fn site(count: usize) -> Site {
     let chunk = |i: usize| {
         let mut out = vec![0; 20_000];
         blake3::Hasher::new().update(&i.to_le_bytes()).finalize_xof().fill(&mut out);
         Verified::new(out.into())
     };
-    Site { chunks: (0..count).map(chunk).collect(), before_fault: 1, ..Site::default() }
+    Site { chunks: (0..count).map(chunk).collect(), holders: vec![holder("a", true)], before_fault: 1, ..Site::default() }
 }
 
 struct Fixture {
@@ -193,4 +209,43 @@ async fn a_source_that_sends_something_else_is_not_believed() {
     let fault = f.relay.bring(OF, vec![asked]).await.unwrap_err();
     assert_eq!(fault.code, Code::Integrity);
     assert!(!f.relay.inner.store.has(truth.id).unwrap());
+}
+
+/// Chunks that were published at one site and have arrived at another, which always answers this.
+fn at_two(origin_first: bool, arrived_says: Fault) -> Fixture {
+    let mut holders = vec![holder("a", true), holder("z", false)];
+    if !origin_first {
+        holders.reverse();
+    }
+    fixture(Site { holders, arrived_says: Some(arrived_says), ..site(4) }, 1 << 30)
+}
+
+#[tokio::test]
+async fn what_a_site_lost_that_it_had_received_comes_from_its_origin() {
+    for origin_first in [true, false] {
+        let f = at_two(origin_first, Fault::integrity("/nas/copy.png changed"));
+        // The origin's line breaks once, so that both have said why not before it is asked again.
+        f.site.faults.lock().push_back(Fault::unreachable("the line broke"));
+        let brought = f.ask("b", 0..4).await;
+        assert!(brought.is_ok(), "origin first: {origin_first}: {brought:?}");
+    }
+}
+
+#[tokio::test]
+async fn what_the_origin_says_of_a_changed_file_outweighs_that_another_is_away() {
+    for origin_first in [true, false] {
+        let f = at_two(origin_first, Fault::unreachable("site z is not connected"));
+        f.site.faults.lock().push_back(Fault::integrity("/nas/x.png changed after it was published"));
+        let fault = f.ask("b", 0..4).await.unwrap_err();
+        assert_eq!((fault.reason, fault.retry), (Reason::Integrity, Retry::Never), "origin first: {origin_first}");
+        assert!(fault.message.contains("/nas/x.png"), "{fault}");
+    }
+}
+
+#[tokio::test]
+async fn a_site_where_it_only_arrived_never_has_the_last_word() {
+    let alone = Site { holders: vec![holder("z", false)], arrived_says: Some(Fault::integrity("/nas/copy.png changed")), ..site(2) };
+    let f = fixture(alone, 1 << 30);
+    let fault = f.ask("b", 0..2).await.unwrap_err();
+    assert_eq!((fault.reason, fault.retry), (Reason::WaitingForSource, Retry::Backoff), "its origin may come back: {fault}");
 }

@@ -105,6 +105,10 @@ pub trait Sink: Send + Sync {
         Ok(false)
     }
 
+    /// A large file is whole and durable in the staging folder while others are on their way: what takes long at the far end
+    /// may begin. A hint, which need not come; what fails is tried again, and told, by the commit.
+    async fn arrived(&self, _incoming: &Incoming, _staged: &Path, _path: &RelPath, _file: &FileInfo) {}
+
     /// Makes the staged artifact visible, whole, and durable. `staged` is `<staging_root>/<transfer>`; files for which
     /// [`Sink::holds`] said yes are absent from it. On success the staged folder is gone.
     async fn commit(&self, incoming: &Incoming, staged: &Path) -> Result<Landed, Fault>;

@@ -55,6 +55,28 @@ impl Site {
         let _: Vec<Transfer> = self.ask_hub(&AskHub::Act { id: brought.id.clone(), action: Action::Retry }).await?;
         Ok(format!("the hub was asked to bring what lacks: packhorse status {}", brought.id))
     }
+
+    /// How this site's own transfers stand.
+    async fn own_transfers(&self, query: &TransferQuery) -> Result<(Vec<Transfer>, u64), Fault> {
+        let (rows, cursor) = self.inner.catalogue.transfers(query).await?;
+        Ok((rows.iter().map(|row| row.view()).collect(), cursor))
+    }
+
+    /// How the parts of a delivery stand, wherever they go: as the hub says, else as far as they are this site's own.
+    async fn parts_of_delivery(&self, query: &TransferQuery, asked: &AskHub) -> Result<(Vec<Transfer>, u64), Fault> {
+        let fault = match self.ask_hub(asked).await {
+            Err(fault) => fault,
+            all => return all,
+        };
+        let away = fault.code != Code::NotFound;
+        // The cursor may be the hub's, and says nothing here.
+        if away && query.since.is_some() {
+            return Err(fault);
+        }
+        let Ok((own, cursor)) = self.own_transfers(query).await else { return Err(fault) };
+        // Who goes on from 0 is told all of it as soon as the hub answers.
+        Ok((own, if away { 0 } else { cursor }))
+    }
 }
 
 #[async_trait]
@@ -87,15 +109,18 @@ impl Backend for Site {
     }
 
     async fn transfers(&self, query: &TransferQuery) -> Result<(Vec<Transfer>, u64), Fault> {
-        let (rows, cursor) = match (self.inner.catalogue.transfers(query).await, &query.id) {
+        let Some(id) = &query.id else { return self.own_transfers(query).await };
+        let wait = query.since.and(query.wait).unwrap_or(0);
+        let asked = AskHub::Transfers { id: id.clone(), since: query.since, wait };
+        // Those that are here may not be all of it.
+        if id.split(',').any(|id| id.trim().starts_with("d-")) {
+            return self.parts_of_delivery(query, &asked).await;
+        }
+        match self.own_transfers(query).await {
             // Not this site's own: it may go to another, and the hub knows.
-            (Err(fault), Some(id)) if fault.code == Code::NotFound => {
-                let wait = query.since.and(query.wait).unwrap_or(0);
-                return self.ask_hub(&AskHub::Transfers { id: id.clone(), since: query.since, wait }).await;
-            }
-            (other, _) => other?,
-        };
-        Ok((rows.iter().map(|row| row.view()).collect(), cursor))
+            Err(fault) if fault.code == Code::NotFound => self.ask_hub(&asked).await,
+            own => own,
+        }
     }
 
     async fn act(&self, id: &str, action: Action) -> Result<Vec<Transfer>, Fault> {
@@ -108,8 +133,17 @@ impl Backend for Site {
     }
 
     async fn delivery(&self, id: &str) -> Result<Delivery, Fault> {
-        let row = self.inner.catalogue.delivery(id).await?;
-        Ok(delivery::view(&row, row.parts.iter().map(|t| t.view()).collect()))
+        let fault = match self.ask_hub(&AskHub::Delivery(id.into())).await {
+            Err(fault) => fault,
+            whole => return whole,
+        };
+        let Ok(row) = self.inner.catalogue.delivery(id).await else { return Err(fault) };
+        let own = delivery::view(&row, row.parts.iter().map(|t| t.view()).collect());
+        let why = match fault.code {
+            Code::NotFound => "the hub tells it no more of this delivery".into(),
+            _ => fault.message,
+        };
+        Ok(Delivery { note: Some(format!("this site's part only: {why}")), ..own })
     }
 
     async fn runs(&self, limit: u32) -> Result<Vec<Run>, Fault> {

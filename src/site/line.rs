@@ -10,8 +10,8 @@ use crate::api::VERSION;
 use crate::config::Transport;
 use crate::fault::{Fault, Retry};
 use crate::fetch::{self, Fetcher, blocking};
-use crate::limits::{BACKOFF_FIRST, FETCH_STREAMS_MAX, RECONNECT_MAX};
-use crate::line::{self, Link, RecvHalf, SendHalf};
+use crate::limits::FETCH_STREAMS_MAX;
+use crate::line::{self, Link, RecvHalf, Redial, SendHalf};
 use crate::manifest::Digest;
 use crate::names::ArtifactRef;
 use crate::run::RunReport;
@@ -20,8 +20,6 @@ use crate::wire::{self, AskHub, AskSite, CONTROL, FETCH, FromHub, FromSite, Plan
 
 /// How often a site on TCP tries whether QUIC works again.
 const QUIC_PROBE_EVERY: Duration = Duration::from_secs(60);
-/// A line that stood this long was a good one: the next is dialled at once.
-const LINE_GOOD_FROM: Duration = Duration::from_secs(10);
 /// How often the certificate's age is looked at.
 const RENEW_CHECK_EVERY: Duration = Duration::from_secs(3600);
 /// Desired lists shorter than this are complete.
@@ -35,7 +33,7 @@ impl Site {
             Some(hub) => hub.address.clone(),
             None => return Err(Fault::config("a site needs [hub] address")),
         };
-        let mut pause = BACKOFF_FIRST;
+        let mut redial = Redial::default();
         while !inner.stop.is_cancelled() {
             let identity = inner.identity.borrow().clone();
             let dialled = tokio::select! {
@@ -47,10 +45,7 @@ impl Site {
                     *inner.line_fault.lock() = None;
                     let began = Instant::now();
                     self.use_line(link, &address).await;
-                    // A line that ends as soon as it stands, because this site cannot work, is not dialled without end.
-                    if began.elapsed() >= LINE_GOOD_FROM {
-                        pause = BACKOFF_FIRST;
-                    }
+                    redial.stood(began.elapsed());
                 }
                 Err(fault) => {
                     let again = inner.line_fault.lock().as_ref().is_some_and(|old| old.message == fault.message);
@@ -62,10 +57,9 @@ impl Site {
                 }
             }
             tokio::select! {
-                () = tokio::time::sleep(pause.mul_f64(rand::random_range(0.5..1.0))) => {}
+                () = tokio::time::sleep(redial.pause()) => {}
                 () = inner.stop.cancelled() => {}
             }
-            pause = (pause * 2).min(RECONNECT_MAX);
         }
         Ok(())
     }

@@ -67,7 +67,7 @@ impl Site {
         });
         let result = work.await.map_err(|e| Fault::internal(format!("the publish ended: {e}")));
         let _ = blocking(move || durable::remove_all(&scratch)).await;
-        let published = result?.map_err(|fault| fault.context(format!("publish {artifact}")))?;
+        let published = result?.map_err(|fault| fault.of_publish().context(format!("publish {artifact}")))?;
         let root = published.ingested.root;
 
         let _turn = inner.offering.lock().await;

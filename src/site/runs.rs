@@ -305,8 +305,9 @@ impl Site {
         let url = self.inner.config.train.as_ref().and_then(|train| train.url.clone());
         let Some(url) = url else { return Err(Fault::config("there is no [train] url")) };
         let descriptor = self.descriptor(run).await?;
-        let (folder, text) = (self.folder(run), descriptor.clone());
-        blocking(move || folder.prepare(&text)).await?;
+        let (folder, text, id) = (self.folder(run), descriptor.clone(), run.spec.id.clone());
+        // A platform may have taken a call that was not answered: what it has written since must stay.
+        blocking(move || if folder.is_of(&id)? { Ok(()) } else { folder.prepare(&text) }).await?;
         // Set once a process; whoever came first chose the same.
         let _ = rustls::crypto::ring::default_provider().install_default();
         let client = reqwest::Client::builder().redirect(reqwest::redirect::Policy::none()).timeout(TRAINER_CALL_MAX).build();

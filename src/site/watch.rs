@@ -129,7 +129,8 @@ impl Site {
         inner.watch.looked.lock().insert(artifact.clone(), looked);
         // What was noted while this looked is newer: a look without haste takes long.
         match inner.catalogue.artifact(artifact).await {
-            Ok(now) if now.place.as_ref() == Some(&place) && (hurry || now.changed == row.changed) => {}
+            Ok(now)
+                if now.place.as_ref() == Some(&place) && now.published_ms == row.published_ms && (hurry || now.changed == row.changed) => {}
             other => return Ok(other.ok().and_then(|now| now.changed)),
         }
         self.note_changed(row, place, changed.as_deref(), hurry).await?;

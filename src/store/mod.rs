@@ -79,7 +79,7 @@ impl Store {
         for number in packs.list()? {
             next_pack = next_pack.max(number + 1);
             let synced = known.get(&number).copied().unwrap_or(0);
-            if packs.len(number)? > synced {
+            if synced == 0 || packs.len(number)? > synced {
                 let (found, end) = packs.recover(number, synced)?;
                 if found.is_empty() && synced == 0 {
                     packs.remove(number)?;
@@ -145,6 +145,22 @@ impl Store {
         let mut here = self.has_many(&ids)?.into_iter();
         frames.retain(|_| !here.next().unwrap_or(false));
         self.append_all(&frames)
+    }
+
+    /// [`Store::put`] for many whose frames are still to be made: asks only for those that are not here, by their places in `ids`.
+    pub fn put_lacking(&self, ids: &[Hash], frame: impl FnMut(usize) -> Frame) -> Result<u64, Fault> {
+        let here = self.has_many(ids)?;
+        let frames: Vec<Frame> = (0..ids.len()).filter(|place| !here[*place]).map(frame).collect();
+        self.append_all(&frames)
+    }
+
+    /// Fails as [`Store::append`] does for want of room, before what is to be put is fetched for nothing.
+    pub fn check_room(&self) -> Result<(), Fault> {
+        let open = self.inner.open.lock();
+        match &open.writer {
+            Some(writer) if writer.len() < PACK_BYTES => self.inner.packs.check_room(writer.number(), STORE_SPARE_BYTES),
+            _ => self.inner.packs.check_room(open.next_pack, STORE_SPARE_BYTES + PACK_BYTES),
+        }
     }
 
     /// [`Store::put`] for a caller that knows that the index lacks the chunk.

@@ -85,13 +85,9 @@ impl Packs {
 
     /// A new pack, if the disk has at least `spare` bytes free.
     pub(super) fn create(&self, number: u32, spare: u64) -> Result<Writer, Fault> {
+        self.check_room(number, spare)?;
         let path = self.path(number);
         let what = || format!("make the pack {}", path.display());
-        let free = crate::stage::free_bytes(&self.dir)?;
-        if free < spare {
-            return Err(Fault::no_space(format!("{}: no space left for it, only {free} bytes are free", what()))
-                .with_next("make room on that disk: 'packhorse gc' frees what failed publishes left; then run the command again"));
-        }
         let mut file = File::options().write(true).create_new(true).open(&path).at(what())?;
         if let Err(error) = file.write_all(MAGIC) {
             let _ = std::fs::remove_file(&path);
@@ -99,6 +95,17 @@ impl Packs {
         }
         durable::sync_dir(&self.dir)?;
         Ok(Writer { number, file, len: MAGIC.len() as u64, path })
+    }
+
+    /// Fails when the disk has less than `spare` bytes free for this pack.
+    pub(super) fn check_room(&self, number: u32, spare: u64) -> Result<(), Fault> {
+        let free = crate::stage::free_bytes(&self.dir)?;
+        if free >= spare {
+            return Ok(());
+        }
+        let path = self.path(number);
+        Err(Fault::no_space(format!("the pack {}: no space left for it, only {free} bytes are free", path.display()))
+            .with_next("make room on that disk: 'packhorse gc' frees what failed publishes left; then run the command again"))
     }
 
     pub(super) fn remove(&self, number: u32) -> Result<(), Fault> {
@@ -140,11 +147,11 @@ impl Packs {
 
     /// Bytes of a pack. A pack that is shorter than the index says is damage, not an I/O error.
     pub(super) fn read(&self, number: u32, offset: u64, len: usize) -> Result<Bytes, Fault> {
-        let mut out = self.buffers.take(len);
+        let mut out = if len < BUFFER_BYTES_MIN { vec![0; len] } else { self.buffers.take(len) };
         if out.len() < len {
             // Of round sizes, and never shortened: answers are of about one length, and to grow a little each time is to copy
             // and to clear each time.
-            out = vec![0; if len < BUFFER_BYTES_MIN { len } else { len.next_multiple_of(BUFFER_STEP) }];
+            out = vec![0; len.next_multiple_of(BUFFER_STEP)];
         }
         match self.file(number)?.read_exact_at(&mut out[..len], offset) {
             Ok(()) => Ok(self.buffers.lend(out).slice(..len)),
@@ -171,15 +178,19 @@ impl Packs {
     }
 
     /// Reads the frames behind `synced` and cuts off what is torn. Every one is verified by its BLAKE3: what a power
-    /// cut left may be anything.
+    /// cut left may be anything. The header too is synced with the first frames only: it may be cut short, or never have been
+    /// written, which leaves zeros. Where other bytes stand, the file is none of this store's.
     pub(super) fn recover(&self, number: u32, synced: u64) -> Result<(Vec<(Hash, Location)>, u64), Fault> {
         let path = self.path(number);
         let what = || format!("recover the pack {}", path.display());
         let total = self.len(number)?;
         let mut end = synced.max(MAGIC.len() as u64);
         let mut found = Vec::new();
-        if total >= MAGIC.len() as u64 && synced == 0 && self.read(number, 0, MAGIC.len())? != MAGIC[..] {
-            return Err(Fault::integrity(format!("{}: it is not a pack", what())).with_next("move the file away"));
+        if total >= MAGIC.len() as u64 && synced == 0 {
+            let header = self.read(number, 0, MAGIC.len())?;
+            if header != MAGIC[..] && header.iter().any(|byte| *byte != 0) {
+                return Err(Fault::integrity(format!("{}: it is not a pack", what())).with_next("move the file away"));
+            }
         }
         while end + HEADER_BYTES as u64 <= total {
             let head = self.read(number, end, HEADER_BYTES)?;

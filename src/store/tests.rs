@@ -35,6 +35,57 @@ fn chunks_are_kept_once_and_read_back() {
 }
 
 #[test]
+fn what_is_here_is_not_squeezed_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(dir.path()).unwrap();
+    let chunks: Vec<Verified> = (0..10).map(|seed| chunk(seed, 10_000)).collect();
+    let ids: Vec<Hash> = chunks.iter().map(|c| c.id).collect();
+    let put = |some: std::ops::Range<usize>| {
+        let mut squeezed = Vec::new();
+        let bytes = store.put_lacking(&ids[some.clone()], |place| {
+            squeezed.push(some.start + place);
+            Frame::encode(&chunks[some.start + place])
+        });
+        (squeezed, bytes.unwrap())
+    };
+    assert_eq!(put(2..5).0, [2, 3, 4]);
+    assert_eq!(put(0..8).0, [0, 1, 5, 6, 7]);
+    store.flush().unwrap();
+    assert_eq!(put(0..8), (vec![], 0), "publishing again costs reading and hashing");
+    assert_eq!(put(0..10).0, [8, 9]);
+    assert!(chunks.iter().all(|c| store.read(c.id).unwrap().bytes == c.bytes));
+}
+
+#[test]
+fn a_pack_of_which_a_power_cut_left_nothing_is_dropped() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(dir.path()).unwrap();
+    let chunks = fill(&store, 0..3);
+    store.flush().unwrap();
+    drop(store);
+    let left = dir.path().join("packs/00000002.pack");
+    for bytes in [&[0u8; 4096][..], b"", b"PHP", b"\0\0\0", b"PHPACK01", b"PHPACK01\0\0\0"] {
+        durable::replace(&left, bytes).unwrap();
+        let store = Store::open(dir.path()).unwrap();
+        assert!(!left.exists(), "{} bytes are still there", bytes.len());
+        assert!(chunks.iter().all(|c| store.read(c.id).is_ok()));
+    }
+    let store = Store::open(dir.path()).unwrap();
+    let more = fill(&store, 3..6);
+    store.flush().unwrap();
+    drop(store);
+    // What is not ours is not removed.
+    let left = dir.path().join("packs/00000009.pack");
+    durable::replace(&left, b"GIF89a, perhaps").unwrap();
+    let fault = Store::open(dir.path()).err().unwrap();
+    assert_eq!(fault.code, Code::Integrity);
+    assert!(fault.message.contains("00000009.pack") && left.exists(), "{fault}");
+    std::fs::remove_file(&left).unwrap();
+    let store = Store::open(dir.path()).unwrap();
+    assert!(chunks.iter().chain(&more).all(|c| store.read(c.id).is_ok()));
+}
+
+#[test]
 fn a_crash_loses_at_most_the_torn_tail() {
     let dir = tempfile::tempdir().unwrap();
     let store = Store::open(dir.path()).unwrap();

@@ -25,6 +25,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::sync::mpsc::sync_channel;
 
+use futures::{StreamExt, stream};
 use parking_lot::{Mutex, RwLock};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::task::JoinSet;
@@ -35,7 +36,7 @@ use crate::chunk::Hash;
 use crate::fault::{Fault, Reason};
 use crate::fetch::{self, Fetcher, blocking};
 use crate::frame::Frame;
-use crate::limits::{FETCH_IN_FLIGHT_MAX, UNCOMMITTED_BYTES_MAX};
+use crate::limits::{FETCH_FAR_FROM, FETCH_IN_FLIGHT_FAR_MAX, FETCH_IN_FLIGHT_MAX, UNCOMMITTED_BYTES_FAR_MAX, UNCOMMITTED_BYTES_MAX};
 use crate::manifest::{ChunkRef, FileInfo, Spot, Walk};
 use crate::names::RelPath;
 use crate::places::{At, Commit, Journal, Places, Reader};
@@ -57,6 +58,10 @@ const LOOK_UP: usize = 256;
 const ROWS_TOGETHER: usize = 64 << 10;
 /// Jobs that wait for a worker.
 const JOBS_MAX: usize = 64;
+/// Large files that wait for the sink to begin with them…
+const ARRIVALS_MAX: usize = 16;
+/// …and with which it is busy at once.
+const ARRIVALS_AT_ONCE: usize = 2;
 /// Bytes of frames that are handed to a worker together.
 const JOB_BYTES: usize = 256 << 10;
 /// Bytes of local chunks, or files, that are handed to a worker together…
@@ -128,6 +133,8 @@ struct Dest {
     /// Open while chunks of it are on the way; files of one chunk are opened, written and closed.
     handle: Mutex<Option<Arc<File>>>,
     announced: AtomicBool,
+    /// Bytes of it that this pass put in place.
+    placed: AtomicU64,
 }
 
 struct Item {
@@ -212,8 +219,8 @@ impl Assembly {
     pub async fn run(&self) -> Result<PathBuf, Fault> {
         let this = self.clone();
         let (place, journal, stage) = blocking(move || this.begin()).await?;
+        let held = Arc::new(self.held_by_sink(&journal).await?);
         let journal = Arc::new(RwLock::new(journal));
-        let held = Arc::new(self.held_by_sink().await?);
         let total = self.incoming.root.totals.chunks;
         let mut stuck = 0;
         loop {
@@ -241,6 +248,9 @@ impl Assembly {
         let (jobs, job_queue) = mpsc::channel::<Job>(JOBS_MAX);
         let (batches, mut batch_queue) = mpsc::channel::<Batch>(4);
         let (done, done_queue) = sync_channel::<Vec<Done>>(JOBS_MAX);
+        let (arrived, arrivals) = mpsc::channel(ARRIVALS_MAX);
+        let mut early = JoinSet::new();
+        early.spawn(self.clone().hand_on(arrivals));
 
         let producer = Producer {
             assembly: self.clone(),
@@ -294,13 +304,18 @@ impl Assembly {
             unsynced: 0,
             large: HashMap::new(),
             small: Vec::new(),
+            whole: Vec::new(),
+            arrived,
             shares: Vec::new(),
         };
         threads.push(guard(&failure, Box::new(move || committer.run(&done_queue))));
 
         let mut fetches = JoinSet::new();
-        let in_flight = Arc::new(Semaphore::new(FETCH_IN_FLIGHT_MAX));
-        let uncommitted = Arc::new(Semaphore::new((UNCOMMITTED_BYTES_MAX / BUDGET_UNIT) as usize));
+        let (requests, bytes) = match self.fetcher.rtt() >= FETCH_FAR_FROM {
+            true => (FETCH_IN_FLIGHT_FAR_MAX, UNCOMMITTED_BYTES_FAR_MAX),
+            false => (FETCH_IN_FLIGHT_MAX, UNCOMMITTED_BYTES_MAX),
+        };
+        let (in_flight, uncommitted) = (Arc::new(Semaphore::new(requests)), Arc::new(Semaphore::new((bytes / BUDGET_UNIT) as usize)));
         let buffers = fetch::buffers();
         while let Some(batch) = batch_queue.recv().await {
             let Ok(turn) = in_flight.clone().acquire_owned().await else { break };
@@ -329,11 +344,28 @@ impl Assembly {
         for thread in threads {
             let _ = thread.await;
         }
+        // What was begun is ended here, for the commit would begin it again. What failed is begun again by the commit.
+        tokio::select! {
+            _ = early.join_next() => {}
+            () = failure.token.cancelled() => {}
+        }
         match failure.fault.lock().take() {
             Some(fault) => Err(fault),
             None if self.stop.is_cancelled() => Err(Fault::internal("stopped").with_reason(Reason::PausedByUser)),
             None => Ok(()),
         }
+    }
+}
+
+impl Assembly {
+    /// Lets the sink begin with large files that are whole while the rest is on its way.
+    async fn hand_on(self, arrivals: mpsc::Receiver<Arc<Dest>>) {
+        let (this, staged) = (&self, &self.staged());
+        stream::unfold(arrivals, |mut arrivals| async move { arrivals.recv().await.map(|dest| (dest, arrivals)) })
+            .for_each_concurrent(ARRIVALS_AT_ONCE, |dest| async move {
+                this.sink.arrived(&this.incoming, staged, &dest.path, &dest.file).await;
+            })
+            .await;
     }
 }
 

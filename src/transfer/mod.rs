@@ -8,7 +8,7 @@ mod assemble;
 mod pace;
 mod verify;
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -27,6 +27,7 @@ use crate::durable;
 use crate::fault::{Code, Fault, Reason};
 use crate::fetch::{Fetcher, blocking, take_manifest};
 use crate::identity::SiteIdentity;
+use crate::limits::TOLD_KEPT_MAX;
 use crate::line::Link;
 use crate::manifest::{Digest, Root};
 use crate::names::{ArtifactRef, Kind};
@@ -45,8 +46,6 @@ const SMALL_BYTES: u64 = 256 << 20;
 const LARGE_TURNS: usize = 3;
 /// Small transfers at once.
 const SMALL_TURNS: usize = 4;
-/// Roots of manifests that are kept until their transfers begin.
-const TOLD_MAX: usize = 64;
 /// Transfers that wait for a look at once.
 pub const LOOKS_ASKED_MAX: usize = 16;
 /// How often a transfer's progress is written down.
@@ -101,7 +100,7 @@ struct Inner {
     /// Who lands, looks at, or takes away an artifact does so alone.
     alone: Mutex<HashMap<ArtifactRef, Arc<tokio::sync::Mutex<()>>>>,
     /// Roots of manifests that the hub told of by itself, with the bytes that crossed the line for each.
-    told: Mutex<VecDeque<(Digest, Root, u64)>>,
+    told: Mutex<Vec<(Digest, Root, u64)>>,
     /// Bytes a second, as a transfer last had it.
     last_rate: AtomicU64,
     stop: CancellationToken,
@@ -159,9 +158,10 @@ impl Runner {
             match taken.await {
                 Ok(root) => {
                     let mut told = self.inner.told.lock();
-                    told.push_back((digest, root, wire));
-                    if told.len() > TOLD_MAX {
-                        told.pop_front();
+                    told.retain(|(of, ..)| *of != digest);
+                    // Those before it begin sooner.
+                    if told.len() < TOLD_KEPT_MAX {
+                        told.push((digest, root, wire));
                     }
                 }
                 Err(fault) => tracing::warn!(%digest, error = %fault, "a manifest that the hub told of cannot be used"),
@@ -172,7 +172,8 @@ impl Runner {
     /// The root manifest that the hub told of.
     fn told(&self, digest: Digest, counters: &Counters) -> Option<Root> {
         let mut told = self.inner.told.lock();
-        let (_, root, wire) = told.iter().position(|(of, ..)| *of == digest).and_then(|at| told.remove(at))?;
+        let at = told.iter().position(|(of, ..)| *of == digest)?;
+        let (_, root, wire) = told.remove(at);
         counters.wire.fetch_add(wire, Ordering::Relaxed);
         Some(root)
     }
@@ -352,10 +353,10 @@ impl Runner {
         }
     }
 
-    /// The hub never asks a site for what it lacks itself. So what was published here and waits for its source is looked at: when
-    /// it changed, it would wait for ever.
+    /// The hub never asks a site for what it lacks itself. So what was published here, and no other site has, is looked at: when it
+    /// changed, it would wait for ever.
     async fn unless_changed_here(&self, row: &mut TransferRow, fault: Fault, stop: &CancellationToken) -> Fault {
-        let waits = fault.reason == Reason::WaitingForSource;
+        let waits = fault.reason == Reason::WaitingForSource && fault.code == Code::NotFound;
         if !waits || !self.inner.catalogue.all_by_digest(row.digest).await.is_ok_and(|all| all.iter().any(|known| known.published)) {
             return fault;
         }

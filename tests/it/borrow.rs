@@ -1,14 +1,14 @@
 //! A whole borrowing with real servers: PostgreSQL and docker-registry at both sites, all five kinds from A to B by the hub, a
 //! model made of them at B, and home again.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
 use crate::support::daemon::{Hub, Site, SiteSpec};
 use crate::support::data;
 use crate::support::images;
-use crate::support::labels::Reader;
+use crate::support::labels::{Reader, Row};
 use crate::support::postgres::Postgres;
 use crate::support::registry::Registry;
 use crate::support::tree::assert_same;
@@ -47,6 +47,7 @@ fn all_five_kinds_are_borrowed_by_way_of_the_hub_and_given_back() {
 
     // Everything lies at a: folders on its NAS, an image in its registry, labels as rows in its database.
     let (images_root, csv) = dataset(&scratch, "panels", 60);
+    tell_apart(&csv);
     let (project, base) = (scratch.join("project"), scratch.join("base"));
     data::operator(&project);
     data::model(&base, 3 << 20);
@@ -77,6 +78,10 @@ fn all_five_kinds_are_borrowed_by_way_of_the_hub_and_given_back() {
     let at_b = Reader::Postgres(&postgres, "labels_b");
     let rows = at_b.version("panels", "v1");
     assert_eq!(rows.len(), 60);
+    let rows_at_a = Reader::Postgres(&postgres, "labels").version("marks", "v1");
+    let under_its_name_at_b: Vec<Row> = rows_at_a.into_iter().map(|row| Row { label_set: "panels".into(), ..row }).collect();
+    assert_eq!(rows, under_its_name_at_b, "every column");
+    assert!(rows.iter().any(|row| row.kind == "polygon" && row.geom.is_array() && row.attrs.is_object()), "{:?}", rows[0]);
     for row in &rows {
         let bytes = std::fs::read(images_root.join(&row.sample_path)).unwrap();
         assert_eq!(row.sample_hash.as_deref(), Some(blake3::hash(&bytes).to_hex().as_str()), "{row:?}");
@@ -108,6 +113,19 @@ fn all_five_kinds_are_borrowed_by_way_of_the_hub_and_given_back() {
     assert_same(&project, &b.folder(KINDS[2]));
     assert_eq!(registry_a.digest("operators/judge:v1").len(), 71, "a keeps its own");
     assert_eq!(b.leftovers(), Vec::<PathBuf>::new());
+}
+
+/// Gives the rows of a CSV boxes of their own, some a shape and all an attribute, so that no column can pass for another.
+fn tell_apart(csv: &Path) {
+    let text = std::fs::read_to_string(csv).unwrap();
+    let mut out = String::from("sample_path,class,x,y,w,h,kind,geom,inspector\n");
+    for (i, line) in text.lines().skip(1).enumerate() {
+        let mut cells = line.split(',');
+        let (path, class) = (cells.next().unwrap(), cells.next().unwrap());
+        let shape = if i % 3 == 0 { "polygon,\"[[0,0,5,0,5,7.5]]\"" } else { "," };
+        out += &format!("{path},{class},{}.5,{},{},{},{shape},检验员 {}\n", i % 3, i % 4, i % 5 + 1, i % 6 + 2, i % 7);
+    }
+    data::write(csv, out.as_bytes());
 }
 
 fn descriptor_delivery(hub: &Hub) -> String {

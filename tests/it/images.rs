@@ -5,9 +5,10 @@ use std::path::PathBuf;
 use crate::support::command::tool;
 use crate::support::daemon::{Hub, Site, SiteSpec};
 use crate::support::images::{self, sha256};
+use crate::support::line::Line;
 use crate::support::registry::{PASSWORD, Registry, USER};
 use crate::support::tree::assert_same;
-use crate::support::{Scratch, limit, secs};
+use crate::support::{Scratch, data, limit, secs, wait_for};
 
 /// A hub, a site with a registry and one with an OCI layout.
 struct World {
@@ -132,4 +133,32 @@ fn an_image_comes_out_of_a_registry() {
     args[1] = &url;
     world.hub.cli(&args).expect(4);
     world.hub.cli(&["show", "image/none:v1"]).expect(5);
+}
+
+#[test]
+fn a_layer_goes_to_the_registry_while_others_are_on_their_way() {
+    let _limit = limit(secs(120));
+    let scratch = Scratch::new();
+    let registry = Registry::basic(&scratch, "basic");
+    let hub = Hub::start_new(scratch.path());
+    let line = Line::to(hub.quic);
+    let spec = SiteSpec { images_sink: Some(registry.sink(&scratch)), through: Some(line.address()), ..SiteSpec::default() };
+    let _site = Site::start_new(scratch.path(), &hub, "chengdu", &spec);
+    let mut rng = data::rng("early layers");
+    let layers: Vec<Vec<u8>> = (0..3).map(|_| data::noise(&mut rng, 6 << 20)).collect();
+    let source = scratch.join("image");
+    images::layout(&source, &layers.iter().map(Vec::as_slice).collect::<Vec<_>>());
+    hub.publish(&source, "image/early:v1", &[]);
+    line.throttle(3 << 20);
+    let transfer = hub.deliver(&["image/early:v1"], "chengdu").remove(0);
+    let stored = |layer: &[u8]| {
+        let hex = sha256(layer).replace("sha256:", "");
+        scratch.join(&format!("basic/docker/registry/v2/blobs/sha256/{}/{hex}/data", &hex[..2])).exists()
+    };
+    wait_for("the registry holds a layer", secs(60), || layers.iter().any(|layer| stored(layer)).then_some(()));
+    let then = hub.transfer(&transfer);
+    assert!(then.state == "transferring" && !layers.iter().all(|layer| stored(layer)), "{then:?}");
+    line.throttle(0);
+    let done = hub.wait_done(&transfer, secs(60));
+    assert!(layers.iter().all(|layer| stored(layer)) && done.bytes.reused == 0, "{done:?}");
 }

@@ -143,9 +143,17 @@ fn a_hub_stopped_in_the_middle_goes_on() {
     world.check_end(&stopped);
 }
 
+/// Both wait for a minute to pass, and do next to nothing meanwhile: together they cost one.
 #[test]
-fn a_line_cut_for_a_minute_goes_on() {
+fn a_minute_without_a_line_or_without_quic_ends_well() {
     let _limit = limit(secs(280));
+    std::thread::scope(|scope| {
+        scope.spawn(a_line_cut_for_a_minute_goes_on);
+        scope.spawn(where_udp_is_blocked_tcp_carries_until_quic_works_again);
+    });
+}
+
+fn a_line_cut_for_a_minute_goes_on() {
     let mut world = World::start();
     let cut = world.interrupt(ENOUGH, |w| w.line.cut());
     let cut_at = std::time::Instant::now();
@@ -166,9 +174,12 @@ fn transport(hub: &Hub) -> Option<String> {
     sites[0]["line"].as_str().map(ToOwned::to_owned)
 }
 
-#[test]
-fn where_udp_is_blocked_tcp_carries() {
-    let _limit = limit(secs(240));
+/// What is carried while a site on TCP waits for QUIC…
+const LONG: usize = 80 << 20;
+/// …and bytes a second: it lasts for two of the tries that the site makes each minute.
+const TRICKLE: u64 = 640 << 10;
+
+fn where_udp_is_blocked_tcp_carries_until_quic_works_again() {
     let scratch = Scratch::new();
     let hub = Hub::start_new(scratch.path());
     let line = Line::to(hub.quic);
@@ -178,18 +189,34 @@ fn where_udp_is_blocked_tcp_carries() {
     site.start_alive();
     hub.wait_online("chengdu", true, secs(60));
     assert_eq!(transport(&hub).as_deref(), Some("tcp"));
-    let source = scratch.join("model");
-    data::model(&source, 8 << 20);
-    hub.publish(&source, "model/yolo:v1", &[]);
-    let done = hub.deliver_and_wait("model/yolo:v1", "chengdu", secs(60));
-    assert_same(&source, &site.folder("model/yolo:v1"));
-    assert!(done.bytes.wire >= 8 << 20, "{:?}", done.bytes);
+    let (small, large) = (scratch.join("small"), scratch.join("large"));
+    data::write(&small.join("weights.bin"), &data::noise(&mut data::rng("small"), 4 << 20));
+    data::model(&large, LONG);
+    hub.publish(&small, "model/small:v1", &[]);
+    hub.publish(&large, "model/large:v1", &[]);
+    let done = hub.deliver_and_wait("model/small:v1", "chengdu", secs(60));
+    assert_same(&small, &site.folder("model/small:v1"));
+    assert!(done.bytes.wire >= 4 << 20, "{:?}", done.bytes);
 
-    site.stop();
+    // QUIC works again in the middle of a transfer: the site finds out by itself, within a minute.
+    line.throttle(TRICKLE);
+    let before = line.down();
+    let transfer = hub.deliver(&["model/large:v1"], "chengdu").remove(0);
+    // Enough for each of the requests to bring what is handed on together.
+    wait_for("some of it came over TCP", secs(50), || (line.down() - before > 16 << 20).then_some(()));
     line.block_udp(false);
-    site.start();
-    hub.wait_online("chengdu", true, secs(60));
-    wait_for("QUIC is taken where it works", secs(60), || (transport(&hub).as_deref() == Some("quic")).then_some(()));
+    let seen = hub.transfer(&transfer);
+    assert_eq!(transport(&hub).as_deref(), Some("tcp"));
+    assert!(seen.bytes.committed > 0, "{seen:#?}");
+    wait_for("the site moves to QUIC", secs(75), || site.log().contains("moved from TCP to QUIC").then_some(()));
+    let moved = hub.transfer(&transfer);
+    assert!(!moved.is_final(), "it was to move in the middle: {moved:#?}");
+    line.throttle(0);
+    wait_for("the hub says so", secs(10), || (transport(&hub).as_deref() == Some("quic")).then_some(()));
+    let done = hub.wait_done(&transfer, secs(60));
+    assert_same(&large, &site.folder("model/large:v1"));
+    assert!(done.bytes.resumed >= seen.bytes.committed, "it goes on with what came over TCP: {:?}", done.bytes);
+    assert_eq!(transport(&hub).as_deref(), Some("quic"), "and stays there");
 }
 
 #[test]

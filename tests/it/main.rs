@@ -11,6 +11,7 @@ mod bad_input;
 mod borrow;
 mod damage;
 mod end_to_end;
+mod fairness;
 mod harbor;
 mod harness;
 mod idle;

@@ -6,6 +6,7 @@ use serde_json::Value;
 
 use crate::support::command::{bound, run};
 use crate::support::daemon::PACKHORSE;
+use crate::support::postgres::sqlite_rows;
 use crate::support::{Scratch, limit, secs};
 
 /// The cells of the row of a table that begins with this word, as words.
@@ -55,6 +56,12 @@ fn check_training(said: &str, dir: &Path) {
     }
     assert!(!dir.join("west/nas/dataset/east-line/v1").exists(), "what was borrowed is given back");
     assert!(dir.join("west/nas/operator/adc/v2").is_dir(), "what was there before stays");
+    let rows = |set: &str| {
+        let sql = format!("SELECT count(*) AS n FROM annotations WHERE label_set = '{set}'");
+        sqlite_rows(&dir.join("west/labels.db"), &sql)[0]["n"].as_u64().unwrap()
+    };
+    assert_eq!(rows("east-line"), 0, "rows that were borrowed are given back");
+    assert!(rows("panels") > 0, "rows that were there before stay");
 }
 
 #[test]

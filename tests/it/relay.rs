@@ -92,6 +92,59 @@ fn what_is_published_at_a_site_arrives_at_others_and_leaves_it_once() {
 }
 
 #[test]
+fn a_delivery_that_a_site_asked_for_is_shown_there_as_a_whole() {
+    let _limit = limit(secs(180));
+    let dir = Scratch::new();
+    let mut hub = Hub::start_new(dir.path());
+    let a = Site::start_new(dir.path(), &hub, "a", &SiteSpec::default());
+    let b = Site::start_new(dir.path(), &hub, "b", &SiteSpec::default());
+    let c = Site::start_new(dir.path(), &hub, "c", &SiteSpec::default());
+    a.publish(&model(&dir.join("one"), 1), "model/one:v1", &[]);
+    a.publish(&model(&dir.join("two"), 2), "model/two:v1", &[]);
+    let deliver = |to: &str| {
+        let answer = a.json(&["deliver", "model/one:v1", "model/two:v1", "--to", to]);
+        for id in ids(&answer) {
+            hub.wait_done(&id, secs(60));
+        }
+        (answer["delivery"].as_str().unwrap().to_owned(), ids(&answer))
+    };
+    let shows = |site: &Site, delivery: &str, parts: &[String], sites: &[&str]| {
+        let shown = site.cli(&["status", delivery]).expect(0).out;
+        assert!(shown.contains(&format!("{0} of {0} parts", parts.len())), "{}: {shown}", site.name);
+        assert!(parts.iter().all(|id| shown.contains(id.as_str())), "{}: {shown}", site.name);
+        let mut to: Vec<String> = site.transfers(&[delivery]).into_iter().map(|t| t.site).collect();
+        to.sort();
+        assert_eq!(to, sites, "{}", site.name);
+    };
+    let (to_b, at_b) = deliver("b");
+    shows(&a, &to_b, &at_b, &["b", "b"]);
+    // What is done at B already is part of it.
+    let (to_both, at_both) = deliver("a,b");
+    assert!(at_both.len() == 4 && at_b.iter().all(|id| at_both.contains(id)), "{at_b:?} {at_both:?}");
+    shows(&a, &to_both, &at_both, &["a", "a", "b", "b"]);
+    shows(&b, &to_both, &at_both, &["a", "a", "b", "b"]);
+
+    // Who holds nothing of it is told what is told of one that does not exist.
+    let asked = |delivery: &str| {
+        let refused = c.cli(&["status", delivery]).expect(5);
+        let (code, body) = c.get(&format!("/v1/deliveries/show?id={delivery}"));
+        assert_eq!(code, 404, "{body}");
+        let (changed, told) = c.get(&format!("/v1/transfers?id={delivery}&since=1000000"));
+        assert_eq!(changed, 404, "{told}");
+        [refused.err, body, told].map(|text| text.replace(delivery, "DELIVERY"))
+    };
+    let absent = asked("d-0");
+    assert_eq!(asked(&to_b), absent);
+    assert_eq!(asked(&to_both), absent);
+
+    // Without the hub A knows its own part, and says that it is no more.
+    hub.stop();
+    let shown = a.cli(&["status", &to_both]).expect(0).out;
+    assert!(shown.contains("2 of 2 parts") && shown.contains("this site's part only"), "{shown}");
+    a.cli(&["status", &to_b]).expect(10);
+}
+
+#[test]
 fn either_end_may_be_away_and_it_still_arrives() {
     let _limit = limit(secs(180));
     let dir = Scratch::new();
@@ -249,6 +302,16 @@ fn a_site_says_whom_it_shares_with() {
     // B cannot send on what is not its own to share.
     b.cli(&["deliver", "model/private:v1", "--to", "c"]).expect(5);
     assert!(!c.folder("model/private:v1").exists());
+
+    // A name can be taken only once, so C learns that it is; what it stands for is told to those alone that may have it.
+    hub.publish(&folder, "model/hub:v1", &[]);
+    let digest = a.publish(&folder, "model/taken:v1", &[])["digest"].as_str().unwrap().to_owned();
+    let other = model(&dir.join("other"), 2);
+    for reference in ["model/taken:v1", "model/hub:v1"] {
+        let refused = c.refuses(&other, reference, &[], 6, &["taken", "another name or version"]);
+        assert!(!refused.err.contains(&digest), "{}", refused.err);
+    }
+    d.refuses(&other, "model/taken:v1", &[], 6, &["other content", &digest]);
 }
 
 #[test]
@@ -419,4 +482,128 @@ fn a_budget_bounds_what_is_kept_and_a_pin_holds_against_it() {
     hub.deliver_and_wait("model/three:v1", "c", secs(60));
     tree::assert_same(&dir.join("three"), &c.folder("model/three:v1"));
     wait_for("what is kept fits its budget still", secs(30), || (disk_usage(&packs) < BUDGET).then_some(()));
+}
+
+#[test]
+fn what_was_not_asked_for_again_ages_out_and_a_pin_holds_against_it() {
+    let _limit = limit(secs(120));
+    let dir = Scratch::new();
+    let mut hub = Hub::new(dir.path());
+    hub.edit_config("[listen]", "[relay]\nkeep = \"1s\"\n[listen]");
+    hub.start();
+    let mut a = Site::start_new(dir.path(), &hub, "a", &SiteSpec::default());
+    let mut b = Site::start_new(dir.path(), &hub, "b", &SiteSpec::default());
+    let c = Site::start_new(dir.path(), &hub, "c", &SiteSpec::default());
+    let packs = hub.data_dir.join("relay/packs");
+    // The older of them is the one that stays.
+    for (name, mib) in [("pinned", 4), ("other", 8)] {
+        let (folder, reference) = (dir.join(name), format!("model/{name}:v1"));
+        data::write(&folder.join("weights.bin"), &data::noise(&mut data::rng(name), mib << 20));
+        a.publish(&folder, &reference, &[]);
+        if name == "pinned" {
+            assert_eq!(hub.json(&["pin", &reference])["pinned"], true);
+        }
+        hub.deliver_and_wait(&reference, "b", secs(60));
+    }
+    let is_gone = |name: &str| hub.log().contains(&format!("relayed bytes are evicted artifact=model/{name}:v1"));
+    wait_for("what is old is evicted", secs(30), || is_gone("other").then_some(()));
+    wait_for("its room is free", secs(20), || (disk_usage(&packs) < 6 * MIB).then_some(()));
+
+    for site in [&mut a, &mut b] {
+        site.stop();
+        hub.wait_online(&site.name, false, secs(40));
+    }
+    hub.deliver_and_wait("model/pinned:v1", "c", secs(60));
+    tree::assert_same(&dir.join("pinned"), &c.folder("model/pinned:v1"));
+    let id = hub.deliver(&["model/other:v1"], "c").remove(0);
+    hub.wait_transfer(&id, "waiting", secs(60), |t| t.has_reason(&["waiting_for_source"]));
+    assert!(!is_gone("pinned"), "it is older than what was evicted, and pinned");
+    assert!(hub.json(&["unpin", "model/pinned:v1"]).get("pinned").is_none());
+    wait_for("what is pinned no more ages too", secs(30), || is_gone("pinned").then_some(()));
+    wait_for("nothing is kept", secs(20), || (disk_usage(&packs) < MIB).then_some(()));
+}
+
+#[test]
+fn where_it_only_arrived_is_a_source_when_its_origin_is_away() {
+    let _limit = limit(secs(120));
+    let dir = Scratch::new();
+    let mut hub = Hub::new(dir.path());
+    hub.edit_config("[listen]", "[relay]\nbudget = \"1MiB\"\n[listen]");
+    hub.start();
+    let line = Line::to(hub.quic);
+    let mut a = Site::start_new(dir.path(), &hub, "a", &SiteSpec::default());
+    let _b = Site::start_new(dir.path(), &hub, "b", &SiteSpec { through: Some(line.address()), ..SiteSpec::default() });
+    let c = Site::start_new(dir.path(), &hub, "c", &SiteSpec::default());
+    let folder = model(&dir.join("model"), 8);
+    a.publish(&folder, "model/onward:v1", &[]);
+    hub.deliver_and_wait("model/onward:v1", "b", secs(60));
+    a.stop();
+    hub.wait_online("a", false, secs(40));
+    // What the hub kept of it is more than its budget, and so goes by itself.
+    wait_for("the hub keeps nothing of it", secs(30), || (disk_usage(&hub.data_dir.join("relay/packs")) < MIB / 2).then_some(()));
+    let sent = line.up();
+    hub.deliver_and_wait("model/onward:v1", "c", secs(60));
+    tree::assert_same(&folder, &c.folder("model/onward:v1"));
+    let sent = line.up() - sent;
+    assert!(sent > 6 * MIB, "B sent {sent} bytes of {}", 8 * MIB);
+}
+
+/// What A may have sent that B has not got. B asks for no more: 60 requests of 1 MiB and a part of a chunk each on a line whose round
+/// trip is long (`FETCH_IN_FLIGHT_FAR_MAX` in `limits.rs`), as one with a queue before it is; and A's packets have headers.
+const AHEAD_MAX: u64 = 72 * MIB;
+
+#[test]
+fn a_slow_receiver_slows_its_source_down_and_fills_no_memory_at_the_hub() {
+    let _limit = limit(secs(120));
+    let dir = Scratch::new();
+    let hub = Hub::start_new(dir.path());
+    let (line_a, line_b) = (Line::to(hub.quic), Line::to(hub.quic));
+    let a = Site::start_new(dir.path(), &hub, "a", &SiteSpec { through: Some(line_a.address()), ..SiteSpec::default() });
+    let _b = Site::start_new(dir.path(), &hub, "b", &SiteSpec { through: Some(line_b.address()), ..SiteSpec::default() });
+    let mut weights = vec![0; 256 << 20];
+    blake3::Hasher::new().update(b"more than fits anywhere").finalize_xof().fill(&mut weights);
+    data::write(&dir.join("model/weights.bin"), &weights);
+    drop(weights);
+    a.publish(&dir.join("model"), "model/slow:v1", &[]);
+
+    line_b.throttle(MIB);
+    let (sent, got) = (line_a.up(), line_b.down());
+    let id = hub.deliver(&["model/slow:v1"], "b").remove(0);
+    let (began, mut ahead) = (Instant::now(), 0);
+    while began.elapsed() < secs(10) {
+        // A's first: what B gets meanwhile makes it less.
+        let sent = line_a.up() - sent;
+        ahead = ahead.max(sent.saturating_sub(line_b.down() - got));
+        thread::sleep(Duration::from_millis(20));
+    }
+    let got = line_b.down() - got;
+    assert!(got > 2 * MIB, "B got {got} bytes: the test says nothing");
+    assert!(ahead < AHEAD_MAX, "A was {ahead} bytes ahead of B, which got {got}");
+    let peak = hub.memory("VmHWM");
+    assert!(peak <= 256 * MIB, "the hub had {peak} bytes resident");
+    hub.cli(&["cancel", &id]).expect(0);
+}
+
+#[test]
+fn a_run_has_no_input_that_is_not_shared_with_the_site_that_trains() {
+    let _limit = limit(secs(90));
+    let dir = Scratch::new();
+    let hub = Hub::start_new(dir.path());
+    let more = "[share]\nallow = [\"b\"]";
+    let a = Site::start_new(dir.path(), &hub, "a", &SiteSpec { more, ..SiteSpec::default() });
+    let b = Site::start_new(dir.path(), &hub, "b", &SiteSpec::default());
+    let _c = Site::start_new(dir.path(), &hub, "c", &SiteSpec::default());
+    a.publish(&model(&dir.join("model"), 1), "model/private:v1", &[]);
+    hub.deliver_and_wait("model/private:v1", "b", secs(60));
+    let args = |from: &'static str, on: &'static str, input: &'static str| {
+        ["train", "start", "--name", "r", "--from", from, "--on", on, "--input", input, "--expect", "model/m"]
+    };
+    let refused = hub.cli(&args("b", "c", "model/private:v1")).expect(5);
+    let absent = hub.cli(&args("b", "c", "model/absent:v1")).expect(5);
+    assert_eq!((refused.out, refused.err.replace("private", "absent")), (absent.out, absent.err), "one answer for both");
+    // B, which has it, may not lend it out either.
+    b.cli(&args("b", "c", "model/private:v1")).expect(5);
+    hub.cli(&["train", "show", "r"]).expect(5);
+    // The other way round it goes where it may be.
+    hub.cli(&args("c", "b", "model/private:v1")).expect(0);
 }

@@ -4,6 +4,8 @@ use std::fs::File;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
+use serde_json::Value;
+
 use crate::support::daemon::{Hub, Site, SiteSpec};
 use crate::support::data;
 use crate::support::images;
@@ -162,4 +164,88 @@ fn files_published_in_place_are_copied_and_never_linked() {
     hub.deliver_and_wait("dataset/line:v2", "chengdu", secs(60));
     assert_same(&v2, &site.folder("dataset/line:v2"));
     assert_same(&v1, &delivered);
+}
+
+/// An image in a site's own registry, published where it lies, and a site where it has not arrived.
+struct InRegistry {
+    a: Site,
+    b: Site,
+    hub: Hub,
+    registry: Registry,
+    /// The hex digits of its last layer.
+    layer: String,
+    scratch: Scratch,
+}
+
+impl InRegistry {
+    fn publish() -> Self {
+        let scratch = Scratch::new();
+        let registry = Registry::basic(&scratch, "own");
+        let hub = Hub::start_new(scratch.path());
+        let spec = SiteSpec { images_sink: Some(registry.sink(&scratch)), ..SiteSpec::default() };
+        let a = Site::start_new(scratch.path(), &hub, "a", &spec);
+        let b = Site::start_new(scratch.path(), &hub, "b", &SiteSpec::default());
+        let layout = images::small().join("layout");
+        registry.push(&format!("oci:{}:v1", layout.display()), "operators/adc:v7");
+        publish_at(&a, &hub, &format!("registry://{}/operators/adc:v7", registry.host()), "image/adc:v1");
+        let manifest = images::blob(&layout, images::top(&layout)["digest"].as_str().unwrap());
+        let manifest: Value = serde_json::from_str(&text(&manifest)).unwrap();
+        let layer = manifest["layers"].as_array().unwrap().last().unwrap()["digest"].as_str().unwrap();
+        let layer = layer.strip_prefix("sha256:").unwrap().to_owned();
+        Self { a, b, hub, registry, layer, scratch }
+    }
+
+    /// Where docker-registry keeps the layer.
+    fn layer_folder(&self) -> PathBuf {
+        self.scratch.join("own/docker/registry/v2/blobs/sha256").join(&self.layer[..2]).join(&self.layer)
+    }
+
+    #[track_caller]
+    fn fails_with_the_layer(&self, id: &str) {
+        let failed = self.hub.wait_transfer(id, "failed", secs(40), |t| t.state == "failed");
+        assert_eq!(failed.reason.as_deref(), Some("integrity"), "{failed:#?}");
+        let path = format!("blobs/sha256/{} of operators/adc", self.layer);
+        assert!(failed.message.as_deref().is_some_and(|message| message.contains(&path)), "{failed:#?}");
+        self.a.cli(&["verify", "image/adc:v1"]).expect(8);
+    }
+
+    fn arrives(&self, id: &str) {
+        self.a.cli(&["verify", "image/adc:v1"]).expect(0);
+        self.hub.cli(&["retry", id]).expect(0);
+        self.hub.wait_done(id, secs(60));
+        self.b.cli(&["verify", "image/adc:v1"]).expect(0);
+    }
+}
+
+#[test]
+fn a_registry_that_is_away_is_waited_for_and_what_rotted_in_it_fails_with_its_path() {
+    let _limit = limit(secs(150));
+    let mut world = InRegistry::publish();
+    world.registry.stop();
+    let id = world.hub.deliver(&["image/adc:v1"], "b").remove(0);
+    world.hub.wait_transfer(&id, "waiting", secs(40), |t| t.has_reason(&["waiting_for_source"]));
+
+    let file = world.layer_folder().join("data");
+    let good = std::fs::read(&file).unwrap();
+    let mut bad = good.clone();
+    bad[good.len() / 2] ^= 1;
+    data::write(&file, &bad);
+    world.registry.start();
+    world.fails_with_the_layer(&id);
+    data::write(&file, &good);
+    world.arrives(&id);
+}
+
+#[test]
+fn a_blob_that_vanished_from_the_registry_fails_the_transfer_with_its_path() {
+    let _limit = limit(secs(150));
+    let world = InRegistry::publish();
+    let (blob, aside) = (world.layer_folder(), world.scratch.join("aside"));
+    data::copy_tree(&blob, &aside);
+    std::fs::remove_dir_all(&blob).unwrap();
+    let id = world.hub.deliver(&["image/adc:v1"], "b").remove(0);
+    world.fails_with_the_layer(&id);
+    // The same image is pushed once more.
+    data::copy_tree(&aside, &blob);
+    world.arrives(&id);
 }

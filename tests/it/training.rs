@@ -12,6 +12,7 @@ use serde_json::Value;
 use crate::support::daemon::{Hub, PACKHORSE, Site, SiteSpec, Transfer};
 use crate::support::data::{self, write};
 use crate::support::http;
+use crate::support::images;
 use crate::support::postgres::sqlite_rows;
 use crate::support::tree::assert_same;
 use crate::support::{Scratch, limit, secs, wait_for};
@@ -62,7 +63,8 @@ if mode == "self":
     os.mkdir(out)
 json.dump({"bias": bias, "weights": weights, "samples": len(samples)}, open(os.path.join(out, "model.json"), "w"))
 if mode == "self":
-    subprocess.run([sys.argv[3], "publish", out, "--as", run["model"], "--run", run["run"], "--config", sys.argv[4]], check=True)
+    # To the daemon that the environment names: that of the site that trains.
+    subprocess.run([sys.argv[3], "publish", out, "--as", run["model"], "--run", run["run"]], check=True)
 "#;
 
 /// An image of one of two textures, as PGM.
@@ -118,24 +120,23 @@ struct World {
 impl World {
     /// A hub with two sites; b trains with the script in this mode.
     fn start(mode: &str) -> Self {
-        Self::with(|scratch, folder, hub| Self::command(scratch, folder, hub, mode))
+        Self::with(|scratch, folder| Self::command(scratch, folder, mode))
     }
 
-    fn command(scratch: &Scratch, folder: &Path, hub: &Hub, mode: &str) -> String {
+    fn command(scratch: &Scratch, folder: &Path, mode: &str) -> String {
         let script = scratch.join("trainer.py");
         write(&script, TRAINER.as_bytes());
-        let words =
-            ["/usr/bin/env", "python3", script.to_str().unwrap(), mode, folder.to_str().unwrap(), PACKHORSE, hub.config.to_str().unwrap()];
+        let words = ["/usr/bin/env", "python3", script.to_str().unwrap(), mode, folder.to_str().unwrap(), PACKHORSE];
         format!("[train]\ncommand = {words:?}\n")
     }
 
     /// A hub with two sites; b has this `[train]`.
-    fn with(train: impl Fn(&Scratch, &Path, &Hub) -> String) -> Self {
+    fn with(train: impl Fn(&Scratch, &Path) -> String) -> Self {
         let scratch = Scratch::new();
         let folder = scratch.folder("trainer");
         let hub = Hub::start_new(scratch.path());
         let a = Site::start_new(scratch.path(), &hub, "a", &SiteSpec::default());
-        let more = train(&scratch, &folder, &hub);
+        let more = train(&scratch, &folder);
         let b = Site::start_new(scratch.path(), &hub, "b", &SiteSpec { more: &more, ..SiteSpec::default() });
         Self { a, b, hub, folder, scratch }
     }
@@ -148,7 +149,11 @@ impl World {
     }
 
     fn begin(&self, more: &[&str]) -> Value {
-        let args = ["train", "start", "--name", "r1", "--from", "a", "--on", "b", "--input", "labels/panels:v1", "dataset/panels:v1"];
+        self.begin_as("r1", more)
+    }
+
+    fn begin_as(&self, name: &str, more: &[&str]) -> Value {
+        let args = ["train", "start", "--name", name, "--from", "a", "--on", "b", "--input", "labels/panels:v1", "dataset/panels:v1"];
         let args: Vec<&str> = args.into_iter().chain(["--expect", "model/judge"]).chain(more.iter().copied()).collect();
         self.hub.json(&args)
     }
@@ -159,7 +164,13 @@ impl World {
 
     #[track_caller]
     fn wait_run(&self, what: &str, wanted: impl Fn(&Value) -> bool) -> Value {
-        wait_for(&format!("the run is {what}"), secs(90), || Some(self.run()).filter(|run| wanted(run)))
+        self.wait_run_of("r1", what, wanted)
+    }
+
+    #[track_caller]
+    fn wait_run_of(&self, name: &str, what: &str, wanted: impl Fn(&Value) -> bool) -> Value {
+        let show = || self.hub.json(&["train", "show", name]);
+        wait_for(&format!("run {name} is {what}"), secs(90), || Some(show()).filter(|run| wanted(run)))
     }
 
     /// Waits until the trainer has begun; its process.
@@ -218,6 +229,7 @@ fn a_model_that_its_trainer_published_comes_home_and_what_was_borrowed_goes() {
     assert_eq!(done["model"]["artifact"], "model/judge:r1", "{done:#}");
     let right = score(&world.a.folder("model/judge:r1"));
     assert!(right >= 90, "the model at a tells {right} of 100 right");
+    assert_eq!(world.hub.json(&["show", "model/judge:r1"])["origin"], "b", "it was published where it was made");
 
     // Both the hub and a know what it was made of.
     for daemon in [&*world.hub, &*world.a] {
@@ -419,6 +431,10 @@ fn a_platform_is_called_until_it_takes_the_run_and_says_when_it_is_ready() {
     let platform = http::serve(move |_| {
         let take = move |axum::Json(descriptor): axum::Json<Value>| async move {
             let mut seen = seen.lock().unwrap();
+            if seen.is_empty() {
+                // It begins, and its answer is lost.
+                write(&Path::new(descriptor["output"].as_str().unwrap()).join("begun.bin"), b"begun at the first call");
+            }
             seen.push(descriptor);
             // Busy at first.
             if seen.len() < 3 { axum::http::StatusCode::SERVICE_UNAVAILABLE } else { axum::http::StatusCode::ACCEPTED }
@@ -426,7 +442,7 @@ fn a_platform_is_called_until_it_takes_the_run_and_says_when_it_is_ready() {
         axum::Router::new().route("/runs", axum::routing::post(take))
     });
     let url = format!("http://{}/runs", platform.address);
-    let world = World::with(|_, _, _| format!("[train]\nurl = \"{url}\"\n"));
+    let world = World::with(|_, _| format!("[train]\nurl = \"{url}\"\n"));
     world.publish_at_hub();
     world.begin(&[]);
     let descriptor = wait_for("the platform takes the run", secs(60), || calls.lock().unwrap().get(2).cloned());
@@ -436,6 +452,8 @@ fn a_platform_is_called_until_it_takes_the_run_and_says_when_it_is_ready() {
     let labels = input("labels");
     assert_eq!((&labels["label_set"], &labels["version"]), (&"panels".into(), &"v1".into()));
     assert!(Path::new(labels["rows"].as_str().unwrap()).join("annotations.jsonl").is_file());
+    let begun = Path::new(descriptor["output"].as_str().unwrap()).join("begun.bin");
+    assert_eq!(std::fs::read(begun).unwrap(), b"begun at the first call", "calling again takes away nothing");
     world.wait_run("training", is("training"));
     let made = world.scratch.join("made");
     write(&made.join("weights.bin"), b"made by a platform");
@@ -447,6 +465,92 @@ fn a_platform_is_called_until_it_takes_the_run_and_says_when_it_is_ready() {
     world.hub.json(&["train", "finish", "r1"]);
     world.assert_given_back();
     assert_eq!(calls.lock().unwrap().len(), 3, "what was taken is not sent again");
+}
+
+#[test]
+fn a_platform_leaves_its_model_in_the_output_folder_or_says_why_there_is_none() {
+    let _limit = limit(secs(120));
+    let calls: Arc<Mutex<Vec<Value>>> = Arc::default();
+    let seen = calls.clone();
+    let platform = http::serve(move |_| {
+        let take = move |axum::Json(descriptor): axum::Json<Value>| async move {
+            if descriptor["run"] == "r1" {
+                write(&Path::new(descriptor["output"].as_str().unwrap()).join("weights.bin"), b"left by a platform");
+            }
+            seen.lock().unwrap().push(descriptor);
+            axum::http::StatusCode::ACCEPTED
+        };
+        axum::Router::new().route("/runs", axum::routing::post(take))
+    });
+    let url = format!("http://{}/runs", platform.address);
+    let world = World::with(|_, _| format!("[train]\nurl = \"{url}\"\n"));
+    world.publish_at_hub();
+    let begin = |name: &str, calls_then: usize| {
+        world.begin_as(name, &[]);
+        wait_for("the platform takes the run", secs(60), || (calls.lock().unwrap().len() == calls_then).then_some(()));
+        world.wait_run_of(name, "training", is("training"));
+    };
+
+    begin("r1", 1);
+    world.hub.cli(&["train", "finish", "r1"]).expect(0);
+    let done = world.wait_run("done", is("done"));
+    assert_eq!(done["model"]["artifact"], "model/judge:r1");
+    assert_eq!(std::fs::read(world.a.folder("model/judge:r1").join("weights.bin")).unwrap(), b"left by a platform");
+    world.assert_given_back();
+
+    begin("r2", 2);
+    world.hub.cli(&["train", "finish", "r2", "--failed", "no GPU"]).expect(0);
+    let failed = world.wait_run_of("r2", "failed", is("failed"));
+    assert!(failed["model"].is_null(), "{failed:#}");
+    assert!(world.hub.cli(&["train", "show", "r2"]).expect(0).out.contains("the training platform says: no GPU"));
+    world.wait_run_of("r2", "given back", |run| run["released"] == true);
+    world.assert_given_back();
+}
+
+#[test]
+fn what_the_site_that_trains_published_itself_must_stand_there_under_its_name() {
+    let _limit = limit(secs(180));
+    let world = World::start("hold");
+    let (root, csv) = dataset(&world.scratch, "panels", 60);
+    world.hub.publish(&root, "dataset/panels:v1", &[]);
+    world.b.publish(&csv, "labels/panels:v1", &[]);
+    world.b.publish(&images::small().join("docker.tar"), "image/judge:v1", &[]);
+    let (more, own) = (["--input", "image/judge:v1"], ["labels/panels:v1", "image/judge:v1"]);
+
+    // Neither rows nor an image, and a trainer would look for both.
+    let start = ["train", "start", "--name", "r1", "--from", "a", "--on", "b", "--expect", "model/judge", "--input", "dataset/panels:v1"];
+    let refused: Vec<&str> = start.into_iter().chain(own).collect();
+    let next = "packhorse deliver labels/panels:v1 image/judge:v1 --to b";
+    world.hub.cli(&refused).expect(6).says(&["published at b, but not delivered there", next]);
+    world.hub.deliver_and_wait(own[0], "b", secs(60));
+    world.hub.cli(&refused).expect(6).says(&["packhorse deliver image/judge:v1 --to b"]);
+    world.hub.cli(&["train", "show", "r1"]).expect(5);
+    world.hub.deliver_and_wait(own[1], "b", secs(60));
+
+    world.begin(&more);
+    world.trainer();
+    let text = std::fs::read(world.b.data_dir.join("runs/r1/run.json")).unwrap();
+    let descriptor: Value = serde_json::from_slice(&text).unwrap();
+    let input = |kind: &str| descriptor["inputs"].as_array().unwrap().iter().find(|i| i["kind"] == kind).unwrap().clone();
+    let (labels, image) = (input("labels"), input("image"));
+    let rows = || {
+        let [table, set, version] = ["table", "label_set", "version"].map(|field| labels[field].as_str().unwrap());
+        let sql = format!("SELECT count(*) AS n FROM {table} WHERE label_set = '{set}' AND version = '{version}'");
+        sqlite_rows(&world.b.labels_db, &sql)[0]["n"].clone()
+    };
+    assert_eq!(rows(), 60, "{labels:#}");
+    assert!(Path::new(labels["rows"].as_str().unwrap()).join("annotations.jsonl").is_file(), "{labels:#}");
+    let layout = format!("oci:{}:v1@sha256:", world.b.layout.join("judge").display());
+    assert!(image["image"].as_str().unwrap().starts_with(&layout), "{image:#}");
+
+    write(&world.folder.join("go"), b"");
+    world.wait_run("done", is("done"));
+    assert!(score(&world.a.folder("model/judge:r1")) >= 90);
+    // Only the dataset was borrowed.
+    world.wait_run("given back", |run| run["released"] == true);
+    assert!(!world.b.folder("dataset/panels:v1").exists());
+    assert_eq!(rows(), 60, "what b published and was given stays");
+    assert!(own.iter().all(|name| world.b.artifacts().contains(&(*name).to_owned())), "{:?}", world.b.artifacts());
 }
 
 #[test]

@@ -5,7 +5,6 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use rand::Rng;
-use serde_json::json;
 
 use crate::support::daemon::{Hub, Site, SiteSpec};
 use crate::support::line::Line;
@@ -149,17 +148,6 @@ fn layer(files: &Files) -> Vec<u8> {
     tar.into_inner().unwrap()
 }
 
-fn layout(root: &Path, layers: &[&[u8]]) {
-    let ids: Vec<String> = layers.iter().map(|layer| images::sha256(layer)).collect();
-    let config = json!({ "architecture": "amd64", "os": "linux", "rootfs": { "type": "layers", "diff_ids": ids } });
-    let config = images::put_blob(root, "application/vnd.oci.image.config.v1+json", config.to_string().as_bytes());
-    let media_type = "application/vnd.oci.image.manifest.v1+json";
-    let layers: Vec<_> = layers.iter().map(|layer| images::put_blob(root, "application/vnd.oci.image.layer.v1.tar", layer)).collect();
-    let manifest = json!({ "schemaVersion": 2, "mediaType": media_type, "config": config, "layers": layers });
-    let top = images::put_blob(root, media_type, manifest.to_string().as_bytes());
-    images::set_top(root, top);
-}
-
 #[test]
 fn an_image_moves_its_new_layer_or_the_changes_of_a_rebuilt_one() {
     let _limit = limit(secs(240));
@@ -175,7 +163,7 @@ fn an_image_moves_its_new_layer_or_the_changes_of_a_rebuilt_one() {
     let (lower, large, top) = (layer(&files("base", 20)), files("app", 150), layer(&files("top", 10)));
     let carry = |layers: &[&[u8]], version: &str| {
         let source = world.scratch.join(version);
-        layout(&source, layers);
+        images::layout(&source, layers);
         world.carry(&source, &format!("image/w5:{version}"))
     };
     carry(&[&lower, &layer(&large)], "old");

@@ -164,7 +164,7 @@ pub(crate) struct SendStream {
 }
 
 impl SendStream {
-    /// Queues the bytes as they are, once there is room for them.
+    /// Queues the bytes, once there is room for them. Given up before that, a part of them may have been queued, as on QUIC.
     pub(crate) async fn write_bytes(&mut self, mut data: Bytes) -> Result<(), StreamEnd> {
         poll_fn(|cx| self.mux.shared().with(|state| state.poll_write(self.id, &mut data, cx.waker()))).await
     }

@@ -5,7 +5,8 @@
 //!
 //! Memory is bounded: a peer may send [`LINE_STREAM_WINDOW_BYTES`] a stream and [`LINE_WINDOW_BYTES`] in all before the
 //! reader takes something, small pieces are joined so that their bookkeeping cannot outgrow them, and control frames that a
-//! peer provokes without reading end the line.
+//! peer provokes without reading end the line. What is to be sent is taken in whole pieces while the line holds less than
+//! [`MUX_LINE_QUEUE_BYTES`], and beyond that [`MUX_STREAM_QUEUE_BYTES`] a stream: no stream waits for what another has queued.
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, HashMap, VecDeque};
@@ -17,7 +18,7 @@ use bytes::{Buf, BufMut, Bytes, BytesMut};
 use super::frame::{HEADER_BYTES, Header, Kind, put_header};
 use crate::limits::{
     LINE_STREAM_WINDOW_BYTES, LINE_STREAMS_MAX, LINE_WINDOW_BYTES, MUX_BATCH_BYTES, MUX_CONTROL_BYTES_MAX, MUX_FRAME_BYTES_MAX,
-    MUX_STREAM_QUEUE_BYTES, SILENCE_MAX,
+    MUX_LINE_QUEUE_BYTES, MUX_STREAM_QUEUE_BYTES, SILENCE_MAX,
 };
 use crate::line::{Ended, StreamEnd};
 
@@ -68,6 +69,8 @@ struct Stream {
     sending: Sending,
     queue: VecDeque<Bytes>,
     queued: usize,
+    /// What was taken of the first piece in the queue; its memory is held until the rest is taken.
+    begun: usize,
     credit: u64,
     scheduled: bool,
     writer: Option<Waker>,
@@ -99,6 +102,7 @@ impl Stream {
             sending: Sending::Open,
             queue: VecDeque::new(),
             queued: 0,
+            begun: 0,
             credit: LINE_STREAM_WINDOW_BYTES.into(),
             scheduled: false,
             writer: None,
@@ -116,9 +120,28 @@ impl Stream {
         }
     }
 
-    fn clear_queue(&mut self) {
+    /// Returns how much less is held.
+    fn clear_queue(&mut self) -> usize {
         self.queue.clear();
-        self.queued = 0;
+        std::mem::take(&mut self.queued) + std::mem::take(&mut self.begun)
+    }
+
+    /// Moves `len` bytes from the queue's front to `out` without copying. Returns how much less is held.
+    fn take_queued(&mut self, mut len: usize, out: &mut VecDeque<Bytes>) -> usize {
+        let mut freed = 0;
+        self.queued -= len;
+        while len > 0 {
+            let Some(front) = self.queue.front_mut() else { break };
+            let piece = if front.len() > len { front.split_to(len) } else { std::mem::take(front) };
+            self.begun += piece.len();
+            if front.is_empty() {
+                self.queue.pop_front();
+                freed += std::mem::take(&mut self.begun);
+            }
+            len -= piece.len();
+            out.push_back(piece);
+        }
+        freed
     }
 
     fn clear_received(&mut self) -> usize {
@@ -182,6 +205,8 @@ pub(super) struct State {
     ready: BTreeMap<Reverse<i32>, VecDeque<u32>>,
     control: BytesMut,
     headers: BytesMut,
+    /// What the pieces in the queues of all streams hold in memory.
+    held: usize,
     send_credit: u64,
     window: u32,
     unannounced: u32,
@@ -208,6 +233,7 @@ impl State {
             ready: BTreeMap::new(),
             control: BytesMut::new(),
             headers: BytesMut::new(),
+            held: 0,
             send_credit: LINE_WINDOW_BYTES.into(),
             window: LINE_WINDOW_BYTES,
             unannounced: 0,
@@ -250,7 +276,7 @@ impl State {
         }
     }
 
-    /// Takes `data` into the stream's queue once that is short enough.
+    /// Takes `data` into the stream's queue once that is short enough: all of it, or a part at a time where the line holds much.
     pub(super) fn poll_write(&mut self, id: u32, data: &mut Bytes, waker: &Waker) -> Poll<Result<(), StreamEnd>> {
         if self.ended.is_some() {
             return Poll::Ready(Err(StreamEnd::LineGone));
@@ -264,14 +290,25 @@ impl State {
         if data.is_empty() {
             return Poll::Ready(Ok(()));
         }
-        if stream.queued >= MUX_STREAM_QUEUE_BYTES {
+        let room = MUX_STREAM_QUEUE_BYTES.saturating_sub(stream.queued);
+        let piece = if room > 0 && self.held < MUX_LINE_QUEUE_BYTES {
+            std::mem::take(data)
+        } else if room >= data.len().min(MUX_STREAM_QUEUE_BYTES / 2) {
+            // A copy: as small as it is, a part of the piece would hold the memory of all of it after its writer has gone on.
+            Bytes::copy_from_slice(&data.split_to(room.min(data.len())))
+        } else {
+            Bytes::new()
+        };
+        if !data.is_empty() {
             stream.writer = Some(waker.clone());
-            return Poll::Pending;
         }
-        stream.queued += data.len();
-        stream.queue.push_back(std::mem::take(data));
-        self.schedule(id);
-        Poll::Ready(Ok(()))
+        if !piece.is_empty() {
+            stream.queued += piece.len();
+            self.held += piece.len();
+            stream.queue.push_back(piece);
+            self.schedule(id);
+        }
+        if data.is_empty() { Poll::Ready(Ok(())) } else { Poll::Pending }
     }
 
     pub(super) fn finish(&mut self, id: u32) -> Result<(), StreamEnd> {
@@ -298,7 +335,7 @@ impl State {
             return;
         }
         stream.sending = how;
-        stream.clear_queue();
+        self.held -= stream.clear_queue();
         stream.wake_writer();
         self.put_control(Kind::Reset, id);
         self.settle(id);
@@ -499,8 +536,7 @@ impl State {
             self.headers.reserve(HEADER_BYTES);
             put_header(&mut self.headers, if last { Kind::End } else { Kind::Data }, id, len);
             out.push_back(self.headers.split().freeze());
-            take_bytes(&mut stream.queue, len, out);
-            stream.queued -= len;
+            self.held -= stream.take_queued(len, out);
             stream.credit -= len as u64;
             self.send_credit -= len as u64;
             room = room.saturating_sub(len + HEADER_BYTES);
@@ -540,7 +576,7 @@ impl State {
         }
         self.ended = Some(ended);
         for stream in self.streams.values_mut() {
-            stream.clear_queue();
+            self.held -= stream.clear_queue();
             stream.clear_received();
             stream.wake_reader();
             stream.wake_writer();
@@ -602,18 +638,5 @@ impl State {
         if stream.reader_gone {
             self.streams.remove(&id);
         }
-    }
-}
-
-/// Moves `len` bytes from the queue's front to `out` without copying.
-fn take_bytes(queue: &mut VecDeque<Bytes>, mut len: usize, out: &mut VecDeque<Bytes>) {
-    while len > 0 {
-        let Some(front) = queue.front_mut() else { return };
-        let piece = if front.len() > len { front.split_to(len) } else { std::mem::take(front) };
-        if front.is_empty() {
-            queue.pop_front();
-        }
-        len -= piece.len();
-        out.push_back(piece);
     }
 }

@@ -1,3 +1,6 @@
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::{Poll, Wake, Waker};
 use std::time::Duration;
 
 use bytes::{BufMut, Bytes, BytesMut};
@@ -5,7 +8,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream};
 
 use super::frame::{HEADER_BYTES, Kind, put_header, read_header};
 use super::*;
-use crate::limits::{LINE_STREAM_WINDOW_BYTES, LINE_STREAMS_MAX, MUX_FRAME_BYTES_MAX};
+use crate::limits::{LINE_STREAM_WINDOW_BYTES, LINE_STREAMS_MAX, MUX_FRAME_BYTES_MAX, MUX_LINE_QUEUE_BYTES, MUX_STREAM_QUEUE_BYTES};
 use crate::line::{CLOSE_DONE, CLOSE_VIOLATION};
 
 const RTT: Duration = Duration::from_millis(1);
@@ -189,6 +192,109 @@ async fn a_peer_that_vanishes_is_noticed() {
     drop(b);
     let ended = mux.closed().await;
     assert!(ended.code.is_none(), "{ended:?}");
+}
+
+/// Whether a writer was woken.
+struct Woken(AtomicBool);
+
+impl Wake for Woken {
+    fn wake(self: Arc<Self>) {
+        self.0.store(true, Ordering::SeqCst);
+    }
+}
+
+/// Writes one piece to a stream of its own, without a runtime.
+struct Writer {
+    id: u32,
+    rest: Bytes,
+    woken: Arc<Woken>,
+}
+
+impl Writer {
+    fn new(state: &mut State, piece: Bytes) -> Self {
+        Self { id: state.open(0).unwrap(), rest: piece, woken: Arc::new(Woken(AtomicBool::new(true))) }
+    }
+
+    /// As a runtime does: nothing happens unless it was woken.
+    fn go_on(&mut self, state: &mut State) {
+        if self.rest.is_empty() || !self.woken.0.swap(false, Ordering::SeqCst) {
+            return;
+        }
+        if let Poll::Ready(result) = state.poll_write(self.id, &mut self.rest, &Waker::from(self.woken.clone())) {
+            result.unwrap();
+            state.finish(self.id).unwrap();
+        }
+    }
+}
+
+/// Carries one batch over; `false` when there was nothing.
+fn carry(from: &mut State, to: &mut State) -> bool {
+    let mut batch = VecDeque::new();
+    from.take_batch(&mut batch);
+    let mut bytes = BytesMut::new();
+    batch.iter().for_each(|piece| bytes.extend_from_slice(piece));
+    let any = !bytes.is_empty();
+    while !bytes.is_empty() {
+        let header = read_header(bytes.split_to(HEADER_BYTES)[..].try_into().unwrap()).unwrap();
+        let body = bytes.split_to(header.len).freeze();
+        assert_eq!(to.on_frame(header, body, Instant::now()), Ok(None));
+    }
+    any
+}
+
+#[test]
+fn a_peer_that_reads_nothing_has_little_held_for_it_and_all_of_it_once_it_reads() {
+    const STREAMS: usize = 128;
+    const PIECE: usize = 1 << 20;
+    let now = Instant::now();
+    let (mut hub, mut site) = (State::new(End::Listening, RTT, now), State::new(End::Dialling, RTT, now));
+    // Of this each stream has another part.
+    let mut noise = vec![0; PIECE + STREAMS];
+    blake3::Hasher::new().finalize_xof().fill(&mut noise);
+    let noise = Bytes::from(noise);
+    let mut writers: Vec<Writer> = (0..STREAMS).map(|n| Writer::new(&mut hub, noise.slice(n..n + PIECE))).collect();
+    for _ in 0..3 {
+        writers.iter_mut().for_each(|writer| writer.go_on(&mut hub));
+    }
+    let taken: usize = writers.iter().map(|writer| PIECE - writer.rest.len()).sum();
+    assert!(taken <= MUX_LINE_QUEUE_BYTES + PIECE + STREAMS * MUX_STREAM_QUEUE_BYTES, "{taken}");
+    assert!(writers.iter().all(|writer| writer.rest.len() < PIECE), "no stream waits for what another has queued");
+
+    let mut reading: Vec<(usize, usize)> = (0..STREAMS).map(|n| (n, 0)).collect();
+    while !reading.is_empty() {
+        let moved = carry(&mut hub, &mut site) | carry(&mut site, &mut hub);
+        assert!(moved, "{} streams stand still", reading.len());
+        writers.iter_mut().for_each(|writer| writer.go_on(&mut hub));
+        reading.retain_mut(|(n, read)| {
+            loop {
+                match site.poll_read(writers[*n].id, usize::MAX, Waker::noop()) {
+                    Poll::Pending => return true,
+                    Poll::Ready(Ok(Some(bytes))) => {
+                        assert!(bytes == noise[*n + *read..][..bytes.len()], "stream {n} at {read}");
+                        *read += bytes.len();
+                    }
+                    Poll::Ready(end) => {
+                        assert_eq!((end, *read), (Ok(None), PIECE));
+                        return false;
+                    }
+                }
+            }
+        });
+    }
+}
+
+#[test]
+fn what_is_given_up_leaves_its_room_in_the_queue() {
+    let mut state = State::new(End::Listening, RTT, Instant::now());
+    let piece = Bytes::from(vec![7; 1 << 20]);
+    for round in 0..100 {
+        let mut writer = Writer::new(&mut state, piece.clone());
+        writer.go_on(&mut state);
+        assert!(writer.rest.is_empty(), "nothing is queued, and in round {round} a piece is not taken whole");
+        // Some of it is sent before.
+        state.take_batch(&mut VecDeque::new());
+        state.reset(writer.id);
+    }
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! Images into an OCI registry: `<url>/<name>:<version>`.
 //!
-//! Blobs go up in parallel, those that are there are not sent; then the manifests below the top by digest, then the top
+//! Blobs go up in parallel, large ones as soon as they are staged; those that are there are not sent; then the manifests below the top by digest, then the top
 //! one under the tag, which is what makes the image appear. A crash before that leaves blobs that nobody names: the next
 //! try finds and uses them, or the registry's garbage collection takes them.
 
@@ -264,6 +264,16 @@ impl Sink for RegistrySink {
         Ok(self.registry.mount(&repository, &digest, &from).await.unwrap_or(false))
     }
 
+    async fn arrived(&self, incoming: &Incoming, staged: &Path, path: &RelPath, file: &FileInfo) {
+        let Some(digest) = Sha256::from_layout_path(path.as_str()) else { return };
+        let repository = self.repository(&incoming.artifact);
+        let blob = LocalBlob { digest, size: file.size, file: staged.join(path.as_str()) };
+        match self.registry.push_blob(&repository, &blob).await {
+            Ok(_) => self.remember(digest, &repository),
+            Err(fault) => tracing::debug!(%digest, repository, error = %fault, "a blob was not taken ahead of the others"),
+        }
+    }
+
     async fn commit(&self, incoming: &Incoming, staged: &Path) -> Result<Landed, Fault> {
         let repository = self.repository(&incoming.artifact);
         let ours = top_of(image_info(incoming)?)?.digest;
@@ -303,7 +313,15 @@ impl Sink for RegistrySink {
         };
         // Most registries keep manifests apart from blobs.
         let got = self.registry.get_manifest(repository, &digest.to_string(), "pull").await;
-        let Some(manifest) = got.map_err(|e| e.fault(doing()))? else { return Err(error.fault(doing())) };
+        let Some(manifest) = got.map_err(|e| e.fault(doing()))? else {
+            // It answers, and has it neither as a blob nor as a manifest: that does not pass by itself.
+            return Err(match error {
+                Error::Answer(answer) if answer.is_blob_unknown() => {
+                    Fault::not_found(format!("{}: the registry does not hold it any more", doing()))
+                }
+                error => error.fault(doing()),
+            });
+        };
         let start = usize::try_from(offset).unwrap_or(usize::MAX);
         let end = start.saturating_add(len as usize);
         if end > manifest.bytes.len() {

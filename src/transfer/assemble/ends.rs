@@ -81,8 +81,8 @@ impl Assembly {
         self.counters.committed.fetch_max(resumed, Ordering::Relaxed);
         let free = stage.free_bytes()?.saturating_sub(SPARE_BYTES);
         if totals.bytes - resumed > free {
-            // Only now is it worth to look what the site has; shared files take no room.
-            let need = self.estimate(Some(&journal))?.needs;
+            // Only now is it worth to look what the site has, for shared files take no room, and what room was taken before.
+            let need = self.estimate(Some(&journal))?.needs.saturating_sub(self.room_ahead(&stage, &journal)?);
             if need > free {
                 return Err(Fault::no_space(format!(
                     "{} needs {need} bytes more in {}, which has {free} to spare",
@@ -94,8 +94,24 @@ impl Assembly {
         Ok((place, journal, Arc::new(stage)))
     }
 
+    /// Bytes of the staged files that have their room and are not journaled: large files get theirs at once.
+    fn room_ahead(&self, stage: &Stage, journal: &Journal) -> Result<u64, Fault> {
+        let (mut ahead, mut of_file) = (0, 0u64);
+        for step in self.walk() {
+            match step? {
+                Step::Entry { entry, .. } => {
+                    ahead += of_file;
+                    of_file = if let EntryBody::File(file) = entry.body { stage.allocated(&entry.path)?.min(file.size) } else { 0 };
+                }
+                Step::Chunk(chunk, spot) if journal.has(spot.ordinal) => of_file = of_file.saturating_sub(chunk.len.into()),
+                Step::Chunk(..) => {}
+            }
+        }
+        Ok(ahead + of_file)
+    }
+
     /// Files that the far end holds already, whole.
-    pub(super) async fn held_by_sink(&self) -> Result<Held, Fault> {
+    pub(super) async fn held_by_sink(&self, journal: &Journal) -> Result<Held, Fault> {
         let mut held = Held::default();
         if !matches!(self.incoming.root.info, KindInfo::Image(_)) {
             return Ok(held);
@@ -128,8 +144,9 @@ impl Assembly {
             };
             if holds {
                 held.files.insert(number);
+                // What was staged here before it went there counts as resumed.
+                held.bytes += if ordinals.clone().any(|ordinal| journal.has(ordinal)) { 0 } else { file.size };
                 held.ordinals.push(ordinals);
-                held.bytes += file.size;
             }
         }
         self.counters.reused.fetch_max(held.bytes, Ordering::Relaxed);

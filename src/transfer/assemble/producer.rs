@@ -17,6 +17,9 @@ use crate::places::{At, Journal};
 use crate::stage::Stage;
 use crate::wire::Wanted;
 
+/// Chunks of a file that is shared whole at the most, some 34 GiB: each takes 150 bytes of memory meanwhile.
+const SHARED_CHUNKS_MAX: usize = 1 << 20;
+
 /// A file that may be shared whole: where from, and its chunks so far.
 pub(super) struct Sharing {
     dest: Arc<Dest>,
@@ -33,7 +36,7 @@ pub(super) struct Producer {
     pub(super) jobs: mpsc::Sender<Job>,
     pub(super) batches: mpsc::Sender<Batch>,
     pub(super) batch: Batch,
-    /// Chunks asked for in this pass: one that is taken for another waits for the next, and the index knows older ones.
+    /// Chunks asked for in this pass: one that is taken for another waits for the next; older ones are in the index by now.
     pub(super) asked: Recent,
     pub(super) sharing: Option<Sharing>,
     /// What is handed over together next.
@@ -61,8 +64,8 @@ impl Producer {
                     match entry.body {
                         EntryBody::Dir => self.stage.make_dir(&entry.path)?,
                         EntryBody::File(file) if !self.held.files.contains(&number) => {
-                            let (handle, announced) = Default::default();
-                            dest = Some(Arc::new(Dest { number, path: entry.path, mode: entry.mode, file, handle, announced }));
+                            let (handle, announced, placed) = Default::default();
+                            dest = Some(Arc::new(Dest { number, path: entry.path, mode: entry.mode, file, handle, announced, placed }));
                         }
                         EntryBody::File(_) | EntryBody::Symlink(_) => {}
                     }
@@ -93,7 +96,11 @@ impl Producer {
         for ((item, at), from) in pending.drain(..).zip(found).zip(wholes) {
             if let Some(sharing) = self.sharing.as_mut().filter(|s| s.dest.number == item.dest.number) {
                 sharing.items.push(item);
-                continue;
+                // A file so large is not worth the memory that its chunks would take: they come one by one, from here all the same.
+                if sharing.items.len() < SHARED_CHUNKS_MAX || self.end_sharing()?.is_ok() {
+                    continue;
+                }
+                return Ok(Err(Ended));
             }
             if self.end_sharing()?.is_err() {
                 return Ok(Err(Ended));

@@ -4,10 +4,10 @@ use std::collections::HashSet;
 
 use crate::chunk::Hash;
 
-/// Names kept by each of two generations: more than are asked for until the index knows them, some 4 MB of memory.
-const GENERATION: usize = 256 << 10;
+/// Names kept by each of two generations: more than are asked for until the index knows them, some 5 MB of memory each.
+const GENERATION: usize = 224 << 10;
 
-/// Which chunks were named among the last 256 Ki others at least, by eight bytes of their names: one may be taken for another.
+/// Which chunks were named among the last [`GENERATION`] others at least, by eight bytes of their names: one may be taken for another.
 #[derive(Debug, Default)]
 pub(super) struct Recent {
     young: HashSet<u64>,

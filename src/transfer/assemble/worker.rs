@@ -15,7 +15,7 @@ use tokio::sync::mpsc;
 
 use super::{Counters, Dest, Done, Item, Job, Local, Shared, Whole};
 use crate::chunk::Hash;
-use crate::fault::{Fault, IoContext};
+use crate::fault::{Code, Fault, IoContext};
 use crate::frame::Verified;
 use crate::manifest::{ChunkRef, Spot};
 use crate::places::Reader;
@@ -86,6 +86,7 @@ impl Worker {
                                 done.push(Done { bytes: dest.file.size, dest, chunks, written, uncommitted: None });
                             }
                             Ok(stage::Shared::Not) => self.copy_whole(&dest, &chunks, &from.path, &mut done)?,
+                            Err(fault) if fault.code == Code::NoSpace => return Err(fault),
                             Err(fault) => {
                                 tracing::info!(path = %from.path.display(), error = %fault, "a local file is stale; fetching it instead");
                                 self.stage.remove_file(&dest.path)?;
@@ -139,35 +140,48 @@ impl Worker {
         Ok(())
     }
 
-    /// Makes the staged file the same as one that lies here, after checking all of that one's bytes.
+    /// Makes the staged file the same as one that lies here, and checks all bytes of that.
     fn share(&mut self, dest: &Dest, from: &Local) -> Result<stage::Shared, Fault> {
         let Local { path: from, link } = from;
         let file = File::open(from).at(from.display())?;
         if file.metadata().at(from.display())?.len() != dest.file.size {
             return Err(Fault::integrity("its size is another"));
         }
+        if *link {
+            // Nobody else writes there, so what is hashed is what is shared.
+            self.check_content(&file, from, dest)?;
+            return self.stage.share(from, &file, &dest.path, dest.mode, true);
+        }
+        // Its owner may write into it at any moment: what counts is what came of it.
+        let how = self.stage.share(from, &file, &dest.path, dest.mode, false)?;
+        if how != stage::Shared::Not {
+            let staged = self.stage.path().join(dest.path.as_str());
+            self.check_content(&self.stage.open_to_read(&dest.path)?, &staged, dest)?;
+        }
+        Ok(how)
+    }
+
+    /// Hashes a file whole.
+    fn check_content(&mut self, file: &File, path: &Path, dest: &Dest) -> Result<(), Fault> {
         let mut hasher = blake3::Hasher::new();
         let mut at = 0;
         while at < dest.file.size {
             let part = (dest.file.size - at).min(self.buffer.len() as u64) as usize;
-            file.read_exact_at(&mut self.buffer[..part], at).at(from.display())?;
+            file.read_exact_at(&mut self.buffer[..part], at).at(path.display())?;
             hasher.update(&self.buffer[..part]);
             at += part as u64;
         }
-        if *hasher.finalize().as_bytes() != dest.file.hash.0 {
-            return Err(Fault::integrity("its content is another"));
-        }
-        self.stage.share(from, &file, &dest.path, dest.mode, *link)
+        if *hasher.finalize().as_bytes() == dest.file.hash.0 { Ok(()) } else { Err(Fault::integrity("its content is another")) }
     }
 
-    /// Copies a file's chunks from one that lies here and cannot be shared.
+    /// Copies a file's chunks from one that lies here and cannot be shared; what cannot be read is left to the next pass.
     fn copy_whole(&self, dest: &Arc<Dest>, chunks: &[(Hash, u64, u64, u32)], from: &Path, done: &mut Vec<Done>) -> Result<(), Fault> {
-        let source = File::open(from).at(from.display())?;
+        let source = File::open(from).ok();
         let mut run = None;
         for &(id, ordinal, offset, len) in chunks {
             let mut out = vec![0; len as usize];
-            source.read_exact_at(&mut out, offset).at(from.display())?;
-            let Ok(chunk) = Verified::check(id, out.into()) else {
+            let read = source.as_ref().is_some_and(|source| source.read_exact_at(&mut out, offset).is_ok());
+            let Some(chunk) = Some(out).filter(|_| read).and_then(|out| Verified::check(id, out.into()).ok()) else {
                 self.shared.places.forget(id)?;
                 continue;
             };

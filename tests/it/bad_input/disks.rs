@@ -1,26 +1,48 @@
-//! Full disks: at the hub, at a site's NAS, and what happens once there is room.
+//! Full disks: at the hub, under what it relays, at a site's NAS, and what happens once there is room.
 
 use std::path::{Path, PathBuf};
 
 use crate::support::command::{bound, run, tool};
 use crate::support::daemon::{Hub, Site, SiteSpec};
 use crate::support::data::{self, noise, rng, write};
+use crate::support::line::Line;
 use crate::support::tree::assert_same;
 use crate::support::{Scratch, disk_usage, limit, secs, skipped, wait_for};
 
-/// A small filesystem in memory, taken away when dropped.
+/// A small filesystem, taken away when dropped.
 struct SmallDisk(PathBuf);
 
 impl SmallDisk {
-    /// Mounted at `path`; `None`, with the reason printed, where nothing can be mounted.
+    /// One in memory, mounted at `path`; `None`, with the reason printed, where nothing can be mounted.
     fn mount(path: &Path, size: &str) -> Option<Self> {
+        Self::mount_a("tmpfs", &format!("size={size}"), "tmpfs", path)
+    }
+
+    /// ext4 in a file: a disk on which a file can have its room before its bytes are there. As above.
+    fn mount_ext4(path: &Path, image: &Path, bytes: u64) -> Option<Self> {
+        std::fs::File::create(image).unwrap().set_len(bytes).unwrap();
+        let made = run(bound("mkfs.ext4").args(["-q", "-F", "-m", "0"]).arg(image), secs(20));
+        if made.code != 0 {
+            skipped(&format!("no ext4 can be made here: {}", made.err.trim()));
+            return None;
+        }
+        Self::mount_a("ext4", "loop", image.to_str().unwrap(), path)
+    }
+
+    fn mount_a(kind: &str, options: &str, device: &str, path: &Path) -> Option<Self> {
         std::fs::create_dir_all(path).unwrap();
-        let output = run(bound("mount").args(["-t", "tmpfs", "-o", &format!("size={size}"), "tmpfs"]).arg(path), secs(20));
+        let output = run(bound("mount").args(["-t", kind, "-o", options, device]).arg(path), secs(20));
         if output.code != 0 {
-            skipped(&format!("a tmpfs cannot be mounted here: {}", output.err.trim()));
+            skipped(&format!("a {kind} cannot be mounted here: {}", output.err.trim()));
             return None;
         }
         Some(Self(path.into()))
+    }
+
+    /// Bytes that are taken of it.
+    fn used(&self) -> u64 {
+        let room = rustix::fs::statvfs(self.0.as_path()).unwrap();
+        (room.f_blocks - room.f_bfree) * room.f_frsize
     }
 
     /// Fills it up with a file of this name, so that so many bytes stay free.
@@ -74,6 +96,25 @@ fn a_full_hub_refuses_and_goes_on() {
 }
 
 #[test]
+fn what_the_hub_has_no_room_to_keep_is_passed_on_all_the_same() {
+    let _limit = limit(secs(120));
+    let scratch = Scratch::new();
+    let mut hub = Hub::new(scratch.path());
+    // Not room for one pack.
+    let Some(_disk) = SmallDisk::mount(&hub.data_dir.join("relay"), "16m") else { return };
+    hub.start();
+    let origin = Site::start_new(scratch.path(), &hub, "chengdu", &SiteSpec::default());
+    let target = Site::start_new(scratch.path(), &hub, "wuhan", &SiteSpec::default());
+    let source = scratch.join("model");
+    data::model(&source, 40 << 20);
+    origin.publish(&source, "model/big:v1", &[]);
+    hub.deliver_and_wait("model/big:v1", "wuhan", secs(60));
+    assert_same(&source, &target.folder("model/big:v1"));
+    assert_eq!(disk_usage(&hub.data_dir.join("relay/packs")), 0, "the disk was to be too small to keep any of it");
+    assert!(hub.log().contains("passed on without being kept"), "the log says what is wrong with the disk");
+}
+
+#[test]
 fn a_full_nas_stops_the_transfer_until_there_is_room() {
     let _limit = limit(secs(200));
     let scratch = Scratch::new();
@@ -88,7 +129,9 @@ fn a_full_nas_stops_the_transfer_until_there_is_room() {
     let id = hub.deliver(&["model/big:v1"], "chengdu").remove(0);
     let stuck = hub.wait_transfer(&id, "out of space", secs(60), |t| t.has_reason(&["no_space"]));
     assert!(stuck.message.is_some() && stuck.next.is_some(), "{stuck:#?}");
-    assert!(stuck.bytes.committed <= stuck.bytes.total / 2, "the size is known: half of it need not be written first: {:?}", stuck.bytes);
+    // The size is known, and so is the room.
+    assert_eq!((stuck.bytes.received, stuck.bytes.committed), (0, 0), "what does not fit is not begun: {:?}", stuck.bytes);
+    assert!(disk.used() < 1 << 20, "{} bytes were written of what does not fit", disk.used());
     assert!(!site.folder("model/big:v1").exists(), "nothing is visible before it is whole");
 
     // Others that fit are not held up by it.
@@ -97,6 +140,34 @@ fn a_full_nas_stops_the_transfer_until_there_is_room() {
 
     disk.grow("300m");
     hub.wait_done(&id, secs(120));
+    assert_same(&source, &site.folder("model/big:v1"));
+    assert_eq!(site.leftovers(), Vec::<PathBuf>::new());
+}
+
+#[test]
+fn what_has_its_room_on_a_nearly_full_nas_goes_on_after_a_kill() {
+    let _limit = limit(secs(120));
+    let scratch = Scratch::new();
+    let root = scratch.folder("nas");
+    // All of the model has its room from the first byte on. What is free then, less what a site keeps so, is 35 MiB: less than the
+    // model still lacks when the site is killed.
+    let Some(_disk) = SmallDisk::mount_ext4(&root, &scratch.join("ext4.img"), 160 << 20) else { return };
+    let hub = Hub::start_new(scratch.path());
+    let line = Line::to(hub.quic);
+    let spec = SiteSpec { through: Some(line.address()), root: Some(root), ..SiteSpec::default() };
+    let mut site = Site::start_new(scratch.path(), &hub, "chengdu", &spec);
+    let source = scratch.join("model");
+    data::model(&source, 90 << 20);
+    hub.publish(&source, "model/big:v1", &[]);
+    line.throttle(8 << 20);
+    let id = hub.deliver(&["model/big:v1"], "chengdu").remove(0);
+    let seen = hub.wait_transfer(&id, "on its way", secs(60), |t| t.bytes.committed >= 16 << 20);
+    site.kill();
+    assert!(seen.bytes.committed < 36 << 20, "too late: what lacks has room by now: {:?}", seen.bytes);
+    line.throttle(0);
+    site.start();
+    let done = hub.wait_done(&id, secs(60));
+    assert!(done.bytes.resumed >= seen.bytes.committed, "it goes on with what was there: {:?}", done.bytes);
     assert_same(&source, &site.folder("model/big:v1"));
     assert_eq!(site.leftovers(), Vec::<PathBuf>::new());
 }
@@ -151,17 +222,24 @@ fn what_is_cancelled_on_a_full_disk_leaves_nothing() {
     let _limit = limit(secs(150));
     let scratch = Scratch::new();
     let root = scratch.folder("nas");
-    let Some(_disk) = SmallDisk::mount(&root, "30m") else { return };
+    let Some(disk) = SmallDisk::mount(&root, "100m") else { return };
     let hub = Hub::start_new(scratch.path());
-    let spec = SiteSpec { root: Some(root.clone()), ..SiteSpec::default() };
+    let line = Line::to(hub.quic);
+    let spec = SiteSpec { through: Some(line.address()), root: Some(root), ..SiteSpec::default() };
     let site = Site::start_new(scratch.path(), &hub, "chengdu", &spec);
     let source = data::dataset(&scratch.join("dataset"), 20).root;
     write(&source.join("large.bin"), &noise(&mut rng("large"), 60 << 20));
     hub.publish(&source, "dataset/d:v1", &[]);
+    line.throttle(8 << 20);
     let id = hub.deliver(&["dataset/d:v1"], "chengdu").remove(0);
+    // There was room when it began: somebody else takes it.
+    hub.wait_transfer(&id, "on its way", secs(60), |t| t.bytes.committed >= 8 << 20);
+    let filler = disk.fill("filler", 0);
     hub.wait_transfer(&id, "out of space", secs(60), |t| t.has_reason(&["no_space"]));
+    assert!(!site.leftovers().is_empty(), "what was staged is kept until there is room");
     hub.cli(&["cancel", &id]).expect(0);
     wait_for("staging is cleaned", secs(30), || site.leftovers().is_empty().then_some(()));
-    assert!(disk_usage(&root) < 1 << 20, "{} bytes are left on the NAS", disk_usage(&root));
+    std::fs::remove_file(filler).unwrap();
+    wait_for("all room on the NAS is given back", secs(10), || (disk.used() < 1 << 20).then_some(()));
     assert!(!site.root.join("dataset/d/CURRENT").exists());
 }

@@ -71,6 +71,15 @@ impl Transfer {
     pub(crate) fn has_reason(&self, reasons: &[&str]) -> bool {
         self.reason.as_deref().is_some_and(|r| reasons.contains(&r))
     }
+
+    /// Checks that none of its bytes is fewer than before: what was counted stays counted, whoever is killed or cut off in between.
+    /// Only a retry of what was done or cancelled begins at nothing.
+    #[track_caller]
+    fn check_goes_on_from(&self, was: &Self) {
+        let counts = |b: Bytes| [b.reused, b.resumed, b.received, b.committed, b.wire];
+        let goes_on = counts(was.bytes).into_iter().zip(counts(self.bytes)).all(|(was, now)| now >= was);
+        assert!(goes_on, "the progress of transfer {} went back: from {was:#?} to {self:#?}", self.id);
+    }
 }
 
 /// A daemon: its config, its process while it runs, and the command line bound to it.
@@ -238,6 +247,13 @@ impl Daemon {
         output
     }
 
+    /// Asks the API itself, with its token: status and body.
+    #[track_caller]
+    pub(crate) fn get(&self, path: &str) -> (u16, String) {
+        let token = std::fs::read_to_string(self.data_dir.join("api-token")).expect("the daemon has a token");
+        get_with(self.api, path, &format!("X-Packhorse-Token: {}\r\n", token.trim())).expect("the daemon answers")
+    }
+
     /// Delivers; the ids of the transfers.
     #[track_caller]
     pub(crate) fn deliver(&self, references: &[&str], to: &str) -> Vec<String> {
@@ -261,13 +277,18 @@ impl Daemon {
         serde_json::from_value(value.clone()).unwrap_or_else(|e| panic!("status is not a list of transfers: {e}\n{value:#}"))
     }
 
-    /// Waits until a transfer looks as wanted, and returns it; panics when it ends in another way.
+    /// Waits until a transfer looks as wanted, and returns it; panics when it ends in another way, or when its progress goes back
+    /// while it is watched.
     #[track_caller]
     pub(crate) fn wait_transfer(&self, id: &str, what: &str, limit: Duration, wanted: impl Fn(&Transfer) -> bool) -> Transfer {
         let mut last = None;
         let deadline = std::time::Instant::now() + limit;
         loop {
             let now = self.transfer(id);
+            // Whoever retries it does so before he waits: all that is seen here is of one generation.
+            if let Some(was) = &last {
+                now.check_goes_on_from(was);
+            }
             if wanted(&now) {
                 return now;
             }
@@ -321,9 +342,13 @@ pub(crate) fn ids(answer: &Value) -> Vec<String> {
 
 /// A GET without any token: status and body. `None` when nothing listens there.
 pub(crate) fn get(address: SocketAddr, path: &str) -> Option<(u16, String)> {
+    get_with(address, path, "")
+}
+
+fn get_with(address: SocketAddr, path: &str, headers: &str) -> Option<(u16, String)> {
     let mut stream = TcpStream::connect_timeout(&address, secs(2)).ok()?;
     stream.set_read_timeout(Some(secs(10))).ok()?;
-    write!(stream, "GET {path} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n").ok()?;
+    write!(stream, "GET {path} HTTP/1.1\r\nHost: {address}\r\n{headers}Connection: close\r\n\r\n").ok()?;
     let mut bytes = Vec::new();
     stream.read_to_end(&mut bytes).ok()?;
     let text = String::from_utf8_lossy(&bytes);

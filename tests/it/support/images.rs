@@ -47,6 +47,18 @@ fn text(path: &Path) -> &str {
     path.to_str().expect("fixture paths are UTF-8")
 }
 
+/// An OCI layout of an image with these layers.
+pub(crate) fn layout(root: &Path, layers: &[&[u8]]) {
+    let ids: Vec<String> = layers.iter().map(|layer| sha256(layer)).collect();
+    let config = json!({ "architecture": "amd64", "os": "linux", "rootfs": { "type": "layers", "diff_ids": ids } });
+    let config = put_blob(root, "application/vnd.oci.image.config.v1+json", config.to_string().as_bytes());
+    let media_type = "application/vnd.oci.image.manifest.v1+json";
+    let layers: Vec<_> = layers.iter().map(|layer| put_blob(root, "application/vnd.oci.image.layer.v1.tar", layer)).collect();
+    let manifest = json!({ "schemaVersion": 2, "mediaType": media_type, "config": config, "layers": layers });
+    let top = put_blob(root, media_type, manifest.to_string().as_bytes());
+    set_top(root, top);
+}
+
 /// A root filesystem with busybox, a link, a hard link, an empty folder and a Chinese name.
 fn small_root(root: &Path) {
     write(&root.join("bin/busybox"), &std::fs::read("/bin/busybox").expect("busybox-static is installed (scripts/test does it)"));
