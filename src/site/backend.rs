@@ -22,6 +22,10 @@ use crate::sink::Incoming;
 use crate::transfer::verify;
 use crate::wire::AskHub;
 
+/// Marks a cursor as the hub's: the two count by themselves, and what one has told says nothing of what the other has. Whoever comes
+/// with one to the other is told all.
+const OF_HUB: u64 = 1 << 52;
+
 impl Site {
     /// Re-reads what this site holds of an artifact. One line a fault.
     async fn verify_now(&self, row: ArtifactRow, progress: Arc<JobProgress>) -> Result<Vec<String>, Fault> {
@@ -58,24 +62,17 @@ impl Site {
 
     /// How this site's own transfers stand.
     async fn own_transfers(&self, query: &TransferQuery) -> Result<(Vec<Transfer>, u64), Fault> {
-        let (rows, cursor) = self.inner.catalogue.transfers(query).await?;
+        let own = TransferQuery { since: query.since.filter(|cursor| cursor & OF_HUB == 0), ..query.clone() };
+        let (rows, cursor) = self.inner.catalogue.transfers(&own).await?;
         Ok((rows.iter().map(|row| row.view()).collect(), cursor))
     }
 
-    /// How the parts of a delivery stand, wherever they go: as the hub says, else as far as they are this site's own.
-    async fn parts_of_delivery(&self, query: &TransferQuery, asked: &AskHub) -> Result<(Vec<Transfer>, u64), Fault> {
-        let fault = match self.ask_hub(asked).await {
-            Err(fault) => fault,
-            all => return all,
-        };
-        let away = fault.code != Code::NotFound;
-        // The cursor may be the hub's, and says nothing here.
-        if away && query.since.is_some() {
-            return Err(fault);
-        }
-        let Ok((own, cursor)) = self.own_transfers(query).await else { return Err(fault) };
-        // Who goes on from 0 is told all of it as soon as the hub answers.
-        Ok((own, if away { 0 } else { cursor }))
+    /// The same as the hub says it.
+    async fn transfers_at_hub(&self, id: &str, query: &TransferQuery) -> Result<(Vec<Transfer>, u64), Fault> {
+        let since = query.since.filter(|cursor| cursor & OF_HUB != 0).map(|cursor| cursor & !OF_HUB);
+        let asked = AskHub::Transfers { id: id.into(), since, wait: since.and(query.wait).unwrap_or(0) };
+        let (rows, cursor): (Vec<Transfer>, u64) = self.ask_hub(&asked).await?;
+        Ok((rows, cursor | OF_HUB))
     }
 }
 
@@ -110,17 +107,16 @@ impl Backend for Site {
 
     async fn transfers(&self, query: &TransferQuery) -> Result<(Vec<Transfer>, u64), Fault> {
         let Some(id) = &query.id else { return self.own_transfers(query).await };
-        let wait = query.since.and(query.wait).unwrap_or(0);
-        let asked = AskHub::Transfers { id: id.clone(), since: query.since, wait };
-        // Those that are here may not be all of it.
-        if id.split(',').any(|id| id.trim().starts_with("d-")) {
-            return self.parts_of_delivery(query, &asked).await;
-        }
-        match self.own_transfers(query).await {
-            // Not this site's own: it may go to another, and the hub knows.
-            Err(fault) if fault.code == Code::NotFound => self.ask_hub(&asked).await,
-            own => own,
-        }
+        // Of a delivery what is here may not be all; else what is not here may go to another site, and the hub knows.
+        let whole = id.split(',').any(|id| id.trim().starts_with("d-"));
+        let first = if whole { self.transfers_at_hub(id, query).await } else { self.own_transfers(query).await };
+        let fault = match first {
+            // Whoever has seen the whole does not go on with a part.
+            Err(fault) if fault.code == Code::NotFound || whole && query.since.is_none() => fault,
+            answer => return answer,
+        };
+        let second = if whole { self.own_transfers(query).await } else { self.transfers_at_hub(id, query).await };
+        second.map_err(|second| if whole { fault } else { second })
     }
 
     async fn act(&self, id: &str, action: Action) -> Result<Vec<Transfer>, Fault> {

@@ -137,6 +137,15 @@ fn a_delivery_that_a_site_asked_for_is_shown_there_as_a_whole() {
     assert_eq!(asked(&to_b), absent);
     assert_eq!(asked(&to_both), absent);
 
+    // A cursor of the hub says nothing at A, and the other way round: whoever comes with one is told how all of it stands.
+    let told = |query: &str| a.get_rows(&format!("/v1/transfers?{query}"));
+    let own = at_both.iter().find(|id| a.transfers(&[id.as_str()])[0].site == "a").unwrap();
+    let (of_hub, here) = (told(&format!("id={to_both}")), told(&format!("id={own}")));
+    assert_eq!((of_hub.0, here.0), (4, 1));
+    assert_eq!(told(&format!("id={own}&since={}", of_hub.1)), here);
+    assert_eq!(told(&format!("id={to_both}&since={}", here.1)), of_hub);
+    assert_eq!(told(&format!("id={own}&since={}", here.1)).0, 0, "of its own there is nothing new");
+
     // Without the hub A knows its own part, and says that it is no more.
     hub.stop();
     let shown = a.cli(&["status", &to_both]).expect(0).out;

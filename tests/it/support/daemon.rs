@@ -250,8 +250,20 @@ impl Daemon {
     /// Asks the API itself, with its token: status and body.
     #[track_caller]
     pub(crate) fn get(&self, path: &str) -> (u16, String) {
+        get_with(self.api, path, &self.token_header()).expect("the daemon answers")
+    }
+
+    /// A GET of a list: how many rows it has, and the cursor to go on from.
+    pub(crate) fn get_rows(&self, path: &str) -> (usize, u64) {
+        let (head, body) = get_whole(self.api, path, &self.token_header()).expect("the daemon answers");
+        let rows: Vec<Value> = serde_json::from_str(&body).unwrap_or_else(|e| panic!("{path} is no list: {e}\n{body}"));
+        let cursor = head.lines().find_map(|line| line.strip_prefix("x-packhorse-cursor: ")).expect("a list has a cursor");
+        (rows.len(), cursor.parse().expect("a cursor is a number"))
+    }
+
+    fn token_header(&self) -> String {
         let token = std::fs::read_to_string(self.data_dir.join("api-token")).expect("the daemon has a token");
-        get_with(self.api, path, &format!("X-Packhorse-Token: {}\r\n", token.trim())).expect("the daemon answers")
+        format!("X-Packhorse-Token: {}\r\n", token.trim())
     }
 
     /// Delivers; the ids of the transfers.
@@ -346,6 +358,12 @@ pub(crate) fn get(address: SocketAddr, path: &str) -> Option<(u16, String)> {
 }
 
 fn get_with(address: SocketAddr, path: &str, headers: &str) -> Option<(u16, String)> {
+    let (head, body) = get_whole(address, path, headers)?;
+    Some((head.split(' ').nth(1)?.parse().ok()?, body))
+}
+
+/// Head and body.
+fn get_whole(address: SocketAddr, path: &str, headers: &str) -> Option<(String, String)> {
     let mut stream = TcpStream::connect_timeout(&address, secs(2)).ok()?;
     stream.set_read_timeout(Some(secs(10))).ok()?;
     write!(stream, "GET {path} HTTP/1.1\r\nHost: {address}\r\n{headers}Connection: close\r\n\r\n").ok()?;
@@ -353,7 +371,7 @@ fn get_with(address: SocketAddr, path: &str, headers: &str) -> Option<(u16, Stri
     stream.read_to_end(&mut bytes).ok()?;
     let text = String::from_utf8_lossy(&bytes);
     let (head, body) = text.split_once("\r\n\r\n")?;
-    Some((head.split(' ').nth(1)?.parse().ok()?, body.to_owned()))
+    Some((head.to_owned(), body.to_owned()))
 }
 
 /// A hub.
