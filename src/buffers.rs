@@ -8,6 +8,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use bytes::Bytes;
 use parking_lot::Mutex;
 
+/// Buffers with room are multiples of this.
+const STEP: usize = 256 << 10;
+
 /// Some buffers of about the same size. Cheap to clone.
 #[derive(Clone)]
 pub struct Buffers {
@@ -37,6 +40,16 @@ impl Buffers {
         self.used.store(true, Ordering::Relaxed);
         let reused = if len >= self.worth.0 { self.free.lock().pop() } else { None };
         reused.unwrap_or_else(|| Vec::with_capacity(len))
+    }
+
+    /// A buffer of at least `len` bytes, whatever they are. Of round sizes, and never shortened: what is read is of about one
+    /// length, and to grow a little each time is to copy and to clear each time.
+    pub fn room(&self, len: usize) -> Vec<u8> {
+        if len < self.worth.0 {
+            return vec![0; len];
+        }
+        let out = self.take(len);
+        if out.len() >= len { out } else { vec![0; len.next_multiple_of(STEP)] }
     }
 
     /// The bytes of a buffer, which comes back when nobody needs them any more.

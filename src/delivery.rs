@@ -1,7 +1,8 @@
 //! What a delivery as a whole is, from what its parts are. Plain functions, called by the API's backends.
 
-use crate::api::types::{Bytes, Delivery, State, Transfer};
+use crate::api::types::{Bytes, Delivery, LeftOut, State, Transfer};
 use crate::catalogue::DeliveryRow;
+use crate::limits::OFFENDERS_LISTED_MAX;
 
 /// The state of the whole. While a part is open: what moves furthest, else why it stands. Once all have ended: `failed` if
 /// one failed, else `cancelled` if one was, else `done`.
@@ -64,9 +65,45 @@ pub fn view(row: &DeliveryRow, parts: Vec<Transfer>) -> Delivery {
     }
 }
 
+/// Who is left out, as people read it: a text for each artifact and list that leaves sites out.
+pub fn left_out(all: &[LeftOut]) -> Vec<String> {
+    let mut groups: Vec<(&LeftOut, Vec<&str>)> = Vec::new();
+    for one in all {
+        match groups.iter_mut().find(|(first, _)| first.artifact == one.artifact && first.why == one.why) {
+            Some((_, sites)) => sites.push(one.site.as_str()),
+            None => groups.push((one, vec![one.site.as_str()])),
+        }
+    }
+    let text = |(first, sites): (&LeftOut, Vec<&str>)| {
+        let listed = sites.len().min(OFFENDERS_LISTED_MAX);
+        let more = if listed < sites.len() { format!(" and {} more", sites.len() - listed) } else { String::new() };
+        format!("{} is not shared with {}{more}: {}", first.artifact, sites[..listed].join(", "), first.why)
+    };
+    groups.into_iter().map(text).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn who_is_left_out_is_one_text_for_each_artifact_and_list() {
+        let one = |artifact: &str, site: &str, why: &str| LeftOut {
+            artifact: artifact.into(),
+            site: site.into(),
+            by: "hub".into(),
+            why: why.into(),
+        };
+        assert_eq!(left_out(&[]), Vec::<String>::new());
+        let all =
+            [one("model/m:1", "c", "here"), one("model/m:1", "d", "there"), one("model/m:1", "e", "here"), one("model/n:1", "c", "here")];
+        let texts =
+            ["model/m:1 is not shared with c, e: here", "model/m:1 is not shared with d: there", "model/n:1 is not shared with c: here"];
+        assert_eq!(left_out(&all), texts);
+        let many: Vec<LeftOut> = (0..OFFENDERS_LISTED_MAX + 2).map(|i| one("model/m:1", &format!("s{i}"), "here")).collect();
+        let texts = left_out(&many);
+        assert!(texts.len() == 1 && texts[0].ends_with("s19 and 2 more: here"), "{texts:?}");
+    }
 
     #[test]
     fn the_whole_follows_from_its_parts() {

@@ -38,7 +38,7 @@ const LIVELY_BYTES: u64 = 16 << 10;
 const ANSWER_BYTES: u64 = 1 << 20;
 /// How long a peer may take for one piece of an answer: with what goes before it, at 20 KB/s.
 const WRITE_MAX: Duration = Duration::from_secs(900);
-/// Pieces of a stream, a packet each at the most, that are taken at once.
+/// Pieces of a stream that are taken, a packet each at the most, or written at once.
 const PIECES: usize = 64;
 /// Room for the frame that goes beyond what was asked for.
 const FRAME_BYTES_USUAL: usize = HEADER_BYTES + (128 << 10);
@@ -261,10 +261,16 @@ async fn answer(send: &mut SendHalf, recv: &mut RecvHalf, peer: &Peer, library: 
             library.ready(peer, &opened, wanted, now).await?;
             // What is read and not yet taken by the line holds a share of the daemon's budget.
             let _share = library.share(peer, bytes, request.priority).await?;
-            let mut pieces = library.frames(peer, &opened, wanted, now.to_vec(), request.priority).await?;
-            while let Some(piece) = pieces.next().await {
-                let sent = timeout(WRITE_MAX, send.write_bytes(piece?)).await;
+            // What is here is written at once: the line is woken once for all of it.
+            let mut pieces = library.frames(peer, &opened, wanted, now.to_vec(), request.priority).await?.ready_chunks(PIECES);
+            while let Some(some) = pieces.next().await {
+                let mut end = None;
+                let mut some: Vec<Bytes> = some.into_iter().map_while(|piece| piece.map_err(|fault| end = Some(fault)).ok()).collect();
+                let sent = timeout(WRITE_MAX, send.write_many(&mut some)).await;
                 sent.map_err(|_| Fault::unreachable(format!("{peer} takes nothing from this stream")))??;
+                if let Some(fault) = end {
+                    return Err(fault);
+                }
             }
         }
     }

@@ -1,9 +1,11 @@
 //! The hub: keeps the catalogue and the store, tells sites what they should hold, and gives them the bytes.
 
+mod ahead;
 mod backend;
 mod relay;
 mod runs;
 mod session;
+mod sharing;
 mod telling;
 mod upload;
 
@@ -28,6 +30,7 @@ use crate::fault::Fault;
 use crate::fetch::{Child, Library, Opened, Pieces, blocking, nothing_such, pieces};
 use crate::identity::{Claim, Holder, HubIdentity, Redeemer};
 use crate::jobs::Jobs;
+use crate::limits::REST_EVERY;
 use crate::line::{Arrival, Link, Listener};
 use crate::manifest::{Digest, Pages};
 use crate::names::{ArtifactRef, SiteName, SiteSelector};
@@ -44,8 +47,6 @@ const OPENED_MAX: usize = 64;
 const ENTITLED_FOR: Duration = Duration::from_secs(2);
 /// What one site may have of the budget, bytes: enough answers to keep a fast line full.
 const SITE_SHARE_MAX: u64 = 12 << 20;
-/// How often buffers that nobody used since are given back.
-const REST_EVERY: Duration = Duration::from_secs(5);
 /// How often old events are forgotten.
 const TRIM_EVERY: Duration = Duration::from_secs(600);
 
@@ -112,7 +113,7 @@ impl Hub {
         let jobs = Jobs::new(catalogue.clone());
         let links = Links::default();
         let relay_wire = Arc::new(AtomicU64::new(0));
-        let lines = relay::Lines { links: links.clone(), catalogue: catalogue.clone(), wire: relay_wire.clone() };
+        let lines = relay::Lines { links: links.clone(), catalogue: catalogue.clone(), wire: relay_wire.clone(), known: Mutex::default() };
         let upstream: Arc<dyn Upstream> = Arc::new(lines);
         let (data, main, sites, room) = (config.data_dir.clone(), store.clone(), upstream.clone(), config.relay.budget);
         let relay = blocking(move || Relay::open(&data, main, sites, room)).await?;

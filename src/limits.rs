@@ -265,3 +265,5 @@ pub const TRAINER_LOOK_EVERY: Duration = Duration::from_millis(250);
 pub const TRAINER_CALL_MAX: Duration = Duration::from_secs(30);
 /// Less room than this for a daemon's own state is a fault for `doctor`: two packs and the databases beside them.
 pub const STATE_ROOM_BYTES_MIN: u64 = 128 << 20;
+/// How often a daemon gives buffers back that nobody used since.
+pub const REST_EVERY: Duration = Duration::from_secs(5);

@@ -2,9 +2,9 @@
 //!
 //! [`Origin::publish`] reads a source in and keeps nothing of it but its manifest, and a note in [`Places`] of where each
 //! chunk lies. Entries whose content is not simply a file of the folder that was published are written to
-//! `<data_dir>/published/<digest>/`, each at its path in the artifact. [`fetch::serve`](crate::fetch::serve) reads the
-//! chunks from there again, hashes each, and never gives out one that changed: that is `integrity`, with the path. [`Origin::look`]
-//! finds what changed before anybody asks.
+//! `<data_dir>/published/<digest>/`, each at its path in the artifact; so is the layout of an image that arrived, once somebody
+//! asks for it. [`fetch::serve`](crate::fetch::serve) reads the chunks from there again, hashes each, and never gives out one that
+//! changed: that is `integrity`, with the path. [`Origin::look`] finds what changed before anybody asks.
 //!
 //! The site's daemon calls it, and so may whoever publishes from another machine; [`Holdings`] says what there is. The notes
 //! are hints: one that is missing, or names a place that is gone, is made anew from the manifest. A crash while
@@ -23,6 +23,7 @@ use bytes::Bytes;
 use parking_lot::Mutex;
 
 use crate::budget::{Budget, Share};
+use crate::buffers::Buffers;
 use crate::chunk::Hash;
 use crate::durable;
 use crate::fault::{Code, Fault, IoContext, Reason, Retry};
@@ -30,7 +31,7 @@ use crate::fetch::{Child, Library, Opened, Pieces, blocking, pieces};
 use crate::frame::Frame;
 use crate::manifest::{ChunkRef, Digest, EntryBody, FileInfo, Pages, Root, Step, Walk};
 use crate::names::RelPath;
-use crate::places::{At, PlaceInfo, Places, Reader};
+use crate::places::{self, At, PlaceInfo, Places, Reader};
 use crate::sink::{Place, Sink};
 use crate::store::Store;
 use crate::wire::{Peer, Wanted};
@@ -49,6 +50,8 @@ const BYTES_IN_FLIGHT_MAX: u64 = 32 << 20;
 const ROWS_TOGETHER: usize = 32 << 10;
 /// The notes of one artifact are made anew at most this often: a walk over a large manifest takes a while.
 const INDEX_EVERY: Duration = Duration::from_secs(30);
+/// So long it is believed what of an artifact is held here.
+const HELD_FOR: Duration = Duration::from_secs(1);
 
 /// An artifact that lies here.
 #[derive(Debug, Clone)]
@@ -85,14 +88,21 @@ struct Inner {
     budget: Budget,
     /// When the notes of an artifact were made anew last; held while that goes on.
     indexed: Mutex<Vec<(Digest, Instant)>>,
+    /// What published files are read into.
+    buffers: Buffers,
+    /// What was held a moment ago, and when that was.
+    held: Mutex<Vec<(Digest, Instant, Arc<Held>)>>,
+    /// Held while a folder in `kept` is made or replaced.
+    keeping: Mutex<()>,
 }
 
 impl Origin {
     /// An origin that keeps its pages in `store`, its notes in `places`, and what it must write itself in `kept`.
     pub fn new(store: Store, places: Arc<Places>, kept: PathBuf, holdings: Arc<dyn Holdings>, images: Option<Arc<dyn Sink>>) -> Self {
         let budget = Budget::new(BYTES_IN_FLIGHT_MAX, BYTES_IN_FLIGHT_MAX);
-        let (opened, indexed) = Default::default();
-        Self { inner: Arc::new(Inner { store, places, kept, holdings, images, opened, budget, indexed }) }
+        let (opened, held, indexed, keeping) = Default::default();
+        let buffers = places::buffers();
+        Self { inner: Arc::new(Inner { store, places, kept, holdings, images, opened, budget, indexed, buffers, held, keeping }) }
     }
 
     /// Takes away what a crash left, and what no artifact in `live` needs. Blocks.
@@ -163,22 +173,44 @@ impl Origin {
             return Ok(false);
         }
         tracing::info!(digest = %opened.digest, "noting anew where an artifact lies");
+        self.keep_layout(opened.digest, &opened.root)?;
         self.index(opened.digest, &opened.root, places, true)?;
         indexed.push((opened.digest, Instant::now()));
         Ok(true)
     }
 
-    fn reader(&self, runtime: &tokio::runtime::Handle, bytes: u64) -> Reader {
-        Reader::new(self.inner.places.clone(), self.inner.images.clone(), runtime.clone()).strict(bytes)
+    fn reader(&self, runtime: &tokio::runtime::Handle) -> Reader {
+        Reader::new(self.inner.places.clone(), self.inner.images.clone(), runtime.clone()).strict(self.inner.buffers.clone())
+    }
+
+    /// Gives buffers back that nobody used since the last call.
+    pub fn rest(&self) {
+        self.inner.buffers.rest();
+    }
+
+    /// What there is of an artifact. It is asked for at each request, and believed for a moment: what is taken away is soon
+    /// given no more.
+    async fn held(&self, digest: Digest) -> Result<Arc<Held>, Fault> {
+        let fresh = |at: &Instant| at.elapsed() < HELD_FOR;
+        if let Some((_, _, held)) = self.inner.held.lock().iter().find(|(known, at, _)| *known == digest && fresh(at)) {
+            return Ok(held.clone());
+        }
+        let held = Arc::new(self.inner.holdings.held(digest).await?.ok_or_else(|| not_here(digest))?);
+        let mut known = self.inner.held.lock();
+        known.retain(|(other, at, _)| *other != digest && fresh(at));
+        known.push((digest, Instant::now(), held.clone()));
+        Ok(held)
     }
 
     /// These chunks, each read where it lies and hashed. Blocks.
     fn read(&self, opened: &Opened, held: &Held, chunks: &[ChunkRef], runtime: &tokio::runtime::Handle) -> Result<Vec<Bytes>, Fault> {
-        let mut reader = self.reader(runtime, chunks.iter().map(|c| u64::from(c.len)).sum());
+        let mut reader = self.reader(runtime);
         let ids: Vec<Hash> = chunks.iter().map(|c| c.id).collect();
         let found = self.inner.places.find(&ids)?;
+        let runs = runs(&found);
         let mut out = Vec::with_capacity(chunks.len());
-        for (chunk, at) in chunks.iter().zip(found) {
+        for ((chunk, at), run) in chunks.iter().zip(found).zip(runs) {
+            reader.ahead(run);
             let first = match at {
                 Some(at) => reader.chunk(*chunk, at),
                 None => Err(Fault::not_found("it is not noted where this chunk lies")),
@@ -217,7 +249,7 @@ impl Origin {
                         .with_reason(Reason::WaitingForSource)
                         .with_next("mount it again, or put the files back; it goes on by itself");
                 }
-                changed(folder.join(path.as_str()).display(), &fault)
+                unreadable(&folder.join(path.as_str()), fault)
             }
             Place::Registry { repository } if !path.as_str().starts_with("blobs/") => {
                 // What arrived here was made part of the registry's own answers; only where it was published it is a file.
@@ -238,7 +270,8 @@ impl Origin {
         self.index(digest, root, places, true)?;
         let candidates = self.candidates(digest, places)?;
         let runtime = tokio::runtime::Handle::current();
-        let mut reader = self.reader(&runtime, u64::MAX);
+        let mut reader = self.reader(&runtime);
+        reader.ahead(u64::MAX);
         let (mut faults, mut file) = (Vec::new(), None::<(RelPath, At, bool)>);
         for step in Walk::new(root, &self.inner.store) {
             match step? {
@@ -265,12 +298,41 @@ impl Origin {
     }
 }
 
+/// What is said of a file that cannot be read: whether it changed, or something else that may pass keeps it from being read.
+fn unreadable(path: &Path, fault: Fault) -> Fault {
+    match fault.code {
+        // A conflict is a file that stands where its folder was.
+        Code::NotFound | Code::Integrity | Code::Conflict => changed(path.display(), &fault),
+        // A disk or a line that fails, or a right that lacks, says nothing of the content.
+        _ => Fault { message: format!("{} cannot be read now: {fault}", path.display()), ..fault }
+            .with_reason(Reason::WaitingForSource)
+            .with_retry(Retry::Backoff)
+            .with_next("mend that where it was published; it goes on by itself"),
+    }
+}
+
 fn changed(path: impl Display, why: impl Display) -> Fault {
     Fault::integrity(changed_text(path, why)).with_next(CHANGED_NEXT)
 }
 
 fn changed_text(path: impl Display, why: impl Display) -> String {
     format!("{path} changed after it was published: {why}")
+}
+
+/// Of each chunk, how many bytes lie behind each other from its first on.
+fn runs(found: &[Option<At>]) -> Vec<u64> {
+    let mut out = vec![0; found.len()];
+    let mut next: Option<(At, u64)> = None;
+    for (run, at) in out.iter_mut().zip(found).rev() {
+        let Some(at) = at else {
+            next = None;
+            continue;
+        };
+        let follows = next.filter(|(n, _)| (n.place, n.entry, n.offset) == (at.place, at.entry, at.offset + u64::from(at.len)));
+        *run = u64::from(at.len) + follows.map_or(0, |(_, behind)| behind);
+        next = Some((*at, *run));
+    }
+    out
 }
 
 /// Whether a folder is empty or not there, as a NAS is that is not mounted: that says nothing of the files.
@@ -343,8 +405,7 @@ impl Library for Origin {
         if are_pages {
             return blocking(move || store.read_frames(&ids)).await.map(pieces);
         }
-        // Asked each time: what was taken away meanwhile is given no more.
-        let held = self.inner.holdings.held(opened.digest).await?.ok_or_else(|| not_here(opened.digest))?;
+        let held = self.held(opened.digest).await?;
         let (this, opened) = (self.clone(), opened.clone());
         let chunks: Vec<ChunkRef> = children.iter().map(|c| c.chunk).collect();
         let runtime = tokio::runtime::Handle::current();

@@ -27,7 +27,7 @@ use crate::names::RelPath;
 use crate::sink::Place;
 use crate::tree::Tree;
 
-pub use reader::Reader;
+pub use reader::{Reader, buffers};
 
 const CACHE_BYTES: usize = 16 << 20;
 /// Journal bits that are written together.

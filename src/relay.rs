@@ -9,19 +9,17 @@
 //! its last flush had, a second or 32 MiB ago, and the whole frames behind it; the rest is fetched again.
 
 mod flight;
+mod kept;
 
-use std::collections::HashMap;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use bytes::Bytes;
 use futures::StreamExt;
 use futures::stream::{self, BoxStream};
-use parking_lot::Mutex;
-use tokio::sync::RwLock;
 
 use crate::buffers::Buffers;
 use crate::chunk::{Hash, ShortHash};
@@ -33,9 +31,10 @@ use crate::names::SiteName;
 use crate::store::Store;
 use crate::wire::Wanted;
 
-use flight::Flight;
+use flight::{Flight, Flights, Ticket};
+use kept::{Group, Keeper, Kept};
 
-/// Stored bytes that are verified and kept together: a source sends them in groups of about this size.
+/// Stored bytes that are taken off the line, verified, passed on and kept together, about.
 pub const TOGETHER_BYTES: usize = 128 << 10;
 /// How long a fetch waits for a source that went away before whoever asked is told.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -76,27 +75,19 @@ pub struct Relay {
 struct Inner {
     /// The hub's own store.
     main: Store,
-    /// What is kept of relayed bytes.
-    store: Store,
     upstream: Arc<dyn Upstream>,
-    /// Which chunk comes with which flight.
-    flights: Mutex<HashMap<Hash, (Arc<Flight>, usize)>>,
-    /// Whoever reads or puts holds it for reading, an eviction for writing.
-    gate: Arc<RwLock<()>>,
-    budget: u64,
-    /// Bytes that the relay's packs take, about.
-    kept: AtomicU64,
-    unflushed: AtomicBool,
+    flights: Arc<Flights>,
+    kept: Arc<Kept>,
+    keeper: Keeper,
     /// What frames are taken off the lines into.
     buffers: Buffers,
     fetched: AtomicU64,
-    unkept: AtomicU64,
 }
 
 /// A part of an answer.
 enum Slot {
     Here(Vec<Bytes>),
-    Coming(Arc<Flight>, usize, Hash),
+    Coming(Ticket),
 }
 
 /// Parts of an answer, each with its place among what was asked for.
@@ -142,16 +133,16 @@ fn waiting(digest: Digest, elsewhere: bool) -> Fault {
 impl Relay {
     /// Opens the relay's store. Blocks.
     pub fn open(data_dir: &Path, main: Store, upstream: Arc<dyn Upstream>, budget: u64) -> Result<Self, Fault> {
-        let store = Store::open(&data_dir.join("relay"))?;
-        let kept = AtomicU64::new(store.stored_bytes()?);
-        let (flights, gate, unflushed, fetched, unkept) = Default::default();
+        let kept = Arc::new(Kept::open(&data_dir.join("relay"), budget)?);
+        let flights = Arc::<Flights>::default();
+        let keeper = Keeper::start(kept.clone(), flights.clone())?;
         let buffers = fetch::buffers();
-        Ok(Self { inner: Arc::new(Inner { main, store, upstream, flights, gate, budget, kept, unflushed, buffers, fetched, unkept }) })
+        Ok(Self { inner: Arc::new(Inner { main, upstream, flights, kept, keeper, buffers, fetched: AtomicU64::new(0) }) })
     }
 
     /// Bytes that the relay's packs take, about.
     pub fn kept_bytes(&self) -> u64 {
-        self.inner.kept.load(Ordering::Relaxed)
+        self.inner.kept.bytes.load(Ordering::Relaxed)
     }
 
     /// Bytes that sites sent for the relay since the daemon began, as stored.
@@ -161,31 +152,30 @@ impl Relay {
 
     /// Bytes of these that were passed on without being kept, for want of room.
     pub fn unkept_bytes(&self) -> u64 {
-        self.inner.unkept.load(Ordering::Relaxed)
+        self.inner.kept.unkept.load(Ordering::Relaxed)
     }
 
     /// Whether the budget is used up.
     pub fn is_full(&self) -> bool {
-        self.kept_bytes() >= self.inner.budget
+        self.inner.kept.is_full()
     }
 
     /// Which of these chunks neither store has. Blocks.
     pub fn lacking(&self, children: &[Child]) -> Result<Vec<Child>, Fault> {
         let ids: Vec<Hash> = children.iter().map(|c| c.chunk.id).collect();
         let main = self.inner.main.has_many(&ids)?;
-        let kept = self.inner.store.has_many(&ids)?;
+        let kept = self.inner.kept.store.has_many(&ids)?;
         Ok(children.iter().zip(main.into_iter().zip(kept)).filter(|(_, (m, k))| !m && !k).map(|(c, _)| *c).collect())
     }
 
     /// Waits a little for a source, if one is needed.
     pub async fn ready(&self, peer: &SiteName, digest: Digest, children: &[Child]) -> Result<(), Fault> {
-        let (this, asked) = (self.clone(), children.to_vec());
-        if blocking(move || this.lacking(&asked)).await?.is_empty() {
-            return Ok(());
-        }
-        let until = Instant::now() + PATIENCE;
-        loop {
-            if !self.inner.upstream.sources(digest, Some(peer)).await?.is_empty() {
+        let mut until = None;
+        // First, because a source is there nearly always, and to look for each chunk costs more.
+        while self.inner.upstream.sources(digest, Some(peer)).await?.is_empty() {
+            let until = *until.get_or_insert_with(|| Instant::now() + PATIENCE);
+            let (this, asked) = (self.clone(), children.to_vec());
+            if blocking(move || this.lacking(&asked)).await?.is_empty() {
                 return Ok(());
             }
             if Instant::now() >= until {
@@ -193,45 +183,31 @@ impl Relay {
             }
             tokio::time::sleep(LOOK_EVERY).await;
         }
+        Ok(())
     }
 
     /// The frames of these chunks, in order, each as soon as it is here.
     pub async fn frames(&self, peer: &SiteName, of: Of, children: Vec<Child>) -> Result<Pieces, Fault> {
         let slots = self.plan(Some(peer), of, children, true).await?;
-        let this = self.clone();
         Ok(stream::iter(slots)
-            .then(move |slot| {
-                let this = this.clone();
-                async move {
-                    match slot {
-                        Slot::Here(pieces) => pieces.into_iter().map(Ok).collect::<Vec<_>>(),
-                        Slot::Coming(flight, index, id) => vec![this.landed(of, &flight, index, id).await],
-                    }
+            .then(move |slot| async move {
+                match slot {
+                    Slot::Here(pieces) => pieces.into_iter().map(Ok).collect::<Vec<_>>(),
+                    Slot::Coming(ticket) => vec![ticket.frame(of.digest).await],
                 }
             })
             .flat_map(stream::iter)
             .boxed())
     }
 
-    /// Fetches these chunks as far as they are not here, and waits until they are.
+    /// Fetches these chunks as far as they are not here, and waits until they are kept.
     pub async fn bring(&self, of: Of, children: Vec<Child>) -> Result<(), Fault> {
         for slot in self.plan(None, of, children, false).await? {
-            if let Slot::Coming(flight, index, _) = slot {
-                flight.wait(of.digest, index).await?;
+            if let Slot::Coming(ticket) = slot {
+                ticket.settled(of.digest).await?;
             }
         }
         Ok(())
-    }
-
-    /// The frame of a flight; once that is over, what was kept of it.
-    async fn landed(&self, of: Of, flight: &Flight, index: usize, id: Hash) -> Result<Bytes, Fault> {
-        if let Some(frame) = flight.wait(of.digest, index).await? {
-            return Ok(frame);
-        }
-        let store = self.inner.store.clone();
-        let read = blocking(move || store.read_frames(&[id])).await;
-        // Evicted or damaged within moments of its coming: whoever asked asks again.
-        read.map(|pieces| pieces.concat().into()).map_err(|fault| fault.with_retry(Retry::Backoff).with_reason(Reason::WaitingForSource))
     }
 
     /// Reads what is here, joins what is on its way, and begins to fetch the rest.
@@ -249,7 +225,7 @@ impl Relay {
     }
 
     async fn plan_once(&self, peer: Option<&SiteName>, of: Of, children: Vec<Child>, read: bool) -> Result<Vec<Slot>, Fault> {
-        let gate = self.inner.gate.clone().read_owned().await;
+        let gate = self.inner.kept.gate.clone().read_owned().await;
         let (this, but) = (self.clone(), peer.cloned());
         blocking(move || {
             let _gate = gate;
@@ -274,13 +250,13 @@ impl Relay {
         let flight = Arc::new(Flight::new(of.digest));
         let mut flights = inner.flights.lock();
         // Looked up with the flights held: what has landed by now is seen here, what has not is seen there.
-        let kept = inner.store.has_many(&ids)?;
+        let kept = inner.kept.store.has_many(&ids)?;
         for (index, child) in children.iter().enumerate().filter(|(index, _)| !in_main[*index] && !kept[*index]) {
             let (flight, at) = flights.entry(child.chunk.id).or_insert_with(|| {
                 claimed.push(*child);
                 (flight.clone(), claimed.len() - 1)
             });
-            coming.push((index, Slot::Coming(flight.clone(), *at, child.chunk.id)));
+            coming.push((index, Slot::Coming(flight.ticket(*at))));
         }
         let claimed = (!claimed.is_empty()).then_some(Claimed { flight, children: claimed });
         Ok(Planned { coming, claimed, in_main })
@@ -295,7 +271,7 @@ impl Relay {
         let here = |from: usize, to: usize, out: &mut Vec<Slot>| -> Result<(), Fault> {
             for run in (from..to).collect::<Vec<_>>().chunk_by(|a, b| in_main[*a] == in_main[*b]) {
                 let (Some(first), Some(last)) = (run.first(), run.last()) else { continue };
-                let store = if in_main[*first] { &inner.main } else { &inner.store };
+                let store = if in_main[*first] { &inner.main } else { &inner.kept.store };
                 out.push(Slot::Here(store.read_frames(&ids[*first..=*last])?));
             }
             Ok(())
@@ -307,13 +283,6 @@ impl Relay {
         }
         here(at, children.len(), &mut out)?;
         Ok(out)
-    }
-
-    fn forget(&self, children: &[Child]) {
-        let mut flights = self.inner.flights.lock();
-        for child in children {
-            flights.remove(&child.chunk.id);
-        }
     }
 
     /// Fetches what was claimed, from one site or another.
@@ -380,58 +349,33 @@ impl Relay {
         while landing.done < landing.children.len() {
             let early = || Fault::unreachable(format!("site {source} ended an answer early"));
             let frames = sent.next().await.ok_or_else(early)??;
-            let group: Vec<(Child, Frame)> = landing.children[landing.done..].iter().copied().zip(frames).collect();
-            let gate = self.inner.gate.clone().read_owned().await;
-            let this = self.clone();
-            let taken = blocking(move || {
-                let _gate = gate;
-                this.take(group)
-            });
-            let frames = taken.await.map_err(|fault| fault.context(format!("site {source}")))?;
-            landing.land(frames);
+            let frames =
+                self.verified(&landing.children[landing.done..], frames).map_err(|fault| fault.context(format!("site {source}")))?;
+            landing.land(frames).await?;
         }
         Ok(())
     }
 
-    /// Verifies frames and keeps them, if there is room.
-    fn take(&self, group: Vec<(Child, Frame)>) -> Result<Vec<(Bytes, bool)>, Fault> {
-        let mut frames = Vec::with_capacity(group.len());
-        for (child, frame) in group {
+    /// Verifies frames, at once: they are few, and to hand them to another thread and back takes longer.
+    fn verified(&self, children: &[Child], frames: Vec<Frame>) -> Result<Vec<Frame>, Fault> {
+        let mut checked = Vec::with_capacity(frames.len());
+        for (child, frame) in children.iter().zip(frames) {
             let chunk = frame.verify(child.chunk.id, child.chunk.len)?;
-            frames.push(frame.fit_to_store(&chunk));
+            checked.push(frame.fit_to_store(&chunk));
         }
-        let bytes: Vec<Bytes> = frames.iter().map(Frame::to_bytes).collect();
-        let len: u64 = bytes.iter().map(|frame| frame.len() as u64).sum();
-        self.inner.fetched.fetch_add(len, Ordering::Relaxed);
-        let kept = !self.is_full() && self.keep(frames);
-        if !kept {
-            self.inner.unkept.fetch_add(len, Ordering::Relaxed);
-        }
-        Ok(bytes.into_iter().map(|frame| (frame, kept)).collect())
-    }
-
-    fn keep(&self, frames: Vec<Frame>) -> bool {
-        match self.inner.store.put_all(frames) {
-            Ok(bytes) => {
-                self.inner.kept.fetch_add(bytes, Ordering::Relaxed);
-                self.inner.unflushed.store(true, Ordering::Relaxed);
-                true
-            }
-            Err(fault) => {
-                tracing::warn!(error = %fault, "relayed chunks are passed on without being kept");
-                false
-            }
-        }
+        let len: usize = checked.iter().map(Frame::len).sum();
+        self.inner.fetched.fetch_add(len as u64, Ordering::Relaxed);
+        Ok(checked)
     }
 
     /// Makes what was kept durable, if there is something. Blocks.
     pub fn flush(&self) -> Result<(), Fault> {
-        if self.inner.unflushed.swap(false, Ordering::Relaxed) { self.inner.store.flush() } else { Ok(()) }
+        self.inner.kept.flush()
     }
 
     /// Gives buffers back that nobody used since the last call.
     pub fn rest(&self) {
-        self.inner.store.rest();
+        self.inner.kept.store.rest();
         self.inner.buffers.rest();
     }
 
@@ -440,7 +384,7 @@ impl Relay {
         if self.inner.main.has(id)? {
             return self.inner.main.read(id).map(|_| ());
         }
-        if self.inner.store.has(id)? { self.inner.store.read(id).map(|_| ()) } else { Ok(()) }
+        if self.inner.kept.store.has(id)? { self.inner.kept.store.read(id).map(|_| ()) } else { Ok(()) }
     }
 
     /// Takes away all but what `live` names, which is called once nobody puts any more. Returns the bytes freed.
@@ -449,13 +393,13 @@ impl Relay {
         F: Future<Output = Result<L, Fault>>,
         L: Fn(ShortHash) -> bool + Send + 'static,
     {
-        let gate = self.inner.gate.clone().write_owned().await;
+        let kept = self.inner.kept.clone();
+        let gate = kept.gate.clone().write_owned().await;
         let live = live().await?;
-        let this = self.clone();
         blocking(move || {
             let _gate = gate;
-            let freed = this.inner.store.collect(&live)?;
-            this.inner.kept.store(this.inner.store.stored_bytes()?, Ordering::Relaxed);
+            let freed = kept.store.collect(&live)?;
+            kept.bytes.store(kept.store.stored_bytes()?, Ordering::Relaxed);
             Ok(freed)
         })
         .await
@@ -465,29 +409,27 @@ impl Relay {
 /// A flight as it comes in; when it is dropped before all has landed, whoever waits for the rest is told.
 struct Landing<'a> {
     relay: &'a Relay,
-    flight: &'a Flight,
+    flight: &'a Arc<Flight>,
     children: &'a [Child],
     done: usize,
     fault: Option<Fault>,
 }
 
 impl Landing<'_> {
-    fn land(&mut self, frames: Vec<(Bytes, bool)>) {
-        let landed = &self.children[self.done..self.done + frames.len()];
+    /// Passes frames on, and has them kept.
+    async fn land(&mut self, frames: Vec<Frame>) -> Result<(), Fault> {
         self.done += frames.len();
-        self.flight.land(frames);
-        // After the put: whoever finds no flight finds it in the store.
-        self.relay.forget(landed);
+        self.flight.land(frames.iter().map(Frame::to_bytes).collect());
+        self.relay.inner.keeper.keep(Group { flight: self.flight.clone(), frames }).await
     }
 }
 
 impl Drop for Landing<'_> {
     fn drop(&mut self) {
         if self.done < self.children.len() {
-            self.relay.forget(&self.children[self.done..]);
+            self.relay.inner.flights.forget(self.children[self.done..].iter().map(|child| child.chunk.id));
             self.flight.fail(self.fault.take().unwrap_or_else(|| Fault::internal("a fetch of the relay ended early")));
         }
-        self.flight.end();
     }
 }
 

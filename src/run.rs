@@ -192,6 +192,9 @@ pub struct Borrowed {
     pub artifact: ArtifactRef,
     /// Its digest.
     pub digest: Digest,
+    /// Which time the transfer brought it: what was brought anew since is not meant. `None`: an older hub does not say.
+    #[serde(default)]
+    pub generation: Option<i64>,
 }
 
 /// A run that the hub wants of a site; sent with all others whenever one changes.
@@ -205,6 +208,14 @@ pub struct DesiredRun {
     pub borrowed: Vec<Borrowed>,
     /// The model, once the hub knows it.
     pub model: Option<Model>,
+    /// Whether the hub has seen every input arrive: what the site holds of them before may be about to go, or gone. An older
+    /// hub does not say, and means it.
+    #[serde(default = "yes")]
+    pub ready: bool,
+}
+
+fn yes() -> bool {
+    true
 }
 
 /// How a run stands at the site that trains.
@@ -232,8 +243,20 @@ pub struct RunReport {
     pub message: Option<String>,
     /// Transfers whose artifacts were removed.
     pub removed: Vec<String>,
+    /// What of the borrowed is there still though it should be gone, and why.
+    #[serde(default)]
+    pub left: Vec<String>,
     /// Whether nothing of it is left to be cleaned up.
     pub released: bool,
+}
+
+impl RunReport {
+    /// What is to be said of it: how the trainer ended badly, else what the site says, else how it ended.
+    pub fn words(&self) -> Option<&str> {
+        let ended = self.ended.as_ref();
+        let badly = ended.filter(|ended| !ended.is_well()).map(|ended| &ended.message);
+        badly.or(self.message.as_ref()).or(ended.map(|ended| &ended.message)).map(String::as_str)
+    }
 }
 
 #[cfg(test)]

@@ -20,6 +20,7 @@ use crate::fault::{Fault, IoContext};
 use crate::fetch::blocking;
 use crate::identity::{Holder, SiteIdentity};
 use crate::jobs::Jobs;
+use crate::limits::REST_EVERY;
 use crate::line::Link;
 use crate::origin::Origin;
 use crate::places::Places;
@@ -141,7 +142,23 @@ impl Site {
         self.inner.tasks.spawn(async move { this.keep_runs().await });
         let this = self.clone();
         self.inner.tasks.spawn(async move { this.keep_watch().await });
+        let this = self.clone();
+        self.inner.tasks.spawn(async move { this.keep_resting().await });
         self.keep_line().await
+    }
+
+    /// Gives back what an idle daemon does not need.
+    async fn keep_resting(&self) {
+        let mut rest = tokio::time::interval(REST_EVERY);
+        loop {
+            tokio::select! {
+                _ = rest.tick() => {
+                    self.inner.shared.store.rest();
+                    self.inner.origin.rest();
+                }
+                () = self.inner.stop.cancelled() => return,
+            }
+        }
     }
 
     /// Waits for what runs; each transfer writes down where it is.

@@ -12,8 +12,11 @@
 //! The watcher ([`watch`], this program under a hidden command) is not the daemon: a daemon that is killed or renewed leaves
 //! training alone, and finds it again by the lock, which no other process can hold by chance, and by `exit.json`. When both
 //! watcher and trainer went down, with the machine or by a kill of the whole unit, the lock is free and there is no
-//! `exit.json`: the run then begins again from nothing. The trainer dies with its watcher; what a trainer leaves running
-//! in its process group is killed when it ends.
+//! `exit.json`: the run then begins again from nothing, unless something published is read in the folder. The trainer dies with its
+//! watcher; what a trainer leaves running in its process group is killed when it ends.
+//!
+//! A training platform is sent the descriptor by POST until it takes it, and once more, with `"cancel": true` in it, when the run is
+//! over without a model.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -95,12 +98,12 @@ impl Folder {
         durable::replace(&self.descriptor(), &text)
     }
 
-    /// Whether it was made for the run of this id.
-    pub fn is_of(&self, id: &str) -> Result<bool, Fault> {
+    /// The descriptor, if the folder was made for the run of this id.
+    pub fn descriptor_of(&self, id: &str) -> Result<Option<serde_json::Value>, Fault> {
         let path = self.descriptor();
         match std::fs::read(&path) {
-            Ok(text) => Ok(serde_json::from_slice::<serde_json::Value>(&text).is_ok_and(|descriptor| descriptor["id"] == id)),
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(false),
+            Ok(text) => Ok(serde_json::from_slice::<serde_json::Value>(&text).ok().filter(|descriptor| descriptor["id"] == id)),
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
             Err(e) => Err(Fault::io(path.display(), &e)),
         }
     }
@@ -361,11 +364,12 @@ mod tests {
     fn a_folder_knows_whose_it_is() {
         let dir = tempfile::tempdir().unwrap();
         let folder = Folder::new(dir.path().join("r"));
-        assert!(!folder.is_of("r-1").unwrap(), "there is none");
-        folder.prepare(&serde_json::json!({"run": "r", "id": "r-1"})).unwrap();
-        assert!(folder.is_of("r-1").unwrap() && !folder.is_of("r-2").unwrap());
+        assert_eq!(folder.descriptor_of("r-1").unwrap(), None, "there is none");
+        let descriptor = serde_json::json!({"run": "r", "id": "r-1"});
+        folder.prepare(&descriptor).unwrap();
+        assert_eq!((folder.descriptor_of("r-1").unwrap(), folder.descriptor_of("r-2").unwrap()), (Some(descriptor), None));
         durable::replace(&folder.descriptor(), b"no JSON").unwrap();
-        assert!(!folder.is_of("r-1").unwrap());
+        assert_eq!(folder.descriptor_of("r-1").unwrap(), None);
     }
 
     #[test]

@@ -169,7 +169,7 @@ impl Backend for Fake {
         let transfers = world.transfers.iter().map(|t| t.id.clone()).collect();
         let artifact = request.artifacts.join(",");
         world.delivered.push(request);
-        Ok(Delivered { artifact, digest: "ab".repeat(32), delivery: "d1".into(), transfers })
+        Ok(Delivered { artifact, digest: "ab".repeat(32), delivery: "d1".into(), transfers, left_out: Vec::new() })
     }
     async fn plan(&self, request: DeliverRequest) -> Result<Vec<PlanRow>, Fault> {
         let row = |artifact: &String| PlanRow {
@@ -181,6 +181,7 @@ impl Backend for Fake {
             needs: 20 << 20,
             free: Some(1 << 40),
             seconds: Some(75),
+            left_out: Vec::new(),
         };
         Ok(request.artifacts.iter().map(row).collect())
     }
@@ -256,6 +257,7 @@ impl Backend for Fake {
             location: None,
             pinned: false,
             changed: None,
+            published_here: false,
         }])
     }
     async fn show(&self, artifact: &str) -> Result<ArtifactDetail, Fault> {

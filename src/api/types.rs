@@ -213,6 +213,9 @@ pub struct Artifact {
     /// sound as far as is known.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub changed: Option<String>,
+    /// Whether it was published at this site: what lacks of it nobody else brings.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub published_here: bool,
 }
 
 /// Where a training run is.
@@ -523,6 +526,22 @@ pub struct Delivered {
     pub delivery: String,
     /// Ids of its transfers.
     pub transfers: Vec<String>,
+    /// The sites that the selection means too and that get nothing (told at the hub only).
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub left_out: Vec<LeftOut>,
+}
+
+/// A site that does not get an artifact, because `[share] allow` leaves it out.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct LeftOut {
+    /// `kind/name:version`.
+    pub artifact: String,
+    /// The site.
+    pub site: String,
+    /// Whose list it is: `hub`, or `origin` for the site where the artifact was published.
+    pub by: String,
+    /// The same in words.
+    pub why: String,
 }
 
 /// What a delivery would cost, for one artifact and site.
@@ -545,6 +564,9 @@ pub struct PlanRow {
     pub free: Option<u64>,
     /// Seconds at the line's present or last rate.
     pub seconds: Option<u64>,
+    /// In the first row of an artifact: the sites that the selection means too and that would get nothing of it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub left_out: Vec<LeftOut>,
 }
 
 /// Work that was accepted (202) and goes on: ask `GET /v1/jobs?id=…&wait=…`.

@@ -107,6 +107,7 @@ impl ArtifactRow {
             location: self.location.clone(),
             pinned: self.pinned,
             changed: self.changed.clone(),
+            published_here: self.published,
         }
     }
 }

@@ -68,7 +68,8 @@ impl Catalogue {
     }
 
     /// Of the transfers that a run waits for, those that nobody else wants: every delivery that they are part of was asked for
-    /// by a run that needs them no longer, or by this one. What stood before the run, or was asked for since, is not among them.
+    /// by a run that needs them no longer, or by this one. What stood before the run, or was asked for since, is not among them. A run
+    /// that has its model counts as one that needs nothing, though its trainer may run on: that the site minds, which knows.
     pub async fn only_borrowed(&self, run: &str, site: &SiteName) -> Result<Vec<TransferRow>, Fault> {
         let rows = sqlx::query(
             "SELECT DISTINCT t.* FROM transfer t JOIN delivery_part p ON p.transfer = t.id JOIN delivery d ON d.id = p.delivery
@@ -84,6 +85,23 @@ impl Catalogue {
         .await
         .map_err(fault)?;
         rows.iter().map(transfer).collect()
+    }
+
+    /// Whether a site may be taking away at this moment what this transfer brought: nobody wants it but runs that are over, or whose
+    /// time is up, which a site may notice first; and one of them has not given back all yet.
+    pub(super) async fn may_be_going(tx: &mut sqlx::SqliteConnection, id: &str, now_ms: i64) -> Result<bool, Fault> {
+        let (going,): (bool,) = sqlx::query_as(
+            "SELECT COUNT(*) = COUNT(r.name) AND TOTAL(r.open) > 0
+             FROM delivery_part p JOIN delivery d ON d.id = p.delivery LEFT JOIN run r ON r.name = d.run AND (
+                r.state IN ('returning', 'done', 'failed', 'cancelled') OR json_extract(r.body, '$.spec.deadline_ms') <= ?2)
+             WHERE p.transfer = ?1",
+        )
+        .bind(id)
+        .bind(now_ms)
+        .fetch_one(tx)
+        .await
+        .map_err(fault)?;
+        Ok(going)
     }
 
     /// Notes that what a transfer brought was taken away again.

@@ -1,5 +1,7 @@
 //! Training runs in the catalogue, as JSON that `run` gives its meaning; and the lineage of models.
 
+use std::path::Path;
+
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
@@ -69,6 +71,19 @@ impl Catalogue {
         .await
         .map_err(fault)?;
         rows.into_iter().map(parse).collect()
+    }
+
+    /// An artifact that was published here and is read in this folder, or below it: resolved, as places are.
+    pub async fn published_in(&self, folder: &Path) -> Result<Option<ArtifactRef>, Fault> {
+        let row: Option<(String,)> = sqlx::query_as(
+            "SELECT reference FROM artifact WHERE published_ms IS NOT NULL
+             AND substr(json_extract(place, '$.path') || '/', 1, length(?1) + 1) = ?1 || '/' ORDER BY reference LIMIT 1",
+        )
+        .bind(folder.to_string_lossy().into_owned())
+        .fetch_optional(&self.read)
+        .await
+        .map_err(fault)?;
+        row.map(|(name,)| Ok(name.parse()?)).transpose()
     }
 
     /// Notes what a model was made of.

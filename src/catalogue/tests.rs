@@ -147,6 +147,57 @@ async fn what_a_run_borrowed_goes_and_what_others_want_stays() {
     assert_ne!(again[0], one[1], "what was given back is sent again");
 }
 
+#[tokio::test]
+async fn what_a_run_may_be_giving_back_is_brought_again() {
+    let (_dir, catalogue) = catalogue().await;
+    let sites: Vec<SiteName> = vec!["b".parse().unwrap()];
+    let part = |name: &str| Part { artifact: name.parse().unwrap(), digest: root(1).digest(), total: 1, needs: None, sites: sites.clone() };
+    let (shared, own) = (part("model/shared:1"), part("model/own:1"));
+    catalogue.deliver("d-1", None, std::slice::from_ref(&shared), &[]).await.unwrap();
+    let ids = catalogue.deliver("d-2", Some("one"), &[shared.clone(), own.clone()], &[]).await.unwrap();
+    for id in &ids {
+        catalogue.update_transfer(id, 0, State::Done, &Body::default()).await.unwrap();
+    }
+    // For a run that is over at once, so that it wants nothing.
+    let deliver = async |run: &str, part: &Part| {
+        catalogue.save_run(run, "cancelled", false, &1).await.unwrap();
+        let id = catalogue.deliver(run, Some(run), std::slice::from_ref(part), &[]).await.unwrap().remove(0);
+        let row = catalogue.transfer(&id).await.unwrap();
+        assert!(ids.contains(&id), "it stands");
+        catalogue.update_transfer(&id, row.generation, State::Done, &Body::default()).await.unwrap();
+        row.generation
+    };
+    catalogue.save_run("one", "training", true, &1).await.unwrap();
+    assert_eq!(deliver("two", &own).await, 0);
+    catalogue.save_run("one", "done", true, &1).await.unwrap();
+    assert_eq!(deliver("three", &own).await, 1, "it is over and gives back");
+    assert_eq!(deliver("four", &shared).await, 0, "somebody wants it, so nobody takes it away");
+    catalogue.save_run("one", "done", false, &1).await.unwrap();
+    assert_eq!(deliver("five", &own).await, 1, "it has given back what it had to");
+    let late = serde_json::json!({ "spec": { "deadline_ms": 1000 } });
+    catalogue.save_run("one", "training", true, &late).await.unwrap();
+    assert_eq!(deliver("six", &own).await, 2, "its site may give back before the hub sees that its time is up");
+}
+
+#[tokio::test]
+async fn what_is_read_in_a_folder_is_found() {
+    let (_dir, catalogue) = catalogue().await;
+    let name: ArtifactRef = "model/m:1".parse().unwrap();
+    catalogue.add_artifact(&name, &root(1), None).await.unwrap();
+    let place = crate::sink::Place::Folder { path: "/data/runs/r/output".into() };
+    catalogue.set_place(&name, Some(&place), Some("")).await.unwrap();
+    let found = async |folder: &str| catalogue.published_in(Path::new(folder)).await.unwrap();
+    assert_eq!(found("/data/runs/r").await, None, "it was delivered there");
+    catalogue.set_place(&name, None, None).await.unwrap();
+    catalogue.set_published(&name, &place, "", 7, &Offer::default()).await.unwrap();
+    for folder in ["/data/runs/r", "/data/runs/r/output"] {
+        assert_eq!(found(folder).await, Some(name.clone()), "{folder}");
+    }
+    for folder in ["/data/runs/r/output/a", "/data/runs/r/out", "/data/runs/x"] {
+        assert_eq!(found(folder).await, None, "{folder}");
+    }
+}
+
 async fn join(catalogue: &Catalogue, name: &str, labels: &[(&str, &str)]) -> SiteName {
     let site: SiteName = name.parse().unwrap();
     let labels = labels.iter().map(|&(key, value)| (key.to_owned(), value.to_owned())).collect();

@@ -234,7 +234,12 @@ async fn begin(
     now: i64,
 ) -> Result<String, Fault> {
     if let Some(row) = standing(&mut *tx, &part.artifact, site).await? {
-        if row.state == State::Failed || row.state == State::Done && lost.contains(&row.id) {
+        let begins_again = match row.state {
+            State::Failed => true,
+            State::Done => lost.contains(&row.id) || Catalogue::may_be_going(tx, &row.id, now).await?,
+            _ => false,
+        };
+        if begins_again {
             let body = row.body.begun_again(row.state);
             let seq = note(tx, "transfer", &row.id).await?;
             sqlx::query("UPDATE transfer SET state = 'queued', want = 'run', generation = generation + 1, finished_ms = NULL, body = ?, updated_ms = ?, cursor = ? WHERE id = ?")
@@ -268,8 +273,8 @@ async fn begin(
 impl Catalogue {
     /// Begins a delivery: a transfer for each artifact and site, all in one transaction, so that no site ever hears of
     /// labels without the dataset that they wait for. A transfer that stands already is taken instead: one that runs as
-    /// it is, one that is done stays done; a failed one begins again, and so does a done one that is named in `lost`. What
-    /// a run borrowed and gave back does not stand.
+    /// it is, one that is done stays done; a failed one begins again, and so does a done one that is named in `lost`, or that a run
+    /// is giving back. What was given back does not stand.
     pub async fn deliver(&self, delivery: &str, run: Option<&str>, parts: &[Part], lost: &[String]) -> Result<Vec<String>, Fault> {
         let now = clock::now_unix_ms() as i64;
         let mut tx = self.write.begin_with("BEGIN IMMEDIATE").await.map_err(fault)?;

@@ -90,7 +90,9 @@ pub(super) async fn deliver(global: &Global, deliver: Deliver) -> Result<(), Fau
     let deadline = Deadline::after(deliver.wait.timeout);
     let request = DeliverRequest { artifacts: deliver.artifacts, to: deliver.to };
     let delivered: Delivered = client.post("/v1/transfers", &request).await?;
-    let text = |d: &Delivered| format!("delivery {} of {}\n{}", d.delivery, d.artifact, transfers_text(&d.transfers));
+    let text = |d: &Delivered| {
+        format!("delivery {} of {}\n{}{}", d.delivery, d.artifact, transfers_text(&d.transfers), show_status::left_out(&d.left_out))
+    };
     one(global.output, &delivered, text)?;
     wait_for(&client, global.output, &delivered.transfers, &deliver.wait, deadline).await
 }
@@ -186,12 +188,21 @@ pub(super) async fn verify(global: &Global, artifact: String, repair: bool) -> R
         count => {
             let next = if repair {
                 "nothing: what lacks is on its way; verify again when it is done"
+            } else if was_published_there(global, &artifact).await {
+                "it was published here: put the old content back, or publish what is there now as a new version"
             } else {
                 "at a site: run it again with --repair; at the hub: publish the same content again, then retry what failed"
             };
             Err(Fault::integrity(format!("{artifact}: {count} finding{}", if count == 1 { "" } else { "s" })).with_next(next))
         }
     }
+}
+
+/// Whether the artifact was published at the site that was asked, which then refuses to have it repaired.
+async fn was_published_there(global: &Global, artifact: &str) -> bool {
+    let Ok(client) = Client::new(global) else { return false };
+    let detail: Result<ArtifactDetail, Fault> = client.get("/v1/artifacts/show", &[("ref", artifact)]).await;
+    detail.is_ok_and(|detail| detail.artifact.published_here)
 }
 
 /// `pin`, `unpin`

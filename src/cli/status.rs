@@ -2,7 +2,7 @@
 
 use super::human;
 use super::output::{Cell, Table, fields};
-use crate::api::types::{Artifact, ArtifactDetail, Delivery, PlanRow, Site, State, Transfer};
+use crate::api::types::{Artifact, ArtifactDetail, Delivery, LeftOut, PlanRow, Site, State, Transfer};
 use crate::fault::Reason;
 use crate::limits::OFFENDERS_LISTED_MAX;
 
@@ -130,7 +130,8 @@ pub(super) fn artifacts(artifacts: &[Artifact], colour: bool) -> String {
     let mut out = table.render(colour);
     let changed: Vec<(&Artifact, &String)> = artifacts.iter().filter_map(|a| a.changed.as_ref().map(|how| (a, how))).collect();
     for (a, how) in changed.iter().take(OFFENDERS_LISTED_MAX) {
-        out.push_str(&format!("\n{}: {}\n", a.artifact, human::clean_lines(how)));
+        let at = a.origin.as_ref().map(|site| format!(" at {site}")).unwrap_or_default();
+        out.push_str(&format!("\n{}{at}: {}\n", a.artifact, human::clean_lines(how)));
     }
     if changed.len() > OFFENDERS_LISTED_MAX {
         out.push_str(&format!("\nand {} more: see 'packhorse show REF'\n", changed.len() - OFFENDERS_LISTED_MAX));
@@ -208,5 +209,11 @@ pub(super) fn plan(rows: &[PlanRow], colour: bool) -> String {
             note.into(),
         ]);
     }
-    table.render(colour)
+    let all: Vec<LeftOut> = rows.iter().flat_map(|row| row.left_out.iter().cloned()).collect();
+    table.render(colour) + &left_out(&all)
+}
+
+/// The sites that a selection means too and that get nothing: a line for each artifact and reason.
+pub(super) fn left_out(all: &[LeftOut]) -> String {
+    crate::delivery::left_out(all).iter().map(|text| format!("  left out: {}\n", human::clean(text))).collect()
 }

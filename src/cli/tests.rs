@@ -8,7 +8,7 @@ use clap::error::ErrorKind;
 use serde_json::json;
 
 use super::args::Args;
-use super::tracker::{Tracker, notice};
+use super::tracker::{Tracker, is_over, notice};
 use super::{dispatch, render_error, status};
 use crate::api::fake::{Fake, TOKEN, job, offline, transfer};
 use crate::api::types::*;
@@ -177,6 +177,34 @@ trait NowOrPending: Future + Sized {
 impl<F: Future> NowOrPending for F {}
 
 #[tokio::test]
+async fn what_must_come_after_a_part_that_failed_is_not_waited_for() {
+    let d = daemon().await;
+    let over = || is_over(d.fake.world.lock().transfers.iter());
+    d.fake.put(Transfer {
+        artifact: "labels/line3:v1".parse().unwrap(),
+        reason: Some(Reason::WaitingForDependency),
+        message: Some("dataset/line3:v1 must be here first: t2".into()),
+        ..transfer("t1", "chengdu", State::Queued)
+    });
+    d.fake.put(failed("t3", "chengdu", Reason::NoSpace, "the disk is full"));
+    // What it waits for goes on, has just come, or is given up: in all three cases it goes on by itself.
+    for state in [State::Transferring, State::Done, State::Cancelled] {
+        d.fake.put(transfer("t2", "chengdu", state));
+        assert!(!over(), "{state:?}");
+    }
+    d.fake.put(failed("t2", "xian", Reason::Integrity, "a.png changed"));
+    assert!(!over(), "it waits for nothing at another site");
+    d.fake.put(failed("t2", "chengdu", Reason::Integrity, "a.png changed"));
+    let waited = d.run("deliver dataset/line3:v1 labels/line3:v1 --to all --wait").await.unwrap_err();
+    let watched = d.run("status d1 --watch").await.unwrap_err();
+    assert_eq!((waited.code, &waited), (Code::Partial, &watched));
+    insta::assert_snapshot!(format!("{waited}\n{}", waited.next), @r"
+    3 of 3 transfers did not arrive: dataset/line3:v1 at chengdu (integrity), dataset/line3:v1 at chengdu (no_space), labels/line3:v1 at chengdu (waits for dataset/line3:v1)
+    see 'packhorse status TRANSFER', mend it, then 'packhorse retry TRANSFER'; what waits for it follows by itself
+    ");
+}
+
+#[tokio::test]
 async fn a_wait_outlives_a_restart_of_the_daemon() {
     let d = daemon().await;
     let Daemon { fake, base, dir, _stop: stop } = d;
@@ -283,6 +311,11 @@ async fn what_changed_where_it_lies_is_told_beside_it() {
     all[0].changed = Some("/nas/a.png changed after it was published: it is gone".into());
     let marked = status::artifacts(&all, false);
     assert_eq!(marked, format!("{plain}\ndataset/line3:v1: /nas/a.png changed after it was published: it is gone\n"));
+    all[0].origin = Some("chengdu".parse().unwrap());
+    assert!(
+        status::artifacts(&all, false).ends_with("\ndataset/line3:v1 at chengdu: /nas/a.png changed after it was published: it is gone\n")
+    );
+    all[0].origin = None;
     let mut detail = ArtifactDetail { artifact: all.remove(0), transfers: Vec::new(), lineage: None };
     assert!(status::artifact(&detail, false).contains("\nchanged    /nas/a.png changed"), "{}", status::artifact(&detail, false));
     detail.artifact.origin = Some("chengdu".parse().unwrap());
@@ -300,11 +333,24 @@ fn sites_and_plans() {
         needs: 20 << 20,
         free,
         seconds: None,
+        left_out: Vec::new(),
     };
     insta::assert_snapshot!(status::plan(&[row("chengdu", true, Some(1 << 20)), row("xian", false, None)], false), @r"
     ARTIFACT   SITE        SIZE  TO MOVE     FREE  TIME  NOTE
     model/m:1  chengdu  2.0 GiB   20 MiB  1.0 MiB     -  no room
     model/m:1  xian     2.0 GiB   20 MiB        -     -  the site did not answer: assumes that it has nothing
+    ");
+    let left = |site: &str| LeftOut {
+        artifact: "model/m:1".into(),
+        site: site.into(),
+        by: "hub".into(),
+        why: "not in the hub's [share] allow".into(),
+    };
+    let first = PlanRow { left_out: vec![left("hefei"), left("wuhan")], ..row("chengdu", true, None) };
+    insta::assert_snapshot!(status::plan(&[first], false), @r"
+    ARTIFACT   SITE        SIZE  TO MOVE  FREE  TIME  NOTE
+    model/m:1  chengdu  2.0 GiB   20 MiB     -     -
+      left out: model/m:1 is not shared with hefei, wuhan: not in the hub's [share] allow
     ");
     assert_eq!(status::sites(&[], false), "no sites have joined\n");
 }

@@ -32,8 +32,11 @@ impl Tracker {
         line
     }
 
-    /// Ids of those that have not ended, or were never seen.
+    /// Ids of those that have not ended, or were never seen. None, once nothing more happens by itself.
     pub(crate) fn open(&self) -> Vec<String> {
+        if self.unseen().is_none() && is_over(self.transfers.values().flatten()) {
+            return Vec::new();
+        }
         let open = |t: &Option<Transfer>| t.as_ref().is_none_or(|t| !t.state.is_final());
         self.transfers.iter().filter(|(_, t)| open(t)).map(|(id, _)| id.clone()).collect()
     }
@@ -88,12 +91,33 @@ impl Tracker {
             [] => Ok(()),
             [only] if self.transfers.len() == 1 => Err(fault_of(only)),
             _ => {
-                let names: Vec<String> = bad.iter().map(|t| format!("{} at {} ({})", t.artifact, t.site, why(t))).collect();
+                let waits = |t: &Transfer| failed_before(t, bad.iter().copied());
+                let how = |t: &Transfer| waits(t).map_or_else(|| why(t).to_owned(), |first| format!("waits for {}", first.artifact));
+                // What failed is what there is to mend: it is named before what only waits for it.
+                let (after, first): (Vec<&Transfer>, Vec<&Transfer>) = bad.iter().copied().partition(|t| waits(t).is_some());
+                let names: Vec<String> = first.iter().chain(&after).map(|t| format!("{} at {} ({})", t.artifact, t.site, how(t))).collect();
                 let message = format!("{} of {} transfers did not arrive: {}", bad.len(), self.transfers.len(), listed(&names));
-                Err(fault(Code::Partial, message, "see 'packhorse status TRANSFER', mend it, then 'packhorse retry TRANSFER'"))
+                let mut next = "see 'packhorse status TRANSFER', mend it, then 'packhorse retry TRANSFER'".to_owned();
+                if !after.is_empty() {
+                    next.push_str("; what waits for it follows by itself");
+                }
+                Err(fault(Code::Partial, message, &next))
             }
         }
     }
+}
+
+/// Whether nothing more happens to these by itself: each has ended, or waits for one of them that failed.
+pub(super) fn is_over<'a>(mut transfers: impl Iterator<Item = &'a Transfer> + Clone) -> bool {
+    let among = transfers.clone();
+    transfers.all(|t| t.state.is_final() || failed_before(t, among.clone()).is_some())
+}
+
+/// The one of these that must be at the site before this transfer, and failed. A wait names what it is for by its id. What was
+/// cancelled is waited for no more.
+fn failed_before<'a>(waiting: &Transfer, mut among: impl Iterator<Item = &'a Transfer>) -> Option<&'a Transfer> {
+    let waits_for = waiting.message.as_deref().filter(|_| waiting.reason == Some(Reason::WaitingForDependency))?;
+    among.find(|t| t.state == State::Failed && t.site == waiting.site && waits_for.contains(&t.id))
 }
 
 /// At most so many, and how many more.

@@ -10,7 +10,7 @@ use tokio::time::Instant;
 use super::args::Output;
 use super::client::Client;
 use super::follow::{Deadline, Progress, patiently};
-use super::tracker::Tracker;
+use super::tracker::{Tracker, is_over};
 use super::{human, output, status};
 use crate::api::types::{State, Transfer, TransferQuery};
 use crate::fault::{Fault, Reason};
@@ -25,7 +25,7 @@ const WAIT: Duration = Duration::from_secs(10);
 /// Ended transfers a watcher remembers; open ones are always kept.
 const ENDED_KEPT_MAX: usize = 1_000;
 
-/// Watches; returns once all transfers that `query` names have ended, and never when it names none.
+/// Watches; returns once nothing more happens by itself to the transfers that `query` names, and never when it names none.
 pub(super) async fn run(client: &Client, format: Output, query: TransferQuery) -> Result<(), Fault> {
     // A watcher has no bar; this only says when the daemon is away.
     let progress = Progress::new();
@@ -46,7 +46,7 @@ pub(super) async fn run(client: &Client, format: Output, query: TransferQuery) -
         let mut in_order = changed;
         in_order.sort_by_key(|t| t.cursor);
         screen.show(&in_order, &known)?;
-        if query.id.is_some() && !known.is_empty() && known.values().all(|t| t.state.is_final()) {
+        if query.id.is_some() && !known.is_empty() && is_over(known.values()) {
             let mut tracker = Tracker::new(&known.keys().cloned().collect::<Vec<_>>());
             for transfer in known.into_values() {
                 let _ = tracker.absorb(transfer);

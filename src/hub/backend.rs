@@ -1,6 +1,6 @@
 //! What the hub can be asked over its API.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fmt::Write as _;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -9,6 +9,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use futures::StreamExt as _;
 
+use super::sharing::Shared;
 use super::{Hub, short};
 use crate::api::Backend;
 use crate::api::types::*;
@@ -59,7 +60,8 @@ impl Hub {
         delivery::view(row, row.parts.iter().map(|part| self.view(part)).collect())
     }
 
-    pub(super) async fn deliver_to(&self, artifacts: &[String], to: &str) -> Result<Delivered, Fault> {
+    /// Begins a delivery; `by` is who asks over a line, `None` the administrator.
+    pub(super) async fn deliver_to(&self, by: Option<&SiteName>, artifacts: &[String], to: &str) -> Result<Delivered, Fault> {
         let refs = parse_refs(artifacts)?;
         let selector: SiteSelector = to.parse()?;
         let sites = self.inner.catalogue.select_sites(&selector).await?;
@@ -67,15 +69,17 @@ impl Hub {
         for artifact in &refs {
             rows.push(self.inner.catalogue.artifact(artifact).await?);
         }
-        let mut targets = Vec::new();
+        let (mut targets, mut left_out) = (Vec::new(), Vec::new());
         for row in &rows {
-            targets.push(self.shared_with(&row.artifact, row.origin.as_ref(), &sites, &selector).await?);
+            let shared = self.shared_with(by, &row.artifact, row.origin.as_ref(), &sites, &selector).await?;
+            targets.push(shared.sites);
+            left_out.extend(shared.left_out);
         }
         let delivery = new_id("d");
         let parts: Vec<Part> = rows.iter().zip(&targets).map(|(row, sites)| Part::new(row, sites)).collect();
         let transfers = self.begin_delivery(&delivery, None, &parts).await?;
         let digest = rows.first().map(|row| row.digest.hex()).unwrap_or_default();
-        Ok(Delivered { artifact: artifacts.join(","), digest, delivery, transfers })
+        Ok(Delivered { artifact: artifacts.join(","), digest, delivery, transfers, left_out })
     }
 
     /// Begins a delivery, and again what its sites have lost since it was done.
@@ -96,12 +100,14 @@ impl Hub {
         Ok(asked.buffer_unordered(HOLDS_AT_ONCE).filter_map(std::future::ready).collect().await)
     }
 
-    pub(super) async fn act_on(&self, id: &str, action: Action) -> Result<Vec<Transfer>, Fault> {
+    /// Does what is asked of a transfer, or of all of a delivery; `by` is the site that asks, `None` the administrator.
+    pub(super) async fn act_on(&self, by: Option<&SiteName>, id: &str, action: Action) -> Result<Vec<Transfer>, Fault> {
         let rows = self.inner.catalogue.transfers_of(id).await?;
         let single = rows.len() == 1;
         // Of several, those that failed are meant; where none did, all are looked at again.
         let failed = rows.iter().any(|row| matches!(row.state, State::Failed | State::Cancelled));
         let mut out = Vec::new();
+        let (mut acted, mut refused) = (false, None);
         for row in rows {
             let fits = match action {
                 Action::Pause => !row.state.is_final(),
@@ -122,10 +128,21 @@ impl Hub {
                     Fault::conflict(format!("transfer {id} is {state}: there is nothing to {word}")).with_next("see 'packhorse status'")
                 );
             }
-            let row = if fits { self.inner.catalogue.act(&row.id, action).await? } else { row };
+            let refusal = if fits && action == Action::Retry { self.shared_no_more(by, &row).await? } else { None };
+            let row = match (fits, refusal) {
+                (true, None) => {
+                    acted = true;
+                    self.inner.catalogue.act(&row.id, action).await?
+                }
+                (_, refusal) => {
+                    refused = refused.or(refusal);
+                    row
+                }
+            };
             out.push(self.view(&row));
         }
-        Ok(out)
+        // Of several, those that may go on do.
+        refused.filter(|_| !acted).map_or(Ok(out), Err)
     }
 
     /// Takes an artifact into the catalogue that was published at a site, or whose bytes are in the hub's store now. `false`: it
@@ -247,6 +264,32 @@ impl Hub {
         .await
     }
 
+    /// What `doctor` says of what changed where it was published: one line each. Whether what is there now was published anew only
+    /// that site knows for sure: here a newer version from there that is sound is taken for it.
+    async fn changed_lines(&self) -> Result<Vec<String>, Fault> {
+        let (mut changed, mut sound) = (Vec::new(), HashMap::new());
+        for row in self.inner.catalogue.artifacts().await? {
+            let Some(site) = row.origin else { continue };
+            let of = (row.artifact.series(), site);
+            match row.changed {
+                Some(how) => changed.push((row.artifact, of, row.created_ms, how)),
+                None => {
+                    let newest = sound.entry(of).or_insert((row.created_ms, row.artifact.clone()));
+                    if newest.0 < row.created_ms {
+                        *newest = (row.created_ms, row.artifact);
+                    }
+                }
+            }
+        }
+        let lines = changed.into_iter().map(|(artifact, of, created_ms, how)| match (sound.get(&of), &of.1) {
+            (Some((later, newer)), site) if *later > created_ms => {
+                format!("ok {artifact} at {site}: {how}; {newer} was published there since")
+            }
+            (_, site) => format!("fault {artifact} at {site}: {how}; there, put the old content back or publish a new version"),
+        });
+        Ok(lines.collect())
+    }
+
     /// Removes chunks that no artifact names. Returns the bytes freed.
     async fn collect_now(&self, progress: Arc<JobProgress>) -> Result<u64, Fault> {
         progress.doing("waiting for publishes to end");
@@ -298,7 +341,7 @@ impl Backend for Hub {
     }
 
     async fn deliver(&self, request: DeliverRequest) -> Result<Delivered, Fault> {
-        self.deliver_to(&request.artifacts, &request.to).await
+        self.deliver_to(None, &request.artifacts, &request.to).await
     }
 
     async fn plan(&self, request: DeliverRequest) -> Result<Vec<PlanRow>, Fault> {
@@ -308,7 +351,8 @@ impl Backend for Hub {
         let mut out = Vec::new();
         for artifact in refs {
             let row = self.inner.catalogue.artifact(&artifact).await?;
-            for site in &self.shared_with(&artifact, row.origin.as_ref(), &sites, &selector).await? {
+            let Shared { sites, mut left_out } = self.shared_with(None, &artifact, row.origin.as_ref(), &sites, &selector).await?;
+            for site in &sites {
                 let question = AskSite::Plan { artifact: artifact.clone(), digest: row.digest };
                 // A site may plan what it is not yet entitled to hold: for that moment it may read the manifest.
                 self.inner.entitled.lock().insert((site.clone(), row.digest), std::time::Instant::now() + PLAN_MAX);
@@ -324,6 +368,7 @@ impl Backend for Hub {
                     needs: planned.as_ref().map_or(total, |p| p.needs),
                     free: planned.as_ref().and_then(|p| p.free),
                     seconds: planned.as_ref().and_then(|p| (p.rate > 0).then(|| p.missing.div_ceil(p.rate))),
+                    left_out: std::mem::take(&mut left_out),
                 });
             }
         }
@@ -336,7 +381,7 @@ impl Backend for Hub {
     }
 
     async fn act(&self, id: &str, action: Action) -> Result<Vec<Transfer>, Fault> {
-        self.act_on(id, action).await
+        self.act_on(None, id, action).await
     }
 
     async fn deliveries(&self, limit: u32) -> Result<Vec<Delivery>, Fault> {
@@ -490,11 +535,15 @@ impl Backend for Hub {
         let (kept, budget) = (self.inner.relay.kept_bytes(), self.inner.config.relay.budget);
         out.push(format!("ok relay: {} MiB of {} MiB are kept of what passed from site to site", kept >> 20, budget >> 20));
         out.push(format!("ok line: listening on {} (UDP and TCP)", self.inner.listener.local_addr()));
+        let mut joined = Vec::new();
         for site in self.sites().await? {
             let word = if site.online { "ok" } else { "fault" };
             let line = site.line.unwrap_or_else(|| "not connected".into());
             out.push(format!("{word} site {}: {line}", site.name));
+            joined.push(site.name);
         }
+        out.extend(self.share_fault(&joined));
+        out.extend(self.changed_lines().await?);
         Ok(out)
     }
 

@@ -10,11 +10,11 @@ use crate::api::types::{self, ModelLineage, RunActionRequest, RunModel, RunReque
 use crate::catalogue::{Forbids, Part, TransferRow, new_id};
 use crate::chunk::Hash;
 use crate::clock;
-use crate::fault::Fault;
+use crate::fault::{Code, Fault};
 use crate::limits::{RUN_INPUTS_MAX, RUN_TTL_MAX, RUNS_OPEN_MAX};
 use crate::manifest::Root;
 use crate::names::{ArtifactRef, Kind, RunName, SiteName, SiteSelector};
-use crate::run::hub::{Effect, Event, Run, Seen, step};
+use crate::run::hub::{Effect, Event, Finish, Run, Seen, step};
 use crate::run::{Borrowed, DesiredRun, Expect, Input, Lineage, Model, RunReport, Spec};
 
 /// A run may take several steps at one look; more than this many are a defect.
@@ -174,8 +174,14 @@ impl Hub {
                 break;
             }
             let borrowed = self.inner.catalogue.only_borrowed(run.spec.name.as_str(), site).await?;
-            let borrowed = borrowed.into_iter().map(|row| Borrowed { transfer: row.id, artifact: row.artifact, digest: row.digest });
-            out.push(DesiredRun { want: run.want(), borrowed: borrowed.collect(), model: run.model, spec: run.spec });
+            let borrowed = borrowed.into_iter().map(|row| Borrowed {
+                transfer: row.id,
+                artifact: row.artifact,
+                digest: row.digest,
+                generation: Some(row.generation),
+            });
+            let (want, ready) = (run.want(), run.is_ready());
+            out.push(DesiredRun { want, borrowed: borrowed.collect(), model: run.model, spec: run.spec, ready });
         }
         Ok(out)
     }
@@ -269,7 +275,7 @@ impl Hub {
                 .with_next(format!("add {from} to [share] allow in the configuration of {place}")));
         }
         let mut inputs: Vec<Input> = Vec::new();
-        let mut own: Vec<Part> = Vec::new();
+        let (mut own, mut changed): (Vec<Part>, Vec<String>) = Default::default();
         for text in &request.inputs {
             let artifact: ArtifactRef = text.parse()?;
             if inputs.iter().any(|input| input.artifact == artifact) {
@@ -279,11 +285,13 @@ impl Hub {
                 Some(site) => self.artifact_for(site, &artifact).await?,
                 None => catalogue.artifact(&artifact).await?,
             };
-            // The site that trains needs all of it, or the answer is that for what does not exist.
+            // The site that trains needs all of it.
             let there = SiteSelector::Names(vec![on.clone()]);
-            self.shared_with(&artifact, row.origin.as_ref(), std::slice::from_ref(&on), &there).await?;
+            self.shared_with(by, &artifact, row.origin.as_ref(), std::slice::from_ref(&on), &there).await?;
             if row.origin.as_ref() == Some(&on) && matches!(artifact.kind, Kind::Labels | Kind::Image) {
                 own.push(Part::new(&row, std::slice::from_ref(&on)));
+            } else if row.origin.as_ref() == Some(&on) && row.changed.is_some() {
+                changed.push(artifact.to_string());
             }
             inputs.push(Input { artifact, digest: row.digest, bytes: row.root.totals.bytes });
         }
@@ -299,6 +307,22 @@ impl Hub {
                 })
                 .with_next("start it under another name")),
             };
+        }
+        let model = expect.reference(&name)?;
+        match catalogue.artifact(&model).await {
+            Ok(_) => {
+                return Err(Fault::conflict(format!("there is a {model} already, and run {name} would publish its model as that"))
+                    .with_next("expect another version, or start the run under another name"));
+            }
+            Err(fault) if fault.code != Code::NotFound => return Err(fault),
+            Err(_) => {}
+        }
+        // They are read where they were published: the model would be said to be made of what it was not made of.
+        if let Some(first) = changed.first() {
+            let why = format!("{}: changed at {on} since it was published there", changed.join(", "));
+            return Err(Fault::conflict(why).with_next(format!(
+                "'packhorse show {first}' says what; at {on}, put the old content back, or publish what is there now as a new version"
+            )));
         }
         // A trainer finds rows and images by their names. Publishing in place gives them none, and the run does not do it either:
         // what it delivers it takes away again, and this is the site's own.
@@ -339,7 +363,7 @@ impl Hub {
     pub(super) async fn act_on_run(&self, by: Option<&SiteName>, request: &RunActionRequest) -> Result<types::Run, Fault> {
         let run = self.visible_run(by, &request.name).await?;
         let event = match request.action {
-            RunVerb::Finish => Event::Finish { failed: request.failed.clone() },
+            RunVerb::Finish => Event::Finish(Finish { failed: request.failed.clone() }),
             RunVerb::Cancel => Event::Cancel,
         };
         let (run, ..) = self.take(&run.spec.name, event).await?;
@@ -390,7 +414,7 @@ fn view(run: &Run) -> types::Run {
             ended_at: ended.map(|e| time(e.ended_ms)),
             exit_code: ended.and_then(|e| e.exit_code),
             signal: ended.and_then(|e| e.signal),
-            message: ended.map(|e| e.message.clone()).or_else(|| site.message.clone()),
+            message: site.words().map(str::to_owned),
             tail: ended.map(|e| e.tail.clone()),
         }
     });
@@ -399,7 +423,7 @@ fn view(run: &Run) -> types::Run {
         from: run.spec.from.clone(),
         on: run.spec.on.clone(),
         state: run.state,
-        message: run.message.clone(),
+        message: run.told(),
         next: run.next.clone(),
         inputs: run.spec.inputs.iter().map(Into::into).collect(),
         expect: run.spec.expect.to_string(),

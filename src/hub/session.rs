@@ -205,7 +205,7 @@ impl Hub {
         for artifact in artifacts {
             self.artifact_for(site, &artifact.parse()?).await?;
         }
-        let delivered = self.deliver_to(artifacts, to).await?;
+        let delivered = self.deliver_to(Some(site), artifacts, to).await?;
         serde_json::to_value(delivered).map_err(|e| Fault::internal(e.to_string()))
     }
 
@@ -295,7 +295,7 @@ impl Hub {
         if let Some(to) = to {
             let selector = to.parse()?;
             let sites = inner.catalogue.select_sites(&selector).await?;
-            self.shared_with(&artifact, Some(site), &sites, &selector).await?;
+            self.shared_with(Some(site), &artifact, Some(site), &sites, &selector).await?;
         }
         if let Some(run) = run {
             self.check_run_model(Some(site), run, &artifact).await?;
@@ -323,7 +323,7 @@ impl Hub {
         }
         let added = added?;
         let transfers = match to {
-            Some(to) => self.deliver_to(&[artifact.to_string()], to).await?.transfers,
+            Some(to) => self.deliver_to(Some(site), &[artifact.to_string()], to).await?.transfers,
             None => Vec::new(),
         };
         tracing::info!(%artifact, %digest, %site, bytes = root.totals.bytes, "published at a site");
@@ -359,7 +359,7 @@ impl Hub {
         if rows.iter().any(|row| row.site != *site) {
             return Err(Fault::not_found(format!("there is no transfer {id} at this site")));
         }
-        let rows = self.act_on(id, action).await?;
+        let rows = self.act_on(Some(site), id, action).await?;
         serde_json::to_value(rows).map_err(|e| Fault::internal(e.to_string()))
     }
 

@@ -157,7 +157,7 @@ impl Hub {
         blocking(move || store.flush_since(losses)).await?;
         let added = self.register(None, &artifact, &root).await?;
         let transfers = match to {
-            Some(to) => self.deliver_to(&[artifact.to_string()], to).await?.transfers,
+            Some(to) => self.deliver_to(Some(publisher), &[artifact.to_string()], to).await?.transfers,
             None => Vec::new(),
         };
         let bytes = root.totals.bytes;

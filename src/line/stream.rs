@@ -38,6 +38,15 @@ impl SendHalf {
         result.map_err(|e| self.link.fault(e))
     }
 
+    /// [`SendHalf::write_bytes`] for many behind each other.
+    pub async fn write_many(&mut self, pieces: &mut [Bytes]) -> Result<(), Fault> {
+        let result = match &mut self.wire {
+            SendWire::Quic(stream) => stream.write_all_chunks(pieces).await.map_err(|e| write_end(&e)),
+            SendWire::Tcp(stream) => stream.write_many(pieces).await,
+        };
+        result.map_err(|e| self.link.fault(e))
+    }
+
     /// Says that nothing more comes. What was written is still delivered, as long as the line stands.
     pub fn finish(&mut self) -> Result<(), Fault> {
         self.over = true;

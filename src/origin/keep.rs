@@ -1,4 +1,4 @@
-//! Publishing in place: reads a source in, and writes only what lies nowhere else.
+//! Publishing in place: reads a source in, and writes only what lies nowhere else. Of an image that arrived that is its layout.
 
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
@@ -6,13 +6,15 @@ use std::path::{Path, PathBuf};
 
 use super::Origin;
 use crate::catalogue::new_id;
+use crate::chunk::Hash;
 use crate::durable;
 use crate::fault::{Fault, IoContext};
 use crate::frame::Verified;
 use crate::ingest::{self, Ingested, Keeper, Progress};
-use crate::manifest::{FileInfo, KindInfo};
+use crate::manifest::{Digest, EntryBody, FileInfo, KindInfo, Root, Step, Walk};
 use crate::names::{Kind, RelPath};
 use crate::sink::Place;
+use crate::source::image::layout_files;
 use crate::source::{Content, Source, SourceBody, SourceEntry};
 
 /// What was published, and where it lies.
@@ -138,6 +140,7 @@ impl Origin {
         let kept = self.kept_folder(ingested.digest);
         if keep.kept > 0 {
             keep.sync()?;
+            let _alone = self.inner.keeping.lock();
             let at = Place::Folder { path: kept.clone() };
             let places: Vec<Place> = std::iter::once(at).chain(base.cloned()).collect();
             // What lies there from before may be being read; it is replaced only when it was damaged since.
@@ -154,5 +157,25 @@ impl Origin {
         };
         self.index(ingested.digest, &ingested.root, std::slice::from_ref(&place), false)?;
         Ok(InPlace { ingested, place })
+    }
+
+    /// Writes the two files of an image's layout that are no blobs: a registry where it arrived does not have them, and a folder of
+    /// layouts has files of its own in their place. Blocks.
+    pub(super) fn keep_layout(&self, digest: Digest, root: &Root) -> Result<(), Fault> {
+        let KindInfo::Image(info) = &root.info else { return Ok(()) };
+        let files = layout_files(info)?;
+        let folder = self.kept_folder(digest);
+        let _alone = self.inner.keeping.lock();
+        for step in Walk::new(root, &self.inner.store) {
+            let Step::Entry { entry, .. } = step? else { continue };
+            let EntryBody::File(file) = entry.body else { continue };
+            // Only what belongs to the image: what was kept in another form is not lost for this.
+            let own = files.iter().find(|(name, bytes)| *name == entry.path.as_str() && Hash::of(bytes) == file.hash);
+            if let Some((name, bytes)) = own {
+                durable::create_dir_all(&folder)?;
+                durable::replace(&folder.join(name), bytes)?;
+            }
+        }
+        Ok(())
     }
 }

@@ -8,6 +8,7 @@ use bytes::Bytes;
 use tokio::runtime::Handle;
 
 use super::{At, PlaceInfo, Places};
+use crate::buffers::Buffers;
 use crate::fault::{Fault, IoContext};
 use crate::frame::Verified;
 use crate::manifest::ChunkRef;
@@ -16,6 +17,11 @@ use crate::sink::{Place, Sink};
 
 /// Bytes that are read at once of a blob in the registry, whose chunks mostly follow each other.
 const AHEAD_BYTES: u64 = 4 << 20;
+/// The same of a file.
+const FILE_AHEAD_BYTES: u64 = 1 << 20;
+/// The buffers that a published file is read into: so many are kept, for so many bytes.
+const BUFFERS_KEPT: usize = 16;
+const BUFFER_BYTES: (usize, usize) = (128 << 10, 2 << 20);
 
 /// Reads chunks, mostly one behind the other from one file.
 pub struct Reader {
@@ -25,8 +31,11 @@ pub struct Reader {
     runtime: Handle,
     /// Whether a file of another size than noted is refused, though the chunk may be in it.
     strict: bool,
-    /// Bytes that are read at once of a blob at the most.
-    ahead: u64,
+    /// Bytes that are read at once of a blob.
+    blob_ahead: u64,
+    /// Bytes that are read at once of a file; less than a chunk: chunk by chunk.
+    file_ahead: u64,
+    buffers: Buffers,
     /// The file that was read last.
     source: Option<Source>,
 }
@@ -46,13 +55,18 @@ struct Source {
 impl Reader {
     /// A reader for a thread that may block.
     pub fn new(places: Arc<Places>, images: Option<Arc<dyn Sink>>, runtime: Handle) -> Self {
-        Self { places, images, runtime, strict: false, ahead: AHEAD_BYTES, source: None }
+        Self { places, images, runtime, strict: false, blob_ahead: AHEAD_BYTES, file_ahead: 0, buffers: buffers(), source: None }
     }
 
-    /// The same for what was published where it lies: there a file of another size is another file. Of a blob no more is read
-    /// at once than `bytes`.
-    pub fn strict(self, bytes: u64) -> Self {
-        Self { strict: true, ahead: bytes.min(AHEAD_BYTES), ..self }
+    /// The same for what was published where it lies: there a file of another size is another file.
+    pub fn strict(self, buffers: Buffers) -> Self {
+        Self { strict: true, buffers, ..self }
+    }
+
+    /// So many bytes will be asked for one behind the other from where the next chunk lies.
+    pub fn ahead(&mut self, bytes: u64) {
+        self.blob_ahead = bytes.min(AHEAD_BYTES);
+        self.file_ahead = bytes.min(FILE_AHEAD_BYTES);
     }
 
     /// One chunk. What the index says may be stale: then it is `not_found`, or `integrity` for other bytes.
@@ -73,33 +87,31 @@ impl Reader {
             None => self.open(at)?,
         };
         let source = self.source.insert(source);
-        let bytes = match &source.file {
-            Some(file) => {
-                let mut out = vec![0; at.len as usize];
-                match file.read_exact_at(&mut out, at.offset) {
-                    Err(e) if e.kind() == std::io::ErrorKind::UnexpectedEof => return Err(Fault::integrity("it is shorter now")),
-                    other => other.at(format_args!("read {}", source.path))?,
+        let end = at.offset + u64::from(at.len);
+        let (start, bytes) = &source.ahead;
+        if at.offset < *start || end > *start + bytes.len() as u64 {
+            // For every chunk by itself it would be a call, of a registry a round trip.
+            let ahead = if source.file.is_some() { self.file_ahead } else { self.blob_ahead };
+            let len = ahead.min(source.size.saturating_sub(at.offset)).max(u64::from(at.len)) as usize;
+            let read = match &source.file {
+                Some(file) => {
+                    let mut out = self.buffers.room(len);
+                    let read = read_full(file, &mut out[..len], at.offset).at(format_args!("read {}", source.path))?;
+                    self.buffers.lend(out).slice(..read)
                 }
-                out.into()
-            }
-            None => {
-                let end = at.offset + u64::from(at.len);
-                let (start, bytes) = &source.ahead;
-                if at.offset < *start || end > *start + bytes.len() as u64 {
-                    // A request for every chunk would take a round trip each.
+                None => {
                     let Some(images) = &self.images else { return Err(Fault::internal("there is no registry here")) };
-                    let len = self.ahead.min(source.size.saturating_sub(at.offset)).max(u64::from(at.len)) as u32;
-                    let read = images.read_at(&source.info.place, &source.path, at.offset, len);
-                    source.ahead = (at.offset, self.runtime.block_on(read)?);
+                    self.runtime.block_on(images.read_at(&source.info.place, &source.path, at.offset, len as u32))?
                 }
-                let (start, bytes) = &source.ahead;
-                let from = (at.offset - start) as usize;
-                if bytes.len() < from + at.len as usize {
-                    return Err(Fault::integrity("the blob is shorter now"));
-                }
-                bytes.slice(from..from + at.len as usize)
-            }
-        };
+            };
+            source.ahead = (at.offset, read);
+        }
+        let (start, bytes) = &source.ahead;
+        let from = (at.offset - start) as usize;
+        if bytes.len() < from + at.len as usize {
+            return Err(Fault::integrity("it is shorter now"));
+        }
+        let bytes = bytes.slice(from..from + at.len as usize);
         Verified::check(chunk.id, bytes).map_err(|_| Fault::integrity("its content is another"))
     }
 
@@ -111,8 +123,15 @@ impl Reader {
             Place::Folder { path: folder } => {
                 let full = folder.join(path.as_str());
                 let file = File::open(&full).at(format_args!("open {}", full.display()))?;
-                if self.strict && file.metadata().at(full.display())?.len() != entry.size {
-                    return Err(Fault::integrity("its size is another"));
+                if self.strict {
+                    let meta = file.metadata().at(full.display())?;
+                    // A folder can be opened, and has a size.
+                    if !meta.is_file() {
+                        return Err(Fault::integrity("it is no regular file now"));
+                    }
+                    if meta.len() != entry.size {
+                        return Err(Fault::integrity("its size is another"));
+                    }
                 }
                 Some(file)
             }
@@ -120,4 +139,23 @@ impl Reader {
         };
         Ok(Source { place: at.place, entry: at.entry, info, path, size: entry.size, file, ahead: (0, Bytes::new()) })
     }
+}
+
+/// Buffers for [`Reader::strict`].
+pub fn buffers() -> Buffers {
+    Buffers::new(BUFFERS_KEPT, BUFFER_BYTES.0, BUFFER_BYTES.1)
+}
+
+/// Reads until the buffer is full or the file ends; how much that was.
+fn read_full(file: &File, buffer: &mut [u8], offset: u64) -> std::io::Result<usize> {
+    let mut done = 0;
+    while done < buffer.len() {
+        match file.read_at(&mut buffer[done..], offset + done as u64) {
+            Ok(0) => break,
+            Ok(read) => done += read,
+            Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(done)
 }

@@ -1,9 +1,9 @@
 //! Blobs: look up, read, mount, and upload from a file.
 //!
-//! An upload holds a few buffers whatever the blob's size. It is sent whole; where a proxy refuses that by its size, in
-//! chunks that shrink until they pass. A session that broke goes on only where the registry says that it stands exactly
-//! at the end of a chunk; everything else starts again from the first byte, after a look whether the blob is there after
-//! all.
+//! An upload holds a few buffers whatever the blob's size, and may go on while its file is still being written. It is sent
+//! whole; where a proxy refuses that by its size, in chunks that shrink until they pass. A session that broke goes on only
+//! where the registry says that it stands exactly at the end of a chunk; everything else starts again from the first byte,
+//! after a look whether the blob is there after all.
 
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
@@ -15,7 +15,8 @@ use std::time::Duration;
 use bytes::{Bytes, BytesMut};
 use reqwest::header::{CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, HeaderMap, LOCATION, RANGE};
 use reqwest::{Body, Method, Response, StatusCode, Url};
-use tokio::sync::mpsc;
+use tokio::runtime::Handle;
+use tokio::sync::{mpsc, watch};
 
 use crate::fault::{Fault, IoContext};
 use crate::limits;
@@ -151,7 +152,8 @@ impl Registry {
         let mut tries = 1;
         loop {
             let chunk = self.chunk_bytes.load(Ordering::Relaxed);
-            let sent = if chunk == 0 { self.put_whole(repository, blob).await } else { self.put_chunks(repository, blob, chunk).await };
+            let sent =
+                if chunk == 0 { self.put_whole(repository, blob, None).await } else { self.put_chunks(repository, blob, chunk).await };
             let Err(error) = sent else { return Ok(true) };
             let answer = if let Error::Answer(answer) = &error { Some(answer) } else { None };
             if answer.is_some_and(|a| a.is_proxy_limit()) {
@@ -174,6 +176,23 @@ impl Registry {
             tokio::time::sleep(limits::BACKOFF_FIRST * 2u32.pow(tries)).await;
             tries += 1;
         }
+    }
+
+    /// [`Registry::push_blob`] for a blob whose file is still being written: `grown` says how much of it is there. It is sent as it
+    /// grows, and once more when that breaks.
+    pub async fn push_growing(&self, repository: &str, blob: &LocalBlob, mut grown: watch::Receiver<u64>) -> Result<(), Fault> {
+        let doing = || format!("push blob {} to {}/{repository}", blob.digest, self.origin);
+        let held = self.blob_size(repository, &blob.digest).await.map_err(|e| e.fault(doing()))?;
+        // In chunks it goes once it is there: how large they may be is not known before.
+        if held != Some(blob.size) && self.chunk_bytes.load(Ordering::Relaxed) == 0 {
+            match self.put_whole(repository, blob, Some(&grown)).await {
+                Ok(()) => return Ok(()),
+                Err(error) => tracing::debug!(error = %error.fault(doing()), "a blob was not taken as it came"),
+            }
+        }
+        let whole = grown.wait_for(|grown| *grown == blob.size).await.map(|_| ());
+        whole.map_err(|_| Fault::unreachable(format!("{}: the rest of it does not come now", doing())))?;
+        self.push_blob(repository, blob).await.map(|_| ())
     }
 
     /// Registries accept a descriptor that lies about a size, so it is checked here.
@@ -248,15 +267,18 @@ impl Registry {
         self.follow(location).map(Session)
     }
 
-    async fn put_whole(&self, repository: &str, blob: &LocalBlob) -> Result<(), Error> {
+    async fn put_whole(&self, repository: &str, blob: &LocalBlob, grown: Option<&watch::Receiver<u64>>) -> Result<(), Error> {
         let Session(mut url) = self.session_for(repository).await?;
         url.query_pairs_mut().append_pair("digest", &blob.digest.to_string());
         let progress = Arc::new(Progress { total: blob.size, ..Progress::default() });
         let fill = |request: reqwest::RequestBuilder| {
-            request
-                .header(CONTENT_TYPE, "application/octet-stream")
-                .header(CONTENT_LENGTH, blob.size)
-                .body(file_body(&blob.file, 0, blob.size, &progress))
+            request.header(CONTENT_TYPE, "application/octet-stream").header(CONTENT_LENGTH, blob.size).body(file_body(
+                &blob.file,
+                0,
+                blob.size,
+                grown.cloned(),
+                &progress,
+            ))
         };
         let response = self.send(&Self::scope(repository, "pull,push"), Method::PUT, url, &fill, Wait::Upload(progress.clone())).await?;
         closed(response, &blob.digest).await
@@ -275,7 +297,7 @@ impl Registry {
                     .header(CONTENT_TYPE, "application/octet-stream")
                     .header(CONTENT_LENGTH, len)
                     .header(CONTENT_RANGE, format!("{offset}-{}", offset + len - 1))
-                    .body(file_body(&blob.file, offset, len, &progress))
+                    .body(file_body(&blob.file, offset, len, None, &progress))
             };
             let sent = self.send(&scope, Method::PATCH, session.0.clone(), &fill, Wait::Upload(progress.clone())).await;
             let sent = match sent {
@@ -345,18 +367,29 @@ fn held(headers: &HeaderMap) -> Option<u64> {
     last.trim().parse::<u64>().ok().filter(|last| *last > 0).map(|last| last + 1)
 }
 
-/// A part of a file as a request's body: read ahead on a blocking thread by a few buffers.
-fn file_body(path: &Path, offset: u64, len: u64, progress: &Arc<Progress>) -> Body {
+/// A part of a file as a request's body: read ahead on a blocking thread by a few buffers. `grown`: how much of the file is there.
+fn file_body(path: &Path, offset: u64, len: u64, grown: Option<watch::Receiver<u64>>, progress: &Arc<Progress>) -> Body {
     let (send, receive) = mpsc::channel::<std::io::Result<Bytes>>(limits::REGISTRY_READ_AHEAD_MAX);
     let path = path.to_owned();
     progress.sent.store(0, Ordering::Relaxed);
+    let runtime = Handle::current();
     tokio::task::spawn_blocking(move || {
-        let read = || -> std::io::Result<()> {
-            let mut file = File::open(&path)?;
-            file.seek(SeekFrom::Start(offset))?;
+        let mut grown = grown;
+        let mut read = || -> std::io::Result<()> {
+            let mut file = None;
             let mut left = len;
             while left > 0 {
                 let want = usize::try_from(left).unwrap_or(usize::MAX).min(limits::REGISTRY_READ_BYTES);
+                let end = offset + len - left + want as u64;
+                if let Some(grown) = &mut grown
+                    && !runtime.block_on(reaches(grown, end, &send))?
+                {
+                    return Ok(()); // the request is over
+                }
+                let file = match &mut file {
+                    Some(file) => file,
+                    None => file.insert(open_at(&path, offset)?),
+                };
                 let mut buffer = BytesMut::zeroed(want);
                 file.read_exact(&mut buffer)?;
                 left -= want as u64;
@@ -378,6 +411,23 @@ fn file_body(path: &Path, offset: u64, len: u64, progress: &Arc<Progress>) -> Bo
         }
         Some((piece, (receive, progress)))
     }))
+}
+
+fn open_at(path: &Path, offset: u64) -> std::io::Result<File> {
+    let mut file = File::open(path)?;
+    file.seek(SeekFrom::Start(offset))?;
+    Ok(file)
+}
+
+/// Waits until a file has grown so far; `false` when nobody takes what is read of it any more.
+async fn reaches(grown: &mut watch::Receiver<u64>, end: u64, taken: &mpsc::Sender<std::io::Result<Bytes>>) -> std::io::Result<bool> {
+    tokio::select! {
+        reached = grown.wait_for(|grown| *grown >= end) => match reached {
+            Ok(_) => Ok(true),
+            Err(_) => Err(std::io::Error::new(std::io::ErrorKind::UnexpectedEof, "the rest of the file does not come now")),
+        },
+        () = taken.closed() => Ok(false),
+    }
 }
 
 fn add(counter: &AtomicU64, bytes: usize) {

@@ -6,7 +6,8 @@
 //!                       done ◀─ committed at `from` ─ returning ◀───────── model in the catalogue ─┘
 //! ```
 //! Each of them may end as `cancelled` by a person; as `failed` when the trainer failed, or when the time is up before there is
-//! a model. A transfer in trouble fails nothing: it is told, and the run goes on when a person has seen to it.
+//! a model. A transfer in trouble fails nothing: it is told, and the run goes on when a person has seen to it. A `finish` that comes
+//! before the hub has heard that the platform began is kept until then.
 
 use serde::{Deserialize, Serialize};
 
@@ -35,10 +36,20 @@ pub struct Run {
     pub home: Option<String>,
     /// What the site said last.
     pub site: Option<RunReport>,
+    /// What the platform said of its end before the site had said that it began.
+    #[serde(default)]
+    pub early: Option<Finish>,
     /// When it ended.
     pub finished_ms: Option<i64>,
     /// Whether the site has given back all that it borrowed.
     pub released: bool,
+}
+
+/// How a platform says that it has finished.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Finish {
+    /// Why it failed; `None`: it left a model in the output folder.
+    pub failed: Option<String>,
 }
 
 /// A transfer as the run sees it.
@@ -70,10 +81,7 @@ pub enum Event {
     /// A model was published for it.
     Published(Model),
     /// The platform says that it is finished, well or badly.
-    Finish {
-        /// Why it failed.
-        failed: Option<String>,
-    },
+    Finish(Finish),
     /// A person gives it up.
     Cancel,
 }
@@ -100,6 +108,7 @@ impl Run {
             model: None,
             home: None,
             site: None,
+            early: None,
             finished_ms: None,
             released: false,
         }
@@ -118,6 +127,18 @@ impl Run {
             RunState::Returning | RunState::Done => Want::Release,
             RunState::Failed | RunState::Cancelled => Want::Stop,
         }
+    }
+
+    /// Whether every input was seen to arrive.
+    pub fn is_ready(&self) -> bool {
+        self.state != RunState::Delivering
+    }
+
+    /// What people are told: why it stands or how it ended, and what of the borrowed is left where it trained.
+    pub fn told(&self) -> Option<String> {
+        let left = self.site.iter().flat_map(|site| &site.left).map(|why| format!("at {}: {why}", self.spec.on));
+        let all: Vec<String> = self.message.iter().cloned().chain(left).collect();
+        (!all.is_empty()).then(|| all.join("; "))
     }
 
     /// Whether there may still come a model.
@@ -160,8 +181,8 @@ pub fn step(run: &Run, event: Event, now_ms: i64) -> Result<(Run, Vec<Effect>), 
             published(&mut run, model)?;
             Vec::new()
         }
-        Event::Finish { failed } => {
-            finish(&mut run, failed, now_ms)?;
+        Event::Finish(said) => {
+            finish(&mut run, said, now_ms)?;
             Vec::new()
         }
         Event::Cancel => {
@@ -186,7 +207,7 @@ fn looked(run: &mut Run, delivered: bool, inputs: &[Seen], home: Option<Seen>, n
                 run.say(stuck.map(|seen| told(seen, "an input")), &next);
             }
         },
-        RunState::Waiting => {
+        RunState::Waiting | RunState::Training => {
             let message = run.site.as_ref().and_then(|site| site.message.clone());
             run.say(message, "nothing, or see the log of the site that trains");
         }
@@ -194,7 +215,6 @@ fn looked(run: &mut Run, delivered: bool, inputs: &[Seen], home: Option<Seen>, n
             let message = run.site.as_ref().and_then(|site| site.message.clone());
             run.say(message, "nothing: it goes on by itself");
         }
-        RunState::Training => run.say(None, ""),
         RunState::Returning => match home {
             None => return vec![Effect::SendHome],
             Some(home) => {
@@ -231,7 +251,7 @@ fn reported(run: &mut Run, report: RunReport, now_ms: i64) {
     if run.is_making() {
         match report.phase {
             Phase::Waiting | Phase::Publishing | Phase::Published => {}
-            Phase::Training if run.state != RunState::Publishing => run.enter(RunState::Training),
+            Phase::Training if matches!(run.state, RunState::Delivering | RunState::Waiting) => run.enter(RunState::Training),
             Phase::Training => {}
             Phase::Trained if report.has_output => run.enter(RunState::Publishing),
             Phase::Trained => {
@@ -240,12 +260,17 @@ fn reported(run: &mut Run, report: RunReport, now_ms: i64) {
             // The site may notice first, and ends the trainer for it.
             Phase::Failed if now_ms >= run.spec.deadline_ms => run.fail(LATE.into(), now_ms),
             Phase::Failed => {
-                let why = report.ended.as_ref().map(|ended| ended.message.clone()).or_else(|| report.message.clone());
-                run.fail(why.unwrap_or_else(|| "the trainer failed".into()), now_ms);
+                run.fail(report.words().unwrap_or("the trainer failed").into(), now_ms);
             }
         }
     }
     run.site = Some(report);
+    if run.state == RunState::Training
+        && let Some(said) = run.early.take()
+    {
+        // Of a command it was said in vain: that finishes when it ends.
+        let _ = finish(run, said, now_ms);
+    }
 }
 
 fn published(run: &mut Run, model: Model) -> Result<(), Fault> {
@@ -268,12 +293,17 @@ fn published(run: &mut Run, model: Model) -> Result<(), Fault> {
     Ok(())
 }
 
-fn finish(run: &mut Run, failed: Option<String>, now_ms: i64) -> Result<(), Fault> {
+fn finish(run: &mut Run, said: Finish, now_ms: i64) -> Result<(), Fault> {
     let name = run.spec.name.clone();
     if run.state == RunState::Publishing || run.state == RunState::Returning || run.state == RunState::Done {
         return Ok(()); // said before
     }
-    if run.state != RunState::Training {
+    if run.state == RunState::Waiting && run.site.as_ref().is_none_or(|site| site.by_platform) {
+        // A fast platform overtakes the word that it began.
+        run.early = Some(said);
+        return Ok(());
+    }
+    if !matches!(run.state, RunState::Waiting | RunState::Training) {
         return Err(Fault::conflict(format!("run {name} is {}: there is nothing to finish", run.state.as_str()))
             .with_next(format!("see 'packhorse train show {name}'")));
     }
@@ -281,7 +311,7 @@ fn finish(run: &mut Run, failed: Option<String>, now_ms: i64) -> Result<(), Faul
         return Err(Fault::conflict(format!("the trainer of run {name} is a command: it finishes when that ends"))
             .with_next(format!("wait, or 'packhorse train cancel {name}'")));
     }
-    match failed {
+    match said.failed {
         Some(why) => run.fail(format!("the training platform says: {why}"), now_ms),
         None => run.enter(RunState::Publishing),
     }

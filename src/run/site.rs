@@ -1,16 +1,19 @@
 //! A run at the site that trains.
 //!
 //! ```text
-//! waiting ─ inputs there, turn free ─▶ training ─ ended with 0 ─▶ trained ─ hub says publish ─▶ publishing ─▶ published
+//! waiting ─ hub says ready, inputs there, turn free ─▶ training ─ ended with 0 ─▶ trained ─ hub says publish ─▶ publishing ─▶ published
 //!     └──────────────┴─ no trainer, ended badly, time is up, stopped ─▶ failed
 //! ```
 //! Beside the phase stands whether all that was borrowed is gone (`released`): when the hub says that the run is over, or
-//! when its time is up, the hub heard or not.
+//! when its time is up, the hub heard or not. [`may_go`] says what of it may be taken away, whatever was said before.
+
+use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
 use super::{Borrowed, DesiredRun, Ended, Model, RunReport, Spec, Want};
 use crate::limits::TRAINER_STARTS_MAX;
+use crate::names::{ArtifactRef, RunName};
 
 /// How far a run is at the site.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -20,7 +23,7 @@ pub enum Phase {
     Waiting,
     /// The trainer works.
     Training,
-    /// It ended well.
+    /// It ended well; once there is a model, in whatever way.
     Trained,
     /// What it made is being published.
     Publishing,
@@ -37,6 +40,9 @@ pub struct Run {
     pub spec: Spec,
     /// What the hub wants.
     pub want: Want,
+    /// Whether the hub has seen every input arrive.
+    #[serde(default)]
+    pub ready: bool,
     /// What is to be removed in the end, as the hub said last.
     pub borrowed: Vec<Borrowed>,
     /// The model, here or as the hub knows it.
@@ -59,6 +65,9 @@ pub struct Run {
     pub message: Option<String>,
     /// Transfers whose artifacts were removed.
     pub removed: Vec<String>,
+    /// What is there still though it should be gone, and why, by its transfer.
+    #[serde(default)]
+    pub left: BTreeMap<String, String>,
     /// Whether nothing is left to be cleaned up.
     pub released: bool,
 }
@@ -100,6 +109,8 @@ pub struct Seen {
     pub has_output: bool,
     /// Whether a model was published for it here, and the hub has not heard of that yet.
     pub offering: bool,
+    /// An artifact that was published out of the run's folder and is read there: a start, which empties that, would wipe it.
+    pub kept: Option<String>,
 }
 
 /// What happens to a run.
@@ -124,8 +135,20 @@ pub enum Event {
         /// Whether trying again helps.
         again: bool,
     },
-    /// A borrowed input was removed.
-    Removed(String),
+    /// A borrowed input is given back.
+    Removed {
+        /// The transfer that brought it.
+        transfer: String,
+        /// Why it lies there all the same, where only a person can take it away.
+        stays: Option<String>,
+    },
+    /// It could not be removed, which is tried again.
+    NotRemoved {
+        /// The transfer that brought it.
+        transfer: String,
+        /// Why.
+        why: String,
+    },
 }
 
 /// What is to be done for a run. Each may be done twice.
@@ -133,7 +156,7 @@ pub enum Event {
 pub enum Effect {
     /// Start the command from nothing, or call the platform.
     Start,
-    /// End the command.
+    /// End the command; of a platform, tell it that the run is over, which is said once.
     Stop,
     /// Publish the output folder.
     Publish,
@@ -147,6 +170,7 @@ impl Run {
         Self {
             spec: desired.spec,
             want: desired.want,
+            ready: desired.ready,
             borrowed: desired.borrowed,
             model: desired.model,
             phase: Phase::Waiting,
@@ -158,6 +182,7 @@ impl Run {
             has_output: false,
             message: None,
             removed: Vec::new(),
+            left: BTreeMap::new(),
             released: false,
         }
     }
@@ -176,8 +201,19 @@ impl Run {
             model: self.model.clone(),
             message: self.message.clone(),
             removed: self.removed.clone(),
+            left: self.left.values().cloned().collect(),
             released: self.released,
         }
+    }
+
+    /// Whether its trainer reads this artifact, or may begin to.
+    fn uses(&self, artifact: &ArtifactRef) -> bool {
+        let may = match self.phase {
+            Phase::Waiting => self.want == Want::Train,
+            Phase::Training => true,
+            Phase::Trained | Phase::Publishing | Phase::Published | Phase::Failed => false,
+        };
+        may && self.spec.inputs.iter().any(|input| input.artifact == *artifact)
     }
 
     fn is_making(&self) -> bool {
@@ -190,14 +226,23 @@ impl Run {
     }
 }
 
+/// Whether a run may give this back now: the hub still says so in these very words, and no other run here has a use for it. The hub
+/// counts a run that has its model as one that needs nothing more, but a trainer that published by itself may run on.
+pub fn may_go(open: &[Run], run: &RunName, borrowed: &Borrowed) -> bool {
+    let (own, others): (Vec<&Run>, Vec<&Run>) = open.iter().partition(|other| other.spec.name == *run);
+    own.iter().any(|own| own.borrowed.contains(borrowed)) && !others.iter().any(|other| other.uses(&borrowed.artifact))
+}
+
 /// Takes an event.
 pub fn step(run: &Run, event: Event, now_ms: i64) -> (Run, Vec<Effect>) {
     let mut run = run.clone();
     let effects = match event {
         Event::Wanted(desired) => {
             run.want = desired.want;
+            run.ready = desired.ready;
             run.borrowed = desired.borrowed;
             run.model = desired.model.or(run.model);
+            run.left.retain(|transfer, _| run.borrowed.iter().any(|b| b.transfer == *transfer));
             // More may be free to be removed than when it was said before.
             run.released &= run.borrowed.iter().all(|b| run.removed.contains(&b.transfer));
             Vec::new()
@@ -233,10 +278,16 @@ pub fn step(run: &Run, event: Event, now_ms: i64) -> (Run, Vec<Effect>) {
             run.fail(why);
             Vec::new()
         }
-        Event::Removed(transfer) => {
+        Event::Removed { transfer, stays } => {
+            run.left.remove(&transfer);
+            run.left.extend(stays.map(|why| (transfer.clone(), why)));
             if !run.removed.contains(&transfer) {
                 run.removed.push(transfer);
             }
+            Vec::new()
+        }
+        Event::NotRemoved { transfer, why } => {
+            run.left.insert(transfer, why);
             Vec::new()
         }
     };
@@ -247,33 +298,37 @@ fn looked(run: &mut Run, seen: &Seen, now_ms: i64) -> Vec<Effect> {
     let late = now_ms >= run.spec.deadline_ms;
     let running = seen.process == Process::Running;
     run.has_output = seen.has_output;
-    if run.want == Want::Stop || late {
-        if running {
-            return vec![Effect::Stop];
-        }
-        if run.is_making() && run.model.is_none() {
-            run.ended = run.ended.take().or_else(|| match &seen.process {
-                Process::Ended(ended) => Some(ended.clone()),
-                Process::Absent | Process::Running => None,
-            });
-            run.fail(if late { "its time is up" } else { "the run was ended" });
-        }
-        return release(run);
+    let over = run.want == Want::Stop || late;
+    if over && running {
+        return vec![Effect::Stop];
     }
-    if run.want == Want::Release {
-        if let (Phase::Training, Process::Ended(ended)) = (run.phase, &seen.process) {
-            run.phase = Phase::Trained;
-            run.ended = Some(ended.clone());
+    if over || run.want == Want::Release {
+        // A trainer that published by itself may still have something to do; its time is bounded by the run's.
+        if running {
+            run.message = None;
+            return Vec::new();
+        }
+        let mut effects = Vec::new();
+        if let Process::Ended(ended) = &seen.process {
+            run.ended.get_or_insert_with(|| ended.clone());
         }
         if run.is_making() {
             run.message = None;
+            if over && run.model.is_none() {
+                // A platform's process is not ours to end.
+                effects.extend((run.by_platform && run.phase == Phase::Training).then_some(Effect::Stop));
+                run.fail(if late { "its time is up" } else { "the run was ended" });
+            }
         }
-        // That the hub knows a model is what publishing was for.
-        if run.phase == Phase::Publishing {
-            run.phase = Phase::Published;
+        match run.phase {
+            // Whatever trained is gone, and reads nothing any more.
+            Phase::Training => run.phase = Phase::Trained,
+            // That the hub knows a model is what publishing was for.
+            Phase::Publishing => run.phase = Phase::Published,
+            Phase::Waiting | Phase::Trained | Phase::Published | Phase::Failed => {}
         }
-        // A trainer that published by itself may still have something to do; its time is bounded by the run's.
-        return if running { Vec::new() } else { release(run) };
+        effects.extend(release(run));
+        return effects;
     }
     // What the hub has still to hear of decides: nothing may overtake it, nor may its bytes be wiped by another start.
     if seen.offering && !running && run.is_making() {
@@ -284,15 +339,20 @@ fn looked(run: &mut Run, seen: &Seen, now_ms: i64) -> Vec<Effect> {
         return Vec::new();
     }
     match run.phase {
-        Phase::Waiting => match (seen.trainer, &seen.missing) {
-            (Trainer::None, _) => run.fail("this site trains for nobody: its configuration has no [train]"),
-            (_, Some(missing)) => run.message = Some(format!("waits for {missing}")),
-            (_, None) if !seen.turn => run.message = Some("waits for its turn: other runs train here".into()),
-            (trainer, None) => {
-                run.by_platform = trainer == Trainer::Platform;
-                return start(run, now_ms);
+        Phase::Waiting if seen.trainer == Trainer::None => run.fail("this site trains for nobody: its configuration has no [train]"),
+        Phase::Waiting => {
+            // Told before it begins: a platform may say that it has finished before the hub hears that it began.
+            run.by_platform = seen.trainer == Trainer::Platform;
+            match (&seen.missing, &seen.kept) {
+                (Some(missing), _) => run.message = Some(format!("waits for {missing}")),
+                (None, _) if !run.ready => run.message = Some("waits for the hub to say that all of its inputs are here".into()),
+                (None, Some(kept)) => {
+                    run.fail(format!("its folder is that of an older run of this name: {kept}, published out of it, is read there"));
+                }
+                (None, None) if !seen.turn => run.message = Some("waits for its turn: other runs train here".into()),
+                (None, None) => return start(run, now_ms),
             }
-        },
+        }
         Phase::Training if run.by_platform => {
             if run.want == Want::Publish {
                 return publish(run);
@@ -303,10 +363,16 @@ fn looked(run: &mut Run, seen: &Seen, now_ms: i64) -> Vec<Effect> {
         }
         Phase::Training => match &seen.process {
             Process::Running => run.message = None,
-            Process::Absent if run.starts >= TRAINER_STARTS_MAX => {
-                run.fail(format!("the trainer was started {} times and never said how it ended", run.starts));
-            }
-            Process::Absent => return start(run, now_ms),
+            Process::Absent => match &seen.kept {
+                // If it is the run's model, the hub knows it, and says so as soon as there is a line.
+                Some(kept) => {
+                    run.message = Some(format!("its trainer is gone, and is not started anew: {kept} is read in the run's folder"));
+                }
+                None if run.starts >= TRAINER_STARTS_MAX => {
+                    run.fail(format!("the trainer was started {} times and never said how it ended", run.starts));
+                }
+                None => return start(run, now_ms),
+            },
             Process::Ended(ended) => {
                 run.ended = Some(ended.clone());
                 run.message = None;

@@ -1,7 +1,7 @@
 //! The two machines, each alone and both together over a line that loses and repeats what it likes.
 
-use super::hub::{Effect as HubEffect, Event as HubEvent, Run as HubRun, Seen as SeenTransfer};
-use super::site::{Effect, Event, Phase, Process, Run as SiteRun, Seen, Trainer};
+use super::hub::{Effect as HubEffect, Event as HubEvent, Finish, Run as HubRun, Seen as SeenTransfer};
+use super::site::{Effect, Event, Phase, Process, Run as SiteRun, Seen, Trainer, may_go};
 use super::*;
 use crate::api::types::{RunState, State};
 use crate::chunk::Hash;
@@ -45,15 +45,19 @@ fn hub(run: &HubRun, event: HubEvent) -> (HubRun, Vec<HubEffect>) {
 }
 
 fn borrowed() -> Vec<Borrowed> {
-    vec![Borrowed { transfer: "t-1".into(), artifact: "dataset/x:1".parse().unwrap(), digest: Hash([1; 32]) }]
+    vec![Borrowed { transfer: "t-1".into(), artifact: "dataset/x:1".parse().unwrap(), digest: Hash([1; 32]), generation: Some(0) }]
+}
+
+fn removed() -> Event {
+    Event::Removed { transfer: "t-1".into(), stays: None }
 }
 
 fn desired(want: Want) -> DesiredRun {
-    DesiredRun { spec: spec(), want, borrowed: borrowed(), model: None }
+    DesiredRun { spec: spec(), want, borrowed: borrowed(), model: None, ready: true }
 }
 
 fn seen(process: Process) -> Seen {
-    Seen { missing: None, turn: true, trainer: Trainer::Command, process, has_output: true, offering: false }
+    Seen { missing: None, turn: true, trainer: Trainer::Command, process, has_output: true, offering: false, kept: None }
 }
 
 fn site(run: &SiteRun, event: Event) -> (SiteRun, Vec<Effect>) {
@@ -116,6 +120,31 @@ fn a_trainer_that_fails_ends_the_run_and_its_words_are_kept() {
 }
 
 #[test]
+fn a_model_that_could_not_be_published_is_told_though_the_trainer_ended_well() {
+    let (run, _) = hub(&HubRun::new(spec()), looked(State::Done));
+    let publishing = SiteRun { phase: Phase::Publishing, ended: Some(ended(0)), ..SiteRun::new(desired(Want::Publish)) };
+    let (there, _) = site(&publishing, Event::NotPublished { why: "the name is taken".into(), again: false });
+    let (run, _) = hub(&run, HubEvent::Reported(Box::new(there.report())));
+    assert_eq!((run.state, run.message.as_deref()), (RunState::Failed, Some("the name is taken")));
+    assert_eq!(there.report().words(), Some("the name is taken"));
+    assert_eq!(publishing.report().words(), Some("it ended with 0"), "as long as there is nothing worse to say");
+}
+
+#[test]
+fn what_a_site_waits_for_while_it_trains_is_told() {
+    let (run, _) = hub(&HubRun::new(spec()), looked(State::Done));
+    let calling = SiteRun { phase: Phase::Training, by_platform: true, ..SiteRun::new(desired(Want::Train)) };
+    let (calling, _) = site(&calling, Event::NotStarted("the platform answers 503".into()));
+    let (run, _) = hub(&run, HubEvent::Reported(Box::new(calling.report())));
+    let (run, _) = hub(&run, looked(State::Done));
+    assert_eq!((run.state, run.message.as_deref()), (RunState::Training, Some("the platform answers 503")));
+    let (called, _) = site(&calling, Event::Called);
+    let (run, _) = hub(&run, HubEvent::Reported(Box::new(called.report())));
+    let (run, _) = hub(&run, looked(State::Done));
+    assert_eq!((run.message, run.next), (None, None));
+}
+
+#[test]
 fn a_trainer_that_leaves_nothing_fails_the_run() {
     let (run, _) = hub(&HubRun::new(spec()), looked(State::Done));
     let mut there = SiteRun::new(desired(Want::Train));
@@ -158,8 +187,8 @@ fn time_and_people_end_a_run_but_not_one_that_has_its_model() {
 #[test]
 fn only_a_platform_says_that_it_is_finished() {
     let (run, _) = hub(&HubRun::new(spec()), looked(State::Done));
-    let finish = |run: &HubRun| hub::step(run, HubEvent::Finish { failed: None }, 1);
-    assert!(finish(&run).is_err(), "it has not begun");
+    let finish = |run: &HubRun| hub::step(run, HubEvent::Finish(Finish { failed: None }), 1);
+    assert!(finish(&HubRun::new(spec())).is_err(), "it cannot have begun");
     let mut there = SiteRun::new(desired(Want::Train));
     there.phase = Phase::Training;
     let (command, _) = hub(&run, HubEvent::Reported(Box::new(there.report())));
@@ -167,8 +196,26 @@ fn only_a_platform_says_that_it_is_finished() {
     there.by_platform = true;
     let (platform, _) = hub(&run, HubEvent::Reported(Box::new(there.report())));
     assert_eq!(finish(&platform).unwrap().0.state, RunState::Publishing);
-    let (failed, _) = hub(&platform, HubEvent::Finish { failed: Some("no GPU".into()) });
+    let no_gpu = HubEvent::Finish(Finish { failed: Some("no GPU".into()) });
+    let (failed, _) = hub(&platform, no_gpu.clone());
     assert_eq!((failed.state, failed.message.as_deref()), (RunState::Failed, Some("the training platform says: no GPU")));
+    // Said before the hub has heard that it began: it holds from then on, and of a command it never does.
+    let began = |run: &HubRun, by_platform| {
+        let there = SiteRun { phase: Phase::Training, by_platform, ..SiteRun::new(desired(Want::Train)) };
+        hub(run, HubEvent::Reported(Box::new(there.report()))).0
+    };
+    let (early, _) = finish(&run).unwrap();
+    assert_eq!((early.state, early.want()), (RunState::Waiting, Want::Train));
+    assert_eq!((began(&early, true).state, began(&early, false).state), (RunState::Publishing, RunState::Training));
+    let (early, _) = hub(&run, no_gpu);
+    assert_eq!(began(&early, true).state, RunState::Failed);
+    // A site says who trains before it begins.
+    let waits = |trainer| {
+        let seen = Seen { trainer, missing: Some("dataset/x:1".into()), ..seen(Process::Absent) };
+        let (there, _) = site(&SiteRun::new(desired(Want::Train)), Event::Looked(seen));
+        hub(&run, HubEvent::Reported(Box::new(there.report()))).0
+    };
+    assert!(finish(&waits(Trainer::Platform)).is_ok() && finish(&waits(Trainer::Command)).is_err());
 }
 
 #[test]
@@ -194,9 +241,78 @@ fn a_site_trains_publishes_and_cleans_up() {
     let (run, _) = site(&run, Event::Wanted(Box::new(desired(Want::Release))));
     let (run, effects) = site(&run, Event::Looked(seen(Process::Ended(ended(0)))));
     assert_eq!((run.released, effects), (false, vec![Effect::Remove(borrowed())]));
-    let (run, _) = site(&run, Event::Removed("t-1".into()));
+    let (run, _) = site(&run, removed());
     let (run, effects) = site(&run, Event::Looked(seen(Process::Ended(ended(0)))));
     assert_eq!((run.released, effects), (true, vec![]));
+}
+
+#[test]
+fn nothing_begins_before_the_hub_has_seen_every_input_arrive() {
+    // All of it is listed at the site, and may be gone from its disk.
+    let told = |ready| Event::Wanted(Box::new(DesiredRun { ready, ..desired(Want::Train) }));
+    let (run, _) = site(&SiteRun::new(desired(Want::Train)), told(false));
+    let (run, effects) = site(&run, Event::Looked(seen(Process::Absent)));
+    assert_eq!((run.phase, effects), (Phase::Waiting, vec![]));
+    let (run, _) = site(&run, told(true));
+    assert_eq!(site(&run, Event::Looked(seen(Process::Absent))).1, [Effect::Start]);
+    let delivering = HubRun::new(spec());
+    assert!(!delivering.is_ready() && hub(&delivering, looked(State::Done)).0.is_ready());
+    // An older hub does not know the word.
+    let mut text = serde_json::to_value(desired(Want::Train)).unwrap();
+    text.as_object_mut().unwrap().remove("ready");
+    text["borrowed"][0].as_object_mut().unwrap().remove("generation");
+    let desired: DesiredRun = serde_json::from_value(text).unwrap();
+    assert!(desired.ready && desired.borrowed[0].generation.is_none());
+}
+
+#[test]
+fn what_another_run_uses_stays_and_so_does_what_the_hub_no_longer_means() {
+    let over = SiteRun { phase: Phase::Trained, want: Want::Release, ..SiteRun::new(desired(Want::Release)) };
+    let named = |name: &str, phase, want| {
+        let spec = Spec { name: name.parse().unwrap(), ..spec() };
+        SiteRun { spec, phase, want, ..over.clone() }
+    };
+    let may = |others: &[SiteRun], what: &Borrowed| {
+        let open: Vec<SiteRun> = others.iter().cloned().chain([over.clone()]).collect();
+        may_go(&open, &over.spec.name, what)
+    };
+    let ours = borrowed().remove(0);
+    assert!(may(&[], &ours));
+    assert!(may(&[named("s", Phase::Failed, Want::Stop), named("q", Phase::Waiting, Want::Stop)], &ours));
+    assert!(!may(&[named("s", Phase::Waiting, Want::Train)], &ours), "it may begin at any moment");
+    assert!(!may(&[named("s", Phase::Training, Want::Release)], &ours), "it published by itself, and runs on");
+    let mut other = named("s", Phase::Training, Want::Train);
+    other.spec.inputs.retain(|input| input.artifact != ours.artifact);
+    assert!(may(&[other], &ours), "it reads something else");
+    assert!(!may(&[], &Borrowed { generation: Some(1), ..ours.clone() }), "brought anew since");
+    assert!(!may_go(&[], &over.spec.name, &ours), "nobody knows the run");
+
+    // Once its process is gone a run uses nothing, whatever came of it.
+    for (want, process) in [(Want::Release, Process::Absent), (Want::Stop, Process::Ended(ended(1)))] {
+        let wanted = DesiredRun { model: Some(model()), ..desired(want) };
+        let run = SiteRun { phase: Phase::Training, want, ..SiteRun::new(wanted) };
+        let (run, effects) = site(&run, Event::Looked(seen(process)));
+        assert_eq!((run.phase, effects), (Phase::Trained, vec![Effect::Remove(borrowed())]));
+    }
+}
+
+#[test]
+fn what_cannot_be_given_back_is_told_and_tried_again() {
+    let ended_run = || SiteRun { phase: Phase::Failed, message: Some("it ended with 3".into()), ..SiteRun::new(desired(Want::Stop)) };
+    let failed = HubRun { state: RunState::Failed, message: Some("it ended with 3".into()), ..HubRun::new(spec()) };
+    let told = |run: &SiteRun| hub(&failed, HubEvent::Reported(Box::new(run.report()))).0.told().unwrap();
+    let (run, _) = site(&ended_run(), Event::NotRemoved { transfer: "t-1".into(), why: "dataset/x:1: the NAS is away".into() });
+    assert_eq!(told(&run), "it ended with 3; at b: dataset/x:1: the NAS is away");
+    let (run, effects) = site(&run, Event::Looked(seen(Process::Absent)));
+    assert_eq!((run.released, effects), (false, vec![Effect::Remove(borrowed())]));
+    let (run, _) = site(&run, removed());
+    assert_eq!(told(&run), "it ended with 3");
+    // What stays for good holds nobody up, and is told to the end.
+    let (run, _) = site(&ended_run(), Event::Removed { transfer: "t-1".into(), stays: Some("image/x:1 stays".into()) });
+    let (run, _) = site(&run, Event::Wanted(Box::new(desired(Want::Stop))));
+    let (run, effects) = site(&run, Event::Looked(seen(Process::Absent)));
+    assert_eq!((run.released, effects), (true, vec![]));
+    assert_eq!(told(&run), "it ended with 3; at b: image/x:1 stays");
 }
 
 #[test]
@@ -242,6 +358,24 @@ fn nothing_overtakes_or_wipes_a_model_that_the_hub_has_not_heard_of() {
 }
 
 #[test]
+fn a_start_wipes_nothing_that_was_published_out_of_the_folder() {
+    let kept = |process| Seen { kept: Some("model/m:r".into()), ..seen(process) };
+    let (run, _) = site(&SiteRun::new(desired(Want::Train)), Event::Looked(seen(Process::Absent)));
+    // The hub has heard of the model and says so in a moment: the machine went down in between.
+    let (gone, effects) = site(&run, Event::Looked(kept(Process::Absent)));
+    assert_eq!((gone.phase, gone.starts, effects), (Phase::Training, 1, vec![]));
+    let (heard, _) = site(&gone, Event::Wanted(Box::new(DesiredRun { model: Some(model()), ..desired(Want::Release) })));
+    let (heard, effects) = site(&heard, Event::Looked(kept(Process::Absent)));
+    assert_eq!((heard.phase, effects), (Phase::Trained, vec![Effect::Remove(borrowed())]));
+    // One that ended well publishes what it left, whatever else it published on its way.
+    let (ended_well, _) = site(&run, Event::Looked(kept(Process::Ended(ended(0)))));
+    assert_eq!(ended_well.phase, Phase::Trained);
+    // A folder that an older run of this name left.
+    let (failed, effects) = site(&SiteRun::new(desired(Want::Train)), Event::Looked(kept(Process::Absent)));
+    assert_eq!((failed.phase, effects), (Phase::Failed, vec![]));
+}
+
+#[test]
 fn stopping_ends_the_trainer_before_anything_is_removed() {
     let (run, _) = site(&SiteRun::new(desired(Want::Train)), Event::Looked(seen(Process::Absent)));
     let (run, _) = site(&run, Event::Wanted(Box::new(desired(Want::Stop))));
@@ -259,7 +393,7 @@ fn when_time_is_up_a_site_cleans_up_though_it_hears_nothing() {
     assert_eq!(effects, [Effect::Stop]);
     let (run, effects) = site::step(&run, Event::Looked(seen(Process::Absent)), 1001);
     assert_eq!((run.phase, effects), (Phase::Failed, vec![Effect::Remove(borrowed())]));
-    let (run, _) = site(&run, Event::Removed("t-1".into()));
+    let (run, _) = site(&run, removed());
     let (run, effects) = site::step(&run, Event::Looked(seen(Process::Absent)), 1002);
     assert_eq!((run.released, effects), (false, vec![]), "the hub may still have something to say");
 }
@@ -288,6 +422,21 @@ fn a_platform_is_called_until_it_answers() {
     assert_eq!((run.phase, effects), (Phase::Failed, vec![]));
 }
 
+#[test]
+fn a_platform_is_told_once_that_its_run_is_over_without_a_model() {
+    let look = || Event::Looked(Seen { trainer: Trainer::Platform, ..seen(Process::Absent) });
+    let (run, _) = site(&SiteRun::new(desired(Want::Train)), look());
+    let (run, _) = site(&run, Event::Called);
+    let remove = Effect::Remove(borrowed());
+    let (late, effects) = site::step(&run, look(), 1000);
+    assert_eq!((late.phase, effects), (Phase::Failed, vec![Effect::Stop, remove.clone()]));
+    assert_eq!(site::step(&late, look(), 1001).1, std::slice::from_ref(&remove));
+    // It published by itself, or was never called.
+    let (done, _) = site(&run, Event::Wanted(Box::new(DesiredRun { model: Some(model()), ..desired(Want::Release) })));
+    assert_eq!(site(&done, look()).1, std::slice::from_ref(&remove));
+    assert_eq!(site(&SiteRun::new(desired(Want::Stop)), look()).1, [remove]);
+}
+
 /// Both machines, and a world that does what they ask; messages are lost and repeated, and either side may at any moment
 /// begin anew from what it has written.
 mod together {
@@ -305,6 +454,10 @@ mod together {
         removed: bool,
         exit: i32,
         cancelled: bool,
+        /// The site's catalogue still lists an input that its disk has lost.
+        stale: bool,
+        /// The first removal fails.
+        stuck: bool,
     }
 
     impl World {
@@ -345,9 +498,13 @@ mod together {
                     }
                     Effect::Remove(list) => {
                         assert_ne!(self.process, Process::Running, "nothing is taken from under a trainer");
-                        if matches!(self.input, State::Done | State::Cancelled) {
+                        if std::mem::take(&mut self.stuck) {
+                            for b in list {
+                                self.site_event(Event::NotRemoved { transfer: b.transfer, why: "it is held".into() });
+                            }
+                        } else if matches!(self.input, State::Done | State::Cancelled) {
                             self.removed = true;
-                            list.into_iter().for_each(|b| self.site_event(Event::Removed(b.transfer)));
+                            list.into_iter().for_each(|b| self.site_event(Event::Removed { transfer: b.transfer, stays: None }));
                         }
                     }
                 }
@@ -363,7 +520,8 @@ mod together {
                 1 if self.delivered && self.input == State::Queued => self.input = State::Done,
                 2 if self.home == Some(State::Queued) => self.home = Some(State::Done),
                 3 => {
-                    let wanted = DesiredRun { want: self.hub.want(), model: self.hub.model.clone(), ..desired(Want::Train) };
+                    let (model, ready) = (self.hub.model.clone(), self.hub.is_ready());
+                    let wanted = DesiredRun { want: self.hub.want(), model, ready, ..desired(Want::Train) };
                     if self.site.is_none() {
                         self.site = Some(SiteRun::new(wanted.clone()));
                     }
@@ -375,7 +533,7 @@ mod together {
                     }
                 }
                 5 | 6 => {
-                    let missing = (self.input != State::Done).then(|| "dataset/x:1".to_owned());
+                    let missing = (self.input != State::Done && !self.stale).then(|| "dataset/x:1".to_owned());
                     let process = self.process.clone();
                     self.site_event(Event::Looked(Seen { missing, ..seen(process) }));
                 }
@@ -388,7 +546,11 @@ mod together {
 
     proptest! {
         #[test]
-        fn every_run_ends_and_gives_back(turns in proptest::collection::vec(any::<u8>(), 0..60), exit in 0..2i32, cancelled in any::<bool>()) {
+        fn every_run_ends_and_gives_back(
+            turns in proptest::collection::vec(any::<u8>(), 0..60),
+            exit in 0..2i32,
+            [cancelled, stale, stuck] in any::<[bool; 3]>(),
+        ) {
             let mut world = World {
                 hub: HubRun::new(spec()),
                 site: None,
@@ -399,6 +561,8 @@ mod together {
                 removed: false,
                 exit,
                 cancelled,
+                stale,
+                stuck,
             };
             turns.into_iter().for_each(|what| world.turn(what));
             // From wherever that led: when everything works again, it ends.
@@ -409,7 +573,7 @@ mod together {
                 }
                 prop_assert!(round < 39, "{:?} {:?}", world.hub, world.site);
             }
-            prop_assert!(world.removed && world.site.as_ref().unwrap().released);
+            prop_assert!(world.removed && world.site.as_ref().is_some_and(|site| site.released && site.left.is_empty()));
             let wanted = match (exit, cancelled) {
                 (0, false) => vec![RunState::Done],
                 (0, true) => vec![RunState::Done, RunState::Cancelled],

@@ -367,9 +367,9 @@ impl Sink for FilesSink {
         .await
     }
 
-    async fn remove(&self, artifact: &ArtifactRef) -> Result<(), Fault> {
+    async fn remove(&self, artifact: &ArtifactRef) -> Result<Option<String>, Fault> {
         let (this, artifact) = (self.clone(), artifact.clone());
-        blocking(move || this.remove_blocking(&artifact)).await
+        blocking(move || this.remove_blocking(&artifact)).await.map(|()| None)
     }
 
     async fn probe(&self) -> Result<String, Fault> {

@@ -13,6 +13,7 @@ use std::path::{Path, PathBuf};
 use async_trait::async_trait;
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
+use tokio::sync::watch;
 use unicode_normalization::UnicodeNormalization;
 
 use crate::fault::Fault;
@@ -105,9 +106,10 @@ pub trait Sink: Send + Sync {
         Ok(false)
     }
 
-    /// A large file is whole and durable in the staging folder while others are on their way: what takes long at the far end
-    /// may begin. A hint, which need not come; what fails is tried again, and told, by the commit.
-    async fn arrived(&self, _incoming: &Incoming, _staged: &Path, _path: &RelPath, _file: &FileInfo) {}
+    /// A large file begins to grow in the staging folder: what takes long at the far end may begin. `grown` says how many bytes
+    /// lie there from its beginning on, and closes too early when the rest does not come now. A hint, which need not come; what
+    /// fails is tried again, and told, by the commit.
+    async fn arriving(&self, _incoming: &Incoming, _staged: &Path, _path: &RelPath, _file: &FileInfo, _grown: watch::Receiver<u64>) {}
 
     /// Makes the staged artifact visible, whole, and durable. `staged` is `<staging_root>/<transfer>`; files for which
     /// [`Sink::holds`] said yes are absent from it. On success the staged folder is gone.
@@ -133,8 +135,9 @@ pub trait Sink: Send + Sync {
         Ok(())
     }
 
-    /// Takes a committed artifact away. Removing what is not there succeeds.
-    async fn remove(&self, artifact: &ArtifactRef) -> Result<(), Fault>;
+    /// Takes a committed artifact away. Removing what is not there succeeds. Says why it stays where the far end takes nothing away,
+    /// however often it is asked.
+    async fn remove(&self, artifact: &ArtifactRef) -> Result<Option<String>, Fault>;
 
     /// Whether the far end answers and the credentials are good; for `doctor` and `/readyz`.
     async fn probe(&self) -> Result<String, Fault>;

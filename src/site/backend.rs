@@ -200,8 +200,12 @@ impl Backend for Site {
         let this = self.clone();
         self.inner.jobs.start(move |progress| async move {
             let mut faults = this.verify_now(row, progress).await?;
-            if repair && !faults.is_empty() {
-                faults.push(this.ask_again(&artifact).await?);
+            if let Some(first) = faults.first().filter(|_| repair) {
+                let found = faults.len();
+                // A fault takes the place of the findings: what was found is said with it.
+                let in_vain = |fault: Fault| fault.context(format!("{found} found, the first: {first}; what lacks cannot be brought now"));
+                let asked = this.ask_again(&artifact).await.map_err(in_vain)?;
+                faults.push(asked);
             }
             Ok(faults)
         })

@@ -19,8 +19,8 @@ use crate::fault::{Code, Fault, Retry};
 use crate::fetch::blocking;
 use crate::limits::{BACKOFF_FIRST, BACKOFF_MAX, TRAINER_CALL_MAX, TRAINER_LOOK_EVERY};
 use crate::names::{Kind, RunName};
-use crate::run::site::{Effect, Event, Phase, Process, Run, Seen, Trainer, step};
-use crate::run::{Borrowed, DesiredRun, Lineage, Model, RunReport};
+use crate::run::site::{Effect, Event, Phase, Process, Run, Seen, Trainer, may_go, step};
+use crate::run::{Borrowed, DesiredRun, Input, Lineage, Model, RunReport};
 use crate::trainer::Folder;
 
 /// Runs that are looked at.
@@ -90,7 +90,7 @@ impl Site {
             for id in std::mem::take(&mut report.removed) {
                 // What was brought again since is there.
                 let gone = match self.inner.catalogue.transfer(&id).await {
-                    Ok(row) => given_back(&row) == Some(true),
+                    Ok(row) => row.state == State::Cancelled || row.state == State::Done && row.removed_ms.is_some(),
                     Err(fault) if fault.code == Code::NotFound => true,
                     Err(fault) => return Err(fault),
                 };
@@ -168,6 +168,8 @@ impl Site {
         let (after, effects) = step(&before, event, now_ms());
         if after != before {
             if after.phase != before.phase {
+                // What failed was another thing.
+                self.inner.runs.again.lock().remove(name);
                 tracing::info!(run = %name, phase = ?after.phase, why = after.message.as_deref().unwrap_or_default(), "a run");
             }
             self.save_run(&after).await?;
@@ -192,12 +194,7 @@ impl Site {
         let mut missing = None;
         if run.phase == Phase::Waiting {
             for input in &run.spec.inputs {
-                let there = match catalogue.artifact(&input.artifact).await {
-                    Ok(row) => row.place.is_some() && row.digest == input.digest,
-                    Err(fault) if fault.code == Code::NotFound => false,
-                    Err(fault) => return Err(fault),
-                };
-                if !there {
+                if !self.is_listed(input).await? {
                     missing = Some(input.artifact.to_string());
                     break;
                 }
@@ -209,16 +206,51 @@ impl Site {
         let folder = self.folder(run);
         // A folder of a run that this one has not started is another's.
         let fresh = run.starts == 0;
-        let (process, has_output) = blocking(move || match fresh {
-            true => Ok((Process::Absent, false)),
-            false => Ok((folder.process()?, folder.has_output())),
+        let (process, has_output, resolved) = blocking(move || {
+            let resolved = folder.path().canonicalize().ok();
+            Ok(match fresh {
+                true => (Process::Absent, false, resolved),
+                false => (folder.process()?, folder.has_output(), resolved),
+            })
         })
         .await?;
         // After the process: what a trainer that has ended published, it published before.
         let name = Some(run.spec.name.as_str());
         let offers = catalogue.offers().await?;
         let offering = offers.iter().any(|row| row.offer.as_ref().and_then(|offer| offer.run.as_deref()) == name);
-        Ok(Seen { missing, turn: training < at_once as usize, trainer: self.trainer(), process, has_output, offering })
+        let kept = match resolved {
+            Some(folder) if process == Process::Absent => catalogue.published_in(&folder).await?.map(|artifact| artifact.to_string()),
+            _ => None,
+        };
+        Ok(Seen { missing, turn: training < at_once as usize, trainer: self.trainer(), process, has_output, offering, kept })
+    }
+
+    /// Whether an input is here as far as the catalogue knows. One that is being brought anew is not, until it has landed.
+    async fn is_listed(&self, input: &Input) -> Result<bool, Fault> {
+        let catalogue = &self.inner.catalogue;
+        match catalogue.artifact(&input.artifact).await {
+            Ok(row) if row.place.is_some() && row.digest == input.digest => {}
+            Err(fault) if fault.code != Code::NotFound => return Err(fault),
+            _ => return Ok(false),
+        }
+        Ok(catalogue.transfers_of_artifact(&input.artifact).await?.iter().all(|row| row.state.is_final()))
+    }
+
+    /// Looks at the inputs themselves, before a trainer is given them. What was published here in place may have been edited since:
+    /// a model of that would be said to be made of something else.
+    async fn check_inputs(&self, run: &Run) -> Result<(), Fault> {
+        for Input { artifact, digest, .. } in &run.spec.inputs {
+            let in_place = artifact.kind.is_files() && self.inner.catalogue.artifact(artifact).await?.published;
+            let changed = if in_place { self.look_over(artifact, true).await? } else { None };
+            if let Some(how) = changed {
+                return Err(Fault::integrity(format!("{artifact} is no longer what was published: {how}")));
+            }
+            // A sink that does not answer now may do so when the trainer asks it.
+            if let Ok(false) = self.inner.runner.holds(artifact, *digest).await {
+                return Err(Fault::not_found(format!("{artifact} is not here any more")));
+            }
+        }
+        Ok(())
     }
 
     async fn run_effect(&self, run: &Run, effect: Effect) -> Result<(), Fault> {
@@ -241,6 +273,12 @@ impl Site {
                 Ok(()) => Ok(()),
                 Err(fault) => self.take(name, Some(Event::NotStarted(fault.message))).await.map(|_| ()),
             },
+            Effect::Stop if run.by_platform => {
+                if let Err(fault) = self.call_off(run).await {
+                    tracing::warn!(run = %name, error = %fault, "the training platform could not be told that a run is over");
+                }
+                Ok(())
+            }
             Effect::Stop => {
                 let folder = self.folder(run);
                 blocking(move || folder.stop()).await
@@ -259,10 +297,31 @@ impl Site {
                 self.take(name, Some(event)).await.map(|_| ())
             }
             Effect::Remove(list) => {
+                if self.is_too_soon(name) {
+                    return Ok(());
+                }
+                let mut again = false;
                 for borrowed in list {
-                    if self.give_back(&borrowed).await? {
-                        self.take(name, Some(Event::Removed(borrowed.transfer))).await?;
-                    }
+                    let artifact = borrowed.artifact.clone();
+                    // One that cannot be removed must not keep the others here.
+                    let event = match self.give_back(name, &borrowed).await {
+                        Ok(Back::NotNow) => continue,
+                        Ok(Back::Gone) => Event::Removed { transfer: borrowed.transfer, stays: None },
+                        Ok(Back::Stays(why)) => {
+                            let stays = Some(format!("{artifact} stays, and only a person can remove it: {why}"));
+                            Event::Removed { transfer: borrowed.transfer, stays }
+                        }
+                        Err(fault) => {
+                            tracing::warn!(run = %name, %artifact, error = %fault, "a borrowed artifact could not be removed; tried again");
+                            again = true;
+                            let why = format!("{artifact} could not be removed, which is tried again: {}", fault.message);
+                            Event::NotRemoved { transfer: borrowed.transfer, why }
+                        }
+                    };
+                    self.take(name, Some(event)).await?;
+                }
+                if again {
+                    self.put_off(name);
                 }
                 Ok(())
             }
@@ -283,6 +342,7 @@ impl Site {
 
     async fn start_command(&self, run: &Run) -> Result<(), Fault> {
         let Some(train) = &self.inner.config.train else { return Err(Fault::config("there is no [train]")) };
+        self.check_inputs(run).await?;
         let descriptor = self.descriptor(run).await?;
         let folder = self.folder(run);
         let path = folder.descriptor().display().to_string();
@@ -302,18 +362,32 @@ impl Site {
     }
 
     async fn call_platform(&self, run: &Run) -> Result<(), Fault> {
-        let url = self.inner.config.train.as_ref().and_then(|train| train.url.clone());
-        let Some(url) = url else { return Err(Fault::config("there is no [train] url")) };
+        self.check_inputs(run).await?;
         let descriptor = self.descriptor(run).await?;
         let (folder, text, id) = (self.folder(run), descriptor.clone(), run.spec.id.clone());
         // A platform may have taken a call that was not answered: what it has written since must stay.
-        blocking(move || if folder.is_of(&id)? { Ok(()) } else { folder.prepare(&text) }).await?;
+        blocking(move || if folder.descriptor_of(&id)?.is_some() { Ok(()) } else { folder.prepare(&text) }).await?;
+        self.post(&descriptor).await
+    }
+
+    /// Tells a platform that its run is over, in the words of the call.
+    async fn call_off(&self, run: &Run) -> Result<(), Fault> {
+        let (folder, id) = (self.folder(run), run.spec.id.clone());
+        // Without them it was never called.
+        let Some(mut descriptor) = blocking(move || folder.descriptor_of(&id)).await? else { return Ok(()) };
+        descriptor["cancel"] = true.into();
+        self.post(&descriptor).await
+    }
+
+    async fn post(&self, descriptor: &Value) -> Result<(), Fault> {
+        let url = self.inner.config.train.as_ref().and_then(|train| train.url.clone());
+        let Some(url) = url else { return Err(Fault::config("there is no [train] url")) };
         // Set once a process; whoever came first chose the same.
         let _ = rustls::crypto::ring::default_provider().install_default();
         let client = reqwest::Client::builder().redirect(reqwest::redirect::Policy::none()).timeout(TRAINER_CALL_MAX).build();
         let client = client.map_err(|e| Fault::internal(format!("cannot make an HTTP client: {e}")))?;
         let unreachable = |why: String| Fault::unreachable(format!("the training platform at {url} {why}"));
-        let answer = client.post(&url).json(&descriptor).send().await.map_err(|e| unreachable(format!("does not answer: {e}")))?;
+        let answer = client.post(&url).json(descriptor).send().await.map_err(|e| unreachable(format!("does not answer: {e}")))?;
         if answer.status().is_success() { Ok(()) } else { Err(unreachable(format!("answers {}", answer.status()))) }
     }
 
@@ -376,55 +450,82 @@ impl Site {
         Ok(Model { artifact, digest: crate::chunk::Hash(digest) })
     }
 
-    /// Removes a borrowed input. `false`: it is still on its way here, and is being given up.
-    async fn give_back(&self, borrowed: &Borrowed) -> Result<bool, Fault> {
-        let inner = &self.inner;
+    /// Removes a borrowed input.
+    async fn give_back(&self, run: &RunName, borrowed: &Borrowed) -> Result<Back, Fault> {
+        let (inner, artifact) = (&self.inner, &borrowed.artifact);
         let row = match inner.catalogue.transfer(&borrowed.transfer).await {
             Ok(row) => row,
-            Err(fault) if fault.code == Code::NotFound => return Ok(true),
+            Err(fault) if fault.code == Code::NotFound => return Ok(Back::Gone),
             Err(fault) => return Err(fault),
         };
-        // Whoever waits for one that is still on its way keeps the others waiting.
-        if let Some(given_back) = given_back(&row) {
-            return Ok(given_back);
+        // Whoever waits for one that is still on its way, or is being given up, keeps the others waiting.
+        if !stands_still(&row) {
+            return Ok(Back::NotNow);
         }
         // It may be begun again at any moment; then it lands after this, or this finds that it has landed anew.
-        let generation = row.generation;
-        let _alone = inner.runner.alone_with(&row.artifact).await;
+        let _alone = inner.runner.alone_with(artifact).await;
         let row = inner.catalogue.transfer(&row.id).await?;
-        if row.generation != generation {
+        if !stands_still(&row) || borrowed.generation.is_some_and(|meant| meant != row.generation) {
             // The next look knows whether it is to go again.
-            return Ok(false);
+            return Ok(Back::NotNow);
         }
-        if let Some(given_back) = given_back(&row) {
-            return Ok(given_back);
+        if row.removed_ms.is_some() {
+            return Ok(Back::Gone);
         }
-        let artifact = &row.artifact;
-        let lies = inner.catalogue.artifact(artifact).await.ok();
-        // What lies elsewhere than this transfer put it was published here since.
-        if lies.as_ref().is_none_or(|there| !there.published && (there.location == row.body.location || there.location.is_none())) {
-            inner.sinks.of(artifact.kind).remove(artifact).await?;
+        let there = match inner.catalogue.artifact(artifact).await {
+            Ok(there) => Some(there),
+            Err(fault) if fault.code == Code::NotFound => None,
+            Err(fault) => return Err(fault),
+        };
+        // What was published here since, or brought by another transfer, is not this one's. Nor is what a cancelled one found here,
+        // unless it had landed itself before it was begun again.
+        let others = inner.catalogue.transfers_of_artifact(artifact).await?;
+        let stands = |other: &TransferRow| other.removed_ms.is_none() && !matches!(other.state, State::Failed | State::Cancelled);
+        let others = others.iter().any(|other| other.id != row.id && stands(other));
+        let ours = match &there {
+            Some(there) => !there.published && (row.state == State::Done || there.location.is_some()),
+            None => row.state == State::Done,
+        };
+        let mut stays = None;
+        if ours && !others {
+            {
+                // Who looks for it from here on misses it, and who has found it stands in the catalogue.
+                let _turn = inner.runs.turn.lock().await;
+                if !may_go(&inner.catalogue.runs::<Run>(true, OPEN_MAX).await?, run, borrowed) {
+                    return Ok(Back::NotNow);
+                }
+                if let Some(there) = there.filter(|there| there.place.is_some()) {
+                    inner.catalogue.set_place(artifact, None, there.location.as_deref()).await?;
+                }
+            }
+            stays = inner.sinks.of(artifact.kind).remove(artifact).await?;
             let (places, digest) = (inner.shared.places.clone(), row.digest);
             blocking(move || places.remove_digest(digest)).await?;
             inner.catalogue.remove_artifact(artifact).await?;
-            tracing::info!(%artifact, transfer = %row.id, "a borrowed artifact was removed");
+            tracing::info!(%artifact, transfer = %row.id, stays = stays.as_deref().unwrap_or_default(), "a borrowed artifact was removed");
         }
         // Begun again meanwhile, it waits to bring everything anew: that is not to be noted as taken away.
-        if let Some(given_back) = given_back(&inner.catalogue.transfer(&row.id).await?) {
-            return Ok(given_back);
+        if !stands_still(&inner.catalogue.transfer(&row.id).await?) {
+            return Ok(Back::NotNow);
         }
         inner.catalogue.set_removed(&row.id, now_ms()).await?;
-        Ok(true)
+        Ok(stays.map_or(Back::Gone, Back::Stays))
     }
 }
 
-/// Whether what a transfer brought is gone, or was never there; `None`: it is there. `Some(false)`: still on its way.
-fn given_back(row: &TransferRow) -> Option<bool> {
-    match row.state {
-        State::Done if row.removed_ms.is_none() => None,
-        State::Done | State::Cancelled => Some(true),
-        _ => Some(false),
-    }
+/// What came of giving something back.
+enum Back {
+    /// It is on its way here, or wanted again.
+    NotNow,
+    /// Nothing of it is here.
+    Gone,
+    /// It is forgotten, and lies where nobody but a person can take it away, for this reason.
+    Stays(String),
+}
+
+/// Whether a transfer neither goes on nor is still to be given up.
+fn stands_still(row: &TransferRow) -> bool {
+    matches!(row.state, State::Done | State::Cancelled)
 }
 
 /// Whether a run has its turn. One that has ended, and waits only for the hub to hear of its model, has not.

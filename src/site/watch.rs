@@ -101,7 +101,7 @@ impl Site {
     }
 
     /// Looks at an artifact, and notes what changed, which is also the answer. `None`: it is sound, or nothing can be said.
-    async fn look_over(&self, artifact: &ArtifactRef, hurry: bool) -> Result<Option<String>, Fault> {
+    pub(super) async fn look_over(&self, artifact: &ArtifactRef, hurry: bool) -> Result<Option<String>, Fault> {
         let inner = &self.inner;
         // It may have been withdrawn since it was listed.
         let Ok(row) = inner.catalogue.artifact(artifact).await else { return Ok(None) };

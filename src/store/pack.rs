@@ -23,8 +23,6 @@ const MAGIC: &[u8; 8] = b"PHPACK01";
 const BUFFERS_KEPT: usize = 16;
 /// The smallest buffer worth keeping.
 const BUFFER_BYTES_MIN: usize = 128 << 10;
-/// Buffers are multiples of this.
-const BUFFER_STEP: usize = 256 << 10;
 /// The largest buffer that is kept.
 const BUFFER_BYTES_MAX: usize = 2 << 20;
 /// Pieces of one write to a pack.
@@ -147,12 +145,7 @@ impl Packs {
 
     /// Bytes of a pack. A pack that is shorter than the index says is damage, not an I/O error.
     pub(super) fn read(&self, number: u32, offset: u64, len: usize) -> Result<Bytes, Fault> {
-        let mut out = if len < BUFFER_BYTES_MIN { vec![0; len] } else { self.buffers.take(len) };
-        if out.len() < len {
-            // Of round sizes, and never shortened: answers are of about one length, and to grow a little each time is to copy
-            // and to clear each time.
-            out = vec![0; len.next_multiple_of(BUFFER_STEP)];
-        }
+        let mut out = self.buffers.room(len);
         match self.file(number)?.read_exact_at(&mut out[..len], offset) {
             Ok(()) => Ok(self.buffers.lend(out).slice(..len)),
             Err(e) if e.kind() == std::io::ErrorKind::UnexpectedEof => {

@@ -13,6 +13,7 @@
 mod committer;
 mod ends;
 mod estimate;
+mod growing;
 mod names;
 mod producer;
 mod recent;
@@ -48,6 +49,7 @@ use crate::wire::Wanted;
 use committer::Committer;
 use ends::Held;
 pub use estimate::{Estimate, free_room};
+use growing::{Arrival, Growing};
 use producer::Producer;
 use recent::Recent;
 use worker::{READ_BYTES, Worker};
@@ -133,8 +135,6 @@ struct Dest {
     /// Open while chunks of it are on the way; files of one chunk are opened, written and closed.
     handle: Mutex<Option<Arc<File>>>,
     announced: AtomicBool,
-    /// Bytes of it that this pass put in place.
-    placed: AtomicU64,
 }
 
 struct Item {
@@ -304,8 +304,7 @@ impl Assembly {
             unsynced: 0,
             large: HashMap::new(),
             small: Vec::new(),
-            whole: Vec::new(),
-            arrived,
+            growing: Growing::new(arrived),
             shares: Vec::new(),
         };
         threads.push(guard(&failure, Box::new(move || committer.run(&done_queue))));
@@ -358,12 +357,12 @@ impl Assembly {
 }
 
 impl Assembly {
-    /// Lets the sink begin with large files that are whole while the rest is on its way.
-    async fn hand_on(self, arrivals: mpsc::Receiver<Arc<Dest>>) {
+    /// Lets the sink begin with large files while they and the rest are on their way.
+    async fn hand_on(self, arrivals: mpsc::Receiver<Arrival>) {
         let (this, staged) = (&self, &self.staged());
-        stream::unfold(arrivals, |mut arrivals| async move { arrivals.recv().await.map(|dest| (dest, arrivals)) })
-            .for_each_concurrent(ARRIVALS_AT_ONCE, |dest| async move {
-                this.sink.arrived(&this.incoming, staged, &dest.path, &dest.file).await;
+        stream::unfold(arrivals, |mut arrivals| async move { arrivals.recv().await.map(|arrival| (arrival, arrivals)) })
+            .for_each_concurrent(ARRIVALS_AT_ONCE, |Arrival { dest, grown }| async move {
+                this.sink.arriving(&this.incoming, staged, &dest.path, &dest.file, grown).await;
             })
             .await;
     }

@@ -1,15 +1,15 @@
-//! A whole borrowing with real servers: PostgreSQL and docker-registry at both sites, all five kinds from A to B by the hub, a
-//! model made of them at B, and home again.
+//! A whole borrowing with real servers: a PostgreSQL and a docker-registry at each site, all five kinds from A to B by the hub,
+//! which has none of their bytes, a model made of them at B, and home again.
 
 use std::path::{Path, PathBuf};
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::support::daemon::{Hub, Site, SiteSpec};
 use crate::support::data;
 use crate::support::images;
 use crate::support::labels::{Reader, Row};
-use crate::support::postgres::Postgres;
+use crate::support::postgres::{Postgres, ROLE};
 use crate::support::registry::Registry;
 use crate::support::tree::assert_same;
 use crate::support::{Scratch, limit, secs, wait_for};
@@ -17,16 +17,22 @@ use crate::training::{TRAINER, dataset, score};
 
 const KINDS: [&str; 5] = ["dataset/panels:v1", "labels/panels:v1", "operator/judge:v1", "image/judge:v1", "model/base:v1"];
 
+/// What the hub fetched from sites.
+const FETCHED: &str = "packhorse_relay_fetched_bytes";
+
+/// The labels, out of the table that [`mark`] makes.
+const MARKS: &str = "db:SELECT image AS sample_path, defect AS class, CASE WHEN shape IS NULL THEN 'bbox' ELSE 'polygon' END AS kind, \
+                     x, y, w, h, shape AS geom, json_build_object('inspector', inspector) AS attrs FROM marks";
+
 #[test]
 fn all_five_kinds_are_borrowed_by_way_of_the_hub_and_given_back() {
     let _limit = limit(secs(300));
     let scratch = Scratch::new();
-    let postgres = Postgres::start_new(&scratch);
-    postgres.create_database("labels_b");
+    let scratch_b = Scratch::new();
+    let (postgres_a, postgres_b) = (Postgres::start_new(&scratch), Postgres::start_new(&scratch_b));
     let (registry_a, registry_b) = (Registry::basic(&scratch, "ra"), Registry::basic(&scratch, "rb"));
     let hub = Hub::start_new(scratch.path());
-    let spec = |database: &str, registry: &Registry| (postgres.sink(&scratch, database), registry.sink(&scratch));
-    let (labels_sink, images_sink) = spec("labels", &registry_a);
+    let (labels_sink, images_sink) = (postgres_a.sink(&scratch, "labels"), registry_a.sink(&scratch));
     let a = Site::start_new(
         scratch.path(),
         &hub,
@@ -37,7 +43,7 @@ fn all_five_kinds_are_borrowed_by_way_of_the_hub_and_given_back() {
     data::write(&script, TRAINER.as_bytes());
     let words = ["/usr/bin/env", "python3", script.to_str().unwrap(), "hold", folder.to_str().unwrap()];
     let more = format!("[train]\ncommand = {words:?}\n");
-    let (labels_sink, images_sink) = spec("labels_b", &registry_b);
+    let (labels_sink, images_sink) = (postgres_b.sink(&scratch_b, "labels"), registry_b.sink(&scratch));
     let b = Site::start_new(
         scratch.path(),
         &hub,
@@ -45,9 +51,9 @@ fn all_five_kinds_are_borrowed_by_way_of_the_hub_and_given_back() {
         &SiteSpec { labels_sink: Some(labels_sink), images_sink: Some(images_sink), more: &more, ..SiteSpec::default() },
     );
 
-    // Everything lies at a: folders on its NAS, an image in its registry, labels as rows in its database.
+    // Everything lies at a and nowhere else: folders on its NAS, an image in its registry, labels as rows in its database.
     let (images_root, csv) = dataset(&scratch, "panels", 60);
-    tell_apart(&csv);
+    let expected = mark(&postgres_a, &csv, &images_root);
     let (project, base) = (scratch.join("project"), scratch.join("base"));
     data::operator(&project);
     data::model(&base, 3 << 20);
@@ -56,13 +62,19 @@ fn all_five_kinds_are_borrowed_by_way_of_the_hub_and_given_back() {
     let reference = format!("registry://{}/operators/judge:v1", registry_a.host());
     let password = scratch.join("ra-password");
     a.publish(&images_root, KINDS[0], &[]);
-    hub.publish(&csv, "labels/marks:v1", &["--for", KINDS[0]]);
-    hub.deliver_and_wait("labels/marks:v1", "a", secs(60));
-    a.json(&["publish", "db:marks:v1", "--as", KINDS[1]]);
+    a.json(&["publish", MARKS, "--as", KINDS[1], "--for", KINDS[0]]);
     a.publish(&project, KINDS[2], &[]);
     let user = crate::support::registry::USER;
     a.json(&["publish", &reference, "--as", KINDS[3], "--username", user, "--password-file", password.to_str().unwrap()]);
     a.publish(&base, KINDS[4], &[]);
+
+    // The hub has nothing of these rows but what it fetches from a. A third site gets them alone, so that it can be told.
+    let c = Site::start_new(scratch.path(), &hub, "c", &SiteSpec::default());
+    let fetched = hub.metric(FETCHED);
+    hub.deliver_and_wait(KINDS[1], "c", secs(60));
+    check(&Reader::Sqlite(&c.labels_db).version("panels", "v1"), &expected);
+    let fetched = hub.metric(FETCHED) - fetched;
+    assert!(fetched > 1000, "of the labels {fetched} bytes came from a");
 
     // b has the project already: that stays.
     hub.deliver_and_wait(KINDS[2], "b", secs(60));
@@ -75,17 +87,8 @@ fn all_five_kinds_are_borrowed_by_way_of_the_hub_and_given_back() {
     for (reference, source) in [(KINDS[0], &images_root), (KINDS[2], &project), (KINDS[4], &base)] {
         assert_same(source, &b.folder(reference));
     }
-    let at_b = Reader::Postgres(&postgres, "labels_b");
-    let rows = at_b.version("panels", "v1");
-    assert_eq!(rows.len(), 60);
-    let rows_at_a = Reader::Postgres(&postgres, "labels").version("marks", "v1");
-    let under_its_name_at_b: Vec<Row> = rows_at_a.into_iter().map(|row| Row { label_set: "panels".into(), ..row }).collect();
-    assert_eq!(rows, under_its_name_at_b, "every column");
-    assert!(rows.iter().any(|row| row.kind == "polygon" && row.geom.is_array() && row.attrs.is_object()), "{:?}", rows[0]);
-    for row in &rows {
-        let bytes = std::fs::read(images_root.join(&row.sample_path)).unwrap();
-        assert_eq!(row.sample_hash.as_deref(), Some(blake3::hash(&bytes).to_hex().as_str()), "{row:?}");
-    }
+    let at_b = Reader::Postgres(&postgres_b, "labels");
+    check(&at_b.version("panels", "v1"), &expected);
     assert_eq!(registry_b.digest("operators/judge:v1"), registry_a.digest("operators/judge:v1"));
     let descriptor: Value = serde_json::from_slice(&std::fs::read(b.data_dir.join("runs/r1/run.json")).unwrap()).unwrap();
     let text = descriptor.to_string();
@@ -115,17 +118,46 @@ fn all_five_kinds_are_borrowed_by_way_of_the_hub_and_given_back() {
     assert_eq!(b.leftovers(), Vec::<PathBuf>::new());
 }
 
-/// Gives the rows of a CSV boxes of their own, some a shape and all an attribute, so that no column can pass for another.
-fn tell_apart(csv: &Path) {
+/// Puts marks into a table of somebody's own, and of no form that packhorse knows: boxes of their own, some a shape and all an
+/// attribute, so that no column can pass for another. Returns the rows that must come of them, without their records.
+fn mark(postgres: &Postgres, csv: &Path, images: &Path) -> Vec<Row> {
     let text = std::fs::read_to_string(csv).unwrap();
-    let mut out = String::from("sample_path,class,x,y,w,h,kind,geom,inspector\n");
+    let (mut values, mut rows) = (Vec::new(), Vec::new());
     for (i, line) in text.lines().skip(1).enumerate() {
         let mut cells = line.split(',');
         let (path, class) = (cells.next().unwrap(), cells.next().unwrap());
-        let shape = if i % 3 == 0 { "polygon,\"[[0,0,5,0,5,7.5]]\"" } else { "," };
-        out += &format!("{path},{class},{}.5,{},{},{},{shape},检验员 {}\n", i % 3, i % 4, i % 5 + 1, i % 6 + 2, i % 7);
+        let bbox = [(i % 3) as f64 + 0.5, (i % 4) as f64, (i % 5 + 1) as f64, (i % 6 + 2) as f64];
+        let shape = (i % 3 == 0).then_some("[[0,0,5,0,5,7.5]]");
+        let inspector = format!("检验员 {}", i % 7);
+        let ([x, y, w, h], quoted) = (bbox, shape.map_or_else(|| "NULL".to_owned(), |shape| format!("'{shape}'")));
+        values.push(format!("('{path}', '{class}', {x}, {y}, {w}, {h}, {quoted}, '{inspector}')"));
+        rows.push(Row {
+            label_set: "panels".into(),
+            version: "v1".into(),
+            sample_path: path.into(),
+            sample_hash: Some(blake3::hash(&std::fs::read(images.join(path)).unwrap()).to_hex().to_string()),
+            class: class.into(),
+            kind: if shape.is_some() { "polygon" } else { "bbox" }.into(),
+            bbox,
+            geom: shape.map_or(Value::Null, |shape| serde_json::from_str(shape).unwrap()),
+            attrs: json!({ "inspector": inspector }),
+            raw: Value::Null,
+        });
     }
-    data::write(csv, out.as_bytes());
+    let columns = "image text, defect text, x float8, y float8, w float8, h float8, shape text, inspector text";
+    let values = values.join(", ");
+    postgres
+        .query("labels", &format!("CREATE TABLE marks ({columns}); INSERT INTO marks VALUES {values}; GRANT SELECT ON marks TO {ROLE}"));
+    rows
+}
+
+/// Checks every column; the record is the row of the query.
+fn check(rows: &[Row], expected: &[Row]) {
+    for row in rows {
+        assert!(row.raw["sample_path"] == *row.sample_path && row.raw["x"] == row.bbox[0], "{row:?}");
+    }
+    let rows: Vec<Row> = rows.iter().map(|row| Row { raw: Value::Null, ..row.clone() }).collect();
+    assert_eq!(rows, expected);
 }
 
 fn descriptor_delivery(hub: &Hub) -> String {

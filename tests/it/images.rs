@@ -1,6 +1,6 @@
 //! Images made by others' tools: every form that `publish` reads ends with one digest everywhere.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use crate::support::command::tool;
 use crate::support::daemon::{Hub, Site, SiteSpec};
@@ -135,8 +135,19 @@ fn an_image_comes_out_of_a_registry() {
     world.hub.cli(&["show", "image/none:v1"]).expect(5);
 }
 
+/// Bytes in the files of this name below a folder.
+fn folder_bytes(folder: &Path, name: &str) -> u64 {
+    let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
+    let bytes = |entry: std::fs::DirEntry| match entry.metadata() {
+        Ok(meta) if meta.is_dir() => folder_bytes(&entry.path(), name),
+        Ok(meta) if entry.file_name() == name => meta.len(),
+        _ => 0,
+    };
+    entries.map(bytes).sum()
+}
+
 #[test]
-fn a_layer_goes_to_the_registry_while_others_are_on_their_way() {
+fn a_layer_goes_to_the_registry_while_it_and_others_are_on_their_way() {
     let _limit = limit(secs(120));
     let scratch = Scratch::new();
     let registry = Registry::basic(&scratch, "basic");
@@ -155,6 +166,10 @@ fn a_layer_goes_to_the_registry_while_others_are_on_their_way() {
         let hex = sha256(layer).replace("sha256:", "");
         scratch.join(&format!("basic/docker/registry/v2/blobs/sha256/{}/{hex}/data", &hex[..2])).exists()
     };
+    let uploads = scratch.join("basic/docker/registry/v2/repositories");
+    wait_for("the registry takes the first bytes of a layer", secs(60), || (folder_bytes(&uploads, "data") > 0).then_some(()));
+    let first = hub.transfer(&transfer);
+    assert!(first.bytes.received < 6 << 20, "no layer can be whole: {first:?}");
     wait_for("the registry holds a layer", secs(60), || layers.iter().any(|layer| stored(layer)).then_some(()));
     let then = hub.transfer(&transfer);
     assert!(then.state == "transferring" && !layers.iter().all(|layer| stored(layer)), "{then:?}");

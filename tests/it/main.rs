@@ -22,6 +22,7 @@ mod quickstart;
 mod relay;
 mod remote_publish;
 mod resume;
+mod sharing;
 mod site_sources;
 mod support;
 mod training;

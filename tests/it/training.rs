@@ -14,8 +14,9 @@ use crate::support::data::{self, write};
 use crate::support::http;
 use crate::support::images;
 use crate::support::postgres::sqlite_rows;
+use crate::support::registry::Registry;
 use crate::support::tree::assert_same;
-use crate::support::{Scratch, limit, secs, wait_for};
+use crate::support::{Scratch, free_port, limit, secs, wait_for};
 
 const SIDE: usize = 12;
 const CLASSES: [&str; 2] = ["clean", "scratched"];
@@ -200,6 +201,17 @@ fn is(state: &'static str) -> impl Fn(&Value) -> bool {
     move |run| run["state"] == state
 }
 
+/// Whether it has its model; panics when it will have none.
+fn has_its_model(run: &Value) -> bool {
+    assert_ne!(run["state"], "failed", "{run:#}");
+    matches!(run["state"].as_str(), Some("returning" | "done"))
+}
+
+/// Whether people are told this of it.
+fn says(words: &'static str) -> impl Fn(&Value) -> bool {
+    move |run| run["message"].as_str().is_some_and(|message| message.contains(words))
+}
+
 #[test]
 fn a_model_that_its_trainer_published_comes_home_and_what_was_borrowed_goes() {
     let _limit = limit(secs(180));
@@ -381,6 +393,108 @@ fn what_cannot_run_is_refused_or_fails_before_anything_moves() {
 }
 
 #[test]
+fn what_the_site_that_trains_has_lost_is_there_again_before_its_trainer_begins() {
+    let _limit = limit(secs(120));
+    let world = World::start("learn");
+    world.publish_at_hub();
+    let id = world.hub.deliver_and_wait("dataset/panels:v1", "b", secs(60)).id;
+    std::fs::remove_dir_all(world.b.folder("dataset/panels:v1")).unwrap();
+    world.begin(&[]);
+    let run = world.wait_run("past its training", has_its_model);
+    let landed = world.hub.json(&["status", &id])[0]["finished_at"].as_str().unwrap().to_owned();
+    assert!(run["trainer"]["started_at"].as_str().unwrap() >= landed.as_str(), "it landed at {landed}: {run:#}");
+}
+
+#[test]
+fn runs_right_behind_each_other_do_not_take_away_what_they_share() {
+    let _limit = limit(secs(180));
+    let world = World::start("learn");
+    world.publish_at_hub();
+    // Each begins while the one before it gives back.
+    let names = ["r1", "r2", "r3", "r4"];
+    for name in names {
+        world.begin_as(name, &[]);
+        world.wait_run_of(name, "past its training", has_its_model);
+    }
+    for name in names {
+        world.wait_run_of(name, "done and given back", |run| run["state"] == "done" && run["released"] == true);
+    }
+    world.assert_given_back();
+}
+
+#[test]
+fn a_model_that_the_hub_refuses_is_told_as_that() {
+    let _limit = limit(secs(120));
+    let world = World::start("hold");
+    world.publish_at_hub();
+    world.begin(&[]);
+    world.trainer();
+    let other = world.scratch.join("other");
+    write(&other.join("weights.bin"), b"another model");
+    world.hub.publish(&other, "model/judge:r1", &[]);
+    write(&world.folder.join("go"), b"");
+    let failed = world.wait_run("failed", is("failed"));
+    assert!(says("model/judge:r1")(&failed), "{failed:#}");
+    assert_eq!((&failed["trainer"]["exit_code"], &failed["trainer"]["message"]), (&0.into(), &failed["message"]), "{failed:#}");
+    world.assert_given_back();
+    // What is known before it begins is said then.
+    let start = ["train", "start", "--name", "r2", "--from", "a", "--on", "b", "--input", "dataset/panels:v1"];
+    let refused: Vec<&str> = start.into_iter().chain(["--expect", "model/judge:r1"]).collect();
+    world.hub.cli(&refused).expect(6).says(&["there is a model/judge:r1 already"]);
+}
+
+#[test]
+fn nobody_trains_on_what_was_edited_since_it_was_published_in_place() {
+    let _limit = limit(secs(120));
+    let world = World::start("learn");
+    let (root, csv) = dataset(&world.scratch, "panels", 30);
+    world.b.publish(&root, "dataset/panels:v1", &[]);
+    world.hub.publish(&csv, "labels/panels:v1", &[]);
+    write(&root.join("相机/图 000.pgm"), b"edited");
+    // b looks every five minutes: it finds it because it looks again before it starts the trainer.
+    world.begin(&[]);
+    let failed = world.wait_run("failed", is("failed"));
+    assert!(says("dataset/panels:v1 is no longer what was published")(&failed) && says("图 000.pgm")(&failed), "{failed:#}");
+    assert!(!world.b.data_dir.join("runs/r1").exists(), "nothing was started");
+    wait_for("the hub has heard", secs(30), || world.hub.json(&["show", "dataset/panels:v1"])["changed"].is_string().then_some(()));
+    let start = ["train", "start", "--name", "r2", "--from", "a", "--on", "b", "--expect", "model/judge", "--input", "dataset/panels:v1"];
+    world.hub.cli(&start).expect(6).says(&["dataset/panels:v1: changed at b"]);
+}
+
+#[test]
+fn what_cannot_be_given_back_is_told_and_keeps_nothing_else() {
+    let _limit = limit(secs(180));
+    let scratch = Scratch::new();
+    let mut registry = Registry::basic(&scratch, "rb");
+    let folder = scratch.folder("trainer");
+    let hub = Hub::start_new(scratch.path());
+    let a = Site::start_new(scratch.path(), &hub, "a", &SiteSpec::default());
+    let more = World::command(&scratch, &folder, "hold");
+    let spec = SiteSpec { images_sink: Some(registry.sink(&scratch)), more: &more, ..SiteSpec::default() };
+    let b = Site::start_new(scratch.path(), &hub, "b", &spec);
+    let world = World { a, b, hub, folder, scratch };
+    world.publish_at_hub();
+    let layout = images::small().join("layout");
+    world.hub.publish(&layout, "image/judge:v1", &[]);
+    world.begin(&["--input", "image/judge:v1"]);
+    world.trainer();
+    // b gives the image a name of its own: this registry cannot take one of two away.
+    registry.push(&format!("oci:{}:v1", layout.display()), "operators/judge:own");
+    let image = registry.digest("operators/judge:own");
+    assert_eq!(registry.digest("operators/judge:v1"), image);
+    registry.stop();
+    write(&world.folder.join("go"), b"");
+    let told = world.wait_run("in trouble", says("at b: image/judge:v1 could not be removed"));
+    assert_eq!(told["released"], false, "{told:#}");
+    wait_for("the others are gone", secs(30), || (!world.b.folder("dataset/panels:v1").exists()).then_some(()));
+    registry.start();
+    let told = world.wait_run("given back", |run| run["released"] == true);
+    assert!(says("at b: image/judge:v1 stays")(&told) && says("another tag")(&told), "{told:#}");
+    assert_eq!(registry.digest("operators/judge:own"), image);
+    assert!(!world.b.artifacts().contains(&"image/judge:v1".to_owned()), "b has nothing to do with it any more");
+}
+
+#[test]
 fn several_artifacts_are_one_delivery_and_labels_come_after_their_dataset() {
     let _limit = limit(secs(120));
     let world = World::start("learn");
@@ -485,25 +599,49 @@ fn a_platform_leaves_its_model_in_the_output_folder_or_says_why_there_is_none() 
     let url = format!("http://{}/runs", platform.address);
     let world = World::with(|_, _| format!("[train]\nurl = \"{url}\"\n"));
     world.publish_at_hub();
-    let begin = |name: &str, calls_then: usize| {
+    let calls_for = |name: &str| -> Vec<Value> { calls.lock().unwrap().iter().filter(|call| call["run"] == name).cloned().collect() };
+    let begin = |name: &str| {
         world.begin_as(name, &[]);
-        wait_for("the platform takes the run", secs(60), || (calls.lock().unwrap().len() == calls_then).then_some(()));
+        wait_for("the platform takes the run", secs(60), || (!calls_for(name).is_empty()).then_some(()));
         world.wait_run_of(name, "training", is("training"));
     };
 
-    begin("r1", 1);
+    begin("r1");
     world.hub.cli(&["train", "finish", "r1"]).expect(0);
     let done = world.wait_run("done", is("done"));
     assert_eq!(done["model"]["artifact"], "model/judge:r1");
     assert_eq!(std::fs::read(world.a.folder("model/judge:r1").join("weights.bin")).unwrap(), b"left by a platform");
     world.assert_given_back();
 
-    begin("r2", 2);
+    begin("r2");
     world.hub.cli(&["train", "finish", "r2", "--failed", "no GPU"]).expect(0);
     let failed = world.wait_run_of("r2", "failed", is("failed"));
     assert!(failed["model"].is_null(), "{failed:#}");
     assert!(world.hub.cli(&["train", "show", "r2"]).expect(0).out.contains("the training platform says: no GPU"));
     world.wait_run_of("r2", "given back", |run| run["released"] == true);
+    world.assert_given_back();
+
+    // One that is given up is told so, in the words of the first call; one that made its model is not.
+    begin("r3");
+    world.hub.cli(&["train", "cancel", "r3"]).expect(0);
+    let said = wait_for("the platform hears that it is over", secs(30), || calls_for("r3").get(1).cloned());
+    let mut expected = calls_for("r3")[0].clone();
+    assert!(expected.get("cancel").is_none());
+    expected["cancel"] = true.into();
+    assert_eq!(said, expected);
+    world.wait_run_of("r3", "given back", |run| run["released"] == true);
+    assert_eq!((calls_for("r1").len(), calls_for("r3").len()), (1, 2));
+}
+
+#[test]
+fn a_platform_that_does_not_answer_is_told_of() {
+    let _limit = limit(secs(120));
+    let world = World::with(|_, _| format!("[train]\nurl = \"http://127.0.0.1:{}/runs\"\n", free_port()));
+    world.publish_at_hub();
+    world.begin(&[]);
+    let run = world.wait_run("called in vain", says("does not answer"));
+    assert_eq!(run["state"], "training", "{run:#}");
+    world.hub.cli(&["train", "cancel", "r1"]).expect(0);
     world.assert_given_back();
 }
 

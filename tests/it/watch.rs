@@ -58,13 +58,18 @@ fn what_changes_is_told_at_the_site_and_at_the_hub_until_it_is_put_back() {
     wait_changed([&a, &hub], &file);
     assert!(a.log().contains("what was published in place changed"));
     assert!(hub.cli(&["show", REFERENCE]).expect(0).out.contains("changed at a"));
-    assert!(hub.cli(&["artifacts"]).expect(0).out.contains(file.to_str().unwrap()));
+    let told = format!("{REFERENCE} at a: {}", file.display());
+    assert!(hub.cli(&["artifacts"]).expect(0).out.contains(&told));
+    let doctor = hub.cli(&["doctor"]).expect(1).out;
+    assert!(doctor.contains(&format!("fault {told}")), "{doctor}");
     let doctor = a.cli(&["doctor"]).expect(1).out;
     assert!(doctor.contains(&format!("fault {REFERENCE}: {}", file.display())) && doctor.contains("new version"), "{doctor}");
     // What is there now under a new version: that is one way out.
     a.publish(&set.root, "dataset/line:v2", &[]);
     let doctor = a.cli(&["doctor"]).expect(0).out;
     assert!(doctor.contains("was published as dataset/line:v2"), "{doctor}");
+    let doctor = hub.cli(&["doctor"]).expect(0).out;
+    assert!(doctor.contains(&format!("ok {told}")) && doctor.contains("dataset/line:v2 was published there since"), "{doctor}");
 
     // Neither daemon forgets, and what is put back while there is no line is told when there is one again.
     hub.stop();

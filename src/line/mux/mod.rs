@@ -169,6 +169,13 @@ impl SendStream {
         poll_fn(|cx| self.mux.shared().with(|state| state.poll_write(self.id, &mut data, cx.waker()))).await
     }
 
+    pub(crate) async fn write_many(&mut self, pieces: &mut [Bytes]) -> Result<(), StreamEnd> {
+        for piece in pieces {
+            self.write_bytes(std::mem::take(piece)).await?;
+        }
+        Ok(())
+    }
+
     pub(crate) async fn write_all(&mut self, data: &[u8]) -> Result<(), StreamEnd> {
         for piece in data.chunks(MUX_FRAME_BYTES_MAX) {
             self.write_bytes(Bytes::copy_from_slice(piece)).await?;

@@ -344,16 +344,16 @@ impl Sink for LayoutSink {
         blocking(move || remove_damaged(&layout)).await
     }
 
-    async fn remove(&self, artifact: &ArtifactRef) -> Result<(), Fault> {
+    async fn remove(&self, artifact: &ArtifactRef) -> Result<Option<String>, Fault> {
         let (layout, version) = (self.layout(artifact), artifact.version().to_owned());
         let lock = self.lock(artifact);
         let _held = lock.lock().await;
         if file_size(&layout.join("index.json")).await?.is_none() {
-            return Ok(());
+            return Ok(None);
         }
         let (mut index, layout) = blocking(move || Ok((Index::read(&layout)?, layout))).await?;
         if !index.drop_version(&version) {
-            return Ok(());
+            return Ok(None);
         }
         let mut named = HashSet::new();
         for entry in index.entries() {
@@ -372,6 +372,7 @@ impl Sink for LayoutSink {
             sweep(&layout, &named)
         })
         .await
+        .map(|()| None)
     }
 
     async fn probe(&self) -> Result<String, Fault> {

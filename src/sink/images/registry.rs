@@ -1,6 +1,6 @@
 //! Images into an OCI registry: `<url>/<name>:<version>`.
 //!
-//! Blobs go up in parallel, large ones as soon as they are staged; those that are there are not sent; then the manifests below the top by digest, then the top
+//! Blobs go up in parallel, large ones while they come; those that are there are not sent; then the manifests below the top by digest, then the top
 //! one under the tag, which is what makes the image appear. A crash before that leaves blobs that nobody names: the next
 //! try finds and uses them, or the registry's garbage collection takes them.
 
@@ -11,6 +11,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use futures::TryStreamExt;
 use parking_lot::Mutex;
+use tokio::sync::watch;
 
 use super::{image_info, lost, not_staged, read_small, taken, top_of};
 use crate::config;
@@ -185,23 +186,19 @@ impl RegistrySink {
         Ok(false)
     }
 
-    async fn take_away(&self, artifact: &ArtifactRef, repository: &str) -> Result<(), Error> {
-        let Some(digest) = self.registry.head_manifest(repository, artifact.version()).await? else { return Ok(()) };
+    /// Says why it stays, where this registry takes nothing away.
+    async fn take_away(&self, artifact: &ArtifactRef, repository: &str) -> Result<Option<String>, Error> {
+        let Some(digest) = self.registry.head_manifest(repository, artifact.version()).await? else { return Ok(None) };
         if self.is_shared(repository, artifact.version(), &digest).await? {
             let name = repository.split_once('/').map_or("", |(_, name)| name);
             let gone = match self.project() {
                 Some(project) => self.registry.delete_tag(project, name, artifact.version()).await?,
                 None => false,
             };
-            if !gone {
-                tracing::warn!(image = %self.location(artifact), "another tag names the same image and this registry cannot delete one tag: it stays");
-            }
-            return Ok(());
+            return Ok((!gone).then(|| "another tag names the same image, and this registry cannot delete one tag alone".into()));
         }
-        if self.registry.delete_manifest(repository, &digest).await? == Deleted::Unsupported {
-            tracing::warn!(image = %self.location(artifact), "the registry does not allow deletion: the image stays there");
-        }
-        Ok(())
+        let deleted = self.registry.delete_manifest(repository, &digest).await?;
+        Ok((deleted == Deleted::Unsupported).then(|| "the registry does not allow deletion".into()))
     }
 
     fn repository_of(place: &Place) -> Result<&str, Fault> {
@@ -264,12 +261,12 @@ impl Sink for RegistrySink {
         Ok(self.registry.mount(&repository, &digest, &from).await.unwrap_or(false))
     }
 
-    async fn arrived(&self, incoming: &Incoming, staged: &Path, path: &RelPath, file: &FileInfo) {
+    async fn arriving(&self, incoming: &Incoming, staged: &Path, path: &RelPath, file: &FileInfo, grown: watch::Receiver<u64>) {
         let Some(digest) = Sha256::from_layout_path(path.as_str()) else { return };
         let repository = self.repository(&incoming.artifact);
         let blob = LocalBlob { digest, size: file.size, file: staged.join(path.as_str()) };
-        match self.registry.push_blob(&repository, &blob).await {
-            Ok(_) => self.remember(digest, &repository),
+        match self.registry.push_growing(&repository, &blob, grown).await {
+            Ok(()) => self.remember(digest, &repository),
             Err(fault) => tracing::debug!(%digest, repository, error = %fault, "a blob was not taken ahead of the others"),
         }
     }
@@ -370,10 +367,10 @@ impl Sink for RegistrySink {
         Ok(out)
     }
 
-    async fn remove(&self, artifact: &ArtifactRef) -> Result<(), Fault> {
-        let repository = self.repository(artifact);
-        let result = self.take_away(artifact, &repository).await;
-        result.map_err(|e| e.fault(format_args!("remove {}", self.location(artifact))))
+    async fn remove(&self, artifact: &ArtifactRef) -> Result<Option<String>, Fault> {
+        let (repository, location) = (self.repository(artifact), self.location(artifact));
+        let stays = self.take_away(artifact, &repository).await.map_err(|e| e.fault(format_args!("remove {location}")))?;
+        Ok(stays.map(|why| format!("{location}: {why}")))
     }
 
     async fn probe(&self) -> Result<String, Fault> {

@@ -285,14 +285,14 @@ impl Sink for LabelsSink {
         Ok(found)
     }
 
-    async fn remove(&self, artifact: &ArtifactRef) -> Result<(), Fault> {
+    async fn remove(&self, artifact: &ArtifactRef) -> Result<Option<String>, Fault> {
         self.engine.remove(artifact.name(), artifact.version()).await?;
         let kept = self.kept_folder(artifact);
         blocking(move || {
             durable::remove_all(&kept)?;
             // The folder of the name goes with its last version.
             let _ = kept.parent().map(std::fs::remove_dir);
-            Ok(())
+            Ok(None)
         })
         .await
     }

@@ -163,12 +163,22 @@ fn oci_of_saved(holder: &Holder, tops: &[Descriptor], saved: &docker::Saved) -> 
     Ok(None)
 }
 
+/// The two files of the normalised layout that are no blobs. They follow from what the artifact is known by.
+pub fn layout_files(info: &ImageInfo) -> Result<[(&'static str, Bytes); 2], Fault> {
+    let descriptor = serde_json::json!({ "mediaType": info.media_type, "digest": info.digest, "size": info.size });
+    let index = oci::to_bytes(&serde_json::json!({ "schemaVersion": 2, "mediaType": oci::OCI_INDEX, "manifests": [descriptor] }))?;
+    Ok([("index.json", index.into()), ("oci-layout", Bytes::from_static(br#"{"imageLayoutVersion":"1.0.0"}"#))])
+}
+
 /// The entries of the normalised layout, in manifest order.
 fn source(image: Image) -> Result<ImageSource, Fault> {
-    let descriptor = serde_json::json!({
-        "mediaType": image.top.media_type, "digest": image.top.digest.to_string(), "size": image.top.size,
-    });
-    let index = oci::to_bytes(&serde_json::json!({ "schemaVersion": 2, "mediaType": oci::OCI_INDEX, "manifests": [descriptor] }))?;
+    let info = ImageInfo {
+        media_type: image.top.media_type,
+        digest: image.top.digest.to_string(),
+        size: image.top.size,
+        platforms: image.platforms,
+        absent: image.absent,
+    };
     let folder = |path: &str| Ok(SourceEntry { path: path.parse()?, mode: FOLDER_MODE, body: SourceBody::Dir, stamp: None });
     let file = |path: &str, size: u64, content: Content, stamp: Option<Stamp>| {
         Ok(SourceEntry { path: path.parse()?, mode: FILE_MODE, body: SourceBody::File { size, content }, stamp })
@@ -176,17 +186,6 @@ fn source(image: Image) -> Result<ImageSource, Fault> {
     let mut entries: Vec<Result<SourceEntry, Fault>> = vec![folder("blobs"), folder("blobs/sha256")];
     let blobs = image.blobs.into_iter();
     entries.extend(blobs.map(|(digest, Piece { size, content, stamp, .. })| file(&digest.member(), size, content, stamp)));
-    entries.push(file("index.json", index.len() as u64, Content::Memory(index.into()), None));
-    let layout: &[u8] = br#"{"imageLayoutVersion":"1.0.0"}"#;
-    entries.push(file("oci-layout", layout.len() as u64, Content::Memory(Bytes::from_static(layout)), None));
-    Ok(ImageSource {
-        entries: entries.into_iter().collect::<Result<Vec<_>, _>>()?.into_iter(),
-        info: ImageInfo {
-            media_type: image.top.media_type,
-            digest: image.top.digest.to_string(),
-            size: image.top.size,
-            platforms: image.platforms,
-            absent: image.absent,
-        },
-    })
+    entries.extend(layout_files(&info)?.map(|(name, bytes)| file(name, bytes.len() as u64, Content::Memory(bytes), None)));
+    Ok(ImageSource { entries: entries.into_iter().collect::<Result<Vec<_>, _>>()?.into_iter(), info })
 }

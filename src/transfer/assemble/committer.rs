@@ -7,8 +7,9 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::Instant;
 
 use parking_lot::RwLock;
-use tokio::sync::{OwnedSemaphorePermit, mpsc};
+use tokio::sync::OwnedSemaphorePermit;
 
+use super::growing::Growing;
 use super::{Counters, DIRTY_FILES_MAX, Dest, Done, SYNC_ALL_FROM};
 use crate::chunk::Hash;
 use crate::fault::{Fault, IoContext};
@@ -16,8 +17,6 @@ use crate::limits::{COMMIT_BYTES, COMMIT_EVERY};
 use crate::places::{At, Commit, Journal, Places};
 use crate::stage::Stage;
 
-/// Files of this size are worth a beginning before the rest is there.
-const LARGE_BYTES: u64 = 1 << 20;
 /// Chunks that wait for the index, in some 4 MB of memory.
 const ROWS_A_COMMIT: usize = 64 << 10;
 
@@ -37,9 +36,7 @@ pub(super) struct Committer {
     pub(super) large: HashMap<u64, Arc<Dest>>,
     /// Files of one chunk, or shared ones.
     pub(super) small: Vec<Arc<Dest>>,
-    /// Large files of which this pass placed all, to be told of once they are durable.
-    pub(super) whole: Vec<Arc<Dest>>,
-    pub(super) arrived: mpsc::Sender<Arc<Dest>>,
+    pub(super) growing: Growing,
     /// What a kill may cost, given back when it costs nothing any more.
     pub(super) shares: Vec<Arc<OwnedSemaphorePermit>>,
 }
@@ -65,16 +62,15 @@ impl Committer {
         self.shares.extend(uncommitted);
         self.bytes += bytes;
         self.unsynced += if written { bytes } else { 0 };
+        let first = !dest.announced.swap(true, Ordering::Relaxed);
+        if first {
+            self.commit.entries.push((dest.number, dest.path.clone(), dest.file));
+            self.growing.begin(&dest);
+        }
+        self.growing.note(&dest, chunks.iter().map(|&(_, _, offset, len)| (offset, len)));
         for (id, ordinal, offset, len) in chunks {
             self.rows.push((id, At { place: self.place, entry: dest.number, offset, len }));
             self.commit.ordinals.push(ordinal);
-        }
-        let placed = dest.placed.fetch_add(bytes, Ordering::Relaxed) + bytes;
-        if placed == dest.file.size && placed >= LARGE_BYTES {
-            self.whole.push(dest.clone());
-        }
-        if !dest.announced.swap(true, Ordering::Relaxed) {
-            self.commit.entries.push((dest.number, dest.path.clone(), dest.file));
         }
         if dest.handle.lock().is_some() {
             self.large.entry(dest.number).or_insert(dest);
@@ -107,10 +103,6 @@ impl Committer {
         }
         self.places.commit(self.place, &self.journal, &mut self.commit)?;
         self.shares.clear();
-        for dest in self.whole.drain(..) {
-            // A hint: whoever is busy with others sees it at the commit.
-            let _ = self.arrived.try_send(dest);
-        }
         self.counters.committed.fetch_add(std::mem::take(&mut self.bytes), Ordering::Relaxed);
         Ok(())
     }

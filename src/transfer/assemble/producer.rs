@@ -64,8 +64,8 @@ impl Producer {
                     match entry.body {
                         EntryBody::Dir => self.stage.make_dir(&entry.path)?,
                         EntryBody::File(file) if !self.held.files.contains(&number) => {
-                            let (handle, announced, placed) = Default::default();
-                            dest = Some(Arc::new(Dest { number, path: entry.path, mode: entry.mode, file, handle, announced, placed }));
+                            let (handle, announced) = Default::default();
+                            dest = Some(Arc::new(Dest { number, path: entry.path, mode: entry.mode, file, handle, announced }));
                         }
                         EntryBody::File(_) | EntryBody::Symlink(_) => {}
                     }

@@ -253,6 +253,14 @@ impl Daemon {
         get_with(self.api, path, &self.token_header()).expect("the daemon answers")
     }
 
+    /// What one of its metrics says.
+    #[track_caller]
+    pub(crate) fn metric(&self, name: &str) -> u64 {
+        let (code, text) = self.get("/metrics");
+        let value = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' ')?.parse().ok());
+        value.unwrap_or_else(|| panic!("no {name} in the metrics ({code}):\n{text}"))
+    }
+
     /// A GET of a list: how many rows it has, and the cursor to go on from.
     pub(crate) fn get_rows(&self, path: &str) -> (usize, u64) {
         let (head, body) = get_whole(self.api, path, &self.token_header()).expect("the daemon answers");

@@ -1,0 +1,187 @@
+//! Fetching ahead: what is on its way to sites that are away is brought to the hub meanwhile, for its source may be away when
+//! they are back. [`Hub::keep_relay`] runs it; what comes is kept like all that is relayed.
+
+use std::collections::{HashMap, HashSet};
+use std::time::{Duration, Instant};
+
+use futures::{StreamExt, TryStreamExt, stream};
+use tokio_util::sync::CancellationToken;
+
+use super::Hub;
+use crate::chunk::Hash;
+use crate::fault::{Code, Fault, Retry};
+use crate::fetch::Child;
+use crate::limits::{FETCH_BATCH_BYTES, FETCH_BATCH_CHUNKS_MAX};
+use crate::line::PRIORITY_BULK;
+use crate::manifest::{Digest, Root, Step, Walk};
+use crate::relay::{Of, Relay};
+use crate::store::Store;
+
+/// Artifacts that are fetched ahead at once.
+const AHEAD_ARTIFACTS_MAX: usize = 2;
+/// Requests on the way for one of them.
+const AHEAD_IN_FLIGHT_MAX: usize = 8;
+/// Requests that wait for their turn.
+const AHEAD_QUEUED_MAX: usize = 8;
+/// The pause before what could not be fetched ahead is tried again…
+const AHEAD_AGAIN: Duration = Duration::from_secs(60);
+/// …and when that may pass by itself, though a source is there: its disk may be away.
+const AHEAD_AGAIN_SOON: Duration = Duration::from_secs(10);
+
+impl Hub {
+    /// Fetches what is on its way to sites that are away from sites that are there.
+    pub(super) async fn keep_fetching_ahead(&self) {
+        let mut running: HashMap<Digest, (CancellationToken, tokio::task::JoinHandle<()>)> = HashMap::new();
+        loop {
+            let changed = self.inner.catalogue.changed();
+            running.retain(|_, (_, task)| !task.is_finished());
+            match self.wanted_ahead().await {
+                Ok(wanted) => {
+                    for (digest, (stop, _)) in &running {
+                        if !wanted.contains(digest) {
+                            stop.cancel();
+                        }
+                    }
+                    for digest in wanted {
+                        if running.len() < AHEAD_ARTIFACTS_MAX && !running.contains_key(&digest) {
+                            let (this, stop) = (self.clone(), self.inner.stop.child_token());
+                            let token = stop.clone();
+                            let task = self.inner.tasks.spawn(async move { this.fetch_ahead(digest, &token).await });
+                            running.insert(digest, (stop, task));
+                        }
+                    }
+                }
+                Err(fault) => tracing::error!(error = %fault, "it could not be worked out what to fetch ahead"),
+            }
+            // It ends after a while too: what failed gets its next try however quiet the catalogue is.
+            changed.await;
+        }
+    }
+
+    /// What should be fetched ahead now, in its order: every target is away, one may have it, a source is there, and there is room.
+    async fn wanted_ahead(&self) -> Result<Vec<Digest>, Fault> {
+        if self.inner.relay.is_full() {
+            return Ok(Vec::new());
+        }
+        let open = self.inner.catalogue.relayed_open().await?;
+        // Whoever is there asks for what he lacks, which is less than all of it.
+        let served: HashSet<Digest> = open.iter().filter(|(_, site)| self.is_online(site)).map(|(digest, _)| *digest).collect();
+        let known: HashSet<Digest> = open.iter().map(|(digest, _)| *digest).collect();
+        self.inner.relay_memory.lock().failed.retain(|digest, _| known.contains(digest));
+        let mut out = Vec::new();
+        for (digest, site) in open {
+            let skip = {
+                let memory = self.inner.relay_memory.lock();
+                let rests = memory.failed.get(&digest).is_some_and(|(at, rests)| at.elapsed() < *rests);
+                rests || memory.whole.contains(&digest)
+            };
+            if skip || served.contains(&digest) || out.contains(&digest) {
+                continue;
+            }
+            // To whom it is not shared any more nothing will be given.
+            if !self.inner.upstream.sources(digest, None).await?.is_empty() && self.inner.catalogue.is_shared(&site, digest).await? {
+                out.push(digest);
+            }
+        }
+        // What failed goes behind all that did not fail since: else it would take every turn.
+        let memory = self.inner.relay_memory.lock();
+        out.sort_by_key(|digest| memory.failed.get(digest).map(|(at, _)| *at));
+        Ok(out)
+    }
+
+    async fn fetch_ahead(&self, digest: Digest, stop: &CancellationToken) {
+        tracing::info!(%digest, "fetching ahead for a site that is away");
+        let result = tokio::select! {
+            result = self.fetch_whole(digest) => result,
+            () = stop.cancelled() => return,
+        };
+        let fault = match result {
+            Ok(true) => {
+                tracing::info!(%digest, "fetched ahead");
+                let mut memory = self.inner.relay_memory.lock();
+                memory.whole.insert(digest);
+                memory.failed.remove(&digest);
+                return;
+            }
+            Ok(false) => {
+                tracing::info!(%digest, "fetching ahead waits for room");
+                return;
+            }
+            Err(fault) => fault,
+        };
+        tracing::warn!(%digest, error = %fault, "it could not be fetched ahead");
+        let rests = if fault.retry == Retry::Never || fault.code == Code::NoSpace { AHEAD_AGAIN } else { AHEAD_AGAIN_SOON };
+        // A source that is away says so when it is back; all else would be tried in vain at every change.
+        let away = self.inner.upstream.sources(digest, None).await.is_ok_and(|there| there.is_empty());
+        if !away || rests == AHEAD_AGAIN {
+            self.inner.relay_memory.lock().failed.insert(digest, (Instant::now(), rests));
+        }
+    }
+
+    /// Brings all of an artifact into the relay's store; `false` when there is no room for it.
+    async fn fetch_whole(&self, digest: Digest) -> Result<bool, Fault> {
+        let inner = &self.inner;
+        let Some(row) = inner.catalogue.by_digest(digest).await? else { return Ok(true) };
+        self.note_use(digest).await;
+        let (send, receive) = tokio::sync::mpsc::channel::<Result<(Hash, Vec<Child>), Fault>>(AHEAD_QUEUED_MAX);
+        let (relay, pages) = (inner.relay.clone(), inner.store.clone());
+        let walking = tokio::task::spawn_blocking(move || {
+            if let Err(fault) = list_lacking(&row.root, &pages, &relay, &send) {
+                let _ = send.blocking_send(Err(fault));
+            }
+        });
+        let requests = stream::unfold(receive, |mut receive| async move { receive.recv().await.map(|request| (request, receive)) });
+        let fetched = requests
+            .map(Ok)
+            .try_for_each_concurrent(AHEAD_IN_FLIGHT_MAX, |request: Result<(Hash, Vec<Child>), Fault>| async move {
+                let (page, children) = request?;
+                if inner.relay.is_full() {
+                    return Err(Fault::no_space("the relay's budget is used up"));
+                }
+                let bytes: u64 = children.iter().map(|c| u64::from(c.chunk.len)).sum();
+                // As a peer of its own, beside those that ask.
+                let _share = inner.budget.take(&inner.config.name, bytes, 0).await?;
+                let unkept = inner.relay.unkept_bytes();
+                inner.relay.bring(Of { digest, page, priority: PRIORITY_BULK }, children).await?;
+                if inner.relay.unkept_bytes() != unkept {
+                    return Err(Fault::no_space("the hub's disk takes no more relayed bytes"));
+                }
+                Ok(())
+            })
+            .await;
+        let _ = walking.await;
+        match fetched {
+            Ok(()) => Ok(true),
+            Err(_) if inner.relay.is_full() => Ok(false),
+            Err(fault) => Err(fault),
+        }
+    }
+}
+
+/// Lists what is lacking of an artifact, in requests of about [`FETCH_BATCH_BYTES`]. Ends early when nobody listens.
+fn list_lacking(
+    root: &Root,
+    pages: &Store,
+    relay: &Relay,
+    send: &tokio::sync::mpsc::Sender<Result<(Hash, Vec<Child>), Fault>>,
+) -> Result<(), Fault> {
+    let (mut page, mut children, mut bytes) = (None, Vec::new(), 0);
+    let flush = |page: Option<Hash>, children: &mut Vec<Child>| -> Result<bool, Fault> {
+        let lacking = relay.lacking(&std::mem::take(children))?;
+        let Some(page) = page.filter(|_| !lacking.is_empty()) else { return Ok(true) };
+        Ok(send.blocking_send(Ok((page, lacking))).is_ok())
+    };
+    for step in Walk::new(root, pages) {
+        let Step::Chunk(chunk, spot) = step? else { continue };
+        if page.is_some_and(|p| p != spot.page) || bytes >= FETCH_BATCH_BYTES || children.len() >= FETCH_BATCH_CHUNKS_MAX {
+            if !flush(page, &mut children)? {
+                return Ok(());
+            }
+            bytes = 0;
+        }
+        page = Some(spot.page);
+        bytes += u64::from(chunk.len);
+        children.push(Child { index: spot.index, chunk });
+    }
+    flush(page, &mut children).map(|_| ())
+}

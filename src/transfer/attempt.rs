@@ -1,0 +1,142 @@
+//! One try of a transfer: its turn, its manifest, its bytes, its commit.
+//!
+//! The transfer's task calls it again after each pause, and after a restart of the daemon; each time it begins at the front, and
+//! each step passes over what an earlier try left: manifest pages in the store, staged files in the journal, a commit in the sink.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use tokio_util::sync::CancellationToken;
+
+use super::pace::Pace;
+use super::{Assembly, Counters, Runner, SMALL_BYTES, incoming, stopped, unless};
+use crate::api::types::State;
+use crate::catalogue::TransferRow;
+use crate::clock;
+use crate::fault::{Fault, Reason};
+use crate::fetch::Fetcher;
+use crate::line::Link;
+
+/// How often a transfer's progress is written down.
+const PROGRESS_EVERY: Duration = Duration::from_secs(1);
+
+impl Runner {
+    pub(super) async fn attempt(&self, row: &mut TransferRow, counters: &Arc<Counters>, stop: &CancellationToken) -> Result<(), Fault> {
+        let inner = &self.inner;
+        let resumes_commit = row.state == State::Committing;
+        let _turn = self.turn(row, stop).await?;
+        let sink = inner.sinks.of(row.artifact.kind).clone();
+        let known = inner.catalogue.by_digest(row.digest).await?.map(|known| known.root);
+
+        if let (true, Some(root)) = (resumes_commit, &known) {
+            // The daemon ended in or after the commit: the sink knows which.
+            let incoming = incoming(row, root);
+            let staged = sink.staging_root().join(&row.id);
+            if !staged.exists()
+                && let Ok(landed) = sink.commit(&incoming, &staged).await
+            {
+                return self.land(row, counters, &incoming, landed).await;
+            }
+        }
+
+        self.enter(row, State::Planning, None).await;
+        if let Some(landed) = unless(stop, self.still_here(row)).await? {
+            let Some(root) = known else { return Err(Fault::internal("an artifact that lies here is not in the catalogue")) };
+            return self.land(row, counters, &incoming(row, &root), landed).await;
+        }
+        let base = inner.catalogue.kin(&row.artifact).await?.map(|kin| kin.root);
+        let mut fetcher = None;
+        let root = match known.or_else(|| self.told(row.digest, counters)) {
+            Some(root) => root,
+            None => {
+                let new = Fetcher::new(unless(stop, self.link(row)).await?, row.digest, counters.wire.clone());
+                let root = if base.is_some() {
+                    unless(stop, new.root()).await?
+                } else {
+                    unless(stop, new.root_and_pages(&inner.shared.store)).await?
+                };
+                fetcher = Some(new);
+                root
+            }
+        };
+        if root.kind != row.artifact.kind {
+            return Err(Fault::integrity(format!("{} has the manifest of a {}", row.artifact, root.kind)));
+        }
+        let fetcher = match fetcher {
+            Some(fetcher) => fetcher,
+            None => Fetcher::new(unless(stop, self.link(row)).await?, row.digest, counters.wire.clone()),
+        };
+        if row.body.reason != Some(Reason::WaitingForSource) {
+            row.body.set_fault(None);
+        }
+        unless(stop, fetcher.pages(&root, base.as_ref(), &inner.shared.store)).await?;
+        inner.catalogue.add_artifact(&row.artifact, &root, None).await?;
+        row.body.bytes.total = root.totals.bytes;
+        let incoming = incoming(row, &root);
+        unless(stop, sink.check(&incoming)).await?;
+
+        self.enter(row, State::Transferring, None).await;
+        let assembly = Assembly {
+            shared: inner.shared.clone(),
+            sink: sink.clone(),
+            incoming: incoming.clone(),
+            fetcher,
+            priority: if root.totals.bytes < SMALL_BYTES { 10 } else { 0 },
+            counters: counters.clone(),
+            stop: stop.clone(),
+        };
+        let staged = self.staged(row, &assembly).await?;
+        self.note_bytes(row, counters);
+        row.body.rate = 0;
+        self.enter(row, State::Committing, None).await;
+        let _alone = self.alone_with(&row.artifact).await;
+        let landed = sink.commit(&incoming, &staged).await?;
+        self.land(row, counters, &incoming, landed).await
+    }
+
+    /// The line, as soon as there is one.
+    async fn link(&self, row: &mut TransferRow) -> Result<Link, Fault> {
+        let mut watch = self.inner.link.clone();
+        loop {
+            if let Some(link) = watch.borrow_and_update().clone().filter(|link| !link.is_closed()) {
+                return Ok(link);
+            }
+            if row.body.reason != Some(Reason::HubUnreachable) {
+                let fault = Fault::unreachable("there is no line to the hub").with_reason(Reason::HubUnreachable);
+                let state = row.state;
+                self.enter(row, state, Some(fault)).await;
+            }
+            watch.changed().await.map_err(|_| stopped())?;
+        }
+    }
+
+    /// Assembles the artifact, and writes down meanwhile how far it is. Returns the staging folder.
+    async fn staged(&self, row: &mut TransferRow, assembly: &Assembly) -> Result<PathBuf, Fault> {
+        let counters = &assembly.counters;
+        let run = assembly.run();
+        let before = counters.received.load(Ordering::Relaxed);
+        tokio::pin!(run);
+        let mut pace = Pace::new(clock::now_unix_ms(), row.body.bytes.received + row.body.bytes.reused);
+        let mut ticks = tokio::time::interval(PROGRESS_EVERY);
+        ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        ticks.tick().await;
+        loop {
+            tokio::select! {
+                staged = &mut run => return staged,
+                _ = ticks.tick() => {
+                    self.note_bytes(row, counters);
+                    if row.body.reason == Some(Reason::WaitingForSource) && counters.received.load(Ordering::Relaxed) > before {
+                        row.body.set_fault(None);
+                    }
+                    let bytes = row.body.bytes;
+                    row.body.rate = pace.rate(clock::now_unix_ms(), bytes.received + bytes.reused);
+                    self.inner.last_rate.store(row.body.rate, Ordering::Relaxed);
+                    row.body.eta_seconds = pace.eta(bytes.total.saturating_sub(bytes.committed));
+                    self.save(row).await;
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,108 @@
+//! The end of a transfer: what is committed is noted, signed for, and looked at again when it is wanted a second time.
+//!
+//! `attempt` lands what a sink has committed, or what was here all along. The row says `done` last, with the receipt in
+//! it: a crash before that and the transfer lands again.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD as BASE64;
+use tokio::sync::OwnedMutexGuard;
+
+use super::verify::verify;
+use super::{Counters, Runner, incoming};
+use crate::api::types::State;
+use crate::catalogue::TransferRow;
+use crate::clock;
+use crate::fault::{Code, Fault};
+use crate::fetch::blocking;
+use crate::manifest::Digest;
+use crate::names::ArtifactRef;
+use crate::places::PlaceInfo;
+use crate::sink::{Incoming, Landed};
+
+impl Runner {
+    /// Waits until nobody else lands, looks at, or takes away this artifact.
+    pub async fn alone_with(&self, artifact: &ArtifactRef) -> OwnedMutexGuard<()> {
+        let lock = {
+            let mut all = self.inner.alone.lock();
+            all.retain(|_, lock| Arc::strong_count(lock) > 1);
+            all.entry(artifact.clone()).or_default().clone()
+        };
+        lock.lock_owned().await
+    }
+
+    /// Looks closely at what was committed before, if it was. What is sound counts as landed; what is not is brought again.
+    pub(super) async fn still_here(&self, row: &TransferRow) -> Result<Option<Landed>, Fault> {
+        let inner = &self.inner;
+        let _alone = self.alone_with(&row.artifact).await;
+        let there = match inner.catalogue.artifact(&row.artifact).await {
+            Ok(there) if there.digest == row.digest && !there.published => there,
+            Err(fault) if fault.code != Code::NotFound => return Err(fault),
+            _ => return Ok(None),
+        };
+        // Once something of it is staged, it was looked at.
+        let (Some(place), None) = (&there.place, inner.shared.places.staged_by(&row.id)) else { return Ok(None) };
+        let sink = inner.sinks.of(row.artifact.kind);
+        let incoming = incoming(row, &there.root);
+        let faults = match verify(sink.as_ref(), inner.shared.store.clone(), &incoming, place, |_| {}).await {
+            // A page of the manifest is damaged: it is brought again as well.
+            Err(fault) if fault.code == Code::Integrity => vec![fault.to_string()],
+            other => other?,
+        };
+        let Some(first) = faults.first() else {
+            return Ok(Some(Landed { place: place.clone(), location: there.location.clone().unwrap_or_default() }));
+        };
+        tracing::warn!(transfer = %row.id, artifact = %row.artifact, faults = faults.len(), first, "what was here is brought again");
+        sink.clear(&incoming).await?;
+        Ok(None)
+    }
+
+    /// Whether an artifact is here still, by a quick look.
+    pub async fn holds(&self, artifact: &ArtifactRef, digest: Digest) -> Result<bool, Fault> {
+        let there = match self.inner.catalogue.artifact(artifact).await {
+            Ok(there) if there.digest == digest && there.place.is_some() => there,
+            Err(fault) if fault.code != Code::NotFound => return Err(fault),
+            _ => return Ok(false),
+        };
+        let incoming = Incoming { artifact: artifact.clone(), digest, root: there.root, transfer: "holds".into() };
+        if there.published { Ok(true) } else { self.inner.sinks.of(artifact.kind).stands(&incoming).await }
+    }
+
+    /// Everything is durable and visible: note where, sign, and say so.
+    pub(super) async fn land(&self, row: &mut TransferRow, counters: &Counters, incoming: &Incoming, landed: Landed) -> Result<(), Fault> {
+        let inner = &self.inner;
+        let (places, id, digest) = (inner.shared.places.clone(), row.id.clone(), row.digest);
+        let place = landed.place.clone();
+        blocking(move || {
+            if let Some(number) = places.staged_by(&id) {
+                places.put(Some(number), PlaceInfo { place, digest, transfer: None, foreign: false })?;
+            }
+            Ok(())
+        })
+        .await?;
+        inner.catalogue.add_artifact(&row.artifact, &incoming.root, None).await?;
+        inner.catalogue.set_place(&row.artifact, Some(&landed.place), Some(&landed.location)).await?;
+        counters.committed.store(row.body.bytes.total, Ordering::Relaxed);
+        self.note_bytes(row, counters);
+        row.body.location = Some(landed.location);
+        row.body.receipt = Some(self.receipt(row)?);
+        self.enter(row, State::Done, None).await;
+        tracing::info!(transfer = %row.id, artifact = %row.artifact, "a transfer is done");
+        Ok(())
+    }
+
+    /// What the site signs when an artifact is committed: a JSON text, and the signature over exactly that text.
+    fn receipt(&self, row: &TransferRow) -> Result<serde_json::Value, Fault> {
+        let identity = self.inner.identity.borrow().clone();
+        let statement = serde_json::json!({
+            "artifact": row.artifact, "digest": row.digest, "site": row.site, "transfer": row.id,
+            "location": row.body.location, "committed_at": clock::now_rfc3339(),
+        })
+        .to_string();
+        let signature = BASE64.encode(identity.sign(statement.as_bytes())?);
+        let certificate = BASE64.encode(identity.cert_der());
+        Ok(serde_json::json!({ "statement": statement, "signature": signature, "certificate": certificate }))
+    }
+}

@@ -1,0 +1,112 @@
+//! One transfer's task: tries, the pauses between them, and what the catalogue says of it meanwhile.
+//!
+//! [`Runner::spawn`] starts it, it calls `attempt` until that succeeds, is of no use any more, or the transfer is stopped. A
+//! row is written before anybody is told, so after a crash the task begins where the catalogue says.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use tokio::sync::oneshot;
+use tokio_util::sync::CancellationToken;
+
+use super::pace::Pause;
+use super::{AskLook, Counters, Runner};
+use crate::api::types::{Bytes, State};
+use crate::catalogue::TransferRow;
+use crate::fault::{Code, Fault, Reason};
+use crate::origin::CHANGED_NEXT;
+
+impl Runner {
+    /// One transfer, from where it stands to its end.
+    pub(super) async fn go(&self, mut row: TransferRow, stop: CancellationToken) {
+        let mut pause = Pause::default();
+        let first = row.body.bytes;
+        let counters = Arc::new(Counters::default());
+        counters.received.store(first.received, Ordering::Relaxed);
+        counters.reused.store(first.reused, Ordering::Relaxed);
+        counters.wire.store(first.wire, Ordering::Relaxed);
+        let mut link = self.inner.link.clone();
+        loop {
+            row.body.attempts += 1;
+            let before = counters.committed.load(Ordering::Relaxed);
+            let Err(fault) = self.attempt(&mut row, &counters, &stop).await else { return };
+            if stop.is_cancelled() {
+                self.note_bytes(&mut row, &counters);
+                let _ = self.inner.catalogue.update_transfer(&row.id, row.generation, row.state, &row.body).await;
+                return;
+            }
+            if counters.committed.load(Ordering::Relaxed) > before {
+                pause = Pause::default();
+            }
+            self.note_bytes(&mut row, &counters);
+            row.body.rate = 0;
+            let fault = self.unless_changed_here(&mut row, fault, &stop).await;
+            row.body.set_fault(Some(&fault));
+            let Some(wait) = pause.after(&fault) else {
+                tracing::warn!(transfer = %row.id, artifact = %row.artifact, error = %fault, "a transfer failed");
+                row.state = State::Failed;
+                self.save(&row).await;
+                return;
+            };
+            tracing::info!(transfer = %row.id, artifact = %row.artifact, error = %fault, wait_ms = wait.as_millis() as u64, "a transfer waits");
+            self.save(&row).await;
+            tokio::select! {
+                () = tokio::time::sleep(wait) => {}
+                // A new line is what most waits are for.
+                _ = link.changed(), if fault.reason == Reason::HubUnreachable => {}
+                () = stop.cancelled() => return,
+            }
+        }
+    }
+
+    /// The hub never asks a site for what it lacks itself. So what was published here, and no other site has, is looked at: when it
+    /// changed, it would wait for ever.
+    async fn unless_changed_here(&self, row: &mut TransferRow, fault: Fault, stop: &CancellationToken) -> Fault {
+        let waits = fault.reason == Reason::WaitingForSource && fault.code == Code::NotFound;
+        if !waits || !self.inner.catalogue.all_by_digest(row.digest).await.is_ok_and(|all| all.iter().any(|known| known.published)) {
+            return fault;
+        }
+        // The look may take a while.
+        row.body.set_fault(Some(&fault));
+        self.save(row).await;
+        let (answer, answered) = oneshot::channel();
+        let look = async {
+            self.inner.looks.send(AskLook { digest: row.digest, answer }).await.ok()?;
+            answered.await.ok()?
+        };
+        let changed = tokio::select! {
+            changed = look => changed,
+            () = stop.cancelled() => None,
+        };
+        changed.map_or(fault, |changed| Fault::integrity(changed).with_next(CHANGED_NEXT))
+    }
+
+    pub(super) async fn save(&self, row: &TransferRow) {
+        if let Err(fault) = self.inner.catalogue.update_transfer(&row.id, row.generation, row.state, &row.body).await {
+            tracing::error!(transfer = %row.id, error = %fault, "the catalogue cannot be written");
+        }
+    }
+
+    pub(super) fn note_bytes(&self, row: &mut TransferRow, counters: &Counters) {
+        let get = |n: &AtomicU64| n.load(Ordering::Relaxed);
+        let was = row.body.bytes;
+        row.body.bytes = Bytes {
+            total: was.total,
+            reused: was.reused.max(get(&counters.reused)),
+            resumed: was.resumed.max(get(&counters.resumed)),
+            received: was.received.max(get(&counters.received)),
+            committed: was.committed.max(get(&counters.committed)),
+            wire: was.wire.max(get(&counters.wire)),
+        };
+    }
+
+    pub(super) async fn enter(&self, row: &mut TransferRow, state: State, wait: Option<Fault>) {
+        row.state = state;
+        // Until bytes come it still waits for its source, however often it asks.
+        let waits = row.body.reason == Some(Reason::WaitingForSource) && matches!(state, State::Planning | State::Transferring);
+        if wait.is_some() || !waits {
+            row.body.set_fault(wait.as_ref());
+        }
+        self.save(row).await;
+    }
+}

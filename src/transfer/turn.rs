@@ -1,0 +1,60 @@
+//! When a transfer may work: which others go first, and how many work at once.
+//!
+//! `attempt` waits here before it does anything. Nothing is kept: what goes first stands in the catalogue, and turns are
+//! taken anew after a restart.
+
+use tokio::sync::SemaphorePermit;
+use tokio_util::sync::CancellationToken;
+
+use super::{Runner, SMALL_BYTES, stopped, unless};
+use crate::api::types::State;
+use crate::catalogue::TransferRow;
+use crate::fault::{Code, Fault, Reason};
+
+impl Runner {
+    /// Waits until this transfer may work: what goes first is done, and fewer than so many of its size work.
+    pub(super) async fn turn(&self, row: &mut TransferRow, stop: &CancellationToken) -> Result<SemaphorePermit<'_>, Fault> {
+        // Who was committing when the daemon stopped has waited already.
+        if row.state != State::Committing {
+            unless(stop, self.let_others_go_first(row)).await?;
+        }
+        let turns = if row.body.bytes.total < SMALL_BYTES { &self.inner.small } else { &self.inner.large };
+        if let Ok(turn) = turns.try_acquire() {
+            return Ok(turn);
+        }
+        let wait =
+            Fault::internal("other transfers go first").with_reason(Reason::WaitingForTurn).with_next("nothing: it begins by itself");
+        self.enter(row, State::Queued, Some(wait)).await;
+        unless(stop, async { turns.acquire().await.map_err(|_| stopped()) }).await
+    }
+
+    /// Waits until the transfers that go first are done, or given up.
+    async fn let_others_go_first(&self, row: &mut TransferRow) -> Result<(), Fault> {
+        let catalogue = &self.inner.catalogue;
+        loop {
+            let changed = catalogue.changed();
+            // In words that name its id: by that a command that waits for both knows which of them this one waits for.
+            let mut waits = None;
+            // As the hub says now: it may have been told since that nothing need go first.
+            for id in catalogue.transfer(&row.id).await?.after {
+                match catalogue.transfer(&id).await {
+                    Ok(first) if matches!(first.state, State::Done | State::Cancelled) => {}
+                    Ok(first) if first.state == State::Failed => {
+                        waits = Some(format!("{} must be here first, and failed: {id}", first.artifact));
+                    }
+                    Ok(first) => waits = Some(format!("{} must be here first: {id}", first.artifact)),
+                    Err(fault) if fault.code == Code::NotFound => waits = Some(format!("transfer {id} must be done first")),
+                    Err(fault) => return Err(fault),
+                }
+            }
+            let Some(message) = waits else { return Ok(()) };
+            if row.body.message.as_ref() != Some(&message) {
+                let wait = Fault::internal(message)
+                    .with_reason(Reason::WaitingForDependency)
+                    .with_next("nothing: it begins by itself; if what it waits for failed, mend that and retry it");
+                self.enter(row, State::Queued, Some(wait)).await;
+            }
+            changed.await;
+        }
+    }
+}
