@@ -49,7 +49,13 @@ impl Buffers {
             return vec![0; len];
         }
         let out = self.take(len);
-        if out.len() >= len { out } else { vec![0; len.next_multiple_of(STEP)] }
+        if out.len() > 4 * len {
+            // Somebody may hold it for long, who has a share for `len` only.
+            self.free.lock().push(out);
+        } else if out.len() >= len {
+            return out;
+        }
+        vec![0; len.next_multiple_of(STEP)]
     }
 
     /// The bytes of a buffer, which comes back when nobody needs them any more.

@@ -261,7 +261,7 @@ async fn answer(send: &mut SendHalf, recv: &mut RecvHalf, peer: &Peer, library: 
             library.ready(peer, &opened, wanted, now).await?;
             // What is read and not yet taken by the line holds a share of the daemon's budget.
             let _share = library.share(peer, bytes, request.priority).await?;
-            // What is here is written at once: the line is woken once for all of it.
+            // What is here is written at once: QUIC is woken once for all of it.
             let mut pieces = library.frames(peer, &opened, wanted, now.to_vec(), request.priority).await?.ready_chunks(PIECES);
             while let Some(some) = pieces.next().await {
                 let mut end = None;

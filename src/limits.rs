@@ -263,6 +263,8 @@ pub const TRAINER_STARTS_MAX: u32 = 3;
 pub const TRAINER_LOOK_EVERY: Duration = Duration::from_millis(250);
 /// How long a training platform may take to answer the call that starts a run.
 pub const TRAINER_CALL_MAX: Duration = Duration::from_secs(30);
+/// How long after a run's deadline a platform that does not answer is still told that the run is over.
+pub const TRAINER_CALL_OFF_MAX: Duration = Duration::from_secs(6 * 3600);
 /// Less room than this for a daemon's own state is a fault for `doctor`: two packs and the databases beside them.
 pub const STATE_ROOM_BYTES_MIN: u64 = 128 << 20;
 /// How often a daemon gives buffers back that nobody used since.

@@ -50,7 +50,7 @@ const BYTES_IN_FLIGHT_MAX: u64 = 32 << 20;
 const ROWS_TOGETHER: usize = 32 << 10;
 /// The notes of one artifact are made anew at most this often: a walk over a large manifest takes a while.
 const INDEX_EVERY: Duration = Duration::from_secs(30);
-/// So long it is believed what of an artifact is held here.
+/// So long it is believed that an artifact lies here.
 const HELD_FOR: Duration = Duration::from_secs(1);
 
 /// An artifact that lies here.
@@ -90,8 +90,8 @@ struct Inner {
     indexed: Mutex<Vec<(Digest, Instant)>>,
     /// What published files are read into.
     buffers: Buffers,
-    /// What was held a moment ago, and when that was.
-    held: Mutex<Vec<(Digest, Instant, Arc<Held>)>>,
+    /// What lay here a moment ago, and when that was.
+    held: Mutex<Vec<(Digest, Instant)>>,
     /// Held while a folder in `kept` is made or replaced.
     keeping: Mutex<()>,
 }
@@ -165,16 +165,18 @@ impl Origin {
     }
 
     /// [`Origin::index`] once more, unless that was just done. Returns whether the notes are fresh.
-    fn index_anew(&self, opened: &Opened, places: &[Place]) -> Result<bool, Fault> {
+    fn index_anew(&self, opened: &Opened, runtime: &tokio::runtime::Handle) -> Result<bool, Fault> {
         // One at a time: whoever waits here finds it done.
         let mut indexed = self.inner.indexed.lock();
         indexed.retain(|(_, at)| at.elapsed() < INDEX_EVERY);
         if indexed.iter().any(|(digest, _)| *digest == opened.digest) {
             return Ok(false);
         }
+        // Asked now: of what was taken away a moment ago nothing may be noted again.
+        let held = runtime.block_on(self.inner.holdings.held(opened.digest))?.ok_or_else(|| not_here(opened.digest))?;
         tracing::info!(digest = %opened.digest, "noting anew where an artifact lies");
         self.keep_layout(opened.digest, &opened.root)?;
-        self.index(opened.digest, &opened.root, places, true)?;
+        self.index(opened.digest, &opened.root, &held.places, true)?;
         indexed.push((opened.digest, Instant::now()));
         Ok(true)
     }
@@ -188,22 +190,21 @@ impl Origin {
         self.inner.buffers.rest();
     }
 
-    /// What there is of an artifact. It is asked for at each request, and believed for a moment: what is taken away is soon
-    /// given no more.
-    async fn held(&self, digest: Digest) -> Result<Arc<Held>, Fault> {
-        let fresh = |at: &Instant| at.elapsed() < HELD_FOR;
-        if let Some((_, _, held)) = self.inner.held.lock().iter().find(|(known, at, _)| *known == digest && fresh(at)) {
-            return Ok(held.clone());
+    /// Fails when an artifact does not lie here. It is asked at each request, and believed for a moment: what is taken away is
+    /// soon given no more.
+    async fn lies_here(&self, digest: Digest) -> Result<(), Fault> {
+        if self.inner.held.lock().iter().any(|(known, at)| *known == digest && at.elapsed() < HELD_FOR) {
+            return Ok(());
         }
-        let held = Arc::new(self.inner.holdings.held(digest).await?.ok_or_else(|| not_here(digest))?);
-        let mut known = self.inner.held.lock();
-        known.retain(|(other, at, _)| *other != digest && fresh(at));
-        known.push((digest, Instant::now(), held.clone()));
-        Ok(held)
+        self.inner.holdings.held(digest).await?.ok_or_else(|| not_here(digest))?;
+        let mut held = self.inner.held.lock();
+        held.retain(|(known, at)| *known != digest && at.elapsed() < HELD_FOR);
+        held.push((digest, Instant::now()));
+        Ok(())
     }
 
     /// These chunks, each read where it lies and hashed. Blocks.
-    fn read(&self, opened: &Opened, held: &Held, chunks: &[ChunkRef], runtime: &tokio::runtime::Handle) -> Result<Vec<Bytes>, Fault> {
+    fn read(&self, opened: &Opened, chunks: &[ChunkRef], runtime: &tokio::runtime::Handle) -> Result<Vec<Bytes>, Fault> {
         let mut reader = self.reader(runtime);
         let ids: Vec<Hash> = chunks.iter().map(|c| c.id).collect();
         let found = self.inner.places.find(&ids)?;
@@ -218,7 +219,7 @@ impl Origin {
             let chunk = match first {
                 Ok(read) => read,
                 Err(_) => {
-                    let fresh = self.index_anew(opened, &held.places)?;
+                    let fresh = self.index_anew(opened, runtime)?;
                     let at = self.inner.places.find(&[chunk.id])?.into_iter().flatten().next();
                     let at = at.ok_or_else(|| Fault::internal(format!("chunk {} of {} lies nowhere", chunk.id, opened.digest)))?;
                     match reader.chunk(*chunk, at) {
@@ -405,11 +406,11 @@ impl Library for Origin {
         if are_pages {
             return blocking(move || store.read_frames(&ids)).await.map(pieces);
         }
-        let held = self.held(opened.digest).await?;
+        self.lies_here(opened.digest).await?;
         let (this, opened) = (self.clone(), opened.clone());
         let chunks: Vec<ChunkRef> = children.iter().map(|c| c.chunk).collect();
         let runtime = tokio::runtime::Handle::current();
-        blocking(move || this.read(&opened, &held, &chunks, &runtime)).await.map(pieces)
+        blocking(move || this.read(&opened, &chunks, &runtime)).await.map(pieces)
     }
 }
 

@@ -135,7 +135,7 @@ impl Relay {
     pub fn open(data_dir: &Path, main: Store, upstream: Arc<dyn Upstream>, budget: u64) -> Result<Self, Fault> {
         let kept = Arc::new(Kept::open(&data_dir.join("relay"), budget)?);
         let flights = Arc::<Flights>::default();
-        let keeper = Keeper::start(kept.clone(), flights.clone())?;
+        let keeper = Keeper::start(kept.clone())?;
         let buffers = fetch::buffers();
         Ok(Self { inner: Arc::new(Inner { main, upstream, flights, kept, keeper, buffers, fetched: AtomicU64::new(0) }) })
     }
@@ -351,7 +351,7 @@ impl Relay {
             let frames = sent.next().await.ok_or_else(early)??;
             let frames =
                 self.verified(&landing.children[landing.done..], frames).map_err(|fault| fault.context(format!("site {source}")))?;
-            landing.land(frames).await?;
+            landing.land(frames).await;
         }
         Ok(())
     }
@@ -417,10 +417,11 @@ struct Landing<'a> {
 
 impl Landing<'_> {
     /// Passes frames on, and has them kept.
-    async fn land(&mut self, frames: Vec<Frame>) -> Result<(), Fault> {
+    async fn land(&mut self, frames: Vec<Frame>) {
         self.done += frames.len();
         self.flight.land(frames.iter().map(Frame::to_bytes).collect());
-        self.relay.inner.keeper.keep(Group { flight: self.flight.clone(), frames }).await
+        let inner = &self.relay.inner;
+        inner.keeper.keep(Group { flights: inner.flights.clone(), flight: self.flight.clone(), frames }).await;
     }
 }
 

@@ -47,6 +47,7 @@ pub(crate) fn transfer(id: &str, site: &str, state: State) -> Transfer {
         reason: None,
         message: None,
         next: None,
+        waits_for: None,
         bytes: Bytes { total: 1000, ..Bytes::default() },
         rate: 0,
         eta_seconds: None,

@@ -104,6 +104,9 @@ pub struct Transfer {
     pub message: Option<String>,
     /// What to do next about it.
     pub next: Option<String>,
+    /// The transfer to the same site that must be done first, while it waits for that.
+    #[serde(default)]
+    pub waits_for: Option<String>,
     /// Bytes.
     pub bytes: Bytes,
     /// Raw bytes a second over the last seconds; 0 when it stands.

@@ -288,6 +288,28 @@ impl Catalogue {
         rows.iter().map(artifact).collect()
     }
 
+    /// Notes that what arrived here is being taken away. `false`: it is published here, or being so, and stays.
+    pub async fn leave(&self, artifact: &ArtifactRef) -> Result<bool, Fault> {
+        let done = sqlx::query("UPDATE artifact SET place = NULL WHERE reference = ? AND published_ms IS NULL AND offer IS NULL")
+            .bind(artifact.to_string())
+            .execute(&self.write)
+            .await
+            .map_err(fault)?;
+        self.notify();
+        Ok(done.rows_affected() > 0)
+    }
+
+    /// Takes the row of what was taken away, unless it came here in another way since [`Catalogue::leave`].
+    pub async fn remove_left(&self, artifact: &ArtifactRef) -> Result<(), Fault> {
+        sqlx::query("DELETE FROM artifact WHERE reference = ? AND place IS NULL AND offer IS NULL")
+            .bind(artifact.to_string())
+            .execute(&self.write)
+            .await
+            .map_err(fault)?;
+        self.notify();
+        Ok(())
+    }
+
     /// Takes an artifact's row away.
     pub async fn remove_artifact(&self, artifact: &ArtifactRef) -> Result<(), Fault> {
         sqlx::query("DELETE FROM artifact WHERE reference = ?").bind(artifact.to_string()).execute(&self.write).await.map_err(fault)?;

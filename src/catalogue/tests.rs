@@ -179,6 +179,78 @@ async fn what_a_run_may_be_giving_back_is_brought_again() {
     assert_eq!(deliver("six", &own).await, 2, "its site may give back before the hub sees that its time is up");
 }
 
+/// What a hub asks of site b.
+fn wanted(id: &str, artifact: &str, generation: i64) -> TransferRow {
+    TransferRow {
+        id: id.into(),
+        delivery: "d-1".into(),
+        artifact: artifact.parse().unwrap(),
+        digest: root(1).digest(),
+        site: "b".parse().unwrap(),
+        want: Want::Run,
+        generation,
+        state: State::Queued,
+        body: Body::default(),
+        created_ms: 1,
+        updated_ms: 0,
+        finished_ms: None,
+        cursor: 0,
+        after: Vec::new(),
+        removed_ms: None,
+    }
+}
+
+#[tokio::test]
+async fn a_transfer_knows_whether_it_landed_before_it_was_begun_again() {
+    let (_dir, catalogue) = catalogue().await;
+    let adopt = async |id: &str, generation| catalogue.adopt(&wanted(id, "model/m:1", generation)).await.unwrap();
+    let enter = async |row: &TransferRow, state| {
+        catalogue.update_transfer(&row.id, row.generation, state, &row.body).await.unwrap();
+        catalogue.transfer(&row.id).await.unwrap()
+    };
+    let row = adopt("t-0", 0).await;
+    assert!(!row.has_landed());
+    assert!(enter(&row, State::Done).await.has_landed());
+    let row = adopt("t-0", 1).await;
+    assert_eq!((row.state, row.has_landed()), (State::Queued, true));
+    // Given up while it waits for its turn: what it brought lies there.
+    assert!(enter(&row, State::Cancelled).await.has_landed());
+    // One that finds that there, and is given up as well, has brought nothing.
+    let other = adopt("t-1", 0).await;
+    assert!(!enter(&other, State::Cancelled).await.has_landed());
+    let row = adopt("t-0", 2).await;
+    assert!(row.has_landed(), "however often");
+    enter(&row, State::Done).await;
+    catalogue.set_removed("t-0", 7).await.unwrap();
+    assert!(!adopt("t-0", 3).await.has_landed(), "it was given back since");
+}
+
+#[tokio::test]
+async fn what_is_published_while_it_is_given_back_stays() {
+    let (_dir, catalogue) = catalogue().await;
+    let names: Vec<ArtifactRef> = ["model/m:1", "model/m:2", "model/m:3"].iter().map(|name| name.parse().unwrap()).collect();
+    let [arrived, own] = ["/nas/m", "/home/m"].map(|path| crate::sink::Place::Folder { path: path.into() });
+    for name in &names {
+        catalogue.add_artifact(name, &root(1), None).await.unwrap();
+        catalogue.set_place(name, Some(&arrived), Some("/nas/m")).await.unwrap();
+    }
+    let publish = async |name: &ArtifactRef| catalogue.set_published(name, &own, "/home/m", 7, &Offer::default()).await.unwrap();
+    // Before, in between, and not at all.
+    publish(&names[0]).await;
+    assert!(!catalogue.leave(&names[0]).await.unwrap());
+    assert!(catalogue.artifact(&names[0]).await.unwrap().place.is_some());
+    assert!(catalogue.leave(&names[1]).await.unwrap() && catalogue.leave(&names[2]).await.unwrap());
+    publish(&names[1]).await;
+    // The hub may have heard of it already.
+    catalogue.offered(&names[1]).await.unwrap();
+    for name in &names[1..] {
+        catalogue.remove_left(name).await.unwrap();
+    }
+    let there = catalogue.artifact(&names[1]).await.unwrap();
+    assert_eq!((there.published, there.place.as_ref()), (true, Some(&own)));
+    assert_eq!(catalogue.artifact(&names[2]).await.unwrap_err().code, Code::NotFound);
+}
+
 #[tokio::test]
 async fn what_is_read_in_a_folder_is_found() {
     let (_dir, catalogue) = catalogue().await;

@@ -44,6 +44,8 @@ pub struct Body {
     pub message: Option<String>,
     /// What to do next.
     pub next: Option<String>,
+    /// The transfer that must be done first, while it waits for that.
+    pub waits_for: Option<String>,
     /// Bytes.
     pub bytes: Bytes,
     /// Raw bytes a second.
@@ -56,14 +58,17 @@ pub struct Body {
     pub location: Option<String>,
     /// The signed receipt.
     pub receipt: Option<serde_json::Value>,
+    /// Whether it had landed before it was begun again.
+    pub landed: bool,
 }
 
 impl Body {
-    /// Notes a fault, or with `None` that all is well.
+    /// Notes a fault, or with `None` that all is well. Whatever it waited for before, it waits for no more.
     pub fn set_fault(&mut self, fault: Option<&Fault>) {
         self.reason = fault.map(|f| f.reason);
         self.message = fault.map(|f| f.message.clone());
         self.next = fault.map(|f| f.next.clone());
+        self.waits_for = None;
     }
 
     /// As it is when a transfer that ended begins again: one that failed goes on with what it has, one that was done
@@ -71,9 +76,12 @@ impl Body {
     fn begun_again(self, from: State) -> Self {
         match from {
             // What was cancelled was cleared away.
-            State::Done | State::Cancelled => {
-                Self { bytes: Bytes { total: self.bytes.total, ..Bytes::default() }, attempts: self.attempts, ..Self::default() }
-            }
+            State::Done | State::Cancelled => Self {
+                bytes: Bytes { total: self.bytes.total, ..Bytes::default() },
+                attempts: self.attempts,
+                landed: self.landed || from == State::Done,
+                ..Self::default()
+            },
             _ => self,
         }
     }
@@ -141,6 +149,12 @@ impl Part {
 }
 
 impl TransferRow {
+    /// Whether this very transfer has landed what it brings, now or before it was begun again: what a cancelled one only found
+    /// there is not its own.
+    pub fn has_landed(&self) -> bool {
+        self.state == State::Done || self.body.landed
+    }
+
     /// As `status` shows it.
     pub fn view(&self) -> Transfer {
         let body = self.body.clone();
@@ -154,6 +168,7 @@ impl TransferRow {
             reason: body.reason,
             message: body.message,
             next: body.next,
+            waits_for: body.waits_for,
             bytes: body.bytes,
             rate: if self.state == State::Transferring { body.rate } else { 0 },
             eta_seconds: if self.state == State::Transferring { body.eta_seconds } else { None },
@@ -365,7 +380,8 @@ impl Catalogue {
             row.after.clone_from(&wanted.after);
             if again {
                 row.body = row.body.begun_again(row.state);
-                // What was given back after a run is brought again.
+                // What was given back after a run is brought again: what may lie there meanwhile is not its own.
+                row.body.landed &= row.removed_ms.is_none();
                 (row.state, row.finished_ms, row.removed_ms) = (State::Queued, None, None);
             }
             sqlx::query(

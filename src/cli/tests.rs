@@ -183,7 +183,8 @@ async fn what_must_come_after_a_part_that_failed_is_not_waited_for() {
     d.fake.put(Transfer {
         artifact: "labels/line3:v1".parse().unwrap(),
         reason: Some(Reason::WaitingForDependency),
-        message: Some("dataset/line3:v1 must be here first: t2".into()),
+        message: Some("dataset/line3:v1 must be here first".into()),
+        waits_for: Some("t2".into()),
         ..transfer("t1", "chengdu", State::Queued)
     });
     d.fake.put(failed("t3", "chengdu", Reason::NoSpace, "the disk is full"));

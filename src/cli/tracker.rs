@@ -113,11 +113,10 @@ pub(super) fn is_over<'a>(mut transfers: impl Iterator<Item = &'a Transfer> + Cl
     transfers.all(|t| t.state.is_final() || failed_before(t, among.clone()).is_some())
 }
 
-/// The one of these that must be at the site before this transfer, and failed. A wait names what it is for by its id. What was
-/// cancelled is waited for no more.
+/// The one of these that must be at the site before this transfer, and failed. What was cancelled is waited for no more.
 fn failed_before<'a>(waiting: &Transfer, mut among: impl Iterator<Item = &'a Transfer>) -> Option<&'a Transfer> {
-    let waits_for = waiting.message.as_deref().filter(|_| waiting.reason == Some(Reason::WaitingForDependency))?;
-    among.find(|t| t.state == State::Failed && t.site == waiting.site && waits_for.contains(&t.id))
+    let first = waiting.waits_for.as_ref().filter(|_| waiting.reason == Some(Reason::WaitingForDependency))?;
+    among.find(|t| t.state == State::Failed && t.site == waiting.site && t.id == *first)
 }
 
 /// At most so many, and how many more.

@@ -38,8 +38,8 @@ fn not_shared(artifact: &ArtifactRef, origin: &SiteName, left_out: &[LeftOut]) -
 
 impl Hub {
     /// Of these sites, which `to` means, those that may have an artifact by the hub's policy and by what its origin says. It is
-    /// refused when none is left, or one may not that was named outright: the administrator (`by` is `None`) is told why, and who
-    /// else is left out; whoever asks over a line gets the answer for what does not exist, and no more.
+    /// refused when none is left, or one may not that was named outright: the administrator (`by` is `None`) and the origin itself are
+    /// told why, and who else is left out; any other site gets the answer for what does not exist, and no more.
     pub(super) async fn shared_with(
         &self,
         by: Option<&SiteName>,
@@ -60,11 +60,12 @@ impl Hub {
             }
         }
         let refused = shared.sites.is_empty() || named && !shared.left_out.is_empty();
-        match by {
-            Some(_) if refused => Err(no_artifact(artifact)),
-            Some(_) => Ok(Shared { left_out: Vec::new(), ..shared }),
-            None if refused => Err(not_shared(artifact, origin, &shared.left_out)),
-            None => Ok(shared),
+        let may_know = by.is_none_or(|by| by == origin);
+        match refused {
+            true if may_know => Err(not_shared(artifact, origin, &shared.left_out)),
+            true => Err(no_artifact(artifact)),
+            false if may_know => Ok(shared),
+            false => Ok(Shared { left_out: Vec::new(), ..shared }),
         }
     }
 

@@ -140,11 +140,12 @@ impl Origin {
         let kept = self.kept_folder(ingested.digest);
         if keep.kept > 0 {
             keep.sync()?;
-            let _alone = self.inner.keeping.lock();
             let at = Place::Folder { path: kept.clone() };
             let places: Vec<Place> = std::iter::once(at).chain(base.cloned()).collect();
             // What lies there from before may be being read; it is replaced only when it was damaged since.
-            if kept.is_dir() && !self.verify(ingested.digest, &ingested.root, &places, |_| ())?.is_empty() {
+            let damaged = kept.is_dir() && !self.verify(ingested.digest, &ingested.root, &places, |_| ())?.is_empty();
+            let _alone = self.inner.keeping.lock();
+            if damaged {
                 durable::remove_all(&kept)?;
             }
             if !kept.is_dir() {

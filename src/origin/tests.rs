@@ -74,7 +74,7 @@ impl Fixture {
         let mut bytes = 0;
         for step in Walk::new(&held.root, &self.origin.inner.store) {
             if let Step::Chunk(chunk, _) = step.unwrap() {
-                let frames = self.origin.read(&opened, &held, &[chunk], runtime.handle())?;
+                let frames = self.origin.read(&opened, &[chunk], runtime.handle())?;
                 bytes += Frame::parse(frames.concat().into()).unwrap().verify(chunk.id, chunk.len).unwrap().bytes.len() as u64;
             }
         }

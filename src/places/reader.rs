@@ -17,7 +17,7 @@ use crate::sink::{Place, Sink};
 
 /// Bytes that are read at once of a blob in the registry, whose chunks mostly follow each other.
 const AHEAD_BYTES: u64 = 4 << 20;
-/// The same of a file.
+/// The same of a file, where it is known that they do.
 const FILE_AHEAD_BYTES: u64 = 1 << 20;
 /// The buffers that a published file is read into: so many are kept, for so many bytes.
 const BUFFERS_KEPT: usize = 16;
@@ -31,10 +31,8 @@ pub struct Reader {
     runtime: Handle,
     /// Whether a file of another size than noted is refused, though the chunk may be in it.
     strict: bool,
-    /// Bytes that are read at once of a blob.
-    blob_ahead: u64,
-    /// Bytes that are read at once of a file; less than a chunk: chunk by chunk.
-    file_ahead: u64,
+    /// Bytes that will be asked for behind each other, if that is known.
+    ahead: Option<u64>,
     buffers: Buffers,
     /// The file that was read last.
     source: Option<Source>,
@@ -55,7 +53,7 @@ struct Source {
 impl Reader {
     /// A reader for a thread that may block.
     pub fn new(places: Arc<Places>, images: Option<Arc<dyn Sink>>, runtime: Handle) -> Self {
-        Self { places, images, runtime, strict: false, blob_ahead: AHEAD_BYTES, file_ahead: 0, buffers: buffers(), source: None }
+        Self { places, images, runtime, strict: false, ahead: None, buffers: buffers(), source: None }
     }
 
     /// The same for what was published where it lies: there a file of another size is another file.
@@ -65,8 +63,7 @@ impl Reader {
 
     /// So many bytes will be asked for one behind the other from where the next chunk lies.
     pub fn ahead(&mut self, bytes: u64) {
-        self.blob_ahead = bytes.min(AHEAD_BYTES);
-        self.file_ahead = bytes.min(FILE_AHEAD_BYTES);
+        self.ahead = Some(bytes);
     }
 
     /// One chunk. What the index says may be stale: then it is `not_found`, or `integrity` for other bytes.
@@ -91,7 +88,10 @@ impl Reader {
         let (start, bytes) = &source.ahead;
         if at.offset < *start || end > *start + bytes.len() as u64 {
             // For every chunk by itself it would be a call, of a registry a round trip.
-            let ahead = if source.file.is_some() { self.file_ahead } else { self.blob_ahead };
+            let ahead = match source.file {
+                Some(_) => self.ahead.map_or(0, |ahead| ahead.min(FILE_AHEAD_BYTES)),
+                None => self.ahead.map_or(AHEAD_BYTES, |ahead| ahead.min(AHEAD_BYTES)),
+            };
             let len = ahead.min(source.size.saturating_sub(at.offset)).max(u64::from(at.len)) as usize;
             let read = match &source.file {
                 Some(file) => {

@@ -68,10 +68,19 @@ impl Kept {
     }
 }
 
-/// What landed next of a flight.
+/// What landed next of a flight, to be kept. Dropped it is settled, however that went.
 pub(super) struct Group {
+    pub(super) flights: Arc<Flights>,
     pub(super) flight: Arc<Flight>,
     pub(super) frames: Vec<Frame>,
+}
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        // In this order: whoever finds no flight finds it in the store, and whoever found one is given what it holds.
+        self.flights.forget(self.frames.iter().map(Frame::id));
+        self.flight.settle(self.frames.len());
+    }
 }
 
 /// The thread; it ends, and is waited for, when this is dropped.
@@ -81,17 +90,12 @@ pub(super) struct Keeper {
 }
 
 impl Keeper {
-    pub(super) fn start(kept: Arc<Kept>, flights: Arc<Flights>) -> Result<Self, Fault> {
+    pub(super) fn start(kept: Arc<Kept>) -> Result<Self, Fault> {
         let (queue, mut groups) = mpsc::channel::<Group>(QUEUED_MAX);
         let work = move || {
-            while let Some(Group { flight, frames }) = groups.blocking_recv() {
-                {
-                    let _gate = kept.gate.blocking_read();
-                    kept.put(&frames);
-                }
-                // In this order: whoever finds no flight finds it in the store, and whoever found one is given what it holds.
-                flights.forget(frames.iter().map(Frame::id));
-                flight.settle(frames.len());
+            while let Some(group) = groups.blocking_recv() {
+                let _gate = kept.gate.blocking_read();
+                kept.put(&group.frames);
             }
         };
         let thread = std::thread::Builder::new().name("relay-keeper".into()).spawn(work).at("start a thread")?;
@@ -99,12 +103,12 @@ impl Keeper {
     }
 
     /// Has these kept, soon.
-    pub(super) async fn keep(&self, group: Group) -> Result<(), Fault> {
-        let sent = match &self.queue {
-            Some(queue) => queue.send(group).await.is_ok(),
-            None => false,
-        };
-        if sent { Ok(()) } else { Err(Fault::internal("the relay keeps nothing any more")) }
+    pub(super) async fn keep(&self, group: Group) {
+        if let Some(queue) = &self.queue
+            && queue.send(group).await.is_err()
+        {
+            tracing::error!("the relay keeps nothing any more: what passes is passed on only");
+        }
     }
 }
 

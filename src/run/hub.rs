@@ -298,12 +298,12 @@ fn finish(run: &mut Run, said: Finish, now_ms: i64) -> Result<(), Fault> {
     if run.state == RunState::Publishing || run.state == RunState::Returning || run.state == RunState::Done {
         return Ok(()); // said before
     }
-    if run.state == RunState::Waiting && run.site.as_ref().is_none_or(|site| site.by_platform) {
-        // A fast platform overtakes the word that it began.
+    if run.state == RunState::Waiting {
+        // A fast platform overtakes the word that it began, and that it is one.
         run.early = Some(said);
         return Ok(());
     }
-    if !matches!(run.state, RunState::Waiting | RunState::Training) {
+    if run.state != RunState::Training {
         return Err(Fault::conflict(format!("run {name} is {}: there is nothing to finish", run.state.as_str()))
             .with_next(format!("see 'packhorse train show {name}'")));
     }

@@ -12,7 +12,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use super::{Borrowed, DesiredRun, Ended, Model, RunReport, Spec, Want};
-use crate::limits::TRAINER_STARTS_MAX;
+use crate::limits::{TRAINER_CALL_OFF_MAX, TRAINER_STARTS_MAX};
 use crate::names::{ArtifactRef, RunName};
 
 /// How far a run is at the site.
@@ -53,6 +53,9 @@ pub struct Run {
     pub by_platform: bool,
     /// Whether the platform took the call.
     pub called: bool,
+    /// Whether the platform has heard that the run is over without a model, or is told so no more.
+    #[serde(default)]
+    pub called_off: bool,
     /// How often the trainer was started.
     pub starts: u32,
     /// When last.
@@ -111,6 +114,8 @@ pub struct Seen {
     pub offering: bool,
     /// An artifact that was published out of the run's folder and is read there: a start, which empties that, would wipe it.
     pub kept: Option<String>,
+    /// Whether the inputs themselves were looked at just now, and may be given to a trainer.
+    pub checked: bool,
 }
 
 /// What happens to a run.
@@ -124,8 +129,12 @@ pub enum Event {
     Looked(Seen),
     /// The command could not be started at all, or the platform not called, which is tried again.
     NotStarted(String),
+    /// The inputs cannot be looked at now, for this reason; tried again.
+    NotYet(String),
     /// The platform took the call.
     Called,
+    /// The platform has heard that the run is over.
+    CalledOff,
     /// The model is registered at the hub.
     Published(Model),
     /// It could not be; tried again if so said.
@@ -154,9 +163,11 @@ pub enum Event {
 /// What is to be done for a run. Each may be done twice.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Effect {
+    /// Look at the inputs themselves: nothing else keeps a trainer from being started.
+    Check,
     /// Start the command from nothing, or call the platform.
     Start,
-    /// End the command; of a platform, tell it that the run is over, which is said once.
+    /// End the command; of a platform, tell it that the run is over, until it has heard.
     Stop,
     /// Publish the output folder.
     Publish,
@@ -176,6 +187,7 @@ impl Run {
             phase: Phase::Waiting,
             by_platform: false,
             called: false,
+            called_off: false,
             starts: 0,
             started_ms: None,
             ended: None,
@@ -214,6 +226,16 @@ impl Run {
             Phase::Trained | Phase::Publishing | Phase::Published | Phase::Failed => false,
         };
         may && self.spec.inputs.iter().any(|input| input.artifact == *artifact)
+    }
+
+    /// Whether something is left to do here: a platform may still have to be told when all else is done.
+    pub fn is_open(&self) -> bool {
+        !self.released || self.owes_word()
+    }
+
+    /// Whether a platform that was called has still to hear, once the run is over, that there is no model.
+    fn owes_word(&self) -> bool {
+        self.by_platform && self.starts > 0 && self.model.is_none() && !self.called_off
     }
 
     fn is_making(&self) -> bool {
@@ -257,6 +279,14 @@ pub fn step(run: &Run, event: Event, now_ms: i64) -> (Run, Vec<Effect>) {
                 true => run.message = Some(why),
                 false => run.fail(why),
             }
+            Vec::new()
+        }
+        Event::NotYet(why) => {
+            run.message = Some(why);
+            Vec::new()
+        }
+        Event::CalledOff => {
+            run.called_off = true;
             Vec::new()
         }
         Event::Called => {
@@ -312,11 +342,17 @@ fn looked(run: &mut Run, seen: &Seen, now_ms: i64) -> Vec<Effect> {
         if let Process::Ended(ended) = &seen.process {
             run.ended.get_or_insert_with(|| ended.clone());
         }
+        // A platform's process is not ours to end.
+        if over && run.owes_word() {
+            let until_ms = run.spec.deadline_ms.saturating_add(TRAINER_CALL_OFF_MAX.as_millis() as i64);
+            match now_ms < until_ms {
+                true => effects.push(Effect::Stop),
+                false => run.called_off = true,
+            }
+        }
         if run.is_making() {
             run.message = None;
             if over && run.model.is_none() {
-                // A platform's process is not ours to end.
-                effects.extend((run.by_platform && run.phase == Phase::Training).then_some(Effect::Stop));
                 run.fail(if late { "its time is up" } else { "the run was ended" });
             }
         }
@@ -341,7 +377,6 @@ fn looked(run: &mut Run, seen: &Seen, now_ms: i64) -> Vec<Effect> {
     match run.phase {
         Phase::Waiting if seen.trainer == Trainer::None => run.fail("this site trains for nobody: its configuration has no [train]"),
         Phase::Waiting => {
-            // Told before it begins: a platform may say that it has finished before the hub hears that it began.
             run.by_platform = seen.trainer == Trainer::Platform;
             match (&seen.missing, &seen.kept) {
                 (Some(missing), _) => run.message = Some(format!("waits for {missing}")),
@@ -350,6 +385,7 @@ fn looked(run: &mut Run, seen: &Seen, now_ms: i64) -> Vec<Effect> {
                     run.fail(format!("its folder is that of an older run of this name: {kept}, published out of it, is read there"));
                 }
                 (None, None) if !seen.turn => run.message = Some("waits for its turn: other runs train here".into()),
+                (None, None) if !seen.checked => return vec![Effect::Check],
                 (None, None) => return start(run, now_ms),
             }
         }
@@ -371,6 +407,7 @@ fn looked(run: &mut Run, seen: &Seen, now_ms: i64) -> Vec<Effect> {
                 None if run.starts >= TRAINER_STARTS_MAX => {
                     run.fail(format!("the trainer was started {} times and never said how it ended", run.starts));
                 }
+                None if !seen.checked => return vec![Effect::Check],
                 None => return start(run, now_ms),
             },
             Process::Ended(ended) => {

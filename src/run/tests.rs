@@ -6,7 +6,7 @@ use super::*;
 use crate::api::types::{RunState, State};
 use crate::chunk::Hash;
 use crate::fault::Code;
-use crate::limits::TRAINER_STARTS_MAX;
+use crate::limits::{TRAINER_CALL_OFF_MAX, TRAINER_STARTS_MAX};
 
 fn spec() -> Spec {
     let input = |artifact: &str, n: u8| Input { artifact: artifact.parse().unwrap(), digest: Hash([n; 32]), bytes: 10 };
@@ -57,7 +57,8 @@ fn desired(want: Want) -> DesiredRun {
 }
 
 fn seen(process: Process) -> Seen {
-    Seen { missing: None, turn: true, trainer: Trainer::Command, process, has_output: true, offering: false, kept: None }
+    let trainer = Trainer::Command;
+    Seen { missing: None, turn: true, trainer, process, has_output: true, offering: false, kept: None, checked: true }
 }
 
 fn site(run: &SiteRun, event: Event) -> (SiteRun, Vec<Effect>) {
@@ -209,13 +210,11 @@ fn only_a_platform_says_that_it_is_finished() {
     assert_eq!((began(&early, true).state, began(&early, false).state), (RunState::Publishing, RunState::Training));
     let (early, _) = hub(&run, no_gpu);
     assert_eq!(began(&early, true).state, RunState::Failed);
-    // A site says who trains before it begins.
-    let waits = |trainer| {
-        let seen = Seen { trainer, missing: Some("dataset/x:1".into()), ..seen(Process::Absent) };
-        let (there, _) = site(&SiteRun::new(desired(Want::Train)), Event::Looked(seen));
-        hub(&run, HubEvent::Reported(Box::new(there.report()))).0
-    };
-    assert!(finish(&waits(Trainer::Platform)).is_ok() && finish(&waits(Trainer::Command)).is_err());
+    // What a site says before it has looked tells nothing of who trains there.
+    let new = SiteRun::new(desired(Want::Train)).report();
+    let (waits, _) = hub(&run, HubEvent::Reported(Box::new(new)));
+    let (early, _) = finish(&waits).unwrap();
+    assert_eq!((began(&early, true).state, began(&early, false).state), (RunState::Publishing, RunState::Training));
 }
 
 #[test]
@@ -263,6 +262,33 @@ fn nothing_begins_before_the_hub_has_seen_every_input_arrive() {
     text["borrowed"][0].as_object_mut().unwrap().remove("generation");
     let desired: DesiredRun = serde_json::from_value(text).unwrap();
     assert!(desired.ready && desired.borrowed[0].generation.is_none());
+}
+
+#[test]
+fn nothing_begins_before_the_inputs_themselves_were_looked_at() {
+    let unchecked = |process| Event::Looked(Seen { checked: false, ..seen(process) });
+    for trainer in [Trainer::Command, Trainer::Platform] {
+        let look = |checked| Event::Looked(Seen { checked, trainer, ..seen(Process::Absent) });
+        let (run, effects) = site(&SiteRun::new(desired(Want::Train)), look(false));
+        assert_eq!((run.phase, run.starts, effects), (Phase::Waiting, 0, vec![Effect::Check]));
+        // Its folder is away: it waits, and costs no start.
+        let (run, _) = site(&run, Event::NotYet("waits for dataset/x:1: its folder is away".into()));
+        let (run, effects) = site(&run, look(false));
+        assert_eq!((run.phase, effects), (Phase::Waiting, vec![Effect::Check]));
+        assert_eq!(run.message.as_deref(), Some("waits for dataset/x:1: its folder is away"));
+        let (run, effects) = site(&run, look(true));
+        assert_eq!((run.phase, run.starts, effects), (Phase::Training, 1, vec![Effect::Start]));
+        assert_eq!(run.message, None);
+    }
+    // It was edited: that does not pass.
+    let (run, _) = site(&SiteRun::new(desired(Want::Train)), unchecked(Process::Absent));
+    let (failed, _) = site(&run, Event::NotStarted("dataset/x:1 is no longer what was published".into()));
+    assert_eq!(failed.phase, Phase::Failed);
+    // A trainer that vanished is not started anew on what cannot be looked at either.
+    let (run, _) = site(&run, Event::Looked(seen(Process::Absent)));
+    let (run, effects) = site(&run, unchecked(Process::Absent));
+    assert_eq!((run.phase, run.starts, effects), (Phase::Training, 1, vec![Effect::Check]));
+    assert_eq!(site(&run, Event::Looked(seen(Process::Absent))).0.starts, 2);
 }
 
 #[test]
@@ -423,14 +449,27 @@ fn a_platform_is_called_until_it_answers() {
 }
 
 #[test]
-fn a_platform_is_told_once_that_its_run_is_over_without_a_model() {
+fn a_platform_is_told_until_it_hears_that_its_run_is_over_without_a_model() {
     let look = || Event::Looked(Seen { trainer: Trainer::Platform, ..seen(Process::Absent) });
     let (run, _) = site(&SiteRun::new(desired(Want::Train)), look());
     let (run, _) = site(&run, Event::Called);
     let remove = Effect::Remove(borrowed());
     let (late, effects) = site::step(&run, look(), 1000);
     assert_eq!((late.phase, effects), (Phase::Failed, vec![Effect::Stop, remove.clone()]));
-    assert_eq!(site::step(&late, look(), 1001).1, std::slice::from_ref(&remove));
+    // It did not hear. What was borrowed need not wait for that, nor need the hub.
+    assert_eq!(site::step(&late, look(), 1001).1, [Effect::Stop, remove.clone()]);
+    let (told, _) = site(&late, Event::Wanted(Box::new(desired(Want::Stop))));
+    let (given, _) = site(&told, removed());
+    let (given, effects) = site::step(&given, look(), 1002);
+    assert_eq!((given.released, given.is_open(), effects), (true, true, vec![Effect::Stop]));
+    let (heard, _) = site(&given, Event::CalledOff);
+    assert!(!heard.is_open());
+    assert!(site::step(&heard, look(), 1003).1.is_empty());
+    // One that never hears is told for some hours.
+    let hours = TRAINER_CALL_OFF_MAX.as_millis() as i64;
+    assert_eq!(site::step(&given, look(), 999 + hours).1, [Effect::Stop]);
+    let (left, effects) = site::step(&given, look(), 1000 + hours);
+    assert_eq!((left.is_open(), effects), (false, vec![]));
     // It published by itself, or was never called.
     let (done, _) = site(&run, Event::Wanted(Box::new(DesiredRun { model: Some(model()), ..desired(Want::Release) })));
     assert_eq!(site(&done, look()).1, std::slice::from_ref(&remove));
@@ -458,6 +497,8 @@ mod together {
         stale: bool,
         /// The first removal fails.
         stuck: bool,
+        /// The inputs themselves were looked at since the last look.
+        checked: bool,
     }
 
     impl World {
@@ -484,6 +525,7 @@ mod together {
             self.site = Some(run);
             for effect in effects {
                 match effect {
+                    Effect::Check => self.checked = true,
                     Effect::Start => {
                         assert_eq!(self.input, State::Done, "nothing trains without its data");
                         assert!(!self.removed, "nor with data that is gone");
@@ -535,7 +577,8 @@ mod together {
                 5 | 6 => {
                     let missing = (self.input != State::Done && !self.stale).then(|| "dataset/x:1".to_owned());
                     let process = self.process.clone();
-                    self.site_event(Event::Looked(Seen { missing, ..seen(process) }));
+                    let checked = std::mem::take(&mut self.checked);
+                    self.site_event(Event::Looked(Seen { missing, checked, ..seen(process) }));
                 }
                 7 if self.process == Process::Running => self.process = Process::Ended(ended(self.exit)),
                 8 if self.cancelled => self.hub_event(HubEvent::Cancel),
@@ -563,6 +606,7 @@ mod together {
                 cancelled,
                 stale,
                 stuck,
+                checked: false,
             };
             turns.into_iter().for_each(|what| world.turn(what));
             // From wherever that led: when everything works again, it ends.

@@ -11,6 +11,7 @@
 //! finds either the staged folder or its own finished one, and knows which. Only a version of which something was found
 //! gone or damaged is ever replaced: it is moved away, then the whole one takes its name.
 
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 
@@ -151,8 +152,11 @@ impl FilesSink {
     /// Whether the version stands already: ours or, as a fault, somebody else's.
     fn is_there(&self, incoming: &Incoming) -> Result<bool, Fault> {
         let folder = self.folder(&incoming.artifact);
-        if std::fs::symlink_metadata(&folder).is_err() {
-            return Ok(false);
+        match std::fs::symlink_metadata(&folder) {
+            Ok(_) => {}
+            Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => return Ok(false),
+            // A NAS that fails for a moment says nothing of what it holds.
+            Err(e) => return Err(Fault::io(format_args!("look at {}", folder.display()), &e)),
         }
         match self.note(&incoming.artifact) {
             Some(note) if note.digest == incoming.digest => Ok(true),

@@ -11,6 +11,7 @@ use parking_lot::Mutex;
 use serde_json::{Value, json};
 
 use super::Site;
+use super::watch::Found;
 use crate::api::ApiToken;
 use crate::api::types::{PublishRequest, SourceOptions, State};
 use crate::catalogue::TransferRow;
@@ -18,7 +19,7 @@ use crate::clock;
 use crate::fault::{Code, Fault, Retry};
 use crate::fetch::blocking;
 use crate::limits::{BACKOFF_FIRST, BACKOFF_MAX, TRAINER_CALL_MAX, TRAINER_LOOK_EVERY};
-use crate::names::{Kind, RunName};
+use crate::names::{ArtifactRef, Kind, RunName};
 use crate::run::site::{Effect, Event, Phase, Process, Run, Seen, Trainer, may_go, step};
 use crate::run::{Borrowed, DesiredRun, Input, Lineage, Model, RunReport};
 use crate::trainer::Folder;
@@ -28,6 +29,15 @@ const OPEN_MAX: u32 = 10_000;
 /// Between two looks at least, however fast things change.
 const LOOK_EVERY: Duration = Duration::from_millis(50);
 
+/// What is tried again by itself, each at its own pace: a platform that does not answer must not keep what was borrowed here.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+enum Try {
+    /// What the run needs to go on.
+    GoOn,
+    /// That a platform hears that the run is over.
+    CallOff,
+}
+
 /// What the runs' keeper knows only while the daemon lives.
 #[derive(Default)]
 pub(super) struct RunsState {
@@ -35,8 +45,8 @@ pub(super) struct RunsState {
     turn: tokio::sync::Mutex<()>,
     /// Runs for which something is being done.
     busy: Mutex<HashSet<RunName>>,
-    /// When a call or a publish that failed is tried again, and how often it failed.
-    again: Mutex<HashMap<RunName, (u32, Instant)>>,
+    /// When what failed is tried again, and how often it failed.
+    again: Mutex<HashMap<(RunName, Try), (u32, Instant)>>,
     /// What the hub listed last.
     listed: Mutex<Vec<RunName>>,
 }
@@ -105,7 +115,7 @@ impl Site {
 
     async fn save_run(&self, run: &Run) -> Result<(), Fault> {
         let phase = serde_json::to_value(run.phase).ok().and_then(|v| v.as_str().map(str::to_owned)).unwrap_or_default();
-        self.inner.catalogue.save_run(run.spec.name.as_str(), &phase, !run.released, run).await
+        self.inner.catalogue.save_run(run.spec.name.as_str(), &phase, run.is_open(), run).await
     }
 
     /// Looks at the open runs whenever something changed, and at running trainers often, until the daemon stops.
@@ -150,31 +160,46 @@ impl Site {
     }
 
     async fn look_at(&self, name: &RunName) -> Result<(), Fault> {
-        let Some((run, effects)) = self.take(name, None).await? else { return Ok(()) };
+        let Some((mut run, mut effects)) = self.look(name, false).await? else { return Ok(()) };
+        // The inputs are looked at without keeping other runs waiting. What is due is asked anew then, since that may take long.
+        if effects.contains(&Effect::Check) && self.may_begin(&run).await? {
+            let Some(now) = self.look(name, true).await? else { return Ok(()) };
+            (run, effects) = now;
+        }
         for effect in effects {
             self.run_effect(&run, effect).await?;
         }
         Ok(())
     }
 
-    /// Takes an event, or looks; what changed is durable when this returns.
-    async fn take(&self, name: &RunName, event: Option<Event>) -> Result<Option<(Run, Vec<Effect>)>, Fault> {
+    /// Looks at a run; what changed is durable when this returns. `checked`: its inputs were looked at just now.
+    async fn look(&self, name: &RunName, checked: bool) -> Result<Option<(Run, Vec<Effect>)>, Fault> {
         let _turn = self.inner.runs.turn.lock().await;
         let Some(before) = self.inner.catalogue.run::<Run>(name.as_str()).await? else { return Ok(None) };
-        let event = match event {
-            Some(event) => event,
-            None => Event::Looked(self.see(&before).await?),
-        };
-        let (after, effects) = step(&before, event, now_ms());
-        if after != before {
+        let seen = self.see(&before, checked).await?;
+        self.go_on(&before, Event::Looked(seen)).await.map(Some)
+    }
+
+    /// Takes an event; what changed is durable when this returns.
+    async fn take(&self, name: &RunName, event: Event) -> Result<(), Fault> {
+        let _turn = self.inner.runs.turn.lock().await;
+        let Some(before) = self.inner.catalogue.run::<Run>(name.as_str()).await? else { return Ok(()) };
+        self.go_on(&before, event).await.map(|_| ())
+    }
+
+    /// Called with `turn` held.
+    async fn go_on(&self, before: &Run, event: Event) -> Result<(Run, Vec<Effect>), Fault> {
+        let (after, effects) = step(before, event, now_ms());
+        if after != *before {
+            let name = &after.spec.name;
             if after.phase != before.phase {
                 // What failed was another thing.
-                self.inner.runs.again.lock().remove(name);
+                self.inner.runs.again.lock().remove(&(name.clone(), Try::GoOn));
                 tracing::info!(run = %name, phase = ?after.phase, why = after.message.as_deref().unwrap_or_default(), "a run");
             }
             self.save_run(&after).await?;
         }
-        Ok(Some((after, effects)))
+        Ok((after, effects))
     }
 
     fn folder(&self, run: &Run) -> Folder {
@@ -189,7 +214,7 @@ impl Site {
         }
     }
 
-    async fn see(&self, run: &Run) -> Result<Seen, Fault> {
+    async fn see(&self, run: &Run, checked: bool) -> Result<Seen, Fault> {
         let catalogue = &self.inner.catalogue;
         let mut missing = None;
         if run.phase == Phase::Waiting {
@@ -222,7 +247,8 @@ impl Site {
             Some(folder) if process == Process::Absent => catalogue.published_in(&folder).await?.map(|artifact| artifact.to_string()),
             _ => None,
         };
-        Ok(Seen { missing, turn: training < at_once as usize, trainer: self.trainer(), process, has_output, offering, kept })
+        let turn = training < at_once as usize;
+        Ok(Seen { missing, turn, trainer: self.trainer(), process, has_output, offering, kept, checked })
     }
 
     /// Whether an input is here as far as the catalogue knows. One that is being brought anew is not, until it has landed.
@@ -236,18 +262,45 @@ impl Site {
         Ok(catalogue.transfers_of_artifact(&input.artifact).await?.iter().all(|row| row.state.is_final()))
     }
 
+    /// Whether a trainer may be given the inputs now; why not is noted.
+    async fn may_begin(&self, run: &Run) -> Result<bool, Fault> {
+        let name = &run.spec.name;
+        if self.is_too_soon(name, Try::GoOn) {
+            return Ok(false);
+        }
+        let Err(fault) = self.check_inputs(run).await else { return Ok(true) };
+        self.put_off(name, Try::GoOn);
+        let event = match fault.retry {
+            Retry::Never => Event::NotStarted(fault.message),
+            Retry::Backoff | Retry::AfterMs(_) => Event::NotYet(fault.message),
+        };
+        self.take(name, event).await?;
+        Ok(false)
+    }
+
     /// Looks at the inputs themselves, before a trainer is given them. What was published here in place may have been edited since:
-    /// a model of that would be said to be made of something else.
+    /// a model of that would be said to be made of something else. What cannot be looked at may be again: only what is known to be
+    /// gone or changed is never tried again.
     async fn check_inputs(&self, run: &Run) -> Result<(), Fault> {
         for Input { artifact, digest, .. } in &run.spec.inputs {
-            let in_place = artifact.kind.is_files() && self.inner.catalogue.artifact(artifact).await?.published;
-            let changed = if in_place { self.look_over(artifact, true).await? } else { None };
-            if let Some(how) = changed {
-                return Err(Fault::integrity(format!("{artifact} is no longer what was published: {how}")));
+            let in_place = match self.inner.catalogue.artifact(artifact).await {
+                Ok(there) => artifact.kind.is_files() && there.published,
+                Err(fault) => return Err(not_now(artifact, fault)),
+            };
+            if in_place {
+                match self.look_over(artifact, true).await {
+                    Ok(Found::Sound) => {}
+                    Ok(Found::Changed(how)) => {
+                        return Err(Fault::integrity(format!("{artifact} is no longer what was published: {how}")));
+                    }
+                    Ok(Found::Unknown) => return Err(not_now(artifact, Fault::unreachable("its folder is away"))),
+                    Err(fault) => return Err(not_now(artifact, fault)),
+                }
             }
-            // A sink that does not answer now may do so when the trainer asks it.
-            if let Ok(false) = self.inner.runner.holds(artifact, *digest).await {
-                return Err(Fault::not_found(format!("{artifact} is not here any more")));
+            match self.inner.runner.holds(artifact, *digest).await {
+                Ok(true) => {}
+                Ok(false) => return Err(Fault::not_found(format!("{artifact} is not here any more"))),
+                Err(fault) => return Err(not_now(artifact, fault)),
             }
         }
         Ok(())
@@ -256,48 +309,55 @@ impl Site {
     async fn run_effect(&self, run: &Run, effect: Effect) -> Result<(), Fault> {
         let name = &run.spec.name;
         match effect {
+            // Done by whoever looked, or too soon.
+            Effect::Check => Ok(()),
             Effect::Start if run.by_platform => {
-                if self.is_too_soon(name) {
+                if self.is_too_soon(name, Try::GoOn) {
                     return Ok(());
                 }
                 let event = match self.call_platform(run).await {
                     Ok(()) => Event::Called,
                     Err(fault) => {
-                        self.put_off(name);
+                        self.put_off(name, Try::GoOn);
                         Event::NotStarted(fault.message)
                     }
                 };
-                self.take(name, Some(event)).await.map(|_| ())
+                self.take(name, event).await
             }
             Effect::Start => match self.start_command(run).await {
                 Ok(()) => Ok(()),
-                Err(fault) => self.take(name, Some(Event::NotStarted(fault.message))).await.map(|_| ()),
+                Err(fault) => self.take(name, Event::NotStarted(fault.message)).await,
             },
             Effect::Stop if run.by_platform => {
-                if let Err(fault) = self.call_off(run).await {
-                    tracing::warn!(run = %name, error = %fault, "the training platform could not be told that a run is over");
+                if self.is_too_soon(name, Try::CallOff) {
+                    return Ok(());
                 }
-                Ok(())
+                if let Err(fault) = self.call_off(run).await {
+                    self.put_off(name, Try::CallOff);
+                    tracing::warn!(run = %name, error = %fault, "the training platform could not be told that a run is over; tried again");
+                    return Ok(());
+                }
+                self.take(name, Event::CalledOff).await
             }
             Effect::Stop => {
                 let folder = self.folder(run);
                 blocking(move || folder.stop()).await
             }
             Effect::Publish => {
-                if self.is_too_soon(name) {
+                if self.is_too_soon(name, Try::GoOn) {
                     return Ok(());
                 }
                 let event = match self.publish_output(run).await {
                     Ok(model) => Event::Published(model),
                     Err(fault) => {
-                        self.put_off(name);
+                        self.put_off(name, Try::GoOn);
                         Event::NotPublished { again: fault.retry != Retry::Never, why: fault.message }
                     }
                 };
-                self.take(name, Some(event)).await.map(|_| ())
+                self.take(name, event).await
             }
             Effect::Remove(list) => {
-                if self.is_too_soon(name) {
+                if self.is_too_soon(name, Try::GoOn) {
                     return Ok(());
                 }
                 let mut again = false;
@@ -318,31 +378,30 @@ impl Site {
                             Event::NotRemoved { transfer: borrowed.transfer, why }
                         }
                     };
-                    self.take(name, Some(event)).await?;
+                    self.take(name, event).await?;
                 }
                 if again {
-                    self.put_off(name);
+                    self.put_off(name, Try::GoOn);
                 }
                 Ok(())
             }
         }
     }
 
-    fn is_too_soon(&self, name: &RunName) -> bool {
-        self.inner.runs.again.lock().get(name).is_some_and(|(_, at)| Instant::now() < *at)
+    fn is_too_soon(&self, name: &RunName, what: Try) -> bool {
+        self.inner.runs.again.lock().get(&(name.clone(), what)).is_some_and(|(_, at)| Instant::now() < *at)
     }
 
-    fn put_off(&self, name: &RunName) {
+    fn put_off(&self, name: &RunName, what: Try) {
         let mut again = self.inner.runs.again.lock();
         again.retain(|_, (_, at)| at.elapsed() < BACKOFF_MAX);
-        let (tries, at) = again.entry(name.clone()).or_insert((0, Instant::now()));
+        let (tries, at) = again.entry((name.clone(), what)).or_insert((0, Instant::now()));
         *at = Instant::now() + BACKOFF_FIRST.saturating_mul(1 << (*tries).min(16)).min(BACKOFF_MAX);
         *tries += 1;
     }
 
     async fn start_command(&self, run: &Run) -> Result<(), Fault> {
         let Some(train) = &self.inner.config.train else { return Err(Fault::config("there is no [train]")) };
-        self.check_inputs(run).await?;
         let descriptor = self.descriptor(run).await?;
         let folder = self.folder(run);
         let path = folder.descriptor().display().to_string();
@@ -478,12 +537,14 @@ impl Site {
             Err(fault) => return Err(fault),
         };
         // What was published here since, or brought by another transfer, is not this one's. Nor is what a cancelled one found here,
-        // unless it had landed itself before it was begun again.
+        // unless it had landed itself before it was begun again: so had the others, though somebody gave them up since.
         let others = inner.catalogue.transfers_of_artifact(artifact).await?;
-        let stands = |other: &TransferRow| other.removed_ms.is_none() && !matches!(other.state, State::Failed | State::Cancelled);
+        let stands = |other: &TransferRow| {
+            other.removed_ms.is_none() && (other.has_landed() || !matches!(other.state, State::Failed | State::Cancelled))
+        };
         let others = others.iter().any(|other| other.id != row.id && stands(other));
         let ours = match &there {
-            Some(there) => !there.published && (row.state == State::Done || there.location.is_some()),
+            Some(there) => !there.published && row.has_landed(),
             None => row.state == State::Done,
         };
         let mut stays = None;
@@ -494,14 +555,15 @@ impl Site {
                 if !may_go(&inner.catalogue.runs::<Run>(true, OPEN_MAX).await?, run, borrowed) {
                     return Ok(Back::NotNow);
                 }
-                if let Some(there) = there.filter(|there| there.place.is_some()) {
-                    inner.catalogue.set_place(artifact, None, there.location.as_deref()).await?;
+                if there.is_some() && !inner.catalogue.leave(artifact).await? {
+                    return Ok(Back::NotNow);
                 }
             }
             stays = inner.sinks.of(artifact.kind).remove(artifact).await?;
             let (places, digest) = (inner.shared.places.clone(), row.digest);
             blocking(move || places.remove_digest(digest)).await?;
-            inner.catalogue.remove_artifact(artifact).await?;
+            // It may be published here at this moment.
+            inner.catalogue.remove_left(artifact).await?;
             tracing::info!(%artifact, transfer = %row.id, stays = stays.as_deref().unwrap_or_default(), "a borrowed artifact was removed");
         }
         // Begun again meanwhile, it waits to bring everything anew: that is not to be noted as taken away.
@@ -521,6 +583,14 @@ enum Back {
     Gone,
     /// It is forgotten, and lies where nobody but a person can take it away, for this reason.
     Stays(String),
+}
+
+/// Why an input cannot be looked at, which says nothing of it unless its manifest is damaged.
+fn not_now(artifact: &ArtifactRef, fault: Fault) -> Fault {
+    match fault.code {
+        Code::Integrity => fault.context(artifact),
+        _ => fault.context(format_args!("waits for {artifact}")).with_retry(Retry::Backoff),
+    }
 }
 
 /// Whether a transfer neither goes on nor is still to be given up.

@@ -42,6 +42,23 @@ struct Looked {
     rests_until: Instant,
 }
 
+/// What a look at an artifact says.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Found {
+    /// It is what was published.
+    Sound,
+    /// It is another, in this way.
+    Changed(String),
+    /// Nothing: its folder is away, or it was withdrawn.
+    Unknown,
+}
+
+impl Found {
+    fn of(changed: Option<String>) -> Self {
+        changed.map_or(Self::Sound, Self::Changed)
+    }
+}
+
 impl Site {
     /// Watches until the daemon stops.
     pub(super) async fn keep_watch(&self) {
@@ -93,23 +110,23 @@ impl Site {
         let mut first = None;
         for row in self.inner.catalogue.all_by_digest(digest).await?.into_iter().filter(|row| row.published) {
             match self.look_over(&row.artifact, true).await? {
-                None => return Ok(None),
-                changed => first = first.or(changed),
+                Found::Sound | Found::Unknown => return Ok(None),
+                Found::Changed(how) => first = first.or(Some(how)),
             }
         }
         Ok(first)
     }
 
-    /// Looks at an artifact, and notes what changed, which is also the answer. `None`: it is sound, or nothing can be said.
-    pub(super) async fn look_over(&self, artifact: &ArtifactRef, hurry: bool) -> Result<Option<String>, Fault> {
+    /// Looks at an artifact, and notes what changed, which is also the answer.
+    pub(super) async fn look_over(&self, artifact: &ArtifactRef, hurry: bool) -> Result<Found, Fault> {
         let inner = &self.inner;
         // It may have been withdrawn since it was listed.
-        let Ok(row) = inner.catalogue.artifact(artifact).await else { return Ok(None) };
-        let Some(place) = row.place.clone() else { return Ok(None) };
+        let Ok(row) = inner.catalogue.artifact(artifact).await else { return Ok(Found::Unknown) };
+        let Some(place) = row.place.clone() else { return Ok(Found::Unknown) };
         let same = |last: &&Looked| last.place == place && last.published_ms == row.published_ms;
         let last = inner.watch.looked.lock().get(artifact).filter(same).cloned();
         if hurry && last.as_ref().is_some_and(|last| last.rests_until > Instant::now()) {
-            return Ok(None);
+            return Ok(Found::Sound);
         }
         let mut mark = last.map_or_else(|| Mark::new(row.published_ms), |last| last.mark);
         let began = Instant::now();
@@ -119,7 +136,7 @@ impl Site {
             Ok((look, mark))
         })
         .await?;
-        let Some(look) = look else { return Ok(None) };
+        let Some(look) = look else { return Ok(Found::Unknown) };
         let changed = look.told();
         let mut rests_until = Instant::now();
         if hurry && changed.is_none() {
@@ -131,10 +148,11 @@ impl Site {
         match inner.catalogue.artifact(artifact).await {
             Ok(now)
                 if now.place.as_ref() == Some(&place) && now.published_ms == row.published_ms && (hurry || now.changed == row.changed) => {}
-            other => return Ok(other.ok().and_then(|now| now.changed)),
+            Ok(now) => return Ok(Found::of(now.changed)),
+            Err(_) => return Ok(Found::Unknown),
         }
         self.note_changed(row, place, changed.as_deref(), hurry).await?;
-        Ok(changed)
+        Ok(Found::of(changed))
     }
 
     async fn note_changed(&self, row: ArtifactRow, place: Place, changed: Option<&str>, asked: bool) -> Result<(), Fault> {

@@ -33,26 +33,28 @@ impl Runner {
         let catalogue = &self.inner.catalogue;
         loop {
             let changed = catalogue.changed();
-            // In words that name its id: by that a command that waits for both knows which of them this one waits for.
             let mut waits = None;
             // As the hub says now: it may have been told since that nothing need go first.
             for id in catalogue.transfer(&row.id).await?.after {
                 match catalogue.transfer(&id).await {
                     Ok(first) if matches!(first.state, State::Done | State::Cancelled) => {}
                     Ok(first) if first.state == State::Failed => {
-                        waits = Some(format!("{} must be here first, and failed: {id}", first.artifact));
+                        waits = Some((format!("{} must be here first, and failed: {id}", first.artifact), id));
                     }
-                    Ok(first) => waits = Some(format!("{} must be here first: {id}", first.artifact)),
-                    Err(fault) if fault.code == Code::NotFound => waits = Some(format!("transfer {id} must be done first")),
+                    Ok(first) => waits = Some((format!("{} must be here first: {id}", first.artifact), id)),
+                    Err(fault) if fault.code == Code::NotFound => waits = Some((format!("transfer {id} must be done first"), id)),
                     Err(fault) => return Err(fault),
                 }
             }
-            let Some(message) = waits else { return Ok(()) };
-            if row.body.message.as_ref() != Some(&message) {
+            let Some((message, id)) = waits else { return Ok(()) };
+            if row.body.message.as_ref() != Some(&message) || row.body.waits_for.as_ref() != Some(&id) {
                 let wait = Fault::internal(message)
                     .with_reason(Reason::WaitingForDependency)
                     .with_next("nothing: it begins by itself; if what it waits for failed, mend that and retry it");
-                self.enter(row, State::Queued, Some(wait)).await;
+                row.state = State::Queued;
+                row.body.set_fault(Some(&wait));
+                row.body.waits_for = Some(id);
+                self.save(row).await;
             }
             changed.await;
         }

@@ -394,6 +394,8 @@ fn a_site_says_whom_it_shares_with() {
         let refused = hub.cli(&[command, "model/private:v1", "--to", "b,c"]).expect(4);
         refused.says(&["model/private:v1 is not shared with c", "[share] allow of site a", "add the site to that list"]);
     }
+    // So is the site that it is from.
+    a.cli(&["deliver", "model/private:v1", "--to", "c"]).expect(4).says(&["not shared with c: not in the [share] allow of site a"]);
     let asked = |reference: &str| c.cli(&["deliver", reference, "--to", "c"]).expect(5).err.replace(reference, "REF");
     assert_eq!(asked("model/private:v1"), asked("model/absent:v1"), "one answer for both");
     // "All" are those that may have it.
