@@ -313,8 +313,7 @@ async fn many_streams_carry_their_bytes_unmixed() {
         }
         let (sent, received) = site_end.bytes();
         let moved = STREAMS * BYTES as u64;
-        // On a busy machine packets are lost, and sent again.
-        assert!(sent > moved && received > moved && sent < moved * 2, "{sent} {received}");
+        assert!(sent > moved && received > moved && sent < moved * 5 / 4, "{sent} {received}");
     }
 }
 
