@@ -231,6 +231,11 @@ pub struct Train {
     pub at_once: Option<u32>,
 }
 
+/// Reads `HOST:PORT`, or `[V6]:PORT`.
+pub fn parse_host_port(text: &str) -> Result<String, String> {
+    rules::check_host_port(text).map(|()| text.to_owned())
+}
+
 /// Reads `20MiB`, `4GB`, `512KiB`, `100B`: a whole number and a unit.
 pub fn parse_size(text: &str) -> Result<u64, String> {
     let units: [(&str, u64); 10] = [

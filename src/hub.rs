@@ -13,7 +13,7 @@ use std::collections::HashMap;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -30,6 +30,7 @@ use crate::fault::Fault;
 use crate::fetch::{Child, Library, Opened, Pieces, blocking, nothing_such, pieces};
 use crate::identity::{Claim, Holder, HubIdentity, Redeemer};
 use crate::jobs::Jobs;
+use crate::lately::Lately;
 use crate::limits::REST_EVERY;
 use crate::line::{Arrival, Link, Listener};
 use crate::manifest::{Digest, Pages};
@@ -70,7 +71,8 @@ struct Inner {
     /// Bytes that crossed the lines from sites for the relay.
     relay_wire: Arc<AtomicU64>,
     opened: Mutex<Vec<Arc<Opened>>>,
-    entitled: Mutex<HashMap<(SiteName, Digest), Instant>>,
+    /// Who may read what.
+    entitled: Mutex<Lately<(SiteName, Digest), ()>>,
     jobs: Jobs,
     /// The bytes read for sites and not yet sent.
     budget: Budget,
@@ -220,15 +222,13 @@ impl Library for Hub {
     async fn open(&self, peer: &Peer, digest: Digest) -> Result<Arc<Opened>, Fault> {
         let inner = &self.inner;
         let key = (peer.clone(), digest);
-        let fresh = inner.entitled.lock().get(&key).is_some_and(|at| at.elapsed() < ENTITLED_FOR);
-        if !fresh {
+        let known = inner.entitled.lock().get(&key).is_some();
+        if !known {
             let catalogue = &inner.catalogue;
             if !catalogue.is_entitled(peer, digest).await? || !catalogue.is_shared(peer, digest).await? {
                 return Err(nothing_such());
             }
-            let mut entitled = inner.entitled.lock();
-            entitled.retain(|_, at| at.elapsed() < ENTITLED_FOR);
-            entitled.insert(key, Instant::now());
+            inner.entitled.lock().put(key, (), ENTITLED_FOR);
         }
         if let Some(opened) = inner.opened.lock().iter().find(|o| o.digest == digest) {
             return Ok(opened.clone());

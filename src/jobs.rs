@@ -24,12 +24,18 @@ pub struct JobProgress {
     /// Bytes worked through.
     pub bytes: AtomicU64,
     doing: Mutex<String>,
+    notes: Mutex<Vec<String>>,
 }
 
 impl JobProgress {
     /// Says what it does now.
     pub fn doing(&self, what: impl Into<String>) {
         *self.doing.lock() = what.into();
+    }
+
+    /// Says something that is to be known beside the answer.
+    pub fn note(&self, what: impl Into<String>) {
+        self.notes.lock().push(what.into());
     }
 
     /// What it does now.
@@ -115,6 +121,7 @@ impl Jobs {
             bytes: entry.progress.bytes.load(Ordering::Relaxed),
             total: None,
             doing: entry.progress.doing.lock().clone(),
+            notes: entry.progress.notes.lock().clone(),
             result,
             error,
         })

@@ -19,6 +19,7 @@ pub mod identity;
 pub mod ingest;
 pub mod jobs;
 pub mod labels;
+pub mod lately;
 pub mod limits;
 pub mod line;
 pub mod manifest;

@@ -16,7 +16,7 @@ mod watch;
 use std::fmt::Display;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -29,6 +29,7 @@ use crate::durable;
 use crate::fault::{Code, Fault, IoContext, Reason, Retry};
 use crate::fetch::{Child, Library, Opened, Pieces, blocking, pieces};
 use crate::frame::Frame;
+use crate::lately::Lately;
 use crate::manifest::{ChunkRef, Digest, EntryBody, FileInfo, Pages, Root, Step, Walk};
 use crate::names::RelPath;
 use crate::places::{self, At, PlaceInfo, Places, Reader};
@@ -86,12 +87,12 @@ struct Inner {
     images: Option<Arc<dyn Sink>>,
     opened: Mutex<Vec<Arc<Opened>>>,
     budget: Budget,
-    /// When the notes of an artifact were made anew last; held while that goes on.
-    indexed: Mutex<Vec<(Digest, Instant)>>,
+    /// The artifacts whose notes were just made anew; held while that goes on.
+    indexed: Mutex<Lately<Digest, ()>>,
     /// What published files are read into.
     buffers: Buffers,
-    /// What lay here a moment ago, and when that was.
-    held: Mutex<Vec<(Digest, Instant)>>,
+    /// What lay here a moment ago.
+    held: Mutex<Lately<Digest, ()>>,
     /// Held while a folder in `kept` is made or replaced.
     keeping: Mutex<()>,
 }
@@ -168,8 +169,7 @@ impl Origin {
     fn index_anew(&self, opened: &Opened, runtime: &tokio::runtime::Handle) -> Result<bool, Fault> {
         // One at a time: whoever waits here finds it done.
         let mut indexed = self.inner.indexed.lock();
-        indexed.retain(|(_, at)| at.elapsed() < INDEX_EVERY);
-        if indexed.iter().any(|(digest, _)| *digest == opened.digest) {
+        if indexed.get(&opened.digest).is_some() {
             return Ok(false);
         }
         // Asked now: of what was taken away a moment ago nothing may be noted again.
@@ -177,7 +177,7 @@ impl Origin {
         tracing::info!(digest = %opened.digest, "noting anew where an artifact lies");
         self.keep_layout(opened.digest, &opened.root)?;
         self.index(opened.digest, &opened.root, &held.places, true)?;
-        indexed.push((opened.digest, Instant::now()));
+        indexed.put(opened.digest, (), INDEX_EVERY);
         Ok(true)
     }
 
@@ -193,13 +193,11 @@ impl Origin {
     /// Fails when an artifact does not lie here. It is asked at each request, and believed for a moment: what is taken away is
     /// soon given no more.
     async fn lies_here(&self, digest: Digest) -> Result<(), Fault> {
-        if self.inner.held.lock().iter().any(|(known, at)| *known == digest && at.elapsed() < HELD_FOR) {
+        if self.inner.held.lock().get(&digest).is_some() {
             return Ok(());
         }
         self.inner.holdings.held(digest).await?.ok_or_else(|| not_here(digest))?;
-        let mut held = self.inner.held.lock();
-        held.retain(|(known, at)| *known != digest && at.elapsed() < HELD_FOR);
-        held.push((digest, Instant::now()));
+        self.inner.held.lock().put(digest, (), HELD_FOR);
         Ok(())
     }
 

@@ -77,11 +77,20 @@ pub async fn publish(asked: Asked, progress: Arc<JobProgress>) -> Result<Uploade
     }
     let token: Option<JoinToken> = asked.token.as_deref().map(str::parse).transpose()?;
     let dir = std::path::absolute(&asked.state).at(asked.state.display())?.join(folder_of(&asked.hub));
+    if token.is_none() && !dir.exists() {
+        // Nothing is made for an address that was mistyped.
+        return Err(no_publisher(&asked.hub, &dir));
+    }
     durable::create_dir_all(&dir)?;
     progress.doing(format!("calling the hub at {}", asked.hub));
     // Before the source is read, which may take hours: a hub that refuses says so at once.
     let mut publisher = Publisher { hub: asked.hub.clone(), token, dir: dir.clone(), line: Line::default(), wire: 0, link: None };
-    publisher.line().await?;
+    publisher.line().await.map_err(|fault| match fault.code {
+        Code::Unreachable => {
+            fault.with_next("check the address, that the hub runs, and that the network lets it through; then run this again")
+        }
+        _ => fault,
+    })?;
 
     let work = blocking(move || Work::take(&dir)).await?;
     progress.doing(format!("reading {}", asked.source));
@@ -103,6 +112,38 @@ pub async fn publish(asked: Asked, progress: Arc<JobProgress>) -> Result<Uploade
 /// A hub's address as a folder's name.
 fn folder_of(hub: &str) -> String {
     hub.chars().map(|c| if c.is_ascii_alphanumeric() || matches!(c, '.' | '-') { c } else { '_' }).collect()
+}
+
+/// The address again, of a folder's name: before the port a colon, and where the host stands in brackets it is a v6 address.
+fn address_of(folder: &str) -> Option<String> {
+    let (host, port) = folder.rsplit_once('_')?;
+    Some(match host.strip_prefix('_').and_then(|host| host.strip_suffix('_')) {
+        Some(v6) => format!("[{}]:{port}", v6.replace('_', ":")),
+        None => format!("{host}:{port}"),
+    })
+}
+
+/// The hubs that this machine has a certificate of, by their folders.
+fn known_hubs(state: &Path) -> Vec<String> {
+    let folders = std::fs::read_dir(state).into_iter().flatten().flatten();
+    let known = folders.filter(|folder| SiteIdentity::path(&folder.path()).exists());
+    let mut hubs: Vec<String> = known.filter_map(|folder| address_of(folder.file_name().to_str()?)).collect();
+    hubs.sort();
+    hubs
+}
+
+/// The fault where there is no certificate of a hub: without one, and without a token, it cannot be called. Whoever mistyped its
+/// address sees which ones are known.
+fn no_publisher(hub: &str, dir: &Path) -> Fault {
+    let make = "at the hub: packhorse token create --publisher NAME; then here again with --join-token TOKEN";
+    let known = dir.parent().map(known_hubs).unwrap_or_default();
+    let mut fault =
+        Fault::not_allowed(format!("this machine is no publisher of the hub at {hub} yet, and did not call it")).with_next(make);
+    if !known.is_empty() {
+        fault.message.push_str(&format!("; it is a publisher of the hub at {}", known.join(", ")));
+        fault.next = format!("check the address in --hub; if it is right, {make}");
+    }
+    fault
 }
 
 /// Reads the source in: its manifest into a store, and notes of where its content lies. Blocks.
@@ -189,17 +230,20 @@ impl Publisher {
         let _turn = blocking(move || lock(&dir.join("identity.lock"), true)).await?;
         let dir = self.dir.clone();
         let kept = blocking(move || SiteIdentity::load(&dir)).await?.filter(|kept| matches!(kept.holder(), Holder::Publisher(_)));
-        if let Some(kept) = kept.filter(|_| !anew) {
-            let other_hub = self.token.as_ref().is_some_and(|token| *token.ca_hash() != fingerprint(kept.ca_der()));
-            if !other_hub {
-                return Ok(kept);
-            }
-        }
-        let Some(token) = self.token.take() else {
-            return Err(Fault::not_allowed(format!("this machine is no publisher of the hub at {} yet", self.hub))
-                .with_next("at the hub: packhorse token create --publisher NAME; then here again with --join-token TOKEN"));
+        let of_other_hub = |kept: &SiteIdentity| self.token.as_ref().is_some_and(|token| *token.ca_hash() != fingerprint(kept.ca_der()));
+        let stood = match kept.filter(|_| !anew) {
+            Some(kept) if !of_other_hub(&kept) => return Ok(kept),
+            kept => kept.is_some(),
         };
-        let joined = line::join(&self.hub, &token, &Claim::Publisher, &self.line).await?;
+        let Some(token) = self.token.take() else { return Err(no_publisher(&self.hub, &self.dir)) };
+        let joined = line::join(&self.hub, &token, &Claim::Publisher, &self.line).await.map_err(|fault| {
+            if !stood || fault.code != Code::NotAllowed {
+                return fault;
+            }
+            // The hub there is not a new one of that token: the certificate may do.
+            let next = format!("{}; or leave the token out: this machine is a publisher there already", fault.next);
+            fault.with_next(next)
+        })?;
         joined.save(&self.dir)?;
         Ok(joined)
     }
@@ -429,5 +473,41 @@ mod tests {
         assert_eq!(folder_of("hub.example.com:7443"), "hub.example.com_7443");
         assert_eq!(folder_of("[::1]:7443"), "___1__7443");
         assert_eq!(folder_of("../..:1"), ".._.._1");
+        for address in ["hub.example.com:7443", "the_hub:1", "[::1]:7443", "[2001:db8::7]:7443"] {
+            assert_eq!(address_of(&folder_of(address)).as_deref(), Some(address));
+        }
+        assert_eq!(address_of("notes"), None);
+    }
+
+    #[tokio::test]
+    async fn a_hub_that_is_not_known_is_not_called() {
+        let dir = tempfile::tempdir().unwrap();
+        let state = dir.path().join("state");
+        let ask = |hub: &str| Asked {
+            source: dir.path().display().to_string(),
+            artifact: "model/a:v1".parse().unwrap(),
+            to: None,
+            options: SourceOptions::default(),
+            hub: hub.into(),
+            token: None,
+            state: state.clone(),
+        };
+        let fault = publish(ask("hub:7443"), Arc::default()).await.unwrap_err();
+        assert_eq!(fault.code, Code::NotAllowed);
+        assert!(fault.message.contains("hub:7443") && fault.next.starts_with("at the hub: packhorse token create"), "{fault:?}");
+        assert!(!state.exists(), "nothing is made for a mistyped address");
+
+        // This machine is a publisher of another hub: that may be the one that was meant.
+        let hub = HubIdentity::open_or_create(&dir.path().join("hub"), &"hub".parse().unwrap()).unwrap();
+        let request = CertificateRequest::new().unwrap();
+        let cert = hub.issue_as(&Holder::Publisher("office".parse().unwrap()), request.csr_der()).unwrap();
+        request.complete(&cert, hub.ca_der()).unwrap().save(&state.join(folder_of("hub.example.com:7443"))).unwrap();
+        let fault = publish(ask("hub.example.com:7433"), Arc::default()).await.unwrap_err();
+        assert_eq!(
+            fault.message,
+            "this machine is no publisher of the hub at hub.example.com:7433 yet, and did not call it; \
+             it is a publisher of the hub at hub.example.com:7443"
+        );
+        assert!(fault.next.starts_with("check the address in --hub; if it is right, at the hub: packhorse token create"), "{}", fault.next);
     }
 }

@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::future::Future;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use tokio::net::TcpListener;
@@ -95,8 +95,8 @@ async fn drive(
     }
 }
 
-/// Enrols a site: recognises the hub by the token, and keeps the certificate it gets.
-pub async fn join(config: &Config, hub: &str, token: &str) -> Result<(), Fault> {
+/// Enrols a site: recognises the hub by the token, and keeps the certificate it gets. Returns where that lies.
+pub async fn join(config: &Config, hub: &str, token: &str) -> Result<PathBuf, Fault> {
     if config.role != Role::Site {
         return Err(Fault::usage("only a site joins; this config is a hub's"));
     }
@@ -106,7 +106,8 @@ pub async fn join(config: &Config, hub: &str, token: &str) -> Result<(), Fault> 
     if let Some(there) = SiteIdentity::load(&config.data_dir)? {
         tracing::info!(site = %there.name(), "joining anew: the certificate that is there will be replaced");
     }
-    line::join(hub, &token, &Claim::Site(config.name.clone()), &config.line).await?.save(&config.data_dir)
+    line::join(hub, &token, &Claim::Site(config.name.clone()), &config.line).await?.save(&config.data_dir)?;
+    Ok(SiteIdentity::path(&config.data_dir))
 }
 
 /// One daemon for one data folder.

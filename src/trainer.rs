@@ -196,6 +196,19 @@ impl Folder {
     }
 }
 
+/// Whether the program of `[train] command` is there and may be run by whoever runs this.
+pub fn check_program(program: &str) -> Result<(), Fault> {
+    let wrong = |why: &dyn std::fmt::Display| {
+        Fault::config(format!("[train] command: {program} cannot be run: {why}"))
+            .with_next("put the trainer there, let the daemon's user run it, or name another in [train] command")
+    };
+    let meta = std::fs::metadata(program).map_err(|e| wrong(&e))?;
+    if !meta.is_file() {
+        return Err(wrong(&"it is not a file"));
+    }
+    rustix::fs::access(program, rustix::fs::Access::EXEC_OK).map_err(|e| wrong(&std::io::Error::from(e)))
+}
+
 /// The watcher: starts the command of a run's folder, keeps what it says within bounds, and writes how it ended.
 pub fn watch(folder: &Path) -> Result<(), Fault> {
     let folder = Folder::new(folder.to_owned());

@@ -100,7 +100,7 @@ pub(crate) fn offline(id: &str, site: &str) -> Transfer {
 pub(crate) fn job(id: &str, result: Result<serde_json::Value, Fault>) -> Job {
     let state = if result.is_ok() { "done" } else { "failed" };
     let (result, error) = result.map_or_else(|fault| (None, Some(fault)), |value| (Some(value), None));
-    Job { id: id.into(), state: state.into(), bytes: 0, total: None, doing: String::new(), result, error }
+    Job { id: id.into(), state: state.into(), bytes: 0, total: None, doing: String::new(), notes: Vec::new(), result, error }
 }
 
 impl Fake {

@@ -81,7 +81,7 @@ pub trait Backend: Send + Sync {
     async fn sites(&self) -> Result<Vec<Site>, Fault>;
     /// Makes a join token (hub only).
     async fn token(&self, request: TokenRequest) -> Result<String, Fault>;
-    /// Begins a verify; the result is a list of lines, empty when sound.
+    /// Begins a verify; the result is a list of lines, none when sound.
     async fn verify(&self, artifact: &str, repair: bool) -> Result<Job, Fault>;
     /// Keeps an artifact's relayed bytes whatever their age, or no longer (hub only).
     async fn pin(&self, artifact: &str, pinned: bool) -> Result<Artifact, Fault>;

@@ -350,7 +350,8 @@ pub(super) async fn token(State(app): State<App>, B(request): B<TokenRequest>) -
     Ok(([(header::CACHE_CONTROL, "no-store")], Json(TokenReply { token })).into_response())
 }
 
-/// Reads an artifact again. The job's result is an array of findings, empty when it is sound.
+/// Reads an artifact again. The job's result is an array of findings, empty when it is sound; its `notes` tell of what else is not as
+/// it was delivered.
 #[utoipa::path(post, path = "/v1/verify", tag = "artifacts", request_body = VerifyRequest, responses(
     (status = 202, description = "begun", body = Job),
     (status = "default", description = "an error", body = ErrorBody),

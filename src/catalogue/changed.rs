@@ -1,11 +1,44 @@
 //! What was published in place and is no longer what it was: at its site as the watch found it, at the hub as the site tells it.
 
 use std::collections::HashMap;
+use std::hash::Hash;
 
-use super::{Catalogue, fault, note};
+use super::{ArtifactRow, Catalogue, fault, note};
 use crate::fault::Fault;
 use crate::limits::{CHANGED_CHARS_MAX, CHANGED_TOLD_MAX};
 use crate::names::{ArtifactRef, SiteName};
+
+/// An artifact that changed after it was published in place.
+pub struct Changed<P> {
+    /// Its name.
+    pub artifact: ArtifactRef,
+    /// Where it was published.
+    pub place: P,
+    /// How it changed.
+    pub how: String,
+    /// The newest version that was published there since, and is sound.
+    pub newer: Option<ArtifactRef>,
+}
+
+/// What changed of what was published in place, each row with where that was and when.
+pub fn what_changed<P: Eq + Hash>(published: impl Iterator<Item = (P, i64, ArtifactRow)>) -> Vec<Changed<P>> {
+    let (mut changed, mut sound) = (Vec::new(), HashMap::<(String, P), (i64, ArtifactRef)>::new());
+    for (place, at_ms, row) in published {
+        let of = (row.artifact.series(), place);
+        match row.changed {
+            Some(how) => changed.push((row.artifact, of, at_ms, how)),
+            None if sound.get(&of).is_none_or(|(newest, _)| *newest < at_ms) => {
+                sound.insert(of, (at_ms, row.artifact));
+            }
+            None => {}
+        }
+    }
+    let changed = changed.into_iter().map(|(artifact, of, at_ms, how)| {
+        let newer = sound.get(&of).filter(|(later, _)| *later > at_ms).map(|(_, newer)| newer.clone());
+        Changed { artifact, place: of.1, how, newer }
+    });
+    changed.collect()
+}
 
 impl Catalogue {
     /// The names of what was published here, in place.

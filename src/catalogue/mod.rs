@@ -21,6 +21,7 @@ use tokio::sync::Notify;
 
 pub(crate) use artifacts::no_artifact;
 pub use artifacts::{ArtifactRow, Offer};
+pub use changed::{Changed, what_changed};
 pub use deliveries::DeliveryRow;
 pub(crate) use deliveries::no_delivery;
 pub use relay::{Forbids, Kept};

@@ -244,7 +244,7 @@ async fn what_is_published_while_it_is_given_back_stays() {
     // The hub may have heard of it already.
     catalogue.offered(&names[1]).await.unwrap();
     for name in &names[1..] {
-        catalogue.remove_left(name).await.unwrap();
+        catalogue.remove_artifact(name, true).await.unwrap();
     }
     let there = catalogue.artifact(&names[1]).await.unwrap();
     assert_eq!((there.published, there.place.as_ref()), (true, Some(&own)));
@@ -366,6 +366,33 @@ async fn what_changed_where_it_was_published_is_an_event_once() {
     assert_eq!(catalogue.changed_here().await.unwrap(), [(names[0].clone(), "b is gone".to_owned())]);
     assert!(catalogue.set_changed(&names[0], None).await.unwrap());
     assert!(catalogue.changed_here().await.unwrap().is_empty());
+}
+
+#[tokio::test]
+async fn of_what_changed_the_newest_sound_version_from_the_same_place_is_known() {
+    let (_dir, catalogue) = catalogue().await;
+    // In the order of their names: where and when it was published, whether it changed, and what was published there since.
+    let all = [
+        ("model/m:1", "a", 1, true, Some("model/m:3")),
+        ("model/m:2", "a", 2, false, None),
+        ("model/m:3", "a", 4, false, None),
+        ("model/m:4", "a", 3, false, None),
+        ("model/m:5", "a", 4, true, None),
+        ("model/m:6", "b", 5, false, None),
+        ("model/n:1", "a", 0, true, None),
+    ];
+    for (name, _, _, changed, _) in all {
+        let name = name.parse().unwrap();
+        catalogue.add_artifact(&name, &root(1), None).await.unwrap();
+        catalogue.set_changed(&name, changed.then_some("a is gone")).await.unwrap();
+    }
+    let rows = catalogue.artifacts().await.unwrap();
+    let published = rows.into_iter().zip(all).map(|(row, (_, place, at_ms, ..))| (place, at_ms, row));
+    let found: Vec<_> = what_changed(published).into_iter().map(|c| (c.artifact, c.place, c.how, c.newer)).collect();
+    let expected = all.into_iter().filter(|(_, _, _, changed, _)| *changed).map(|(name, place, _, _, newer)| {
+        (name.parse::<ArtifactRef>().unwrap(), place, "a is gone".to_owned(), newer.map(|newer| newer.parse().unwrap()))
+    });
+    assert_eq!(found, expected.collect::<Vec<_>>());
 }
 
 #[tokio::test]

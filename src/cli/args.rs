@@ -85,7 +85,7 @@ pub(super) enum Command {
     /// Enrol this site at the hub: pins the hub's CA, gets a certificate.
     Join {
         /// The hub's line.
-        #[arg(long, value_name = "HOST:PORT")]
+        #[arg(long, value_name = "HOST:PORT", value_parser = config::parse_host_port)]
         hub: String,
         /// What `token create` printed. The environment keeps it out of the process list.
         #[arg(long, env = "PACKHORSE_JOIN_TOKEN", hide_env_values = true)]
@@ -260,9 +260,10 @@ pub(super) struct Publish {
     #[arg(long, value_name = "FILE", requires = "username")]
     pub(super) password_file: Option<PathBuf>,
     /// Publish from this machine, which has no daemon, at the hub whose line this is: only what it lacks is sent.
-    #[arg(long, value_name = "HOST:PORT")]
+    #[arg(long, value_name = "HOST:PORT", value_parser = config::parse_host_port)]
     pub(super) hub: Option<String>,
-    /// With --hub, the first time: what `token create --publisher` printed. The environment keeps it out of the process list.
+    /// With --hub, the first time: what `token create --publisher` printed; later it is left unused. The environment keeps it out of
+    /// the process list.
     #[arg(long, env = "PACKHORSE_JOIN_TOKEN", hide_env_values = true, value_name = "TOKEN")]
     pub(super) join_token: Option<String>,
     /// With --hub: where this machine's certificate lies (default: ~/.local/share/packhorse).

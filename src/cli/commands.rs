@@ -1,4 +1,4 @@
-//! The commands that ask a daemon, each from request to printed answer.
+//! The commands that ask a daemon, each from request to printed answer, and the two short ones that need none.
 
 use std::path::{Path, PathBuf};
 
@@ -12,14 +12,21 @@ use super::{human, remote, status as show_status, watch};
 use crate::api::types::*;
 use crate::fault::{Fault, Retry};
 use crate::limits::API_ROWS_MAX;
+use crate::serve;
 use crate::sink::files::FilesSink;
+use crate::trainer;
 
 /// `config check`
 pub(super) fn config_check(global: &Global) -> Result<(), Fault> {
     let config = global.load_config()?;
     let path = global.config_path()?.display().to_string();
+    // A daemon starts without some of this: what is away for a while must not keep it from its other work.
     if let Some(files) = &config.sink.files {
         FilesSink::check_root(&files.root)?;
+        FilesSink::check_writable(&files.root)?;
+    }
+    if let Some(program) = config.train.as_ref().and_then(|train| train.command.first()) {
+        trainer::check_program(program)?;
     }
     let role = match config.role {
         crate::config::Role::Hub => "hub",
@@ -27,6 +34,17 @@ pub(super) fn config_check(global: &Global) -> Result<(), Fault> {
     };
     let answer = json!({"ok": true, "file": path, "role": role, "name": config.name.as_str()});
     one(global.output, &answer, |_| format!("ok: {path} is sound ({role} {})\n", config.name))
+}
+
+/// `join`
+pub(super) async fn join(global: &Global, hub: &str, token: &str) -> Result<(), Fault> {
+    let config = global.load_config()?;
+    let certificate = Box::pin(serve::join(&config, hub, token)).await?.display().to_string();
+    let answer = json!({"site": config.name.as_str(), "hub": hub, "certificate": certificate});
+    let file = global.config_path()?.display();
+    one(global.output, &answer, |_| {
+        format!("site {} joined the hub at {hub}; its certificate is {certificate}; next: packhorse serve --config {file}\n", config.name)
+    })
 }
 
 /// `token create`
@@ -60,8 +78,8 @@ pub(super) async fn publish(global: &Global, publish: Publish) -> Result<(), Fau
     let request = PublishRequest { source: source(&publish.source)?, as_ref: publish.as_ref, to: publish.to, run: publish.run, options };
     let mut progress = Progress::new();
     let job: Job = client.post("/v1/artifacts", &request).await?;
-    let result = follow::job(&client, job, deadline, &mut progress).await?;
-    let published: Published = answer(result)?;
+    let job = follow::job(&client, job, deadline, &mut progress).await?;
+    let published: Published = answer(job.result.unwrap_or_default())?;
     drop(progress);
     one(global.output, &published, published_text)?;
     wait_for(&client, global.output, &published.transfers, &publish.wait, deadline).await
@@ -177,11 +195,14 @@ pub(super) async fn plan(global: &Global, artifacts: Vec<String>, to: String) ->
 /// `verify`
 pub(super) async fn verify(global: &Global, artifact: String, repair: bool) -> Result<(), Fault> {
     let request = VerifyRequest { artifact: artifact.clone(), repair };
-    let findings: Vec<String> = answer(work(global, "/v1/verify", &request).await?)?;
-    let result = json!({"artifact": artifact, "sound": findings.is_empty(), "findings": findings});
-    one(global.output, &result, |_| match findings.as_slice() {
-        [] => format!("{artifact} is sound\n"),
-        _ => findings.iter().map(|line| format!("{}\n", human::clean(line))).collect(),
+    let Job { result, notes, .. } = job(global, "/v1/verify", &request).await?;
+    let findings: Vec<String> = answer(result.unwrap_or_default())?;
+    let result = json!({"artifact": artifact, "sound": findings.is_empty(), "findings": findings, "notes": notes});
+    one(global.output, &result, |_| {
+        let mut out = if findings.is_empty() { format!("{artifact} is sound\n") } else { String::new() };
+        out.extend(findings.iter().map(|line| format!("{}\n", human::clean(line))));
+        out.extend(notes.iter().map(|line| format!("  note: {}\n", human::clean(line))));
+        out
     })?;
     match findings.len() {
         0 => Ok(()),
@@ -244,6 +265,10 @@ pub(super) async fn doctor(global: &Global) -> Result<(), Fault> {
 
 /// Begins a job and follows it to its result.
 async fn work(global: &Global, path: &str, request: &impl serde::Serialize) -> Result<Value, Fault> {
+    Ok(job(global, path, request).await?.result.unwrap_or_default())
+}
+
+async fn job(global: &Global, path: &str, request: &impl serde::Serialize) -> Result<Job, Fault> {
     let client = Client::new(global)?;
     let job: Job = client.post(path, request).await?;
     follow::job(&client, job, Deadline::after(None), &mut Progress::new()).await

@@ -7,7 +7,6 @@ use std::io::IsTerminal;
 use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use serde_json::Value;
 use tokio::time::Instant;
 
 use super::client::Client;
@@ -125,12 +124,12 @@ pub(super) async fn patiently<T, F: Future<Output = Result<T, Fault>>>(
     }
 }
 
-/// Follows a job to its end and returns its result.
-pub(super) async fn job(client: &Client, mut job: Job, deadline: Deadline, progress: &mut Progress) -> Result<Value, Fault> {
+/// Follows a job to its end and returns it as it is then: done.
+pub(super) async fn job(client: &Client, mut job: Job, deadline: Deadline, progress: &mut Progress) -> Result<Job, Fault> {
     loop {
         match job.state.as_str() {
             "running" => {}
-            "done" => return Ok(job.result.unwrap_or(Value::Null)),
+            "done" => return Ok(job),
             _ => return Err(job.error.unwrap_or_else(|| Fault::internal(format!("job {} failed and does not say why", job.id)))),
         }
         if deadline.passed() {
@@ -164,9 +163,11 @@ fn job_line(job: &Job) -> String {
 pub(super) async fn transfers(client: &Client, ids: &[String], deadline: Deadline, progress: &mut Progress) -> Result<Tracker, Fault> {
     let mut tracker = Tracker::new(ids);
     loop {
+        tracker.set_firsts(Vec::new());
         let open = tracker.open();
         // What stands now, not what changed: whatever was missed meanwhile is in it.
         let cursor = snapshot(client, &open, deadline, progress, &mut tracker).await?;
+        look_at_firsts(client, &mut tracker).await;
         if let Some(id) = tracker.unseen() {
             return Err(Fault::not_found(format!("the daemon does not know transfer {id:?}")));
         }
@@ -204,6 +205,18 @@ async fn snapshot(client: &Client, ids: &[String], deadline: Deadline, progress:
         take(tracker, found, progress);
     }
     Ok(first_cursor.unwrap_or(0))
+}
+
+/// Sees how those stand that must come first and that nobody waits for here. A daemon may not know them; then they are waited for.
+async fn look_at_firsts(client: &Client, tracker: &mut Tracker) {
+    let mut firsts = Vec::new();
+    for some in tracker.unknown_firsts().chunks(API_IDS_MAX) {
+        let query = TransferQuery { id: Some(some.join(",")), limit: Some(API_ROWS_MAX), ..TransferQuery::default() };
+        if let Ok((found, _)) = client.transfers(&query).await {
+            firsts.extend(found);
+        }
+    }
+    tracker.set_firsts(firsts);
 }
 
 fn take(tracker: &mut Tracker, transfers: Vec<Transfer>, progress: &Progress) {

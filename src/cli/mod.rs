@@ -60,7 +60,7 @@ async fn dispatch(args: Args) -> Result<(), Fault> {
     match args.command {
         Command::Quickstart { dir, once } => Box::pin(crate::quickstart::run(dir, once)).await,
         Command::Serve { until_stdin_ends } => Box::pin(crate::serve::run(global.load_config()?, until_stdin_ends)).await,
-        Command::Join { hub, token } => Box::pin(crate::serve::join(&global.load_config()?, &hub, &token)).await,
+        Command::Join { hub, token } => commands::join(global, &hub, &token).await,
         Command::Config(ConfigCommand::Check) => commands::config_check(global),
         Command::Token(TokenCommand::Create(create)) => commands::token_create(global, create).await,
         Command::Publish(publish) => commands::publish(global, *publish).await,

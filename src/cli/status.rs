@@ -111,6 +111,15 @@ pub(super) fn detail(t: &Transfer) -> String {
     fields(&pairs)
 }
 
+/// Whose bytes these are. A site that only received them does not know more than that they came from the hub.
+fn origin(a: &Artifact) -> &str {
+    match &a.origin {
+        Some(site) => site.as_str(),
+        None if a.published_here => "here",
+        None => "hub",
+    }
+}
+
 /// The table of `artifacts`.
 pub(super) fn artifacts(artifacts: &[Artifact], colour: bool) -> String {
     if artifacts.is_empty() {
@@ -122,7 +131,7 @@ pub(super) fn artifacts(artifacts: &[Artifact], colour: bool) -> String {
             a.artifact.to_string().into(),
             human::bytes(a.bytes).into(),
             a.files.to_string().into(),
-            a.origin.as_ref().map_or("hub", |site| site.as_str()).into(),
+            origin(a).into(),
             human::local(&a.created_at).into(),
             a.digest.chars().take(16).collect::<String>().into(),
         ]);
@@ -148,7 +157,7 @@ pub(super) fn artifact(detail: &ArtifactDetail, colour: bool) -> String {
         ("digest", a.digest.clone()),
         ("size", format!("{} ({} bytes)", human::bytes(a.bytes), a.bytes)),
         ("files", a.files.to_string()),
-        ("origin", a.origin.as_ref().map_or("hub", |site| site.as_str()).into()),
+        ("origin", origin(a).into()),
         ("published", human::local(&a.created_at)),
     ];
     pairs.extend(a.location.clone().map(|l| ("location", l)));

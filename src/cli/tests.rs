@@ -93,6 +93,8 @@ fn every_command_of_the_manual_parses() {
         ("token create --site a --ttl 24", ErrorKind::ValueValidation),
         ("sites -o xml", ErrorKind::InvalidValue),
         ("sties", ErrorKind::InvalidSubcommand),
+        ("join --config f --hub h --token t", ErrorKind::ValueValidation),
+        ("publish /data --as dataset/x:1 --hub h", ErrorKind::ValueValidation),
     ] {
         let error = Args::try_parse_from(std::iter::once("packhorse").chain(line.split(' '))).unwrap_err();
         assert_eq!((error.kind(), error.exit_code()), (kind, 2), "{line}");
@@ -206,6 +208,46 @@ async fn what_must_come_after_a_part_that_failed_is_not_waited_for() {
 }
 
 #[tokio::test]
+async fn what_failed_before_and_is_not_waited_for_ends_the_wait_as_well() {
+    let d = daemon().await;
+    let published = json!({"artifact": "labels/x:1", "digest": "ab", "transfers": ["t1"], "bytes": 10, "stored": 5, "unchanged": false});
+    d.fake.put_job(job("publish", Ok(published)));
+    let waiting = Transfer {
+        artifact: "labels/line3:v1".parse().unwrap(),
+        reason: Some(Reason::WaitingForDependency),
+        waits_for: Some("t2".into()),
+        ..transfer("t1", "chengdu", State::Queued)
+    };
+    d.fake.put(waiting.clone());
+    let line = "publish l.csv --as labels/x:1 --to all --wait --timeout 1s";
+    // A daemon that does not know it, and one where it goes on: both are waited for, and the second names it.
+    let late = d.run(line).await.unwrap_err();
+    assert!(late.message.ends_with("waiting: chengdu (waiting_for_dependency)"), "{late}");
+    d.fake.put(transfer("t2", "chengdu", State::Transferring));
+    let late = d.run(line).await.unwrap_err();
+    assert_eq!(late.code, Code::Deadline);
+    assert!(late.message.ends_with("waiting: chengdu (waiting_for_dependency: dataset/line3:v1)"), "{late}");
+    d.fake.put(failed("t2", "chengdu", Reason::NoSpace, "the disk is full"));
+    let ended = d.run(line).await.unwrap_err();
+    assert_eq!(ended.code, Code::Partial);
+    insta::assert_snapshot!(format!("{ended}\n{}", ended.next), @r"
+    labels/line3:v1 did not arrive at chengdu: it waits for dataset/line3:v1, which failed (no_space): the disk is full
+    mend that, then 'packhorse retry t2'; labels/line3:v1 follows by itself
+    ");
+
+    let mut tracker = Tracker::new(&["t1".into(), "t3".into()]);
+    for seen in [waiting, transfer("t3", "xian", State::Done)] {
+        let _ = tracker.absorb(seen);
+    }
+    assert_eq!((tracker.unknown_firsts(), tracker.open()), (vec!["t2".to_owned()], vec!["t1".to_owned()]));
+    tracker.set_firsts(vec![failed("t2", "chengdu", Reason::NoSpace, "the disk is full")]);
+    assert_eq!(tracker.open(), Vec::<String>::new());
+    let some = tracker.verdict().unwrap_err();
+    let said = "1 of 2 transfers did not arrive: labels/line3:v1 at chengdu (waits for dataset/line3:v1, which failed: t2)";
+    assert_eq!((some.code, some.message.as_str()), (Code::Partial, said));
+}
+
+#[tokio::test]
 async fn a_wait_outlives_a_restart_of_the_daemon() {
     let d = daemon().await;
     let Daemon { fake, base, dir, _stop: stop } = d;
@@ -233,6 +275,9 @@ async fn jobs_end_with_their_fault() {
     d.run("verify dataset/line3:v1").await.unwrap();
     d.fake.put_job(job("verify", Ok(json!(["a.png: the hash differs"]))));
     assert_eq!(d.code("verify dataset/line3:v1").await, Code::Integrity);
+    let notes = vec!["/nas holds what is no part of it (1): Thumbs.db".to_owned()];
+    d.fake.put_job(Job { notes, ..job("verify", Ok(json!([]))) });
+    d.run("verify dataset/line3:v1").await.unwrap();
     d.fake.put_job(job("gc", Ok(json!({"freed_bytes": 4096}))));
     d.run("gc").await.unwrap();
     d.fake.put_job(job("export", Err(Fault::no_space("the disk of /x is full"))));
@@ -308,7 +353,11 @@ fn the_detail_of_a_transfer() {
 #[tokio::test]
 async fn what_changed_where_it_lies_is_told_beside_it() {
     let mut all = Fake::default().artifacts().await.unwrap();
+    all[0].published_here = true;
+    assert!(status::artifacts(&all, false).contains("  here  "), "{}", status::artifacts(&all, false));
+    all[0].published_here = false;
     let plain = status::artifacts(&all, false);
+    assert!(plain.contains("  hub  "), "{plain}");
     all[0].changed = Some("/nas/a.png changed after it was published: it is gone".into());
     let marked = status::artifacts(&all, false);
     assert_eq!(marked, format!("{plain}\ndataset/line3:v1: /nas/a.png changed after it was published: it is gone\n"));

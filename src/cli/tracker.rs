@@ -11,12 +11,33 @@ use crate::limits::OFFENDERS_LISTED_MAX;
 #[derive(Debug)]
 pub(crate) struct Tracker {
     transfers: BTreeMap<String, Option<Transfer>>,
+    /// What some of these wait for and is none of them, as last seen.
+    firsts: Vec<Transfer>,
 }
 
 impl Tracker {
     /// Waits for these.
     pub(crate) fn new(ids: &[String]) -> Self {
-        Self { transfers: ids.iter().map(|id| (id.clone(), None)).collect() }
+        Self { transfers: ids.iter().map(|id| (id.clone(), None)).collect(), firsts: Vec::new() }
+    }
+
+    /// Ids of what some of these wait for and is none of them.
+    pub(super) fn unknown_firsts(&self) -> Vec<String> {
+        let open = self.transfers.values().flatten().filter(|t| !t.state.is_final());
+        let mut ids: Vec<String> = open.filter_map(waited_for).filter(|id| !self.transfers.contains_key(*id)).cloned().collect();
+        ids.sort();
+        ids.dedup();
+        ids
+    }
+
+    /// Takes how those stand, instead of what was known of them.
+    pub(super) fn set_firsts(&mut self, firsts: Vec<Transfer>) {
+        self.firsts = firsts;
+    }
+
+    /// These, and what they wait for.
+    fn all(&self) -> impl Iterator<Item = &Transfer> + Clone {
+        self.transfers.values().flatten().chain(&self.firsts)
     }
 
     /// Takes an answer. Returns what a person should be told: an end, or a new reason to stand still.
@@ -34,7 +55,7 @@ impl Tracker {
 
     /// Ids of those that have not ended, or were never seen. None, once nothing more happens by itself.
     pub(crate) fn open(&self) -> Vec<String> {
-        if self.unseen().is_none() && is_over(self.transfers.values().flatten()) {
+        if self.unseen().is_none() && self.transfers.values().flatten().all(|t| ended(t, self.all())) {
             return Vec::new();
         }
         let open = |t: &Option<Transfer>| t.as_ref().is_none_or(|t| !t.state.is_final());
@@ -77,7 +98,11 @@ impl Tracker {
         if let Some(eta) = moving().filter_map(|t| t.eta_seconds).max() {
             line.push_str(&format!(", {} to go", human::seconds(eta)));
         }
-        let waiting: Vec<String> = moving().filter_map(|t| Some(format!("{} ({})", t.site, t.reason?.as_str()))).collect();
+        let why = |t: &Transfer| {
+            let reason = t.reason?.as_str();
+            Some(first(t, self.all()).map_or_else(|| reason.to_owned(), |first| format!("{reason}: {}", first.artifact)))
+        };
+        let waiting: Vec<String> = moving().filter_map(|t| Some(format!("{} ({})", t.site, why(t)?))).collect();
         if !waiting.is_empty() {
             line.push_str(&format!("; waiting: {}", listed(&waiting)));
         }
@@ -89,10 +114,17 @@ impl Tracker {
         let bad: Vec<&Transfer> = self.transfers.values().flatten().filter(|t| t.state != State::Done).collect();
         match bad.as_slice() {
             [] => Ok(()),
-            [only] if self.transfers.len() == 1 => Err(fault_of(only)),
+            [only] if self.transfers.len() == 1 => Err(match failed_before(only, self.all()) {
+                Some(first) => after_failed(only, first),
+                None => fault_of(only),
+            }),
             _ => {
-                let waits = |t: &Transfer| failed_before(t, bad.iter().copied());
-                let how = |t: &Transfer| waits(t).map_or_else(|| why(t).to_owned(), |first| format!("waits for {}", first.artifact));
+                let waits = |t: &Transfer| failed_before(t, self.all());
+                let how = |t: &Transfer| match waits(t) {
+                    None => why(t).to_owned(),
+                    Some(first) if self.transfers.contains_key(&first.id) => format!("waits for {}", first.artifact),
+                    Some(first) => format!("waits for {}, which failed: {}", first.artifact, first.id),
+                };
                 // What failed is what there is to mend: it is named before what only waits for it.
                 let (after, first): (Vec<&Transfer>, Vec<&Transfer>) = bad.iter().copied().partition(|t| waits(t).is_some());
                 let names: Vec<String> = first.iter().chain(&after).map(|t| format!("{} at {} ({})", t.artifact, t.site, how(t))).collect();
@@ -110,13 +142,28 @@ impl Tracker {
 /// Whether nothing more happens to these by itself: each has ended, or waits for one of them that failed.
 pub(super) fn is_over<'a>(mut transfers: impl Iterator<Item = &'a Transfer> + Clone) -> bool {
     let among = transfers.clone();
-    transfers.all(|t| t.state.is_final() || failed_before(t, among.clone()).is_some())
+    transfers.all(|t| ended(t, among.clone()))
 }
 
-/// The one of these that must be at the site before this transfer, and failed. What was cancelled is waited for no more.
-fn failed_before<'a>(waiting: &Transfer, mut among: impl Iterator<Item = &'a Transfer>) -> Option<&'a Transfer> {
-    let first = waiting.waits_for.as_ref().filter(|_| waiting.reason == Some(Reason::WaitingForDependency))?;
-    among.find(|t| t.state == State::Failed && t.site == waiting.site && t.id == *first)
+/// Whether nothing more happens to this one by itself.
+fn ended<'a>(transfer: &Transfer, among: impl Iterator<Item = &'a Transfer>) -> bool {
+    transfer.state.is_final() || failed_before(transfer, among).is_some()
+}
+
+/// The id of what must be at the site before this transfer.
+fn waited_for(waiting: &Transfer) -> Option<&String> {
+    waiting.waits_for.as_ref().filter(|_| waiting.reason == Some(Reason::WaitingForDependency))
+}
+
+/// The one of these that must be at the site before this transfer.
+fn first<'a>(waiting: &Transfer, mut among: impl Iterator<Item = &'a Transfer>) -> Option<&'a Transfer> {
+    let id = waited_for(waiting)?;
+    among.find(|t| t.site == waiting.site && t.id == *id)
+}
+
+/// The same, if it failed. What was cancelled is waited for no more.
+fn failed_before<'a>(waiting: &Transfer, among: impl Iterator<Item = &'a Transfer>) -> Option<&'a Transfer> {
+    first(waiting, among).filter(|t| t.state == State::Failed)
 }
 
 /// At most so many, and how many more.
@@ -145,6 +192,14 @@ pub(super) fn notice(transfer: &Transfer) -> Option<String> {
         (_, Some(Reason::WaitingForTurn) | None) => None,
         (_, Some(reason)) => Some(format!("{artifact} to {site} waits ({}){said}", reason.as_str())),
     }
+}
+
+/// A transfer that will not begin before another is mended, as the fault that a command ends with.
+fn after_failed(transfer: &Transfer, first: &Transfer) -> Fault {
+    let (artifact, site) = (&transfer.artifact, &transfer.site);
+    let said = first.message.as_deref().unwrap_or(why(first));
+    let message = format!("{artifact} did not arrive at {site}: it waits for {}, which failed ({}): {said}", first.artifact, why(first));
+    fault(Code::Partial, message, &format!("mend that, then 'packhorse retry {}'; {artifact} follows by itself", first.id))
 }
 
 /// A transfer that did not arrive, as the fault that a command ends with.

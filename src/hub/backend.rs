@@ -1,6 +1,6 @@
 //! What the hub can be asked over its API.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, HashSet};
 use std::fmt::Write as _;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -14,7 +14,7 @@ use super::{Hub, short};
 use crate::api::Backend;
 use crate::api::types::*;
 use crate::bundle::{self, Member};
-use crate::catalogue::{DeliveryRow, Part, TransferRow, new_id};
+use crate::catalogue::{Changed, DeliveryRow, Part, TransferRow, new_id, what_changed};
 use crate::chunk::Hash;
 use crate::delivery;
 use crate::durable;
@@ -267,25 +267,11 @@ impl Hub {
     /// What `doctor` says of what changed where it was published: one line each. Whether what is there now was published anew only
     /// that site knows for sure: here a newer version from there that is sound is taken for it.
     async fn changed_lines(&self) -> Result<Vec<String>, Fault> {
-        let (mut changed, mut sound) = (Vec::new(), HashMap::new());
-        for row in self.inner.catalogue.artifacts().await? {
-            let Some(site) = row.origin else { continue };
-            let of = (row.artifact.series(), site);
-            match row.changed {
-                Some(how) => changed.push((row.artifact, of, row.created_ms, how)),
-                None => {
-                    let newest = sound.entry(of).or_insert((row.created_ms, row.artifact.clone()));
-                    if newest.0 < row.created_ms {
-                        *newest = (row.created_ms, row.artifact);
-                    }
-                }
-            }
-        }
-        let lines = changed.into_iter().map(|(artifact, of, created_ms, how)| match (sound.get(&of), &of.1) {
-            (Some((later, newer)), site) if *later > created_ms => {
-                format!("ok {artifact} at {site}: {how}; {newer} was published there since")
-            }
-            (_, site) => format!("fault {artifact} at {site}: {how}; there, put the old content back or publish a new version"),
+        let rows = self.inner.catalogue.artifacts().await?.into_iter();
+        let published = rows.filter_map(|row| Some((row.origin.clone()?, row.created_ms, row)));
+        let lines = what_changed(published).into_iter().map(|Changed { artifact, place: site, how, newer }| match newer {
+            Some(newer) => format!("ok {artifact} at {site}: {how}; {newer} was published there since"),
+            None => format!("fault {artifact} at {site}: {how}; there, put the old content back or publish a new version"),
         });
         Ok(lines.collect())
     }
@@ -355,7 +341,7 @@ impl Backend for Hub {
             for site in &sites {
                 let question = AskSite::Plan { artifact: artifact.clone(), digest: row.digest };
                 // A site may plan what it is not yet entitled to hold: for that moment it may read the manifest.
-                self.inner.entitled.lock().insert((site.clone(), row.digest), std::time::Instant::now() + PLAN_MAX);
+                self.inner.entitled.lock().put((site.clone(), row.digest), (), PLAN_MAX);
                 let asked = tokio::time::timeout(PLAN_MAX, self.ask_site::<crate::wire::Planned>(site, &question)).await;
                 let total = row.root.totals.bytes;
                 let planned = asked.ok().and_then(Result::ok);

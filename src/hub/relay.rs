@@ -16,6 +16,7 @@ use crate::chunk::ShortHash;
 use crate::clock;
 use crate::fault::Fault;
 use crate::fetch::{Fetcher, blocking};
+use crate::lately::Lately;
 use crate::manifest::{Digest, Root, Step, Walk};
 use crate::names::SiteName;
 use crate::relay::{Holder, Of, Relay, Sent, TOGETHER_BYTES, Upstream};
@@ -32,28 +33,24 @@ const SOURCES_FOR: Duration = Duration::from_secs(1);
 /// Uses that follow each other sooner are noted once.
 const USED_EVERY: Duration = Duration::from_secs(10);
 
-/// The sites that hold an artifact, connected or not, and whether it was published there; as of when.
-type Known = HashMap<Digest, (Instant, Vec<(SiteName, bool)>)>;
-
 /// The hub's lines, as the relay sees them.
 pub(super) struct Lines {
     pub(super) links: Links,
     pub(super) catalogue: Catalogue,
     pub(super) wire: Arc<AtomicU64>,
-    pub(super) known: Mutex<Known>,
+    /// The sites that hold an artifact, connected or not, and whether it was published there.
+    pub(super) known: Mutex<Lately<Digest, Vec<(SiteName, bool)>>>,
 }
 
 impl Lines {
     async fn holders(&self, digest: Digest) -> Result<Vec<(SiteName, bool)>, Fault> {
-        if let Some((_, known)) = self.known.lock().get(&digest).filter(|(at, _)| at.elapsed() < SOURCES_FOR) {
+        if let Some(known) = self.known.lock().get(&digest) {
             return Ok(known.clone());
         }
         let found = self.catalogue.sources(digest).await?;
-        let mut known = self.known.lock();
-        known.retain(|_, (at, _)| at.elapsed() < SOURCES_FOR);
         // Whoever waits for a source sees it at once.
         if !found.is_empty() {
-            known.insert(digest, (Instant::now(), found.clone()));
+            self.known.lock().put(digest, found.clone(), SOURCES_FOR);
         }
         Ok(found)
     }
@@ -91,8 +88,8 @@ impl Upstream for Lines {
 /// What of the relay lives as long as the daemon.
 #[derive(Default)]
 pub(super) struct Memory {
-    /// When the use of an artifact was last noted.
-    used: HashMap<Digest, Instant>,
+    /// The artifacts whose use was just noted.
+    used: Lately<Digest, ()>,
     /// What was fetched ahead whole.
     pub(super) whole: HashSet<Digest>,
     /// What could not be fetched ahead: when that was, and how long it rests.
@@ -104,11 +101,10 @@ impl Hub {
     pub(super) async fn note_use(&self, digest: Digest) {
         {
             let mut memory = self.inner.relay_memory.lock();
-            if memory.used.get(&digest).is_some_and(|at| at.elapsed() < USED_EVERY) {
+            if memory.used.get(&digest).is_some() {
                 return;
             }
-            memory.used.retain(|_, at| at.elapsed() < USED_EVERY);
-            memory.used.insert(digest, Instant::now());
+            memory.used.put(digest, (), USED_EVERY);
         }
         if let Err(fault) = self.inner.catalogue.relay_used(digest).await {
             tracing::warn!(%digest, error = %fault, "the use of relayed bytes could not be noted");
@@ -203,7 +199,7 @@ impl Hub {
             })
             .await?;
         let mut memory = self.inner.relay_memory.lock();
-        memory.used.clear();
+        memory.used = Lately::default();
         memory.whole.clear();
         Ok(freed)
     }

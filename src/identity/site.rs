@@ -1,6 +1,6 @@
 //! The identity of a site, or of a publisher: its key, its certificate, and the CA of the hub it joined.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use rcgen::{CertificateParams, KeyPair, PKCS_ECDSA_P256_SHA256, PublicKeyData, SigningKey};
 use rustls::pki_types::pem::PemObject;
@@ -29,9 +29,14 @@ impl std::fmt::Debug for SiteIdentity {
 }
 
 impl SiteIdentity {
+    /// Where the identity lies.
+    pub fn path(data_dir: &Path) -> PathBuf {
+        data_dir.join("identity").join(FILE)
+    }
+
     /// Reads the identity; `None` when this site has not joined yet.
     pub fn load(data_dir: &Path) -> Result<Option<Self>, Fault> {
-        let path = data_dir.join("identity").join(FILE);
+        let path = Self::path(data_dir);
         let Some(bytes) = read_if_there(&path)? else { return Ok(None) };
         let wrong = |why: &dyn std::fmt::Display| {
             Fault::config(format!("read {}: {why}", path.display())).with_next("remove this file and join again with a new token")

@@ -13,7 +13,7 @@ use super::tls::{self, Shown};
 use super::{CLOSE_REFUSED, Ended, Link, PRIORITY_CONTROL, Wire, clean, hello, quic, tcp};
 use crate::clock;
 use crate::config::{Line, Transport};
-use crate::fault::{Fault, Reason};
+use crate::fault::{Code, Fault, Reason};
 use crate::identity::{CertificateRequest, Claim, Holder, JoinToken, SiteIdentity};
 use crate::limits::{LINE_ADDRESSES_MAX, LINE_HANDSHAKE_MAX, LINE_QUIC_ANSWER_MAX, LINE_SEND_BYTES_MAX};
 
@@ -211,7 +211,11 @@ pub async fn probe_quic(address: &str, identity: &SiteIdentity, line: &Line) -> 
 /// the identity, which the caller saves.
 pub async fn join(address: &str, token: &JoinToken, claim: &Claim, line: &Line) -> Result<SiteIdentity, Fault> {
     let call = Call { address, tls: tls::joining_client(*token.ca_hash())?, line, welcomed: false };
-    let (link, shown) = call.place().await?;
+    let (link, shown) = call.place().await.map_err(|fault| match fault.code {
+        // Unlike a line, nobody tries it again.
+        Code::Unreachable => fault.with_next("check the address, that the hub runs, and that the network lets it through; then join again"),
+        _ => fault,
+    })?;
     // The handshake has checked this; the CA is taken from here to be kept, so it is checked once more.
     let ca = tls::pinned_ca(&shown.chain, token.ca_hash()).ok_or_else(|| Fault::not_allowed(tls::PIN_MISMATCH))?;
     let leaf = shown.chain.first().ok_or_else(|| Fault::not_allowed("the hub showed no certificate"))?;

@@ -204,7 +204,7 @@ fn the_layout_of_an_image_that_arrived_is_made_when_it_is_asked_for() {
     let forget = |live: &[Digest]| {
         f.origin.clean(live).unwrap();
         f.origin.inner.places.remove_digest(digest).unwrap();
-        f.origin.inner.indexed.lock().clear();
+        *f.origin.inner.indexed.lock() = Lately::default();
     };
     forget(&[]);
     assert_eq!(f.read_all(digest).unwrap(), bytes);

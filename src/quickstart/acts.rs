@@ -343,7 +343,7 @@ async fn enrol(client: &Client, site: &Home, line: &str, api: std::net::SocketAd
     let labels = [("region".to_owned(), site.name.to_owned())].into();
     let request = TokenRequest { site: Some(site.name.into()), publisher: None, labels, ttl_seconds: 600 };
     let reply: TokenReply = client.post("/v1/tokens", &request).await?;
-    serve::join(&config::load(&site.config)?, line, &reply.token).await
+    serve::join(&config::load(&site.config)?, line, &reply.token).await.map(|_| ())
 }
 
 fn hub_config(hub: &Home, api: std::net::SocketAddr, line: std::net::SocketAddr) -> Result<String, Fault> {

@@ -158,8 +158,7 @@ impl Run {
     }
 
     fn fail(&mut self, why: String, now_ms: i64) {
-        let next = format!("see 'packhorse train show {}', mend it, and start a run of another name", self.spec.name);
-        self.end(RunState::Failed, Some(why), &next, now_ms);
+        self.end(RunState::Failed, Some(why), "mend that, and start a run of another name", now_ms);
     }
 
     fn enter(&mut self, state: RunState) {

@@ -90,6 +90,15 @@ impl FilesSink {
             .with_next("mount the NAS there, or make the folder"))
     }
 
+    /// Whether versions can be put into the root by whoever runs this.
+    pub fn check_writable(root: &Path) -> Result<(), Fault> {
+        use rustix::fs::Access;
+        rustix::fs::access(root, Access::WRITE_OK | Access::EXEC_OK).map_err(|e| {
+            Fault::config(format!("[sink.files] root {} cannot be written to: {}", root.display(), std::io::Error::from(e)))
+                .with_next("mount it for writing, let the daemon's user write there, and check again as that user")
+        })
+    }
+
     /// Opens the root that the config names (default: `<data_dir>/artifacts`).
     pub fn open(config: Option<&config::FilesSink>, data_dir: &Path) -> Result<Self, Fault> {
         let root = match config {

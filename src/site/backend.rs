@@ -19,7 +19,8 @@ use crate::jobs::JobProgress;
 use crate::names::ArtifactRef;
 use crate::serve::wrong_role;
 use crate::sink::Incoming;
-use crate::transfer::verify;
+use crate::trainer;
+use crate::transfer::{Found, beside, verify};
 use crate::wire::AskHub;
 
 /// Marks a cursor as the hub's: the two count by themselves, and what one has told says nothing of what the other has. Whoever comes
@@ -27,7 +28,7 @@ use crate::wire::AskHub;
 const OF_HUB: u64 = 1 << 52;
 
 impl Site {
-    /// Re-reads what this site holds of an artifact. One line a fault.
+    /// Re-reads what this site holds of an artifact. One line a fault; what else is not as it was delivered is noted.
     async fn verify_now(&self, row: ArtifactRow, progress: Arc<JobProgress>) -> Result<Vec<String>, Fault> {
         let Some(place) = row.place.clone() else { return Ok(vec![format!("{} is not held here", row.artifact)]) };
         progress.doing(format!("re-reading {}", row.artifact));
@@ -43,10 +44,21 @@ impl Site {
         }
         let sink = self.inner.sinks.of(row.artifact.kind).clone();
         let incoming = Incoming { artifact: row.artifact, digest: row.digest, root: row.root, transfer: "verify".into() };
+        let counted = progress.clone();
         let read = move |bytes| {
-            progress.bytes.fetch_add(bytes, Ordering::Relaxed);
+            counted.bytes.fetch_add(bytes, Ordering::Relaxed);
         };
-        verify(sink.as_ref(), self.inner.shared.store.clone(), &incoming, &place, read).await
+        let store = &self.inner.shared.store;
+        let Found { faults, notes } = verify(sink.as_ref(), store.clone(), &incoming, &place, read).await?;
+        notes.into_iter().for_each(|note| progress.note(note));
+        // What is damaged comes first: brought again, it stands in a new folder.
+        if faults.is_empty() {
+            progress.doing(format!("looking for what lies beside {}", incoming.artifact));
+            if let Some(note) = beside(store.clone(), &incoming, &place).await? {
+                progress.note(note);
+            }
+        }
+        Ok(faults)
     }
 
     /// Asks the hub to bring an artifact again, of which something is gone or damaged here.
@@ -241,6 +253,12 @@ impl Backend for Site {
         for sink in [&inner.sinks.files, &inner.sinks.labels, &inner.sinks.images] {
             out.push(match sink.probe().await {
                 Ok(text) => format!("ok {text}"),
+                Err(fault) => format!("fault {}; {}", fault.message, fault.next),
+            });
+        }
+        if let Some(program) = inner.config.train.as_ref().and_then(|train| train.command.first()) {
+            out.push(match trainer::check_program(program) {
+                Ok(()) => format!("ok train: {program} can be run"),
                 Err(fault) => format!("fault {}; {}", fault.message, fault.next),
             });
         }

@@ -3,6 +3,8 @@
 //! Each change is written before it is acted on, and effects that are due are given again at the next look, so a crash
 //! anywhere between leaves nothing undone. The trainer's process is not the daemon's: see `trainer`.
 
+mod giving_back;
+
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::{Duration, Instant};
@@ -14,14 +16,13 @@ use super::Site;
 use super::watch::Found;
 use crate::api::ApiToken;
 use crate::api::types::{PublishRequest, SourceOptions, State};
-use crate::catalogue::TransferRow;
 use crate::clock;
 use crate::fault::{Code, Fault, Retry};
 use crate::fetch::blocking;
 use crate::limits::{BACKOFF_FIRST, BACKOFF_MAX, TRAINER_CALL_MAX, TRAINER_LOOK_EVERY};
 use crate::names::{ArtifactRef, Kind, RunName};
-use crate::run::site::{Effect, Event, Phase, Process, Run, Seen, Trainer, may_go, step};
-use crate::run::{Borrowed, DesiredRun, Input, Lineage, Model, RunReport};
+use crate::run::site::{Effect, Event, Phase, Process, Run, Seen, Trainer, step};
+use crate::run::{DesiredRun, Input, Lineage, Model, RunReport};
 use crate::trainer::Folder;
 
 /// Runs that are looked at.
@@ -356,35 +357,7 @@ impl Site {
                 };
                 self.take(name, event).await
             }
-            Effect::Remove(list) => {
-                if self.is_too_soon(name, Try::GoOn) {
-                    return Ok(());
-                }
-                let mut again = false;
-                for borrowed in list {
-                    let artifact = borrowed.artifact.clone();
-                    // One that cannot be removed must not keep the others here.
-                    let event = match self.give_back(name, &borrowed).await {
-                        Ok(Back::NotNow) => continue,
-                        Ok(Back::Gone) => Event::Removed { transfer: borrowed.transfer, stays: None },
-                        Ok(Back::Stays(why)) => {
-                            let stays = Some(format!("{artifact} stays, and only a person can remove it: {why}"));
-                            Event::Removed { transfer: borrowed.transfer, stays }
-                        }
-                        Err(fault) => {
-                            tracing::warn!(run = %name, %artifact, error = %fault, "a borrowed artifact could not be removed; tried again");
-                            again = true;
-                            let why = format!("{artifact} could not be removed, which is tried again: {}", fault.message);
-                            Event::NotRemoved { transfer: borrowed.transfer, why }
-                        }
-                    };
-                    self.take(name, event).await?;
-                }
-                if again {
-                    self.put_off(name, Try::GoOn);
-                }
-                Ok(())
-            }
+            Effect::Remove(list) => self.give_all_back(name, list).await,
         }
     }
 
@@ -508,81 +481,6 @@ impl Site {
         let digest = digest.ok_or_else(|| Fault::internal(format!("{:?} is not a digest", published.digest)))?;
         Ok(Model { artifact, digest: crate::chunk::Hash(digest) })
     }
-
-    /// Removes a borrowed input.
-    async fn give_back(&self, run: &RunName, borrowed: &Borrowed) -> Result<Back, Fault> {
-        let (inner, artifact) = (&self.inner, &borrowed.artifact);
-        let row = match inner.catalogue.transfer(&borrowed.transfer).await {
-            Ok(row) => row,
-            Err(fault) if fault.code == Code::NotFound => return Ok(Back::Gone),
-            Err(fault) => return Err(fault),
-        };
-        // Whoever waits for one that is still on its way, or is being given up, keeps the others waiting.
-        if !stands_still(&row) {
-            return Ok(Back::NotNow);
-        }
-        // It may be begun again at any moment; then it lands after this, or this finds that it has landed anew.
-        let _alone = inner.runner.alone_with(artifact).await;
-        let row = inner.catalogue.transfer(&row.id).await?;
-        if !stands_still(&row) || borrowed.generation.is_some_and(|meant| meant != row.generation) {
-            // The next look knows whether it is to go again.
-            return Ok(Back::NotNow);
-        }
-        if row.removed_ms.is_some() {
-            return Ok(Back::Gone);
-        }
-        let there = match inner.catalogue.artifact(artifact).await {
-            Ok(there) => Some(there),
-            Err(fault) if fault.code == Code::NotFound => None,
-            Err(fault) => return Err(fault),
-        };
-        // What was published here since, or brought by another transfer, is not this one's. Nor is what a cancelled one found here,
-        // unless it had landed itself before it was begun again: so had the others, though somebody gave them up since.
-        let others = inner.catalogue.transfers_of_artifact(artifact).await?;
-        let stands = |other: &TransferRow| {
-            other.removed_ms.is_none() && (other.has_landed() || !matches!(other.state, State::Failed | State::Cancelled))
-        };
-        let others = others.iter().any(|other| other.id != row.id && stands(other));
-        let ours = match &there {
-            Some(there) => !there.published && row.has_landed(),
-            None => row.state == State::Done,
-        };
-        let mut stays = None;
-        if ours && !others {
-            {
-                // Who looks for it from here on misses it, and who has found it stands in the catalogue.
-                let _turn = inner.runs.turn.lock().await;
-                if !may_go(&inner.catalogue.runs::<Run>(true, OPEN_MAX).await?, run, borrowed) {
-                    return Ok(Back::NotNow);
-                }
-                if there.is_some() && !inner.catalogue.leave(artifact).await? {
-                    return Ok(Back::NotNow);
-                }
-            }
-            stays = inner.sinks.of(artifact.kind).remove(artifact).await?;
-            let (places, digest) = (inner.shared.places.clone(), row.digest);
-            blocking(move || places.remove_digest(digest)).await?;
-            // It may be published here at this moment.
-            inner.catalogue.remove_left(artifact).await?;
-            tracing::info!(%artifact, transfer = %row.id, stays = stays.as_deref().unwrap_or_default(), "a borrowed artifact was removed");
-        }
-        // Begun again meanwhile, it waits to bring everything anew: that is not to be noted as taken away.
-        if !stands_still(&inner.catalogue.transfer(&row.id).await?) {
-            return Ok(Back::NotNow);
-        }
-        inner.catalogue.set_removed(&row.id, now_ms()).await?;
-        Ok(stays.map_or(Back::Gone, Back::Stays))
-    }
-}
-
-/// What came of giving something back.
-enum Back {
-    /// It is on its way here, or wanted again.
-    NotNow,
-    /// Nothing of it is here.
-    Gone,
-    /// It is forgotten, and lies where nobody but a person can take it away, for this reason.
-    Stays(String),
 }
 
 /// Why an input cannot be looked at, which says nothing of it unless its manifest is damaged.
@@ -591,11 +489,6 @@ fn not_now(artifact: &ArtifactRef, fault: Fault) -> Fault {
         Code::Integrity => fault.context(artifact),
         _ => fault.context(format_args!("waits for {artifact}")).with_retry(Retry::Backoff),
     }
-}
-
-/// Whether a transfer neither goes on nor is still to be given up.
-fn stands_still(row: &TransferRow) -> bool {
-    matches!(row.state, State::Done | State::Cancelled)
 }
 
 /// Whether a run has its turn. One that has ended, and waits only for the hub to hear of its model, has not.

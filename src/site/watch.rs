@@ -9,7 +9,7 @@ use parking_lot::Mutex;
 use tokio::sync::mpsc;
 
 use super::Site;
-use crate::catalogue::ArtifactRow;
+use crate::catalogue::{ArtifactRow, Changed, what_changed};
 use crate::fault::Fault;
 use crate::fetch::blocking;
 use crate::manifest::Digest;
@@ -172,25 +172,11 @@ impl Site {
 
     /// What `doctor` says of what changed: one line each.
     pub(super) async fn changed_lines(&self) -> Result<Vec<String>, Fault> {
-        let (mut changed, mut sound) = (Vec::new(), HashMap::new());
-        for artifact in self.inner.catalogue.published().await? {
-            let row = self.inner.catalogue.artifact(&artifact).await?;
-            let of = (artifact.series(), row.place);
-            match row.changed {
-                Some(how) => changed.push((artifact, of, row.published_ms, how)),
-                None => {
-                    let newest = sound.entry(of).or_insert((row.published_ms, artifact.clone()));
-                    if newest.0 < row.published_ms {
-                        *newest = (row.published_ms, artifact);
-                    }
-                }
-            }
-        }
-        let lines = changed.into_iter().map(|(artifact, of, published_ms, how)| match sound.get(&of) {
-            Some((later, newer)) if *later > published_ms => {
-                format!("ok {artifact}: {how}; what is there now was published as {newer}")
-            }
-            _ => format!("fault {artifact}: {how}; put the old content back, or publish what is there now as a new version"),
+        let rows = self.inner.catalogue.artifacts().await?.into_iter();
+        let published = rows.filter(|row| row.published).map(|row| (row.place.clone(), row.published_ms, row));
+        let lines = what_changed(published).into_iter().map(|Changed { artifact, how, newer, .. }| match newer {
+            Some(newer) => format!("ok {artifact}: {how}; what is there now was published as {newer}"),
+            None => format!("fault {artifact}: {how}; put the old content back, or publish what is there now as a new version"),
         });
         Ok(lines.collect())
     }

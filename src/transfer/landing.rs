@@ -49,7 +49,7 @@ impl Runner {
         let faults = match verify(sink.as_ref(), inner.shared.store.clone(), &incoming, place, |_| {}).await {
             // A page of the manifest is damaged: it is brought again as well.
             Err(fault) if fault.code == Code::Integrity => vec![fault.to_string()],
-            other => other?,
+            other => other?.faults,
         };
         let Some(first) = faults.first() else {
             return Ok(Some(Landed { place: place.clone(), location: there.location.clone().unwrap_or_default() }));

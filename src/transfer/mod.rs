@@ -38,7 +38,7 @@ use crate::sink::{Incoming, Sink};
 use crate::wire::Desired;
 
 pub use assemble::{Assembly, BUDGET_UNIT, Counters, Estimate, Shared, free_room};
-pub use verify::verify;
+pub use verify::{Found, beside, verify};
 
 /// Artifacts below this size do not wait for, nor behind, larger ones.
 const SMALL_BYTES: u64 = 256 << 20;

@@ -31,6 +31,7 @@ impl Runner {
     /// Waits until the transfers that go first are done, or given up.
     async fn let_others_go_first(&self, row: &mut TransferRow) -> Result<(), Fault> {
         let catalogue = &self.inner.catalogue;
+        let by_itself = || "nothing: it begins by itself".to_owned();
         loop {
             let changed = catalogue.changed();
             let mut waits = None;
@@ -39,18 +40,20 @@ impl Runner {
                 match catalogue.transfer(&id).await {
                     Ok(first) if matches!(first.state, State::Done | State::Cancelled) => {}
                     Ok(first) if first.state == State::Failed => {
-                        waits = Some((format!("{} must be here first, and failed: {id}", first.artifact), id));
+                        let why = first.body.message.unwrap_or_else(|| format!("see 'packhorse status {id}'"));
+                        let next = format!("mend that, then 'packhorse retry {id}'; this follows by itself");
+                        waits = Some((format!("{} must be here first, and failed: {why}", first.artifact), next, id));
                     }
-                    Ok(first) => waits = Some((format!("{} must be here first: {id}", first.artifact), id)),
-                    Err(fault) if fault.code == Code::NotFound => waits = Some((format!("transfer {id} must be done first"), id)),
+                    Ok(first) => waits = Some((format!("{} must be here first: {id}", first.artifact), by_itself(), id)),
+                    Err(fault) if fault.code == Code::NotFound => {
+                        waits = Some((format!("transfer {id} must be done first"), by_itself(), id));
+                    }
                     Err(fault) => return Err(fault),
                 }
             }
-            let Some((message, id)) = waits else { return Ok(()) };
+            let Some((message, next, id)) = waits else { return Ok(()) };
             if row.body.message.as_ref() != Some(&message) || row.body.waits_for.as_ref() != Some(&id) {
-                let wait = Fault::internal(message)
-                    .with_reason(Reason::WaitingForDependency)
-                    .with_next("nothing: it begins by itself; if what it waits for failed, mend that and retry it");
+                let wait = Fault::internal(message).with_reason(Reason::WaitingForDependency).with_next(next);
                 row.state = State::Queued;
                 row.body.set_fault(Some(&wait));
                 row.body.waits_for = Some(id);

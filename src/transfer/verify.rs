@@ -1,34 +1,53 @@
 //! Compares what a site holds of an artifact with its manifest.
 
 use std::fs::File;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
+
+use xxhash_rust::xxh3::xxh3_64;
 
 use crate::fault::{Fault, IoContext};
 use crate::fetch::blocking;
+use crate::limits::OFFENDERS_LISTED_MAX;
 use crate::manifest::{EntryBody, FileInfo, Step, Walk};
 use crate::sink::{Incoming, Place, Sink};
 use crate::store::Store;
 
-/// Reads again all that was committed of an artifact, and tells `read` of the bytes. One line a fault.
+/// What a look at an artifact found, one line each.
+#[derive(Debug, Default)]
+pub struct Found {
+    /// What is gone or damaged, and is brought again.
+    pub faults: Vec<String>,
+    /// What else is not as it was delivered, though all of its content is there.
+    pub notes: Vec<String>,
+}
+
+/// Reads again all that was committed of an artifact, and tells `read` of the bytes.
 pub async fn verify(
     sink: &dyn Sink,
     store: Store,
     incoming: &Incoming,
     place: &Place,
     read: impl Fn(u64) + Send + 'static,
-) -> Result<Vec<String>, Fault> {
+) -> Result<Found, Fault> {
     let faults = sink.verify(incoming, place).await?;
     // What is gone as a whole need not be told file by file.
-    let Place::Folder { path: folder } = place.clone() else { return Ok(faults) };
-    if !faults.is_empty() || !incoming.artifact.kind.is_files() {
-        return Ok(faults);
-    }
+    let folder = match place {
+        Place::Folder { path } if faults.is_empty() && incoming.artifact.kind.is_files() => path.clone(),
+        _ => return Ok(Found { faults, notes: Vec::new() }),
+    };
     let root = incoming.root.clone();
     blocking(move || {
-        let mut faults = Vec::new();
+        let (mut faults, mut modes) = (Vec::new(), Listed::default());
         for step in Walk::new(&root, &store) {
             let Step::Entry { entry, .. } = step? else { continue };
             let path = folder.join(entry.path.as_str());
+            if !matches!(entry.body, EntryBody::Symlink(_))
+                && let Some(mode) = mode_of(&path).filter(|mode| *mode != entry.mode)
+            {
+                modes.add(|| format!("{} is {mode:o} and was {:o}", entry.path, entry.mode));
+            }
             let fault = match entry.body {
                 EntryBody::Dir => (!path.is_dir()).then(|| "the folder is gone".to_owned()),
                 EntryBody::Symlink(target) => {
@@ -42,9 +61,85 @@ pub async fn verify(
             };
             faults.extend(fault.map(|why| format!("{}: {why}", path.display())));
         }
-        Ok(faults)
+        let modes = modes.line(|count| format!("{} has other permission bits than were published ({count})", folder.display()));
+        Ok(Found { faults, notes: modes.into_iter().collect() })
     })
     .await
+}
+
+/// What lies in an artifact's folder and is no part of it, as one line. All that is part of it is there.
+pub async fn beside(store: Store, incoming: &Incoming, place: &Place) -> Result<Option<String>, Fault> {
+    let folder = match place {
+        Place::Folder { path } if incoming.artifact.kind.is_files() => path.clone(),
+        _ => return Ok(None),
+    };
+    let root = incoming.root.clone();
+    blocking(move || {
+        // As a rule there is nothing, and then counting says so; else 8 bytes are held of each name.
+        let (mut there, totals) = (0, root.totals);
+        each(&folder, Path::new(""), &mut |_: &Path| {
+            there += 1;
+            true
+        })?;
+        if there <= totals.files + totals.dirs + totals.symlinks {
+            return Ok(None);
+        }
+        let mut own = Vec::new();
+        for step in Walk::new(&root, &store) {
+            if let Step::Entry { entry, .. } = step? {
+                own.push(xxh3_64(entry.path.as_str().as_bytes()));
+            }
+        }
+        own.sort_unstable();
+        let mut strangers = Listed::default();
+        each(&folder, Path::new(""), &mut |path: &Path| {
+            let known = own.binary_search(&xxh3_64(path.as_os_str().as_bytes())).is_ok();
+            if !known {
+                strangers.add(|| path.display().to_string());
+            }
+            known
+        })?;
+        Ok(strangers.line(|count| format!("{} holds what is no part of it ({count})", folder.display())))
+    })
+    .await
+}
+
+/// Tells `see` of all that lies in `below` of a folder, by its path in there; a folder that it does not want is not looked into.
+fn each(folder: &Path, below: &Path, see: &mut impl FnMut(&Path) -> bool) -> Result<(), Fault> {
+    let here = folder.join(below);
+    for entry in std::fs::read_dir(&here).at(format_args!("read {}", here.display()))? {
+        let entry = entry.at(format_args!("read {}", here.display()))?;
+        let path = below.join(entry.file_name());
+        if see(&path) && entry.file_type().at(format_args!("look at {}", entry.path().display()))?.is_dir() {
+            each(folder, &path, see)?;
+        }
+    }
+    Ok(())
+}
+
+/// The first of what is told of, and how many there are.
+#[derive(Default)]
+struct Listed {
+    shown: Vec<String>,
+    count: usize,
+}
+
+impl Listed {
+    fn add(&mut self, what: impl FnOnce() -> String) {
+        self.count += 1;
+        if self.count <= OFFENDERS_LISTED_MAX {
+            self.shown.push(what());
+        }
+    }
+
+    fn line(self, of: impl FnOnce(usize) -> String) -> Option<String> {
+        let more = if self.count > self.shown.len() { ", …" } else { "" };
+        (self.count > 0).then(|| format!("{}: {}{more}", of(self.count), self.shown.join(", ")))
+    }
+}
+
+fn mode_of(path: &Path) -> Option<u32> {
+    std::fs::symlink_metadata(path).ok().map(|meta| meta.permissions().mode() & 0o7777)
 }
 
 fn file_fault(path: &Path, file: FileInfo) -> Option<String> {

@@ -2,7 +2,7 @@
 //! stays where it is, and only what lacks crosses the line.
 
 use std::fs;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 
 use crate::support::daemon::{Hub, Site, SiteSpec};
 use crate::support::data;
@@ -38,11 +38,28 @@ fn files_that_were_damaged_or_deleted_at_a_site() {
     assert_eq!(inode("weights.bin"), before);
     assert!(line.down() - was < 100_000, "{}", line.down() - was);
 
+    // What lies beside it, and other permission bits, are told of; it is sound all the same.
+    let photo = find(&folder, &|path| path.extension().is_some_and(|e| e == "png")).remove(0);
+    let mode = fs::metadata(&photo).unwrap().permissions();
+    data::write(&folder.join("@eaDir/thumbnail"), b"x");
+    fs::set_permissions(&photo, fs::Permissions::from_mode(0o640)).unwrap();
+    let said = site.cli(&["verify", REFERENCE]).expect(0).out;
+    assert!(said.starts_with(&format!("{REFERENCE} is sound\n")) && said.lines().count() == 3, "{said}");
+    assert!(said.contains("no part of it (1): @eaDir\n") && said.contains(" is 640 and was "), "{said}");
+    let said = site.json(&["verify", REFERENCE, "--repair"]);
+    let count = |what: &str| said[what].as_array().map(Vec::len);
+    assert_eq!(
+        (said["sound"].as_bool(), count("findings"), count("notes")),
+        (Some(true), Some(0), Some(2)),
+        "nothing is asked for: {said}"
+    );
+    fs::remove_dir_all(folder.join("@eaDir")).unwrap();
+    fs::set_permissions(&photo, mode).unwrap();
+
     // One bit of one file, and a file gone.
     let mut bytes = fs::read(folder.join("weights.bin")).unwrap();
     bytes[5 << 20] ^= 1;
     fs::write(folder.join("weights.bin"), &bytes).unwrap();
-    let photo = find(&folder, &|path| path.extension().is_some_and(|e| e == "png")).remove(0);
     fs::remove_file(&photo).unwrap();
     let found = site.cli(&["verify", REFERENCE]).expect(8).says(&["--repair"]);
     assert!(found.out.lines().count() == 2 && found.out.contains("weights.bin"), "{}", found.out);

@@ -326,6 +326,12 @@ fn a_file_that_changed_after_publishing_fails_the_transfer_with_its_path() {
     assert!(failed.message.as_deref().is_some_and(|m| m.contains(&set.photos[7].path)), "{failed:#?}");
     assert!(!b.folder("dataset/line:v1").exists(), "nothing wrong arrives");
     hub.cli(&["status", &format!("{},{}", failed.id, waiting.id), "--watch"]).expect(7).says(&said);
+    // Whoever delivers the labels alone hears of it too, from the hub and from the site, and what to do.
+    let next = format!("packhorse retry {}", failed.id);
+    let alone = ["deliver", "labels/line:v1", "--to", "b", "--wait", "--timeout", "60s"];
+    for told in [hub.cli(&alone), b.cli(&alone)] {
+        told.expect(7).says(&["it waits for dataset/line:v1, which failed (integrity)", &set.photos[7].path, &next]);
+    }
     // What it is told to do there can be done there.
     let found = a.cli(&["verify", "dataset/line:v1"]).expect(8).says(&["put the old content back"]);
     assert!(!found.err.contains("--repair"), "{}", found.err);

@@ -10,7 +10,7 @@ use crate::support::daemon::{Hub, PACKHORSE, Site, SiteSpec};
 use crate::support::data;
 use crate::support::line::Line;
 use crate::support::tree::assert_same;
-use crate::support::{Scratch, limit, secs, wait_for};
+use crate::support::{Scratch, free_port, limit, secs, wait_for};
 
 /// What is carried: noise, so that no byte is saved by compressing.
 const SIZE: usize = 40 << 20;
@@ -212,6 +212,26 @@ fn who_may_not_publish_is_told() {
     let site = Site::new(world.scratch.path(), &world.hub, "office", &SiteSpec::default());
     site.join_with(&token).expect(4).says(&["for a publisher"]);
     world.publish(&source, "model/a:v1", &["--join-token", &token]).expect(0);
+    // A token of another hub is no use here, and not needed.
+    let (id, rest) = token.split_once('.').unwrap();
+    let (secret, _) = rest.split_once('.').unwrap();
+    let of_another = format!("{id}.{secret}.{secret}");
+    world.publish(&source, "model/a:v1", &["--join-token", &of_another]).expect(4).says(&["another hash", "a publisher there already"]);
+    // Another address: it is not called, and the one that is known is named.
+    let at = |address: &str| {
+        let mut command = bound(PACKHORSE);
+        command.env_remove("PACKHORSE_CONFIG").env_remove("PACKHORSE_JOIN_TOKEN").arg("publish").arg(&source);
+        command.args(["--as", "model/b:v1", "--hub", address, "--state"]).arg(&world.state);
+        run(&mut command, secs(60))
+    };
+    let (known, mistyped) = (world.line.address().to_string(), format!("127.0.0.1:{}", free_port()));
+    at(&mistyped).expect(4).says(&[&mistyped, "did not call it", &known, "check the address", "token create --publisher"]);
+    let folder = |address: &str| world.state.join(address.replace(':', "_"));
+    assert!(!folder(&mistyped).exists(), "nothing is made for a mistyped address");
+    at("127.0.0.1").expect(2).says(&["HOST:PORT"]);
+    // One that is known and does not answer.
+    data::write(&folder(&mistyped).join("identity/site.pem"), &std::fs::read(folder(&known).join("identity/site.pem")).unwrap());
+    at(&mistyped).expect(10).says(&[&mistyped, "does not answer", "then run this again"]);
     // Once used, it is good for nobody else.
     let elsewhere = world.scratch.join("another-state");
     let fresh = World { state: elsewhere, ..world };

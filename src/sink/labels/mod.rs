@@ -43,7 +43,7 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use tokio::sync::mpsc;
+use tokio::sync::{Mutex, mpsc};
 
 use self::canonical::Table;
 use self::compare::Compare;
@@ -62,6 +62,8 @@ pub struct LabelsSink {
     engine: Box<dyn Engine>,
     staging: PathBuf,
     kept: PathBuf,
+    /// Held by the thread that changes what lies below `kept`.
+    changing: Arc<Mutex<()>>,
 }
 
 /// A version whose canonical files were written out of the database.
@@ -92,9 +94,9 @@ pub fn open(cfg: Option<&config::LabelsSink>, data_dir: &Path) -> Result<Arc<Lab
                 .with_next("write postgres://user@host:port/database or sqlite:///absolute/path/labels.db"));
         }
     };
-    let sink = LabelsSink { engine, staging: data_dir.join("staging").join("labels"), kept: data_dir.join("labels") };
-    durable::create_dir_all(&sink.staging)?;
-    Ok(Arc::new(sink))
+    let (staging, kept) = (data_dir.join("staging").join("labels"), data_dir.join("labels"));
+    durable::create_dir_all(&staging)?;
+    Ok(Arc::new(LabelsSink { engine, staging, kept, changing: Arc::default() }))
 }
 
 /// Runs file work on a blocking thread.
@@ -113,6 +115,21 @@ fn labels_info(incoming: &Incoming) -> Result<&LabelsInfo, Fault> {
 impl LabelsSink {
     fn kept_folder(&self, artifact: &ArtifactRef) -> PathBuf {
         self.kept.join(artifact.name()).join(artifact.version())
+    }
+
+    /// Changes kept folders, one change at a time. The thread has the lock, because it goes on when its caller is dropped.
+    async fn change_kept<R: Send + 'static>(&self, work: impl FnOnce() -> Result<R, Fault> + Send + 'static) -> Result<R, Fault> {
+        let lock = self.changing.clone().lock_owned().await;
+        blocking(move || {
+            let _lock = lock;
+            work()
+        })
+        .await
+    }
+
+    /// Waits for the change that a dropped caller left running: until its end the staged folder may go any moment.
+    async fn settled(&self) {
+        drop(self.changing.lock().await);
     }
 
     /// The active version of a label set, for publishing "what is current".
@@ -162,7 +179,7 @@ impl LabelsSink {
     async fn keep(&self, artifact: &ArtifactRef, staged: &Path) -> Result<Place, Fault> {
         let kept = self.kept_folder(artifact);
         let (from, to) = (staged.to_path_buf(), kept.clone());
-        blocking(move || {
+        self.change_kept(move || {
             if !from.exists() {
                 if to.is_dir() {
                     return Ok(()); // renamed before a crash
@@ -193,6 +210,7 @@ impl Sink for LabelsSink {
 
     async fn check(&self, incoming: &Incoming) -> Result<(), Fault> {
         labels_info(incoming)?;
+        self.settled().await;
         self.engine.prepare(incoming.root.totals.bytes).await?;
         let artifact = &incoming.artifact;
         match self.engine.held(artifact.name(), artifact.version()).await? {
@@ -209,6 +227,7 @@ impl Sink for LabelsSink {
     async fn commit(&self, incoming: &Incoming, staged: &Path) -> Result<Landed, Fault> {
         let artifact = &incoming.artifact;
         let new = self.new_version(incoming, staged)?;
+        self.settled().await;
         // Again, because the database may be another than the one that was checked, hours ago.
         self.engine.prepare(0).await?;
         let (set, version) = (artifact.name(), artifact.version());
@@ -288,7 +307,7 @@ impl Sink for LabelsSink {
     async fn remove(&self, artifact: &ArtifactRef) -> Result<Option<String>, Fault> {
         self.engine.remove(artifact.name(), artifact.version()).await?;
         let kept = self.kept_folder(artifact);
-        blocking(move || {
+        self.change_kept(move || {
             durable::remove_all(&kept)?;
             // The folder of the name goes with its last version.
             let _ = kept.parent().map(std::fs::remove_dir);

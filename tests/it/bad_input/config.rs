@@ -1,8 +1,10 @@
 //! Configurations that cannot be: exit code 3, with the line or the key.
 
-use crate::support::command::Output;
-use crate::support::daemon::{Hub, packhorse};
-use crate::support::{Scratch, limit, secs};
+use std::os::unix::fs::PermissionsExt;
+
+use crate::support::command::{Output, bound, bound_as, run};
+use crate::support::daemon::{Hub, PACKHORSE, packhorse};
+use crate::support::{Scratch, is_root, limit, secs, tool_user};
 
 /// What `config check` and `serve` say of a configuration; both must say the same.
 #[track_caller]
@@ -60,6 +62,41 @@ fn a_nas_that_is_not_mounted_is_found_by_the_check() {
     );
     std::fs::write(&file, text).unwrap();
     packhorse(&["config", "check", "--config", file.to_str().unwrap()]).expect(3).says(&["/no/such/nas", "mount"]);
+}
+
+#[test]
+fn what_a_site_needs_beside_its_daemon_is_found_by_the_check() {
+    let _limit = limit(secs(60));
+    let scratch = Scratch::new();
+    let (file, nas, trainer) = (scratch.join("site.toml"), scratch.folder("nas"), scratch.join("train.sh"));
+    let text = format!(
+        "role = \"site\"\nname = \"chengdu\"\ndata_dir = \"{}\"\n[hub]\naddress = \"hub:7443\"\n[sink.files]\nroot = \"{}\"\n\
+         [train]\ncommand = [\"{}\", \"--run\"]\n",
+        scratch.join("d").display(),
+        nas.display(),
+        trainer.display()
+    );
+    std::fs::write(&file, text).unwrap();
+    let check = || packhorse(&["config", "check", "--config", file.to_str().unwrap()]);
+    check().expect(3).says(&["train.sh", "[train] command"]);
+    std::fs::write(&trainer, "#!/bin/sh\n").unwrap();
+    check().expect(3).says(&["train.sh", "permission denied"]);
+    std::fs::set_permissions(&trainer, std::fs::Permissions::from_mode(0o755)).unwrap();
+    check().expect(0);
+
+    // A NAS that whoever checks may not write to. Nothing stops root, so another user checks then.
+    std::fs::set_permissions(&nas, std::fs::Permissions::from_mode(0o555)).unwrap();
+    let mut command = if is_root() {
+        let (user, group) = tool_user("nobody");
+        // From a copy that this user can reach.
+        let copy = scratch.join("packhorse-copy");
+        std::fs::copy(PACKHORSE, &copy).unwrap();
+        bound_as(user, group, &copy)
+    } else {
+        bound(PACKHORSE)
+    };
+    command.args(["config", "check", "--config"]).arg(&file);
+    run(&mut command, secs(30)).expect(3).says(&[nas.to_str().unwrap(), "cannot be written to"]);
 }
 
 #[test]

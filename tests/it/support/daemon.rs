@@ -497,7 +497,10 @@ impl Site {
     #[track_caller]
     pub(crate) fn join(&self, hub: &Hub, labels: &[&str]) {
         let token = hub.token(&self.name, labels);
-        self.join_with(&token).expect(0);
+        let said = self.join_with(&token).expect(0).out;
+        let certificate = self.data_dir.join("identity/site.pem");
+        assert!(said.starts_with(&format!("site {} joined the hub at {}; ", self.name, self.through)), "{said}");
+        assert!(said.contains(certificate.to_str().unwrap()) && certificate.exists() && said.lines().count() == 1, "{said}");
     }
 
     /// Tries to enrol it with a token.

@@ -4,10 +4,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use futures::FutureExt as _;
 use sqlx::Connection;
 
 use super::set::Set;
 use super::{Bench, Db};
+use crate::durable;
 use crate::fault::{Code, Reason, Retry};
 use crate::sink::{Place, Sink};
 
@@ -17,6 +19,7 @@ on_both!(
     refuses_other_content_under_the_same_version,
     goes_on_after_a_crash,
     an_aborted_commit_leaves_the_next_one_free,
+    a_commit_waits_for_the_rename_of_an_aborted_one,
     readers_see_the_old_version_or_the_new,
     refuses_bad_rows_and_leaves_nothing,
     activates_and_removes,
@@ -126,13 +129,37 @@ async fn an_aborted_commit_leaves_the_next_one_free(bench: Bench) {
             break;
         }
         let _ = tokio::time::timeout(Duration::from_millis(ms), bench.sink.commit(&incoming, &staged)).await;
-        // A rename on a thread of its own that had begun goes on; the daemon ends before it tries again.
-        tokio::time::sleep(Duration::from_millis(100)).await;
     }
     bench.sink.commit(&incoming, &staged).await.unwrap();
     assert_eq!(bench.current().await, set.count());
     assert_eq!(bench.leftovers().await, 0);
     set.assert_at(&bench.data.path().join("labels/aoi-line3/v1"));
+}
+
+async fn a_commit_waits_for_the_rename_of_an_aborted_one(bench: Bench) {
+    let set = Set::new(1, 9, 3, 0);
+    let (incoming, staged) = set.stage(&bench.sink, "v1");
+    bench.sink.check(&incoming).await.unwrap();
+    bench.sink.engine.load(&bench.sink.new_version(&incoming, &staged).unwrap()).await.unwrap();
+    let kept = bench.data.path().join("labels/aoi-line3/v1");
+    let (go, told) = std::sync::mpsc::sync_channel::<()>(1);
+    let (from, to) = (staged.clone(), kept.clone());
+    let rename = bench.sink.change_kept(move || {
+        let _ = told.recv();
+        durable::create_dir_all(to.parent().unwrap())?;
+        durable::rename_noreplace(&from, &to)
+    });
+    // Begun, and dropped.
+    assert!(rename.now_or_never().is_none());
+    let mut commit = bench.sink.commit(&incoming, &staged);
+    // Without the wait it takes a fraction of this, and removes and loads the rows while the files are about to go.
+    assert!(tokio::time::timeout(Duration::from_secs(1), &mut commit).await.is_err(), "it did not wait");
+    go.send(()).unwrap();
+    commit.await.unwrap();
+    assert!(!staged.exists());
+    assert_eq!(bench.current().await, set.count());
+    assert_eq!(bench.leftovers().await, 0);
+    set.assert_at(&kept);
 }
 
 async fn readers_see_the_old_version_or_the_new(bench: Bench) {
@@ -317,7 +344,7 @@ async fn verify_finds_what_was_tampered_with(bench: Bench) {
     let found = bench.sink.verify(&incoming, &place).await.unwrap();
     assert_eq!(found.len(), crate::limits::OFFENDERS_LISTED_MAX + 1, "{found:?}");
     // Without the kept files the digest still tells.
-    crate::durable::remove_all(&bench.data.path().join("labels")).unwrap();
+    durable::remove_all(&bench.data.path().join("labels")).unwrap();
     assert!(!bench.sink.verify(&incoming, &place).await.unwrap().is_empty());
     let found = bench.sink.verify(&set.incoming("v5"), &place).await.unwrap();
     assert_eq!(found, ["the label database does not hold aoi-line3:v5"]);

@@ -1,0 +1,164 @@
+//! Artifacts: as they are listed, and what is asked to publish, verify, pin, export and import them.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+use utoipa::{IntoParams, ToSchema};
+
+use super::{ModelLineage, Transfer};
+use crate::names::{ArtifactRef, SiteName};
+
+/// One artifact, as `artifacts` and `show` list it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct Artifact {
+    /// `kind/name:version`.
+    #[schema(value_type = String)]
+    pub artifact: ArtifactRef,
+    /// The BLAKE3 of its root manifest, hex.
+    pub digest: String,
+    /// Bytes of all its files.
+    pub bytes: u64,
+    /// Files.
+    pub files: u64,
+    /// The site whose bytes these are; absent when the hub holds them.
+    #[schema(value_type = Option<String>)]
+    pub origin: Option<SiteName>,
+    /// When it was published.
+    pub created_at: String,
+    /// What its kind knows: the image's `sha256:` digest and platforms, the labels' dataset and counts.
+    #[schema(value_type = Object)]
+    pub info: serde_json::Value,
+    /// Where it lies on this daemon's sinks (at a site), if it does.
+    pub location: Option<String>,
+    /// Whether the hub keeps its relayed bytes whatever their age.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub pinned: bool,
+    /// How it changed where it was published in place, at its origin or at this site: the first path and why. Absent: it is
+    /// sound as far as is known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub changed: Option<String>,
+    /// Whether it was published at this site: what lacks of it nobody else brings.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub published_here: bool,
+}
+
+/// One artifact with where it went.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct ArtifactDetail {
+    /// The artifact.
+    #[serde(flatten)]
+    pub artifact: Artifact,
+    /// Its transfers.
+    pub transfers: Vec<Transfer>,
+    /// What it was made of, for a model that a training run made.
+    #[serde(default)]
+    pub lineage: Option<ModelLineage>,
+}
+
+/// Which artifact.
+#[derive(Debug, Clone, Serialize, Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
+pub struct ShowQuery {
+    /// `kind/name:version`.
+    #[serde(rename = "ref")]
+    #[param(rename = "ref")]
+    pub artifact: String,
+}
+
+/// Ask to publish.
+#[derive(Debug, Clone, Default, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct PublishRequest {
+    /// An absolute path as the daemon sees it, or `registry://host/repo:tag`.
+    pub source: String,
+    /// `kind/name:version`.
+    #[serde(rename = "as")]
+    pub as_ref: String,
+    /// Sites to deliver to at once.
+    #[serde(default)]
+    pub to: Option<String>,
+    /// The training run that made it (at a site).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub run: Option<String>,
+    /// How to read the source.
+    #[serde(default)]
+    pub options: SourceOptions,
+}
+
+/// How to read a source.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct SourceOptions {
+    /// Labels: `coco`, `csv`, `jsonl`, `label_studio`, `voc`, `yolo`; guessed when absent.
+    pub format: Option<String>,
+    /// Labels: the dataset version that they belong to.
+    #[serde(rename = "for")]
+    pub for_dataset: Option<String>,
+    /// Labels: accept samples that the dataset lacks.
+    pub allow_missing: bool,
+    /// Labels from CSV or JSON Lines: which column holds what (`sample_path=image,class=defect`).
+    pub columns: BTreeMap<String, String>,
+    /// Registry: a user name.
+    pub username: Option<String>,
+    /// Registry: a file that holds the password, as the daemon sees it.
+    pub password_file: Option<String>,
+}
+
+/// Published.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct Published {
+    /// `kind/name:version`.
+    pub artifact: String,
+    /// Its digest, hex.
+    pub digest: String,
+    /// Ids of the transfers that this began or that already stood.
+    pub transfers: Vec<String>,
+    /// Bytes of all its files.
+    pub bytes: u64,
+    /// Bytes that the store did not have yet, as stored.
+    pub stored: u64,
+    /// Whether the same content already stood under this reference.
+    pub unchanged: bool,
+    /// What there is to know beside that: at a site, that the hub has still to hear of it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub note: Option<String>,
+}
+
+/// Ask to verify.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct VerifyRequest {
+    /// `kind/name:version`.
+    pub artifact: String,
+    /// Whether to fetch again what is bad.
+    #[serde(default)]
+    pub repair: bool,
+}
+
+/// Ask to keep an artifact's relayed bytes whatever their age, or no longer.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct PinRequest {
+    /// `kind/name:version`.
+    pub artifact: String,
+    /// Whether they stay.
+    pub pinned: bool,
+}
+
+/// Ask to export.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ExportRequest {
+    /// `kind/name:version`, one or more.
+    pub artifacts: Vec<String>,
+    /// The absolute path of the file to write, as the daemon sees it.
+    pub out: String,
+}
+
+/// Ask to import.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ImportRequest {
+    /// The absolute path of an exported file, as the daemon sees it.
+    pub file: String,
+}

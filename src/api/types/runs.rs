@@ -1,0 +1,197 @@
+//! Training runs: how each stands, what is asked of one, and what a model was made of.
+
+use serde::{Deserialize, Serialize};
+use utoipa::{IntoParams, ToSchema};
+
+use crate::names::{RunName, SiteName};
+
+/// Where a training run is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum RunState {
+    /// Its inputs are on their way.
+    Delivering,
+    /// They are there; the site has not begun yet.
+    Waiting,
+    /// The trainer works.
+    Training,
+    /// It ended well; what it made is being published.
+    Publishing,
+    /// The model is on its way home.
+    Returning,
+    /// The model is home.
+    Done,
+    /// It made no model.
+    Failed,
+    /// Given up by somebody.
+    Cancelled,
+}
+
+impl RunState {
+    /// The word in JSON and tables.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            RunState::Delivering => "delivering",
+            RunState::Waiting => "waiting",
+            RunState::Training => "training",
+            RunState::Publishing => "publishing",
+            RunState::Returning => "returning",
+            RunState::Done => "done",
+            RunState::Failed => "failed",
+            RunState::Cancelled => "cancelled",
+        }
+    }
+
+    /// Whether nothing more happens by itself, but for cleaning up.
+    pub fn is_final(self) -> bool {
+        matches!(self, RunState::Done | RunState::Failed | RunState::Cancelled)
+    }
+}
+
+/// An artifact that a run trains with, or the model that it made.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct RunInput {
+    /// `kind/name:version`.
+    pub artifact: String,
+    /// Its digest, hex.
+    pub digest: String,
+    /// Bytes of all its files.
+    pub bytes: u64,
+}
+
+/// How a trainer did.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct RunTrainer {
+    /// How far the run is at its site: `waiting`, `training`, `trained`, `publishing`, `published`, `failed`.
+    pub phase: String,
+    /// How often it was started.
+    pub starts: u32,
+    /// When it was started last.
+    pub started_at: Option<String>,
+    /// When it ended.
+    pub ended_at: Option<String>,
+    /// Its exit code.
+    pub exit_code: Option<i32>,
+    /// The signal that ended it.
+    pub signal: Option<i32>,
+    /// What happened, in words.
+    pub message: Option<String>,
+    /// The end of what it said.
+    pub tail: Option<String>,
+}
+
+/// A training run: `from` borrows `on`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct Run {
+    /// Its name.
+    #[schema(value_type = String)]
+    pub name: RunName,
+    /// Who borrows, and gets the model.
+    #[schema(value_type = String)]
+    pub from: SiteName,
+    /// Who trains.
+    #[schema(value_type = String)]
+    pub on: SiteName,
+    /// Where it is.
+    pub state: RunState,
+    /// Why it stands, or why it ended badly.
+    pub message: Option<String>,
+    /// What to do next about it.
+    pub next: Option<String>,
+    /// What it trains with.
+    pub inputs: Vec<RunInput>,
+    /// The model that it is to make: `model/NAME` or `model/NAME:VERSION`.
+    pub expect: String,
+    /// The model that it made: reference and digest.
+    pub model: Option<RunModel>,
+    /// The delivery that brings the inputs.
+    pub delivery: String,
+    /// The transfer that brings the model home.
+    pub home: Option<String>,
+    /// The trainer, once its site has spoken of it.
+    pub trainer: Option<RunTrainer>,
+    /// Whether the site that trains has removed all that it borrowed.
+    pub released: bool,
+    /// When it was asked for.
+    pub created_at: String,
+    /// When it must have made its model.
+    pub deadline_at: String,
+    /// When it ended.
+    pub finished_at: Option<String>,
+}
+
+/// A model that a run made.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct RunModel {
+    /// `model/name:version`.
+    pub artifact: String,
+    /// Its digest, hex.
+    pub digest: String,
+}
+
+/// Ask for a training run.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct RunRequest {
+    /// Its name, unique: `[a-z0-9][a-z0-9._-]*`.
+    pub name: String,
+    /// The site that borrows, and gets the model.
+    pub from: String,
+    /// The site that trains.
+    pub on: String,
+    /// What it trains with: `kind/name:version`, one or more.
+    pub inputs: Vec<String>,
+    /// What it is to make: `model/NAME` or `model/NAME:VERSION`.
+    pub expect: String,
+    /// How long it may take to make it, seconds.
+    pub ttl_seconds: u64,
+}
+
+/// What to do with a run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum RunVerb {
+    /// The training platform has finished.
+    Finish,
+    /// Give it up.
+    Cancel,
+}
+
+/// Ask to finish or cancel a run.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct RunActionRequest {
+    /// Which.
+    pub name: String,
+    /// What.
+    pub action: RunVerb,
+    /// `finish` only: why it failed, if it did.
+    #[serde(default)]
+    pub failed: Option<String>,
+}
+
+/// Which run.
+#[derive(Debug, Clone, Serialize, Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
+pub struct RunQuery {
+    /// Its name.
+    pub name: String,
+    /// Wait up to this many seconds for its end.
+    pub wait: Option<u64>,
+}
+
+/// What a model was made of.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct ModelLineage {
+    /// The run that made it.
+    #[schema(value_type = String)]
+    pub run: RunName,
+    /// For whom.
+    #[schema(value_type = String)]
+    pub from: SiteName,
+    /// Where.
+    #[schema(value_type = String)]
+    pub on: SiteName,
+    /// Of what: data, labels, code and image, by digest.
+    pub inputs: Vec<RunInput>,
+}

@@ -1,0 +1,126 @@
+//! Giving back what a run borrowed: what it brought here is removed, unless somebody else wants it or it is on its way again.
+//!
+//! Each borrowed input goes by itself, and what could not be removed is due again at the next look.
+
+use super::{OPEN_MAX, Try, now_ms};
+use crate::api::types::State;
+use crate::catalogue::TransferRow;
+use crate::fault::{Code, Fault};
+use crate::fetch::blocking;
+use crate::names::RunName;
+use crate::run::Borrowed;
+use crate::run::site::{Event, Run, may_go};
+use crate::site::Site;
+
+/// What came of giving something back.
+enum Back {
+    /// It is on its way here, or wanted again.
+    NotNow,
+    /// Nothing of it is here.
+    Gone,
+    /// It is forgotten, and lies where nobody but a person can take it away, for this reason.
+    Stays(String),
+}
+
+impl Site {
+    /// Removes what a run borrowed, each by itself, and notes what came of it.
+    pub(super) async fn give_all_back(&self, name: &RunName, list: Vec<Borrowed>) -> Result<(), Fault> {
+        if self.is_too_soon(name, Try::GoOn) {
+            return Ok(());
+        }
+        let mut again = false;
+        for borrowed in list {
+            let artifact = borrowed.artifact.clone();
+            // One that cannot be removed must not keep the others here.
+            let event = match self.give_back(name, &borrowed).await {
+                Ok(Back::NotNow) => continue,
+                Ok(Back::Gone) => Event::Removed { transfer: borrowed.transfer, stays: None },
+                Ok(Back::Stays(why)) => {
+                    let stays = Some(format!("{artifact} stays, and only a person can remove it: {why}"));
+                    Event::Removed { transfer: borrowed.transfer, stays }
+                }
+                Err(fault) => {
+                    tracing::warn!(run = %name, %artifact, error = %fault, "a borrowed artifact could not be removed; tried again");
+                    again = true;
+                    let why = format!("{artifact} could not be removed, which is tried again: {}", fault.message);
+                    Event::NotRemoved { transfer: borrowed.transfer, why }
+                }
+            };
+            self.take(name, event).await?;
+        }
+        if again {
+            self.put_off(name, Try::GoOn);
+        }
+        Ok(())
+    }
+
+    /// Removes a borrowed input.
+    async fn give_back(&self, run: &RunName, borrowed: &Borrowed) -> Result<Back, Fault> {
+        let (inner, artifact) = (&self.inner, &borrowed.artifact);
+        let row = match inner.catalogue.transfer(&borrowed.transfer).await {
+            Ok(row) => row,
+            Err(fault) if fault.code == Code::NotFound => return Ok(Back::Gone),
+            Err(fault) => return Err(fault),
+        };
+        // Whoever waits for one that is still on its way, or is being given up, keeps the others waiting.
+        if !stands_still(&row) {
+            return Ok(Back::NotNow);
+        }
+        // It may be begun again at any moment; then it lands after this, or this finds that it has landed anew.
+        let _alone = inner.runner.alone_with(artifact).await;
+        let row = inner.catalogue.transfer(&row.id).await?;
+        if !stands_still(&row) || borrowed.generation.is_some_and(|meant| meant != row.generation) {
+            // The next look knows whether it is to go again.
+            return Ok(Back::NotNow);
+        }
+        if row.removed_ms.is_some() {
+            return Ok(Back::Gone);
+        }
+        let there = match inner.catalogue.artifact(artifact).await {
+            Ok(there) => Some(there),
+            Err(fault) if fault.code == Code::NotFound => None,
+            Err(fault) => return Err(fault),
+        };
+        // What was published here since, or brought by another transfer, is not this one's. Nor is what a cancelled one found here,
+        // unless it had landed itself before it was begun again: so had the others, though somebody gave them up since.
+        let others = inner.catalogue.transfers_of_artifact(artifact).await?;
+        let stands = |other: &TransferRow| {
+            other.removed_ms.is_none() && (other.has_landed() || !matches!(other.state, State::Failed | State::Cancelled))
+        };
+        let others = others.iter().any(|other| other.id != row.id && stands(other));
+        let ours = match &there {
+            Some(there) => !there.published && row.has_landed(),
+            None => row.state == State::Done,
+        };
+        let mut stays = None;
+        if ours && !others {
+            {
+                // Who looks for it from here on misses it, and who has found it stands in the catalogue.
+                let _turn = inner.runs.turn.lock().await;
+                if !may_go(&inner.catalogue.runs::<Run>(true, OPEN_MAX).await?, run, borrowed) {
+                    return Ok(Back::NotNow);
+                }
+                if there.is_some() && !inner.catalogue.leave(artifact).await? {
+                    return Ok(Back::NotNow);
+                }
+            }
+            stays = inner.sinks.of(artifact.kind).remove(artifact).await?;
+            let (places, digest) = (inner.shared.places.clone(), row.digest);
+            blocking(move || places.remove_digest(digest)).await?;
+            // It may be published here at this moment.
+            inner.catalogue.remove_artifact(artifact, true).await?;
+            tracing::info!(%artifact, transfer = %row.id, stays = stays.as_deref().unwrap_or_default(), "a borrowed artifact was removed");
+        }
+        // Begun again meanwhile, it waits to bring everything anew: that is not to be noted as taken away.
+        if !stands_still(&inner.catalogue.transfer(&row.id).await?) {
+            return Ok(Back::NotNow);
+        }
+        inner.catalogue.set_removed(&row.id, now_ms()).await?;
+        Ok(stays.map_or(Back::Gone, Back::Stays))
+    }
+}
+
+/// Whether a transfer neither goes on nor is still to be given up.
+fn stands_still(row: &TransferRow) -> bool {
+    matches!(row.state, State::Done | State::Cancelled)
+}
