@@ -1,14 +1,13 @@
 //! Answers that are believed for a moment: of what is asked at each request, and seldom has another answer.
 //!
 //! The hub keeps in it who may read what and which sites hold it, the origin what lies here. In memory only; whoever shares one
-//! puts it behind a lock, and asks anew without that lock.
+//! puts it behind a lock.
 
 use std::collections::HashMap;
 use std::hash::Hash;
 use std::time::{Duration, Instant};
 
-/// No more answers are kept than these.
-const ANSWERS_MAX: usize = 4096;
+use crate::limits::LATELY_ANSWERS_MAX;
 
 /// Answers by what was asked.
 pub struct Lately<K, V> {
@@ -40,7 +39,7 @@ impl<K: Clone + Eq + Hash, V> Lately<K, V> {
 
     fn put_at(&mut self, now: Instant, asked: K, answer: V, believed_for: Duration) {
         self.answers.retain(|_, (until, _)| now < *until);
-        if self.answers.len() >= ANSWERS_MAX {
+        if self.answers.len() >= LATELY_ANSWERS_MAX {
             let next = self.answers.iter().min_by_key(|(_, (until, _))| *until).map(|(asked, _)| asked.clone());
             if let Some(asked) = next {
                 self.answers.remove(&asked);
@@ -75,10 +74,10 @@ mod tests {
     fn of_too_many_the_one_that_would_go_next_goes() {
         let (mut lately, now) = (Lately::default(), Instant::now());
         lately.put_at(now, usize::MAX, (), MOMENT);
-        for asked in 0..ANSWERS_MAX {
+        for asked in 0..LATELY_ANSWERS_MAX {
             lately.put_at(now, asked, (), MOMENT * 2);
         }
-        assert_eq!(lately.answers.len(), ANSWERS_MAX);
+        assert_eq!(lately.answers.len(), LATELY_ANSWERS_MAX);
         assert_eq!((lately.get_at(now, &usize::MAX), lately.get_at(now, &0)), (None, Some(&())));
     }
 }

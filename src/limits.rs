@@ -269,3 +269,5 @@ pub const TRAINER_CALL_OFF_MAX: Duration = Duration::from_secs(6 * 3600);
 pub const STATE_ROOM_BYTES_MIN: u64 = 128 << 20;
 /// How often a daemon gives buffers back that nobody used since.
 pub const REST_EVERY: Duration = Duration::from_secs(5);
+/// Answers that are believed for a moment, of one sort, are not more than these.
+pub const LATELY_ANSWERS_MAX: usize = 4096;

@@ -77,7 +77,7 @@ pub async fn publish(asked: Asked, progress: Arc<JobProgress>) -> Result<Uploade
     }
     let token: Option<JoinToken> = asked.token.as_deref().map(str::parse).transpose()?;
     let dir = std::path::absolute(&asked.state).at(asked.state.display())?.join(folder_of(&asked.hub));
-    if token.is_none() && !dir.exists() {
+    if token.is_none() && !SiteIdentity::path(&dir).exists() {
         // Nothing is made for an address that was mistyped.
         return Err(no_publisher(&asked.hub, &dir));
     }
@@ -85,12 +85,7 @@ pub async fn publish(asked: Asked, progress: Arc<JobProgress>) -> Result<Uploade
     progress.doing(format!("calling the hub at {}", asked.hub));
     // Before the source is read, which may take hours: a hub that refuses says so at once.
     let mut publisher = Publisher { hub: asked.hub.clone(), token, dir: dir.clone(), line: Line::default(), wire: 0, link: None };
-    publisher.line().await.map_err(|fault| match fault.code {
-        Code::Unreachable => {
-            fault.with_next("check the address, that the hub runs, and that the network lets it through; then run this again")
-        }
-        _ => fault,
-    })?;
+    publisher.line().await.map_err(given_up)?;
 
     let work = blocking(move || Work::take(&dir)).await?;
     progress.doing(format!("reading {}", asked.source));
@@ -106,7 +101,17 @@ pub async fn publish(asked: Asked, progress: Arc<JobProgress>) -> Result<Uploade
     let published = publisher.offer(&question, &origin, &progress).await;
     publisher.hang_up().await;
     drop((origin, folder, work));
-    Ok(Uploaded { published: published?, wire: publisher.wire })
+    Ok(Uploaded { published: published.map_err(given_up)?, wire: publisher.wire })
+}
+
+/// What the line ended with, for whoever ran this: nobody tries it again by itself.
+fn given_up(fault: Fault) -> Fault {
+    match fault.code {
+        Code::Unreachable => {
+            fault.with_next("check the address, that the hub runs, and that the network lets it through; then run this again")
+        }
+        _ => fault.of_publish(),
+    }
 }
 
 /// A hub's address as a folder's name.
@@ -231,19 +236,11 @@ impl Publisher {
         let dir = self.dir.clone();
         let kept = blocking(move || SiteIdentity::load(&dir)).await?.filter(|kept| matches!(kept.holder(), Holder::Publisher(_)));
         let of_other_hub = |kept: &SiteIdentity| self.token.as_ref().is_some_and(|token| *token.ca_hash() != fingerprint(kept.ca_der()));
-        let stood = match kept.filter(|_| !anew) {
-            Some(kept) if !of_other_hub(&kept) => return Ok(kept),
-            kept => kept.is_some(),
-        };
+        if let Some(kept) = kept.filter(|kept| !anew && !of_other_hub(kept)) {
+            return Ok(kept);
+        }
         let Some(token) = self.token.take() else { return Err(no_publisher(&self.hub, &self.dir)) };
-        let joined = line::join(&self.hub, &token, &Claim::Publisher, &self.line).await.map_err(|fault| {
-            if !stood || fault.code != Code::NotAllowed {
-                return fault;
-            }
-            // The hub there is not a new one of that token: the certificate may do.
-            let next = format!("{}; or leave the token out: this machine is a publisher there already", fault.next);
-            fault.with_next(next)
-        })?;
+        let joined = line::join(&self.hub, &token, &Claim::Publisher, &self.line).await?;
         joined.save(&self.dir)?;
         Ok(joined)
     }

@@ -299,14 +299,20 @@ impl Catalogue {
         Ok(done.rows_affected() > 0)
     }
 
-    /// Takes an artifact's row away. `if_left`: unless it came here in another way since [`Catalogue::leave`].
-    pub async fn remove_artifact(&self, artifact: &ArtifactRef, if_left: bool) -> Result<(), Fault> {
-        sqlx::query("DELETE FROM artifact WHERE reference = ? AND (NOT ? OR place IS NULL AND offer IS NULL)")
+    /// Takes the row of what was taken away, unless it came here in another way since [`Catalogue::leave`].
+    pub async fn remove_left(&self, artifact: &ArtifactRef) -> Result<(), Fault> {
+        sqlx::query("DELETE FROM artifact WHERE reference = ? AND place IS NULL AND offer IS NULL")
             .bind(artifact.to_string())
-            .bind(if_left)
             .execute(&self.write)
             .await
             .map_err(fault)?;
+        self.notify();
+        Ok(())
+    }
+
+    /// Takes an artifact's row away.
+    pub async fn remove_artifact(&self, artifact: &ArtifactRef) -> Result<(), Fault> {
+        sqlx::query("DELETE FROM artifact WHERE reference = ?").bind(artifact.to_string()).execute(&self.write).await.map_err(fault)?;
         self.notify();
         Ok(())
     }

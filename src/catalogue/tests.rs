@@ -244,7 +244,7 @@ async fn what_is_published_while_it_is_given_back_stays() {
     // The hub may have heard of it already.
     catalogue.offered(&names[1]).await.unwrap();
     for name in &names[1..] {
-        catalogue.remove_artifact(name, true).await.unwrap();
+        catalogue.remove_left(name).await.unwrap();
     }
     let there = catalogue.artifact(&names[1]).await.unwrap();
     assert_eq!((there.published, there.place.as_ref()), (true, Some(&own)));

@@ -207,12 +207,12 @@ async fn snapshot(client: &Client, ids: &[String], deadline: Deadline, progress:
     Ok(first_cursor.unwrap_or(0))
 }
 
-/// Sees how those stand that must come first and that nobody waits for here. A daemon may not know them; then they are waited for.
-async fn look_at_firsts(client: &Client, tracker: &mut Tracker) {
+/// Sees how those stand that must come first and that nobody waits for here. A daemon may not know one; then it is waited for.
+pub(super) async fn look_at_firsts(client: &Client, tracker: &mut Tracker) {
     let mut firsts = Vec::new();
-    for some in tracker.unknown_firsts().chunks(API_IDS_MAX) {
-        let query = TransferQuery { id: Some(some.join(",")), limit: Some(API_ROWS_MAX), ..TransferQuery::default() };
-        if let Ok((found, _)) = client.transfers(&query).await {
+    // One by one: a daemon that does not know one of many answers for none.
+    for id in tracker.unknown_firsts() {
+        if let Ok((found, _)) = client.transfers(&TransferQuery { id: Some(id), ..TransferQuery::default() }).await {
             firsts.extend(found);
         }
     }

@@ -139,12 +139,6 @@ impl Tracker {
     }
 }
 
-/// Whether nothing more happens to these by itself: each has ended, or waits for one of them that failed.
-pub(super) fn is_over<'a>(mut transfers: impl Iterator<Item = &'a Transfer> + Clone) -> bool {
-    let among = transfers.clone();
-    transfers.all(|t| ended(t, among.clone()))
-}
-
 /// Whether nothing more happens to this one by itself.
 fn ended<'a>(transfer: &Transfer, among: impl Iterator<Item = &'a Transfer>) -> bool {
     transfer.state.is_final() || failed_before(transfer, among).is_some()

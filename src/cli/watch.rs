@@ -9,8 +9,8 @@ use tokio::time::Instant;
 
 use super::args::Output;
 use super::client::Client;
-use super::follow::{Deadline, Progress, patiently};
-use super::tracker::{Tracker, is_over};
+use super::follow::{Deadline, Progress, look_at_firsts, patiently};
+use super::tracker::Tracker;
 use super::{human, output, status};
 use crate::api::types::{State, Transfer, TransferQuery};
 use crate::fault::{Fault, Reason};
@@ -46,12 +46,15 @@ pub(super) async fn run(client: &Client, format: Output, query: TransferQuery) -
         let mut in_order = changed;
         in_order.sort_by_key(|t| t.cursor);
         screen.show(&in_order, &known)?;
-        if query.id.is_some() && !known.is_empty() && is_over(known.values()) {
+        if query.id.is_some() && !known.is_empty() {
             let mut tracker = Tracker::new(&known.keys().cloned().collect::<Vec<_>>());
-            for transfer in known.into_values() {
-                let _ = tracker.absorb(transfer);
+            for transfer in known.values() {
+                let _ = tracker.absorb(transfer.clone());
             }
-            return tracker.verdict();
+            look_at_firsts(client, &mut tracker).await;
+            if tracker.open().is_empty() {
+                return tracker.verdict();
+            }
         }
         next = TransferQuery { since: Some(cursor), wait: Some(WAIT.as_secs()), ..query.clone() };
         tokio::time::sleep(REDRAW_EVERY).await;

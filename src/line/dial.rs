@@ -37,8 +37,9 @@ impl Failure {
             return Failure::NoAnswer(reason.clone());
         }
         Failure::Refused(if reason.contains(tls::PIN_MISMATCH) {
-            Fault::not_allowed(format!("the hub at {address} is not the one that made the token: its CA has another hash"))
-                .with_next("check the address; make a new token at that hub if it is the right one")
+            Fault::not_allowed(format!("the hub at {address} is not the one that made the token: its CA has another hash")).with_next(
+                "check the address; if it is right, make a new token at that hub, or leave the token out where this has joined it already",
+            )
         } else if ended.by_peer {
             Fault::not_allowed(format!("the hub at {address} refused this site: {reason}"))
                 .with_next("if the hub or this site was set up anew, join again with a new token")

@@ -143,7 +143,7 @@ impl Site {
     async fn withdraw(&self, artifact: &ArtifactRef, new: bool) -> Result<(), Fault> {
         let catalogue = &self.inner.catalogue;
         match new {
-            true => catalogue.remove_artifact(artifact, false).await?,
+            true => catalogue.remove_artifact(artifact).await?,
             false => catalogue.offered(artifact).await?,
         }
         // A run may wait for what the hub says to it.

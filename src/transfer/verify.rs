@@ -19,7 +19,7 @@ use crate::store::Store;
 pub struct Found {
     /// What is gone or damaged, and is brought again.
     pub faults: Vec<String>,
-    /// What else is not as it was delivered, though all of its content is there.
+    /// What else is not as it was delivered, and is left so.
     pub notes: Vec<String>,
 }
 
@@ -43,10 +43,12 @@ pub async fn verify(
         for step in Walk::new(&root, &store) {
             let Step::Entry { entry, .. } = step? else { continue };
             let path = folder.join(entry.path.as_str());
-            if !matches!(entry.body, EntryBody::Symlink(_))
-                && let Some(mode) = mode_of(&path).filter(|mode| *mode != entry.mode)
-            {
-                modes.add(|| format!("{} is {mode:o} and was {:o}", entry.path, entry.mode));
+            if !matches!(entry.body, EntryBody::Symlink(_)) {
+                match mode_of(&path) {
+                    Some(None) => modes.add(|| format!("{} is a link", entry.path)),
+                    Some(Some(mode)) if mode != entry.mode => modes.add(|| format!("{} is {mode:o} and was {:o}", entry.path, entry.mode)),
+                    _ => {}
+                }
             }
             let fault = match entry.body {
                 EntryBody::Dir => (!path.is_dir()).then(|| "the folder is gone".to_owned()),
@@ -61,7 +63,7 @@ pub async fn verify(
             };
             faults.extend(fault.map(|why| format!("{}: {why}", path.display())));
         }
-        let modes = modes.line(|count| format!("{} has other permission bits than were published ({count})", folder.display()));
+        let modes = modes.line(|count| format!("{} has not the permission bits that were published ({count})", folder.display()));
         Ok(Found { faults, notes: modes.into_iter().collect() })
     })
     .await
@@ -76,15 +78,16 @@ pub async fn beside(store: Store, incoming: &Incoming, place: &Place) -> Result<
     let root = incoming.root.clone();
     blocking(move || {
         // As a rule there is nothing, and then counting says so; else 8 bytes are held of each name.
-        let (mut there, totals) = (0, root.totals);
+        let totals = root.totals;
+        let (mut there, names) = (0, totals.files + totals.dirs + totals.symlinks);
         each(&folder, Path::new(""), &mut |_: &Path| {
             there += 1;
             true
-        })?;
-        if there <= totals.files + totals.dirs + totals.symlinks {
+        });
+        if there <= names {
             return Ok(None);
         }
-        let mut own = Vec::new();
+        let mut own = Vec::with_capacity(names as usize);
         for step in Walk::new(&root, &store) {
             if let Step::Entry { entry, .. } = step? {
                 own.push(xxh3_64(entry.path.as_str().as_bytes()));
@@ -98,23 +101,21 @@ pub async fn beside(store: Store, incoming: &Incoming, place: &Place) -> Result<
                 strangers.add(|| path.display().to_string());
             }
             known
-        })?;
+        });
         Ok(strangers.line(|count| format!("{} holds what is no part of it ({count})", folder.display())))
     })
     .await
 }
 
-/// Tells `see` of all that lies in `below` of a folder, by its path in there; a folder that it does not want is not looked into.
-fn each(folder: &Path, below: &Path, see: &mut impl FnMut(&Path) -> bool) -> Result<(), Fault> {
-    let here = folder.join(below);
-    for entry in std::fs::read_dir(&here).at(format_args!("read {}", here.display()))? {
-        let entry = entry.at(format_args!("read {}", here.display()))?;
+/// Tells `see` of all that lies in `below` of a folder, by its path in there; a folder that it does not want is not looked into. Nor is
+/// one that cannot be: what lies beside an artifact is others' and may be theirs alone, or gone meanwhile.
+fn each(folder: &Path, below: &Path, see: &mut impl FnMut(&Path) -> bool) {
+    for entry in std::fs::read_dir(folder.join(below)).into_iter().flatten().flatten() {
         let path = below.join(entry.file_name());
-        if see(&path) && entry.file_type().at(format_args!("look at {}", entry.path().display()))?.is_dir() {
-            each(folder, &path, see)?;
+        if see(&path) && entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            each(folder, &path, see);
         }
     }
-    Ok(())
 }
 
 /// The first of what is told of, and how many there are.
@@ -138,8 +139,10 @@ impl Listed {
     }
 }
 
-fn mode_of(path: &Path) -> Option<u32> {
-    std::fs::symlink_metadata(path).ok().map(|meta| meta.permissions().mode() & 0o7777)
+/// The permission bits of what lies there; a link has none.
+fn mode_of(path: &Path) -> Option<Option<u32>> {
+    let meta = std::fs::symlink_metadata(path).ok()?;
+    Some((!meta.is_symlink()).then(|| meta.permissions().mode() & 0o7777))
 }
 
 fn file_fault(path: &Path, file: FileInfo) -> Option<String> {

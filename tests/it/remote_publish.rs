@@ -216,7 +216,7 @@ fn who_may_not_publish_is_told() {
     let (id, rest) = token.split_once('.').unwrap();
     let (secret, _) = rest.split_once('.').unwrap();
     let of_another = format!("{id}.{secret}.{secret}");
-    world.publish(&source, "model/a:v1", &["--join-token", &of_another]).expect(4).says(&["another hash", "a publisher there already"]);
+    world.publish(&source, "model/a:v1", &["--join-token", &of_another]).expect(4).says(&["another hash", "leave the token out"]);
     // Another address: it is not called, and the one that is known is named.
     let at = |address: &str| {
         let mut command = bound(PACKHORSE);

@@ -127,7 +127,8 @@ impl LabelsSink {
         .await
     }
 
-    /// Waits for the change that a dropped caller left running: until its end the staged folder may go any moment.
+    /// Waits for the change that a caller left running: until its end the staged folder may go any moment. A sink promises that a
+    /// commit may be given up and repeated; the daemon itself gives one up only when it ends.
     async fn settled(&self) {
         drop(self.changing.lock().await);
     }
@@ -210,7 +211,6 @@ impl Sink for LabelsSink {
 
     async fn check(&self, incoming: &Incoming) -> Result<(), Fault> {
         labels_info(incoming)?;
-        self.settled().await;
         self.engine.prepare(incoming.root.totals.bytes).await?;
         let artifact = &incoming.artifact;
         match self.engine.held(artifact.name(), artifact.version()).await? {

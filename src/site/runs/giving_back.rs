@@ -108,7 +108,7 @@ impl Site {
             let (places, digest) = (inner.shared.places.clone(), row.digest);
             blocking(move || places.remove_digest(digest)).await?;
             // It may be published here at this moment.
-            inner.catalogue.remove_artifact(artifact, true).await?;
+            inner.catalogue.remove_left(artifact).await?;
             tracing::info!(%artifact, transfer = %row.id, stays = stays.as_deref().unwrap_or_default(), "a borrowed artifact was removed");
         }
         // Begun again meanwhile, it waits to bring everything anew: that is not to be noted as taken away.
