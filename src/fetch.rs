@@ -487,3 +487,6 @@ impl Ranges {
 pub async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T, Fault> + Send + 'static) -> Result<T, Fault> {
     tokio::task::spawn_blocking(work).await.map_err(|e| Fault::internal(format!("a task ended: {e}")))?
 }
+
+#[cfg(test)]
+mod tests;

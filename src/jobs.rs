@@ -5,13 +5,15 @@ use std::collections::VecDeque;
 use std::future::Future;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
 
 use parking_lot::Mutex;
 use serde::Serialize;
 
 use crate::api::types::Job;
 use crate::catalogue::{Catalogue, new_id};
-use crate::fault::Fault;
+use crate::fault::{Code, Fault};
+use crate::limits::{BACKOFF_FIRST, RECONNECT_MAX, ROOM_AWAITED_MAX};
 
 /// Jobs remembered; the oldest ended one is forgotten first.
 const JOBS_KEPT: usize = 256;
@@ -41,6 +43,38 @@ impl JobProgress {
     /// What it does now.
     pub fn what(&self) -> String {
         self.doing.lock().clone()
+    }
+}
+
+/// Does `work`, and where the disk is full waits for room and does it again. Nothing is held meanwhile, so that room can be made
+/// by whatever means; `room` tells whether there is some. It ends with the fault once no try came farther for [`ROOM_AWAITED_MAX`].
+pub async fn until_room<T, F>(progress: &JobProgress, room: impl Fn() -> Result<(), Fault>, mut work: impl FnMut() -> F) -> Result<T, Fault>
+where
+    F: Future<Output = Result<T, Fault>>,
+{
+    let (mut farthest, mut full_since, mut pause) = (0, Instant::now(), BACKOFF_FIRST);
+    loop {
+        let fault = match work().await {
+            Err(fault) if fault.code == Code::NoSpace => fault,
+            end => return end,
+        };
+        let bytes = progress.bytes.load(Ordering::Relaxed);
+        if bytes > farthest {
+            (farthest, full_since, pause) = (bytes, Instant::now(), BACKOFF_FIRST);
+        }
+        tracing::warn!(error = %fault, "a job waits for room on the disk");
+        progress.doing(format!("waiting for room on a full disk: {}", fault.message));
+        loop {
+            if full_since.elapsed() > ROOM_AWAITED_MAX {
+                return Err(fault);
+            }
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(RECONNECT_MAX);
+            if room().is_ok() {
+                break;
+            }
+        }
+        progress.bytes.store(0, Ordering::Relaxed);
     }
 }
 

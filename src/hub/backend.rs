@@ -22,7 +22,7 @@ use crate::fault::{Fault, Reason};
 use crate::fetch::blocking;
 use crate::identity::{Holder, JoinToken};
 use crate::ingest;
-use crate::jobs::JobProgress;
+use crate::jobs::{JobProgress, until_room};
 use crate::manifest::{DatasetBinding, Root, Step, Walk, for_each_page};
 use crate::names::{ArtifactRef, Kind, SiteName, SiteSelector, check_label};
 use crate::reading;
@@ -220,6 +220,18 @@ impl Hub {
         })
     }
 
+    /// Takes in what a bundle holds. Returns the artifacts' names.
+    async fn import_now(&self, file: String, progress: Arc<JobProgress>) -> Result<Vec<String>, Fault> {
+        let _publishing = self.inner.collecting.clone().read_owned().await;
+        progress.doing(format!("reading {file}"));
+        let store = self.inner.store.clone();
+        let members = blocking(move || bundle::import(std::path::Path::new(&file), &store, &progress)).await?;
+        for member in &members {
+            self.register(None, &member.artifact, &member.root()?).await?;
+        }
+        Ok(members.into_iter().map(|m| m.artifact.to_string()).collect())
+    }
+
     /// Re-reads every page and chunk of an artifact. One line a fault.
     async fn verify_now(&self, artifact: ArtifactRef, progress: Arc<JobProgress>) -> Result<Vec<String>, Fault> {
         let row = self.inner.catalogue.artifact(&artifact).await?;
@@ -323,7 +335,9 @@ impl Backend for Hub {
         }
         let this = self.clone();
         tracing::info!(%artifact, source = %request.source, "publishing");
-        self.inner.jobs.start(move |progress| async move { this.publish_now(request, progress).await })
+        self.inner.jobs.start(move |progress| async move {
+            until_room(&progress, || this.inner.store.check_room(), || this.publish_now(request.clone(), progress.clone())).await
+        })
     }
 
     async fn deliver(&self, request: DeliverRequest) -> Result<Delivered, Fault> {
@@ -483,14 +497,7 @@ impl Backend for Hub {
     async fn import(&self, file: String) -> Result<Job, Fault> {
         let this = self.clone();
         self.inner.jobs.start(move |progress| async move {
-            let _publishing = this.inner.collecting.clone().read_owned().await;
-            progress.doing(format!("reading {file}"));
-            let store = this.inner.store.clone();
-            let members = blocking(move || bundle::import(std::path::Path::new(&file), &store, &progress)).await?;
-            for member in &members {
-                this.register(None, &member.artifact, &member.root()?).await?;
-            }
-            Ok(members.into_iter().map(|m| m.artifact).collect::<Vec<_>>())
+            until_room(&progress, || this.inner.store.check_room(), || this.import_now(file.clone(), progress.clone())).await
         })
     }
 

@@ -37,7 +37,7 @@ fn loopback() -> SocketAddr {
 }
 
 /// A hub on a free port.
-struct Hub {
+pub(crate) struct Hub {
     identity: Arc<HubIdentity>,
     listener: Arc<Listener>,
     address: String,
@@ -45,7 +45,7 @@ struct Hub {
 }
 
 impl Hub {
-    fn start() -> Self {
+    pub(crate) fn start() -> Self {
         Self::start_with(|identity| Listener::bind(loopback(), identity, &line(Transport::Auto), 128 << 20))
     }
 
@@ -65,7 +65,7 @@ impl Hub {
     }
 
     /// Dials and takes the arrival: (the site's end, the hub's end).
-    async fn connect(&self, transport: Transport) -> (Link, Link) {
+    pub(crate) async fn connect(&self, transport: Transport) -> (Link, Link) {
         let site = site_of(&self.identity, "chengdu");
         let wanted = line(transport);
         let (dialled, (arrived, link, cert)) = tokio::join!(dial(&self.address, &site, &wanted), self.next_site());

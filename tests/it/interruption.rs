@@ -1,13 +1,14 @@
 //! Interruptions: a site stopped, killed or cut off, a hub killed, each in the middle of a transfer that a slow line
 //! makes last. It ends well without a hand, and never begins again from zero.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use rustix::process::{Pid, Signal, kill_process};
 
-use crate::support::command::{bound, run};
-use crate::support::daemon::{Hub, PACKHORSE, Site, SiteSpec};
-use crate::support::data;
+use crate::support::command::run;
+use crate::support::daemon::{Hub, Site, SiteSpec};
+use crate::support::data::{self, noise, rng, write};
+use crate::support::disk::SmallDisk;
 use crate::support::line::Line;
 use crate::support::tree::assert_same;
 use crate::support::{Scratch, disk_usage, limit, secs, wait_for};
@@ -40,22 +41,34 @@ struct World {
     hub: Hub,
     source: PathBuf,
     transfer: String,
+    /// The disk that the site lives on, where it has one of its own.
+    disk: Option<SmallDisk>,
     _scratch: Scratch,
 }
 
 impl World {
     fn start() -> Self {
         let scratch = Scratch::new();
+        let path = scratch.path().to_owned();
+        Self::start_in(scratch, &path, None)
+    }
+
+    /// All that the site has lies in this folder, and so on this disk.
+    fn start_in(scratch: Scratch, of_site: &Path, disk: Option<SmallDisk>) -> Self {
         let hub = Hub::start_new(scratch.path());
         let line = Line::to(hub.quic);
         let spec = SiteSpec { through: Some(line.address()), ..SiteSpec::default() };
-        let site = Site::start_new(scratch.path(), &hub, "chengdu", &spec);
+        let site = Site::start_new(of_site, &hub, "chengdu", &spec);
+        if let Some(disk) = &disk {
+            // Whoever wrote its config did so long ago.
+            disk.sync();
+        }
         let source = scratch.join("model");
         data::model(&source, SIZE);
         hub.publish(&source, "model/yolo:v1", &[]);
         line.throttle(RATE);
         let transfer = hub.deliver(&["model/yolo:v1"], "chengdu").remove(0);
-        Self { site, line, hub, source, transfer, _scratch: scratch }
+        Self { site, line, hub, source, transfer, disk, _scratch: scratch }
     }
 
     /// Waits until so many bytes are durable at the site, and interrupts.
@@ -64,6 +77,14 @@ impl World {
         assert!(seen.bytes.committed < SIZE as u64 * 3 / 4, "too late to interrupt: {:?}", seen.bytes);
         how(self);
         Moment { committed: seen.bytes.committed, down: self.line.down() }
+    }
+
+    /// Cuts the power of the site's machine, and switches it on again.
+    fn cut_power(&mut self) {
+        let disk = self.disk.as_ref().expect("a disk of its own");
+        disk.cut_power();
+        self.site.kill();
+        disk.power_on();
     }
 
     /// Lets the transfer end by itself, and checks that it went on with all that was durable.
@@ -121,6 +142,72 @@ fn a_site_killed_again_and_again_goes_on() {
     world.line.throttle(RATE);
     world.site.start();
     world.check_end(&killed);
+}
+
+#[test]
+fn a_site_whose_power_is_cut_goes_on_from_what_it_had_committed() {
+    let _limit = limit(secs(240));
+    let scratch = Scratch::new();
+    let machine = scratch.join("machine");
+    let Some(disk) = SmallDisk::mount_xfs(&machine, &scratch.join("machine.img")) else { return };
+    let mut world = World::start_in(scratch, &machine, Some(disk));
+    world.line.throttle(RATE / 2);
+    let first = world.interrupt(ENOUGH / 2, World::cut_power);
+    world.site.start();
+    let again = world.hub.wait_transfer(&world.transfer, "taken up again", secs(60), |t| t.bytes.resumed >= first.committed);
+    let second = world.interrupt((again.bytes.resumed + 1).max(ENOUGH), World::cut_power);
+    world.line.throttle(RATE);
+    world.site.start();
+    world.check_end(&second);
+    // And what is done stays, though no one had the time to sync it once more.
+    world.cut_power();
+    world.site.start();
+    assert_same(&world.source, &world.site.folder("model/yolo:v1"));
+    assert_eq!(world.site.transfer(&world.transfer).state, "done");
+    world.site.cli(&["verify", "model/yolo:v1"]).expect(0);
+    world.site.stop();
+}
+
+#[test]
+fn a_hub_whose_power_is_cut_has_all_that_it_said_it_had() {
+    let _limit = limit(secs(240));
+    let scratch = Scratch::new();
+    let machine = scratch.join("machine");
+    let Some(disk) = SmallDisk::mount_xfs(&machine, &scratch.join("machine.img")) else { return };
+    let mut hub = Hub::start_new(&machine);
+    let site = Site::start_new(scratch.path(), &hub, "chengdu", &SiteSpec::default());
+    disk.sync();
+    let first = scratch.join("first");
+    data::model(&first, 24 << 20);
+    hub.publish(&first, "model/first:v1", &[]);
+    let transfer = hub.deliver(&["model/first:v1"], "chengdu").remove(0);
+    let cut_power = |hub: &mut Hub| {
+        disk.cut_power();
+        hub.kill();
+        disk.power_on();
+        hub.start();
+    };
+    cut_power(&mut hub);
+    hub.cli(&["verify", "model/first:v1"]).expect(0);
+    hub.wait_done(&transfer, secs(60));
+    assert_same(&first, &site.folder("model/first:v1"));
+
+    // In the middle of a publish: that one never was, and what is there of it harms nobody.
+    let large = scratch.join("large");
+    write(&large.join("model.bin"), &noise(&mut rng("large"), 160 << 20));
+    let mut publish = hub.command(&["publish", large.to_str().unwrap(), "--as", "model/large:v1"]);
+    std::thread::scope(|scope| {
+        let publish = scope.spawn(|| run(&mut publish, secs(60)));
+        wait_for("packs are full", secs(60), || (disk_usage(&hub.data_dir.join("store/packs")) > 96 << 20).then_some(()));
+        cut_power(&mut hub);
+        assert_ne!(publish.join().unwrap().code, 0, "the publish was cut short");
+    });
+    assert_eq!(hub.artifacts(), ["model/first:v1"]);
+    hub.cli(&["verify", "model/first:v1"]).expect(0);
+    hub.publish(&large, "model/large:v1", &["--to", "chengdu", "--wait"]);
+    assert_same(&large, &site.folder("model/large:v1"));
+    hub.cli(&["verify", "model/large:v1"]).expect(0);
+    hub.stop();
 }
 
 #[test]
@@ -190,7 +277,7 @@ fn where_udp_is_blocked_tcp_carries_until_quic_works_again() {
     hub.wait_online("chengdu", true, secs(60));
     assert_eq!(transport(&hub).as_deref(), Some("tcp"));
     let (small, large) = (scratch.join("small"), scratch.join("large"));
-    data::write(&small.join("weights.bin"), &data::noise(&mut data::rng("small"), 4 << 20));
+    write(&small.join("weights.bin"), &noise(&mut rng("small"), 4 << 20));
     data::model(&large, LONG);
     hub.publish(&small, "model/small:v1", &[]);
     hub.publish(&large, "model/large:v1", &[]);
@@ -224,16 +311,11 @@ fn a_publish_killed_with_the_hub_leaves_nothing_and_can_be_repeated() {
     let _limit = limit(secs(200));
     let scratch = Scratch::new();
     let mut hub = Hub::start_new(scratch.path());
-    data::write(&scratch.join("big.bin"), &data::noise(&mut data::rng("big"), 200 << 20));
+    write(&scratch.join("big.bin"), &noise(&mut rng("big"), 200 << 20));
     let source = scratch.join("big.bin");
     let before = disk_usage(&hub.data_dir);
     std::thread::scope(|scope| {
-        let publish = scope.spawn(|| {
-            let config = hub.config.to_str().unwrap().to_owned();
-            let mut command = bound(PACKHORSE);
-            command.args(["publish", source.to_str().unwrap(), "--as", "model/big:v1", "--config", &config]);
-            run(&mut command, secs(60))
-        });
+        let publish = scope.spawn(|| hub.cli(&["publish", source.to_str().unwrap(), "--as", "model/big:v1"]));
         wait_for("the hub has stored some of it", secs(60), || (disk_usage(&hub.data_dir) > before + (20 << 20)).then_some(()));
         kill_process(Pid::from_raw(hub.pid().cast_signed()).unwrap(), Signal::KILL).unwrap();
         let output = publish.join().unwrap();

@@ -8,6 +8,7 @@ use serde_json::Value;
 
 use crate::support::daemon::{Hub, Site, SiteSpec};
 use crate::support::data;
+use crate::support::disk::SmallDisk;
 use crate::support::images;
 use crate::support::labels as marks;
 use crate::support::postgres::Postgres;
@@ -164,6 +165,45 @@ fn files_published_in_place_are_copied_and_never_linked() {
     hub.deliver_and_wait("dataset/line:v2", "chengdu", secs(60));
     assert_same(&v2, &site.folder("dataset/line:v2"));
     assert_same(&v1, &delivered);
+}
+
+/// Where files can share blocks, what is taken from files of this disk needs no room again, and yet each file is its own.
+#[test]
+fn where_files_can_share_blocks_what_lies_here_takes_no_room_again() {
+    const LARGE: usize = 48 << 20;
+    let _limit = limit(secs(150));
+    let scratch = Scratch::new();
+    let machine = scratch.join("machine");
+    let Some(disk) = SmallDisk::mount_xfs(&machine, &scratch.join("machine.img")) else { return };
+    let hub = Hub::start_new(scratch.path());
+    let site = Site::start_new(&machine, &hub, "chengdu", &SiteSpec::default());
+    let (own, v1, v2) = (machine.join("own"), scratch.join("v1"), scratch.join("v2"));
+    let bytes = data::noise(&mut data::rng("blocks"), LARGE);
+    for (folder, note) in [(&own, "own"), (&v1, "one"), (&v2, "two")] {
+        data::write(&folder.join("large.bin"), &bytes);
+        data::write(&folder.join("notes.txt"), note.as_bytes());
+    }
+    site.publish(&own, "model/own:v1", &[]);
+    disk.sync();
+    let before = disk.used();
+    for (source, reference) in [(&v1, "model/line:v1"), (&v2, "model/line:v2")] {
+        hub.publish(source, reference, &[]);
+        let done = hub.deliver_and_wait(reference, "chengdu", secs(60));
+        assert!(done.bytes.reused >= LARGE as u64 && done.bytes.received < 1 << 20, "{:?}", done.bytes);
+    }
+    disk.sync();
+    let more = disk.used().saturating_sub(before);
+    assert!(more < LARGE as u64 / 2, "{more} bytes for two versions of a file that lies here already");
+
+    // One inode each: whoever writes into one writes into no other.
+    let places = [own.clone(), site.folder("model/line:v1"), site.folder("model/line:v2")];
+    let mut inodes = places.each_ref().map(|folder| folder.join("large.bin").metadata().unwrap().ino());
+    inodes.sort_unstable();
+    assert!(inodes.windows(2).all(|two| two[0] != two[1]), "{inodes:?}");
+    let file = File::options().write(true).open(own.join("large.bin")).unwrap();
+    file.write_all_at(b"looked at again", 1000).unwrap();
+    assert_same(&v1, &places[1]);
+    assert_same(&v2, &places[2]);
 }
 
 /// An image in a site's own registry, published where it lies, and a site where it has not arrived.

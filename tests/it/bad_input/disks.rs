@@ -1,75 +1,18 @@
 //! Full disks: at the hub, under what it relays, at a site's NAS, and what happens once there is room.
 
-use std::path::{Path, PathBuf};
+use std::os::unix::fs::MetadataExt;
+use std::path::PathBuf;
 
-use crate::support::command::{bound, run, tool};
 use crate::support::daemon::{Hub, Site, SiteSpec};
 use crate::support::data::{self, noise, rng, write};
+use crate::support::disk::SmallDisk;
 use crate::support::line::Line;
 use crate::support::tree::assert_same;
-use crate::support::{Scratch, disk_usage, limit, secs, skipped, wait_for};
-
-/// A small filesystem, taken away when dropped.
-struct SmallDisk(PathBuf);
-
-impl SmallDisk {
-    /// One in memory, mounted at `path`; `None`, with the reason printed, where nothing can be mounted.
-    fn mount(path: &Path, size: &str) -> Option<Self> {
-        Self::mount_a("tmpfs", &format!("size={size}"), "tmpfs", path)
-    }
-
-    /// ext4 in a file: a disk on which a file can have its room before its bytes are there. As above.
-    fn mount_ext4(path: &Path, image: &Path, bytes: u64) -> Option<Self> {
-        std::fs::File::create(image).unwrap().set_len(bytes).unwrap();
-        let made = run(bound("mkfs.ext4").args(["-q", "-F", "-m", "0"]).arg(image), secs(20));
-        if made.code != 0 {
-            skipped(&format!("no ext4 can be made here: {}", made.err.trim()));
-            return None;
-        }
-        Self::mount_a("ext4", "loop", image.to_str().unwrap(), path)
-    }
-
-    fn mount_a(kind: &str, options: &str, device: &str, path: &Path) -> Option<Self> {
-        std::fs::create_dir_all(path).unwrap();
-        let output = run(bound("mount").args(["-t", kind, "-o", options, device]).arg(path), secs(20));
-        if output.code != 0 {
-            skipped(&format!("a {kind} cannot be mounted here: {}", output.err.trim()));
-            return None;
-        }
-        Some(Self(path.into()))
-    }
-
-    /// Bytes that are taken of it.
-    fn used(&self) -> u64 {
-        let room = rustix::fs::statvfs(self.0.as_path()).unwrap();
-        (room.f_blocks - room.f_bfree) * room.f_frsize
-    }
-
-    /// Fills it up with a file of this name, so that so many bytes stay free.
-    fn fill(&self, name: &str, leave: u64) -> PathBuf {
-        let room = rustix::fs::statvfs(self.0.as_path()).unwrap();
-        let free = room.f_bavail * room.f_frsize;
-        // Not a byte: then more is asked for than there is, and what fits is taken.
-        let len = if leave == 0 { free + (1 << 20) } else { free.saturating_sub(leave) };
-        let filler = self.0.join(name);
-        let _ = std::fs::write(&filler, vec![1; len as usize]);
-        filler
-    }
-
-    fn grow(&self, size: &str) {
-        tool("mount", &["-o", &format!("remount,size={size}"), self.0.to_str().unwrap()]);
-    }
-}
-
-impl Drop for SmallDisk {
-    fn drop(&mut self) {
-        let _ = run(bound("umount").arg("-l").arg(&self.0), secs(20));
-    }
-}
+use crate::support::{Scratch, disk_usage, find, limit, secs, wait_for};
 
 #[test]
-fn a_full_hub_refuses_and_goes_on() {
-    let _limit = limit(secs(150));
+fn a_publish_at_a_full_hub_waits_for_room() {
+    let _limit = limit(secs(200));
     let scratch = Scratch::new();
     let mut hub = Hub::new(scratch.path());
     let Some(disk) = SmallDisk::mount(&hub.data_dir, "64m") else { return };
@@ -79,19 +22,33 @@ fn a_full_hub_refuses_and_goes_on() {
     hub.publish(&small, "model/small:v1", &[]);
     let big = scratch.join("big");
     write(&big.join("model.bin"), &noise(&mut rng("big"), 120 << 20));
-    let refused = hub.refuses(&big, "model/big:v1", &[], 9, &["space"]);
-    assert!(refused.err.contains(hub.data_dir.to_str().unwrap()), "it names the disk: {}", refused.err);
+    let publish = ["publish", big.to_str().unwrap(), "--as", "model/big:v1"];
+    std::thread::scope(|scope| {
+        let waiting = scope.spawn(|| hub.cli(&publish));
+        wait_for("the log says that it waits", secs(60), || hub.log().contains("waits for room").then_some(()));
+        // The rest of the hub goes on, and what waits is in nobody's way: what it kept so far can be cleaned away.
+        hub.cli(&["verify", "model/small:v1"]).expect(0);
+        hub.cli(&["gc"]).expect(0);
+        assert!(!waiting.is_finished(), "120 MiB have no room here");
+        hub.cli(&["show", "model/big:v1"]).expect(5);
+        disk.grow("300m");
+        waiting.join().unwrap().expect(0);
+    });
+    hub.cli(&["verify", "model/big:v1"]).expect(0);
+    assert!(disk_usage(&hub.data_dir) < 180 << 20, "what was kept before is kept once: {} bytes", disk_usage(&hub.data_dir));
 
-    // The rest of the hub goes on, over a restart too, and what failed can be cleaned away.
-    hub.cli(&["verify", "model/small:v1"]).expect(0);
+    // The command says what it waits for, and where. One that is given up with the hub leaves nothing that cannot be cleaned away.
+    disk.grow("200m");
+    let other = scratch.join("other");
+    write(&other.join("model.bin"), &noise(&mut rng("other"), 120 << 20));
+    let publish = ["publish", other.to_str().unwrap(), "--as", "model/other:v1", "--timeout", "2s"];
+    let told = format!("waiting for room on a full disk: publish model/other:v1: the pack {}", hub.data_dir.display());
+    hub.cli(&publish).expect(11).says(&[&told]);
     hub.kill();
     hub.start();
     hub.cli(&["gc"]).expect(0);
-    assert!(disk_usage(&hub.data_dir) < 32 << 20, "what failed still takes {} bytes", disk_usage(&hub.data_dir));
+    assert!(disk_usage(&hub.data_dir) < 160 << 20, "what failed still takes {} bytes", disk_usage(&hub.data_dir));
     hub.publish(&small, "model/small:v2", &[]);
-    disk.grow("300m");
-    hub.publish(&big, "model/big:v1", &[]);
-    hub.cli(&["verify", "model/big:v1"]).expect(0);
     hub.stop();
 }
 
@@ -164,6 +121,9 @@ fn what_has_its_room_on_a_nearly_full_nas_goes_on_after_a_kill() {
     let seen = hub.wait_transfer(&id, "on its way", secs(60), |t| t.bytes.committed >= 16 << 20);
     site.kill();
     assert!(seen.bytes.committed < 36 << 20, "too late: what lacks has room by now: {:?}", seen.bytes);
+    let large = find(&site.root, &|path| path.metadata().is_ok_and(|m| m.len() >= 80 << 20));
+    let room: Vec<u64> = large.iter().map(|path| path.metadata().unwrap().blocks() * 512).collect();
+    assert!(room.len() == 1 && room[0] >= 80 << 20, "a large file has all of its room from its first byte on: {large:?} {room:?}");
     line.throttle(0);
     site.start();
     let done = hub.wait_done(&id, secs(60));

@@ -217,7 +217,14 @@ impl Daemon {
     /// The same with a time limit of its own.
     #[track_caller]
     pub(crate) fn cli_within(&self, args: &[&str], limit: Duration) -> Output {
-        run(clean(&mut bound(PACKHORSE)).args(args).arg("--config").arg(&self.config), limit)
+        run(&mut self.command(args), limit)
+    }
+
+    /// A command against this daemon, to be run.
+    pub(crate) fn command(&self, args: &[&str]) -> Command {
+        let mut command = bound(PACKHORSE);
+        clean(&mut command).args(args).arg("--config").arg(&self.config);
+        command
     }
 
     /// Runs a command that must succeed, and reads its answer as JSON.

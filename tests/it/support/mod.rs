@@ -3,6 +3,7 @@
 pub(crate) mod command;
 pub(crate) mod daemon;
 pub(crate) mod data;
+pub(crate) mod disk;
 pub(crate) mod harbor;
 pub(crate) mod http;
 pub(crate) mod images;

@@ -1,0 +1,102 @@
+//! Small filesystems of a test's own: full ones, ones that share blocks, and ones whose power is cut.
+
+use std::path::{Path, PathBuf};
+
+use super::command::{bound, run, tool};
+use super::{secs, skipped};
+
+/// The smallest XFS that its tools make, and a little.
+const XFS_BYTES: u64 = 400 << 20;
+
+/// A small filesystem, taken away when dropped.
+pub(crate) struct SmallDisk {
+    path: PathBuf,
+    /// The file that it is in; `None`: it is in memory.
+    image: Option<PathBuf>,
+}
+
+impl SmallDisk {
+    /// One in memory, mounted at `path`; `None`, with the reason printed, where nothing can be mounted.
+    pub(crate) fn mount(path: &Path, size: &str) -> Option<Self> {
+        Self { path: path.into(), image: None }.mounted("tmpfs", &format!("size={size}"), "tmpfs")
+    }
+
+    /// ext4 in a file: a disk on which a file can have its room before its bytes are there. As above.
+    pub(crate) fn mount_ext4(path: &Path, image: &Path, bytes: u64) -> Option<Self> {
+        Self::make(path, image, bytes, bound("mkfs.ext4").args(["-q", "-F", "-m", "0"]))?.mounted("ext4", "loop", image.to_str()?)
+    }
+
+    /// XFS in a file: a disk on which files can share blocks, and whose power can be cut. As above.
+    pub(crate) fn mount_xfs(path: &Path, image: &Path) -> Option<Self> {
+        Self::make(path, image, XFS_BYTES, bound("mkfs.xfs").args(["-q", "-m", "reflink=1"]))?.mounted("xfs", "loop", image.to_str()?)
+    }
+
+    fn make(path: &Path, image: &Path, bytes: u64, mkfs: &mut std::process::Command) -> Option<Self> {
+        std::fs::File::create(image).unwrap().set_len(bytes).unwrap();
+        let made = run(mkfs.arg(image), secs(20));
+        if made.code != 0 {
+            skipped(&format!("no filesystem can be made here: {}", made.err.trim()));
+            return None;
+        }
+        Some(Self { path: path.into(), image: Some(image.into()) })
+    }
+
+    fn mounted(self, kind: &str, options: &str, device: &str) -> Option<Self> {
+        std::fs::create_dir_all(&self.path).unwrap();
+        let output = run(bound("mount").args(["-t", kind, "-o", options, device]).arg(&self.path), secs(20));
+        if output.code != 0 {
+            skipped(&format!("a {kind} cannot be mounted here: {}", output.err.trim()));
+            return None;
+        }
+        Some(self)
+    }
+
+    fn text(&self) -> &str {
+        self.path.to_str().unwrap()
+    }
+
+    /// Bytes that are taken of it.
+    pub(crate) fn used(&self) -> u64 {
+        let room = rustix::fs::statvfs(self.path.as_path()).unwrap();
+        (room.f_blocks - room.f_bfree) * room.f_frsize
+    }
+
+    /// Fills it up with a file of this name, so that so many bytes stay free.
+    pub(crate) fn fill(&self, name: &str, leave: u64) -> PathBuf {
+        let room = rustix::fs::statvfs(self.path.as_path()).unwrap();
+        let free = room.f_bavail * room.f_frsize;
+        // Not a byte: then more is asked for than there is, and what fits is taken.
+        let len = if leave == 0 { free + (1 << 20) } else { free.saturating_sub(leave) };
+        let filler = self.path.join(name);
+        let _ = std::fs::write(&filler, vec![1; len as usize]);
+        filler
+    }
+
+    /// Gives one in memory another size.
+    pub(crate) fn grow(&self, size: &str) {
+        tool("mount", &["-o", &format!("remount,size={size}"), self.text()]);
+    }
+
+    /// Has all of it written down now.
+    pub(crate) fn sync(&self) {
+        tool("sync", &["-f", self.text()]);
+    }
+
+    /// Cuts the power of an XFS: from this moment on nothing reaches the disk, not even what was written before and not synced.
+    pub(crate) fn cut_power(&self) {
+        tool("xfs_io", &["-x", "-c", "shutdown", self.text()]);
+    }
+
+    /// Has it as it is after the power came back. Nobody may have a file of it open.
+    pub(crate) fn power_on(&self) {
+        let image = self.image.as_deref().and_then(Path::to_str).expect("a disk in a file");
+        tool("umount", &[self.text()]);
+        tool("mount", &["-t", "xfs", "-o", "loop", image, self.text()]);
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        let _ = run(bound("umount").arg("-l").arg(&self.path), secs(20));
+    }
+}
