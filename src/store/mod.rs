@@ -1,10 +1,10 @@
 //! The store: chunks in packs, and the index that says where each lies.
 //!
 //! The hub keeps everything here; a site keeps manifest pages here (its files and blobs are its chunk store, see
-//! `places`). A chunk is written as a [`Frame`], appended to the open pack; [`Store::flush`] syncs the pack and then
-//! commits its index entries (and so does every 64th pack that is full), so the index never names bytes that a power
-//! cut could take. Chunks put but not flushed
-//! can be read at once by this process.
+//! `places`). A chunk is written as a [`Frame`], appended to the open pack. [`Store::flush`] syncs it and then commits its
+//! index entries, so the index never names bytes that a power cut could take. A pack that is full is synced by whoever filled
+//! it, who tells the index as well once there is enough to tell; the others go on putting meanwhile. Chunks put but not
+//! flushed can be read at once by this process.
 //!
 //! On disk, under the store's folder: `packs/00000001.pack …` (a header of 8 bytes, then frames) and `index.redb`.
 //! After a crash what the index does not know of the last packs is scanned: whole frames are kept, the torn rest is cut off. The index
@@ -14,7 +14,7 @@
 mod index;
 mod pack;
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -31,7 +31,7 @@ use crate::manifest::Pages;
 
 pub use index::INDEX_CACHE_BYTES;
 use index::{Index, Location};
-use pack::{Packs, Writer};
+use pack::{Packs, Unsynced, Writer};
 
 /// Packs that are synced and closed before the index is written. What a crash leaves of them is read at the next start:
 /// 2 GiB at the most…
@@ -50,18 +50,36 @@ pub struct Store {
 struct Inner {
     packs: Packs,
     index: Index,
+    /// Held by whoever makes durable, and taken before `open`.
+    settling: Mutex<()>,
+    /// Held for as long as an append takes, never over a sync.
     open: Mutex<Open>,
     /// See [`Store::losses`].
     losses: AtomicU64,
 }
 
-/// The pack being written, and what it holds that the index does not know yet.
+/// The pack being written, and what the index does not know yet.
 struct Open {
     writer: Option<Writer>,
+    /// Packs that are full and not synced.
+    full: VecDeque<Unsynced>,
+    /// How far packs were synced since the index was written.
+    synced: HashMap<u32, u64>,
     pending: HashMap<Hash, Location>,
-    /// Packs that were synced and closed since the index was written, with their lengths.
-    sealed: Vec<(u32, u64)>,
     next_pack: u32,
+}
+
+impl Open {
+    /// Ends the open pack.
+    fn seal(&mut self) {
+        self.full.extend(self.writer.take().map(|writer| writer.unsynced()));
+    }
+
+    /// What may be told to the index.
+    fn settled(&self) -> Vec<(Hash, Location)> {
+        let is_synced = |at: &Location| self.synced.get(&at.pack).is_some_and(|len| u64::from(at.offset) < *len);
+        self.pending.iter().filter(|(_, at)| is_synced(at)).map(|(id, at)| (*id, *at)).collect()
+    }
 }
 
 /// Frames that lie behind each other in one pack: read at once, sent as they are.
@@ -89,8 +107,9 @@ impl Store {
                 index.commit(&found, &[(number, end)])?;
             }
         }
-        let open = Mutex::new(Open { writer: None, pending: HashMap::new(), sealed: Vec::new(), next_pack });
-        Ok(Self { inner: Arc::new(Inner { packs, index, open, losses: AtomicU64::new(0) }) })
+        let open = Open { writer: None, full: VecDeque::new(), synced: HashMap::new(), pending: HashMap::new(), next_pack };
+        let (settling, open) = (Mutex::new(()), Mutex::new(open));
+        Ok(Self { inner: Arc::new(Inner { packs, index, settling, open, losses: AtomicU64::new(0) }) })
     }
 
     /// Packs that the index counts on and that are gone.
@@ -181,8 +200,9 @@ impl Store {
         if frames.is_empty() {
             return Ok(0);
         }
-        if open.writer.as_ref().is_some_and(|w| w.len() >= PACK_BYTES) {
-            self.seal(&mut open)?;
+        let filled = open.writer.as_ref().is_some_and(|w| w.len() >= PACK_BYTES);
+        if filled {
+            open.seal();
         }
         if open.writer.is_none() {
             let number = open.next_pack;
@@ -198,13 +218,36 @@ impl Store {
             open.pending.insert(frame.id(), location);
             offset += location.frame_len;
         }
+        drop(open);
+        if filled {
+            self.settle()?;
+        }
         Ok(u64::from(offset - begin))
     }
 
     /// Makes everything put so far durable.
     pub fn flush(&self) -> Result<(), Fault> {
-        let mut open = self.inner.open.lock();
-        self.commit(&mut open)
+        let _turn = self.inner.settling.lock();
+        self.sync_full()?;
+        let last = {
+            let open = self.inner.open.lock();
+            open.writer.as_ref().filter(|_| !open.pending.is_empty()).map(Writer::unsynced)
+        };
+        if let Some(last) = last {
+            self.sync(&last)?;
+        }
+        self.commit()
+    }
+
+    /// Makes the packs durable that are full. The index is told when there is enough to tell: each time it copies most of its leaves.
+    fn settle(&self) -> Result<(), Fault> {
+        let _turn = self.inner.settling.lock();
+        self.sync_full()?;
+        let enough = {
+            let open = self.inner.open.lock();
+            open.synced.len() >= PACKS_A_COMMIT || open.pending.len() >= ROWS_A_COMMIT
+        };
+        if enough { self.commit() } else { Ok(()) }
     }
 
     /// How often chunks were lost after they were put, because the disk failed when they were to be made durable. That is
@@ -225,43 +268,45 @@ impl Store {
             .with_next("look after that disk (the daemon's log has its error), then publish again: what was kept is not sent again"))
     }
 
-    /// Syncs the open pack. After that its bytes may be named by the index.
-    fn sync(&self, open: &mut Open) -> Result<Option<(u32, u64)>, Fault> {
-        let Some(writer) = open.writer.as_mut() else { return Ok(None) };
-        let number = writer.number();
-        if let Err(fault) = writer.sync() {
-            // A sync that failed may have lost any of the pack's new bytes: forget them all, they will be sent again.
-            open.pending.retain(|_, at| at.pack != number);
-            open.writer = None;
-            // After that: whoever reads the new count finds none of them here.
-            self.inner.losses.fetch_add(1, Ordering::SeqCst);
-            tracing::error!(pack = number, error = %fault, "chunks were lost: the disk failed as they were to be made durable");
-            return Err(fault);
+    /// Syncs the packs that are full, whoever filled them.
+    fn sync_full(&self) -> Result<(), Fault> {
+        loop {
+            let Some(pack) = self.inner.open.lock().full.pop_front() else { return Ok(()) };
+            self.sync(&pack)?;
         }
-        Ok(Some((number, writer.len())))
     }
 
-    fn commit(&self, open: &mut Open) -> Result<(), Fault> {
-        if open.pending.is_empty() {
-            return Ok(());
+    /// Syncs a pack. After that its bytes may be named by the index.
+    fn sync(&self, pack: &Unsynced) -> Result<(), Fault> {
+        let synced = pack.sync();
+        let mut open = self.inner.open.lock();
+        if let Err(fault) = synced {
+            // A sync that failed may have lost any of the pack's new bytes: forget them all, they will be sent again.
+            open.pending.retain(|_, at| at.pack != pack.number);
+            open.writer.take_if(|writer| writer.number() == pack.number);
+            // After that: whoever reads the new count finds none of them here.
+            self.inner.losses.fetch_add(1, Ordering::SeqCst);
+            tracing::error!(pack = pack.number, error = %fault, "chunks were lost: the disk failed as they were to be made durable");
+            return Err(fault);
         }
-        let synced = self.sync(open)?;
-        let found: Vec<(Hash, Location)> = open.pending.iter().map(|(id, at)| (*id, *at)).collect();
-        let packs: Vec<(u32, u64)> = open.sealed.iter().copied().chain(synced).collect();
-        self.inner.index.commit(&found, &packs)?;
-        open.pending.clear();
-        open.sealed.clear();
+        open.synced.insert(pack.number, pack.len);
         Ok(())
     }
 
-    /// Ends the open pack. The index is written when enough is to be told: each time it copies most of its leaves.
-    fn seal(&self, open: &mut Open) -> Result<(), Fault> {
-        if open.sealed.len() + 1 >= PACKS_A_COMMIT || open.pending.len() >= ROWS_A_COMMIT {
-            self.commit(open)?;
-        } else if let Some(synced) = self.sync(open)? {
-            open.sealed.push(synced);
+    /// Tells the index of all that was synced.
+    fn commit(&self) -> Result<(), Fault> {
+        let (found, packs) = {
+            let open = self.inner.open.lock();
+            (open.settled(), open.synced.iter().map(|(number, len)| (*number, *len)).collect::<Vec<_>>())
+        };
+        if !found.is_empty() {
+            self.inner.index.commit(&found, &packs)?;
         }
-        open.writer = None;
+        let mut open = self.inner.open.lock();
+        for (id, _) in found {
+            open.pending.remove(&id);
+        }
+        open.synced.clear();
         Ok(())
     }
 
@@ -364,10 +409,10 @@ impl Store {
         // the index does not know yet what lives in them.
         let first_new = {
             let mut open = self.inner.open.lock();
-            self.commit(&mut open)?;
-            open.writer = None;
+            open.seal();
             open.next_pack
         };
+        self.flush()?;
         let before = self.stored_bytes()?;
         let mut alive: HashMap<u32, u64> = HashMap::new();
         self.inner.index.scan(|id, at| {

@@ -40,8 +40,16 @@ pub(super) struct Packs {
 /// The pack being appended to.
 pub(super) struct Writer {
     number: u32,
-    file: File,
+    file: Arc<File>,
     len: u64,
+    path: PathBuf,
+}
+
+/// What was written to a pack up to some moment, to be synced.
+pub(super) struct Unsynced {
+    pub(super) number: u32,
+    pub(super) len: u64,
+    file: Arc<File>,
     path: PathBuf,
 }
 
@@ -92,7 +100,7 @@ impl Packs {
             return Err(Fault::io(what(), &error));
         }
         durable::sync_dir(&self.dir)?;
-        Ok(Writer { number, file, len: MAGIC.len() as u64, path })
+        Ok(Writer { number, file: Arc::new(file), len: MAGIC.len() as u64, path })
     }
 
     /// Fails when the disk has less than `spare` bytes free for this pack.
@@ -222,12 +230,12 @@ impl Writer {
         IoSlice::advance_slices(&mut rest, 0); // what is empty at the front would look like a full disk
         while !rest.is_empty() {
             let some = rest.len().min(PIECES_MAX);
-            match self.file.write_vectored(&rest[..some]) {
+            match (&*self.file).write_vectored(&rest[..some]) {
                 Ok(n) if n > 0 => IoSlice::advance_slices(&mut rest, n),
                 Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
                 result => {
                     let error = result.err().unwrap_or_else(|| std::io::ErrorKind::WriteZero.into());
-                    let back = self.file.set_len(self.len).and_then(|()| self.file.seek(SeekFrom::Start(self.len)));
+                    let back = self.file.set_len(self.len).and_then(|()| (&*self.file).seek(SeekFrom::Start(self.len)));
                     back.at(format_args!("cut back the pack {}", self.path.display()))?;
                     return Err(Fault::io(format_args!("write the pack {}", self.path.display()), &error));
                 }
@@ -238,14 +246,21 @@ impl Writer {
         Ok(offset)
     }
 
-    pub(super) fn sync(&mut self) -> Result<(), Fault> {
-        self.file.sync_data().at(format_args!("sync the pack {}", self.path.display()))
+    /// All that was appended so far.
+    pub(super) fn unsynced(&self) -> Unsynced {
+        Unsynced { number: self.number, len: self.len, file: self.file.clone(), path: self.path.clone() }
     }
 
     /// Makes the next sync fail, as a disk does that has lost a write: what is written goes where nothing can be synced.
     #[cfg(test)]
     pub(super) fn break_sync(&mut self) -> std::io::Result<()> {
-        self.file = File::options().write(true).open("/dev/null")?;
+        self.file = Arc::new(File::options().write(true).open("/dev/null")?);
         Ok(())
+    }
+}
+
+impl Unsynced {
+    pub(super) fn sync(&self) -> Result<(), Fault> {
+        self.file.sync_data().at(format_args!("sync the pack {}", self.path.display()))
     }
 }
