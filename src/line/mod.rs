@@ -18,6 +18,7 @@ mod listen;
 mod mux;
 mod quic;
 mod redial;
+mod socket;
 mod steady;
 mod stream;
 mod tcp;

@@ -5,10 +5,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use quinn::crypto::rustls::{HandshakeData, QuicClientConfig, QuicServerConfig};
-use quinn::{ConnectionError, Endpoint, EndpointConfig, MtuDiscoveryConfig, TransportConfig, VarInt};
+use quinn::{ConnectionError, Endpoint, EndpointConfig, MtuDiscoveryConfig, Runtime, TransportConfig, VarInt};
 use rustls::pki_types::CertificateDer;
 
 use super::congestion::{self, Choice};
+use super::socket::Socket;
 use super::tls::Shown;
 use super::{CLOSE_REFUSED, CLOSE_VIOLATION, Ended};
 use crate::fault::{Fault, IoContext};
@@ -110,7 +111,12 @@ fn enlarge_buffers(socket: &UdpSocket) {
 
 fn endpoint(socket: UdpSocket, server: Option<quinn::ServerConfig>, reset_key: Option<[u8; 32]>) -> Result<Endpoint, Fault> {
     enlarge_buffers(&socket);
-    Endpoint::new(endpoint_config(reset_key)?, server, socket, Arc::new(quinn::TokioRuntime)).at("set up the QUIC endpoint")
+    let endpoint_config = endpoint_config(reset_key)?;
+    let runtime = Arc::new(quinn::TokioRuntime);
+    let made = runtime
+        .wrap_udp_socket(socket)
+        .and_then(|socket| Endpoint::new_with_abstract_socket(endpoint_config, server, Arc::new(Socket::new(socket)), runtime));
+    made.at("set up the QUIC endpoint")
 }
 
 /// The hub's endpoint, and what every connection to it is set up with.
