@@ -43,7 +43,7 @@ pub struct Progress {
     pub stored: AtomicU64,
 }
 
-/// Runs `work` on this thread and tells the job's watchers how far its reading is.
+/// Runs `work` on this thread, tells the job's watchers how far its reading is, and adds what it stored.
 pub fn reported<T>(watched: &Arc<JobProgress>, work: impl FnOnce(&Progress) -> T) -> T {
     let counted = Progress::default();
     std::thread::scope(|scope| {
@@ -56,6 +56,7 @@ pub fn reported<T>(watched: &Arc<JobProgress>, work: impl FnOnce(&Progress) -> T
         });
         let result = work(counted);
         drop(done);
+        watched.stored.fetch_add(counted.stored.load(Ordering::Relaxed), Ordering::Relaxed);
         result
     })
 }

@@ -5,7 +5,7 @@ use std::collections::VecDeque;
 use std::future::Future;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use serde::Serialize;
@@ -13,7 +13,9 @@ use serde::Serialize;
 use crate::api::types::Job;
 use crate::catalogue::{Catalogue, new_id};
 use crate::fault::{Code, Fault};
-use crate::limits::{BACKOFF_FIRST, RECONNECT_MAX, ROOM_AWAITED_MAX};
+use crate::fetch::blocking;
+use crate::limits::ROOM_LOOK_EVERY;
+use crate::store::Store;
 
 /// Jobs remembered; the oldest ended one is forgotten first.
 const JOBS_KEPT: usize = 256;
@@ -25,6 +27,8 @@ const JOBS_RUNNING_MAX: usize = 32;
 pub struct JobProgress {
     /// Bytes worked through.
     pub bytes: AtomicU64,
+    /// Bytes that were new to the store, as stored, of all tries.
+    pub stored: AtomicU64,
     doing: Mutex<String>,
     notes: Mutex<Vec<String>>,
 }
@@ -46,31 +50,31 @@ impl JobProgress {
     }
 }
 
-/// Does `work`, and where the disk is full waits for room and does it again. Nothing is held meanwhile, so that room can be made
-/// by whatever means; `room` tells whether there is some. It ends with the fault once no try came farther for [`ROOM_AWAITED_MAX`].
-pub async fn until_room<T, F>(progress: &JobProgress, room: impl Fn() -> Result<(), Fault>, mut work: impl FnMut() -> F) -> Result<T, Fault>
+/// Does `work`; where the store's disk is full it waits for room and does it again. No lock is held meanwhile, so that room can
+/// be made by whatever means. It ends with the fault when there was none for `patience`.
+pub async fn until_room<T, F>(store: &Store, progress: &JobProgress, patience: Duration, mut work: impl FnMut() -> F) -> Result<T, Fault>
 where
     F: Future<Output = Result<T, Fault>>,
 {
-    let (mut farthest, mut full_since, mut pause) = (0, Instant::now(), BACKOFF_FIRST);
+    let has_room = || {
+        let store = store.clone();
+        blocking(move || store.check_room())
+    };
     loop {
         let fault = match work().await {
-            Err(fault) if fault.code == Code::NoSpace => fault,
+            // Where the store has room, another disk is full, or more is wanted at once than there will be.
+            Err(fault) if fault.code == Code::NoSpace && has_room().await.is_err() => fault,
             end => return end,
         };
-        let bytes = progress.bytes.load(Ordering::Relaxed);
-        if bytes > farthest {
-            (farthest, full_since, pause) = (bytes, Instant::now(), BACKOFF_FIRST);
-        }
         tracing::warn!(error = %fault, "a job waits for room on the disk");
         progress.doing(format!("waiting for room on a full disk: {}", fault.message));
+        let full_since = Instant::now();
         loop {
-            if full_since.elapsed() > ROOM_AWAITED_MAX {
+            if full_since.elapsed() >= patience {
                 return Err(fault);
             }
-            tokio::time::sleep(pause).await;
-            pause = (pause * 2).min(RECONNECT_MAX);
-            if room().is_ok() {
+            tokio::time::sleep(ROOM_LOOK_EVERY.min(patience)).await;
+            if has_room().await.is_ok() {
                 break;
             }
         }

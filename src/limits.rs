@@ -47,8 +47,10 @@ pub const COMMIT_EVERY: Duration = Duration::from_secs(1);
 pub const SILENCE_MAX: Duration = Duration::from_secs(30);
 /// How long a publisher calls a hub that has gone away, or has no room, before it gives up.
 pub const HUB_AWAY_MAX: Duration = Duration::from_secs(600);
-/// How long a publish waits for room on a full disk, without coming farther, before it gives up.
+/// How long a publish or an import waits for room on a full disk before it gives up…
 pub const ROOM_AWAITED_MAX: Duration = Duration::from_secs(600);
+/// …and how often it looks.
+pub const ROOM_LOOK_EVERY: Duration = Duration::from_secs(1);
 /// The publishes that run at once from one state folder.
 pub const PUBLISHES_AT_ONCE_MAX: usize = 16;
 /// The first and the longest pause between two tries of anything.

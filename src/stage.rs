@@ -5,6 +5,7 @@
 //! under its transfer's id, and the journal (see `places`) says which of its bytes are durable.
 
 use std::fs::File;
+use std::io::IoSlice;
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -24,7 +25,8 @@ pub const FILE_MODE: u32 = 0o644;
 const TMPFS: rustix::fs::FsWord = 0x0102_1994;
 /// Files of this size and more get their room at once.
 const PREALLOCATE_BYTES: u64 = 1 << 20;
-
+/// Pieces of one write; the system takes 1,024.
+const PARTS_MAX: usize = 256;
 /// Bytes of one call that has the filesystem copy.
 const COPY_WITHIN_BYTES: usize = 64 << 20;
 
@@ -235,6 +237,24 @@ pub fn room_report(data_dir: &Path) -> Result<String, Fault> {
     } else {
         format!("ok {at}")
     })
+}
+
+/// Writes all of these behind each other: one call for many, as a rule.
+pub fn write_parts(file: &File, parts: &[impl AsRef<[u8]>], offset: u64) -> std::io::Result<()> {
+    let mut at = offset;
+    for some in parts.chunks(PARTS_MAX) {
+        let slices: Vec<IoSlice<'_>> = some.iter().map(|part| IoSlice::new(part.as_ref())).collect();
+        let written = rustix::io::pwritev(file, &slices, at);
+        let mut written = written.or_else(|e| if e == rustix::io::Errno::INTR { Ok(0) } else { Err(e) })?;
+        // What a signal or a full disk left over.
+        for part in some.iter().map(AsRef::as_ref) {
+            let here = written.min(part.len());
+            written -= here;
+            file.write_all_at(&part[here..], at + here as u64)?;
+            at += part.len() as u64;
+        }
+    }
+    Ok(())
 }
 
 /// Free bytes of the filesystem that a path is on.

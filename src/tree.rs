@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use parking_lot::{RwLock, RwLockUpgradableReadGuard};
 use redb::{Database, DatabaseError, ReadTransaction, ReadableDatabase, WriteTransaction};
 
-use crate::fault::{Fault, Retry};
+use crate::fault::{Code, Fault, Retry};
 
 /// A B-tree in a file.
 pub struct Tree {
@@ -20,6 +20,8 @@ pub struct Tree {
     /// `None` after it failed and could not be opened again yet.
     database: RwLock<Option<Database>>,
     failed: AtomicBool,
+    /// Whether it failed for want of room.
+    full: AtomicBool,
 }
 
 fn open(path: &Path, cache_bytes: usize) -> Result<Database, DatabaseError> {
@@ -30,7 +32,14 @@ impl Tree {
     /// Opens or makes it. `what` it is for people.
     pub fn open(path: &Path, what: &str, cache_bytes: usize) -> Result<Self, Fault> {
         let what = format!("{what} {}", path.display());
-        let tree = Self { what, path: path.to_owned(), cache_bytes, database: RwLock::default(), failed: AtomicBool::new(false) };
+        let tree = Self {
+            what,
+            path: path.to_owned(),
+            cache_bytes,
+            database: RwLock::default(),
+            failed: AtomicBool::new(false),
+            full: AtomicBool::new(false),
+        };
         *tree.database.write() = Some(open(path, cache_bytes).map_err(|e| tree.fault(e))?);
         Ok(tree)
     }
@@ -68,9 +77,13 @@ impl Tree {
     pub fn fault(&self, error: impl Into<redb::Error>) -> Fault {
         match error.into() {
             redb::Error::Io(e) => {
+                let fault = Fault::io(&self.what, &e);
+                self.full.store(fault.code == Code::NoSpace, Ordering::SeqCst);
                 self.failed.store(true, Ordering::SeqCst);
-                Fault::io(&self.what, &e)
+                fault
             }
+            // To the others that use it at that moment it says no more than that.
+            redb::Error::PreviousIo if self.full.load(Ordering::SeqCst) => Fault::no_space(format!("{}: its disk is full", self.what)),
             redb::Error::PreviousIo | redb::Error::DatabaseClosed => {
                 self.failed.store(true, Ordering::SeqCst);
                 Fault::unreachable(format!("{} is opened anew after its disk failed", self.what))

@@ -2,12 +2,14 @@
 
 use std::collections::{BTreeMap, HashSet};
 use std::fmt::Write as _;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use async_trait::async_trait;
 use futures::StreamExt as _;
+use tokio::sync::OwnedRwLockReadGuard;
 
 use super::sharing::Shared;
 use super::{Hub, short};
@@ -21,8 +23,9 @@ use crate::durable;
 use crate::fault::{Fault, Reason};
 use crate::fetch::blocking;
 use crate::identity::{Holder, JoinToken};
-use crate::ingest;
+use crate::ingest::{self, Ingested};
 use crate::jobs::{JobProgress, until_room};
+use crate::limits::ROOM_AWAITED_MAX;
 use crate::manifest::{DatasetBinding, Root, Step, Walk, for_each_page};
 use crate::names::{ArtifactRef, Kind, SiteName, SiteSelector, check_label};
 use crate::reading;
@@ -181,7 +184,43 @@ impl Hub {
             }
             None => None,
         };
-        let _publishing = inner.collecting.clone().read_owned().await;
+        let read = until_room(&inner.store, &progress, ROOM_AWAITED_MAX, || self.read_in(&artifact, &request, dataset.clone(), &progress));
+        let (_publishing, ingested) = read.await?;
+        let bytes = ingested.root.totals.bytes;
+        let added = match &request.run {
+            Some(run) => self.add_run_model(None, run, &artifact, &ingested.root).await?,
+            None => self.register(None, &artifact, &ingested.root).await?,
+        };
+        let transfers = match sites {
+            Some((_, sites)) => {
+                let part = Part::new(&inner.catalogue.artifact(&artifact).await?, &sites);
+                self.begin_delivery(&new_id("d"), None, &[part]).await?
+            }
+            None => Vec::new(),
+        };
+        let stored = progress.stored.load(Ordering::Relaxed);
+        tracing::info!(%artifact, digest = %ingested.digest, bytes, stored, "published");
+        Ok(Published {
+            artifact: artifact.to_string(),
+            digest: ingested.digest.hex(),
+            transfers,
+            bytes,
+            stored: if added { stored } else { 0 },
+            unchanged: !added,
+            note: None,
+        })
+    }
+
+    /// Reads a source into the store. Until the guard is dropped no collection takes it away.
+    async fn read_in(
+        &self,
+        artifact: &ArtifactRef,
+        request: &PublishRequest,
+        dataset: Option<(DatasetBinding, Root)>,
+        progress: &Arc<JobProgress>,
+    ) -> Result<(OwnedRwLockReadGuard<()>, Ingested), Fault> {
+        let inner = &self.inner;
+        let publishing = inner.collecting.clone().read_owned().await;
         let scratch = inner.config.data_dir.join("scratch").join(new_id("p"));
         durable::create_dir_all(&scratch)?;
         let (store, folder, options, source) = (inner.store.clone(), scratch.clone(), request.options.clone(), request.source.clone());
@@ -196,36 +235,19 @@ impl Hub {
         let result = work.await.map_err(|e| Fault::internal(format!("the publish ended: {e}")));
         let _ = blocking(move || durable::remove_all(&scratch)).await;
         let ingested = result?.map_err(|fault| fault.of_publish().context(format!("publish {artifact}")))?;
-        let bytes = ingested.root.totals.bytes;
-        let added = match &request.run {
-            Some(run) => self.add_run_model(None, run, &artifact, &ingested.root).await?,
-            None => self.register(None, &artifact, &ingested.root).await?,
-        };
-        let transfers = match sites {
-            Some((_, sites)) => {
-                let part = Part::new(&inner.catalogue.artifact(&artifact).await?, &sites);
-                self.begin_delivery(&new_id("d"), None, &[part]).await?
-            }
-            None => Vec::new(),
-        };
-        tracing::info!(%artifact, digest = %ingested.digest, bytes, stored = ingested.stored, "published");
-        Ok(Published {
-            artifact: artifact.to_string(),
-            digest: ingested.digest.hex(),
-            transfers,
-            bytes,
-            stored: if added { ingested.stored } else { 0 },
-            unchanged: !added,
-            note: None,
-        })
+        Ok((publishing, ingested))
     }
 
     /// Takes in what a bundle holds. Returns the artifacts' names.
     async fn import_now(&self, file: String, progress: Arc<JobProgress>) -> Result<Vec<String>, Fault> {
-        let _publishing = self.inner.collecting.clone().read_owned().await;
-        progress.doing(format!("reading {file}"));
-        let store = self.inner.store.clone();
-        let members = blocking(move || bundle::import(std::path::Path::new(&file), &store, &progress)).await?;
+        let store = &self.inner.store;
+        let read = until_room(store, &progress, ROOM_AWAITED_MAX, || async {
+            let importing = self.inner.collecting.clone().read_owned().await;
+            progress.doing(format!("reading {file}"));
+            let (store, file, progress) = (store.clone(), PathBuf::from(&file), progress.clone());
+            Ok((importing, blocking(move || bundle::import(&file, &store, &progress)).await?))
+        });
+        let (_importing, members) = read.await?;
         for member in &members {
             self.register(None, &member.artifact, &member.root()?).await?;
         }
@@ -335,9 +357,7 @@ impl Backend for Hub {
         }
         let this = self.clone();
         tracing::info!(%artifact, source = %request.source, "publishing");
-        self.inner.jobs.start(move |progress| async move {
-            until_room(&progress, || this.inner.store.check_room(), || this.publish_now(request.clone(), progress.clone())).await
-        })
+        self.inner.jobs.start(move |progress| async move { this.publish_now(request, progress).await })
     }
 
     async fn deliver(&self, request: DeliverRequest) -> Result<Delivered, Fault> {
@@ -485,7 +505,7 @@ impl Backend for Hub {
         self.inner.jobs.start(move |progress| async move {
             progress.doing(format!("writing {out}"));
             blocking(move || {
-                let out = std::path::PathBuf::from(out);
+                let out = PathBuf::from(out);
                 let written = bundle::export(&members, &store, &out, &progress)?;
                 bundle::sync_parent(&out)?;
                 Ok(BTreeMap::from([("bytes", written)]))
@@ -496,9 +516,7 @@ impl Backend for Hub {
 
     async fn import(&self, file: String) -> Result<Job, Fault> {
         let this = self.clone();
-        self.inner.jobs.start(move |progress| async move {
-            until_room(&progress, || this.inner.store.check_room(), || this.import_now(file.clone(), progress.clone())).await
-        })
+        self.inner.jobs.start(move |progress| async move { this.import_now(file, progress).await })
     }
 
     async fn gc(&self) -> Result<Job, Fault> {

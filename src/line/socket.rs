@@ -19,12 +19,12 @@ use crate::limits::LINE_PACKET_BYTES_MAX;
 
 /// What one call may send: the largest datagram of IPv4, which is a little less than that of IPv6.
 const SEND_BYTES_MAX: usize = 65_507;
-/// What one call may receive is no more than that, in packets of any size; so many of the largest are as much.
-const LARGEST_RECEIVED: usize = 65_536_usize.div_ceil(LINE_PACKET_BYTES_MAX as usize);
+/// A message that is received holds less than 64 KiB, whatever the size of its packets: so many of the largest cover it.
+const SEGMENTS_RECEIVED_MAX: usize = 65_536_usize.div_ceil(LINE_PACKET_BYTES_MAX as usize);
 /// Batches of which some was sent and the rest is to be tried again; one that nobody tries again belongs to a line that has ended.
 const PARTLY_SENT_MAX: usize = 1024;
 
-/// By the first bytes of a batch, which are encrypted and so its own, it is known again.
+/// A batch is known again by its first bytes: they are encrypted, so no two batches share them.
 type Mark = [u8; 16];
 
 #[derive(Debug)]
@@ -90,7 +90,7 @@ impl AsyncUdpSocket for Socket {
     }
 
     fn max_receive_segments(&self) -> usize {
-        self.inner.max_receive_segments().min(LARGEST_RECEIVED)
+        self.inner.max_receive_segments().min(SEGMENTS_RECEIVED_MAX)
     }
 
     fn may_fragment(&self) -> bool {
@@ -149,7 +149,7 @@ mod tests {
         let socket = Socket::new(kernel.clone());
         let segment = usize::from(LINE_PACKET_BYTES_MAX);
         // Two lines take turns at a kernel that takes one call at a time.
-        let batches = [(1, batch(1, 9 * segment + 5)), (2, batch(2, 10 * segment))];
+        let batches = [(1, batch(1, 8 * segment + 5)), (2, batch(2, 10 * segment))];
         let mut left: Vec<_> = batches.iter().collect();
         for _ in 0..20 {
             left.retain(|(port, batch)| {
@@ -159,7 +159,7 @@ mod tests {
         }
         assert!(left.is_empty() && socket.partly_sent.lock().is_empty());
         let taken = std::mem::take(&mut *kernel.taken.lock());
-        assert!(taken.iter().all(|(_, part, size)| part.len() <= SEND_BYTES_MAX && size.is_none_or(|size| size == segment)));
+        assert!(taken.iter().all(|(_, part, size)| part.len() <= SEND_BYTES_MAX && *size == (part.len() > segment).then_some(segment)));
         for (port, batch) in &batches {
             let parts: Vec<&[u8]> = taken.iter().filter(|(to, ..)| to == port).map(|(_, part, _)| &part[..]).collect();
             assert!(parts.concat() == *batch, "to {port}: {} parts", parts.len());

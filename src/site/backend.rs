@@ -15,7 +15,8 @@ use crate::delivery;
 use crate::fault::{Code, Fault};
 use crate::fetch::blocking;
 use crate::hub::not_in_this_version;
-use crate::jobs::{JobProgress, until_room};
+use crate::jobs::JobProgress;
+use crate::limits::ROOM_AWAITED_MAX;
 use crate::names::ArtifactRef;
 use crate::serve::wrong_role;
 use crate::sink::Incoming;
@@ -106,9 +107,7 @@ impl Backend for Site {
         let artifact: ArtifactRef = request.as_ref.parse()?;
         let this = self.clone();
         tracing::info!(%artifact, source = %request.source, "publishing in place");
-        self.inner.jobs.start(move |progress| async move {
-            until_room(&progress, || this.inner.shared.store.check_room(), || this.publish_now(request.clone(), progress.clone())).await
-        })
+        self.inner.jobs.start(move |progress| async move { this.publish_now(request, progress, ROOM_AWAITED_MAX).await })
     }
 
     async fn deliver(&self, request: DeliverRequest) -> Result<Delivered, Fault> {

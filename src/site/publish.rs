@@ -16,10 +16,10 @@ use crate::durable;
 use crate::fault::{Code, Fault, Retry};
 use crate::fetch::blocking;
 use crate::ingest;
-use crate::jobs::JobProgress;
-use crate::manifest::{DatasetBinding, Digest};
+use crate::jobs::{JobProgress, until_room};
+use crate::manifest::{DatasetBinding, Digest, Root};
 use crate::names::{ArtifactRef, Kind};
-use crate::origin::{Held, Holdings};
+use crate::origin::{Held, Holdings, InPlace};
 use crate::reading;
 use crate::sink::Place;
 use crate::wire::AskHub;
@@ -40,10 +40,16 @@ impl Site {
     /// Publishes at this site, without copying what lies in a folder, and tells the hub. Where the hub is away the artifact
     /// stands here and the hub is told later; `note` says so.
     pub async fn publish_here(&self, request: PublishRequest) -> Result<Published, Fault> {
-        self.publish_now(request, Arc::default()).await
+        self.publish_now(request, Arc::default(), Duration::ZERO).await
     }
 
-    pub(super) async fn publish_now(&self, request: PublishRequest, progress: Arc<JobProgress>) -> Result<Published, Fault> {
+    /// The same, where a full disk is borne for so long.
+    pub(super) async fn publish_now(
+        &self,
+        request: PublishRequest,
+        progress: Arc<JobProgress>,
+        patience: Duration,
+    ) -> Result<Published, Fault> {
         let inner = &self.inner;
         let since_ms = clock::now_unix_ms() as i64;
         let artifact: ArtifactRef = request.as_ref.parse()?;
@@ -51,23 +57,8 @@ impl Site {
             to.parse::<crate::names::SiteSelector>()?;
         }
         let dataset = self.dataset_of(&artifact, request.options.for_dataset.as_deref()).await?;
-        let scratch = inner.config.data_dir.join("scratch").join(new_id("p"));
-        durable::create_dir_all(&scratch)?;
-        progress.doing(format!("reading {}", request.source));
-        let (this, folder, kind) = (self.clone(), scratch.clone(), artifact.kind);
-        let (options, text, watched) = (request.options.clone(), request.source.clone(), progress.clone());
-        let runtime = tokio::runtime::Handle::current();
-        let work = tokio::task::spawn_blocking(move || {
-            let store = this.inner.shared.store.clone();
-            let dataset = dataset.map(|(binding, root)| reading::bind(binding, root, store));
-            let site = Some(&this.inner.sources);
-            let base = reading::base_of(kind, &text, site)?;
-            let mut source = reading::open(kind, &text, &options, dataset, site, &folder, &runtime)?;
-            ingest::reported(&watched, |counted| this.inner.origin.publish(kind, source.as_mut(), base.as_ref(), counted))
-        });
-        let result = work.await.map_err(|e| Fault::internal(format!("the publish ended: {e}")));
-        let _ = blocking(move || durable::remove_all(&scratch)).await;
-        let published = result?.map_err(|fault| fault.of_publish().context(format!("publish {artifact}")))?;
+        let read = || self.read_in_place(&artifact, &request, dataset.clone(), &progress);
+        let published = until_room(&inner.shared.store, &progress, patience, read).await?;
         let root = published.ingested.root;
 
         let _turn = inner.offering.lock().await;
@@ -112,12 +103,35 @@ impl Site {
         }
     }
 
-    /// The dataset that labels belong to, which this site must know.
-    async fn dataset_of(
+    /// Reads a source where it lies, and keeps what of it lies nowhere else.
+    async fn read_in_place(
         &self,
         artifact: &ArtifactRef,
-        name: Option<&str>,
-    ) -> Result<Option<(DatasetBinding, crate::manifest::Root)>, Fault> {
+        request: &PublishRequest,
+        dataset: Option<(DatasetBinding, Root)>,
+        progress: &Arc<JobProgress>,
+    ) -> Result<InPlace, Fault> {
+        let scratch = self.inner.config.data_dir.join("scratch").join(new_id("p"));
+        durable::create_dir_all(&scratch)?;
+        progress.doing(format!("reading {}", request.source));
+        let (this, folder, kind) = (self.clone(), scratch.clone(), artifact.kind);
+        let (options, text, watched) = (request.options.clone(), request.source.clone(), progress.clone());
+        let runtime = tokio::runtime::Handle::current();
+        let work = tokio::task::spawn_blocking(move || {
+            let store = this.inner.shared.store.clone();
+            let dataset = dataset.map(|(binding, root)| reading::bind(binding, root, store));
+            let site = Some(&this.inner.sources);
+            let base = reading::base_of(kind, &text, site)?;
+            let mut source = reading::open(kind, &text, &options, dataset, site, &folder, &runtime)?;
+            ingest::reported(&watched, |counted| this.inner.origin.publish(kind, source.as_mut(), base.as_ref(), counted))
+        });
+        let result = work.await.map_err(|e| Fault::internal(format!("the publish ended: {e}")));
+        let _ = blocking(move || durable::remove_all(&scratch)).await;
+        result?.map_err(|fault| fault.of_publish().context(format!("publish {artifact}")))
+    }
+
+    /// The dataset that labels belong to, which this site must know.
+    async fn dataset_of(&self, artifact: &ArtifactRef, name: Option<&str>) -> Result<Option<(DatasetBinding, Root)>, Fault> {
         let Some(name) = name else { return Ok(None) };
         if artifact.kind != Kind::Labels {
             return Err(Fault::usage("--for is for labels only"));

@@ -2,9 +2,9 @@
 //!
 //! The hub keeps everything here; a site keeps manifest pages here (its files and blobs are its chunk store, see
 //! `places`). A chunk is written as a [`Frame`], appended to the open pack. [`Store::flush`] syncs it and then commits its
-//! index entries, so the index never names bytes that a power cut could take. A pack that is full is synced by whoever filled
-//! it, who tells the index as well once there is enough to tell; the others go on putting meanwhile. Chunks put but not
-//! flushed can be read at once by this process.
+//! index entries, so the index never names bytes that a power cut could take. A pack that is full is synced by whoever begins
+//! the next, who tells the index as well once there is enough to tell; the others go on putting meanwhile. Chunks put but
+//! not flushed can be read at once by this process.
 //!
 //! On disk, under the store's folder: `packs/00000001.pack …` (a header of 8 bytes, then frames) and `index.redb`.
 //! After a crash what the index does not know of the last packs is scanned: whole frames are kept, the torn rest is cut off. The index
@@ -50,10 +50,12 @@ pub struct Store {
 struct Inner {
     packs: Packs,
     index: Index,
-    /// Held by whoever makes durable, and taken before `open`.
-    settling: Mutex<()>,
+    /// Held while packs are synced and the index is told, by one at a time. Always taken before `open`.
+    syncing: Mutex<()>,
     /// Held for as long as an append takes, never over a sync.
     open: Mutex<Open>,
+    /// From this length on a pack is full.
+    pack_bytes: u64,
     /// See [`Store::losses`].
     losses: AtomicU64,
 }
@@ -75,8 +77,8 @@ impl Open {
         self.full.extend(self.writer.take().map(|writer| writer.unsynced()));
     }
 
-    /// What may be told to the index.
-    fn settled(&self) -> Vec<(Hash, Location)> {
+    /// The rows of what was synced.
+    fn synced_rows(&self) -> Vec<(Hash, Location)> {
         let is_synced = |at: &Location| self.synced.get(&at.pack).is_some_and(|len| u64::from(at.offset) < *len);
         self.pending.iter().filter(|(_, at)| is_synced(at)).map(|(id, at)| (*id, *at)).collect()
     }
@@ -88,6 +90,10 @@ type Run = (Location, u64);
 impl Store {
     /// Opens or makes the store in this folder, and mends what a crash left.
     pub fn open(dir: &Path) -> Result<Self, Fault> {
+        Self::open_with(dir, PACK_BYTES)
+    }
+
+    fn open_with(dir: &Path, pack_bytes: u64) -> Result<Self, Fault> {
         durable::create_dir_all(&dir.join("packs"))?;
         let packs = Packs::new(dir.join("packs"));
         let index = Index::open(&dir.join("index.redb"))?;
@@ -108,8 +114,8 @@ impl Store {
             }
         }
         let open = Open { writer: None, full: VecDeque::new(), synced: HashMap::new(), pending: HashMap::new(), next_pack };
-        let (settling, open) = (Mutex::new(()), Mutex::new(open));
-        Ok(Self { inner: Arc::new(Inner { packs, index, settling, open, losses: AtomicU64::new(0) }) })
+        let (syncing, open) = (Mutex::new(()), Mutex::new(open));
+        Ok(Self { inner: Arc::new(Inner { packs, index, syncing, open, pack_bytes, losses: AtomicU64::new(0) }) })
     }
 
     /// Packs that the index counts on and that are gone.
@@ -177,7 +183,7 @@ impl Store {
     pub fn check_room(&self) -> Result<(), Fault> {
         let open = self.inner.open.lock();
         match &open.writer {
-            Some(writer) if writer.len() < PACK_BYTES => self.inner.packs.check_room(writer.number(), STORE_SPARE_BYTES),
+            Some(writer) if writer.len() < self.inner.pack_bytes => self.inner.packs.check_room(writer.number(), STORE_SPARE_BYTES),
             _ => self.inner.packs.check_room(open.next_pack, STORE_SPARE_BYTES + PACK_BYTES),
         }
     }
@@ -187,21 +193,29 @@ impl Store {
         self.append_all(std::slice::from_ref(frame))
     }
 
-    /// [`Store::append`] for many, which lie behind each other then. Returns the bytes that they took.
+    /// [`Store::append`] for many, which lie behind each other then. Returns the bytes that they took. It may fail over an older
+    /// pack that cannot be synced, though these were kept.
     pub fn append_all(&self, frames: &[Frame]) -> Result<u64, Fault> {
         self.append_leaving(frames, STORE_SPARE_BYTES + PACK_BYTES)
     }
 
-    /// Appends, if a new pack would leave this much room on the disk.
+    /// Appends, if a new pack would leave this much room on the disk, and syncs what became full.
     fn append_leaving(&self, frames: &[Frame], spare: u64) -> Result<u64, Fault> {
         let mut open = self.inner.open.lock();
+        let appended = self.append_to(&mut open, frames, spare);
+        let is_one_full = !open.full.is_empty();
+        drop(open);
+        let synced = if is_one_full { self.sync_full_packs() } else { Ok(()) };
+        appended.and_then(|bytes| synced.map(|()| bytes))
+    }
+
+    fn append_to(&self, open: &mut Open, frames: &[Frame], spare: u64) -> Result<u64, Fault> {
         let mut new = HashSet::new();
         let frames: Vec<&Frame> = frames.iter().filter(|f| !open.pending.contains_key(&f.id()) && new.insert(f.id())).collect();
         if frames.is_empty() {
             return Ok(0);
         }
-        let filled = open.writer.as_ref().is_some_and(|w| w.len() >= PACK_BYTES);
-        if filled {
+        if open.writer.as_ref().is_some_and(|w| w.len() >= self.inner.pack_bytes) {
             open.seal();
         }
         if open.writer.is_none() {
@@ -218,31 +232,28 @@ impl Store {
             open.pending.insert(frame.id(), location);
             offset += location.frame_len;
         }
-        drop(open);
-        if filled {
-            self.settle()?;
-        }
         Ok(u64::from(offset - begin))
     }
 
     /// Makes everything put so far durable.
     pub fn flush(&self) -> Result<(), Fault> {
-        let _turn = self.inner.settling.lock();
-        self.sync_full()?;
+        let _turn = self.inner.syncing.lock();
         let last = {
             let open = self.inner.open.lock();
             open.writer.as_ref().filter(|_| !open.pending.is_empty()).map(Writer::unsynced)
         };
+        // Before the full ones: at any moment it may become full itself, and be one of them.
         if let Some(last) = last {
             self.sync(&last)?;
         }
+        self.sync_all_full()?;
         self.commit()
     }
 
     /// Makes the packs durable that are full. The index is told when there is enough to tell: each time it copies most of its leaves.
-    fn settle(&self) -> Result<(), Fault> {
-        let _turn = self.inner.settling.lock();
-        self.sync_full()?;
+    fn sync_full_packs(&self) -> Result<(), Fault> {
+        let _turn = self.inner.syncing.lock();
+        self.sync_all_full()?;
         let enough = {
             let open = self.inner.open.lock();
             open.synced.len() >= PACKS_A_COMMIT || open.pending.len() >= ROWS_A_COMMIT
@@ -268,8 +279,7 @@ impl Store {
             .with_next("look after that disk (the daemon's log has its error), then publish again: what was kept is not sent again"))
     }
 
-    /// Syncs the packs that are full, whoever filled them.
-    fn sync_full(&self) -> Result<(), Fault> {
+    fn sync_all_full(&self) -> Result<(), Fault> {
         loop {
             let Some(pack) = self.inner.open.lock().full.pop_front() else { return Ok(()) };
             self.sync(&pack)?;
@@ -278,26 +288,36 @@ impl Store {
 
     /// Syncs a pack. After that its bytes may be named by the index.
     fn sync(&self, pack: &Unsynced) -> Result<(), Fault> {
+        let number = pack.number;
         let synced = pack.sync();
         let mut open = self.inner.open.lock();
-        if let Err(fault) = synced {
-            // A sync that failed may have lost any of the pack's new bytes: forget them all, they will be sent again.
-            open.pending.retain(|_, at| at.pack != pack.number);
-            open.writer.take_if(|writer| writer.number() == pack.number);
-            // After that: whoever reads the new count finds none of them here.
-            self.inner.losses.fetch_add(1, Ordering::SeqCst);
-            tracing::error!(pack = pack.number, error = %fault, "chunks were lost: the disk failed as they were to be made durable");
-            return Err(fault);
+        let Err(fault) = synced else {
+            open.synced.insert(number, pack.len);
+            return Ok(());
+        };
+        // A sync that failed may have lost any of the pack's new bytes: forget them all, they will be sent again. The next one
+        // would say that all is well.
+        open.pending.retain(|_, at| at.pack != number);
+        open.full.retain(|other| other.number != number);
+        open.synced.remove(&number);
+        open.writer.take_if(|writer| writer.number() == number);
+        // After that: whoever reads the new count finds none of them here.
+        self.inner.losses.fetch_add(1, Ordering::SeqCst);
+        drop(open);
+        tracing::error!(pack = number, error = %fault, "chunks were lost: the disk failed as they were to be made durable");
+        // Nor may the next start take them for whole: they may be so in memory only.
+        let cut = self.inner.index.packs().and_then(|known| self.inner.packs.cut(number, known.get(&number).copied().unwrap_or(0)));
+        if let Err(fault) = cut {
+            tracing::error!(pack = number, error = %fault, "the pack cannot be cut back to what is durable of it");
         }
-        open.synced.insert(pack.number, pack.len);
-        Ok(())
+        Err(fault)
     }
 
     /// Tells the index of all that was synced.
     fn commit(&self) -> Result<(), Fault> {
         let (found, packs) = {
             let open = self.inner.open.lock();
-            (open.settled(), open.synced.iter().map(|(number, len)| (*number, *len)).collect::<Vec<_>>())
+            (open.synced_rows(), open.synced.iter().map(|(number, len)| (*number, *len)).collect::<Vec<_>>())
         };
         if !found.is_empty() {
             self.inner.index.commit(&found, &packs)?;

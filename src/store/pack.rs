@@ -2,10 +2,11 @@
 
 use std::collections::VecDeque;
 use std::fs::File;
-use std::io::{IoSlice, Seek, SeekFrom, Write};
+use std::io::Write;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use bytes::Bytes;
 use parking_lot::Mutex;
@@ -15,6 +16,7 @@ use crate::chunk::Hash;
 use crate::durable;
 use crate::fault::{Fault, IoContext};
 use crate::frame::{Frame, HEADER_BYTES, Header};
+use crate::stage::{free_bytes, write_parts};
 
 use super::index::Location;
 
@@ -25,8 +27,6 @@ const BUFFERS_KEPT: usize = 16;
 const BUFFER_BYTES_MIN: usize = 128 << 10;
 /// The largest buffer that is kept.
 const BUFFER_BYTES_MAX: usize = 2 << 20;
-/// Pieces of one write to a pack.
-const PIECES_MAX: usize = 512;
 /// Packs kept open for reading.
 const OPEN_PACKS_MAX: usize = 64;
 
@@ -43,6 +43,8 @@ pub(super) struct Writer {
     file: Arc<File>,
     len: u64,
     path: PathBuf,
+    /// Whether its folder was synced since it is there.
+    named: Arc<AtomicBool>,
 }
 
 /// What was written to a pack up to some moment, to be synced.
@@ -51,6 +53,7 @@ pub(super) struct Unsynced {
     pub(super) len: u64,
     file: Arc<File>,
     path: PathBuf,
+    named: Arc<AtomicBool>,
 }
 
 impl Packs {
@@ -99,13 +102,12 @@ impl Packs {
             let _ = std::fs::remove_file(&path);
             return Err(Fault::io(what(), &error));
         }
-        durable::sync_dir(&self.dir)?;
-        Ok(Writer { number, file: Arc::new(file), len: MAGIC.len() as u64, path })
+        Ok(Writer { number, file: Arc::new(file), len: MAGIC.len() as u64, path, named: Arc::default() })
     }
 
     /// Fails when the disk has less than `spare` bytes free for this pack.
     pub(super) fn check_room(&self, number: u32, spare: u64) -> Result<(), Fault> {
-        let free = crate::stage::free_bytes(&self.dir)?;
+        let free = free_bytes(&self.dir)?;
         if free >= spare {
             return Ok(());
         }
@@ -119,6 +121,15 @@ impl Packs {
         // After that nobody can open it any more: one kept open would keep its room on the disk.
         self.open.lock().retain(|(n, _)| *n != number);
         Ok(())
+    }
+
+    /// Cuts a pack back to this length, or takes it away where nothing is left of it.
+    pub(super) fn cut(&self, number: u32, len: u64) -> Result<(), Fault> {
+        if len == 0 {
+            return self.remove(number);
+        }
+        let path = self.path(number);
+        File::options().write(true).open(&path).and_then(|file| file.set_len(len)).at(format_args!("cut back the pack {}", path.display()))
     }
 
     /// A pack that the index names and that is not there is damage, not an I/O error.
@@ -223,23 +234,11 @@ impl Writer {
         self.len
     }
 
-    /// Appends these pieces behind each other; returns where they begin. On failure the pack is as it was.
+    /// Appends these pieces behind each other; returns where they begin. What a failure leaves behind its end is written over.
     pub(super) fn append(&mut self, pieces: &[&[u8]]) -> Result<u32, Fault> {
-        let mut slices: Vec<IoSlice<'_>> = pieces.iter().map(|piece| IoSlice::new(piece)).collect();
-        let mut rest = &mut slices[..];
-        IoSlice::advance_slices(&mut rest, 0); // what is empty at the front would look like a full disk
-        while !rest.is_empty() {
-            let some = rest.len().min(PIECES_MAX);
-            match (&*self.file).write_vectored(&rest[..some]) {
-                Ok(n) if n > 0 => IoSlice::advance_slices(&mut rest, n),
-                Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
-                result => {
-                    let error = result.err().unwrap_or_else(|| std::io::ErrorKind::WriteZero.into());
-                    let back = self.file.set_len(self.len).and_then(|()| (&*self.file).seek(SeekFrom::Start(self.len)));
-                    back.at(format_args!("cut back the pack {}", self.path.display()))?;
-                    return Err(Fault::io(format_args!("write the pack {}", self.path.display()), &error));
-                }
-            }
+        if let Err(error) = write_parts(&self.file, pieces, self.len) {
+            let _ = self.file.set_len(self.len);
+            return Err(Fault::io(format_args!("write the pack {}", self.path.display()), &error));
         }
         let offset = self.len as u32;
         self.len += pieces.iter().map(|piece| piece.len() as u64).sum::<u64>();
@@ -248,7 +247,8 @@ impl Writer {
 
     /// All that was appended so far.
     pub(super) fn unsynced(&self) -> Unsynced {
-        Unsynced { number: self.number, len: self.len, file: self.file.clone(), path: self.path.clone() }
+        let Self { number, len, file, path, named } = self;
+        Unsynced { number: *number, len: *len, file: file.clone(), path: path.clone(), named: named.clone() }
     }
 
     /// Makes the next sync fail, as a disk does that has lost a write: what is written goes where nothing can be synced.
@@ -260,7 +260,13 @@ impl Writer {
 }
 
 impl Unsynced {
+    /// Syncs its bytes, and the first time its name.
     pub(super) fn sync(&self) -> Result<(), Fault> {
-        self.file.sync_data().at(format_args!("sync the pack {}", self.path.display()))
+        self.file.sync_data().at(format_args!("sync the pack {}", self.path.display()))?;
+        if !self.named.load(Ordering::SeqCst) {
+            self.path.parent().map_or(Ok(()), durable::sync_dir)?;
+            self.named.store(true, Ordering::SeqCst);
+        }
+        Ok(())
     }
 }

@@ -228,6 +228,54 @@ fn a_failed_sync_is_told_to_all_who_put() {
     assert!(chunks.iter().all(|c| store.read(c.id).is_ok()));
 }
 
+/// Packs are filled and synced all the while by somebody else: what was put before a flush is durable after it.
+#[test]
+fn a_flush_holds_for_what_was_put_before_it_whoever_syncs() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open_with(dir.path(), 3000).unwrap();
+    let ends = AtomicU64::new(0);
+    std::thread::scope(|scope| {
+        let (store, ends) = (&store, &ends);
+        scope.spawn(move || {
+            for n in 0.. {
+                fill(store, 1_000_000 + n..1_000_001 + n);
+                if ends.load(Ordering::SeqCst) == 2 {
+                    break;
+                }
+            }
+        });
+        for who in 0..2 {
+            scope.spawn(move || {
+                for n in 0..100 {
+                    let chunks = fill(store, who * 1000 + n..who * 1000 + n + 1);
+                    store.flush().unwrap();
+                    assert!(store.inner.index.get(chunks[0].id).unwrap().is_some(), "the index does not know chunk {n} of {who}");
+                }
+                ends.fetch_add(1, Ordering::SeqCst);
+            });
+        }
+    });
+    assert_eq!(store.lost_packs().unwrap(), Vec::<u32>::new());
+}
+
+/// Who puts the first chunk of the next pack finds out that the last one is lost, and so does who put into that.
+#[test]
+fn a_full_pack_that_cannot_be_synced_is_told_to_whoever_put_into_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open_with(dir.path(), 100).unwrap();
+    let before = store.losses();
+    let mine = fill(&store, 0..1);
+    store.inner.open.lock().writer.as_mut().unwrap().break_sync().unwrap();
+    let other = Verified::new(Bytes::from("other ".repeat(50)));
+    assert!(store.put(&Frame::encode(&other)).is_err());
+    assert_eq!(store.flush_since(before).unwrap_err().code, Code::Internal);
+    assert_eq!(store.has_many(&[mine[0].id, other.id]).unwrap(), [false, true]);
+    // What may be there in memory only is not taken for whole by the next start.
+    drop(store);
+    let store = Store::open(dir.path()).unwrap();
+    assert_eq!(store.has_many(&[mine[0].id, other.id]).unwrap(), [false, true]);
+}
+
 /// Measures the index for BENCHMARKS.md: `cargo test --release --lib -- --ignored --nocapture index_of_millions`.
 #[test]
 #[ignore = "prints figures"]

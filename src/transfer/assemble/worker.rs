@@ -1,7 +1,6 @@
 //! Puts chunks in place: verifies each, whether it came over the line or lies here, and writes it.
 
 use std::fs::File;
-use std::io::IoSlice;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
@@ -10,7 +9,6 @@ use std::sync::mpsc::SyncSender;
 
 use bytes::Bytes;
 use parking_lot::Mutex;
-use rustix::io::Errno;
 use tokio::sync::mpsc;
 
 use super::{Counters, Dest, Done, Item, Job, Local, Shared, Whole};
@@ -25,8 +23,6 @@ use crate::stage::{self, Stage};
 pub(super) const READ_BYTES: usize = 256 << 10;
 /// Bytes of one file that are written together at the most.
 const RUN_BYTES: u64 = 1 << 20;
-/// Pieces of one write; the system takes 1,024.
-const PARTS_MAX: usize = 256;
 
 pub(super) struct Worker {
     pub(super) stage: Arc<Stage>,
@@ -125,7 +121,7 @@ impl Worker {
         if len == dest.file.size {
             // The whole of it: nobody needs it open any longer.
             let file = self.stage.open_file(&dest.path, 0)?;
-            write_parts(&file, &parts, offset).at(format_args!("write {}", dest.path))?;
+            stage::write_parts(&file, &parts, offset).at(format_args!("write {}", dest.path))?;
         } else {
             // Held while writing: the kernel lets one in at a time, and has the others spin.
             let mut handle = dest.handle.lock();
@@ -133,7 +129,7 @@ impl Worker {
                 Some(file) => file,
                 none => none.insert(Arc::new(self.stage.open_file(&dest.path, dest.file.size)?)),
             };
-            write_parts(file, &parts, offset).at(format_args!("write {}", dest.path))?;
+            stage::write_parts(file, &parts, offset).at(format_args!("write {}", dest.path))?;
             drop(handle);
         }
         done.push(Done { dest, chunks, bytes: len, written: true, uncommitted: None });
@@ -206,21 +202,4 @@ impl Run {
     fn goes_on_with(&self, item: &Item) -> bool {
         Arc::ptr_eq(&self.dest, &item.dest) && self.offset + self.len == item.spot.offset && self.len < RUN_BYTES
     }
-}
-
-/// Writes all of them behind each other: one call for many, as a rule.
-fn write_parts(file: &File, parts: &[Bytes], offset: u64) -> std::io::Result<()> {
-    let mut at = offset;
-    for some in parts.chunks(PARTS_MAX) {
-        let slices: Vec<IoSlice<'_>> = some.iter().map(|part| IoSlice::new(part)).collect();
-        let mut written = rustix::io::pwritev(file, &slices, at).or_else(|e| if e == Errno::INTR { Ok(0) } else { Err(e) })?;
-        // What a signal or a full disk left over.
-        for part in some {
-            let here = written.min(part.len());
-            written -= here;
-            file.write_all_at(&part[here..], at + here as u64)?;
-            at += part.len() as u64;
-        }
-    }
-    Ok(())
 }

@@ -15,7 +15,7 @@ fn a_publish_at_a_full_hub_waits_for_room() {
     let _limit = limit(secs(200));
     let scratch = Scratch::new();
     let mut hub = Hub::new(scratch.path());
-    let Some(disk) = SmallDisk::mount(&hub.data_dir, "64m") else { return };
+    let Some(disk) = SmallDisk::mount_tmpfs(&hub.data_dir, "64m") else { return };
     hub.start();
     let small = scratch.join("small");
     write(&small.join("model.bin"), &noise(&mut rng("small"), 4 << 20));
@@ -41,7 +41,7 @@ fn a_publish_at_a_full_hub_waits_for_room() {
     disk.grow("200m");
     let other = scratch.join("other");
     write(&other.join("model.bin"), &noise(&mut rng("other"), 120 << 20));
-    let publish = ["publish", other.to_str().unwrap(), "--as", "model/other:v1", "--timeout", "2s"];
+    let publish = ["publish", other.to_str().unwrap(), "--as", "model/other:v1", "--timeout", "15s"];
     let told = format!("waiting for room on a full disk: publish model/other:v1: the pack {}", hub.data_dir.display());
     hub.cli(&publish).expect(11).says(&[&told]);
     hub.kill();
@@ -58,7 +58,7 @@ fn what_the_hub_has_no_room_to_keep_is_passed_on_all_the_same() {
     let scratch = Scratch::new();
     let mut hub = Hub::new(scratch.path());
     // Not room for one pack.
-    let Some(_disk) = SmallDisk::mount(&hub.data_dir.join("relay"), "16m") else { return };
+    let Some(_disk) = SmallDisk::mount_tmpfs(&hub.data_dir.join("relay"), "16m") else { return };
     hub.start();
     let origin = Site::start_new(scratch.path(), &hub, "chengdu", &SiteSpec::default());
     let target = Site::start_new(scratch.path(), &hub, "wuhan", &SiteSpec::default());
@@ -76,7 +76,7 @@ fn a_full_nas_stops_the_transfer_until_there_is_room() {
     let _limit = limit(secs(200));
     let scratch = Scratch::new();
     let root = scratch.folder("nas");
-    let Some(disk) = SmallDisk::mount(&root, "40m") else { return };
+    let Some(disk) = SmallDisk::mount_tmpfs(&root, "40m") else { return };
     let hub = Hub::start_new(scratch.path());
     let spec = SiteSpec { root: Some(root), ..SiteSpec::default() };
     let site = Site::start_new(scratch.path(), &hub, "chengdu", &spec);
@@ -138,7 +138,7 @@ fn a_full_data_folder_at_a_site_is_no_end() {
     let scratch = Scratch::new();
     let hub = Hub::start_new(scratch.path());
     let mut site = Site::new(scratch.path(), &hub, "chengdu", &SiteSpec::default());
-    let Some(disk) = SmallDisk::mount(&site.data_dir, "80m") else { return };
+    let Some(disk) = SmallDisk::mount_tmpfs(&site.data_dir, "80m") else { return };
     site.join(&hub, &[]);
     site.start();
     let set = data::dataset(&scratch.join("set"), 400).root;
@@ -182,7 +182,7 @@ fn what_is_cancelled_on_a_full_disk_leaves_nothing() {
     let _limit = limit(secs(150));
     let scratch = Scratch::new();
     let root = scratch.folder("nas");
-    let Some(disk) = SmallDisk::mount(&root, "100m") else { return };
+    let Some(disk) = SmallDisk::mount_tmpfs(&root, "100m") else { return };
     let hub = Hub::start_new(scratch.path());
     let line = Line::to(hub.quic);
     let spec = SiteSpec { through: Some(line.address()), root: Some(root), ..SiteSpec::default() };

@@ -168,7 +168,13 @@ impl Daemon {
         kilobytes.expect("/proc counts in numbers") << 10
     }
 
-    /// Kills it as a power cut would.
+    /// Has it do nothing more, until it is killed.
+    pub(crate) fn freeze(&self) {
+        let pid = Pid::from_child(self.child.as_ref().expect("the daemon runs"));
+        kill_process(pid, Signal::STOP).expect("stop the daemon");
+    }
+
+    /// Kills it.
     pub(crate) fn kill(&mut self) {
         let mut child = self.child.take().expect("the daemon runs");
         child.kill().expect("kill the daemon");

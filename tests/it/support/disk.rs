@@ -17,7 +17,7 @@ pub(crate) struct SmallDisk {
 
 impl SmallDisk {
     /// One in memory, mounted at `path`; `None`, with the reason printed, where nothing can be mounted.
-    pub(crate) fn mount(path: &Path, size: &str) -> Option<Self> {
+    pub(crate) fn mount_tmpfs(path: &Path, size: &str) -> Option<Self> {
         Self { path: path.into(), image: None }.mounted("tmpfs", &format!("size={size}"), "tmpfs")
     }
 
@@ -91,7 +91,12 @@ impl SmallDisk {
     pub(crate) fn power_on(&self) {
         let image = self.image.as_deref().and_then(Path::to_str).expect("a disk in a file");
         tool("umount", &[self.text()]);
-        tool("mount", &["-t", "xfs", "-o", "loop", image, self.text()]);
+        // A copy of its bytes, under the same name: somebody's namespace made meanwhile may hold the dead filesystem, and the kernel
+        // would give that back.
+        let copy = format!("{image}.copy");
+        tool("cp", &["--sparse=always", image, &copy]);
+        std::fs::rename(&copy, image).unwrap();
+        tool("mount", &["-t", "xfs", "-o", "loop,nouuid", image, self.text()]);
     }
 }
 
