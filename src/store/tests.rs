@@ -232,28 +232,32 @@ fn a_failed_sync_is_told_to_all_who_put() {
 #[test]
 fn a_flush_holds_for_what_was_put_before_it_whoever_syncs() {
     let dir = tempfile::tempdir().unwrap();
-    let store = Store::open_with(dir.path(), 3000).unwrap();
+    let store = Store::open_with(dir.path(), 300).unwrap();
     let ends = AtomicU64::new(0);
+    let put = |n: u64| {
+        let chunk = chunk(n, 100);
+        store.append(&Frame::encode(&chunk)).unwrap();
+        chunk.id
+    };
     std::thread::scope(|scope| {
-        let (store, ends) = (&store, &ends);
-        scope.spawn(move || {
-            for n in 0.. {
-                fill(store, 1_000_000 + n..1_000_001 + n);
-                if ends.load(Ordering::SeqCst) == 2 {
-                    break;
-                }
-            }
-        });
-        for who in 0..2 {
+        for who in 1..3u64 {
+            let (put, ends) = (&put, &ends);
             scope.spawn(move || {
-                for n in 0..100 {
-                    let chunks = fill(store, who * 1000 + n..who * 1000 + n + 1);
-                    store.flush().unwrap();
-                    assert!(store.inner.index.get(chunks[0].id).unwrap().is_some(), "the index does not know chunk {n} of {who}");
+                for n in who << 32.. {
+                    put(n);
+                    if ends.load(Ordering::SeqCst) > 0 {
+                        break;
+                    }
                 }
-                ends.fetch_add(1, Ordering::SeqCst);
             });
         }
+        // Nothing panics before the others are told to end.
+        let unknown = (0..300).find(|n| {
+            let id = put(*n);
+            store.flush().and_then(|()| store.inner.index.get(id)).ok().flatten().is_none()
+        });
+        ends.store(1, Ordering::SeqCst);
+        assert_eq!(unknown, None, "the index does not know what was put before a flush");
     });
     assert_eq!(store.lost_packs().unwrap(), Vec::<u32>::new());
 }
