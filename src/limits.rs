@@ -188,7 +188,7 @@ pub const LINE_SEND_BYTES_MIN: u64 = 8 << 20;
 pub const LINE_SEND_BYTES_MAX: u64 = 96 << 20;
 /// Streams that each end of a line may have open at once.
 pub const LINE_STREAMS_MAX: u32 = 256;
-/// Packets asked of the path at most: four fill one segmented send. Larger ones were no faster.
+/// Packets asked of the path at most. Larger ones were no faster.
 pub const LINE_PACKET_BYTES_MAX: u16 = 16_250;
 /// The buffers asked of the kernel for the line's UDP socket.
 pub const LINE_SOCKET_BUFFER_BYTES: usize = 8 << 20;

@@ -49,5 +49,7 @@ async fn a_line_that_brings_nothing_is_given_up_though_it_answers() {
     let hub = Hub::start();
     let (quic, tcp) = (hub.connect(Transport::Quic).await, hub.connect(Transport::Tcp).await);
     let busy = hub.connect(Transport::Quic).await;
+    // What a new line tries out, packets of several sizes, is past.
+    tokio::time::sleep(Duration::from_secs(2)).await;
     tokio::join!(ask_in_vain(quic), ask_in_vain(tcp), ask_on_a_busy_line(busy));
 }
