@@ -22,13 +22,11 @@ use crate::limits::{
 const FIT_EVERY: Duration = Duration::from_millis(500);
 /// What QUIC asks of every path.
 const PACKET_BYTES_MIN: u16 = 1200;
-/// Packets that are larger by no more than this are not worth another try…
+/// Packets that are larger by no more than this are not worth another try.
 const PACKET_BYTES_STEP: u16 = 8;
-/// …nor, where they may be large, by less than this part of the largest: each try costs as many bytes. So no more than 12,487 are
-/// found, five to a segmented send.
-const PACKET_PARTS: u16 = 5;
-/// What an Ethernet carries, where each byte counts.
-const PACKET_BYTES_USUAL: u16 = 1472;
+/// The same where what leaves this machine may be as large as can be, as only a loopback takes it: each try costs as many bytes, and
+/// what lies in between is not to be expected. So 12,487 are found, five to a segmented send.
+const PACKET_BYTES_LARGE_STEP: u16 = LINE_PACKET_BYTES_MAX / 5;
 
 /// The largest packet that is worth trying: no larger than what leaves this machine towards `remote`. A search that begins far above
 /// what the path takes costs a long line seconds, for each size that fails is tried thrice.
@@ -45,7 +43,7 @@ fn packet_bytes_max(remote: SocketAddr) -> u16 {
 
 fn transport(choice: &Choice, remote: SocketAddr) -> Result<Arc<TransportConfig>, Fault> {
     let most = packet_bytes_max(remote);
-    let step = if most > PACKET_BYTES_USUAL { most / PACKET_PARTS } else { PACKET_BYTES_STEP };
+    let step = if most == LINE_PACKET_BYTES_MAX { PACKET_BYTES_LARGE_STEP } else { PACKET_BYTES_STEP };
     let mut mtu = MtuDiscoveryConfig::default();
     mtu.upper_bound(most).minimum_change(step);
     let idle = SILENCE_MAX.try_into().map_err(|e| Fault::internal(format!("set up QUIC: the idle timeout: {e}")))?;
