@@ -23,12 +23,14 @@ mod steady;
 mod stream;
 mod tcp;
 mod tls;
+mod turns;
 
 pub use dial::{dial, join, probe_quic};
 pub use listen::{Arrival, JoinRequest, Listener};
 pub use redial::Redial;
 pub use stream::{RecvHalf, SendHalf};
 use stream::{RecvWire, SendWire};
+use turns::Turns;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -136,6 +138,8 @@ struct Inner {
     remote: SocketAddr,
     /// How many streams were given a priority.
     ordered: AtomicU32,
+    /// Whose turn it is to write, on QUIC.
+    turns: Turns,
     /// What this end said when it closed a QUIC connection, which quinn does not keep.
     last_words: Mutex<Option<String>>,
 }
@@ -214,7 +218,16 @@ impl std::fmt::Debug for Link {
 
 impl Link {
     fn new(wire: Wire, peer: Option<Holder>, remote: SocketAddr) -> Self {
-        Self { inner: Arc::new(Inner { wire, peer, remote, ordered: AtomicU32::new(0), last_words: Mutex::new(None) }) }
+        Self {
+            inner: Arc::new(Inner {
+                wire,
+                peer,
+                remote,
+                ordered: AtomicU32::new(0),
+                turns: Turns::default(),
+                last_words: Mutex::new(None),
+            }),
+        }
     }
 
     /// Opens a stream. Streams of a higher priority are sent first; of equal ones, on QUIC the one that was given its priority first,
@@ -224,11 +237,11 @@ impl Link {
             Wire::Quic { connection, .. } => {
                 let (send, recv) = connection.open_bi().await.map_err(|_| self.inner.fault(StreamEnd::LineGone))?;
                 let _ = send.set_priority(self.inner.place_of(priority));
-                Ok(self.halves(SendWire::Quic(send), RecvWire::Quic(recv)))
+                Ok(self.halves(SendWire::Quic(send), RecvWire::Quic(recv), priority))
             }
             Wire::Tcp { mux, .. } => {
                 let (send, recv) = mux.open(priority).await.map_err(|e| self.inner.fault(e))?;
-                Ok(self.halves(SendWire::Tcp(send), RecvWire::Tcp(recv)))
+                Ok(self.halves(SendWire::Tcp(send), RecvWire::Tcp(recv), priority))
             }
         }
     }
@@ -238,17 +251,17 @@ impl Link {
         match &self.inner.wire {
             Wire::Quic { connection, .. } => {
                 let (send, recv) = connection.accept_bi().await.ok()?;
-                Some(self.halves(SendWire::Quic(send), RecvWire::Quic(recv)))
+                Some(self.halves(SendWire::Quic(send), RecvWire::Quic(recv), 0))
             }
             Wire::Tcp { mux, .. } => {
                 let (send, recv) = mux.accept().await?;
-                Some(self.halves(SendWire::Tcp(send), RecvWire::Tcp(recv)))
+                Some(self.halves(SendWire::Tcp(send), RecvWire::Tcp(recv), 0))
             }
         }
     }
 
-    fn halves(&self, send: SendWire, recv: RecvWire) -> (SendHalf, RecvHalf) {
-        (SendHalf { wire: send, link: self.inner.clone(), over: false }, RecvHalf { wire: recv, link: self.inner.clone() })
+    fn halves(&self, send: SendWire, recv: RecvWire, priority: i32) -> (SendHalf, RecvHalf) {
+        (SendHalf { wire: send, link: self.inner.clone(), priority, over: false }, RecvHalf { wire: recv, link: self.inner.clone() })
     }
 
     /// Closes the line at once, whatever is on its way; the peer is told the reason.

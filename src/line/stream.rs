@@ -16,6 +16,7 @@ pub(super) enum SendWire {
 pub struct SendHalf {
     pub(super) wire: SendWire,
     pub(super) link: Arc<Inner>,
+    pub(super) priority: i32,
     pub(super) over: bool,
 }
 
@@ -23,7 +24,7 @@ impl SendHalf {
     /// Writes all of it, copying.
     pub async fn write_all(&mut self, data: &[u8]) -> Result<(), Fault> {
         let result = match &mut self.wire {
-            SendWire::Quic(stream) => stream.write_all(data).await.map_err(|e| write_end(&e)),
+            SendWire::Quic(_) => return self.write_many(&mut [Bytes::copy_from_slice(data)]).await,
             SendWire::Tcp(stream) => stream.write_all(data).await,
         };
         result.map_err(|e| self.link.fault(e))
@@ -32,7 +33,7 @@ impl SendHalf {
     /// Writes all of it, without copying unless a TCP line has much to send already.
     pub async fn write_bytes(&mut self, data: Bytes) -> Result<(), Fault> {
         let result = match &mut self.wire {
-            SendWire::Quic(stream) => stream.write_chunk(data).await.map_err(|e| write_end(&e)),
+            SendWire::Quic(_) => return self.write_many(&mut [data]).await,
             SendWire::Tcp(stream) => stream.write_bytes(data).await,
         };
         result.map_err(|e| self.link.fault(e))
@@ -41,7 +42,7 @@ impl SendHalf {
     /// [`SendHalf::write_bytes`] for many behind each other.
     pub async fn write_many(&mut self, pieces: &mut [Bytes]) -> Result<(), Fault> {
         let result = match &mut self.wire {
-            SendWire::Quic(stream) => stream.write_all_chunks(pieces).await.map_err(|e| write_end(&e)),
+            SendWire::Quic(stream) => self.link.turns.write(stream, self.priority, pieces).await.map_err(|e| write_end(&e)),
             SendWire::Tcp(stream) => stream.write_many(pieces).await,
         };
         result.map_err(|e| self.link.fault(e))
@@ -69,7 +70,8 @@ impl SendHalf {
     }
 
     /// Changes the priority; an accepted stream begins with 0.
-    pub fn set_priority(&self, priority: i32) {
+    pub fn set_priority(&mut self, priority: i32) {
+        self.priority = priority;
         match &self.wire {
             SendWire::Quic(stream) => {
                 let _ = stream.set_priority(self.link.place_of(priority));

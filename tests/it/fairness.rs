@@ -27,14 +27,17 @@ fn what_is_small_does_not_wait_behind_what_is_large() {
     hub.publish(&large, "model/large:v1", &[]);
     hub.publish(&small, "dataset/small:v1", &[]);
 
-    // Of the large one 32 MiB are asked for at once, so what waits behind that arrives after it; by bytes, for a busy machine is slow.
-    line.throttle(2 << 20);
+    // Of the large one 32 MiB are asked for at once, 12 are read and 8 wait to be sent: what waits behind any of that comes too late.
+    // By bytes, and slowly, for a busy machine loses seconds.
+    line.throttle(1 << 20);
     let transfer = hub.deliver(&["model/large:v1"], "chengdu").remove(0);
-    let before = hub.wait_transfer(&transfer, "on its way", secs(60), |t| t.bytes.received >= 2 << 20).bytes.received;
+    hub.wait_transfer(&transfer, "on its way", secs(60), |t| t.bytes.received >= 2 << 20);
+    let before = line.down();
     hub.deliver_and_wait("dataset/small:v1", "chengdu", secs(60));
+    let overtaken = line.down() - before;
     assert_same(&small, &site.folder("dataset/small:v1"));
-    let large = hub.transfer(&transfer);
-    assert!(large.state == "transferring" && large.bytes.received < before + (24 << 20), "it was to be overtaken: {large:#?}");
+    assert!(overtaken < 6 << 20, "{overtaken} bytes went before it");
+    assert_eq!(hub.transfer(&transfer).state, "transferring");
     hub.cli(&["cancel", &transfer]).expect(0);
 }
 
@@ -76,7 +79,7 @@ fn a_stuck_site_holds_its_part_of_the_hub_and_no_more() {
         let site = sites.as_array().unwrap().iter().find(|site| site["name"] == name).unwrap();
         assert_eq!(site["line"], transport);
         let (peak, carried) = (hub.memory("VmHWM"), line.down());
-        line.throttle(4 << 20);
+        line.throttle(512 << 10);
         let open = hub.deliver(&MODELS, name);
         for id in &open {
             hub.wait_transfer(id, "begun", secs(30), |t| t.state == "transferring");
