@@ -2,6 +2,7 @@
 
 mod ahead;
 mod backend;
+mod jobs;
 mod relay;
 mod runs;
 mod session;
@@ -39,7 +40,6 @@ use crate::relay::{Of, Relay, Upstream};
 use crate::store::Store;
 use crate::wire::{Peer, Wanted};
 
-pub(crate) use backend::not_in_this_version;
 pub(crate) use runs::lineage_view;
 
 /// Artifacts kept open for sites that read them.
@@ -78,6 +78,8 @@ struct Inner {
     budget: Budget,
     /// Over which line a publisher sends what.
     uploads: Mutex<HashMap<(SiteName, ArtifactRef), Link>>,
+    /// The bytes that an upload was found to have no room for.
+    short_of: Mutex<Lately<Digest, u64>>,
     /// Publishes and collections take turns: many may publish, one may collect.
     collecting: Arc<tokio::sync::RwLock<()>>,
     /// Events of training runs are taken one after the other.
@@ -119,7 +121,7 @@ impl Hub {
         let upstream: Arc<dyn Upstream> = Arc::new(lines);
         let (data, main, sites, room) = (config.data_dir.clone(), store.clone(), upstream.clone(), config.relay.budget);
         let relay = blocking(move || Relay::open(&data, main, sites, room)).await?;
-        let (relay_memory, opened, entitled, uploads, collecting, runs) = Default::default();
+        let (relay_memory, opened, entitled, uploads, short_of, collecting, runs) = Default::default();
         let tasks = TaskTracker::new();
         // Half of it: what the lines hold to send is the other half.
         let budget = Budget::new(config.limits.memory / 2, SITE_SHARE_MAX);
@@ -140,6 +142,7 @@ impl Hub {
                 jobs,
                 budget,
                 uploads,
+                short_of,
                 collecting,
                 runs,
                 tasks,

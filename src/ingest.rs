@@ -22,7 +22,7 @@ use crate::chunk::{Chunking, DEFAULT_CHUNKING, Hash};
 use crate::fault::{Fault, IoContext};
 use crate::frame::{Frame, Verified};
 use crate::jobs::JobProgress;
-use crate::limits::{CHUNK_BYTES_MAX, INGEST_BATCH_BYTES, INGEST_BATCHES_MAX};
+use crate::limits::{CHUNK_BYTES_MAX, FORECAST_BYTES_MIN, INGEST_BATCH_BYTES, INGEST_BATCHES_MAX};
 use crate::manifest::{Builder, ChunkRef, Digest, Entry, EntryBody, FileInfo, Root};
 use crate::names::{Kind, RelPath};
 use crate::source::{Content, Source, SourceBody, SourceEntry};
@@ -41,6 +41,8 @@ pub struct Progress {
     pub read: AtomicU64,
     /// Bytes that the store did not have, as stored.
     pub stored: AtomicU64,
+    /// Bytes that a file takes for which the store has no room; 0: none is known to.
+    pub wanted: AtomicU64,
 }
 
 /// Runs `work` on this thread, tells the job's watchers how far its reading is, and adds what it stored.
@@ -57,6 +59,7 @@ pub fn reported<T>(watched: &Arc<JobProgress>, work: impl FnOnce(&Progress) -> T
         let result = work(counted);
         drop(done);
         watched.stored.fetch_add(counted.stored.load(Ordering::Relaxed), Ordering::Relaxed);
+        watched.wanted.store(counted.wanted.load(Ordering::Relaxed), Ordering::Relaxed);
         result
     })
 }
@@ -89,6 +92,14 @@ pub trait Keeper: Sync {
     fn file(&self, number: u64, path: &RelPath, file: &FileInfo) -> Result<(), Fault>;
     /// Makes what was kept durable.
     fn flush(&self) -> Result<(), Fault>;
+    /// Fails with `no_space` where it has no room for so many bytes more.
+    fn check_room_for(&self, _bytes: u64) -> Result<(), Fault> {
+        Ok(())
+    }
+    /// The bytes that [`Keeper::keep`] would take for these chunks.
+    fn would_take(&self, _chunks: &[Verified]) -> Result<u64, Fault> {
+        Ok(0)
+    }
 }
 
 impl Keeper for Store {
@@ -103,6 +114,16 @@ impl Keeper for Store {
 
     fn flush(&self) -> Result<(), Fault> {
         Store::flush(self)
+    }
+
+    fn check_room_for(&self, bytes: u64) -> Result<(), Fault> {
+        Store::check_room_for(self, bytes)
+    }
+
+    fn would_take(&self, chunks: &[Verified]) -> Result<u64, Fault> {
+        let ids: Vec<Hash> = chunks.iter().map(|chunk| chunk.id).collect();
+        let lacking = chunks.iter().zip(self.has_many(&ids)?).filter(|(_, here)| !here);
+        Ok(lacking.map(|(chunk, _)| Frame::encode(chunk).len() as u64).sum())
     }
 }
 
@@ -255,13 +276,10 @@ impl Reading<'_, '_> {
         self.waiting_bytes += weight(&entry);
         self.waiting.push_back(Waiting { entry, hash: None, open: true, chunks_left: 0, chunks: Vec::new() });
         let hash = match body {
-            SourceBody::File { size, content: Content::Memory(bytes) } => self.cut(&path, size, &mut &bytes[..])?,
-            SourceBody::File { size, content: Content::Range { file: from, offset } } => {
-                let mut file = open(&from)?;
-                file.seek(SeekFrom::Start(offset)).at(from.display())?;
-                self.cut(&path, size, &mut file.take(size))?
+            SourceBody::File { size, content } => {
+                self.check_room(&path, size, &content)?;
+                self.cut(&path, size, &mut *open(&content, size)?)?
             }
-            SourceBody::File { size, content: Content::File(from) } => self.cut(&path, size, &mut open(&from)?)?,
             SourceBody::Dir | SourceBody::Symlink(_) => None,
         };
         // What was read is what the source saw only if nobody wrote to the file since.
@@ -284,6 +302,36 @@ impl Reading<'_, '_> {
             }
         }
         Ok(())
+    }
+
+    /// A large file that will not fit is told before any of it is kept. What it takes only its content tells: what is kept already is
+    /// not kept again, and what can be squeezed takes less. So one that might not fit is read once more than others are.
+    fn check_room(&self, path: &RelPath, size: u64, content: &Content) -> Result<(), Fault> {
+        if size < FORECAST_BYTES_MIN || self.keeper.check_room_for(size).is_ok() {
+            return Ok(());
+        }
+        let (mut from, mut takes) = (open(content, size)?, 0);
+        let (mut block, mut filled) = (vec![0; INGEST_BATCH_BYTES], 0);
+        loop {
+            filled += read_all_of(&mut *from, &mut block[filled..]).at(format_args!("read {:?}", path.as_str()))?;
+            let is_last = filled < block.len();
+            let (mut cut, mut chunks) = (0, Vec::new());
+            while cut < filled && (is_last || filled - cut >= self.chunking.max as usize) {
+                let len = self.chunking.cut(&block[cut..filled]);
+                chunks.push(Verified::new(Bytes::copy_from_slice(&block[cut..cut + len])));
+                cut += len;
+            }
+            takes += self.keeper.would_take(&chunks)?;
+            if is_last {
+                break;
+            }
+            block.copy_within(cut..filled, 0);
+            filled -= cut;
+        }
+        self.keeper.check_room_for(takes).map_err(|fault| {
+            self.progress.wanted.store(takes, Ordering::Relaxed);
+            fault.context(format!("the file {:?}", path.as_str()))
+        })
     }
 
     /// Cuts a file's content into batches. Returns its hash, unless it is one chunk and so named by that.
@@ -435,8 +483,17 @@ fn read_all_of(from: &mut dyn Read, buffer: &mut [u8]) -> std::io::Result<usize>
     Ok(filled)
 }
 
-fn open(path: &Path) -> Result<File, Fault> {
-    File::open(path).at(format_args!("read {}", path.display()))
+fn open(content: &Content, size: u64) -> Result<Box<dyn Read + '_>, Fault> {
+    let open = |path: &Path| File::open(path).at(format_args!("read {}", path.display()));
+    Ok(match content {
+        Content::Memory(bytes) => Box::new(&bytes[..]),
+        Content::File(from) => Box::new(open(from)?),
+        Content::Range { file: from, offset } => {
+            let mut file = open(from)?;
+            file.seek(SeekFrom::Start(*offset)).at(from.display())?;
+            Box::new(file.take(size))
+        }
+    })
 }
 
 fn changed(path: &RelPath, how: &str) -> Fault {

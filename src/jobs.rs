@@ -19,7 +19,7 @@ use crate::store::Store;
 
 /// Jobs remembered; the oldest ended one is forgotten first.
 const JOBS_KEPT: usize = 256;
-/// Jobs that may run at once.
+/// Jobs that may run at once, and one collection beside them.
 const JOBS_RUNNING_MAX: usize = 32;
 
 /// One job's progress, shared with its work.
@@ -29,6 +29,8 @@ pub struct JobProgress {
     pub bytes: AtomicU64,
     /// Bytes that were new to the store, as stored, of all tries.
     pub stored: AtomicU64,
+    /// Bytes that the store was found to have no room for; 0: no more than any pack needs.
+    pub wanted: AtomicU64,
     doing: Mutex<String>,
     notes: Mutex<Vec<String>>,
 }
@@ -57,8 +59,8 @@ where
     F: Future<Output = Result<T, Fault>>,
 {
     let has_room = || {
-        let store = store.clone();
-        blocking(move || store.check_room())
+        let (store, wanted) = (store.clone(), progress.wanted.load(Ordering::Relaxed));
+        blocking(move || store.check_room().and_then(|()| store.check_room_for(wanted)))
     };
     loop {
         let fault = match work().await {
@@ -107,12 +109,31 @@ impl Jobs {
         T: Serialize + Send + 'static,
         F: Future<Output = Result<T, Fault>> + Send + 'static,
     {
+        self.start_beside(JOBS_RUNNING_MAX - 1, work)
+    }
+
+    /// Begins a job that makes room: it finds a place where all others wait for that.
+    pub fn start_collection<T, F>(&self, work: impl FnOnce(Arc<JobProgress>) -> F) -> Result<Job, Fault>
+    where
+        T: Serialize + Send + 'static,
+        F: Future<Output = Result<T, Fault>> + Send + 'static,
+    {
+        self.start_beside(JOBS_RUNNING_MAX, work)
+    }
+
+    /// Begins a job where no more than so many others run.
+    fn start_beside<T, F>(&self, others_max: usize, work: impl FnOnce(Arc<JobProgress>) -> F) -> Result<Job, Fault>
+    where
+        T: Serialize + Send + 'static,
+        F: Future<Output = Result<T, Fault>> + Send + 'static,
+    {
         let progress = Arc::new(JobProgress::default());
         let id = new_id("j");
         {
             let mut entries = self.entries.lock();
-            if entries.iter().filter(|e| e.end.is_none()).count() >= JOBS_RUNNING_MAX {
-                return Err(Fault::conflict(format!("{JOBS_RUNNING_MAX} jobs run already")).with_next("wait until one of them ends"));
+            let running = entries.iter().filter(|e| e.end.is_none()).count();
+            if running > others_max {
+                return Err(Fault::conflict(format!("{running} jobs run already")).with_next("wait until one of them ends"));
             }
             if entries.len() >= JOBS_KEPT
                 && let Some(at) = entries.iter().position(|e| e.end.is_some())

@@ -182,8 +182,12 @@ pub const IMAGE_MANIFESTS_BYTES_MAX: usize = 32 << 20;
 pub const LINE_STREAM_WINDOW_BYTES: u32 = 1280 << 10;
 /// The longest all streams of one line may run ahead of their readers: 10 Gbit/s times 50 ms.
 pub const LINE_WINDOW_BYTES: u32 = 64 << 20;
-/// What one line buffers for sending at least, and at most when its congestion window asks for more.
+/// What one line may buffer for sending however many there are.
+pub const LINE_SEND_BYTES_LEAST: u64 = 256 << 10;
+/// What one line buffers for sending at least while there are few, and at most when its congestion window asks for more.
 pub const LINE_SEND_BYTES_MIN: u64 = 8 << 20;
+/// How often what a line may buffer for sending is fitted to what it carries and to how many there are.
+pub const LINE_FIT_EVERY: Duration = Duration::from_millis(500);
 /// The most one line buffers for sending.
 pub const LINE_SEND_BYTES_MAX: u64 = 96 << 20;
 /// Streams that each end of a line may have open at once.
@@ -245,6 +249,8 @@ pub const CHANGED_CHARS_MAX: usize = 8 << 10;
 pub const JOB_AWAY_MAX: Duration = Duration::from_secs(15);
 /// Room that the store leaves on its disk beside a whole pack, so that the databases can still be written.
 pub const STORE_SPARE_BYTES: u64 = 8 << 20;
+/// A file of this size is not begun to be published where it will not fit; smaller ones find that out as they go.
+pub const FORECAST_BYTES_MIN: u64 = 2 * PACK_BYTES;
 /// Room that decompressing an archive leaves on its disk, which is the store's as well: what that asks for one pack…
 pub const SCRATCH_SPARE_BYTES: u64 = PACK_BYTES + STORE_SPARE_BYTES;
 /// …and whether it is there still is looked at each time that this much was written.

@@ -4,12 +4,16 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::mpsc::sync_channel;
 
+use tokio::runtime::Handle;
+
 use crate::api::types::SourceOptions;
-use crate::catalogue::Catalogue;
+use crate::catalogue::{Catalogue, new_id};
 use crate::config;
+use crate::durable;
 use crate::fault::{Fault, IoContext};
+use crate::fetch::blocking;
 use crate::manifest::{DatasetBinding, EntryBody, FileInfo, Root, Step, Walk};
-use crate::names::{Kind, RelPath};
+use crate::names::{ArtifactRef, Kind, RelPath};
 use crate::registry::{self, Credentials, Origin, Reference};
 use crate::sink::Place;
 use crate::sink::labels::LabelsSink;
@@ -64,7 +68,39 @@ pub fn base_of(kind: Kind, source: &str, site: Option<&AtSite>) -> Result<Option
     Ok(folder.map(|folder| Place::Folder { path: folder.to_owned() }))
 }
 
-/// Opens a source. Blocks; `scratch` is a folder that the caller removes afterwards. `site` is there at a site only.
+/// Does `work`, which may block, with an empty folder for what it has to spill, which is gone afterwards. What a crash leaves of
+/// it the daemon removes when it starts.
+pub async fn with_scratch<T: Send + 'static>(
+    data_dir: &Path,
+    work: impl FnOnce(&Path, &Handle) -> Result<T, Fault> + Send + 'static,
+) -> Result<T, Fault> {
+    let scratch = data_dir.join("scratch").join(new_id("p"));
+    durable::create_dir_all(&scratch)?;
+    let (folder, runtime) = (scratch.clone(), Handle::current());
+    let result = blocking(move || work(&folder, &runtime)).await;
+    let _ = blocking(move || durable::remove_all(&scratch)).await;
+    result
+}
+
+/// The dataset that `--for` names for labels, which the catalogue must know.
+pub async fn dataset_of(
+    catalogue: &Catalogue,
+    artifact: &ArtifactRef,
+    name: Option<&str>,
+) -> Result<Option<(DatasetBinding, Root)>, Fault> {
+    let Some(name) = name else { return Ok(None) };
+    if artifact.kind != Kind::Labels {
+        return Err(Fault::usage("--for is for labels only"));
+    }
+    let name: ArtifactRef = name.parse()?;
+    if name.kind != Kind::Dataset {
+        return Err(Fault::usage(format!("--for takes a dataset, and {name} is a {}", name.kind)));
+    }
+    let row = catalogue.artifact(&name).await?;
+    Ok(Some((DatasetBinding { artifact: name, digest: row.digest }, row.root)))
+}
+
+/// Opens a source. Blocks; `scratch` is the folder of [`with_scratch`]. `site` is there at a site only.
 pub fn open(
     kind: Kind,
     source: &str,
@@ -72,7 +108,7 @@ pub fn open(
     dataset: Option<BoundDataset>,
     site: Option<&AtSite>,
     scratch: &Path,
-    runtime: &tokio::runtime::Handle,
+    runtime: &Handle,
 ) -> Result<Box<dyn Source>, Fault> {
     if let Some(asked) = source.strip_prefix(database::SCHEME) {
         return database::open(kind, asked, options, dataset, site, scratch, runtime);

@@ -1,34 +1,25 @@
 //! What the hub can be asked over its API.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::path::PathBuf;
-use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use async_trait::async_trait;
 use futures::StreamExt as _;
-use tokio::sync::OwnedRwLockReadGuard;
 
+use super::Hub;
 use super::sharing::Shared;
-use super::{Hub, short};
 use crate::api::Backend;
 use crate::api::types::*;
 use crate::bundle::{self, Member};
 use crate::catalogue::{Changed, DeliveryRow, Part, TransferRow, new_id, what_changed};
-use crate::chunk::Hash;
 use crate::delivery;
-use crate::durable;
 use crate::fault::{Fault, Reason};
 use crate::fetch::blocking;
 use crate::identity::{Holder, JoinToken};
-use crate::ingest::{self, Ingested};
-use crate::jobs::{JobProgress, until_room};
-use crate::limits::ROOM_AWAITED_MAX;
-use crate::manifest::{DatasetBinding, Root, Step, Walk, for_each_page};
-use crate::names::{ArtifactRef, Kind, SiteName, SiteSelector, check_label};
-use crate::reading;
+use crate::manifest::Root;
+use crate::names::{ArtifactRef, SiteName, SiteSelector, check_label};
 use crate::wire::AskSite;
 
 /// How long a site may take to work out a plan.
@@ -161,143 +152,6 @@ impl Hub {
         Ok(added)
     }
 
-    async fn publish_now(&self, request: PublishRequest, progress: Arc<JobProgress>) -> Result<Published, Fault> {
-        let inner = &self.inner;
-        let artifact: ArtifactRef = request.as_ref.parse()?;
-        // Whatever can be refused is refused before a byte is read.
-        let sites = match &request.to {
-            Some(to) => Some((to, inner.catalogue.select_sites(&to.parse()?).await?)),
-            None => None,
-        };
-        if let Some(run) = &request.run {
-            self.check_run_model(None, run, &artifact).await?;
-        }
-        let dataset = match &request.options.for_dataset {
-            Some(_) if artifact.kind != Kind::Labels => return Err(Fault::usage("--for is for labels only")),
-            Some(name) => {
-                let name: ArtifactRef = name.parse()?;
-                if name.kind != Kind::Dataset {
-                    return Err(Fault::usage(format!("--for takes a dataset, and {name} is a {}", name.kind)));
-                }
-                let row = inner.catalogue.artifact(&name).await?;
-                Some((DatasetBinding { artifact: name, digest: row.digest }, row.root))
-            }
-            None => None,
-        };
-        let read = until_room(&inner.store, &progress, ROOM_AWAITED_MAX, || self.read_in(&artifact, &request, dataset.clone(), &progress));
-        let (_publishing, ingested) = read.await?;
-        let bytes = ingested.root.totals.bytes;
-        let added = match &request.run {
-            Some(run) => self.add_run_model(None, run, &artifact, &ingested.root).await?,
-            None => self.register(None, &artifact, &ingested.root).await?,
-        };
-        let transfers = match sites {
-            Some((_, sites)) => {
-                let part = Part::new(&inner.catalogue.artifact(&artifact).await?, &sites);
-                self.begin_delivery(&new_id("d"), None, &[part]).await?
-            }
-            None => Vec::new(),
-        };
-        let stored = progress.stored.load(Ordering::Relaxed);
-        tracing::info!(%artifact, digest = %ingested.digest, bytes, stored, "published");
-        Ok(Published {
-            artifact: artifact.to_string(),
-            digest: ingested.digest.hex(),
-            transfers,
-            bytes,
-            stored: if added { stored } else { 0 },
-            unchanged: !added,
-            note: None,
-        })
-    }
-
-    /// Reads a source into the store. Until the guard is dropped no collection takes it away.
-    async fn read_in(
-        &self,
-        artifact: &ArtifactRef,
-        request: &PublishRequest,
-        dataset: Option<(DatasetBinding, Root)>,
-        progress: &Arc<JobProgress>,
-    ) -> Result<(OwnedRwLockReadGuard<()>, Ingested), Fault> {
-        let inner = &self.inner;
-        let publishing = inner.collecting.clone().read_owned().await;
-        let scratch = inner.config.data_dir.join("scratch").join(new_id("p"));
-        durable::create_dir_all(&scratch)?;
-        let (store, folder, options, source) = (inner.store.clone(), scratch.clone(), request.options.clone(), request.source.clone());
-        let (kind, watched) = (artifact.kind, progress.clone());
-        let runtime = tokio::runtime::Handle::current();
-        progress.doing(format!("reading {source}"));
-        let work = tokio::task::spawn_blocking(move || {
-            let dataset = dataset.map(|(binding, root)| reading::bind(binding, root, store.clone()));
-            let mut source = reading::open(kind, &source, &options, dataset, None, &folder, &runtime)?;
-            ingest::reported(&watched, |counted| ingest::ingest(source.as_mut(), kind, &store, &store, counted))
-        });
-        let result = work.await.map_err(|e| Fault::internal(format!("the publish ended: {e}")));
-        let _ = blocking(move || durable::remove_all(&scratch)).await;
-        let ingested = result?.map_err(|fault| fault.of_publish().context(format!("publish {artifact}")))?;
-        Ok((publishing, ingested))
-    }
-
-    /// Takes in what a bundle holds. Returns the artifacts' names.
-    async fn import_now(&self, file: String, progress: Arc<JobProgress>) -> Result<Vec<String>, Fault> {
-        let store = &self.inner.store;
-        let read = until_room(store, &progress, ROOM_AWAITED_MAX, || async {
-            let importing = self.inner.collecting.clone().read_owned().await;
-            progress.doing(format!("reading {file}"));
-            let (store, file, progress) = (store.clone(), PathBuf::from(&file), progress.clone());
-            Ok((importing, blocking(move || bundle::import(&file, &store, &progress)).await?))
-        });
-        let (_importing, members) = read.await?;
-        for member in &members {
-            self.register(None, &member.artifact, &member.root()?).await?;
-        }
-        Ok(members.into_iter().map(|m| m.artifact.to_string()).collect())
-    }
-
-    /// Re-reads every page and chunk of an artifact. One line a fault.
-    async fn verify_now(&self, artifact: ArtifactRef, progress: Arc<JobProgress>) -> Result<Vec<String>, Fault> {
-        let row = self.inner.catalogue.artifact(&artifact).await?;
-        let (store, relay) = (self.inner.store.clone(), self.inner.relay.clone());
-        let others = self.inner.catalogue.artifacts().await?;
-        progress.doing(format!("re-reading {artifact}"));
-        blocking(move || {
-            let mut faults = Vec::new();
-            let mut damaged: HashSet<Hash> = HashSet::new();
-            let mut path = String::new();
-            for step in Walk::new(&row.root, &store) {
-                match step {
-                    Err(fault) => {
-                        faults.push(format!("{artifact}: {fault}"));
-                        break;
-                    }
-                    Ok(Step::Entry { entry, .. }) => path = entry.path.to_string(),
-                    Ok(Step::Chunk(chunk, _)) => {
-                        // Of what lives at a site only that is read which is here.
-                        let read = if row.origin.is_some() { relay.check(chunk.id) } else { store.read(chunk.id).map(|_| ()) };
-                        if let Err(fault) = read {
-                            faults.push(format!("{artifact}: {path}: {fault}"));
-                            damaged.insert(chunk.id);
-                        }
-                        progress.bytes.fetch_add(u64::from(chunk.len), Ordering::Relaxed);
-                    }
-                }
-            }
-            for other in others.iter().filter(|other| !damaged.is_empty() && other.artifact != artifact) {
-                // A manifest that cannot be read is found by the verify of its own artifact.
-                let chunks = Walk::new(&other.root, &store).filter_map(|step| match step {
-                    Ok(Step::Chunk(chunk, _)) => Some(chunk.id),
-                    _ => None,
-                });
-                let hit = chunks.filter(|id| damaged.contains(id)).count();
-                if hit > 0 {
-                    faults.push(format!("{}: {hit} of the damaged chunks are its too", other.artifact));
-                }
-            }
-            Ok(faults)
-        })
-        .await
-    }
-
     /// What `doctor` says of what changed where it was published: one line each. Whether what is there now was published anew only
     /// that site knows for sure: here a newer version from there that is sound is taken for it.
     async fn changed_lines(&self) -> Result<Vec<String>, Fault> {
@@ -308,31 +162,6 @@ impl Hub {
             None => format!("fault {artifact} at {site}: {how}; there, put the old content back or publish a new version"),
         });
         Ok(lines.collect())
-    }
-
-    /// Removes chunks that no artifact names. Returns the bytes freed.
-    async fn collect_now(&self, progress: Arc<JobProgress>) -> Result<u64, Fault> {
-        progress.doing("waiting for publishes to end");
-        let _alone = self.inner.collecting.clone().write_owned().await;
-        let rows = self.inner.catalogue.artifacts().await?;
-        let store = self.inner.store.clone();
-        progress.doing("marking what is named");
-        blocking(move || {
-            let mut live: HashSet<u64> = HashSet::new();
-            for row in rows {
-                for_each_page(&row.root, &store, |page| {
-                    live.insert(short(page.id.short()));
-                    Ok(())
-                })?;
-                for step in Walk::new(&row.root, &store) {
-                    if let Step::Chunk(chunk, _) = step? {
-                        live.insert(short(chunk.id.short()));
-                    }
-                }
-            }
-            store.collect(&|id| live.contains(&short(id)))
-        })
-        .await
     }
 }
 
@@ -521,9 +350,9 @@ impl Backend for Hub {
 
     async fn gc(&self) -> Result<Job, Fault> {
         let this = self.clone();
-        self.inner
-            .jobs
-            .start(move |progress| async move { this.collect_now(progress).await.map(|freed| BTreeMap::from([("freed", freed)])) })
+        self.inner.jobs.start_collection(move |progress| async move {
+            this.collect_now(progress).await.map(|freed| BTreeMap::from([("freed", freed)]))
+        })
     }
 
     async fn doctor(&self) -> Result<Vec<String>, Fault> {
@@ -599,10 +428,4 @@ impl Backend for Hub {
         let _ = writeln!(out, "# TYPE packhorse_jobs_running gauge\npackhorse_jobs_running {}", self.inner.jobs.running());
         Ok(out)
     }
-}
-
-/// The fault for a command whose work is not in this version; said plainly rather than half done.
-pub(crate) fn not_in_this_version(what: &str) -> Fault {
-    Fault::usage(format!("{what} at a site is not in this version of packhorse yet"))
-        .with_next("run it at the hub, or deliver over the line")
 }

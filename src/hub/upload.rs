@@ -9,7 +9,7 @@
 
 use std::collections::{HashSet, VecDeque};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use futures::StreamExt;
 use tokio::sync::{OwnedRwLockReadGuard, Semaphore, mpsc};
@@ -36,6 +36,9 @@ const BATCHES_AHEAD_MAX: usize = 8;
 const LOOKED_UP_TOGETHER: usize = 1024;
 /// Chunks asked for that are remembered, so that one that comes twice is asked for once: as many as can be on the way.
 const ASKED_KEPT: usize = FETCH_BATCH_CHUNKS_MAX * (FETCH_IN_FLIGHT_MAX + BATCHES_AHEAD_MAX + 2);
+
+/// How long it is remembered what an artifact has no room for, though nobody asked again.
+const SHORT_FOR: Duration = Duration::from_secs(600);
 
 /// Keeps collections off, for as long as a copy of it is there.
 type Publishing = Arc<OwnedRwLockReadGuard<()>>;
@@ -170,18 +173,31 @@ impl Hub {
     /// Brings every chunk that the store lacks. Returns the bytes that were stored.
     async fn pull(&self, publisher: &SiteName, fetcher: &Fetcher, root: &Root, publishing: &Publishing) -> Result<u64, Fault> {
         let (send, batches) = mpsc::channel(BATCHES_AHEAD_MAX);
-        let (store, root) = (self.inner.store.clone(), root.clone());
-        let planning = tokio::task::spawn_blocking(move || plan(&root, &store, &send));
+        // A publisher asks again and again until there is room; what came meanwhile would be kept for nothing.
+        let short_of = self.inner.short_of.lock().get(&root.digest()).copied();
+        short_of.map_or(Ok(()), |bytes| self.inner.store.check_room_for(bytes))?;
+        let lacking = self.lacking_where_room_is_short(root).await?;
+        let (planned, packs) = (root.clone(), self.inner.store.clone());
+        let planning = tokio::task::spawn_blocking(move || {
+            // What comes after that would have been sent for nothing.
+            plan(&planned, &packs, |batch| packs.check_room().map(|()| send.blocking_send(batch).is_ok()))
+        });
         let batches = futures::stream::unfold(batches, |mut batches| async move { Some((batches.recv().await?, batches)) });
         let bring = |batch| self.bring(publisher, fetcher, batch, publishing.clone());
         let running = batches.map(bring).buffer_unordered(FETCH_IN_FLIGHT_MAX);
         tokio::pin!(running);
-        let (mut stored, mut unflushed, mut flushed) = (0, 0, Instant::now());
+        let (mut brought, mut stored, mut unflushed, mut flushed) = (0, 0, 0, Instant::now());
         let mut flushing: Option<tokio::task::JoinHandle<Result<(), Fault>>> = None;
         while let Some(bytes) = running.next().await {
-            let bytes = bytes?;
+            let (raw, bytes) = bytes?;
+            brought += raw;
             stored += bytes;
             unflushed += bytes;
+            // How well the content is squeezed is seen from an eighth of it on; before half of it came it is told.
+            if let Some(lacking) = lacking.filter(|lacking| (lacking / 8..lacking / 2).contains(&brought)) {
+                let rest = (u128::from(lacking - brought) * u128::from(stored) / u128::from(brought.max(1))) as u64;
+                self.inner.store.check_room_for(rest).inspect_err(|_| self.inner.short_of.lock().put(root.digest(), rest, SHORT_FOR))?;
+            }
             // Beside the fetching: the line does not wait for the disk's sync.
             if (unflushed >= COMMIT_BYTES || flushed.elapsed() >= COMMIT_EVERY) && flushing.as_ref().is_none_or(|f| f.is_finished()) {
                 let store = self.inner.store.clone();
@@ -199,8 +215,25 @@ impl Hub {
         Ok(stored)
     }
 
-    /// Brings one batch into the store.
-    async fn bring(&self, publisher: &SiteName, fetcher: &Fetcher, batch: Batch, publishing: Publishing) -> Result<u64, Fault> {
+    /// The bytes that the store lacks of an artifact, where all of it might not fit on its disk.
+    async fn lacking_where_room_is_short(&self, root: &Root) -> Result<Option<u64>, Fault> {
+        let (store, root) = (self.inner.store.clone(), root.clone());
+        if store.check_room_for(root.totals.bytes).is_ok() {
+            return Ok(None);
+        }
+        let count = blocking(move || {
+            let mut lacking = 0;
+            plan(&root, &store, |batch| {
+                lacking += batch.bytes;
+                Ok(true)
+            })?;
+            Ok(Some(lacking))
+        });
+        count.await
+    }
+
+    /// Brings one batch into the store. Returns its bytes, and those that were stored.
+    async fn bring(&self, publisher: &SiteName, fetcher: &Fetcher, batch: Batch, publishing: Publishing) -> Result<(u64, u64), Fault> {
         // What is on the way holds a share of the daemon's budget, out of the publisher's own.
         let _share = self.share(publisher, batch.bytes, PRIORITY_BULK).await?;
         let wants = batch.wants.into_iter().map(|(page, ranges)| Wanted::Children { page, ranges: ranges.0 }).collect();
@@ -224,7 +257,7 @@ impl Hub {
                 let raw = frame.verify(chunk.id, chunk.len)?;
                 stored += store.put(&frame.fit_to_store(&raw))?;
             }
-            Ok(stored)
+            Ok((batch.bytes, stored))
         })
         .await
     }
@@ -238,9 +271,9 @@ fn of_the_hub(fault: Fault) -> Fault {
     fault.context("the hub has no room").with_next("make room at the hub, then publish again: what was kept is not sent again")
 }
 
-/// Walks the manifest and makes batches of the chunks that the store lacks. Blocks.
-fn plan(root: &Root, store: &Store, out: &mpsc::Sender<Batch>) -> Result<(), Fault> {
-    let mut planner = Planner { store, out, batch: Batch::default(), asked: HashSet::new(), order: VecDeque::new() };
+/// Walks the manifest and hands out batches of the chunks that the store lacks, until `take` says `false`. Blocks.
+fn plan(root: &Root, store: &Store, take: impl FnMut(Batch) -> Result<bool, Fault>) -> Result<(), Fault> {
+    let mut planner = Planner { store, take, batch: Batch::default(), asked: HashSet::new(), order: VecDeque::new() };
     let mut looked_at = Vec::with_capacity(LOOKED_UP_TOGETHER);
     for step in Walk::new(root, store) {
         if let Step::Chunk(chunk, spot) = step? {
@@ -255,16 +288,16 @@ fn plan(root: &Root, store: &Store, out: &mpsc::Sender<Batch>) -> Result<(), Fau
     Ok(())
 }
 
-struct Planner<'a> {
+struct Planner<'a, F> {
     store: &'a Store,
-    out: &'a mpsc::Sender<Batch>,
+    take: F,
     batch: Batch,
     /// Chunks that may still be on the way, and the order in which they were asked for.
     asked: HashSet<Hash>,
     order: VecDeque<Hash>,
 }
 
-impl Planner<'_> {
+impl<F: FnMut(Batch) -> Result<bool, Fault>> Planner<'_, F> {
     /// Asks for those that are not here. `false`: nobody takes batches any more.
     fn look(&mut self, chunks: &mut Vec<(ChunkRef, Hash, u32)>) -> Result<bool, Fault> {
         let ids: Vec<Hash> = chunks.iter().map(|(chunk, ..)| chunk.id).collect();
@@ -301,9 +334,7 @@ impl Planner<'_> {
         if batch.chunks.is_empty() {
             return Ok(true);
         }
-        // A publisher asks again and again until there is room; what came meanwhile would have been sent for nothing.
-        self.store.check_room()?;
-        Ok(self.out.blocking_send(batch).is_ok())
+        (self.take)(batch)
     }
 }
 

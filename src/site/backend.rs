@@ -14,7 +14,6 @@ use crate::catalogue::ArtifactRow;
 use crate::delivery;
 use crate::fault::{Code, Fault};
 use crate::fetch::blocking;
-use crate::hub::not_in_this_version;
 use crate::jobs::JobProgress;
 use crate::limits::ROOM_AWAITED_MAX;
 use crate::names::ArtifactRef;
@@ -301,4 +300,10 @@ impl Backend for Site {
         let _ = writeln!(out, "# TYPE packhorse_hub_connected gauge\npackhorse_hub_connected {connected}");
         Ok(out)
     }
+}
+
+/// The fault for a command whose work is not in this version; said plainly rather than half done.
+fn not_in_this_version(what: &str) -> Fault {
+    Fault::usage(format!("{what} at a site is not in this version of packhorse yet"))
+        .with_next("run it at the hub, or deliver over the line")
 }

@@ -10,7 +10,7 @@ use async_trait::async_trait;
 
 use super::Site;
 use crate::api::types::{PublishRequest, Published};
-use crate::catalogue::{ArtifactRow, Catalogue, Offer, new_id};
+use crate::catalogue::{ArtifactRow, Catalogue, Offer};
 use crate::clock;
 use crate::durable;
 use crate::fault::{Code, Fault, Retry};
@@ -18,7 +18,7 @@ use crate::fetch::blocking;
 use crate::ingest;
 use crate::jobs::{JobProgress, until_room};
 use crate::manifest::{DatasetBinding, Digest, Root};
-use crate::names::{ArtifactRef, Kind};
+use crate::names::ArtifactRef;
 use crate::origin::{Held, Holdings, InPlace};
 use crate::reading;
 use crate::sink::Place;
@@ -56,7 +56,8 @@ impl Site {
         if let Some(to) = &request.to {
             to.parse::<crate::names::SiteSelector>()?;
         }
-        let dataset = self.dataset_of(&artifact, request.options.for_dataset.as_deref()).await?;
+        let dataset = reading::dataset_of(&inner.catalogue, &artifact, request.options.for_dataset.as_deref()).await;
+        let dataset = dataset.map_err(|fault| if fault.code == Code::NotFound { fault.context("this site") } else { fault })?;
         let read = || self.read_in_place(&artifact, &request, dataset.clone(), &progress);
         let published = until_room(&inner.shared.store, &progress, patience, read).await?;
         let root = published.ingested.root;
@@ -111,37 +112,17 @@ impl Site {
         dataset: Option<(DatasetBinding, Root)>,
         progress: &Arc<JobProgress>,
     ) -> Result<InPlace, Fault> {
-        let scratch = self.inner.config.data_dir.join("scratch").join(new_id("p"));
-        durable::create_dir_all(&scratch)?;
         progress.doing(format!("reading {}", request.source));
-        let (this, folder, kind) = (self.clone(), scratch.clone(), artifact.kind);
+        let (this, kind) = (self.clone(), artifact.kind);
         let (options, text, watched) = (request.options.clone(), request.source.clone(), progress.clone());
-        let runtime = tokio::runtime::Handle::current();
-        let work = tokio::task::spawn_blocking(move || {
-            let store = this.inner.shared.store.clone();
-            let dataset = dataset.map(|(binding, root)| reading::bind(binding, root, store));
+        let published = reading::with_scratch(&self.inner.config.data_dir, move |folder, runtime| {
+            let dataset = dataset.map(|(binding, root)| reading::bind(binding, root, this.inner.shared.store.clone()));
             let site = Some(&this.inner.sources);
             let base = reading::base_of(kind, &text, site)?;
-            let mut source = reading::open(kind, &text, &options, dataset, site, &folder, &runtime)?;
+            let mut source = reading::open(kind, &text, &options, dataset, site, folder, runtime)?;
             ingest::reported(&watched, |counted| this.inner.origin.publish(kind, source.as_mut(), base.as_ref(), counted))
         });
-        let result = work.await.map_err(|e| Fault::internal(format!("the publish ended: {e}")));
-        let _ = blocking(move || durable::remove_all(&scratch)).await;
-        result?.map_err(|fault| fault.of_publish().context(format!("publish {artifact}")))
-    }
-
-    /// The dataset that labels belong to, which this site must know.
-    async fn dataset_of(&self, artifact: &ArtifactRef, name: Option<&str>) -> Result<Option<(DatasetBinding, Root)>, Fault> {
-        let Some(name) = name else { return Ok(None) };
-        if artifact.kind != Kind::Labels {
-            return Err(Fault::usage("--for is for labels only"));
-        }
-        let name: ArtifactRef = name.parse()?;
-        if name.kind != Kind::Dataset {
-            return Err(Fault::usage(format!("--for takes a dataset, and {name} is a {}", name.kind)));
-        }
-        let row = self.inner.catalogue.artifact(&name).await.map_err(|f| f.context("this site"))?;
-        Ok(Some((DatasetBinding { artifact: name, digest: row.digest }, row.root)))
+        published.await.map_err(|fault| fault.of_publish().context(format!("publish {artifact}")))
     }
 
     /// Tells the hub of an artifact. Called with `offering` held.

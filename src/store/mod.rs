@@ -28,10 +28,11 @@ use crate::fault::{Code, Fault};
 use crate::frame::{Frame, Verified};
 use crate::limits::{PACK_BYTES, STORE_SPARE_BYTES};
 use crate::manifest::Pages;
+use crate::stage::free_bytes;
 
 pub use index::INDEX_CACHE_BYTES;
 use index::{Index, Location};
-use pack::{Packs, Unsynced, Writer};
+use pack::{MAKE_ROOM, Packs, Unsynced, Writer};
 
 /// Packs that are synced and closed before the index is written. What a crash leaves of them is read at the next start:
 /// 2 GiB at the most…
@@ -103,6 +104,9 @@ impl Store {
         for number in packs.list()? {
             next_pack = next_pack.max(number + 1);
             let synced = known.get(&number).copied().unwrap_or(0);
+            if synced == 0 && packs.put_aside(number)? {
+                continue;
+            }
             if synced == 0 || packs.len(number)? > synced {
                 let (found, end) = packs.recover(number, synced)?;
                 if found.is_empty() && synced == 0 {
@@ -186,6 +190,16 @@ impl Store {
             Some(writer) if writer.len() < self.inner.pack_bytes => self.inner.packs.check_room(writer.number(), STORE_SPARE_BYTES),
             _ => self.inner.packs.check_room(open.next_pack, STORE_SPARE_BYTES + PACK_BYTES),
         }
+    }
+
+    /// Fails when so many bytes more will not fit, beside the room that the store leaves.
+    pub fn check_room_for(&self, bytes: u64) -> Result<(), Fault> {
+        let room = free_bytes(self.inner.packs.dir())?.saturating_sub(STORE_SPARE_BYTES + PACK_BYTES);
+        if bytes <= room {
+            return Ok(());
+        }
+        let path = self.inner.packs.dir().display();
+        Err(Fault::no_space(format!("{bytes} bytes more will not fit in {path}, which has {room} to spare")).with_next(MAKE_ROOM))
     }
 
     /// [`Store::put`] for a caller that knows that the index lacks the chunk.

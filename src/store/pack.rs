@@ -20,6 +20,8 @@ use crate::stage::{free_bytes, write_parts};
 
 use super::index::Location;
 
+/// What to do where the store's disk is full.
+pub(super) const MAKE_ROOM: &str = "make room on that disk: 'packhorse gc' frees what failed publishes left; then run the command again";
 const MAGIC: &[u8; 8] = b"PHPACK01";
 /// Read buffers kept, more than a site has answers under way: 32 MiB at the most.
 const BUFFERS_KEPT: usize = 16;
@@ -112,8 +114,7 @@ impl Packs {
             return Ok(());
         }
         let path = self.path(number);
-        Err(Fault::no_space(format!("the pack {}: no space left for it, only {free} bytes are free", path.display()))
-            .with_next("make room on that disk: 'packhorse gc' frees what failed publishes left; then run the command again"))
+        Err(Fault::no_space(format!("the pack {}: no space left for it, only {free} bytes are free", path.display())).with_next(MAKE_ROOM))
     }
 
     pub(super) fn remove(&self, number: u32) -> Result<(), Fault> {
@@ -189,21 +190,32 @@ impl Packs {
         Frame::parse(bytes.split_to(len)).map_err(damaged)
     }
 
+    /// Puts a file aside that is no pack, under a name that no pack has. The header is synced with the first frames only: it may be
+    /// cut short, or never have been written, which leaves zeros. Where other bytes stand, a power cut on a disk that keeps old
+    /// blocks left them, or somebody put the file there: it is kept for whoever misses it. `false`: it may be a pack.
+    pub(super) fn put_aside(&self, number: u32) -> Result<bool, Fault> {
+        if self.len(number)? < MAGIC.len() as u64 {
+            return Ok(false);
+        }
+        let header = self.read(number, 0, MAGIC.len())?;
+        if header == MAGIC[..] || header.iter().all(|byte| *byte == 0) {
+            return Ok(false);
+        }
+        let (path, aside) = (self.path(number), self.dir.join(format!("{number:08}.no-pack-{:08x}", rand::random::<u32>())));
+        durable::rename_noreplace(&path, &aside)?;
+        self.open.lock().retain(|(n, _)| *n != number);
+        tracing::warn!(path = %path.display(), aside = %aside.display(), "a file among the packs is none, and was put aside");
+        Ok(true)
+    }
+
     /// Reads the frames behind `synced` and cuts off what is torn. Every one is verified by its BLAKE3: what a power
-    /// cut left may be anything. The header too is synced with the first frames only: it may be cut short, or never have been
-    /// written, which leaves zeros. Where other bytes stand, the file is none of this store's.
+    /// cut left may be anything.
     pub(super) fn recover(&self, number: u32, synced: u64) -> Result<(Vec<(Hash, Location)>, u64), Fault> {
         let path = self.path(number);
         let what = || format!("recover the pack {}", path.display());
         let total = self.len(number)?;
         let mut end = synced.max(MAGIC.len() as u64);
         let mut found = Vec::new();
-        if total >= MAGIC.len() as u64 && synced == 0 {
-            let header = self.read(number, 0, MAGIC.len())?;
-            if header != MAGIC[..] && header.iter().any(|byte| *byte != 0) {
-                return Err(Fault::integrity(format!("{}: it is not a pack", what())).with_next("move the file away"));
-            }
-        }
         while end + HEADER_BYTES as u64 <= total {
             let head = self.read(number, end, HEADER_BYTES)?;
             let Some(Ok(header)) = head.first_chunk().map(Header::parse) else { break };

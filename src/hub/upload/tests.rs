@@ -52,7 +52,7 @@ impl Bench {
     }
 
     async fn dial(&self, identity: &SiteIdentity) -> Link {
-        line::dial(&self.address, identity, &Line::default()).await.unwrap()
+        line::dial(&self.address, identity, &Line::default(), 8 << 20).await.unwrap()
     }
 
     fn source(&self, name: &str, bytes: usize, seed: u8) -> std::path::PathBuf {
