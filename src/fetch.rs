@@ -10,7 +10,7 @@ use std::collections::{HashSet, VecDeque};
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use bytes::{Buf, Bytes, BytesMut};
@@ -32,6 +32,8 @@ use crate::wire::{self, FETCH, FetchRequest, PRIORITY_MANIFEST, Peer, Wanted};
 
 /// Parsed pages remembered for each open artifact: about 1 MiB.
 const RECENT_PAGES_MAX: usize = 64;
+/// How often a line whose answer does not come is looked at.
+const LOOK_EVERY: Duration = Duration::from_secs(5);
 /// A line that brings more than this in the time of silence is not dead; its own upkeep takes less.
 const LIVELY_BYTES: u64 = 16 << 10;
 /// Raw bytes that are read from the store for one answer before they are sent.
@@ -292,8 +294,6 @@ pub struct Frames {
     wire: Arc<AtomicU64>,
     /// What came and is not part of a frame yet.
     pieces: VecDeque<Bytes>,
-    /// What the line had brought in all when it was last looked at.
-    brought: u64,
     /// Why the answer ended early, to be told once the frames that came before were taken.
     ended: Option<Fault>,
     /// Keeps the request's stream until the answer is read.
@@ -332,8 +332,7 @@ impl Fetcher {
         self.wire.fetch_add(out.len() as u64, Ordering::Relaxed);
         send.write_bytes(out.freeze()).await.map_err(broken)?;
         send.finish().map_err(broken)?;
-        let brought = self.link.bytes().1;
-        Ok(Frames { link: self.link.clone(), recv, wire: self.wire.clone(), pieces: VecDeque::new(), brought, ended: None, _send: send })
+        Ok(Frames { link: self.link.clone(), recv, wire: self.wire.clone(), pieces: VecDeque::new(), ended: None, _send: send })
     }
 
     /// The root manifest, checked against its digest.
@@ -434,16 +433,23 @@ impl Frames {
         let count = {
             let read = self.recv.read_chunks(&mut pieces);
             tokio::pin!(read);
+            // What the line had brought in all when it last brought something, and when that was seen.
+            let mut seen: Option<(u64, Instant)> = None;
             loop {
-                match timeout(SILENCE_MAX, &mut read).await {
+                match timeout(LOOK_EVERY, &mut read).await {
                     Ok(result) => break result.map_err(broken)?,
                     Err(_) => {
                         // On a slow line this stream may wait long for its turn behind others: silent is a line that brings nothing.
-                        let now = self.link.bytes().1;
-                        if now - std::mem::replace(&mut self.brought, now) <= LIVELY_BYTES {
-                            // Packets may still be answered; whoever needs the line dials a new one.
-                            self.link.close("it brought nothing for too long");
-                            return Err(silent());
+                        let brought = self.link.bytes().1;
+                        match seen {
+                            Some((before, since)) if brought - before <= LIVELY_BYTES => {
+                                if since.elapsed() >= SILENCE_MAX {
+                                    // Packets may still be answered; whoever needs the line dials a new one.
+                                    self.link.close("it brought nothing for too long");
+                                    return Err(silent());
+                                }
+                            }
+                            _ => seen = Some((brought, Instant::now())),
                         }
                     }
                 }

@@ -45,8 +45,6 @@ pub const CHANGED_NEXT: &str = "put the old content back and retry the transfer,
 
 /// Artifacts kept open.
 const OPENED_MAX: usize = 16;
-/// Bytes that are read and not yet taken by the line.
-const BYTES_IN_FLIGHT_MAX: u64 = 32 << 20;
 /// Rows of the index that are written together.
 const ROWS_TOGETHER: usize = 32 << 10;
 /// The notes of one artifact are made anew at most this often: a walk over a large manifest takes a while.
@@ -98,9 +96,17 @@ struct Inner {
 }
 
 impl Origin {
-    /// An origin that keeps its pages in `store`, its notes in `places`, and what it must write itself in `kept`.
-    pub fn new(store: Store, places: Arc<Places>, kept: PathBuf, holdings: Arc<dyn Holdings>, images: Option<Arc<dyn Sink>>) -> Self {
-        let budget = Budget::new(BYTES_IN_FLIGHT_MAX, BYTES_IN_FLIGHT_MAX);
+    /// An origin that keeps its pages in `store`, its notes in `places`, and what it must write itself in `kept`. What is read and not
+    /// yet sent takes no more than `memory` bytes.
+    pub fn new(
+        store: Store,
+        places: Arc<Places>,
+        kept: PathBuf,
+        holdings: Arc<dyn Holdings>,
+        images: Option<Arc<dyn Sink>>,
+        memory: u64,
+    ) -> Self {
+        let budget = Budget::new(memory, memory);
         let (opened, held, indexed, keeping) = Default::default();
         let buffers = places::buffers();
         Self { inner: Arc::new(Inner { store, places, kept, holdings, images, opened, budget, indexed, buffers, held, keeping }) }

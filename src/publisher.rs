@@ -30,7 +30,9 @@ use crate::fetch::{self, blocking};
 use crate::identity::{Claim, Holder, JoinToken, SiteIdentity, fingerprint};
 use crate::ingest;
 use crate::jobs::JobProgress;
-use crate::limits::{FETCH_BATCH_BYTES, FETCH_IN_FLIGHT_MAX, FETCH_STREAMS_MAX, HUB_AWAY_MAX, PUBLISHES_AT_ONCE_MAX, SILENCE_MAX};
+use crate::limits::{
+    FETCH_BATCH_BYTES, FETCH_IN_FLIGHT_MAX, FETCH_STREAMS_MAX, HUB_AWAY_MAX, LINE_SEND_BYTES_MAX, PUBLISHES_AT_ONCE_MAX, SILENCE_MAX,
+};
 use crate::line::{self, Link, Redial};
 use crate::manifest::Digest;
 use crate::names::{ArtifactRef, SiteName};
@@ -39,6 +41,9 @@ use crate::places::Places;
 use crate::reading;
 use crate::store::Store;
 use crate::wire::{self, AskHub, FETCH};
+
+/// Bytes that are read and not yet given to the line; the line itself has as many to send as it ever needs.
+const MEMORY_TO_READ: u64 = 32 << 20;
 
 /// What is to be published, and where.
 #[derive(Debug, Clone)]
@@ -164,7 +169,7 @@ fn read(
     let store = Store::open(&folder.join("store"))?;
     let places = Arc::new(Places::open(folder)?);
     let here = Arc::new(Here::default());
-    let origin = Origin::new(store, places, folder.join("published"), here.clone(), None);
+    let origin = Origin::new(store, places, folder.join("published"), here.clone(), None, MEMORY_TO_READ);
     let base = reading::base_of(kind, &asked.source, None)?;
     let mut source = reading::open(kind, &asked.source, &asked.options, None, None, &scratch, runtime)?;
     let found = ingest::reported(progress, |counted| origin.publish(kind, source.as_mut(), base.as_ref(), counted))?;
@@ -205,10 +210,10 @@ impl Publisher {
         }
         self.hang_up().await;
         let identity = self.identity(false).await?;
-        let link = match line::dial(&self.hub, &identity, &self.line).await {
+        let link = match line::dial(&self.hub, &identity, &self.line, LINE_SEND_BYTES_MAX).await {
             Err(fault) if fault.code == Code::NotAllowed && self.token.is_some() => {
                 let identity = self.identity(true).await?;
-                line::dial(&self.hub, &identity, &self.line).await?
+                line::dial(&self.hub, &identity, &self.line, LINE_SEND_BYTES_MAX).await?
             }
             dialled => dialled?,
         };

@@ -38,6 +38,7 @@ pub struct Site {
 
 struct Inner {
     config: Config,
+    memory: Memory,
     catalogue: Catalogue,
     shared: Shared,
     sinks: Sinks,
@@ -57,6 +58,22 @@ struct Inner {
     watch: watch::WatchState,
     tasks: TaskTracker,
     stop: CancellationToken,
+}
+
+/// What of the daemon's budget is for what, in bytes.
+struct Memory {
+    /// Asked for by transfers and not yet written.
+    to_fetch: u64,
+    /// Read for the hub and not yet given to the line.
+    to_read: u64,
+    /// Buffered by the line for sending.
+    to_send: u64,
+}
+
+impl Memory {
+    fn of(budget: u64) -> Self {
+        Self { to_fetch: budget / 2, to_read: budget / 8, to_send: budget / 8 * 3 }
+    }
 }
 
 impl Site {
@@ -80,6 +97,7 @@ impl Site {
             ))
             .with_next("mend the name in the config, or join anew"));
         }
+        let memory = Memory::of(config.limits.memory);
         let catalogue = Catalogue::open(&config.data_dir).await?;
         let data = config.data_dir.clone();
         let (store, places) = blocking(move || Ok((Store::open(&data.join("store"))?, Places::open(&data)?))).await?;
@@ -93,8 +111,7 @@ impl Site {
         let shared = Shared {
             store,
             places: Arc::new(places),
-            // Half of the budget: what the line itself holds in its windows is the other half.
-            budget: Arc::new(Semaphore::new((config.limits.memory / 2 / BUDGET_UNIT) as usize)),
+            budget: Arc::new(Semaphore::new((memory.to_fetch / BUDGET_UNIT) as usize)),
             images: sinks.images.clone(),
         };
         let (identity, identity_watch) = sync::watch::channel(Arc::new(identity));
@@ -109,11 +126,13 @@ impl Site {
             config.data_dir.join("published"),
             Arc::new(catalogue.clone()),
             Some(sinks.images.clone()),
+            memory.to_read,
         );
         let (line_fault, offering, runs, tasks) = Default::default();
         Ok(Self {
             inner: Arc::new(Inner {
                 config,
+                memory,
                 catalogue,
                 shared,
                 sinks,
@@ -167,7 +186,8 @@ impl Site {
         self.inner.tasks.close();
         self.inner.tasks.wait().await;
         if let Some(link) = self.inner.link.send_replace(None) {
-            link.close("the site stops");
+            // Else the hub would take it for online until it had been silent for long.
+            link.close_and_flush("the site stops").await;
         }
     }
 

@@ -15,7 +15,7 @@ use crate::clock;
 use crate::config::{Line, Transport};
 use crate::fault::{Code, Fault, Reason};
 use crate::identity::{CertificateRequest, Claim, Holder, JoinToken, SiteIdentity};
-use crate::limits::{LINE_ADDRESSES_MAX, LINE_HANDSHAKE_MAX, LINE_QUIC_ANSWER_MAX, LINE_SEND_BYTES_MAX};
+use crate::limits::{LINE_ADDRESSES_MAX, LINE_HANDSHAKE_MAX, LINE_QUIC_ANSWER_MAX, LINE_SEND_BYTES_MAX, LINE_SEND_BYTES_MIN};
 
 /// How long an address of a name has a head start over the next.
 const HEAD_START: Duration = Duration::from_millis(250);
@@ -76,6 +76,8 @@ struct Call<'a> {
     address: &'a str,
     tls: rustls::ClientConfig,
     line: &'a Line,
+    /// Bytes that the line may buffer for sending.
+    memory: u64,
     /// Whether the hub says welcome (it does not to a site that joins).
     welcomed: bool,
 }
@@ -138,7 +140,8 @@ impl Call<'_> {
         let choice = Choice::new(self.line.congestion);
         let connecting = quic::connect(address, self.tls.clone(), &choice).await;
         let quic::Connected { connection, shown, endpoint } = connecting.map_err(|e| Failure::of(&e, self.address))?;
-        quic::tend(connection.clone(), || LINE_SEND_BYTES_MAX, ());
+        let room = self.memory.min(LINE_SEND_BYTES_MAX);
+        quic::tend(connection.clone(), move || room, ());
         self.reached(Wire::Quic { connection, endpoint: Some(endpoint), choice }, shown, address).await
     }
 
@@ -147,6 +150,7 @@ impl Call<'_> {
         let connecting = tcp::connect(address, Arc::new(self.tls.clone()), name, self.line.congestion).await;
         let secured = connecting.map_err(|e| Failure::of_io(&e, self.address))?;
         let mux = Mux::start(secured.io, End::Dialling, secured.handshake, ());
+        mux.hold_at_most(self.memory);
         self.reached(Wire::Tcp { mux, traffic: secured.traffic }, secured.shown, address).await
     }
 
@@ -190,19 +194,19 @@ async fn resolve(address: &str) -> Result<Vec<SocketAddr>, Fault> {
     Ok(addresses)
 }
 
-/// Dials the hub at `HOST:PORT`. Returns once the hub said welcome; a site that is refused gets `not_allowed` with the reason.
-pub async fn dial(address: &str, identity: &SiteIdentity, line: &Line) -> Result<Link, Fault> {
+/// Dials the hub at `HOST:PORT`; the line buffers at most `memory` bytes for sending. Returns once the hub said welcome; a site that is refused gets `not_allowed` with the reason.
+pub async fn dial(address: &str, identity: &SiteIdentity, line: &Line, memory: u64) -> Result<Link, Fault> {
     identity.check_clock()?;
-    let call = Call { address, tls: tls::client(identity)?, line, welcomed: true };
+    let call = Call { address, tls: tls::client(identity)?, line, memory, welcomed: true };
     let (link, _) = call.place().await?;
     tracing::info!(hub = address, transport = link.transport(), rtt_ms = link.rtt().as_millis() as u64, "connected to the hub");
     Ok(link)
 }
 
 /// Dials by QUIC alone, for at most 4 s: a site whose line is on TCP asks now and then, and moves over to the link it gets.
-pub async fn probe_quic(address: &str, identity: &SiteIdentity, line: &Line) -> Result<Link, Fault> {
+pub async fn probe_quic(address: &str, identity: &SiteIdentity, line: &Line, memory: u64) -> Result<Link, Fault> {
     identity.check_clock()?;
-    let call = Call { address, tls: tls::client(identity)?, line, welcomed: true };
+    let call = Call { address, tls: tls::client(identity)?, line, memory, welcomed: true };
     let addresses = resolve(address).await?;
     let (link, _) = call.over(Transport::Quic, &addresses, LINE_QUIC_ANSWER_MAX).await.map_err(|e| e.into_fault(address))?;
     Ok(link)
@@ -211,7 +215,7 @@ pub async fn probe_quic(address: &str, identity: &SiteIdentity, line: &Line) -> 
 /// Joins the hub at `HOST:PORT`: recognises it by the hash in the token, proves with the secret that it may, and comes back with
 /// the identity, which the caller saves.
 pub async fn join(address: &str, token: &JoinToken, claim: &Claim, line: &Line) -> Result<SiteIdentity, Fault> {
-    let call = Call { address, tls: tls::joining_client(*token.ca_hash())?, line, welcomed: false };
+    let call = Call { address, tls: tls::joining_client(*token.ca_hash())?, line, memory: LINE_SEND_BYTES_MIN, welcomed: false };
     let (link, shown) = call.place().await.map_err(|fault| match fault.code {
         // Unlike a line, nobody tries it again.
         Code::Unreachable => fault.with_next("check the address, that the hub runs, and that the network lets it through; then join again"),
@@ -262,11 +266,11 @@ async fn exchange(link: &Link, ask: &hello::Ask) -> Result<hello::Answer, Fault>
 /// A welcomed call with a TLS setup of the test's choice.
 #[cfg(test)]
 pub(super) async fn call_for_test(address: &str, tls: rustls::ClientConfig, line: &Line) -> Result<Link, Fault> {
-    Ok(Call { address, tls, line, welcomed: true }.place().await?.0)
+    Ok(Call { address, tls, line, memory: LINE_SEND_BYTES_MIN, welcomed: true }.place().await?.0)
 }
 
 /// The bare line of a joining site.
 #[cfg(test)]
 pub(super) async fn join_link_for_test(address: &str, tls: rustls::ClientConfig, line: &Line) -> Result<Link, Fault> {
-    Ok(Call { address, tls, line, welcomed: false }.place().await?.0)
+    Ok(Call { address, tls, line, memory: LINE_SEND_BYTES_MIN, welcomed: false }.place().await?.0)
 }

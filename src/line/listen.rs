@@ -345,6 +345,8 @@ async fn accept_tcp(listener: TcpListener, tls: Arc<rustls::ServerConfig>, door:
                 let secured = tcp::accept(socket, tls, door.congestion).await;
                 let secured = secured.map_err(|e| Fault::unreachable(e.to_string()))?;
                 let mux = Mux::start(secured.io, End::Listening, secured.handshake, seat);
+                let own = door.clone();
+                mux.tend(move || own.send_room());
                 door.enter(Wire::Tcp { mux, traffic: secured.traffic }, secured.shown, remote).await
             };
             conclude(tokio::time::timeout(LINE_HANDSHAKE_MAX, work).await, remote);

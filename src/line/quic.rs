@@ -2,7 +2,6 @@
 
 use std::net::{SocketAddr, UdpSocket};
 use std::sync::Arc;
-use std::time::Duration;
 
 use quinn::crypto::rustls::{HandshakeData, QuicClientConfig, QuicServerConfig};
 use quinn::{ConnectionError, Endpoint, EndpointConfig, MtuDiscoveryConfig, Runtime, TransportConfig, VarInt};
@@ -14,12 +13,10 @@ use super::tls::Shown;
 use super::{CLOSE_REFUSED, CLOSE_VIOLATION, Ended};
 use crate::fault::{Fault, IoContext};
 use crate::limits::{
-    LINE_HANDSHAKES_MAX, LINE_KEEP_ALIVE, LINE_PACKET_BYTES_MAX, LINE_SEND_BYTES_MIN, LINE_SOCKET_BUFFER_BYTES, LINE_STREAM_WINDOW_BYTES,
-    LINE_STREAMS_MAX, LINE_WINDOW_BYTES, SILENCE_MAX,
+    LINE_FIT_EVERY, LINE_HANDSHAKES_MAX, LINE_KEEP_ALIVE, LINE_PACKET_BYTES_MAX, LINE_SEND_BYTES_LEAST, LINE_SEND_BYTES_MIN,
+    LINE_SOCKET_BUFFER_BYTES, LINE_STREAM_WINDOW_BYTES, LINE_STREAMS_MAX, LINE_WINDOW_BYTES, SILENCE_MAX,
 };
 
-/// How often the send buffer is fitted to the congestion window.
-const FIT_EVERY: Duration = Duration::from_millis(500);
 /// What QUIC asks of every path.
 const PACKET_BYTES_MIN: u16 = 1200;
 /// Packets that are larger by no more than this are not worth another try.
@@ -174,7 +171,7 @@ pub(super) fn shown(connection: &quinn::Connection) -> Shown {
 pub(super) fn tend(connection: quinn::Connection, room: impl Fn() -> u64 + Send + 'static, guard: impl Send + 'static) {
     tokio::spawn(async move {
         let mut window = LINE_SEND_BYTES_MIN;
-        let mut tick = tokio::time::interval(FIT_EVERY);
+        let mut tick = tokio::time::interval(LINE_FIT_EVERY);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             tokio::select! {
@@ -185,7 +182,7 @@ pub(super) fn tend(connection: quinn::Connection, room: impl Fn() -> u64 + Send 
             // however far its window has grown: more would only leave the caches.
             let long = connection.rtt() >= congestion::LONG_RTT;
             let wanted = if long { 4 * connection.stats().path.cwnd } else { 0 };
-            let fitting = wanted.max(LINE_SEND_BYTES_MIN).min(room()).max(LINE_STREAM_WINDOW_BYTES.into());
+            let fitting = wanted.max(LINE_SEND_BYTES_MIN).min(room()).max(LINE_SEND_BYTES_LEAST);
             if fitting != window {
                 connection.set_send_window(fitting);
                 window = fitting;

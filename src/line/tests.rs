@@ -14,6 +14,9 @@ use crate::fault::Code;
 use crate::identity::{CertificateRequest, Claim, HubIdentity, JoinToken, Redeemer, SiteIdentity};
 use crate::names::SiteName;
 
+/// What a line may buffer for sending.
+const MEMORY: u64 = 32 << 20;
+
 fn name(s: &str) -> SiteName {
     s.parse().unwrap()
 }
@@ -68,7 +71,7 @@ impl Hub {
     pub(crate) async fn connect(&self, transport: Transport) -> (Link, Link) {
         let site = site_of(&self.identity, "chengdu");
         let wanted = line(transport);
-        let (dialled, (arrived, link, cert)) = tokio::join!(dial(&self.address, &site, &wanted), self.next_site());
+        let (dialled, (arrived, link, cert)) = tokio::join!(dial(&self.address, &site, &wanted, MEMORY), self.next_site());
         assert_eq!(arrived, name("chengdu"));
         assert_eq!(cert, site.cert_der());
         (dialled.unwrap(), link)
@@ -145,7 +148,7 @@ async fn a_site_joins_once_and_dials_ever_after() {
         assert_eq!((site.name(), answered.unwrap()), (&name("chengdu"), Holder::Site(name("chengdu"))));
         assert_eq!(hub.identity.verify_site(site.cert_der()).unwrap(), name("chengdu"));
 
-        let (link, (arrived, hub_end, _)) = tokio::join!(dial(&hub.address, &site, &hub_line), hub.next_site());
+        let (link, (arrived, hub_end, _)) = tokio::join!(dial(&hub.address, &site, &hub_line, MEMORY), hub.next_site());
         let link = link.unwrap();
         assert_eq!(arrived, name("chengdu"));
         assert_eq!(link.peer(), Some(&Holder::Hub(name("hub"))));
@@ -207,7 +210,7 @@ async fn certificates_of_another_ca_are_refused_on_both_sides() {
         let wanted = line(transport);
         // The site trusts its own hub only.
         let stranger = site_of(&other.identity, "chengdu");
-        let fault = dial(&hub.address, &stranger, &wanted).await.unwrap_err();
+        let fault = dial(&hub.address, &stranger, &wanted, MEMORY).await.unwrap_err();
         assert_eq!(fault.code, Code::NotAllowed, "{fault}");
         assert!(fault.message.contains("cannot be trusted"), "{fault}");
 
@@ -247,7 +250,7 @@ async fn a_certificate_out_of_its_time_is_refused_with_both_clocks() {
         let cert = hub.identity.issue_between(&name("chengdu"), request.csr_der(), (from, until)).unwrap();
         let site = request.complete(&cert, hub.identity.ca_der()).unwrap();
         // The site itself notices first, by its own clock …
-        let fault = dial(&hub.address, &site, &line(Transport::Auto)).await.unwrap_err();
+        let fault = dial(&hub.address, &site, &line(Transport::Auto), MEMORY).await.unwrap_err();
         assert!(fault.code == Code::NotAllowed && fault.message.contains(word) && fault.message.contains("this machine"), "{fault}");
         // … and the hub says what its clock says.
         for transport in BOTH {
@@ -329,12 +332,12 @@ async fn where_udp_is_dropped_tcp_is_taken_and_quic_again_later() {
     let site = site_of(&hub.identity, "chengdu");
     let wanted = line(Transport::Auto);
     let begun = std::time::Instant::now();
-    let (link, (_, hub_end, _)) = tokio::join!(dial(&hub.address, &site, &wanted), hub.next_site());
+    let (link, (_, hub_end, _)) = tokio::join!(dial(&hub.address, &site, &wanted, MEMORY), hub.next_site());
     let took = begun.elapsed();
     let link = link.unwrap();
     assert_eq!((link.transport(), hub_end.transport()), ("tcp", "tcp"));
     assert!(took >= Duration::from_secs(4) && took < Duration::from_secs(8), "{took:?}");
-    let fault = probe_quic(&hub.address, &site, &wanted).await.unwrap_err();
+    let fault = probe_quic(&hub.address, &site, &wanted, MEMORY).await.unwrap_err();
     assert_eq!((fault.code, fault.reason), (Code::Unreachable, Reason::HubUnreachable));
 
     // UDP works again.
@@ -358,7 +361,7 @@ async fn where_udp_is_dropped_tcp_is_taken_and_quic_again_later() {
         hello::send(&mut send, &welcome).await.unwrap();
         link
     };
-    let (moved, _held) = tokio::join!(probe_quic(&hub.address, &site, &wanted), welcome);
+    let (moved, _held) = tokio::join!(probe_quic(&hub.address, &site, &wanted, MEMORY), welcome);
     assert_eq!(moved.unwrap().transport(), "quic");
     assert!(!link.is_closed());
 }
@@ -371,15 +374,15 @@ async fn nobody_there_is_unreachable() {
     let free = std::net::TcpListener::bind(loopback()).unwrap();
     let address = free.local_addr().unwrap().to_string();
     drop(free);
-    let fault = dial(&address, &site, &line(Transport::Auto)).await.unwrap_err();
+    let fault = dial(&address, &site, &line(Transport::Auto), MEMORY).await.unwrap_err();
     assert_eq!((fault.code, fault.code.exit(), fault.reason), (Code::Unreachable, 10, Reason::HubUnreachable));
     assert!(fault.message.contains("QUIC") && fault.message.contains("TCP"), "{fault}");
     let fault = join(&address, &token, &Claim::Site(name("chengdu")), &line(Transport::Tcp)).await.unwrap_err();
     assert_eq!(fault.code, Code::Unreachable, "{fault}");
-    let fault = dial("hub.invalid:7443", &site, &line(Transport::Auto)).await.unwrap_err();
+    let fault = dial("hub.invalid:7443", &site, &line(Transport::Auto), MEMORY).await.unwrap_err();
     assert_eq!(fault.code, Code::Unreachable, "{fault}");
     for bad in ["hub", ":7443", "hub:", "hub:port", ""] {
-        assert_eq!(dial(bad, &site, &line(Transport::Auto)).await.unwrap_err().code, Code::Config, "{bad}");
+        assert_eq!(dial(bad, &site, &line(Transport::Auto), MEMORY).await.unwrap_err().code, Code::Config, "{bad}");
     }
 }
 
@@ -451,7 +454,7 @@ async fn the_listener_closes_and_lines_go_on() {
         assert_eq!(b.accept().await.unwrap().1.read_to_end(100).await.unwrap(), b"still here");
     }
     let site = site_of(&hub.identity, "chengdu");
-    let fault = dial(&hub.address, &site, &line(Transport::Tcp)).await.unwrap_err();
+    let fault = dial(&hub.address, &site, &line(Transport::Tcp), MEMORY).await.unwrap_err();
     assert_eq!(fault.code, Code::Unreachable, "{fault}");
     hub_end.close("stopping");
     tcp_hub_end.close("stopping");

@@ -45,7 +45,7 @@ fn fixture() -> Fixture {
     let store = Store::open(&data.join("store")).unwrap();
     let places = Arc::new(Places::open(&data).unwrap());
     let one = Arc::new(One(Mutex::default()));
-    let origin = Origin::new(store, places, data.join("published"), one.clone(), None);
+    let origin = Origin::new(store, places, data.join("published"), one.clone(), None, 32 << 20);
     let folder = dir.path().join("set");
     fs::create_dir_all(folder.join("sub")).unwrap();
     fs::write(folder.join("a.bin"), random(300_000, 1)).unwrap();

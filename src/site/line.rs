@@ -37,7 +37,7 @@ impl Site {
         while !inner.stop.is_cancelled() {
             let identity = inner.identity.borrow().clone();
             let dialled = tokio::select! {
-                dialled = line::dial(&address, &identity, &inner.config.line) => dialled,
+                dialled = line::dial(&address, &identity, &inner.config.line, inner.memory.to_send) => dialled,
                 () = inner.stop.cancelled() => return Ok(()),
             };
             match dialled {
@@ -106,7 +106,7 @@ impl Site {
         loop {
             tokio::time::sleep(QUIC_PROBE_EVERY).await;
             let identity = self.inner.identity.borrow().clone();
-            if let Ok(better) = line::probe_quic(address, &identity, &self.inner.config.line).await {
+            if let Ok(better) = line::probe_quic(address, &identity, &self.inner.config.line, self.inner.memory.to_send).await {
                 return better;
             }
         }

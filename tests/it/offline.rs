@@ -67,11 +67,14 @@ fn a_transfer_is_held_let_go_given_up_and_taken_up() {
     let source = scratch.join("model");
     data::model(&source, 24 << 20);
     hub.publish(&source, "model/m:v1", &[]);
-    line.throttle(3 << 20);
+    // So that it cannot be done before it is held.
+    line.hold_at(line.down() + (14 << 20));
     let id = hub.deliver(&["model/m:v1"], "chengdu").remove(0);
     hub.wait_transfer(&id, "on its way", secs(30), |t| t.bytes.received > 3 << 20);
 
     hub.cli(&["pause", &id]).expect(0);
+    line.throttle(3 << 20);
+    line.hold_at(0);
     let held = hub.wait_transfer(&id, "paused", secs(10), |t| t.state == "paused");
     assert_eq!(held.reason.as_deref(), Some("paused_by_user"));
     line.wait_quiet(secs(20));
@@ -82,6 +85,7 @@ fn a_transfer_is_held_let_go_given_up_and_taken_up() {
     hub.wait_online("chengdu", true, secs(75));
     assert_eq!(hub.transfer(&id).state, "paused", "held is held, over a restart too");
 
+    line.hold_at(line.down() + (6 << 20));
     hub.cli(&["resume", &id]).expect(0);
     // No number of it ever goes back, neither while it is planned anew nor as it goes on: what was in place is taken up.
     hub.wait_transfer(&id, "moving again", secs(30), |t| {
@@ -92,6 +96,7 @@ fn a_transfer_is_held_let_go_given_up_and_taken_up() {
     });
 
     hub.cli(&["cancel", &id]).expect(0);
+    line.hold_at(0);
     let gone = hub.wait_transfer(&id, "cancelled", secs(10), |t| t.state == "cancelled");
     assert_eq!(gone.reason.as_deref(), Some("cancelled_by_user"));
     wait_for("the site cleans its staging", secs(20), || site.leftovers().is_empty().then_some(()));

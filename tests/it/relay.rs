@@ -257,24 +257,14 @@ fn chunks_are_passed_on_before_the_source_has_sent_a_tenth() {
     // B brings the manifest first, which is small beside this.
     let manifest = 2 * MIB;
     let (sent, received) = (line_a.up(), line_b.down());
+    line_a.hold_up_at(sent + 256 * MIB / 10);
     let id = hub.deliver(&["model/through:v1"], "b").remove(0);
-    let at_first = wait_for_fast(secs(60), || (line_b.down() - received > manifest).then(|| line_a.up() - sent));
-    assert!(at_first < 256 * MIB / 10, "A had sent {at_first} bytes when B had its first");
+    wait_for("B has its first bytes", secs(25), || (line_b.down() - received > manifest).then_some(()));
+    line_a.hold_up_at(0);
     hub.wait_done(&id, secs(120));
     tree::assert_same(&folder, &b.folder("model/through:v1"));
     let sent = line_a.up() - sent;
     assert!(sent < uplink_max(256 * MIB, 0), "A sent {sent}");
-}
-
-fn wait_for_fast<T>(limit: Duration, mut look: impl FnMut() -> Option<T>) -> T {
-    let deadline = Instant::now() + limit;
-    loop {
-        if let Some(found) = look() {
-            return found;
-        }
-        assert!(Instant::now() < deadline, "waited in vain");
-        thread::sleep(Duration::from_millis(1));
-    }
 }
 
 #[test]

@@ -3,11 +3,14 @@
 use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
 
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
-use crate::support::command::{Output, bound, run, wait};
+use crate::support::command::{Output, bound, run, tool, wait};
 use crate::support::daemon::{Hub, PACKHORSE, Site, SiteSpec};
 use crate::support::data;
+use crate::support::disk::SmallDisk;
+use crate::support::images::{self, sha256};
 use crate::support::line::Line;
 use crate::support::tree::assert_same;
 use crate::support::{Scratch, free_port, limit, secs, wait_for};
@@ -181,9 +184,11 @@ fn two_at_once_by_one_publisher() {
     // Slow enough that the first is still under way when the second begins.
     world.line.throttle_up(RATE);
     let mut child = world.begin(&first, "model/first:v1", &["--join-token", &token], 4 << 20);
+    let first = Pid::from_child(&child);
+    kill_process(first, Signal::STOP).unwrap();
     let other = world.publish(&second, "model/second:v1", &[]).expect(0).json();
     assert_eq!(other["unchanged"], false);
-    assert!(child.try_wait().unwrap().is_none(), "the first ended too early to say anything");
+    kill_process(first, Signal::CONT).unwrap();
     assert!(wait(&mut child, secs(60)).expect("the first ends").success());
     let mut artifacts = world.hub.artifacts();
     artifacts.sort();
@@ -246,16 +251,65 @@ fn images_labels_and_deliveries_from_another_machine() {
     let world = World::start();
     let token = world.token("office");
     let site = Site::start_new(world.scratch.path(), &world.hub, "west", &SiteSpec::default());
+    let image = world.scratch.join("image");
+    images::layout(&image, &[&data::noise(&mut data::rng("a layer"), 3 << 20), b"another"]);
+    let answer = world.publish(&image, "image/inspector:v1", &["--join-token", &token]).expect(0).json();
+    assert_eq!(answer["unchanged"], false);
+    world.hub.deliver_and_wait("image/inspector:v1", "west", secs(60));
+    let arrived = tool("skopeo", &["inspect", "--raw", &format!("oci:{}/inspector:v1", site.layout.display())]);
+    assert_eq!(sha256(arrived.as_bytes()), images::top(&image)["digest"]);
     let labels = world.scratch.join("labels.csv");
     data::write(&labels, "sample_path,class,x,y,w,h\na.png,dent,1,2,3,4\nb.png,dent,5,6,7,8\n".as_bytes());
-    let answer = world.publish(&labels, "labels/panels:v1", &["--join-token", &token, "--to", "west"]).expect(0).json();
+    let answer = world.publish(&labels, "labels/panels:v1", &["--to", "west"]).expect(0).json();
     let transfer = answer["transfers"][0].as_str().unwrap().to_owned();
     world.hub.wait_done(&transfer, secs(60));
     assert!(site.labels_db.exists());
     world.publish(&labels, "labels/panels:v2", &["--for", "dataset/x:v1"]).expect(2).says(&["--for"]);
     world.publish(&labels, "labels/panels:v2", &["--to", "nowhere"]).expect(5).says(&["nowhere"]);
     world.publish(&labels, "labels/panels:v2", &["--wait"]).expect(2);
-    assert_eq!(world.hub.artifacts(), ["labels/panels:v1"]);
+    let mut artifacts = world.hub.artifacts();
+    artifacts.sort();
+    assert_eq!(artifacts, ["image/inspector:v1", "labels/panels:v1"]);
+}
+
+#[test]
+fn where_udp_is_blocked_a_publish_goes_over_tcp() {
+    let _limit = limit(secs(120));
+    let world = World::start();
+    world.line.block_udp(true);
+    let source = world.scratch.join("model");
+    data::model(&source, 6 << 20);
+    world.publish(&source, "model/tcp:v1", &["--join-token", &world.token("office")]).expect(0);
+    assert!(world.line.up() > 6 << 20);
+    world.check_arrives("model/tcp:v1", &source);
+}
+
+#[test]
+fn what_a_full_hub_cannot_hold_is_told_before_half_of_it_came() {
+    let _limit = limit(secs(200));
+    let scratch = Scratch::new();
+    let mut hub = Hub::new(scratch.path());
+    let Some(disk) = SmallDisk::mount_tmpfs(&hub.data_dir, "120m") else { return };
+    hub.start();
+    let line = Line::to(hub.quic);
+    let world = World { state: scratch.join("state"), hub, line, scratch };
+    let source = world.scratch.join("model");
+    data::model(&source, 100 << 20);
+    let mut publish = world.command(&source, "model/big:v1", &["--join-token", &world.token("office")]);
+    std::thread::scope(|scope| {
+        let publish = scope.spawn(|| run(&mut publish, secs(150)));
+        wait_for("the upload is on its way", secs(60), || (world.line.up() > 12 << 20).then_some(()));
+        // It asks again and again until there is room, and each time brings nothing more.
+        world.line.wait_quiet_up(secs(30));
+        assert!(!publish.is_finished() && world.line.up() < 50 << 20, "{} bytes came", world.line.up());
+        assert!(disk.used() < 50 << 20, "{} bytes were kept", disk.used());
+        disk.grow("300m");
+        publish.join().unwrap().expect(0);
+    });
+    world.hub.cli(&["verify", "model/big:v1"]).expect(0);
+    assert!(world.line.up() < 130 << 20, "nothing came twice: {} bytes", world.line.up());
+    let World { mut hub, .. } = world;
+    hub.stop();
 }
 
 /// A file that changes between the reading and the hub's fetch is noticed: nothing wrong arrives.

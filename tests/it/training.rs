@@ -342,7 +342,7 @@ fn training_outlives_the_death_of_every_daemon() {
 #[test]
 fn a_run_that_is_given_up_or_late_ends_its_trainer_and_gives_back() {
     let _limit = limit(secs(180));
-    for (ttl, state) in [("1h", "cancelled"), ("8s", "failed")] {
+    for (ttl, state) in [("1h", "cancelled"), ("25s", "failed")] {
         let world = World::start("hold");
         world.publish_at_hub();
         world.begin(&["--ttl", ttl]);

@@ -24,7 +24,7 @@ pub(crate) use state::End;
 use state::State;
 
 use super::{Ended, StreamEnd};
-use crate::limits::{LINE_STREAMS_MAX, MUX_FRAME_BYTES_MAX};
+use crate::limits::{LINE_FIT_EVERY, LINE_STREAMS_MAX, MUX_FRAME_BYTES_MAX};
 
 struct Shared {
     state: Mutex<State>,
@@ -96,6 +96,25 @@ impl Mux {
             drop(guard);
         });
         Self { handle: Arc::new(Handle(shared)) }
+    }
+
+    /// Says what the line may hold to be sent.
+    pub(crate) fn hold_at_most(&self, bytes: u64) {
+        self.shared().with(|state| state.hold_at_most(bytes));
+    }
+
+    /// Fits what the line may hold to `room`, until it ends.
+    pub(crate) fn tend(&self, room: impl Fn() -> u64 + Send + 'static) {
+        let shared = self.handle.0.clone();
+        tokio::spawn(async move {
+            let mut ended = shared.ended.subscribe();
+            loop {
+                shared.with(|state| state.hold_at_most(room()));
+                if tokio::time::timeout(LINE_FIT_EVERY, ended.wait_for(Option::is_some)).await.is_ok() {
+                    break;
+                }
+            }
+        });
     }
 
     fn shared(&self) -> &Shared {

@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 
 use super::frame::{Header, Kind, put_header};
-use crate::limits::{LINE_STREAMS_MAX, LINE_WINDOW_BYTES, MUX_CONTROL_BYTES_MAX, SILENCE_MAX};
+use crate::limits::{LINE_SEND_BYTES_LEAST, LINE_STREAMS_MAX, LINE_WINDOW_BYTES, MUX_CONTROL_BYTES_MAX, MUX_LINE_QUEUE_BYTES, SILENCE_MAX};
 use crate::line::Ended;
 
 use receiving::Incoming;
@@ -66,6 +66,8 @@ pub(super) struct State {
     headers: BytesMut,
     /// What the pieces in the queues of all streams hold in memory.
     held: usize,
+    /// From which number of these on a stream takes no more than it needs.
+    hold_max: usize,
     send_credit: u64,
     window: u32,
     unannounced: u32,
@@ -93,6 +95,7 @@ impl State {
             control: BytesMut::new(),
             headers: BytesMut::new(),
             held: 0,
+            hold_max: MUX_LINE_QUEUE_BYTES,
             send_credit: LINE_WINDOW_BYTES.into(),
             window: LINE_WINDOW_BYTES,
             unannounced: 0,
@@ -102,6 +105,11 @@ impl State {
             ended: None,
             effects: Effects::default(),
         }
+    }
+
+    /// Says what the streams may hold to be sent; never more than [`MUX_LINE_QUEUE_BYTES`].
+    pub(super) fn hold_at_most(&mut self, bytes: u64) {
+        self.hold_max = usize::try_from(bytes).unwrap_or(usize::MAX).clamp(LINE_SEND_BYTES_LEAST as usize, MUX_LINE_QUEUE_BYTES);
     }
 
     pub(super) fn rtt(&self) -> Duration {

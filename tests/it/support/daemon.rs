@@ -527,7 +527,7 @@ impl Site {
         let mut site = Self::new(dir, hub, name, spec);
         site.join(hub, spec.labels);
         site.start();
-        hub.wait_online(name, true, secs(20));
+        hub.wait_online(name, true, secs(60));
         site
     }
 

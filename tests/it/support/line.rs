@@ -22,6 +22,10 @@ struct State {
     rate: AtomicU64,
     /// The same towards the hub.
     rate_up: AtomicU64,
+    /// How many bytes in all go towards the site before the rest is held back; 0 is no limit.
+    hold_at: AtomicU64,
+    /// The same towards the hub.
+    hold_up_at: AtomicU64,
     /// Bytes towards the site.
     down: AtomicU64,
     /// Bytes towards the hub.
@@ -35,12 +39,24 @@ struct State {
 impl State {
     /// Waits for the line's turn to carry so many bytes towards the site.
     fn pace(&self, bytes: usize) {
+        self.hold(bytes, &self.hold_at, &self.down);
         Self::wait(bytes, &self.rate, &self.free_at);
     }
 
     /// The same towards the hub.
     fn pace_up(&self, bytes: usize) {
+        self.hold(bytes, &self.hold_up_at, &self.up);
         Self::wait(bytes, &self.rate_up, &self.free_at_up);
+    }
+
+    fn hold(&self, bytes: usize, at: &AtomicU64, carried: &AtomicU64) {
+        let held = || {
+            let at = at.load(Ordering::Relaxed);
+            at > 0 && carried.load(Ordering::Relaxed) + bytes as u64 > at
+        };
+        while held() && !self.closed() {
+            thread::sleep(TICK);
+        }
     }
 
     fn wait(bytes: usize, rate: &AtomicU64, free_at: &Mutex<Option<Instant>>) {
@@ -112,6 +128,17 @@ impl Line {
         self.state.rate_up.store(bytes_per_second, Ordering::Relaxed);
     }
 
+    /// Carries this many bytes towards the site, counted from the line's begin, and holds the rest back until told another
+    /// number; 0 holds nothing back. Where both ends find the line silent for half a minute, they give it up.
+    pub(crate) fn hold_at(&self, bytes: u64) {
+        self.state.hold_at.store(bytes, Ordering::Relaxed);
+    }
+
+    /// The same towards the hub.
+    pub(crate) fn hold_up_at(&self, bytes: u64) {
+        self.state.hold_up_at.store(bytes, Ordering::Relaxed);
+    }
+
     /// Drops everything, both ways, without telling anybody: a cable pulled.
     pub(crate) fn cut(&self) {
         self.state.cut.store(true, Ordering::Relaxed);
@@ -140,19 +167,30 @@ impl Line {
     /// Waits until a whole second carries less towards the site than a transfer would.
     #[track_caller]
     pub(crate) fn wait_quiet(&self, limit: Duration) {
-        let mut since = (Instant::now(), self.down());
-        super::wait_for("the line is quiet for a second", limit, || {
-            if self.down() > since.1 + 50_000 {
-                since = (Instant::now(), self.down());
-            }
-            (since.0.elapsed() > Duration::from_secs(1)).then_some(())
-        });
+        wait_quiet(limit, || self.down());
+    }
+
+    /// The same towards the hub.
+    #[track_caller]
+    pub(crate) fn wait_quiet_up(&self, limit: Duration) {
+        wait_quiet(limit, || self.up());
     }
 
     /// Bytes carried towards the hub so far.
     pub(crate) fn up(&self) -> u64 {
         self.state.up.load(Ordering::Relaxed)
     }
+}
+
+#[track_caller]
+fn wait_quiet(limit: Duration, carried: impl Fn() -> u64) {
+    let mut since = (Instant::now(), carried());
+    super::wait_for("the line is quiet for a second", limit, || {
+        if carried() > since.1 + 50_000 {
+            since = (Instant::now(), carried());
+        }
+        (since.0.elapsed() > Duration::from_secs(1)).then_some(())
+    });
 }
 
 impl Drop for Line {

@@ -11,7 +11,7 @@ use std::task::{Poll, Waker};
 use bytes::Bytes;
 
 use super::{State, Stream};
-use crate::limits::{LINE_STREAM_WINDOW_BYTES, MUX_BATCH_BYTES, MUX_FRAME_BYTES_MAX, MUX_LINE_QUEUE_BYTES, MUX_STREAM_QUEUE_BYTES};
+use crate::limits::{LINE_STREAM_WINDOW_BYTES, MUX_BATCH_BYTES, MUX_FRAME_BYTES_MAX, MUX_STREAM_QUEUE_BYTES};
 use crate::line::StreamEnd;
 use crate::line::mux::frame::{HEADER_BYTES, Kind, put_header};
 
@@ -119,7 +119,7 @@ impl State {
             return Poll::Ready(Ok(()));
         }
         let room = MUX_STREAM_QUEUE_BYTES.saturating_sub(outgoing.queued);
-        let piece = if room > 0 && self.held < MUX_LINE_QUEUE_BYTES {
+        let piece = if room > 0 && self.held < self.hold_max {
             std::mem::take(data)
         } else if room >= data.len().min(MUX_STREAM_QUEUE_BYTES / 2) {
             // A copy: as small as it is, a part of the piece would hold the memory of all of it after its writer has gone on.
