@@ -11,7 +11,7 @@ use std::time::Duration;
 use tokio_util::sync::CancellationToken;
 
 use super::pace::Pace;
-use super::{Assembly, Counters, Runner, SMALL_BYTES, incoming, stopped, unless};
+use super::{Assembly, Counters, Runner, incoming, stopped, turn, unless};
 use crate::api::types::State;
 use crate::catalogue::TransferRow;
 use crate::clock;
@@ -83,7 +83,7 @@ impl Runner {
             sink: sink.clone(),
             incoming: incoming.clone(),
             fetcher,
-            priority: if root.totals.bytes < SMALL_BYTES { 10 } else { 0 },
+            priority: turn::priority(root.totals.bytes),
             counters: counters.clone(),
             stop: stop.clone(),
         };

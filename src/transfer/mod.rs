@@ -21,7 +21,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use parking_lot::Mutex;
-use tokio::sync::{Semaphore, mpsc, oneshot, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
@@ -38,14 +38,9 @@ use crate::sink::{Incoming, Sink};
 use crate::wire::Desired;
 
 pub use assemble::{Assembly, BUDGET_UNIT, Counters, Estimate, Shared, free_room};
+use turn::Turns;
 pub use verify::{Found, beside, verify};
 
-/// Artifacts below this size do not wait for, nor behind, larger ones.
-const SMALL_BYTES: u64 = 256 << 20;
-/// Large transfers at once.
-const LARGE_TURNS: usize = 3;
-/// Small transfers at once.
-const SMALL_TURNS: usize = 4;
 /// Transfers that wait for a look at once.
 pub const LOOKS_ASKED_MAX: usize = 16;
 
@@ -92,8 +87,7 @@ struct Inner {
     identity: watch::Receiver<Arc<SiteIdentity>>,
     link: watch::Receiver<Option<Link>>,
     looks: mpsc::Sender<AskLook>,
-    small: Semaphore,
-    large: Semaphore,
+    turns: Turns,
     running: Mutex<HashMap<String, Running>>,
     /// Who lands, looks at, or takes away an artifact does so alone.
     alone: Mutex<HashMap<ArtifactRef, Arc<tokio::sync::Mutex<()>>>>,
@@ -134,9 +128,9 @@ impl Runner {
         looks: mpsc::Sender<AskLook>,
         stop: CancellationToken,
     ) -> Self {
-        let (small, large) = (Semaphore::new(SMALL_TURNS), Semaphore::new(LARGE_TURNS));
         let (running, alone, told, last_rate) = Default::default();
-        let inner = Inner { catalogue, shared, sinks, identity, link, looks, small, large, running, alone, told, last_rate, stop };
+        let inner =
+            Inner { catalogue, shared, sinks, identity, link, looks, turns: Turns::default(), running, alone, told, last_rate, stop };
         Self { inner: Arc::new(inner) }
     }
 

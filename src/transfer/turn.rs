@@ -3,13 +3,47 @@
 //! `attempt` waits here before it does anything. Nothing is kept: what goes first stands in the catalogue, and turns are
 //! taken anew after a restart.
 
-use tokio::sync::SemaphorePermit;
+use tokio::sync::{Semaphore, SemaphorePermit};
 use tokio_util::sync::CancellationToken;
 
-use super::{Runner, SMALL_BYTES, stopped, unless};
+use super::{Runner, stopped, unless};
 use crate::api::types::State;
 use crate::catalogue::TransferRow;
 use crate::fault::{Code, Fault, Reason};
+
+/// Transfers of about one size. They wait neither for larger ones nor behind what those asked for.
+struct Size {
+    /// Bytes of the artifact; larger ones are of the next size.
+    most: u64,
+    /// How many work at once.
+    turns: usize,
+    /// Of what they ask for on the line; below that of manifests.
+    priority: i32,
+}
+
+const SIZES: [Size; 3] = [
+    Size { most: 8 << 20, turns: 4, priority: 15 },
+    Size { most: 256 << 20, turns: 4, priority: 10 },
+    Size { most: u64::MAX, turns: 3, priority: 0 },
+];
+
+fn size(bytes: u64) -> usize {
+    SIZES.iter().position(|size| bytes <= size.most).unwrap_or(SIZES.len() - 1)
+}
+
+/// The priority on the line of what an artifact of so many bytes asks for.
+pub(super) fn priority(bytes: u64) -> i32 {
+    SIZES[size(bytes)].priority
+}
+
+/// Who works.
+pub(super) struct Turns([Semaphore; SIZES.len()]);
+
+impl Default for Turns {
+    fn default() -> Self {
+        Self(SIZES.map(|size| Semaphore::new(size.turns)))
+    }
+}
 
 impl Runner {
     /// Waits until this transfer may work: what goes first is done, and fewer than so many of its size work.
@@ -18,7 +52,7 @@ impl Runner {
         if row.state != State::Committing {
             unless(stop, self.let_others_go_first(row)).await?;
         }
-        let turns = if row.body.bytes.total < SMALL_BYTES { &self.inner.small } else { &self.inner.large };
+        let turns = &self.inner.turns.0[size(row.body.bytes.total)];
         if let Ok(turn) = turns.try_acquire() {
             return Ok(turn);
         }

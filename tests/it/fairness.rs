@@ -41,6 +41,37 @@ fn what_is_small_does_not_wait_behind_what_is_large() {
     hub.cli(&["cancel", &transfer]).expect(0);
 }
 
+#[test]
+fn what_is_tiny_does_not_wait_behind_all_that_is_small() {
+    let _limit = limit(secs(150));
+    let scratch = Scratch::new();
+    let hub = Hub::start_new(scratch.path());
+    let line = Line::to(hub.quic);
+    let spec = SiteSpec { through: Some(line.address()), ..SiteSpec::default() };
+    let site = Site::start_new(scratch.path(), &hub, "chengdu", &spec);
+    let tiny = scratch.join("tiny");
+    data::write(&tiny.join("photo.png"), &data::noise(&mut data::rng("tiny"), 40_000));
+    hub.publish(&tiny, "dataset/tiny:v1", &[]);
+    for model in MODELS {
+        let source = scratch.join(&model.replace([':', '/'], "-"));
+        data::write(&source.join("weights.bin"), &data::noise(&mut data::rng(model), 12 << 20));
+        hub.publish(&source, model, &[]);
+    }
+    line.throttle(1 << 20);
+    let begun = hub.deliver(&MODELS, "chengdu");
+    for id in &begun {
+        hub.wait_transfer(id, "begun", secs(60), |t| t.state == "transferring");
+    }
+    hub.deliver_and_wait("dataset/tiny:v1", "chengdu", secs(60));
+    assert_same(&tiny, &site.folder("dataset/tiny:v1"));
+    let going_on = begun.iter().filter(|id| !hub.transfer(id).is_final()).count();
+    assert_eq!(going_on, MODELS.len(), "it was to be here before them");
+    line.throttle(0);
+    for id in &begun {
+        hub.wait_done(id, secs(60));
+    }
+}
+
 /// All that a site asks for at once of one artifact. Four of them, which is how many it brings at once, are 128 MiB: without a
 /// bound they would take the whole of the hub's budget, or wait in its memory.
 const SIZE: usize = 32 << 20;
