@@ -25,6 +25,7 @@ use crate::jobs::JobProgress;
 use crate::limits::{CHUNK_BYTES_MAX, FORECAST_BYTES_MIN, INGEST_BATCH_BYTES, INGEST_BATCHES_MAX};
 use crate::manifest::{Builder, ChunkRef, Digest, Entry, EntryBody, FileInfo, Root};
 use crate::names::{Kind, RelPath};
+use crate::seen::Seen;
 use crate::source::{Content, Source, SourceBody, SourceEntry};
 use crate::store::Store;
 
@@ -96,7 +97,7 @@ pub trait Keeper: Sync {
     fn check_room_for(&self, _bytes: u64) -> Result<(), Fault> {
         Ok(())
     }
-    /// The bytes that [`Keeper::keep`] would take for these chunks.
+    /// The bytes that [`Keeper::keep`] would take for these chunks, of which none is twice among them.
     fn would_take(&self, _chunks: &[Verified]) -> Result<u64, Fault> {
         Ok(0)
     }
@@ -310,10 +311,10 @@ impl Reading<'_, '_> {
         if size < FORECAST_BYTES_MIN || self.keeper.check_room_for(size).is_ok() {
             return Ok(());
         }
-        let (mut from, mut takes) = (open(content, size)?, 0);
+        let (mut from, mut takes, mut seen) = (open(content, size)?.take(size), 0, Seen::default());
         let (mut block, mut filled) = (vec![0; INGEST_BATCH_BYTES], 0);
         loop {
-            filled += read_all_of(&mut *from, &mut block[filled..]).at(format_args!("read {:?}", path.as_str()))?;
+            filled += read_all_of(&mut from, &mut block[filled..]).at(format_args!("read {:?}", path.as_str()))?;
             let is_last = filled < block.len();
             let (mut cut, mut chunks) = (0, Vec::new());
             while cut < filled && (is_last || filled - cut >= self.chunking.max as usize) {
@@ -321,6 +322,7 @@ impl Reading<'_, '_> {
                 chunks.push(Verified::new(Bytes::copy_from_slice(&block[cut..cut + len])));
                 cut += len;
             }
+            chunks.retain(|chunk| seen.is_new(&chunk.id));
             takes += self.keeper.would_take(&chunks)?;
             if is_last {
                 break;

@@ -19,7 +19,7 @@ use crate::store::Store;
 
 /// Jobs remembered; the oldest ended one is forgotten first.
 const JOBS_KEPT: usize = 256;
-/// Jobs that may run at once, and one collection beside them.
+/// Jobs that may run at once; where all places are taken, a collection gets one more.
 const JOBS_RUNNING_MAX: usize = 32;
 
 /// One job's progress, shared with its work.
@@ -189,5 +189,25 @@ impl Jobs {
     /// Jobs that run.
     pub fn running(&self) -> usize {
         self.entries.lock().iter().filter(|e| e.end.is_none()).count()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_collection_finds_a_place_where_all_others_wait() {
+        let dir = tempfile::tempdir().unwrap();
+        let jobs = Jobs::new(Catalogue::open(dir.path()).await.unwrap());
+        let waiting = || jobs.start(|_| std::future::pending::<Result<(), Fault>>());
+        for _ in 0..JOBS_RUNNING_MAX {
+            waiting().unwrap();
+        }
+        assert_eq!(waiting().unwrap_err().code, Code::Conflict);
+        let collection = || jobs.start_collection(|_| std::future::pending::<Result<(), Fault>>());
+        collection().unwrap();
+        assert_eq!(collection().unwrap_err().code, Code::Conflict);
+        assert_eq!(jobs.running(), JOBS_RUNNING_MAX + 1);
     }
 }

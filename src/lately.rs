@@ -33,6 +33,11 @@ impl<K: Clone + Eq + Hash, V> Lately<K, V> {
         self.put_at(Instant::now(), asked, answer, believed_for);
     }
 
+    /// Believes no answer to this any more.
+    pub fn forget(&mut self, asked: &K) {
+        self.answers.remove(asked);
+    }
+
     fn get_at(&self, now: Instant, asked: &K) -> Option<&V> {
         self.answers.get(asked).filter(|(until, _)| now < *until).map(|(_, answer)| answer)
     }

@@ -34,6 +34,7 @@ pub mod registry;
 pub mod relay;
 pub mod run;
 pub mod sample;
+pub mod seen;
 pub mod serve;
 pub mod sink;
 pub mod site;

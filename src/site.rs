@@ -183,12 +183,12 @@ impl Site {
     /// Waits for what runs; each transfer writes down where it is.
     pub async fn stopped(&self) {
         self.inner.runner.drained().await;
-        self.inner.tasks.close();
-        self.inner.tasks.wait().await;
         if let Some(link) = self.inner.link.send_replace(None) {
             // Else the hub would take it for online until it had been silent for long.
             link.close_and_flush("the site stops").await;
         }
+        self.inner.tasks.close();
+        self.inner.tasks.wait().await;
     }
 
     /// Takes away staging folders of transfers that are no longer open: what a crash left between two steps.

@@ -57,7 +57,7 @@ async fn ask_on_a_busy_line((site, hub): (Link, Link)) {
         (answer, _held) = async { tokio::join!(fetcher.root(), hub.accept()) } => panic!("its turn may still come: {answer:?}"),
         () = busy => {}
         () = read => panic!("the line ended"),
-        () = tokio::time::sleep(SILENCE_MAX + Duration::from_secs(5)) => assert!(!site.is_closed()),
+        () = tokio::time::sleep(SILENCE_MAX + 3 * LOOK_EVERY) => assert!(!site.is_closed()),
     }
 }
 

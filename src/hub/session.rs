@@ -196,6 +196,7 @@ impl Hub {
             AskHub::ListRuns { limit } => self.list_runs(Some(site), limit.min(API_ROWS_MAX)).await.and_then(as_json),
             AskHub::Publish { artifact, digest, to, run } => self.take_offer(site, artifact, digest, to.as_deref(), run.as_deref()).await,
         };
+        send.set_priority(wire::PRIORITY_QUESTION);
         wire::send(&mut send, &answer).await?;
         send.finish()
     }

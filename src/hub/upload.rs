@@ -25,6 +25,7 @@ use crate::limits::{COMMIT_BYTES, COMMIT_EVERY, FETCH_BATCH_BYTES, FETCH_BATCH_C
 use crate::line::{Link, PRIORITY_BULK, RecvHalf, SendHalf};
 use crate::manifest::{ChunkRef, Digest, Root, Step, Walk};
 use crate::names::{ArtifactRef, SiteName};
+use crate::seen::Seen;
 use crate::store::Store;
 use crate::wire::{self, AskHub, FETCH, QUESTION, Wanted};
 
@@ -118,6 +119,7 @@ impl Hub {
         if let Err(fault) = self.flush_uploaded().await {
             tracing::error!(error = %fault, "the store cannot be flushed");
         }
+        send.set_priority(wire::PRIORITY_QUESTION);
         wire::send(&mut send, &answer).await?;
         send.finish()
     }
@@ -176,6 +178,7 @@ impl Hub {
         // A publisher asks again and again until there is room; what came meanwhile would be kept for nothing.
         let short_of = self.inner.short_of.lock().get(&root.digest()).copied();
         short_of.map_or(Ok(()), |bytes| self.inner.store.check_room_for(bytes))?;
+        self.inner.short_of.lock().forget(&root.digest());
         let lacking = self.lacking_where_room_is_short(root).await?;
         let (planned, packs) = (root.clone(), self.inner.store.clone());
         let planning = tokio::task::spawn_blocking(move || {
@@ -222,9 +225,9 @@ impl Hub {
             return Ok(None);
         }
         let count = blocking(move || {
-            let mut lacking = 0;
+            let (mut lacking, mut seen) = (0, Seen::default());
             plan(&root, &store, |batch| {
-                lacking += batch.bytes;
+                lacking += batch.chunks.iter().filter(|chunk| seen.is_new(&chunk.id)).map(|chunk| u64::from(chunk.len)).sum::<u64>();
                 Ok(true)
             })?;
             Ok(Some(lacking))

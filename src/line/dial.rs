@@ -194,7 +194,8 @@ async fn resolve(address: &str) -> Result<Vec<SocketAddr>, Fault> {
     Ok(addresses)
 }
 
-/// Dials the hub at `HOST:PORT`; the line buffers at most `memory` bytes for sending. Returns once the hub said welcome; a site that is refused gets `not_allowed` with the reason.
+/// Dials the hub at `HOST:PORT`; the line buffers at most `memory` bytes for sending. Returns once the hub said welcome; a site that
+/// is refused gets `not_allowed` with the reason.
 pub async fn dial(address: &str, identity: &SiteIdentity, line: &Line, memory: u64) -> Result<Link, Fault> {
     identity.check_clock()?;
     let call = Call { address, tls: tls::client(identity)?, line, memory, welcomed: true };

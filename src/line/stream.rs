@@ -24,7 +24,7 @@ impl SendHalf {
     /// Writes all of it, copying.
     pub async fn write_all(&mut self, data: &[u8]) -> Result<(), Fault> {
         let result = match &mut self.wire {
-            SendWire::Quic(_) => return self.write_many(&mut [Bytes::copy_from_slice(data)]).await,
+            SendWire::Quic(_) => return self.write_bytes(Bytes::copy_from_slice(data)).await,
             SendWire::Tcp(stream) => stream.write_all(data).await,
         };
         result.map_err(|e| self.link.fault(e))

@@ -321,6 +321,35 @@ async fn many_streams_carry_their_bytes_unmixed() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stream_that_is_not_read_keeps_no_other_waiting() {
+    let hub = Hub::start();
+    for transport in [Transport::Quic, Transport::Tcp] {
+        let (site_end, hub_end) = hub.connect(transport).await;
+        // More than its window holds, of the highest priority there is.
+        let (mut unread, _recv) = hub_end.open(PRIORITY_CONTROL).await.unwrap();
+        let stuck = tokio::spawn(async move { unread.write_bytes(Bytes::from(vec![1; 4 << 20])).await });
+        let _unread = site_end.accept().await.unwrap();
+        let (mut send, _recv) = hub_end.open(PRIORITY_BULK).await.unwrap();
+        let write = async {
+            for _ in 0..16 {
+                send.write_bytes(Bytes::from(vec![2; 1 << 20])).await.unwrap();
+            }
+            send.finish().unwrap();
+        };
+        let read = async {
+            let (_send, mut recv) = site_end.accept().await.unwrap();
+            recv.read_to_end(16 << 20).await.unwrap().len()
+        };
+        let both = async { tokio::join!(write, read) };
+        let ((), came) = tokio::time::timeout(Duration::from_secs(20), both).await.expect("it goes on");
+        assert_eq!(came, 16 << 20, "{}", site_end.transport());
+        // A TCP line takes a piece as it is.
+        assert!(stuck.is_finished() == (transport == Transport::Tcp));
+        stuck.abort();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn where_udp_is_dropped_tcp_is_taken_and_quic_again_later() {
     // Its packets are taken, and nobody answers.
     let mut hole = None;

@@ -2,20 +2,28 @@
 //!
 //! quinn sends what was written in the order of the streams' priorities, but room for more goes to whoever was blocked last: an
 //! answer of 40 KB could wait for all that a large transfer had asked for. So a write stands aside while one of a higher priority
-//! waits. A stream does not wait for its own window meanwhile, for an answer fits in it.
+//! is under way. That one may wait for its own stream's window instead, which keeps nobody else: then there is room, and who has
+//! stood aside for a moment finds it.
 
 use std::collections::BTreeMap;
 use std::pin::pin;
+use std::time::Duration;
 
 use bytes::Bytes;
+use futures::FutureExt as _;
 use parking_lot::Mutex;
+use quinn::{SendStream, WriteError};
 use tokio::sync::Notify;
+
+/// How long a write stands aside before it looks whether there is room.
+const ASIDE_MAX: Duration = Duration::from_millis(100);
 
 /// The writes of one line that are under way.
 #[derive(Default)]
 pub(super) struct Turns {
     /// How many there are of each priority.
     writing: Mutex<BTreeMap<i32, usize>>,
+    /// Told when the highest of them is another.
     changed: Notify,
 }
 
@@ -26,54 +34,57 @@ struct Turn<'a> {
 }
 
 impl Turns {
-    fn begin(&self, priority: i32) -> Turn<'_> {
-        let mut writing = self.writing.lock();
-        *writing.entry(priority).or_default() += 1;
-        if writing.len() > 1 {
-            self.changed.notify_waiters();
-        }
-        Turn { turns: self, priority }
-    }
-
     /// Writes all of it, in turn.
-    pub(super) async fn write(
-        &self,
-        stream: &mut quinn::SendStream,
-        priority: i32,
-        mut pieces: &mut [Bytes],
-    ) -> Result<(), quinn::WriteError> {
+    pub(super) async fn write(&self, stream: &mut SendStream, priority: i32, mut pieces: &mut [Bytes]) -> Result<(), WriteError> {
         let turn = self.begin(priority);
         while !pieces.is_empty() {
             let mut changed = pin!(self.changed.notified());
             changed.as_mut().enable();
-            if !turn.is_first() {
-                changed.await;
+            // A write that is given up while it waits has written nothing.
+            let written = if turn.is_first() {
+                tokio::select! {
+                    biased;
+                    () = changed => continue,
+                    written = stream.write_chunks(pieces) => written?,
+                }
+            } else if tokio::time::timeout(ASIDE_MAX, changed).await.is_ok() {
                 continue;
-            }
-            // Given up, a write that waits has written nothing.
-            tokio::select! {
-                biased;
-                written = stream.write_chunks(pieces) => pieces = &mut std::mem::take(&mut pieces)[written?.chunks..],
-                () = changed => {}
-            }
+            } else if let Some(written) = stream.write_chunks(pieces).now_or_never() {
+                written?
+            } else {
+                continue;
+            };
+            pieces = &mut pieces[written.chunks..];
         }
         Ok(())
+    }
+
+    fn begin(&self, priority: i32) -> Turn<'_> {
+        let mut writing = self.writing.lock();
+        let highest = writing.last_key_value().map(|(highest, _)| *highest);
+        *writing.entry(priority).or_default() += 1;
+        if highest.is_some_and(|highest| highest < priority) {
+            self.changed.notify_waiters();
+        }
+        Turn { turns: self, priority }
     }
 }
 
 impl Turn<'_> {
     fn is_first(&self) -> bool {
-        self.turns.writing.lock().last_key_value().is_none_or(|(priority, _)| *priority <= self.priority)
+        self.turns.writing.lock().last_key_value().is_none_or(|(highest, _)| *highest <= self.priority)
     }
 }
 
 impl Drop for Turn<'_> {
     fn drop(&mut self) {
         let mut writing = self.turns.writing.lock();
-        if let Some(count) = writing.get_mut(&self.priority) {
-            *count -= 1;
-            if *count == 0 {
-                writing.remove(&self.priority);
+        let Some(count) = writing.get_mut(&self.priority) else { return };
+        *count -= 1;
+        if *count == 0 {
+            let was_highest = writing.last_key_value().is_some_and(|(highest, _)| *highest == self.priority);
+            writing.remove(&self.priority);
+            if was_highest {
                 self.turns.changed.notify_waiters();
             }
         }

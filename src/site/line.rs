@@ -232,6 +232,7 @@ impl Site {
     }
 
     async fn question(&self, mut send: SendHalf, mut recv: RecvHalf, link: &Link) -> Result<(), Fault> {
+        send.set_priority(wire::PRIORITY_QUESTION);
         match wire::receive(&mut recv).await? {
             AskSite::Plan { artifact, digest } => wire::send(&mut send, &self.plan_for(link, artifact, digest).await).await?,
             AskSite::Holds { artifact, digest } => wire::send(&mut send, &self.inner.runner.holds(&artifact, digest).await).await?,

@@ -81,9 +81,9 @@ impl Packs {
         let mut out = Vec::new();
         for entry in std::fs::read_dir(&self.dir).at(format_args!("list {}", self.dir.display()))? {
             let name = entry.at(format_args!("list {}", self.dir.display()))?.file_name();
-            if let Some(number) = name.to_str().and_then(|n| n.strip_suffix(".pack")).and_then(|n| n.parse().ok()) {
-                out.push(number);
-            }
+            let number = name.to_str().and_then(|n| n.strip_suffix(".pack")).and_then(|n| n.parse().ok());
+            // Others may have put things here that only look like packs.
+            out.extend(number.filter(|number| self.path(*number).file_name() == Some(&name) && self.path(*number).is_file()));
         }
         out.sort_unstable();
         Ok(out)

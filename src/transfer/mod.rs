@@ -38,7 +38,7 @@ use crate::sink::{Incoming, Sink};
 use crate::wire::Desired;
 
 pub use assemble::{Assembly, BUDGET_UNIT, Counters, Estimate, Shared, free_room};
-use turn::Turns;
+use turn::Slots;
 pub use verify::{Found, beside, verify};
 
 /// Transfers that wait for a look at once.
@@ -87,7 +87,7 @@ struct Inner {
     identity: watch::Receiver<Arc<SiteIdentity>>,
     link: watch::Receiver<Option<Link>>,
     looks: mpsc::Sender<AskLook>,
-    turns: Turns,
+    slots: Slots,
     running: Mutex<HashMap<String, Running>>,
     /// Who lands, looks at, or takes away an artifact does so alone.
     alone: Mutex<HashMap<ArtifactRef, Arc<tokio::sync::Mutex<()>>>>,
@@ -130,7 +130,7 @@ impl Runner {
     ) -> Self {
         let (running, alone, told, last_rate) = Default::default();
         let inner =
-            Inner { catalogue, shared, sinks, identity, link, looks, turns: Turns::default(), running, alone, told, last_rate, stop };
+            Inner { catalogue, shared, sinks, identity, link, looks, slots: Slots::default(), running, alone, told, last_rate, stop };
         Self { inner: Arc::new(inner) }
     }
 

@@ -36,10 +36,10 @@ pub(super) fn priority(bytes: u64) -> i32 {
     SIZES[size(bytes)].priority
 }
 
-/// Who works.
-pub(super) struct Turns([Semaphore; SIZES.len()]);
+/// Room for those that work, by size.
+pub(super) struct Slots([Semaphore; SIZES.len()]);
 
-impl Default for Turns {
+impl Default for Slots {
     fn default() -> Self {
         Self(SIZES.map(|size| Semaphore::new(size.turns)))
     }
@@ -52,7 +52,7 @@ impl Runner {
         if row.state != State::Committing {
             unless(stop, self.let_others_go_first(row)).await?;
         }
-        let turns = &self.inner.turns.0[size(row.body.bytes.total)];
+        let turns = &self.inner.slots.0[size(row.body.bytes.total)];
         if let Ok(turn) = turns.try_acquire() {
             return Ok(turn);
         }

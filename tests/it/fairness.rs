@@ -7,8 +7,8 @@ use crate::support::line::Line;
 use crate::support::tree::assert_same;
 use crate::support::{Scratch, limit, secs, wait_for};
 
-/// From this size on an artifact is large: `SMALL_BYTES` in `transfer/mod.rs`.
-const LARGE: u64 = 256 << 20;
+/// Larger than all that is small: `SIZES` in `transfer/turn.rs`.
+const LARGE: u64 = (256 << 20) + 1;
 
 #[test]
 fn what_is_small_does_not_wait_behind_what_is_large() {

@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
+use std::time::Instant;
 
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
@@ -301,6 +302,9 @@ fn what_a_full_hub_cannot_hold_is_told_before_half_of_it_came() {
         wait_for("the upload is on its way", secs(60), || (world.line.up() > 12 << 20).then_some(()));
         // It asks again and again until there is room, and each time brings nothing more.
         world.line.wait_quiet_up(secs(30));
+        let (came, since) = (world.line.up(), Instant::now());
+        wait_for("it has asked some times more", secs(20), || (since.elapsed() > secs(8)).then_some(()));
+        assert!(world.line.up() - came < 1 << 20, "{} bytes came while it waited", world.line.up() - came);
         assert!(!publish.is_finished() && world.line.up() < 50 << 20, "{} bytes came", world.line.up());
         assert!(disk.used() < 50 << 20, "{} bytes were kept", disk.used());
         disk.grow("300m");

@@ -2,7 +2,7 @@
 //!
 //! The writing halves put pieces in ([`State::poll_write`]), the driver takes batches out ([`State::take_batch`]), and
 //! `on_frame` brings what the peer says of it. A piece is taken whole while the line holds less than
-//! [`MUX_LINE_QUEUE_BYTES`], and beyond that [`MUX_STREAM_QUEUE_BYTES`] a stream: no stream waits for what another has queued.
+//! what it may hold, and beyond that [`MUX_STREAM_QUEUE_BYTES`] a stream: no stream waits for what another has queued.
 
 use std::cmp::Reverse;
 use std::collections::VecDeque;
