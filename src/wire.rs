@@ -32,7 +32,7 @@ pub const FETCH: u8 = b'F';
 pub const QUESTION: u8 = b'Q';
 
 /// Priorities of streams: control before questions before small transfers before large.
-pub const PRIORITY_CONTROL: i32 = 100;
+pub use crate::line::PRIORITY_CONTROL;
 /// Questions.
 pub const PRIORITY_QUESTION: i32 = 50;
 /// Manifests.

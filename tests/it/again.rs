@@ -8,7 +8,6 @@ use crate::support::daemon::{Hub, Site, SiteSpec};
 use crate::support::data;
 use crate::support::images;
 use crate::support::labels as marks;
-use crate::support::line::Line;
 use crate::support::postgres::Postgres;
 use crate::support::registry::Registry;
 use crate::support::tree::assert_same;
@@ -21,8 +20,7 @@ fn files_that_were_damaged_or_deleted_at_a_site() {
     let _limit = limit(secs(200));
     let scratch = Scratch::new();
     let hub = Hub::start_new(scratch.path());
-    let line = Line::to(hub.quic);
-    let site = Site::start_new(scratch.path(), &hub, "chengdu", &SiteSpec { through: Some(line.address()), ..SiteSpec::default() });
+    let (line, site) = Site::start_behind(scratch.path(), &hub, "chengdu");
     let set = scratch.join("set");
     data::dataset(&set, 200);
     data::write(&set.join("weights.bin"), &data::noise(&mut data::rng("again"), 8 << 20));

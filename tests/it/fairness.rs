@@ -15,9 +15,7 @@ fn what_is_small_does_not_wait_behind_what_is_large() {
     let _limit = limit(secs(120));
     let scratch = Scratch::new();
     let hub = Hub::start_new(scratch.path());
-    let line = Line::to(hub.quic);
-    let spec = SiteSpec { through: Some(line.address()), ..SiteSpec::default() };
-    let site = Site::start_new(scratch.path(), &hub, "chengdu", &spec);
+    let (line, site) = Site::start_behind(scratch.path(), &hub, "chengdu");
     assert_eq!(hub.json(&["sites"])[0]["line"], "quic");
     let (large, small) = (scratch.join("large"), scratch.join("small"));
     data::write(&large.join("weights.bin"), &data::noise(&mut data::rng("large"), 64 << 20));
@@ -46,9 +44,7 @@ fn what_is_tiny_does_not_wait_behind_all_that_is_small() {
     let _limit = limit(secs(150));
     let scratch = Scratch::new();
     let hub = Hub::start_new(scratch.path());
-    let line = Line::to(hub.quic);
-    let spec = SiteSpec { through: Some(line.address()), ..SiteSpec::default() };
-    let site = Site::start_new(scratch.path(), &hub, "chengdu", &spec);
+    let (line, site) = Site::start_behind(scratch.path(), &hub, "chengdu");
     let tiny = scratch.join("tiny");
     data::write(&tiny.join("photo.png"), &data::noise(&mut data::rng("tiny"), 40_000));
     hub.publish(&tiny, "dataset/tiny:v1", &[]);

@@ -127,8 +127,8 @@ fn the_line_carries_counts_slows_and_cuts() {
     let line = Line::to(address);
 
     let site = UdpSocket::bind("127.0.0.1:0").unwrap();
-    site.set_read_timeout(Some(secs(10))).unwrap();
-    end.set_read_timeout(Some(secs(10))).unwrap();
+    site.set_read_timeout(Some(secs(5))).unwrap();
+    end.set_read_timeout(Some(secs(5))).unwrap();
     let mut buffer = [0; 2000];
     site.send_to(b"hello", line.address()).unwrap();
     let (len, peer) = end.recv_from(&mut buffer).unwrap();

@@ -58,9 +58,7 @@ impl World {
     /// All that the site has lies in this folder, and so on this disk.
     fn start_in(scratch: Scratch, of_site: &Path, disk: Option<SmallDisk>) -> Self {
         let hub = Hub::start_new(scratch.path());
-        let line = Line::to(hub.quic);
-        let spec = SiteSpec { through: Some(line.address()), ..SiteSpec::default() };
-        let site = Site::start_new(of_site, &hub, "chengdu", &spec);
+        let (line, site) = Site::start_behind(of_site, &hub, "chengdu");
         if let Some(disk) = &disk {
             // Whoever wrote its config did so long ago.
             disk.sync();
@@ -242,7 +240,7 @@ fn a_hub_stopped_in_the_middle_goes_on() {
 /// All wait for a minute to pass, and do next to nothing meanwhile: together they cost one.
 #[test]
 fn a_minute_without_a_line_or_without_quic_ends_well() {
-    let _limit = limit(secs(400));
+    let _limit = limit(secs(280));
     std::thread::scope(|scope| {
         scope.spawn(a_line_cut_for_a_minute_goes_on);
         scope.spawn(where_udp_is_blocked_tcp_carries_until_quic_works_again);
@@ -308,7 +306,7 @@ fn where_udp_is_blocked_tcp_carries_until_quic_works_again() {
     let before = line.down();
     let transfer = hub.deliver(&["model/large:v1"], "chengdu").remove(0);
     // Enough for each of the requests to bring what is handed on together.
-    wait_for("some of it came over TCP", secs(90), || (line.down() - before > 16 << 20).then_some(()));
+    wait_for("some of it came over TCP", secs(50), || (line.down() - before > 16 << 20).then_some(()));
     let seen = hub.transfer(&transfer);
     assert_eq!(transport(&hub).as_deref(), Some("tcp"));
     line.block_udp(false);

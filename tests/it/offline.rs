@@ -4,7 +4,6 @@ use serde_json::Value;
 
 use crate::support::daemon::{Hub, Site, SiteSpec, Transfer, ids};
 use crate::support::data;
-use crate::support::line::Line;
 use crate::support::tree::assert_same;
 use crate::support::{Scratch, limit, secs, wait_for};
 
@@ -61,9 +60,7 @@ fn a_transfer_is_held_let_go_given_up_and_taken_up() {
     let _limit = limit(secs(180));
     let scratch = Scratch::new();
     let mut hub = Hub::start_new(scratch.path());
-    let line = Line::to(hub.quic);
-    let spec = SiteSpec { through: Some(line.address()), ..SiteSpec::default() };
-    let site = Site::start_new(scratch.path(), &hub, "chengdu", &spec);
+    let (line, site) = Site::start_behind(scratch.path(), &hub, "chengdu");
     let source = scratch.join("model");
     data::model(&source, 24 << 20);
     hub.publish(&source, "model/m:v1", &[]);

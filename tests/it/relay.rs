@@ -35,8 +35,7 @@ fn what_is_published_at_a_site_arrives_at_others_and_leaves_it_once() {
     let _limit = limit(secs(180));
     let dir = Scratch::new();
     let hub = Hub::start_new(dir.path());
-    let line = Line::to(hub.quic);
-    let mut a = Site::start_new(dir.path(), &hub, "a", &SiteSpec { through: Some(line.address()), ..SiteSpec::default() });
+    let (line, mut a) = Site::start_behind(dir.path(), &hub, "a");
     let b = Site::start_new(dir.path(), &hub, "b", &SiteSpec::default());
     let set = data::dataset(&dir.join("set"), 60);
     data::operator(&dir.join("operator"));
@@ -161,8 +160,7 @@ fn either_end_may_be_away_and_it_still_arrives() {
     let _limit = limit(secs(180));
     let dir = Scratch::new();
     let mut hub = Hub::start_new(dir.path());
-    let line = Line::to(hub.quic);
-    let mut a = Site::start_new(dir.path(), &hub, "a", &SiteSpec { through: Some(line.address()), ..SiteSpec::default() });
+    let (line, mut a) = Site::start_behind(dir.path(), &hub, "a");
     let mut b = Site::start_new(dir.path(), &hub, "b", &SiteSpec::default());
     let folder = model(&dir.join("model"), 40);
     b.stop();
@@ -272,8 +270,7 @@ fn two_receivers_at_once_cost_one_uplink() {
     let _limit = limit(secs(180));
     let dir = Scratch::new();
     let hub = Hub::start_new(dir.path());
-    let line = Line::to(hub.quic);
-    let a = Site::start_new(dir.path(), &hub, "a", &SiteSpec { through: Some(line.address()), ..SiteSpec::default() });
+    let (line, a) = Site::start_behind(dir.path(), &hub, "a");
     let others: Vec<Site> = ["b", "c", "d"].iter().map(|name| Site::start_new(dir.path(), &hub, name, &SiteSpec::default())).collect();
     let folder = model(&dir.join("model"), 64);
     a.publish(&folder, "model/many:v1", &[]);
@@ -519,8 +516,7 @@ fn kills_of_all_three_at_random_moments_cost_little() {
     let size = 8 * kills;
     let dir = Scratch::new();
     let mut hub = Hub::start_new(dir.path());
-    let line = Line::to(hub.quic);
-    let mut a = Site::start_new(dir.path(), &hub, "a", &SiteSpec { through: Some(line.address()), ..SiteSpec::default() });
+    let (line, mut a) = Site::start_behind(dir.path(), &hub, "a");
     let mut b = Site::start_new(dir.path(), &hub, "b", &SiteSpec::default());
     let folder = model(&dir.join("model"), size);
     let set = data::dataset(&dir.join("set"), 60);

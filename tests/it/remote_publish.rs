@@ -189,6 +189,7 @@ fn two_at_once_by_one_publisher() {
     kill_process(first, Signal::STOP).unwrap();
     let other = world.publish(&second, "model/second:v1", &[]).expect(0).json();
     assert_eq!(other["unchanged"], false);
+    assert!(child.try_wait().unwrap().is_none(), "the first ended too early to say anything");
     kill_process(first, Signal::CONT).unwrap();
     assert!(wait(&mut child, secs(60)).expect("the first ends").success());
     let mut artifacts = world.hub.artifacts();

@@ -7,7 +7,6 @@ use std::path::Path;
 
 use crate::support::daemon::{Hub, Site, SiteSpec};
 use crate::support::data;
-use crate::support::line::Line;
 use crate::support::tree::assert_same;
 use crate::support::{Scratch, limit, secs};
 
@@ -30,8 +29,7 @@ const GROWTH: u64 = 24 << 20;
 fn kill_in_the_middle(kill: impl Fn(&mut Hub, &mut Site)) {
     let scratch = Scratch::new();
     let mut hub = Hub::start_new(scratch.path());
-    let line = Line::to(hub.quic);
-    let mut site = Site::start_new(scratch.path(), &hub, "chengdu", &SiteSpec { through: Some(line.address()), ..SiteSpec::default() });
+    let (line, mut site) = Site::start_behind(scratch.path(), &hub, "chengdu");
     let source = scratch.join("model");
     data::write(&source.join("weights.bin"), &data::noise(&mut data::rng("resume"), SIZE));
     hub.publish(&source, "model/big:v1", &[]);

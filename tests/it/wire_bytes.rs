@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use rand::Rng;
 
-use crate::support::daemon::{Hub, Site, SiteSpec};
+use crate::support::daemon::{Hub, Site};
 use crate::support::line::Line;
 use crate::support::tree::assert_same;
 use crate::support::{Scratch, data, images, limit, secs};
@@ -25,9 +25,7 @@ impl World {
     fn start() -> Self {
         let scratch = Scratch::new();
         let hub = Hub::start_new(scratch.path());
-        let line = Line::to(hub.quic);
-        let spec = SiteSpec { through: Some(line.address()), ..SiteSpec::default() };
-        let site = Site::start_new(scratch.path(), &hub, "chengdu", &spec);
+        let (line, site) = Site::start_behind(scratch.path(), &hub, "chengdu");
         Self { hub, line, site, scratch }
     }
 

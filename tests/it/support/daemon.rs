@@ -13,6 +13,7 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use super::command::{Output, bound, bound_as, run, wait};
+use super::line::Line;
 use super::{free_port, register_log, secs, wait_for};
 
 /// The program under test.
@@ -527,8 +528,15 @@ impl Site {
         let mut site = Self::new(dir, hub, name, spec);
         site.join(hub, spec.labels);
         site.start();
-        hub.wait_online(name, true, secs(60));
+        hub.wait_online(name, true, secs(20));
         site
+    }
+
+    /// The same behind a line of its own.
+    pub(crate) fn start_behind(dir: &Path, hub: &Hub, name: &str) -> (Line, Self) {
+        let line = Line::to(hub.quic);
+        let site = Self::start_new(dir, hub, name, &SiteSpec { through: Some(line.address()), ..SiteSpec::default() });
+        (line, site)
     }
 
     /// Where a version of a folder artifact lies.
