@@ -236,12 +236,13 @@ impl Link {
         match &self.inner.wire {
             Wire::Quic { connection, .. } => {
                 let (send, recv) = connection.open_bi().await.map_err(|_| self.inner.fault(StreamEnd::LineGone))?;
-                let _ = send.set_priority(self.inner.place_of(priority));
-                Ok(self.halves(SendWire::Quic(send), RecvWire::Quic(recv), priority))
+                let place = self.inner.place_of(priority);
+                let _ = send.set_priority(place);
+                Ok(self.halves(SendWire::Quic(send), RecvWire::Quic(recv), place))
             }
             Wire::Tcp { mux, .. } => {
                 let (send, recv) = mux.open(priority).await.map_err(|e| self.inner.fault(e))?;
-                Ok(self.halves(SendWire::Tcp(send), RecvWire::Tcp(recv), priority))
+                Ok(self.halves(SendWire::Tcp(send), RecvWire::Tcp(recv), 0))
             }
         }
     }
@@ -260,8 +261,8 @@ impl Link {
         }
     }
 
-    fn halves(&self, send: SendWire, recv: RecvWire, priority: i32) -> (SendHalf, RecvHalf) {
-        (SendHalf { wire: send, link: self.inner.clone(), priority, over: false }, RecvHalf { wire: recv, link: self.inner.clone() })
+    fn halves(&self, send: SendWire, recv: RecvWire, place: i32) -> (SendHalf, RecvHalf) {
+        (SendHalf { wire: send, link: self.inner.clone(), place, over: false }, RecvHalf { wire: recv, link: self.inner.clone() })
     }
 
     /// Closes the line at once, whatever is on its way; the peer is told the reason.

@@ -16,7 +16,8 @@ pub(super) enum SendWire {
 pub struct SendHalf {
     pub(super) wire: SendWire,
     pub(super) link: Arc<Inner>,
-    pub(super) priority: i32,
+    /// Its place among the streams that send, on QUIC.
+    pub(super) place: i32,
     pub(super) over: bool,
 }
 
@@ -42,7 +43,7 @@ impl SendHalf {
     /// [`SendHalf::write_bytes`] for many behind each other.
     pub async fn write_many(&mut self, pieces: &mut [Bytes]) -> Result<(), Fault> {
         let result = match &mut self.wire {
-            SendWire::Quic(stream) => self.link.turns.write(stream, self.priority, pieces).await.map_err(|e| write_end(&e)),
+            SendWire::Quic(stream) => self.link.turns.write(stream, self.place, pieces).await.map_err(|e| write_end(&e)),
             SendWire::Tcp(stream) => stream.write_many(pieces).await,
         };
         result.map_err(|e| self.link.fault(e))
@@ -71,10 +72,10 @@ impl SendHalf {
 
     /// Changes the priority; an accepted stream begins with 0.
     pub fn set_priority(&mut self, priority: i32) {
-        self.priority = priority;
         match &self.wire {
             SendWire::Quic(stream) => {
-                let _ = stream.set_priority(self.link.place_of(priority));
+                self.place = self.link.place_of(priority);
+                let _ = stream.set_priority(self.place);
             }
             SendWire::Tcp(stream) => stream.set_priority(priority),
         }
