@@ -14,6 +14,7 @@ mod end_to_end;
 mod fairness;
 mod harbor;
 mod harness;
+mod hostile_peers;
 mod idle;
 mod images;
 mod interruption;

@@ -5,6 +5,7 @@ pub(crate) mod daemon;
 pub(crate) mod data;
 pub(crate) mod disk;
 pub(crate) mod harbor;
+pub(crate) mod hostile;
 pub(crate) mod http;
 pub(crate) mod images;
 pub(crate) mod labels;

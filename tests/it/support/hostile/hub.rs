@@ -1,0 +1,67 @@
+//! A hub that holds the real hub's keys, as after a break-in, and says what a test wants.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use packhorse::identity::HubIdentity;
+use packhorse::limits::LINE_SEND_BYTES_MAX;
+use packhorse::line::{Arrival, Listener};
+use packhorse::manifest::Digest;
+use serde_json::{Value, json};
+
+use super::super::daemon::Hub;
+use super::super::secs;
+use super::{Connection, RUNTIME, Stream, over, within};
+
+/// Listens where the real hub did.
+pub(crate) struct FalseHub {
+    listener: Listener,
+}
+
+impl FalseHub {
+    /// Kills the hub and takes its place.
+    #[track_caller]
+    pub(crate) fn take_over(hub: &mut Hub) -> Self {
+        hub.kill();
+        let name = "hub".parse().expect("the hub's name");
+        let identity = Arc::new(HubIdentity::open_or_create(&hub.data_dir, &name).expect("the hub's keys"));
+        let _within = RUNTIME.enter();
+        let line = over(packhorse::config::Transport::Auto);
+        let listener = Listener::bind(hub.quic, identity, &line, LINE_SEND_BYTES_MAX).expect("bind where the hub did");
+        Self { listener }
+    }
+
+    /// Waits for a site: its connection, and its control stream behind its hello.
+    #[track_caller]
+    pub(crate) fn site(&self, limit: Duration) -> (Connection, Stream) {
+        let link = within("a site connects", limit, async {
+            loop {
+                match self.listener.accept().await.expect("the listener works") {
+                    Arrival::Site { link, .. } => return link,
+                    _ => continue,
+                }
+            }
+        });
+        let connection = Connection::new(link);
+        loop {
+            let (kind, mut stream) = connection.accept(limit);
+            if kind == b'C' {
+                stream.receive(secs(20)).expect("the site says hello");
+                return (connection, stream);
+            }
+        }
+    }
+}
+
+/// The message by which a hub says what a site must hold.
+pub(crate) fn desired(revision: u64, transfers: &[Value]) -> Value {
+    json!({"desired": {"revision": revision, "transfers": transfers, "runs": [], "manifests": []}})
+}
+
+/// One transfer in it; a test changes what it wants to be wrong.
+pub(crate) fn wanted(id: &str, artifact: &str, digest: Digest, want: &str) -> Value {
+    json!({
+        "id": id, "delivery": "d-x", "artifact": artifact, "digest": digest.hex(), "want": want,
+        "generation": 0, "total": 0, "created_ms": 1_700_000_000_000_i64, "after": [], "lineage": null,
+    })
+}

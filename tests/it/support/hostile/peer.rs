@@ -1,0 +1,226 @@
+//! A site or a publisher that was enrolled properly and then says what a test wants.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD as BASE64;
+use packhorse::config::Line;
+use packhorse::identity::{Claim, JoinToken, SiteIdentity};
+use packhorse::limits::LINE_SEND_BYTES_MAX;
+use packhorse::line::{self, Link, PRIORITY_BULK, RecvHalf, SendHalf};
+use packhorse::wire::{FetchRequest, Wanted};
+use serde_json::{Value, json};
+
+use super::super::daemon::Hub;
+use super::super::secs;
+use super::artifact::Artifact;
+use super::{RUNTIME, within};
+
+/// The longest answer that a hostile peer reads.
+const ANSWER_BYTES_MAX: usize = 64 << 20;
+
+/// A certificate of the hub, and the key to it.
+pub(crate) struct Identity {
+    identity: SiteIdentity,
+    hub: String,
+    line: Line,
+}
+
+impl Identity {
+    /// Enrols a site.
+    #[track_caller]
+    pub(crate) fn site(hub: &Hub, name: &str, line: Line) -> Self {
+        let claim = Claim::Site(name.parse().expect("a site's name"));
+        Self::join(hub, &hub.token(name, &[]), &claim, line)
+    }
+
+    /// Enrols a publisher.
+    #[track_caller]
+    pub(crate) fn publisher(hub: &Hub, name: &str, line: Line) -> Self {
+        let token = hub.cli(&["token", "create", "--publisher", name]).expect(0).out;
+        Self::join(hub, token.trim(), &Claim::Publisher, line)
+    }
+
+    #[track_caller]
+    fn join(hub: &Hub, token: &str, claim: &Claim, line: Line) -> Self {
+        let token: JoinToken = token.parse().expect("a join token");
+        let address = hub.quic.to_string();
+        let identity = within("join the hub", secs(20), line::join(&address, &token, claim, &line)).expect("join the hub");
+        Self { identity, hub: address, line }
+    }
+
+    /// Connects, and fails with what the hub says.
+    pub(crate) fn try_dial(&self) -> Result<Connection, String> {
+        let dialled = within("dial the hub", secs(30), line::dial(&self.hub, &self.identity, &self.line, LINE_SEND_BYTES_MAX));
+        dialled.map(Connection::new).map_err(|fault| fault.to_string())
+    }
+
+    /// Connects.
+    #[track_caller]
+    pub(crate) fn dial(&self) -> Connection {
+        self.try_dial().expect("the hub welcomes it")
+    }
+
+    /// A receipt with any statement, signed by this peer's key.
+    pub(crate) fn receipt(&self, statement: &str) -> Value {
+        let signature = BASE64.encode(self.identity.sign(statement.as_bytes()).expect("sign"));
+        json!({"statement": statement, "signature": signature, "certificate": BASE64.encode(self.identity.cert_der())})
+    }
+}
+
+/// A connection. Dropped, it is closed.
+#[derive(Clone)]
+pub(crate) struct Connection {
+    link: Link,
+}
+
+impl Connection {
+    pub(super) fn new(link: Link) -> Self {
+        Self { link }
+    }
+
+    /// Opens a stream and writes its first bytes.
+    #[track_caller]
+    pub(crate) fn open(&self, first: &[u8]) -> Stream {
+        let (send, recv) = within("open a stream", secs(20), self.link.open(PRIORITY_BULK)).expect("open a stream");
+        let mut stream = Stream { send, recv };
+        stream.write(first).expect("write the first bytes of a stream");
+        stream
+    }
+
+    /// Opens a control stream that begins as an honest site's.
+    #[track_caller]
+    pub(crate) fn control(&self) -> Stream {
+        let mut stream = self.open(b"C");
+        stream.message(&json!({"hello": {"version": env!("CARGO_PKG_VERSION"), "share": null, "congestion": "auto"}})).expect("say hello");
+        stream
+    }
+
+    /// Asks a question: the answer's `Ok`, or its `Err` as JSON text, or how the stream ended.
+    #[track_caller]
+    pub(crate) fn ask(&self, question: &Value) -> Result<Value, String> {
+        self.ask_bytes(&serde_json::to_vec(question).expect("JSON"))
+    }
+
+    /// The same with the bytes of the question as they are.
+    #[track_caller]
+    pub(crate) fn ask_bytes(&self, question: &[u8]) -> Result<Value, String> {
+        let mut stream = self.open(b"Q");
+        stream.write(&framed(question))?;
+        stream.finish();
+        let mut answer = stream.receive(secs(60))?;
+        match answer.get_mut("Ok") {
+            Some(ok) => Ok(ok.take()),
+            None => Err(answer.to_string()),
+        }
+    }
+
+    /// Opens a fetch stream with this request. Its answer is read with [`Stream::read_to_end`].
+    #[track_caller]
+    pub(crate) fn fetch(&self, digest: packhorse::manifest::Digest, wants: Vec<Wanted>) -> Stream {
+        let request = postcard::to_stdvec(&FetchRequest { digest, priority: 0, wants }).expect("postcard");
+        let mut stream = self.open(b"F");
+        // A refusal may come before all of a request is written.
+        let _ = stream.write(&framed(&request));
+        stream.finish();
+        stream
+    }
+
+    /// Answers what the other end fetches out of these artifacts, and every question with no, in the background. The counter counts
+    /// the fetch requests.
+    pub(crate) fn serve(&self, artifacts: Vec<Artifact>) -> Arc<AtomicUsize> {
+        let asked = Arc::new(AtomicUsize::new(0));
+        let (link, counter, artifacts) = (self.link.clone(), asked.clone(), Arc::new(artifacts));
+        RUNTIME.spawn(async move {
+            while let Some((send, recv)) = link.accept().await {
+                tokio::spawn(answer(send, recv, artifacts.clone(), counter.clone()));
+            }
+        });
+        asked
+    }
+
+    /// The next stream that the other end opens, with its first byte.
+    #[track_caller]
+    pub(crate) fn accept(&self, limit: Duration) -> (u8, Stream) {
+        let (send, recv) = within("the other end opens a stream", limit, self.link.accept()).expect("the connection is open");
+        let mut stream = Stream { send, recv };
+        let kind = stream.read(1, limit).expect("a stream has a first byte")[0];
+        (kind, stream)
+    }
+
+    /// Whether it has ended.
+    pub(crate) fn is_closed(&self) -> bool {
+        self.link.is_closed()
+    }
+
+    /// Ends it.
+    pub(crate) fn close(&self) {
+        self.link.close("a hostile peer leaves");
+    }
+}
+
+async fn answer(mut send: SendHalf, mut recv: RecvHalf, artifacts: Arc<Vec<Artifact>>, counter: Arc<AtomicUsize>) -> Option<()> {
+    let mut kind = [0];
+    recv.read_exact(&mut kind).await.ok()?;
+    let text = packhorse::wire::receive_bytes(&mut recv, ANSWER_BYTES_MAX).await.ok()?;
+    if kind == *b"F" {
+        counter.fetch_add(1, Ordering::Relaxed);
+        let request: FetchRequest = postcard::from_bytes(&text).ok()?;
+        let artifact = artifacts.iter().find(|a| a.digest() == request.digest)?;
+        send.write_all(&artifact.answer(&request.wants)).await.ok()?;
+    } else {
+        let no = json!({"Err": {"code": "usage", "message": "no", "next": "", "reason": "internal", "retry": "never"}});
+        packhorse::wire::send(&mut send, &no).await.ok()?;
+    }
+    send.finish().ok()
+}
+
+/// Bytes behind their length.
+pub(crate) fn framed(bytes: &[u8]) -> Vec<u8> {
+    let mut out = u32::try_from(bytes.len()).expect("a length").to_le_bytes().to_vec();
+    out.extend_from_slice(bytes);
+    out
+}
+
+/// A stream. Dropped unfinished it is reset.
+pub(crate) struct Stream {
+    send: SendHalf,
+    recv: RecvHalf,
+}
+
+impl Stream {
+    /// Writes bytes; fails when the other end stopped the stream or the connection.
+    pub(crate) fn write(&mut self, bytes: &[u8]) -> Result<(), String> {
+        within("write to a stream", secs(60), self.send.write_all(bytes)).map_err(|fault| fault.to_string())
+    }
+
+    /// Writes one message behind its length.
+    pub(crate) fn message(&mut self, message: &Value) -> Result<(), String> {
+        self.write(&framed(&serde_json::to_vec(message).expect("JSON")))
+    }
+
+    /// Says that nothing more comes.
+    pub(crate) fn finish(&mut self) {
+        let _ = self.send.finish();
+    }
+
+    /// Reads so many bytes.
+    pub(crate) fn read(&mut self, len: usize, limit: Duration) -> Result<Vec<u8>, String> {
+        let mut bytes = vec![0; len];
+        within("read from a stream", limit, self.recv.read_exact(&mut bytes)).map_err(|fault| fault.to_string())?;
+        Ok(bytes)
+    }
+
+    /// Reads one message behind its length.
+    pub(crate) fn receive(&mut self, limit: Duration) -> Result<Value, String> {
+        let text = within("read a message", limit, packhorse::wire::receive_bytes(&mut self.recv, ANSWER_BYTES_MAX));
+        serde_json::from_slice(&text.map_err(|fault| fault.to_string())?).map_err(|e| e.to_string())
+    }
+
+    /// Reads all that comes until the end of the stream.
+    pub(crate) fn read_to_end(&mut self, limit: Duration) -> Result<Vec<u8>, String> {
+        within("read a stream to its end", limit, self.recv.read_to_end(ANSWER_BYTES_MAX)).map_err(|fault| fault.to_string())
+    }
+}
