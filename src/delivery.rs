@@ -18,12 +18,12 @@ pub fn state(parts: &[State]) -> State {
 /// The sum of the parts.
 pub fn bytes(parts: &[Transfer]) -> Bytes {
     parts.iter().fold(Bytes::default(), |sum, part| Bytes {
-        total: sum.total + part.bytes.total,
-        reused: sum.reused + part.bytes.reused,
-        resumed: sum.resumed + part.bytes.resumed,
-        received: sum.received + part.bytes.received,
-        committed: sum.committed + part.bytes.committed,
-        wire: sum.wire + part.bytes.wire,
+        total: sum.total.saturating_add(part.bytes.total),
+        reused: sum.reused.saturating_add(part.bytes.reused),
+        resumed: sum.resumed.saturating_add(part.bytes.resumed),
+        received: sum.received.saturating_add(part.bytes.received),
+        committed: sum.committed.saturating_add(part.bytes.committed),
+        wire: sum.wire.saturating_add(part.bytes.wire),
     })
 }
 
@@ -48,7 +48,7 @@ pub fn view(row: &DeliveryRow, parts: Vec<Transfer>) -> Delivery {
         }
     }
     Delivery {
-        id: row.id.clone(),
+        id: row.id.to_string(),
         state,
         reason: stuck.and_then(|part| part.reason),
         message: stuck.and_then(|part| part.message.clone()),
@@ -134,7 +134,7 @@ mod tests {
             ..transfer("t2", "b", State::Failed)
         };
         let parts = vec![offline("t1", "a"), failed];
-        let row = DeliveryRow { id: "d".into(), run: None, created_ms: 0, parts: vec![] };
+        let row = DeliveryRow { id: "d".parse().unwrap(), run: None, created_ms: 0, parts: vec![] };
         let whole = view(&row, parts);
         assert_eq!((whole.bytes.total, whole.bytes.committed, whole.done), (1007, 3, 0));
         assert_eq!(whole.message.as_deref(), Some("the disk is full"));

@@ -81,6 +81,8 @@ pub const BOMB_RATIO: u64 = 256;
 pub const IMAGE_CHECKS_MAX: usize = 4;
 /// Connections from sites that the hub accepts at once.
 pub const SITE_CONNECTIONS_MAX: usize = 4096;
+/// How long a cancel waits for a sink to say whether it holds the artifact.
+pub const CANCEL_LOOK_MAX: Duration = Duration::from_secs(5);
 /// How long a clean stop may take before what is left is dropped (resume makes it whole).
 pub const DRAIN_MAX: Duration = Duration::from_secs(10);
 /// The longest line of a canonical label file, which is one row.
@@ -125,6 +127,18 @@ pub const DAEMON_AWAY_MAX: Duration = Duration::from_secs(300);
 pub const API_REPLY_MAX: Duration = Duration::from_secs(60);
 /// A command off the terminal says how far it is this often.
 pub const PROGRESS_LINE_EVERY: Duration = Duration::from_secs(10);
+/// The longest statement of a receipt, bytes: a JSON object with a location.
+pub const RECEIPT_STATEMENT_BYTES_MAX: usize = 16 << 10;
+/// The longest signature of a receipt, bytes of base64.
+pub const RECEIPT_SIGNATURE_BYTES_MAX: usize = 1 << 10;
+/// The longest certificate of a receipt, bytes of base64.
+pub const RECEIPT_CERTIFICATE_BYTES_MAX: usize = 8 << 10;
+/// The largest count of bytes that is taken from a peer: 1 EiB, so that 16 of them add up without overflow.
+pub const COUNTED_BYTES_MAX: u64 = 1 << 60;
+/// The largest generation of a transfer: nobody retries so often.
+pub const GENERATION_MAX: i64 = 1 << 40;
+/// The longest id of a transfer, a delivery or a run.
+pub const ID_BYTES_MAX: usize = 64;
 /// Transfer ids in one API query: a request line has room for 64 KiB.
 pub const API_IDS_MAX: usize = 200;
 /// The largest configuration file.

@@ -15,7 +15,8 @@ pub fn transfers(all: &[Transfer]) -> String {
         for (name, value) in
             [("reused", b.reused), ("resumed", b.resumed), ("received", b.received), ("committed", b.committed), ("wire", b.wire)]
         {
-            *bytes.entry(name).or_default() += value;
+            let sum = bytes.entry(name).or_default();
+            *sum = sum.saturating_add(value);
         }
     }
     let mut out = String::from("# HELP packhorse_transfers Transfers known, by state and reason.\n# TYPE packhorse_transfers gauge\n");

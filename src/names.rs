@@ -4,6 +4,7 @@
 //! no other code checks a name again. None of them can leave its folder, carry a NUL or be empty.
 
 use std::fmt;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
@@ -74,6 +75,10 @@ macro_rules! string_type {
         }
     };
 }
+
+mod ids;
+
+pub use ids::{DeliveryId, RunId, TransferId, WorkId, WorkIds};
 
 /// What an artifact is, which decides the sink it ends in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -204,6 +209,13 @@ pub struct SiteName(String);
 
 string_type!(SiteName);
 
+impl SiteName {
+    /// The path of this name in `dir`: a direct child.
+    pub fn in_dir(&self, dir: &Path) -> PathBuf {
+        dir.join(&self.0)
+    }
+}
+
 impl FromStr for SiteName {
     type Err = NameError;
     fn from_str(s: &str) -> Result<Self, NameError> {
@@ -221,6 +233,13 @@ impl FromStr for SiteName {
 pub struct RunName(String);
 
 string_type!(RunName);
+
+impl RunName {
+    /// The path of this name in `dir`: a direct child.
+    pub fn in_dir(&self, dir: &Path) -> PathBuf {
+        dir.join(&self.0)
+    }
+}
 
 impl FromStr for RunName {
     type Err = NameError;
@@ -255,6 +274,11 @@ impl RelPath {
     /// This path with one more component behind it.
     pub fn join(&self, component: &str) -> Result<Self, NameError> {
         format!("{}/{component}", self.0).parse()
+    }
+
+    /// This path in `dir`, always below it.
+    pub fn in_dir(&self, dir: &Path) -> PathBuf {
+        dir.join(&self.0)
     }
 
     /// The components, first to last.
@@ -301,7 +325,8 @@ impl FromStr for RelPath {
 }
 
 /// Which sites a command means: names, `all`, or a selector on labels.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
 pub enum SiteSelector {
     /// Every site that has joined.
     All,
@@ -319,6 +344,30 @@ impl SiteSelector {
             Self::Names(names) => names.contains(site),
             Self::Labels(terms) => terms.iter().all(|term| term.matches(labels)),
         }
+    }
+}
+
+impl fmt::Display for SiteSelector {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let texts: Vec<String> = match self {
+            Self::All => vec!["all".into()],
+            Self::Names(names) => names.iter().map(ToString::to_string).collect(),
+            Self::Labels(terms) => terms.iter().map(|t| format!("{}{}{}", t.key, if t.equal { "=" } else { "!=" }, t.value)).collect(),
+        };
+        f.write_str(&texts.join(","))
+    }
+}
+
+impl From<SiteSelector> for String {
+    fn from(value: SiteSelector) -> String {
+        value.to_string()
+    }
+}
+
+impl TryFrom<String> for SiteSelector {
+    type Error = NameError;
+    fn try_from(value: String) -> Result<Self, NameError> {
+        value.parse()
     }
 }
 
@@ -432,6 +481,9 @@ mod tests {
         assert_eq!("all".parse(), Ok(SiteSelector::All));
         assert!(matches!("a,b,a".parse(), Ok(SiteSelector::Names(n)) if n.len() == 2));
         assert!(matches!("region=west,line!=3".parse(), Ok(SiteSelector::Labels(t)) if t.len() == 2 && !t[1].equal));
+        for text in ["all", "a,b", "region=west,line!=3", "x="] {
+            assert_eq!(text.parse::<SiteSelector>().unwrap().to_string(), text);
+        }
         assert!("a,region=west".parse::<SiteSelector>().is_err());
         assert!("".parse::<SiteSelector>().is_err());
     }

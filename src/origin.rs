@@ -254,7 +254,7 @@ impl Origin {
                         .with_reason(Reason::WaitingForSource)
                         .with_next("mount it again, or put the files back; it goes on by itself");
                 }
-                unreadable(&folder.join(path.as_str()), fault)
+                unreadable(&path.in_dir(folder), fault)
             }
             Place::Registry { repository } if !path.as_str().starts_with("blobs/") => {
                 // What arrived here was made part of the registry's own answers; only where it was published it is a file.
@@ -354,7 +354,7 @@ fn place_of(candidates: &[(u32, Place)], path: &RelPath, file: &FileInfo) -> Opt
 fn lies_at(place: &Place, path: &RelPath, file: &FileInfo) -> bool {
     match place {
         Place::Folder { path: folder } => {
-            std::fs::symlink_metadata(folder.join(path.as_str())).is_ok_and(|meta| meta.is_file() && meta.len() == file.size)
+            std::fs::symlink_metadata(path.in_dir(folder)).is_ok_and(|meta| meta.is_file() && meta.len() == file.size)
         }
         Place::Registry { .. } => path.as_str().starts_with("blobs/sha256/"),
     }

@@ -35,7 +35,7 @@ use crate::limits::{
 };
 use crate::line::{self, Link, Redial};
 use crate::manifest::Digest;
-use crate::names::{ArtifactRef, SiteName};
+use crate::names::{ArtifactRef, SiteName, SiteSelector};
 use crate::origin::{Held, Holdings, Origin};
 use crate::places::Places;
 use crate::reading;
@@ -80,6 +80,7 @@ pub async fn publish(asked: Asked, progress: Arc<JobProgress>) -> Result<Uploade
         return Err(Fault::usage("--for needs the list of the dataset's files, and a publisher cannot read what the hub has")
             .with_next("publish the labels without it, or at the hub or a site"));
     }
+    let to: Option<SiteSelector> = asked.to.as_deref().map(str::parse).transpose()?;
     let token: Option<JoinToken> = asked.token.as_deref().map(str::parse).transpose()?;
     let dir = std::path::absolute(&asked.state).at(asked.state.display())?.join(folder_of(&asked.hub));
     if token.is_none() && !SiteIdentity::path(&dir).exists() {
@@ -102,7 +103,7 @@ pub async fn publish(asked: Asked, progress: Arc<JobProgress>) -> Result<Uploade
     };
     progress.doing(format!("giving the hub what it lacks of {}", asked.artifact));
     progress.bytes.store(0, Ordering::Relaxed);
-    let question = AskHub::Upload { artifact: asked.artifact.clone(), digest, to: asked.to.clone() };
+    let question = AskHub::Upload { artifact: asked.artifact.clone(), digest, to };
     let published = publisher.offer(&question, &origin, &progress).await;
     publisher.hang_up().await;
     drop((origin, folder, work));

@@ -14,10 +14,11 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-use crate::api::types::RunInput;
+use crate::api::types::{RunActionRequest, RunInput, RunRequest, RunVerb};
 use crate::fault::Fault;
 use crate::manifest::Digest;
-use crate::names::{ArtifactRef, Kind, RunName, SiteName};
+use crate::names::{ArtifactRef, DeliveryId, Kind, NAME_BYTES_MAX, RunId, RunName, SiteName, TransferId};
+use crate::number;
 
 /// One artifact that a run needs.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -27,6 +28,7 @@ pub struct Input {
     /// Its digest when the run was started; the reference cannot come to mean anything else.
     pub digest: Digest,
     /// Its bytes.
+    #[serde(deserialize_with = "number::count")]
     pub bytes: u64,
 }
 
@@ -96,13 +98,73 @@ impl TryFrom<String> for Expect {
     }
 }
 
+/// A run as it is asked for: a [`RunRequest`] whose names are parsed.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct RunOrder {
+    /// Its name.
+    pub name: RunName,
+    /// Who borrows, and gets the model.
+    pub from: SiteName,
+    /// Who trains.
+    pub on: SiteName,
+    /// What it trains with.
+    pub inputs: Vec<ArtifactRef>,
+    /// What it is to make.
+    pub expect: Expect,
+    /// How long it may take, seconds.
+    pub ttl_seconds: u64,
+}
+
+impl TryFrom<RunRequest> for RunOrder {
+    type Error = Fault;
+    fn try_from(request: RunRequest) -> Result<Self, Fault> {
+        Ok(Self {
+            name: request.name.parse()?,
+            from: request.from.parse()?,
+            on: request.on.parse()?,
+            expect: request.expect.parse()?,
+            inputs: request.inputs.iter().map(|input| input.parse()).collect::<Result<_, _>>()?,
+            ttl_seconds: request.ttl_seconds,
+        })
+    }
+}
+
+/// What is to be done with a run: a [`RunActionRequest`] whose name is parsed.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct RunAct {
+    /// Which.
+    pub name: RunName,
+    /// What.
+    pub action: RunVerb,
+    /// `finish` only: why it failed, if it did.
+    #[serde(default)]
+    pub failed: Option<String>,
+}
+
+impl TryFrom<RunActionRequest> for RunAct {
+    type Error = Fault;
+    fn try_from(request: RunActionRequest) -> Result<Self, Fault> {
+        Ok(Self { name: known(&request.name)?, action: request.action, failed: request.failed })
+    }
+}
+
+/// The answer for a run that does not exist, and for one that somebody may not see.
+pub fn no_run(name: &str) -> Fault {
+    Fault::not_found(format!("there is no run {}", name.escape_debug())).with_next("'packhorse train list' lists them")
+}
+
+/// The name of a run that somebody refers to. No run has a name that does not parse.
+pub fn known(name: &str) -> Result<RunName, Fault> {
+    name.parse().map_err(|_| no_run(&name.chars().take(NAME_BYTES_MAX).collect::<String>()))
+}
+
 /// What was asked for; never changes.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Spec {
     /// The run's name, unique at its hub.
     pub name: RunName,
     /// Tells this run from one of the same name at another hub.
-    pub id: String,
+    pub id: RunId,
     /// Who borrows, and gets the model.
     pub from: SiteName,
     /// Who trains.
@@ -112,7 +174,7 @@ pub struct Spec {
     /// What comes out.
     pub expect: Expect,
     /// The delivery that brings the inputs.
-    pub delivery: String,
+    pub delivery: DeliveryId,
     /// When it was asked for.
     pub created_ms: i64,
     /// When it must have made its model.
@@ -187,13 +249,13 @@ pub enum Want {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Borrowed {
     /// The transfer that brought it.
-    pub transfer: String,
+    pub transfer: TransferId,
     /// What.
     pub artifact: ArtifactRef,
     /// Its digest.
     pub digest: Digest,
     /// Which time the transfer brought it: what was brought anew since is not meant. `None`: an older hub does not say.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "number::optional_generation")]
     pub generation: Option<i64>,
 }
 
@@ -224,7 +286,7 @@ pub struct RunReport {
     /// Which.
     pub name: RunName,
     /// Which of that name.
-    pub id: String,
+    pub id: RunId,
     /// How far it is.
     pub phase: site::Phase,
     /// Whether a platform trains, which says itself when it is finished.
@@ -242,7 +304,7 @@ pub struct RunReport {
     /// What it waits for, or why it failed.
     pub message: Option<String>,
     /// Transfers whose artifacts were removed.
-    pub removed: Vec<String>,
+    pub removed: Vec<TransferId>,
     /// What of the borrowed is there still though it should be gone, and why.
     #[serde(default)]
     pub left: Vec<String>,

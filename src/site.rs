@@ -205,7 +205,7 @@ impl Site {
                     let entry = entry.at(root.display())?;
                     let name = entry.file_name().to_string_lossy().into_owned();
                     // A failed transfer keeps what it has for `retry`.
-                    if name.starts_with("t-") && places.staged_by(&name).is_none() && !open.iter().any(|row| row.id == name)
+                    if name.starts_with("t-") && places.staged_by(&name).is_none() && !open.iter().any(|row| *row.id == *name)
                         || name.starts_with("removed-")
                     {
                         durable::remove_all(&entry.path())?;

@@ -70,7 +70,7 @@ impl Stage {
     }
 
     fn what(&self, doing: &str, path: &RelPath) -> String {
-        format!("{doing} {}", self.path.join(path.as_str()).display())
+        format!("{doing} {}", path.in_dir(&self.path).display())
     }
 
     /// Makes a folder; one that is there is fine.
@@ -214,7 +214,7 @@ impl Stage {
 
     /// Syncs one folder's entries; `None` is the staging folder itself.
     pub fn sync_dir(&self, path: Option<&RelPath>) -> Result<(), Fault> {
-        durable::sync_dir(&path.map_or(self.path.clone(), |p| self.path.join(p.as_str())))
+        durable::sync_dir(&path.map_or(self.path.clone(), |p| p.in_dir(&self.path)))
     }
 
     /// Syncs all of the filesystem: cheaper than many files one by one.

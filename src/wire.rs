@@ -13,7 +13,7 @@
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use crate::api::types::{Action, RunActionRequest, RunRequest, State};
+use crate::api::types::{Action, State};
 use crate::catalogue::{Body, Want};
 use crate::chunk::Hash;
 use crate::config::Congestion;
@@ -21,8 +21,9 @@ use crate::fault::Fault;
 use crate::limits::CONTROL_FRAME_BYTES_MAX;
 use crate::line::{Link, RecvHalf, SendHalf};
 use crate::manifest::Digest;
-use crate::names::{ArtifactRef, SiteName};
-use crate::run::{DesiredRun, Lineage, RunReport};
+use crate::names::{ArtifactRef, DeliveryId, RunName, SiteName, SiteSelector, TransferId, WorkId, WorkIds};
+use crate::number;
+use crate::run::{DesiredRun, Lineage, RunAct, RunOrder, RunReport};
 
 /// First byte of a control stream.
 pub const CONTROL: u8 = b'C';
@@ -106,7 +107,7 @@ pub enum FromSite {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Report {
     /// Which.
-    pub id: String,
+    pub id: TransferId,
     /// Of which try.
     pub generation: i64,
     /// Where it is.
@@ -147,9 +148,9 @@ pub struct Told {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Desired {
     /// Its id.
-    pub id: String,
+    pub id: TransferId,
     /// Its delivery.
-    pub delivery: String,
+    pub delivery: DeliveryId,
     /// What.
     pub artifact: ArtifactRef,
     /// Its digest.
@@ -157,14 +158,16 @@ pub struct Desired {
     /// Go on, stand still, give up.
     pub want: Want,
     /// Raised by every retry.
+    #[serde(deserialize_with = "number::generation")]
     pub generation: i64,
     /// Bytes of the artifact.
+    #[serde(deserialize_with = "number::count")]
     pub total: u64,
     /// When it was asked for.
     pub created_ms: i64,
     /// The transfers to this site that go first: labels come after their dataset.
     #[serde(default)]
-    pub after: Vec<String>,
+    pub after: Vec<TransferId>,
     /// What it was made of, where that is known.
     #[serde(default)]
     pub lineage: Option<Lineage>,
@@ -177,16 +180,16 @@ pub enum AskHub {
     /// Act on one of the site's transfers.
     Act {
         /// Which.
-        id: String,
+        id: WorkId,
         /// What.
         action: Action,
     },
     /// Deliver artifacts to sites.
     Deliver {
         /// References.
-        artifacts: Vec<String>,
+        artifacts: Vec<ArtifactRef>,
         /// Names, `all`, or a selector.
-        to: String,
+        to: SiteSelector,
     },
     /// A new certificate for the key of this request.
     Renew {
@@ -194,11 +197,11 @@ pub enum AskHub {
         request: String,
     },
     /// Begin a training run for this site.
-    StartRun(RunRequest),
+    StartRun(RunOrder),
     /// Finish or cancel a run that this site has to do with.
-    ActOnRun(RunActionRequest),
+    ActOnRun(RunAct),
     /// A run that this site has to do with.
-    ShowRun(String),
+    ShowRun(RunName),
     /// The runs that this site has to do with.
     ListRuns {
         /// At most this many.
@@ -213,10 +216,10 @@ pub enum AskHub {
         digest: Digest,
         /// Sites to deliver to at once.
         #[serde(default)]
-        to: Option<String>,
+        to: Option<SiteSelector>,
         /// The training run that made it.
         #[serde(default)]
-        run: Option<String>,
+        run: Option<RunName>,
     },
     /// A publisher has an artifact, which the hub fetches over the same line into its own store before it answers with an
     /// [`crate::api::types::Published`].
@@ -227,15 +230,15 @@ pub enum AskHub {
         digest: Digest,
         /// Sites to deliver to at once.
         #[serde(default)]
-        to: Option<String>,
+        to: Option<SiteSelector>,
     },
     /// A delivery as a whole, if each of its parts is the site's own or of what it holds; the answer is an
     /// [`crate::api::types::Delivery`].
-    Delivery(String),
+    Delivery(DeliveryId),
     /// How transfers stand, each the site's own or of what it holds; the answer is a list and a cursor.
     Transfers {
         /// Ids of transfers or deliveries, comma-separated.
-        id: String,
+        id: WorkIds,
         /// Only what changed after this cursor.
         since: Option<u64>,
         /// Wait so many seconds for that.
@@ -267,12 +270,16 @@ pub enum AskSite {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Planned {
     /// Bytes that would cross the line.
+    #[serde(deserialize_with = "number::count")]
     pub missing: u64,
     /// Bytes that would be written.
+    #[serde(deserialize_with = "number::count")]
     pub needs: u64,
     /// Room at the site.
+    #[serde(deserialize_with = "number::optional_count")]
     pub free: Option<u64>,
     /// Bytes a second, as the line last went; 0 when it is not known.
+    #[serde(deserialize_with = "number::count")]
     pub rate: u64,
 }
 
@@ -319,4 +326,53 @@ pub async fn receive_bytes(from: &mut RecvHalf, max: usize) -> Result<Vec<u8>, F
     let mut out = vec![0; len];
     from.read_exact(&mut out).await?;
     Ok(out)
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    fn parses<T: DeserializeOwned>(value: &Value) -> bool {
+        serde_json::from_value::<T>(value.clone()).is_ok()
+    }
+
+    #[test]
+    fn a_message_with_a_bad_id_does_not_parse() {
+        let digest = "00".repeat(32);
+        let report = |id: &str| {
+            json!({ "report": [{ "id": "t-1", "generation": 0, "state": "queued", "body": {} },
+            { "id": id, "generation": 0, "state": "queued", "body": { "waits_for": id } }] })
+        };
+        let run = |id: &str| {
+            json!({ "runs": [{ "name": "r", "id": id, "phase": "waiting", "by_platform": false, "starts": 0, "started_ms": null,
+            "ended": null, "has_output": false, "model": null, "message": null, "removed": [id], "left": [], "released": false }] })
+        };
+        let questions = |id: &str| {
+            [
+                json!({ "act": { "id": id, "action": "cancel" } }),
+                json!({ "delivery": id }),
+                json!({ "transfers": { "id": format!("t-1,{id}"), "since": null, "wait": 0 } }),
+                json!({ "show_run": id }),
+                json!({ "act_on_run": { "name": id, "action": "cancel" } }),
+                json!({ "publish": { "artifact": "model/m:1", "digest": digest, "run": id } }),
+                json!({ "publish": { "artifact": format!("model/m:{id}"), "digest": digest } }),
+                json!({ "publish": { "artifact": "model/m:1", "digest": digest, "to": id } }),
+                json!({ "deliver": { "artifacts": [format!("{id}/m:1")], "to": "all" } }),
+                json!({ "start_run": { "name": id, "from": "a", "on": "b", "inputs": ["model/m:1"], "expect": "model/m", "ttl_seconds": 1 } }),
+                json!({ "start_run": { "name": "r", "from": "a", "on": id, "inputs": ["model/m:1"], "expect": "model/m", "ttl_seconds": 1 } }),
+            ]
+        };
+        assert!(parses::<FromSite>(&report("t-2")) && parses::<FromSite>(&run("r-1")));
+        for good in questions("model") {
+            assert!(parses::<AskHub>(&good), "{good}");
+        }
+        for bad in ["/var/tmp/x", "../x", "..", ".", "", "a/b", "a\u{0}", "a\u{202e}b", "\n"] {
+            assert!(!parses::<FromSite>(&report(bad)) && !parses::<FromSite>(&run(bad)), "{bad:?}");
+            for question in questions(bad) {
+                assert!(!parses::<AskHub>(&question), "{question}");
+            }
+        }
+    }
 }

@@ -223,7 +223,7 @@ impl Backend for Fake {
         if parts.is_empty() {
             return Err(Fault::not_found(format!("there is no delivery {id}")));
         }
-        let row = crate::catalogue::DeliveryRow { id: id.into(), run: None, created_ms: 0, parts: vec![] };
+        let row = crate::catalogue::DeliveryRow { id: id.parse()?, run: None, created_ms: 0, parts: vec![] };
         Ok(crate::delivery::view(&row, parts))
     }
     async fn runs(&self, _limit: u32) -> Result<Vec<Run>, Fault> {

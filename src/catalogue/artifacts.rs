@@ -10,7 +10,7 @@ use crate::chunk::Hash;
 use crate::clock;
 use crate::fault::Fault;
 use crate::manifest::{Digest, KindInfo, Root};
-use crate::names::{ArtifactRef, SiteName};
+use crate::names::{ArtifactRef, RunName, SiteName, SiteSelector};
 use crate::sink::Place;
 
 /// One artifact.
@@ -49,9 +49,9 @@ pub struct ArtifactRow {
 #[serde(default)]
 pub struct Offer {
     /// Sites to deliver to at once.
-    pub to: Option<String>,
+    pub to: Option<SiteSelector>,
     /// The training run that made it.
-    pub run: Option<String>,
+    pub run: Option<RunName>,
     /// Whether the hub has never heard of the artifact.
     pub new: bool,
 }

@@ -3,13 +3,13 @@
 use super::transfers::transfer;
 use super::{Catalogue, TransferRow, fault};
 use crate::fault::Fault;
-use crate::names::SiteName;
+use crate::names::{DeliveryId, SiteName};
 
 /// One delivery with its parts.
 #[derive(Debug, Clone)]
 pub struct DeliveryRow {
     /// Its id.
-    pub id: String,
+    pub id: DeliveryId,
     /// The run that borrows by it.
     pub run: Option<String>,
     /// When it was asked for.
@@ -29,12 +29,12 @@ impl Catalogue {
         let said: Option<(Option<String>, i64)> =
             sqlx::query_as("SELECT run, created_ms FROM delivery WHERE id = ?").bind(id).fetch_optional(&self.read).await.map_err(fault)?;
         let parts = self.transfers_of(id).await.map_err(|_| no_delivery(id))?;
-        if parts.iter().any(|part| part.id == id) {
+        if parts.iter().any(|part| *part.id == *id) {
             return Err(no_delivery(id));
         }
         let first = parts.iter().map(|part| part.created_ms).min().unwrap_or_default();
         let (run, created_ms) = said.unwrap_or((None, first));
-        Ok(DeliveryRow { id: id.into(), run, created_ms, parts })
+        Ok(DeliveryRow { id: id.parse()?, run, created_ms, parts })
     }
 
     /// The newest deliveries, newest first. A site knows them by their transfers alone.

@@ -25,8 +25,8 @@ pub use changed::{Changed, what_changed};
 pub use deliveries::DeliveryRow;
 pub(crate) use deliveries::no_delivery;
 pub use relay::{Forbids, Kept};
-pub(crate) use transfers::new_id;
 pub use transfers::{Body, Part, TransferRow, Want};
+pub(crate) use transfers::{new_delivery_id, new_id, new_run_id};
 
 use crate::api::types::Event;
 use crate::clock;

@@ -3,7 +3,7 @@ use crate::api::types::{State, TransferQuery};
 use crate::fault::Code;
 use crate::identity::{Claim, Holder};
 use crate::manifest::{KindInfo, Root, Totals};
-use crate::names::{ArtifactRef, SiteName};
+use crate::names::{ArtifactRef, SiteName, TransferId};
 
 async fn catalogue() -> (tempfile::TempDir, Catalogue) {
     let dir = tempfile::tempdir().unwrap();
@@ -68,8 +68,8 @@ async fn delivering_twice_is_one_transfer_and_a_cursor_shows_what_is_new() {
     let name: ArtifactRef = "model/m:1".parse().unwrap();
     let sites: Vec<SiteName> = vec!["a".parse().unwrap(), "b".parse().unwrap()];
     let part = || [Part { artifact: name.clone(), digest: root(1).digest(), total: 1, needs: None, sites: sites.clone() }];
-    let first = catalogue.deliver("d-1", None, &part(), &[]).await.unwrap();
-    assert_eq!(catalogue.deliver("d-2", None, &part(), &[]).await.unwrap(), first);
+    let first = catalogue.deliver(&"d-1".parse().unwrap(), None, &part(), &[]).await.unwrap();
+    assert_eq!(catalogue.deliver(&"d-2".parse().unwrap(), None, &part(), &[]).await.unwrap(), first);
     assert_eq!(catalogue.delivery("d-2").await.unwrap().parts.len(), 2, "what stood already is part of the second delivery too");
     let (all, cursor) = catalogue.transfers(&TransferQuery::default()).await.unwrap();
     assert_eq!(all.len(), 2);
@@ -96,8 +96,8 @@ async fn labels_wait_for_their_dataset_at_the_same_site() {
         needs: needs.map(|n| n.parse().unwrap()),
     };
     let parts = [part("labels/l:1", Some("dataset/d:1")), part("dataset/d:1", None)];
-    let ids = catalogue.deliver("d-1", None, &parts, &[]).await.unwrap();
-    let at_a = |ids: &[String]| vec![(ids[0].clone(), ids[2].clone())];
+    let ids = catalogue.deliver(&"d-1".parse().unwrap(), None, &parts, &[]).await.unwrap();
+    let at_a = |ids: &[TransferId]| vec![(ids[0].clone(), ids[2].clone())];
     assert_eq!(catalogue.waits(&sites[0]).await.unwrap(), at_a(&ids));
     catalogue.update_transfer(&ids[2], 0, State::Failed, &Body::default()).await.unwrap();
     assert_eq!(catalogue.waits(&sites[0]).await.unwrap(), at_a(&ids), "a failed one will be retried");
@@ -112,14 +112,14 @@ async fn what_a_run_borrowed_goes_and_what_others_want_stays() {
     let (_dir, catalogue) = catalogue().await;
     let sites: Vec<SiteName> = vec!["b".parse().unwrap()];
     let part = |name: &str| Part { artifact: name.parse().unwrap(), digest: root(1).digest(), total: 1, needs: None, sites: sites.clone() };
-    let done = |id: String| {
+    let done = |id: TransferId| {
         let catalogue = catalogue.clone();
         async move { catalogue.update_transfer(&id, 0, State::Done, &Body::default()).await.unwrap() }
     };
-    let before = catalogue.deliver("d-1", None, &[part("model/had:1")], &[]).await.unwrap();
+    let before = catalogue.deliver(&"d-1".parse().unwrap(), None, &[part("model/had:1")], &[]).await.unwrap();
     let all = [part("model/had:1"), part("model/one:1"), part("model/two:1")];
-    let one = catalogue.deliver("d-2", Some("one"), &all, &[]).await.unwrap();
-    catalogue.deliver("d-3", Some("two"), &[part("model/two:1")], &[]).await.unwrap();
+    let one = catalogue.deliver(&"d-2".parse().unwrap(), Some("one"), &all, &[]).await.unwrap();
+    catalogue.deliver(&"d-3".parse().unwrap(), Some("two"), &[part("model/two:1")], &[]).await.unwrap();
     for id in &one {
         done(id.clone()).await;
     }
@@ -137,13 +137,13 @@ async fn what_a_run_borrowed_goes_and_what_others_want_stays() {
     assert!(borrowed("two").await.is_empty(), "run one still needs it");
     catalogue.save_run("one", "failed", true, &1).await.unwrap();
     assert_eq!(borrowed("two").await, ["model/two:1"]);
-    catalogue.deliver("d-4", None, &[part("model/two:1")], &[]).await.unwrap();
+    catalogue.deliver(&"d-4".parse().unwrap(), None, &[part("model/two:1")], &[]).await.unwrap();
     assert!(borrowed("two").await.is_empty(), "somebody asked for it since");
 
     catalogue.set_removed(&one[1], 7).await.unwrap();
     let other = root(1).digest();
     assert!(catalogue.is_entitled(&sites[0], other).await.unwrap(), "by the others");
-    let again = catalogue.deliver("d-5", None, &[part("model/one:1")], &[]).await.unwrap();
+    let again = catalogue.deliver(&"d-5".parse().unwrap(), None, &[part("model/one:1")], &[]).await.unwrap();
     assert_ne!(again[0], one[1], "what was given back is sent again");
 }
 
@@ -153,15 +153,15 @@ async fn what_a_run_may_be_giving_back_is_brought_again() {
     let sites: Vec<SiteName> = vec!["b".parse().unwrap()];
     let part = |name: &str| Part { artifact: name.parse().unwrap(), digest: root(1).digest(), total: 1, needs: None, sites: sites.clone() };
     let (shared, own) = (part("model/shared:1"), part("model/own:1"));
-    catalogue.deliver("d-1", None, std::slice::from_ref(&shared), &[]).await.unwrap();
-    let ids = catalogue.deliver("d-2", Some("one"), &[shared.clone(), own.clone()], &[]).await.unwrap();
+    catalogue.deliver(&"d-1".parse().unwrap(), None, std::slice::from_ref(&shared), &[]).await.unwrap();
+    let ids = catalogue.deliver(&"d-2".parse().unwrap(), Some("one"), &[shared.clone(), own.clone()], &[]).await.unwrap();
     for id in &ids {
         catalogue.update_transfer(id, 0, State::Done, &Body::default()).await.unwrap();
     }
     // For a run that is over at once, so that it wants nothing.
     let deliver = async |run: &str, part: &Part| {
         catalogue.save_run(run, "cancelled", false, &1).await.unwrap();
-        let id = catalogue.deliver(run, Some(run), std::slice::from_ref(part), &[]).await.unwrap().remove(0);
+        let id = catalogue.deliver(&run.parse().unwrap(), Some(run), std::slice::from_ref(part), &[]).await.unwrap().remove(0);
         let row = catalogue.transfer(&id).await.unwrap();
         assert!(ids.contains(&id), "it stands");
         catalogue.update_transfer(&id, row.generation, State::Done, &Body::default()).await.unwrap();
@@ -182,8 +182,8 @@ async fn what_a_run_may_be_giving_back_is_brought_again() {
 /// What a hub asks of site b.
 fn wanted(id: &str, artifact: &str, generation: i64) -> TransferRow {
     TransferRow {
-        id: id.into(),
-        delivery: "d-1".into(),
+        id: id.parse().unwrap(),
+        delivery: "d-1".parse().unwrap(),
         artifact: artifact.parse().unwrap(),
         digest: root(1).digest(),
         site: "b".parse().unwrap(),
@@ -223,6 +223,43 @@ async fn a_transfer_knows_whether_it_landed_before_it_was_begun_again() {
     enter(&row, State::Done).await;
     catalogue.set_removed("t-0", 7).await.unwrap();
     assert!(!adopt("t-0", 3).await.has_landed(), "it was given back since");
+}
+
+#[tokio::test]
+async fn rows_with_ids_that_no_longer_parse_are_removed_by_the_migration() {
+    let (_dir, catalogue) = catalogue().await;
+    let good = catalogue.adopt(&wanted("t-good", "model/m:1", 0)).await.unwrap();
+    let run = |id: &str, transfer: &str| {
+        serde_json::json!({ "spec": { "id": id, "delivery": "d-1" }, "borrowed": [{ "transfer": transfer }], "removed": [transfer],
+            "left": { transfer: "why" }, "message": "/any ../text" })
+    };
+    catalogue.save_run("good", "training", true, &run("r-1", "t-1")).await.unwrap();
+    catalogue.save_run("bad-id", "training", true, &run("../r", "t-1")).await.unwrap();
+    catalogue.save_run("bad-transfer", "training", true, &run("r-1", "/t")).await.unwrap();
+    let insert = "INSERT INTO transfer (id, delivery, reference, digest, site, state, body, created_ms, updated_ms, cursor, after_ids)
+        SELECT ?, ?, ?, digest, site, 'failed', ?, 1, 1, 1, ? FROM transfer WHERE id = 't-good'";
+    let long = "t".repeat(65);
+    let rows = [
+        ("/var/tmp/x", "d-1", "{}", "[]"),
+        ("../x", "d-1", "{}", "[]"),
+        ("..", "d-1", "{}", "[]"),
+        ("t/../x", "d-1", "{}", "[]"),
+        (long.as_str(), "d-1", "{}", "[]"),
+        ("t-bad-delivery", "/d", "{}", "[]"),
+        ("t-waits", "d-1", r#"{"waits_for":"/x"}"#, r#"["t-1","../x"]"#),
+    ];
+    for (n, (id, delivery, body, after)) in rows.iter().enumerate() {
+        let reference = format!("model/bad:{n}");
+        sqlx::query(insert).bind(id).bind(delivery).bind(reference).bind(body).bind(after).execute(&catalogue.write).await.unwrap();
+    }
+    assert!(catalogue.transfers(&TransferQuery::default()).await.is_err(), "such rows cannot be read");
+    sqlx::raw_sql(include_str!("../../migrations/catalogue/0008_ids.sql")).execute(&catalogue.write).await.unwrap();
+    let (mut left, _) = catalogue.transfers(&TransferQuery::default()).await.unwrap();
+    left.sort_by(|a, b| a.id.cmp(&b.id));
+    let ids: Vec<&str> = left.iter().map(|row| row.id.as_str()).collect();
+    assert_eq!(ids, ["t-good", "t-waits"]);
+    assert_eq!((left[0].digest, left[1].after.len(), &left[1].body.waits_for), (good.digest, 0, &None));
+    assert_eq!(catalogue.runs::<serde_json::Value>(true, 9).await.unwrap().len(), 1);
 }
 
 #[tokio::test]
@@ -326,7 +363,7 @@ async fn the_hubs_policy_ends_open_transfers_of_what_sites_published_and_no_othe
         let artifact: ArtifactRef = name.parse().unwrap();
         catalogue.add_artifact(&artifact, root, *origin).await.unwrap();
         let part = Part { artifact, digest: root.digest(), total: 1, needs: None, sites: sites.to_vec() };
-        catalogue.deliver(name, None, &[part], &[]).await.unwrap();
+        catalogue.deliver(&name.replace(['/', ':'], "-").parse().unwrap(), None, &[part], &[]).await.unwrap();
     }
     // To a, b and c.
     let check = async |catalogue: &Catalogue, of_a: [bool; 3]| {

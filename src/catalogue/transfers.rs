@@ -13,7 +13,9 @@ use crate::chunk::Hash;
 use crate::clock;
 use crate::fault::{Fault, Reason};
 use crate::manifest::{Digest, KindInfo};
-use crate::names::{ArtifactRef, SiteName};
+use crate::names::{ArtifactRef, DeliveryId, RunId, SiteName, TransferId};
+use crate::number;
+use crate::receipt::Receipt;
 
 /// What the hub asks of a transfer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -48,19 +50,22 @@ pub struct Body {
     /// What to do next.
     pub next: Option<String>,
     /// The transfer that must be done first, while it waits for that.
-    pub waits_for: Option<String>,
+    pub waits_for: Option<TransferId>,
     /// Bytes.
     pub bytes: Bytes,
     /// Raw bytes a second.
+    #[serde(deserialize_with = "number::count")]
     pub rate: u64,
     /// Seconds to go.
+    #[serde(deserialize_with = "number::optional_count")]
     pub eta_seconds: Option<u64>,
     /// How often it was begun.
     pub attempts: u32,
     /// Where it landed.
     pub location: Option<String>,
     /// The signed receipt.
-    pub receipt: Option<serde_json::Value>,
+    #[serde(deserialize_with = "Receipt::lenient")]
+    pub receipt: Option<Receipt>,
     /// Whether it had landed before it was begun again.
     pub landed: bool,
 }
@@ -94,9 +99,9 @@ impl Body {
 #[derive(Debug, Clone, PartialEq)]
 pub struct TransferRow {
     /// Its id.
-    pub id: String,
+    pub id: TransferId,
     /// The delivery it is part of.
-    pub delivery: String,
+    pub delivery: DeliveryId,
     /// What.
     pub artifact: ArtifactRef,
     /// Its digest.
@@ -120,7 +125,7 @@ pub struct TransferRow {
     /// The event at which it last changed.
     pub cursor: i64,
     /// The transfers to this site that go first.
-    pub after: Vec<String>,
+    pub after: Vec<TransferId>,
     /// When what it brought was taken away again.
     pub removed_ms: Option<i64>,
 }
@@ -162,8 +167,8 @@ impl TransferRow {
     pub fn view(&self) -> Transfer {
         let body = self.body.clone();
         Transfer {
-            id: self.id.clone(),
-            delivery: self.delivery.clone(),
+            id: self.id.to_string(),
+            delivery: self.delivery.to_string(),
             artifact: self.artifact.clone(),
             digest: self.digest.hex(),
             site: self.site.clone(),
@@ -171,7 +176,7 @@ impl TransferRow {
             reason: body.reason,
             message: body.message,
             next: body.next,
-            waits_for: body.waits_for,
+            waits_for: body.waits_for.map(Into::into),
             bytes: body.bytes,
             rate: if self.state == State::Transferring { body.rate } else { 0 },
             eta_seconds: if self.state == State::Transferring { body.eta_seconds } else { None },
@@ -193,8 +198,8 @@ pub(super) fn transfer(row: &SqliteRow) -> Result<TransferRow, Fault> {
     let number = |name: &str| row.try_get::<i64, _>(name).map_err(fault);
     let digest: Vec<u8> = row.try_get("digest").map_err(fault)?;
     Ok(TransferRow {
-        id: text("id")?,
-        delivery: text("delivery")?,
+        id: text("id")?.parse()?,
+        delivery: text("delivery")?.parse()?,
         artifact: text("reference")?.parse()?,
         digest: Hash(digest.try_into().map_err(|_| malformed("digest"))?),
         site: text("site")?.parse()?,
@@ -218,4 +223,19 @@ pub(super) fn transfer(row: &SqliteRow) -> Result<TransferRow, Fault> {
 /// A new id: sorts by time, and cannot be guessed from another.
 pub(crate) fn new_id(prefix: &str) -> String {
     format!("{prefix}-{:011x}{:08x}", clock::now_unix_ms(), rand::random::<u32>())
+}
+
+/// The same for a transfer.
+fn new_transfer_id() -> TransferId {
+    TransferId::made(clock::now_unix_ms(), rand::random())
+}
+
+/// The same for a delivery.
+pub(crate) fn new_delivery_id() -> DeliveryId {
+    DeliveryId::made(clock::now_unix_ms(), rand::random())
+}
+
+/// The same for a training run.
+pub(crate) fn new_run_id() -> RunId {
+    RunId::made(clock::now_unix_ms(), rand::random())
 }

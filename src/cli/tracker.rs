@@ -91,7 +91,7 @@ impl Tracker {
         };
         line.push_str(&format!(", {ended} of {} ended", self.transfers.len()));
         let moving = || seen().filter(|t| !t.state.is_final());
-        let rate: u64 = moving().map(|t| t.rate).sum();
+        let rate = moving().fold(0u64, |sum, t| sum.saturating_add(t.rate));
         if rate > 0 {
             line.push_str(&format!(", {}", human::rate(rate)));
         }

@@ -13,13 +13,13 @@ use super::sharing::Shared;
 use crate::api::Backend;
 use crate::api::types::*;
 use crate::bundle::{self, Member};
-use crate::catalogue::{Changed, DeliveryRow, Part, TransferRow, new_id, what_changed};
+use crate::catalogue::{Changed, DeliveryRow, Part, TransferRow, new_delivery_id, what_changed};
 use crate::delivery;
 use crate::fault::{Fault, Reason};
 use crate::fetch::blocking;
 use crate::identity::{Holder, JoinToken};
 use crate::manifest::Root;
-use crate::names::{ArtifactRef, SiteName, SiteSelector, check_label};
+use crate::names::{ArtifactRef, DeliveryId, SiteName, SiteSelector, TransferId, check_label};
 use crate::wire::AskSite;
 
 /// How long a site may take to work out a plan.
@@ -29,9 +29,13 @@ const HOLDS_MAX: Duration = Duration::from_secs(5);
 /// Sites that are asked that together.
 const HOLDS_AT_ONCE: usize = 32;
 
+fn no_artifact_named() -> Fault {
+    Fault::usage("no artifact is named")
+}
+
 fn parse_refs(artifacts: &[String]) -> Result<Vec<ArtifactRef>, Fault> {
     if artifacts.is_empty() {
-        return Err(Fault::usage("no artifact is named"));
+        return Err(no_artifact_named());
     }
     artifacts.iter().map(|a| Ok(a.parse()?)).collect()
 }
@@ -55,36 +59,44 @@ impl Hub {
     }
 
     /// Begins a delivery; `by` is who asks over a line, `None` the administrator.
-    pub(super) async fn deliver_to(&self, by: Option<&SiteName>, artifacts: &[String], to: &str) -> Result<Delivered, Fault> {
-        let refs = parse_refs(artifacts)?;
-        let selector: SiteSelector = to.parse()?;
-        let sites = self.inner.catalogue.select_sites(&selector).await?;
+    pub(super) async fn deliver_to(
+        &self,
+        by: Option<&SiteName>,
+        artifacts: &[ArtifactRef],
+        selector: &SiteSelector,
+    ) -> Result<Delivered, Fault> {
+        if artifacts.is_empty() {
+            return Err(no_artifact_named());
+        }
+        let sites = self.inner.catalogue.select_sites(selector).await?;
         let mut rows = Vec::new();
-        for artifact in &refs {
+        for artifact in artifacts {
             rows.push(self.inner.catalogue.artifact(artifact).await?);
         }
         let (mut targets, mut left_out) = (Vec::new(), Vec::new());
         for row in &rows {
-            let shared = self.shared_with(by, &row.artifact, row.origin.as_ref(), &sites, &selector).await?;
+            let shared = self.shared_with(by, &row.artifact, row.origin.as_ref(), &sites, selector).await?;
             targets.push(shared.sites);
             left_out.extend(shared.left_out);
         }
-        let delivery = new_id("d");
+        let delivery = new_delivery_id();
         let parts: Vec<Part> = rows.iter().zip(&targets).map(|(row, sites)| Part::new(row, sites)).collect();
         let transfers = self.begin_delivery(&delivery, None, &parts).await?;
         let digest = rows.first().map(|row| row.digest.hex()).unwrap_or_default();
-        Ok(Delivered { artifact: artifacts.join(","), digest, delivery, transfers, left_out })
+        let artifact = artifacts.iter().map(ToString::to_string).collect::<Vec<_>>().join(",");
+        let transfers = transfers.into_iter().map(Into::into).collect();
+        Ok(Delivered { artifact, digest, delivery: delivery.into(), transfers, left_out })
     }
 
     /// Begins a delivery, and again what its sites have lost since it was done.
-    pub(super) async fn begin_delivery(&self, id: &str, run: Option<&str>, parts: &[Part]) -> Result<Vec<String>, Fault> {
+    pub(super) async fn begin_delivery(&self, id: &DeliveryId, run: Option<&str>, parts: &[Part]) -> Result<Vec<TransferId>, Fault> {
         let lost = self.lost(parts).await?;
         self.inner.catalogue.deliver(id, run, parts, &lost).await
     }
 
     /// The transfers of these parts that are done, and whose site says that it no longer has what they brought. A site
     /// that is away or slow is taken at its old word: `retry` asks it to look closely.
-    async fn lost(&self, parts: &[Part]) -> Result<Vec<String>, Fault> {
+    async fn lost(&self, parts: &[Part]) -> Result<Vec<TransferId>, Fault> {
         let done = self.inner.catalogue.done_already(parts).await?;
         let asked = futures::stream::iter(done).map(|row| async move {
             let question = AskSite::Holds { artifact: row.artifact, digest: row.digest };
@@ -190,7 +202,7 @@ impl Backend for Hub {
     }
 
     async fn deliver(&self, request: DeliverRequest) -> Result<Delivered, Fault> {
-        self.deliver_to(None, &request.artifacts, &request.to).await
+        self.deliver_to(None, &parse_refs(&request.artifacts)?, &request.to.parse()?).await
     }
 
     async fn plan(&self, request: DeliverRequest) -> Result<Vec<PlanRow>, Fault> {
@@ -251,11 +263,11 @@ impl Backend for Hub {
     }
 
     async fn train(&self, request: RunRequest) -> Result<Run, Fault> {
-        self.start_run(None, &request).await
+        self.start_run(None, &request.try_into()?).await
     }
 
     async fn act_on_run(&self, request: RunActionRequest) -> Result<Run, Fault> {
-        Hub::act_on_run(self, None, &request).await
+        Hub::act_on_run(self, None, &request.try_into()?).await
     }
 
     async fn artifacts(&self) -> Result<Vec<Artifact>, Fault> {

@@ -10,7 +10,7 @@ use tokio::sync::OwnedRwLockReadGuard;
 use super::{Hub, short};
 use crate::api::types::{PublishRequest, Published};
 use crate::bundle;
-use crate::catalogue::{Part, new_id};
+use crate::catalogue::{Part, new_delivery_id};
 use crate::chunk::Hash;
 use crate::fault::Fault;
 use crate::fetch::blocking;
@@ -20,6 +20,7 @@ use crate::limits::ROOM_AWAITED_MAX;
 use crate::manifest::{DatasetBinding, Root, Step, Walk, for_each_page};
 use crate::names::ArtifactRef;
 use crate::reading;
+use crate::run;
 
 impl Hub {
     pub(super) async fn publish_now(&self, request: PublishRequest, progress: Arc<JobProgress>) -> Result<Published, Fault> {
@@ -30,21 +31,22 @@ impl Hub {
             Some(to) => Some((to, inner.catalogue.select_sites(&to.parse()?).await?)),
             None => None,
         };
-        if let Some(run) = &request.run {
+        let run = request.run.as_deref().map(run::known).transpose()?;
+        if let Some(run) = &run {
             self.check_run_model(None, run, &artifact).await?;
         }
         let dataset = reading::dataset_of(&inner.catalogue, &artifact, request.options.for_dataset.as_deref()).await?;
         let read = until_room(&inner.store, &progress, ROOM_AWAITED_MAX, || self.read_in(&artifact, &request, dataset.clone(), &progress));
         let (_publishing, ingested) = read.await?;
         let bytes = ingested.root.totals.bytes;
-        let added = match &request.run {
+        let added = match &run {
             Some(run) => self.add_run_model(None, run, &artifact, &ingested.root).await?,
             None => self.register(None, &artifact, &ingested.root).await?,
         };
         let transfers = match sites {
             Some((_, sites)) => {
                 let part = Part::new(&inner.catalogue.artifact(&artifact).await?, &sites);
-                self.begin_delivery(&new_id("d"), None, &[part]).await?
+                self.begin_delivery(&new_delivery_id(), None, &[part]).await?.into_iter().map(Into::into).collect()
             }
             None => Vec::new(),
         };

@@ -6,8 +6,8 @@
 use std::time::Duration;
 
 use super::Hub;
-use crate::api::types::{self, ModelLineage, RunActionRequest, RunModel, RunRequest, RunState, RunTrainer, RunVerb, State};
-use crate::catalogue::{Forbids, Part, TransferRow, new_id};
+use crate::api::types::{self, ModelLineage, RunModel, RunState, RunTrainer, RunVerb, State};
+use crate::catalogue::{Forbids, Part, TransferRow, new_delivery_id, new_run_id};
 use crate::chunk::Hash;
 use crate::clock;
 use crate::fault::{Code, Fault};
@@ -15,7 +15,7 @@ use crate::limits::{RUN_INPUTS_MAX, RUN_TTL_MAX, RUNS_OPEN_MAX};
 use crate::manifest::Root;
 use crate::names::{ArtifactRef, Kind, RunName, SiteName, SiteSelector};
 use crate::run::hub::{Effect, Event, Finish, Run, Seen, step};
-use crate::run::{Borrowed, DesiredRun, Expect, Input, Lineage, Model, RunReport, Spec};
+use crate::run::{Borrowed, DesiredRun, Input, Lineage, Model, RunAct, RunOrder, RunReport, Spec, no_run as unknown};
 
 /// A run may take several steps at one look; more than this many are a defect.
 const STEPS_MAX: usize = 16;
@@ -28,10 +28,6 @@ const TOLD_BYTES_MAX: usize = 1 << 20;
 
 fn now_ms() -> i64 {
     clock::now_unix_ms() as i64
-}
-
-fn unknown(name: &str) -> Fault {
-    Fault::not_found(format!("there is no run {name}")).with_next("'packhorse train list' lists them")
 }
 
 impl Hub {
@@ -110,7 +106,7 @@ impl Hub {
 
     fn seen(&self, row: &TransferRow) -> Seen {
         let view = self.view(row);
-        Seen { id: view.id, state: view.state, message: view.message }
+        Seen { id: row.id.clone(), state: view.state, message: view.message }
     }
 
     async fn home_of(&self, run: &Run, model: &Model) -> Result<Option<TransferRow>, Fault> {
@@ -140,7 +136,7 @@ impl Hub {
                 catalogue.set_lineage(&model.artifact, &Lineage::from(&run.spec)).await?;
                 let row = catalogue.artifact(&model.artifact).await?;
                 let part = Part::new(&row, std::slice::from_ref(&run.spec.from));
-                self.begin_delivery(&new_id("d"), None, &[part]).await.map(|_| ())
+                self.begin_delivery(&new_delivery_id(), None, &[part]).await.map(|_| ())
             }
             Effect::Abandon => {
                 let own = catalogue.only_borrowed(run.spec.name.as_str(), &run.spec.on).await?;
@@ -218,10 +214,10 @@ impl Hub {
     }
 
     /// Refuses a model before anything is kept of it, when its run would refuse it.
-    pub(super) async fn check_run_model(&self, by: Option<&SiteName>, run: &str, artifact: &ArtifactRef) -> Result<(), Fault> {
-        let row = self.load(run).await?;
+    pub(super) async fn check_run_model(&self, by: Option<&SiteName>, run: &RunName, artifact: &ArtifactRef) -> Result<(), Fault> {
+        let row = self.load(run.as_str()).await?;
         if by.is_some_and(|by| row.spec.on != *by) {
-            return Err(unknown(run));
+            return Err(unknown(run.as_str()));
         }
         // The digest is not known yet; that of a model which is there already is.
         let digest = match &row.model {
@@ -233,31 +229,34 @@ impl Hub {
 
     /// Takes a model of a run into the catalogue. A run that ended while the manifest was fetched takes none: the model
     /// would use its version up for nothing. `false`: it stood there already.
-    pub(super) async fn add_run_model(&self, by: Option<&SiteName>, run: &str, artifact: &ArtifactRef, root: &Root) -> Result<bool, Fault> {
-        let name: RunName = run.parse()?;
+    pub(super) async fn add_run_model(
+        &self,
+        by: Option<&SiteName>,
+        name: &RunName,
+        artifact: &ArtifactRef,
+        root: &Root,
+    ) -> Result<bool, Fault> {
         let turn = self.inner.runs.lock().await;
-        self.check_run_model(by, run, artifact).await?;
+        self.check_run_model(by, name, artifact).await?;
         let added = self.register(by, artifact, root).await?;
         let model = Model { artifact: artifact.clone(), digest: root.digest() };
-        let (run, ..) = self.take_in_turn(&name, Event::Published(model)).await?;
+        let (run, ..) = self.take_in_turn(name, Event::Published(model)).await?;
         drop(turn);
         self.inner.catalogue.set_lineage(artifact, &Lineage::from(&run.spec)).await?;
         Ok(added)
     }
 
     /// Begins a run, or finds the one that was begun.
-    pub(super) async fn start_run(&self, by: Option<&SiteName>, request: &RunRequest) -> Result<types::Run, Fault> {
+    pub(super) async fn start_run(&self, by: Option<&SiteName>, order: &RunOrder) -> Result<types::Run, Fault> {
         let catalogue = &self.inner.catalogue;
-        let name: RunName = request.name.parse()?;
-        let (from, on): (SiteName, SiteName) = (request.from.parse()?, request.on.parse()?);
-        let expect: Expect = request.expect.parse()?;
+        let RunOrder { name, from, on, inputs: wanted, expect, ttl_seconds } = order.clone();
         if from == on {
             return Err(Fault::usage(format!("site {from} cannot borrow itself")).with_next("start the trainer there by hand"));
         }
-        if request.inputs.is_empty() || request.inputs.len() > RUN_INPUTS_MAX {
-            return Err(Fault::usage(format!("a run needs 1 to {RUN_INPUTS_MAX} inputs, and {} are named", request.inputs.len())));
+        if wanted.is_empty() || wanted.len() > RUN_INPUTS_MAX {
+            return Err(Fault::usage(format!("a run needs 1 to {RUN_INPUTS_MAX} inputs, and {} are named", wanted.len())));
         }
-        if request.ttl_seconds == 0 || request.ttl_seconds > RUN_TTL_MAX.as_secs() {
+        if ttl_seconds == 0 || ttl_seconds > RUN_TTL_MAX.as_secs() {
             return Err(Fault::usage(format!("a run's time is 1 s to {} days", RUN_TTL_MAX.as_secs() / 86_400)));
         }
         if by.is_some_and(|by| *by != from) {
@@ -276,8 +275,7 @@ impl Hub {
         }
         let mut inputs: Vec<Input> = Vec::new();
         let (mut own, mut changed): (Vec<Part>, Vec<String>) = Default::default();
-        for text in &request.inputs {
-            let artifact: ArtifactRef = text.parse()?;
+        for artifact in wanted {
             if inputs.iter().any(|input| input.artifact == artifact) {
                 continue;
             }
@@ -341,15 +339,15 @@ impl Hub {
             return Err(Fault::conflict(format!("{RUNS_OPEN_MAX} runs are open at site {on}")).with_next("wait until one has ended"));
         }
         let created_ms = now_ms();
-        let ttl_ms = i64::try_from(request.ttl_seconds.saturating_mul(1000)).unwrap_or(i64::MAX);
+        let ttl_ms = i64::try_from(ttl_seconds.saturating_mul(1000)).unwrap_or(i64::MAX);
         let spec = Spec {
             name,
-            id: new_id("r"),
+            id: new_run_id(),
             from,
             on,
             inputs,
             expect,
-            delivery: new_id("d"),
+            delivery: new_delivery_id(),
             created_ms,
             deadline_ms: created_ms.saturating_add(ttl_ms),
         };
@@ -360,8 +358,8 @@ impl Hub {
     }
 
     /// Finishes or cancels a run.
-    pub(super) async fn act_on_run(&self, by: Option<&SiteName>, request: &RunActionRequest) -> Result<types::Run, Fault> {
-        let run = self.visible_run(by, &request.name).await?;
+    pub(super) async fn act_on_run(&self, by: Option<&SiteName>, request: &RunAct) -> Result<types::Run, Fault> {
+        let run = self.visible_run(by, request.name.as_str()).await?;
         let event = match request.action {
             RunVerb::Finish => Event::Finish(Finish { failed: request.failed.clone() }),
             RunVerb::Cancel => Event::Cancel,
@@ -428,8 +426,8 @@ fn view(run: &Run) -> types::Run {
         inputs: run.spec.inputs.iter().map(Into::into).collect(),
         expect: run.spec.expect.to_string(),
         model: run.model.as_ref().map(|m| RunModel { artifact: m.artifact.to_string(), digest: m.digest.hex() }),
-        delivery: run.spec.delivery.clone(),
-        home: run.home.clone(),
+        delivery: run.spec.delivery.to_string(),
+        home: run.home.as_ref().map(ToString::to_string),
         trainer,
         released: run.released,
         created_at: time(run.spec.created_ms),

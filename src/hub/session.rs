@@ -3,8 +3,6 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use base64::Engine as _;
-use base64::engine::general_purpose::STANDARD as BASE64;
 use tokio::sync::Semaphore;
 
 use super::telling::Telling;
@@ -14,11 +12,11 @@ use crate::catalogue::{ArtifactRow, TransferRow, Want, no_delivery};
 use crate::config::Congestion;
 use crate::fault::{Code, Fault};
 use crate::fetch::{self, Fetcher};
-use crate::identity::{Holder, verify_signature};
+use crate::identity::Holder;
 use crate::limits::{API_ROWS_MAX, FETCH_STREAMS_MAX, LONG_POLL_MAX};
 use crate::line::{Link, RecvHalf, SendHalf};
 use crate::manifest::Digest;
-use crate::names::{ArtifactRef, Kind, SiteName};
+use crate::names::{ArtifactRef, Kind, RunName, SiteName, SiteSelector, WorkIds};
 use crate::run::DesiredRun;
 use crate::wire::{self, AskHub, CONTROL, Desired, FETCH, FromHub, FromSite, QUESTION, Report};
 
@@ -167,17 +165,33 @@ impl Hub {
         if row.site != *site {
             return Err(Fault::not_allowed(format!("site {site} reports a transfer of {}", row.site)));
         }
-        // What somebody held or gave up here stays so until the site has heard of it.
-        let held = (row.state == State::Paused && row.want == Want::Pause && report.state != State::Paused && report.state != State::Done)
-            || row.state == State::Cancelled;
-        if row.state == State::Cancelled && row.want == Want::Cancel && report.state.is_final() {
-            return self.inner.catalogue.confirm_cancelled(&row.id).await;
+        if report.generation < 0 || report.generation > row.generation {
+            return Err(Fault::integrity(format!(
+                "generation {} was never asked for; the newest is {}",
+                report.generation, row.generation
+            )));
         }
-        if held || report.generation < row.generation {
+        if report.generation < row.generation {
             return Ok(());
         }
         if report.state == State::Done {
-            self.check_receipt(&row, report.body.receipt.as_ref())?;
+            let receipt = report.body.receipt.as_ref();
+            let receipt =
+                receipt.ok_or_else(|| Fault::integrity(format!("the receipt for transfer {} is missing or malformed", row.id)))?;
+            receipt.check(&row, |certificate| self.inner.identity.verify_site(certificate))?;
+        }
+        if row.state == State::Cancelled {
+            return match report.state {
+                // The commit was finished before the site learned of the cancel: the version is there, and both ends say so.
+                State::Done => self.inner.catalogue.done_after_cancel(&row.id, row.generation, &report.body).await,
+                // What failed at the site is cleared away there only once it has learned of the cancel.
+                State::Cancelled if row.want == Want::Cancel => self.inner.catalogue.confirm_cancelled(&row.id).await,
+                _ => Ok(()),
+            };
+        }
+        // What somebody held here stays so until the site has heard of it.
+        if row.state == State::Paused && row.want == Want::Pause && !matches!(report.state, State::Paused | State::Done) {
+            return Ok(());
         }
         self.inner.catalogue.update_transfer(&report.id, row.generation, report.state, &report.body).await
     }
@@ -192,9 +206,9 @@ impl Hub {
             AskHub::Transfers { id, since, wait } => self.transfers_for(site, &id, since, wait).await,
             AskHub::StartRun(request) => self.start_run(Some(site), &request).await.and_then(as_json),
             AskHub::ActOnRun(request) => self.act_on_run(Some(site), &request).await.and_then(as_json),
-            AskHub::ShowRun(name) => self.show_run(Some(site), &name).await.and_then(as_json),
+            AskHub::ShowRun(name) => self.show_run(Some(site), name.as_str()).await.and_then(as_json),
             AskHub::ListRuns { limit } => self.list_runs(Some(site), limit.min(API_ROWS_MAX)).await.and_then(as_json),
-            AskHub::Publish { artifact, digest, to, run } => self.take_offer(site, artifact, digest, to.as_deref(), run.as_deref()).await,
+            AskHub::Publish { artifact, digest, to, run } => self.take_offer(site, artifact, digest, to.as_ref(), run.as_ref()).await,
         };
         send.set_priority(wire::PRIORITY_QUESTION);
         wire::send(&mut send, &answer).await?;
@@ -202,9 +216,9 @@ impl Hub {
     }
 
     /// A site may send on what it was given, and nothing else: it cannot make itself entitled to the rest.
-    async fn deliver_for(&self, site: &SiteName, artifacts: &[String], to: &str) -> Result<serde_json::Value, Fault> {
+    async fn deliver_for(&self, site: &SiteName, artifacts: &[ArtifactRef], to: &SiteSelector) -> Result<serde_json::Value, Fault> {
         for artifact in artifacts {
-            self.artifact_for(site, &artifact.parse()?).await?;
+            self.artifact_for(site, artifact).await?;
         }
         let delivered = self.deliver_to(Some(site), artifacts, to).await?;
         serde_json::to_value(delivered).map_err(|e| Fault::internal(e.to_string()))
@@ -232,8 +246,8 @@ impl Hub {
     }
 
     /// How transfers stand of what a site holds, wherever they go.
-    async fn transfers_for(&self, site: &SiteName, id: &str, since: Option<u64>, wait: u64) -> Result<serde_json::Value, Fault> {
-        let all = TransferQuery { id: Some(id.to_owned()), ..TransferQuery::default() };
+    async fn transfers_for(&self, site: &SiteName, id: &WorkIds, since: Option<u64>, wait: u64) -> Result<serde_json::Value, Fault> {
+        let all = TransferQuery { id: Some(id.to_string()), ..TransferQuery::default() };
         // All of them, changed or not: what a site may not see looks the same to it as what is not there.
         if !self.may_see(site, &self.inner.catalogue.transfers(&all).await?.0).await? {
             return Err(Fault::not_found(format!("there is no transfer or delivery {id}")).with_next("'packhorse status' lists them"));
@@ -288,15 +302,14 @@ impl Hub {
         site: &SiteName,
         artifact: ArtifactRef,
         digest: Digest,
-        to: Option<&str>,
-        run: Option<&str>,
+        to: Option<&SiteSelector>,
+        run: Option<&RunName>,
     ) -> Result<serde_json::Value, Fault> {
         let inner = &self.inner;
         // What can be refused is refused before the artifact exists.
         if let Some(to) = to {
-            let selector = to.parse()?;
-            let sites = inner.catalogue.select_sites(&selector).await?;
-            self.shared_with(Some(site), &artifact, Some(site), &sites, &selector).await?;
+            let sites = inner.catalogue.select_sites(to).await?;
+            self.shared_with(Some(site), &artifact, Some(site), &sites, to).await?;
         }
         if let Some(run) = run {
             self.check_run_model(Some(site), run, &artifact).await?;
@@ -324,7 +337,7 @@ impl Hub {
         }
         let added = added?;
         let transfers = match to {
-            Some(to) => self.deliver_to(Some(site), &[artifact.to_string()], to).await?.transfers,
+            Some(to) => self.deliver_to(Some(site), std::slice::from_ref(&artifact), to).await?.transfers,
             None => Vec::new(),
         };
         tracing::info!(%artifact, %digest, %site, bytes = root.totals.bytes, "published at a site");
@@ -390,21 +403,5 @@ fn as_json<T: serde::Serialize>(value: T) -> Result<serde_json::Value, Fault> {
     serde_json::to_value(value).map_err(|e| Fault::internal(format!("an answer as JSON: {e}")))
 }
 
-impl Hub {
-    /// "Done" counts only with a receipt that a key of this very site signed for this very artifact. The certificate
-    /// comes with it, since the site may have renewed its own between the commit and the report.
-    fn check_receipt(&self, row: &TransferRow, receipt: Option<&serde_json::Value>) -> Result<(), Fault> {
-        let wrong = |why: &str| Fault::integrity(format!("the receipt for transfer {} {why}", row.id));
-        let text = |key: &str| receipt.and_then(|r| r.get(key)).and_then(|v| v.as_str()).ok_or_else(|| wrong("is missing"));
-        let bytes = |key: &str| BASE64.decode(text(key)?).map_err(|_| wrong("is malformed"));
-        let (certificate, statement) = (bytes("certificate")?, text("statement")?);
-        if self.inner.identity.verify_site(&certificate)? != row.site {
-            return Err(wrong("is signed by another site"));
-        }
-        verify_signature(&certificate, statement.as_bytes(), &bytes("signature")?)?;
-        let said: serde_json::Value = serde_json::from_str(statement).map_err(|_| wrong("is malformed"))?;
-        let matches =
-            said["digest"] == row.digest.hex() && said["artifact"] == row.artifact.to_string() && said["site"] == row.site.as_str();
-        if matches { Ok(()) } else { Err(wrong("is for something else")) }
-    }
-}
+#[cfg(test)]
+mod tests;

@@ -17,7 +17,7 @@ use crate::clock;
 use crate::fault::Fault;
 use crate::fetch::{self, Library};
 use crate::limits::{TOLD_BYTES_MAX, TOLD_MAX};
-use crate::names::SiteName;
+use crate::names::{SiteName, TransferId};
 use crate::wire::{Desired, PRIORITY_MANIFEST, Told};
 
 /// No manifest is small enough of an artifact larger than this: 36 bytes for each 256 KiB at least.
@@ -27,7 +27,7 @@ const TOTAL_MAX: u64 = (TOLD_BYTES_MAX as u64 / 36) * (256 << 10);
 pub(super) struct Telling {
     /// What was asked for before the line stood, the site asks for by itself.
     since_ms: i64,
-    known: HashSet<String>,
+    known: HashSet<TransferId>,
 }
 
 impl Telling {

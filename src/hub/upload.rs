@@ -24,7 +24,7 @@ use crate::identity::Holder;
 use crate::limits::{COMMIT_BYTES, COMMIT_EVERY, FETCH_BATCH_BYTES, FETCH_BATCH_CHUNKS_MAX, FETCH_IN_FLIGHT_MAX, SILENCE_MAX};
 use crate::line::{Link, PRIORITY_BULK, RecvHalf, SendHalf};
 use crate::manifest::{ChunkRef, Digest, Root, Step, Walk};
-use crate::names::{ArtifactRef, SiteName};
+use crate::names::{ArtifactRef, SiteName, SiteSelector};
 use crate::seen::Seen;
 use crate::store::Store;
 use crate::wire::{self, AskHub, FETCH, QUESTION, Wanted};
@@ -102,7 +102,7 @@ impl Hub {
                     before.close("the publisher began anew");
                 }
                 let answer = tokio::select! {
-                    answer = self.take_upload(name, link, artifact, digest, to.as_deref()) => answer.map_err(of_the_hub),
+                    answer = self.take_upload(name, link, artifact, digest, to.as_ref()) => answer.map_err(of_the_hub),
                     _ = link.closed() => Err(Fault::unreachable("the publisher's line ended")),
                     () = self.inner.stop.cancelled() => Err(Fault::unreachable("the hub stops")),
                 };
@@ -136,12 +136,12 @@ impl Hub {
         link: &Link,
         artifact: ArtifactRef,
         digest: Digest,
-        to: Option<&str>,
+        to: Option<&SiteSelector>,
     ) -> Result<serde_json::Value, Fault> {
         let inner = &self.inner;
         // Whatever can be refused is refused before a byte is moved.
         if let Some(to) = to {
-            inner.catalogue.select_sites(&to.parse()?).await?;
+            inner.catalogue.select_sites(to).await?;
         }
         let fetcher = Fetcher::new(link.clone(), digest, Arc::default());
         let root = fetcher.root().await?;
@@ -162,7 +162,7 @@ impl Hub {
         blocking(move || store.flush_since(losses)).await?;
         let added = self.register(None, &artifact, &root).await?;
         let transfers = match to {
-            Some(to) => self.deliver_to(Some(publisher), &[artifact.to_string()], to).await?.transfers,
+            Some(to) => self.deliver_to(Some(publisher), std::slice::from_ref(&artifact), to).await?.transfers,
             None => Vec::new(),
         };
         let bytes = root.totals.bytes;

@@ -55,7 +55,7 @@ struct Keep<'a> {
 impl Keep<'_> {
     fn lies_at_base(&self, path: &RelPath, content: &Content) -> bool {
         match (self.base, content) {
-            (Some(Place::Folder { path: base }), Content::File(file)) => *file == base.join(path.as_str()),
+            (Some(Place::Folder { path: base }), Content::File(file)) => *file == path.in_dir(base),
             // Whoever names a repository has made sure that its blobs are there.
             (Some(Place::Registry { .. }), _) => path.as_str().starts_with("blobs/sha256/"),
             _ => false,
@@ -63,7 +63,7 @@ impl Keep<'_> {
     }
 
     fn write(&self, path: &RelPath, size: u64, content: &Content) -> Result<PathBuf, Fault> {
-        let to = self.folder.join(path.as_str());
+        let to = path.in_dir(&self.folder);
         durable::create_dir_all(to.parent().unwrap_or(&self.folder))?;
         let what = || format!("write {}", to.display());
         let mut out = File::create(&to).at(what())?;

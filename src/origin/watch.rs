@@ -210,7 +210,7 @@ impl Suspect {
 fn stat(folders: &[PathBuf], path: &RelPath, file: &FileInfo) -> Result<Option<(PathBuf, Seen)>, Fault> {
     let mut last = None;
     for folder in folders {
-        let path = folder.join(path.as_str());
+        let path = path.in_dir(folder);
         let why = match symlink_metadata(&path) {
             Ok(meta) if !meta.is_file() => "it is no regular file now".to_owned(),
             Ok(meta) if meta.len() != file.size => format!("it has {} bytes now, and had {}", meta.len(), file.size),

@@ -121,7 +121,7 @@ impl Reader {
         let (path, entry) = self.places.entry(at.place, at.entry)?.ok_or_else(gone)?;
         let file = match &info.place {
             Place::Folder { path: folder } => {
-                let full = folder.join(path.as_str());
+                let full = path.in_dir(folder);
                 let file = File::open(&full).at(format_args!("open {}", full.display()))?;
                 if self.strict {
                     let meta = file.metadata().at(full.display())?;

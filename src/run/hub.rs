@@ -15,6 +15,7 @@ use super::site::Phase;
 use super::{Model, RunReport, Spec, Want};
 use crate::api::types::{RunState, State as Transfer};
 use crate::fault::Fault;
+use crate::names::TransferId;
 
 /// What is said of a run that made nothing in its time.
 const LATE: &str = "its time is up, and there is no model yet";
@@ -33,7 +34,7 @@ pub struct Run {
     /// The model, once it is in the catalogue.
     pub model: Option<Model>,
     /// The transfer that brings it home.
-    pub home: Option<String>,
+    pub home: Option<TransferId>,
     /// What the site said last.
     pub site: Option<RunReport>,
     /// What the platform said of its end before the site had said that it began.
@@ -56,7 +57,7 @@ pub struct Finish {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Seen {
     /// Its id.
-    pub id: String,
+    pub id: TransferId,
     /// How it stands.
     pub state: Transfer,
     /// Why, if it stands still.

@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{Borrowed, DesiredRun, Ended, Model, RunReport, Spec, Want};
 use crate::limits::{TRAINER_CALL_OFF_MAX, TRAINER_STARTS_MAX};
-use crate::names::{ArtifactRef, RunName};
+use crate::names::{ArtifactRef, RunName, TransferId};
 
 /// How far a run is at the site.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -67,10 +67,10 @@ pub struct Run {
     /// What it waits for, or why it failed.
     pub message: Option<String>,
     /// Transfers whose artifacts were removed.
-    pub removed: Vec<String>,
+    pub removed: Vec<TransferId>,
     /// What is there still though it should be gone, and why, by its transfer.
     #[serde(default)]
-    pub left: BTreeMap<String, String>,
+    pub left: BTreeMap<TransferId, String>,
     /// Whether nothing is left to be cleaned up.
     pub released: bool,
 }
@@ -147,14 +147,14 @@ pub enum Event {
     /// A borrowed input is given back.
     Removed {
         /// The transfer that brought it.
-        transfer: String,
+        transfer: TransferId,
         /// Why it lies there all the same, where only a person can take it away.
         stays: Option<String>,
     },
     /// It could not be removed, which is tried again.
     NotRemoved {
         /// The transfer that brought it.
-        transfer: String,
+        transfer: TransferId,
         /// Why.
         why: String,
     },

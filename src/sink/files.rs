@@ -215,7 +215,7 @@ impl FilesSink {
         if !stood || replaced.is_some() {
             let note = self.note_path(artifact);
             durable::create_dir_all(note.parent().unwrap_or(&self.root))?;
-            let text = serde_json::to_vec(&Note { digest: incoming.digest, transfer: incoming.transfer.clone() }).unwrap_or_default();
+            let text = serde_json::to_vec(&Note { digest: incoming.digest, transfer: incoming.transfer.to_string() }).unwrap_or_default();
             durable::replace(&note, &text)?;
             durable::create_dir_all(&self.series(artifact))?;
             if let Err(fault) = durable::rename_noreplace(staged, &self.folder(artifact)) {
@@ -351,7 +351,7 @@ impl Sink for FilesSink {
 
     async fn read_at(&self, place: &Place, path: &RelPath, offset: u64, len: u32) -> Result<Bytes, Fault> {
         let Place::Folder { path: folder } = place else { return Err(Fault::internal("a files sink reads folders only")) };
-        let file = folder.join(path.as_str());
+        let file = path.in_dir(folder);
         blocking(move || {
             use std::os::unix::fs::FileExt;
             let mut out = vec![0; len as usize];
@@ -424,7 +424,7 @@ mod tests {
             pages: Vec::new(),
         };
         let artifact = ArtifactRef::new(Kind::Dataset, "d", version).unwrap();
-        Incoming { artifact, digest: Hash::of(version.as_bytes()), root, transfer: format!("t-{version}") }
+        Incoming { artifact, digest: Hash::of(version.as_bytes()), root, transfer: format!("t-{version}").parse().unwrap() }
     }
 
     #[test]

@@ -18,7 +18,7 @@ use unicode_normalization::UnicodeNormalization;
 
 use crate::fault::Fault;
 use crate::manifest::{Digest, FileInfo, Root};
-use crate::names::{ArtifactRef, RelPath};
+use crate::names::{ArtifactRef, RelPath, TransferId};
 
 /// An artifact on its way in, as a sink is shown it.
 #[derive(Debug, Clone)]
@@ -30,7 +30,7 @@ pub struct Incoming {
     /// The root manifest: totals and what its kind needs.
     pub root: Root,
     /// The transfer that brings it; names the staging folder.
-    pub transfer: String,
+    pub transfer: TransferId,
 }
 
 /// Where the files of a committed artifact can be read again, so that later transfers need not fetch their chunks.

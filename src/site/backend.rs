@@ -15,8 +15,9 @@ use crate::delivery;
 use crate::fault::{Code, Fault};
 use crate::fetch::blocking;
 use crate::jobs::JobProgress;
-use crate::limits::ROOM_AWAITED_MAX;
-use crate::names::ArtifactRef;
+use crate::limits::{ID_BYTES_MAX, ROOM_AWAITED_MAX};
+use crate::names::{ArtifactRef, DeliveryId, TransferId, WorkId, WorkIds};
+use crate::run;
 use crate::serve::wrong_role;
 use crate::sink::Incoming;
 use crate::trainer;
@@ -43,7 +44,7 @@ impl Site {
             .await;
         }
         let sink = self.inner.sinks.of(row.artifact.kind).clone();
-        let incoming = Incoming { artifact: row.artifact, digest: row.digest, root: row.root, transfer: "verify".into() };
+        let incoming = Incoming { artifact: row.artifact, digest: row.digest, root: row.root, transfer: TransferId::none() };
         let counted = progress.clone();
         let read = move |bytes| {
             counted.bytes.fetch_add(bytes, Ordering::Relaxed);
@@ -68,7 +69,7 @@ impl Site {
             return Err(Fault::conflict(format!("no transfer that is done brought {artifact} here"))
                 .with_next("see 'packhorse status'; at the hub: packhorse deliver"));
         };
-        let _: Vec<Transfer> = self.ask_hub(&AskHub::Act { id: brought.id.clone(), action: Action::Retry }).await?;
+        let _: Vec<Transfer> = self.ask_hub(&AskHub::Act { id: (&brought.id).into(), action: Action::Retry }).await?;
         Ok(format!("the hub was asked to bring what lacks: packhorse status {}", brought.id))
     }
 
@@ -82,7 +83,9 @@ impl Site {
     /// The same as the hub says it.
     async fn transfers_at_hub(&self, id: &str, query: &TransferQuery) -> Result<(Vec<Transfer>, u64), Fault> {
         let since = query.since.filter(|cursor| cursor & OF_HUB != 0).map(|cursor| cursor & !OF_HUB);
-        let asked = AskHub::Transfers { id: id.into(), since, wait: since.and(query.wait).unwrap_or(0) };
+        // No transfer has an id that does not parse.
+        let id: WorkIds = id.parse().map_err(|_| no_such_work(id))?;
+        let asked = AskHub::Transfers { id, since, wait: since.and(query.wait).unwrap_or(0) };
         let (rows, cursor): (Vec<Transfer>, u64) = self.ask_hub(&asked).await?;
         Ok((rows, cursor | OF_HUB))
     }
@@ -110,7 +113,8 @@ impl Backend for Site {
     }
 
     async fn deliver(&self, request: DeliverRequest) -> Result<Delivered, Fault> {
-        self.ask_hub(&AskHub::Deliver { artifacts: request.artifacts, to: request.to }).await
+        let artifacts = request.artifacts.iter().map(|artifact| artifact.parse()).collect::<Result<_, _>>()?;
+        self.ask_hub(&AskHub::Deliver { artifacts, to: request.to.parse()? }).await
     }
 
     async fn plan(&self, _request: DeliverRequest) -> Result<Vec<PlanRow>, Fault> {
@@ -132,7 +136,8 @@ impl Backend for Site {
     }
 
     async fn act(&self, id: &str, action: Action) -> Result<Vec<Transfer>, Fault> {
-        self.ask_hub(&AskHub::Act { id: id.into(), action }).await
+        let id: WorkId = id.parse().map_err(|_| no_such_work(id))?;
+        self.ask_hub(&AskHub::Act { id, action }).await
     }
 
     async fn deliveries(&self, limit: u32) -> Result<Vec<Delivery>, Fault> {
@@ -141,7 +146,8 @@ impl Backend for Site {
     }
 
     async fn delivery(&self, id: &str) -> Result<Delivery, Fault> {
-        let fault = match self.ask_hub(&AskHub::Delivery(id.into())).await {
+        let asked: DeliveryId = id.parse().map_err(|_| no_such_work(id))?;
+        let fault = match self.ask_hub(&AskHub::Delivery(asked)).await {
             Err(fault) => fault,
             whole => return whole,
         };
@@ -159,15 +165,15 @@ impl Backend for Site {
     }
 
     async fn run(&self, name: &str) -> Result<Run, Fault> {
-        self.ask_hub(&AskHub::ShowRun(name.into())).await
+        self.ask_hub(&AskHub::ShowRun(run::known(name)?)).await
     }
 
     async fn train(&self, request: RunRequest) -> Result<Run, Fault> {
-        self.ask_hub(&AskHub::StartRun(request)).await
+        self.ask_hub(&AskHub::StartRun(request.try_into()?)).await
     }
 
     async fn act_on_run(&self, request: RunActionRequest) -> Result<Run, Fault> {
-        self.ask_hub(&AskHub::ActOnRun(request)).await
+        self.ask_hub(&AskHub::ActOnRun(request.try_into()?)).await
     }
 
     async fn artifacts(&self) -> Result<Vec<Artifact>, Fault> {
@@ -300,6 +306,12 @@ impl Backend for Site {
         let _ = writeln!(out, "# TYPE packhorse_hub_connected gauge\npackhorse_hub_connected {connected}");
         Ok(out)
     }
+}
+
+/// The answer for an id that is none of a transfer or delivery.
+fn no_such_work(id: &str) -> Fault {
+    let id: String = id.chars().take(ID_BYTES_MAX).collect();
+    Fault::not_found(format!("there is no transfer or delivery {}", id.escape_debug())).with_next("'packhorse status' lists them")
 }
 
 /// The fault for a command whose work is not in this version; said plainly rather than half done.

@@ -13,7 +13,7 @@ use crate::fetch::{self, Fetcher, blocking};
 use crate::limits::FETCH_STREAMS_MAX;
 use crate::line::{self, Link, RecvHalf, Redial, SendHalf};
 use crate::manifest::Digest;
-use crate::names::ArtifactRef;
+use crate::names::{ArtifactRef, TransferId};
 use crate::run::RunReport;
 use crate::transfer::{Assembly, free_room};
 use crate::wire::{self, AskHub, AskSite, CONTROL, FETCH, FromHub, FromSite, Planned, QUESTION, Report};
@@ -119,7 +119,7 @@ impl Site {
         send.write_all(&[CONTROL]).await?;
         let congestion = inner.config.line.congestion;
         wire::send(&mut send, &FromSite::Hello { version: VERSION.into(), share: inner.config.share.allow.clone(), congestion }).await?;
-        let (listed, mut asked) = tokio::sync::mpsc::channel::<Vec<String>>(4);
+        let (listed, mut asked) = tokio::sync::mpsc::channel::<Vec<TransferId>>(4);
         let read = async {
             loop {
                 let FromHub::Desired { revision, transfers, runs, manifests } = wire::receive(&mut recv).await?;
@@ -251,7 +251,7 @@ impl Site {
         let assembly = Assembly {
             shared: inner.shared.clone(),
             sink,
-            incoming: crate::sink::Incoming { artifact, digest, root, transfer: "plan".into() },
+            incoming: crate::sink::Incoming { artifact, digest, root, transfer: TransferId::none() },
             fetcher,
             priority: 0,
             counters: Default::default(),
@@ -281,3 +281,6 @@ impl Site {
 fn report(row: crate::catalogue::TransferRow) -> Report {
     Report { id: row.id, generation: row.generation, state: row.state, body: row.body }
 }
+
+#[cfg(test)]
+mod tests;

@@ -21,6 +21,7 @@ use crate::manifest::{DatasetBinding, Digest, Root};
 use crate::names::ArtifactRef;
 use crate::origin::{Held, Holdings, InPlace};
 use crate::reading;
+use crate::run;
 use crate::sink::Place;
 use crate::wire::AskHub;
 
@@ -53,9 +54,8 @@ impl Site {
         let inner = &self.inner;
         let since_ms = clock::now_unix_ms() as i64;
         let artifact: ArtifactRef = request.as_ref.parse()?;
-        if let Some(to) = &request.to {
-            to.parse::<crate::names::SiteSelector>()?;
-        }
+        let to = request.to.as_deref().map(str::parse).transpose()?;
+        let run = request.run.as_deref().map(run::known).transpose()?;
         let dataset = reading::dataset_of(&inner.catalogue, &artifact, request.options.for_dataset.as_deref()).await;
         let dataset = dataset.map_err(|fault| if fault.code == Code::NotFound { fault.context("this site") } else { fault })?;
         let read = || self.read_in_place(&artifact, &request, dataset.clone(), &progress);
@@ -74,7 +74,7 @@ impl Site {
             Place::Folder { path } => path.display().to_string(),
             Place::Registry { repository } => repository.clone(),
         };
-        let offer = Offer { to: request.to, run: request.run, new };
+        let offer = Offer { to, run, new };
         inner.catalogue.set_published(&artifact, &published.place, &location, since_ms, &offer).await?;
         // All of it was just read.
         inner.catalogue.set_changed(&artifact, None).await?;

@@ -204,7 +204,7 @@ impl Site {
     }
 
     fn folder(&self, run: &Run) -> Folder {
-        Folder::new(self.inner.config.data_dir.join("runs").join(run.spec.name.as_str()))
+        Folder::new(run.spec.name.in_dir(&self.inner.config.data_dir.join("runs")))
     }
 
     fn trainer(&self) -> Trainer {
@@ -243,7 +243,7 @@ impl Site {
         // After the process: what a trainer that has ended published, it published before.
         let name = Some(run.spec.name.as_str());
         let offers = catalogue.offers().await?;
-        let offering = offers.iter().any(|row| row.offer.as_ref().and_then(|offer| offer.run.as_deref()) == name);
+        let offering = offers.iter().any(|row| row.offer.as_ref().and_then(|offer| offer.run.as_ref()).map(RunName::as_str) == name);
         let kept = match resolved {
             Some(folder) if process == Process::Absent => catalogue.published_in(&folder).await?.map(|artifact| artifact.to_string()),
             _ => None,

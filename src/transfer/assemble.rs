@@ -208,7 +208,7 @@ impl Failure {
 impl Assembly {
     /// The staging folder of this transfer.
     fn staged(&self) -> PathBuf {
-        self.sink.staging_root().join(&self.incoming.transfer)
+        self.incoming.transfer.in_dir(self.sink.staging_root())
     }
 
     fn walk(&self) -> Walk<'_, Store> {

@@ -33,7 +33,7 @@ impl Runner {
         if let (true, Some(root)) = (resumes_commit, &known) {
             // The daemon ended in or after the commit: the sink knows which.
             let incoming = incoming(row, root);
-            let staged = sink.staging_root().join(&row.id);
+            let staged = row.id.in_dir(sink.staging_root());
             if !staged.exists()
                 && let Ok(landed) = sink.commit(&incoming, &staged).await
             {

@@ -6,20 +6,19 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use base64::Engine as _;
-use base64::engine::general_purpose::STANDARD as BASE64;
 use tokio::sync::OwnedMutexGuard;
 
 use super::verify::verify;
 use super::{Counters, Runner, incoming};
 use crate::api::types::State;
 use crate::catalogue::TransferRow;
-use crate::clock;
 use crate::fault::{Code, Fault};
 use crate::fetch::blocking;
+use crate::limits::CANCEL_LOOK_MAX;
 use crate::manifest::Digest;
-use crate::names::ArtifactRef;
+use crate::names::{ArtifactRef, TransferId};
 use crate::places::PlaceInfo;
+use crate::receipt::Receipt;
 use crate::sink::{Incoming, Landed};
 
 impl Runner {
@@ -66,7 +65,7 @@ impl Runner {
             Err(fault) if fault.code != Code::NotFound => return Err(fault),
             _ => return Ok(false),
         };
-        let incoming = Incoming { artifact: artifact.clone(), digest, root: there.root, transfer: "holds".into() };
+        let incoming = Incoming { artifact: artifact.clone(), digest, root: there.root, transfer: TransferId::none() };
         if there.published { Ok(true) } else { self.inner.sinks.of(artifact.kind).stands(&incoming).await }
     }
 
@@ -87,22 +86,33 @@ impl Runner {
         counters.committed.store(row.body.bytes.total, Ordering::Relaxed);
         self.note_bytes(row, counters);
         row.body.location = Some(landed.location);
-        row.body.receipt = Some(self.receipt(row)?);
+        let identity = inner.identity.borrow().clone();
+        row.body.receipt = Some(Receipt::sign(row, &identity)?);
         self.enter(row, State::Done, None).await;
         tracing::info!(transfer = %row.id, artifact = %row.artifact, "a transfer is done");
         Ok(())
     }
 
-    /// What the site signs when an artifact is committed: a JSON text, and the signature over exactly that text.
-    fn receipt(&self, row: &TransferRow) -> Result<serde_json::Value, Fault> {
-        let identity = self.inner.identity.borrow().clone();
-        let statement = serde_json::json!({
-            "artifact": row.artifact, "digest": row.digest, "site": row.site, "transfer": row.id,
-            "location": row.body.location, "committed_at": clock::now_rfc3339(),
-        })
-        .to_string();
-        let signature = BASE64.encode(identity.sign(statement.as_bytes())?);
-        let certificate = BASE64.encode(identity.cert_der());
-        Ok(serde_json::json!({ "statement": statement, "signature": signature, "certificate": certificate }))
+    /// A transfer that was cancelled while it was done again: whether its artifact is still here, as it was before. If so it is
+    /// `done` after all.
+    pub(super) async fn undone_by_cancel(&self, row: &mut TransferRow) -> Result<bool, Fault> {
+        let inner = &self.inner;
+        if !row.body.landed || row.removed_ms.is_some() {
+            return Ok(false);
+        }
+        // A sink that does not answer must not keep a cancel waiting.
+        match tokio::time::timeout(CANCEL_LOOK_MAX, self.holds(&row.artifact, row.digest)).await {
+            Ok(Ok(true)) => {}
+            _ => return Ok(false),
+        }
+        let there = inner.catalogue.artifact(&row.artifact).await?;
+        row.body.bytes.committed = row.body.bytes.total;
+        row.body.set_fault(None);
+        row.body.location = there.location;
+        let identity = inner.identity.borrow().clone();
+        row.body.receipt = Some(Receipt::sign(row, &identity)?);
+        inner.catalogue.update_transfer(&row.id, row.generation, State::Done, &row.body).await?;
+        tracing::info!(transfer = %row.id, artifact = %row.artifact, "a transfer was cancelled while it was done again; the artifact is still here");
+        Ok(true)
     }
 }

@@ -33,7 +33,7 @@ use crate::fetch::blocking;
 use crate::identity::SiteIdentity;
 use crate::line::Link;
 use crate::manifest::{Digest, Root};
-use crate::names::{ArtifactRef, Kind};
+use crate::names::{ArtifactRef, Kind, TransferId};
 use crate::sink::{Incoming, Sink};
 use crate::wire::Desired;
 
@@ -88,7 +88,7 @@ struct Inner {
     link: watch::Receiver<Option<Link>>,
     looks: mpsc::Sender<AskLook>,
     slots: Slots,
-    running: Mutex<HashMap<String, Running>>,
+    running: Mutex<HashMap<TransferId, Running>>,
     /// Who lands, looks at, or takes away an artifact does so alone.
     alone: Mutex<HashMap<ArtifactRef, Arc<tokio::sync::Mutex<()>>>>,
     /// Roots of manifests that the hub told of by itself, with the bytes that crossed the line for each.
@@ -218,7 +218,7 @@ impl Runner {
     }
 
     /// Stops a transfer's task and waits until it is gone.
-    async fn halt(&self, id: &str) {
+    async fn halt(&self, id: &TransferId) {
         let running = self.inner.running.lock().remove(id);
         if let Some(running) = running {
             running.stop.cancel();
@@ -228,11 +228,11 @@ impl Runner {
 
     async fn cancel(&self, row: &TransferRow) -> Result<(), Fault> {
         self.halt(&row.id).await;
-        let row = self.inner.catalogue.transfer(&row.id).await?;
+        let mut row = self.inner.catalogue.transfer(&row.id).await?;
         if row.state == State::Done || row.state == State::Cancelled {
             return Ok(());
         }
-        let staged = self.inner.sinks.of(row.artifact.kind).staging_root().join(&row.id);
+        let staged = row.id.in_dir(self.inner.sinks.of(row.artifact.kind).staging_root());
         let places = self.inner.shared.places.clone();
         let id = row.id.clone();
         blocking(move || {
@@ -242,6 +242,9 @@ impl Runner {
             durable::remove_all(&staged)
         })
         .await?;
+        if self.undone_by_cancel(&mut row).await? {
+            return Ok(());
+        }
         let mut body = row.body;
         body.set_fault(Some(
             &Fault::internal("cancelled").with_reason(Reason::CancelledByUser).with_next(format!("packhorse retry {}", row.id)),

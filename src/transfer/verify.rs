@@ -42,7 +42,7 @@ pub async fn verify(
         let (mut faults, mut modes) = (Vec::new(), Listed::default());
         for step in Walk::new(&root, &store) {
             let Step::Entry { entry, .. } = step? else { continue };
-            let path = folder.join(entry.path.as_str());
+            let path = entry.path.in_dir(&folder);
             if !matches!(entry.body, EntryBody::Symlink(_)) {
                 match mode_of(&path) {
                     Some(None) => modes.add(|| format!("{} is a link", entry.path)),

@@ -9,6 +9,7 @@
 mod again;
 mod bad_input;
 mod borrow;
+mod cancel;
 mod damage;
 mod end_to_end;
 mod fairness;

@@ -5,6 +5,8 @@ use utoipa::{IntoParams, ToSchema};
 
 use crate::fault::Reason;
 use crate::names::{ArtifactRef, SiteName};
+use crate::number;
+use crate::receipt::Receipt;
 
 /// The state of a transfer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
@@ -63,16 +65,22 @@ impl State {
 #[serde(default)]
 pub struct Bytes {
     /// Raw bytes of all the artifact's files.
+    #[serde(deserialize_with = "number::count")]
     pub total: u64,
     /// Taken from what the site already had.
+    #[serde(deserialize_with = "number::count")]
     pub reused: u64,
     /// Found in place from before an interruption.
+    #[serde(deserialize_with = "number::count")]
     pub resumed: u64,
     /// Raw bytes that came over the line.
+    #[serde(deserialize_with = "number::count")]
     pub received: u64,
     /// Raw bytes durable at the site.
+    #[serde(deserialize_with = "number::count")]
     pub committed: u64,
     /// What crossed the line for it, manifests and framing included.
+    #[serde(deserialize_with = "number::count")]
     pub wire: u64,
 }
 
@@ -121,7 +129,8 @@ pub struct Transfer {
     pub finished_at: Option<String>,
     /// The signed receipt, once done.
     #[schema(value_type = Option<Object>)]
-    pub receipt: Option<serde_json::Value>,
+    #[serde(default, deserialize_with = "Receipt::lenient")]
+    pub receipt: Option<Receipt>,
     /// When what it brought was taken away again, because a run had only borrowed it.
     #[serde(default)]
     pub removed_at: Option<String>,

@@ -1,22 +1,22 @@
 //! What changes a transfer: it is asked for, taken over, held, begun again, and told of as it goes on.
 
 use super::queries::{one, standing};
-use super::{Body, Part, TransferRow, Want, new_id, transfer};
+use super::{Body, Part, TransferRow, Want, new_transfer_id, transfer};
 use crate::api::types::{Action, Bytes, State};
 use crate::catalogue::{Catalogue, fault, note};
 use crate::clock;
 use crate::fault::{Fault, Reason};
-use crate::names::SiteName;
+use crate::names::{DeliveryId, SiteName, TransferId};
 
 /// Finds the transfer of an artifact to a site that stands, or begins one.
 async fn begin(
     tx: &mut sqlx::SqliteConnection,
-    delivery: &str,
+    delivery: &DeliveryId,
     part: &Part,
     site: &SiteName,
-    lost: &[String],
+    lost: &[TransferId],
     now: i64,
-) -> Result<String, Fault> {
+) -> Result<TransferId, Fault> {
     if let Some(row) = standing(&mut *tx, &part.artifact, site).await? {
         let begins_again = match row.state {
             State::Failed => true,
@@ -27,19 +27,19 @@ async fn begin(
             let body = row.body.begun_again(row.state);
             let seq = note(tx, "transfer", &row.id).await?;
             sqlx::query("UPDATE transfer SET state = 'queued', want = 'run', generation = generation + 1, finished_ms = NULL, body = ?, updated_ms = ?, cursor = ? WHERE id = ?")
-                .bind(serde_json::to_string(&body).unwrap_or_default()).bind(now).bind(seq).bind(&row.id).execute(&mut *tx).await.map_err(fault)?;
+                .bind(serde_json::to_string(&body).unwrap_or_default()).bind(now).bind(seq).bind(row.id.as_str()).execute(&mut *tx).await.map_err(fault)?;
         }
         return Ok(row.id);
     }
-    let id = new_id("t");
+    let id = new_transfer_id();
     let seq = note(tx, "transfer", &id).await?;
     let body = Body { bytes: Bytes { total: part.total, ..Bytes::default() }, ..Body::default() };
     sqlx::query(
         "INSERT INTO transfer (id, delivery, reference, digest, site, state, body, created_ms, updated_ms, cursor, needs)
          VALUES (?, ?, ?, ?, ?, 'queued', ?, ?, ?, ?, ?)",
     )
-    .bind(&id)
-    .bind(delivery)
+    .bind(id.as_str())
+    .bind(delivery.as_str())
     .bind(part.artifact.to_string())
     .bind(&part.digest.0[..])
     .bind(site.as_str())
@@ -59,17 +59,23 @@ impl Catalogue {
     /// labels without the dataset that they wait for. A transfer that stands already is taken instead: one that runs as
     /// it is, one that is done stays done; a failed one begins again, and so does a done one that is named in `lost`, or that a run
     /// is giving back. What was given back does not stand.
-    pub async fn deliver(&self, delivery: &str, run: Option<&str>, parts: &[Part], lost: &[String]) -> Result<Vec<String>, Fault> {
+    pub async fn deliver(
+        &self,
+        delivery: &DeliveryId,
+        run: Option<&str>,
+        parts: &[Part],
+        lost: &[TransferId],
+    ) -> Result<Vec<TransferId>, Fault> {
         let now = clock::now_unix_ms() as i64;
         let mut tx = self.write.begin_with("BEGIN IMMEDIATE").await.map_err(fault)?;
         sqlx::query("INSERT INTO delivery (id, run, created_ms) VALUES (?, ?, ?)")
-            .bind(delivery)
+            .bind(delivery.as_str())
             .bind(run)
             .bind(now)
             .execute(&mut *tx)
             .await
             .map_err(fault)?;
-        let mut ids: Vec<String> = Vec::new();
+        let mut ids: Vec<TransferId> = Vec::new();
         for part in parts {
             for site in &part.sites {
                 let id = begin(&mut tx, delivery, part, site, lost, now).await?;
@@ -78,8 +84,8 @@ impl Catalogue {
                     continue;
                 }
                 sqlx::query("INSERT INTO delivery_part (delivery, transfer) VALUES (?, ?)")
-                    .bind(delivery)
-                    .bind(&id)
+                    .bind(delivery.as_str())
+                    .bind(id.as_str())
                     .execute(&mut *tx)
                     .await
                     .map_err(fault)?;
@@ -94,7 +100,8 @@ impl Catalogue {
     /// Takes over a transfer that the hub asks for (at a site). Returns it as it stands here.
     pub async fn adopt(&self, wanted: &TransferRow) -> Result<TransferRow, Fault> {
         let mut tx = self.write.begin_with("BEGIN IMMEDIATE").await.map_err(fault)?;
-        let here = sqlx::query("SELECT * FROM transfer WHERE id = ?").bind(&wanted.id).fetch_optional(&mut *tx).await.map_err(fault)?;
+        let here =
+            sqlx::query("SELECT * FROM transfer WHERE id = ?").bind(wanted.id.as_str()).fetch_optional(&mut *tx).await.map_err(fault)?;
         let mut row = match here {
             Some(row) => transfer(&row)?,
             None => {
@@ -112,8 +119,8 @@ impl Catalogue {
                     "INSERT INTO transfer (id, delivery, reference, digest, site, want, generation, state, body, created_ms, updated_ms, cursor, after_ids)
                      VALUES (?, ?, ?, ?, ?, ?, ?, 'queued', ?, ?, ?, ?, ?)",
                 )
-                .bind(&wanted.id)
-                .bind(&wanted.delivery)
+                .bind(wanted.id.as_str())
+                .bind(wanted.delivery.as_str())
                 .bind(wanted.artifact.to_string())
                 .bind(&wanted.digest.0[..])
                 .bind(wanted.site.as_str())
@@ -152,7 +159,7 @@ impl Catalogue {
                 .bind(row.finished_ms)
                 .bind(serde_json::to_string(&row.after).unwrap_or_default())
                 .bind(row.removed_ms)
-                .bind(&row.id)
+                .bind(row.id.as_str())
                 .execute(&mut *tx)
                 .await
                 .map_err(fault)?;
@@ -236,6 +243,30 @@ impl Catalogue {
         .bind(id)
         .bind(generation)
         .bind(state.as_str())
+        .execute(&mut *tx)
+        .await
+        .map_err(fault)?;
+        tx.commit().await.map_err(fault)?;
+        self.notify();
+        Ok(())
+    }
+
+    /// Notes that a cancelled transfer was committed before its site learned of the cancel. Does nothing if the transfer began again
+    /// since.
+    pub async fn done_after_cancel(&self, id: &str, generation: i64, body: &Body) -> Result<(), Fault> {
+        let mut tx = self.write.begin_with("BEGIN IMMEDIATE").await.map_err(fault)?;
+        let now = clock::now_unix_ms() as i64;
+        let seq = note(&mut tx, "transfer", id).await?;
+        sqlx::query(
+            "UPDATE transfer SET state = 'done', want = 'run', body = ?, updated_ms = ?, finished_ms = ?, cursor = ?
+             WHERE id = ? AND generation = ? AND state = 'cancelled'",
+        )
+        .bind(serde_json::to_string(body).unwrap_or_default())
+        .bind(now)
+        .bind(now)
+        .bind(seq)
+        .bind(id)
+        .bind(generation)
         .execute(&mut *tx)
         .await
         .map_err(fault)?;

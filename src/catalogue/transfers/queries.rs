@@ -5,7 +5,7 @@ use crate::api::types::{State, TransferQuery};
 use crate::catalogue::{Catalogue, fault};
 use crate::fault::Fault;
 use crate::manifest::Digest;
-use crate::names::{ArtifactRef, SiteName};
+use crate::names::{ArtifactRef, SiteName, TransferId};
 
 pub(super) async fn one<'e>(db: impl sqlx::SqliteExecutor<'e>, id: &str) -> Result<TransferRow, Fault> {
     let row = sqlx::query("SELECT * FROM transfer WHERE id = ?").bind(id).fetch_optional(db).await.map_err(fault)?;
@@ -104,8 +104,8 @@ impl Catalogue {
 
     /// Which open transfers of a site wait for which others: what they need is on its way there, and not given up. One
     /// that failed is still waited for, since a person will see to it.
-    pub async fn waits(&self, site: &SiteName) -> Result<Vec<(String, String)>, Fault> {
-        sqlx::query_as(
+    pub async fn waits(&self, site: &SiteName) -> Result<Vec<(TransferId, TransferId)>, Fault> {
+        let rows: Vec<(String, String)> = sqlx::query_as(
             "SELECT t.id, first.id FROM transfer t JOIN transfer first ON first.site = t.site AND first.reference = t.needs
              WHERE t.site = ? AND t.needs IS NOT NULL AND t.state NOT IN ('done', 'failed', 'cancelled')
                AND first.state NOT IN ('done', 'cancelled') ORDER BY t.id, first.id",
@@ -113,7 +113,8 @@ impl Catalogue {
         .bind(site.as_str())
         .fetch_all(&self.read)
         .await
-        .map_err(fault)
+        .map_err(fault)?;
+        rows.into_iter().map(|(id, first)| Ok((id.parse()?, first.parse()?))).collect()
     }
 
     /// Whether a site may read this content: it has a transfer of it that was not cancelled, nor its result removed.

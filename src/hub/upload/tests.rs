@@ -134,8 +134,8 @@ async fn a_publisher_may_do_nothing_else() {
     assert_eq!((fault.code, fault.reason), (Code::NotFound, Reason::SourceGone), "as for what is not there: {fault}");
     let artifact: crate::names::ArtifactRef = "model/a:v1".parse().unwrap();
     for question in [
-        AskHub::Deliver { artifacts: vec!["model/a:v1".into()], to: "all".into() },
-        AskHub::Act { id: "t-1".into(), action: Action::Cancel },
+        AskHub::Deliver { artifacts: vec!["model/a:v1".parse().unwrap()], to: "all".parse().unwrap() },
+        AskHub::Act { id: "t-1".parse().unwrap(), action: Action::Cancel },
         AskHub::Publish { artifact: artifact.clone(), digest, to: None, run: None },
     ] {
         let fault = wire::ask::<_, serde_json::Value>(&link, &question).await.unwrap_err();
@@ -201,7 +201,7 @@ async fn a_site_is_told_the_manifest_of_what_is_new_to_it_once() {
 
     let link = bench.dial(&site).await;
     let (_send, mut recv) = open(&link).await;
-    bench.hub.deliver_to(None, &["model/a:v1".into()], "west").await.unwrap();
+    bench.hub.deliver_to(None, &["model/a:v1".parse().unwrap()], &"west".parse().unwrap()).await.unwrap();
     let FromHub::Desired { transfers, manifests, .. } = wire::receive(&mut recv).await.unwrap();
     assert_eq!(manifests.len(), 1);
     let (first, only) = (&transfers[0], &manifests[0]);
@@ -228,7 +228,7 @@ async fn a_site_is_told_the_manifest_of_what_is_new_to_it_once() {
     for pack in std::fs::read_dir(packs).unwrap() {
         std::fs::File::options().write(true).open(pack.unwrap().path()).unwrap().set_len(8).unwrap();
     }
-    bench.hub.deliver_to(None, &["model/b:v1".into()], "west").await.unwrap();
+    bench.hub.deliver_to(None, &["model/b:v1".parse().unwrap()], &"west".parse().unwrap()).await.unwrap();
     let FromHub::Desired { transfers, manifests, .. } = wire::receive(&mut recv).await.unwrap();
     assert_eq!((transfers.len(), manifests.len()), (2, 0));
     let link = bench.dial(&site).await;
@@ -244,13 +244,13 @@ async fn a_site_that_has_another_version_is_not_told_the_manifest() {
     }
     let site = bench.join(&bench.token(Some("west"), None).await, &Claim::Site("west".parse().unwrap())).await;
     let catalogue = &bench.hub.inner.catalogue;
-    let id = bench.hub.deliver_to(None, &["model/a:v1".into()], "west").await.unwrap().transfers.remove(0);
+    let id = bench.hub.deliver_to(None, &["model/a:v1".parse().unwrap()], &"west".parse().unwrap()).await.unwrap().transfers.remove(0);
     catalogue.update_transfer(&id, 0, crate::api::types::State::Done, &Default::default()).await.unwrap();
     let link = bench.dial(&site).await;
     let (mut send, mut recv) = link.open(wire::PRIORITY_CONTROL).await.unwrap();
     send.write_all(&[CONTROL]).await.unwrap();
     wire::receive::<FromHub>(&mut recv).await.unwrap();
-    bench.hub.deliver_to(None, &["model/a:v2".into(), "model/b:v1".into()], "west").await.unwrap();
+    bench.hub.deliver_to(None, &["model/a:v2".parse().unwrap(), "model/b:v1".parse().unwrap()], &"west".parse().unwrap()).await.unwrap();
     let FromHub::Desired { transfers, manifests, .. } = wire::receive(&mut recv).await.unwrap();
     let digest = |name: &str| transfers.iter().find(|wanted| wanted.artifact.to_string() == name).unwrap().digest;
     let told: Vec<Digest> = manifests.iter().map(|told| told.digest).collect();
@@ -286,7 +286,7 @@ async fn what_a_site_may_not_have_gets_the_answer_for_what_is_not_there() {
     }
 
     // Of one artifact it may read all, and by its name nothing of the other.
-    bench.hub.deliver_to(None, &["model/a:v1".into()], "west").await.unwrap();
+    bench.hub.deliver_to(None, &["model/a:v1".parse().unwrap()], &"west".parse().unwrap()).await.unwrap();
     let fetcher = Fetcher::new(link.clone(), a.digest, Arc::default());
     fetcher.root().await.unwrap();
     fetcher.ask(vec![first_of(page_of_a)], 0).await.unwrap().next().await.unwrap();

@@ -115,14 +115,14 @@ fn what_cannot_be_given_back_is_told_and_tried_again() {
     let ended_run = || SiteRun { phase: Phase::Failed, message: Some("it ended with 3".into()), ..SiteRun::new(desired(Want::Stop)) };
     let failed = HubRun { state: RunState::Failed, message: Some("it ended with 3".into()), ..HubRun::new(spec()) };
     let told = |run: &SiteRun| hub(&failed, HubEvent::Reported(Box::new(run.report()))).0.told().unwrap();
-    let (run, _) = site(&ended_run(), Event::NotRemoved { transfer: "t-1".into(), why: "dataset/x:1: the NAS is away".into() });
+    let (run, _) = site(&ended_run(), Event::NotRemoved { transfer: "t-1".parse().unwrap(), why: "dataset/x:1: the NAS is away".into() });
     assert_eq!(told(&run), "it ended with 3; at b: dataset/x:1: the NAS is away");
     let (run, effects) = site(&run, Event::Looked(seen(Process::Absent)));
     assert_eq!((run.released, effects), (false, vec![Effect::Remove(borrowed())]));
     let (run, _) = site(&run, removed());
     assert_eq!(told(&run), "it ended with 3");
     // What stays for good holds nobody up, and is told to the end.
-    let (run, _) = site(&ended_run(), Event::Removed { transfer: "t-1".into(), stays: Some("image/x:1 stays".into()) });
+    let (run, _) = site(&ended_run(), Event::Removed { transfer: "t-1".parse().unwrap(), stays: Some("image/x:1 stays".into()) });
     let (run, _) = site(&run, Event::Wanted(Box::new(desired(Want::Stop))));
     let (run, effects) = site(&run, Event::Looked(seen(Process::Absent)));
     assert_eq!((run.released, effects), (true, vec![]));

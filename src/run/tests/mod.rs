@@ -15,12 +15,12 @@ fn spec() -> Spec {
     let input = |artifact: &str, n: u8| Input { artifact: artifact.parse().unwrap(), digest: Hash([n; 32]), bytes: 10 };
     Spec {
         name: "r".parse().unwrap(),
-        id: "r-1".into(),
+        id: "r-1".parse().unwrap(),
         from: "a".parse().unwrap(),
         on: "b".parse().unwrap(),
         inputs: vec![input("dataset/x:1", 1), input("labels/x:1", 2)],
         expect: "model/m".parse().unwrap(),
-        delivery: "d-1".into(),
+        delivery: "d-1".parse().unwrap(),
         created_ms: 0,
         deadline_ms: 1000,
     }
@@ -35,7 +35,7 @@ fn ended(code: i32) -> Ended {
 }
 
 fn input(state: State, message: Option<&str>) -> SeenTransfer {
-    SeenTransfer { id: "t-1".into(), state, message: message.map(Into::into) }
+    SeenTransfer { id: "t-1".parse().unwrap(), state, message: message.map(Into::into) }
 }
 
 fn looked(state: State) -> HubEvent {
@@ -48,11 +48,16 @@ fn hub(run: &HubRun, event: HubEvent) -> (HubRun, Vec<HubEffect>) {
 }
 
 fn borrowed() -> Vec<Borrowed> {
-    vec![Borrowed { transfer: "t-1".into(), artifact: "dataset/x:1".parse().unwrap(), digest: Hash([1; 32]), generation: Some(0) }]
+    vec![Borrowed {
+        transfer: "t-1".parse().unwrap(),
+        artifact: "dataset/x:1".parse().unwrap(),
+        digest: Hash([1; 32]),
+        generation: Some(0),
+    }]
 }
 
 fn removed() -> Event {
-    Event::Removed { transfer: "t-1".into(), stays: None }
+    Event::Removed { transfer: "t-1".parse().unwrap(), stays: None }
 }
 
 fn desired(want: Want) -> DesiredRun {

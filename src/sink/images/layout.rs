@@ -261,7 +261,7 @@ impl Sink for LayoutSink {
         if Sha256::from_layout_path(path.as_str()).is_none() {
             return Ok(false);
         }
-        Ok(file_size(&self.layout(&incoming.artifact).join(path.as_str())).await? == Some(file.size))
+        Ok(file_size(&path.in_dir(&self.layout(&incoming.artifact))).await? == Some(file.size))
     }
 
     async fn commit(&self, incoming: &Incoming, staged: &Path) -> Result<Landed, Fault> {
@@ -295,7 +295,7 @@ impl Sink for LayoutSink {
 
     async fn read_at(&self, place: &Place, path: &RelPath, offset: u64, len: u32) -> Result<Bytes, Fault> {
         let Place::Folder { path: folder } = place else { return Err(Fault::internal("an image folder was asked for a registry's blob")) };
-        let path = folder.join(path.as_str());
+        let path = path.in_dir(folder);
         blocking(move || {
             let what = || format!("read {}", path.display());
             let mut out = vec![0; len as usize];

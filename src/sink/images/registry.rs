@@ -264,7 +264,7 @@ impl Sink for RegistrySink {
     async fn arriving(&self, incoming: &Incoming, staged: &Path, path: &RelPath, file: &FileInfo, grown: watch::Receiver<u64>) {
         let Some(digest) = Sha256::from_layout_path(path.as_str()) else { return };
         let repository = self.repository(&incoming.artifact);
-        let blob = LocalBlob { digest, size: file.size, file: staged.join(path.as_str()) };
+        let blob = LocalBlob { digest, size: file.size, file: path.in_dir(staged) };
         match self.registry.push_growing(&repository, &blob, grown).await {
             Ok(()) => self.remember(digest, &repository),
             Err(fault) => tracing::debug!(%digest, repository, error = %fault, "a blob was not taken ahead of the others"),

@@ -257,7 +257,7 @@ impl Sink for LabelsSink {
         let Place::Folder { path: folder } = place else {
             return Err(Fault::internal("labels are kept in a folder, not in a registry"));
         };
-        let file = folder.join(path.as_str());
+        let file = path.in_dir(folder);
         blocking(move || {
             let what = format!("read {len} bytes at {offset} of {}", file.display());
             let mut bytes = vec![0; len as usize];

@@ -139,7 +139,7 @@ impl Holder {
                 stamp: Some(index.stamp.clone()),
             })),
             Place::Folder => {
-                let path = self.shown.join(name.parse::<RelPath>().map_err(|why| self.refuse(name, why))?.as_str());
+                let path = name.parse::<RelPath>().map_err(|why| self.refuse(name, why))?.in_dir(&self.shown);
                 match fs::symlink_metadata(&path) {
                     Ok(meta) if meta.is_file() => {
                         let stamp = Some(Stamp::new(Arc::new(path.clone()), &meta));

@@ -46,7 +46,7 @@ impl Assembly {
             durable::remove_all(&path)?;
         }
         let stage = Stage::open(&path)?;
-        let (digest, transfer) = (self.incoming.digest, Some(self.incoming.transfer.clone()));
+        let (digest, transfer) = (self.incoming.digest, Some(self.incoming.transfer.to_string()));
         let info = PlaceInfo { place: Place::Folder { path }, digest, transfer, foreign: false };
         let place = match place {
             Some(place) => place,

@@ -85,7 +85,7 @@ impl Assembly {
         for ((number, file, info), there) in of.into_iter().zip(places.entries(&wanted)?) {
             let (Place::Folder { path }, Some((rel, _))) = (&info.place, there.filter(|(_, there)| *there == file)) else { continue };
             let link = self.incoming.artifact.kind.is_files() && !info.foreign;
-            out[number] = Some(Local { path: path.join(rel.as_str()), link });
+            out[number] = Some(Local { path: rel.in_dir(path), link });
         }
         Ok(out)
     }

@@ -151,7 +151,7 @@ impl Worker {
         // Its owner may write into it at any moment: what counts is what came of it.
         let how = self.stage.share(from, &file, &dest.path, dest.mode, false)?;
         if how != stage::Shared::Not {
-            let staged = self.stage.path().join(dest.path.as_str());
+            let staged = dest.path.in_dir(self.stage.path());
             self.check_content(&self.stage.open_to_read(&dest.path)?, &staged, dest)?;
         }
         Ok(how)

@@ -245,7 +245,7 @@ async fn refuses_bad_rows_and_leaves_nothing(bench: Bench) {
         let incoming = set.incoming("v2");
         let mut bad = set.clone();
         spoil(&mut bad);
-        let staged = bench.sink.staging_root().join(&incoming.transfer);
+        let staged = incoming.transfer.in_dir(bench.sink.staging_root());
         bad.write(&staged);
         let fault = bench.sink.commit(&incoming, &staged).await.unwrap_err();
         assert!(fault.message.contains(why), "{why}: {fault}");

@@ -120,14 +120,14 @@ impl Set {
                 depth: 0,
                 pages: Vec::new(),
             },
-            transfer: format!("t-{version}"),
+            transfer: format!("t-{version}").parse().unwrap(),
         }
     }
 
     /// Stages it, as the engine does before a commit.
     pub(crate) fn stage(&self, sink: &LabelsSink, version: &str) -> (Incoming, PathBuf) {
         let incoming = self.incoming(version);
-        let staged = sink.staging_root().join(&incoming.transfer);
+        let staged = incoming.transfer.in_dir(sink.staging_root());
         self.write(&staged);
         (incoming, staged)
     }

@@ -1,0 +1,136 @@
+//! What a hub takes from a site's reports, and what it refuses.
+
+use tokio_util::sync::CancellationToken;
+
+use super::*;
+use crate::api::types::Bytes;
+use crate::catalogue::{Body, Part};
+use crate::chunk::DEFAULT_CHUNKING;
+use crate::identity::{CertificateRequest, Claim, SiteIdentity};
+use crate::manifest::{KindInfo, Root, Totals};
+use crate::names::TransferId;
+use crate::receipt::Receipt;
+use crate::{config, durable};
+
+struct Bench {
+    hub: Hub,
+    identity: SiteIdentity,
+    _dir: tempfile::TempDir,
+}
+
+impl Bench {
+    async fn start() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let data = dir.path().join("hub");
+        durable::create_dir_all(&data).unwrap();
+        let text = format!(
+            "role = \"hub\"\nname = \"hub\"\ndata_dir = {:?}\n[listen]\napi = \"127.0.0.1:0\"\nquic = \"127.0.0.1:0\"\n",
+            data.display().to_string()
+        );
+        let hub = Hub::open(config::parse(&text, "a test").unwrap(), CancellationToken::new()).await.unwrap();
+        let site = Self::site();
+        hub.inner.catalogue.add_token("t", &[1; 32], &Holder::Site(site.clone()), &Default::default(), 60).await.unwrap();
+        hub.inner.catalogue.redeem_token("t", &[1; 32], &Claim::Site(site.clone())).await.unwrap();
+        let request = CertificateRequest::new().unwrap();
+        let cert = hub.inner.identity.issue_for(&site, request.csr_der()).unwrap();
+        let identity = request.complete(&cert, hub.inner.identity.ca_der()).unwrap();
+        Self { hub, identity, _dir: dir }
+    }
+
+    fn site() -> SiteName {
+        "mal".parse().unwrap()
+    }
+
+    async fn deliver(&self, reference: &str) -> TransferRow {
+        let totals = Totals { bytes: 7, ..Totals::default() };
+        let root =
+            Root { format: 1, kind: Kind::Model, info: KindInfo::Files, chunking: DEFAULT_CHUNKING, totals, depth: 0, pages: vec![] };
+        let artifact: ArtifactRef = reference.parse().unwrap();
+        self.hub.inner.catalogue.add_artifact(&artifact, &root, None).await.unwrap();
+        let part = Part { artifact, digest: root.digest(), total: 7, needs: None, sites: vec![Self::site()] };
+        let ids = self.hub.inner.catalogue.deliver(&crate::catalogue::new_delivery_id(), None, &[part], &[]).await.unwrap();
+        self.row(&ids[0]).await
+    }
+
+    async fn row(&self, id: &TransferId) -> TransferRow {
+        self.hub.inner.catalogue.transfer(id).await.unwrap()
+    }
+
+    fn signed(&self, row: &TransferRow) -> Body {
+        Body { receipt: Some(Receipt::sign(row, &self.identity).unwrap()), ..Body::default() }
+    }
+
+    async fn report(&self, row: &TransferRow, state: State, body: Body) -> Result<State, Fault> {
+        let report = Report { id: row.id.clone(), generation: row.generation, state, body };
+        self.hub.take_report(&Self::site(), report).await?;
+        Ok(self.row(&row.id).await.state)
+    }
+}
+
+#[tokio::test]
+async fn a_receipt_counts_for_its_own_transfer_only() {
+    let bench = Bench::start().await;
+    let row = bench.deliver("model/m:1").await;
+    let other = TransferRow { id: "t-other".parse().unwrap(), ..row.clone() };
+    for (wrong, why) in [
+        (other, "is for another transfer"),
+        (TransferRow { digest: Digest::of(b"else"), ..row.clone() }, "is for something else"),
+        (TransferRow { site: "east".parse().unwrap(), ..row.clone() }, "is for something else"),
+    ] {
+        let fault = bench.report(&row, State::Done, bench.signed(&wrong)).await.unwrap_err();
+        assert!(fault.message.contains(why), "{fault}");
+    }
+    let fault = bench.report(&row, State::Done, Body::default()).await.unwrap_err();
+    assert!(fault.message.contains("missing"), "{fault}");
+    assert_eq!(bench.row(&row.id).await.state, State::Queued);
+    assert_eq!(bench.report(&row, State::Done, bench.signed(&row)).await.unwrap(), State::Done);
+}
+
+#[tokio::test]
+async fn a_generation_that_was_never_asked_for_is_refused_and_sizes_cannot_overflow() {
+    let bench = Bench::start().await;
+    let row = bench.deliver("model/m:1").await;
+    for generation in [1 << 62, 1, -1] {
+        let bad = TransferRow { generation, ..row.clone() };
+        assert!(bench.report(&bad, State::Transferring, Body::default()).await.is_err());
+    }
+    assert_eq!(bench.row(&row.id).await.state, State::Queued);
+    let max = u64::MAX;
+    let bytes = serde_json::json!({ "total": max, "reused": max, "resumed": max, "received": max, "committed": max, "wire": max });
+    let body: Body = serde_json::from_value(serde_json::json!({ "bytes": bytes, "rate": max, "eta_seconds": max })).unwrap();
+    bench.report(&row, State::Transferring, body).await.unwrap();
+    let parts: Vec<Transfer> = (0..40).map(|_| bench.hub.view(&row)).collect();
+    let seen = bench.row(&row.id).await.view();
+    assert!(seen.bytes.total < max && seen.rate < max && seen.eta_seconds.is_some_and(|eta| eta < max), "{seen:?}");
+    let all = vec![Transfer { bytes: Bytes { total: seen.bytes.total, ..Bytes::default() }, ..seen }; 40];
+    assert!(crate::delivery::bytes(&all).total >= crate::delivery::bytes(&parts).total);
+}
+
+#[tokio::test]
+async fn a_commit_that_a_cancel_came_too_late_for_is_done_at_the_hub_as_well() {
+    let bench = Bench::start().await;
+    let row = bench.deliver("model/m:1").await;
+    bench.report(&row, State::Committing, Body::default()).await.unwrap();
+    let catalogue = &bench.hub.inner.catalogue;
+    catalogue.act(&row.id, Action::Cancel).await.unwrap();
+    assert_eq!(bench.report(&row, State::Committing, Body::default()).await.unwrap(), State::Cancelled);
+    assert!(bench.report(&row, State::Done, Body::default()).await.is_err(), "without a receipt it is not");
+    assert_eq!(bench.report(&row, State::Done, bench.signed(&row)).await.unwrap(), State::Done);
+    let now = bench.row(&row.id).await;
+    assert!(now.body.receipt.is_some() && now.want == Want::Run && now.finished_ms.is_some(), "{now:?}");
+    assert!(catalogue.open_transfers(&Bench::site()).await.unwrap().is_empty(), "nothing is left to do for it");
+
+    // One that failed there before the site learned of the cancel is told of it until it has given up.
+    let row = bench.deliver("model/n:1").await;
+    catalogue.act(&row.id, Action::Cancel).await.unwrap();
+    for (said, want) in [(State::Failed, Want::Cancel), (State::Cancelled, Want::Run)] {
+        assert_eq!(bench.report(&row, said, Body::default()).await.unwrap(), State::Cancelled);
+        assert_eq!(bench.row(&row.id).await.want, want);
+    }
+
+    // One that was begun again since is not done by what its first try says.
+    let row = bench.deliver("model/o:1").await;
+    catalogue.act(&row.id, Action::Cancel).await.unwrap();
+    catalogue.act(&row.id, Action::Retry).await.unwrap();
+    assert_eq!(bench.report(&row, State::Done, bench.signed(&row)).await.unwrap(), State::Queued);
+}

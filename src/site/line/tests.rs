@@ -1,0 +1,145 @@
+//! A site in this process, and a hub that sends what no hub should.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde_json::{Value, json};
+use tokio_util::sync::CancellationToken;
+
+use super::*;
+use crate::api::types::{State, TransferQuery};
+use crate::identity::{CertificateRequest, HubIdentity};
+use crate::line::{Arrival, Listener};
+use crate::{config, durable};
+
+struct Bench {
+    site: Site,
+    listener: Listener,
+    dir: tempfile::TempDir,
+}
+
+impl Bench {
+    async fn start() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let hub = Arc::new(HubIdentity::open_or_create(&dir.path().join("hub"), &"hub".parse().unwrap()).unwrap());
+        let listener = Listener::bind(([127, 0, 0, 1], 0).into(), hub.clone(), &config::Line::default(), 64 << 20).unwrap();
+        let data = dir.path().join("site");
+        durable::create_dir_all(&data).unwrap();
+        let request = CertificateRequest::new().unwrap();
+        let cert = hub.issue_for(&"east".parse().unwrap(), request.csr_der()).unwrap();
+        request.complete(&cert, hub.ca_der()).unwrap().save(&data).unwrap();
+        let text = format!(
+            "role = \"site\"\nname = \"east\"\ndata_dir = {:?}\n[listen]\napi = \"127.0.0.1:0\"\n[hub]\naddress = \"{}\"\n",
+            data.display().to_string(),
+            listener.local_addr()
+        );
+        let site = Site::open(config::parse(&text, "a test").unwrap(), CancellationToken::new()).await.unwrap();
+        let work = site.clone();
+        tokio::spawn(async move { work.run().await });
+        Self { site, listener, dir }
+    }
+
+    /// The control stream of the site's next line.
+    async fn control(&self) -> (Link, SendHalf, RecvHalf) {
+        let work = async {
+            let Some(Arrival::Site { link, .. }) = self.listener.accept().await else { unreachable!("somebody else came") };
+            let (send, mut recv) = link.accept().await.unwrap();
+            let mut kind = [0];
+            recv.read_exact(&mut kind).await.unwrap();
+            assert_eq!(kind[0], CONTROL);
+            (link, send, recv)
+        };
+        tokio::time::timeout(Duration::from_secs(30), work).await.unwrap()
+    }
+
+    async fn ids(&self) -> Vec<String> {
+        let (rows, _) = self.site.inner.catalogue.transfers(&TransferQuery::default()).await.unwrap();
+        rows.iter().map(|row| row.id.to_string()).collect()
+    }
+}
+
+fn wanted(id: &str, delivery: &str, want: &str) -> Value {
+    json!({ "id": id, "delivery": delivery, "artifact": "dataset/x:1", "digest": "00".repeat(32), "want": want, "generation": 0, "total": 1,
+        "created_ms": 1, "after": [], "lineage": null })
+}
+
+fn desired(transfers: &[Value], runs: &[Value]) -> Value {
+    json!({ "desired": { "revision": 1, "transfers": transfers, "runs": runs, "manifests": [] } })
+}
+
+/// The same site's files before and after: nothing but its own databases changes.
+fn names(dir: &std::path::Path) -> Vec<std::path::PathBuf> {
+    let mut out = Vec::new();
+    let mut open = vec![dir.to_owned()];
+    while let Some(dir) = open.pop() {
+        for entry in std::fs::read_dir(dir).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                open.push(path.clone());
+            }
+            out.push(path);
+        }
+    }
+    out.sort();
+    out
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_message_with_one_bad_id_is_refused_whole() {
+    let bench = Bench::start().await;
+    let victim = bench.dir.path().join("victim");
+    durable::create_dir_all(&victim.join("sub")).unwrap();
+    durable::replace(&victim.join("sub/data.txt"), b"keep me").unwrap();
+    let before = names(&victim);
+    let absolute = victim.display().to_string();
+    let relative = "../../../../victim";
+    let run = |id: &str, transfer: &str| {
+        json!({ "want": "stop", "model": null, "borrowed": [{ "transfer": transfer, "artifact": "dataset/x:1", "digest": "00".repeat(32) }],
+            "spec": { "name": "r", "id": id, "from": "west", "on": "east", "inputs": [], "expect": "model/m", "delivery": "d-1",
+                "created_ms": 1, "deadline_ms": i64::MAX } })
+    };
+    let good = wanted("t-good", "d-1", "cancel");
+    let mut after = wanted("t-after", "d-1", "run");
+    after["after"] = json!([absolute]);
+    let mut generation = wanted("t-generation", "d-1", "run");
+    generation["generation"] = json!(1_i64 << 62);
+    let hostile = [
+        desired(&[good.clone(), wanted(&absolute, "d-1", "cancel")], &[]),
+        desired(&[good.clone(), wanted(relative, "d-1", "run")], &[]),
+        desired(&[good.clone(), wanted("..", "d-1", "cancel")], &[]),
+        desired(&[good.clone(), wanted("t-1", "../d", "run")], &[]),
+        desired(&[good.clone(), after], &[]),
+        desired(&[good.clone(), generation], &[]),
+        desired(std::slice::from_ref(&good), &[run(&absolute, "t-1")]),
+        desired(std::slice::from_ref(&good), &[run("r-1", &absolute)]),
+    ];
+    for message in &hostile {
+        assert!(serde_json::from_value::<FromHub>(message.clone()).is_err(), "{message}");
+    }
+    // Each costs a pause before the next line: two are enough to see that nothing is done.
+    for message in &hostile[..2] {
+        let (link, mut send, mut recv) = bench.control().await;
+        wire::send(&mut send, message).await.unwrap();
+        // The site ends the stream instead of doing a part of it.
+        let end = async { while wire::receive::<FromSite>(&mut recv).await.is_ok() {} };
+        tokio::time::timeout(Duration::from_secs(30), end).await.unwrap();
+        link.close("the test goes on");
+        assert_eq!((bench.ids().await, names(&victim)), (Vec::new(), before.clone()), "{message}");
+        assert!(bench.site.inner.catalogue.runs::<Value>(false, 9).await.unwrap().is_empty(), "{message}");
+    }
+    // The same site still does what a sound hub asks of it.
+    let (_link, mut send, mut recv) = bench.control().await;
+    wire::send(&mut send, &desired(&[good], &[])).await.unwrap();
+    let cancelled = async {
+        loop {
+            if let FromSite::Report(all) = wire::receive::<FromSite>(&mut recv).await.unwrap()
+                && all.iter().any(|report| report.id.as_str() == "t-good" && report.state == State::Cancelled)
+            {
+                return;
+            }
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(30), cancelled).await.unwrap();
+    bench.site.inner.stop.cancel();
+    bench.site.stopped().await;
+}

@@ -1,0 +1,269 @@
+//! Text from outside: bounded, and without characters that could disguise what is shown.
+//!
+//! Peers, registries and platforms send messages, versions and locations. [`Text`] takes such a text in: it is cut to
+//! its limit at a character boundary while it is parsed, and control characters and bidirectional overrides become
+//! U+FFFD. Nothing longer is ever kept. Text that this daemon writes itself passes through the same type, so that all
+//! readers of a field find the same form.
+
+use std::fmt;
+use std::marker::PhantomData;
+
+use serde::de::{self, DeserializeOwned, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
+use serde::{Deserialize, Serialize};
+
+/// Whether a character can move the cursor, start a control sequence, or change the order in which others are shown.
+pub fn is_unsafe(c: char) -> bool {
+    c.is_control() || matches!(c, '\u{061c}' | '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}' | '\u{feff}')
+}
+
+/// The longest prefix of at most `max` bytes that ends at a character boundary.
+pub fn prefix(text: &str, max: usize) -> &str {
+    &text[..text.floor_char_boundary(max)]
+}
+
+fn cleaned(text: &str, max: usize, keep: impl Fn(char) -> bool) -> String {
+    let mut out = String::with_capacity(text.len().min(max));
+    for c in text.chars() {
+        let c = if is_unsafe(c) && !keep(c) { char::REPLACEMENT_CHARACTER } else { c };
+        if out.len() + c.len_utf8() > max {
+            break;
+        }
+        out.push(c);
+    }
+    out
+}
+
+/// One line of at most `max` bytes, without unsafe characters.
+pub fn line(text: &str, max: usize) -> String {
+    cleaned(text, max, |_| false)
+}
+
+/// Several lines of at most `max` bytes together; line ends and tabs stay.
+pub fn lines(text: &str, max: usize) -> String {
+    cleaned(text, max, |c| matches!(c, '\n' | '\t'))
+}
+
+/// A text of at most `MAX` bytes without unsafe characters other than line ends and tabs.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Default, Serialize)]
+#[serde(transparent)]
+pub struct Text<const MAX: usize>(String);
+
+impl<const MAX: usize> Text<MAX> {
+    /// The text itself.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl<const MAX: usize> std::ops::Deref for Text<MAX> {
+    type Target = str;
+    fn deref(&self) -> &str {
+        &self.0
+    }
+}
+
+impl<const MAX: usize> fmt::Display for Text<MAX> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl<const MAX: usize> From<&str> for Text<MAX> {
+    fn from(text: &str) -> Self {
+        Self(lines(text, MAX))
+    }
+}
+
+impl<const MAX: usize> From<String> for Text<MAX> {
+    fn from(text: String) -> Self {
+        text.as_str().into()
+    }
+}
+
+impl<const MAX: usize> From<Text<MAX>> for String {
+    fn from(text: Text<MAX>) -> String {
+        text.0
+    }
+}
+
+impl<const MAX: usize> PartialEq<str> for Text<MAX> {
+    fn eq(&self, other: &str) -> bool {
+        self.0 == other
+    }
+}
+
+impl<'de, const MAX: usize> Deserialize<'de> for Text<MAX> {
+    fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
+        d.deserialize_str(TextVisitor::<MAX>)
+    }
+}
+
+/// Cuts while it reads: a text without escapes is never copied whole.
+struct TextVisitor<const MAX: usize>;
+
+impl<const MAX: usize> Visitor<'_> for TextVisitor<MAX> {
+    type Value = Text<MAX>;
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a text")
+    }
+    fn visit_str<E: de::Error>(self, text: &str) -> Result<Text<MAX>, E> {
+        Ok(text.into())
+    }
+}
+
+/// For a field of type `String` that a peer fills in: `#[serde(deserialize_with = "text::bounded::<_, MAX>")]`.
+pub fn bounded<'de, D: Deserializer<'de>, const MAX: usize>(d: D) -> Result<String, D::Error> {
+    Text::<MAX>::deserialize(d).map(Into::into)
+}
+
+/// Text that must stay exactly as it is (a signature covers it, or it is decoded): at most `MAX` bytes, longer ones are
+/// refused. Not for display.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(transparent)]
+pub struct Exact<const MAX: usize>(String);
+
+impl<const MAX: usize> Exact<MAX> {
+    /// The text, unless it is longer than allowed.
+    pub fn new(text: String) -> Option<Self> {
+        (text.len() <= MAX).then_some(Self(text))
+    }
+
+    /// The text itself.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl<'de, const MAX: usize> Deserialize<'de> for Exact<MAX> {
+    fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
+        struct ExactVisitor<const MAX: usize>;
+        impl<const MAX: usize> Visitor<'_> for ExactVisitor<MAX> {
+            type Value = Exact<MAX>;
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                write!(f, "a text of at most {MAX} bytes")
+            }
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<Exact<MAX>, E> {
+                if text.len() > MAX {
+                    return Err(E::invalid_length(text.len(), &self));
+                }
+                Ok(Exact(text.into()))
+            }
+        }
+        d.deserialize_str(ExactVisitor)
+    }
+}
+
+/// A value, or `None` for anything of another form: what a peer sent instead is skipped and takes no memory. For data in a
+/// self-describing format only.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Lenient<T>(pub Option<T>);
+
+impl<'de, T: FromText> Deserialize<'de> for Lenient<T> {
+    fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
+        d.deserialize_any(LenientVisitor(PhantomData))
+    }
+}
+
+/// What [`Lenient`] reads: made of a text, or refused.
+pub trait FromText: Sized {
+    /// The value of this text.
+    fn from_text(text: &str) -> Option<Self>;
+}
+
+impl<const MAX: usize> FromText for Exact<MAX> {
+    fn from_text(text: &str) -> Option<Self> {
+        (text.len() <= MAX).then(|| Self(text.into()))
+    }
+}
+
+struct LenientVisitor<T>(PhantomData<T>);
+
+impl<'de, T: FromText> Visitor<'de> for LenientVisitor<T> {
+    type Value = Lenient<T>;
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("anything")
+    }
+    fn visit_str<E: de::Error>(self, text: &str) -> Result<Self::Value, E> {
+        Ok(Lenient(T::from_text(text)))
+    }
+    fn visit_bool<E: de::Error>(self, _: bool) -> Result<Self::Value, E> {
+        Ok(Lenient(None))
+    }
+    fn visit_i64<E: de::Error>(self, _: i64) -> Result<Self::Value, E> {
+        Ok(Lenient(None))
+    }
+    fn visit_u64<E: de::Error>(self, _: u64) -> Result<Self::Value, E> {
+        Ok(Lenient(None))
+    }
+    fn visit_f64<E: de::Error>(self, _: f64) -> Result<Self::Value, E> {
+        Ok(Lenient(None))
+    }
+    fn visit_unit<E: de::Error>(self) -> Result<Self::Value, E> {
+        Ok(Lenient(None))
+    }
+    fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Self::Value, A::Error> {
+        skip_seq(&mut seq)?;
+        Ok(Lenient(None))
+    }
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+        while map.next_entry::<IgnoredAny, IgnoredAny>()?.is_some() {}
+        Ok(Lenient(None))
+    }
+}
+
+/// Reads a list to its end and keeps nothing of it.
+pub fn skip_seq<'de, A: SeqAccess<'de>>(seq: &mut A) -> Result<(), A::Error> {
+    while seq.next_element::<IgnoredAny>()?.is_some() {}
+    Ok(())
+}
+
+/// Parses a message of a peer. The error names the fault without repeating what the peer sent.
+pub fn parse_json<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, String> {
+    serde_json::from_slice(bytes).map_err(|e| line(&e.to_string(), 300))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    type Short = Text<8>;
+
+    #[test]
+    fn a_text_is_cut_where_it_is_parsed_and_holds_nothing_that_steers() {
+        let parsed = |json: &str| serde_json::from_str::<Short>(json).unwrap().to_string();
+        assert_eq!(parsed("\"short\""), "short");
+        assert_eq!(parsed("\"0123456789\""), "01234567");
+        assert_eq!(parsed("\"0123456ä\""), "0123456", "no half character");
+        assert_eq!(parsed("\"a\\u001bb\\u202e\""), "a\u{fffd}b\u{fffd}");
+        assert_eq!(parsed("\"a\\nb\\tc\""), "a\nb\tc");
+        assert!(serde_json::from_str::<Short>("[0,1]").is_err() && serde_json::from_str::<Short>("7").is_err());
+        assert_eq!(line("a\nb\u{2066}\u{7}", 99), "a\u{fffd}b\u{fffd}\u{fffd}");
+        for text in ["\u{202e}\u{200f}\u{9b}31m\u{7f}", "plain ä 图"] {
+            assert!(!lines(text, 999).contains(is_unsafe));
+        }
+        assert_eq!(prefix("aä", 2), "a");
+    }
+
+    #[test]
+    fn what_must_stay_exact_is_refused_when_it_is_too_long() {
+        assert_eq!(serde_json::from_str::<Exact<3>>("\"a\\u001bb\"").unwrap().as_str(), "a\u{1b}b");
+        assert!(serde_json::from_str::<Exact<3>>("\"abcd\"").is_err());
+        assert!(Exact::<3>::new("abcd".into()).is_none());
+        for (json, there) in
+            [("\"abc\"", true), ("\"abcd\"", false), ("{\"a\":[1]}", false), ("[[]]", false), ("null", false), ("1.5", false)]
+        {
+            assert_eq!(serde_json::from_str::<Lenient<Exact<3>>>(json).unwrap().0.is_some(), there, "{json}");
+        }
+    }
+
+    #[test]
+    fn a_parse_error_repeats_nothing_that_steers() {
+        #[derive(Debug, Deserialize)]
+        enum One {
+            #[expect(dead_code, reason = "only its name is read")]
+            A(u8),
+        }
+        let error = parse_json::<One>(format!("{{\"\\u001b]0;\\u202e{}\":1}}", "x".repeat(5000)).as_bytes()).unwrap_err();
+        assert!(error.len() <= 300 && !error.contains(is_unsafe), "{error:?}");
+    }
+}
