@@ -1,5 +1,7 @@
 //! The only place that reads the wall clock, so that all times have one form.
 
+use std::time::Duration;
+
 use jiff::Timestamp;
 
 /// Now.
@@ -20,4 +22,25 @@ pub fn now_rfc3339() -> String {
 /// Milliseconds since 1970.
 pub fn now_unix_ms() -> u64 {
     now().as_millisecond().unsigned_abs()
+}
+
+/// A difference of two clocks, for a person: `2 d 3 h`, `1 h 5 min`, `90 s`.
+pub fn span(difference: Duration) -> String {
+    let seconds = difference.as_secs();
+    match seconds {
+        86_400.. => format!("{} d {} h", seconds / 86_400, seconds % 86_400 / 3600),
+        3600.. => format!("{} h {} min", seconds / 3600, seconds % 3600 / 60),
+        _ => format!("{seconds} s"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn differences_are_short() {
+        let texts = [0, 59, 3661, 86_400 * 2 + 3600 * 5].map(|s| span(Duration::from_secs(s)));
+        assert_eq!(texts, ["0 s", "59 s", "1 h 1 min", "2 d 5 h"]);
+    }
 }

@@ -255,6 +255,13 @@ impl Fault {
     pub fn io(what: impl fmt::Display, error: &std::io::Error) -> Self {
         use std::io::ErrorKind as K;
         let message = format!("{what}: {error}");
+        use rustix::io::Errno;
+        if matches!(Errno::from_io_error(error), Some(Errno::MFILE | Errno::NFILE)) {
+            // Other work closes files: what retries by itself goes on then.
+            return Self::internal(message).with_next(
+                "raise the limit of open files: LimitNOFILE= in the daemon's systemd unit, or 'ulimit -n'; see also fs.file-max",
+            );
+        }
         match error.kind() {
             K::StorageFull | K::QuotaExceeded => Self::no_space(message),
             // No room made there would help.
@@ -315,6 +322,14 @@ mod tests {
         assert!(!large.next.contains("make room"), "{}", large.next);
         let full = of(rustix::io::Errno::NOSPC);
         assert_eq!((full.reason, full.retry), (Reason::NoSpace, Retry::Backoff));
+    }
+
+    #[test]
+    fn a_lack_of_file_descriptors_is_named() {
+        for errno in [rustix::io::Errno::MFILE, rustix::io::Errno::NFILE] {
+            let fault = Fault::io("open /nas/a", &errno.into());
+            assert!(fault.retry == Retry::Backoff && fault.next.contains("limit of open files"), "{fault:?}");
+        }
     }
 
     #[test]

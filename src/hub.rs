@@ -38,6 +38,7 @@ use crate::manifest::{Digest, Pages};
 use crate::names::{ArtifactRef, SiteName, SiteSelector};
 use crate::relay::{Of, Relay, Upstream};
 use crate::store::Store;
+use crate::tally::Tally;
 use crate::wire::{Peer, Wanted};
 
 pub(crate) use runs::lineage_view;
@@ -157,6 +158,7 @@ impl Hub {
         self.inner.tasks.spawn(async move { this.keep_relay().await });
         let this = self.clone();
         self.inner.tasks.spawn(async move { this.keep_runs().await });
+        let refused_joins = Tally::new("a join was refused");
         let mut trim = tokio::time::interval(TRIM_EVERY);
         let mut rest = tokio::time::interval(REST_EVERY);
         loop {
@@ -178,11 +180,12 @@ impl Hub {
             match arrival {
                 None => return Ok(()),
                 Some(Arrival::Join(request)) => {
-                    let this = self.clone();
+                    let (this, refused) = (self.clone(), refused_joins.clone());
                     self.inner.tasks.spawn(async move {
+                        let remote = request.remote_address();
                         match request.redeem(&this).await {
-                            Ok(who) => tracing::info!(%who, "joined"),
-                            Err(fault) => tracing::warn!(error = %fault, "a join was refused"),
+                            Ok(who) => tracing::info!(%who, %remote, "joined"),
+                            Err(fault) => refused.note(format_args!("{remote}: {fault}")),
                         }
                     });
                 }

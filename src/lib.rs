@@ -1,5 +1,6 @@
 //! Packhorse carries artifacts between a hub and many sites. ARCHITECTURE.md is the map.
 
+mod admission;
 pub mod api;
 pub mod budget;
 pub mod buffers;
@@ -26,6 +27,7 @@ pub mod manifest;
 pub mod metrics;
 pub mod names;
 pub mod number;
+mod open_files;
 pub mod origin;
 pub mod places;
 pub mod publisher;
@@ -44,6 +46,7 @@ pub mod source;
 pub mod stage;
 pub mod store;
 pub mod text;
+mod tally;
 pub mod trainer;
 pub mod transfer;
 pub mod tree;

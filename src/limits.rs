@@ -79,10 +79,16 @@ pub const BOMB_BYTES: u64 = 1 << 30;
 pub const BOMB_RATIO: u64 = 256;
 /// The layers of an image that are checked at once.
 pub const IMAGE_CHECKS_MAX: usize = 4;
-/// Connections from sites that the hub accepts at once.
+/// Connections from sites and publishers that the hub holds at once; publishers get three quarters of them at most.
 pub const SITE_CONNECTIONS_MAX: usize = 4096;
 /// How long a cancel waits for a sink to say whether it holds the artifact.
 pub const CANCEL_LOOK_MAX: Duration = Duration::from_secs(5);
+/// A process that may have fewer files open than this says so at its start.
+pub const OPEN_FILES_EASY: usize = 1024;
+/// What strangers cause at will is logged in one line for this long, with a count…
+pub const LOG_TALLY_EVERY: Duration = Duration::from_secs(60);
+/// …and the last of them in so many characters.
+pub const LOG_TALLY_CHARS_MAX: usize = 300;
 /// How long a clean stop may take before what is left is dropped (resume makes it whole).
 pub const DRAIN_MAX: Duration = Duration::from_secs(10);
 /// The longest line of a canonical label file, which is one row.
@@ -214,10 +220,20 @@ pub const LINE_SOCKET_BUFFER_BYTES: usize = 8 << 20;
 pub const LINE_KEEP_ALIVE: Duration = Duration::from_secs(1);
 /// How long the hub's UDP port may stay silent before a site tries TCP.
 pub const LINE_QUIC_ANSWER_MAX: Duration = Duration::from_secs(4);
-/// How long one handshake may take, from the first packet to the hub's welcome.
+/// How long one handshake may take, from the first packet to the hub's welcome or to the end of a join request.
 pub const LINE_HANDSHAKE_MAX: Duration = Duration::from_secs(10);
-/// Handshakes that the hub works on at once; further ones are refused.
+/// How long its first part, TLS, may take at the hub.
+pub const LINE_TLS_MAX: Duration = Duration::from_secs(5);
+/// Unfinished handshakes over each transport; beyond that the oldest is closed for a new one.
 pub const LINE_HANDSHAKES_MAX: usize = 256;
+/// Unfinished handshakes, and join requests, of one address (IPv6: of one /64); beyond that its oldest is closed.
+pub const LINE_HANDSHAKES_PER_ADDRESS_MAX: usize = 8;
+/// Join requests that the hub reads and answers at once; beyond that the oldest that is not being answered is closed.
+pub const LINE_JOINS_MAX: usize = 64;
+/// Connections of one publisher.
+pub const LINE_CONNECTIONS_PER_PUBLISHER_MAX: usize = 16;
+/// Connections of one site, which has more than one only while it reconnects or changes from TCP to QUIC.
+pub const LINE_CONNECTIONS_PER_SITE_MAX: usize = 4;
 /// Handshakes at once from which on the hub makes new callers prove their address first.
 pub const LINE_HANDSHAKES_EASY: usize = 32;
 /// Lines that are set up and wait for the daemon to take them.

@@ -16,8 +16,8 @@ use crate::fault::{Code, Fault, IoContext};
 use crate::hub::Hub;
 use crate::identity::{Claim, JoinToken, SiteIdentity};
 use crate::limits::DRAIN_MAX;
-use crate::line;
 use crate::site::Site;
+use crate::{line, open_files};
 
 /// Runs a daemon until SIGTERM or SIGINT, or, if so asked, until standard input ends.
 pub async fn run(config: Config, until_stdin_ends: bool) -> Result<(), Fault> {
@@ -46,7 +46,7 @@ pub async fn run(config: Config, until_stdin_ends: bool) -> Result<(), Fault> {
 pub async fn run_until(config: Config, stop: CancellationToken) -> Result<(), Fault> {
     // Files get the modes that manifests say, not those that some shell had set.
     rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o022));
-    let _ = raise_open_files();
+    open_files::raise();
     durable::create_dir_all(&config.data_dir)?;
     let _lock = Lock::take(&config.data_dir)?;
     let token = ApiToken::open_or_create(&config.data_dir)?;
@@ -125,14 +125,6 @@ impl Lock {
                 .with_next("stop the other daemon, or give this one a data_dir of its own")),
         }
     }
-}
-
-/// Many files may be open between two commits; the usual soft limit of 1,024 is close.
-fn raise_open_files() -> rustix::io::Result<()> {
-    use rustix::process::{Resource, getrlimit, setrlimit};
-    let mut limit = getrlimit(Resource::Nofile);
-    limit.current = limit.maximum;
-    setrlimit(Resource::Nofile, limit)
 }
 
 /// The fault for what this role does not do.

@@ -387,6 +387,7 @@ impl Backend for Hub {
         let (kept, budget) = (self.inner.relay.kept_bytes(), self.inner.config.relay.budget);
         out.push(format!("ok relay: {} MiB of {} MiB are kept of what passed from site to site", kept >> 20, budget >> 20));
         out.push(format!("ok line: listening on {} (UDP and TCP)", self.inner.listener.local_addr()));
+        out.extend(self.inner.identity.clock_fault().map(|text| format!("fault clock: {text}")));
         let mut joined = Vec::new();
         for site in self.sites().await? {
             let word = if site.online { "ok" } else { "fault" };

@@ -21,7 +21,7 @@ use crate::fault::Fault;
 use crate::names::SiteName;
 
 /// Whom a certificate was issued to.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum Holder {
     /// The hub of this name.
     Hub(SiteName),
@@ -105,22 +105,32 @@ pub struct Validity {
 }
 
 impl Validity {
-    /// Refuses a moment outside, naming the certificate's times and the clock that was asked.
+    /// Refuses a moment after the end, and names the certificate's end and the clock that was asked.
     ///
-    /// `whose` is the holder (`site chengdu`), `clock` the machine whose time `now` is (`this machine`).
+    /// `whose` is the holder (`site chengdu`), `clock` the machine whose time `now` is (`this machine`). A moment before the beginning
+    /// is no reason to refuse: the hub dates no certificate ahead, so it only says that one of the clocks is wrong. See
+    /// [`Validity::early`].
     pub fn check(&self, whose: &impl std::fmt::Display, clock: &str, now: Timestamp) -> Result<(), Fault> {
-        let (from, until, now_text) = (clock::rfc3339(self.from), clock::rfc3339(self.until), clock::rfc3339(now));
-        if now < self.from {
-            let message =
-                format!("the certificate of {whose} is not valid yet: it begins at {from}, and the clock of {clock} says {now_text}");
-            return Err(Fault::not_allowed(message).with_next("set the clocks of both machines right (NTP), then try again"));
+        if now <= self.until {
+            return Ok(());
         }
-        if now > self.until {
-            let message = format!("the certificate of {whose} has expired: it ended at {until}, and the clock of {clock} says {now_text}");
-            return Err(Fault::not_allowed(message)
-                .with_next("if the clocks are right, make a new token at the hub with 'packhorse token create' and join again"));
-        }
-        Ok(())
+        let (until, now_text) = (clock::rfc3339(self.until), clock::rfc3339(now));
+        let message = format!("the certificate of {whose} has expired: it ended at {until}, and the clock of {clock} says {now_text}");
+        Err(Fault::not_allowed(message)
+            .with_next("if the clocks are right, make a new token at the hub with 'packhorse token create' and join again"))
+    }
+
+    /// What is to be said if `now` lies before the beginning: the clock of `clock` is behind, or the hub's was ahead when it issued the
+    /// certificate.
+    pub fn early(&self, whose: &impl std::fmt::Display, clock: &str, now: Timestamp) -> Option<String> {
+        let early = self.from.duration_since(now);
+        (early.is_positive()).then(|| {
+            let (from, now) = (clock::rfc3339(self.from), clock::rfc3339(now));
+            let by = clock::span(early.unsigned_abs());
+            format!(
+                "the certificate of {whose} begins at {from}, {by} after the time of {clock}, {now}: set the clocks of both machines (NTP)"
+            )
+        })
     }
 
     /// Whether less than a third of the time is left at `now`.

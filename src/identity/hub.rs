@@ -22,6 +22,8 @@ const HUB_DAYS: u32 = 10 * 365;
 const SITE_DAYS: u32 = 365;
 /// Certificates begin this much before they are made: a factory's clock may be behind by a wrong time zone.
 const BACKDATED: Duration = DAY;
+/// 2026-01-01: no hub was set up before. A machine without a battery begins in 1970, and a CA of that time would be of no use later.
+const EARLIEST: Duration = Duration::from_secs(1_767_225_600);
 
 /// The hub's CA and its own certificate, as they are under `<data_dir>/identity/`.
 pub struct HubIdentity {
@@ -60,7 +62,8 @@ impl HubIdentity {
 
         let hub_path = dir.join("hub.pem");
         let usable = |pair: &(PrivatePkcs8KeyDer<'static>, CertificateDer<'static>)| {
-            let fresh = validity(&pair.1).is_ok_and(|v| !v.is_ending(clock::now()));
+            let now = issuing_time(&ca_der);
+            let fresh = validity(&pair.1).is_ok_and(|v| !v.is_ending(clock::now()) && v.from.as_second() <= now.as_secs() as i64);
             fresh && holder(&pair.1).ok() == Some(Holder::Hub(name.clone())) && verify_chain(&pair.1, &ca_der, Role::Hub).is_ok()
         };
         let kept = read_if_there(&hub_path)?.and_then(|pem| read_pair(&hub_path, &pem).ok()).filter(usable);
@@ -68,7 +71,7 @@ impl HubIdentity {
             Some(pair) => pair,
             None => {
                 let key = generate_key()?;
-                let cert = issue(&issuer, &key, &Holder::Hub(name.clone()), lasting(HUB_DAYS))?;
+                let cert = issue(&issuer, &key, &Holder::Hub(name.clone()), lasting(issuing_time(&ca_der), HUB_DAYS))?;
                 let pair = (PrivatePkcs8KeyDer::from(key.serialize_der()), cert);
                 durable::replace_secret(&hub_path, &write_pair(&pair.0, &pair.1))?;
                 tracing::info!(path = %hub_path.display(), "made the hub's certificate");
@@ -103,6 +106,13 @@ impl HubIdentity {
         fingerprint(&self.ca_der)
     }
 
+    /// Says that this machine's clock is behind, if it says a time before the hub's own certificate or its CA begins.
+    pub fn clock_fault(&self) -> Option<String> {
+        let now = clock::now();
+        let early = |cert: &[u8], what: &str| validity(cert).ok()?.early(&what, "this machine", now);
+        early(&self.cert_der, "this hub").or_else(|| early(&self.ca_der, "this hub's CA"))
+    }
+
     /// The validity of the hub's own certificate.
     pub fn validity(&self) -> Result<Validity, Fault> {
         validity(&self.cert_der)
@@ -126,7 +136,7 @@ impl HubIdentity {
     /// [`HubIdentity::issue_for`] for a site or a publisher.
     pub fn issue_as(&self, holder: &Holder, csr_der: &[u8]) -> Result<Vec<u8>, Fault> {
         let request = read_csr(csr_der)?;
-        Ok(issue(&self.issuer, &request.public_key, holder, lasting(SITE_DAYS))?.to_vec())
+        Ok(issue(&self.issuer, &request.public_key, holder, lasting(issuing_time(&self.ca_der), SITE_DAYS))?.to_vec())
     }
 
     /// A certificate of any lifetime (since 1970).
@@ -164,7 +174,7 @@ pub(super) fn generate_key() -> Result<KeyPair, Fault> {
 
 fn make_ca(name: &SiteName) -> Result<(PrivatePkcs8KeyDer<'static>, CertificateDer<'static>), Fault> {
     let key = generate_key()?;
-    let mut params = params(&format!("packhorse CA of {name}"), lasting(CA_DAYS));
+    let mut params = params(&format!("packhorse CA of {name}"), lasting(now_or_earliest(), CA_DAYS));
     params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
     params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
     let cert = params.self_signed(&key).map_err(|e| Fault::internal(format!("make the CA's certificate: {e}")))?;
@@ -193,9 +203,18 @@ fn issue(
     Ok(params.signed_by(key, issuer).map_err(wrong)?.der().clone())
 }
 
-/// From a little before now, for so many days (since 1970).
-fn lasting(days: u32) -> (Duration, Duration) {
-    let now = Duration::from_millis(clock::now_unix_ms());
+/// Now (since 1970); or, if this machine's clock says a time before the CA was made, the time when it was made.
+fn issuing_time(ca_der: &[u8]) -> Duration {
+    let made = validity(ca_der).map_or(0, |v| v.from.as_second().max(0).unsigned_abs());
+    now_or_earliest().max(Duration::from_secs(made) + BACKDATED)
+}
+
+fn now_or_earliest() -> Duration {
+    Duration::from_millis(clock::now_unix_ms()).max(EARLIEST)
+}
+
+/// From a little before `now`, for so many days (since 1970).
+fn lasting(now: Duration, days: u32) -> (Duration, Duration) {
     (now.saturating_sub(BACKDATED), now + DAY * days)
 }
 

@@ -92,14 +92,10 @@ impl SiteIdentity {
         validity(&self.cert_der)
     }
 
-    /// Refuses a certificate that this machine's clock finds expired or not valid yet.
-    pub fn check_clock(&self) -> Result<(), Fault> {
-        self.validity()?.check(&self.holder, "this machine", clock::now())
-    }
-
-    /// Whether it is time to renew: less than a third of the certificate's life is left.
+    /// Whether it is time to renew: less than a third of the certificate's life is left, or it is dated ahead of this machine's clock.
     pub fn needs_renewal(&self) -> bool {
-        self.validity().is_ok_and(|v| v.is_ending(clock::now()))
+        let now = clock::now();
+        self.validity().is_ok_and(|v| v.is_ending(now) || now < v.from)
     }
 
     /// A new key with a request for it, to be sent over the line; the answer goes to [`CertificateRequest::complete`] with

@@ -119,9 +119,16 @@ fn a_request_gives_only_its_key() {
 #[test]
 fn a_wrong_clock_is_named_with_both_times() {
     let validity = Validity { from: "2026-01-01T00:00:00Z".parse().unwrap(), until: "2027-01-01T00:00:00Z".parse().unwrap() };
-    validity.check(&"site a", "this machine", "2026-06-01T00:00:00Z".parse().unwrap()).unwrap();
-    let early = validity.check(&"site a", "this machine", "1970-01-01T00:00:00Z".parse().unwrap()).unwrap_err();
-    assert!(early.message.contains("2026-01-01T00:00:00.000Z") && early.message.contains("1970-01-01T00:00:00.000Z"), "{early}");
+    let june = "2026-06-01T00:00:00Z".parse().unwrap();
+    validity.check(&"site a", "this machine", june).unwrap();
+    assert_eq!(validity.early(&"site a", "this machine", june), None);
+    // Not valid yet: one of the clocks is wrong, which keeps nobody out.
+    let before = "2025-12-29T23:00:00Z".parse().unwrap();
+    validity.check(&"site a", "the hub", before).unwrap();
+    let early = validity.early(&"site a", "the hub", before).unwrap();
+    for part in ["2026-01-01T00:00:00.000Z", "2 d 1 h after the time of the hub", "2025-12-29T23:00:00.000Z"] {
+        assert!(early.contains(part), "{early}");
+    }
     let late = validity.check(&"site a", "the hub", "2027-01-02T00:00:00Z".parse().unwrap()).unwrap_err();
     assert!(late.message.contains("expired") && late.message.contains("the hub"), "{late}");
     assert!(validity.is_ending("2026-10-01T00:00:00Z".parse().unwrap()));
@@ -152,4 +159,14 @@ fn certificates_of_sites_last_a_year() {
     let validity = joined(&hub, "a").validity().unwrap();
     let left = Duration::try_from(validity.until.duration_since(clock::now())).unwrap();
     assert!(left > Duration::from_secs(364 * 86400) && left <= Duration::from_secs(365 * 86400));
+}
+
+#[test]
+fn no_certificate_begins_before_its_ca() {
+    // A CA that was made while the clock was ahead by a day or less is the earliest that this test can make; the floor is its beginning.
+    let dir = tempfile::tempdir().unwrap();
+    let hub = HubIdentity::open_or_create(dir.path(), &name("hub")).unwrap();
+    let ca = validity(hub.ca_der()).unwrap();
+    assert!(joined(&hub, "a").validity().unwrap().from >= ca.from);
+    assert_eq!(hub.clock_fault(), None);
 }

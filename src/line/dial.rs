@@ -2,7 +2,7 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use futures::StreamExt as _;
 use futures::stream::FuturesUnordered;
@@ -10,7 +10,7 @@ use futures::stream::FuturesUnordered;
 use super::congestion::Choice;
 use super::mux::{End, Mux};
 use super::tls::{self, Shown};
-use super::{CLOSE_REFUSED, Ended, Link, PRIORITY_CONTROL, Wire, clean, hello, quic, tcp};
+use super::{CLOSE_CLOCK, CLOSE_REFUSED, Ended, Link, PRIORITY_CONTROL, Wire, clean, hello, quic, tcp};
 use crate::clock;
 use crate::config::{Line, Transport};
 use crate::fault::{Code, Fault, Reason};
@@ -20,7 +20,7 @@ use crate::limits::{LINE_ADDRESSES_MAX, LINE_HANDSHAKE_MAX, LINE_QUIC_ANSWER_MAX
 /// How long an address of a name has a head start over the next.
 const HEAD_START: Duration = Duration::from_millis(250);
 /// From this difference on the two clocks are worth a warning.
-const CLOCK_DIFFERENCE_MAX_MS: u64 = 60_000;
+pub(crate) const CLOCK_DIFFERENCE_MAX: Duration = Duration::from_secs(60);
 
 /// Why a call came to nothing.
 enum Failure {
@@ -33,6 +33,9 @@ enum Failure {
 impl Failure {
     fn of(ended: &Ended, address: &str) -> Self {
         let reason = &ended.reason;
+        if ended.code == Some(CLOSE_CLOCK) {
+            return Failure::Refused(refused_by_clock(address, reason, clock::now()));
+        }
         if ended.code != Some(CLOSE_REFUSED) {
             return Failure::NoAnswer(reason.clone());
         }
@@ -69,6 +72,22 @@ impl Failure {
 
 fn unreachable(address: &str, why: &str) -> Fault {
     Fault::unreachable(format!("the hub at {address} does not answer: {why}")).with_reason(Reason::HubUnreachable)
+}
+
+/// The hub finds this end's certificate expired. Its reason ends with the time of its clock: if that is also the time here, the
+/// certificate has expired indeed.
+fn refused_by_clock(address: &str, reason: &str, now: jiff::Timestamp) -> Fault {
+    let hub_time = reason.rsplit(' ').next().and_then(|last| last.parse::<jiff::Timestamp>().ok());
+    let difference = hub_time.map(|hub| hub.duration_since(now).unsigned_abs()).filter(|d| *d > CLOCK_DIFFERENCE_MAX);
+    let message = format!("the hub at {address} refused this site: {reason}");
+    match difference {
+        Some(difference) => {
+            Fault::not_allowed(format!("{message}; the clock of this machine differs from it by {}", clock::span(difference)))
+                .with_next("set the clocks of both machines (NTP); the connection is then tried again automatically")
+        }
+        None => Fault::not_allowed(message)
+            .with_next("make a new token at the hub with 'packhorse token create' and join again, or set the clocks if both are wrong"),
+    }
 }
 
 /// One call to the hub: whom, and as whom.
@@ -172,12 +191,21 @@ impl Call<'_> {
             Err(_) if link.is_closed() => return Err(gone().await),
             Err(fault) => return Err(Failure::Refused(fault)),
         };
-        let difference_ms = welcome.time_ms.abs_diff(clock::now_unix_ms());
-        if difference_ms > CLOCK_DIFFERENCE_MAX_MS {
-            tracing::warn!(hub = %welcome.hub, difference_ms, "this machine's clock and the hub's differ");
+        let _ = link.inner.hub_clock.set((welcome.time_ms, Instant::now()));
+        if let Some(text) = clock_difference(link) {
+            tracing::warn!(hub = %welcome.hub, "{text}");
         }
         Ok(())
     }
+}
+
+/// Says that this machine's clock and the hub's differ, if they do.
+pub fn clock_difference(link: &Link) -> Option<String> {
+    let ahead_ms = link.hub_clock_ahead_ms()?;
+    let difference = Duration::from_millis(ahead_ms.unsigned_abs());
+    let word = if ahead_ms > 0 { "behind" } else { "ahead of" };
+    (difference > CLOCK_DIFFERENCE_MAX)
+        .then(|| format!("this machine's clock is {} {word} the hub's: set the clocks of both machines (NTP)", clock::span(difference)))
 }
 
 async fn resolve(address: &str) -> Result<Vec<SocketAddr>, Fault> {
@@ -197,7 +225,6 @@ async fn resolve(address: &str) -> Result<Vec<SocketAddr>, Fault> {
 /// Dials the hub at `HOST:PORT`; the line buffers at most `memory` bytes for sending. Returns once the hub said welcome; a site that
 /// is refused gets `not_allowed` with the reason.
 pub async fn dial(address: &str, identity: &SiteIdentity, line: &Line, memory: u64) -> Result<Link, Fault> {
-    identity.check_clock()?;
     let call = Call { address, tls: tls::client(identity)?, line, memory, welcomed: true };
     let (link, _) = call.place().await?;
     tracing::info!(hub = address, transport = link.transport(), rtt_ms = link.rtt().as_millis() as u64, "connected to the hub");
@@ -206,7 +233,6 @@ pub async fn dial(address: &str, identity: &SiteIdentity, line: &Line, memory: u
 
 /// Dials by QUIC alone, for at most 4 s: a site whose line is on TCP asks now and then, and moves over to the link it gets.
 pub async fn probe_quic(address: &str, identity: &SiteIdentity, line: &Line, memory: u64) -> Result<Link, Fault> {
-    identity.check_clock()?;
     let call = Call { address, tls: tls::client(identity)?, line, memory, welcomed: true };
     let addresses = resolve(address).await?;
     let (link, _) = call.over(Transport::Quic, &addresses, LINE_QUIC_ANSWER_MAX).await.map_err(|e| e.into_fault(address))?;
@@ -262,6 +288,12 @@ async fn exchange(link: &Link, ask: &hello::Ask) -> Result<hello::Answer, Fault>
     let (mut send, mut recv) = link.open(PRIORITY_CONTROL).await?;
     hello::send(&mut send, ask).await?;
     hello::receive(&mut recv).await
+}
+
+/// What a site says of a call that ended like this.
+#[cfg(test)]
+pub(super) fn refusal_for_test(ended: &Ended, address: &str) -> Fault {
+    Failure::of(ended, address).into_fault(address)
 }
 
 /// A welcomed call with a TLS setup of the test's choice.

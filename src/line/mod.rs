@@ -18,6 +18,7 @@ mod listen;
 mod mux;
 mod quic;
 mod redial;
+mod seats;
 mod socket;
 mod steady;
 mod stream;
@@ -25,7 +26,7 @@ mod tcp;
 mod tls;
 mod turns;
 
-pub use dial::{dial, join, probe_quic};
+pub use dial::{clock_difference, dial, join, probe_quic};
 pub use listen::{Arrival, JoinRequest, Listener};
 pub use redial::Redial;
 pub use stream::{RecvHalf, SendHalf};
@@ -33,8 +34,8 @@ use stream::{RecvWire, SendWire};
 use turns::Turns;
 
 use std::net::SocketAddr;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use parking_lot::Mutex;
@@ -50,6 +51,10 @@ pub(crate) const CLOSE_DONE: u32 = 0;
 pub(crate) const CLOSE_REFUSED: u32 = 1;
 /// The peer broke the protocol.
 pub(crate) const CLOSE_VIOLATION: u32 = 2;
+/// There is no room for this connection now; the peer may try again.
+pub(crate) const CLOSE_BUSY: u32 = 3;
+/// The peer's certificate has expired by the clock of this end; the reason ends with the time of that clock.
+pub(crate) const CLOSE_CLOCK: u32 = 4;
 
 /// Priority of streams that carry control messages: they go before everything else.
 pub const PRIORITY_CONTROL: i32 = 100;
@@ -140,6 +145,8 @@ struct Inner {
     ordered: AtomicU32,
     /// Whose turn it is to write, on QUIC.
     turns: Turns,
+    /// The hub's clock when it welcomed this end, in milliseconds since 1970, and that moment.
+    hub_clock: OnceLock<(u64, std::time::Instant)>,
     /// What this end said when it closed a QUIC connection, which quinn does not keep.
     last_words: Mutex<Option<String>>,
 }
@@ -225,6 +232,7 @@ impl Link {
                 remote,
                 ordered: AtomicU32::new(0),
                 turns: Turns::default(),
+                hub_clock: OnceLock::new(),
                 last_words: Mutex::new(None),
             }),
         }
@@ -279,6 +287,13 @@ impl Link {
             }
             Wire::Tcp { mux, .. } => mux.close(code, &reason),
         }
+    }
+
+    /// By how many milliseconds the hub's clock is ahead of this machine's, as far as the hub's welcome tells.
+    pub fn hub_clock_ahead_ms(&self) -> Option<i64> {
+        let (hub_ms, at) = self.inner.hub_clock.get()?;
+        let hub_now_ms = hub_ms.saturating_add(at.elapsed().as_millis() as u64);
+        Some(i64::try_from(hub_now_ms).ok()? - i64::try_from(crate::clock::now_unix_ms()).ok()?)
     }
 
     /// Closes the line, and waits a moment for the goodbye to leave: to be called by the dialling side before the process ends (the

@@ -245,22 +245,113 @@ async fn a_certificate_out_of_its_time_is_refused_with_both_clocks() {
     let hub = Hub::start();
     let day = Duration::from_secs(86400);
     let now = Duration::from_millis(crate::clock::now_unix_ms());
-    for (from, until, word) in [(now - 3 * day, now - 2 * day, "has expired"), (now + day, now + 2 * day, "is not valid yet")] {
+    let site_between = |from, until| {
         let request = CertificateRequest::new().unwrap();
         let cert = hub.identity.issue_between(&name("chengdu"), request.csr_der(), (from, until)).unwrap();
-        let site = request.complete(&cert, hub.identity.ca_der()).unwrap();
-        // The site itself notices first, by its own clock …
-        let fault = dial(&hub.address, &site, &line(Transport::Auto), MEMORY).await.unwrap_err();
-        assert!(fault.code == Code::NotAllowed && fault.message.contains(word) && fault.message.contains("this machine"), "{fault}");
-        // … and the hub says what its clock says.
-        for transport in BOTH {
-            let fault = dial::call_for_test(&hub.address, tls::client(&site).unwrap(), &line(transport)).await.unwrap_err();
-            assert!(
-                fault.code == Code::NotAllowed && fault.message.contains(word) && fault.message.contains("clock of the hub"),
-                "{fault}"
-            );
-        }
+        request.complete(&cert, hub.identity.ca_der()).unwrap()
+    };
+    let expired = site_between(now - 3 * day, now - 2 * day);
+    // Dated ahead: the hub dates none ahead, so its clock has gone back, and no site is locked out for it.
+    let early = site_between(now + day, now + 2 * day);
+    assert!(early.needs_renewal());
+    for transport in BOTH {
+        let fault = dial(&hub.address, &expired, &line(transport), MEMORY).await.unwrap_err();
+        assert!(
+            fault.code == Code::NotAllowed && fault.message.contains("has expired") && fault.message.contains("clock of the hub"),
+            "{fault}"
+        );
+        assert!(fault.next.contains("join again"), "both clocks say the same: {}", fault.next);
+        let wanted = line(transport);
+        let (link, (arrived, ..)) = tokio::join!(dial(&hub.address, &early, &wanted, MEMORY), hub.next_site());
+        assert_eq!(arrived, name("chengdu"));
+        assert_eq!(clock_difference(&link.unwrap()), None);
     }
+}
+
+#[test]
+fn who_is_refused_by_a_wrong_clock_is_told_that_and_not_to_join_again() {
+    let reason = "the certificate of site a has expired: it ended at 2027-01-01T00:00:00.000Z, and the clock of the hub says 2027-06-01T00:00:00.000Z";
+    let ended = Ended::by_peer(CLOSE_CLOCK, reason.as_bytes());
+    let fault = dial::refusal_for_test(&ended, "hub:7443");
+    assert!(fault.message.contains(reason) && fault.message.contains("the clock of this machine differs from it by"), "{fault}");
+    assert!(fault.next.contains("NTP") && fault.next.contains("automatically") && !fault.next.contains("join"), "{}", fault.next);
+}
+
+/// Waits until the hub has closed so many of these connections.
+async fn wait_closed(sockets: &mut [tokio::net::TcpStream], wanted: usize) {
+    use tokio::io::AsyncReadExt as _;
+    let all = async {
+        let mut reads: futures::stream::FuturesUnordered<_> =
+            sockets.iter_mut().map(|socket| async { socket.read(&mut [0; 1]).await.unwrap_or(0) }).collect();
+        for _ in 0..wanted {
+            assert_eq!(futures::StreamExt::next(&mut reads).await, Some(0), "the hub says nothing to a stranger");
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(20), all).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn silent_connections_of_a_stranger_keep_nobody_out() {
+    let hub = Hub::start();
+    let tokens = Arc::new(Tokens::default());
+    let mut silent = Vec::new();
+    for _ in 0..300 {
+        silent.push(tokio::net::TcpStream::connect(&hub.address).await.unwrap());
+    }
+    // From the same address, over either transport, and a new site as well.
+    let links = [hub.connect(Transport::Tcp).await, hub.connect(Transport::Quic).await];
+    let token = tokens.make(&hub.identity, "wuhan");
+    hub.serve_joins(tokens);
+    join(&hub.address, &token, &Claim::Site(name("wuhan")), &line(Transport::Tcp)).await.unwrap();
+    wait_closed(&mut silent, 300 - crate::limits::LINE_HANDSHAKES_PER_ADDRESS_MAX).await;
+    assert!(links.iter().all(|(site, hub)| !site.is_closed() && !hub.is_closed()));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_handshake_that_trickles_has_a_deadline() {
+    let hub = Hub::start();
+    let stream = tokio::net::TcpStream::connect(&hub.address).await.unwrap();
+    let (mut read, mut write) = stream.into_split();
+    // The head of a TLS record of 512 bytes, of which a byte comes now and then.
+    write.write_all(&[22, 3, 1, 2, 0, 1, 0, 1, 252]).await.unwrap();
+    let trickle = async {
+        while write.write_all(&[0]).await.is_ok() {
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    };
+    let mut answer = Vec::new();
+    let closed = tokio::io::AsyncReadExt::read_to_end(&mut read, &mut answer);
+    let both = async {
+        tokio::select! { () = trickle => {} _ = closed => {} }
+    };
+    tokio::time::timeout(crate::limits::LINE_TLS_MAX * 2, both).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_publisher_has_a_bounded_number_of_connections() {
+    let hub = Hub::start();
+    let request = CertificateRequest::new().unwrap();
+    let cert = hub.identity.issue_as(&Holder::Publisher(name("pub")), request.csr_der()).unwrap();
+    let publisher = request.complete(&cert, hub.identity.ca_der()).unwrap();
+    let mut links = Vec::new();
+    for n in 0..crate::limits::LINE_CONNECTIONS_PER_PUBLISHER_MAX {
+        let wanted = line(BOTH[n % 2]);
+        let (link, arrival) = tokio::join!(dial(&hub.address, &publisher, &wanted, MEMORY), hub.listener.accept());
+        assert!(matches!(arrival, Some(Arrival::Publisher { .. })));
+        links.push((link.unwrap(), arrival));
+    }
+    for transport in BOTH {
+        let fault = dial(&hub.address, &publisher, &line(transport), MEMORY).await.unwrap_err();
+        assert!(fault.code == Code::Unreachable && fault.message.contains("publisher pub has 16 connections"), "it may try again: {fault}");
+        hub.connect(transport).await;
+    }
+    drop(links.pop());
+    let again = async {
+        while let Err(fault) = dial(&hub.address, &publisher, &line(Transport::Quic), MEMORY).await {
+            assert_eq!(fault.code, Code::Unreachable, "{fault}");
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(10), again).await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

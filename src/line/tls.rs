@@ -78,7 +78,7 @@ pub(super) struct Shown {
     pub(super) chain: Vec<CertificateDer<'static>>,
 }
 
-/// The site behind a handshake of `packhorse/1`, as the hub's clock sees it.
+/// The site or publisher behind a handshake of `packhorse/1`. Leaves the clock to [`check_time`].
 pub(super) fn check_site(shown: &Shown) -> Result<(Holder, Vec<u8>), Fault> {
     let Some(leaf) = shown.chain.first() else {
         return Err(Fault::not_allowed("no certificate was shown").with_next("join first: 'packhorse join' with a token from the hub"));
@@ -87,8 +87,14 @@ pub(super) fn check_site(shown: &Shown) -> Result<(Holder, Vec<u8>), Fault> {
     if !matches!(who, Holder::Site(_) | Holder::Publisher(_)) {
         return Err(Fault::not_allowed(format!("the certificate of {who} is not a site's")));
     }
-    validity(leaf)?.check(&who, "the hub", clock::now())?;
     Ok((who, leaf.to_vec()))
+}
+
+/// Refuses a certificate that has expired by the clock of `clock`; returns what is to be said of one that is not valid yet.
+pub(super) fn check_time(leaf: &[u8], who: &Holder, clock: &str) -> Result<Option<String>, Fault> {
+    let (validity, now) = (validity(leaf)?, clock::now());
+    validity.check(who, clock, now)?;
+    Ok(validity.early(who, clock, now))
 }
 
 /// The hub behind a handshake, as this site's clock sees it. The chain was checked by the handshake.
@@ -98,7 +104,9 @@ pub(super) fn check_hub(shown: &Shown) -> Result<Holder, Fault> {
     if !matches!(who, Holder::Hub(_)) {
         return Err(Fault::not_allowed(format!("the certificate of {who} is not a hub's")));
     }
-    validity(leaf)?.check(&who, "this machine", clock::now())?;
+    if let Some(early) = check_time(leaf, &who, "this machine")? {
+        tracing::warn!(early, "the hub's certificate is not valid yet");
+    }
     Ok(who)
 }
 
@@ -167,7 +175,7 @@ impl ServerCertVerifier for HubVerifier {
     }
 }
 
-/// How the hub recognises a site: webpki's verifier, with the clock left to [`check_site`].
+/// How the hub recognises a site: webpki's verifier, with the clock left to [`check_time`].
 #[derive(Debug)]
 struct SiteVerifier {
     inner: Arc<dyn ClientCertVerifier>,

@@ -256,6 +256,7 @@ impl Backend for Site {
             (None, Some(fault)) => format!("fault line: {}; {}", fault.message, fault.next),
             (None, None) => "fault line: not connected yet".into(),
         });
+        out.extend(link.as_ref().and_then(crate::line::clock_difference).map(|text| format!("fault clock: {text}")));
         for sink in [&inner.sinks.files, &inner.sinks.labels, &inner.sinks.images] {
             out.push(match sink.probe().await {
                 Ok(text) => format!("ok {text}"),
