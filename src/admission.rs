@@ -142,6 +142,11 @@ impl Place {
         self.set_finished(false);
     }
 
+    /// Whether [`Place::finish`] was called.
+    pub(crate) fn is_finished(&self) -> bool {
+        self.shared.book.lock().entries.get(&self.id).is_some_and(|entry| entry.is_finished)
+    }
+
     fn set_finished(&self, is_finished: bool) {
         if let Some(entry) = self.shared.book.lock().entries.get_mut(&self.id) {
             entry.is_finished = is_finished;

@@ -67,15 +67,28 @@ pub struct Config {
 pub struct Listen {
     /// The HTTP API.
     pub api: SocketAddr,
+    /// Whether other machines may reach the API, which has no TLS of its own.
+    pub api_without_tls: bool,
     /// The line (hub only): UDP, and TCP for the fallback.
     pub quic: SocketAddr,
 }
 
 impl Default for Listen {
     fn default() -> Self {
-        Self { api: SocketAddr::from(([127, 0, 0, 1], 7480)), quic: SocketAddr::from(([0, 0, 0, 0], 7443)) }
+        Self { api: SocketAddr::from(([127, 0, 0, 1], 7480)), api_without_tls: false, quic: SocketAddr::from(([0, 0, 0, 0], 7443)) }
     }
 }
+
+impl Listen {
+    /// Whether only this machine can reach the API.
+    pub fn is_api_local(&self) -> bool {
+        self.api.ip().to_canonical().is_loopback()
+    }
+}
+
+/// What an operator should know where [`Listen::api_without_tls`] applies.
+pub const API_WITHOUT_TLS: &str =
+    "the API is served to other machines without TLS: whoever can read the network traffic can read the admin token";
 
 /// `[hub]`
 #[derive(Debug, Clone, Deserialize)]

@@ -115,8 +115,23 @@ pub const LABEL_DDL_TRIES_MAX: u32 = 6;
 pub const LONG_POLL_MAX: Duration = Duration::from_secs(60);
 /// The largest body of an API request.
 pub const API_BODY_BYTES_MAX: usize = 1 << 20;
-/// Connections to the API at once; the next one waits in the listener's backlog.
+/// How long the body of an API request may be silent, and take in all unless it keeps to…
+pub const API_BODY_SILENCE_MAX: Duration = Duration::from_secs(30);
+/// …this rate, in bytes a second.
+pub const API_BODY_RATE_MIN: u64 = 4 << 10;
+/// How long the head of an API request may take, from the connection or the end of the request before.
+pub const API_HEAD_MAX: Duration = Duration::from_secs(10);
+/// The largest head of an API request.
+pub const API_HEAD_BYTES_MAX: usize = 128 << 10;
+/// Connections to the API at once, over TCP and as many over the local socket. Beyond that the oldest without the token is closed; if all
+/// have shown it, the next one waits.
 pub const API_CONNECTIONS_MAX: usize = 256;
+/// Connections to the API of one address (IPv6: of one /64) that have not shown the token; beyond that its oldest is closed.
+pub const API_CONNECTIONS_PER_ADDRESS_MAX: usize = 32;
+/// Characters of a request that the log shows.
+pub const API_AUDIT_CHARS_MAX: usize = 500;
+/// How long a client keeps a connection to the API for its next request: less than the daemon does.
+pub const API_CLIENT_IDLE_MAX: Duration = Duration::from_secs(5);
 /// A connection to the API on which nothing moved for this long is closed; twice the longest poll.
 pub const API_IDLE_MAX: Duration = Duration::from_secs(120);
 /// Rows of one API reply.

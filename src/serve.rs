@@ -9,7 +9,7 @@ use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
-use crate::api::{self, ApiToken, Backend};
+use crate::api::{self, ApiToken, Backend, LocalSocket};
 use crate::config::{Config, Role};
 use crate::durable;
 use crate::fault::{Code, Fault, IoContext};
@@ -54,32 +54,45 @@ pub async fn run_until(config: Config, stop: CancellationToken) -> Result<(), Fa
         Fault::config(format!("cannot listen on {} for the API: {e}", config.listen.api))
             .with_next("choose another [listen] api, or stop what listens there")
     })?;
+    if !config.listen.is_api_local() {
+        tracing::warn!(api = %config.listen.api, "{}", crate::config::API_WITHOUT_TLS);
+    }
+    // Without it the command line asks over TCP: some filesystems hold no sockets.
+    let local =
+        LocalSocket::listen(&config.data_dir).inspect_err(|fault| tracing::warn!(error = %fault, "no local socket for the API")).ok();
+    let api = Api { listener, local, token };
     match config.role {
         Role::Hub => {
             let hub = Hub::open(config, stop.clone()).await?;
             let work = hub.clone();
             let work = Box::pin(async move { work.run().await });
-            drive(listener, token, Arc::new(hub.clone()), work, stop, hub.stopped()).await
+            drive(api, Arc::new(hub.clone()), work, stop, hub.stopped()).await
         }
         Role::Site => {
             let site = Site::open(config, stop.clone()).await?;
             let work = site.clone();
             let work = Box::pin(async move { work.run().await });
-            drive(listener, token, Arc::new(site.clone()), work, stop, site.stopped()).await
+            drive(api, Arc::new(site.clone()), work, stop, site.stopped()).await
         }
     }
 }
 
-async fn drive(
+/// Where the API is served, and the token that it wants.
+struct Api {
     listener: TcpListener,
+    local: Option<LocalSocket>,
     token: ApiToken,
+}
+
+async fn drive(
+    api: Api,
     backend: Arc<dyn Backend>,
     work: impl Future<Output = Result<(), Fault>> + Send + 'static,
     stop: CancellationToken,
     stopped: impl Future<Output = ()>,
 ) -> Result<(), Fault> {
     let shutdown = stop.clone();
-    let api = tokio::spawn(api::serve(listener, backend, token, async move { shutdown.cancelled().await }));
+    let api = tokio::spawn(api::serve(api.listener, api.local, backend, api.token, async move { shutdown.cancelled().await }));
     let result = work.await;
     stop.cancel();
     // One deadline for all of it.

@@ -68,14 +68,32 @@ impl Tally {
     }
 }
 
+/// The log of a test, which runs on one thread.
+#[cfg(test)]
+#[derive(Clone, Default)]
+pub(crate) struct Log(Arc<Mutex<Vec<u8>>>);
+
+#[cfg(test)]
+impl Log {
+    /// Takes this thread's log until the second value is dropped.
+    pub(crate) fn capture() -> (Self, tracing::subscriber::DefaultGuard) {
+        let log = Self::default();
+        let writer = log.clone();
+        let subscriber = tracing_subscriber::fmt().with_ansi(false).with_writer(move || writer.clone()).finish();
+        (log, tracing::subscriber::set_default(subscriber))
+    }
+
+    /// The lines so far that have this text.
+    pub(crate) fn lines_with(&self, text: &str) -> Vec<String> {
+        String::from_utf8_lossy(&self.0.lock()).lines().filter(|line| line.contains(text)).map(str::to_owned).collect()
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::io::Write;
 
     use super::*;
-
-    #[derive(Clone, Default)]
-    struct Log(Arc<Mutex<Vec<u8>>>);
 
     impl Write for Log {
         fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
@@ -89,12 +107,9 @@ mod tests {
 
     #[tokio::test]
     async fn a_flood_is_one_line_a_minute_and_every_event_is_counted() {
-        let log = Log::default();
-        let writer = log.clone();
-        let subscriber = tracing_subscriber::fmt().with_ansi(false).with_writer(move || writer.clone()).finish();
-        let _subscribed = tracing::subscriber::set_default(subscriber);
+        let (log, _captured) = Log::capture();
         let tally = Tally::new("a connection was refused");
-        let lines = || String::from_utf8(log.0.lock().clone()).unwrap().lines().map(str::to_owned).collect::<Vec<_>>();
+        let lines = || log.lines_with("a connection was refused");
         for n in 0..5000 {
             tally.note(format_args!("number {n}"));
         }

@@ -144,7 +144,7 @@ impl Fake {
         let shutdown = async move {
             let _ = stopped.await;
         };
-        let task = tokio::spawn(super::serve(listener, backend, ApiToken::parse(TOKEN).unwrap(), shutdown));
+        let task = tokio::spawn(super::serve(listener, None, backend, ApiToken::parse(TOKEN).unwrap(), shutdown));
         (base, stop, task)
     }
 }

@@ -5,11 +5,14 @@
 //! body, work answered by 202 and an id, waits bounded, errors as `{code, message, next}`, a version header on every
 //! reply. Nothing here is kept: a crash loses open connections, and a client goes on from its cursor.
 
+mod body;
 mod error;
 mod events;
-mod listen;
+mod local;
 mod openapi;
+mod proof;
 mod routes;
+mod server;
 mod token;
 pub mod types;
 
@@ -19,9 +22,12 @@ pub(crate) mod fake;
 mod tests;
 
 pub use error::ErrorBody;
+pub use local::LocalSocket;
+pub(crate) use local::SocketPath;
+pub(crate) use proof::{Proof, ProofQuery};
 pub use token::ApiToken;
 
-use std::future::{Future, IntoFuture};
+use std::future::Future;
 use std::sync::Arc;
 
 use async_trait::async_trait;
@@ -31,6 +37,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::fault::Fault;
 use crate::limits::DRAIN_MAX;
+use crate::tally::Tally;
 use types::*;
 
 /// The header in which every reply says the daemon's version.
@@ -103,27 +110,25 @@ pub trait Backend: Send + Sync {
     async fn metrics(&self) -> Result<String, Fault>;
 }
 
-/// Serves the API until `shutdown` is ready: then no new connection is taken, waiting requests are answered, event
-/// streams end, and what is left after the drain time is dropped.
+/// Serves the API, over TCP and over the local socket if there is one, until `shutdown` is ready: then no new connection is taken,
+/// waiting requests are answered, event streams end, and what is left after the drain time is dropped.
 pub async fn serve(
     listener: TcpListener,
+    local: Option<LocalSocket>,
     backend: Arc<dyn Backend>,
     token: ApiToken,
     shutdown: impl Future<Output = ()> + Send + 'static,
 ) -> Result<(), Fault> {
     let stop = CancellationToken::new();
-    let router = routes::router(routes::App { backend, token: Arc::new(token), stop: stop.clone() });
-    let signal = stop.clone();
-    let server = axum::serve(listen::Capped::new(listener), router).with_graceful_shutdown(async move {
-        shutdown.await;
-        signal.cancel();
-    });
-    let drained = async {
-        stop.cancelled().await;
-        tokio::time::sleep(DRAIN_MAX).await;
-    };
+    let wrong_tokens = Tally::new("refused an API request with a wrong token");
+    let router = routes::router(routes::App { backend, token: Arc::new(token), stop: stop.clone(), wrong_tokens });
+    let server = server::Server::new(router, stop.clone());
     tokio::select! {
-        result = server.into_future() => result.map_err(|e| Fault::io("serve the API", &e)),
-        () = drained => Ok(()),
+        () = shutdown => {}
+        () = server.accept_tcp(listener) => {}
+        () = server.accept_local(local) => {}
     }
+    stop.cancel();
+    let _ = tokio::time::timeout(DRAIN_MAX, server.drained()).await;
+    Ok(())
 }

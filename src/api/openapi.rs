@@ -12,7 +12,7 @@ use super::{error::ErrorBody, events, routes, types::*};
     // Relative to this document, so that it holds behind a proxy's prefix too.
     servers((url = ".")),
     paths(
-        routes::healthz, routes::readyz, routes::metrics, routes::artifacts, routes::show, routes::publish, routes::transfers,
+        routes::healthz, routes::readyz, routes::proof, routes::metrics, routes::artifacts, routes::show, routes::publish, routes::transfers,
         routes::deliver, routes::act, routes::plan, routes::sites, routes::token, routes::verify, routes::pin, routes::export, routes::import,
         routes::gc, routes::doctor, routes::job, events::events, routes::deliveries, routes::delivery, routes::runs,
         routes::run, routes::train, routes::act_on_run,

@@ -1,26 +1,30 @@
 //! The routes: each handler reads its request, asks the [`Backend`], and says the answer. No handler knows more.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use axum::body::Body;
-use axum::extract::{DefaultBodyLimit, FromRequest, FromRequestParts, Query, Request, State};
+use axum::extract::{DefaultBodyLimit, Extension, FromRequest, FromRequestParts, Query, Request, State};
 use axum::http::request::Parts;
-use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
+use axum::http::{HeaderMap, HeaderValue, Method, StatusCode, header};
 use axum::middleware::{self, Next};
 use axum::response::{Html, IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
 use futures::future::BoxFuture;
+use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::error::{ApiError, ErrorBody};
+use super::proof::{Proof, ProofQuery};
+use super::server::Connection;
 use super::types::*;
-use super::{ApiToken, Backend, CURSOR_HEADER, TOKEN_HEADER, VERSION, VERSION_HEADER, events, openapi};
+use super::{ApiToken, Backend, CURSOR_HEADER, TOKEN_HEADER, VERSION, VERSION_HEADER, body, events, openapi};
 use crate::fault::Fault;
-use crate::limits::{API_BODY_BYTES_MAX, API_LOOK_EVERY, API_ROWS_DEFAULT, API_ROWS_MAX, LONG_POLL_MAX};
+use crate::limits::{API_AUDIT_CHARS_MAX, API_BODY_BYTES_MAX, API_LOOK_EVERY, API_ROWS_DEFAULT, API_ROWS_MAX, LONG_POLL_MAX};
+use crate::tally::Tally;
 
 /// What every handler has.
 #[derive(Clone)]
@@ -29,7 +33,13 @@ pub(super) struct App {
     pub(super) token: Arc<ApiToken>,
     /// Cancelled when the daemon stops: waits end early, streams end.
     pub(super) stop: CancellationToken,
+    /// Requests with a wrong token.
+    pub(super) wrong_tokens: Tally,
 }
+
+/// What a request asks to change, for the log: set when its body has been read.
+#[derive(Clone, Default)]
+struct Asked(Arc<OnceLock<String>>);
 
 /// All routes. Everything under `/v1/` and the metrics want the token; roles will be decided in [`authenticate`], and
 /// the dashboard will take the place of [`home`].
@@ -61,6 +71,7 @@ pub(super) fn router(app: App) -> Router {
         .route("/", get(home))
         .route("/healthz", get(healthz))
         .route("/readyz", get(readyz))
+        .route("/v1/proof", get(proof))
         .route("/openapi.json", get(openapi::document))
         .merge(guarded)
         .fallback(no_such_route)
@@ -80,17 +91,47 @@ async fn stamp(request: Request, next: Next) -> Response {
 }
 
 /// Lets a request through that carries the token, in either header.
-async fn authenticate(State(app): State<App>, headers: HeaderMap, request: Request, next: Next) -> Result<Response, ApiError> {
+async fn authenticate(
+    State(app): State<App>,
+    Extension(connection): Extension<Connection>,
+    headers: HeaderMap,
+    request: Request,
+    next: Next,
+) -> Result<Response, ApiError> {
     let own = headers.get(TOKEN_HEADER).map(HeaderValue::as_bytes);
     let bearer = headers.get(header::AUTHORIZATION).and_then(|v| v.as_bytes().strip_prefix(b"Bearer "));
     let why = match own.or(bearer) {
-        Some(presented) if app.token.is(presented) => return Ok(next.run(request).await),
-        Some(_) => "the API token is wrong",
+        Some(presented) if app.token.is(presented) => {
+            connection.finish();
+            return Ok(log_change(&connection, request, next).await);
+        }
+        Some(_) => {
+            app.wrong_tokens.note(format_args!("{}: {} {}", connection.peer, request.method(), clipped(request.uri().path())));
+            "the API token is wrong"
+        }
         None => "the API wants a token",
     };
     let fault =
         Fault::not_allowed(why).with_next("send the content of <data_dir>/api-token in X-Packhorse-Token, or use --config or --token-file");
     Err(ApiError::with_status(fault, StatusCode::UNAUTHORIZED))
+}
+
+/// Passes a request on. What changes something is logged: who asked from where for what, and the answer's status. There is one token,
+/// the admin's.
+async fn log_change(connection: &Connection, mut request: Request, next: Next) -> Response {
+    if request.method() != Method::POST || request.uri().path() == "/v1/plan" {
+        return next.run(request).await;
+    }
+    let (path, asked) = (clipped(request.uri().path()), Asked::default());
+    request.extensions_mut().insert(asked.clone());
+    let response = next.run(request).await;
+    let request = asked.0.get().map_or("", String::as_str);
+    tracing::info!(who = "admin", peer = %connection.peer, path, request, status = response.status().as_u16(), "a change over the API");
+    response
+}
+
+fn clipped(text: &str) -> String {
+    text.chars().take(API_AUDIT_CHARS_MAX).collect()
 }
 
 async fn no_such_route(request: Request) -> ApiError {
@@ -117,10 +158,17 @@ impl<T: DeserializeOwned, S: Send + Sync> FromRequestParts<S> for Q<T> {
 /// A JSON body, its faults told as ours.
 pub(super) struct B<T>(pub(super) T);
 
-impl<T: DeserializeOwned, S: Send + Sync> FromRequest<S> for B<T> {
+impl<T: DeserializeOwned + Serialize, S: Send + Sync> FromRequest<S> for B<T> {
     type Rejection = ApiError;
     async fn from_request(request: Request, state: &S) -> Result<Self, ApiError> {
-        let Json(body) = Json::from_request(request, state).await?;
+        let (parts, body) = request.into_parts();
+        let asked = parts.extensions.get::<Asked>().cloned();
+        let body = Body::from(body::read(body).await?);
+        let Json(body) = Json::from_request(Request::from_parts(parts, body), state).await?;
+        if let Some(asked) = asked {
+            // No body holds a secret: passwords are in files.
+            let _ = asked.0.set(clipped(&serde_json::to_string(&body).unwrap_or_default()));
+        }
         Ok(Self(body))
     }
 }
@@ -164,7 +212,7 @@ pub(super) async fn wait_for<'a, T>(
     }
 }
 
-fn accepted<T: serde::Serialize>(body: T) -> Response {
+fn accepted<T: Serialize>(body: T) -> Response {
     (StatusCode::ACCEPTED, Json(body)).into_response()
 }
 
@@ -194,6 +242,21 @@ pub(super) async fn readyz(State(app): State<App>) -> Result<Json<serde_json::Va
         Ok(()) => Ok(Json(serde_json::json!({"status": "ready"}))),
         Err(fault) => Err(ApiError::with_status(fault, StatusCode::SERVICE_UNAVAILABLE)),
     }
+}
+
+/// The daemon's proof that it holds the token, which a client checks before it sends the token over plain HTTP.
+#[utoipa::path(get, path = "/v1/proof", tag = "daemon", security(()), params(ProofQuery), responses(
+    (status = 200, description = "the proof", body = Proof),
+    (status = "default", description = "an error", body = ErrorBody),
+))]
+pub(super) async fn proof(
+    State(app): State<App>,
+    Extension(connection): Extension<Connection>,
+    Q(query): Q<ProofQuery>,
+) -> Result<Json<Proof>, ApiError> {
+    let address = connection.local.map(|address| address.to_string()).unwrap_or_default();
+    let proof = Proof::make(&app.token, &query, address).ok_or_else(|| Fault::usage("the challenge is not 32 bytes in hex"))?;
+    Ok(Json(proof))
 }
 
 /// Metrics in Prometheus text form.

@@ -10,7 +10,8 @@ use serde_json::{Value, json};
 use super::fake::{Fake, TOKEN, job, transfer};
 use super::types::State;
 use crate::fault::{Fault, Retry};
-use crate::limits::API_BODY_BYTES_MAX;
+use crate::limits::{API_BODY_BYTES_MAX, API_CONNECTIONS_MAX, API_HEAD_MAX};
+use crate::tally::Log;
 
 struct Daemon {
     fake: Arc<Fake>,
@@ -53,7 +54,9 @@ async fn error(response: Response, status: StatusCode, code: &str) -> String {
 #[tokio::test]
 async fn a_token_is_wanted_everywhere_but_for_probes() {
     let d = daemon().await;
-    for path in ["/", "/healthz", "/readyz", "/openapi.json"] {
+    for path in
+        ["/".to_owned(), "/healthz".into(), "/readyz".into(), "/openapi.json".into(), format!("/v1/proof?challenge={}", "0".repeat(64))]
+    {
         let response = d.client.get(format!("{}{path}", d.base)).send().await.unwrap();
         assert_eq!(response.status(), 200, "{path}");
         assert_eq!(response.headers()["x-packhorse-version"], super::VERSION);
@@ -221,7 +224,7 @@ async fn the_description_names_every_route() {
     let d = daemon().await;
     let document: Value = d.get("/openapi.json").await.json().await.unwrap();
     let paths: Vec<&String> = document["paths"].as_object().unwrap().keys().collect();
-    assert_eq!(paths.len(), 23, "{paths:?}");
+    assert_eq!(paths.len(), 24, "{paths:?}");
     assert_eq!(document["servers"][0]["url"], ".");
     for schema in ["Transfer", "Artifact", "ArtifactDetail", "Site", "Job", "Published", "Delivered", "PlanRow", "Event", "ErrorBody"] {
         assert!(document["components"]["schemas"][schema].is_object(), "{schema}");
@@ -232,4 +235,88 @@ async fn the_description_names_every_route() {
         let name = reference.split('"').next().unwrap();
         assert!(document["components"]["schemas"][name].is_object(), "{name}");
     }
+}
+
+#[tokio::test]
+async fn unfinished_requests_keep_nobody_out() {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    let d = daemon().await;
+    let stream = d.get("/v1/events").await;
+    let mut slow = Vec::new();
+    for _ in 0..API_CONNECTIONS_MAX {
+        let mut socket = tokio::net::TcpStream::connect(&d.base[7..]).await.unwrap();
+        socket.write_all(b"GET /healthz HTTP/1.1\r\nHost: x\r\n").await.unwrap();
+        slow.push(socket);
+    }
+    // From the same address, with the token and without.
+    let begun = Instant::now();
+    assert_eq!(d.get("/v1/sites").await.status(), 200);
+    assert_eq!(reqwest::get(format!("{}/healthz", d.base)).await.unwrap().status(), 200);
+    assert!(begun.elapsed() < Duration::from_secs(5));
+    // Those that are left have a deadline, though a header comes now and then.
+    let ends = slow.into_iter().map(|socket| async {
+        let (mut read, mut write) = socket.into_split();
+        let trickle = async {
+            while write.write_all(b"A: b\r\n").await.is_ok() {
+                tokio::time::sleep(Duration::from_millis(500)).await;
+            }
+        };
+        let mut rest = Vec::new();
+        tokio::select! { () = trickle => {} _ = read.read_to_end(&mut rest) => {} }
+    });
+    tokio::time::timeout(API_HEAD_MAX * 2, futures::future::join_all(ends)).await.unwrap();
+    // Whoever has shown the token stays.
+    assert_eq!(read_frames(stream, 1).await, [": heartbeat"]);
+}
+
+#[tokio::test]
+async fn changes_and_wrong_tokens_are_logged() {
+    let (log, _captured) = Log::capture();
+    let d = daemon().await;
+    for n in 0..100 {
+        let wrong = d.client.post(format!("{}/v1/gc", d.base)).header("X-Packhorse-Token", format!("wrong-{n}")).send().await.unwrap();
+        assert_eq!(wrong.status(), 401);
+    }
+    let lines = log.lines_with("wrong token");
+    assert!(lines.len() == 1 && lines[0].contains("127.0.0.1") && lines[0].contains("POST /v1/gc"), "{lines:?}");
+    assert!(!lines[0].contains("wrong-0"), "{lines:?}");
+
+    d.get("/v1/sites").await;
+    d.post("/v1/plan", json!({"artifacts": ["dataset/x:1"], "to": "all"})).await;
+    assert_eq!(log.lines_with("a change over the API"), Vec::<String>::new(), "these change nothing");
+    d.post("/v1/transfers", json!({"artifacts": ["dataset/x:1"], "to": "region=west"})).await;
+    d.post("/v1/tokens", json!({"site": "chengdu", "ttl_seconds": 60})).await;
+    d.post("/v1/transfers", json!({"to": "x".repeat(10_000)})).await;
+    let lines = log.lines_with("a change over the API");
+    assert_eq!(lines.len(), 3, "{lines:?}");
+    for part in ["who=\"admin\"", "peer=127.0.0.1", "/v1/transfers", "dataset/x:1", "region=west", "status=202"] {
+        assert!(lines[0].contains(part), "{part}: {}", lines[0]);
+    }
+    assert!(lines[1].contains("chengdu") && lines[1].contains("status=200") && !lines[1].contains("secret-for"), "{}", lines[1]);
+    assert!(lines[2].contains("status=400") && lines[2].len() < 1000, "{}", lines[2]);
+}
+
+#[tokio::test]
+async fn the_local_socket_serves_the_same() {
+    let dir = tempfile::tempdir().unwrap();
+    let fake = Arc::new(Fake::default());
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let local = super::LocalSocket::listen(dir.path()).unwrap();
+    let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
+    let token = super::ApiToken::parse(TOKEN).unwrap();
+    let served = tokio::spawn(super::serve(listener, Some(local), fake, token.clone(), async { stopped.await.unwrap() }));
+    let socket = super::SocketPath::of_running(dir.path()).unwrap();
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    let client = Client::builder().unix_socket(socket.path()).build().unwrap();
+    let ask = |path: String| client.get(format!("http://localhost{path}"));
+    assert_eq!(ask("/v1/sites".into()).send().await.unwrap().status(), 401, "it wants the token too");
+    assert_eq!(ask("/v1/sites".into()).header("X-Packhorse-Token", TOKEN).send().await.unwrap().status(), 200);
+    let query = super::ProofQuery::random();
+    let proof: super::Proof = ask(format!("/v1/proof?challenge={}", query.challenge)).send().await.unwrap().json().await.unwrap();
+    assert!(proof.is_by(&token, &query) && proof.address.is_empty());
+    assert_eq!(ask("/v1/proof?challenge=00".into()).send().await.unwrap().status(), 400);
+    drop(client);
+    stop.send(()).unwrap();
+    served.await.unwrap().unwrap();
+    assert!(super::SocketPath::of_running(dir.path()).is_none() && !dir.path().join("api.sock").exists());
 }

@@ -1,6 +1,7 @@
 //! The client of the API: finds the daemon, sends the token, turns every answer into a value or a fault.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::path::Path;
 use std::time::Duration;
 
 use reqwest::header::HeaderMap;
@@ -10,16 +11,27 @@ use serde::de::DeserializeOwned;
 
 use super::args::Global;
 use crate::api::types::{Job, Transfer, TransferQuery};
-use crate::api::{ApiToken, CURSOR_HEADER, ErrorBody, TOKEN_HEADER, VERSION, VERSION_HEADER};
+use crate::api::{ApiToken, CURSOR_HEADER, ErrorBody, Proof, ProofQuery, SocketPath, TOKEN_HEADER, VERSION, VERSION_HEADER};
 use crate::config;
 use crate::fault::{Code, Fault};
-use crate::limits::API_REPLY_MAX;
+use crate::limits::{API_CLIENT_IDLE_MAX, API_REPLY_MAX};
 
 /// One daemon, as a client sees it.
 pub(crate) struct Client {
     http: reqwest::Client,
     base: String,
     token: ApiToken,
+    trust: Trust,
+}
+
+/// Why the client may send the token.
+enum Trust {
+    /// Only the daemon's user can listen on its local socket.
+    Socket(SocketPath),
+    /// TLS authenticates the server.
+    Tls,
+    /// The daemon proves before each request that it holds the token; at this address, if it is known.
+    Proof(Option<SocketAddr>),
 }
 
 impl Client {
@@ -29,16 +41,17 @@ impl Client {
             Ok(path) => Some(config::read(path)?),
             Err(_) => None,
         };
-        let base = match (&global.api, &config) {
-            (Some(url), _) if !url.is_empty() => url.trim_end_matches('/').to_owned(),
-            (_, Some(config)) => format!("http://{}", reachable(config.listen.api)),
-            _ => {
+        let by_url = global.api.as_ref().filter(|url| !url.is_empty());
+        let base = match (by_url, &config) {
+            (Some(url), _) => url.trim_end_matches('/').to_owned(),
+            (None, Some(_)) => String::new(),
+            (None, None) => {
                 return Err(
                     Fault::usage("no daemon is named").with_next("give --config FILE (PACKHORSE_CONFIG) or --api URL (PACKHORSE_API)")
                 );
             }
         };
-        if !base.starts_with("http://") && !base.starts_with("https://") {
+        if by_url.is_some() && !base.starts_with("http://") && !base.starts_with("https://") {
             return Err(Fault::usage(format!("{base:?} is not an http:// or https:// URL")).with_next("give --api http://HOST:PORT"));
         }
         let token = match (&global.token_file, &config) {
@@ -50,17 +63,37 @@ impl Client {
                 );
             }
         };
-        Self::to(base, token)
+        match (by_url, &config) {
+            (None, Some(config)) => Self::to_daemon(&config.data_dir, config.listen.api, token),
+            _ => {
+                let trust = if base.starts_with("https://") { Trust::Tls } else { Trust::Proof(None) };
+                Self::to(base, token, trust)
+            }
+        }
     }
 
-    /// The daemon at this URL.
-    pub(crate) fn to(base: String, token: ApiToken) -> Result<Self, Fault> {
+    /// The daemon on this machine with this state folder, which listens at `api`: over its local socket, if it listens there.
+    pub(crate) fn to_daemon(data_dir: &Path, api: SocketAddr, token: ApiToken) -> Result<Self, Fault> {
+        match SocketPath::of_running(data_dir) {
+            Some(socket) => Self::to("http://localhost".into(), token, Trust::Socket(socket)),
+            None => {
+                let api = reachable(api);
+                Self::to(format!("http://{api}"), token, Trust::Proof(Some(api)))
+            }
+        }
+    }
+
+    fn to(base: String, token: ApiToken, trust: Trust) -> Result<Self, Fault> {
         // Set once a process; whoever came first chose the same.
         let _ = rustls::crypto::ring::default_provider().install_default();
         // The daemon never redirects; a proxy from the environment would see the token.
-        let http = reqwest::Client::builder().redirect(reqwest::redirect::Policy::none()).no_proxy().build();
-        let http = http.map_err(|e| Fault::internal(format!("cannot make an HTTP client: {}", chain(&e))))?;
-        Ok(Self { http, base, token })
+        let mut builder = reqwest::Client::builder().redirect(reqwest::redirect::Policy::none()).no_proxy();
+        builder = builder.pool_idle_timeout(API_CLIENT_IDLE_MAX);
+        if let Trust::Socket(socket) = &trust {
+            builder = builder.unix_socket(socket.path());
+        }
+        let http = builder.build().map_err(|e| Fault::internal(format!("cannot make an HTTP client: {}", chain(&e))))?;
+        Ok(Self { http, base, token, trust })
     }
 
     /// Asks.
@@ -99,6 +132,7 @@ impl Client {
     }
 
     async fn send<T: DeserializeOwned>(&self, request: RequestBuilder, wait: Duration) -> Result<(T, HeaderMap), Fault> {
+        self.check_daemon().await?;
         let request = request.header(TOKEN_HEADER, self.token.secret()).timeout(wait + API_REPLY_MAX);
         let response = request.send().await.map_err(|e| self.unreachable(&e))?;
         let (status, headers) = (response.status(), response.headers().clone());
@@ -112,8 +146,32 @@ impl Client {
         }
     }
 
+    /// Refuses to send the token to a process that listens in the daemon's place.
+    async fn check_daemon(&self) -> Result<(), Fault> {
+        let Trust::Proof(address) = &self.trust else { return Ok(()) };
+        let query = ProofQuery::random();
+        let request = self.http.request(Method::GET, self.url("/v1/proof")).query(&query).timeout(API_REPLY_MAX);
+        let response = request.send().await.map_err(|e| self.unreachable(&e))?;
+        let body = response.bytes().await.map_err(|e| self.unreachable(&e))?;
+        let Ok(proof) = serde_json::from_slice::<Proof>(&body) else {
+            return Err(Fault::unreachable(format!("what answers at {} is not this daemon; the token was not sent to it", self.base))
+                .with_next(
+                    "stop the program that listens there, then start the daemon with 'packhorse serve --config FILE'; or check the URL",
+                ));
+        };
+        if !proof.is_by(&self.token, &query) || address.is_some_and(|address| proof.address != address.to_string()) {
+            return Err(Fault::not_allowed(format!("the API token is wrong, or what answers at {} is another daemon", self.base))
+                .with_next("check the URL, and give the token of that daemon with --token-file or --config; the token was not sent"));
+        }
+        Ok(())
+    }
+
     fn unreachable(&self, error: &reqwest::Error) -> Fault {
-        Fault::unreachable(format!("the daemon at {} does not answer: {}", self.base, chain(error)))
+        let place = match &self.trust {
+            Trust::Socket(socket) => socket.path().display().to_string(),
+            Trust::Tls | Trust::Proof(_) => self.base.clone(),
+        };
+        Fault::unreachable(format!("the daemon at {place} does not answer: {}", chain(error)))
             .with_next("start it with 'packhorse serve --config FILE', or name another with --config or --api")
     }
 
@@ -139,7 +197,7 @@ impl Client {
     }
 }
 
-fn read_token_of(data_dir: &std::path::Path) -> Result<ApiToken, Fault> {
+fn read_token_of(data_dir: &Path) -> Result<ApiToken, Fault> {
     let path = ApiToken::path(data_dir);
     ApiToken::read(&path).map_err(|fault| match fault.code {
         Code::NotFound => Fault::unreachable(format!("the daemon has not run yet: there is no {}", path.display()))
@@ -149,7 +207,7 @@ fn read_token_of(data_dir: &std::path::Path) -> Result<ApiToken, Fault> {
 }
 
 /// Where a client finds what listens on every address.
-fn reachable(mut listen: std::net::SocketAddr) -> std::net::SocketAddr {
+fn reachable(mut listen: SocketAddr) -> SocketAddr {
     if listen.ip().is_unspecified() {
         listen.set_ip(if listen.is_ipv4() { IpAddr::V4(Ipv4Addr::LOCALHOST) } else { IpAddr::V6(Ipv6Addr::LOCALHOST) });
     }

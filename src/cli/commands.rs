@@ -32,8 +32,12 @@ pub(super) fn config_check(global: &Global) -> Result<(), Fault> {
         crate::config::Role::Hub => "hub",
         crate::config::Role::Site => "site",
     };
-    let answer = json!({"ok": true, "file": path, "role": role, "name": config.name.as_str()});
-    one(global.output, &answer, |_| format!("ok: {path} is sound ({role} {})\n", config.name))
+    let warnings: &[&str] = if config.listen.is_api_local() { &[] } else { &[crate::config::API_WITHOUT_TLS] };
+    let answer = json!({"ok": true, "file": path, "role": role, "name": config.name.as_str(), "warnings": warnings});
+    one(global.output, &answer, |_| {
+        let warnings: String = warnings.iter().map(|text| format!("warning: {text}\n")).collect();
+        format!("ok: {path} is sound ({role} {})\n{warnings}", config.name)
+    })
 }
 
 /// `join`

@@ -114,7 +114,7 @@ async fn the_daemon_is_found_or_the_fault_says_how() {
     assert!(away.next.contains("packhorse serve"), "{away:?}");
     crate::durable::replace(&d.dir.path().join("wrong"), "f".repeat(64).as_bytes()).unwrap();
     let wrong = run(format!("packhorse sites --api {} --token-file {dir}/wrong", d.base)).await;
-    assert_eq!((wrong.code, wrong.message.as_str()), (Code::NotAllowed, "the API token is wrong"));
+    assert!(wrong.code == Code::NotAllowed && wrong.message.starts_with("the API token is wrong"), "{wrong}");
     // By configuration: the address and the token beside the state.
     let config = format!("role = \"hub\"\nname = \"h\"\ndata_dir = \"{dir}/data\"\n[listen]\napi = \"{}\"\n", &d.base[7..]);
     crate::durable::replace(&d.dir.path().join("hub.toml"), config.as_bytes()).unwrap();

@@ -23,6 +23,10 @@ pub(super) fn check(config: &Config, text: &str) -> Result<(), Broken> {
         Role::Site => rules.site(config)?,
     }
     rules.share(&config.share)?;
+    if !config.listen.is_api_local() && !config.listen.api_without_tls {
+        let why = "other machines could reach it, and the API has no TLS: use 127.0.0.1, or set api_without_tls = true";
+        return rules.broken("listen.api", format!("{}: {why}", config.listen.api));
+    }
     rules.absolute("data_dir", &config.data_dir)?;
     if config.limits.memory < MEMORY_BUDGET_BYTES_MIN {
         return rules.broken("limits.memory", format!("it must be {} MiB at least", MEMORY_BUDGET_BYTES_MIN >> 20));

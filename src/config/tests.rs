@@ -46,7 +46,7 @@ fn unknown_keys_and_wrong_values_name_their_line() {
     check("role = \"site\"\nname = \"a\"\n", "x.toml:1:1: missing key `data_dir`");
     check("role = \"boss\"\n", "x.toml:1:8: unknown variant `boss`, expected `hub` or `site`");
     check(&format!("{HUB}[listen]\napi = \"here\"\n"), "x.toml:5:7: invalid socket address syntax");
-    check(&format!("{HUB}[listen]\nport = 1\n"), "x.toml:5:1: unknown key `port`, expected `api` or `quic`");
+    check(&format!("{HUB}[listen]\nport = 1\n"), "x.toml:5:1: unknown key `port`, expected one of `api`, `api_without_tls`, `quic`");
     check(
         &format!("{HUB}[limits]\nmemory = \"256\"\n"),
         "x.toml:5:10: \"256\" is not a size: write a whole number with a unit, for example 20MiB",
@@ -68,6 +68,13 @@ fn roles_have_their_own_tables() {
     check("role = \"site\"\nname = \"a\"\ndata_dir = \"/d\"\n", "x.toml:1:1: role: a site needs [hub] with address = \"HOST:PORT\"");
     check(&format!("{HUB}[hub]\naddress = \"h:1\"\n"), "x.toml:4:2: hub: only a site has it; a hub dials nobody");
     check(&format!("{HUB}[sink.files]\nroot = \"/x\"\n"), "x.toml:4:2: sink: only a site has it; artifacts land at sites");
+    let public = "x.toml:7:1: listen.api: 0.0.0.0:7480: other machines could reach it, and the API has no TLS: use 127.0.0.1, or set \
+                  api_without_tls = true";
+    check(&format!("{SITE}[listen]\napi = \"0.0.0.0:7480\"\n"), public);
+    for address in ["[::1]:1", "[::ffff:127.0.0.1]:1", "127.9.9.9:1", "10.0.0.1:1\"\napi_without_tls = true # \""] {
+        let text = format!("{SITE}[listen]\napi = \"{address}\"\n");
+        parse(&text, "x.toml").unwrap();
+    }
     check(&format!("{SITE}[listen]\nquic = \"0.0.0.0:1\"\n"), "x.toml:7:1: listen.quic: only a hub has it; sites dial");
     check(&format!("{HUB}[train]\nurl = \"http://t/\"\n"), "x.toml:4:2: train: only a site has it; sites train");
     let train = |rest: &str| format!("{SITE}[train]\n{rest}\n");

@@ -188,7 +188,7 @@ impl Home {
 
 /// A client of the daemon, once it is ready.
 async fn client(home: &Home, api: SocketAddr) -> Result<Client, Fault> {
-    let client = Client::to(format!("http://{api}"), ApiToken::read(&ApiToken::path(&home.state()))?)?;
+    let client = Client::to_daemon(&home.state(), api, ApiToken::read(&ApiToken::path(&home.state()))?)?;
     client.get::<Value>("/readyz", &()).await?;
     Ok(client)
 }

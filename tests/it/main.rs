@@ -20,6 +20,7 @@ mod idle;
 mod images;
 mod interruption;
 mod offline;
+mod open_files;
 mod quickstart;
 mod relay;
 mod remote_publish;

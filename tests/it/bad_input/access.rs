@@ -1,6 +1,9 @@
 //! Tokens and rights: who may join, who may ask, and what a stranger is told.
 
+use std::io::{Read, Write};
+use std::net::TcpListener;
 use std::os::unix::fs::PermissionsExt;
+use std::sync::{Arc, Mutex};
 
 use crate::support::daemon::{Hub, Site, SiteSpec, get, packhorse};
 use crate::support::{Scratch, limit, secs, wait_for};
@@ -101,4 +104,32 @@ fn the_api_wants_its_token() {
         assert_eq!(get(hub.api, path).unwrap().0, 200, "{path}");
     }
     assert!(!hub.log().contains(token.trim()), "the token is in the log");
+}
+
+#[test]
+fn a_program_on_the_api_port_is_not_sent_the_token() {
+    let _limit = limit(secs(60));
+    let scratch = Scratch::new();
+    let mut hub = Hub::start_new(scratch.path());
+    let (socket, token_file) = (hub.data_dir.join("api.sock"), hub.data_dir.join("api-token"));
+    assert_eq!(socket.metadata().unwrap().permissions().mode() & 0o777, 0o600);
+    hub.stop();
+    assert!(!socket.exists());
+    let listener = TcpListener::bind(hub.api).unwrap();
+    let seen = Arc::new(Mutex::new(Vec::new()));
+    let heard = seen.clone();
+    std::thread::spawn(move || {
+        for mut stream in listener.incoming().flatten() {
+            let mut request = vec![0; 64 << 10];
+            let read = stream.read(&mut request).unwrap_or(0);
+            heard.lock().unwrap().extend_from_slice(&request[..read]);
+            let _ = stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: close\r\n\r\n[]");
+        }
+    });
+    hub.cli(&["sites"]).expect(10).says(&["not this daemon", &hub.api.to_string()]);
+    let api = format!("http://{}", hub.api);
+    packhorse(&["sites", "--api", &api, "--token-file", token_file.to_str().unwrap()]).expect(10).says(&["not this daemon"]);
+    let seen = String::from_utf8_lossy(&seen.lock().unwrap()).into_owned();
+    assert!(seen.matches("GET /v1/proof?challenge=").count() == 2, "{seen}");
+    assert!(!seen.contains(std::fs::read_to_string(token_file).unwrap().trim()), "it was sent the token");
 }

@@ -38,6 +38,12 @@ fn unknown_keys_missing_secrets_and_wrong_values() {
     refused(&scratch, &head.replace("\"site\"", "\"boss\"")).says(&["boss"]);
     refused(&scratch, "role = \"site\"\nname = \"chengdu\"\ndata_dir = \"/x\"\n").says(&["hub"]);
     refused(&scratch, "role = \"hub\"\nname = ").says(&[":2"]);
+    let public = format!("{head}[listen]\napi = \"0.0.0.0:1\"\n");
+    refused(&scratch, &public).says(&["0.0.0.0:1", "TLS", "api_without_tls", ":7"]);
+    let file = scratch.join("public.toml");
+    std::fs::write(&file, format!("{public}api_without_tls = true\n")).unwrap();
+    let checked = packhorse(&["config", "check", "--config", file.to_str().unwrap()]).expect(0);
+    assert!(checked.out.contains("warning") && checked.out.contains("without TLS"), "{}", checked.out);
     packhorse(&["serve", "--config", "/no/such/config.toml"]).expect(3).says(&["/no/such/config.toml"]);
     assert!(!scratch.join("d").exists(), "a refused configuration makes no folder");
 }

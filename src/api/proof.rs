@@ -1,0 +1,82 @@
+//! How a daemon proves that it holds the admin token, before a client sends it.
+//!
+//! The client sends 32 random bytes. The daemon answers with a keyed hash over them and over the address at which it was asked. Who
+//! listens on the daemon's port in its place cannot answer: the key comes from the token. The answer says nothing of the token.
+
+use serde::{Deserialize, Serialize};
+use utoipa::{IntoParams, ToSchema};
+
+use super::ApiToken;
+
+/// What a client sends.
+#[derive(Debug, Clone, Serialize, Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
+pub(crate) struct ProofQuery {
+    /// 32 random bytes, hex.
+    pub challenge: String,
+}
+
+/// What the daemon answers.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub(crate) struct Proof {
+    /// `HOST:PORT` at which this connection reached the daemon; empty on the local socket.
+    pub address: String,
+    /// BLAKE3 with a key from the token, over the challenge and the address; hex.
+    pub proof: String,
+}
+
+impl Proof {
+    /// The proof for this challenge. `None` if it is not 32 bytes in hex.
+    pub(super) fn make(token: &ApiToken, query: &ProofQuery, address: String) -> Option<Self> {
+        let challenge = challenge_of(&query.challenge)?;
+        let proof = hash(token, &challenge, &address).to_hex().to_string();
+        Some(Self { address, proof })
+    }
+
+    /// Whether it was made by a holder of this token for this challenge.
+    pub(crate) fn is_by(&self, token: &ApiToken, query: &ProofQuery) -> bool {
+        let (Some(challenge), Ok(proof)) = (challenge_of(&query.challenge), blake3::Hash::from_hex(&self.proof)) else { return false };
+        // In constant time.
+        hash(token, &challenge, &self.address) == proof
+    }
+}
+
+impl ProofQuery {
+    /// A new challenge.
+    pub(crate) fn random() -> Self {
+        Self { challenge: hex::encode(rand::random::<[u8; 32]>()) }
+    }
+}
+
+fn challenge_of(text: &str) -> Option<[u8; 32]> {
+    let mut bytes = [0; 32];
+    hex::decode_to_slice(text, &mut bytes).ok()?;
+    Some(bytes)
+}
+
+fn hash(token: &ApiToken, challenge: &[u8; 32], address: &str) -> blake3::Hash {
+    let key = blake3::derive_key("packhorse API daemon proof v1", token.secret().as_bytes());
+    let mut hasher = blake3::Hasher::new_keyed(&key);
+    hasher.update(challenge);
+    hasher.update(address.as_bytes());
+    hasher.finalize()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_holder_of_the_token_can_answer_a_challenge() {
+        let token = |c: &str| ApiToken::parse(&c.repeat(64)).unwrap();
+        let (own, other, query) = (token("a"), token("b"), ProofQuery::random());
+        let proof = Proof::make(&own, &query, "127.0.0.1:7480".into()).unwrap();
+        assert!(proof.is_by(&own, &query) && !proof.is_by(&other, &query) && !proof.is_by(&own, &ProofQuery::random()));
+        let elsewhere = Proof { address: "127.0.0.1:1".into(), ..proof };
+        assert!(!elsewhere.is_by(&own, &query), "it is bound to the address");
+        for challenge in ["", "zz", &"0".repeat(63), &"0".repeat(66)] {
+            assert!(Proof::make(&own, &ProofQuery { challenge: challenge.into() }, String::new()).is_none());
+            assert!(!Proof { address: String::new(), proof: challenge.into() }.is_by(&own, &query));
+        }
+    }
+}
