@@ -5,6 +5,7 @@
 //! only the API's address, and may run as a user who cannot read the daemon's secrets. Nothing here writes, and no
 //! secret is ever held in a [`Config`], so its `Debug` form may be logged.
 
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -13,7 +14,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::fault::{Fault, IoContext};
 use crate::limits::{CONFIG_BYTES_MAX, MEMORY_BUDGET_BYTES_MIN, SECRET_BYTES_MAX};
-use crate::names::SiteName;
+use crate::names::{SiteName, SiteSelector};
 
 mod rules;
 
@@ -31,6 +32,9 @@ pub enum Role {
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Config {
+    /// The file that it was read from, if it was read from one.
+    #[serde(skip)]
+    pub file: Option<PathBuf>,
     /// `hub` or `site`.
     pub role: Role,
     /// This daemon's name; a site's is what its certificate says.
@@ -51,6 +55,9 @@ pub struct Config {
     /// What is kept of bytes that pass from site to site (hub only).
     #[serde(default)]
     pub relay: Relay,
+    /// How to read registries that images are published from, by `HOST[:PORT]`.
+    #[serde(default)]
+    pub registry: BTreeMap<String, Registry>,
     /// The line.
     #[serde(default)]
     pub line: Line,
@@ -140,9 +147,26 @@ pub struct ImagesSink {
     pub password_file: Option<PathBuf>,
     /// A file of PEM certificates to trust besides the system's.
     pub ca_file: Option<PathBuf>,
+    /// Other hosts than the registry's own that the password is sent to, where the registry names them as its token service.
+    #[serde(default)]
+    pub realm_hosts: Vec<String>,
     /// Whether a missing Harbor project may be made.
     #[serde(default)]
     pub create_project: bool,
+}
+
+/// `[registry."HOST[:PORT]"]`
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Registry {
+    /// The registry user.
+    pub username: Option<String>,
+    /// A file that holds the password.
+    pub password_file: Option<PathBuf>,
+    /// A file of PEM certificates to trust besides the system's.
+    pub ca_file: Option<PathBuf>,
+    /// Other hosts than the registry's own that the password is sent to, where the registry names them as its token service.
+    pub realm_hosts: Vec<String>,
 }
 
 /// `[share]`
@@ -242,6 +266,19 @@ pub struct Train {
     pub url: Option<String>,
     /// Runs that train at once (1 when absent).
     pub at_once: Option<u32>,
+    /// The sites that may train here: names, or `all`. Empty: no site.
+    pub allow: Vec<String>,
+}
+
+impl Train {
+    /// Whether a run that this site started may train here. The site decides by itself: labels, which the hub assigns, do not count.
+    pub fn allows(&self, site: &SiteName) -> bool {
+        let no_labels = BTreeMap::new();
+        self.allow.iter().any(|text| match text.parse::<SiteSelector>() {
+            Ok(SiteSelector::Labels(_)) | Err(_) => false,
+            Ok(selector) => selector.includes(site, &no_labels),
+        })
+    }
 }
 
 /// Reads `HOST:PORT`, or `[V6]:PORT`.
@@ -311,9 +348,24 @@ impl Config {
             username: None,
             password_file: None,
             ca_file: None,
+            realm_hosts: Vec::new(),
             create_project: false,
         };
         self.sink.images.clone().unwrap_or_else(default)
+    }
+
+    /// What `config check` reports of a configuration that is valid and may not do what was meant.
+    pub fn notes(&self) -> Vec<String> {
+        let mut notes = Vec::new();
+        if self.train.as_ref().is_some_and(|train| train.allow.is_empty()) {
+            notes.push("[train] allow is empty: no site may train here; list the sites that may".to_owned());
+        }
+        notes
+    }
+
+    /// The files that hold a secret of this daemon, or the configuration itself.
+    pub fn secret_files(&self) -> impl Iterator<Item = &Path> {
+        self.named_files().map(|(_, path)| path).chain(self.file.as_deref())
     }
 
     /// Every file that this configuration names and that must be there, with the key that names it.
@@ -322,7 +374,11 @@ impl Config {
         let images = self.sink.images.as_ref();
         let password = images.and_then(|s| s.password_file.as_deref()).map(|p| ("sink.images.password_file", p));
         let ca = images.and_then(|s| s.ca_file.as_deref()).map(|p| ("sink.images.ca_file", p));
-        [labels, password, ca].into_iter().flatten()
+        let registries = self.registry.values().flat_map(|registry| {
+            let password = registry.password_file.as_deref().map(|p| ("registry.password_file", p));
+            [password, registry.ca_file.as_deref().map(|p| ("registry.ca_file", p))]
+        });
+        [labels, password, ca].into_iter().chain(registries).flatten()
     }
 }
 
@@ -345,7 +401,7 @@ pub fn read(path: &Path) -> Result<Config, Fault> {
         return Err(Fault::config(format!("{here} has {size} bytes; a configuration has at most {CONFIG_BYTES_MAX}")));
     }
     let text = std::fs::read_to_string(path).map_err(|e| Fault::config(format!("cannot read the configuration {here}: {e}")))?;
-    parse(&text, &here.to_string())
+    Ok(Config { file: Some(path.to_owned()), ..parse(&text, &here.to_string())? })
 }
 
 /// Reads a configuration from text; `origin` is the file's name for messages.

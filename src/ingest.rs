@@ -25,6 +25,7 @@ use crate::jobs::JobProgress;
 use crate::limits::{CHUNK_BYTES_MAX, FORECAST_BYTES_MIN, INGEST_BATCH_BYTES, INGEST_BATCHES_MAX};
 use crate::manifest::{Builder, ChunkRef, Digest, Entry, EntryBody, FileInfo, Root};
 use crate::names::{Kind, RelPath};
+use crate::omitted::Omitted;
 use crate::seen::Seen;
 use crate::source::{Content, Source, SourceBody, SourceEntry};
 use crate::store::Store;
@@ -74,6 +75,8 @@ pub struct Ingested {
     pub digest: Digest,
     /// Bytes that the store did not have, as stored.
     pub stored: u64,
+    /// What the source left out.
+    pub omitted: Omitted,
 }
 
 /// Where a chunk's content came from: what a keeper may note instead of the bytes.
@@ -171,7 +174,7 @@ fn ingest_as(
     keeper.flush()?;
     pages.flush_since(losses)?;
     let digest = root.digest();
-    Ok(Ingested { root, digest, stored: progress.stored.load(Ordering::Relaxed) })
+    Ok(Ingested { root, digest, stored: progress.stored.load(Ordering::Relaxed), omitted: source.omitted() })
 }
 
 fn run_worker(work: &parking_lot::Mutex<Receiver<Batch>>, answers: &SyncSender<Answer>, keeper: &dyn Keeper, progress: &Progress) {

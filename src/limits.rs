@@ -326,3 +326,11 @@ pub const STATE_ROOM_BYTES_MIN: u64 = 128 << 20;
 pub const REST_EVERY: Duration = Duration::from_secs(5);
 /// Answers that are believed for a moment, of one sort, are not more than these.
 pub const LATELY_ANSWERS_MAX: usize = 4096;
+/// Examples that are kept of one category of what a publish leaves out.
+pub const OMITTED_EXAMPLES_MAX: usize = 5;
+/// Characters of one such example.
+pub const OMITTED_EXAMPLE_CHARS_MAX: usize = 200;
+/// Jobs that trainers began, of which the API knows whose they are.
+pub const RUN_JOBS_KEPT_MAX: usize = 256;
+/// Redirects of a registry that are followed for one request.
+pub const REGISTRY_REDIRECTS_MAX: usize = 10;

@@ -36,9 +36,11 @@ use crate::limits::{
 use crate::line::{self, Link, Redial};
 use crate::manifest::Digest;
 use crate::names::{ArtifactRef, SiteName, SiteSelector};
+use crate::omitted::Omitted;
 use crate::origin::{Held, Holdings, Origin};
 use crate::places::Places;
-use crate::reading;
+use crate::private;
+use crate::reading::{self, Access};
 use crate::store::Store;
 use crate::wire::{self, AskHub, FETCH};
 
@@ -88,6 +90,7 @@ pub async fn publish(asked: Asked, progress: Arc<JobProgress>) -> Result<Uploade
         return Err(no_publisher(&asked.hub, &dir));
     }
     durable::create_dir_all(&dir)?;
+    private::tighten(&dir);
     progress.doing(format!("calling the hub at {}", asked.hub));
     // Before the source is read, which may take hours: a hub that refuses says so at once.
     let mut publisher = Publisher { hub: asked.hub.clone(), token, dir: dir.clone(), line: Line::default(), wire: 0, link: None };
@@ -95,7 +98,7 @@ pub async fn publish(asked: Asked, progress: Arc<JobProgress>) -> Result<Uploade
 
     let work = blocking(move || Work::take(&dir)).await?;
     progress.doing(format!("reading {}", asked.source));
-    let (origin, digest, folder) = {
+    let found = {
         let (source, progress, folder) = (asked.clone(), progress.clone(), work.folder.clone());
         let runtime = tokio::runtime::Handle::current();
         let reading = blocking(move || read(&source, &folder, &progress, &runtime)).await;
@@ -103,11 +106,24 @@ pub async fn publish(asked: Asked, progress: Arc<JobProgress>) -> Result<Uploade
     };
     progress.doing(format!("giving the hub what it lacks of {}", asked.artifact));
     progress.bytes.store(0, Ordering::Relaxed);
-    let question = AskHub::Upload { artifact: asked.artifact.clone(), digest, to };
-    let published = publisher.offer(&question, &origin, &progress).await;
+    let omitted = found.omitted.clone();
+    let question = AskHub::Upload { artifact: asked.artifact.clone(), digest: found.digest, to, omitted };
+    let published = publisher.offer(&question, &found.origin, &progress).await;
     publisher.hang_up().await;
-    drop((origin, folder, work));
-    Ok(Uploaded { published: published.map_err(given_up)?, wire: publisher.wire })
+    // An older hub does not say what was left out.
+    let omitted = found.omitted.list();
+    drop((found.origin, work));
+    Ok(Uploaded { published: Published { omitted, ..published.map_err(given_up)? }, wire: publisher.wire })
+}
+
+/// A source that was read.
+struct Found {
+    /// Gives its bytes.
+    origin: Origin,
+    digest: Digest,
+    omitted: Omitted,
+    /// What `origin` asks for where they lie.
+    _holdings: Arc<Here>,
 }
 
 /// What the line ended with, for whoever ran this: nobody tries it again by itself.
@@ -158,12 +174,7 @@ fn no_publisher(hub: &str, dir: &Path) -> Fault {
 }
 
 /// Reads the source in: its manifest into a store, and notes of where its content lies. Blocks.
-fn read(
-    asked: &Asked,
-    folder: &Path,
-    progress: &Arc<JobProgress>,
-    runtime: &tokio::runtime::Handle,
-) -> Result<(Origin, Digest, Arc<Here>), Fault> {
+fn read(asked: &Asked, folder: &Path, progress: &Arc<JobProgress>, runtime: &tokio::runtime::Handle) -> Result<Found, Fault> {
     let kind = asked.artifact.kind;
     let scratch = folder.join("scratch");
     durable::create_dir_all(&scratch)?;
@@ -172,13 +183,16 @@ fn read(
     let here = Arc::new(Here::default());
     let origin = Origin::new(store, places, folder.join("published"), here.clone(), None, MEMORY_TO_READ);
     let base = reading::base_of(kind, &asked.source, None)?;
-    let mut source = reading::open(kind, &asked.source, &asked.options, None, None, &scratch, runtime)?;
-    let found = ingest::reported(progress, |counted| origin.publish(kind, source.as_mut(), base.as_ref(), counted))?;
+    let access = Access::of_user(&asked.state);
+    let mut source = reading::open(kind, &asked.source, &asked.options, None, &access, &scratch, runtime)?;
+    let found = reading::read(source.as_mut(), &asked.options, |source| {
+        ingest::reported(progress, |counted| origin.publish(kind, source, base.as_ref(), counted))
+    })?;
     drop(source);
     durable::remove_all(&scratch)?;
-    let digest = found.ingested.digest;
+    let (digest, omitted) = (found.ingested.digest, found.ingested.omitted);
     *here.0.lock() = Some((digest, Held { root: found.ingested.root, places: vec![found.place] }));
-    Ok((origin, digest, here))
+    Ok(Found { origin, digest, omitted, _holdings: here })
 }
 
 /// The one artifact that is here.
@@ -449,7 +463,16 @@ mod tests {
                 recv.read_exact(&mut kind).await.unwrap();
                 let AskHub::Upload { artifact, digest, .. } = wire::receive(&mut recv).await.unwrap() else { unreachable!("no upload") };
                 let (artifact, digest) = (artifact.to_string(), digest.hex());
-                let published = Published { artifact, digest, transfers: Vec::new(), bytes: 7, stored: 7, unchanged: false, note: None };
+                let published = Published {
+                    artifact,
+                    digest,
+                    transfers: Vec::new(),
+                    bytes: 7,
+                    stored: 7,
+                    unchanged: false,
+                    note: None,
+                    omitted: Vec::new(),
+                };
                 let answer = if room { Ok(published) } else { Err(Fault::no_space("no room")) };
                 wire::send(&mut send, &answer).await.unwrap();
                 // By now the publisher may have hung up.

@@ -1,5 +1,6 @@
 //! Opening the source that a publish names, by the artifact's kind.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::mpsc::sync_channel;
@@ -8,12 +9,16 @@ use tokio::runtime::Handle;
 
 use crate::api::types::SourceOptions;
 use crate::catalogue::{Catalogue, new_id};
-use crate::config;
+use crate::config::{self, Config};
 use crate::durable;
 use crate::fault::{Fault, IoContext};
 use crate::fetch::blocking;
+use crate::ingest::Ingested;
 use crate::manifest::{DatasetBinding, EntryBody, FileInfo, Root, Step, Walk};
 use crate::names::{ArtifactRef, Kind, RelPath};
+use crate::omitted::Omitted;
+use crate::origin::InPlace;
+use crate::own::Own;
 use crate::registry::{self, Credentials, Origin, Reference};
 use crate::sink::Place;
 use crate::sink::labels::LabelsSink;
@@ -100,35 +105,86 @@ pub async fn dataset_of(
     Ok(Some((DatasetBinding { artifact: name, digest: row.digest }, row.root)))
 }
 
-/// Opens a source. Blocks; `scratch` is the folder of [`with_scratch`]. `site` is there at a site only.
+/// What whoever reads a source has, and must not read.
+#[derive(Clone)]
+pub struct Access {
+    /// What a site has beside paths.
+    pub site: Option<AtSite>,
+    /// What is never a source.
+    own: Arc<Own>,
+    /// How a daemon reads registries; `None`: a process of the user who asks, which reads his files.
+    registries: Option<BTreeMap<String, config::Registry>>,
+}
+
+impl Access {
+    /// A daemon's.
+    pub fn of_daemon(config: &Config, site: Option<AtSite>) -> Self {
+        Self { site, own: Arc::new(Own::of(config)), registries: Some(config.registry.clone()) }
+    }
+
+    /// That of a process with this state folder, which reads what its user may read.
+    pub fn of_user(state: &Path) -> Self {
+        Self { site: None, own: Arc::new(Own::of_state(state)), registries: None }
+    }
+
+    /// The same with what a site has.
+    #[cfg(test)]
+    pub(crate) fn with_site(self, site: AtSite) -> Self {
+        Self { site: Some(site), ..self }
+    }
+
+    /// The user, the password and the certificates for a registry.
+    fn to_registry(&self, reference: &Reference, options: &SourceOptions) -> Result<(Option<Credentials>, Option<PathBuf>), Fault> {
+        if let (Some(user), Some(file), None) = (&options.username, &options.password_file, &self.registries) {
+            return Ok((Some(Credentials::from_file(user, PathBuf::from(file))?), None));
+        }
+        if options.username.is_some() || options.password_file.is_some() {
+            let host = &reference.origin;
+            return Err(match self.registries {
+                None => Fault::usage("--username and --password-file go together"),
+                // Else whoever may ask the daemon could have it send any file that it can read.
+                Some(_) => Fault::usage("a daemon takes a registry's password file from its configuration only").with_next(format!(
+                    "write [registry.\"{host}\"] with username and password_file into the daemon's configuration, restart it, and leave --username and --password-file out"
+                )),
+            });
+        }
+        let of = |user: Option<&str>, file: Option<&PathBuf>, hosts: &[String]| {
+            Ok::<_, Fault>(Credentials::from_config(user, file)?.map(|credentials| credentials.with_realm_hosts(hosts)))
+        };
+        let authority = &reference.origin.authority;
+        let listed = self.registries.iter().flatten().find(|(host, _)| host.eq_ignore_ascii_case(authority));
+        if let Some((_, registry)) = listed {
+            let credentials = of(registry.username.as_deref(), registry.password_file.as_ref(), &registry.realm_hosts)?;
+            return Ok((credentials, registry.ca_file.clone()));
+        }
+        match self.site.as_ref().map(|site| site.own(reference)).transpose()?.flatten() {
+            Some(own) => Ok((of(own.username.as_deref(), own.password_file.as_ref(), &own.realm_hosts)?, own.ca_file.clone())),
+            None => Ok((None, None)),
+        }
+    }
+}
+
+/// Opens a source. Blocks; `scratch` is the folder of [`with_scratch`].
 pub fn open(
     kind: Kind,
     source: &str,
     options: &SourceOptions,
     dataset: Option<BoundDataset>,
-    site: Option<&AtSite>,
+    access: &Access,
     scratch: &Path,
     runtime: &Handle,
 ) -> Result<Box<dyn Source>, Fault> {
     if let Some(asked) = source.strip_prefix(database::SCHEME) {
-        return database::open(kind, asked, options, dataset, site, scratch, runtime);
+        return database::open(kind, asked, options, dataset, access.site.as_ref(), scratch, runtime);
     }
     if is_reference(source) {
         if kind != Kind::Image {
             return Err(Fault::usage(format!("{source}: a registry holds images, and this is to be a {kind}")));
         }
         let reference: Reference = source.parse()?;
-        let own = site.map(|site| site.own(&reference)).transpose()?.flatten();
-        let credentials = match (&options.username, &options.password_file) {
-            (Some(user), Some(file)) => Some(Credentials::from_file(user, PathBuf::from(file))?),
-            (None, None) => match own {
-                Some(own) => Credentials::from_config(own.username.as_deref(), own.password_file.as_ref())?,
-                None => None,
-            },
-            _ => return Err(Fault::usage("--username and --password-file go together")),
-        };
+        let (credentials, ca) = access.to_registry(&reference, options)?;
         let layout = scratch.join("pulled");
-        runtime.block_on(registry::pull_to_layout(&reference, credentials, own.and_then(|own| own.ca_file.as_deref()), &layout))?;
+        runtime.block_on(registry::pull_to_layout(&reference, credentials, ca.as_deref(), &layout))?;
         return Ok(Box::new(ImageSource::open_layout(&layout)?));
     }
     let absolute = |path: &Path| {
@@ -137,21 +193,56 @@ pub fn open(
     match kind {
         Kind::Dataset | Kind::Operator | Kind::Model => {
             absolute(Path::new(source))?;
-            Ok(Box::new(FilesSource::open(Path::new(source))?))
+            Ok(Box::new(FilesSource::open_for(Path::new(source), access.own.clone())?))
         }
         Kind::Image => {
             let (path, tag) = split_tag(source);
             absolute(&path)?;
-            Ok(Box::new(ImageSource::open_tag(&path, scratch, tag)?))
+            Ok(Box::new(ImageSource::open_for(&path, scratch, tag, &access.own)?))
         }
         Kind::Labels => {
             let path = PathBuf::from(source);
             absolute(&path)?;
             let options =
                 LabelOptions { format: options.format.clone(), allow_missing: options.allow_missing, columns: options.columns.clone() };
-            Ok(Box::new(LabelsSource::open(&path, scratch, &options, dataset)?))
+            Ok(Box::new(LabelsSource::open_for(&path, scratch, &options, dataset, access.own.clone())?))
         }
     }
+}
+
+/// What was read of a source.
+pub trait Read {
+    /// What the source left out.
+    fn omitted(&self) -> &Omitted;
+}
+
+impl Read for Ingested {
+    fn omitted(&self) -> &Omitted {
+        &self.omitted
+    }
+}
+
+impl Read for InPlace {
+    fn omitted(&self) -> &Omitted {
+        &self.ingested.omitted
+    }
+}
+
+/// Reads an opened source by `work`. With `strict`, an input from which something would be left out is refused: before its content
+/// is read where that is known by then, else before anybody hears of the artifact.
+pub fn read<T: Read>(
+    source: &mut dyn Source,
+    options: &SourceOptions,
+    work: impl FnOnce(&mut dyn Source) -> Result<T, Fault>,
+) -> Result<T, Fault> {
+    if options.strict {
+        source.omitted().refuse()?;
+    }
+    let read = work(source)?;
+    if options.strict {
+        read.omitted().refuse()?;
+    }
+    Ok(read)
 }
 
 /// The dataset that labels are bound to, its files streamed from the manifest in the store.

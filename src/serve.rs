@@ -17,7 +17,7 @@ use crate::hub::Hub;
 use crate::identity::{Claim, JoinToken, SiteIdentity};
 use crate::limits::DRAIN_MAX;
 use crate::site::Site;
-use crate::{line, open_files};
+use crate::{line, open_files, private};
 
 /// Runs a daemon until SIGTERM or SIGINT, or, if so asked, until standard input ends.
 pub async fn run(config: Config, until_stdin_ends: bool) -> Result<(), Fault> {
@@ -44,10 +44,10 @@ pub async fn run(config: Config, until_stdin_ends: bool) -> Result<(), Fault> {
 
 /// Runs a daemon until `stop`. What is under way is written down and goes on at the next start.
 pub async fn run_until(config: Config, stop: CancellationToken) -> Result<(), Fault> {
-    // Files get the modes that manifests say, not those that some shell had set.
-    rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o022));
     open_files::raise();
     durable::create_dir_all(&config.data_dir)?;
+    let data_dir = config.data_dir.clone();
+    private::tighten(&data_dir);
     let _lock = Lock::take(&config.data_dir)?;
     let token = ApiToken::open_or_create(&config.data_dir)?;
     let listener = TcpListener::bind(config.listen.api).await.map_err(|e| {
@@ -64,12 +64,14 @@ pub async fn run_until(config: Config, stop: CancellationToken) -> Result<(), Fa
     match config.role {
         Role::Hub => {
             let hub = Hub::open(config, stop.clone()).await?;
+            private::tighten(&data_dir);
             let work = hub.clone();
             let work = Box::pin(async move { work.run().await });
             drive(api, Arc::new(hub.clone()), work, stop, hub.stopped()).await
         }
         Role::Site => {
             let site = Site::open(config, stop.clone()).await?;
+            private::tighten(&data_dir);
             let work = site.clone();
             let work = Box::pin(async move { work.run().await });
             drive(api, Arc::new(site.clone()), work, stop, site.stopped()).await
@@ -114,6 +116,7 @@ pub async fn join(config: &Config, hub: &str, token: &str) -> Result<PathBuf, Fa
         return Err(Fault::usage("only a site joins; this config is a hub's"));
     }
     durable::create_dir_all(&config.data_dir)?;
+    private::tighten(&config.data_dir);
     let _lock = Lock::take(&config.data_dir)?;
     let token: JoinToken = token.parse()?;
     if let Some(there) = SiteIdentity::load(&config.data_dir)? {

@@ -6,6 +6,7 @@
 //!                       output/        what the trainer makes
 //!                       trainer.log    what it says; trainer.log.old once that was full
 //!                       lock           held by the watcher while it lives
+//!                       token          what the command presents to the daemon's API: good for this run only, mode 0600
 //!                       stop           written by the daemon: end it
 //!                       exit.json      how it ended; the watcher's last word
 //! ```
@@ -32,6 +33,7 @@ use rustix::fs::FlockOperation;
 use rustix::process::{Pid, Signal, kill_process_group};
 use serde::{Deserialize, Serialize};
 
+use crate::api::RunToken;
 use crate::clock;
 use crate::durable;
 use crate::fault::{Fault, IoContext};
@@ -79,6 +81,21 @@ impl Folder {
     /// What the trainer makes.
     pub fn output(&self) -> PathBuf {
         self.0.join("output")
+    }
+
+    /// The token that the command presents to the API.
+    pub fn token(&self) -> PathBuf {
+        self.0.join("token")
+    }
+
+    /// Writes the token of the run.
+    pub fn keep_token(&self, token: &RunToken) -> Result<(), Fault> {
+        durable::replace_secret(&self.token(), format!("{}\n", token.text()).as_bytes())
+    }
+
+    /// The token of the run, if it has one.
+    pub fn read_token(&self) -> Option<RunToken> {
+        RunToken::parse(crate::config::read_secret(&self.token()).ok()?.as_bytes())
     }
 
     fn file(&self, name: &str) -> PathBuf {
@@ -158,6 +175,9 @@ impl Folder {
         let mut watcher = Command::new("/proc/self/exe");
         watcher.arg0("packhorse").arg("trainer").arg(&self.0).current_dir(&self.0).process_group(0);
         watcher.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        for (name, _) in std::env::vars_os().filter(|(name, _)| is_secret(&name.to_string_lossy())) {
+            watcher.env_remove(name);
+        }
         let mut child = watcher.spawn().at("start the trainer's watcher")?;
         let until = Instant::now() + BEGIN_MAX;
         loop {
@@ -194,6 +214,19 @@ impl Folder {
         let path = self.file("stop");
         if path.exists() { Ok(()) } else { durable::replace(&path, b"stop\n") }
     }
+}
+
+/// Whether an environment variable of the daemon may hold, or lead to, a secret: a trainer does not get it.
+fn is_secret(name: &str) -> bool {
+    const PARTS: [&str; 9] = ["TOKEN", "SECRET", "PASSWORD", "PASSWD", "PASSPHRASE", "PASSFILE", "CREDENTIAL", "API_KEY", "APIKEY"];
+    const STARTS: [&str; 3] = ["PACKHORSE_", "AWS_", "SSH_AUTH"];
+    const ENDS: [&str; 3] = ["_KEY", "_PASS", "_PAT"];
+    let name = name.to_ascii_uppercase();
+    // How the service manager watches the daemon is no business of a trainer either.
+    PARTS.iter().any(|part| name.contains(part))
+        || STARTS.iter().any(|start| name.starts_with(start))
+        || ENDS.iter().any(|end| name.ends_with(end))
+        || matches!(name.as_str(), "NOTIFY_SOCKET" | "LISTEN_FDS" | "LISTEN_PID" | "KUBECONFIG")
 }
 
 /// Whether the program of `[train] command` is there and may be run by whoever runs this.
@@ -371,6 +404,27 @@ mod tests {
         });
         assert!(folder.lock_to_stay().unwrap().is_some());
         looking.join().unwrap();
+    }
+
+    #[test]
+    fn variables_with_secrets_are_not_for_trainers() {
+        for name in [
+            "PACKHORSE_TOKEN_FILE",
+            "PACKHORSE_CONFIG",
+            "PACKHORSE_JOIN_TOKEN",
+            "PGPASSWORD",
+            "PGPASSFILE",
+            "CREDENTIALS_DIRECTORY",
+            "AWS_SESSION",
+            "github_token",
+            "WANDB_API_KEY",
+            "DB_PASS",
+        ] {
+            assert!(is_secret(name), "{name}");
+        }
+        for name in ["PATH", "HOME", "LANG", "CUDA_VISIBLE_DEVICES", "LD_LIBRARY_PATH", "PYTHONPATH", "KEYBOARD", "COMPASS"] {
+            assert!(!is_secret(name), "{name}");
+        }
     }
 
     #[test]

@@ -23,6 +23,7 @@ use crate::line::{Link, RecvHalf, SendHalf};
 use crate::manifest::Digest;
 use crate::names::{ArtifactRef, DeliveryId, RunName, SiteName, SiteSelector, TransferId, WorkId, WorkIds};
 use crate::number;
+use crate::omitted::Omitted;
 use crate::run::{DesiredRun, Lineage, RunAct, RunOrder, RunReport};
 
 /// First byte of a control stream.
@@ -90,6 +91,9 @@ pub enum FromSite {
         /// Whom the site shares what is published there with: names or selectors; `None`: everybody.
         #[serde(default)]
         share: Option<Vec<String>>,
+        /// The sites that this site trains for: names, or `all`. `None`: it has no trainer, or is older and decides by itself.
+        #[serde(default)]
+        train: Option<Vec<String>>,
         /// The congestion control that the site's line is set to, for what the hub sends as well.
         #[serde(default)]
         congestion: Congestion,
@@ -220,6 +224,9 @@ pub enum AskHub {
         /// The training run that made it.
         #[serde(default)]
         run: Option<RunName>,
+        /// What its publish left out.
+        #[serde(default)]
+        omitted: Omitted,
     },
     /// A publisher has an artifact, which the hub fetches over the same line into its own store before it answers with an
     /// [`crate::api::types::Published`].
@@ -231,6 +238,9 @@ pub enum AskHub {
         /// Sites to deliver to at once.
         #[serde(default)]
         to: Option<SiteSelector>,
+        /// What its publish left out.
+        #[serde(default)]
+        omitted: Omitted,
     },
     /// A delivery as a whole, if each of its parts is the site's own or of what it holds; the answer is an
     /// [`crate::api::types::Delivery`].

@@ -259,6 +259,7 @@ impl Backend for Fake {
             pinned: false,
             changed: None,
             published_here: false,
+            omitted: Vec::new(),
         }])
     }
     async fn show(&self, artifact: &str) -> Result<ArtifactDetail, Fault> {

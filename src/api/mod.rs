@@ -12,6 +12,7 @@ mod local;
 mod openapi;
 mod proof;
 mod routes;
+mod run_token;
 mod server;
 mod token;
 pub mod types;
@@ -25,6 +26,7 @@ pub use error::ErrorBody;
 pub use local::LocalSocket;
 pub(crate) use local::SocketPath;
 pub(crate) use proof::{Proof, ProofQuery};
+pub use run_token::RunToken;
 pub use token::ApiToken;
 
 use std::future::Future;
@@ -37,6 +39,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::fault::Fault;
 use crate::limits::DRAIN_MAX;
+use crate::names::RunName;
 use crate::tally::Tally;
 use types::*;
 
@@ -88,6 +91,10 @@ pub trait Backend: Send + Sync {
     async fn sites(&self) -> Result<Vec<Site>, Fault>;
     /// Makes a join token (hub only).
     async fn token(&self, request: TokenRequest) -> Result<String, Fault>;
+    /// The token of a training run whose trainer works here now; `None`: there is none.
+    async fn run_token(&self, _run: &RunName) -> Option<RunToken> {
+        None
+    }
     /// Begins a verify; the result is a list of lines, none when sound.
     async fn verify(&self, artifact: &str, repair: bool) -> Result<Job, Fault>;
     /// Keeps an artifact's relayed bytes whatever their age, or no longer (hub only).
@@ -121,7 +128,8 @@ pub async fn serve(
 ) -> Result<(), Fault> {
     let stop = CancellationToken::new();
     let wrong_tokens = Tally::new("refused an API request with a wrong token");
-    let router = routes::router(routes::App { backend, token: Arc::new(token), stop: stop.clone(), wrong_tokens });
+    let router =
+        routes::router(routes::App { backend, token: Arc::new(token), run_jobs: Arc::default(), stop: stop.clone(), wrong_tokens });
     let server = server::Server::new(router, stop.clone());
     tokio::select! {
         () = shutdown => {}

@@ -6,7 +6,7 @@
 use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
 
-use super::ApiToken;
+use super::{ApiToken, RunToken};
 
 /// What a client sends.
 #[derive(Debug, Clone, Serialize, Deserialize, IntoParams)]
@@ -14,6 +14,9 @@ use super::ApiToken;
 pub(crate) struct ProofQuery {
     /// 32 random bytes, hex.
     pub challenge: String,
+    /// The training run whose token the client holds, instead of the admin token.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub run: Option<String>,
 }
 
 /// What the daemon answers.
@@ -42,9 +45,10 @@ impl Proof {
 }
 
 impl ProofQuery {
-    /// A new challenge.
-    pub(crate) fn random() -> Self {
-        Self { challenge: hex::encode(rand::random::<[u8; 32]>()) }
+    /// A new challenge for the daemon that this token is for.
+    pub(crate) fn random(token: &ApiToken) -> Self {
+        let run = RunToken::parse(token.secret().as_bytes()).map(|token| token.run().to_string());
+        Self { challenge: hex::encode(rand::random::<[u8; 32]>()), run }
     }
 }
 
@@ -69,13 +73,13 @@ mod tests {
     #[test]
     fn only_a_holder_of_the_token_can_answer_a_challenge() {
         let token = |c: &str| ApiToken::parse(&c.repeat(64)).unwrap();
-        let (own, other, query) = (token("a"), token("b"), ProofQuery::random());
+        let (own, other, query) = (token("a"), token("b"), ProofQuery::random(&token("a")));
         let proof = Proof::make(&own, &query, "127.0.0.1:7480".into()).unwrap();
-        assert!(proof.is_by(&own, &query) && !proof.is_by(&other, &query) && !proof.is_by(&own, &ProofQuery::random()));
+        assert!(proof.is_by(&own, &query) && !proof.is_by(&other, &query) && !proof.is_by(&own, &ProofQuery::random(&own)));
         let elsewhere = Proof { address: "127.0.0.1:1".into(), ..proof };
         assert!(!elsewhere.is_by(&own, &query), "it is bound to the address");
         for challenge in ["", "zz", &"0".repeat(63), &"0".repeat(66)] {
-            assert!(Proof::make(&own, &ProofQuery { challenge: challenge.into() }, String::new()).is_none());
+            assert!(Proof::make(&own, &ProofQuery { challenge: challenge.into(), run: None }, String::new()).is_none());
             assert!(!Proof { address: String::new(), proof: challenge.into() }.is_by(&own, &query));
         }
     }

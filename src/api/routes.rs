@@ -21,7 +21,7 @@ use super::error::{ApiError, ErrorBody};
 use super::proof::{Proof, ProofQuery};
 use super::server::Connection;
 use super::types::*;
-use super::{ApiToken, Backend, CURSOR_HEADER, TOKEN_HEADER, VERSION, VERSION_HEADER, body, events, openapi};
+use super::{ApiToken, Backend, CURSOR_HEADER, TOKEN_HEADER, VERSION, VERSION_HEADER, body, events, openapi, run_token};
 use crate::fault::Fault;
 use crate::limits::{API_AUDIT_CHARS_MAX, API_BODY_BYTES_MAX, API_LOOK_EVERY, API_ROWS_DEFAULT, API_ROWS_MAX, LONG_POLL_MAX};
 use crate::tally::Tally;
@@ -31,6 +31,8 @@ use crate::tally::Tally;
 pub(super) struct App {
     pub(super) backend: Arc<dyn Backend>,
     pub(super) token: Arc<ApiToken>,
+    /// The jobs that trainers began.
+    pub(super) run_jobs: Arc<run_token::RunJobs>,
     /// Cancelled when the daemon stops: waits end early, streams end.
     pub(super) stop: CancellationToken,
     /// Requests with a wrong token.
@@ -103,9 +105,16 @@ async fn authenticate(
     let why = match own.or(bearer) {
         Some(presented) if app.token.is(presented) => {
             connection.finish();
-            return Ok(log_change(&connection, request, next).await);
+            return Ok(log_change("admin", &connection, request, next).await);
         }
-        Some(_) => {
+        Some(presented) => {
+            if let Some(run) = run_token::run_of(&app, presented).await {
+                connection.finish();
+                let request = run_token::allow(&app, &run, request).await?;
+                let began = request.uri().path() == "/v1/artifacts";
+                let response = log_change(&format!("trainer of run {run}"), &connection, request, next).await;
+                return Ok(if began { run_token::note_job(&app, &run, response).await } else { response });
+            }
             app.wrong_tokens.note(format_args!("{}: {} {}", connection.peer, request.method(), clipped(request.uri().path())));
             "the API token is wrong"
         }
@@ -116,9 +125,8 @@ async fn authenticate(
     Err(ApiError::with_status(fault, StatusCode::UNAUTHORIZED))
 }
 
-/// Passes a request on. What changes something is logged: who asked from where for what, and the answer's status. There is one token,
-/// the admin's.
-async fn log_change(connection: &Connection, mut request: Request, next: Next) -> Response {
+/// Passes a request on. What changes something is logged: who asked from where for what, and the answer's status.
+async fn log_change(who: &str, connection: &Connection, mut request: Request, next: Next) -> Response {
     if request.method() != Method::POST || request.uri().path() == "/v1/plan" {
         return next.run(request).await;
     }
@@ -126,7 +134,7 @@ async fn log_change(connection: &Connection, mut request: Request, next: Next) -
     request.extensions_mut().insert(asked.clone());
     let response = next.run(request).await;
     let request = asked.0.get().map_or("", String::as_str);
-    tracing::info!(who = "admin", peer = %connection.peer, path, request, status = response.status().as_u16(), "a change over the API");
+    tracing::info!(who, peer = %connection.peer, path, request, status = response.status().as_u16(), "a change over the API");
     response
 }
 
@@ -255,7 +263,10 @@ pub(super) async fn proof(
     Q(query): Q<ProofQuery>,
 ) -> Result<Json<Proof>, ApiError> {
     let address = connection.local.map(|address| address.to_string()).unwrap_or_default();
-    let proof = Proof::make(&app.token, &query, address).ok_or_else(|| Fault::usage("the challenge is not 32 bytes in hex"))?;
+    // Whoever has a trainer's token asks for a proof with that.
+    let of_run = run_token::of_query(&app, &query).await;
+    let token = of_run.as_ref().unwrap_or(&app.token);
+    let proof = Proof::make(token, &query, address).ok_or_else(|| Fault::usage("the challenge is not 32 bytes in hex"))?;
     Ok(Json(proof))
 }
 

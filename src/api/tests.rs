@@ -311,7 +311,7 @@ async fn the_local_socket_serves_the_same() {
     let ask = |path: String| client.get(format!("http://localhost{path}"));
     assert_eq!(ask("/v1/sites".into()).send().await.unwrap().status(), 401, "it wants the token too");
     assert_eq!(ask("/v1/sites".into()).header("X-Packhorse-Token", TOKEN).send().await.unwrap().status(), 200);
-    let query = super::ProofQuery::random();
+    let query = super::ProofQuery::random(&token);
     let proof: super::Proof = ask(format!("/v1/proof?challenge={}", query.challenge)).send().await.unwrap().json().await.unwrap();
     assert!(proof.is_by(&token, &query) && proof.address.is_empty());
     assert_eq!(ask("/v1/proof?challenge=00".into()).send().await.unwrap().status(), 400);

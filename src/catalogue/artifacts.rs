@@ -11,6 +11,7 @@ use crate::clock;
 use crate::fault::Fault;
 use crate::manifest::{Digest, KindInfo, Root};
 use crate::names::{ArtifactRef, RunName, SiteName, SiteSelector};
+use crate::omitted::Omitted;
 use crate::sink::Place;
 
 /// One artifact.
@@ -42,6 +43,8 @@ pub struct ArtifactRow {
     pub pinned: bool,
     /// When its relayed bytes were last asked for (at the hub).
     pub used_ms: i64,
+    /// What its publish left out.
+    pub omitted: Omitted,
 }
 
 /// What a site tells the hub of an artifact that was published there, again and again until the hub has heard it.
@@ -85,6 +88,7 @@ fn artifact(row: &SqliteRow) -> Result<ArtifactRow, Fault> {
         offer: get("offer")?.map(|s| serde_json::from_str(&s)).transpose().map_err(stored)?,
         pinned: row.try_get::<i64, _>("pinned").map_err(fault)? != 0,
         used_ms: row.try_get::<Option<i64>, _>("used_ms").map_err(fault)?.unwrap_or(0),
+        omitted: get("omitted")?.map(|s| serde_json::from_str(&s)).transpose().map_err(stored)?.unwrap_or_default(),
     })
 }
 
@@ -108,6 +112,7 @@ impl ArtifactRow {
             pinned: self.pinned,
             changed: self.changed.clone(),
             published_here: self.published,
+            omitted: self.omitted.list(),
         }
     }
 }
@@ -192,6 +197,19 @@ impl Catalogue {
         .map_err(fault)?;
         tx.commit().await.map_err(fault)?;
         self.notify();
+        Ok(())
+    }
+
+    /// Keeps what the publish of an artifact left out: that of the last publish counts, since the same content may come from
+    /// another source.
+    pub async fn set_omitted(&self, artifact: &ArtifactRef, omitted: &Omitted) -> Result<(), Fault> {
+        let text = (!omitted.is_empty()).then(|| serde_json::to_string(omitted)).transpose().map_err(stored)?;
+        sqlx::query("UPDATE artifact SET omitted = ? WHERE reference = ?")
+            .bind(text)
+            .bind(artifact.to_string())
+            .execute(&self.write)
+            .await
+            .map_err(fault)?;
         Ok(())
     }
 

@@ -15,6 +15,8 @@ type SiteColumns = (String, String, i64, Option<i64>, Option<String>, i64);
 /// What a token's certificate is good for, as the table says it.
 const SITE: &str = "site";
 const PUBLISHER: &str = "publisher";
+/// Entries of a site's `[train] allow` that are kept.
+const TRAIN_ALLOW_MAX: usize = 10_000;
 
 impl Catalogue {
     /// Keeps a join token: only the hash of its secret. A site and a publisher may not share a name.
@@ -147,6 +149,32 @@ impl Catalogue {
         tx.commit().await.map_err(fault)?;
         self.notify();
         Ok(())
+    }
+
+    /// Notes which sites a site trains for; `None`: it has not said.
+    pub async fn set_train_allow(&self, site: &SiteName, allow: Option<&[String]>) -> Result<(), Fault> {
+        // Only what can be read counts, and no more than a list of all sites that a hub can have.
+        let list: Option<Vec<&String>> =
+            allow.map(|list| list.iter().take(TRAIN_ALLOW_MAX).filter(|text| text.parse::<SiteSelector>().is_ok()).collect());
+        sqlx::query("UPDATE site SET train_allow = ? WHERE name = ?")
+            .bind(list.map(|list| serde_json::to_string(&list).unwrap_or_default()))
+            .bind(site.as_str())
+            .execute(&self.write)
+            .await
+            .map_err(fault)?;
+        Ok(())
+    }
+
+    /// Whether the site `on` trains for the site `from`, as `on` said last. One that has not said anything decides itself.
+    pub async fn trains_for(&self, on: &SiteName, from: &SiteName) -> Result<bool, Fault> {
+        let row: Option<(Option<String>,)> = sqlx::query_as("SELECT train_allow FROM site WHERE name = ?")
+            .bind(on.as_str())
+            .fetch_optional(&self.read)
+            .await
+            .map_err(fault)?;
+        let Some(allow) = row.and_then(|(allow,)| allow) else { return Ok(true) };
+        let list: Vec<String> = serde_json::from_str(&allow).unwrap_or_default();
+        Ok(crate::config::Train { allow: list, ..Default::default() }.allows(from))
     }
 
     /// All sites, by name. What only the running daemon knows (online, line) is left for it to fill in.

@@ -250,13 +250,16 @@ pub(super) struct Publish {
     /// given often.
     #[arg(long = "column", value_name = "FIELD=COLUMN", value_parser = key_value, num_args = 1..)]
     pub(super) columns: Vec<(String, String)>,
+    /// Refuse an input from which something would be left out (exit code 8). Without it, `publish` reports what it leaves out.
+    #[arg(long)]
+    pub(super) strict: bool,
     /// The training run that made it: the model goes to the site that borrows.
     #[arg(long, value_name = "RUN", conflicts_with = "hub")]
     pub(super) run: Option<String>,
-    /// Registry: the user.
+    /// With --hub, a registry: the user. A daemon takes user and password from its configuration: [registry."HOST"].
     #[arg(long, requires = "password_file")]
     pub(super) username: Option<String>,
-    /// Registry: a file that holds the password, as the daemon sees it.
+    /// With --hub, a registry: a file that holds the password.
     #[arg(long, value_name = "FILE", requires = "username")]
     pub(super) password_file: Option<PathBuf>,
     /// Publish from this machine, which has no daemon, at the hub whose line this is: only what it lacks is sent.

@@ -149,7 +149,7 @@ impl Client {
     /// Refuses to send the token to a process that listens in the daemon's place.
     async fn check_daemon(&self) -> Result<(), Fault> {
         let Trust::Proof(address) = &self.trust else { return Ok(()) };
-        let query = ProofQuery::random();
+        let query = ProofQuery::random(&self.token);
         let request = self.http.request(Method::GET, self.url("/v1/proof")).query(&query).timeout(API_REPLY_MAX);
         let response = request.send().await.map_err(|e| self.unreachable(&e))?;
         let body = response.bytes().await.map_err(|e| self.unreachable(&e))?;

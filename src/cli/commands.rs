@@ -33,10 +33,12 @@ pub(super) fn config_check(global: &Global) -> Result<(), Fault> {
         crate::config::Role::Site => "site",
     };
     let warnings: &[&str] = if config.listen.is_api_local() { &[] } else { &[crate::config::API_WITHOUT_TLS] };
-    let answer = json!({"ok": true, "file": path, "role": role, "name": config.name.as_str(), "warnings": warnings});
+    let notes = config.notes();
+    let answer = json!({"ok": true, "file": path, "role": role, "name": config.name.as_str(), "warnings": warnings, "notes": notes});
     one(global.output, &answer, |_| {
-        let warnings: String = warnings.iter().map(|text| format!("warning: {text}\n")).collect();
-        format!("ok: {path} is sound ({role} {})\n{warnings}", config.name)
+        let warnings = warnings.iter().map(|text| format!("warning: {text}\n"));
+        let lines: String = warnings.chain(notes.iter().map(|note| format!("note: {note}\n"))).collect();
+        format!("ok: {path} is sound ({role} {})\n{lines}", config.name)
     })
 }
 
@@ -71,11 +73,18 @@ pub(super) async fn publish(global: &Global, publish: Publish) -> Result<(), Fau
         for_dataset: publish.for_dataset.clone(),
         allow_missing: publish.allow_missing,
         columns: publish.columns.iter().cloned().collect(),
+        strict: publish.strict,
         username: publish.username.clone(),
         password_file: publish.password_file.as_deref().map(absolute).transpose()?,
     };
     if let Some(hub) = publish.hub.clone() {
         return Box::pin(remote::publish(global, publish, hub, options)).await;
+    }
+    if options.username.is_some() || options.password_file.is_some() {
+        let host = crate::registry::Origin::split(&publish.source).map_or_else(|_| "HOST".to_owned(), |(origin, _)| origin.to_string());
+        return Err(Fault::usage("a daemon takes a registry's password file from its configuration only").with_next(format!(
+            "write [registry.\"{host}\"] with username and password_file into the daemon's configuration, restart it, and leave --username and --password-file out"
+        )));
     }
     let client = Client::new(global)?;
     let deadline = Deadline::after(publish.wait.timeout);
@@ -86,6 +95,7 @@ pub(super) async fn publish(global: &Global, publish: Publish) -> Result<(), Fau
     let published: Published = answer(job.result.unwrap_or_default())?;
     drop(progress);
     one(global.output, &published, published_text)?;
+    note_omitted(&published);
     wait_for(&client, global.output, &published.transfers, &publish.wait, deadline).await
 }
 
@@ -100,6 +110,13 @@ pub(super) fn published_text(p: &Published) -> String {
         out.push_str(&format!("  {}\n", human::clean(note)));
     }
     out + &transfers_text(&p.transfers)
+}
+
+/// Reports on stderr what a publish left out, whatever the output's format.
+pub(super) fn note_omitted(published: &Published) {
+    for omission in &published.omitted {
+        eprintln!("note: left out of {}: {}", published.artifact, human::clean(&omission.line()));
+    }
 }
 
 fn transfers_text(ids: &[String]) -> String {

@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use super::args::{Global, Publish};
-use super::commands::{published_text, source};
+use super::commands::{note_omitted, published_text, source};
 use super::follow::{Deadline, Progress};
 use super::human;
 use super::output::one;
@@ -53,7 +53,9 @@ pub(super) async fn publish(global: &Global, publish: Publish, hub: String, opti
     drop(progress);
     one(global.output, &uploaded, |uploaded| {
         format!("{}  {} crossed the line\n", published_text(&uploaded.published), human::bytes(uploaded.wire))
-    })
+    })?;
+    note_omitted(&uploaded.published);
+    Ok(())
 }
 
 /// Where a publisher's certificate lies.

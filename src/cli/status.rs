@@ -165,6 +165,7 @@ pub(super) fn artifact(detail: &ArtifactDetail, colour: bool) -> String {
     for (name, value) in a.info.as_object().into_iter().flatten().filter(|(name, value)| *name != "is" && !value.is_null()) {
         pairs.push((name.as_str(), value.as_str().map_or_else(|| value.to_string(), str::to_owned)));
     }
+    pairs.extend(a.omitted.iter().map(|omission| ("left out", human::clean(&omission.line()))));
     if let Some(lineage) = &detail.lineage {
         pairs.push(("made by", format!("run {}, for {}, on {}", lineage.run, lineage.from, lineage.on)));
         pairs.extend(lineage.inputs.iter().map(|input| ("made of", format!("{} ({})", input.artifact, input.digest))));

@@ -57,7 +57,7 @@ fn every_command_of_the_manual_parses() {
         "token create --site a --label region=west --label line=3 --ttl 24h",
         "join --config f --hub h:7443 --token t",
         "publish /data --as dataset/x:1 --to all --wait --timeout 30s",
-        "publish l.csv --as labels/x:1 --for dataset/x:1 --allow-missing --format csv --column sample_path=image class=defect",
+        "publish l.csv --as labels/x:1 --for dataset/x:1 --allow-missing --strict --format csv --column sample_path=image class=defect",
         "publish registry://h/r:t --as image/x:1 --username u --password-file p",
         "deliver dataset/x:1 model/y:2 --to region=west,line!=3 --wait",
         "status",

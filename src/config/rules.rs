@@ -23,6 +23,9 @@ pub(super) fn check(config: &Config, text: &str) -> Result<(), Broken> {
         Role::Site => rules.site(config)?,
     }
     rules.share(&config.share)?;
+    for (host, registry) in &config.registry {
+        rules.registry(host, registry)?;
+    }
     if !config.listen.is_api_local() && !config.listen.api_without_tls {
         let why = "other machines could reach it, and the API has no TLS: use 127.0.0.1, or set api_without_tls = true";
         return rules.broken("listen.api", format!("{}: {why}", config.listen.api));
@@ -108,6 +111,15 @@ impl Rules<'_> {
                 }
             }
         }
+        for text in &train.allow {
+            match text.parse::<SiteSelector>() {
+                Ok(SiteSelector::Labels(_)) => {
+                    return self.broken("train.allow", "write the names of sites, or \"all\": labels are assigned at the hub");
+                }
+                Ok(_) => {}
+                Err(why) => return self.broken("train.allow", why),
+            }
+        }
         if train.at_once == Some(0) { self.broken("train.at_once", "it must be 1 at least") } else { Ok(()) }
     }
 
@@ -129,7 +141,7 @@ impl Rules<'_> {
         let password = "sink.images.password_file";
         if let Some(path) = sink.url.strip_prefix("oci-layout:") {
             self.absolute(key, Path::new(path))?;
-            for only_registry in ["username", "password_file", "ca_file", "create_project"] {
+            for only_registry in ["username", "password_file", "ca_file", "realm_hosts", "create_project"] {
                 self.absent(&format!("sink.images.{only_registry}"), "only a registry has it; this is an OCI layout folder")?;
             }
             return Ok(());
@@ -151,7 +163,32 @@ impl Rules<'_> {
         if let Some(path) = &sink.password_file {
             self.absolute(password, path)?;
         }
+        self.hosts("sink.images.realm_hosts", &sink.realm_hosts)?;
         sink.ca_file.as_deref().map_or(Ok(()), |p| self.absolute("sink.images.ca_file", p))
+    }
+
+    fn registry(&self, host: &str, registry: &super::Registry) -> Result<(), Broken> {
+        // The key holds dots and is quoted: the table is what can be pointed at.
+        let at = |key: &str, why: String| self.broken("registry", format!("\"{host}\".{key}: {why}"));
+        self.hosts("registry", std::slice::from_ref(&host.to_owned()))?;
+        match (&registry.username, &registry.password_file) {
+            (Some(_), None) => return at("username", "it needs password_file".into()),
+            (None, Some(_)) => return at("password_file", "it needs username".into()),
+            _ => {}
+        }
+        if let Some(path) = [&registry.password_file, &registry.ca_file].into_iter().flatten().find(|path| !path.is_absolute()) {
+            return at("password_file or ca_file", format!("{path:?} is not an absolute path"));
+        }
+        self.hosts("registry", &registry.realm_hosts)
+    }
+
+    /// Registries and their token services are named by `HOST` or `HOST:PORT`.
+    fn hosts(&self, key: &str, hosts: &[String]) -> Result<(), Broken> {
+        let wrong = |host: &&String| host.is_empty() || !host.chars().all(|c| c.is_ascii_alphanumeric() || ".-_:[]".contains(c));
+        match hosts.iter().find(wrong) {
+            Some(host) => self.broken(key, format!("{host:?} is not HOST or HOST:PORT; write it without a scheme and a path")),
+            None => Ok(()),
+        }
     }
 
     /// Refuses `user:password@` and `?password=`: the configuration is often in a repository.

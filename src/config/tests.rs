@@ -41,7 +41,7 @@ fn samples_parse_and_say_the_true_defaults() {
 fn unknown_keys_and_wrong_values_name_their_line() {
     check(
         "role = \"site\"\nname = \"a\"\ndata_dir = \"/d\"\ncolour = 1\n",
-        "x.toml:4:1: unknown key `colour`, expected one of `role`, `name`, `data_dir`, `listen`, `hub`, `sink`, `share`, `relay`, `line`, `limits`, `train`",
+        "x.toml:4:1: unknown key `colour`, expected one of `role`, `name`, `data_dir`, `listen`, `hub`, `sink`, `share`, `relay`, `registry`, `line`, `limits`, `train`",
     );
     check("role = \"site\"\nname = \"a\"\n", "x.toml:1:1: missing key `data_dir`");
     check("role = \"boss\"\n", "x.toml:1:8: unknown variant `boss`, expected `hub` or `site`");
@@ -85,6 +85,13 @@ fn roles_have_their_own_tables() {
     check(&train("url = \"ftp://t/\""), "x.toml:7:1: train.url: write http://HOST/PATH or https://HOST/PATH");
     check(&train("url = \"http://u:p@t/\""), "x.toml:7:1: train.url: it must not hold a user or a password");
     check(&train("command = [\"/t\"]\nat_once = 0"), "x.toml:8:1: train.at_once: it must be 1 at least");
+    let allow = |list: &str| train(&format!("command = [\"/t\"]\nallow = {list}"));
+    let allows = |text: &str, site: &str| parse(text, "x").unwrap().train.unwrap().allows(&site.parse().unwrap());
+    assert!(!allows(&train("command = [\"/t\"]"), "b") && !allows(&allow("[]"), "b"), "without a list no site may train here");
+    assert!(allows(&allow("[\"a\", \"b\"]"), "b") && allows(&allow("[\"all\"]"), "b") && !allows(&allow("[\"bb\"]"), "b"));
+    let notes = |text: &str| parse(text, "x").unwrap().notes();
+    assert!(notes(&allow("[]"))[0].contains("[train] allow is empty") && notes(&allow("[\"b\"]")).is_empty() && notes(SITE).is_empty());
+    check(&allow("[\"region=west\"]"), "x.toml:8:1: train.allow: write the names of sites, or \"all\": labels are assigned at the hub");
     check(&SITE.replace("hub:7443", "hub"), "x.toml:5:1: hub.address: \"hub\" is not HOST:PORT");
 }
 
@@ -137,6 +144,25 @@ fn secrets_come_by_file_only() {
         &images("url = \"oci-layout:/i\"\nusername = \"r\""),
         "x.toml:8:1: sink.images.username: only a registry has it; this is an OCI layout folder",
     );
+}
+
+#[test]
+fn registries_to_publish_from_are_named_by_host() {
+    for role in [HUB, SITE] {
+        let registry = |host: &str, rest: &str| format!("{role}[registry.\"{host}\"]\n{rest}\n");
+        let line = role.lines().count() + 1;
+        let good = parse(&registry("h:5000", "username = \"u\"\npassword_file = \"/s\"\nrealm_hosts = [\"t:1\"]"), "x").unwrap();
+        assert_eq!(good.registry["h:5000"].realm_hosts, ["t:1"]);
+        assert_eq!(good.secret_files().collect::<Vec<_>>(), [Path::new("/s")]);
+        let wrong = |text: String, why: &str| {
+            let fault = parse(&text, "x.toml").unwrap_err();
+            assert!(fault.message.starts_with(&format!("x.toml:{line}:2: registry")) && fault.message.contains(why), "{fault}");
+        };
+        wrong(registry("https://h", ""), "is not HOST or HOST:PORT");
+        wrong(registry("h", "username = \"u\""), "it needs password_file");
+        wrong(registry("h", "username = \"u\"\npassword_file = \"s\""), "is not an absolute path");
+        wrong(registry("h", "realm_hosts = [\"https://t\"]"), "is not HOST or HOST:PORT");
+    }
 }
 
 #[test]

@@ -20,6 +20,7 @@ use crate::fetch::blocking;
 use crate::identity::{Holder, JoinToken};
 use crate::manifest::Root;
 use crate::names::{ArtifactRef, DeliveryId, SiteName, SiteSelector, TransferId, check_label};
+use crate::own::Own;
 use crate::wire::AskSite;
 
 /// How long a site may take to work out a plan.
@@ -342,11 +343,13 @@ impl Backend for Hub {
             }
             members.push(Member::new(artifact, &row.root));
         }
-        let store = self.inner.store.clone();
+        let (store, config) = (self.inner.store.clone(), self.inner.config.clone());
         self.inner.jobs.start(move |progress| async move {
             progress.doing(format!("writing {out}"));
             blocking(move || {
                 let out = PathBuf::from(out);
+                // It writes a new file only; but not among the daemon's own.
+                Own::of(&config).check_path(out.parent().unwrap_or(&out))?;
                 let written = bundle::export(&members, &store, &out, &progress)?;
                 bundle::sync_parent(&out)?;
                 Ok(BTreeMap::from([("bytes", written)]))

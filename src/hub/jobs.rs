@@ -19,7 +19,8 @@ use crate::jobs::{JobProgress, until_room};
 use crate::limits::ROOM_AWAITED_MAX;
 use crate::manifest::{DatasetBinding, Root, Step, Walk, for_each_page};
 use crate::names::ArtifactRef;
-use crate::reading;
+use crate::own::Own;
+use crate::reading::{self, Access};
 use crate::run;
 
 impl Hub {
@@ -43,6 +44,7 @@ impl Hub {
             Some(run) => self.add_run_model(None, run, &artifact, &ingested.root).await?,
             None => self.register(None, &artifact, &ingested.root).await?,
         };
+        inner.catalogue.set_omitted(&artifact, &ingested.omitted).await?;
         let transfers = match sites {
             Some((_, sites)) => {
                 let part = Part::new(&inner.catalogue.artifact(&artifact).await?, &sites);
@@ -60,6 +62,7 @@ impl Hub {
             stored: if added { stored } else { 0 },
             unchanged: !added,
             note: None,
+            omitted: ingested.omitted.list(),
         })
     }
 
@@ -75,11 +78,14 @@ impl Hub {
         let publishing = inner.collecting.clone().read_owned().await;
         progress.doing(format!("reading {}", request.source));
         let (store, options, text, kind) = (inner.store.clone(), request.options.clone(), request.source.clone(), artifact.kind);
-        let watched = progress.clone();
+        let (watched, config) = (progress.clone(), inner.config.clone());
         let ingested = reading::with_scratch(&inner.config.data_dir, move |folder, runtime| {
             let dataset = dataset.map(|(binding, root)| reading::bind(binding, root, store.clone()));
-            let mut source = reading::open(kind, &text, &options, dataset, None, folder, runtime)?;
-            ingest::reported(&watched, |counted| ingest::ingest(source.as_mut(), kind, &store, &store, counted))
+            let access = Access::of_daemon(&config, None);
+            let mut source = reading::open(kind, &text, &options, dataset, &access, folder, runtime)?;
+            reading::read(source.as_mut(), &options, |source| {
+                ingest::reported(&watched, |counted| ingest::ingest(source, kind, &store, &store, counted))
+            })
         });
         let ingested = ingested.await.map_err(|fault| fault.of_publish().context(format!("publish {artifact}")))?;
         Ok((publishing, ingested))
@@ -92,7 +98,12 @@ impl Hub {
             let importing = self.inner.collecting.clone().read_owned().await;
             progress.doing(format!("reading {file}"));
             let (store, file, progress) = (store.clone(), PathBuf::from(&file), progress.clone());
-            Ok((importing, blocking(move || bundle::import(&file, &store, &progress)).await?))
+            let config = self.inner.config.clone();
+            let read = move || {
+                Own::of(&config).check_path(&file)?;
+                bundle::import(&file, &store, &progress)
+            };
+            Ok((importing, blocking(read).await?))
         });
         let (_importing, members) = read.await?;
         for member in &members {

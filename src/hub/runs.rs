@@ -273,6 +273,10 @@ impl Hub {
             return Err(Fault::not_allowed(format!("{who} does not share what is made at {on} with {from}"))
                 .with_next(format!("add {from} to [share] allow in the configuration of {place}")));
         }
+        if !catalogue.trains_for(&on, &from).await? {
+            return Err(Fault::not_allowed(format!("site {on} does not train for {from}"))
+                .with_next(format!("add {from} to [train] allow in the configuration of site {on}, then restart its daemon")));
+        }
         let mut inputs: Vec<Input> = Vec::new();
         let (mut own, mut changed): (Vec<Part>, Vec<String>) = Default::default();
         for artifact in wanted {

@@ -17,6 +17,7 @@ use crate::limits::{API_ROWS_MAX, FETCH_STREAMS_MAX, LONG_POLL_MAX};
 use crate::line::{Link, RecvHalf, SendHalf};
 use crate::manifest::Digest;
 use crate::names::{ArtifactRef, Kind, RunName, SiteName, SiteSelector, WorkIds};
+use crate::omitted::Omitted;
 use crate::run::DesiredRun;
 use crate::wire::{self, AskHub, CONTROL, Desired, FETCH, FromHub, FromSite, QUESTION, Report};
 
@@ -98,12 +99,13 @@ impl Hub {
         let read = async {
             loop {
                 match wire::receive::<FromSite>(&mut recv).await? {
-                    FromSite::Hello { version, share, congestion } => {
+                    FromSite::Hello { version, share, train, congestion } => {
                         // The site knows its line; what it leaves open is as the hub's own configuration says.
                         if congestion != Congestion::Auto {
                             link.set_congestion(congestion);
                         }
                         self.inner.catalogue.set_share(site, share.as_deref()).await?;
+                        self.inner.catalogue.set_train_allow(site, train.as_deref()).await?;
                         self.note_seen(site, Some(&version)).await;
                     }
                     FromSite::Report(reports) => {
@@ -208,7 +210,9 @@ impl Hub {
             AskHub::ActOnRun(request) => self.act_on_run(Some(site), &request).await.and_then(as_json),
             AskHub::ShowRun(name) => self.show_run(Some(site), name.as_str()).await.and_then(as_json),
             AskHub::ListRuns { limit } => self.list_runs(Some(site), limit.min(API_ROWS_MAX)).await.and_then(as_json),
-            AskHub::Publish { artifact, digest, to, run } => self.take_offer(site, artifact, digest, to.as_ref(), run.as_ref()).await,
+            AskHub::Publish { artifact, digest, to, run, omitted } => {
+                self.take_offer(site, artifact, digest, to.as_ref(), run.as_ref(), &omitted).await
+            }
         };
         send.set_priority(wire::PRIORITY_QUESTION);
         wire::send(&mut send, &answer).await?;
@@ -304,6 +308,7 @@ impl Hub {
         digest: Digest,
         to: Option<&SiteSelector>,
         run: Option<&RunName>,
+        omitted: &Omitted,
     ) -> Result<serde_json::Value, Fault> {
         let inner = &self.inner;
         // What can be refused is refused before the artifact exists.
@@ -336,13 +341,14 @@ impl Hub {
             return Err(Fault::conflict(format!("the name {artifact} is taken")).with_next("publish this under another name or version"));
         }
         let added = added?;
+        inner.catalogue.set_omitted(&artifact, omitted).await?;
         let transfers = match to {
             Some(to) => self.deliver_to(Some(site), std::slice::from_ref(&artifact), to).await?.transfers,
             None => Vec::new(),
         };
         tracing::info!(%artifact, %digest, %site, bytes = root.totals.bytes, "published at a site");
         let (artifact, digest, bytes) = (artifact.to_string(), digest.hex(), root.totals.bytes);
-        let published = Published { artifact, digest, transfers, bytes, stored: 0, unchanged: !added, note: None };
+        let published = Published { artifact, digest, transfers, bytes, stored: 0, unchanged: !added, note: None, omitted: omitted.list() };
         serde_json::to_value(published).map_err(|e| Fault::internal(e.to_string()))
     }
 

@@ -25,6 +25,7 @@ use crate::limits::{COMMIT_BYTES, COMMIT_EVERY, FETCH_BATCH_BYTES, FETCH_BATCH_C
 use crate::line::{Link, PRIORITY_BULK, RecvHalf, SendHalf};
 use crate::manifest::{ChunkRef, Digest, Root, Step, Walk};
 use crate::names::{ArtifactRef, SiteName, SiteSelector};
+use crate::omitted::Omitted;
 use crate::seen::Seen;
 use crate::store::Store;
 use crate::wire::{self, AskHub, FETCH, QUESTION, Wanted};
@@ -94,7 +95,7 @@ impl Hub {
                 Err(Fault::not_allowed(format!("the hub does not know the publisher {name} (any more)"))
                     .with_next("at the hub: packhorse token create --publisher NAME; then publish again with --join-token TOKEN"))
             }
-            AskHub::Upload { artifact, digest, to } => {
+            AskHub::Upload { artifact, digest, to, omitted } => {
                 let key = (name.clone(), artifact.clone());
                 let before = self.inner.uploads.lock().insert(key.clone(), link.clone());
                 if let Some(before) = before.filter(|before| before != link) {
@@ -102,7 +103,7 @@ impl Hub {
                     before.close("the publisher began anew");
                 }
                 let answer = tokio::select! {
-                    answer = self.take_upload(name, link, artifact, digest, to.as_ref()) => answer.map_err(of_the_hub),
+                    answer = self.take_upload(name, link, artifact, digest, to.as_ref(), &omitted) => answer.map_err(of_the_hub),
                     _ = link.closed() => Err(Fault::unreachable("the publisher's line ended")),
                     () = self.inner.stop.cancelled() => Err(Fault::unreachable("the hub stops")),
                 };
@@ -137,6 +138,7 @@ impl Hub {
         artifact: ArtifactRef,
         digest: Digest,
         to: Option<&SiteSelector>,
+        omitted: &Omitted,
     ) -> Result<serde_json::Value, Fault> {
         let inner = &self.inner;
         // Whatever can be refused is refused before a byte is moved.
@@ -161,6 +163,7 @@ impl Hub {
         let store = inner.store.clone();
         blocking(move || store.flush_since(losses)).await?;
         let added = self.register(None, &artifact, &root).await?;
+        inner.catalogue.set_omitted(&artifact, omitted).await?;
         let transfers = match to {
             Some(to) => self.deliver_to(Some(publisher), std::slice::from_ref(&artifact), to).await?.transfers,
             None => Vec::new(),
@@ -168,7 +171,7 @@ impl Hub {
         let bytes = root.totals.bytes;
         tracing::info!(%artifact, %digest, %publisher, bytes, stored, "published from another machine");
         let (artifact, digest) = (artifact.to_string(), digest.hex());
-        let published = Published { artifact, digest, transfers, bytes, stored, unchanged: !added, note: None };
+        let published = Published { artifact, digest, transfers, bytes, stored, unchanged: !added, note: None, omitted: omitted.list() };
         serde_json::to_value(published).map_err(|e| Fault::internal(e.to_string()))
     }
 

@@ -13,6 +13,7 @@ use crate::frame::Verified;
 use crate::ingest::{self, Ingested, Keeper, Progress};
 use crate::manifest::{Digest, EntryBody, FileInfo, KindInfo, Root, Step, Walk};
 use crate::names::{Kind, RelPath};
+use crate::omitted::Omitted;
 use crate::sink::Place;
 use crate::source::image::layout_files;
 use crate::source::{Content, Source, SourceBody, SourceEntry};
@@ -113,6 +114,10 @@ impl Source for Keep<'_> {
 
     fn info(&self) -> KindInfo {
         self.source.info()
+    }
+
+    fn omitted(&self) -> Omitted {
+        self.source.omitted()
     }
 }
 

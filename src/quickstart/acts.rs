@@ -359,7 +359,7 @@ fn site_config(site: &Home, api: std::net::SocketAddr, line: &str) -> Result<Str
     Ok(format!(
         "role = \"site\"\nname = \"{name}\"\ndata_dir = {state}\n[listen]\napi = \"{api}\"\n[hub]\naddress = \"{line}\"\n\
          [sink.files]\nroot = {nas}\n[sink.labels]\nurl = {labels}\n[sink.images]\nurl = {images}\n\
-         [train]\ncommand = [{trainer}, \"sample-trainer\"]\n"
+         [train]\ncommand = [{trainer}, \"sample-trainer\"]\nallow = [\"all\"]\n"
     ))
 }
 

@@ -28,6 +28,8 @@ const TOKEN_LIFE_DEFAULT: Duration = Duration::from_secs(60);
 pub struct Credentials {
     username: String,
     secret: Secret,
+    /// Hosts that the password is sent to besides the registry's own.
+    realm_hosts: Vec<String>,
 }
 
 #[derive(Clone)]
@@ -45,14 +47,14 @@ impl fmt::Debug for Credentials {
 impl Credentials {
     /// From a password at hand.
     pub fn new(username: impl Into<String>, password: impl Into<String>) -> Self {
-        Self { username: username.into(), secret: Secret::Text(password.into()) }
+        Self { username: username.into(), secret: Secret::Text(password.into()), realm_hosts: Vec::new() }
     }
 
     /// From a file, which is read when it is needed: a secret that is replaced there is used from then on. It must be
     /// readable now.
     pub fn from_file(username: impl Into<String>, path: PathBuf) -> Result<Self, Fault> {
         std::fs::File::open(&path).map_err(|e| Fault::config(format!("read the registry's password file {}: {e}", path.display())))?;
-        Ok(Self { username: username.into(), secret: Secret::File(path) })
+        Ok(Self { username: username.into(), secret: Secret::File(path), realm_hosts: Vec::new() })
     }
 
     /// From the two keys of the configuration.
@@ -62,6 +64,37 @@ impl Credentials {
             (None, None) => Ok(None),
             _ => Err(Fault::config("of a registry's username and password_file only one is set").with_next("set both, or neither")),
         }
+    }
+
+    /// Sends the password also to these hosts (`HOST` for every port of it, or `HOST:PORT`) where the registry names one of them as
+    /// its token service.
+    #[must_use]
+    pub fn with_realm_hosts(self, hosts: &[String]) -> Self {
+        Self { realm_hosts: hosts.iter().map(|host| host.to_ascii_lowercase()).collect(), ..self }
+    }
+
+    /// Refuses to send the password anywhere but to the registry itself or to a listed host, and never without TLS where the
+    /// registry has it.
+    fn may_go_to(&self, url: &reqwest::Url, origin: &Origin) -> Result<(), Fault> {
+        if origin.https && url.scheme() != "https" {
+            return Err(Fault::not_allowed("the registry asks for the password over plain http at its token service")
+                .with_next("correct the registry's external address (Harbor: external_url), so that its token service is at https"));
+        }
+        let host = url.host_str().unwrap_or_default().to_ascii_lowercase();
+        let with_port = format!("{host}:{}", url.port_or_known_default().unwrap_or_default());
+        let is_own = origin
+            .base()
+            .parse::<reqwest::Url>()
+            .is_ok_and(|own| (own.host_str(), own.port_or_known_default()) == (url.host_str(), url.port_or_known_default()));
+        // Docker Hub's token service has a host of its own, for everybody.
+        let is_hub =
+            matches!(origin.authority.as_str(), "registry-1.docker.io" | "index.docker.io" | "docker.io") && host == "auth.docker.io";
+        if is_own || is_hub || self.realm_hosts.iter().any(|listed| *listed == host || *listed == with_port) {
+            return Ok(());
+        }
+        Err(Fault::not_allowed(format!("the registry {origin} wants its password sent to another host, {with_port}")).with_next(format!(
+            "if that is the registry's token service, add \"{with_port}\" to realm_hosts where its password_file is configured: [sink.images] or [registry.\"{origin}\"]"
+        )))
     }
 
     async fn basic(&self) -> Result<HeaderValue, Fault> {
@@ -325,10 +358,8 @@ impl Auth {
 
     async fn fetch(&self, http: &reqwest::Client, origin: &Origin, realm: &str, service: &str, scope: &Scope) -> Result<Token, Error> {
         let url = realm.parse::<reqwest::Url>().map_err(|_| Fault::config("the registry names a token service that is no address"))?;
-        if origin.https && url.scheme() != "https" && self.credentials.is_some() {
-            return Err(Fault::not_allowed("the registry asks for the password over plain http at its token service")
-                .with_next("mend the registry's external address (Harbor: external_url), so that its token service is at https")
-                .into());
+        if let Some(credentials) = &self.credentials {
+            credentials.may_go_to(&url, origin)?;
         }
         let mut query: Vec<(&str, String)> = scope.words().into_iter().map(|word| ("scope", word)).collect();
         if !service.is_empty() {
@@ -401,6 +432,39 @@ mod tests {
         assert!(!grants(&access("[]"), &scope) && !grants(&access("null"), &scope));
         assert!(!grants(&token(r#"{"access":[]}"#), &scope));
         assert!(grants("opaque", &scope) && grants(&token("{}"), &scope));
+    }
+
+    #[test]
+    fn the_password_goes_to_the_registry_and_to_listed_hosts_only() {
+        let credentials = Credentials::new("u", "p").with_realm_hosts(&["Tokens.example.com".into(), "other:8443".into()]);
+        let may = |registry: &str, realm: &str| {
+            let (origin, _) = Origin::split(registry).unwrap();
+            credentials.may_go_to(&realm.parse().unwrap(), &origin).map_err(|fault| fault.code)
+        };
+        for (registry, realm) in [
+            ("https://h", "https://h/service/token"),
+            ("https://h:443", "https://H/token"),
+            ("http://h:5000", "http://h:5000/token"),
+            ("https://h", "https://tokens.example.com/a"),
+            ("https://h", "https://tokens.example.com:5001/a"),
+            ("https://h", "https://other:8443/a"),
+            ("https://registry-1.docker.io", "https://auth.docker.io/token"),
+        ] {
+            assert_eq!(may(registry, realm), Ok(()), "{registry} {realm}");
+        }
+        for (registry, realm) in [
+            ("https://h", "http://h/token"),
+            ("https://h", "https://evil/token"),
+            ("https://h", "https://h.evil/token"),
+            ("https://h", "https://h:444/token"),
+            ("http://127.0.0.1:5000", "http://127.0.0.1:5001/token"),
+            ("https://h", "https://other/a"),
+            ("https://h", "http://tokens.example.com/a"),
+            ("https://h", "https://auth.docker.io/token"),
+            ("https://h", "https://h@evil/token"),
+        ] {
+            assert_eq!(may(registry, realm), Err(crate::fault::Code::NotAllowed), "{registry} {realm}");
+        }
     }
 
     #[test]

@@ -80,6 +80,7 @@ impl Registry {
                 .connect_timeout(limits::REGISTRY_CONNECT_MAX)
                 .pool_idle_timeout(Duration::from_secs(30))
                 .pool_max_idle_per_host(2 * limits::REGISTRY_BLOBS_IN_FLIGHT_MAX)
+                .redirect(redirects())
                 .referer(false);
             if origin.is_loopback() { builder.no_proxy() } else { builder }
         };
@@ -131,6 +132,10 @@ impl Registry {
         if self.origin.https && url.scheme() == "http" && url.host_str() == base.host_str() {
             let _ = url.set_scheme("https");
         }
+        if self.origin.https && url.scheme() != "https" {
+            return Err(Fault::not_allowed("the registry, which has TLS, sends on to an address without TLS")
+                .with_next("correct the registry's external address (Harbor: external_url) or that of its storage"));
+        }
         Ok(url)
     }
 
@@ -152,7 +157,8 @@ impl Registry {
             self.ask_challenge().await?;
         }
         // Uploads may be sent to another host (a storage service), which has no business with our secrets.
-        let ours = url.authority() == self.url("")?.authority();
+        let base = self.url("")?;
+        let ours = url.scheme() == base.scheme() && url.authority() == base.authority();
         let mut fresh = false;
         loop {
             let mut request = fill(self.http.request(method.clone(), url.clone()));
@@ -188,6 +194,20 @@ impl Registry {
         };
         Wait::Quick.answer(request).await
     }
+}
+
+/// Redirects are followed, but never from TLS to plain HTTP. To another host or port the client sends no Authorization.
+fn redirects() -> reqwest::redirect::Policy {
+    reqwest::redirect::Policy::custom(|attempt| {
+        let had_tls = attempt.previous().iter().any(|url| url.scheme() == "https");
+        if had_tls && attempt.url().scheme() != "https" {
+            return attempt.error("the registry redirects from https to http");
+        }
+        if attempt.previous().len() > limits::REGISTRY_REDIRECTS_MAX {
+            return attempt.error("the registry redirects without end");
+        }
+        attempt.follow()
+    })
 }
 
 impl Wait {

@@ -80,6 +80,8 @@ pub struct Run {
 pub enum Trainer {
     /// Nobody: there is no `[train]`.
     None,
+    /// Not for the site that started this run: `[train] allow` does not name it.
+    Refused,
     /// A command.
     Command,
     /// A platform that is called.
@@ -376,6 +378,7 @@ fn looked(run: &mut Run, seen: &Seen, now_ms: i64) -> Vec<Effect> {
     }
     match run.phase {
         Phase::Waiting if seen.trainer == Trainer::None => run.fail("this site trains for nobody: its configuration has no [train]"),
+        Phase::Waiting if seen.trainer == Trainer::Refused => refuse(run),
         Phase::Waiting => {
             run.by_platform = seen.trainer == Trainer::Platform;
             match (&seen.missing, &seen.kept) {
@@ -393,8 +396,10 @@ fn looked(run: &mut Run, seen: &Seen, now_ms: i64) -> Vec<Effect> {
             if run.want == Want::Publish {
                 return publish(run);
             }
-            if !run.called {
-                return vec![Effect::Start];
+            match run.called {
+                true => {}
+                false if seen.trainer == Trainer::Refused => refuse(run),
+                false => return vec![Effect::Start],
             }
         }
         Phase::Training => match &seen.process {
@@ -404,6 +409,7 @@ fn looked(run: &mut Run, seen: &Seen, now_ms: i64) -> Vec<Effect> {
                 Some(kept) => {
                     run.message = Some(format!("its trainer is gone, and is not started anew: {kept} is read in the run's folder"));
                 }
+                None if seen.trainer == Trainer::Refused => refuse(run),
                 None if run.starts >= TRAINER_STARTS_MAX => {
                     run.fail(format!("the trainer was started {} times and never said how it ended", run.starts));
                 }
@@ -432,6 +438,11 @@ fn start(run: &mut Run, now_ms: i64) -> Vec<Effect> {
     run.started_ms = Some(now_ms);
     run.message = None;
     vec![Effect::Start]
+}
+
+fn refuse(run: &mut Run) {
+    let from = &run.spec.from;
+    run.fail(format!("site {} does not train for {from}: [train] allow in its configuration does not name {from}", run.spec.on));
 }
 
 fn publish(run: &mut Run) -> Vec<Effect> {

@@ -7,16 +7,16 @@ use std::sync::atomic::Ordering;
 use async_trait::async_trait;
 
 use super::Site;
-use crate::api::Backend;
 use crate::api::types::Site as SiteView;
 use crate::api::types::*;
+use crate::api::{Backend, RunToken};
 use crate::catalogue::ArtifactRow;
 use crate::delivery;
 use crate::fault::{Code, Fault};
 use crate::fetch::blocking;
 use crate::jobs::JobProgress;
 use crate::limits::{ID_BYTES_MAX, ROOM_AWAITED_MAX};
-use crate::names::{ArtifactRef, DeliveryId, TransferId, WorkId, WorkIds};
+use crate::names::{ArtifactRef, DeliveryId, RunName, TransferId, WorkId, WorkIds};
 use crate::run;
 use crate::serve::wrong_role;
 use crate::sink::Incoming;
@@ -166,6 +166,10 @@ impl Backend for Site {
 
     async fn run(&self, name: &str) -> Result<Run, Fault> {
         self.ask_hub(&AskHub::ShowRun(run::known(name)?)).await
+    }
+
+    async fn run_token(&self, run: &RunName) -> Option<RunToken> {
+        self.token_of_run(run).await
     }
 
     async fn train(&self, request: RunRequest) -> Result<Run, Fault> {

@@ -118,7 +118,8 @@ impl Site {
         let (mut send, mut recv) = link.open(wire::PRIORITY_CONTROL).await?;
         send.write_all(&[CONTROL]).await?;
         let congestion = inner.config.line.congestion;
-        wire::send(&mut send, &FromSite::Hello { version: VERSION.into(), share: inner.config.share.allow.clone(), congestion }).await?;
+        let (share, train) = (inner.config.share.allow.clone(), inner.config.train.as_ref().map(|train| train.allow.clone()));
+        wire::send(&mut send, &FromSite::Hello { version: VERSION.into(), share, train, congestion }).await?;
         let (listed, mut asked) = tokio::sync::mpsc::channel::<Vec<TransferId>>(4);
         let read = async {
             loop {

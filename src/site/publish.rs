@@ -20,7 +20,7 @@ use crate::jobs::{JobProgress, until_room};
 use crate::manifest::{DatasetBinding, Digest, Root};
 use crate::names::ArtifactRef;
 use crate::origin::{Held, Holdings, InPlace};
-use crate::reading;
+use crate::reading::{self, Access};
 use crate::run;
 use crate::sink::Place;
 use crate::wire::AskHub;
@@ -60,7 +60,7 @@ impl Site {
         let dataset = dataset.map_err(|fault| if fault.code == Code::NotFound { fault.context("this site") } else { fault })?;
         let read = || self.read_in_place(&artifact, &request, dataset.clone(), &progress);
         let published = until_room(&inner.shared.store, &progress, patience, read).await?;
-        let root = published.ingested.root;
+        let (root, omitted) = (published.ingested.root, published.ingested.omitted);
 
         let _turn = inner.offering.lock().await;
         let added = inner.catalogue.add_artifact(&artifact, &root, None).await?;
@@ -74,6 +74,7 @@ impl Site {
             Place::Folder { path } => path.display().to_string(),
             Place::Registry { repository } => repository.clone(),
         };
+        inner.catalogue.set_omitted(&artifact, &omitted).await?;
         let offer = Offer { to, run, new };
         inner.catalogue.set_published(&artifact, &published.place, &location, since_ms, &offer).await?;
         // All of it was just read.
@@ -83,7 +84,8 @@ impl Site {
         match self.offer(&row).await {
             Ok(answer) => {
                 tracing::info!(%artifact, digest = %row.digest, bytes = answer.bytes, "published in place");
-                Ok(Published { unchanged: held, ..answer })
+                // An older hub does not say what was left out.
+                Ok(Published { unchanged: held, omitted: omitted.list(), ..answer })
             }
             Err(fault) if may_pass(&fault) => {
                 tracing::warn!(%artifact, error = %fault, "published in place; the hub is told as soon as it answers");
@@ -95,6 +97,7 @@ impl Site {
                     stored: 0,
                     unchanged: held,
                     note: Some(format!("it stands at this site; the hub is told as soon as it answers: {}", fault.message)),
+                    omitted: omitted.list(),
                 })
             }
             Err(fault) => {
@@ -117,10 +120,12 @@ impl Site {
         let (options, text, watched) = (request.options.clone(), request.source.clone(), progress.clone());
         let published = reading::with_scratch(&self.inner.config.data_dir, move |folder, runtime| {
             let dataset = dataset.map(|(binding, root)| reading::bind(binding, root, this.inner.shared.store.clone()));
-            let site = Some(&this.inner.sources);
-            let base = reading::base_of(kind, &text, site)?;
-            let mut source = reading::open(kind, &text, &options, dataset, site, folder, runtime)?;
-            ingest::reported(&watched, |counted| this.inner.origin.publish(kind, source.as_mut(), base.as_ref(), counted))
+            let access = Access::of_daemon(&this.inner.config, Some(this.inner.sources.clone()));
+            let mut source = reading::open(kind, &text, &options, dataset, &access, folder, runtime)?;
+            let base = reading::base_of(kind, &text, access.site.as_ref())?;
+            reading::read(source.as_mut(), &options, |source| {
+                ingest::reported(&watched, |counted| this.inner.origin.publish(kind, source, base.as_ref(), counted))
+            })
         });
         published.await.map_err(|fault| fault.of_publish().context(format!("publish {artifact}")))
     }
@@ -128,7 +133,7 @@ impl Site {
     /// Tells the hub of an artifact. Called with `offering` held.
     async fn offer(&self, row: &ArtifactRow) -> Result<Published, Fault> {
         let Offer { to, run, new: _ } = row.offer.clone().unwrap_or_default();
-        let question = AskHub::Publish { artifact: row.artifact.clone(), digest: row.digest, to, run };
+        let question = AskHub::Publish { artifact: row.artifact.clone(), digest: row.digest, to, run, omitted: row.omitted.clone() };
         let answer: Published = self.ask_hub(&question).await?;
         self.inner.catalogue.offered(&row.artifact).await?;
         Ok(answer)

@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 
 use super::Site;
 use super::watch::Found;
-use crate::api::ApiToken;
+use crate::api::RunToken;
 use crate::api::types::{PublishRequest, SourceOptions, State};
 use crate::clock;
 use crate::fault::{Code, Fault, Retry};
@@ -207,9 +207,12 @@ impl Site {
         Folder::new(run.spec.name.in_dir(&self.inner.config.data_dir.join("runs")))
     }
 
-    fn trainer(&self) -> Trainer {
+    /// Who trains here for the site that started the run.
+    fn trainer(&self, run: &Run) -> Trainer {
         match &self.inner.config.train {
             None => Trainer::None,
+            // Whatever the hub says: only this site's own configuration decides.
+            Some(train) if !train.allows(&run.spec.from) => Trainer::Refused,
             Some(train) if train.url.is_some() => Trainer::Platform,
             Some(_) => Trainer::Command,
         }
@@ -249,7 +252,7 @@ impl Site {
             _ => None,
         };
         let turn = training < at_once as usize;
-        Ok(Seen { missing, turn, trainer: self.trainer(), process, has_output, offering, kept, checked })
+        Ok(Seen { missing, turn, trainer: self.trainer(run), process, has_output, offering, kept, checked })
     }
 
     /// Whether an input is here as far as the catalogue knows. One that is being brought anew is not, until it has landed.
@@ -383,11 +386,13 @@ impl Site {
         let environment = BTreeMap::from([
             ("PACKHORSE_RUN".to_owned(), path),
             ("PACKHORSE_API".to_owned(), format!("http://{}", from_here(self.inner.config.listen.api))),
-            ("PACKHORSE_TOKEN_FILE".to_owned(), ApiToken::path(&self.inner.config.data_dir).display().to_string()),
+            // Never the admin token: this one publishes and finishes this run only, while it trains.
+            ("PACKHORSE_TOKEN_FILE".to_owned(), folder.token().display().to_string()),
         ]);
-        let deadline_ms = run.spec.deadline_ms;
+        let (deadline_ms, token) = (run.spec.deadline_ms, RunToken::new(run.spec.name.clone())?);
         blocking(move || {
             folder.prepare(&descriptor)?;
+            folder.keep_token(&token)?;
             folder.start(&command, environment, deadline_ms)
         })
         .await
@@ -461,6 +466,16 @@ impl Site {
             "inputs": inputs, "output": self.folder(run).output(), "expect": spec.expect,
             "model": spec.expect.reference(&spec.name)?,
         }))
+    }
+
+    /// The token of a run, while its trainer works here.
+    pub(super) async fn token_of_run(&self, name: &RunName) -> Option<RunToken> {
+        let run = self.inner.catalogue.run::<Run>(name.as_str()).await.ok()??;
+        if run.phase != Phase::Training || run.by_platform {
+            return None;
+        }
+        let folder = self.folder(&run);
+        blocking(move || Ok(folder.read_token())).await.ok()?.filter(|token| token.run() == name)
     }
 
     async fn publish_output(&self, run: &Run) -> Result<Model, Fault> {

@@ -23,6 +23,7 @@ use crate::fault::{Fault, IoContext};
 use crate::limits::{OFFENDERS_LISTED_MAX, WALK_NAMES_BYTES_MAX};
 use crate::manifest::KindInfo;
 use crate::names::RelPath;
+use crate::own::{self, Own};
 
 /// The least that one folder of a walk may hold in names, in bytes, however deep it lies.
 const FOLDER_NAMES_BYTES_MIN: usize = 64 << 10;
@@ -50,12 +51,18 @@ impl FilesSource {
     /// [`OFFENDERS_LISTED_MAX`] by name and the rest by count: `not_allowed` when all that is wrong is that they cannot
     /// be read, `integrity` otherwise.
     pub fn open(path: &Path) -> Result<Self, Fault> {
+        Self::open_for(path, Arc::default())
+    }
+
+    /// The same for a daemon, which publishes nothing that is its own: `not_allowed`, wherever in the tree it lies.
+    pub fn open_for(path: &Path, own: Arc<Own>) -> Result<Self, Fault> {
         // Resolved once: below it no component is a link, so what is opened later is what was checked.
         let root = fs::canonicalize(path).at(format_args!("open {}", path.display()))?;
+        own.check_path(&root)?;
         let meta = fs::metadata(&root).at(format_args!("open {}", path.display()))?;
         if meta.is_dir() {
-            refuse_offenders(&root)?;
-            return Ok(Self(Input::Folder(Walk::new(root)?)));
+            refuse_offenders(&root, &own)?;
+            return Ok(Self(Input::Folder(Walk::new(root, own)?)));
         }
         if let Some(what) = special(meta.file_type()) {
             return Err(Fault::integrity(format!("{} is {what}, not a file or a folder", path.display())));
@@ -106,6 +113,8 @@ fn next_entry(walk: &mut Walk) -> Result<Option<SourceEntry>, Fault> {
     if let Some(what) = special(meta.file_type()) {
         return Err(refuse(format!("it is {what}")));
     }
+    // Before anything of it is read.
+    walk.own.check(&meta).map_err(|_| own::refusal(&full))?;
     if meta.is_dir() {
         walk.enter(&found.rel).at(format_args!("read folder {}", full.display()))?;
         return Ok(Some(SourceEntry { path, mode: mode(&meta), body: SourceBody::Dir, stamp: None }));
@@ -118,9 +127,9 @@ fn next_entry(walk: &mut Walk) -> Result<Option<SourceEntry>, Fault> {
 }
 
 /// The first walk: by metadata alone, everything that cannot be published.
-fn refuse_offenders(root: &Path) -> Result<(), Fault> {
+fn refuse_offenders(root: &Path, own: &Arc<Own>) -> Result<(), Fault> {
     let mut offenders = Offenders::default();
-    let mut walk = Walk::new(root.to_path_buf())?;
+    let mut walk = Walk::new(root.to_path_buf(), own.clone())?;
     while let Some(found) = walk.step()? {
         let full = walk.full(&found.rel);
         if let Err(why) = rel_path(&found.rel) {
@@ -135,7 +144,7 @@ fn refuse_offenders(root: &Path) -> Result<(), Fault> {
             if let Err(error) = walk.enter(&found.rel) {
                 offenders.add_unreadable(&found.rel, &error);
             }
-        } else if let Err(error) = readable(&full) {
+        } else if let Err(error) = readable(&full).and_then(|()| walk.check_file(&full)) {
             offenders.add_unreadable(&found.rel, &error);
         }
     }
@@ -148,6 +157,8 @@ struct Offenders {
     listed: Vec<String>,
     total: u64,
     unreadable: u64,
+    /// Those that are the daemon's own.
+    own: u64,
 }
 
 impl Offenders {
@@ -159,6 +170,10 @@ impl Offenders {
     }
 
     fn add_unreadable(&mut self, rel: &[u8], error: &io::Error) {
+        if own::is_refusal(error) {
+            self.own += 1;
+            return self.add(rel, &error.to_string());
+        }
         self.unreadable += u64::from(error.kind() == io::ErrorKind::PermissionDenied);
         self.add(rel, &format!("it cannot be read: {error}"));
     }
@@ -172,7 +187,9 @@ impl Offenders {
         if more > 0 {
             message.push_str(&format!("; and {more} more"));
         }
-        Err(if self.unreadable == self.total {
+        Err(if self.own > 0 {
+            Fault::not_allowed(message).with_next(own::NEXT)
+        } else if self.unreadable == self.total {
             Fault::not_allowed(message).with_next("give the daemon's user the right to read them")
         } else {
             Fault::integrity(message).with_next("rename, mend or move these entries, then publish again")
@@ -281,6 +298,7 @@ struct Found {
 #[derive(Debug)]
 struct Walk {
     root: PathBuf,
+    own: Arc<Own>,
     levels: Vec<Level>,
     /// What the names held cost, in bytes.
     held: usize,
@@ -290,6 +308,7 @@ struct Walk {
 #[derive(Debug)]
 struct Level {
     rel: Vec<u8>,
+    device: u64,
     names: Names,
     /// How many of the names were given out.
     given: usize,
@@ -347,10 +366,18 @@ impl Names {
 }
 
 impl Walk {
-    fn new(root: PathBuf) -> Result<Self, Fault> {
-        let mut walk = Self { root, levels: Vec::new(), held: 0 };
+    fn new(root: PathBuf, own: Arc<Own>) -> Result<Self, Fault> {
+        let mut walk = Self { root, own, levels: Vec::new(), held: 0 };
         walk.enter(b"").at(format_args!("read folder {}", walk.root.display()))?;
         Ok(walk)
+    }
+
+    /// Refuses a file of the folder that is walked, if it is the daemon's own. Elsewhere than on its disks no file is looked at.
+    fn check_file(&self, full: &Path) -> io::Result<()> {
+        match self.levels.last() {
+            Some(level) if self.own.may_lie_on(level.device) => self.own.check(&fs::symlink_metadata(full)?),
+            _ => Ok(()),
+        }
     }
 
     fn full(&self, rel: &[u8]) -> PathBuf {
@@ -388,19 +415,20 @@ impl Walk {
 
     fn read(&mut self, rel: Vec<u8>, after: Option<&[u8]>) -> io::Result<()> {
         let budget = (WALK_NAMES_BYTES_MAX.saturating_sub(self.held) / 3 * 2).max(FOLDER_NAMES_BYTES_MIN);
-        let names = read_names(&self.full(&rel), after, budget)?;
+        let (names, device) = read_names(&self.full(&rel), after, budget, &self.own)?;
         self.held += names.cost();
-        self.levels.push(Level { rel, names, given: 0 });
+        self.levels.push(Level { rel, device, names, given: 0 });
         Ok(())
     }
 }
 
 /// The smallest names of a folder behind `after`, sorted, as many as `budget` bytes hold.
-fn read_names(folder: &Path, after: Option<&[u8]>, budget: usize) -> io::Result<Names> {
+fn read_names(folder: &Path, after: Option<&[u8]>, budget: usize, own: &Own) -> io::Result<(Names, u64)> {
     let mut names = Names::default();
     // Names from here on are for a later batch.
     let mut bound: Option<Vec<u8>> = None;
-    for entry in fs::read_dir(folder)? {
+    let (entries, _opened, device) = own.read_dir(folder)?;
+    for entry in entries {
         let entry = entry?;
         let name = entry.file_name();
         let name = name.as_bytes();
@@ -417,7 +445,7 @@ fn read_names(folder: &Path, after: Option<&[u8]>, budget: usize) -> io::Result<
         }
     }
     names.sort();
-    Ok(names)
+    Ok((names, device))
 }
 
 #[cfg(test)]
@@ -540,6 +568,32 @@ mod tests {
     }
 
     #[test]
+    fn what_is_the_daemons_own_is_refused_wherever_the_walk_meets_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let (state, above) = (dir.path().join("above/state"), dir.path().join("above"));
+        put(&state.join("identity/ca.pem"), b"key");
+        put(&state.join("api-token"), b"token");
+        put(&above.join("mine"), b"x");
+        let own = Arc::new(Own::of_state(&state));
+        let refused = |path: &Path| FilesSource::open_for(path, own.clone()).unwrap_err();
+        for path in [&above, &state, &state.join("identity"), &state.join("api-token")] {
+            let fault = refused(path);
+            assert_eq!(fault.code, Code::NotAllowed, "{}", path.display());
+            assert!(fault.message.contains("this daemon's own state"), "{fault}");
+        }
+        fs::create_dir(dir.path().join("other")).unwrap();
+        fs::hard_link(state.join("api-token"), dir.path().join("other/innocent")).unwrap();
+        assert!(refused(&dir.path().join("other")).message.contains("innocent: it is part of this daemon's own state"));
+        // It is looked for again by the second walk.
+        let mut source = FilesSource::open_for(&dir.path().join("other/.."), Arc::default()).unwrap();
+        let Input::Folder(walk) = &mut source.0 else { unreachable!("a folder") };
+        walk.own = own.clone();
+        let fault = std::iter::from_fn(|| source.next().transpose()).find_map(Result::err).unwrap();
+        assert_eq!(fault.code, Code::NotAllowed, "{fault}");
+        FilesSource::open_for(&above.join("mine"), own).unwrap();
+    }
+
+    #[test]
     fn a_folder_larger_than_the_budget_is_read_in_batches() {
         let dir = tempfile::tempdir().unwrap();
         for i in 0..500 {
@@ -547,7 +601,7 @@ mod tests {
         }
         let (mut got, mut after, mut batches) = (Vec::new(), None::<Vec<u8>>, 0);
         loop {
-            let names = read_names(dir.path(), after.as_deref(), 100 * (3 + NAME_OVERHEAD_BYTES)).unwrap();
+            let (names, _) = read_names(dir.path(), after.as_deref(), 100 * (3 + NAME_OVERHEAD_BYTES), &Own::none()).unwrap();
             assert!(names.list.len() <= 100);
             after = names.last().map(<[u8]>::to_vec);
             got.extend(names.list.iter().map(|n| String::from_utf8(names.get(n).to_vec()).unwrap()));

@@ -6,6 +6,7 @@
 
 pub mod files;
 pub mod image;
+mod inside;
 pub mod labels;
 mod stamp;
 
@@ -17,6 +18,7 @@ use bytes::Bytes;
 use crate::fault::Fault;
 use crate::manifest::KindInfo;
 use crate::names::RelPath;
+use crate::omitted::Omitted;
 
 pub use stamp::Stamp;
 
@@ -73,4 +75,9 @@ pub trait Source: Send {
 
     /// What the artifact's kind needs beside its entries. Asked after the last entry.
     fn info(&self) -> KindInfo;
+
+    /// What is left out of the artifact, as far as the source has been read: complete after the last entry.
+    fn omitted(&self) -> Omitted {
+        Omitted::default()
+    }
 }

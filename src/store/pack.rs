@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io::Write;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -16,6 +16,7 @@ use crate::chunk::Hash;
 use crate::durable;
 use crate::fault::{Fault, IoContext};
 use crate::frame::{Frame, HEADER_BYTES, Header};
+use crate::private;
 use crate::stage::{free_bytes, write_parts};
 
 use super::index::Location;
@@ -99,7 +100,7 @@ impl Packs {
         self.check_room(number, spare)?;
         let path = self.path(number);
         let what = || format!("make the pack {}", path.display());
-        let mut file = File::options().write(true).create_new(true).open(&path).at(what())?;
+        let mut file = File::options().write(true).create_new(true).mode(private::FILE_MODE).open(&path).at(what())?;
         if let Err(error) = file.write_all(MAGIC) {
             let _ = std::fs::remove_file(&path);
             return Err(Fault::io(what(), &error));

@@ -42,7 +42,7 @@ fn all_five_kinds_are_borrowed_by_way_of_the_hub_and_given_back() {
     let (script, folder) = (scratch.join("trainer.py"), scratch.folder("trainer"));
     data::write(&script, TRAINER.as_bytes());
     let words = ["/usr/bin/env", "python3", script.to_str().unwrap(), "hold", folder.to_str().unwrap()];
-    let more = format!("[train]\ncommand = {words:?}\n");
+    let more = format!("[train]\ncommand = {words:?}\nallow = [\"a\"]\n");
     let (labels_sink, images_sink) = (postgres_b.sink(&scratch_b, "labels"), registry_b.sink(&scratch));
     let b = Site::start_new(
         scratch.path(),
@@ -60,12 +60,10 @@ fn all_five_kinds_are_borrowed_by_way_of_the_hub_and_given_back() {
     let fixture = images::small();
     registry_a.push(&format!("oci:{}:v1", fixture.join("layout").display()), "operators/judge:v1");
     let reference = format!("registry://{}/operators/judge:v1", registry_a.host());
-    let password = scratch.join("ra-password");
     a.publish(&images_root, KINDS[0], &[]);
     a.json(&["publish", MARKS, "--as", KINDS[1], "--for", KINDS[0]]);
     a.publish(&project, KINDS[2], &[]);
-    let user = crate::support::registry::USER;
-    a.json(&["publish", &reference, "--as", KINDS[3], "--username", user, "--password-file", password.to_str().unwrap()]);
+    a.json(&["publish", &reference, "--as", KINDS[3]]);
     a.publish(&base, KINDS[4], &[]);
 
     // The hub has nothing of these rows but what it fetches from a. A third site gets them alone, so that it can be told.

@@ -115,19 +115,21 @@ fn a_platform_without_blobs_is_left_out_and_named() {
 #[test]
 fn an_image_comes_out_of_a_registry() {
     let _limit = limit(secs(180));
-    let world = World::start();
+    let mut world = World::start();
     let source = Registry::basic(&world.scratch, "source");
     source.push(&format!("oci:{}:v1", fixture("two")), "team/app:v1");
     let password = world.scratch.join("source-password");
     std::fs::write(&password, PASSWORD).unwrap();
     let url = format!("registry://{}/team/app:v1", source.host());
-    let info = world.carry(&url, "pulled", &["--username", USER, "--password-file", password.to_str().unwrap()]);
+    let registry = format!("[registry.\"{}\"]\nusername = \"{USER}\"\npassword_file = \"{}\"\n[listen]", source.host(), password.display());
+    world.hub.stop();
+    world.hub.edit_config("[listen]", &registry);
+    world.hub.start();
+    let info = world.carry(&url, "pulled", &[]);
     assert_eq!(info["digest"], images::top(&images::small().join("two"))["digest"]);
 
     let missing = format!("registry://{}/team/none:v1", source.host());
-    let credentials = ["--username", USER, "--password-file", password.to_str().unwrap()];
     let mut args = vec!["publish", missing.as_str(), "--as", "image/none:v1"];
-    args.extend(credentials);
     world.hub.cli(&args).expect(5).says(&["team/none"]);
     std::fs::write(&password, "wrong").unwrap();
     args[1] = &url;

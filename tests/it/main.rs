@@ -25,6 +25,7 @@ mod quickstart;
 mod relay;
 mod remote_publish;
 mod resume;
+mod safe_defaults;
 mod sharing;
 mod site_sources;
 mod support;

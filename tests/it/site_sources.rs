@@ -88,7 +88,11 @@ fn images_of_a_registry_and_of_archives() {
     let scratch = Scratch::new();
     let (own, other) = (Registry::bearer(&scratch, "own"), Registry::basic(&scratch, "other"));
     let hub = Hub::start_new(scratch.path());
-    let spec = SiteSpec { images_sink: Some(own.sink(&scratch)), ..SiteSpec::default() };
+    let file = scratch.join("other-password");
+    data::write(&file, crate::support::registry::PASSWORD.as_bytes());
+    let user = crate::support::registry::USER;
+    let more = format!("[registry.\"{}\"]\nusername = \"{user}\"\npassword_file = \"{}\"\n", other.host(), file.display());
+    let spec = SiteSpec { images_sink: Some(own.sink(&scratch)), more: &more, ..SiteSpec::default() };
     let site = Site::start_new(scratch.path(), &hub, "chengdu", &spec);
     let layout = images::small().join("layout");
     let original = images::top(&layout)["digest"].clone();
@@ -107,11 +111,11 @@ fn images_of_a_registry_and_of_archives() {
     assert_eq!(scratch_left, Vec::<PathBuf>::new());
 
     // Another registry, and archives, are kept: the same image is the same artifact.
-    let file = scratch.join("other-password");
-    data::write(&file, crate::support::registry::PASSWORD.as_bytes());
     let elsewhere = format!("registry://{}/tools/adc:v7", other.host());
-    let args = ["publish", &elsewhere, "--as", "image/adc:v2", "--username", crate::support::registry::USER, "--password-file"];
-    let args: Vec<&str> = args.into_iter().chain([file.to_str().unwrap()]).collect();
+    let args = ["publish", &elsewhere, "--as", "image/adc:v2"];
+    // The daemon sends no file to a registry because a client names it.
+    let named: Vec<&str> = args.into_iter().chain(["--username", user, "--password-file", file.to_str().unwrap()]).collect();
+    site.cli(&named).expect(2).says(&["[registry.", other.host().as_str(), "configuration"]);
     let answer = site.json(&args);
     assert_eq!(answer["digest"], *digest);
     assert!(disk_usage(&kept(&site, &digest)) > 4096, "what lies in another registry is kept here");

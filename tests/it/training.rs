@@ -64,7 +64,12 @@ if mode == "self":
     os.mkdir(out)
 json.dump({"bias": bias, "weights": weights, "samples": len(samples)}, open(os.path.join(out, "model.json"), "w"))
 if mode == "self":
-    # To the daemon that the environment names: that of the site that trains.
+    # To the daemon that the environment names: that of the site that trains. Its token is good for this run and nothing else.
+    token = open(os.environ["PACKHORSE_TOKEN_FILE"]).read()
+    assert token.startswith("run." + run["run"] + ".") and "PACKHORSE_CONFIG" not in os.environ
+    assert "SOME_API_KEY" not in os.environ, "a secret of the daemon's environment"
+    assert subprocess.run([sys.argv[3], "status"]).returncode == 4
+    assert subprocess.run([sys.argv[3], "publish", out, "--as", "dataset/stolen:1"]).returncode == 4
     subprocess.run([sys.argv[3], "publish", out, "--as", run["model"], "--run", run["run"]], check=True)
 "#;
 
@@ -128,7 +133,7 @@ impl World {
         let script = scratch.join("trainer.py");
         write(&script, TRAINER.as_bytes());
         let words = ["/usr/bin/env", "python3", script.to_str().unwrap(), mode, folder.to_str().unwrap(), PACKHORSE];
-        format!("[train]\ncommand = {words:?}\n")
+        format!("[train]\ncommand = {words:?}\nallow = [\"a\"]\n")
     }
 
     /// A hub with two sites; b has this `[train]`.
@@ -393,6 +398,23 @@ fn what_cannot_run_is_refused_or_fails_before_anything_moves() {
 }
 
 #[test]
+fn a_site_trains_for_no_site_that_its_own_configuration_does_not_name() {
+    let _limit = limit(secs(60));
+    let world = World::with(|scratch, folder| World::command(scratch, folder, "learn").replace("allow = [\"a\"]", "allow = [\"other\"]"));
+    let (root, _) = dataset(&world.scratch, "panels", 2);
+    world.hub.publish(&root, "dataset/panels:v1", &[]);
+    wait_for("the hub knows whom b trains for", secs(20), || {
+        let sites = world.hub.json(&["sites"]);
+        sites.as_array().unwrap().iter().any(|site| site["name"] == "b" && !site["version"].is_null()).then_some(())
+    });
+    let args = ["train", "start", "--name", "r", "--from", "a", "--on", "b", "--input", "dataset/panels:v1", "--expect", "model/m"];
+    world.hub.cli(&args).expect(4).says(&["[train] allow", "add a to"]);
+    world.a.cli(&args).expect(4).says(&["[train] allow"]);
+    assert_eq!(world.hub.json(&["status"]), serde_json::json!([]), "nothing was delivered");
+    assert!(!world.folder.join("pid").exists());
+}
+
+#[test]
 fn what_the_site_that_trains_has_lost_is_there_again_before_its_trainer_begins() {
     let _limit = limit(secs(120));
     let world = World::start("learn");
@@ -556,7 +578,7 @@ fn a_platform_is_called_until_it_takes_the_run_and_says_when_it_is_ready() {
         axum::Router::new().route("/runs", axum::routing::post(take))
     });
     let url = format!("http://{}/runs", platform.address);
-    let world = World::with(|_, _| format!("[train]\nurl = \"{url}\"\n"));
+    let world = World::with(|_, _| format!("[train]\nurl = \"{url}\"\nallow = [\"a\"]\n"));
     world.publish_at_hub();
     world.begin(&[]);
     let descriptor = wait_for("the platform takes the run", secs(60), || calls.lock().unwrap().get(2).cloned());
@@ -597,7 +619,7 @@ fn a_platform_leaves_its_model_in_the_output_folder_or_says_why_there_is_none() 
         axum::Router::new().route("/runs", axum::routing::post(take))
     });
     let url = format!("http://{}/runs", platform.address);
-    let world = World::with(|_, _| format!("[train]\nurl = \"{url}\"\n"));
+    let world = World::with(|_, _| format!("[train]\nurl = \"{url}\"\nallow = [\"a\"]\n"));
     world.publish_at_hub();
     let calls_for = |name: &str| -> Vec<Value> { calls.lock().unwrap().iter().filter(|call| call["run"] == name).cloned().collect() };
     let begin = |name: &str| {
@@ -636,7 +658,7 @@ fn a_platform_leaves_its_model_in_the_output_folder_or_says_why_there_is_none() 
 #[test]
 fn a_platform_that_does_not_answer_is_told_of() {
     let _limit = limit(secs(120));
-    let world = World::with(|_, _| format!("[train]\nurl = \"http://127.0.0.1:{}/runs\"\n", free_port()));
+    let world = World::with(|_, _| format!("[train]\nurl = \"http://127.0.0.1:{}/runs\"\nallow = [\"a\"]\n", free_port()));
     world.publish_at_hub();
     world.begin(&[]);
     let run = world.wait_run("called in vain", says("does not answer"));

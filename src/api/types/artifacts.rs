@@ -7,6 +7,7 @@ use utoipa::{IntoParams, ToSchema};
 
 use super::{ModelLineage, Transfer};
 use crate::names::{ArtifactRef, SiteName};
+use crate::omitted::Omission;
 
 /// One artifact, as `artifacts` and `show` list it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
@@ -40,6 +41,9 @@ pub struct Artifact {
     /// Whether it was published at this site: what lacks of it nobody else brings.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub published_here: bool,
+    /// What its publish left out, by category. Sites that an artifact is delivered to do not know it.
+    #[serde(default)]
+    pub omitted: Vec<Omission>,
 }
 
 /// One artifact with where it went.
@@ -98,9 +102,12 @@ pub struct SourceOptions {
     pub allow_missing: bool,
     /// Labels from CSV or JSON Lines: which column holds what (`sample_path=image,class=defect`).
     pub columns: BTreeMap<String, String>,
-    /// Registry: a user name.
+    /// Refuse an input from which something would be left out.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub strict: bool,
+    /// Refused by a daemon: it takes a registry's user from its configuration, `[registry."HOST"]`.
     pub username: Option<String>,
-    /// Registry: a file that holds the password, as the daemon sees it.
+    /// Refused by a daemon: it takes a registry's password file from its configuration.
     pub password_file: Option<String>,
 }
 
@@ -122,6 +129,9 @@ pub struct Published {
     /// What there is to know beside that: at a site, that the hub has still to hear of it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub note: Option<String>,
+    /// What is left out of the artifact, by category.
+    #[serde(default)]
+    pub omitted: Vec<Omission>,
 }
 
 /// Ask to verify.

@@ -136,7 +136,7 @@ async fn a_publisher_may_do_nothing_else() {
     for question in [
         AskHub::Deliver { artifacts: vec!["model/a:v1".parse().unwrap()], to: "all".parse().unwrap() },
         AskHub::Act { id: "t-1".parse().unwrap(), action: Action::Cancel },
-        AskHub::Publish { artifact: artifact.clone(), digest, to: None, run: None },
+        AskHub::Publish { artifact: artifact.clone(), digest, to: None, run: None, omitted: Default::default() },
     ] {
         let fault = wire::ask::<_, serde_json::Value>(&link, &question).await.unwrap_err();
         assert_eq!(fault.code, Code::NotAllowed, "{question:?}: {fault}");
@@ -144,7 +144,7 @@ async fn a_publisher_may_do_nothing_else() {
     // A control stream gets no answer.
     let (mut send, mut recv) = link.open(wire::PRIORITY_CONTROL).await.unwrap();
     send.write_all(&[CONTROL]).await.unwrap();
-    let _ = wire::send(&mut send, &FromSite::Hello { version: "0".into(), share: None, congestion: Default::default() }).await;
+    let _ = wire::send(&mut send, &FromSite::Hello { version: "0".into(), share: None, train: None, congestion: Default::default() }).await;
     assert!(wire::receive::<FromHub>(&mut recv).await.is_err());
     assert!(bench.hub.sites().await.unwrap().is_empty());
     // It can renew, and stays a publisher.
@@ -161,7 +161,7 @@ async fn a_site_uploads_nothing_and_a_lie_is_refused() {
     let site = bench.join(&bench.token(Some("west"), None).await, &Claim::Site("west".parse().unwrap())).await;
     let link = bench.dial(&site).await;
     let artifact: crate::names::ArtifactRef = "model/a:v1".parse().unwrap();
-    let upload = AskHub::Upload { artifact, digest: crate::chunk::Hash::of(b"x"), to: None };
+    let upload = AskHub::Upload { artifact, digest: crate::chunk::Hash::of(b"x"), to: None, omitted: Default::default() };
     let fault = wire::ask::<_, serde_json::Value>(&link, &upload).await.unwrap_err();
     assert_eq!(fault.code, Code::NotAllowed, "{fault}");
 
@@ -193,7 +193,9 @@ async fn a_site_is_told_the_manifest_of_what_is_new_to_it_once() {
     let open = async |link: &Link| {
         let (mut send, mut recv) = link.open(wire::PRIORITY_CONTROL).await.unwrap();
         send.write_all(&[CONTROL]).await.unwrap();
-        wire::send(&mut send, &FromSite::Hello { version: "t".into(), share: None, congestion: Default::default() }).await.unwrap();
+        wire::send(&mut send, &FromSite::Hello { version: "t".into(), share: None, train: None, congestion: Default::default() })
+            .await
+            .unwrap();
         let FromHub::Desired { manifests, .. } = wire::receive(&mut recv).await.unwrap();
         assert!(manifests.is_empty());
         (send, recv)
@@ -314,7 +316,7 @@ async fn the_hub_sends_as_a_site_says_of_its_line() {
     ] {
         // As the version of what it has last heard the hub shows that it was heard.
         let version = format!("{congestion:?}");
-        wire::send(&mut send, &FromSite::Hello { version: version.clone(), share: None, congestion }).await.unwrap();
+        wire::send(&mut send, &FromSite::Hello { version: version.clone(), share: None, train: None, congestion }).await.unwrap();
         let until = std::time::Instant::now() + std::time::Duration::from_secs(10);
         while bench.hub.sites().await.unwrap()[0].version.as_deref() != Some(version.as_str()) {
             assert!(std::time::Instant::now() < until, "the hub heard nothing of {version}");

@@ -212,7 +212,14 @@ impl RealRegistry {
 pub(crate) fn sink_config(url: &str, dir: &Path) -> config::ImagesSink {
     let file = dir.join("password");
     write(&file, format!("{PASSWORD}\n").as_bytes());
-    config::ImagesSink { url: url.into(), username: Some(USER.into()), password_file: Some(file), ca_file: None, create_project: false }
+    config::ImagesSink {
+        url: url.into(),
+        username: Some(USER.into()),
+        password_file: Some(file),
+        ca_file: None,
+        realm_hosts: Vec::new(),
+        create_project: false,
+    }
 }
 
 /// A token service as docker-registry wants it: ES256 with the certificate in the token.
@@ -241,6 +248,10 @@ impl TokenService {
         let app = Router::new().route("/token", get(token)).with_state(service.clone());
         tokio::spawn(async move { axum::serve(listener, app).await });
         service
+    }
+
+    pub(crate) fn address(&self) -> &str {
+        &self.address
     }
 
     fn realm(&self) -> String {

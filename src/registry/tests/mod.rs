@@ -59,6 +59,11 @@ async fn blobs_with_a_password() {
 async fn blobs_with_tokens_and_in_chunks() {
     let service = TokenService::start().await;
     let server = RealRegistry::start(&Access::Bearer(service.clone()));
+    // The token service listens at another port, which nobody has named yet: it gets no password.
+    let fault = Registry::new(origin(&server.address), credentials(), None).unwrap().ping().await.unwrap_err().fault("ping");
+    assert_eq!((fault.code, service.asked.load(Ordering::Relaxed)), (Code::NotAllowed, 0), "{fault}");
+    assert!(fault.next.contains("realm_hosts") && fault.next.contains(service.address()), "{fault:?}");
+    let credentials = || credentials().map(|c| c.with_realm_hosts(&[service.address().to_owned()]));
     let registry = Registry::new(origin(&server.address), credentials(), None).unwrap().with_chunk_bytes(1 << 20);
     round_trip(&registry, server.dir.path()).await;
     let asked = service.asked.load(Ordering::Relaxed);

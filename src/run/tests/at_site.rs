@@ -221,6 +221,23 @@ fn a_site_without_a_trainer_says_so_before_anything_moves() {
 }
 
 #[test]
+fn nothing_begins_for_a_site_that_may_not_train_here() {
+    let refused = |process| Event::Looked(Seen { trainer: Trainer::Refused, ..seen(process) });
+    let waiting = SiteRun::new(desired(Want::Train));
+    // A command that is gone would be started again, and a platform would be called again.
+    let (gone, _) = site(&waiting, Event::Looked(seen(Process::Absent)));
+    let (uncalled, _) = site(&waiting, Event::Looked(Seen { trainer: Trainer::Platform, ..seen(Process::Absent) }));
+    for run in [waiting, gone.clone(), uncalled] {
+        let (run, effects) = site(&run, refused(Process::Absent));
+        assert_eq!((run.phase, effects), (Phase::Failed, vec![]));
+        assert!(run.message.unwrap().contains("[train] allow"));
+    }
+    // What began while it was allowed goes on.
+    let (run, effects) = site(&gone, refused(Process::Running));
+    assert_eq!((run.phase, effects), (Phase::Training, vec![]));
+}
+
+#[test]
 fn a_platform_is_called_until_it_answers() {
     let platform = || Seen { trainer: Trainer::Platform, ..seen(Process::Absent) };
     let (run, effects) = site(&SiteRun::new(desired(Want::Train)), Event::Looked(platform()));

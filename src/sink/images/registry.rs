@@ -47,7 +47,8 @@ impl RegistrySink {
         if !prefix.is_empty() {
             check_repository(prefix).map_err(|why| Fault::config(format!("sink.images.url: {prefix:?}: {why}")))?;
         }
-        let credentials = Credentials::from_config(cfg.username.as_deref(), cfg.password_file.as_ref())?;
+        let credentials = Credentials::from_config(cfg.username.as_deref(), cfg.password_file.as_ref())?
+            .map(|credentials| credentials.with_realm_hosts(&cfg.realm_hosts));
         let registry = Registry::new(origin, credentials, cfg.ca_file.as_deref())?;
         durable::create_dir_all(&staging_root)?;
         Ok(Self { registry, prefix: prefix.into(), create_project: cfg.create_project, staging_root, seen: Mutex::default() })

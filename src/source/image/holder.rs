@@ -21,6 +21,7 @@ use super::refuse;
 use crate::fault::Fault;
 use crate::limits::{IMAGE_CHECKS_MAX, IMAGE_JSON_BYTES_MAX};
 use crate::names::RelPath;
+use crate::own::{self, Own};
 use crate::source::{Content, Stamp};
 
 /// `sha256:` and 64 lower-case hex digits: the name of a blob.
@@ -96,7 +97,7 @@ impl Piece {
 
 #[derive(Debug)]
 enum Place {
-    Folder,
+    Folder(Arc<Own>),
     Tar(TarIndex),
 }
 
@@ -109,8 +110,8 @@ pub(super) struct Holder {
 }
 
 impl Holder {
-    pub(super) fn folder(path: &Path) -> Self {
-        Self { shown: path.to_path_buf(), place: Place::Folder }
+    pub(super) fn folder(path: &Path, own: Arc<Own>) -> Self {
+        Self { shown: path.to_path_buf(), place: Place::Folder(own) }
     }
 
     /// The tar at `path`, which is `shown` or its decompressed copy.
@@ -138,10 +139,15 @@ impl Holder {
                 content: Content::Range { file: Arc::clone(&index.file), offset: extent.offset },
                 stamp: Some(index.stamp.clone()),
             })),
-            Place::Folder => {
-                let path = name.parse::<RelPath>().map_err(|why| self.refuse(name, why))?.in_dir(&self.shown);
+            Place::Folder(own) => {
+                let rel: RelPath = name.parse().map_err(|why| self.refuse(name, why))?;
+                let path = rel.in_dir(&self.shown);
+                if let Some(link) = first_linked_folder(&self.shown, &rel) {
+                    return Err(self.refuse(name, format!("{} is a link, and no link is followed", link.display())));
+                }
                 match fs::symlink_metadata(&path) {
                     Ok(meta) if meta.is_file() => {
+                        own.check(&meta).map_err(|_| own::refusal(&path))?;
                         let stamp = Some(Stamp::new(Arc::new(path.clone()), &meta));
                         Ok(Some(Piece { name: name.to_owned(), size: meta.len(), content: Content::File(path), stamp }))
                     }
@@ -157,7 +163,7 @@ impl Holder {
     pub(super) fn why_no_image(&self) -> String {
         let folder = match &self.place {
             Place::Tar(index) => index.only_folder(),
-            Place::Folder => None,
+            Place::Folder(_) => None,
         };
         match folder {
             Some(folder) => format!("it is missing: everything lies in the folder {folder:?}; make the archive from inside it"),
@@ -290,6 +296,17 @@ fn drain(mut reader: impl Read, mut each: impl FnMut(&[u8])) -> io::Result<()> {
             Err(e) => return Err(e),
         }
     }
+}
+
+/// The first folder on the way to a file below `root` that is a link: what it leads to may lie anywhere.
+fn first_linked_folder(root: &Path, rel: &RelPath) -> Option<PathBuf> {
+    let mut at = root.to_path_buf();
+    let mut components: Vec<&str> = rel.components().collect();
+    components.pop();
+    components.into_iter().find_map(|name| {
+        at.push(name);
+        fs::symlink_metadata(&at).is_ok_and(|meta| meta.is_symlink()).then(|| at.clone())
+    })
 }
 
 /// Names the distinct digests of these, in order.

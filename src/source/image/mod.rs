@@ -28,6 +28,7 @@ use std::fmt;
 use std::fs::{self, File};
 use std::io::Read;
 use std::path::Path;
+use std::sync::Arc;
 
 use bytes::Bytes;
 
@@ -38,6 +39,7 @@ use self::oci::{Chosen, Descriptor, Image, Trouble};
 use super::{Content, Source, SourceBody, SourceEntry, Stamp};
 use crate::fault::{Fault, IoContext};
 use crate::manifest::{ImageInfo, KindInfo};
+use crate::own::Own;
 
 const FOLDER_MODE: u32 = 0o755;
 const FILE_MODE: u32 = 0o644;
@@ -66,12 +68,17 @@ impl ImageSource {
     /// The image named `tag` of an archive or layout folder: a whole name, the part of it behind the colon, or the
     /// digest of its manifest. Without a tag there must be one image; `usage` lists the tags where there are several.
     pub fn open_tag(path: &Path, scratch: &Path, tag: Option<&str>) -> Result<Self, Fault> {
-        open(path, scratch, tag, Caps::default())
+        open(path, scratch, tag, Caps::default(), &Arc::default())
+    }
+
+    /// [`ImageSource::open_tag`] for a daemon, which publishes nothing that is its own.
+    pub fn open_for(path: &Path, scratch: &Path, tag: Option<&str>, own: &Arc<Own>) -> Result<Self, Fault> {
+        open(path, scratch, tag, Caps::default(), own)
     }
 
     /// The only image of a layout folder, such as a registry was read into.
     pub fn open_layout(folder: &Path) -> Result<Self, Fault> {
-        from_holder(&Holder::folder(folder), None, Caps::default())
+        from_holder(&Holder::folder(folder, Arc::default()), None, Caps::default())
     }
 
     /// What the artifact is known by: also what [`Source::info`] gives.
@@ -90,11 +97,12 @@ impl Source for ImageSource {
     }
 }
 
-fn open(path: &Path, scratch: &Path, tag: Option<&str>, caps: Caps) -> Result<ImageSource, Fault> {
+fn open(path: &Path, scratch: &Path, tag: Option<&str>, caps: Caps, own: &Arc<Own>) -> Result<ImageSource, Fault> {
     let path = &fs::canonicalize(path).at(format_args!("open image {}", path.display()))?;
+    own.check_path(path)?;
     let meta = fs::metadata(path).at(format_args!("open image {}", path.display()))?;
     if meta.is_dir() {
-        return from_holder(&Holder::folder(path), tag, caps);
+        return from_holder(&Holder::folder(path, own.clone()), tag, caps);
     }
     if !meta.is_file() {
         return Err(refuse(path, "the archive", "it is neither a file nor a folder"));

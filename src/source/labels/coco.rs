@@ -3,15 +3,15 @@
 //! The three lists may come in any order and be of any length, so images and annotations first go through a sort of
 //! their own by image id, which brings each annotation to its image, and only then on to the collector.
 
-use std::fs::File;
 use std::io::BufReader;
-use std::path::Path;
 
-use crate::fault::{Fault, IoContext};
+use crate::fault::Fault;
 use crate::limits::LABEL_SORT_BYTES;
 use crate::names::RelPath;
+use crate::omitted::Category;
 
 use super::collect::{Annotation, AnnotationRecord, ClassRef, Collector, Extent, Sample, decode, id_text};
+use super::folder::Input;
 use super::json::{self, Fields, JsonReader};
 use super::refuse::Why;
 use super::sort::Sorter;
@@ -27,9 +27,8 @@ struct ImageRecord<'a> {
     sample: Sample<'a>,
 }
 
-pub(super) fn read(path: &Path, collector: &mut Collector) -> Result<(), Fault> {
-    let file = File::open(path).at(format_args!("read {}", path.display()))?;
-    let mut json = JsonReader::new(BufReader::with_capacity(256 << 10, file), path.display().to_string());
+pub(super) fn read(input: &Input, collector: &mut Collector) -> Result<(), Fault> {
+    let mut json = JsonReader::new(BufReader::with_capacity(256 << 10, input.file()?), input.shown().display().to_string());
     let mut by_image = Sorter::new(&collector.scratch, LABEL_SORT_BYTES);
     let mut seen: Vec<String> = Vec::new();
     let mut record = Vec::new();
@@ -39,6 +38,9 @@ pub(super) fn read(path: &Path, collector: &mut Collector) -> Result<(), Fault> 
         let key = json.key()?;
         if !["images", "annotations", "categories"].contains(&key.as_str()) {
             json.capture(&mut record)?;
+            if !matches!(record.as_slice(), b"{}" | b"[]" | b"null" | b"\"\"") {
+                collector.omitted.add(Category::UnreadMembers, key);
+            }
             continue;
         }
         if seen.contains(&key) {

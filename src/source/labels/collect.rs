@@ -13,6 +13,7 @@ use crate::chunk::Hash;
 use crate::fault::Fault;
 use crate::limits::{LABEL_CLASSES_MAX, LABEL_SORT_BYTES};
 use crate::names::RelPath;
+use crate::omitted::Omitted;
 
 use super::json;
 use super::refuse::{Refusals, Why};
@@ -116,6 +117,8 @@ pub(super) struct PathRules {
 /// Takes all records of one label set.
 pub(super) struct Collector {
     pub(super) refusals: Refusals,
+    /// What is in the input and in none of the records.
+    pub(super) omitted: Omitted,
     pub(super) classes: Classes,
     pub(super) scratch: PathBuf,
     pub(super) rows: Sorter,
@@ -132,6 +135,7 @@ impl Collector {
     pub(super) fn new(scratch: &Path, rules: PathRules) -> Self {
         Self {
             refusals: Refusals::default(),
+            omitted: Omitted::default(),
             classes: Classes::default(),
             scratch: scratch.into(),
             rows: Sorter::new(scratch, LABEL_SORT_BYTES),

@@ -1,14 +1,14 @@
 //! Which format labels are in, from the name and the first bytes.
 
 use std::fmt;
-use std::fs::File;
 use std::io::Read;
 use std::path::Path;
 use std::str::FromStr;
 
 use crate::fault::{Fault, IoContext};
+use crate::source::inside::Inside;
 
-use super::folder::{Walk, has_extension};
+use super::folder::{Input, Walk, has_extension};
 
 /// How much of a file is looked at.
 const LOOK_BYTES: u64 = 64 << 10;
@@ -60,19 +60,19 @@ fn names() -> String {
 }
 
 /// Guesses the format of the labels at `path`.
-pub(super) fn guess(path: &Path) -> Result<Format, Fault> {
+pub(super) fn guess(input: &Input) -> Result<Format, Fault> {
+    let path = &input.shown();
     let unknown =
         |why: &str| Fault::integrity(format!("the format of the labels {} cannot be guessed: {why}", path.display())).with_next(names());
-    let meta = path.metadata().at(format_args!("read labels {}", path.display()))?;
-    if meta.is_dir() {
-        return guess_folder(path)?.ok_or_else(|| unknown("the folder holds neither YOLO names and text files nor VOC XML files"));
+    if let Some(folder) = input.folder() {
+        return guess_folder(folder)?.ok_or_else(|| unknown("the folder holds neither YOLO names and text files nor VOC XML files"));
     }
-    if !meta.is_file() {
+    if !path.metadata().at(format_args!("read labels {}", path.display()))?.is_file() {
         return Err(unknown("it is neither a file nor a folder"));
     }
     let mut head = Vec::new();
     let at = || format!("read labels {}", path.display());
-    File::open(path).at(at())?.take(LOOK_BYTES).read_to_end(&mut head).at(at())?;
+    input.file()?.take(LOOK_BYTES).read_to_end(&mut head).at(at())?;
     if has_extension(path, &["csv", "tsv"]) {
         return Ok(Format::Csv);
     }
@@ -101,10 +101,10 @@ pub(super) fn guess(path: &Path) -> Result<Format, Fault> {
     }
 }
 
-fn guess_folder(path: &Path) -> Result<Option<Format>, Fault> {
+fn guess_folder(folder: &Inside) -> Result<Option<Format>, Fault> {
     let is_names = |name: &Path| has_extension(name, &["yaml", "yml", "names"]) || name.ends_with("classes.txt");
     let (mut names, mut texts) = (false, false);
-    for file in Walk::new(path).take(LOOK_FILES) {
+    for file in Walk::new(folder).take(LOOK_FILES) {
         let file = file?;
         if has_extension(&file, &["xml"]) {
             return Ok(Some(Format::Voc));

@@ -5,16 +5,16 @@
 //! `/data/local-files/?d=PATH` gives PATH, `/data/upload/N/HASH-NAME` gives NAME, `s3://bucket/KEY` and `http://host/KEY` give KEY,
 //! anything else stays as it is.
 
-use std::fs::File;
 use std::io::BufReader;
-use std::path::Path;
 
 use serde_json::value::RawValue;
 
-use crate::fault::{Fault, IoContext};
+use crate::fault::Fault;
 use crate::names::RelPath;
+use crate::omitted::Category;
 
 use super::collect::{Annotation, Collector, Extent, Sample, id_text, number_list, push_number};
+use super::folder::Input;
 use super::json::{self, Fields, JsonReader};
 use super::refuse::Why;
 use super::text::json_string;
@@ -22,9 +22,8 @@ use super::text::json_string;
 /// The members of `data` that may hold the image, in this order.
 const IMAGE_KEYS: [&str; 6] = ["image", "img", "image_url", "url", "picture", "photo"];
 
-pub(super) fn read(path: &Path, predictions: bool, collector: &mut Collector) -> Result<(), Fault> {
-    let file = File::open(path).at(format_args!("read {}", path.display()))?;
-    let mut json = JsonReader::new(BufReader::with_capacity(256 << 10, file), path.display().to_string());
+pub(super) fn read(input: &Input, predictions: bool, collector: &mut Collector) -> Result<(), Fault> {
+    let mut json = JsonReader::new(BufReader::with_capacity(256 << 10, input.file()?), input.shown().display().to_string());
     if json.peek()? != Some(b'[') {
         return Err(json.fault("a list of tasks is expected").with_next("export from Label Studio as JSON, or name another format"));
     }
@@ -70,10 +69,13 @@ fn task(fields: &mut Fields<'_>, place: &str, predictions: bool, collector: &mut
         return Ok(Err(format!("its data names no image; one of {} is expected", IMAGE_KEYS.join(", "))));
     };
     let Some(path) = collector.path(place, &image_path(&image)) else { return Ok(Ok(())) };
-    let mut lists = vec![("annotations", fields.take("annotations"))];
+    // Exports before 1.0 name annotations so.
+    let mut lists = vec![("annotations", fields.take("annotations")), ("completions", fields.take("completions"))];
     let predicted = fields.take("predictions");
     if predictions {
         lists.push(("predictions", predicted));
+    } else if predicted.is_some_and(|list| list != "[]") {
+        collector.omitted.add(Category::Predictions, place);
     }
     let split = data.take("split").and_then(json::as_string);
     let meta = fields.rest();
@@ -94,7 +96,10 @@ fn task(fields: &mut Fields<'_>, place: &str, predictions: bool, collector: &mut
 
 /// One person's annotation (or one model's prediction) of a task: a list of regions.
 fn results(item: &mut Fields<'_>, list: &str, place: &str, path: &RelPath, collector: &mut Collector) -> Checked<()> {
-    if item.take("was_cancelled") == Some("true") {
+    // Exports before 1.0 say `skipped`.
+    let (cancelled, skipped) = (item.take("was_cancelled"), item.take("skipped"));
+    if cancelled == Some("true") || skipped == Some("true") {
+        collector.omitted.add(Category::SkippedTasks, place);
         return Ok(Ok(()));
     }
     let mut who = String::new();
@@ -111,7 +116,10 @@ fn results(item: &mut Fields<'_>, list: &str, place: &str, path: &RelPath, colle
     } else {
         if let Some(id) = id {
             let Some(id) = id_text(id) else { return Ok(Err("its id is not a whole number or a string".into())) };
-            collector.annotation_id(place, &id)?;
+            // Those of old exports count anew in each task.
+            if list == "annotations" {
+                collector.annotation_id(place, &id)?;
+            }
         }
         add("annotator", item.take("completed_by"));
         add("annotation", id);

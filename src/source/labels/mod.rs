@@ -12,7 +12,7 @@
 //! | `coco` | a JSON object with `images`, `annotations`, `categories` in any order | pixels as they are; kinds bbox, polygon, rle, keypoints, class |
 //! | `csv` | delimiter `,` `;` or tab (detected), a header, UTF-8 | columns by name, below |
 //! | `jsonl` | one JSON object a line | members by the same names |
-//! | `label_studio` | its JSON export | percent to pixels; one row a label of a region; each annotator's apart by `attrs.annotator`; cancelled annotations are left out |
+//! | `label_studio` | its JSON export | percent to pixels; one row a label of a region; each annotator's apart by `attrs.annotator`; `completions` of old exports are annotations; skipped tasks are left out and reported |
 //! | `voc` | a folder of Pascal VOC XML | pixels counted from 1, ends included, become left, top, width, height counted from 0 |
 //! | `yolo` | a folder of YOLO text files | normalised centre to pixels; sizes from the images beside, or from `sizes.csv` (path,width,height) |
 //!
@@ -76,9 +76,12 @@ use crate::fault::{Fault, IoContext};
 use crate::labels::{ANNOTATIONS, CLASSES, QueryRow, SAMPLES};
 use crate::manifest::{DatasetBinding, FileInfo, KindInfo, LabelsInfo};
 use crate::names::RelPath;
+use crate::omitted::{Category, Omitted};
+use crate::own::Own;
 
 use super::{Content, Source, SourceBody, SourceEntry, Stamp};
 use collect::{Collector, PathRules};
+use folder::Input;
 use guess::Format;
 
 /// How labels are read.
@@ -114,6 +117,7 @@ pub struct LabelsSource {
     format: &'static str,
     guessed: bool,
     info: LabelsInfo,
+    omitted: Omitted,
     entries: std::vec::IntoIter<SourceEntry>,
 }
 
@@ -121,9 +125,22 @@ impl LabelsSource {
     /// Reads the labels at `path` and writes their canonical form into the folder `scratch`, which must exist and
     /// outlive the entries. Blocking. Fails with everything that is wrong with the input; nothing is half taken.
     pub fn open(path: &Path, scratch: &Path, options: &LabelOptions, dataset: Option<BoundDataset>) -> Result<Self, Fault> {
-        let (format, guessed) = match &options.format {
-            Some(word) => (word.parse::<Format>()?, false),
-            None => (guess::guess(path)?, true),
+        Self::open_for(path, scratch, options, dataset, Arc::default())
+    }
+
+    /// The same for a daemon, which publishes nothing that is its own.
+    pub fn open_for(
+        path: &Path,
+        scratch: &Path,
+        options: &LabelOptions,
+        dataset: Option<BoundDataset>,
+        own: Arc<Own>,
+    ) -> Result<Self, Fault> {
+        let format = options.format.as_deref().map(str::parse::<Format>).transpose()?;
+        let input = Input::open(path, own)?;
+        let (format, guessed) = match format {
+            Some(format) => (format, false),
+            None => (guess::guess(&input)?, true),
         };
         check_columns(format, &options.columns)?;
         let how = if guessed { "guessed" } else { "as asked" };
@@ -135,8 +152,8 @@ impl LabelsSource {
             }
             fault
         };
-        let info = convert(path, scratch, format, options, dataset).map_err(context)?;
-        Ok(Self { format: format.as_str(), guessed, ..Self::canonical(scratch, info)? })
+        let (info, omitted) = convert(&input, scratch, format, options, dataset).map_err(context)?;
+        Ok(Self { format: format.as_str(), guessed, omitted, ..Self::canonical(scratch, info)? })
     }
 
     /// Labels whose canonical files lie in this folder already.
@@ -145,7 +162,9 @@ impl LabelsSource {
         for name in [ANNOTATIONS, CLASSES, SAMPLES] {
             entries.push(entry(name, folder.join(name))?);
         }
-        Ok(Self { format: DATABASE, guessed: false, info, entries: entries.into_iter() })
+        let mut omitted = Omitted::default();
+        note_empty(&info, &mut omitted);
+        Ok(Self { format: DATABASE, guessed: false, info, omitted, entries: entries.into_iter() })
     }
 
     /// Writes the rows of a database query in canonical form into the folder `scratch`. Rows may come in any order, and
@@ -163,7 +182,8 @@ impl LabelsSource {
         let mut collector = Collector::new(scratch, rules(options));
         collector.by_content = true;
         let info = table::read_query(rows, &mut collector).and_then(|()| finish(collector, DATABASE, options, dataset));
-        Self::canonical(scratch, info.map_err(|fault| fault.context("labels out of the database"))?)
+        let (info, omitted) = info.map_err(|fault| fault.context("labels out of the database"))?;
+        Ok(Self { omitted, ..Self::canonical(scratch, info)? })
     }
 
     /// The format that the labels were read as.
@@ -185,30 +205,34 @@ impl Source for LabelsSource {
     fn info(&self) -> KindInfo {
         KindInfo::Labels(self.info.clone())
     }
+
+    fn omitted(&self) -> Omitted {
+        self.omitted.clone()
+    }
 }
 
 fn convert(
-    path: &Path,
+    input: &Input,
     scratch: &Path,
     format: Format,
     options: &LabelOptions,
     dataset: Option<BoundDataset>,
-) -> Result<LabelsInfo, Fault> {
+) -> Result<(LabelsInfo, Omitted), Fault> {
     let mut collector = Collector::new(scratch, rules(options));
     match format {
-        Format::Coco => coco::read(path, &mut collector)?,
-        Format::Csv => table::read_csv(path, &options.columns, &mut collector)?,
-        Format::Jsonl => table::read_jsonl(path, &options.columns, &mut collector)?,
+        Format::Coco => coco::read(input, &mut collector)?,
+        Format::Csv => table::read_csv(input, &options.columns, &mut collector)?,
+        Format::Jsonl => table::read_jsonl(input, &options.columns, &mut collector)?,
         Format::LabelStudio => {
             let predictions = match setting(options, "predictions").as_deref() {
                 None | Some("false") => false,
                 Some("true") => true,
                 Some(other) => return Err(Fault::usage(format!("predictions is true or false, not {other:?}"))),
             };
-            label_studio::read(path, predictions, &mut collector)?;
+            label_studio::read(input, predictions, &mut collector)?;
         }
-        Format::Voc => voc::read(path, &mut collector)?,
-        Format::Yolo => yolo::read(path, &mut collector)?,
+        Format::Voc => voc::read(input, &mut collector)?,
+        Format::Yolo => yolo::read(input, &mut collector)?,
     }
     finish(collector, format.as_str(), options, dataset)
 }
@@ -222,10 +246,25 @@ fn rules(options: &LabelOptions) -> PathRules {
 }
 
 /// Writes the files from what was collected.
-fn finish(collector: Collector, format: &'static str, options: &LabelOptions, dataset: Option<BoundDataset>) -> Result<LabelsInfo, Fault> {
+fn finish(
+    mut collector: Collector,
+    format: &'static str,
+    options: &LabelOptions,
+    dataset: Option<BoundDataset>,
+) -> Result<(LabelsInfo, Omitted), Fault> {
+    let mut omitted = std::mem::take(&mut collector.omitted);
     let (counts, binding) = write::write(collector, dataset, options.allow_missing)?;
     let write::Counts { samples, annotations, classes } = counts;
-    Ok(LabelsInfo { dataset: binding, samples, annotations, classes, format: format.into() })
+    let info = LabelsInfo { dataset: binding, samples, annotations, classes, format: format.into() };
+    note_empty(&info, &mut omitted);
+    Ok((info, omitted))
+}
+
+/// A set without annotations is published, and reported: it may be a mistake, and becomes the active version where it is delivered.
+fn note_empty(info: &LabelsInfo, omitted: &mut Omitted) {
+    if info.annotations == 0 {
+        omitted.add(Category::NoAnnotations, format!("{} samples, 0 annotations", info.samples));
+    }
 }
 
 fn check_columns(format: Format, columns: &BTreeMap<String, String>) -> Result<(), Fault> {

@@ -1,16 +1,16 @@
 //! An image's width and height from its header: PNG, JPEG and BMP. Nothing is decoded.
 
-use std::fs::File;
 use std::io::{BufReader, Read, Seek, SeekFrom};
-use std::path::Path;
+
+use crate::source::inside::Inside;
 
 /// The segments of a JPEG that are stepped over before its frame header is given up on.
 const SEGMENTS_MAX: usize = 1000;
 
 /// Width and height; `None` when the file cannot be read as an image.
-pub(super) fn of_file(path: &Path) -> Option<(i64, i64)> {
+pub(super) fn of_file(inside: &Inside, path: &str) -> Option<(i64, i64)> {
     // 512 bytes hold the header of most images; a larger buffer would only cost reads over the network.
-    of(&mut BufReader::with_capacity(512, File::open(path).ok()?))
+    of(&mut BufReader::with_capacity(512, inside.try_file(path).ok()?))
 }
 
 /// Width and height of an image that starts here.

@@ -5,9 +5,7 @@
 //! mapped to that.
 
 use std::collections::BTreeMap;
-use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
-use std::path::Path;
 
 use csv::{ByteRecord, ReaderBuilder};
 
@@ -16,8 +14,10 @@ use crate::fault::{Fault, IoContext};
 use crate::labels::{QUERY_COLUMNS, QueryRow};
 use crate::limits::{LABEL_LINE_BYTES_MAX, LABEL_RECORD_BYTES_MAX};
 use crate::names::RelPath;
+use crate::omitted::{Category, Omitted};
 
 use super::collect::{Annotation, ClassRef, Collector, Extent, Sample};
+use super::folder::Input;
 use super::json::{self, Fields, JsonReader};
 use super::refuse::{Refusals, Why};
 use super::text::{json_string, not_utf8, text};
@@ -70,9 +70,9 @@ pub(super) fn field_names() -> Vec<&'static str> {
 type Cells = [Option<String>; FIELDS.len()];
 
 /// Reads a CSV file.
-pub(super) fn read_csv(path: &Path, columns: &BTreeMap<String, String>, collector: &mut Collector) -> Result<(), Fault> {
-    let at = || format!("read {}", path.display());
-    let file = File::open(path).at(at())?;
+pub(super) fn read_csv(input: &Input, columns: &BTreeMap<String, String>, collector: &mut Collector) -> Result<(), Fault> {
+    let at = || format!("read {}", input.shown().display());
+    let file = input.file()?;
     let mut buffered = BufReader::with_capacity(256 << 10, file);
     let head = buffered.fill_buf().at(at())?;
     let head = &head[..head.len().min(64 << 10)];
@@ -144,9 +144,8 @@ pub(super) fn read_csv(path: &Path, columns: &BTreeMap<String, String>, collecto
 }
 
 /// Reads a JSON Lines file.
-pub(super) fn read_jsonl(path: &Path, columns: &BTreeMap<String, String>, collector: &mut Collector) -> Result<(), Fault> {
-    let file = File::open(path).at(format_args!("read {}", path.display()))?;
-    let mut json = JsonReader::new(BufReader::with_capacity(256 << 10, file), path.display().to_string());
+pub(super) fn read_jsonl(input: &Input, columns: &BTreeMap<String, String>, collector: &mut Collector) -> Result<(), Fault> {
+    let mut json = JsonReader::new(BufReader::with_capacity(256 << 10, input.file()?), input.shown().display().to_string());
     let mut state = Rows::default();
     let mut record = Vec::new();
     let mut number = 0u64;
@@ -457,18 +456,62 @@ impl Rows {
                 Extent::Box { .. } => "bbox",
                 Extent::Point { .. } => "point",
                 Extent::None if class.is_some() => "class",
-                // Nothing but the sample: it has no annotations.
-                Extent::None if cells[ID].is_none() => return Ok(()),
+                // Nothing but the sample: it has no annotations. Where other columns are filled, they may be meant as one.
+                Extent::None if cells[ID].is_none() => {
+                    if let Some(rest) = rest {
+                        note_unread(Category::UnknownColumns, place, rest, |_| true, &mut collector.omitted);
+                    }
+                    return Ok(());
+                }
                 Extent::None => "other",
             },
         };
         if let Some(id) = &cells[ID] {
             collector.annotation_id(place, id)?;
         }
+        if extent == Extent::None
+            && geom.is_none()
+            && let Some(rest) = rest
+        {
+            note_unread(Category::UnreadBoxes, place, rest, is_like_a_box, &mut collector.omitted);
+        }
         let attrs = attrs.as_deref().or(rest);
         collector.annotation(&path, &Annotation { place, class, kind, extent, geom: geom.as_deref(), attrs, raw })?;
         Ok(())
     }
+}
+
+/// Counts a row with columns that no field reads, if any of them is `meant`, and names these.
+fn note_unread(what: Category, place: &str, rest: &str, meant: impl Fn(&str) -> bool, omitted: &mut Omitted) {
+    // It was built, or checked, as an object.
+    let Ok(rest) = serde_json::from_str::<serde_json::Map<String, serde_json::Value>>(rest) else { return };
+    let named: Vec<String> = rest.keys().filter(|name| meant(name)).cloned().collect();
+    if !named.is_empty() {
+        omitted.add(what, format!("{place}: {}", named.join(", ")));
+    }
+}
+
+/// Whether a column seems to hold a box or another shape.
+fn is_like_a_box(name: &str) -> bool {
+    const NAMES: [&str; 14] = [
+        "cx",
+        "cy",
+        "xc",
+        "yc",
+        "x_center",
+        "y_center",
+        "xcenter",
+        "ycenter",
+        "xywh",
+        "xyxy",
+        "objects",
+        "region_shape_attributes",
+        "coords",
+        "coordinates",
+    ];
+    const PARTS: [&str; 5] = ["bbox", "box", "polygon", "segmentation", "keypoint"];
+    let name = name.to_ascii_lowercase();
+    NAMES.contains(&name.as_str()) || PARTS.iter().any(|part| name.contains(part))
 }
 
 /// The row's class, by number, by name or by both.

@@ -1,11 +1,11 @@
 //! The text of records: what databases can hold, and what encoding it is in when it is not UTF-8.
 
-use std::fs::File;
 use std::io::Read;
 use std::path::Path;
 
 use crate::fault::{Fault, IoContext};
 use crate::limits::LABEL_SIDE_FILE_BYTES_MAX;
+use crate::source::inside::Inside;
 
 use super::refuse::{Refusals, Why};
 
@@ -54,18 +54,18 @@ fn looks_like_gbk(bytes: &[u8]) -> bool {
 }
 
 /// A small file beside the labels, whole, without a byte order mark. What is wrong with its text is a fault.
-pub(super) fn side_file(path: &Path) -> Result<String, Fault> {
+pub(super) fn side_file(inside: &Inside, path: &Path) -> Result<String, Fault> {
     let mut refusals = Refusals::default();
-    let text = one_of_many(path, &path.display().to_string(), &mut refusals)?;
+    let text = one_of_many(inside, path, &inside.full(path).display().to_string(), &mut refusals)?;
     refusals.check()?;
     Ok(text.unwrap_or_default())
 }
 
 /// The same for one of many files: what is wrong with its text is refused, and the next file can be read.
-pub(super) fn one_of_many(path: &Path, place: &str, refusals: &mut Refusals) -> Result<Option<String>, Fault> {
-    let at = || format!("read {}", path.display());
+pub(super) fn one_of_many(inside: &Inside, path: &Path, place: &str, refusals: &mut Refusals) -> Result<Option<String>, Fault> {
+    let at = || format!("read {}", inside.full(path).display());
     let mut bytes = Vec::new();
-    File::open(path).at(at())?.take(LABEL_SIDE_FILE_BYTES_MAX + 1).read_to_end(&mut bytes).at(at())?;
+    inside.file(path)?.take(LABEL_SIDE_FILE_BYTES_MAX + 1).read_to_end(&mut bytes).at(at())?;
     if bytes.len() as u64 > LABEL_SIDE_FILE_BYTES_MAX {
         refusals.add(Why::TooLarge, place, format_args!("the file is larger than {LABEL_SIDE_FILE_BYTES_MAX} bytes"));
         return Ok(None);

@@ -10,52 +10,68 @@ use std::path::Path;
 use serde_json::{Map, Value};
 
 use crate::fault::Fault;
+use crate::omitted::Category;
+use crate::source::inside::Inside;
 
 use super::collect::{Annotation, Collector, Extent, Sample};
-use super::folder::{Walk, has_extension, relative};
+use super::folder::{Input, Walk, has_extension};
 use super::refuse::Why;
+use super::yolo::IMAGE_EXTENSIONS;
 use super::{text, xml};
 
 /// The splits that the development kit names.
 const SPLITS: [&str; 3] = ["train", "val", "test"];
 
-pub(super) fn read(root: &Path, collector: &mut Collector) -> Result<(), Fault> {
-    if !root.is_dir() {
+pub(super) fn read(input: &Input, collector: &mut Collector) -> Result<(), Fault> {
+    let Some(folder) = input.folder() else {
         return Err(Fault::integrity("Pascal VOC labels are a folder of XML files, and this is none").with_next("give the folder"));
-    }
-    let splits = read_splits(root)?;
-    let has_images = root.join("JPEGImages").is_dir();
+    };
+    let splits = read_splits(folder)?;
+    let has_images = folder.is_dir("JPEGImages");
     let mut files = 0u64;
-    for file in Walk::new(root) {
+    let mut walk = Walk::new(folder);
+    while let Some(file) = walk.next() {
         let file = file?;
         if !has_extension(&file, &["xml"]) {
+            if !is_read(&file) {
+                walk.omitted.add(Category::UnreadFiles, file.display().to_string());
+            }
             continue;
         }
         files += 1;
-        let Some(place) = relative(&file, root) else {
+        let Some(place) = file.to_str() else {
             collector.refusals.add(Why::BadPath, file.display(), "the file's name is not UTF-8");
             continue;
         };
-        let Some(text) = text::one_of_many(&file, place, &mut collector.refusals)? else { continue };
+        let Some(text) = text::one_of_many(folder, &file, place, &mut collector.refusals)? else { continue };
         match xml::parse(&text) {
             Ok((name, value)) if name == "annotation" => image(place, value, has_images, &splits, collector)?,
             Ok((name, _)) => collector.refusals.add(Why::Shape, place, format_args!("its root is <{name}>, not <annotation>")),
             Err((why, detail)) => collector.refusals.add(why, place, detail),
         }
     }
+    collector.omitted.merge(walk.omitted);
     if files == 0 {
         return Err(Fault::integrity("the folder holds no XML file").with_next("give the folder that holds the Pascal VOC XML files"));
     }
     Ok(())
 }
 
+/// Whether a file beside the XML files is read, or is an image of the dataset. Masks of the segmentation task are neither.
+fn is_read(file: &Path) -> bool {
+    let is_mask = file.components().any(|part| part.as_os_str().as_encoded_bytes().starts_with(b"Segmentation"));
+    let is_split = SPLITS.iter().any(|split| file == Path::new("ImageSets/Main").join(format!("{split}.txt")));
+    is_split || (!is_mask && has_extension(file, &IMAGE_EXTENSIONS))
+}
+
 /// Stem of the image to its split.
-fn read_splits(root: &Path) -> Result<HashMap<String, &'static str>, Fault> {
+fn read_splits(folder: &Inside) -> Result<HashMap<String, &'static str>, Fault> {
     let mut splits = HashMap::new();
     for split in SPLITS {
-        let list = root.join("ImageSets/Main").join(format!("{split}.txt"));
-        if list.is_file() {
-            let text = text::side_file(&list)?;
+        let list = Path::new("ImageSets/Main").join(format!("{split}.txt"));
+        // A link that leaves the folder is there too, and is refused.
+        if folder.exists(&list) {
+            let text = text::side_file(folder, &list)?;
             splits.extend(text.split_whitespace().map(|stem| (stem.to_owned(), split)));
         }
     }

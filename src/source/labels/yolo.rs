@@ -8,38 +8,40 @@
 //! text file are samples without annotations. A component `train`, `val` (or `valid`, `validation`) or `test` is the split.
 
 use std::collections::HashMap;
-use std::fs::File;
 use std::io::{BufRead, BufReader};
 use std::path::Path;
 
 use crate::fault::{Fault, IoContext};
 use crate::limits::LABEL_RECORD_BYTES_MAX;
+use crate::omitted::Category;
+use crate::source::inside::Inside;
 
 use super::collect::{Annotation, ClassRef, Collector, Extent, Sample, number_list};
-use super::folder::{Walk, has_extension, relative};
+use super::folder::{Input, Walk, has_extension};
 use super::refuse::Why;
 use super::text::json_string;
 use super::yolo_names::{self, Names};
 use super::{size, text};
 
 /// The images that count; those after BMP have no header that is read here.
-const IMAGE_EXTENSIONS: [&str; 8] = ["jpg", "jpeg", "png", "bmp", "tif", "tiff", "webp", "gif"];
+pub(super) const IMAGE_EXTENSIONS: [&str; 8] = ["jpg", "jpeg", "png", "bmp", "tif", "tiff", "webp", "gif"];
 const SIZES: &str = "sizes.csv";
 
-pub(super) fn read(root: &Path, collector: &mut Collector) -> Result<(), Fault> {
-    if !root.is_dir() {
+pub(super) fn read(input: &Input, collector: &mut Collector) -> Result<(), Fault> {
+    let Some(inside) = input.folder() else {
         return Err(
             Fault::integrity("YOLO labels are a folder, and this is none").with_next("give the folder with the text files and names")
         );
-    }
-    let names = yolo_names::find(root)?;
+    };
+    let names = yolo_names::find(inside)?;
     for (id, name) in &names.classes {
         collector.classes.declare(&names.place, *id, name, None, false, &mut collector.refusals)?;
     }
-    let folder = Folder { root, sizes: read_sizes(root, collector)?, in_labels: has_labels_folder(root)?, names };
-    for file in Walk::new(root) {
+    let folder = Folder { inside, sizes: read_sizes(inside, collector)?, in_labels: has_labels_folder(inside)?, names };
+    let mut walk = Walk::new(inside);
+    while let Some(file) = walk.next() {
         let file = file?;
-        let Some(name) = relative(&file, root) else {
+        let Some(name) = file.to_str() else {
             collector.refusals.add(Why::BadPath, file.display(), "the file's name is not UTF-8");
             continue;
         };
@@ -47,13 +49,16 @@ pub(super) fn read(root: &Path, collector: &mut Collector) -> Result<(), Fault> 
             folder.background(name, collector)?;
         } else if has_extension(&file, &["txt"]) && folder.is_label(name) {
             folder.label(name, collector)?;
+        } else if !folder.is_side_file(name) {
+            walk.omitted.add(Category::UnreadFiles, name);
         }
     }
+    collector.omitted.merge(walk.omitted);
     Ok(())
 }
 
 struct Folder<'a> {
-    root: &'a Path,
+    inside: &'a Inside,
     names: Names,
     /// From `sizes.csv`: the path without its extension, to the path and its size.
     sizes: HashMap<String, (String, i64, i64)>,
@@ -70,16 +75,27 @@ impl Folder<'_> {
         !(file == "classes.txt" || (file == name && is_list(file)))
     }
 
+    /// Whether it says something of the labels: the names of the classes, the sizes, or which images belong to a split.
+    fn is_side_file(&self, name: &str) -> bool {
+        let file = name.rsplit('/').next().unwrap_or(name);
+        let is_split = ["train.txt", "val.txt", "valid.txt", "test.txt", "trainval.txt"].contains(&file) && file == name;
+        is_split
+            || file == "classes.txt"
+            || file == SIZES
+            || file == self.names.place
+            || has_extension(Path::new(file), &["yaml", "yml", "names"])
+    }
+
     /// An image without a text file is a sample all the same.
     fn background(&self, name: &str, collector: &mut Collector) -> Result<(), Fault> {
         let stem = without_extension(name);
         let label = if self.in_labels { swap_folder(stem, "images", "labels") } else { Some(stem.to_owned()) };
         let Some(label) = label else { return Ok(()) };
-        if self.root.join(format!("{label}.txt")).is_file() {
+        if self.inside.is_file(format!("{label}.txt")) {
             return Ok(());
         }
         let Some(path) = collector.path(name, name) else { return Ok(()) };
-        let found = self.sizes.get(stem).map(|(_, w, h)| (*w, *h)).or_else(|| size::of_file(&self.root.join(name)));
+        let found = self.sizes.get(stem).map(|(_, w, h)| (*w, *h)).or_else(|| size::of_file(self.inside, name));
         let (width, height) = found.unzip();
         collector.sample(&path, &Sample { place: name, declared: true, width, height, split: split(name), ..Sample::default() })
     }
@@ -93,8 +109,8 @@ impl Folder<'_> {
         let sample =
             Sample { place: name, declared: true, width: Some(width), height: Some(height), split: split(name), ..Sample::default() };
         collector.sample(&path, &sample)?;
-        let at = || format!("read {}", self.root.join(name).display());
-        let mut reader = BufReader::new(File::open(self.root.join(name)).at(at())?);
+        let at = || format!("read {}", self.inside.full(name).display());
+        let mut reader = BufReader::new(self.inside.file(name)?);
         let (mut line, mut number) = (Vec::new(), 0u64);
         loop {
             line.clear();
@@ -145,7 +161,7 @@ impl Folder<'_> {
             for extension in IMAGE_EXTENSIONS {
                 for extension in [extension.to_owned(), extension.to_uppercase()] {
                     let image = format!("{stem}.{extension}");
-                    if let Some((width, height)) = size::of_file(&self.root.join(&image)) {
+                    if let Some((width, height)) = size::of_file(self.inside, &image) {
                         return Some((image, width, height));
                     }
                 }
@@ -216,13 +232,13 @@ fn is_list(file: &str) -> bool {
 }
 
 /// Whether there is a folder `labels` at the top or one below it.
-fn has_labels_folder(root: &Path) -> Result<bool, Fault> {
-    if root.join("labels").is_dir() {
+fn has_labels_folder(inside: &Inside) -> Result<bool, Fault> {
+    if inside.is_dir("labels") {
         return Ok(true);
     }
-    let at = || format!("list {}", root.display());
-    for entry in std::fs::read_dir(root).at(at())? {
-        if entry.at(at())?.path().join("labels").is_dir() {
+    for entry in inside.list(Path::new(""))? {
+        let name = entry.at(format_args!("list {}", inside.full("").display()))?.file_name();
+        if inside.is_dir(&name) && inside.is_dir(Path::new(&name).join("labels")) {
             return Ok(true);
         }
     }
@@ -254,13 +270,12 @@ fn split(name: &str) -> Option<&'static str> {
     })
 }
 
-fn read_sizes(root: &Path, collector: &mut Collector) -> Result<HashMap<String, (String, i64, i64)>, Fault> {
+fn read_sizes(inside: &Inside, collector: &mut Collector) -> Result<HashMap<String, (String, i64, i64)>, Fault> {
     let mut sizes = HashMap::new();
-    let path = root.join(SIZES);
-    if !path.is_file() {
+    if !inside.exists(SIZES) {
         return Ok(sizes);
     }
-    let text = text::side_file(&path)?;
+    let text = text::side_file(inside, Path::new(SIZES))?;
     let mut reader = csv::ReaderBuilder::new().from_reader(text.as_bytes());
     for (at, row) in reader.deserialize::<(String, i64, i64)>().enumerate() {
         match row {

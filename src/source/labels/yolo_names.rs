@@ -1,8 +1,9 @@
 //! The class names of a YOLO folder: from its YAML, of which only the few keys needed are read, or from a list.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use crate::fault::{Fault, IoContext};
+use crate::source::inside::Inside;
 
 use super::folder::has_extension;
 use super::text::side_file;
@@ -18,30 +19,29 @@ pub(super) struct Names {
 }
 
 /// Finds the names, or says where they could stand.
-pub(super) fn find(root: &Path) -> Result<Names, Fault> {
-    let at = || format!("list {}", root.display());
+pub(super) fn find(inside: &Inside) -> Result<Names, Fault> {
     let (mut yaml, mut lists) = (Vec::new(), Vec::new());
-    for entry in std::fs::read_dir(root).at(at())? {
-        let path = entry.at(at())?.path();
+    for entry in inside.list(Path::new(""))? {
+        let path = PathBuf::from(entry.at(format_args!("list {}", inside.full("").display()))?.file_name());
         if has_extension(&path, &["yaml", "yml"]) {
             yaml.push(path);
         } else if has_extension(&path, &["names"]) || path.ends_with("classes.txt") {
             lists.push(path);
         }
     }
-    lists.extend(Some(root.join("labels/classes.txt")).filter(|path| path.is_file()));
+    lists.extend(Some(PathBuf::from("labels/classes.txt")).filter(|path| inside.is_file(path)));
     yaml.sort();
     lists.sort();
     for path in yaml {
-        let place = path.display().to_string();
+        let place = inside.full(&path).display().to_string();
         let problem =
             |why: String| Fault::integrity(format!("{place}: {why}")).with_next("list the names under names:, one for each class");
-        if let Some(names) = parse_yaml(&side_file(&path)?).map_err(problem)? {
+        if let Some(names) = parse_yaml(&side_file(inside, &path)?).map_err(problem)? {
             return Ok(Names { place: file_name(&path), ..names });
         }
     }
     if let Some(path) = lists.first() {
-        let text = side_file(path)?;
+        let text = side_file(inside, path)?;
         // An empty line within the list would shift every class behind it: it stays, and its empty name is refused.
         let classes = text.trim_end().lines().map(str::trim).zip(0..).map(|(name, id)| (id, name.to_owned())).collect();
         return Ok(Names { place: file_name(path), classes, keypoints: None });

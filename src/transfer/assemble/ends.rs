@@ -12,6 +12,7 @@ use crate::fetch::blocking;
 use crate::manifest::{EntryBody, FileInfo, KindInfo, Step};
 use crate::names::RelPath;
 use crate::places::{At, Journal, PlaceInfo};
+use crate::private::umask;
 use crate::sink::Place;
 use crate::stage::{FILE_MODE, Stage};
 
@@ -157,6 +158,8 @@ impl Assembly {
     pub(super) fn finish(&self, stage: &Stage, held: &Held) -> Result<(), Fault> {
         let mut dirs: Vec<(RelPath, u32)> = Vec::new();
         let mut loose: Vec<RelPath> = Vec::new();
+        // The umask may have taken rights that the artifact gives.
+        let masked = umask() & FILE_MODE != 0;
         for step in self.walk() {
             let Step::Entry { number, entry, .. } = step? else { continue };
             match entry.body {
@@ -179,10 +182,10 @@ impl Assembly {
                             .with_retry(Retry::Backoff)
                             .with_next("nothing: it is brought again by itself"));
                     }
-                    if entry.mode != FILE_MODE {
+                    if masked || entry.mode != FILE_MODE {
                         stage.set_mode(&entry.path, entry.mode)?;
                     }
-                    if (file.size == 0 || entry.mode != FILE_MODE) && loose.len() < SYNC_ALL_FROM {
+                    if (masked || file.size == 0 || entry.mode != FILE_MODE) && loose.len() < SYNC_ALL_FROM {
                         loose.push(entry.path);
                     }
                 }

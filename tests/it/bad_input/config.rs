@@ -90,6 +90,8 @@ fn what_a_site_needs_beside_its_daemon_is_found_by_the_check() {
     std::fs::set_permissions(&trainer, std::fs::Permissions::from_mode(0o755)).unwrap();
     check().expect(0);
 
+    assert!(check().out.contains("[train] allow is empty"), "nobody may train there, and the check reports it");
+
     // A NAS that whoever checks may not write to. Nothing stops root, so another user checks then.
     std::fs::set_permissions(&nas, std::fs::Permissions::from_mode(0o555)).unwrap();
     let mut command = if is_root() {

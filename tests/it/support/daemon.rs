@@ -32,7 +32,7 @@ fn clean(command: &mut Command) -> &mut Command {
             command.env_remove(name);
         }
     }
-    command.env("NO_COLOR", "1").env_remove("RUST_LOG")
+    command.env("NO_COLOR", "1").env("SOME_API_KEY", "a secret that a daemon gives to no trainer").env_remove("RUST_LOG")
 }
 
 /// The bytes of a transfer.

@@ -35,7 +35,7 @@ pub(crate) struct Registry {
     config: PathBuf,
     log: PathBuf,
     child: Option<Child>,
-    _tokens: Option<Serving>,
+    tokens: Option<Serving>,
 }
 
 impl Registry {
@@ -72,7 +72,7 @@ impl Registry {
         std::fs::write(&config, text).expect("write the registry's config");
         let log = scratch.join(&format!("{name}.log"));
         register_log(&log);
-        let mut registry = Self { name: name.into(), address, config, log, child: None, _tokens: tokens };
+        let mut registry = Self { name: name.into(), address, config, log, child: None, tokens };
         registry.start();
         registry
     }
@@ -97,7 +97,9 @@ impl Registry {
     pub(crate) fn sink(&self, scratch: &Scratch) -> String {
         let file = scratch.join(&format!("{}-password", self.name));
         std::fs::write(&file, PASSWORD).expect("write the password");
-        format!("url = \"http://{}/operators\"\nusername = \"{USER}\"\npassword_file = \"{}\"", self.address, file.display())
+        // The token service has a port of its own.
+        let tokens = self.tokens.as_ref().map(|tokens| format!("\nrealm_hosts = [\"{}\"]", tokens.address)).unwrap_or_default();
+        format!("url = \"http://{}/operators\"\nusername = \"{USER}\"\npassword_file = \"{}\"{tokens}", self.address, file.display())
     }
 
     /// `host:port`.

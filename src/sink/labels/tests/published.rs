@@ -11,7 +11,7 @@ use crate::ingest::{self, Progress};
 use crate::labels::{ANNOTATIONS, CLASSES, SAMPLES};
 use crate::manifest::{DatasetBinding, Digest, KindInfo, LabelsInfo};
 use crate::names::Kind;
-use crate::reading::{self, AtSite};
+use crate::reading::{self, Access, AtSite};
 use crate::sink::Sink as _;
 use crate::store::Store;
 
@@ -42,7 +42,8 @@ async fn publish_with(bench: &Bench, source: &str, options: SourceOptions) -> Re
     let (source, runtime) = (source.to_owned(), tokio::runtime::Handle::current());
     let work = move || {
         let dir = tempfile::tempdir().unwrap();
-        let mut opened = reading::open(Kind::Labels, &source, &options, None, Some(&site), dir.path(), &runtime)?;
+        let access = Access::of_user(Path::new("/nowhere")).with_site(site);
+        let mut opened = reading::open(Kind::Labels, &source, &options, None, &access, dir.path(), &runtime)?;
         let store = Store::open(&dir.path().join("store"))?;
         let ingested = ingest::ingest(opened.as_mut(), Kind::Labels, &store, &store, &Progress::default())?;
         let KindInfo::Labels(info) = opened.info() else { unreachable!("labels say that they are something else") };
@@ -237,7 +238,17 @@ async fn the_same_rows_are_the_same_in_both_engines() {
 fn a_hub_has_no_label_database() {
     let runtime = tokio::runtime::Runtime::new().unwrap();
     let open = |kind, source: &str| {
-        reading::open(kind, source, &SourceOptions::default(), None, None, Path::new("/nowhere"), runtime.handle()).err().unwrap()
+        reading::open(
+            kind,
+            source,
+            &SourceOptions::default(),
+            None,
+            &Access::of_user(Path::new("/nowhere")),
+            Path::new("/nowhere"),
+            runtime.handle(),
+        )
+        .err()
+        .unwrap()
     };
     assert_eq!(open(Kind::Labels, "db:a:v1").code, Code::Usage);
     assert_eq!(open(Kind::Model, "db:a:v1").code, Code::Usage);

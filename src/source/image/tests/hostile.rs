@@ -57,7 +57,7 @@ fn an_image_that_changes_after_its_check_is_not_taken() {
     let member = folder.join(BlobDigest::of(&raw).member());
     let in_tar = tar.windows(raw.len()).position(|bytes| bytes == raw).unwrap();
     for (image, file, start) in [(&folder, &member, 0), (&archive, &archive, in_tar)] {
-        let opened = || open(image, &case.path("none"), None, SMALL_CAPS).unwrap();
+        let opened = || open(image, &case.path("none"), None, SMALL_CAPS, &Arc::default()).unwrap();
         ingest(&mut opened(), Kind::Image, &store, &store, &Progress::default()).unwrap();
         let mut source = opened();
         // Timestamps are as coarse as the kernel's tick.

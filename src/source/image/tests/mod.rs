@@ -173,7 +173,7 @@ impl Case {
     fn open_tag(&self, bytes: &[u8], tag: Option<&str>) -> Result<ImageSource, Fault> {
         let scratch = self.path("scratch");
         fs::create_dir_all(&scratch).unwrap();
-        open(&self.file(bytes), &scratch, tag, SMALL_CAPS)
+        open(&self.file(bytes), &scratch, tag, SMALL_CAPS, &Arc::default())
     }
 }
 

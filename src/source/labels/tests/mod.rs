@@ -2,6 +2,7 @@
 
 mod bad;
 mod good;
+mod omitted;
 mod order;
 
 use std::fs::File;
