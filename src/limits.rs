@@ -99,16 +99,22 @@ pub const LABEL_CLASSES_MAX: usize = 100_000;
 pub const LABEL_BATCH_BYTES: usize = 1 << 20;
 /// …and this many batches wait at most.
 pub const LABEL_BATCHES_QUEUED_MAX: usize = 4;
+/// A sink that has not answered for this long is shown as what the transfer waits for.
+pub const SINK_REPORT_AFTER: Duration = Duration::from_secs(3);
 /// How long a label database may take to accept a connection.
 pub const LABEL_CONNECT_MAX: Duration = Duration::from_secs(10);
 /// How long a label database may take to accept one batch of rows, or to hand out the next row.
 pub const LABEL_SILENCE_MAX: Duration = Duration::from_secs(120);
 /// How long one statement without rows (an index, a switch) may take in a label database.
 pub const LABEL_STATEMENT_MAX: Duration = Duration::from_secs(3600);
-/// How long a commit waits for another writer of the same label set, or for the writer's lock of SQLite.
-pub const LABEL_WRITER_WAIT_MAX: Duration = Duration::from_secs(10);
-/// How long a commit waits for readers that planned their query before the new rows were attached.
-pub const LABEL_READERS_WAIT_MAX: Duration = Duration::from_secs(60);
+/// How long a commit waits for the writer's lock of SQLite before the delivery pauses and tries again.
+pub const LABEL_WRITER_WAIT_MAX: Duration = Duration::from_secs(4);
+/// How long a statement waits for a lock in PostgreSQL before the delivery pauses and tries again.
+pub const LABEL_LOCK_WAIT_MAX: Duration = Duration::from_secs(4);
+/// A call on PostgreSQL that takes longer than this is watched from a second session: who blocks it is reported.
+pub const LABEL_BLOCKED_REPORT_AFTER: Duration = Duration::from_secs(1);
+/// How long PostgreSQL may refuse or ignore that second session before the call is given up.
+pub const LABEL_UNREACHABLE_MAX: Duration = Duration::from_secs(60);
 /// How often a change of tables is tried against readers' locks, half a second each.
 pub const LABEL_DDL_TRIES_MAX: u32 = 6;
 /// How long an API long-poll may wait.
@@ -186,6 +192,19 @@ pub const REGISTRY_CLOSE_MAX: Duration = Duration::from_secs(15 * 60);
 pub const REGISTRY_READ_ONLY_PAUSE: Duration = Duration::from_secs(60);
 /// The longest Retry-After that is obeyed.
 pub const REGISTRY_RETRY_AFTER_MAX: Duration = Duration::from_secs(60 * 60);
+/// How long a request to a registry waits in place when the registry asks for a pause (429, 503). A delivery pauses as a whole after
+/// that, and shows the reason.
+pub const REGISTRY_PAUSE_IN_PLACE_MAX: Duration = Duration::from_secs(3);
+/// The same for a request of a publish, which nothing else would repeat.
+pub const REGISTRY_PAUSE_OF_PULL_MAX: Duration = Duration::from_secs(300);
+/// The longest pause where the registry does not say how long it shall be.
+pub const REGISTRY_PAUSE_MAX: Duration = Duration::from_secs(30);
+/// A registry that answers no request for this long is reported as such by the delivery that waits for it.
+pub const REGISTRY_SILENCE_REPORT_AFTER: Duration = Duration::from_secs(3);
+/// Fetched blobs of a publish that failed are kept for this long, for the next try.
+pub const PULLED_KEPT_MAX: Duration = Duration::from_secs(24 * 60 * 60);
+/// The repositories of which such blobs are kept.
+pub const PULLED_REPOSITORIES_MAX: usize = 8;
 /// Blobs of one image that move to or from a registry at once.
 pub const REGISTRY_BLOBS_IN_FLIGHT_MAX: usize = 3;
 /// Each blob on its way to a registry is read in pieces of this size…

@@ -176,20 +176,18 @@ fn no_publisher(hub: &str, dir: &Path) -> Fault {
 /// Reads the source in: its manifest into a store, and notes of where its content lies. Blocks.
 fn read(asked: &Asked, folder: &Path, progress: &Arc<JobProgress>, runtime: &tokio::runtime::Handle) -> Result<Found, Fault> {
     let kind = asked.artifact.kind;
-    let scratch = folder.join("scratch");
-    durable::create_dir_all(&scratch)?;
     let store = Store::open(&folder.join("store"))?;
     let places = Arc::new(Places::open(folder)?);
     let here = Arc::new(Here::default());
     let origin = Origin::new(store, places, folder.join("published"), here.clone(), None, MEMORY_TO_READ);
     let base = reading::base_of(kind, &asked.source, None)?;
     let access = Access::of_user(&asked.state);
-    let mut source = reading::open(kind, &asked.source, &asked.options, None, &access, &scratch, runtime)?;
-    let found = reading::read(source.as_mut(), &asked.options, |source| {
-        ingest::reported(progress, |counted| origin.publish(kind, source, base.as_ref(), counted))
+    let found = reading::in_scratch(&folder.with_extension("scratch"), |scratch| {
+        let mut source = reading::open(kind, &asked.source, &asked.options, None, &access, scratch, runtime)?;
+        reading::read(source.as_mut(), &asked.options, |source| {
+            ingest::reported(progress, |counted| origin.publish(kind, source, base.as_ref(), counted))
+        })
     })?;
-    drop(source);
-    durable::remove_all(&scratch)?;
     let (digest, omitted) = (found.ingested.digest, found.ingested.omitted);
     *here.0.lock() = Some((digest, Held { root: found.ingested.root, places: vec![found.place] }));
     Ok(Found { origin, digest, omitted, _holdings: here })

@@ -29,6 +29,7 @@ use crate::source::labels::{BoundDataset, LabelOptions, LabelsSource};
 use crate::store::Store;
 
 mod database;
+mod kept;
 
 /// What a site has beside paths.
 #[derive(Clone)]
@@ -80,10 +81,17 @@ pub async fn with_scratch<T: Send + 'static>(
     work: impl FnOnce(&Path, &Handle) -> Result<T, Fault> + Send + 'static,
 ) -> Result<T, Fault> {
     let scratch = data_dir.join("scratch").join(new_id("p"));
-    durable::create_dir_all(&scratch)?;
-    let (folder, runtime) = (scratch.clone(), Handle::current());
-    let result = blocking(move || work(&folder, &runtime)).await;
-    let _ = blocking(move || durable::remove_all(&scratch)).await;
+    let runtime = Handle::current();
+    blocking(move || in_scratch(&scratch, |folder| work(folder, &runtime))).await
+}
+
+/// The same on this thread, in a folder of the caller's choice. Beside it stands what pulls keep for a next try.
+pub fn in_scratch<T>(scratch: &Path, work: impl FnOnce(&Path) -> Result<T, Fault>) -> Result<T, Fault> {
+    durable::remove_all(scratch)?;
+    durable::create_dir_all(scratch)?;
+    let result = work(scratch);
+    kept::end(scratch, &result);
+    let _ = durable::remove_all(scratch);
     result
 }
 
@@ -184,7 +192,10 @@ pub fn open(
         let reference: Reference = source.parse()?;
         let (credentials, ca) = access.to_registry(&reference, options)?;
         let layout = scratch.join("pulled");
-        runtime.block_on(registry::pull_to_layout(&reference, credentials, ca.as_deref(), &layout))?;
+        match kept::open(scratch, &reference)? {
+            Some(kept) => runtime.block_on(registry::pull_keeping(&reference, credentials, ca.as_deref(), &layout, &kept.path))?,
+            None => runtime.block_on(registry::pull_to_layout(&reference, credentials, ca.as_deref(), &layout))?,
+        }
         return Ok(Box::new(ImageSource::open_layout(&layout)?));
     }
     let absolute = |path: &Path| {

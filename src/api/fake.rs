@@ -58,6 +58,7 @@ pub(crate) fn transfer(id: &str, site: &str, state: State) -> Transfer {
         finished_at: None,
         receipt: None,
         removed_at: None,
+        note: None,
         cursor: 0,
     }
 }
@@ -283,7 +284,7 @@ impl Backend for Fake {
     async fn token(&self, request: TokenRequest) -> Result<String, Fault> {
         Ok(format!("id.secret-for-{}-{}s", request.site.or(request.publisher).unwrap_or_default(), request.ttl_seconds))
     }
-    async fn verify(&self, _artifact: &str, _repair: bool) -> Result<Job, Fault> {
+    async fn verify(&self, _request: VerifyRequest) -> Result<Job, Fault> {
         self.job("verify").await
     }
     async fn pin(&self, artifact: &str, pinned: bool) -> Result<Artifact, Fault> {

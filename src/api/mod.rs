@@ -96,7 +96,7 @@ pub trait Backend: Send + Sync {
         None
     }
     /// Begins a verify; the result is a list of lines, none when sound.
-    async fn verify(&self, artifact: &str, repair: bool) -> Result<Job, Fault>;
+    async fn verify(&self, request: VerifyRequest) -> Result<Job, Fault>;
     /// Keeps an artifact's relayed bytes whatever their age, or no longer (hub only).
     async fn pin(&self, artifact: &str, pinned: bool) -> Result<Artifact, Fault>;
     /// Begins an export of these artifacts to a file that the daemon writes.

@@ -431,7 +431,7 @@ pub(super) async fn token(State(app): State<App>, B(request): B<TokenRequest>) -
     (status = "default", description = "an error", body = ErrorBody),
 ))]
 pub(super) async fn verify(State(app): State<App>, B(request): B<VerifyRequest>) -> Result<Response, ApiError> {
-    Ok(accepted(app.backend.verify(&request.artifact, request.repair).await?))
+    Ok(accepted(app.backend.verify(request).await?))
 }
 
 /// Keeps an artifact's relayed bytes whatever their age, or no longer (hub only).

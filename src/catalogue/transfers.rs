@@ -68,6 +68,9 @@ pub struct Body {
     pub receipt: Option<Receipt>,
     /// Whether it had landed before it was begun again.
     pub landed: bool,
+    /// What there is to know about it although it is done.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub note: Option<String>,
 }
 
 impl Body {
@@ -182,6 +185,7 @@ impl TransferRow {
             eta_seconds: if self.state == State::Transferring { body.eta_seconds } else { None },
             attempts: body.attempts,
             location: body.location,
+            note: body.note,
             created_at: time(self.created_ms),
             updated_at: time(self.updated_ms),
             finished_at: self.finished_ms.map(time),

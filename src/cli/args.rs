@@ -154,6 +154,9 @@ pub(super) enum Command {
         /// Fetch again what is bad.
         #[arg(long)]
         repair: bool,
+        /// Compare names and sizes only, and read no content.
+        #[arg(long)]
+        quick: bool,
     },
     /// Keep what the hub holds of an artifact that lives at a site, whatever its age.
     Pin {

@@ -214,13 +214,17 @@ pub(super) async fn plan(global: &Global, artifacts: Vec<String>, to: String) ->
 }
 
 /// `verify`
-pub(super) async fn verify(global: &Global, artifact: String, repair: bool) -> Result<(), Fault> {
-    let request = VerifyRequest { artifact: artifact.clone(), repair };
+pub(super) async fn verify(global: &Global, artifact: String, repair: bool, quick: bool) -> Result<(), Fault> {
+    let request = VerifyRequest { artifact: artifact.clone(), repair, quick };
     let Job { result, notes, .. } = job(global, "/v1/verify", &request).await?;
     let findings: Vec<String> = answer(result.unwrap_or_default())?;
     let result = json!({"artifact": artifact, "sound": findings.is_empty(), "findings": findings, "notes": notes});
     one(global.output, &result, |_| {
-        let mut out = if findings.is_empty() { format!("{artifact} is sound\n") } else { String::new() };
+        let mut out = match findings.is_empty() {
+            true if quick => format!("{artifact}: the quick check found no difference\n"),
+            true => format!("{artifact} is sound\n"),
+            false => String::new(),
+        };
         out.extend(findings.iter().map(|line| format!("{}\n", human::clean(line))));
         out.extend(notes.iter().map(|line| format!("  note: {}\n", human::clean(line))));
         out

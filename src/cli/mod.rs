@@ -77,7 +77,7 @@ async fn dispatch(args: Args) -> Result<(), Fault> {
         Command::Trainer(trainer) => trainer.run(),
         Command::SampleTrainer { descriptor } => crate::quickstart::train(&descriptor),
         Command::Plan { artifacts, to } => commands::plan(global, artifacts, to).await,
-        Command::Verify { artifact, repair } => commands::verify(global, artifact, repair).await,
+        Command::Verify { artifact, repair, quick } => commands::verify(global, artifact, repair, quick).await,
         Command::Pin { artifact } => commands::pin(global, artifact, true).await,
         Command::Unpin { artifact } => commands::pin(global, artifact, false).await,
         Command::Export { artifacts, out } => commands::export(global, artifacts, &out).await,

@@ -103,6 +103,7 @@ pub(super) fn detail(t: &Transfer) -> String {
     add("eta", t.eta_seconds.filter(|_| !t.state.is_final()).map(human::seconds));
     add("attempts", Some(t.attempts.to_string()));
     add("location", t.location.clone());
+    add("note", t.note.clone());
     add("created", Some(human::local(&t.created_at)));
     add("updated", Some(human::local(&t.updated_at)));
     add("finished", t.finished_at.as_deref().map(human::local));

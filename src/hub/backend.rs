@@ -312,15 +312,15 @@ impl Backend for Hub {
         Ok(token.to_string())
     }
 
-    async fn verify(&self, artifact: &str, repair: bool) -> Result<Job, Fault> {
-        let artifact: ArtifactRef = artifact.parse()?;
+    async fn verify(&self, request: VerifyRequest) -> Result<Job, Fault> {
+        let artifact: ArtifactRef = request.artifact.parse()?;
         self.inner.catalogue.artifact(&artifact).await?;
-        if repair {
+        if request.repair {
             return Err(Fault::usage("the hub repairs nothing by itself")
                 .with_next("publish the artifact again: what is damaged is stored anew; at a site, run this there"));
         }
         let this = self.clone();
-        self.inner.jobs.start(move |progress| async move { this.verify_now(artifact, progress).await })
+        self.inner.jobs.start(move |progress| async move { this.verify_now(artifact, request.quick, progress).await })
     }
 
     async fn pin(&self, artifact: &str, pinned: bool) -> Result<Artifact, Fault> {

@@ -39,10 +39,23 @@ impl Error {
         }
     }
 
+    /// The pause that the answer asks for.
+    pub fn retry_after(&self) -> Option<Duration> {
+        match self {
+            Error::Answer(answer) => answer.retry_after,
+            Error::Fault(_) => None,
+        }
+    }
+
+    /// Whether the registry asks to come back later.
+    pub fn asks_for_pause(&self) -> bool {
+        matches!(self.status(), Some(429 | 503))
+    }
+
     /// Whether the same request may well succeed a moment later: a server's own error, or no answer.
     pub fn is_passing(&self) -> bool {
         match self {
-            Error::Answer(answer) => answer.status >= 500 && !answer.is_full(),
+            Error::Answer(answer) => (answer.status >= 500 || matches!(answer.status, 408 | 425 | 429)) && !answer.is_full(),
             Error::Fault(fault) => fault.reason == Reason::SinkUnavailable && fault.retry == Retry::Backoff,
         }
     }
@@ -131,6 +144,12 @@ impl Answer {
             || self.status == 416
     }
 
+    /// Whether a read was refused by a policy of the registry, though what was asked for is there: Harbor answers so to GET and HEAD of
+    /// an image without a scan report or a signature. To HEAD without words; a PUT that meets an immutable tag has some.
+    pub fn is_policy(&self) -> bool {
+        self.status == 412 && (self.code == "PROJECTPOLICYVIOLATION" || self.code.is_empty())
+    }
+
     /// Whether a manifest was refused because something that it names is not there.
     pub fn is_blob_unknown(&self) -> bool {
         matches!(self.code.as_str(), "MANIFEST_BLOB_UNKNOWN" | "BLOB_UNKNOWN") && matches!(self.status, 400 | 404)
@@ -192,7 +211,10 @@ impl Answer {
             (409, _) => {
                 Fault::conflict(text).with_reason(Reason::SinkUnavailable).with_retry(Retry::Backoff).with_next("it is tried again by itself")
             }
-            (412, _) => refused("the tag is immutable and names another image: remove it at the registry, or publish under another version"),
+            (412, _) if self.is_policy() => Fault::not_allowed(text).with_retry(Retry::Backoff).with_next(
+                "a policy of the registry does not give the image out until it is scanned or signed; it is there: leave it as it is, and see the project's policies in Harbor",
+            ),
+            (412, _) => refused("the tag is immutable and names another image: publish under another version"),
             (413, _) if self.is_proxy_limit() => {
                 refused("raise the proxy's limit on request bodies (nginx: client_max_body_size), then 'packhorse retry'")
             }
@@ -219,7 +241,8 @@ fn no_project(text: String) -> Fault {
     Fault { code: Code::Config, ..Fault::not_allowed(text) }.with_next("make the project at the registry, or set create_project = true")
 }
 
-fn retry_after(headers: &HeaderMap) -> Option<Duration> {
+/// The pause that an answer asks for.
+pub(super) fn retry_after(headers: &HeaderMap) -> Option<Duration> {
     let text = headers.get(RETRY_AFTER)?.to_str().ok()?.trim();
     let pause = match text.parse::<u64>() {
         Ok(seconds) => Duration::from_secs(seconds),
@@ -341,6 +364,8 @@ mod tests {
             (404, error("NOT_FOUND", "project op not found"), C::Config, R::SinkDenied, Retry::Never),
             (409, error("CONFLICT", ""), C::Conflict, R::SinkUnavailable, Retry::Backoff),
             (412, error("PRECONDITION", "configured as immutable"), C::Conflict, R::SinkRefused, Retry::Never),
+            (412, error("PROJECTPOLICYVIOLATION", "current image without vulnerability scanning"), C::NotAllowed, R::SinkDenied, Retry::Backoff),
+            (412, String::new(), C::NotAllowed, R::SinkDenied, Retry::Backoff),
             (413, html.into(), C::Conflict, R::SinkRefused, Retry::Never),
             (413, error("MANIFEST_INVALID", "too large"), C::Conflict, R::SinkRefused, Retry::Never),
             (400, error("MANIFEST_BLOB_UNKNOWN", ""), C::Conflict, R::SinkUnavailable, Retry::Backoff),
@@ -360,7 +385,7 @@ mod tests {
         for (status, body, code, reason, retry) in cases {
             let fault = answer(status, &[], &body).fault("push");
             assert_eq!((fault.code, fault.reason, fault.retry), (code, reason, retry), "{status} {body}");
-            assert!(!fault.next.is_empty());
+            assert!(!fault.next.is_empty() && !(status == 412 && fault.next.contains("remove")), "{fault:?}");
         }
     }
 

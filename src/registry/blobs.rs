@@ -74,7 +74,7 @@ impl Registry {
     pub async fn blob_size(&self, repository: &str, digest: &Sha256) -> Result<Option<u64>, Error> {
         // The same rights as for the upload that may follow, so that one token serves both.
         let scope = Self::scope(repository, "pull,push");
-        let response = self.send(&scope, Method::HEAD, self.blob_url(repository, digest)?, &|r| r, Wait::Quick).await?;
+        let response = self.send(&scope, Method::HEAD, self.blob_url(repository, digest)?, &|r| r, &Wait::Quick).await?;
         match response.status() {
             StatusCode::OK => Ok(header(response.headers(), CONTENT_LENGTH.as_str()).and_then(|v| v.parse().ok())),
             StatusCode::NOT_FOUND => Ok(None),
@@ -115,7 +115,7 @@ impl Registry {
             None => request,
         };
         let scope = Self::scope(repository, "pull");
-        let response = self.send(&scope, Method::GET, self.blob_url(repository, digest)?, &fill, Wait::Quick).await?;
+        let response = self.send(&scope, Method::GET, self.blob_url(repository, digest)?, &fill, &Wait::Quick).await?;
         match response.status() {
             StatusCode::PARTIAL_CONTENT => Ok(BlobStream { response, skip: 0 }),
             // It does not know ranges and sends all.
@@ -146,9 +146,22 @@ impl Registry {
     pub async fn push_blob(&self, repository: &str, blob: &LocalBlob) -> Result<bool, Fault> {
         let doing = || format!("push blob {} to {}/{repository}", blob.digest, self.origin);
         match self.blob_size(repository, &blob.digest).await.map_err(|e| e.fault(doing()))? {
-            Some(size) if size == blob.size => return Ok(false),
-            _ => self.check_file(blob).await?,
+            Some(size) if size == blob.size => Ok(false),
+            _ => self.push_again(repository, blob).await,
         }
+    }
+
+    /// Takes a blob out of a repository; whether the registry could. Its storage may keep it for others.
+    pub async fn delete_blob(&self, repository: &str, digest: &Sha256) -> Result<bool, Error> {
+        let scope = Self::scope(repository, "pull,push,delete");
+        let response = self.send(&scope, Method::DELETE, self.blob_url(repository, digest)?, &|r| r, &Wait::Quick).await?;
+        Ok(response.status().is_success())
+    }
+
+    /// Sends a blob whatever the repository holds.
+    pub async fn push_again(&self, repository: &str, blob: &LocalBlob) -> Result<bool, Fault> {
+        let doing = || format!("push blob {} to {}/{repository}", blob.digest, self.origin);
+        self.check_file(blob).await?;
         let mut tries = 1;
         loop {
             let chunk = self.chunk_bytes.load(Ordering::Relaxed);
@@ -169,30 +182,31 @@ impl Registry {
             if self.appears(repository, blob, error.status()).await {
                 return Ok(true);
             }
-            if tries >= limits::REGISTRY_BLOB_TRIES_MAX || answer.is_some_and(|a| a.retry_after.is_some()) {
+            let pause = error.retry_after().unwrap_or(limits::BACKOFF_FIRST * 2u32.pow(tries));
+            if tries >= limits::REGISTRY_BLOB_TRIES_MAX || pause > limits::REGISTRY_PAUSE_IN_PLACE_MAX {
                 return Err(error.fault(doing()));
             }
             tracing::debug!(blob = %blob.digest, repository, tries, "upload broke, trying again");
-            tokio::time::sleep(limits::BACKOFF_FIRST * 2u32.pow(tries)).await;
+            tokio::time::sleep(pause).await;
             tries += 1;
         }
     }
 
     /// [`Registry::push_blob`] for a blob whose file is still being written: `grown` says how much of it is there. It is sent as it
-    /// grows, and once more when that breaks.
-    pub async fn push_growing(&self, repository: &str, blob: &LocalBlob, mut grown: watch::Receiver<u64>) -> Result<(), Fault> {
+    /// grows, and once more when that breaks. Says whether its bytes had to be sent.
+    pub async fn push_growing(&self, repository: &str, blob: &LocalBlob, mut grown: watch::Receiver<u64>) -> Result<bool, Fault> {
         let doing = || format!("push blob {} to {}/{repository}", blob.digest, self.origin);
         let held = self.blob_size(repository, &blob.digest).await.map_err(|e| e.fault(doing()))?;
         // In chunks it goes once it is there: how large they may be is not known before.
         if held != Some(blob.size) && self.chunk_bytes.load(Ordering::Relaxed) == 0 {
             match self.put_whole(repository, blob, Some(&grown)).await {
-                Ok(()) => return Ok(()),
+                Ok(()) => return Ok(true),
                 Err(error) => tracing::debug!(error = %error.fault(doing()), "a blob was not taken as it came"),
             }
         }
         let whole = grown.wait_for(|grown| *grown == blob.size).await.map(|_| ());
         whole.map_err(|_| Fault::unreachable(format!("{}: the rest of it does not come now", doing())))?;
-        self.push_blob(repository, blob).await.map(|_| ())
+        self.push_blob(repository, blob).await
     }
 
     /// Registries accept a descriptor that lies about a size, so it is checked here.
@@ -246,7 +260,7 @@ impl Registry {
             url.query_pairs_mut().append_pair("mount", &digest.to_string()).append_pair("from", from);
             scope = Scope { mount_from: Some(from.into()), ..scope };
         }
-        let response = self.send(&scope, Method::POST, url, &|r| r.header(CONTENT_LENGTH, 0), Wait::Quick).await?;
+        let response = self.send(&scope, Method::POST, url, &|r| r.header(CONTENT_LENGTH, 0), &Wait::Quick).await?;
         match response.status() {
             StatusCode::CREATED if mount.is_some() => Ok(Opened::Mounted),
             StatusCode::ACCEPTED => Ok(Opened::Session(self.session(response.headers())?)),
@@ -280,7 +294,7 @@ impl Registry {
                 &progress,
             ))
         };
-        let response = self.send(&Self::scope(repository, "pull,push"), Method::PUT, url, &fill, Wait::Upload(progress.clone())).await?;
+        let response = self.send(&Self::scope(repository, "pull,push"), Method::PUT, url, &fill, &Wait::Upload(progress.clone())).await?;
         closed(response, &blob.digest).await
     }
 
@@ -299,7 +313,7 @@ impl Registry {
                     .header(CONTENT_RANGE, format!("{offset}-{}", offset + len - 1))
                     .body(file_body(&blob.file, offset, len, None, &progress))
             };
-            let sent = self.send(&scope, Method::PATCH, session.0.clone(), &fill, Wait::Upload(progress.clone())).await;
+            let sent = self.send(&scope, Method::PATCH, session.0.clone(), &fill, &Wait::Upload(progress.clone())).await;
             let sent = match sent {
                 Ok(response) if response.status() == StatusCode::ACCEPTED => Ok(response),
                 Ok(response) => Err(Answer::read(response).await.into()),
@@ -326,13 +340,13 @@ impl Registry {
         let mut url = session.0;
         url.query_pairs_mut().append_pair("digest", &blob.digest.to_string());
         // Empty: Harbor takes the length of this body for the size of the whole blob when it counts the quota.
-        let response = self.send(&scope, Method::PUT, url, &|r| r.header(CONTENT_LENGTH, 0), Wait::Close).await?;
+        let response = self.send(&scope, Method::PUT, url, &|r| r.header(CONTENT_LENGTH, 0), &Wait::Close).await?;
         closed(response, &blob.digest).await
     }
 
     /// Asks where a session stands; the session to go on with when that is exactly `offset`.
     async fn stands_at(&self, scope: &Scope, session: Session, offset: u64) -> Option<Session> {
-        let response = self.send(scope, Method::GET, session.0.clone(), &|r| r, Wait::Quick).await.ok()?;
+        let response = self.send(scope, Method::GET, session.0.clone(), &|r| r, &Wait::Quick).await.ok()?;
         if response.status() != StatusCode::NO_CONTENT || held(response.headers()) != Some(offset) {
             return None;
         }
@@ -341,7 +355,7 @@ impl Registry {
 
     async fn cancel(&self, repository: &str, session: Session) {
         // Best effort: a registry drops old sessions by itself.
-        let _ = self.send(&Self::scope(repository, "pull,push"), Method::DELETE, session.0, &|r| r, Wait::Quick).await;
+        let _ = self.send(&Self::scope(repository, "pull,push"), Method::DELETE, session.0, &|r| r, &Wait::Quick).await;
     }
 }
 

@@ -5,7 +5,9 @@ use reqwest::header::CONTENT_TYPE;
 use reqwest::{Response, Url};
 
 use crate::fault::{Code, Fault};
-use crate::registry::{Answer, Error, Registry};
+use crate::limits;
+use crate::registry::image::Sha256;
+use crate::registry::{Answer, Error, Registry, read_capped};
 
 /// What Harbor says of a project.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -81,6 +83,22 @@ impl Registry {
                 .with_next(format!("give it the right to pull and push in project {name:?}, then 'packhorse retry'")),
             _ => fault,
         }
+    }
+
+    /// The digest of the image that a tag names, by Harbor's own API, which no pull policy applies to. `None`: it does not say.
+    pub async fn artifact_digest(&self, project: &str, name: &str, tag: &str) -> Option<Sha256> {
+        #[derive(serde::Deserialize)]
+        struct Artifact {
+            digest: Sha256,
+        }
+        let name = name.replace('/', "%252F");
+        let url = self.api(&format!("projects/{project}/repositories/{name}/artifacts/{tag}")).ok()?;
+        let response = self.send_basic(self.http.get(url)).await.ok()?;
+        if response.status() != StatusCode::OK {
+            return None;
+        }
+        let body = read_capped(response, limits::REGISTRY_BODY_BYTES_MAX).await.ok()?;
+        serde_json::from_slice::<Artifact>(&body).ok().map(|artifact| artifact.digest)
     }
 
     /// Takes one tag away and leaves the image to its other tags, which only Harbor's own API can. False when it cannot.

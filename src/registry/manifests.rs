@@ -47,7 +47,7 @@ impl Registry {
     /// Reads the manifest that a tag or digest names; `None` when there is none. What is read by digest is checked.
     pub async fn get_manifest(&self, repository: &str, reference: &str, actions: &'static str) -> Result<Option<Manifest>, Error> {
         let url = self.url(&format!("{repository}/manifests/{reference}"))?;
-        let response = self.send(&Self::scope(repository, actions), Method::GET, url, &|r| r.header(ACCEPT, accept()), Wait::Quick).await?;
+        let response = self.send(&Self::scope(repository, actions), Method::GET, url, &|r| r.header(ACCEPT, accept()), &Wait::Quick).await?;
         match response.status() {
             StatusCode::OK => {}
             StatusCode::NOT_FOUND => return Ok(None),
@@ -69,7 +69,7 @@ impl Registry {
     pub async fn head_manifest(&self, repository: &str, reference: &str) -> Result<Option<Sha256>, Error> {
         let url = self.url(&format!("{repository}/manifests/{reference}"))?;
         let scope = Self::scope(repository, "pull,push");
-        let response = self.send(&scope, Method::HEAD, url, &|r| r.header(ACCEPT, accept()), Wait::Quick).await?;
+        let response = self.send(&scope, Method::HEAD, url, &|r| r.header(ACCEPT, accept()), &Wait::Quick).await?;
         match response.status() {
             StatusCode::OK => match digest_header(&response) {
                 Some(digest) => Ok(Some(digest)),
@@ -91,7 +91,7 @@ impl Registry {
     ) -> Result<(), Error> {
         let url = self.url(&format!("{repository}/manifests/{reference}"))?;
         let fill = |request: reqwest::RequestBuilder| request.header(CONTENT_TYPE, media_type).body(bytes.clone());
-        let response = self.send(&Self::scope(repository, "pull,push"), Method::PUT, url, &fill, Wait::Quick).await?;
+        let response = self.send(&Self::scope(repository, "pull,push"), Method::PUT, url, &fill, &Wait::Quick).await?;
         if !response.status().is_success() {
             return Err(Answer::read(response).await.into());
         }
@@ -107,7 +107,7 @@ impl Registry {
     /// Deletes a manifest, and with it every tag that names it.
     pub async fn delete_manifest(&self, repository: &str, digest: &Sha256) -> Result<Deleted, Error> {
         let url = self.url(&format!("{repository}/manifests/{digest}"))?;
-        let response = self.send(&Self::scope(repository, "pull,push,delete"), Method::DELETE, url, &|r| r, Wait::Quick).await?;
+        let response = self.send(&Self::scope(repository, "pull,push,delete"), Method::DELETE, url, &|r| r, &Wait::Quick).await?;
         match response.status() {
             StatusCode::NOT_FOUND => Ok(Deleted::Absent),
             StatusCode::METHOD_NOT_ALLOWED => Ok(Deleted::Unsupported),
@@ -121,7 +121,7 @@ impl Registry {
         let mut out = Vec::new();
         let mut url = self.url(&format!("{repository}/tags/list?n=1000"))?;
         for _ in 0..limits::REGISTRY_TAG_PAGES_MAX {
-            let response = self.send(&Self::scope(repository, "pull"), Method::GET, url, &|r| r, Wait::Quick).await?;
+            let response = self.send(&Self::scope(repository, "pull"), Method::GET, url, &|r| r, &Wait::Quick).await?;
             match response.status() {
                 StatusCode::OK => {}
                 StatusCode::NOT_FOUND => return Ok(out),

@@ -12,6 +12,8 @@ pub mod image;
 mod manifests;
 mod pull;
 pub mod reference;
+mod silence;
+mod stream;
 #[cfg(test)]
 pub(crate) mod tests;
 
@@ -28,12 +30,13 @@ pub use answer::{Answer, Error};
 pub use auth::Credentials;
 pub use blobs::{BlobStream, LocalBlob};
 pub use manifests::{Deleted, Manifest};
-pub use pull::pull_to_layout;
+pub use pull::{pull_keeping, pull_to_layout};
 pub use reference::{Origin, Reference};
 
 use crate::fault::Fault;
 use crate::limits;
 use auth::{Auth, Challenge, Scope};
+use silence::{Owed, Silence};
 
 /// One registry, with one set of credentials. Cheap to share behind an `Arc`.
 pub struct Registry {
@@ -42,6 +45,9 @@ pub struct Registry {
     auth: Auth,
     /// The size of an upload's chunks; 0 sends blobs whole, until a proxy refuses that.
     chunk_bytes: AtomicU64,
+    /// How long one request waits in all where the registry asks for pauses.
+    patience: Duration,
+    silence: Silence,
 }
 
 /// How far a body has got, for telling a slow upload from a dead one.
@@ -93,13 +99,30 @@ impl Registry {
             Fault::config(format!("set up TLS for {origin}: {}", e.without_url()))
                 .with_next("install ca-certificates, or set ca_file to the authority's certificate")
         })?;
-        Ok(Self { http, origin, auth: Auth::new(credentials), chunk_bytes: AtomicU64::new(0) })
+        Ok(Self {
+            http,
+            origin,
+            auth: Auth::new(credentials),
+            chunk_bytes: AtomicU64::new(0),
+            patience: limits::REGISTRY_PAUSE_IN_PLACE_MAX,
+            silence: Silence::default(),
+        })
     }
 
     /// Sends blobs in chunks of this many bytes instead of whole (0: whole).
     pub fn with_chunk_bytes(self, bytes: u64) -> Self {
         self.chunk_bytes.store(bytes, Ordering::Relaxed);
         self
+    }
+
+    /// Waits this long in all for one request where the registry asks for pauses (429, 503).
+    pub fn with_patience(self, patience: Duration) -> Self {
+        Self { patience, ..self }
+    }
+
+    /// How long the registry has owed an answer, or has taken no more of an upload.
+    pub fn silent_for(&self) -> Option<Duration> {
+        self.silence.longest()
     }
 
     /// Which registry this is.
@@ -115,7 +138,7 @@ impl Registry {
     /// Whether the registry answers and takes the credentials.
     pub async fn ping(&self) -> Result<(), Error> {
         let scope = Scope { repository: String::new(), actions: "pull", mount_from: None };
-        let response = self.send(&scope, Method::GET, self.url("")?, &|r| r, Wait::Quick).await?;
+        let response = self.send(&scope, Method::GET, self.url("")?, &|r| r, &Wait::Quick).await?;
         if response.status() == StatusCode::OK { Ok(()) } else { Err(Answer::read(response).await.into()) }
     }
 
@@ -143,15 +166,43 @@ impl Registry {
         Scope { repository: repository.into(), actions, mount_from: None }
     }
 
-    /// Sends one request with the right to do so, and once more with fresh rights after a 401. `fill` adds headers and
-    /// the body, for each try anew.
+    /// Sends one request with the right to do so. Where the registry asks for a pause it waits, as long as its patience lasts; a large
+    /// body is not sent again here.
     async fn send(
         &self,
         scope: &Scope,
         method: Method,
         url: Url,
         fill: &(dyn Fn(RequestBuilder) -> RequestBuilder + Sync),
-        wait: Wait,
+        wait: &Wait,
+    ) -> Result<Response, Error> {
+        let (mut waited, mut pauses) = (Duration::ZERO, 0);
+        loop {
+            let answered = self.send_now(scope, &method, &url, fill, wait).await;
+            let pause = match &answered {
+                Ok(response) if matches!(response.status().as_u16(), 429 | 503) => answer::retry_after(response.headers()),
+                Err(error) if error.asks_for_pause() => error.retry_after(),
+                _ => return answered,
+            };
+            let pause = pause.unwrap_or_else(|| (limits::BACKOFF_FIRST * 2u32.pow(pauses)).min(limits::REGISTRY_PAUSE_MAX));
+            if matches!(wait, Wait::Upload(_)) || waited + pause > self.patience {
+                return answered;
+            }
+            tracing::info!(registry = %self.origin, wait_ms = pause.as_millis() as u64, "the registry asks for a pause");
+            tokio::time::sleep(pause).await;
+            waited += pause.max(limits::BACKOFF_FIRST);
+            pauses = (pauses + 1).min(16);
+        }
+    }
+
+    /// The same without pauses: once more with fresh rights after a 401. `fill` adds headers and the body, for each try anew.
+    async fn send_now(
+        &self,
+        scope: &Scope,
+        method: &Method,
+        url: &Url,
+        fill: &(dyn Fn(RequestBuilder) -> RequestBuilder + Sync),
+        wait: &Wait,
     ) -> Result<Response, Error> {
         if self.auth.challenge().is_none() {
             self.ask_challenge().await?;
@@ -165,7 +216,7 @@ impl Registry {
             if ours && let Some(header) = self.auth.header(&self.http, &self.origin, scope).await? {
                 request = request.header(AUTHORIZATION, header);
             }
-            let response = wait.answer(request).await?;
+            let response = wait.answer(request, &self.silence).await?;
             if response.status() != StatusCode::UNAUTHORIZED || fresh || !ours {
                 return Ok(response);
             }
@@ -175,7 +226,7 @@ impl Registry {
     }
 
     async fn ask_challenge(&self) -> Result<(), Error> {
-        let response = Wait::Quick.answer(self.http.get(self.url("")?)).await?;
+        let response = Wait::Quick.answer(self.http.get(self.url("")?), &self.silence).await?;
         match response.status() {
             StatusCode::TOO_MANY_REQUESTS => Err(Answer::read(response).await.into()),
             status if status.is_server_error() => Err(Answer::read(response).await.into()),
@@ -192,7 +243,7 @@ impl Registry {
             Some(header) => request.header(AUTHORIZATION, header),
             None => request,
         };
-        Wait::Quick.answer(request).await
+        Wait::Quick.answer(request, &self.silence).await
     }
 }
 
@@ -211,14 +262,15 @@ fn redirects() -> reqwest::redirect::Policy {
 }
 
 impl Wait {
-    async fn answer(&self, request: RequestBuilder) -> Result<Response, Error> {
+    async fn answer(&self, request: RequestBuilder, registry: &Silence) -> Result<Response, Error> {
+        let owed = registry.begin();
         let silence = || Error::Fault(Fault::unreachable("no answer in time"));
         let answer = match self {
             Wait::Quick => tokio::time::timeout(limits::REGISTRY_SILENCE_MAX, request.send()).await.map_err(|_| silence())?,
             Wait::Close => tokio::time::timeout(limits::REGISTRY_CLOSE_MAX, request.send()).await.map_err(|_| silence())?,
             Wait::Upload(progress) => tokio::select! {
                 answer = request.send() => answer,
-                () = progress.stands_still() => return Err(silence()),
+                () = progress.stands_still(&owed) => return Err(silence()),
             },
         };
         answer.map_err(|e| no_answer(&e).into())
@@ -229,13 +281,14 @@ use answer::no_answer;
 
 impl Progress {
     /// Ends when nothing has moved for too long.
-    async fn stands_still(&self) {
+    async fn stands_still(&self, owed: &Owed<'_>) {
         let (mut last, mut since) = (0, Instant::now());
         loop {
             tokio::time::sleep(Duration::from_secs(1)).await;
             let sent = self.sent.load(Ordering::Relaxed);
             if sent != last {
                 (last, since) = (sent, Instant::now());
+                owed.moved();
             }
             let patience = if sent >= self.total { limits::REGISTRY_CLOSE_MAX } else { limits::REGISTRY_SILENCE_MAX };
             if since.elapsed() > patience {

@@ -1,37 +1,61 @@
 //! Pulls an image out of a registry into an OCI layout folder, for the image source to normalise.
 //!
-//! Blobs go to disk as they come, hashed on the way, in bounded memory; one that breaks off goes on where it stood. The
-//! folder is scratch: nothing is synced, and a crash leaves it to whoever cleans scratch folders.
+//! Blobs go to disk as they come, hashed on the way, in bounded memory; one that breaks off continues where it stood. Where the
+//! registry asks for a pause the pull waits. Blobs stand in a folder of the caller's too, which may outlive a pull that failed: the
+//! next one fetches only the rest. Nothing is synced: what a crash leaves is removed at the next start.
 
 use std::fs::File;
 use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use bytes::Bytes;
 use futures::TryStreamExt;
 use sha2::Digest as _;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 
-use crate::fault::{Fault, IoContext, Reason};
+use crate::durable;
+use crate::fault::{Fault, IoContext, Reason, Retry};
 use crate::limits;
 use crate::registry::image::{Descriptor, REF_NAME, Sha256, Tree, walk};
-use crate::registry::{Credentials, Error, Reference, Registry};
+use crate::registry::{Credentials, Reference, Registry};
 
 /// Pulls an image (a manifest, or an index with all its platforms) to an OCI layout in `dir`, which is made if missing.
 /// The layout's `index.json` has one entry, the manifest that `reference` names. Platforms that the index lists but the
 /// registry does not hold are left out; the index stays as it was.
 pub async fn pull_to_layout(reference: &Reference, auth: Option<Credentials>, ca: Option<&Path>, dir: &Path) -> Result<(), Fault> {
-    let registry = Registry::new(reference.origin.clone(), auth, ca)?;
-    pull(&registry, reference, dir).await.map_err(|fault| {
+    pull_keeping(reference, auth, ca, dir, &dir.join("blobs/sha256")).await
+}
+
+/// The same; fetched blobs, and parts of blobs, are kept in `kept`, on the same disk. What an earlier try left there is not fetched again.
+pub async fn pull_keeping(
+    reference: &Reference,
+    auth: Option<Credentials>,
+    ca: Option<&Path>,
+    dir: &Path,
+    kept: &Path,
+) -> Result<(), Fault> {
+    let registry = Registry::new(reference.origin.clone(), auth, ca)?.with_patience(limits::REGISTRY_PAUSE_OF_PULL_MAX);
+    pull(&registry, reference, dir, kept).await.map_err(|fault| {
         let reason = match fault.reason {
             Reason::SinkUnavailable | Reason::SinkRefused => Reason::WaitingForSource,
             other => other,
+        };
+        let fault = match (fault.reason, fault.retry) {
+            (Reason::SinkUnavailable, Retry::Backoff | Retry::AfterMs(_)) => {
+                Fault { next: format!("{}; what was fetched is kept: run the command again later", once(&fault.next)), ..fault }
+            }
+            _ => fault,
         };
         fault.with_reason(reason).context(format_args!("pull {reference}"))
     })
 }
 
-async fn pull(registry: &Registry, reference: &Reference, dir: &Path) -> Result<(), Fault> {
+/// What to do, without the promise that a delivery keeps: nobody repeats a publish.
+fn once(next: &str) -> &str {
+    next.split_once("; ").map_or(next, |(first, rest)| if rest.contains("again by itself") { first } else { next })
+}
+
+async fn pull(registry: &Registry, reference: &Reference, dir: &Path, kept: &Path) -> Result<(), Fault> {
     let repository = reference.repository.as_str();
     tokio::fs::create_dir_all(dir.join("blobs/sha256")).await.at(format_args!("make {}", dir.display()))?;
     let got = registry.get_manifest(repository, &reference.pick.to_string(), "pull").await;
@@ -53,7 +77,7 @@ async fn pull(registry: &Registry, reference: &Reference, dir: &Path) -> Result<
         tracing::info!(image = %reference, manifests = tree.absent.len(), "the registry lacks some of the platforms that the index lists");
     }
     futures::stream::iter(tree.blobs.iter().map(Ok::<_, Fault>))
-        .try_for_each_concurrent(limits::REGISTRY_BLOBS_IN_FLIGHT_MAX, |blob| fetch(registry, repository, blob, dir))
+        .try_for_each_concurrent(limits::REGISTRY_BLOBS_IN_FLIGHT_MAX, |blob| fetch(registry, repository, blob, dir, kept))
         .await?;
     let (dir, top, name) = (dir.to_owned(), top.descriptor, reference.pick.to_string());
     blocking(move || write_layout(&dir, &tree, &top, &name)).await
@@ -85,68 +109,96 @@ fn write_layout(dir: &Path, tree: &Tree, top: &Descriptor, name: &str) -> Result
     write(&dir.join("oci-layout"), br#"{"imageLayoutVersion":"1.0.0"}"#)
 }
 
-/// Fetches one blob, going on after a break while it moves.
-async fn fetch(registry: &Registry, repository: &str, blob: &Descriptor, dir: &Path) -> Result<(), Fault> {
+/// Fetches one blob into the layout: from what an earlier try kept, and the rest from the registry.
+async fn fetch(registry: &Registry, repository: &str, blob: &Descriptor, dir: &Path, kept: &Path) -> Result<(), Fault> {
     let doing = || format!("fetch blob {}", blob.digest);
-    let path = dir.join(blob.digest.layout_path());
-    let (send, receive) = mpsc::channel::<Bytes>(limits::REGISTRY_READ_AHEAD_MAX * 8); // pieces are of 64 KiB at most
-    let writer = tokio::task::spawn_blocking({
-        let path = path.clone();
-        move || write_blob(&path, receive)
-    });
-    let mut offset = 0;
-    let mut tries = 1;
-    while offset < blob.size {
-        let before = offset;
-        let error = match copy(registry, repository, blob, &mut offset, &send).await {
-            Ok(()) => break,
-            Err(error) => error,
-        };
-        if offset == 0 && error.status() == Some(404) && blob.is_foreign() {
-            drop(send);
-            let _ = writer.await;
-            return tokio::fs::remove_file(&path).await.at(format_args!("remove {}", path.display()));
-        }
-        tries = if offset > before { 1 } else { tries + 1 };
-        if !error.is_passing() || tries > limits::REGISTRY_BLOB_TRIES_MAX {
-            return Err(error.fault(doing()));
-        }
-        tokio::time::sleep(limits::BACKOFF_FIRST * 2u32.pow(tries)).await;
+    let (whole, part) = (kept.join(blob.digest.hex()), kept.join(format!("{}.part", blob.digest.hex())));
+    let wanted = dir.join(blob.digest.layout_path());
+    if tokio::fs::metadata(&whole).await.is_ok_and(|meta| meta.len() == blob.size) {
+        return put_in(&whole, &wanted).await;
     }
-    drop(send);
-    let written = writer.await.unwrap_or_else(|_| Err(Fault::internal("a worker thread ended early")))?;
-    if written != (blob.size, blob.digest) {
-        return Err(Fault::integrity(format!(
-            "blob {}: the registry sent {} bytes of {}, {} bytes were expected",
-            blob.digest, written.0, written.1, blob.size
-        )));
+    loop {
+        let (send, receive) = mpsc::channel::<Bytes>(limits::REGISTRY_READ_AHEAD_MAX * 8); // pieces are of 64 KiB at most
+        let (begin, begun) = oneshot::channel();
+        let writer = tokio::task::spawn_blocking({
+            let (part, size) = (part.clone(), blob.size);
+            move || write_blob(&part, size, begin, receive)
+        });
+        let joined = async || writer.await.unwrap_or_else(|_| Err(Fault::internal("a worker thread ended early")));
+        let Ok(from) = begun.await else { return joined().await.map(|_| ()) };
+        let mut offset = from;
+        let sent = registry.send_blob(repository, blob, &mut offset, &send).await;
+        drop(send);
+        let written = joined().await;
+        match sent {
+            Ok(()) => {}
+            Err(error) if offset == 0 && error.status() == Some(404) && blob.is_foreign() => {
+                return tokio::fs::remove_file(&part).await.at(format_args!("remove {}", part.display()));
+            }
+            // A full disk here is the cause where both failed.
+            Err(error) => return Err(written.err().unwrap_or_else(|| error.fault(doing()))),
+        }
+        let written = written?;
+        if written == (blob.size, blob.digest) {
+            let (from, to) = (part, whole.clone());
+            blocking(move || {
+                durable::remove_all(&to)?;
+                durable::rename_noreplace(&from, &to)
+            })
+            .await?;
+            return put_in(&whole, &wanted).await;
+        }
+        tokio::fs::remove_file(&part).await.at(format_args!("remove {}", part.display()))?;
+        if from == 0 {
+            return Err(Fault::integrity(format!(
+                "blob {}: the registry sent {} bytes of {}, {} bytes were expected",
+                blob.digest, written.0, written.1, blob.size
+            )));
+        }
+        // What was kept is no beginning of it: all is fetched again, once.
     }
-    Ok(())
 }
 
-async fn copy(registry: &Registry, repository: &str, blob: &Descriptor, offset: &mut u64, send: &mpsc::Sender<Bytes>) -> Result<(), Error> {
-    let mut stream = registry.blob_stream(repository, &blob.digest, *offset).await?;
-    while let Some(piece) = stream.next().await? {
-        *offset += piece.len() as u64;
-        if *offset > blob.size {
-            return Err(Fault::integrity(format!("it is larger than the {} bytes that its manifest says", blob.size)).into());
-        }
-        if send.send(piece).await.is_err() {
-            break; // the writer failed, and says why when it is asked
-        }
+/// The blob stands in both folders, once on the disk.
+async fn put_in(whole: &Path, wanted: &Path) -> Result<(), Fault> {
+    match tokio::fs::hard_link(whole, wanted).await {
+        Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => Ok(()), // the two folders are one
+        linked => linked.at(format_args!("link {} to {}", whole.display(), wanted.display())),
     }
-    Ok(())
 }
 
-fn write_blob(path: &PathBuf, mut receive: mpsc::Receiver<Bytes>) -> Result<(u64, Sha256), Fault> {
+/// Appends what is received to what is there of a blob, and hashes all of it. `begin` takes the bytes that are there.
+fn write_blob(
+    path: &Path,
+    size_max: u64,
+    begin: oneshot::Sender<u64>,
+    mut receive: mpsc::Receiver<Bytes>,
+) -> Result<(u64, Sha256), Fault> {
     let what = || format!("write {}", path.display());
-    let mut file = File::create(path).at(what())?;
+    let mut file = File::options().read(true).append(true).create(true).open(path).at(what())?;
     let mut hash = sha2::Sha256::new();
-    let mut size = 0;
+    if file.metadata().at(what())?.len() > size_max {
+        file.set_len(0).at(what())?;
+    }
+    let mut size = std::io::copy(&mut file, &mut HashWriter(&mut hash)).at(format_args!("read {}", path.display()))?;
+    let _ = begin.send(size);
     while let Some(piece) = receive.blocking_recv() {
         file.write_all(&piece).at(what())?;
         hash.update(&piece);
         size += piece.len() as u64;
     }
     Ok((size, Sha256(hash.finalize().into())))
+}
+
+struct HashWriter<'a>(&'a mut sha2::Sha256);
+
+impl Write for HashWriter<'_> {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.0.update(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
 }

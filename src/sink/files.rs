@@ -19,7 +19,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
-use super::{Folding, Incoming, Landed, Place, Sink};
+use super::{Folding, Incoming, Landed, Look, Place, Sink};
 use crate::config;
 use crate::durable;
 use crate::fault::{Fault, IoContext, Reason};
@@ -177,7 +177,7 @@ impl FilesSink {
 
     fn landed(&self, artifact: &ArtifactRef) -> Landed {
         let path = self.folder(artifact);
-        Landed { location: path.display().to_string(), place: Place::Folder { path } }
+        Landed { location: path.display().to_string(), place: Place::Folder { path }, note: None }
     }
 
     /// Whether this version was asked for after the one that is active: a large old version that arrives late, or one
@@ -367,7 +367,7 @@ impl Sink for FilesSink {
         blocking(move || this.mounted().and_then(|()| this.is_there(&incoming))).await
     }
 
-    async fn verify(&self, incoming: &Incoming, _place: &Place) -> Result<Vec<String>, Fault> {
+    async fn verify(&self, incoming: &Incoming, _place: &Place, _look: &Look) -> Result<Vec<String>, Fault> {
         let (this, incoming) = (self.clone(), incoming.clone());
         blocking(move || {
             let folder = this.folder(&incoming.artifact);
@@ -424,7 +424,7 @@ mod tests {
             pages: Vec::new(),
         };
         let artifact = ArtifactRef::new(Kind::Dataset, "d", version).unwrap();
-        Incoming { artifact, digest: Hash::of(version.as_bytes()), root, transfer: format!("t-{version}").parse().unwrap() }
+        Incoming { artifact, digest: Hash::of(version.as_bytes()), root, transfer: format!("t-{version}").parse().unwrap(), waits: Default::default() }
     }
 
     #[test]

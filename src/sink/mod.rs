@@ -7,6 +7,8 @@
 pub mod files;
 pub mod images;
 pub mod labels;
+mod look;
+mod waits;
 
 use std::path::{Path, PathBuf};
 
@@ -20,6 +22,9 @@ use crate::fault::Fault;
 use crate::manifest::{Digest, FileInfo, Root};
 use crate::names::{ArtifactRef, RelPath, TransferId};
 
+pub use look::Look;
+pub use waits::Waits;
+
 /// An artifact on its way in, as a sink is shown it.
 #[derive(Debug, Clone)]
 pub struct Incoming {
@@ -31,6 +36,8 @@ pub struct Incoming {
     pub root: Root,
     /// The transfer that brings it; names the staging folder.
     pub transfer: TransferId,
+    /// Where a call on it reports what it waits for.
+    pub waits: Waits,
 }
 
 /// Where the files of a committed artifact can be read again, so that later transfers need not fetch their chunks.
@@ -56,6 +63,8 @@ pub struct Landed {
     pub place: Place,
     /// Where people find it: a path, `host/repo:tag@digest`, or a table and version.
     pub location: String,
+    /// What there is to know about it although it is complete.
+    pub note: Option<String>,
 }
 
 /// Which names are one name to a sink, though they differ.
@@ -126,8 +135,8 @@ pub trait Sink: Send + Sync {
     async fn stands(&self, incoming: &Incoming) -> Result<bool, Fault>;
 
     /// Compares what lies at the far end with the manifest where the engine cannot do it file by file (rows, registry
-    /// manifests). Returns one line per fault found; empty means sound.
-    async fn verify(&self, incoming: &Incoming, place: &Place) -> Result<Vec<String>, Fault>;
+    /// manifests and blobs). Returns one line per fault found; empty means sound.
+    async fn verify(&self, incoming: &Incoming, place: &Place, look: &Look) -> Result<Vec<String>, Fault>;
 
     /// Takes away what would be taken for sound when an artifact is committed again, of which [`Sink::verify`] or the engine
     /// found something gone or damaged. The commit puts back what lacks, and replaces the rest.

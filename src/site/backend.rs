@@ -19,7 +19,7 @@ use crate::limits::{ID_BYTES_MAX, ROOM_AWAITED_MAX};
 use crate::names::{ArtifactRef, DeliveryId, RunName, TransferId, WorkId, WorkIds};
 use crate::run;
 use crate::serve::wrong_role;
-use crate::sink::Incoming;
+use crate::sink::{Incoming, Look};
 use crate::trainer;
 use crate::transfer::{Found, beside, verify};
 use crate::wire::AskHub;
@@ -30,10 +30,13 @@ const OF_HUB: u64 = 1 << 52;
 
 impl Site {
     /// Re-reads what this site holds of an artifact. One line a fault; what else is not as it was delivered is noted.
-    async fn verify_now(&self, row: ArtifactRow, progress: Arc<JobProgress>) -> Result<Vec<String>, Fault> {
+    async fn verify_now(&self, row: ArtifactRow, quick: bool, progress: Arc<JobProgress>) -> Result<Vec<String>, Fault> {
         let Some(place) = row.place.clone() else { return Ok(vec![format!("{} is not held here", row.artifact)]) };
         progress.doing(format!("re-reading {}", row.artifact));
         if row.published {
+            if quick {
+                progress.note("it was published here, of which there is no quick check: its content was read");
+            }
             let origin = self.inner.origin.clone();
             return blocking(move || {
                 let read = |bytes| {
@@ -44,13 +47,13 @@ impl Site {
             .await;
         }
         let sink = self.inner.sinks.of(row.artifact.kind).clone();
-        let incoming = Incoming { artifact: row.artifact, digest: row.digest, root: row.root, transfer: TransferId::none() };
+        let incoming = Incoming { artifact: row.artifact, digest: row.digest, root: row.root, transfer: TransferId::none(), waits: Default::default() };
         let counted = progress.clone();
-        let read = move |bytes| {
+        let look = Look::new(quick, move |bytes| {
             counted.bytes.fetch_add(bytes, Ordering::Relaxed);
-        };
+        });
         let store = &self.inner.shared.store;
-        let Found { faults, notes } = verify(sink.as_ref(), store.clone(), &incoming, &place, read).await?;
+        let Found { faults, notes } = verify(sink.as_ref(), store.clone(), &incoming, &place, &look).await?;
         notes.into_iter().for_each(|note| progress.note(note));
         // What is damaged comes first: brought again, it stands in a new folder.
         if faults.is_empty() {
@@ -212,7 +215,8 @@ impl Backend for Site {
         Err(wrong_role("token create", "hub"))
     }
 
-    async fn verify(&self, artifact: &str, repair: bool) -> Result<Job, Fault> {
+    async fn verify(&self, request: VerifyRequest) -> Result<Job, Fault> {
+        let VerifyRequest { artifact, repair, quick } = request;
         let artifact: ArtifactRef = artifact.parse()?;
         let row = self.inner.catalogue.artifact(&artifact).await?;
         if repair && row.published {
@@ -221,7 +225,7 @@ impl Backend for Site {
         }
         let this = self.clone();
         self.inner.jobs.start(move |progress| async move {
-            let mut faults = this.verify_now(row, progress).await?;
+            let mut faults = this.verify_now(row, quick, progress).await?;
             if let Some(first) = faults.first().filter(|_| repair) {
                 let found = faults.len();
                 // A fault takes the place of the findings: what was found is said with it.

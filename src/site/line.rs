@@ -252,7 +252,7 @@ impl Site {
         let assembly = Assembly {
             shared: inner.shared.clone(),
             sink,
-            incoming: crate::sink::Incoming { artifact, digest, root, transfer: TransferId::none() },
+            incoming: crate::sink::Incoming { artifact, digest, root, transfer: TransferId::none(), waits: Default::default() },
             fetcher,
             priority: 0,
             counters: Default::default(),

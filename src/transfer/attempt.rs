@@ -11,6 +11,7 @@ use std::time::Duration;
 use tokio_util::sync::CancellationToken;
 
 use super::pace::Pace;
+use super::waiting::{Takes, stays};
 use super::{Assembly, Counters, Runner, incoming, stopped, turn, unless};
 use crate::api::types::State;
 use crate::catalogue::TransferRow;
@@ -68,14 +69,14 @@ impl Runner {
             Some(fetcher) => fetcher,
             None => Fetcher::new(unless(stop, self.link(row)).await?, row.digest, counters.wire.clone()),
         };
-        if row.body.reason != Some(Reason::WaitingForSource) {
+        if !stays(row.body.reason) {
             row.body.set_fault(None);
         }
         unless(stop, fetcher.pages(&root, base.as_ref(), &inner.shared.store)).await?;
         inner.catalogue.add_artifact(&row.artifact, &root, None).await?;
         row.body.bytes.total = root.totals.bytes;
         let incoming = incoming(row, &root);
-        unless(stop, sink.check(&incoming)).await?;
+        unless(stop, self.reporting(row, &incoming, Takes::Moments, sink.check(&incoming))).await?;
 
         self.enter(row, State::Transferring, None).await;
         let assembly = Assembly {
@@ -92,7 +93,7 @@ impl Runner {
         row.body.rate = 0;
         self.enter(row, State::Committing, None).await;
         let _alone = self.alone_with(&row.artifact).await;
-        let landed = sink.commit(&incoming, &staged).await?;
+        let landed = self.reporting(row, &incoming, Takes::ItsTime, sink.commit(&incoming, &staged)).await?;
         self.land(row, counters, &incoming, landed).await
     }
 
@@ -127,8 +128,10 @@ impl Runner {
                 staged = &mut run => return staged,
                 _ = ticks.tick() => {
                     self.note_bytes(row, counters);
-                    if row.body.reason == Some(Reason::WaitingForSource) && counters.received.load(Ordering::Relaxed) > before {
-                        row.body.set_fault(None);
+                    match assembly.incoming.waits.now() {
+                        Some(report) => row.body.set_fault(Some(&report)),
+                        None if stays(row.body.reason) && counters.received.load(Ordering::Relaxed) > before => row.body.set_fault(None),
+                        None => {}
                     }
                     let bytes = row.body.bytes;
                     row.body.rate = pace.rate(clock::now_unix_ms(), bytes.received + bytes.reused);

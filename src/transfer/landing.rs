@@ -8,7 +8,7 @@ use std::sync::atomic::Ordering;
 
 use tokio::sync::OwnedMutexGuard;
 
-use super::verify::verify;
+use super::verify::{Found, verify};
 use super::{Counters, Runner, incoming};
 use crate::api::types::State;
 use crate::catalogue::TransferRow;
@@ -19,7 +19,7 @@ use crate::manifest::Digest;
 use crate::names::{ArtifactRef, TransferId};
 use crate::places::PlaceInfo;
 use crate::receipt::Receipt;
-use crate::sink::{Incoming, Landed};
+use crate::sink::{Incoming, Landed, Look};
 
 impl Runner {
     /// Waits until nobody else lands, looks at, or takes away this artifact.
@@ -45,13 +45,14 @@ impl Runner {
         let (Some(place), None) = (&there.place, inner.shared.places.staged_by(&row.id)) else { return Ok(None) };
         let sink = inner.sinks.of(row.artifact.kind);
         let incoming = incoming(row, &there.root);
-        let faults = match verify(sink.as_ref(), inner.shared.store.clone(), &incoming, place, |_| {}).await {
+        let Found { faults, notes } = match verify(sink.as_ref(), inner.shared.store.clone(), &incoming, place, &Look::default()).await {
             // A page of the manifest is damaged: it is brought again as well.
-            Err(fault) if fault.code == Code::Integrity => vec![fault.to_string()],
-            other => other?.faults,
+            Err(fault) if fault.code == Code::Integrity => Found { faults: vec![fault.to_string()], notes: Vec::new() },
+            other => other?,
         };
         let Some(first) = faults.first() else {
-            return Ok(Some(Landed { place: place.clone(), location: there.location.clone().unwrap_or_default() }));
+            let note = notes.into_iter().next();
+            return Ok(Some(Landed { place: place.clone(), location: there.location.clone().unwrap_or_default(), note }));
         };
         tracing::warn!(transfer = %row.id, artifact = %row.artifact, faults = faults.len(), first, "what was here is brought again");
         sink.clear(&incoming).await?;
@@ -65,7 +66,7 @@ impl Runner {
             Err(fault) if fault.code != Code::NotFound => return Err(fault),
             _ => return Ok(false),
         };
-        let incoming = Incoming { artifact: artifact.clone(), digest, root: there.root, transfer: TransferId::none() };
+        let incoming = Incoming { artifact: artifact.clone(), digest, root: there.root, transfer: TransferId::none(), waits: Default::default() };
         if there.published { Ok(true) } else { self.inner.sinks.of(artifact.kind).stands(&incoming).await }
     }
 
@@ -86,6 +87,7 @@ impl Runner {
         counters.committed.store(row.body.bytes.total, Ordering::Relaxed);
         self.note_bytes(row, counters);
         row.body.location = Some(landed.location);
+        row.body.note = landed.note;
         let identity = inner.identity.borrow().clone();
         row.body.receipt = Some(Receipt::sign(row, &identity)?);
         self.enter(row, State::Done, None).await;

@@ -15,6 +15,7 @@ mod task;
 mod told;
 mod turn;
 mod verify;
+mod waiting;
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -277,5 +278,5 @@ impl Runner {
 }
 
 fn incoming(row: &TransferRow, root: &Root) -> Incoming {
-    Incoming { artifact: row.artifact.clone(), digest: row.digest, root: root.clone(), transfer: row.id.clone() }
+    Incoming { artifact: row.artifact.clone(), digest: row.digest, root: root.clone(), transfer: row.id.clone(), waits: Default::default() }
 }

@@ -10,6 +10,7 @@ use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 
 use super::pace::Pause;
+use super::waiting::stays;
 use super::{AskLook, Counters, Runner};
 use crate::api::types::{Bytes, State};
 use crate::catalogue::TransferRow;
@@ -102,8 +103,8 @@ impl Runner {
 
     pub(super) async fn enter(&self, row: &mut TransferRow, state: State, wait: Option<Fault>) {
         row.state = state;
-        // Until bytes come it still waits for its source, however often it asks.
-        let waits = row.body.reason == Some(Reason::WaitingForSource) && matches!(state, State::Planning | State::Transferring);
+        // Until it gets further it still waits for its source or its sink, however often it asks.
+        let waits = stays(row.body.reason) && matches!(state, State::Planning | State::Transferring | State::Committing);
         if wait.is_some() || !waits {
             row.body.set_fault(wait.as_ref());
         }

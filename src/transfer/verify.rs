@@ -11,7 +11,7 @@ use crate::fault::{Fault, IoContext};
 use crate::fetch::blocking;
 use crate::limits::OFFENDERS_LISTED_MAX;
 use crate::manifest::{EntryBody, FileInfo, Step, Walk};
-use crate::sink::{Incoming, Place, Sink};
+use crate::sink::{Incoming, Look, Place, Sink};
 use crate::store::Store;
 
 /// What a look at an artifact found, one line each.
@@ -23,21 +23,21 @@ pub struct Found {
     pub notes: Vec<String>,
 }
 
-/// Reads again all that was committed of an artifact, and tells `read` of the bytes.
+/// Compares all that was committed of an artifact with its manifest: reads its content, unless a quick look was asked for.
 pub async fn verify(
     sink: &dyn Sink,
     store: Store,
     incoming: &Incoming,
     place: &Place,
-    read: impl Fn(u64) + Send + 'static,
+    look: &Look,
 ) -> Result<Found, Fault> {
-    let faults = sink.verify(incoming, place).await?;
+    let faults = sink.verify(incoming, place, look).await?;
     // What is gone as a whole need not be told file by file.
     let folder = match place {
         Place::Folder { path } if faults.is_empty() && incoming.artifact.kind.is_files() => path.clone(),
-        _ => return Ok(Found { faults, notes: Vec::new() }),
+        _ => return Ok(Found { faults, notes: look.take_notes() }),
     };
-    let root = incoming.root.clone();
+    let (root, look) = (incoming.root.clone(), look.clone());
     blocking(move || {
         let (mut faults, mut modes) = (Vec::new(), Listed::default());
         for step in Walk::new(&root, &store) {
@@ -56,15 +56,19 @@ pub async fn verify(
                     let now = std::fs::read_link(&path).ok();
                     (now.as_deref() != Some(Path::new(&target))).then(|| "the link is gone or another".to_owned())
                 }
+                EntryBody::File(file) if look.quick => size_fault(&path, file),
                 EntryBody::File(file) => {
-                    read(file.size);
+                    look.read(file.size);
                     file_fault(&path, file)
                 }
             };
             faults.extend(fault.map(|why| format!("{}: {why}", path.display())));
         }
         let modes = modes.line(|count| format!("{} has not the permission bits that were published ({count})", folder.display()));
-        Ok(Found { faults, notes: modes.into_iter().collect() })
+        if look.quick {
+            look.note("quick check: names and sizes were compared; no content was read");
+        }
+        Ok(Found { faults, notes: modes.into_iter().chain(look.take_notes()).collect() })
     })
     .await
 }
@@ -143,6 +147,14 @@ impl Listed {
 fn mode_of(path: &Path) -> Option<Option<u32>> {
     let meta = std::fs::symlink_metadata(path).ok()?;
     Some((!meta.is_symlink()).then(|| meta.permissions().mode() & 0o7777))
+}
+
+fn size_fault(path: &Path, file: FileInfo) -> Option<String> {
+    match std::fs::metadata(path).at("look") {
+        Err(fault) => Some(fault.message),
+        Ok(meta) if !meta.is_file() => Some("it is no file".to_owned()),
+        Ok(meta) => (meta.len() != file.size).then(|| format!("it has {} bytes, {} were delivered", meta.len(), file.size)),
+    }
 }
 
 fn file_fault(path: &Path, file: FileInfo) -> Option<String> {

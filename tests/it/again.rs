@@ -135,6 +135,22 @@ fn rows_and_an_image_that_were_deleted_at_a_site() {
     hub.deliver_and_wait(image, "hefei", secs(60));
     plain.cli(&["verify", image]).expect(0);
 
+    // One bit of it in the registry's storage.
+    let stored = find(&scratch.join("registry"), &|path| path.is_file() && path.ends_with("data"));
+    let blob = stored.into_iter().max_by_key(|path| fs::metadata(path).unwrap().len()).unwrap();
+    let flip = || {
+        let mut bytes = fs::read(&blob).unwrap();
+        let middle = bytes.len() / 2;
+        bytes[middle] ^= 1;
+        fs::write(&blob, &bytes).unwrap();
+    };
+    flip();
+    let digest = blob.parent().unwrap().file_name().unwrap().to_str().unwrap();
+    assert!(site.cli(&["verify", image]).expect(8).out.contains(digest));
+    assert!(site.cli(&["verify", image, "--quick"]).expect(0).out.contains("no blob was read"));
+    flip();
+    site.cli(&["verify", image]).expect(0);
+
     // A tag that was deleted in the registry: the next delivery finds that out by itself.
     registry.skopeo("delete", &["{}/operators/tool:v1"]);
     hub.deliver_and_wait(image, "chengdu", secs(60));

@@ -2,7 +2,7 @@
 //! right state, reason and next step, and the right end once the cause is gone.
 
 use crate::support::daemon::{Hub, Site, SiteSpec, Transfer};
-use crate::support::harbor::{Harbor, Seen, error, is_manifest_put, is_push};
+use crate::support::harbor::{Harbor, Seen, error, is_manifest_put, is_manifest_read, is_push};
 use crate::support::images;
 use crate::support::{Scratch, limit, secs};
 
@@ -110,6 +110,20 @@ fn an_immutable_tag_with_the_same_image_is_a_success() {
     let done = world.hub.deliver_and_wait("image/app:v1", "wuhan", secs(60));
     assert_eq!(done.site, second.name);
     assert!(done.bytes.wire < done.bytes.total / 2, "the registry has the blobs: they need not come: {:?}", done.bytes);
+}
+
+#[test]
+fn a_policy_that_holds_the_image_back_is_no_failure() {
+    let _limit = limit(secs(120));
+    let world = World::start();
+    let why = "current image without vulnerability scanning cannot be pulled due to configured policy";
+    world.harbor.always(is_manifest_read, 412, &error("PROJECTPOLICYVIOLATION", why));
+    let id = world.deliver();
+    world.check_done(&id, 60);
+    let shown = world.hub.json(&["status", &id])[0].clone();
+    assert!(shown["note"].as_str().is_some_and(|note| note.contains("policy")), "{shown}");
+    let verified = world._site.cli(&["verify", "image/app:v1"]).expect(0);
+    assert!(verified.out.contains("no blob was read"), "{}", verified.out);
 }
 
 #[test]

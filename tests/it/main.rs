@@ -27,6 +27,7 @@ mod remote_publish;
 mod resume;
 mod safe_defaults;
 mod sharing;
+mod sinks;
 mod site_sources;
 mod support;
 mod training;

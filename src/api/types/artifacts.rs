@@ -143,6 +143,9 @@ pub struct VerifyRequest {
     /// Whether to fetch again what is bad.
     #[serde(default)]
     pub repair: bool,
+    /// Compare names and sizes only, and read no content.
+    #[serde(default)]
+    pub quick: bool,
 }
 
 /// Ask to keep an artifact's relayed bytes whatever their age, or no longer.

@@ -121,6 +121,9 @@ pub struct Transfer {
     pub attempts: u32,
     /// Where it landed, once done.
     pub location: Option<String>,
+    /// What there is to know about it although it is done: a registry that holds the image and does not give it out, say.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub note: Option<String>,
     /// When it was asked for.
     pub created_at: String,
     /// When this last changed.

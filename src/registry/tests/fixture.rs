@@ -115,7 +115,7 @@ pub(crate) fn incoming(reference: &str, image: &Image) -> Incoming {
         depth: 0,
         pages: Vec::new(),
     };
-    Incoming { artifact, digest: Hash::of(image.info.digest.as_bytes()), root, transfer: "t1".parse().unwrap() }
+    Incoming { artifact, digest: Hash::of(image.info.digest.as_bytes()), root, transfer: "t1".parse().unwrap(), waits: Default::default() }
 }
 
 pub(crate) fn file_info(path: &Path) -> FileInfo {

@@ -9,7 +9,7 @@ use fixture::{Access, PASSWORD, RealRegistry, TokenService, USER, image, noise, 
 
 use crate::fault::{Code, Reason};
 use crate::registry::image::Sha256;
-use crate::registry::{Credentials, LocalBlob, Origin, Reference, Registry, pull_to_layout};
+use crate::registry::{Credentials, LocalBlob, Origin, Reference, Registry, pull_keeping, pull_to_layout};
 
 fn origin(address: &str) -> Origin {
     Origin { https: false, authority: address.into() }
@@ -174,4 +174,72 @@ async fn a_pull_skips_absent_platforms_and_notices_wrong_bytes() {
     server.held.lock().blobs.insert(key, noise(7, 100_000).into());
     let fault = pull_to_layout(&reference, credentials(), None, &dir.path().join("bad")).await.unwrap_err();
     assert_eq!((fault.code, fault.reason), (Code::Integrity, Reason::Integrity));
+}
+
+/// An image that the stand-in holds as `op/a:v1`.
+fn held_by(server: &standin::StandIn, made: &fixture::Image) {
+    let mut held = server.held.lock();
+    for entry in std::fs::read_dir(made.dir.join("blobs/sha256")).unwrap() {
+        let bytes: bytes::Bytes = std::fs::read(entry.unwrap().path()).unwrap().into();
+        let digest = Sha256::of(&bytes).to_string();
+        if bytes.starts_with(b"{") {
+            held.manifests.insert(("op/a".into(), digest.clone()), bytes.clone());
+        }
+        if digest == made.info.digest {
+            held.manifests.insert(("op/a".into(), "v1".into()), bytes.clone());
+        }
+        held.blobs.insert(("op/a".into(), digest), bytes);
+    }
+}
+
+#[tokio::test]
+async fn a_pull_waits_where_the_registry_asks_for_a_pause() {
+    let server = standin::StandIn::start().await;
+    let dir = tempfile::tempdir().unwrap();
+    let made = image(&dir.path().join("made"), &[noise(6, 100_000), noise(7, 100_000)], &["amd64"]);
+    held_by(&server, &made);
+    for (path, status) in [("/v2/", 503), ("/v2/", 429), ("/manifests/v1", 429), ("/blobs/", 429), ("/blobs/", 503), ("/blobs/", 429)] {
+        let pause = standin::Scripted::new("GET", path, status, standin::error("TOOMANYREQUESTS", "slow down"));
+        server.held.lock().script.push(standin::Scripted { headers: vec![("retry-after", "0")], ..pause });
+    }
+    server.script("GET", "/blobs/", 503, ""); // and no word of how long
+    let reference: Reference = format!("{}/op/a:v1", server.address).parse().unwrap();
+    let got = dir.path().join("got");
+    pull_to_layout(&reference, credentials(), None, &got).await.unwrap();
+    assert!(server.held.lock().script.iter().all(|scripted| scripted.times == 0), "every pause was met");
+    assert!(got.join(made.layers[1].layout_path()).exists());
+}
+
+#[tokio::test]
+async fn what_a_failed_pull_fetched_is_not_fetched_again() {
+    let server = standin::StandIn::start().await;
+    let dir = tempfile::tempdir().unwrap();
+    let made = image(&dir.path().join("made"), &[noise(6, 100_000), noise(7, 100_000), noise(8, 100_000), noise(9, 100_000)], &["amd64"]);
+    held_by(&server, &made);
+    let kept = dir.path().join("kept");
+    std::fs::create_dir(&kept).unwrap();
+    let reference: Reference = format!("{}/op/a:v1", server.address).parse().unwrap();
+    let pull = async |to: &str| pull_keeping(&reference, credentials(), None, &dir.path().join(to), &kept).await;
+
+    let last = Box::leak(format!("/blobs/{}", made.layers[3]).into_boxed_str());
+    server.held.lock().cuts = 1;
+    server.script_always("GET", last, 403, standin::error("DENIED", "not now"));
+    let fault = pull("first").await.unwrap_err();
+    assert!(fault.message.contains(&made.layers[3].to_string()), "{fault}");
+    let whole = || made.layers.iter().filter(|layer| kept.join(layer.hex()).exists()).count();
+    let (before, had) = (server.held.lock().count("GET", "/blobs/"), whole());
+    server.held.lock().script.clear();
+    pull("second").await.unwrap();
+    let blobs = made.layers.len() + 1;
+    let config_kept = 1;
+    let fetched = server.held.lock().count("GET", "/blobs/") - before;
+    assert!(had > 0 && fetched <= blobs - had && fetched >= blobs - had - config_kept, "{fetched} of {blobs} fetched, {had} layers were kept");
+
+    // The beginning of a blob is kept too, and only if it is its beginning.
+    for (beginning, name) in [(noise(6, 60_000), "third"), (noise(1, 60_000), "fourth"), (noise(1, 200_000), "fifth")] {
+        std::fs::remove_file(kept.join(made.layers[0].hex())).unwrap();
+        write(&kept.join(format!("{}.part", made.layers[0].hex())), &beginning);
+        pull(name).await.unwrap();
+        assert_eq!(Sha256::of(&std::fs::read(dir.path().join(name).join(made.layers[0].layout_path())).unwrap()), made.layers[0]);
+    }
 }

@@ -4,12 +4,13 @@
 //! one under the tag, which is what makes the image appear. A crash before that leaves blobs that nobody names: the next
 //! try finds and uses them, or the registry's garbage collection takes them.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use futures::TryStreamExt;
+use futures::{StreamExt, TryStreamExt};
 use parking_lot::Mutex;
 use tokio::sync::watch;
 
@@ -23,7 +24,7 @@ use crate::names::{ArtifactRef, RelPath};
 use crate::registry::image::{Descriptor, Sha256, Tree, walk};
 use crate::registry::reference::check_repository;
 use crate::registry::{Credentials, Deleted, Error, LocalBlob, Origin, Registry};
-use crate::sink::{Incoming, Landed, Place, Sink};
+use crate::sink::{Incoming, Landed, Look, Place, Sink};
 
 /// Writes images to a registry.
 pub struct RegistrySink {
@@ -34,7 +35,48 @@ pub struct RegistrySink {
     staging_root: PathBuf,
     /// Where blobs are known to lie, so that another repository can mount them. A hint: forgotten at a restart.
     seen: Mutex<HashMap<Sha256, String>>,
+    /// Blobs that were read and are damaged, by repository. They are sent again although the registry has them. A hint as well.
+    damaged: Mutex<HashSet<(String, Sha256)>>,
+    /// Blobs that this process sent, by repository.
+    sent: Mutex<HashSet<(String, Sha256)>>,
 }
+
+/// What a tag names.
+#[derive(Debug, PartialEq, Eq)]
+enum Tag {
+    Absent,
+    Is(Sha256),
+    /// An image is there, and a policy of the registry does not give it out. Which one, if the registry says so another way; else it
+    /// may be ours.
+    Held(Option<Sha256>),
+    /// The same, and it is not ours: the registry does not have ours at all.
+    HeldOther,
+}
+
+impl Tag {
+    /// Which image it names, as far as that is known.
+    fn digest(&self) -> Option<Sha256> {
+        match self {
+            Tag::Is(digest) => Some(*digest),
+            Tag::Held(digest) => *digest,
+            Tag::Absent | Tag::HeldOther => None,
+        }
+    }
+
+    /// The fault of a tag that names another image for certain.
+    fn conflict(&self, location: &str, ours: &Sha256) -> Option<Fault> {
+        match (self, self.digest()) {
+            (Tag::HeldOther, _) => Some(
+                Fault::conflict(format!("{location} is there already with another image, which a policy of the registry does not give out"))
+                    .with_next("publish under another version, then deliver that"),
+            ),
+            (_, Some(theirs)) if theirs != *ours => Some(taken(location, &theirs, ours)),
+            _ => None,
+        }
+    }
+}
+
+const HELD_BACK: &str = "the registry holds the image, and a policy of its project does not give it out yet: it waits for a scan or a signature";
 
 impl RegistrySink {
     /// A sink for the registry that the configuration names. Asks it nothing yet.
@@ -51,7 +93,7 @@ impl RegistrySink {
             .map(|credentials| credentials.with_realm_hosts(&cfg.realm_hosts));
         let registry = Registry::new(origin, credentials, cfg.ca_file.as_deref())?;
         durable::create_dir_all(&staging_root)?;
-        Ok(Self { registry, prefix: prefix.into(), create_project: cfg.create_project, staging_root, seen: Mutex::default() })
+        Ok(Self { registry, prefix: prefix.into(), create_project: cfg.create_project, staging_root, seen: Mutex::default(), damaged: Mutex::default(), sent: Mutex::default() })
     }
 
     fn repository(&self, artifact: &ArtifactRef) -> String {
@@ -74,10 +116,55 @@ impl RegistrySink {
         fault
     }
 
-    async fn tag(&self, artifact: &ArtifactRef) -> Result<Option<Sha256>, Fault> {
+    async fn tag(&self, artifact: &ArtifactRef, ours: &Sha256) -> Result<Tag, Fault> {
         let repository = self.repository(artifact);
-        let found = self.registry.head_manifest(&repository, artifact.version()).await;
-        found.map_err(|e| e.fault(format_args!("look for {}", self.location(artifact))))
+        match self.registry.head_manifest(&repository, artifact.version()).await {
+            Ok(None) => Ok(Tag::Absent),
+            Ok(Some(digest)) => Ok(Tag::Is(digest)),
+            Err(Error::Answer(answer)) if answer.is_policy() => {
+                let (project, name) = repository.split_once('/').unwrap_or(("", &repository));
+                if let Some(digest) = self.registry.artifact_digest(project, name, artifact.version()).await {
+                    return Ok(Tag::Held(Some(digest)));
+                }
+                // By its digest ours is held back too, if it is there.
+                let has_ours = self.registry.head_manifest(&repository, &ours.to_string()).await;
+                Ok(if matches!(has_ours, Ok(None)) { Tag::HeldOther } else { Tag::Held(None) })
+            }
+            Err(error) => Err(error.fault(format_args!("look for {}", self.location(artifact)))),
+        }
+    }
+
+    /// Does `work`; reports meanwhile that the registry does not answer.
+    async fn reporting<T>(&self, incoming: &Incoming, work: impl Future<Output = T>) -> T {
+        tokio::pin!(work);
+        let mut look = tokio::time::interval(Duration::from_millis(500));
+        loop {
+            tokio::select! {
+                done = &mut work => {
+                    incoming.waits.clear();
+                    return done;
+                }
+                _ = look.tick() => match self.registry.silent_for() {
+                    Some(silent) if silent >= limits::REGISTRY_SILENCE_REPORT_AFTER => incoming.waits.report(
+                        Fault::unreachable(format!("the registry at {} does not answer", self.registry.origin().base()))
+                            .with_next("look at the registry's load and its log; the delivery continues on its own when it answers"),
+                    ),
+                    _ => incoming.waits.clear(),
+                },
+            }
+        }
+    }
+
+    fn note_sent(&self, key: (String, Sha256)) {
+        let mut sent = self.sent.lock();
+        if sent.len() >= limits::REGISTRY_MOUNTS_KEPT_MAX {
+            sent.clear();
+        }
+        sent.insert(key);
+    }
+
+    fn is_damaged(&self, repository: &str, digest: &Sha256) -> bool {
+        self.damaged.lock().contains(&(repository.to_owned(), *digest))
     }
 
     /// A manifest's bytes from the staged folder, or from the registry where it was held already.
@@ -110,7 +197,18 @@ impl RegistrySink {
         let file = staged.join(blob.digest.layout_path());
         if tokio::fs::try_exists(&file).await.unwrap_or(false) {
             let local = LocalBlob { digest: blob.digest, size: blob.size, file };
-            self.registry.push_blob(repository, &local).await?;
+            let key = (repository.to_owned(), blob.digest);
+            if self.is_damaged(repository, &blob.digest) {
+                self.replace_blob(repository, blob, &local).await?;
+            } else if self.registry.push_blob(repository, &local).await? {
+                self.note_sent(key);
+            } else if !self.sent.lock().contains(&key) {
+                // It was staged because the registry lacked it, or had it damaged; and it is there, and this process did not send it.
+                let doing = || format!("read blob {} of {}/{repository}", blob.digest, self.registry.origin());
+                if self.registry.check_blob(repository, blob, &|_| {}).await.map_err(|e| e.fault(doing()))?.is_some() {
+                    self.replace_blob(repository, blob, &local).await?;
+                }
+            }
         } else {
             let held = self.registry.blob_size(repository, &blob.digest).await;
             match held.map_err(|e| e.fault(format_args!("look for blob {}", blob.digest)))? {
@@ -122,6 +220,23 @@ impl RegistrySink {
         }
         self.remember(blob.digest, repository);
         Ok(())
+    }
+
+    /// Sends a blob again that the registry has and that is damaged, and reads it again: some keep what they have.
+    async fn replace_blob(&self, repository: &str, blob: &Descriptor, local: &LocalBlob) -> Result<(), Fault> {
+        let doing = || format!("replace the damaged blob {} of {}/{repository}", blob.digest, self.registry.origin());
+        let deleted = self.registry.delete_blob(repository, &blob.digest).await;
+        tracing::info!(blob = %blob.digest, repository, deleted = ?deleted.ok(), "a damaged blob is sent again");
+        self.registry.push_again(repository, local).await?;
+        match self.registry.check_blob(repository, blob, &|_| {}).await.map_err(|e| e.fault(doing()))? {
+            None => {
+                self.damaged.lock().remove(&(repository.to_owned(), blob.digest));
+                Ok(())
+            }
+            Some(why) => Err(Fault::integrity(format!("{}: it was sent again, and the registry keeps what it had: {why}", doing())).with_next(
+                "delete every image that uses this blob at the registry, run its garbage collection so that the blob is gone from its storage, then 'packhorse retry'",
+            )),
+        }
     }
 
     fn remember(&self, digest: Sha256, repository: &str) {
@@ -161,20 +276,25 @@ impl RegistrySink {
             }
             // An immutable tag, or somebody else's push at the same moment: fine if it is the same image.
             if matches!(error.status(), Some(409 | 412)) || error.is_passing() {
-                match self.tag(&incoming.artifact).await {
-                    Ok(Some(theirs)) if theirs == ours => break,
-                    Ok(Some(theirs)) if error.status() == Some(412) => return Err(taken(&location, &theirs, &ours)),
+                match self.tag(&incoming.artifact, &ours).await {
+                    Ok(tag) if tag.digest() == Some(ours) => break,
+                    Ok(tag) if error.status() == Some(412) => match tag.conflict(&location, &ours) {
+                        Some(fault) => return Err(fault),
+                        None if tag == Tag::Held(None) => return Err(unknown(&location, error)),
+                        None => {}
+                    },
                     _ => {}
                 }
             }
             return Err(error.fault(format_args!("push {location}")));
         }
-        match self.tag(&incoming.artifact).await? {
-            Some(theirs) if theirs == ours => Ok(()),
-            Some(theirs) => Err(Fault::integrity(format!("{location} came out as {theirs}, not {ours}"))
-                .with_next("something before the registry changes what passes, or somebody pushes the same tag")),
-            None => Err(Fault::unreachable(format!("{location} was pushed and is not there"))),
+        let tag = self.tag(&incoming.artifact, &ours).await?;
+        if let Some(theirs) = tag.digest().filter(|theirs| *theirs != ours) {
+            return Err(Fault::integrity(format!("{location} came out as {theirs}, not {ours}"))
+                .with_next("something before the registry changes what passes, or somebody pushes the same tag"));
         }
+        // Where it is held back, the registry's answer to the push said which digest it stored.
+        if tag == Tag::Absent { Err(Fault::unreachable(format!("{location} was pushed and is not there"))) } else { Ok(()) }
     }
 
     /// Whether another tag of the repository names this manifest too, which deleting it would take along.
@@ -202,12 +322,69 @@ impl RegistrySink {
         Ok((deleted == Deleted::Unsupported).then(|| "the registry does not allow deletion".into()))
     }
 
+    /// What is wrong with a blob that the registry is to hold.
+    async fn blob_fault(&self, repository: &str, blob: &Descriptor, look: &Look) -> Result<Option<String>, Fault> {
+        let doing = || format!("read blob {} of {}/{repository}", blob.digest, self.registry.origin());
+        match self.registry.blob_size(repository, &blob.digest).await.map_err(|e| e.fault(doing()))? {
+            Some(size) if size != blob.size => return Ok(Some(wrong_size(blob, size).message)),
+            Some(_) if look.quick => return Ok(None),
+            Some(_) => {}
+            None if blob.is_foreign() => return Ok(None),
+            None => return Ok(Some(format!("blob {} is gone", blob.digest))),
+        }
+        let why = self.registry.check_blob(repository, blob, &|bytes| look.read(bytes)).await.map_err(|e| e.fault(doing()))?;
+        let key = (repository.to_owned(), blob.digest);
+        let mut damaged = self.damaged.lock();
+        match &why {
+            Some(_) if damaged.len() < limits::REGISTRY_MOUNTS_KEPT_MAX => drop(damaged.insert(key)),
+            Some(_) => {}
+            None => drop(damaged.remove(&key)),
+        }
+        Ok(why.map(|why| format!("blob {}: {why}", blob.digest)))
+    }
+
+    async fn commit_now(&self, incoming: &Incoming, staged: &Path) -> Result<Landed, Fault> {
+        let repository = self.repository(&incoming.artifact);
+        let ours = top_of(image_info(incoming)?)?.digest;
+        let found = match self.tag(&incoming.artifact, &ours).await {
+            Ok(found) => found,
+            Err(fault) => return Err(self.told(fault, &repository).await),
+        };
+        if let Some(fault) = found.conflict(&self.location(&incoming.artifact), &ours) {
+            return Err(fault);
+        }
+        match found {
+            // Committed before a crash, and cleaned up.
+            Tag::Is(_) | Tag::Held(_) if !tokio::fs::try_exists(staged).await.unwrap_or(true) => {}
+            _ => {
+                if let Err(fault) = self.push(&repository, incoming, staged).await {
+                    return Err(self.told(fault, &repository).await);
+                }
+                let staged = staged.to_owned();
+                super::blocking(move || durable::remove_all(&staged)).await?;
+            }
+        }
+        let held = matches!(self.tag(&incoming.artifact, &ours).await, Ok(Tag::Held(_)));
+        Ok(Landed {
+            place: Place::Registry { repository },
+            location: format!("{}@{ours}", self.location(&incoming.artifact)),
+            note: held.then(|| HELD_BACK.to_owned()),
+        })
+    }
+
     fn repository_of(place: &Place) -> Result<&str, Fault> {
         match place {
             Place::Registry { repository } => Ok(repository),
             Place::Folder { path } => Err(Fault::internal(format!("{} is a folder, not a repository", path.display()))),
         }
     }
+}
+
+/// The tag is immutable, and the registry does not say which image it names.
+fn unknown(location: &str, error: Error) -> Fault {
+    let fault = error.fault(format_args!("push {location}"));
+    Fault { message: format!("{}; an image is there, and a policy of the registry does not say which", fault.message), ..fault }
+        .with_next("give the registry user the right to list artifacts (Harbor: 'List Artifact' and 'Read Artifact'), then 'packhorse retry'")
 }
 
 fn wrong_size(blob: &Descriptor, size: u64) -> Fault {
@@ -232,12 +409,14 @@ impl Sink for RegistrySink {
         {
             self.registry.ensure_project(project).await?;
         }
-        let found = match self.tag(&incoming.artifact).await {
+        let found = match self.tag(&incoming.artifact, &ours).await {
             Ok(found) => found,
             Err(fault) => return Err(self.told(fault, &repository).await),
         };
-        match found {
-            Some(theirs) if theirs != ours => Err(taken(&self.location(&incoming.artifact), &theirs, &ours)),
+        if let Some(fault) = found.conflict(&self.location(&incoming.artifact), &ours) {
+            return Err(fault);
+        }
+        match found.digest() {
             Some(_) => Ok(()),
             None => match self.registry.try_upload(&repository).await {
                 Ok(()) => Ok(()),
@@ -253,7 +432,11 @@ impl Sink for RegistrySink {
         let Some(digest) = Sha256::from_layout_path(path.as_str()) else { return Ok(false) };
         let repository = self.repository(&incoming.artifact);
         let doing = || format!("look for blob {digest} at {}/{repository}", self.registry.origin());
-        if let Some(size) = self.registry.blob_size(&repository, &digest).await.map_err(|e| e.fault(doing()))? {
+        if self.is_damaged(&repository, &digest) {
+            return Ok(false);
+        }
+        let size = self.reporting(incoming, self.registry.blob_size(&repository, &digest)).await;
+        if let Some(size) = size.map_err(|e| e.fault(doing()))? {
             self.remember(digest, &repository);
             return Ok(size == file.size);
         }
@@ -265,33 +448,23 @@ impl Sink for RegistrySink {
     async fn arriving(&self, incoming: &Incoming, staged: &Path, path: &RelPath, file: &FileInfo, grown: watch::Receiver<u64>) {
         let Some(digest) = Sha256::from_layout_path(path.as_str()) else { return };
         let repository = self.repository(&incoming.artifact);
+        if self.is_damaged(&repository, &digest) {
+            return; // the commit replaces it
+        }
         let blob = LocalBlob { digest, size: file.size, file: path.in_dir(staged) };
         match self.registry.push_growing(&repository, &blob, grown).await {
-            Ok(()) => self.remember(digest, &repository),
+            Ok(sent) => {
+                self.remember(digest, &repository);
+                if sent {
+                    self.note_sent((repository, digest));
+                }
+            }
             Err(fault) => tracing::debug!(%digest, repository, error = %fault, "a blob was not taken ahead of the others"),
         }
     }
 
     async fn commit(&self, incoming: &Incoming, staged: &Path) -> Result<Landed, Fault> {
-        let repository = self.repository(&incoming.artifact);
-        let ours = top_of(image_info(incoming)?)?.digest;
-        let found = match self.tag(&incoming.artifact).await {
-            Ok(found) => found,
-            Err(fault) => return Err(self.told(fault, &repository).await),
-        };
-        match found {
-            Some(theirs) if theirs != ours => return Err(taken(&self.location(&incoming.artifact), &theirs, &ours)),
-            // Committed before a crash, and cleaned up.
-            Some(_) if !tokio::fs::try_exists(staged).await.unwrap_or(true) => {}
-            _ => {
-                if let Err(fault) = self.push(&repository, incoming, staged).await {
-                    return Err(self.told(fault, &repository).await);
-                }
-                let staged = staged.to_owned();
-                super::blocking(move || durable::remove_all(&staged)).await?;
-            }
-        }
-        Ok(Landed { place: Place::Registry { repository }, location: format!("{}@{ours}", self.location(&incoming.artifact)) })
+        self.reporting(incoming, self.commit_now(incoming, staged)).await
     }
 
     async fn activate(&self, _artifact: &ArtifactRef) -> Result<(), Fault> {
@@ -329,20 +502,30 @@ impl Sink for RegistrySink {
     }
 
     async fn stands(&self, incoming: &Incoming) -> Result<bool, Fault> {
-        Ok(self.tag(&incoming.artifact).await? == Some(top_of(image_info(incoming)?)?.digest))
+        let ours = top_of(image_info(incoming)?)?.digest;
+        let tag = self.tag(&incoming.artifact, &ours).await?;
+        // A policy is no loss.
+        Ok(tag != Tag::Absent && tag.conflict("", &ours).is_none())
     }
 
-    async fn verify(&self, incoming: &Incoming, place: &Place) -> Result<Vec<String>, Fault> {
+    async fn verify(&self, incoming: &Incoming, place: &Place, look: &Look) -> Result<Vec<String>, Fault> {
         let location = self.location(&incoming.artifact);
         let Place::Registry { repository } = place else {
             return Ok(vec![format!("{location}: it was put into a folder, before this site had a registry")]);
         };
         let ours = top_of(image_info(incoming)?)?.digest;
         let mut out = Vec::new();
-        match self.tag(&incoming.artifact).await? {
-            None => out.push(format!("{location}: the tag is gone")),
-            Some(theirs) if theirs != ours => out.push(format!("{location}: the tag names {theirs}, not {ours}")),
-            Some(_) => {}
+        match self.tag(&incoming.artifact, &ours).await? {
+            Tag::Absent => out.push(format!("{location}: the tag is gone")),
+            Tag::HeldOther => out.push(format!("{location}: the tag names another image")),
+            Tag::Is(theirs) | Tag::Held(Some(theirs)) if theirs != ours => {
+                out.push(format!("{location}: the tag names {theirs}, not {ours}"));
+            }
+            Tag::Held(_) => {
+                look.note(format!("{location}: {HELD_BACK}; no blob was read"));
+                return Ok(out);
+            }
+            Tag::Is(_) => {}
         }
         let tree = match self.tree(repository, None, incoming).await {
             Ok(tree) => tree,
@@ -356,15 +539,15 @@ impl Sink for RegistrySink {
         let allowed = &image_info(incoming)?.absent;
         let missing = tree.absent.iter().filter(|digest| !allowed.contains(&digest.to_string()));
         out.extend(missing.map(|digest| format!("{location}: manifest {digest} is gone")));
-        for blob in &tree.blobs {
-            let held = self.registry.blob_size(repository, &blob.digest).await;
-            match held.map_err(|e| e.fault(format_args!("look for blob {}", blob.digest)))? {
-                Some(size) if size == blob.size => {}
-                Some(size) => out.push(format!("{location}: {}", wrong_size(blob, size))),
-                None if blob.is_foreign() => {}
-                None => out.push(format!("{location}: blob {} is gone", blob.digest)),
-            }
+        if look.quick {
+            look.note("quick check: the registry was asked for the manifests and the length of each blob; no blob was read");
         }
+        let found: Vec<Option<String>> = futures::stream::iter(tree.blobs)
+            .map(|blob| async move { self.blob_fault(repository, &blob, look).await })
+            .buffered(limits::REGISTRY_BLOBS_IN_FLIGHT_MAX)
+            .try_collect()
+            .await?;
+        out.extend(found.into_iter().flatten().map(|why| format!("{location}: {why}")));
         Ok(out)
     }
 

@@ -13,7 +13,7 @@ use crate::registry::tests::fixture::{
     Access, Image, PASSWORD, RealRegistry, TokenService, USER, file_info, image, incoming, noise, sink_config, tar_layer, write,
 };
 use crate::registry::tests::standin::{Scripted, StandIn, error};
-use crate::sink::Place;
+use crate::sink::{Look, Place};
 
 fn staged(sink: &dyn Sink, layers: &[Vec<u8>], platforms: &[&str]) -> Image {
     static NEXT: AtomicUsize = AtomicUsize::new(0);
@@ -43,7 +43,7 @@ async fn contract(sink: &dyn Sink, inspect: &dyn Fn(&str) -> String) {
     assert_eq!(inspect("v1"), one.info.digest);
     sink.check(&v1).await.unwrap();
     sink.commit(&v1, &one.dir).await.unwrap();
-    assert_eq!(sink.verify(&v1, &landed.place).await.unwrap(), Vec::<String>::new());
+    assert_eq!(sink.verify(&v1, &landed.place, &Look::default()).await.unwrap(), Vec::<String>::new());
     assert_eq!(sink.read_at(&landed.place, &blob_path(&one.layers[0]), 1000, 50).await.unwrap(), base[1000..1050]);
     assert!(sink.read_at(&landed.place, &blob_path(&one.layers[0]), base.len() as u64 - 5, 10).await.is_err());
     let top = blob_path(&one.info.digest.parse().unwrap());
@@ -78,8 +78,8 @@ async fn contract(sink: &dyn Sink, inspect: &dyn Fn(&str) -> String) {
     sink.activate(&v1.artifact).await.unwrap();
     sink.remove(&v1.artifact).await.unwrap();
     sink.remove(&v1.artifact).await.unwrap();
-    assert!(!sink.verify(&v1, &landed.place).await.unwrap().is_empty());
-    assert_eq!(sink.verify(&v2, &landed.place).await.unwrap(), Vec::<String>::new(), "what another version needs stays");
+    assert!(!sink.verify(&v1, &landed.place, &Look::default()).await.unwrap().is_empty());
+    assert_eq!(sink.verify(&v2, &landed.place, &Look::default()).await.unwrap(), Vec::<String>::new(), "what another version needs stays");
     assert_eq!(inspect("v2"), two.info.digest);
     sink.probe().await.unwrap();
 }
@@ -129,7 +129,7 @@ async fn a_folder_of_layouts() {
     let only = incoming("image/one:v1", &one);
     let landed = sink.commit(&only, &one.dir).await.unwrap();
     write(&dir.path().join("images/one").join(one.layers[0].layout_path()), &noise(21, 5000));
-    assert_eq!(sink.verify(&only, &landed.place).await.unwrap().len(), 1);
+    assert_eq!(sink.verify(&only, &landed.place, &Look::default()).await.unwrap().len(), 1);
     sink.remove(&only.artifact).await.unwrap();
     assert!(!dir.path().join("images/one").exists());
 }
@@ -157,7 +157,7 @@ async fn a_damaged_layer_is_not_landed_again_for_its_size() {
     assert!(!sink.holds(&v2, &path, &file).await.unwrap());
     write(&from, &base);
     let landed = sink.commit(&v2, &two.dir).await.unwrap();
-    assert_eq!(sink.verify(&v2, &landed.place).await.unwrap(), Vec::<String>::new());
+    assert_eq!(sink.verify(&v2, &landed.place, &Look::default()).await.unwrap(), Vec::<String>::new());
     assert_eq!(std::fs::read(&layer).unwrap(), base);
 }
 
@@ -403,4 +403,122 @@ async fn a_blob_of_another_image_is_mounted() {
     let landed = sink.commit(&other, &again.dir).await.unwrap();
     assert_eq!(landed.place, Place::Registry { repository: "op/b".into() });
     assert_eq!(server.held.lock().blobs.keys().filter(|(_, digest)| *digest == again.layers[0].to_string()).count(), 2);
+}
+
+/// The file in docker-registry's storage that holds a blob.
+fn stored(server: &RealRegistry, digest: &Sha256) -> PathBuf {
+    let hex = digest.hex();
+    server.dir.path().join("data/docker/registry/v2/blobs/sha256").join(&hex[..2]).join(&hex).join("data")
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_flipped_bit_in_a_registry_is_found_and_replaced() {
+    let server = RealRegistry::start(&Access::Basic);
+    let dir = server.dir.path();
+    let sink = open(Some(&sink_config(&server.url("op"), dir)), dir).unwrap();
+    let layers = [noise(1, 3_000_000), noise(2, 1000)];
+    let made = staged(sink.as_ref(), &layers, &["amd64"]);
+    let one = incoming("image/a:v1", &made);
+    let landed = sink.commit(&one, &made.dir).await.unwrap();
+    let read = Arc::new(AtomicUsize::new(0));
+    let counted = read.clone();
+    let look = Look::new(false, move |bytes| drop(counted.fetch_add(bytes as usize, Ordering::Relaxed)));
+    assert_eq!(sink.verify(&one, &landed.place, &look).await.unwrap(), Vec::<String>::new());
+    assert!(read.load(Ordering::Relaxed) > 3_001_000, "every blob was read");
+
+    let damaged = made.layers[0];
+    let file = stored(&server, &damaged);
+    let mut bytes = std::fs::read(&file).unwrap();
+    bytes[1_500_000] ^= 1;
+    write(&file, &bytes);
+    let found = sink.verify(&one, &landed.place, &Look::default()).await.unwrap();
+    assert!(found.len() == 1 && found[0].contains(&damaged.to_string()) && found[0].contains("damaged"), "{found:?}");
+    let quick = Look::new(true, |_| unreachable!("a quick look reads no blob"));
+    assert_eq!(sink.verify(&one, &landed.place, &quick).await.unwrap(), Vec::<String>::new());
+    assert!(quick.take_notes().iter().any(|note| note.contains("no blob was read")));
+
+    // It is fetched and sent again. This registry keeps the bytes that it has, and then nobody calls it replaced.
+    let again = staged(sink.as_ref(), &layers, &["amd64"]);
+    let path = blob_path(&damaged);
+    assert!(!sink.holds(&one, &path, &file_info(&again.dir.join(path.as_str()))).await.unwrap(), "what is damaged is not held");
+    let fault = sink.commit(&one, &again.dir).await.unwrap_err();
+    assert_eq!((fault.code, fault.retry), (Code::Integrity, Retry::Never), "{fault}");
+    assert!(fault.message.contains(&damaged.to_string()) && fault.next.contains("garbage collection"), "{fault:?}");
+    // A daemon that was started anew knows nothing of it, and finds it out.
+    let other = open(Some(&sink_config(&server.url("op"), dir)), dir).unwrap();
+    assert_eq!(other.commit(&one, &again.dir).await.unwrap_err().code, Code::Integrity);
+    std::fs::remove_dir_all(file.parent().unwrap()).unwrap();
+    sink.commit(&one, &again.dir).await.unwrap();
+    assert_eq!(sink.verify(&one, &landed.place, &Look::default()).await.unwrap(), Vec::<String>::new());
+}
+
+const POLICY: &str = "current image without vulnerability scanning cannot be pulled due to configured policy";
+
+#[tokio::test]
+async fn an_image_that_a_policy_holds_back_has_landed() {
+    let dir = tempfile::tempdir().unwrap();
+    let (server, sink) = harbor(dir.path(), false).await;
+    server.script_always("HEAD", "/manifests/", 412, "");
+    server.script_always("GET", "/manifests/", 412, error("PROJECTPOLICYVIOLATION", POLICY));
+    let made = staged(sink.as_ref(), &[noise(1, 10_000)], &["amd64"]);
+    let one = incoming("image/a:v1", &made);
+    sink.check(&one).await.unwrap();
+    let landed = sink.commit(&one, &made.dir).await.unwrap();
+    assert!(landed.note.is_some_and(|note| note.contains("policy")));
+    let top = server.held.lock().manifests.get(&("op/a".to_owned(), "v1".to_owned())).cloned().unwrap();
+    assert_eq!(Sha256::of(&top).to_string(), made.info.digest);
+    // A repeated commit, and everything that asks for it later: it is no loss.
+    sink.commit(&one, &made.dir).await.unwrap();
+    assert!(sink.stands(&one).await.unwrap());
+    let look = Look::default();
+    assert_eq!(sink.verify(&one, &landed.place, &look).await.unwrap(), Vec::<String>::new());
+    assert!(look.take_notes().iter().any(|note| note.contains("no blob was read")));
+
+    // The tag is immutable too, and the registry does not say what it names.
+    let other = staged(sink.as_ref(), &[noise(2, 10_000)], &["amd64"]);
+    server.script("PUT", "/manifests/v1", 412, error("PRECONDITION", "Failed to process request due to 'a:v1' configured as immutable."));
+    let fault = sink.commit(&incoming("image/a:v1", &other), &other.dir).await.unwrap_err();
+    assert_eq!((fault.code, fault.reason), (Code::Conflict, Reason::SinkRefused), "{fault}");
+    assert!(!format!("{fault:?}").contains("remove"), "{fault:?}");
+    // It has ours under no name: so the tag names another image, which is not overwritten.
+    let (strange, strange_sink) = harbor(dir.path(), false).await;
+    strange.script_always("HEAD", "/manifests/v1", 412, "");
+    for fault in [strange_sink.check(&one).await.unwrap_err(), strange_sink.commit(&one, &other.dir).await.unwrap_err()] {
+        assert_eq!((fault.code, fault.reason), (Code::Conflict, Reason::SinkRefused), "{fault}");
+    }
+    assert_eq!(strange.held.lock().count("PUT", "/manifests/"), 0);
+    // Harbor's own API says it.
+    let theirs = format!(r#"{{"digest":"{}"}}"#, made.info.digest);
+    server.script_always("GET", "/projects/op/repositories/a/artifacts/v1", 200, theirs);
+    let fault = sink.check(&incoming("image/a:v1", &other)).await.unwrap_err();
+    assert!(fault.message.contains(&made.info.digest), "{fault}");
+    sink.check(&one).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_short_pause_is_waited_for_and_nothing_is_sent_twice() {
+    let dir = tempfile::tempdir().unwrap();
+    let (server, sink) = harbor(dir.path(), false).await;
+    for (method, path) in [("POST", "/blobs/uploads/"), ("HEAD", "/blobs/"), ("PUT", "/manifests/"), ("HEAD", "/manifests/")] {
+        let pause = Scripted::new(method, path, 429, error("TOOMANYREQUESTS", "slow down"));
+        server.held.lock().script.push(Scripted { headers: vec![("retry-after", "0")], skip: 1, ..pause });
+    }
+    let made = staged(sink.as_ref(), &[noise(1, 10_000), noise(2, 10_000)], &["amd64"]);
+    let one = incoming("image/a:v1", &made);
+    sink.commit(&one, &made.dir).await.unwrap();
+    assert_eq!(server.held.lock().count("PUT", "/blobs/uploads/"), 3, "two layers and the configuration, once each");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_registry_that_does_not_answer_is_reported() {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap(); // takes connections, and never answers
+    let dir = tempfile::tempdir().unwrap();
+    let sink = open(Some(&sink_config(&format!("http://{}/op", listener.local_addr().unwrap()), dir.path())), dir.path()).unwrap();
+    let made = staged(sink.as_ref(), &[noise(1, 1000)], &["amd64"]);
+    let one = incoming("image/a:v1", &made);
+    let mut waits = one.waits.subscribe();
+    let commit = tokio::spawn(async move { sink.commit(&one, &made.dir).await });
+    let report = tokio::time::timeout(std::time::Duration::from_secs(20), waits.wait_for(Option::is_some)).await.unwrap().unwrap().clone();
+    assert_eq!(report.map(|fault| fault.reason), Some(Reason::SinkUnavailable));
+    commit.abort();
 }

@@ -15,6 +15,7 @@ use crate::fault::Fault;
 use crate::labels::QueryRow;
 use crate::limits::{LABEL_BATCH_BYTES, LABEL_BATCHES_QUEUED_MAX};
 use crate::manifest::{Digest, LabelsInfo};
+use crate::sink::Waits;
 
 /// A version to be loaded.
 #[derive(Debug, Clone)]
@@ -25,6 +26,8 @@ pub(super) struct NewVersion {
     /// Holds the canonical files.
     pub(super) dir: PathBuf,
     pub(super) info: LabelsInfo,
+    /// Where the load reports what it waits for.
+    pub(super) waits: Waits,
 }
 
 impl NewVersion {
@@ -92,6 +95,11 @@ pub(super) trait Engine: Send + Sync {
 
     /// Makes a held version the active one; `false` when it is not held.
     async fn activate(&self, set: &str, version: &str) -> Result<bool, Fault>;
+
+    /// Makes room for the same version anew: readers no longer see what is held of it. Its rows may stay until a later load.
+    async fn supersede(&self, set: &str, version: &str) -> Result<(), Fault> {
+        self.remove(set, version).await
+    }
 
     /// Takes a version away. When it was the active one, the newest that is left becomes it.
     async fn remove(&self, set: &str, version: &str) -> Result<(), Fault>;

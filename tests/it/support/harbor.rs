@@ -164,6 +164,11 @@ pub(crate) fn is_manifest_put(seen: &Seen) -> bool {
     seen.method == Method::PUT && seen.path.contains("/manifests/")
 }
 
+/// Whether a request reads a manifest, or asks for it.
+pub(crate) fn is_manifest_read(seen: &Seen) -> bool {
+    matches!(seen.method, Method::GET | Method::HEAD) && seen.path.contains("/manifests/")
+}
+
 /// An error body as Harbor writes it.
 pub(crate) fn error(code: &str, message: &str) -> String {
     json!({ "errors": [{ "code": code, "message": message }] }).to_string()

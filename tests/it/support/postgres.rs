@@ -14,6 +14,9 @@ use super::{Scratch, free_port, is_root, register_log, secs, tool_user, wait_for
 pub(crate) const ROLE: &str = "packhorse";
 const PASSWORD: &str = "läb els'\"9";
 
+/// What the sessions of [`Postgres::hold`] call themselves.
+pub(crate) const HOLDER: &str = "night job";
+
 /// A running (or stopped) server.
 pub(crate) struct Postgres {
     dir: PathBuf,
@@ -110,6 +113,23 @@ impl Postgres {
     #[track_caller]
     pub(crate) fn query(&self, database: &str, sql: &str) -> String {
         self.psql(database, sql).expect(0).out
+    }
+
+    /// A session that runs a statement in a transaction and leaves it open, as `night job`, until [`Postgres::let_go`].
+    pub(crate) fn hold(&self, database: &str, sql: &str) -> Child {
+        let mut psql = bound("psql");
+        psql.env("PGAPPNAME", HOLDER).arg("-h").arg(&self.dir).args(["-p", &self.port.to_string(), "-U", "admin", "-d", database]);
+        psql.args(["-X", "-q", "-v", "ON_ERROR_STOP=1", "-c", &format!("BEGIN; {sql}; SELECT pg_sleep(600)")]).current_dir("/");
+        let child = psql.stdout(std::process::Stdio::null()).spawn().expect("start psql");
+        let holds = format!("SELECT count(*) FROM pg_stat_activity WHERE application_name = '{HOLDER}' AND wait_event = 'PgSleep'");
+        wait_for("the session holds its locks", secs(20), || (self.query(database, &holds).trim() == "1").then_some(()));
+        child
+    }
+
+    /// Ends such a session.
+    pub(crate) fn let_go(&self, mut held: Child) {
+        self.query("postgres", &format!("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = '{HOLDER}'"));
+        wait(&mut held, secs(20)).expect("psql ends with its session");
     }
 
     /// The rows of a query in a database, each as a JSON object.

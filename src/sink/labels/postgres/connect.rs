@@ -7,14 +7,32 @@ use sqlx::migrate::MigrateError;
 use sqlx::{AssertSqlSafe, ConnectOptions, Connection, PgConnection, Row};
 
 use super::{Postgres, password};
-use crate::fault::Fault;
-use crate::limits::{LABEL_CONNECT_MAX, LABEL_DDL_TRIES_MAX, LABEL_STATEMENT_MAX, LABEL_WRITER_WAIT_MAX};
+use crate::fault::{Fault, Reason};
+use crate::limits::{LABEL_CONNECT_MAX, LABEL_LOCK_WAIT_MAX, LABEL_STATEMENT_MAX};
 use crate::sink::labels::engine::joined;
 
 /// Any number of our own: the lock under which the schema is made and migrated.
 const MIGRATION_LOCK: i64 = 0x7061_636b_686f_7273;
 const VERSION_MIN: u32 = 150_000;
 const DDL_LOCK_WAIT: Duration = Duration::from_millis(500);
+
+/// What holds in our sessions whatever the role or the database sets. A limit on a statement's or a transaction's time would end a
+/// long copy each time at the same place; every wait of ours has a limit of its own. A commit must be durable when it returns.
+fn session_settings(version: u32) -> String {
+    let transaction_timeout = if version >= 170_000 { "SET transaction_timeout = 0;" } else { "" };
+    format!(
+        "SET lock_timeout = {}; {NO_TIME_LIMITS}; SET idle_session_timeout = 0; {transaction_timeout}
+         SET default_transaction_read_only = off; SET default_transaction_isolation = 'read committed';
+         SELECT set_config('synchronous_commit', 'on', false) WHERE current_setting('synchronous_commit') IN ('off', 'local');
+         SET client_min_messages = warning; SET TimeZone = 'UTC';
+         SET tcp_keepalives_idle = 20; SET tcp_keepalives_interval = 10; SET tcp_keepalives_count = 4",
+        LABEL_LOCK_WAIT_MAX.as_millis()
+    )
+}
+
+const NO_TIME_LIMITS: &str = "SET statement_timeout = 0; SET idle_in_transaction_session_timeout = 0";
+/// The same for one transaction: a pool between may give each transaction another session.
+pub(super) const NO_TIME_LIMITS_HERE: &str = "SET LOCAL statement_timeout = 0; SET LOCAL idle_in_transaction_session_timeout = 0";
 
 impl Postgres {
     pub(super) async fn connect(&self) -> Result<PgConnection, Fault> {
@@ -36,12 +54,7 @@ impl Postgres {
             return Err(Fault::not_allowed(format!("{} is PostgreSQL {}; 15 or newer is needed", self.place, version / 10_000))
                 .with_next("name a newer server in [sink.labels]"));
         }
-        let session = format!(
-            "SET lock_timeout = {}; SET client_min_messages = warning; SET TimeZone = 'UTC';
-             SET tcp_keepalives_idle = 20; SET tcp_keepalives_interval = 10; SET tcp_keepalives_count = 4",
-            LABEL_WRITER_WAIT_MAX.as_millis()
-        );
-        self.run(&mut conn, "set up the session", session).await?;
+        self.run(&mut conn, "set up the session", session_settings(version)).await?;
         Ok(conn)
     }
 
@@ -59,9 +72,9 @@ impl Postgres {
         Ok(())
     }
 
-    /// Runs a transaction that needs a lock which readers may hold, several times, each time waiting only briefly:
+    /// Runs a transaction that needs a lock which others may hold, so many times, each time waiting only briefly:
     /// new readers queue up behind whoever waits for such a lock.
-    pub(super) async fn change_tables(&self, conn: &mut PgConnection, what: &str, sql: &str) -> Result<(), Fault> {
+    pub(super) async fn change_tables(&self, conn: &mut PgConnection, what: &str, sql: &str, tries_max: u32) -> Result<(), Fault> {
         let script = format!("BEGIN; SET LOCAL lock_timeout = {}; {sql}; COMMIT", DDL_LOCK_WAIT.as_millis());
         let mut pause = Duration::from_millis(100);
         for tries in 1.. {
@@ -72,10 +85,13 @@ impl Postgres {
                 Err(_) => return Err(Fault::unreachable(format!("{} did not answer ({what})", self.place))),
             };
             let locked = error.as_database_error().and_then(|e| e.code()).is_some_and(|code| code == "55P03" || code == "40P01");
-            if !locked || tries == LABEL_DDL_TRIES_MAX {
+            if !locked {
                 return Err(self.fault(what, &error));
             }
             self.run(conn, what, "ROLLBACK".into()).await?;
+            if tries == tries_max {
+                return Err(self.fault(what, &error));
+            }
             tokio::time::sleep(pause).await;
             pause *= 2;
         }
@@ -110,13 +126,16 @@ impl Postgres {
             "3D000" => Fault::not_allowed(message).with_next(format!("create it as an administrator: CREATE DATABASE … OWNER {user}")),
             "53100" => Fault::no_space(message).with_next("make room on the database's disk; the transfer goes on by itself"),
             "40001" | "40P01" | "55P03" => Fault::unreachable(message).with_next("others hold locks there; this is tried again by itself"),
+            "42P05" | "26000" => Fault::config(message)
+                .with_reason(Reason::SinkUnavailable)
+                .with_next("this is a pool in transaction mode: name the server itself in [sink.labels], or a pool in session mode"),
             "25006" => Fault::unreachable(message).with_next("this server is read-only now (a standby?); this is tried again by itself"),
             c if c.starts_with("28") => Fault::not_allowed(message)
                 .with_next(format!("check the user {user} and the password_file in [sink.labels], and pg_hba.conf on the server")),
             "54001" => Fault::integrity(message),
             c if c.starts_with("22") || c.starts_with("23") => Fault::integrity(message),
-            // Insufficient resources, an operator's intervention, a connection's end.
-            c if ["53", "57", "58", "08"].iter().any(|class| c.starts_with(class)) => Fault::unreachable(message),
+            // Insufficient resources, an operator's intervention, a connection's end, a time limit of the server's.
+            c if ["53", "57", "58", "08", "25P"].iter().any(|class| c.starts_with(class)) => Fault::unreachable(message),
             c => Fault::internal(format!("{message} ({c})")),
         }
     }

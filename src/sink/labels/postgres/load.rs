@@ -1,41 +1,74 @@
 //! The steps of a commit, and the dropping of what one left behind; the parent module tells the whole story.
 
-use std::collections::HashSet;
-use std::time::{Duration, Instant};
-
 use sqlx::PgConnection;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
 use super::Postgres;
-use crate::fault::Fault;
-use crate::limits::{LABEL_BATCH_BYTES, LABEL_READERS_WAIT_MAX, LABEL_SILENCE_MAX, LABEL_STATEMENT_MAX};
+use super::connect::NO_TIME_LIMITS_HERE;
+use crate::fault::{Fault, Reason};
+use crate::limits::{LABEL_BATCH_BYTES, LABEL_DDL_TRIES_MAX, LABEL_SILENCE_MAX, LABEL_STATEMENT_MAX};
 use crate::sink::labels::canonical::{Table, read_annotations, read_classes, read_samples};
 use crate::sink::labels::copy::CopyRows;
 use crate::sink::labels::engine::{NewVersion, joined, pump};
 
-const READERS_POLL: Duration = Duration::from_millis(50);
 /// What tables of a version end with is appended to these.
 const PARTITIONED: [&str; 2] = ["packhorse.version_sample", "packhorse.annotation"];
-// Which transactions hold a lock on the partitioned tables now. Everybody may read pg_locks.
-const READERS: &str = "SELECT DISTINCT virtualtransaction, pid FROM pg_locks
-    WHERE locktype = 'relation' AND granted AND pid IS DISTINCT FROM pg_backend_pid()
-    AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
-    AND relation IN ('packhorse.annotation'::regclass, 'packhorse.version_sample'::regclass)";
+/// Stands between the name of a version that is being removed and its id; no version's name holds it.
+const GONE: char = '~';
+/// A transaction that has been open for longer than this may find no version active.
+const PERIODS_KEPT: &str = "7 days";
+/// The statements that make a version the active one for every transaction that begins from now on. `now()` is the beginning of
+/// the transaction that they run in: later than the end of the one that attached the partitions.
+fn activation(id: i64) -> String {
+    let set = format!("(SELECT label_set_id FROM packhorse.label_version WHERE id = {id})");
+    format!(
+        "INSERT INTO packhorse.label_active (label_set_id, version_id) VALUES ({set}, {id})
+         ON CONFLICT (label_set_id) DO UPDATE SET version_id = EXCLUDED.version_id;
+         UPDATE packhorse.label_switch SET until = now() WHERE label_set_id = {set} AND until = 'infinity';
+         INSERT INTO packhorse.label_switch (label_set_id, version_id, since) VALUES ({set}, {id}, now());
+         DELETE FROM packhorse.label_switch WHERE label_set_id = {set} AND until < now() - interval '{PERIODS_KEPT}'"
+    )
+}
 
 impl Postgres {
     /// Drops the tables and the row of a version that the views do not show.
-    pub(super) async fn drop_version(&self, conn: &mut PgConnection, id: i64) -> Result<(), Fault> {
+    pub(super) async fn drop_version(&self, conn: &mut PgConnection, id: i64, tries_max: u32) -> Result<(), Fault> {
         let sql = format!(
             "DROP TABLE IF EXISTS packhorse.annotation_v{id}, packhorse.version_sample_v{id};
              DELETE FROM packhorse.label_class WHERE version_id = {id};
+             DELETE FROM packhorse.label_switch WHERE version_id = {id};
              DELETE FROM packhorse.label_version WHERE id = {id}"
         );
-        self.change_tables(conn, "drop the tables of a version", &sql).await
+        self.change_tables(conn, "drop the tables of a version", &sql, tries_max).await
     }
 
-    /// Drops what earlier commits and removals of this set left behind. Gives back the version that stands attached
-    /// with this digest and only waits for its switch.
+    /// Hides a version from readers, in one small transaction that no reader can delay. When it was the active one, the newest that
+    /// is left becomes it: for transactions from then on, and only from the end of every other period, so that none sees two. Its
+    /// name is free from then on.
+    pub(super) async fn hide_version(&self, conn: &mut PgConnection, id: i64) -> Result<(), Fault> {
+        let set = format!("(SELECT label_set_id FROM packhorse.label_version WHERE id = {id})");
+        let hide = format!(
+            "BEGIN; UPDATE packhorse.label_version SET state = 'removing', version = split_part(version, '{GONE}', 1) || '{GONE}' || id
+             WHERE id = {id};
+             DELETE FROM packhorse.label_active WHERE version_id = {id};
+             DELETE FROM packhorse.label_switch WHERE version_id = {id};
+             INSERT INTO packhorse.label_active (label_set_id, version_id)
+             SELECT label_set_id, max(id) FROM packhorse.label_version WHERE state = 'ready' AND label_set_id = {set}
+             GROUP BY label_set_id ON CONFLICT (label_set_id) DO NOTHING;
+             INSERT INTO packhorse.label_switch (label_set_id, version_id, since)
+             SELECT a.label_set_id, a.version_id, greatest(v.committed_at,
+                 (SELECT max(s.until) FROM packhorse.label_switch s WHERE s.label_set_id = a.label_set_id))
+             FROM packhorse.label_active a JOIN packhorse.label_version v ON v.id = a.version_id
+             WHERE a.label_set_id = {set} AND NOT EXISTS
+                 (SELECT 1 FROM packhorse.label_switch s WHERE s.label_set_id = a.label_set_id AND s.until = 'infinity');
+             COMMIT"
+        );
+        self.run(conn, "hide the version", hide).await
+    }
+
+    /// Drops what earlier commits and removals of this set left behind; what a reader holds stays hidden, for the next commit. Gives
+    /// back the version that stands attached with this digest and only waits for its switch.
     async fn clean(&self, conn: &mut PgConnection, new: &NewVersion) -> Result<Option<i64>, Fault> {
         let query = sqlx::query_as::<_, (i64, String, String, String)>(
             "SELECT v.id, v.version, v.manifest_digest, v.state FROM packhorse.label_version v
@@ -49,7 +82,10 @@ impl Postgres {
                 attached = Some(id);
             } else {
                 tracing::info!(label_set = %new.set, version = %version, state = %state, "dropping what an earlier try left in the label database");
-                self.drop_version(conn, id).await?;
+                match self.drop_version(conn, id, 1).await {
+                    Err(fault) if fault.reason == Reason::SinkUnavailable => self.hide_version(conn, id).await?,
+                    done => done?,
+                }
             }
         }
         Ok(attached)
@@ -73,7 +109,7 @@ impl Postgres {
                 "CREATE TABLE {table}_v{id} (LIKE {table}, CONSTRAINT one_version CHECK (version_id IS NOT NULL AND version_id = {id}))"
             )
         });
-        self.change_tables(conn, "create the staging tables", &create.join("; ")).await?;
+        self.change_tables(conn, "create the staging tables", &create.join("; "), LABEL_DDL_TRIES_MAX).await?;
         self.fill(conn, new, id).await?;
         Ok(id)
     }
@@ -81,7 +117,8 @@ impl Postgres {
     /// Copies the rows into the empty tables of a version.
     async fn fill(&self, conn: &mut PgConnection, new: &NewVersion, id: i64) -> Result<(), Fault> {
         // Truncated in the same transaction, so that COPY may write rows frozen: nothing has to touch them again later.
-        self.run(conn, "begin the load", format!("BEGIN; TRUNCATE packhorse.version_sample_v{id}, packhorse.annotation_v{id}")).await?;
+        let begin = format!("BEGIN; {NO_TIME_LIMITS_HERE}; TRUNCATE packhorse.version_sample_v{id}, packhorse.annotation_v{id}");
+        self.run(conn, "begin the load", begin).await?;
 
         let dir = new.dir.clone();
         let sql = "COPY packhorse.label_class (version_id, class_id, name, attrs) FROM STDIN WITH (FORMAT binary)";
@@ -181,47 +218,23 @@ impl Postgres {
     async fn attach(&self, conn: &mut PgConnection, id: i64) -> Result<(), Fault> {
         let attach = PARTITIONED.map(|table| format!("ALTER TABLE {table} ATTACH PARTITION {table}_v{id} FOR VALUES IN ({id})"));
         let sql = format!("{}; UPDATE packhorse.label_version SET state = 'attached' WHERE id = {id}", attach.join("; "));
-        self.change_tables(conn, "attach the partitions", &sql).await
+        self.change_tables(conn, "attach the partitions", &sql, LABEL_DDL_TRIES_MAX).await
     }
 
-    /// Step 5: waits until every transaction that holds a lock on the partitioned tables now has ended.
-    async fn wait_for_readers(&self, conn: &mut PgConnection) -> Result<(), Fault> {
-        let began = Instant::now();
-        let mut waited_for: Option<HashSet<(String, Option<i32>)>> = None;
-        loop {
-            let query = sqlx::query_as::<_, (String, Option<i32>)>(READERS);
-            let now: HashSet<_> =
-                self.within("look for readers", LABEL_STATEMENT_MAX, query.fetch_all(&mut *conn)).await?.into_iter().collect();
-            // Whoever came later has seen the new partition.
-            let left: HashSet<_> = waited_for.map_or(now.clone(), |before| before.intersection(&now).cloned().collect());
-            if left.is_empty() {
-                return Ok(());
-            }
-            if began.elapsed() >= LABEL_READERS_WAIT_MAX {
-                let pids: Vec<String> = left.iter().map(|(_, pid)| pid.map_or("prepared".into(), |p| p.to_string())).collect();
-                return Err(Fault::unreachable(format!(
-                    "{}: the new rows are loaded, but transactions that began before still read the labels (server processes {})",
-                    self.place,
-                    pids.join(", ")
-                ))
-                .with_next("end those transactions; see pg_stat_activity. the switch is tried again by itself, without loading again"));
-            }
-            waited_for = Some(left);
-            tokio::time::sleep(READERS_POLL).await;
-        }
-    }
-
-    /// Step 6: the switch. The small tables are analysed because autovacuum leaves tables of a few rows alone, and without
+    /// Step 5: the switch. The small tables are analysed because autovacuum leaves tables of a few rows alone, and without
     /// that the planner does not see that one active version means one partition.
     async fn switch(&self, conn: &mut PgConnection, id: i64) -> Result<(), Fault> {
         let sql = format!(
-            "BEGIN; UPDATE packhorse.label_version SET state = 'ready', committed_at = now() WHERE id = {id};
-             INSERT INTO packhorse.label_active (label_set_id, version_id)
-             SELECT label_set_id, id FROM packhorse.label_version WHERE id = {id}
-             ON CONFLICT (label_set_id) DO UPDATE SET version_id = EXCLUDED.version_id; COMMIT;
-             ANALYZE packhorse.label_set, packhorse.label_version, packhorse.label_active, packhorse.label_class"
+            "BEGIN; UPDATE packhorse.label_version SET state = 'ready', committed_at = now() WHERE id = {id}; {}; COMMIT;
+             ANALYZE packhorse.label_set, packhorse.label_version, packhorse.label_active, packhorse.label_switch, packhorse.label_class",
+            activation(id)
         );
         self.run(conn, "switch to the new version", sql).await
+    }
+
+    /// Makes a version that the views show the active one.
+    pub(super) async fn activate_version(&self, conn: &mut PgConnection, id: i64) -> Result<(), Fault> {
+        self.run(conn, "switch the active version", format!("BEGIN; {}; COMMIT", activation(id))).await
     }
 
     pub(super) async fn load_on(&self, conn: &mut PgConnection, new: &NewVersion) -> Result<(), Fault> {
@@ -237,7 +250,6 @@ impl Postgres {
                 id
             }
         };
-        self.wait_for_readers(conn).await?;
         self.switch(conn, id).await
     }
 

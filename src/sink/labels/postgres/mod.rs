@@ -7,10 +7,14 @@
 //!    `annotation_v<id>`, with a CHECK on that id.
 //! 3. One transaction empties them, copies the rows in (binary, frozen), counts, builds the indexes and analyses.
 //! 4. A second attaches them as partitions: thanks to the CHECK without a scan. The views do not show them yet.
-//! 5. **Readers who planned before step 4 are waited for.** A session that already holds a lock on the partitioned table
-//!    does not learn of a new partition before its transaction ends; with a prepared statement it would read the new
-//!    version in `label_active` and find no rows of it. Attaching and switching in one transaction shows just that.
-//! 6. A third transaction sets the state to `ready` and changes the one row in `label_active`: the switch.
+//! 5. A third transaction sets the state to `ready` and changes the one row in `label_active`: the switch. In `label_switch` it ends the
+//!    period of the old version and begins that of the new one.
+//!
+//! **No commit waits for readers.** A session that already holds a lock on the partitioned table does not learn of a new partition
+//! before its transaction ends; it would find no rows of a version attached since. So the view of active versions compares
+//! the periods in `label_switch` with the time at which the reader's transaction began: one that began before step 5 reads the old
+//! version until it ends, every later one knows the partition. What needs a lock that readers hold, the dropping of old tables, is left to
+//! a later commit.
 //!
 //! A crash before step 4 leaves a `loading` row and tables that the next commit of the set drops; after it, the next
 //! commit goes on at step 5. No DEFAULT partition: with one, each attach would scan it.
@@ -23,6 +27,7 @@
 
 mod connect;
 mod load;
+mod locks;
 
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -33,12 +38,13 @@ use sqlx::postgres::{PgConnectOptions, PgRow};
 use sqlx::{AssertSqlSafe, Column as _, ConnectOptions, Executor as _, PgConnection, Row, SqlSafeStr as _, Statement as _};
 use tokio::sync::mpsc;
 
+use self::connect::NO_TIME_LIMITS_HERE;
 use super::canonical::{Annotation, Class, Sample, Table};
 use super::engine::{Batcher, Engine, Held, NewVersion, Rows, not_held};
 use super::query::{self, Batch};
 use crate::fault::{Fault, Reason};
 use crate::labels::QueryRow;
-use crate::limits::LABEL_STATEMENT_MAX;
+use crate::limits::{LABEL_DDL_TRIES_MAX, LABEL_STATEMENT_MAX};
 
 const HELD: &str = "SELECT v.manifest_digest, v.n_classes, v.n_samples, v.n_annotations, v.rows_digest, v.id
     FROM packhorse.label_version v JOIN packhorse.label_set s ON s.id = v.label_set_id
@@ -107,9 +113,11 @@ impl Postgres {
 
     async fn export_on(&self, conn: &mut PgConnection, set: &str, version: &str, out: mpsc::Sender<Rows>) -> Result<Held, Fault> {
         // The lock comes before the snapshot: so a removal either is seen by it, or waits until the export has ended.
-        let begin = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY;
-             LOCK TABLE packhorse.version_sample, packhorse.annotation IN ACCESS SHARE MODE";
-        self.run(conn, "begin the export", begin.into()).await?;
+        let begin = format!(
+            "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; {NO_TIME_LIMITS_HERE};
+             LOCK TABLE packhorse.version_sample, packhorse.annotation IN ACCESS SHARE MODE"
+        );
+        self.run(conn, "begin the export", begin).await?;
         let Some((id, held)) = self.held_on(conn, set, version).await? else { return Err(not_held(set, version)) };
         let mut batcher = Batcher::new(out);
 
@@ -246,7 +254,8 @@ impl Engine for Postgres {
 
     async fn load(&self, new: &NewVersion) -> Result<(), Fault> {
         let mut conn = self.connect().await?;
-        match self.load_on(&mut conn, new).await {
+        let pid = self.pid(&mut conn).await?;
+        match self.watched(pid, &new.waits, self.load_on(&mut conn, new)).await {
             Ok(()) => {
                 self.close(conn).await;
                 Ok(())
@@ -283,15 +292,22 @@ impl Engine for Postgres {
             return Ok(false);
         }
         self.lock_set(&mut conn, set).await?;
-        let query = sqlx::query(
-            "UPDATE packhorse.label_active a SET version_id = v.id FROM packhorse.label_version v, packhorse.label_set s
-             WHERE s.name = $1 AND v.label_set_id = s.id AND v.version = $2 AND v.state = 'ready' AND a.label_set_id = s.id",
-        )
-        .bind(set)
-        .bind(version);
-        let done = self.within("switch the active version", LABEL_STATEMENT_MAX, query.execute(&mut conn)).await?;
+        let held = self.held_on(&mut conn, set, version).await?;
+        if let Some((id, _)) = &held {
+            self.activate_version(&mut conn, *id).await?;
+        }
         self.close(conn).await;
-        Ok(done.rows_affected() == 1)
+        Ok(held.is_some())
+    }
+
+    async fn supersede(&self, set: &str, version: &str) -> Result<(), Fault> {
+        let mut conn = self.connect().await?;
+        self.lock_set(&mut conn, set).await?;
+        if let Some((id, _)) = self.held_on(&mut conn, set, version).await? {
+            self.hide_version(&mut conn, id).await?;
+        }
+        self.close(conn).await;
+        Ok(())
     }
 
     async fn remove(&self, set: &str, version: &str) -> Result<(), Fault> {
@@ -300,25 +316,18 @@ impl Engine for Postgres {
             return Ok(());
         }
         self.lock_set(&mut conn, set).await?;
-        let query = sqlx::query_scalar::<_, i64>(
-            "SELECT v.id FROM packhorse.label_version v JOIN packhorse.label_set s ON s.id = v.label_set_id
-             WHERE s.name = $1 AND v.version = $2",
+        // An earlier removal may have hidden it, and so given it another name.
+        let query = sqlx::query_as::<_, (i64, String)>(
+            "SELECT v.id, v.state FROM packhorse.label_version v JOIN packhorse.label_set s ON s.id = v.label_set_id
+             WHERE s.name = $1 AND split_part(v.version, '~', 1) = $2",
         )
         .bind(set)
         .bind(version);
-        let id = self.within("look for the version", LABEL_STATEMENT_MAX, query.fetch_optional(&mut conn)).await?;
-        if let Some(id) = id {
-            // Hidden first, in one small transaction that no reader can hold up; then dropped.
-            let hide = format!(
-                "BEGIN; UPDATE packhorse.label_version SET state = 'removing' WHERE id = {id};
-                 DELETE FROM packhorse.label_active WHERE version_id = {id};
-                 INSERT INTO packhorse.label_active (label_set_id, version_id)
-                 SELECT label_set_id, max(id) FROM packhorse.label_version WHERE state = 'ready'
-                 AND label_set_id = (SELECT label_set_id FROM packhorse.label_version WHERE id = {id})
-                 GROUP BY label_set_id ON CONFLICT (label_set_id) DO NOTHING; COMMIT"
-            );
-            self.run(&mut conn, "hide the version", hide).await?;
-            self.drop_version(&mut conn, id).await?;
+        for (id, state) in self.within("look for the version", LABEL_STATEMENT_MAX, query.fetch_all(&mut conn)).await? {
+            if state != "removing" {
+                self.hide_version(&mut conn, id).await?;
+            }
+            self.drop_version(&mut conn, id, LABEL_DDL_TRIES_MAX).await?;
         }
         self.close(conn).await;
         Ok(())

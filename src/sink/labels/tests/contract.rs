@@ -11,7 +11,7 @@ use super::set::Set;
 use super::{Bench, Db};
 use crate::durable;
 use crate::fault::{Code, Reason, Retry};
-use crate::sink::{Place, Sink};
+use crate::sink::{Look, Place, Sink};
 
 on_both!(
     commits_what_the_views_show,
@@ -96,7 +96,7 @@ async fn refuses_other_content_under_the_same_version(bench: Bench) {
     assert!(
         bench
             .sink
-            .verify(&set.incoming("v1"), &Place::Folder { path: bench.data.path().join("labels/aoi-line3/v1") })
+            .verify(&set.incoming("v1"), &Place::Folder { path: bench.data.path().join("labels/aoi-line3/v1") }, &Look::default())
             .await
             .unwrap()
             .is_empty()
@@ -316,9 +316,9 @@ async fn verify_finds_what_was_tampered_with(bench: Bench) {
     let set = Set::new(1, 50, 4, 0);
     let place = commit(&bench, &set, "v1").await;
     let incoming = set.incoming("v1");
-    assert_eq!(bench.sink.verify(&incoming, &place).await.unwrap(), Vec::<String>::new());
+    assert_eq!(bench.sink.verify(&incoming, &place, &Look::default()).await.unwrap(), Vec::<String>::new());
     bench.sql("UPDATE {}annotation SET w = 13 WHERE ann_no = 17").await;
-    let found = bench.sink.verify(&incoming, &place).await.unwrap();
+    let found = bench.sink.verify(&incoming, &place, &Look::default()).await.unwrap();
     assert_eq!(found.len(), 1, "{found:?}");
     assert!(found[0].starts_with("annotations.jsonl line 18: the database says") && found[0].contains("\"w\":13.0"), "{found:?}");
     bench
@@ -328,7 +328,7 @@ async fn verify_finds_what_was_tampered_with(bench: Bench) {
         INSERT INTO {}annotation (version_id, ann_no, sample_no, kind, raw) VALUES (1, 100000, 1, 'bbox', '1')",
         )
         .await;
-    let found = bench.sink.verify(&incoming, &place).await.unwrap();
+    let found = bench.sink.verify(&incoming, &place, &Look::default()).await.unwrap();
     let begins: Vec<String> = found.iter().map(|l| l.split(" says ").next().unwrap().to_owned()).collect();
     assert_eq!(
         begins,
@@ -341,12 +341,12 @@ async fn verify_finds_what_was_tampered_with(bench: Bench) {
         ]
     );
     bench.sql("DELETE FROM {}annotation").await;
-    let found = bench.sink.verify(&incoming, &place).await.unwrap();
+    let found = bench.sink.verify(&incoming, &place, &Look::default()).await.unwrap();
     assert_eq!(found.len(), crate::limits::OFFENDERS_LISTED_MAX + 1, "{found:?}");
     // Without the kept files the digest still tells.
     durable::remove_all(&bench.data.path().join("labels")).unwrap();
-    assert!(!bench.sink.verify(&incoming, &place).await.unwrap().is_empty());
-    let found = bench.sink.verify(&set.incoming("v5"), &place).await.unwrap();
+    assert!(!bench.sink.verify(&incoming, &place, &Look::default()).await.unwrap().is_empty());
+    let found = bench.sink.verify(&set.incoming("v5"), &place, &Look::default()).await.unwrap();
     assert_eq!(found, ["the label database does not hold aoi-line3:v5"]);
 }
 

@@ -9,7 +9,7 @@ use super::set::Set;
 use super::{Bench, Db, open, postgres_config};
 use crate::config;
 use crate::fault::{Code, Fault, Reason, Retry};
-use crate::sink::Sink;
+use crate::sink::{Look, Place, Sink};
 use crate::sink::labels::postgres::Postgres;
 
 fn class(fault: &Fault) -> (Code, Reason, Retry) {
@@ -148,49 +148,127 @@ async fn each_sqlstate_has_its_class() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn the_switch_waits_for_sessions_that_planned_before() {
+async fn a_session_that_planned_before_reads_the_old_version_and_delays_nobody() {
     let bench = Bench::postgres().await;
     let Db::Postgres(server, database) = &bench.db else { unreachable!() };
     let (one, two) = (Set::new(1, 20, 4, 0), Set::new(2, 25, 4, 0));
-    let (incoming, staged) = one.stage(&bench.sink, "v1");
-    bench.sink.check(&incoming).await.unwrap();
-    bench.sink.commit(&incoming, &staged).await.unwrap();
+    let deliver = async |set: &Set, version: &str| {
+        let (incoming, staged) = set.stage(&bench.sink, version);
+        bench.sink.check(&incoming).await.unwrap();
+        bench.sink.commit(&incoming, &staged).await.unwrap();
+        incoming
+    };
+    let v1 = deliver(&one, "v1").await;
 
-    // A prepared statement with a generic plan, in an open transaction: without the wait it would find no rows at all.
+    // A prepared statement with a generic plan, in an open transaction: it does not learn of new partitions before it ends.
     let mut reader = sqlx::PgConnection::connect(&server.admin_url(database)).await.unwrap();
     let sql = "SELECT count(*) FROM packhorse.current_annotations WHERE label_set = $1";
     for _ in 0..8 {
         let _: i64 = sqlx::query_scalar(sql).bind("aoi-line3").fetch_one(&mut reader).await.unwrap();
     }
     sqlx::raw_sql("BEGIN").execute(&mut reader).await.unwrap();
-    let before: i64 = sqlx::query_scalar(sql).bind("aoi-line3").fetch_one(&mut reader).await.unwrap();
-    assert_eq!(before, one.count());
+    let read = async |reader: &mut sqlx::PgConnection| -> i64 { sqlx::query_scalar(sql).bind("aoi-line3").fetch_one(reader).await.unwrap() };
+    assert_eq!(read(&mut reader).await, one.count());
 
-    let (incoming, staged) = two.stage(&bench.sink, "v2");
-    let sink = bench.sink.clone();
-    let commit = tokio::spawn(async move { sink.commit(&incoming, &staged).await });
-    while bench.number("SELECT count(*) FROM {}label_version WHERE state = 'attached'").await == 0 {
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
-    tokio::time::sleep(Duration::from_millis(300)).await;
-    assert!(!commit.is_finished());
-    let during: i64 = sqlx::query_scalar(sql).bind("aoi-line3").fetch_one(&mut reader).await.unwrap();
-    assert_eq!(during, one.count());
-    assert_eq!(bench.number("SELECT count(*) FROM {}annotations WHERE version = 'v2'").await, 0, "seen before the switch");
-    sqlx::raw_sql("COMMIT").execute(&mut reader).await.unwrap();
-    commit.await.unwrap().unwrap();
-    let after: i64 = sqlx::query_scalar(sql).bind("aoi-line3").fetch_one(&mut reader).await.unwrap();
-    assert_eq!(after, two.count());
+    // It holds its locks and does nothing: two versions are delivered, and it goes on reading the first.
+    deliver(&two, "v2").await;
+    assert_eq!((bench.current().await, read(&mut reader).await), (two.count(), one.count()));
+    let v3 = deliver(&one, "v3").await;
+    bench.sink.activate(&v1.artifact).await.unwrap();
+    bench.sink.activate(&v3.artifact).await.unwrap();
+    assert_eq!((bench.current().await, read(&mut reader).await), (one.count(), one.count()));
+    assert_eq!(bench.sink.active_version("aoi-line3").await.unwrap().as_deref(), Some("v3"));
 
-    // Cut off while it waits, it goes on from there and copies nothing again.
-    sqlx::raw_sql("BEGIN").execute(&mut reader).await.unwrap();
-    let _: i64 = sqlx::query_scalar(sql).bind("aoi-line3").fetch_one(&mut reader).await.unwrap();
-    let (incoming, staged) = one.stage(&bench.sink, "v3");
-    let _ = tokio::time::timeout(Duration::from_secs(3), bench.sink.commit(&incoming, &staged)).await.unwrap_err();
-    let id = bench.number("SELECT id FROM {}label_version WHERE state = 'attached'").await;
+    // What is delivered again, because something of it was found changed, takes the place of tables that cannot be dropped now.
+    deliver(&one, "v3").await;
+    assert_eq!(bench.current().await, one.count());
+    assert_eq!(bench.number("SELECT count(*) FROM {}label_version WHERE state = 'removing'").await, 1);
+    deliver(&two, "v4").await;
     sqlx::raw_sql("COMMIT").execute(&mut reader).await.unwrap();
+    assert_eq!(read(&mut reader).await, two.count());
+    deliver(&two, "v5").await;
+    assert_eq!(bench.number("SELECT count(*) FROM {}label_version WHERE state = 'removing'").await, 0, "dropped by a later commit");
+    assert_eq!(bench.leftovers().await, 0);
+
+    // A removal of the active version leaves one active, and no transaction sees two.
+    bench.sink.remove(&"labels/aoi-line3:v5".parse().unwrap()).await.unwrap();
+    bench.sink.remove(&"labels/aoi-line3:v2".parse().unwrap()).await.unwrap();
+    assert_eq!(bench.current().await, two.count());
+    let overlaps = "SELECT count(*) FROM packhorse.label_switch a JOIN packhorse.label_switch b
+        ON a.label_set_id = b.label_set_id AND a.ctid <> b.ctid AND a.since < b.until AND b.since < a.until";
+    assert_eq!(bench.number(overlaps).await, 0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_database_of_the_previous_revision_is_migrated() {
+    let bench = Bench::postgres().await;
+    let Db::Postgres(server, database) = &bench.db else { unreachable!() };
+    let set = Set::new(1, 20, 4, 0);
+    let (incoming, staged) = set.stage(&bench.sink, "v1");
+    bench.sink.check(&incoming).await.unwrap();
     bench.sink.commit(&incoming, &staged).await.unwrap();
-    assert_eq!(bench.number("SELECT id FROM {}label_version WHERE version = 'v3'").await, id);
+    // As that revision left it.
+    server.psql(
+        database,
+        "DROP VIEW packhorse.current_annotations; DROP TABLE packhorse.label_switch; DELETE FROM packhorse.schema_migration WHERE version = 2;
+         CREATE VIEW packhorse.current_annotations AS SELECT s.name AS label_set, v.version, i.path AS sample_path,
+         i.hash AS sample_hash, c.name AS class, n.kind, n.x, n.y, n.w, n.h, n.geom, n.attrs, n.raw FROM packhorse.annotation n
+         JOIN packhorse.label_active a ON a.version_id = n.version_id JOIN packhorse.label_version v ON v.id = n.version_id
+         JOIN packhorse.label_set s ON s.id = v.label_set_id
+         JOIN packhorse.version_sample i ON i.version_id = n.version_id AND i.sample_no = n.sample_no
+         LEFT JOIN packhorse.label_class c ON c.version_id = n.version_id AND c.class_id = n.class_id;
+         ALTER VIEW packhorse.current_annotations OWNER TO packhorse",
+    );
+    assert_eq!(bench.current().await, set.count());
+    bench.sink.check(&incoming).await.unwrap();
+    assert_eq!(bench.number("SELECT count(*) FROM {}label_switch").await, 1);
+    assert_eq!(bench.current().await, set.count());
+    assert_eq!(bench.sink.verify(&incoming, &Place::Folder { path: bench.data.path().join("labels/aoi-line3/v1") }, &Look::default()).await.unwrap(), Vec::<String>::new());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn limits_of_the_role_do_not_end_a_load() {
+    let bench = Bench::postgres().await;
+    let Db::Postgres(server, database) = &bench.db else { unreachable!() };
+    for limit in [
+        "statement_timeout = '5ms'",
+        "idle_in_transaction_session_timeout = '1ms'",
+        "lock_timeout = '1ms'",
+        "default_transaction_read_only = on",
+        "synchronous_commit = off",
+    ] {
+        server.psql("postgres", &format!("ALTER ROLE packhorse IN DATABASE {database} SET {limit}"));
+    }
+    let set = Set::new(1, 2_000, 6, 200);
+    let (incoming, staged) = set.stage(&bench.sink, "v1");
+    bench.sink.check(&incoming).await.unwrap();
+    bench.sink.commit(&incoming, &staged).await.unwrap();
+    assert_eq!(bench.current().await, set.count());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_holds_a_lock_is_reported_while_the_delivery_waits() {
+    let bench = Bench::postgres().await;
+    let Db::Postgres(server, database) = &bench.db else { unreachable!() };
+    let set = Set::new(1, 20, 4, 0);
+    let (first, staged) = set.stage(&bench.sink, "v1");
+    bench.sink.check(&first).await.unwrap();
+    bench.sink.commit(&first, &staged).await.unwrap();
+    let mut holder = sqlx::PgConnection::connect(&server.admin_url(database)).await.unwrap();
+    let lock = "SET application_name = 'night job'; BEGIN; LOCK TABLE packhorse.annotation IN SHARE UPDATE EXCLUSIVE MODE";
+    sqlx::raw_sql(lock).execute(&mut holder).await.unwrap();
+    let pid: i32 = sqlx::query_scalar("SELECT pg_backend_pid()").fetch_one(&mut holder).await.unwrap();
+
+    let (incoming, staged) = set.stage(&bench.sink, "v2");
+    let (sink, mut waits) = (bench.sink.clone(), incoming.waits.subscribe());
+    let commit = tokio::spawn(async move { sink.commit(&incoming, &staged).await });
+    let report = tokio::time::timeout(Duration::from_secs(20), waits.wait_for(Option::is_some)).await.unwrap().unwrap().clone().unwrap();
+    assert_eq!(class(&report), (Code::Unreachable, Reason::SinkUnavailable, Retry::Backoff));
+    assert!(report.message.contains(&format!("server process {pid} (night job")), "{report}");
+    assert!(report.next.contains(&format!("pg_terminate_backend({pid})")), "{}", report.next);
+    sqlx::raw_sql("COMMIT").execute(&mut holder).await.unwrap();
+    commit.await.unwrap().unwrap();
+    assert_eq!(bench.number("SELECT count(*) FROM {}label_version WHERE state = 'ready'").await, 2);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

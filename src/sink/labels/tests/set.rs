@@ -121,6 +121,7 @@ impl Set {
                 pages: Vec::new(),
             },
             transfer: format!("t-{version}").parse().unwrap(),
+            waits: Default::default(),
         }
     }
 
