@@ -192,6 +192,8 @@ pub const REGISTRY_CLOSE_MAX: Duration = Duration::from_secs(15 * 60);
 pub const REGISTRY_READ_ONLY_PAUSE: Duration = Duration::from_secs(60);
 /// The longest Retry-After that is obeyed.
 pub const REGISTRY_RETRY_AFTER_MAX: Duration = Duration::from_secs(60 * 60);
+/// The longest note on a transfer.
+pub const NOTE_BYTES_MAX: usize = 2 << 10;
 /// How long a request to a registry waits in place when the registry asks for a pause (429, 503). A delivery pauses as a whole after
 /// that, and shows the reason.
 pub const REGISTRY_PAUSE_IN_PLACE_MAX: Duration = Duration::from_secs(3);

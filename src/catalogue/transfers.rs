@@ -12,10 +12,12 @@ use crate::api::types::{Bytes, State, Transfer};
 use crate::chunk::Hash;
 use crate::clock;
 use crate::fault::{Fault, Reason};
+use crate::limits::NOTE_BYTES_MAX;
 use crate::manifest::{Digest, KindInfo};
 use crate::names::{ArtifactRef, DeliveryId, RunId, SiteName, TransferId};
 use crate::number;
 use crate::receipt::Receipt;
+use crate::text::Text;
 
 /// What the hub asks of a transfer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -70,7 +72,7 @@ pub struct Body {
     pub landed: bool,
     /// What there is to know about it although it is done.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub note: Option<String>,
+    pub note: Option<Text<NOTE_BYTES_MAX>>,
 }
 
 impl Body {
@@ -185,7 +187,7 @@ impl TransferRow {
             eta_seconds: if self.state == State::Transferring { body.eta_seconds } else { None },
             attempts: body.attempts,
             location: body.location,
-            note: body.note,
+            note: body.note.map(Into::into),
             created_at: time(self.created_ms),
             updated_at: time(self.updated_ms),
             finished_at: self.finished_ms.map(time),

@@ -47,7 +47,8 @@ impl Registry {
     /// Reads the manifest that a tag or digest names; `None` when there is none. What is read by digest is checked.
     pub async fn get_manifest(&self, repository: &str, reference: &str, actions: &'static str) -> Result<Option<Manifest>, Error> {
         let url = self.url(&format!("{repository}/manifests/{reference}"))?;
-        let response = self.send(&Self::scope(repository, actions), Method::GET, url, &|r| r.header(ACCEPT, accept()), &Wait::Quick).await?;
+        let response =
+            self.send(&Self::scope(repository, actions), Method::GET, url, &|r| r.header(ACCEPT, accept()), &Wait::Quick).await?;
         match response.status() {
             StatusCode::OK => {}
             StatusCode::NOT_FOUND => return Ok(None),

@@ -168,12 +168,7 @@ async fn put_in(whole: &Path, wanted: &Path) -> Result<(), Fault> {
 }
 
 /// Appends what is received to what is there of a blob, and hashes all of it. `begin` takes the bytes that are there.
-fn write_blob(
-    path: &Path,
-    size_max: u64,
-    begin: oneshot::Sender<u64>,
-    mut receive: mpsc::Receiver<Bytes>,
-) -> Result<(u64, Sha256), Fault> {
+fn write_blob(path: &Path, size_max: u64, begin: oneshot::Sender<u64>, mut receive: mpsc::Receiver<Bytes>) -> Result<(u64, Sha256), Fault> {
     let what = || format!("write {}", path.display());
     let mut file = File::options().read(true).append(true).create(true).open(path).at(what())?;
     let mut hash = sha2::Sha256::new();

@@ -12,7 +12,13 @@ use crate::registry::{Error, Registry};
 impl Registry {
     /// Sends a blob's bytes from `offset` on; `offset` is where it ended. The receiver may end it. Gives up when several tries in a
     /// row brought nothing.
-    pub(super) async fn send_blob(&self, repository: &str, blob: &Descriptor, offset: &mut u64, to: &mpsc::Sender<Bytes>) -> Result<(), Error> {
+    pub(super) async fn send_blob(
+        &self,
+        repository: &str,
+        blob: &Descriptor,
+        offset: &mut u64,
+        to: &mpsc::Sender<Bytes>,
+    ) -> Result<(), Error> {
         let mut tries = 1;
         while *offset < blob.size && !to.is_closed() {
             let before = *offset;
@@ -77,6 +83,7 @@ impl Registry {
             Err(error) => return Err(error),
         }
         let found = hasher.await.map_err(|_| Fault::internal("a worker thread ended early"))?;
-        Ok((found != blob.digest).then(|| format!("its content is damaged: the {offset} bytes that the registry sent have the digest {found}")))
+        Ok((found != blob.digest)
+            .then(|| format!("its content is damaged: the {offset} bytes that the registry sent have the digest {found}")))
     }
 }

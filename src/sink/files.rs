@@ -424,7 +424,13 @@ mod tests {
             pages: Vec::new(),
         };
         let artifact = ArtifactRef::new(Kind::Dataset, "d", version).unwrap();
-        Incoming { artifact, digest: Hash::of(version.as_bytes()), root, transfer: format!("t-{version}").parse().unwrap(), waits: Default::default() }
+        Incoming {
+            artifact,
+            digest: Hash::of(version.as_bytes()),
+            root,
+            transfer: format!("t-{version}").parse().unwrap(),
+            waits: Default::default(),
+        }
     }
 
     #[test]

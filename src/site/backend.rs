@@ -47,7 +47,13 @@ impl Site {
             .await;
         }
         let sink = self.inner.sinks.of(row.artifact.kind).clone();
-        let incoming = Incoming { artifact: row.artifact, digest: row.digest, root: row.root, transfer: TransferId::none(), waits: Default::default() };
+        let incoming = Incoming {
+            artifact: row.artifact,
+            digest: row.digest,
+            root: row.root,
+            transfer: TransferId::none(),
+            waits: Default::default(),
+        };
         let counted = progress.clone();
         let look = Look::new(quick, move |bytes| {
             counted.bytes.fetch_add(bytes, Ordering::Relaxed);

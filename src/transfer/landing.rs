@@ -66,7 +66,8 @@ impl Runner {
             Err(fault) if fault.code != Code::NotFound => return Err(fault),
             _ => return Ok(false),
         };
-        let incoming = Incoming { artifact: artifact.clone(), digest, root: there.root, transfer: TransferId::none(), waits: Default::default() };
+        let incoming =
+            Incoming { artifact: artifact.clone(), digest, root: there.root, transfer: TransferId::none(), waits: Default::default() };
         if there.published { Ok(true) } else { self.inner.sinks.of(artifact.kind).stands(&incoming).await }
     }
 
@@ -87,7 +88,7 @@ impl Runner {
         counters.committed.store(row.body.bytes.total, Ordering::Relaxed);
         self.note_bytes(row, counters);
         row.body.location = Some(landed.location);
-        row.body.note = landed.note;
+        row.body.note = landed.note.map(Into::into);
         let identity = inner.identity.borrow().clone();
         row.body.receipt = Some(Receipt::sign(row, &identity)?);
         self.enter(row, State::Done, None).await;

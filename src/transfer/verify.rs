@@ -24,13 +24,7 @@ pub struct Found {
 }
 
 /// Compares all that was committed of an artifact with its manifest: reads its content, unless a quick look was asked for.
-pub async fn verify(
-    sink: &dyn Sink,
-    store: Store,
-    incoming: &Incoming,
-    place: &Place,
-    look: &Look,
-) -> Result<Found, Fault> {
+pub async fn verify(sink: &dyn Sink, store: Store, incoming: &Incoming, place: &Place, look: &Look) -> Result<Found, Fault> {
     let faults = sink.verify(incoming, place, look).await?;
     // What is gone as a whole need not be told file by file.
     let folder = match place {

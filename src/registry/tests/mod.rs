@@ -233,7 +233,10 @@ async fn what_a_failed_pull_fetched_is_not_fetched_again() {
     let blobs = made.layers.len() + 1;
     let config_kept = 1;
     let fetched = server.held.lock().count("GET", "/blobs/") - before;
-    assert!(had > 0 && fetched <= blobs - had && fetched >= blobs - had - config_kept, "{fetched} of {blobs} fetched, {had} layers were kept");
+    assert!(
+        had > 0 && fetched <= blobs - had && fetched >= blobs - had - config_kept,
+        "{fetched} of {blobs} fetched, {had} layers were kept"
+    );
 
     // The beginning of a blob is kept too, and only if it is its beginning.
     for (beginning, name) in [(noise(6, 60_000), "third"), (noise(1, 60_000), "fourth"), (noise(1, 200_000), "fifth")] {

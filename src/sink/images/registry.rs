@@ -67,8 +67,10 @@ impl Tag {
     fn conflict(&self, location: &str, ours: &Sha256) -> Option<Fault> {
         match (self, self.digest()) {
             (Tag::HeldOther, _) => Some(
-                Fault::conflict(format!("{location} is there already with another image, which a policy of the registry does not give out"))
-                    .with_next("publish under another version, then deliver that"),
+                Fault::conflict(format!(
+                    "{location} is there already with another image, which a policy of the registry does not give out"
+                ))
+                .with_next("publish under another version, then deliver that"),
             ),
             (_, Some(theirs)) if theirs != *ours => Some(taken(location, &theirs, ours)),
             _ => None,
@@ -76,7 +78,8 @@ impl Tag {
     }
 }
 
-const HELD_BACK: &str = "the registry holds the image, and a policy of its project does not give it out yet: it waits for a scan or a signature";
+const HELD_BACK: &str =
+    "the registry holds the image, and a policy of its project does not give it out yet: it waits for a scan or a signature";
 
 impl RegistrySink {
     /// A sink for the registry that the configuration names. Asks it nothing yet.
@@ -93,7 +96,15 @@ impl RegistrySink {
             .map(|credentials| credentials.with_realm_hosts(&cfg.realm_hosts));
         let registry = Registry::new(origin, credentials, cfg.ca_file.as_deref())?;
         durable::create_dir_all(&staging_root)?;
-        Ok(Self { registry, prefix: prefix.into(), create_project: cfg.create_project, staging_root, seen: Mutex::default(), damaged: Mutex::default(), sent: Mutex::default() })
+        Ok(Self {
+            registry,
+            prefix: prefix.into(),
+            create_project: cfg.create_project,
+            staging_root,
+            seen: Mutex::default(),
+            damaged: Mutex::default(),
+            sent: Mutex::default(),
+        })
     }
 
     fn repository(&self, artifact: &ArtifactRef) -> String {
@@ -335,10 +346,10 @@ impl RegistrySink {
         let why = self.registry.check_blob(repository, blob, &|bytes| look.read(bytes)).await.map_err(|e| e.fault(doing()))?;
         let key = (repository.to_owned(), blob.digest);
         let mut damaged = self.damaged.lock();
-        match &why {
-            Some(_) if damaged.len() < limits::REGISTRY_MOUNTS_KEPT_MAX => drop(damaged.insert(key)),
-            Some(_) => {}
-            None => drop(damaged.remove(&key)),
+        if why.is_none() {
+            damaged.remove(&key);
+        } else if damaged.len() < limits::REGISTRY_MOUNTS_KEPT_MAX {
+            damaged.insert(key);
         }
         Ok(why.map(|why| format!("blob {}: {why}", blob.digest)))
     }
@@ -383,8 +394,9 @@ impl RegistrySink {
 /// The tag is immutable, and the registry does not say which image it names.
 fn unknown(location: &str, error: Error) -> Fault {
     let fault = error.fault(format_args!("push {location}"));
-    Fault { message: format!("{}; an image is there, and a policy of the registry does not say which", fault.message), ..fault }
-        .with_next("give the registry user the right to list artifacts (Harbor: 'List Artifact' and 'Read Artifact'), then 'packhorse retry'")
+    Fault { message: format!("{}; an image is there, and a policy of the registry does not say which", fault.message), ..fault }.with_next(
+        "give the registry user the right to list artifacts (Harbor: 'List Artifact' and 'Read Artifact'), then 'packhorse retry'",
+    )
 }
 
 fn wrong_size(blob: &Descriptor, size: u64) -> Fault {

@@ -284,7 +284,11 @@ impl Sink for LabelsSink {
             let info = labels_info(incoming)?;
             let (holds, says) = ([held.classes, held.samples, held.annotations], [info.classes, info.samples, info.annotations]);
             look.note("quick check: the database was asked for the version, its digest and its counts; no row was read");
-            return Ok(if holds == says { Vec::new() } else { vec![format!("the label database holds {holds:?} classes, samples and annotations of {set}:{version}, not {says:?}")] });
+            return Ok(if holds == says {
+                Vec::new()
+            } else {
+                vec![format!("the label database holds {holds:?} classes, samples and annotations of {set}:{version}, not {says:?}")]
+            });
         }
         let folder = match place {
             Place::Folder { path } => path.clone(),

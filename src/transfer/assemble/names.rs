@@ -136,7 +136,13 @@ mod tests {
         fill(&tree);
         let mut source = FilesSource::open(&tree).unwrap();
         let Ingested { root, digest, .. } = ingest(&mut source, Kind::Dataset, &store, &store, &Progress::default()).unwrap();
-        let incoming = Incoming { artifact: "dataset/d:v1".parse().unwrap(), digest, root, transfer: "t-1".parse().unwrap(), waits: Default::default() };
+        let incoming = Incoming {
+            artifact: "dataset/d:v1".parse().unwrap(),
+            digest,
+            root,
+            transfer: "t-1".parse().unwrap(),
+            waits: Default::default(),
+        };
         let sink = FilesSink::open(None, &dir.path().join("site")).unwrap().assuming(mount);
         check(&incoming, Walk::new(&incoming.root, &store), &sink)
     }

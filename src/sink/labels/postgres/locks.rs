@@ -101,7 +101,9 @@ impl Postgres {
         };
         match timeout(LABEL_CONNECT_MAX, look).await {
             Ok(result) => result.map_err(|e| self.fault("look for locks", &e)),
-            Err(_) => Err(Fault::unreachable(format!("{} did not answer in {} s (look for locks)", self.place, LABEL_CONNECT_MAX.as_secs()))),
+            Err(_) => {
+                Err(Fault::unreachable(format!("{} did not answer in {} s (look for locks)", self.place, LABEL_CONNECT_MAX.as_secs())))
+            }
         }
     }
 
@@ -123,7 +125,8 @@ impl Postgres {
         }
         let pid = found.iter().map(|(pid, ..)| *pid).find(|pid| *pid != 0);
         let end = pid.map_or("see pg_prepared_xacts".to_owned(), |pid| format!("SELECT pg_terminate_backend({pid})"));
-        Fault::unreachable(format!("{}: the delivery waits for a lock that another session holds: {who}", self.place))
-            .with_next(format!("end that transaction, or as an administrator of the database: {end}; then the delivery continues on its own"))
+        Fault::unreachable(format!("{}: the delivery waits for a lock that another session holds: {who}", self.place)).with_next(format!(
+            "end that transaction, or as an administrator of the database: {end}; then the delivery continues on its own"
+        ))
     }
 }

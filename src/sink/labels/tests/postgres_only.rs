@@ -9,8 +9,8 @@ use super::set::Set;
 use super::{Bench, Db, open, postgres_config};
 use crate::config;
 use crate::fault::{Code, Fault, Reason, Retry};
-use crate::sink::{Look, Place, Sink};
 use crate::sink::labels::postgres::Postgres;
+use crate::sink::{Look, Place, Sink};
 
 fn class(fault: &Fault) -> (Code, Reason, Retry) {
     (fault.code, fault.reason, fault.retry)
@@ -167,7 +167,8 @@ async fn a_session_that_planned_before_reads_the_old_version_and_delays_nobody()
         let _: i64 = sqlx::query_scalar(sql).bind("aoi-line3").fetch_one(&mut reader).await.unwrap();
     }
     sqlx::raw_sql("BEGIN").execute(&mut reader).await.unwrap();
-    let read = async |reader: &mut sqlx::PgConnection| -> i64 { sqlx::query_scalar(sql).bind("aoi-line3").fetch_one(reader).await.unwrap() };
+    let read =
+        async |reader: &mut sqlx::PgConnection| -> i64 { sqlx::query_scalar(sql).bind("aoi-line3").fetch_one(reader).await.unwrap() };
     assert_eq!(read(&mut reader).await, one.count());
 
     // It holds its locks and does nothing: two versions are delivered, and it goes on reading the first.
@@ -223,7 +224,14 @@ async fn a_database_of_the_previous_revision_is_migrated() {
     bench.sink.check(&incoming).await.unwrap();
     assert_eq!(bench.number("SELECT count(*) FROM {}label_switch").await, 1);
     assert_eq!(bench.current().await, set.count());
-    assert_eq!(bench.sink.verify(&incoming, &Place::Folder { path: bench.data.path().join("labels/aoi-line3/v1") }, &Look::default()).await.unwrap(), Vec::<String>::new());
+    assert_eq!(
+        bench
+            .sink
+            .verify(&incoming, &Place::Folder { path: bench.data.path().join("labels/aoi-line3/v1") }, &Look::default())
+            .await
+            .unwrap(),
+        Vec::<String>::new()
+    );
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
