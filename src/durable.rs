@@ -75,6 +75,23 @@ pub fn rename_noreplace(from: &Path, to: &Path) -> Result<(), Fault> {
     Ok(())
 }
 
+/// Gives a file a second name, under which its content stays when the first name is replaced.
+pub fn keep_as(path: &Path, name: &Path) -> Result<(), Fault> {
+    let what = || format!("keep {} as {}", path.display(), name.display());
+    if fs::hard_link(path, name).is_err() {
+        // Some filesystems have no hard links.
+        fs::copy(path, name).at(what())?;
+        sync_file(name)?;
+    }
+    sync_dir(parent(name))
+}
+
+/// Replaces a file by another of the same folder, whose content is synced.
+pub fn move_over(from: &Path, to: &Path) -> Result<(), Fault> {
+    rename(from, to).at(format_args!("rename {} to {}", from.display(), to.display()))?;
+    sync_dir(parent(to))
+}
+
 /// Replaces a symbolic link by rename. A convenience for people: not synced, and `Ok` where there are no links.
 pub fn replace_symlink(link: &Path, target: &str) -> Result<(), Fault> {
     let name = link.file_name().unwrap_or_default().to_string_lossy();

@@ -107,7 +107,9 @@ impl Hub {
         let allow = config.share.allow.as_ref().map(|list| list.iter().map(|text| text.parse()).collect::<Result<Vec<SiteSelector>, _>>());
         let catalogue = Catalogue::open(&config.data_dir).await?.with_share_policy(allow.transpose()?);
         let published = catalogue.any_artifact().await?;
-        refuse_a_part(&config.data_dir, "store/index.redb", published, "the catalogue names artifacts")?;
+        // Where only the index is lost, the store says what to do.
+        let needed = published && !has_packs(&config.data_dir);
+        refuse_a_part(&config.data_dir, "store/index.redb", needed, "the catalogue names artifacts")?;
         let joined = !catalogue.sites().await?.is_empty();
         refuse_a_part(&config.data_dir, "identity/ca.pem", joined, "sites have joined")?;
         let identity = Arc::new(HubIdentity::open_or_create(&config.data_dir, &config.name)?);

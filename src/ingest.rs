@@ -277,6 +277,10 @@ fn read_all(
 impl Reading<'_, '_> {
     fn read(&mut self, entry: SourceEntry) -> Result<(), Fault> {
         let (path, body, stamp) = (entry.path.clone(), entry.body.clone(), entry.stamp.clone());
+        let scratch = match &body {
+            SourceBody::File { content: Content::Scratch(file), .. } => Some(file.clone()),
+            _ => None,
+        };
         self.waiting_bytes += weight(&entry);
         self.waiting.push_back(Waiting { entry, hash: None, open: true, chunks_left: 0, chunks: Vec::new() });
         let hash = match body {
@@ -291,6 +295,9 @@ impl Reading<'_, '_> {
             && !stamp.holds()?
         {
             return Err(changed(&path, &format!("{} has another time or size than before", stamp.file().display())));
+        }
+        if let Some(file) = scratch {
+            std::fs::remove_file(&file).at(format_args!("remove {}", file.display()))?;
         }
         if let Some(waiting) = self.waiting.back_mut() {
             (waiting.hash, waiting.open) = (hash, false);
@@ -492,7 +499,7 @@ fn open(content: &Content, size: u64) -> Result<Box<dyn Read + '_>, Fault> {
     let open = |path: &Path| File::open(path).at(format_args!("read {}", path.display()));
     Ok(match content {
         Content::Memory(bytes) => Box::new(&bytes[..]),
-        Content::File(from) => Box::new(open(from)?),
+        Content::File(from) | Content::Scratch(from) => Box::new(open(from)?),
         Content::Range { file: from, offset } => {
             let mut file = open(from)?;
             file.seek(SeekFrom::Start(*offset)).at(from.display())?;

@@ -25,6 +25,8 @@ pub mod limits;
 pub mod line;
 pub mod manifest;
 pub mod metrics;
+#[cfg(test)]
+mod mutations;
 pub mod names;
 pub mod number;
 pub mod omitted;
@@ -46,6 +48,7 @@ pub mod serve;
 pub mod sink;
 pub mod site;
 pub mod source;
+pub mod space;
 pub mod stage;
 pub mod store;
 mod tally;

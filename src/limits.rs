@@ -303,6 +303,12 @@ pub const LABEL_SIDE_FILE_BYTES_MAX: u64 = 4 << 20;
 pub const LABEL_SORT_BYTES: usize = 32 << 20;
 /// The longest pause between two tries to reach the hub.
 pub const RECONNECT_MAX: Duration = Duration::from_secs(15);
+/// The pause before what a full disk did not take is written, told or opened again.
+pub const STATE_RETRY_EVERY: Duration = Duration::from_secs(5);
+/// With less room than this on the disk of its state, a hub does not ask for reports again that it could not store.
+pub const STATE_WRITE_BYTES_MIN: u64 = 1 << 20;
+/// The pause between two log lines about the same disk that cannot be written.
+pub const STATE_LOG_EVERY: Duration = Duration::from_secs(60);
 /// The largest list of artifacts at the head of a bundle.
 pub const BUNDLE_LIST_BYTES_MAX: usize = 64 << 20;
 /// The shortest `[share] check_every`.
@@ -314,7 +320,13 @@ pub const CHANGED_CHARS_MAX: usize = 8 << 10;
 /// How long a command waits for a daemon that went away while it did a job: after a restart it knows the job no more.
 pub const JOB_AWAY_MAX: Duration = Duration::from_secs(15);
 /// Room that the store leaves on its disk beside a whole pack, so that the databases can still be written.
-pub const STORE_SPARE_BYTES: u64 = 8 << 20;
+pub const STORE_SPARE_BYTES: u64 = 16 << 20;
+/// A B-tree file up to this size is verified by its checksums when it is opened: that reads all of it.
+pub const TREE_CHECKED_BYTES_MAX: u64 = 64 << 20;
+/// What is appended to a pack before the free space is checked again.
+pub const APPEND_LOOK_BYTES: u64 = 1 << 20;
+/// Inodes that stay free on the disk of a daemon's own state.
+pub const STATE_INODES_SPARE: u64 = 64;
 /// A file of this size is not begun to be published where it will not fit; smaller ones find that out as they go.
 pub const FORECAST_BYTES_MIN: u64 = 2 * PACK_BYTES;
 /// Room that decompressing an archive leaves on its disk, which is the store's as well: what that asks for one pack…

@@ -182,7 +182,7 @@ fn read(asked: &Asked, folder: &Path, progress: &Arc<JobProgress>, runtime: &tok
     let origin = Origin::new(store, places, folder.join("published"), here.clone(), None, MEMORY_TO_READ);
     let base = reading::base_of(kind, &asked.source, None)?;
     let access = Access::of_user(&asked.state);
-    let found = reading::in_scratch(&folder.with_extension("scratch"), |scratch| {
+    let found = reading::in_scratch(&folder.with_extension("scratch"), progress, |scratch| {
         let mut source = reading::open(kind, &asked.source, &asked.options, None, &access, scratch, runtime)?;
         reading::read(source.as_mut(), &asked.options, |source| {
             ingest::reported(progress, |counted| origin.publish(kind, source, base.as_ref(), counted))

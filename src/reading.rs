@@ -14,6 +14,7 @@ use crate::durable;
 use crate::fault::{Fault, IoContext};
 use crate::fetch::blocking;
 use crate::ingest::Ingested;
+use crate::jobs::JobProgress;
 use crate::manifest::{DatasetBinding, EntryBody, FileInfo, Root, Step, Walk};
 use crate::names::{ArtifactRef, Kind, RelPath};
 use crate::omitted::Omitted;
@@ -74,24 +75,34 @@ pub fn base_of(kind: Kind, source: &str, site: Option<&AtSite>) -> Result<Option
     Ok(folder.map(|folder| Place::Folder { path: folder.to_owned() }))
 }
 
+/// A folder for what a source has to spill, and the job that it is for: the job is told how much room lacks there.
+#[derive(Debug)]
+pub struct Scratch {
+    /// The folder.
+    pub folder: PathBuf,
+    /// The job.
+    pub progress: Arc<JobProgress>,
+}
+
 /// Does `work`, which may block, with an empty folder for what it has to spill, which is gone afterwards. What a crash leaves of
 /// it the daemon removes when it starts.
 pub async fn with_scratch<T: Send + 'static>(
     data_dir: &Path,
-    work: impl FnOnce(&Path, &Handle) -> Result<T, Fault> + Send + 'static,
+    progress: &Arc<JobProgress>,
+    work: impl FnOnce(&Scratch, &Handle) -> Result<T, Fault> + Send + 'static,
 ) -> Result<T, Fault> {
     let scratch = data_dir.join("scratch").join(new_id("p"));
-    let runtime = Handle::current();
-    blocking(move || in_scratch(&scratch, |folder| work(folder, &runtime))).await
+    let (runtime, progress) = (Handle::current(), progress.clone());
+    blocking(move || in_scratch(&scratch, &progress, |scratch| work(scratch, &runtime))).await
 }
 
 /// The same on this thread, in a folder of the caller's choice. Beside it stands what pulls keep for a next try.
-pub fn in_scratch<T>(scratch: &Path, work: impl FnOnce(&Path) -> Result<T, Fault>) -> Result<T, Fault> {
-    durable::remove_all(scratch)?;
-    durable::create_dir_all(scratch)?;
-    let result = work(scratch);
-    kept::end(scratch, &result);
-    let _ = durable::remove_all(scratch);
+pub fn in_scratch<T>(folder: &Path, progress: &Arc<JobProgress>, work: impl FnOnce(&Scratch) -> Result<T, Fault>) -> Result<T, Fault> {
+    durable::remove_all(folder)?;
+    durable::create_dir_all(folder)?;
+    let result = work(&Scratch { folder: folder.to_owned(), progress: progress.clone() });
+    kept::end(folder, &result);
+    let _ = durable::remove_all(folder);
     result
 }
 
@@ -179,11 +190,11 @@ pub fn open(
     options: &SourceOptions,
     dataset: Option<BoundDataset>,
     access: &Access,
-    scratch: &Path,
+    scratch: &Scratch,
     runtime: &Handle,
 ) -> Result<Box<dyn Source>, Fault> {
     if let Some(asked) = source.strip_prefix(database::SCHEME) {
-        return database::open(kind, asked, options, dataset, access.site.as_ref(), scratch, runtime);
+        return database::open(kind, asked, options, dataset, access.site.as_ref(), &scratch.folder, runtime);
     }
     if is_reference(source) {
         if kind != Kind::Image {
@@ -191,12 +202,17 @@ pub fn open(
         }
         let reference: Reference = source.parse()?;
         let (credentials, ca) = access.to_registry(&reference, options)?;
-        let layout = scratch.join("pulled");
-        match kept::open(scratch, &reference)? {
-            Some(kept) => runtime.block_on(registry::pull_keeping(&reference, credentials, ca.as_deref(), &layout, &kept.path))?,
-            None => runtime.block_on(registry::pull_to_layout(&reference, credentials, ca.as_deref(), &layout))?,
+        let (layout, wanted) = (scratch.folder.join("pulled"), &scratch.progress.wanted);
+        let kept = kept::open(&scratch.folder, &reference)?;
+        match &kept {
+            Some(kept) => runtime.block_on(registry::pull_keeping(&reference, credentials, ca.as_deref(), &layout, &kept.path, wanted))?,
+            None => runtime.block_on(registry::pull_to_layout(&reference, credentials, ca.as_deref(), &layout, wanted))?,
         }
-        return Ok(Box::new(ImageSource::open_layout(&layout)?));
+        if let Some(kept) = kept {
+            // All of it is in the layout, where each blob is removed as soon as it was read: nothing is on the disk twice.
+            kept.empty()?;
+        }
+        return Ok(Box::new(ImageSource::open_scratch(&layout)?));
     }
     let absolute = |path: &Path| {
         if path.is_absolute() { Ok(()) } else { Err(Fault::usage(format!("the source {source:?} is not an absolute path"))) }
@@ -209,14 +225,14 @@ pub fn open(
         Kind::Image => {
             let (path, tag) = split_tag(source);
             absolute(&path)?;
-            Ok(Box::new(ImageSource::open_for(&path, scratch, tag, &access.own)?))
+            Ok(Box::new(ImageSource::open_for(&path, &scratch.folder, tag, &access.own)?))
         }
         Kind::Labels => {
             let path = PathBuf::from(source);
             absolute(&path)?;
             let options =
                 LabelOptions { format: options.format.clone(), allow_missing: options.allow_missing, columns: options.columns.clone() };
-            Ok(Box::new(LabelsSource::open_for(&path, scratch, &options, dataset, access.own.clone())?))
+            Ok(Box::new(LabelsSource::open_for(&path, &scratch.folder, &options, dataset, access.own.clone())?))
         }
     }
 }

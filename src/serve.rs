@@ -4,6 +4,7 @@ use std::fs::File;
 use std::future::Future;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
@@ -13,10 +14,12 @@ use crate::api::{self, ApiToken, Backend, LocalSocket};
 use crate::config::{Config, Role};
 use crate::durable;
 use crate::fault::{Code, Fault, IoContext};
+use crate::fetch::blocking;
 use crate::hub::Hub;
 use crate::identity::{Claim, JoinToken, SiteIdentity};
-use crate::limits::DRAIN_MAX;
+use crate::limits::{DRAIN_MAX, STATE_RETRY_EVERY};
 use crate::site::Site;
+use crate::store::{Rebuilt, rebuild_index as rebuild_index_of};
 use crate::{line, open_files, private};
 
 /// Runs a daemon until SIGTERM or SIGINT, or, if so asked, until standard input ends.
@@ -63,18 +66,41 @@ pub async fn run_until(config: Config, stop: CancellationToken) -> Result<(), Fa
     let api = Api { listener, local, token };
     match config.role {
         Role::Hub => {
-            let hub = Hub::open(config, stop.clone()).await?;
+            let Some(hub) = with_room(&stop, STATE_RETRY_EVERY, || Hub::open(config.clone(), stop.clone())).await? else { return Ok(()) };
             private::tighten(&data_dir);
             let work = hub.clone();
             let work = Box::pin(async move { work.run().await });
             drive(api, Arc::new(hub.clone()), work, stop, hub.stopped()).await
         }
         Role::Site => {
-            let site = Site::open(config, stop.clone()).await?;
+            let Some(site) = with_room(&stop, STATE_RETRY_EVERY, || Site::open(config.clone(), stop.clone())).await? else { return Ok(()) };
             private::tighten(&data_dir);
             let work = site.clone();
             let work = Box::pin(async move { work.run().await });
             drive(api, Arc::new(site.clone()), work, stop, site.stopped()).await
+        }
+    }
+}
+
+/// Opens a daemon's state; where its disk is full, again and again until there is room. `None`: the daemon is to stop.
+async fn with_room<T, F: Future<Output = Result<T, Fault>>>(
+    stop: &CancellationToken,
+    pause: Duration,
+    open: impl Fn() -> F,
+) -> Result<Option<T>, Fault> {
+    let mut logged = None;
+    loop {
+        let fault = match open().await {
+            Err(fault) if fault.code == Code::NoSpace => fault,
+            opened => return opened.map(Some),
+        };
+        if logged.as_ref() != Some(&fault.message) {
+            tracing::error!(error = %fault, next = "make room; the daemon starts then", "the daemon waits for room on the disk of its state");
+            logged = Some(fault.message);
+        }
+        tokio::select! {
+            () = tokio::time::sleep(pause) => {}
+            () = stop.cancelled() => return Ok(None),
         }
     }
 }
@@ -126,6 +152,20 @@ pub async fn join(config: &Config, hub: &str, token: &str) -> Result<PathBuf, Fa
     Ok(SiteIdentity::path(&config.data_dir))
 }
 
+/// Makes the index of each of a stopped daemon's stores again from their packs.
+pub async fn rebuild_index(config: &Config) -> Result<Vec<Rebuilt>, Fault> {
+    if !config.data_dir.is_dir() {
+        return Err(Fault::not_found(format!("data_dir {} is not there", config.data_dir.display()))
+            .with_next("check data_dir in the configuration"));
+    }
+    let _lock = Lock::take(&config.data_dir)?;
+    let stores = ["store", "relay"].map(|name| config.data_dir.join(name));
+    let rebuilt: Vec<Rebuilt> =
+        blocking(move || stores.iter().filter(|store| store.join("packs").is_dir()).map(|store| rebuild_index_of(store)).collect()).await?;
+    private::tighten(&config.data_dir);
+    Ok(rebuilt)
+}
+
 /// One daemon for one data folder.
 struct Lock {
     _file: File,
@@ -147,4 +187,27 @@ impl Lock {
 pub(crate) fn wrong_role(what: &str, role: &str) -> Fault {
     Fault { code: Code::Usage, ..Fault::usage(format!("{what} is asked of the {role}; this daemon is not one")) }
         .with_next(format!("give --api or --config of the {role}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicU32, Ordering};
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_start_on_a_full_disk_waits_for_room_and_for_nothing_else() {
+        let (stop, tries) = (CancellationToken::new(), AtomicU32::new(0));
+        let open = |full: u32, end: Result<&'static str, Fault>| {
+            let nth = tries.fetch_add(1, Ordering::SeqCst);
+            async move { if nth < full { Err(Fault::no_space("the disk is full")) } else { end } }
+        };
+        let opened = with_room(&stop, Duration::ZERO, || open(3, Ok("opened"))).await.unwrap();
+        assert_eq!((opened, tries.swap(0, Ordering::SeqCst)), (Some("opened"), 4));
+        let fault = with_room(&stop, Duration::ZERO, || open(1, Err(Fault::config("wrong")))).await.unwrap_err();
+        assert_eq!((fault.code, tries.swap(0, Ordering::SeqCst)), (Code::Config, 2));
+        stop.cancel();
+        let hour = Duration::from_secs(3600);
+        assert_eq!(with_room(&stop, hour, || open(u32::MAX, Ok("opened"))).await.unwrap(), None, "it stops when it is asked to");
+    }
 }

@@ -23,7 +23,7 @@ use crate::jobs::Jobs;
 use crate::limits::REST_EVERY;
 use crate::line::Link;
 use crate::origin::Origin;
-use crate::places::Places;
+use crate::places::{PlaceInfo, Places};
 use crate::reading::AtSite;
 use crate::sink::files::FilesSink;
 use crate::sink::{images, labels};
@@ -100,7 +100,9 @@ impl Site {
         let memory = Memory::of(config.limits.memory);
         let catalogue = Catalogue::open(&config.data_dir).await?;
         let data = config.data_dir.clone();
-        let (store, places) = blocking(move || Ok((Store::open(&data.join("store"))?, Places::open(&data)?))).await?;
+        // Whatever came here, or is on its way, has rows in there.
+        let expected = catalogue.any_artifact().await? || !catalogue.open_transfers(&config.name).await?.is_empty();
+        let (store, places) = blocking(move || Ok((Store::open(&data.join("store"))?, Places::open_expected(&data, expected)?))).await?;
         let rows = labels::open(config.sink.labels.as_ref(), &config.data_dir)?;
         let sources = AtSite { labels: rows.clone(), catalogue: catalogue.clone(), registry: config.sink.images.clone() };
         let sinks = Sinks {
@@ -163,7 +165,50 @@ impl Site {
         self.inner.tasks.spawn(async move { this.keep_watch().await });
         let this = self.clone();
         self.inner.tasks.spawn(async move { this.keep_resting().await });
+        let this = self.clone();
+        self.inner.tasks.spawn(async move { this.rebuild_places().await });
         self.keep_line().await
+    }
+
+    /// After a loss of the chunk index: notes again where the chunks of each artifact are that is here.
+    async fn rebuild_places(&self) {
+        let inner = &self.inner;
+        if inner.shared.places.loss().is_none_or(|loss| loss.artifacts.is_some()) {
+            return;
+        }
+        match self.note_all_places().await {
+            Ok(artifacts) => tracing::info!(artifacts, "the chunk index was made again"),
+            Err(fault) => {
+                tracing::error!(error = %fault, "the chunk index could not be made again; the next start of the daemon tries again");
+            }
+        }
+    }
+
+    async fn note_all_places(&self) -> Result<u64, Fault> {
+        let inner = &self.inner;
+        let mut noted = 0;
+        for row in inner.catalogue.artifacts().await? {
+            let Some(place) = row.place else { continue };
+            if inner.stop.is_cancelled() {
+                return Err(Fault::internal("the daemon stops"));
+            }
+            let (places, origin, artifact) = (inner.shared.places.clone(), inner.origin.clone(), row.artifact.clone());
+            let work = move || {
+                if places.landed(row.digest, &place).is_none() {
+                    let info = PlaceInfo { place: place.clone(), digest: row.digest, transfer: None, foreign: row.published };
+                    places.put(None, info)?;
+                }
+                origin.index(row.digest, &row.root, &[place], false)
+            };
+            match blocking(work).await {
+                Ok(()) => noted += 1,
+                // One artifact whose manifest is damaged must not keep the others from being noted.
+                Err(fault) => tracing::error!(%artifact, error = %fault, "where an artifact is could not be noted again"),
+            }
+        }
+        let places = inner.shared.places.clone();
+        blocking(move || places.rebuilt(noted)).await?;
+        Ok(noted)
     }
 
     /// Gives back what an idle daemon does not need.

@@ -16,8 +16,9 @@ use cap_std::fs::{Dir, DirBuilder, OpenOptions, OpenOptionsExt, Permissions, Per
 
 use crate::durable;
 use crate::fault::{Fault, IoContext};
-use crate::limits::STATE_ROOM_BYTES_MIN;
+use crate::limits::{STATE_INODES_SPARE, STATE_ROOM_BYTES_MIN};
 use crate::names::RelPath;
+use crate::space::Space;
 
 /// The mode files are staged with; others are set at the end.
 pub const FILE_MODE: u32 = 0o644;
@@ -110,6 +111,11 @@ impl Stage {
     /// The size of a regular file; `None` when there is none.
     pub fn size(&self, path: &RelPath) -> Result<Option<u64>, Fault> {
         Ok(self.stat(path)?.map(|stat| stat.st_size as u64))
+    }
+
+    /// Whether anything has this name, a link that leads nowhere too.
+    pub fn exists(&self, path: &RelPath) -> bool {
+        self.dir.symlink_metadata(path.as_str()).is_ok()
     }
 
     /// Bytes of room that a file has on the disk, written or not.
@@ -222,20 +228,20 @@ impl Stage {
         rustix::fs::syncfs(&self.handle).map_err(|e| Fault::io(format_args!("sync {}", self.path.display()), &e.into()))
     }
 
-    /// Free bytes of the filesystem, for whoever is not root.
-    pub fn free_bytes(&self) -> Result<u64, Fault> {
-        free_bytes(&self.path)
+    /// The free space of the filesystem.
+    pub fn space(&self) -> Result<Space, Fault> {
+        Space::of(&self.path)
     }
 }
 
 /// What `doctor` says of the room for a daemon's own state.
 pub fn room_report(data_dir: &Path) -> Result<String, Fault> {
-    let free = free_bytes(data_dir)?;
-    let at = format!("data_dir {}: {} MiB free", data_dir.display(), free >> 20);
-    Ok(if free < STATE_ROOM_BYTES_MIN {
-        format!("fault {at}, less than {} MiB; make room there, or nothing can be written down", STATE_ROOM_BYTES_MIN >> 20)
-    } else {
-        format!("ok {at}")
+    let space = Space::of(data_dir)?;
+    let at = format!("data_dir {}: {} free", data_dir.display(), space.text());
+    let least = format!("less than {} MiB and {STATE_INODES_SPARE} inodes", STATE_ROOM_BYTES_MIN >> 20);
+    Ok(match space.has(STATE_ROOM_BYTES_MIN, STATE_INODES_SPARE) {
+        true => format!("ok {at}"),
+        false => format!("fault {at}, {least}; make room there, or nothing can be written down"),
     })
 }
 
@@ -255,10 +261,4 @@ pub fn write_parts(file: &File, parts: &[impl AsRef<[u8]>], offset: u64) -> std:
         }
     }
     Ok(())
-}
-
-/// Free bytes of the filesystem that a path is on.
-pub fn free_bytes(path: &Path) -> Result<u64, Fault> {
-    let stat = rustix::fs::statvfs(path).map_err(|e| Fault::io(format_args!("look at the filesystem of {}", path.display()), &e.into()))?;
-    Ok(stat.f_bavail.saturating_mul(stat.f_frsize))
 }

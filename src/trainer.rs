@@ -130,7 +130,10 @@ impl Folder {
         let ended = || -> Result<Option<Ended>, Fault> {
             let path = self.file("exit.json");
             match std::fs::read(&path) {
-                Ok(text) => serde_json::from_slice(&text).map(Some).map_err(|e| Fault::internal(format!("{}: {e}", path.display()))),
+                Ok(text) => serde_json::from_slice(&text).map(Some).map_err(|e| {
+                    Fault::internal(format!("{} is damaged, so how the trainer ended is not known: {e}", path.display()))
+                        .with_next("remove that file: the run then starts again")
+                }),
                 Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
                 Err(e) => Err(Fault::io(path.display(), &e)),
             }

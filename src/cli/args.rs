@@ -186,6 +186,9 @@ pub(super) enum Command {
     },
     /// Free what nothing refers to.
     Gc,
+    /// The stores of a stopped daemon.
+    #[command(subcommand)]
+    Store(StoreCommand),
     /// Check the daemon's surroundings: disks, database, registry, line.
     Doctor,
     /// The configuration.
@@ -220,6 +223,12 @@ pub(super) struct TokenCreate {
     /// How long it is good.
     #[arg(long, default_value = "24h", value_name = "DURATION", value_parser = config::parse_duration)]
     pub(super) ttl: Duration,
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum StoreCommand {
+    /// Make a damaged or missing chunk index again from the packs. The daemon must be stopped.
+    RebuildIndex,
 }
 
 #[derive(Debug, Subcommand)]

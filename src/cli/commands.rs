@@ -14,6 +14,7 @@ use crate::fault::{Fault, Retry};
 use crate::limits::API_ROWS_MAX;
 use crate::serve;
 use crate::sink::files::FilesSink;
+use crate::store::Rebuilt;
 use crate::trainer;
 
 /// `config check`
@@ -274,6 +275,21 @@ pub(super) async fn import(global: &Global, file: &Path) -> Result<(), Fault> {
 pub(super) async fn gc(global: &Global) -> Result<(), Fault> {
     let result = work(global, "/v1/gc", &json!({})).await?;
     one(global.output, &result, value_text)
+}
+
+/// `store rebuild-index`
+pub(super) async fn rebuild_index(global: &Global) -> Result<(), Fault> {
+    let config = global.load_config()?;
+    let rebuilt = serve::rebuild_index(&config).await?;
+    rows(global.output, &rebuilt, |stores| {
+        let kept = |kept: &Option<PathBuf>| kept.as_ref().map(|path| format!("; the index from before is {}", path.display()));
+        let line = |r: &Rebuilt| {
+            let damaged =
+                if r.damaged_bytes > 0 { format!("; {} bytes in packs belong to no whole chunk", r.damaged_bytes) } else { String::new() };
+            format!("{}: {} chunks in {} packs{damaged}{}\n", r.store.display(), r.chunks, r.packs, kept(&r.kept).unwrap_or_default())
+        };
+        stores.iter().map(line).collect()
+    })
 }
 
 /// `doctor`

@@ -23,7 +23,7 @@ pub use args::Args;
 use std::io::IsTerminal;
 use std::process::ExitCode;
 
-use args::{Command, ConfigCommand, Output, TokenCommand};
+use args::{Command, ConfigCommand, Output, StoreCommand, TokenCommand};
 
 use crate::api::ErrorBody;
 use crate::fault::Fault;
@@ -83,6 +83,7 @@ async fn dispatch(args: Args) -> Result<(), Fault> {
         Command::Export { artifacts, out } => commands::export(global, artifacts, &out).await,
         Command::Import { file } => commands::import(global, &file).await,
         Command::Gc => commands::gc(global).await,
+        Command::Store(StoreCommand::RebuildIndex) => commands::rebuild_index(global).await,
         Command::Doctor => commands::doctor(global).await,
     }
 }

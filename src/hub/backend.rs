@@ -378,6 +378,9 @@ impl Backend for Hub {
         let (stored, lost) = blocking(move || Ok((store.stored_bytes()?, store.lost_packs()?))).await?;
         let packs = self.inner.store.path();
         out.push(format!("ok store: {} MiB in packs at {}", stored >> 20, packs.display()));
+        if self.inner.store.is_damaged() {
+            out.push("fault store: the chunk index is damaged; stop the hub, then 'packhorse store rebuild-index'".into());
+        }
         if !lost.is_empty() {
             let next = "restore the hub's data_dir, or publish again what 'packhorse verify' finds damaged";
             out.push(format!(

@@ -79,10 +79,10 @@ impl Hub {
         progress.doing(format!("reading {}", request.source));
         let (store, options, text, kind) = (inner.store.clone(), request.options.clone(), request.source.clone(), artifact.kind);
         let (watched, config) = (progress.clone(), inner.config.clone());
-        let ingested = reading::with_scratch(&inner.config.data_dir, move |folder, runtime| {
+        let ingested = reading::with_scratch(&inner.config.data_dir, progress, move |scratch, runtime| {
             let dataset = dataset.map(|(binding, root)| reading::bind(binding, root, store.clone()));
             let access = Access::of_daemon(&config, None);
-            let mut source = reading::open(kind, &text, &options, dataset, &access, folder, runtime)?;
+            let mut source = reading::open(kind, &text, &options, dataset, &access, scratch, runtime)?;
             reading::read(source.as_mut(), &options, |source| {
                 ingest::reported(&watched, |counted| ingest::ingest(source, kind, &store, &store, counted))
             })

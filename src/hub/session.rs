@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use parking_lot::Mutex;
 use tokio::sync::Semaphore;
 
 use super::telling::Telling;
@@ -13,13 +14,32 @@ use crate::config::Congestion;
 use crate::fault::{Code, Fault};
 use crate::fetch::{self, Fetcher};
 use crate::identity::Holder;
-use crate::limits::{API_ROWS_MAX, FETCH_STREAMS_MAX, LONG_POLL_MAX};
+use crate::limits::{API_ROWS_MAX, FETCH_STREAMS_MAX, LONG_POLL_MAX, STATE_RETRY_EVERY, STATE_WRITE_BYTES_MIN};
 use crate::line::{Link, RecvHalf, SendHalf};
 use crate::manifest::Digest;
 use crate::names::{ArtifactRef, Kind, RunName, SiteName, SiteSelector, WorkIds};
 use crate::omitted::Omitted;
-use crate::run::DesiredRun;
+use crate::run::{DesiredRun, RunReport};
+use crate::space::Space;
 use crate::wire::{self, AskHub, CONTROL, Desired, FETCH, FromHub, FromSite, QUESTION, Report};
+
+/// What a site told and the catalogue could not take, because its disk is full for example: stored, or asked for, again on this connection.
+#[derive(Default)]
+struct Unstored {
+    /// Whether a report of a transfer is among it.
+    reports: bool,
+    runs: Vec<RunReport>,
+    changed: Option<Vec<(ArtifactRef, String)>>,
+    hello: Option<Hello>,
+}
+
+/// `share` and `train` of a site's first message.
+type Hello = (Option<Vec<String>>, Option<Vec<String>>);
+
+/// Whether the hub failed to store what a site told, in contrast to what it refuses.
+fn is_not_stored(fault: &Fault) -> bool {
+    matches!(fault.code, Code::NoSpace | Code::Internal | Code::Unreachable)
+}
 
 /// What the lineages that a site is told take of one message on the line.
 const LINEAGE_BYTES_MAX: usize = 1 << 20;
@@ -96,6 +116,7 @@ impl Hub {
     /// The control stream: whatever changes, the whole desired state is sent again.
     async fn control(&self, mut send: SendHalf, mut recv: RecvHalf, site: &SiteName, link: &Link) -> Result<(), Fault> {
         send.set_priority(wire::PRIORITY_CONTROL);
+        let unstored: Mutex<Unstored> = Mutex::default();
         let read = async {
             loop {
                 match wire::receive::<FromSite>(&mut recv).await? {
@@ -104,31 +125,38 @@ impl Hub {
                         if congestion != Congestion::Auto {
                             link.set_congestion(congestion);
                         }
-                        self.inner.catalogue.set_share(site, share.as_deref()).await?;
-                        self.inner.catalogue.set_train_allow(site, train.as_deref()).await?;
+                        if let Err(fault) = self.take_hello(site, share.as_deref(), train.as_deref()).await {
+                            tracing::error!(%site, error = %fault, "what a site says of itself could not be stored; tried again");
+                            unstored.lock().hello = Some((share, train));
+                        }
                         self.note_seen(site, Some(&version)).await;
                     }
                     FromSite::Report(reports) => {
                         for report in reports {
                             // One bad report must not end the line for all the others.
                             let id = report.id.clone();
-                            if let Err(fault) = self.take_report(site, report).await {
-                                tracing::warn!(%site, transfer = %id, error = %fault, "a report was refused");
+                            match self.take_report(site, report).await {
+                                Err(fault) if is_not_stored(&fault) => {
+                                    if !std::mem::replace(&mut unstored.lock().reports, true) {
+                                        tracing::error!(%site, transfer = %id, error = %fault, "a report could not be stored; it is asked for again");
+                                    }
+                                }
+                                Err(fault) => tracing::warn!(%site, transfer = %id, error = %fault, "a report was refused"),
+                                Ok(()) => {}
                             }
                         }
                     }
                     FromSite::Runs(reports) => {
-                        for report in reports {
-                            let name = report.name.clone();
-                            if let Err(fault) = self.take_run_report(site, report).await {
-                                tracing::warn!(%site, run = %name, error = %fault, "a report of a run was refused");
-                            }
-                        }
+                        let failed = self.take_run_reports(site, reports).await;
+                        unstored.lock().runs = failed;
                     }
                     FromSite::Changed(all) => match self.inner.catalogue.set_changed_at(site, &all).await {
                         Ok(true) => tracing::info!(%site, artifacts = all.len(), "a site tells what changed of what is published there"),
                         Ok(false) => {}
-                        Err(fault) => tracing::error!(%site, error = %fault, "what changed at a site could not be noted"),
+                        Err(fault) => {
+                            tracing::error!(%site, error = %fault, "what changed at a site could not be noted; tried again");
+                            unstored.lock().changed = Some(all);
+                        }
                     },
                 }
             }
@@ -139,9 +167,17 @@ impl Hub {
             let mut last: Option<(Vec<Desired>, Vec<DesiredRun>)> = None;
             let mut revision = 0;
             let mut telling = Telling::begin();
+            let mut tried = Instant::now();
             loop {
                 let changed = self.inner.catalogue.changed();
                 tokio::pin!(changed);
+                if tried.elapsed() >= STATE_RETRY_EVERY {
+                    tried = Instant::now();
+                    if self.store_again(site, &unstored).await {
+                        // The site answers each list with how all that is in it stands.
+                        last = None;
+                    }
+                }
                 let now = (self.desired_transfers(site).await?, self.desired_runs(site).await?);
                 if last.as_ref() != Some(&now) {
                     revision += 1;
@@ -162,8 +198,62 @@ impl Hub {
         }
     }
 
+    async fn take_hello(&self, site: &SiteName, share: Option<&[String]>, train: Option<&[String]>) -> Result<(), Fault> {
+        self.inner.catalogue.set_share(site, share).await?;
+        self.inner.catalogue.set_train_allow(site, train).await
+    }
+
+    /// Takes what a site says of its runs. Returns the reports that could not be stored.
+    async fn take_run_reports(&self, site: &SiteName, reports: Vec<RunReport>) -> Vec<RunReport> {
+        let mut unstored = Vec::new();
+        for report in reports {
+            match self.take_run_report(site, report.clone()).await {
+                Err(fault) if is_not_stored(&fault) => {
+                    tracing::error!(%site, run = %report.name, error = %fault, "a report of a run could not be stored; tried again");
+                    unstored.push(report);
+                }
+                Err(fault) => tracing::warn!(%site, run = %report.name, error = %fault, "a report of a run was refused"),
+                Ok(()) => {}
+            }
+        }
+        unstored
+    }
+
+    /// Stores once more what could not be stored, once there is room. Returns whether the site is to be asked for its reports.
+    async fn store_again(&self, site: &SiteName, unstored: &Mutex<Unstored>) -> bool {
+        let is_some = {
+            let held = unstored.lock();
+            held.reports || held.hello.is_some() || held.changed.is_some() || !held.runs.is_empty()
+        };
+        if !is_some || Space::of(&self.inner.config.data_dir).is_ok_and(|space| !space.has(STATE_WRITE_BYTES_MIN, 1)) {
+            return false;
+        }
+        let held = std::mem::take(&mut *unstored.lock());
+        let catalogue = &self.inner.catalogue;
+        if let Some((share, train)) = held.hello
+            && self.take_hello(site, share.as_deref(), train.as_deref()).await.is_err()
+        {
+            unstored.lock().hello.get_or_insert((share, train));
+        }
+        if let Some(changed) = held.changed
+            && catalogue.set_changed_at(site, &changed).await.is_err()
+        {
+            unstored.lock().changed.get_or_insert(changed);
+        }
+        let failed = self.take_run_reports(site, held.runs).await;
+        let mut now = unstored.lock();
+        // What the site said meanwhile is newer.
+        if now.runs.is_empty() {
+            now.runs = failed;
+        }
+        held.reports
+    }
+
     async fn take_report(&self, site: &SiteName, report: Report) -> Result<(), Fault> {
-        let Ok(row) = self.inner.catalogue.transfer(&report.id).await else { return Ok(()) };
+        let row = match self.inner.catalogue.transfer(&report.id).await {
+            Err(fault) if fault.code == Code::NotFound => return Ok(()),
+            row => row?,
+        };
         if row.site != *site {
             return Err(Fault::not_allowed(format!("site {site} reports a transfer of {}", row.site)));
         }

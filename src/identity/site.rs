@@ -45,7 +45,7 @@ impl SiteIdentity {
         let certs: Vec<_> = CertificateDer::pem_slice_iter(&bytes).collect::<Result<_, _>>().map_err(|e| wrong(&e))?;
         let [cert_der, ca_der] = <[_; 2]>::try_from(certs).map_err(|_| wrong(&"it does not hold two certificates"))?;
         let key = KeyPair::from_pkcs8_der_and_sign_algo(&key_der, &PKCS_ECDSA_P256_SHA256).map_err(|e| wrong(&e))?;
-        Self::assemble(key, cert_der, ca_der).map(Some)
+        Self::assemble(key, cert_der, ca_der).map(Some).map_err(|fault| fault.context(path.display()))
     }
 
     /// Writes the identity, whole or not at all.

@@ -99,6 +99,36 @@ fn a_file_that_changes_between_its_listing_and_its_end_is_refused() {
     assert!(fault.message.contains("\"a\" changed while it was read"), "{fault}");
 }
 
+#[test]
+fn a_scratch_file_is_gone_as_soon_as_it_was_read() {
+    struct Pair(Vec<PathBuf>);
+    impl Source for Pair {
+        fn next(&mut self) -> Result<Option<SourceEntry>, Fault> {
+            let Some(file) = self.0.pop() else { return Ok(None) };
+            let path = file.file_name().unwrap().to_str().unwrap().parse()?;
+            // What was read before this one is no longer on the disk.
+            assert!(self.0.iter().all(|later| later.exists()));
+            if path == "b".parse().unwrap() {
+                assert!(!file.with_file_name("a").exists(), "both copies are on the disk at once");
+            }
+            let body = SourceBody::File { size: 300_000, content: Content::Scratch(file) };
+            Ok(Some(SourceEntry { path, mode: 0o644, body, stamp: None }))
+        }
+        fn info(&self) -> crate::manifest::KindInfo {
+            crate::manifest::KindInfo::Files
+        }
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let files = ["b", "a"].map(|name| dir.path().join(name));
+    for file in &files {
+        put(file, &noise(file.to_str().unwrap(), 300_000));
+    }
+    let store = Store::open(&dir.path().join("store")).unwrap();
+    let mut source = Pair(files.to_vec());
+    ingest_as(DEFAULT_CHUNKING, &mut source, Kind::Dataset, &store, &store, &Progress::default()).unwrap();
+    assert!(files.iter().all(|file| !file.exists()));
+}
+
 /// Measures chunk sizes for the table in BENCHMARKS.md, on a system tree and on data made here:
 /// `cargo test --release --lib -- --ignored --nocapture chunk_sizes`.
 #[test]

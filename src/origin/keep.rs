@@ -66,12 +66,19 @@ impl Keep<'_> {
     fn write(&self, path: &RelPath, size: u64, content: &Content) -> Result<PathBuf, Fault> {
         let to = path.in_dir(&self.folder);
         durable::create_dir_all(to.parent().unwrap_or(&self.folder))?;
+        if let Content::Scratch(from) = content {
+            // It is ours: it moves, and is not on the disk twice.
+            durable::sync_file(from)?;
+            if durable::rename_noreplace(from, &to).is_ok() {
+                return Ok(to);
+            }
+        }
         let what = || format!("write {}", to.display());
         let mut out = File::create(&to).at(what())?;
         let open = |from: &Path| File::open(from).at(format_args!("read {}", from.display()));
         match content {
             Content::Memory(bytes) => std::io::copy(&mut &bytes[..], &mut out),
-            Content::File(from) => std::io::copy(&mut open(from)?, &mut out),
+            Content::File(from) | Content::Scratch(from) => std::io::copy(&mut open(from)?, &mut out),
             Content::Range { file, offset } => {
                 let mut from = open(file)?;
                 from.seek(SeekFrom::Start(*offset)).at(format_args!("read {}", file.display()))?;
@@ -105,8 +112,12 @@ impl Source for Keep<'_> {
                 self.in_place += 1;
             } else {
                 self.kept += 1;
-                let content = Content::File(self.write(&entry.path, *size, content)?);
-                entry.body = SourceBody::File { size: *size, content };
+                if matches!(content, Content::Scratch(_)) {
+                    // The file that the stamp names moves away.
+                    entry.stamp = None;
+                }
+                let (size, content) = (*size, Content::File(self.write(&entry.path, *size, content)?));
+                entry.body = SourceBody::File { size, content };
             }
         }
         Ok(Some(entry))

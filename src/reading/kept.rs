@@ -25,6 +25,19 @@ pub(super) struct Kept {
     _lock: File,
 }
 
+impl Kept {
+    /// Removes what was kept. The folder and its lock stay.
+    pub(super) fn empty(&self) -> Result<(), Fault> {
+        for entry in std::fs::read_dir(&self.path).at(format_args!("list {}", self.path.display()))? {
+            let path = entry.at(format_args!("list {}", self.path.display()))?.path();
+            if path.file_name().is_some_and(|name| name != LOCK) {
+                durable::remove_all(&path)?;
+            }
+        }
+        Ok(())
+    }
+}
+
 /// The folder for a reference; `None` while another publish has it, which then keeps its own.
 pub(super) fn open(scratch: &Path, reference: &Reference) -> Result<Option<Kept>, Fault> {
     let Some(all) = scratch.parent().map(|parent| parent.join("pulled")) else { return Ok(None) };

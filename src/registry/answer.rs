@@ -84,6 +84,8 @@ pub struct Answer {
     pub message: String,
     /// Whether the body is a page for people, so it was a proxy that answered.
     pub html: bool,
+    /// Whether the storage driver reports that its disk or its quota is full.
+    pub storage_full: bool,
     /// The pause that was asked for.
     pub retry_after: Option<Duration>,
 }
@@ -123,6 +125,7 @@ impl Answer {
                 answer.message = one_line(&first.message, 300);
                 // A full disk stands in the detail only, where docker-registry puts what its storage driver said.
                 if status >= 500 && !first.detail.is_null() {
+                    answer.storage_full = names_full_disk(&first.detail);
                     answer.message = one_line(&format!("{}: {}", answer.message, first.detail), 400);
                 }
             }
@@ -158,6 +161,7 @@ impl Answer {
     fn is_full(&self) -> bool {
         let message = self.message.to_ascii_lowercase();
         self.status == 507
+            || self.storage_full
             || message.contains("no space left")
             || message.contains("disk quota exceeded")
             || self.status != 500 && message.contains("exceed") && (message.contains("upper limit") || message.contains("quota"))
@@ -234,6 +238,17 @@ impl Answer {
             }
             _ => refused("look at the registry's log, then 'packhorse retry'"),
         }
+    }
+}
+
+/// Whether a storage driver's error holds the number of ENOSPC or EDQUOT: docker-registry writes `"Err":28` and no words.
+fn names_full_disk(detail: &serde_json::Value) -> bool {
+    match detail {
+        serde_json::Value::Object(map) => {
+            map.get("Err").and_then(serde_json::Value::as_i64).is_some_and(|number| matches!(number, 28 | 122))
+                || map.values().any(names_full_disk)
+        }
+        _ => false,
     }
 }
 
@@ -385,6 +400,20 @@ mod tests {
                 r#"{"errors":[{"code":"UNKNOWN","message":"unknown error","detail":{"Err":"write: no space left on device"}}]}"#.into(),
                 C::NoSpace,
                 R::NoSpace,
+                Retry::Backoff,
+            ),
+            (
+                500,
+                r#"{"errors":[{"code":"UNKNOWN","message":"unknown error","detail":{"DriverName":"filesystem","Enclosed":{"Op":"write","Path":"/r","Err":28}}}]}"#.into(),
+                C::NoSpace,
+                R::NoSpace,
+                Retry::Backoff,
+            ),
+            (
+                500,
+                r#"{"errors":[{"code":"UNKNOWN","message":"unknown error","detail":{"DriverName":"filesystem","Enclosed":{"Op":"open","Path":"/28","Err":2}}}]}"#.into(),
+                C::Unreachable,
+                R::SinkUnavailable,
                 Retry::Backoff,
             ),
         ];

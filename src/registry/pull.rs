@@ -7,6 +7,8 @@
 use std::fs::File;
 use std::io::Write;
 use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use bytes::Bytes;
 use futures::TryStreamExt;
@@ -18,12 +20,20 @@ use crate::fault::{Fault, IoContext, Reason, Retry};
 use crate::limits;
 use crate::registry::image::{Descriptor, REF_NAME, Sha256, Tree, walk};
 use crate::registry::{Credentials, Reference, Registry};
+use crate::space::Reservation;
 
 /// Pulls an image (a manifest, or an index with all its platforms) to an OCI layout in `dir`, which is made if missing.
 /// The layout's `index.json` has one entry, the manifest that `reference` names. Platforms that the index lists but the
-/// registry does not hold are left out; the index stays as it was.
-pub async fn pull_to_layout(reference: &Reference, auth: Option<Credentials>, ca: Option<&Path>, dir: &Path) -> Result<(), Fault> {
-    pull_keeping(reference, auth, ca, dir, &dir.join("blobs/sha256")).await
+/// registry does not hold are left out; the index stays as it was. The manifests state the size of the image: the space for it is
+/// reserved before the first byte is written. Where it lacks, `wanted` is set to what is needed.
+pub async fn pull_to_layout(
+    reference: &Reference,
+    auth: Option<Credentials>,
+    ca: Option<&Path>,
+    dir: &Path,
+    wanted: &AtomicU64,
+) -> Result<(), Fault> {
+    pull_keeping(reference, auth, ca, dir, &dir.join("blobs/sha256"), wanted).await
 }
 
 /// The same; fetched blobs, and parts of blobs, are kept in `kept`, on the same disk. What an earlier try left there is not fetched again.
@@ -33,9 +43,10 @@ pub async fn pull_keeping(
     ca: Option<&Path>,
     dir: &Path,
     kept: &Path,
+    wanted: &AtomicU64,
 ) -> Result<(), Fault> {
     let registry = Registry::new(reference.origin.clone(), auth, ca)?.with_patience(limits::REGISTRY_PAUSE_OF_PULL_MAX);
-    pull(&registry, reference, dir, kept).await.map_err(|fault| {
+    pull(&registry, reference, dir, kept, wanted).await.map_err(|fault| {
         let reason = match fault.reason {
             Reason::SinkUnavailable | Reason::SinkRefused => Reason::WaitingForSource,
             other => other,
@@ -55,7 +66,7 @@ fn once(next: &str) -> &str {
     next.split_once("; ").map_or(next, |(first, rest)| if rest.contains("again by itself") { first } else { next })
 }
 
-async fn pull(registry: &Registry, reference: &Reference, dir: &Path, kept: &Path) -> Result<(), Fault> {
+async fn pull(registry: &Registry, reference: &Reference, dir: &Path, kept: &Path, wanted: &AtomicU64) -> Result<(), Fault> {
     let repository = reference.repository.as_str();
     tokio::fs::create_dir_all(dir.join("blobs/sha256")).await.at(format_args!("make {}", dir.display()))?;
     let got = registry.get_manifest(repository, &reference.pick.to_string(), "pull").await;
@@ -76,11 +87,33 @@ async fn pull(registry: &Registry, reference: &Reference, dir: &Path, kept: &Pat
     if !tree.absent.is_empty() {
         tracing::info!(image = %reference, manifests = tree.absent.len(), "the registry lacks some of the platforms that the index lists");
     }
+    let needed = space_needed(&tree).saturating_sub(bytes_kept(&tree, kept));
+    let space = Arc::new(reserve(&tree, needed, dir).inspect_err(|_| wanted.store(needed, Ordering::Relaxed))?);
     futures::stream::iter(tree.blobs.iter().map(Ok::<_, Fault>))
-        .try_for_each_concurrent(limits::REGISTRY_BLOBS_IN_FLIGHT_MAX, |blob| fetch(registry, repository, blob, dir, kept))
+        .try_for_each_concurrent(limits::REGISTRY_BLOBS_IN_FLIGHT_MAX, |blob| fetch(registry, repository, blob, dir, kept, &space))
         .await?;
     let (dir, top, name) = (dir.to_owned(), top.descriptor, reference.pick.to_string());
     blocking(move || write_layout(&dir, &tree, &top, &name)).await
+}
+
+/// The bytes that a pull needs: the image once, and its largest blob once more, because each blob is removed after it was read into the
+/// store. What the store adds to its chunks is below a 256th.
+fn space_needed(tree: &Tree) -> u64 {
+    let sizes = || tree.blobs.iter().map(|blob| blob.size).chain(tree.manifests.iter().map(|node| node.bytes.len() as u64));
+    let total = sizes().fold(0, u64::saturating_add);
+    total.saturating_add(sizes().max().unwrap_or(0)).saturating_add(total / 256)
+}
+
+/// The bytes of this image that an earlier try left.
+fn bytes_kept(tree: &Tree, kept: &Path) -> u64 {
+    let length = |name: String| std::fs::metadata(kept.join(name)).map_or(0, |meta| meta.len());
+    let of = |blob: &Descriptor| length(blob.digest.hex()).max(length(format!("{}.part", blob.digest.hex()))).min(blob.size);
+    tree.blobs.iter().map(of).sum()
+}
+
+fn reserve(tree: &Tree, bytes: u64, dir: &Path) -> Result<Reservation, Fault> {
+    let inodes = (tree.blobs.len() + tree.manifests.len()) as u64 + limits::STATE_INODES_SPARE;
+    Reservation::take(dir, bytes, limits::SCRATCH_SPARE_BYTES, inodes, "the image")
 }
 
 async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T, Fault> + Send + 'static) -> Result<T, Fault> {
@@ -110,7 +143,14 @@ fn write_layout(dir: &Path, tree: &Tree, top: &Descriptor, name: &str) -> Result
 }
 
 /// Fetches one blob into the layout: from what an earlier try kept, and the rest from the registry.
-async fn fetch(registry: &Registry, repository: &str, blob: &Descriptor, dir: &Path, kept: &Path) -> Result<(), Fault> {
+async fn fetch(
+    registry: &Registry,
+    repository: &str,
+    blob: &Descriptor,
+    dir: &Path,
+    kept: &Path,
+    space: &Arc<Reservation>,
+) -> Result<(), Fault> {
     let doing = || format!("fetch blob {}", blob.digest);
     let (whole, part) = (kept.join(blob.digest.hex()), kept.join(format!("{}.part", blob.digest.hex())));
     let wanted = dir.join(blob.digest.layout_path());
@@ -121,8 +161,8 @@ async fn fetch(registry: &Registry, repository: &str, blob: &Descriptor, dir: &P
         let (send, receive) = mpsc::channel::<Bytes>(limits::REGISTRY_READ_AHEAD_MAX * 8); // pieces are of 64 KiB at most
         let (begin, begun) = oneshot::channel();
         let writer = tokio::task::spawn_blocking({
-            let (part, size) = (part.clone(), blob.size);
-            move || write_blob(&part, size, begin, receive)
+            let (part, size, space) = (part.clone(), blob.size, space.clone());
+            move || write_blob(&part, size, begin, receive, &space)
         });
         let joined = async || writer.await.unwrap_or_else(|_| Err(Fault::internal("a worker thread ended early")));
         let Ok(from) = begun.await else { return joined().await.map(|_| ()) };
@@ -168,7 +208,13 @@ async fn put_in(whole: &Path, wanted: &Path) -> Result<(), Fault> {
 }
 
 /// Appends what is received to what is there of a blob, and hashes all of it. `begin` takes the bytes that are there.
-fn write_blob(path: &Path, size_max: u64, begin: oneshot::Sender<u64>, mut receive: mpsc::Receiver<Bytes>) -> Result<(u64, Sha256), Fault> {
+fn write_blob(
+    path: &Path,
+    size_max: u64,
+    begin: oneshot::Sender<u64>,
+    mut receive: mpsc::Receiver<Bytes>,
+    space: &Reservation,
+) -> Result<(u64, Sha256), Fault> {
     let what = || format!("write {}", path.display());
     let mut file = File::options().read(true).append(true).create(true).open(path).at(what())?;
     let mut hash = sha2::Sha256::new();
@@ -181,6 +227,7 @@ fn write_blob(path: &Path, size_max: u64, begin: oneshot::Sender<u64>, mut recei
         file.write_all(&piece).at(what())?;
         hash.update(&piece);
         size += piece.len() as u64;
+        space.used(piece.len() as u64);
     }
     Ok((size, Sha256(hash.finalize().into())))
 }

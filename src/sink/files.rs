@@ -25,6 +25,7 @@ use crate::durable;
 use crate::fault::{Fault, IoContext, Reason};
 use crate::manifest::Digest;
 use crate::names::{ArtifactRef, RelPath};
+use crate::space::Space;
 
 /// The folder of Packhorse's own things in a root.
 pub const HIDDEN: &str = ".packhorse";
@@ -398,8 +399,12 @@ impl Sink for FilesSink {
                 let probe = folder.join(format!(".packhorse-probe-{}", std::process::id()));
                 std::fs::create_dir(&probe).and_then(|()| std::fs::remove_dir(&probe)).at(format_args!("write to {}", folder.display()))?;
             }
-            let free = crate::stage::free_bytes(&this.root)?;
-            Ok(format!("files at {}: writable, {} GiB free", this.root.display(), free >> 30))
+            let space = Space::of(&this.root)?;
+            if space.inodes == Some(0) {
+                return Err(Fault::no_space(format!("files at {}: no inode is free", this.root.display())));
+            }
+            let free = space.bytes.map_or("free space unknown".into(), |bytes| format!("{} GiB free", bytes >> 30));
+            Ok(format!("files at {}: writable, {free}", this.root.display()))
         })
         .await
     }

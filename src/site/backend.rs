@@ -85,7 +85,14 @@ impl Site {
     /// How this site's own transfers stand.
     async fn own_transfers(&self, query: &TransferQuery) -> Result<(Vec<Transfer>, u64), Fault> {
         let own = TransferQuery { since: query.since.filter(|cursor| cursor & OF_HUB == 0), ..query.clone() };
-        let (rows, cursor) = self.inner.catalogue.transfers(&own).await?;
+        let (mut rows, cursor) = self.inner.catalogue.transfers(&own).await?;
+        // Where the catalogue cannot be written, what is shown says so.
+        let unwritten = self.inner.runner.unwritten();
+        for row in &mut rows {
+            if let Some(newer) = unwritten.iter().find(|newer| newer.id == row.id) {
+                (row.state, row.body) = (newer.state, newer.body.clone());
+            }
+        }
         Ok((rows.iter().map(|row| row.view()).collect(), cursor))
     }
 
@@ -284,6 +291,7 @@ impl Backend for Site {
             });
         }
         out.push(crate::stage::room_report(&inner.config.data_dir)?);
+        out.extend(inner.shared.places.loss().map(|loss| loss.report(&inner.config.data_dir)));
         out.extend(self.changed_lines().await?);
         Ok(out)
     }

@@ -7,10 +7,11 @@ use tokio::sync::Semaphore;
 
 use super::Site;
 use crate::api::VERSION;
+use crate::catalogue::TransferRow;
 use crate::config::Transport;
 use crate::fault::{Fault, Retry};
 use crate::fetch::{self, Fetcher, blocking};
-use crate::limits::FETCH_STREAMS_MAX;
+use crate::limits::{FETCH_STREAMS_MAX, STATE_RETRY_EVERY};
 use crate::line::{self, Link, RecvHalf, Redial, SendHalf};
 use crate::manifest::Digest;
 use crate::names::{ArtifactRef, TransferId};
@@ -126,9 +127,22 @@ impl Site {
                 let FromHub::Desired { revision, transfers, runs, manifests } = wire::receive(&mut recv).await?;
                 tracing::debug!(revision, transfers = transfers.len(), runs = runs.len(), "desired");
                 inner.runner.hear(manifests).await;
-                inner.runner.apply(&transfers, transfers.len() < DESIRED_MAX).await?;
-                // After the transfers: a run that is over removes what they brought.
-                self.apply_runs(&runs).await?;
+                let mut logged = None;
+                loop {
+                    let applied = inner.runner.apply(&transfers, transfers.len() < DESIRED_MAX).await;
+                    // After the transfers: a run that is over removes what they brought.
+                    let applied = match applied {
+                        Ok(()) => self.apply_runs(&runs).await,
+                        other => other,
+                    };
+                    let Err(fault) = applied else { break };
+                    // It fails here and not at the hub: a new connection would bring the same list.
+                    if logged.as_ref() != Some(&fault.message) {
+                        tracing::warn!(error = %fault, "what the hub wants could not be written down; tried again");
+                        logged = Some(fault.message);
+                    }
+                    tokio::time::sleep(STATE_RETRY_EVERY).await;
+                }
                 if listed.send(transfers.into_iter().map(|wanted| wanted.id).collect()).await.is_err() {
                     return Ok(());
                 }
@@ -137,6 +151,7 @@ impl Site {
         let write = async {
             let mut cursor = inner.catalogue.cursor().await?;
             let mut said: Vec<RunReport> = Vec::new();
+            let mut said_unwritten: Vec<TransferRow> = Vec::new();
             // Told even when it is nothing: the hub may know of what was put back since.
             let mut said_changed: Option<Vec<(ArtifactRef, String)>> = None;
             let mut renew = tokio::time::interval(RENEW_CHECK_EVERY);
@@ -147,6 +162,11 @@ impl Site {
                 cursor = next;
                 if !rows.is_empty() {
                     wire::send(&mut send, &FromSite::Report(rows.into_iter().map(report).collect())).await?;
+                }
+                let unwritten = inner.runner.unwritten();
+                if unwritten != said_unwritten {
+                    wire::send(&mut send, &FromSite::Report(unwritten.iter().cloned().map(report).collect())).await?;
+                    said_unwritten = unwritten;
                 }
                 let runs = self.run_reports().await?;
                 if runs != said {
@@ -170,7 +190,9 @@ impl Site {
                     }
                     _ = renew.tick() => {
                         self.renew(link).await;
-                        inner.catalogue.trim_events().await?;
+                        if let Err(fault) = inner.catalogue.trim_events().await {
+                            tracing::warn!(error = %fault, "old events could not be forgotten");
+                        }
                     }
                 }
             }
@@ -279,7 +301,7 @@ impl Site {
     }
 }
 
-fn report(row: crate::catalogue::TransferRow) -> Report {
+fn report(row: TransferRow) -> Report {
     Report { id: row.id, generation: row.generation, state: row.state, body: row.body }
 }
 

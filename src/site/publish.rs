@@ -118,10 +118,10 @@ impl Site {
         progress.doing(format!("reading {}", request.source));
         let (this, kind) = (self.clone(), artifact.kind);
         let (options, text, watched) = (request.options.clone(), request.source.clone(), progress.clone());
-        let published = reading::with_scratch(&self.inner.config.data_dir, move |folder, runtime| {
+        let published = reading::with_scratch(&self.inner.config.data_dir, progress, move |scratch, runtime| {
             let dataset = dataset.map(|(binding, root)| reading::bind(binding, root, this.inner.shared.store.clone()));
             let access = Access::of_daemon(&this.inner.config, Some(this.inner.sources.clone()));
-            let mut source = reading::open(kind, &text, &options, dataset, &access, folder, runtime)?;
+            let mut source = reading::open(kind, &text, &options, dataset, &access, scratch, runtime)?;
             let base = reading::base_of(kind, &text, access.site.as_ref())?;
             reading::read(source.as_mut(), &options, |source| {
                 ingest::reported(&watched, |counted| this.inner.origin.publish(kind, source, base.as_ref(), counted))
@@ -169,7 +169,10 @@ impl Site {
                     }
                     Err(fault) => {
                         tracing::error!(artifact = %row.artifact, error = %fault, "the hub refuses what was published here");
-                        self.withdraw(&row.artifact, new).await?;
+                        if let Err(fault) = self.withdraw(&row.artifact, new).await {
+                            all_heard = false;
+                            tracing::warn!(artifact = %row.artifact, error = %fault, "that it is refused could not be written down; tried again");
+                        }
                     }
                 }
             }

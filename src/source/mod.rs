@@ -57,6 +57,8 @@ pub enum SourceBody {
 pub enum Content {
     /// The whole of this file.
     File(PathBuf),
+    /// The whole of this file in the scratch folder. Whoever has read all of it may remove it, so that its bytes are not on the disk twice.
+    Scratch(PathBuf),
     /// A range of this file (a member of an uncompressed tar), from `offset` on.
     Range {
         /// The file that holds it.

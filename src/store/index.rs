@@ -9,6 +9,9 @@ use crate::chunk::{Hash, ShortHash};
 use crate::fault::Fault;
 use crate::tree::Tree;
 
+/// What to do when the index is damaged or missing.
+pub(super) const REBUILD: &str = "stop the daemon, then run 'packhorse store rebuild-index --config FILE' with its configuration: it makes \
+                                  the index again from the packs; then start the daemon";
 /// What the index keeps in memory at the most.
 pub const INDEX_CACHE_BYTES: usize = 16 << 20;
 
@@ -36,34 +39,38 @@ pub(super) struct Index {
 
 impl Index {
     pub(super) fn open(path: &Path) -> Result<Self, Fault> {
-        let tree = Tree::open(path, "the chunk index", INDEX_CACHE_BYTES)?;
-        let write = tree.write()?;
-        write.open_table(CHUNKS).map_err(|e| tree.fault(e))?;
-        write.open_table(PACKS).map_err(|e| tree.fault(e))?;
-        write.commit().map_err(|e| tree.fault(e))?;
+        let tree = Tree::open(path, "the chunk index", REBUILD.into(), INDEX_CACHE_BYTES)?;
+        if tree.is_rolled_back() {
+            tracing::warn!(path = %path.display(), "the chunk index was damaged: an older state of it is used, and what it lacks is read from the packs");
+        }
+        tree.write(|write| {
+            write.open_table(CHUNKS)?;
+            write.open_table(PACKS)?;
+            Ok(())
+        })?;
         Ok(Self { tree })
     }
 
+    pub(super) fn is_damaged(&self) -> bool {
+        self.tree.is_damaged()
+    }
+
     pub(super) fn get(&self, id: Hash) -> Result<Option<Location>, Fault> {
-        Ok(self.get_many(&[id])?[0])
+        Ok(self.get_many(&[id])?.pop().flatten())
     }
 
     pub(super) fn get_many(&self, ids: &[Hash]) -> Result<Vec<Option<Location>>, Fault> {
-        let read = self.tree.read()?;
-        let chunks = read.open_table(CHUNKS).map_err(|e| self.tree.fault(e))?;
-        ids.iter()
-            .map(|id| Ok(chunks.get(&id.short()).map_err(|e| self.tree.fault(e))?.map(|row| Location::from_row(row.value()))))
-            .collect()
+        self.tree.read(|read| {
+            let chunks = read.open_table(CHUNKS)?;
+            ids.iter().map(|id| Ok(chunks.get(&id.short())?.map(|row| Location::from_row(row.value())))).collect()
+        })
     }
 
     pub(super) fn packs(&self) -> Result<BTreeMap<u32, u64>, Fault> {
-        let read = self.tree.read()?;
-        let packs = read.open_table(PACKS).map_err(|e| self.tree.fault(e))?;
-        packs
-            .iter()
-            .map_err(|e| self.tree.fault(e))?
-            .map(|row| row.map(|(k, v)| (k.value(), v.value())).map_err(|e| self.tree.fault(e)))
-            .collect()
+        self.tree.read(|read| {
+            let packs = read.open_table(PACKS)?;
+            packs.iter()?.map(|row| row.map(|(k, v)| (k.value(), v.value())).map_err(redb::Error::from)).collect()
+        })
     }
 
     /// Takes chunks in, of packs that are synced up to these lengths. In the order of their names: neighbours share a
@@ -71,62 +78,59 @@ impl Index {
     pub(super) fn commit(&self, found: &[(Hash, Location)], packs: &[(u32, u64)]) -> Result<(), Fault> {
         let mut found: Vec<&(Hash, Location)> = found.iter().collect();
         found.sort_unstable_by_key(|(id, _)| *id);
-        let write = self.tree.write()?;
-        {
-            let mut chunks = write.open_table(CHUNKS).map_err(|e| self.tree.fault(e))?;
+        self.tree.write(|write| {
+            let mut chunks = write.open_table(CHUNKS)?;
             for (id, at) in found {
-                chunks.insert(&id.short(), (at.pack, at.offset, at.frame_len)).map_err(|e| self.tree.fault(e))?;
+                chunks.insert(&id.short(), (at.pack, at.offset, at.frame_len))?;
             }
-            let mut table = write.open_table(PACKS).map_err(|e| self.tree.fault(e))?;
+            let mut table = write.open_table(PACKS)?;
             for (pack, len) in packs {
-                table.insert(pack, len).map_err(|e| self.tree.fault(e))?;
+                table.insert(pack, len)?;
             }
-        }
-        write.commit().map_err(|e| self.tree.fault(e))
+            Ok(())
+        })
     }
 
     /// Shows every chunk with its place.
     pub(super) fn scan(&self, mut see: impl FnMut(ShortHash, Location)) -> Result<(), Fault> {
-        let read = self.tree.read()?;
-        for row in read.open_table(CHUNKS).map_err(|e| self.tree.fault(e))?.iter().map_err(|e| self.tree.fault(e))? {
-            let (id, at) = row.map_err(|e| self.tree.fault(e))?;
-            see(*id.value(), Location::from_row(at.value()));
-        }
-        Ok(())
+        self.tree.read(|read| {
+            for row in read.open_table(CHUNKS)?.iter()? {
+                let (id, at) = row?;
+                see(*id.value(), Location::from_row(at.value()));
+            }
+            Ok(())
+        })
     }
 
     /// Forgets these chunks, as far as they still lie there: one that was moved or stored anew meanwhile stays known.
     pub(super) fn forget_chunks(&self, lying: &[(Hash, Location)]) -> Result<(), Fault> {
-        let write = self.tree.write()?;
-        {
-            let mut chunks = write.open_table(CHUNKS).map_err(|e| self.tree.fault(e))?;
+        self.tree.write(|write| {
+            let mut chunks = write.open_table(CHUNKS)?;
             for (id, at) in lying {
-                let there =
-                    chunks.get(&id.short()).map_err(|e| self.tree.fault(e))?.is_some_and(|row| Location::from_row(row.value()) == *at);
+                let there = chunks.get(&id.short())?.is_some_and(|row| Location::from_row(row.value()) == *at);
                 if there {
-                    chunks.remove(&id.short()).map_err(|e| self.tree.fault(e))?;
+                    chunks.remove(&id.short())?;
                 }
             }
-        }
-        write.commit().map_err(|e| self.tree.fault(e))
+            Ok(())
+        })
     }
 
     /// Forgets these chunks, as far as they are still placed in these packs, and the packs.
     pub(super) fn forget(&self, ids: &[ShortHash], packs: &[u32]) -> Result<(), Fault> {
-        let write = self.tree.write()?;
-        {
-            let mut chunks = write.open_table(CHUNKS).map_err(|e| self.tree.fault(e))?;
+        self.tree.write(|write| {
+            let mut chunks = write.open_table(CHUNKS)?;
             for id in ids {
-                let here = chunks.get(id).map_err(|e| self.tree.fault(e))?.is_some_and(|row| packs.contains(&row.value().0));
+                let here = chunks.get(id)?.is_some_and(|row| packs.contains(&row.value().0));
                 if here {
-                    chunks.remove(id).map_err(|e| self.tree.fault(e))?;
+                    chunks.remove(id)?;
                 }
             }
-            let mut table = write.open_table(PACKS).map_err(|e| self.tree.fault(e))?;
+            let mut table = write.open_table(PACKS)?;
             for pack in packs {
-                table.remove(pack).map_err(|e| self.tree.fault(e))?;
+                table.remove(pack)?;
             }
-        }
-        write.commit().map_err(|e| self.tree.fault(e))
+            Ok(())
+        })
     }
 }

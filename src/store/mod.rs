@@ -8,11 +8,12 @@
 //!
 //! On disk, under the store's folder: `packs/00000001.pack …` (a header of 8 bytes, then frames) and `index.redb`.
 //! After a crash what the index does not know of the last packs is scanned: whole frames are kept, the torn rest is cut off. The index
-//! costs 35 to 71 bytes of disk a chunk and no memory but its cache ([`INDEX_CACHE_BYTES`]); it can be made anew from
+//! costs 35 to 71 bytes of disk a chunk and no memory but its cache ([`INDEX_CACHE_BYTES`]); [`rebuild_index`] makes it again from
 //! the packs.
 
 mod index;
 mod pack;
+mod rebuild;
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::path::{Path, PathBuf};
@@ -28,11 +29,14 @@ use crate::fault::{Code, Fault};
 use crate::frame::{Frame, Verified};
 use crate::limits::{PACK_BYTES, STORE_SPARE_BYTES};
 use crate::manifest::Pages;
-use crate::stage::free_bytes;
+use crate::space::Space;
 
 pub use index::INDEX_CACHE_BYTES;
-use index::{Index, Location};
+use index::{Index, Location, REBUILD};
 use pack::{MAKE_ROOM, Packs, Unsynced, Writer};
+pub use rebuild::{Rebuilt, rebuild_index};
+
+const INDEX: &str = "index.redb";
 
 /// Packs that are synced and closed before the index is written. What a crash leaves of them is read at the next start:
 /// 2 GiB at the most…
@@ -97,7 +101,12 @@ impl Store {
     fn open_with(dir: &Path, pack_bytes: u64) -> Result<Self, Fault> {
         durable::create_dir_all(&dir.join("packs"))?;
         let packs = Packs::new(dir.join("packs"));
-        let index = Index::open(&dir.join("index.redb"))?;
+        let path = dir.join(INDEX);
+        if !path.exists() && !packs.list()?.is_empty() {
+            return Err(Fault::config(format!("{} is missing, and there are packs beside it: the chunk index is lost", path.display()))
+                .with_next(REBUILD));
+        }
+        let index = Index::open(&path)?;
         let known = index.packs()?;
         // A pack that was lost leaves its number to the chunks that the index still looks for in it.
         let mut next_pack = known.keys().next_back().map_or(1, |last| last + 1);
@@ -126,6 +135,11 @@ impl Store {
     pub fn lost_packs(&self) -> Result<Vec<u32>, Fault> {
         let there = self.inner.packs.list()?;
         Ok(self.inner.index.packs()?.into_keys().filter(|number| !there.contains(number)).collect())
+    }
+
+    /// Whether the index was found damaged since it was opened.
+    pub fn is_damaged(&self) -> bool {
+        self.inner.index.is_damaged()
     }
 
     /// The folder of the packs, for what is said to people.
@@ -194,7 +208,8 @@ impl Store {
 
     /// Fails when so many bytes more will not fit, beside the room that the store leaves.
     pub fn check_room_for(&self, bytes: u64) -> Result<(), Fault> {
-        let room = free_bytes(self.inner.packs.dir())?.saturating_sub(STORE_SPARE_BYTES + PACK_BYTES);
+        let free = Space::of(self.inner.packs.dir())?.bytes.unwrap_or(u64::MAX);
+        let room = free.saturating_sub(STORE_SPARE_BYTES + PACK_BYTES);
         if bytes <= room {
             return Ok(());
         }
@@ -239,7 +254,8 @@ impl Store {
         }
         let Some(writer) = open.writer.as_mut() else { return Err(Fault::internal("no pack is open")) };
         let pieces: Vec<&[u8]> = frames.iter().flat_map(|frame| frame.pieces()).collect();
-        let mut offset = writer.append(&pieces)?;
+        // A collection asks for nothing to stay free: it makes room.
+        let mut offset = writer.append(&pieces, spare.min(STORE_SPARE_BYTES))?;
         let (pack, begin) = (writer.number(), offset);
         for frame in frames {
             let location = Location { pack, offset, frame_len: frame.len() as u32 };

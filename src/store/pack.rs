@@ -16,8 +16,10 @@ use crate::chunk::Hash;
 use crate::durable;
 use crate::fault::{Fault, IoContext};
 use crate::frame::{Frame, HEADER_BYTES, Header};
+use crate::limits::{APPEND_LOOK_BYTES, STATE_INODES_SPARE};
 use crate::private;
-use crate::stage::{free_bytes, write_parts};
+use crate::space::Space;
+use crate::stage::write_parts;
 
 use super::index::Location;
 
@@ -30,6 +32,8 @@ const BUFFERS_KEPT: usize = 16;
 const BUFFER_BYTES_MIN: usize = 128 << 10;
 /// The largest buffer that is kept.
 const BUFFER_BYTES_MAX: usize = 2 << 20;
+/// Bytes that a scan reads at once.
+const SCAN_BYTES: usize = 2 << 20;
 /// Packs kept open for reading.
 const OPEN_PACKS_MAX: usize = 64;
 
@@ -45,6 +49,8 @@ pub(super) struct Writer {
     number: u32,
     file: Arc<File>,
     len: u64,
+    /// Bytes that may be appended before the free space is checked again.
+    checked: u64,
     path: PathBuf,
     /// Whether its folder was synced since it is there.
     named: Arc<AtomicBool>,
@@ -105,17 +111,14 @@ impl Packs {
             let _ = std::fs::remove_file(&path);
             return Err(Fault::io(what(), &error));
         }
-        Ok(Writer { number, file: Arc::new(file), len: MAGIC.len() as u64, path, named: Arc::default() })
+        Ok(Writer { number, file: Arc::new(file), len: MAGIC.len() as u64, checked: APPEND_LOOK_BYTES, path, named: Arc::default() })
     }
 
     /// Fails when the disk has less than `spare` bytes free for this pack.
     pub(super) fn check_room(&self, number: u32, spare: u64) -> Result<(), Fault> {
-        let free = free_bytes(&self.dir)?;
-        if free >= spare {
-            return Ok(());
-        }
         let path = self.path(number);
-        Err(Fault::no_space(format!("the pack {}: no space left for it, only {free} bytes are free", path.display())).with_next(MAKE_ROOM))
+        Space::check(&self.dir, spare, STATE_INODES_SPARE, format_args!("the pack {}", path.display()))
+            .map_err(|fault| fault.with_next(MAKE_ROOM))
     }
 
     pub(super) fn remove(&self, number: u32) -> Result<(), Fault> {
@@ -238,6 +241,47 @@ impl Packs {
     }
 }
 
+impl Packs {
+    /// Shows every whole frame of a pack, wherever it begins. Returns the bytes behind the header that belong to none.
+    pub(super) fn scan(&self, number: u32, mut see: impl FnMut(Hash, Location) -> Result<(), Fault>) -> Result<u64, Fault> {
+        let total = self.len(number)?;
+        let (mut at, mut damaged) = (MAGIC.len() as u64, 0);
+        // What was read ahead, and where it begins: a frame, or a stretch in which the next one is looked for.
+        let (mut ahead, mut begin) = (Bytes::new(), at);
+        while at + HEADER_BYTES as u64 <= total {
+            let have = |ahead: &Bytes, begin: u64, len: usize| at - begin + len as u64 <= ahead.len() as u64;
+            if !have(&ahead, begin, HEADER_BYTES) {
+                let len = (total - at).min(SCAN_BYTES as u64) as usize;
+                (ahead, begin) = (self.read(number, at, len)?, at);
+            }
+            let from = (at - begin) as usize;
+            let header = ahead[from..].first_chunk().map(Header::parse);
+            let Some(Ok(header)) = header.filter(|header| header.as_ref().is_ok_and(|h| at + h.frame_len() as u64 <= total)) else {
+                at += 1;
+                damaged += 1;
+                continue;
+            };
+            let len = header.frame_len();
+            if !have(&ahead, begin, len) {
+                (ahead, begin) = (self.read(number, at, ((total - at) as usize).min(SCAN_BYTES.max(len)))?, at);
+            }
+            let from = (at - begin) as usize;
+            let frame = Frame::parse(ahead.slice(from..from + len)).and_then(|frame| frame.verify(header.id, header.raw_len));
+            match (frame, u32::try_from(at)) {
+                (Ok(_), Ok(offset)) => {
+                    see(header.id, Location { pack: number, offset, frame_len: len as u32 })?;
+                    at += len as u64;
+                }
+                _ => {
+                    at += 1;
+                    damaged += 1;
+                }
+            }
+        }
+        Ok(damaged + (total.saturating_sub(at)))
+    }
+}
+
 impl Writer {
     pub(super) fn number(&self) -> u32 {
         self.number
@@ -248,19 +292,28 @@ impl Writer {
     }
 
     /// Appends these pieces behind each other; returns where they begin. What a failure leaves behind its end is written over.
-    pub(super) fn append(&mut self, pieces: &[&[u8]]) -> Result<u32, Fault> {
+    /// Fails where the disk would have less than `spare` bytes free then: several packs may be open on one disk, and others write there.
+    pub(super) fn append(&mut self, pieces: &[&[u8]], spare: u64) -> Result<u32, Fault> {
+        let bytes = pieces.iter().map(|piece| piece.len() as u64).sum::<u64>();
+        if self.checked < bytes && spare > 0 {
+            let need = spare + bytes + APPEND_LOOK_BYTES;
+            Space::check(&self.path, need, 0, format_args!("the pack {}", self.path.display()))
+                .map_err(|fault| fault.with_next(MAKE_ROOM))?;
+            self.checked = bytes + APPEND_LOOK_BYTES;
+        }
+        self.checked = self.checked.saturating_sub(bytes);
         if let Err(error) = write_parts(&self.file, pieces, self.len) {
             let _ = self.file.set_len(self.len);
             return Err(Fault::io(format_args!("write the pack {}", self.path.display()), &error));
         }
         let offset = self.len as u32;
-        self.len += pieces.iter().map(|piece| piece.len() as u64).sum::<u64>();
+        self.len += bytes;
         Ok(offset)
     }
 
     /// All that was appended so far.
     pub(super) fn unsynced(&self) -> Unsynced {
-        let Self { number, len, file, path, named } = self;
+        let Self { number, len, file, path, named, checked: _ } = self;
         Unsynced { number: *number, len: *len, file: file.clone(), path: path.clone(), named: named.clone() }
     }
 

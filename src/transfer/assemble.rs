@@ -78,6 +78,8 @@ const SYNC_ALL_FROM: usize = 32;
 pub const BUDGET_UNIT: u64 = 4 << 10;
 /// Room that a site keeps free on its disks.
 const SPARE_BYTES: u64 = 16 << 20;
+/// Inodes that a site keeps free on its disks, for `CURRENT` and the names of versions.
+const INODES_SPARE: u64 = 8;
 
 /// A transfer's bytes as they grow.
 #[derive(Debug, Default)]

@@ -14,6 +14,7 @@ mod pace;
 mod task;
 mod told;
 mod turn;
+mod unwritten;
 mod verify;
 mod waiting;
 
@@ -40,6 +41,7 @@ use crate::wire::Desired;
 
 pub use assemble::{Assembly, BUDGET_UNIT, Counters, Estimate, Shared, free_room};
 use turn::Slots;
+use unwritten::Unwritten;
 pub use verify::{Found, beside, verify};
 
 /// Transfers that wait for a look at once.
@@ -96,6 +98,8 @@ struct Inner {
     told: Mutex<Vec<(Digest, Root, u64)>>,
     /// Bytes a second, as a transfer last had it.
     last_rate: AtomicU64,
+    /// What the catalogue could not take.
+    unwritten: Unwritten,
     stop: CancellationToken,
 }
 
@@ -129,9 +133,22 @@ impl Runner {
         looks: mpsc::Sender<AskLook>,
         stop: CancellationToken,
     ) -> Self {
-        let (running, alone, told, last_rate) = Default::default();
-        let inner =
-            Inner { catalogue, shared, sinks, identity, link, looks, slots: Slots::default(), running, alone, told, last_rate, stop };
+        let (running, alone, told, last_rate, unwritten) = Default::default();
+        let inner = Inner {
+            catalogue,
+            shared,
+            sinks,
+            identity,
+            link,
+            looks,
+            slots: Slots::default(),
+            running,
+            alone,
+            told,
+            last_rate,
+            unwritten,
+            stop,
+        };
         Self { inner: Arc::new(inner) }
     }
 
@@ -140,9 +157,15 @@ impl Runner {
         self.inner.last_rate.load(Ordering::Relaxed)
     }
 
-    /// Does what the hub wants.
+    /// Transfers that are further than the catalogue says, because it cannot be written, each with the reason.
+    pub fn unwritten(&self) -> Vec<TransferRow> {
+        self.inner.unwritten.rows()
+    }
+
+    /// Does what the hub wants. What the catalogue cannot take keeps the others from nothing: the first such fault comes at the end.
     pub async fn apply(&self, desired: &[Desired], complete: bool) -> Result<(), Fault> {
         let inner = &self.inner;
+        let mut first: Option<Fault> = None;
         let site = inner.identity.borrow().name().clone();
         for wanted in desired {
             let row = TransferRow {
@@ -162,10 +185,13 @@ impl Runner {
                 after: wanted.after.clone(),
                 removed_ms: None,
             };
-            if let Some(lineage) = &wanted.lineage {
-                inner.catalogue.set_lineage(&wanted.artifact, lineage).await?;
-            }
-            let row = inner.catalogue.adopt(&row).await?;
+            let row = match self.adopt(&row, wanted).await {
+                Ok(row) => row,
+                Err(fault) => {
+                    first.get_or_insert(fault);
+                    continue;
+                }
+            };
             if let Err(fault) = self.follow(&row).await {
                 // One transfer's trouble must not keep the others from going on.
                 tracing::warn!(transfer = %row.id, error = %fault, "what the hub wants of a transfer could not be done; tried again");
@@ -179,15 +205,42 @@ impl Runner {
                     tracing::warn!(transfer = %row.id, error = %fault, "a transfer could not be cleaned up; tried again");
                 }
             }
+            inner.unwritten.retain(|id| desired.iter().any(|d| d.id.as_str() == id));
         }
-        Ok(())
+        first.map_or(Ok(()), Err)
+    }
+
+    /// Takes a transfer into the catalogue.
+    async fn adopt(&self, row: &TransferRow, wanted: &Desired) -> Result<TransferRow, Fault> {
+        let catalogue = &self.inner.catalogue;
+        let work = async {
+            if let Some(lineage) = &wanted.lineage {
+                catalogue.set_lineage(&wanted.artifact, lineage).await?;
+            }
+            catalogue.adopt(row).await
+        };
+        let adopted = work.await;
+        match &adopted {
+            Ok(_) => self.inner.unwritten.adopted(&row.id),
+            Err(fault) => {
+                // What is known of it already stays as it is.
+                let known = catalogue.transfer(&row.id).await;
+                if self.inner.unwritten.not_adopted(known.as_ref().unwrap_or(row), fault) {
+                    tracing::error!(transfer = %row.id, error = %fault, "the catalogue cannot be written");
+                }
+                catalogue.notify();
+            }
+        }
+        adopted
     }
 
     /// Goes on with what was open when the daemon stopped, without waiting for the hub.
     pub async fn start(&self) -> Result<(), Fault> {
         let site = self.inner.identity.borrow().name().clone();
         for row in self.inner.catalogue.open_transfers(&site).await? {
-            self.follow(&row).await?;
+            if let Err(fault) = self.follow(&row).await {
+                tracing::warn!(transfer = %row.id, error = %fault, "a transfer could not go on; the hub's next list tries it again");
+            }
         }
         Ok(())
     }

@@ -15,6 +15,7 @@ use super::{AskLook, Counters, Runner};
 use crate::api::types::{Bytes, State};
 use crate::catalogue::TransferRow;
 use crate::fault::{Code, Fault, Reason};
+use crate::limits::STATE_RETRY_EVERY;
 use crate::origin::CHANGED_NEXT;
 
 impl Runner {
@@ -82,9 +83,25 @@ impl Runner {
         changed.map_or(fault, |changed| Fault::integrity(changed).with_next(CHANGED_NEXT))
     }
 
+    /// Writes a transfer's row. A final state is tried again until it is written or the daemon stops: nobody would write it later.
     pub(super) async fn save(&self, row: &TransferRow) {
-        if let Err(fault) = self.inner.catalogue.update_transfer(&row.id, row.generation, row.state, &row.body).await {
-            tracing::error!(transfer = %row.id, error = %fault, "the catalogue cannot be written");
+        let inner = &self.inner;
+        loop {
+            let Err(fault) = inner.catalogue.update_transfer(&row.id, row.generation, row.state, &row.body).await else {
+                inner.unwritten.saved(&row.id);
+                return;
+            };
+            if inner.unwritten.not_saved(row, &fault) {
+                tracing::error!(transfer = %row.id, error = %fault, "the catalogue cannot be written");
+            }
+            inner.catalogue.notify();
+            if !row.state.is_final() {
+                return;
+            }
+            tokio::select! {
+                () = tokio::time::sleep(STATE_RETRY_EVERY) => {}
+                () = inner.stop.cancelled() => return,
+            }
         }
     }
 

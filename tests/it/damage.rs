@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use crate::support::daemon::{Hub, Site, SiteSpec};
 use crate::support::data;
 use crate::support::tree::assert_same;
-use crate::support::{Scratch, find, limit, secs};
+use crate::support::{Scratch, find, limit, secs, wait_for};
 
 const REFERENCE: &str = "model/yolo:v1";
 /// Several requests long, so that some of it is sound.
@@ -158,4 +158,105 @@ fn a_hub_that_lost_its_store_does_not_start_and_lost_packs_are_told() {
     std::fs::remove_dir_all(world.hub.data_dir.join("store")).unwrap();
     world.hub.cli(&["serve"]).expect(3).says(&["index.redb", "backup"]);
     assert!(!world.hub.data_dir.join("store").exists(), "nothing is begun beside what is left");
+}
+
+/// Replaces a page in the middle of a file by noise.
+fn spoil(file: &Path, page: u64) {
+    let length = file.metadata().unwrap().len();
+    assert!(length > (page + 1) * 4096, "{} has {length} bytes", file.display());
+    let noise = data::noise(&mut data::rng("spoil"), 4096);
+    File::options().write(true).open(file).unwrap().write_all_at(&noise, page * 4096).unwrap();
+}
+
+#[test]
+fn a_damaged_or_missing_chunk_index_is_made_again_by_the_command() {
+    let _limit = limit(secs(120));
+    let mut world = World::start();
+    let index = world.hub.data_dir.join("store/index.redb");
+    // The daemon uses the store.
+    world.hub.cli(&["store", "rebuild-index"]).expect(6);
+    world.hub.stop();
+    File::options().write(true).open(&index).unwrap().set_len(index.metadata().unwrap().len() / 3).unwrap();
+    let refused = world.hub.cli(&["serve"]).expect(1).says(&["index.redb", "is damaged", "packhorse store rebuild-index"]);
+    assert!(!refused.err.contains("panicked"), "{}", refused.err);
+    let damaged = std::fs::read(&index).unwrap();
+    let made = world.hub.json(&["store", "rebuild-index"]);
+    assert!(made[0]["chunks"].as_u64().unwrap() > 100 && made[0]["damaged_bytes"] == 0, "{made}");
+    assert_eq!(std::fs::read(made[0]["kept"].as_str().unwrap()).unwrap(), damaged, "the damaged file is kept");
+    std::fs::remove_file(&index).unwrap();
+    world.hub.cli(&["serve"]).expect(3).says(&["index.redb is missing", "packhorse store rebuild-index"]);
+    assert!(!index.exists(), "no empty one is begun");
+    world.hub.cli(&["store", "rebuild-index"]).expect(0);
+    world.hub.start();
+    world.hub.cli(&["verify", REFERENCE]).expect(0);
+    world.hub.cli(&["gc"]).expect(0);
+    world.hub.wait_online("chengdu", true, secs(75));
+    world.hub.deliver_and_wait(REFERENCE, "chengdu", secs(60));
+    assert_same(&world.source, &world.site.folder(REFERENCE));
+}
+
+#[test]
+fn a_lost_index_of_a_site_comes_back_from_its_folders() {
+    let _limit = limit(secs(180));
+    let scratch = Scratch::new();
+    let hub = Hub::start_new(scratch.path());
+    let (line, mut site) = Site::start_behind(scratch.path(), &hub, "chengdu");
+    let (old, new) = (scratch.join("old"), scratch.join("new"));
+    data::model(&old, 8 << 20);
+    data::model(&new, 24 << 20);
+    data::write(&new.join("other.bin"), &data::noise(&mut data::rng("other"), 24 << 20));
+    hub.publish(&old, "model/old:v1", &[]);
+    hub.publish(&new, "model/new:v1", &[]);
+    hub.deliver_and_wait("model/old:v1", "chengdu", secs(60));
+    line.hold_at(line.down() + (22 << 20));
+    let id = hub.deliver(&["model/new:v1"], "chengdu").remove(0);
+    let seen = hub.wait_transfer(&id, "on its way", secs(60), |t| t.bytes.committed >= 16 << 20);
+    site.kill();
+    let places = site.data_dir.join("places.redb");
+    spoil(&places, places.metadata().unwrap().len() / 4096 / 2);
+    File::options().write(true).open(&places).unwrap().set_len(places.metadata().unwrap().len() - 4096).unwrap();
+    site.start();
+    line.hold_at(0);
+    let done = hub.wait_done(&id, secs(90));
+    assert_same(&new, &site.folder("model/new:v1"));
+    assert!(done.bytes.resumed >= seen.bytes.committed, "what was staged is used: {:?}", done.bytes);
+    assert_eq!(site.leftovers(), Vec::<PathBuf>::new());
+    let told = |site: &Site| site.cli(&["doctor"]).out.lines().find(|line| line.contains("places: made again on")).map(str::to_owned);
+    let line = wait_for("the rows are back", secs(30), || told(&site));
+    assert!(line.starts_with("ok places") && line.contains("places.redb"), "{line}");
+    assert!(site.log().contains("made again"), "the log says so as well");
+    assert!(!site.log().contains("panicked"), "{}", site.log());
+
+    // What is here is a source of chunks again.
+    site.stop();
+    std::fs::remove_file(&places).unwrap();
+    site.start();
+    let line = wait_for("the rows are back", secs(30), || told(&site).filter(|line| line.contains("was missing")));
+    assert!(line.contains("2 artifacts"), "{line}");
+    data::write(&old.join("more.json"), b"{}");
+    hub.publish(&old, "model/old:v2", &[]);
+    hub.wait_online("chengdu", true, secs(75));
+    let done = hub.deliver_and_wait("model/old:v2", "chengdu", secs(60));
+    assert!(done.bytes.received < 1 << 20, "{:?}", done.bytes);
+    assert_same(&old, &site.folder("model/old:v2"));
+}
+
+#[test]
+fn a_damaged_catalogue_says_what_to_do() {
+    let _limit = limit(secs(90));
+    let scratch = Scratch::new();
+    let mut hub = Hub::start_new(scratch.path());
+    hub.stop();
+    let catalogue = hub.data_dir.join("catalogue.db");
+    let log = hub.data_dir.join("catalogue.db-wal");
+    let sound = [&catalogue, &log].map(|file| std::fs::read(file).unwrap());
+    // SQLite would read what it needs from its log.
+    std::fs::remove_file(&log).unwrap();
+    data::write(&catalogue, "not a database, and longer than the header of one: ".repeat(200).as_bytes());
+    let said = hub.cli(&["serve"]).expect(1).says(&["catalogue.db is damaged", "backup"]);
+    assert!(!said.err.contains("panicked"), "{}", said.err);
+    data::write(&catalogue, &sound[0]);
+    data::write(&log, &sound[1]);
+    hub.start();
+    hub.stop();
 }

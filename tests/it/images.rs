@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use crate::support::command::tool;
 use crate::support::daemon::{Hub, Site, SiteSpec};
+use crate::support::disk::SmallDisk;
 use crate::support::images::{self, sha256};
 use crate::support::line::Line;
 use crate::support::registry::{PASSWORD, Registry, USER};
@@ -206,4 +207,35 @@ fn a_layer_goes_to_the_registry_while_it_and_others_are_on_their_way() {
     line.hold_at(0);
     let done = hub.wait_done(&transfer, secs(60));
     assert!(layers.iter().all(|layer| stored(layer)) && done.bytes.reused == 0, "{done:?}");
+}
+
+#[test]
+fn a_pull_that_does_not_fit_at_the_hub_is_not_begun() {
+    let _limit = limit(secs(180));
+    let scratch = Scratch::new();
+    let mut hub = Hub::new(scratch.path());
+    let Some(disk) = SmallDisk::mount_tmpfs(&hub.data_dir, "110m") else { return };
+    let registry = Registry::basic(&scratch, "source");
+    let layout = scratch.join("layout");
+    let layers = ["a", "b", "c"].map(|name| data::noise(&mut data::rng(name), 20 << 20));
+    images::layout(&layout, &layers.iter().map(Vec::as_slice).collect::<Vec<_>>());
+    registry.push(&format!("oci:{}", layout.display()), "team/app:v1");
+    let password = scratch.join("password");
+    data::write(&password, PASSWORD.as_bytes());
+    let url = format!("registry://{}/team/app:v1", registry.host());
+    let access = format!("[registry.\"{}\"]\nusername = \"{USER}\"\npassword_file = \"{}\"\n[listen]", registry.host(), password.display());
+    hub.edit_config("[listen]", &access);
+    hub.start();
+    let publish = |more: &[&str]| {
+        let args = ["publish", &url, "--as", "image/app:v1"];
+        hub.cli(&args.into_iter().chain(more.iter().copied()).collect::<Vec<_>>())
+    };
+    // 80 MiB are needed: the image and its largest layer once more. That leaves less than the hub needs for itself.
+    let used = disk.used();
+    publish(&["--timeout", "8s"]).expect(11).says(&["waiting for room", "the image needs", hub.data_dir.to_str().unwrap()]);
+    assert!(disk.used() < used + (4 << 20), "{} bytes were written of it", disk.used() - used);
+    // Less than twice its size: it is not on the disk twice.
+    disk.grow("165m");
+    publish(&[]).expect(0);
+    hub.cli(&["verify", "image/app:v1"]).expect(0);
 }

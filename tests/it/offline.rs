@@ -272,3 +272,38 @@ fn an_artifact_goes_by_disk() {
     third.cli(&["import", file.to_str().unwrap()]).expect(8);
     assert!(third.artifacts().is_empty(), "a damaged file brings nothing");
 }
+
+#[test]
+fn a_machine_that_sleeps_goes_on_where_it_was() {
+    let _limit = limit(secs(150));
+    let scratch = Scratch::new();
+    // Of one pair the site sleeps, of the other the hub, at the same time and for longer than a silent line is kept.
+    let pairs: Vec<_> = ["site", "hub"]
+        .map(|who| {
+            let dir = scratch.folder(who);
+            let hub = Hub::start_new(&dir);
+            let (line, site) = Site::start_behind(&dir, &hub, "chengdu");
+            let source = dir.join("model");
+            data::model(&source, 24 << 20);
+            hub.publish(&source, "model/m:v1", &[]);
+            line.hold_at(line.down() + (22 << 20));
+            let id = hub.deliver(&["model/m:v1"], "chengdu").remove(0);
+            let seen = hub.wait_transfer(&id, "on its way", secs(60), |t| t.bytes.committed >= 14 << 20);
+            (hub, site, line, source, id, seen)
+        })
+        .into();
+    let [(hub_awake, site_asleep, ..), (hub_asleep, site_awake, ..)] = &pairs[..] else { unreachable!() };
+    site_asleep.freeze();
+    hub_asleep.freeze();
+    hub_awake.wait_online("chengdu", false, secs(60));
+    wait_for("the site gives the line up", secs(60), || site_awake.log().contains("the line to the hub ended").then_some(()));
+    site_asleep.thaw();
+    hub_asleep.thaw();
+    for (hub, site, line, source, id, seen) in &pairs {
+        line.hold_at(0);
+        let done = hub.wait_done(id, secs(60));
+        assert!(done.bytes.resumed + done.bytes.received >= seen.bytes.total, "{:?}", done.bytes);
+        assert_same(source, &site.folder("model/m:v1"));
+        assert_eq!(site.leftovers(), Vec::<std::path::PathBuf>::new());
+    }
+}

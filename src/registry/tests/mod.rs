@@ -3,7 +3,7 @@
 pub(crate) mod fixture;
 pub(crate) mod standin;
 
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use fixture::{Access, PASSWORD, RealRegistry, TokenService, USER, image, noise, tar_layer, write};
 
@@ -121,7 +121,7 @@ async fn pulls_what_skopeo_pushed() {
 
     let reference: Reference = format!("{}/op/seg:v1", server.address).parse().unwrap();
     let got = dir.join("got");
-    pull_to_layout(&reference, credentials(), None, &got).await.unwrap();
+    pull_to_layout(&reference, credentials(), None, &got, &AtomicU64::default()).await.unwrap();
     let index: serde_json::Value = serde_json::from_slice(&std::fs::read(got.join("index.json")).unwrap()).unwrap();
     assert_eq!(index["manifests"].as_array().unwrap().len(), 1);
     let top: Sha256 = index["manifests"][0]["digest"].as_str().unwrap().parse().unwrap();
@@ -130,12 +130,12 @@ async fn pulls_what_skopeo_pushed() {
         assert_eq!(Sha256::of(&std::fs::read(&path).unwrap()).hex(), path.file_name().unwrap().to_str().unwrap());
     }
     let by_digest: Reference = format!("{}/op/seg@{top}", server.address).parse().unwrap();
-    pull_to_layout(&by_digest, credentials(), None, &dir.join("again")).await.unwrap();
+    pull_to_layout(&by_digest, credentials(), None, &dir.join("again"), &AtomicU64::default()).await.unwrap();
 
     let absent: Reference = format!("{}/op/seg:v9", server.address).parse().unwrap();
-    let fault = pull_to_layout(&absent, credentials(), None, &dir.join("no")).await.unwrap_err();
+    let fault = pull_to_layout(&absent, credentials(), None, &dir.join("no"), &AtomicU64::default()).await.unwrap_err();
     assert_eq!((fault.code, fault.reason), (Code::NotFound, Reason::SourceGone));
-    let fault = pull_to_layout(&reference, None, None, &dir.join("no")).await.unwrap_err();
+    let fault = pull_to_layout(&reference, None, None, &dir.join("no"), &AtomicU64::default()).await.unwrap_err();
     assert_eq!(fault.code, Code::NotAllowed);
 }
 
@@ -165,14 +165,14 @@ async fn a_pull_skips_absent_platforms_and_notices_wrong_bytes() {
     server.held.lock().cuts = 3;
     let reference: Reference = format!("{}/op/a:v1", server.address).parse().unwrap();
     let got = dir.path().join("got");
-    pull_to_layout(&reference, credentials(), None, &got).await.unwrap();
+    pull_to_layout(&reference, credentials(), None, &got, &AtomicU64::default()).await.unwrap();
     assert_eq!(server.held.lock().cuts, 0, "what broke off went on");
     assert!(!got.join(arm.unwrap().parse::<Sha256>().unwrap().layout_path()).exists());
     assert!(got.join(made.layers[0].layout_path()).exists());
 
     let key = ("op/a".to_owned(), made.layers[0].to_string());
     server.held.lock().blobs.insert(key, noise(7, 100_000).into());
-    let fault = pull_to_layout(&reference, credentials(), None, &dir.path().join("bad")).await.unwrap_err();
+    let fault = pull_to_layout(&reference, credentials(), None, &dir.path().join("bad"), &AtomicU64::default()).await.unwrap_err();
     assert_eq!((fault.code, fault.reason), (Code::Integrity, Reason::Integrity));
 }
 
@@ -205,7 +205,7 @@ async fn a_pull_waits_where_the_registry_asks_for_a_pause() {
     server.script("GET", "/blobs/", 503, ""); // and no word of how long
     let reference: Reference = format!("{}/op/a:v1", server.address).parse().unwrap();
     let got = dir.path().join("got");
-    pull_to_layout(&reference, credentials(), None, &got).await.unwrap();
+    pull_to_layout(&reference, credentials(), None, &got, &AtomicU64::default()).await.unwrap();
     assert!(server.held.lock().script.iter().all(|scripted| scripted.times == 0), "every pause was met");
     assert!(got.join(made.layers[1].layout_path()).exists());
 }
@@ -219,7 +219,7 @@ async fn what_a_failed_pull_fetched_is_not_fetched_again() {
     let kept = dir.path().join("kept");
     std::fs::create_dir(&kept).unwrap();
     let reference: Reference = format!("{}/op/a:v1", server.address).parse().unwrap();
-    let pull = async |to: &str| pull_keeping(&reference, credentials(), None, &dir.path().join(to), &kept).await;
+    let pull = async |to: &str| pull_keeping(&reference, credentials(), None, &dir.path().join(to), &kept, &AtomicU64::default()).await;
 
     let last = Box::leak(format!("/blobs/{}", made.layers[3]).into_boxed_str());
     server.held.lock().cuts = 1;
@@ -245,4 +245,33 @@ async fn what_a_failed_pull_fetched_is_not_fetched_again() {
         pull(name).await.unwrap();
         assert_eq!(Sha256::of(&std::fs::read(dir.path().join(name).join(made.layers[0].layout_path())).unwrap()), made.layers[0]);
     }
+}
+
+#[tokio::test]
+async fn a_pull_that_does_not_fit_writes_no_byte() {
+    let server = standin::StandIn::start().await;
+    let dir = tempfile::tempdir().unwrap();
+    let (small, large) = (noise(1, 1000), 1u64 << 50);
+    let blob = |digest: Sha256, size: u64| serde_json::json!({"mediaType": "x", "digest": digest, "size": size});
+    let manifest = serde_json::json!({
+        "schemaVersion": 2,
+        "mediaType": "application/vnd.oci.image.manifest.v1+json",
+        "config": blob(Sha256::of(&small), 1000),
+        "layers": [blob(Sha256::of(b"large"), large)],
+    });
+    let manifest = bytes::Bytes::from(manifest.to_string());
+    {
+        let mut held = server.held.lock();
+        let digest = Sha256::of(&manifest).to_string();
+        held.manifests.insert(("op/a".into(), "v1".into()), manifest.clone());
+        held.manifests.insert(("op/a".into(), digest), manifest);
+        held.blobs.insert(("op/a".into(), Sha256::of(&small).to_string()), small.into());
+    }
+    let reference: Reference = format!("{}/op/a:v1", server.address).parse().unwrap();
+    let (got, wanted) = (dir.path().join("got"), AtomicU64::default());
+    let fault = pull_to_layout(&reference, credentials(), None, &got, &wanted).await.unwrap_err();
+    assert_eq!((fault.code, fault.reason), (Code::NoSpace, Reason::NoSpace), "{fault:?}");
+    assert!(fault.message.contains(got.to_str().unwrap()), "it names the disk: {fault:?}");
+    assert!(wanted.load(Ordering::Relaxed) >= 2 * large, "the image and its largest layer once more");
+    assert_eq!(std::fs::read_dir(got.join("blobs/sha256")).unwrap().count(), 0, "nothing is written of what does not fit");
 }

@@ -23,6 +23,7 @@ use super::query::{self, Batch};
 use crate::fault::{Fault, IoContext, Reason, Retry};
 use crate::labels::QueryRow;
 use crate::limits::{LABEL_BATCH_BYTES, LABEL_BATCHES_QUEUED_MAX, LABEL_WRITER_WAIT_MAX};
+use crate::space::Space;
 
 /// Rows in one INSERT: SQLite takes 32,766 parameters at most, and more rows than this are no faster.
 const ROWS_AN_INSERT: usize = 100;
@@ -148,15 +149,9 @@ impl Sqlite {
 
     fn check_room(&self, room_bytes: u64) -> Result<(), Fault> {
         let folder = self.file.parent().unwrap_or(Path::new("/"));
-        let stat =
-            rustix::fs::statvfs(folder).map_err(std::io::Error::from).at(format_args!("ask for the room in {}", folder.display()))?;
-        let free = stat.f_bavail.saturating_mul(stat.f_frsize);
         // Each page is written to the WAL and then to the file.
         let needed = room_bytes.saturating_mul(2);
-        if free >= needed {
-            return Ok(());
-        }
-        Err(Fault::no_space(format!("{} has {free} bytes free, and the rows need about {needed}", folder.display())))
+        Space::check(folder, needed, 1, format_args!("the label database {}", self.file.display()))
     }
 
     async fn connect(&self) -> Result<SqliteConnection, Fault> {

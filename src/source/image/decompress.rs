@@ -19,7 +19,7 @@ use flate2::read::MultiGzDecoder;
 use super::refuse;
 use crate::fault::{Code, Fault, IoContext};
 use crate::limits::{BOMB_BYTES, BOMB_RATIO, SCRATCH_LOOK_BYTES, SCRATCH_SPARE_BYTES};
-use crate::stage::free_bytes;
+use crate::space::Space;
 
 /// The size of read and write buffers, in bytes.
 pub(super) const BUFFER: usize = 128 << 10;
@@ -117,11 +117,13 @@ impl Read for Bounded<'_> {
 pub(super) fn to_scratch(path: &Path, compression: Compression, copy: &Path, caps: Caps) -> Result<(), Fault> {
     let input = File::open(path).at(format_args!("open {}", path.display()))?;
     let output = File::create(copy).at(format_args!("create {}", copy.display()))?;
-    let result = copy_to(path, compression, input, output, caps, || free_bytes(copy)).map_err(|fault| match fault.code {
-        Code::NoSpace => fault
-            .context(format_args!("decompress {} to {}", path.display(), copy.display()))
-            .with_next("make room on that disk and run the command again, or publish the archive decompressed, which needs no copy"),
-        _ => fault,
+    let result = copy_to(path, compression, input, output, caps, || Ok(Space::of(copy)?.bytes.unwrap_or(u64::MAX))).map_err(|fault| {
+        match fault.code {
+            Code::NoSpace => fault
+                .context(format_args!("decompress {} to {}", path.display(), copy.display()))
+                .with_next("make room on that disk and run the command again, or publish the archive decompressed, which needs no copy"),
+            _ => fault,
+        }
     });
     if result.is_err() {
         let _ = fs::remove_file(copy); // it may be what filled the disk; the scratch folder goes anyway

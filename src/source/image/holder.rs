@@ -84,7 +84,7 @@ impl Piece {
 
     fn open(&self) -> io::Result<Box<dyn Read + '_>> {
         Ok(match &self.content {
-            Content::File(path) => Box::new(File::open(path)?),
+            Content::File(path) | Content::Scratch(path) => Box::new(File::open(path)?),
             Content::Range { file, offset } => {
                 let mut file = File::open(&**file)?;
                 file.seek(SeekFrom::Start(*offset))?;

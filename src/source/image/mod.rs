@@ -81,6 +81,18 @@ impl ImageSource {
         from_holder(&Holder::folder(folder, Arc::default()), None, Caps::default())
     }
 
+    /// The same of a layout folder in the scratch folder: each blob is removed once it was read.
+    pub fn open_scratch(folder: &Path) -> Result<Self, Fault> {
+        let Self { entries, info } = Self::open_layout(folder)?;
+        let owned = entries.map(|mut entry| {
+            if let SourceBody::File { content: Content::File(path), size } = entry.body {
+                entry.body = SourceBody::File { content: Content::Scratch(path), size };
+            }
+            entry
+        });
+        Ok(Self { entries: owned.collect::<Vec<_>>().into_iter(), info })
+    }
+
     /// What the artifact is known by: also what [`Source::info`] gives.
     pub fn image_info(&self) -> &ImageInfo {
         &self.info

@@ -2,19 +2,24 @@
 
 use std::collections::HashSet;
 use std::ops::Range;
+use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use super::{Assembly, ROWS_TOGETHER, SPARE_BYTES, SYNC_ALL_FROM, names};
+use parking_lot::RwLock;
+
+use super::{Assembly, INODES_SPARE, ROWS_TOGETHER, SPARE_BYTES, SYNC_ALL_FROM, names};
+use crate::chunk::Hash;
 use crate::durable;
 use crate::fault::{Fault, Retry};
 use crate::fetch::blocking;
 use crate::manifest::{EntryBody, FileInfo, KindInfo, Step};
 use crate::names::RelPath;
-use crate::places::{At, Journal, PlaceInfo};
+use crate::places::{At, Commit, Journal, PlaceInfo};
 use crate::private::umask;
 use crate::sink::Place;
 use crate::stage::{FILE_MODE, Stage};
+use crate::transfer::stopped;
 
 /// What the far end holds.
 #[derive(Debug, Default)]
@@ -43,7 +48,9 @@ impl Assembly {
             places.remove(old)?;
             place = None;
         }
-        if place.is_none() {
+        // After a loss of the chunk index the folder is all that is known of what was staged.
+        let adopts = place.is_none() && places.loss().is_some() && path.is_dir();
+        if place.is_none() && !adopts {
             durable::remove_all(&path)?;
         }
         let stage = Stage::open(&path)?;
@@ -53,7 +60,10 @@ impl Assembly {
             Some(place) => place,
             None => places.put(None, info)?,
         };
-        let journal = places.journal(place, totals.chunks)?;
+        let mut journal = places.journal(place, totals.chunks)?;
+        if adopts {
+            journal = self.adopt(&stage, place, journal)?;
+        }
         let mut resumed = 0;
         if journal.count() > 0 {
             let behind = places.is_behind(place);
@@ -80,7 +90,8 @@ impl Assembly {
         }
         self.counters.resumed.fetch_max(resumed, Ordering::Relaxed);
         self.counters.committed.fetch_max(resumed, Ordering::Relaxed);
-        let free = stage.free_bytes()?.saturating_sub(SPARE_BYTES);
+        let space = stage.space()?;
+        let free = space.bytes.unwrap_or(u64::MAX).saturating_sub(SPARE_BYTES);
         if totals.bytes - resumed > free {
             // Only now is it worth to look what the site has, for shared files take no room, and what room was taken before.
             let need = self.estimate(Some(&journal))?.needs.saturating_sub(self.room_ahead(&stage, &journal)?);
@@ -92,7 +103,71 @@ impl Assembly {
                 )));
             }
         }
+        self.check_inodes(&stage, &journal, space.inodes)?;
         Ok((place, journal, Arc::new(stage)))
+    }
+
+    /// Takes into the journal what lies in the staging folder, after hashing it: which of it was durable is not known any more.
+    fn adopt(&self, stage: &Stage, place: u32, journal: Journal) -> Result<Journal, Fault> {
+        let journal = RwLock::new(journal);
+        let (mut commit, mut current, mut buffer) = (Commit::default(), None, Vec::new());
+        let put = |commit: &mut Commit| -> Result<(), Fault> {
+            stage.sync_filesystem()?;
+            self.shared.places.commit(place, &journal, commit)
+        };
+        for step in self.walk() {
+            if self.stop.is_cancelled() {
+                return Err(stopped());
+            }
+            match step? {
+                Step::Entry { number, entry, .. } => {
+                    current = match entry.body {
+                        EntryBody::File(file) if stage.size(&entry.path)? == Some(file.size) => {
+                            let opened = stage.open_to_read(&entry.path)?;
+                            commit.entries.push((number, entry.path, file));
+                            Some((number, opened))
+                        }
+                        _ => None,
+                    };
+                }
+                Step::Chunk(chunk, spot) => {
+                    let Some((number, file)) = &current else { continue };
+                    buffer.resize(chunk.len as usize, 0);
+                    if file.read_exact_at(&mut buffer, spot.offset).is_ok() && Hash::of(&buffer) == chunk.id {
+                        commit.chunks.push((chunk.id, At { place, entry: *number, offset: spot.offset, len: chunk.len }));
+                        commit.ordinals.push(spot.ordinal);
+                    }
+                    if commit.chunks.len() >= ROWS_TOGETHER {
+                        put(&mut commit)?;
+                    }
+                }
+            }
+        }
+        put(&mut commit)?;
+        Ok(journal.into_inner())
+    }
+
+    /// Fails where the filesystem has fewer inodes than the artifact still needs: each entry that is not staged takes one.
+    fn check_inodes(&self, stage: &Stage, journal: &Journal, free: Option<u64>) -> Result<(), Fault> {
+        let totals = self.incoming.root.totals;
+        let Some(free) = free.filter(|free| *free < (totals.files + totals.dirs + totals.symlinks).saturating_add(INODES_SPARE)) else {
+            return Ok(());
+        };
+        let mut staged = 0;
+        for step in self.walk() {
+            if let Step::Entry { entry, .. } = step? {
+                staged += u64::from(stage.exists(&entry.path));
+            }
+        }
+        let needed = self.estimate(Some(journal))?.inodes.saturating_sub(staged) + INODES_SPARE;
+        if needed <= free {
+            return Ok(());
+        }
+        Err(Fault::no_space(format!(
+            "{} needs {needed} inodes more in {}, which has {free}: its filesystem has room for too few files",
+            self.incoming.artifact,
+            self.sink.staging_root().display()
+        )))
     }
 
     /// Bytes of the staged files that have their room and are not journaled: large files get theirs at once.

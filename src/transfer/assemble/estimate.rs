@@ -9,7 +9,7 @@ use crate::fault::Fault;
 use crate::manifest::{ChunkRef, EntryBody, FileInfo, Step};
 use crate::places::{At, Journal};
 use crate::sink::{Place, Sink};
-use crate::stage::free_bytes;
+use crate::space::Space;
 
 /// What a delivery would move.
 #[derive(Debug, Clone, Copy, Default)]
@@ -18,6 +18,8 @@ pub struct Estimate {
     pub missing: u64,
     /// Raw bytes that would be written: of what it has, all but files that can be shared whole.
     pub needs: u64,
+    /// Entries that would be created: all but files that can be shared whole by a hard link.
+    pub inodes: u64,
 }
 
 impl Assembly {
@@ -28,7 +30,7 @@ impl Assembly {
         let mut pending: Vec<(ChunkRef, FileInfo, u64, u64)> = Vec::new();
         let mut seen = Recent::default();
         let places = &self.shared.places;
-        let mut whole = None;
+        let (mut whole, mut linked, mut entries) = (None, 0, 0);
         // The index hears late of a folder that somebody took away.
         let mut gone: HashMap<u32, bool> = HashMap::new();
         let mut is_gone = |place: u32| {
@@ -43,8 +45,9 @@ impl Assembly {
                 self.shareable(pending.iter().zip(&found).map(|((_, file, _, offset), at)| (*file, at.filter(|_| *offset == 0))))?;
             for (((chunk, _, number, _), at), local) in pending.drain(..).zip(found).zip(wholes) {
                 let len = u64::from(chunk.len);
-                if local.is_some_and(|local| local.link) {
+                if local.is_some_and(|local| local.link) && whole != Some(number) {
                     whole = Some(number);
+                    linked += 1;
                 }
                 out.missing += if at.is_none() && seen.insert(chunk.id) { len } else { 0 };
                 out.needs += if whole == Some(number) { 0 } else { len };
@@ -54,7 +57,10 @@ impl Assembly {
         let mut of = None;
         for step in self.walk() {
             match step? {
-                Step::Entry { number, entry, .. } => of = if let EntryBody::File(file) = entry.body { Some((number, file)) } else { None },
+                Step::Entry { number, entry, .. } => {
+                    entries += 1;
+                    of = if let EntryBody::File(file) = entry.body { Some((number, file)) } else { None };
+                }
                 Step::Chunk(chunk, spot) => {
                     let Some((number, file)) = of.filter(|_| !journal.is_some_and(|j| j.has(spot.ordinal))) else { continue };
                     pending.push((chunk, file, number, spot.offset));
@@ -65,6 +71,7 @@ impl Assembly {
             }
         }
         look(&mut pending)?;
+        out.inodes = u64::saturating_sub(entries, linked);
         Ok(out)
     }
 
@@ -93,5 +100,5 @@ impl Assembly {
 
 /// Free room in a sink's staging, for `plan`.
 pub fn free_room(sink: &dyn Sink) -> Option<u64> {
-    free_bytes(sink.staging_root()).ok()
+    Space::of(sink.staging_root()).ok()?.bytes
 }

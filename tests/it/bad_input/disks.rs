@@ -234,3 +234,90 @@ fn what_is_cancelled_on_a_full_disk_leaves_nothing() {
     wait_for("all room on the NAS is given back", secs(10), || (disk.used() < 1 << 20).then_some(()));
     assert!(!site.root.join("dataset/d/CURRENT").exists());
 }
+
+#[test]
+fn a_nas_without_inodes_is_full() {
+    let _limit = limit(secs(120));
+    let scratch = Scratch::new();
+    let root = scratch.folder("nas");
+    let Some(disk) = SmallDisk::mount_tmpfs(&root, "64m,nr_inodes=120") else { return };
+    let hub = Hub::start_new(scratch.path());
+    let spec = SiteSpec { root: Some(root.clone()), ..SiteSpec::default() };
+    let site = Site::start_new(scratch.path(), &hub, "chengdu", &spec);
+    let source = scratch.join("many");
+    for n in 0..150 {
+        write(&source.join(format!("f{n}")), format!("file {n}").as_bytes());
+    }
+    hub.publish(&source, "dataset/many:v1", &[]);
+    let id = hub.deliver(&["dataset/many:v1"], "chengdu").remove(0);
+    let stuck = hub.wait_transfer(&id, "out of inodes", secs(60), |t| t.has_reason(&["no_space"]));
+    let message = stuck.message.clone().unwrap_or_default();
+    assert!(message.contains("inodes") && message.contains(root.to_str().unwrap()), "{stuck:#?}");
+    assert_eq!(stuck.bytes.received, 0, "what does not fit is not begun");
+    disk.grow("64m,nr_inodes=1000");
+    hub.wait_done(&id, secs(120));
+    assert_same(&source, &site.folder("dataset/many:v1"));
+}
+
+#[test]
+fn a_report_that_a_full_hub_could_not_store_is_told_again() {
+    let _limit = limit(secs(120));
+    let scratch = Scratch::new();
+    let mut hub = Hub::new(scratch.path());
+    let Some(disk) = SmallDisk::mount_tmpfs(&hub.data_dir, "100m") else { return };
+    hub.start();
+    let line = Line::to(hub.quic);
+    let spec = SiteSpec { through: Some(line.address()), ..SiteSpec::default() };
+    let site = Site::start_new(scratch.path(), &hub, "chengdu", &spec);
+    let source = scratch.join("model");
+    data::model(&source, 12 << 20);
+    hub.publish(&source, "model/m:v1", &[]);
+    line.hold_at(line.down() + (4 << 20));
+    let id = hub.deliver(&["model/m:v1"], "chengdu").remove(0);
+    hub.wait_transfer(&id, "on its way", secs(60), |t| t.state == "transferring");
+    let filler = disk.fill("filler", 0);
+    line.hold_at(0);
+    wait_for("the site is done", secs(60), || site.folder("model/m:v1").exists().then_some(()));
+    wait_for("the hub could not store it", secs(60), || hub.log().contains("could not be stored").then_some(()));
+    // What can be asked is answered all the same, and says what is wrong.
+    hub.cli(&["status"]).expect(0);
+    assert!(hub.cli(&["doctor"]).expect(1).out.contains("fault data_dir"));
+    hub.cli(&["token", "create", "--site", "wuhan"]).expect(9).says(&["catalogue.db", "disk is full"]);
+    let connected = site.log().matches("the line to the hub ended").count();
+    std::fs::remove_file(filler).unwrap();
+    hub.wait_done(&id, secs(60));
+    assert_eq!(site.log().matches("the line to the hub ended").count(), connected, "it is told over the same connection");
+    assert!(hub.is_running());
+}
+
+#[test]
+fn a_site_whose_data_folder_is_full_says_so_and_keeps_its_connection() {
+    let _limit = limit(secs(150));
+    let scratch = Scratch::new();
+    let hub = Hub::start_new(scratch.path());
+    let mut site = Site::new(scratch.path(), &hub, "chengdu", &SiteSpec::default());
+    let Some(disk) = SmallDisk::mount_tmpfs(&site.data_dir, "60m") else { return };
+    site.join(&hub, &[]);
+    site.start();
+    hub.wait_online("chengdu", true, secs(20));
+    let source = scratch.join("model");
+    data::model(&source, 1 << 20);
+    hub.publish(&source, "model/m:v1", &[]);
+    hub.publish(&source, "model/m:v2", &[]);
+    hub.deliver_and_wait("model/m:v1", "chengdu", secs(60));
+    let filler = disk.fill("filler", 0);
+    let id = hub.deliver(&["model/m:v2"], "chengdu").remove(0);
+    // The hub is told, though the site can write nothing down.
+    let stuck = hub.wait_transfer(&id, "out of space", secs(60), |t| t.has_reason(&["no_space"]));
+    assert!(stuck.message.as_deref().is_some_and(|m| m.contains(site.data_dir.to_str().unwrap())), "it names the disk: {stuck:#?}");
+    assert_eq!(site.log().matches("the line to the hub ended").count(), 0, "{}", site.log());
+    assert!(site.cli(&["doctor"]).expect(1).out.contains("fault data_dir"));
+
+    // It starts on the full disk too.
+    site.kill();
+    site.start();
+    assert!(site.cli(&["doctor"]).expect(1).out.contains("fault data_dir"));
+    std::fs::remove_file(filler).unwrap();
+    hub.wait_done(&id, secs(90));
+    assert_same(&source, &site.folder("model/m:v2"));
+}

@@ -169,7 +169,13 @@ impl Daemon {
         kilobytes.expect("/proc counts in numbers") << 10
     }
 
-    /// Has it do nothing more, until it is killed.
+    /// Has it go on after [`Daemon::freeze`].
+    pub(crate) fn thaw(&self) {
+        let pid = Pid::from_child(self.child.as_ref().expect("the daemon runs"));
+        kill_process(pid, Signal::CONT).expect("continue the daemon");
+    }
+
+    /// Has it do nothing more, until it is killed or goes on.
     pub(crate) fn freeze(&self) {
         let pid = Pid::from_child(self.child.as_ref().expect("the daemon runs"));
         kill_process(pid, Signal::STOP).expect("stop the daemon");

@@ -1,6 +1,7 @@
 //! Labels that are published out of the database, from the source's text to the canonical files.
 
 use std::path::Path;
+use std::sync::Arc;
 
 use super::{Bench, Db, set::Set};
 use crate::api::types::SourceOptions;
@@ -43,7 +44,7 @@ async fn publish_with(bench: &Bench, source: &str, options: SourceOptions) -> Re
     let work = move || {
         let dir = tempfile::tempdir().unwrap();
         let access = Access::of_user(Path::new("/nowhere")).with_site(site);
-        let mut opened = reading::open(Kind::Labels, &source, &options, None, &access, dir.path(), &runtime)?;
+        let mut opened = reading::open(Kind::Labels, &source, &options, None, &access, &scratch(dir.path()), &runtime)?;
         let store = Store::open(&dir.path().join("store"))?;
         let ingested = ingest::ingest(opened.as_mut(), Kind::Labels, &store, &store, &Progress::default())?;
         let KindInfo::Labels(info) = opened.info() else { unreachable!("labels say that they are something else") };
@@ -244,7 +245,7 @@ fn a_hub_has_no_label_database() {
             &SourceOptions::default(),
             None,
             &Access::of_user(Path::new("/nowhere")),
-            Path::new("/nowhere"),
+            &scratch(Path::new("/nowhere")),
             runtime.handle(),
         )
         .err()
@@ -253,4 +254,8 @@ fn a_hub_has_no_label_database() {
     assert_eq!(open(Kind::Labels, "db:a:v1").code, Code::Usage);
     assert_eq!(open(Kind::Model, "db:a:v1").code, Code::Usage);
     assert_eq!(open(Kind::Labels, "a/relative/path").code, Code::Usage);
+}
+
+fn scratch(folder: &Path) -> reading::Scratch {
+    reading::Scratch { folder: folder.into(), progress: Arc::default() }
 }

@@ -186,7 +186,7 @@ fn contents(mut source: ImageSource) -> Vec<(RelPath, Option<Vec<u8>>)> {
             SourceBody::Symlink(_) => unreachable!("a link in a layout"),
             SourceBody::File { size, content } => Some(match content {
                 Content::Memory(bytes) => bytes.to_vec(),
-                Content::File(path) => fs::read(path).unwrap(),
+                Content::File(path) | Content::Scratch(path) => fs::read(path).unwrap(),
                 Content::Range { file, offset } => fs::read(&*file).unwrap()[offset as usize..(offset + size) as usize].to_vec(),
             }),
         };
