@@ -17,13 +17,12 @@ use std::sync::atomic::Ordering;
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
-use crate::chunk::Hash;
 use crate::durable;
 use crate::fault::{Fault, IoContext};
 use crate::frame::{Frame, HEADER_BYTES, Header};
 use crate::jobs::JobProgress;
 use crate::limits::BUNDLE_LIST_BYTES_MAX;
-use crate::manifest::{Digest, Root, Step, Walk, for_each_page};
+use crate::manifest::{ChunkRef, Digest, Root, Step, Walk, for_each_page};
 use crate::names::ArtifactRef;
 use crate::store::Store;
 
@@ -72,12 +71,10 @@ fn write(members: &[Member], store: &Store, file: File, what: &str, progress: &J
     let mut written = (MAGIC.len() + 4 + list.len()) as u64;
     let mut seen = HashSet::new();
     let mut pending = Vec::new();
-    let mut put = |id: Hash, pending: &mut Vec<Hash>, last: bool| -> Result<(), Fault> {
-        if !last && seen.insert(id) {
-            pending.push(id);
-        }
-        if pending.len() >= TOGETHER || last {
-            for piece in store.read_frames(pending)? {
+    let mut put = |chunk: Option<ChunkRef>, pending: &mut Vec<ChunkRef>| -> Result<(), Fault> {
+        pending.extend(chunk.filter(|chunk| seen.insert(chunk.id)));
+        if pending.len() >= TOGETHER || chunk.is_none() {
+            for piece in store.read_listed(pending)? {
                 out.write_all(&piece).at(what)?;
                 written += piece.len() as u64;
                 progress.bytes.store(written, Ordering::Relaxed);
@@ -88,14 +85,14 @@ fn write(members: &[Member], store: &Store, file: File, what: &str, progress: &J
     };
     for member in members {
         let root = member.root()?;
-        for_each_page(&root, store, |page| put(page.id, &mut pending, false))?;
+        for_each_page(&root, store, |page| put(Some(ChunkRef { id: page.id, len: page.len }), &mut pending))?;
         for step in Walk::new(&root, store) {
             if let Step::Chunk(chunk, _) = step? {
-                put(chunk.id, &mut pending, false)?;
+                put(Some(chunk), &mut pending)?;
             }
         }
     }
-    put(Hash([0; 32]), &mut pending, true)?;
+    put(None, &mut pending)?;
     let file = out.into_inner().map_err(|e| Fault::io(what, e.error()))?;
     file.sync_all().at(what)?;
     Ok(written)
@@ -125,15 +122,16 @@ pub fn import(from: &Path, store: &Store, progress: &JobProgress) -> Result<Vec<
         progress.bytes.fetch_add(bytes.len() as u64, Ordering::Relaxed);
         let frame = Frame::parse(Bytes::from(bytes)).map_err(|e| wrong(&format!("is damaged: {e}")))?;
         frame.verify(parsed.id, parsed.raw_len).map_err(|e| wrong(&format!("is damaged: {e}")))?;
-        store.put(&frame)?;
+        store.put_over(&frame)?;
     }
     store.flush_since(losses)?;
     for member in &members {
         for step in Walk::new(&member.root()?, store) {
-            if let Step::Chunk(chunk, _) = step?
-                && !store.has(chunk.id)?
-            {
-                return Err(wrong(&format!("lacks parts of {}", member.artifact)));
+            let Step::Chunk(chunk, _) = step? else { continue };
+            match store.raw_len(chunk.id)? {
+                Some(len) if len == chunk.len => {}
+                Some(_) => return Err(wrong(&format!("has a chunk of {} in another size than its manifest says", member.artifact))),
+                None => return Err(wrong(&format!("lacks parts of {}", member.artifact))),
             }
         }
     }

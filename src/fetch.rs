@@ -204,6 +204,9 @@ pub fn take_manifest(mut frames: Bytes, digest: Digest, store: &Store) -> Result
         let raw = frame.verify(page.id, page.len)?;
         store.put(&frame.fit_to_store(&raw))?;
     }
+    if !frames.is_empty() {
+        return Err(Fault::integrity("a manifest that was not asked for has more frames than pages"));
+    }
     Ok(root)
 }
 

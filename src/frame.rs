@@ -13,7 +13,8 @@
 //! ```
 //!
 //! The XXH3 sum tells a flipped bit on a disk at a tenth of BLAKE3's price, so a daemon checks it whenever it reads a
-//! frame to send it on. Only [`Frame::verify`] turns stored bytes into raw ones, and it checks the BLAKE3.
+//! frame to send it on. Only [`Frame::verify`] turns stored bytes into raw ones. It decodes them, and compares the name, the raw length
+//! and the BLAKE3: a frame that differs in any field from what its stored bytes decode to is refused.
 
 mod lanes;
 
@@ -67,7 +68,9 @@ impl From<FrameError> for Fault {
     fn from(error: FrameError) -> Self {
         match error {
             FrameError::Fault(fault) => fault,
-            other => Fault::integrity(other.to_string()),
+            other => Fault::integrity(other.to_string()).with_next(
+                "at the hub, run 'packhorse verify' on the artifact and publish the same content again; then run 'packhorse retry'",
+            ),
         }
     }
 }
@@ -118,6 +121,7 @@ impl Header {
         let sane = header.raw_len as usize <= CHUNK_BYTES_MAX
             && header.stored_len as usize <= CHUNK_BYTES_MAX
             && matches!(header.codec, RAW | ZSTD | LANES | DIFFERENCE | FAULT)
+            && (header.codec != RAW || header.raw_len == header.stored_len)
             && bytes[41..44] == [0; 3];
         if sane { Ok(header) } else { Err(FrameError::Malformed) }
     }
@@ -195,9 +199,10 @@ impl Frame {
         Self::seal(Hash([0; 32]), raw_len, DIFFERENCE, squeezed.into())
     }
 
-    /// What [`Frame::difference`] was given.
-    pub fn squeezed(&self) -> Result<Bytes, FrameError> {
-        if self.header.codec == DIFFERENCE { Ok(self.stored.clone()) } else { Err(FrameError::Malformed) }
+    /// What [`Frame::difference`] was given, if it is for pages of so many bytes together.
+    pub fn squeezed(&self, raw_len: usize) -> Result<Bytes, FrameError> {
+        let matches = self.header.codec == DIFFERENCE && self.header.raw_len as usize == raw_len;
+        if matches { Ok(self.stored.clone()) } else { Err(FrameError::Malformed) }
     }
 
     fn seal(id: Hash, raw_len: usize, codec: u8, stored: Bytes) -> Self {
@@ -210,6 +215,13 @@ impl Frame {
         let sum = sum(&head, &stored);
         head[44..52].copy_from_slice(&sum.to_le_bytes());
         Self { header: Header { id, raw_len, stored_len, codec, sum }, head: head.freeze(), stored, whole: None }
+    }
+
+    /// A frame of an honest chunk that names another raw length, as earlier versions took it.
+    #[cfg(test)]
+    pub(crate) fn lying(chunk: &Verified, raw_len: usize) -> Self {
+        let stored = zstd::bulk::compress(&chunk.bytes, ZSTD_LEVEL).unwrap_or_default();
+        Self::seal(chunk.id, raw_len, ZSTD, stored.into())
     }
 
     /// A frame from its bytes, if its sum is right.
@@ -280,21 +292,21 @@ impl Frame {
 
     /// The raw bytes, if they are those of the chunk `expected` of `len` bytes.
     pub fn verify(&self, expected: Hash, len: u32) -> Result<Verified, FrameError> {
+        let mismatch = || FrameError::Mismatch { expected };
         let stored = self.stored.clone();
-        match self.header.codec {
-            FAULT => Err(FrameError::Fault(serde_json::from_slice(&stored).map_err(|_| FrameError::Malformed)?)),
-            _ if self.header.id != expected || self.header.raw_len != len => Err(FrameError::Mismatch { expected }),
-            RAW if stored.len() == len as usize => Verified::check(expected, stored),
-            ZSTD => {
-                let raw = zstd::bulk::decompress(&stored, len as usize).map_err(|_| FrameError::Mismatch { expected })?;
-                Verified::check(expected, raw.into())
-            }
-            LANES => {
-                let raw = lanes::restore(&stored, len as usize).ok_or(FrameError::Mismatch { expected })?;
-                Verified::check(expected, raw.into())
-            }
-            _ => Err(FrameError::Malformed),
+        let raw: Bytes = match self.header.codec {
+            FAULT => return Err(FrameError::Fault(serde_json::from_slice(&stored).map_err(|_| FrameError::Malformed)?)),
+            _ if self.header.id != expected || self.header.raw_len != len => return Err(mismatch()),
+            RAW => stored,
+            ZSTD => zstd::bulk::decompress(&stored, len as usize).map_err(|_| mismatch())?.into(),
+            LANES => lanes::restore(&stored, len as usize).ok_or_else(mismatch)?.into(),
+            _ => return Err(FrameError::Malformed),
+        };
+        // A decoder may give fewer bytes than the header names: their hash alone says nothing of the header.
+        if raw.len() != len as usize {
+            return Err(mismatch());
         }
+        Verified::check(expected, raw)
     }
 }
 
@@ -346,6 +358,55 @@ mod tests {
             let mut bytes = frame.to_bytes().to_vec();
             bytes[at] ^= 1;
             assert!(Frame::parse(bytes.into()).is_err(), "bit at {at}");
+        }
+    }
+
+    /// Content that is stored as lanes.
+    static NUMBERS: std::sync::LazyLock<Bytes> = std::sync::LazyLock::new(|| lanes::tests::forms()[0].2.clone().into());
+
+    #[test]
+    fn a_frame_with_a_wrong_raw_length_is_refused() {
+        for raw in [Bytes::new(), Bytes::from_static(b"x"), random(4000), Bytes::from(b"abcdefgh".repeat(5000)), NUMBERS.clone()] {
+            let chunk = Verified::new(raw.clone());
+            let honest = Frame::encode(&chunk);
+            for len in [0, raw.len().wrapping_sub(1), raw.len() + 1, raw.len() + 777, CHUNK_BYTES_MAX] {
+                if len == raw.len() || len > CHUNK_BYTES_MAX {
+                    continue;
+                }
+                let lie = Frame::seal(chunk.id, len, honest.header.codec, honest.stored.clone());
+                let at_sight = Frame::parse(lie.to_bytes()).map(|frame| frame.verify(chunk.id, len as u32));
+                assert!(!matches!(at_sight, Ok(Ok(_))), "codec {}: {} bytes named as {len}", honest.header.codec, raw.len());
+            }
+        }
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn a_changed_frame_gives_no_other_bytes(seed in 0usize..4, at in 0usize..400, with in proptest::num::u8::ANY, reseal in proptest::bool::ANY) {
+            let raw = [Bytes::new(), random(300), Bytes::from(b"abcdefgh".repeat(500)), NUMBERS.clone()];
+            let chunk = Verified::new(raw[seed].clone());
+            let mut bytes = Frame::encode(&chunk).to_bytes().to_vec();
+            let at = at % bytes.len();
+            bytes[at] ^= with;
+            if reseal {
+                let new = sum(&bytes[..HEADER_BYTES], &bytes[HEADER_BYTES..]);
+                bytes[44..52].copy_from_slice(&new.to_le_bytes());
+            }
+            if let Ok(frame) = Frame::parse(bytes.into()) && let Ok(back) = frame.verify(frame.id(), frame.raw_len()) {
+                proptest::prop_assert_eq!(back.bytes.len(), frame.raw_len() as usize);
+                proptest::prop_assert_eq!(Hash::of(&back.bytes), frame.id());
+                proptest::prop_assert_eq!(back.bytes, chunk.bytes);
+            }
+        }
+
+        #[test]
+        fn any_bytes_are_a_frame_or_refused(head in proptest::collection::vec(proptest::num::u8::ANY, HEADER_BYTES), codec in 0u8..4, stored in proptest::collection::vec(proptest::num::u8::ANY, 0..200), raw_len in 0u32..3000) {
+            let id = Hash::of(&head);
+            let frame = Frame::seal(id, raw_len as usize, codec, stored.into());
+            if let Ok(frame) = Frame::parse(frame.to_bytes()) {
+                proptest::prop_assert!(frame.verify(id, raw_len).is_err());
+            }
+            let _ = Frame::parse(head.into());
         }
     }
 

@@ -3,12 +3,14 @@
 mod ahead;
 mod backend;
 mod jobs;
+mod refused;
 mod relay;
 mod runs;
 mod session;
 mod sharing;
 mod telling;
 mod upload;
+mod verify;
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -34,7 +36,7 @@ use crate::jobs::Jobs;
 use crate::lately::Lately;
 use crate::limits::REST_EVERY;
 use crate::line::{Arrival, Link, Listener};
-use crate::manifest::{Digest, Pages};
+use crate::manifest::{ChunkRef, Digest, Pages};
 use crate::names::{ArtifactRef, SiteName, SiteSelector};
 use crate::relay::{Of, Relay, Upstream};
 use crate::store::Store;
@@ -283,8 +285,8 @@ impl Library for Hub {
             return self.inner.relay.frames(peer, Of { digest: opened.digest, page, priority }, children).await;
         }
         let store = self.inner.store.clone();
-        let ids: Vec<Hash> = children.into_iter().map(|c| c.chunk.id).collect();
-        blocking(move || store.read_frames(&ids)).await.map(pieces)
+        let chunks: Vec<ChunkRef> = children.into_iter().map(|c| c.chunk).collect();
+        blocking(move || store.read_listed(&chunks)).await.map(pieces)
     }
 }
 

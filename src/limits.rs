@@ -367,3 +367,5 @@ pub const OMITTED_EXAMPLE_CHARS_MAX: usize = 200;
 pub const RUN_JOBS_KEPT_MAX: usize = 256;
 /// Redirects of a registry that are followed for one request.
 pub const REGISTRY_REDIRECTS_MAX: usize = 10;
+/// Chunks named in one report of a failed transfer that the hub reads again.
+pub const REFUSED_CHUNKS_MAX: usize = 16;

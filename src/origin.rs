@@ -402,17 +402,16 @@ impl Library for Origin {
     ) -> Result<Pieces, Fault> {
         // Pages lie in the store, whether the root lists them or an index page does.
         let store = self.inner.store.clone();
-        let ids: Vec<Hash> = children.iter().map(|c| c.chunk.id).collect();
+        let chunks: Vec<ChunkRef> = children.iter().map(|c| c.chunk).collect();
         let are_pages = match wanted {
             Wanted::TopPages(_) | Wanted::Root | Wanted::RootAndPages(_) | Wanted::Difference { .. } => true,
-            Wanted::Children { .. } => ids.first().is_some_and(|id| opened.pages.contains(id)),
+            Wanted::Children { .. } => chunks.first().is_some_and(|chunk| opened.pages.contains(&chunk.id)),
         };
         if are_pages {
-            return blocking(move || store.read_frames(&ids)).await.map(pieces);
+            return blocking(move || store.read_listed(&chunks)).await.map(pieces);
         }
         self.lies_here(opened.digest).await?;
         let (this, opened) = (self.clone(), opened.clone());
-        let chunks: Vec<ChunkRef> = children.iter().map(|c| c.chunk).collect();
         let runtime = tokio::runtime::Handle::current();
         blocking(move || this.read(&opened, &chunks, &runtime)).await.map(pieces)
     }

@@ -25,8 +25,8 @@ use crate::buffers::Buffers;
 use crate::chunk::{Hash, ShortHash};
 use crate::fault::{Code, Fault, Reason, Retry};
 use crate::fetch::{self, Child, Pieces, Ranges, blocking};
-use crate::frame::Frame;
-use crate::manifest::Digest;
+use crate::frame::{Frame, Verified};
+use crate::manifest::{ChunkRef, Digest};
 use crate::names::SiteName;
 use crate::store::Store;
 use crate::wire::Wanted;
@@ -265,14 +265,14 @@ impl Relay {
     /// Puts what is here between what comes.
     fn read_here(&self, children: &[Child], coming: Slots, in_main: &[bool]) -> Result<Vec<Slot>, Fault> {
         let inner = &self.inner;
-        let ids: Vec<Hash> = children.iter().map(|c| c.chunk.id).collect();
+        let chunks: Vec<ChunkRef> = children.iter().map(|c| c.chunk).collect();
         let mut out = Vec::new();
         let mut at = 0;
         let here = |from: usize, to: usize, out: &mut Vec<Slot>| -> Result<(), Fault> {
             for run in (from..to).collect::<Vec<_>>().chunk_by(|a, b| in_main[*a] == in_main[*b]) {
                 let (Some(first), Some(last)) = (run.first(), run.last()) else { continue };
                 let store = if in_main[*first] { &inner.main } else { &inner.kept.store };
-                out.push(Slot::Here(store.read_frames(&ids[*first..=*last])?));
+                out.push(Slot::Here(store.read_listed(&chunks[*first..=*last])?));
             }
             Ok(())
         };
@@ -379,12 +379,19 @@ impl Relay {
         self.inner.buffers.rest();
     }
 
-    /// Which of these chunks the relay or the hub holds damaged: one line each. Blocks.
-    pub fn check(&self, id: Hash) -> Result<(), Fault> {
-        if self.inner.main.has(id)? {
-            return self.inner.main.read(id).map(|_| ());
+    /// A chunk as far as the hub or the relay holds it, verified; `None` where neither does. Blocks.
+    pub fn read(&self, chunk: ChunkRef) -> Result<Option<Verified>, Fault> {
+        for store in [&self.inner.main, &self.inner.kept.store] {
+            if store.has(chunk.id)? {
+                return store.read_chunk(chunk).map(Some);
+            }
         }
-        if self.inner.kept.store.has(id)? { self.inner.kept.store.read(id).map(|_| ()) } else { Ok(()) }
+        Ok(None)
+    }
+
+    /// Reads these chunks again in both stores, and removes those from the index that do not verify. Returns how many. Blocks.
+    pub fn recheck(&self, ids: &[Hash]) -> Result<usize, Fault> {
+        Ok(self.inner.main.recheck(ids)? + self.inner.kept.store.recheck(ids)?)
     }
 
     /// Takes away all but what `live` names, which is called once nobody puts any more. Returns the bytes freed.

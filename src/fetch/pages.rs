@@ -139,7 +139,8 @@ impl Fetcher {
         blocking(move || {
             let old: Vec<Bytes> = base.pages[old].iter().map(|page| store.page(page.id)).collect::<Result<_, _>>()?;
             let lens: Vec<u32> = request.pages.iter().map(|page| page.len).collect();
-            for (page, bytes) in request.pages.iter().zip(restore(&old, &frame.squeezed()?, &lens)?) {
+            let squeezed = frame.squeezed(lens.iter().map(|len| *len as usize).sum())?;
+            for (page, bytes) in request.pages.iter().zip(restore(&old, &squeezed, &lens)?) {
                 store.put(&Frame::encode(&Verified::check(page.id, bytes)?))?;
             }
             Ok(())

@@ -1,4 +1,4 @@
-//! What the hub does in jobs: publish, import, verify, collect.
+//! What the hub does in jobs: publish, import, collect. `verify` has a module of its own.
 
 use std::collections::HashSet;
 use std::path::PathBuf;
@@ -11,7 +11,6 @@ use super::{Hub, short};
 use crate::api::types::{PublishRequest, Published};
 use crate::bundle;
 use crate::catalogue::{Part, new_delivery_id};
-use crate::chunk::Hash;
 use crate::fault::Fault;
 use crate::fetch::blocking;
 use crate::ingest::{self, Ingested};
@@ -59,7 +58,7 @@ impl Hub {
             digest: ingested.digest.hex(),
             transfers,
             bytes,
-            stored: if added { stored } else { 0 },
+            stored,
             unchanged: !added,
             note: None,
             omitted: ingested.omitted.list(),
@@ -110,60 +109,6 @@ impl Hub {
             self.register(None, &member.artifact, &member.root()?).await?;
         }
         Ok(members.into_iter().map(|m| m.artifact.to_string()).collect())
-    }
-
-    /// Re-reads every page and chunk of an artifact; of a quick look the pages only. One line a fault.
-    pub(super) async fn verify_now(&self, artifact: ArtifactRef, quick: bool, progress: Arc<JobProgress>) -> Result<Vec<String>, Fault> {
-        let row = self.inner.catalogue.artifact(&artifact).await?;
-        let (store, relay) = (self.inner.store.clone(), self.inner.relay.clone());
-        let others = self.inner.catalogue.artifacts().await?;
-        progress.doing(format!("re-reading {artifact}"));
-        blocking(move || {
-            let mut faults = Vec::new();
-            let mut damaged: HashSet<Hash> = HashSet::new();
-            let mut path = String::new();
-            for step in Walk::new(&row.root, &store) {
-                match step {
-                    Err(fault) => {
-                        faults.push(format!("{artifact}: {fault}"));
-                        break;
-                    }
-                    Ok(Step::Entry { entry, .. }) => path = entry.path.to_string(),
-                    Ok(Step::Chunk(chunk, _)) => {
-                        // Of what lives at a site only that is read which is here.
-                        let read = match (quick, row.origin.is_some()) {
-                            (true, true) => continue,
-                            (true, false) => store.has(chunk.id).and_then(|has| has.then_some(()).ok_or_else(|| missing(&chunk.id))),
-                            (false, true) => relay.check(chunk.id),
-                            (false, false) => store.read(chunk.id).map(|_| ()),
-                        };
-                        if let Err(fault) = read {
-                            faults.push(format!("{artifact}: {path}: {fault}"));
-                            damaged.insert(chunk.id);
-                        }
-                        if !quick {
-                            progress.bytes.fetch_add(u64::from(chunk.len), Ordering::Relaxed);
-                        }
-                    }
-                }
-            }
-            if quick {
-                progress.note("quick check: the manifest was read and the index was asked for each chunk; no chunk was read");
-            }
-            for other in others.iter().filter(|other| !damaged.is_empty() && other.artifact != artifact) {
-                // A manifest that cannot be read is found by the verify of its own artifact.
-                let chunks = Walk::new(&other.root, &store).filter_map(|step| match step {
-                    Ok(Step::Chunk(chunk, _)) => Some(chunk.id),
-                    _ => None,
-                });
-                let hit = chunks.filter(|id| damaged.contains(id)).count();
-                if hit > 0 {
-                    faults.push(format!("{}: {hit} of the damaged chunks are its too", other.artifact));
-                }
-            }
-            Ok(faults)
-        })
-        .await
     }
 
     /// Removes chunks that no artifact names. Returns the bytes freed.

@@ -285,6 +285,8 @@ impl Hub {
         if row.state == State::Paused && row.want == Want::Pause && !matches!(report.state, State::Paused | State::Done) {
             return Ok(());
         }
+        // Before the failure is shown: whoever sees it may publish again at once.
+        self.recheck_refused(site, &report).await;
         self.inner.catalogue.update_transfer(&report.id, row.generation, report.state, &report.body).await
     }
 

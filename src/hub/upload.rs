@@ -345,4 +345,4 @@ impl<F: FnMut(Batch) -> Result<bool, Fault>> Planner<'_, F> {
 }
 
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;

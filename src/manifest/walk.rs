@@ -84,7 +84,7 @@ impl<'a, P: Pages + ?Sized> Walk<'a, P> {
     }
 
     fn read(&mut self, page: PageRef, depth: u8) -> Result<(), Fault> {
-        let bytes = self.pages.page(page.id)?;
+        let bytes = read_page(self.pages, &page)?;
         if depth > 0 {
             let children = self.unfolding.open(&page, &bytes)?;
             self.ahead.extend(children.into_iter().rev().map(|child| (child, depth - 1)));
@@ -201,6 +201,15 @@ impl Unfolding {
     }
 }
 
+/// The page, if it is as long as is said where it is listed: whoever receives it compares that.
+fn read_page<P: Pages + ?Sized>(pages: &P, page: &PageRef) -> Result<Bytes, Fault> {
+    let bytes = pages.page(page.id)?;
+    if bytes.len() == page.len as usize {
+        return Ok(bytes);
+    }
+    Err(impossible(&format!("page {} has {} bytes; where it is listed, it has {}", page.id, bytes.len(), page.len)))
+}
+
 fn impossible(why: &str) -> Fault {
     Fault::integrity(format!("the manifest is malformed: {why}")).with_next("publish the artifact again")
 }
@@ -241,7 +250,7 @@ pub fn level_below(level: &[Listed], pages: &dyn Pages) -> Result<Vec<Listed>, F
     let mut unfolding = Unfolding::default();
     let mut below = Vec::new();
     for page in level.iter().flat_map(|(_, listed)| listed) {
-        below.push((Some(page.id), unfolding.open(page, &pages.page(page.id)?)?));
+        below.push((Some(page.id), unfolding.open(page, &read_page(pages, page)?)?));
     }
     Ok(below)
 }

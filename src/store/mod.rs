@@ -26,9 +26,9 @@ use parking_lot::Mutex;
 use crate::chunk::{Hash, ShortHash};
 use crate::durable;
 use crate::fault::{Code, Fault};
-use crate::frame::{Frame, Verified};
+use crate::frame::{Frame, FrameError, HEADER_BYTES, Header, Verified};
 use crate::limits::{PACK_BYTES, STORE_SPARE_BYTES};
-use crate::manifest::Pages;
+use crate::manifest::{ChunkRef, Pages};
 use crate::space::Space;
 
 pub use index::INDEX_CACHE_BYTES;
@@ -169,6 +169,14 @@ impl Store {
         Ok(self.locate(id)?.is_some())
     }
 
+    /// The raw length of a chunk as its frame names it; `None` when the chunk is not here. Reads no more than the frame's header.
+    pub fn raw_len(&self, id: Hash) -> Result<Option<u32>, Fault> {
+        let Some(at) = self.locate(id)? else { return Ok(None) };
+        let head = self.inner.packs.read(at.pack, u64::from(at.offset), HEADER_BYTES)?;
+        let header = head.first_chunk().ok_or(FrameError::Malformed).and_then(Header::parse)?;
+        Ok(Some(header.raw_len))
+    }
+
     /// Which of these chunks are here.
     pub fn has_many(&self, ids: &[Hash]) -> Result<Vec<bool>, Fault> {
         Ok(self.locate_many(ids)?.into_iter().map(|found| found.is_some()).collect())
@@ -178,6 +186,19 @@ impl Store {
     pub fn put(&self, frame: &Frame) -> Result<u64, Fault> {
         if self.has(frame.id())? {
             return Ok(0);
+        }
+        self.append(frame)
+    }
+
+    /// [`Store::put`] for a caller that repairs: a chunk that is here is read and verified first, and replaced if it is damaged.
+    pub fn put_over(&self, frame: &Frame) -> Result<u64, Fault> {
+        if self.has(frame.id())? {
+            match self.read(frame.id()) {
+                Ok(_) => return Ok(0),
+                // The read removed it from the index.
+                Err(fault) if fault.code == Code::Integrity => {}
+                Err(fault) => return Err(fault),
+            }
         }
         self.append(frame)
     }
@@ -363,11 +384,23 @@ impl Store {
     /// The frames of these chunks in this order, neighbours joined into one piece, every sum checked. A chunk that is
     /// not here is `not_found`; a damaged one is `integrity` and is never given out.
     pub fn read_frames(&self, ids: &[Hash]) -> Result<Vec<Bytes>, Fault> {
-        // A collection may take a pack away between the look at the index and the read: the second failure is believed.
-        self.read_located(ids).or_else(|_| self.read_located(ids)).inspect_err(|fault| self.forget_damaged(ids, fault))
+        self.read_some(ids, None)
     }
 
-    fn read_located(&self, ids: &[Hash]) -> Result<Vec<Bytes>, Fault> {
+    /// [`Store::read_frames`] of chunks as a manifest names them: a frame that has another raw length than the manifest names is
+    /// `integrity` as well, because whoever receives it refuses it.
+    pub fn read_listed(&self, chunks: &[ChunkRef]) -> Result<Vec<Bytes>, Fault> {
+        let ids: Vec<Hash> = chunks.iter().map(|chunk| chunk.id).collect();
+        self.read_some(&ids, Some(chunks))
+    }
+
+    fn read_some(&self, ids: &[Hash], listed: Option<&[ChunkRef]>) -> Result<Vec<Bytes>, Fault> {
+        // A collection may take a pack away between the look at the index and the read: the second failure is believed.
+        let read = || self.read_located(ids, listed);
+        read().or_else(|_| read()).inspect_err(|fault| self.forget_damaged(ids, fault))
+    }
+
+    fn read_located(&self, ids: &[Hash], listed: Option<&[ChunkRef]>) -> Result<Vec<Bytes>, Fault> {
         let mut runs: Vec<Run> = Vec::new();
         for (id, found) in ids.iter().zip(self.locate_many(ids)?) {
             let Some(at) = found else { return Err(missing(*id)) };
@@ -378,12 +411,13 @@ impl Store {
                 _ => runs.push((at, u64::from(at.frame_len))),
             }
         }
-        self.read_runs(ids, runs)
+        self.read_runs(ids, listed, runs)
     }
 
-    fn read_runs(&self, ids: &[Hash], runs: Vec<Run>) -> Result<Vec<Bytes>, Fault> {
+    fn read_runs(&self, ids: &[Hash], listed: Option<&[ChunkRef]>, runs: Vec<Run>) -> Result<Vec<Bytes>, Fault> {
         let mut out = Vec::with_capacity(runs.len());
         let mut wanted = ids.iter();
+        let mut listed = listed.unwrap_or_default().iter();
         for (first, len) in runs {
             let bytes = self.inner.packs.read(first.pack, u64::from(first.offset), len as usize)?;
             let mut rest = bytes.clone();
@@ -397,6 +431,7 @@ impl Store {
                         frame.id()
                     )));
                 }
+                listed.next().map_or(Ok(()), |chunk| check_len(chunk, frame.raw_len()))?;
             }
             out.push(bytes);
         }
@@ -409,6 +444,25 @@ impl Store {
         self.read_unforgiving(id).or_else(|_| self.read_unforgiving(id)).inspect_err(|fault| self.forget_damaged(&[id], fault))
     }
 
+    /// [`Store::read`] of a chunk as a manifest names it: another length than the manifest names is `integrity` as well.
+    pub fn read_chunk(&self, chunk: ChunkRef) -> Result<Verified, Fault> {
+        let read = self.read(chunk.id)?;
+        check_len(&chunk, read.bytes.len() as u32)?;
+        Ok(read)
+    }
+
+    /// Reads and verifies these chunks as far as they are here, and removes those from the index that do not verify. Returns how
+    /// many those were.
+    pub fn recheck(&self, ids: &[Hash]) -> Result<usize, Fault> {
+        let mut bad = 0;
+        for id in ids {
+            if self.has(*id)? {
+                bad += usize::from(self.read(*id).is_err_and(|fault| fault.code == Code::Integrity));
+            }
+        }
+        Ok(bad)
+    }
+
     /// A chunk that turned out damaged is as good as not there: forgotten, it is stored anew by the next publish of it.
     fn forget_damaged(&self, ids: &[Hash], fault: &Fault) {
         if fault.code != Code::Integrity {
@@ -419,6 +473,15 @@ impl Store {
             return;
         }
         tracing::error!(chunks = damaged.len(), error = %fault, "damage in the store");
+        {
+            // What is not flushed yet stands there only.
+            let mut open = self.inner.open.lock();
+            for (id, at) in &damaged {
+                if open.pending.get(id) == Some(at) {
+                    open.pending.remove(id);
+                }
+            }
+        }
         if let Err(fault) = self.inner.index.forget_chunks(&damaged) {
             tracing::error!(error = %fault, "the chunk index cannot be written");
         }
@@ -536,6 +599,15 @@ impl Store {
         }
         Ok(frame)
     }
+}
+
+/// A frame may be sound and still not be what a manifest names: then it is the manifest that is wrong.
+fn check_len(listed: &ChunkRef, len: u32) -> Result<(), Fault> {
+    if listed.len == len {
+        return Ok(());
+    }
+    Err(Fault::integrity(format!("chunk {} has {len} bytes; the manifest says {}", listed.id, listed.len))
+        .with_next("run 'packhorse verify' on the artifact, then publish the content again; if that finds the same, under a new version"))
 }
 
 /// An artifact names the chunk, so it was here once.

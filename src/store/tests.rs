@@ -421,3 +421,44 @@ fn a_rebuild_finds_the_chunks_on_both_sides_of_damage() {
     let store = Store::open(dir.path()).unwrap();
     assert!(!store.has(chunks[1].id).unwrap(), "so that publishing it again stores it again");
 }
+
+#[test]
+fn a_chunk_with_a_wrong_raw_length_is_stored_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(dir.path()).unwrap();
+    for (seed, flushed) in [(1, true), (2, false)] {
+        let chunk = chunk(seed, 10_000);
+        let listed = ChunkRef { id: chunk.id, len: 10_000 };
+        let lie = Frame::lying(&chunk, 10_777);
+        let poison = || {
+            store.append(&lie).unwrap();
+            if flushed {
+                store.flush().unwrap();
+            }
+        };
+        poison();
+        assert_eq!(store.raw_len(chunk.id).unwrap(), Some(10_777));
+        assert_eq!(store.put(&Frame::encode(&chunk)).unwrap(), 0, "nobody has read it yet");
+        assert_eq!(store.read_listed(&[listed]).unwrap_err().code, Code::Integrity, "a delivery finds it");
+        assert!(store.put(&Frame::encode(&chunk)).unwrap() > 0, "flushed: {flushed}");
+        assert_eq!(store.read_chunk(listed).unwrap().bytes, chunk.bytes);
+        assert!(store.put_over(&Frame::encode(&chunk)).unwrap() == 0 && store.recheck(&[chunk.id]).unwrap() == 0);
+    }
+    // The liar's own manifest names the length of the frame: the bytes are given out, whoever receives them refuses them and says so.
+    let chunk = chunk(3, 10_000);
+    store.append(&Frame::lying(&chunk, 10_777)).unwrap();
+    store.read_listed(&[ChunkRef { id: chunk.id, len: 10_777 }]).unwrap();
+    assert_eq!(store.recheck(&[chunk.id, Hash::of(b"not here")]).unwrap(), 1);
+    assert!(!store.has(chunk.id).unwrap());
+    store.append(&Frame::lying(&chunk, 10_777)).unwrap();
+    assert!(store.put_over(&Frame::encode(&chunk)).unwrap() > 0, "an import repairs");
+    // A manifest that names another length than an honest chunk has costs that chunk nothing.
+    for read in [
+        store.read_listed(&[ChunkRef { id: chunk.id, len: 9 }]).map(|_| ()),
+        store.read_chunk(ChunkRef { id: chunk.id, len: 9 }).map(|_| ()),
+    ] {
+        let fault = read.unwrap_err();
+        assert!(fault.code == Code::Integrity && fault.message.contains("has 10000 bytes; the manifest says 9"), "{fault}");
+    }
+    assert!(store.read(chunk.id).is_ok());
+}

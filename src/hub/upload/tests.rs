@@ -20,14 +20,14 @@ use crate::wire::{self, AskHub, CONTROL, FromHub, FromSite};
 /// What a line costs that carries nothing: handshake, questions, and the search for the largest packet.
 const QUIET: u64 = 192 << 10;
 
-struct Bench {
-    hub: Hub,
+pub(in crate::hub) struct Bench {
+    pub(in crate::hub) hub: Hub,
     address: String,
     dir: tempfile::TempDir,
 }
 
 impl Bench {
-    async fn start() -> Self {
+    pub(in crate::hub) async fn start() -> Self {
         let dir = tempfile::tempdir().unwrap();
         let data = dir.path().join("hub");
         crate::durable::create_dir_all(&data).unwrap();
@@ -42,20 +42,20 @@ impl Bench {
         Self { hub, address, dir }
     }
 
-    async fn token(&self, site: Option<&str>, publisher: Option<&str>) -> String {
+    pub(in crate::hub) async fn token(&self, site: Option<&str>, publisher: Option<&str>) -> String {
         let (site, publisher) = (site.map(Into::into), publisher.map(Into::into));
         self.hub.token(TokenRequest { site, publisher, labels: Default::default(), ttl_seconds: 60 }).await.unwrap()
     }
 
-    async fn join(&self, token: &str, claim: &Claim) -> SiteIdentity {
+    pub(in crate::hub) async fn join(&self, token: &str, claim: &Claim) -> SiteIdentity {
         line::join(&self.address, &token.parse::<JoinToken>().unwrap(), claim, &Line::default()).await.unwrap()
     }
 
-    async fn dial(&self, identity: &SiteIdentity) -> Link {
+    pub(in crate::hub) async fn dial(&self, identity: &SiteIdentity) -> Link {
         line::dial(&self.address, identity, &Line::default(), 8 << 20).await.unwrap()
     }
 
-    fn source(&self, name: &str, bytes: usize, seed: u8) -> std::path::PathBuf {
+    pub(in crate::hub) fn source(&self, name: &str, bytes: usize, seed: u8) -> std::path::PathBuf {
         let folder = self.dir.path().join(name);
         crate::durable::create_dir_all(&folder).unwrap();
         let mut content = vec![0; bytes];
@@ -65,7 +65,12 @@ impl Bench {
         folder
     }
 
-    async fn publish(&self, source: &Path, reference: &str, token: Option<&str>) -> Result<Uploaded, crate::fault::Fault> {
+    pub(in crate::hub) async fn publish(
+        &self,
+        source: &Path,
+        reference: &str,
+        token: Option<&str>,
+    ) -> Result<Uploaded, crate::fault::Fault> {
         let asked = Asked {
             source: source.display().to_string(),
             artifact: reference.parse().unwrap(),
