@@ -369,3 +369,7 @@ pub const RUN_JOBS_KEPT_MAX: usize = 256;
 pub const REGISTRY_REDIRECTS_MAX: usize = 10;
 /// Chunks named in one report of a failed transfer that the hub reads again.
 pub const REFUSED_CHUNKS_MAX: usize = 16;
+/// The paths of folders that the links of one artifact step back from, and of those links, in bytes.
+pub const LINK_FOLDERS_BYTES_MAX: usize = 8 << 20;
+/// How long one `doctor` checks manifests before it leaves the rest to the next.
+pub const DOCTOR_MANIFESTS_MAX: Duration = Duration::from_secs(10);

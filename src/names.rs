@@ -324,6 +324,38 @@ impl FromStr for RelPath {
     }
 }
 
+/// Resolves the target of the link at `path` by its text, from the folder that the link is in, and refuses one that leaves the artifact.
+/// Whoever publishes and whoever receives use this one rule.
+///
+/// A `..` behind a name is a step back only where that name is a real folder: behind another link it could lead anywhere. `is_folder`
+/// says whether this path of the artifact is one.
+pub fn stays_inside(path: &RelPath, target: &str, mut is_folder: impl FnMut(&str) -> bool) -> Result<(), &'static str> {
+    if target.starts_with('/') {
+        return Err("is an absolute path");
+    }
+    let mut at: Vec<&str> = path.components().collect();
+    at.pop();
+    // The folders above the link are folders.
+    let mut sure = at.len();
+    for component in target.split('/') {
+        match component {
+            "" | "." => {}
+            ".." => {
+                if at.is_empty() {
+                    return Err("leaves the folder");
+                }
+                if at.len() > sure && !is_folder(&at.join("/")) {
+                    return Err("steps back from something that is not a folder");
+                }
+                at.pop();
+                sure = sure.min(at.len());
+            }
+            name => at.push(name),
+        }
+    }
+    Ok(())
+}
+
 /// Which sites a command means: names, `all`, or a selector on labels.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
@@ -473,6 +505,42 @@ mod tests {
         }
         for bad in ["", "/a", "a/", "a//b", "..", "a/../b", "./a", "a\0b"] {
             assert!(bad.parse::<RelPath>().is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn links_stay_inside_or_are_refused() {
+        let folders = ["a", "a/b", "z"];
+        let of = |link: &str, target: &str| stays_inside(&link.parse().unwrap(), target, |folder| folders.contains(&folder));
+        for (link, target) in [
+            ("l", "x"),
+            ("l", "."),
+            ("l", "l"),
+            ("l", "nowhere/at/all"),
+            ("a/l", "../x"),
+            ("a/b/l", "../../x/./y"),
+            ("a/l", "b/../../z"),
+            ("l", "z/.."),
+            ("l", "z/"),
+            ("a/l", "b//../c"),
+            ("l", "..."),
+        ] {
+            assert_eq!(of(link, target), Ok(()), "{link} -> {target}");
+        }
+        for (link, target) in [
+            ("l", "/etc/passwd"),
+            ("l", "/"),
+            ("l", ".."),
+            ("a/l", "../.."),
+            ("a/b/l", "../../../x"),
+            ("a/l", "b/../../../x"),
+            ("l", "other/.."),
+            ("a/l", "up/../x"),
+            ("l", "z/x/../.."),
+            ("l", "a/b/../../../etc"),
+            ("a/l", "./.././../x"),
+        ] {
+            assert!(of(link, target).is_err(), "{link} -> {target}");
         }
     }
 

@@ -204,9 +204,11 @@ impl Stage {
         rustix::fs::symlinkat(target, self.dir.as_fd(), path.as_str()).map_err(|e| Fault::io(self.what("make the link", path), &e.into()))
     }
 
-    /// Sets an entry's mode, if it has another.
+    /// Sets an entry's mode, if it has another. A folder keeps what it got from the folder that it is in, as the group on a shared NAS.
     pub fn set_mode(&self, path: &RelPath, mode: u32) -> Result<(), Fault> {
-        let now = self.dir.symlink_metadata(path.as_str()).at(self.what("look at", path))?.permissions().mode() & 0o7777;
+        let meta = self.dir.symlink_metadata(path.as_str()).at(self.what("look at", path))?;
+        let now = meta.permissions().mode() & 0o7777;
+        let mode = if meta.is_dir() { mode | (now & 0o2000) } else { mode };
         if now == mode {
             return Ok(());
         }

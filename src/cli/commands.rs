@@ -273,7 +273,11 @@ pub(super) async fn import(global: &Global, file: &Path) -> Result<(), Fault> {
 
 /// `gc`
 pub(super) async fn gc(global: &Global) -> Result<(), Fault> {
-    let result = work(global, "/v1/gc", &json!({})).await?;
+    let Job { result, notes, .. } = job(global, "/v1/gc", &json!({})).await?;
+    let mut result = result.unwrap_or_default();
+    if let Some(fields) = result.as_object_mut().filter(|_| !notes.is_empty()) {
+        fields.insert("notes".into(), notes.into());
+    }
     one(global.output, &result, value_text)
 }
 

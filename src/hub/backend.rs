@@ -365,9 +365,7 @@ impl Backend for Hub {
 
     async fn gc(&self) -> Result<Job, Fault> {
         let this = self.clone();
-        self.inner.jobs.start_collection(move |progress| async move {
-            this.collect_now(progress).await.map(|freed| BTreeMap::from([("freed", freed)]))
-        })
+        self.inner.jobs.start_collection(move |progress| async move { this.collect_now(progress).await })
     }
 
     async fn doctor(&self) -> Result<Vec<String>, Fault> {
@@ -403,6 +401,7 @@ impl Backend for Hub {
         }
         out.extend(self.share_fault(&joined));
         out.extend(self.changed_lines().await?);
+        out.extend(self.manifest_lines().await?);
         Ok(out)
     }
 

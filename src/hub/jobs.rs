@@ -7,6 +7,7 @@ use std::sync::atomic::Ordering;
 
 use tokio::sync::OwnedRwLockReadGuard;
 
+use super::manifests::{Live, fault_of, malformed_line, mark};
 use super::{Hub, short};
 use crate::api::types::{PublishRequest, Published};
 use crate::bundle;
@@ -16,7 +17,7 @@ use crate::fetch::blocking;
 use crate::ingest::{self, Ingested};
 use crate::jobs::{JobProgress, until_room};
 use crate::limits::ROOM_AWAITED_MAX;
-use crate::manifest::{DatasetBinding, Root, Step, Walk, for_each_page};
+use crate::manifest::{DatasetBinding, Root};
 use crate::names::ArtifactRef;
 use crate::own::Own;
 use crate::reading::{self, Access};
@@ -111,27 +112,30 @@ impl Hub {
         Ok(members.into_iter().map(|m| m.artifact.to_string()).collect())
     }
 
-    /// Removes chunks that no artifact names. Returns the bytes freed.
-    pub(super) async fn collect_now(&self, progress: Arc<JobProgress>) -> Result<u64, Fault> {
+    /// Removes chunks that no artifact names. A malformed manifest counts as holding all that can be read of it, and is reported.
+    pub(super) async fn collect_now(&self, progress: Arc<JobProgress>) -> Result<serde_json::Value, Fault> {
         progress.doing("waiting for publishes to end");
         let _alone = self.inner.collecting.clone().write_owned().await;
         let rows = self.inner.catalogue.artifacts().await?;
         let store = self.inner.store.clone();
         progress.doing("marking what is named");
         blocking(move || {
-            let mut live: HashSet<u64> = HashSet::new();
-            for row in rows {
-                for_each_page(&row.root, &store, |page| {
-                    live.insert(short(page.id.short()));
-                    Ok(())
-                })?;
-                for step in Walk::new(&row.root, &store) {
-                    if let Step::Chunk(chunk, _) = step? {
-                        live.insert(short(chunk.id.short()));
-                    }
+            let (mut live, mut pages, mut malformed) = (Live::new(), HashSet::new(), Vec::new());
+            for row in &rows {
+                if let Some(fault) = fault_of(row, &store)? {
+                    let line = malformed_line(row, &fault);
+                    tracing::warn!(artifact = %row.artifact, error = %fault, "the manifest of an artifact cannot be used");
+                    progress.note(line);
+                    malformed.push(row.artifact.to_string());
                 }
+                mark(&row.root, &store, &mut pages, &mut live)?;
             }
-            store.collect(&|id| live.contains(&short(id)))
+            let freed = store.collect(&|id| live.contains(&short(id)))?;
+            let mut result = serde_json::json!({ "freed": freed });
+            if !malformed.is_empty() {
+                result["malformed"] = malformed.into();
+            }
+            Ok(result)
         })
         .await
     }

@@ -27,7 +27,7 @@ impl Hub {
         match blocking(move || relay.recheck(&named)).await {
             Ok(0) => {}
             Ok(bad) => {
-                tracing::error!(%site, transfer = %report.id, bad, "chunks that a site refused are bad here, and were removed from the index")
+                tracing::error!(%site, transfer = %report.id, bad, "chunks that a site refused are bad here, and were removed from the index");
             }
             Err(fault) => tracing::error!(%site, error = %fault, "chunks that a site refused could not be read again"),
         }

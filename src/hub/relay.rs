@@ -9,6 +9,7 @@ use async_trait::async_trait;
 use futures::{StreamExt, stream};
 use parking_lot::Mutex;
 
+use super::manifests::{Live, mark};
 use super::{Hub, Links, short};
 use crate::buffers::Buffers;
 use crate::catalogue::{Catalogue, Kept};
@@ -17,7 +18,7 @@ use crate::clock;
 use crate::fault::Fault;
 use crate::fetch::{Fetcher, blocking};
 use crate::lately::Lately;
-use crate::manifest::{Digest, Root, Step, Walk};
+use crate::manifest::{Digest, Root};
 use crate::names::SiteName;
 use crate::relay::{Holder, Of, Relay, Sent, TOGETHER_BYTES, Upstream};
 use crate::wire::Wanted;
@@ -168,7 +169,7 @@ impl Hub {
         }
     }
 
-    async fn evict_these(&self, gone: &HashSet<Digest>) -> Result<u64, Fault> {
+    pub(super) async fn evict_these(&self, gone: &HashSet<Digest>) -> Result<u64, Fault> {
         let catalogue = &self.inner.catalogue;
         let pages = self.inner.store.clone();
         let freed = self
@@ -178,18 +179,18 @@ impl Hub {
                 // Nobody puts now, so what is noted as kept is all there is. A pin or a transfer may have come meanwhile.
                 let kept = catalogue.relay_kept().await?;
                 let stays = |k: &Kept| !gone.contains(&k.digest) || k.pinned || k.open;
-                let stay: Vec<Root> = kept.iter().filter(|k| stays(k)).map(|k| k.root.clone()).collect();
+                let stay: Vec<(String, Root)> =
+                    kept.iter().filter(|k| stays(k)).map(|k| (k.artifact.to_string(), k.root.clone())).collect();
                 for left in kept.iter().filter(|k| !stays(k)) {
                     catalogue.relay_evicted(&left.artifact).await?;
                     tracing::info!(artifact = %left.artifact, "relayed bytes are evicted");
                 }
                 let live = blocking(move || {
-                    let mut live: HashSet<u64> = HashSet::new();
-                    for root in stay {
-                        for step in Walk::new(&root, &pages) {
-                            if let Step::Chunk(chunk, _) = step? {
-                                live.insert(short(chunk.id.short()));
-                            }
+                    let (mut live, mut seen) = (Live::new(), HashSet::new());
+                    for (artifact, root) in stay {
+                        // What cannot be read of it is not held, and is fetched again when it is asked for.
+                        if let Some(fault) = mark(&root, &pages, &mut seen, &mut live)? {
+                            tracing::warn!(%artifact, error = %fault, "the manifest of an artifact cannot be read whole");
                         }
                     }
                     Ok(live)

@@ -415,10 +415,8 @@ impl Hub {
         let _publishing = inner.collecting.clone().read_owned().await;
         let fetcher = Fetcher::new(link, digest, Arc::default());
         let root = fetcher.root().await?;
-        if root.kind != artifact.kind {
-            return Err(Fault::integrity(format!("{artifact} has the manifest of a {}", root.kind)));
-        }
         fetcher.pages(&root, None, &inner.store).await?;
+        self.check_manifest(&artifact, &root).await?;
         // What was opened by its digest before it was known here must be looked at anew.
         inner.opened.lock().retain(|opened| opened.digest != digest);
         let added = match run {

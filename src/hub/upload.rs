@@ -159,6 +159,7 @@ impl Hub {
         let publishing: Publishing = Arc::new(inner.collecting.clone().read_owned().await);
         let losses = inner.store.losses();
         fetcher.pages(&root, None, &inner.store).await?;
+        self.check_manifest(&artifact, &root).await?;
         let stored = self.pull(publisher, &fetcher, &root, &publishing).await?;
         let store = inner.store.clone();
         blocking(move || store.flush_since(losses)).await?;

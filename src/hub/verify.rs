@@ -1,26 +1,30 @@
 //! `verify` at the hub: reads an artifact as a delivery would send it, and checks all that a site would check.
 //!
 //! The manifest is walked with the same checks as at a site. Each chunk is read, decoded and hashed, and compared with the length that
-//! the manifest names; each file is compared with its hash, and a blob of an image with the SHA-256 in its name as well. Of an artifact
+//! the manifest names; each file is compared with its hash, and a blob of an image with the SHA-256 in its name as well; of an image
+//! all that its manifests name must be there. Of an artifact
 //! that lives at a site only that is read which the hub holds. What does not verify is removed from the index of its store, so that
 //! publishing the content again stores it anew.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use bytes::Bytes;
 use sha2::Digest as _;
 
 use super::Hub;
+use super::manifests::fault_of;
 use crate::catalogue::ArtifactRow;
 use crate::chunk::Hash;
-use crate::fault::Fault;
+use crate::fault::{Code, Fault};
 use crate::fetch::blocking;
 use crate::frame::Verified;
 use crate::jobs::JobProgress;
-use crate::manifest::{ChunkRef, EntryBody, FileInfo, Step, Walk};
+use crate::limits::{IMAGE_MANIFEST_BYTES_MAX, OFFENDERS_LISTED_MAX};
+use crate::manifest::{self, ChunkRef, Entry, EntryBody, FileInfo, ImageInfo, KindInfo, Named, Step, Walk};
 use crate::names::{ArtifactRef, Kind, RelPath};
-use crate::registry::image::Sha256;
+use crate::registry::image::{Descriptor, Sha256, walk};
 use crate::relay::Relay;
 use crate::store::Store;
 
@@ -34,15 +38,18 @@ impl Hub {
         blocking(move || {
             let mut verify =
                 Verify { row: &row, store: &store, relay: &relay, progress: &progress, found: Vec::new(), damaged: HashSet::new() };
-            verify.read_all();
+            verify.read_all()?;
             let Verify { mut found, damaged, .. } = verify;
             for other in others.iter().filter(|other| !damaged.is_empty() && other.artifact != artifact) {
                 // A manifest that cannot be read is found by the verify of its own artifact.
-                let chunks = Walk::new(&other.root, &store).filter_map(|step| match step {
-                    Ok(Step::Chunk(chunk, _)) => Some(chunk.id),
-                    _ => None,
-                });
-                let hit = chunks.filter(|id| damaged.contains(id)).count();
+                let mut hit = 0;
+                let mut take = |named| {
+                    hit += usize::from(match named {
+                        Named::Chunk(ChunkRef { id, .. }) | Named::File { hash: id, .. } => damaged.contains(&id),
+                        Named::Page(_) => false,
+                    });
+                };
+                manifest::survey(&other.root, &store, &mut HashSet::new(), &mut take)?;
                 if hit > 0 {
                     found.push(format!("{}: {hit} of the damaged chunks are its too", other.artifact));
                 }
@@ -64,14 +71,37 @@ struct Verify<'a> {
 }
 
 impl Verify<'_> {
-    fn read_all(&mut self) {
+    /// A malformed manifest is a fault by itself; what it names is read all the same.
+    fn read_malformed(&mut self, fault: &Fault) -> Result<(), Fault> {
+        self.found.push(fault.to_string());
+        let (row, store) = (self.row, self.store);
+        let whole = u64::from(row.root.chunking.whole);
+        let mut take = |named| {
+            let chunk = match named {
+                Named::Chunk(chunk) => chunk,
+                Named::File { hash, size } if size > 0 && size <= whole => ChunkRef { id: hash, len: size as u32 },
+                Named::File { .. } | Named::Page(_) => return,
+            };
+            self.progress.bytes.fetch_add(u64::from(chunk.len), Ordering::Relaxed);
+            if let Err(fault) = self.read(chunk) {
+                self.found.push(format!("{}: {fault}", row.artifact));
+                self.damaged.insert(chunk.id);
+            }
+        };
+        let lost = manifest::survey(&row.root, store, &mut HashSet::new(), &mut take)?;
+        let new = lost.iter().filter(|lost| !fault.message.ends_with(&lost.message));
+        self.found.extend(new.map(|lost| format!("{}: {lost}", row.artifact)));
+        Ok(())
+    }
+
+    fn read_all(&mut self) -> Result<(), Fault> {
+        if let Some(fault) = fault_of(self.row, self.store)? {
+            return self.read_malformed(&fault);
+        }
         let mut file: Option<OpenFile> = None;
         for step in Walk::new(&self.row.root, self.store) {
             match step {
-                Err(fault) => {
-                    self.found.push(format!("{}: {fault}", self.row.artifact));
-                    return;
-                }
+                Err(fault) => return Err(fault),
                 Ok(Step::Entry { entry, .. }) => {
                     self.end(file.take());
                     if let EntryBody::File(info) = entry.body {
@@ -94,6 +124,64 @@ impl Verify<'_> {
             }
         }
         self.end(file);
+        match &self.row.root.info {
+            // Of what lives at a site some may not be here.
+            KindInfo::Image(info) if self.found.is_empty() && self.row.origin.is_none() => self.check_image(info),
+            _ => Ok(()),
+        }
+    }
+
+    /// Follows an image from its top manifest to its blobs, as a site does.
+    fn check_image(&mut self, info: &ImageInfo) -> Result<(), Fault> {
+        let digest = info.digest.parse().map_err(Fault::integrity)?;
+        let top = Descriptor { media_type: info.media_type.clone(), digest, size: info.size, urls: None };
+        let walked = {
+            let this = &*self;
+            let load = |wanted: Descriptor| std::future::ready(this.small_file(&wanted.digest.layout_path()));
+            tokio::runtime::Handle::current().block_on(walk(&top, load))
+        };
+        let tree = match walked {
+            Ok(tree) => tree,
+            Err(fault) if matches!(fault.code, Code::Integrity | Code::NotFound) => {
+                self.found.push(format!("{}: {fault}", self.row.artifact));
+                return Ok(());
+            }
+            Err(fault) => return Err(fault),
+        };
+        let absent = tree.absent.iter().filter(|digest| !info.absent.contains(&digest.to_string()));
+        self.found.extend(absent.map(|digest| format!("{}: manifest {digest} is not in it", self.row.artifact)));
+        let needed = tree.blobs.iter().filter(|blob| !blob.is_foreign());
+        let mut needed: HashMap<String, u64> = needed.map(|blob| (blob.digest.layout_path(), blob.size)).collect();
+        for step in Walk::new(&self.row.root, self.store) {
+            if let Step::Entry { entry: Entry { path, body: EntryBody::File(file), .. }, .. } = step?
+                && needed.get(path.as_str()) == Some(&file.size)
+            {
+                needed.remove(path.as_str());
+            }
+        }
+        let lacking =
+            needed.into_iter().map(|(path, size)| format!("{}: it needs {path} of {size} bytes, which is not in it", self.row.artifact));
+        self.found.extend(lacking.take(OFFENDERS_LISTED_MAX));
+        Ok(())
+    }
+
+    /// A file of the artifact that is small enough for an image's manifest; `None` when there is none of that path.
+    fn small_file(&self, wanted: &str) -> Result<Option<Bytes>, Fault> {
+        let (mut out, mut found) = (Vec::new(), false);
+        for step in Walk::new(&self.row.root, self.store) {
+            match step? {
+                Step::Entry { .. } if found => break,
+                Step::Entry { entry: Entry { path, body: EntryBody::File(file), .. }, .. } if path.as_str() == wanted => {
+                    if file.size > IMAGE_MANIFEST_BYTES_MAX as u64 {
+                        return Err(Fault::integrity(format!("{wanted}: {} bytes are too many for an image manifest", file.size)));
+                    }
+                    found = true;
+                }
+                Step::Chunk(chunk, _) if found => out.extend_from_slice(&self.store.read_chunk(chunk)?.bytes),
+                _ => {}
+            }
+        }
+        Ok(found.then(|| out.into()))
     }
 
     /// `None`: the hub does not hold it, and need not.

@@ -6,12 +6,16 @@
 //! [`Pages`], and neither holds more than a page of each level.
 
 mod build;
+mod check;
 pub mod difference;
 mod page;
+mod survey;
 mod walk;
 
 pub use build::Builder;
+pub use check::check;
 pub use page::{ChunkRef, read_children};
+pub use survey::{Named, survey};
 pub use walk::{Listed, Pages, Spot, Step, Walk, children, entry_pages, for_each_page, level_below, top_level};
 
 use serde::{Deserialize, Serialize};
@@ -29,7 +33,7 @@ pub type Digest = Hash;
 pub struct Entry {
     /// Where it stands.
     pub path: RelPath,
-    /// Unix permission bits.
+    /// Unix permission bits; of an entry that was read, no more than 0777.
     pub mode: u32,
     /// What it is.
     pub body: EntryBody,
@@ -164,6 +168,11 @@ impl Root {
             let format = root.format;
             return Err(Fault::integrity(format!("the root manifest {digest} has format {format}; this program reads 1"))
                 .with_next("upgrade packhorse here"));
+        }
+        if root.to_bytes() != bytes {
+            return Err(
+                Fault::integrity(format!("the root manifest {digest} is not in canonical form")).with_next("upgrade packhorse here")
+            );
         }
         if !root.chunking.is_possible() {
             return Err(Fault::integrity(format!("the root manifest {digest} has impossible chunk sizes")));

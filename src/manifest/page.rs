@@ -11,6 +11,8 @@
 //! ```
 //! Numbers are LEB128. A page ends after a record whose key (a hash) has its low bits zero, or when it is full.
 
+use bytes::Bytes;
+
 use crate::chunk::Hash;
 use crate::fault::Fault;
 use crate::names::RelPath;
@@ -23,7 +25,12 @@ pub(super) const PAGE_BYTES_MIN: usize = 2 << 10;
 pub(super) const PAGE_BYTES_MAX: usize = 64 << 10;
 /// One record in so many ends a page.
 pub(super) const PAGE_CUT: u32 = 256;
-const TARGET_BYTES_MAX: usize = 4096;
+/// No page is larger: one record, however long, ends a page that is full.
+pub(super) const LISTED_BYTES_MAX: u64 = PAGE_BYTES_MAX as u64 * 2;
+/// What Linux takes.
+const TARGET_BYTES_MAX: usize = 4095;
+/// What is kept of a mode wherever an entry is read: never set-user-id, set-group-id or the sticky bit, which a peer must not set.
+const MODE_BITS: u32 = 0o777;
 
 const DIR: u8 = 1;
 const SYMLINK: u8 = 2;
@@ -169,6 +176,11 @@ impl<'a> Reader<'a> {
         }
     }
 
+    /// A length of something that is here: one that does not fit is refused where it is taken.
+    fn length(&mut self) -> Result<usize, Fault> {
+        self.number().map(|n| usize::try_from(n).unwrap_or(usize::MAX))
+    }
+
     fn take(&mut self, len: usize) -> Result<&'a [u8], Fault> {
         if len > self.bytes.len() {
             return Err(malformed("it ends in a record"));
@@ -185,57 +197,111 @@ impl<'a> Reader<'a> {
     }
 }
 
-/// The records of an entry page.
-pub(super) fn read_records(page: &[u8]) -> Result<Vec<Record>, Fault> {
-    let Some((b'E', bytes)) = page.split_first().map(|(kind, rest)| (*kind, rest)) else {
-        return Err(malformed("it is not an entry page"));
-    };
-    let mut reader = Reader { bytes };
-    let mut out = Vec::new();
-    let mut last: Vec<u8> = Vec::new();
-    while !reader.bytes.is_empty() {
-        let tag = reader.take(1)?[0];
-        if tag == CHUNK {
-            let len = reader.small(crate::limits::CHUNK_BYTES_MAX as u64, "a chunk's length")?;
-            out.push(Record::Chunk(ChunkRef { len, id: reader.hash()? }));
-            continue;
-        }
-        let shared = reader.number()? as usize;
-        if shared > last.len() {
-            return Err(malformed("a path shares more than there is"));
-        }
-        let len = reader.number()? as usize;
-        last.truncate(shared);
-        last.extend_from_slice(reader.take(len)?);
-        let path = std::str::from_utf8(&last).map_err(|_| malformed("a path is not UTF-8"))?;
-        let path: RelPath = path.parse().map_err(|e| malformed(&format!("{e}")))?;
-        let mode = reader.small(0o7777, "a mode")?;
-        let body = match tag {
-            DIR => EntryBody::Dir,
-            SYMLINK => {
-                let len = reader.small(TARGET_BYTES_MAX as u64, "a link's target")? as usize;
-                let target = std::str::from_utf8(reader.take(len)?).map_err(|_| malformed("a link's target is not UTF-8"))?;
-                EntryBody::Symlink(target.to_owned())
-            }
-            FILE => EntryBody::File(FileInfo { size: reader.number()?, hash: reader.hash()? }),
-            other => return Err(malformed(&format!("a record of kind {other}"))),
-        };
-        out.push(Record::Entry(Entry { path, mode, body }));
+/// A record as it stands on its page: of its path and its target nothing is checked.
+pub(super) enum Raw<'a> {
+    /// A folder.
+    Dir { path: &'a [u8], mode: u64 },
+    /// A symbolic link.
+    Symlink { path: &'a [u8], mode: u64, target: &'a [u8] },
+    /// A file.
+    File { path: &'a [u8], mode: u64, file: FileInfo },
+    /// The next chunk of the last file.
+    Chunk(ChunkRef),
+}
+
+/// Reads an entry page record by record, so that no more than one of them is held: a short record may stand for a long path.
+pub(super) struct Records {
+    page: Bytes,
+    at: usize,
+    path: Vec<u8>,
+}
+
+impl Records {
+    pub(super) fn new(page: Bytes) -> Result<Self, Fault> {
+        if page.first() == Some(&b'E') { Ok(Self { page, at: 1, path: Vec::new() }) } else { Err(malformed("it is not an entry page")) }
     }
-    Ok(out)
+
+    /// The next record as it stands there.
+    pub(super) fn raw(&mut self) -> Result<Option<Raw<'_>>, Fault> {
+        let Self { page, at, path } = self;
+        let mut reader = Reader { bytes: &page[*at..] };
+        if reader.bytes.is_empty() {
+            return Ok(None);
+        }
+        let tag = reader.take(1)?[0];
+        let raw = if tag == CHUNK {
+            let len = reader.small(crate::limits::CHUNK_BYTES_MAX as u64, "a chunk's length")?;
+            Raw::Chunk(ChunkRef { len, id: reader.hash()? })
+        } else {
+            let shared = reader.length()?;
+            if shared > path.len() {
+                return Err(malformed("a path shares more than there is"));
+            }
+            let len = reader.length()?;
+            let suffix = reader.take(len)?;
+            path.truncate(shared);
+            path.extend_from_slice(suffix);
+            let (mode, path) = (reader.number()?, &path[..]);
+            match tag {
+                DIR => Raw::Dir { path, mode },
+                SYMLINK => {
+                    let len = reader.length()?;
+                    Raw::Symlink { path, mode, target: reader.take(len)? }
+                }
+                FILE => Raw::File { path, mode, file: FileInfo { size: reader.number()?, hash: reader.hash()? } },
+                other => return Err(malformed(&format!("a record of kind {other}"))),
+            }
+        };
+        *at = page.len() - reader.bytes.len();
+        Ok(Some(raw))
+    }
+
+    /// The next record, checked.
+    pub(super) fn next(&mut self) -> Result<Option<Record>, Fault> {
+        let Some(raw) = self.raw()? else { return Ok(None) };
+        let (path, mode, body) = match raw {
+            Raw::Chunk(chunk) => return Ok(Some(Record::Chunk(chunk))),
+            Raw::Dir { path, mode } => (path, mode, EntryBody::Dir),
+            Raw::Symlink { path, mode, target } => (path, mode, EntryBody::Symlink(read_target(target)?)),
+            Raw::File { path, mode, file } => (path, mode, EntryBody::File(file)),
+        };
+        let path = std::str::from_utf8(path).map_err(|_| malformed("a path is not UTF-8"))?;
+        let path: RelPath = path.parse().map_err(|e| malformed(&format!("{e}")))?;
+        if mode > 0o7777 {
+            return Err(malformed(&format!("a mode is {mode:o}, over 7777")));
+        }
+        Ok(Some(Record::Entry(Entry { path, mode: mode as u32 & MODE_BITS, body })))
+    }
+}
+
+/// What a filesystem can hold.
+fn read_target(target: &[u8]) -> Result<String, Fault> {
+    if target.is_empty() || target.len() > TARGET_BYTES_MAX {
+        return Err(malformed(&format!("a link's target has {} bytes; 1 to {TARGET_BYTES_MAX} are allowed", target.len())));
+    }
+    if target.contains(&0) {
+        return Err(malformed("a link's target contains a NUL"));
+    }
+    std::str::from_utf8(target).map(str::to_owned).map_err(|_| malformed("a link's target is not UTF-8"))
 }
 
 /// The children of an index page.
 pub fn read_children(page: &[u8]) -> Result<Vec<PageRef>, Fault> {
+    let mut out = Vec::new();
+    each_child(page, &mut |child| out.push(child))?;
+    Ok(out)
+}
+
+/// Gives `take` the children of an index page, as far as it can be read.
+pub(super) fn each_child(page: &[u8], take: &mut dyn FnMut(PageRef)) -> Result<(), Fault> {
     let Some((b'I', bytes)) = page.split_first().map(|(kind, rest)| (*kind, rest)) else {
         return Err(malformed("it is not an index page"));
     };
     let mut reader = Reader { bytes };
-    let mut out = Vec::new();
     while !reader.bytes.is_empty() {
-        let len = reader.small(PAGE_BYTES_MAX as u64 * 2, "a page's length")?;
+        let len = reader.small(LISTED_BYTES_MAX, "a page's length")?;
         let (chunks, entries) = (reader.number()?, reader.number()?);
-        out.push(PageRef { id: reader.hash()?, len, chunks, entries });
+        take(PageRef { id: reader.hash()?, len, chunks, entries });
     }
-    Ok(out)
+    Ok(())
 }

@@ -1,6 +1,6 @@
 //! Walks a manifest, entry by entry and chunk by chunk, holding one page of each level.
 
-use std::collections::{HashSet, VecDeque};
+use std::collections::{HashMap, HashSet};
 
 use bytes::Bytes;
 
@@ -9,14 +9,18 @@ use crate::fault::Fault;
 use crate::names::RelPath;
 
 use super::build::check_order;
-use super::page::{ChunkRef, Record, is_one_chunk, read_children, read_records};
+use super::page::{ChunkRef, LISTED_BYTES_MAX, Raw, Record, Records, is_one_chunk, read_children};
 use super::{Entry, EntryBody, PageRef, Root, Totals};
 
 /// The most levels of index pages. An index page lists 45 pages or more, but the last of its level: eight levels are more than
 /// there can be bytes to list.
 const DEPTH_MAX: u8 = 8;
-/// The most pages that are listed by index pages that were opened before: some 3 TB of zeros at the least, 100 as a rule.
-const REPEATED_PAGES_MAX: usize = 1 << 20;
+/// The most pages that are listed by index pages that were opened before: some 470 GB of zeros at the least, 14 TB as a rule.
+const REPEATED_PAGES_MAX: usize = 1 << 17;
+/// The most pages in a root: its bytes have room for fewer.
+const ROOT_PAGES_MAX: usize = 16 << 10;
+/// Pages of nothing but chunks that [`Walk::once_each`] remembers.
+pub(super) const DIFFERENT_PAGES_KNOWN_MAX: usize = 64 << 10;
 
 /// Gives the raw bytes of a page; they are checked by whoever gives them.
 pub trait Pages {
@@ -63,7 +67,12 @@ pub struct Walk<'a, P: Pages + ?Sized> {
     unfolding: Unfolding,
     /// What is wrong with the root, until it is told.
     refused: Option<Fault>,
-    steps: VecDeque<Step>,
+    /// The entry page that is read now.
+    page: Option<OpenPage>,
+    /// The chunk of a file of one chunk that began last.
+    only_chunk: Option<ChunkRef>,
+    /// See [`Walk::once_each`].
+    known: Known,
     seen: Totals,
     entries: u64,
     last: Option<RelPath>,
@@ -77,40 +86,59 @@ pub struct Walk<'a, P: Pages + ?Sized> {
 impl<'a, P: Pages + ?Sized> Walk<'a, P> {
     /// A walk over all of it.
     pub fn new(root: &'a Root, pages: &'a P) -> Self {
-        let ahead = root.pages.iter().rev().map(|page| (*page, root.depth)).collect();
-        let refused = check_root(root).err();
-        let (unfolding, steps, seen, last, open) = Default::default();
-        Self { pages, root, ahead, unfolding, refused, steps, seen, entries: 0, last, open, uncovered: 0, size: 0, failed: false }
+        Self::once_each(root, pages, 0)
     }
 
-    fn read(&mut self, page: PageRef, depth: u8) -> Result<(), Fault> {
+    /// A walk that leaves out the chunks of a page that holds nothing else and was read before, and only counts them: of a manifest
+    /// that lists such a page very often it costs what its pages have bytes. Up to `known_max` of those pages are remembered.
+    pub(super) fn once_each(root: &'a Root, pages: &'a P, known_max: usize) -> Self {
+        let ahead = root.pages.iter().rev().map(|page| (*page, root.depth)).collect();
+        let refused = check_root(root).err();
+        let known = Known { pages: HashMap::new(), max: known_max };
+        let (unfolding, page, only_chunk, seen, entries, last, open, uncovered, size, failed) = Default::default();
+        Self { pages, root, ahead, unfolding, refused, page, only_chunk, known, seen, entries, last, open, uncovered, size, failed }
+    }
+
+    fn open(&mut self, page: PageRef, depth: u8) -> Result<(), Fault> {
+        if depth == 0
+            && let Some(&(chunks, bytes)) = self.known.pages.get(&page.id)
+        {
+            if (page.chunks, page.entries) != (chunks, 0) {
+                return Err(other_than_listed());
+            }
+            self.uncovered = self.uncovered.checked_sub(bytes).ok_or_else(|| self.wrong("has chunks that are more than the file"))?;
+            self.seen.chunks += chunks;
+            return Ok(());
+        }
         let bytes = read_page(self.pages, &page)?;
         if depth > 0 {
             let children = self.unfolding.open(&page, &bytes)?;
             self.ahead.extend(children.into_iter().rev().map(|child| (child, depth - 1)));
             return Ok(());
         }
-        let (mut index, before) = (0, self.entries);
-        for record in read_records(&bytes)? {
-            match record {
-                Record::Entry(entry) => self.entry(entry, page.id, &mut index)?,
-                Record::Chunk(chunk) => self.chunk(chunk, page.id, &mut index)?,
-            }
+        self.page = Some(OpenPage { listed: page, records: Records::new(bytes)?, index: 0, before: self.entries, bytes: 0 });
+        Ok(())
+    }
+
+    /// Ends the page that was read.
+    fn close(&mut self, page: &OpenPage) -> Result<(), Fault> {
+        let entries = self.entries - page.before;
+        if (u64::from(page.index), entries) != (page.listed.chunks, page.listed.entries) {
+            return Err(other_than_listed());
         }
-        if (u64::from(index), self.entries - before) != (page.chunks, page.entries) {
-            return Err(impossible("a page does not hold what is said of it where it is listed"));
+        if entries == 0 && self.known.pages.len() < self.known.max {
+            self.known.pages.insert(page.listed.id, (page.listed.chunks, page.bytes));
         }
         Ok(())
     }
 
-    fn entry(&mut self, entry: Entry, page: Hash, index: &mut u32) -> Result<(), Fault> {
+    fn entry(&mut self, entry: Entry) -> Result<Step, Fault> {
         self.covered()?;
         check_order(self.last.as_ref(), &mut self.open, &entry)?;
         self.last = Some(entry.path.clone());
-        let body = entry.body.clone();
-        self.steps.push_back(Step::Entry { number: self.entries, entry, first_ordinal: self.seen.chunks });
+        let (number, first_ordinal) = (self.entries, self.seen.chunks);
         self.entries += 1;
-        match body {
+        match &entry.body {
             EntryBody::Dir => self.seen.dirs += 1,
             EntryBody::Symlink(_) => self.seen.symlinks += 1,
             EntryBody::File(file) => {
@@ -118,24 +146,36 @@ impl<'a, P: Pages + ?Sized> Walk<'a, P> {
                 self.seen.bytes = self.seen.bytes.checked_add(file.size).ok_or_else(|| self.wrong("is larger than can be"))?;
                 (self.uncovered, self.size) = (file.size, file.size);
                 if is_one_chunk(&self.root.chunking, file.size) {
-                    self.chunk(ChunkRef { id: file.hash, len: file.size as u32 }, page, index)?;
+                    self.only_chunk = Some(ChunkRef { id: file.hash, len: file.size as u32 });
                 }
             }
         }
-        Ok(())
+        Ok(Step::Entry { number, entry, first_ordinal })
     }
 
-    fn chunk(&mut self, chunk: ChunkRef, page: Hash, index: &mut u32) -> Result<(), Fault> {
+    fn chunk(&mut self, chunk: ChunkRef, page: &mut OpenPage) -> Result<Step, Fault> {
         let len = u64::from(chunk.len);
         if len == 0 || len > self.uncovered {
             return Err(self.wrong("has chunks that are more than the file"));
         }
-        let spot = Spot { page, index: *index, ordinal: self.seen.chunks, offset: self.size - self.uncovered };
+        let spot = Spot { page: page.listed.id, index: page.index, ordinal: self.seen.chunks, offset: self.size - self.uncovered };
         self.uncovered -= len;
         self.seen.chunks += 1;
-        *index += 1;
-        self.steps.push_back(Step::Chunk(chunk, spot));
-        Ok(())
+        page.index += 1;
+        page.bytes += len;
+        Ok(Step::Chunk(chunk, spot))
+    }
+
+    /// The next step that the open page has; `None` at its end.
+    fn step_of(&mut self, page: &mut OpenPage) -> Result<Option<Step>, Fault> {
+        if let Some(chunk) = self.only_chunk.take() {
+            return self.chunk(chunk, page).map(Some);
+        }
+        match page.records.next()? {
+            Some(Record::Entry(entry)) => self.entry(entry).map(Some),
+            Some(Record::Chunk(chunk)) => self.chunk(chunk, page).map(Some),
+            None => Ok(None),
+        }
     }
 
     fn covered(&self) -> Result<(), Fault> {
@@ -152,11 +192,17 @@ impl<'a, P: Pages + ?Sized> Walk<'a, P> {
             return Err(fault);
         }
         loop {
-            if let Some(step) = self.steps.pop_front() {
-                return Ok(Some(step));
+            if let Some(mut page) = self.page.take() {
+                match self.step_of(&mut page)? {
+                    Some(step) => {
+                        self.page = Some(page);
+                        return Ok(Some(step));
+                    }
+                    None => self.close(&page)?,
+                }
             }
             let Some((page, depth)) = self.ahead.pop() else { break };
-            self.read(page, depth)?;
+            self.open(page, depth)?;
         }
         self.covered()?;
         if self.seen != self.root.totals {
@@ -164,6 +210,24 @@ impl<'a, P: Pages + ?Sized> Walk<'a, P> {
         }
         Ok(None)
     }
+}
+
+/// An entry page as it is read.
+struct OpenPage {
+    listed: PageRef,
+    records: Records,
+    /// The chunks that were read of it…
+    index: u32,
+    /// …and their bytes.
+    bytes: u64,
+    /// The entries that were read before it.
+    before: u64,
+}
+
+/// Pages of nothing but chunks: how many, and their bytes.
+struct Known {
+    pages: HashMap<Hash, (u64, u64)>,
+    max: usize,
 }
 
 impl<P: Pages + ?Sized> Iterator for Walk<'_, P> {
@@ -210,13 +274,23 @@ fn read_page<P: Pages + ?Sized>(pages: &P, page: &PageRef) -> Result<Bytes, Faul
     Err(impossible(&format!("page {} has {} bytes; where it is listed, it has {}", page.id, bytes.len(), page.len)))
 }
 
-fn impossible(why: &str) -> Fault {
+fn other_than_listed() -> Fault {
+    impossible("a page does not hold what is said of it where it is listed")
+}
+
+pub(super) fn impossible(why: &str) -> Fault {
     Fault::integrity(format!("the manifest is malformed: {why}")).with_next("publish the artifact again")
 }
 
 fn check_root(root: &Root) -> Result<(), Fault> {
     if root.depth > DEPTH_MAX {
         return Err(impossible(&format!("it has {} levels, over {DEPTH_MAX}", root.depth)));
+    }
+    if root.pages.len() > ROOT_PAGES_MAX {
+        return Err(impossible(&format!("its root lists {} pages, over {ROOT_PAGES_MAX}", root.pages.len())));
+    }
+    if let Some(page) = root.pages.iter().find(|page| u64::from(page.len) > LISTED_BYTES_MAX) {
+        return Err(impossible(&format!("it lists a page of {} bytes, over {LISTED_BYTES_MAX}", page.len)));
     }
     let totals = &root.totals;
     let entries = u128::from(totals.files) + u128::from(totals.dirs) + u128::from(totals.symlinks);
@@ -279,18 +353,19 @@ pub fn entry_pages(root: &Root, pages: &dyn Pages) -> Result<Vec<PageRef>, Fault
 }
 
 /// The children of one page, as a fetch request counts them: chunks of an entry page, pages of an index page.
-pub fn children(page: &[u8], root: &Root) -> Result<Vec<ChunkRef>, Fault> {
+pub fn children(page: &Bytes, root: &Root) -> Result<Vec<ChunkRef>, Fault> {
     if page.first() == Some(&b'I') {
         return Ok(read_children(page)?.into_iter().map(|p| ChunkRef { id: p.id, len: p.len }).collect());
     }
-    Ok(read_records(page)?
-        .into_iter()
-        .filter_map(|record| match record {
-            Record::Chunk(chunk) => Some(chunk),
-            Record::Entry(Entry { body: EntryBody::File(f), .. }) if is_one_chunk(&root.chunking, f.size) => {
-                Some(ChunkRef { id: f.hash, len: f.size as u32 })
+    let (mut records, mut out) = (Records::new(page.clone())?, Vec::new());
+    while let Some(record) = records.raw()? {
+        match record {
+            Raw::Chunk(chunk) => out.push(chunk),
+            Raw::File { file, .. } if is_one_chunk(&root.chunking, file.size) => {
+                out.push(ChunkRef { id: file.hash, len: file.size as u32 });
             }
-            Record::Entry(_) => None,
-        })
-        .collect())
+            Raw::Dir { .. } | Raw::Symlink { .. } | Raw::File { .. } => {}
+        }
+    }
+    Ok(out)
 }

@@ -22,7 +22,7 @@ use super::{Content, Source, SourceBody, SourceEntry, Stamp};
 use crate::fault::{Fault, IoContext};
 use crate::limits::{OFFENDERS_LISTED_MAX, WALK_NAMES_BYTES_MAX};
 use crate::manifest::KindInfo;
-use crate::names::RelPath;
+use crate::names::{RelPath, stays_inside};
 use crate::own::{self, Own};
 
 /// The least that one folder of a walk may hold in names, in bytes, however deep it lies.
@@ -93,8 +93,10 @@ fn file_entry(path: RelPath, meta: &Metadata, file: PathBuf) -> SourceEntry {
     SourceEntry { path, mode: mode(meta), body: SourceBody::File { size: meta.len(), content: Content::File(file) }, stamp }
 }
 
+/// No file is published to be run as somebody else. Of a folder all bits are recorded, as ever: its digest must not change. No site sets
+/// more than 0777.
 fn mode(meta: &Metadata) -> u32 {
-    meta.permissions().mode() & 0o7777
+    meta.permissions().mode() & if meta.is_dir() { 0o7777 } else { 0o777 }
 }
 
 /// The next entry of the second walk. The tree may have changed since the first, so every rule holds here as well.
@@ -254,36 +256,9 @@ fn link_target(root: &Path, rel: &[u8]) -> Result<String, String> {
     let Ok(text) = std::str::from_utf8(target) else {
         return Err(format!("it links to {}, which is not UTF-8", printable(target)));
     };
-    stays_inside(root, rel, text).map_err(|why| format!("it links to {}, which {why}", printable(target)))?;
+    let is_folder = |path: &str| fs::symlink_metadata(root.join(path)).is_ok_and(|meta| meta.is_dir());
+    stays_inside(&rel_path(rel)?, text, is_folder).map_err(|why| format!("it links to {}, which {why}", printable(target)))?;
     Ok(text.to_owned())
-}
-
-/// Resolves a link's target by its text, from the folder the link lies in, and refuses one that leaves `root`.
-///
-/// A `..` behind a name is a step back only where that name is a real folder: behind another link it could lead
-/// anywhere, so it is refused.
-fn stays_inside(root: &Path, rel: &[u8], target: &str) -> Result<(), &'static str> {
-    if target.starts_with('/') {
-        return Err("is an absolute path");
-    }
-    let mut at: Vec<&[u8]> = rel.split(|b| *b == b'/').collect();
-    at.pop();
-    for component in target.split('/') {
-        match component {
-            "" | "." => {}
-            ".." => {
-                let here: PathBuf = at.iter().map(|c| OsStr::from_bytes(c)).collect();
-                if at.pop().is_none() {
-                    return Err("leaves the folder");
-                }
-                if !fs::symlink_metadata(root.join(here)).is_ok_and(|m| m.is_dir()) {
-                    return Err("steps back from something that is not a folder");
-                }
-            }
-            name => at.push(name.as_bytes()),
-        }
-    }
-    Ok(())
 }
 
 /// Something a walk came by.
@@ -485,7 +460,7 @@ mod tests {
         assert!(got.windows(2).all(|w| w[0].path < w[1].path), "the order of RelPath");
         assert!(matches!(&got[1].body, SourceBody::Symlink(t) if t == "../run.sh"));
         assert!(matches!(&got[2].body, SourceBody::File { size: 5, content: Content::File(p) } if p.ends_with("a/x.png")));
-        assert_eq!(got[6].mode, 0o4755);
+        assert_eq!(got[6].mode, 0o755, "not set-user-id");
         assert!(matches!(got[5].body, SourceBody::Dir));
     }
 

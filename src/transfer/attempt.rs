@@ -17,8 +17,9 @@ use crate::api::types::State;
 use crate::catalogue::TransferRow;
 use crate::clock;
 use crate::fault::{Fault, Reason};
-use crate::fetch::Fetcher;
+use crate::fetch::{Fetcher, blocking};
 use crate::line::Link;
+use crate::manifest;
 
 /// How often a transfer's progress is written down.
 const PROGRESS_EVERY: Duration = Duration::from_secs(1);
@@ -62,9 +63,6 @@ impl Runner {
                 root
             }
         };
-        if root.kind != row.artifact.kind {
-            return Err(Fault::integrity(format!("{} has the manifest of a {}", row.artifact, root.kind)));
-        }
         let fetcher = match fetcher {
             Some(fetcher) => fetcher,
             None => Fetcher::new(unless(stop, self.link(row)).await?, row.digest, counters.wire.clone()),
@@ -73,6 +71,8 @@ impl Runner {
             row.body.set_fault(None);
         }
         unless(stop, fetcher.pages(&root, base.as_ref(), &inner.shared.store)).await?;
+        let (checked, artifact, store) = (root.clone(), row.artifact.clone(), inner.shared.store.clone());
+        unless(stop, blocking(move || manifest::check(&artifact, &checked, &store))).await?;
         inner.catalogue.add_artifact(&row.artifact, &root, None).await?;
         row.body.bytes.total = root.totals.bytes;
         let incoming = incoming(row, &root);

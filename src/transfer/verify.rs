@@ -40,7 +40,9 @@ pub async fn verify(sink: &dyn Sink, store: Store, incoming: &Incoming, place: &
             if !matches!(entry.body, EntryBody::Symlink(_)) {
                 match mode_of(&path) {
                     Some(None) => modes.add(|| format!("{} is a link", entry.path)),
-                    Some(Some(mode)) if mode != entry.mode => modes.add(|| format!("{} is {mode:o} and was {:o}", entry.path, entry.mode)),
+                    Some(Some(mode)) if mode & noted(&entry.body) != entry.mode => {
+                        modes.add(|| format!("{} is {mode:o} and was {:o}", entry.path, entry.mode))
+                    }
                     _ => {}
                 }
             }
@@ -135,6 +137,11 @@ impl Listed {
         let more = if self.count > self.shown.len() { ", …" } else { "" };
         (self.count > 0).then(|| format!("{}: {}{more}", of(self.count), self.shown.join(", ")))
     }
+}
+
+/// The bits that must be as they were published. A folder may have got its others from the folder that it is in.
+fn noted(body: &EntryBody) -> u32 {
+    if *body == EntryBody::Dir { 0o777 } else { 0o7777 }
 }
 
 /// The permission bits of what lies there; a link has none.

@@ -15,6 +15,7 @@ mod end_to_end;
 mod fairness;
 mod harbor;
 mod harness;
+mod hostile_content;
 mod hostile_peers;
 mod idle;
 mod images;

@@ -3,8 +3,11 @@
 use super::super::upload::tests::Bench;
 use super::*;
 use crate::api::types::State;
-use crate::fault::{Fault, Reason};
+use crate::chunk::DEFAULT_CHUNKING;
+use crate::fault::Reason;
 use crate::frame::Frame;
+use crate::manifest::{Builder, Root};
+use crate::registry::image::OCI_MANIFEST;
 use crate::wire::Report;
 
 /// A hub whose store holds the content of `notes.txt` under a wrong length, and an artifact that was published against it.
@@ -40,7 +43,7 @@ async fn verify_finds_a_wrong_length_and_publishing_again_repairs() {
 async fn a_chunk_that_a_site_refused_is_stored_again() {
     let (bench, source, notes) = poisoned().await;
     let fault = Fault::from(crate::frame::FrameError::Mismatch { expected: notes.id });
-    let mut report = Report { id: "t-1".into(), generation: 0, state: State::Failed, body: Default::default() };
+    let mut report = Report { id: "t-1".parse().unwrap(), generation: 0, state: State::Failed, body: Default::default() };
     report.body.set_fault(Some(&fault));
     report.body.reason = Some(Reason::SiteOffline);
     let site = "west".parse().unwrap();
@@ -54,4 +57,50 @@ async fn a_chunk_that_a_site_refused_is_stored_again() {
     // Sound chunks stay, whatever is claimed of them.
     bench.hub.recheck_refused(&site, &report).await;
     assert!(bench.hub.inner.store.has(notes.id).unwrap());
+}
+
+/// An image in the store, of these blobs under these names.
+fn image(store: &Store, top: &[u8], blobs: &[(Sha256, &[u8])]) -> Root {
+    let mut sink = |page: Verified| store.put(&Frame::encode(&page)).map(|_| ());
+    let mut builder = Builder::new(DEFAULT_CHUNKING, &mut sink);
+    let entry = |path: &str, body| Entry { path: path.parse().unwrap(), mode: 0o644, body };
+    for folder in ["blobs", "blobs/sha256"] {
+        builder.push(&entry(folder, EntryBody::Dir), &[]).unwrap();
+    }
+    let mut blobs = blobs.to_vec();
+    blobs.sort();
+    for (name, content) in blobs {
+        let content = Verified::new(content.to_vec().into());
+        store.put(&Frame::encode(&content)).unwrap();
+        let file = FileInfo { size: content.bytes.len() as u64, hash: content.id };
+        builder.push(&entry(&name.layout_path(), EntryBody::File(file)), &[]).unwrap();
+    }
+    let (digest, size) = (Sha256::of(top).to_string(), top.len() as u64);
+    let info = ImageInfo { media_type: OCI_MANIFEST.into(), digest, size, platforms: vec![], absent: vec![] };
+    builder.finish(Kind::Image, KindInfo::Image(info)).unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn verify_finds_what_no_site_would_land_of_an_image() {
+    let bench = Bench::start().await;
+    let (config, layer, evil) = (&b"{}"[..], &[1; 1000][..], &[2; 1000][..]);
+    let blob = |content: &[u8]| serde_json::json!({"mediaType": "x", "digest": Sha256::of(content), "size": content.len()});
+    let top = serde_json::json!({"schemaVersion": 2, "config": blob(config), "layers": [blob(layer)]}).to_string();
+    let top = top.as_bytes();
+    let named = |content| (Sha256::of(content), content);
+    for (name, blobs, says) in [
+        ("sound", vec![named(config), named(top), named(layer)], None),
+        ("lacking", vec![named(config), named(top)], Some("it needs blobs/sha256/")),
+        ("short", vec![named(config), named(top), (Sha256::of(layer), &layer[1..])], Some("its content is sha256:")),
+        ("evil", vec![named(config), named(top), (Sha256::of(layer), evil)], Some("its content is sha256:")),
+        ("no manifest", vec![named(config), named(layer)], Some("top manifest")),
+    ] {
+        let artifact = format!("image/{}:1", name.replace(' ', "-")).parse().unwrap();
+        bench.hub.inner.catalogue.add_artifact(&artifact, &image(&bench.hub.inner.store, top, &blobs), None).await.unwrap();
+        let found = bench.hub.verify_now(artifact, Arc::default()).await.unwrap();
+        match says {
+            None => assert_eq!(found, Vec::<String>::new(), "{name}"),
+            Some(says) => assert!(found.len() == 1 && found[0].contains(says), "{name}: {found:?}"),
+        }
+    }
 }

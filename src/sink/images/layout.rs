@@ -137,7 +137,7 @@ impl Index {
     }
 }
 
-/// Moves one blob in. It is checked already; a copy is made only across filesystems.
+/// Moves one blob in, which was checked; a copy is made only across filesystems.
 fn move_in(from: &Path, to: &Path) -> Result<(), Fault> {
     durable::sync_file(from)?;
     let device = |path: &Path| fs::metadata(path).map(|m| m.dev()).at(format_args!("look at {}", path.display()));
@@ -162,14 +162,21 @@ fn land(layout: &Path, staged: &Path, tree: &Tree, top: &Descriptor, version: &s
         if check_blob(&to, &digest, size)?.is_none() {
             continue;
         }
-        durable::remove_all(&to)?;
+        // The artifact's own hash says what the file's bytes are, not that they are what the image names.
         match fs::metadata(&from) {
-            Ok(meta) if meta.len() == size => move_in(&from, &to)?,
-            Ok(meta) => {
-                return Err(Fault::integrity(format!("image blob {digest}: its manifest says {size} bytes, the file has {}", meta.len())));
+            Ok(_) => {
+                if let Some(why) = check_blob(&from, &digest, size)? {
+                    return Err(Fault::integrity(format!("image blob {digest} does not match its name: {why}"))
+                        .with_next("publish the image again from its original source, under a new version"));
+                }
+                durable::remove_all(&to)?;
+                move_in(&from, &to)?;
             }
-            Err(_) if foreign => {}
-            Err(_) => return Err(lost(&format!("blob {digest}"), &layout.display().to_string())),
+            Err(_) if foreign => durable::remove_all(&to)?,
+            Err(_) => {
+                durable::remove_all(&to)?;
+                return Err(lost(&format!("blob {digest}"), &layout.display().to_string()));
+            }
         }
     }
     let marker = layout.join("oci-layout");

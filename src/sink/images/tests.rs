@@ -74,6 +74,11 @@ async fn contract(sink: &dyn Sink, inspect: &dyn Fn(&str) -> String) {
     write(&short.dir.join(short.layers[0].layout_path()), b"short");
     let fault = sink.commit(&incoming("image/seg:v3", &short), &short.dir).await.unwrap_err();
     assert_eq!(fault.code, Code::Integrity, "{fault}");
+    // The size is right, the content is another.
+    let lying = staged(sink, &[noise(10, 1000)], &["amd64"]);
+    write(&lying.dir.join(lying.layers[0].layout_path()), &noise(11, 1000));
+    let fault = sink.commit(&incoming("image/seg:v3", &lying), &lying.dir).await.unwrap_err();
+    assert_eq!(fault.code, Code::Integrity, "{fault}");
 
     sink.activate(&v1.artifact).await.unwrap();
     sink.remove(&v1.artifact).await.unwrap();

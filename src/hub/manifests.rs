@@ -1,0 +1,91 @@
+//! The manifests of the catalogue as a whole: which of them are malformed, and what all of them name.
+//!
+//! An earlier version took malformed manifests into the catalogue. Whoever works on all of them (`gc`, eviction, `doctor`) reports such
+//! an artifact by its name and goes on: it counts as holding all that can be read of it.
+
+use std::collections::HashSet;
+use std::time::Instant;
+
+use super::{Hub, short};
+use crate::catalogue::ArtifactRow;
+use crate::chunk::Hash;
+use crate::fault::{Code, Fault};
+use crate::fetch::blocking;
+use crate::limits::DOCTOR_MANIFESTS_MAX;
+use crate::manifest::{self, Digest, Named, Root};
+use crate::names::ArtifactRef;
+use crate::store::Store;
+
+/// What is alive of a store: eight bytes of each name.
+pub(super) type Live = HashSet<u64>;
+
+impl Hub {
+    /// Refuses a manifest whose pages are in the store and that is malformed.
+    pub(super) async fn check_manifest(&self, artifact: &ArtifactRef, root: &Root) -> Result<(), Fault> {
+        let (artifact, root, store) = (artifact.clone(), root.clone(), self.inner.store.clone());
+        blocking(move || manifest::check(&artifact, &root, &store)).await
+    }
+
+    /// What `doctor` says of the manifests. Each is checked once while the daemon runs; a long list takes more than one call.
+    pub(super) async fn manifest_lines(&self) -> Result<Vec<String>, Fault> {
+        let rows = self.inner.catalogue.artifacts().await?;
+        let (store, sound) = (self.inner.store.clone(), self.inner.sound_manifests.clone());
+        blocking(move || {
+            let (mut out, mut left, begun) = (Vec::new(), 0, Instant::now());
+            let there: HashSet<Digest> = rows.iter().map(|row| row.digest).collect();
+            sound.lock().retain(|digest| there.contains(digest));
+            for row in &rows {
+                if sound.lock().contains(&row.digest) {
+                    continue;
+                }
+                if begun.elapsed() >= DOCTOR_MANIFESTS_MAX {
+                    left += 1;
+                    continue;
+                }
+                match fault_of(row, &store)? {
+                    None => drop(sound.lock().insert(row.digest)),
+                    Some(fault) => out.push(format!("fault manifest {}", malformed_line(row, &fault))),
+                }
+            }
+            if left > 0 {
+                out.push(format!("ok manifests: {left} of {} are not checked yet; run 'packhorse doctor' again", rows.len()));
+            }
+            Ok(out)
+        })
+        .await
+    }
+}
+
+/// What is wrong with an artifact's manifest. Only a store that cannot be read at all is an error.
+pub(super) fn fault_of(row: &ArtifactRow, store: &Store) -> Result<Option<Fault>, Fault> {
+    match manifest::check(&row.artifact, &row.root, store) {
+        Ok(()) => Ok(None),
+        Err(fault) if matches!(fault.code, Code::Integrity | Code::NotFound) => Ok(Some(fault)),
+        Err(fault) => Err(fault),
+    }
+}
+
+/// One line for people: the fault names the artifact.
+pub(super) fn malformed_line(row: &ArtifactRow, fault: &Fault) -> String {
+    let what = match &row.origin {
+        Some(site) => format!("publish its content again at site {site}; if the manifest is malformed, under a new version"),
+        None => "publish its content again; if the manifest is malformed, under a new version".to_owned(),
+    };
+    format!("{fault}; it cannot be delivered; {what}")
+}
+
+/// Marks all that can be read of a manifest. `pages`: the pages that were read before, of this manifest or of another. Returns what could
+/// not be read first.
+pub(super) fn mark(root: &Root, store: &Store, pages: &mut HashSet<Hash>, live: &mut Live) -> Result<Option<Fault>, Fault> {
+    let faults = manifest::survey(root, store, pages, &mut |named| {
+        let id = match named {
+            Named::Page(id) | Named::File { hash: id, .. } => id,
+            Named::Chunk(chunk) => chunk.id,
+        };
+        live.insert(short(id.short()));
+    })?;
+    Ok(faults.into_iter().next())
+}
+
+#[cfg(test)]
+mod tests;
