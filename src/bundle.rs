@@ -198,7 +198,7 @@ mod tests {
         import("poisoned").unwrap();
         assert!(Store::open(&dir.path().join("poisoned")).unwrap().read(content.id).is_ok());
 
-        let mut larger = read.root.clone();
+        let mut larger = read.root;
         larger.totals.bytes += 1;
         let space = root.replacen(':', ": ", 1);
         let lying = Frame::lying(&content, content.bytes.len() + 1000);

@@ -13,7 +13,7 @@ mod telling;
 mod upload;
 mod verify;
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
@@ -78,8 +78,8 @@ struct Inner {
     /// Who may read what.
     entitled: Mutex<Lately<(SiteName, Digest), ()>>,
     jobs: Jobs,
-    /// Manifests that `doctor` found sound.
-    sound_manifests: Arc<Mutex<HashSet<Digest>>>,
+    /// Manifests that were checked since the daemon started.
+    checked_manifests: Arc<Mutex<manifests::Checked>>,
     /// The bytes read for sites and not yet sent.
     budget: Budget,
     /// Over which line a publisher sends what.
@@ -129,7 +129,7 @@ impl Hub {
         let upstream: Arc<dyn Upstream> = Arc::new(lines);
         let (data, main, sites, room) = (config.data_dir.clone(), store.clone(), upstream.clone(), config.relay.budget);
         let relay = blocking(move || Relay::open(&data, main, sites, room)).await?;
-        let (relay_memory, opened, entitled, uploads, short_of, collecting, runs, sound_manifests) = Default::default();
+        let (relay_memory, opened, entitled, uploads, short_of, collecting, runs, checked_manifests) = Default::default();
         let tasks = TaskTracker::new();
         // Half of it: what the lines hold to send is the other half.
         let budget = Budget::new(config.limits.memory / 2, SITE_SHARE_MAX);
@@ -148,7 +148,7 @@ impl Hub {
                 opened,
                 entitled,
                 jobs,
-                sound_manifests,
+                checked_manifests,
                 budget,
                 uploads,
                 short_of,

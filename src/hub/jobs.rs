@@ -122,7 +122,7 @@ impl Hub {
         blocking(move || {
             let (mut live, mut pages, mut malformed) = (Live::new(), HashSet::new(), Vec::new());
             for row in &rows {
-                if let Some(fault) = fault_of(row, &store)? {
+                if let Some(fault) = fault_of(&row.artifact, &row.root, &store)? {
                     let line = malformed_line(row, &fault);
                     tracing::warn!(artifact = %row.artifact, error = %fault, "the manifest of an artifact cannot be used");
                     progress.note(line);

@@ -3,7 +3,7 @@
 //! An earlier version took malformed manifests into the catalogue. Whoever works on all of them (`gc`, eviction, `doctor`) reports such
 //! an artifact by its name and goes on: it counts as holding all that can be read of it.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::time::Instant;
 
 use super::{Hub, short};
@@ -18,6 +18,8 @@ use crate::store::Store;
 
 /// What is alive of a store: eight bytes of each name.
 pub(super) type Live = HashSet<u64>;
+/// Manifests that were checked, and whether they were sound.
+pub(super) type Checked = HashMap<Digest, bool>;
 
 impl Hub {
     /// Refuses a manifest whose pages are in the store and that is malformed.
@@ -29,23 +31,23 @@ impl Hub {
     /// What `doctor` says of the manifests. Each is checked once while the daemon runs; a long list takes more than one call.
     pub(super) async fn manifest_lines(&self) -> Result<Vec<String>, Fault> {
         let rows = self.inner.catalogue.artifacts().await?;
-        let (store, sound) = (self.inner.store.clone(), self.inner.sound_manifests.clone());
+        let (store, checked) = (self.inner.store.clone(), self.inner.checked_manifests.clone());
         blocking(move || {
             let (mut out, mut left, begun) = (Vec::new(), 0, Instant::now());
             let there: HashSet<Digest> = rows.iter().map(|row| row.digest).collect();
-            sound.lock().retain(|digest| there.contains(digest));
+            checked.lock().retain(|digest, _| there.contains(digest));
             for row in &rows {
-                if sound.lock().contains(&row.digest) {
+                // One that was not may have been repaired.
+                if checked.lock().get(&row.digest) == Some(&true) {
                     continue;
                 }
                 if begun.elapsed() >= DOCTOR_MANIFESTS_MAX {
                     left += 1;
                     continue;
                 }
-                match fault_of(row, &store)? {
-                    None => drop(sound.lock().insert(row.digest)),
-                    Some(fault) => out.push(format!("fault manifest {}", malformed_line(row, &fault))),
-                }
+                let fault = fault_of(&row.artifact, &row.root, &store)?;
+                checked.lock().insert(row.digest, fault.is_none());
+                out.extend(fault.map(|fault| format!("fault manifest {}", malformed_line(row, &fault))));
             }
             if left > 0 {
                 out.push(format!("ok manifests: {left} of {} are not checked yet; run 'packhorse doctor' again", rows.len()));
@@ -57,8 +59,8 @@ impl Hub {
 }
 
 /// What is wrong with an artifact's manifest. Only a store that cannot be read at all is an error.
-pub(super) fn fault_of(row: &ArtifactRow, store: &Store) -> Result<Option<Fault>, Fault> {
-    match manifest::check(&row.artifact, &row.root, store) {
+pub(super) fn fault_of(artifact: &ArtifactRef, root: &Root, store: &Store) -> Result<Option<Fault>, Fault> {
+    match manifest::check(artifact, root, store) {
         Ok(()) => Ok(None),
         Err(fault) if matches!(fault.code, Code::Integrity | Code::NotFound) => Ok(Some(fault)),
         Err(fault) => Err(fault),
@@ -74,17 +76,16 @@ pub(super) fn malformed_line(row: &ArtifactRow, fault: &Fault) -> String {
     format!("{fault}; it cannot be delivered; {what}")
 }
 
-/// Marks all that can be read of a manifest. `pages`: the pages that were read before, of this manifest or of another. Returns what could
-/// not be read first.
-pub(super) fn mark(root: &Root, store: &Store, pages: &mut HashSet<Hash>, live: &mut Live) -> Result<Option<Fault>, Fault> {
-    let faults = manifest::survey(root, store, pages, &mut |named| {
+/// Marks all that can be read of a manifest. `pages`: the pages that were read before, of this manifest or of another.
+pub(super) fn mark(root: &Root, store: &Store, pages: &mut HashSet<Hash>, live: &mut Live) -> Result<(), Fault> {
+    manifest::survey(root, store, pages, &mut |named| {
         let id = match named {
             Named::Page(id) | Named::File { hash: id, .. } => id,
             Named::Chunk(chunk) => chunk.id,
         };
         live.insert(short(id.short()));
-    })?;
-    Ok(faults.into_iter().next())
+    })
+    .map(|_| ())
 }
 
 #[cfg(test)]

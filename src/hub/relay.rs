@@ -9,7 +9,7 @@ use async_trait::async_trait;
 use futures::{StreamExt, stream};
 use parking_lot::Mutex;
 
-use super::manifests::{Live, mark};
+use super::manifests::{Live, fault_of, mark};
 use super::{Hub, Links, short};
 use crate::buffers::Buffers;
 use crate::catalogue::{Catalogue, Kept};
@@ -18,7 +18,7 @@ use crate::clock;
 use crate::fault::Fault;
 use crate::fetch::{Fetcher, blocking};
 use crate::lately::Lately;
-use crate::manifest::{Digest, Root};
+use crate::manifest::Digest;
 use crate::names::SiteName;
 use crate::relay::{Holder, Of, Relay, Sent, TOGETHER_BYTES, Upstream};
 use crate::wire::Wanted;
@@ -171,7 +171,7 @@ impl Hub {
 
     pub(super) async fn evict_these(&self, gone: &HashSet<Digest>) -> Result<u64, Fault> {
         let catalogue = &self.inner.catalogue;
-        let pages = self.inner.store.clone();
+        let (pages, checked) = (self.inner.store.clone(), self.inner.checked_manifests.clone());
         let freed = self
             .inner
             .relay
@@ -179,19 +179,24 @@ impl Hub {
                 // Nobody puts now, so what is noted as kept is all there is. A pin or a transfer may have come meanwhile.
                 let kept = catalogue.relay_kept().await?;
                 let stays = |k: &Kept| !gone.contains(&k.digest) || k.pinned || k.open;
-                let stay: Vec<(String, Root)> =
-                    kept.iter().filter(|k| stays(k)).map(|k| (k.artifact.to_string(), k.root.clone())).collect();
+                let stay: Vec<Kept> = kept.iter().filter(|k| stays(k)).cloned().collect();
                 for left in kept.iter().filter(|k| !stays(k)) {
                     catalogue.relay_evicted(&left.artifact).await?;
                     tracing::info!(artifact = %left.artifact, "relayed bytes are evicted");
                 }
                 let live = blocking(move || {
                     let (mut live, mut seen) = (Live::new(), HashSet::new());
-                    for (artifact, root) in stay {
-                        // What cannot be read of it is not held, and is fetched again when it is asked for.
-                        if let Some(fault) = mark(&root, &pages, &mut seen, &mut live)? {
-                            tracing::warn!(%artifact, error = %fault, "the manifest of an artifact cannot be read whole");
+                    for Kept { artifact, digest, root, .. } in stay {
+                        // Told once. What cannot be read of it is not held, and is fetched again when it is asked for.
+                        let is_new = !checked.lock().contains_key(&digest);
+                        if is_new {
+                            let fault = fault_of(&artifact, &root, &pages)?;
+                            checked.lock().insert(digest, fault.is_none());
+                            if let Some(fault) = fault {
+                                tracing::warn!(%artifact, error = %fault, "the manifest of an artifact cannot be used");
+                            }
                         }
+                        mark(&root, &pages, &mut seen, &mut live)?;
                     }
                     Ok(live)
                 })

@@ -95,7 +95,7 @@ impl Verify<'_> {
     }
 
     fn read_all(&mut self) -> Result<(), Fault> {
-        if let Some(fault) = fault_of(self.row, self.store)? {
+        if let Some(fault) = fault_of(&self.row.artifact, &self.row.root, self.store)? {
             return self.read_malformed(&fault);
         }
         let mut file: Option<OpenFile> = None;
