@@ -206,9 +206,9 @@ mod tests {
             ("length", "dataset/d:1", root.clone(), vec![page.clone(), lying], "does not hash to its name"),
             ("lacking", "dataset/d:1", root.clone(), vec![page.clone()], "lacks parts"),
             ("page", "dataset/d:1", root.clone(), vec![sound.clone()], "manifest page"),
-            ("kind", "model/d:1", root.clone(), vec![page.clone(), sound.clone()], "the manifest of a dataset"),
+            ("kind", "model/d:1", root, vec![page.clone(), sound.clone()], "the manifest of a dataset"),
             ("totals", "dataset/d:1", String::from_utf8(larger.to_bytes()).unwrap(), vec![page.clone(), sound.clone()], "totals"),
-            ("form", "dataset/d:1", space, vec![page.clone(), sound.clone()], "canonical form"),
+            ("form", "dataset/d:1", space, vec![page, sound], "canonical form"),
         ] {
             bundle(&file, artifact, &root, Hash::of(root.as_bytes()), &frames);
             let fault = import(name).expect_err(name);

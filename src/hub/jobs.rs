@@ -140,7 +140,3 @@ impl Hub {
         .await
     }
 }
-
-fn missing(chunk: &Hash) -> Fault {
-    Fault::integrity(format!("chunk {chunk} is not in the store"))
-}

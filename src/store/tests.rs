@@ -410,12 +410,12 @@ fn a_rebuild_finds_the_chunks_on_both_sides_of_damage() {
     let pack = dir.path().join("packs/00000001.pack");
     let mut bytes = std::fs::read(&pack).unwrap();
     // The length in the second frame's header: where the third begins is not known any more.
-    let second = 8 + 10_000 + crate::frame::HEADER_BYTES + 36;
+    let second = 8 + 10_000 + HEADER_BYTES + 36;
     bytes[second] ^= 0xff;
     std::fs::File::create(&pack).unwrap().write_all(&bytes).unwrap();
     std::fs::remove_file(dir.path().join(INDEX)).unwrap();
     let rebuilt = rebuild_index(dir.path()).unwrap();
-    assert_eq!((rebuilt.chunks, rebuilt.damaged_bytes), (19, (10_000 + crate::frame::HEADER_BYTES) as u64));
+    assert_eq!((rebuilt.chunks, rebuilt.damaged_bytes), (19, (10_000 + HEADER_BYTES) as u64));
     let others: Vec<Verified> = chunks.iter().enumerate().filter(|(n, _)| *n != 1).map(|(_, chunk)| chunk.clone()).collect();
     all_here(dir.path(), &others);
     let store = Store::open(dir.path()).unwrap();

@@ -41,7 +41,7 @@ pub async fn verify(sink: &dyn Sink, store: Store, incoming: &Incoming, place: &
                 match mode_of(&path) {
                     Some(None) => modes.add(|| format!("{} is a link", entry.path)),
                     Some(Some(mode)) if mode & noted(&entry.body) != entry.mode => {
-                        modes.add(|| format!("{} is {mode:o} and was {:o}", entry.path, entry.mode))
+                        modes.add(|| format!("{} is {mode:o} and was {:o}", entry.path, entry.mode));
                     }
                     _ => {}
                 }

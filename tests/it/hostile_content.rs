@@ -14,30 +14,30 @@ use crate::support::hostile::{Artifact, EntryPage, Identity, TRANSPORTS, frame, 
 use crate::support::{Scratch, limit, secs, wait_for};
 
 /// A dataset of this page, which has one file of one byte and perhaps a link.
-fn one_file(page: EntryPage, links: u64) -> Artifact {
+fn one_file(page: &EntryPage, links: u64) -> Artifact {
     let mut artifact = Artifact::new("dataset");
     artifact.hold(b"x");
     for (total, n) in [("files", 1), ("bytes", 1), ("chunks", 1), ("symlinks", links)] {
         artifact.add(total, n);
     }
-    artifact.list(&page, 1);
+    artifact.list(page, 1);
     artifact
 }
 
 fn malformed() -> Vec<(&'static str, Artifact)> {
     let file = |path: &str| EntryPage::new().file(path, b"x", 0o644);
     let mut out = vec![
-        ("dotdot", one_file(file("../evil"), 0)),
-        ("absolute", one_file(file("/etc/evil"), 0)),
-        ("nul", one_file(file("a\0b"), 0)),
-        ("through-link", one_file(EntryPage::new().link("d", "x").file("d/evil", b"x", 0o644), 1)),
-        ("link", one_file(EntryPage::new().file("a", b"x", 0o644).link("l", "/etc/passwd"), 1)),
-        ("nul-link", one_file(EntryPage::new().file("a", b"x", 0o644).link("l", "a\0b"), 1)),
+        ("dotdot", one_file(&file("../evil"), 0)),
+        ("absolute", one_file(&file("/etc/evil"), 0)),
+        ("nul", one_file(&file("a\0b"), 0)),
+        ("through-link", one_file(&EntryPage::new().link("d", "x").file("d/evil", b"x", 0o644), 1)),
+        ("link", one_file(&EntryPage::new().file("a", b"x", 0o644).link("l", "/etc/passwd"), 1)),
+        ("nul-link", one_file(&EntryPage::new().file("a", b"x", 0o644).link("l", "a\0b"), 1)),
     ];
-    let mut bytes = one_file(file("a"), 0);
+    let mut bytes = one_file(&file("a"), 0);
     bytes.add("bytes", 1 << 60);
     out.push(("huge", bytes));
-    let mut image = one_file(file("a"), 0);
+    let mut image = one_file(&file("a"), 0);
     image.set("info", json!({"is": "image", "media_type": "x", "digest": "sha256:zz", "size": 1, "platforms": [], "absent": []}));
     out.push(("no-files", image));
     let mut often = Artifact::new("dataset");
@@ -85,7 +85,7 @@ fn what_is_not_what_its_name_says_lands_nowhere() {
     let _control = mal.control();
     hub.wait_online("mal", true, secs(20));
 
-    let special = one_file(EntryPage::new().file("run", b"x", 0o6755), 0);
+    let special = one_file(&EntryPage::new().file("run", b"x", 0o6755), 0);
     // A chunk under its right name, that its frame and its manifest give a wrong length.
     let known = b"content that everybody knows ".repeat(100);
     let (name, lie) = (Hash::of(&known), known.len() as u64 + 777);

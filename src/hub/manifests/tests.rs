@@ -73,7 +73,7 @@ async fn a_malformed_manifest_is_reported_and_stops_nothing() {
     assert!(content.iter().all(|chunk| store.read(chunk.id).is_ok()), "what they name is held");
 
     for (name, says) in [("bad", "\"../evil\" is not allowed"), ("lost", "is not in the store"), ("relayed", "\"/abs\" is not allowed")] {
-        let found = bench.hub.verify_now(format!("dataset/{name}:1").parse().unwrap(), Arc::default()).await.unwrap();
+        let found = bench.hub.verify_now(format!("dataset/{name}:1").parse().unwrap(), false, Arc::default()).await.unwrap();
         assert!(found.len() == 1 && found[0].starts_with(&format!("dataset/{name}:1: ")) && found[0].contains(says), "{found:?}");
     }
     for _ in 0..2 {

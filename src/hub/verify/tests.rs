@@ -26,7 +26,7 @@ async fn poisoned() -> (Bench, std::path::PathBuf, Verified) {
 }
 
 async fn verify(bench: &Bench) -> Vec<String> {
-    bench.hub.verify_now("model/a:v1".parse().unwrap(), Arc::default()).await.unwrap()
+    bench.hub.verify_now("model/a:v1".parse().unwrap(), false, Arc::default()).await.unwrap()
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -97,7 +97,7 @@ async fn verify_finds_what_no_site_would_land_of_an_image() {
     ] {
         let artifact = format!("image/{}:1", name.replace(' ', "-")).parse().unwrap();
         bench.hub.inner.catalogue.add_artifact(&artifact, &image(&bench.hub.inner.store, top, &blobs), None).await.unwrap();
-        let found = bench.hub.verify_now(artifact, Arc::default()).await.unwrap();
+        let found = bench.hub.verify_now(artifact, false, Arc::default()).await.unwrap();
         match says {
             None => assert_eq!(found, Vec::<String>::new(), "{name}"),
             Some(says) => assert!(found.len() == 1 && found[0].contains(says), "{name}: {found:?}"),
