@@ -49,7 +49,7 @@ impl Site {
                     redial.stood(began.elapsed());
                 }
                 Err(fault) => {
-                    let again = inner.line_fault.lock().as_ref().is_some_and(|old| old.message == fault.message);
+                    let again = inner.line_fault.lock().as_ref().is_some_and(|old| says_the_same(&old.message, &fault.message));
                     if !again {
                         tracing::warn!(hub = %address, error = %fault, next = %fault.next, "no line to the hub");
                     }
@@ -301,9 +301,31 @@ impl Site {
     }
 }
 
+/// Whether two messages differ in their numbers only: in a time, or in how often something was tried.
+fn says_the_same(a: &str, b: &str) -> bool {
+    fn words(text: &str) -> impl Iterator<Item = char> {
+        text.chars().filter(|c| !c.is_ascii_digit())
+    }
+    words(a).eq(words(b))
+}
+
 fn report(row: TransferRow) -> Report {
     Report { id: row.id, generation: row.generation, state: row.state, body: row.body }
 }
 
 #[cfg(test)]
 mod tests;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_refusal_that_names_the_time_is_logged_once() {
+        let refusal =
+            |time: &str, why: &str| format!("the hub refused this site: the certificate {why}, and the clock of the hub says {time}");
+        let first = refusal("2028-01-04T08:28:21.142Z", "has expired");
+        assert!(says_the_same(&first, &refusal("2028-01-04T08:28:36.09Z", "has expired")));
+        assert!(!says_the_same(&first, &refusal("2028-01-04T08:28:36.09Z", "is another site's")));
+    }
+}

@@ -15,7 +15,6 @@ use super::waiting::{Takes, stays};
 use super::{Assembly, Counters, Runner, incoming, stopped, turn, unless};
 use crate::api::types::State;
 use crate::catalogue::TransferRow;
-use crate::clock;
 use crate::fault::{Fault, Reason};
 use crate::fetch::{Fetcher, blocking};
 use crate::line::Link;
@@ -119,7 +118,10 @@ impl Runner {
         let run = assembly.run();
         let before = counters.received.load(Ordering::Relaxed);
         tokio::pin!(run);
-        let mut pace = Pace::new(clock::now_unix_ms(), row.body.bytes.received + row.body.bytes.reused);
+        // Not the wall clock, which may be set meanwhile.
+        let begun = std::time::Instant::now();
+        let now_ms = || begun.elapsed().as_millis() as u64;
+        let mut pace = Pace::new(now_ms(), row.body.bytes.received + row.body.bytes.reused);
         let mut ticks = tokio::time::interval(PROGRESS_EVERY);
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         ticks.tick().await;
@@ -134,7 +136,7 @@ impl Runner {
                         None => {}
                     }
                     let bytes = row.body.bytes;
-                    row.body.rate = pace.rate(clock::now_unix_ms(), bytes.received + bytes.reused);
+                    row.body.rate = pace.rate(now_ms(), bytes.received + bytes.reused);
                     self.inner.last_rate.store(row.body.rate, Ordering::Relaxed);
                     row.body.eta_seconds = pace.eta(bytes.total.saturating_sub(bytes.committed));
                     self.save(row).await;
