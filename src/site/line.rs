@@ -315,17 +315,3 @@ fn report(row: TransferRow) -> Report {
 
 #[cfg(test)]
 mod tests;
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_refusal_that_names_the_time_is_logged_once() {
-        let refusal =
-            |time: &str, why: &str| format!("the hub refused this site: the certificate {why}, and the clock of the hub says {time}");
-        let first = refusal("2028-01-04T08:28:21.142Z", "has expired");
-        assert!(says_the_same(&first, &refusal("2028-01-04T08:28:36.09Z", "has expired")));
-        assert!(!says_the_same(&first, &refusal("2028-01-04T08:28:36.09Z", "is another site's")));
-    }
-}
