@@ -107,7 +107,7 @@ fn a_registry_that_refuses_is_a_failure_that_says_so() {
     for registry in [Registry::basic(&scratch, "basic"), Registry::bearer(&scratch, "bearer")] {
         let hub = Hub::start_new(&scratch.folder(&format!("with-{}", registry.host())));
         let images_sink = registry.sink(&scratch);
-        let password = images_sink.split("password_file = \"").nth(1).unwrap().trim_end_matches('"').to_owned();
+        let password = images_sink.split("password_file = \"").nth(1).unwrap().split('"').next().unwrap().to_owned();
         std::fs::write(&password, "wrong").unwrap();
         let spec = SiteSpec { images_sink: Some(images_sink), ..SiteSpec::default() };
         let dir = hub.config.parent().unwrap().to_owned();
