@@ -6,13 +6,13 @@
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, HashMap};
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use parking_lot::Mutex;
-use tokio::sync::oneshot;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 
 use crate::fault::Fault;
-use crate::wire::Peer;
+use crate::names::SiteName as Peer;
 
 /// A budget. Cheap to clone.
 #[derive(Clone)]
@@ -133,6 +133,38 @@ impl Drop for Seat {
     }
 }
 
+/// Places for blocking work: each peer has so many of them, whatever it asks for, so that no peer occupies the processors and the
+/// disk alone. Cheap to clone.
+#[derive(Clone)]
+pub struct WorkPlaces {
+    each: usize,
+    peers: Arc<Mutex<HashMap<Peer, Weak<Semaphore>>>>,
+}
+
+impl WorkPlaces {
+    /// So many places for each peer.
+    pub fn new(each: usize) -> Self {
+        Self { each, peers: Arc::default() }
+    }
+
+    /// Waits for a place of this peer; it is free again when the permit is dropped.
+    pub async fn take(&self, peer: &Peer) -> Option<OwnedSemaphorePermit> {
+        let places = {
+            let mut peers = self.peers.lock();
+            match peers.get(peer).and_then(Weak::upgrade) {
+                Some(places) => places,
+                None => {
+                    peers.retain(|_, places| places.strong_count() > 0);
+                    let places = Arc::new(Semaphore::new(self.each));
+                    peers.insert(peer.clone(), Arc::downgrade(&places));
+                    places
+                }
+            }
+        };
+        places.acquire_owned().await.ok()
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use futures::FutureExt as _;
@@ -190,5 +222,19 @@ mod tests {
         assert!(large.is_some() && now(&budget, "a", 1).is_none() && now(&budget, "b", 1).is_none());
         drop(large);
         assert!(now(&budget, "b", 1).is_some());
+    }
+
+    #[test]
+    fn a_peer_has_so_many_places_for_work_and_no_more() {
+        let places = WorkPlaces::new(2);
+        let take = |name: &str| places.take(&peer(name)).now_or_never().flatten();
+        let (first, second) = (take("a"), take("a"));
+        assert!(first.is_some() && second.is_some() && take("a").is_none(), "two places");
+        assert!(take("b").is_some(), "another peer has its own");
+        drop(first);
+        assert!(take("a").is_some());
+        drop(second);
+        assert!(take("c").is_some());
+        assert_eq!(places.peers.lock().len(), 1, "peers that do nothing are forgotten");
     }
 }

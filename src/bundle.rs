@@ -74,6 +74,7 @@ fn write(members: &[Member], store: &Store, file: File, what: &str, progress: &J
     let mut put = |chunk: Option<ChunkRef>, pending: &mut Vec<ChunkRef>| -> Result<(), Fault> {
         pending.extend(chunk.filter(|chunk| seen.insert(chunk.id)));
         if pending.len() >= TOGETHER || chunk.is_none() {
+            progress.check()?;
             for piece in store.read_listed(pending)? {
                 out.write_all(&piece).at(what)?;
                 written += piece.len() as u64;
@@ -103,7 +104,7 @@ fn write(members: &[Member], store: &Store, file: File, what: &str, progress: &J
 pub fn import(from: &Path, store: &Store, progress: &JobProgress) -> Result<Vec<Member>, Fault> {
     let what = format!("read {}", from.display());
     let wrong = |why: &str| Fault::integrity(format!("{} {why}", from.display())).with_next("carry the file over again, or export it anew");
-    let mut file = BufReader::with_capacity(1 << 20, File::open(from).at(&what)?);
+    let mut file = BufReader::with_capacity(1 << 20, durable::open_regular(from).at(&what)?);
     let mut head = [0; 12];
     file.read_exact(&mut head).map_err(|_| wrong("is not a bundle"))?;
     let len = u32::from_le_bytes([head[8], head[9], head[10], head[11]]) as usize;
@@ -116,6 +117,7 @@ pub fn import(from: &Path, store: &Store, progress: &JobProgress) -> Result<Vec<
     let losses = store.losses();
     let mut header = [0; HEADER_BYTES];
     while read_or_end(&mut file, &mut header).map_err(|_| wrong("is cut off"))? {
+        progress.check()?;
         let parsed = Header::parse(&header).map_err(|e| wrong(&format!("is damaged: {e}")))?;
         let mut bytes = vec![0; parsed.frame_len()];
         bytes[..HEADER_BYTES].copy_from_slice(&header);
@@ -130,6 +132,7 @@ pub fn import(from: &Path, store: &Store, progress: &JobProgress) -> Result<Vec<
         let root = member.root()?;
         check(&member.artifact, &root, store).map_err(|fault| wrong(&format!("is malformed: {fault}")))?;
         for step in Walk::new(&root, store) {
+            progress.check()?;
             let Step::Chunk(chunk, _) = step? else { continue };
             match store.raw_len(chunk.id)? {
                 Some(len) if len == chunk.len => {}

@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use crate::durable;
 use crate::fault::{Fault, IoContext};
 use crate::limits::{CONFIG_BYTES_MAX, MEMORY_BUDGET_BYTES_MIN, SECRET_BYTES_MAX};
 use crate::names::{SiteName, SiteSelector};
@@ -64,6 +65,9 @@ pub struct Config {
     /// Bounds.
     #[serde(default)]
     pub limits: Limits,
+    /// What each site and each publisher may take of the hub (hub only).
+    #[serde(default)]
+    pub quota: Quotas,
     /// Who trains here (sites only); without it this site trains for nobody.
     pub train: Option<Train>,
 }
@@ -256,6 +260,35 @@ impl Default for Limits {
     }
 }
 
+/// `[quota]`
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Quotas {
+    /// Each site.
+    pub site: Quota,
+    /// Each publisher.
+    pub publisher: Quota,
+}
+
+/// `[quota.site]` and `[quota.publisher]`: what one of them may publish.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Quota {
+    /// Bytes of all its artifacts together, as their manifests say.
+    #[serde(deserialize_with = "size")]
+    pub bytes: u64,
+    /// Artifacts.
+    pub artifacts: u64,
+    /// Files, folders and links of one artifact.
+    pub entries_per_artifact: u64,
+}
+
+impl Default for Quota {
+    fn default() -> Self {
+        Self { bytes: 100 << 40, artifacts: 100_000, entries_per_artifact: 50_000_000 }
+    }
+}
+
 /// `[train]`: a command or a platform, one of both.
 #[derive(Debug, Clone, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -400,7 +433,8 @@ pub fn read(path: &Path) -> Result<Config, Fault> {
     if size > CONFIG_BYTES_MAX {
         return Err(Fault::config(format!("{here} has {size} bytes; a configuration has at most {CONFIG_BYTES_MAX}")));
     }
-    let text = std::fs::read_to_string(path).map_err(|e| Fault::config(format!("cannot read the configuration {here}: {e}")))?;
+    let text = durable::read_regular_text(path, CONFIG_BYTES_MAX);
+    let text = text.map_err(|e| Fault::config(format!("cannot read the configuration {here}: {e}")))?;
     Ok(Config { file: Some(path.to_owned()), ..parse(&text, &here.to_string())? })
 }
 
@@ -427,14 +461,15 @@ fn position(origin: &str, text: &str, offset: usize) -> String {
 /// Reads a secret from its file, without the line end that editors leave behind. An empty one is refused: it is
 /// always a mistake, and a server's answer to it says nothing of the file.
 pub fn read_secret(path: &Path) -> Result<String, Fault> {
-    let meta = std::fs::metadata(path).at(format!("cannot read the file {}", path.display()))?;
+    let unread = || format!("cannot read the file {}", path.display());
+    let meta = std::fs::metadata(path).at(unread())?;
     if !meta.is_file() {
         return Err(Fault::config(format!("{} is not a regular file", path.display())));
     }
     if meta.len() > SECRET_BYTES_MAX {
         return Err(Fault::config(format!("{} has {} bytes; a secret has at most {SECRET_BYTES_MAX}", path.display(), meta.len())));
     }
-    let text = std::fs::read_to_string(path).at(format!("cannot read the file {}", path.display()))?;
+    let text = durable::read_regular_text(path, SECRET_BYTES_MAX).at(unread())?;
     let secret = text.trim_end_matches(['\r', '\n']);
     if secret.is_empty() {
         return Err(Fault::config(format!("{} is empty", path.display())));

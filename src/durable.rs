@@ -6,7 +6,7 @@
 //! the file and write it anew.
 
 use std::fs::{self, File};
-use std::io::Write;
+use std::io::{self, Read as _, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -33,7 +33,7 @@ fn replace_with_mode(path: &Path, bytes: &[u8], mode: u32) -> Result<(), Fault> 
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     let unique = NEXT.fetch_add(1, Ordering::Relaxed);
     let temporary = parent(path).join(format!(".{name}.{}-{unique}.tmp", std::process::id()));
-    let write = || -> std::io::Result<()> {
+    let write = || -> io::Result<()> {
         let mut file = File::options().write(true).create_new(true).mode(mode).open(&temporary)?;
         file.write_all(bytes)?;
         file.sync_all()?;
@@ -48,7 +48,7 @@ fn replace_with_mode(path: &Path, bytes: &[u8], mode: u32) -> Result<(), Fault> 
 }
 
 #[expect(clippy::disallowed_methods, reason = "this is the module that renames")]
-fn rename(from: &Path, to: &Path) -> std::io::Result<()> {
+fn rename(from: &Path, to: &Path) -> io::Result<()> {
     fs::rename(from, to)
 }
 
@@ -125,7 +125,7 @@ pub fn create_dir_all(path: &Path) -> Result<(), Fault> {
         create_dir_all(above)?;
     }
     match fs::create_dir(path) {
-        Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists && path.is_dir() => return Ok(()),
+        Err(e) if e.kind() == io::ErrorKind::AlreadyExists && path.is_dir() => return Ok(()),
         other => other.at(format_args!("make the folder {}", path.display()))?,
     }
     sync_dir(parent(path))
@@ -133,7 +133,7 @@ pub fn create_dir_all(path: &Path) -> Result<(), Fault> {
 
 /// Removes a file or a whole folder; what is not there is fine.
 pub fn remove_all(path: &Path) -> Result<(), Fault> {
-    let gone = |e: &std::io::Error| e.kind() == std::io::ErrorKind::NotFound;
+    let gone = |e: &io::Error| e.kind() == io::ErrorKind::NotFound;
     let result = match fs::symlink_metadata(path) {
         Ok(meta) if meta.is_dir() => make_removable(path).and_then(|()| fs::remove_dir_all(path)),
         Ok(_) => fs::remove_file(path),
@@ -146,7 +146,7 @@ pub fn remove_all(path: &Path) -> Result<(), Fault> {
 }
 
 /// Folders of an artifact may be read-only; whoever is not root must open them before removing what they hold.
-fn make_removable(path: &Path) -> std::io::Result<()> {
+fn make_removable(path: &Path) -> io::Result<()> {
     use std::os::unix::fs::PermissionsExt;
     if rustix::process::geteuid().is_root() {
         return Ok(());
@@ -162,6 +162,31 @@ fn make_removable(path: &Path) -> std::io::Result<()> {
         }
     }
     Ok(())
+}
+
+/// Opens a file that a person or a configuration names, for reading. It does not wait for a writer, as opening a pipe does, and refuses
+/// whatever is no regular file: such a read may never end.
+pub fn open_regular(path: &Path) -> io::Result<File> {
+    let file = File::options().read(true).custom_flags(rustix::fs::OFlags::NONBLOCK.bits() as i32).open(path)?;
+    if file.metadata()?.is_file() {
+        return Ok(file);
+    }
+    Err(io::Error::new(io::ErrorKind::InvalidInput, "it is not a regular file"))
+}
+
+/// Reads a whole file as [`open_regular`] opens it, of at most `bytes_max` bytes.
+pub fn read_regular(path: &Path, bytes_max: u64) -> io::Result<Vec<u8>> {
+    let mut out = Vec::new();
+    open_regular(path)?.take(bytes_max + 1).read_to_end(&mut out)?;
+    if out.len() as u64 > bytes_max {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, format!("it has more than {bytes_max} bytes")));
+    }
+    Ok(out)
+}
+
+/// [`read_regular`], as text.
+pub fn read_regular_text(path: &Path, bytes_max: u64) -> io::Result<String> {
+    String::from_utf8(read_regular(path, bytes_max)?).map_err(|_| io::Error::new(io::ErrorKind::InvalidData, "it is not text in UTF-8"))
 }
 
 #[cfg(test)]
@@ -187,5 +212,19 @@ mod tests {
         let fault = rename_noreplace(&a, &b).unwrap_err();
         assert_eq!(fault.code, crate::fault::Code::Conflict);
         rename_noreplace(&a, &dir.path().join("c")).unwrap();
+    }
+
+    #[test]
+    fn only_a_regular_file_is_opened_and_a_pipe_is_waited_for_by_nobody() {
+        let dir = tempfile::tempdir().unwrap();
+        let pipe = dir.path().join("pipe");
+        rustix::fs::mknodat(rustix::fs::CWD, &pipe, rustix::fs::FileType::Fifo, 0o600.into(), 0).unwrap();
+        for odd in [pipe.as_path(), dir.path(), Path::new("/dev/zero")] {
+            assert_eq!(open_regular(odd).unwrap_err().kind(), io::ErrorKind::InvalidInput, "{}", odd.display());
+        }
+        let file = dir.path().join("file");
+        replace(&file, b"1234").unwrap();
+        assert_eq!(read_regular(&file, 4).unwrap(), b"1234");
+        assert_eq!(read_regular(&file, 3).unwrap_err().kind(), io::ErrorKind::InvalidInput);
     }
 }

@@ -207,6 +207,11 @@ impl Fault {
         Self::new(Code::Deadline, Reason::Internal, Retry::Never, message, "ask again with 'packhorse status'; the work goes on")
     }
 
+    /// Some of it was done, and the rest will not be.
+    pub fn partial(message: impl Into<String>) -> Self {
+        Self::new(Code::Partial, Reason::Internal, Retry::Never, message, "see 'packhorse status'")
+    }
+
     /// A file with a secret that cannot be read any more, though it could at the start: who replaces it may not be done yet.
     pub fn secret_unreadable(file: &Path, error: &std::io::Error) -> Self {
         Self::not_allowed(format!("read the password file {}: {error}", file.display()))
@@ -272,6 +277,7 @@ impl Fault {
             K::AlreadyExists | K::NotADirectory => {
                 Self::conflict(message).with_next("something else stands there: move it away, or name another path")
             }
+            K::InvalidInput => Self::usage(message).with_next("name a regular file"),
             K::InvalidFilename => Self::usage(message).with_next("shorten the names"),
             K::PermissionDenied | K::ReadOnlyFilesystem => {
                 Self::not_allowed(message).with_next("give the daemon's user the right to read or write there")

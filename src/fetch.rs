@@ -17,6 +17,7 @@ use bytes::{Buf, Bytes, BytesMut};
 use futures::StreamExt;
 use futures::stream::BoxStream;
 use parking_lot::Mutex;
+use tokio::sync::{OnceCell, OwnedSemaphorePermit};
 use tokio::time::timeout;
 
 use crate::budget::Share;
@@ -24,7 +25,9 @@ use crate::buffers::Buffers;
 use crate::chunk::Hash;
 use crate::fault::{Fault, Reason, Retry};
 use crate::frame::{Frame, FrameError, HEADER_BYTES, Header, Verified};
-use crate::limits::{FETCH_BATCH_BYTES, FETCH_BATCH_CHUNKS_MAX, FETCH_REQUEST_BYTES_MAX, ROOT_BYTES_MAX, SILENCE_MAX};
+use crate::limits::{
+    FETCH_BATCH_BYTES, FETCH_BATCH_CHUNKS_MAX, FETCH_IDLE_MAX, FETCH_PROGRESS_BYTES, FETCH_REQUEST_BYTES_MAX, ROOT_BYTES_MAX, SILENCE_MAX,
+};
 use crate::line::{Link, RecvHalf, SendHalf};
 use crate::manifest::{ChunkRef, Digest, PageRef, Pages, Root, children, entry_pages, for_each_page};
 use crate::store::Store;
@@ -34,8 +37,6 @@ use crate::wire::{self, FETCH, FetchRequest, PRIORITY_MANIFEST, Peer, Wanted};
 const RECENT_PAGES_MAX: usize = 64;
 /// How often a line whose answer does not come is looked at.
 const LOOK_EVERY: Duration = Duration::from_secs(5);
-/// A line that brings more than this in the time of silence is not dead; its own upkeep takes less.
-const LIVELY_BYTES: u64 = 16 << 10;
 /// Raw bytes that are read from the store for one answer before they are sent.
 const ANSWER_BYTES: u64 = 1 << 20;
 /// How long a peer may take for one piece of an answer: with what goes before it, at 20 KB/s.
@@ -63,6 +64,8 @@ pub struct Opened {
     pub relayed: bool,
     /// The children of the pages that were named last: a page is named by many requests behind each other.
     recent: Mutex<VecDeque<(Hash, Arc<Vec<ChunkRef>>)>>,
+    /// The root manifest as it is sent, made when it is first asked for.
+    root_frame: OnceCell<Bytes>,
 }
 
 impl Opened {
@@ -74,7 +77,7 @@ impl Opened {
             Ok(())
         })?;
         let entry_pages = entry_pages(&root, source)?;
-        Ok(Self { digest, root, pages, entry_pages, relayed: false, recent: Mutex::default() })
+        Ok(Self { digest, root, pages, entry_pages, relayed: false, recent: Mutex::default(), root_frame: OnceCell::new() })
     }
 
     /// The same, of which the bytes live elsewhere.
@@ -84,15 +87,29 @@ impl Opened {
 }
 
 impl Opened {
+    /// The root manifest as one frame.
+    async fn root_frame(self: &Arc<Self>, peer: &Peer, library: &dyn Library) -> Result<Bytes, Fault> {
+        let make = || async {
+            let _place = library.work_place(peer).await;
+            let opened = self.clone();
+            blocking(move || Ok(Frame::encode(&Verified::new(opened.root.to_bytes().into())).to_bytes())).await
+        };
+        self.root_frame.get_or_try_init(make).await.cloned()
+    }
+
     /// What a page of this artifact lists. A page that is not one of its own is as good as not there.
-    async fn children(&self, page: Hash, library: &dyn Library) -> Result<Arc<Vec<ChunkRef>>, Fault> {
+    async fn children(self: &Arc<Self>, peer: &Peer, page: Hash, library: &dyn Library) -> Result<Arc<Vec<ChunkRef>>, Fault> {
         if !self.pages.contains(&page) {
             return Err(nothing_such());
         }
         if let Some((_, known)) = self.recent.lock().iter().find(|(id, _)| *id == page) {
             return Ok(known.clone());
         }
-        let listed = Arc::new(children(&library.page(self, page).await?, &self.root)?);
+        let listed = {
+            let _place = library.work_place(peer).await;
+            let (bytes, opened) = (library.page(self, page).await?, self.clone());
+            Arc::new(blocking(move || children(&bytes, &opened.root)).await?)
+        };
         let mut recent = self.recent.lock();
         if recent.len() == RECENT_PAGES_MAX {
             recent.pop_front();
@@ -113,6 +130,11 @@ pub trait Library: Send + Sync {
     }
     /// A share of the daemon's budget for this many bytes, out of what this peer may have of it.
     async fn share(&self, peer: &Peer, bytes: u64, priority: i32) -> Result<Share, Fault>;
+    /// A place among the blocking work of this peer, where that is bounded; it is kept while the work goes on, and never while anything
+    /// else of the peer is waited for.
+    async fn work_place(&self, _peer: &Peer) -> Option<OwnedSemaphorePermit> {
+        None
+    }
     /// A page's raw bytes.
     async fn page(&self, opened: &Opened, page: Hash) -> Result<Bytes, Fault>;
     /// The frames of these children of an opened artifact, in order, in any number of pieces, each piece as soon as it is here.
@@ -164,7 +186,7 @@ fn pick(all: &[ChunkRef], ranges: &[(u32, u32)]) -> Result<Vec<Child>, Fault> {
         let range = first as usize..(first as usize).saturating_add(count as usize);
         let part = all.get(range).ok_or_else(|| Fault::integrity("a fetch request names more than the page holds"))?;
         out.extend((first..).zip(part).map(|(index, chunk)| Child { index, chunk: *chunk }));
-        if out.len() > FETCH_BATCH_CHUNKS_MAX * 4 {
+        if out.len() > FETCH_BATCH_CHUNKS_MAX {
             return Err(Fault::integrity("a fetch request asks for too much at once"));
         }
     }
@@ -174,7 +196,7 @@ fn pick(all: &[ChunkRef], ranges: &[(u32, u32)]) -> Result<Vec<Child>, Fault> {
 /// The frames of a root manifest and of the pages that it lists, behind each other, for a peer that did not ask; `None` when they
 /// have more than `most` bytes. Of what the root says of its pages nothing is believed.
 pub async fn manifest_frames(peer: &Peer, library: &dyn Library, opened: &Arc<Opened>, most: usize) -> Result<Option<Vec<u8>>, Fault> {
-    let mut out = Frame::encode(&Verified::new(opened.root.to_bytes().into())).to_bytes().to_vec();
+    let mut out = opened.root_frame(peer, library).await?.to_vec();
     for (index, chunk) in (0..).zip(listed(&opened.root)) {
         if out.len() > most {
             break;
@@ -230,7 +252,7 @@ pub async fn serve(mut send: SendHalf, mut recv: RecvHalf, peer: &Peer, library:
 async fn answer(send: &mut SendHalf, recv: &mut RecvHalf, peer: &Peer, library: &dyn Library) -> Result<(), Fault> {
     let request = timeout(SILENCE_MAX, wire::receive_bytes(recv, FETCH_REQUEST_BYTES_MAX)).await;
     let request = request.map_err(|_| Fault::unreachable("a fetch request did not arrive"))??;
-    let mut request: FetchRequest = postcard::from_bytes(&request).map_err(|_| Fault::integrity("a malformed fetch request"))?;
+    let mut request = FetchRequest::parse(&request)?;
     // Manifests and small artifacts go before large ones on the way back too; control goes before all of them.
     request.priority = request.priority.clamp(0, PRIORITY_MANIFEST);
     send.set_priority(request.priority);
@@ -238,17 +260,19 @@ async fn answer(send: &mut SendHalf, recv: &mut RecvHalf, peer: &Peer, library: 
     for wanted in &request.wants {
         let children = match wanted {
             Wanted::Root | Wanted::RootAndPages(_) => {
-                let root = Verified::new(opened.root.to_bytes().into());
-                send.write_bytes(Frame::encode(&root).to_bytes()).await?;
+                let root = opened.root_frame(peer, library).await?;
+                let _share = library.share(peer, root.len() as u64, request.priority).await?;
+                let sent = timeout(WRITE_MAX, send.write_bytes(root)).await;
+                sent.map_err(|_| takes_nothing(peer))??;
                 match wanted {
-                    Wanted::RootAndPages(max) if listed_bytes(&opened.root) <= *max => {
+                    Wanted::RootAndPages(max) if listed_bytes(&opened.root) <= (*max).min(FETCH_BATCH_BYTES) => {
                         pick(&listed(&opened.root), &[(0, opened.root.pages.len() as u32)])?
                     }
                     _ => continue,
                 }
             }
             Wanted::TopPages(ranges) => pick(&listed(&opened.root), ranges)?,
-            Wanted::Children { page, ranges } => pick(&opened.children(*page, library).await?, ranges)?,
+            Wanted::Children { page, ranges } => pick(&opened.children(peer, *page, library).await?, ranges)?,
             Wanted::Difference { ranges, base, against } => {
                 pages::answer(send, peer, library, &opened, ranges, *base, *against).await?;
                 continue;
@@ -272,7 +296,7 @@ async fn answer(send: &mut SendHalf, recv: &mut RecvHalf, peer: &Peer, library: 
                 let mut end = None;
                 let mut some: Vec<Bytes> = some.into_iter().map_while(|piece| piece.map_err(|fault| end = Some(fault)).ok()).collect();
                 let sent = timeout(WRITE_MAX, send.write_many(&mut some)).await;
-                sent.map_err(|_| Fault::unreachable(format!("{peer} takes nothing from this stream")))??;
+                sent.map_err(|_| takes_nothing(peer))??;
                 if let Some(fault) = end {
                     return Err(fault);
                 }
@@ -282,12 +306,18 @@ async fn answer(send: &mut SendHalf, recv: &mut RecvHalf, peer: &Peer, library: 
     Ok(())
 }
 
+fn takes_nothing(peer: &Peer) -> Fault {
+    Fault::unreachable(format!("{peer} takes nothing from this stream"))
+}
+
 /// Asks one peer for one artifact.
 #[derive(Clone)]
 pub struct Fetcher {
     link: Link,
     digest: Digest,
     wire: Arc<AtomicU64>,
+    /// How long an answer may bring nothing of its own.
+    idle_max: Duration,
 }
 
 /// The frames of one request, one by one or some at a time.
@@ -295,6 +325,11 @@ pub struct Frames {
     link: Link,
     recv: RecvHalf,
     wire: Arc<AtomicU64>,
+    /// How long this stream may bring less than [`FETCH_PROGRESS_BYTES`] while it is waited for…
+    idle_max: Duration,
+    /// …how long it was waited for since it last brought as much, and what it brought since.
+    waited: Duration,
+    brought: u64,
     /// What came and is not part of a frame yet.
     pieces: VecDeque<Bytes>,
     /// Why the answer ended early, to be told once the frames that came before were taken.
@@ -307,6 +342,10 @@ fn silent() -> Fault {
     Fault::unreachable(format!("the line was silent for {} s", SILENCE_MAX.as_secs())).with_reason(Reason::HubUnreachable)
 }
 
+fn stalled(idle_max: Duration) -> Fault {
+    broken(Fault::unreachable(format!("an answer brought nothing for {} s, though the line stands", idle_max.as_secs())))
+}
+
 /// A line that broke is no fault of the transfer: it goes on when there is another.
 fn broken(fault: Fault) -> Fault {
     Fault { retry: Retry::Backoff, ..fault.with_reason(Reason::HubUnreachable) }
@@ -315,7 +354,12 @@ fn broken(fault: Fault) -> Fault {
 impl Fetcher {
     /// A fetcher of this artifact over this link, which counts what crosses the line in `wire`.
     pub fn new(link: Link, digest: Digest, wire: Arc<AtomicU64>) -> Self {
-        Self { link, digest, wire }
+        Self { link, digest, wire, idle_max: FETCH_IDLE_MAX }
+    }
+
+    /// The same, which gives an answer up that brings nothing of its own for so long, whatever else the line brings.
+    pub fn with_idle_max(self, idle_max: Duration) -> Self {
+        Self { idle_max, ..self }
     }
 
     /// The round trip of the line.
@@ -335,7 +379,17 @@ impl Fetcher {
         self.wire.fetch_add(out.len() as u64, Ordering::Relaxed);
         send.write_bytes(out.freeze()).await.map_err(broken)?;
         send.finish().map_err(broken)?;
-        Ok(Frames { link: self.link.clone(), recv, wire: self.wire.clone(), pieces: VecDeque::new(), ended: None, _send: send })
+        Ok(Frames {
+            link: self.link.clone(),
+            recv,
+            wire: self.wire.clone(),
+            idle_max: self.idle_max,
+            waited: Duration::ZERO,
+            brought: 0,
+            pieces: VecDeque::new(),
+            ended: None,
+            _send: send,
+        })
     }
 
     /// The root manifest, checked against its digest.
@@ -433,34 +487,43 @@ impl Frames {
 
     async fn read(&mut self) -> Result<(), Fault> {
         let mut pieces = [const { Bytes::new() }; PIECES];
+        let begun = Instant::now();
         let count = {
             let read = self.recv.read_chunks(&mut pieces);
             tokio::pin!(read);
-            // What the line had brought in all when it last brought something, and when that was seen.
+            // What the streams of the line had brought in all when they last brought something, and when that was seen.
             let mut seen: Option<(u64, Instant)> = None;
             loop {
-                match timeout(LOOK_EVERY, &mut read).await {
-                    Ok(result) => break result.map_err(broken)?,
-                    Err(_) => {
-                        // On a slow line this stream may wait long for its turn behind others: silent is a line that brings nothing.
-                        let brought = self.link.bytes().1;
-                        match seen {
-                            Some((before, since)) if brought - before <= LIVELY_BYTES => {
-                                if since.elapsed() >= SILENCE_MAX {
-                                    // Packets may still be answered; whoever needs the line dials a new one.
-                                    self.link.close("it brought nothing for too long");
-                                    return Err(silent());
-                                }
-                            }
-                            _ => seen = Some((brought, Instant::now())),
+                let look_after = LOOK_EVERY.min(self.idle_max.saturating_sub(self.waited + begun.elapsed()));
+                if let Ok(result) = timeout(look_after, &mut read).await {
+                    break result.map_err(broken)?;
+                }
+                if self.waited + begun.elapsed() >= self.idle_max {
+                    // Only this answer is given up: the line may serve others.
+                    return Err(stalled(self.idle_max));
+                }
+                // On a slow line this stream may wait long for its turn behind others: silent is a line whose streams bring nothing.
+                let brought = self.link.stream_bytes().1;
+                match seen {
+                    Some((before, since)) if brought == before => {
+                        if since.elapsed() >= SILENCE_MAX {
+                            // Packets may still be answered; whoever needs the line dials a new one.
+                            self.link.close("it brought nothing for too long");
+                            return Err(silent());
                         }
                     }
+                    _ => seen = Some((brought, Instant::now())),
                 }
             }
         };
         let Some(count) = count else {
             return Err(broken(Fault::unreachable("the answer to a fetch ended too early")));
         };
+        self.waited += begun.elapsed();
+        self.brought += pieces.iter().take(count).map(|piece| piece.len() as u64).sum::<u64>();
+        if self.brought >= FETCH_PROGRESS_BYTES {
+            (self.waited, self.brought) = (Duration::ZERO, 0);
+        }
         self.pieces.extend(pieces.into_iter().take(count).filter(|piece| !piece.is_empty()));
         Ok(())
     }

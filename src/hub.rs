@@ -2,8 +2,11 @@
 
 mod ahead;
 mod backend;
+#[cfg(test)]
+mod hostile;
 mod jobs;
 mod manifests;
+mod quota;
 mod refused;
 mod relay;
 mod runs;
@@ -22,10 +25,11 @@ use std::time::Duration;
 use async_trait::async_trait;
 use bytes::Bytes;
 use parking_lot::{Mutex, RwLock};
+use tokio::sync::OwnedSemaphorePermit;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::budget::{Budget, Share};
+use crate::budget::{Budget, Share, WorkPlaces};
 use crate::catalogue::Catalogue;
 use crate::chunk::{Hash, ShortHash};
 use crate::config::Config;
@@ -35,7 +39,10 @@ use crate::fetch::{Child, Library, Opened, Pieces, blocking, nothing_such, piece
 use crate::identity::{Claim, Holder, HubIdentity, Redeemer};
 use crate::jobs::Jobs;
 use crate::lately::Lately;
-use crate::limits::REST_EVERY;
+use crate::limits::{
+    CHANGES_AT_ONCE_MAX, CHANGES_PER_SECOND_MAX, CONTROL_FRAME_BYTES_MAX, PEER_WORK_MAX, QUESTIONS_BYTES_MAX, REPORTS_AT_ONCE_MAX,
+    REPORTS_PER_SECOND_MAX, REST_EVERY,
+};
 use crate::line::{Arrival, Link, Listener};
 use crate::manifest::{ChunkRef, Digest, Pages};
 use crate::names::{ArtifactRef, SiteName, SiteSelector};
@@ -82,12 +89,24 @@ struct Inner {
     checked_manifests: Arc<Mutex<manifests::Checked>>,
     /// The bytes read for sites and not yet sent.
     budget: Budget,
+    /// The bytes of questions that are being answered…
+    questions: Budget,
+    /// …and of control messages.
+    messages: Budget,
+    /// The blocking work of each site and publisher.
+    work: WorkPlaces,
+    /// What is being published over the lines.
+    reserved: quota::Reserved,
+    /// How fast each site may report…
+    reports: quota::Pace,
+    /// …and ask for changes.
+    changes: quota::Pace,
     /// Over which line a publisher sends what.
     uploads: Mutex<HashMap<(SiteName, ArtifactRef), Link>>,
     /// The bytes that an upload was found to have no room for.
     short_of: Mutex<Lately<Digest, u64>>,
-    /// Publishes and collections take turns: many may publish, one may collect.
-    collecting: Arc<tokio::sync::RwLock<()>>,
+    /// Held by the collection that runs. Publishes hold leases of the store instead, and wait for none.
+    collecting: tokio::sync::Mutex<()>,
     /// Events of training runs are taken one after the other.
     runs: tokio::sync::Mutex<()>,
     tasks: TaskTracker,
@@ -131,8 +150,11 @@ impl Hub {
         let relay = blocking(move || Relay::open(&data, main, sites, room)).await?;
         let (relay_memory, opened, entitled, uploads, short_of, collecting, runs, checked_manifests) = Default::default();
         let tasks = TaskTracker::new();
-        // Half of it: what the lines hold to send is the other half.
-        let budget = Budget::new(config.limits.memory / 2, SITE_SHARE_MAX);
+        // Three eighths of it are for content and an eighth is for messages: what the lines hold to send is the other half.
+        let budget = Budget::new(config.limits.memory / 8 * 3, SITE_SHARE_MAX);
+        let questions = Budget::new(config.limits.memory / 16, QUESTIONS_BYTES_MAX);
+        let messages = Budget::new(config.limits.memory / 16, CONTROL_FRAME_BYTES_MAX as u64);
+        let work = WorkPlaces::new(PEER_WORK_MAX);
         Ok(Self {
             inner: Arc::new(Inner {
                 config,
@@ -150,6 +172,12 @@ impl Hub {
                 jobs,
                 checked_manifests,
                 budget,
+                questions,
+                messages,
+                work,
+                reserved: Default::default(),
+                reports: quota::Pace::new(REPORTS_PER_SECOND_MAX, REPORTS_AT_ONCE_MAX),
+                changes: quota::Pace::new(CHANGES_PER_SECOND_MAX, CHANGES_AT_ONCE_MAX),
                 uploads,
                 short_of,
                 collecting,
@@ -251,6 +279,7 @@ impl Library for Hub {
         let relayed = rows.iter().all(|row| row.origin.is_some());
         let row = rows.into_iter().next().ok_or_else(nothing_such)?;
         let store = inner.store.clone();
+        let _place = self.work_place(peer).await;
         let opened = Arc::new(blocking(move || Opened::new(digest, row.root, &store)).await?.relayed(relayed));
         let mut cache = inner.opened.lock();
         if cache.len() >= OPENED_MAX {
@@ -262,6 +291,10 @@ impl Library for Hub {
 
     async fn share(&self, peer: &Peer, bytes: u64, priority: i32) -> Result<Share, Fault> {
         self.inner.budget.take(peer, bytes, priority).await
+    }
+
+    async fn work_place(&self, peer: &Peer) -> Option<OwnedSemaphorePermit> {
+        self.inner.work.take(peer).await
     }
 
     async fn page(&self, _opened: &Opened, page: Hash) -> Result<Bytes, Fault> {
@@ -290,6 +323,7 @@ impl Library for Hub {
         }
         let store = self.inner.store.clone();
         let chunks: Vec<ChunkRef> = children.into_iter().map(|c| c.chunk).collect();
+        let _place = self.work_place(peer).await;
         blocking(move || store.read_listed(&chunks)).await.map(pieces)
     }
 }

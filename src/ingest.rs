@@ -6,7 +6,6 @@
 //! catalogue: a publish that fails leaves chunks that nothing names, which `gc` takes away and a second try reuses.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
 use std::ops::Range;
 use std::path::Path;
@@ -19,6 +18,7 @@ use bytes::Bytes;
 
 use crate::buffers::Buffers;
 use crate::chunk::{Chunking, DEFAULT_CHUNKING, Hash};
+use crate::durable;
 use crate::fault::{Fault, IoContext};
 use crate::frame::{Frame, Verified};
 use crate::jobs::JobProgress;
@@ -45,11 +45,19 @@ pub struct Progress {
     pub stored: AtomicU64,
     /// Bytes that a file takes for which the store has no room; 0: none is known to.
     pub wanted: AtomicU64,
+    /// The job that this is part of, which somebody may cancel.
+    job: Option<Arc<JobProgress>>,
+}
+
+impl Progress {
+    fn check(&self) -> Result<(), Fault> {
+        self.job.as_ref().map_or(Ok(()), |job| job.check())
+    }
 }
 
 /// Runs `work` on this thread, tells the job's watchers how far its reading is, and adds what it stored.
 pub fn reported<T>(watched: &Arc<JobProgress>, work: impl FnOnce(&Progress) -> T) -> T {
-    let counted = Progress::default();
+    let counted = Progress { job: Some(watched.clone()), ..Progress::default() };
     std::thread::scope(|scope| {
         let (done, ended) = sync_channel::<()>(0);
         let counted = &counted;
@@ -276,6 +284,7 @@ fn read_all(
 
 impl Reading<'_, '_> {
     fn read(&mut self, entry: SourceEntry) -> Result<(), Fault> {
+        self.progress.check()?;
         let (path, body, stamp) = (entry.path.clone(), entry.body.clone(), entry.stamp.clone());
         let scratch = match &body {
             SourceBody::File { content: Content::Scratch(file), .. } => Some(file.clone()),
@@ -324,6 +333,7 @@ impl Reading<'_, '_> {
         let (mut from, mut takes, mut seen) = (open(content, size)?.take(size), 0, Seen::default());
         let (mut block, mut filled) = (vec![0; INGEST_BATCH_BYTES], 0);
         loop {
+            self.progress.check()?;
             filled += read_all_of(&mut from, &mut block[filled..]).at(format_args!("read {:?}", path.as_str()))?;
             let is_last = filled < block.len();
             let (mut cut, mut chunks) = (0, Vec::new());
@@ -380,6 +390,7 @@ impl Reading<'_, '_> {
 
     /// Reads of a file of `size` bytes, of which `read` were read, as much as the block takes. Returns how many are read.
     fn fill(&mut self, path: &RelPath, size: u64, read: u64, from: &mut dyn Read) -> Result<u64, Fault> {
+        self.progress.check()?;
         let room = INGEST_BATCH_BYTES - self.filled;
         let want = (size - read).min(room as u64) as usize;
         let mut read_into =
@@ -496,7 +507,7 @@ fn read_all_of(from: &mut dyn Read, buffer: &mut [u8]) -> std::io::Result<usize>
 }
 
 fn open(content: &Content, size: u64) -> Result<Box<dyn Read + '_>, Fault> {
-    let open = |path: &Path| File::open(path).at(format_args!("read {}", path.display()));
+    let open = |path: &Path| durable::open_regular(path).at(format_args!("read {}", path.display()));
     Ok(match content {
         Content::Memory(bytes) => Box::new(&bytes[..]),
         Content::File(from) | Content::Scratch(from) => Box::new(open(from)?),

@@ -4,17 +4,18 @@
 use std::collections::VecDeque;
 use std::future::Future;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use serde::Serialize;
+use tokio_util::sync::CancellationToken;
 
 use crate::api::types::Job;
 use crate::catalogue::{Catalogue, new_id};
-use crate::fault::{Code, Fault};
+use crate::fault::{Code, Fault, Reason};
 use crate::fetch::blocking;
-use crate::limits::ROOM_LOOK_EVERY;
+use crate::limits::{JOB_CANCEL_MAX, ROOM_LOOK_EVERY};
 use crate::store::Store;
 
 /// Jobs remembered; the oldest ended one is forgotten first.
@@ -33,6 +34,9 @@ pub struct JobProgress {
     pub wanted: AtomicU64,
     doing: Mutex<String>,
     notes: Mutex<Vec<String>>,
+    cancelled: CancellationToken,
+    /// Whether what is left to do is short, and must not be left half done.
+    ending: AtomicBool,
 }
 
 impl JobProgress {
@@ -46,10 +50,31 @@ impl JobProgress {
         self.notes.lock().push(what.into());
     }
 
+    /// Fails once somebody cancelled the job. Work asks this often, and before each step that takes long.
+    pub fn check(&self) -> Result<(), Fault> {
+        if self.cancelled.is_cancelled() { Err(cancelled()) } else { Ok(()) }
+    }
+
+    /// Does `work`, and gives it up when somebody cancels the job.
+    pub async fn or_cancelled<T>(&self, work: impl Future<Output = Result<T, Fault>>) -> Result<T, Fault> {
+        self.cancelled.run_until_cancelled(work).await.unwrap_or_else(|| Err(cancelled()))
+    }
+
+    /// [`JobProgress::check`], after which the job is not cancelled any more: what it has to show for itself becomes visible now.
+    pub fn end(&self) -> Result<(), Fault> {
+        self.ending.store(true, Ordering::SeqCst);
+        self.check()
+    }
+
     /// What it does now.
     pub fn what(&self) -> String {
         self.doing.lock().clone()
     }
+}
+
+/// The fault of work that somebody cancelled.
+fn cancelled() -> Fault {
+    Fault::partial("the job was cancelled").with_reason(Reason::CancelledByUser).with_next("run the command again to begin it anew")
 }
 
 /// Does `work`; where the store's disk is full it waits for room and does it again. No lock is held meanwhile, so that room can
@@ -72,6 +97,7 @@ where
         progress.doing(format!("waiting for room on a full disk: {}", fault.message));
         let full_since = Instant::now();
         loop {
+            progress.check()?;
             if full_since.elapsed() >= patience {
                 return Err(fault);
             }
@@ -81,6 +107,16 @@ where
             }
         }
         progress.bytes.store(0, Ordering::Relaxed);
+    }
+}
+
+/// Ends some time after a job was cancelled whose work does not end by itself.
+async fn given_up(progress: &JobProgress) {
+    progress.cancelled.cancelled().await;
+    tokio::time::sleep(JOB_CANCEL_MAX).await;
+    while progress.ending.load(Ordering::SeqCst) {
+        // It won the race against the cancel, and ends soon.
+        tokio::time::sleep(JOB_CANCEL_MAX).await;
     }
 }
 
@@ -142,12 +178,22 @@ impl Jobs {
             }
             entries.push_back(Entry { id: id.clone(), progress: progress.clone(), end: None });
         }
-        let work = work(progress);
+        let work = work(progress.clone());
         let (jobs, job) = (self.clone(), id.clone());
         tokio::spawn(async move {
             // In a task of its own, so that a defect in the work ends the job and does not leave it running for ever.
-            let end = match tokio::spawn(work).await {
+            let mut task = tokio::spawn(work);
+            let ended = tokio::select! {
+                ended = &mut task => ended,
+                () = given_up(&progress) => {
+                    // A thread may hang in a read that never returns: nobody waits for it. It ends at its next check.
+                    task.abort();
+                    task.await
+                }
+            };
+            let end = match ended {
                 Ok(result) => result.and_then(|v| serde_json::to_value(v).map_err(|e| Fault::internal(format!("a job's result: {e}")))),
+                Err(error) if error.is_cancelled() => Err(cancelled()),
                 Err(error) => Err(Fault::internal(format!("the job ended: {error}"))),
             };
             if let Err(fault) = &end {
@@ -172,6 +218,7 @@ impl Jobs {
         let (state, result, error) = match &entry.end {
             None => ("running", None, None),
             Some(Ok(value)) => ("done", Some(value.clone()), None),
+            Some(Err(fault)) if fault.reason == Reason::CancelledByUser => ("cancelled", None, Some(fault.clone())),
             Some(Err(fault)) => ("failed", None, Some(fault.clone())),
         };
         Ok(Job {
@@ -184,6 +231,30 @@ impl Jobs {
             result,
             error,
         })
+    }
+
+    /// Cancels a job: its work stops, and what it wrote for itself alone is removed. One whose result is becoming visible ends as it is.
+    pub fn cancel(&self, id: &str) -> Result<Job, Fault> {
+        {
+            let entries = self.entries.lock();
+            let entry = entries.iter().find(|e| e.id == id);
+            if let Some(entry) = entry.filter(|e| e.end.is_some() || e.progress.ending.load(Ordering::SeqCst)) {
+                let state = if entry.end.is_some() { "has ended" } else { "is about to end" };
+                return Err(Fault::conflict(format!("job {id} {state}: there is nothing to cancel"))
+                    .with_next("run the command again to see its result"));
+            }
+            if let Some(entry) = entry {
+                tracing::info!(job = %id, "a job is cancelled");
+                entry.progress.cancelled.cancel();
+            }
+        }
+        self.get(id)
+    }
+
+    /// All jobs that are remembered, the newest first.
+    pub fn list(&self) -> Vec<Job> {
+        let ids: Vec<String> = self.entries.lock().iter().rev().map(|entry| entry.id.clone()).collect();
+        ids.iter().filter_map(|id| self.get(id).ok()).collect()
     }
 
     /// Jobs that run.
@@ -209,5 +280,65 @@ mod tests {
         collection().unwrap();
         assert_eq!(collection().unwrap_err().code, Code::Conflict);
         assert_eq!(jobs.running(), JOBS_RUNNING_MAX + 1);
+    }
+
+    async fn ended(jobs: &Jobs, id: &str) -> Job {
+        loop {
+            match jobs.get(id).unwrap() {
+                job if job.state == "running" => tokio::time::sleep(Duration::from_millis(5)).await,
+                job => return job,
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn a_job_that_is_cancelled_stops_and_cleans_up() {
+        let dir = tempfile::tempdir().unwrap();
+        let jobs = Jobs::new(Catalogue::open(dir.path()).await.unwrap());
+        let data = dir.path().to_owned();
+        let job = jobs.start(move |progress| async move {
+            let watched = progress.clone();
+            crate::reading::with_scratch(&data, &watched, move |scratch, _| {
+                crate::durable::replace(&scratch.folder.join("spilled"), b"much")?;
+                loop {
+                    progress.check()?;
+                    std::thread::sleep(Duration::from_millis(2));
+                }
+                #[expect(unreachable_code, reason = "says the type")]
+                Ok::<(), Fault>(())
+            })
+            .await
+        });
+        let id = job.unwrap().id;
+        assert_eq!(jobs.list()[0].id, id);
+        jobs.cancel(&id).unwrap();
+        let job = ended(&jobs, &id).await;
+        assert_eq!((job.state.as_str(), job.error.unwrap().code), ("cancelled", Code::Partial));
+        assert_eq!(std::fs::read_dir(dir.path().join("scratch")).unwrap().count(), 0, "nothing of it is left");
+        assert_eq!(jobs.cancel(&id).unwrap_err().code, Code::Conflict);
+        assert_eq!(jobs.cancel("j-0").unwrap_err().code, Code::NotFound);
+    }
+
+    #[tokio::test]
+    async fn a_job_that_hangs_is_given_up_and_one_that_ends_is_left_to_end() {
+        let dir = tempfile::tempdir().unwrap();
+        let jobs = Jobs::new(Catalogue::open(dir.path()).await.unwrap());
+        let (release, hang) = std::sync::mpsc::sync_channel::<()>(1);
+        let hanging = jobs.start(|_| blocking(move || hang.recv().map_err(|e| Fault::internal(e.to_string())))).unwrap().id;
+        let (end, ends) = tokio::sync::oneshot::channel::<()>();
+        let (begun, begins) = tokio::sync::oneshot::channel::<()>();
+        let ending = jobs.start(|progress| async move {
+            progress.end()?;
+            let _ = begun.send(());
+            ends.await.map_err(|e| Fault::internal(e.to_string()))
+        });
+        let ending = ending.unwrap().id;
+        begins.await.unwrap();
+        assert_eq!(jobs.cancel(&ending).unwrap_err().code, Code::Conflict);
+        end.send(()).unwrap();
+        assert_eq!(ended(&jobs, &ending).await.state, "done");
+        jobs.cancel(&hanging).unwrap();
+        assert_eq!(ended(&jobs, &hanging).await.state, "cancelled");
+        drop(release);
     }
 }

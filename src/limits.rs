@@ -18,11 +18,46 @@ pub const TOLD_KEPT_MAX: usize = 64;
 pub const FETCH_REQUEST_BYTES_MAX: usize = 64 << 10;
 /// The largest chunk, raw or stored.
 pub const CHUNK_BYTES_MAX: usize = 1 << 20;
+/// The largest question on the line: whoever asks sends a few names.
+pub const QUESTION_BYTES_MAX: usize = 64 << 10;
+/// What a question takes in memory while it is answered, for each byte of its text.
+pub const QUESTION_BYTES_FACTOR: u64 = 8;
+/// What the questions of one peer take in memory together.
+pub const QUESTIONS_BYTES_MAX: u64 = 4 << 20;
+/// Questions of one connection that are answered at once.
+pub const QUESTIONS_AT_ONCE_MAX: usize = 128;
+/// How long a question may take to be answered, unless its answer moves content first.
+pub const ANSWER_MAX: Duration = Duration::from_secs(120);
+/// How long a question whose answer moves content first may move none.
+pub const ANSWER_IDLE_MAX: Duration = Duration::from_secs(600);
+/// The slowest that a message may arrive, in bytes a second, once it has begun.
+pub const MESSAGE_BYTES_PER_SECOND_MIN: u64 = 8 << 10;
+/// Messages larger than this are parsed where it may block.
+pub const MESSAGE_BYTES_SMALL: usize = 64 << 10;
+/// How long a fetch waits for data of its own, however much the connection brings for others: as long as its peer may take to send
+/// what goes before it, and a little more.
+pub const FETCH_IDLE_MAX: Duration = Duration::from_secs(960);
+/// The same for a manifest that the hub fetches before it answers: a manifest goes before content.
+pub const MANIFEST_IDLE_MAX: Duration = Duration::from_secs(120);
+/// Less than this is no progress of a fetch that has not ended.
+pub const FETCH_PROGRESS_BYTES: u64 = 16 << 10;
+/// How long the hub may take to fetch the manifest of what a site publishes.
+pub const OFFER_MAX: Duration = Duration::from_secs(3600);
+/// The blocking work (reads, parsing, compression) that runs at once for one peer.
+pub const PEER_WORK_MAX: usize = 8;
+/// The reports of transfers and runs that the hub takes from one site, a second…
+pub const REPORTS_PER_SECOND_MAX: u32 = 1_000;
+/// …and at once, after a pause.
+pub const REPORTS_AT_ONCE_MAX: u32 = 20_000;
+/// The publishes, deliveries, actions and runs that one site or publisher may ask for, a second…
+pub const CHANGES_PER_SECOND_MAX: u32 = 50;
+/// …and at once, after a pause.
+pub const CHANGES_AT_ONCE_MAX: u32 = 1_000;
 /// The largest root manifest.
 pub const ROOT_BYTES_MAX: usize = 1 << 20;
 /// The raw bytes of chunks that one fetch request asks for, about: small enough that a stream's window holds it.
 pub const FETCH_BATCH_BYTES: u64 = 1 << 20;
-/// The most chunks in one fetch request.
+/// The most chunks, pages, ranges and parts of one fetch request, all together.
 pub const FETCH_BATCH_CHUNKS_MAX: usize = 1024;
 /// The fetch requests a transfer keeps on the way at once…
 pub const FETCH_IN_FLIGHT_MAX: usize = 32;
@@ -142,7 +177,17 @@ pub const API_CLIENT_IDLE_MAX: Duration = Duration::from_secs(5);
 pub const API_IDLE_MAX: Duration = Duration::from_secs(120);
 /// Rows of one API reply.
 pub const API_ROWS_MAX: u32 = 10_000;
-/// Rows of one API reply when the request does not say.
+/// Rows of a long API reply that are in memory at once: it is made and sent a page at a time.
+pub const API_PAGE_ROWS: u32 = 100;
+/// The same for deliveries, of which each has many parts.
+pub const API_PAGE_DELIVERIES: u32 = 20;
+/// Lists of the API that are made at once, a page or a whole small one; the others wait for their turn.
+pub const API_LISTS_AT_ONCE_MAX: usize = 4;
+/// Ids in one API query.
+pub const API_QUERY_IDS_MAX: usize = 1_000;
+/// Events that a stream holds in memory at once.
+pub const API_STREAM_EVENTS: u32 = 50;
+/// Rows of one API reply when the request does not say, and the most where a reader goes on from a cursor.
 pub const API_ROWS_DEFAULT: u32 = 1_000;
 /// Between two looks of a waiting API request: changes that come faster are told together.
 pub const API_LOOK_EVERY: Duration = Duration::from_millis(10);
@@ -319,6 +364,8 @@ pub const CHANGED_TOLD_MAX: i64 = 500;
 pub const CHANGED_CHARS_MAX: usize = 8 << 10;
 /// How long a command waits for a daemon that went away while it did a job: after a restart it knows the job no more.
 pub const JOB_AWAY_MAX: Duration = Duration::from_secs(15);
+/// How long a cancelled job may take to stop by itself before it is given up.
+pub const JOB_CANCEL_MAX: Duration = Duration::from_secs(3);
 /// Room that the store leaves on its disk beside a whole pack, so that the databases can still be written.
 pub const STORE_SPARE_BYTES: u64 = 16 << 20;
 /// A B-tree file up to this size is verified by its checksums when it is opened: that reads all of it.

@@ -271,7 +271,13 @@ impl Origin {
     }
 
     /// What is wrong with the files of an artifact, one line each. Reads all of them. Blocks.
-    pub fn verify(&self, digest: Digest, root: &Root, places: &[Place], read: impl Fn(u64)) -> Result<Vec<String>, Fault> {
+    pub fn verify(
+        &self,
+        digest: Digest,
+        root: &Root,
+        places: &[Place],
+        read: impl Fn(u64) -> Result<(), Fault>,
+    ) -> Result<Vec<String>, Fault> {
         self.index(digest, root, places, true)?;
         let candidates = self.candidates(digest, places)?;
         let runtime = tokio::runtime::Handle::current();
@@ -286,7 +292,7 @@ impl Origin {
                     file = place.map(|place| (entry.path, At { place, entry: number, offset: 0, len: 0 }, false));
                 }
                 Step::Chunk(chunk, spot) => {
-                    read(u64::from(chunk.len));
+                    read(u64::from(chunk.len))?;
                     let Some((path, at, told)) = &mut file else { continue };
                     // Where this entry lies, not where the same chunk may lie besides.
                     let at = At { offset: spot.offset, len: chunk.len, ..*at };

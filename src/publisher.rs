@@ -21,6 +21,7 @@ use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
+use tokio::time::timeout;
 
 use crate::api::types::{Published, SourceOptions};
 use crate::config::Line;
@@ -285,7 +286,7 @@ impl Publisher {
                 let link = self.line().await?;
                 let (before, begun) = (link.bytes(), Instant::now());
                 let answer = tokio::select! {
-                    answer = wire::ask(&link, question) => answer,
+                    answer = wire::ask_to_move(&link, question) => answer,
                     () = serve(&link, origin) => Err(Fault::unreachable("the line to the hub ended")),
                     () = watch(&link, progress) => Err(Fault::internal("nobody looks any more")),
                 };
@@ -359,7 +360,7 @@ async fn serve(link: &Link, origin: &Origin) {
         tasks.spawn(async move {
             let _turn = turn;
             let mut kind = [0];
-            if recv.read_exact(&mut kind).await.is_ok() && kind[0] == FETCH {
+            if matches!(timeout(SILENCE_MAX, recv.read_exact(&mut kind)).await, Ok(Ok(()))) && kind[0] == FETCH {
                 fetch::serve(send, recv, &hub, &origin).await;
             }
         });
@@ -487,7 +488,7 @@ mod tests {
             token: None,
             state,
         };
-        let uploaded = tokio::time::timeout(std::time::Duration::from_secs(30), publish(asked, Arc::default())).await.unwrap();
+        let uploaded = timeout(std::time::Duration::from_secs(30), publish(asked, Arc::default())).await.unwrap();
         assert_eq!(uploaded.unwrap().published.stored, 7);
         answers.await.unwrap();
     }

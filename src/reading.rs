@@ -205,8 +205,14 @@ pub fn open(
         let (layout, wanted) = (scratch.folder.join("pulled"), &scratch.progress.wanted);
         let kept = kept::open(&scratch.folder, &reference)?;
         match &kept {
-            Some(kept) => runtime.block_on(registry::pull_keeping(&reference, credentials, ca.as_deref(), &layout, &kept.path, wanted))?,
-            None => runtime.block_on(registry::pull_to_layout(&reference, credentials, ca.as_deref(), &layout, wanted))?,
+            Some(kept) => {
+                let pull = registry::pull_keeping(&reference, credentials, ca.as_deref(), &layout, &kept.path, wanted);
+                runtime.block_on(scratch.progress.or_cancelled(pull))?;
+            }
+            None => {
+                let pull = registry::pull_to_layout(&reference, credentials, ca.as_deref(), &layout, wanted);
+                runtime.block_on(scratch.progress.or_cancelled(pull))?;
+            }
         }
         if let Some(kept) = kept {
             // All of it is in the layout, where each blob is removed as soon as it was read: nothing is on the disk twice.

@@ -3,22 +3,31 @@
 //! Every stream begins with one byte that says its kind.
 //!
 //! ```text
-//! 'C'  control, opened by the site, one for each connection: JSON messages both ways, each behind its u32 LE length
+//! 'C'  control, opened by the site, one for each connection (a second one ends the first): JSON messages both ways, each behind
+//!      its u32 LE length
 //! 'F'  fetch, opened by whoever lacks chunks: u32 LE length, a postcard [`FetchRequest`]; the answer is the frames
 //!      asked for, in order, as they are stored (see `frame`), and the end of the stream. A frame with the fault codec
 //!      stands for a chunk that could not be given and ends the answer.
 //! 'Q'  question, opened by either: u32 LE length, JSON; the answer likewise, `{"Ok":…}` or `{"Err":fault}`
 //! ```
 
-use serde::de::DeserializeOwned;
-use serde::{Deserialize, Serialize};
+use std::time::{Duration, Instant};
+
+use serde::de::{DeserializeOwned, SeqAccess, Visitor};
+use serde::{Deserialize, Deserializer, Serialize};
+use tokio::time::timeout;
 
 use crate::api::types::{Action, State};
+use crate::budget::{Budget, Share};
 use crate::catalogue::{Body, Want};
 use crate::chunk::Hash;
 use crate::config::Congestion;
 use crate::fault::Fault;
-use crate::limits::CONTROL_FRAME_BYTES_MAX;
+use crate::fetch::blocking;
+use crate::limits::{
+    ANSWER_IDLE_MAX, ANSWER_MAX, CONTROL_FRAME_BYTES_MAX, FETCH_BATCH_CHUNKS_MAX, MESSAGE_BYTES_PER_SECOND_MIN, MESSAGE_BYTES_SMALL,
+    QUESTION_BYTES_FACTOR, QUESTION_BYTES_MAX, SILENCE_MAX,
+};
 use crate::line::{Link, RecvHalf, SendHalf};
 use crate::manifest::Digest;
 use crate::names::{ArtifactRef, DeliveryId, RunName, SiteName, SiteSelector, TransferId, WorkId, WorkIds};
@@ -48,8 +57,63 @@ pub struct FetchRequest {
     pub digest: Digest,
     /// Higher is answered first.
     pub priority: i32,
-    /// What of it.
+    /// What of it; see [`FetchRequest::parse`] for how much that may be.
+    #[serde(deserialize_with = "few_wants")]
     pub wants: Vec<Wanted>,
+}
+
+/// Stops before more wants are in memory than a request may have.
+fn few_wants<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<Wanted>, D::Error> {
+    struct Few;
+    impl<'de> Visitor<'de> for Few {
+        type Value = Vec<Wanted>;
+        fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+            write!(f, "at most {FETCH_BATCH_CHUNKS_MAX} wants")
+        }
+        fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Vec<Wanted>, A::Error> {
+            let mut wants = Vec::new();
+            while let Some(wanted) = seq.next_element()? {
+                if wants.len() == FETCH_BATCH_CHUNKS_MAX {
+                    return Err(serde::de::Error::invalid_length(wants.len() + 1, &self));
+                }
+                wants.push(wanted);
+            }
+            Ok(wants)
+        }
+    }
+    from.deserialize_seq(Few)
+}
+
+impl FetchRequest {
+    /// Parses a request. One that asks for more than a request may is refused: at most one root manifest, at most one difference, and
+    /// [`FETCH_BATCH_CHUNKS_MAX`] wants, ranges, chunks and pages in all.
+    pub fn parse(bytes: &[u8]) -> Result<Self, Fault> {
+        let request: Self = postcard::from_bytes(bytes)
+            .map_err(|_| Fault::integrity(format!("a fetch request is malformed, or has more than {FETCH_BATCH_CHUNKS_MAX} wants")))?;
+        let (mut roots, mut differences, mut pieces) = (0, 0, 0_u64);
+        for wanted in &request.wants {
+            let ranges = match wanted {
+                Wanted::Root | Wanted::RootAndPages(_) => {
+                    roots += 1;
+                    &[][..]
+                }
+                Wanted::TopPages(ranges) | Wanted::Children { ranges, .. } => ranges,
+                Wanted::Difference { ranges, .. } => {
+                    differences += 1;
+                    ranges
+                }
+            };
+            // An empty range costs time as well, and so does a want without ranges.
+            pieces += ranges.iter().map(|(_, count)| u64::from(*count).max(1)).sum::<u64>().max(1);
+        }
+        if roots > 1 || differences > 1 {
+            return Err(Fault::integrity("a fetch request asks for more than one root manifest or difference"));
+        }
+        if pieces > FETCH_BATCH_CHUNKS_MAX as u64 {
+            return Err(Fault::integrity(format!("a fetch request asks for {pieces} pieces; {FETCH_BATCH_CHUNKS_MAX} are allowed")));
+        }
+        Ok(request)
+    }
 }
 
 /// Some of an artifact.
@@ -296,13 +360,61 @@ pub struct Planned {
 /// Which site is on the other end of a stream, for what it may see.
 pub type Peer = SiteName;
 
-/// Asks the other end of a line, and waits for its answer.
-pub async fn ask<Q: Serialize + Sync, T: DeserializeOwned>(link: &Link, question: &Q) -> Result<T, Fault> {
-    let (mut send, mut recv) = link.open(PRIORITY_QUESTION).await?;
-    send.write_all(&[QUESTION]).await?;
-    self::send(&mut send, question).await?;
+/// Asks the other end of a line, and waits for its answer, which must come soon.
+pub async fn ask<Q: Serialize + Sync, T: DeserializeOwned + Send + 'static>(link: &Link, question: &Q) -> Result<T, Fault> {
+    let answer = timeout(ANSWER_MAX, async { receive_answer(&mut put(link, question).await?.1).await }).await;
+    answer.unwrap_or_else(|_| Err(unanswered(link, ANSWER_MAX)))
+}
+
+/// [`ask`] for a question whose answer comes only after content was moved: it may take as long as some is moving.
+pub async fn ask_to_move<Q: Serialize + Sync, T: DeserializeOwned + Send + 'static>(link: &Link, question: &Q) -> Result<T, Fault> {
+    let answer = async { receive_answer(&mut put(link, question).await?.1).await };
+    tokio::select! {
+        answer = answer => answer,
+        () = nothing_moves(link, ANSWER_IDLE_MAX) => Err(unanswered(link, ANSWER_IDLE_MAX)),
+    }
+}
+
+/// Ends once no stream of the line carried anything for so long, either way.
+async fn nothing_moves(link: &Link, idle_max: Duration) {
+    let (mut moved, mut since) = (link.stream_bytes(), Instant::now());
+    loop {
+        tokio::time::sleep(idle_max / 20).await;
+        let now = link.stream_bytes();
+        if now != moved {
+            (moved, since) = (now, Instant::now());
+        } else if since.elapsed() >= idle_max {
+            return;
+        }
+    }
+}
+
+fn unanswered(link: &Link, after: Duration) -> Fault {
+    let peer = link.peer().map_or_else(|| "the peer".to_owned(), ToString::to_string);
+    Fault::unreachable(format!("{peer} did not answer a question within {} s", after.as_secs()))
+        .with_next("look at the log of the other daemon, then run the command again")
+}
+
+/// Opens a stream with a question on it. The stream lives as long as both halves.
+async fn put<Q: Serialize + Sync>(link: &Link, question: &Q) -> Result<(SendHalf, RecvHalf), Fault> {
+    let text = serde_json::to_vec(question).map_err(|e| Fault::internal(format!("a question as JSON: {e}")))?;
+    if text.len() > QUESTION_BYTES_MAX {
+        return Err(Fault::usage(format!("the request has {} bytes; {QUESTION_BYTES_MAX} are allowed", text.len()))
+            .with_next("name fewer artifacts at once, or give shorter settings"));
+    }
+    let (mut send, recv) = link.open(PRIORITY_QUESTION).await?;
+    // In one piece: the other end waits only so long for what follows the first byte.
+    let mut out = Vec::with_capacity(text.len() + 5);
+    out.push(QUESTION);
+    out.extend_from_slice(&(text.len() as u32).to_le_bytes());
+    out.extend_from_slice(&text);
+    send.write_all(&out).await?;
     send.finish()?;
-    receive::<Result<T, Fault>>(&mut recv).await?
+    Ok((send, recv))
+}
+
+async fn receive_answer<T: DeserializeOwned + Send + 'static>(recv: &mut RecvHalf) -> Result<T, Fault> {
+    receive::<Result<T, Fault>>(recv).await?
 }
 
 /// Sends one message behind its length.
@@ -319,23 +431,64 @@ pub async fn send_bytes(to: &mut SendHalf, bytes: &[u8]) -> Result<(), Fault> {
     to.write_all(&out).await
 }
 
-/// Receives one message of at most [`CONTROL_FRAME_BYTES_MAX`].
-pub async fn receive<T: DeserializeOwned>(from: &mut RecvHalf) -> Result<T, Fault> {
-    let text = receive_bytes(from, CONTROL_FRAME_BYTES_MAX).await?;
-    serde_json::from_slice(&text).map_err(|e| Fault::integrity(format!("the peer sent a malformed message: {e}")))
+/// Receives one message of at most [`CONTROL_FRAME_BYTES_MAX`]. It may begin at any time; once begun it must arrive.
+pub async fn receive<T: DeserializeOwned + Send + 'static>(from: &mut RecvHalf) -> Result<T, Fault> {
+    let len = receive_len(from, CONTROL_FRAME_BYTES_MAX).await?;
+    parse(receive_body(from, len).await?).await
 }
 
-/// Receives bytes behind their length.
+/// [`receive`], for a message whose memory comes out of the peer's share of `budget` before it is read. The share is to be kept as long
+/// as the message.
+pub async fn receive_within<T: DeserializeOwned + Send + 'static>(
+    from: &mut RecvHalf,
+    budget: &Budget,
+    peer: &Peer,
+) -> Result<(T, Share), Fault> {
+    let len = receive_len(from, CONTROL_FRAME_BYTES_MAX).await?;
+    let share = budget.take(peer, len as u64, PRIORITY_CONTROL).await?;
+    Ok((parse(receive_body(from, len).await?).await?, share))
+}
+
+/// Receives a question, which has to begin at once; as [`receive_within`].
+pub async fn receive_question<T: DeserializeOwned + Send + 'static>(
+    from: &mut RecvHalf,
+    budget: &Budget,
+    peer: &Peer,
+) -> Result<(T, Share), Fault> {
+    let len = timeout(SILENCE_MAX, receive_len(from, QUESTION_BYTES_MAX)).await;
+    let len = len.map_err(|_| Fault::unreachable("a question did not arrive"))??;
+    let share = budget.take(peer, len as u64 * QUESTION_BYTES_FACTOR, PRIORITY_QUESTION).await?;
+    Ok((parse(receive_body(from, len).await?).await?, share))
+}
+
+/// Receives bytes behind their length. They may begin at any time; once begun they must arrive.
 pub async fn receive_bytes(from: &mut RecvHalf, max: usize) -> Result<Vec<u8>, Fault> {
+    let len = receive_len(from, max).await?;
+    receive_body(from, len).await
+}
+
+async fn receive_len(from: &mut RecvHalf, max: usize) -> Result<usize, Fault> {
     let mut len = [0; 4];
     from.read_exact(&mut len).await?;
     let len = u32::from_le_bytes(len) as usize;
     if len > max {
         return Err(Fault::integrity(format!("the peer sent a message of {len} bytes; {max} are allowed")));
     }
+    Ok(len)
+}
+
+async fn receive_body(from: &mut RecvHalf, len: usize) -> Result<Vec<u8>, Fault> {
     let mut out = vec![0; len];
-    from.read_exact(&mut out).await?;
+    let patience = SILENCE_MAX + Duration::from_secs(len as u64 / MESSAGE_BYTES_PER_SECOND_MIN);
+    let read = timeout(patience, from.read_exact(&mut out)).await;
+    read.map_err(|_| Fault::unreachable(format!("a message did not arrive within {} s", patience.as_secs())))??;
     Ok(out)
+}
+
+async fn parse<T: DeserializeOwned + Send + 'static>(text: Vec<u8>) -> Result<T, Fault> {
+    let is_small = text.len() <= MESSAGE_BYTES_SMALL;
+    let work = move || serde_json::from_slice(&text).map_err(|e| Fault::integrity(format!("the peer sent a malformed message: {e}")));
+    if is_small { work() } else { blocking(work).await }
 }
 
 #[cfg(test)]
@@ -383,6 +536,42 @@ mod tests {
             for question in questions(bad) {
                 assert!(!parses::<AskHub>(&question), "{question}");
             }
+        }
+    }
+
+    fn parse_wants(wants: Vec<Wanted>) -> Result<FetchRequest, Fault> {
+        FetchRequest::parse(&postcard::to_stdvec(&FetchRequest { digest: Hash([1; 32]), priority: 0, wants }).unwrap())
+    }
+
+    #[test]
+    fn a_request_has_one_root_and_a_bounded_number_of_pieces() {
+        let most = FETCH_BATCH_CHUNKS_MAX as u32;
+        let children = |ranges| Wanted::Children { page: Hash([2; 32]), ranges };
+        let difference = || Wanted::Difference { ranges: vec![(0, 1)], base: Hash([3; 32]), against: (0, 1) };
+        let fine = [
+            vec![Wanted::Root],
+            vec![Wanted::RootAndPages(u64::MAX)],
+            vec![difference()],
+            vec![children(vec![(0, most)])],
+            vec![children(vec![(5, 1)]); FETCH_BATCH_CHUNKS_MAX],
+            vec![Wanted::Root, Wanted::TopPages(vec![(0, most - 1)])],
+        ];
+        for wants in fine {
+            assert_eq!(parse_wants(wants.clone()).unwrap().wants, wants);
+        }
+        let too_much = [
+            vec![Wanted::Root, Wanted::Root],
+            vec![Wanted::Root, Wanted::RootAndPages(1)],
+            vec![difference(), difference()],
+            vec![children(vec![(0, most + 1)])],
+            vec![children(vec![(0, u32::MAX), (0, u32::MAX), (0, u32::MAX)])],
+            vec![Wanted::TopPages(vec![(0, 0); FETCH_BATCH_CHUNKS_MAX + 1])],
+            vec![children(Vec::new()); FETCH_BATCH_CHUNKS_MAX + 1],
+            vec![children(vec![(0, most)]), Wanted::Root],
+            vec![Wanted::Root; 60_000],
+        ];
+        for wants in too_much {
+            assert_eq!(parse_wants(wants).unwrap_err().code, crate::fault::Code::Integrity);
         }
     }
 }

@@ -9,12 +9,13 @@ use axum::http::{HeaderMap, header};
 use axum::response::sse::{Event as SseEvent, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
 use futures::Stream;
+use futures::future::BoxFuture;
 
 use super::error::{ApiError, ErrorBody};
 use super::routes::{App, Q, rows, wait_for, with_cursor};
 use super::types::{Event, EventQuery};
 use crate::fault::Fault;
-use crate::limits::{API_ROWS_DEFAULT, LONG_POLL_MAX, SSE_HEARTBEAT};
+use crate::limits::{API_ROWS_DEFAULT, API_STREAM_EVENTS, LONG_POLL_MAX, SSE_HEARTBEAT};
 
 /// What happened, in order. A client that was away goes on with `Last-Event-ID` or `since`.
 #[utoipa::path(get, path = "/v1/events", tag = "events", params(EventQuery), responses(
@@ -27,8 +28,8 @@ pub(super) async fn events(State(app): State<App>, headers: HeaderMap, Q(query):
         Some(id) => id.to_str().ok().and_then(|id| id.trim().parse().ok()).ok_or_else(|| Fault::usage("Last-Event-ID is not a number"))?,
     };
     if wants_json(&headers, &query)? {
-        let limit = rows(query.limit);
-        let look = || app.backend.events(since, limit);
+        let limit = rows(query.limit).min(API_ROWS_DEFAULT);
+        let look = || -> BoxFuture<'_, _> { Box::pin(app.listed(app.backend.events(since, limit))) };
         let events = wait_for(&app, query.wait, look, |events: &Vec<Event>| !events.is_empty()).await?;
         let cursor = events.last().map_or(since, |event| event.seq);
         return Ok(with_cursor(Json(events), cursor));
@@ -71,7 +72,7 @@ fn stream(app: App, since: u64) -> impl Stream<Item = Result<SseEvent, Infallibl
             if cursor.app.stop.is_cancelled() {
                 return None;
             }
-            let look = || cursor.app.backend.events(cursor.since, API_ROWS_DEFAULT);
+            let look = || -> BoxFuture<'_, _> { Box::pin(cursor.app.listed(cursor.app.backend.events(cursor.since, API_STREAM_EVENTS))) };
             match wait_for(&cursor.app, Some(LONG_POLL_MAX.as_secs()), look, |events: &Vec<Event>| !events.is_empty()).await {
                 Ok(events) => cursor.ready = events.into(),
                 Err(fault) => {

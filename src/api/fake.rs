@@ -216,8 +216,12 @@ impl Backend for Fake {
         self.put(transfer.clone());
         Ok(vec![transfer])
     }
-    async fn deliveries(&self, _limit: u32) -> Result<Vec<Delivery>, Fault> {
-        Ok(vec![self.delivery("d1").await?])
+    async fn transfers_behind(&self, id: &str, limit: u32) -> Result<Vec<Transfer>, Fault> {
+        let (all, _) = self.transfers(&TransferQuery::default()).await?;
+        Ok(all.into_iter().skip_while(|t| t.id != id).skip(1).take(limit as usize).collect())
+    }
+    async fn deliveries(&self, behind: Option<&str>, _limit: u32) -> Result<Vec<Delivery>, Fault> {
+        if behind.is_some() { Ok(Vec::new()) } else { Ok(vec![self.delivery("d1").await?]) }
     }
     async fn delivery(&self, id: &str) -> Result<Delivery, Fault> {
         let parts: Vec<Transfer> = self.world.lock().transfers.iter().filter(|t| t.delivery == id).cloned().collect();
@@ -307,6 +311,14 @@ impl Backend for Fake {
     async fn job(&self, id: &str) -> Result<Job, Fault> {
         let found = self.world.lock().jobs.iter().find(|j| j.id == id).cloned();
         found.ok_or_else(|| Fault::not_found(format!("there is no job {id:?}")))
+    }
+    async fn jobs(&self) -> Result<Vec<Job>, Fault> {
+        Ok(self.world.lock().jobs.clone())
+    }
+    async fn cancel_job(&self, id: &str) -> Result<Job, Fault> {
+        let mut job = self.job(id).await?;
+        job.state = "cancelled".into();
+        Ok(job)
     }
     async fn events(&self, since: u64, limit: u32) -> Result<Vec<Event>, Fault> {
         let world = self.world.lock();

@@ -35,10 +35,11 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use futures::future::BoxFuture;
 use tokio::net::TcpListener;
+use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
 use crate::fault::Fault;
-use crate::limits::DRAIN_MAX;
+use crate::limits::{API_LISTS_AT_ONCE_MAX, DRAIN_MAX};
 use crate::names::RunName;
 use crate::tally::Tally;
 use types::*;
@@ -71,8 +72,10 @@ pub trait Backend: Send + Sync {
     async fn transfers(&self, query: &TransferQuery) -> Result<(Vec<Transfer>, u64), Fault>;
     /// Acts on a transfer (or on all of a delivery).
     async fn act(&self, id: &str, action: Action) -> Result<Vec<Transfer>, Fault>;
-    /// The newest deliveries.
-    async fn deliveries(&self, limit: u32) -> Result<Vec<Delivery>, Fault>;
+    /// The transfers that come behind this one in the list of all, newest first; none if there is no such transfer.
+    async fn transfers_behind(&self, id: &str, limit: u32) -> Result<Vec<Transfer>, Fault>;
+    /// The newest deliveries, or those that come behind this one in their list.
+    async fn deliveries(&self, behind: Option<&str>, limit: u32) -> Result<Vec<Delivery>, Fault>;
     /// One delivery. Does not wait; the API does.
     async fn delivery(&self, id: &str) -> Result<Delivery, Fault>;
     /// The newest training runs.
@@ -109,6 +112,10 @@ pub trait Backend: Send + Sync {
     async fn doctor(&self) -> Result<Vec<String>, Fault>;
     /// A job's state. Does not wait; the API does.
     async fn job(&self, id: &str) -> Result<Job, Fault>;
+    /// The jobs that are remembered, the newest first.
+    async fn jobs(&self) -> Result<Vec<Job>, Fault>;
+    /// Cancels a job.
+    async fn cancel_job(&self, id: &str) -> Result<Job, Fault>;
     /// Events after `since`, at most `limit`, in order; `since` 0 means from the oldest kept. Does not wait.
     async fn events(&self, since: u64, limit: u32) -> Result<Vec<Event>, Fault>;
     /// Ends after something changed since this call (an event, a job), or after some time: a hint to look again.
@@ -127,9 +134,10 @@ pub async fn serve(
     shutdown: impl Future<Output = ()> + Send + 'static,
 ) -> Result<(), Fault> {
     let stop = CancellationToken::new();
+    let lists = Arc::new(Semaphore::new(API_LISTS_AT_ONCE_MAX));
     let wrong_tokens = Tally::new("refused an API request with a wrong token");
     let router =
-        routes::router(routes::App { backend, token: Arc::new(token), run_jobs: Arc::default(), stop: stop.clone(), wrong_tokens });
+        routes::router(routes::App { backend, token: Arc::new(token), run_jobs: Arc::default(), stop: stop.clone(), wrong_tokens, lists });
     let server = server::Server::new(router, stop.clone());
     tokio::select! {
         () = shutdown => {}

@@ -14,7 +14,7 @@ use super::{error::ErrorBody, events, routes, types::*};
     paths(
         routes::healthz, routes::readyz, routes::proof, routes::metrics, routes::artifacts, routes::show, routes::publish, routes::transfers,
         routes::deliver, routes::act, routes::plan, routes::sites, routes::token, routes::verify, routes::pin, routes::export, routes::import,
-        routes::gc, routes::doctor, routes::job, events::events, routes::deliveries, routes::delivery, routes::runs,
+        routes::gc, routes::doctor, routes::job, routes::jobs, routes::cancel_job, events::events, routes::deliveries, routes::delivery, routes::runs,
         routes::run, routes::train, routes::act_on_run,
     ),
     components(schemas(ErrorBody, Published, Event, Bytes, State, Action)),

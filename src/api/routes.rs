@@ -1,5 +1,6 @@
 //! The routes: each handler reads its request, asks the [`Backend`], and says the answer. No handler knows more.
 
+use std::future::Future;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
@@ -14,6 +15,7 @@ use axum::{Json, Router};
 use futures::future::BoxFuture;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use tokio::sync::Semaphore;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
@@ -23,7 +25,10 @@ use super::server::Connection;
 use super::types::*;
 use super::{ApiToken, Backend, CURSOR_HEADER, TOKEN_HEADER, VERSION, VERSION_HEADER, body, events, openapi, run_token};
 use crate::fault::Fault;
-use crate::limits::{API_AUDIT_CHARS_MAX, API_BODY_BYTES_MAX, API_LOOK_EVERY, API_ROWS_DEFAULT, API_ROWS_MAX, LONG_POLL_MAX};
+use crate::limits::{
+    API_AUDIT_CHARS_MAX, API_BODY_BYTES_MAX, API_LOOK_EVERY, API_PAGE_DELIVERIES, API_PAGE_ROWS, API_QUERY_IDS_MAX, API_ROWS_DEFAULT,
+    API_ROWS_MAX, LONG_POLL_MAX,
+};
 use crate::tally::Tally;
 
 /// What every handler has.
@@ -37,6 +42,16 @@ pub(super) struct App {
     pub(super) stop: CancellationToken,
     /// Requests with a wrong token.
     pub(super) wrong_tokens: Tally,
+    /// Places for lists that are being made: what many ask for at once takes no more memory than what a few do.
+    pub(super) lists: Arc<Semaphore>,
+}
+
+impl App {
+    /// Makes a list, or a page of one, when it is its turn.
+    pub(super) async fn listed<T>(&self, make: impl Future<Output = Result<T, Fault>>) -> Result<T, Fault> {
+        let _place = self.lists.acquire().await.map_err(|_| Fault::unreachable("the daemon stops"))?;
+        make.await
+    }
 }
 
 /// What a request asks to change, for the log: set when its body has been read.
@@ -65,7 +80,8 @@ pub(super) fn router(app: App) -> Router {
         .route("/v1/import", post(import))
         .route("/v1/gc", post(gc))
         .route("/v1/doctor", get(doctor))
-        .route("/v1/jobs", get(job))
+        .route("/v1/jobs", get(job).delete(cancel_job))
+        .route("/v1/jobs/list", get(jobs))
         .route("/v1/events", get(events::events))
         .route("/metrics", get(metrics))
         .route_layer(middleware::from_fn_with_state(app.clone(), authenticate));
@@ -127,7 +143,7 @@ async fn authenticate(
 
 /// Passes a request on. What changes something is logged: who asked from where for what, and the answer's status.
 async fn log_change(who: &str, connection: &Connection, mut request: Request, next: Next) -> Response {
-    if request.method() != Method::POST || request.uri().path() == "/v1/plan" {
+    if ![Method::POST, Method::DELETE].contains(request.method()) || request.uri().path() == "/v1/plan" {
         return next.run(request).await;
     }
     let (path, asked) = (clipped(request.uri().path()), Asked::default());
@@ -220,6 +236,63 @@ pub(super) async fn wait_for<'a, T>(
     }
 }
 
+/// Makes the next page: the rows behind the one of this key, so many at most.
+type NextPage<T> = fn(App, String, u32) -> BoxFuture<'static, Result<Vec<T>, Fault>>;
+
+/// A list that is made and sent a page at a time, so that neither a long one nor a slow reader takes much memory.
+struct Paged<T> {
+    app: App,
+    /// The next page, if it was made already.
+    ready: Option<Vec<T>>,
+    /// Rows that may still be sent, and rows of one page.
+    left: u32,
+    page: u32,
+    /// The key of the row that was sent last.
+    last: Option<String>,
+    key: fn(&T) -> &str,
+    next: NextPage<T>,
+    ended: bool,
+}
+
+impl<T: Serialize + Send + 'static> Paged<T> {
+    fn into_response(self) -> Response {
+        let body = Body::from_stream(futures::stream::unfold(self, |mut paged| async move {
+            if paged.ended {
+                return None;
+            }
+            let text = paged.step().await;
+            paged.ended |= text.is_err();
+            Some((text.map_err(std::io::Error::other), paged))
+        }));
+        ([(header::CONTENT_TYPE, "application/json")], body).into_response()
+    }
+
+    /// The text of the next page. A fault ends the body in the middle, which a reader takes for no whole answer.
+    async fn step(&mut self) -> Result<axum::body::Bytes, Fault> {
+        let asked = self.left.min(self.page);
+        let rows = match (self.ready.take(), &self.last) {
+            (Some(rows), _) => rows,
+            (None, Some(last)) => self.app.listed((self.next)(self.app.clone(), last.clone(), asked)).await?,
+            (None, None) => Vec::new(),
+        };
+        let mut text = Vec::new();
+        for (number, row) in rows.iter().enumerate() {
+            text.push(if number == 0 && self.last.is_none() { b'[' } else { b',' });
+            serde_json::to_writer(&mut text, row).map_err(|e| Fault::internal(format!("an answer as JSON: {e}")))?;
+        }
+        if rows.is_empty() && self.last.is_none() {
+            text.push(b'[');
+        }
+        self.left = self.left.saturating_sub(rows.len() as u32);
+        self.last = rows.last().map(|row| (self.key)(row).to_owned()).or(self.last.take());
+        if (rows.len() as u32) < asked || self.left == 0 {
+            text.push(b']');
+            self.ended = true;
+        }
+        Ok(text.into())
+    }
+}
+
 fn accepted<T: Serialize>(body: T) -> Response {
     (StatusCode::ACCEPTED, Json(body)).into_response()
 }
@@ -273,7 +346,7 @@ pub(super) async fn proof(
 /// Metrics in Prometheus text form.
 #[utoipa::path(get, path = "/metrics", tag = "daemon", responses((status = 200, description = "text", content_type = "text/plain")))]
 pub(super) async fn metrics(State(app): State<App>) -> Result<Response, ApiError> {
-    let text = app.backend.metrics().await?;
+    let text = app.listed(app.backend.metrics()).await?;
     Ok(([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], Body::from(text)).into_response())
 }
 
@@ -283,7 +356,7 @@ pub(super) async fn metrics(State(app): State<App>) -> Result<Response, ApiError
     (status = "default", description = "an error", body = ErrorBody),
 ))]
 pub(super) async fn artifacts(State(app): State<App>) -> Result<Json<Vec<Artifact>>, ApiError> {
-    Ok(Json(app.backend.artifacts().await?))
+    Ok(Json(app.listed(app.backend.artifacts()).await?))
 }
 
 /// One artifact and where it went.
@@ -293,7 +366,7 @@ pub(super) async fn artifacts(State(app): State<App>) -> Result<Json<Vec<Artifac
     (status = "default", description = "an error", body = ErrorBody),
 ))]
 pub(super) async fn show(State(app): State<App>, Q(query): Q<ShowQuery>) -> Result<Json<ArtifactDetail>, ApiError> {
-    Ok(Json(app.backend.show(&query.artifact).await?))
+    Ok(Json(app.listed(app.backend.show(&query.artifact)).await?))
 }
 
 /// Publishes. The job's result is a `Published`.
@@ -312,10 +385,23 @@ pub(super) async fn publish(State(app): State<App>, B(request): B<PublishRequest
     (status = "default", description = "an error", body = ErrorBody),
 ))]
 pub(super) async fn transfers(State(app): State<App>, Q(mut query): Q<TransferQuery>) -> Result<Response, ApiError> {
-    query.limit = Some(rows(query.limit));
-    // Without a cursor there is nothing to wait for: the answer is how things stand now.
+    let limit = rows(query.limit);
+    if query.id.as_ref().is_some_and(|ids| ids.split(',').count() > API_QUERY_IDS_MAX) {
+        return Err(Fault::usage(format!("a query has at most {API_QUERY_IDS_MAX} ids")).with_next("ask for fewer at once").into());
+    }
+    if query.id.is_none() && query.since.is_none() {
+        // The answer is how things stand now: without a cursor there is nothing to wait for.
+        query.limit = Some(limit.min(API_PAGE_ROWS));
+        let (first, cursor) = app.listed(app.backend.transfers(&query)).await?;
+        let next: NextPage<Transfer> = |app, last, limit| Box::pin(async move { app.backend.transfers_behind(&last, limit).await });
+        let (ready, key) = (Some(first), (|transfer: &Transfer| transfer.id.as_str()) as fn(&Transfer) -> &str);
+        let paged = Paged { app, ready, left: limit, page: API_PAGE_ROWS, last: None, key, next, ended: false };
+        return Ok(with_cursor(paged.into_response(), cursor));
+    }
+    // Who goes on from a cursor gets the rest by the next one.
+    query.limit = Some(limit.min(API_ROWS_DEFAULT));
     let wait = query.since.and(query.wait);
-    let look = || app.backend.transfers(&query);
+    let look = || -> BoxFuture<'_, _> { Box::pin(app.listed(app.backend.transfers(&query))) };
     let (transfers, cursor) = wait_for(&app, wait, look, |(transfers, _)| !transfers.is_empty()).await?;
     Ok(with_cursor(Json(transfers), cursor))
 }
@@ -343,8 +429,12 @@ pub(super) async fn act(State(app): State<App>, B(request): B<ActionRequest>) ->
     (status = 200, description = "the deliveries, newest first", body = Vec<Delivery>),
     (status = "default", description = "an error", body = ErrorBody),
 ))]
-pub(super) async fn deliveries(State(app): State<App>, Q(query): Q<LimitQuery>) -> Result<Json<Vec<Delivery>>, ApiError> {
-    Ok(Json(app.backend.deliveries(rows(query.limit)).await?))
+pub(super) async fn deliveries(State(app): State<App>, Q(query): Q<LimitQuery>) -> Result<Response, ApiError> {
+    let left = rows(query.limit);
+    let first = app.listed(app.backend.deliveries(None, left.min(API_PAGE_DELIVERIES))).await?;
+    let next: NextPage<Delivery> = |app, last, limit| Box::pin(async move { app.backend.deliveries(Some(&last), limit).await });
+    let (ready, key) = (Some(first), (|delivery: &Delivery| delivery.id.as_str()) as fn(&Delivery) -> &str);
+    Ok(Paged { app, ready, left, page: API_PAGE_DELIVERIES, last: None, key, next, ended: false }.into_response())
 }
 
 /// One delivery as a whole and its parts, after its end or after `wait` seconds (60 at most), whichever is first.
@@ -354,7 +444,7 @@ pub(super) async fn deliveries(State(app): State<App>, Q(query): Q<LimitQuery>) 
     (status = "default", description = "an error", body = ErrorBody),
 ))]
 pub(super) async fn delivery(State(app): State<App>, Q(query): Q<DeliveryQuery>) -> Result<Json<Delivery>, ApiError> {
-    let look = || app.backend.delivery(&query.id);
+    let look = || -> BoxFuture<'_, _> { Box::pin(app.listed(app.backend.delivery(&query.id))) };
     Ok(Json(wait_for(&app, query.wait, look, |whole: &Delivery| whole.state.is_final()).await?))
 }
 
@@ -364,7 +454,7 @@ pub(super) async fn delivery(State(app): State<App>, Q(query): Q<DeliveryQuery>)
     (status = "default", description = "an error", body = ErrorBody),
 ))]
 pub(super) async fn runs(State(app): State<App>, Q(query): Q<LimitQuery>) -> Result<Json<Vec<Run>>, ApiError> {
-    Ok(Json(app.backend.runs(rows(query.limit)).await?))
+    Ok(Json(app.listed(app.backend.runs(rows(query.limit).min(API_ROWS_DEFAULT))).await?))
 }
 
 /// One training run, after its end or after `wait` seconds (60 at most), whichever is first.
@@ -486,6 +576,28 @@ pub(super) async fn doctor(State(app): State<App>) -> Result<Json<Vec<String>>, 
     (status = "default", description = "an error", body = ErrorBody),
 ))]
 pub(super) async fn job(State(app): State<App>, Q(query): Q<JobQuery>) -> Result<Json<Job>, ApiError> {
+    let look = || app.backend.job(&query.id);
+    Ok(Json(wait_for(&app, query.wait, look, |job: &Job| job.state != "running").await?))
+}
+
+/// The jobs that the daemon remembers, the newest first.
+#[utoipa::path(get, path = "/v1/jobs/list", tag = "daemon", responses(
+    (status = 200, description = "the jobs", body = Vec<Job>),
+    (status = "default", description = "an error", body = ErrorBody),
+))]
+pub(super) async fn jobs(State(app): State<App>) -> Result<Json<Vec<Job>>, ApiError> {
+    Ok(Json(app.backend.jobs().await?))
+}
+
+/// Cancels a job. The answer is the job as it is now; it may take a moment to stop.
+#[utoipa::path(delete, path = "/v1/jobs", tag = "daemon", params(JobQuery), responses(
+    (status = 200, description = "the job", body = Job),
+    (status = 404, description = "there is none (a restart forgets them)", body = ErrorBody),
+    (status = 409, description = "it has ended", body = ErrorBody),
+    (status = "default", description = "an error", body = ErrorBody),
+))]
+pub(super) async fn cancel_job(State(app): State<App>, Q(query): Q<JobQuery>) -> Result<Json<Job>, ApiError> {
+    app.backend.cancel_job(&query.id).await?;
     let look = || app.backend.job(&query.id);
     Ok(Json(wait_for(&app, query.wait, look, |job: &Job| job.state != "running").await?))
 }

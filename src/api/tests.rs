@@ -320,3 +320,36 @@ async fn the_local_socket_serves_the_same() {
     served.await.unwrap().unwrap();
     assert!(super::SocketPath::of_running(dir.path()).is_none() && !dir.path().join("api.sock").exists());
 }
+
+#[tokio::test]
+async fn a_long_list_comes_whole_a_page_at_a_time() {
+    use crate::limits::{API_PAGE_ROWS, API_ROWS_MAX};
+    let d = daemon().await;
+    let count = API_PAGE_ROWS * 2 + API_PAGE_ROWS / 2;
+    for n in 0..count {
+        d.fake.put(transfer(&format!("t{n}"), "chengdu", State::Queued));
+    }
+    let ids = async |path: &str| {
+        let rows: Vec<Value> = d.get(path).await.json().await.unwrap();
+        rows.iter().map(|row| row["id"].as_str().unwrap().to_owned()).collect::<Vec<_>>()
+    };
+    let newest_first: Vec<String> = (0..count).rev().map(|n| format!("t{n}")).collect();
+    assert_eq!(ids(&format!("/v1/transfers?limit={API_ROWS_MAX}")).await, newest_first);
+    for limit in [1, API_PAGE_ROWS - 1, API_PAGE_ROWS, API_PAGE_ROWS + 1, 2 * API_PAGE_ROWS, count - 1, count] {
+        assert_eq!(ids(&format!("/v1/transfers?limit={limit}")).await, newest_first[..limit as usize], "{limit}");
+    }
+    let many = vec!["t1"; 1_001].join(",");
+    error(d.get(&format!("/v1/transfers?id={many}")).await, StatusCode::BAD_REQUEST, "usage").await;
+    assert_eq!(ids("/v1/deliveries").await.len(), 1);
+}
+
+#[tokio::test]
+async fn a_job_is_cancelled_over_the_api() {
+    let d = daemon().await;
+    d.fake.put_job(job("j-1", Ok(json!({}))));
+    let cancelled: Value = d.request(Method::DELETE, "/v1/jobs?id=j-1").send().await.unwrap().json().await.unwrap();
+    assert_eq!(cancelled["id"], "j-1");
+    error(d.request(Method::DELETE, "/v1/jobs?id=j-2").send().await.unwrap(), StatusCode::NOT_FOUND, "not_found").await;
+    let all: Vec<Value> = d.get("/v1/jobs/list").await.json().await.unwrap();
+    assert!(all.iter().any(|job| job["id"] == "j-1"));
+}

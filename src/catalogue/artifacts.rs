@@ -1,5 +1,6 @@
 //! Artifacts in the catalogue.
 
+use futures::TryStreamExt as _;
 use serde::{Deserialize, Serialize};
 use sqlx::Row;
 use sqlx::sqlite::SqliteRow;
@@ -136,12 +137,13 @@ impl Catalogue {
             ))
             .with_next("an artifact never changes: publish this under a new version"));
         }
-        sqlx::query("INSERT INTO artifact (reference, digest, root, origin, created_ms) VALUES (?, ?, ?, ?, ?)")
+        sqlx::query("INSERT INTO artifact (reference, digest, root, origin, created_ms, bytes) VALUES (?, ?, ?, ?, ?, ?)")
             .bind(&name)
             .bind(&digest.0[..])
             .bind(root.to_bytes())
             .bind(origin.map(|s| s.as_str()))
             .bind(clock::now_unix_ms() as i64)
+            .bind(i64::try_from(root.totals.bytes).unwrap_or(i64::MAX))
             .execute(&mut *tx)
             .await
             .map_err(fault)?;
@@ -149,6 +151,29 @@ impl Catalogue {
         tx.commit().await.map_err(fault)?;
         self.notify();
         Ok(true)
+    }
+
+    /// Notes which publisher brought an artifact.
+    pub async fn set_publisher(&self, artifact: &ArtifactRef, publisher: &SiteName) -> Result<(), Fault> {
+        sqlx::query("UPDATE artifact SET publisher = ? WHERE reference = ?")
+            .bind(publisher.as_str())
+            .bind(artifact.to_string())
+            .execute(&self.write)
+            .await
+            .map_err(fault)?;
+        Ok(())
+    }
+
+    /// How many artifacts a site or a publisher published, and their bytes together.
+    pub async fn published_by(&self, site: Option<&SiteName>, publisher: Option<&SiteName>) -> Result<(u64, u64), Fault> {
+        let (artifacts, bytes): (i64, f64) =
+            sqlx::query_as("SELECT COUNT(*), TOTAL(bytes) FROM artifact WHERE origin = ?1 OR publisher = ?2")
+                .bind(site.map(|name| name.as_str()))
+                .bind(publisher.map(|name| name.as_str()))
+                .fetch_one(&self.read)
+                .await
+                .map_err(fault)?;
+        Ok((artifacts as u64, bytes as u64))
     }
 
     /// Notes where an artifact lies on this daemon, or that it no longer does.
@@ -304,6 +329,16 @@ impl Catalogue {
     pub async fn artifacts(&self) -> Result<Vec<ArtifactRow>, Fault> {
         let rows = sqlx::query("SELECT * FROM artifact ORDER BY reference").fetch_all(&self.read).await.map_err(fault)?;
         rows.iter().map(artifact).collect()
+    }
+
+    /// All artifacts by name, as the API shows them. The root manifests are in memory one by one only.
+    pub async fn artifact_views(&self) -> Result<Vec<Artifact>, Fault> {
+        let mut rows = sqlx::query("SELECT * FROM artifact ORDER BY reference").fetch(&self.read);
+        let mut out = Vec::new();
+        while let Some(row) = rows.try_next().await.map_err(fault)? {
+            out.push(artifact(&row)?.view());
+        }
+        Ok(out)
     }
 
     /// Notes that what arrived here is being taken away. `false`: it is published here, or being so, and stays.

@@ -37,12 +37,25 @@ impl Catalogue {
         Ok(DeliveryRow { id: id.parse()?, run, created_ms, parts })
     }
 
-    /// The newest deliveries, newest first. A site knows them by their transfers alone.
-    pub async fn deliveries(&self, limit: u32) -> Result<Vec<DeliveryRow>, Fault> {
+    async fn delivery_begun(&self, id: &str) -> Result<Option<i64>, Fault> {
+        let created = "SELECT MIN(created_ms) FROM (SELECT created_ms FROM delivery WHERE id = ?1
+                       UNION ALL SELECT created_ms FROM transfer WHERE delivery = ?1)";
+        sqlx::query_scalar(created).bind(id).fetch_one(&self.read).await.map_err(fault)
+    }
+
+    /// The newest deliveries, newest first; or those that come behind this one. A site knows them by their transfers alone.
+    pub async fn deliveries(&self, behind: Option<&str>, limit: u32) -> Result<Vec<DeliveryRow>, Fault> {
+        let key = match behind {
+            Some(id) => self.delivery_begun(id).await?,
+            None => Some(i64::MAX),
+        };
+        let Some(key) = key else { return Ok(Vec::new()) };
         let ids: Vec<(String,)> = sqlx::query_as(
             "SELECT id FROM (SELECT id, created_ms FROM delivery UNION ALL SELECT delivery, created_ms FROM transfer)
-             GROUP BY id ORDER BY MIN(created_ms) DESC, id DESC LIMIT ?",
+             GROUP BY id HAVING (MIN(created_ms), id) < (?1, ?2) ORDER BY MIN(created_ms) DESC, id DESC LIMIT ?3",
         )
+        .bind(key)
+        .bind(behind.unwrap_or_default())
         .bind(i64::from(limit))
         .fetch_all(&self.read)
         .await

@@ -463,3 +463,38 @@ async fn the_hub_believes_of_each_site_what_changed_of_its_own() {
     catalogue.take_over(&names[1]).await.unwrap();
     check([false; 4]).await;
 }
+
+#[tokio::test]
+async fn lists_go_on_behind_any_row() {
+    let (_dir, catalogue) = catalogue().await;
+    let artifact: ArtifactRef = "dataset/a:1".parse().unwrap();
+    catalogue.add_artifact(&artifact, &root(1), None).await.unwrap();
+    let row = catalogue.artifact(&artifact).await.unwrap();
+    for n in 0..7 {
+        let part = Part::new(&row, &[format!("site-{n}").parse().unwrap()]);
+        catalogue.deliver(&format!("d-{n}").parse().unwrap(), None, &[part], &[]).await.unwrap();
+    }
+    let ids = |rows: &[TransferRow]| rows.iter().map(|row| row.id.to_string()).collect::<Vec<_>>();
+    let all = ids(&catalogue.transfers(&TransferQuery::default()).await.unwrap().0);
+    let mut seen = Vec::new();
+    catalogue.each_transfer(5, |row| seen.push(row.id.to_string())).await.unwrap();
+    assert_eq!(seen, all[..5]);
+    for (n, id) in all.iter().enumerate() {
+        assert_eq!(ids(&catalogue.transfers_behind(id, 3).await.unwrap()), all[n + 1..(n + 4).min(all.len())]);
+    }
+    assert!(catalogue.transfers_behind("t-0", 3).await.unwrap().is_empty());
+    let deliveries = async |behind: Option<String>, limit| {
+        let rows = catalogue.deliveries(behind.as_deref(), limit).await.unwrap();
+        rows.into_iter().map(|row| row.id.to_string()).collect::<Vec<_>>()
+    };
+    let all = deliveries(None, 100).await;
+    assert_eq!(all.len(), 7);
+    for (n, id) in all.iter().enumerate() {
+        assert_eq!(deliveries(Some(id.clone()), 3).await, all[n + 1..(n + 4).min(all.len())]);
+    }
+    assert_eq!(catalogue.artifact_views().await.unwrap().len(), 1);
+    let bytes = row.root.totals.bytes;
+    assert_eq!(catalogue.published_by(None, Some(&"office".parse().unwrap())).await.unwrap(), (0, 0));
+    catalogue.set_publisher(&artifact, &"office".parse().unwrap()).await.unwrap();
+    assert_eq!(catalogue.published_by(None, Some(&"office".parse().unwrap())).await.unwrap(), (1, bytes));
+}

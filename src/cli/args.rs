@@ -117,11 +117,13 @@ pub(super) enum Command {
         /// A transfer's id, or a delivery's: then all of it.
         transfer: String,
     },
-    /// Give a transfer up, and clean what it left.
+    /// Give a transfer or a job up, and clean what it left.
     Cancel {
-        /// A transfer's id, or a delivery's: then all of it.
-        transfer: String,
+        /// A transfer's id; a delivery's: then all of it; or a job's: see 'packhorse jobs'.
+        id: String,
     },
+    /// List the jobs: publishes, imports, exports, verifications and collections.
+    Jobs,
     /// Begin a failed or cancelled transfer again, where it stood.
     Retry {
         /// A transfer's id, or a delivery's: then all of it.

@@ -14,7 +14,7 @@ use crate::api::types::{Job, Transfer, TransferQuery};
 use crate::api::{ApiToken, CURSOR_HEADER, ErrorBody, Proof, ProofQuery, SocketPath, TOKEN_HEADER, VERSION, VERSION_HEADER};
 use crate::config;
 use crate::fault::{Code, Fault};
-use crate::limits::{API_CLIENT_IDLE_MAX, API_REPLY_MAX};
+use crate::limits::{API_CLIENT_IDLE_MAX, API_REPLY_MAX, JOB_CANCEL_MAX};
 
 /// One daemon, as a client sees it.
 pub(crate) struct Client {
@@ -125,6 +125,13 @@ impl Client {
     pub(crate) async fn job(&self, id: &str, wait: Duration) -> Result<Job, Fault> {
         let query = [("id", id.to_owned()), ("wait", wait.as_secs().to_string())];
         self.send(self.http.request(Method::GET, self.url("/v1/jobs")).query(&query), wait).await.map(|(job, _)| job)
+    }
+
+    /// Cancels a job, and waits a moment for its end.
+    pub(crate) async fn cancel_job(&self, id: &str) -> Result<Job, Fault> {
+        let wait = JOB_CANCEL_MAX * 2;
+        let query = [("id", id.to_owned()), ("wait", wait.as_secs().to_string())];
+        self.send(self.http.request(Method::DELETE, self.url("/v1/jobs")).query(&query), wait).await.map(|(job, _)| job)
     }
 
     fn url(&self, path: &str) -> String {

@@ -190,6 +190,24 @@ pub(super) async fn act(global: &Global, id: String, action: Action) -> Result<(
     rows(global.output, &transfers, |transfers| show_status::table(transfers, output::colour()))
 }
 
+/// `cancel`: a transfer, a delivery, or a job.
+pub(super) async fn cancel(global: &Global, id: String) -> Result<(), Fault> {
+    if !id.starts_with("j-") {
+        return act(global, id, Action::Cancel).await;
+    }
+    let job = Client::new(global)?.cancel_job(&id).await?;
+    one(global.output, &job, |job| format!("job {} is {}\n", job.id, if job.state == "running" { "stopping" } else { &job.state }))
+}
+
+/// `jobs`
+pub(super) async fn jobs(global: &Global) -> Result<(), Fault> {
+    let jobs: Vec<Job> = Client::new(global)?.get("/v1/jobs/list", &()).await?;
+    rows(global.output, &jobs, |jobs| {
+        let line = |job: &Job| format!("{}  {:9}  {}\n", job.id, job.state, human::clean(&job.doing));
+        jobs.iter().map(line).collect()
+    })
+}
+
 /// `artifacts`
 pub(super) async fn artifacts(global: &Global) -> Result<(), Fault> {
     let artifacts: Vec<Artifact> = Client::new(global)?.get("/v1/artifacts", &()).await?;

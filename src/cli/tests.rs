@@ -68,6 +68,8 @@ fn every_command_of_the_manual_parses() {
         "pause t",
         "resume t",
         "cancel t",
+        "cancel j-1",
+        "jobs",
         "retry t",
         "publish out --as model/m:1 --run r",
         "train start --name r --from a --on b --input dataset/x:1 labels/x:1 --input image/y:1 --expect model/m --ttl 7d --wait",

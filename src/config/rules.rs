@@ -64,6 +64,7 @@ impl Rules<'_> {
 
     fn site(&self, config: &Config) -> Result<(), Broken> {
         self.absent("listen.quic", "only a hub has it; sites dial")?;
+        self.absent("quota", "only a hub has it; sites and publishers publish to it")?;
         self.absent("relay", "only a hub has it; bytes between sites pass through it")?;
         let Some(hub) = &config.hub else {
             return self.broken("role", "a site needs [hub] with address = \"HOST:PORT\"");

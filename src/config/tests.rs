@@ -30,6 +30,7 @@ fn samples_parse_and_say_the_true_defaults() {
         assert_eq!(format!("{:?}", all.listen), format!("{:?}", minimal.listen));
         assert_eq!(format!("{:?}", all.line), format!("{:?}", minimal.line));
         assert_eq!(format!("{:?}", all.limits), format!("{:?}", minimal.limits));
+        assert_eq!(format!("{:?}", all.quota), format!("{:?}", minimal.quota));
         assert_eq!(all.share.check_every, minimal.share.check_every);
         assert_eq!(all.files_root(), minimal.files_root());
         assert_eq!(format!("{:?}", all.labels_sink()), format!("{:?}", minimal.labels_sink()));
@@ -41,7 +42,7 @@ fn samples_parse_and_say_the_true_defaults() {
 fn unknown_keys_and_wrong_values_name_their_line() {
     check(
         "role = \"site\"\nname = \"a\"\ndata_dir = \"/d\"\ncolour = 1\n",
-        "x.toml:4:1: unknown key `colour`, expected one of `role`, `name`, `data_dir`, `listen`, `hub`, `sink`, `share`, `relay`, `registry`, `line`, `limits`, `train`",
+        "x.toml:4:1: unknown key `colour`, expected one of `role`, `name`, `data_dir`, `listen`, `hub`, `sink`, `share`, `relay`, `registry`, `line`, `limits`, `quota`, `train`",
     );
     check("role = \"site\"\nname = \"a\"\n", "x.toml:1:1: missing key `data_dir`");
     check("role = \"boss\"\n", "x.toml:1:8: unknown variant `boss`, expected `hub` or `site`");
@@ -175,14 +176,14 @@ fn surroundings_are_checked_by_load_only() {
         dir.path().display(),
         secret.display()
     );
-    crate::durable::replace(&file, text.as_bytes()).unwrap();
+    durable::replace(&file, text.as_bytes()).unwrap();
     read(&file).unwrap();
     let fault = load(&file).unwrap_err();
     assert_eq!(fault.code, crate::fault::Code::Config);
     assert!(fault.message.contains("sink.labels.password_file") && fault.message.contains(secret.to_str().unwrap()), "{fault}");
-    crate::durable::replace(&secret, b"\n").unwrap();
+    durable::replace(&secret, b"\n").unwrap();
     assert!(load(&file).unwrap_err().message.contains("is empty"));
-    crate::durable::replace(&secret, b"pass word\r\n").unwrap();
+    durable::replace(&secret, b"pass word\r\n").unwrap();
     load(&file).unwrap();
     assert_eq!(read_secret(&secret).unwrap(), "pass word");
     assert!(load(&dir.path().join("none")).unwrap_err().message.contains("cannot read the configuration"));

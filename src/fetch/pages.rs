@@ -8,7 +8,7 @@ use bytes::Bytes;
 use futures::StreamExt;
 use tokio::time::timeout;
 
-use super::{Fetcher, Library, Opened, Ranges, WRITE_MAX, blocking};
+use super::{Fetcher, Library, Opened, Ranges, WRITE_MAX, blocking, takes_nothing};
 use crate::chunk::Hash;
 use crate::fault::{Fault, Reason};
 use crate::frame::{Frame, Verified};
@@ -41,10 +41,12 @@ pub(super) async fn answer(
         return Err(too_much());
     }
     let _share = library.share(peer, bytes(&pages) + bytes(&old), PRIORITY_MANIFEST).await?;
+    let place = library.work_place(peer).await;
     let (pages, old) = (read(library, opened, &pages).await?, read(library, &base, &old).await?);
     let frame = blocking(move || Ok(Frame::difference(pages.iter().map(Bytes::len).sum(), squeeze(&old, &pages)?))).await?;
+    drop(place);
     let sent = timeout(WRITE_MAX, send.write_bytes(frame.to_bytes())).await;
-    sent.map_err(|_| Fault::unreachable(format!("{peer} takes nothing from this stream")))?
+    sent.map_err(|_| takes_nothing(peer))?
 }
 
 fn too_much() -> Fault {

@@ -44,7 +44,7 @@ async fn ask_on_a_busy_line((site, hub): (Link, Link)) {
     let busy = async {
         let (mut send, _recv) = hub.open(0).await.unwrap();
         loop {
-            send.write_bytes(Bytes::from(vec![0; 1 + LIVELY_BYTES as usize])).await.unwrap();
+            send.write_bytes(Bytes::from(vec![0; 1])).await.unwrap();
             tokio::time::sleep(Duration::from_secs(5)).await;
         }
     };
@@ -58,6 +58,33 @@ async fn ask_on_a_busy_line((site, hub): (Link, Link)) {
         () = busy => {}
         () = read => panic!("the line ended"),
         () = tokio::time::sleep(SILENCE_MAX + 3 * LOOK_EVERY) => assert!(!site.is_closed()),
+    }
+}
+
+/// As above, and the answer that brings nothing of its own is given up alone.
+#[tokio::test]
+async fn an_answer_that_brings_nothing_is_given_up_though_others_come() {
+    let hub = Hub::start();
+    let (site, hub) = hub.connect(Transport::Quic).await;
+    let busy = async {
+        let (mut send, _recv) = hub.open(0).await.unwrap();
+        loop {
+            send.write_bytes(Bytes::from(vec![0; 1 << 10])).await.unwrap();
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    let read = async {
+        let (_send, mut recv) = site.accept().await.unwrap();
+        while recv.read_chunk(64 << 10).await.unwrap().is_some() {}
+    };
+    let fetcher = fetcher(&site).with_idle_max(Duration::from_millis(300));
+    tokio::select! {
+        (answer, _held) = async { tokio::join!(fetcher.root(), hub.accept()) } => {
+            assert_eq!(answer.unwrap_err().code, Code::Unreachable);
+            assert!(!site.is_closed(), "the line serves others");
+        }
+        () = busy => {}
+        () = read => panic!("the line ended"),
     }
 }
 

@@ -18,6 +18,7 @@ use crate::delivery;
 use crate::fault::{Fault, Reason};
 use crate::fetch::blocking;
 use crate::identity::{Holder, JoinToken};
+use crate::limits::API_ROWS_MAX;
 use crate::manifest::Root;
 use crate::names::{ArtifactRef, DeliveryId, SiteName, SiteSelector, TransferId, check_label};
 use crate::own::Own;
@@ -246,8 +247,12 @@ impl Backend for Hub {
         self.act_on(None, id, action).await
     }
 
-    async fn deliveries(&self, limit: u32) -> Result<Vec<Delivery>, Fault> {
-        let rows = self.inner.catalogue.deliveries(limit).await?;
+    async fn transfers_behind(&self, id: &str, limit: u32) -> Result<Vec<Transfer>, Fault> {
+        Ok(self.inner.catalogue.transfers_behind(id, limit).await?.iter().map(|row| self.view(row)).collect())
+    }
+
+    async fn deliveries(&self, behind: Option<&str>, limit: u32) -> Result<Vec<Delivery>, Fault> {
+        let rows = self.inner.catalogue.deliveries(behind, limit).await?;
         Ok(rows.iter().map(|row| self.whole(row)).collect())
     }
 
@@ -272,7 +277,7 @@ impl Backend for Hub {
     }
 
     async fn artifacts(&self) -> Result<Vec<Artifact>, Fault> {
-        Ok(self.inner.catalogue.artifacts().await?.iter().map(|row| row.view()).collect())
+        self.inner.catalogue.artifact_views().await
     }
 
     async fn show(&self, artifact: &str) -> Result<ArtifactDetail, Fault> {
@@ -409,6 +414,14 @@ impl Backend for Hub {
         self.inner.jobs.get(id)
     }
 
+    async fn jobs(&self) -> Result<Vec<Job>, Fault> {
+        Ok(self.inner.jobs.list())
+    }
+
+    async fn cancel_job(&self, id: &str) -> Result<Job, Fault> {
+        self.inner.jobs.cancel(id)
+    }
+
     async fn events(&self, since: u64, limit: u32) -> Result<Vec<Event>, Fault> {
         let sites = self.sites().await?;
         let mut out = Vec::new();
@@ -435,8 +448,9 @@ impl Backend for Hub {
     }
 
     async fn metrics(&self) -> Result<String, Fault> {
-        let (transfers, _) = self.transfers(&TransferQuery { limit: Some(10_000), ..Default::default() }).await?;
-        let mut out = crate::metrics::transfers(&transfers);
+        let mut counted = crate::metrics::Transfers::default();
+        self.inner.catalogue.each_transfer(API_ROWS_MAX, |row| counted.add(&self.view(&row))).await?;
+        let mut out = counted.to_text();
         let store = self.inner.store.clone();
         let stored = blocking(move || store.stored_bytes()).await?;
         let online = self.inner.links.read().len();

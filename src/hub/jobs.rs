@@ -5,8 +5,6 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use tokio::sync::OwnedRwLockReadGuard;
-
 use super::manifests::{Live, fault_of, malformed_line, mark};
 use super::{Hub, short};
 use crate::api::types::{PublishRequest, Published};
@@ -22,6 +20,7 @@ use crate::names::ArtifactRef;
 use crate::own::Own;
 use crate::reading::{self, Access};
 use crate::run;
+use crate::store::Store;
 
 impl Hub {
     pub(super) async fn publish_now(&self, request: PublishRequest, progress: Arc<JobProgress>) -> Result<Published, Fault> {
@@ -38,8 +37,9 @@ impl Hub {
         }
         let dataset = reading::dataset_of(&inner.catalogue, &artifact, request.options.for_dataset.as_deref()).await?;
         let read = until_room(&inner.store, &progress, ROOM_AWAITED_MAX, || self.read_in(&artifact, &request, dataset.clone(), &progress));
-        let (_publishing, ingested) = read.await?;
+        let (_leased, ingested) = read.await?;
         let bytes = ingested.root.totals.bytes;
+        progress.end()?;
         let added = match &run {
             Some(run) => self.add_run_model(None, run, &artifact, &ingested.root).await?,
             None => self.register(None, &artifact, &ingested.root).await?,
@@ -66,18 +66,18 @@ impl Hub {
         })
     }
 
-    /// Reads a source into the store. Until the guard is dropped no collection takes it away.
+    /// Reads a source into the store. Until the leased store that it returns is dropped no collection takes it away.
     async fn read_in(
         &self,
         artifact: &ArtifactRef,
         request: &PublishRequest,
         dataset: Option<(DatasetBinding, Root)>,
         progress: &Arc<JobProgress>,
-    ) -> Result<(OwnedRwLockReadGuard<()>, Ingested), Fault> {
+    ) -> Result<(Store, Ingested), Fault> {
         let inner = &self.inner;
-        let publishing = inner.collecting.clone().read_owned().await;
+        let leased = inner.store.leased();
         progress.doing(format!("reading {}", request.source));
-        let (store, options, text, kind) = (inner.store.clone(), request.options.clone(), request.source.clone(), artifact.kind);
+        let (store, options, text, kind) = (leased.clone(), request.options.clone(), request.source.clone(), artifact.kind);
         let (watched, config) = (progress.clone(), inner.config.clone());
         let ingested = reading::with_scratch(&inner.config.data_dir, progress, move |scratch, runtime| {
             let dataset = dataset.map(|(binding, root)| reading::bind(binding, root, store.clone()));
@@ -88,24 +88,25 @@ impl Hub {
             })
         });
         let ingested = ingested.await.map_err(|fault| fault.of_publish().context(format!("publish {artifact}")))?;
-        Ok((publishing, ingested))
+        Ok((leased, ingested))
     }
 
     /// Takes in what a bundle holds. Returns the artifacts' names.
     pub(super) async fn import_now(&self, file: String, progress: Arc<JobProgress>) -> Result<Vec<String>, Fault> {
         let store = &self.inner.store;
         let read = until_room(store, &progress, ROOM_AWAITED_MAX, || async {
-            let importing = self.inner.collecting.clone().read_owned().await;
+            let leased = store.leased();
             progress.doing(format!("reading {file}"));
-            let (store, file, progress) = (store.clone(), PathBuf::from(&file), progress.clone());
+            let (store, file, progress) = (leased.clone(), PathBuf::from(&file), progress.clone());
             let config = self.inner.config.clone();
             let read = move || {
                 Own::of(&config).check_path(&file)?;
                 bundle::import(&file, &store, &progress)
             };
-            Ok((importing, blocking(read).await?))
+            Ok((leased, blocking(read).await?))
         });
-        let (_importing, members) = read.await?;
+        let (_leased, members) = read.await?;
+        progress.end()?;
         for member in &members {
             self.register(None, &member.artifact, &member.root()?).await?;
         }
@@ -114,14 +115,19 @@ impl Hub {
 
     /// Removes chunks that no artifact names. A malformed manifest counts as holding all that can be read of it, and is reported.
     pub(super) async fn collect_now(&self, progress: Arc<JobProgress>) -> Result<serde_json::Value, Fault> {
-        progress.doing("waiting for publishes to end");
-        let _alone = self.inner.collecting.clone().write_owned().await;
+        progress.doing("waiting for another collection to end");
+        let _alone = self.inner.collecting.lock().await;
+        progress.doing("making what was written durable");
+        let store = self.inner.store.clone();
+        let collection = blocking(move || store.begin_collection()).await?;
+        // Only now: what is published from here on the collection leaves alone.
         let rows = self.inner.catalogue.artifacts().await?;
         let store = self.inner.store.clone();
         progress.doing("marking what is named");
         blocking(move || {
             let (mut live, mut pages, mut malformed) = (Live::new(), HashSet::new(), Vec::new());
             for row in &rows {
+                progress.check()?;
                 if let Some(fault) = fault_of(&row.artifact, &row.root, &store)? {
                     let line = malformed_line(row, &fault);
                     tracing::warn!(artifact = %row.artifact, error = %fault, "the manifest of an artifact cannot be used");
@@ -130,7 +136,7 @@ impl Hub {
                 }
                 mark(&row.root, &store, &mut pages, &mut live)?;
             }
-            let freed = store.collect(&|id| live.contains(&short(id)))?;
+            let freed = collection.sweep(&|id| live.contains(&short(id)), &|| progress.check())?;
             let mut result = serde_json::json!({ "freed": freed });
             if !malformed.is_empty() {
                 result["malformed"] = malformed.into();

@@ -5,16 +5,22 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use tokio::sync::Semaphore;
+use tokio::time::timeout;
+use tokio_util::sync::CancellationToken;
 
 use super::telling::Telling;
 use super::{Connected, Hub};
 use crate::api::types::{Action, Published, State, Transfer, TransferQuery};
+use crate::budget::Seat;
 use crate::catalogue::{ArtifactRow, TransferRow, Want, no_delivery};
 use crate::config::Congestion;
 use crate::fault::{Code, Fault};
 use crate::fetch::{self, Fetcher};
 use crate::identity::Holder;
-use crate::limits::{API_ROWS_MAX, FETCH_STREAMS_MAX, LONG_POLL_MAX, STATE_RETRY_EVERY, STATE_WRITE_BYTES_MIN};
+use crate::limits::{
+    ANSWER_IDLE_MAX, ANSWER_MAX, API_ROWS_MAX, FETCH_STREAMS_MAX, LONG_POLL_MAX, MANIFEST_IDLE_MAX, OFFER_MAX, QUESTIONS_AT_ONCE_MAX,
+    SILENCE_MAX, STATE_RETRY_EVERY, STATE_WRITE_BYTES_MIN,
+};
 use crate::line::{Link, RecvHalf, SendHalf};
 use crate::manifest::Digest;
 use crate::names::{ArtifactRef, Kind, RunName, SiteName, SiteSelector, WorkIds};
@@ -41,6 +47,14 @@ fn is_not_stored(fault: &Fault) -> bool {
     matches!(fault.code, Code::NoSpace | Code::Internal | Code::Unreachable)
 }
 
+/// What one line of a site has open at the hub.
+struct Streams {
+    fetches: Semaphore,
+    questions: Semaphore,
+    /// Ends the control stream.
+    control: Mutex<CancellationToken>,
+}
+
 /// What the lineages that a site is told take of one message on the line.
 const LINEAGE_BYTES_MAX: usize = 1 << 20;
 
@@ -63,16 +77,20 @@ impl Hub {
         }
         tracing::info!(site = %name, line = link.transport(), "a site is online");
         self.note_seen(&name, None).await;
-        let _seat = self.inner.budget.seat();
-        let fetches = Arc::new(Semaphore::new(FETCH_STREAMS_MAX));
+        let _seats = self.seats();
+        let streams = Arc::new(Streams {
+            fetches: Semaphore::new(FETCH_STREAMS_MAX),
+            questions: Semaphore::new(QUESTIONS_AT_ONCE_MAX),
+            control: Mutex::default(),
+        });
         loop {
             let stream = tokio::select! {
                 stream = link.accept() => stream,
                 () = self.inner.stop.cancelled() => None,
             };
             let Some((send, recv)) = stream else { break };
-            let (this, name, link, fetches) = (self.clone(), name.clone(), link.clone(), fetches.clone());
-            self.inner.tasks.spawn(async move { this.stream(send, recv, name, &link, &fetches).await });
+            let (this, name, link, streams) = (self.clone(), name.clone(), link.clone(), streams.clone());
+            self.inner.tasks.spawn(async move { this.stream(send, recv, name, &link, &streams).await });
         }
         link.close("the hub stops");
         {
@@ -86,26 +104,41 @@ impl Hub {
         self.note_seen(&name, None).await;
     }
 
+    /// What a peer that is connected keeps of each budget.
+    pub(super) fn seats(&self) -> [Seat; 3] {
+        [self.inner.budget.seat(), self.inner.questions.seat(), self.inner.messages.seat()]
+    }
+
     async fn note_seen(&self, name: &SiteName, version: Option<&str>) {
         if let Err(fault) = self.inner.catalogue.site_seen(name, version).await {
             tracing::error!(site = %name, error = %fault, "the catalogue cannot be written");
         }
     }
 
-    async fn stream(&self, send: SendHalf, mut recv: RecvHalf, site: SiteName, link: &Link, fetches: &Semaphore) {
+    async fn stream(&self, send: SendHalf, mut recv: RecvHalf, site: SiteName, link: &Link, streams: &Streams) {
         let mut kind = [0];
-        if recv.read_exact(&mut kind).await.is_err() {
+        if !matches!(timeout(SILENCE_MAX, recv.read_exact(&mut kind)).await, Ok(Ok(()))) {
             return;
         }
         let result = match kind[0] {
             FETCH => {
                 // Known to be one by now: control and questions never wait behind fetches.
-                let Ok(_turn) = fetches.acquire().await else { return };
+                let Ok(_turn) = streams.fetches.acquire().await else { return };
                 fetch::serve(send, recv, &site, self).await;
                 Ok(())
             }
-            CONTROL => self.control(send, recv, &site, link).await,
-            QUESTION => self.question(send, recv, &site).await,
+            CONTROL => {
+                let ended = CancellationToken::new();
+                std::mem::replace(&mut *streams.control.lock(), ended.clone()).cancel();
+                tokio::select! {
+                    result = self.control(send, recv, &site, link) => result,
+                    () = ended.cancelled() => Err(Fault::integrity("the site opened another control stream")),
+                }
+            }
+            QUESTION => {
+                let Ok(_turn) = streams.questions.acquire().await else { return };
+                self.question(send, recv, &site).await
+            }
             other => Err(Fault::integrity(format!("a stream of kind {other}"))),
         };
         if let Err(fault) = result {
@@ -119,7 +152,8 @@ impl Hub {
         let unstored: Mutex<Unstored> = Mutex::default();
         let read = async {
             loop {
-                match wire::receive::<FromSite>(&mut recv).await? {
+                let (message, _share) = wire::receive_within(&mut recv, &self.inner.messages, site).await?;
+                match message {
                     FromSite::Hello { version, share, train, congestion } => {
                         // The site knows its line; what it leaves open is as the hub's own configuration says.
                         if congestion != Congestion::Auto {
@@ -132,6 +166,7 @@ impl Hub {
                         self.note_seen(site, Some(&version)).await;
                     }
                     FromSite::Report(reports) => {
+                        self.inner.reports.go(site, reports.len()).await;
                         for report in reports {
                             // One bad report must not end the line for all the others.
                             let id = report.id.clone();
@@ -147,6 +182,7 @@ impl Hub {
                         }
                     }
                     FromSite::Runs(reports) => {
+                        self.inner.reports.go(site, reports.len()).await;
                         let failed = self.take_run_reports(site, reports).await;
                         unstored.lock().runs = failed;
                     }
@@ -291,7 +327,43 @@ impl Hub {
     }
 
     async fn question(&self, mut send: SendHalf, mut recv: RecvHalf, site: &SiteName) -> Result<(), Fault> {
-        let answer = match wire::receive::<AskHub>(&mut recv).await? {
+        let (question, share) = wire::receive_question(&mut recv, &self.inner.questions, site).await?;
+        if !matches!(question, AskHub::Delivery(_) | AskHub::Transfers { .. } | AskHub::ShowRun(_) | AskHub::ListRuns { .. }) {
+            self.inner.changes.go(site, 1).await;
+        }
+        let answer = match question {
+            AskHub::Publish { artifact, digest, to, run, omitted } => {
+                let offer = self.take_offer(site, artifact, digest, to.as_ref(), run.as_ref(), &omitted);
+                let offer = timeout(OFFER_MAX, offer).await;
+                offer.unwrap_or_else(|_| Err(Fault::unreachable(format!("the manifest did not arrive within {} s", OFFER_MAX.as_secs()))))
+            }
+            question => {
+                let answer = timeout(ANSWER_MAX, self.answer(site, question)).await;
+                answer.unwrap_or_else(|_| Err(Fault::unreachable("the hub found no answer in time").with_next("ask again later")))
+            }
+        };
+        drop(share);
+        self.send_answer(&mut send, site, answer).await
+    }
+
+    /// Sends the answer to a question. What of it the peer has not taken yet is counted as its own.
+    pub(super) async fn send_answer(
+        &self,
+        send: &mut SendHalf,
+        peer: &SiteName,
+        answer: Result<serde_json::Value, Fault>,
+    ) -> Result<(), Fault> {
+        let text = serde_json::to_vec(&answer).map_err(|e| Fault::internal(format!("an answer as JSON: {e}")))?;
+        drop(answer);
+        let _share = self.inner.questions.take(peer, text.len() as u64, wire::PRIORITY_QUESTION).await?;
+        send.set_priority(wire::PRIORITY_QUESTION);
+        let sent = timeout(ANSWER_IDLE_MAX, wire::send_bytes(send, &text)).await;
+        sent.map_err(|_| Fault::unreachable(format!("{peer} does not read the answer to its question")))??;
+        send.finish()
+    }
+
+    async fn answer(&self, site: &SiteName, question: AskHub) -> Result<serde_json::Value, Fault> {
+        match question {
             AskHub::Act { id, action } => self.act_for(site, &id, action).await,
             AskHub::Deliver { artifacts, to } => self.deliver_for(site, &artifacts, &to).await,
             AskHub::Renew { request } => self.renew_for(&Holder::Site(site.clone()), &request),
@@ -302,13 +374,8 @@ impl Hub {
             AskHub::ActOnRun(request) => self.act_on_run(Some(site), &request).await.and_then(as_json),
             AskHub::ShowRun(name) => self.show_run(Some(site), name.as_str()).await.and_then(as_json),
             AskHub::ListRuns { limit } => self.list_runs(Some(site), limit.min(API_ROWS_MAX)).await.and_then(as_json),
-            AskHub::Publish { artifact, digest, to, run, omitted } => {
-                self.take_offer(site, artifact, digest, to.as_ref(), run.as_ref(), &omitted).await
-            }
-        };
-        send.set_priority(wire::PRIORITY_QUESTION);
-        wire::send(&mut send, &answer).await?;
-        send.finish()
+            AskHub::Publish { .. } => Err(Fault::internal("an offer is no plain question")),
+        }
     }
 
     /// A site may send on what it was given, and nothing else: it cannot make itself entitled to the rest.
@@ -412,10 +479,12 @@ impl Hub {
             self.check_run_model(Some(site), run, &artifact).await?;
         }
         let link = self.link_of(site).ok_or_else(|| Fault::unreachable(format!("the line to site {site} ended")))?;
-        let _publishing = inner.collecting.clone().read_owned().await;
-        let fetcher = Fetcher::new(link, digest, Arc::default());
+        let fetcher = Fetcher::new(link, digest, Arc::default()).with_idle_max(MANIFEST_IDLE_MAX);
         let root = fetcher.root().await?;
-        fetcher.pages(&root, None, &inner.store).await?;
+        let _reserved = self.reserve(&Holder::Site(site.clone()), &artifact, &root).await?;
+        // Until the artifact is in the catalogue no collection takes its pages.
+        let store = inner.store.leased();
+        fetcher.pages(&root, None, &store).await?;
         self.check_manifest(&artifact, &root).await?;
         // What was opened by its digest before it was known here must be looked at anew.
         inner.opened.lock().retain(|opened| opened.digest != digest);
@@ -474,7 +543,11 @@ impl Hub {
     }
 
     /// Asks a site that is online.
-    pub(super) async fn ask_site<T: serde::de::DeserializeOwned>(&self, site: &SiteName, question: &wire::AskSite) -> Result<T, Fault> {
+    pub(super) async fn ask_site<T: serde::de::DeserializeOwned + Send + 'static>(
+        &self,
+        site: &SiteName,
+        question: &wire::AskSite,
+    ) -> Result<T, Fault> {
         let link = self.link_of(site).ok_or_else(|| Fault::unreachable(format!("site {site} is not connected")))?;
         wire::ask(&link, question).await
     }

@@ -12,7 +12,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use futures::StreamExt;
-use tokio::sync::{OwnedRwLockReadGuard, Semaphore, mpsc};
+use tokio::sync::{Semaphore, mpsc};
+use tokio::time::timeout;
 
 use super::Hub;
 use crate::api::types::Published;
@@ -21,7 +22,9 @@ use crate::fault::{Code, Fault};
 use crate::fetch::{Fetcher, Library, Ranges, blocking, nothing_such};
 use crate::frame::{Frame, HEADER_BYTES};
 use crate::identity::Holder;
-use crate::limits::{COMMIT_BYTES, COMMIT_EVERY, FETCH_BATCH_BYTES, FETCH_BATCH_CHUNKS_MAX, FETCH_IN_FLIGHT_MAX, SILENCE_MAX};
+use crate::limits::{
+    COMMIT_BYTES, COMMIT_EVERY, FETCH_BATCH_BYTES, FETCH_BATCH_CHUNKS_MAX, FETCH_IN_FLIGHT_MAX, MANIFEST_IDLE_MAX, SILENCE_MAX,
+};
 use crate::line::{Link, PRIORITY_BULK, RecvHalf, SendHalf};
 use crate::manifest::{ChunkRef, Digest, Root, Step, Walk};
 use crate::names::{ArtifactRef, SiteName, SiteSelector};
@@ -42,9 +45,6 @@ const ASKED_KEPT: usize = FETCH_BATCH_CHUNKS_MAX * (FETCH_IN_FLIGHT_MAX + BATCHE
 /// How long it is remembered what an artifact has no room for, though nobody asked again.
 const SHORT_FOR: Duration = Duration::from_secs(600);
 
-/// Keeps collections off, for as long as a copy of it is there.
-type Publishing = Arc<OwnedRwLockReadGuard<()>>;
-
 /// What one request brings.
 #[derive(Default)]
 struct Batch {
@@ -56,7 +56,7 @@ struct Batch {
 impl Hub {
     /// Hears a publisher until its line ends.
     pub(super) async fn welcome_publisher(&self, name: SiteName, link: Link) {
-        let _seat = self.inner.budget.seat();
+        let _seats = self.seats();
         let streams = Arc::new(Semaphore::new(STREAMS_MAX));
         loop {
             let stream = tokio::select! {
@@ -78,7 +78,8 @@ impl Hub {
 
     async fn hear_publisher(&self, mut send: SendHalf, mut recv: RecvHalf, link: &Link, name: &SiteName) -> Result<(), Fault> {
         let mut kind = [0];
-        recv.read_exact(&mut kind).await?;
+        let read = timeout(SILENCE_MAX, recv.read_exact(&mut kind)).await;
+        read.map_err(|_| Fault::unreachable("a stream stayed empty"))??;
         match kind[0] {
             QUESTION => {}
             FETCH => {
@@ -87,8 +88,8 @@ impl Hub {
             }
             other => return Err(Fault::not_allowed(format!("a publisher opened a stream of kind {other}"))),
         }
-        let question = tokio::time::timeout(SILENCE_MAX, wire::receive::<AskHub>(&mut recv)).await;
-        let question = question.map_err(|_| Fault::unreachable("a question did not arrive"))??;
+        self.inner.changes.go(name, 1).await;
+        let (question, share) = wire::receive_question(&mut recv, &self.inner.questions, name).await?;
         let answer = match question {
             // A publisher that was taken away may still hold its certificate.
             _ if !self.inner.catalogue.publisher_seen(name).await? => {
@@ -120,9 +121,8 @@ impl Hub {
         if let Err(fault) = self.flush_uploaded().await {
             tracing::error!(error = %fault, "the store cannot be flushed");
         }
-        send.set_priority(wire::PRIORITY_QUESTION);
-        wire::send(&mut send, &answer).await?;
-        send.finish()
+        drop(share);
+        self.send_answer(&mut send, name, answer).await
     }
 
     /// Whatever came of it, what was brought stays.
@@ -146,7 +146,8 @@ impl Hub {
             inner.catalogue.select_sites(to).await?;
         }
         let fetcher = Fetcher::new(link.clone(), digest, Arc::default());
-        let root = fetcher.root().await?;
+        let manifest = fetcher.clone().with_idle_max(MANIFEST_IDLE_MAX);
+        let root = manifest.root().await?;
         if root.kind != artifact.kind {
             return Err(Fault::integrity(format!("{artifact} has the manifest of a {}", root.kind)));
         }
@@ -156,15 +157,21 @@ impl Hub {
             // Says the conflict in its own words.
             inner.catalogue.add_artifact(&artifact, &root, None).await?;
         }
-        let publishing: Publishing = Arc::new(inner.collecting.clone().read_owned().await);
-        let losses = inner.store.losses();
-        fetcher.pages(&root, None, &inner.store).await?;
+        let _reserved = self.reserve(&Holder::Publisher(publisher.clone()), &artifact, &root).await?;
+        // Until the artifact is in the catalogue no collection takes what was found here or brought.
+        let store = inner.store.leased();
+        let losses = store.losses();
+        manifest.pages(&root, None, &store).await?;
         self.check_manifest(&artifact, &root).await?;
-        let stored = self.pull(publisher, &fetcher, &root, &publishing).await?;
-        let store = inner.store.clone();
-        blocking(move || store.flush_since(losses)).await?;
+        let stored = self.pull(publisher, &fetcher, &root, &store).await?;
+        let flushed = store.clone();
+        blocking(move || flushed.flush_since(losses)).await?;
         let added = self.register(None, &artifact, &root).await?;
         inner.catalogue.set_omitted(&artifact, omitted).await?;
+        if added {
+            inner.catalogue.set_publisher(&artifact, publisher).await?;
+        }
+        drop(store);
         let transfers = match to {
             Some(to) => self.deliver_to(Some(publisher), std::slice::from_ref(&artifact), to).await?.transfers,
             None => Vec::new(),
@@ -176,21 +183,21 @@ impl Hub {
         serde_json::to_value(published).map_err(|e| Fault::internal(e.to_string()))
     }
 
-    /// Brings every chunk that the store lacks. Returns the bytes that were stored.
-    async fn pull(&self, publisher: &SiteName, fetcher: &Fetcher, root: &Root, publishing: &Publishing) -> Result<u64, Fault> {
+    /// Brings every chunk that the store, a leased one, lacks. Returns the bytes that were stored.
+    async fn pull(&self, publisher: &SiteName, fetcher: &Fetcher, root: &Root, store: &Store) -> Result<u64, Fault> {
         let (send, batches) = mpsc::channel(BATCHES_AHEAD_MAX);
         // A publisher asks again and again until there is room; what came meanwhile would be kept for nothing.
         let short_of = self.inner.short_of.lock().get(&root.digest()).copied();
         short_of.map_or(Ok(()), |bytes| self.inner.store.check_room_for(bytes))?;
         self.inner.short_of.lock().forget(&root.digest());
         let lacking = self.lacking_where_room_is_short(root).await?;
-        let (planned, packs) = (root.clone(), self.inner.store.clone());
+        let (planned, packs) = (root.clone(), store.clone());
         let planning = tokio::task::spawn_blocking(move || {
             // What comes after that would have been sent for nothing.
             plan(&planned, &packs, |batch| packs.check_room().map(|()| send.blocking_send(batch).is_ok()))
         });
         let batches = futures::stream::unfold(batches, |mut batches| async move { Some((batches.recv().await?, batches)) });
-        let bring = |batch| self.bring(publisher, fetcher, batch, publishing.clone());
+        let bring = |batch| self.bring(publisher, fetcher, batch, store.clone());
         let running = batches.map(bring).buffer_unordered(FETCH_IN_FLIGHT_MAX);
         tokio::pin!(running);
         let (mut brought, mut stored, mut unflushed, mut flushed) = (0, 0, 0, Instant::now());
@@ -240,7 +247,7 @@ impl Hub {
     }
 
     /// Brings one batch into the store. Returns its bytes, and those that were stored.
-    async fn bring(&self, publisher: &SiteName, fetcher: &Fetcher, batch: Batch, publishing: Publishing) -> Result<(u64, u64), Fault> {
+    async fn bring(&self, publisher: &SiteName, fetcher: &Fetcher, batch: Batch, store: Store) -> Result<(u64, u64), Fault> {
         // What is on the way holds a share of the daemon's budget, out of the publisher's own.
         let _share = self.share(publisher, batch.bytes, PRIORITY_BULK).await?;
         let wants = batch.wants.into_iter().map(|(page, ranges)| Wanted::Children { page, ranges: ranges.0 }).collect();
@@ -255,10 +262,9 @@ impl Hub {
             }
             brought.push((chunk, frame));
         }
-        let store = self.inner.store.clone();
+        let _place = self.work_place(publisher).await;
+        // What was begun here ends even if the publisher's line does not last; the lease is held as long.
         blocking(move || {
-            // What was begun here ends even if the publisher's line does not last: no collection may run beside it.
-            let _publishing = publishing;
             let mut stored = 0;
             for (chunk, frame) in brought {
                 let raw = frame.verify(chunk.id, chunk.len)?;

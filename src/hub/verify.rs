@@ -104,6 +104,7 @@ impl Verify<'_> {
         }
         let mut file: Option<OpenFile> = None;
         for step in Walk::new(&self.row.root, self.store) {
+            self.progress.check()?;
             match step {
                 Err(fault) => return Err(fault),
                 Ok(Step::Entry { entry, .. }) => {

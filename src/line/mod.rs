@@ -34,7 +34,7 @@ use stream::{RecvWire, SendWire};
 use turns::Turns;
 
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
@@ -149,6 +149,10 @@ struct Inner {
     hub_clock: OnceLock<(u64, std::time::Instant)>,
     /// What this end said when it closed a QUIC connection, which quinn does not keep.
     last_words: Mutex<Option<String>>,
+    /// Bytes of streams that this end wrote…
+    written: AtomicU64,
+    /// …and that it read.
+    read: AtomicU64,
 }
 
 impl Drop for Inner {
@@ -234,6 +238,8 @@ impl Link {
                 turns: Turns::default(),
                 hub_clock: OnceLock::new(),
                 last_words: Mutex::new(None),
+                written: AtomicU64::new(0),
+                read: AtomicU64::new(0),
             }),
         }
     }
@@ -379,6 +385,12 @@ impl Link {
             }
             Wire::Tcp { traffic, .. } => traffic.bytes(),
         }
+    }
+
+    /// Bytes of streams (written, read) at this end so far. Unlike [`Link::bytes`] it counts no packets that only keep the
+    /// connection open, and no data that nobody asked for.
+    pub fn stream_bytes(&self) -> (u64, u64) {
+        (self.inner.written.load(Ordering::Relaxed), self.inner.read.load(Ordering::Relaxed))
     }
 }
 

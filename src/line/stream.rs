@@ -1,6 +1,7 @@
 //! The two halves of a stream, the same over QUIC and TCP.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use bytes::Bytes;
 
@@ -28,24 +29,29 @@ impl SendHalf {
             SendWire::Quic(_) => return self.write_bytes(Bytes::copy_from_slice(data)).await,
             SendWire::Tcp(stream) => stream.write_all(data).await,
         };
+        self.link.written.fetch_add(data.len() as u64, Ordering::Relaxed);
         result.map_err(|e| self.link.fault(e))
     }
 
     /// Writes all of it, without copying unless a TCP line has much to send already.
     pub async fn write_bytes(&mut self, data: Bytes) -> Result<(), Fault> {
+        let len = data.len() as u64;
         let result = match &mut self.wire {
             SendWire::Quic(_) => return self.write_many(&mut [data]).await,
             SendWire::Tcp(stream) => stream.write_bytes(data).await,
         };
+        self.link.written.fetch_add(len, Ordering::Relaxed);
         result.map_err(|e| self.link.fault(e))
     }
 
     /// [`SendHalf::write_bytes`] for many behind each other.
     pub async fn write_many(&mut self, pieces: &mut [Bytes]) -> Result<(), Fault> {
+        let len: u64 = pieces.iter().map(|piece| piece.len() as u64).sum();
         let result = match &mut self.wire {
             SendWire::Quic(stream) => self.link.turns.write(stream, self.place, pieces).await.map_err(|e| write_end(&e)),
             SendWire::Tcp(stream) => stream.write_many(pieces).await,
         };
+        self.link.written.fetch_add(len, Ordering::Relaxed);
         result.map_err(|e| self.link.fault(e))
     }
 
@@ -129,7 +135,10 @@ impl RecvHalf {
                 }
             };
             match read.map_err(|e| self.link.fault(e))? {
-                Some(read) => filled += read,
+                Some(read) => {
+                    filled += read;
+                    self.link.read.fetch_add(read as u64, Ordering::Relaxed);
+                }
                 None => {
                     let message = format!("{} ended a stream {} bytes too early", self.link.peer_name(), buffer.len() - filled);
                     return Err(Fault::unreachable(message).with_reason(self.link.fault(StreamEnd::Reset).reason));
@@ -148,6 +157,9 @@ impl RecvHalf {
             },
             RecvWire::Tcp(stream) => stream.read_chunk(max).await,
         };
+        if let Ok(Some(bytes)) = &result {
+            self.link.read.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+        }
         result.map_err(|e| self.link.fault(e))
     }
 
@@ -156,7 +168,7 @@ impl RecvHalf {
     pub async fn read_chunks(&mut self, pieces: &mut [Bytes]) -> Result<Option<usize>, Fault> {
         let result = match &mut self.wire {
             RecvWire::Quic(stream) => stream.read_chunks(pieces).await.map_err(|e| read_end(&e)),
-            RecvWire::Tcp(stream) => match (pieces, stream.read_chunk(usize::MAX).await) {
+            RecvWire::Tcp(stream) => match (&mut *pieces, stream.read_chunk(usize::MAX).await) {
                 ([first, ..], Ok(Some(bytes))) => {
                     *first = bytes;
                     Ok(Some(1))
@@ -166,6 +178,10 @@ impl RecvHalf {
                 (_, Err(error)) => Err(error),
             },
         };
+        if let Ok(Some(count)) = result {
+            let read: u64 = pieces.iter().take(count).map(|piece| piece.len() as u64).sum();
+            self.link.read.fetch_add(read, Ordering::Relaxed);
+        }
         result.map_err(|e| self.link.fault(e))
     }
 

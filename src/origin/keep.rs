@@ -75,7 +75,7 @@ impl Keep<'_> {
         }
         let what = || format!("write {}", to.display());
         let mut out = File::create(&to).at(what())?;
-        let open = |from: &Path| File::open(from).at(format_args!("read {}", from.display()));
+        let open = |from: &Path| durable::open_regular(from).at(format_args!("read {}", from.display()));
         match content {
             Content::Memory(bytes) => std::io::copy(&mut &bytes[..], &mut out),
             Content::File(from) | Content::Scratch(from) => std::io::copy(&mut open(from)?, &mut out),
@@ -159,7 +159,7 @@ impl Origin {
             let at = Place::Folder { path: kept.clone() };
             let places: Vec<Place> = std::iter::once(at).chain(base.cloned()).collect();
             // What lies there from before may be being read; it is replaced only when it was damaged since.
-            let damaged = kept.is_dir() && !self.verify(ingested.digest, &ingested.root, &places, |_| ())?.is_empty();
+            let damaged = kept.is_dir() && !self.verify(ingested.digest, &ingested.root, &places, |_| Ok(()))?.is_empty();
             let _alone = self.inner.keeping.lock();
             if damaged {
                 durable::remove_all(&kept)?;

@@ -9,6 +9,7 @@ use tokio::runtime::Handle;
 
 use super::{At, PlaceInfo, Places};
 use crate::buffers::Buffers;
+use crate::durable;
 use crate::fault::{Fault, IoContext};
 use crate::frame::Verified;
 use crate::manifest::ChunkRef;
@@ -122,7 +123,7 @@ impl Reader {
         let file = match &info.place {
             Place::Folder { path: folder } => {
                 let full = path.in_dir(folder);
-                let file = File::open(&full).at(format_args!("open {}", full.display()))?;
+                let file = durable::open_regular(&full).at(format_args!("open {}", full.display()))?;
                 if self.strict {
                     let meta = file.metadata().at(full.display())?;
                     // A folder can be opened, and has a size.

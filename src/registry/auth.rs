@@ -15,7 +15,9 @@ use parking_lot::Mutex;
 use reqwest::header::{AUTHORIZATION, HeaderMap, HeaderValue, WWW_AUTHENTICATE};
 use serde::Deserialize;
 
+use crate::durable;
 use crate::fault::Fault;
+use crate::fetch::blocking;
 use crate::limits;
 use crate::registry::answer::{Answer, Error, no_answer};
 use crate::registry::reference::Origin;
@@ -53,7 +55,7 @@ impl Credentials {
     /// From a file, which is read when it is needed: a secret that is replaced there is used from then on. It must be
     /// readable now.
     pub fn from_file(username: impl Into<String>, path: PathBuf) -> Result<Self, Fault> {
-        std::fs::File::open(&path).map_err(|e| Fault::config(format!("read the registry's password file {}: {e}", path.display())))?;
+        durable::open_regular(&path).map_err(|e| Fault::config(format!("read the registry's password file {}: {e}", path.display())))?;
         Ok(Self { username: username.into(), secret: Secret::File(path), realm_hosts: Vec::new() })
     }
 
@@ -100,7 +102,11 @@ impl Credentials {
     async fn basic(&self) -> Result<HeaderValue, Fault> {
         let password = match &self.secret {
             Secret::Text(text) => text.clone(),
-            Secret::File(path) => tokio::fs::read_to_string(path).await.map_err(|e| Fault::secret_unreadable(path, &e))?,
+            Secret::File(path) => {
+                let file = path.clone();
+                let read = blocking(move || Ok(durable::read_regular_text(&file, limits::SECRET_BYTES_MAX))).await?;
+                read.map_err(|e| Fault::secret_unreadable(path, &e))?
+            }
         };
         let pair = format!("{}:{}", self.username, password.trim_end_matches(['\r', '\n']));
         sensitive(format!("Basic {}", STANDARD.encode(pair)))
@@ -479,13 +485,13 @@ mod tests {
     async fn a_password_file_that_is_gone_for_a_while_is_waited_for() {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("password");
-        crate::durable::replace_secret(&file, b"hunter2\n").unwrap();
+        durable::replace_secret(&file, b"hunter2\n").unwrap();
         let credentials = Credentials::from_file("u", file.clone()).unwrap();
         std::fs::remove_file(&file).unwrap();
         let fault = credentials.basic().await.unwrap_err();
         assert_eq!((fault.reason, fault.retry), (Reason::SinkDenied, Retry::Backoff), "{fault:?}");
         assert!(fault.next.contains(file.to_str().unwrap()), "{}", fault.next);
-        crate::durable::replace_secret(&file, b"hunter2\n").unwrap();
+        durable::replace_secret(&file, b"hunter2\n").unwrap();
         credentials.basic().await.unwrap();
     }
 }

@@ -33,6 +33,7 @@ pub use manifests::{Deleted, Manifest};
 pub use pull::{pull_keeping, pull_to_layout};
 pub use reference::{Origin, Reference};
 
+use crate::durable;
 use crate::fault::Fault;
 use crate::limits;
 use auth::{Auth, Challenge, Scope};
@@ -74,7 +75,8 @@ impl Registry {
         let _ = rustls::crypto::ring::default_provider().install_default();
         let mut certificates = Vec::new();
         if let Some(path) = ca {
-            let pem = std::fs::read(path).map_err(|e| Fault::config(format!("read ca_file {}: {e}", path.display())))?;
+            let pem = durable::read_regular(path, limits::SECRET_BYTES_MAX)
+                .map_err(|e| Fault::config(format!("read ca_file {}: {e}", path.display())))?;
             certificates = reqwest::Certificate::from_pem_bundle(&pem).unwrap_or_default();
             if certificates.is_empty() {
                 return Err(Fault::config(format!("ca_file {} holds no PEM certificate", path.display())));

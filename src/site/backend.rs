@@ -15,7 +15,7 @@ use crate::delivery;
 use crate::fault::{Code, Fault};
 use crate::fetch::blocking;
 use crate::jobs::JobProgress;
-use crate::limits::{ID_BYTES_MAX, ROOM_AWAITED_MAX};
+use crate::limits::{API_ROWS_MAX, ID_BYTES_MAX, ROOM_AWAITED_MAX};
 use crate::names::{ArtifactRef, DeliveryId, RunName, TransferId, WorkId, WorkIds};
 use crate::run;
 use crate::serve::wrong_role;
@@ -41,6 +41,7 @@ impl Site {
             return blocking(move || {
                 let read = |bytes| {
                     progress.bytes.fetch_add(bytes, Ordering::Relaxed);
+                    progress.check()
                 };
                 origin.verify(row.digest, &row.root, &[place], read)
             })
@@ -156,8 +157,12 @@ impl Backend for Site {
         self.ask_hub(&AskHub::Act { id, action }).await
     }
 
-    async fn deliveries(&self, limit: u32) -> Result<Vec<Delivery>, Fault> {
-        let rows = self.inner.catalogue.deliveries(limit).await?;
+    async fn transfers_behind(&self, id: &str, limit: u32) -> Result<Vec<Transfer>, Fault> {
+        Ok(self.inner.catalogue.transfers_behind(id, limit).await?.iter().map(|row| row.view()).collect())
+    }
+
+    async fn deliveries(&self, behind: Option<&str>, limit: u32) -> Result<Vec<Delivery>, Fault> {
+        let rows = self.inner.catalogue.deliveries(behind, limit).await?;
         Ok(rows.iter().map(|row| delivery::view(row, row.parts.iter().map(|t| t.view()).collect())).collect())
     }
 
@@ -197,7 +202,7 @@ impl Backend for Site {
     }
 
     async fn artifacts(&self) -> Result<Vec<Artifact>, Fault> {
-        Ok(self.inner.catalogue.artifacts().await?.iter().map(|row| row.view()).collect())
+        self.inner.catalogue.artifact_views().await
     }
 
     async fn show(&self, artifact: &str) -> Result<ArtifactDetail, Fault> {
@@ -300,6 +305,14 @@ impl Backend for Site {
         self.inner.jobs.get(id)
     }
 
+    async fn jobs(&self) -> Result<Vec<Job>, Fault> {
+        Ok(self.inner.jobs.list())
+    }
+
+    async fn cancel_job(&self, id: &str) -> Result<Job, Fault> {
+        self.inner.jobs.cancel(id)
+    }
+
     async fn events(&self, since: u64, limit: u32) -> Result<Vec<Event>, Fault> {
         let mut out = Vec::new();
         for (mut event, name) in self.inner.catalogue.events(since, limit).await? {
@@ -323,8 +336,9 @@ impl Backend for Site {
     }
 
     async fn metrics(&self) -> Result<String, Fault> {
-        let (transfers, _) = self.transfers(&TransferQuery { limit: Some(10_000), ..Default::default() }).await?;
-        let mut out = crate::metrics::transfers(&transfers);
+        let mut counted = crate::metrics::Transfers::default();
+        self.inner.catalogue.each_transfer(API_ROWS_MAX, |row| counted.add(&row.view())).await?;
+        let mut out = counted.to_text();
         let connected = u8::from(self.inner.link.borrow().is_some());
         let _ = writeln!(out, "# TYPE packhorse_hub_connected gauge\npackhorse_hub_connected {connected}");
         Ok(out)

@@ -4,14 +4,16 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio::sync::Semaphore;
+use tokio::time::timeout;
 
 use super::Site;
 use crate::api::VERSION;
+use crate::budget::Budget;
 use crate::catalogue::TransferRow;
 use crate::config::Transport;
 use crate::fault::{Fault, Retry};
 use crate::fetch::{self, Fetcher, blocking};
-use crate::limits::{FETCH_STREAMS_MAX, STATE_RETRY_EVERY};
+use crate::limits::{ANSWER_MAX, FETCH_STREAMS_MAX, QUESTIONS_AT_ONCE_MAX, QUESTIONS_BYTES_MAX, SILENCE_MAX, STATE_RETRY_EVERY};
 use crate::line::{self, Link, RecvHalf, Redial, SendHalf};
 use crate::manifest::Digest;
 use crate::names::{ArtifactRef, TransferId};
@@ -228,17 +230,23 @@ impl Site {
     /// Answers what the hub opens.
     async fn answer(&self, link: &Link) {
         let fetches = Arc::new(Semaphore::new(FETCH_STREAMS_MAX));
+        let questions = Arc::new(Semaphore::new(QUESTIONS_AT_ONCE_MAX));
+        let budget = Budget::new(QUESTIONS_BYTES_MAX, QUESTIONS_BYTES_MAX);
         // Whoever opens a stream here is the hub; the name is for the log.
         let hub = self.inner.config.name.clone();
         while let Some((send, mut recv)) = link.accept().await {
             let (this, link, hub, fetches) = (self.clone(), link.clone(), hub.clone(), fetches.clone());
+            let (questions, budget) = (questions.clone(), budget.clone());
             self.inner.tasks.spawn(async move {
                 let mut kind = [0];
-                if recv.read_exact(&mut kind).await.is_err() {
+                if !matches!(timeout(SILENCE_MAX, recv.read_exact(&mut kind)).await, Ok(Ok(()))) {
                     return;
                 }
                 let result = match kind[0] {
-                    QUESTION => this.question(send, recv, &link).await,
+                    QUESTION => {
+                        let Ok(_turn) = questions.acquire().await else { return };
+                        this.question(send, recv, &link, &budget).await
+                    }
                     FETCH => {
                         // A question never waits behind fetches.
                         let Ok(_turn) = fetches.acquire().await else { return };
@@ -254,12 +262,16 @@ impl Site {
         }
     }
 
-    async fn question(&self, mut send: SendHalf, mut recv: RecvHalf, link: &Link) -> Result<(), Fault> {
+    async fn question(&self, mut send: SendHalf, mut recv: RecvHalf, link: &Link, budget: &Budget) -> Result<(), Fault> {
         send.set_priority(wire::PRIORITY_QUESTION);
-        match wire::receive(&mut recv).await? {
-            AskSite::Plan { artifact, digest } => wire::send(&mut send, &self.plan_for(link, artifact, digest).await).await?,
-            AskSite::Holds { artifact, digest } => wire::send(&mut send, &self.inner.runner.holds(&artifact, digest).await).await?,
-        }
+        let (question, _share) = wire::receive_question(&mut recv, budget, &self.inner.config.name).await?;
+        let answer = async {
+            match question {
+                AskSite::Plan { artifact, digest } => wire::send(&mut send, &self.plan_for(link, artifact, digest).await).await,
+                AskSite::Holds { artifact, digest } => wire::send(&mut send, &self.inner.runner.holds(&artifact, digest).await).await,
+            }
+        };
+        timeout(ANSWER_MAX, answer).await.map_err(|_| Fault::unreachable("a question of the hub was not answered in time"))??;
         send.finish()
     }
 
@@ -285,9 +297,10 @@ impl Site {
     }
 
     /// Asks the hub.
-    pub(super) async fn ask_hub<T: serde::de::DeserializeOwned>(&self, question: &AskHub) -> Result<T, Fault> {
+    pub(super) async fn ask_hub<T: serde::de::DeserializeOwned + Send + 'static>(&self, question: &AskHub) -> Result<T, Fault> {
         let link = self.inner.link.borrow().clone();
         match link {
+            Some(link) if matches!(question, AskHub::Publish { .. }) => wire::ask_to_move(&link, question).await,
             Some(link) => wire::ask(&link, question).await,
             None => {
                 let why = self.inner.line_fault.lock().clone();

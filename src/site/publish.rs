@@ -61,6 +61,7 @@ impl Site {
         let read = || self.read_in_place(&artifact, &request, dataset.clone(), &progress);
         let published = until_room(&inner.shared.store, &progress, patience, read).await?;
         let (root, omitted) = (published.ingested.root, published.ingested.omitted);
+        progress.check()?;
 
         let _turn = inner.offering.lock().await;
         let added = inner.catalogue.add_artifact(&artifact, &root, None).await?;

@@ -12,6 +12,7 @@
 //! the packs.
 
 mod index;
+mod lease;
 mod pack;
 mod rebuild;
 
@@ -33,6 +34,7 @@ use crate::space::Space;
 
 pub use index::INDEX_CACHE_BYTES;
 use index::{Index, Location, REBUILD};
+use lease::{Lease, Leases};
 use pack::{MAKE_ROOM, Packs, Unsynced, Writer};
 pub use rebuild::{Rebuilt, rebuild_index};
 
@@ -50,6 +52,8 @@ const COLLECT_TOGETHER: usize = 256;
 #[derive(Clone)]
 pub struct Store {
     inner: Arc<Inner>,
+    /// Shared by the clones of a handle.
+    lease: Option<Arc<Lease>>,
 }
 
 struct Inner {
@@ -63,6 +67,8 @@ struct Inner {
     pack_bytes: u64,
     /// See [`Store::losses`].
     losses: AtomicU64,
+    /// See [`Store::leased`].
+    leases: Arc<Leases>,
 }
 
 /// The pack being written, and what the index does not know yet.
@@ -128,7 +134,8 @@ impl Store {
         }
         let open = Open { writer: None, full: VecDeque::new(), synced: HashMap::new(), pending: HashMap::new(), next_pack };
         let (syncing, open) = (Mutex::new(()), Mutex::new(open));
-        Ok(Self { inner: Arc::new(Inner { packs, index, syncing, open, pack_bytes, losses: AtomicU64::new(0) }) })
+        let (losses, leases) = Default::default();
+        Ok(Self { inner: Arc::new(Inner { packs, index, syncing, open, pack_bytes, losses, leases }), lease: None })
     }
 
     /// Packs that the index counts on and that are gone.
@@ -164,13 +171,30 @@ impl Store {
         Ok(pending.into_iter().zip(self.inner.index.get_many(ids)?).map(|(pending, found)| found.or(pending)).collect())
     }
 
+    /// A handle for whoever will count on what he puts and finds: no collection takes it away while this handle or a clone of it is
+    /// there. It is to be taken before the first look, and kept until the artifact is in the catalogue.
+    pub fn leased(&self) -> Self {
+        let open = self.inner.open.lock();
+        let floor = open.writer.as_ref().map_or(open.next_pack, Writer::number);
+        let lease = self.inner.leases.begin(floor);
+        Self { inner: self.inner.clone(), lease: Some(Arc::new(lease)) }
+    }
+
     /// Whether the chunk is here.
     pub fn has(&self, id: Hash) -> Result<bool, Fault> {
-        Ok(self.locate(id)?.is_some())
+        let mut found = [self.locate(id)?];
+        if let Some(lease) = &self.lease {
+            lease.pin(&mut found);
+        }
+        Ok(found[0].is_some())
     }
 
     /// The raw length of a chunk as its frame names it; `None` when the chunk is not here. Reads no more than the frame's header.
     pub fn raw_len(&self, id: Hash) -> Result<Option<u32>, Fault> {
+        // As for every look of somebody with a lease.
+        if !self.has(id)? {
+            return Ok(None);
+        }
         let Some(at) = self.locate(id)? else { return Ok(None) };
         let head = self.inner.packs.read(at.pack, u64::from(at.offset), HEADER_BYTES)?;
         let header = head.first_chunk().ok_or(FrameError::Malformed).and_then(Header::parse)?;
@@ -179,7 +203,11 @@ impl Store {
 
     /// Which of these chunks are here.
     pub fn has_many(&self, ids: &[Hash]) -> Result<Vec<bool>, Fault> {
-        Ok(self.locate_many(ids)?.into_iter().map(|found| found.is_some()).collect())
+        let mut found = self.locate_many(ids)?;
+        if let Some(lease) = &self.lease {
+            lease.pin(&mut found);
+        }
+        Ok(found.into_iter().map(|found| found.is_some()).collect())
     }
 
     /// Puts a frame whose BLAKE3 the caller verified. Returns the bytes it took, 0 when the chunk was here already.
@@ -514,35 +542,66 @@ impl Store {
         self.inner.packs.list()?.into_iter().map(|number| self.inner.packs.len(number)).sum()
     }
 
-    /// Removes every chunk for which `live` says no. Packs of which less than 70 % lives are written anew; the others
-    /// keep their dead weight. Whoever finds a chunk here and counts on it must keep collections off meanwhile. Returns the
-    /// bytes freed.
+    /// Removes every chunk for which `live` says no; see [`Store::begin_collection`]. Returns the bytes freed.
     pub fn collect(&self, live: &dyn Fn(ShortHash) -> bool) -> Result<u64, Fault> {
-        // What is put from here on, by the collection itself or by somebody who was given up, goes to packs that are let be:
-        // the index does not know yet what lives in them.
-        let first_new = {
+        self.begin_collection()?.sweep(live, &|| Ok(()))
+    }
+
+    /// Begins a collection. What is put from here on stays, and what is leased from here on or was before; so what is alive is to be
+    /// worked out after this call. Others go on putting and finding meanwhile.
+    pub fn begin_collection(&self) -> Result<Collection, Fault> {
+        let collection = {
             let mut open = self.inner.open.lock();
             open.seal();
-            open.next_pack
+            Collection { end_before: self.inner.leases.begin_collection(open.next_pack), store: self.clone() }
         };
+        // The index does not know yet what lives in the packs that others write meanwhile; of the older ones it knows all.
         self.flush()?;
-        let before = self.stored_bytes()?;
+        Ok(collection)
+    }
+}
+
+/// A collection that has begun.
+pub struct Collection {
+    store: Store,
+    /// Packs from this number on are let be.
+    end_before: u32,
+}
+
+impl Drop for Collection {
+    fn drop(&mut self) {
+        self.store.inner.leases.end_collection();
+    }
+}
+
+impl Collection {
+    /// Removes every chunk for which `live` says no. Packs of which less than 70 % lives are written anew; the others, and those in which
+    /// somebody with a lease found something, keep their dead weight. `go_on` is asked now and then, and ends the collection when it
+    /// fails; what was done until then is whole. Returns the bytes freed.
+    pub fn sweep(self, live: &dyn Fn(ShortHash) -> bool, go_on: &dyn Fn() -> Result<(), Fault>) -> Result<u64, Fault> {
+        let store = &self.store;
+        let before = store.stored_bytes()?;
         let mut alive: HashMap<u32, u64> = HashMap::new();
-        self.inner.index.scan(|id, at| {
+        store.inner.index.scan(|id, at| {
             if live(id) {
                 *alive.entry(at.pack).or_default() += u64::from(at.frame_len);
             }
         })?;
         let mut sparse = Vec::new();
-        for number in self.inner.packs.list()?.into_iter().filter(|number| *number < first_new) {
-            if alive.get(&number).copied().unwrap_or(0) * 10 < self.inner.packs.len(number)? * 7 {
+        for number in store.inner.packs.list()?.into_iter().filter(|number| *number < self.end_before) {
+            if alive.get(&number).copied().unwrap_or(0) * 10 < store.inner.packs.len(number)? * 7 {
                 sparse.push(number);
             }
         }
         for some in sparse.chunks(COLLECT_TOGETHER) {
-            self.rewrite(some, live)?;
+            let packs = store.inner.leases.take_away(some);
+            let dead = store.move_out(&packs, live, go_on).inspect_err(|_| store.inner.leases.leave(&packs))?;
+            // The index forgets the packs before the files go: a crash between leaves packs that nothing names, and the next
+            // start takes their frames in again, which costs room and no harm.
+            store.inner.index.forget(&dead, &packs)?;
+            packs.iter().try_for_each(|number| store.inner.packs.remove(*number))?;
         }
-        Ok(before.saturating_sub(self.stored_bytes()?))
+        Ok(before.saturating_sub(store.stored_bytes()?))
     }
 }
 
@@ -553,9 +612,14 @@ impl Pages for Store {
 }
 
 impl Store {
-    /// Moves what lives out of these packs, then drops them. What is damaged is lost already, and would else stand in the way
-    /// of every collection to come.
-    fn rewrite(&self, packs: &[u32], live: &dyn Fn(ShortHash) -> bool) -> Result<(), Fault> {
+    /// Moves what lives out of these packs, and makes it durable. Returns the chunks that are to be forgotten. What is damaged is lost
+    /// already, and would else stand in the way of every collection to come.
+    fn move_out(
+        &self,
+        packs: &[u32],
+        live: &dyn Fn(ShortHash) -> bool,
+        go_on: &dyn Fn() -> Result<(), Fault>,
+    ) -> Result<Vec<ShortHash>, Fault> {
         let losses = self.losses();
         let mut chunks: Vec<(ShortHash, Location)> = Vec::new();
         self.inner.index.scan(|id, at| {
@@ -566,6 +630,7 @@ impl Store {
         chunks.sort_unstable_by_key(|(_, at)| (at.pack, at.offset));
         let mut dead: Vec<ShortHash> = Vec::new();
         for (id, at) in chunks {
+            go_on()?;
             if !live(id) {
                 dead.push(id);
                 continue;
@@ -584,10 +649,7 @@ impl Store {
         }
         // A flush of somebody else may have failed over what was moved: then it lives in the old packs only.
         self.flush_since(losses)?;
-        // The index forgets the packs before the files go: a crash between leaves packs that nothing names, and the next
-        // start takes their frames in again, which costs room and no harm.
-        self.inner.index.forget(&dead, packs)?;
-        packs.iter().try_for_each(|number| self.inner.packs.remove(*number))
+        Ok(dead)
     }
 
     /// The frame that lies there, if it is the one of that name and undamaged.

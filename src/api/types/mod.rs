@@ -27,7 +27,7 @@ use crate::fault::Fault;
 pub struct Job {
     /// Its id.
     pub id: String,
-    /// `running`, `done` or `failed`.
+    /// `running`, `done`, `failed` or `cancelled`.
     pub state: String,
     /// Bytes worked through so far.
     pub bytes: u64,
@@ -41,7 +41,7 @@ pub struct Job {
     /// The answer, once done.
     #[schema(value_type = Option<Object>)]
     pub result: Option<serde_json::Value>,
-    /// The error, once failed.
+    /// The error, once failed or cancelled.
     #[schema(value_type = Option<Object>)]
     pub error: Option<Fault>,
 }

@@ -1,5 +1,7 @@
 //! Which transfers there are: by id, artifact or site, what is still to do, and who may have what.
 
+use futures::TryStreamExt as _;
+
 use super::{Part, TransferRow, transfer};
 use crate::api::types::{State, TransferQuery};
 use crate::catalogue::{Catalogue, fault};
@@ -87,6 +89,30 @@ impl Catalogue {
             _ => cursor,
         };
         Ok((rows, cursor))
+    }
+
+    /// The transfers that come behind this one in the list of all, newest first.
+    pub async fn transfers_behind(&self, id: &str, limit: u32) -> Result<Vec<TransferRow>, Fault> {
+        let rows = sqlx::query(
+            "SELECT * FROM transfer WHERE (created_ms, id) < (SELECT created_ms, id FROM transfer WHERE id = ?)
+             ORDER BY created_ms DESC, id DESC LIMIT ?",
+        )
+        .bind(id)
+        .bind(i64::from(limit))
+        .fetch_all(&self.read)
+        .await
+        .map_err(fault)?;
+        rows.iter().map(transfer).collect()
+    }
+
+    /// Shows the newest transfers one by one, so that they need not be in memory together.
+    pub async fn each_transfer(&self, limit: u32, mut see: impl FnMut(TransferRow) + Send) -> Result<(), Fault> {
+        let query = sqlx::query("SELECT * FROM transfer ORDER BY created_ms DESC, id DESC LIMIT ?").bind(i64::from(limit));
+        let mut rows = query.fetch(&self.read);
+        while let Some(row) = rows.try_next().await.map_err(fault)? {
+            see(transfer(&row)?);
+        }
+        Ok(())
     }
 
     /// What a site has to do: its transfers that are not ended, or that it has still to give up; oldest first.

@@ -28,11 +28,16 @@ pub(in crate::hub) struct Bench {
 
 impl Bench {
     pub(in crate::hub) async fn start() -> Self {
+        Self::start_with("").await
+    }
+
+    /// A hub with more configuration.
+    pub(in crate::hub) async fn start_with(more: &str) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let data = dir.path().join("hub");
         crate::durable::create_dir_all(&data).unwrap();
         let text = format!(
-            "role = \"hub\"\nname = \"hub\"\ndata_dir = {:?}\n[listen]\napi = \"127.0.0.1:0\"\nquic = \"127.0.0.1:0\"\n",
+            "role = \"hub\"\nname = \"hub\"\ndata_dir = {:?}\n[listen]\napi = \"127.0.0.1:0\"\nquic = \"127.0.0.1:0\"\n{more}",
             data.display().to_string()
         );
         let hub = Hub::open(config::parse(&text, "a test").unwrap(), CancellationToken::new()).await.unwrap();

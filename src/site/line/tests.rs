@@ -49,7 +49,7 @@ impl Bench {
             assert_eq!(kind[0], CONTROL);
             (link, send, recv)
         };
-        tokio::time::timeout(Duration::from_secs(30), work).await.unwrap()
+        timeout(Duration::from_secs(30), work).await.unwrap()
     }
 
     async fn ids(&self) -> Vec<String> {
@@ -122,7 +122,7 @@ async fn a_message_with_one_bad_id_is_refused_whole() {
         wire::send(&mut send, message).await.unwrap();
         // The site ends the stream instead of doing a part of it.
         let end = async { while wire::receive::<FromSite>(&mut recv).await.is_ok() {} };
-        tokio::time::timeout(Duration::from_secs(30), end).await.unwrap();
+        timeout(Duration::from_secs(30), end).await.unwrap();
         link.close("the test goes on");
         assert_eq!((bench.ids().await, names(&victim)), (Vec::new(), before.clone()), "{message}");
         assert!(bench.site.inner.catalogue.runs::<Value>(false, 9).await.unwrap().is_empty(), "{message}");
@@ -139,7 +139,7 @@ async fn a_message_with_one_bad_id_is_refused_whole() {
             }
         }
     };
-    tokio::time::timeout(Duration::from_secs(30), cancelled).await.unwrap();
+    timeout(Duration::from_secs(30), cancelled).await.unwrap();
     bench.site.inner.stop.cancel();
     bench.site.stopped().await;
 }

@@ -14,6 +14,7 @@ use std::sync::Arc;
 use tar::{EntryType, Header, PaxExtensions};
 
 use super::refuse;
+use crate::durable;
 use crate::fault::{Fault, IoContext};
 use crate::limits::{ARCHIVE_HEADER_BYTES_MAX, ARCHIVE_MEMBERS_MAX, ARCHIVE_NAMES_BYTES_MAX};
 use crate::source::Stamp;
@@ -59,7 +60,7 @@ impl TarIndex {
     /// Reads every header of the tar at `path`. `shown` stands for the archive in messages: `path` may be a
     /// decompressed copy that nobody knows.
     pub(super) fn open(path: &Path, shown: &Path) -> Result<Self, Fault> {
-        let file = File::open(path).at(format_args!("open {}", path.display()))?;
+        let file = durable::open_regular(path).at(format_args!("open {}", path.display()))?;
         let meta = file.metadata().at(format_args!("read {}", path.display()))?;
         let name = Arc::new(path.to_path_buf());
         let stamp = Stamp::new(Arc::clone(&name), &meta);

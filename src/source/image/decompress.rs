@@ -17,6 +17,7 @@ use std::rc::Rc;
 use flate2::read::MultiGzDecoder;
 
 use super::refuse;
+use crate::durable;
 use crate::fault::{Code, Fault, IoContext};
 use crate::limits::{BOMB_BYTES, BOMB_RATIO, SCRATCH_LOOK_BYTES, SCRATCH_SPARE_BYTES};
 use crate::space::Space;
@@ -115,7 +116,7 @@ impl Read for Bounded<'_> {
 
 /// Decompresses the archive `path` to the new file `copy` in the scratch folder.
 pub(super) fn to_scratch(path: &Path, compression: Compression, copy: &Path, caps: Caps) -> Result<(), Fault> {
-    let input = File::open(path).at(format_args!("open {}", path.display()))?;
+    let input = durable::open_regular(path).at(format_args!("open {}", path.display()))?;
     let output = File::create(copy).at(format_args!("create {}", copy.display()))?;
     let result = copy_to(path, compression, input, output, caps, || Ok(Space::of(copy)?.bytes.unwrap_or(u64::MAX))).map_err(|fault| {
         match fault.code {

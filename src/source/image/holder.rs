@@ -5,7 +5,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::fmt;
-use std::fs::{self, File};
+use std::fs;
 use std::io::{self, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -18,6 +18,7 @@ use sha2::{Digest as _, Sha256};
 use super::archive::TarIndex;
 use super::decompress::{BUFFER, Caps, Compression, SNIFFED_BYTES, why_damaged};
 use super::refuse;
+use crate::durable;
 use crate::fault::Fault;
 use crate::limits::{IMAGE_CHECKS_MAX, IMAGE_JSON_BYTES_MAX};
 use crate::names::RelPath;
@@ -84,9 +85,9 @@ impl Piece {
 
     fn open(&self) -> io::Result<Box<dyn Read + '_>> {
         Ok(match &self.content {
-            Content::File(path) | Content::Scratch(path) => Box::new(File::open(path)?),
+            Content::File(path) | Content::Scratch(path) => Box::new(durable::open_regular(path)?),
             Content::Range { file, offset } => {
-                let mut file = File::open(&**file)?;
+                let mut file = durable::open_regular(file)?;
                 file.seek(SeekFrom::Start(*offset))?;
                 Box::new(file.take(self.size))
             }

@@ -25,7 +25,7 @@ mod oci;
 mod tests;
 
 use std::fmt;
-use std::fs::{self, File};
+use std::fs;
 use std::io::Read;
 use std::path::Path;
 use std::sync::Arc;
@@ -37,6 +37,7 @@ use self::holder::{Holder, Piece};
 pub use self::listing::split_tag;
 use self::oci::{Chosen, Descriptor, Image, Trouble};
 use super::{Content, Source, SourceBody, SourceEntry, Stamp};
+use crate::durable;
 use crate::fault::{Fault, IoContext};
 use crate::manifest::{ImageInfo, KindInfo};
 use crate::own::Own;
@@ -120,7 +121,7 @@ fn open(path: &Path, scratch: &Path, tag: Option<&str>, caps: Caps, own: &Arc<Ow
         return Err(refuse(path, "the archive", "it is neither a file nor a folder"));
     }
     let mut first = Vec::with_capacity(SNIFFED_BYTES);
-    File::open(path)
+    durable::open_regular(path)
         .and_then(|f| f.take(SNIFFED_BYTES as u64).read_to_end(&mut first))
         .at(format_args!("read image {}", path.display()))?;
     let holder = match Compression::of(&first) {

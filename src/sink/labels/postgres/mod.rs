@@ -66,7 +66,7 @@ pub(super) struct Postgres {
 
 /// Reads the secret that a file holds, without the line end that editors add.
 fn password(file: &Path) -> std::io::Result<String> {
-    Ok(std::fs::read_to_string(file)?.trim_end_matches(['\r', '\n']).into())
+    Ok(crate::durable::read_regular_text(file, crate::limits::SECRET_BYTES_MAX)?.trim_end_matches(['\r', '\n']).into())
 }
 
 impl Postgres {

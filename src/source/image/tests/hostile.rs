@@ -63,7 +63,7 @@ fn an_image_that_changes_after_its_check_is_not_taken() {
         // Timestamps are as coarse as the kernel's tick.
         std::thread::sleep(Duration::from_millis(30));
         let time = fs::metadata(file).unwrap().modified().unwrap();
-        let out = File::options().write(true).open(file).unwrap();
+        let out = fs::File::options().write(true).open(file).unwrap();
         out.write_all_at(b"2", start as u64 + 512).unwrap();
         out.set_modified(time).unwrap();
         let fault = ingest(&mut source, Kind::Image, &store, &store, &Progress::default()).unwrap_err();

@@ -103,7 +103,7 @@ impl Parts {
 
 fn write(path: &Path, bytes: &[u8]) {
     fs::create_dir_all(path.parent().unwrap()).unwrap();
-    File::create(path).unwrap().write_all(bytes).unwrap();
+    fs::File::create(path).unwrap().write_all(bytes).unwrap();
 }
 
 fn layer(name: &str, bytes: &[u8]) -> Vec<u8> {

@@ -9,7 +9,7 @@ mod peer;
 
 pub(crate) use artifact::{Artifact, EntryPage, IndexPage, frame};
 pub(crate) use hub::{FalseHub, desired, wanted};
-pub(crate) use peer::{Connection, Identity, Stream};
+pub(crate) use peer::{Connection, Identity, Stream, framed};
 
 use std::future::Future;
 use std::sync::LazyLock;
