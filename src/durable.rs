@@ -3,17 +3,17 @@
 //! After [`replace`] or [`rename_noreplace`] returned `Ok`, a power cut loses nothing of it; before, a crash leaves the
 //! old state or the new one and at worst a hidden temporary file beside it. An fsync that failed is never tried again
 //! on the same file: the kernel reports a lost write once and then says that all is well, so the caller must discard
-//! the file and write it anew.
+//! the file and write it anew. Some filesystems (FUSE, network) report a lost write only when the file is closed: every
+//! file that was written is closed by [`close`].
 
 use std::fs::{self, File};
 use std::io::{self, Read as _, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
+
+use rustix::fs::OFlags;
 
 use crate::fault::{Fault, IoContext};
-
-static NEXT: AtomicU64 = AtomicU64::new(0);
 
 fn parent(path: &Path) -> &Path {
     path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."))
@@ -31,13 +31,13 @@ pub fn replace_secret(path: &Path, bytes: &[u8]) -> Result<(), Fault> {
 
 fn replace_with_mode(path: &Path, bytes: &[u8], mode: u32) -> Result<(), Fault> {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
-    let unique = NEXT.fetch_add(1, Ordering::Relaxed);
-    let temporary = parent(path).join(format!(".{name}.{}-{unique}.tmp", std::process::id()));
+    // Random: other machines may write to the same folder, and containers all have the same process id.
+    let temporary = parent(path).join(format!(".{name}.{:016x}.tmp", rand::random::<u64>()));
     let write = || -> io::Result<()> {
         let mut file = File::options().write(true).create_new(true).mode(mode).open(&temporary)?;
         file.write_all(bytes)?;
         file.sync_all()?;
-        drop(file); // some network filesystems refuse to rename an open file
+        close(file)?; // before the rename: some network filesystems refuse to rename an open file
         rename(&temporary, path)
     };
     if let Err(error) = write() {
@@ -50,6 +50,20 @@ fn replace_with_mode(path: &Path, bytes: &[u8], mode: u32) -> Result<(), Fault> 
 #[expect(clippy::disallowed_methods, reason = "this is the module that renames")]
 fn rename(from: &Path, to: &Path) -> io::Result<()> {
     fs::rename(from, to)
+}
+
+/// Closes a file and reports the error of that, which dropping it does not.
+pub fn close(file: File) -> io::Result<()> {
+    match nix::unistd::close(file) {
+        // Linux has closed it all the same.
+        Ok(()) | Err(nix::errno::Errno::EINTR) => Ok(()),
+        Err(errno) => Err(errno.into()),
+    }
+}
+
+/// Renames over what is there. Neither side is synced: the caller syncs the folders.
+pub fn rename_over(from: &Path, to: &Path) -> Result<(), Fault> {
+    rename(from, to).at(format_args!("rename {} to {}", from.display(), to.display()))
 }
 
 /// Renames a file or folder to a name that does not exist, and syncs both parents. What is renamed must be synced
@@ -95,12 +109,18 @@ pub fn move_over(from: &Path, to: &Path) -> Result<(), Fault> {
 /// Replaces a symbolic link by rename. A convenience for people: not synced, and `Ok` where there are no links.
 pub fn replace_symlink(link: &Path, target: &str) -> Result<(), Fault> {
     let name = link.file_name().unwrap_or_default().to_string_lossy();
-    let temporary: PathBuf = parent(link).join(format!(".{name}.{}.tmp", std::process::id()));
-    let _ = fs::remove_file(&temporary);
+    if fs::read_link(link).is_ok_and(|there| there == Path::new(target)) {
+        return Ok(());
+    }
+    let temporary: PathBuf = parent(link).join(format!(".{name}.{:016x}.tmp", rand::random::<u64>()));
     if std::os::unix::fs::symlink(target, &temporary).is_err() {
         return Ok(());
     }
-    rename(&temporary, link).at(format_args!("replace the link {}", link.display()))
+    let renamed = rename(&temporary, link).at(format_args!("replace the link {}", link.display()));
+    if renamed.is_err() {
+        let _ = fs::remove_file(&temporary);
+    }
+    renamed
 }
 
 /// Syncs a folder's entries. SMB servers may not know this call; that is no fault.
@@ -113,7 +133,13 @@ pub fn sync_dir(path: &Path) -> Result<(), Fault> {
 
 /// Syncs a file's content and length.
 pub fn sync_file(path: &Path) -> Result<(), Fault> {
-    File::open(path).and_then(|file| file.sync_all()).at(format_args!("sync {}", path.display()))
+    File::open(path).and_then(sync_and_close).at(format_args!("sync {}", path.display()))
+}
+
+/// Syncs a file, then closes it.
+pub fn sync_and_close(file: File) -> io::Result<()> {
+    file.sync_all()?;
+    close(file)
 }
 
 /// Makes a folder and those above it, and syncs each new entry.
@@ -167,7 +193,16 @@ fn make_removable(path: &Path) -> io::Result<()> {
 /// Opens a file that a person or a configuration names, for reading. It does not wait for a writer, as opening a pipe does, and refuses
 /// whatever is no regular file: such a read may never end.
 pub fn open_regular(path: &Path) -> io::Result<File> {
-    let file = File::options().read(true).custom_flags(rustix::fs::OFlags::NONBLOCK.bits() as i32).open(path)?;
+    open_regular_with(path, OFlags::empty())
+}
+
+/// [`open_regular`] that opens no link either.
+pub fn open_regular_nofollow(path: &Path) -> io::Result<File> {
+    open_regular_with(path, OFlags::NOFOLLOW)
+}
+
+fn open_regular_with(path: &Path, flags: OFlags) -> io::Result<File> {
+    let file = File::options().read(true).custom_flags((flags | OFlags::NONBLOCK).bits() as i32).open(path)?;
     if file.metadata()?.is_file() {
         return Ok(file);
     }

@@ -279,15 +279,28 @@ impl Fault {
             }
             K::InvalidInput => Self::usage(message).with_next("name a regular file"),
             K::InvalidFilename => Self::usage(message).with_next("shorten the names"),
-            K::PermissionDenied | K::ReadOnlyFilesystem => {
-                Self::not_allowed(message).with_next("give the daemon's user the right to read or write there")
-            }
+            // As a disk that failed is mounted again by Linux, or a NAS that is being worked on.
+            K::ReadOnlyFilesystem => Self::not_allowed(message)
+                .with_reason(Reason::SinkUnavailable)
+                .with_retry(Retry::Backoff)
+                .with_next("make that filesystem writable again; this is tried again by itself"),
+            K::PermissionDenied => Self::not_allowed(message).with_next("give the daemon's user the right to read or write there"),
             K::ConnectionRefused | K::ConnectionReset | K::TimedOut | K::HostUnreachable | K::NetworkUnreachable => {
                 Self::unreachable(message)
             }
+            _ if is_of_device(error) => Self::internal(message)
+                .with_reason(Reason::SinkUnavailable)
+                .with_next("check that disk or NAS: 'dmesg' may say more; this is tried again by itself"),
             _ => Self::internal(message),
         }
     }
+}
+
+/// Whether a disk, a server or the connection to it failed, and no request was wrong.
+fn is_of_device(error: &std::io::Error) -> bool {
+    use rustix::io::Errno as E;
+    let of_device = [E::IO, E::NXIO, E::NODEV, E::STALE, E::REMOTEIO, E::NOTCONN, E::SHUTDOWN, E::NOMEDIUM, E::COMM, E::NOLINK];
+    error.raw_os_error().is_some_and(|errno| of_device.contains(&E::from_raw_os_error(errno)))
 }
 
 impl fmt::Display for Fault {
@@ -335,6 +348,15 @@ mod tests {
         for errno in [rustix::io::Errno::MFILE, rustix::io::Errno::NFILE] {
             let fault = Fault::io("open /nas/a", &errno.into());
             assert!(fault.retry == Retry::Backoff && fault.next.contains("limit of open files"), "{fault:?}");
+        }
+    }
+
+    #[test]
+    fn a_disk_or_a_server_that_fails_is_waited_for() {
+        use rustix::io::Errno;
+        for errno in [Errno::IO, Errno::STALE, Errno::NOTCONN, Errno::NODEV, Errno::ROFS] {
+            let fault = Fault::io("write /nas/a", &errno.into());
+            assert_eq!((fault.reason, fault.retry), (Reason::SinkUnavailable, Retry::Backoff), "{fault:?}");
         }
     }
 

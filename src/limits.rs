@@ -74,6 +74,8 @@ pub const PACK_BYTES: u64 = 32 << 20;
 pub const UNCOMMITTED_BYTES_MAX: u64 = 36 << 20;
 /// The same where more is on the way; of that a kill costs no more unless the line is as fast as that.
 pub const UNCOMMITTED_BYTES_FAR_MAX: u64 = 76 << 20;
+/// The same after bytes could not be stored, until some were: what each try that fails costs at the most.
+pub const UNCOMMITTED_BYTES_AFTER_FAILURE_MAX: u64 = 2 << 20;
 /// A transfer's group commit: after this many bytes, which leaves more than half of the above to what is on the way…
 pub const COMMIT_BYTES: u64 = 16 << 20;
 /// …or after this long, whichever comes first.
@@ -94,6 +96,24 @@ pub const BACKOFF_FIRST: Duration = Duration::from_millis(250);
 pub const BACKOFF_MAX: Duration = Duration::from_secs(60);
 /// The longest pause before the hub is asked again for what lies at a site that is away.
 pub const SOURCE_PAUSE_MAX: Duration = Duration::from_secs(5);
+/// The threads of one sink at once: what its transfers need, and calls beside them.
+pub const SINK_THREADS_MAX: usize = 128;
+/// A sink whose far end has not answered for this long is said not to answer. With the look each second that is within 5 s.
+pub const SINK_SILENT_AFTER: Duration = Duration::from_secs(3);
+/// How long `doctor`, and whoever else does not wait for a transfer, waits for a sink.
+pub const SINK_ANSWER_MAX: Duration = Duration::from_secs(5);
+/// A text in a site's answer how an artifact is there.
+pub const STANDING_TEXT_BYTES_MAX: usize = 1 << 10;
+/// How long a site looks at an artifact that is to be delivered again, without reading it; the hub waits a little longer.
+pub const STANDING_LOOK_MAX: Duration = Duration::from_secs(4);
+/// How long a transfer that is stopped waits for its threads, which may hang in a sink.
+pub const SINK_STOP_MAX: Duration = Duration::from_secs(2);
+/// How often a site tries again to remove what it could not remove from a staging folder.
+pub const LEFTOVERS_AGAIN_AFTER: Duration = Duration::from_secs(60);
+/// The bytes in flight that each sink has for itself, so that one that hangs cannot hold all of them.
+pub const SINK_OWN_BYTES: u64 = 2 << 20;
+/// The longest pause before a sink that failed is tried again: a try that fails moves no byte.
+pub const SINK_PAUSE_MAX: Duration = Duration::from_secs(10);
 /// The names of folders that one walk over a tree holds at once, in bytes; a larger folder is read in batches.
 pub const WALK_NAMES_BYTES_MAX: usize = 32 << 20;
 /// The largest JSON of an image (manifest, index, config), in bytes: what registries accept as well.

@@ -134,6 +134,13 @@ impl Journal {
         }
     }
 
+    fn clear(&mut self, ordinal: u64) {
+        if let Some(word) = self.bits.get_mut((ordinal / 64) as usize) {
+            self.set -= *word >> (ordinal % 64) & 1;
+            *word &= !(1 << (ordinal % 64));
+        }
+    }
+
     /// How many are.
     pub fn count(&self) -> u64 {
         self.set
@@ -403,6 +410,21 @@ impl Places {
         Ok(Journal { bits, set })
     }
 
+    /// Takes back that these chunks are durable: their file is to be written again.
+    pub fn uncommit(&self, place: u32, journal: &RwLock<Journal>, ordinals: &[u64]) -> Result<(), Fault> {
+        let mut journal = journal.write();
+        let segments: BTreeSet<u64> = ordinals.iter().map(|ordinal| ordinal / SEGMENT_BITS).collect();
+        ordinals.iter().for_each(|ordinal| journal.clear(*ordinal));
+        self.tree.write(|write| {
+            let mut table = write.open_table(JOURNAL)?;
+            for segment in segments {
+                let number = segment as u32;
+                table.insert((place, number), with_sum(place, number, journal.segment(segment)).as_slice())?;
+            }
+            Ok(())
+        })
+    }
+
     /// Makes a group commit known. Everything in it must be synced. One without chunks leaves them to a later one.
     pub fn commit(&self, place: u32, journal: &RwLock<Journal>, commit: &mut Commit) -> Result<(), Fault> {
         // In the order of their names: neighbours share a leaf of the tree.
@@ -474,6 +496,11 @@ mod tests {
         let journal = places.journal(place, 200_000).unwrap();
         assert_eq!(journal.count(), 3);
         assert!(journal.has(70_000) && journal.has(199_999) && !journal.has(1));
+        let journal = RwLock::new(journal);
+        places.uncommit(place, &journal, &[70_000, 70_001]).unwrap();
+        for journal in [journal.into_inner(), places.journal(place, 200_000).unwrap()] {
+            assert!(journal.count() == 2 && !journal.has(70_000) && journal.has(0) && journal.has(199_999));
+        }
         assert_eq!(places.find(&[Hash([3; 32]), Hash([4; 32])]).unwrap(), [Some(at), None]);
         assert_eq!(places.entry(place, 7).unwrap().unwrap().1, file);
         places.remove(place).unwrap();

@@ -6,17 +6,15 @@ mod publish;
 mod runs;
 mod watch;
 
-use std::path::PathBuf;
 use std::sync::Arc;
 
-use tokio::sync::{self, Semaphore, mpsc};
+use tokio::sync::{self, mpsc};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::catalogue::Catalogue;
 use crate::config::Config;
-use crate::durable;
-use crate::fault::{Fault, IoContext};
+use crate::fault::Fault;
 use crate::fetch::blocking;
 use crate::identity::{Holder, SiteIdentity};
 use crate::jobs::Jobs;
@@ -28,7 +26,7 @@ use crate::reading::AtSite;
 use crate::sink::files::FilesSink;
 use crate::sink::{images, labels};
 use crate::store::Store;
-use crate::transfer::{BUDGET_UNIT, LOOKS_ASKED_MAX, Runner, Shared, Sinks};
+use crate::transfer::{self, LOOKS_ASKED_MAX, Runner, Shared, Sinks};
 
 /// The site. Cheap to clone.
 #[derive(Clone)]
@@ -113,7 +111,7 @@ impl Site {
         let shared = Shared {
             store,
             places: Arc::new(places),
-            budget: Arc::new(Semaphore::new((memory.to_fetch / BUDGET_UNIT) as usize)),
+            memory: Arc::new(transfer::Memory::new(memory.to_fetch)),
             images: sinks.images.clone(),
         };
         let (identity, identity_watch) = sync::watch::channel(Arc::new(identity));
@@ -156,13 +154,14 @@ impl Site {
 
     /// Keeps the line and works until the daemon stops.
     pub async fn run(&self) -> Result<(), Fault> {
-        self.clean_staging().await?;
         self.clean_published().await?;
         self.inner.runner.start().await?;
         let this = self.clone();
         self.inner.tasks.spawn(async move { this.keep_runs().await });
         let this = self.clone();
         self.inner.tasks.spawn(async move { this.keep_watch().await });
+        let runner = self.inner.runner.clone();
+        self.inner.tasks.spawn(async move { runner.keep_clean().await });
         let this = self.clone();
         self.inner.tasks.spawn(async move { this.keep_resting().await });
         let this = self.clone();
@@ -234,31 +233,5 @@ impl Site {
         }
         self.inner.tasks.close();
         self.inner.tasks.wait().await;
-    }
-
-    /// Takes away staging folders of transfers that are no longer open: what a crash left between two steps.
-    async fn clean_staging(&self) -> Result<(), Fault> {
-        let inner = &self.inner;
-        let open = inner.catalogue.open_transfers(&inner.config.name).await?;
-        let roots: Vec<PathBuf> =
-            [&inner.sinks.files, &inner.sinks.labels, &inner.sinks.images].iter().map(|sink| sink.staging_root().to_owned()).collect();
-        let places = inner.shared.places.clone();
-        blocking(move || {
-            for root in roots {
-                let Ok(entries) = std::fs::read_dir(&root) else { continue };
-                for entry in entries {
-                    let entry = entry.at(root.display())?;
-                    let name = entry.file_name().to_string_lossy().into_owned();
-                    // A failed transfer keeps what it has for `retry`.
-                    if name.starts_with("t-") && places.staged_by(&name).is_none() && !open.iter().any(|row| *row.id == *name)
-                        || name.starts_with("removed-")
-                    {
-                        durable::remove_all(&entry.path())?;
-                    }
-                }
-            }
-            Ok(())
-        })
-        .await
     }
 }

@@ -24,6 +24,10 @@ use crate::space::Space;
 pub const FILE_MODE: u32 = 0o644;
 /// The number of a tmpfs among filesystems.
 const TMPFS: rustix::fs::FsWord = 0x0102_1994;
+/// The numbers of the filesystems on which syncfs(2) writes everything down: ext4, XFS, btrfs, tmpfs, F2FS, ZFS, bcachefs.
+const SYNCED_WHOLE: [rustix::fs::FsWord; 7] = [0xef53, 0x5846_5342, 0x9123_683e, TMPFS, 0xf2f5_2010, 0x2fc1_2fc1, 0xca45_1a4e];
+/// The first version of Linux whose syncfs(2) reports a lost write.
+const SYNCFS_REPORTS_FROM: (u32, u32) = (5, 8);
 /// Files of this size and more get their room at once.
 const PREALLOCATE_BYTES: u64 = 1 << 20;
 /// Pieces of one write; the system takes 1,024.
@@ -53,6 +57,10 @@ pub struct Stage {
     reflinks: AtomicBool,
     /// Whether room can be had without touching it: a tmpfs would take and clear every page, while all writers wait.
     preallocates: bool,
+    /// Whether one call syncs all of the filesystem and reports each lost write.
+    syncs_whole: bool,
+    /// Whether permission bits cannot be changed here.
+    fixed_modes: bool,
 }
 
 impl Stage {
@@ -61,8 +69,20 @@ impl Stage {
         durable::create_dir_all(path)?;
         let dir = Dir::open_ambient_dir(path, ambient_authority()).at(format_args!("open {}", path.display()))?;
         let handle = File::open(path).at(format_args!("open {}", path.display()))?;
-        let preallocates = !rustix::fs::fstatfs(&handle).is_ok_and(|stat| stat.f_type == TMPFS);
-        Ok(Self { dir, handle, path: path.to_owned(), reflinks: AtomicBool::new(true), preallocates })
+        let kind = rustix::fs::fstatfs(&handle).map(|stat| stat.f_type).unwrap_or_default();
+        let syncs_whole = SYNCED_WHOLE.contains(&kind) && syncfs_reports();
+        let reflinks = AtomicBool::new(true);
+        Ok(Self { dir, handle, path: path.to_owned(), reflinks, preallocates: kind != TMPFS, syncs_whole, fixed_modes: false })
+    }
+
+    /// The same where permission bits cannot be changed.
+    pub fn with_fixed_modes(self, fixed_modes: bool) -> Self {
+        Self { fixed_modes, ..self }
+    }
+
+    /// Whether [`Stage::sync_filesystem`] makes everything durable and reports what was lost. Through FUSE it never reaches the server.
+    pub fn syncs_whole(&self) -> bool {
+        self.syncs_whole
     }
 
     /// Where it is.
@@ -105,7 +125,7 @@ impl Stage {
     /// Writes a whole small file.
     pub fn write_file(&self, path: &RelPath, bytes: &[u8]) -> Result<(), Fault> {
         let file = self.open_file(path, 0)?;
-        file.write_all_at(bytes, 0).at(self.what("write", path))
+        file.write_all_at(bytes, 0).and_then(|()| durable::close(file)).at(self.what("write", path))
     }
 
     /// The size of a regular file; `None` when there is none.
@@ -147,8 +167,12 @@ impl Stage {
         use rustix::io::Errno;
         if self.reflinks.load(Ordering::Relaxed) {
             self.remove_file(path)?;
-            match rustix::fs::ioctl_ficlone(self.open_file(path, 0)?, source) {
-                Ok(()) => return Ok(Shared::Blocks),
+            let into = self.open_file(path, 0)?;
+            match rustix::fs::ioctl_ficlone(&into, source) {
+                Ok(()) => {
+                    durable::close(into).at(self.what("close", path))?;
+                    return Ok(Shared::Blocks);
+                }
                 // Both are on this filesystem, and it cannot: no need to try with every file.
                 Err(Errno::NOTSUP | Errno::NOTTY) => self.reflinks.store(false, Ordering::Relaxed),
                 Err(_) => {}
@@ -156,7 +180,8 @@ impl Stage {
             self.remove_file(path)?;
         }
         let stat = rustix::fs::fstat(source).map_err(|e| Fault::io(from.display(), &e.into()))?;
-        if !link || stat.st_mode & 0o7777 != mode {
+        // Where modes are fixed a copy would get no other than the link has.
+        if !link || stat.st_mode & 0o7777 != mode && !self.fixed_modes {
             return self.copy_within(source, path, stat.st_size as u64);
         }
         let make = || rustix::fs::linkat(rustix::fs::CWD, from, self.dir.as_fd(), path.as_str(), rustix::fs::AtFlags::empty());
@@ -169,9 +194,9 @@ impl Stage {
         };
         match made {
             Ok(()) => Ok(Shared::Blocks),
-            // Another filesystem, too many links, or none at all.
-            Err(Errno::XDEV | Errno::MLINK | Errno::PERM | Errno::NOTSUP) => self.copy_within(source, path, stat.st_size as u64),
-            Err(e) => Err(Fault::io(self.what("share", path), &e.into())),
+            Err(Errno::NOSPC | Errno::DQUOT) => Err(Fault::no_space(self.what("make the link", path))),
+            // Another filesystem, too many links, or none at all, which servers say in several ways.
+            Err(_) => self.copy_within(source, path, stat.st_size as u64),
         }
     }
 
@@ -191,6 +216,7 @@ impl Stage {
                 Err(e) => return Err(Fault::io(self.what("copy", path), &e.into())),
             }
         }
+        durable::close(into).at(self.what("copy", path))?;
         Ok(Shared::Copy)
     }
 
@@ -212,12 +238,14 @@ impl Stage {
         if now == mode {
             return Ok(());
         }
-        self.dir.set_permissions(path.as_str(), Permissions::from_mode(mode)).at(self.what("set the mode of", path))
+        let set = self.dir.set_permissions(path.as_str(), Permissions::from_mode(mode));
+        // The files are whole all the same, and `verify` notes the modes.
+        if self.fixed_modes { Ok(()) } else { set.at(self.what("set the mode of", path)) }
     }
 
     /// Syncs one file by name.
     pub fn sync_file(&self, path: &RelPath) -> Result<(), Fault> {
-        self.dir.open(path.as_str()).and_then(|file| file.sync_all()).at(self.what("sync", path))
+        self.dir.open(path.as_str()).and_then(|file| durable::sync_and_close(file.into_std())).at(self.what("sync", path))
     }
 
     /// Syncs one folder's entries; `None` is the staging folder itself.
@@ -225,7 +253,7 @@ impl Stage {
         durable::sync_dir(&path.map_or(self.path.clone(), |p| p.in_dir(&self.path)))
     }
 
-    /// Syncs all of the filesystem: cheaper than many files one by one.
+    /// Syncs all of the filesystem: cheaper than many files one by one. Only where [`Stage::syncs_whole`].
     pub fn sync_filesystem(&self) -> Result<(), Fault> {
         rustix::fs::syncfs(&self.handle).map_err(|e| Fault::io(format_args!("sync {}", self.path.display()), &e.into()))
     }
@@ -263,4 +291,12 @@ pub fn write_parts(file: &File, parts: &[impl AsRef<[u8]>], offset: u64) -> std:
         }
     }
     Ok(())
+}
+
+/// Whether this Linux reports in syncfs(2) that a write was lost.
+fn syncfs_reports() -> bool {
+    let name = rustix::system::uname();
+    let release = name.release().to_string_lossy().into_owned();
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map_while(|part| part.parse::<u32>().ok());
+    (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0)) >= SYNCFS_REPORTS_FROM
 }

@@ -26,7 +26,7 @@ use crate::fault::Fault;
 use crate::fetch::blocking;
 use crate::limits::{
     ANSWER_IDLE_MAX, ANSWER_MAX, CONTROL_FRAME_BYTES_MAX, FETCH_BATCH_CHUNKS_MAX, MESSAGE_BYTES_PER_SECOND_MIN, MESSAGE_BYTES_SMALL,
-    QUESTION_BYTES_FACTOR, QUESTION_BYTES_MAX, SILENCE_MAX,
+    QUESTION_BYTES_FACTOR, QUESTION_BYTES_MAX, SILENCE_MAX, STANDING_TEXT_BYTES_MAX,
 };
 use crate::line::{Link, RecvHalf, SendHalf};
 use crate::manifest::Digest;
@@ -34,6 +34,7 @@ use crate::names::{ArtifactRef, DeliveryId, RunName, SiteName, SiteSelector, Tra
 use crate::number;
 use crate::omitted::Omitted;
 use crate::run::{DesiredRun, Lineage, RunAct, RunOrder, RunReport};
+use crate::text::Text;
 
 /// First byte of a control stream.
 pub const CONTROL: u8 = b'C';
@@ -338,6 +339,38 @@ pub enum AskSite {
         /// Its digest.
         digest: Digest,
     },
+    /// How this artifact is at the site, as far as a look tells that reads no content; the answer is [`Standing`].
+    Stands {
+        /// Which.
+        artifact: ArtifactRef,
+        /// Its digest.
+        digest: Digest,
+    },
+}
+
+/// A site's answer to [`AskSite::Stands`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Standing {
+    /// How it is.
+    pub state: Stands,
+    /// The first thing that is wrong, in words.
+    pub detail: Option<Text<STANDING_TEXT_BYTES_MAX>>,
+    /// The active version of its series, where there is such a thing and it is known.
+    pub active: Option<Text<STANDING_TEXT_BYTES_MAX>>,
+}
+
+/// How an artifact is at a site.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Stands {
+    /// It is there, and nothing shows that it was changed.
+    Sound,
+    /// Something of it is gone or was changed.
+    Damaged,
+    /// It is not there.
+    Missing,
+    /// The site cannot look now.
+    Unavailable,
 }
 
 /// A site's answer to [`AskSite::Plan`].

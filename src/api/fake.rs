@@ -171,7 +171,7 @@ impl Backend for Fake {
         let transfers = world.transfers.iter().map(|t| t.id.clone()).collect();
         let artifact = request.artifacts.join(",");
         world.delivered.push(request);
-        Ok(Delivered { artifact, digest: "ab".repeat(32), delivery: "d1".into(), transfers, left_out: Vec::new() })
+        Ok(Delivered { artifact, digest: "ab".repeat(32), delivery: "d1".into(), transfers, left_out: Vec::new(), notes: Vec::new() })
     }
     async fn plan(&self, request: DeliverRequest) -> Result<Vec<PlanRow>, Fault> {
         let row = |artifact: &String| PlanRow {

@@ -131,7 +131,8 @@ pub(super) async fn deliver(global: &Global, deliver: Deliver) -> Result<(), Fau
     let request = DeliverRequest { artifacts: deliver.artifacts, to: deliver.to };
     let delivered: Delivered = client.post("/v1/transfers", &request).await?;
     let text = |d: &Delivered| {
-        format!("delivery {} of {}\n{}{}", d.delivery, d.artifact, transfers_text(&d.transfers), show_status::left_out(&d.left_out))
+        let notes: String = d.notes.iter().map(|note| format!("  note: {}\n", human::clean(note))).collect();
+        format!("delivery {} of {}\n{}{}{notes}", d.delivery, d.artifact, transfers_text(&d.transfers), show_status::left_out(&d.left_out))
     };
     one(global.output, &delivered, text)?;
     wait_for(&client, global.output, &delivered.transfers, &deliver.wait, deadline).await

@@ -178,7 +178,7 @@ pub(super) fn notice(transfer: &Transfer) -> Option<String> {
     let (artifact, site) = (&transfer.artifact, &transfer.site);
     let said = transfer.message.as_deref().map(|m| format!(": {}", human::clean(m))).unwrap_or_default();
     match (transfer.state, transfer.reason) {
-        (State::Done, _) => Some(format!("{artifact} arrived at {site}")),
+        (State::Done, _) => Some(format!("{artifact} arrived at {site}{said}")),
         (State::Failed | State::Cancelled, _) => {
             Some(format!("{artifact} to {site}: {} ({}){said}", transfer.state.as_str(), why(transfer)))
         }

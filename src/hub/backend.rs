@@ -13,7 +13,7 @@ use super::sharing::Shared;
 use crate::api::Backend;
 use crate::api::types::*;
 use crate::bundle::{self, Member};
-use crate::catalogue::{Changed, DeliveryRow, Part, TransferRow, new_delivery_id, what_changed};
+use crate::catalogue::{Body, Changed, DeliveryRow, Part, TransferRow, new_delivery_id, what_changed};
 use crate::delivery;
 use crate::fault::{Fault, Reason};
 use crate::fetch::blocking;
@@ -22,7 +22,7 @@ use crate::limits::API_ROWS_MAX;
 use crate::manifest::Root;
 use crate::names::{ArtifactRef, DeliveryId, SiteName, SiteSelector, TransferId, check_label};
 use crate::own::Own;
-use crate::wire::AskSite;
+use crate::wire::{AskSite, Standing, Stands};
 
 /// How long a site may take to work out a plan.
 const PLAN_MAX: Duration = Duration::from_secs(30);
@@ -83,29 +83,56 @@ impl Hub {
         }
         let delivery = new_delivery_id();
         let parts: Vec<Part> = rows.iter().zip(&targets).map(|(row, sites)| Part::new(row, sites)).collect();
-        let transfers = self.begin_delivery(&delivery, None, &parts).await?;
+        let (transfers, notes) = self.begin_noted(&delivery, None, &parts).await?;
         let digest = rows.first().map(|row| row.digest.hex()).unwrap_or_default();
         let artifact = artifacts.iter().map(ToString::to_string).collect::<Vec<_>>().join(",");
         let transfers = transfers.into_iter().map(Into::into).collect();
-        Ok(Delivered { artifact, digest, delivery: delivery.into(), transfers, left_out })
+        Ok(Delivered { artifact, digest, delivery: delivery.into(), transfers, left_out, notes })
     }
 
     /// Begins a delivery, and again what its sites have lost since it was done.
     pub(super) async fn begin_delivery(&self, id: &DeliveryId, run: Option<&str>, parts: &[Part]) -> Result<Vec<TransferId>, Fault> {
-        let lost = self.lost(parts).await?;
-        self.inner.catalogue.deliver(id, run, parts, &lost).await
+        Ok(self.begin_noted(id, run, parts).await?.0)
     }
 
-    /// The transfers of these parts that are done, and whose site says that it no longer has what they brought. A site
-    /// that is away or slow is taken at its old word: `retry` asks it to look closely.
-    async fn lost(&self, parts: &[Part]) -> Result<Vec<TransferId>, Fault> {
+    /// The same, and what was found at the sites that had something of it already.
+    async fn begin_noted(&self, id: &DeliveryId, run: Option<&str>, parts: &[Part]) -> Result<(Vec<TransferId>, Vec<String>), Fault> {
+        let (mut lost, mut notes) = (Vec::new(), Vec::new());
         let done = self.inner.catalogue.done_already(parts).await?;
-        let asked = futures::stream::iter(done).map(|row| async move {
-            let question = AskSite::Holds { artifact: row.artifact, digest: row.digest };
-            let answer = tokio::time::timeout(HOLDS_MAX, self.ask_site::<bool>(&row.site, &question)).await;
-            matches!(answer, Ok(Ok(false))).then_some(row.id)
-        });
-        Ok(asked.buffer_unordered(HOLDS_AT_ONCE).filter_map(std::future::ready).collect().await)
+        let mut asked = futures::stream::iter(done)
+            .map(|row| async move {
+                let standing = self.standing(&row).await;
+                (row, standing)
+            })
+            .buffered(HOLDS_AT_ONCE);
+        while let Some((row, standing)) = asked.next().await {
+            let found = found(&row, &standing);
+            notes.extend(found.note);
+            if found.again {
+                lost.push(row.id);
+            } else if standing.is_some() && row.body.message != found.message {
+                let body = Body { message: found.message, ..row.body };
+                self.inner.catalogue.update_transfer(&row.id, row.generation, row.state, &body).await?;
+            }
+        }
+        Ok((self.inner.catalogue.deliver(id, run, parts, &lost).await?, notes))
+    }
+
+    /// How a site says that an artifact is there which it was given; `None`: it is away, or slow, and is taken at its old word. `retry`
+    /// asks it to look closely.
+    async fn standing(&self, row: &TransferRow) -> Option<Standing> {
+        let (artifact, digest) = (row.artifact.clone(), row.digest);
+        let question = AskSite::Stands { artifact: artifact.clone(), digest };
+        match tokio::time::timeout(HOLDS_MAX, self.ask_site::<Standing>(&row.site, &question)).await {
+            Ok(Ok(standing)) => return Some(standing),
+            Ok(Err(_)) => {}
+            Err(_) => return None,
+        }
+        // A site of the version before knows only whether it is there.
+        let question = AskSite::Holds { artifact, digest };
+        let answer = tokio::time::timeout(HOLDS_MAX, self.ask_site::<bool>(&row.site, &question)).await.ok()?.ok()?;
+        let state = if answer { Stands::Sound } else { Stands::Missing };
+        Some(Standing { state, detail: None, active: None })
     }
 
     /// Does what is asked of a transfer, or of all of a delivery; `by` is the site that asks, `None` the administrator.
@@ -459,5 +486,37 @@ impl Backend for Hub {
         let _ = writeln!(out, "# TYPE packhorse_sites_online gauge\npackhorse_sites_online {online}");
         let _ = writeln!(out, "# TYPE packhorse_jobs_running gauge\npackhorse_jobs_running {}", self.inner.jobs.running());
         Ok(out)
+    }
+}
+
+/// What is done about an artifact that is done already.
+struct Found {
+    /// Whether its transfer begins again.
+    again: bool,
+    /// For whoever asked.
+    note: Option<String>,
+    /// What the transfer says from now on, if it does not begin again.
+    message: Option<String>,
+}
+
+fn found(row: &TransferRow, standing: &Option<Standing>) -> Found {
+    let (artifact, site) = (&row.artifact, &row.site);
+    let Some(standing) = standing else {
+        let note = format!("{artifact} arrived at {site} before; the site does not answer, so whether it is there still was not checked");
+        return Found { again: false, note: Some(note), message: None };
+    };
+    let detail = standing.detail.as_ref().map(|detail| format!(": {detail}")).unwrap_or_default();
+    let again = |what: &str| Found { again: true, note: Some(format!("{artifact} {what} at {site}{detail}")), message: None };
+    match (standing.state, &standing.active) {
+        (Stands::Missing, _) => again("is delivered again, because it is missing"),
+        (Stands::Damaged, _) => again("is delivered again, because it was changed or damaged"),
+        (Stands::Unavailable, _) => again("waits until the site can look whether it is there still"),
+        (Stands::Sound, Some(active)) if active.as_str() != artifact.version() && !active.is_empty() => {
+            let message = format!(
+                "it is held but not active: the active version is {active}. To make this content active, publish it under a new version"
+            );
+            Found { again: false, note: Some(format!("{artifact} at {site}: {message}")), message: Some(message) }
+        }
+        (Stands::Sound, _) => Found { again: false, note: None, message: None },
     }
 }

@@ -5,72 +5,67 @@
 //! <root>/<kind>/<name>/CURRENT               "<version>\n", replaced by rename
 //! <root>/<kind>/<name>/current               a link beside it, where there are links
 //! <root>/.packhorse/staging/<transfer>/…     what is on its way in (same mount)
+//! <root>/.packhorse/sites/<owner>            one file for each daemon that uses the root
 //! <root>/.packhorse/versions/<kind>/<name>/<version>.json    the digest of what stands there
 //! ```
 //! The note of the digest is durable before the rename: after a crash between the two, a commit that is asked again
-//! finds either the staged folder or its own finished one, and knows which. Only a version of which something was found
-//! gone or damaged is ever replaced: it is moved away, then the whole one takes its name.
+//! finds either the staged folder or its own finished one, and knows which. Of a version of which something was found gone
+//! or damaged only that is replaced, file by file (see `repair`). Several sites may use one root: each removes only what it
+//! staged itself, a version that another one has committed is used as it is, and none removes a version from a shared root.
 
-use std::io::ErrorKind;
+mod mount;
+mod repair;
+
+use std::io::{ErrorKind, Read};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::sync_channel;
 use std::sync::{Arc, OnceLock};
 
 use async_trait::async_trait;
 use bytes::Bytes;
+use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 
-use super::{Folding, Incoming, Landed, Look, Place, Sink};
+use super::{Folding, Heartbeat, Incoming, Landed, Look, Place, Sink, Threads, rounded_secs};
 use crate::config;
 use crate::durable;
 use crate::fault::{Fault, IoContext, Reason};
+use crate::limits::SINK_ANSWER_MAX;
 use crate::manifest::Digest;
 use crate::names::{ArtifactRef, RelPath};
 use crate::space::Space;
+use crate::text;
+
+pub(crate) use mount::Mount;
 
 /// The folder of Packhorse's own things in a root.
 pub const HIDDEN: &str = ".packhorse";
+/// The folder in [`HIDDEN`] with a file for each daemon that uses the root.
+const SITES: &str = "sites";
+/// Daemons that are named of those that use the same root, and the bytes that each may say of itself.
+const SITES_TOLD_MAX: usize = 16;
+const SITE_BYTES_MAX: u64 = 256;
 
 /// Writes datasets, operators and models. Cheap to clone.
 #[derive(Clone)]
 pub struct FilesSink {
     root: PathBuf,
     staging: PathBuf,
-    /// What `<root>/.packhorse/id` must hold.
-    id: String,
+    /// Whether the configuration names the root, so that it may be a mount and others may use it.
+    configured: bool,
+    /// Keeps what the root is known by.
+    id_file: PathBuf,
+    /// Names this daemon among those that use the root.
+    owner: String,
+    /// What `<root>/.packhorse/id` must hold, once the root was seen.
+    id: Arc<Mutex<Option<String>>>,
+    /// Whether the root says that this daemon uses it.
+    registered: Arc<AtomicBool>,
     /// Known from the first check on: at the start the NAS may not be mounted yet.
     mount: Arc<OnceLock<Mount>>,
-}
-
-/// What a filesystem does otherwise than Linux's own.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub(crate) struct Mount {
-    /// It refuses names that Windows refuses (SMB, FAT).
-    pub(crate) windows_names: bool,
-    /// It takes different names for one.
-    pub(crate) folding: Folding,
-    /// It has no symbolic links (FAT, SMB without mfsymlinks).
-    pub(crate) no_links: bool,
-}
-
-impl Mount {
-    /// Tries all of it in a new folder below `staging`.
-    fn probe(staging: &Path) -> Result<Self, Fault> {
-        // The name is of those that the next start takes away, should a crash leave it.
-        let folder = staging.join(format!("removed-probe-{:08x}", rand::random::<u32>()));
-        let make = |path: &Path| std::fs::create_dir(path).at(format_args!("make the folder {}", path.display()));
-        let makes = |name: &str| make(&folder.join(name)).is_ok();
-        let finds = |name: &str| std::fs::symlink_metadata(folder.join(name)).is_ok();
-        make(&folder)?;
-        let mount = Self {
-            windows_names: !makes("a:b"),
-            folding: Folding { case: makes("Case") && finds("cASE"), unicode: makes("\u{e9}") && finds("e\u{301}") },
-            no_links: std::os::unix::fs::symlink("Case", folder.join("link")).is_err(),
-        };
-        // What it refused tells of it only if it still works: it has not filled up or gone away in between.
-        make(&folder.join("last"))?;
-        durable::remove_all(&folder)?;
-        Ok(mount)
-    }
+    threads: Threads,
+    heartbeat: Heartbeat,
 }
 
 /// What stands under a version.
@@ -100,36 +95,104 @@ impl FilesSink {
         })
     }
 
-    /// Opens the root that the config names (default: `<data_dir>/artifacts`).
+    /// Opens the root that the config names (default: `<data_dir>/artifacts`). A root that is away now is waited for.
     pub fn open(config: Option<&config::FilesSink>, data_dir: &Path) -> Result<Self, Fault> {
-        let root = match config {
-            Some(config) => {
-                Self::check_root(&config.root)?;
-                config.root.clone()
+        let root = config.map_or_else(|| data_dir.join("artifacts"), |config| config.root.clone());
+        let owner_file = data_dir.join("sink-files-owner");
+        let owner = match std::fs::read_to_string(&owner_file) {
+            Ok(owner) => owner.trim().to_owned(),
+            Err(e) if e.kind() == ErrorKind::NotFound => {
+                let owner = format!("{:016x}", rand::random::<u64>());
+                durable::replace(&owner_file, owner.as_bytes())?;
+                owner
             }
-            None => data_dir.join("artifacts"),
+            Err(e) => return Err(Fault::io(format_args!("read {}", owner_file.display()), &e)),
         };
-        let staging = root.join(HIDDEN).join("staging");
-        let id_file = data_dir.join("sink-files-id");
-        let there = root.join(HIDDEN).join("id");
-        let id = match std::fs::read_to_string(&id_file) {
+        let sink = Self {
+            staging: root.join(HIDDEN).join("staging"),
+            root,
+            configured: config.is_some(),
+            id_file: data_dir.join("sink-files-id"),
+            owner,
+            id: Arc::default(),
+            registered: Arc::default(),
+            mount: Arc::default(),
+            threads: Threads::new("sink files"),
+            heartbeat: Heartbeat::default(),
+        };
+        if !sink.id_file.exists() {
+            // A root that is there at the first start is marked now: later it might be an empty mount point.
+            let (this, (marked, seen)) = (sink.clone(), sync_channel(1));
+            let mark = move || drop(marked.try_send(this.mounted()));
+            std::thread::Builder::new().name("sink files".into()).spawn(mark).at("start a thread")?;
+            if let Ok(Err(fault)) = seen.recv_timeout(SINK_ANSWER_MAX) {
+                tracing::warn!(root = %sink.root.display(), error = %fault, next = %fault.next, "the files sink is not available yet");
+            }
+        }
+        Ok(sink)
+    }
+
+    /// What the root is known by. Marks it if this site sees it for the first time.
+    fn id(&self) -> Result<String, Fault> {
+        let mut known = self.id.lock();
+        if let Some(id) = &*known {
+            return Ok(id.clone());
+        }
+        let there = self.root.join(HIDDEN).join("id");
+        let id = match std::fs::read_to_string(&self.id_file) {
             Ok(id) => id,
+            Err(e) if e.kind() != ErrorKind::NotFound => return Err(Fault::io(format_args!("read {}", self.id_file.display()), &e)),
             Err(_) => {
-                // The first start with this root: it gets a mark, by which it is known from an empty mount point.
+                if self.configured && !self.root.is_dir() {
+                    return Err(self.away("it is not a folder"));
+                }
                 let id = match std::fs::read_to_string(&there) {
                     Ok(id) => id,
-                    Err(_) => {
+                    Err(e) if e.kind() == ErrorKind::NotFound => {
                         let id = format!("{:032x}\n", rand::random::<u128>());
-                        durable::create_dir_all(&staging)?;
+                        durable::create_dir_all(&self.staging)?;
                         durable::replace(&there, id.as_bytes())?;
                         id
                     }
+                    Err(e) => return Err(Fault::io(format_args!("read {}", there.display()), &e)),
                 };
-                durable::replace(&id_file, id.as_bytes())?;
+                durable::replace(&self.id_file, id.as_bytes())?;
                 id
             }
         };
-        Ok(Self { root, staging, id, mount: Arc::default() })
+        Ok(known.insert(id).clone())
+    }
+
+    fn away(&self, why: &str) -> Fault {
+        Fault::unreachable(format!("the NAS is not at {}: {why}", self.root.display())).with_next(
+            "mount the NAS there; transfers go on by themselves. If the NAS is a new one on purpose, remove sink-files-id from data_dir and restart",
+        )
+    }
+
+    /// Notes in the root that this daemon uses it. Where that fails it is done at a later call.
+    fn register(&self) {
+        if !self.configured || self.registered.load(Ordering::Relaxed) {
+            return;
+        }
+        let mine = self.root.join(HIDDEN).join(SITES).join(&self.owner);
+        let text = format!("{} {}\n", rustix::system::uname().nodename().to_string_lossy(), self.id_file.with_file_name("").display());
+        let noted = mine.exists()
+            || durable::create_dir_all(mine.parent().unwrap_or(&self.root)).and_then(|()| durable::replace(&mine, text.as_bytes())).is_ok();
+        self.registered.store(noted, Ordering::Relaxed);
+    }
+
+    /// The other daemons that use this root: the machine and the data folder of each.
+    fn others(&self) -> Vec<String> {
+        let sites = std::fs::read_dir(self.root.join(HIDDEN).join(SITES)).into_iter().flatten().flatten();
+        let others = sites.filter(|entry| !entry.file_name().to_string_lossy().starts_with('.') && *entry.file_name() != *self.owner);
+        let read = |entry: std::fs::DirEntry| {
+            let mut text = Vec::new();
+            if let Ok(file) = durable::open_regular_nofollow(&entry.path()) {
+                let _ = file.take(SITE_BYTES_MAX).read_to_end(&mut text);
+            }
+            text::line(String::from_utf8_lossy(&text).trim(), SITE_BYTES_MAX as usize)
+        };
+        others.take(SITES_TOLD_MAX).map(read).collect()
     }
 
     fn mount(&self) -> Mount {
@@ -155,8 +218,24 @@ impl FilesSink {
         folder.join(format!("{}.json", artifact.version()))
     }
 
-    fn note(&self, artifact: &ArtifactRef) -> Option<Note> {
-        serde_json::from_slice(&std::fs::read(self.note_path(artifact)).ok()?).ok()
+    /// What is noted of a version; a note that is malformed is none. A NAS that fails says nothing of what it holds.
+    fn note(&self, artifact: &ArtifactRef) -> Result<Option<Note>, Fault> {
+        Ok(read_if_there(&self.note_path(artifact))?.and_then(|text| serde_json::from_str(&text).ok()))
+    }
+
+    fn write_note(&self, incoming: &Incoming) -> Result<(), Fault> {
+        let path = self.note_path(&incoming.artifact);
+        durable::create_dir_all(path.parent().unwrap_or(&self.root))?;
+        // Who asked last counts: a repair by an older transfer makes the version no older.
+        let before = self.note(&incoming.artifact)?.filter(|before| before.digest == incoming.digest);
+        let transfer = before.map(|before| before.transfer).max(Some(incoming.transfer.to_string())).unwrap_or_default();
+        let text = serde_json::to_vec(&Note { digest: incoming.digest, transfer }).map_err(|e| Fault::internal(e.to_string()))?;
+        durable::replace(&path, &text)
+    }
+
+    /// The active version, as `CURRENT` names it.
+    fn current(&self, artifact: &ArtifactRef) -> Result<Option<String>, Fault> {
+        Ok(read_if_there(&self.series(artifact).join("CURRENT"))?.map(|text| text.trim().to_owned()))
     }
 
     /// Whether the version stands already: ours or, as a fault, somebody else's.
@@ -168,7 +247,7 @@ impl FilesSink {
             // A NAS that fails for a moment says nothing of what it holds.
             Err(e) => return Err(Fault::io(format_args!("look at {}", folder.display()), &e)),
         }
-        match self.note(&incoming.artifact) {
+        match self.note(&incoming.artifact)? {
             Some(note) if note.digest == incoming.digest => Ok(true),
             _ => Err(Fault::conflict(format!("{} stands in the way: packhorse did not put {} there", folder.display(), incoming.artifact))
                 .with_reason(Reason::SinkRefused)
@@ -184,9 +263,9 @@ impl FilesSink {
     /// Whether this version was asked for after the one that is active: a large old version that arrives late, or one
     /// that is delivered again, must not take readers back.
     fn is_newest(&self, artifact: &ArtifactRef) -> Result<bool, Fault> {
-        let current = std::fs::read_to_string(self.series(artifact).join("CURRENT")).unwrap_or_default();
-        let Ok(active) = ArtifactRef::new(artifact.kind, artifact.name(), current.trim()) else { return Ok(true) };
-        Ok(match (self.note(&active), self.note(artifact)) {
+        let current = self.current(artifact)?.unwrap_or_default();
+        let Ok(active) = ArtifactRef::new(artifact.kind, artifact.name(), &current) else { return Ok(true) };
+        Ok(match (self.note(&active)?, self.note(artifact)?) {
             (Some(active), Some(this)) => active.transfer <= this.transfer,
             _ => true,
         })
@@ -194,48 +273,49 @@ impl FilesSink {
 
     /// Whether the root is the one that this site has always had. An empty mount point must not be filled.
     fn mounted(&self) -> Result<(), Fault> {
+        let id = self.id()?;
         match std::fs::read_to_string(self.root.join(HIDDEN).join("id")) {
-            Ok(id) if id == self.id => Ok(()),
-            _ => Err(Fault::unreachable(format!("{} is not the folder that it was: its {HIDDEN}/id is missing or another", self.root.display()))
-                .with_next("mount the NAS there; transfers go on by themselves. If the NAS is a new one on purpose, remove sink-files-id from data_dir and restart")),
+            Ok(there) if there == id => {
+                self.register();
+                Ok(())
+            }
+            Ok(_) => Err(self.away(&format!("its {HIDDEN}/id is another"))),
+            Err(e) => Err(self.away(&format!("its {HIDDEN}/id cannot be read: {e}"))),
         }
     }
 
     fn set_current(&self, artifact: &ArtifactRef) -> Result<(), Fault> {
         let series = self.series(artifact);
-        durable::replace(&series.join("CURRENT"), format!("{}\n", artifact.version()).as_bytes())?;
+        if self.current(artifact)?.as_deref() != Some(artifact.version()) {
+            durable::replace(&series.join("CURRENT"), format!("{}\n", artifact.version()).as_bytes())?;
+        }
         durable::replace_symlink(&series.join("current"), artifact.version())
     }
 
+    /// Every step may be repeated, and is skipped once it is done. It succeeds only after `CURRENT` names the version that it is to name.
     fn commit_blocking(&self, incoming: &Incoming, staged: &Path) -> Result<Landed, Fault> {
         let artifact = &incoming.artifact;
         self.mounted()?;
-        // What is staged is whole and checked: a version is staged again only when the one that stands is not.
-        let stood = self.is_there(incoming)?;
-        let replaced = if stood && staged.exists() { Some(self.move_away(artifact)?) } else { None };
-        if !stood || replaced.is_some() {
-            let note = self.note_path(artifact);
-            durable::create_dir_all(note.parent().unwrap_or(&self.root))?;
-            let text = serde_json::to_vec(&Note { digest: incoming.digest, transfer: incoming.transfer.to_string() }).unwrap_or_default();
-            durable::replace(&note, &text)?;
+        let mut stood = self.is_there(incoming)?;
+        if !stood {
+            self.write_note(incoming)?;
             durable::create_dir_all(&self.series(artifact))?;
             if let Err(fault) = durable::rename_noreplace(staged, &self.folder(artifact)) {
-                // A rename that a network filesystem reports as failed may have happened.
-                if staged.exists() || !self.is_there(incoming)? {
+                // A rename that a network filesystem reports as failed may have happened, or another site was faster.
+                stood = self.is_there(incoming)?;
+                if !stood {
                     return Err(fault);
                 }
             }
         }
-        durable::remove_all(staged)?;
-        // Bringing back what was there changes nothing for readers of the series.
-        if replaced.is_none() && self.is_newest(artifact)? {
-            self.set_current(artifact)?;
+        // What is staged is whole and checked: a version is staged again only when the one that stands is not.
+        if stood && staged.exists() {
+            repair::merge(staged, &self.folder(artifact))?;
+            self.write_note(incoming)?;
         }
-        if let Some(old) = replaced {
-            // It is out of sight; what cannot be removed now goes at the next start.
-            if let Err(fault) = durable::remove_all(&old) {
-                tracing::warn!(error = %fault, "a version that was replaced could not be removed yet");
-            }
+        durable::remove_all(staged)?;
+        if self.is_newest(artifact)? {
+            self.set_current(artifact)?;
         }
         Ok(self.landed(artifact))
     }
@@ -246,7 +326,7 @@ impl FilesSink {
         let versions = notes.flatten().filter_map(|entry| entry.file_name().to_str()?.strip_suffix(".json").map(str::to_owned));
         let standing = versions.filter_map(|version| {
             let left = ArtifactRef::new(artifact.kind, artifact.name(), &version).ok()?;
-            let note = self.note(&left).filter(|_| self.folder(&left).is_dir())?;
+            let note = self.note(&left).ok()?.filter(|_| self.folder(&left).is_dir())?;
             Some((note.transfer, left))
         });
         standing.max_by(|a, b| a.0.cmp(&b.0)).map(|(_, left)| left)
@@ -254,22 +334,36 @@ impl FilesSink {
 
     /// Takes a version out of sight by one rename. Returns where it is now, to be removed.
     fn move_away(&self, artifact: &ArtifactRef) -> Result<PathBuf, Fault> {
-        let away = self.staging.join(format!("removed-{}-{}", artifact.version(), rand::random::<u32>()));
+        let away = self.staging.join(format!("removed-{}-{}-{:08x}", self.owner, artifact.version(), rand::random::<u32>()));
         durable::rename_noreplace(&self.folder(artifact), &away)?;
         Ok(away)
     }
 
-    fn remove_blocking(&self, artifact: &ArtifactRef) -> Result<(), Fault> {
+    fn remove_blocking(&self, artifact: &ArtifactRef) -> Result<Option<String>, Fault> {
         // Where nothing is mounted nothing would be found, and all of it be taken for removed.
         self.mounted()?;
+        let others = self.others();
+        if !others.is_empty() {
+            let folder = self.root.join(HIDDEN).join(SITES);
+            return Ok(Some(format!(
+                "other sites use {} too ({}); a file in {} names each",
+                self.root.display(),
+                others.join(", "),
+                folder.display()
+            )));
+        }
         let folder = self.folder(artifact);
         let series = self.series(artifact);
-        let current = std::fs::read_to_string(series.join("CURRENT")).unwrap_or_default();
-        if self.note(artifact).is_some() && folder.exists() {
-            durable::remove_all(&self.move_away(artifact)?)?;
+        let current = self.current(artifact)?;
+        if self.note(artifact)?.is_some() && folder.exists() {
+            let away = self.move_away(artifact)?;
+            // It is out of sight; what cannot be removed now is tried again.
+            if let Err(fault) = durable::remove_all(&away) {
+                tracing::warn!(error = %fault, "a version that was removed is not wholly removed yet; tried again");
+            }
         }
         durable::remove_all(&self.note_path(artifact))?;
-        if current.trim() == artifact.version() {
+        if current.as_deref() == Some(artifact.version()) {
             match self.newest_left(artifact) {
                 Some(left) => self.set_current(&left)?,
                 None => {
@@ -278,12 +372,18 @@ impl FilesSink {
                 }
             }
         }
-        Ok(())
+        Ok(None)
     }
 }
 
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T, Fault> + Send + 'static) -> Result<T, Fault> {
-    tokio::task::spawn_blocking(work).await.map_err(|e| Fault::internal(format!("a file task ended: {e}")))?
+/// A small file's text; `None` if it is not there.
+fn read_if_there(path: &Path) -> Result<Option<String>, Fault> {
+    match std::fs::read_to_string(path) {
+        Ok(text) => Ok(Some(text)),
+        Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => Ok(None),
+        Err(e) if e.kind() == ErrorKind::InvalidData => Ok(Some(String::new())),
+        Err(e) => Err(Fault::io(format_args!("read {}", path.display()), &e)),
+    }
 }
 
 #[async_trait]
@@ -292,18 +392,64 @@ impl Sink for FilesSink {
         &self.staging
     }
 
+    fn threads(&self) -> &Threads {
+        &self.threads
+    }
+
+    fn held_up(&self) -> Option<Fault> {
+        let root = self.root.clone();
+        // What the kernel does not answer from its caches: the size of the filesystem, and a file that is opened.
+        let call = move || {
+            let _ = rustix::fs::statvfs(&root);
+            let _ = std::fs::read(root.join(HIDDEN).join("id"));
+        };
+        let silent = self.heartbeat.silent_for(&self.threads, call)?;
+        let message = format!("the NAS at {} has not answered for {} s", self.root.display(), rounded_secs(silent));
+        Some(Fault::unreachable(message).with_next("check the NAS and the network to it; the transfer goes on by itself when it answers"))
+    }
+
+    fn may_remove(&self, name: &str) -> bool {
+        // Those without an owner are of a daemon that had the root to itself.
+        let is_old =
+            name.strip_prefix("removed-").is_some_and(|rest| rest.split('-').next().is_none_or(|owner| owner.len() != self.owner.len()));
+        name.starts_with(&format!("removed-{}-", self.owner)) || is_old
+    }
+
+    fn is_shared(&self) -> bool {
+        self.configured
+    }
+
+    fn place_of(&self, artifact: &ArtifactRef) -> Option<Place> {
+        Some(Place::Folder { path: self.folder(artifact) })
+    }
+
+    fn fixed_modes(&self) -> bool {
+        self.mount().fixed_modes
+    }
+
+    async fn trial(&self) -> Result<(), Fault> {
+        let this = self.clone();
+        let trial = move || {
+            this.mounted()?;
+            mount::trial(&this.staging.join(format!("removed-{}-trial-{:08x}", this.owner, rand::random::<u32>())))
+        };
+        self.threads.run(trial).await
+    }
+
     async fn check(&self, incoming: &Incoming) -> Result<(), Fault> {
         let (this, incoming) = (self.clone(), incoming.clone());
-        blocking(move || {
-            this.mounted()?;
-            durable::create_dir_all(&this.staging)?;
-            if this.mount.get().is_none() {
-                // Two at once find the same.
-                let _ = this.mount.set(Mount::probe(&this.staging)?);
-            }
-            this.is_there(&incoming).map(|_| ())
-        })
-        .await
+        self.threads
+            .run(move || {
+                this.mounted()?;
+                durable::create_dir_all(&this.staging)?;
+                if this.mount.get().is_none() {
+                    // Two at once find the same.
+                    let folder = this.staging.join(format!("removed-{}-probe-{:08x}", this.owner, rand::random::<u32>()));
+                    let _ = this.mount.set(Mount::probe(&folder)?);
+                }
+                this.is_there(&incoming).map(|_| ())
+            })
+            .await
     }
 
     fn refuse_path(&self, path: &RelPath) -> Option<String> {
@@ -336,77 +482,94 @@ impl Sink for FilesSink {
 
     async fn commit(&self, incoming: &Incoming, staged: &Path) -> Result<Landed, Fault> {
         let (this, incoming, staged) = (self.clone(), incoming.clone(), staged.to_owned());
-        blocking(move || this.commit_blocking(&incoming, &staged)).await
+        self.threads.run(move || this.commit_blocking(&incoming, &staged)).await
     }
 
     async fn activate(&self, artifact: &ArtifactRef) -> Result<(), Fault> {
         let (this, artifact) = (self.clone(), artifact.clone());
-        blocking(move || {
-            if this.note(&artifact).is_none() || !this.folder(&artifact).is_dir() {
-                return Err(Fault::not_found(format!("{artifact} is not in {}", this.root.display())));
-            }
-            this.set_current(&artifact)
-        })
-        .await
+        self.threads
+            .run(move || {
+                if this.note(&artifact)?.is_none() || !this.folder(&artifact).is_dir() {
+                    return Err(Fault::not_found(format!("{artifact} is not in {}", this.root.display())));
+                }
+                this.set_current(&artifact)
+            })
+            .await
     }
 
     async fn read_at(&self, place: &Place, path: &RelPath, offset: u64, len: u32) -> Result<Bytes, Fault> {
         let Place::Folder { path: folder } = place else { return Err(Fault::internal("a files sink reads folders only")) };
         let file = path.in_dir(folder);
-        blocking(move || {
-            use std::os::unix::fs::FileExt;
-            let mut out = vec![0; len as usize];
-            let what = || format!("read {}", file.display());
-            std::fs::File::open(&file).at(what())?.read_exact_at(&mut out, offset).at(what())?;
-            Ok(out.into())
-        })
-        .await
+        self.threads
+            .run(move || {
+                use std::os::unix::fs::FileExt;
+                let mut out = vec![0; len as usize];
+                let what = || format!("read {}", file.display());
+                std::fs::File::open(&file).at(what())?.read_exact_at(&mut out, offset).at(what())?;
+                Ok(out.into())
+            })
+            .await
     }
 
     async fn stands(&self, incoming: &Incoming) -> Result<bool, Fault> {
         let (this, incoming) = (self.clone(), incoming.clone());
-        blocking(move || this.mounted().and_then(|()| this.is_there(&incoming))).await
+        self.threads.run(move || this.mounted().and_then(|()| this.is_there(&incoming))).await
+    }
+
+    async fn active(&self, artifact: &ArtifactRef) -> Result<Option<String>, Fault> {
+        let (this, artifact) = (self.clone(), artifact.clone());
+        self.threads.run(move || this.current(&artifact)).await
+    }
+
+    fn committed_at(&self, artifact: &ArtifactRef) -> Option<std::time::SystemTime> {
+        std::fs::metadata(self.note_path(artifact)).and_then(|meta| meta.modified()).ok()
     }
 
     async fn verify(&self, incoming: &Incoming, _place: &Place, _look: &Look) -> Result<Vec<String>, Fault> {
         let (this, incoming) = (self.clone(), incoming.clone());
-        blocking(move || {
-            let folder = this.folder(&incoming.artifact);
-            Ok(match this.note(&incoming.artifact) {
-                _ if !folder.is_dir() => vec![format!("{} is gone", folder.display())],
-                Some(note) if note.digest == incoming.digest => vec![],
-                _ => vec![format!("{} has no note of its digest", folder.display())],
+        self.threads
+            .run(move || {
+                let folder = this.folder(&incoming.artifact);
+                Ok(match this.note(&incoming.artifact)? {
+                    _ if !folder.is_dir() => vec![format!("{} is gone", folder.display())],
+                    Some(note) if note.digest == incoming.digest => vec![],
+                    _ => vec![format!("{} has no note of its digest", folder.display())],
+                })
             })
-        })
-        .await
+            .await
     }
 
     async fn remove(&self, artifact: &ArtifactRef) -> Result<Option<String>, Fault> {
         let (this, artifact) = (self.clone(), artifact.clone());
-        blocking(move || this.remove_blocking(&artifact)).await.map(|()| None)
+        self.threads.run(move || this.remove_blocking(&artifact)).await
     }
 
     async fn probe(&self) -> Result<String, Fault> {
         let this = self.clone();
-        blocking(move || {
-            this.mounted()?;
-            let file = this.staging.join(".probe");
-            durable::replace(&file, b"probe")?;
-            durable::remove_all(&file)?;
-            // Versions are renamed into folders of their kinds, which may have other owners than the staging.
-            let kinds = ["dataset", "operator", "model"].map(|kind| this.root.join(kind));
-            for folder in std::iter::once(&this.root).chain(kinds.iter().filter(|kind| kind.exists())) {
-                let probe = folder.join(format!(".packhorse-probe-{}", std::process::id()));
-                std::fs::create_dir(&probe).and_then(|()| std::fs::remove_dir(&probe)).at(format_args!("write to {}", folder.display()))?;
-            }
-            let space = Space::of(&this.root)?;
-            if space.inodes == Some(0) {
-                return Err(Fault::no_space(format!("files at {}: no inode is free", this.root.display())));
-            }
-            let free = space.bytes.map_or("free space unknown".into(), |bytes| format!("{} GiB free", bytes >> 30));
-            Ok(format!("files at {}: writable, {free}", this.root.display()))
-        })
-        .await
+        self.threads
+            .run(move || {
+                this.mounted()?;
+                let file = this.staging.join(format!("removed-{}-probe-{:08x}", this.owner, rand::random::<u32>()));
+                durable::replace(&file, b"probe")?;
+                durable::remove_all(&file)?;
+                // Versions are renamed into folders of their kinds, which may have other owners than the staging.
+                let kinds = ["dataset", "operator", "model"].map(|kind| this.root.join(kind));
+                for folder in std::iter::once(&this.root).chain(kinds.iter().filter(|kind| kind.exists())) {
+                    let probe = folder.join(format!(".packhorse-probe-{}", std::process::id()));
+                    std::fs::create_dir(&probe)
+                        .and_then(|()| std::fs::remove_dir(&probe))
+                        .at(format_args!("write to {}", folder.display()))?;
+                }
+                let space = Space::of(&this.root)?;
+                if space.inodes == Some(0) {
+                    return Err(Fault::no_space(format!("files at {}: no inode is free", this.root.display())));
+                }
+                let free = space.bytes.map_or("free space unknown".into(), |bytes| format!("{} GiB free", bytes >> 30));
+                let others = this.others();
+                let shared = if others.is_empty() { String::new() } else { format!(", used by other sites too ({})", others.join(", ")) };
+                Ok(format!("files at {}: writable, {free}{shared}", this.root.display()))
+            })
+            .await
     }
 }
 
@@ -470,14 +633,6 @@ mod tests {
             assert_eq!(smb.refuse_path(&format!("a/{}", letter.repeat(most)).parse().unwrap()), None);
             assert!(format!("a/{}", letter.repeat(most + 1)).parse::<RelPath>().is_err(), "no sink is ever shown it");
         }
-    }
-
-    #[test]
-    fn a_filesystem_of_linux_is_found_to_be_one() {
-        let dir = tempfile::tempdir().unwrap();
-        assert_eq!(Mount::probe(dir.path()).unwrap(), Mount::default());
-        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0, "nothing is left of it");
-        assert!(Mount::probe(&dir.path().join("gone")).is_err(), "one that is away is not one that can do nothing");
     }
 
     #[tokio::test]

@@ -8,6 +8,7 @@ pub mod files;
 pub mod images;
 pub mod labels;
 mod look;
+pub mod threads;
 mod waits;
 
 use std::path::{Path, PathBuf};
@@ -23,6 +24,7 @@ use crate::manifest::{Digest, FileInfo, Root};
 use crate::names::{ArtifactRef, RelPath, TransferId};
 
 pub use look::Look;
+pub use threads::{Heartbeat, Threads, rounded_secs};
 pub use waits::Waits;
 
 /// An artifact on its way in, as a sink is shown it.
@@ -90,6 +92,40 @@ pub trait Sink: Send + Sync {
     /// The folder in which the engine makes `<transfer>/` and stages files, on the same mount as the end where it matters.
     fn staging_root(&self) -> &Path;
 
+    /// The threads on which all that can block in this sink's folders or far end runs.
+    fn threads(&self) -> &Threads;
+
+    /// Why the calls that run now take so long; `None` while the far end answers. Returns at once. A transfer asks once a second
+    /// while it waits for a call of the sink, and shows the answer as its reason until the call returns.
+    fn held_up(&self) -> Option<Fault> {
+        None
+    }
+
+    /// Where a committed artifact is, if that can be told from its name alone.
+    fn place_of(&self, _artifact: &ArtifactRef) -> Option<Place> {
+        None
+    }
+
+    /// Whether permission bits cannot be changed in the staging folder: then files keep those that they get there.
+    fn fixed_modes(&self) -> bool {
+        false
+    }
+
+    /// Writes a little, and reads it back. Called after a failure, before bytes are sent again that could not be stored.
+    async fn trial(&self) -> Result<(), Fault> {
+        Ok(())
+    }
+
+    /// Whether something in [`Sink::staging_root`] was put aside there by this sink, to be removed.
+    fn may_remove(&self, name: &str) -> bool {
+        name.starts_with("removed-")
+    }
+
+    /// Whether other daemons may stage in [`Sink::staging_root`]: then only what this daemon surely made may be removed there.
+    fn is_shared(&self) -> bool {
+        false
+    }
+
     /// Refuses early what cannot be committed later: no rights, no room at the far end, an immutable tag with another
     /// digest. Called before any byte moves.
     async fn check(&self, incoming: &Incoming) -> Result<(), Fault>;
@@ -133,6 +169,16 @@ pub trait Sink: Send + Sync {
 
     /// Whether a committed artifact is there still, by a quick look.
     async fn stands(&self, incoming: &Incoming) -> Result<bool, Fault>;
+
+    /// The version of this artifact's series that readers use, if that is known.
+    async fn active(&self, _artifact: &ArtifactRef) -> Result<Option<String>, Fault> {
+        Ok(None)
+    }
+
+    /// When a committed artifact was committed, by the clock of its filesystem: what was written to later was changed. May block.
+    fn committed_at(&self, _artifact: &ArtifactRef) -> Option<std::time::SystemTime> {
+        None
+    }
 
     /// Compares what lies at the far end with the manifest where the engine cannot do it file by file (rows, registry
     /// manifests and blobs). Returns one line per fault found; empty means sound.

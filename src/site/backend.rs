@@ -15,7 +15,7 @@ use crate::delivery;
 use crate::fault::{Code, Fault};
 use crate::fetch::blocking;
 use crate::jobs::JobProgress;
-use crate::limits::{API_ROWS_MAX, ID_BYTES_MAX, ROOM_AWAITED_MAX};
+use crate::limits::{API_ROWS_MAX, ID_BYTES_MAX, ROOM_AWAITED_MAX, SINK_ANSWER_MAX};
 use crate::names::{ArtifactRef, DeliveryId, RunName, TransferId, WorkId, WorkIds};
 use crate::run;
 use crate::serve::wrong_role;
@@ -62,12 +62,10 @@ impl Site {
         let store = &self.inner.shared.store;
         let Found { faults, notes } = verify(sink.as_ref(), store.clone(), &incoming, &place, &look).await?;
         notes.into_iter().for_each(|note| progress.note(note));
-        // What is damaged comes first: brought again, it stands in a new folder.
-        if faults.is_empty() {
-            progress.doing(format!("looking for what lies beside {}", incoming.artifact));
-            if let Some(note) = beside(store.clone(), &incoming, &place).await? {
-                progress.note(note);
-            }
+        // A repair leaves it where it is, so it is named before.
+        progress.doing(format!("looking for what lies beside {}", incoming.artifact));
+        if let Some(note) = beside(sink.as_ref(), store.clone(), &incoming, &place, faults.is_empty()).await? {
+            progress.note(note);
         }
         Ok(faults)
     }
@@ -283,8 +281,15 @@ impl Backend for Site {
             (None, None) => "fault line: not connected yet".into(),
         });
         out.extend(link.as_ref().and_then(crate::line::clock_difference).map(|text| format!("fault clock: {text}")));
-        for sink in [&inner.sinks.files, &inner.sinks.labels, &inner.sinks.images] {
-            out.push(match sink.probe().await {
+        let probes = inner.sinks.all().map(|sink| async move {
+            let silent = |_| {
+                let text = format!("{} has not answered for {} s", sink.staging_root().display(), SINK_ANSWER_MAX.as_secs());
+                Err(sink.held_up().unwrap_or_else(|| Fault::unreachable(text)))
+            };
+            tokio::time::timeout(SINK_ANSWER_MAX, sink.probe()).await.unwrap_or_else(silent)
+        });
+        for probed in futures::future::join_all(probes).await {
+            out.push(match probed {
                 Ok(text) => format!("ok {text}"),
                 Err(fault) => format!("fault {}; {}", fault.message, fault.next),
             });

@@ -12,8 +12,10 @@ use crate::budget::Budget;
 use crate::catalogue::TransferRow;
 use crate::config::Transport;
 use crate::fault::{Fault, Retry};
-use crate::fetch::{self, Fetcher, blocking};
-use crate::limits::{ANSWER_MAX, FETCH_STREAMS_MAX, QUESTIONS_AT_ONCE_MAX, QUESTIONS_BYTES_MAX, SILENCE_MAX, STATE_RETRY_EVERY};
+use crate::fetch::{self, Fetcher};
+use crate::limits::{
+    ANSWER_MAX, FETCH_STREAMS_MAX, QUESTIONS_AT_ONCE_MAX, QUESTIONS_BYTES_MAX, SILENCE_MAX, SINK_ANSWER_MAX, STATE_RETRY_EVERY,
+};
 use crate::line::{self, Link, RecvHalf, Redial, SendHalf};
 use crate::manifest::Digest;
 use crate::names::{ArtifactRef, TransferId};
@@ -268,6 +270,7 @@ impl Site {
         let answer = async {
             match question {
                 AskSite::Plan { artifact, digest } => wire::send(&mut send, &self.plan_for(link, artifact, digest).await).await,
+                AskSite::Stands { artifact, digest } => wire::send(&mut send, &self.inner.runner.standing(&artifact, digest).await).await,
                 AskSite::Holds { artifact, digest } => wire::send(&mut send, &self.inner.runner.holds(&artifact, digest).await).await,
             }
         };
@@ -282,7 +285,9 @@ impl Site {
         let base = inner.catalogue.kin(&artifact).await?.map(|kin| kin.root);
         fetcher.pages(&root, base.as_ref(), &inner.shared.store).await?;
         let sink = inner.sinks.of(artifact.kind).clone();
-        let free = free_room(sink.as_ref());
+        let looked = sink.clone();
+        let free = sink.threads().run_for(SINK_ANSWER_MAX, move || Ok(free_room(looked.as_ref()))).await?;
+        let threads = sink.threads().clone();
         let assembly = Assembly {
             shared: inner.shared.clone(),
             sink,
@@ -291,8 +296,9 @@ impl Site {
             priority: 0,
             counters: Default::default(),
             stop: inner.stop.clone(),
+            staging: None,
         };
-        let estimate = blocking(move || assembly.estimate(None)).await?;
+        let estimate = threads.run(move || assembly.estimate(None)).await?;
         Ok(Planned { missing: estimate.missing, needs: estimate.needs, free, rate: inner.runner.last_rate() })
     }
 

@@ -19,25 +19,28 @@ mod producer;
 mod recent;
 mod worker;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fs::File;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::sync_channel;
 
 use futures::{StreamExt, stream};
 use parking_lot::{Mutex, RwLock};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::sync::{OwnedMutexGuard, OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use crate::buffers::Buffers;
 use crate::chunk::Hash;
 use crate::fault::{Fault, Reason};
-use crate::fetch::{self, Fetcher, blocking};
+use crate::fetch::{self, Fetcher};
 use crate::frame::Frame;
-use crate::limits::{FETCH_FAR_FROM, FETCH_IN_FLIGHT_FAR_MAX, FETCH_IN_FLIGHT_MAX, UNCOMMITTED_BYTES_FAR_MAX, UNCOMMITTED_BYTES_MAX};
+use crate::limits::{
+    FETCH_FAR_FROM, FETCH_IN_FLIGHT_FAR_MAX, FETCH_IN_FLIGHT_MAX, SINK_STOP_MAX, UNCOMMITTED_BYTES_AFTER_FAILURE_MAX,
+    UNCOMMITTED_BYTES_FAR_MAX, UNCOMMITTED_BYTES_MAX,
+};
 use crate::manifest::{ChunkRef, FileInfo, Spot, Walk};
 use crate::names::RelPath;
 use crate::places::{At, Commit, Journal, Places, Reader};
@@ -46,6 +49,8 @@ use crate::stage::Stage;
 use crate::store::Store;
 use crate::wire::Wanted;
 
+use super::memory::{Memory, UNIT_BYTES};
+use super::stopped;
 use committer::Committer;
 use ends::Held;
 pub use estimate::{Estimate, free_room};
@@ -74,8 +79,6 @@ const WHOLES_MAX: usize = 64;
 const DIRTY_FILES_MAX: usize = 256;
 /// From so many files on, one sync of the filesystem is cheaper than one for each.
 const SYNC_ALL_FROM: usize = 32;
-/// Bytes of a share of the budget.
-pub const BUDGET_UNIT: u64 = 4 << 10;
 /// Room that a site keeps free on its disks.
 const SPARE_BYTES: u64 = 16 << 20;
 /// Inodes that a site keeps free on its disks, for `CURRENT` and the names of versions.
@@ -94,6 +97,8 @@ pub struct Counters {
     pub committed: AtomicU64,
     /// Likewise.
     pub wire: Arc<AtomicU64>,
+    /// Whether bytes that came could not be stored, and none were since: few are asked for until that works.
+    pub(super) store_failed: AtomicBool,
 }
 
 /// What all assemblies of a daemon share.
@@ -103,8 +108,8 @@ pub struct Shared {
     pub store: Store,
     /// Where chunks lie.
     pub places: Arc<Places>,
-    /// The bytes in flight, in units of [`BUDGET_UNIT`].
-    pub budget: Arc<Semaphore>,
+    /// The bytes in flight.
+    pub memory: Arc<Memory>,
     /// The sink that reads blobs of the registry.
     pub images: Arc<dyn Sink>,
 }
@@ -126,6 +131,8 @@ pub struct Assembly {
     pub counters: Arc<Counters>,
     /// Stops it at the next chunk; what is there is kept.
     pub stop: CancellationToken,
+    /// Held as long as a thread of this may touch the staging folder, even one that nobody waits for any longer.
+    pub staging: Option<Arc<OwnedMutexGuard<()>>>,
 }
 
 /// A file as it is staged.
@@ -135,7 +142,7 @@ struct Dest {
     mode: u32,
     file: FileInfo,
     /// Open while chunks of it are on the way; files of one chunk are opened, written and closed.
-    handle: Mutex<Option<Arc<File>>>,
+    handle: Mutex<Option<File>>,
     announced: AtomicBool,
 }
 
@@ -198,12 +205,27 @@ struct Done {
 struct Failure {
     token: CancellationToken,
     fault: Mutex<Option<Fault>>,
+    /// The files, by their numbers, of which a write, a sync or a close failed. What they hold is not known: they are written again.
+    damaged: Mutex<HashSet<u64>>,
+    /// Whether what failed is to store something.
+    stored: AtomicBool,
 }
 
 impl Failure {
     fn set(&self, fault: Fault) {
         self.fault.lock().get_or_insert(fault);
         self.token.cancel();
+    }
+}
+
+/// Notes that a thread panicked: the others would wait for it for ever.
+struct Ending(Arc<Failure>);
+
+impl Drop for Ending {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.set(Fault::internal("a thread of the transfer panicked"));
+        }
     }
 }
 
@@ -219,8 +241,12 @@ impl Assembly {
 
     /// Brings everything here. Returns the staging folder, complete and durable.
     pub async fn run(&self) -> Result<PathBuf, Fault> {
+        if self.counters.store_failed.load(Ordering::Relaxed) {
+            // A file is written before bytes are sent again that could not be stored.
+            self.sink.trial().await?;
+        }
         let this = self.clone();
-        let (place, journal, stage) = blocking(move || this.begin()).await?;
+        let (place, journal, stage) = self.on_thread(move || this.begin()).await?;
         let held = Arc::new(self.held_by_sink(&journal).await?);
         let journal = Arc::new(RwLock::new(journal));
         let total = self.incoming.root.totals.chunks;
@@ -230,7 +256,11 @@ impl Assembly {
             if before + held.unjournaled(&journal.read()) >= total {
                 break;
             }
-            self.pass(place, &journal, &stage, &held).await?;
+            tokio::select! {
+                done = self.pass(place, &journal, &stage, &held) => done?,
+                // A thread that hangs in the far end is left to itself. It holds `staging`, so nobody else uses the folder before it ends.
+                () = self.given_up() => return Err(stopped()),
+            }
             stuck = if journal.read().count() == before { stuck + 1 } else { 0 };
             if stuck == 3 {
                 return Err(Fault::internal(format!(
@@ -241,12 +271,31 @@ impl Assembly {
             }
         }
         let (this, held, staged) = (self.clone(), held.clone(), stage.clone());
-        blocking(move || this.finish(&staged, &held)).await?;
+        self.on_thread(move || this.finish(&staged, &held)).await?;
         Ok(stage.path().to_owned())
     }
 
+    /// Runs work on a thread of the sink, unless the transfer is stopped first.
+    async fn on_thread<T: Send + 'static>(&self, work: impl FnOnce() -> Result<T, Fault> + Send + 'static) -> Result<T, Fault> {
+        tokio::select! {
+            done = self.sink.threads().run(work) => done,
+            () = self.given_up() => Err(stopped()),
+        }
+    }
+
+    /// Returns some time after the transfer was stopped.
+    async fn given_up(&self) {
+        self.stop.cancelled().await;
+        tokio::time::sleep(SINK_STOP_MAX).await;
+    }
+
     async fn pass(&self, place: u32, journal: &Arc<RwLock<Journal>>, stage: &Arc<Stage>, held: &Arc<Held>) -> Result<(), Fault> {
-        let failure = Arc::new(Failure { token: self.stop.child_token(), fault: Mutex::default() });
+        let failure = Arc::new(Failure {
+            token: self.stop.child_token(),
+            fault: Mutex::default(),
+            damaged: Mutex::default(),
+            stored: AtomicBool::new(true),
+        });
         let (jobs, job_queue) = mpsc::channel::<Job>(JOBS_MAX);
         let (batches, mut batch_queue) = mpsc::channel::<Batch>(4);
         let (done, done_queue) = sync_channel::<Vec<Done>>(JOBS_MAX);
@@ -270,31 +319,46 @@ impl Assembly {
             wholes: Vec::new(),
             whole_bytes: 0,
         };
-        let mut threads = Vec::new();
+        let workers = std::thread::available_parallelism().map_or(2, usize::from).clamp(2, 4);
+        let mut threads: Vec<oneshot::Receiver<()>> = Vec::new();
+        // They wait for each other, so all of them start or none.
+        let room = self.sink.threads().reserve(workers as u32 + 2).await?;
         let guard = |failure: &Arc<Failure>, work: Box<dyn FnOnce() -> Result<(), Fault> + Send>| {
-            let failure = failure.clone();
-            tokio::task::spawn_blocking(move || {
+            let (failure, staging) = (failure.clone(), self.staging.clone());
+            self.sink.threads().start(&room, move || {
+                let ending = Ending(failure);
                 if let Err(fault) = work() {
-                    failure.set(fault);
+                    ending.0.set(fault);
                 }
+                drop(staging);
             })
         };
-        threads.push(guard(&failure, Box::new(move || producer.run())));
+        threads.push(guard(&failure, Box::new(move || producer.run()))?);
         let job_queue = Arc::new(Mutex::new(job_queue));
-        for _ in 0..std::thread::available_parallelism().map_or(2, usize::from).clamp(2, 4) {
+        for _ in 0..workers {
             let worker = Worker {
                 stage: stage.clone(),
                 shared: self.shared.clone(),
                 counters: self.counters.clone(),
+                failure: failure.clone(),
                 done: done.clone(),
                 local: Reader::new(self.shared.places.clone(), Some(self.shared.images.clone()), tokio::runtime::Handle::current()),
                 buffer: vec![0; READ_BYTES],
             };
             let queue = job_queue.clone();
-            threads.push(guard(&failure, Box::new(move || worker.run(&queue))));
+            threads.push(guard(&failure, Box::new(move || worker.run(&queue)))?);
         }
         drop((job_queue, done));
+        let (requests, bytes) = match self.fetcher.rtt() >= FETCH_FAR_FROM {
+            true => (FETCH_IN_FLIGHT_FAR_MAX, UNCOMMITTED_BYTES_FAR_MAX),
+            false => (FETCH_IN_FLIGHT_MAX, UNCOMMITTED_BYTES_MAX),
+        };
+        // After a failure one batch or two, until something was stored.
+        let first = if self.counters.store_failed.load(Ordering::Relaxed) { UNCOMMITTED_BYTES_AFTER_FAILURE_MAX } else { bytes };
+        let uncommitted = Arc::new(Semaphore::new((first / UNIT_BYTES) as usize));
         let committer = Committer {
+            more: Some((uncommitted.clone(), ((bytes - first) / UNIT_BYTES) as usize)),
+            failure: failure.clone(),
             stage: stage.clone(),
             places: self.shared.places.clone(),
             journal: journal.clone(),
@@ -309,21 +373,17 @@ impl Assembly {
             growing: Growing::new(arrived),
             shares: Vec::new(),
         };
-        threads.push(guard(&failure, Box::new(move || committer.run(&done_queue))));
+        threads.push(guard(&failure, Box::new(move || committer.run(&done_queue)))?);
 
         let mut fetches = JoinSet::new();
-        let (requests, bytes) = match self.fetcher.rtt() >= FETCH_FAR_FROM {
-            true => (FETCH_IN_FLIGHT_FAR_MAX, UNCOMMITTED_BYTES_FAR_MAX),
-            false => (FETCH_IN_FLIGHT_MAX, UNCOMMITTED_BYTES_MAX),
-        };
-        let (in_flight, uncommitted) = (Arc::new(Semaphore::new(requests)), Arc::new(Semaphore::new((bytes / BUDGET_UNIT) as usize)));
+        let in_flight = Arc::new(Semaphore::new(requests));
         let buffers = fetch::buffers();
         while let Some(batch) = batch_queue.recv().await {
             let Ok(turn) = in_flight.clone().acquire_owned().await else { break };
-            let units = batch.bytes.div_ceil(BUDGET_UNIT).max(1) as u32;
+            let units = batch.bytes.div_ceil(UNIT_BYTES).max(1) as u32;
             // Its own limit first: a transfer that waits for its disk holds none of what the others need.
             let Ok(own) = uncommitted.clone().acquire_many_owned(units).await else { break };
-            let Ok(memory) = self.shared.budget.clone().acquire_many_owned(units).await else { break };
+            let Some(memory) = self.shared.memory.take(self.incoming.artifact.kind, units).await else { break };
             let share = Share { _memory: Arc::new(memory), uncommitted: Arc::new(own) };
             if failure.token.is_cancelled() {
                 break;
@@ -349,6 +409,17 @@ impl Assembly {
         tokio::select! {
             _ = early.join_next() => {}
             () = failure.token.cancelled() => {}
+        }
+        if !failure.stored.load(Ordering::Relaxed) {
+            self.counters.store_failed.store(true, Ordering::Relaxed);
+        }
+        let damaged = std::mem::take(&mut *failure.damaged.lock());
+        if !damaged.is_empty() {
+            let (this, journal, stage) = (self.clone(), journal.clone(), stage.clone());
+            let discarded = self.on_thread(move || this.discard(place, &journal, &stage, &damaged)).await;
+            if let Err(fault) = discarded {
+                tracing::warn!(error = %fault, "a staged file that could not be written could not be removed");
+            }
         }
         match failure.fault.lock().take() {
             Some(fault) => Err(fault),
@@ -385,7 +456,10 @@ async fn fetch_batch(
         let some = frames.some(items.len(), JOB_BYTES, buffers).await?;
         let together = items.by_ref().take(some.len()).zip(some).collect();
         let job = Job::Write { frames: together, share: share.clone() };
-        jobs.send(job).await.map_err(|_| Fault::internal("the writers ended early"))?;
+        if jobs.send(job).await.is_err() {
+            // A writer failed, and is about to say why: that ends this as well.
+            std::future::pending::<()>().await;
+        }
     }
     Ok(())
 }

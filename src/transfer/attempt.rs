@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use tokio_util::sync::CancellationToken;
 
-use super::pace::Pace;
+use super::pace::{Pace, Stall};
 use super::waiting::{Takes, stays};
 use super::{Assembly, Counters, Runner, incoming, stopped, turn, unless};
 use crate::api::types::State;
@@ -19,6 +19,7 @@ use crate::fault::{Fault, Reason};
 use crate::fetch::{Fetcher, blocking};
 use crate::line::Link;
 use crate::manifest;
+use crate::sink::Waits;
 
 /// How often a transfer's progress is written down.
 const PROGRESS_EVERY: Duration = Duration::from_secs(1);
@@ -27,6 +28,7 @@ impl Runner {
     pub(super) async fn attempt(&self, row: &mut TransferRow, counters: &Arc<Counters>, stop: &CancellationToken) -> Result<(), Fault> {
         let inner = &self.inner;
         let resumes_commit = row.state == State::Committing;
+        let id = row.id.clone();
         let _turn = self.turn(row, stop).await?;
         let sink = inner.sinks.of(row.artifact.kind).clone();
         let known = inner.catalogue.by_digest(row.digest).await?.map(|known| known.root);
@@ -35,15 +37,28 @@ impl Runner {
             // The daemon ended in or after the commit: the sink knows which.
             let incoming = incoming(row, root);
             let staged = row.id.in_dir(sink.staging_root());
-            if !staged.exists()
-                && let Ok(landed) = sink.commit(&incoming, &staged).await
-            {
-                return self.land(row, counters, &incoming, landed).await;
+            let looked = staged.clone();
+            let exists = sink.threads().run(move || Ok(looked.exists()));
+            if !unless(stop, self.watched(row, sink.as_ref(), &incoming.waits, Takes::Moments, exists)).await? {
+                let commit = sink.commit(&incoming, &staged);
+                match self.watched(row, sink.as_ref(), &incoming.waits, Takes::ItsTime, commit).await {
+                    Ok(landed) => return self.land(row, counters, &incoming, landed).await,
+                    // What is left of the commit has to wait, for room or for the far end.
+                    Err(fault) if matches!(fault.reason, Reason::NoSpace | Reason::SinkUnavailable) => return Err(fault),
+                    // Nothing was committed, or not all of it is sound: it is brought here again.
+                    Err(fault) => tracing::info!(transfer = %row.id, error = %fault, "the commit cannot be resumed"),
+                }
             }
         }
 
         self.enter(row, State::Planning, None).await;
-        if let Some(landed) = unless(stop, self.still_here(row)).await? {
+        // A thread of an earlier try may hang in the far end, with the folder open.
+        let staging = async { Ok(Arc::new(self.staging_of(&id).await)) };
+        let staging = unless(stop, self.watched(row, sink.as_ref(), &Waits::default(), Takes::AnyTime, staging)).await?;
+        let wanted = row.clone();
+        if let Some(landed) =
+            unless(stop, self.watched(row, sink.as_ref(), &Waits::default(), Takes::AnyTime, self.still_here(&wanted))).await?
+        {
             let Some(root) = known else { return Err(Fault::internal("an artifact that lies here is not in the catalogue")) };
             return self.land(row, counters, &incoming(row, &root), landed).await;
         }
@@ -75,7 +90,12 @@ impl Runner {
         inner.catalogue.add_artifact(&row.artifact, &root, None).await?;
         row.body.bytes.total = root.totals.bytes;
         let incoming = incoming(row, &root);
-        unless(stop, self.reporting(row, &incoming, Takes::Moments, sink.check(&incoming))).await?;
+        unless(stop, self.watched(row, sink.as_ref(), &incoming.waits, Takes::Moments, sink.check(&incoming))).await?;
+        if let Some(landed) =
+            unless(stop, self.watched(row, sink.as_ref(), &incoming.waits, Takes::ItsTime, self.adopted(&incoming))).await?
+        {
+            return self.land(row, counters, &incoming, landed).await;
+        }
 
         self.enter(row, State::Transferring, None).await;
         let assembly = Assembly {
@@ -86,13 +106,14 @@ impl Runner {
             priority: turn::priority(root.totals.bytes),
             counters: counters.clone(),
             stop: stop.clone(),
+            staging: Some(staging),
         };
         let staged = self.staged(row, &assembly).await?;
         self.note_bytes(row, counters);
         row.body.rate = 0;
         self.enter(row, State::Committing, None).await;
         let _alone = self.alone_with(&row.artifact).await;
-        let landed = self.reporting(row, &incoming, Takes::ItsTime, sink.commit(&incoming, &staged)).await?;
+        let landed = self.watched(row, sink.as_ref(), &incoming.waits, Takes::ItsTime, sink.commit(&incoming, &staged)).await?;
         self.land(row, counters, &incoming, landed).await
     }
 
@@ -116,6 +137,7 @@ impl Runner {
     async fn staged(&self, row: &mut TransferRow, assembly: &Assembly) -> Result<PathBuf, Fault> {
         let counters = &assembly.counters;
         let run = assembly.run();
+        let (mut stall, mut was_held_up) = (Stall::default(), false);
         let before = counters.received.load(Ordering::Relaxed);
         tokio::pin!(run);
         // Not the wall clock, which may be set meanwhile.
@@ -130,12 +152,16 @@ impl Runner {
                 staged = &mut run => return staged,
                 _ = ticks.tick() => {
                     self.note_bytes(row, counters);
-                    match assembly.incoming.waits.now() {
-                        Some(report) => row.body.set_fault(Some(&report)),
-                        None if stays(row.body.reason) && counters.received.load(Ordering::Relaxed) > before => row.body.set_fault(None),
-                        None => {}
-                    }
                     let bytes = row.body.bytes;
+                    let stalls = stall.secs(bytes).map(|seconds| {
+                        Fault::unreachable(format!("{} has stored nothing for {seconds} s", assembly.sink.staging_root().display()))
+                    });
+                    let report = assembly.incoming.waits.now().or_else(|| assembly.sink.held_up()).or(stalls);
+                    let gets_further = was_held_up || stays(row.body.reason) && counters.received.load(Ordering::Relaxed) > before;
+                    if report.is_some() || gets_further {
+                        row.body.set_fault(report.as_ref());
+                    }
+                    was_held_up = report.is_some();
                     row.body.rate = pace.rate(now_ms(), bytes.received + bytes.reused);
                     self.inner.last_rate.store(row.body.rate, Ordering::Relaxed);
                     row.body.eta_seconds = pace.eta(bytes.total.saturating_sub(bytes.committed));

@@ -8,18 +8,19 @@ use std::sync::atomic::Ordering;
 
 use tokio::sync::OwnedMutexGuard;
 
-use super::verify::{Found, verify};
+use super::verify::{Found, look, verify};
 use super::{Counters, Runner, incoming};
 use crate::api::types::State;
 use crate::catalogue::TransferRow;
 use crate::fault::{Code, Fault};
 use crate::fetch::blocking;
-use crate::limits::CANCEL_LOOK_MAX;
+use crate::limits::{CANCEL_LOOK_MAX, STANDING_LOOK_MAX};
 use crate::manifest::Digest;
 use crate::names::{ArtifactRef, TransferId};
 use crate::places::PlaceInfo;
 use crate::receipt::Receipt;
 use crate::sink::{Incoming, Landed, Look};
+use crate::wire::{Standing, Stands};
 
 impl Runner {
     /// Waits until nobody else lands, looks at, or takes away this artifact.
@@ -52,11 +53,33 @@ impl Runner {
         };
         let Some(first) = faults.first() else {
             let note = notes.into_iter().next();
+            if row.artifact.kind.is_files() {
+                // A try before may have ended before the version became the active one.
+                let landed = sink.commit(&incoming, &row.id.in_dir(sink.staging_root())).await?;
+                return Ok(Some(Landed { note: landed.note.or(note), ..landed }));
+            }
             return Ok(Some(Landed { place: place.clone(), location: there.location.clone().unwrap_or_default(), note }));
         };
         tracing::warn!(transfer = %row.id, artifact = %row.artifact, faults = faults.len(), first, "what was here is brought again");
         sink.clear(&incoming).await?;
         Ok(None)
+    }
+
+    /// Uses what another site has committed to the same folder, or this one before it lost its state, if it is sound.
+    pub(super) async fn adopted(&self, incoming: &Incoming) -> Result<Option<Landed>, Fault> {
+        let inner = &self.inner;
+        let sink = inner.sinks.of(incoming.artifact.kind);
+        let Some(place) = sink.place_of(&incoming.artifact) else { return Ok(None) };
+        let _alone = self.alone_with(&incoming.artifact).await;
+        if inner.shared.places.staged_by(&incoming.transfer).is_some() || !sink.stands(incoming).await? {
+            return Ok(None);
+        }
+        let faults = verify(sink.as_ref(), inner.shared.store.clone(), incoming, &place, &Look::default()).await?.faults;
+        if let Some(first) = faults.first() {
+            tracing::warn!(artifact = %incoming.artifact, faults = faults.len(), first, "what is in the folder already is not whole");
+            return Ok(None);
+        }
+        sink.commit(incoming, &incoming.transfer.in_dir(sink.staging_root())).await.map(Some)
     }
 
     /// Whether an artifact is here still, by a quick look.
@@ -69,6 +92,46 @@ impl Runner {
         let incoming =
             Incoming { artifact: artifact.clone(), digest, root: there.root, transfer: TransferId::none(), waits: Default::default() };
         if there.published { Ok(true) } else { self.inner.sinks.of(artifact.kind).stands(&incoming).await }
+    }
+
+    /// How an artifact is here, by a look that reads no content and ends in time.
+    pub async fn standing(&self, artifact: &ArtifactRef, digest: Digest) -> Result<Standing, Fault> {
+        let plain = |state, detail: Option<String>| Standing { state, detail: detail.map(Into::into), active: None };
+        let there = match self.inner.catalogue.artifact(artifact).await {
+            Ok(there) if there.digest == digest => there,
+            Err(fault) if fault.code != Code::NotFound => return Err(fault),
+            _ => return Ok(plain(Stands::Missing, None)),
+        };
+        let Some(place) = there.place else { return Ok(plain(Stands::Missing, None)) };
+        if there.published {
+            return Ok(plain(Stands::Sound, None));
+        }
+        let sink = self.inner.sinks.of(artifact.kind).clone();
+        let until = std::time::Instant::now() + STANDING_LOOK_MAX / 2;
+        let look = async {
+            let incoming =
+                Incoming { artifact: artifact.clone(), digest, root: there.root, transfer: TransferId::none(), waits: Default::default() };
+            if !sink.stands(&incoming).await? {
+                return Ok(plain(Stands::Missing, None));
+            }
+            let store = self.inner.shared.store.clone();
+            if artifact.kind.is_files()
+                && let Some(wrong) = look(sink.clone(), store, incoming, place, until).await?
+            {
+                return Ok(plain(Stands::Damaged, Some(wrong)));
+            }
+            Ok::<_, Fault>(Standing { state: Stands::Sound, detail: None, active: sink.active(artifact).await?.map(Into::into) })
+        };
+        Ok(match tokio::time::timeout(STANDING_LOOK_MAX, look).await {
+            Ok(Ok(standing)) => standing,
+            // Something else is in its place: the transfer says what to do.
+            Ok(Err(fault)) if fault.code == Code::Conflict => plain(Stands::Damaged, Some(fault.message)),
+            Ok(Err(fault)) => plain(Stands::Unavailable, Some(fault.message)),
+            Err(_) => {
+                let silent = format!("{} has not answered for {} s", sink.staging_root().display(), STANDING_LOOK_MAX.as_secs());
+                plain(Stands::Unavailable, Some(sink.held_up().map_or(silent, |fault| fault.message)))
+            }
+        })
     }
 
     /// Everything is durable and visible: note where, sign, and say so.

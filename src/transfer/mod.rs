@@ -4,12 +4,14 @@
 //! each transfer is, and is written before anything is told to anybody. A try that fails with a fault that may pass is
 //! made again after a growing pause; what was staged stays.
 //!
-//! Here stands which transfers have a task. `task` is what one does from its start to its end, `attempt` a single try of it, `turn`
+//! This file holds which transfers have a task, and `ending` how one is stopped. `task` is what one does from its start to its end, `attempt` a single try of it, `turn`
 //! what it waits for first, `told` the manifests that came unasked, `landing` the end: place, receipt, and a second look.
 
 mod assemble;
 mod attempt;
+mod ending;
 mod landing;
+mod memory;
 mod pace;
 mod task;
 mod told;
@@ -23,15 +25,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use parking_lot::Mutex;
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{Notify, mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 use crate::api::types::{Bytes, State};
 use crate::catalogue::{Body, Catalogue, TransferRow, Want};
-use crate::durable;
-use crate::fault::{Fault, Reason};
-use crate::fetch::blocking;
+use crate::fault::Fault;
 use crate::identity::SiteIdentity;
 use crate::line::Link;
 use crate::manifest::{Digest, Root};
@@ -39,10 +39,23 @@ use crate::names::{ArtifactRef, Kind, TransferId};
 use crate::sink::{Incoming, Sink};
 use crate::wire::Desired;
 
-pub use assemble::{Assembly, BUDGET_UNIT, Counters, Estimate, Shared, free_room};
+pub use assemble::{Assembly, Counters, Estimate, Shared, free_room};
+pub use memory::Memory;
 use turn::Slots;
 use unwritten::Unwritten;
 pub use verify::{Found, beside, verify};
+
+/// The sinks of a site.
+pub const SINKS: usize = 3;
+
+/// The number of the sink of a kind.
+fn sink_number(kind: Kind) -> usize {
+    match kind {
+        Kind::Dataset | Kind::Operator | Kind::Model => 0,
+        Kind::Labels => 1,
+        Kind::Image => 2,
+    }
+}
 
 /// Transfers that wait for a look at once.
 pub const LOOKS_ASKED_MAX: usize = 16;
@@ -61,11 +74,12 @@ pub struct Sinks {
 impl Sinks {
     /// The sink of a kind.
     pub fn of(&self, kind: Kind) -> &Arc<dyn Sink> {
-        match kind {
-            Kind::Dataset | Kind::Operator | Kind::Model => &self.files,
-            Kind::Labels => &self.labels,
-            Kind::Image => &self.images,
-        }
+        self.all()[sink_number(kind)]
+    }
+
+    /// All of them.
+    pub fn all(&self) -> [&Arc<dyn Sink>; SINKS] {
+        [&self.files, &self.labels, &self.images]
     }
 }
 
@@ -90,8 +104,14 @@ struct Inner {
     identity: watch::Receiver<Arc<SiteIdentity>>,
     link: watch::Receiver<Option<Link>>,
     looks: mpsc::Sender<AskLook>,
-    slots: Slots,
+    slots: [Slots; SINKS],
     running: Mutex<HashMap<TransferId, Running>>,
+    /// Transfers that are being paused or cancelled, each with its generation.
+    ending: Mutex<HashMap<(TransferId, i64), JoinHandle<()>>>,
+    /// Asks for a look at what is left in the staging folders.
+    leftovers: Notify,
+    /// Who uses the staging folder of a transfer does so alone.
+    staging: Mutex<HashMap<TransferId, Arc<tokio::sync::Mutex<()>>>>,
     /// Who lands, looks at, or takes away an artifact does so alone.
     alone: Mutex<HashMap<ArtifactRef, Arc<tokio::sync::Mutex<()>>>>,
     /// Roots of manifests that the hub told of by itself, with the bytes that crossed the line for each.
@@ -133,7 +153,8 @@ impl Runner {
         looks: mpsc::Sender<AskLook>,
         stop: CancellationToken,
     ) -> Self {
-        let (running, alone, told, last_rate, unwritten) = Default::default();
+        let (slots, running, ending, leftovers, staging) = Default::default();
+        let (alone, told, last_rate, unwritten) = Default::default();
         let inner = Inner {
             catalogue,
             shared,
@@ -141,8 +162,11 @@ impl Runner {
             identity,
             link,
             looks,
-            slots: Slots::default(),
+            slots,
             running,
+            ending,
+            leftovers,
+            staging,
             alone,
             told,
             last_rate,
@@ -185,24 +209,17 @@ impl Runner {
                 after: wanted.after.clone(),
                 removed_ms: None,
             };
-            let row = match self.adopt(&row, wanted).await {
-                Ok(row) => row,
+            match self.adopt(&row, wanted).await {
+                Ok(row) => self.follow(&row),
                 Err(fault) => {
                     first.get_or_insert(fault);
-                    continue;
                 }
-            };
-            if let Err(fault) = self.follow(&row).await {
-                // One transfer's trouble must not keep the others from going on.
-                tracing::warn!(transfer = %row.id, error = %fault, "what the hub wants of a transfer could not be done; tried again");
             }
         }
         if complete {
             for row in inner.catalogue.open_transfers(&site).await? {
-                if !desired.iter().any(|d| d.id == row.id)
-                    && let Err(fault) = self.cancel(&row).await
-                {
-                    tracing::warn!(transfer = %row.id, error = %fault, "a transfer could not be cleaned up; tried again");
+                if !desired.iter().any(|d| d.id == row.id) {
+                    self.end(&row, Want::Cancel);
                 }
             }
             inner.unwritten.retain(|id| desired.iter().any(|d| d.id.as_str() == id));
@@ -238,72 +255,18 @@ impl Runner {
     pub async fn start(&self) -> Result<(), Fault> {
         let site = self.inner.identity.borrow().name().clone();
         for row in self.inner.catalogue.open_transfers(&site).await? {
-            if let Err(fault) = self.follow(&row).await {
-                tracing::warn!(transfer = %row.id, error = %fault, "a transfer could not go on; the hub's next list tries it again");
-            }
+            self.follow(&row);
         }
         Ok(())
     }
 
-    async fn follow(&self, row: &TransferRow) -> Result<(), Fault> {
+    fn follow(&self, row: &TransferRow) {
         match row.want {
-            Want::Cancel => self.cancel(row).await,
-            _ if row.state.is_final() => Ok(()),
-            Want::Pause => {
-                self.halt(&row.id).await;
-                if row.state == State::Paused {
-                    return Ok(());
-                }
-                let row = self.inner.catalogue.transfer(&row.id).await?;
-                if row.state.is_final() {
-                    return Ok(());
-                }
-                let mut body = row.body;
-                body.set_fault(Some(
-                    &Fault::internal("paused").with_reason(Reason::PausedByUser).with_next(format!("packhorse resume {}", row.id)),
-                ));
-                self.inner.catalogue.update_transfer(&row.id, row.generation, State::Paused, &body).await
-            }
-            Want::Run => {
-                self.spawn(row);
-                Ok(())
-            }
+            Want::Cancel if !matches!(row.state, State::Done | State::Cancelled) => self.end(row, Want::Cancel),
+            Want::Pause if !row.state.is_final() => self.end(row, Want::Pause),
+            Want::Run if !row.state.is_final() => self.spawn(row),
+            _ => {}
         }
-    }
-
-    /// Stops a transfer's task and waits until it is gone.
-    async fn halt(&self, id: &TransferId) {
-        let running = self.inner.running.lock().remove(id);
-        if let Some(running) = running {
-            running.stop.cancel();
-            let _ = running.task.await;
-        }
-    }
-
-    async fn cancel(&self, row: &TransferRow) -> Result<(), Fault> {
-        self.halt(&row.id).await;
-        let mut row = self.inner.catalogue.transfer(&row.id).await?;
-        if row.state == State::Done || row.state == State::Cancelled {
-            return Ok(());
-        }
-        let staged = row.id.in_dir(self.inner.sinks.of(row.artifact.kind).staging_root());
-        let places = self.inner.shared.places.clone();
-        let id = row.id.clone();
-        blocking(move || {
-            if let Some(place) = places.staged_by(&id) {
-                places.remove(place)?;
-            }
-            durable::remove_all(&staged)
-        })
-        .await?;
-        if self.undone_by_cancel(&mut row).await? {
-            return Ok(());
-        }
-        let mut body = row.body;
-        body.set_fault(Some(
-            &Fault::internal("cancelled").with_reason(Reason::CancelledByUser).with_next(format!("packhorse retry {}", row.id)),
-        ));
-        self.inner.catalogue.update_transfer(&row.id, row.generation, State::Cancelled, &body).await
     }
 
     fn spawn(&self, row: &TransferRow) {
@@ -317,7 +280,7 @@ impl Runner {
         let stop = self.inner.stop.child_token();
         let (this, row, token) = (self.clone(), row.clone(), stop.clone());
         let (id, generation) = (row.id.clone(), row.generation);
-        let task = tokio::spawn(async move { this.go(row, token).await });
+        let task = tokio::spawn(async move { Box::pin(this.go(row, token)).await });
         running.insert(id, Running { stop, generation, task });
     }
 
@@ -326,6 +289,10 @@ impl Runner {
         let all: Vec<Running> = self.inner.running.lock().drain().map(|(_, running)| running).collect();
         for running in all {
             let _ = running.task.await;
+        }
+        let ending: Vec<JoinHandle<()>> = self.inner.ending.lock().drain().map(|(_, task)| task).collect();
+        for task in ending {
+            let _ = task.await;
         }
     }
 }

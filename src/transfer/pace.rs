@@ -3,8 +3,12 @@
 use std::collections::VecDeque;
 use std::time::Duration;
 
+use tokio::time::Instant;
+
+use crate::api::types::Bytes;
 use crate::fault::{Fault, Reason, Retry};
-use crate::limits::{BACKOFF_FIRST, BACKOFF_MAX, SOURCE_PAUSE_MAX};
+use crate::limits::{BACKOFF_FIRST, BACKOFF_MAX, SINK_PAUSE_MAX, SINK_SILENT_AFTER, SOURCE_PAUSE_MAX};
+use crate::sink::rounded_secs;
 
 /// The rate is taken over this much time.
 const WINDOW_MS: u64 = 10_000;
@@ -23,7 +27,12 @@ impl Pause {
             Retry::AfterMs(ms) => Some(Duration::from_millis(ms).max(BACKOFF_FIRST)),
             Retry::Backoff => {
                 // A source comes back at any moment, and asking whether it has costs little.
-                let longest = if fault.reason == Reason::WaitingForSource { SOURCE_PAUSE_MAX } else { BACKOFF_MAX };
+                let longest = match fault.reason {
+                    Reason::WaitingForSource => SOURCE_PAUSE_MAX,
+                    // The try that finds out costs no byte of the line.
+                    Reason::SinkUnavailable | Reason::NoSpace => SINK_PAUSE_MAX,
+                    _ => BACKOFF_MAX,
+                };
                 let whole = BACKOFF_FIRST.saturating_mul(1 << self.tries.min(16)).min(longest);
                 self.tries += 1;
                 Some(whole.mul_f64(rand::random_range(0.5..1.0)))
@@ -62,14 +71,48 @@ impl Pace {
     }
 }
 
+/// Whether bytes that are here are not stored: the disk they go to does not answer.
+#[derive(Debug, Default)]
+pub(super) struct Stall {
+    last: Bytes,
+    since: Option<Instant>,
+}
+
+impl Stall {
+    /// Takes the bytes so far. For how many seconds nothing has moved though something is to be stored, if that is long.
+    pub(super) fn secs(&mut self, bytes: Bytes) -> Option<u64> {
+        let moved = std::mem::replace(&mut self.last, bytes) != bytes;
+        let waits = bytes.received + bytes.reused + bytes.resumed > bytes.committed && bytes.committed < bytes.total;
+        if moved || !waits {
+            self.since = None;
+            return None;
+        }
+        let since = *self.since.get_or_insert_with(Instant::now);
+        Some(since.elapsed()).filter(|time| *time >= SINK_SILENT_AFTER).map(rounded_secs)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    #[tokio::test(start_paused = true)]
+    async fn bytes_that_are_here_and_not_stored_are_noticed() {
+        let mut stall = Stall::default();
+        let bytes = |received, committed| Bytes { total: 100, received, committed, ..Bytes::default() };
+        let mut after = |bytes| (stall.secs(bytes), stall.since.is_some());
+        assert_eq!(after(bytes(50, 20)), (None, false), "it moves");
+        assert_eq!(after(bytes(50, 20)), (None, true));
+        tokio::time::advance(SINK_SILENT_AFTER).await;
+        assert_eq!(after(bytes(50, 20)), (Some(3), true));
+        assert_eq!(after(bytes(50, 50)), (None, false), "stored");
+        assert_eq!(after(bytes(50, 50)), (None, false), "the line brings nothing, which is not the disk's fault");
+    }
+
     #[test]
     fn pauses_grow_to_a_limit_and_end_when_it_is_of_no_use() {
         let mut pause = Pause::default();
-        let fault = Fault::unreachable("x");
+        let fault = Fault::internal("x");
         let waits: Vec<Duration> = (0..20).filter_map(|_| pause.after(&fault)).collect();
         assert_eq!(waits.len(), 20);
         assert!(waits[0] <= BACKOFF_FIRST && waits[19] >= BACKOFF_MAX / 2 && waits[19] <= BACKOFF_MAX);

@@ -6,10 +6,12 @@
 use tokio::sync::{Semaphore, SemaphorePermit};
 use tokio_util::sync::CancellationToken;
 
-use super::{Runner, stopped, unless};
+use super::waiting::Takes;
+use super::{Runner, sink_number, stopped, unless};
 use crate::api::types::State;
 use crate::catalogue::TransferRow;
 use crate::fault::{Code, Fault, Reason};
+use crate::sink::Waits;
 
 /// Transfers of about one size. They wait neither for larger ones nor behind what those asked for.
 struct Size {
@@ -52,14 +54,17 @@ impl Runner {
         if row.state != State::Committing {
             unless(stop, self.let_others_go_first(row)).await?;
         }
-        let turns = &self.inner.slots.0[size(row.body.bytes.total)];
+        // Each sink has its own: one that hangs keeps no transfer of another waiting.
+        let turns = &self.inner.slots[sink_number(row.artifact.kind)].0[size(row.body.bytes.total)];
+        let sink = self.inner.sinks.of(row.artifact.kind).clone();
         if let Ok(turn) = turns.try_acquire() {
             return Ok(turn);
         }
         let wait =
             Fault::internal("other transfers go first").with_reason(Reason::WaitingForTurn).with_next("nothing: it begins by itself");
         self.enter(row, State::Queued, Some(wait)).await;
-        unless(stop, async { turns.acquire().await.map_err(|_| stopped()) }).await
+        let turn = async { turns.acquire().await.map_err(|_| stopped()) };
+        unless(stop, self.watched(row, sink.as_ref(), &Waits::default(), Takes::AnyTime, turn)).await
     }
 
     /// Waits until the transfers that go first are done, or given up.

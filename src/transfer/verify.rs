@@ -1,14 +1,16 @@
 //! Compares what a site holds of an artifact with its manifest.
 
-use std::fs::File;
+use std::io::ErrorKind;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
+use std::sync::Arc;
+use std::time::Instant;
 
 use xxhash_rust::xxh3::xxh3_64;
 
+use crate::durable;
 use crate::fault::{Fault, IoContext};
-use crate::fetch::blocking;
 use crate::limits::OFFENDERS_LISTED_MAX;
 use crate::manifest::{EntryBody, FileInfo, Step, Walk};
 use crate::sink::{Incoming, Look, Place, Sink};
@@ -32,7 +34,7 @@ pub async fn verify(sink: &dyn Sink, store: Store, incoming: &Incoming, place: &
         _ => return Ok(Found { faults, notes: look.take_notes() }),
     };
     let (root, look) = (incoming.root.clone(), look.clone());
-    blocking(move || {
+    let work = move || {
         let (mut faults, mut modes) = (Vec::new(), Listed::default());
         for step in Walk::new(&root, &store) {
             let Step::Entry { entry, .. } = step? else { continue };
@@ -65,18 +67,63 @@ pub async fn verify(sink: &dyn Sink, store: Store, incoming: &Incoming, place: &
             look.note("quick check: names and sizes were compared; no content was read");
         }
         Ok(Found { faults, notes: modes.into_iter().chain(look.take_notes()).collect() })
-    })
-    .await
+    };
+    sink.threads().run(work).await
 }
 
-/// What lies in an artifact's folder and is no part of it, as one line. All that is part of it is there.
-pub async fn beside(store: Store, incoming: &Incoming, place: &Place) -> Result<Option<String>, Fault> {
+/// Looks at what was committed of an artifact without reading it: presence, kinds, sizes, and whether something was written to since.
+/// Returns the first thing that is wrong. What was not looked at by `until` is believed.
+pub(super) async fn look(
+    sink: Arc<dyn Sink>,
+    store: Store,
+    incoming: Incoming,
+    place: Place,
+    until: Instant,
+) -> Result<Option<String>, Fault> {
+    let Place::Folder { path: folder } = place else { return Ok(None) };
+    let threads = sink.threads().clone();
+    let work = move || {
+        let committed = sink.committed_at(&incoming.artifact);
+        for step in Walk::new(&incoming.root, &store) {
+            let Step::Entry { entry, .. } = step? else { continue };
+            if Instant::now() >= until {
+                break;
+            }
+            let path = entry.path.in_dir(&folder);
+            let meta = match std::fs::symlink_metadata(&path) {
+                Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => {
+                    return Ok(Some(format!("{} is gone", path.display())));
+                }
+                other => other.at(path.display())?,
+            };
+            let wrong = match entry.body {
+                EntryBody::Dir => (!meta.is_dir()).then_some("is no folder"),
+                EntryBody::Symlink(target) => {
+                    (std::fs::read_link(&path).ok().as_deref() != Some(Path::new(&target))).then_some("is another link")
+                }
+                EntryBody::File(file) if !meta.is_file() || meta.len() != file.size => Some("has another size"),
+                EntryBody::File(_) => {
+                    let since = meta.modified().ok().zip(committed).is_some_and(|(written, committed)| written > committed);
+                    since.then_some("was written to since it arrived")
+                }
+            };
+            if let Some(wrong) = wrong {
+                return Ok(Some(format!("{} {wrong}", path.display())));
+            }
+        }
+        Ok(None)
+    };
+    threads.run(work).await
+}
+
+/// What lies in an artifact's folder and is no part of it, as one line. `whole`: all that is part of it is there.
+pub async fn beside(sink: &dyn Sink, store: Store, incoming: &Incoming, place: &Place, whole: bool) -> Result<Option<String>, Fault> {
     let folder = match place {
         Place::Folder { path } if incoming.artifact.kind.is_files() => path.clone(),
         _ => return Ok(None),
     };
     let root = incoming.root.clone();
-    blocking(move || {
+    let work = move || {
         // As a rule there is nothing, and then counting says so; else 8 bytes are held of each name.
         let totals = root.totals;
         let (mut there, names) = (0, totals.files + totals.dirs + totals.symlinks);
@@ -84,7 +131,7 @@ pub async fn beside(store: Store, incoming: &Incoming, place: &Place) -> Result<
             there += 1;
             true
         });
-        if there <= names {
+        if whole && there <= names {
             return Ok(None);
         }
         let mut own = Vec::with_capacity(names as usize);
@@ -103,8 +150,8 @@ pub async fn beside(store: Store, incoming: &Incoming, place: &Place) -> Result<
             known
         });
         Ok(strangers.line(|count| format!("{} holds what is no part of it ({count})", folder.display())))
-    })
-    .await
+    };
+    sink.threads().run(work).await
 }
 
 /// Tells `see` of all that lies in `below` of a folder, by its path in there; a folder that it does not want is not looked into. Nor is
@@ -160,7 +207,7 @@ fn size_fault(path: &Path, file: FileInfo) -> Option<String> {
 
 fn file_fault(path: &Path, file: FileInfo) -> Option<String> {
     let mut hasher = blake3::Hasher::new();
-    match File::open(path).and_then(|f| hasher.update_reader(f).map(|_| ())).at("read") {
+    match durable::open_regular_nofollow(path).and_then(|f| hasher.update_reader(f).map(|_| ())).at("read") {
         Err(fault) => Some(fault.message),
         Ok(()) => (*hasher.finalize().as_bytes() != file.hash.0).then(|| "its content is not what was delivered".to_owned()),
     }

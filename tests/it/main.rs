@@ -21,6 +21,7 @@ mod hostile_requests;
 mod idle;
 mod images;
 mod interruption;
+mod nas;
 mod offline;
 mod open_files;
 mod quickstart;

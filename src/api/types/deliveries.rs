@@ -75,6 +75,9 @@ pub struct Delivered {
     /// The sites that the selection means too and that get nothing (told at the hub only).
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub left_out: Vec<LeftOut>,
+    /// What was found at sites that had it already: what is delivered again and why, and what is held but not active.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub notes: Vec<String>,
 }
 
 /// A site that does not get an artifact, because `[share] allow` leaves it out.

@@ -24,12 +24,13 @@ use crate::limits;
 use crate::manifest::FileInfo;
 use crate::names::{ArtifactRef, RelPath};
 use crate::registry::image::{Descriptor, REF_NAME, Sha256, Tree, walk};
-use crate::sink::{Incoming, Landed, Look, Place, Sink};
+use crate::sink::{Incoming, Landed, Look, Place, Sink, Threads};
 
 /// Writes images to a folder of OCI layouts.
 pub struct LayoutSink {
     root: PathBuf,
     staging_root: PathBuf,
+    threads: Threads,
     /// One lock a name: whoever replaces its `index.json` or sweeps its blobs holds it.
     locks: Mutex<HashMap<String, Arc<tokio::sync::Mutex<()>>>>,
 }
@@ -42,7 +43,7 @@ impl LayoutSink {
         }
         durable::create_dir_all(&path)?;
         durable::create_dir_all(&staging_root)?;
-        Ok(Self { root: path, staging_root, locks: Mutex::default() })
+        Ok(Self { root: path, staging_root, threads: Threads::new("sink images"), locks: Mutex::default() })
     }
 
     fn layout(&self, artifact: &ArtifactRef) -> PathBuf {
@@ -254,6 +255,10 @@ fn check_blob(path: &Path, digest: &Sha256, size: u64) -> Result<Option<String>,
 impl Sink for LayoutSink {
     fn staging_root(&self) -> &Path {
         &self.staging_root
+    }
+
+    fn threads(&self) -> &Threads {
+        &self.threads
     }
 
     async fn check(&self, incoming: &Incoming) -> Result<(), Fault> {

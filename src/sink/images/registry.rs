@@ -24,7 +24,7 @@ use crate::names::{ArtifactRef, RelPath};
 use crate::registry::image::{Descriptor, Sha256, Tree, walk};
 use crate::registry::reference::check_repository;
 use crate::registry::{Credentials, Deleted, Error, LocalBlob, Origin, Registry};
-use crate::sink::{Incoming, Landed, Look, Place, Sink};
+use crate::sink::{Incoming, Landed, Look, Place, Sink, Threads};
 
 /// Writes images to a registry.
 pub struct RegistrySink {
@@ -33,6 +33,7 @@ pub struct RegistrySink {
     prefix: String,
     create_project: bool,
     staging_root: PathBuf,
+    threads: Threads,
     /// Where blobs are known to lie, so that another repository can mount them. A hint: forgotten at a restart.
     seen: Mutex<HashMap<Sha256, String>>,
     /// Blobs that were read and are damaged, by repository. They are sent again although the registry has them. A hint as well.
@@ -101,6 +102,7 @@ impl RegistrySink {
             prefix: prefix.into(),
             create_project: cfg.create_project,
             staging_root,
+            threads: Threads::new("sink images"),
             seen: Mutex::default(),
             damaged: Mutex::default(),
             sent: Mutex::default(),
@@ -407,6 +409,10 @@ fn wrong_size(blob: &Descriptor, size: u64) -> Fault {
 impl Sink for RegistrySink {
     fn staging_root(&self) -> &Path {
         &self.staging_root
+    }
+
+    fn threads(&self) -> &Threads {
+        &self.threads
     }
 
     async fn check(&self, incoming: &Incoming) -> Result<(), Fault> {

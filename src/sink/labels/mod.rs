@@ -48,7 +48,7 @@ use tokio::sync::{Mutex, mpsc};
 use self::canonical::Table;
 use self::compare::Compare;
 use self::engine::{Engine, Held, NewVersion, Rows, joined, not_held};
-use super::{Incoming, Landed, Look, Place, Sink};
+use super::{Incoming, Landed, Look, Place, Sink, Threads};
 use crate::config;
 use crate::durable;
 use crate::fault::{Fault, IoContext};
@@ -62,6 +62,7 @@ pub struct LabelsSink {
     engine: Box<dyn Engine>,
     staging: PathBuf,
     kept: PathBuf,
+    threads: Threads,
     /// Held by the thread that changes what lies below `kept`.
     changing: Arc<Mutex<()>>,
 }
@@ -96,7 +97,7 @@ pub fn open(cfg: Option<&config::LabelsSink>, data_dir: &Path) -> Result<Arc<Lab
     };
     let (staging, kept) = (data_dir.join("staging").join("labels"), data_dir.join("labels"));
     durable::create_dir_all(&staging)?;
-    Ok(Arc::new(LabelsSink { engine, staging, kept, changing: Arc::default() }))
+    Ok(Arc::new(LabelsSink { engine, staging, kept, threads: Threads::new("sink labels"), changing: Arc::default() }))
 }
 
 /// Runs file work on a blocking thread.
@@ -209,6 +210,10 @@ impl Sink for LabelsSink {
         &self.staging
     }
 
+    fn threads(&self) -> &Threads {
+        &self.threads
+    }
+
     async fn check(&self, incoming: &Incoming) -> Result<(), Fault> {
         labels_info(incoming)?;
         self.engine.prepare(incoming.root.totals.bytes).await?;
@@ -244,6 +249,10 @@ impl Sink for LabelsSink {
         }
         let place = self.keep(artifact, staged).await?;
         Ok(Landed { place, location: self.engine.location(artifact.name(), artifact.version()), note: None })
+    }
+
+    async fn active(&self, artifact: &ArtifactRef) -> Result<Option<String>, Fault> {
+        self.engine.active(artifact.name()).await
     }
 
     async fn activate(&self, artifact: &ArtifactRef) -> Result<(), Fault> {

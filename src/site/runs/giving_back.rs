@@ -4,13 +4,15 @@
 
 use super::{OPEN_MAX, Try, now_ms};
 use crate::api::types::State;
-use crate::catalogue::TransferRow;
+use crate::catalogue::{ArtifactRow, TransferRow};
 use crate::fault::{Code, Fault};
 use crate::fetch::blocking;
-use crate::names::RunName;
+use crate::names::{RunName, TransferId};
 use crate::run::Borrowed;
 use crate::run::site::{Event, Run, may_go};
+use crate::sink::{Incoming, Sink};
 use crate::site::Site;
+use crate::transfer::beside;
 
 /// What came of giving something back.
 enum Back {
@@ -104,7 +106,14 @@ impl Site {
                     return Ok(Back::NotNow);
                 }
             }
-            stays = inner.sinks.of(artifact.kind).remove(artifact).await?;
+            let sink = inner.sinks.of(artifact.kind);
+            stays = match there.as_ref().map(|there| strangers(self, sink.as_ref(), there)) {
+                Some(found) => found.await?,
+                None => None,
+            };
+            if stays.is_none() {
+                stays = sink.remove(artifact).await?;
+            }
             let (places, digest) = (inner.shared.places.clone(), row.digest);
             blocking(move || places.remove_digest(digest)).await?;
             // It may be published here at this moment.
@@ -123,4 +132,17 @@ impl Site {
 /// Whether a transfer neither goes on nor is still to be given up.
 fn stands_still(row: &TransferRow) -> bool {
     matches!(row.state, State::Done | State::Cancelled)
+}
+
+/// What users have put into the folder of an artifact, which is why it is not removed.
+async fn strangers(site: &Site, sink: &dyn Sink, there: &ArtifactRow) -> Result<Option<String>, Fault> {
+    let (Some(place), true) = (&there.place, there.artifact.kind.is_files()) else { return Ok(None) };
+    let incoming = Incoming {
+        artifact: there.artifact.clone(),
+        digest: there.digest,
+        root: there.root.clone(),
+        transfer: TransferId::none(),
+        waits: Default::default(),
+    };
+    beside(sink, site.inner.shared.store.clone(), &incoming, place, false).await
 }

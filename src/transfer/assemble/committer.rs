@@ -7,11 +7,12 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::Instant;
 
 use parking_lot::RwLock;
-use tokio::sync::OwnedSemaphorePermit;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::growing::Growing;
-use super::{Counters, DIRTY_FILES_MAX, Dest, Done, SYNC_ALL_FROM};
+use super::{Counters, DIRTY_FILES_MAX, Dest, Done, Failure, SYNC_ALL_FROM};
 use crate::chunk::Hash;
+use crate::durable;
 use crate::fault::{Fault, IoContext};
 use crate::limits::{COMMIT_BYTES, COMMIT_EVERY};
 use crate::places::{At, Commit, Journal, Places};
@@ -37,6 +38,9 @@ pub(super) struct Committer {
     /// Files of one chunk, or shared ones.
     pub(super) small: Vec<Arc<Dest>>,
     pub(super) growing: Growing,
+    /// What may be asked for beside the first once something was stored.
+    pub(super) more: Option<(Arc<Semaphore>, usize)>,
+    pub(super) failure: Arc<Failure>,
     /// What a kill may cost, given back when it costs nothing any more.
     pub(super) shares: Vec<Arc<OwnedSemaphorePermit>>,
 }
@@ -79,21 +83,43 @@ impl Committer {
         }
     }
 
+    /// Makes durable what was written. Whatever fails is written again from its beginning: nobody knows what the file holds, and the
+    /// system reports a lost write once only.
+    fn sync(&self) -> Result<(), Fault> {
+        let whole = self.stage.syncs_whole() && self.large.len() + self.small.len() >= SYNC_ALL_FROM;
+        let handles: Vec<_> = self.large.values().map(|dest| (dest, dest.handle.lock().take())).collect();
+        if whole && let Err(fault) = self.stage.sync_filesystem() {
+            self.failure.damaged.lock().extend(self.large.keys().copied().chain(self.small.iter().map(|dest| dest.number)));
+            return Err(fault);
+        }
+        let mut first = Ok(());
+        for (dest, handle) in handles {
+            let Some(file) = handle else { continue };
+            let synced = if whole { Ok(()) } else { file.sync_data() };
+            let closed = durable::close(file);
+            if let Err(fault) = synced.and(closed).at(format_args!("sync {}", dest.path)) {
+                self.failure.damaged.lock().insert(dest.number);
+                first = first.and(Err(fault));
+            }
+        }
+        for dest in self.small.iter().filter(|_| !whole) {
+            if let Err(fault) = self.stage.sync_file(&dest.path) {
+                self.failure.damaged.lock().insert(dest.number);
+                first = first.and(Err(fault));
+            }
+        }
+        first
+    }
+
     /// `all`: the index learns of every chunk; else only once there are many.
     fn flush(&mut self, all: bool) -> Result<(), Fault> {
         if self.commit.ordinals.is_empty() && (self.rows.is_empty() || !all) {
             return Ok(());
         }
-        if self.large.len() + self.small.len() >= SYNC_ALL_FROM {
-            self.stage.sync_filesystem()?;
-        } else {
-            for dest in self.large.values() {
-                let handle = dest.handle.lock().clone();
-                if let Some(file) = handle {
-                    file.sync_data().at(format_args!("sync {}", dest.path))?;
-                }
-            }
-            self.small.iter().try_for_each(|dest| self.stage.sync_file(&dest.path))?;
+        self.sync().inspect_err(|_| self.failure.stored.store(false, Ordering::Relaxed))?;
+        self.counters.store_failed.store(false, Ordering::Relaxed);
+        if let Some((uncommitted, more)) = self.more.take() {
+            uncommitted.add_permits(more);
         }
         self.large.clear();
         self.small.clear();

@@ -12,7 +12,6 @@ use super::{Assembly, INODES_SPARE, ROWS_TOGETHER, SPARE_BYTES, SYNC_ALL_FROM, n
 use crate::chunk::Hash;
 use crate::durable;
 use crate::fault::{Fault, Retry};
-use crate::fetch::blocking;
 use crate::manifest::{EntryBody, FileInfo, KindInfo, Step};
 use crate::names::RelPath;
 use crate::places::{At, Commit, Journal, PlaceInfo};
@@ -53,7 +52,7 @@ impl Assembly {
         if place.is_none() && !adopts {
             durable::remove_all(&path)?;
         }
-        let stage = Stage::open(&path)?;
+        let stage = Stage::open(&path)?.with_fixed_modes(self.sink.fixed_modes());
         let (digest, transfer) = (self.incoming.digest, Some(self.incoming.transfer.to_string()));
         let info = PlaceInfo { place: Place::Folder { path }, digest, transfer, foreign: false };
         let place = match place {
@@ -112,7 +111,9 @@ impl Assembly {
         let journal = RwLock::new(journal);
         let (mut commit, mut current, mut buffer) = (Commit::default(), None, Vec::new());
         let put = |commit: &mut Commit| -> Result<(), Fault> {
-            stage.sync_filesystem()?;
+            if stage.syncs_whole() {
+                stage.sync_filesystem()?;
+            }
             self.shared.places.commit(place, &journal, commit)
         };
         for step in self.walk() {
@@ -123,6 +124,9 @@ impl Assembly {
                 Step::Entry { number, entry, .. } => {
                     current = match entry.body {
                         EntryBody::File(file) if stage.size(&entry.path)? == Some(file.size) => {
+                            if !stage.syncs_whole() {
+                                stage.sync_file(&entry.path)?;
+                            }
                             let opened = stage.open_to_read(&entry.path)?;
                             commit.entries.push((number, entry.path, file));
                             Some((number, opened))
@@ -194,7 +198,7 @@ impl Assembly {
         }
         let this = self.clone();
         // Number, path, file, and the ordinals of its chunks.
-        let files: Vec<(u64, RelPath, FileInfo, Range<u64>)> = blocking(move || {
+        let walk = move || {
             let mut out: Vec<(u64, RelPath, FileInfo, Range<u64>)> = Vec::new();
             for step in this.walk() {
                 match step? {
@@ -211,8 +215,8 @@ impl Assembly {
                 }
             }
             Ok(out)
-        })
-        .await?;
+        };
+        let files: Vec<(u64, RelPath, FileInfo, Range<u64>)> = self.on_thread(walk).await?;
         for (number, path, file, ordinals) in files {
             let holds = tokio::select! {
                 holds = self.sink.holds(&self.incoming, &path, &file) => holds?,
@@ -227,6 +231,26 @@ impl Assembly {
         }
         self.counters.reused.fetch_max(held.bytes, Ordering::Relaxed);
         Ok(held)
+    }
+
+    /// Throws away staged files that could not be written, with all that the journal says of them.
+    pub(super) fn discard(&self, place: u32, journal: &RwLock<Journal>, stage: &Stage, damaged: &HashSet<u64>) -> Result<(), Fault> {
+        let (mut paths, mut ordinals, mut is_one) = (Vec::new(), Vec::new(), false);
+        for step in self.walk() {
+            match step? {
+                Step::Entry { number, entry, .. } => {
+                    is_one = damaged.contains(&number);
+                    if is_one {
+                        paths.push(entry.path);
+                    }
+                }
+                Step::Chunk(_, spot) if is_one && journal.read().has(spot.ordinal) => ordinals.push(spot.ordinal),
+                Step::Chunk(..) => {}
+            }
+        }
+        // The journal first: after a crash in between the file is written again all the same.
+        self.shared.places.uncommit(place, journal, &ordinals)?;
+        paths.iter().try_for_each(|path| stage.remove_file(path))
     }
 
     /// Makes what has no chunks, sets modes, and syncs the tree.
@@ -260,13 +284,17 @@ impl Assembly {
                     if masked || entry.mode != FILE_MODE {
                         stage.set_mode(&entry.path, entry.mode)?;
                     }
-                    if (masked || file.size == 0 || entry.mode != FILE_MODE) && loose.len() < SYNC_ALL_FROM {
-                        loose.push(entry.path);
+                    if masked || file.size == 0 || entry.mode != FILE_MODE {
+                        if !stage.syncs_whole() {
+                            stage.sync_file(&entry.path)?;
+                        } else if loose.len() < SYNC_ALL_FROM {
+                            loose.push(entry.path);
+                        }
                     }
                 }
             }
         }
-        let all = dirs.len() + loose.len() >= SYNC_ALL_FROM;
+        let all = stage.syncs_whole() && dirs.len() + loose.len() >= SYNC_ALL_FROM;
         if !all {
             loose.iter().try_for_each(|path| stage.sync_file(path))?;
         }

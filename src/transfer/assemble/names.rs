@@ -163,7 +163,7 @@ mod tests {
     #[test]
     fn all_that_a_sink_cannot_hold_is_refused_together() {
         checked(Mount::default(), fill).unwrap();
-        let mount = Mount { windows_names: true, folding: BOTH, no_links: true };
+        let mount = Mount { windows_names: true, folding: BOTH, no_links: true, ..Mount::default() };
         let fault = checked(mount, fill).unwrap_err();
         assert_eq!((fault.reason, fault.retry), (Reason::SinkRefused, Retry::Never), "{fault:?}");
         assert!(fault.message.starts_with("5 entries of dataset/d:v1 cannot exist at this site: "), "{fault}");

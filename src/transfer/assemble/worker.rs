@@ -5,14 +5,15 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::mpsc::SyncSender;
+use std::sync::mpsc::{SendError, SyncSender};
 
 use bytes::Bytes;
 use parking_lot::Mutex;
 use tokio::sync::mpsc;
 
-use super::{Counters, Dest, Done, Item, Job, Local, Shared, Whole};
+use super::{Counters, Dest, Done, Failure, Item, Job, Local, Shared, Whole};
 use crate::chunk::Hash;
+use crate::durable;
 use crate::fault::{Code, Fault, IoContext};
 use crate::frame::Verified;
 use crate::manifest::{ChunkRef, Spot};
@@ -28,6 +29,7 @@ pub(super) struct Worker {
     pub(super) stage: Arc<Stage>,
     pub(super) shared: Shared,
     pub(super) counters: Arc<Counters>,
+    pub(super) failure: Arc<Failure>,
     pub(super) done: SyncSender<Vec<Done>>,
     /// Reads what lies here.
     pub(super) local: Reader,
@@ -53,7 +55,9 @@ impl Worker {
                         first.uncommitted = Some(share.uncommitted.clone());
                     }
                     drop(share);
-                    self.report(done)?;
+                    if self.report(done).is_err() {
+                        return Ok(());
+                    }
                 }
                 Job::Copy(copies) => {
                     let (mut run, mut done) = (None, Vec::new());
@@ -70,7 +74,9 @@ impl Worker {
                         }
                     }
                     self.end_run(run, &mut done)?;
-                    self.report(done)?;
+                    if self.report(done).is_err() {
+                        return Ok(());
+                    }
                 }
                 Job::Share(wholes) => {
                     let mut done = Vec::with_capacity(wholes.len());
@@ -92,14 +98,17 @@ impl Worker {
                             }
                         }
                     }
-                    self.report(done)?;
+                    if self.report(done).is_err() {
+                        return Ok(());
+                    }
                 }
             }
         }
     }
 
-    fn report(&self, done: Vec<Done>) -> Result<(), Fault> {
-        self.done.send(done).map_err(|_| Fault::internal("the committer ended early"))
+    /// Hands over what is in place. An error means that the committer failed, and says why itself.
+    fn report(&self, done: Vec<Done>) -> Result<(), SendError<Vec<Done>>> {
+        self.done.send(done)
     }
 
     /// Puts verified bytes at their place; those that follow each other go together.
@@ -117,29 +126,47 @@ impl Worker {
 
     /// Writes what was put.
     fn end_run(&self, run: Option<Run>, done: &mut Vec<Done>) -> Result<(), Fault> {
-        let Some(Run { dest, offset, len, chunks, parts }) = run else { return Ok(()) };
+        let Some(run) = run else { return Ok(()) };
+        self.write(run, done).inspect_err(|_| self.failure.stored.store(false, Ordering::Relaxed))
+    }
+
+    fn write(&self, run: Run, done: &mut Vec<Done>) -> Result<(), Fault> {
+        let Run { dest, offset, len, chunks, parts } = run;
         if len == dest.file.size {
             // The whole of it: nobody needs it open any longer.
             let file = self.stage.open_file(&dest.path, 0)?;
-            stage::write_parts(&file, &parts, offset).at(format_args!("write {}", dest.path))?;
+            let written = stage::write_parts(&file, &parts, offset);
+            let closed = durable::close(file);
+            written.and(closed).at(format_args!("write {}", dest.path)).inspect_err(|_| self.is_damaged(&dest))?;
         } else {
             // Held while writing: the kernel lets one in at a time, and has the others spin.
             let mut handle = dest.handle.lock();
             let file = match &mut *handle {
                 Some(file) => file,
-                none => none.insert(Arc::new(self.stage.open_file(&dest.path, dest.file.size)?)),
+                none => none.insert(self.stage.open_file(&dest.path, dest.file.size)?),
             };
-            stage::write_parts(file, &parts, offset).at(format_args!("write {}", dest.path))?;
+            let written = stage::write_parts(file, &parts, offset);
             drop(handle);
+            // What is full or beyond its quota took nothing of these bytes; other errors may have cost what was written before.
+            written.at(format_args!("write {}", dest.path)).inspect_err(|fault| {
+                if fault.code != Code::NoSpace {
+                    self.is_damaged(&dest);
+                }
+            })?;
         }
         done.push(Done { dest, chunks, bytes: len, written: true, uncommitted: None });
         Ok(())
     }
 
+    /// Has a file written again from its beginning.
+    fn is_damaged(&self, dest: &Dest) {
+        self.failure.damaged.lock().insert(dest.number);
+    }
+
     /// Makes the staged file the same as one that lies here, and checks all bytes of that.
     fn share(&mut self, dest: &Dest, from: &Local) -> Result<stage::Shared, Fault> {
         let Local { path: from, link } = from;
-        let file = File::open(from).at(from.display())?;
+        let file = durable::open_regular_nofollow(from).at(from.display())?;
         if file.metadata().at(from.display())?.len() != dest.file.size {
             return Err(Fault::integrity("its size is another"));
         }
@@ -172,7 +199,7 @@ impl Worker {
 
     /// Copies a file's chunks from one that lies here and cannot be shared; what cannot be read is left to the next pass.
     fn copy_whole(&self, dest: &Arc<Dest>, chunks: &[(Hash, u64, u64, u32)], from: &Path, done: &mut Vec<Done>) -> Result<(), Fault> {
-        let source = File::open(from).ok();
+        let source = durable::open_regular_nofollow(from).ok();
         let mut run = None;
         for &(id, ordinal, offset, len) in chunks {
             let mut out = vec![0; len as usize];

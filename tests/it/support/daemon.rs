@@ -564,7 +564,8 @@ impl Site {
             let inside = path.strip_prefix(&self.root).expect("found under the root");
             let hidden = inside.components().next().is_some_and(|c| c.as_os_str().to_string_lossy().starts_with('.'));
             // The notes of what stands are Packhorse's own and stay.
-            let note = inside.starts_with(".packhorse/versions") || inside == Path::new(".packhorse/id");
+            let note =
+                inside.starts_with(".packhorse/versions") || inside.starts_with(".packhorse/sites") || inside == Path::new(".packhorse/id");
             hidden && !note && path.metadata().is_ok_and(|m| m.is_file() && m.len() > 0)
         })
     }

@@ -8,6 +8,9 @@ use super::{secs, skipped};
 /// The smallest XFS that its tools make, and a little.
 const XFS_BYTES: u64 = 400 << 20;
 
+/// The smallest btrfs that its tools make, and a little.
+const BTRFS_BYTES: u64 = 128 << 20;
+
 /// A small filesystem, taken away when dropped.
 pub(crate) struct SmallDisk {
     path: PathBuf,
@@ -29,6 +32,16 @@ impl SmallDisk {
     /// XFS in a file: a disk on which files can share blocks, and whose power can be cut. As above.
     pub(crate) fn mount_xfs(path: &Path, image: &Path) -> Option<Self> {
         Self::make(path, image, XFS_BYTES, bound("mkfs.xfs").args(["-q", "-m", "reflink=1"]))?.mounted("xfs", "loop", image.to_str()?)
+    }
+
+    /// A small one of this kind: `ext4`, `xfs`, `btrfs`, or `tmpfs`, which has few inodes. As above.
+    pub(crate) fn mount(kind: &str, path: &Path, image: &Path) -> Option<Self> {
+        match kind {
+            "ext4" => Self::mount_ext4(path, image, 64 << 20),
+            "xfs" => Self::mount_xfs(path, image),
+            "btrfs" => Self::make(path, image, BTRFS_BYTES, bound("mkfs.btrfs").arg("-q"))?.mounted("btrfs", "loop", image.to_str()?),
+            _ => Self { path: path.into(), image: None }.mounted("tmpfs", "size=64m,nr_inodes=200", "tmpfs"),
+        }
     }
 
     fn make(path: &Path, image: &Path, bytes: u64, mkfs: &mut std::process::Command) -> Option<Self> {

@@ -4,6 +4,7 @@ pub(crate) mod command;
 pub(crate) mod daemon;
 pub(crate) mod data;
 pub(crate) mod disk;
+pub(crate) mod faulty;
 pub(crate) mod harbor;
 pub(crate) mod hostile;
 pub(crate) mod http;

@@ -1,0 +1,371 @@
+//! A NAS that fails, hangs, fills up, comes late or is used by others: what is `done` is true, and nothing else waits for it.
+
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use fuser::Errno;
+
+use crate::support::daemon::{Hub, Site, SiteSpec, Transfer};
+use crate::support::disk::SmallDisk;
+use crate::support::faulty::{Faults, Faulty, Op};
+use crate::support::tree::assert_same;
+use crate::support::{Scratch, data, is_root, limit, secs, wait_for};
+
+/// A hub, and a site whose NAS has faults. The NAS goes first, and answers then: nobody who waits for it can be killed.
+struct Lab {
+    nas: Faulty,
+    site: Site,
+    hub: Hub,
+    scratch: Scratch,
+}
+
+impl Lab {
+    fn new() -> Option<Self> {
+        let scratch = Scratch::new();
+        let root = scratch.join("nas");
+        let nas = Faulty::mount(&root, &scratch.join("behind"))?;
+        let hub = Hub::start_new(scratch.path());
+        let site = Site::start_new(scratch.path(), &hub, "chengdu", &SiteSpec { root: Some(root), ..SiteSpec::default() });
+        Some(Self { site, hub, nas, scratch })
+    }
+
+    /// So many files of so many bytes each.
+    fn source(&self, name: &str, files: usize, bytes: usize) -> PathBuf {
+        let root = self.scratch.join(name);
+        for number in 0..files {
+            data::write(&root.join(format!("part-{number:03}")), &data::noise(&mut data::rng(&format!("{name}{number}")), bytes));
+        }
+        root
+    }
+
+    fn deliver(&self, source: &Path, reference: &str) -> String {
+        self.hub.publish(source, reference, &[]);
+        self.hub.deliver(&[reference], "chengdu").remove(0)
+    }
+
+    fn waits(&self, id: &str, reason: &str) -> Transfer {
+        self.hub.wait_transfer(id, reason, secs(20), |t| t.reason.as_deref() == Some(reason))
+    }
+
+    fn behind(&self, reference: &str) -> PathBuf {
+        self.scratch.join("behind").join(reference.replace(':', "/"))
+    }
+}
+
+/// A label set of one line.
+fn labels(scratch: &Scratch, name: &str) -> PathBuf {
+    let path = scratch.join(&format!("{name}.csv"));
+    std::fs::write(&path, "sample_path,class,x,y,w,h\na.png,dent,1,1,5,5\n").unwrap();
+    path
+}
+
+#[test]
+fn a_nas_that_hangs_keeps_nothing_else_waiting() {
+    let _limit = limit(secs(120));
+    let Some(lab) = Lab::new() else { return };
+    lab.nas.set(|faults| faults.hangs = true);
+    let id = lab.deliver(&lab.source("big", 40, 100_000), "dataset/big:v1");
+    let waiting = lab.waits(&id, "sink_unavailable");
+    assert!(waiting.message.as_deref().is_some_and(|m| m.contains("has not answered for")), "{waiting:#?}");
+
+    let doctor = lab.site.cli_within(&["doctor"], secs(15));
+    assert!((doctor.out + &doctor.err).contains("has not answered for"), "doctor says it, and does not hang");
+    lab.hub.cli(&["cancel", &id]).expect(0);
+    lab.hub.publish(&labels(&lab.scratch, "l"), "labels/l:v1", &[]);
+    lab.hub.deliver_and_wait("labels/l:v1", "chengdu", secs(20));
+    lab.hub.wait_transfer(&id, "cancelled", secs(20), |t| t.state == "cancelled");
+
+    lab.nas.heal();
+    lab.hub.cli(&["retry", &id]).expect(0);
+    lab.hub.wait_done(&id, secs(40));
+    assert_same(&lab.scratch.join("big"), &lab.behind("dataset/big:v1"));
+    wait_for("nothing is left in staging", secs(20), || lab.site.leftovers().is_empty().then_some(()));
+}
+
+#[test]
+fn what_was_lost_when_a_file_was_closed_is_never_done() {
+    let _limit = limit(secs(120));
+    let Some(lab) = Lab::new() else { return };
+    lab.nas.set(|faults| {
+        faults.loses = Some("part-00".into());
+        faults.fail.insert(Op::Flush, Errno::EIO);
+        faults.only = "part-00".into();
+    });
+    let source = lab.source("many", 67, 3_000);
+    let id = lab.deliver(&source, "dataset/many:v1");
+    let waiting = lab.waits(&id, "sink_unavailable");
+    assert!(!lab.behind("dataset/many:v1").exists() && !waiting.is_final(), "{waiting:#?}");
+    lab.nas.heal();
+    lab.hub.wait_done(&id, secs(60));
+    assert_same(&source, &lab.behind("dataset/many:v1"));
+    assert!(lab.nas.calls(Op::Fsync) >= 67, "each file is synced where the filesystem cannot be synced as one");
+}
+
+#[test]
+fn after_a_failed_sync_the_file_is_written_again_and_little_is_sent_again() {
+    let _limit = limit(secs(150));
+    let Some(lab) = Lab::new() else { return };
+    let source = lab.source("films", 10, 2 << 20);
+    lab.nas.set(|faults| {
+        faults.fail.insert(Op::Fsync, Errno::ENOSPC);
+        faults.only = "part-00".into();
+        faults.sync_fails_again = true;
+    });
+    let id = lab.deliver(&source, "dataset/films:v1");
+    let waiting = lab.waits(&id, "no_space");
+    assert!(waiting.message.as_deref().is_some_and(|m| m.contains("sync")), "the first error is told: {waiting:#?}");
+    let tries = lab.hub.wait_transfer(&id, "tried again", secs(60), |t| t.attempts >= waiting.attempts + 3);
+    let sent = tries.bytes.wire - waiting.bytes.wire;
+    assert!(sent <= 4 * (3 << 20), "{sent} bytes were sent for three tries that could store nothing");
+    // Those whose sync failed once would fail at each later one, as on SMB.
+    lab.nas.set(|faults| faults.fail.clear());
+    lab.hub.wait_done(&id, secs(60));
+    assert_same(&source, &lab.behind("dataset/films:v1"));
+}
+
+#[test]
+fn a_disk_on_which_every_write_fails_is_sent_nothing_again() {
+    let _limit = limit(secs(120));
+    let Some(lab) = Lab::new() else { return };
+    lab.nas.set(|faults| {
+        faults.fail.insert(Op::Write, Errno::EIO);
+    });
+    let source = lab.source("thirty", 30, 1 << 20);
+    let id = lab.deliver(&source, "dataset/thirty:v1");
+    let waiting = lab.waits(&id, "sink_unavailable");
+    let tries = lab.hub.wait_transfer(&id, "tried again", secs(60), |t| t.attempts >= waiting.attempts + 3);
+    assert_eq!(tries.bytes.received, waiting.bytes.received, "a try that cannot write asks for nothing");
+    lab.nas.heal();
+    lab.hub.wait_done(&id, secs(60));
+    assert_same(&source, &lab.behind("dataset/thirty:v1"));
+}
+
+#[test]
+fn a_nas_that_is_read_only_is_waited_for() {
+    let _limit = limit(secs(90));
+    let Some(lab) = Lab::new() else { return };
+    lab.nas.set(|faults| faults.read_only = true);
+    let source = lab.source("little", 3, 1000);
+    let id = lab.deliver(&source, "dataset/little:v1");
+    lab.waits(&id, "sink_unavailable");
+    lab.nas.heal();
+    lab.hub.wait_done(&id, secs(40));
+    assert_same(&source, &lab.behind("dataset/little:v1"));
+}
+
+#[test]
+fn a_version_is_done_only_once_current_names_it() {
+    let _limit = limit(secs(90));
+    let Some(lab) = Lab::new() else { return };
+    let first = lab.deliver(&lab.source("one", 3, 1000), "dataset/x:v1");
+    lab.hub.wait_done(&first, secs(30));
+    lab.nas.set(|faults| {
+        faults.fail.insert(Op::Rename, Errno::ENOSPC);
+        faults.only = "CURRENT".into();
+    });
+    let second = lab.deliver(&lab.source("two", 3, 1000), "dataset/x:v2");
+    let waiting = lab.waits(&second, "no_space");
+    assert!(!waiting.is_final(), "{waiting:#?}");
+    let again = lab.hub.wait_transfer(&second, "tried again", secs(30), |t| t.attempts > waiting.attempts);
+    assert!(!again.is_final() && lab.site.current("dataset/x") == "v1", "{again:#?}");
+    lab.nas.heal();
+    lab.hub.wait_done(&second, secs(40));
+    assert_eq!(lab.site.current("dataset/x"), "v2");
+}
+
+#[test]
+fn where_modes_are_fixed_files_are_shared_and_nothing_fails() {
+    let _limit = limit(secs(90));
+    let check = |faults: fn(&mut Faults)| {
+        let Some(lab) = Lab::new() else { return };
+        // From the first contact on, for the site finds it out once.
+        lab.nas.set(faults);
+        let source = lab.source("one", 20, 40_000);
+        std::fs::set_permissions(source.join("part-001"), std::os::unix::fs::PermissionsExt::from_mode(0o664)).unwrap();
+        let first = lab.deliver(&source, "dataset/x:v1");
+        lab.hub.wait_done(&first, secs(30));
+        data::write(&source.join("new"), b"n");
+        let second = lab.deliver(&source, "dataset/x:v2");
+        let done = lab.hub.wait_done(&second, secs(30));
+        assert!(done.bytes.received < 100, "all but the new file is here: {:?}", done.bytes);
+        let inode = |version: &str| std::fs::metadata(lab.behind(&format!("dataset/x:{version}")).join("part-002")).unwrap().ino();
+        assert_eq!(inode("v1"), inode("v2"), "it takes no room again");
+    };
+    check(|faults| faults.mode = Some(0o777));
+    check(|faults| {
+        faults.fail.insert(Op::Chmod, Errno::EPERM);
+    });
+    check(|faults| faults.no_size = true);
+}
+
+#[test]
+fn what_cannot_be_removed_keeps_no_daemon_from_starting() {
+    let _limit = limit(secs(90));
+    let Some(mut lab) = Lab::new() else { return };
+    let left = lab.scratch.join("behind/.packhorse/staging/removed-v1-123");
+    std::fs::create_dir_all(&left).unwrap();
+    data::write(&left.join("held-open"), b"x");
+    lab.nas.set(|faults| {
+        faults.fail.insert(Op::Unlink, Errno::EBUSY);
+        faults.only = "held-open".into();
+    });
+    lab.site.stop();
+    lab.site.start();
+    let id = lab.deliver(&lab.source("one", 3, 1000), "dataset/x:v1");
+    lab.hub.wait_done(&id, secs(30));
+    assert!(lab.site.log().contains("a leftover could not be removed"));
+    lab.nas.heal();
+    // It is tried again when a transfer is cancelled, and each minute.
+    lab.nas.set(|faults| faults.hangs = true);
+    let id = lab.deliver(&lab.source("two", 3, 1000), "dataset/x:v2");
+    lab.hub.cli(&["cancel", &id]).expect(0);
+    lab.hub.wait_transfer(&id, "cancelled", secs(20), |t| t.state == "cancelled");
+    lab.nas.heal();
+    wait_for("the leftover is removed", secs(20), || (!left.exists()).then_some(()));
+}
+
+#[test]
+fn a_nas_that_is_mounted_late_is_waited_for() {
+    let _limit = limit(secs(90));
+    let scratch = Scratch::new();
+    let hub = Hub::start_new(scratch.path());
+    let root = scratch.join("mnt/artifacts");
+    let mut site = Site::new(scratch.path(), &hub, "chengdu", &SiteSpec { root: Some(root.clone()), ..SiteSpec::default() });
+    site.join(&hub, &[]);
+    std::fs::remove_dir(&root).unwrap();
+    site.start();
+    hub.wait_online("chengdu", true, secs(20));
+    hub.publish(&labels(&scratch, "l"), "labels/l:v1", &[]);
+    hub.deliver_and_wait("labels/l:v1", "chengdu", secs(20));
+    let source = scratch.join("one");
+    data::write(&source.join("a"), b"a");
+    hub.publish(&source, "dataset/x:v1", &[]);
+    let id = hub.deliver(&["dataset/x:v1"], "chengdu").remove(0);
+    let waiting = hub.wait_transfer(&id, "waiting", secs(20), |t| t.reason.as_deref() == Some("sink_unavailable"));
+    assert!(waiting.message.as_deref().is_some_and(|m| m.contains("is not a folder")), "{waiting:#?}");
+    assert!(!root.exists(), "nothing is made on the disk below the mount");
+    std::fs::create_dir_all(&root).unwrap();
+    hub.wait_done(&id, secs(30));
+    assert_same(&source, &site.folder("dataset/x:v1"));
+}
+
+#[test]
+fn two_sites_on_one_nas_remove_nothing_of_each_other() {
+    let _limit = limit(secs(120));
+    let scratch = Scratch::new();
+    let hub = Hub::start_new(scratch.path());
+    let root = scratch.folder("nas");
+    let spec = || SiteSpec { root: Some(root.clone()), ..SiteSpec::default() };
+    let sites = ["a", "b"].map(|name| Site::start_new(scratch.path(), &hub, name, &spec()));
+    let [a, mut b] = sites;
+    let source = scratch.join("one");
+    data::write(&source.join("p"), &data::noise(&mut data::rng("p"), 100_000));
+    hub.publish(&source, "dataset/x:v1", &[]);
+    for id in hub.deliver(&["dataset/x:v1"], "a,b") {
+        hub.wait_done(&id, secs(40));
+    }
+    assert_same(&source, &a.folder("dataset/x:v1"));
+    // What the other has staged looks like this.
+    let staged = root.join(".packhorse/staging/t-of-another");
+    data::write(&staged.join("half"), b"half");
+    b.stop();
+    b.start();
+    hub.wait_online("b", true, secs(20));
+    data::write(&source.join("q"), b"q");
+    hub.publish(&source, "dataset/x:v2", &[]);
+    for id in hub.deliver(&["dataset/x:v2"], "a,b") {
+        hub.wait_done(&id, secs(40));
+    }
+    assert!(staged.join("half").exists());
+    assert!(b.cli(&["doctor"]).out.contains("used by other sites too"));
+}
+
+#[test]
+fn a_repair_keeps_what_users_put_into_a_version() {
+    let _limit = limit(secs(90));
+    let scratch = Scratch::new();
+    let hub = Hub::start_new(scratch.path());
+    let site = Site::start_new(scratch.path(), &hub, "chengdu", &SiteSpec::default());
+    let source = scratch.join("one");
+    for name in ["a", "b", "sub/c"] {
+        data::write(&source.join(name), &data::noise(&mut data::rng(name), 5_000));
+    }
+    hub.publish(&source, "dataset/x:v1", &[]);
+    hub.deliver_and_wait("dataset/x:v1", "chengdu", secs(30));
+    let folder = site.folder("dataset/x:v1");
+    data::write(&folder.join("results/run1.csv"), b"a user's");
+    std::fs::remove_file(folder.join("b")).unwrap();
+    data::write(&folder.join("sub/c"), b"damaged");
+    let said = site.cli(&["verify", "dataset/x:v1", "--repair"]);
+    assert!((said.out.clone() + &said.err).contains("results"), "the user's files are named: {} {}", said.out, said.err);
+    wait_for("it is whole again", secs(30), || {
+        let same = |name: &str| std::fs::read(source.join(name)).ok() == std::fs::read(folder.join(name)).ok();
+        ["a", "b", "sub/c"].iter().all(|name| same(name)).then_some(())
+    });
+    assert_eq!(std::fs::read(folder.join("results/run1.csv")).unwrap(), b"a user's");
+}
+
+#[test]
+fn every_filesystem_holds_a_version_and_is_waited_for_when_it_is_full() {
+    let _limit = limit(secs(150));
+    if !is_root() {
+        return;
+    }
+    for kind in ["ext4", "xfs", "btrfs", "tmpfs"] {
+        let scratch = Scratch::new();
+        let root = scratch.join("nas");
+        let Some(disk) = SmallDisk::mount(kind, &root, &scratch.join("image")) else { continue };
+        let hub = Hub::start_new(scratch.path());
+        let site = Site::start_new(scratch.path(), &hub, "chengdu", &SiteSpec { root: Some(root.clone()), ..SiteSpec::default() });
+        let source = scratch.join("one");
+        for number in 0..40 {
+            data::write(&source.join(format!("f{number}")), &data::noise(&mut data::rng(&format!("{kind}{number}")), 20_000));
+        }
+        hub.publish(&source, "dataset/x:v1", &[]);
+        let filler = disk.fill("filler", 0);
+        let id = hub.deliver(&["dataset/x:v1"], "chengdu").remove(0);
+        hub.wait_transfer(&id, "full", secs(30), |t| t.reason.as_deref() == Some("no_space"));
+        std::fs::remove_file(filler).unwrap();
+        hub.wait_done(&id, secs(40));
+        assert_same(&source, &site.folder("dataset/x:v1"));
+        assert_eq!(site.current("dataset/x"), "v1", "{kind}");
+    }
+}
+
+#[test]
+fn deliver_says_how_an_artifact_is_at_the_site() {
+    let _limit = limit(secs(120));
+    let Some(lab) = Lab::new() else { return };
+    let deliver = |reference: &str| lab.hub.cli(&["deliver", reference, "--to", "chengdu", "--wait", "--timeout", "40s"]);
+    let source = lab.source("one", 3, 5_000);
+    let first = lab.deliver(&source, "dataset/x:v1");
+    lab.hub.wait_done(&first, secs(30));
+    let sound = deliver("dataset/x:v1").expect(0);
+    assert!(!sound.out.contains("note:"), "{}", sound.out);
+
+    let part = lab.behind("dataset/x:v1").join("part-001");
+    for damage in ["gone", "another size", "another content"] {
+        match damage {
+            "gone" => std::fs::remove_file(&part).unwrap(),
+            "another size" => data::write(&part, b"x"),
+            _ => data::write(&part, &[7; 5_000]),
+        }
+        let said = deliver("dataset/x:v1").expect(0);
+        assert!(said.out.contains("is delivered again"), "{damage}: {}", said.out);
+        assert_same(&source, &lab.behind("dataset/x:v1"));
+    }
+
+    data::write(&source.join("new"), b"n");
+    let second = lab.deliver(&source, "dataset/x:v2");
+    lab.hub.wait_done(&second, secs(30));
+    let held = deliver("dataset/x:v1").expect(0);
+    assert!((held.out.clone() + &held.err).contains("held but not active: the active version is v2"), "{} {}", held.out, held.err);
+    assert!(lab.hub.transfer(&first).message.is_some_and(|m| m.contains("not active")), "status says it too");
+
+    lab.nas.set(|faults| faults.hangs = true);
+    let unknown = lab.hub.cli(&["deliver", "dataset/x:v2", "--to", "chengdu", "--wait", "--timeout", "8s"]).expect(11);
+    assert!(!(unknown.out + &unknown.err).contains("arrived"), "nobody can look now");
+    lab.waits(&second, "sink_unavailable");
+    lab.nas.heal();
+    lab.hub.wait_done(&second, secs(40));
+}
