@@ -2,7 +2,8 @@
 
 use crate::api::types::{Bytes, Delivery, LeftOut, State, Transfer};
 use crate::catalogue::DeliveryRow;
-use crate::limits::OFFENDERS_LISTED_MAX;
+use crate::limits::{NAMES_LISTED_MAX, OFFENDERS_LISTED_MAX};
+use crate::paging::{fitting, json_bytes};
 
 /// The state of the whole. While a part is open: what moves furthest, else why it stands. Once all have ended: `failed` if
 /// one failed, else `cancelled` if one was, else `done`.
@@ -61,8 +62,33 @@ pub fn view(row: &DeliveryRow, parts: Vec<Transfer>) -> Delivery {
         created_at: jiff::Timestamp::from_millisecond(row.created_ms).map(crate::clock::rfc3339).unwrap_or_default(),
         finished_at: state.is_final().then(|| parts.iter().filter_map(|part| part.finished_at.clone()).max()).flatten(),
         note: None,
+        parts_total: None,
         parts,
     }
+}
+
+/// The delivery with as many of its parts as `max` bytes of JSON hold. What the parts are together stays.
+pub fn within(mut whole: Delivery, max: usize) -> Delivery {
+    if json_bytes(&whole) <= max {
+        return whole;
+    }
+    let parts = std::mem::take(&mut whole.parts);
+    whole.parts_total = Some(parts.len() as u64);
+    whole.note.get_or_insert_with(|| {
+        format!("it has {} parts, and not all are listed here: 'packhorse status {}' lists them", parts.len(), whole.id)
+    });
+    let room = max.saturating_sub(json_bytes(&whole));
+    let listed = if room < 2 { 0 } else { fitting(&parts, room) };
+    whole.parts = parts;
+    whole.parts.truncate(listed);
+    // The lists of names alone may be too long.
+    let names = |list: &mut Vec<String>| list.truncate(NAMES_LISTED_MAX);
+    if json_bytes(&whole) > max {
+        names(&mut whole.artifacts);
+        names(&mut whole.sites);
+        whole.parts.clear();
+    }
+    whole
 }
 
 /// Who is left out, as people read it: a text for each artifact and list that leaves sites out.
@@ -103,6 +129,22 @@ mod tests {
         let many: Vec<LeftOut> = (0..OFFENDERS_LISTED_MAX + 2).map(|i| one("model/m:1", &format!("s{i}"), "here")).collect();
         let texts = left_out(&many);
         assert!(texts.len() == 1 && texts[0].ends_with("s19 and 2 more: here"), "{texts:?}");
+    }
+
+    #[test]
+    fn a_delivery_of_many_parts_is_cut_and_says_so() {
+        use crate::api::fake::offline;
+        let parts: Vec<Transfer> = (0..200).map(|n| offline(&format!("t-{n}"), &format!("s{n}"))).collect();
+        let row = DeliveryRow { id: "d-1".parse().unwrap(), run: None, created_ms: 0, parts: vec![] };
+        let whole = view(&row, parts);
+        assert_eq!(within(whole.clone(), 1 << 20), whole, "what fits stays as it is");
+        for max in [50_000, 20_000, 8_000] {
+            let cut = within(whole.clone(), max);
+            assert!(json_bytes(&cut) <= max, "{}", json_bytes(&cut));
+            assert_eq!((cut.parts_total, cut.bytes, cut.done, cut.state), (Some(200), whole.bytes, whole.done, whole.state));
+            assert!(cut.note.is_some_and(|note| note.contains("200 parts")));
+            assert_eq!(cut.parts[..], whole.parts[..cut.parts.len()]);
+        }
     }
 
     #[test]

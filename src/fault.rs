@@ -10,6 +10,9 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use crate::limits::{MESSAGE_BYTES_MAX, NEXT_BYTES_MAX};
+use crate::text;
+
 /// The class of a fault, which is also the exit code of a command that ends with it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -128,9 +131,11 @@ pub struct Fault {
     pub reason: Reason,
     /// Whether to try again.
     pub retry: Retry,
-    /// What, where and why: lower-case, no full stop.
+    /// What, where and why: lower-case, no full stop. That of a peer is cut and cleaned where it is parsed.
+    #[serde(deserialize_with = "text::bounded::<_, MESSAGE_BYTES_MAX>")]
     pub message: String,
     /// What to do next.
+    #[serde(deserialize_with = "text::bounded::<_, NEXT_BYTES_MAX>")]
     pub next: String,
 }
 

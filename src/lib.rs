@@ -33,6 +33,7 @@ pub mod omitted;
 mod open_files;
 pub mod origin;
 pub mod own;
+pub mod paging;
 pub mod places;
 pub mod private;
 pub mod publisher;

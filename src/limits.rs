@@ -225,12 +225,36 @@ pub const RECEIPT_STATEMENT_BYTES_MAX: usize = 16 << 10;
 pub const RECEIPT_SIGNATURE_BYTES_MAX: usize = 1 << 10;
 /// The longest certificate of a receipt, bytes of base64.
 pub const RECEIPT_CERTIFICATE_BYTES_MAX: usize = 8 << 10;
+/// The longest message about a transfer, a run or a fault, bytes; longer ones are cut.
+pub const MESSAGE_BYTES_MAX: usize = 8 << 10;
+/// The longest text that says what to do next, bytes.
+pub const NEXT_BYTES_MAX: usize = 2 << 10;
+/// The longest location of an artifact, bytes: a path and its root.
+pub const LOCATION_BYTES_MAX: usize = 5 << 10;
+/// The longest value of one field in the log, bytes.
+pub const LOG_FIELD_BYTES_MAX: usize = 16 << 10;
+/// The longest version of a program, bytes.
+pub const VERSION_BYTES_MAX: usize = 64;
+/// The entries that the hub keeps of an `allow` list of a site, for sharing or for training; each is a selection of sites.
+pub const ALLOW_ENTRIES_MAX: usize = 10_000;
+/// The longest certificate request, bytes of hex.
+pub const RENEWAL_BYTES_MAX: usize = 16 << 10;
+/// Reports that a site sends in one message, bytes of JSON.
+pub const REPORT_BYTES_MAX: usize = 1 << 20;
+/// One answer to a question over a connection between hub and site, bytes of JSON; longer lists come in several.
+pub const ANSWER_BYTES_MAX: usize = CONTROL_FRAME_BYTES_MAX - (64 << 10);
+/// One list that the API answers with, bytes of JSON; longer lists come in several.
+pub const API_LIST_BYTES_MAX: usize = 4 << 20;
+/// Artifacts or sites of one delivery that are listed when all its names have no room in one answer.
+pub const NAMES_LISTED_MAX: usize = 1_000;
 /// The largest count of bytes that is taken from a peer: 1 EiB, so that 16 of them add up without overflow.
 pub const COUNTED_BYTES_MAX: u64 = 1 << 60;
 /// The largest generation of a transfer: nobody retries so often.
 pub const GENERATION_MAX: i64 = 1 << 40;
 /// The longest id of a transfer, a delivery or a run.
 pub const ID_BYTES_MAX: usize = 64;
+/// Ids that one question of a site names.
+pub const IDS_ASKED_MAX: usize = 2_500;
 /// Transfer ids in one API query: a request line has room for 64 KiB.
 pub const API_IDS_MAX: usize = 200;
 /// The largest configuration file.
@@ -380,8 +404,6 @@ pub const BUNDLE_LIST_BYTES_MAX: usize = 64 << 20;
 pub const CHECK_EVERY_MIN: Duration = Duration::from_secs(1);
 /// Artifacts that changed where they were published, which a site tells the hub of in one message; others are told as these are mended.
 pub const CHANGED_TOLD_MAX: i64 = 500;
-/// Characters of what is said of one of them.
-pub const CHANGED_CHARS_MAX: usize = 8 << 10;
 /// How long a command waits for a daemon that went away while it did a job: after a restart it knows the job no more.
 pub const JOB_AWAY_MAX: Duration = Duration::from_secs(15);
 /// How long a cancelled job may take to stop by itself before it is given up.

@@ -11,6 +11,7 @@ use utoipa::ToSchema;
 
 use crate::fault::Fault;
 use crate::limits::{OMITTED_EXAMPLE_CHARS_MAX, OMITTED_EXAMPLES_MAX};
+use crate::text::is_unsafe;
 
 /// A kind of content that is left out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, ToSchema)]
@@ -126,7 +127,8 @@ impl Omitted {
             if counted.examples.len() == OMITTED_EXAMPLES_MAX {
                 break;
             }
-            counted.examples.push(example.chars().take(OMITTED_EXAMPLE_CHARS_MAX).collect());
+            let safe = example.chars().map(|c| if is_unsafe(c) { char::REPLACEMENT_CHARACTER } else { c });
+            counted.examples.push(safe.take(OMITTED_EXAMPLE_CHARS_MAX).collect());
         }
     }
 

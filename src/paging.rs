@@ -26,6 +26,28 @@ pub fn json_bytes<T: Serialize + ?Sized>(value: &T) -> usize {
     counter.0
 }
 
+/// Room for rows that are made one after the other.
+#[derive(Debug)]
+pub struct Budget {
+    left: usize,
+    empty: bool,
+}
+
+impl Budget {
+    /// Room for so many bytes of JSON.
+    pub fn new(max: usize) -> Self {
+        Self { left: max, empty: true }
+    }
+
+    /// Whether there is room for one more; the first always has it.
+    pub fn takes<T: Serialize>(&mut self, row: &T) -> bool {
+        let bytes = json_bytes(row) + 1;
+        let takes = self.empty || bytes <= self.left;
+        (self.left, self.empty) = (self.left.saturating_sub(bytes), false);
+        takes
+    }
+}
+
 /// How many of these rows, from the first, have together no more than `max` bytes as a JSON list; at least one.
 pub fn fitting<T: Serialize>(rows: &[T], max: usize) -> usize {
     let mut total = 2;
@@ -62,6 +84,10 @@ mod tests {
         assert!(all.len() > 10);
         assert_eq!(pages(vec!["y".repeat(99), "z".into()], 40).count(), 2, "one that is too large goes alone");
         assert_eq!(pages(Vec::<u8>::new(), 40).count(), 0);
+        let mut budget = Budget::new(8);
+        assert_eq!(["0123456789", ""].map(|row| budget.takes(&row)), [true, false]);
+        let mut budget = Budget::new(8);
+        assert_eq!(["ab", "", ""].map(|row| budget.takes(&row)), [true, true, false]);
         assert_eq!(json_bytes(&["a\n"]), serde_json::to_string(&["a\n"]).unwrap().len());
     }
 }

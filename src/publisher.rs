@@ -268,7 +268,7 @@ impl Publisher {
     async fn renew(&self, identity: &SiteIdentity, link: &Link) {
         let work = async {
             let request = identity.make_renewal_request()?;
-            let answer: String = wire::ask(link, &AskHub::Renew { request: hex::encode(request.csr_der()) }).await?;
+            let answer: String = wire::ask(link, &AskHub::Renew { request: wire::renewal(request.csr_der())? }).await?;
             let cert = hex::decode(answer).map_err(|_| Fault::integrity("the hub sent a malformed certificate"))?;
             request.complete(&cert, identity.ca_der())?.save(&self.dir)
         };

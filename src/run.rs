@@ -16,9 +16,11 @@ use serde::{Deserialize, Serialize};
 
 use crate::api::types::{RunActionRequest, RunInput, RunRequest, RunVerb};
 use crate::fault::Fault;
+use crate::limits::TRAINER_TAIL_BYTES;
 use crate::manifest::Digest;
 use crate::names::{ArtifactRef, DeliveryId, Kind, NAME_BYTES_MAX, RunId, RunName, SiteName, TransferId};
 use crate::number;
+use crate::text::{Message, Text};
 
 /// One artifact that a run needs.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -138,13 +140,13 @@ pub struct RunAct {
     pub action: RunVerb,
     /// `finish` only: why it failed, if it did.
     #[serde(default)]
-    pub failed: Option<String>,
+    pub failed: Option<Message>,
 }
 
 impl TryFrom<RunActionRequest> for RunAct {
     type Error = Fault;
     fn try_from(request: RunActionRequest) -> Result<Self, Fault> {
-        Ok(Self { name: known(&request.name)?, action: request.action, failed: request.failed })
+        Ok(Self { name: known(&request.name)?, action: request.action, failed: request.failed.map(Into::into) })
     }
 }
 
@@ -209,6 +211,9 @@ impl From<&Spec> for Lineage {
     }
 }
 
+/// The end of what a trainer said. A byte that is no UTF-8 takes three.
+pub type Tail = Text<{ 3 * TRAINER_TAIL_BYTES }>;
+
 /// How a trainer ended.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Ended {
@@ -217,9 +222,9 @@ pub struct Ended {
     /// The signal that ended it.
     pub signal: Option<i32>,
     /// What happened, in words.
-    pub message: String,
+    pub message: Message,
     /// The end of what it said.
-    pub tail: String,
+    pub tail: Tail,
     /// When.
     pub ended_ms: i64,
 }
@@ -302,12 +307,12 @@ pub struct RunReport {
     /// What it published.
     pub model: Option<Model>,
     /// What it waits for, or why it failed.
-    pub message: Option<String>,
+    pub message: Option<Message>,
     /// Transfers whose artifacts were removed.
     pub removed: Vec<TransferId>,
     /// What of the borrowed is there still though it should be gone, and why.
     #[serde(default)]
-    pub left: Vec<String>,
+    pub left: Vec<Message>,
     /// Whether nothing of it is left to be cleaned up.
     pub released: bool,
 }
@@ -317,7 +322,7 @@ impl RunReport {
     pub fn words(&self) -> Option<&str> {
         let ended = self.ended.as_ref();
         let badly = ended.filter(|ended| !ended.is_well()).map(|ended| &ended.message);
-        badly.or(self.message.as_ref()).or(ended.map(|ended| &ended.message)).map(String::as_str)
+        badly.or(self.message.as_ref()).or(ended.map(|ended| &ended.message)).map(|text| &**text)
     }
 }
 

@@ -11,6 +11,8 @@ use std::marker::PhantomData;
 use serde::de::{self, DeserializeOwned, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Serialize};
 
+use crate::limits::{LOCATION_BYTES_MAX, MESSAGE_BYTES_MAX, NEXT_BYTES_MAX, VERSION_BYTES_MAX};
+
 /// Whether a character can move the cursor, start a control sequence, or change the order in which others are shown.
 pub fn is_unsafe(c: char) -> bool {
     c.is_control() || matches!(c, '\u{061c}' | '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}' | '\u{feff}')
@@ -115,6 +117,20 @@ impl<const MAX: usize> Visitor<'_> for TextVisitor<MAX> {
 pub fn bounded<'de, D: Deserializer<'de>, const MAX: usize>(d: D) -> Result<String, D::Error> {
     Text::<MAX>::deserialize(d).map(Into::into)
 }
+
+/// The same for a field that may be absent.
+pub fn optional<'de, D: Deserializer<'de>, const MAX: usize>(d: D) -> Result<Option<String>, D::Error> {
+    Ok(Option::<Text<MAX>>::deserialize(d)?.map(Into::into))
+}
+
+/// A message: what happened, and why.
+pub type Message = Text<MESSAGE_BYTES_MAX>;
+/// What to do next.
+pub type Next = Text<NEXT_BYTES_MAX>;
+/// Where an artifact is.
+pub type Location = Text<LOCATION_BYTES_MAX>;
+/// The version of a program.
+pub type Version = Text<VERSION_BYTES_MAX>;
 
 /// Text that must stay exactly as it is (a signature covers it, or it is decoded): at most `MAX` bytes, longer ones are
 /// refused. Not for display.

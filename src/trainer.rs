@@ -302,8 +302,8 @@ fn work(folder: &Folder, job: &Job) -> Result<Ended, Fault> {
     Ok(Ended {
         exit_code: status.code(),
         signal: status.signal(),
-        message: why.map_or(how.clone(), |why| format!("{how}: {why}")),
-        tail,
+        message: why.map_or(how.clone(), |why| format!("{how}: {why}")).into(),
+        tail: tail.into(),
         ended_ms: clock::now_unix_ms() as i64,
     })
 }

@@ -25,8 +25,8 @@ use crate::config::Congestion;
 use crate::fault::Fault;
 use crate::fetch::blocking;
 use crate::limits::{
-    ANSWER_IDLE_MAX, ANSWER_MAX, CONTROL_FRAME_BYTES_MAX, FETCH_BATCH_CHUNKS_MAX, MESSAGE_BYTES_PER_SECOND_MIN, MESSAGE_BYTES_SMALL,
-    QUESTION_BYTES_FACTOR, QUESTION_BYTES_MAX, SILENCE_MAX, STANDING_TEXT_BYTES_MAX,
+    ALLOW_ENTRIES_MAX, ANSWER_IDLE_MAX, ANSWER_MAX, CONTROL_FRAME_BYTES_MAX, FETCH_BATCH_CHUNKS_MAX, MESSAGE_BYTES_PER_SECOND_MIN,
+    MESSAGE_BYTES_SMALL, QUESTION_BYTES_FACTOR, QUESTION_BYTES_MAX, RENEWAL_BYTES_MAX, SILENCE_MAX, STANDING_TEXT_BYTES_MAX,
 };
 use crate::line::{Link, RecvHalf, SendHalf};
 use crate::manifest::Digest;
@@ -34,7 +34,7 @@ use crate::names::{ArtifactRef, DeliveryId, RunName, SiteName, SiteSelector, Tra
 use crate::number;
 use crate::omitted::Omitted;
 use crate::run::{DesiredRun, Lineage, RunAct, RunOrder, RunReport};
-use crate::text::Text;
+use crate::text::{self, Exact, FromText, Lenient, Message, Text, Version};
 
 /// First byte of a control stream.
 pub const CONTROL: u8 = b'C';
@@ -152,13 +152,13 @@ pub enum FromSite {
     /// First.
     Hello {
         /// The program's version.
-        version: String,
+        version: Version,
         /// Whom the site shares what is published there with: names or selectors; `None`: everybody.
         #[serde(default)]
-        share: Option<Vec<String>>,
+        share: Option<AllowList>,
         /// The sites that this site trains for: names, or `all`. `None`: it has no trainer, or is older and decides by itself.
         #[serde(default)]
-        train: Option<Vec<String>>,
+        train: Option<AllowList>,
         /// The congestion control that the site's line is set to, for what the hub sends as well.
         #[serde(default)]
         congestion: Congestion,
@@ -169,7 +169,37 @@ pub enum FromSite {
     Runs(Vec<RunReport>),
     /// Everything that was published here in place and is no longer what it was, and how it changed; sent whole on connecting and
     /// whenever it differs.
-    Changed(Vec<(ArtifactRef, String)>),
+    Changed(Vec<(ArtifactRef, Message)>),
+}
+
+/// An `allow` list of a site: the sites that it shares with, or that it trains for. What is no selection of sites is left out, and
+/// allows nobody.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(from = "Vec<Lenient<SiteSelector>>")]
+pub struct AllowList(Vec<SiteSelector>);
+
+impl AllowList {
+    /// The list in a configuration.
+    pub fn of(allow: &[String]) -> Self {
+        Self(allow.iter().filter_map(|text| text.parse().ok()).collect())
+    }
+
+    /// Each entry as text.
+    pub fn texts(&self) -> Vec<String> {
+        self.0.iter().map(ToString::to_string).collect()
+    }
+}
+
+impl From<Vec<Lenient<SiteSelector>>> for AllowList {
+    fn from(list: Vec<Lenient<SiteSelector>>) -> Self {
+        Self(list.into_iter().filter_map(|entry| entry.0).take(ALLOW_ENTRIES_MAX).collect())
+    }
+}
+
+impl FromText for SiteSelector {
+    fn from_text(text: &str) -> Option<Self> {
+        text.parse().ok()
+    }
 }
 
 /// How a transfer stands.
@@ -210,7 +240,7 @@ pub struct Told {
     /// Of which artifact.
     pub digest: Digest,
     /// The frames of the root and of the pages that it lists, behind each other, in base64.
-    pub frames: String,
+    pub frames: Exact<CONTROL_FRAME_BYTES_MAX>,
 }
 
 /// A transfer that the hub wants.
@@ -263,7 +293,7 @@ pub enum AskHub {
     /// A new certificate for the key of this request.
     Renew {
         /// The signing request, DER in hex.
-        request: String,
+        request: Exact<RENEWAL_BYTES_MAX>,
     },
     /// Begin a training run for this site.
     StartRun(RunOrder),
@@ -275,6 +305,9 @@ pub enum AskHub {
     ListRuns {
         /// At most this many.
         limit: u32,
+        /// Behind so many of them: an answer holds as many as fit.
+        #[serde(default)]
+        from: u32,
     },
     /// An artifact was published at the site; the answer is an [`crate::api::types::Published`]. The hub fetches the
     /// manifest over the same line before it answers.
@@ -319,6 +352,11 @@ pub enum AskHub {
         /// Wait so many seconds for that.
         wait: u64,
     },
+}
+
+/// A certificate request, DER, as [`AskHub::Renew`] carries it.
+pub fn renewal(csr_der: &[u8]) -> Result<Exact<RENEWAL_BYTES_MAX>, Fault> {
+    Exact::new(hex::encode(csr_der)).ok_or_else(|| Fault::internal("the certificate request is too long"))
 }
 
 /// The hub asks a site.
@@ -453,6 +491,10 @@ async fn receive_answer<T: DeserializeOwned + Send + 'static>(recv: &mut RecvHal
 /// Sends one message behind its length.
 pub async fn send<T: Serialize + Sync>(to: &mut SendHalf, message: &T) -> Result<(), Fault> {
     let text = serde_json::to_vec(message).map_err(|e| Fault::internal(format!("a message as JSON: {e}")))?;
+    if text.len() > CONTROL_FRAME_BYTES_MAX {
+        // The other end would refuse it, and end the stream.
+        return Err(Fault::internal(format!("a message has {} bytes, and {CONTROL_FRAME_BYTES_MAX} are allowed", text.len())));
+    }
     send_bytes(to, &text).await
 }
 
@@ -520,7 +562,7 @@ async fn receive_body(from: &mut RecvHalf, len: usize) -> Result<Vec<u8>, Fault>
 
 async fn parse<T: DeserializeOwned + Send + 'static>(text: Vec<u8>) -> Result<T, Fault> {
     let is_small = text.len() <= MESSAGE_BYTES_SMALL;
-    let work = move || serde_json::from_slice(&text).map_err(|e| Fault::integrity(format!("the peer sent a malformed message: {e}")));
+    let work = move || text::parse_json(&text).map_err(|why| Fault::integrity(format!("the peer sent a malformed message: {why}")));
     if is_small { work() } else { blocking(work).await }
 }
 

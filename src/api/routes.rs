@@ -26,9 +26,10 @@ use super::types::*;
 use super::{ApiToken, Backend, CURSOR_HEADER, TOKEN_HEADER, VERSION, VERSION_HEADER, body, events, openapi, run_token};
 use crate::fault::Fault;
 use crate::limits::{
-    API_AUDIT_CHARS_MAX, API_BODY_BYTES_MAX, API_LOOK_EVERY, API_PAGE_DELIVERIES, API_PAGE_ROWS, API_QUERY_IDS_MAX, API_ROWS_DEFAULT,
-    API_ROWS_MAX, LONG_POLL_MAX,
+    API_AUDIT_CHARS_MAX, API_BODY_BYTES_MAX, API_LIST_BYTES_MAX, API_LOOK_EVERY, API_PAGE_DELIVERIES, API_PAGE_ROWS, API_QUERY_IDS_MAX,
+    API_ROWS_DEFAULT, API_ROWS_MAX, LONG_POLL_MAX,
 };
+use crate::paging;
 use crate::tally::Tally;
 
 /// What every handler has.
@@ -402,7 +403,13 @@ pub(super) async fn transfers(State(app): State<App>, Q(mut query): Q<TransferQu
     query.limit = Some(limit.min(API_ROWS_DEFAULT));
     let wait = query.since.and(query.wait);
     let look = || -> BoxFuture<'_, _> { Box::pin(app.listed(app.backend.transfers(&query))) };
-    let (transfers, cursor) = wait_for(&app, wait, look, |(transfers, _)| !transfers.is_empty()).await?;
+    let (mut transfers, mut cursor) = wait_for(&app, wait, look, |(transfers, _)| !transfers.is_empty()).await?;
+    if query.since.is_some() && paging::fitting(&transfers, API_LIST_BYTES_MAX) < transfers.len() {
+        // Those that changed first; the next `since` brings the rest.
+        transfers.sort_by_key(|transfer| transfer.cursor);
+        transfers.truncate(paging::fitting(&transfers, API_LIST_BYTES_MAX));
+        cursor = transfers.last().map_or(cursor, |transfer| transfer.cursor);
+    }
     Ok(with_cursor(Json(transfers), cursor))
 }
 

@@ -8,9 +8,9 @@ use reqwest::{Client, Method, Response, StatusCode};
 use serde_json::{Value, json};
 
 use super::fake::{Fake, TOKEN, job, transfer};
-use super::types::State;
+use super::types::{State, Transfer, TransferQuery};
 use crate::fault::{Fault, Retry};
-use crate::limits::{API_BODY_BYTES_MAX, API_CONNECTIONS_MAX, API_HEAD_MAX};
+use crate::limits::{API_BODY_BYTES_MAX, API_CONNECTIONS_MAX, API_HEAD_MAX, API_LIST_BYTES_MAX};
 use crate::tally::Log;
 
 struct Daemon {
@@ -49,6 +49,42 @@ async fn error(response: Response, status: StatusCode, code: &str) -> String {
     assert_eq!(body.as_object().unwrap().keys().collect::<Vec<_>>(), ["code", "message", "next"]);
     assert_eq!(body["code"], code);
     body["message"].as_str().unwrap().to_owned()
+}
+
+#[tokio::test]
+async fn what_changed_comes_in_answers_of_a_bounded_size() {
+    let d = daemon().await;
+    // Each about 8 KiB as JSON: more than one answer holds.
+    for n in 0..700 {
+        let message = Some(format!("{n} {}", "x".repeat(8000)));
+        d.fake.put(Transfer { message, ..transfer(&format!("t{n}"), "chengdu", State::Queued) });
+    }
+    let number = |response: &Response, name: &str| response.headers().get(name).map(|v| v.to_str().unwrap().parse::<u64>().unwrap());
+    // A snapshot is whole, newest first.
+    let rows: Vec<Transfer> = d.get("/v1/transfers?limit=10000").await.json().await.unwrap();
+    let newest_first: Vec<String> = (0..700).rev().map(|n| format!("t{n}")).collect();
+    assert!(rows.iter().map(|row| &row.id).eq(&newest_first), "{} rows", rows.len());
+    // What changed: the cursor goes on behind what was given.
+    let (mut since, mut seen, mut answers) = (0, 0, 0);
+    loop {
+        let response = d.get(&format!("/v1/transfers?limit=10000&since={since}")).await;
+        since = number(&response, "x-packhorse-cursor").unwrap();
+        let text = response.text().await.unwrap();
+        assert!(text.len() <= API_LIST_BYTES_MAX);
+        let rows: Vec<Transfer> = serde_json::from_str(&text).unwrap();
+        if rows.is_empty() {
+            break;
+        }
+        seen += rows.len();
+        answers += 1;
+    }
+    assert!(seen == 700 && answers > 1, "{seen} rows in {answers} answers");
+    // The command line reads the whole snapshot.
+    let api = d.base.strip_prefix("http://").unwrap().parse().unwrap();
+    let nowhere = std::path::Path::new("/nowhere");
+    let client = crate::cli::client::Client::to_daemon(nowhere, api, super::ApiToken::parse(TOKEN).unwrap()).unwrap();
+    let (all, _) = client.transfers(&TransferQuery { limit: Some(10_000), ..TransferQuery::default() }).await.unwrap();
+    assert_eq!(all.len(), 700);
 }
 
 #[tokio::test]

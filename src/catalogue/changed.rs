@@ -5,8 +5,9 @@ use std::hash::Hash;
 
 use super::{ArtifactRow, Catalogue, fault, note};
 use crate::fault::Fault;
-use crate::limits::{CHANGED_CHARS_MAX, CHANGED_TOLD_MAX};
+use crate::limits::CHANGED_TOLD_MAX;
 use crate::names::{ArtifactRef, SiteName};
+use crate::text::Message;
 
 /// An artifact that changed after it was published in place.
 pub struct Changed<P> {
@@ -63,7 +64,7 @@ impl Catalogue {
     }
 
     /// What the hub has to know of what changed here: everything that it has heard of, and how it changed.
-    pub async fn changed_here(&self) -> Result<Vec<(ArtifactRef, String)>, Fault> {
+    pub async fn changed_here(&self) -> Result<Vec<(ArtifactRef, Message)>, Fault> {
         let rows: Vec<(String, String)> = sqlx::query_as(
             "SELECT reference, changed FROM artifact
              WHERE changed IS NOT NULL AND published_ms IS NOT NULL AND offer IS NULL ORDER BY reference LIMIT ?",
@@ -72,15 +73,14 @@ impl Catalogue {
         .fetch_all(&self.read)
         .await
         .map_err(fault)?;
-        rows.into_iter().map(|(name, changed)| Ok((name.parse()?, changed))).collect()
+        rows.into_iter().map(|(name, changed)| Ok((name.parse()?, changed.into()))).collect()
     }
 
     /// Notes what changed at a site, at the hub: these of what is published there, and nothing else of it. `false`: that was known.
-    pub async fn set_changed_at(&self, site: &SiteName, all: &[(ArtifactRef, String)]) -> Result<bool, Fault> {
+    pub async fn set_changed_at(&self, site: &SiteName, all: &[(ArtifactRef, Message)]) -> Result<bool, Fault> {
         // A site may say anything: no more is taken in than one that is sound would say.
         let all = all.iter().take(CHANGED_TOLD_MAX as usize);
-        let all: HashMap<String, String> =
-            all.map(|(artifact, how)| (artifact.to_string(), how.chars().take(CHANGED_CHARS_MAX).collect())).collect();
+        let all: HashMap<String, String> = all.map(|(artifact, how)| (artifact.to_string(), how.to_string())).collect();
         let mut tx = self.write.begin_with("BEGIN IMMEDIATE").await.map_err(fault)?;
         let before: Vec<(String,)> = sqlx::query_as("SELECT reference FROM artifact WHERE changed IS NOT NULL AND origin = ?")
             .bind(site.as_str())

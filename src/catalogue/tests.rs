@@ -400,7 +400,7 @@ async fn what_changed_where_it_was_published_is_an_event_once() {
     // The hub is told of it once it has heard of the artifact itself.
     assert!(catalogue.changed_here().await.unwrap().is_empty());
     catalogue.offered(&names[0]).await.unwrap();
-    assert_eq!(catalogue.changed_here().await.unwrap(), [(names[0].clone(), "b is gone".to_owned())]);
+    assert_eq!(catalogue.changed_here().await.unwrap(), [(names[0].clone(), "b is gone".into())]);
     assert!(catalogue.set_changed(&names[0], None).await.unwrap());
     assert!(catalogue.changed_here().await.unwrap().is_empty());
 }
@@ -441,7 +441,7 @@ async fn the_hub_believes_of_each_site_what_changed_of_its_own() {
         catalogue.add_artifact(name, &root(1), origin).await.unwrap();
     }
     let tell = async |site: usize, of: &[usize]| {
-        let all: Vec<(ArtifactRef, String)> = of.iter().map(|&i| (names[i].clone(), format!("{i} is gone"))).collect();
+        let all: Vec<(ArtifactRef, crate::text::Message)> = of.iter().map(|&i| (names[i].clone(), format!("{i} is gone").into())).collect();
         catalogue.set_changed_at(&sites[site], &all).await.unwrap()
     };
     let check = async |expected: [bool; 4]| {

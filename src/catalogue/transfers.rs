@@ -17,7 +17,7 @@ use crate::manifest::{Digest, KindInfo};
 use crate::names::{ArtifactRef, DeliveryId, RunId, SiteName, TransferId};
 use crate::number;
 use crate::receipt::Receipt;
-use crate::text::Text;
+use crate::text::{Location, Message, Next, Text};
 
 /// What the hub asks of a transfer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -48,9 +48,9 @@ pub struct Body {
     /// Why it is where it is.
     pub reason: Option<Reason>,
     /// In words.
-    pub message: Option<String>,
+    pub message: Option<Message>,
     /// What to do next.
-    pub next: Option<String>,
+    pub next: Option<Next>,
     /// The transfer that must be done first, while it waits for that.
     pub waits_for: Option<TransferId>,
     /// Bytes.
@@ -64,7 +64,7 @@ pub struct Body {
     /// How often it was begun.
     pub attempts: u32,
     /// Where it landed.
-    pub location: Option<String>,
+    pub location: Option<Location>,
     /// The signed receipt.
     #[serde(deserialize_with = "Receipt::lenient")]
     pub receipt: Option<Receipt>,
@@ -79,8 +79,8 @@ impl Body {
     /// Notes a fault, or with `None` that all is well. Whatever it waited for before, it waits for no more.
     pub fn set_fault(&mut self, fault: Option<&Fault>) {
         self.reason = fault.map(|f| f.reason);
-        self.message = fault.map(|f| f.message.clone());
-        self.next = fault.map(|f| f.next.clone());
+        self.message = fault.map(|f| f.message.as_str().into());
+        self.next = fault.map(|f| f.next.as_str().into());
         self.waits_for = None;
     }
 
@@ -179,14 +179,14 @@ impl TransferRow {
             site: self.site.clone(),
             state: self.state,
             reason: body.reason,
-            message: body.message,
-            next: body.next,
+            message: body.message.map(Into::into),
+            next: body.next.map(Into::into),
             waits_for: body.waits_for.map(Into::into),
             bytes: body.bytes,
             rate: if self.state == State::Transferring { body.rate } else { 0 },
             eta_seconds: if self.state == State::Transferring { body.eta_seconds } else { None },
             attempts: body.attempts,
-            location: body.location,
+            location: body.location.map(Into::into),
             note: body.note.map(Into::into),
             created_at: time(self.created_ms),
             updated_at: time(self.updated_ms),

@@ -4,6 +4,7 @@ use jiff::Timestamp;
 use jiff::tz::TimeZone;
 
 use crate::api::types::{State, Transfer};
+use crate::text::is_unsafe;
 
 /// `512 B`, `1.5 GiB`, `40 MiB`: rounded down, so that nothing looks more than it is.
 pub(crate) fn bytes(count: u64) -> String {
@@ -61,7 +62,7 @@ fn in_zone(rfc3339: &str, zone: TimeZone) -> String {
 
 /// The same text without what could steer a terminal: file names and peers' words may hold anything.
 pub(crate) fn clean(text: &str) -> String {
-    text.chars().map(|c| if c.is_control() { '\u{fffd}' } else { c }).collect()
+    text.chars().map(|c| if is_unsafe(c) { '\u{fffd}' } else { c }).collect()
 }
 
 /// [`clean`], with line ends kept and what follows them indented.
@@ -96,6 +97,6 @@ mod tests {
         let zone = TimeZone::fixed(jiff::tz::offset(8));
         assert_eq!(in_zone("2026-11-23T18:30:00.123Z", zone.clone()), "2026-11-24 02:30:00");
         assert_eq!(in_zone("yester\u{1b}[2Jday", zone), "yester\u{fffd}[2Jday");
-        assert_eq!(clean_lines("a\nb\u{7}"), "a\n    b\u{fffd}");
+        assert_eq!(clean_lines("a\nb\u{7}\u{202e}"), "a\n    b\u{fffd}\u{fffd}");
     }
 }

@@ -24,9 +24,13 @@ use std::io::IsTerminal;
 use std::process::ExitCode;
 
 use args::{Command, ConfigCommand, Output, StoreCommand, TokenCommand};
+use tracing_subscriber::field::MakeExt as _;
+use tracing_subscriber::fmt::format;
 
 use crate::api::ErrorBody;
 use crate::fault::Fault;
+use crate::limits::LOG_FIELD_BYTES_MAX;
+use crate::text;
 
 /// Sends the log to stderr: `PACKHORSE_LOG` filters it as RUST_LOG does elsewhere; a daemon says what it does by
 /// default, a command only what is wrong.
@@ -40,7 +44,21 @@ pub fn init_log(args: &Args) {
     });
     let colour = std::io::stderr().is_terminal() && human::colour_wanted();
     // Set once a process; a second call (in tests) changes nothing.
-    let _ = tracing_subscriber::fmt().with_env_filter(filter).with_ansi(colour).with_writer(std::io::stderr).try_init();
+    // One event is one line whatever a peer, a file name or a server put into it.
+    let fields = format::debug_fn(|writer, field, value| {
+        let text = log_text(&format!("{value:?}"));
+        match field.name() {
+            "message" => write!(writer, "{text}"),
+            name => write!(writer, "{name}={text}"),
+        }
+    });
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_ansi(colour).with_writer(std::io::stderr);
+    let _ = log.fmt_fields(fields.delimited(" ")).try_init();
+}
+
+/// A value as the log shows it.
+fn log_text(text: &str) -> String {
+    text::line(&text.replace('\n', "\\n").replace('\t', " "), LOG_FIELD_BYTES_MAX)
 }
 
 /// Does what is asked and returns the process's exit code.

@@ -18,10 +18,12 @@ use crate::delivery;
 use crate::fault::{Fault, Reason};
 use crate::fetch::blocking;
 use crate::identity::{Holder, JoinToken};
-use crate::limits::API_ROWS_MAX;
+use crate::limits::{API_LIST_BYTES_MAX, API_ROWS_MAX};
 use crate::manifest::Root;
 use crate::names::{ArtifactRef, DeliveryId, SiteName, SiteSelector, TransferId, check_label};
 use crate::own::Own;
+use crate::paging::Budget;
+use crate::text::Message;
 use crate::wire::{AskSite, Standing, Stands};
 
 /// How long a site may take to work out a plan.
@@ -451,7 +453,7 @@ impl Backend for Hub {
 
     async fn events(&self, since: u64, limit: u32) -> Result<Vec<Event>, Fault> {
         let sites = self.sites().await?;
-        let mut out = Vec::new();
+        let (mut out, mut room) = (Vec::new(), Budget::new(API_LIST_BYTES_MAX));
         for (mut event, name) in self.inner.catalogue.events(since, limit).await? {
             event.body = match event.what.as_str() {
                 "transfer" => self.inner.catalogue.transfer(&name).await.ok().and_then(|row| serde_json::to_value(self.view(&row)).ok()),
@@ -465,6 +467,9 @@ impl Backend for Hub {
                 _ => sites.iter().find(|s| s.name.as_str() == name).and_then(|s| serde_json::to_value(s).ok()),
             }
             .unwrap_or_default();
+            if !room.takes(&event) {
+                break;
+            }
             out.push(event);
         }
         Ok(out)
@@ -496,7 +501,7 @@ struct Found {
     /// For whoever asked.
     note: Option<String>,
     /// What the transfer says from now on, if it does not begin again.
-    message: Option<String>,
+    message: Option<Message>,
 }
 
 fn found(row: &TransferRow, standing: &Option<Standing>) -> Found {
@@ -515,7 +520,7 @@ fn found(row: &TransferRow, standing: &Option<Standing>) -> Found {
             let message = format!(
                 "it is held but not active: the active version is {active}. To make this content active, publish it under a new version"
             );
-            Found { again: false, note: Some(format!("{artifact} at {site}: {message}")), message: Some(message) }
+            Found { again: false, note: Some(format!("{artifact} at {site}: {message}")), message: Some(message.into()) }
         }
         (Stands::Sound, _) => Found { again: false, note: None, message: None },
     }

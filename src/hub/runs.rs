@@ -365,7 +365,7 @@ impl Hub {
     pub(super) async fn act_on_run(&self, by: Option<&SiteName>, request: &RunAct) -> Result<types::Run, Fault> {
         let run = self.visible_run(by, request.name.as_str()).await?;
         let event = match request.action {
-            RunVerb::Finish => Event::Finish(Finish { failed: request.failed.clone() }),
+            RunVerb::Finish => Event::Finish(Finish { failed: request.failed.as_deref().map(Into::into) }),
             RunVerb::Cancel => Event::Cancel,
         };
         let (run, ..) = self.take(&run.spec.name, event).await?;
@@ -417,7 +417,7 @@ fn view(run: &Run) -> types::Run {
             exit_code: ended.and_then(|e| e.exit_code),
             signal: ended.and_then(|e| e.signal),
             message: site.words().map(str::to_owned),
-            tail: ended.map(|e| e.tail.clone()),
+            tail: ended.map(|e| e.tail.to_string()),
         }
     });
     types::Run {

@@ -18,8 +18,8 @@ use crate::fault::{Code, Fault};
 use crate::fetch::{self, Fetcher};
 use crate::identity::Holder;
 use crate::limits::{
-    ANSWER_IDLE_MAX, ANSWER_MAX, API_ROWS_MAX, FETCH_STREAMS_MAX, LONG_POLL_MAX, MANIFEST_IDLE_MAX, OFFER_MAX, QUESTIONS_AT_ONCE_MAX,
-    SILENCE_MAX, STATE_RETRY_EVERY, STATE_WRITE_BYTES_MIN,
+    ANSWER_BYTES_MAX, ANSWER_IDLE_MAX, ANSWER_MAX, API_ROWS_MAX, FETCH_STREAMS_MAX, LONG_POLL_MAX, MANIFEST_IDLE_MAX, OFFER_MAX,
+    QUESTIONS_AT_ONCE_MAX, RUNS_OPEN_MAX, SILENCE_MAX, STATE_RETRY_EVERY, STATE_WRITE_BYTES_MIN,
 };
 use crate::line::{Link, RecvHalf, SendHalf};
 use crate::manifest::Digest;
@@ -27,7 +27,9 @@ use crate::names::{ArtifactRef, Kind, RunName, SiteName, SiteSelector, WorkIds};
 use crate::omitted::Omitted;
 use crate::run::{DesiredRun, RunReport};
 use crate::space::Space;
+use crate::text::Message;
 use crate::wire::{self, AskHub, CONTROL, Desired, FETCH, FromHub, FromSite, QUESTION, Report};
+use crate::{delivery, paging};
 
 /// What a site told and the catalogue could not take, because its disk is full for example: stored, or asked for, again on this connection.
 #[derive(Default)]
@@ -35,7 +37,7 @@ struct Unstored {
     /// Whether a report of a transfer is among it.
     reports: bool,
     runs: Vec<RunReport>,
-    changed: Option<Vec<(ArtifactRef, String)>>,
+    changed: Option<Vec<(ArtifactRef, Message)>>,
     hello: Option<Hello>,
 }
 
@@ -159,6 +161,7 @@ impl Hub {
                         if congestion != Congestion::Auto {
                             link.set_congestion(congestion);
                         }
+                        let [share, train] = [share, train].map(|list| list.map(|list| list.texts()));
                         if let Err(fault) = self.take_hello(site, share.as_deref(), train.as_deref()).await {
                             tracing::error!(%site, error = %fault, "what a site says of itself could not be stored; tried again");
                             unstored.lock().hello = Some((share, train));
@@ -183,8 +186,13 @@ impl Hub {
                     }
                     FromSite::Runs(reports) => {
                         self.inner.reports.go(site, reports.len()).await;
+                        // The reports of all runs may come in several messages.
+                        let names: Vec<RunName> = reports.iter().map(|report| report.name.clone()).collect();
                         let failed = self.take_run_reports(site, reports).await;
-                        unstored.lock().runs = failed;
+                        let mut unstored = unstored.lock();
+                        unstored.runs.retain(|report| !names.contains(&report.name));
+                        unstored.runs.extend(failed);
+                        unstored.runs.truncate(RUNS_OPEN_MAX);
                     }
                     FromSite::Changed(all) => match self.inner.catalogue.set_changed_at(site, &all).await {
                         Ok(true) => tracing::info!(%site, artifacts = all.len(), "a site tells what changed of what is published there"),
@@ -279,8 +287,10 @@ impl Hub {
         let failed = self.take_run_reports(site, held.runs).await;
         let mut now = unstored.lock();
         // What the site said meanwhile is newer.
-        if now.runs.is_empty() {
-            now.runs = failed;
+        for report in failed {
+            if now.runs.len() < RUNS_OPEN_MAX && now.runs.iter().all(|newer| newer.name != report.name) {
+                now.runs.push(report);
+            }
         }
         held.reports
     }
@@ -353,6 +363,7 @@ impl Hub {
         peer: &SiteName,
         answer: Result<serde_json::Value, Fault>,
     ) -> Result<(), Fault> {
+        let answer = answer.and_then(fits);
         let text = serde_json::to_vec(&answer).map_err(|e| Fault::internal(format!("an answer as JSON: {e}")))?;
         drop(answer);
         let _share = self.inner.questions.take(peer, text.len() as u64, wire::PRIORITY_QUESTION).await?;
@@ -366,16 +377,24 @@ impl Hub {
         match question {
             AskHub::Act { id, action } => self.act_for(site, &id, action).await,
             AskHub::Deliver { artifacts, to } => self.deliver_for(site, &artifacts, &to).await,
-            AskHub::Renew { request } => self.renew_for(&Holder::Site(site.clone()), &request),
+            AskHub::Renew { request } => self.renew_for(&Holder::Site(site.clone()), request.as_str()),
             AskHub::Upload { .. } => Err(Fault::not_allowed("a site publishes at its own daemon").with_next("run the command at the site")),
             AskHub::Delivery(id) => self.delivery_for(site, &id).await,
             AskHub::Transfers { id, since, wait } => self.transfers_for(site, &id, since, wait).await,
             AskHub::StartRun(request) => self.start_run(Some(site), &request).await.and_then(as_json),
             AskHub::ActOnRun(request) => self.act_on_run(Some(site), &request).await.and_then(as_json),
             AskHub::ShowRun(name) => self.show_run(Some(site), name.as_str()).await.and_then(as_json),
-            AskHub::ListRuns { limit } => self.list_runs(Some(site), limit.min(API_ROWS_MAX)).await.and_then(as_json),
+            AskHub::ListRuns { limit, from } => self.runs_for(site, limit.min(API_ROWS_MAX), from).await,
             AskHub::Publish { .. } => Err(Fault::internal("an offer is no plain question")),
         }
+    }
+
+    /// The runs that a site has to do with, behind the first `from` of them: as many as one answer holds.
+    async fn runs_for(&self, site: &SiteName, limit: u32, from: u32) -> Result<serde_json::Value, Fault> {
+        let mut runs = self.list_runs(Some(site), limit).await?;
+        runs.drain(..runs.len().min(from as usize));
+        runs.truncate(paging::fitting(&runs, ANSWER_BYTES_MAX));
+        as_json(runs)
     }
 
     /// A site may send on what it was given, and nothing else: it cannot make itself entitled to the rest.
@@ -393,7 +412,7 @@ impl Hub {
         if !self.may_see(site, &row.parts).await? {
             return Err(no_delivery(id));
         }
-        as_json(self.whole(&row))
+        as_json(delivery::within(self.whole(&row), ANSWER_BYTES_MAX))
     }
 
     /// Whether each of these goes to this site, or is of what it published or holds.
@@ -421,8 +440,7 @@ impl Hub {
             let changed = self.inner.catalogue.changed();
             let (rows, cursor) = self.inner.catalogue.transfers(&query).await?;
             if !rows.is_empty() || since.is_none() || Instant::now() >= until {
-                let views: Vec<Transfer> = rows.iter().map(|row| self.view(row)).collect();
-                return serde_json::to_value((views, cursor)).map_err(|e| Fault::internal(e.to_string()));
+                return as_json(first_page(rows.iter().map(|row| self.view(row)).collect(), cursor));
             }
             let _ = tokio::time::timeout_at(until.into(), changed).await;
         }
@@ -539,7 +557,7 @@ impl Hub {
             return Err(Fault::not_found(format!("there is no transfer {id} at this site")));
         }
         let rows = self.act_on(Some(site), id, action).await?;
-        serde_json::to_value(rows).map_err(|e| Fault::internal(e.to_string()))
+        as_json(first_page(rows, 0).0)
     }
 
     /// Asks a site that is online.
@@ -566,6 +584,28 @@ fn desired(row: TransferRow) -> Desired {
         after: Vec::new(),
         lineage: None,
     }
+}
+
+/// As many of these transfers as one answer holds, and the cursor to go on from: if some are left, those that changed first are
+/// given, and the rest follow behind the last of them.
+fn first_page(mut all: Vec<Transfer>, cursor: u64) -> (Vec<Transfer>, u64) {
+    if paging::fitting(&all, ANSWER_BYTES_MAX) == all.len() {
+        return (all, cursor);
+    }
+    all.sort_by_key(|transfer| transfer.cursor);
+    all.truncate(paging::fitting(&all, ANSWER_BYTES_MAX));
+    let last = all.last().map_or(cursor, |transfer| transfer.cursor);
+    (all, last)
+}
+
+/// An answer that its receiver would refuse becomes one that says so.
+fn fits(answer: serde_json::Value) -> Result<serde_json::Value, Fault> {
+    let bytes = paging::json_bytes(&answer);
+    if bytes <= ANSWER_BYTES_MAX {
+        return Ok(answer);
+    }
+    Err(Fault::usage(format!("it was done, but the answer has {bytes} bytes, and {ANSWER_BYTES_MAX} are allowed"))
+        .with_next("see 'packhorse status'; name fewer artifacts and sites at once"))
 }
 
 fn as_json<T: serde::Serialize>(value: T) -> Result<serde_json::Value, Fault> {

@@ -18,6 +18,7 @@ use crate::fault::Fault;
 use crate::fetch::{self, Library};
 use crate::limits::{TOLD_BYTES_MAX, TOLD_MAX};
 use crate::names::{SiteName, TransferId};
+use crate::text::Exact;
 use crate::wire::{Desired, PRIORITY_MANIFEST, Told};
 
 /// No manifest is small enough of an artifact larger than this: 36 bytes for each 256 KiB at least.
@@ -57,7 +58,8 @@ impl Hub {
             match self.manifest_for(site, wanted, room).await {
                 Ok(Some(frames)) => {
                     room -= frames.len();
-                    told.push(Told { digest: wanted.digest, frames: BASE64.encode(frames) });
+                    let Some(frames) = Exact::new(BASE64.encode(frames)) else { continue };
+                    told.push(Told { digest: wanted.digest, frames });
                 }
                 Ok(None) => {}
                 Err(fault) => tracing::debug!(%site, artifact = %wanted.artifact, error = %fault, "a manifest is not told of"),

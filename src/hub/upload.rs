@@ -114,7 +114,7 @@ impl Hub {
                 }
                 answer
             }
-            AskHub::Renew { request } => self.renew_for(&Holder::Publisher(name.clone()), &request),
+            AskHub::Renew { request } => self.renew_for(&Holder::Publisher(name.clone()), request.as_str()),
             _ => Err(Fault::not_allowed(format!("{name} is a publisher, and may publish and nothing else"))
                 .with_next("ask the hub's own API, or join as a site")),
         };

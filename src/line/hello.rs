@@ -9,6 +9,7 @@ use super::{RecvHalf, SendHalf};
 use crate::fault::{Code, Fault};
 use crate::limits::LINE_HELLO_BYTES_MAX;
 use crate::names::SiteName;
+use crate::text;
 
 /// What the hub sends first on a line it accepts.
 #[derive(Debug, Serialize, Deserialize)]
@@ -71,7 +72,8 @@ pub(super) async fn send(stream: &mut SendHalf, message: &impl Serialize) -> Res
 /// Reads the only message of a stream.
 pub(super) async fn receive<T: DeserializeOwned>(stream: &mut RecvHalf) -> Result<T, Fault> {
     let bytes = stream.read_to_end(LINE_HELLO_BYTES_MAX).await?;
-    serde_json::from_slice(&bytes).map_err(|e| {
-        Fault::integrity(format!("a message of the line is not understood: {e}")).with_next("make sure that both ends run the same version")
+    text::parse_json(&bytes).map_err(|why| {
+        Fault::integrity(format!("a message of the line is not understood: {why}"))
+            .with_next("make sure that both ends run the same version")
     })
 }

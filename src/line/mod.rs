@@ -44,6 +44,7 @@ use crate::config::Congestion;
 use crate::fault::{Fault, Reason};
 use crate::identity::Holder;
 use crate::limits::LINE_REASON_BYTES_MAX;
+use crate::text;
 
 /// Ended because the work is done.
 pub(crate) const CLOSE_DONE: u32 = 0;
@@ -98,13 +99,8 @@ impl Ended {
 
 /// A peer's words may go to a log or a terminal: no control characters, and not many.
 fn clean(text: &str) -> String {
-    let mut out: String = text.chars().map(|c| if c.is_control() { '?' } else { c }).collect();
-    let mut end = out.len().min(LINE_REASON_BYTES_MAX);
-    while !out.is_char_boundary(end) {
-        end -= 1;
-    }
-    out.truncate(end);
-    out
+    let text: String = text.chars().map(|c| if text::is_unsafe(c) { '?' } else { c }).collect();
+    text::prefix(&text, LINE_REASON_BYTES_MAX).into()
 }
 
 /// Why a half of a stream goes no further.

@@ -11,7 +11,7 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 
 use super::{NameError, refuse};
-use crate::limits::{API_IDS_MAX, ID_BYTES_MAX};
+use crate::limits::{ID_BYTES_MAX, IDS_ASKED_MAX};
 
 fn check_id(what: &'static str, text: &str) -> Result<(), NameError> {
     if text.len() > ID_BYTES_MAX {
@@ -108,7 +108,7 @@ impl RunId {
     }
 }
 
-/// Ids of transfers or deliveries, separated by commas; at most [`API_IDS_MAX`].
+/// Ids of transfers or deliveries, separated by commas; at most [`IDS_ASKED_MAX`].
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct WorkIds(Vec<WorkId>);
@@ -126,8 +126,8 @@ impl FromStr for WorkIds {
     type Err = NameError;
     fn from_str(text: &str) -> Result<Self, NameError> {
         let ids = text.split(',').map(|id| id.trim().parse()).collect::<Result<Vec<WorkId>, _>>()?;
-        if ids.len() > API_IDS_MAX {
-            return refuse("list of ids", text, format!("it has {} ids, and {API_IDS_MAX} are allowed", ids.len()));
+        if ids.len() > IDS_ASKED_MAX {
+            return refuse("list of ids", text, format!("it has {} ids, and {IDS_ASKED_MAX} are allowed", ids.len()));
         }
         Ok(Self(ids))
     }
@@ -286,8 +286,8 @@ mod tests {
     fn lists_of_ids_are_bounded() {
         let ids: WorkIds = "t-1, d-2".parse().unwrap();
         assert_eq!(ids.to_string(), "t-1,d-2");
-        assert!(vec!["t-1"; API_IDS_MAX].join(",").parse::<WorkIds>().is_ok());
-        assert!(vec!["t-1"; API_IDS_MAX + 1].join(",").parse::<WorkIds>().is_err());
+        assert!(vec!["t-1"; IDS_ASKED_MAX].join(",").parse::<WorkIds>().is_ok());
+        assert!(vec!["t-1"; IDS_ASKED_MAX + 1].join(",").parse::<WorkIds>().is_err());
         assert!("t-1,../x".parse::<WorkIds>().is_err());
     }
 }

@@ -12,6 +12,7 @@ use serde::Deserialize;
 
 use crate::fault::{Code, Fault, Reason, Retry};
 use crate::limits;
+use crate::text::is_unsafe;
 
 /// A request that did not do what was asked.
 #[derive(Debug)]
@@ -272,7 +273,7 @@ pub(super) fn retry_after(headers: &HeaderMap) -> Option<Duration> {
 
 /// A server's words, safe to print: one line, no control characters, bounded.
 fn one_line(text: &str, chars_max: usize) -> String {
-    let clean: String = text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
+    let clean: String = text.chars().map(|c| if is_unsafe(c) { ' ' } else { c }).collect();
     clean.split_whitespace().collect::<Vec<_>>().join(" ").chars().take(chars_max).collect()
 }
 

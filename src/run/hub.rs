@@ -208,11 +208,11 @@ fn looked(run: &mut Run, delivered: bool, inputs: &[Seen], home: Option<Seen>, n
             }
         },
         RunState::Waiting | RunState::Training => {
-            let message = run.site.as_ref().and_then(|site| site.message.clone());
+            let message = run.site.as_ref().and_then(|site| site.message.as_deref()).map(str::to_owned);
             run.say(message, "nothing, or see the log of the site that trains");
         }
         RunState::Publishing => {
-            let message = run.site.as_ref().and_then(|site| site.message.clone());
+            let message = run.site.as_ref().and_then(|site| site.message.as_deref()).map(str::to_owned);
             run.say(message, "nothing: it goes on by itself");
         }
         RunState::Returning => match home {

@@ -213,9 +213,9 @@ impl Run {
             ended: self.ended.clone(),
             has_output: self.has_output,
             model: self.model.clone(),
-            message: self.message.clone(),
+            message: self.message.as_deref().map(Into::into),
             removed: self.removed.clone(),
-            left: self.left.values().cloned().collect(),
+            left: self.left.values().map(|why| why.as_str().into()).collect(),
             released: self.released,
         }
     }
@@ -421,7 +421,7 @@ fn looked(run: &mut Run, seen: &Seen, now_ms: i64) -> Vec<Effect> {
                 run.message = None;
                 match ended.is_well() {
                     true => run.phase = Phase::Trained,
-                    false => run.fail(ended.message.clone()),
+                    false => run.fail(ended.message.to_string()),
                 }
             }
         },

@@ -15,8 +15,9 @@ use crate::delivery;
 use crate::fault::{Code, Fault};
 use crate::fetch::blocking;
 use crate::jobs::JobProgress;
-use crate::limits::{API_ROWS_MAX, ID_BYTES_MAX, ROOM_AWAITED_MAX, SINK_ANSWER_MAX};
+use crate::limits::{ANSWER_BYTES_MAX, API_LIST_BYTES_MAX, API_ROWS_MAX, ID_BYTES_MAX, ROOM_AWAITED_MAX, SINK_ANSWER_MAX};
 use crate::names::{ArtifactRef, DeliveryId, RunName, TransferId, WorkId, WorkIds};
+use crate::paging::{self, Budget};
 use crate::run;
 use crate::serve::wrong_role;
 use crate::sink::{Incoming, Look};
@@ -100,8 +101,19 @@ impl Site {
         let since = query.since.filter(|cursor| cursor & OF_HUB != 0).map(|cursor| cursor & !OF_HUB);
         // No transfer has an id that does not parse.
         let id: WorkIds = id.parse().map_err(|_| no_such_work(id))?;
-        let asked = AskHub::Transfers { id, since, wait: since.and(query.wait).unwrap_or(0) };
-        let (rows, cursor): (Vec<Transfer>, u64) = self.ask_hub(&asked).await?;
+        let asked = AskHub::Transfers { id: id.clone(), since, wait: since.and(query.wait).unwrap_or(0) };
+        let (mut rows, mut cursor): (Vec<Transfer>, u64) = self.ask_hub(&asked).await?;
+        // Whoever asks for what changed since goes on by himself.
+        let mut full = since.is_none() && is_full(&rows);
+        while full {
+            let asked = AskHub::Transfers { id: id.clone(), since: Some(cursor), wait: 0 };
+            let (more, next): (Vec<Transfer>, u64) = self.ask_hub(&asked).await?;
+            // One that changed meanwhile comes a second time.
+            rows.retain(|row| more.iter().all(|new| new.id != row.id));
+            full = is_full(&more) && next > cursor && rows.len() < API_ROWS_MAX as usize;
+            rows.extend(more);
+            cursor = next.max(cursor);
+        }
         Ok((rows, cursor | OF_HUB))
     }
 }
@@ -152,7 +164,11 @@ impl Backend for Site {
 
     async fn act(&self, id: &str, action: Action) -> Result<Vec<Transfer>, Fault> {
         let id: WorkId = id.parse().map_err(|_| no_such_work(id))?;
-        self.ask_hub(&AskHub::Act { id, action }).await
+        let rows: Vec<Transfer> = self.ask_hub(&AskHub::Act { id: id.clone(), action }).await?;
+        match is_full(&rows) {
+            true => Ok(self.transfers_at_hub(&id, &TransferQuery::default()).await?.0),
+            false => Ok(rows),
+        }
     }
 
     async fn transfers_behind(&self, id: &str, limit: u32) -> Result<Vec<Transfer>, Fault> {
@@ -166,8 +182,12 @@ impl Backend for Site {
 
     async fn delivery(&self, id: &str) -> Result<Delivery, Fault> {
         let asked: DeliveryId = id.parse().map_err(|_| no_such_work(id))?;
-        let fault = match self.ask_hub(&AskHub::Delivery(asked)).await {
+        let fault = match self.ask_hub::<Delivery>(&AskHub::Delivery(asked)).await {
             Err(fault) => fault,
+            Ok(whole) if whole.parts_total.is_some() => {
+                let (parts, _) = self.transfers_at_hub(id, &TransferQuery::default()).await?;
+                return Ok(Delivery { parts, parts_total: None, note: None, ..whole });
+            }
             whole => return whole,
         };
         let Ok(row) = self.inner.catalogue.delivery(id).await else { return Err(fault) };
@@ -180,7 +200,20 @@ impl Backend for Site {
     }
 
     async fn runs(&self, limit: u32) -> Result<Vec<Run>, Fault> {
-        self.ask_hub(&AskHub::ListRuns { limit }).await
+        let mut runs: Vec<Run> = Vec::new();
+        loop {
+            let from = runs.len() as u32;
+            let more: Vec<Run> = self.ask_hub(&AskHub::ListRuns { limit, from }).await?;
+            // An older hub does not know `from`, and begins anew each time.
+            if from > 0 && more.first().is_none_or(|first| runs.iter().any(|run| run.name == first.name)) {
+                return Ok(runs);
+            }
+            let full = is_full(&more);
+            runs.extend(more);
+            if !full || runs.len() as u32 >= limit {
+                return Ok(runs);
+            }
+        }
     }
 
     async fn run(&self, name: &str) -> Result<Run, Fault> {
@@ -319,7 +352,7 @@ impl Backend for Site {
     }
 
     async fn events(&self, since: u64, limit: u32) -> Result<Vec<Event>, Fault> {
-        let mut out = Vec::new();
+        let (mut out, mut room) = (Vec::new(), Budget::new(API_LIST_BYTES_MAX));
         for (mut event, name) in self.inner.catalogue.events(since, limit).await? {
             let body = match event.what.as_str() {
                 "transfer" => self.inner.catalogue.transfer(&name).await.ok().and_then(|row| serde_json::to_value(row.view()).ok()),
@@ -331,6 +364,9 @@ impl Backend for Site {
                 },
             };
             event.body = body.unwrap_or_default();
+            if !room.takes(&event) {
+                break;
+            }
             out.push(event);
         }
         Ok(out)
@@ -348,6 +384,11 @@ impl Backend for Site {
         let _ = writeln!(out, "# TYPE packhorse_hub_connected gauge\npackhorse_hub_connected {connected}");
         Ok(out)
     }
+}
+
+/// Whether an answer of the hub may have had no room for all: it is cut behind a row, and no row has half the room.
+fn is_full<T: serde::Serialize>(rows: &[T]) -> bool {
+    paging::json_bytes(rows) > ANSWER_BYTES_MAX / 2
 }
 
 /// The answer for an id that is none of a transfer or delivery.

@@ -14,14 +14,17 @@ use crate::config::Transport;
 use crate::fault::{Fault, Retry};
 use crate::fetch::{self, Fetcher};
 use crate::limits::{
-    ANSWER_MAX, FETCH_STREAMS_MAX, QUESTIONS_AT_ONCE_MAX, QUESTIONS_BYTES_MAX, SILENCE_MAX, SINK_ANSWER_MAX, STATE_RETRY_EVERY,
+    ANSWER_BYTES_MAX, ANSWER_MAX, FETCH_STREAMS_MAX, QUESTIONS_AT_ONCE_MAX, QUESTIONS_BYTES_MAX, REPORT_BYTES_MAX, SILENCE_MAX,
+    SINK_ANSWER_MAX, STATE_RETRY_EVERY,
 };
 use crate::line::{self, Link, RecvHalf, Redial, SendHalf};
 use crate::manifest::Digest;
 use crate::names::{ArtifactRef, TransferId};
+use crate::paging;
 use crate::run::RunReport;
+use crate::text::Message;
 use crate::transfer::{Assembly, free_room};
-use crate::wire::{self, AskHub, AskSite, CONTROL, FETCH, FromHub, FromSite, Planned, QUESTION, Report};
+use crate::wire::{self, AllowList, AskHub, AskSite, CONTROL, FETCH, FromHub, FromSite, Planned, QUESTION, Report, renewal};
 
 /// How often a site on TCP tries whether QUIC works again.
 const QUIC_PROBE_EVERY: Duration = Duration::from_secs(60);
@@ -123,7 +126,8 @@ impl Site {
         let (mut send, mut recv) = link.open(wire::PRIORITY_CONTROL).await?;
         send.write_all(&[CONTROL]).await?;
         let congestion = inner.config.line.congestion;
-        let (share, train) = (inner.config.share.allow.clone(), inner.config.train.as_ref().map(|train| train.allow.clone()));
+        let share = inner.config.share.allow.as_deref().map(AllowList::of);
+        let train = inner.config.train.as_ref().map(|train| AllowList::of(&train.allow));
         wire::send(&mut send, &FromSite::Hello { version: VERSION.into(), share, train, congestion }).await?;
         let (listed, mut asked) = tokio::sync::mpsc::channel::<Vec<TransferId>>(4);
         let read = async {
@@ -157,7 +161,7 @@ impl Site {
             let mut said: Vec<RunReport> = Vec::new();
             let mut said_unwritten: Vec<TransferRow> = Vec::new();
             // Told even when it is nothing: the hub may know of what was put back since.
-            let mut said_changed: Option<Vec<(ArtifactRef, String)>> = None;
+            let mut said_changed: Option<Vec<(ArtifactRef, Message)>> = None;
             let mut renew = tokio::time::interval(RENEW_CHECK_EVERY);
             loop {
                 let changed = inner.catalogue.changed();
@@ -165,19 +169,23 @@ impl Site {
                 let (rows, next) = inner.catalogue.transfers(&query).await?;
                 cursor = next;
                 if !rows.is_empty() {
-                    wire::send(&mut send, &FromSite::Report(rows.into_iter().map(report).collect())).await?;
+                    send_reports(&mut send, rows.into_iter().map(report).collect()).await?;
                 }
                 let unwritten = inner.runner.unwritten();
                 if unwritten != said_unwritten {
-                    wire::send(&mut send, &FromSite::Report(unwritten.iter().cloned().map(report).collect())).await?;
+                    send_reports(&mut send, unwritten.iter().cloned().map(report).collect()).await?;
                     said_unwritten = unwritten;
                 }
                 let runs = self.run_reports().await?;
                 if runs != said {
-                    wire::send(&mut send, &FromSite::Runs(runs.clone())).await?;
+                    for some in paging::pages(runs.clone(), REPORT_BYTES_MAX) {
+                        wire::send(&mut send, &FromSite::Runs(some)).await?;
+                    }
                     said = runs;
                 }
-                let changed_here = inner.catalogue.changed_here().await?;
+                let mut changed_here = inner.catalogue.changed_here().await?;
+                // The list is sent whole; what has no room in it is sent once others are as they were.
+                changed_here.truncate(paging::fitting(&changed_here, ANSWER_BYTES_MAX));
                 if said_changed.as_ref() != Some(&changed_here) {
                     wire::send(&mut send, &FromSite::Changed(changed_here.clone())).await?;
                     said_changed = Some(changed_here);
@@ -190,7 +198,7 @@ impl Site {
                             // As it stands when it is told: an older word must not come behind a newer one.
                             reports.push(report(inner.catalogue.transfer(&id).await?));
                         }
-                        wire::send(&mut send, &FromSite::Report(reports)).await?;
+                        send_reports(&mut send, reports).await?;
                     }
                     _ = renew.tick() => {
                         self.renew(link).await;
@@ -216,7 +224,7 @@ impl Site {
         }
         let work = async {
             let request = identity.make_renewal_request()?;
-            let answer: String = wire::ask(link, &AskHub::Renew { request: hex::encode(request.csr_der()) }).await?;
+            let answer: String = wire::ask(link, &AskHub::Renew { request: renewal(request.csr_der())? }).await?;
             let cert = hex::decode(answer).map_err(|_| Fault::integrity("the hub sent a malformed certificate"))?;
             let renewed = request.complete(&cert, identity.ca_der())?;
             renewed.save(&self.inner.config.data_dir)?;
@@ -326,6 +334,14 @@ fn says_the_same(a: &str, b: &str) -> bool {
         text.chars().filter(|c| !c.is_ascii_digit())
     }
     words(a).eq(words(b))
+}
+
+/// Sends reports in as many messages as they need.
+async fn send_reports(send: &mut SendHalf, reports: Vec<Report>) -> Result<(), Fault> {
+    for some in paging::pages(reports, REPORT_BYTES_MAX) {
+        wire::send(send, &FromSite::Report(some)).await?;
+    }
+    Ok(())
 }
 
 fn report(row: TransferRow) -> Report {

@@ -229,7 +229,7 @@ fn printable(rel: &[u8]) -> String {
     if plain {
         return escaped;
     }
-    let lossy: String = String::from_utf8_lossy(rel).chars().map(|c| if c.is_control() { '\u{fffd}' } else { c }).collect();
+    let lossy: String = String::from_utf8_lossy(rel).chars().map(|c| if crate::text::is_unsafe(c) { '\u{fffd}' } else { c }).collect();
     format!("{lossy} ({escaped})")
 }
 

@@ -150,7 +150,7 @@ impl Runner {
         inner.catalogue.set_place(&row.artifact, Some(&landed.place), Some(&landed.location)).await?;
         counters.committed.store(row.body.bytes.total, Ordering::Relaxed);
         self.note_bytes(row, counters);
-        row.body.location = Some(landed.location);
+        row.body.location = Some(landed.location.into());
         row.body.note = landed.note.map(Into::into);
         let identity = inner.identity.borrow().clone();
         row.body.receipt = Some(Receipt::sign(row, &identity)?);
@@ -174,7 +174,7 @@ impl Runner {
         let there = inner.catalogue.artifact(&row.artifact).await?;
         row.body.bytes.committed = row.body.bytes.total;
         row.body.set_fault(None);
-        row.body.location = there.location;
+        row.body.location = there.location.map(Into::into);
         let identity = inner.identity.borrow().clone();
         row.body.receipt = Some(Receipt::sign(row, &identity)?);
         inner.catalogue.update_transfer(&row.id, row.generation, State::Done, &row.body).await?;

@@ -19,9 +19,9 @@ impl Runner {
     /// Takes in manifests that the hub tells of by itself. They are hints: what is wrong with one shows when it is asked for.
     pub async fn hear(&self, manifests: Vec<Told>) {
         for Told { digest, frames } in manifests {
-            let (store, wire) = (self.inner.shared.store.clone(), frames.len() as u64);
+            let (store, wire) = (self.inner.shared.store.clone(), frames.as_str().len() as u64);
             let taken = blocking(move || {
-                let frames = BASE64.decode(frames).map_err(|e| Fault::integrity(format!("base64: {e}")))?;
+                let frames = BASE64.decode(frames.as_str()).map_err(|e| Fault::integrity(format!("base64: {e}")))?;
                 take_manifest(frames.into(), digest, &store)
             });
             match taken.await {

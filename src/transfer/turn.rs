@@ -12,6 +12,7 @@ use crate::api::types::State;
 use crate::catalogue::TransferRow;
 use crate::fault::{Code, Fault, Reason};
 use crate::sink::Waits;
+use crate::text::Message;
 
 /// Transfers of about one size. They wait neither for larger ones nor behind what those asked for.
 struct Size {
@@ -79,7 +80,7 @@ impl Runner {
                 match catalogue.transfer(&id).await {
                     Ok(first) if matches!(first.state, State::Done | State::Cancelled) => {}
                     Ok(first) if first.state == State::Failed => {
-                        let why = first.body.message.unwrap_or_else(|| format!("see 'packhorse status {id}'"));
+                        let why = first.body.message.map_or_else(|| format!("see 'packhorse status {id}'"), Into::into);
                         let next = format!("mend that, then 'packhorse retry {id}'; this follows by itself");
                         waits = Some((format!("{} must be here first, and failed: {why}", first.artifact), next, id));
                     }
@@ -91,7 +92,7 @@ impl Runner {
                 }
             }
             let Some((message, next, id)) = waits else { return Ok(()) };
-            if row.body.message.as_ref() != Some(&message) || row.body.waits_for.as_ref() != Some(&id) {
+            if row.body.message.as_ref() != Some(&Message::from(message.as_str())) || row.body.waits_for.as_ref() != Some(&id) {
                 let wait = Fault::internal(message).with_reason(Reason::WaitingForDependency).with_next(next);
                 row.state = State::Queued;
                 row.body.set_fault(Some(&wait));

@@ -15,6 +15,7 @@ use crate::fault::{Fault, Reason};
 use crate::limits::SINK_REPORT_AFTER;
 use crate::names::Kind;
 use crate::sink::{Sink, Waits};
+use crate::text::Message;
 
 /// How often a sink is asked what holds a call up.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
@@ -87,8 +88,8 @@ impl Runner {
 
     /// Writes down what the transfer waits for now, if that is new.
     async fn show_wait(&self, row: &mut TransferRow, report: Option<&Fault>) {
-        let (reason, message) = (report.map(|fault| fault.reason), report.map(|fault| &fault.message));
-        if row.body.reason != reason || row.body.message.as_ref() != message {
+        let (reason, message) = (report.map(|fault| fault.reason), report.map(|fault| Message::from(fault.message.as_str())));
+        if row.body.reason != reason || row.body.message != message {
             row.body.set_fault(report);
             self.save(row).await;
         }

@@ -42,7 +42,7 @@ fn a_version_that_became_active_is_never_said_to_be_cancelled() {
     let _limit = limit(secs(120));
     let scratch = Scratch::new();
     let hub = Hub::start_new(scratch.path());
-    let site = Site::start_new(scratch.path(), &hub, "chengdu", &SiteSpec::default());
+    let mut site = Site::start_new(scratch.path(), &hub, "chengdu", &SiteSpec::default());
     let set = data::dataset(&scratch.join("set"), 4);
     let file = scratch.join("labels.csv");
     data::write(&file, marks::csv(&marks::marks(&set.photos, 2)).as_bytes());
@@ -62,4 +62,14 @@ fn a_version_that_became_active_is_never_said_to_be_cancelled() {
     assert_eq!(there.state, "done", "the commit had begun: it is not given up");
     hub.cli(&["cancel", &id]).expect(6);
     assert!(hub.json(&["status", &id])[0]["receipt"].is_object());
+
+    // One that is given up while it is looked at again: the version is there as before, so it is done as before.
+    site.stop();
+    for (command, state) in [("retry", "queued"), ("cancel", "cancelled")] {
+        hub.cli(&[command, &id]).expect(0);
+        assert_eq!(hub.transfer(&id).state, state);
+    }
+    site.start();
+    hub.wait_transfer(&id, "done again", secs(30), |t| t.state == "done");
+    assert_eq!(site.transfer(&id).state, "done");
 }

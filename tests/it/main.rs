@@ -16,6 +16,7 @@ mod fairness;
 mod harbor;
 mod harness;
 mod hostile_content;
+mod hostile_ids;
 mod hostile_peers;
 mod hostile_requests;
 mod idle;

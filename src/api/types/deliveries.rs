@@ -5,6 +5,8 @@ use utoipa::{IntoParams, ToSchema};
 
 use super::{Bytes, State, Transfer};
 use crate::fault::Reason;
+use crate::limits::{MESSAGE_BYTES_MAX, NEXT_BYTES_MAX};
+use crate::text;
 
 /// A delivery: the whole, and each of its parts.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
@@ -17,8 +19,10 @@ pub struct Delivery {
     #[schema(value_type = Option<String>)]
     pub reason: Option<Reason>,
     /// The same in words.
+    #[serde(default, deserialize_with = "text::optional::<_, MESSAGE_BYTES_MAX>")]
     pub message: Option<String>,
     /// What to do next about it.
+    #[serde(default, deserialize_with = "text::optional::<_, NEXT_BYTES_MAX>")]
     pub next: Option<String>,
     /// Bytes of all parts together.
     pub bytes: Bytes,
@@ -37,6 +41,9 @@ pub struct Delivery {
     /// What there is to know beside that: at a site, that these are only the parts that go there, and why.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub note: Option<String>,
+    /// How many parts there are, where not all have room in `parts`: `/v1/transfers` with the delivery's id lists them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub parts_total: Option<u64>,
     /// Its transfers, those that stood already when it was asked for with them.
     pub parts: Vec<Transfer>,
 }

@@ -3,7 +3,9 @@
 use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
 
+use crate::limits::{MESSAGE_BYTES_MAX, NEXT_BYTES_MAX, TRAINER_TAIL_BYTES};
 use crate::names::{RunName, SiteName};
+use crate::text;
 
 /// Where a training run is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
@@ -75,8 +77,10 @@ pub struct RunTrainer {
     /// The signal that ended it.
     pub signal: Option<i32>,
     /// What happened, in words.
+    #[serde(default, deserialize_with = "text::optional::<_, MESSAGE_BYTES_MAX>")]
     pub message: Option<String>,
     /// The end of what it said.
+    #[serde(default, deserialize_with = "text::optional::<_, { 3 * TRAINER_TAIL_BYTES }>")]
     pub tail: Option<String>,
 }
 
@@ -95,8 +99,10 @@ pub struct Run {
     /// Where it is.
     pub state: RunState,
     /// Why it stands, or why it ended badly.
+    #[serde(default, deserialize_with = "text::optional::<_, MESSAGE_BYTES_MAX>")]
     pub message: Option<String>,
     /// What to do next about it.
+    #[serde(default, deserialize_with = "text::optional::<_, NEXT_BYTES_MAX>")]
     pub next: Option<String>,
     /// What it trains with.
     pub inputs: Vec<RunInput>,

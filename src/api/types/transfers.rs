@@ -4,9 +4,11 @@ use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
 
 use crate::fault::Reason;
+use crate::limits::{LOCATION_BYTES_MAX, MESSAGE_BYTES_MAX, NEXT_BYTES_MAX};
 use crate::names::{ArtifactRef, SiteName};
 use crate::number;
 use crate::receipt::Receipt;
+use crate::text;
 
 /// The state of a transfer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
@@ -105,8 +107,10 @@ pub struct Transfer {
     #[schema(value_type = Option<String>)]
     pub reason: Option<Reason>,
     /// The last error or the wait, in words.
+    #[serde(default, deserialize_with = "text::optional::<_, MESSAGE_BYTES_MAX>")]
     pub message: Option<String>,
     /// What to do next about it.
+    #[serde(default, deserialize_with = "text::optional::<_, NEXT_BYTES_MAX>")]
     pub next: Option<String>,
     /// The transfer to the same site that must be done first, while it waits for that.
     #[serde(default)]
@@ -120,6 +124,7 @@ pub struct Transfer {
     /// How often it was begun.
     pub attempts: u32,
     /// Where it landed, once done.
+    #[serde(default, deserialize_with = "text::optional::<_, LOCATION_BYTES_MAX>")]
     pub location: Option<String>,
     /// What there is to know about it although it is done: a registry that holds the image and does not give it out, say.
     #[serde(default, skip_serializing_if = "Option::is_none")]

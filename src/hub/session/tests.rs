@@ -103,7 +103,7 @@ async fn a_generation_that_was_never_asked_for_is_refused_and_sizes_cannot_overf
     let seen = bench.row(&row.id).await.view();
     assert!(seen.bytes.total < max && seen.rate < max && seen.eta_seconds.is_some_and(|eta| eta < max), "{seen:?}");
     let all = vec![Transfer { bytes: Bytes { total: seen.bytes.total, ..Bytes::default() }, ..seen }; 40];
-    assert!(crate::delivery::bytes(&all).total >= crate::delivery::bytes(&parts).total);
+    assert!(delivery::bytes(&all).total >= delivery::bytes(&parts).total);
 }
 
 #[tokio::test]
@@ -133,4 +133,69 @@ async fn a_commit_that_a_cancel_came_too_late_for_is_done_at_the_hub_as_well() {
     catalogue.act(&row.id, Action::Cancel).await.unwrap();
     catalogue.act(&row.id, Action::Retry).await.unwrap();
     assert_eq!(bench.report(&row, State::Done, bench.signed(&row)).await.unwrap(), State::Queued);
+}
+
+#[tokio::test]
+async fn the_texts_of_a_report_are_cut_and_cleaned_where_they_enter() {
+    let bench = Bench::start().await;
+    let row = bench.deliver("model/m:1").await;
+    let hostile = "\u{1b}[2J\u{1b}]0;pwned\u{7} \u{202e}evil";
+    let long = "x".repeat(1 << 20);
+    let report = serde_json::json!({ "report": [{ "id": row.id, "generation": 0, "state": "failed",
+        "body": { "message": format!("{hostile}{long}"), "next": hostile, "location": format!("/x\n{hostile}"), "receipt": [0, 0, [0]] } }] });
+    let FromSite::Report(reports) = serde_json::from_value(report).unwrap() else { unreachable!("it is a report") };
+    for report in reports {
+        bench.hub.take_report(&Bench::site(), report).await.unwrap();
+    }
+    let seen = bench.row(&row.id).await.view();
+    for text in [&seen.message, &seen.next, &seen.location].map(|text| text.as_deref().unwrap()) {
+        assert!(text.len() <= 8 << 10 && !text.replace('\n', "").contains(crate::text::is_unsafe), "{text:?}");
+    }
+    assert_eq!((seen.state, seen.receipt), (State::Failed, None));
+}
+
+#[tokio::test]
+async fn whoever_asks_on_by_the_cursor_gets_all_of_a_long_answer() {
+    let bench = Bench::start().await;
+    let row = bench.deliver("model/m:1").await;
+    let message = Some("x".repeat(8000));
+    let all: Vec<Transfer> = (0..1500).map(|cursor| Transfer { cursor, message: message.clone(), ..row.view() }).rev().collect();
+    let (mut got, mut answers, mut since) = (Vec::new(), 0, None);
+    loop {
+        let left = all.iter().filter(|row| since.is_none_or(|since| row.cursor > since)).cloned().collect();
+        let (page, cursor) = first_page(left, 5000);
+        assert!(paging::json_bytes(&(&page, cursor)) <= crate::limits::CONTROL_FRAME_BYTES_MAX);
+        if page.is_empty() {
+            break;
+        }
+        got.extend(page.iter().map(|row| row.cursor));
+        (answers, since) = (answers + 1, Some(cursor));
+    }
+    // Within one answer the order is that of the question.
+    got.sort_unstable();
+    assert!(answers > 2 && got == (0..1500).collect::<Vec<u64>>(), "{answers} answers, {} rows", got.len());
+    assert!(fits(serde_json::json!("x".repeat(ANSWER_BYTES_MAX))).is_err() && fits(serde_json::json!([1])).is_ok());
+}
+
+#[test]
+fn the_longest_list_of_what_a_site_has_to_do_is_one_message() {
+    let name = |c: &str| c.repeat(128);
+    let id = "t".repeat(64);
+    let wanted = Desired {
+        id: id.parse().unwrap(),
+        delivery: id.parse().unwrap(),
+        artifact: format!("operator/{}:{}", name("a"), name("b")).parse().unwrap(),
+        digest: Digest::of(b"x"),
+        want: Want::Cancel,
+        generation: crate::limits::GENERATION_MAX,
+        total: crate::limits::COUNTED_BYTES_MAX,
+        created_ms: i64::MAX,
+        // One transfer of an artifact to a site is open at a time.
+        after: vec![id.parse().unwrap()],
+        lineage: None,
+    };
+    let transfers = vec![wanted; 1000];
+    // Lineages, runs and pushed manifests have limits of their own; of the runs one may be beyond it.
+    let others = LINEAGE_BYTES_MAX + (1 << 20) + (256 << 10) + crate::limits::TOLD_BYTES_MAX / 3 * 4;
+    assert!(paging::json_bytes(&transfers) + others < crate::limits::CONTROL_FRAME_BYTES_MAX);
 }

@@ -159,7 +159,7 @@ async fn a_publisher_may_do_nothing_else() {
     assert!(bench.hub.sites().await.unwrap().is_empty());
     // It can renew, and stays a publisher.
     let request = identity.make_renewal_request().unwrap();
-    let answer: String = wire::ask(&link, &AskHub::Renew { request: hex::encode(request.csr_der()) }).await.unwrap();
+    let answer: String = wire::ask(&link, &AskHub::Renew { request: wire::renewal(request.csr_der()).unwrap() }).await.unwrap();
     let renewed = request.complete(&hex::decode(answer).unwrap(), identity.ca_der()).unwrap();
     assert_eq!(renewed.holder(), identity.holder());
     assert_eq!(bench.hub.inner.identity.verify_site(renewed.cert_der()).unwrap_err().code, Code::NotAllowed, "it signs no receipts");
@@ -218,7 +218,7 @@ async fn a_site_is_told_the_manifest_of_what_is_new_to_it_once() {
     assert_eq!(manifests.len(), 1);
     let (first, only) = (&transfers[0], &manifests[0]);
     assert_eq!(only.digest, first.digest);
-    let frames = base64::Engine::decode(&base64::engine::general_purpose::STANDARD, &only.frames).unwrap();
+    let frames = base64::Engine::decode(&base64::engine::general_purpose::STANDARD, only.frames.as_str()).unwrap();
     let pages = crate::store::Store::open(&bench.dir.path().join("pages")).unwrap();
     let root = crate::fetch::take_manifest(frames.clone().into(), first.digest, &pages).unwrap();
     let chunks =
@@ -326,7 +326,7 @@ async fn the_hub_sends_as_a_site_says_of_its_line() {
     ] {
         // As the version of what it has last heard the hub shows that it was heard.
         let version = format!("{congestion:?}");
-        wire::send(&mut send, &FromSite::Hello { version: version.clone(), share: None, train: None, congestion }).await.unwrap();
+        wire::send(&mut send, &FromSite::Hello { version: version.as_str().into(), share: None, train: None, congestion }).await.unwrap();
         let until = std::time::Instant::now() + std::time::Duration::from_secs(10);
         while bench.hub.sites().await.unwrap()[0].version.as_deref() != Some(version.as_str()) {
             assert!(std::time::Instant::now() < until, "the hub heard nothing of {version}");

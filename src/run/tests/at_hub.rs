@@ -44,7 +44,7 @@ fn a_trainer_that_fails_ends_the_run_and_its_words_are_kept() {
     (there.phase, there.ended) = (Phase::Failed, Some(ended(3)));
     let (run, _) = hub(&run, HubEvent::Reported(Box::new(there.report())));
     assert_eq!((run.state, run.want(), run.message.as_deref()), (RunState::Failed, Want::Stop, Some("it ended with 3")));
-    assert_eq!(run.site.unwrap().ended.unwrap().tail, "last words");
+    assert_eq!(run.site.unwrap().ended.unwrap().tail.as_str(), "last words");
 }
 
 #[test]

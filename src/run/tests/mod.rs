@@ -31,7 +31,7 @@ fn model() -> Model {
 }
 
 fn ended(code: i32) -> Ended {
-    Ended { exit_code: Some(code), signal: None, message: format!("it ended with {code}"), tail: "last words".into(), ended_ms: 5 }
+    Ended { exit_code: Some(code), signal: None, message: format!("it ended with {code}").into(), tail: "last words".into(), ended_ms: 5 }
 }
 
 fn input(state: State, message: Option<&str>) -> SeenTransfer {

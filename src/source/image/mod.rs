@@ -49,7 +49,7 @@ const DECOMPRESSED: &str = "image.tar";
 
 /// The refusal of a damaged or lying image: which file, which member of it, why.
 fn refuse(shown: &Path, member: &str, why: impl fmt::Display) -> Fault {
-    let member: String = member.chars().take(300).map(|c| if c.is_control() { '\u{fffd}' } else { c }).collect();
+    let member: String = member.chars().take(300).map(|c| if crate::text::is_unsafe(c) { '\u{fffd}' } else { c }).collect();
     Fault::integrity(format!("image {}: {member}: {why}", shown.display())).with_next("make the image's archive again, then publish that")
 }
 
