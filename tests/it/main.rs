@@ -17,6 +17,7 @@ mod harbor;
 mod harness;
 mod hostile_content;
 mod hostile_ids;
+mod hostile_messages;
 mod hostile_peers;
 mod hostile_requests;
 mod idle;

@@ -1,0 +1,279 @@
+//! Any bytes on any stream: whatever an enrolled site, a publisher or a hub sends, the daemon at the other end stays within that peer's
+//! share of memory, writes nothing outside of its folders, and answers everybody else within a second.
+//!
+//! Messages are real ones that a seeded generator made wrong: a value replaced by an extreme one, bytes flipped, cut or repeated.
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use packhorse::chunk::Hash;
+use packhorse::config::Transport;
+use packhorse::wire::{FetchRequest, Wanted};
+use rand::Rng;
+use rand::rngs::StdRng;
+use rand::seq::IndexedRandom;
+use serde_json::{Value, json};
+
+use crate::support::daemon::{Daemon, Hub, Site, SiteSpec};
+use crate::support::data::rng;
+use crate::support::hostile::{Connection, FalseHub, Identity, TRANSPORTS, desired, framed, over, wanted};
+use crate::support::{Scratch, limit, secs, tree};
+
+/// How many messages each peer sends over each transport.
+const MESSAGES: usize = 150;
+/// What a peer may cost: its share of the budget, and 8 MiB.
+const MEMORY_MAX: u64 = (12 + 8) << 20;
+/// How long anybody else may wait for an answer.
+const ANSWER_MAX: Duration = Duration::from_secs(1);
+
+/// Values that no honest peer sends.
+fn extreme(rng: &mut StdRng, victim: &Path) -> Value {
+    let deep = (0..100).fold(json!([]), |inner, _| json!([inner]));
+    let values = [
+        json!(null),
+        json!(true),
+        json!(-1),
+        json!(i64::MAX),
+        json!(u64::MAX),
+        json!(1e300),
+        json!(""),
+        json!("."),
+        json!(".."),
+        json!("../../../victim"),
+        json!(victim.to_str().expect("UTF-8")),
+        json!("a\0b"),
+        json!("\u{202e}gnp.\u{1b}[2J"),
+        json!("x".repeat(60_000)),
+        json!([]),
+        json!({}),
+        json!(vec![0; 10_000]),
+        deep,
+    ];
+    values.choose(rng).expect("there are some").clone()
+}
+
+/// Replaces one value somewhere inside.
+fn spoil(value: &mut Value, rng: &mut StdRng, victim: &Path) {
+    let inner: Option<&mut Value> = match value {
+        Value::Array(list) if !list.is_empty() && rng.random_ratio(9, 10) => {
+            let at = rng.random_range(0..list.len());
+            list.get_mut(at)
+        }
+        Value::Object(map) if !map.is_empty() && rng.random_ratio(9, 10) => {
+            let at = rng.random_range(0..map.len());
+            map.values_mut().nth(at)
+        }
+        _ => None,
+    };
+    match inner {
+        Some(inner) => spoil(inner, rng, victim),
+        None => *value = extreme(rng, victim),
+    }
+}
+
+/// Flips, cuts or repeats.
+fn garble(bytes: &mut Vec<u8>, rng: &mut StdRng) {
+    if bytes.is_empty() {
+        return;
+    }
+    let at = rng.random_range(0..bytes.len());
+    match rng.random_range(0..3) {
+        0 => bytes[at] ^= 1 << rng.random_range(0..8),
+        1 => bytes.truncate(at),
+        _ => bytes.extend_from_within(at..),
+    }
+}
+
+/// One message, made wrong in one way or another, behind a length that is right, or not.
+fn message(templates: &[Value], rng: &mut StdRng, victim: &Path) -> Vec<u8> {
+    let mut value = templates.choose(rng).expect("there are templates").clone();
+    (0..rng.random_range(0..3)).for_each(|_| spoil(&mut value, rng, victim));
+    let mut text = serde_json::to_vec(&value).expect("JSON");
+    if rng.random_ratio(1, 4) {
+        garble(&mut text, rng);
+    }
+    let mut bytes = framed(&text);
+    if rng.random_ratio(1, 20) {
+        bytes[..4].copy_from_slice(&rng.random::<u32>().to_le_bytes());
+    }
+    bytes
+}
+
+fn fetch_request(rng: &mut StdRng) -> Vec<u8> {
+    let mut range = || (rng.random_range(0..1 << 20), rng.random_range(0..u32::MAX));
+    let ranges = vec![range(), range(), range()];
+    let hash = Hash::of(b"anything");
+    let wants = [
+        vec![Wanted::Root; 5_000],
+        vec![Wanted::RootAndPages(u64::MAX)],
+        vec![Wanted::TopPages(ranges.clone())],
+        vec![Wanted::Children { page: hash, ranges: ranges.clone() }; 100],
+        vec![Wanted::Difference { ranges, base: hash, against: (0, u32::MAX) }],
+    ];
+    let wants = wants.choose(rng).expect("there are some").clone();
+    let mut bytes = postcard::to_stdvec(&FetchRequest { digest: hash, priority: rng.random(), wants }).expect("postcard");
+    if rng.random_ratio(1, 2) {
+        garble(&mut bytes, rng);
+    }
+    framed(&bytes)
+}
+
+/// What a site or a publisher asks a hub.
+fn questions() -> Vec<Value> {
+    let digest = Hash::of(b"anything").hex();
+    vec![
+        json!({"act": {"id": "t-1", "action": "retry"}}),
+        json!({"deliver": {"artifacts": ["dataset/x:1"], "to": "all"}}),
+        json!({"renew": {"request": "3000"}}),
+        json!({"start_run": {
+            "name": "r", "from": "mal", "on": "east", "inputs": ["dataset/x:1"], "expect": "model/x:1", "ttl_seconds": 60,
+        }}),
+        json!({"act_on_run": {"name": "r", "action": "cancel"}}),
+        json!({"show_run": "r"}),
+        json!({"list_runs": {"limit": 100}}),
+        json!({"publish": {"artifact": "dataset/x:1", "digest": digest, "to": "all", "run": "r"}}),
+        json!({"upload": {"artifact": "dataset/x:1", "digest": digest, "to": "all"}}),
+        json!({"delivery": "d-1"}),
+        json!({"transfers": {"id": "t-1,t-2", "since": 1, "wait": 0}}),
+    ]
+}
+
+/// What a site tells a hub on its control stream.
+fn tellings() -> Vec<Value> {
+    vec![
+        json!({"hello": {"version": "0.1.0", "share": ["all"], "congestion": "auto"}}),
+        json!({"report": [{"id": "t-1", "generation": 1, "state": "done", "body": {"receipt": {"statement": "x"}, "message": "m"}}]}),
+        json!({"runs": [{
+            "name": "r", "id": "r-1", "phase": "training", "by_platform": false, "starts": 1, "started_ms": 1, "has_output": true,
+            "ended": {"exit_code": 0, "signal": null, "message": "m", "tail": "t", "ended_ms": 1},
+            "model": {"artifact": "model/x:1", "digest": Hash::of(b"anything").hex()}, "message": "m", "removed": ["t-1"], "left": ["t-1"],
+        }]}),
+        json!({"changed": [["dataset/x:1", "a file changed"]]}),
+    ]
+}
+
+/// Sends all of it, and checks after each how long somebody else waits.
+fn bombard(connection: &Connection, rng: &mut StdRng, tells: &[Value], asks: &[Value], victim: &Path, mut others: impl FnMut()) {
+    for _ in 0..MESSAGES {
+        let (kind, bytes) = match rng.random_range(0..10) {
+            0 => (rng.random(), message(asks, rng, victim)),
+            1..3 => (b'C', (0..rng.random_range(1..4)).flat_map(|_| message(tells, rng, victim)).collect()),
+            3..5 => (b'F', fetch_request(rng)),
+            _ => (b'Q', message(asks, rng, victim)),
+        };
+        // A daemon may close the connection of a peer that breaks the protocol.
+        if connection.is_closed() {
+            return;
+        }
+        let mut stream = connection.open(&[kind]);
+        let _ = stream.write(&bytes);
+        if rng.random_ratio(3, 4) {
+            stream.finish();
+        }
+        others();
+    }
+}
+
+#[track_caller]
+fn answers(daemon: &Daemon) {
+    let began = Instant::now();
+    let (code, _) = daemon.get("/v1/sites");
+    assert_eq!(code, 200);
+    assert!(began.elapsed() < ANSWER_MAX, "somebody else waited {:?}", began.elapsed());
+}
+
+#[test]
+fn a_hub_bears_whatever_a_site_or_a_publisher_says() {
+    let _limit = limit(secs(240));
+    let scratch = Scratch::new();
+    let victim = scratch.folder("victim");
+    std::fs::write(victim.join("precious"), b"precious").unwrap();
+    let mut hub = Hub::start_new(scratch.path());
+    for (transport, name) in TRANSPORTS.into_iter().zip(["mal-quic", "mal-tcp"]) {
+        let site = Identity::site(&hub, name, over(transport));
+        let publisher = Identity::publisher(&hub, &format!("{name}-publisher"), over(transport));
+        for (who, identity) in [("site", site), ("publisher", publisher)] {
+            let mut rng = rng(&format!("{who} over {name}"));
+            let before = hub.memory("VmRSS");
+            for _ in 0..3 {
+                let connection = identity.dial();
+                bombard(&connection, &mut rng, &tellings(), &questions(), &victim, || answers(&hub));
+                connection.close();
+            }
+            let cost = hub.memory("VmHWM").saturating_sub(before);
+            assert!(cost <= MEMORY_MAX, "{who} over {name} cost {cost} bytes of memory");
+        }
+    }
+    assert!(hub.is_running());
+    assert!(!hub.log().contains("panicked"), "{}", hub.log());
+    assert_eq!(tree::read(&victim).len(), 1, "nothing is written or removed outside of the hub's folders");
+    hub.stop();
+}
+
+#[test]
+fn a_site_bears_whatever_a_hub_says() {
+    let _limit = limit(secs(240));
+    let scratch = Scratch::new();
+    let victim = scratch.folder("victim");
+    std::fs::write(victim.join("precious"), b"precious").unwrap();
+    let mut hub = Hub::start_new(scratch.path());
+    let mut site =
+        Site::start_new(scratch.path(), &hub, "east", &SiteSpec { more: "[line]\ntransport = \"tcp\"\n", ..SiteSpec::default() });
+    let false_hub = FalseHub::take_over(&mut hub);
+    let mut rng = rng("a false hub");
+    let digest = Hash::of(b"anything");
+    let transfers = ["run", "pause", "cancel"].map(|want| wanted(&format!("t-{want}"), "dataset/x:1", digest, want));
+    let mut whole = desired(1, &transfers);
+    whole["desired"]["manifests"] = json!([{"digest": digest.hex(), "frames": "AAAA"}]);
+    let input = json!({"artifact": "dataset/x:1", "digest": digest.hex()});
+    let run = json!({
+        "spec": {
+            "name": "r", "id": "r-1", "from": "west", "on": "east", "inputs": [input], "expect": "model/x:1", "delivery": "d-1",
+            "created_ms": 1, "deadline_ms": i64::MAX,
+        },
+        "want": "train", "borrowed": [{"transfer": "t-run", "artifact": "dataset/x:1", "digest": digest.hex()}], "model": null, "ready": true,
+    });
+    whole["desired"]["runs"] = json!([run]);
+    let asks = [
+        json!({"plan": {"artifact": "dataset/x:1", "digest": digest.hex()}}),
+        json!({"holds": {"artifact": "dataset/x:1", "digest": digest.hex()}}),
+    ];
+    let before = site.memory("VmRSS");
+    let mut sent = 0;
+    while sent < MESSAGES {
+        let (connection, mut control) = false_hub.site(secs(60));
+        while sent < MESSAGES && !connection.is_closed() {
+            sent += 1;
+            if control.write(&message(std::slice::from_ref(&whole), &mut rng, &victim)).is_err() {
+                break;
+            }
+            let mut stream = connection.open(b"Q");
+            let _ = stream.write(&message(&asks, &mut rng, &victim));
+            stream.finish();
+            answers(&site);
+            // A message that it cannot read ends the connection: the site dials again, after a pause that would make the test long.
+            if sent % 8 == 0 {
+                connection.close();
+            }
+        }
+    }
+    let cost = site.memory("VmHWM").saturating_sub(before);
+    assert!(cost <= MEMORY_MAX, "the hub cost {cost} bytes of memory");
+    assert!(site.is_running());
+    assert!(!site.log().contains("panicked"), "{}", site.log());
+    assert_eq!(tree::read(&victim).len(), 1, "nothing is written or removed outside of the site's folders");
+    site.stop();
+}
+
+#[test]
+fn one_connection_has_one_control_stream() {
+    let _limit = limit(secs(60));
+    let scratch = Scratch::new();
+    let hub = Hub::start_new(scratch.path());
+    let site = Identity::site(&hub, "mal", over(Transport::Quic)).dial();
+    let mut first = site.control();
+    first.receive(secs(20)).unwrap();
+    let mut second = site.control();
+    second.receive(secs(20)).unwrap();
+    first.read_to_end(secs(20)).unwrap_err();
+}
