@@ -143,7 +143,9 @@ mod tests {
             transfer: "t-1".parse().unwrap(),
             waits: Default::default(),
         };
-        let sink = FilesSink::open(None, &dir.path().join("site")).unwrap().assuming(mount);
+        let site = dir.path().join("site");
+        std::fs::create_dir(&site).unwrap();
+        let sink = FilesSink::open(None, &site).unwrap().assuming(mount);
         check(&incoming, Walk::new(&incoming.root, &store), &sink)
     }
 
