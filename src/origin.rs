@@ -312,8 +312,8 @@ impl Origin {
 /// What is said of a file that cannot be read: whether it changed, or something else that may pass keeps it from being read.
 fn unreadable(path: &Path, fault: Fault) -> Fault {
     match fault.code {
-        // A conflict is a file that stands where its folder was.
-        Code::NotFound | Code::Integrity | Code::Conflict => changed(path.display(), &fault),
+        // A conflict is a file where its folder was; usage is a folder or a pipe where the file was.
+        Code::NotFound | Code::Integrity | Code::Conflict | Code::Usage => changed(path.display(), &fault),
         // A disk or a line that fails, or a right that lacks, says nothing of the content.
         _ => Fault { message: format!("{} cannot be read now: {fault}", path.display()), ..fault }
             .with_reason(Reason::WaitingForSource)

@@ -34,8 +34,9 @@ fn malformed() -> Vec<(&'static str, Artifact)> {
         ("link", one_file(&EntryPage::new().file("a", b"x", 0o644).link("l", "/etc/passwd"), 1)),
         ("nul-link", one_file(&EntryPage::new().file("a", b"x", 0o644).link("l", "a\0b"), 1)),
     ];
+    // Wrong, and below every quota.
     let mut bytes = one_file(&file("a"), 0);
-    bytes.add("bytes", 1 << 60);
+    bytes.add("bytes", 1 << 40);
     out.push(("huge", bytes));
     let mut image = one_file(&file("a"), 0);
     image.set("info", json!({"is": "image", "media_type": "x", "digest": "sha256:zz", "size": 1, "platforms": [], "absent": []}));

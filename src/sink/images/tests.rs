@@ -89,9 +89,11 @@ async fn contract(sink: &dyn Sink, inspect: &dyn Fn(&str) -> String) {
     sink.probe().await.unwrap();
 }
 
-async fn registry_contract(server: &RealRegistry) {
+async fn registry_contract(server: &RealRegistry, realm_hosts: &[&str]) {
     let dir = server.dir.path();
-    let sink = open(Some(&sink_config(&server.url("op"), dir)), dir).unwrap();
+    let mut config = sink_config(&server.url("op"), dir);
+    config.realm_hosts = realm_hosts.iter().map(|&host| host.to_owned()).collect();
+    let sink = open(Some(&config), dir).unwrap();
     let creds = format!("{USER}:{PASSWORD}");
     contract(sink.as_ref(), &|tag| {
         let image = format!("docker://{}/op/seg:{tag}", server.address);
@@ -106,12 +108,13 @@ async fn registry_contract(server: &RealRegistry) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_registry_with_a_password() {
-    registry_contract(&RealRegistry::start(&Access::Basic)).await;
+    registry_contract(&RealRegistry::start(&Access::Basic), &[]).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_registry_with_tokens() {
-    registry_contract(&RealRegistry::start(&Access::Bearer(TokenService::start().await))).await;
+    let service = TokenService::start().await;
+    registry_contract(&RealRegistry::start(&Access::Bearer(service.clone())), &[service.address()]).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -84,10 +84,15 @@ impl Connection {
     /// Opens a stream and writes its first bytes.
     #[track_caller]
     pub(crate) fn open(&self, first: &[u8]) -> Stream {
-        let (send, recv) = within("open a stream", secs(20), self.link.open(PRIORITY_BULK)).expect("open a stream");
+        self.try_open(first).expect("the connection is open")
+    }
+
+    /// The same; `None` when the connection has ended.
+    pub(crate) fn try_open(&self, first: &[u8]) -> Option<Stream> {
+        let (send, recv) = within("open a stream", secs(20), self.link.open(PRIORITY_BULK)).ok()?;
         let mut stream = Stream { send, recv };
-        stream.write(first).expect("write the first bytes of a stream");
-        stream
+        stream.write(first).ok()?;
+        Some(stream)
     }
 
     /// Opens a control stream that begins as an honest site's.
