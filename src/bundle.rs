@@ -131,6 +131,14 @@ pub fn import(from: &Path, store: &Store, progress: &JobProgress) -> Result<Vec<
     for member in &members {
         let root = member.root()?;
         check(&member.artifact, &root, store).map_err(|fault| wrong(&format!("is malformed: {fault}")))?;
+        // `has` pins each page, so that no collection frees one that only the store had.
+        for_each_page(
+            &root,
+            store,
+            |page| {
+                if store.has(page.id)? { Ok(()) } else { Err(wrong(&format!("lacks parts of {}", member.artifact))) }
+            },
+        )?;
         for step in Walk::new(&root, store) {
             progress.check()?;
             let Step::Chunk(chunk, _) = step? else { continue };

@@ -106,7 +106,7 @@ struct Inner {
     /// The bytes that an upload was found to have no room for.
     short_of: Mutex<Lately<Digest, u64>>,
     /// Held by the collection that runs. Publishes hold leases of the store instead, and wait for none.
-    collecting: tokio::sync::Mutex<()>,
+    collecting: Arc<tokio::sync::Mutex<()>>,
     /// Events of training runs are taken one after the other.
     runs: tokio::sync::Mutex<()>,
     tasks: TaskTracker,

@@ -13,6 +13,9 @@ use parking_lot::Mutex;
 
 use crate::fault::{Fault, IoContext};
 
+/// The most that one reservation holds.
+const BYTES_MAX: u64 = 1 << 60;
+
 /// Reserved bytes, by device.
 static RESERVED: LazyLock<Mutex<HashMap<u64, u64>>> = LazyLock::new(Mutex::default);
 
@@ -32,7 +35,9 @@ impl Space {
             .map_err(std::io::Error::from)
             .at(format_args!("query the free space of the filesystem of {}", path.display()))?;
         let space = Self::from_counts(stat.f_blocks, stat.f_bavail.saturating_mul(stat.f_frsize), stat.f_files, stat.f_favail);
-        let reserved = RESERVED.lock().get(&device(path)?).copied().unwrap_or(0);
+        // Not under the lock: on a mount that does not answer, everybody would wait for it.
+        let device = device(path)?;
+        let reserved = RESERVED.lock().get(&device).copied().unwrap_or(0);
         Ok(Self { bytes: space.bytes.map(|bytes| bytes.saturating_sub(reserved)), ..space })
     }
 
@@ -87,8 +92,14 @@ impl Reservation {
     pub fn take(path: &Path, bytes: u64, spare: u64, inodes: u64, what: impl std::fmt::Display) -> Result<Self, Fault> {
         let device = device(path)?;
         // Reserved first and checked then: of two that begin at once, none counts the same bytes.
+        // A size that a peer names may be of any size; more than every disk has is enough.
+        let bytes = bytes.min(BYTES_MAX);
         let reservation = Self { device, left: AtomicU64::new(bytes) };
-        *RESERVED.lock().entry(device).or_default() += bytes;
+        {
+            let mut reserved = RESERVED.lock();
+            let there = reserved.entry(device).or_default();
+            *there = there.saturating_add(bytes);
+        }
         let space = Space::of(path)?;
         if space.has(spare, inodes) {
             return Ok(reservation);

@@ -4,7 +4,7 @@
 //! done here, at the next use: a daemon continues when there is room.
 //!
 //! redb verifies the checksums of its pages only on request, and panics on a page that it does not understand. So a small file is
-//! verified when it is opened, and every use of redb runs in [`guarded`], which turns a panic into a fault. Nothing but this module
+//! verified when it is opened, and every use of redb runs in `guarded`, which turns a panic into a fault. Nothing but this module
 //! calls redb outside of the closures that [`Tree::read`] and [`Tree::write`] take.
 
 use std::cell::Cell;

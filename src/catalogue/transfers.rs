@@ -20,7 +20,7 @@ use crate::receipt::Receipt;
 use crate::text::{Location, Message, Next, Text};
 
 /// What the hub asks of a transfer.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Want {
     /// Go on.

@@ -116,7 +116,7 @@ impl Hub {
     /// Removes chunks that no artifact names. A malformed manifest counts as holding all that can be read of it, and is reported.
     pub(super) async fn collect_now(&self, progress: Arc<JobProgress>) -> Result<serde_json::Value, Fault> {
         progress.doing("waiting for another collection to end");
-        let _alone = self.inner.collecting.lock().await;
+        let alone = self.inner.collecting.clone().lock_owned().await;
         progress.doing("making what was written durable");
         let store = self.inner.store.clone();
         let collection = blocking(move || store.begin_collection()).await?;
@@ -124,7 +124,15 @@ impl Hub {
         let rows = self.inner.catalogue.artifacts().await?;
         let store = self.inner.store.clone();
         progress.doing("marking what is named");
-        blocking(move || {
+        let result = blocking(move || {
+            // A thread cannot be ended: another collection begins only once this one has, even if its job was given up.
+            let _alone = alone;
+            let lost = store.lost_packs()?;
+            if !lost.is_empty() || store.is_damaged() {
+                // Chunks below a page that cannot be read now would be freed, and a pack that comes back would not help any more.
+                return Err(Fault::integrity("the store has lost packs or its index is damaged: nothing is collected")
+                    .with_next("see 'packhorse doctor'; restore the packs from a backup, or publish again what 'packhorse verify' names"));
+            }
             let (mut live, mut pages, mut malformed) = (Live::new(), HashSet::new(), Vec::new());
             for row in &rows {
                 progress.check()?;
@@ -143,6 +151,9 @@ impl Hub {
             }
             Ok(result)
         })
-        .await
+        .await?;
+        // What was taken for fetched ahead may have lain in chunks that nothing named.
+        self.inner.relay_memory.lock().whole.clear();
+        Ok(result)
     }
 }

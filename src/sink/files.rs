@@ -182,9 +182,16 @@ impl FilesSink {
     }
 
     /// The other daemons that use this root: the machine and the data folder of each.
-    fn others(&self) -> Vec<String> {
-        let sites = std::fs::read_dir(self.root.join(HIDDEN).join(SITES)).into_iter().flatten().flatten();
-        let others = sites.filter(|entry| !entry.file_name().to_string_lossy().starts_with('.') && *entry.file_name() != *self.owner);
+    fn others(&self) -> Result<Vec<String>, Fault> {
+        let folder = self.root.join(HIDDEN).join(SITES);
+        // A folder that cannot be read does not say that nobody else is there.
+        let sites: Vec<_> = match std::fs::read_dir(&folder).and_then(Iterator::collect) {
+            Ok(sites) => sites,
+            Err(error) if error.kind() == ErrorKind::NotFound => Vec::new(),
+            Err(error) => return Err(Fault::io(folder.display(), &error)),
+        };
+        let others =
+            sites.into_iter().filter(|entry| !entry.file_name().to_string_lossy().starts_with('.') && *entry.file_name() != *self.owner);
         let read = |entry: std::fs::DirEntry| {
             let mut text = Vec::new();
             if let Ok(file) = durable::open_regular_nofollow(&entry.path()) {
@@ -192,7 +199,7 @@ impl FilesSink {
             }
             text::line(String::from_utf8_lossy(&text).trim(), SITE_BYTES_MAX as usize)
         };
-        others.take(SITES_TOLD_MAX).map(read).collect()
+        Ok(others.take(SITES_TOLD_MAX).map(read).collect())
     }
 
     fn mount(&self) -> Mount {
@@ -309,11 +316,15 @@ impl FilesSink {
             }
         }
         // What is staged is whole and checked: a version is staged again only when the one that stands is not.
-        if stood && staged.exists() {
+        if stood && staged.try_exists().at(staged.display())? {
             repair::merge(staged, &self.folder(artifact))?;
             self.write_note(incoming)?;
         }
         durable::remove_all(staged)?;
+        if stood {
+            // An earlier try may have renamed it and not got as far as this.
+            durable::sync_dir(&self.series(artifact))?;
+        }
         if self.is_newest(artifact)? {
             self.set_current(artifact)?;
         }
@@ -342,7 +353,7 @@ impl FilesSink {
     fn remove_blocking(&self, artifact: &ArtifactRef) -> Result<Option<String>, Fault> {
         // Where nothing is mounted nothing would be found, and all of it be taken for removed.
         self.mounted()?;
-        let others = self.others();
+        let others = self.others()?;
         if !others.is_empty() {
             let folder = self.root.join(HIDDEN).join(SITES);
             return Ok(Some(format!(
@@ -565,7 +576,7 @@ impl Sink for FilesSink {
                     return Err(Fault::no_space(format!("files at {}: no inode is free", this.root.display())));
                 }
                 let free = space.bytes.map_or("free space unknown".into(), |bytes| format!("{} GiB free", bytes >> 30));
-                let others = this.others();
+                let others = this.others()?;
                 let shared = if others.is_empty() { String::new() } else { format!(", used by other sites too ({})", others.join(", ")) };
                 Ok(format!("files at {}: writable, {free}{shared}", this.root.display()))
             })

@@ -71,7 +71,7 @@ impl Leases {
     pub(super) fn take_away(&self, packs: &[u32]) -> Vec<u32> {
         let mut state = self.state.lock();
         let is_pinned = |pack: &u32| state.spared.contains(pack) || state.active.values().any(|held| held.pins.contains(pack));
-        let free: Vec<u32> = packs.iter().copied().filter(|pack| !is_pinned(pack)).collect();
+        let free: Vec<u32> = packs.iter().copied().filter(|pack| !is_pinned(pack) && !state.gone.contains(pack)).collect();
         state.gone.extend(&free);
         free
     }

@@ -162,13 +162,14 @@ impl Store {
     }
 
     /// What is pending is looked up first: a flush puts chunks into the index before it forgets them here, so that the
-    /// other order would miss those that are flushed in between.
+    /// other order would miss those that are flushed in between. A pending copy goes first: the row may name an older one in a pack that a
+    /// collection takes away, and only what is found is pinned.
     fn locate_many(&self, ids: &[Hash]) -> Result<Vec<Option<Location>>, Fault> {
         let pending: Vec<Option<Location>> = {
             let open = self.inner.open.lock();
             ids.iter().map(|id| open.pending.get(id).copied()).collect()
         };
-        Ok(pending.into_iter().zip(self.inner.index.get_many(ids)?).map(|(pending, found)| found.or(pending)).collect())
+        Ok(pending.into_iter().zip(self.inner.index.get_many(ids)?).map(|(pending, found)| pending.or(found)).collect())
     }
 
     /// A handle for whoever will count on what he puts and finds: no collection takes it away while this handle or a clone of it is

@@ -243,7 +243,10 @@ impl Assembly {
     pub async fn run(&self) -> Result<PathBuf, Fault> {
         if self.counters.store_failed.load(Ordering::Relaxed) {
             // A file is written before bytes are sent again that could not be stored.
-            self.sink.trial().await?;
+            tokio::select! {
+                tried = self.sink.trial() => tried?,
+                () = self.given_up() => return Err(stopped()),
+            }
         }
         let this = self.clone();
         let (place, journal, stage) = self.on_thread(move || this.begin()).await?;

@@ -34,7 +34,7 @@ impl Runner {
     pub(super) fn end(&self, row: &TransferRow, want: Want) {
         let mut ending = self.inner.ending.lock();
         ending.retain(|_, task| !task.is_finished());
-        let key = (row.id.clone(), row.generation);
+        let key = (row.id.clone(), row.generation, want);
         if ending.contains_key(&key) {
             return;
         }
@@ -47,6 +47,14 @@ impl Runner {
                     () = tokio::time::sleep(NOTE_AGAIN_AFTER) => {}
                     () = this.inner.stop.cancelled() => return,
                 }
+            }
+            // Resumed meanwhile: its new task may be the one that was stopped.
+            if want == Want::Pause
+                && let Ok(now) = this.inner.catalogue.transfer(&row.id).await
+                && now.want == Want::Run
+                && !now.state.is_final()
+            {
+                this.spawn(&now);
             }
         });
         ending.insert(key, task);
@@ -71,7 +79,7 @@ impl Runner {
             now => now,
         };
         let (state, fault) = match want {
-            Want::Pause if row.state.is_final() || row.state == State::Paused => return Ok(()),
+            Want::Pause if row.state.is_final() || row.state == State::Paused || row.want != Want::Pause => return Ok(()),
             Want::Pause => {
                 let fault = Fault::internal("paused").with_reason(Reason::PausedByUser).with_next(format!("packhorse resume {}", row.id));
                 (State::Paused, fault)

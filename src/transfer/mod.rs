@@ -107,7 +107,7 @@ struct Inner {
     slots: [Slots; SINKS],
     running: Mutex<HashMap<TransferId, Running>>,
     /// Transfers that are being paused or cancelled, each with its generation.
-    ending: Mutex<HashMap<(TransferId, i64), JoinHandle<()>>>,
+    ending: Mutex<HashMap<(TransferId, i64, Want), JoinHandle<()>>>,
     /// Asks for a look at what is left in the staging folders.
     leftovers: Notify,
     /// Who uses the staging folder of a transfer does so alone.

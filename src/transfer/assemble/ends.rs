@@ -3,6 +3,7 @@
 use std::collections::HashSet;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -35,6 +36,15 @@ impl Held {
     }
 }
 
+/// Whether a staging folder was removed. A NAS that does not answer does not say so: what was staged stays noted.
+fn is_gone(path: &Path) -> Result<bool, Fault> {
+    match std::fs::symlink_metadata(path) {
+        Ok(there) => Ok(!there.is_dir()),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(true),
+        Err(error) => Err(Fault::io(path.display(), &error)),
+    }
+}
+
 impl Assembly {
     /// Opens or finds the staging folder and the journal, and makes sure that there is room.
     pub(super) fn begin(&self) -> Result<(u32, Journal, Arc<Stage>), Fault> {
@@ -42,7 +52,9 @@ impl Assembly {
         let (places, path) = (&self.shared.places, self.staged());
         let totals = self.incoming.root.totals;
         let mut place = places.staged_by(&self.incoming.transfer);
-        if let Some(old) = place.filter(|_| !path.is_dir()) {
+        if let Some(old) = place
+            && is_gone(&path)?
+        {
             // Somebody cleaned the staging folder away: the journal speaks of nothing.
             places.remove(old)?;
             place = None;
