@@ -6,6 +6,7 @@
 //! catalogue: a publish that fails leaves chunks that nothing names, which `gc` takes away and a second try reuses.
 
 use std::collections::{BTreeMap, VecDeque};
+use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
 use std::ops::Range;
 use std::path::Path;
@@ -272,7 +273,7 @@ fn read_all(
         built: 0,
     };
     while let Some(entry) = source.next()? {
-        reading.read(entry)?;
+        reading.read(entry, source)?;
     }
     reading.send()?;
     while reading.answered < reading.sent {
@@ -283,7 +284,7 @@ fn read_all(
 }
 
 impl Reading<'_, '_> {
-    fn read(&mut self, entry: SourceEntry) -> Result<(), Fault> {
+    fn read(&mut self, entry: SourceEntry, source: &mut dyn Source) -> Result<(), Fault> {
         self.progress.check()?;
         let (path, body, stamp) = (entry.path.clone(), entry.body.clone(), entry.stamp.clone());
         let scratch = match &body {
@@ -295,7 +296,8 @@ impl Reading<'_, '_> {
         let hash = match body {
             SourceBody::File { size, content } => {
                 self.check_room(&path, size, &content)?;
-                self.cut(&path, size, &mut *open(&content, size)?)?
+                let mut from = open(&content, size, |file| source.opened(file))?;
+                self.cut(&path, size, &mut *from)?
             }
             SourceBody::Dir | SourceBody::Symlink(_) => None,
         };
@@ -330,7 +332,7 @@ impl Reading<'_, '_> {
         if size < FORECAST_BYTES_MIN || self.keeper.check_room_for(size).is_ok() {
             return Ok(());
         }
-        let (mut from, mut takes, mut seen) = (open(content, size)?.take(size), 0, Seen::default());
+        let (mut from, mut takes, mut seen) = (open(content, size, |_| {})?.take(size), 0, Seen::default());
         let (mut block, mut filled) = (vec![0; INGEST_BATCH_BYTES], 0);
         loop {
             self.progress.check()?;
@@ -506,11 +508,17 @@ fn read_all_of(from: &mut dyn Read, buffer: &mut [u8]) -> std::io::Result<usize>
     Ok(filled)
 }
 
-fn open(content: &Content, size: u64) -> Result<Box<dyn Read + '_>, Fault> {
+/// Opens what an entry holds. `opened` gets the file that the source gave as a whole.
+fn open(content: &Content, size: u64, opened: impl FnOnce(&File)) -> Result<Box<dyn Read + '_>, Fault> {
     let open = |path: &Path| durable::open_regular(path).at(format_args!("read {}", path.display()));
     Ok(match content {
         Content::Memory(bytes) => Box::new(&bytes[..]),
-        Content::File(from) | Content::Scratch(from) => Box::new(open(from)?),
+        Content::File(from) => {
+            let file = open(from)?;
+            opened(&file);
+            Box::new(file)
+        }
+        Content::Scratch(from) => Box::new(open(from)?),
         Content::Range { file: from, offset } => {
             let mut file = open(from)?;
             file.seek(SeekFrom::Start(*offset)).at(from.display())?;

@@ -120,6 +120,8 @@ pub const WALK_NAMES_BYTES_MAX: usize = 32 << 20;
 pub const IMAGE_JSON_BYTES_MAX: u64 = 4 << 20;
 /// All the JSON of one image together, in bytes.
 pub const IMAGE_JSON_TOTAL_BYTES_MAX: u64 = 64 << 20;
+/// The JSON of a layout that is read to tell referrers from images, in bytes.
+pub const IMAGE_REFERRERS_JSON_BYTES_MAX: u64 = 16 << 20;
 /// How deep indexes may stand in each other.
 pub const IMAGE_INDEX_DEPTH_MAX: usize = 4;
 /// The most members of an image archive.
@@ -312,6 +314,16 @@ pub const REGISTRY_BLOB_TRIES_MAX: u32 = 3;
 pub const REGISTRY_TOKENS_KEPT_MAX: usize = 256;
 /// The largest token, error body or list that is read from a registry.
 pub const REGISTRY_BODY_BYTES_MAX: usize = 1 << 20;
+/// How long a pull asks a registry in all for what refers to the image, beside the transfer of its blobs.
+pub const REGISTRY_REFERRERS_MAX: Duration = Duration::from_secs(3);
+/// The manifests of one image whose referrers are asked for; the top one is the first.
+pub const REGISTRY_REFERRER_SUBJECTS_MAX: usize = 8;
+/// Such questions that are asked at once.
+pub const REGISTRY_REFERRER_QUESTIONS_MAX: usize = 4;
+/// The pages of one list of referrers that are read.
+pub const REGISTRY_REFERRER_PAGES_MAX: usize = 4;
+/// The referrers of one image that are counted.
+pub const REGISTRY_REFERRERS_COUNTED_MAX: usize = 4096;
 /// The most pages of a tag list that are read.
 pub const REGISTRY_TAG_PAGES_MAX: usize = 64;
 /// Blobs whose repository is remembered, for mounting.
@@ -452,6 +464,13 @@ pub const LATELY_ANSWERS_MAX: usize = 4096;
 pub const OMITTED_EXAMPLES_MAX: usize = 5;
 /// Characters of one such example.
 pub const OMITTED_EXAMPLE_CHARS_MAX: usize = 200;
+/// Characters after which a line for people about one category gets no further example.
+pub const OMITTED_LINE_CHARS_MAX: usize = 200;
+/// The files with several names whose inodes are remembered while a folder is read, to count hard links: 18 MiB at most. Of what
+/// comes after so many, each file with several names counts as a hard link.
+pub const HARD_LINKED_FILES_KEPT_MAX: usize = 7 << 17;
+/// The names of the extended attributes of one file, in bytes: what Linux lists at most.
+pub const XATTR_NAMES_BYTES_MAX: usize = 64 << 10;
 /// Jobs that trainers began, of which the API knows whose they are.
 pub const RUN_JOBS_KEPT_MAX: usize = 256;
 /// Redirects of a registry that are followed for one request.

@@ -204,21 +204,21 @@ pub fn open(
         let (credentials, ca) = access.to_registry(&reference, options)?;
         let (layout, wanted) = (scratch.folder.join("pulled"), &scratch.progress.wanted);
         let kept = kept::open(&scratch.folder, &reference)?;
-        match &kept {
+        let referrers = match &kept {
             Some(kept) => {
                 let pull = registry::pull_keeping(&reference, credentials, ca.as_deref(), &layout, &kept.path, wanted);
-                runtime.block_on(scratch.progress.or_cancelled(pull))?;
+                runtime.block_on(scratch.progress.or_cancelled(pull))?
             }
             None => {
                 let pull = registry::pull_to_layout(&reference, credentials, ca.as_deref(), &layout, wanted);
-                runtime.block_on(scratch.progress.or_cancelled(pull))?;
+                runtime.block_on(scratch.progress.or_cancelled(pull))?
             }
-        }
+        };
         if let Some(kept) = kept {
             // All of it is in the layout, where each blob is removed as soon as it was read: nothing is on the disk twice.
             kept.empty()?;
         }
-        return Ok(Box::new(ImageSource::open_scratch(&layout)?));
+        return Ok(Box::new(ImageSource::open_scratch(&layout)?.with_omitted(referrers)));
     }
     let absolute = |path: &Path| {
         if path.is_absolute() { Ok(()) } else { Err(Fault::usage(format!("the source {source:?} is not an absolute path"))) }
@@ -226,7 +226,7 @@ pub fn open(
     match kind {
         Kind::Dataset | Kind::Operator | Kind::Model => {
             absolute(Path::new(source))?;
-            Ok(Box::new(FilesSource::open_for(Path::new(source), access.own.clone())?))
+            Ok(Box::new(FilesSource::open_for(Path::new(source), access.own.clone(), options.strict)?))
         }
         Kind::Image => {
             let (path, tag) = split_tag(source);
@@ -261,19 +261,19 @@ impl Read for InPlace {
     }
 }
 
-/// Reads an opened source by `work`. With `strict`, an input from which something would be left out is refused: before its content
-/// is read where that is known by then, else before anybody hears of the artifact.
+/// Reads an opened source by `work`. With `strict`, an input from which something would be left out that is not accepted is refused:
+/// before its content is read where that is known by then, else before anybody hears of the artifact.
 pub fn read<T: Read>(
     source: &mut dyn Source,
     options: &SourceOptions,
     work: impl FnOnce(&mut dyn Source) -> Result<T, Fault>,
 ) -> Result<T, Fault> {
     if options.strict {
-        source.omitted().refuse()?;
+        source.omitted().refuse(&options.accept_omitted)?;
     }
     let read = work(source)?;
     if options.strict {
-        read.omitted().refuse()?;
+        read.omitted().refuse(&options.accept_omitted)?;
     }
     Ok(read)
 }

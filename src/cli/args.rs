@@ -8,6 +8,7 @@ use clap::{Parser, Subcommand, ValueEnum};
 use super::train::{TrainCommand, Trainer};
 use crate::config::{self, Config};
 use crate::fault::Fault;
+use crate::omitted::Category;
 
 /// Carries datasets, labels, operator projects, images and models between a hub and many sites.
 #[derive(Debug, Parser)]
@@ -267,6 +268,9 @@ pub(super) struct Publish {
     /// Refuse an input from which something would be left out (exit code 8). Without it, `publish` reports what it leaves out.
     #[arg(long)]
     pub(super) strict: bool,
+    /// With --strict: categories that may be left out all the same. The refusal of --strict names them.
+    #[arg(long, value_name = "CATEGORY", value_delimiter = ',')]
+    pub(super) accept_omitted: Vec<Category>,
     /// The training run that made it: the model goes to the site that borrows.
     #[arg(long, value_name = "RUN", conflicts_with = "hub")]
     pub(super) run: Option<String>,

@@ -75,6 +75,7 @@ pub(super) async fn publish(global: &Global, publish: Publish) -> Result<(), Fau
         allow_missing: publish.allow_missing,
         columns: publish.columns.iter().cloned().collect(),
         strict: publish.strict,
+        accept_omitted: publish.accept_omitted.iter().copied().collect(),
         username: publish.username.clone(),
         password_file: publish.password_file.as_deref().map(absolute).transpose()?,
     };

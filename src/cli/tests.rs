@@ -58,6 +58,7 @@ fn every_command_of_the_manual_parses() {
         "join --config f --hub h:7443 --token t",
         "publish /data --as dataset/x:1 --to all --wait --timeout 30s",
         "publish l.csv --as labels/x:1 --for dataset/x:1 --allow-missing --strict --format csv --column sample_path=image class=defect",
+        "publish /data --as dataset/x:1 --strict --accept-omitted times,hard_links --accept-omitted xattrs",
         "publish registry://h/r:t --as image/x:1 --username u --password-file p",
         "deliver dataset/x:1 model/y:2 --to region=west,line!=3 --wait",
         "status",
@@ -97,6 +98,7 @@ fn every_command_of_the_manual_parses() {
         ("sties", ErrorKind::InvalidSubcommand),
         ("join --config f --hub h --token t", ErrorKind::ValueValidation),
         ("publish /data --as dataset/x:1 --hub h", ErrorKind::ValueValidation),
+        ("publish /data --as dataset/x:1 --strict --accept-omitted times,dreams", ErrorKind::ValueValidation),
     ] {
         let error = Args::try_parse_from(std::iter::once("packhorse").chain(line.split(' '))).unwrap_err();
         assert_eq!((error.kind(), error.exit_code()), (kind, 2), "{line}");

@@ -13,7 +13,7 @@ fn noise(seed: &str, len: usize) -> Vec<u8> {
 fn put(path: &Path, bytes: &[u8]) {
     use std::io::Write;
     std::fs::create_dir_all(path.parent().unwrap()).unwrap();
-    std::fs::File::create(path).unwrap().write_all(bytes).unwrap();
+    File::create(path).unwrap().write_all(bytes).unwrap();
 }
 
 fn publish(chunking: Chunking, path: &Path, store: &Store) -> Ingested {

@@ -51,6 +51,8 @@ struct Keep<'a> {
     folder: PathBuf,
     kept: u64,
     in_place: u64,
+    /// Whether the last file was given as the source gave it.
+    gave_the_original: bool,
 }
 
 impl Keep<'_> {
@@ -108,7 +110,8 @@ impl Source for Keep<'_> {
     fn next(&mut self) -> Result<Option<SourceEntry>, Fault> {
         let Some(mut entry) = self.source.next()? else { return Ok(None) };
         if let SourceBody::File { size, content } = &entry.body {
-            if self.lies_at_base(&entry.path, content) {
+            self.gave_the_original = self.lies_at_base(&entry.path, content);
+            if self.gave_the_original {
                 self.in_place += 1;
             } else {
                 self.kept += 1;
@@ -121,6 +124,13 @@ impl Source for Keep<'_> {
             }
         }
         Ok(Some(entry))
+    }
+
+    fn opened(&mut self, file: &File) {
+        // A copy that was kept here says nothing of the original.
+        if self.gave_the_original {
+            self.source.opened(file);
+        }
     }
 
     fn info(&self) -> KindInfo {
@@ -151,7 +161,7 @@ impl Origin {
         folder: &Path,
         progress: &Progress,
     ) -> Result<InPlace, Fault> {
-        let mut keep = Keep { source, base, folder: folder.to_owned(), kept: 0, in_place: 0 };
+        let mut keep = Keep { source, base, folder: folder.to_owned(), kept: 0, in_place: 0, gave_the_original: false };
         let ingested = ingest::ingest(&mut keep, kind, &self.inner.store, &Nothing, progress)?;
         let kept = self.kept_folder(ingested.digest);
         if keep.kept > 0 {

@@ -39,7 +39,7 @@ fn accept() -> String {
     [OCI_INDEX, DOCKER_INDEX, OCI_MANIFEST, DOCKER_MANIFEST].join(", ")
 }
 
-fn digest_header(response: &Response) -> Option<Sha256> {
+pub(super) fn digest_header(response: &Response) -> Option<Sha256> {
     response.headers().get("docker-content-digest")?.to_str().ok()?.parse().ok()
 }
 
@@ -142,7 +142,7 @@ impl Registry {
 }
 
 /// The target of `<target>; rel="next"`.
-fn next_link(header: &str) -> Option<&str> {
+pub(super) fn next_link(header: &str) -> Option<&str> {
     let (target, rest) = header.strip_prefix('<')?.split_once('>')?;
     rest.contains("next").then_some(target)
 }

@@ -12,6 +12,7 @@ pub mod image;
 mod manifests;
 mod pull;
 pub mod reference;
+mod referrers;
 mod silence;
 mod stream;
 #[cfg(test)]

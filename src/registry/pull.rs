@@ -18,6 +18,7 @@ use tokio::sync::{mpsc, oneshot};
 use crate::durable;
 use crate::fault::{Fault, IoContext, Reason, Retry};
 use crate::limits;
+use crate::omitted::Omitted;
 use crate::registry::image::{Descriptor, REF_NAME, Sha256, Tree, walk};
 use crate::registry::{Credentials, Reference, Registry};
 use crate::space::Reservation;
@@ -25,14 +26,15 @@ use crate::space::Reservation;
 /// Pulls an image (a manifest, or an index with all its platforms) to an OCI layout in `dir`, which is made if missing.
 /// The layout's `index.json` has one entry, the manifest that `reference` names. Platforms that the index lists but the
 /// registry does not hold are left out; the index stays as it was. The manifests state the size of the image: the space for it is
-/// reserved before the first byte is written. Where it lacks, `wanted` is set to what is needed.
+/// reserved before the first byte is written. Where it lacks, `wanted` is set to what is needed. Returns what stays in the registry of what
+/// refers to the image.
 pub async fn pull_to_layout(
     reference: &Reference,
     auth: Option<Credentials>,
     ca: Option<&Path>,
     dir: &Path,
     wanted: &AtomicU64,
-) -> Result<(), Fault> {
+) -> Result<Omitted, Fault> {
     pull_keeping(reference, auth, ca, dir, &dir.join("blobs/sha256"), wanted).await
 }
 
@@ -44,7 +46,7 @@ pub async fn pull_keeping(
     dir: &Path,
     kept: &Path,
     wanted: &AtomicU64,
-) -> Result<(), Fault> {
+) -> Result<Omitted, Fault> {
     let registry = Registry::new(reference.origin.clone(), auth, ca)?.with_patience(limits::REGISTRY_PAUSE_OF_PULL_MAX);
     pull(&registry, reference, dir, kept, wanted).await.map_err(|fault| {
         let reason = match fault.reason {
@@ -66,7 +68,7 @@ fn once(next: &str) -> &str {
     next.split_once("; ").map_or(next, |(first, rest)| if rest.contains("again by itself") { first } else { next })
 }
 
-async fn pull(registry: &Registry, reference: &Reference, dir: &Path, kept: &Path, wanted: &AtomicU64) -> Result<(), Fault> {
+async fn pull(registry: &Registry, reference: &Reference, dir: &Path, kept: &Path, wanted: &AtomicU64) -> Result<Omitted, Fault> {
     let repository = reference.repository.as_str();
     tokio::fs::create_dir_all(dir.join("blobs/sha256")).await.at(format_args!("make {}", dir.display()))?;
     let got = registry.get_manifest(repository, &reference.pick.to_string(), "pull").await;
@@ -89,11 +91,14 @@ async fn pull(registry: &Registry, reference: &Reference, dir: &Path, kept: &Pat
     }
     let needed = space_needed(&tree).saturating_sub(bytes_kept(&tree, kept));
     let space = Arc::new(reserve(&tree, needed, dir).inspect_err(|_| wanted.store(needed, Ordering::Relaxed))?);
-    futures::stream::iter(tree.blobs.iter().map(Ok::<_, Fault>))
-        .try_for_each_concurrent(limits::REGISTRY_BLOBS_IN_FLIGHT_MAX, |blob| fetch(registry, repository, blob, dir, kept, &space))
-        .await?;
+    let blobs = futures::stream::iter(tree.blobs.iter().map(Ok::<_, Fault>))
+        .try_for_each_concurrent(limits::REGISTRY_BLOBS_IN_FLIGHT_MAX, |blob| fetch(registry, repository, blob, dir, kept, &space));
+    let subjects: Vec<Sha256> = tree.manifests.iter().rev().map(|node| node.digest).collect();
+    let referrers = async { Ok(registry.referrers(repository, &subjects, limits::REGISTRY_REFERRERS_MAX).await) };
+    let ((), referrers) = tokio::try_join!(blobs, referrers)?;
     let (dir, top, name) = (dir.to_owned(), top.descriptor, reference.pick.to_string());
-    blocking(move || write_layout(&dir, &tree, &top, &name)).await
+    blocking(move || write_layout(&dir, &tree, &top, &name)).await?;
+    Ok(referrers)
 }
 
 /// The bytes that a pull needs: the image once, and its largest blob once more, because each blob is removed after it was read into the

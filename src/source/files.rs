@@ -5,6 +5,9 @@
 //! alone, so that a publish is refused with all offenders together and before a byte was read; then `ingest` drives the
 //! second walk. Writes nothing, so a crash leaves nothing.
 //!
+//! What an artifact does not carry (times, owners, hard links, …) is counted by [`lost`] while the second walk reads; for `--strict`
+//! by the first walk too, so that the refusal comes before any content is read.
+//!
 //! Memory does not grow with the tree: of each folder on the way down only so many names are held as fit a budget that
 //! the whole walk shares. A folder with more of them is read again for the next batch.
 
@@ -18,12 +21,16 @@ use std::sync::Arc;
 
 use rustix::fs::Access;
 
+use self::lost::Lost;
 use super::{Content, Source, SourceBody, SourceEntry, Stamp};
 use crate::fault::{Fault, IoContext};
 use crate::limits::{OFFENDERS_LISTED_MAX, WALK_NAMES_BYTES_MAX};
 use crate::manifest::KindInfo;
 use crate::names::{RelPath, stays_inside};
+use crate::omitted::Omitted;
 use crate::own::{self, Own};
+
+mod lost;
 
 /// The least that one folder of a walk may hold in names, in bytes, however deep it lies.
 const FOLDER_NAMES_BYTES_MIN: usize = 64 << 10;
@@ -34,7 +41,12 @@ const SYMLINK_MODE: u32 = 0o777;
 
 /// Reads a folder, or one file, in manifest order.
 #[derive(Debug)]
-pub struct FilesSource(Input);
+pub struct FilesSource {
+    input: Input,
+    lost: Lost,
+    /// What the first walk counted; `None` from the first entry on.
+    before: Option<Omitted>,
+}
 
 #[derive(Debug)]
 enum Input {
@@ -51,18 +63,21 @@ impl FilesSource {
     /// [`OFFENDERS_LISTED_MAX`] by name and the rest by count: `not_allowed` when all that is wrong is that they cannot
     /// be read, `integrity` otherwise.
     pub fn open(path: &Path) -> Result<Self, Fault> {
-        Self::open_for(path, Arc::default())
+        Self::open_for(path, Arc::default(), false)
     }
 
-    /// The same for a daemon, which publishes nothing that is its own: `not_allowed`, wherever in the tree it lies.
-    pub fn open_for(path: &Path, own: Arc<Own>) -> Result<Self, Fault> {
+    /// The same for a daemon, which publishes nothing that is its own: `not_allowed`, wherever in the tree it lies. With `count_first`
+    /// all that is left out is known before the first entry, at the cost of a look at each file.
+    pub fn open_for(path: &Path, own: Arc<Own>, count_first: bool) -> Result<Self, Fault> {
         // Resolved once: below it no component is a link, so what is opened later is what was checked.
         let root = fs::canonicalize(path).at(format_args!("open {}", path.display()))?;
         own.check_path(&root)?;
         let meta = fs::metadata(&root).at(format_args!("open {}", path.display()))?;
         if meta.is_dir() {
-            refuse_offenders(&root, &own)?;
-            return Ok(Self(Input::Folder(Walk::new(root, own)?)));
+            let mut first = count_first.then(|| Lost::of_folder(&root, &meta));
+            refuse_offenders(&root, &own, first.as_mut())?;
+            let (before, lost) = (first.map(|lost| lost.omitted().clone()), Lost::of_folder(&root, &meta));
+            return Ok(Self { input: Input::Folder(Walk::new(root, own)?), lost, before });
         }
         if let Some(what) = special(meta.file_type()) {
             return Err(Fault::integrity(format!("{} is {what}, not a file or a folder", path.display())));
@@ -71,20 +86,31 @@ impl FilesSource {
         let name = path.file_name().or(root.file_name()).unwrap_or_default();
         let rel = rel_path(name.as_bytes())
             .map_err(|why| Fault::integrity(format!("{} cannot be published: {why}", printable(name.as_bytes()))))?;
-        Ok(Self(Input::File(Some(file_entry(rel, &meta, root)))))
+        let lost = Lost::of_file(rel.as_str(), &root, &meta);
+        Ok(Self { input: Input::File(Some(file_entry(rel, &meta, root))), lost, before: None })
     }
 }
 
 impl Source for FilesSource {
     fn next(&mut self) -> Result<Option<SourceEntry>, Fault> {
-        match &mut self.0 {
+        self.before = None;
+        self.lost.settle();
+        match &mut self.input {
             Input::File(entry) => Ok(entry.take()),
-            Input::Folder(walk) => next_entry(walk),
+            Input::Folder(walk) => next_entry(walk, &mut self.lost),
         }
     }
 
     fn info(&self) -> KindInfo {
         KindInfo::Files
+    }
+
+    fn opened(&mut self, file: &fs::File) {
+        self.lost.opened(file);
+    }
+
+    fn omitted(&self) -> Omitted {
+        self.before.as_ref().unwrap_or(self.lost.omitted()).clone()
     }
 }
 
@@ -100,7 +126,7 @@ fn mode(meta: &Metadata) -> u32 {
 }
 
 /// The next entry of the second walk. The tree may have changed since the first, so every rule holds here as well.
-fn next_entry(walk: &mut Walk) -> Result<Option<SourceEntry>, Fault> {
+fn next_entry(walk: &mut Walk, lost: &mut Lost) -> Result<Option<SourceEntry>, Fault> {
     let Some(found) = walk.step()? else { return Ok(None) };
     let refuse = |why: String| Fault::integrity(format!("{}: {} cannot be published: {why}", walk.root.display(), printable(&found.rel)));
     let path = rel_path(&found.rel).map_err(refuse)?;
@@ -117,6 +143,7 @@ fn next_entry(walk: &mut Walk) -> Result<Option<SourceEntry>, Fault> {
     }
     // Before anything of it is read.
     walk.own.check(&meta).map_err(|_| own::refusal(&full))?;
+    lost.note(path.as_str(), &full, &meta);
     if meta.is_dir() {
         walk.enter(&found.rel).at(format_args!("read folder {}", full.display()))?;
         return Ok(Some(SourceEntry { path, mode: mode(&meta), body: SourceBody::Dir, stamp: None }));
@@ -128,13 +155,20 @@ fn next_entry(walk: &mut Walk) -> Result<Option<SourceEntry>, Fault> {
     Ok(Some(file_entry(path, &meta, full)))
 }
 
-/// The first walk: by metadata alone, everything that cannot be published.
-fn refuse_offenders(root: &Path, own: &Arc<Own>) -> Result<(), Fault> {
+/// The first walk: by metadata alone, everything that cannot be published; and what is lost of the rest, where that is asked.
+fn refuse_offenders(root: &Path, own: &Arc<Own>, mut lost: Option<&mut Lost>) -> Result<(), Fault> {
     let mut offenders = Offenders::default();
     let mut walk = Walk::new(root.to_path_buf(), own.clone())?;
     while let Some(found) = walk.step()? {
         let full = walk.full(&found.rel);
-        if let Err(why) = rel_path(&found.rel) {
+        let path = rel_path(&found.rel);
+        if let (Ok(path), Some(lost)) = (&path, lost.as_deref_mut())
+            && let Ok(meta) = fs::symlink_metadata(&full)
+        {
+            lost.note(path.as_str(), &full, &meta);
+            lost.settle();
+        }
+        if let Err(why) = path {
             offenders.add(&found.rel, &why); // what lies below it would only repeat the complaint
         } else if let Some(what) = special(found.kind) {
             offenders.add(&found.rel, &format!("it is {what}"));
@@ -550,7 +584,7 @@ mod tests {
         put(&state.join("api-token"), b"token");
         put(&above.join("mine"), b"x");
         let own = Arc::new(Own::of_state(&state));
-        let refused = |path: &Path| FilesSource::open_for(path, own.clone()).unwrap_err();
+        let refused = |path: &Path| FilesSource::open_for(path, own.clone(), false).unwrap_err();
         for path in [&above, &state, &state.join("identity"), &state.join("api-token")] {
             let fault = refused(path);
             assert_eq!(fault.code, Code::NotAllowed, "{}", path.display());
@@ -560,12 +594,12 @@ mod tests {
         fs::hard_link(state.join("api-token"), dir.path().join("other/innocent")).unwrap();
         assert!(refused(&dir.path().join("other")).message.contains("innocent: it is part of this daemon's own state"));
         // It is looked for again by the second walk.
-        let mut source = FilesSource::open_for(&dir.path().join("other/.."), Arc::default()).unwrap();
-        let Input::Folder(walk) = &mut source.0 else { unreachable!("a folder") };
+        let mut source = FilesSource::open_for(&dir.path().join("other/.."), Arc::default(), false).unwrap();
+        let Input::Folder(walk) = &mut source.input else { unreachable!("a folder") };
         walk.own = own.clone();
         let fault = std::iter::from_fn(|| source.next().transpose()).find_map(Result::err).unwrap();
         assert_eq!(fault.code, Code::NotAllowed, "{fault}");
-        FilesSource::open_for(&above.join("mine"), own).unwrap();
+        FilesSource::open_for(&above.join("mine"), own, false).unwrap();
     }
 
     #[test]

@@ -10,6 +10,7 @@ mod inside;
 pub mod labels;
 mod stamp;
 
+use std::fs::File;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -74,6 +75,9 @@ pub enum Content {
 pub trait Source: Send {
     /// The next entry in manifest order (component-wise by path, a folder before what it holds); `None` at the end.
     fn next(&mut self) -> Result<Option<SourceEntry>, Fault>;
+
+    /// Tells it that the file of the last entry ([`Content::File`], as it gave it) is open now: it may look at it, and may not read it.
+    fn opened(&mut self, _file: &File) {}
 
     /// What the artifact's kind needs beside its entries. Asked after the last entry.
     fn info(&self) -> KindInfo;

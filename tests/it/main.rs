@@ -25,6 +25,7 @@ mod images;
 mod interruption;
 mod nas;
 mod offline;
+mod omitted;
 mod open_files;
 mod quickstart;
 mod relay;

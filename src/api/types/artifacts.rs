@@ -7,7 +7,7 @@ use utoipa::{IntoParams, ToSchema};
 
 use super::{ModelLineage, Transfer};
 use crate::names::{ArtifactRef, SiteName};
-use crate::omitted::Omission;
+use crate::omitted::{Accepted, Category, Omission};
 
 /// One artifact, as `artifacts` and `show` list it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
@@ -105,6 +105,10 @@ pub struct SourceOptions {
     /// Refuse an input from which something would be left out.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub strict: bool,
+    /// Categories of [`Published::omitted`] that `strict` does not refuse.
+    #[serde(skip_serializing_if = "Accepted::is_empty")]
+    #[schema(value_type = Vec<Category>)]
+    pub accept_omitted: Accepted,
     /// Refused by a daemon: it takes a registry's user from its configuration, `[registry."HOST"]`.
     pub username: Option<String>,
     /// Refused by a daemon: it takes a registry's password file from its configuration.

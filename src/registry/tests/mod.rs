@@ -1,6 +1,7 @@
 //! The client against real registries, and what the sinks' tests share.
 
 pub(crate) mod fixture;
+mod referrers;
 pub(crate) mod standin;
 
 use std::sync::atomic::{AtomicU64, Ordering};

@@ -13,6 +13,7 @@ use super::holder::{BlobDigest, Check, Holder, Piece};
 use super::listing;
 use super::oci::{Config, Image, OCI_CONFIG, OCI_MANIFEST, Top, to_bytes};
 use crate::fault::Fault;
+use crate::omitted::Omitted;
 
 const LAYER: &str = "application/vnd.oci.image.layer.v1.tar";
 
@@ -50,6 +51,7 @@ pub(super) fn saved(holder: &Holder, tag: Option<&str>, has_oci: bool) -> Result
     let Some(piece) = holder.find("manifest.json")? else { return Ok(None) };
     let all: Vec<Listed> = holder.json(&piece)?;
     let mut some: Vec<&Listed> = all.iter().filter(|l| tag.is_none_or(|tag| l.tags().any(|t| listing::matches(t, tag)))).collect();
+    let tags: Vec<String> = some.iter().flat_map(|listed| listed.tags()).map(str::to_owned).collect();
     // The same image listed again under another name.
     some.dedup_by(|a, b| a.config == b.config && a.layers == b.layers);
     let chosen = match some.as_slice() {
@@ -71,7 +73,7 @@ pub(super) fn saved(holder: &Holder, tag: Option<&str>, has_oci: bool) -> Result
     named_right(holder, &config_piece, &config_digest)?;
     let config = holder.parse(&config_piece.name, &bytes)?;
     let layers = chosen.layers.clone().unwrap_or_default();
-    Ok(Some(Saved { config_digest, tags: chosen.tags().map(str::to_owned).collect(), config_piece, config, layers }))
+    Ok(Some(Saved { config_digest, tags, config_piece, config, layers }))
 }
 
 fn needed(holder: &Holder, name: &str) -> Result<Piece, Fault> {
@@ -128,6 +130,6 @@ impl Saved {
         let top = Top { media_type: OCI_MANIFEST.into(), digest: BlobDigest::of(&bytes), size: bytes.len() as u64 };
         blobs.insert(top.digest.clone(), Piece::made(top.digest.member(), bytes));
         let platforms = self.config.platform().into_iter().collect();
-        Ok(Image { top, blobs, platforms, absent: Vec::new(), checks: Vec::new() })
+        Ok(Image { top, blobs, platforms, absent: Vec::new(), checks: Vec::new(), omitted: Omitted::default() })
     }
 }

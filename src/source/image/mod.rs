@@ -13,7 +13,11 @@
 //! scratch folder, which is all that a crash leaves, and which the next start cleans.
 //!
 //! `oci` knows layouts, `docker` knows `manifest.json`, `holder` finds and reads pieces, `archive` reads tar
-//! headers, `decompress` holds the rule against bombs, `listing` the choice among several images.
+//! headers, `decompress` holds the rule against bombs, `listing` the choice among several images, `referrers` what refers to an image.
+//!
+//! What the source has of the image and the layout has not is counted ([`Source::omitted`]): platforms that are absent, the digest that
+//! changes by that, referrers, and further names. Blobs that nothing in the source names are no part of any image and do not count, nor
+//! do other images where a tag chooses one.
 
 mod archive;
 mod decompress;
@@ -21,9 +25,11 @@ mod docker;
 mod holder;
 mod listing;
 mod oci;
+mod referrers;
 #[cfg(test)]
 mod tests;
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::fs;
 use std::io::Read;
@@ -36,10 +42,12 @@ use self::decompress::{Caps, Compression, SNIFFED_BYTES};
 use self::holder::{Holder, Piece};
 pub use self::listing::split_tag;
 use self::oci::{Chosen, Descriptor, Image, Trouble};
+use self::referrers::Referrers;
 use super::{Content, Source, SourceBody, SourceEntry, Stamp};
 use crate::durable;
 use crate::fault::{Fault, IoContext};
 use crate::manifest::{ImageInfo, KindInfo};
+use crate::omitted::{Category, Omitted};
 use crate::own::Own;
 
 const FOLDER_MODE: u32 = 0o755;
@@ -58,6 +66,7 @@ fn refuse(shown: &Path, member: &str, why: impl fmt::Display) -> Fault {
 pub struct ImageSource {
     entries: std::vec::IntoIter<SourceEntry>,
     info: ImageInfo,
+    omitted: Omitted,
 }
 
 impl ImageSource {
@@ -84,14 +93,20 @@ impl ImageSource {
 
     /// The same of a layout folder in the scratch folder: each blob is removed once it was read.
     pub fn open_scratch(folder: &Path) -> Result<Self, Fault> {
-        let Self { entries, info } = Self::open_layout(folder)?;
+        let Self { entries, info, omitted } = Self::open_layout(folder)?;
         let owned = entries.map(|mut entry| {
             if let SourceBody::File { content: Content::File(path), size } = entry.body {
                 entry.body = SourceBody::File { content: Content::Scratch(path), size };
             }
             entry
         });
-        Ok(Self { entries: owned.collect::<Vec<_>>().into_iter(), info })
+        Ok(Self { entries: owned.collect::<Vec<_>>().into_iter(), info, omitted })
+    }
+
+    /// The same, where whoever fetched the image left more out.
+    pub fn with_omitted(mut self, more: Omitted) -> Self {
+        self.omitted.merge(more);
+        self
     }
 
     /// What the artifact is known by: also what [`Source::info`] gives.
@@ -107,6 +122,10 @@ impl Source for ImageSource {
 
     fn info(&self) -> KindInfo {
         KindInfo::Image(self.info.clone())
+    }
+
+    fn omitted(&self) -> Omitted {
+        self.omitted.clone()
     }
 }
 
@@ -143,16 +162,58 @@ fn open(path: &Path, scratch: &Path, tag: Option<&str>, caps: Caps, own: &Arc<Ow
 fn from_holder(holder: &Holder, tag: Option<&str>, caps: Caps) -> Result<ImageSource, Fault> {
     let tops = oci::top_descriptors(holder)?;
     let saved = docker::saved(holder, tag, tops.is_some())?;
+    let referrers = tops.as_ref().map(|tops| Referrers::find(holder, tops)).unwrap_or_default();
     let image = match (tops, saved) {
         (None, None) => return Err(holder.refuse("index.json", holder.why_no_image())),
-        (Some(tops), None) => checked(holder, oci::image(holder, &oci::choose(holder, &tops, tag)?).map_err(Trouble::fault)?, caps)?,
-        (None, Some(saved)) => saved.image(holder, caps)?,
+        (Some(tops), None) => {
+            let chosen = oci::choose(holder, &tops, tag, &referrers)?;
+            let mut image = oci::image(holder, &chosen).map_err(Trouble::fault)?;
+            if let (Some(entry), None) = (chosen.entry(), tag) {
+                let of_image = tops.iter().filter(|top| top.digest == entry.digest);
+                note_names(of_image.filter_map(|top| top.names().next()), &mut image.omitted);
+            }
+            referrers.note(&mut image, chosen.entry(), tag);
+            checked(holder, image, caps)?
+        }
+        (None, Some(saved)) => of_saved(holder, saved, tag, caps)?,
         (Some(tops), Some(saved)) => match oci_of_saved(holder, &tops, &saved)? {
-            Some(image) => checked(holder, image, caps)?,
-            None => saved.image(holder, caps)?,
+            Some((entry, mut image)) => {
+                if tag.is_none() {
+                    note_names(saved.tags.iter().map(String::as_str), &mut image.omitted);
+                }
+                referrers.note(&mut image, Some(&entry), tag);
+                checked(holder, image, caps)?
+            }
+            None => {
+                let mut image = of_saved(holder, saved, tag, caps)?;
+                let stated: Vec<&Descriptor> = tops.iter().filter(|top| !referrers.has(top)).collect();
+                if let [stated] = stated.as_slice() {
+                    image.omitted.add(Category::ImageDigest, format!("{}, published as {}", stated.digest, image.top.digest));
+                }
+                referrers.note(&mut image, None, tag);
+                image
+            }
         },
     };
     source(image)
+}
+
+/// The image of `manifest.json`, made of its config and its layers.
+fn of_saved(holder: &Holder, saved: docker::Saved, tag: Option<&str>, caps: Caps) -> Result<Image, Fault> {
+    let names = saved.tags.clone();
+    let mut image = saved.image(holder, caps)?;
+    if tag.is_none() {
+        note_names(names.iter().map(String::as_str), &mut image.omitted);
+    }
+    Ok(image)
+}
+
+/// Counts the names of an image beyond the first: the artifact has one name, its own. Whoever chooses a tag chooses one of them.
+fn note_names<'a>(names: impl Iterator<Item = &'a str>, omitted: &mut Omitted) {
+    let names: BTreeSet<&str> = names.collect();
+    for name in names.into_iter().skip(1) {
+        omitted.add(Category::ImageNames, name);
+    }
 }
 
 /// Reads every layer of an OCI image.
@@ -163,14 +224,14 @@ fn checked(holder: &Holder, image: Image, caps: Caps) -> Result<Image, Fault> {
 
 /// The OCI image in `index.json` that is the chosen one of `manifest.json`: the one with the same config. `None` when
 /// no such is there or it contradicts that config, as Docker 25.0 wrote them; then `manifest.json` is what counts.
-fn oci_of_saved(holder: &Holder, tops: &[Descriptor], saved: &docker::Saved) -> Result<Option<Image>, Fault> {
+fn oci_of_saved(holder: &Holder, tops: &[Descriptor], saved: &docker::Saved) -> Result<Option<(Descriptor, Image)>, Fault> {
     // By name first: two names may stand for two builds of one config.
     let named = |d: &&Descriptor| d.names().any(|n| saved.tags.iter().any(|t| listing::same_image(n, t)));
     let candidates = tops.iter().filter(named).chain(tops.iter().filter(|d| !named(d)));
     let mut why = None;
     for top in candidates {
         match oci::image(holder, &Chosen::One(top.clone())) {
-            Ok(image) if image.blobs.contains_key(&saved.config_digest) => return Ok(Some(image)),
+            Ok(image) if image.blobs.contains_key(&saved.config_digest) => return Ok(Some((top.clone(), image))),
             Ok(_) => {}
             Err(Trouble::Disagrees(fault)) => why = Some(fault.message),
             Err(Trouble::Refused(fault)) => return Err(fault),
@@ -208,5 +269,5 @@ fn source(image: Image) -> Result<ImageSource, Fault> {
     let blobs = image.blobs.into_iter();
     entries.extend(blobs.map(|(digest, Piece { size, content, stamp, .. })| file(&digest.member(), size, content, stamp)));
     entries.extend(layout_files(&info)?.map(|(name, bytes)| file(name, bytes.len() as u64, Content::Memory(bytes), None)));
-    Ok(ImageSource { entries: entries.into_iter().collect::<Result<Vec<_>, _>>()?.into_iter(), info })
+    Ok(ImageSource { entries: entries.into_iter().collect::<Result<Vec<_>, _>>()?.into_iter(), info, omitted: image.omitted })
 }

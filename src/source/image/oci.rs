@@ -2,7 +2,7 @@
 //!
 //! Owns which blobs belong to an image, and that they fit each other: every descriptor's digest and size, a config's
 //! layer count, and the order of its layers. Platforms that an index lists and the source does not hold are left out,
-//! with the indexes above them rewritten; where nothing is left out, all bytes stay as they are. Called by
+//! with the indexes above them rewritten, and counted; where nothing is left out, all bytes stay as they are. Called by
 //! [`super::ImageSource`]; reads only.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -14,8 +14,10 @@ use serde_json::Value;
 use super::decompress::Compression;
 use super::holder::{BlobDigest, Check, Holder, Piece, distinct};
 use super::listing;
+use super::referrers::Referrers;
 use crate::fault::Fault;
 use crate::limits::{IMAGE_INDEX_DEPTH_MAX, IMAGE_JSON_TOTAL_BYTES_MAX};
+use crate::omitted::{Category, Omitted};
 
 pub(super) const OCI_MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
 pub(super) const OCI_INDEX: &str = "application/vnd.oci.image.index.v1+json";
@@ -62,8 +64,13 @@ pub(super) struct Descriptor {
 }
 
 impl Descriptor {
-    fn annotation(&self, key: &str) -> Option<&str> {
+    pub(super) fn annotation(&self, key: &str) -> Option<&str> {
         self.annotations.as_ref()?.get(key).map(String::as_str)
+    }
+
+    /// Whether it is an attestation of Docker: a manifest beside the one that it is about.
+    fn is_attestation(&self) -> bool {
+        self.annotation(ATTESTED).is_some() || self.platform.as_ref().is_some_and(|platform| platform.os == "unknown")
     }
 
     /// The names that `index.json` gives this image.
@@ -161,6 +168,8 @@ pub(super) struct Image {
     pub(super) platforms: Vec<String>,
     pub(super) absent: Vec<String>,
     pub(super) checks: Vec<Check>,
+    /// What the source has of this image and the artifact has not.
+    pub(super) omitted: Omitted,
 }
 
 /// The descriptors of `index.json`; `None` when the source has none.
@@ -180,10 +189,11 @@ pub(super) fn top_descriptors(holder: &Holder) -> Result<Option<Vec<Descriptor>>
     Ok(Some(index.manifests.unwrap_or_default()))
 }
 
-/// Chooses the image of `index.json` that is meant.
-pub(super) fn choose(holder: &Holder, all: &[Descriptor], tag: Option<&str>) -> Result<Chosen, Fault> {
+/// Chooses the image of `index.json` that is meant. A referrer is meant only where no image is.
+pub(super) fn choose(holder: &Holder, all: &[Descriptor], tag: Option<&str>, referrers: &Referrers) -> Result<Chosen, Fault> {
     let of_tag = |d: &&Descriptor| tag.is_none_or(|tag| d.names().any(|n| listing::matches(n, tag)) || d.digest.to_string() == tag);
-    let some: Vec<&Descriptor> = all.iter().filter(of_tag).collect();
+    let (others, images): (Vec<&Descriptor>, Vec<&Descriptor>) = all.iter().filter(of_tag).partition(|d| referrers.has(d));
+    let some = if images.is_empty() { others } else { images };
     let names: BTreeSet<&str> = some.iter().flat_map(|d| d.names().last()).collect();
     match (distinct(some.iter().map(|d| &d.digest)).len(), some.first()) {
         (0, _) | (_, None) => Err(match tag {
@@ -206,6 +216,16 @@ pub(super) enum Chosen {
     Platforms(Vec<Descriptor>),
 }
 
+impl Chosen {
+    /// The entry of `index.json` that is the image.
+    pub(super) fn entry(&self) -> Option<&Descriptor> {
+        match self {
+            Self::One(one) => Some(one),
+            Self::Platforms(_) => None,
+        }
+    }
+}
+
 fn distinct_descriptors(some: &[&Descriptor]) -> Vec<Descriptor> {
     let mut seen = BTreeSet::new();
     some.iter().filter(|d| seen.insert(&d.digest)).map(|d| (*d).clone()).collect()
@@ -217,14 +237,17 @@ pub(super) fn image(holder: &Holder, chosen: &Chosen) -> Result<Image, Trouble> 
     let top = match chosen {
         Chosen::One(top) => match graph.add(top, 0)? {
             Found::Whole => Top { media_type: top.media_type.clone(), digest: top.digest.clone(), size: top.size },
-            Found::Rewritten(new) => new,
+            Found::Rewritten(new) => {
+                graph.omitted.add(Category::ImageDigest, format!("{}, published as {}", top.digest, new.digest));
+                new
+            }
             Found::Absent => return Err(graph.nothing_held(top).into()),
         },
         Chosen::Platforms(all) => {
             let mut kept = Vec::new();
             for descriptor in all {
                 match graph.add(descriptor, 1)? {
-                    Found::Absent => graph.absent.push(descriptor.digest.clone()),
+                    Found::Absent => graph.leave_out(descriptor),
                     Found::Whole => kept.push(index_entry(descriptor, None)),
                     Found::Rewritten(new) => kept.push(index_entry(descriptor, Some(&new))),
                 }
@@ -287,7 +310,8 @@ struct Graph<'a> {
     holder: &'a Holder,
     blobs: BTreeMap<BlobDigest, Piece>,
     platforms: Vec<String>,
-    absent: Vec<BlobDigest>,
+    absent: BTreeSet<BlobDigest>,
+    omitted: Omitted,
     checks: BTreeMap<(BlobDigest, Option<BlobDigest>), Check>,
     partials: Vec<Partial>,
     seen: HashMap<BlobDigest, Found>,
@@ -300,7 +324,8 @@ impl<'a> Graph<'a> {
             holder,
             blobs: BTreeMap::new(),
             platforms: Vec::new(),
-            absent: Vec::new(),
+            absent: BTreeSet::new(),
+            omitted: Omitted::default(),
             checks: BTreeMap::new(),
             partials: Vec::new(),
             seen: HashMap::new(),
@@ -377,7 +402,9 @@ impl<'a> Graph<'a> {
                 fates[i] = self.add(&children[i], depth + 1)?;
             }
         }
-        self.absent.extend(children.iter().zip(&fates).filter(|(_, f)| matches!(f, Found::Absent)).map(|(c, _)| c.digest.clone()));
+        for (child, _) in children.iter().zip(&fates).filter(|(_, fate)| matches!(fate, Found::Absent)) {
+            self.leave_out(child);
+        }
         if fates.iter().all(|f| matches!(f, Found::Whole)) {
             return Ok(if children.is_empty() { Found::Absent } else { Found::Whole });
         }
@@ -390,6 +417,20 @@ impl<'a> Graph<'a> {
             *entries = take(entries).into_iter().zip(&fates).filter_map(|(entry, fate)| rewritten(entry, fate)).collect();
         }
         Ok(Found::Rewritten(self.keep_made(&media_type, to_bytes(&value)?)))
+    }
+
+    /// Notes a manifest or an index that is not taken.
+    fn leave_out(&mut self, child: &Descriptor) {
+        // Of an index that is there and holds nothing its own children count.
+        let is_counted = matches!(child.media_type.as_str(), OCI_INDEX | DOCKER_LIST) && self.seen.contains_key(&child.digest);
+        if !self.absent.insert(child.digest.clone()) || is_counted {
+            return;
+        }
+        if child.is_attestation() {
+            return self.omitted.add(Category::Referrers, format!("attestation {}", child.digest));
+        }
+        let platform = child.platform.as_ref().and_then(Platform::text);
+        self.omitted.add(Category::Platforms, platform.unwrap_or_else(|| child.digest.to_string()));
     }
 
     fn manifest(&mut self, piece: &Piece, descriptor: &Descriptor, document: Document) -> Result<Found, Trouble> {
@@ -504,9 +545,14 @@ impl<'a> Graph<'a> {
                 return Err(self.holder.refuse(&partial.missing.member(), why));
             }
         }
-        let mut absent: Vec<String> = distinct(self.absent.iter()).into_iter().map(ToString::to_string).collect();
-        absent.sort();
-        Ok(Image { top, blobs: self.blobs, platforms: self.platforms, absent, checks: self.checks.into_values().collect() })
+        Ok(Image {
+            top,
+            blobs: self.blobs,
+            platforms: self.platforms,
+            absent: self.absent.iter().map(ToString::to_string).collect(),
+            checks: self.checks.into_values().collect(),
+            omitted: self.omitted,
+        })
     }
 }
 

@@ -11,6 +11,9 @@ fn a_docker_save_becomes_an_oci_image_with_the_config_as_it_was() {
     let source = case.open(&parts.tar()).unwrap();
     assert_eq!(source.image_info().media_type, OCI_MANIFEST);
     assert_eq!(source.image_info().platforms, ["linux/amd64"]);
+    assert_eq!(left_out(&source, Category::ImageNames), (1, vec!["app:v1".into()]), "of two names one goes");
+    assert!(case.open_tag(&parts.tar(), Some("v1")).unwrap().omitted().is_empty(), "who chooses a name has chosen");
+    assert!(case.open(&docker_save(&["app:v1"]).tar()).unwrap().omitted().is_empty());
     assert_eq!(plain.iter().filter(|(p, _)| p.parent() == Some("blobs/sha256")).count(), 4, "two layers, config, manifest");
     // The same image, however wrapped, is the same artifact.
     let mut hard = parts.clone();
@@ -55,6 +58,7 @@ fn docker_25_oci_parts_are_used_unless_they_contradict_the_config() {
         saved(&mut bad);
         let source = case.open(&bad.tar()).unwrap();
         assert_ne!(json!(source.image_info().digest), wrong["digest"]);
+        assert_eq!(left_out(&source, Category::ImageDigest).0, 1, "index.json states another digest");
         let digest = source.image_info().digest[7..].to_owned();
         let made = contents(source).into_iter().find(|(p, _)| p.file_name() == digest).unwrap().1.unwrap();
         let made: Value = serde_json::from_slice(&made).unwrap();

@@ -4,6 +4,7 @@ mod docker_save;
 mod hostile;
 mod layout;
 mod platforms;
+mod referrers;
 mod tools;
 
 use std::io::Write;
@@ -215,6 +216,13 @@ fn refused(result: Result<ImageSource, Fault>, parts: &[&str]) {
     for part in parts.iter().chain(&["image.in"]) {
         assert!(fault.message.contains(part), "{part:?} is not in: {}", fault.message);
     }
+}
+
+/// How many items of a category are left out, and the first of them.
+fn left_out(source: &ImageSource, what: Category) -> (u64, Vec<String>) {
+    let list = source.omitted().list();
+    let of = list.into_iter().find(|omission| omission.what == what);
+    of.map(|omission| (omission.count, omission.examples)).unwrap_or_default()
 }
 
 fn hex_of(value: &Value) -> String {

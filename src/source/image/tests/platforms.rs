@@ -33,7 +33,9 @@ fn several_platforms_stay_and_absent_ones_are_left_out() {
     let mut whole = Parts::default();
     let (top, children) = two_platforms(&mut whole);
     whole.layout(std::slice::from_ref(&top));
-    let info = case.open(&whole.tar()).unwrap().info;
+    let source = case.open(&whole.tar()).unwrap();
+    assert!(source.omitted().is_empty(), "{:?}", source.omitted());
+    let info = source.info;
     assert_eq!((json!(info.digest), info.platforms.len(), info.absent.len()), (top["digest"].clone(), 2, 0));
 
     // arm64's manifest is gone; or its manifest and config are there and no layer but the shared one.
@@ -49,6 +51,12 @@ fn several_platforms_stay_and_absent_ones_are_left_out() {
         absent.sort_by_key(Value::to_string);
         assert_eq!(json!(info.absent), json!(absent), "the platform, and its attestation with it");
         assert_ne!(json!(info.digest), top["digest"]);
+        assert_eq!(left_out(&source, Category::Platforms), (1, vec!["linux/arm64".into()]));
+        let attestation = format!("attestation {}", children[3]["digest"].as_str().unwrap());
+        assert_eq!(left_out(&source, Category::Referrers), (1, vec![attestation]));
+        let digests = format!("{}, published as {}", top["digest"].as_str().unwrap(), info.digest);
+        assert_eq!(left_out(&source, Category::ImageDigest), (1, vec![digests]));
+        assert_eq!(source.omitted().list().len(), 3, "{:?}", source.omitted());
         let all = contents(source);
         let index = all.iter().find(|(p, _)| p.file_name() == &info.digest[7..]).unwrap().1.clone().unwrap();
         let index: Value = serde_json::from_slice(&index).unwrap();
@@ -89,6 +97,29 @@ fn platforms_listed_at_the_top_become_one_index() {
     parts.layout(&images);
     let info = case.open(&parts.tar()).unwrap().info;
     assert_eq!((info.media_type.as_str(), info.platforms.len()), (OCI_INDEX, 2));
+    parts.remove(&format!("blobs/sha256/{}", hex_of(&images[1])));
+    assert_eq!(left_out(&case.open(&parts.tar()).unwrap(), Category::Platforms), (1, vec!["linux/arm64/v8".into()]));
+}
+
+#[test]
+fn platforms_below_an_index_in_an_index_count_once() {
+    let case = Case::new();
+    let mut parts = Parts::default();
+    let here = oci_image(&mut parts, "amd64", &[&layer("a", b"1")]);
+    let gone: Vec<Value> = ["arm64", "s390x", "riscv64"]
+        .iter()
+        .map(|arch| {
+            let digest = BlobDigest::of(arch.as_bytes()).to_string();
+            json!({ "mediaType": OCI_MANIFEST, "digest": digest, "size": 5, "platform": { "os": "linux", "architecture": arch } })
+        })
+        .collect();
+    let inner = json!({ "schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": gone[..2] }).to_string();
+    let inner = parts.blob(OCI_INDEX, inner.as_bytes());
+    let index = json!({ "schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": [here, inner, gone[2], gone[0]] }).to_string();
+    let top = parts.blob(OCI_INDEX, index.as_bytes());
+    parts.layout(&[top]);
+    let source = case.open(&parts.tar()).unwrap();
+    assert_eq!(left_out(&source, Category::Platforms).0, 3, "{:?}", source.omitted());
 }
 
 #[test]
