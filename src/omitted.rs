@@ -45,7 +45,7 @@ pub enum Category {
     ImageNames,
     /// Modification times of files.
     Times,
-    /// Owners and groups that differ from those of the published folder.
+    /// Owners and groups, where not all entries of a folder have the same.
     Owners,
     /// The bits set-user-ID, set-group-ID and sticky of files and folders.
     ModeBits,
@@ -120,7 +120,7 @@ impl Category {
             Category::Referrers => "object that refers to the image (signature, SBOM, attestation)",
             Category::ImageNames => "further name of the image",
             Category::Times => "modification time",
-            Category::Owners => "owner or group that differs from the folder's",
+            Category::Owners => "owner or group that differs from that of the first entry",
             Category::ModeBits => "file or folder whose set-user-ID, set-group-ID or sticky bit is not set at a site",
             Category::HardLinks => "hard link, stored as a separate file",
             Category::Xattrs => "extended attribute",

@@ -51,7 +51,9 @@ const PREFIXES_OF_THE_SYSTEM: [&str; 12] = [
 #[derive(Debug)]
 pub(super) struct Lost {
     omitted: Omitted,
-    /// The owner and the group of the folder that is published.
+    /// Whether a folder is read: a file alone has no hard links, and one owner.
+    in_folder: bool,
+    /// The owner and the group of the first entry of the folder.
     owner: Option<(u32, u32)>,
     /// Files with several names, by device and inode.
     linked: HashSet<(u64, u64)>,
@@ -74,6 +76,7 @@ impl Lost {
     pub(super) fn of_file(path: &str, full: &Path, meta: &Metadata) -> Self {
         let mut lost = Self {
             omitted: Omitted::default(),
+            in_folder: false,
             owner: None,
             linked: HashSet::new(),
             without_xattrs: None,
@@ -85,9 +88,9 @@ impl Lost {
         lost
     }
 
-    /// For a folder. Its owner says which owners below it differ.
+    /// For a folder.
     pub(super) fn of_folder(root: &Path, meta: &Metadata) -> Self {
-        Self { owner: Some((meta.uid(), meta.gid())), ..Self::of_file(".", root, meta) }
+        Self { in_folder: true, ..Self::of_file(".", root, meta) }
     }
 
     pub(super) fn omitted(&self) -> &Omitted {
@@ -109,9 +112,12 @@ impl Lost {
         if bits & SPECIAL_BITS != 0 {
             self.add(Category::ModeBits, 1, || format!("{path}: mode {bits:04o}"));
         }
-        let owner = (meta.uid(), meta.gid());
-        if let Some(of_folder) = self.owner.filter(|of_folder| *of_folder != owner) {
-            self.add(Category::Owners, 1, || format!("{path}: {}:{}, the folder has {}:{}", owner.0, owner.1, of_folder.0, of_folder.1));
+        if self.in_folder {
+            let owner = (meta.uid(), meta.gid());
+            let first = *self.owner.get_or_insert(owner);
+            if owner != first {
+                self.add(Category::Owners, 1, || format!("{path}: {}:{}, the first entry has {}:{}", owner.0, owner.1, first.0, first.1));
+            }
         }
         if self.without_xattrs != Some(meta.dev()) {
             self.waiting = Some(Waiting { path: path.to_owned(), full: full.to_owned(), device: meta.dev() });
@@ -139,7 +145,7 @@ impl Lost {
 
     /// The first name of a file in the tree is no hard link: its other names may lie elsewhere.
     fn note_links(&mut self, path: &str, meta: &Metadata) {
-        if meta.nlink() < 2 || self.owner.is_none() {
+        if meta.nlink() < 2 || !self.in_folder {
             return;
         }
         let file = (meta.dev(), meta.ino());
@@ -305,7 +311,7 @@ mod tests {
         let omitted = lost(&root);
         assert_eq!(omitted.count(Category::Owners), 1);
         assert!(examples(&omitted, Category::Owners)[0].starts_with("sub/c: 12345:"), "{omitted:?}");
-        for path in ["a", "b", "sub", "sub/c", ""] {
+        for path in ["a", "b", "sub"] {
             chown(root.join(path), Some(12345), None).unwrap();
         }
         assert_eq!(lost(&root).count(Category::Owners), 0, "one owner of all is no difference");
