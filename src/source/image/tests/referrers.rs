@@ -102,8 +102,8 @@ fn manifests_with_a_subject_are_counted_through_others_and_once() {
     let sbom = about(&mut layout.parts, &image, SPDX, "{}");
     let signed = about(&mut layout.parts, &sbom, "application/x-signature", "of the SBOM");
     let (first, second) = (example(SPDX, &sbom), example("application/x-signature", &signed));
-    let both = [first.clone(), second.clone()];
-    let entries = [named(image.clone(), "v1"), sbom.clone(), signed.clone()];
+    let both = [first.clone(), second];
+    let entries = [named(image.clone(), "v1"), sbom.clone(), signed];
     layout.leaves(&entries, None, &both);
     layout.leaves(&entries, Some("v1"), &both);
     // The fallback tag lists them too.
@@ -113,7 +113,7 @@ fn manifests_with_a_subject_are_counted_through_others_and_once() {
     let list = layout.parts.blob(OCI_INDEX, list.as_bytes());
     let fallback = named(list, &format!("sha256-{}", hex_of(&image)));
     layout.leaves(&[named(image.clone(), "v1"), fallback.clone()], None, std::slice::from_ref(&first));
-    layout.leaves(&[named(image.clone(), "v1"), fallback, sbom.clone()], Some("v1"), &[first]);
+    layout.leaves(&[named(image.clone(), "v1"), fallback, sbom], Some("v1"), &[first]);
     // About another image of the layout: not this one's.
     let other = named(oci_image(&mut layout.parts, "arm64", &[&layer("b", b"2")]), "v2");
     let of_other = about(&mut layout.parts, &other, SPDX, "{ }");
