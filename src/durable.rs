@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::OFlags;
 
-use crate::fault::{Fault, IoContext};
+use crate::fault::{Code, Fault, IoContext};
 
 fn parent(path: &Path) -> &Path {
     path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."))
@@ -29,22 +29,48 @@ pub fn replace_secret(path: &Path, bytes: &[u8]) -> Result<(), Fault> {
     replace_with_mode(path, bytes, 0o600)
 }
 
-fn replace_with_mode(path: &Path, bytes: &[u8], mode: u32) -> Result<(), Fault> {
+/// A hidden name beside a file.
+fn temporary_of(path: &Path) -> PathBuf {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     // Random: other machines may write to the same folder, and containers all have the same process id.
-    let temporary = parent(path).join(format!(".{name}.{:016x}.tmp", rand::random::<u64>()));
-    let write = || -> io::Result<()> {
-        let mut file = File::options().write(true).create_new(true).mode(mode).open(&temporary)?;
-        file.write_all(bytes)?;
-        file.sync_all()?;
-        close(file)?; // before the rename: some network filesystems refuse to rename an open file
-        rename(&temporary, path)
-    };
-    if let Err(error) = write() {
+    parent(path).join(format!(".{name}.{:016x}.tmp", rand::random::<u64>()))
+}
+
+fn write_new(path: &Path, bytes: &[u8], mode: u32) -> io::Result<()> {
+    let mut file = File::options().write(true).create_new(true).mode(mode).open(path)?;
+    file.write_all(bytes)?;
+    file.sync_all()?;
+    close(file) // before a rename: some network filesystems refuse to rename an open file
+}
+
+fn replace_with_mode(path: &Path, bytes: &[u8], mode: u32) -> Result<(), Fault> {
+    let temporary = temporary_of(path);
+    if let Err(error) = write_new(&temporary, bytes, mode).and_then(|()| rename(&temporary, path)) {
         let _ = fs::remove_file(&temporary);
         return Err(Fault::io(format_args!("write {}", path.display()), &error));
     }
     sync_dir(parent(path))
+}
+
+/// Puts a small file in place if nothing has its name, whole and synced; of several that do so at once, on any machine, one succeeds.
+/// Returns whether this one did. Where a filesystem has neither hard links nor an exclusive rename, the check comes first.
+pub fn create(path: &Path, bytes: &[u8]) -> Result<bool, Fault> {
+    let what = || format!("write {}", path.display());
+    let temporary = temporary_of(path);
+    let put = || match fs::hard_link(&temporary, path) {
+        Ok(()) => Ok(true),
+        Err(e) if e.kind() == io::ErrorKind::AlreadyExists => Ok(false),
+        Err(_) => match rename_noreplace(&temporary, path) {
+            Err(fault) if fault.code == Code::Conflict => Ok(false),
+            renamed => renamed.map(|()| true),
+        },
+    };
+    let created = write_new(&temporary, bytes, 0o644).at(what()).and_then(|()| put());
+    let _ = fs::remove_file(&temporary);
+    if created.is_ok() {
+        sync_dir(parent(path))?;
+    }
+    created
 }
 
 #[expect(clippy::disallowed_methods, reason = "this is the module that renames")]
@@ -125,9 +151,14 @@ pub fn replace_symlink(link: &Path, target: &str) -> Result<(), Fault> {
 
 /// Syncs a folder's entries. SMB servers may not know this call; that is no fault.
 pub fn sync_dir(path: &Path) -> Result<(), Fault> {
-    match File::open(path).and_then(|dir| dir.sync_all()) {
+    File::open(path).and_then(|dir| sync_folder(&dir)).at(format_args!("sync the folder {}", path.display()))
+}
+
+/// [`sync_dir`] of a folder that is open.
+pub fn sync_folder(folder: &File) -> io::Result<()> {
+    match folder.sync_all() {
         Err(e) if e.raw_os_error() == Some(rustix::io::Errno::INVAL.raw_os_error()) => Ok(()),
-        other => other.at(format_args!("sync the folder {}", path.display())),
+        other => other,
     }
 }
 
@@ -239,13 +270,35 @@ mod tests {
     }
 
     #[test]
+    fn of_many_that_create_a_file_at_once_one_succeeds() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("id");
+        let start = std::sync::Barrier::new(8);
+        let created: Vec<usize> = std::thread::scope(|scope| {
+            let (path, start) = (&path, &start);
+            let all: Vec<_> = (0..8)
+                .map(|number| {
+                    scope.spawn(move || {
+                        start.wait();
+                        create(path, format!("{number}").as_bytes()).unwrap()
+                    })
+                })
+                .collect();
+            all.into_iter().enumerate().filter_map(|(number, made)| made.join().unwrap().then_some(number)).collect()
+        });
+        assert_eq!(created.len(), 1, "{created:?}");
+        assert_eq!(fs::read_to_string(&path).unwrap(), created[0].to_string());
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+    }
+
+    #[test]
     fn rename_refuses_an_existing_target() {
         let dir = tempfile::tempdir().unwrap();
         let (a, b) = (dir.path().join("a"), dir.path().join("b"));
         fs::create_dir(&a).unwrap();
         fs::create_dir(&b).unwrap();
         let fault = rename_noreplace(&a, &b).unwrap_err();
-        assert_eq!(fault.code, crate::fault::Code::Conflict);
+        assert_eq!(fault.code, Code::Conflict);
         rename_noreplace(&a, &dir.path().join("c")).unwrap();
     }
 

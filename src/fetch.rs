@@ -401,6 +401,7 @@ impl Fetcher {
     /// The root manifest and, if they are small, the pages that it lists, which go to the store: one round trip instead of two.
     /// For a site that has no other version, and so none of these pages.
     pub async fn root_and_pages(&self, store: &Store) -> Result<Root, Fault> {
+        pages::check_room(store).await?;
         let mut frames = self.ask(vec![Wanted::RootAndPages(FETCH_BATCH_BYTES)], PRIORITY_MANIFEST).await?;
         let root = self.next_root(&mut frames).await?;
         if listed_bytes(&root) <= FETCH_BATCH_BYTES {

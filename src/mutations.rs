@@ -149,7 +149,13 @@ impl World {
 
         std::fs::create_dir_all(at("site")).unwrap();
         let places = Places::open(&at("site")).unwrap();
-        let landed = PlaceInfo { place: Place::Folder { path: at("source") }, digest: root.digest(), transfer: None, foreign: false };
+        let landed = PlaceInfo {
+            place: Place::Folder { path: at("source") },
+            digest: root.digest(),
+            transfer: None,
+            foreign: false,
+            adopting: false,
+        };
         assert_eq!(places.put(None, landed.clone()).unwrap(), 1);
         places.note(&mut rows.clone(), &mut entries, false).unwrap();
         let staged = places.put(None, PlaceInfo { transfer: Some("t-1".into()), ..landed }).unwrap();
@@ -214,7 +220,13 @@ impl World {
             assert_eq!(wrong, None, "a chunk counts as written that is not");
         }
         let _ = places.note(&mut self.rows.clone(), &mut Vec::new(), true);
-        let info = PlaceInfo { place: Place::Folder { path: "/y".into() }, digest: Hash([9; 32]), transfer: None, foreign: false };
+        let info = PlaceInfo {
+            place: Place::Folder { path: "/y".into() },
+            digest: Hash([9; 32]),
+            transfer: None,
+            foreign: false,
+            adopting: false,
+        };
         if let Ok(number) = places.put(None, info) {
             let _ = places.remove(number);
         }

@@ -139,7 +139,7 @@ impl Origin {
             let foreign = !matches!(&place, Place::Folder { path } if *path == folder);
             let number = match known.landed(digest, &place) {
                 Some(number) => number,
-                None => known.put(None, PlaceInfo { place: place.clone(), digest, transfer: None, foreign })?,
+                None => known.put(None, PlaceInfo { place: place.clone(), digest, transfer: None, foreign, adopting: false })?,
             };
             Ok((number, place))
         };

@@ -28,9 +28,11 @@ use crate::chunk::Hash;
 use crate::clock;
 use crate::durable;
 use crate::fault::Fault;
+use crate::limits::STATE_WRITE_BYTES_MIN;
 use crate::manifest::{Digest, FileInfo};
 use crate::names::RelPath;
 use crate::sink::Place;
+use crate::space::Space;
 use crate::tree::{NotOpened, Tree};
 
 pub use loss::Loss;
@@ -78,6 +80,9 @@ pub struct PlaceInfo {
     /// Whether its files are somebody else's, published where they lie: he may write into them, so none may be shared by link.
     #[serde(default)]
     pub foreign: bool,
+    /// Whether its journal is being made from what lies in the staging folder: what it does not have yet may be there all the same.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub adopting: bool,
 }
 
 fn segment_sum(place: u32, segment: u32, bits: &[u8]) -> u64 {
@@ -425,6 +430,20 @@ impl Places {
         })
     }
 
+    /// Writes a little, where there is room for more. Called after a failure, before bytes are sent again that could not be noted.
+    pub fn trial(&self) -> Result<(), Fault> {
+        let space = Space::of(&self.data_dir)?;
+        if !space.has(STATE_WRITE_BYTES_MIN, 1) {
+            return Err(Fault::no_space(format!("data_dir {}: its disk has {} free", self.data_dir.display(), space.text())));
+        }
+        self.tree.write(|write| {
+            let mut next = write.open_table(NEXT)?;
+            let number = next.get(())?.map_or(1, |n| n.value());
+            next.insert((), number)?;
+            Ok(())
+        })
+    }
+
     /// Makes a group commit known. Everything in it must be synced. One without chunks leaves them to a later one.
     pub fn commit(&self, place: u32, journal: &RwLock<Journal>, commit: &mut Commit) -> Result<(), Fault> {
         // In the order of their names: neighbours share a leaf of the tree.
@@ -478,8 +497,13 @@ mod tests {
     fn a_commit_survives_and_a_removed_place_is_forgotten() {
         let dir = tempfile::tempdir().unwrap();
         let places = Places::open(dir.path()).unwrap();
-        let info =
-            PlaceInfo { place: Place::Folder { path: "/x".into() }, digest: Hash([1; 32]), transfer: Some("t-1".into()), foreign: false };
+        let info = PlaceInfo {
+            place: Place::Folder { path: "/x".into() },
+            digest: Hash([1; 32]),
+            transfer: Some("t-1".into()),
+            foreign: false,
+            adopting: false,
+        };
         let place = places.put(None, info).unwrap();
         let journal = RwLock::new(places.journal(place, 200_000).unwrap());
         let file = FileInfo { size: 5, hash: Hash([2; 32]) };
@@ -512,7 +536,8 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let places = Places::open(dir.path()).unwrap();
         let transfer = Some("t-1".into());
-        let info = PlaceInfo { place: Place::Folder { path: "/x".into() }, digest: Hash([1; 32]), transfer, foreign: false };
+        let info =
+            PlaceInfo { place: Place::Folder { path: "/x".into() }, digest: Hash([1; 32]), transfer, foreign: false, adopting: false };
         let place = places.put(None, info).unwrap();
         let journal = RwLock::new(places.journal(place, 2).unwrap());
         let row = |n: u8| (Hash([n; 32]), At { place, entry: 0, offset: 0, len: 5 });
@@ -532,8 +557,13 @@ mod tests {
 
     fn staged(dir: &Path) -> u32 {
         let places = Places::open(dir).unwrap();
-        let info =
-            PlaceInfo { place: Place::Folder { path: "/x".into() }, digest: Hash([1; 32]), transfer: Some("t-1".into()), foreign: false };
+        let info = PlaceInfo {
+            place: Place::Folder { path: "/x".into() },
+            digest: Hash([1; 32]),
+            transfer: Some("t-1".into()),
+            foreign: false,
+            adopting: false,
+        };
         let place = places.put(None, info).unwrap();
         let journal = RwLock::new(places.journal(place, 100).unwrap());
         places.commit(place, &journal, &mut Commit { ordinals: vec![3, 64], ..Commit::default() }).unwrap();

@@ -194,7 +194,8 @@ impl Site {
             let (places, origin, artifact) = (inner.shared.places.clone(), inner.origin.clone(), row.artifact.clone());
             let work = move || {
                 if places.landed(row.digest, &place).is_none() {
-                    let info = PlaceInfo { place: place.clone(), digest: row.digest, transfer: None, foreign: row.published };
+                    let info =
+                        PlaceInfo { place: place.clone(), digest: row.digest, transfer: None, foreign: row.published, adopting: false };
                     places.put(None, info)?;
                 }
                 origin.index(row.digest, &row.root, &[place], false)

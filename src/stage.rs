@@ -5,19 +5,21 @@
 //! under its transfer's id, and the journal (see `places`) says which of its bytes are durable.
 
 use std::fs::File;
-use std::io::IoSlice;
+use std::io::{IoSlice, Read};
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use cap_std::ambient_authority;
 use cap_std::fs::{Dir, DirBuilder, OpenOptions, OpenOptionsExt, Permissions, PermissionsExt};
+
+use rustix::fs::{AtFlags, FileType, Mode, OFlags, mkdirat, openat, statat};
+use rustix::io::Errno;
 
 use crate::durable;
 use crate::fault::{Fault, IoContext};
 use crate::limits::{STATE_INODES_SPARE, STATE_ROOM_BYTES_MIN};
-use crate::names::RelPath;
+use crate::names::{RelPath, TransferId};
 use crate::space::Space;
 
 /// The mode files are staged with; others are set at the end.
@@ -28,6 +30,8 @@ const TMPFS: rustix::fs::FsWord = 0x0102_1994;
 const SYNCED_WHOLE: [rustix::fs::FsWord; 7] = [0xef53, 0x5846_5342, 0x9123_683e, TMPFS, 0xf2f5_2010, 0x2fc1_2fc1, 0xca45_1a4e];
 /// The first version of Linux whose syncfs(2) reports a lost write.
 const SYNCFS_REPORTS_FROM: (u32, u32) = (5, 8);
+/// Bytes of a small file that a staging root is known by.
+const MARK_BYTES_MAX: u64 = 256;
 /// Files of this size and more get their room at once.
 const PREALLOCATE_BYTES: u64 = 1 << 20;
 /// Pieces of one write; the system takes 1,024.
@@ -63,16 +67,70 @@ pub struct Stage {
     fixed_modes: bool,
 }
 
-impl Stage {
+/// The folder in which staging folders are made, held open: what is mounted or unmounted there later changes nothing of what is done
+/// through it.
+pub struct StagingRoot {
+    handle: File,
+    path: PathBuf,
+}
+
+impl StagingRoot {
     /// Opens the folder, making it if it is not there.
     pub fn open(path: &Path) -> Result<Self, Fault> {
         durable::create_dir_all(path)?;
-        let dir = Dir::open_ambient_dir(path, ambient_authority()).at(format_args!("open {}", path.display()))?;
+        Ok(Self { handle: File::open(path).at(format_args!("open {}", path.display()))?, path: path.to_owned() })
+    }
+
+    /// Opens a folder that must be there.
+    pub fn open_there(path: &Path) -> Result<Self, Fault> {
         let handle = File::open(path).at(format_args!("open {}", path.display()))?;
+        Ok(Self { handle, path: path.to_owned() })
+    }
+
+    /// The text of a small file in it.
+    pub fn read(&self, name: &str) -> std::io::Result<String> {
+        let mut text = String::new();
+        let file = openat(&self.handle, name, OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK, Mode::empty())?;
+        File::from(file).take(MARK_BYTES_MAX).read_to_string(&mut text)?;
+        Ok(text)
+    }
+
+    /// A folder in it, made if it is not there.
+    pub fn folder(&self, name: &str) -> Result<Self, Fault> {
+        let path = self.path.join(name);
+        let what = |doing: &str| format!("{doing} the folder {}", path.display());
+        match mkdirat(&self.handle, name, Mode::RWXU | Mode::RWXG | Mode::RWXO) {
+            Ok(()) => durable::sync_folder(&self.handle).at(what("make"))?,
+            Err(Errno::EXIST) => {}
+            Err(error) => return Err(Fault::io(what("make"), &error.into())),
+        }
+        let opened = openat(&self.handle, name, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty());
+        Ok(Self { handle: opened.map_err(|error| Fault::io(what("open"), &error.into()))?.into(), path })
+    }
+
+    /// Whether a transfer has a staging folder. A NAS that does not answer does not say that there is none.
+    pub fn has(&self, transfer: &TransferId) -> Result<bool, Fault> {
+        match statat(&self.handle, transfer.as_str(), AtFlags::SYMLINK_NOFOLLOW) {
+            Ok(stat) => Ok(FileType::from_raw_mode(stat.st_mode) == FileType::Directory),
+            Err(Errno::NOENT) => Ok(false),
+            Err(error) => Err(Fault::io(format_args!("look at {}", transfer.in_dir(&self.path).display()), &error.into())),
+        }
+    }
+
+    /// The staging folder of a transfer, made if it is not there.
+    pub fn stage(&self, transfer: &TransferId) -> Result<Stage, Fault> {
+        let Self { handle, path } = self.folder(transfer.as_str())?;
+        Stage::new(handle, path)
+    }
+}
+
+impl Stage {
+    fn new(handle: File, path: PathBuf) -> Result<Self, Fault> {
+        let dir = Dir::from_std_file(handle.try_clone().at(format_args!("open {}", path.display()))?);
         let kind = rustix::fs::fstatfs(&handle).map(|stat| stat.f_type).unwrap_or_default();
         let syncs_whole = SYNCED_WHOLE.contains(&kind) && syncfs_reports();
         let reflinks = AtomicBool::new(true);
-        Ok(Self { dir, handle, path: path.to_owned(), reflinks, preallocates: kind != TMPFS, syncs_whole, fixed_modes: false })
+        Ok(Self { dir, handle, path, reflinks, preallocates: kind != TMPFS, syncs_whole, fixed_modes: false })
     }
 
     /// The same where permission bits cannot be changed.
@@ -108,7 +166,6 @@ impl Stage {
         options.write(true).create(true).truncate(false).mode(FILE_MODE);
         let file = self.dir.open_with(path.as_str(), &options).at(self.what("open", path))?.into_std();
         if size >= PREALLOCATE_BYTES && self.preallocates {
-            use rustix::io::Errno;
             // Where it is not supported the room is found out about later.
             if let Err(Errno::NOSPC | Errno::DQUOT) = rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, size) {
                 return Err(Fault::no_space(format!("{}: no room for its {size} bytes", self.what("make", path))));
@@ -144,11 +201,10 @@ impl Stage {
     }
 
     fn stat(&self, path: &RelPath) -> Result<Option<rustix::fs::Stat>, Fault> {
-        use rustix::fs::{AtFlags, FileType, statat};
         // One call instead of three: nothing is opened, so a link on the way does no harm.
         match statat(self.dir.as_fd(), path.as_str(), AtFlags::SYMLINK_NOFOLLOW) {
             Ok(stat) => Ok((FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile).then_some(stat)),
-            Err(rustix::io::Errno::NOENT | rustix::io::Errno::NOTDIR) => Ok(None),
+            Err(Errno::NOENT | Errno::NOTDIR) => Ok(None),
             Err(e) => Err(Fault::io(self.what("look at", path), &e.into())),
         }
     }
@@ -164,7 +220,6 @@ impl Stage {
     /// Makes `path` the same as `from`, which `source` has open, without its bytes passing through here: by reflink, else by hard
     /// link when it has the wanted mode and `link` allows it, else by a copy that the filesystem makes itself.
     pub fn share(&self, from: &Path, source: &File, path: &RelPath, mode: u32, link: bool) -> Result<Shared, Fault> {
-        use rustix::io::Errno;
         if self.reflinks.load(Ordering::Relaxed) {
             self.remove_file(path)?;
             let into = self.open_file(path, 0)?;
@@ -184,7 +239,7 @@ impl Stage {
         if !link || stat.st_mode & 0o7777 != mode && !self.fixed_modes {
             return self.copy_within(source, path, stat.st_size as u64);
         }
-        let make = || rustix::fs::linkat(rustix::fs::CWD, from, self.dir.as_fd(), path.as_str(), rustix::fs::AtFlags::empty());
+        let make = || rustix::fs::linkat(rustix::fs::CWD, from, self.dir.as_fd(), path.as_str(), AtFlags::empty());
         let made = match make() {
             Err(Errno::EXIST) => {
                 self.remove_file(path)?;
@@ -202,7 +257,6 @@ impl Stage {
 
     /// Has the filesystem copy a whole file: of a NAS the bytes then cross no network.
     fn copy_within(&self, source: &File, path: &RelPath, size: u64) -> Result<Shared, Fault> {
-        use rustix::io::Errno;
         self.remove_file(path)?;
         let into = self.open_file(path, size)?;
         let (mut read_at, mut write_at) = (0, 0);
@@ -281,7 +335,7 @@ pub fn write_parts(file: &File, parts: &[impl AsRef<[u8]>], offset: u64) -> std:
     for some in parts.chunks(PARTS_MAX) {
         let slices: Vec<IoSlice<'_>> = some.iter().map(|part| IoSlice::new(part.as_ref())).collect();
         let written = rustix::io::pwritev(file, &slices, at);
-        let mut written = written.or_else(|e| if e == rustix::io::Errno::INTR { Ok(0) } else { Err(e) })?;
+        let mut written = written.or_else(|e| if e == Errno::INTR { Ok(0) } else { Err(e) })?;
         // What a signal or a full disk left over.
         for part in some.iter().map(AsRef::as_ref) {
             let here = written.min(part.len());

@@ -26,7 +26,7 @@ pub use changed::{Changed, what_changed};
 pub use deliveries::DeliveryRow;
 pub(crate) use deliveries::no_delivery;
 pub use relay::{Forbids, Kept};
-pub use transfers::{Body, Part, TransferRow, Want};
+pub use transfers::{Adopted, Body, Part, TransferRow, Want};
 pub(crate) use transfers::{new_delivery_id, new_id, new_run_id};
 
 use crate::api::types::Event;

@@ -203,7 +203,7 @@ fn wanted(id: &str, artifact: &str, generation: i64) -> TransferRow {
 #[tokio::test]
 async fn a_transfer_knows_whether_it_landed_before_it_was_begun_again() {
     let (_dir, catalogue) = catalogue().await;
-    let adopt = async |id: &str, generation| catalogue.adopt(&wanted(id, "model/m:1", generation)).await.unwrap();
+    let adopt = async |id: &str, generation| catalogue.adopt(&wanted(id, "model/m:1", generation)).await.unwrap().row;
     let enter = async |row: &TransferRow, state| {
         catalogue.update_transfer(&row.id, row.generation, state, &row.body).await.unwrap();
         catalogue.transfer(&row.id).await.unwrap()
@@ -228,7 +228,7 @@ async fn a_transfer_knows_whether_it_landed_before_it_was_begun_again() {
 #[tokio::test]
 async fn rows_with_ids_that_no_longer_parse_are_removed_by_the_migration() {
     let (_dir, catalogue) = catalogue().await;
-    let good = catalogue.adopt(&wanted("t-good", "model/m:1", 0)).await.unwrap();
+    let good = catalogue.adopt(&wanted("t-good", "model/m:1", 0)).await.unwrap().row;
     let run = |id: &str, transfer: &str| {
         serde_json::json!({ "spec": { "id": id, "delivery": "d-1" }, "borrowed": [{ "transfer": transfer }], "removed": [transfer],
             "left": { transfer: "why" }, "message": "/any ../text" })

@@ -135,6 +135,15 @@ pub struct TransferRow {
     pub removed_ms: Option<i64>,
 }
 
+/// A transfer that a site took over.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Adopted {
+    /// As it stands there.
+    pub row: TransferRow,
+    /// Transfers that were cancelled for it, as they were before.
+    pub superseded: Vec<TransferRow>,
+}
+
 /// One artifact of a delivery.
 #[derive(Debug, Clone)]
 pub struct Part {

@@ -80,6 +80,12 @@ struct Base {
     alignment: Alignment,
 }
 
+/// Fails where the store has no room for pages, before they are sent for nothing.
+pub(super) async fn check_room(store: &Store) -> Result<(), Fault> {
+    let store = store.clone();
+    blocking(move || store.check_room()).await
+}
+
 impl Fetcher {
     /// Brings every page of the manifest that the store lacks. `base` is the root manifest of a similar artifact, whose
     /// pages the store most likely holds: then only what differs from them crosses the line.
@@ -117,6 +123,9 @@ impl Fetcher {
             Ok((Arc::new(base), requests(&all, &lacking)))
         });
         let Ok((base, requests)) = prepared.await else { return Ok(()) };
+        if !requests.is_empty() {
+            check_room(store).await?;
+        }
         let ask = |request| self.difference(request, base.clone(), store.clone());
         let mut running = futures::stream::iter(requests.into_iter().map(ask)).buffer_unordered(IN_FLIGHT);
         while let Some(result) = running.next().await {
@@ -176,6 +185,9 @@ impl Fetcher {
             if !lacking.is_empty() {
                 requests.push((vec![wanted(ranges)], lacking));
             }
+        }
+        if !requests.is_empty() {
+            check_room(store).await?;
         }
         let fetch = |(wants, pages): (Vec<Wanted>, Vec<PageRef>)| async move {
             let mut frames = self.ask(wants, PRIORITY_MANIFEST).await?;

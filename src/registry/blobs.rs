@@ -381,13 +381,13 @@ fn held(headers: &HeaderMap) -> Option<u64> {
     last.trim().parse::<u64>().ok().filter(|last| *last > 0).map(|last| last + 1)
 }
 
-/// A part of a file as a request's body: read ahead on a blocking thread by a few buffers. `grown`: how much of the file is there.
+/// A part of a file as a request's body: read ahead by a few buffers, on a thread of its own, for it waits for the registry. `grown`: how much of the file is there.
 fn file_body(path: &Path, offset: u64, len: u64, grown: Option<watch::Receiver<u64>>, progress: &Arc<Progress>) -> Body {
     let (send, receive) = mpsc::channel::<std::io::Result<Bytes>>(limits::REGISTRY_READ_AHEAD_MAX);
     let path = path.to_owned();
     progress.sent.store(0, Ordering::Relaxed);
     let runtime = Handle::current();
-    tokio::task::spawn_blocking(move || {
+    let read_ahead = move || {
         let mut grown = grown;
         let mut read = || -> std::io::Result<()> {
             let mut file = None;
@@ -416,7 +416,11 @@ fn file_body(path: &Path, offset: u64, len: u64, grown: Option<watch::Receiver<u
         if let Err(error) = read() {
             let _ = send.blocking_send(Err(error));
         }
-    });
+    };
+    if let Err(error) = std::thread::Builder::new().name("registry blob".into()).spawn(read_ahead) {
+        // The body then ends too early, and the request fails.
+        tracing::warn!(%error, "a thread that reads a blob could not be started");
+    }
     let progress = progress.clone();
     Body::wrap_stream(futures::stream::unfold((receive, progress), |(mut receive, progress)| async move {
         let piece = receive.recv().await?;

@@ -9,11 +9,13 @@
 //! <root>/.packhorse/versions/<kind>/<name>/<version>.json    the digest of what stands there
 //! ```
 //! The note of the digest is durable before the rename: after a crash between the two, a commit that is asked again
-//! finds either the staged folder or its own finished one, and knows which. Of a version of which something was found gone
+//! finds either the staged folder or its own finished one, and knows which. It is created exclusively: of two sites that commit
+//! different contents under one version, one creates it, and the other claims nothing. Of a version of which something was found gone
 //! or damaged only that is replaced, file by file (see `repair`). Several sites may use one root: each removes only what it
 //! staged itself, a version that another one has committed is used as it is, and none removes a version from a shared root.
 
 mod mount;
+mod notes;
 mod repair;
 
 use std::io::{ErrorKind, Read};
@@ -25,24 +27,25 @@ use std::sync::{Arc, OnceLock};
 use async_trait::async_trait;
 use bytes::Bytes;
 use parking_lot::Mutex;
-use serde::{Deserialize, Serialize};
 
 use super::{Folding, Heartbeat, Incoming, Landed, Look, Place, Sink, Threads, rounded_secs};
 use crate::config;
 use crate::durable;
-use crate::fault::{Fault, IoContext, Reason};
+use crate::fault::{Code, Fault, IoContext, Reason};
 use crate::limits::SINK_ANSWER_MAX;
-use crate::manifest::Digest;
 use crate::names::{ArtifactRef, RelPath};
 use crate::space::Space;
+use crate::stage::StagingRoot;
 use crate::text;
 
-pub(crate) use mount::Mount;
+pub(crate) use mount::{Mount, trial};
 
 /// The folder of Packhorse's own things in a root.
 pub const HIDDEN: &str = ".packhorse";
 /// The folder in [`HIDDEN`] with a file for each daemon that uses the root.
 const SITES: &str = "sites";
+/// The folder in [`HIDDEN`] that holds what is on its way in.
+const STAGING: &str = "staging";
 /// Daemons that are named of those that use the same root, and the bytes that each may say of itself.
 const SITES_TOLD_MAX: usize = 16;
 const SITE_BYTES_MAX: u64 = 256;
@@ -66,14 +69,6 @@ pub struct FilesSink {
     mount: Arc<OnceLock<Mount>>,
     threads: Threads,
     heartbeat: Heartbeat,
-}
-
-/// What stands under a version.
-#[derive(Debug, Serialize, Deserialize)]
-struct Note {
-    digest: Digest,
-    /// The transfer that brought it; ids sort by time.
-    transfer: String,
 }
 
 impl FilesSink {
@@ -109,7 +104,7 @@ impl FilesSink {
             Err(e) => return Err(Fault::io(format_args!("read {}", owner_file.display()), &e)),
         };
         let sink = Self {
-            staging: root.join(HIDDEN).join("staging"),
+            staging: root.join(HIDDEN).join(STAGING),
             root,
             configured: config.is_some(),
             id_file: data_dir.join("sink-files-id"),
@@ -149,10 +144,10 @@ impl FilesSink {
                 let id = match std::fs::read_to_string(&there) {
                     Ok(id) => id,
                     Err(e) if e.kind() == ErrorKind::NotFound => {
-                        let id = format!("{:032x}\n", rand::random::<u128>());
                         durable::create_dir_all(&self.staging)?;
-                        durable::replace(&there, id.as_bytes())?;
-                        id
+                        // Another site may mark it at the same moment: what is there counts.
+                        durable::create(&there, format!("{:032x}\n", rand::random::<u128>()).as_bytes())?;
+                        std::fs::read_to_string(&there).at(format_args!("read {}", there.display()))?
                     }
                     Err(e) => return Err(Fault::io(format_args!("read {}", there.display()), &e)),
                 };
@@ -220,26 +215,6 @@ impl FilesSink {
         self.series(artifact).join(artifact.version())
     }
 
-    fn note_path(&self, artifact: &ArtifactRef) -> PathBuf {
-        let folder = self.root.join(HIDDEN).join("versions").join(artifact.kind.as_str()).join(artifact.name());
-        folder.join(format!("{}.json", artifact.version()))
-    }
-
-    /// What is noted of a version; a note that is malformed is none. A NAS that fails says nothing of what it holds.
-    fn note(&self, artifact: &ArtifactRef) -> Result<Option<Note>, Fault> {
-        Ok(read_if_there(&self.note_path(artifact))?.and_then(|text| serde_json::from_str(&text).ok()))
-    }
-
-    fn write_note(&self, incoming: &Incoming) -> Result<(), Fault> {
-        let path = self.note_path(&incoming.artifact);
-        durable::create_dir_all(path.parent().unwrap_or(&self.root))?;
-        // Who asked last counts: a repair by an older transfer makes the version no older.
-        let before = self.note(&incoming.artifact)?.filter(|before| before.digest == incoming.digest);
-        let transfer = before.map(|before| before.transfer).max(Some(incoming.transfer.to_string())).unwrap_or_default();
-        let text = serde_json::to_vec(&Note { digest: incoming.digest, transfer }).map_err(|e| Fault::internal(e.to_string()))?;
-        durable::replace(&path, &text)
-    }
-
     /// The active version, as `CURRENT` names it.
     fn current(&self, artifact: &ArtifactRef) -> Result<Option<String>, Fault> {
         Ok(read_if_there(&self.series(artifact).join("CURRENT"))?.map(|text| text.trim().to_owned()))
@@ -256,9 +231,19 @@ impl FilesSink {
         }
         match self.note(&incoming.artifact)? {
             Some(note) if note.digest == incoming.digest => Ok(true),
-            _ => Err(Fault::conflict(format!("{} stands in the way: packhorse did not put {} there", folder.display(), incoming.artifact))
-                .with_reason(Reason::SinkRefused)
-                .with_next("move that folder away, then retry the transfer")),
+            Some(note) => Err(Fault::conflict(format!(
+                "{} is there already with another content of {}: {} there, {} now",
+                folder.display(),
+                incoming.artifact,
+                note.digest,
+                incoming.digest
+            ))
+            .with_next("publish it under another version, or move that folder away, then retry the transfer")),
+            None => {
+                Err(Fault::conflict(format!("{} stands in the way: packhorse did not put {} there", folder.display(), incoming.artifact))
+                    .with_reason(Reason::SinkRefused)
+                    .with_next("move that folder away, then retry the transfer"))
+            }
         }
     }
 
@@ -281,11 +266,14 @@ impl FilesSink {
     /// Whether the root is the one that this site has always had. An empty mount point must not be filled.
     fn mounted(&self) -> Result<(), Fault> {
         let id = self.id()?;
-        match std::fs::read_to_string(self.root.join(HIDDEN).join("id")) {
-            Ok(there) if there == id => {
-                self.register();
-                Ok(())
-            }
+        self.is_ours(&id, std::fs::read_to_string(self.root.join(HIDDEN).join("id")))?;
+        self.register();
+        Ok(())
+    }
+
+    fn is_ours(&self, id: &str, there: std::io::Result<String>) -> Result<(), Fault> {
+        match there {
+            Ok(there) if there == id => Ok(()),
             Ok(_) => Err(self.away(&format!("its {HIDDEN}/id is another"))),
             Err(e) => Err(self.away(&format!("its {HIDDEN}/id cannot be read: {e}"))),
         }
@@ -305,7 +293,7 @@ impl FilesSink {
         self.mounted()?;
         let mut stood = self.is_there(incoming)?;
         if !stood {
-            self.write_note(incoming)?;
+            self.claim(incoming)?;
             durable::create_dir_all(&self.series(artifact))?;
             if let Err(fault) = durable::rename_noreplace(staged, &self.folder(artifact)) {
                 // A rename that a network filesystem reports as failed may have happened, or another site was faster.
@@ -332,15 +320,22 @@ impl FilesSink {
     }
 
     /// The version of the same series that was asked for last, of those that stand.
-    fn newest_left(&self, artifact: &ArtifactRef) -> Option<ArtifactRef> {
-        let notes = std::fs::read_dir(self.note_path(artifact).parent()?).ok()?;
-        let versions = notes.flatten().filter_map(|entry| entry.file_name().to_str()?.strip_suffix(".json").map(str::to_owned));
-        let standing = versions.filter_map(|version| {
-            let left = ArtifactRef::new(artifact.kind, artifact.name(), &version).ok()?;
-            let note = self.note(&left).ok()?.filter(|_| self.folder(&left).is_dir())?;
-            Some((note.transfer, left))
-        });
-        standing.max_by(|a, b| a.0.cmp(&b.0)).map(|(_, left)| left)
+    fn newest_left(&self, artifact: &ArtifactRef) -> Result<Option<ArtifactRef>, Fault> {
+        let path = self.note_path(artifact);
+        let notes = path.parent().unwrap_or(&self.root);
+        let mut newest: Option<(String, ArtifactRef)> = None;
+        for entry in std::fs::read_dir(notes).at(notes.display())? {
+            let name = entry.at(notes.display())?.file_name();
+            let version = name.to_str().and_then(|name| name.strip_suffix(".json"));
+            let Some(Ok(left)) = version.map(|version| ArtifactRef::new(artifact.kind, artifact.name(), version)) else { continue };
+            if let Some(note) = self.note(&left)?
+                && is_folder(&self.folder(&left))?
+                && newest.as_ref().is_none_or(|(transfer, _)| *transfer < note.transfer)
+            {
+                newest = Some((note.transfer, left));
+            }
+        }
+        Ok(newest.map(|(_, left)| left))
     }
 
     /// Takes a version out of sight by one rename. Returns where it is now, to be removed.
@@ -366,7 +361,7 @@ impl FilesSink {
         let folder = self.folder(artifact);
         let series = self.series(artifact);
         let current = self.current(artifact)?;
-        if self.note(artifact)?.is_some() && folder.exists() {
+        if self.note(artifact)?.is_some() && folder.try_exists().at(folder.display())? {
             let away = self.move_away(artifact)?;
             // It is out of sight; what cannot be removed now is tried again.
             if let Err(fault) = durable::remove_all(&away) {
@@ -375,7 +370,7 @@ impl FilesSink {
         }
         durable::remove_all(&self.note_path(artifact))?;
         if current.as_deref() == Some(artifact.version()) {
-            match self.newest_left(artifact) {
+            match self.newest_left(artifact)? {
                 Some(left) => self.set_current(&left)?,
                 None => {
                     durable::remove_all(&series.join("CURRENT"))?;
@@ -384,6 +379,15 @@ impl FilesSink {
             }
         }
         Ok(None)
+    }
+}
+
+/// Whether this is a folder, or a link to one. A NAS that fails does not say that it is none.
+fn is_folder(path: &Path) -> Result<bool, Fault> {
+    match std::fs::metadata(path) {
+        Ok(meta) => Ok(meta.is_dir()),
+        Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => Ok(false),
+        Err(e) => Err(Fault::io(format_args!("look at {}", path.display()), &e)),
     }
 }
 
@@ -403,6 +407,16 @@ impl Sink for FilesSink {
         &self.staging
     }
 
+    fn staging(&self) -> Result<StagingRoot, Fault> {
+        let id = self.id()?;
+        let root = StagingRoot::open_there(&self.root).map_err(|fault| match fault.code {
+            Code::NotFound => self.away("it is not a folder"),
+            _ => fault,
+        })?;
+        self.is_ours(&id, root.read(&format!("{HIDDEN}/id")))?;
+        root.folder(HIDDEN)?.folder(STAGING)
+    }
+
     fn threads(&self) -> &Threads {
         &self.threads
     }
@@ -420,10 +434,12 @@ impl Sink for FilesSink {
     }
 
     fn may_remove(&self, name: &str) -> bool {
-        // Those without an owner are of a daemon that had the root to itself.
-        let is_old =
-            name.strip_prefix("removed-").is_some_and(|rest| rest.split('-').next().is_none_or(|owner| owner.len() != self.owner.len()));
-        name.starts_with(&format!("removed-{}-", self.owner)) || is_old
+        // Those without an owner, `removed-<version>-<random>`, are of a daemon that had the root to itself.
+        let is_owned = |rest: &str| {
+            let (owner, rest) = rest.split_once('-').unwrap_or((rest, ""));
+            owner.len() == self.owner.len() && owner.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f')) && rest.contains('-')
+        };
+        name.strip_prefix("removed-").is_some_and(|rest| rest.starts_with(&format!("{}-", self.owner)) || !is_owned(rest))
     }
 
     fn is_shared(&self) -> bool {
@@ -442,7 +458,7 @@ impl Sink for FilesSink {
         let this = self.clone();
         let trial = move || {
             this.mounted()?;
-            mount::trial(&this.staging.join(format!("removed-{}-trial-{:08x}", this.owner, rand::random::<u32>())))
+            trial(&this.staging.join(format!("removed-{}-trial-{:08x}", this.owner, rand::random::<u32>())))
         };
         self.threads.run(trial).await
     }
@@ -500,7 +516,7 @@ impl Sink for FilesSink {
         let (this, artifact) = (self.clone(), artifact.clone());
         self.threads
             .run(move || {
-                if this.note(&artifact)?.is_none() || !this.folder(&artifact).is_dir() {
+                if this.note(&artifact)?.is_none() || !is_folder(&this.folder(&artifact))? {
                     return Err(Fault::not_found(format!("{artifact} is not in {}", this.root.display())));
                 }
                 this.set_current(&artifact)
@@ -542,7 +558,7 @@ impl Sink for FilesSink {
             .run(move || {
                 let folder = this.folder(&incoming.artifact);
                 Ok(match this.note(&incoming.artifact)? {
-                    _ if !folder.is_dir() => vec![format!("{} is gone", folder.display())],
+                    _ if !is_folder(&folder)? => vec![format!("{} is gone", folder.display())],
                     Some(note) if note.digest == incoming.digest => vec![],
                     _ => vec![format!("{} has no note of its digest", folder.display())],
                 })
@@ -585,113 +601,4 @@ impl Sink for FilesSink {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::chunk::{DEFAULT_CHUNKING, Hash};
-    use crate::fault::Retry;
-    use crate::manifest::{KindInfo, Root, Totals};
-    use crate::names::Kind;
-
-    fn incoming(version: &str) -> Incoming {
-        let root = Root {
-            format: 1,
-            kind: Kind::Dataset,
-            info: KindInfo::Files,
-            chunking: DEFAULT_CHUNKING,
-            totals: Totals::default(),
-            depth: 0,
-            pages: Vec::new(),
-        };
-        let artifact = ArtifactRef::new(Kind::Dataset, "d", version).unwrap();
-        Incoming {
-            artifact,
-            digest: Hash::of(version.as_bytes()),
-            root,
-            transfer: format!("t-{version}").parse().unwrap(),
-            waits: Default::default(),
-        }
-    }
-
-    #[test]
-    fn names_that_windows_refuses_are_refused_where_the_nas_does() {
-        let dir = tempfile::tempdir().unwrap();
-        let linux = FilesSink::open(None, dir.path()).unwrap();
-        let smb = linux.clone().assuming(Mount { windows_names: true, ..Mount::default() });
-        let refused = |sink: &FilesSink, name: &str| sink.refuse_path(&name.parse().unwrap()).is_some();
-        for bad in [
-            ["CON", "con.txt", "sub/Aux", "nul.tar.gz", "prn/b.png"],
-            ["COM1", "lpt9.log", "a.", "a ", "folder./x.png"],
-            ["folder /x.png", "a\u{1}b", "tab\there", "new\nline", "del\u{7f}"],
-            ["a<b", "a>b", "a:b", "a\"b", "a|b"],
-            ["a?b", "a*b", "a\\b", "a/b/c?", "..."],
-        ]
-        .into_iter()
-        .flatten()
-        {
-            assert!(refused(&smb, bad), "{bad:?}");
-            assert!(!refused(&linux, bad), "{bad:?}");
-        }
-        for good in ["CONSOLE.png", "COM10", "COM", "lpt", "a.b", ".hidden", "a b", "图像/缺陷 1.png"] {
-            assert!(!refused(&smb, good), "{good:?}");
-        }
-    }
-
-    #[test]
-    fn a_name_has_255_bytes_at_the_most() {
-        let dir = tempfile::tempdir().unwrap();
-        let smb = FilesSink::open(None, dir.path()).unwrap().assuming(Mount { windows_names: true, ..Mount::default() });
-        for (letter, most) in [("a", 255), ("图", 85)] {
-            assert_eq!(smb.refuse_path(&format!("a/{}", letter.repeat(most)).parse().unwrap()), None);
-            assert!(format!("a/{}", letter.repeat(most + 1)).parse::<RelPath>().is_err(), "no sink is ever shown it");
-        }
-    }
-
-    #[tokio::test]
-    async fn an_empty_mount_point_is_not_filled() {
-        let dir = tempfile::tempdir().unwrap();
-        let [nas, away, data] = ["nas", "away", "data"].map(|name| dir.path().join(name));
-        std::fs::create_dir(&nas).unwrap();
-        std::fs::create_dir(&data).unwrap();
-        let config = config::FilesSink { root: nas.clone() };
-        let sink = FilesSink::open(Some(&config), &data).unwrap();
-        let (one, two) = (incoming("v1"), incoming("v2"));
-        sink.check(&one).await.unwrap();
-        let staged = sink.staging_root().join("t-v1");
-        durable::create_dir_all(&staged).unwrap();
-        sink.commit(&one, &staged).await.unwrap();
-
-        // Unmounted, under a daemon that runs and under one that starts.
-        durable::rename_noreplace(&nas, &away).unwrap();
-        std::fs::create_dir(&nas).unwrap();
-        let started = FilesSink::open(Some(&config), &data).unwrap();
-        for sink in [&sink, &started] {
-            let staged = sink.staging_root().join("t-v2");
-            let faults = [
-                sink.check(&two).await.unwrap_err(),
-                sink.commit(&two, &staged).await.unwrap_err(),
-                sink.stands(&one).await.unwrap_err(),
-                sink.remove(&one.artifact).await.unwrap_err(),
-                sink.probe().await.unwrap_err(),
-            ];
-            for fault in faults {
-                assert_eq!((fault.reason, fault.retry), (Reason::SinkUnavailable, Retry::Backoff), "{fault}");
-                assert!(fault.next.contains("mount the NAS there"), "{}", fault.next);
-            }
-        }
-        assert_eq!(std::fs::read_dir(&nas).unwrap().count(), 0, "nothing was made on the disk below the mount");
-        assert_eq!(started.mount.get(), None, "what is not there says nothing of the NAS");
-
-        // Mounted again.
-        std::fs::remove_dir(&nas).unwrap();
-        durable::rename_noreplace(&away, &nas).unwrap();
-        for sink in [&sink, &started] {
-            sink.check(&two).await.unwrap();
-            assert!(sink.stands(&one).await.unwrap());
-        }
-        assert_eq!(started.mount.get(), Some(&Mount::default()));
-
-        // Another NAS in its place.
-        durable::replace(&nas.join(HIDDEN).join("id"), b"another\n").unwrap();
-        assert_eq!(sink.check(&two).await.unwrap_err().reason, Reason::SinkUnavailable);
-    }
-}
+mod tests;

@@ -22,6 +22,7 @@ use unicode_normalization::UnicodeNormalization;
 use crate::fault::Fault;
 use crate::manifest::{Digest, FileInfo, Root};
 use crate::names::{ArtifactRef, RelPath, TransferId};
+use crate::stage::StagingRoot;
 
 pub use look::Look;
 pub use threads::{Heartbeat, Threads, rounded_secs};
@@ -91,6 +92,11 @@ impl Folding {
 pub trait Sink: Send + Sync {
     /// The folder in which the engine makes `<transfer>/` and stages files, on the same mount as the end where it matters.
     fn staging_root(&self) -> &Path;
+
+    /// The same folder, held open and made if it is not there: what was mounted when it was opened is what is written to. May block.
+    fn staging(&self) -> Result<StagingRoot, Fault> {
+        StagingRoot::open(self.staging_root())
+    }
 
     /// The threads on which all that can block in this sink's folders or far end runs.
     fn threads(&self) -> &Threads;

@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use parking_lot::Mutex;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
+use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
 use crate::fault::Fault;
@@ -33,6 +34,12 @@ impl Threads {
         let ended = self.start(&room, work)?;
         drop(room);
         ended.await.unwrap_or_else(|_| Err(Fault::internal(format!("a thread of {} panicked", self.name))))
+    }
+
+    /// [`Threads::run`] of a call that goes on while its caller does something else. Dropping the handle leaves the thread to itself.
+    pub fn spawn<T: Send + 'static>(&self, work: impl FnOnce() -> Result<T, Fault> + Send + 'static) -> JoinHandle<Result<T, Fault>> {
+        let this = self.clone();
+        tokio::spawn(async move { this.run(work).await })
     }
 
     /// [`Threads::run`] for at most so long. The call itself goes on.

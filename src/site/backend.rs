@@ -89,7 +89,7 @@ impl Site {
         // Where the catalogue cannot be written, what is shown says so.
         let unwritten = self.inner.runner.unwritten();
         for row in &mut rows {
-            if let Some(newer) = unwritten.iter().find(|newer| newer.id == row.id) {
+            if let Some(newer) = unwritten.iter().find(|newer| newer.id == row.id && newer.generation >= row.generation) {
                 (row.state, row.body) = (newer.state, newer.body.clone());
             }
         }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::time::timeout;
 
 use super::Site;
@@ -11,20 +11,20 @@ use crate::api::VERSION;
 use crate::budget::Budget;
 use crate::catalogue::TransferRow;
 use crate::config::Transport;
-use crate::fault::{Fault, Retry};
+use crate::fault::{Fault, Reason, Retry};
 use crate::fetch::{self, Fetcher};
 use crate::limits::{
-    ANSWER_BYTES_MAX, ANSWER_MAX, FETCH_STREAMS_MAX, QUESTIONS_AT_ONCE_MAX, QUESTIONS_BYTES_MAX, REPORT_BYTES_MAX, SILENCE_MAX,
-    SINK_ANSWER_MAX, STATE_RETRY_EVERY,
+    ANSWER_BYTES_MAX, ANSWER_MAX, BACKOFF_MAX, FETCH_STREAMS_MAX, QUESTIONS_AT_ONCE_MAX, QUESTIONS_BYTES_MAX, REPORT_BYTES_MAX,
+    SILENCE_MAX, SINK_ANSWER_MAX, STATE_RETRY_EVERY,
 };
 use crate::line::{self, Link, RecvHalf, Redial, SendHalf};
 use crate::manifest::Digest;
 use crate::names::{ArtifactRef, TransferId};
 use crate::paging;
-use crate::run::RunReport;
+use crate::run::{DesiredRun, RunReport};
 use crate::text::Message;
 use crate::transfer::{Assembly, free_room};
-use crate::wire::{self, AllowList, AskHub, AskSite, CONTROL, FETCH, FromHub, FromSite, Planned, QUESTION, Report, renewal};
+use crate::wire::{self, AllowList, AskHub, AskSite, CONTROL, Desired, FETCH, FromHub, FromSite, Planned, QUESTION, Report, renewal};
 
 /// How often a site on TCP tries whether QUIC works again.
 const QUIC_PROBE_EVERY: Duration = Duration::from_secs(60);
@@ -32,6 +32,12 @@ const QUIC_PROBE_EVERY: Duration = Duration::from_secs(60);
 const RENEW_CHECK_EVERY: Duration = Duration::from_secs(3600);
 /// Desired lists shorter than this are complete.
 const DESIRED_MAX: usize = 1000;
+
+/// What the hub wants, whole.
+struct List {
+    transfers: Vec<Desired>,
+    runs: Vec<DesiredRun>,
+}
 
 impl Site {
     /// Dials until the daemon stops; a line that ends is followed by another.
@@ -129,31 +135,14 @@ impl Site {
         let share = inner.config.share.allow.as_deref().map(AllowList::of);
         let train = inner.config.train.as_ref().map(|train| AllowList::of(&train.allow));
         wire::send(&mut send, &FromSite::Hello { version: VERSION.into(), share, train, congestion }).await?;
-        let (listed, mut asked) = tokio::sync::mpsc::channel::<Vec<TransferId>>(4);
+        let (listed, mut asked) = mpsc::channel::<Vec<TransferId>>(4);
+        let (newest, lists) = watch::channel(None);
         let read = async {
             loop {
                 let FromHub::Desired { revision, transfers, runs, manifests } = wire::receive(&mut recv).await?;
                 tracing::debug!(revision, transfers = transfers.len(), runs = runs.len(), "desired");
                 inner.runner.hear(manifests).await;
-                let mut logged = None;
-                loop {
-                    let applied = inner.runner.apply(&transfers, transfers.len() < DESIRED_MAX).await;
-                    // After the transfers: a run that is over removes what they brought.
-                    let applied = match applied {
-                        Ok(()) => self.apply_runs(&runs).await,
-                        other => other,
-                    };
-                    let Err(fault) = applied else { break };
-                    // It fails here and not at the hub: a new connection would bring the same list.
-                    if logged.as_ref() != Some(&fault.message) {
-                        tracing::warn!(error = %fault, "what the hub wants could not be written down; tried again");
-                        logged = Some(fault.message);
-                    }
-                    tokio::time::sleep(STATE_RETRY_EVERY).await;
-                }
-                if listed.send(transfers.into_iter().map(|wanted| wanted.id).collect()).await.is_err() {
-                    return Ok(());
-                }
+                newest.send_replace(Some(Arc::new(List { transfers, runs })));
             }
         };
         let write = async {
@@ -196,7 +185,11 @@ impl Site {
                         let mut reports = Vec::new();
                         for id in ids {
                             // As it stands when it is told: an older word must not come behind a newer one.
-                            reports.push(report(inner.catalogue.transfer(&id).await?));
+                            match inner.catalogue.transfer(&id).await {
+                                Ok(row) => reports.push(report(row)),
+                                // What could not be taken over is told with what is unwritten.
+                                Err(fault) => tracing::debug!(transfer = %id, error = %fault, "a transfer is not told of"),
+                            }
                         }
                         send_reports(&mut send, reports).await?;
                     }
@@ -211,9 +204,54 @@ impl Site {
         };
         tokio::select! {
             result = read => result,
+            result = self.apply_lists(lists, listed) => result,
             result = write => result,
             result = self.keep_offering() => result,
         }
+    }
+
+    /// Does what the newest list of the hub says, and tells `listed` of its transfers. What cannot be written down is tried again, here and
+    /// not over a new line, which would bring the same list. It holds up neither the rest of the list nor a newer one.
+    async fn apply_lists(&self, mut lists: watch::Receiver<Option<Arc<List>>>, listed: mpsc::Sender<Vec<TransferId>>) -> Result<(), Fault> {
+        let mut logged = None;
+        while lists.changed().await.is_ok() {
+            let Some(list) = lists.borrow_and_update().clone() else { continue };
+            let (mut left, mut pause) = (None, STATE_RETRY_EVERY);
+            loop {
+                let unapplied = self.inner.runner.apply(&list.transfers, list.transfers.len() < DESIRED_MAX, left.as_ref()).await;
+                // After the transfers: a run that is over removes what they brought.
+                let runs = self.apply_runs(&list.runs, &unapplied.transfers).await;
+                let fault = unapplied.fault.or(runs.err());
+                if left.is_none() || fault.is_none() {
+                    let ids = list.transfers.iter().map(|wanted| wanted.id.clone()).collect();
+                    if listed.send(ids).await.is_err() {
+                        return Ok(());
+                    }
+                }
+                let Some(fault) = fault else {
+                    logged = None;
+                    break;
+                };
+                // Room comes back at any moment; what else is wrong may stay so.
+                pause = if fault.reason == Reason::NoSpace { STATE_RETRY_EVERY } else { pause };
+                if logged.as_ref() != Some(&fault.message) {
+                    tracing::warn!(error = %fault, "what the hub wants could not be written down; tried again");
+                    logged = Some(fault.message);
+                }
+                left = Some(unapplied.transfers);
+                tokio::select! {
+                    () = tokio::time::sleep(pause) => pause = (pause * 2).min(BACKOFF_MAX),
+                    newer = lists.changed() => {
+                        if newer.is_err() {
+                            return Ok(());
+                        }
+                        lists.mark_changed();
+                        break;
+                    }
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Gets a new certificate when the old one is old.

@@ -20,7 +20,7 @@ use crate::clock;
 use crate::fault::{Code, Fault, Retry};
 use crate::fetch::blocking;
 use crate::limits::{BACKOFF_FIRST, BACKOFF_MAX, TRAINER_CALL_MAX, TRAINER_LOOK_EVERY};
-use crate::names::{ArtifactRef, Kind, RunName};
+use crate::names::{ArtifactRef, Kind, RunName, TransferId};
 use crate::run::site::{Effect, Event, Phase, Process, Run, Seen, Trainer, step};
 use crate::run::{DesiredRun, Input, Lineage, Model, RunReport};
 use crate::trainer::Folder;
@@ -57,27 +57,23 @@ fn now_ms() -> i64 {
 }
 
 impl Site {
-    /// Takes what the hub wants of its runs: the whole list.
-    pub(super) async fn apply_runs(&self, desired: &[DesiredRun]) -> Result<(), Fault> {
+    /// Takes what the hub wants of its runs: the whole list. One that cannot be written down keeps the others from nothing; the first
+    /// fault is returned. A run that borrowed by one of `unadopted` waits: what it would remove may be asked for again.
+    pub(super) async fn apply_runs(&self, desired: &[DesiredRun], unadopted: &HashSet<TransferId>) -> Result<(), Fault> {
         let catalogue = &self.inner.catalogue;
+        let mut first = Ok(());
         {
             let _turn = self.inner.runs.turn.lock().await;
             for wanted in desired {
-                let name = wanted.spec.name.as_str();
-                let here = catalogue.run::<Run>(name).await?.filter(|run| run.spec.id == wanted.spec.id);
-                let run = match &here {
-                    Some(run) => step(run, Event::Wanted(Box::new(wanted.clone())), now_ms()).0,
-                    None => Run::new(wanted.clone()),
-                };
-                if here.is_none_or(|before| before != run) {
-                    self.save_run(&run).await?;
+                if !wanted.borrowed.iter().any(|borrowed| unadopted.contains(&borrowed.transfer)) {
+                    first = first.and(self.apply_run(wanted).await);
                 }
             }
             for run in catalogue.runs::<Run>(true, OPEN_MAX).await? {
                 if !desired.iter().any(|wanted| wanted.spec.name == run.spec.name) {
                     let (after, _) = step(&run, Event::Unlisted, now_ms());
                     if after != run {
-                        self.save_run(&after).await?;
+                        first = first.and(self.save_run(&after).await);
                     }
                 }
             }
@@ -85,10 +81,20 @@ impl Site {
         }
         for wanted in desired {
             if let Some(model) = &wanted.model {
-                catalogue.set_lineage(&model.artifact, &Lineage::from(&wanted.spec)).await?;
+                first = first.and(catalogue.set_lineage(&model.artifact, &Lineage::from(&wanted.spec)).await);
             }
         }
-        Ok(())
+        first
+    }
+
+    async fn apply_run(&self, wanted: &DesiredRun) -> Result<(), Fault> {
+        let name = wanted.spec.name.as_str();
+        let here = self.inner.catalogue.run::<Run>(name).await?.filter(|run| run.spec.id == wanted.spec.id);
+        let run = match &here {
+            Some(run) => step(run, Event::Wanted(Box::new(wanted.clone())), now_ms()).0,
+            None => Run::new(wanted.clone()),
+        };
+        if here.is_none_or(|before| before != run) { self.save_run(&run).await } else { Ok(()) }
     }
 
     /// How the runs stand that the hub has to hear of.

@@ -13,6 +13,7 @@
 mod committer;
 mod ends;
 mod estimate;
+mod failure;
 mod growing;
 mod names;
 mod producer;
@@ -35,7 +36,7 @@ use tokio_util::sync::CancellationToken;
 use crate::buffers::Buffers;
 use crate::chunk::Hash;
 use crate::fault::{Fault, Reason};
-use crate::fetch::{self, Fetcher};
+use crate::fetch::{self, Fetcher, blocking};
 use crate::frame::Frame;
 use crate::limits::{
     FETCH_FAR_FROM, FETCH_IN_FLIGHT_FAR_MAX, FETCH_IN_FLIGHT_MAX, SINK_STOP_MAX, UNCOMMITTED_BYTES_AFTER_FAILURE_MAX,
@@ -54,6 +55,7 @@ use super::stopped;
 use committer::Committer;
 use ends::Held;
 pub use estimate::{Estimate, free_room};
+use failure::{Ending, Failure};
 use growing::{Arrival, Growing};
 use producer::Producer;
 use recent::Recent;
@@ -99,6 +101,8 @@ pub struct Counters {
     pub wire: Arc<AtomicU64>,
     /// Whether bytes that came could not be stored, and none were since: few are asked for until that works.
     pub(super) store_failed: AtomicBool,
+    /// The files, by their numbers, of which a write, a sync or a close failed. What they hold is not known: they are written again.
+    pub(super) damaged: Mutex<HashSet<u64>>,
 }
 
 /// What all assemblies of a daemon share.
@@ -201,34 +205,6 @@ struct Done {
     uncommitted: Option<Arc<OwnedSemaphorePermit>>,
 }
 
-/// The first fault of a pass ends all of it.
-struct Failure {
-    token: CancellationToken,
-    fault: Mutex<Option<Fault>>,
-    /// The files, by their numbers, of which a write, a sync or a close failed. What they hold is not known: they are written again.
-    damaged: Mutex<HashSet<u64>>,
-    /// Whether what failed is to store something.
-    stored: AtomicBool,
-}
-
-impl Failure {
-    fn set(&self, fault: Fault) {
-        self.fault.lock().get_or_insert(fault);
-        self.token.cancel();
-    }
-}
-
-/// Notes that a thread panicked: the others would wait for it for ever.
-struct Ending(Arc<Failure>);
-
-impl Drop for Ending {
-    fn drop(&mut self) {
-        if std::thread::panicking() {
-            self.0.set(Fault::internal("a thread of the transfer panicked"));
-        }
-    }
-}
-
 impl Assembly {
     /// The staging folder of this transfer.
     fn staged(&self) -> PathBuf {
@@ -243,6 +219,8 @@ impl Assembly {
     pub async fn run(&self) -> Result<PathBuf, Fault> {
         if self.counters.store_failed.load(Ordering::Relaxed) {
             // A file is written before bytes are sent again that could not be stored.
+            let places = self.shared.places.clone();
+            blocking(move || places.trial()).await?;
             tokio::select! {
                 tried = self.sink.trial() => tried?,
                 () = self.given_up() => return Err(stopped()),
@@ -293,12 +271,7 @@ impl Assembly {
     }
 
     async fn pass(&self, place: u32, journal: &Arc<RwLock<Journal>>, stage: &Arc<Stage>, held: &Arc<Held>) -> Result<(), Fault> {
-        let failure = Arc::new(Failure {
-            token: self.stop.child_token(),
-            fault: Mutex::default(),
-            damaged: Mutex::default(),
-            stored: AtomicBool::new(true),
-        });
+        let failure = Arc::new(Failure::new(&self.stop, self.incoming.waits.clone()));
         let (jobs, job_queue) = mpsc::channel::<Job>(JOBS_MAX);
         let (batches, mut batch_queue) = mpsc::channel::<Batch>(4);
         let (done, done_queue) = sync_channel::<Vec<Done>>(JOBS_MAX);
@@ -416,15 +389,10 @@ impl Assembly {
         if !failure.stored.load(Ordering::Relaxed) {
             self.counters.store_failed.store(true, Ordering::Relaxed);
         }
-        let damaged = std::mem::take(&mut *failure.damaged.lock());
-        if !damaged.is_empty() {
-            let (this, journal, stage) = (self.clone(), journal.clone(), stage.clone());
-            let discarded = self.on_thread(move || this.discard(place, &journal, &stage, &damaged)).await;
-            if let Err(fault) = discarded {
-                tracing::warn!(error = %fault, "a staged file that could not be written could not be removed");
-            }
+        if !self.counters.damaged.lock().is_empty() {
+            self.discard(place, journal, stage).await;
         }
-        match failure.fault.lock().take() {
+        match failure.take() {
             Some(fault) => Err(fault),
             None if self.stop.is_cancelled() => Err(Fault::internal("stopped").with_reason(Reason::PausedByUser)),
             None => Ok(()),
@@ -433,6 +401,21 @@ impl Assembly {
 }
 
 impl Assembly {
+    /// Throws away staged files that could not be written. The journal first: after a crash in between they are written again all the same.
+    async fn discard(&self, place: u32, journal: &Arc<RwLock<Journal>>, stage: &Arc<Stage>) {
+        let (this, noted) = (self.clone(), journal.clone());
+        let removed = match blocking(move || this.take_back_damaged(place, &noted)).await {
+            Ok(paths) => {
+                let stage = stage.clone();
+                self.on_thread(move || paths.iter().try_for_each(|path| stage.remove_file(path))).await
+            }
+            Err(fault) => Err(fault),
+        };
+        if let Err(fault) = removed {
+            tracing::warn!(error = %fault, "a staged file that could not be written could not be removed");
+        }
+    }
+
     /// Lets the sink begin with large files while they and the rest are on their way.
     async fn hand_on(self, arrivals: mpsc::Receiver<Arrival>) {
         let (this, staged) = (&self, &self.staged());

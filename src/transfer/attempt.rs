@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use tokio::sync::OwnedMutexGuard;
 use tokio_util::sync::CancellationToken;
 
 use super::pace::{Pace, Stall};
@@ -15,11 +16,11 @@ use super::waiting::{Takes, stays};
 use super::{Assembly, Counters, Runner, incoming, stopped, turn, unless};
 use crate::api::types::State;
 use crate::catalogue::TransferRow;
-use crate::fault::{Fault, Reason};
+use crate::fault::{Fault, IoContext, Reason};
 use crate::fetch::{Fetcher, blocking};
 use crate::line::Link;
 use crate::manifest;
-use crate::sink::Waits;
+use crate::sink::{Incoming, Waits};
 
 /// How often a transfer's progress is written down.
 const PROGRESS_EVERY: Duration = Duration::from_secs(1);
@@ -38,8 +39,10 @@ impl Runner {
             let incoming = incoming(row, root);
             let staged = row.id.in_dir(sink.staging_root());
             let looked = staged.clone();
-            let exists = sink.threads().run(move || Ok(looked.exists()));
+            // A NAS that fails does not say that nothing is staged there.
+            let exists = sink.threads().run(move || looked.try_exists().at(looked.display()));
             if !unless(stop, self.watched(row, sink.as_ref(), &incoming.waits, Takes::Moments, exists)).await? {
+                let _alone = self.turn_with_artifact(row, &incoming, stop).await?;
                 let commit = sink.commit(&incoming, &staged);
                 match self.watched(row, sink.as_ref(), &incoming.waits, Takes::ItsTime, commit).await {
                     Ok(landed) => return self.land(row, counters, &incoming, landed).await,
@@ -91,9 +94,7 @@ impl Runner {
         row.body.bytes.total = root.totals.bytes;
         let incoming = incoming(row, &root);
         unless(stop, self.watched(row, sink.as_ref(), &incoming.waits, Takes::Moments, sink.check(&incoming))).await?;
-        if let Some(landed) =
-            unless(stop, self.watched(row, sink.as_ref(), &incoming.waits, Takes::ItsTime, self.adopted(&incoming))).await?
-        {
+        if let Some(landed) = self.watched(row, sink.as_ref(), &incoming.waits, Takes::ItsTime, self.adopted(&incoming, stop)).await? {
             return self.land(row, counters, &incoming, landed).await;
         }
 
@@ -112,9 +113,21 @@ impl Runner {
         self.note_bytes(row, counters);
         row.body.rate = 0;
         self.enter(row, State::Committing, None).await;
-        let _alone = self.alone_with(&row.artifact).await;
+        let _alone = self.turn_with_artifact(row, &incoming, stop).await?;
         let landed = self.watched(row, sink.as_ref(), &incoming.waits, Takes::ItsTime, sink.commit(&incoming, &staged)).await?;
         self.land(row, counters, &incoming, landed).await
+    }
+
+    /// Waits until nobody else lands, looks at, or takes away the artifact. A commit that has not begun can be stopped.
+    async fn turn_with_artifact(
+        &self,
+        row: &mut TransferRow,
+        incoming: &Incoming,
+        stop: &CancellationToken,
+    ) -> Result<OwnedMutexGuard<()>, Fault> {
+        let sink = self.inner.sinks.of(row.artifact.kind).clone();
+        let alone = async { Ok(self.alone_with(&incoming.artifact).await) };
+        unless(stop, self.watched(row, sink.as_ref(), &incoming.waits, Takes::AnyTime, alone)).await
     }
 
     /// The line, as soon as there is one.

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use tokio::sync::OwnedMutexGuard;
 
-use super::{Runner, SINKS};
+use super::{Runner, Running, SINKS};
 use crate::api::types::State;
 use crate::catalogue::{TransferRow, Want};
 use crate::durable;
@@ -38,7 +38,7 @@ impl Runner {
         if ending.contains_key(&key) {
             return;
         }
-        let (this, row) = (self.clone(), row.clone());
+        let (this, row, mine) = (self.clone(), row.clone(), key.clone());
         let task = tokio::spawn(async move {
             this.halt(&row.id, row.generation).await;
             while let Err(fault) = this.note_end(&row, want).await {
@@ -48,43 +48,63 @@ impl Runner {
                     () = this.inner.stop.cancelled() => return,
                 }
             }
-            // Resumed meanwhile: its new task may be the one that was stopped.
+            // Whoever asks from now on begins anew; what was asked for before stands in the catalogue.
+            this.inner.ending.lock().remove(&mine);
             if want == Want::Pause
                 && let Ok(now) = this.inner.catalogue.transfer(&row.id).await
-                && now.want == Want::Run
+                && now.generation == row.generation
                 && !now.state.is_final()
             {
-                this.spawn(&now);
+                match now.want {
+                    // Resumed meanwhile: its new task may be the one that was stopped.
+                    Want::Run => this.spawn(&now),
+                    // Resumed and paused again.
+                    Want::Pause if this.task_of(&now.id, now.generation).is_some() => this.end(&now, Want::Pause),
+                    _ => {}
+                }
             }
         });
         ending.insert(key, task);
     }
 
-    /// Stops a transfer's task, unless that is a newer one, and waits until it is gone.
+    /// The task of a transfer that runs, unless that is one of a newer generation.
+    pub(super) fn task_of(&self, id: &TransferId, generation: i64) -> Option<Running> {
+        let running = self.inner.running.lock();
+        running.get(id).filter(|there| there.generation <= generation && !there.ended.is_cancelled()).cloned()
+    }
+
+    /// Stops a transfer's task, unless that is a newer one, and waits until it and those before it have ended.
     async fn halt(&self, id: &TransferId, generation: i64) {
-        let running = {
-            let mut running = self.inner.running.lock();
-            let ours = running.get(id).is_some_and(|there| there.generation <= generation);
-            if ours { running.remove(id) } else { None }
-        };
-        if let Some(running) = running {
-            running.stop.cancel();
-            let _ = running.task.await;
+        if let Some(task) = self.task_of(id, generation) {
+            task.stop.cancel();
+            task.ended.cancelled().await;
         }
     }
 
     async fn note_end(&self, row: &TransferRow, want: Want) -> Result<(), Fault> {
-        let mut row = match self.inner.catalogue.transfer(&row.id).await? {
-            now if now.generation != row.generation => return Ok(()), // something else was asked for since
-            now => now,
+        let mut row = loop {
+            let now = self.inner.catalogue.transfer(&row.id).await?;
+            // Something else was asked for since.
+            if now.generation != row.generation || want == Want::Pause && now.want != Want::Pause {
+                return Ok(());
+            }
+            if self.task_of(&now.id, now.generation).is_none() {
+                break now;
+            }
+            // It was resumed in between, and then this was asked for again.
+            self.halt(&now.id, now.generation).await;
         };
         let (state, fault) = match want {
-            Want::Pause if row.state.is_final() || row.state == State::Paused || row.want != Want::Pause => return Ok(()),
+            Want::Pause if row.state.is_final() || row.state == State::Paused => return Ok(()),
             Want::Pause => {
                 let fault = Fault::internal("paused").with_reason(Reason::PausedByUser).with_next(format!("packhorse resume {}", row.id));
                 (State::Paused, fault)
             }
-            _ if matches!(row.state, State::Done | State::Cancelled) => return Ok(()),
+            _ if matches!(row.state, State::Done | State::Cancelled) => {
+                // Another transfer took its place: what it staged is left.
+                self.inner.leftovers.notify_waiters();
+                return Ok(());
+            }
             _ => {
                 let fault =
                     Fault::internal("cancelled").with_reason(Reason::CancelledByUser).with_next(format!("packhorse retry {}", row.id));
@@ -99,21 +119,16 @@ impl Runner {
         if state == State::Cancelled && self.undone_by_cancel(&mut row).await? {
             return Ok(());
         }
-        let mut body = row.body;
-        body.set_fault(Some(&fault));
-        self.inner.catalogue.update_transfer(&row.id, row.generation, state, &body).await?;
+        row.state = state;
+        row.body.set_fault(Some(&fault));
+        self.write(&row).await?;
         self.inner.leftovers.notify_waiters();
         Ok(())
     }
 
     /// Waits until nobody else uses the staging folder of a transfer.
     pub(super) async fn staging_of(&self, id: &TransferId) -> OwnedMutexGuard<()> {
-        let lock = {
-            let mut all = self.inner.staging.lock();
-            all.retain(|_, lock| Arc::strong_count(lock) > 1);
-            all.entry(id.clone()).or_default().clone()
-        };
-        lock.lock_owned().await
+        self.inner.staging.lock(id).await
     }
 
     /// Removes what a transfer staged, if it is still of this generation. `None`: if it is of no use any more.

@@ -3,13 +3,13 @@
 //! `attempt` lands what a sink has committed, or what was here all along. The row says `done` last, with the receipt in
 //! it: a crash before that and the transfer lands again.
 
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use tokio::sync::OwnedMutexGuard;
+use tokio_util::sync::CancellationToken;
 
 use super::verify::{Found, look, verify};
-use super::{Counters, Runner, incoming};
+use super::{Counters, Runner, incoming, unless};
 use crate::api::types::State;
 use crate::catalogue::TransferRow;
 use crate::fault::{Code, Fault};
@@ -25,12 +25,7 @@ use crate::wire::{Standing, Stands};
 impl Runner {
     /// Waits until nobody else lands, looks at, or takes away this artifact.
     pub async fn alone_with(&self, artifact: &ArtifactRef) -> OwnedMutexGuard<()> {
-        let lock = {
-            let mut all = self.inner.alone.lock();
-            all.retain(|_, lock| Arc::strong_count(lock) > 1);
-            all.entry(artifact.clone()).or_default().clone()
-        };
-        lock.lock_owned().await
+        self.inner.alone.lock(artifact).await
     }
 
     /// Looks closely at what was committed before, if it was. What is sound counts as landed; what is not is brought again.
@@ -65,20 +60,25 @@ impl Runner {
         Ok(None)
     }
 
-    /// Uses what another site has committed to the same folder, or this one before it lost its state, if it is sound.
-    pub(super) async fn adopted(&self, incoming: &Incoming) -> Result<Option<Landed>, Fault> {
+    /// Uses what another site has committed to the same folder, or this one before it lost its state, if it is sound. The look can be
+    /// stopped; the commit is awaited, as every commit is.
+    pub(super) async fn adopted(&self, incoming: &Incoming, stop: &CancellationToken) -> Result<Option<Landed>, Fault> {
         let inner = &self.inner;
         let sink = inner.sinks.of(incoming.artifact.kind);
         let Some(place) = sink.place_of(&incoming.artifact) else { return Ok(None) };
-        let _alone = self.alone_with(&incoming.artifact).await;
-        if inner.shared.places.staged_by(&incoming.transfer).is_some() || !sink.stands(incoming).await? {
-            return Ok(None);
-        }
-        let faults = verify(sink.as_ref(), inner.shared.store.clone(), incoming, &place, &Look::default()).await?.faults;
-        if let Some(first) = faults.first() {
-            tracing::warn!(artifact = %incoming.artifact, faults = faults.len(), first, "what is in the folder already is not whole");
-            return Ok(None);
-        }
+        let look = async {
+            let alone = self.alone_with(&incoming.artifact).await;
+            if inner.shared.places.staged_by(&incoming.transfer).is_some() || !sink.stands(incoming).await? {
+                return Ok(None);
+            }
+            let faults = verify(sink.as_ref(), inner.shared.store.clone(), incoming, &place, &Look::default()).await?.faults;
+            if let Some(first) = faults.first() {
+                tracing::warn!(artifact = %incoming.artifact, faults = faults.len(), first, "what is in the folder already is not whole");
+                return Ok(None);
+            }
+            Ok(Some(alone))
+        };
+        let Some(_alone) = unless(stop, look).await? else { return Ok(None) };
         sink.commit(incoming, &incoming.transfer.in_dir(sink.staging_root())).await.map(Some)
     }
 
@@ -141,7 +141,7 @@ impl Runner {
         let place = landed.place.clone();
         blocking(move || {
             if let Some(number) = places.staged_by(&id) {
-                places.put(Some(number), PlaceInfo { place, digest, transfer: None, foreign: false })?;
+                places.put(Some(number), PlaceInfo { place, digest, transfer: None, foreign: false, adopting: false })?;
             }
             Ok(())
         })
@@ -177,7 +177,8 @@ impl Runner {
         row.body.location = there.location.map(Into::into);
         let identity = inner.identity.borrow().clone();
         row.body.receipt = Some(Receipt::sign(row, &identity)?);
-        inner.catalogue.update_transfer(&row.id, row.generation, State::Done, &row.body).await?;
+        row.state = State::Done;
+        self.write(row).await?;
         tracing::info!(transfer = %row.id, artifact = %row.artifact, "a transfer was cancelled while it was done again; the artifact is still here");
         Ok(true)
     }

@@ -11,16 +11,19 @@ mod assemble;
 mod attempt;
 mod ending;
 mod landing;
+mod locks;
 mod memory;
 mod pace;
 mod task;
+#[cfg(test)]
+mod tests;
 mod told;
 mod turn;
 mod unwritten;
 mod verify;
 mod waiting;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -30,16 +33,17 @@ use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 use crate::api::types::{Bytes, State};
-use crate::catalogue::{Body, Catalogue, TransferRow, Want};
+use crate::catalogue::{Adopted, Body, Catalogue, TransferRow, Want};
 use crate::fault::Fault;
 use crate::identity::SiteIdentity;
 use crate::line::Link;
 use crate::manifest::{Digest, Root};
-use crate::names::{ArtifactRef, Kind, TransferId};
+use crate::names::{ArtifactRef, Kind, SiteName, TransferId};
 use crate::sink::{Incoming, Sink};
 use crate::wire::Desired;
 
 pub use assemble::{Assembly, Counters, Estimate, Shared, free_room};
+use locks::Locks;
 pub use memory::Memory;
 use turn::Slots;
 use unwritten::Unwritten;
@@ -83,6 +87,15 @@ impl Sinks {
     }
 }
 
+/// What of a list from the hub could not be written down.
+#[derive(Debug, Default)]
+pub struct Unapplied {
+    /// The transfers that were not taken over.
+    pub transfers: HashSet<TransferId>,
+    /// The first fault.
+    pub fault: Option<Fault>,
+}
+
 /// Asks for a look at a content that was published here in place.
 pub struct AskLook {
     /// Which.
@@ -111,9 +124,9 @@ struct Inner {
     /// Asks for a look at what is left in the staging folders.
     leftovers: Notify,
     /// Who uses the staging folder of a transfer does so alone.
-    staging: Mutex<HashMap<TransferId, Arc<tokio::sync::Mutex<()>>>>,
+    staging: Locks<TransferId>,
     /// Who lands, looks at, or takes away an artifact does so alone.
-    alone: Mutex<HashMap<ArtifactRef, Arc<tokio::sync::Mutex<()>>>>,
+    alone: Locks<ArtifactRef>,
     /// Roots of manifests that the hub told of by itself, with the bytes that crossed the line for each.
     told: Mutex<Vec<(Digest, Root, u64)>>,
     /// Bytes a second, as a transfer last had it.
@@ -123,10 +136,13 @@ struct Inner {
     stop: CancellationToken,
 }
 
+/// A transfer's newest task.
+#[derive(Clone)]
 struct Running {
     stop: CancellationToken,
     generation: i64,
-    task: JoinHandle<()>,
+    /// Cancelled once this task, and every earlier one of the transfer, has ended.
+    ended: CancellationToken,
 }
 
 /// Waits for what may be dropped at any moment, unless the transfer is stopped first.
@@ -186,69 +202,84 @@ impl Runner {
         self.inner.unwritten.rows()
     }
 
-    /// Does what the hub wants. What the catalogue cannot take keeps the others from nothing: the first such fault comes at the end.
-    pub async fn apply(&self, desired: &[Desired], complete: bool) -> Result<(), Fault> {
-        let inner = &self.inner;
-        let mut first: Option<Fault> = None;
-        let site = inner.identity.borrow().name().clone();
-        for wanted in desired {
-            let row = TransferRow {
-                id: wanted.id.clone(),
-                delivery: wanted.delivery.clone(),
-                artifact: wanted.artifact.clone(),
-                digest: wanted.digest,
-                site: site.clone(),
-                want: wanted.want,
-                generation: wanted.generation,
-                state: State::Queued,
-                body: Body { bytes: Bytes { total: wanted.total, ..Bytes::default() }, ..Body::default() },
-                created_ms: wanted.created_ms,
-                updated_ms: 0,
-                finished_ms: None,
-                cursor: 0,
-                after: wanted.after.clone(),
-                removed_ms: None,
-            };
-            match self.adopt(&row, wanted).await {
+    /// Does what the hub wants. What the catalogue cannot take keeps the others from nothing. `only`: those of the list that are left of an
+    /// earlier try.
+    pub async fn apply(&self, desired: &[Desired], complete: bool, only: Option<&HashSet<TransferId>>) -> Unapplied {
+        let mut unapplied = Unapplied::default();
+        let site = self.inner.identity.borrow().name().clone();
+        for wanted in desired.iter().filter(|wanted| only.is_none_or(|only| only.contains(&wanted.id))) {
+            match self.adopt(wanted, &site).await {
                 Ok(row) => self.follow(&row),
                 Err(fault) => {
-                    first.get_or_insert(fault);
+                    unapplied.transfers.insert(wanted.id.clone());
+                    unapplied.fault.get_or_insert(fault);
                 }
             }
         }
-        if complete {
-            for row in inner.catalogue.open_transfers(&site).await? {
-                if !desired.iter().any(|d| d.id == row.id) {
-                    self.end(&row, Want::Cancel);
-                }
-            }
-            inner.unwritten.retain(|id| desired.iter().any(|d| d.id.as_str() == id));
+        if complete && let Err(fault) = self.give_up_unlisted(desired, &site).await {
+            unapplied.fault.get_or_insert(fault);
         }
-        first.map_or(Ok(()), Err)
+        unapplied
     }
 
-    /// Takes a transfer into the catalogue.
-    async fn adopt(&self, row: &TransferRow, wanted: &Desired) -> Result<TransferRow, Fault> {
+    /// Gives up the transfers that the hub does not list any more.
+    async fn give_up_unlisted(&self, desired: &[Desired], site: &SiteName) -> Result<(), Fault> {
+        let listed: HashSet<&str> = desired.iter().map(|wanted| wanted.id.as_str()).collect();
+        for row in self.inner.catalogue.open_transfers(site).await? {
+            let has_ended = matches!(row.state, State::Done | State::Cancelled) && self.task_of(&row.id, row.generation).is_none();
+            if !listed.contains(row.id.as_str()) && !has_ended {
+                self.end(&row, Want::Cancel);
+            }
+        }
+        self.inner.unwritten.retain(|id| listed.contains(id));
+        Ok(())
+    }
+
+    /// Takes a transfer into the catalogue. Another one of the same artifact, of which the hub knows nothing any more, gives way.
+    async fn adopt(&self, wanted: &Desired, site: &SiteName) -> Result<TransferRow, Fault> {
+        let row = TransferRow {
+            id: wanted.id.clone(),
+            delivery: wanted.delivery.clone(),
+            artifact: wanted.artifact.clone(),
+            digest: wanted.digest,
+            site: site.clone(),
+            want: wanted.want,
+            generation: wanted.generation,
+            state: State::Queued,
+            body: Body { bytes: Bytes { total: wanted.total, ..Bytes::default() }, ..Body::default() },
+            created_ms: wanted.created_ms,
+            updated_ms: 0,
+            finished_ms: None,
+            cursor: 0,
+            after: wanted.after.clone(),
+            removed_ms: None,
+        };
         let catalogue = &self.inner.catalogue;
         let work = async {
             if let Some(lineage) = &wanted.lineage {
                 catalogue.set_lineage(&wanted.artifact, lineage).await?;
             }
-            catalogue.adopt(row).await
+            catalogue.adopt(&row).await
         };
-        let adopted = work.await;
-        match &adopted {
-            Ok(_) => self.inner.unwritten.adopted(&row.id),
+        match work.await {
+            Ok(Adopted { row, superseded }) => {
+                self.inner.unwritten.adopted(&row.id, row.generation);
+                for other in &superseded {
+                    tracing::warn!(transfer = %other.id, by = %row.id, artifact = %row.artifact, "the hub does not know this transfer any more");
+                    self.end(other, Want::Cancel);
+                }
+                Ok(row)
+            }
             Err(fault) => {
                 // What is known of it already stays as it is.
                 let known = catalogue.transfer(&row.id).await;
-                if self.inner.unwritten.not_adopted(known.as_ref().unwrap_or(row), fault) {
+                if self.inner.unwritten.not_adopted(known.as_ref().unwrap_or(&row), &fault) {
                     tracing::error!(transfer = %row.id, error = %fault, "the catalogue cannot be written");
                 }
                 catalogue.notify();
+                Err(fault)
             }
         }
-        adopted
     }
 
     /// Goes on with what was open when the daemon stopped, without waiting for the hub.
@@ -269,26 +300,35 @@ impl Runner {
         }
     }
 
+    /// Starts the task of a transfer, unless it runs. An earlier one is stopped, and the new one begins once that has ended: two tasks
+    /// never use one staging folder and journal.
     fn spawn(&self, row: &TransferRow) {
         let mut running = self.inner.running.lock();
-        if let Some(there) = running.get(&row.id) {
-            if !there.task.is_finished() && there.generation == row.generation {
-                return;
+        running.retain(|_, there| !there.ended.is_cancelled());
+        let before = match running.get(&row.id) {
+            Some(there) if there.generation >= row.generation && !there.stop.is_cancelled() => return,
+            Some(there) => {
+                there.stop.cancel();
+                Some(there.ended.clone())
             }
-            there.stop.cancel();
-        }
-        let stop = self.inner.stop.child_token();
-        let (this, row, token) = (self.clone(), row.clone(), stop.clone());
-        let (id, generation) = (row.id.clone(), row.generation);
-        let task = tokio::spawn(async move { Box::pin(this.go(row, token)).await });
-        running.insert(id, Running { stop, generation, task });
+            None => None,
+        };
+        let (stop, ended) = (self.inner.stop.child_token(), CancellationToken::new());
+        running.insert(row.id.clone(), Running { stop: stop.clone(), generation: row.generation, ended: ended.clone() });
+        let (this, row) = (self.clone(), row.clone());
+        // Dropped at the end of the task, even if it panics.
+        let ended = ended.drop_guard();
+        tokio::spawn(async move {
+            let _ended = ended;
+            Box::pin(this.go(row, stop, before)).await;
+        });
     }
 
     /// Waits until nothing runs any more; called after `stop`.
     pub async fn drained(&self) {
         let all: Vec<Running> = self.inner.running.lock().drain().map(|(_, running)| running).collect();
         for running in all {
-            let _ = running.task.await;
+            running.ended.cancelled().await;
         }
         let ending: Vec<JoinHandle<()>> = self.inner.ending.lock().drain().map(|(_, task)| task).collect();
         for task in ending {

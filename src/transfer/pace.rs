@@ -20,8 +20,8 @@ pub(super) struct Pause {
 }
 
 impl Pause {
-    /// How long to wait after this fault; `None`: trying again is of no use.
-    pub(super) fn after(&mut self, fault: &Fault) -> Option<Duration> {
+    /// How long to wait after this fault; `None`: trying again is of no use. `costs`: the try had bytes sent.
+    pub(super) fn after(&mut self, fault: &Fault, costs: bool) -> Option<Duration> {
         match fault.retry {
             Retry::Never => None,
             Retry::AfterMs(ms) => Some(Duration::from_millis(ms).max(BACKOFF_FIRST)),
@@ -29,8 +29,8 @@ impl Pause {
                 // A source comes back at any moment, and asking whether it has costs little.
                 let longest = match fault.reason {
                     Reason::WaitingForSource => SOURCE_PAUSE_MAX,
-                    // The try that finds out costs no byte of the line.
-                    Reason::SinkUnavailable | Reason::NoSpace => SINK_PAUSE_MAX,
+                    // As a rule the try that finds out costs no byte of the line.
+                    Reason::SinkUnavailable | Reason::NoSpace if !costs => SINK_PAUSE_MAX,
                     _ => BACKOFF_MAX,
                 };
                 let whole = BACKOFF_FIRST.saturating_mul(1 << self.tries.min(16)).min(longest);
@@ -113,11 +113,14 @@ mod tests {
     fn pauses_grow_to_a_limit_and_end_when_it_is_of_no_use() {
         let mut pause = Pause::default();
         let fault = Fault::internal("x");
-        let waits: Vec<Duration> = (0..20).filter_map(|_| pause.after(&fault)).collect();
+        let waits: Vec<Duration> = (0..20).filter_map(|_| pause.after(&fault, false)).collect();
         assert_eq!(waits.len(), 20);
         assert!(waits[0] <= BACKOFF_FIRST && waits[19] >= BACKOFF_MAX / 2 && waits[19] <= BACKOFF_MAX);
-        assert_eq!(pause.after(&Fault::usage("x")), None);
-        assert!(pause.after(&fault.with_reason(Reason::WaitingForSource)).unwrap() <= SOURCE_PAUSE_MAX);
+        assert_eq!(pause.after(&Fault::usage("x"), false), None);
+        assert!(pause.after(&fault.with_reason(Reason::WaitingForSource), true).unwrap() <= SOURCE_PAUSE_MAX);
+        let full = Fault::no_space("x");
+        assert!(pause.after(&full, false).unwrap() <= SINK_PAUSE_MAX);
+        assert!(pause.after(&full, true).unwrap() >= BACKOFF_MAX / 2, "what sends the same bytes again is tried seldom");
     }
 
     #[test]

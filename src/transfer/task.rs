@@ -10,17 +10,23 @@ use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 
 use super::pace::Pause;
-use super::waiting::stays;
+use super::waiting::{Takes, stays};
 use super::{AskLook, Counters, Runner};
 use crate::api::types::{Bytes, State};
 use crate::catalogue::TransferRow;
 use crate::fault::{Code, Fault, Reason};
 use crate::limits::STATE_RETRY_EVERY;
 use crate::origin::CHANGED_NEXT;
+use crate::sink::Waits;
 
 impl Runner {
-    /// One transfer, from where it stands to its end.
-    pub(super) async fn go(&self, mut row: TransferRow, stop: CancellationToken) {
+    /// One transfer, from where it stands to its end. `before`: cancelled once the task before this one has ended.
+    pub(super) async fn go(&self, mut row: TransferRow, stop: CancellationToken, before: Option<CancellationToken>) {
+        if let Some(before) = before
+            && !self.follows(&mut row, before, &stop).await
+        {
+            return;
+        }
         let mut pause = Pause::default();
         let first = row.body.bytes;
         let counters = Arc::new(Counters::default());
@@ -28,23 +34,28 @@ impl Runner {
         counters.reused.store(first.reused, Ordering::Relaxed);
         counters.wire.store(first.wire, Ordering::Relaxed);
         let mut link = self.inner.link.clone();
+        // The most that was ever staged here.
+        let mut most = 0;
         loop {
             row.body.attempts += 1;
-            let before = counters.committed.load(Ordering::Relaxed);
+            let received = counters.received.load(Ordering::Relaxed);
             let Err(fault) = self.attempt(&mut row, &counters, &stop).await else { return };
             if stop.is_cancelled() {
                 self.note_bytes(&mut row, &counters);
-                let _ = self.inner.catalogue.update_transfer(&row.id, row.generation, row.state, &row.body).await;
+                let _ = self.write(&row).await;
                 return;
             }
-            if counters.committed.load(Ordering::Relaxed) > before {
-                pause = Pause::default();
+            // Of what was staged some may be lost again and again, which is no progress.
+            let committed = counters.committed.load(Ordering::Relaxed);
+            if committed > most {
+                (most, pause) = (committed, Pause::default());
             }
             self.note_bytes(&mut row, &counters);
             row.body.rate = 0;
             let fault = self.unless_changed_here(&mut row, fault, &stop).await;
             row.body.set_fault(Some(&fault));
-            let Some(wait) = pause.after(&fault) else {
+            let costs = counters.received.load(Ordering::Relaxed) > received;
+            let Some(wait) = pause.after(&fault, costs) else {
                 tracing::warn!(transfer = %row.id, artifact = %row.artifact, error = %fault, "a transfer failed");
                 row.state = State::Failed;
                 self.save(&row).await;
@@ -58,6 +69,29 @@ impl Runner {
                 _ = link.changed(), if fault.reason == Reason::HubUnreachable => {}
                 () = stop.cancelled() => return,
             }
+        }
+    }
+
+    /// Waits for the end of the task before this one. It waits even when this one is stopped: whoever waits for the end of this task
+    /// relies on both. Returns whether there is still something to do.
+    async fn follows(&self, row: &mut TransferRow, before: CancellationToken, stop: &CancellationToken) -> bool {
+        let sink = self.inner.sinks.of(row.artifact.kind).clone();
+        let ended = async {
+            before.cancelled().await;
+            Ok(())
+        };
+        let waited = self.watched(row, sink.as_ref(), &Waits::default(), Takes::AnyTime, ended).await;
+        if waited.is_err() || stop.is_cancelled() {
+            return false;
+        }
+        match self.inner.catalogue.transfer(&row.id).await {
+            Ok(now) if now.generation == row.generation && !now.state.is_final() => {
+                *row = now;
+                true
+            }
+            Ok(_) => false,
+            // What is known of it does for the first try, which reads the catalogue again.
+            Err(_) => true,
         }
     }
 
@@ -83,14 +117,18 @@ impl Runner {
         changed.map_or(fault, |changed| Fault::integrity(changed).with_next(CHANGED_NEXT))
     }
 
+    /// Writes a transfer's row once. What could not be written of it before is older, and forgotten.
+    pub(super) async fn write(&self, row: &TransferRow) -> Result<(), Fault> {
+        self.inner.catalogue.update_transfer(&row.id, row.generation, row.state, &row.body).await?;
+        self.inner.unwritten.saved(&row.id, row.generation);
+        Ok(())
+    }
+
     /// Writes a transfer's row. A final state is tried again until it is written or the daemon stops: nobody would write it later.
     pub(super) async fn save(&self, row: &TransferRow) {
         let inner = &self.inner;
         loop {
-            let Err(fault) = inner.catalogue.update_transfer(&row.id, row.generation, row.state, &row.body).await else {
-                inner.unwritten.saved(&row.id);
-                return;
-            };
+            let Err(fault) = self.write(row).await else { return };
             if inner.unwritten.not_saved(row, &fault) {
                 tracing::error!(transfer = %row.id, error = %fault, "the catalogue cannot be written");
             }

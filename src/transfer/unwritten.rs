@@ -52,7 +52,12 @@ impl Unwritten {
     fn put(&self, mut row: TransferRow, fault: &Fault, is_adopted: bool) -> bool {
         row.body.set_fault(Some(fault));
         row.body.receipt = None;
-        self.rows.lock().insert(row.id.to_string(), Entry { row, is_adopted });
+        let mut rows = self.rows.lock();
+        // A task that is being stopped says nothing of what was asked for since.
+        if rows.get(row.id.as_str()).is_none_or(|there| there.row.generation <= row.generation) {
+            rows.insert(row.id.to_string(), Entry { row, is_adopted });
+        }
+        drop(rows);
         let mut logged = self.logged.lock();
         let is_due = logged.is_none_or(|at| at.elapsed() >= STATE_LOG_EVERY);
         if is_due {
@@ -61,14 +66,14 @@ impl Unwritten {
         is_due
     }
 
-    /// The row was written.
-    pub(super) fn saved(&self, id: &str) {
-        self.forget(id, |_| true);
+    /// The row of this generation was written.
+    pub(super) fn saved(&self, id: &str, generation: i64) {
+        self.forget(id, |entry| entry.row.generation <= generation);
     }
 
-    /// The transfer was taken over.
-    pub(super) fn adopted(&self, id: &str) {
-        self.forget(id, |entry| !entry.is_adopted);
+    /// The transfer was taken over, as of this generation.
+    pub(super) fn adopted(&self, id: &str, generation: i64) {
+        self.forget(id, |entry| !entry.is_adopted || entry.row.generation < generation);
     }
 
     fn forget(&self, id: &str, which: impl Fn(&Entry) -> bool) {
@@ -127,10 +132,20 @@ mod tests {
             [("t-1", State::Committing), ("t-2", State::Queued)]
         );
         assert!(shown.iter().all(|row| row.body.reason == Some(Reason::NoSpace)));
-        unwritten.adopted("t-1");
+        unwritten.adopted("t-1", 0);
         assert_eq!(unwritten.rows().len(), 2, "a transfer that is known to the catalogue waits for its row to be written");
         unwritten.retain(|id| id == "t-1");
-        unwritten.saved("t-1");
+        let older = row("t-1", State::Transferring);
+        let newer = TransferRow { generation: 1, ..older.clone() };
+        unwritten.not_saved(&newer, &full);
+        unwritten.not_saved(&older, &full);
+        assert_eq!(unwritten.rows()[0].generation, 1, "what an older task could not write says nothing of a newer one");
+        unwritten.saved("t-1", 0);
+        assert_eq!(unwritten.rows().len(), 1);
+        unwritten.adopted("t-1", 2);
+        assert!(unwritten.rows().is_empty(), "what was begun again since is written");
+        unwritten.not_saved(&newer, &full);
+        unwritten.saved("t-1", 1);
         assert!(unwritten.rows().is_empty());
         assert!(unwritten.not_saved(&row("t-3", State::Planning), &full), "a new condition is logged again");
     }

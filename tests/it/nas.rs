@@ -8,6 +8,7 @@ use fuser::Errno;
 use crate::support::daemon::{Hub, Site, SiteSpec, Transfer};
 use crate::support::disk::SmallDisk;
 use crate::support::faulty::{Faults, Faulty, Op};
+use crate::support::line::Line;
 use crate::support::tree::assert_same;
 use crate::support::{Scratch, data, is_root, limit, secs, wait_for};
 
@@ -368,4 +369,40 @@ fn deliver_says_how_an_artifact_is_at_the_site() {
     lab.waits(&second, "sink_unavailable");
     lab.nas.heal();
     lab.hub.wait_done(&second, secs(40));
+}
+
+#[test]
+fn while_the_chunk_index_has_no_room_nothing_is_sent_again() {
+    let _limit = limit(secs(150));
+    let scratch = Scratch::new();
+    // Only the chunk index lies on the disk that fills up.
+    let index = scratch.join("index");
+    let Some(disk) = Faulty::mount(&index, &scratch.join("behind-index")) else { return };
+    let hub = Hub::start_new(scratch.path());
+    let line = Line::to(hub.quic);
+    let mut site = Site::new(scratch.path(), &hub, "chengdu", &SiteSpec { through: Some(line.address()), ..SiteSpec::default() });
+    site.join(&hub, &[]);
+    std::os::unix::fs::symlink(index.join("places.redb"), site.data_dir.join("places.redb")).unwrap();
+    site.start();
+    hub.wait_online("chengdu", true, secs(20));
+    let source = scratch.join("films");
+    for number in 0..30 {
+        data::write(&source.join(format!("part-{number:03}")), &data::noise(&mut data::rng(&format!("film{number}")), 1 << 20));
+    }
+    hub.publish(&source, "dataset/films:v1", &[]);
+    line.hold_at(line.down() + (10 << 20));
+    let id = hub.deliver(&["dataset/films:v1"], "chengdu").remove(0);
+    hub.wait_transfer(&id, "on its way", secs(60), |t| t.bytes.committed >= 2 << 20);
+    disk.set(|faults| {
+        faults.fail.insert(Op::Write, Errno::ENOSPC);
+    });
+    line.hold_at(0);
+    let waiting = hub.wait_transfer(&id, "out of space", secs(40), |t| t.reason.as_deref() == Some("no_space"));
+    assert!(waiting.message.as_deref().is_some_and(|m| m.contains("places.redb")), "it names what has no room: {waiting:#?}");
+    let tried = disk.calls(Op::Write);
+    wait_for("it is tried again", secs(60), || (disk.calls(Op::Write) > tried).then_some(()));
+    disk.heal();
+    let done = hub.wait_done(&id, secs(60));
+    assert_eq!(done.bytes.received, 30 << 20, "every byte came once: {:?}", done.bytes);
+    assert_same(&source, &site.folder("dataset/films:v1"));
 }

@@ -1,7 +1,7 @@
 //! What changes a transfer: it is asked for, taken over, held, begun again, and told of as it goes on.
 
 use super::queries::{one, standing};
-use super::{Body, Part, TransferRow, Want, new_transfer_id, transfer};
+use super::{Adopted, Body, Part, TransferRow, Want, new_transfer_id, transfer};
 use crate::api::types::{Action, Bytes, State};
 use crate::catalogue::{Catalogue, fault, note};
 use crate::clock;
@@ -54,6 +54,36 @@ async fn begin(
     Ok(id)
 }
 
+/// Cancels the other open transfers of the same artifact to the same site. Returns them as they were.
+async fn cancel_others(tx: &mut sqlx::SqliteConnection, wanted: &TransferRow) -> Result<Vec<TransferRow>, Fault> {
+    let rows = sqlx::query("SELECT * FROM transfer WHERE reference = ? AND site = ? AND id != ? AND state NOT IN ('done', 'cancelled')")
+        .bind(wanted.artifact.to_string())
+        .bind(wanted.site.as_str())
+        .bind(wanted.id.as_str())
+        .fetch_all(&mut *tx)
+        .await
+        .map_err(fault)?;
+    let others: Vec<TransferRow> = rows.iter().map(transfer).collect::<Result<_, _>>()?;
+    let why = Fault::internal(format!("the hub asks for {} with transfer {}", wanted.artifact, wanted.id))
+        .with_reason(Reason::CancelledByUser)
+        .with_next(format!("see 'packhorse status {}'", wanted.id));
+    for other in &others {
+        let mut body = other.body.clone();
+        body.set_fault(Some(&why));
+        let (now, seq) = (clock::now_unix_ms() as i64, note(tx, "transfer", &other.id).await?);
+        sqlx::query("UPDATE transfer SET state = 'cancelled', body = ?, updated_ms = ?, finished_ms = ?, cursor = ? WHERE id = ?")
+            .bind(serde_json::to_string(&body).unwrap_or_default())
+            .bind(now)
+            .bind(now)
+            .bind(seq)
+            .bind(other.id.as_str())
+            .execute(&mut *tx)
+            .await
+            .map_err(fault)?;
+    }
+    Ok(others)
+}
+
 impl Catalogue {
     /// Begins a delivery: a transfer for each artifact and site, all in one transaction, so that no site ever hears of
     /// labels without the dataset that they wait for. A transfer that stands already is taken instead: one that runs as
@@ -97,23 +127,16 @@ impl Catalogue {
         Ok(ids)
     }
 
-    /// Takes over a transfer that the hub asks for (at a site). Returns it as it stands here.
-    pub async fn adopt(&self, wanted: &TransferRow) -> Result<TransferRow, Fault> {
+    /// Takes over a transfer that the hub asks for (at a site). Another open one of the same artifact would bar it: the hub, restored from
+    /// a backup, knows nothing of that any more, and it is cancelled.
+    pub async fn adopt(&self, wanted: &TransferRow) -> Result<Adopted, Fault> {
         let mut tx = self.write.begin_with("BEGIN IMMEDIATE").await.map_err(fault)?;
         let here =
             sqlx::query("SELECT * FROM transfer WHERE id = ?").bind(wanted.id.as_str()).fetch_optional(&mut *tx).await.map_err(fault)?;
         let mut row = match here {
             Some(row) => transfer(&row)?,
             None => {
-                // Another transfer of the same artifact that the hub no longer knows would bar this one.
-                sqlx::query(
-                    "UPDATE transfer SET state = 'cancelled' WHERE reference = ? AND site = ? AND state NOT IN ('done', 'cancelled')",
-                )
-                .bind(wanted.artifact.to_string())
-                .bind(wanted.site.as_str())
-                .execute(&mut *tx)
-                .await
-                .map_err(fault)?;
+                let superseded = cancel_others(&mut tx, wanted).await?;
                 let seq = note(&mut tx, "transfer", &wanted.id).await?;
                 sqlx::query(
                     "INSERT INTO transfer (id, delivery, reference, digest, site, want, generation, state, body, created_ms, updated_ms, cursor, after_ids)
@@ -136,14 +159,16 @@ impl Catalogue {
                 .map_err(fault)?;
                 tx.commit().await.map_err(fault)?;
                 self.notify();
-                return self.transfer(&wanted.id).await;
+                return Ok(Adopted { row: self.transfer(&wanted.id).await?, superseded });
             }
         };
+        let mut superseded = Vec::new();
         let again = wanted.generation > row.generation && row.state.is_final();
         if again || row.want != wanted.want || row.generation != wanted.generation || row.after != wanted.after {
             (row.want, row.generation) = (wanted.want, wanted.generation);
             row.after.clone_from(&wanted.after);
             if again {
+                superseded = cancel_others(&mut tx, wanted).await?;
                 row.body = row.body.begun_again(row.state);
                 // What was given back after a run is brought again: what may lie there meanwhile is not its own.
                 row.body.landed &= row.removed_ms.is_none();
@@ -166,7 +191,7 @@ impl Catalogue {
             tx.commit().await.map_err(fault)?;
             self.notify();
         }
-        Ok(row)
+        Ok(Adopted { row, superseded })
     }
 
     /// Does what somebody asks of a transfer, at the hub. It shows at once; the site follows when it hears of it.

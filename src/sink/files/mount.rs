@@ -53,7 +53,7 @@ fn takes_modes(path: &Path) -> Result<bool, Fault> {
 }
 
 /// Writes a file, syncs and closes it, and reads it back: whether anything that is sent here can be stored.
-pub(super) fn trial(path: &Path) -> Result<(), Fault> {
+pub(crate) fn trial(path: &Path) -> Result<(), Fault> {
     let bytes: Vec<u8> = (0..TRIAL_BYTES).map(|at| at as u8 ^ (at >> 8) as u8 | 1).collect();
     durable::replace(path, &bytes)?;
     let mut read = Vec::new();

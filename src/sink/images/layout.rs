@@ -17,33 +17,36 @@ use parking_lot::Mutex;
 use serde_json::{Value, json};
 use sha2::Digest as _;
 
-use super::{blocking, file_size, image_info, lost, not_staged, read_small, taken, top_of};
+use super::{file_size, image_info, lost, not_staged, read_small, taken, top_of};
 use crate::durable;
 use crate::fault::{Code, Fault, IoContext};
 use crate::limits;
 use crate::manifest::FileInfo;
 use crate::names::{ArtifactRef, RelPath};
 use crate::registry::image::{Descriptor, REF_NAME, Sha256, Tree, walk};
-use crate::sink::{Incoming, Landed, Look, Place, Sink, Threads};
+use crate::sink::{Heartbeat, Incoming, Landed, Look, Place, Sink, Threads, rounded_secs};
 
-/// Writes images to a folder of OCI layouts.
+/// Writes images to a folder of OCI layouts. All that touches the folder runs on threads of this sink: it may be a NAS.
 pub struct LayoutSink {
     root: PathBuf,
     staging_root: PathBuf,
+    /// Whether the configuration names the folder, so that others may use it.
+    configured: bool,
     threads: Threads,
+    heartbeat: Heartbeat,
     /// One lock a name: whoever replaces its `index.json` or sweeps its blobs holds it.
     locks: Mutex<HashMap<String, Arc<tokio::sync::Mutex<()>>>>,
 }
 
 impl LayoutSink {
-    /// A sink that keeps its layouts below `path`, which is made if missing.
-    pub fn new(path: PathBuf, staging_root: PathBuf) -> Result<Self, Fault> {
+    /// A sink that keeps its layouts below `path`, which is made when it is first needed: a folder that does not answer must not keep
+    /// the daemon from starting. `configured`: the configuration names it.
+    pub fn new(path: PathBuf, staging_root: PathBuf, configured: bool) -> Result<Self, Fault> {
         if !path.is_absolute() {
             return Err(Fault::config(format!("the image folder {:?} is not an absolute path", path.display())));
         }
-        durable::create_dir_all(&path)?;
-        durable::create_dir_all(&staging_root)?;
-        Ok(Self { root: path, staging_root, threads: Threads::new("sink images"), locks: Mutex::default() })
+        let (threads, heartbeat, locks) = (Threads::new("sink images"), Heartbeat::default(), Mutex::default());
+        Ok(Self { root: path, staging_root, configured, threads, heartbeat, locks })
     }
 
     fn layout(&self, artifact: &ArtifactRef) -> PathBuf {
@@ -60,7 +63,23 @@ impl LayoutSink {
 
     async fn named(&self, artifact: &ArtifactRef) -> Result<Option<Sha256>, Fault> {
         let (layout, version) = (self.layout(artifact), artifact.version().to_owned());
-        blocking(move || Index::read(&layout)?.digest_of(&version)).await
+        self.threads.run(move || Index::read(&layout)?.digest_of(&version)).await
+    }
+
+    /// Changes a layout, which nobody else does meanwhile: neither this daemon nor another one that uses the same folder.
+    async fn change<T: Send + 'static>(
+        &self,
+        artifact: &ArtifactRef,
+        work: impl FnOnce() -> Result<T, Fault> + Send + 'static,
+    ) -> Result<T, Fault> {
+        // Two names cannot have one lock: a name has no dot in front.
+        let (staging_root, lock) = (self.staging_root.clone(), self.staging_root.join(format!(".{}.lock", artifact.name())));
+        let change = move || {
+            durable::create_dir_all(&staging_root)?;
+            let _lock = lock_file(&lock)?;
+            work()
+        };
+        self.threads.run(change).await
     }
 
     /// Follows the image through the folders in this order.
@@ -68,7 +87,8 @@ impl LayoutSink {
         let info = image_info(incoming)?;
         let tree = walk(&top_of(info)?, |wanted| async move {
             for folder in folders {
-                if let Some(bytes) = read_small(&folder.join(wanted.digest.layout_path())).await? {
+                let file = folder.join(wanted.digest.layout_path());
+                if let Some(bytes) = self.threads.run(move || read_small(&file)).await? {
                     return Ok(Some(bytes));
                 }
             }
@@ -138,6 +158,17 @@ impl Index {
     }
 }
 
+/// Waits until no other daemon has the lock of this file, and takes it. A filesystem without locks is used without.
+fn lock_file(path: &Path) -> Result<File, Fault> {
+    use rustix::io::Errno;
+    let what = || format!("lock {}", path.display());
+    let file = File::options().create(true).truncate(false).write(true).open(path).at(what())?;
+    match rustix::fs::flock(&file, rustix::fs::FlockOperation::LockExclusive) {
+        Ok(()) | Err(Errno::NOLCK | Errno::NOSYS | Errno::NOTSUP | Errno::INVAL) => Ok(file),
+        Err(error) => Err(Fault::io(what(), &error.into())),
+    }
+}
+
 /// Moves one blob in, which was checked; a copy is made only across filesystems.
 fn move_in(from: &Path, to: &Path) -> Result<(), Fault> {
     durable::sync_file(from)?;
@@ -153,7 +184,13 @@ fn move_in(from: &Path, to: &Path) -> Result<(), Fault> {
 }
 
 /// Puts every file of the image that is staged into the layout, and then its entry.
-fn land(layout: &Path, staged: &Path, tree: &Tree, top: &Descriptor, version: &str) -> Result<(), Fault> {
+fn land(layout: &Path, staged: &Path, tree: &Tree, top: &Descriptor, version: &str, location: &str) -> Result<(), Fault> {
+    let named = |index: &Index| match index.digest_of(version)? {
+        // Another site that uses the same folder was faster.
+        Some(theirs) if theirs != top.digest => Err(taken(location, &theirs, &top.digest)),
+        there => Ok(there.is_some()),
+    };
+    named(&Index::read(layout)?)?;
     durable::create_dir_all(&layout.join("blobs/sha256"))?;
     let manifests = tree.manifests.iter().map(|node| (node.digest, node.bytes.len() as u64, false));
     let blobs = tree.blobs.iter().map(|blob| (blob.digest, blob.size, blob.is_foreign()));
@@ -173,6 +210,8 @@ fn land(layout: &Path, staged: &Path, tree: &Tree, top: &Descriptor, version: &s
                 durable::remove_all(&to)?;
                 move_in(&from, &to)?;
             }
+            // A NAS that fails does not say that it is not staged.
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(Fault::io(format_args!("look at {}", from.display()), &e)),
             Err(_) if foreign => durable::remove_all(&to)?,
             Err(_) => {
                 durable::remove_all(&to)?;
@@ -181,11 +220,11 @@ fn land(layout: &Path, staged: &Path, tree: &Tree, top: &Descriptor, version: &s
         }
     }
     let marker = layout.join("oci-layout");
-    if !marker.exists() {
+    if !marker.try_exists().at(marker.display())? {
         durable::replace(&marker, br#"{"imageLayoutVersion":"1.0.0"}"#)?;
     }
     let mut index = Index::read(layout)?;
-    if index.digest_of(version)? != Some(top.digest) {
+    if !named(&index)? {
         index.add(version, top);
         index.write(layout)?;
     }
@@ -261,8 +300,36 @@ impl Sink for LayoutSink {
         &self.threads
     }
 
+    fn held_up(&self) -> Option<Fault> {
+        let (root, staging_root) = (self.root.clone(), self.staging_root.clone());
+        // What the kernel does not answer from its caches.
+        let call = move || {
+            let _ = rustix::fs::statvfs(&root);
+            let _ = File::open(&staging_root);
+        };
+        let silent = self.heartbeat.silent_for(&self.threads, call)?;
+        let message = format!("the folder of images {} has not answered for {} s", self.root.display(), rounded_secs(silent));
+        Some(Fault::unreachable(message).with_next("check that disk or NAS; transfers go on by themselves when it answers"))
+    }
+
+    fn is_shared(&self) -> bool {
+        self.configured
+    }
+
+    async fn trial(&self) -> Result<(), Fault> {
+        let staging_root = self.staging_root.clone();
+        let trial = move || {
+            durable::create_dir_all(&staging_root)?;
+            // Not of a name that another daemon would remove as a leftover.
+            crate::sink::files::trial(&staging_root.join(format!(".trial-{:016x}", rand::random::<u64>())))
+        };
+        self.threads.run(trial).await
+    }
+
     async fn check(&self, incoming: &Incoming) -> Result<(), Fault> {
         let ours = top_of(image_info(incoming)?)?.digest;
+        let staging_root = self.staging_root.clone();
+        self.threads.run(move || durable::create_dir_all(&staging_root)).await?;
         match self.named(&incoming.artifact).await? {
             Some(theirs) if theirs != ours => Err(taken(&self.location(&incoming.artifact), &theirs, &ours)),
             _ => Ok(()),
@@ -273,7 +340,8 @@ impl Sink for LayoutSink {
         if Sha256::from_layout_path(path.as_str()).is_none() {
             return Ok(false);
         }
-        Ok(file_size(&path.in_dir(&self.layout(&incoming.artifact))).await? == Some(file.size))
+        let blob = path.in_dir(&self.layout(&incoming.artifact));
+        Ok(self.threads.run(move || file_size(&blob)).await? == Some(file.size))
     }
 
     async fn commit(&self, incoming: &Incoming, staged: &Path) -> Result<Landed, Fault> {
@@ -281,20 +349,22 @@ impl Sink for LayoutSink {
         let top = top_of(image_info(incoming)?)?;
         let lock = self.lock(&incoming.artifact);
         let _held = lock.lock().await;
+        let looked = staged.to_owned();
+        let is_staged = self.threads.run(move || looked.try_exists().at(looked.display())).await?;
         match self.named(&incoming.artifact).await? {
             Some(theirs) if theirs != top.digest => return Err(taken(&self.location(&incoming.artifact), &theirs, &top.digest)),
             // Committed before a crash, and cleaned up.
-            Some(_) if !tokio::fs::try_exists(staged).await.unwrap_or(true) => {}
+            Some(_) if !is_staged => {}
             _ => {
                 let tree =
                     self.tree(incoming, &[staged, &layout]).await.map_err(|fault| not_staged(fault, &self.location(&incoming.artifact)))?;
-                let (layout, staged, top, version) =
-                    (layout.clone(), staged.to_owned(), top.clone(), incoming.artifact.version().to_owned());
-                blocking(move || {
-                    land(&layout, &staged, &tree, &top, &version)?;
+                let (layout, staged, top) = (layout.clone(), staged.to_owned(), top.clone());
+                let (version, location) = (incoming.artifact.version().to_owned(), self.location(&incoming.artifact));
+                let land = move || {
+                    land(&layout, &staged, &tree, &top, &version, &location)?;
                     durable::remove_all(&staged)
-                })
-                .await?;
+                };
+                self.change(&incoming.artifact, land).await?;
             }
         }
         let location = format!("{}@{}", self.location(&incoming.artifact), top.digest);
@@ -308,13 +378,13 @@ impl Sink for LayoutSink {
     async fn read_at(&self, place: &Place, path: &RelPath, offset: u64, len: u32) -> Result<Bytes, Fault> {
         let Place::Folder { path: folder } = place else { return Err(Fault::internal("an image folder was asked for a registry's blob")) };
         let path = path.in_dir(folder);
-        blocking(move || {
+        let read = move || {
             let what = || format!("read {}", path.display());
             let mut out = vec![0; len as usize];
             File::open(&path).and_then(|file| file.read_exact_at(&mut out, offset)).at(what())?;
             Ok(out.into())
-        })
-        .await
+        };
+        self.threads.run(read).await
     }
 
     async fn stands(&self, incoming: &Incoming) -> Result<bool, Fault> {
@@ -342,72 +412,78 @@ impl Sink for LayoutSink {
         if look.quick {
             look.note("quick check: the manifests were read, and the size of each blob was compared; no blob was read");
         }
-        blocking(move || {
+        let compare = move || {
             for blob in &tree.blobs {
                 let path = layout.join(blob.digest.layout_path());
-                let wrong = if look.quick {
-                    let size = fs::metadata(&path).map(|meta| meta.len());
-                    (size.as_ref().ok() != Some(&blob.size)).then(|| match size {
-                        Ok(size) => format!("{}: it has {size} bytes, {} bytes were expected", path.display(), blob.size),
-                        Err(_) => format!("{}: it is gone", path.display()),
-                    })
-                } else {
-                    look.read(blob.size);
-                    check_blob(&path, &blob.digest, blob.size)?
+                let size = file_size(&path)?;
+                let wrong = match size {
+                    None if blob.is_foreign() => None,
+                    None => Some(format!("{}: it is gone", path.display())),
+                    Some(size) if look.quick => {
+                        (size != blob.size).then(|| format!("{}: it has {size} bytes, {} bytes were expected", path.display(), blob.size))
+                    }
+                    Some(_) => {
+                        look.read(blob.size);
+                        check_blob(&path, &blob.digest, blob.size)?
+                    }
                 };
-                out.extend(wrong.filter(|_| !blob.is_foreign() || path.exists()));
+                out.extend(wrong);
             }
             Ok(out)
-        })
-        .await
+        };
+        self.threads.run(compare).await
     }
 
     async fn clear(&self, incoming: &Incoming) -> Result<(), Fault> {
         let layout = self.layout(&incoming.artifact);
         let lock = self.lock(&incoming.artifact);
         let _held = lock.lock().await;
-        blocking(move || remove_damaged(&layout)).await
+        self.change(&incoming.artifact, move || remove_damaged(&layout)).await
     }
 
     async fn remove(&self, artifact: &ArtifactRef) -> Result<Option<String>, Fault> {
         let (layout, version) = (self.layout(artifact), artifact.version().to_owned());
         let lock = self.lock(artifact);
         let _held = lock.lock().await;
-        if file_size(&layout.join("index.json")).await?.is_none() {
-            return Ok(None);
-        }
-        let (mut index, layout) = blocking(move || Ok((Index::read(&layout)?, layout))).await?;
-        if !index.drop_version(&version) {
-            return Ok(None);
-        }
-        let mut named = HashSet::new();
-        for entry in index.entries() {
-            let top: Descriptor = serde_json::from_value(entry.clone())
-                .map_err(|e| Fault::integrity(format!("an entry of {}/index.json: {e}", layout.display())))?;
-            let folder = &layout;
-            let tree = walk(&top, |wanted| async move { read_small(&folder.join(wanted.digest.layout_path())).await }).await?;
-            named.extend(tree.manifests.iter().map(|node| node.digest));
-            named.extend(tree.blobs.iter().map(|blob| blob.digest));
-        }
-        blocking(move || {
-            if index.entries().next().is_none() {
-                return durable::remove_all(&layout);
+        let runtime = tokio::runtime::Handle::current();
+        let remove = move || {
+            if file_size(&layout.join("index.json"))?.is_none() {
+                return Ok(None);
             }
-            index.write(&layout)?; // first, so that no version ever names a blob that is gone
-            sweep(&layout, &named)
-        })
-        .await
-        .map(|()| None)
+            let mut index = Index::read(&layout)?;
+            if !index.drop_version(&version) {
+                return Ok(None);
+            }
+            let mut named = HashSet::new();
+            for entry in index.entries() {
+                let top: Descriptor = serde_json::from_value(entry.clone())
+                    .map_err(|e| Fault::integrity(format!("an entry of {}/index.json: {e}", layout.display())))?;
+                let folder = &layout;
+                let read = |wanted: Descriptor| async move { read_small(&folder.join(wanted.digest.layout_path())) };
+                let tree = runtime.block_on(walk(&top, read))?;
+                named.extend(tree.manifests.iter().map(|node| node.digest));
+                named.extend(tree.blobs.iter().map(|blob| blob.digest));
+            }
+            if index.entries().next().is_none() {
+                durable::remove_all(&layout)?;
+            } else {
+                index.write(&layout)?; // first, so that no version ever names a blob that is gone
+                sweep(&layout, &named)?;
+            }
+            Ok(None)
+        };
+        self.change(artifact, remove).await
     }
 
     async fn probe(&self) -> Result<String, Fault> {
-        let path = self.staging_root.join(".probe");
-        let root = self.root.clone();
-        blocking(move || {
+        let (root, staging_root) = (self.root.clone(), self.staging_root.clone());
+        let probe = move || {
+            durable::create_dir_all(&staging_root)?;
+            let path = staging_root.join(format!(".probe-{:016x}", rand::random::<u64>()));
             durable::replace(&path, b"")?;
             durable::remove_all(&path)?;
             Ok(format!("images go to OCI layouts below {}", root.display()))
-        })
-        .await
+        };
+        self.threads.run(probe).await
     }
 }

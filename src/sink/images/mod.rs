@@ -32,7 +32,7 @@ pub fn open(cfg: Option<&config::ImagesSink>, data_dir: &Path) -> Result<Arc<dyn
     match (layout_path, cfg) {
         (Some(path), _) => {
             let staging = path.join(".packhorse-staging"); // inside, so that blobs are renamed and not copied
-            Ok(Arc::new(LayoutSink::new(path, staging)?))
+            Ok(Arc::new(LayoutSink::new(path, staging, cfg.is_some())?))
         }
         (None, Some(cfg)) => Ok(Arc::new(RegistrySink::new(cfg, data_dir.join("staging").join("images"))?)),
         (None, None) => Err(Fault::internal("no image sink")),
@@ -53,9 +53,9 @@ fn top_of(info: &ImageInfo) -> Result<Descriptor, Fault> {
 }
 
 /// A small file's bytes, `None` when it is not there. A manifest that is too large is not read.
-async fn read_small(path: &Path) -> Result<Option<Bytes>, Fault> {
+fn read_small(path: &Path) -> Result<Option<Bytes>, Fault> {
     let what = || format!("read {}", path.display());
-    match tokio::fs::metadata(path).await {
+    match std::fs::metadata(path) {
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
         Err(e) => return Err(Fault::io(what(), &e)),
         Ok(meta) if meta.len() > limits::IMAGE_MANIFEST_BYTES_MAX as u64 => {
@@ -63,19 +63,15 @@ async fn read_small(path: &Path) -> Result<Option<Bytes>, Fault> {
         }
         Ok(_) => {}
     }
-    tokio::fs::read(path).await.at(what()).map(|bytes| Some(bytes.into()))
+    std::fs::read(path).at(what()).map(|bytes| Some(bytes.into()))
 }
 
-async fn file_size(path: &Path) -> Result<Option<u64>, Fault> {
-    match tokio::fs::metadata(path).await {
+fn file_size(path: &Path) -> Result<Option<u64>, Fault> {
+    match std::fs::metadata(path) {
         Ok(meta) => Ok(Some(meta.len())),
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
         Err(e) => Err(Fault::io(format_args!("look at {}", path.display()), &e)),
     }
-}
-
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T, Fault> + Send + 'static) -> Result<T, Fault> {
-    tokio::task::spawn_blocking(work).await.unwrap_or_else(|_| Err(Fault::internal("a worker thread ended early")))
 }
 
 /// The far end said that it holds this when the transfer began, and holds it no longer.

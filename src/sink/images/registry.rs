@@ -17,7 +17,7 @@ use tokio::sync::watch;
 use super::{image_info, lost, not_staged, read_small, taken, top_of};
 use crate::config;
 use crate::durable;
-use crate::fault::{Code, Fault, Reason};
+use crate::fault::{Code, Fault, IoContext, Reason};
 use crate::limits;
 use crate::manifest::FileInfo;
 use crate::names::{ArtifactRef, RelPath};
@@ -183,12 +183,22 @@ impl RegistrySink {
     /// A manifest's bytes from the staged folder, or from the registry where it was held already.
     async fn manifest(&self, repository: &str, staged: Option<&Path>, digest: &Sha256) -> Result<Option<Bytes>, Fault> {
         if let Some(staged) = staged
-            && let Some(bytes) = read_small(&staged.join(digest.layout_path())).await?
+            && let Some(bytes) = self.staged_small(staged.join(digest.layout_path())).await?
         {
             return Ok(Some(bytes));
         }
         let got = self.registry.get_manifest(repository, &digest.to_string(), "pull,push").await;
         Ok(got.map_err(|e| e.fault(format_args!("read manifest {digest} of {repository}")))?.map(|m| m.bytes))
+    }
+
+    async fn staged_small(&self, file: PathBuf) -> Result<Option<Bytes>, Fault> {
+        self.threads.run(move || read_small(&file)).await
+    }
+
+    /// Whether this is staged. A disk that fails does not say that it is not.
+    async fn is_staged(&self, path: &Path) -> Result<bool, Fault> {
+        let path = path.to_owned();
+        self.threads.run(move || path.try_exists().at(path.display())).await
     }
 
     async fn tree(&self, repository: &str, staged: Option<&Path>, incoming: &Incoming) -> Result<Tree, Fault> {
@@ -208,7 +218,7 @@ impl RegistrySink {
 
     async fn push_blob(&self, repository: &str, blob: &Descriptor, staged: &Path) -> Result<(), Fault> {
         let file = staged.join(blob.digest.layout_path());
-        if tokio::fs::try_exists(&file).await.unwrap_or(false) {
+        if self.is_staged(&file).await? {
             let local = LocalBlob { digest: blob.digest, size: blob.size, file };
             let key = (repository.to_owned(), blob.digest);
             if self.is_damaged(repository, &blob.digest) {
@@ -368,13 +378,13 @@ impl RegistrySink {
         }
         match found {
             // Committed before a crash, and cleaned up.
-            Tag::Is(_) | Tag::Held(_) if !tokio::fs::try_exists(staged).await.unwrap_or(true) => {}
+            Tag::Is(_) | Tag::Held(_) if !self.is_staged(staged).await? => {}
             _ => {
                 if let Err(fault) = self.push(&repository, incoming, staged).await {
                     return Err(self.told(fault, &repository).await);
                 }
                 let staged = staged.to_owned();
-                super::blocking(move || durable::remove_all(&staged)).await?;
+                self.threads.run(move || durable::remove_all(&staged)).await?;
             }
         }
         let held = matches!(self.tag(&incoming.artifact, &ours).await, Ok(Tag::Held(_)));

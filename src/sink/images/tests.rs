@@ -143,6 +143,48 @@ async fn a_folder_of_layouts() {
 }
 
 #[tokio::test]
+async fn a_folder_of_layouts_is_not_touched_before_it_is_used() {
+    let dir = tempfile::tempdir().unwrap();
+    let images = dir.path().join("mount/images");
+    let sink = open(Some(&sink_config(&format!("oci-layout:{}", images.display()), dir.path())), dir.path()).unwrap();
+    assert!(!images.exists(), "a NAS that hangs must not keep the daemon from starting");
+    assert!(sink.is_shared(), "other sites may use a folder that the configuration names");
+    sink.probe().await.unwrap();
+    sink.trial().await.unwrap();
+    assert!(images.is_dir());
+    assert!(!open(None, dir.path()).unwrap().is_shared());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn two_sites_use_one_folder_of_layouts() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = sink_config(&format!("oci-layout:{}", dir.path().join("images").display()), dir.path());
+    let sinks = [open(Some(&config), dir.path()).unwrap(), open(Some(&config), dir.path()).unwrap()];
+    let mut images = Vec::new();
+    for number in 0..12 {
+        let sink = &sinks[number % 2];
+        let image = staged(sink.as_ref(), &[noise(100 + number as u64, 2000)], &["amd64"]);
+        images.push((incoming(&format!("image/seg:v{number}"), &image), image));
+    }
+    let commits = images.iter().enumerate().map(|(number, (incoming, image))| sinks[number % 2].commit(incoming, &image.dir));
+    for landed in futures::future::join_all(commits).await {
+        landed.unwrap();
+    }
+    for (incoming, _) in &images {
+        assert!(sinks[0].stands(incoming).await.unwrap(), "{} is named, though the other site named others at once", incoming.artifact);
+    }
+    // Different images under one version: one of the two is there, and the other is told so.
+    let [one, two] = [200, 201].map(|seed| staged(sinks[0].as_ref(), &[noise(seed, 2000)], &["amd64"]));
+    let [a, b] = [&one, &two].map(|image| incoming("image/seg:same", image));
+    let (first, second) = tokio::join!(sinks[0].commit(&a, &one.dir), sinks[1].commit(&b, &two.dir));
+    let fault = match (first, second) {
+        (Ok(_), Err(fault)) | (Err(fault), Ok(_)) => fault,
+        both => unreachable!("one of the two: {both:?}"),
+    };
+    assert_eq!((fault.code, fault.reason), (Code::Conflict, Reason::SinkRefused), "{fault}");
+}
+
+#[tokio::test]
 async fn a_damaged_layer_is_not_landed_again_for_its_size() {
     let dir = tempfile::tempdir().unwrap();
     let sink = open(None, dir.path()).unwrap();

@@ -15,7 +15,7 @@ use crate::fault::Fault;
 use crate::labels::QueryRow;
 use crate::limits::{LABEL_BATCH_BYTES, LABEL_BATCHES_QUEUED_MAX};
 use crate::manifest::{Digest, LabelsInfo};
-use crate::sink::Waits;
+use crate::sink::{Threads, Waits};
 
 /// A version to be loaded.
 #[derive(Debug, Clone)]
@@ -119,22 +119,21 @@ pub(super) fn not_held(set: &str, version: &str) -> Fault {
     Fault::not_found(format!("the label database does not hold {set}:{version}"))
 }
 
-/// Runs `work` on a blocking thread; what it hands to its argument comes out of the receiver. When the receiver is
+/// Runs `work` on a thread of the sink; what it hands to its argument comes out of the receiver. When the receiver is
 /// dropped, the next hand-over fails and the work ends.
-pub(super) fn pump<T, R, W>(work: W) -> (mpsc::Receiver<T>, JoinHandle<Result<R, Fault>>)
+pub(super) fn pump<T, R, W>(threads: &Threads, work: W) -> (mpsc::Receiver<T>, JoinHandle<Result<R, Fault>>)
 where
     T: Send + 'static,
     R: Send + 'static,
     W: FnOnce(&mut dyn FnMut(T) -> Result<(), Fault>) -> Result<R, Fault> + Send + 'static,
 {
     let (sender, receiver) = mpsc::channel(LABEL_BATCHES_QUEUED_MAX);
-    let task = tokio::task::spawn_blocking(move || {
-        work(&mut |item| sender.blocking_send(item).map_err(|_| Fault::internal("the database took no more rows")))
-    });
+    let task =
+        threads.spawn(move || work(&mut |item| sender.blocking_send(item).map_err(|_| Fault::internal("the database took no more rows"))));
     (receiver, task)
 }
 
-/// Waits for a blocking thread.
+/// Waits for a thread of the sink.
 pub(super) async fn joined<R>(task: JoinHandle<Result<R, Fault>>) -> Result<R, Fault> {
     task.await.map_err(|e| Fault::internal(format!("a thread of the labels sink ended early: {e}")))?
 }

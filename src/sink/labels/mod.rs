@@ -84,11 +84,12 @@ pub struct Exported {
 /// that is down does not stop the daemon; a password file that cannot be read does.
 pub fn open(cfg: Option<&config::LabelsSink>, data_dir: &Path) -> Result<Arc<LabelsSink>, Fault> {
     let data_dir = std::path::absolute(data_dir).at(format_args!("find {}", data_dir.display()))?;
+    let threads = Threads::new("sink labels");
     let engine: Box<dyn Engine> = match cfg {
-        None => Box::new(sqlite::Sqlite::new(&data_dir.join("labels.db"))),
-        Some(cfg) if cfg.url.starts_with("sqlite:") => Box::new(sqlite::Sqlite::new(&sqlite::Sqlite::file_of(&cfg.url)?)),
+        None => Box::new(sqlite::Sqlite::new(&data_dir.join("labels.db"), threads.clone())),
+        Some(cfg) if cfg.url.starts_with("sqlite:") => Box::new(sqlite::Sqlite::new(&sqlite::Sqlite::file_of(&cfg.url)?, threads.clone())),
         Some(cfg) if cfg.url.starts_with("postgres://") || cfg.url.starts_with("postgresql://") => {
-            Box::new(postgres::Postgres::new(&cfg.url, cfg.password_file.as_deref())?)
+            Box::new(postgres::Postgres::new(&cfg.url, cfg.password_file.as_deref(), threads.clone())?)
         }
         Some(_) => {
             return Err(Fault::config("the url of [sink.labels] begins with neither postgres:// nor sqlite://")
@@ -97,12 +98,7 @@ pub fn open(cfg: Option<&config::LabelsSink>, data_dir: &Path) -> Result<Arc<Lab
     };
     let (staging, kept) = (data_dir.join("staging").join("labels"), data_dir.join("labels"));
     durable::create_dir_all(&staging)?;
-    Ok(Arc::new(LabelsSink { engine, staging, kept, threads: Threads::new("sink labels"), changing: Arc::default() }))
-}
-
-/// Runs file work on a blocking thread.
-async fn blocking<R: Send + 'static>(work: impl FnOnce() -> Result<R, Fault> + Send + 'static) -> Result<R, Fault> {
-    joined(tokio::task::spawn_blocking(work)).await
+    Ok(Arc::new(LabelsSink { engine, staging, kept, threads, changing: Arc::default() }))
 }
 
 fn labels_info(incoming: &Incoming) -> Result<&LabelsInfo, Fault> {
@@ -121,11 +117,11 @@ impl LabelsSink {
     /// Changes kept folders, one change at a time. The thread has the lock, because it goes on when its caller is dropped.
     async fn change_kept<R: Send + 'static>(&self, work: impl FnOnce() -> Result<R, Fault> + Send + 'static) -> Result<R, Fault> {
         let lock = self.changing.clone().lock_owned().await;
-        blocking(move || {
+        let work = move || {
             let _lock = lock;
             work()
-        })
-        .await
+        };
+        self.threads.run(work).await
     }
 
     /// Waits for the change that a caller left running: until its end the staged folder may go any moment. A sink promises that a
@@ -151,7 +147,7 @@ impl LabelsSink {
         let Some(held) = self.engine.held(label_set, version).await? else { return Err(not_held(label_set, version)) };
         let (sender, mut receiver) = mpsc::channel::<Rows>(LABEL_BATCHES_QUEUED_MAX);
         let dir = dir.to_path_buf();
-        let writer = tokio::task::spawn_blocking(move || {
+        let writer = self.threads.spawn(move || {
             std::fs::create_dir_all(&dir).at(format_args!("make the folder {}", dir.display()))?;
             let path = |table: Table| dir.join(table.file());
             let mut files = Vec::with_capacity(Table::ALL.len());
@@ -182,8 +178,8 @@ impl LabelsSink {
         let kept = self.kept_folder(artifact);
         let (from, to) = (staged.to_path_buf(), kept.clone());
         self.change_kept(move || {
-            if !from.exists() {
-                if to.is_dir() {
+            if !from.try_exists().at(from.display())? {
+                if to.try_exists().at(to.display())? {
                     return Ok(()); // renamed before a crash
                 }
                 return Err(Fault::internal(format!("the staged labels {} are gone", from.display())));
@@ -238,7 +234,9 @@ impl Sink for LabelsSink {
         let (set, version) = (artifact.name(), artifact.version());
         // A version is staged again when something of it was found gone or changed, or when a crash came right behind the
         // load. Either way its rows are made anew, and readers of the series stay where they were.
-        let stood = self.engine.held(set, version).await?.is_some_and(|held| held.digest == incoming.digest.hex()) && staged.exists();
+        let looked = staged.to_owned();
+        let is_staged = self.threads.run(move || looked.try_exists().at(looked.display())).await?;
+        let stood = is_staged && self.engine.held(set, version).await?.is_some_and(|held| held.digest == incoming.digest.hex());
         let active = if stood { self.engine.active(set).await? } else { None };
         if stood {
             self.engine.supersede(set, version).await?;
@@ -267,13 +265,13 @@ impl Sink for LabelsSink {
             return Err(Fault::internal("labels are kept in a folder, not in a registry"));
         };
         let file = path.in_dir(folder);
-        blocking(move || {
+        let read = move || {
             let what = format!("read {len} bytes at {offset} of {}", file.display());
             let mut bytes = vec![0; len as usize];
             File::open(&file).and_then(|f| f.read_exact_at(&mut bytes, offset)).at(what)?;
             Ok(bytes.into())
-        })
-        .await
+        };
+        self.threads.run(read).await
     }
 
     async fn stands(&self, incoming: &Incoming) -> Result<bool, Fault> {
@@ -304,7 +302,7 @@ impl Sink for LabelsSink {
             Place::Registry { .. } => self.kept_folder(&incoming.artifact),
         };
         let (sender, mut receiver) = mpsc::channel::<Rows>(LABEL_BATCHES_QUEUED_MAX);
-        let comparing = tokio::task::spawn_blocking(move || {
+        let comparing = self.threads.spawn(move || {
             let mut compare = Compare::new(&folder);
             while let Some(rows) = receiver.blocking_recv() {
                 compare.rows(&rows);

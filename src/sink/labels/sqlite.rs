@@ -23,6 +23,7 @@ use super::query::{self, Batch};
 use crate::fault::{Fault, IoContext, Reason, Retry};
 use crate::labels::QueryRow;
 use crate::limits::{LABEL_BATCH_BYTES, LABEL_BATCHES_QUEUED_MAX, LABEL_WRITER_WAIT_MAX};
+use crate::sink::Threads;
 use crate::space::Space;
 
 /// Rows in one INSERT: SQLite takes 32,766 parameters at most, and more rows than this are no faster.
@@ -44,6 +45,7 @@ pub(super) struct Sqlite {
     file: PathBuf,
     options: SqliteConnectOptions,
     writer: tokio::sync::Mutex<()>,
+    threads: Threads,
 }
 
 /// One value of a row.
@@ -107,7 +109,7 @@ fn bind<'q>(query: Query<'q>, value: Value) -> Query<'q> {
 
 impl Sqlite {
     /// Names the file; opens nothing.
-    pub(super) fn new(file: &Path) -> Self {
+    pub(super) fn new(file: &Path, threads: Threads) -> Self {
         let options = SqliteConnectOptions::new()
             .filename(file)
             .create_if_missing(true)
@@ -116,7 +118,7 @@ impl Sqlite {
             .busy_timeout(LABEL_WRITER_WAIT_MAX)
             .foreign_keys(false) // the reader of the canonical files checks more than they could
             .disable_statement_logging();
-        Self { file: file.into(), options, writer: tokio::sync::Mutex::new(()) }
+        Self { file: file.into(), options, writer: tokio::sync::Mutex::new(()), threads }
     }
 
     /// The file of `sqlite:///path` or `sqlite:path`.
@@ -206,14 +208,13 @@ impl Sqlite {
     async fn migrate(&self) -> Result<(), Fault> {
         // SQLite's lock of migrations does nothing, so a file beside the database keeps two processes apart.
         let lock_path = self.file.with_added_extension("migrate-lock");
-        let lock = tokio::task::spawn_blocking(move || {
-            let file = std::fs::File::options().create(true).truncate(false).write(true).open(&lock_path)?;
-            rustix::fs::flock(&file, rustix::fs::FlockOperation::LockExclusive)?;
-            Ok(file)
-        });
         let what = format!("lock {} for migrations", self.file.display());
-        let lock: std::io::Result<std::fs::File> = lock.await.map_err(|e| Fault::internal(format!("{what}: {e}")))?;
-        let lock = lock.at(what)?;
+        let lock = move || {
+            let file = std::fs::File::options().create(true).truncate(false).write(true).open(&lock_path).at(&what)?;
+            rustix::fs::flock(&file, rustix::fs::FlockOperation::LockExclusive).map_err(std::io::Error::from).at(&what)?;
+            Ok(file)
+        };
+        let lock = self.threads.run(lock).await?;
         let mut conn = self.connect().await?;
         match sqlx::migrate!("migrations/labels-sqlite").run_direct(None, &mut conn, false).await {
             Ok(()) => {}
@@ -247,13 +248,13 @@ impl Sqlite {
         row.map(held).transpose().map_err(|e| self.fault(what, &e))
     }
 
-    /// Inserts what `work` reads on a blocking thread.
+    /// Inserts what `work` reads on a thread of the sink.
     async fn insert<R, W>(&self, conn: &mut SqliteConnection, insert: &Insert, work: W) -> Result<R, Fault>
     where
         R: Send + 'static,
         W: FnOnce(&mut Values, &mut dyn FnMut(Values) -> Result<(), Fault>) -> Result<R, Fault> + Send + 'static,
     {
-        let (mut batches, task) = pump(move |give| {
+        let (mut batches, task) = pump(&self.threads, move |give| {
             let mut values = Values::default();
             let result = work(&mut values, give)?;
             give(values)?;

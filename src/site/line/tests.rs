@@ -144,6 +144,48 @@ async fn a_message_with_one_bad_id_is_refused_whole() {
     bench.site.stopped().await;
 }
 
+/// Waits for a report that is as it should be.
+async fn reported(recv: &mut RecvHalf, what: &str, is: impl Fn(&Report) -> bool) {
+    let work = async {
+        loop {
+            if let FromSite::Report(all) = wire::receive::<FromSite>(recv).await.unwrap()
+                && all.iter().any(&is)
+            {
+                return;
+            }
+        }
+    };
+    timeout(Duration::from_secs(30), work).await.unwrap_or_else(|_| unreachable!("never reported: {what}"));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_transfer_that_cannot_be_taken_over_holds_up_nothing_else() {
+    let bench = Bench::start().await;
+    let (_link, mut send, mut recv) = bench.control().await;
+    let bad = |generation: i64| {
+        let mut bad = wanted("t-bad", "d-1", "cancel");
+        (bad["artifact"], bad["generation"]) = (json!("dataset/bad:1"), generation.into());
+        bad
+    };
+    wire::send(&mut send, &desired(&[bad(0)], &[])).await.unwrap();
+    reported(&mut recv, "the first", |report| report.id.as_str() == "t-bad" && report.state == State::Cancelled).await;
+    // Its row is damaged, and nothing can be done with it any more.
+    let options = sqlx::sqlite::SqliteConnectOptions::new().filename(bench.dir.path().join("site/catalogue.db"));
+    let mut db = sqlx::ConnectOptions::connect(&options).await.unwrap();
+    let damage = "UPDATE transfer SET body = 'no JSON', state = 'failed', want = 'run' WHERE id = 't-bad'";
+    assert_eq!(sqlx::query(damage).execute(&mut db).await.unwrap().rows_affected(), 1);
+    sqlx::Connection::close(db).await.unwrap();
+
+    let is_cancelled = |id: &'static str| move |report: &Report| report.id.as_str() == id && report.state == State::Cancelled;
+    wire::send(&mut send, &desired(&[bad(1), wanted("t-1", "d-1", "cancel")], &[])).await.unwrap();
+    reported(&mut recv, "one behind it in the list", is_cancelled("t-1")).await;
+    wire::send(&mut send, &desired(&[bad(1), wanted("t-2", "d-1", "cancel")], &[])).await.unwrap();
+    reported(&mut recv, "one of a later list, over the same line", is_cancelled("t-2")).await;
+    assert!(bench.site.inner.runner.unwritten().iter().any(|row| row.id.as_str() == "t-bad" && row.body.message.is_some()));
+    bench.site.inner.stop.cancel();
+    bench.site.stopped().await;
+}
+
 #[test]
 fn a_refusal_that_names_the_time_is_logged_once() {
     let refusal = |time: &str, why: &str| format!("the hub refused this site: the certificate {why}, and the clock of the hub says {time}");

@@ -89,7 +89,7 @@ impl Committer {
         let whole = self.stage.syncs_whole() && self.large.len() + self.small.len() >= SYNC_ALL_FROM;
         let handles: Vec<_> = self.large.values().map(|dest| (dest, dest.handle.lock().take())).collect();
         if whole && let Err(fault) = self.stage.sync_filesystem() {
-            self.failure.damaged.lock().extend(self.large.keys().copied().chain(self.small.iter().map(|dest| dest.number)));
+            self.counters.damaged.lock().extend(self.large.keys().copied().chain(self.small.iter().map(|dest| dest.number)));
             return Err(fault);
         }
         let mut first = Ok(());
@@ -98,17 +98,23 @@ impl Committer {
             let synced = if whole { Ok(()) } else { file.sync_data() };
             let closed = durable::close(file);
             if let Err(fault) = synced.and(closed).at(format_args!("sync {}", dest.path)) {
-                self.failure.damaged.lock().insert(dest.number);
+                self.counters.damaged.lock().insert(dest.number);
                 first = first.and(Err(fault));
             }
         }
         for dest in self.small.iter().filter(|_| !whole) {
             if let Err(fault) = self.stage.sync_file(&dest.path) {
-                self.failure.damaged.lock().insert(dest.number);
+                self.counters.damaged.lock().insert(dest.number);
                 first = first.and(Err(fault));
             }
         }
         first
+    }
+
+    /// Notes in the index and the journal what was synced.
+    fn note(&mut self) -> Result<(), Fault> {
+        let Self { failure, places, journal, place, commit, .. } = self;
+        failure.patiently(|| places.commit(*place, journal, commit))
     }
 
     /// `all`: the index learns of every chunk; else only once there are many.
@@ -116,18 +122,21 @@ impl Committer {
         if self.commit.ordinals.is_empty() && (self.rows.is_empty() || !all) {
             return Ok(());
         }
-        self.sync().inspect_err(|_| self.failure.stored.store(false, Ordering::Relaxed))?;
+        let stored = self.sync();
+        if stored.is_ok() {
+            self.large.clear();
+            self.small.clear();
+            self.unsynced = 0;
+            if all || self.rows.len() >= ROWS_A_COMMIT {
+                self.commit.chunks.append(&mut self.rows);
+            }
+        }
+        stored.and_then(|()| self.note()).inspect_err(|_| self.failure.stored.store(false, Ordering::Relaxed))?;
+        // What was noted is all that would not be sent again.
         self.counters.store_failed.store(false, Ordering::Relaxed);
         if let Some((uncommitted, more)) = self.more.take() {
             uncommitted.add_permits(more);
         }
-        self.large.clear();
-        self.small.clear();
-        self.unsynced = 0;
-        if all || self.rows.len() >= ROWS_A_COMMIT {
-            self.commit.chunks = std::mem::take(&mut self.rows);
-        }
-        self.places.commit(self.place, &self.journal, &mut self.commit)?;
         self.shares.clear();
         self.counters.committed.fetch_add(std::mem::take(&mut self.bytes), Ordering::Relaxed);
         Ok(())

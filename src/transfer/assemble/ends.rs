@@ -3,7 +3,6 @@
 use std::collections::HashSet;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
-use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -36,45 +35,45 @@ impl Held {
     }
 }
 
-/// Whether a staging folder was removed. A NAS that does not answer does not say so: what was staged stays noted.
-fn is_gone(path: &Path) -> Result<bool, Fault> {
-    match std::fs::symlink_metadata(path) {
-        Ok(there) => Ok(!there.is_dir()),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(true),
-        Err(error) => Err(Fault::io(path.display(), &error)),
-    }
-}
-
 impl Assembly {
     /// Opens or finds the staging folder and the journal, and makes sure that there is room.
-    pub(super) fn begin(&self) -> Result<(u32, Journal, Arc<Stage>), Fault> {
+    pub(in crate::transfer) fn begin(&self) -> Result<(u32, Journal, Arc<Stage>), Fault> {
         names::check(&self.incoming, self.walk(), self.sink.as_ref())?;
         let (places, path) = (&self.shared.places, self.staged());
         let totals = self.incoming.root.totals;
+        let root = self.sink.staging()?;
+        let has_folder = root.has(&self.incoming.transfer)?;
         let mut place = places.staged_by(&self.incoming.transfer);
         if let Some(old) = place
-            && is_gone(&path)?
+            && !has_folder
         {
             // Somebody cleaned the staging folder away: the journal speaks of nothing.
             places.remove(old)?;
             place = None;
         }
         // After a loss of the chunk index the folder is all that is known of what was staged.
-        let adopts = place.is_none() && places.loss().is_some() && path.is_dir();
-        if place.is_none() && !adopts {
+        let begins_adopting = place.is_none() && places.loss().is_some() && has_folder;
+        if place.is_none() && !begins_adopting {
             durable::remove_all(&path)?;
         }
-        let stage = Stage::open(&path)?.with_fixed_modes(self.sink.fixed_modes());
+        let stage = root.stage(&self.incoming.transfer)?.with_fixed_modes(self.sink.fixed_modes());
         let (digest, transfer) = (self.incoming.digest, Some(self.incoming.transfer.to_string()));
-        let info = PlaceInfo { place: Place::Folder { path }, digest, transfer, foreign: false };
+        let info = PlaceInfo { place: Place::Folder { path }, digest, transfer, foreign: false, adopting: begins_adopting };
         let place = match place {
             Some(place) => place,
             None => places.put(None, info)?,
         };
         let mut journal = places.journal(place, totals.chunks)?;
-        if adopts {
+        // One that was interrupted goes on.
+        if let Some(info) = places.info(place).filter(|info| info.adopting) {
             journal = self.adopt(&stage, place, journal)?;
+            places.put(Some(place), PlaceInfo { adopting: false, ..PlaceInfo::clone(&info) })?;
         }
+        let noted = RwLock::new(journal);
+        for damaged in self.take_back_damaged(place, &noted)? {
+            stage.remove_file(&damaged)?;
+        }
+        let journal = noted.into_inner();
         let mut resumed = 0;
         if journal.count() > 0 {
             let behind = places.is_behind(place);
@@ -100,7 +99,8 @@ impl Assembly {
             }
         }
         self.counters.resumed.fetch_max(resumed, Ordering::Relaxed);
-        self.counters.committed.fetch_max(resumed, Ordering::Relaxed);
+        // What an earlier try had staged may be lost.
+        self.counters.committed.store(resumed, Ordering::Relaxed);
         let space = stage.space()?;
         let free = space.bytes.unwrap_or(u64::MAX).saturating_sub(SPARE_BYTES);
         if totals.bytes - resumed > free {
@@ -147,7 +147,7 @@ impl Assembly {
                     };
                 }
                 Step::Chunk(chunk, spot) => {
-                    let Some((number, file)) = &current else { continue };
+                    let Some((number, file)) = current.as_ref().filter(|_| !journal.read().has(spot.ordinal)) else { continue };
                     buffer.resize(chunk.len as usize, 0);
                     if file.read_exact_at(&mut buffer, spot.offset).is_ok() && Hash::of(&buffer) == chunk.id {
                         commit.chunks.push((chunk.id, At { place, entry: *number, offset: spot.offset, len: chunk.len }));
@@ -245,9 +245,18 @@ impl Assembly {
         Ok(held)
     }
 
-    /// Throws away staged files that could not be written, with all that the journal says of them.
-    pub(super) fn discard(&self, place: u32, journal: &RwLock<Journal>, stage: &Stage, damaged: &HashSet<u64>) -> Result<(), Fault> {
-        let (mut paths, mut ordinals, mut is_one) = (Vec::new(), Vec::new(), false);
+    /// Takes back all that the journal says of the staged files that could not be written, which are returned. What fails here is done by
+    /// the next try, before anything else.
+    pub(super) fn take_back_damaged(&self, place: u32, journal: &RwLock<Journal>) -> Result<Vec<RelPath>, Fault> {
+        let damaged = std::mem::take(&mut *self.counters.damaged.lock());
+        if damaged.is_empty() {
+            return Ok(Vec::new());
+        }
+        self.take_back(place, journal, &damaged).inspect_err(|_| self.counters.damaged.lock().extend(damaged))
+    }
+
+    fn take_back(&self, place: u32, journal: &RwLock<Journal>, damaged: &HashSet<u64>) -> Result<Vec<RelPath>, Fault> {
+        let (mut paths, mut ordinals, mut bytes, mut is_one) = (Vec::new(), Vec::new(), 0, false);
         for step in self.walk() {
             match step? {
                 Step::Entry { number, entry, .. } => {
@@ -256,13 +265,17 @@ impl Assembly {
                         paths.push(entry.path);
                     }
                 }
-                Step::Chunk(_, spot) if is_one && journal.read().has(spot.ordinal) => ordinals.push(spot.ordinal),
+                Step::Chunk(chunk, spot) if is_one && journal.read().has(spot.ordinal) => {
+                    ordinals.push(spot.ordinal);
+                    bytes += u64::from(chunk.len);
+                }
                 Step::Chunk(..) => {}
             }
         }
-        // The journal first: after a crash in between the file is written again all the same.
         self.shared.places.uncommit(place, journal, &ordinals)?;
-        paths.iter().try_for_each(|path| stage.remove_file(path))
+        let committed = &self.counters.committed;
+        let _ = committed.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |now| Some(now.saturating_sub(bytes)));
+        Ok(paths)
     }
 
     /// Makes what has no chunks, sets modes, and syncs the tree.

@@ -90,9 +90,12 @@ impl Producer {
 
     fn look_up(&mut self, pending: &mut Vec<Item>) -> Result<Result<(), Ended>, Fault> {
         let ids: Vec<Hash> = pending.iter().map(|item| item.chunk.id).collect();
-        let found = self.assembly.shared.places.find(&ids)?;
-        let firsts = pending.iter().zip(&found).map(|(item, at)| (item.dest.file, at.filter(|_| item.spot.offset == 0)));
-        let wholes = self.assembly.shareable(firsts)?;
+        let (found, wholes) = self.failure.patiently(|| {
+            let found = self.assembly.shared.places.find(&ids)?;
+            let firsts = pending.iter().zip(&found).map(|(item, at)| (item.dest.file, at.filter(|_| item.spot.offset == 0)));
+            let wholes = self.assembly.shareable(firsts)?;
+            Ok((found, wholes))
+        })?;
         for ((item, at), from) in pending.drain(..).zip(found).zip(wholes) {
             if let Some(sharing) = self.sharing.as_mut().filter(|s| s.dest.number == item.dest.number) {
                 sharing.items.push(item);
@@ -148,7 +151,7 @@ impl Producer {
         }
         // Some of it is staged and journaled already: that must stay, so the rest comes chunk by chunk.
         let ids: Vec<Hash> = items.iter().map(|item| item.chunk.id).collect();
-        let found = self.assembly.shared.places.find(&ids)?;
+        let found = self.failure.patiently(|| self.assembly.shared.places.find(&ids))?;
         for (item, at) in items.into_iter().zip(found) {
             if self.bring(item, at).is_err() {
                 return Ok(Err(Ended));

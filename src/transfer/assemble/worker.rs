@@ -69,7 +69,7 @@ impl Worker {
                             }
                             Err(fault) => {
                                 tracing::info!(chunk = %item.chunk.id, error = %fault, "a local chunk is stale; fetching it instead");
-                                self.shared.places.forget(item.chunk.id)?;
+                                self.failure.patiently(|| self.shared.places.forget(item.chunk.id))?;
                             }
                         }
                     }
@@ -93,7 +93,7 @@ impl Worker {
                                 tracing::info!(path = %from.path.display(), error = %fault, "a local file is stale; fetching it instead");
                                 self.stage.remove_file(&dest.path)?;
                                 if let Some(first) = chunks.first() {
-                                    self.shared.places.forget(first.0)?;
+                                    self.failure.patiently(|| self.shared.places.forget(first.0))?;
                                 }
                             }
                         }
@@ -160,7 +160,7 @@ impl Worker {
 
     /// Has a file written again from its beginning.
     fn is_damaged(&self, dest: &Dest) {
-        self.failure.damaged.lock().insert(dest.number);
+        self.counters.damaged.lock().insert(dest.number);
     }
 
     /// Makes the staged file the same as one that lies here, and checks all bytes of that.
@@ -205,7 +205,7 @@ impl Worker {
             let mut out = vec![0; len as usize];
             let read = source.as_ref().is_some_and(|source| source.read_exact_at(&mut out, offset).is_ok());
             let Some(chunk) = Some(out).filter(|_| read).and_then(|out| Verified::check(id, out.into()).ok()) else {
-                self.shared.places.forget(id)?;
+                self.failure.patiently(|| self.shared.places.forget(id))?;
                 continue;
             };
             let spot = Spot { page: Hash([0; 32]), index: 0, ordinal, offset };

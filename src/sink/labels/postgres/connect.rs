@@ -9,7 +9,6 @@ use sqlx::{AssertSqlSafe, ConnectOptions, Connection, PgConnection, Row};
 use super::{Postgres, password};
 use crate::fault::{Fault, Reason};
 use crate::limits::{LABEL_CONNECT_MAX, LABEL_LOCK_WAIT_MAX, LABEL_STATEMENT_MAX};
-use crate::sink::labels::engine::joined;
 
 /// Any number of our own: the lock under which the schema is made and migrated.
 const MIGRATION_LOCK: i64 = 0x7061_636b_686f_7273;
@@ -39,7 +38,7 @@ impl Postgres {
         let mut options = self.options.clone();
         if let Some(file) = self.password_file.clone() {
             let read = move || password(&file).map_err(|e| Fault::secret_unreadable(&file, &e));
-            let secret = joined(tokio::task::spawn_blocking(read)).await?;
+            let secret = self.threads.run(read).await?;
             options = options.password(&secret);
         }
         let mut conn = match tokio::time::timeout(LABEL_CONNECT_MAX, options.connect()).await {

@@ -192,7 +192,7 @@ impl Postgres {
         Err(Fault::integrity(format!("{}: of {sent} rows of {} only {copied} arrived", self.place, table.file())))
     }
 
-    /// One COPY, encoded on a blocking thread. Gives back the rows that the server counted and what `work` did. On any
+    /// One COPY, encoded on a thread of the sink. Gives back the rows that the server counted and what `work` did. On any
     /// error the connection must be closed: the driver's COPY cannot be taken up again.
     async fn copy<R, W>(&self, conn: &mut PgConnection, what: &str, sql: &str, work: W) -> Result<(u64, R), Fault>
     where
@@ -200,7 +200,7 @@ impl Postgres {
         W: FnOnce(&mut CopyRows, &mut dyn FnMut(Vec<u8>) -> Result<(), Fault>) -> Result<R, Fault> + Send + 'static,
     {
         let mut copy = self.within(what, LABEL_STATEMENT_MAX, conn.copy_in_raw(sql)).await?;
-        let (mut batches, task): (mpsc::Receiver<Vec<u8>>, JoinHandle<_>) = pump(move |give| {
+        let (mut batches, task): (mpsc::Receiver<Vec<u8>>, JoinHandle<_>) = pump(&self.threads, move |give| {
             let mut rows = CopyRows::new(LABEL_BATCH_BYTES);
             let result = work(&mut rows, give)?;
             give(rows.finish())?;

@@ -45,6 +45,7 @@ use super::query::{self, Batch};
 use crate::fault::{Fault, Reason};
 use crate::labels::QueryRow;
 use crate::limits::{LABEL_DDL_TRIES_MAX, LABEL_STATEMENT_MAX};
+use crate::sink::Threads;
 
 const HELD: &str = "SELECT v.manifest_digest, v.n_classes, v.n_samples, v.n_annotations, v.rows_digest, v.id
     FROM packhorse.label_version v JOIN packhorse.label_set s ON s.id = v.label_set_id
@@ -62,6 +63,7 @@ pub(super) struct Postgres {
     password_file: Option<PathBuf>,
     /// `postgres://host:port/db`, for people.
     place: String,
+    threads: Threads,
 }
 
 /// Reads the secret that a file holds, without the line end that editors add.
@@ -71,7 +73,7 @@ fn password(file: &Path) -> std::io::Result<String> {
 
 impl Postgres {
     /// Checks the URL and the password file; does not connect.
-    pub(super) fn new(url: &str, password_file: Option<&Path>) -> Result<Self, Fault> {
+    pub(super) fn new(url: &str, password_file: Option<&Path>, threads: Threads) -> Result<Self, Fault> {
         let authority = url.split_once("://").map_or("", |(_, rest)| rest).split(['/', '?']).next().unwrap_or("");
         let in_url = authority.rsplit_once('@').is_some_and(|(user, _)| user.contains(':')) || url.contains("password=");
         if in_url {
@@ -92,7 +94,7 @@ impl Postgres {
             Some(socket) => format!("postgres:///{database}?host={}", socket.display()),
             None => format!("postgres://{}:{}/{database}", options.get_host(), options.get_port()),
         };
-        Ok(Self { place, options, password_file: password_file.map(Into::into) })
+        Ok(Self { place, options, password_file: password_file.map(Into::into), threads })
     }
 
     async fn held_on(&self, conn: &mut PgConnection, set: &str, version: &str) -> Result<Option<(i64, Held)>, Fault> {

@@ -10,7 +10,7 @@ use super::{Bench, Db, open, postgres_config};
 use crate::config;
 use crate::fault::{Code, Fault, Reason, Retry};
 use crate::sink::labels::postgres::Postgres;
-use crate::sink::{Look, Place, Sink};
+use crate::sink::{Look, Place, Sink, Threads};
 
 fn class(fault: &Fault) -> (Code, Reason, Retry) {
     (fault.code, fault.reason, fault.retry)
@@ -119,7 +119,7 @@ async fn the_config_is_checked_when_it_is_opened() {
 #[tokio::test(flavor = "multi_thread")]
 async fn each_sqlstate_has_its_class() {
     let server = tokio::task::spawn_blocking(server).await.unwrap();
-    let engine = Postgres::new(&server.admin_url("postgres"), None).unwrap();
+    let engine = Postgres::new(&server.admin_url("postgres"), None, Threads::new("test")).unwrap();
     let mut conn = sqlx::PgConnection::connect(&server.admin_url("postgres")).await.unwrap();
     let tried_again = (Code::Unreachable, Reason::SinkUnavailable, Retry::Backoff);
     let denied = (Code::NotAllowed, Reason::SinkDenied, Retry::Never);
