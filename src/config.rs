@@ -10,12 +10,16 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use serde::{Deserialize, Serialize};
+use serde::Deserialize;
 
-use crate::durable;
-use crate::fault::{Fault, IoContext};
-use crate::limits::{CONFIG_BYTES_MAX, MEMORY_BUDGET_BYTES_MIN, SECRET_BYTES_MAX};
-use crate::names::{SiteName, SiteSelector};
+use base::durable;
+use base::fault::Fault;
+use base::limits::{CONFIG_BYTES_MAX, MEMORY_BUDGET_BYTES_MIN};
+use base::names::{SiteName, names_site};
+pub use base::secrets::read_secret;
+pub use sink::settings::{FilesSink, ImagesSink, LabelsSink};
+use source::own::Own;
+pub use transport::{Congestion, Line, Transport};
 
 mod rules;
 
@@ -121,44 +125,6 @@ pub struct Sinks {
     pub images: Option<ImagesSink>,
 }
 
-/// `[sink.files]`
-#[derive(Debug, Clone, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct FilesSink {
-    /// The folder on the NAS.
-    pub root: PathBuf,
-}
-
-/// `[sink.labels]`
-#[derive(Debug, Clone, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct LabelsSink {
-    /// `postgres://user@host/db` or `sqlite:///path`.
-    pub url: String,
-    /// A file that holds the password.
-    pub password_file: Option<PathBuf>,
-}
-
-/// `[sink.images]`
-#[derive(Debug, Clone, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct ImagesSink {
-    /// `https://host/project`, `http://host:port/project`, or `oci-layout:/path`.
-    pub url: String,
-    /// The registry user.
-    pub username: Option<String>,
-    /// A file that holds the password.
-    pub password_file: Option<PathBuf>,
-    /// A file of PEM certificates to trust besides the system's.
-    pub ca_file: Option<PathBuf>,
-    /// Other hosts than the registry's own that the password is sent to, where the registry names them as its token service.
-    #[serde(default)]
-    pub realm_hosts: Vec<String>,
-    /// Whether a missing Harbor project may be made.
-    #[serde(default)]
-    pub create_project: bool,
-}
-
 /// `[registry."HOST[:PORT]"]`
 #[derive(Debug, Clone, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -209,42 +175,6 @@ impl Default for Relay {
     }
 }
 
-/// Which congestion control a line uses.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, Default)]
-#[serde(rename_all = "lowercase")]
-pub enum Congestion {
-    /// By the round trip: CUBIC below 5 ms, BBR above.
-    #[default]
-    Auto,
-    /// BBR.
-    Bbr,
-    /// CUBIC.
-    Cubic,
-}
-
-/// `[line]`
-#[derive(Debug, Clone, Default, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct Line {
-    /// Congestion control.
-    pub congestion: Congestion,
-    /// `auto` (QUIC, TCP where UDP is blocked), `quic` or `tcp`.
-    pub transport: Transport,
-}
-
-/// Which transport a site dials with.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, Default)]
-#[serde(rename_all = "lowercase")]
-pub enum Transport {
-    /// QUIC, and TCP where UDP is blocked.
-    #[default]
-    Auto,
-    /// QUIC only.
-    Quic,
-    /// TCP only.
-    Tcp,
-}
-
 /// `[limits]`
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -256,7 +186,7 @@ pub struct Limits {
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { memory: crate::limits::MEMORY_BUDGET_BYTES }
+        Self { memory: base::limits::MEMORY_BUDGET_BYTES }
     }
 }
 
@@ -306,11 +236,7 @@ pub struct Train {
 impl Train {
     /// Whether a run that this site started may train here. The site decides by itself: labels, which the hub assigns, do not count.
     pub fn allows(&self, site: &SiteName) -> bool {
-        let no_labels = BTreeMap::new();
-        self.allow.iter().any(|text| match text.parse::<SiteSelector>() {
-            Ok(SiteSelector::Labels(_)) | Err(_) => false,
-            Ok(selector) => selector.includes(site, &no_labels),
-        })
+        names_site(&self.allow, site)
     }
 }
 
@@ -387,6 +313,13 @@ impl Config {
         self.sink.images.clone().unwrap_or_else(default)
     }
 
+    /// What belongs to the daemon of this configuration, and is never a source.
+    pub fn own(&self) -> Own {
+        let images = self.images_sink().url.strip_prefix("oci-layout:").map(PathBuf::from);
+        let sinks: Vec<PathBuf> = std::iter::once(self.files_root()).chain(images).collect();
+        Own::of(&self.data_dir, &sinks, self.secret_files())
+    }
+
     /// What `config check` reports of a configuration that is valid and may not do what was meant.
     pub fn notes(&self) -> Vec<String> {
         let mut notes = Vec::new();
@@ -456,25 +389,6 @@ fn position(origin: &str, text: &str, offset: usize) -> String {
     let line = before.matches('\n').count() + 1;
     let column = before.rsplit('\n').next().unwrap_or_default().chars().count() + 1;
     format!("{origin}:{line}:{column}")
-}
-
-/// Reads a secret from its file, without the line end that editors leave behind. An empty one is refused: it is
-/// always a mistake, and a server's answer to it says nothing of the file.
-pub fn read_secret(path: &Path) -> Result<String, Fault> {
-    let unread = || format!("cannot read the file {}", path.display());
-    let meta = std::fs::metadata(path).at(unread())?;
-    if !meta.is_file() {
-        return Err(Fault::config(format!("{} is not a regular file", path.display())));
-    }
-    if meta.len() > SECRET_BYTES_MAX {
-        return Err(Fault::config(format!("{} has {} bytes; a secret has at most {SECRET_BYTES_MAX}", path.display(), meta.len())));
-    }
-    let text = durable::read_regular_text(path, SECRET_BYTES_MAX).at(unread())?;
-    let secret = text.trim_end_matches(['\r', '\n']);
-    if secret.is_empty() {
-        return Err(Fault::config(format!("{} is empty", path.display())));
-    }
-    Ok(secret.into())
 }
 
 /// SQLite's locks and the daemon's own do not hold on network filesystems, where two daemons could then share a folder.

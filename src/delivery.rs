@@ -1,9 +1,9 @@
 //! What a delivery as a whole is, from what its parts are. Plain functions, called by the API's backends.
 
 use crate::api::types::{Bytes, Delivery, LeftOut, State, Transfer};
-use crate::catalogue::DeliveryRow;
-use crate::limits::{NAMES_LISTED_MAX, OFFENDERS_LISTED_MAX};
-use crate::paging::{fitting, json_bytes};
+use base::limits::{NAMES_LISTED_MAX, OFFENDERS_LISTED_MAX};
+use model::paging::{fitting, json_bytes};
+use state::DeliveryRow;
 
 /// The state of the whole. While a part is open: what moves furthest, else why it stands. Once all have ended: `failed` if
 /// one failed, else `cancelled` if one was, else `done`.
@@ -36,7 +36,7 @@ pub fn view(row: &DeliveryRow, parts: Vec<Transfer>) -> Delivery {
     let stuck = parts
         .iter()
         .filter(|part| part.reason.is_some() && part.state != State::Done)
-        .min_by_key(|part| (part.state != State::Failed, part.reason == Some(crate::fault::Reason::WaitingForDependency)));
+        .min_by_key(|part| (part.state != State::Failed, part.reason == Some(base::fault::Reason::WaitingForDependency)));
     let mut artifacts: Vec<String> = Vec::new();
     let mut sites: Vec<String> = Vec::new();
     for part in &parts {
@@ -59,7 +59,7 @@ pub fn view(row: &DeliveryRow, parts: Vec<Transfer>) -> Delivery {
         artifacts,
         sites,
         run: row.run.clone(),
-        created_at: jiff::Timestamp::from_millisecond(row.created_ms).map(crate::clock::rfc3339).unwrap_or_default(),
+        created_at: jiff::Timestamp::from_millisecond(row.created_ms).map(base::clock::rfc3339).unwrap_or_default(),
         finished_at: state.is_final().then(|| parts.iter().filter_map(|part| part.finished_at.clone()).max()).flatten(),
         note: None,
         parts_total: None,
@@ -170,7 +170,7 @@ mod tests {
     fn bytes_add_up_and_a_failed_part_is_told_first() {
         use crate::api::fake::{offline, transfer};
         let failed = Transfer {
-            reason: Some(crate::fault::Reason::NoSpace),
+            reason: Some(base::fault::Reason::NoSpace),
             message: Some("the disk is full".into()),
             bytes: Bytes { total: 7, committed: 3, ..Bytes::default() },
             ..transfer("t2", "b", State::Failed)

@@ -29,27 +29,28 @@ use tokio::sync::OwnedSemaphorePermit;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::budget::{Budget, Share, WorkPlaces};
-use crate::catalogue::Catalogue;
-use crate::chunk::{Hash, ShortHash};
 use crate::config::Config;
-use crate::durable;
-use crate::fault::Fault;
-use crate::fetch::{Child, Library, Opened, Pieces, blocking, nothing_such, pieces};
-use crate::identity::{Claim, Holder, HubIdentity, Redeemer};
 use crate::jobs::Jobs;
-use crate::lately::Lately;
-use crate::limits::{
+use base::blocking::blocking;
+use base::budget::{Budget, Share, WorkPlaces};
+use base::durable;
+use base::expiring_cache::Lately;
+use base::fault::Fault;
+use base::limits::{
     CHANGES_AT_ONCE_MAX, CHANGES_PER_SECOND_MAX, CONTROL_FRAME_BYTES_MAX, PEER_WORK_MAX, QUESTIONS_BYTES_MAX, REPORTS_AT_ONCE_MAX,
     REPORTS_PER_SECOND_MAX, REST_EVERY,
 };
-use crate::line::{Arrival, Link, Listener};
-use crate::manifest::{ChunkRef, Digest, Pages};
-use crate::names::{ArtifactRef, SiteName, SiteSelector};
-use crate::relay::{Of, Relay, Upstream};
-use crate::store::Store;
-use crate::tally::Tally;
-use crate::wire::{Peer, Wanted};
+use base::names::{ArtifactRef, SiteName, SiteSelector};
+use base::tally::Tally;
+use content::chunk::{Hash, ShortHash};
+use content::manifest::{ChunkRef, Digest, Pages};
+use content::store::Store;
+use exchange::fetch::{Child, Library, Opened, Pieces, nothing_such, pieces};
+use exchange::relay::{Of, Relay, Upstream};
+use exchange::wire::{Peer, Wanted};
+use state::Catalogue;
+use transport::identity::{Claim, Holder, HubIdentity, Redeemer};
+use transport::{Arrival, Link, Listener};
 
 pub(crate) use runs::lineage_view;
 

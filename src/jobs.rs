@@ -4,78 +4,24 @@
 use std::collections::VecDeque;
 use std::future::Future;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use serde::Serialize;
-use tokio_util::sync::CancellationToken;
 
 use crate::api::types::Job;
-use crate::catalogue::{Catalogue, new_id};
-use crate::fault::{Code, Fault, Reason};
-use crate::fetch::blocking;
-use crate::limits::{JOB_CANCEL_MAX, ROOM_LOOK_EVERY};
-use crate::store::Store;
+use base::blocking::blocking;
+use base::fault::{Code, Fault, Reason};
+use base::job_progress::{JobProgress, cancelled};
+use base::limits::{JOB_CANCEL_MAX, ROOM_LOOK_EVERY};
+use content::store::Store;
+use state::{Catalogue, new_id};
 
 /// Jobs remembered; the oldest ended one is forgotten first.
 const JOBS_KEPT: usize = 256;
 /// Jobs that may run at once; where all places are taken, a collection gets one more.
 const JOBS_RUNNING_MAX: usize = 32;
-
-/// One job's progress, shared with its work.
-#[derive(Debug, Default)]
-pub struct JobProgress {
-    /// Bytes worked through.
-    pub bytes: AtomicU64,
-    /// Bytes that were new to the store, as stored, of all tries.
-    pub stored: AtomicU64,
-    /// Bytes that the store was found to have no room for; 0: no more than any pack needs.
-    pub wanted: AtomicU64,
-    doing: Mutex<String>,
-    notes: Mutex<Vec<String>>,
-    cancelled: CancellationToken,
-    /// Whether what is left to do is short, and must not be left half done.
-    ending: AtomicBool,
-}
-
-impl JobProgress {
-    /// Says what it does now.
-    pub fn doing(&self, what: impl Into<String>) {
-        *self.doing.lock() = what.into();
-    }
-
-    /// Says something that is to be known beside the answer.
-    pub fn note(&self, what: impl Into<String>) {
-        self.notes.lock().push(what.into());
-    }
-
-    /// Fails once somebody cancelled the job. Work asks this often, and before each step that takes long.
-    pub fn check(&self) -> Result<(), Fault> {
-        if self.cancelled.is_cancelled() { Err(cancelled()) } else { Ok(()) }
-    }
-
-    /// Does `work`, and gives it up when somebody cancels the job.
-    pub async fn or_cancelled<T>(&self, work: impl Future<Output = Result<T, Fault>>) -> Result<T, Fault> {
-        self.cancelled.run_until_cancelled(work).await.unwrap_or_else(|| Err(cancelled()))
-    }
-
-    /// [`JobProgress::check`], after which the job is not cancelled any more: what it has to show for itself becomes visible now.
-    pub fn end(&self) -> Result<(), Fault> {
-        self.ending.store(true, Ordering::SeqCst);
-        self.check()
-    }
-
-    /// What it does now.
-    pub fn what(&self) -> String {
-        self.doing.lock().clone()
-    }
-}
-
-/// The fault of work that somebody cancelled.
-fn cancelled() -> Fault {
-    Fault::partial("the job was cancelled").with_reason(Reason::CancelledByUser).with_next("run the command again to begin it anew")
-}
 
 /// Does `work`; where the store's disk is full it waits for room and does it again. No lock is held meanwhile, so that room can
 /// be made by whatever means. It ends with the fault when there was none for `patience`.
@@ -112,9 +58,9 @@ where
 
 /// Ends some time after a job was cancelled whose work does not end by itself.
 async fn given_up(progress: &JobProgress) {
-    progress.cancelled.cancelled().await;
+    progress.cancelled().await;
     tokio::time::sleep(JOB_CANCEL_MAX).await;
-    while progress.ending.load(Ordering::SeqCst) {
+    while progress.is_ending() {
         // It won the race against the cancel, and ends soon.
         tokio::time::sleep(JOB_CANCEL_MAX).await;
     }
@@ -226,8 +172,8 @@ impl Jobs {
             state: state.into(),
             bytes: entry.progress.bytes.load(Ordering::Relaxed),
             total: None,
-            doing: entry.progress.doing.lock().clone(),
-            notes: entry.progress.notes.lock().clone(),
+            doing: entry.progress.what(),
+            notes: entry.progress.notes(),
             result,
             error,
         })
@@ -238,14 +184,14 @@ impl Jobs {
         {
             let entries = self.entries.lock();
             let entry = entries.iter().find(|e| e.id == id);
-            if let Some(entry) = entry.filter(|e| e.end.is_some() || e.progress.ending.load(Ordering::SeqCst)) {
+            if let Some(entry) = entry.filter(|e| e.end.is_some() || e.progress.is_ending()) {
                 let state = if entry.end.is_some() { "has ended" } else { "is about to end" };
                 return Err(Fault::conflict(format!("job {id} {state}: there is nothing to cancel"))
                     .with_next("run the command again to see its result"));
             }
             if let Some(entry) = entry {
                 tracing::info!(job = %id, "a job is cancelled");
-                entry.progress.cancelled.cancel();
+                entry.progress.cancel();
             }
         }
         self.get(id)
@@ -299,7 +245,7 @@ mod tests {
         let job = jobs.start(move |progress| async move {
             let watched = progress.clone();
             crate::reading::with_scratch(&data, &watched, move |scratch, _| {
-                crate::durable::replace(&scratch.folder.join("spilled"), b"much")?;
+                base::durable::replace(&scratch.folder.join("spilled"), b"much")?;
                 loop {
                     progress.check()?;
                     std::thread::sleep(Duration::from_millis(2));

@@ -17,20 +17,22 @@ use rand::{Rng, SeedableRng};
 
 use crate::api::ApiToken;
 use crate::api::types::{State, TransferQuery};
-use crate::bundle::{self, Member};
-use crate::catalogue::{Body, Catalogue, Part};
-use crate::chunk::Hash;
-use crate::frame::{Frame, Verified};
-use crate::identity::{CertificateRequest, HubIdentity, SiteIdentity};
-use crate::ingest::{self, Progress};
-use crate::jobs::JobProgress;
-use crate::manifest::{EntryBody, Root, Step, Walk};
-use crate::names::{ArtifactRef, Kind, SiteName};
-use crate::places::{At, Commit, PlaceInfo, Places};
-use crate::sink::Place;
-use crate::source::files::FilesSource;
-use crate::store::{Store, rebuild_index};
-use crate::{durable, trainer, tree};
+use crate::trainer;
+use base::durable;
+use base::job_progress::JobProgress;
+use base::names::{ArtifactRef, Kind, SiteName};
+use content::bundle::{self, Member};
+use content::chunk::Hash;
+use content::frame::{Frame, Verified};
+use content::ingest::{self, Progress};
+use content::manifest::{EntryBody, Root, Step, Walk};
+use content::redb_file;
+use content::store::{Store, rebuild_index};
+use exchange::chunk_index::{At, Commit, PlaceInfo, Places};
+use sink::Place;
+use source::files::FilesSource;
+use state::{Body, Catalogue, Part};
+use transport::identity::{CertificateRequest, HubIdentity, SiteIdentity};
 
 const MUTATIONS: u64 = 2_000;
 /// A mutation that is not done after this hangs.
@@ -262,7 +264,7 @@ impl World {
             Target::Index { verified } => {
                 copy_dir(&from("hub/store"), dir);
                 mutate(&dir.join("index.redb"), &mut rng);
-                tree::verified_in_this_thread(verified);
+                redb_file::verified_in_this_thread(verified);
                 self.use_store(dir);
                 // Whatever is wrong with the index, the packs have everything.
                 let packs = from("hub/store/packs");
@@ -285,7 +287,7 @@ impl World {
             Target::Places { verified } => {
                 write(&dir.join("places.redb"), &std::fs::read(from("site/places.redb")).unwrap());
                 mutate(&dir.join("places.redb"), &mut rng);
-                tree::verified_in_this_thread(verified);
+                redb_file::verified_in_this_thread(verified);
                 self.use_places(dir);
             }
             Target::Catalogue => {
@@ -356,7 +358,7 @@ impl World {
                 let _ = Places::open(dir).map(|places| places.loss().map(|loss| loss.report(dir)));
             }
         }
-        tree::verified_in_this_thread(true);
+        redb_file::verified_in_this_thread(true);
     }
 }
 

@@ -25,25 +25,26 @@ use tokio::time::timeout;
 
 use crate::api::types::{Published, SourceOptions};
 use crate::config::Line;
-use crate::durable;
-use crate::fault::{Code, Fault, IoContext};
-use crate::fetch::{self, blocking};
-use crate::identity::{Claim, Holder, JoinToken, SiteIdentity, fingerprint};
-use crate::ingest;
-use crate::jobs::JobProgress;
-use crate::limits::{
+use crate::reading::{self, Access};
+use base::blocking::blocking;
+use base::durable;
+use base::fault::{Code, Fault, IoContext};
+use base::job_progress::JobProgress;
+use base::limits::{
     FETCH_BATCH_BYTES, FETCH_IN_FLIGHT_MAX, FETCH_STREAMS_MAX, HUB_AWAY_MAX, LINE_SEND_BYTES_MAX, PUBLISHES_AT_ONCE_MAX, SILENCE_MAX,
 };
-use crate::line::{self, Link, Redial};
-use crate::manifest::Digest;
-use crate::names::{ArtifactRef, SiteName, SiteSelector};
-use crate::omitted::Omitted;
-use crate::origin::{Held, Holdings, Origin};
-use crate::places::Places;
-use crate::private;
-use crate::reading::{self, Access};
-use crate::store::Store;
-use crate::wire::{self, AskHub, FETCH};
+use base::names::{ArtifactRef, SiteName, SiteSelector};
+use base::private;
+use content::ingest;
+use content::manifest::Digest;
+use content::omitted::Omitted;
+use content::store::Store;
+use exchange::chunk_index::Places;
+use exchange::fetch;
+use exchange::in_place::{Held, Holdings, Origin};
+use exchange::wire::{self, AskHub, FETCH};
+use transport::identity::{Claim, Holder, JoinToken, SiteIdentity, fingerprint};
+use transport::{self, Link, Redial};
 
 /// Bytes that are read and not yet given to the line; the line itself has as many to send as it ever needs.
 const MEMORY_TO_READ: u64 = 32 << 20;
@@ -224,10 +225,10 @@ impl Publisher {
         }
         self.hang_up().await;
         let identity = self.identity(false).await?;
-        let link = match line::dial(&self.hub, &identity, &self.line, LINE_SEND_BYTES_MAX).await {
+        let link = match transport::dial(&self.hub, &identity, &self.line, LINE_SEND_BYTES_MAX).await {
             Err(fault) if fault.code == Code::NotAllowed && self.token.is_some() => {
                 let identity = self.identity(true).await?;
-                line::dial(&self.hub, &identity, &self.line, LINE_SEND_BYTES_MAX).await?
+                transport::dial(&self.hub, &identity, &self.line, LINE_SEND_BYTES_MAX).await?
             }
             dialled => dialled?,
         };
@@ -259,7 +260,7 @@ impl Publisher {
             return Ok(kept);
         }
         let Some(token) = self.token.take() else { return Err(no_publisher(&self.hub, &self.dir)) };
-        let joined = line::join(&self.hub, &token, &Claim::Publisher, &self.line).await?;
+        let joined = transport::join(&self.hub, &token, &Claim::Publisher, &self.line).await?;
         joined.save(&self.dir)?;
         Ok(joined)
     }
@@ -417,7 +418,7 @@ fn lock(path: &Path, wait: bool) -> Result<File, Fault> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::identity::{CertificateRequest, HubIdentity};
+    use transport::identity::{CertificateRequest, HubIdentity};
 
     #[test]
     fn work_folders_are_taken_once_and_emptied() {
@@ -447,7 +448,7 @@ mod tests {
         durable::create_dir_all(&source).unwrap();
         durable::replace(&source.join("weights.bin"), b"weights").unwrap();
         let hub = Arc::new(HubIdentity::open_or_create(&dir.path().join("hub"), &"hub".parse().unwrap()).unwrap());
-        let listener = line::Listener::bind(([127, 0, 0, 1], 0).into(), hub.clone(), &Line::default(), 64 << 20).unwrap();
+        let listener = transport::Listener::bind(([127, 0, 0, 1], 0).into(), hub.clone(), &Line::default(), 64 << 20).unwrap();
         let address = listener.local_addr().to_string();
         // This machine is a publisher of that hub already.
         let request = CertificateRequest::new().unwrap();
@@ -456,7 +457,7 @@ mod tests {
 
         let answers = tokio::spawn(async move {
             for room in [false, false, true] {
-                let Some(line::Arrival::Publisher { link, .. }) = listener.accept().await else { unreachable!("somebody else came") };
+                let Some(transport::Arrival::Publisher { link, .. }) = listener.accept().await else { unreachable!("somebody else came") };
                 let (mut send, mut recv) = link.accept().await.unwrap();
                 let mut kind = [0];
                 recv.read_exact(&mut kind).await.unwrap();

@@ -8,28 +8,30 @@ use std::sync::mpsc::sync_channel;
 use tokio::runtime::Handle;
 
 use crate::api::types::SourceOptions;
-use crate::catalogue::{Catalogue, new_id};
 use crate::config::{self, Config};
-use crate::durable;
-use crate::fault::{Fault, IoContext};
-use crate::fetch::blocking;
-use crate::ingest::Ingested;
-use crate::jobs::JobProgress;
-use crate::manifest::{DatasetBinding, EntryBody, FileInfo, Root, Step, Walk};
-use crate::names::{ArtifactRef, Kind, RelPath};
-use crate::omitted::Omitted;
-use crate::origin::InPlace;
-use crate::own::Own;
-use crate::registry::{self, Credentials, Origin, Reference};
-use crate::sink::Place;
-use crate::sink::labels::LabelsSink;
-use crate::source::Source;
-use crate::source::files::FilesSource;
-use crate::source::image::{ImageSource, split_tag};
-use crate::source::labels::{BoundDataset, LabelOptions, LabelsSource};
-use crate::store::Store;
+use base::blocking::blocking;
+use base::durable;
+use base::fault::{Fault, IoContext};
+use base::job_progress::JobProgress;
+use base::names::{ArtifactRef, Kind, RelPath};
+use content::ingest::Ingested;
+use content::manifest::{DatasetBinding, EntryBody, FileInfo, Root, Step, Walk};
+use content::omitted::Omitted;
+use content::store::Store;
+use exchange::in_place::InPlace;
+use registry::{self, Credentials, Origin, Reference};
+use sink::Place;
+use sink::labels::LabelsSink;
+use source::Source;
+use source::files::FilesSource;
+use source::image::{ImageSource, split_tag};
+use source::labels::{BoundDataset, LabelOptions, LabelsSource};
+use source::own::Own;
+use state::{Catalogue, new_id};
 
 mod database;
+#[cfg(test)]
+mod database_tests;
 mod kept;
 
 /// What a site has beside paths.
@@ -138,7 +140,7 @@ pub struct Access {
 impl Access {
     /// A daemon's.
     pub fn of_daemon(config: &Config, site: Option<AtSite>) -> Self {
-        Self { site, own: Arc::new(Own::of(config)), registries: Some(config.registry.clone()) }
+        Self { site, own: Arc::new(config.own()), registries: Some(config.registry.clone()) }
     }
 
     /// That of a process with this state folder, which reads what its user may read.

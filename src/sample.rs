@@ -17,7 +17,7 @@ use serde_json::{Value, json};
 use sha2::{Digest as _, Sha256};
 
 use self::picture::{CATEGORIES, Defect, HEIGHT, WIDTH};
-use crate::fault::{Fault, IoContext};
+use base::fault::{Fault, IoContext};
 
 /// Images of the first version; each later one adds [`IMAGES_ADDED`].
 const IMAGES: u64 = 120;
@@ -371,9 +371,9 @@ mod tests {
     use std::process::Command;
 
     use super::*;
-    use crate::source::files::FilesSource;
-    use crate::source::image::ImageSource;
-    use crate::source::{Content, Source, SourceBody};
+    use source::files::FilesSource;
+    use source::image::ImageSource;
+    use source::{Content, Source, SourceBody};
 
     fn tree(dir: &Path) -> BTreeMap<String, (u32, Vec<u8>)> {
         let mut source = FilesSource::open(dir).unwrap();

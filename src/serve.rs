@@ -12,15 +12,15 @@ use tokio_util::sync::CancellationToken;
 
 use crate::api::{self, ApiToken, Backend, LocalSocket};
 use crate::config::{Config, Role};
-use crate::durable;
-use crate::fault::{Code, Fault, IoContext};
-use crate::fetch::blocking;
 use crate::hub::Hub;
-use crate::identity::{Claim, JoinToken, SiteIdentity};
-use crate::limits::{DRAIN_MAX, STATE_RETRY_EVERY};
 use crate::site::Site;
-use crate::store::{Rebuilt, rebuild_index as rebuild_index_of};
-use crate::{line, open_files, private};
+use base::blocking::blocking;
+use base::durable;
+use base::fault::{Code, Fault, IoContext};
+use base::limits::{DRAIN_MAX, STATE_RETRY_EVERY};
+use base::{open_files, private};
+use content::store::{Rebuilt, rebuild_index as rebuild_index_of};
+use transport::identity::{Claim, JoinToken, SiteIdentity};
 
 /// Runs a daemon until SIGTERM or SIGINT, or, if so asked, until standard input ends.
 pub async fn run(config: Config, until_stdin_ends: bool) -> Result<(), Fault> {
@@ -148,7 +148,7 @@ pub async fn join(config: &Config, hub: &str, token: &str) -> Result<PathBuf, Fa
     if let Some(there) = SiteIdentity::load(&config.data_dir)? {
         tracing::info!(site = %there.name(), "joining anew: the certificate that is there will be replaced");
     }
-    line::join(hub, &token, &Claim::Site(config.name.clone()), &config.line).await?.save(&config.data_dir)?;
+    transport::join(hub, &token, &Claim::Site(config.name.clone()), &config.line).await?.save(&config.data_dir)?;
     Ok(SiteIdentity::path(&config.data_dir))
 }
 

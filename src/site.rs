@@ -12,21 +12,21 @@ use tokio::sync::{self, mpsc};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::catalogue::Catalogue;
 use crate::config::Config;
-use crate::fault::Fault;
-use crate::fetch::blocking;
-use crate::identity::{Holder, SiteIdentity};
 use crate::jobs::Jobs;
-use crate::limits::REST_EVERY;
-use crate::line::Link;
-use crate::origin::Origin;
-use crate::places::{PlaceInfo, Places};
 use crate::reading::AtSite;
-use crate::sink::files::FilesSink;
-use crate::sink::{images, labels};
-use crate::store::Store;
-use crate::transfer::{self, LOOKS_ASKED_MAX, Runner, Shared, Sinks};
+use base::blocking::blocking;
+use base::fault::Fault;
+use base::limits::REST_EVERY;
+use content::store::Store;
+use exchange::chunk_index::{PlaceInfo, Places};
+use exchange::in_place::Origin;
+use exchange::transfer::{self, LOOKS_ASKED_MAX, Runner, Shared, Sinks};
+use sink::files::FilesSink;
+use sink::{images, labels};
+use state::Catalogue;
+use transport::Link;
+use transport::identity::{Holder, SiteIdentity};
 
 /// The site. Cheap to clone.
 #[derive(Clone)]

@@ -34,12 +34,12 @@ use rustix::process::{Pid, Signal, kill_process_group};
 use serde::{Deserialize, Serialize};
 
 use crate::api::RunToken;
-use crate::clock;
-use crate::durable;
-use crate::fault::{Fault, IoContext};
-use crate::limits::{TRAINER_GRACE, TRAINER_LOG_BYTES_MAX, TRAINER_TAIL_BYTES};
-use crate::run::Ended;
-use crate::run::site::Process;
+use base::clock;
+use base::durable;
+use base::fault::{Fault, IoContext};
+use base::limits::{TRAINER_GRACE, TRAINER_LOG_BYTES_MAX, TRAINER_TAIL_BYTES};
+use model::run::Ended;
+use model::run::site::Process;
 
 /// How often the watcher looks whether it is asked to stop.
 const LOOK_EVERY: Duration = Duration::from_millis(100);

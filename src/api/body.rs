@@ -8,8 +8,8 @@ use futures::StreamExt as _;
 use tokio::time::{Instant, timeout_at};
 
 use super::error::ApiError;
-use crate::fault::Fault;
-use crate::limits::{API_BODY_BYTES_MAX, API_BODY_RATE_MIN, API_BODY_SILENCE_MAX};
+use base::fault::Fault;
+use base::limits::{API_BODY_BYTES_MAX, API_BODY_RATE_MIN, API_BODY_SILENCE_MAX};
 
 /// Reads a whole body.
 pub(super) async fn read(body: Body) -> Result<Bytes, ApiError> {

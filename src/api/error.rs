@@ -7,7 +7,7 @@ use axum::response::{IntoResponse, Response};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use crate::fault::{Code, Fault, Retry};
+use base::fault::{Code, Fault, Retry};
 
 /// Each class of fault, its word in JSON, its HTTP status.
 const CLASSES: [(Code, &str, StatusCode); 11] = [

@@ -14,8 +14,8 @@ use futures::future::BoxFuture;
 use super::error::{ApiError, ErrorBody};
 use super::routes::{App, Q, rows, wait_for, with_cursor};
 use super::types::{Event, EventQuery};
-use crate::fault::Fault;
-use crate::limits::{API_ROWS_DEFAULT, API_STREAM_EVENTS, LONG_POLL_MAX, SSE_HEARTBEAT};
+use base::fault::Fault;
+use base::limits::{API_ROWS_DEFAULT, API_STREAM_EVENTS, LONG_POLL_MAX, SSE_HEARTBEAT};
 
 /// What happened, in order. A client that was away goes on with `Last-Event-ID` or `since`.
 #[utoipa::path(get, path = "/v1/events", tag = "events", params(EventQuery), responses(

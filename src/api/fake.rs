@@ -9,7 +9,7 @@ use tokio::sync::Notify;
 
 use super::types::*;
 use super::{ApiToken, Backend};
-use crate::fault::{Fault, Reason};
+use base::fault::{Fault, Reason};
 
 /// The token of every fake daemon.
 pub(crate) const TOKEN: &str = "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef";
@@ -162,7 +162,7 @@ impl Backend for Fake {
         self.world.lock().ready.clone().map_or(Ok(()), Err)
     }
     async fn publish(&self, request: PublishRequest) -> Result<Job, Fault> {
-        request.as_ref.parse::<crate::names::ArtifactRef>()?;
+        request.as_ref.parse::<base::names::ArtifactRef>()?;
         self.world.lock().published.push(request);
         Ok(Job { state: "running".into(), ..self.job("publish").await? })
     }
@@ -228,7 +228,7 @@ impl Backend for Fake {
         if parts.is_empty() {
             return Err(Fault::not_found(format!("there is no delivery {id}")));
         }
-        let row = crate::catalogue::DeliveryRow { id: id.parse()?, run: None, created_ms: 0, parts: vec![] };
+        let row = state::DeliveryRow { id: id.parse()?, run: None, created_ms: 0, parts: vec![] };
         Ok(crate::delivery::view(&row, parts))
     }
     async fn runs(&self, _limit: u32) -> Result<Vec<Run>, Fault> {

@@ -13,7 +13,7 @@ use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use tokio::net::{UnixListener, UnixStream};
 
-use crate::fault::{Fault, IoContext};
+use base::fault::{Fault, IoContext};
 
 /// Its name in `data_dir`.
 const NAME: &str = "api.sock";

@@ -16,6 +16,7 @@ mod run_token;
 mod server;
 mod token;
 pub mod types;
+mod views;
 
 #[cfg(test)]
 pub(crate) mod fake;
@@ -28,6 +29,7 @@ pub(crate) use local::SocketPath;
 pub(crate) use proof::{Proof, ProofQuery};
 pub use run_token::RunToken;
 pub use token::ApiToken;
+pub use views::View;
 
 use std::future::Future;
 use std::sync::Arc;
@@ -38,10 +40,10 @@ use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
-use crate::fault::Fault;
-use crate::limits::{API_LISTS_AT_ONCE_MAX, DRAIN_MAX};
-use crate::names::RunName;
-use crate::tally::Tally;
+use base::fault::Fault;
+use base::limits::{API_LISTS_AT_ONCE_MAX, DRAIN_MAX};
+use base::names::RunName;
+use base::tally::Tally;
 use types::*;
 
 /// The header in which every reply says the daemon's version.

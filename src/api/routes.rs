@@ -24,13 +24,13 @@ use super::proof::{Proof, ProofQuery};
 use super::server::Connection;
 use super::types::*;
 use super::{ApiToken, Backend, CURSOR_HEADER, TOKEN_HEADER, VERSION, VERSION_HEADER, body, events, openapi, run_token};
-use crate::fault::Fault;
-use crate::limits::{
+use base::fault::Fault;
+use base::limits::{
     API_AUDIT_CHARS_MAX, API_BODY_BYTES_MAX, API_LIST_BYTES_MAX, API_LOOK_EVERY, API_PAGE_DELIVERIES, API_PAGE_ROWS, API_QUERY_IDS_MAX,
     API_ROWS_DEFAULT, API_ROWS_MAX, LONG_POLL_MAX,
 };
-use crate::paging;
-use crate::tally::Tally;
+use base::tally::Tally;
+use model::paging;
 
 /// What every handler has.
 #[derive(Clone)]

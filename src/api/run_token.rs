@@ -19,9 +19,9 @@ use super::error::ApiError;
 use super::proof::ProofQuery;
 use super::routes::App;
 use super::types::{Job, PublishRequest, RunActionRequest, RunVerb};
-use crate::fault::Fault;
-use crate::limits::{API_BODY_BYTES_MAX, RUN_JOBS_KEPT_MAX};
-use crate::names::{ArtifactRef, Kind, RunName};
+use base::fault::Fault;
+use base::limits::{API_BODY_BYTES_MAX, RUN_JOBS_KEPT_MAX};
+use base::names::{ArtifactRef, Kind, RunName};
 
 /// What a token begins with.
 const PREFIX: &str = "run.";

@@ -22,11 +22,11 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use super::local::LocalSocket;
-use crate::admission::{Place, Pool};
-use crate::fault::Fault;
-use crate::limits::{API_CONNECTIONS_MAX, API_CONNECTIONS_PER_ADDRESS_MAX, API_HEAD_BYTES_MAX, API_HEAD_MAX, API_IDLE_MAX};
-use crate::open_files;
-use crate::tally::Tally;
+use base::admission::{Place, Pool};
+use base::fault::Fault;
+use base::limits::{API_CONNECTIONS_MAX, API_CONNECTIONS_PER_ADDRESS_MAX, API_HEAD_BYTES_MAX, API_HEAD_MAX, API_IDLE_MAX};
+use base::open_files;
+use base::tally::Tally;
 
 /// After a failed accept (too many open files), the pause before the next.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);

@@ -9,9 +9,9 @@ use serde_json::{Value, json};
 
 use super::fake::{Fake, TOKEN, job, transfer};
 use super::types::{State, Transfer, TransferQuery};
-use crate::fault::{Fault, Retry};
-use crate::limits::{API_BODY_BYTES_MAX, API_CONNECTIONS_MAX, API_HEAD_MAX, API_LIST_BYTES_MAX};
-use crate::tally::Log;
+use base::fault::{Fault, Retry};
+use base::limits::{API_BODY_BYTES_MAX, API_CONNECTIONS_MAX, API_HEAD_MAX, API_LIST_BYTES_MAX};
+use base::tally::Log;
 
 struct Daemon {
     fake: Arc<Fake>,
@@ -359,7 +359,7 @@ async fn the_local_socket_serves_the_same() {
 
 #[tokio::test]
 async fn a_long_list_comes_whole_a_page_at_a_time() {
-    use crate::limits::{API_PAGE_ROWS, API_ROWS_MAX};
+    use base::limits::{API_PAGE_ROWS, API_ROWS_MAX};
     let d = daemon().await;
     let count = API_PAGE_ROWS * 2 + API_PAGE_ROWS / 2;
     for n in 0..count {

@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 
 use rand::TryRngCore;
 
-use crate::durable;
-use crate::fault::{Code, Fault};
+use base::durable;
+use base::fault::{Code, Fault};
 
 /// The token that the API wants with every request.
 #[derive(Clone)]

@@ -7,8 +7,8 @@ use clap::{Parser, Subcommand, ValueEnum};
 
 use super::train::{TrainCommand, Trainer};
 use crate::config::{self, Config};
-use crate::fault::Fault;
-use crate::omitted::Category;
+use base::fault::Fault;
+use content::omitted::Category;
 
 /// Carries datasets, labels, operator projects, images and models between a hub and many sites.
 #[derive(Debug, Parser)]
@@ -325,7 +325,7 @@ pub(super) struct Status {
     #[arg(long, value_name = "CURSOR")]
     pub(super) since: Option<u64>,
     /// At most this many.
-    #[arg(long, default_value_t = crate::limits::API_ROWS_DEFAULT, value_name = "COUNT", value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, default_value_t = base::limits::API_ROWS_DEFAULT, value_name = "COUNT", value_parser = clap::value_parser!(u32).range(1..))]
     pub(super) limit: u32,
 }
 

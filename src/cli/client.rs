@@ -13,8 +13,8 @@ use super::args::Global;
 use crate::api::types::{Job, Transfer, TransferQuery};
 use crate::api::{ApiToken, CURSOR_HEADER, ErrorBody, Proof, ProofQuery, SocketPath, TOKEN_HEADER, VERSION, VERSION_HEADER};
 use crate::config;
-use crate::fault::{Code, Fault};
-use crate::limits::{API_CLIENT_IDLE_MAX, API_REPLY_MAX, JOB_CANCEL_MAX};
+use base::fault::{Code, Fault};
+use base::limits::{API_CLIENT_IDLE_MAX, API_REPLY_MAX, JOB_CANCEL_MAX};
 
 /// One daemon, as a client sees it.
 pub(crate) struct Client {

@@ -10,12 +10,12 @@ use super::follow::{self, Deadline, Progress};
 use super::output::{self, emit, fields, one, rows};
 use super::{human, remote, status as show_status, watch};
 use crate::api::types::*;
-use crate::fault::{Fault, Retry};
-use crate::limits::API_ROWS_MAX;
 use crate::serve;
-use crate::sink::files::FilesSink;
-use crate::store::Rebuilt;
 use crate::trainer;
+use base::fault::{Fault, Retry};
+use base::limits::API_ROWS_MAX;
+use content::store::Rebuilt;
+use sink::files::FilesSink;
 
 /// `config check`
 pub(super) fn config_check(global: &Global) -> Result<(), Fault> {
@@ -83,7 +83,7 @@ pub(super) async fn publish(global: &Global, publish: Publish) -> Result<(), Fau
         return Box::pin(remote::publish(global, publish, hub, options)).await;
     }
     if options.username.is_some() || options.password_file.is_some() {
-        let host = crate::registry::Origin::split(&publish.source).map_or_else(|_| "HOST".to_owned(), |(origin, _)| origin.to_string());
+        let host = registry::Origin::split(&publish.source).map_or_else(|_| "HOST".to_owned(), |(origin, _)| origin.to_string());
         return Err(Fault::usage("a daemon takes a registry's password file from its configuration only").with_next(format!(
             "write [registry.\"{host}\"] with username and password_file into the daemon's configuration, restart it, and leave --username and --password-file out"
         )));

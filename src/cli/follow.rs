@@ -13,8 +13,8 @@ use super::client::Client;
 use super::human;
 use super::tracker::Tracker;
 use crate::api::types::{Job, Transfer, TransferQuery};
-use crate::fault::{Code, Fault};
-use crate::limits::{API_IDS_MAX, API_ROWS_MAX, DAEMON_AWAY_MAX, JOB_AWAY_MAX, PROGRESS_LINE_EVERY};
+use base::fault::{Code, Fault};
+use base::limits::{API_IDS_MAX, API_ROWS_MAX, DAEMON_AWAY_MAX, JOB_AWAY_MAX, PROGRESS_LINE_EVERY};
 
 /// Between two looks at least, however fast things change.
 const LOOK_EVERY: Duration = Duration::from_millis(20);

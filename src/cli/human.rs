@@ -4,7 +4,7 @@ use jiff::Timestamp;
 use jiff::tz::TimeZone;
 
 use crate::api::types::{State, Transfer};
-use crate::text::is_unsafe;
+use base::text::is_unsafe;
 
 /// `512 B`, `1.5 GiB`, `40 MiB`: rounded down, so that nothing looks more than it is.
 pub(crate) fn bytes(count: u64) -> String {

@@ -28,9 +28,9 @@ use tracing_subscriber::field::MakeExt as _;
 use tracing_subscriber::fmt::format;
 
 use crate::api::ErrorBody;
-use crate::fault::Fault;
-use crate::limits::LOG_FIELD_BYTES_MAX;
-use crate::text;
+use base::fault::Fault;
+use base::limits::LOG_FIELD_BYTES_MAX;
+use base::text;
 
 /// Sends the log to stderr: `PACKHORSE_LOG` filters it as RUST_LOG does elsewhere; a daemon says what it does by
 /// default, a command only what is wrong.

@@ -7,7 +7,7 @@ use serde::Serialize;
 use super::args::Output;
 use super::human;
 use crate::api::types::State;
-use crate::fault::Fault;
+use base::fault::Fault;
 
 /// Writes to stdout. A reader that went away (`| head`) ends the command quietly, as it ends every Unix filter.
 pub(crate) fn emit(text: &str) -> Result<(), Fault> {

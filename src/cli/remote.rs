@@ -11,9 +11,9 @@ use super::follow::{Deadline, Progress};
 use super::human;
 use super::output::one;
 use crate::api::types::SourceOptions;
-use crate::fault::Fault;
-use crate::jobs::JobProgress;
 use crate::publisher::{self, Asked};
+use base::fault::Fault;
+use base::job_progress::JobProgress;
 
 /// Between two looks at how far it is.
 const LOOK_EVERY: Duration = Duration::from_millis(200);

@@ -3,8 +3,8 @@
 use super::human;
 use super::output::{Cell, Table, fields};
 use crate::api::types::{Artifact, ArtifactDetail, Delivery, LeftOut, PlanRow, Site, State, Transfer};
-use crate::fault::Reason;
-use crate::limits::OFFENDERS_LISTED_MAX;
+use base::fault::Reason;
+use base::limits::OFFENDERS_LISTED_MAX;
 
 /// The table of `status`, and below it what is to be done about those in trouble.
 pub(super) fn table(transfers: &[Transfer], colour: bool) -> String {

@@ -14,7 +14,7 @@ use crate::api::fake::{Fake, TOKEN, job, offline, transfer};
 use crate::api::types::*;
 use crate::api::{ApiToken, Backend};
 use crate::cli::args::Output;
-use crate::fault::{Code, Fault, Reason};
+use base::fault::{Code, Fault, Reason};
 
 struct Daemon {
     fake: Arc<Fake>,
@@ -27,7 +27,7 @@ async fn daemon() -> Daemon {
     let fake = Arc::new(Fake::default());
     let (base, stop, _) = fake.serve().await;
     let dir = tempfile::tempdir().unwrap();
-    crate::durable::replace(&dir.path().join("token"), TOKEN.as_bytes()).unwrap();
+    base::durable::replace(&dir.path().join("token"), TOKEN.as_bytes()).unwrap();
     Daemon { fake, base, dir, _stop: stop }
 }
 
@@ -116,16 +116,16 @@ async fn the_daemon_is_found_or_the_fault_says_how() {
     let away = run(format!("packhorse sites --api http://127.0.0.1:1 --token-file {dir}/token")).await;
     assert_eq!(away.code, Code::Unreachable);
     assert!(away.next.contains("packhorse serve"), "{away:?}");
-    crate::durable::replace(&d.dir.path().join("wrong"), "f".repeat(64).as_bytes()).unwrap();
+    base::durable::replace(&d.dir.path().join("wrong"), "f".repeat(64).as_bytes()).unwrap();
     let wrong = run(format!("packhorse sites --api {} --token-file {dir}/wrong", d.base)).await;
     assert!(wrong.code == Code::NotAllowed && wrong.message.starts_with("the API token is wrong"), "{wrong}");
     // By configuration: the address and the token beside the state.
     let config = format!("role = \"hub\"\nname = \"h\"\ndata_dir = \"{dir}/data\"\n[listen]\napi = \"{}\"\n", &d.base[7..]);
-    crate::durable::replace(&d.dir.path().join("hub.toml"), config.as_bytes()).unwrap();
+    base::durable::replace(&d.dir.path().join("hub.toml"), config.as_bytes()).unwrap();
     let by_config = format!("packhorse sites --config {dir}/hub.toml");
     assert_eq!(run(by_config.clone()).await.code, Code::Unreachable);
     std::fs::create_dir(d.dir.path().join("data")).unwrap();
-    crate::durable::replace(&ApiToken::path(&d.dir.path().join("data")), TOKEN.as_bytes()).unwrap();
+    base::durable::replace(&ApiToken::path(&d.dir.path().join("data")), TOKEN.as_bytes()).unwrap();
     dispatch(Args::try_parse_from(by_config.split(' ')).unwrap()).await.unwrap();
 }
 

@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 
 use super::human;
 use crate::api::types::{State, Transfer};
-use crate::fault::{Code, Fault, Reason, Retry};
-use crate::limits::OFFENDERS_LISTED_MAX;
+use base::fault::{Code, Fault, Reason, Retry};
+use base::limits::OFFENDERS_LISTED_MAX;
 
 /// The transfers that are waited for.
 #[derive(Debug)]

@@ -13,9 +13,9 @@ use super::human;
 use super::output::{self, Cell, Table, emit, fields, one, rows};
 use crate::api::types::{Run, RunActionRequest, RunRequest, RunState, RunVerb};
 use crate::config;
-use crate::fault::{Code, Fault, Retry};
-use crate::limits::DAEMON_AWAY_MAX;
 use crate::trainer;
+use base::fault::{Code, Fault, Retry};
+use base::limits::DAEMON_AWAY_MAX;
 
 /// How long one question for a run's end may wait.
 const LOOK_MAX: Duration = Duration::from_secs(10);

@@ -13,8 +13,8 @@ use super::follow::{Deadline, Progress, look_at_firsts, patiently};
 use super::tracker::Tracker;
 use super::{human, output, status};
 use crate::api::types::{State, Transfer, TransferQuery};
-use crate::fault::{Fault, Reason};
-use crate::limits::PROGRESS_LINE_EVERY;
+use base::fault::{Fault, Reason};
+use base::limits::PROGRESS_LINE_EVERY;
 
 /// A watcher outlives any restart of its daemon.
 const AWAY_MAX: Duration = Duration::MAX;

@@ -3,8 +3,8 @@
 use std::path::Path;
 
 use super::{Config, MEMORY_BUDGET_BYTES_MIN, Role};
-use crate::limits::CHECK_EVERY_MIN;
-use crate::names::SiteSelector;
+use base::limits::CHECK_EVERY_MIN;
+use base::names::SiteSelector;
 
 /// A broken rule.
 #[derive(Debug)]

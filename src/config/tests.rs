@@ -8,7 +8,7 @@ const HUB: &str = "role = \"hub\"\nname = \"central\"\ndata_dir = \"/var/lib/pac
 #[track_caller]
 fn check(text: &str, expected: &str) {
     let fault = parse(text, "x.toml").unwrap_err();
-    assert_eq!(fault.code, crate::fault::Code::Config);
+    assert_eq!(fault.code, base::fault::Code::Config);
     assert_eq!(fault.message, expected);
 }
 
@@ -179,7 +179,7 @@ fn surroundings_are_checked_by_load_only() {
     durable::replace(&file, text.as_bytes()).unwrap();
     read(&file).unwrap();
     let fault = load(&file).unwrap_err();
-    assert_eq!(fault.code, crate::fault::Code::Config);
+    assert_eq!(fault.code, base::fault::Code::Config);
     assert!(fault.message.contains("sink.labels.password_file") && fault.message.contains(secret.to_str().unwrap()), "{fault}");
     durable::replace(&secret, b"\n").unwrap();
     assert!(load(&file).unwrap_err().message.contains("is empty"));

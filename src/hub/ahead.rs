@@ -8,14 +8,14 @@ use futures::{StreamExt, TryStreamExt, stream};
 use tokio_util::sync::CancellationToken;
 
 use super::Hub;
-use crate::chunk::Hash;
-use crate::fault::{Code, Fault, Retry};
-use crate::fetch::Child;
-use crate::limits::{FETCH_BATCH_BYTES, FETCH_BATCH_CHUNKS_MAX};
-use crate::line::PRIORITY_BULK;
-use crate::manifest::{Digest, Root, Step, Walk};
-use crate::relay::{Of, Relay};
-use crate::store::Store;
+use base::fault::{Code, Fault, Retry};
+use base::limits::{FETCH_BATCH_BYTES, FETCH_BATCH_CHUNKS_MAX};
+use content::chunk::Hash;
+use content::manifest::{Digest, Root, Step, Walk};
+use content::store::Store;
+use exchange::fetch::Child;
+use exchange::relay::{Of, Relay};
+use transport::PRIORITY_BULK;
 
 /// Artifacts that are fetched ahead at once.
 const AHEAD_ARTIFACTS_MAX: usize = 2;

@@ -11,20 +11,20 @@ use futures::StreamExt as _;
 use super::Hub;
 use super::sharing::Shared;
 use crate::api::Backend;
+use crate::api::View;
 use crate::api::types::*;
-use crate::bundle::{self, Member};
-use crate::catalogue::{Body, Changed, DeliveryRow, Part, TransferRow, new_delivery_id, what_changed};
 use crate::delivery;
-use crate::fault::{Fault, Reason};
-use crate::fetch::blocking;
-use crate::identity::{Holder, JoinToken};
-use crate::limits::{API_LIST_BYTES_MAX, API_ROWS_MAX};
-use crate::manifest::Root;
-use crate::names::{ArtifactRef, DeliveryId, SiteName, SiteSelector, TransferId, check_label};
-use crate::own::Own;
-use crate::paging::Budget;
-use crate::text::Message;
-use crate::wire::{AskSite, Standing, Stands};
+use base::blocking::blocking;
+use base::fault::{Fault, Reason};
+use base::limits::{API_LIST_BYTES_MAX, API_ROWS_MAX};
+use base::names::{ArtifactRef, DeliveryId, SiteName, SiteSelector, TransferId, check_label};
+use base::text::Message;
+use content::bundle::{self, Member};
+use content::manifest::Root;
+use exchange::wire::{AskSite, Standing, Stands};
+use model::paging::Budget;
+use state::{Body, Changed, DeliveryRow, Part, TransferRow, new_delivery_id, what_changed};
+use transport::identity::{Holder, JoinToken};
 
 /// How long a site may take to work out a plan.
 const PLAN_MAX: Duration = Duration::from_secs(30);
@@ -248,7 +248,7 @@ impl Backend for Hub {
                 let question = AskSite::Plan { artifact: artifact.clone(), digest: row.digest };
                 // A site may plan what it is not yet entitled to hold: for that moment it may read the manifest.
                 self.inner.entitled.lock().put((site.clone(), row.digest), (), PLAN_MAX);
-                let asked = tokio::time::timeout(PLAN_MAX, self.ask_site::<crate::wire::Planned>(site, &question)).await;
+                let asked = tokio::time::timeout(PLAN_MAX, self.ask_site::<exchange::wire::Planned>(site, &question)).await;
                 let total = row.root.totals.bytes;
                 let planned = asked.ok().and_then(Result::ok);
                 out.push(PlanRow {
@@ -306,7 +306,7 @@ impl Backend for Hub {
     }
 
     async fn artifacts(&self) -> Result<Vec<Artifact>, Fault> {
-        self.inner.catalogue.artifact_views().await
+        self.inner.catalogue.map_artifacts(|row| row.view()).await
     }
 
     async fn show(&self, artifact: &str) -> Result<ArtifactDetail, Fault> {
@@ -318,7 +318,7 @@ impl Backend for Hub {
     }
 
     async fn sites(&self) -> Result<Vec<Site>, Fault> {
-        let mut sites = self.inner.catalogue.sites().await?;
+        let mut sites: Vec<Site> = self.inner.catalogue.sites().await?.iter().map(View::view).collect();
         let links = self.inner.links.read();
         for site in &mut sites {
             if let Some(connected) = links.get(&site.name) {
@@ -383,7 +383,7 @@ impl Backend for Hub {
             blocking(move || {
                 let out = PathBuf::from(out);
                 // It writes a new file only; but not among the daemon's own.
-                Own::of(&config).check_path(out.parent().unwrap_or(&out))?;
+                config.own().check_path(out.parent().unwrap_or(&out))?;
                 let written = bundle::export(&members, &store, &out, &progress)?;
                 bundle::sync_parent(&out)?;
                 Ok(BTreeMap::from([("bytes", written)]))
@@ -405,7 +405,7 @@ impl Backend for Hub {
     async fn doctor(&self) -> Result<Vec<String>, Fault> {
         let data = &self.inner.config.data_dir;
         let mut out = Vec::new();
-        out.push(crate::stage::room_report(data)?);
+        out.push(sink::stage::room_report(data)?);
         let store = self.inner.store.clone();
         let (stored, lost) = blocking(move || Ok((store.stored_bytes()?, store.lost_packs()?))).await?;
         let packs = self.inner.store.path();
@@ -454,7 +454,8 @@ impl Backend for Hub {
     async fn events(&self, since: u64, limit: u32) -> Result<Vec<Event>, Fault> {
         let sites = self.sites().await?;
         let (mut out, mut room) = (Vec::new(), Budget::new(API_LIST_BYTES_MAX));
-        for (mut event, name) in self.inner.catalogue.events(since, limit).await? {
+        for row in self.inner.catalogue.events(since, limit).await? {
+            let (mut event, name) = (row.view(), row.name);
             event.body = match event.what.as_str() {
                 "transfer" => self.inner.catalogue.transfer(&name).await.ok().and_then(|row| serde_json::to_value(self.view(&row)).ok()),
                 "artifact" => match name.parse() {

@@ -5,13 +5,13 @@ use std::time::{Duration, Instant};
 use super::upload::tests::Bench;
 use crate::api::Backend as _;
 use crate::api::types::{Job, PublishRequest, VerifyRequest};
-use crate::fault::Code;
-use crate::frame::{Frame, HEADER_BYTES, Header};
-use crate::identity::Claim;
-use crate::limits::{QUESTION_BYTES_MAX, SILENCE_MAX};
-use crate::line::{Link, RecvHalf};
-use crate::manifest::Digest;
-use crate::wire::{self, AskHub, CONTROL, FETCH, FetchRequest, FromHub, FromSite, QUESTION, Wanted};
+use base::fault::Code;
+use base::limits::{QUESTION_BYTES_MAX, SILENCE_MAX};
+use content::frame::{Frame, HEADER_BYTES, Header};
+use content::manifest::Digest;
+use exchange::wire::{self, AskHub, CONTROL, FETCH, FetchRequest, FromHub, FromSite, QUESTION, Wanted};
+use transport::identity::Claim;
+use transport::{Link, RecvHalf};
 
 async fn site(bench: &Bench, name: &str) -> Link {
     let identity = bench.join(&bench.token(Some(name), None).await, &Claim::Site(name.parse().unwrap())).await;
@@ -36,7 +36,7 @@ fn frames(answer: &[u8]) -> Vec<Result<u32, Code>> {
         let (frame, later) = rest.split_at(header.frame_len());
         out.push(match Frame::from_line(header, frame.to_vec().into()) {
             Ok(frame) => Ok(frame.raw_len()),
-            Err(crate::frame::FrameError::Fault(fault)) => Err(fault.code),
+            Err(content::frame::FrameError::Fault(fault)) => Err(fault.code),
             Err(other) => unreachable!("{other}"),
         });
         rest = later;
@@ -44,7 +44,7 @@ fn frames(answer: &[u8]) -> Vec<Result<u32, Code>> {
     out
 }
 
-async fn control(link: &Link) -> (crate::line::SendHalf, RecvHalf) {
+async fn control(link: &Link) -> (transport::SendHalf, RecvHalf) {
     let (mut send, recv) = link.open(wire::PRIORITY_CONTROL).await.unwrap();
     send.write_all(&[CONTROL]).await.unwrap();
     wire::send(&mut send, &FromSite::Hello { version: "0".into(), share: None, train: None, congestion: Default::default() })

@@ -8,19 +8,19 @@ use std::sync::atomic::Ordering;
 use super::manifests::{Live, fault_of, malformed_line, mark};
 use super::{Hub, short};
 use crate::api::types::{PublishRequest, Published};
-use crate::bundle;
-use crate::catalogue::{Part, new_delivery_id};
-use crate::fault::Fault;
-use crate::fetch::blocking;
-use crate::ingest::{self, Ingested};
-use crate::jobs::{JobProgress, until_room};
-use crate::limits::ROOM_AWAITED_MAX;
-use crate::manifest::{DatasetBinding, Root};
-use crate::names::ArtifactRef;
-use crate::own::Own;
+use crate::jobs::until_room;
 use crate::reading::{self, Access};
-use crate::run;
-use crate::store::Store;
+use base::blocking::blocking;
+use base::fault::Fault;
+use base::job_progress::JobProgress;
+use base::limits::ROOM_AWAITED_MAX;
+use base::names::ArtifactRef;
+use content::bundle;
+use content::ingest::{self, Ingested};
+use content::manifest::{DatasetBinding, Root};
+use content::store::Store;
+use model::run;
+use state::{Part, new_delivery_id};
 
 impl Hub {
     pub(super) async fn publish_now(&self, request: PublishRequest, progress: Arc<JobProgress>) -> Result<Published, Fault> {
@@ -100,7 +100,7 @@ impl Hub {
             let (store, file, progress) = (leased.clone(), PathBuf::from(&file), progress.clone());
             let config = self.inner.config.clone();
             let read = move || {
-                Own::of(&config).check_path(&file)?;
+                config.own().check_path(&file)?;
                 bundle::import(&file, &store, &progress)
             };
             Ok((leased, blocking(read).await?))

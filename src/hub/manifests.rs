@@ -7,14 +7,14 @@ use std::collections::{HashMap, HashSet};
 use std::time::Instant;
 
 use super::{Hub, short};
-use crate::catalogue::ArtifactRow;
-use crate::chunk::Hash;
-use crate::fault::{Code, Fault};
-use crate::fetch::blocking;
-use crate::limits::DOCTOR_MANIFESTS_MAX;
-use crate::manifest::{self, Digest, Named, Root};
-use crate::names::ArtifactRef;
-use crate::store::Store;
+use base::blocking::blocking;
+use base::fault::{Code, Fault};
+use base::limits::DOCTOR_MANIFESTS_MAX;
+use base::names::ArtifactRef;
+use content::chunk::Hash;
+use content::manifest::{self, Digest, Named, Root};
+use content::store::Store;
+use state::ArtifactRow;
 
 /// What is alive of a store: eight bytes of each name.
 pub(super) type Live = HashSet<u64>;

@@ -13,10 +13,10 @@ use tokio::time::Instant;
 
 use super::Hub;
 use crate::config::Quota;
-use crate::fault::Fault;
-use crate::identity::Holder;
-use crate::manifest::Root;
-use crate::names::{ArtifactRef, SiteName};
+use base::fault::Fault;
+use base::names::{ArtifactRef, SiteName};
+use content::manifest::Root;
+use transport::identity::Holder;
 
 /// Peers whose pace is remembered; those that have been quiet are forgotten first.
 const PACED_MAX: usize = 4096;
@@ -136,8 +136,8 @@ impl Pace {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::fault::Code;
     use crate::hub::upload::tests::Bench;
+    use base::fault::Code;
 
     #[test]
     fn a_peer_that_floods_slows_down_itself_only() {
@@ -172,7 +172,7 @@ mod tests {
         let fault = bench.publish(&bench.source("d", 1 << 10, 4), "model/d:v1", None).await.unwrap_err();
         assert!(fault.next.contains("[quota.publisher] artifacts"), "{fault}: {}", fault.next);
         let many = bench.source("e", 1 << 10, 5);
-        (0..20).for_each(|n| crate::durable::replace(&many.join(format!("{n}")), b"x").unwrap());
+        (0..20).for_each(|n| base::durable::replace(&many.join(format!("{n}")), b"x").unwrap());
         let fault = bench.publish(&many, "model/e:v1", None).await.unwrap_err();
         assert!(fault.next.contains("[quota.publisher] entries_per_artifact"), "{fault}: {}", fault.next);
     }

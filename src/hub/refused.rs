@@ -6,12 +6,12 @@
 
 use super::Hub;
 use crate::api::types::State;
-use crate::chunk::Hash;
-use crate::fault::Reason;
-use crate::fetch::blocking;
-use crate::limits::REFUSED_CHUNKS_MAX;
-use crate::names::SiteName;
-use crate::wire::Report;
+use base::blocking::blocking;
+use base::fault::Reason;
+use base::limits::REFUSED_CHUNKS_MAX;
+use base::names::SiteName;
+use content::chunk::Hash;
+use exchange::wire::Report;
 
 impl Hub {
     /// Looks at what a site says of a transfer that failed. The site's next report waits for it.

@@ -11,17 +11,18 @@ use parking_lot::Mutex;
 
 use super::manifests::{Live, fault_of, mark};
 use super::{Hub, Links, short};
-use crate::buffers::Buffers;
-use crate::catalogue::{Catalogue, Kept};
-use crate::chunk::ShortHash;
-use crate::clock;
-use crate::fault::Fault;
-use crate::fetch::{Fetcher, blocking};
-use crate::lately::Lately;
-use crate::manifest::Digest;
-use crate::names::SiteName;
-use crate::relay::{Holder, Of, Relay, Sent, TOGETHER_BYTES, Upstream};
-use crate::wire::Wanted;
+use base::blocking::blocking;
+use base::buffers::Buffers;
+use base::clock;
+use base::expiring_cache::Lately;
+use base::fault::Fault;
+use base::names::SiteName;
+use content::chunk::ShortHash;
+use content::manifest::Digest;
+use exchange::fetch::Fetcher;
+use exchange::relay::{Holder, Of, Relay, Sent, TOGETHER_BYTES, Upstream};
+use exchange::wire::Wanted;
+use state::{Catalogue, Kept};
 
 /// How often the relay's store is made durable.
 const FLUSH_EVERY: Duration = Duration::from_secs(1);

@@ -7,15 +7,15 @@ use std::time::Duration;
 
 use super::Hub;
 use crate::api::types::{self, ModelLineage, RunModel, RunState, RunTrainer, RunVerb, State};
-use crate::catalogue::{Forbids, Part, TransferRow, new_delivery_id, new_run_id};
-use crate::chunk::Hash;
-use crate::clock;
-use crate::fault::{Code, Fault};
-use crate::limits::{RUN_INPUTS_MAX, RUN_TTL_MAX, RUNS_OPEN_MAX};
-use crate::manifest::Root;
-use crate::names::{ArtifactRef, Kind, RunName, SiteName, SiteSelector};
-use crate::run::hub::{Effect, Event, Finish, Run, Seen, step};
-use crate::run::{Borrowed, DesiredRun, Input, Lineage, Model, RunAct, RunOrder, RunReport, Spec, no_run as unknown};
+use base::clock;
+use base::fault::{Code, Fault};
+use base::limits::{RUN_INPUTS_MAX, RUN_TTL_MAX, RUNS_OPEN_MAX};
+use base::names::{ArtifactRef, Kind, RunName, SiteName, SiteSelector};
+use content::chunk::Hash;
+use content::manifest::Root;
+use model::run::hub::{Effect, Event, Finish, Run, Seen, step};
+use model::run::{Borrowed, DesiredRun, Input, Lineage, Model, RunAct, RunOrder, RunReport, Spec, no_run as unknown};
+use state::{Forbids, Part, TransferRow, new_delivery_id, new_run_id};
 
 /// A run may take several steps at one look; more than this many are a defect.
 const STEPS_MAX: usize = 16;

@@ -11,25 +11,26 @@ use tokio_util::sync::CancellationToken;
 use super::telling::Telling;
 use super::{Connected, Hub};
 use crate::api::types::{Action, Published, State, Transfer, TransferQuery};
-use crate::budget::Seat;
-use crate::catalogue::{ArtifactRow, TransferRow, Want, no_delivery};
 use crate::config::Congestion;
-use crate::fault::{Code, Fault};
-use crate::fetch::{self, Fetcher};
-use crate::identity::Holder;
-use crate::limits::{
+use crate::delivery;
+use base::budget::Seat;
+use base::fault::{Code, Fault};
+use base::limits::{
     ANSWER_BYTES_MAX, ANSWER_IDLE_MAX, ANSWER_MAX, API_ROWS_MAX, FETCH_STREAMS_MAX, LONG_POLL_MAX, MANIFEST_IDLE_MAX, OFFER_MAX,
     QUESTIONS_AT_ONCE_MAX, RUNS_OPEN_MAX, SILENCE_MAX, STATE_RETRY_EVERY, STATE_WRITE_BYTES_MIN,
 };
-use crate::line::{Link, RecvHalf, SendHalf};
-use crate::manifest::Digest;
-use crate::names::{ArtifactRef, Kind, RunName, SiteName, SiteSelector, WorkIds};
-use crate::omitted::Omitted;
-use crate::run::{DesiredRun, RunReport};
-use crate::space::Space;
-use crate::text::Message;
-use crate::wire::{self, AskHub, CONTROL, Desired, FETCH, FromHub, FromSite, QUESTION, Report};
-use crate::{delivery, paging};
+use base::names::{ArtifactRef, Kind, RunName, SiteName, SiteSelector, WorkIds};
+use base::space::Space;
+use base::text::Message;
+use content::manifest::Digest;
+use content::omitted::Omitted;
+use exchange::fetch::{self, Fetcher};
+use exchange::wire::{self, AskHub, CONTROL, Desired, FETCH, FromHub, FromSite, QUESTION, Report};
+use model::paging;
+use model::run::{DesiredRun, RunReport};
+use state::{ArtifactRow, TransferRow, Want, no_delivery};
+use transport::identity::{Holder, verify_signature};
+use transport::{Link, RecvHalf, SendHalf};
 
 /// What a site told and the catalogue could not take, because its disk is full for example: stored, or asked for, again on this connection.
 #[derive(Default)]
@@ -316,7 +317,7 @@ impl Hub {
             let receipt = report.body.receipt.as_ref();
             let receipt =
                 receipt.ok_or_else(|| Fault::integrity(format!("the receipt for transfer {} is missing or malformed", row.id)))?;
-            receipt.check(&row, |certificate| self.inner.identity.verify_site(certificate))?;
+            receipt.check(&row, |certificate| self.inner.identity.verify_site(certificate), verify_signature)?;
         }
         if row.state == State::Cancelled {
             return match report.state {

@@ -3,11 +3,11 @@
 
 use super::Hub;
 use crate::api::types::LeftOut;
-use crate::catalogue::{Forbids, TransferRow, no_artifact};
 use crate::delivery;
-use crate::fault::Fault;
-use crate::fetch::nothing_such;
-use crate::names::{ArtifactRef, SiteName, SiteSelector};
+use base::fault::Fault;
+use base::names::{ArtifactRef, SiteName, SiteSelector};
+use exchange::fetch::nothing_such;
+use state::{Forbids, TransferRow, no_artifact};
 
 /// Whom an artifact goes to, of the sites that somebody means.
 pub(super) struct Shared {
@@ -124,13 +124,13 @@ mod tests {
         let (artifact, origin): (ArtifactRef, SiteName) = ("model/m:1".parse().unwrap(), "a".parse().unwrap());
         let site = |name: &str, forbids| left_out(&artifact, &origin, &name.parse().unwrap(), forbids);
         let fault = not_shared(&artifact, &origin, &[site("c", Forbids::Hub), site("d", Forbids::Origin)]);
-        assert_eq!(fault.code, crate::fault::Code::NotAllowed);
+        assert_eq!(fault.code, base::fault::Code::NotAllowed);
         insta::assert_snapshot!(format!("{fault}\n{}", fault.next), @r"
         model/m:1 is not shared with c: not in the hub's [share] allow; model/m:1 is not shared with d: not in the [share] allow of site a
         to share it, add the site to that list and restart the daemon that has the list in its configuration
         ");
         let nobody = not_shared(&artifact, &origin, &[]);
-        assert_eq!(nobody.code, crate::fault::Code::NotFound);
+        assert_eq!(nobody.code, base::fault::Code::NotFound);
         assert!(nobody.message.contains("no site but a") && nobody.message.contains("model/m:1"), "{nobody}");
     }
 }

@@ -11,15 +11,15 @@ use futures::FutureExt;
 
 use super::Hub;
 use crate::api::types::State;
-use crate::budget::Share;
-use crate::catalogue::Want;
-use crate::clock;
-use crate::fault::Fault;
-use crate::fetch::{self, Library};
-use crate::limits::{TOLD_BYTES_MAX, TOLD_MAX};
-use crate::names::{SiteName, TransferId};
-use crate::text::Exact;
-use crate::wire::{Desired, PRIORITY_MANIFEST, Told};
+use base::budget::Share;
+use base::clock;
+use base::fault::Fault;
+use base::limits::{TOLD_BYTES_MAX, TOLD_MAX};
+use base::names::{SiteName, TransferId};
+use base::text::Exact;
+use exchange::fetch::{self, Library};
+use exchange::wire::{Desired, PRIORITY_MANIFEST, Told};
+use state::Want;
 
 /// No manifest is small enough of an artifact larger than this: 36 bytes for each 256 KiB at least.
 const TOTAL_MAX: u64 = (TOLD_BYTES_MAX as u64 / 36) * (256 << 10);

@@ -17,21 +17,22 @@ use tokio::time::timeout;
 
 use super::Hub;
 use crate::api::types::Published;
-use crate::chunk::Hash;
-use crate::fault::{Code, Fault};
-use crate::fetch::{Fetcher, Library, Ranges, blocking, nothing_such};
-use crate::frame::{Frame, HEADER_BYTES};
-use crate::identity::Holder;
-use crate::limits::{
+use base::blocking::blocking;
+use base::fault::{Code, Fault};
+use base::limits::{
     COMMIT_BYTES, COMMIT_EVERY, FETCH_BATCH_BYTES, FETCH_BATCH_CHUNKS_MAX, FETCH_IN_FLIGHT_MAX, MANIFEST_IDLE_MAX, SILENCE_MAX,
 };
-use crate::line::{Link, PRIORITY_BULK, RecvHalf, SendHalf};
-use crate::manifest::{ChunkRef, Digest, Root, Step, Walk};
-use crate::names::{ArtifactRef, SiteName, SiteSelector};
-use crate::omitted::Omitted;
-use crate::seen::Seen;
-use crate::store::Store;
-use crate::wire::{self, AskHub, FETCH, QUESTION, Wanted};
+use base::names::{ArtifactRef, SiteName, SiteSelector};
+use content::bloom::Seen;
+use content::chunk::Hash;
+use content::frame::{Frame, HEADER_BYTES};
+use content::manifest::{ChunkRef, Digest, Root, Step, Walk};
+use content::omitted::Omitted;
+use content::store::Store;
+use exchange::fetch::{Fetcher, Library, Ranges, nothing_such};
+use exchange::wire::{self, AskHub, FETCH, QUESTION, Wanted};
+use transport::identity::Holder;
+use transport::{Link, PRIORITY_BULK, RecvHalf, SendHalf};
 
 /// Streams of one publisher's line that are answered at once.
 const STREAMS_MAX: usize = 8;

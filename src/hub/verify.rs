@@ -15,18 +15,18 @@ use sha2::Digest as _;
 
 use super::Hub;
 use super::manifests::fault_of;
-use crate::catalogue::ArtifactRow;
-use crate::chunk::Hash;
-use crate::fault::{Code, Fault};
-use crate::fetch::blocking;
-use crate::frame::Verified;
-use crate::jobs::JobProgress;
-use crate::limits::{IMAGE_MANIFEST_BYTES_MAX, OFFENDERS_LISTED_MAX};
-use crate::manifest::{self, ChunkRef, Entry, EntryBody, FileInfo, ImageInfo, KindInfo, Named, Step, Walk};
-use crate::names::{ArtifactRef, Kind, RelPath};
-use crate::registry::image::{Descriptor, Sha256, walk};
-use crate::relay::Relay;
-use crate::store::Store;
+use base::blocking::blocking;
+use base::fault::{Code, Fault};
+use base::job_progress::JobProgress;
+use base::limits::{IMAGE_MANIFEST_BYTES_MAX, OFFENDERS_LISTED_MAX};
+use base::names::{ArtifactRef, Kind, RelPath};
+use content::chunk::Hash;
+use content::frame::Verified;
+use content::manifest::{self, ChunkRef, Entry, EntryBody, FileInfo, ImageInfo, KindInfo, Named, Step, Walk};
+use content::store::Store;
+use exchange::relay::Relay;
+use registry::image::{Descriptor, Sha256, walk};
+use state::ArtifactRow;
 
 impl Hub {
     /// Re-reads every page and chunk of an artifact; of a quick look the pages only. One line a fault.

@@ -20,11 +20,11 @@ use crate::cli::human;
 use crate::cli::output::{Table, emit};
 use crate::cli::tracker::Tracker;
 use crate::config;
-use crate::durable;
-use crate::fault::{Code, Fault};
-use crate::identity::SiteIdentity;
 use crate::sample::SampleSet;
 use crate::serve;
+use base::durable;
+use base::fault::{Code, Fault};
+use transport::identity::SiteIdentity;
 
 /// What is published, one of each kind; labels come after the dataset that they are bound to.
 pub(super) const SERIES: [&str; 5] = ["dataset/panels", "labels/panels", "operator/adc", "image/adc", "model/adc"];

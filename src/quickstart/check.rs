@@ -13,8 +13,8 @@ use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection};
 use sqlx::{ConnectOptions, Connection};
 
 use super::daemon::Home;
-use crate::fault::{Fault, IoContext};
-use crate::fetch::blocking;
+use base::blocking::blocking;
+use base::fault::{Fault, IoContext};
 
 /// One artifact at one site, found as it was published.
 pub(super) struct Found {

@@ -17,9 +17,9 @@ use tokio::time::{Instant, sleep, timeout};
 
 use crate::api::ApiToken;
 use crate::cli::client::Client;
-use crate::durable;
-use crate::fault::{Code, Fault, IoContext};
-use crate::limits::DRAIN_MAX;
+use base::durable;
+use base::fault::{Code, Fault, IoContext};
+use base::limits::DRAIN_MAX;
 
 /// How long a daemon may take until it is ready.
 const READY_MAX: Duration = Duration::from_secs(60);

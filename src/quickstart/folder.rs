@@ -7,9 +7,9 @@ use std::path::{Path, PathBuf};
 use rand::TryRngCore;
 
 use super::show::{self, Show};
-use crate::durable;
-use crate::fault::{Fault, IoContext};
 use crate::sample::{self, SampleSet};
+use base::durable;
+use base::fault::{Fault, IoContext};
 
 /// The file that says that a quickstart made this folder; locked while one runs in it.
 const MARK: &str = "quickstart.lock";
@@ -66,13 +66,13 @@ impl Folder {
     /// Makes (again) what is published as this version.
     pub(super) async fn sample(&self, version: u32) -> Result<SampleSet, Fault> {
         let dir = self.path.join("source").join(format!("v{version}"));
-        crate::fetch::blocking(move || sample::make(&dir, SEED, version)).await
+        base::blocking::blocking(move || sample::make(&dir, SEED, version)).await
     }
 
     /// Makes (again) what site east has of its own.
     pub(super) async fn own_sample(&self) -> Result<SampleSet, Fault> {
         let dir = self.path.join("source").join("east");
-        crate::fetch::blocking(move || sample::make(&dir, SEED + 1, 1)).await
+        base::blocking::blocking(move || sample::make(&dir, SEED + 1, 1)).await
     }
 
     /// Ends the use: a temporary folder is removed when nobody needs it any more.

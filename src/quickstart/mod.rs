@@ -21,7 +21,7 @@ use self::acts::World;
 use self::daemon::Daemons;
 use self::folder::Folder;
 use self::show::Show;
-use crate::fault::{Code, Fault, IoContext};
+use base::fault::{Code, Fault, IoContext};
 
 /// Runs it in `dir` (default: a new temporary folder), and afterwards on until Ctrl-C, or with `once` no longer than it
 /// takes to see that everything arrived.

@@ -10,9 +10,9 @@ use std::path::{Path, PathBuf};
 use flate2::read::ZlibDecoder;
 use serde_json::{Value, json};
 
-use crate::durable;
-use crate::fault::{Fault, IoContext};
-use crate::labels::{ANNOTATIONS, AnnotationRow, CLASSES, ClassRow};
+use base::durable;
+use base::fault::{Fault, IoContext};
+use content::label_rows::{ANNOTATIONS, AnnotationRow, CLASSES, ClassRow};
 
 /// The largest picture that is read, in pixels.
 const PIXELS_MAX: usize = 64 << 20;

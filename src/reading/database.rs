@@ -9,12 +9,12 @@ use tokio::sync::mpsc;
 
 use super::AtSite;
 use crate::api::types::SourceOptions;
-use crate::fault::Fault;
-use crate::limits::LABEL_BATCHES_QUEUED_MAX;
-use crate::manifest::{DatasetBinding, KindInfo, LabelsInfo};
-use crate::names::{ArtifactRef, Kind};
-use crate::source::Source;
-use crate::source::labels::{BoundDataset, LabelOptions, LabelsSource};
+use base::fault::Fault;
+use base::limits::LABEL_BATCHES_QUEUED_MAX;
+use base::names::{ArtifactRef, Kind};
+use content::manifest::{DatasetBinding, KindInfo, LabelsInfo};
+use source::Source;
+use source::labels::{BoundDataset, LabelOptions, LabelsSource};
 
 /// What a source in the database begins with.
 pub(super) const SCHEME: &str = "db:";

@@ -9,11 +9,11 @@ use std::time::Duration;
 
 use rustix::fs::{FlockOperation, flock};
 
-use crate::durable;
-use crate::fault::{Code, Fault, IoContext};
-use crate::limits::{PULLED_KEPT_MAX, PULLED_REPOSITORIES_MAX};
-use crate::registry::Reference;
-use crate::registry::image::Sha256;
+use base::durable;
+use base::fault::{Code, Fault, IoContext};
+use base::limits::{PULLED_KEPT_MAX, PULLED_REPOSITORIES_MAX};
+use registry::Reference;
+use registry::image::Sha256;
 
 /// In a scratch folder: names the folder of what its pull keeps.
 const MARK: &str = "kept";

@@ -7,23 +7,24 @@ use std::sync::atomic::Ordering;
 use async_trait::async_trait;
 
 use super::Site;
+use crate::api::View;
 use crate::api::types::Site as SiteView;
 use crate::api::types::*;
 use crate::api::{Backend, RunToken};
-use crate::catalogue::ArtifactRow;
 use crate::delivery;
-use crate::fault::{Code, Fault};
-use crate::fetch::blocking;
-use crate::jobs::JobProgress;
-use crate::limits::{ANSWER_BYTES_MAX, API_LIST_BYTES_MAX, API_ROWS_MAX, ID_BYTES_MAX, ROOM_AWAITED_MAX, SINK_ANSWER_MAX};
-use crate::names::{ArtifactRef, DeliveryId, RunName, TransferId, WorkId, WorkIds};
-use crate::paging::{self, Budget};
-use crate::run;
 use crate::serve::wrong_role;
-use crate::sink::{Incoming, Look};
 use crate::trainer;
-use crate::transfer::{Found, beside, verify};
-use crate::wire::AskHub;
+use base::blocking::blocking;
+use base::fault::{Code, Fault};
+use base::job_progress::JobProgress;
+use base::limits::{ANSWER_BYTES_MAX, API_LIST_BYTES_MAX, API_ROWS_MAX, ID_BYTES_MAX, ROOM_AWAITED_MAX, SINK_ANSWER_MAX};
+use base::names::{ArtifactRef, DeliveryId, RunName, TransferId, WorkId, WorkIds};
+use exchange::transfer::{Found, beside, verify};
+use exchange::wire::AskHub;
+use model::paging::{self, Budget};
+use model::run;
+use sink::{Incoming, Look};
+use state::ArtifactRow;
 
 /// Marks a cursor as the hub's: the two count by themselves, and what one has told says nothing of what the other has. Whoever comes
 /// with one to the other is told all.
@@ -233,7 +234,7 @@ impl Backend for Site {
     }
 
     async fn artifacts(&self) -> Result<Vec<Artifact>, Fault> {
-        self.inner.catalogue.artifact_views().await
+        self.inner.catalogue.map_artifacts(|row| row.view()).await
     }
 
     async fn show(&self, artifact: &str) -> Result<ArtifactDetail, Fault> {
@@ -253,7 +254,7 @@ impl Backend for Site {
             online: link.is_some(),
             line: link.as_ref().map(|l| l.transport().into()),
             rtt_ms: link.as_ref().map(|l| l.rtt().as_secs_f64() * 1000.0),
-            joined_at: self.inner.identity.borrow().validity().map(|v| crate::clock::rfc3339(v.from)).unwrap_or_default(),
+            joined_at: self.inner.identity.borrow().validity().map(|v| base::clock::rfc3339(v.from)).unwrap_or_default(),
             last_seen: None,
             version: Some(crate::api::VERSION.into()),
             open_transfers: open as u64,
@@ -313,7 +314,7 @@ impl Backend for Site {
             (None, Some(fault)) => format!("fault line: {}; {}", fault.message, fault.next),
             (None, None) => "fault line: not connected yet".into(),
         });
-        out.extend(link.as_ref().and_then(crate::line::clock_difference).map(|text| format!("fault clock: {text}")));
+        out.extend(link.as_ref().and_then(transport::clock_difference).map(|text| format!("fault clock: {text}")));
         let probes = inner.sinks.all().map(|sink| async move {
             let silent = |_| {
                 let text = format!("{} has not answered for {} s", sink.staging_root().display(), SINK_ANSWER_MAX.as_secs());
@@ -333,7 +334,7 @@ impl Backend for Site {
                 Err(fault) => format!("fault {}; {}", fault.message, fault.next),
             });
         }
-        out.push(crate::stage::room_report(&inner.config.data_dir)?);
+        out.push(sink::stage::room_report(&inner.config.data_dir)?);
         out.extend(inner.shared.places.loss().map(|loss| loss.report(&inner.config.data_dir)));
         out.extend(self.changed_lines().await?);
         Ok(out)
@@ -353,7 +354,8 @@ impl Backend for Site {
 
     async fn events(&self, since: u64, limit: u32) -> Result<Vec<Event>, Fault> {
         let (mut out, mut room) = (Vec::new(), Budget::new(API_LIST_BYTES_MAX));
-        for (mut event, name) in self.inner.catalogue.events(since, limit).await? {
+        for row in self.inner.catalogue.events(since, limit).await? {
+            let (mut event, name) = (row.view(), row.name);
             let body = match event.what.as_str() {
                 "transfer" => self.inner.catalogue.transfer(&name).await.ok().and_then(|row| serde_json::to_value(row.view()).ok()),
                 _ => match name.parse() {

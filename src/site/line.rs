@@ -8,23 +8,21 @@ use tokio::time::timeout;
 
 use super::Site;
 use crate::api::VERSION;
-use crate::budget::Budget;
-use crate::catalogue::TransferRow;
 use crate::config::Transport;
-use crate::fault::{Fault, Reason, Retry};
-use crate::fetch::{self, Fetcher};
-use crate::limits::{
+use base::fault::{Fault, Reason, Retry};
+use exchange::fetch::{self, Fetcher};
+use base::limits::{
     ANSWER_BYTES_MAX, ANSWER_MAX, BACKOFF_MAX, FETCH_STREAMS_MAX, QUESTIONS_AT_ONCE_MAX, QUESTIONS_BYTES_MAX, REPORT_BYTES_MAX,
     SILENCE_MAX, SINK_ANSWER_MAX, STATE_RETRY_EVERY,
 };
-use crate::line::{self, Link, RecvHalf, Redial, SendHalf};
-use crate::manifest::Digest;
-use crate::names::{ArtifactRef, TransferId};
-use crate::paging;
-use crate::run::{DesiredRun, RunReport};
-use crate::text::Message;
-use crate::transfer::{Assembly, free_room};
-use crate::wire::{self, AllowList, AskHub, AskSite, CONTROL, Desired, FETCH, FromHub, FromSite, Planned, QUESTION, Report, renewal};
+use transport::{self, Link, RecvHalf, Redial, SendHalf};
+use content::manifest::Digest;
+use base::names::{ArtifactRef, TransferId};
+use model::paging;
+use model::run::{DesiredRun, RunReport};
+use base::text::Message;
+use exchange::transfer::{Assembly, free_room};
+use exchange::wire::{self, AllowList, AskHub, AskSite, CONTROL, Desired, FETCH, FromHub, FromSite, Planned, QUESTION, Report, renewal};
 
 /// How often a site on TCP tries whether QUIC works again.
 const QUIC_PROBE_EVERY: Duration = Duration::from_secs(60);
@@ -51,7 +49,7 @@ impl Site {
         while !inner.stop.is_cancelled() {
             let identity = inner.identity.borrow().clone();
             let dialled = tokio::select! {
-                dialled = line::dial(&address, &identity, &inner.config.line, inner.memory.to_send) => dialled,
+                dialled = transport::dial(&address, &identity, &inner.config.line, inner.memory.to_send) => dialled,
                 () = inner.stop.cancelled() => return Ok(()),
             };
             match dialled {
@@ -120,7 +118,7 @@ impl Site {
         loop {
             tokio::time::sleep(QUIC_PROBE_EVERY).await;
             let identity = self.inner.identity.borrow().clone();
-            if let Ok(better) = line::probe_quic(address, &identity, &self.inner.config.line, self.inner.memory.to_send).await {
+            if let Ok(better) = transport::probe_quic(address, &identity, &self.inner.config.line, self.inner.memory.to_send).await {
                 return better;
             }
         }
@@ -337,7 +335,7 @@ impl Site {
         let assembly = Assembly {
             shared: inner.shared.clone(),
             sink,
-            incoming: crate::sink::Incoming { artifact, digest, root, transfer: TransferId::none(), waits: Default::default() },
+            incoming: sink::Incoming { artifact, digest, root, transfer: TransferId::none(), waits: Default::default() },
             fetcher,
             priority: 0,
             counters: Default::default(),

@@ -6,36 +6,26 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use async_trait::async_trait;
-
 use super::Site;
 use crate::api::types::{PublishRequest, Published};
-use crate::catalogue::{ArtifactRow, Catalogue, Offer};
-use crate::clock;
-use crate::durable;
-use crate::fault::{Code, Fault, Retry};
-use crate::fetch::blocking;
-use crate::ingest;
-use crate::jobs::{JobProgress, until_room};
-use crate::manifest::{DatasetBinding, Digest, Root};
-use crate::names::ArtifactRef;
-use crate::origin::{Held, Holdings, InPlace};
+use crate::jobs::until_room;
 use crate::reading::{self, Access};
-use crate::run;
-use crate::sink::Place;
-use crate::wire::AskHub;
+use base::blocking::blocking;
+use base::clock;
+use base::durable;
+use base::fault::{Code, Fault, Retry};
+use base::job_progress::JobProgress;
+use base::names::ArtifactRef;
+use content::ingest;
+use content::manifest::{DatasetBinding, Digest, Root};
+use exchange::in_place::InPlace;
+use exchange::wire::AskHub;
+use model::run;
+use sink::Place;
+use state::{ArtifactRow, Offer};
 
 /// The pause before the hub is told again of what it did not take.
 const OFFER_AGAIN: Duration = Duration::from_secs(5);
-
-#[async_trait]
-impl Holdings for Catalogue {
-    async fn held(&self, digest: Digest) -> Result<Option<Held>, Fault> {
-        let rows = self.all_by_digest(digest).await?;
-        let places: Vec<Place> = rows.iter().filter_map(|row| row.place.clone()).collect();
-        Ok(rows.into_iter().next().filter(|_| !places.is_empty()).map(|row| Held { root: row.root, places }))
-    }
-}
 
 impl Site {
     /// Publishes at this site, without copying what lies in a folder, and tells the hub. Where the hub is away the artifact

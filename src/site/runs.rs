@@ -16,14 +16,21 @@ use super::Site;
 use super::watch::Found;
 use crate::api::RunToken;
 use crate::api::types::{PublishRequest, SourceOptions, State};
-use crate::clock;
-use crate::fault::{Code, Fault, Retry};
-use crate::fetch::blocking;
-use crate::limits::{BACKOFF_FIRST, BACKOFF_MAX, TRAINER_CALL_MAX, TRAINER_LOOK_EVERY};
-use crate::names::{ArtifactRef, Kind, RunName, TransferId};
-use crate::run::site::{Effect, Event, Phase, Process, Run, Seen, Trainer, step};
-use crate::run::{DesiredRun, Input, Lineage, Model, RunReport};
+use base::clock;
+use base::fault::{Code, Fault, Retry};
+use base::blocking::blocking;
+use base::limits::{BACKOFF_FIRST, BACKOFF_MAX, TRAINER_CALL_MAX, TRAINER_LOOK_EVERY};
+use base::names::{ArtifactRef, Kind, RunName, TransferId};
+use model::run::site::{Effect, Event, Phase, Process, Run, Seen, Trainer, step};
+use model::run::{DesiredRun, Input, Lineage, Model, RunReport};
 use crate::trainer::Folder;
+use base::blocking::blocking;
+use base::clock;
+use base::fault::{Code, Fault, Retry};
+use base::limits::{BACKOFF_FIRST, BACKOFF_MAX, TRAINER_CALL_MAX, TRAINER_LOOK_EVERY};
+use base::names::{ArtifactRef, Kind, RunName};
+use model::run::site::{Effect, Event, Phase, Process, Run, Seen, Trainer, step};
+use model::run::{DesiredRun, Input, Lineage, Model, RunReport};
 
 /// Runs that are looked at.
 const OPEN_MAX: u32 = 10_000;
@@ -455,8 +462,8 @@ impl Site {
                         "database": sink.url, "table": format!("{schema}annotations"),
                         "label_set": artifact.name(), "location": row.location,
                         "rows": row.place.as_ref().and_then(|place| match place {
-                            crate::sink::Place::Folder { path } => Some(path.display().to_string()),
-                            crate::sink::Place::Registry { .. } => None,
+                            sink::Place::Folder { path } => Some(path.display().to_string()),
+                            sink::Place::Registry { .. } => None,
                         }),
                     })
                 }
@@ -500,7 +507,7 @@ impl Site {
         }
         let digest = hex::decode(&published.digest).ok().and_then(|bytes| bytes.try_into().ok());
         let digest = digest.ok_or_else(|| Fault::internal(format!("{:?} is not a digest", published.digest)))?;
-        Ok(Model { artifact, digest: crate::chunk::Hash(digest) })
+        Ok(Model { artifact, digest: content::chunk::Hash(digest) })
     }
 }
 

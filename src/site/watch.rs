@@ -9,14 +9,14 @@ use parking_lot::Mutex;
 use tokio::sync::mpsc;
 
 use super::Site;
-use crate::catalogue::{ArtifactRow, Changed, what_changed};
-use crate::fault::Fault;
-use crate::fetch::blocking;
-use crate::manifest::Digest;
-use crate::names::ArtifactRef;
-use crate::origin::{Mark, RESTS};
-use crate::sink::Place;
-use crate::transfer::AskLook;
+use base::blocking::blocking;
+use base::fault::Fault;
+use base::names::ArtifactRef;
+use content::manifest::Digest;
+use exchange::in_place::{Mark, RESTS};
+use exchange::transfer::AskLook;
+use sink::Place;
+use state::{ArtifactRow, Changed, what_changed};
 
 /// What the watch knows only while the daemon lives.
 pub(super) struct WatchState {

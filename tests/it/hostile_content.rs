@@ -3,9 +3,9 @@
 
 use std::os::unix::fs::PermissionsExt;
 
-use packhorse::chunk::Hash;
+use content::chunk::Hash;
 use packhorse::config::Transport;
-use packhorse::registry::image::Sha256;
+use registry::image::Sha256;
 use serde_json::json;
 
 use crate::support::daemon::{Hub, Site, SiteSpec};

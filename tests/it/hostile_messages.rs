@@ -6,9 +6,9 @@
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use packhorse::chunk::Hash;
+use content::chunk::Hash;
+use exchange::wire::{FetchRequest, Wanted};
 use packhorse::config::Transport;
-use packhorse::wire::{FetchRequest, Wanted};
 use rand::Rng;
 use rand::rngs::StdRng;
 use rand::seq::IndexedRandom;

@@ -1,7 +1,7 @@
 //! The hostile peers themselves: as long as they are honest, hub and sites take them for what they say they are.
 
+use exchange::wire::Wanted;
 use packhorse::config::Transport;
-use packhorse::wire::Wanted;
 use serde_json::json;
 
 use crate::support::daemon::{Hub, Site, SiteSpec};
@@ -57,7 +57,7 @@ fn a_false_site_offers_manifests_of_every_shape() {
     // An honest one of two levels, with a folder, a link and a file of two chunks.
     let mut deep = Artifact::new("dataset");
     let halves = [vec![1u8; 200 << 10], vec![2u8; 100 << 10]];
-    let whole = packhorse::chunk::Hash::of(&halves.concat());
+    let whole = content::chunk::Hash::of(&halves.concat());
     let ids = halves.each_ref().map(|half| deep.hold(half));
     let page = EntryPage::new().dir("d", 0o755).link("d/l", "x").file_as("f", 300 << 10, whole, 0o644);
     let page = page.chunk(ids[0], 200 << 10).chunk(ids[1], 100 << 10);

@@ -2,8 +2,8 @@
 
 use std::time::{Duration, Instant};
 
+use exchange::wire::Wanted;
 use packhorse::config::Transport;
-use packhorse::wire::Wanted;
 use serde_json::json;
 
 use crate::support::daemon::{Hub, Site, SiteSpec};

@@ -35,6 +35,7 @@ mod safe_defaults;
 mod sharing;
 mod sinks;
 mod site_sources;
+mod source_rules;
 mod support;
 mod training;
 mod watch;

@@ -6,8 +6,8 @@ use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
 
 use super::{ModelLineage, Transfer};
-use crate::names::{ArtifactRef, SiteName};
-use crate::omitted::{Accepted, Category, Omission};
+use base::names::{ArtifactRef, SiteName};
+use content::omitted::{Accepted, Category, Omission};
 
 /// One artifact, as `artifacts` and `show` list it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]

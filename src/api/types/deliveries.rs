@@ -4,9 +4,9 @@ use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
 
 use super::{Bytes, State, Transfer};
-use crate::fault::Reason;
-use crate::limits::{MESSAGE_BYTES_MAX, NEXT_BYTES_MAX};
-use crate::text;
+use base::fault::Reason;
+use base::limits::{MESSAGE_BYTES_MAX, NEXT_BYTES_MAX};
+use base::text;
 
 /// A delivery: the whole, and each of its parts.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]

@@ -16,11 +16,13 @@ pub use artifacts::{
     Artifact, ArtifactDetail, ExportRequest, ImportRequest, PinRequest, PublishRequest, Published, ShowQuery, SourceOptions, VerifyRequest,
 };
 pub use deliveries::{DeliverRequest, Delivered, Delivery, DeliveryQuery, LeftOut, PlanRow};
-pub use runs::{ModelLineage, Run, RunActionRequest, RunInput, RunModel, RunQuery, RunRequest, RunState, RunTrainer, RunVerb};
+pub use model::run::{RunActionRequest, RunInput, RunRequest, RunState, RunVerb};
+pub use model::transfer::{Action, Bytes, State, TransferQuery};
+pub use runs::{ModelLineage, Run, RunModel, RunQuery, RunTrainer};
 pub use sites::{Site, TokenReply, TokenRequest};
-pub use transfers::{Action, ActionRequest, Bytes, State, Transfer, TransferQuery};
+pub use transfers::{ActionRequest, Transfer};
 
-use crate::fault::Fault;
+use base::fault::Fault;
 
 /// Work that was accepted (202) and goes on: ask `GET /v1/jobs?id=…&wait=…`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use crate::names::SiteName;
+use base::names::SiteName;
 
 /// One site.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]

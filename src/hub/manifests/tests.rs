@@ -5,11 +5,11 @@ use std::sync::Arc;
 use super::super::upload::tests::Bench;
 use super::*;
 use crate::api::Backend as _;
-use crate::chunk::DEFAULT_CHUNKING;
-use crate::frame::{Frame, Verified};
-use crate::jobs::JobProgress;
-use crate::manifest::{KindInfo, PageRef, Totals};
-use crate::names::Kind;
+use base::job_progress::JobProgress;
+use base::names::Kind;
+use content::chunk::DEFAULT_CHUNKING;
+use content::frame::{Frame, Verified};
+use content::manifest::{KindInfo, PageRef, Totals};
 
 /// A manifest of one file that has this path and content; its page and its chunk go to the store.
 fn manifest_of(store: &Store, path: &str, content: &Verified) -> Root {

@@ -3,14 +3,16 @@
 use tokio_util::sync::CancellationToken;
 
 use super::*;
+use crate::api::View;
 use crate::api::types::Bytes;
-use crate::catalogue::{Body, Part};
-use crate::chunk::DEFAULT_CHUNKING;
-use crate::identity::{CertificateRequest, Claim, SiteIdentity};
-use crate::manifest::{KindInfo, Root, Totals};
-use crate::names::TransferId;
-use crate::receipt::Receipt;
-use crate::{config, durable};
+use crate::config;
+use base::durable;
+use base::names::TransferId;
+use content::chunk::DEFAULT_CHUNKING;
+use content::manifest::{KindInfo, Root, Totals};
+use model::receipt::Receipt;
+use state::{Body, Part};
+use transport::identity::{CertificateRequest, Claim, SiteIdentity};
 
 struct Bench {
     hub: Hub,
@@ -48,7 +50,7 @@ impl Bench {
         let artifact: ArtifactRef = reference.parse().unwrap();
         self.hub.inner.catalogue.add_artifact(&artifact, &root, None).await.unwrap();
         let part = Part { artifact, digest: root.digest(), total: 7, needs: None, sites: vec![Self::site()] };
-        let ids = self.hub.inner.catalogue.deliver(&crate::catalogue::new_delivery_id(), None, &[part], &[]).await.unwrap();
+        let ids = self.hub.inner.catalogue.deliver(&state::new_delivery_id(), None, &[part], &[]).await.unwrap();
         self.row(&ids[0]).await
     }
 
@@ -57,7 +59,10 @@ impl Bench {
     }
 
     fn signed(&self, row: &TransferRow) -> Body {
-        Body { receipt: Some(Receipt::sign(row, &self.identity).unwrap()), ..Body::default() }
+        Body {
+            receipt: Some(Receipt::sign(row, self.identity.cert_der(), |statement| self.identity.sign(statement)).unwrap()),
+            ..Body::default()
+        }
     }
 
     async fn report(&self, row: &TransferRow, state: State, body: Body) -> Result<State, Fault> {
@@ -149,7 +154,7 @@ async fn the_texts_of_a_report_are_cut_and_cleaned_where_they_enter() {
     }
     let seen = bench.row(&row.id).await.view();
     for text in [&seen.message, &seen.next, &seen.location].map(|text| text.as_deref().unwrap()) {
-        assert!(text.len() <= 8 << 10 && !text.replace('\n', "").contains(crate::text::is_unsafe), "{text:?}");
+        assert!(text.len() <= 8 << 10 && !text.replace('\n', "").contains(base::text::is_unsafe), "{text:?}");
     }
     assert_eq!((seen.state, seen.receipt), (State::Failed, None));
 }
@@ -164,7 +169,7 @@ async fn whoever_asks_on_by_the_cursor_gets_all_of_a_long_answer() {
     loop {
         let left = all.iter().filter(|row| since.is_none_or(|since| row.cursor > since)).cloned().collect();
         let (page, cursor) = first_page(left, 5000);
-        assert!(paging::json_bytes(&(&page, cursor)) <= crate::limits::CONTROL_FRAME_BYTES_MAX);
+        assert!(paging::json_bytes(&(&page, cursor)) <= base::limits::CONTROL_FRAME_BYTES_MAX);
         if page.is_empty() {
             break;
         }
@@ -187,8 +192,8 @@ fn the_longest_list_of_what_a_site_has_to_do_is_one_message() {
         artifact: format!("operator/{}:{}", name("a"), name("b")).parse().unwrap(),
         digest: Digest::of(b"x"),
         want: Want::Cancel,
-        generation: crate::limits::GENERATION_MAX,
-        total: crate::limits::COUNTED_BYTES_MAX,
+        generation: base::limits::GENERATION_MAX,
+        total: base::limits::COUNTED_BYTES_MAX,
         created_ms: i64::MAX,
         // One transfer of an artifact to a site is open at a time.
         after: vec![id.parse().unwrap()],
@@ -196,6 +201,6 @@ fn the_longest_list_of_what_a_site_has_to_do_is_one_message() {
     };
     let transfers = vec![wanted; 1000];
     // Lineages, runs and pushed manifests have limits of their own; of the runs one may be beyond it.
-    let others = LINEAGE_BYTES_MAX + (1 << 20) + (256 << 10) + crate::limits::TOLD_BYTES_MAX / 3 * 4;
-    assert!(paging::json_bytes(&transfers) + others < crate::limits::CONTROL_FRAME_BYTES_MAX);
+    let others = LINEAGE_BYTES_MAX + (1 << 20) + (256 << 10) + base::limits::TOLD_BYTES_MAX / 3 * 4;
+    assert!(paging::json_bytes(&transfers) + others < base::limits::CONTROL_FRAME_BYTES_MAX);
 }

@@ -9,13 +9,13 @@ use super::super::Hub;
 use crate::api::Backend as _;
 use crate::api::types::{Action, TokenRequest};
 use crate::config::{self, Line};
-use crate::fault::{Code, Reason};
-use crate::fetch::Fetcher;
-use crate::identity::{Claim, Holder, JoinToken, SiteIdentity};
-use crate::line::{self, Link};
-use crate::manifest::Digest;
 use crate::publisher::{self, Asked, Uploaded};
-use crate::wire::{self, AskHub, CONTROL, FromHub, FromSite};
+use base::fault::{Code, Reason};
+use content::manifest::Digest;
+use exchange::fetch::Fetcher;
+use exchange::wire::{self, AskHub, CONTROL, FromHub, FromSite};
+use transport::identity::{Claim, Holder, JoinToken, SiteIdentity};
+use transport::{self, Link};
 
 /// What a line costs that carries nothing: handshake, questions, and the search for the largest packet.
 const QUIET: u64 = 192 << 10;
@@ -35,7 +35,7 @@ impl Bench {
     pub(in crate::hub) async fn start_with(more: &str) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let data = dir.path().join("hub");
-        crate::durable::create_dir_all(&data).unwrap();
+        base::durable::create_dir_all(&data).unwrap();
         let text = format!(
             "role = \"hub\"\nname = \"hub\"\ndata_dir = {:?}\n[listen]\napi = \"127.0.0.1:0\"\nquic = \"127.0.0.1:0\"\n{more}",
             data.display().to_string()
@@ -53,20 +53,20 @@ impl Bench {
     }
 
     pub(in crate::hub) async fn join(&self, token: &str, claim: &Claim) -> SiteIdentity {
-        line::join(&self.address, &token.parse::<JoinToken>().unwrap(), claim, &Line::default()).await.unwrap()
+        transport::join(&self.address, &token.parse::<JoinToken>().unwrap(), claim, &Line::default()).await.unwrap()
     }
 
     pub(in crate::hub) async fn dial(&self, identity: &SiteIdentity) -> Link {
-        line::dial(&self.address, identity, &Line::default(), 8 << 20).await.unwrap()
+        transport::dial(&self.address, identity, &Line::default(), 8 << 20).await.unwrap()
     }
 
     pub(in crate::hub) fn source(&self, name: &str, bytes: usize, seed: u8) -> std::path::PathBuf {
         let folder = self.dir.path().join(name);
-        crate::durable::create_dir_all(&folder).unwrap();
+        base::durable::create_dir_all(&folder).unwrap();
         let mut content = vec![0; bytes];
         blake3::Hasher::new().update(&[seed]).finalize_xof().fill(&mut content);
-        crate::durable::replace(&folder.join("weights.bin"), &content).unwrap();
-        crate::durable::replace(&folder.join("notes.txt"), name.as_bytes()).unwrap();
+        base::durable::replace(&folder.join("weights.bin"), &content).unwrap();
+        base::durable::replace(&folder.join("notes.txt"), name.as_bytes()).unwrap();
         folder
     }
 
@@ -75,7 +75,7 @@ impl Bench {
         source: &Path,
         reference: &str,
         token: Option<&str>,
-    ) -> Result<Uploaded, crate::fault::Fault> {
+    ) -> Result<Uploaded, base::fault::Fault> {
         let asked = Asked {
             source: source.display().to_string(),
             artifact: reference.parse().unwrap(),
@@ -102,7 +102,7 @@ async fn only_what_lacks_is_sent() {
     // The same bytes under another name; then a little more of them.
     let other = bench.publish(&source, "model/b:v1", None).await.unwrap();
     assert!(!other.published.unchanged && other.published.stored == 0 && other.wire < QUIET, "{other:?}");
-    crate::durable::replace(&source.join("more.bin"), &[7; 100_000]).unwrap();
+    base::durable::replace(&source.join("more.bin"), &[7; 100_000]).unwrap();
     let more = bench.publish(&source, "model/b:v2", None).await.unwrap();
     assert!(more.published.stored > 0 && more.wire < QUIET + (100 << 10), "{more:?}");
     assert_eq!(bench.publish(&source, "model/a:v1", None).await.unwrap_err().code, Code::Conflict);
@@ -111,8 +111,8 @@ async fn only_what_lacks_is_sent() {
     assert_eq!(row.origin, None);
     let store = bench.hub.inner.store.clone();
     tokio::task::spawn_blocking(move || {
-        for step in crate::manifest::Walk::new(&row.root, &store) {
-            if let crate::manifest::Step::Chunk(chunk, _) = step.unwrap() {
+        for step in content::manifest::Walk::new(&row.root, &store) {
+            if let content::manifest::Step::Chunk(chunk, _) = step.unwrap() {
                 store.read(chunk.id).unwrap();
             }
         }
@@ -142,7 +142,7 @@ async fn a_publisher_may_do_nothing_else() {
     let link = bench.dial(&identity).await;
     let fault = Fetcher::new(link.clone(), digest, Arc::default()).root().await.unwrap_err();
     assert_eq!((fault.code, fault.reason), (Code::NotFound, Reason::SourceGone), "as for what is not there: {fault}");
-    let artifact: crate::names::ArtifactRef = "model/a:v1".parse().unwrap();
+    let artifact: base::names::ArtifactRef = "model/a:v1".parse().unwrap();
     for question in [
         AskHub::Deliver { artifacts: vec!["model/a:v1".parse().unwrap()], to: "all".parse().unwrap() },
         AskHub::Act { id: "t-1".parse().unwrap(), action: Action::Cancel },
@@ -170,8 +170,8 @@ async fn a_site_uploads_nothing_and_a_lie_is_refused() {
     let bench = Bench::start().await;
     let site = bench.join(&bench.token(Some("west"), None).await, &Claim::Site("west".parse().unwrap())).await;
     let link = bench.dial(&site).await;
-    let artifact: crate::names::ArtifactRef = "model/a:v1".parse().unwrap();
-    let upload = AskHub::Upload { artifact, digest: crate::chunk::Hash::of(b"x"), to: None, omitted: Default::default() };
+    let artifact: base::names::ArtifactRef = "model/a:v1".parse().unwrap();
+    let upload = AskHub::Upload { artifact, digest: content::chunk::Hash::of(b"x"), to: None, omitted: Default::default() };
     let fault = wire::ask::<_, serde_json::Value>(&link, &upload).await.unwrap_err();
     assert_eq!(fault.code, Code::NotAllowed, "{fault}");
 
@@ -182,7 +182,7 @@ async fn a_site_uploads_nothing_and_a_lie_is_refused() {
         while let Some((mut send, mut recv)) = link.accept().await {
             let mut kind = [0];
             recv.read_exact(&mut kind).await.unwrap();
-            let frame = crate::frame::Frame::encode(&crate::frame::Verified::new(b"something else".as_slice().into()));
+            let frame = content::frame::Frame::encode(&content::frame::Verified::new(b"something else".as_slice().into()));
             send.write_bytes(frame.to_bytes()).await.unwrap();
             send.finish().unwrap();
         }
@@ -219,23 +219,23 @@ async fn a_site_is_told_the_manifest_of_what_is_new_to_it_once() {
     let (first, only) = (&transfers[0], &manifests[0]);
     assert_eq!(only.digest, first.digest);
     let frames = base64::Engine::decode(&base64::engine::general_purpose::STANDARD, only.frames.as_str()).unwrap();
-    let pages = crate::store::Store::open(&bench.dir.path().join("pages")).unwrap();
-    let root = crate::fetch::take_manifest(frames.clone().into(), first.digest, &pages).unwrap();
+    let pages = content::store::Store::open(&bench.dir.path().join("pages")).unwrap();
+    let root = exchange::fetch::take_manifest(frames.clone().into(), first.digest, &pages).unwrap();
     let chunks =
-        crate::manifest::Walk::new(&root, &pages).map(Result::unwrap).filter(|step| matches!(step, crate::manifest::Step::Chunk(..)));
+        content::manifest::Walk::new(&root, &pages).map(Result::unwrap).filter(|step| matches!(step, content::manifest::Step::Chunk(..)));
     assert!(chunks.count() > 50, "the whole manifest is there, and nothing was asked for");
     // A part of it, another's, and one with a flipped bit are refused.
     for (frames, digest) in [
         (frames[..frames.len() - 1].to_vec(), first.digest),
-        (frames.clone(), crate::chunk::Hash::of(b"x")),
+        (frames.clone(), content::chunk::Hash::of(b"x")),
         (frames.iter().enumerate().map(|(at, byte)| byte ^ u8::from(at == frames.len() - 9)).collect(), first.digest),
     ] {
-        crate::fetch::take_manifest(frames.into(), digest, &pages).unwrap_err();
+        exchange::fetch::take_manifest(frames.into(), digest, &pages).unwrap_err();
     }
 
     // What was told is not told again with the next list, nor over the next line; one that is damaged holds nothing up.
     bench.publish(&bench.source("b", 3 << 20, 3), "model/b:v1", Some(&token)).await.unwrap();
-    let packs = crate::store::Store::open(&bench.dir.path().join("none")).unwrap().path();
+    let packs = content::store::Store::open(&bench.dir.path().join("none")).unwrap().path();
     let packs = bench.dir.path().join("hub/store").join(packs.file_name().unwrap());
     for pack in std::fs::read_dir(packs).unwrap() {
         std::fs::File::options().write(true).open(pack.unwrap().path()).unwrap().set_len(8).unwrap();
@@ -270,7 +270,7 @@ async fn a_site_that_has_another_version_is_not_told_the_manifest() {
 }
 
 /// What the hub says instead of the first frame.
-async fn refusal(link: &Link, digest: Digest, wanted: wire::Wanted) -> crate::fault::Fault {
+async fn refusal(link: &Link, digest: Digest, wanted: wire::Wanted) -> base::fault::Fault {
     let mut frames = Fetcher::new(link.clone(), digest, Arc::default()).ask(vec![wanted], 0).await.unwrap();
     frames.next().await.unwrap_err()
 }
@@ -284,7 +284,7 @@ async fn what_a_site_may_not_have_gets_the_answer_for_what_is_not_there() {
     }
     let a = bench.hub.inner.catalogue.artifact(&"model/a:v1".parse().unwrap()).await.unwrap();
     let b = bench.hub.inner.catalogue.artifact(&"model/b:v1".parse().unwrap()).await.unwrap();
-    let (page_of_a, page_of_b, absent) = (a.root.pages[0].id, b.root.pages[0].id, crate::chunk::Hash::of(b"x"));
+    let (page_of_a, page_of_b, absent) = (a.root.pages[0].id, b.root.pages[0].id, content::chunk::Hash::of(b"x"));
     let first_of = |page| wire::Wanted::Children { page, ranges: vec![(0, 1)] };
     let beside = |base| wire::Wanted::Difference { ranges: vec![(0, 1)], base, against: (0, 1) };
     let site = bench.join(&bench.token(Some("west"), None).await, &Claim::Site("west".parse().unwrap())).await;
@@ -312,7 +312,7 @@ async fn what_a_site_may_not_have_gets_the_answer_for_what_is_not_there() {
 async fn the_hub_sends_as_a_site_says_of_its_line() {
     use crate::config::Congestion;
     let bench = Bench::start().await;
-    let west: crate::names::SiteName = "west".parse().unwrap();
+    let west: base::names::SiteName = "west".parse().unwrap();
     let site = bench.join(&bench.token(Some("west"), None).await, &Claim::Site(west.clone())).await;
     let link = bench.dial(&site).await;
     let (mut send, _recv) = link.open(wire::PRIORITY_CONTROL).await.unwrap();

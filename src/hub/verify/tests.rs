@@ -3,19 +3,19 @@
 use super::super::upload::tests::Bench;
 use super::*;
 use crate::api::types::State;
-use crate::chunk::DEFAULT_CHUNKING;
-use crate::fault::Reason;
-use crate::frame::Frame;
-use crate::manifest::{Builder, Root};
-use crate::registry::image::OCI_MANIFEST;
-use crate::wire::Report;
+use base::fault::Reason;
+use content::chunk::DEFAULT_CHUNKING;
+use content::frame::Frame;
+use content::manifest::{Builder, Root};
+use exchange::wire::Report;
+use registry::image::OCI_MANIFEST;
 
 /// A hub whose store holds the content of `notes.txt` under a wrong length, and an artifact that was published against it.
 async fn poisoned() -> (Bench, std::path::PathBuf, Verified) {
     let bench = Bench::start().await;
     let source = bench.source("a", 1 << 20, 1);
     let notes = Verified::new(b"content that everybody knows ".repeat(100).into());
-    crate::durable::replace(&source.join("notes.txt"), &notes.bytes).unwrap();
+    base::durable::replace(&source.join("notes.txt"), &notes.bytes).unwrap();
     let store = &bench.hub.inner.store;
     store.append(&Frame::lying(&notes, notes.bytes.len() + 777)).unwrap();
     store.flush().unwrap();
@@ -42,7 +42,7 @@ async fn verify_finds_a_wrong_length_and_publishing_again_repairs() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_chunk_that_a_site_refused_is_stored_again() {
     let (bench, source, notes) = poisoned().await;
-    let fault = Fault::from(crate::frame::FrameError::Mismatch { expected: notes.id });
+    let fault = Fault::from(content::frame::FrameError::Mismatch { expected: notes.id });
     let mut report = Report { id: "t-1".parse().unwrap(), generation: 0, state: State::Failed, body: Default::default() };
     report.body.set_fault(Some(&fault));
     report.body.reason = Some(Reason::SiteOffline);

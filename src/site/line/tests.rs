@@ -8,9 +8,10 @@ use tokio_util::sync::CancellationToken;
 
 use super::*;
 use crate::api::types::{State, TransferQuery};
-use crate::identity::{CertificateRequest, HubIdentity};
-use crate::line::{Arrival, Listener};
-use crate::{config, durable};
+use crate::config;
+use base::durable;
+use transport::identity::{CertificateRequest, HubIdentity};
+use transport::{Arrival, Listener};
 
 struct Bench {
     site: Site,

@@ -4,15 +4,15 @@
 
 use super::{OPEN_MAX, Try, now_ms};
 use crate::api::types::State;
-use crate::catalogue::{ArtifactRow, TransferRow};
-use crate::fault::{Code, Fault};
-use crate::fetch::blocking;
-use crate::names::{RunName, TransferId};
-use crate::run::Borrowed;
-use crate::run::site::{Event, Run, may_go};
-use crate::sink::{Incoming, Sink};
 use crate::site::Site;
-use crate::transfer::beside;
+use base::blocking::blocking;
+use base::fault::{Code, Fault};
+use base::names::{RunName, TransferId};
+use exchange::transfer::beside;
+use model::run::Borrowed;
+use model::run::site::{Event, Run, may_go};
+use sink::{Incoming, Sink};
+use state::{ArtifactRow, TransferRow};
 
 /// What came of giving something back.
 enum Back {

@@ -2,9 +2,9 @@
 
 use std::collections::HashMap;
 
-use packhorse::chunk::Hash;
-use packhorse::manifest::Digest;
-use packhorse::wire::Wanted;
+use content::chunk::Hash;
+use content::manifest::Digest;
+use exchange::wire::Wanted;
 use serde_json::{Value, json};
 use xxhash_rust::xxh3::Xxh3;
 

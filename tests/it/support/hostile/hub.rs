@@ -3,11 +3,11 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use packhorse::identity::HubIdentity;
-use packhorse::limits::LINE_SEND_BYTES_MAX;
-use packhorse::line::{Arrival, Listener};
-use packhorse::manifest::Digest;
+use base::limits::LINE_SEND_BYTES_MAX;
+use content::manifest::Digest;
 use serde_json::{Value, json};
+use transport::identity::HubIdentity;
+use transport::{Arrival, Listener};
 
 use super::super::daemon::Hub;
 use super::super::secs;

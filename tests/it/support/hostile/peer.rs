@@ -4,14 +4,14 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
+use base::limits::LINE_SEND_BYTES_MAX;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
+use exchange::wire::{FetchRequest, Wanted};
 use packhorse::config::Line;
-use packhorse::identity::{Claim, JoinToken, SiteIdentity};
-use packhorse::limits::LINE_SEND_BYTES_MAX;
-use packhorse::line::{self, Link, PRIORITY_BULK, RecvHalf, SendHalf};
-use packhorse::wire::{FetchRequest, Wanted};
 use serde_json::{Value, json};
+use transport::identity::{Claim, JoinToken, SiteIdentity};
+use transport::{self, Link, PRIORITY_BULK, RecvHalf, SendHalf};
 
 use super::super::daemon::Hub;
 use super::super::secs;
@@ -47,13 +47,13 @@ impl Identity {
     fn join(hub: &Hub, token: &str, claim: &Claim, line: Line) -> Self {
         let token: JoinToken = token.parse().expect("a join token");
         let address = hub.quic.to_string();
-        let identity = within("join the hub", secs(20), line::join(&address, &token, claim, &line)).expect("join the hub");
+        let identity = within("join the hub", secs(20), transport::join(&address, &token, claim, &line)).expect("join the hub");
         Self { identity, hub: address, line }
     }
 
     /// Connects, and fails with what the hub says.
     pub(crate) fn try_dial(&self) -> Result<Connection, String> {
-        let dialled = within("dial the hub", secs(30), line::dial(&self.hub, &self.identity, &self.line, LINE_SEND_BYTES_MAX));
+        let dialled = within("dial the hub", secs(30), transport::dial(&self.hub, &self.identity, &self.line, LINE_SEND_BYTES_MAX));
         dialled.map(Connection::new).map_err(|fault| fault.to_string())
     }
 
@@ -124,7 +124,7 @@ impl Connection {
 
     /// Opens a fetch stream with this request. Its answer is read with [`Stream::read_to_end`].
     #[track_caller]
-    pub(crate) fn fetch(&self, digest: packhorse::manifest::Digest, wants: Vec<Wanted>) -> Stream {
+    pub(crate) fn fetch(&self, digest: content::manifest::Digest, wants: Vec<Wanted>) -> Stream {
         let request = postcard::to_stdvec(&FetchRequest { digest, priority: 0, wants }).expect("postcard");
         let mut stream = self.open(b"F");
         // A refusal may come before all of a request is written.
@@ -169,7 +169,7 @@ impl Connection {
 async fn answer(mut send: SendHalf, mut recv: RecvHalf, artifacts: Arc<Vec<Artifact>>, counter: Arc<AtomicUsize>) -> Option<()> {
     let mut kind = [0];
     recv.read_exact(&mut kind).await.ok()?;
-    let text = packhorse::wire::receive_bytes(&mut recv, ANSWER_BYTES_MAX).await.ok()?;
+    let text = exchange::wire::receive_bytes(&mut recv, ANSWER_BYTES_MAX).await.ok()?;
     if kind == *b"F" {
         counter.fetch_add(1, Ordering::Relaxed);
         let request: FetchRequest = postcard::from_bytes(&text).ok()?;
@@ -177,7 +177,7 @@ async fn answer(mut send: SendHalf, mut recv: RecvHalf, artifacts: Arc<Vec<Artif
         send.write_all(&artifact.answer(&request.wants)).await.ok()?;
     } else {
         let no = json!({"Err": {"code": "usage", "message": "no", "next": "", "reason": "internal", "retry": "never"}});
-        packhorse::wire::send(&mut send, &no).await.ok()?;
+        exchange::wire::send(&mut send, &no).await.ok()?;
     }
     send.finish().ok()
 }
@@ -220,7 +220,7 @@ impl Stream {
 
     /// Reads one message behind its length.
     pub(crate) fn receive(&mut self, limit: Duration) -> Result<Value, String> {
-        let text = within("read a message", limit, packhorse::wire::receive_bytes(&mut self.recv, ANSWER_BYTES_MAX));
+        let text = within("read a message", limit, exchange::wire::receive_bytes(&mut self.recv, ANSWER_BYTES_MAX));
         serde_json::from_slice(&text.map_err(|fault| fault.to_string())?).map_err(|e| e.to_string())
     }
 

@@ -1,0 +1,573 @@
+//! The names of things, parsed once into types that cannot be wrong.
+//!
+//! Everything that comes from a person, a peer or a file is turned into one of these at the edge; inside the program
+//! no other code checks a name again. None of them can leave its folder, carry a NUL or be empty.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
+/// The longest artifact name, version, site name or label, in bytes.
+pub const NAME_BYTES_MAX: usize = 128;
+/// The longest single component of a path inside an artifact, in bytes (what every common filesystem allows).
+pub const PATH_COMPONENT_BYTES_MAX: usize = 255;
+/// The longest path inside an artifact, in bytes.
+pub const PATH_BYTES_MAX: usize = 4096;
+
+/// A name that was refused, with the reason.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+#[error("{what} {name:?} is not allowed: {why}")]
+pub struct NameError {
+    what: &'static str,
+    name: String,
+    why: String,
+}
+
+fn refuse<T>(what: &'static str, name: &str, why: impl Into<String>) -> Result<T, NameError> {
+    // A hostile name may be of any length; an error message may not.
+    let name = name.chars().take(200).collect();
+    Err(NameError { what, name, why: why.into() })
+}
+
+fn check_word(what: &'static str, word: &str) -> Result<(), NameError> {
+    if word.is_empty() {
+        return refuse(what, word, "it is empty");
+    }
+    if word.len() > NAME_BYTES_MAX {
+        return refuse(what, word, format!("it is longer than {NAME_BYTES_MAX} bytes"));
+    }
+    let first = word.as_bytes()[0];
+    if !(first.is_ascii_lowercase() || first.is_ascii_digit()) {
+        return refuse(what, word, "it must start with a lower-case letter or a digit");
+    }
+    match word.chars().find(|c| !matches!(c, 'a'..='z' | '0'..='9' | '.' | '_' | '-')) {
+        Some(c) => refuse(what, word, format!("it contains {c:?}; use a-z, 0-9, '.', '_' and '-'")),
+        None => Ok(()),
+    }
+}
+
+macro_rules! string_type {
+    ($type:ident) => {
+        impl $type {
+            /// The text itself.
+            pub fn as_str(&self) -> &str {
+                &self.0
+            }
+        }
+        impl fmt::Display for $type {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str(&self.0)
+            }
+        }
+        impl From<$type> for String {
+            fn from(value: $type) -> String {
+                value.0
+            }
+        }
+        impl TryFrom<String> for $type {
+            type Error = NameError;
+            fn try_from(value: String) -> Result<Self, NameError> {
+                value.parse()
+            }
+        }
+    };
+}
+
+mod ids;
+
+pub use ids::{DeliveryId, RunId, TransferId, WorkId, WorkIds};
+
+/// What an artifact is, which decides the sink it ends in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Kind {
+    /// A folder of many images; a folder on the NAS.
+    Dataset,
+    /// Annotations; rows in a database.
+    Labels,
+    /// An operator project's code; a folder on the NAS.
+    Operator,
+    /// An operator image; an image in a registry.
+    Image,
+    /// One or a few large files; a folder on the NAS.
+    Model,
+}
+
+impl Kind {
+    /// Every kind, in the order in which people list them.
+    pub const ALL: [Kind; 5] = [Kind::Dataset, Kind::Labels, Kind::Operator, Kind::Image, Kind::Model];
+
+    /// The word used in references, paths and JSON.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Kind::Dataset => "dataset",
+            Kind::Labels => "labels",
+            Kind::Operator => "operator",
+            Kind::Image => "image",
+            Kind::Model => "model",
+        }
+    }
+
+    /// Whether artifacts of this kind end as a folder of files.
+    pub fn is_files(self) -> bool {
+        matches!(self, Kind::Dataset | Kind::Operator | Kind::Model)
+    }
+}
+
+impl fmt::Display for Kind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+impl FromStr for Kind {
+    type Err = NameError;
+    fn from_str(s: &str) -> Result<Self, NameError> {
+        match Kind::ALL.into_iter().find(|k| k.as_str() == s) {
+            Some(kind) => Ok(kind),
+            None => refuse("kind", s, "it is one of dataset, labels, operator, image, model"),
+        }
+    }
+}
+
+/// What names the active version on a NAS, `CURRENT` the file and `current` the link: no version can be called that.
+const CURRENT: &str = "current";
+
+/// `kind/name:version`, immutable once published.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct ArtifactRef {
+    /// What it is.
+    pub kind: Kind,
+    name: String,
+    version: String,
+}
+
+impl ArtifactRef {
+    /// A reference from its parts; name and version are checked.
+    pub fn new(kind: Kind, name: &str, version: &str) -> Result<Self, NameError> {
+        check_word("artifact name", name)?;
+        check_word("artifact version", version)?;
+        if version == CURRENT {
+            return refuse("artifact version", version, "beside the versions on a NAS, this is the link to the active one");
+        }
+        Ok(Self { kind, name: name.into(), version: version.into() })
+    }
+
+    /// The name: `[a-z0-9][a-z0-9._-]*`.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The version: `[a-z0-9][a-z0-9._-]*`.
+    pub fn version(&self) -> &str {
+        &self.version
+    }
+
+    /// `kind/name`, what all versions of it share.
+    pub fn series(&self) -> String {
+        format!("{}/{}", self.kind, self.name)
+    }
+}
+
+impl fmt::Display for ArtifactRef {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}:{}", self.kind, self.name, self.version)
+    }
+}
+
+impl FromStr for ArtifactRef {
+    type Err = NameError;
+    fn from_str(s: &str) -> Result<Self, NameError> {
+        let shape = "write it as KIND/NAME:VERSION, for example dataset/line3:v1";
+        let Some((kind, rest)) = s.split_once('/') else { return refuse("artifact reference", s, shape) };
+        let Some((name, version)) = rest.split_once(':') else { return refuse("artifact reference", s, shape) };
+        Self::new(kind.parse()?, name, version)
+    }
+}
+
+impl From<ArtifactRef> for String {
+    fn from(value: ArtifactRef) -> String {
+        value.to_string()
+    }
+}
+
+impl TryFrom<String> for ArtifactRef {
+    type Error = NameError;
+    fn try_from(value: String) -> Result<Self, NameError> {
+        value.parse()
+    }
+}
+
+/// The name of a site, or of the hub.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct SiteName(String);
+
+string_type!(SiteName);
+
+impl SiteName {
+    /// The path of this name in `dir`: a direct child.
+    pub fn in_dir(&self, dir: &Path) -> PathBuf {
+        dir.join(&self.0)
+    }
+}
+
+impl FromStr for SiteName {
+    type Err = NameError;
+    fn from_str(s: &str) -> Result<Self, NameError> {
+        check_word("site name", s)?;
+        if s == "all" {
+            return refuse("site name", s, "it is the word for every site");
+        }
+        Ok(Self(s.into()))
+    }
+}
+
+/// The name of a training run.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct RunName(String);
+
+string_type!(RunName);
+
+impl RunName {
+    /// The path of this name in `dir`: a direct child.
+    pub fn in_dir(&self, dir: &Path) -> PathBuf {
+        dir.join(&self.0)
+    }
+}
+
+impl FromStr for RunName {
+    type Err = NameError;
+    fn from_str(s: &str) -> Result<Self, NameError> {
+        check_word("run name", s)?;
+        Ok(Self(s.into()))
+    }
+}
+
+/// A path inside an artifact: UTF-8, `/` between components, relative, no `.`, `..`, empty component or NUL.
+///
+/// The order is the manifest's: component by component, bytes within one, so a folder stands right before what it holds.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct RelPath(String);
+
+string_type!(RelPath);
+
+impl Ord for RelPath {
+    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
+        self.components().cmp(other.components())
+    }
+}
+
+impl PartialOrd for RelPath {
+    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl RelPath {
+    /// This path with one more component behind it.
+    pub fn join(&self, component: &str) -> Result<Self, NameError> {
+        format!("{}/{component}", self.0).parse()
+    }
+
+    /// This path in `dir`, always below it.
+    pub fn in_dir(&self, dir: &Path) -> PathBuf {
+        dir.join(&self.0)
+    }
+
+    /// The components, first to last.
+    pub fn components(&self) -> impl Iterator<Item = &str> {
+        self.0.split('/')
+    }
+
+    /// The path without its last component; `None` at the top.
+    pub fn parent(&self) -> Option<&str> {
+        self.0.rsplit_once('/').map(|(parent, _)| parent)
+    }
+
+    /// The last component.
+    pub fn file_name(&self) -> &str {
+        self.0.rsplit_once('/').map_or(&self.0, |(_, name)| name)
+    }
+}
+
+impl FromStr for RelPath {
+    type Err = NameError;
+    fn from_str(s: &str) -> Result<Self, NameError> {
+        let what = "path";
+        if s.is_empty() {
+            return refuse(what, s, "it is empty");
+        }
+        if s.len() > PATH_BYTES_MAX {
+            return refuse(what, s, format!("it is longer than {PATH_BYTES_MAX} bytes"));
+        }
+        if s.contains('\0') {
+            return refuse(what, s, "it contains a NUL");
+        }
+        for component in s.split('/') {
+            match component {
+                "" => return refuse(what, s, "it is absolute or has an empty component"),
+                "." | ".." => return refuse(what, s, format!("it contains {component:?}")),
+                c if c.len() > PATH_COMPONENT_BYTES_MAX => {
+                    return refuse(what, s, format!("a component is longer than {PATH_COMPONENT_BYTES_MAX} bytes"));
+                }
+                _ => {}
+            }
+        }
+        Ok(Self(s.into()))
+    }
+}
+
+/// Resolves the target of the link at `path` by its text, from the folder that the link is in, and refuses one that leaves the artifact.
+/// Whoever publishes and whoever receives use this one rule.
+///
+/// A `..` behind a name is a step back only where that name is a real folder: behind another link it could lead anywhere. `is_folder`
+/// says whether this path of the artifact is one.
+pub fn stays_inside(path: &RelPath, target: &str, mut is_folder: impl FnMut(&str) -> bool) -> Result<(), &'static str> {
+    if target.starts_with('/') {
+        return Err("is an absolute path");
+    }
+    let mut at: Vec<&str> = path.components().collect();
+    at.pop();
+    // The folders above the link are folders.
+    let mut sure = at.len();
+    for component in target.split('/') {
+        match component {
+            "" | "." => {}
+            ".." => {
+                if at.is_empty() {
+                    return Err("leaves the folder");
+                }
+                if at.len() > sure && !is_folder(&at.join("/")) {
+                    return Err("steps back from something that is not a folder");
+                }
+                at.pop();
+                sure = sure.min(at.len());
+            }
+            name => at.push(name),
+        }
+    }
+    Ok(())
+}
+
+/// Which sites a command means: names, `all`, or a selector on labels.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub enum SiteSelector {
+    /// Every site that has joined.
+    All,
+    /// These, and each must exist.
+    Names(Vec<SiteName>),
+    /// Those whose labels meet every term.
+    Labels(Vec<LabelTerm>),
+}
+
+impl SiteSelector {
+    /// Whether it means a site of this name and these labels.
+    pub fn includes(&self, site: &SiteName, labels: &std::collections::BTreeMap<String, String>) -> bool {
+        match self {
+            Self::All => true,
+            Self::Names(names) => names.contains(site),
+            Self::Labels(terms) => terms.iter().all(|term| term.matches(labels)),
+        }
+    }
+}
+
+impl fmt::Display for SiteSelector {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let texts: Vec<String> = match self {
+            Self::All => vec!["all".into()],
+            Self::Names(names) => names.iter().map(ToString::to_string).collect(),
+            Self::Labels(terms) => terms.iter().map(|t| format!("{}{}{}", t.key, if t.equal { "=" } else { "!=" }, t.value)).collect(),
+        };
+        f.write_str(&texts.join(","))
+    }
+}
+
+impl From<SiteSelector> for String {
+    fn from(value: SiteSelector) -> String {
+        value.to_string()
+    }
+}
+
+impl TryFrom<String> for SiteSelector {
+    type Error = NameError;
+    fn try_from(value: String) -> Result<Self, NameError> {
+        value.parse()
+    }
+}
+
+/// One term of a label selector.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LabelTerm {
+    /// The label's key.
+    pub key: String,
+    /// The value to compare with.
+    pub value: String,
+    /// `=` when true, `!=` when false. A site without the key meets `!=`.
+    pub equal: bool,
+}
+
+impl LabelTerm {
+    /// Whether a site with these labels meets the term.
+    pub fn matches(&self, labels: &std::collections::BTreeMap<String, String>) -> bool {
+        (labels.get(&self.key) == Some(&self.value)) == self.equal
+    }
+}
+
+/// Checks a label's key and value: up to [`NAME_BYTES_MAX`] bytes of letters, digits, `.`, `_`, `-` and (in keys) `/`.
+pub fn check_label(key: &str, value: &str) -> Result<(), NameError> {
+    let ok = |s: &str, slash: bool| {
+        s.len() <= NAME_BYTES_MAX && s.chars().all(|c| c.is_ascii_alphanumeric() || "._-".contains(c) || (slash && c == '/'))
+    };
+    if key.is_empty() || !ok(key, true) {
+        return refuse("label key", key, "use letters, digits, '.', '_', '-' and '/'");
+    }
+    if !ok(value, false) {
+        return refuse("label value", value, "use letters, digits, '.', '_' and '-'");
+    }
+    Ok(())
+}
+
+impl FromStr for SiteSelector {
+    type Err = NameError;
+    fn from_str(s: &str) -> Result<Self, NameError> {
+        let shape = "write names by comma, 'all', or a selector such as region=west,line!=3";
+        if s == "all" {
+            return Ok(Self::All);
+        }
+        if s.trim().is_empty() {
+            return refuse("site selection", s, shape);
+        }
+        let parts: Vec<&str> = s.split(',').map(str::trim).collect();
+        let terms = parts.iter().filter(|p| p.contains('=')).count();
+        if terms == 0 {
+            let mut names = parts.into_iter().map(str::parse).collect::<Result<Vec<SiteName>, _>>()?;
+            names.sort();
+            names.dedup();
+            return Ok(Self::Names(names));
+        }
+        if terms != parts.len() {
+            return refuse("site selection", s, format!("names and label terms cannot be mixed; {shape}"));
+        }
+        let mut out = Vec::new();
+        for part in parts {
+            let (key, value, equal) = match part.split_once("!=") {
+                Some((k, v)) => (k, v, false),
+                None => match part.split_once('=') {
+                    Some((k, v)) => (k, v, true),
+                    None => return refuse("site selection", s, shape),
+                },
+            };
+            check_label(key, value)?;
+            out.push(LabelTerm { key: key.into(), value: value.into(), equal });
+        }
+        Ok(Self::Labels(out))
+    }
+}
+
+impl crate::text::FromText for SiteSelector {
+    fn from_text(text: &str) -> Option<Self> {
+        text.parse().ok()
+    }
+}
+
+/// Whether a list of selectors names this site: by its name or by `all`. Labels do not count: the hub assigns them.
+pub fn names_site(list: &[String], site: &SiteName) -> bool {
+    let no_labels = std::collections::BTreeMap::new();
+    list.iter().any(|text| match text.parse::<SiteSelector>() {
+        Ok(SiteSelector::Labels(_)) | Err(_) => false,
+        Ok(selector) => selector.includes(site, &no_labels),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn references_parse_and_print() {
+        let r: ArtifactRef = "dataset/line-3.aoi:2026.11_a".parse().unwrap();
+        assert_eq!(r.to_string(), "dataset/line-3.aoi:2026.11_a");
+        for bad in [
+            "",
+            "dataset",
+            "dataset/x",
+            "data/x:1",
+            "dataset/X:1",
+            "dataset/x:",
+            "dataset/.x:1",
+            "dataset/a/b:1",
+            "dataset/x:1:2",
+            "dataset/x:current",
+            "dataset/../x:1",
+        ] {
+            assert!(bad.parse::<ArtifactRef>().is_err(), "{bad:?} must be refused");
+        }
+        assert!(format!("dataset/{}:1", "a".repeat(129)).parse::<ArtifactRef>().is_err());
+    }
+
+    #[test]
+    fn paths_cannot_escape() {
+        for good in ["a", "a/b", "图像/缺陷 1.png", "a..b", ".hidden"] {
+            assert!(good.parse::<RelPath>().is_ok(), "{good:?}");
+        }
+        for bad in ["", "/a", "a/", "a//b", "..", "a/../b", "./a", "a\0b"] {
+            assert!(bad.parse::<RelPath>().is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn links_stay_inside_or_are_refused() {
+        let folders = ["a", "a/b", "z"];
+        let of = |link: &str, target: &str| stays_inside(&link.parse().unwrap(), target, |folder| folders.contains(&folder));
+        for (link, target) in [
+            ("l", "x"),
+            ("l", "."),
+            ("l", "l"),
+            ("l", "nowhere/at/all"),
+            ("a/l", "../x"),
+            ("a/b/l", "../../x/./y"),
+            ("a/l", "b/../../z"),
+            ("l", "z/.."),
+            ("l", "z/"),
+            ("a/l", "b//../c"),
+            ("l", "..."),
+        ] {
+            assert_eq!(of(link, target), Ok(()), "{link} -> {target}");
+        }
+        for (link, target) in [
+            ("l", "/etc/passwd"),
+            ("l", "/"),
+            ("l", ".."),
+            ("a/l", "../.."),
+            ("a/b/l", "../../../x"),
+            ("a/l", "b/../../../x"),
+            ("l", "other/.."),
+            ("a/l", "up/../x"),
+            ("l", "z/x/../.."),
+            ("l", "a/b/../../../etc"),
+            ("a/l", "./.././../x"),
+        ] {
+            assert!(of(link, target).is_err(), "{link} -> {target}");
+        }
+    }
+
+    #[test]
+    fn selectors() {
+        assert_eq!("all".parse(), Ok(SiteSelector::All));
+        assert!(matches!("a,b,a".parse(), Ok(SiteSelector::Names(n)) if n.len() == 2));
+        assert!(matches!("region=west,line!=3".parse(), Ok(SiteSelector::Labels(t)) if t.len() == 2 && !t[1].equal));
+        for text in ["all", "a,b", "region=west,line!=3", "x="] {
+            assert_eq!(text.parse::<SiteSelector>().unwrap().to_string(), text);
+        }
+        assert!("a,region=west".parse::<SiteSelector>().is_err());
+        assert!("".parse::<SiteSelector>().is_err());
+    }
+}

@@ -1,0 +1,161 @@
+//! Builds a manifest from entries in order, page by page, in memory that does not grow with their number.
+
+use bytes::Bytes;
+
+use crate::frame::Verified;
+use base::fault::Fault;
+use base::names::{Kind, RelPath};
+
+use super::page::{ChunkRef, PageWriter, is_one_chunk};
+use super::{Chunking, Entry, EntryBody, KindInfo, PageRef, Root, Totals};
+
+/// The root lists at most this many pages; more get a level of index pages above them.
+const ROOT_PAGES_MAX: usize = 128;
+
+/// Takes pages as they are finished.
+pub(super) type PageSink<'a> = dyn FnMut(Verified) -> Result<(), Fault> + 'a;
+
+/// Builds one manifest. Entries come in manifest order; a file's chunks right after it.
+pub struct Builder<'a> {
+    sink: &'a mut PageSink<'a>,
+    chunking: Chunking,
+    totals: Totals,
+    page: PageWriter,
+    /// Finished pages not yet listed anywhere, a list for each level; 0 holds entry pages.
+    levels: Vec<Level>,
+    last: Option<RelPath>,
+    /// The folders that are open at this place of the walk.
+    open: Vec<String>,
+}
+
+#[derive(Default)]
+struct Level {
+    page: PageWriter,
+    /// Finished pages of the level below, while they may still all fit in the root.
+    pages: Vec<PageRef>,
+    spilled: bool,
+}
+
+impl<'a> Builder<'a> {
+    /// A builder that hands its pages to `sink`.
+    pub fn new(chunking: Chunking, sink: &'a mut PageSink<'a>) -> Self {
+        let levels = vec![Level::default()];
+        Self { sink, chunking, totals: Totals::default(), page: PageWriter::default(), levels, last: None, open: Vec::new() }
+    }
+
+    /// Whether a file of this size gets chunk records of its own (else it is one chunk, named by its hash).
+    pub fn lists_chunks(&self, size: u64) -> bool {
+        size > 0 && !is_one_chunk(&self.chunking, size)
+    }
+
+    /// Adds an entry, and for a file the chunks that [`Builder::lists_chunks`] asks for.
+    pub fn push(&mut self, entry: &Entry, chunks: &[ChunkRef]) -> Result<(), Fault> {
+        check_order(self.last.as_ref(), &mut self.open, entry)?;
+        self.last = Some(entry.path.clone());
+        match &entry.body {
+            EntryBody::Dir => self.totals.dirs += 1,
+            EntryBody::Symlink(_) => self.totals.symlinks += 1,
+            EntryBody::File(file) => {
+                self.totals.files += 1;
+                self.totals.bytes += file.size;
+                self.totals.chunks += u64::from(is_one_chunk(&self.chunking, file.size));
+            }
+        }
+        if self.page.entry(entry, &self.chunking) {
+            self.end_page()?;
+        }
+        for chunk in chunks {
+            self.push_chunk(chunk)?;
+        }
+        Ok(())
+    }
+
+    /// Adds one more chunk of the last file; for files whose chunks do not fit in memory at once.
+    pub fn push_chunk(&mut self, chunk: &ChunkRef) -> Result<(), Fault> {
+        self.totals.chunks += 1;
+        if self.page.chunk(chunk) {
+            self.end_page()?;
+        }
+        Ok(())
+    }
+
+    fn end_page(&mut self) -> Result<(), Fault> {
+        let page = std::mem::take(&mut self.page);
+        let listed = self.emit(page)?;
+        self.list(0, listed)
+    }
+
+    fn emit(&mut self, page: PageWriter) -> Result<PageRef, Fault> {
+        let chunk = Verified::new(Bytes::from(page.bytes));
+        let listed = PageRef { id: chunk.id, len: chunk.bytes.len() as u32, chunks: page.chunks, entries: page.entries };
+        (self.sink)(chunk)?;
+        Ok(listed)
+    }
+
+    /// Lists a finished page on the level above it.
+    fn list(&mut self, level: usize, page: PageRef) -> Result<(), Fault> {
+        if self.levels.len() == level {
+            self.levels.push(Level::default());
+        }
+        let this = &mut self.levels[level];
+        if !this.spilled {
+            this.pages.push(page);
+            if this.pages.len() <= ROOT_PAGES_MAX {
+                return Ok(());
+            }
+            this.spilled = true;
+            for page in std::mem::take(&mut self.levels[level].pages) {
+                self.index(level, page)?;
+            }
+            return Ok(());
+        }
+        self.index(level, page)
+    }
+
+    fn index(&mut self, level: usize, page: PageRef) -> Result<(), Fault> {
+        if self.levels[level].page.child(&page) {
+            let full = std::mem::take(&mut self.levels[level].page);
+            let listed = self.emit(full)?;
+            self.list(level + 1, listed)?;
+        }
+        Ok(())
+    }
+
+    /// Ends the manifest.
+    pub fn finish(mut self, kind: Kind, info: KindInfo) -> Result<Root, Fault> {
+        if !self.page.bytes.is_empty() {
+            self.end_page()?;
+        }
+        let mut level = 0;
+        while self.levels[level].spilled {
+            let rest = std::mem::take(&mut self.levels[level].page);
+            if !rest.bytes.is_empty() {
+                let listed = self.emit(rest)?;
+                self.list(level + 1, listed)?;
+            }
+            level += 1;
+        }
+        let pages = std::mem::take(&mut self.levels[level].pages);
+        Ok(Root { format: 1, kind, info, chunking: self.chunking, totals: self.totals, depth: level as u8, pages })
+    }
+}
+
+/// Every path stands after the one before, and inside folders that were named: so a tree can be made in one walk, and
+/// nothing is ever written through a link.
+pub(super) fn check_order(last: Option<&RelPath>, open: &mut Vec<String>, entry: &Entry) -> Result<(), Fault> {
+    let wrong = |why: &str| Err(Fault::integrity(format!("the manifest entry {:?} {why}", entry.path.as_str())));
+    if last.is_some_and(|last| *last >= entry.path) {
+        return wrong("is out of order or there twice");
+    }
+    let parent = entry.path.parent().unwrap_or("");
+    while open.last().is_some_and(|dir| dir != parent) {
+        open.pop();
+    }
+    if open.is_empty() && !parent.is_empty() {
+        return wrong("is not inside a folder of the artifact");
+    }
+    if entry.body == EntryBody::Dir {
+        open.push(entry.path.as_str().to_owned());
+    }
+    Ok(())
+}

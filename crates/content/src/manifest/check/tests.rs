@@ -1,0 +1,376 @@
+//! Manifests written byte by byte: each that is malformed is refused, and a survey of it still finds what it names.
+
+use proptest::prelude::*;
+
+use super::super::tests::{Memory, build, numbered};
+use super::*;
+use crate::chunk::{DEFAULT_CHUNKING, Hash};
+use crate::manifest::{DatasetBinding, ImageInfo, LabelsInfo, Named, PageRef, Totals, survey};
+use base::fault::Code;
+
+fn number(out: &mut Vec<u8>, mut n: u64) {
+    while n >= 0x80 {
+        out.push(n as u8 | 0x80);
+        n >>= 7;
+    }
+    out.push(n as u8);
+}
+
+/// An entry page of which nothing is checked, and what it adds to the totals.
+#[derive(Clone, Default)]
+struct Page {
+    bytes: Vec<u8>,
+    totals: Totals,
+}
+
+impl Page {
+    fn entry(mut self, tag: u8, path: impl AsRef<[u8]>, mode: u64) -> Self {
+        if self.bytes.is_empty() {
+            self.bytes.push(b'E');
+        }
+        self.bytes.extend([tag, 0]);
+        number(&mut self.bytes, path.as_ref().len() as u64);
+        self.bytes.extend(path.as_ref());
+        number(&mut self.bytes, mode);
+        self
+    }
+
+    fn dir(mut self, path: &str) -> Self {
+        self.totals.dirs += 1;
+        self.entry(1, path, 0o755)
+    }
+
+    fn link(mut self, path: &str, target: impl AsRef<[u8]>) -> Self {
+        self.totals.symlinks += 1;
+        let mut this = self.entry(2, path, 0o777);
+        number(&mut this.bytes, target.as_ref().len() as u64);
+        this.bytes.extend(target.as_ref());
+        this
+    }
+
+    fn file(self, path: impl AsRef<[u8]>, size: u64) -> Self {
+        self.file_as(path, size, 0o644)
+    }
+
+    fn file_as(mut self, path: impl AsRef<[u8]>, size: u64, mode: u64) -> Self {
+        self.totals.files += 1;
+        self.totals.bytes = self.totals.bytes.wrapping_add(size);
+        self.totals.chunks += u64::from(size > 0 && size <= u64::from(DEFAULT_CHUNKING.whole));
+        let hash = Hash::of(path.as_ref());
+        let mut this = self.entry(3, path, mode);
+        number(&mut this.bytes, size);
+        this.bytes.extend(hash.0);
+        this
+    }
+
+    fn chunk(mut self, id: &[u8], len: u64) -> Self {
+        if self.bytes.is_empty() {
+            self.bytes.push(b'E');
+        }
+        self.totals.chunks += 1;
+        self.bytes.push(4);
+        number(&mut self.bytes, len);
+        self.bytes.extend(Hash::of(id).0);
+        self
+    }
+
+    fn put(&self, memory: &Memory) -> PageRef {
+        let id = Hash::of(&self.bytes);
+        memory.0.borrow_mut().insert(id, self.bytes.clone().into());
+        let Totals { files, dirs, symlinks, chunks, .. } = self.totals;
+        PageRef { id, len: self.bytes.len() as u32, chunks, entries: files + dirs + symlinks }
+    }
+
+    /// A manifest of this page, so many times.
+    fn times(&self, memory: &Memory, times: u64) -> Root {
+        let t = self.totals;
+        let totals = Totals {
+            files: t.files * times,
+            dirs: t.dirs * times,
+            symlinks: t.symlinks * times,
+            bytes: t.bytes.wrapping_mul(times),
+            chunks: t.chunks * times,
+        };
+        let pages = vec![self.put(memory); times as usize];
+        Root { format: 1, kind: Kind::Dataset, info: KindInfo::Files, chunking: DEFAULT_CHUNKING, totals, depth: 0, pages }
+    }
+}
+
+fn page() -> Page {
+    Page::default()
+}
+
+fn checked(root: &Root, memory: &Memory) -> Result<(), Fault> {
+    check(&format!("{}/x:1", root.kind).parse().unwrap(), root, memory)
+}
+
+#[track_caller]
+fn refused(name: &str, root: &Root, memory: &Memory, why: &str) {
+    let fault = checked(root, memory).expect_err(name);
+    assert_eq!(fault.code, Code::Integrity, "{name}: {fault}");
+    assert!(fault.message.starts_with(&format!("{}/x:1: ", root.kind)) && fault.message.contains(why), "{name}: {fault}");
+    assert!(fault.message.len() < 10_000, "{name}: {} bytes", fault.message.len());
+    // Whoever must not lose what it may need reads it all the same.
+    survey(root, memory, &mut Default::default(), &mut |_| ()).unwrap();
+}
+
+#[test]
+fn malformed_paths_and_orders_are_refused() {
+    let memory = Memory::default();
+    let deep = vec!["d"; 2040].join("/");
+    let long = "a".repeat(256);
+    let too_long = vec!["d".repeat(200); 30].join("/");
+    for (name, page, why) in [
+        ("dotdot", page().file("../evil", 1), "contains \"..\""),
+        ("inner dotdot", page().dir("a").file("a/../../evil", 1), "contains \"..\""),
+        ("absolute", page().file("/etc/evil", 1), "absolute"),
+        ("nul", page().file("a\0b", 1), "NUL"),
+        ("long", page().file(&long, 1), "longer than 255"),
+        ("long path", page().file(&too_long, 1), "longer than 4096"),
+        ("deep", page().file(&deep, 1), "not inside a folder"),
+        ("not utf-8", page().file(b"\xff\xfe", 1), "not UTF-8"),
+        ("dot", page().file("a/./b", 1), "contains \".\""),
+        ("empty", page().file("", 1), "empty"),
+        ("slash at the end", page().file("a/", 1), "empty"),
+        ("through a link", page().link("d", "x").file("d/evil", 1), "not inside a folder"),
+        ("under a file", page().file("d", 1).file("d/evil", 1), "not inside a folder"),
+        ("order", page().file("b", 1).file("a", 1), "out of order"),
+        ("twice", page().file("a", 1).file("a", 1), "out of order or there twice"),
+        ("folder and file", page().dir("a").file("a", 1), "out of order or there twice"),
+        ("mode", page().file_as("a", 1, 0o10644), "mode"),
+        ("huge mode", page().file_as("a", 1, u64::MAX), "mode"),
+    ] {
+        refused(name, &page.times(&memory, 1), &memory, why);
+    }
+    // The same page many times.
+    refused("7,800 times", &page().file("a", 1).times(&memory, 7_800), &memory, "out of order or there twice");
+}
+
+#[test]
+fn totals_and_sizes_that_do_not_fit_are_refused() {
+    let memory = Memory::default();
+    let one = page().file("f", 1).times(&memory, 1);
+    let with = |change: &dyn Fn(&mut Root)| {
+        let mut root = one.clone();
+        change(&mut root);
+        root
+    };
+    for (name, root) in [
+        ("bytes", with(&|r| r.totals.bytes = 1 << 62)),
+        ("chunks", with(&|r| (r.totals.chunks, r.pages[0].chunks) = (1 << 63, 1 << 63))),
+        ("a page that lies", with(&|r| (r.totals.chunks, r.pages[0].chunks) = (7, 7))),
+        ("entries", with(&|r| (r.totals.files, r.pages[0].entries) = (7, 7))),
+        ("dirs for files", with(&|r| (r.totals.files, r.totals.dirs) = (0, 1))),
+        ("page length", with(&|r| r.pages[0].len += 1)),
+        ("large page", with(&|r| r.pages[0].len = 1 << 20)),
+        ("depth", with(&|r| r.depth = 255)),
+        ("an entry page as an index", with(&|r| r.depth = 1)),
+        ("no page", with(&|r| r.pages.clear())),
+        ("a page that holds nothing", with(&|r| r.pages.push(PageRef { chunks: 0, entries: 0, ..r.pages[0] }))),
+    ] {
+        refused(name, &root, &memory, "");
+    }
+    for (name, page, why) in [
+        ("uncovered", page().file("big", 1 << 50).chunk(b"x", 1), "less than the file"),
+        ("u64max", page().file("max", u64::MAX).chunk(b"x", 1), "less than the file"),
+        ("overflow", page().file("a", u64::MAX).file("b", u64::MAX), "than the file"),
+        ("chunks of an empty file", page().file("a", 0).chunk(b"x", 1), "more than the file"),
+        ("chunk without a file", page().chunk(b"x", 1), "more than the file"),
+        ("chunk of a folder", page().dir("a").chunk(b"x", 1), "more than the file"),
+        ("empty chunk", page().file("a", 300 << 10).chunk(b"x", 0), "more than the file"),
+        ("too much", page().file("a", 300 << 10).chunk(b"x", 256 << 10).chunk(b"y", 256 << 10), "more than the file"),
+        ("large chunk", page().file("a", 300 << 10).chunk(b"x", 300 << 10), "over 262144"),
+        ("larger chunk", page().file("a", 3 << 20).chunk(b"x", 3 << 20), "over 1048576"),
+    ] {
+        refused(name, &page.times(&memory, 1), &memory, why);
+    }
+}
+
+#[test]
+fn links_that_leave_or_cannot_be_made_are_refused() {
+    let memory = Memory::default();
+    let long = "x".repeat(4096);
+    for (name, page, why) in [
+        ("absolute", page().link("l", "/etc/passwd"), "absolute path"),
+        ("up", page().link("l", "../x"), "leaves the folder"),
+        ("up from within", page().dir("a").link("a/l", "../../x"), "leaves the folder"),
+        ("through a link", page().link("k", ".").link("l", "k/../x"), "steps back from"),
+        ("through nothing", page().link("l", "nowhere/../x"), "steps back from"),
+        ("through a file", page().file("a", 1).link("l", "a/../x"), "steps back from"),
+        ("no target", page().link("l", ""), "0 bytes"),
+        ("nul", page().link("l", "a\0b"), "NUL"),
+        ("long", page().link("l", &long), "4096 bytes"),
+        ("not utf-8", page().link("l", b"\xff"), "not UTF-8"),
+    ] {
+        refused(name, &page.times(&memory, 1), &memory, why);
+    }
+    let fine = page().dir("a").link("a/l", "../z/../a").link("b", "a/l").link("c", "./x\ny").dir("z");
+    checked(&fine.times(&memory, 1), &memory).unwrap();
+}
+
+#[test]
+fn what_does_not_fit_the_kind_is_refused() {
+    let memory = Memory::default();
+    let as_kind = |page: &Page, kind, info: &KindInfo| Root { kind, info: info.clone(), ..page.times(&memory, 1) };
+    let top = Sha256::of(b"top");
+    let image = |digest: &str, size| {
+        KindInfo::Image(ImageInfo { media_type: "x".into(), digest: digest.into(), size, platforms: vec![], absent: vec![] })
+    };
+    let sound = image(&top.to_string(), 3);
+    let blob = |path: &str| page().dir("blobs").dir("blobs/sha256").file(path, 3).file("index.json", 2).file("oci-layout", 2);
+    let layout = blob(&top.layout_path());
+    checked(&as_kind(&layout, Kind::Image, &sound), &memory).unwrap();
+    let other = Sha256::of(b"other").layout_path();
+    for (name, page, info) in [
+        ("sha256:zz", &layout, image("sha256:zz", 3)),
+        ("no digest", &layout, image("", 3)),
+        ("no size", &layout, image(&top.to_string(), 0)),
+        ("another size", &layout, image(&top.to_string(), 4)),
+        ("huge", &layout, image(&top.to_string(), 1 << 40)),
+        ("no top manifest", &blob(&other), sound.clone()),
+        ("a stranger", &layout.clone().file("z", 1), sound.clone()),
+        ("a link", &layout.clone().link("z", "oci-layout"), sound.clone()),
+        ("no blob's name", &blob("blobs/sha256/zz"), sound.clone()),
+        ("of files", &layout, KindInfo::Files),
+    ] {
+        refused(name, &as_kind(page, Kind::Image, &info), &memory, "");
+    }
+    let labels = |classes, dataset| {
+        let format = "csv".to_owned();
+        KindInfo::Labels(LabelsInfo { dataset, samples: 1, annotations: 1, classes, format })
+    };
+    let bound = |name: &str| Some(DatasetBinding { artifact: name.parse().unwrap(), digest: Hash::of(b"d") });
+    let files = page().file(ANNOTATIONS, 9).file(CLASSES, 9).file(SAMPLES, 9);
+    checked(&as_kind(&files, Kind::Labels, &labels(1, bound("dataset/d:1"))), &memory).unwrap();
+    for (name, page, info) in [
+        ("bound to a model", &files, labels(1, bound("model/d:1"))),
+        ("many classes", &files, labels(1 << 63, None)),
+        ("two files", &page().file(ANNOTATIONS, 9).file(CLASSES, 9), labels(1, None)),
+        ("another file", &page().file(ANNOTATIONS, 9).file(CLASSES, 9).file("x", 9), labels(1, None)),
+        ("of files", &files, KindInfo::Files),
+    ] {
+        refused(name, &as_kind(page, Kind::Labels, &info), &memory, "");
+    }
+    for kind in [Kind::Dataset, Kind::Model, Kind::Operator] {
+        refused("of an image", &as_kind(&layout, kind, &sound), &memory, "");
+        checked(&as_kind(&layout, kind, &KindInfo::Files), &memory).unwrap();
+    }
+    let dataset = page().file("a", 1).times(&memory, 1);
+    let fault = check(&"model/x:1".parse().unwrap(), &dataset, &memory).unwrap_err();
+    assert!(fault.message.contains("the manifest of a dataset"), "{fault}");
+}
+
+#[test]
+fn a_page_that_is_listed_often_is_read_once() {
+    struct Counting(Memory, std::cell::Cell<u64>);
+    impl Pages for Counting {
+        fn page(&self, id: Hash) -> Result<bytes::Bytes, Fault> {
+            self.1.set(self.1.get() + 1);
+            self.0.page(id)
+        }
+    }
+    let memory = Memory::default();
+    let (mut zeros, times) = (page(), 7_800);
+    for _ in 0..100 {
+        zeros = zeros.chunk(b"zeros", 64 << 10);
+    }
+    let mut root = zeros.times(&memory, times);
+    let size = times * 100 * (64 << 10);
+    let first = page().file("zeros", size);
+    root.pages.insert(0, first.put(&memory));
+    (root.totals.files, root.totals.bytes) = (1, size);
+    let pages = Counting(memory, Default::default());
+    check(&"dataset/x:1".parse().unwrap(), &root, &pages).unwrap();
+    assert_eq!(pages.1.get(), 2);
+    root.totals.bytes += 1;
+    assert!(check(&"dataset/x:1".parse().unwrap(), &root, &pages).is_err());
+    root.totals.bytes -= 1;
+    root.pages.pop();
+    root.totals.chunks -= 100;
+    let fault = check(&"dataset/x:1".parse().unwrap(), &root, &pages).unwrap_err();
+    assert!(fault.message.contains("less than the file"), "{fault}");
+}
+
+#[test]
+fn no_more_than_the_permission_bits_are_read() {
+    let memory = Memory::default();
+    let root = page().file_as("a", 1, 0o6755).file_as("b", 1, 0o7777).times(&memory, 1);
+    checked(&root, &memory).unwrap();
+    let modes = Walk::new(&root, &memory).filter_map(|step| match step.unwrap() {
+        Step::Entry { entry, .. } => Some(entry.mode),
+        Step::Chunk(..) => None,
+    });
+    assert_eq!(modes.collect::<Vec<_>>(), [0o755, 0o777]);
+}
+
+#[test]
+fn a_survey_finds_what_malformed_and_torn_pages_name() {
+    let memory = Memory::default();
+    let named = |root: &Root| {
+        let mut out = Vec::new();
+        let faults = survey(root, &memory, &mut Default::default(), &mut |named| out.push(named)).unwrap();
+        (out, faults)
+    };
+    let bad = page().file("../evil", 300 << 10).chunk(b"1", 1).chunk(b"2", 2).link("a", "/").file("/", 7);
+    let root = bad.times(&memory, 1);
+    let (found, faults) = named(&root);
+    let chunk = |id: &[u8], len| Named::Chunk(super::super::ChunkRef { id: Hash::of(id), len });
+    let file = |path: &[u8], size| Named::File { hash: Hash::of(path), size };
+    let all = [Named::Page(root.pages[0].id), file(b"../evil", 300 << 10), chunk(b"1", 1), chunk(b"2", 2), file(b"/", 7)];
+    assert_eq!((found.as_slice(), faults.len()), (&all[..], 0));
+    // A page that breaks off, one that is gone, and one behind them.
+    let mut torn = bad;
+    torn.bytes.extend([3, 0, 9]);
+    let mut root = torn.times(&memory, 1);
+    root.pages.push(PageRef { id: Hash::of(b"gone"), ..root.pages[0] });
+    root.pages.push(page().chunk(b"3", 3).put(&memory));
+    let (found, faults) = named(&root);
+    assert_eq!((&found[1..5], faults.len()), (&all[1..], 2));
+    assert_eq!(found[5..], [Named::Page(Hash::of(b"gone")), Named::Page(root.pages[2].id), chunk(b"3", 3)]);
+    // Nothing that was read before is read again, and whoever cannot read its disk is told.
+    let mut seen = root.pages.iter().map(|page| page.id).collect();
+    let mut again = 0;
+    survey(&root, &memory, &mut seen, &mut |_| again += 1).unwrap();
+    assert_eq!(again, 0);
+    struct Broken;
+    impl Pages for Broken {
+        fn page(&self, _: Hash) -> Result<bytes::Bytes, Fault> {
+            Err(Fault::internal("the disk fails"))
+        }
+    }
+    assert!(survey(&root, &Broken, &mut Default::default(), &mut |_| ()).is_err());
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(128))]
+    #[test]
+    fn a_changed_manifest_is_sound_or_refused(
+        files in 1u64..400,
+        changes in proptest::collection::vec((any::<prop::sample::Index>(), any::<prop::sample::Index>(), any::<u8>()), 1..4),
+        cut in proptest::option::of(any::<prop::sample::Index>()),
+    ) {
+        let memory = Memory::default();
+        let mut root = build(&numbered(files), &memory);
+        for (page, at, with) in changes {
+            // The page keeps its place under the name that its new bytes have.
+            let which = page.index(root.pages.len());
+            let mut bytes = memory.page(root.pages[which].id).unwrap().to_vec();
+            let at = at.index(bytes.len());
+            bytes[at] = with;
+            if let Some(cut) = &cut {
+                bytes.truncate(cut.index(bytes.len()) + 1);
+            }
+            root.pages[which].id = Hash::of(&bytes);
+            root.pages[which].len = bytes.len() as u32;
+            memory.0.borrow_mut().insert(root.pages[which].id, bytes.into());
+        }
+        if let Err(fault) = checked(&root, &memory) {
+            prop_assert_eq!(fault.code, Code::Integrity);
+        } else {
+            prop_assert!(Walk::new(&root, &memory).all(|step| step.is_ok()), "sound is sound for a site too");
+        }
+        let mut count = 0u64;
+        survey(&root, &memory, &mut Default::default(), &mut |_| count += 1).unwrap();
+        prop_assert!(count <= 3 * files + 64, "{count}");
+    }
+}

@@ -1,0 +1,307 @@
+//! Manifest pages: runs of records, cut where their content says so, so that two versions share most pages.
+//!
+//! ```text
+//! page   = 'E' record*            entry page        page = 'I' child*      index page
+//! record = 1 path mode                              folder
+//!        | 2 path mode target                       symbolic link
+//!        | 3 path mode size hash                    file; up to `Chunking::whole` bytes it is one chunk named by its hash
+//!        | 4 len id                                 the next chunk of the file before (perhaps on the page before)
+//! path   = shared suffix_len suffix                 bytes shared with the path before on this page, then the rest
+//! child  = len chunks entries id
+//! ```
+//! Numbers are LEB128. A page ends after a record whose key (a hash) has its low bits zero, or when it is full.
+
+use bytes::Bytes;
+
+use crate::chunk::Hash;
+use base::fault::Fault;
+use base::names::RelPath;
+
+use super::{Chunking, Entry, EntryBody, FileInfo, PageRef};
+
+/// A page is not cut before it has this many bytes…
+pub(super) const PAGE_BYTES_MIN: usize = 2 << 10;
+/// …and always once it has this many.
+pub(super) const PAGE_BYTES_MAX: usize = 64 << 10;
+/// One record in so many ends a page.
+pub(super) const PAGE_CUT: u32 = 256;
+/// No page is larger: one record, however long, ends a page that is full.
+pub(super) const LISTED_BYTES_MAX: u64 = PAGE_BYTES_MAX as u64 * 2;
+/// What Linux takes.
+const TARGET_BYTES_MAX: usize = 4095;
+/// What is kept of a mode wherever an entry is read: never set-user-id, set-group-id or the sticky bit, which a peer must not set.
+const MODE_BITS: u32 = 0o777;
+
+const DIR: u8 = 1;
+const SYMLINK: u8 = 2;
+const FILE: u8 = 3;
+const CHUNK: u8 = 4;
+
+/// A chunk of a file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ChunkRef {
+    /// BLAKE3 of its raw bytes.
+    pub id: Hash,
+    /// Raw bytes.
+    pub len: u32,
+}
+
+/// One record of an entry page.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Record {
+    /// An entry begins.
+    Entry(Entry),
+    /// The next chunk of the last file.
+    Chunk(ChunkRef),
+}
+
+/// Whether a file's only chunk is named by the file's hash and has no record of its own.
+pub(super) fn is_one_chunk(chunking: &Chunking, size: u64) -> bool {
+    size > 0 && size <= u64::from(chunking.whole)
+}
+
+fn put_number(out: &mut Vec<u8>, mut n: u64) {
+    while n >= 0x80 {
+        out.push(n as u8 | 0x80);
+        n >>= 7;
+    }
+    out.push(n as u8);
+}
+
+/// Writes one page.
+#[derive(Debug, Default)]
+pub(super) struct PageWriter {
+    pub(super) bytes: Vec<u8>,
+    pub(super) chunks: u64,
+    pub(super) entries: u64,
+    last_path: String,
+}
+
+impl PageWriter {
+    fn begin(&mut self, kind: u8) {
+        if self.bytes.is_empty() {
+            self.bytes.push(kind);
+        }
+    }
+
+    /// Adds an entry; true when the page must end here.
+    pub(super) fn entry(&mut self, entry: &Entry, chunking: &Chunking) -> bool {
+        self.begin(b'E');
+        let (tag, key) = match &entry.body {
+            EntryBody::Dir => (DIR, Hash::of(entry.path.as_str().as_bytes())),
+            EntryBody::Symlink(_) => (SYMLINK, Hash::of(entry.path.as_str().as_bytes())),
+            EntryBody::File(file) => (FILE, file.hash),
+        };
+        self.bytes.push(tag);
+        let path = entry.path.as_str();
+        let shared = path.bytes().zip(self.last_path.bytes()).take_while(|(a, b)| a == b).count();
+        put_number(&mut self.bytes, shared as u64);
+        put_number(&mut self.bytes, (path.len() - shared) as u64);
+        self.bytes.extend_from_slice(&path.as_bytes()[shared..]);
+        self.last_path = path.to_owned();
+        put_number(&mut self.bytes, u64::from(entry.mode));
+        match &entry.body {
+            EntryBody::Dir => {}
+            EntryBody::Symlink(target) => {
+                put_number(&mut self.bytes, target.len() as u64);
+                self.bytes.extend_from_slice(target.as_bytes());
+            }
+            EntryBody::File(file) => {
+                put_number(&mut self.bytes, file.size);
+                self.bytes.extend_from_slice(&file.hash.0);
+                self.chunks += u64::from(is_one_chunk(chunking, file.size));
+            }
+        }
+        self.entries += 1;
+        self.ends_at(key)
+    }
+
+    /// Adds a chunk of the last file; true when the page must end here.
+    pub(super) fn chunk(&mut self, chunk: &ChunkRef) -> bool {
+        self.begin(b'E');
+        self.bytes.push(CHUNK);
+        put_number(&mut self.bytes, u64::from(chunk.len));
+        self.bytes.extend_from_slice(&chunk.id.0);
+        self.chunks += 1;
+        self.ends_at(chunk.id)
+    }
+
+    /// Adds a child page; true when the page must end here.
+    pub(super) fn child(&mut self, page: &PageRef) -> bool {
+        self.begin(b'I');
+        put_number(&mut self.bytes, u64::from(page.len));
+        put_number(&mut self.bytes, page.chunks);
+        put_number(&mut self.bytes, page.entries);
+        self.bytes.extend_from_slice(&page.id.0);
+        self.chunks += page.chunks;
+        self.entries += page.entries;
+        self.ends_at(page.id)
+    }
+
+    fn ends_at(&self, key: Hash) -> bool {
+        let low = u32::from_le_bytes([key.0[0], key.0[1], key.0[2], key.0[3]]);
+        let cut = if self.bytes[0] == b'I' { PAGE_CUT / 4 } else { PAGE_CUT };
+        // Index pages have fewer and larger records, and few are wanted in the root.
+        (self.bytes.len() >= PAGE_BYTES_MIN && low.is_multiple_of(cut)) || self.bytes.len() >= PAGE_BYTES_MAX
+    }
+}
+
+/// Reads the bytes of a page, trusting none of them.
+struct Reader<'a> {
+    bytes: &'a [u8],
+}
+
+fn malformed(what: &str) -> Fault {
+    Fault::integrity(format!("a manifest page is malformed: {what}")).with_next("publish the artifact again")
+}
+
+impl<'a> Reader<'a> {
+    fn number(&mut self) -> Result<u64, Fault> {
+        let mut value = 0u64;
+        for shift in (0..64).step_by(7) {
+            let (&byte, rest) = self.bytes.split_first().ok_or_else(|| malformed("it ends in a number"))?;
+            self.bytes = rest;
+            value |= u64::from(byte & 0x7f) << shift;
+            if byte & 0x80 == 0 {
+                return Ok(value);
+            }
+        }
+        Err(malformed("a number has no end"))
+    }
+
+    fn small(&mut self, max: u64, what: &str) -> Result<u32, Fault> {
+        match self.number()? {
+            n if n <= max => Ok(n as u32),
+            n => Err(malformed(&format!("{what} is {n}, over {max}"))),
+        }
+    }
+
+    /// A length of something that is here: one that does not fit is refused where it is taken.
+    fn length(&mut self) -> Result<usize, Fault> {
+        self.number().map(|n| usize::try_from(n).unwrap_or(usize::MAX))
+    }
+
+    fn take(&mut self, len: usize) -> Result<&'a [u8], Fault> {
+        if len > self.bytes.len() {
+            return Err(malformed("it ends in a record"));
+        }
+        let (head, rest) = self.bytes.split_at(len);
+        self.bytes = rest;
+        Ok(head)
+    }
+
+    fn hash(&mut self) -> Result<Hash, Fault> {
+        let mut out = [0; 32];
+        out.copy_from_slice(self.take(32)?);
+        Ok(Hash(out))
+    }
+}
+
+/// A record as it stands on its page: of its path and its target nothing is checked.
+pub(super) enum Raw<'a> {
+    /// A folder.
+    Dir { path: &'a [u8], mode: u64 },
+    /// A symbolic link.
+    Symlink { path: &'a [u8], mode: u64, target: &'a [u8] },
+    /// A file.
+    File { path: &'a [u8], mode: u64, file: FileInfo },
+    /// The next chunk of the last file.
+    Chunk(ChunkRef),
+}
+
+/// Reads an entry page record by record, so that no more than one of them is held: a short record may stand for a long path.
+pub(super) struct Records {
+    page: Bytes,
+    at: usize,
+    path: Vec<u8>,
+}
+
+impl Records {
+    pub(super) fn new(page: Bytes) -> Result<Self, Fault> {
+        if page.first() == Some(&b'E') { Ok(Self { page, at: 1, path: Vec::new() }) } else { Err(malformed("it is not an entry page")) }
+    }
+
+    /// The next record as it stands there.
+    pub(super) fn raw(&mut self) -> Result<Option<Raw<'_>>, Fault> {
+        let Self { page, at, path } = self;
+        let mut reader = Reader { bytes: &page[*at..] };
+        if reader.bytes.is_empty() {
+            return Ok(None);
+        }
+        let tag = reader.take(1)?[0];
+        let raw = if tag == CHUNK {
+            let len = reader.small(base::limits::CHUNK_BYTES_MAX as u64, "a chunk's length")?;
+            Raw::Chunk(ChunkRef { len, id: reader.hash()? })
+        } else {
+            let shared = reader.length()?;
+            if shared > path.len() {
+                return Err(malformed("a path shares more than there is"));
+            }
+            let len = reader.length()?;
+            let suffix = reader.take(len)?;
+            path.truncate(shared);
+            path.extend_from_slice(suffix);
+            let (mode, path) = (reader.number()?, &path[..]);
+            match tag {
+                DIR => Raw::Dir { path, mode },
+                SYMLINK => {
+                    let len = reader.length()?;
+                    Raw::Symlink { path, mode, target: reader.take(len)? }
+                }
+                FILE => Raw::File { path, mode, file: FileInfo { size: reader.number()?, hash: reader.hash()? } },
+                other => return Err(malformed(&format!("a record of kind {other}"))),
+            }
+        };
+        *at = page.len() - reader.bytes.len();
+        Ok(Some(raw))
+    }
+
+    /// The next record, checked.
+    pub(super) fn next(&mut self) -> Result<Option<Record>, Fault> {
+        let Some(raw) = self.raw()? else { return Ok(None) };
+        let (path, mode, body) = match raw {
+            Raw::Chunk(chunk) => return Ok(Some(Record::Chunk(chunk))),
+            Raw::Dir { path, mode } => (path, mode, EntryBody::Dir),
+            Raw::Symlink { path, mode, target } => (path, mode, EntryBody::Symlink(read_target(target)?)),
+            Raw::File { path, mode, file } => (path, mode, EntryBody::File(file)),
+        };
+        let path = std::str::from_utf8(path).map_err(|_| malformed("a path is not UTF-8"))?;
+        let path: RelPath = path.parse().map_err(|e| malformed(&format!("{e}")))?;
+        if mode > 0o7777 {
+            return Err(malformed(&format!("a mode is {mode:o}, over 7777")));
+        }
+        Ok(Some(Record::Entry(Entry { path, mode: mode as u32 & MODE_BITS, body })))
+    }
+}
+
+/// What a filesystem can hold.
+fn read_target(target: &[u8]) -> Result<String, Fault> {
+    if target.is_empty() || target.len() > TARGET_BYTES_MAX {
+        return Err(malformed(&format!("a link's target has {} bytes; 1 to {TARGET_BYTES_MAX} are allowed", target.len())));
+    }
+    if target.contains(&0) {
+        return Err(malformed("a link's target contains a NUL"));
+    }
+    std::str::from_utf8(target).map(str::to_owned).map_err(|_| malformed("a link's target is not UTF-8"))
+}
+
+/// The children of an index page.
+pub fn read_children(page: &[u8]) -> Result<Vec<PageRef>, Fault> {
+    let mut out = Vec::new();
+    each_child(page, &mut |child| out.push(child))?;
+    Ok(out)
+}
+
+/// Gives `take` the children of an index page, as far as it can be read.
+pub(super) fn each_child(page: &[u8], take: &mut dyn FnMut(PageRef)) -> Result<(), Fault> {
+    let Some((b'I', bytes)) = page.split_first().map(|(kind, rest)| (*kind, rest)) else {
+        return Err(malformed("it is not an index page"));
+    };
+    let mut reader = Reader { bytes };
+    while !reader.bytes.is_empty() {
+        let len = reader.small(LISTED_BYTES_MAX, "a page's length")?;
+        let (chunks, entries) = (reader.number()?, reader.number()?);
+        take(PageRef { id: reader.hash()?, len, chunks, entries });
+    }
+    Ok(())
+}

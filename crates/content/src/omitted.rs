@@ -1,0 +1,379 @@
+//! What a publish leaves out of an artifact: counted by category, with the first examples of each.
+//!
+//! Readers of sources fill an [`Omitted`] while they read ([`source::Source::omitted`]). `publish` answers with it, the
+//! catalogues of the hub and of the site where it was published keep it, `show` lists it, and `publish --strict` refuses an
+//! input from which something would be left out ([`Omitted::refuse`]), except categories that the user accepts ([`Accepted`]).
+//! Nothing here does I/O.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+use base::fault::Fault;
+use base::limits::{OMITTED_EXAMPLE_CHARS_MAX, OMITTED_EXAMPLES_MAX, OMITTED_LINE_CHARS_MAX};
+use base::text::is_unsafe;
+
+/// A kind of content that is left out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Category {
+    /// Rows of a table that yield no annotation although columns that no field reads have values.
+    UnknownColumns,
+    /// Rows of a table whose box stands in columns that no field reads, so that the annotation has no box.
+    UnreadBoxes,
+    /// A label set without a single annotation.
+    NoAnnotations,
+    /// Links to folders, which are not followed.
+    LinkedFolders,
+    /// Tasks of Label Studio that an annotator skipped.
+    SkippedTasks,
+    /// Predictions of Label Studio, unless the setting `predictions` takes them.
+    Predictions,
+    /// Members of a label file that hold neither images nor annotations nor classes.
+    UnreadMembers,
+    /// Files of a label folder that the format does not read.
+    UnreadFiles,
+    /// Platforms that an image index lists and whose content is absent.
+    Platforms,
+    /// The digest of an image that the source states, where the published image has another one.
+    ImageDigest,
+    /// Signatures, SBOMs, attestations and other objects that refer to an image.
+    Referrers,
+    /// Names of an image in its archive or layout, beyond the first.
+    ImageNames,
+    /// Modification times of files.
+    Times,
+    /// Owners and groups, where not all entries of a folder have the same.
+    Owners,
+    /// The bits set-user-ID, set-group-ID and sticky of files and folders.
+    ModeBits,
+    /// Hard links between files, which become separate files.
+    HardLinks,
+    /// Extended attributes of files and folders, access control lists among them.
+    Xattrs,
+    /// A category that a newer peer reported.
+    #[serde(other)]
+    Other,
+}
+
+impl Category {
+    /// Every category that a reader counts, in their order.
+    pub const ALL: [Self; 17] = [
+        Self::UnknownColumns,
+        Self::UnreadBoxes,
+        Self::NoAnnotations,
+        Self::LinkedFolders,
+        Self::SkippedTasks,
+        Self::Predictions,
+        Self::UnreadMembers,
+        Self::UnreadFiles,
+        Self::Platforms,
+        Self::ImageDigest,
+        Self::Referrers,
+        Self::ImageNames,
+        Self::Times,
+        Self::Owners,
+        Self::ModeBits,
+        Self::HardLinks,
+        Self::Xattrs,
+    ];
+
+    /// Its name, in JSON and in `--accept-omitted`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Category::UnknownColumns => "unknown_columns",
+            Category::UnreadBoxes => "unread_boxes",
+            Category::NoAnnotations => "no_annotations",
+            Category::LinkedFolders => "linked_folders",
+            Category::SkippedTasks => "skipped_tasks",
+            Category::Predictions => "predictions",
+            Category::UnreadMembers => "unread_members",
+            Category::UnreadFiles => "unread_files",
+            Category::Platforms => "platforms",
+            Category::ImageDigest => "image_digest",
+            Category::Referrers => "referrers",
+            Category::ImageNames => "image_names",
+            Category::Times => "times",
+            Category::Owners => "owners",
+            Category::ModeBits => "mode_bits",
+            Category::HardLinks => "hard_links",
+            Category::Xattrs => "xattrs",
+            Category::Other => "other",
+        }
+    }
+
+    /// What was left out, for people; a count stands before it.
+    pub fn words(self) -> &'static str {
+        match self {
+            Category::UnknownColumns => "row without annotation whose values stand in columns that no field reads",
+            Category::UnreadBoxes => "row whose box stands in columns that no field reads",
+            Category::NoAnnotations => "label set without annotations",
+            Category::LinkedFolders => "link to a folder, which is not followed",
+            Category::SkippedTasks => "task that its annotator skipped",
+            Category::Predictions => "task whose predictions are not taken",
+            Category::UnreadMembers => "member of the label file that is not read",
+            Category::UnreadFiles => "file that this label format does not read",
+            Category::Platforms => "platform of the image that is absent",
+            Category::ImageDigest => "image digest of the source, which the published image does not have",
+            Category::Referrers => "object that refers to the image (signature, SBOM, attestation)",
+            Category::ImageNames => "further name of the image",
+            Category::Times => "modification time",
+            Category::Owners => "owner or group that differs from that of the first entry",
+            Category::ModeBits => "file or folder whose set-user-ID, set-group-ID or sticky bit is not set at a site",
+            Category::HardLinks => "hard link, stored as a separate file",
+            Category::Xattrs => "extended attribute",
+            Category::Other => "other item",
+        }
+    }
+}
+
+impl FromStr for Category {
+    type Err = String;
+    fn from_str(name: &str) -> Result<Self, String> {
+        Self::ALL.into_iter().find(|category| category.name() == name).ok_or_else(|| {
+            let shown: String = name.chars().take(60).collect();
+            format!("{shown:?} is no category of what a publish leaves out; the categories are {}", names(Self::ALL))
+        })
+    }
+}
+
+fn names(categories: impl IntoIterator<Item = Category>) -> String {
+    categories.into_iter().map(Category::name).collect::<Vec<_>>().join(",")
+}
+
+/// The categories that a user accepts: `--strict` does not refuse an input because of them.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "Vec<String>", into = "Vec<Category>")]
+pub struct Accepted(BTreeSet<Category>);
+
+impl Accepted {
+    /// Whether no category is accepted.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+}
+
+impl FromIterator<Category> for Accepted {
+    fn from_iter<I: IntoIterator<Item = Category>>(categories: I) -> Self {
+        Self(categories.into_iter().collect())
+    }
+}
+
+impl TryFrom<Vec<String>> for Accepted {
+    type Error = String;
+    fn try_from(names: Vec<String>) -> Result<Self, String> {
+        if names.len() > Category::ALL.len() {
+            return Err(format!("accept_omitted has {} entries, and there are {} categories", names.len(), Category::ALL.len()));
+        }
+        names.iter().map(|name| name.parse()).collect()
+    }
+}
+
+impl From<Accepted> for Vec<Category> {
+    fn from(accepted: Accepted) -> Self {
+        accepted.0.into_iter().collect()
+    }
+}
+
+/// What was left out of one category.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Omission {
+    /// The category.
+    pub what: Category,
+    /// How many items.
+    pub count: u64,
+    /// The first of them: where it is and what it is.
+    pub examples: Vec<String>,
+}
+
+impl Omission {
+    /// One short line for people: the first example, and further ones as far as they fit.
+    pub fn line(&self) -> String {
+        let mut line = format!("{} × {}", self.count, self.what.words());
+        let mut shown = 0;
+        for example in &self.examples {
+            if shown > 0 && line.chars().count() + example.chars().count() > OMITTED_LINE_CHARS_MAX {
+                break;
+            }
+            line.push_str(if shown == 0 { ": " } else { "; " });
+            line.push_str(example);
+            shown += 1;
+        }
+        if shown > 0 && self.count > shown {
+            line.push_str("; …");
+        }
+        line
+    }
+}
+
+/// Everything that was left out, by category. Its size is bounded, whatever the input holds.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(from = "Vec<Omission>", into = "Vec<Omission>")]
+pub struct Omitted(BTreeMap<Category, Counted>);
+
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+struct Counted {
+    count: u64,
+    examples: Vec<String>,
+}
+
+impl Omitted {
+    /// Counts one item.
+    pub fn add(&mut self, what: Category, example: impl Into<String>) {
+        self.add_many(what, 1, [example.into()]);
+    }
+
+    /// Counts several items of one category; `examples` may name fewer.
+    pub fn add_many(&mut self, what: Category, count: u64, examples: impl IntoIterator<Item = String>) {
+        if count == 0 {
+            return;
+        }
+        let counted = self.0.entry(what).or_default();
+        counted.count = counted.count.saturating_add(count);
+        for example in examples {
+            if counted.examples.len() == OMITTED_EXAMPLES_MAX {
+                break;
+            }
+            let safe = example.chars().map(|c| if is_unsafe(c) { char::REPLACEMENT_CHARACTER } else { c });
+            counted.examples.push(safe.take(OMITTED_EXAMPLE_CHARS_MAX).collect());
+        }
+    }
+
+    /// Counts whether another example of a category would be kept: forming one may cost more than counting.
+    pub fn wants_example(&self, what: Category) -> bool {
+        self.0.get(&what).is_none_or(|counted| counted.examples.len() < OMITTED_EXAMPLES_MAX)
+    }
+
+    /// Adds what another reader left out.
+    pub fn merge(&mut self, other: Omitted) {
+        for (what, Counted { count, examples }) in other.0 {
+            self.add_many(what, count, examples);
+        }
+    }
+
+    /// Whether nothing was left out.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// How many items of a category were left out.
+    pub fn count(&self, what: Category) -> u64 {
+        self.0.get(&what).map_or(0, |counted| counted.count)
+    }
+
+    /// The categories, in their order.
+    pub fn list(&self) -> Vec<Omission> {
+        let all = self.0.iter();
+        all.map(|(what, counted)| Omission { what: *what, count: counted.count, examples: counted.examples.clone() }).collect()
+    }
+
+    /// What `--strict` does with it: a fault that names each category that is not accepted, unless there is none.
+    pub fn refuse(&self, accepted: &Accepted) -> Result<(), Fault> {
+        let refused: Vec<Omission> = self.list().into_iter().filter(|omission| !accepted.0.contains(&omission.what)).collect();
+        if refused.is_empty() {
+            return Ok(());
+        }
+        let lines: Vec<String> = refused.iter().map(|omission| format!("{}: {}", omission.what.name(), omission.line())).collect();
+        let option: BTreeSet<Category> = accepted.0.iter().copied().chain(refused.iter().map(|omission| omission.what)).collect();
+        Err(Fault::integrity(format!("--strict refuses an input that is not published as a whole; left out: {}", lines.join(". ")))
+            .with_next(format!("correct the input, or accept that this is left out: --strict --accept-omitted {}", names(option))))
+    }
+}
+
+impl From<Vec<Omission>> for Omitted {
+    fn from(list: Vec<Omission>) -> Self {
+        let mut omitted = Self::default();
+        for Omission { what, count, examples } in list {
+            omitted.add_many(what, count, examples);
+        }
+        omitted
+    }
+}
+
+impl From<Omitted> for Vec<Omission> {
+    fn from(omitted: Omitted) -> Self {
+        omitted.list()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn it_counts_all_and_keeps_the_first_examples() {
+        let mut omitted = Omitted::default();
+        omitted.refuse(&Accepted::default()).unwrap();
+        for row in 0..1000 {
+            omitted.add(Category::UnknownColumns, format!("line {row}"));
+        }
+        omitted.add(Category::Xattrs, "x".repeat(10_000));
+        assert_eq!(omitted.count(Category::UnknownColumns), 1000);
+        assert!(!omitted.wants_example(Category::UnknownColumns) && omitted.wants_example(Category::Times));
+        let list = omitted.list();
+        assert_eq!((list[0].examples.len(), list[0].examples[0].as_str()), (OMITTED_EXAMPLES_MAX, "line 0"));
+        assert_eq!(list[1].examples[0].len(), OMITTED_EXAMPLE_CHARS_MAX);
+        assert!(list[0].line().starts_with("1000 × row without annotation") && list[0].line().ends_with("; …"), "{}", list[0].line());
+        let fault = omitted.refuse(&Accepted::default()).unwrap_err();
+        assert_eq!(fault.code, base::fault::Code::Integrity);
+        assert!(fault.message.contains("unknown_columns: 1000 × ") && fault.message.contains("xattrs: 1 × extended attribute"), "{fault}");
+        assert!(fault.next.ends_with("--accept-omitted unknown_columns,xattrs"), "{fault:?}");
+    }
+
+    #[test]
+    fn strict_tolerates_what_is_accepted_and_names_the_option_for_the_rest() {
+        let mut omitted = Omitted::default();
+        omitted.add_many(Category::Times, 3, []);
+        omitted.add(Category::HardLinks, "b");
+        let accepted = |names: &[&str]| Accepted::try_from(names.iter().map(|name| (*name).to_owned()).collect::<Vec<_>>());
+        let fault = omitted.refuse(&accepted(&["times", "xattrs"]).unwrap()).unwrap_err();
+        assert!(!fault.message.contains("modification time") && fault.message.contains("hard_links: 1 × "), "{fault}");
+        assert!(fault.next.ends_with("--accept-omitted times,hard_links,xattrs"), "{fault:?}");
+        omitted.refuse(&accepted(&["hard_links", "times"]).unwrap()).unwrap();
+        for unknown in ["dreams", "other", "Times", ""] {
+            let why = accepted(&["times", unknown]).unwrap_err();
+            assert!(why.contains(&format!("{unknown:?}")) && why.contains("hard_links,xattrs"), "{why}");
+        }
+        assert!(accepted(&["times"; 18]).is_err());
+    }
+
+    #[test]
+    fn every_category_has_the_name_that_json_has() {
+        assert_eq!(Category::ALL.len(), Category::Other as usize, "ALL has every category but the last");
+        assert!(Category::ALL.windows(2).all(|two| two[0] < two[1]));
+        for category in Category::ALL {
+            assert_eq!(serde_json::to_value(category).unwrap(), category.name());
+            assert_eq!(category.name().parse(), Ok(category));
+        }
+        let accepted: Accepted = Category::ALL.into_iter().collect();
+        let text = serde_json::to_string(&accepted).unwrap();
+        assert_eq!(serde_json::from_str::<Accepted>(&text).unwrap(), accepted);
+    }
+
+    #[test]
+    fn a_line_for_people_is_short() {
+        let mut omitted = Omitted::default();
+        for example in ["a".repeat(150), "b".repeat(150), "c".to_owned()] {
+            omitted.add(Category::Xattrs, example);
+        }
+        let line = omitted.list()[0].line();
+        assert!(line.contains("aaa") && !line.contains("bbb") && line.ends_with("; …"), "{line}");
+    }
+
+    #[test]
+    fn what_a_peer_sends_is_bounded_and_may_be_newer() {
+        let examples: Vec<String> = (0..100).map(|n| format!("{n} {}", "y".repeat(1000))).collect();
+        let list = serde_json::json!([
+            {"what": "times", "count": 3, "examples": examples},
+            {"what": "dreams", "count": 2, "examples": []},
+            {"what": "visions", "count": u64::MAX, "examples": []},
+        ]);
+        let omitted: Omitted = serde_json::from_value(list).unwrap();
+        assert_eq!((omitted.count(Category::Times), omitted.count(Category::Other)), (3, u64::MAX));
+        let text = serde_json::to_string(&omitted).unwrap();
+        assert!(text.len() < 2 * OMITTED_EXAMPLES_MAX * OMITTED_EXAMPLE_CHARS_MAX, "{}", text.len());
+        assert_eq!(serde_json::from_str::<Omitted>(&text).unwrap(), omitted);
+    }
+}

@@ -1,0 +1,162 @@
+//! Reads chunks where the index says that they lie, and hashes each.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use tokio::runtime::Handle;
+
+use super::{At, PlaceInfo, Places};
+use base::buffers::Buffers;
+use base::durable;
+use base::fault::{Fault, IoContext};
+use base::names::RelPath;
+use content::frame::Verified;
+use content::manifest::ChunkRef;
+use sink::{Place, Sink};
+
+/// Bytes that are read at once of a blob in the registry, whose chunks mostly follow each other.
+const AHEAD_BYTES: u64 = 4 << 20;
+/// The same of a file, where it is known that they do.
+const FILE_AHEAD_BYTES: u64 = 1 << 20;
+/// The buffers that a published file is read into: so many are kept, for so many bytes.
+const BUFFERS_KEPT: usize = 16;
+const BUFFER_BYTES: (usize, usize) = (128 << 10, 2 << 20);
+
+/// Reads chunks, mostly one behind the other from one file.
+pub struct Reader {
+    places: Arc<Places>,
+    /// Reads blobs of the registry; `None` where there is none.
+    images: Option<Arc<dyn Sink>>,
+    runtime: Handle,
+    /// Whether a file of another size than noted is refused, though the chunk may be in it.
+    strict: bool,
+    /// Bytes that will be asked for behind each other, if that is known.
+    ahead: Option<u64>,
+    buffers: Buffers,
+    /// The file that was read last.
+    source: Option<Source>,
+}
+
+struct Source {
+    place: u32,
+    entry: u64,
+    info: Arc<PlaceInfo>,
+    path: RelPath,
+    size: u64,
+    /// `None`: a blob of the registry.
+    file: Option<File>,
+    /// Where the bytes that were read ahead begin, and they.
+    ahead: (u64, Bytes),
+}
+
+impl Reader {
+    /// A reader for a thread that may block.
+    pub fn new(places: Arc<Places>, images: Option<Arc<dyn Sink>>, runtime: Handle) -> Self {
+        Self { places, images, runtime, strict: false, ahead: None, buffers: buffers(), source: None }
+    }
+
+    /// The same for what was published where it lies: there a file of another size is another file.
+    pub fn strict(self, buffers: Buffers) -> Self {
+        Self { strict: true, buffers, ..self }
+    }
+
+    /// So many bytes will be asked for one behind the other from where the next chunk lies.
+    pub fn ahead(&mut self, bytes: u64) {
+        self.ahead = Some(bytes);
+    }
+
+    /// One chunk. What the index says may be stale: then it is `not_found`, or `integrity` for other bytes.
+    pub fn chunk(&mut self, chunk: ChunkRef, at: At) -> Result<Verified, Fault> {
+        let read = self.read(chunk, at);
+        if read.is_err() {
+            self.source = None;
+        }
+        read
+    }
+
+    fn read(&mut self, chunk: ChunkRef, at: At) -> Result<Verified, Fault> {
+        if at.len != chunk.len {
+            return Err(Fault::integrity("its length is another"));
+        }
+        let source = match self.source.take().filter(|source| source.place == at.place && source.entry == at.entry) {
+            Some(same) => same,
+            None => self.open(at)?,
+        };
+        let source = self.source.insert(source);
+        let end = at.offset + u64::from(at.len);
+        let (start, bytes) = &source.ahead;
+        if at.offset < *start || end > *start + bytes.len() as u64 {
+            // For every chunk by itself it would be a call, of a registry a round trip.
+            let ahead = match source.file {
+                Some(_) => self.ahead.map_or(0, |ahead| ahead.min(FILE_AHEAD_BYTES)),
+                None => self.ahead.map_or(AHEAD_BYTES, |ahead| ahead.min(AHEAD_BYTES)),
+            };
+            let len = ahead.min(source.size.saturating_sub(at.offset)).max(u64::from(at.len)) as usize;
+            let read = match &source.file {
+                Some(file) => {
+                    let mut out = self.buffers.room(len);
+                    let read = read_full(file, &mut out[..len], at.offset).at(format_args!("read {}", source.path))?;
+                    self.buffers.lend(out).slice(..read)
+                }
+                None => {
+                    let Some(images) = &self.images else { return Err(Fault::internal("there is no registry here")) };
+                    self.runtime.block_on(images.read_at(&source.info.place, &source.path, at.offset, len as u32))?
+                }
+            };
+            source.ahead = (at.offset, read);
+        }
+        let (start, bytes) = &source.ahead;
+        let from = (at.offset - start) as usize;
+        if bytes.len() < from + at.len as usize {
+            return Err(Fault::integrity("it is shorter now"));
+        }
+        let bytes = bytes.slice(from..from + at.len as usize);
+        Verified::check(chunk.id, bytes).map_err(|_| Fault::integrity("its content is another"))
+    }
+
+    fn open(&self, at: At) -> Result<Source, Fault> {
+        let gone = || Fault::not_found("its place is gone");
+        let info = self.places.info(at.place).ok_or_else(gone)?;
+        let (path, entry) = self.places.entry(at.place, at.entry)?.ok_or_else(gone)?;
+        let file = match &info.place {
+            Place::Folder { path: folder } => {
+                let full = path.in_dir(folder);
+                let file = durable::open_regular(&full).at(format_args!("open {}", full.display()))?;
+                if self.strict {
+                    let meta = file.metadata().at(full.display())?;
+                    // A folder can be opened, and has a size.
+                    if !meta.is_file() {
+                        return Err(Fault::integrity("it is no regular file now"));
+                    }
+                    if meta.len() != entry.size {
+                        return Err(Fault::integrity("its size is another"));
+                    }
+                }
+                Some(file)
+            }
+            Place::Registry { .. } => None,
+        };
+        Ok(Source { place: at.place, entry: at.entry, info, path, size: entry.size, file, ahead: (0, Bytes::new()) })
+    }
+}
+
+/// Buffers for [`Reader::strict`].
+pub fn buffers() -> Buffers {
+    Buffers::new(BUFFERS_KEPT, BUFFER_BYTES.0, BUFFER_BYTES.1)
+}
+
+/// Reads until the buffer is full or the file ends; how much that was.
+fn read_full(file: &File, buffer: &mut [u8], offset: u64) -> std::io::Result<usize> {
+    let mut done = 0;
+    while done < buffer.len() {
+        match file.read_at(&mut buffer[done..], offset + done as u64) {
+            Ok(0) => break,
+            Ok(read) => done += read,
+            Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(done)
+}

@@ -1,0 +1,149 @@
+//! Chunks on their way from a site, which any number of requests may wait for.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use parking_lot::{Mutex, MutexGuard};
+use tokio::sync::watch;
+
+use base::fault::{Fault, Reason, Retry};
+use content::chunk::Hash;
+use content::manifest::Digest;
+
+/// Which chunk comes with which flight, at which place of it.
+#[derive(Default)]
+pub(super) struct Flights(Mutex<HashMap<Hash, (Arc<Flight>, usize)>>);
+
+impl Flights {
+    pub(super) fn lock(&self) -> MutexGuard<'_, HashMap<Hash, (Arc<Flight>, usize)>> {
+        self.0.lock()
+    }
+
+    /// These come no more: they are kept, or nobody knows them.
+    pub(super) fn forget(&self, ids: impl Iterator<Item = Hash>) {
+        let mut flights = self.lock();
+        for id in ids {
+            flights.remove(&id);
+        }
+    }
+}
+
+/// Some chunks on their way, at most as many bytes as one request asks for.
+pub(super) struct Flight {
+    /// The artifact that they are fetched for; others may have them too.
+    digest: Digest,
+    frames: Mutex<Vec<Held>>,
+    seen: watch::Sender<Seen>,
+    /// How many were kept, or given up being kept.
+    settled: watch::Sender<usize>,
+}
+
+/// A frame is held until it is settled and all who wait for it have it: each of them has a share of the daemon's budget.
+#[derive(Default)]
+struct Held {
+    frame: Option<Bytes>,
+    waiting: u32,
+}
+
+#[derive(Debug, Clone, Default)]
+struct Seen {
+    landed: usize,
+    fault: Option<Fault>,
+}
+
+impl Flight {
+    /// A flight for this artifact.
+    pub(super) fn new(digest: Digest) -> Self {
+        let (frames, seen, settled) = Default::default();
+        Self { digest, frames, seen, settled }
+    }
+
+    /// A place in the queue for the frame of this number.
+    pub(super) fn ticket(self: &Arc<Self>, index: usize) -> Ticket {
+        let mut frames = self.frames.lock();
+        if frames.len() <= index {
+            frames.resize_with(index + 1, Held::default);
+        }
+        frames[index].waiting += 1;
+        Ticket { flight: self.clone(), index }
+    }
+
+    /// Takes in what landed next.
+    pub(super) fn land(&self, landed: Vec<Bytes>) {
+        let (first, count) = (self.seen.borrow().landed, landed.len());
+        for (held, frame) in self.frames.lock().iter_mut().skip(first).zip(landed) {
+            held.frame = Some(frame);
+        }
+        self.seen.send_modify(|seen| seen.landed += count);
+    }
+
+    /// The next so many need not be held any longer for those who come now: they find them in the store, or nowhere.
+    pub(super) fn settle(&self, count: usize) {
+        let mut frames = self.frames.lock();
+        let first = *self.settled.borrow();
+        for held in frames.iter_mut().skip(first).take(count).filter(|held| held.waiting == 0) {
+            held.frame = None;
+        }
+        self.settled.send_modify(|settled| *settled += count);
+    }
+
+    /// The rest does not come.
+    pub(super) fn fail(&self, fault: Fault) {
+        self.seen.send_modify(|seen| seen.fault = Some(fault));
+    }
+}
+
+/// Somebody's wait for one frame.
+pub(super) struct Ticket {
+    flight: Arc<Flight>,
+    index: usize,
+}
+
+impl Ticket {
+    /// The frame, as soon as it has landed.
+    pub(super) async fn frame(&self, digest: Digest) -> Result<Bytes, Fault> {
+        self.landed(digest).await?;
+        let frame = self.flight.frames.lock().get(self.index).and_then(|held| held.frame.clone());
+        frame.ok_or_else(|| Fault::internal("a relayed chunk that somebody waits for was let go"))
+    }
+
+    /// Waits until the frame was kept, or given up being kept.
+    pub(super) async fn settled(&self, digest: Digest) -> Result<(), Fault> {
+        self.landed(digest).await?;
+        let mut settled = self.flight.settled.subscribe();
+        let over = settled.wait_for(|settled| *settled > self.index).await.map(|_| ());
+        over.map_err(|_| ended_early())
+    }
+
+    /// What is wrong with the artifact that it is fetched for is no fault of another, nor its business: that one asks again.
+    async fn landed(&self, digest: Digest) -> Result<(), Fault> {
+        let mut seen = self.flight.seen.subscribe();
+        let seen = seen.wait_for(|seen| seen.landed > self.index || seen.fault.is_some()).await.map_err(|_| ended_early())?;
+        match &seen.fault {
+            Some(fault) if seen.landed <= self.index && digest == self.flight.digest => Err(fault.clone()),
+            Some(_) if seen.landed <= self.index => Err(Fault::unreachable(format!("a chunk of {digest} did not come"))
+                .with_reason(Reason::WaitingForSource)
+                .with_retry(Retry::Backoff)
+                .with_next("nothing: it is asked for again by itself")),
+            _ => Ok(()),
+        }
+    }
+}
+
+impl Drop for Ticket {
+    fn drop(&mut self) {
+        let mut frames = self.flight.frames.lock();
+        let settled = *self.flight.settled.borrow() > self.index;
+        if let Some(held) = frames.get_mut(self.index) {
+            held.waiting -= 1;
+            if held.waiting == 0 && settled {
+                held.frame = None;
+            }
+        }
+    }
+}
+
+fn ended_early() -> Fault {
+    Fault::internal("a fetch of the relay ended early")
+}

@@ -1,0 +1,122 @@
+//! What is kept of relayed bytes: a store of its own with a budget, and the thread that puts into it.
+//!
+//! A thread, because a disk that syncs must hold up no line: what has landed is passed on before it is kept. The queue is
+//! short, and whoever fetches waits for a place in it: a disk slower than the line slows the line.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread::JoinHandle;
+
+use tokio::sync::{RwLock, mpsc};
+
+use base::fault::{Fault, IoContext};
+use content::frame::Frame;
+use content::store::Store;
+
+use super::flight::{Flight, Flights};
+
+/// Groups that wait to be kept: some 6 MiB.
+const QUEUED_MAX: usize = 32;
+
+/// The store and its budget.
+pub(super) struct Kept {
+    pub(super) store: Store,
+    /// Whoever reads or puts holds it for reading, an eviction for writing.
+    pub(super) gate: Arc<RwLock<()>>,
+    pub(super) budget: u64,
+    /// Bytes that the packs take, about.
+    pub(super) bytes: AtomicU64,
+    /// Bytes that were passed on without being kept, for want of room.
+    pub(super) unkept: AtomicU64,
+    unflushed: AtomicBool,
+}
+
+impl Kept {
+    pub(super) fn open(dir: &Path, budget: u64) -> Result<Self, Fault> {
+        let store = Store::open(dir)?;
+        let bytes = AtomicU64::new(store.stored_bytes()?);
+        let (gate, unkept, unflushed) = Default::default();
+        Ok(Self { store, gate, budget, bytes, unkept, unflushed })
+    }
+
+    pub(super) fn is_full(&self) -> bool {
+        self.bytes.load(Ordering::Relaxed) >= self.budget
+    }
+
+    /// Keeps frames that were verified and that the store lacks, if there is room.
+    fn put(&self, frames: &[Frame]) {
+        let kept = (!self.is_full()).then(|| self.store.append_all(frames));
+        match kept {
+            Some(Ok(bytes)) => {
+                self.bytes.fetch_add(bytes, Ordering::Relaxed);
+                self.unflushed.store(true, Ordering::Relaxed);
+            }
+            failed => {
+                if let Some(Err(fault)) = failed {
+                    tracing::warn!(error = %fault, "relayed chunks are passed on without being kept");
+                }
+                let len: usize = frames.iter().map(Frame::len).sum();
+                self.unkept.fetch_add(len as u64, Ordering::Relaxed);
+            }
+        }
+    }
+
+    /// Makes what was kept durable, if there is something.
+    pub(super) fn flush(&self) -> Result<(), Fault> {
+        if self.unflushed.swap(false, Ordering::Relaxed) { self.store.flush() } else { Ok(()) }
+    }
+}
+
+/// What landed next of a flight, to be kept. Dropped it is settled, however that went.
+pub(super) struct Group {
+    pub(super) flights: Arc<Flights>,
+    pub(super) flight: Arc<Flight>,
+    pub(super) frames: Vec<Frame>,
+}
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        // In this order: whoever finds no flight finds it in the store, and whoever found one is given what it holds.
+        self.flights.forget(self.frames.iter().map(Frame::id));
+        self.flight.settle(self.frames.len());
+    }
+}
+
+/// The thread; it ends, and is waited for, when this is dropped.
+pub(super) struct Keeper {
+    queue: Option<mpsc::Sender<Group>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Keeper {
+    pub(super) fn start(kept: Arc<Kept>) -> Result<Self, Fault> {
+        let (queue, mut groups) = mpsc::channel::<Group>(QUEUED_MAX);
+        let work = move || {
+            while let Some(group) = groups.blocking_recv() {
+                let _gate = kept.gate.blocking_read();
+                kept.put(&group.frames);
+            }
+        };
+        let thread = std::thread::Builder::new().name("relay-keeper".into()).spawn(work).at("start a thread")?;
+        Ok(Self { queue: Some(queue), thread: Some(thread) })
+    }
+
+    /// Has these kept, soon.
+    pub(super) async fn keep(&self, group: Group) {
+        if let Some(queue) = &self.queue
+            && queue.send(group).await.is_err()
+        {
+            tracing::error!("the relay keeps nothing any more: what passes is passed on only");
+        }
+    }
+}
+
+impl Drop for Keeper {
+    fn drop(&mut self) {
+        self.queue = None;
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}

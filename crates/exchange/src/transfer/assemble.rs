@@ -1,0 +1,454 @@
+//! Assembles an artifact in its staging folder: from what the site has, and from the line for the rest.
+//!
+//! One pass walks the manifest and starts what each missing chunk needs; passes go on until nothing is missing, so a
+//! local chunk that turned out stale, or one that occurs twice, is simply found by the next pass.
+//!
+//! ```text
+//! producer (walks, looks up) ──copy, share──▶ workers (verify, write) ──▶ committer (sync, journal)
+//!          └──── batches ──▶ fetches (line) ──frames──▶ ┘
+//! ```
+//! The producer, the workers and the committer are threads, for they block on disks; fetches are tasks. Every arrow is
+//! a bounded queue, and the bytes of a batch hold a share of the daemon's budget until they are written.
+
+mod committer;
+mod ends;
+mod estimate;
+mod failure;
+mod growing;
+mod names;
+mod producer;
+mod recent;
+mod worker;
+
+use std::collections::{HashMap, HashSet};
+use std::fs::File;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc::sync_channel;
+
+use futures::{StreamExt, stream};
+use parking_lot::{Mutex, RwLock};
+use tokio::sync::{OwnedMutexGuard, OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+use base::buffers::Buffers;
+use content::chunk::Hash;
+use base::fault::{Fault, Reason};
+use crate::fetch::{self, Fetcher};
+use base::blocking::blocking;
+use crate::chunk_index::{At, Commit, Journal, Places, Reader};
+use crate::wire::Wanted;
+use content::frame::Frame;
+use base::limits::{
+    FETCH_FAR_FROM, FETCH_IN_FLIGHT_FAR_MAX, FETCH_IN_FLIGHT_MAX, SINK_STOP_MAX, UNCOMMITTED_BYTES_AFTER_FAILURE_MAX,
+    UNCOMMITTED_BYTES_FAR_MAX, UNCOMMITTED_BYTES_MAX,
+};
+use base::names::RelPath;
+use content::chunk::Hash;
+use content::frame::Frame;
+use content::manifest::{ChunkRef, FileInfo, Spot, Walk};
+use content::store::Store;
+use sink::stage::Stage;
+use sink::{Incoming, Sink};
+
+use super::memory::{Memory, UNIT_BYTES};
+use super::stopped;
+use committer::Committer;
+use ends::Held;
+pub use estimate::{Estimate, free_room};
+use failure::{Ending, Failure};
+use growing::{Arrival, Growing};
+use producer::Producer;
+use recent::Recent;
+use worker::{READ_BYTES, Worker};
+
+/// Chunks that are looked up together.
+const LOOK_UP: usize = 256;
+/// Chunks that are noted together.
+const ROWS_TOGETHER: usize = 64 << 10;
+/// Jobs that wait for a worker.
+const JOBS_MAX: usize = 64;
+/// Large files that wait for the sink to begin with them…
+const ARRIVALS_MAX: usize = 16;
+/// …and with which it is busy at once.
+const ARRIVALS_AT_ONCE: usize = 2;
+/// Bytes of frames that are handed to a worker together.
+const JOB_BYTES: usize = 256 << 10;
+/// Bytes of local chunks, or files, that are handed to a worker together…
+const COPY_BYTES: usize = 2 << 20;
+/// …and files at the most.
+const WHOLES_MAX: usize = 64;
+/// Files with several chunks that may be open between two commits.
+const DIRTY_FILES_MAX: usize = 256;
+/// From so many files on, one sync of the filesystem is cheaper than one for each.
+const SYNC_ALL_FROM: usize = 32;
+/// Room that a site keeps free on its disks.
+const SPARE_BYTES: u64 = 16 << 20;
+/// Inodes that a site keeps free on its disks, for `CURRENT` and the names of versions.
+const INODES_SPARE: u64 = 8;
+
+/// A transfer's bytes as they grow.
+#[derive(Debug, Default)]
+pub struct Counters {
+    /// See [`model::transfer::Bytes`].
+    pub reused: AtomicU64,
+    /// Likewise.
+    pub resumed: AtomicU64,
+    /// Likewise.
+    pub received: AtomicU64,
+    /// Likewise.
+    pub committed: AtomicU64,
+    /// Likewise.
+    pub wire: Arc<AtomicU64>,
+    /// Whether bytes that came could not be stored, and none were since: few are asked for until that works.
+    pub(super) store_failed: AtomicBool,
+    /// The files, by their numbers, of which a write, a sync or a close failed. What they hold is not known: they are written again.
+    pub(super) damaged: Mutex<HashSet<u64>>,
+}
+
+/// What all assemblies of a daemon share.
+#[derive(Clone)]
+pub struct Shared {
+    /// Manifest pages.
+    pub store: Store,
+    /// Where chunks lie.
+    pub places: Arc<Places>,
+    /// The bytes in flight.
+    pub memory: Arc<Memory>,
+    /// The sink that reads blobs of the registry.
+    pub images: Arc<dyn Sink>,
+}
+
+/// One artifact being assembled.
+#[derive(Clone)]
+pub struct Assembly {
+    /// The daemon's.
+    pub shared: Shared,
+    /// Where it will go.
+    pub sink: Arc<dyn Sink>,
+    /// What it is.
+    pub incoming: Incoming,
+    /// Where the bytes come from.
+    pub fetcher: Fetcher,
+    /// Higher goes first.
+    pub priority: i32,
+    /// How far it is.
+    pub counters: Arc<Counters>,
+    /// Stops it at the next chunk; what is there is kept.
+    pub stop: CancellationToken,
+    /// Held as long as a thread of this may touch the staging folder, even one that nobody waits for any longer.
+    pub staging: Option<Arc<OwnedMutexGuard<()>>>,
+}
+
+/// A file as it is staged.
+struct Dest {
+    number: u64,
+    path: RelPath,
+    mode: u32,
+    file: FileInfo,
+    /// Open while chunks of it are on the way; files of one chunk are opened, written and closed.
+    handle: Mutex<Option<File>>,
+    announced: AtomicBool,
+}
+
+struct Item {
+    dest: Arc<Dest>,
+    chunk: ChunkRef,
+    spot: Spot,
+}
+
+enum Job {
+    /// Frames from the line.
+    Write { frames: Vec<(Item, Frame)>, share: Share },
+    /// Chunks that lie here.
+    Copy(Vec<(Item, At)>),
+    /// Whole files that lie here.
+    Share(Vec<Whole>),
+}
+
+/// A whole file that lies here already.
+struct Whole {
+    dest: Arc<Dest>,
+    from: Local,
+    chunks: Vec<(Hash, u64, u64, u32)>,
+}
+
+/// A file that lies here.
+struct Local {
+    path: PathBuf,
+    /// Whether a hard link of it will do: nobody else writes into it.
+    link: bool,
+}
+
+/// What a batch holds until the last of it has come to rest.
+#[derive(Clone)]
+struct Share {
+    /// Of the daemon's memory: until it is written.
+    _memory: Arc<OwnedSemaphorePermit>,
+    /// Of what a kill may cost: until it is committed.
+    uncommitted: Arc<OwnedSemaphorePermit>,
+}
+
+struct Batch {
+    wants: Vec<Wanted>,
+    items: Vec<Item>,
+    bytes: u64,
+}
+
+/// Chunks of a file that are in place; they count once they are synced.
+struct Done {
+    dest: Arc<Dest>,
+    chunks: Vec<(Hash, u64, u64, u32)>,
+    bytes: u64,
+    /// Whether bytes were written, or only blocks shared.
+    written: bool,
+    /// Of what a kill may cost; nothing for what lies here.
+    uncommitted: Option<Arc<OwnedSemaphorePermit>>,
+}
+
+impl Assembly {
+    /// The staging folder of this transfer.
+    fn staged(&self) -> PathBuf {
+        self.incoming.transfer.in_dir(self.sink.staging_root())
+    }
+
+    fn walk(&self) -> Walk<'_, Store> {
+        Walk::new(&self.incoming.root, &self.shared.store)
+    }
+
+    /// Brings everything here. Returns the staging folder, complete and durable.
+    pub async fn run(&self) -> Result<PathBuf, Fault> {
+        if self.counters.store_failed.load(Ordering::Relaxed) {
+            // A file is written before bytes are sent again that could not be stored.
+            let places = self.shared.places.clone();
+            blocking(move || places.trial()).await?;
+            tokio::select! {
+                tried = self.sink.trial() => tried?,
+                () = self.given_up() => return Err(stopped()),
+            }
+        }
+        let this = self.clone();
+        let (place, journal, stage) = self.on_thread(move || this.begin()).await?;
+        let held = Arc::new(self.held_by_sink(&journal).await?);
+        let journal = Arc::new(RwLock::new(journal));
+        let total = self.incoming.root.totals.chunks;
+        let mut stuck = 0;
+        loop {
+            let before = journal.read().count();
+            if before + held.unjournaled(&journal.read()) >= total {
+                break;
+            }
+            tokio::select! {
+                done = self.pass(place, &journal, &stage, &held) => done?,
+                // A thread that hangs in the far end is left to itself. It holds `staging`, so nobody else uses the folder before it ends.
+                () = self.given_up() => return Err(stopped()),
+            }
+            stuck = if journal.read().count() == before { stuck + 1 } else { 0 };
+            if stuck == 3 {
+                return Err(Fault::internal(format!(
+                    "{} chunks of {} are missing and cannot be had",
+                    total - before,
+                    self.incoming.artifact
+                )));
+            }
+        }
+        let (this, held, staged) = (self.clone(), held.clone(), stage.clone());
+        self.on_thread(move || this.finish(&staged, &held)).await?;
+        Ok(stage.path().to_owned())
+    }
+
+    /// Runs work on a thread of the sink, unless the transfer is stopped first.
+    async fn on_thread<T: Send + 'static>(&self, work: impl FnOnce() -> Result<T, Fault> + Send + 'static) -> Result<T, Fault> {
+        tokio::select! {
+            done = self.sink.threads().run(work) => done,
+            () = self.given_up() => Err(stopped()),
+        }
+    }
+
+    /// Returns some time after the transfer was stopped.
+    async fn given_up(&self) {
+        self.stop.cancelled().await;
+        tokio::time::sleep(SINK_STOP_MAX).await;
+    }
+
+    async fn pass(&self, place: u32, journal: &Arc<RwLock<Journal>>, stage: &Arc<Stage>, held: &Arc<Held>) -> Result<(), Fault> {
+        let failure = Arc::new(Failure::new(&self.stop, self.incoming.waits.clone()));
+        let (jobs, job_queue) = mpsc::channel::<Job>(JOBS_MAX);
+        let (batches, mut batch_queue) = mpsc::channel::<Batch>(4);
+        let (done, done_queue) = sync_channel::<Vec<Done>>(JOBS_MAX);
+        let (arrived, arrivals) = mpsc::channel(ARRIVALS_MAX);
+        let mut early = JoinSet::new();
+        early.spawn(self.clone().hand_on(arrivals));
+
+        let producer = Producer {
+            assembly: self.clone(),
+            journal: journal.clone(),
+            stage: stage.clone(),
+            held: held.clone(),
+            failure: failure.clone(),
+            jobs: jobs.clone(),
+            batches,
+            batch: Batch { wants: Vec::new(), items: Vec::new(), bytes: 0 },
+            asked: Recent::default(),
+            sharing: None,
+            copies: Vec::new(),
+            copy_bytes: 0,
+            wholes: Vec::new(),
+            whole_bytes: 0,
+        };
+        let workers = std::thread::available_parallelism().map_or(2, usize::from).clamp(2, 4);
+        let mut threads: Vec<oneshot::Receiver<()>> = Vec::new();
+        // They wait for each other, so all of them start or none.
+        let room = self.sink.threads().reserve(workers as u32 + 2).await?;
+        let guard = |failure: &Arc<Failure>, work: Box<dyn FnOnce() -> Result<(), Fault> + Send>| {
+            let (failure, staging) = (failure.clone(), self.staging.clone());
+            self.sink.threads().start(&room, move || {
+                let ending = Ending(failure);
+                if let Err(fault) = work() {
+                    ending.0.set(fault);
+                }
+                drop(staging);
+            })
+        };
+        threads.push(guard(&failure, Box::new(move || producer.run()))?);
+        let job_queue = Arc::new(Mutex::new(job_queue));
+        for _ in 0..workers {
+            let worker = Worker {
+                stage: stage.clone(),
+                shared: self.shared.clone(),
+                counters: self.counters.clone(),
+                failure: failure.clone(),
+                done: done.clone(),
+                local: Reader::new(self.shared.places.clone(), Some(self.shared.images.clone()), tokio::runtime::Handle::current()),
+                buffer: vec![0; READ_BYTES],
+            };
+            let queue = job_queue.clone();
+            threads.push(guard(&failure, Box::new(move || worker.run(&queue)))?);
+        }
+        drop((job_queue, done));
+        let (requests, bytes) = match self.fetcher.rtt() >= FETCH_FAR_FROM {
+            true => (FETCH_IN_FLIGHT_FAR_MAX, UNCOMMITTED_BYTES_FAR_MAX),
+            false => (FETCH_IN_FLIGHT_MAX, UNCOMMITTED_BYTES_MAX),
+        };
+        // After a failure one batch or two, until something was stored.
+        let first = if self.counters.store_failed.load(Ordering::Relaxed) { UNCOMMITTED_BYTES_AFTER_FAILURE_MAX } else { bytes };
+        let uncommitted = Arc::new(Semaphore::new((first / UNIT_BYTES) as usize));
+        let committer = Committer {
+            more: Some((uncommitted.clone(), ((bytes - first) / UNIT_BYTES) as usize)),
+            failure: failure.clone(),
+            stage: stage.clone(),
+            places: self.shared.places.clone(),
+            journal: journal.clone(),
+            place,
+            counters: self.counters.clone(),
+            commit: Commit::default(),
+            rows: Vec::new(),
+            bytes: 0,
+            unsynced: 0,
+            large: HashMap::new(),
+            small: Vec::new(),
+            growing: Growing::new(arrived),
+            shares: Vec::new(),
+        };
+        threads.push(guard(&failure, Box::new(move || committer.run(&done_queue)))?);
+
+        let mut fetches = JoinSet::new();
+        let in_flight = Arc::new(Semaphore::new(requests));
+        let buffers = fetch::buffers();
+        while let Some(batch) = batch_queue.recv().await {
+            let Ok(turn) = in_flight.clone().acquire_owned().await else { break };
+            let units = batch.bytes.div_ceil(UNIT_BYTES).max(1) as u32;
+            // Its own limit first: a transfer that waits for its disk holds none of what the others need.
+            let Ok(own) = uncommitted.clone().acquire_many_owned(units).await else { break };
+            let Some(memory) = self.shared.memory.take(self.incoming.artifact.kind, units).await else { break };
+            let share = Share { _memory: Arc::new(memory), uncommitted: Arc::new(own) };
+            if failure.token.is_cancelled() {
+                break;
+            }
+            let (fetcher, jobs, failure) = (self.fetcher.clone(), jobs.clone(), failure.clone());
+            let (priority, buffers) = (self.priority, buffers.clone());
+            fetches.spawn(async move {
+                let work = fetch_batch(&fetcher, priority, batch, share, &jobs, &buffers);
+                tokio::select! {
+                    result = work => if let Err(fault) = result { failure.set(fault) },
+                    () = failure.token.cancelled() => {}
+                }
+                drop(turn);
+            });
+        }
+        drop(batch_queue);
+        while fetches.join_next().await.is_some() {}
+        drop(jobs);
+        for thread in threads {
+            let _ = thread.await;
+        }
+        // What was begun is ended here, for the commit would begin it again. What failed is begun again by the commit.
+        tokio::select! {
+            _ = early.join_next() => {}
+            () = failure.token.cancelled() => {}
+        }
+        if !failure.stored.load(Ordering::Relaxed) {
+            self.counters.store_failed.store(true, Ordering::Relaxed);
+        }
+        if !self.counters.damaged.lock().is_empty() {
+            self.discard(place, journal, stage).await;
+        }
+        match failure.take() {
+            Some(fault) => Err(fault),
+            None if self.stop.is_cancelled() => Err(Fault::internal("stopped").with_reason(Reason::PausedByUser)),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Assembly {
+    /// Throws away staged files that could not be written. The journal first: after a crash in between they are written again all the same.
+    async fn discard(&self, place: u32, journal: &Arc<RwLock<Journal>>, stage: &Arc<Stage>) {
+        let (this, noted) = (self.clone(), journal.clone());
+        let removed = match blocking(move || this.take_back_damaged(place, &noted)).await {
+            Ok(paths) => {
+                let stage = stage.clone();
+                self.on_thread(move || paths.iter().try_for_each(|path| stage.remove_file(path))).await
+            }
+            Err(fault) => Err(fault),
+        };
+        if let Err(fault) = removed {
+            tracing::warn!(error = %fault, "a staged file that could not be written could not be removed");
+        }
+    }
+
+    /// Lets the sink begin with large files while they and the rest are on their way.
+    async fn hand_on(self, arrivals: mpsc::Receiver<Arrival>) {
+        let (this, staged) = (&self, &self.staged());
+        stream::unfold(arrivals, |mut arrivals| async move { arrivals.recv().await.map(|arrival| (arrival, arrivals)) })
+            .for_each_concurrent(ARRIVALS_AT_ONCE, |Arrival { dest, grown }| async move {
+                this.sink.arriving(&this.incoming, staged, &dest.path, &dest.file, grown).await;
+            })
+            .await;
+    }
+}
+
+async fn fetch_batch(
+    fetcher: &Fetcher,
+    priority: i32,
+    batch: Batch,
+    share: Share,
+    jobs: &mpsc::Sender<Job>,
+    buffers: &Buffers,
+) -> Result<(), Fault> {
+    let mut frames = fetcher.ask(batch.wants, priority).await?;
+    let mut items = batch.items.into_iter();
+    while items.len() > 0 {
+        // One hand-over for many chunks: waking another thread costs as much as writing one.
+        let some = frames.some(items.len(), JOB_BYTES, buffers).await?;
+        let together = items.by_ref().take(some.len()).zip(some).collect();
+        let job = Job::Write { frames: together, share: share.clone() };
+        if jobs.send(job).await.is_err() {
+            // A writer failed, and is about to say why: that ends this as well.
+            std::future::pending::<()>().await;
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,144 @@
+//! The group commit: syncs what was written, and only then lets the index and the journal speak of it.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
+use std::time::Instant;
+
+use parking_lot::RwLock;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+
+use super::growing::Growing;
+use super::{Counters, DIRTY_FILES_MAX, Dest, Done, Failure, SYNC_ALL_FROM};
+use crate::chunk_index::{At, Commit, Journal, Places};
+use base::durable;
+use base::fault::{Fault, IoContext};
+use base::limits::{COMMIT_BYTES, COMMIT_EVERY};
+use content::chunk::Hash;
+use sink::stage::Stage;
+
+/// Chunks that wait for the index, in some 4 MB of memory.
+const ROWS_A_COMMIT: usize = 64 << 10;
+
+pub(super) struct Committer {
+    pub(super) stage: Arc<Stage>,
+    pub(super) places: Arc<Places>,
+    pub(super) journal: Arc<RwLock<Journal>>,
+    pub(super) place: u32,
+    pub(super) counters: Arc<Counters>,
+    pub(super) commit: Commit,
+    /// Where chunks lie that were committed, or will be next, and that the index does not know yet.
+    pub(super) rows: Vec<(Hash, At)>,
+    pub(super) bytes: u64,
+    /// Those of them that were written and not only shared.
+    pub(super) unsynced: u64,
+    /// Files of several chunks written since the last commit.
+    pub(super) large: HashMap<u64, Arc<Dest>>,
+    /// Files of one chunk, or shared ones.
+    pub(super) small: Vec<Arc<Dest>>,
+    pub(super) growing: Growing,
+    /// What may be asked for beside the first once something was stored.
+    pub(super) more: Option<(Arc<Semaphore>, usize)>,
+    pub(super) failure: Arc<Failure>,
+    /// What a kill may cost, given back when it costs nothing any more.
+    pub(super) shares: Vec<Arc<OwnedSemaphorePermit>>,
+}
+
+impl Committer {
+    pub(super) fn run(mut self, queue: &Receiver<Vec<Done>>) -> Result<(), Fault> {
+        let mut last = Instant::now();
+        loop {
+            match queue.recv_timeout(COMMIT_EVERY.saturating_sub(last.elapsed())) {
+                Ok(done) => done.into_iter().for_each(|done| self.take(done)),
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => return self.flush(true),
+            }
+            if self.unsynced >= COMMIT_BYTES || self.large.len() >= DIRTY_FILES_MAX || last.elapsed() >= COMMIT_EVERY {
+                self.flush(false)?;
+                last = Instant::now();
+            }
+        }
+    }
+
+    fn take(&mut self, done: Done) {
+        let Done { dest, chunks, bytes, written, uncommitted } = done;
+        self.shares.extend(uncommitted);
+        self.bytes += bytes;
+        self.unsynced += if written { bytes } else { 0 };
+        let first = !dest.announced.swap(true, Ordering::Relaxed);
+        if first {
+            self.commit.entries.push((dest.number, dest.path.clone(), dest.file));
+            self.growing.begin(&dest);
+        }
+        self.growing.note(&dest, chunks.iter().map(|&(_, _, offset, len)| (offset, len)));
+        for (id, ordinal, offset, len) in chunks {
+            self.rows.push((id, At { place: self.place, entry: dest.number, offset, len }));
+            self.commit.ordinals.push(ordinal);
+        }
+        if dest.handle.lock().is_some() {
+            self.large.entry(dest.number).or_insert(dest);
+        } else {
+            self.small.push(dest);
+        }
+    }
+
+    /// Makes durable what was written. Whatever fails is written again from its beginning: nobody knows what the file holds, and the
+    /// system reports a lost write once only.
+    fn sync(&self) -> Result<(), Fault> {
+        let whole = self.stage.syncs_whole() && self.large.len() + self.small.len() >= SYNC_ALL_FROM;
+        let handles: Vec<_> = self.large.values().map(|dest| (dest, dest.handle.lock().take())).collect();
+        if whole && let Err(fault) = self.stage.sync_filesystem() {
+            self.counters.damaged.lock().extend(self.large.keys().copied().chain(self.small.iter().map(|dest| dest.number)));
+            return Err(fault);
+        }
+        let mut first = Ok(());
+        for (dest, handle) in handles {
+            let Some(file) = handle else { continue };
+            let synced = if whole { Ok(()) } else { file.sync_data() };
+            let closed = durable::close(file);
+            if let Err(fault) = synced.and(closed).at(format_args!("sync {}", dest.path)) {
+                self.counters.damaged.lock().insert(dest.number);
+                first = first.and(Err(fault));
+            }
+        }
+        for dest in self.small.iter().filter(|_| !whole) {
+            if let Err(fault) = self.stage.sync_file(&dest.path) {
+                self.counters.damaged.lock().insert(dest.number);
+                first = first.and(Err(fault));
+            }
+        }
+        first
+    }
+
+    /// Notes in the index and the journal what was synced.
+    fn note(&mut self) -> Result<(), Fault> {
+        let Self { failure, places, journal, place, commit, .. } = self;
+        failure.patiently(|| places.commit(*place, journal, commit))
+    }
+
+    /// `all`: the index learns of every chunk; else only once there are many.
+    fn flush(&mut self, all: bool) -> Result<(), Fault> {
+        if self.commit.ordinals.is_empty() && (self.rows.is_empty() || !all) {
+            return Ok(());
+        }
+        let stored = self.sync();
+        if stored.is_ok() {
+            self.large.clear();
+            self.small.clear();
+            self.unsynced = 0;
+            if all || self.rows.len() >= ROWS_A_COMMIT {
+                self.commit.chunks.append(&mut self.rows);
+            }
+        }
+        stored.and_then(|()| self.note()).inspect_err(|_| self.failure.stored.store(false, Ordering::Relaxed))?;
+        // What was noted is all that would not be sent again.
+        self.counters.store_failed.store(false, Ordering::Relaxed);
+        if let Some((uncommitted, more)) = self.more.take() {
+            uncommitted.add_permits(more);
+        }
+        self.shares.clear();
+        self.counters.committed.fetch_add(std::mem::take(&mut self.bytes), Ordering::Relaxed);
+        Ok(())
+    }
+}

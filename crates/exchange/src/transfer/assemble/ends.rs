@@ -1,0 +1,335 @@
+//! The two ends of an assembly: what is there before the first pass, and what is done after the last.
+
+use std::collections::HashSet;
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use parking_lot::RwLock;
+
+use super::{Assembly, INODES_SPARE, ROWS_TOGETHER, SPARE_BYTES, SYNC_ALL_FROM, names};
+use crate::chunk_index::{At, Commit, Journal, PlaceInfo};
+use crate::transfer::stopped;
+use base::durable;
+use base::fault::{Fault, Retry};
+use base::names::RelPath;
+use base::private::umask;
+use content::chunk::Hash;
+use content::manifest::{EntryBody, FileInfo, KindInfo, Step};
+use sink::Place;
+use sink::stage::{FILE_MODE, Stage};
+
+/// What the far end holds.
+#[derive(Debug, Default)]
+pub(super) struct Held {
+    pub(super) files: HashSet<u64>,
+    pub(super) ordinals: Vec<Range<u64>>,
+    pub(super) bytes: u64,
+}
+
+impl Held {
+    /// Chunks that need not be staged and were not staged either, before the far end held them.
+    pub(super) fn unjournaled(&self, journal: &Journal) -> u64 {
+        self.ordinals.iter().cloned().flatten().filter(|ordinal| !journal.has(*ordinal)).count() as u64
+    }
+}
+
+impl Assembly {
+    /// Opens or finds the staging folder and the journal, and makes sure that there is room.
+    pub(in crate::transfer) fn begin(&self) -> Result<(u32, Journal, Arc<Stage>), Fault> {
+        names::check(&self.incoming, self.walk(), self.sink.as_ref())?;
+        let (places, path) = (&self.shared.places, self.staged());
+        let totals = self.incoming.root.totals;
+        let root = self.sink.staging()?;
+        let has_folder = root.has(&self.incoming.transfer)?;
+        let mut place = places.staged_by(&self.incoming.transfer);
+        if let Some(old) = place
+            && !has_folder
+        {
+            // Somebody cleaned the staging folder away: the journal speaks of nothing.
+            places.remove(old)?;
+            place = None;
+        }
+        // After a loss of the chunk index the folder is all that is known of what was staged.
+        let begins_adopting = place.is_none() && places.loss().is_some() && has_folder;
+        if place.is_none() && !begins_adopting {
+            durable::remove_all(&path)?;
+        }
+        let stage = root.stage(&self.incoming.transfer)?.with_fixed_modes(self.sink.fixed_modes());
+        let (digest, transfer) = (self.incoming.digest, Some(self.incoming.transfer.to_string()));
+        let info = PlaceInfo { place: Place::Folder { path }, digest, transfer, foreign: false, adopting: begins_adopting };
+        let place = match place {
+            Some(place) => place,
+            None => places.put(None, info)?,
+        };
+        let mut journal = places.journal(place, totals.chunks)?;
+        // One that was interrupted goes on.
+        if let Some(info) = places.info(place).filter(|info| info.adopting) {
+            journal = self.adopt(&stage, place, journal)?;
+            places.put(Some(place), PlaceInfo { adopting: false, ..PlaceInfo::clone(&info) })?;
+        }
+        let noted = RwLock::new(journal);
+        for damaged in self.take_back_damaged(place, &noted)? {
+            stage.remove_file(&damaged)?;
+        }
+        let journal = noted.into_inner();
+        let mut resumed = 0;
+        if journal.count() > 0 {
+            let behind = places.is_behind(place);
+            let (mut rows, mut entry) = (Vec::new(), 0);
+            for step in self.walk() {
+                match step? {
+                    Step::Entry { number, .. } => entry = number,
+                    Step::Chunk(chunk, spot) if journal.has(spot.ordinal) => {
+                        resumed += u64::from(chunk.len);
+                        if behind {
+                            rows.push((chunk.id, At { place, entry, offset: spot.offset, len: chunk.len }));
+                        }
+                        if rows.len() >= ROWS_TOGETHER {
+                            places.note(&mut rows, &mut Vec::new(), false)?;
+                        }
+                    }
+                    Step::Chunk(..) => {}
+                }
+            }
+            if behind {
+                places.note(&mut rows, &mut Vec::new(), false)?;
+                places.caught_up(place);
+            }
+        }
+        self.counters.resumed.fetch_max(resumed, Ordering::Relaxed);
+        // What an earlier try had staged may be lost.
+        self.counters.committed.store(resumed, Ordering::Relaxed);
+        let space = stage.space()?;
+        let free = space.bytes.unwrap_or(u64::MAX).saturating_sub(SPARE_BYTES);
+        if totals.bytes - resumed > free {
+            // Only now is it worth to look what the site has, for shared files take no room, and what room was taken before.
+            let need = self.estimate(Some(&journal))?.needs.saturating_sub(self.room_ahead(&stage, &journal)?);
+            if need > free {
+                return Err(Fault::no_space(format!(
+                    "{} needs {need} bytes more in {}, which has {free} to spare",
+                    self.incoming.artifact,
+                    self.sink.staging_root().display()
+                )));
+            }
+        }
+        self.check_inodes(&stage, &journal, space.inodes)?;
+        Ok((place, journal, Arc::new(stage)))
+    }
+
+    /// Takes into the journal what lies in the staging folder, after hashing it: which of it was durable is not known any more.
+    fn adopt(&self, stage: &Stage, place: u32, journal: Journal) -> Result<Journal, Fault> {
+        let journal = RwLock::new(journal);
+        let (mut commit, mut current, mut buffer) = (Commit::default(), None, Vec::new());
+        let put = |commit: &mut Commit| -> Result<(), Fault> {
+            if stage.syncs_whole() {
+                stage.sync_filesystem()?;
+            }
+            self.shared.places.commit(place, &journal, commit)
+        };
+        for step in self.walk() {
+            if self.stop.is_cancelled() {
+                return Err(stopped());
+            }
+            match step? {
+                Step::Entry { number, entry, .. } => {
+                    current = match entry.body {
+                        EntryBody::File(file) if stage.size(&entry.path)? == Some(file.size) => {
+                            if !stage.syncs_whole() {
+                                stage.sync_file(&entry.path)?;
+                            }
+                            let opened = stage.open_to_read(&entry.path)?;
+                            commit.entries.push((number, entry.path, file));
+                            Some((number, opened))
+                        }
+                        _ => None,
+                    };
+                }
+                Step::Chunk(chunk, spot) => {
+                    let Some((number, file)) = current.as_ref().filter(|_| !journal.read().has(spot.ordinal)) else { continue };
+                    buffer.resize(chunk.len as usize, 0);
+                    if file.read_exact_at(&mut buffer, spot.offset).is_ok() && Hash::of(&buffer) == chunk.id {
+                        commit.chunks.push((chunk.id, At { place, entry: *number, offset: spot.offset, len: chunk.len }));
+                        commit.ordinals.push(spot.ordinal);
+                    }
+                    if commit.chunks.len() >= ROWS_TOGETHER {
+                        put(&mut commit)?;
+                    }
+                }
+            }
+        }
+        put(&mut commit)?;
+        Ok(journal.into_inner())
+    }
+
+    /// Fails where the filesystem has fewer inodes than the artifact still needs: each entry that is not staged takes one.
+    fn check_inodes(&self, stage: &Stage, journal: &Journal, free: Option<u64>) -> Result<(), Fault> {
+        let totals = self.incoming.root.totals;
+        let Some(free) = free.filter(|free| *free < (totals.files + totals.dirs + totals.symlinks).saturating_add(INODES_SPARE)) else {
+            return Ok(());
+        };
+        let mut staged = 0;
+        for step in self.walk() {
+            if let Step::Entry { entry, .. } = step? {
+                staged += u64::from(stage.exists(&entry.path));
+            }
+        }
+        let needed = self.estimate(Some(journal))?.inodes.saturating_sub(staged) + INODES_SPARE;
+        if needed <= free {
+            return Ok(());
+        }
+        Err(Fault::no_space(format!(
+            "{} needs {needed} inodes more in {}, which has {free}: its filesystem has room for too few files",
+            self.incoming.artifact,
+            self.sink.staging_root().display()
+        )))
+    }
+
+    /// Bytes of the staged files that have their room and are not journaled: large files get theirs at once.
+    fn room_ahead(&self, stage: &Stage, journal: &Journal) -> Result<u64, Fault> {
+        let (mut ahead, mut of_file) = (0, 0u64);
+        for step in self.walk() {
+            match step? {
+                Step::Entry { entry, .. } => {
+                    ahead += of_file;
+                    of_file = if let EntryBody::File(file) = entry.body { stage.allocated(&entry.path)?.min(file.size) } else { 0 };
+                }
+                Step::Chunk(chunk, spot) if journal.has(spot.ordinal) => of_file = of_file.saturating_sub(chunk.len.into()),
+                Step::Chunk(..) => {}
+            }
+        }
+        Ok(ahead + of_file)
+    }
+
+    /// Files that the far end holds already, whole.
+    pub(super) async fn held_by_sink(&self, journal: &Journal) -> Result<Held, Fault> {
+        let mut held = Held::default();
+        if !matches!(self.incoming.root.info, KindInfo::Image(_)) {
+            return Ok(held);
+        }
+        let this = self.clone();
+        // Number, path, file, and the ordinals of its chunks.
+        let walk = move || {
+            let mut out: Vec<(u64, RelPath, FileInfo, Range<u64>)> = Vec::new();
+            for step in this.walk() {
+                match step? {
+                    Step::Entry { number, entry, first_ordinal } => {
+                        if let EntryBody::File(file) = entry.body {
+                            out.push((number, entry.path, file, first_ordinal..first_ordinal));
+                        }
+                    }
+                    Step::Chunk(..) => {
+                        if let Some(last) = out.last_mut() {
+                            last.3.end += 1;
+                        }
+                    }
+                }
+            }
+            Ok(out)
+        };
+        let files: Vec<(u64, RelPath, FileInfo, Range<u64>)> = self.on_thread(walk).await?;
+        for (number, path, file, ordinals) in files {
+            let holds = tokio::select! {
+                holds = self.sink.holds(&self.incoming, &path, &file) => holds?,
+                () = self.stop.cancelled() => return Ok(held),
+            };
+            if holds {
+                held.files.insert(number);
+                // What was staged here before it went there counts as resumed.
+                held.bytes += if ordinals.clone().any(|ordinal| journal.has(ordinal)) { 0 } else { file.size };
+                held.ordinals.push(ordinals);
+            }
+        }
+        self.counters.reused.fetch_max(held.bytes, Ordering::Relaxed);
+        Ok(held)
+    }
+
+    /// Takes back all that the journal says of the staged files that could not be written, which are returned. What fails here is done by
+    /// the next try, before anything else.
+    pub(super) fn take_back_damaged(&self, place: u32, journal: &RwLock<Journal>) -> Result<Vec<RelPath>, Fault> {
+        let damaged = std::mem::take(&mut *self.counters.damaged.lock());
+        if damaged.is_empty() {
+            return Ok(Vec::new());
+        }
+        self.take_back(place, journal, &damaged).inspect_err(|_| self.counters.damaged.lock().extend(damaged))
+    }
+
+    fn take_back(&self, place: u32, journal: &RwLock<Journal>, damaged: &HashSet<u64>) -> Result<Vec<RelPath>, Fault> {
+        let (mut paths, mut ordinals, mut bytes, mut is_one) = (Vec::new(), Vec::new(), 0, false);
+        for step in self.walk() {
+            match step? {
+                Step::Entry { number, entry, .. } => {
+                    is_one = damaged.contains(&number);
+                    if is_one {
+                        paths.push(entry.path);
+                    }
+                }
+                Step::Chunk(chunk, spot) if is_one && journal.read().has(spot.ordinal) => {
+                    ordinals.push(spot.ordinal);
+                    bytes += u64::from(chunk.len);
+                }
+                Step::Chunk(..) => {}
+            }
+        }
+        self.shared.places.uncommit(place, journal, &ordinals)?;
+        let committed = &self.counters.committed;
+        let _ = committed.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |now| Some(now.saturating_sub(bytes)));
+        Ok(paths)
+    }
+
+    /// Makes what has no chunks, sets modes, and syncs the tree.
+    pub(super) fn finish(&self, stage: &Stage, held: &Held) -> Result<(), Fault> {
+        let mut dirs: Vec<(RelPath, u32)> = Vec::new();
+        let mut loose: Vec<RelPath> = Vec::new();
+        // The umask may have taken rights that the artifact gives.
+        let masked = umask() & FILE_MODE != 0;
+        for step in self.walk() {
+            let Step::Entry { number, entry, .. } = step? else { continue };
+            match entry.body {
+                EntryBody::Dir => {
+                    stage.make_dir(&entry.path)?;
+                    dirs.push((entry.path, entry.mode));
+                }
+                EntryBody::Symlink(target) => stage.make_symlink(&entry.path, &target)?,
+                EntryBody::File(_) if held.files.contains(&number) => {}
+                EntryBody::File(file) => {
+                    if file.size == 0 && stage.size(&entry.path)? != Some(0) {
+                        stage.write_file(&entry.path, b"")?;
+                    }
+                    if stage.size(&entry.path)? != Some(file.size) {
+                        // Somebody reached into the staging folder: nothing that the journal says can be believed.
+                        if let Some(place) = self.shared.places.staged_by(&self.incoming.transfer) {
+                            self.shared.places.remove(place)?;
+                        }
+                        return Err(Fault::integrity(format!("the staged file {:?} is gone or has another size", entry.path.as_str()))
+                            .with_retry(Retry::Backoff)
+                            .with_next("nothing: it is brought again by itself"));
+                    }
+                    if masked || entry.mode != FILE_MODE {
+                        stage.set_mode(&entry.path, entry.mode)?;
+                    }
+                    if masked || file.size == 0 || entry.mode != FILE_MODE {
+                        if !stage.syncs_whole() {
+                            stage.sync_file(&entry.path)?;
+                        } else if loose.len() < SYNC_ALL_FROM {
+                            loose.push(entry.path);
+                        }
+                    }
+                }
+            }
+        }
+        let all = stage.syncs_whole() && dirs.len() + loose.len() >= SYNC_ALL_FROM;
+        if !all {
+            loose.iter().try_for_each(|path| stage.sync_file(path))?;
+        }
+        // Deepest first: a folder that its owner may not write to still lets its subfolders be changed by path.
+        for (path, mode) in dirs.iter().rev() {
+            stage.set_mode(path, *mode)?;
+            if !all {
+                stage.sync_dir(Some(path))?;
+            }
+        }
+        if all { stage.sync_filesystem() } else { stage.sync_dir(None) }
+    }
+}

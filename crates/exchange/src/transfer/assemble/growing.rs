@@ -1,0 +1,108 @@
+//! Large files as they grow: how much of each is in place from its beginning on, for a sink that begins with it before it is whole.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+
+use tokio::sync::{mpsc, watch};
+
+use super::Dest;
+
+/// Files of this size are worth a beginning before the rest is there.
+const LARGE_BYTES: u64 = 1 << 20;
+
+/// A file of which something is in place.
+pub(super) struct Arrival {
+    pub(super) dest: Arc<Dest>,
+    /// Bytes that are in place from its beginning on. It closes before it says all of them when this pass does not bring the rest.
+    pub(super) grown: watch::Receiver<u64>,
+}
+
+/// The files that one pass fills.
+pub(super) struct Growing {
+    files: HashMap<u64, Growth>,
+    tell: mpsc::Sender<Arrival>,
+}
+
+struct Growth {
+    front: u64,
+    /// Where what lies behind a gap begins and ends.
+    beyond: BTreeMap<u64, u64>,
+    grown: watch::Sender<u64>,
+}
+
+impl Growing {
+    pub(super) fn new(tell: mpsc::Sender<Arrival>) -> Self {
+        Self { files: HashMap::new(), tell }
+    }
+
+    /// Something of this file is in place for the first time in this pass.
+    pub(super) fn begin(&mut self, dest: &Arc<Dest>) {
+        if dest.file.size < LARGE_BYTES {
+            return;
+        }
+        let (grown, seen) = watch::channel(0);
+        // A hint: whoever is busy with others sees it at the commit.
+        if self.tell.try_send(Arrival { dest: dest.clone(), grown: seen }).is_ok() {
+            self.files.insert(dest.number, Growth { front: 0, beyond: BTreeMap::new(), grown });
+        }
+    }
+
+    /// Notes that these parts of a file are in place, each by where it begins and its bytes.
+    pub(super) fn note(&mut self, dest: &Dest, parts: impl Iterator<Item = (u64, u32)>) {
+        let Some(growth) = self.files.get_mut(&dest.number) else { return };
+        growth.beyond.extend(parts.map(|(begin, len)| (begin, begin + u64::from(len))));
+        let before = growth.front;
+        while let Some(next) = growth.beyond.first_entry().filter(|next| *next.key() <= growth.front) {
+            growth.front = growth.front.max(next.remove());
+        }
+        if growth.front > before {
+            growth.grown.send_replace(growth.front);
+        }
+        if growth.front == dest.file.size {
+            self.files.remove(&dest.number);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::AtomicBool;
+
+    use parking_lot::Mutex;
+
+    use super::*;
+    use content::chunk::Hash;
+    use content::manifest::FileInfo;
+
+    fn dest(number: u64, size: u64) -> Arc<Dest> {
+        let file = FileInfo { size, hash: Hash([0; 32]) };
+        Arc::new(Dest {
+            number,
+            path: "blob".parse().unwrap(),
+            mode: 0o644,
+            file,
+            handle: Mutex::default(),
+            announced: AtomicBool::default(),
+        })
+    }
+
+    #[test]
+    fn only_what_lies_before_the_first_gap_is_told() {
+        let (tell, mut told) = mpsc::channel(4);
+        let mut growing = Growing::new(tell);
+        let (large, small) = (dest(1, 3 << 20), dest(2, 100));
+        growing.begin(&large);
+        growing.begin(&small);
+        let mut seen = told.try_recv().unwrap().grown;
+        assert!(told.try_recv().is_err(), "small files are not worth it");
+        let mut check = |parts: &[(u64, u32)], expected: u64| {
+            growing.note(&large, parts.iter().copied());
+            assert_eq!(*seen.borrow_and_update(), expected);
+        };
+        check(&[(1 << 20, 1 << 20)], 0);
+        check(&[(0, 1 << 10)], 1 << 10);
+        check(&[(1 << 10, (1 << 20) - (1 << 10)), (0, 1 << 10)], 2 << 20);
+        check(&[(2 << 20, 1 << 20)], 3 << 20);
+        assert!(growing.files.is_empty(), "what is whole is forgotten");
+    }
+}

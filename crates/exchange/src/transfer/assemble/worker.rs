@@ -1,0 +1,233 @@
+//! Puts chunks in place: verifies each, whether it came over the line or lies here, and writes it.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::sync::mpsc::{SendError, SyncSender};
+
+use bytes::Bytes;
+use parking_lot::Mutex;
+use tokio::sync::mpsc;
+
+use super::{Counters, Dest, Done, Failure, Item, Job, Local, Shared, Whole};
+use crate::chunk_index::Reader;
+use base::durable;
+use base::durable::write_parts;
+use base::fault::{Code, Fault, IoContext};
+use content::chunk::Hash;
+use content::frame::Verified;
+use content::manifest::{ChunkRef, Spot};
+use sink::stage::{self, Stage};
+
+/// Bytes of a file that are read at once to be hashed.
+pub(super) const READ_BYTES: usize = 256 << 10;
+/// Bytes of one file that are written together at the most.
+const RUN_BYTES: u64 = 1 << 20;
+
+pub(super) struct Worker {
+    pub(super) stage: Arc<Stage>,
+    pub(super) shared: Shared,
+    pub(super) counters: Arc<Counters>,
+    pub(super) failure: Arc<Failure>,
+    pub(super) done: SyncSender<Vec<Done>>,
+    /// Reads what lies here.
+    pub(super) local: Reader,
+    /// What files are read into to be hashed: [`READ_BYTES`].
+    pub(super) buffer: Vec<u8>,
+}
+
+impl Worker {
+    pub(super) fn run(mut self, queue: &Mutex<mpsc::Receiver<Job>>) -> Result<(), Fault> {
+        loop {
+            let job = queue.lock().blocking_recv();
+            let Some(job) = job else { return Ok(()) };
+            match job {
+                Job::Write { frames, share } => {
+                    let (mut run, mut done) = (None, Vec::new());
+                    for (item, frame) in frames {
+                        let chunk = frame.verify(item.chunk.id, item.chunk.len)?;
+                        self.counters.received.fetch_add(chunk.bytes.len() as u64, Ordering::Relaxed);
+                        self.put(item, chunk, &mut run, &mut done)?;
+                    }
+                    self.end_run(run, &mut done)?;
+                    if let Some(first) = done.first_mut() {
+                        first.uncommitted = Some(share.uncommitted.clone());
+                    }
+                    drop(share);
+                    if self.report(done).is_err() {
+                        return Ok(());
+                    }
+                }
+                Job::Copy(copies) => {
+                    let (mut run, mut done) = (None, Vec::new());
+                    for (item, at) in copies {
+                        match self.local.chunk(item.chunk, at) {
+                            Ok(chunk) => {
+                                self.counters.reused.fetch_add(chunk.bytes.len() as u64, Ordering::Relaxed);
+                                self.put(item, chunk, &mut run, &mut done)?;
+                            }
+                            Err(fault) => {
+                                tracing::info!(chunk = %item.chunk.id, error = %fault, "a local chunk is stale; fetching it instead");
+                                self.failure.patiently(|| self.shared.places.forget(item.chunk.id))?;
+                            }
+                        }
+                    }
+                    self.end_run(run, &mut done)?;
+                    if self.report(done).is_err() {
+                        return Ok(());
+                    }
+                }
+                Job::Share(wholes) => {
+                    let mut done = Vec::with_capacity(wholes.len());
+                    for Whole { dest, from, chunks } in wholes {
+                        match self.share(&dest, &from) {
+                            Ok(how @ (stage::Shared::Blocks | stage::Shared::Copy)) => {
+                                self.counters.reused.fetch_add(dest.file.size, Ordering::Relaxed);
+                                let written = how == stage::Shared::Copy;
+                                done.push(Done { bytes: dest.file.size, dest, chunks, written, uncommitted: None });
+                            }
+                            Ok(stage::Shared::Not) => self.copy_whole(&dest, &chunks, &from.path, &mut done)?,
+                            Err(fault) if fault.code == Code::NoSpace => return Err(fault),
+                            Err(fault) => {
+                                tracing::info!(path = %from.path.display(), error = %fault, "a local file is stale; fetching it instead");
+                                self.stage.remove_file(&dest.path)?;
+                                if let Some(first) = chunks.first() {
+                                    self.failure.patiently(|| self.shared.places.forget(first.0))?;
+                                }
+                            }
+                        }
+                    }
+                    if self.report(done).is_err() {
+                        return Ok(());
+                    }
+                }
+            }
+        }
+    }
+
+    /// Hands over what is in place. An error means that the committer failed, and says why itself.
+    fn report(&self, done: Vec<Done>) -> Result<(), SendError<Vec<Done>>> {
+        self.done.send(done)
+    }
+
+    /// Puts verified bytes at their place; those that follow each other go together.
+    fn put(&self, item: Item, chunk: Verified, run: &mut Option<Run>, done: &mut Vec<Done>) -> Result<(), Fault> {
+        if !run.as_ref().is_some_and(|run| run.goes_on_with(&item)) {
+            self.end_run(run.take(), done)?;
+        }
+        let Item { dest, spot, .. } = item;
+        let run = run.get_or_insert_with(|| Run { dest, offset: spot.offset, len: 0, chunks: Vec::new(), parts: Vec::new() });
+        run.chunks.push((chunk.id, spot.ordinal, spot.offset, chunk.bytes.len() as u32));
+        run.len += chunk.bytes.len() as u64;
+        run.parts.push(chunk.bytes);
+        Ok(())
+    }
+
+    /// Writes what was put.
+    fn end_run(&self, run: Option<Run>, done: &mut Vec<Done>) -> Result<(), Fault> {
+        let Some(run) = run else { return Ok(()) };
+        self.write(run, done).inspect_err(|_| self.failure.stored.store(false, Ordering::Relaxed))
+    }
+
+    fn write(&self, run: Run, done: &mut Vec<Done>) -> Result<(), Fault> {
+        let Run { dest, offset, len, chunks, parts } = run;
+        if len == dest.file.size {
+            // The whole of it: nobody needs it open any longer.
+            let file = self.stage.open_file(&dest.path, 0)?;
+            let written = write_parts(&file, &parts, offset);
+            let closed = durable::close(file);
+            written.and(closed).at(format_args!("write {}", dest.path)).inspect_err(|_| self.is_damaged(&dest))?;
+        } else {
+            // Held while writing: the kernel lets one in at a time, and has the others spin.
+            let mut handle = dest.handle.lock();
+            let file = match &mut *handle {
+                Some(file) => file,
+                none => none.insert(self.stage.open_file(&dest.path, dest.file.size)?),
+            };
+            let written = write_parts(file, &parts, offset);
+            drop(handle);
+            // What is full or beyond its quota took nothing of these bytes; other errors may have cost what was written before.
+            written.at(format_args!("write {}", dest.path)).inspect_err(|fault| {
+                if fault.code != Code::NoSpace {
+                    self.is_damaged(&dest);
+                }
+            })?;
+        }
+        done.push(Done { dest, chunks, bytes: len, written: true, uncommitted: None });
+        Ok(())
+    }
+
+    /// Has a file written again from its beginning.
+    fn is_damaged(&self, dest: &Dest) {
+        self.counters.damaged.lock().insert(dest.number);
+    }
+
+    /// Makes the staged file the same as one that lies here, and checks all bytes of that.
+    fn share(&mut self, dest: &Dest, from: &Local) -> Result<stage::Shared, Fault> {
+        let Local { path: from, link } = from;
+        let file = durable::open_regular_nofollow(from).at(from.display())?;
+        if file.metadata().at(from.display())?.len() != dest.file.size {
+            return Err(Fault::integrity("its size is another"));
+        }
+        if *link {
+            // Nobody else writes there, so what is hashed is what is shared.
+            self.check_content(&file, from, dest)?;
+            return self.stage.share(from, &file, &dest.path, dest.mode, true);
+        }
+        // Its owner may write into it at any moment: what counts is what came of it.
+        let how = self.stage.share(from, &file, &dest.path, dest.mode, false)?;
+        if how != stage::Shared::Not {
+            let staged = dest.path.in_dir(self.stage.path());
+            self.check_content(&self.stage.open_to_read(&dest.path)?, &staged, dest)?;
+        }
+        Ok(how)
+    }
+
+    /// Hashes a file whole.
+    fn check_content(&mut self, file: &File, path: &Path, dest: &Dest) -> Result<(), Fault> {
+        let mut hasher = blake3::Hasher::new();
+        let mut at = 0;
+        while at < dest.file.size {
+            let part = (dest.file.size - at).min(self.buffer.len() as u64) as usize;
+            file.read_exact_at(&mut self.buffer[..part], at).at(path.display())?;
+            hasher.update(&self.buffer[..part]);
+            at += part as u64;
+        }
+        if *hasher.finalize().as_bytes() == dest.file.hash.0 { Ok(()) } else { Err(Fault::integrity("its content is another")) }
+    }
+
+    /// Copies a file's chunks from one that lies here and cannot be shared; what cannot be read is left to the next pass.
+    fn copy_whole(&self, dest: &Arc<Dest>, chunks: &[(Hash, u64, u64, u32)], from: &Path, done: &mut Vec<Done>) -> Result<(), Fault> {
+        let source = durable::open_regular_nofollow(from).ok();
+        let mut run = None;
+        for &(id, ordinal, offset, len) in chunks {
+            let mut out = vec![0; len as usize];
+            let read = source.as_ref().is_some_and(|source| source.read_exact_at(&mut out, offset).is_ok());
+            let Some(chunk) = Some(out).filter(|_| read).and_then(|out| Verified::check(id, out.into()).ok()) else {
+                self.failure.patiently(|| self.shared.places.forget(id))?;
+                continue;
+            };
+            let spot = Spot { page: Hash([0; 32]), index: 0, ordinal, offset };
+            self.put(Item { dest: dest.clone(), chunk: ChunkRef { id, len }, spot }, chunk, &mut run, done)?;
+            self.counters.reused.fetch_add(u64::from(len), Ordering::Relaxed);
+        }
+        self.end_run(run, done)
+    }
+}
+
+/// Verified bytes of one file that follow each other.
+struct Run {
+    dest: Arc<Dest>,
+    offset: u64,
+    len: u64,
+    chunks: Vec<(Hash, u64, u64, u32)>,
+    parts: Vec<Bytes>,
+}
+
+impl Run {
+    fn goes_on_with(&self, item: &Item) -> bool {
+        Arc::ptr_eq(&self.dest, &item.dest) && self.offset + self.len == item.spot.offset && self.len < RUN_BYTES
+    }
+}

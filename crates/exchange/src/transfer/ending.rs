@@ -1,0 +1,238 @@
+//! How a transfer is stopped, paused and cancelled, and how its staging folder is removed.
+//!
+//! Nothing here makes the control stream wait: a sink that hangs holds up the end of its own transfers only. A commit that has
+//! begun is awaited, because what may become visible cannot be called cancelled. What cannot be removed is tried again.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::OwnedMutexGuard;
+
+use super::{Runner, Running, SINKS};
+use model::transfer::State;
+use state::{TransferRow, Want};
+use base::durable;
+use base::fault::{Code, Fault, IoContext, Reason};
+use base::limits::{LEFTOVERS_AGAIN_AFTER, SINK_STOP_MAX};
+use base::names::TransferId;
+use sink::Sink;
+
+/// The pause before the catalogue is asked again to note an end.
+const NOTE_AGAIN_AFTER: Duration = Duration::from_secs(1);
+
+/// What is removed of a staging folder.
+enum Leftover {
+    /// What a transfer staged.
+    Staged(TransferId),
+    /// What a sink put aside to be removed.
+    Aside(PathBuf),
+}
+
+impl Runner {
+    /// Pauses or cancels a transfer in the background.
+    pub(super) fn end(&self, row: &TransferRow, want: Want) {
+        let mut ending = self.inner.ending.lock();
+        ending.retain(|_, task| !task.is_finished());
+        let key = (row.id.clone(), row.generation, want);
+        if ending.contains_key(&key) {
+            return;
+        }
+        let (this, row, mine) = (self.clone(), row.clone(), key.clone());
+        let task = tokio::spawn(async move {
+            this.halt(&row.id, row.generation).await;
+            while let Err(fault) = this.note_end(&row, want).await {
+                tracing::warn!(transfer = %row.id, error = %fault, "the end of a transfer could not be noted; tried again");
+                tokio::select! {
+                    () = tokio::time::sleep(NOTE_AGAIN_AFTER) => {}
+                    () = this.inner.stop.cancelled() => return,
+                }
+            }
+            // Whoever asks from now on begins anew; what was asked for before stands in the catalogue.
+            this.inner.ending.lock().remove(&mine);
+            if want == Want::Pause
+                && let Ok(now) = this.inner.catalogue.transfer(&row.id).await
+                && now.generation == row.generation
+                && !now.state.is_final()
+            {
+                match now.want {
+                    // Resumed meanwhile: its new task may be the one that was stopped.
+                    Want::Run => this.spawn(&now),
+                    // Resumed and paused again.
+                    Want::Pause if this.task_of(&now.id, now.generation).is_some() => this.end(&now, Want::Pause),
+                    _ => {}
+                }
+            }
+        });
+        ending.insert(key, task);
+    }
+
+    /// The task of a transfer that runs, unless that is one of a newer generation.
+    pub(super) fn task_of(&self, id: &TransferId, generation: i64) -> Option<Running> {
+        let running = self.inner.running.lock();
+        running.get(id).filter(|there| there.generation <= generation && !there.ended.is_cancelled()).cloned()
+    }
+
+    /// Stops a transfer's task, unless that is a newer one, and waits until it and those before it have ended.
+    async fn halt(&self, id: &TransferId, generation: i64) {
+        if let Some(task) = self.task_of(id, generation) {
+            task.stop.cancel();
+            task.ended.cancelled().await;
+        }
+    }
+
+    async fn note_end(&self, row: &TransferRow, want: Want) -> Result<(), Fault> {
+        let mut row = loop {
+            let now = self.inner.catalogue.transfer(&row.id).await?;
+            // Something else was asked for since.
+            if now.generation != row.generation || want == Want::Pause && now.want != Want::Pause {
+                return Ok(());
+            }
+            if self.task_of(&now.id, now.generation).is_none() {
+                break now;
+            }
+            // It was resumed in between, and then this was asked for again.
+            self.halt(&now.id, now.generation).await;
+        };
+        let (state, fault) = match want {
+            Want::Pause if row.state.is_final() || row.state == State::Paused => return Ok(()),
+            Want::Pause => {
+                let fault = Fault::internal("paused").with_reason(Reason::PausedByUser).with_next(format!("packhorse resume {}", row.id));
+                (State::Paused, fault)
+            }
+            _ if matches!(row.state, State::Done | State::Cancelled) => {
+                // Another transfer took its place: what it staged is left.
+                self.inner.leftovers.notify_waiters();
+                return Ok(());
+            }
+            _ => {
+                let fault =
+                    Fault::internal("cancelled").with_reason(Reason::CancelledByUser).with_next(format!("packhorse retry {}", row.id));
+                // As a rule nothing is left once it is cancelled. A sink that hangs is not waited for.
+                let clean = tokio::time::timeout(SINK_STOP_MAX, self.remove_staged(&row.id, Some(row.generation))).await;
+                if let Ok(Err(fault)) = clean {
+                    tracing::warn!(transfer = %row.id, error = %fault, "a staging folder could not be removed; tried again");
+                }
+                (State::Cancelled, fault)
+            }
+        };
+        if state == State::Cancelled && self.undone_by_cancel(&mut row).await? {
+            return Ok(());
+        }
+        row.state = state;
+        row.body.set_fault(Some(&fault));
+        self.write(&row).await?;
+        self.inner.leftovers.notify_waiters();
+        Ok(())
+    }
+
+    /// Waits until nobody else uses the staging folder of a transfer.
+    pub(super) async fn staging_of(&self, id: &TransferId) -> OwnedMutexGuard<()> {
+        self.inner.staging.lock(id).await
+    }
+
+    /// Removes what a transfer staged, if it is still of this generation. `None`: if it is of no use any more.
+    async fn remove_staged(&self, id: &TransferId, generation: Option<i64>) -> Result<(), Fault> {
+        let guard = self.staging_of(id).await;
+        let row = match self.inner.catalogue.transfer(id).await {
+            Ok(row) => Some(row),
+            Err(fault) if fault.code == Code::NotFound => None,
+            Err(fault) => return Err(fault),
+        };
+        let places = self.inner.shared.places.clone();
+        let place = places.staged_by(id);
+        let of_no_use = match (&row, generation) {
+            (Some(row), Some(generation)) => row.generation == generation,
+            // A failed transfer keeps what it has for `retry`.
+            (Some(row), None) => matches!(row.state, State::Done | State::Cancelled),
+            (None, _) => place.is_none(),
+        };
+        if !of_no_use {
+            return Ok(());
+        }
+        if let Some(place) = place {
+            tokio::task::spawn_blocking(move || places.remove(place)).await.map_err(|e| Fault::internal(e.to_string()))??;
+        }
+        let sinks: Vec<_> = match &row {
+            Some(row) => vec![self.inner.sinks.of(row.artifact.kind).clone()],
+            None => self.inner.sinks.all().map(Clone::clone).into_iter().filter(|sink| !sink.is_shared()).collect(),
+        };
+        let guard = Arc::new(guard);
+        for sink in sinks {
+            let (staged, guard) = (id.in_dir(sink.staging_root()), guard.clone());
+            sink.threads()
+                .run(move || {
+                    let removed = durable::remove_all(&staged);
+                    drop(guard);
+                    removed
+                })
+                .await?;
+        }
+        Ok(())
+    }
+
+    /// Removes what is left in the staging folders, now and whenever a transfer was cancelled, until the daemon stops. Each sink has
+    /// a task of its own.
+    pub async fn keep_clean(&self) {
+        let all: [_; SINKS] = self.inner.sinks.all().map(|sink| self.keep_sink_clean(sink.clone()));
+        futures::future::join_all(all).await;
+    }
+
+    async fn keep_sink_clean(&self, sink: Arc<dyn Sink>) {
+        let mut said = None;
+        loop {
+            let asked = self.inner.leftovers.notified();
+            let left = tokio::select! {
+                left = self.clean(&sink) => left,
+                () = self.inner.stop.cancelled() => return,
+            };
+            let again = left.is_err();
+            if let Err(fault) = left
+                && said.as_ref() != Some(&fault.message)
+            {
+                tracing::warn!(folder = %sink.staging_root().display(), error = %fault, "a leftover could not be removed; tried again");
+                said = Some(fault.message);
+            }
+            tokio::select! {
+                () = asked => {}
+                () = tokio::time::sleep(LEFTOVERS_AGAIN_AFTER), if again => {}
+                () = self.inner.stop.cancelled() => return,
+            }
+        }
+    }
+
+    /// Removes each leftover of one sink. The first fault is returned after all of them were tried.
+    async fn clean(&self, sink: &Arc<dyn Sink>) -> Result<(), Fault> {
+        let this = sink.clone();
+        let mut first = Ok(());
+        for leftover in sink.threads().run(move || leftovers(this.as_ref())).await? {
+            let removed = match leftover {
+                Leftover::Staged(id) => self.remove_staged(&id, None).await,
+                Leftover::Aside(path) => sink.threads().run(move || durable::remove_all(&path)).await,
+            };
+            first = first.and(removed);
+        }
+        first
+    }
+}
+
+/// What lies in a staging folder and may be of no use.
+fn leftovers(sink: &dyn Sink) -> Result<Vec<Leftover>, Fault> {
+    let root = sink.staging_root();
+    let entries = match std::fs::read_dir(root) {
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        other => other.at(root.display())?,
+    };
+    let mut out = Vec::new();
+    for entry in entries {
+        let name = entry.at(root.display())?.file_name().to_string_lossy().into_owned();
+        if let Ok(id) = name.parse()
+            && name.starts_with("t-")
+        {
+            out.push(Leftover::Staged(id));
+        } else if sink.may_remove(&name) {
+            out.push(Leftover::Aside(root.join(name)));
+        }
+    }
+    Ok(out)
+}

@@ -1,0 +1,350 @@
+//! Transfers at a site: each a task that goes from `queued` to `done` and survives everything between.
+//!
+//! The hub says what it wants ([`Runner::apply`], level-triggered: the whole list each time); the catalogue holds where
+//! each transfer is, and is written before anything is told to anybody. A try that fails with a fault that may pass is
+//! made again after a growing pause; what was staged stays.
+//!
+//! This file holds which transfers have a task, and `ending` how one is stopped. `task` is what one does from its start to its end, `attempt` a single try of it, `turn`
+//! what it waits for first, `told` the manifests that came unasked, `landing` the end: place, receipt, and a second look.
+
+mod assemble;
+mod attempt;
+mod ending;
+mod landing;
+mod locks;
+mod memory;
+mod pace;
+mod task;
+#[cfg(test)]
+mod tests;
+mod told;
+mod turn;
+mod unwritten;
+mod verify;
+mod waiting;
+
+use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use parking_lot::Mutex;
+use tokio::sync::{Notify, mpsc, oneshot, watch};
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+
+use model::transfer::{Bytes, State};
+use state::{Adopted, Body, Catalogue, TransferRow, Want};
+use base::fault::Fault;
+use transport::identity::SiteIdentity;
+use transport::Link;
+use content::manifest::{Digest, Root};
+use base::names::{ArtifactRef, Kind, SiteName, TransferId};
+use sink::{Incoming, Sink};
+use crate::wire::Desired;
+use base::fault::Fault;
+use base::names::{ArtifactRef, Kind, TransferId};
+use content::manifest::{Digest, Root};
+use model::transfer::{Bytes, State};
+use sink::{Incoming, Sink};
+use state::{Body, Catalogue, TransferRow, Want};
+use transport::Link;
+use transport::identity::SiteIdentity;
+
+pub use assemble::{Assembly, Counters, Estimate, Shared, free_room};
+use locks::Locks;
+pub use memory::Memory;
+use turn::Slots;
+use unwritten::Unwritten;
+pub use verify::{Found, beside, verify};
+
+/// The sinks of a site.
+pub const SINKS: usize = 3;
+
+/// The number of the sink of a kind.
+fn sink_number(kind: Kind) -> usize {
+    match kind {
+        Kind::Dataset | Kind::Operator | Kind::Model => 0,
+        Kind::Labels => 1,
+        Kind::Image => 2,
+    }
+}
+
+/// Transfers that wait for a look at once.
+pub const LOOKS_ASKED_MAX: usize = 16;
+
+/// The sinks of a site.
+#[derive(Clone)]
+pub struct Sinks {
+    /// Datasets, operators, models.
+    pub files: Arc<dyn Sink>,
+    /// Labels.
+    pub labels: Arc<dyn Sink>,
+    /// Images.
+    pub images: Arc<dyn Sink>,
+}
+
+impl Sinks {
+    /// The sink of a kind.
+    pub fn of(&self, kind: Kind) -> &Arc<dyn Sink> {
+        self.all()[sink_number(kind)]
+    }
+
+    /// All of them.
+    pub fn all(&self) -> [&Arc<dyn Sink>; SINKS] {
+        [&self.files, &self.labels, &self.images]
+    }
+}
+
+/// What of a list from the hub could not be written down.
+#[derive(Debug, Default)]
+pub struct Unapplied {
+    /// The transfers that were not taken over.
+    pub transfers: HashSet<TransferId>,
+    /// The first fault.
+    pub fault: Option<Fault>,
+}
+
+/// Asks for a look at a content that was published here in place.
+pub struct AskLook {
+    /// Which.
+    pub digest: Digest,
+    /// Takes what changed; `None`: it is sound, or nothing can be said.
+    pub answer: oneshot::Sender<Option<String>>,
+}
+
+/// Runs a site's transfers. Cheap to clone.
+#[derive(Clone)]
+pub struct Runner {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    catalogue: Catalogue,
+    shared: Shared,
+    sinks: Sinks,
+    identity: watch::Receiver<Arc<SiteIdentity>>,
+    link: watch::Receiver<Option<Link>>,
+    looks: mpsc::Sender<AskLook>,
+    slots: [Slots; SINKS],
+    running: Mutex<HashMap<TransferId, Running>>,
+    /// Transfers that are being paused or cancelled, each with its generation.
+    ending: Mutex<HashMap<(TransferId, i64, Want), JoinHandle<()>>>,
+    /// Asks for a look at what is left in the staging folders.
+    leftovers: Notify,
+    /// Who uses the staging folder of a transfer does so alone.
+    staging: Locks<TransferId>,
+    /// Who lands, looks at, or takes away an artifact does so alone.
+    alone: Locks<ArtifactRef>,
+    /// Roots of manifests that the hub told of by itself, with the bytes that crossed the line for each.
+    told: Mutex<Vec<(Digest, Root, u64)>>,
+    /// Bytes a second, as a transfer last had it.
+    last_rate: AtomicU64,
+    /// What the catalogue could not take.
+    unwritten: Unwritten,
+    stop: CancellationToken,
+}
+
+/// A transfer's newest task.
+#[derive(Clone)]
+struct Running {
+    stop: CancellationToken,
+    generation: i64,
+    /// Cancelled once this task, and every earlier one of the transfer, has ended.
+    ended: CancellationToken,
+}
+
+/// Waits for what may be dropped at any moment, unless the transfer is stopped first.
+async fn unless<T>(stop: &CancellationToken, work: impl Future<Output = Result<T, Fault>>) -> Result<T, Fault> {
+    tokio::select! {
+        result = work => result,
+        () = stop.cancelled() => Err(stopped()),
+    }
+}
+
+/// What ends a try when somebody paused or cancelled it, or the daemon stops: never shown.
+fn stopped() -> Fault {
+    Fault::internal("the transfer was stopped")
+}
+
+impl Runner {
+    /// A runner with nothing to do yet. What was published here it has looked at by `looks`; `stop` ends all of it.
+    pub fn new(
+        catalogue: Catalogue,
+        shared: Shared,
+        sinks: Sinks,
+        identity: watch::Receiver<Arc<SiteIdentity>>,
+        link: watch::Receiver<Option<Link>>,
+        looks: mpsc::Sender<AskLook>,
+        stop: CancellationToken,
+    ) -> Self {
+        let (slots, running, ending, leftovers, staging) = Default::default();
+        let (alone, told, last_rate, unwritten) = Default::default();
+        let inner = Inner {
+            catalogue,
+            shared,
+            sinks,
+            identity,
+            link,
+            looks,
+            slots,
+            running,
+            ending,
+            leftovers,
+            staging,
+            alone,
+            told,
+            last_rate,
+            unwritten,
+            stop,
+        };
+        Self { inner: Arc::new(inner) }
+    }
+
+    /// Bytes a second, as the line last went; 0 when it is not known.
+    pub fn last_rate(&self) -> u64 {
+        self.inner.last_rate.load(Ordering::Relaxed)
+    }
+
+    /// Transfers that are further than the catalogue says, because it cannot be written, each with the reason.
+    pub fn unwritten(&self) -> Vec<TransferRow> {
+        self.inner.unwritten.rows()
+    }
+
+    /// Does what the hub wants. What the catalogue cannot take keeps the others from nothing. `only`: those of the list that are left of an
+    /// earlier try.
+    pub async fn apply(&self, desired: &[Desired], complete: bool, only: Option<&HashSet<TransferId>>) -> Unapplied {
+        let mut unapplied = Unapplied::default();
+        let site = self.inner.identity.borrow().name().clone();
+        for wanted in desired.iter().filter(|wanted| only.is_none_or(|only| only.contains(&wanted.id))) {
+            match self.adopt(wanted, &site).await {
+                Ok(row) => self.follow(&row),
+                Err(fault) => {
+                    unapplied.transfers.insert(wanted.id.clone());
+                    unapplied.fault.get_or_insert(fault);
+                }
+            }
+        }
+        if complete && let Err(fault) = self.give_up_unlisted(desired, &site).await {
+            unapplied.fault.get_or_insert(fault);
+        }
+        unapplied
+    }
+
+    /// Gives up the transfers that the hub does not list any more.
+    async fn give_up_unlisted(&self, desired: &[Desired], site: &SiteName) -> Result<(), Fault> {
+        let listed: HashSet<&str> = desired.iter().map(|wanted| wanted.id.as_str()).collect();
+        for row in self.inner.catalogue.open_transfers(site).await? {
+            let has_ended = matches!(row.state, State::Done | State::Cancelled) && self.task_of(&row.id, row.generation).is_none();
+            if !listed.contains(row.id.as_str()) && !has_ended {
+                self.end(&row, Want::Cancel);
+            }
+        }
+        self.inner.unwritten.retain(|id| listed.contains(id));
+        Ok(())
+    }
+
+    /// Takes a transfer into the catalogue. Another one of the same artifact, of which the hub knows nothing any more, gives way.
+    async fn adopt(&self, wanted: &Desired, site: &SiteName) -> Result<TransferRow, Fault> {
+        let row = TransferRow {
+            id: wanted.id.clone(),
+            delivery: wanted.delivery.clone(),
+            artifact: wanted.artifact.clone(),
+            digest: wanted.digest,
+            site: site.clone(),
+            want: wanted.want,
+            generation: wanted.generation,
+            state: State::Queued,
+            body: Body { bytes: Bytes { total: wanted.total, ..Bytes::default() }, ..Body::default() },
+            created_ms: wanted.created_ms,
+            updated_ms: 0,
+            finished_ms: None,
+            cursor: 0,
+            after: wanted.after.clone(),
+            removed_ms: None,
+        };
+        let catalogue = &self.inner.catalogue;
+        let work = async {
+            if let Some(lineage) = &wanted.lineage {
+                catalogue.set_lineage(&wanted.artifact, lineage).await?;
+            }
+            catalogue.adopt(&row).await
+        };
+        match work.await {
+            Ok(Adopted { row, superseded }) => {
+                self.inner.unwritten.adopted(&row.id, row.generation);
+                for other in &superseded {
+                    tracing::warn!(transfer = %other.id, by = %row.id, artifact = %row.artifact, "the hub does not know this transfer any more");
+                    self.end(other, Want::Cancel);
+                }
+                Ok(row)
+            }
+            Err(fault) => {
+                // What is known of it already stays as it is.
+                let known = catalogue.transfer(&row.id).await;
+                if self.inner.unwritten.not_adopted(known.as_ref().unwrap_or(&row), &fault) {
+                    tracing::error!(transfer = %row.id, error = %fault, "the catalogue cannot be written");
+                }
+                catalogue.notify();
+                Err(fault)
+            }
+        }
+    }
+
+    /// Goes on with what was open when the daemon stopped, without waiting for the hub.
+    pub async fn start(&self) -> Result<(), Fault> {
+        let site = self.inner.identity.borrow().name().clone();
+        for row in self.inner.catalogue.open_transfers(&site).await? {
+            self.follow(&row);
+        }
+        Ok(())
+    }
+
+    fn follow(&self, row: &TransferRow) {
+        match row.want {
+            Want::Cancel if !matches!(row.state, State::Done | State::Cancelled) => self.end(row, Want::Cancel),
+            Want::Pause if !row.state.is_final() => self.end(row, Want::Pause),
+            Want::Run if !row.state.is_final() => self.spawn(row),
+            _ => {}
+        }
+    }
+
+    /// Starts the task of a transfer, unless it runs. An earlier one is stopped, and the new one begins once that has ended: two tasks
+    /// never use one staging folder and journal.
+    fn spawn(&self, row: &TransferRow) {
+        let mut running = self.inner.running.lock();
+        running.retain(|_, there| !there.ended.is_cancelled());
+        let before = match running.get(&row.id) {
+            Some(there) if there.generation >= row.generation && !there.stop.is_cancelled() => return,
+            Some(there) => {
+                there.stop.cancel();
+                Some(there.ended.clone())
+            }
+            None => None,
+        };
+        let (stop, ended) = (self.inner.stop.child_token(), CancellationToken::new());
+        running.insert(row.id.clone(), Running { stop: stop.clone(), generation: row.generation, ended: ended.clone() });
+        let (this, row) = (self.clone(), row.clone());
+        // Dropped at the end of the task, even if it panics.
+        let ended = ended.drop_guard();
+        tokio::spawn(async move {
+            let _ended = ended;
+            Box::pin(this.go(row, stop, before)).await;
+        });
+    }
+
+    /// Waits until nothing runs any more; called after `stop`.
+    pub async fn drained(&self) {
+        let all: Vec<Running> = self.inner.running.lock().drain().map(|(_, running)| running).collect();
+        for running in all {
+            running.ended.cancelled().await;
+        }
+        let ending: Vec<JoinHandle<()>> = self.inner.ending.lock().drain().map(|(_, task)| task).collect();
+        for task in ending {
+            let _ = task.await;
+        }
+    }
+}
+
+fn incoming(row: &TransferRow, root: &Root) -> Incoming {
+    Incoming { artifact: row.artifact.clone(), digest: row.digest, root: root.clone(), transfer: row.id.clone(), waits: Default::default() }
+}

@@ -1,0 +1,168 @@
+//! One transfer's task: tries, the pauses between them, and what the catalogue says of it meanwhile.
+//!
+//! [`Runner::spawn`] starts it, it calls `attempt` until that succeeds, is of no use any more, or the transfer is stopped. A
+//! row is written before anybody is told, so after a crash the task begins where the catalogue says.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use tokio::sync::oneshot;
+use tokio_util::sync::CancellationToken;
+
+use super::pace::Pause;
+use super::waiting::{Takes, stays};
+use super::{AskLook, Counters, Runner};
+use model::transfer::{Bytes, State};
+use state::TransferRow;
+use base::fault::{Code, Fault, Reason};
+use base::limits::STATE_RETRY_EVERY;
+use crate::in_place::CHANGED_NEXT;
+use sink::Waits;
+
+impl Runner {
+    /// One transfer, from where it stands to its end. `before`: cancelled once the task before this one has ended.
+    pub(super) async fn go(&self, mut row: TransferRow, stop: CancellationToken, before: Option<CancellationToken>) {
+        if let Some(before) = before
+            && !self.follows(&mut row, before, &stop).await
+        {
+            return;
+        }
+        let mut pause = Pause::default();
+        let first = row.body.bytes;
+        let counters = Arc::new(Counters::default());
+        counters.received.store(first.received, Ordering::Relaxed);
+        counters.reused.store(first.reused, Ordering::Relaxed);
+        counters.wire.store(first.wire, Ordering::Relaxed);
+        let mut link = self.inner.link.clone();
+        // The most that was ever staged here.
+        let mut most = 0;
+        loop {
+            row.body.attempts += 1;
+            let received = counters.received.load(Ordering::Relaxed);
+            let Err(fault) = self.attempt(&mut row, &counters, &stop).await else { return };
+            if stop.is_cancelled() {
+                self.note_bytes(&mut row, &counters);
+                let _ = self.write(&row).await;
+                return;
+            }
+            // Of what was staged some may be lost again and again, which is no progress.
+            let committed = counters.committed.load(Ordering::Relaxed);
+            if committed > most {
+                (most, pause) = (committed, Pause::default());
+            }
+            self.note_bytes(&mut row, &counters);
+            row.body.rate = 0;
+            let fault = self.unless_changed_here(&mut row, fault, &stop).await;
+            row.body.set_fault(Some(&fault));
+            let costs = counters.received.load(Ordering::Relaxed) > received;
+            let Some(wait) = pause.after(&fault, costs) else {
+                tracing::warn!(transfer = %row.id, artifact = %row.artifact, error = %fault, "a transfer failed");
+                row.state = State::Failed;
+                self.save(&row).await;
+                return;
+            };
+            tracing::info!(transfer = %row.id, artifact = %row.artifact, error = %fault, wait_ms = wait.as_millis() as u64, "a transfer waits");
+            self.save(&row).await;
+            tokio::select! {
+                () = tokio::time::sleep(wait) => {}
+                // A new line is what most waits are for.
+                _ = link.changed(), if fault.reason == Reason::HubUnreachable => {}
+                () = stop.cancelled() => return,
+            }
+        }
+    }
+
+    /// Waits for the end of the task before this one. It waits even when this one is stopped: whoever waits for the end of this task
+    /// relies on both. Returns whether there is still something to do.
+    async fn follows(&self, row: &mut TransferRow, before: CancellationToken, stop: &CancellationToken) -> bool {
+        let sink = self.inner.sinks.of(row.artifact.kind).clone();
+        let ended = async {
+            before.cancelled().await;
+            Ok(())
+        };
+        let waited = self.watched(row, sink.as_ref(), &Waits::default(), Takes::AnyTime, ended).await;
+        if waited.is_err() || stop.is_cancelled() {
+            return false;
+        }
+        match self.inner.catalogue.transfer(&row.id).await {
+            Ok(now) if now.generation == row.generation && !now.state.is_final() => {
+                *row = now;
+                true
+            }
+            Ok(_) => false,
+            // What is known of it does for the first try, which reads the catalogue again.
+            Err(_) => true,
+        }
+    }
+
+    /// The hub never asks a site for what it lacks itself. So what was published here, and no other site has, is looked at: when it
+    /// changed, it would wait for ever.
+    async fn unless_changed_here(&self, row: &mut TransferRow, fault: Fault, stop: &CancellationToken) -> Fault {
+        let waits = fault.reason == Reason::WaitingForSource && fault.code == Code::NotFound;
+        if !waits || !self.inner.catalogue.all_by_digest(row.digest).await.is_ok_and(|all| all.iter().any(|known| known.published)) {
+            return fault;
+        }
+        // The look may take a while.
+        row.body.set_fault(Some(&fault));
+        self.save(row).await;
+        let (answer, answered) = oneshot::channel();
+        let look = async {
+            self.inner.looks.send(AskLook { digest: row.digest, answer }).await.ok()?;
+            answered.await.ok()?
+        };
+        let changed = tokio::select! {
+            changed = look => changed,
+            () = stop.cancelled() => None,
+        };
+        changed.map_or(fault, |changed| Fault::integrity(changed).with_next(CHANGED_NEXT))
+    }
+
+    /// Writes a transfer's row once. What could not be written of it before is older, and forgotten.
+    pub(super) async fn write(&self, row: &TransferRow) -> Result<(), Fault> {
+        self.inner.catalogue.update_transfer(&row.id, row.generation, row.state, &row.body).await?;
+        self.inner.unwritten.saved(&row.id, row.generation);
+        Ok(())
+    }
+
+    /// Writes a transfer's row. A final state is tried again until it is written or the daemon stops: nobody would write it later.
+    pub(super) async fn save(&self, row: &TransferRow) {
+        let inner = &self.inner;
+        loop {
+            let Err(fault) = self.write(row).await else { return };
+            if inner.unwritten.not_saved(row, &fault) {
+                tracing::error!(transfer = %row.id, error = %fault, "the catalogue cannot be written");
+            }
+            inner.catalogue.notify();
+            if !row.state.is_final() {
+                return;
+            }
+            tokio::select! {
+                () = tokio::time::sleep(STATE_RETRY_EVERY) => {}
+                () = inner.stop.cancelled() => return,
+            }
+        }
+    }
+
+    pub(super) fn note_bytes(&self, row: &mut TransferRow, counters: &Counters) {
+        let get = |n: &AtomicU64| n.load(Ordering::Relaxed);
+        let was = row.body.bytes;
+        row.body.bytes = Bytes {
+            total: was.total,
+            reused: was.reused.max(get(&counters.reused)),
+            resumed: was.resumed.max(get(&counters.resumed)),
+            received: was.received.max(get(&counters.received)),
+            committed: was.committed.max(get(&counters.committed)),
+            wire: was.wire.max(get(&counters.wire)),
+        };
+    }
+
+    pub(super) async fn enter(&self, row: &mut TransferRow, state: State, wait: Option<Fault>) {
+        row.state = state;
+        // Until it gets further it still waits for its source or its sink, however often it asks.
+        let waits = stays(row.body.reason) && matches!(state, State::Planning | State::Transferring | State::Committing);
+        if wait.is_some() || !waits {
+            row.body.set_fault(wait.as_ref());
+        }
+        self.save(row).await;
+    }
+}

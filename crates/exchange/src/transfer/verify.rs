@@ -1,0 +1,214 @@
+//! Compares what a site holds of an artifact with its manifest.
+
+use std::io::ErrorKind;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Instant;
+
+use xxhash_rust::xxh3::xxh3_64;
+
+use base::durable;
+use base::fault::{Fault, IoContext};
+use base::limits::OFFENDERS_LISTED_MAX;
+use content::manifest::{EntryBody, FileInfo, Step, Walk};
+use content::store::Store;
+use sink::{Incoming, Look, Place, Sink};
+
+/// What a look at an artifact found, one line each.
+#[derive(Debug, Default)]
+pub struct Found {
+    /// What is gone or damaged, and is brought again.
+    pub faults: Vec<String>,
+    /// What else is not as it was delivered, and is left so.
+    pub notes: Vec<String>,
+}
+
+/// Compares all that was committed of an artifact with its manifest: reads its content, unless a quick look was asked for.
+pub async fn verify(sink: &dyn Sink, store: Store, incoming: &Incoming, place: &Place, look: &Look) -> Result<Found, Fault> {
+    let faults = sink.verify(incoming, place, look).await?;
+    // What is gone as a whole need not be told file by file.
+    let folder = match place {
+        Place::Folder { path } if faults.is_empty() && incoming.artifact.kind.is_files() => path.clone(),
+        _ => return Ok(Found { faults, notes: look.take_notes() }),
+    };
+    let (root, look) = (incoming.root.clone(), look.clone());
+    let work = move || {
+        let (mut faults, mut modes) = (Vec::new(), Listed::default());
+        for step in Walk::new(&root, &store) {
+            let Step::Entry { entry, .. } = step? else { continue };
+            let path = entry.path.in_dir(&folder);
+            if !matches!(entry.body, EntryBody::Symlink(_)) {
+                match mode_of(&path) {
+                    Some(None) => modes.add(|| format!("{} is a link", entry.path)),
+                    Some(Some(mode)) if mode & noted(&entry.body) != entry.mode => {
+                        modes.add(|| format!("{} is {mode:o} and was {:o}", entry.path, entry.mode));
+                    }
+                    _ => {}
+                }
+            }
+            let fault = match entry.body {
+                EntryBody::Dir => (!path.is_dir()).then(|| "the folder is gone".to_owned()),
+                EntryBody::Symlink(target) => {
+                    let now = std::fs::read_link(&path).ok();
+                    (now.as_deref() != Some(Path::new(&target))).then(|| "the link is gone or another".to_owned())
+                }
+                EntryBody::File(file) if look.quick => size_fault(&path, file),
+                EntryBody::File(file) => {
+                    look.read(file.size);
+                    file_fault(&path, file)
+                }
+            };
+            faults.extend(fault.map(|why| format!("{}: {why}", path.display())));
+        }
+        let modes = modes.line(|count| format!("{} has not the permission bits that were published ({count})", folder.display()));
+        if look.quick {
+            look.note("quick check: names and sizes were compared; no content was read");
+        }
+        Ok(Found { faults, notes: modes.into_iter().chain(look.take_notes()).collect() })
+    };
+    sink.threads().run(work).await
+}
+
+/// Looks at what was committed of an artifact without reading it: presence, kinds, sizes, and whether something was written to since.
+/// Returns the first thing that is wrong. What was not looked at by `until` is believed.
+pub(super) async fn look(
+    sink: Arc<dyn Sink>,
+    store: Store,
+    incoming: Incoming,
+    place: Place,
+    until: Instant,
+) -> Result<Option<String>, Fault> {
+    let Place::Folder { path: folder } = place else { return Ok(None) };
+    let threads = sink.threads().clone();
+    let work = move || {
+        let committed = sink.committed_at(&incoming.artifact);
+        for step in Walk::new(&incoming.root, &store) {
+            let Step::Entry { entry, .. } = step? else { continue };
+            if Instant::now() >= until {
+                break;
+            }
+            let path = entry.path.in_dir(&folder);
+            let meta = match std::fs::symlink_metadata(&path) {
+                Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => {
+                    return Ok(Some(format!("{} is gone", path.display())));
+                }
+                other => other.at(path.display())?,
+            };
+            let wrong = match entry.body {
+                EntryBody::Dir => (!meta.is_dir()).then_some("is no folder"),
+                EntryBody::Symlink(target) => {
+                    (std::fs::read_link(&path).ok().as_deref() != Some(Path::new(&target))).then_some("is another link")
+                }
+                EntryBody::File(file) if !meta.is_file() || meta.len() != file.size => Some("has another size"),
+                EntryBody::File(_) => {
+                    let since = meta.modified().ok().zip(committed).is_some_and(|(written, committed)| written > committed);
+                    since.then_some("was written to since it arrived")
+                }
+            };
+            if let Some(wrong) = wrong {
+                return Ok(Some(format!("{} {wrong}", path.display())));
+            }
+        }
+        Ok(None)
+    };
+    threads.run(work).await
+}
+
+/// What lies in an artifact's folder and is no part of it, as one line. `whole`: all that is part of it is there.
+pub async fn beside(sink: &dyn Sink, store: Store, incoming: &Incoming, place: &Place, whole: bool) -> Result<Option<String>, Fault> {
+    let folder = match place {
+        Place::Folder { path } if incoming.artifact.kind.is_files() => path.clone(),
+        _ => return Ok(None),
+    };
+    let root = incoming.root.clone();
+    let work = move || {
+        // As a rule there is nothing, and then counting says so; else 8 bytes are held of each name.
+        let totals = root.totals;
+        let (mut there, names) = (0, totals.files + totals.dirs + totals.symlinks);
+        each(&folder, Path::new(""), &mut |_: &Path| {
+            there += 1;
+            true
+        });
+        if whole && there <= names {
+            return Ok(None);
+        }
+        let mut own = Vec::with_capacity(names as usize);
+        for step in Walk::new(&root, &store) {
+            if let Step::Entry { entry, .. } = step? {
+                own.push(xxh3_64(entry.path.as_str().as_bytes()));
+            }
+        }
+        own.sort_unstable();
+        let mut strangers = Listed::default();
+        each(&folder, Path::new(""), &mut |path: &Path| {
+            let known = own.binary_search(&xxh3_64(path.as_os_str().as_bytes())).is_ok();
+            if !known {
+                strangers.add(|| path.display().to_string());
+            }
+            known
+        });
+        Ok(strangers.line(|count| format!("{} holds what is no part of it ({count})", folder.display())))
+    };
+    sink.threads().run(work).await
+}
+
+/// Tells `see` of all that lies in `below` of a folder, by its path in there; a folder that it does not want is not looked into. Nor is
+/// one that cannot be: what lies beside an artifact is others' and may be theirs alone, or gone meanwhile.
+fn each(folder: &Path, below: &Path, see: &mut impl FnMut(&Path) -> bool) {
+    for entry in std::fs::read_dir(folder.join(below)).into_iter().flatten().flatten() {
+        let path = below.join(entry.file_name());
+        if see(&path) && entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            each(folder, &path, see);
+        }
+    }
+}
+
+/// The first of what is told of, and how many there are.
+#[derive(Default)]
+struct Listed {
+    shown: Vec<String>,
+    count: usize,
+}
+
+impl Listed {
+    fn add(&mut self, what: impl FnOnce() -> String) {
+        self.count += 1;
+        if self.count <= OFFENDERS_LISTED_MAX {
+            self.shown.push(what());
+        }
+    }
+
+    fn line(self, of: impl FnOnce(usize) -> String) -> Option<String> {
+        let more = if self.count > self.shown.len() { ", …" } else { "" };
+        (self.count > 0).then(|| format!("{}: {}{more}", of(self.count), self.shown.join(", ")))
+    }
+}
+
+/// The bits that must be as they were published. A folder may have got its others from the folder that it is in.
+fn noted(body: &EntryBody) -> u32 {
+    if *body == EntryBody::Dir { 0o777 } else { 0o7777 }
+}
+
+/// The permission bits of what lies there; a link has none.
+fn mode_of(path: &Path) -> Option<Option<u32>> {
+    let meta = std::fs::symlink_metadata(path).ok()?;
+    Some((!meta.is_symlink()).then(|| meta.permissions().mode() & 0o7777))
+}
+
+fn size_fault(path: &Path, file: FileInfo) -> Option<String> {
+    match std::fs::metadata(path).at("look") {
+        Err(fault) => Some(fault.message),
+        Ok(meta) if !meta.is_file() => Some("it is no file".to_owned()),
+        Ok(meta) => (meta.len() != file.size).then(|| format!("it has {} bytes, {} were delivered", meta.len(), file.size)),
+    }
+}
+
+fn file_fault(path: &Path, file: FileInfo) -> Option<String> {
+    let mut hasher = blake3::Hasher::new();
+    match durable::open_regular_nofollow(path).and_then(|f| hasher.update_reader(f).map(|_| ())).at("read") {
+        Err(fault) => Some(fault.message),
+        Ok(()) => (*hasher.finalize().as_bytes() != file.hash.0).then(|| "its content is not what was delivered".to_owned()),
+    }
+}

@@ -1,0 +1,334 @@
+//! The whole run, as the hub keeps it.
+//!
+//! ```text
+//! delivering ─ inputs there ─▶ waiting ─ trainer began ─▶ training ─ ended well, or `finish` ─▶ publishing
+//!                                                            └──────── published with --run ───────┬──┘
+//!                       done ◀─ committed at `from` ─ returning ◀───────── model in the catalogue ─┘
+//! ```
+//! Each of them may end as `cancelled` by a person; as `failed` when the trainer failed, or when the time is up before there is
+//! a model. A transfer in trouble fails nothing: it is told, and the run goes on when a person has seen to it. A `finish` that comes
+//! before the hub has heard that the platform began is kept until then.
+
+use serde::{Deserialize, Serialize};
+
+use super::RunState;
+use super::site::Phase;
+use super::{Model, RunReport, Spec, Want};
+use crate::transfer::State as Transfer;
+use base::fault::Fault;
+use base::names::TransferId;
+
+/// What is said of a run that made nothing in its time.
+const LATE: &str = "its time is up, and there is no model yet";
+
+/// One run at the hub.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Run {
+    /// What was asked for.
+    pub spec: Spec,
+    /// How far it is.
+    pub state: RunState,
+    /// Why it stands, or why it ended badly.
+    pub message: Option<String>,
+    /// What to do about it.
+    pub next: Option<String>,
+    /// The model, once it is in the catalogue.
+    pub model: Option<Model>,
+    /// The transfer that brings it home.
+    pub home: Option<TransferId>,
+    /// What the site said last.
+    pub site: Option<RunReport>,
+    /// What the platform said of its end before the site had said that it began.
+    #[serde(default)]
+    pub early: Option<Finish>,
+    /// When it ended.
+    pub finished_ms: Option<i64>,
+    /// Whether the site has given back all that it borrowed.
+    pub released: bool,
+}
+
+/// How a platform says that it has finished.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Finish {
+    /// Why it failed; `None`: it left a model in the output folder.
+    pub failed: Option<String>,
+}
+
+/// A transfer as the run sees it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Seen {
+    /// Its id.
+    pub id: TransferId,
+    /// How it stands.
+    pub state: Transfer,
+    /// Why, if it stands still.
+    pub message: Option<String>,
+}
+
+/// What happens to a run.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Event {
+    /// Somebody looked: the transfers of the inputs (none before the delivery was begun; `None`: lies there anyway), and
+    /// the one that brings the model home.
+    Looked {
+        /// Whether the delivery was begun.
+        delivered: bool,
+        /// Its transfers.
+        inputs: Vec<Seen>,
+        /// The transfer home.
+        home: Option<Seen>,
+    },
+    /// The site says how it stands.
+    Reported(Box<RunReport>),
+    /// A model was published for it.
+    Published(Model),
+    /// The platform says that it is finished, well or badly.
+    Finish(Finish),
+    /// A person gives it up.
+    Cancel,
+}
+
+/// What is to be done for a run. Each may be done twice.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Effect {
+    /// Deliver the inputs to the site that trains.
+    Borrow,
+    /// Deliver the model to the site that borrows, and note what it was made of.
+    SendHome,
+    /// Cancel the run's own transfers that are still open.
+    Abandon,
+}
+
+impl Run {
+    /// A run that was just asked for.
+    pub fn new(spec: Spec) -> Self {
+        Self {
+            spec,
+            state: RunState::Delivering,
+            message: None,
+            next: None,
+            model: None,
+            home: None,
+            site: None,
+            early: None,
+            finished_ms: None,
+            released: false,
+        }
+    }
+
+    /// Whether something is left to do.
+    pub fn is_open(&self) -> bool {
+        !(self.state.is_final() && self.released)
+    }
+
+    /// What the site that trains should do.
+    pub fn want(&self) -> Want {
+        match self.state {
+            RunState::Delivering | RunState::Waiting | RunState::Training => Want::Train,
+            RunState::Publishing => Want::Publish,
+            RunState::Returning | RunState::Done => Want::Release,
+            RunState::Failed | RunState::Cancelled => Want::Stop,
+        }
+    }
+
+    /// Whether every input was seen to arrive.
+    pub fn is_ready(&self) -> bool {
+        self.state != RunState::Delivering
+    }
+
+    /// What people are told: why it stands or how it ended, and what of the borrowed is left where it trained.
+    pub fn told(&self) -> Option<String> {
+        let left = self.site.iter().flat_map(|site| &site.left).map(|why| format!("at {}: {why}", self.spec.on));
+        let all: Vec<String> = self.message.iter().cloned().chain(left).collect();
+        (!all.is_empty()).then(|| all.join("; "))
+    }
+
+    /// Whether there may still come a model.
+    fn is_making(&self) -> bool {
+        matches!(self.state, RunState::Delivering | RunState::Waiting | RunState::Training | RunState::Publishing)
+    }
+
+    fn say(&mut self, message: Option<String>, next: &str) {
+        self.next = message.is_some().then(|| next.to_owned());
+        self.message = message;
+    }
+
+    fn end(&mut self, state: RunState, why: Option<String>, next: &str, now_ms: i64) {
+        self.state = state;
+        self.finished_ms = Some(now_ms);
+        self.say(why, next);
+    }
+
+    fn fail(&mut self, why: String, now_ms: i64) {
+        self.end(RunState::Failed, Some(why), "mend that, and start a run of another name", now_ms);
+    }
+
+    fn enter(&mut self, state: RunState) {
+        self.state = state;
+        self.say(None, "");
+    }
+}
+
+/// Takes an event. A refusal leaves the run as it was.
+pub fn step(run: &Run, event: Event, now_ms: i64) -> Result<(Run, Vec<Effect>), Fault> {
+    let mut run = run.clone();
+    let effects = match event {
+        Event::Looked { delivered, inputs, home } => looked(&mut run, delivered, &inputs, home, now_ms),
+        Event::Reported(report) => {
+            reported(&mut run, *report, now_ms);
+            Vec::new()
+        }
+        Event::Published(model) => {
+            published(&mut run, model)?;
+            Vec::new()
+        }
+        Event::Finish(said) => {
+            finish(&mut run, said, now_ms)?;
+            Vec::new()
+        }
+        Event::Cancel => {
+            cancel(&mut run, now_ms)?;
+            Vec::new()
+        }
+    };
+    Ok((run, effects))
+}
+
+fn looked(run: &mut Run, delivered: bool, inputs: &[Seen], home: Option<Seen>, now_ms: i64) -> Vec<Effect> {
+    if run.is_making() && now_ms >= run.spec.deadline_ms {
+        run.fail(LATE.into(), now_ms);
+    }
+    match run.state {
+        RunState::Delivering if !delivered => return vec![Effect::Borrow],
+        RunState::Delivering => match inputs.iter().find(|seen| seen.state != Transfer::Done) {
+            None => run.enter(RunState::Waiting),
+            Some(_) => {
+                let stuck = inputs.iter().filter(|seen| seen.state != Transfer::Done).find(|seen| seen.message.is_some());
+                let next = format!("see 'packhorse status {}'", run.spec.delivery);
+                run.say(stuck.map(|seen| told(seen, "an input")), &next);
+            }
+        },
+        RunState::Waiting | RunState::Training => {
+            let message = run.site.as_ref().and_then(|site| site.message.as_deref()).map(str::to_owned);
+            run.say(message, "nothing, or see the log of the site that trains");
+        }
+        RunState::Publishing => {
+            let message = run.site.as_ref().and_then(|site| site.message.as_deref()).map(str::to_owned);
+            run.say(message, "nothing: it goes on by itself");
+        }
+        RunState::Returning => match home {
+            None => return vec![Effect::SendHome],
+            Some(home) => {
+                run.home = Some(home.id.clone());
+                match home.state {
+                    Transfer::Done => run.end(RunState::Done, None, "", now_ms),
+                    _ => {
+                        let next = format!("see 'packhorse status {}'", home.id);
+                        run.say(home.message.is_some().then(|| told(&home, "the model")), &next);
+                    }
+                }
+            }
+        },
+        RunState::Done | RunState::Failed | RunState::Cancelled => {
+            // A failed one keeps what it has staged until it is cancelled.
+            let left = inputs.iter().chain(&home).any(|seen| !matches!(seen.state, Transfer::Done | Transfer::Cancelled));
+            if left && run.state != RunState::Done {
+                return vec![Effect::Abandon];
+            }
+        }
+    }
+    Vec::new()
+}
+
+fn told(seen: &Seen, what: &str) -> String {
+    format!("{what}: transfer {} is {}: {}", seen.id, seen.state.as_str(), seen.message.as_deref().unwrap_or_default())
+}
+
+fn reported(run: &mut Run, report: RunReport, now_ms: i64) {
+    if report.id != run.spec.id {
+        return;
+    }
+    run.released = report.released;
+    if run.is_making() {
+        match report.phase {
+            Phase::Waiting | Phase::Publishing | Phase::Published => {}
+            Phase::Training if matches!(run.state, RunState::Delivering | RunState::Waiting) => run.enter(RunState::Training),
+            Phase::Training => {}
+            Phase::Trained if report.has_output => run.enter(RunState::Publishing),
+            Phase::Trained => {
+                run.fail("the trainer ended well, but left nothing in its output folder and published nothing with --run".into(), now_ms);
+            }
+            // The site may notice first, and ends the trainer for it.
+            Phase::Failed if now_ms >= run.spec.deadline_ms => run.fail(LATE.into(), now_ms),
+            Phase::Failed => {
+                run.fail(report.words().unwrap_or("the trainer failed").into(), now_ms);
+            }
+        }
+    }
+    run.site = Some(report);
+    if run.state == RunState::Training
+        && let Some(said) = run.early.take()
+    {
+        // Of a command it was said in vain: that finishes when it ends.
+        let _ = finish(run, said, now_ms);
+    }
+}
+
+fn published(run: &mut Run, model: Model) -> Result<(), Fault> {
+    let name = &run.spec.name;
+    if run.model.as_ref() == Some(&model) {
+        return Ok(());
+    }
+    if let Some(there) = &run.model {
+        return Err(Fault::conflict(format!("run {name} has made its model: {}", there.artifact)).with_next("publish this without --run"));
+    }
+    if !run.spec.expect.accepts(&model.artifact) {
+        return Err(Fault::conflict(format!("run {name} is to make {}, not {}", run.spec.expect, model.artifact))
+            .with_next(format!("publish it as {}", run.spec.expect)));
+    }
+    if !run.is_making() {
+        return Err(Fault::conflict(format!("run {name} is {}", run.state.as_str())).with_next("publish this without --run"));
+    }
+    run.model = Some(model);
+    run.enter(RunState::Returning);
+    Ok(())
+}
+
+fn finish(run: &mut Run, said: Finish, now_ms: i64) -> Result<(), Fault> {
+    let name = run.spec.name.clone();
+    if run.state == RunState::Publishing || run.state == RunState::Returning || run.state == RunState::Done {
+        return Ok(()); // said before
+    }
+    if run.state == RunState::Waiting {
+        // A fast platform overtakes the word that it began, and that it is one.
+        run.early = Some(said);
+        return Ok(());
+    }
+    if run.state != RunState::Training {
+        return Err(Fault::conflict(format!("run {name} is {}: there is nothing to finish", run.state.as_str()))
+            .with_next(format!("see 'packhorse train show {name}'")));
+    }
+    if !run.site.as_ref().is_some_and(|site| site.by_platform) {
+        return Err(Fault::conflict(format!("the trainer of run {name} is a command: it finishes when that ends"))
+            .with_next(format!("wait, or 'packhorse train cancel {name}'")));
+    }
+    match said.failed {
+        Some(why) => run.fail(format!("the training platform says: {why}"), now_ms),
+        None => run.enter(RunState::Publishing),
+    }
+    Ok(())
+}
+
+fn cancel(run: &mut Run, now_ms: i64) -> Result<(), Fault> {
+    match run.state {
+        RunState::Cancelled => Ok(()),
+        RunState::Done | RunState::Failed => {
+            Err(Fault::conflict(format!("run {} is {}: there is nothing to cancel", run.spec.name, run.state.as_str()))
+                .with_next(format!("see 'packhorse train show {}'", run.spec.name)))
+        }
+        _ => {
+            run.end(RunState::Cancelled, Some("cancelled by a person".into()), "start a run of another name", now_ms);
+            Ok(())
+        }
+    }
+}

@@ -1,0 +1,324 @@
+//! A client of OCI registries (distribution specification 1.1, and Harbor's ways), made for few large blobs: streamed
+//! from and to files in bounded memory, looked up before they are sent, and refused with an answer a person can use.
+//!
+//! The image sink pushes with it, the image source pulls with it. It keeps tokens in memory and nothing on disk: after a
+//! crash the caller asks again, and what a registry already holds is not sent again.
+
+pub mod answer;
+mod auth;
+mod blobs;
+mod harbor;
+pub mod image;
+mod manifests;
+mod pull;
+pub mod reference;
+mod referrers;
+mod silence;
+mod stream;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
+#[cfg(test)]
+mod tests;
+
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use bytes::{Bytes, BytesMut};
+use reqwest::header::AUTHORIZATION;
+use reqwest::{Method, RequestBuilder, Response, StatusCode, Url};
+
+pub use answer::{Answer, Error};
+pub use auth::Credentials;
+pub use blobs::{BlobStream, LocalBlob};
+pub use manifests::{Deleted, Manifest};
+pub use pull::{pull_keeping, pull_to_layout};
+pub use reference::{Origin, Reference};
+
+use auth::{Auth, Challenge, Scope};
+use base::durable;
+use base::fault::Fault;
+use base::limits;
+use silence::{Owed, Silence};
+
+/// One registry, with one set of credentials. Cheap to share behind an `Arc`.
+pub struct Registry {
+    http: reqwest::Client,
+    origin: Origin,
+    auth: Auth,
+    /// The size of an upload's chunks; 0 sends blobs whole, until a proxy refuses that.
+    chunk_bytes: AtomicU64,
+    /// How long one request waits in all where the registry asks for pauses.
+    patience: Duration,
+    silence: Silence,
+}
+
+/// How far a body has got, for telling a slow upload from a dead one.
+#[derive(Debug, Default)]
+struct Progress {
+    sent: AtomicU64,
+    total: u64,
+}
+
+/// How long to wait for an answer.
+enum Wait {
+    /// A request without a body to speak of.
+    Quick,
+    /// A large body is on its way: as long as it moves, and then as long as a registry may take to hash it.
+    Upload(Arc<Progress>),
+    /// The closing request of an upload.
+    Close,
+}
+
+impl Registry {
+    /// A client for a registry. `ca` is a file of PEM certificates to trust besides the system's.
+    pub fn new(origin: Origin, credentials: Option<Credentials>, ca: Option<&Path>) -> Result<Self, Fault> {
+        // Other parts of the program may have chosen the same provider already; either way it is ring's.
+        let _ = rustls::crypto::ring::default_provider().install_default();
+        let mut certificates = Vec::new();
+        if let Some(path) = ca {
+            let pem = durable::read_regular(path, limits::SECRET_BYTES_MAX)
+                .map_err(|e| Fault::config(format!("read ca_file {}: {e}", path.display())))?;
+            certificates = reqwest::Certificate::from_pem_bundle(&pem).unwrap_or_default();
+            if certificates.is_empty() {
+                return Err(Fault::config(format!("ca_file {} holds no PEM certificate", path.display())));
+            }
+        }
+        let builder = || {
+            let builder = reqwest::Client::builder()
+                .user_agent(concat!("packhorse/", env!("CARGO_PKG_VERSION")))
+                .connect_timeout(limits::REGISTRY_CONNECT_MAX)
+                .pool_idle_timeout(Duration::from_secs(30))
+                .pool_max_idle_per_host(2 * limits::REGISTRY_BLOBS_IN_FLIGHT_MAX)
+                .redirect(redirects())
+                .referer(false);
+            if origin.is_loopback() { builder.no_proxy() } else { builder }
+        };
+        let built = match builder().tls_certs_merge(certificates).build() {
+            // A bare machine may have no certificates at all, which matters only to whoever speaks TLS.
+            Err(_) if !origin.https => builder().tls_certs_only([]).build(),
+            other => other,
+        };
+        let http = built.map_err(|e| {
+            Fault::config(format!("set up TLS for {origin}: {}", e.without_url()))
+                .with_next("install ca-certificates, or set ca_file to the authority's certificate")
+        })?;
+        Ok(Self {
+            http,
+            origin,
+            auth: Auth::new(credentials),
+            chunk_bytes: AtomicU64::new(0),
+            patience: limits::REGISTRY_PAUSE_IN_PLACE_MAX,
+            silence: Silence::default(),
+        })
+    }
+
+    /// Sends blobs in chunks of this many bytes instead of whole (0: whole).
+    pub fn with_chunk_bytes(self, bytes: u64) -> Self {
+        self.chunk_bytes.store(bytes, Ordering::Relaxed);
+        self
+    }
+
+    /// Waits this long in all for one request where the registry asks for pauses (429, 503).
+    pub fn with_patience(self, patience: Duration) -> Self {
+        Self { patience, ..self }
+    }
+
+    /// How long the registry has owed an answer, or has taken no more of an upload.
+    pub fn silent_for(&self) -> Option<Duration> {
+        self.silence.longest()
+    }
+
+    /// Which registry this is.
+    pub fn origin(&self) -> &Origin {
+        &self.origin
+    }
+
+    /// Whether it is Harbor, as far as its challenge tells. Known after the first request.
+    pub fn is_harbor(&self) -> bool {
+        self.auth.challenge().is_some_and(|c| c.is_harbor())
+    }
+
+    /// Whether the registry answers and takes the credentials.
+    pub async fn ping(&self) -> Result<(), Error> {
+        let scope = Scope { repository: String::new(), actions: "pull", mount_from: None };
+        let response = self.send(&scope, Method::GET, self.url("")?, &|r| r, &Wait::Quick).await?;
+        if response.status() == StatusCode::OK { Ok(()) } else { Err(Answer::read(response).await.into()) }
+    }
+
+    /// `/v2/<path>`.
+    fn url(&self, path: &str) -> Result<Url, Fault> {
+        let text = format!("{}/v2/{path}", self.origin.base());
+        text.parse().map_err(|_| Fault::config(format!("{} is not a registry's address", self.origin)))
+    }
+
+    /// An address that the registry answered with. Behind a proxy that ends TLS it may say http and mean https.
+    fn follow(&self, location: &str) -> Result<Url, Fault> {
+        let base = self.url("")?;
+        let mut url = base.join(location).map_err(|_| Fault::unreachable("the registry answered with a Location that is no address"))?;
+        if self.origin.https && url.scheme() == "http" && url.host_str() == base.host_str() {
+            let _ = url.set_scheme("https");
+        }
+        if self.origin.https && url.scheme() != "https" {
+            return Err(Fault::not_allowed("the registry, which has TLS, sends on to an address without TLS")
+                .with_next("correct the registry's external address (Harbor: external_url) or that of its storage"));
+        }
+        Ok(url)
+    }
+
+    fn scope(repository: &str, actions: &'static str) -> Scope {
+        Scope { repository: repository.into(), actions, mount_from: None }
+    }
+
+    /// Sends one request with the right to do so. Where the registry asks for a pause it waits, as long as its patience lasts; a large
+    /// body is not sent again here.
+    async fn send(
+        &self,
+        scope: &Scope,
+        method: Method,
+        url: Url,
+        fill: &(dyn Fn(RequestBuilder) -> RequestBuilder + Sync),
+        wait: &Wait,
+    ) -> Result<Response, Error> {
+        let (mut waited, mut pauses) = (Duration::ZERO, 0);
+        loop {
+            let answered = self.send_now(scope, &method, &url, fill, wait).await;
+            let pause = match &answered {
+                Ok(response) if matches!(response.status().as_u16(), 429 | 503) => answer::retry_after(response.headers()),
+                Err(error) if error.asks_for_pause() => error.retry_after(),
+                _ => return answered,
+            };
+            let pause = pause.unwrap_or_else(|| (limits::BACKOFF_FIRST * 2u32.pow(pauses)).min(limits::REGISTRY_PAUSE_MAX));
+            if matches!(wait, Wait::Upload(_)) || waited + pause > self.patience {
+                return answered;
+            }
+            tracing::info!(registry = %self.origin, wait_ms = pause.as_millis() as u64, "the registry asks for a pause");
+            tokio::time::sleep(pause).await;
+            waited += pause.max(limits::BACKOFF_FIRST);
+            pauses = (pauses + 1).min(16);
+        }
+    }
+
+    /// The same without pauses: once more with fresh rights after a 401. `fill` adds headers and the body, for each try anew.
+    async fn send_now(
+        &self,
+        scope: &Scope,
+        method: &Method,
+        url: &Url,
+        fill: &(dyn Fn(RequestBuilder) -> RequestBuilder + Sync),
+        wait: &Wait,
+    ) -> Result<Response, Error> {
+        if self.auth.challenge().is_none() {
+            self.ask_challenge().await?;
+        }
+        // Uploads may be sent to another host (a storage service), which has no business with our secrets.
+        let base = self.url("")?;
+        let ours = url.scheme() == base.scheme() && url.authority() == base.authority();
+        let mut fresh = false;
+        loop {
+            let mut request = fill(self.http.request(method.clone(), url.clone()));
+            if ours && let Some(header) = self.auth.header(&self.http, &self.origin, scope).await? {
+                request = request.header(AUTHORIZATION, header);
+            }
+            let response = wait.answer(request, &self.silence).await?;
+            if response.status() != StatusCode::UNAUTHORIZED || fresh || !ours {
+                return Ok(response);
+            }
+            self.auth.refused(scope, response.headers());
+            fresh = true;
+        }
+    }
+
+    async fn ask_challenge(&self) -> Result<(), Error> {
+        let response = Wait::Quick.answer(self.http.get(self.url("")?), &self.silence).await?;
+        match response.status() {
+            StatusCode::TOO_MANY_REQUESTS => Err(Answer::read(response).await.into()),
+            status if status.is_server_error() => Err(Answer::read(response).await.into()),
+            _ => {
+                self.auth.learn(Challenge::parse(response.headers()));
+                Ok(())
+            }
+        }
+    }
+
+    /// Sends a request that Harbor's own API takes, which knows passwords only.
+    async fn send_basic(&self, request: RequestBuilder) -> Result<Response, Error> {
+        let request = match self.auth.basic().await? {
+            Some(header) => request.header(AUTHORIZATION, header),
+            None => request,
+        };
+        Wait::Quick.answer(request, &self.silence).await
+    }
+}
+
+/// Redirects are followed, but never from TLS to plain HTTP. To another host or port the client sends no Authorization.
+fn redirects() -> reqwest::redirect::Policy {
+    reqwest::redirect::Policy::custom(|attempt| {
+        let had_tls = attempt.previous().iter().any(|url| url.scheme() == "https");
+        if had_tls && attempt.url().scheme() != "https" {
+            return attempt.error("the registry redirects from https to http");
+        }
+        if attempt.previous().len() > limits::REGISTRY_REDIRECTS_MAX {
+            return attempt.error("the registry redirects without end");
+        }
+        attempt.follow()
+    })
+}
+
+impl Wait {
+    async fn answer(&self, request: RequestBuilder, registry: &Silence) -> Result<Response, Error> {
+        let owed = registry.begin();
+        let silence = || Error::Fault(Fault::unreachable("no answer in time"));
+        let answer = match self {
+            Wait::Quick => tokio::time::timeout(limits::REGISTRY_SILENCE_MAX, request.send()).await.map_err(|_| silence())?,
+            Wait::Close => tokio::time::timeout(limits::REGISTRY_CLOSE_MAX, request.send()).await.map_err(|_| silence())?,
+            Wait::Upload(progress) => tokio::select! {
+                answer = request.send() => answer,
+                () = progress.stands_still(&owed) => return Err(silence()),
+            },
+        };
+        answer.map_err(|e| no_answer(&e).into())
+    }
+}
+
+use answer::no_answer;
+
+impl Progress {
+    /// Ends when nothing has moved for too long.
+    async fn stands_still(&self, owed: &Owed<'_>) {
+        let (mut last, mut since) = (0, Instant::now());
+        loop {
+            tokio::time::sleep(Duration::from_secs(1)).await;
+            let sent = self.sent.load(Ordering::Relaxed);
+            if sent != last {
+                (last, since) = (sent, Instant::now());
+                owed.moved();
+            }
+            let patience = if sent >= self.total { limits::REGISTRY_CLOSE_MAX } else { limits::REGISTRY_SILENCE_MAX };
+            if since.elapsed() > patience {
+                return;
+            }
+        }
+    }
+}
+
+/// The next piece of a body, or an end, or silence.
+async fn next_piece(response: &mut Response) -> Result<Option<Bytes>, Fault> {
+    tokio::time::timeout(limits::REGISTRY_SILENCE_MAX, response.chunk())
+        .await
+        .map_err(|_| Fault::unreachable("the answer stopped in its middle"))?
+        .map_err(|e| no_answer(&e))
+}
+
+/// A whole body that must not be larger than this.
+async fn read_capped(mut response: Response, bytes_max: usize) -> Result<Bytes, Fault> {
+    let mut out = BytesMut::new();
+    while let Some(piece) = next_piece(&mut response).await? {
+        if out.len() + piece.len() > bytes_max {
+            return Err(Fault::integrity(format!("the registry's answer is larger than {bytes_max} bytes")));
+        }
+        out.extend_from_slice(&piece);
+    }
+    Ok(out.freeze())
+}

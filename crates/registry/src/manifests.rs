@@ -1,0 +1,157 @@
+//! Manifests and tags: bytes go and come verbatim, so that a digest is the same everywhere.
+
+use bytes::Bytes;
+use reqwest::header::{ACCEPT, CONTENT_TYPE, LINK};
+use reqwest::{Method, Response, StatusCode};
+use serde::Deserialize;
+
+use crate::image::{DOCKER_INDEX, DOCKER_MANIFEST, Descriptor, OCI_INDEX, OCI_MANIFEST, Sha256};
+use crate::{Answer, Error, Registry, Wait, read_capped};
+use base::fault::Fault;
+use base::limits;
+
+/// A manifest as a registry gave it.
+#[derive(Debug, Clone)]
+pub struct Manifest {
+    /// Verbatim.
+    pub bytes: Bytes,
+    /// What points at it: the media type as the registry says it, and the digest and size of these bytes.
+    pub descriptor: Descriptor,
+}
+
+/// What became of a deletion.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Deleted {
+    /// It is gone.
+    Gone,
+    /// It was not there.
+    Absent,
+    /// The registry does not delete.
+    Unsupported,
+}
+
+#[derive(Deserialize)]
+struct Tags {
+    tags: Option<Vec<String>>,
+}
+
+fn accept() -> String {
+    [OCI_INDEX, DOCKER_INDEX, OCI_MANIFEST, DOCKER_MANIFEST].join(", ")
+}
+
+pub(super) fn digest_header(response: &Response) -> Option<Sha256> {
+    response.headers().get("docker-content-digest")?.to_str().ok()?.parse().ok()
+}
+
+impl Registry {
+    /// Reads the manifest that a tag or digest names; `None` when there is none. What is read by digest is checked.
+    pub async fn get_manifest(&self, repository: &str, reference: &str, actions: &'static str) -> Result<Option<Manifest>, Error> {
+        let url = self.url(&format!("{repository}/manifests/{reference}"))?;
+        let response =
+            self.send(&Self::scope(repository, actions), Method::GET, url, &|r| r.header(ACCEPT, accept()), &Wait::Quick).await?;
+        match response.status() {
+            StatusCode::OK => {}
+            StatusCode::NOT_FOUND => return Ok(None),
+            _ => return Err(Answer::read(response).await.into()),
+        }
+        let said = digest_header(&response);
+        let media_type = response.headers().get(CONTENT_TYPE).and_then(|v| v.to_str().ok()).unwrap_or_default();
+        let media_type = media_type.split(';').next().unwrap_or_default().trim().to_owned();
+        let bytes = read_capped(response, limits::IMAGE_MANIFEST_BYTES_MAX).await?;
+        let digest = Sha256::of(&bytes);
+        let wanted = reference.parse::<Sha256>().ok().or(said).unwrap_or(digest);
+        if wanted != digest {
+            return Err(Fault::integrity(format!("the registry's manifest {reference} is {digest}, not {wanted}")).into());
+        }
+        Ok(Some(Manifest { descriptor: Descriptor { media_type, digest, size: bytes.len() as u64, urls: None }, bytes }))
+    }
+
+    /// The digest of the manifest that a tag or digest names; `None` when there is none.
+    pub async fn head_manifest(&self, repository: &str, reference: &str) -> Result<Option<Sha256>, Error> {
+        let url = self.url(&format!("{repository}/manifests/{reference}"))?;
+        let scope = Self::scope(repository, "pull,push");
+        let response = self.send(&scope, Method::HEAD, url, &|r| r.header(ACCEPT, accept()), &Wait::Quick).await?;
+        match response.status() {
+            StatusCode::OK => match digest_header(&response) {
+                Some(digest) => Ok(Some(digest)),
+                None => Ok(self.get_manifest(repository, reference, "pull,push").await?.map(|m| m.descriptor.digest)),
+            },
+            StatusCode::NOT_FOUND => Ok(None),
+            _ => Err(Answer::read(response).await.into()),
+        }
+    }
+
+    /// Writes a manifest under a tag or its digest, and compares the digest that the registry made of it.
+    pub async fn put_manifest(
+        &self,
+        repository: &str,
+        reference: &str,
+        media_type: &str,
+        bytes: &Bytes,
+        digest: &Sha256,
+    ) -> Result<(), Error> {
+        let url = self.url(&format!("{repository}/manifests/{reference}"))?;
+        let fill = |request: reqwest::RequestBuilder| request.header(CONTENT_TYPE, media_type).body(bytes.clone());
+        let response = self.send(&Self::scope(repository, "pull,push"), Method::PUT, url, &fill, &Wait::Quick).await?;
+        if !response.status().is_success() {
+            return Err(Answer::read(response).await.into());
+        }
+        match digest_header(&response) {
+            Some(theirs) if theirs != *digest => {
+                Err(Fault::integrity(format!("the registry stored manifest {digest} as {theirs}: something changes bytes on the way"))
+                    .into())
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Deletes a manifest, and with it every tag that names it.
+    pub async fn delete_manifest(&self, repository: &str, digest: &Sha256) -> Result<Deleted, Error> {
+        let url = self.url(&format!("{repository}/manifests/{digest}"))?;
+        let response = self.send(&Self::scope(repository, "pull,push,delete"), Method::DELETE, url, &|r| r, &Wait::Quick).await?;
+        match response.status() {
+            StatusCode::NOT_FOUND => Ok(Deleted::Absent),
+            StatusCode::METHOD_NOT_ALLOWED => Ok(Deleted::Unsupported),
+            status if status.is_success() => Ok(Deleted::Gone),
+            _ => Err(Answer::read(response).await.into()),
+        }
+    }
+
+    /// Every tag of a repository.
+    pub async fn tags(&self, repository: &str) -> Result<Vec<String>, Error> {
+        let mut out = Vec::new();
+        let mut url = self.url(&format!("{repository}/tags/list?n=1000"))?;
+        for _ in 0..limits::REGISTRY_TAG_PAGES_MAX {
+            let response = self.send(&Self::scope(repository, "pull"), Method::GET, url, &|r| r, &Wait::Quick).await?;
+            match response.status() {
+                StatusCode::OK => {}
+                StatusCode::NOT_FOUND => return Ok(out),
+                _ => return Err(Answer::read(response).await.into()),
+            }
+            let next = response.headers().get(LINK).and_then(|v| v.to_str().ok()).and_then(next_link).map(str::to_owned);
+            let body = read_capped(response, limits::REGISTRY_BODY_BYTES_MAX).await?;
+            let page: Tags = serde_json::from_slice(&body).map_err(|_| Fault::unreachable("the registry's list of tags is not one"))?;
+            out.extend(page.tags.unwrap_or_default());
+            match next {
+                Some(next) => url = self.follow(&next)?,
+                None => return Ok(out),
+            }
+        }
+        Err(Fault::conflict(format!("{repository} has more tags than can be listed")).into())
+    }
+}
+
+/// The target of `<target>; rel="next"`.
+pub(super) fn next_link(header: &str) -> Option<&str> {
+    let (target, rest) = header.strip_prefix('<')?.split_once('>')?;
+    rest.contains("next").then_some(target)
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn links() {
+        assert_eq!(super::next_link(r#"</v2/a/tags/list?last=b&n=1>; rel="next""#), Some("/v2/a/tags/list?last=b&n=1"));
+        assert_eq!(super::next_link("nothing"), None);
+    }
+}

@@ -1,0 +1,6 @@
+//! Images and registries for the tests of this crate and of those that use it.
+
+#![expect(clippy::unwrap_used, clippy::expect_used, missing_docs, reason = "tests only")]
+
+pub mod fixture;
+pub mod standin;

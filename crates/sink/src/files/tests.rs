@@ -1,0 +1,207 @@
+//! The files sink alone, and two sites on one root.
+
+use super::*;
+use content::chunk::{DEFAULT_CHUNKING, Hash};
+use base::fault::Retry;
+use content::manifest::{KindInfo, Root, Totals};
+use base::names::Kind;
+
+fn incoming(version: &str) -> Incoming {
+    let root = Root {
+        format: 1,
+        kind: Kind::Dataset,
+        info: KindInfo::Files,
+        chunking: DEFAULT_CHUNKING,
+        totals: Totals::default(),
+        depth: 0,
+        pages: Vec::new(),
+    };
+    let artifact = ArtifactRef::new(Kind::Dataset, "d", version).unwrap();
+    Incoming {
+        artifact,
+        digest: Hash::of(version.as_bytes()),
+        root,
+        transfer: format!("t-{version}").parse().unwrap(),
+        waits: Default::default(),
+    }
+}
+
+#[test]
+fn names_that_windows_refuses_are_refused_where_the_nas_does() {
+    let dir = tempfile::tempdir().unwrap();
+    let linux = FilesSink::open(None, dir.path()).unwrap();
+    let smb = linux.clone().assuming(Mount { windows_names: true, ..Mount::default() });
+    let refused = |sink: &FilesSink, name: &str| sink.refuse_path(&name.parse().unwrap()).is_some();
+    for bad in [
+        ["CON", "con.txt", "sub/Aux", "nul.tar.gz", "prn/b.png"],
+        ["COM1", "lpt9.log", "a.", "a ", "folder./x.png"],
+        ["folder /x.png", "a\u{1}b", "tab\there", "new\nline", "del\u{7f}"],
+        ["a<b", "a>b", "a:b", "a\"b", "a|b"],
+        ["a?b", "a*b", "a\\b", "a/b/c?", "..."],
+    ]
+    .into_iter()
+    .flatten()
+    {
+        assert!(refused(&smb, bad), "{bad:?}");
+        assert!(!refused(&linux, bad), "{bad:?}");
+    }
+    for good in ["CONSOLE.png", "COM10", "COM", "lpt", "a.b", ".hidden", "a b", "图像/缺陷 1.png"] {
+        assert!(!refused(&smb, good), "{good:?}");
+    }
+}
+
+#[test]
+fn a_name_has_255_bytes_at_the_most() {
+    let dir = tempfile::tempdir().unwrap();
+    let smb = FilesSink::open(None, dir.path()).unwrap().assuming(Mount { windows_names: true, ..Mount::default() });
+    for (letter, most) in [("a", 255), ("图", 85)] {
+        assert_eq!(smb.refuse_path(&format!("a/{}", letter.repeat(most)).parse().unwrap()), None);
+        assert!(format!("a/{}", letter.repeat(most + 1)).parse::<RelPath>().is_err(), "no sink is ever shown it");
+    }
+}
+
+#[tokio::test]
+async fn an_empty_mount_point_is_not_filled() {
+    let dir = tempfile::tempdir().unwrap();
+    let [nas, away, data] = ["nas", "away", "data"].map(|name| dir.path().join(name));
+    std::fs::create_dir(&nas).unwrap();
+    std::fs::create_dir(&data).unwrap();
+    let config = settings::FilesSink { root: nas.clone() };
+    let sink = FilesSink::open(Some(&config), &data).unwrap();
+    let (one, two) = (incoming("v1"), incoming("v2"));
+    sink.check(&one).await.unwrap();
+    let staged = sink.staging_root().join("t-v1");
+    durable::create_dir_all(&staged).unwrap();
+    sink.commit(&one, &staged).await.unwrap();
+
+    // Unmounted, under a daemon that runs and under one that starts.
+    durable::rename_noreplace(&nas, &away).unwrap();
+    std::fs::create_dir(&nas).unwrap();
+    let started = FilesSink::open(Some(&config), &data).unwrap();
+    for sink in [&sink, &started] {
+        let staged = sink.staging_root().join("t-v2");
+        let faults = [
+            sink.check(&two).await.unwrap_err(),
+            sink.commit(&two, &staged).await.unwrap_err(),
+            sink.stands(&one).await.unwrap_err(),
+            sink.remove(&one.artifact).await.unwrap_err(),
+            sink.probe().await.unwrap_err(),
+        ];
+        for fault in faults {
+            assert_eq!((fault.reason, fault.retry), (Reason::SinkUnavailable, Retry::Backoff), "{fault}");
+            assert!(fault.next.contains("mount the NAS there"), "{}", fault.next);
+        }
+    }
+    assert_eq!(std::fs::read_dir(&nas).unwrap().count(), 0, "nothing was made on the disk below the mount");
+    assert_eq!(started.mount.get(), None, "what is not there says nothing of the NAS");
+
+    // Mounted again.
+    std::fs::remove_dir(&nas).unwrap();
+    durable::rename_noreplace(&away, &nas).unwrap();
+    for sink in [&sink, &started] {
+        sink.check(&two).await.unwrap();
+        assert!(sink.stands(&one).await.unwrap());
+    }
+    assert_eq!(started.mount.get(), Some(&Mount::default()));
+
+    // Another NAS in its place.
+    durable::replace(&nas.join(HIDDEN).join("id"), b"another\n").unwrap();
+    assert_eq!(sink.check(&two).await.unwrap_err().reason, Reason::SinkUnavailable);
+}
+
+/// Two sites of one root, each of a hub of its own.
+fn two_sites(dir: &Path) -> [FilesSink; 2] {
+    let nas = dir.join("nas");
+    std::fs::create_dir(&nas).unwrap();
+    let config = settings::FilesSink { root: nas };
+    ["one", "two"].map(|name| {
+        let data = dir.join(name);
+        std::fs::create_dir(&data).unwrap();
+        FilesSink::open(Some(&config), &data).unwrap()
+    })
+}
+
+/// A content of the same version, staged with one file.
+fn staged(sink: &FilesSink, text: &str) -> (Incoming, PathBuf) {
+    let incoming = Incoming { digest: Hash::of(text.as_bytes()), transfer: format!("t-{text}").parse().unwrap(), ..incoming("v1") };
+    let folder = sink.staging.join(incoming.transfer.as_str());
+    durable::create_dir_all(&folder).unwrap();
+    durable::replace(&folder.join("file"), text.as_bytes()).unwrap();
+    (incoming, folder)
+}
+
+#[tokio::test]
+async fn of_two_sites_with_different_contents_of_one_version_the_later_claims_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let [one, two] = two_sites(dir.path());
+    let ((a, a_staged), (b, b_staged)) = (staged(&one, "one"), staged(&two, "two"));
+    let file = one.folder(&a.artifact).join("file");
+    // The first is between its note and its rename.
+    one.claim(&a).unwrap();
+    let fault = two.commit(&b, &b_staged).await.unwrap_err();
+    assert_eq!((fault.code, fault.retry), (Code::Conflict, Retry::Backoff), "{fault}");
+    assert!(!file.exists() && b_staged.exists());
+    one.commit(&a, &a_staged).await.unwrap();
+    for _ in 0..2 {
+        let fault = two.commit(&b, &b_staged).await.unwrap_err();
+        assert_eq!((fault.code, fault.retry), (Code::Conflict, Retry::Never), "{fault}");
+        assert!(two.stands(&b).await.is_err());
+    }
+    assert_eq!(std::fs::read_to_string(&file).unwrap(), "one");
+    assert!(one.stands(&a).await.unwrap() && one.verify(&a, &one.landed(&a.artifact).place, &Look::default()).await.unwrap().is_empty());
+}
+
+#[tokio::test]
+async fn a_claim_that_was_given_up_bars_nobody() {
+    let dir = tempfile::tempdir().unwrap();
+    let [one, two] = two_sites(dir.path());
+    let ((a, a_staged), (b, b_staged)) = (staged(&one, "one"), staged(&two, "two"));
+    one.claim(&a).unwrap();
+    durable::remove_all(&a_staged).unwrap();
+    two.commit(&b, &b_staged).await.unwrap();
+    assert_eq!(std::fs::read_to_string(two.folder(&b.artifact).join("file")).unwrap(), "two");
+    assert!(two.stands(&b).await.unwrap());
+}
+
+#[test]
+fn leftovers_of_others_are_told_from_those_of_an_older_revision() {
+    let dir = tempfile::tempdir().unwrap();
+    let sink = FilesSink::open(None, dir.path()).unwrap();
+    let own = format!("removed-{}-v1-0123abcd", sink.owner);
+    for name in [
+        own.as_str(),
+        "removed-v1-0123abcd",
+        "removed-2026-11-30-0123abcd",
+        "removed-exactly-16-chars-0123abcd",
+        "removed-sixteen.letters.-0123abcd",
+        "removed-0123456789abcdef-0123abcd",
+    ] {
+        assert!(sink.may_remove(name), "{name}");
+    }
+    for name in ["removed-0123456789abcdef-v1-0123abcd", "t-1", "something"] {
+        assert!(!sink.may_remove(name), "{name}");
+    }
+}
+
+#[test]
+fn what_is_staged_goes_to_the_root_that_was_checked() {
+    let dir = tempfile::tempdir().unwrap();
+    let [nas, away, data] = ["nas", "away", "data"].map(|name| dir.path().join(name));
+    std::fs::create_dir(&nas).unwrap();
+    std::fs::create_dir(&data).unwrap();
+    let sink = FilesSink::open(Some(&settings::FilesSink { root: nas.clone() }), &data).unwrap();
+    let staging = sink.staging().unwrap();
+    // Unmounted between the check and what follows it.
+    durable::rename_noreplace(&nas, &away).unwrap();
+    std::fs::create_dir(&nas).unwrap();
+    let transfer = "t-1".parse().unwrap();
+    assert!(!staging.has(&transfer).unwrap());
+    let stage = staging.stage(&transfer).unwrap();
+    stage.write_file(&"a".parse().unwrap(), b"a").unwrap();
+    assert!(staging.has(&transfer).unwrap());
+    assert_eq!(std::fs::read_dir(&nas).unwrap().count(), 0, "nothing was made on the disk below the mount");
+    assert_eq!(std::fs::read(away.join(".packhorse/staging/t-1/a")).unwrap(), b"a");
+    assert_eq!(sink.staging().map(drop).unwrap_err().reason, Reason::SinkUnavailable);
+    std::fs::remove_dir(&nas).unwrap();
+    assert_eq!(sink.staging().map(drop).unwrap_err().reason, Reason::SinkUnavailable);
+}

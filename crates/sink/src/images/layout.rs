@@ -1,0 +1,489 @@
+//! Images as OCI layouts in a folder, where a site has no registry: `<root>/<name>/` is one layout, whose `index.json`
+//! names each version (`org.opencontainers.image.ref.name`), so that `skopeo copy oci:<root>/<name>:<version>` reads it.
+//!
+//! Blobs are renamed in from the staged folder and synced first; replacing `index.json` is what makes a version appear.
+//! A crash before that leaves blobs that nobody names, which the next try uses or the next removal sweeps away.
+
+use std::collections::{HashMap, HashSet};
+use std::fs::{self, File};
+use std::io::Read;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use parking_lot::Mutex;
+use serde_json::{Value, json};
+use sha2::Digest as _;
+
+use super::{file_size, image_info, lost, not_staged, read_small, taken, top_of};
+use base::durable;
+use base::fault::{Code, Fault, IoContext};
+use base::limits;
+use content::manifest::FileInfo;
+use base::names::{ArtifactRef, RelPath};
+use registry::image::{Descriptor, REF_NAME, Sha256, Tree, walk};
+use crate::{Heartbeat, Incoming, Landed, Look, Place, Sink, Threads, rounded_secs};
+
+/// Writes images to a folder of OCI layouts. All that touches the folder runs on threads of this sink: it may be a NAS.
+pub struct LayoutSink {
+    root: PathBuf,
+    staging_root: PathBuf,
+    /// Whether the configuration names the folder, so that others may use it.
+    configured: bool,
+    threads: Threads,
+    heartbeat: Heartbeat,
+    /// One lock a name: whoever replaces its `index.json` or sweeps its blobs holds it.
+    locks: Mutex<HashMap<String, Arc<tokio::sync::Mutex<()>>>>,
+}
+
+impl LayoutSink {
+    /// A sink that keeps its layouts below `path`, which is made when it is first needed: a folder that does not answer must not keep
+    /// the daemon from starting. `configured`: the configuration names it.
+    pub fn new(path: PathBuf, staging_root: PathBuf, configured: bool) -> Result<Self, Fault> {
+        if !path.is_absolute() {
+            return Err(Fault::config(format!("the image folder {:?} is not an absolute path", path.display())));
+        }
+        let (threads, heartbeat, locks) = (Threads::new("sink images"), Heartbeat::default(), Mutex::default());
+        Ok(Self { root: path, staging_root, configured, threads, heartbeat, locks })
+    }
+
+    fn layout(&self, artifact: &ArtifactRef) -> PathBuf {
+        self.root.join(artifact.name())
+    }
+
+    fn location(&self, artifact: &ArtifactRef) -> String {
+        format!("oci:{}:{}", self.layout(artifact).display(), artifact.version())
+    }
+
+    fn lock(&self, artifact: &ArtifactRef) -> Arc<tokio::sync::Mutex<()>> {
+        self.locks.lock().entry(artifact.name().into()).or_default().clone()
+    }
+
+    async fn named(&self, artifact: &ArtifactRef) -> Result<Option<Sha256>, Fault> {
+        let (layout, version) = (self.layout(artifact), artifact.version().to_owned());
+        self.threads.run(move || Index::read(&layout)?.digest_of(&version)).await
+    }
+
+    /// Changes a layout, which nobody else does meanwhile: neither this daemon nor another one that uses the same folder.
+    async fn change<T: Send + 'static>(
+        &self,
+        artifact: &ArtifactRef,
+        work: impl FnOnce() -> Result<T, Fault> + Send + 'static,
+    ) -> Result<T, Fault> {
+        // Two names cannot have one lock: a name has no dot in front.
+        let (staging_root, lock) = (self.staging_root.clone(), self.staging_root.join(format!(".{}.lock", artifact.name())));
+        let change = move || {
+            durable::create_dir_all(&staging_root)?;
+            let _lock = lock_file(&lock)?;
+            work()
+        };
+        self.threads.run(change).await
+    }
+
+    /// Follows the image through the folders in this order.
+    async fn tree(&self, incoming: &Incoming, folders: &[&Path]) -> Result<Tree, Fault> {
+        let info = image_info(incoming)?;
+        let tree = walk(&top_of(info)?, |wanted| async move {
+            for folder in folders {
+                let file = folder.join(wanted.digest.layout_path());
+                if let Some(bytes) = self.threads.run(move || read_small(&file)).await? {
+                    return Ok(Some(bytes));
+                }
+            }
+            Ok(None)
+        })
+        .await?;
+        match tree.absent.iter().find(|digest| !info.absent.contains(&digest.to_string())) {
+            Some(digest) => Err(lost(&format!("manifest {digest}"), &self.location(&incoming.artifact))),
+            None => Ok(tree),
+        }
+    }
+}
+
+/// The bytes of a layout's `index.json`, as JSON, so that what others wrote there stays.
+struct Index(Value);
+
+impl Index {
+    fn read(layout: &Path) -> Result<Self, Fault> {
+        let path = layout.join("index.json");
+        match fs::read(&path) {
+            Ok(bytes) => serde_json::from_slice(&bytes).map(Self).map_err(|e| {
+                Fault::integrity(format!("{}: {e}", path.display())).with_next("put the file right by hand, or move the folder away")
+            }),
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(Self(json!({ "schemaVersion": 2, "manifests": [] }))),
+            Err(e) => Err(Fault::io(format_args!("read {}", path.display()), &e)),
+        }
+    }
+
+    fn entries(&self) -> impl Iterator<Item = &Value> {
+        self.0["manifests"].as_array().into_iter().flatten()
+    }
+
+    fn is_version(entry: &Value, version: &str) -> bool {
+        entry["annotations"][REF_NAME] == version
+    }
+
+    fn digest_of(&self, version: &str) -> Result<Option<Sha256>, Fault> {
+        let Some(entry) = self.entries().find(|e| Self::is_version(e, version)) else { return Ok(None) };
+        let digest = entry["digest"].as_str().unwrap_or_default();
+        digest.parse().map(Some).map_err(|why| Fault::integrity(format!("the entry {version} of an image folder's index.json: {why}")))
+    }
+
+    /// Takes a version out; whether it was there.
+    fn drop_version(&mut self, version: &str) -> bool {
+        let Some(entries) = self.0["manifests"].as_array_mut() else { return false };
+        let before = entries.len();
+        entries.retain(|e| !Self::is_version(e, version));
+        entries.len() < before
+    }
+
+    fn add(&mut self, version: &str, top: &Descriptor) {
+        self.drop_version(version);
+        let entry = json!({
+            "mediaType": top.media_type,
+            "digest": top.digest,
+            "size": top.size,
+            "annotations": { REF_NAME: version },
+        });
+        match self.0["manifests"].as_array_mut() {
+            Some(entries) => entries.push(entry),
+            None => self.0["manifests"] = json!([entry]),
+        }
+    }
+
+    fn write(&self, layout: &Path) -> Result<(), Fault> {
+        durable::replace(&layout.join("index.json"), self.0.to_string().as_bytes())
+    }
+}
+
+/// Waits until no other daemon has the lock of this file, and takes it. A filesystem without locks is used without.
+fn lock_file(path: &Path) -> Result<File, Fault> {
+    use rustix::io::Errno;
+    let what = || format!("lock {}", path.display());
+    let file = File::options().create(true).truncate(false).write(true).open(path).at(what())?;
+    match rustix::fs::flock(&file, rustix::fs::FlockOperation::LockExclusive) {
+        Ok(()) | Err(Errno::NOLCK | Errno::NOSYS | Errno::NOTSUP | Errno::INVAL) => Ok(file),
+        Err(error) => Err(Fault::io(what(), &error.into())),
+    }
+}
+
+/// Moves one blob in, which was checked; a copy is made only across filesystems.
+fn move_in(from: &Path, to: &Path) -> Result<(), Fault> {
+    durable::sync_file(from)?;
+    let device = |path: &Path| fs::metadata(path).map(|m| m.dev()).at(format_args!("look at {}", path.display()));
+    let folder = to.parent().unwrap_or(Path::new("/"));
+    if device(from)? == device(folder)? {
+        return durable::rename_noreplace(from, to);
+    }
+    let temporary = to.with_extension("part");
+    fs::copy(from, &temporary).at(format_args!("copy {} to {}", from.display(), temporary.display()))?;
+    durable::sync_file(&temporary)?;
+    durable::rename_noreplace(&temporary, to)
+}
+
+/// Puts every file of the image that is staged into the layout, and then its entry.
+fn land(layout: &Path, staged: &Path, tree: &Tree, top: &Descriptor, version: &str, location: &str) -> Result<(), Fault> {
+    let named = |index: &Index| match index.digest_of(version)? {
+        // Another site that uses the same folder was faster.
+        Some(theirs) if theirs != top.digest => Err(taken(location, &theirs, &top.digest)),
+        there => Ok(there.is_some()),
+    };
+    named(&Index::read(layout)?)?;
+    durable::create_dir_all(&layout.join("blobs/sha256"))?;
+    let manifests = tree.manifests.iter().map(|node| (node.digest, node.bytes.len() as u64, false));
+    let blobs = tree.blobs.iter().map(|blob| (blob.digest, blob.size, blob.is_foreign()));
+    for (digest, size, foreign) in manifests.chain(blobs) {
+        let (from, to) = (staged.join(digest.layout_path()), layout.join(digest.layout_path()));
+        // What stands there was asked for by its name and size only, and may have been damaged since it came.
+        if check_blob(&to, &digest, size)?.is_none() {
+            continue;
+        }
+        // The artifact's own hash says what the file's bytes are, not that they are what the image names.
+        match fs::metadata(&from) {
+            Ok(_) => {
+                if let Some(why) = check_blob(&from, &digest, size)? {
+                    return Err(Fault::integrity(format!("image blob {digest} does not match its name: {why}"))
+                        .with_next("publish the image again from its original source, under a new version"));
+                }
+                durable::remove_all(&to)?;
+                move_in(&from, &to)?;
+            }
+            // A NAS that fails does not say that it is not staged.
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(Fault::io(format_args!("look at {}", from.display()), &e)),
+            Err(_) if foreign => durable::remove_all(&to)?,
+            Err(_) => {
+                durable::remove_all(&to)?;
+                return Err(lost(&format!("blob {digest}"), &layout.display().to_string()));
+            }
+        }
+    }
+    let marker = layout.join("oci-layout");
+    if !marker.try_exists().at(marker.display())? {
+        durable::replace(&marker, br#"{"imageLayoutVersion":"1.0.0"}"#)?;
+    }
+    let mut index = Index::read(layout)?;
+    if !named(&index)? {
+        index.add(version, top);
+        index.write(layout)?;
+    }
+    Ok(())
+}
+
+/// Removes the blobs that no version names any more.
+fn sweep(layout: &Path, named: &HashSet<Sha256>) -> Result<(), Fault> {
+    let folder = layout.join("blobs/sha256");
+    for entry in fs::read_dir(&folder).at(format_args!("list {}", folder.display()))? {
+        let entry = entry.at(format_args!("list {}", folder.display()))?;
+        let name = entry.file_name();
+        let digest = name.to_str().and_then(|hex| Sha256::from_layout_path(&format!("blobs/sha256/{hex}")));
+        if digest.is_none_or(|digest| !named.contains(&digest)) {
+            durable::remove_all(&entry.path())?;
+        }
+    }
+    Ok(())
+}
+
+/// Removes the blobs whose content is not what their names say.
+fn remove_damaged(layout: &Path) -> Result<(), Fault> {
+    let folder = layout.join("blobs/sha256");
+    let entries = match fs::read_dir(&folder) {
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+        entries => entries.at(format_args!("list {}", folder.display()))?,
+    };
+    for entry in entries {
+        let entry = entry.at(format_args!("list {}", folder.display()))?;
+        let name = entry.file_name();
+        let digest = name.to_str().and_then(|hex| Sha256::from_layout_path(&format!("blobs/sha256/{hex}")));
+        let size = entry.metadata().at(format_args!("look at {}", entry.path().display()))?.len();
+        if let Some(digest) = digest
+            && check_blob(&entry.path(), &digest, size)?.is_some()
+        {
+            durable::remove_all(&entry.path())?;
+        }
+    }
+    Ok(())
+}
+
+/// Reads a blob again from its first byte to its last; what is wrong with it.
+fn check_blob(path: &Path, digest: &Sha256, size: u64) -> Result<Option<String>, Fault> {
+    let mut file = match File::open(path) {
+        Ok(file) => file,
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Some(format!("{}: it is gone", path.display()))),
+        Err(e) => return Err(Fault::io(format_args!("read {}", path.display()), &e)),
+    };
+    let mut hash = sha2::Sha256::new();
+    let mut buffer = vec![0; limits::REGISTRY_READ_BYTES];
+    let mut read = 0;
+    loop {
+        match file.read(&mut buffer).at(format_args!("read {}", path.display()))? {
+            0 => break,
+            n => {
+                hash.update(&buffer[..n]);
+                read += n as u64;
+            }
+        }
+    }
+    let found = Sha256(hash.finalize().into());
+    Ok((found != *digest || read != size)
+        .then(|| format!("{}: it has {read} bytes of {found}, {size} bytes were expected", path.display())))
+}
+
+#[async_trait]
+impl Sink for LayoutSink {
+    fn staging_root(&self) -> &Path {
+        &self.staging_root
+    }
+
+    fn threads(&self) -> &Threads {
+        &self.threads
+    }
+
+    fn held_up(&self) -> Option<Fault> {
+        let (root, staging_root) = (self.root.clone(), self.staging_root.clone());
+        // What the kernel does not answer from its caches.
+        let call = move || {
+            let _ = rustix::fs::statvfs(&root);
+            let _ = File::open(&staging_root);
+        };
+        let silent = self.heartbeat.silent_for(&self.threads, call)?;
+        let message = format!("the folder of images {} has not answered for {} s", self.root.display(), rounded_secs(silent));
+        Some(Fault::unreachable(message).with_next("check that disk or NAS; transfers go on by themselves when it answers"))
+    }
+
+    fn is_shared(&self) -> bool {
+        self.configured
+    }
+
+    async fn trial(&self) -> Result<(), Fault> {
+        let staging_root = self.staging_root.clone();
+        let trial = move || {
+            durable::create_dir_all(&staging_root)?;
+            // Not of a name that another daemon would remove as a leftover.
+            crate::sink::files::trial(&staging_root.join(format!(".trial-{:016x}", rand::random::<u64>())))
+        };
+        self.threads.run(trial).await
+    }
+
+    async fn check(&self, incoming: &Incoming) -> Result<(), Fault> {
+        let ours = top_of(image_info(incoming)?)?.digest;
+        let staging_root = self.staging_root.clone();
+        self.threads.run(move || durable::create_dir_all(&staging_root)).await?;
+        match self.named(&incoming.artifact).await? {
+            Some(theirs) if theirs != ours => Err(taken(&self.location(&incoming.artifact), &theirs, &ours)),
+            _ => Ok(()),
+        }
+    }
+
+    async fn holds(&self, incoming: &Incoming, path: &RelPath, file: &FileInfo) -> Result<bool, Fault> {
+        if Sha256::from_layout_path(path.as_str()).is_none() {
+            return Ok(false);
+        }
+        let blob = path.in_dir(&self.layout(&incoming.artifact));
+        Ok(self.threads.run(move || file_size(&blob)).await? == Some(file.size))
+    }
+
+    async fn commit(&self, incoming: &Incoming, staged: &Path) -> Result<Landed, Fault> {
+        let layout = self.layout(&incoming.artifact);
+        let top = top_of(image_info(incoming)?)?;
+        let lock = self.lock(&incoming.artifact);
+        let _held = lock.lock().await;
+        let looked = staged.to_owned();
+        let is_staged = self.threads.run(move || looked.try_exists().at(looked.display())).await?;
+        match self.named(&incoming.artifact).await? {
+            Some(theirs) if theirs != top.digest => return Err(taken(&self.location(&incoming.artifact), &theirs, &top.digest)),
+            // Committed before a crash, and cleaned up.
+            Some(_) if !is_staged => {}
+            _ => {
+                let tree =
+                    self.tree(incoming, &[staged, &layout]).await.map_err(|fault| not_staged(fault, &self.location(&incoming.artifact)))?;
+                let (layout, staged, top) = (layout.clone(), staged.to_owned(), top.clone());
+                let (version, location) = (incoming.artifact.version().to_owned(), self.location(&incoming.artifact));
+                let land = move || {
+                    land(&layout, &staged, &tree, &top, &version, &location)?;
+                    durable::remove_all(&staged)
+                };
+                self.change(&incoming.artifact, land).await?;
+            }
+        }
+        let location = format!("{}@{}", self.location(&incoming.artifact), top.digest);
+        Ok(Landed { place: Place::Folder { path: layout }, location, note: None })
+    }
+
+    async fn activate(&self, _artifact: &ArtifactRef) -> Result<(), Fault> {
+        Ok(()) // every version has its name; none is more current than another
+    }
+
+    async fn read_at(&self, place: &Place, path: &RelPath, offset: u64, len: u32) -> Result<Bytes, Fault> {
+        let Place::Folder { path: folder } = place else { return Err(Fault::internal("an image folder was asked for a registry's blob")) };
+        let path = path.in_dir(folder);
+        let read = move || {
+            let what = || format!("read {}", path.display());
+            let mut out = vec![0; len as usize];
+            File::open(&path).and_then(|file| file.read_exact_at(&mut out, offset)).at(what())?;
+            Ok(out.into())
+        };
+        self.threads.run(read).await
+    }
+
+    async fn stands(&self, incoming: &Incoming) -> Result<bool, Fault> {
+        Ok(self.named(&incoming.artifact).await? == Some(top_of(image_info(incoming)?)?.digest))
+    }
+
+    async fn verify(&self, incoming: &Incoming, _place: &Place, look: &Look) -> Result<Vec<String>, Fault> {
+        let (layout, location) = (self.layout(&incoming.artifact), self.location(&incoming.artifact));
+        let ours = top_of(image_info(incoming)?)?.digest;
+        let mut out = Vec::new();
+        match self.named(&incoming.artifact).await? {
+            None => out.push(format!("{location}: index.json does not name it")),
+            Some(theirs) if theirs != ours => out.push(format!("{location}: index.json names {theirs}, not {ours}")),
+            Some(_) => {}
+        }
+        let tree = match self.tree(incoming, &[&layout]).await {
+            Ok(tree) => tree,
+            Err(fault) if matches!(fault.code, Code::NotFound | Code::Integrity | Code::Conflict) => {
+                out.push(format!("{location}: {fault}"));
+                return Ok(out);
+            }
+            Err(fault) => return Err(fault),
+        };
+        let look = look.clone();
+        if look.quick {
+            look.note("quick check: the manifests were read, and the size of each blob was compared; no blob was read");
+        }
+        let compare = move || {
+            for blob in &tree.blobs {
+                let path = layout.join(blob.digest.layout_path());
+                let size = file_size(&path)?;
+                let wrong = match size {
+                    None if blob.is_foreign() => None,
+                    None => Some(format!("{}: it is gone", path.display())),
+                    Some(size) if look.quick => {
+                        (size != blob.size).then(|| format!("{}: it has {size} bytes, {} bytes were expected", path.display(), blob.size))
+                    }
+                    Some(_) => {
+                        look.read(blob.size);
+                        check_blob(&path, &blob.digest, blob.size)?
+                    }
+                };
+                out.extend(wrong);
+            }
+            Ok(out)
+        };
+        self.threads.run(compare).await
+    }
+
+    async fn clear(&self, incoming: &Incoming) -> Result<(), Fault> {
+        let layout = self.layout(&incoming.artifact);
+        let lock = self.lock(&incoming.artifact);
+        let _held = lock.lock().await;
+        self.change(&incoming.artifact, move || remove_damaged(&layout)).await
+    }
+
+    async fn remove(&self, artifact: &ArtifactRef) -> Result<Option<String>, Fault> {
+        let (layout, version) = (self.layout(artifact), artifact.version().to_owned());
+        let lock = self.lock(artifact);
+        let _held = lock.lock().await;
+        let runtime = tokio::runtime::Handle::current();
+        let remove = move || {
+            if file_size(&layout.join("index.json"))?.is_none() {
+                return Ok(None);
+            }
+            let mut index = Index::read(&layout)?;
+            if !index.drop_version(&version) {
+                return Ok(None);
+            }
+            let mut named = HashSet::new();
+            for entry in index.entries() {
+                let top: Descriptor = serde_json::from_value(entry.clone())
+                    .map_err(|e| Fault::integrity(format!("an entry of {}/index.json: {e}", layout.display())))?;
+                let folder = &layout;
+                let read = |wanted: Descriptor| async move { read_small(&folder.join(wanted.digest.layout_path())) };
+                let tree = runtime.block_on(walk(&top, read))?;
+                named.extend(tree.manifests.iter().map(|node| node.digest));
+                named.extend(tree.blobs.iter().map(|blob| blob.digest));
+            }
+            if index.entries().next().is_none() {
+                durable::remove_all(&layout)?;
+            } else {
+                index.write(&layout)?; // first, so that no version ever names a blob that is gone
+                sweep(&layout, &named)?;
+            }
+            Ok(None)
+        };
+        self.change(artifact, remove).await
+    }
+
+    async fn probe(&self) -> Result<String, Fault> {
+        let (root, staging_root) = (self.root.clone(), self.staging_root.clone());
+        let probe = move || {
+            durable::create_dir_all(&staging_root)?;
+            let path = staging_root.join(format!(".probe-{:016x}", rand::random::<u64>()));
+            durable::replace(&path, b"")?;
+            durable::remove_all(&path)?;
+            Ok(format!("images go to OCI layouts below {}", root.display()))
+        };
+        self.threads.run(probe).await
+    }
+}

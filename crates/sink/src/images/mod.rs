@@ -1,0 +1,95 @@
+//! The sinks of images: an OCI registry, or a folder of OCI layouts where there is none.
+//!
+//! What the engine stages is an OCI layout folder that may lack the blobs which the far end holds already. Both sinks
+//! follow the image from its top manifest down, put blobs first and the top manifest last, and change no byte.
+
+mod layout;
+mod registry;
+#[cfg(test)]
+mod tests;
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use bytes::Bytes;
+
+pub use layout::LayoutSink;
+pub use registry::RegistrySink;
+
+use crate::settings;
+use crate::{Incoming, Sink};
+use ::registry::image::{Descriptor, Sha256};
+use base::blocking::blocking;
+use base::fault::{Fault, IoContext};
+use base::limits;
+use content::manifest::{ImageInfo, KindInfo};
+
+/// The sink that the configuration names; without one, OCI layouts at `<data_dir>/images`.
+pub fn open(cfg: Option<&settings::ImagesSink>, data_dir: &Path) -> Result<Arc<dyn Sink>, Fault> {
+    let layout_path = match cfg {
+        None => Some(data_dir.join("images")),
+        Some(cfg) => cfg.url.strip_prefix("oci-layout:").map(PathBuf::from),
+    };
+    match (layout_path, cfg) {
+        (Some(path), _) => {
+            let staging = path.join(".packhorse-staging"); // inside, so that blobs are renamed and not copied
+            Ok(Arc::new(LayoutSink::new(path, staging, cfg.is_some())?))
+        }
+        (None, Some(cfg)) => Ok(Arc::new(RegistrySink::new(cfg, data_dir.join("staging").join("images"))?)),
+        (None, None) => Err(Fault::internal("no image sink")),
+    }
+}
+
+fn image_info(incoming: &Incoming) -> Result<&ImageInfo, Fault> {
+    match &incoming.root.info {
+        KindInfo::Image(info) => Ok(info),
+        _ => Err(Fault::internal(format!("{} is no image but came to the image sink", incoming.artifact))),
+    }
+}
+
+/// What points at the top manifest.
+fn top_of(info: &ImageInfo) -> Result<Descriptor, Fault> {
+    let digest = info.digest.parse::<Sha256>().map_err(|why| Fault::integrity(format!("the artifact's image digest: {why}")))?;
+    Ok(Descriptor { media_type: info.media_type.clone(), digest, size: info.size, urls: None })
+}
+
+/// A small file's bytes, `None` when it is not there. A manifest that is too large is not read.
+fn read_small(path: &Path) -> Result<Option<Bytes>, Fault> {
+    let what = || format!("read {}", path.display());
+    match std::fs::metadata(path) {
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        Err(e) => return Err(Fault::io(what(), &e)),
+        Ok(meta) if meta.len() > limits::IMAGE_MANIFEST_BYTES_MAX as u64 => {
+            return Err(Fault::integrity(format!("{}: {} bytes are too many for an image manifest", what(), meta.len())));
+        }
+        Ok(_) => {}
+    }
+    std::fs::read(path).at(what()).map(|bytes| Some(bytes.into()))
+}
+
+fn file_size(path: &Path) -> Result<Option<u64>, Fault> {
+    match std::fs::metadata(path) {
+        Ok(meta) => Ok(Some(meta.len())),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(e) => Err(Fault::io(format_args!("look at {}", path.display()), &e)),
+    }
+}
+
+/// The far end said that it holds this when the transfer began, and holds it no longer.
+fn lost(what: &str, at: &str) -> Fault {
+    Fault::conflict(format!("{what} was at {at} when the transfer was planned and is gone now"))
+        .with_reason(base::fault::Reason::SinkUnavailable)
+        .with_retry(base::fault::Retry::Backoff)
+        .with_next("something removes images there (garbage collection); what is missing is fetched by itself")
+}
+
+/// A top manifest that is neither staged nor at the far end is one that was lost, not one that the user misspelt.
+fn not_staged(fault: Fault, location: &str) -> Fault {
+    if fault.code == base::fault::Code::NotFound { lost("the top manifest", location) } else { fault }
+}
+
+/// A name that other content has already.
+fn taken(location: &str, theirs: &Sha256, ours: &Sha256) -> Fault {
+    Fault::conflict(format!("{location} is there already with another image ({theirs}, not {ours})"))
+        .with_next("remove that tag, or publish under another version; then 'packhorse retry'")
+}

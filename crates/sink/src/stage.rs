@@ -1,0 +1,336 @@
+//! A staging folder: where an artifact's files grow before a sink takes them.
+//!
+//! Every write goes through a handle that was opened on the folder, so no path from a manifest can reach outside it,
+//! whatever links stand around. Links of the artifact itself are made last. After a crash the folder is found again
+//! under its transfer's id, and the journal (see `places`) says which of its bytes are durable.
+
+use std::fs::File;
+use std::io::{IoSlice, Read};
+use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use cap_std::fs::{Dir, DirBuilder, OpenOptions, OpenOptionsExt, Permissions, PermissionsExt};
+
+use rustix::fs::{AtFlags, FileType, Mode, OFlags, mkdirat, openat, statat};
+use rustix::io::Errno;
+
+use base::durable;
+use base::fault::{Fault, IoContext};
+use base::limits::{STATE_INODES_SPARE, STATE_ROOM_BYTES_MIN};
+use base::names::{RelPath, TransferId};
+use base::space::Space;
+
+/// The mode files are staged with; others are set at the end.
+pub const FILE_MODE: u32 = 0o644;
+/// The number of a tmpfs among filesystems.
+const TMPFS: rustix::fs::FsWord = 0x0102_1994;
+/// The numbers of the filesystems on which syncfs(2) writes everything down: ext4, XFS, btrfs, tmpfs, F2FS, ZFS, bcachefs.
+const SYNCED_WHOLE: [rustix::fs::FsWord; 7] = [0xef53, 0x5846_5342, 0x9123_683e, TMPFS, 0xf2f5_2010, 0x2fc1_2fc1, 0xca45_1a4e];
+/// The first version of Linux whose syncfs(2) reports a lost write.
+const SYNCFS_REPORTS_FROM: (u32, u32) = (5, 8);
+/// Bytes of a small file that a staging root is known by.
+const MARK_BYTES_MAX: u64 = 256;
+/// Files of this size and more get their room at once.
+const PREALLOCATE_BYTES: u64 = 1 << 20;
+/// Bytes of one call that has the filesystem copy.
+const COPY_WITHIN_BYTES: usize = 64 << 20;
+
+/// How a file came to be the same as another.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Shared {
+    /// They share their blocks: nothing was written.
+    Blocks,
+    /// Its bytes were written by the filesystem.
+    Copy,
+    /// It did not: the filesystem can do neither.
+    Not,
+}
+
+/// One staging folder.
+pub struct Stage {
+    /// What all paths are opened below.
+    dir: Dir,
+    /// The same folder, open for reading: a filesystem is synced through it, and `dir` may be a mere path handle.
+    handle: File,
+    path: PathBuf,
+    /// Whether the filesystem may know reflinks: until it has said no.
+    reflinks: AtomicBool,
+    /// Whether room can be had without touching it: a tmpfs would take and clear every page, while all writers wait.
+    preallocates: bool,
+    /// Whether one call syncs all of the filesystem and reports each lost write.
+    syncs_whole: bool,
+    /// Whether permission bits cannot be changed here.
+    fixed_modes: bool,
+}
+
+/// The folder in which staging folders are made, held open: what is mounted or unmounted there later changes nothing of what is done
+/// through it.
+pub struct StagingRoot {
+    handle: File,
+    path: PathBuf,
+}
+
+impl StagingRoot {
+    /// Opens the folder, making it if it is not there.
+    pub fn open(path: &Path) -> Result<Self, Fault> {
+        durable::create_dir_all(path)?;
+        Ok(Self { handle: File::open(path).at(format_args!("open {}", path.display()))?, path: path.to_owned() })
+    }
+
+    /// Opens a folder that must be there.
+    pub fn open_there(path: &Path) -> Result<Self, Fault> {
+        let handle = File::open(path).at(format_args!("open {}", path.display()))?;
+        Ok(Self { handle, path: path.to_owned() })
+    }
+
+    /// The text of a small file in it.
+    pub fn read(&self, name: &str) -> std::io::Result<String> {
+        let mut text = String::new();
+        let file = openat(&self.handle, name, OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK, Mode::empty())?;
+        File::from(file).take(MARK_BYTES_MAX).read_to_string(&mut text)?;
+        Ok(text)
+    }
+
+    /// A folder in it, made if it is not there.
+    pub fn folder(&self, name: &str) -> Result<Self, Fault> {
+        let path = self.path.join(name);
+        let what = |doing: &str| format!("{doing} the folder {}", path.display());
+        match mkdirat(&self.handle, name, Mode::RWXU | Mode::RWXG | Mode::RWXO) {
+            Ok(()) => durable::sync_folder(&self.handle).at(what("make"))?,
+            Err(Errno::EXIST) => {}
+            Err(error) => return Err(Fault::io(what("make"), &error.into())),
+        }
+        let opened = openat(&self.handle, name, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty());
+        Ok(Self { handle: opened.map_err(|error| Fault::io(what("open"), &error.into()))?.into(), path })
+    }
+
+    /// Whether a transfer has a staging folder. A NAS that does not answer does not say that there is none.
+    pub fn has(&self, transfer: &TransferId) -> Result<bool, Fault> {
+        match statat(&self.handle, transfer.as_str(), AtFlags::SYMLINK_NOFOLLOW) {
+            Ok(stat) => Ok(FileType::from_raw_mode(stat.st_mode) == FileType::Directory),
+            Err(Errno::NOENT) => Ok(false),
+            Err(error) => Err(Fault::io(format_args!("look at {}", transfer.in_dir(&self.path).display()), &error.into())),
+        }
+    }
+
+    /// The staging folder of a transfer, made if it is not there.
+    pub fn stage(&self, transfer: &TransferId) -> Result<Stage, Fault> {
+        let Self { handle, path } = self.folder(transfer.as_str())?;
+        Stage::new(handle, path)
+    }
+}
+
+impl Stage {
+    fn new(handle: File, path: PathBuf) -> Result<Self, Fault> {
+        let dir = Dir::from_std_file(handle.try_clone().at(format_args!("open {}", path.display()))?);
+        let kind = rustix::fs::fstatfs(&handle).map(|stat| stat.f_type).unwrap_or_default();
+        let syncs_whole = SYNCED_WHOLE.contains(&kind) && syncfs_reports();
+        let reflinks = AtomicBool::new(true);
+        Ok(Self { dir, handle, path, reflinks, preallocates: kind != TMPFS, syncs_whole, fixed_modes: false })
+    }
+
+    /// The same where permission bits cannot be changed.
+    pub fn with_fixed_modes(self, fixed_modes: bool) -> Self {
+        Self { fixed_modes, ..self }
+    }
+
+    /// Whether [`Stage::sync_filesystem`] makes everything durable and reports what was lost. Through FUSE it never reaches the server.
+    pub fn syncs_whole(&self) -> bool {
+        self.syncs_whole
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    fn what(&self, doing: &str, path: &RelPath) -> String {
+        format!("{doing} {}", path.in_dir(&self.path).display())
+    }
+
+    /// Makes a folder; one that is there is fine.
+    pub fn make_dir(&self, path: &RelPath) -> Result<(), Fault> {
+        match self.dir.create_dir_with(path.as_str(), &DirBuilder::new()) {
+            Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => Ok(()),
+            other => other.at(self.what("make the folder", path)),
+        }
+    }
+
+    /// Opens a file for writing at offsets, making it if it is not there.
+    pub fn open_file(&self, path: &RelPath, size: u64) -> Result<File, Fault> {
+        let mut options = OpenOptions::new();
+        options.write(true).create(true).truncate(false).mode(FILE_MODE);
+        let file = self.dir.open_with(path.as_str(), &options).at(self.what("open", path))?.into_std();
+        if size >= PREALLOCATE_BYTES && self.preallocates {
+            // Where it is not supported the room is found out about later.
+            if let Err(Errno::NOSPC | Errno::DQUOT) = rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, size) {
+                return Err(Fault::no_space(format!("{}: no room for its {size} bytes", self.what("make", path))));
+            }
+        }
+        Ok(file)
+    }
+
+    /// Opens a staged file for reading.
+    pub fn open_to_read(&self, path: &RelPath) -> Result<File, Fault> {
+        Ok(self.dir.open(path.as_str()).at(self.what("open", path))?.into_std())
+    }
+
+    /// Writes a whole small file.
+    pub fn write_file(&self, path: &RelPath, bytes: &[u8]) -> Result<(), Fault> {
+        let file = self.open_file(path, 0)?;
+        file.write_all_at(bytes, 0).and_then(|()| durable::close(file)).at(self.what("write", path))
+    }
+
+    /// The size of a regular file; `None` when there is none.
+    pub fn size(&self, path: &RelPath) -> Result<Option<u64>, Fault> {
+        Ok(self.stat(path)?.map(|stat| stat.st_size as u64))
+    }
+
+    /// Whether anything has this name, a link that leads nowhere too.
+    pub fn exists(&self, path: &RelPath) -> bool {
+        self.dir.symlink_metadata(path.as_str()).is_ok()
+    }
+
+    /// Bytes of room that a file has on the disk, written or not.
+    pub fn allocated(&self, path: &RelPath) -> Result<u64, Fault> {
+        Ok(self.stat(path)?.map_or(0, |stat| stat.st_blocks as u64 * 512))
+    }
+
+    fn stat(&self, path: &RelPath) -> Result<Option<rustix::fs::Stat>, Fault> {
+        // One call instead of three: nothing is opened, so a link on the way does no harm.
+        match statat(self.dir.as_fd(), path.as_str(), AtFlags::SYMLINK_NOFOLLOW) {
+            Ok(stat) => Ok((FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile).then_some(stat)),
+            Err(Errno::NOENT | Errno::NOTDIR) => Ok(None),
+            Err(e) => Err(Fault::io(self.what("look at", path), &e.into())),
+        }
+    }
+
+    /// Takes a file away; one that is not there is fine.
+    pub fn remove_file(&self, path: &RelPath) -> Result<(), Fault> {
+        match self.dir.remove_file(path.as_str()) {
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(()),
+            other => other.at(self.what("remove", path)),
+        }
+    }
+
+    /// Makes `path` the same as `from`, which `source` has open, without its bytes passing through here: by reflink, else by hard
+    /// link when it has the wanted mode and `link` allows it, else by a copy that the filesystem makes itself.
+    pub fn share(&self, from: &Path, source: &File, path: &RelPath, mode: u32, link: bool) -> Result<Shared, Fault> {
+        if self.reflinks.load(Ordering::Relaxed) {
+            self.remove_file(path)?;
+            let into = self.open_file(path, 0)?;
+            match rustix::fs::ioctl_ficlone(&into, source) {
+                Ok(()) => {
+                    durable::close(into).at(self.what("close", path))?;
+                    return Ok(Shared::Blocks);
+                }
+                // Both are on this filesystem, and it cannot: no need to try with every file.
+                Err(Errno::NOTSUP | Errno::NOTTY) => self.reflinks.store(false, Ordering::Relaxed),
+                Err(_) => {}
+            }
+            self.remove_file(path)?;
+        }
+        let stat = rustix::fs::fstat(source).map_err(|e| Fault::io(from.display(), &e.into()))?;
+        // Where modes are fixed a copy would get no other than the link has.
+        if !link || stat.st_mode & 0o7777 != mode && !self.fixed_modes {
+            return self.copy_within(source, path, stat.st_size as u64);
+        }
+        let make = || rustix::fs::linkat(rustix::fs::CWD, from, self.dir.as_fd(), path.as_str(), AtFlags::empty());
+        let made = match make() {
+            Err(Errno::EXIST) => {
+                self.remove_file(path)?;
+                make()
+            }
+            made => made,
+        };
+        match made {
+            Ok(()) => Ok(Shared::Blocks),
+            Err(Errno::NOSPC | Errno::DQUOT) => Err(Fault::no_space(self.what("make the link", path))),
+            // Another filesystem, too many links, or none at all, which servers say in several ways.
+            Err(_) => self.copy_within(source, path, stat.st_size as u64),
+        }
+    }
+
+    /// Has the filesystem copy a whole file: of a NAS the bytes then cross no network.
+    fn copy_within(&self, source: &File, path: &RelPath, size: u64) -> Result<Shared, Fault> {
+        self.remove_file(path)?;
+        let into = self.open_file(path, size)?;
+        let (mut read_at, mut write_at) = (0, 0);
+        while write_at < size {
+            let left = usize::try_from(size - write_at).unwrap_or(usize::MAX).min(COPY_WITHIN_BYTES);
+            match rustix::fs::copy_file_range(source, Some(&mut read_at), &into, Some(&mut write_at), left) {
+                Ok(copied) if copied > 0 => {}
+                Err(Errno::INTR) => {}
+                // Another filesystem, one that cannot, or a file that became shorter.
+                Ok(_) | Err(Errno::XDEV | Errno::NOSYS | Errno::NOTSUP | Errno::INVAL | Errno::PERM) => return Ok(Shared::Not),
+                Err(e) => return Err(Fault::io(self.what("copy", path), &e.into())),
+            }
+        }
+        durable::close(into).at(self.what("copy", path))?;
+        Ok(Shared::Copy)
+    }
+
+    /// Makes a symbolic link; another that is there is replaced.
+    pub fn make_symlink(&self, path: &RelPath, target: &str) -> Result<(), Fault> {
+        let there = rustix::fs::readlinkat(self.dir.as_fd(), path.as_str(), Vec::new());
+        if there.is_ok_and(|there| there.as_bytes() == target.as_bytes()) {
+            return Ok(());
+        }
+        self.remove_file(path)?;
+        rustix::fs::symlinkat(target, self.dir.as_fd(), path.as_str()).map_err(|e| Fault::io(self.what("make the link", path), &e.into()))
+    }
+
+    /// Sets an entry's mode, if it has another. A folder keeps what it got from the folder that it is in, as the group on a shared NAS.
+    pub fn set_mode(&self, path: &RelPath, mode: u32) -> Result<(), Fault> {
+        let meta = self.dir.symlink_metadata(path.as_str()).at(self.what("look at", path))?;
+        let now = meta.permissions().mode() & 0o7777;
+        let mode = if meta.is_dir() { mode | (now & 0o2000) } else { mode };
+        if now == mode {
+            return Ok(());
+        }
+        let set = self.dir.set_permissions(path.as_str(), Permissions::from_mode(mode));
+        // The files are whole all the same, and `verify` notes the modes.
+        if self.fixed_modes { Ok(()) } else { set.at(self.what("set the mode of", path)) }
+    }
+
+    /// Syncs one file by name.
+    pub fn sync_file(&self, path: &RelPath) -> Result<(), Fault> {
+        self.dir.open(path.as_str()).and_then(|file| durable::sync_and_close(file.into_std())).at(self.what("sync", path))
+    }
+
+    /// Syncs one folder's entries; `None` is the staging folder itself.
+    pub fn sync_dir(&self, path: Option<&RelPath>) -> Result<(), Fault> {
+        durable::sync_dir(&path.map_or(self.path.clone(), |p| p.in_dir(&self.path)))
+    }
+
+    /// Syncs all of the filesystem: cheaper than many files one by one. Only where [`Stage::syncs_whole`].
+    pub fn sync_filesystem(&self) -> Result<(), Fault> {
+        rustix::fs::syncfs(&self.handle).map_err(|e| Fault::io(format_args!("sync {}", self.path.display()), &e.into()))
+    }
+
+    /// The free space of the filesystem.
+    pub fn space(&self) -> Result<Space, Fault> {
+        Space::of(&self.path)
+    }
+}
+
+/// What `doctor` says of the room for a daemon's own state.
+pub fn room_report(data_dir: &Path) -> Result<String, Fault> {
+    let space = Space::of(data_dir)?;
+    let at = format!("data_dir {}: {} free", data_dir.display(), space.text());
+    let least = format!("less than {} MiB and {STATE_INODES_SPARE} inodes", STATE_ROOM_BYTES_MIN >> 20);
+    Ok(match space.has(STATE_ROOM_BYTES_MIN, STATE_INODES_SPARE) {
+        true => format!("ok {at}"),
+        false => format!("fault {at}, {least}; make room there, or nothing can be written down"),
+    })
+}
+
+/// Whether this Linux reports in syncfs(2) that a write was lost.
+fn syncfs_reports() -> bool {
+    let name = rustix::system::uname();
+    let release = name.release().to_string_lossy().into_owned();
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map_while(|part| part.parse::<u32>().ok());
+    (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0)) >= SYNCFS_REPORTS_FROM
+}

@@ -1,0 +1,248 @@
+//! gzip and zstd, told by their first bytes and read with a cap.
+//!
+//! A few kilobytes can decompress to terabytes, so every decompressed byte in the program's image source passes a
+//! [`Bounded`] reader. **The rule**: input is refused as a bomb when more than [`BOMB_BYTES`] came out of it and that is
+//! more than [`BOMB_RATIO`] times what went in. So small things may be as dense as they like, and large ones must be
+//! as plausible as real files are.
+//!
+//! [`to_scratch`] writes one file into the scratch folder, and stops before the disk is full: the daemon's own state is on
+//! it. After a crash the file lies there half written until the next start cleans the folder.
+
+use std::cell::Cell;
+use std::fs::{self, File};
+use std::io::{self, BufReader, Read, Write};
+use std::path::Path;
+use std::rc::Rc;
+
+use flate2::read::MultiGzDecoder;
+
+use super::refuse;
+use base::durable;
+use base::fault::{Code, Fault, IoContext};
+use base::limits::{BOMB_BYTES, BOMB_RATIO, SCRATCH_LOOK_BYTES, SCRATCH_SPARE_BYTES};
+use base::space::Space;
+
+/// The size of read and write buffers, in bytes.
+pub(super) const BUFFER: usize = 128 << 10;
+
+/// How much of something [`Compression::of`] looks at.
+pub(super) const SNIFFED_BYTES: usize = 262;
+
+/// How bytes are compressed, by their first bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Compression {
+    /// Not with anything that is known here.
+    None,
+    Gzip,
+    Zstd,
+    /// With something that is known and not read here; its name.
+    Foreign(&'static str),
+}
+
+impl Compression {
+    /// What the first [`SNIFFED_BYTES`] of something say. A tar's own mark goes first: its first bytes are a file's name.
+    pub(super) fn of(first: &[u8]) -> Self {
+        match first {
+            _ if first.get(257..262) == Some(b"ustar") => Self::None,
+            [0x1f, 0x8b, ..] => Self::Gzip,
+            [0x28, 0xb5, 0x2f, 0xfd, ..] | [0x50..=0x5f, 0x2a, 0x4d, 0x18, ..] => Self::Zstd,
+            [0xfd, b'7', b'z', b'X', b'Z', 0, ..] => Self::Foreign("xz"),
+            [b'B', b'Z', b'h', ..] => Self::Foreign("bzip2"),
+            [0x04, 0x22, 0x4d, 0x18, ..] => Self::Foreign("lz4"),
+            [b'P', b'K', 3, 4, ..] => Self::Foreign("zip"),
+            _ => Self::None,
+        }
+    }
+
+    /// A reader of the decompressed bytes, with the cap of `caps`.
+    pub(super) fn reader<'a>(self, input: impl Read + 'a, caps: Caps) -> io::Result<Bounded<'a>> {
+        let taken = Rc::new(Cell::new(0));
+        let input = BufReader::with_capacity(BUFFER, Counted { input, taken: Rc::clone(&taken) });
+        let output: Box<dyn Read + 'a> = match self {
+            Self::None => Box::new(input),
+            Self::Gzip => Box::new(MultiGzDecoder::new(input)),
+            Self::Zstd => Box::new(zstd::Decoder::with_buffer(input)?),
+            Self::Foreign(name) => return Err(io::Error::new(io::ErrorKind::Unsupported, format!("{name} is not supported"))),
+        };
+        Ok(Bounded { output, taken, given: 0, caps })
+    }
+}
+
+/// When decompression is refused as a bomb.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Caps {
+    pub(super) bytes: u64,
+    pub(super) ratio: u64,
+}
+
+impl Default for Caps {
+    fn default() -> Self {
+        Self { bytes: BOMB_BYTES, ratio: BOMB_RATIO }
+    }
+}
+
+struct Counted<R> {
+    input: R,
+    taken: Rc<Cell<u64>>,
+}
+
+impl<R: Read> Read for Counted<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let n = self.input.read(buffer)?;
+        self.taken.set(self.taken.get() + n as u64);
+        Ok(n)
+    }
+}
+
+/// Decompressed bytes, up to the cap.
+pub(super) struct Bounded<'a> {
+    output: Box<dyn Read + 'a>,
+    taken: Rc<Cell<u64>>,
+    given: u64,
+    caps: Caps,
+}
+
+impl Read for Bounded<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let n = self.output.read(buffer)?;
+        self.given += n as u64;
+        if self.given > self.caps.bytes && self.given / self.caps.ratio > self.taken.get() {
+            let why = format!("a decompression bomb: {} bytes came out of {}", self.given, self.taken.get());
+            return Err(io::Error::new(io::ErrorKind::InvalidData, why));
+        }
+        Ok(n)
+    }
+}
+
+/// Decompresses the archive `path` to the new file `copy` in the scratch folder.
+pub(super) fn to_scratch(path: &Path, compression: Compression, copy: &Path, caps: Caps) -> Result<(), Fault> {
+    let input = durable::open_regular(path).at(format_args!("open {}", path.display()))?;
+    let output = File::create(copy).at(format_args!("create {}", copy.display()))?;
+    let result = copy_to(path, compression, input, output, caps, || Ok(Space::of(copy)?.bytes.unwrap_or(u64::MAX))).map_err(|fault| {
+        match fault.code {
+            Code::NoSpace => fault
+                .context(format_args!("decompress {} to {}", path.display(), copy.display()))
+                .with_next("make room on that disk and run the command again, or publish the archive decompressed, which needs no copy"),
+            _ => fault,
+        }
+    });
+    if result.is_err() {
+        let _ = fs::remove_file(copy); // it may be what filled the disk; the scratch folder goes anyway
+    }
+    result
+}
+
+/// `free` says how much room is left where `output` goes.
+fn copy_to(
+    path: &Path,
+    compression: Compression,
+    input: impl Read,
+    mut output: impl Write,
+    caps: Caps,
+    free: impl Fn() -> Result<u64, Fault>,
+) -> Result<(), Fault> {
+    let mut reader = compression.reader(input, caps).map_err(|e| damaged(path, &e))?;
+    let mut buffer = vec![0; BUFFER];
+    // What may be written before the room is looked at again.
+    let mut sure = 0;
+    loop {
+        match reader.read(&mut buffer) {
+            Ok(0) => return output.flush().at("write the decompressed archive"),
+            Ok(n) => {
+                if sure < n {
+                    let free = free()?;
+                    if free < SCRATCH_SPARE_BYTES + SCRATCH_LOOK_BYTES {
+                        return Err(Fault::no_space(format!("no space left for all of it, only {free} bytes are free")));
+                    }
+                    sure = SCRATCH_LOOK_BYTES as usize;
+                }
+                sure -= n;
+                output.write_all(&buffer[..n]).at("write the decompressed archive")?;
+            }
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(e) => return Err(damaged(path, &e)),
+        }
+    }
+}
+
+fn damaged(path: &Path, error: &io::Error) -> Fault {
+    if error.raw_os_error().is_some() {
+        return Fault::io(format_args!("read {}", path.display()), error);
+    }
+    refuse(path, "the archive", why_damaged(error))
+}
+
+/// What a decoder's error means, in words.
+pub(super) fn why_damaged(error: &io::Error) -> String {
+    match error.kind() {
+        io::ErrorKind::UnexpectedEof => "it is truncated: its compressed data ends too early".into(),
+        _ => format!("it cannot be decompressed: {error}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const CAPS: Caps = Caps { bytes: 1 << 20, ratio: 64 };
+
+    #[test]
+    fn both_compressions_come_back() {
+        let text = b"panel ".repeat(10_000);
+        let mut gz = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+        gz.write_all(&text).unwrap();
+        let gz = gz.finish().unwrap();
+        for bytes in [text.clone(), [gz.clone(), gz].concat(), zstd::encode_all(&text[..], 1).unwrap()] {
+            let mut out = Vec::new();
+            Compression::of(&bytes).reader(&bytes[..], CAPS).unwrap().read_to_end(&mut out).unwrap();
+            assert!(out == text || out == text.repeat(2), "gzip may come in several members");
+        }
+    }
+
+    #[test]
+    fn a_bomb_is_stopped_early() {
+        let bomb = zstd::encode_all(io::repeat(0).take(64 << 20), 1).unwrap();
+        let mut out = Vec::new();
+        let error = Compression::Zstd.reader(&bomb[..], CAPS).unwrap().read_to_end(&mut out).unwrap_err();
+        assert!(error.to_string().contains("decompression bomb"), "{error}");
+        assert!(out.len() < 4 << 20);
+    }
+
+    #[test]
+    fn truncation_and_a_full_disk_are_told_apart() {
+        let whole = zstd::encode_all(&b"x".repeat(300_000)[..], 1).unwrap();
+        let path = Path::new("/img.tar.zst");
+        let room = || Ok(u64::MAX);
+        let cut = copy_to(path, Compression::Zstd, &whole[..whole.len() - 4], io::sink(), CAPS, room).unwrap_err();
+        assert_eq!(cut.code, Code::Integrity);
+        assert!(cut.message.contains("truncated"), "{}", cut.message);
+        let full = File::options().write(true).open("/dev/full").unwrap();
+        assert_eq!(copy_to(path, Compression::Zstd, &whole[..], full, CAPS, room).unwrap_err().code, Code::NoSpace);
+    }
+
+    #[test]
+    fn it_stops_before_the_disk_is_full() {
+        struct Disk<'a>(&'a Cell<u64>);
+        impl Write for Disk<'_> {
+            fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+                self.0.set(self.0.get().checked_sub(bytes.len() as u64).ok_or(io::ErrorKind::StorageFull)?);
+                Ok(bytes.len())
+            }
+            fn flush(&mut self) -> io::Result<()> {
+                Ok(())
+            }
+        }
+        let archive = zstd::encode_all(io::repeat(7).take(3 * SCRATCH_LOOK_BYTES), 1).unwrap();
+        let copy = |room: u64| {
+            let free = Cell::new(room);
+            let no_caps = Caps { bytes: u64::MAX, ratio: 1 };
+            let result = copy_to(Path::new("/img.tar.zst"), Compression::Zstd, &archive[..], Disk(&free), no_caps, || Ok(free.get()));
+            (result, free.get())
+        };
+        let (copied, left) = copy(SCRATCH_SPARE_BYTES + 4 * SCRATCH_LOOK_BYTES);
+        assert_eq!((copied, left), (Ok(()), SCRATCH_SPARE_BYTES + SCRATCH_LOOK_BYTES));
+        let (stopped, left) = copy(SCRATCH_SPARE_BYTES + 2 * SCRATCH_LOOK_BYTES);
+        assert_eq!(stopped.unwrap_err().code, Code::NoSpace);
+        assert!((SCRATCH_SPARE_BYTES..SCRATCH_SPARE_BYTES + SCRATCH_LOOK_BYTES).contains(&left), "{left} bytes are left");
+    }
+}

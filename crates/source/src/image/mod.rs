@@ -1,0 +1,276 @@
+//! An operator image as a source: `docker save` archives, OCI layouts as a folder or an archive, compressed or not.
+//!
+//! Whatever comes in goes out as one OCI image layout folder, so that the hub and every site hold the same bytes and
+//! the same digest:
+//! ```text
+//! blobs/sha256/<hex>   configs, layers, manifests and indexes, as they were
+//! index.json           one descriptor: the image's manifest or index; no names, so that the same image is the same artifact
+//! oci-layout           {"imageLayoutVersion":"1.0.0"}
+//! ```
+//! `ingest` drives it. All checks are done in `open`, before the first entry: structure first, then every layer is read
+//! and hashed, compressed and uncompressed. Each entry carries the stamp of its file from before that, so that nothing
+//! else is taken than what was checked. Nothing is unpacked; a compressed archive is decompressed as a whole into the
+//! scratch folder, which is all that a crash leaves, and which the next start cleans.
+//!
+//! `oci` knows layouts, `docker` knows `manifest.json`, `holder` finds and reads pieces, `archive` reads tar
+//! headers, `decompress` holds the rule against bombs, `listing` the choice among several images, `referrers` what refers to an image.
+//!
+//! What the source has of the image and the layout has not is counted ([`Source::omitted`]): platforms that are absent, the digest that
+//! changes by that, referrers, and further names. Blobs that nothing in the source names are no part of any image and do not count, nor
+//! do other images where a tag chooses one.
+
+mod archive;
+mod decompress;
+mod docker;
+mod holder;
+mod listing;
+mod oci;
+mod referrers;
+#[cfg(test)]
+mod tests;
+
+use std::collections::BTreeSet;
+use std::fmt;
+use std::fs;
+use std::io::Read;
+use std::path::Path;
+use std::sync::Arc;
+
+use bytes::Bytes;
+
+use self::decompress::{Caps, Compression, SNIFFED_BYTES};
+use self::holder::{Holder, Piece};
+pub use self::listing::split_tag;
+use self::oci::{Chosen, Descriptor, Image, Trouble};
+use self::referrers::Referrers;
+use super::{Content, Source, SourceBody, SourceEntry, Stamp};
+use base::durable;
+use base::fault::{Fault, IoContext};
+use content::manifest::{ImageInfo, KindInfo};
+use content::omitted::{Category, Omitted};
+use crate::own::Own;
+use base::durable;
+use base::fault::{Fault, IoContext};
+use content::manifest::{ImageInfo, KindInfo};
+
+const FOLDER_MODE: u32 = 0o755;
+const FILE_MODE: u32 = 0o644;
+/// The name of a decompressed archive in the scratch folder.
+const DECOMPRESSED: &str = "image.tar";
+
+/// The refusal of a damaged or lying image: which file, which member of it, why.
+fn refuse(shown: &Path, member: &str, why: impl fmt::Display) -> Fault {
+    let member: String = member.chars().take(300).map(|c| if base::text::is_unsafe(c) { '\u{fffd}' } else { c }).collect();
+    Fault::integrity(format!("image {}: {member}: {why}", shown.display())).with_next("make the image's archive again, then publish that")
+}
+
+/// Reads an image, whatever form it came in, as an OCI layout.
+#[derive(Debug)]
+pub struct ImageSource {
+    entries: std::vec::IntoIter<SourceEntry>,
+    info: ImageInfo,
+    omitted: Omitted,
+}
+
+impl ImageSource {
+    /// The only image of an archive or layout folder. `scratch` takes the decompressed copy of a compressed archive.
+    pub fn open(path: &Path, scratch: &Path) -> Result<Self, Fault> {
+        Self::open_tag(path, scratch, None)
+    }
+
+    /// The image named `tag` of an archive or layout folder: a whole name, the part of it behind the colon, or the
+    /// digest of its manifest. Without a tag there must be one image; `usage` lists the tags where there are several.
+    pub fn open_tag(path: &Path, scratch: &Path, tag: Option<&str>) -> Result<Self, Fault> {
+        open(path, scratch, tag, Caps::default(), &Arc::default())
+    }
+
+    /// [`ImageSource::open_tag`] for a daemon, which publishes nothing that is its own.
+    pub fn open_for(path: &Path, scratch: &Path, tag: Option<&str>, own: &Arc<Own>) -> Result<Self, Fault> {
+        open(path, scratch, tag, Caps::default(), own)
+    }
+
+    /// The only image of a layout folder, such as a registry was read into.
+    pub fn open_layout(folder: &Path) -> Result<Self, Fault> {
+        from_holder(&Holder::folder(folder, Arc::default()), None, Caps::default())
+    }
+
+    /// The same of a layout folder in the scratch folder: each blob is removed once it was read.
+    pub fn open_scratch(folder: &Path) -> Result<Self, Fault> {
+        let Self { entries, info, omitted } = Self::open_layout(folder)?;
+        let owned = entries.map(|mut entry| {
+            if let SourceBody::File { content: Content::File(path), size } = entry.body {
+                entry.body = SourceBody::File { content: Content::Scratch(path), size };
+            }
+            entry
+        });
+        Ok(Self { entries: owned.collect::<Vec<_>>().into_iter(), info, omitted })
+    }
+
+    /// The same, where whoever fetched the image left more out.
+    pub fn with_omitted(mut self, more: Omitted) -> Self {
+        self.omitted.merge(more);
+        self
+    }
+
+    /// What the artifact is known by: also what [`Source::info`] gives.
+    pub fn image_info(&self) -> &ImageInfo {
+        &self.info
+    }
+}
+
+impl Source for ImageSource {
+    fn next(&mut self) -> Result<Option<SourceEntry>, Fault> {
+        Ok(self.entries.next())
+    }
+
+    fn info(&self) -> KindInfo {
+        KindInfo::Image(self.info.clone())
+    }
+
+    fn omitted(&self) -> Omitted {
+        self.omitted.clone()
+    }
+}
+
+fn open(path: &Path, scratch: &Path, tag: Option<&str>, caps: Caps, own: &Arc<Own>) -> Result<ImageSource, Fault> {
+    let path = &fs::canonicalize(path).at(format_args!("open image {}", path.display()))?;
+    own.check_path(path)?;
+    let meta = fs::metadata(path).at(format_args!("open image {}", path.display()))?;
+    if meta.is_dir() {
+        return from_holder(&Holder::folder(path, own.clone()), tag, caps);
+    }
+    if !meta.is_file() {
+        return Err(refuse(path, "the archive", "it is neither a file nor a folder"));
+    }
+    let mut first = Vec::with_capacity(SNIFFED_BYTES);
+    durable::open_regular(path)
+        .and_then(|f| f.take(SNIFFED_BYTES as u64).read_to_end(&mut first))
+        .at(format_args!("read image {}", path.display()))?;
+    let holder = match Compression::of(&first) {
+        Compression::None if first.is_empty() => return Err(refuse(path, "the archive", "it is empty")),
+        Compression::None => Holder::tar(path, path)?,
+        Compression::Foreign(name) => {
+            return Err(refuse(path, "the archive", format!("it is compressed with {name}, which is not supported"))
+                .with_next("decompress it, or use gzip or zstd"));
+        }
+        known => {
+            let copy = scratch.join(DECOMPRESSED);
+            decompress::to_scratch(path, known, &copy, caps)?;
+            Holder::tar(&copy, path)?
+        }
+    };
+    from_holder(&holder, tag, caps)
+}
+
+fn from_holder(holder: &Holder, tag: Option<&str>, caps: Caps) -> Result<ImageSource, Fault> {
+    let tops = oci::top_descriptors(holder)?;
+    let saved = docker::saved(holder, tag, tops.is_some())?;
+    let referrers = tops.as_ref().map(|tops| Referrers::find(holder, tops)).unwrap_or_default();
+    let image = match (tops, saved) {
+        (None, None) => return Err(holder.refuse("index.json", holder.why_no_image())),
+        (Some(tops), None) => {
+            let chosen = oci::choose(holder, &tops, tag, &referrers)?;
+            let mut image = oci::image(holder, &chosen).map_err(Trouble::fault)?;
+            if let (Some(entry), None) = (chosen.entry(), tag) {
+                let of_image = tops.iter().filter(|top| top.digest == entry.digest);
+                note_names(of_image.filter_map(|top| top.names().next()), &mut image.omitted);
+            }
+            referrers.note(&mut image, chosen.entry(), tag);
+            checked(holder, image, caps)?
+        }
+        (None, Some(saved)) => of_saved(holder, saved, tag, caps)?,
+        (Some(tops), Some(saved)) => match oci_of_saved(holder, &tops, &saved)? {
+            Some((entry, mut image)) => {
+                if tag.is_none() {
+                    note_names(saved.tags.iter().map(String::as_str), &mut image.omitted);
+                }
+                referrers.note(&mut image, Some(&entry), tag);
+                checked(holder, image, caps)?
+            }
+            None => {
+                let mut image = of_saved(holder, saved, tag, caps)?;
+                let stated: Vec<&Descriptor> = tops.iter().filter(|top| !referrers.has(top)).collect();
+                if let [stated] = stated.as_slice() {
+                    image.omitted.add(Category::ImageDigest, format!("{}, published as {}", stated.digest, image.top.digest));
+                }
+                referrers.note(&mut image, None, tag);
+                image
+            }
+        },
+    };
+    source(image)
+}
+
+/// The image of `manifest.json`, made of its config and its layers.
+fn of_saved(holder: &Holder, saved: docker::Saved, tag: Option<&str>, caps: Caps) -> Result<Image, Fault> {
+    let names = saved.tags.clone();
+    let mut image = saved.image(holder, caps)?;
+    if tag.is_none() {
+        note_names(names.iter().map(String::as_str), &mut image.omitted);
+    }
+    Ok(image)
+}
+
+/// Counts the names of an image beyond the first: the artifact has one name, its own. Whoever chooses a tag chooses one of them.
+fn note_names<'a>(names: impl Iterator<Item = &'a str>, omitted: &mut Omitted) {
+    let names: BTreeSet<&str> = names.collect();
+    for name in names.into_iter().skip(1) {
+        omitted.add(Category::ImageNames, name);
+    }
+}
+
+/// Reads every layer of an OCI image.
+fn checked(holder: &Holder, image: Image, caps: Caps) -> Result<Image, Fault> {
+    holder.check_all(&image.checks, caps)?;
+    Ok(image)
+}
+
+/// The OCI image in `index.json` that is the chosen one of `manifest.json`: the one with the same config. `None` when
+/// no such is there or it contradicts that config, as Docker 25.0 wrote them; then `manifest.json` is what counts.
+fn oci_of_saved(holder: &Holder, tops: &[Descriptor], saved: &docker::Saved) -> Result<Option<(Descriptor, Image)>, Fault> {
+    // By name first: two names may stand for two builds of one config.
+    let named = |d: &&Descriptor| d.names().any(|n| saved.tags.iter().any(|t| listing::same_image(n, t)));
+    let candidates = tops.iter().filter(named).chain(tops.iter().filter(|d| !named(d)));
+    let mut why = None;
+    for top in candidates {
+        match oci::image(holder, &Chosen::One(top.clone())) {
+            Ok(image) if image.blobs.contains_key(&saved.config_digest) => return Ok(Some((top.clone(), image))),
+            Ok(_) => {}
+            Err(Trouble::Disagrees(fault)) => why = Some(fault.message),
+            Err(Trouble::Refused(fault)) => return Err(fault),
+        }
+    }
+    tracing::warn!(
+        archive = %holder.shown.display(),
+        why = why.as_deref().unwrap_or("no image in index.json has the config that manifest.json names"),
+        "the OCI parts of a docker archive are not used",
+    );
+    Ok(None)
+}
+
+/// The two files of the normalised layout that are no blobs. They follow from what the artifact is known by.
+pub fn layout_files(info: &ImageInfo) -> Result<[(&'static str, Bytes); 2], Fault> {
+    let descriptor = serde_json::json!({ "mediaType": info.media_type, "digest": info.digest, "size": info.size });
+    let index = oci::to_bytes(&serde_json::json!({ "schemaVersion": 2, "mediaType": oci::OCI_INDEX, "manifests": [descriptor] }))?;
+    Ok([("index.json", index.into()), ("oci-layout", Bytes::from_static(br#"{"imageLayoutVersion":"1.0.0"}"#))])
+}
+
+/// The entries of the normalised layout, in manifest order.
+fn source(image: Image) -> Result<ImageSource, Fault> {
+    let info = ImageInfo {
+        media_type: image.top.media_type,
+        digest: image.top.digest.to_string(),
+        size: image.top.size,
+        platforms: image.platforms,
+        absent: image.absent,
+    };
+    let folder = |path: &str| Ok(SourceEntry { path: path.parse()?, mode: FOLDER_MODE, body: SourceBody::Dir, stamp: None });
+    let file = |path: &str, size: u64, content: Content, stamp: Option<Stamp>| {
+        Ok(SourceEntry { path: path.parse()?, mode: FILE_MODE, body: SourceBody::File { size, content }, stamp })
+    };
+    let mut entries: Vec<Result<SourceEntry, Fault>> = vec![folder("blobs"), folder("blobs/sha256")];
+    let blobs = image.blobs.into_iter();
+    entries.extend(blobs.map(|(digest, Piece { size, content, stamp, .. })| file(&digest.member(), size, content, stamp)));
+    entries.extend(layout_files(&info)?.map(|(name, bytes)| file(name, bytes.len() as u64, Content::Memory(bytes), None)));
+    Ok(ImageSource { entries: entries.into_iter().collect::<Result<Vec<_>, _>>()?.into_iter(), info, omitted: image.omitted })
+}

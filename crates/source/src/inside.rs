@@ -1,0 +1,149 @@
+//! Reading of a folder, and of nothing outside of it: links are followed only as far as they stay inside.
+//!
+//! The label readers open every file by it, so that neither their result nor an error shows content from elsewhere. Paths are
+//! resolved by the handle of the folder (`cap-std`), not by their text.
+
+use std::fs::File;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use cap_std::ambient_authority;
+use cap_std::fs::{Dir, OpenOptions, OpenOptionsExt, ReadDir};
+
+use crate::own::{self, Own};
+use base::fault::{Fault, IoContext};
+
+/// A pipe without a writer must not hold the daemon up.
+const NEVER_WAITS: i32 = rustix::fs::OFlags::NONBLOCK.bits() as i32;
+
+/// A folder that is read.
+#[derive(Debug)]
+pub(super) struct Inside {
+    dir: Dir,
+    /// Its path, for messages.
+    root: PathBuf,
+    own: Arc<Own>,
+}
+
+impl Inside {
+    /// Opens a folder. It may itself be named by a link.
+    pub(super) fn open(root: &Path, own: Arc<Own>) -> Result<Self, Fault> {
+        let dir = Dir::open_ambient_dir(root, ambient_authority()).at(format_args!("read folder {}", root.display()))?;
+        let inside = Self { dir, root: root.to_owned(), own };
+        inside.check_dir(&inside.dir).map_err(|e| own::fault(root, &e))?;
+        Ok(inside)
+    }
+
+    /// The path of an entry, for messages.
+    pub(super) fn full(&self, rel: impl AsRef<Path>) -> PathBuf {
+        let rel = rel.as_ref();
+        if rel.as_os_str().is_empty() { self.root.clone() } else { self.root.join(rel) }
+    }
+
+    /// Opens a regular file.
+    pub(super) fn file(&self, rel: impl AsRef<Path>) -> Result<File, Fault> {
+        let rel = rel.as_ref();
+        self.try_file(rel).map_err(|error| {
+            let path = self.full(rel);
+            let is_link = self.dir.symlink_metadata(rel).is_ok_and(|meta| meta.is_symlink());
+            match error.kind() {
+                // cap-std's error for a path that leaves the folder.
+                io::ErrorKind::PermissionDenied if is_link && !own::is_refusal(&error) => {
+                    Fault::integrity(format!("{}: it is a link that leaves the folder, or leads to what cannot be read", path.display()))
+                        .with_next("put the file itself into the folder")
+                }
+                _ => own::fault(&path, &error),
+            }
+        })
+    }
+
+    /// [`Inside::file`] where a file that cannot be read counts as none.
+    pub(super) fn try_file(&self, rel: impl AsRef<Path>) -> io::Result<File> {
+        let mut options = OpenOptions::new();
+        options.read(true).custom_flags(NEVER_WAITS);
+        let file = self.dir.open_with(rel, &options)?.into_std();
+        self.own.check_opened(&file)?;
+        Ok(file)
+    }
+
+    /// Whether there is anything of this name, a link that leads nowhere or out of the folder included.
+    pub(super) fn exists(&self, rel: impl AsRef<Path>) -> bool {
+        self.dir.symlink_metadata(rel).is_ok()
+    }
+
+    /// Whether there is a regular file of this name, or a link to one inside.
+    pub(super) fn is_file(&self, rel: impl AsRef<Path>) -> bool {
+        self.dir.metadata(rel).is_ok_and(|meta| meta.is_file())
+    }
+
+    /// Whether there is a folder of this name. A link to a folder is none.
+    pub(super) fn is_dir(&self, rel: impl AsRef<Path>) -> bool {
+        self.dir.symlink_metadata(rel).is_ok_and(|meta| meta.is_dir())
+    }
+
+    /// Whether this is a link to something that is a folder, wherever that lies; and where it leads, for a message.
+    pub(super) fn linked_folder(&self, rel: &Path) -> Option<PathBuf> {
+        let target = self.dir.read_link_contents(rel).ok()?;
+        // Only whether it is a folder is asked outside; nothing of it is read.
+        std::fs::metadata(self.full(rel)).is_ok_and(|meta| meta.is_dir()).then_some(target)
+    }
+
+    /// Lists a folder.
+    pub(super) fn list(&self, rel: &Path) -> Result<ReadDir, Fault> {
+        let open = || -> io::Result<ReadDir> {
+            if rel.as_os_str().is_empty() {
+                return self.dir.entries();
+            }
+            let dir = self.dir.open_dir(rel)?;
+            self.check_dir(&dir)?;
+            dir.entries()
+        };
+        open().map_err(|e| match own::is_refusal(&e) {
+            true => own::refusal(&self.full(rel)),
+            false => Fault::io(format_args!("list {}", self.full(rel).display()), &e),
+        })
+    }
+
+    fn check_dir(&self, dir: &Dir) -> io::Result<()> {
+        self.own.check(&dir.try_clone()?.into_std_file().metadata()?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::symlink;
+
+    use super::*;
+    use base::durable;
+    use base::fault::Code;
+
+    #[test]
+    fn links_stay_inside() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path().join("labels");
+        durable::create_dir_all(&root.join("sub")).unwrap();
+        durable::replace(&dir.path().join("outside"), b"secret").unwrap();
+        durable::replace(&root.join("sub/in"), b"in").unwrap();
+        symlink("sub/in", root.join("fine")).unwrap();
+        symlink("../outside", root.join("out")).unwrap();
+        symlink(dir.path().join("outside"), root.join("absolute")).unwrap();
+        symlink("..", root.join("up")).unwrap();
+        symlink("nowhere", root.join("dangling")).unwrap();
+        let inside = Inside::open(&root, Arc::default()).unwrap();
+        assert_eq!(io::read_to_string(inside.file("fine").unwrap()).unwrap(), "in");
+        for (name, code) in [
+            ("out", Code::Integrity),
+            ("absolute", Code::Integrity),
+            ("../outside", Code::NotAllowed),
+            ("up/outside", Code::NotAllowed),
+            ("dangling", Code::NotFound),
+        ] {
+            assert_eq!(inside.file(name).unwrap_err().code, code, "{name}");
+            assert!(!inside.is_file(name), "{name}");
+        }
+        assert!(inside.is_dir("sub") && !inside.is_dir("up") && inside.list(Path::new("up")).is_err());
+        assert_eq!(inside.linked_folder(Path::new("up")), Some("..".into()));
+        assert_eq!(inside.linked_folder(Path::new("out")), None);
+    }
+}

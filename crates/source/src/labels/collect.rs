@@ -1,0 +1,531 @@
+//! What every format reader hands its records to: samples, classes and annotations in any order.
+//!
+//! Records go into one external sort by sample, so that afterwards each sample comes with all that was said of it, in
+//! the order of the manifest and independent of the order in the input. Checks that need only the record happen here;
+//! those that need the image's size, the class list or the dataset happen when the rows are written (`write`).
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use base::fault::Fault;
+use base::limits::{LABEL_CLASSES_MAX, LABEL_SORT_BYTES};
+use base::names::RelPath;
+use content::chunk::Hash;
+use content::omitted::Omitted;
+
+use super::json;
+use super::refuse::{Refusals, Why};
+use super::sort::Sorter;
+use super::text::json_string;
+
+/// The tags that stand behind the path in a sort key: what is said of a sample comes before its annotations.
+const TAG_SAMPLE: u8 = 0;
+pub(super) const TAG_ANNOTATION: u8 = 1;
+/// The longest class name, in bytes.
+const CLASS_NAME_BYTES_MAX: usize = 1024;
+/// Names and attributes of all classes, in bytes: they stay in memory.
+const CLASS_TABLE_BYTES_MAX: usize = 16 << 20;
+
+/// How an annotation names its class.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) enum ClassRef {
+    /// By an id of the class list.
+    Id(i64),
+    /// By name: the index that [`Classes::named`] gave it.
+    Named(u32),
+}
+
+/// Where an annotation lies, in absolute pixels.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) enum Extent {
+    /// Nowhere in particular: it speaks of the whole image, or its shape has no box.
+    None,
+    Point {
+        x: f64,
+        y: f64,
+    },
+    /// Left, top, width, height.
+    Box {
+        x: f64,
+        y: f64,
+        w: f64,
+        h: f64,
+    },
+}
+
+impl Extent {
+    /// The box around points given as x, y, x, y…; `None` without any.
+    pub(super) fn around(points: &[f64]) -> Option<Self> {
+        let mut pairs = points.chunks_exact(2);
+        let first = pairs.next()?;
+        let (mut left, mut top, mut right, mut bottom) = (first[0], first[1], first[0], first[1]);
+        for pair in pairs {
+            (left, right) = (left.min(pair[0]), right.max(pair[0]));
+            (top, bottom) = (top.min(pair[1]), bottom.max(pair[1]));
+        }
+        Some(Extent::Box { x: left, y: top, w: right - left, h: bottom - top })
+    }
+}
+
+/// One annotation as a format reader sees it. The JSON texts are compact and valid.
+pub(super) struct Annotation<'a> {
+    pub(super) place: &'a str,
+    pub(super) class: Option<ClassRef>,
+    pub(super) kind: &'a str,
+    pub(super) extent: Extent,
+    pub(super) geom: Option<&'a str>,
+    pub(super) attrs: Option<&'a str>,
+    pub(super) raw: &'a str,
+}
+
+/// What a format reader knows of a sample.
+#[derive(Debug, Default, Serialize, Deserialize)]
+pub(super) struct Sample<'a> {
+    pub(super) place: &'a str,
+    /// The record is the sample's own: a second one is an error. Else it repeats what each row of a table says.
+    pub(super) declared: bool,
+    pub(super) width: Option<i64>,
+    pub(super) height: Option<i64>,
+    pub(super) split: Option<&'a str>,
+    pub(super) meta: Option<&'a str>,
+    /// What its file hashes to, where a database says it.
+    pub(super) hash: Option<Hash>,
+}
+
+/// An annotation between the sort's ends.
+#[derive(Serialize, Deserialize)]
+pub(super) struct AnnotationRecord<'a> {
+    pub(super) place: &'a str,
+    pub(super) class: Option<ClassRef>,
+    /// x, y, w, h; a point has no width and height.
+    pub(super) extent: Option<[f64; 4]>,
+    /// The canonical row from its `kind` on.
+    pub(super) tail: &'a str,
+}
+
+/// How sample paths are changed before they are taken.
+#[derive(Debug, Default, Clone)]
+pub(super) struct PathRules {
+    /// A leading part that is taken away.
+    pub(super) strip: Option<String>,
+    /// A folder that is put in front.
+    pub(super) prefix: Option<String>,
+}
+
+/// Takes all records of one label set.
+pub(super) struct Collector {
+    pub(super) refusals: Refusals,
+    /// What is in the input and in none of the records.
+    pub(super) omitted: Omitted,
+    pub(super) classes: Classes,
+    pub(super) scratch: PathBuf,
+    pub(super) rows: Sorter,
+    /// Annotation ids, each with its place, to find those that come twice.
+    pub(super) ids: Sorter,
+    /// Annotations of a sample come in the order of their content, because the input has none.
+    pub(super) by_content: bool,
+    rules: PathRules,
+    key: Vec<u8>,
+    record: Vec<u8>,
+}
+
+impl Collector {
+    pub(super) fn new(scratch: &Path, rules: PathRules) -> Self {
+        Self {
+            refusals: Refusals::default(),
+            omitted: Omitted::default(),
+            classes: Classes::default(),
+            scratch: scratch.into(),
+            rows: Sorter::new(scratch, LABEL_SORT_BYTES),
+            ids: Sorter::new(scratch, LABEL_SORT_BYTES / 4),
+            by_content: false,
+            rules,
+            key: Vec::new(),
+            record: Vec::new(),
+        }
+    }
+
+    /// The sample's path in the dataset. A backslash is taken for '/', as tools on Windows write it.
+    pub(super) fn path(&mut self, place: &str, text: &str) -> Option<RelPath> {
+        let text = text.trim();
+        let text = self.rules.strip.as_deref().map_or(text, |strip| match text.strip_prefix(strip) {
+            Some(rest) => rest.trim_start_matches(['/', '\\']),
+            None => text,
+        });
+        let mut path = text.replace('\\', "/");
+        while let Some(rest) = path.strip_prefix("./") {
+            path = rest.to_owned();
+        }
+        if let Some(prefix) = &self.rules.prefix {
+            path = format!("{}/{path}", prefix.trim_end_matches('/'));
+        }
+        match path.parse() {
+            Ok(path) => Some(path),
+            Err(error) => {
+                self.refusals.add(Why::BadPath, place, error);
+                None
+            }
+        }
+    }
+
+    /// Takes what is known of a sample.
+    pub(super) fn sample(&mut self, path: &RelPath, sample: &Sample<'_>) -> Result<(), Fault> {
+        encode(sample, &mut self.record)?;
+        row_key(path.as_str(), TAG_SAMPLE, &mut self.key);
+        self.rows.push(&self.key, &self.record)
+    }
+
+    /// Takes an annotation of a sample.
+    pub(super) fn annotation(&mut self, path: &RelPath, annotation: &Annotation<'_>) -> Result<(), Fault> {
+        if self.encode_annotation(annotation)?.is_none() {
+            return Ok(());
+        }
+        row_key(path.as_str(), TAG_ANNOTATION, &mut self.key);
+        if self.by_content {
+            let record: AnnotationRecord<'_> = decode(&self.record)?;
+            self.key.extend_from_slice(record.tail.as_bytes());
+            self.key.extend_from_slice(record.class.map(|class| self.classes.word(class)).unwrap_or_default().as_bytes());
+        }
+        self.rows.push(&self.key, &self.record)
+    }
+
+    /// Takes an annotation that was encoded before, when its sample was not known yet.
+    pub(super) fn encoded_annotation(&mut self, path: &RelPath, record: &[u8]) -> Result<(), Fault> {
+        row_key(path.as_str(), TAG_ANNOTATION, &mut self.key);
+        self.rows.push(&self.key, record)
+    }
+
+    /// An annotation's record for the sort; `None` when it was refused.
+    pub(super) fn encode_annotation(&mut self, annotation: &Annotation<'_>) -> Result<Option<&[u8]>, Fault> {
+        let extent = match annotation.extent {
+            Extent::None => None,
+            // Adding zero makes 0 of -0, which would print otherwise.
+            Extent::Point { x, y } => Some([x + 0.0, y + 0.0, 0.0, 0.0]),
+            Extent::Box { x, y, w, h } => Some([x + 0.0, y + 0.0, w, h]),
+        };
+        if extent.is_some_and(|numbers| numbers.iter().any(|n| !n.is_finite())) {
+            self.refusals.add(Why::NotFinite, annotation.place, "its box is not finite");
+            return Ok(None);
+        }
+        if let Extent::Box { w, h, .. } = annotation.extent
+            && (w <= 0.0 || h <= 0.0)
+            // A level line is no mistake.
+            && annotation.kind != "polyline"
+        {
+            self.refusals.add(Why::EmptyBox, annotation.place, format!("the box is {w} wide and {h} high"));
+            return Ok(None);
+        }
+        let is_point = matches!(annotation.extent, Extent::Point { .. });
+        let tail = tail(annotation, extent, is_point);
+        encode(&AnnotationRecord { place: annotation.place, class: annotation.class, extent, tail: &tail }, &mut self.record)?;
+        Ok(Some(&self.record))
+    }
+
+    /// Notes an annotation's id (a JSON number or string), which must be the only one.
+    pub(super) fn annotation_id(&mut self, place: &str, id: &str) -> Result<(), Fault> {
+        self.ids.push(id.as_bytes(), place.as_bytes())
+    }
+}
+
+/// The canonical row from its `kind` on, as `labels::AnnotationRow` serialises it.
+fn tail(annotation: &Annotation<'_>, extent: Option<[f64; 4]>, is_point: bool) -> String {
+    let mut out = String::with_capacity(96 + annotation.raw.len() + annotation.geom.map_or(0, str::len));
+    out.push_str("\"kind\":\"");
+    out.push_str(annotation.kind);
+    out.push('"');
+    for (at, name) in ["x", "y", "w", "h"].into_iter().enumerate() {
+        out.push_str(",\"");
+        out.push_str(name);
+        out.push_str("\":");
+        match extent {
+            Some(numbers) if !(is_point && at >= 2) => push_number(&mut out, numbers[at]),
+            _ => out.push_str("null"),
+        }
+    }
+    for (name, json) in [("geom", annotation.geom), ("attrs", annotation.attrs), ("raw", Some(annotation.raw))] {
+        out.push_str(",\"");
+        out.push_str(name);
+        out.push_str("\":");
+        out.push_str(json.unwrap_or("null"));
+    }
+    out.push('}');
+    out
+}
+
+/// A finite number as `serde_json` prints it.
+pub(super) fn push_number(out: &mut String, number: f64) {
+    match serde_json::Number::from_f64(number) {
+        Some(number) => out.push_str(&number.to_string()),
+        None => out.push_str("null"),
+    }
+}
+
+/// The numbers as a JSON list.
+pub(super) fn number_list(numbers: &[f64]) -> String {
+    let mut out = String::from("[");
+    for (at, number) in numbers.iter().enumerate() {
+        if at > 0 {
+            out.push(',');
+        }
+        push_number(&mut out, *number);
+    }
+    out + "]"
+}
+
+fn encode<T: Serialize>(value: &T, out: &mut Vec<u8>) -> Result<(), Fault> {
+    let mut buffer = std::mem::take(out);
+    buffer.clear();
+    *out = postcard::to_extend(value, buffer).map_err(|error| Fault::internal(format!("encode a label row: {error}")))?;
+    Ok(())
+}
+
+/// What [`Collector`] encoded.
+pub(super) fn decode<'a, T: Deserialize<'a>>(bytes: &'a [u8]) -> Result<T, Fault> {
+    postcard::from_bytes(bytes).map_err(|error| Fault::internal(format!("decode a label row: {error}")))
+}
+
+/// The sort key of a row: the path with NUL for '/', two NULs, the tag; behind it whatever else orders the rows.
+///
+/// Paths hold no NUL and no empty component, so keys compare bytewise as paths do in the manifest: component by
+/// component, and a path before those that it begins.
+pub(super) fn row_key(path: &str, tag: u8, out: &mut Vec<u8>) {
+    out.clear();
+    out.extend(path.bytes().map(|b| if b == b'/' { 0 } else { b }));
+    out.extend([0, 0, tag]);
+}
+
+/// The path part of a row's key, and the tag.
+pub(super) fn split_key(key: &[u8]) -> (&[u8], u8) {
+    // Nothing in a path is two NULs, so the first pair ends it.
+    match key.windows(2).position(|pair| pair == [0, 0]) {
+        Some(end) => (&key[..end], key.get(end + 2).copied().unwrap_or(0)),
+        None => (key, 0),
+    }
+}
+
+/// The path that a key's path part stands for.
+pub(super) fn key_path(part: &[u8]) -> Result<RelPath, Fault> {
+    let bytes = part.iter().map(|b| if *b == 0 { b'/' } else { *b }).collect();
+    let path = String::from_utf8(bytes).map_err(|error| Fault::internal(format!("decode a label row's path: {error}")))?;
+    Ok(path.parse()?)
+}
+
+/// An id (a JSON number or string) in one spelling; `None` when it is neither.
+pub(super) fn id_text(json: &str) -> Option<String> {
+    if json.starts_with('"') {
+        return json::as_string(json).map(|text| json_string(&text));
+    }
+    json::as_integer(json).map(|n| n.to_string())
+}
+
+/// The classes of a label set while it is read.
+#[derive(Default)]
+pub(super) struct Classes {
+    declared: BTreeMap<i64, Class>,
+    ids: HashMap<String, i64>,
+    implied: BTreeSet<i64>,
+    named: Vec<String>,
+    indices: HashMap<String, u32>,
+    bytes: usize,
+}
+
+/// One class.
+pub(super) struct Class {
+    pub(super) name: String,
+    pub(super) attrs: Option<String>,
+}
+
+/// The classes in their final form.
+pub(super) struct ClassTable {
+    pub(super) rows: BTreeMap<i64, Class>,
+    named: Vec<i64>,
+}
+
+impl ClassTable {
+    /// The class's id; `None` when the list has no such class.
+    pub(super) fn id(&self, class: ClassRef) -> Option<i64> {
+        match class {
+            ClassRef::Id(id) => self.rows.contains_key(&id).then_some(id),
+            ClassRef::Named(index) => self.named.get(index as usize).copied(),
+        }
+    }
+}
+
+impl Classes {
+    /// A class that the input lists with its id and name. The same pair may come again where `repeats` says so.
+    pub(super) fn declare(
+        &mut self,
+        place: &str,
+        id: i64,
+        name: &str,
+        attrs: Option<String>,
+        repeats: bool,
+        refusals: &mut Refusals,
+    ) -> Result<(), Fault> {
+        if repeats && self.declared.get(&id).is_some_and(|class| class.name == name) {
+            return Ok(());
+        }
+        if !check_name(place, name, refusals) {
+            return Ok(());
+        }
+        if let Some(class) = self.declared.get(&id) {
+            refusals.add(Why::DuplicateClass, place, format!("class {id} is {:?} already, here it is {name:?}", class.name));
+            return Ok(());
+        }
+        if let Some(other) = self.ids.get(name) {
+            refusals.add(Why::DuplicateClass, place, format!("the name {name:?} belongs to class {other} already, here to {id}"));
+            return Ok(());
+        }
+        self.make_room(name.len() + attrs.as_ref().map_or(0, String::len))?;
+        self.ids.insert(name.to_owned(), id);
+        self.declared.insert(id, Class { name: name.to_owned(), attrs });
+        Ok(())
+    }
+
+    /// A class that annotations name by number only; its name is the number unless it is declared too.
+    pub(super) fn by_id(&mut self, id: i64) -> Result<ClassRef, Fault> {
+        if !self.implied.contains(&id) {
+            self.make_room(size_of::<i64>())?;
+            self.implied.insert(id);
+        }
+        Ok(ClassRef::Id(id))
+    }
+
+    /// A class that annotations name by name only; `None` when the name was refused.
+    pub(super) fn named(&mut self, place: &str, name: &str, refusals: &mut Refusals) -> Result<Option<ClassRef>, Fault> {
+        if let Some(index) = self.indices.get(name) {
+            return Ok(Some(ClassRef::Named(*index)));
+        }
+        if !check_name(place, name, refusals) {
+            return Ok(None);
+        }
+        self.make_room(name.len())?;
+        let index = self.named.len() as u32;
+        self.indices.insert(name.to_owned(), index);
+        self.named.push(name.to_owned());
+        Ok(Some(ClassRef::Named(index)))
+    }
+
+    /// How the record names the class, whatever the order in which classes came.
+    fn word(&self, class: ClassRef) -> String {
+        match class {
+            ClassRef::Id(id) => id.to_string(),
+            ClassRef::Named(index) => self.named.get(index as usize).cloned().unwrap_or_default(),
+        }
+    }
+
+    fn make_room(&mut self, bytes: usize) -> Result<(), Fault> {
+        self.bytes += bytes;
+        let classes = self.declared.len() + self.implied.len() + self.named.len();
+        if classes < LABEL_CLASSES_MAX && self.bytes <= CLASS_TABLE_BYTES_MAX {
+            return Ok(());
+        }
+        let limit = format!("more than {LABEL_CLASSES_MAX} classes, or {CLASS_TABLE_BYTES_MAX} bytes of them");
+        Err(Fault::integrity(limit).with_next("check that the class is taken from the right column or field"))
+    }
+
+    /// Gives each class its id: those that came without one get the next free ones in the order of their names, so
+    /// that ids do not depend on the order of the records.
+    pub(super) fn resolve(mut self, refusals: &mut Refusals) -> ClassTable {
+        for id in std::mem::take(&mut self.implied) {
+            let name = id.to_string();
+            if self.declared.contains_key(&id) {
+                continue;
+            }
+            if let Some(other) = self.ids.get(&name) {
+                refusals.add(Why::DuplicateClass, format!("class {id}"), format!("its number is the name of class {other}"));
+                continue;
+            }
+            self.ids.insert(name.clone(), id);
+            self.declared.insert(id, Class { name, attrs: None });
+        }
+        let mut names: Vec<&String> = self.named.iter().filter(|name| !self.ids.contains_key(*name)).collect();
+        names.sort_unstable();
+        let first = self.declared.last_key_value().map_or(Some(0), |(id, _)| id.checked_add(1));
+        let mut free = first.into_iter().flat_map(|first| first.max(0)..=i64::MAX);
+        let fresh: Vec<(String, Option<i64>)> = names.into_iter().map(|name| (name.clone(), free.next())).collect();
+        for (name, id) in fresh {
+            let Some(id) = id else {
+                refusals.add(Why::ClassIds, format!("class {name:?}"), "it needs an id of its own, and the largest that there is is taken");
+                continue;
+            };
+            self.ids.insert(name.clone(), id);
+            self.declared.insert(id, Class { name, attrs: None });
+        }
+        let named = self.named.iter().map(|name| self.ids.get(name).copied().unwrap_or(-1)).collect();
+        ClassTable { rows: self.declared, named }
+    }
+}
+
+fn check_name(place: &str, name: &str, refusals: &mut Refusals) -> bool {
+    let problem = match name.len() {
+        0 => "the class's name is empty".to_owned(),
+        CLASS_NAME_BYTES_MAX.. => format!("the class's name is longer than {CLASS_NAME_BYTES_MAX} bytes"),
+        _ if name.contains('\0') => "the class's name holds a NUL".to_owned(),
+        _ => return true,
+    };
+    refusals.add(Why::Shape, place, problem);
+    false
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn names_get_ids_by_their_order_not_the_records() {
+        let mut refusals = Refusals::default();
+        let mut classes = Classes::default();
+        let scratch = classes.named("x", "scratch", &mut refusals).unwrap().unwrap();
+        let dent = classes.named("x", "dent", &mut refusals).unwrap().unwrap();
+        let seven = classes.by_id(7).unwrap();
+        classes.declare("x", 3, "stain", None, false, &mut refusals).unwrap();
+        let stain = classes.named("x", "stain", &mut refusals).unwrap().unwrap();
+        let table = classes.resolve(&mut refusals);
+        assert_eq!([dent, scratch, seven, stain].map(|c| table.id(c)), [Some(8), Some(9), Some(7), Some(3)]);
+        assert_eq!(table.id(ClassRef::Id(1)), None);
+        assert!(refusals.check().is_ok());
+    }
+
+    #[test]
+    fn a_name_without_an_id_left_for_it_is_refused() {
+        for (taken, refused) in [(i64::MAX, 2), (i64::MAX - 1, 1), (i64::MAX - 2, 0)] {
+            let mut refusals = Refusals::default();
+            let mut classes = Classes::default();
+            let last = classes.by_id(taken).unwrap();
+            let dent = classes.named("x", "dent", &mut refusals).unwrap().unwrap();
+            let scratch = classes.named("x", "scratch", &mut refusals).unwrap().unwrap();
+            let table = classes.resolve(&mut refusals);
+            assert_eq!(refusals.count(Why::ClassIds), refused, "{taken}");
+            assert_eq!(table.rows[&taken].name, taken.to_string());
+            let ids: Vec<Option<i64>> = [last, dent, scratch].into_iter().map(|class| table.id(class)).collect();
+            assert_eq!(ids[0], Some(taken));
+            if refused == 0 {
+                assert_eq!(ids[1..], [Some(i64::MAX - 1), Some(i64::MAX)]);
+            }
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn keys_compare_as_paths_do(a in "[ab\u{1}.-]{1,3}(/[ab!\u{1}]{1,3}){0,3}", b in "[ab\u{1}.-]{1,3}(/[ab!\u{1}]{1,3}){0,3}") {
+            let (Ok(left), Ok(right)) = (a.parse::<RelPath>(), b.parse::<RelPath>()) else { return Ok(()) };
+            let key = |path: &RelPath, tag| {
+                let mut out = Vec::new();
+                row_key(path.as_str(), tag, &mut out);
+                out
+            };
+            prop_assert_eq!(key(&left, 1).cmp(&key(&right, 1)), left.cmp(&right));
+            if left < right {
+                prop_assert!(key(&left, 1) < key(&right, 0));
+            }
+            let coded = key(&left, 1);
+            let (part, tag) = split_key(&coded);
+            prop_assert_eq!((key_path(part).unwrap(), tag), (left, 1));
+        }
+    }
+}

@@ -1,0 +1,279 @@
+//! Writes the canonical files from the sorted records, and checks what needs a whole sample in view.
+//!
+//! One pass over samples in manifest order: it joins them with the dataset's files (which come in the same order),
+//! brings together what several records say of one sample, and holds annotations against the image's size and the list
+//! of classes.
+
+use std::fs::File;
+use std::io::{BufWriter, Write};
+use std::path::{Path, PathBuf};
+
+use serde_json::value::RawValue;
+
+use base::fault::{Fault, IoContext};
+use base::names::RelPath;
+use content::chunk::Hash;
+use content::label_rows::{ANNOTATIONS, CLASSES, ClassRow, SAMPLES, SampleRow};
+use content::manifest::{DatasetBinding, FileInfo};
+
+use super::collect::{AnnotationRecord, ClassRef, ClassTable, Collector, Sample, TAG_ANNOTATION, decode, key_path, split_key};
+use super::refuse::{Refusals, Why};
+use super::sort::Sorter;
+use super::{BoundDataset, DatasetFiles};
+
+/// How far a box may reach over its image, in pixels: tools round, and count from 0 or from 1.
+const OUTSIDE_TOLERANCE_PX: f64 = 1.0;
+
+/// How many rows were written.
+#[derive(Debug, Default, Clone, Copy)]
+pub(super) struct Counts {
+    pub(super) samples: u64,
+    pub(super) annotations: u64,
+    pub(super) classes: u64,
+}
+
+/// Writes the three files into the collector's scratch folder, or says everything that is wrong with the input.
+pub(super) fn write(
+    collector: Collector,
+    dataset: Option<BoundDataset>,
+    allow_missing: bool,
+) -> Result<(Counts, Option<DatasetBinding>), Fault> {
+    let Collector { mut refusals, classes, scratch, rows, ids, .. } = collector;
+    find_duplicate_ids(ids, &mut refusals)?;
+    let classes = classes.resolve(&mut refusals);
+    let (files, binding) = match dataset {
+        Some(BoundDataset { binding, files }) => (Some(files), Some(binding)),
+        None => (None, None),
+    };
+    let mut pass = Pass {
+        classes: &classes,
+        refusals: &mut refusals,
+        annotations: Lines::create(&scratch, ANNOTATIONS)?,
+        samples: Lines::create(&scratch, SAMPLES)?,
+        dataset: files.map(|files| Join { files, head: None }),
+        dataset_name: binding.as_ref().map(|b| b.artifact.to_string()).unwrap_or_default(),
+        allow_missing,
+        open: None,
+    };
+    let mut rows = rows.finish()?;
+    let mut key = Vec::new();
+    while let Some((row_key, record)) = rows.next()? {
+        let (path, tag) = split_key(row_key);
+        if key != path || pass.open.is_none() {
+            key.clear();
+            key.extend_from_slice(path);
+            pass.close()?;
+            pass.open(path)?;
+        }
+        if tag == TAG_ANNOTATION { pass.annotation(&decode(record)?)? } else { pass.sample(&decode(record)?) }
+    }
+    pass.close()?;
+    let Pass { annotations, samples, .. } = pass;
+    let counts = Counts { samples: samples.finish()?, annotations: annotations.finish()?, classes: write_classes(&classes, &scratch)? };
+    refusals.check()?;
+    Ok((counts, binding))
+}
+
+fn find_duplicate_ids(ids: Sorter, refusals: &mut Refusals) -> Result<(), Fault> {
+    let mut ids = ids.finish()?;
+    let (mut last, mut first_place) = (Vec::new(), Vec::new());
+    while let Some((id, place)) = ids.next()? {
+        if last == id {
+            let detail = format!("its id is that of {} already", String::from_utf8_lossy(&first_place));
+            refusals.add(Why::DuplicateAnnotation, String::from_utf8_lossy(place), detail);
+            continue;
+        }
+        last = id.to_vec();
+        first_place = place.to_vec();
+    }
+    Ok(())
+}
+
+fn write_classes(classes: &ClassTable, scratch: &Path) -> Result<u64, Fault> {
+    let mut lines = Lines::create(scratch, CLASSES)?;
+    for (id, class) in &classes.rows {
+        lines.row(&ClassRow { id: *id, name: class.name.clone(), attrs: raw(class.attrs.as_deref())? })?;
+    }
+    lines.finish()
+}
+
+/// The state of the pass.
+struct Pass<'a> {
+    classes: &'a ClassTable,
+    refusals: &'a mut Refusals,
+    annotations: Lines,
+    samples: Lines,
+    dataset: Option<Join>,
+    dataset_name: String,
+    allow_missing: bool,
+    open: Option<Open>,
+}
+
+/// The sample whose records are coming.
+struct Open {
+    path: RelPath,
+    /// The path as JSON, for each annotation's line.
+    json: String,
+    hash: Option<Hash>,
+    declared: bool,
+    width: Option<i64>,
+    height: Option<i64>,
+    split: Option<String>,
+    meta: Option<String>,
+}
+
+impl Pass<'_> {
+    fn open(&mut self, key: &[u8]) -> Result<(), Fault> {
+        let path = key_path(key)?;
+        let mut hash = None;
+        if let Some(dataset) = &mut self.dataset {
+            hash = dataset.find(&path)?;
+            if hash.is_none() && !self.allow_missing {
+                self.refusals.add(Why::MissingSample, &path, format!("{} has no such file", self.dataset_name));
+            }
+        }
+        let json = super::text::json_string(path.as_str());
+        self.open = Some(Open { path, json, hash, declared: false, width: None, height: None, split: None, meta: None });
+        Ok(())
+    }
+
+    fn sample(&mut self, sample: &Sample<'_>) {
+        let Some(open) = &mut self.open else { return };
+        if sample.declared && open.declared {
+            self.refusals.add(Why::DuplicateSample, sample.place, format!("{:?} was named before", open.path.as_str()));
+            return;
+        }
+        open.declared |= sample.declared;
+        for (name, known, said) in [("width", &mut open.width, sample.width), ("height", &mut open.height, sample.height)] {
+            match (*known, said) {
+                (Some(known), Some(said)) if known != said => {
+                    let detail = format!("the {name} of {:?} is {said} here and {known} before", open.path.as_str());
+                    self.refusals.add(Why::Conflict, sample.place, detail);
+                }
+                _ => *known = known.or(said),
+            }
+        }
+        match (&open.split, sample.split) {
+            (Some(known), Some(said)) if known != said => {
+                let detail = format!("{:?} is in the split {said:?} here and in {known:?} before", open.path.as_str());
+                self.refusals.add(Why::Conflict, sample.place, detail);
+            }
+            (None, Some(said)) => open.split = Some(said.to_owned()),
+            _ => {}
+        }
+        match (open.hash, sample.hash) {
+            (Some(known), Some(said)) if known != said => {
+                let detail = format!("{:?} hashes to {said} here and to {known} before", open.path.as_str());
+                self.refusals.add(Why::Conflict, sample.place, detail);
+            }
+            (None, Some(said)) if self.dataset.is_none() => open.hash = Some(said),
+            _ => {}
+        }
+        if open.meta.is_none() {
+            open.meta = sample.meta.map(str::to_owned);
+        }
+    }
+
+    fn annotation(&mut self, annotation: &AnnotationRecord<'_>) -> Result<(), Fault> {
+        let Some(open) = &self.open else { return Ok(()) };
+        let class = match annotation.class {
+            None => "null".to_owned(),
+            Some(class) => match self.classes.id(class) {
+                Some(id) => id.to_string(),
+                None => {
+                    let name = if let ClassRef::Id(id) = class { format!("class {id}") } else { "its class".to_owned() };
+                    self.refusals.add(Why::UnknownClass, annotation.place, format!("{name} is not in the list of classes"));
+                    return Ok(());
+                }
+            },
+        };
+        if let Some([x, y, w, h]) = annotation.extent {
+            let beyond = |start: f64, length: f64, size: Option<i64>| {
+                start < -OUTSIDE_TOLERANCE_PX || size.is_some_and(|size| start + length > size as f64 + OUTSIDE_TOLERANCE_PX)
+            };
+            if beyond(x, w, open.width) || beyond(y, h, open.height) {
+                let size = |n: Option<i64>| n.map_or("?".to_owned(), |n| n.to_string());
+                let detail =
+                    format!("{w} × {h} at {x}, {y} reaches out of {:?} ({} × {})", open.path.as_str(), size(open.width), size(open.height));
+                self.refusals.add(Why::OutsideImage, annotation.place, detail);
+                return Ok(());
+            }
+        }
+        self.annotations.parts(&["{\"sample\":", &open.json, ",\"class\":", &class, ",", annotation.tail])
+    }
+
+    fn close(&mut self) -> Result<(), Fault> {
+        let Some(open) = self.open.take() else { return Ok(()) };
+        self.samples.row(&SampleRow {
+            path: open.path.into(),
+            hash: open.hash,
+            width: open.width,
+            height: open.height,
+            split: open.split,
+            meta: raw(open.meta.as_deref())?,
+        })
+    }
+}
+
+/// JSON text that was checked when it was read, as a value to be written as it is.
+fn raw(json: Option<&str>) -> Result<Option<Box<RawValue>>, Fault> {
+    let parse = |json: &str| RawValue::from_string(json.to_owned());
+    json.map(parse).transpose().map_err(|error| Fault::internal(format!("write a label row: {error}")))
+}
+
+/// The dataset's files, walked beside the samples.
+struct Join {
+    files: DatasetFiles,
+    head: Option<(RelPath, FileInfo)>,
+}
+
+impl Join {
+    /// The hash of this file; paths must be asked for in order.
+    fn find(&mut self, path: &RelPath) -> Result<Option<Hash>, Fault> {
+        loop {
+            match &self.head {
+                Some((head, info)) if head >= path => return Ok((head == path).then_some(info.hash)),
+                _ => match self.files.next().transpose()? {
+                    Some(next) => self.head = Some(next),
+                    None => return Ok(None),
+                },
+            }
+        }
+    }
+}
+
+/// A JSON Lines file that is being written.
+struct Lines {
+    path: PathBuf,
+    out: BufWriter<File>,
+    count: u64,
+}
+
+impl Lines {
+    fn create(scratch: &Path, name: &str) -> Result<Self, Fault> {
+        let path = scratch.join(name);
+        let file = File::create(&path).at(format!("make {}", path.display()))?;
+        Ok(Self { path, out: BufWriter::with_capacity(256 << 10, file), count: 0 })
+    }
+
+    fn parts(&mut self, parts: &[&str]) -> Result<(), Fault> {
+        self.count += 1;
+        let mut write = || {
+            for part in parts {
+                self.out.write_all(part.as_bytes())?;
+            }
+            self.out.write_all(b"\n")
+        };
+        write().at(format_args!("write {}", self.path.display()))
+    }
+
+    fn row<T: serde::Serialize>(&mut self, row: &T) -> Result<(), Fault> {
+        let line = serde_json::to_string(row).map_err(|error| Fault::internal(format!("write a label row: {error}")))?;
+        self.parts(&[&line])
+    }
+
+    fn finish(mut self) -> Result<u64, Fault> {
+        self.out.flush().at(format_args!("write {}", self.path.display()))?;
+        Ok(self.count)
+    }
+}

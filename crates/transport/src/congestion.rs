@@ -1,0 +1,232 @@
+//! Which congestion control a QUIC line uses.
+//!
+//! The model of BBR ([`Steady`]) holds a long line full under loss, where CUBIC stalls; CUBIC is faster on a loopback or within
+//! a building. quinn wants the choice when a connection is made, before any round trip was measured and before the site has said
+//! what its line is set to, so [`Fitting`] begins as CUBIC, chooses at the first measured round trip, and goes back to CUBIC should a
+//! shorter one show that the first was delayed by a busy machine.
+
+use std::any::Any;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::time::{Duration, Instant};
+
+use quinn::congestion::{Controller, ControllerFactory, ControllerMetrics, CubicConfig};
+use quinn_proto::RttEstimator;
+
+use super::steady::Steady;
+use crate::Congestion;
+
+/// What quinn takes for the round trip until it has measured one. While an estimate is exactly this, there is no measure.
+pub(super) const UNKNOWN_RTT: Duration = Duration::from_millis(333);
+/// From this round trip on a line is long.
+pub(super) const LONG_RTT: Duration = Duration::from_millis(5);
+/// A long line is taken to carry 100 Mbit/s until it is known better: its first window is this times the round trip, so a slower line sees
+/// one round trip of excess and a faster one is found out three doublings sooner.
+const FIRST_RATE_BYTES_PER_SECOND: u64 = 100_000_000 / 8;
+/// The least first window of a long line: 200 packets.
+const FIRST_WINDOW_MIN: u64 = 200 * 1200;
+/// What is dared before the line is known better.
+const FIRST_WINDOW_MAX: u64 = 4 << 20;
+/// The first window of a short line, which slow start doubles at once anyway.
+const SHORT_WINDOW: u64 = 128 << 10;
+
+/// What a line's congestion control is set to; it may be set while the line stands. Cheap to clone.
+#[derive(Debug, Clone)]
+pub(super) struct Choice(Arc<AtomicU8>);
+
+const AUTO: u8 = 0;
+const BBR: u8 = 1;
+const CUBIC: u8 = 2;
+
+impl Choice {
+    pub(super) fn new(congestion: Congestion) -> Self {
+        let choice = Self(Arc::default());
+        choice.set(congestion);
+        choice
+    }
+
+    pub(super) fn set(&self, congestion: Congestion) {
+        let value = match congestion {
+            Congestion::Auto => AUTO,
+            Congestion::Bbr => BBR,
+            Congestion::Cubic => CUBIC,
+        };
+        self.0.store(value, Ordering::Relaxed);
+    }
+
+    #[cfg(any(test, feature = "testing"))]
+    pub(super) fn get(&self) -> Congestion {
+        match self.0.load(Ordering::Relaxed) {
+            BBR => Congestion::Bbr,
+            CUBIC => Congestion::Cubic,
+            _ => Congestion::Auto,
+        }
+    }
+
+    /// Whether a line of this round trip is to be held full as a long one. One that was found short stays so by itself.
+    fn is_long(&self, rtt: Duration, before: Chosen) -> bool {
+        match self.0.load(Ordering::Relaxed) {
+            BBR => true,
+            CUBIC => false,
+            _ => rtt >= LONG_RTT && before != Chosen::Short,
+        }
+    }
+}
+
+/// The factory for one line.
+pub(super) fn factory(choice: &Choice) -> Arc<dyn ControllerFactory + Send + Sync> {
+    Arc::new(FittingFactory(choice.clone()))
+}
+
+fn cubic(window: u64) -> CubicConfig {
+    let mut config = CubicConfig::default();
+    config.initial_window(window);
+    config
+}
+
+fn first_window(rtt: Duration) -> u64 {
+    let bytes = u128::from(FIRST_RATE_BYTES_PER_SECOND) * rtt.as_micros() / 1_000_000;
+    u64::try_from(bytes).unwrap_or(u64::MAX).clamp(FIRST_WINDOW_MIN, FIRST_WINDOW_MAX)
+}
+
+struct FittingFactory(Choice);
+
+impl ControllerFactory for FittingFactory {
+    fn build(self: Arc<Self>, now: Instant, current_mtu: u16) -> Box<dyn Controller> {
+        Box::new(Fitting::new(self.0.clone(), now, current_mtu))
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Chosen {
+    Nothing,
+    Long,
+    Short,
+}
+
+/// Delegates to the controller that fits the line.
+struct Fitting {
+    choice: Choice,
+    inner: Box<dyn Controller>,
+    chosen: Chosen,
+    mtu: u16,
+}
+
+impl Fitting {
+    fn new(choice: Choice, now: Instant, mtu: u16) -> Self {
+        let inner = Arc::new(CubicConfig::default()).build(now, mtu);
+        Self { choice, inner, chosen: Chosen::Nothing, mtu }
+    }
+
+    fn choose(&mut self, now: Instant, rtt: Duration) {
+        match (self.chosen, self.choice.is_long(rtt, self.chosen)) {
+            (Chosen::Long, true) | (Chosen::Short, false) => {}
+            (_, true) => {
+                self.inner = Box::new(Steady::new(now, first_window(rtt), self.mtu));
+                self.chosen = Chosen::Long;
+            }
+            (_, false) => {
+                let window = self.inner.window().max(SHORT_WINDOW);
+                self.inner = Arc::new(cubic(window)).build(now, self.mtu);
+                self.chosen = Chosen::Short;
+            }
+        }
+    }
+}
+
+impl Controller for Fitting {
+    fn on_sent(&mut self, now: Instant, bytes: u64, last_packet_number: u64) {
+        self.inner.on_sent(now, bytes, last_packet_number);
+    }
+
+    fn on_ack(&mut self, now: Instant, sent: Instant, bytes: u64, app_limited: bool, rtt: &RttEstimator) {
+        // The least round trip: it only falls, so by itself the choice changes at most once and only towards CUBIC.
+        if rtt.min() != UNKNOWN_RTT || rtt.get() != UNKNOWN_RTT {
+            self.choose(now, rtt.min());
+        }
+        self.inner.on_ack(now, sent, bytes, app_limited, rtt);
+    }
+
+    fn on_end_acks(&mut self, now: Instant, in_flight: u64, app_limited: bool, largest_packet_num_acked: Option<u64>) {
+        self.inner.on_end_acks(now, in_flight, app_limited, largest_packet_num_acked);
+    }
+
+    fn on_congestion_event(&mut self, now: Instant, sent: Instant, is_persistent_congestion: bool, lost_bytes: u64) {
+        self.inner.on_congestion_event(now, sent, is_persistent_congestion, lost_bytes);
+    }
+
+    fn on_mtu_update(&mut self, new_mtu: u16) {
+        self.mtu = new_mtu;
+        self.inner.on_mtu_update(new_mtu);
+    }
+
+    fn window(&self) -> u64 {
+        self.inner.window()
+    }
+
+    fn metrics(&self) -> ControllerMetrics {
+        self.inner.metrics()
+    }
+
+    fn clone_box(&self) -> Box<dyn Controller> {
+        Box::new(Self { choice: self.choice.clone(), inner: self.inner.clone_box(), chosen: self.chosen, mtu: self.mtu })
+    }
+
+    fn initial_window(&self) -> u64 {
+        self.inner.initial_window()
+    }
+
+    fn into_any(self: Box<Self>) -> Box<dyn Any> {
+        self
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn fitting(congestion: Congestion) -> Fitting {
+        Fitting::new(Choice::new(congestion), Instant::now(), 1200)
+    }
+
+    fn chosen_after(rtts: &[u64]) -> (Chosen, u64) {
+        let mut fitting = fitting(Congestion::Auto);
+        for rtt in rtts {
+            fitting.choose(Instant::now(), Duration::from_millis(*rtt));
+        }
+        (fitting.chosen, fitting.window())
+    }
+
+    #[test]
+    fn a_setting_goes_before_the_round_trip_and_may_come_late() {
+        let (now, short, long) = (Instant::now(), Duration::from_millis(1), Duration::from_millis(100));
+        let mut set = fitting(Congestion::Cubic);
+        set.choose(now, long);
+        assert_eq!(set.chosen, Chosen::Short);
+        set.choice.set(Congestion::Bbr);
+        set.choose(now, short);
+        assert_eq!(set.chosen, Chosen::Long);
+    }
+
+    #[test]
+    fn the_round_trip_decides() {
+        assert_eq!(chosen_after(&[1]), (Chosen::Short, SHORT_WINDOW));
+        assert_eq!(chosen_after(&[100]), (Chosen::Long, 1_250_000));
+        assert_eq!(chosen_after(&[20]), (Chosen::Long, 250_000));
+        assert_eq!(chosen_after(&[5000]), (Chosen::Long, FIRST_WINDOW_MAX));
+    }
+
+    #[test]
+    fn a_delayed_first_measure_is_mended_without_losing_the_window() {
+        assert_eq!(chosen_after(&[60, 30, 2]), (Chosen::Short, 750_000));
+        assert_eq!(chosen_after(&[1, 60]).0, Chosen::Short);
+    }
+
+    #[test]
+    fn a_copy_for_a_new_path_keeps_the_choice() {
+        let mut first = fitting(Congestion::Auto);
+        first.choose(Instant::now(), Duration::from_millis(100));
+        let copy = first.clone_box().into_any().downcast::<Fitting>().unwrap();
+        assert_eq!((copy.chosen, copy.window()), (Chosen::Long, 1_250_000));
+    }
+}

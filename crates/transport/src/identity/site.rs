@@ -1,0 +1,153 @@
+//! The identity of a site, or of a publisher: its key, its certificate, and the CA of the hub it joined.
+
+use std::path::{Path, PathBuf};
+
+use rcgen::{CertificateParams, KeyPair, PKCS_ECDSA_P256_SHA256, PublicKeyData, SigningKey};
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
+
+use super::hub::{generate_key, pem};
+use super::{Holder, Role, Validity, holder, identity_dir, read_if_there, validity, verify_chain};
+use base::fault::Fault;
+use base::names::SiteName;
+use base::{clock, durable};
+
+const FILE: &str = "site.pem";
+
+/// Who this site (or publisher) is on the line.
+pub struct SiteIdentity {
+    holder: Holder,
+    key: KeyPair,
+    cert_der: CertificateDer<'static>,
+    ca_der: CertificateDer<'static>,
+}
+
+impl std::fmt::Debug for SiteIdentity {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("SiteIdentity").field("holder", &self.holder).finish_non_exhaustive()
+    }
+}
+
+impl SiteIdentity {
+    /// Where the identity lies.
+    pub fn path(data_dir: &Path) -> PathBuf {
+        data_dir.join("identity").join(FILE)
+    }
+
+    /// Reads the identity; `None` when this site has not joined yet.
+    pub fn load(data_dir: &Path) -> Result<Option<Self>, Fault> {
+        let path = Self::path(data_dir);
+        let Some(bytes) = read_if_there(&path)? else { return Ok(None) };
+        let wrong = |why: &dyn std::fmt::Display| {
+            Fault::config(format!("read {}: {why}", path.display())).with_next("remove this file and join again with a new token")
+        };
+        let key_der = PrivatePkcs8KeyDer::from_pem_slice(&bytes).map_err(|e| wrong(&e))?;
+        let certs: Vec<_> = CertificateDer::pem_slice_iter(&bytes).collect::<Result<_, _>>().map_err(|e| wrong(&e))?;
+        let [cert_der, ca_der] = <[_; 2]>::try_from(certs).map_err(|_| wrong(&"it does not hold two certificates"))?;
+        let key = KeyPair::from_pkcs8_der_and_sign_algo(&key_der, &PKCS_ECDSA_P256_SHA256).map_err(|e| wrong(&e))?;
+        Self::assemble(key, cert_der, ca_der).map(Some).map_err(|fault| fault.context(path.display()))
+    }
+
+    /// Writes the identity, whole or not at all.
+    pub fn save(&self, data_dir: &Path) -> Result<(), Fault> {
+        let path = identity_dir(data_dir)?.join(FILE);
+        let text = pem("PRIVATE KEY", self.key.serialized_der()) + &pem("CERTIFICATE", &self.cert_der) + &pem("CERTIFICATE", &self.ca_der);
+        durable::replace_secret(&path, text.as_bytes())
+    }
+
+    fn assemble(key: KeyPair, cert_der: CertificateDer<'static>, ca_der: CertificateDer<'static>) -> Result<Self, Fault> {
+        verify_chain(&cert_der, &ca_der, Role::Site)?;
+        let holder = holder(&cert_der)?;
+        if matches!(holder, Holder::Hub(_)) {
+            return Err(Fault::not_allowed("the certificate is a hub's, not a site's"));
+        }
+        if !is_for_key(&cert_der, &key) {
+            return Err(Fault::not_allowed(format!("the certificate of {holder} is for another key")));
+        }
+        Ok(Self { holder, key, cert_der, ca_der })
+    }
+
+    /// The name the hub gave.
+    pub fn name(&self) -> &SiteName {
+        self.holder.name()
+    }
+
+    /// A site, or a publisher.
+    pub fn holder(&self) -> &Holder {
+        &self.holder
+    }
+
+    /// The site's certificate, DER; goes with every signature.
+    pub fn cert_der(&self) -> &[u8] {
+        &self.cert_der
+    }
+
+    /// The hub's CA, DER.
+    pub fn ca_der(&self) -> &[u8] {
+        &self.ca_der
+    }
+
+    /// The validity of the certificate.
+    pub fn validity(&self) -> Result<Validity, Fault> {
+        validity(&self.cert_der)
+    }
+
+    /// Whether it is time to renew: less than a third of the certificate's life is left, or it is dated ahead of this machine's clock.
+    pub fn needs_renewal(&self) -> bool {
+        let now = clock::now();
+        self.validity().is_ok_and(|v| v.is_ending(now) || now < v.from)
+    }
+
+    /// A new key with a request for it, to be sent over the line; the answer goes to [`CertificateRequest::complete`] with
+    /// [`SiteIdentity::ca_der`].
+    pub fn make_renewal_request(&self) -> Result<CertificateRequest, Fault> {
+        CertificateRequest::new()
+    }
+
+    /// Signs with the certificate's key: ECDSA P-256 over SHA-256, ASN.1. [`super::verify_signature`] checks it.
+    pub fn sign(&self, message: &[u8]) -> Result<Vec<u8>, Fault> {
+        self.key.sign(message).map_err(|e| Fault::internal(format!("sign as {}: {e}", self.holder)))
+    }
+
+    pub(crate) fn chain(&self) -> Vec<CertificateDer<'static>> {
+        vec![self.cert_der.clone()]
+    }
+
+    pub(crate) fn key(&self) -> PrivateKeyDer<'static> {
+        PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(self.key.serialize_der()))
+    }
+}
+
+fn is_for_key(cert_der: &[u8], key: &KeyPair) -> bool {
+    use x509_parser::prelude::FromDer;
+    x509_parser::certificate::X509Certificate::from_der(cert_der)
+        .is_ok_and(|(_, cert)| *cert.public_key().subject_public_key.data == *key.der_bytes())
+}
+
+/// A fresh key that waits for its certificate. The key never leaves this machine.
+pub struct CertificateRequest {
+    key: KeyPair,
+    csr_der: Vec<u8>,
+}
+
+impl CertificateRequest {
+    /// Makes a key and the request for it.
+    pub fn new() -> Result<Self, Fault> {
+        let key = generate_key()?;
+        // The hub takes only the key from a request, so it names nobody.
+        let mut params = CertificateParams::default();
+        params.distinguished_name = rcgen::DistinguishedName::new();
+        let csr = params.serialize_request(&key).map_err(|e| Fault::internal(format!("make a certificate request: {e}")))?;
+        Ok(Self { csr_der: csr.der().to_vec(), key })
+    }
+
+    /// What to send to the hub.
+    pub fn csr_der(&self) -> &[u8] {
+        &self.csr_der
+    }
+
+    /// The identity, once the hub answered; refused unless the certificate is for this key and by this CA.
+    pub fn complete(self, cert_der: &[u8], ca_der: &[u8]) -> Result<SiteIdentity, Fault> {
+        SiteIdentity::assemble(self.key, CertificateDer::from(cert_der.to_vec()), CertificateDer::from(ca_der.to_vec()))
+    }
+}

@@ -1,0 +1,252 @@
+//! Many streams over one ordered connection: what QUIC does for the line, on TCP + TLS where UDP is blocked.
+//!
+//! Windows, limits, priorities, resets and stops are QUIC's, so that nothing above notices the difference. (The common
+//! multiplexers could not be fitted: each stream starts with 256 KiB of window, which is a fifth of a request and starves a
+//! long line; a reset looks like an end; and a reader that goes away leaves its writer waiting forever.)
+//!
+//! [`State`] is the core without I/O, `driver` moves bytes between it and the connection, and [`SendStream`] and
+//! [`RecvStream`] are the two halves of a stream. Nothing here survives a crash, nor has to.
+
+mod driver;
+mod frame;
+mod state;
+
+use std::future::poll_fn;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use parking_lot::Mutex;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::sync::{Notify, Semaphore, watch};
+
+pub(crate) use state::End;
+use state::State;
+
+use super::{Ended, StreamEnd};
+use base::limits::{LINE_FIT_EVERY, LINE_STREAMS_MAX, MUX_FRAME_BYTES_MAX};
+
+struct Shared {
+    state: Mutex<State>,
+    to_write: Notify,
+    to_accept: Notify,
+    /// Places for streams that this end opens.
+    places: Semaphore,
+    ended: watch::Sender<Option<Ended>>,
+}
+
+impl Shared {
+    fn with<R>(&self, work: impl FnOnce(&mut State) -> R) -> R {
+        let mut state = self.state.lock();
+        let result = work(&mut state);
+        let effects = std::mem::take(&mut state.effects);
+        drop(state);
+        if effects.write {
+            self.to_write.notify_one();
+        }
+        for _ in 0..effects.accepted {
+            self.to_accept.notify_one();
+        }
+        if effects.places_freed > 0 {
+            self.places.add_permits(effects.places_freed);
+        }
+        result
+    }
+
+    fn end(&self, ended: Ended) {
+        if self.with(|state| state.end(ended.clone())) {
+            self.ended.send_replace(Some(ended));
+            self.places.close();
+            self.to_accept.notify_waiters();
+        }
+    }
+}
+
+/// Closes the line when the last handle on it, and on any of its streams, is gone.
+struct Handle(Arc<Shared>);
+
+impl Drop for Handle {
+    fn drop(&mut self) {
+        self.0.end(Ended::by_us(super::CLOSE_DONE, "no longer used"));
+    }
+}
+
+/// One multiplexed connection.
+#[derive(Clone)]
+pub(crate) struct Mux {
+    handle: Arc<Handle>,
+}
+
+impl Mux {
+    /// Starts the driver on a connection. `rtt` is a first guess, from the handshake; `guard` is held as long as the connection is.
+    pub(crate) fn start<IO>(io: IO, end: End, rtt: Duration, guard: impl Send + 'static) -> Self
+    where
+        IO: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+    {
+        let shared = Arc::new(Shared {
+            state: Mutex::new(State::new(end, rtt, Instant::now())),
+            to_write: Notify::new(),
+            to_accept: Notify::new(),
+            places: Semaphore::new(LINE_STREAMS_MAX as usize),
+            ended: watch::Sender::new(None),
+        });
+        let driver = shared.clone();
+        tokio::spawn(async move {
+            driver::run(io, &driver).await;
+            drop(guard);
+        });
+        Self { handle: Arc::new(Handle(shared)) }
+    }
+
+    /// Says what the line may hold to be sent.
+    pub(crate) fn hold_at_most(&self, bytes: u64) {
+        self.shared().with(|state| state.hold_at_most(bytes));
+    }
+
+    /// Fits what the line may hold to `room`, until it ends.
+    pub(crate) fn tend(&self, room: impl Fn() -> u64 + Send + 'static) {
+        let shared = self.handle.0.clone();
+        tokio::spawn(async move {
+            let mut ended = shared.ended.subscribe();
+            loop {
+                shared.with(|state| state.hold_at_most(room()));
+                if tokio::time::timeout(LINE_FIT_EVERY, ended.wait_for(Option::is_some)).await.is_ok() {
+                    break;
+                }
+            }
+        });
+    }
+
+    fn shared(&self) -> &Shared {
+        &self.handle.0
+    }
+
+    /// Opens a stream, after waiting for a place when [`LINE_STREAMS_MAX`] are open.
+    pub(crate) async fn open(&self, priority: i32) -> Result<(SendStream, RecvStream), StreamEnd> {
+        let place = self.shared().places.acquire().await.map_err(|_| StreamEnd::LineGone)?;
+        place.forget();
+        match self.shared().with(|state| state.open(priority)) {
+            Some(id) => Ok(self.halves(id)),
+            None => {
+                self.shared().end(Ended::lost("every stream id was used; it is dialled anew"));
+                Err(StreamEnd::LineGone)
+            }
+        }
+    }
+
+    /// The next stream that the peer opened; `None` when the line is over.
+    pub(crate) async fn accept(&self) -> Option<(SendStream, RecvStream)> {
+        let shared = self.shared();
+        loop {
+            let mut woken = std::pin::pin!(shared.to_accept.notified());
+            // Listen before looking, or the end could fall between the two.
+            woken.as_mut().enable();
+            let (id, ended) = shared.with(|state| (state.accept(), state.ended.is_some()));
+            match id {
+                Some(id) => return Some(self.halves(id)),
+                None if ended => return None,
+                None => woken.await,
+            }
+        }
+    }
+
+    fn halves(&self, id: u32) -> (SendStream, RecvStream) {
+        (SendStream { mux: self.clone(), id, over: false }, RecvStream { mux: self.clone(), id })
+    }
+
+    pub(crate) fn close(&self, code: u32, reason: &str) {
+        self.shared().end(Ended::by_us(code, reason));
+    }
+
+    pub(crate) async fn closed(&self) -> Ended {
+        let mut ended = self.shared().ended.subscribe();
+        match ended.wait_for(Option::is_some).await.as_deref() {
+            Ok(Some(ended)) => ended.clone(),
+            _ => Ended::lost("its driver is gone"),
+        }
+    }
+
+    pub(crate) fn ended(&self) -> Option<Ended> {
+        self.shared().ended.borrow().clone()
+    }
+
+    pub(crate) fn rtt(&self) -> Duration {
+        self.shared().state.lock().rtt()
+    }
+}
+
+/// The writing half of a stream. Dropped unfinished, it resets the stream.
+pub(crate) struct SendStream {
+    mux: Mux,
+    id: u32,
+    over: bool,
+}
+
+impl SendStream {
+    /// Queues the bytes, once there is room for them. Given up before that, a part of them may have been queued, as on QUIC.
+    pub(crate) async fn write_bytes(&mut self, mut data: Bytes) -> Result<(), StreamEnd> {
+        poll_fn(|cx| self.mux.shared().with(|state| state.poll_write(self.id, &mut data, cx.waker()))).await
+    }
+
+    pub(crate) async fn write_many(&mut self, pieces: &mut [Bytes]) -> Result<(), StreamEnd> {
+        for piece in pieces {
+            self.write_bytes(std::mem::take(piece)).await?;
+        }
+        Ok(())
+    }
+
+    pub(crate) async fn write_all(&mut self, data: &[u8]) -> Result<(), StreamEnd> {
+        for piece in data.chunks(MUX_FRAME_BYTES_MAX) {
+            self.write_bytes(Bytes::copy_from_slice(piece)).await?;
+        }
+        Ok(())
+    }
+
+    pub(crate) fn finish(&mut self) -> Result<(), StreamEnd> {
+        self.over = true;
+        self.mux.shared().with(|state| state.finish(self.id))
+    }
+
+    pub(crate) fn reset(&mut self) {
+        self.over = true;
+        self.mux.shared().with(|state| state.reset(self.id));
+    }
+
+    pub(crate) fn set_priority(&self, priority: i32) {
+        self.mux.shared().with(|state| state.set_priority(self.id, priority));
+    }
+}
+
+impl Drop for SendStream {
+    fn drop(&mut self) {
+        if !self.over {
+            self.reset();
+        }
+    }
+}
+
+/// The reading half of a stream. Dropped before the end, it asks the peer to stop.
+pub(crate) struct RecvStream {
+    mux: Mux,
+    id: u32,
+}
+
+impl RecvStream {
+    /// The next bytes, at most `max`, as they came; `None` at the end.
+    pub(crate) async fn read_chunk(&mut self, max: usize) -> Result<Option<Bytes>, StreamEnd> {
+        poll_fn(|cx| self.mux.shared().with(|state| state.poll_read(self.id, max, cx.waker()))).await
+    }
+
+    pub(crate) fn stop(&mut self) {
+        self.mux.shared().with(|state| state.stop(self.id));
+    }
+}
+
+impl Drop for RecvStream {
+    fn drop(&mut self) {
+        self.mux.shared().with(|state| state.reader_gone(self.id));
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,210 @@
+//! What comes in: what of each stream is not yet read, and the windows that keep it within bounds.
+//!
+//! `on_frame` brings the peer's data, the reading halves take it ([`State::poll_read`]). A peer may send
+//! [`LINE_STREAM_WINDOW_BYTES`] a stream and [`LINE_WINDOW_BYTES`] in all before something is read, and small pieces are
+//! joined so that their bookkeeping cannot outgrow them.
+
+use std::collections::VecDeque;
+use std::task::{Poll, Waker};
+
+use bytes::{BufMut, Bytes, BytesMut};
+
+use super::{State, Stream};
+use crate::StreamEnd;
+use crate::mux::frame::{Kind, put_header};
+use base::limits::{LINE_STREAM_WINDOW_BYTES, LINE_WINDOW_BYTES};
+
+/// Received pieces smaller than this are copied together: each piece costs some hundred bytes besides its content.
+const SMALL_PIECE_BYTES: usize = 2048;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Receiving {
+    Open,
+    Finished,
+    Reset,
+}
+
+/// The direction of a stream that this end reads.
+pub(super) struct Incoming {
+    receiving: Receiving,
+    pieces: VecDeque<Bytes>,
+    /// Small pieces behind `pieces`, joined.
+    tail: BytesMut,
+    buffered: usize,
+    /// What the peer may still send.
+    window: u32,
+    /// What was read and not yet announced to the peer as room.
+    unannounced: u32,
+    /// Nobody reads any more.
+    discarding: bool,
+    reader_gone: bool,
+    reader: Option<Waker>,
+}
+
+impl Incoming {
+    pub(super) fn new() -> Self {
+        Self {
+            receiving: Receiving::Open,
+            pieces: VecDeque::new(),
+            tail: BytesMut::new(),
+            buffered: 0,
+            window: LINE_STREAM_WINDOW_BYTES,
+            unannounced: 0,
+            discarding: false,
+            reader_gone: false,
+            reader: None,
+        }
+    }
+
+    /// Whether the peer may still send on it.
+    pub(super) fn is_open(&self) -> bool {
+        self.receiving == Receiving::Open
+    }
+
+    /// Whether there is a reading half still.
+    pub(super) fn has_reader(&self) -> bool {
+        !self.reader_gone
+    }
+
+    /// Drops what was not read. Returns how much that was.
+    pub(super) fn clear(&mut self) -> usize {
+        self.pieces.clear();
+        self.tail.clear();
+        std::mem::take(&mut self.buffered)
+    }
+
+    pub(super) fn wake(&mut self) {
+        if let Some(waker) = self.reader.take() {
+            waker.wake();
+        }
+    }
+
+    fn push(&mut self, body: Bytes) {
+        self.buffered += body.len();
+        if body.len() < SMALL_PIECE_BYTES {
+            self.tail.extend_from_slice(&body);
+            return;
+        }
+        if !self.tail.is_empty() {
+            self.pieces.push_back(self.tail.split().freeze());
+        }
+        self.pieces.push_back(body);
+    }
+
+    fn pop(&mut self, max: usize) -> Option<Bytes> {
+        let taken = match self.pieces.front_mut() {
+            Some(piece) if piece.len() > max => piece.split_to(max),
+            Some(_) => self.pieces.pop_front()?,
+            None if self.tail.is_empty() => return None,
+            None => self.tail.split_to(self.tail.len().min(max)).freeze(),
+        };
+        self.buffered -= taken.len();
+        Some(taken)
+    }
+}
+
+impl State {
+    pub(in crate::mux) fn poll_read(&mut self, id: u32, max: usize, waker: &Waker) -> Poll<Result<Option<Bytes>, StreamEnd>> {
+        if self.ended.is_some() {
+            return Poll::Ready(Err(StreamEnd::LineGone));
+        }
+        let Some(Stream { incoming, .. }) = self.streams.get_mut(&id) else { return Poll::Ready(Err(StreamEnd::Stopped)) };
+        if incoming.discarding {
+            return Poll::Ready(Err(StreamEnd::Stopped));
+        }
+        if let Some(bytes) = incoming.pop(max.max(1)) {
+            incoming.unannounced += bytes.len() as u32;
+            let due = incoming.is_open() && incoming.unannounced >= LINE_STREAM_WINDOW_BYTES / 2;
+            if due {
+                let credit = std::mem::take(&mut incoming.unannounced);
+                incoming.window += credit;
+                self.put_credit(id, credit);
+            }
+            self.consumed(bytes.len());
+            return Poll::Ready(Ok(Some(bytes)));
+        }
+        match incoming.receiving {
+            Receiving::Finished => Poll::Ready(Ok(None)),
+            Receiving::Reset => Poll::Ready(Err(StreamEnd::Reset)),
+            Receiving::Open => {
+                incoming.reader = Some(waker.clone());
+                Poll::Pending
+            }
+        }
+    }
+
+    /// Reads no more: what has come is dropped, and the peer is asked to stop.
+    pub(in crate::mux) fn stop(&mut self, id: u32) {
+        let Some(Stream { incoming, .. }) = self.streams.get_mut(&id) else { return };
+        if incoming.discarding {
+            return;
+        }
+        incoming.discarding = true;
+        let dropped = incoming.clear();
+        if incoming.is_open() {
+            self.put_control(Kind::Stop, id);
+        }
+        self.consumed(dropped);
+    }
+
+    /// The reading half is gone.
+    pub(in crate::mux) fn reader_gone(&mut self, id: u32) {
+        self.stop(id);
+        if let Some(stream) = self.streams.get_mut(&id) {
+            stream.incoming.reader_gone = true;
+        }
+        self.settle(id);
+    }
+
+    pub(super) fn on_data(&mut self, id: u32, body: Bytes, last: bool) -> Result<(), String> {
+        let len = body.len() as u32;
+        let Some(Stream { incoming, .. }) = self.streams.get_mut(&id).filter(|s| s.incoming.is_open()) else {
+            return Err(format!("data for stream {id}, which is not open"));
+        };
+        if len > incoming.window || len > self.window {
+            return Err(format!("more data than it was allowed on stream {id}"));
+        }
+        incoming.window -= len;
+        self.window -= len;
+        let dropped = if incoming.discarding { body.len() } else { 0 };
+        if !incoming.discarding && len > 0 {
+            incoming.push(body);
+        }
+        if last {
+            incoming.receiving = Receiving::Finished;
+        }
+        incoming.wake();
+        self.consumed(dropped);
+        if last {
+            self.settle(id);
+        }
+        Ok(())
+    }
+
+    pub(super) fn on_reset(&mut self, id: u32) -> Result<(), String> {
+        self.check_known(id)?;
+        let Some(Stream { incoming, .. }) = self.streams.get_mut(&id).filter(|s| s.incoming.is_open()) else { return Ok(()) };
+        incoming.receiving = Receiving::Reset;
+        incoming.wake();
+        let dropped = incoming.clear();
+        self.consumed(dropped);
+        self.settle(id);
+        Ok(())
+    }
+
+    /// Bytes left the buffers of the whole line; the peer hears of it a quarter of the window at a time.
+    fn consumed(&mut self, bytes: usize) {
+        self.unannounced += bytes as u32;
+        if self.unannounced >= LINE_WINDOW_BYTES / 4 {
+            let credit = std::mem::take(&mut self.unannounced);
+            self.window += credit;
+            self.put_credit(0, credit);
+        }
+    }
+
+    fn put_credit(&mut self, id: u32, credit: u32) {
+        put_header(&mut self.control, Kind::Credit, id, 4);
+        self.control.put_u32(credit);
+        self.effects.write = true;
+    }
+}

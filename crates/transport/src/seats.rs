@@ -1,0 +1,185 @@
+//! Seats for authenticated connections: bounded in total, for each peer, and with a part that only sites can use.
+
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
+use std::hash::Hash;
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+
+use crate::identity::Holder;
+use base::admission::Network;
+use base::fault::Fault;
+use base::limits::{LINE_CONNECTIONS_PER_PUBLISHER_MAX, LINE_CONNECTIONS_PER_SITE_MAX};
+
+/// The seats of a hub. Clones share them.
+#[derive(Clone)]
+pub(super) struct Seats {
+    /// All connections.
+    seats_max: usize,
+    /// Those over TCP, each of which needs a file descriptor.
+    tcp_max: usize,
+    book: Arc<Mutex<Book>>,
+}
+
+#[derive(Default)]
+struct Book {
+    all: usize,
+    tcp: usize,
+    publishers: usize,
+    publishers_tcp: usize,
+    by_holder: HashMap<Holder, usize>,
+    by_network: HashMap<Network, usize>,
+}
+
+impl Seats {
+    pub(super) fn new(seats_max: usize, tcp_max: usize) -> Self {
+        Self { seats_max, tcp_max, book: Arc::default() }
+    }
+
+    /// Connections that stand.
+    pub(super) fn used(&self) -> usize {
+        self.book.lock().all
+    }
+
+    /// Connections that stand from one address.
+    pub(super) fn used_by(&self, network: Network) -> usize {
+        self.book.lock().by_network.get(&network).copied().unwrap_or(0)
+    }
+
+    /// A seat for an authenticated peer, or why there is none now. A quarter of the seats is for sites only.
+    pub(super) fn take(&self, who: &Holder, network: Network, over_tcp: bool) -> Result<Seat, Fault> {
+        let is_publisher = matches!(who, Holder::Publisher(_));
+        let own_max = if is_publisher { LINE_CONNECTIONS_PER_PUBLISHER_MAX } else { LINE_CONNECTIONS_PER_SITE_MAX };
+        let usable = |seats: usize| if is_publisher { seats - seats / 4 } else { seats };
+        let mut book = self.book.lock();
+        if book.by_holder.get(who).is_some_and(|own| *own >= own_max) {
+            return Err(busy(format!("{who} has {own_max} connections, which is the limit")));
+        }
+        if book.all >= self.seats_max || (is_publisher && book.publishers >= usable(self.seats_max)) {
+            return Err(busy(format!("the hub has no room for another connection: its limit is {}", usable(self.seats_max))));
+        }
+        if over_tcp && (book.tcp >= self.tcp_max || (is_publisher && book.publishers_tcp >= usable(self.tcp_max))) {
+            let limit = usable(self.tcp_max);
+            return Err(busy(format!(
+                "the hub has no room for another TCP connection: its limit is {limit}, from its limit of open files"
+            )));
+        }
+        let seat = Seat { who: who.clone(), network, over_tcp, book: self.book.clone() };
+        book.count(&seat, true);
+        *book.by_holder.entry(who.clone()).or_default() += 1;
+        *book.by_network.entry(network).or_default() += 1;
+        Ok(seat)
+    }
+}
+
+fn busy(message: String) -> Fault {
+    Fault::unreachable(message).with_next("no action is needed: the connection is tried again")
+}
+
+impl Book {
+    fn count(&mut self, seat: &Seat, comes: bool) {
+        let step = |count: &mut usize, counts: bool| match (counts, comes) {
+            (true, true) => *count += 1,
+            (true, false) => *count -= 1,
+            (false, _) => {}
+        };
+        let is_publisher = matches!(seat.who, Holder::Publisher(_));
+        step(&mut self.all, true);
+        step(&mut self.tcp, seat.over_tcp);
+        step(&mut self.publishers, is_publisher);
+        step(&mut self.publishers_tcp, is_publisher && seat.over_tcp);
+    }
+}
+
+/// The seat of one connection; free again when it is dropped.
+#[derive(Debug)]
+pub(super) struct Seat {
+    who: Holder,
+    network: Network,
+    over_tcp: bool,
+    book: Arc<Mutex<Book>>,
+}
+
+impl std::fmt::Debug for Book {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Book").field("all", &self.all).finish_non_exhaustive()
+    }
+}
+
+impl Drop for Seat {
+    fn drop(&mut self) {
+        let book = self.book.clone();
+        let mut book = book.lock();
+        book.count(self, false);
+        leave(&mut book.by_holder, self.who.clone());
+        leave(&mut book.by_network, self.network);
+    }
+}
+
+fn leave<K: Hash + Eq>(counts: &mut HashMap<K, usize>, key: K) {
+    if let Entry::Occupied(mut count) = counts.entry(key) {
+        *count.get_mut() -= 1;
+        if *count.get() == 0 {
+            count.remove();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn publisher(n: usize) -> Holder {
+        Holder::Publisher(format!("pub{n}").parse().unwrap())
+    }
+
+    fn site(n: usize) -> Holder {
+        Holder::Site(format!("site{n}").parse().unwrap())
+    }
+
+    fn here() -> Network {
+        std::net::IpAddr::from([127, 0, 0, 1]).into()
+    }
+
+    #[test]
+    fn a_publisher_that_opens_4096_connections_gets_sixteen_and_a_site_gets_in() {
+        let seats = Seats::new(4096, 4096);
+        let taken: Vec<Seat> = (0..4096).filter_map(|_| seats.take(&publisher(0), here(), true).ok()).collect();
+        assert_eq!((taken.len(), seats.used(), seats.used_by(here())), (LINE_CONNECTIONS_PER_PUBLISHER_MAX, 16, 16));
+        let fault = seats.take(&publisher(0), here(), false).unwrap_err();
+        assert!(fault.message.contains("publisher pub0 has 16 connections"), "{fault}");
+        let other = seats.take(&publisher(1), here(), true).unwrap();
+        let site = seats.take(&site(0), here(), true).unwrap();
+        drop((taken, other, site));
+        assert_eq!((seats.used(), seats.used_by(here())), (0, 0));
+        assert!(seats.book.lock().by_holder.is_empty() && seats.book.lock().by_network.is_empty());
+    }
+
+    #[test]
+    fn a_quarter_of_the_seats_is_for_sites() {
+        let seats = Seats::new(64, 64);
+        let many: Vec<Seat> = (0..64).filter_map(|n| seats.take(&publisher(n), here(), true).ok()).collect();
+        assert_eq!(many.len(), 48);
+        let sites: Vec<Seat> = (0..64).filter_map(|n| seats.take(&site(n), here(), false).ok()).collect();
+        assert_eq!((sites.len(), seats.used()), (16, 64));
+    }
+
+    #[test]
+    fn connections_over_tcp_stay_within_the_open_files() {
+        let seats = Seats::new(4096, 8);
+        let tcp: Vec<Seat> = (0..20).filter_map(|n| seats.take(&site(n), here(), true).ok()).collect();
+        assert_eq!(tcp.len(), 8);
+        assert!(seats.take(&site(30), here(), true).unwrap_err().message.contains("open files"));
+        seats.take(&site(30), here(), false).unwrap();
+    }
+
+    #[test]
+    fn a_site_has_a_few_seats_while_it_reconnects() {
+        let seats = Seats::new(64, 64);
+        let own: Vec<Seat> = (0..64).filter_map(|_| seats.take(&site(0), here(), true).ok()).collect();
+        assert_eq!(own.len(), LINE_CONNECTIONS_PER_SITE_MAX);
+        drop(own);
+        seats.take(&site(0), here(), true).unwrap();
+    }
+}

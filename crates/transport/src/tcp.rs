@@ -1,0 +1,154 @@
+//! TCP + TLS under the multiplexer: sockets, their options, the handshake.
+
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::task::{Context, Poll};
+use std::time::{Duration, Instant};
+
+use tokio::io::{AsyncRead, AsyncWrite, BufReader, ReadBuf};
+use tokio::net::TcpStream;
+
+use super::congestion::LONG_RTT;
+use super::tls::Shown;
+use crate::Congestion;
+use base::limits::{LINE_KEEP_ALIVE, MUX_BATCH_BYTES, SILENCE_MAX};
+
+/// rustls asks for 4 KiB at a time; this much is taken from the kernel at once.
+const READ_BYTES: usize = 128 << 10;
+
+/// Bytes that went over one TCP connection.
+#[derive(Debug, Default)]
+pub(super) struct Traffic {
+    sent: AtomicU64,
+    received: AtomicU64,
+}
+
+impl Traffic {
+    pub(super) fn bytes(&self) -> (u64, u64) {
+        (self.sent.load(Ordering::Relaxed), self.received.load(Ordering::Relaxed))
+    }
+}
+
+/// A socket that counts.
+pub(super) struct Counted {
+    socket: TcpStream,
+    traffic: Arc<Traffic>,
+}
+
+impl AsyncRead for Counted {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<std::io::Result<()>> {
+        let before = buf.filled().len();
+        let result = Pin::new(&mut self.socket).poll_read(cx, buf);
+        self.traffic.received.fetch_add((buf.filled().len() - before) as u64, Ordering::Relaxed);
+        result
+    }
+}
+
+impl Counted {
+    fn count_sent(&self, result: Poll<std::io::Result<usize>>) -> Poll<std::io::Result<usize>> {
+        if let Poll::Ready(Ok(sent)) = &result {
+            self.traffic.sent.fetch_add(*sent as u64, Ordering::Relaxed);
+        }
+        result
+    }
+}
+
+impl AsyncWrite for Counted {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<std::io::Result<usize>> {
+        let result = Pin::new(&mut self.socket).poll_write(cx, buf);
+        self.count_sent(result)
+    }
+
+    fn poll_write_vectored(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bufs: &[std::io::IoSlice<'_>]) -> Poll<std::io::Result<usize>> {
+        let result = Pin::new(&mut self.socket).poll_write_vectored(cx, bufs);
+        self.count_sent(result)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        true
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<std::io::Result<()>> {
+        Pin::new(&mut self.socket).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<std::io::Result<()>> {
+        Pin::new(&mut self.socket).poll_shutdown(cx)
+    }
+}
+
+/// A connection after its TLS handshake.
+pub(super) struct Secured<T> {
+    pub(super) io: T,
+    pub(super) traffic: Arc<Traffic>,
+    pub(super) shown: Shown,
+    /// How long the handshake took: about one round trip.
+    pub(super) handshake: Duration,
+}
+
+pub(super) type ServerIo = tokio_rustls::server::TlsStream<BufReader<Counted>>;
+pub(super) type ClientIo = tokio_rustls::client::TlsStream<BufReader<Counted>>;
+
+fn prepare(socket: TcpStream) -> (BufReader<Counted>, Arc<Traffic>) {
+    use rustix::net::sockopt;
+    let _ = socket.set_nodelay(true);
+    let _ = sockopt::set_socket_keepalive(&socket, true);
+    let _ = sockopt::set_tcp_keepidle(&socket, LINE_KEEP_ALIVE);
+    let _ = sockopt::set_tcp_user_timeout(&socket, SILENCE_MAX.as_millis() as u32);
+    let traffic = Arc::new(Traffic::default());
+    (BufReader::with_capacity(READ_BYTES, Counted { socket, traffic: traffic.clone() }), traffic)
+}
+
+/// Chooses the kernel's congestion control once the round trip is known; where the kernel has it not, its own stays.
+fn choose_congestion(io: &BufReader<Counted>, choice: Congestion, rtt: Duration) {
+    let name = match choice {
+        Congestion::Auto if rtt < LONG_RTT => return,
+        Congestion::Auto | Congestion::Bbr => "bbr",
+        Congestion::Cubic => "cubic",
+    };
+    if let Err(error) = rustix::net::sockopt::set_tcp_congestion(&io.get_ref().socket, name) {
+        tracing::debug!(%error, name, "the kernel does not grant this congestion control");
+    }
+}
+
+fn shown(connection: &rustls::CommonState) -> Shown {
+    Shown {
+        alpn: connection.alpn_protocol().unwrap_or_default().to_vec(),
+        chain: connection.peer_certificates().unwrap_or_default().iter().map(|c| c.clone().into_owned()).collect(),
+    }
+}
+
+/// The hub's side of the handshake.
+pub(super) async fn accept(
+    socket: TcpStream,
+    tls: Arc<rustls::ServerConfig>,
+    congestion: Congestion,
+) -> std::io::Result<Secured<ServerIo>> {
+    let (io, traffic) = prepare(socket);
+    let begun = Instant::now();
+    let mut io = tokio_rustls::TlsAcceptor::from(tls).accept(io).await?;
+    io.get_mut().1.set_buffer_limit(Some(MUX_BATCH_BYTES));
+    let handshake = begun.elapsed();
+    choose_congestion(io.get_ref().0, congestion, handshake);
+    let shown = shown(io.get_ref().1);
+    Ok(Secured { io, traffic, shown, handshake })
+}
+
+/// A site's side: connects, and shakes hands.
+pub(super) async fn connect(
+    remote: SocketAddr,
+    tls: Arc<rustls::ClientConfig>,
+    name: rustls::pki_types::ServerName<'static>,
+    congestion: Congestion,
+) -> std::io::Result<Secured<ClientIo>> {
+    let (io, traffic) = prepare(TcpStream::connect(remote).await?);
+    let begun = Instant::now();
+    let mut io = tokio_rustls::TlsConnector::from(tls).connect(name, io).await?;
+    io.get_mut().1.set_buffer_limit(Some(MUX_BATCH_BYTES));
+    let handshake = begun.elapsed();
+    choose_congestion(io.get_ref().0, congestion, handshake);
+    let shown = shown(io.get_ref().1);
+    Ok(Secured { io, traffic, shown, handshake })
+}

@@ -1,0 +1,79 @@
+//! A hub's end of connections, for the tests of this crate and of those that use it.
+
+#![expect(clippy::unwrap_used, reason = "tests only")]
+
+use std::net::SocketAddr;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use base::fault::Fault;
+use base::names::SiteName;
+
+use crate::identity::{CertificateRequest, HubIdentity, SiteIdentity};
+use crate::{Arrival, Congestion, Line, Link, Listener, Transport, dial};
+
+/// What a line may buffer for sending.
+pub(crate) const MEMORY: u64 = 32 << 20;
+
+pub(crate) fn name(s: &str) -> SiteName {
+    s.parse().unwrap()
+}
+
+pub(crate) fn line(transport: Transport) -> Line {
+    Line { congestion: Congestion::Auto, transport }
+}
+
+pub(crate) fn hub_in(dir: &Path) -> Arc<HubIdentity> {
+    Arc::new(HubIdentity::open_or_create(dir, &name("hub")).unwrap())
+}
+
+pub(crate) fn site_of(hub: &HubIdentity, site: &str) -> SiteIdentity {
+    let request = CertificateRequest::new().unwrap();
+    let cert = hub.issue_for(&name(site), request.csr_der()).unwrap();
+    request.complete(&cert, hub.ca_der()).unwrap()
+}
+
+pub(crate) fn loopback() -> SocketAddr {
+    SocketAddr::from(([127, 0, 0, 1], 0))
+}
+
+/// A hub on a free port.
+pub struct Hub {
+    pub(crate) identity: Arc<HubIdentity>,
+    pub(crate) listener: Arc<Listener>,
+    pub(crate) address: String,
+    _dir: tempfile::TempDir,
+}
+
+impl Hub {
+    /// Starts it.
+    pub fn start() -> Self {
+        Self::start_with(|identity| Listener::bind(loopback(), identity, &line(Transport::Auto), 128 << 20))
+    }
+
+    pub(crate) fn start_with(bind: impl FnOnce(Arc<HubIdentity>) -> Result<Listener, Fault>) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let identity = hub_in(dir.path());
+        let listener = Arc::new(bind(identity.clone()).unwrap());
+        let address = listener.local_addr().to_string();
+        Self { identity, listener, address, _dir: dir }
+    }
+
+    pub(crate) async fn next_site(&self) -> (SiteName, Link, Vec<u8>) {
+        match tokio::time::timeout(Duration::from_secs(10), self.listener.accept()).await.unwrap().unwrap() {
+            Arrival::Site { name, link, cert_der } => (name, link, cert_der),
+            Arrival::Join(_) | Arrival::Publisher { .. } => unreachable!("something else where a site was expected"),
+        }
+    }
+
+    /// Dials and takes the arrival: (the site's end, the hub's end).
+    pub async fn connect(&self, transport: Transport) -> (Link, Link) {
+        let site = site_of(&self.identity, "chengdu");
+        let wanted = line(transport);
+        let (dialled, (arrived, link, cert)) = tokio::join!(dial(&self.address, &site, &wanted, MEMORY), self.next_site());
+        assert_eq!(arrived, name("chengdu"));
+        assert_eq!(cert, site.cert_der());
+        (dialled.unwrap(), link)
+    }
+}

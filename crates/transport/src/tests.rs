@@ -1,0 +1,564 @@
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use parking_lot::Mutex;
+use tokio::io::AsyncWriteExt;
+
+use super::*;
+use crate::identity::{CertificateRequest, Claim, HubIdentity, JoinToken, Redeemer};
+use crate::testing::{Hub, MEMORY, line, loopback, name, site_of};
+use crate::{Congestion, Transport};
+use base::fault::Code;
+use base::names::SiteName;
+
+impl Hub {
+    fn serve_joins(&self, tokens: Arc<Tokens>) {
+        let listener = self.listener.clone();
+        tokio::spawn(async move {
+            while let Some(arrival) = listener.accept().await {
+                if let Arrival::Join(request) = arrival {
+                    let _ = request.redeem(&*tokens).await;
+                }
+            }
+        });
+    }
+}
+
+/// The hub's catalogue of tokens, in little.
+#[derive(Default)]
+struct Tokens(Mutex<HashMap<String, Stored>>);
+
+/// The hash, the site, and whether it was used.
+type Stored = ([u8; 32], SiteName, bool);
+
+impl Tokens {
+    fn make(&self, hub: &HubIdentity, site: &str) -> JoinToken {
+        let token = JoinToken::generate(hub);
+        self.0.lock().insert(token.id().into(), (token.secret_hash(), name(site), false));
+        token
+    }
+}
+
+#[async_trait::async_trait]
+impl Redeemer for Tokens {
+    async fn redeem(&self, id: &str, secret_hash: &[u8; 32], claim: &Claim) -> Result<Holder, Fault> {
+        match self.0.lock().get_mut(id) {
+            Some((hash, bound, used)) if hash == secret_hash => {
+                match claim {
+                    Claim::Site(site) if site == bound => {}
+                    Claim::Site(site) => return Err(Fault::not_allowed(format!("the token is for site {bound}, not for {site}"))),
+                    Claim::Publisher => return Err(Fault::not_allowed(format!("the token is for site {bound}"))),
+                }
+                if std::mem::replace(used, true) {
+                    return Err(Fault::not_allowed("the token was used before"));
+                }
+                Ok(Holder::Site(bound.clone()))
+            }
+            _ => Err(Fault::not_allowed("the token is not known here")),
+        }
+    }
+}
+
+const BOTH: [Transport; 2] = [Transport::Quic, Transport::Tcp];
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_site_joins_once_and_dials_ever_after() {
+    let hub = Hub::start();
+    for transport in BOTH {
+        let hub_line = line(transport);
+        let tokens = Arc::new(Tokens::default());
+        let token = tokens.make(&hub.identity, "chengdu");
+        let claim = Claim::Site(name("chengdu"));
+        let request = async {
+            match hub.listener.accept().await {
+                Some(Arrival::Join(request)) => {
+                    assert_eq!((request.token_id(), request.claim()), (token.id(), &Claim::Site(name("chengdu"))));
+                    request.redeem(&*tokens).await
+                }
+                _ => unreachable!("no join request"),
+            }
+        };
+        let (joined, answered) = tokio::join!(join(&hub.address, &token, &claim, &hub_line), request);
+        let site = joined.unwrap();
+        assert_eq!((site.name(), answered.unwrap()), (&name("chengdu"), Holder::Site(name("chengdu"))));
+        assert_eq!(hub.identity.verify_site(site.cert_der()).unwrap(), name("chengdu"));
+
+        let (link, (arrived, hub_end, _)) = tokio::join!(dial(&hub.address, &site, &hub_line, MEMORY), hub.next_site());
+        let link = link.unwrap();
+        assert_eq!(arrived, name("chengdu"));
+        assert_eq!(link.peer(), Some(&Holder::Hub(name("hub"))));
+        assert_eq!(hub_end.peer(), Some(&Holder::Site(name("chengdu"))));
+        assert_eq!((link.transport(), hub_end.transport()), if transport == Transport::Tcp { ("tcp", "tcp") } else { ("quic", "quic") });
+        assert!(link.rtt() < Duration::from_secs(1));
+
+        let (mut send, mut recv) = link.open(PRIORITY_CONTROL).await.unwrap();
+        send.write_all(b"what should i hold?").await.unwrap();
+        send.finish().unwrap();
+        let (mut answer, mut question) = hub_end.accept().await.unwrap();
+        assert_eq!(question.read_to_end(100).await.unwrap(), b"what should i hold?");
+        answer.write_bytes(Bytes::from_static(b"nothing")).await.unwrap();
+        answer.finish().unwrap();
+        let mut buffer = [0; 7];
+        recv.read_exact(&mut buffer).await.unwrap();
+        assert_eq!(&buffer, b"nothing");
+        assert_eq!(recv.read_chunk(10).await.unwrap(), None);
+        assert_eq!(recv.read_exact(&mut buffer).await.unwrap_err().code, Code::Unreachable);
+        let ((sent, received), (hub_sent, _)) = (link.bytes(), hub_end.bytes());
+        assert!(sent > 100 && received > 100 && hub_sent > 100);
+        link.close("done");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn bad_tokens_are_refused_in_words() {
+    let (hub, other) = (Hub::start(), Hub::start());
+    let tokens = Arc::new(Tokens::default());
+    hub.serve_joins(tokens.clone());
+    for transport in BOTH {
+        let wanted = line(transport);
+        let token = tokens.make(&hub.identity, "chengdu");
+
+        let fault = join(&hub.address, &token, &Claim::Site(name("xian")), &wanted).await.unwrap_err();
+        assert_eq!((fault.code, fault.message.as_str()), (Code::NotAllowed, "the token is for site chengdu, not for xian"));
+        // That did not use it up.
+        join(&hub.address, &token, &Claim::Site(name("chengdu")), &wanted).await.unwrap();
+        let fault = join(&hub.address, &token, &Claim::Site(name("chengdu")), &wanted).await.unwrap_err();
+        assert_eq!((fault.code, fault.message.as_str()), (Code::NotAllowed, "the token was used before"));
+
+        let unknown = JoinToken::generate(&hub.identity);
+        let fault = join(&hub.address, &unknown, &Claim::Site(name("chengdu")), &wanted).await.unwrap_err();
+        assert_eq!((fault.code, fault.message.as_str()), (Code::NotAllowed, "the token is not known here"));
+
+        // A token of another hub: the secret is never said.
+        let foreign = tokens.make(&other.identity, "chengdu");
+        let fault = join(&hub.address, &foreign, &Claim::Site(name("chengdu")), &wanted).await.unwrap_err();
+        assert_eq!(fault.code, Code::NotAllowed, "{fault}");
+        assert!(fault.message.contains("is not the one that made the token"), "{fault}");
+        assert!(!tokens.0.lock()[foreign.id()].2);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn certificates_of_another_ca_are_refused_on_both_sides() {
+    let (hub, other) = (Hub::start(), Hub::start());
+    for transport in BOTH {
+        let wanted = line(transport);
+        // The site trusts its own hub only.
+        let stranger = site_of(&other.identity, "chengdu");
+        let fault = dial(&hub.address, &stranger, &wanted, MEMORY).await.unwrap_err();
+        assert_eq!(fault.code, Code::NotAllowed, "{fault}");
+        assert!(fault.message.contains("cannot be trusted"), "{fault}");
+
+        // A site that trusts this hub, with a certificate of another.
+        let site = site_of(&hub.identity, "chengdu");
+        let mut tls = tls::client(&site).unwrap();
+        let forged = rustls::sign::CertifiedKey::from_der(stranger.chain(), stranger.key(), tls.crypto_provider()).unwrap();
+        tls.client_auth_cert_resolver = Arc::new(rustls::sign::SingleCertAndKey::from(forged));
+        let fault = dial::call_for_test(&hub.address, tls, &wanted).await.unwrap_err();
+        assert_eq!(fault.code, Code::NotAllowed, "{fault}");
+        assert!(fault.message.contains("refused this site"), "{fault}");
+
+        // And one without any.
+        let mut tls = tls::joining_client(hub.identity.ca_hash()).unwrap();
+        tls.alpn_protocols = vec![tls::ALPN.to_vec()];
+        let fault = dial::call_for_test(&hub.address, tls, &wanted).await.unwrap_err();
+        assert_eq!(fault.code, Code::NotAllowed, "{fault}");
+        assert!(fault.message.contains("no certificate was shown"), "{fault}");
+
+        // Nor may a site pass for a hub's certificate holder, or a hub for a site.
+        let mut tls = tls::client(&site).unwrap();
+        let hubs = rustls::sign::CertifiedKey::from_der(hub.identity.chain(), hub.identity.key(), tls.crypto_provider()).unwrap();
+        tls.client_auth_cert_resolver = Arc::new(rustls::sign::SingleCertAndKey::from(hubs));
+        let fault = dial::call_for_test(&hub.address, tls, &wanted).await.unwrap_err();
+        assert_eq!(fault.code, Code::NotAllowed, "{fault}");
+    }
+    assert!(tokio::time::timeout(Duration::from_millis(100), hub.listener.accept()).await.is_err(), "somebody got in");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_certificate_out_of_its_time_is_refused_with_both_clocks() {
+    let hub = Hub::start();
+    let day = Duration::from_secs(86400);
+    let now = Duration::from_millis(base::clock::now_unix_ms());
+    let site_between = |from, until| {
+        let request = CertificateRequest::new().unwrap();
+        let cert = hub.identity.issue_between(&name("chengdu"), request.csr_der(), (from, until)).unwrap();
+        request.complete(&cert, hub.identity.ca_der()).unwrap()
+    };
+    let expired = site_between(now - 3 * day, now - 2 * day);
+    // Dated ahead: the hub dates none ahead, so its clock has gone back, and no site is locked out for it.
+    let early = site_between(now + day, now + 2 * day);
+    assert!(early.needs_renewal());
+    for transport in BOTH {
+        let fault = dial(&hub.address, &expired, &line(transport), MEMORY).await.unwrap_err();
+        assert!(
+            fault.code == Code::NotAllowed && fault.message.contains("has expired") && fault.message.contains("clock of the hub"),
+            "{fault}"
+        );
+        assert!(fault.next.contains("join again"), "both clocks say the same: {}", fault.next);
+        let wanted = line(transport);
+        let (link, (arrived, ..)) = tokio::join!(dial(&hub.address, &early, &wanted, MEMORY), hub.next_site());
+        assert_eq!(arrived, name("chengdu"));
+        assert_eq!(clock_difference(&link.unwrap()), None);
+    }
+}
+
+#[test]
+fn who_is_refused_by_a_wrong_clock_is_told_that_and_not_to_join_again() {
+    let reason = "the certificate of site a has expired: it ended at 2027-01-01T00:00:00.000Z, and the clock of the hub says 2027-06-01T00:00:00.000Z";
+    let ended = Ended::by_peer(CLOSE_CLOCK, reason.as_bytes());
+    let fault = dial::refusal_for_test(&ended, "hub:7443");
+    assert!(fault.message.contains(reason) && fault.message.contains("the clock of this machine differs from it by"), "{fault}");
+    assert!(fault.next.contains("NTP") && fault.next.contains("automatically") && !fault.next.contains("join"), "{}", fault.next);
+}
+
+/// Waits until the hub has closed so many of these connections.
+async fn wait_closed(sockets: &mut [tokio::net::TcpStream], wanted: usize) {
+    use tokio::io::AsyncReadExt as _;
+    let all = async {
+        let mut reads: futures::stream::FuturesUnordered<_> =
+            sockets.iter_mut().map(|socket| async { socket.read(&mut [0; 1]).await.unwrap_or(0) }).collect();
+        for _ in 0..wanted {
+            assert_eq!(futures::StreamExt::next(&mut reads).await, Some(0), "the hub says nothing to a stranger");
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(20), all).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn silent_connections_of_a_stranger_keep_nobody_out() {
+    let hub = Hub::start();
+    let tokens = Arc::new(Tokens::default());
+    let mut silent = Vec::new();
+    for _ in 0..300 {
+        silent.push(tokio::net::TcpStream::connect(&hub.address).await.unwrap());
+    }
+    // From the same address, over either transport, and a new site as well.
+    let links = [hub.connect(Transport::Tcp).await, hub.connect(Transport::Quic).await];
+    let token = tokens.make(&hub.identity, "wuhan");
+    hub.serve_joins(tokens);
+    join(&hub.address, &token, &Claim::Site(name("wuhan")), &line(Transport::Tcp)).await.unwrap();
+    wait_closed(&mut silent, 300 - base::limits::LINE_HANDSHAKES_PER_ADDRESS_MAX).await;
+    assert!(links.iter().all(|(site, hub)| !site.is_closed() && !hub.is_closed()));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_handshake_that_trickles_has_a_deadline() {
+    let hub = Hub::start();
+    let stream = tokio::net::TcpStream::connect(&hub.address).await.unwrap();
+    let (mut read, mut write) = stream.into_split();
+    // The head of a TLS record of 512 bytes, of which a byte comes now and then.
+    write.write_all(&[22, 3, 1, 2, 0, 1, 0, 1, 252]).await.unwrap();
+    let trickle = async {
+        while write.write_all(&[0]).await.is_ok() {
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    };
+    let mut answer = Vec::new();
+    let closed = tokio::io::AsyncReadExt::read_to_end(&mut read, &mut answer);
+    let both = async {
+        tokio::select! { () = trickle => {} _ = closed => {} }
+    };
+    tokio::time::timeout(base::limits::LINE_TLS_MAX * 2, both).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_publisher_has_a_bounded_number_of_connections() {
+    let hub = Hub::start();
+    let request = CertificateRequest::new().unwrap();
+    let cert = hub.identity.issue_as(&Holder::Publisher(name("pub")), request.csr_der()).unwrap();
+    let publisher = request.complete(&cert, hub.identity.ca_der()).unwrap();
+    let mut links = Vec::new();
+    for n in 0..base::limits::LINE_CONNECTIONS_PER_PUBLISHER_MAX {
+        let wanted = line(BOTH[n % 2]);
+        let (link, arrival) = tokio::join!(dial(&hub.address, &publisher, &wanted, MEMORY), hub.listener.accept());
+        assert!(matches!(arrival, Some(Arrival::Publisher { .. })));
+        links.push((link.unwrap(), arrival));
+    }
+    for transport in BOTH {
+        let fault = dial(&hub.address, &publisher, &line(transport), MEMORY).await.unwrap_err();
+        assert!(fault.code == Code::Unreachable && fault.message.contains("publisher pub has 16 connections"), "it may try again: {fault}");
+        hub.connect(transport).await;
+    }
+    drop(links.pop());
+    let again = async {
+        while let Err(fault) = dial(&hub.address, &publisher, &line(Transport::Quic), MEMORY).await {
+            assert_eq!(fault.code, Code::Unreachable, "{fault}");
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(10), again).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn many_streams_carry_their_bytes_unmixed() {
+    const STREAMS: u64 = 64;
+    const BYTES: usize = 3 << 20;
+    /// Bytes that differ with the stream and the place.
+    fn content(stream: u64) -> Bytes {
+        let mut bytes = vec![0; BYTES];
+        blake3::Hasher::new().update(&stream.to_be_bytes()).finalize_xof().fill(&mut bytes);
+        bytes.into()
+    }
+    let hub = Hub::start();
+    for transport in BOTH {
+        let (site_end, hub_end) = hub.connect(transport).await;
+        tokio::spawn(async move {
+            while let Some((mut send, mut recv)) = hub_end.accept().await {
+                tokio::spawn(async move {
+                    let mut pieces = vec![Bytes::new(); 32];
+                    while let Some(count) = recv.read_chunks(&mut pieces).await.unwrap() {
+                        for piece in &mut pieces[..count] {
+                            send.write_bytes(std::mem::take(piece)).await.unwrap();
+                        }
+                    }
+                    send.finish().unwrap();
+                });
+            }
+        });
+        let echoes = (0..STREAMS).map(|n| {
+            let link = site_end.clone();
+            tokio::spawn(async move {
+                let sent = content(n);
+                let (mut send, mut recv) = link.open((n % 3) as i32).await.unwrap();
+                let writing = async {
+                    for piece in sent.chunks(100_000) {
+                        send.write_bytes(sent.slice_ref(piece)).await.unwrap();
+                    }
+                    send.finish().unwrap();
+                };
+                let reading = async {
+                    let mut at = 0;
+                    while let Some(bytes) = recv.read_chunk(70_001).await.unwrap() {
+                        assert_eq!(bytes, sent[at..at + bytes.len()], "stream {n} at {at}");
+                        at += bytes.len();
+                    }
+                    assert_eq!(at, BYTES, "stream {n}");
+                };
+                tokio::join!(writing, reading);
+            })
+        });
+        for echo in futures::future::join_all(echoes).await {
+            echo.unwrap();
+        }
+        let (sent, received) = site_end.bytes();
+        let moved = STREAMS * BYTES as u64;
+        assert!(sent > moved && received > moved && sent < moved * 5 / 4, "{sent} {received}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stream_that_is_not_read_keeps_no_other_waiting() {
+    let hub = Hub::start();
+    for transport in [Transport::Quic, Transport::Tcp] {
+        let (site_end, hub_end) = hub.connect(transport).await;
+        // More than its window holds, of the highest priority there is.
+        let (mut unread, _recv) = hub_end.open(PRIORITY_CONTROL).await.unwrap();
+        let stuck = tokio::spawn(async move { unread.write_bytes(Bytes::from(vec![1; 4 << 20])).await });
+        let _unread = site_end.accept().await.unwrap();
+        let (mut send, _recv) = hub_end.open(PRIORITY_BULK).await.unwrap();
+        let write = async {
+            for _ in 0..16 {
+                send.write_bytes(Bytes::from(vec![2; 1 << 20])).await.unwrap();
+            }
+            send.finish().unwrap();
+        };
+        let read = async {
+            let (_send, mut recv) = site_end.accept().await.unwrap();
+            recv.read_to_end(16 << 20).await.unwrap().len()
+        };
+        let both = async { tokio::join!(write, read) };
+        let ((), came) = tokio::time::timeout(Duration::from_secs(20), both).await.expect("it goes on");
+        assert_eq!(came, 16 << 20, "{}", site_end.transport());
+        // A TCP line takes a piece as it is.
+        assert!(stuck.is_finished() == (transport == Transport::Tcp));
+        stuck.abort();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn where_udp_is_dropped_tcp_is_taken_and_quic_again_later() {
+    // Its packets are taken, and nobody answers.
+    let mut hole = None;
+    let hub = Hub::start_with(|identity| {
+        let (listener, udp) = Listener::bind_tcp_only(loopback(), identity, &line(Transport::Auto))?;
+        hole = Some(udp);
+        Ok(listener)
+    });
+    let site = site_of(&hub.identity, "chengdu");
+    let wanted = line(Transport::Auto);
+    let begun = std::time::Instant::now();
+    let (link, (_, hub_end, _)) = tokio::join!(dial(&hub.address, &site, &wanted, MEMORY), hub.next_site());
+    let took = begun.elapsed();
+    let link = link.unwrap();
+    assert_eq!((link.transport(), hub_end.transport()), ("tcp", "tcp"));
+    assert!(took >= Duration::from_secs(4) && took < Duration::from_secs(8), "{took:?}");
+    let fault = probe_quic(&hub.address, &site, &wanted, MEMORY).await.unwrap_err();
+    assert_eq!((fault.code, fault.reason), (Code::Unreachable, Reason::HubUnreachable));
+
+    // UDP works again.
+    let hole = hole.unwrap();
+    hole.set_nonblocking(true).unwrap();
+    while hole.recv(&mut [0; 2000]).is_ok() {}
+    let tls = tls::server(&hub.identity).unwrap();
+    let (endpoint, config) = quic::listen(hole, tls, [0; 32]).unwrap();
+    let choice = congestion::Choice::new(Congestion::Auto);
+    let welcome = async {
+        // The goodbye of the call that was given up may come first.
+        let connection = loop {
+            if let Ok(connection) = quic::accept(endpoint.accept().await.unwrap(), &config, &choice).await {
+                break connection;
+            }
+        };
+        let endpoint = None;
+        let link = Link::new(Wire::Quic { connection, endpoint, choice }, None, loopback());
+        let (mut send, _) = link.open(0).await.unwrap();
+        let welcome = hello::Welcome { hub: name("hub"), time_ms: base::clock::now_unix_ms() };
+        hello::send(&mut send, &welcome).await.unwrap();
+        link
+    };
+    let (moved, _held) = tokio::join!(probe_quic(&hub.address, &site, &wanted, MEMORY), welcome);
+    assert_eq!(moved.unwrap().transport(), "quic");
+    assert!(!link.is_closed());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nobody_there_is_unreachable() {
+    let hub = Hub::start();
+    let site = site_of(&hub.identity, "chengdu");
+    let token = JoinToken::generate(&hub.identity);
+    let free = std::net::TcpListener::bind(loopback()).unwrap();
+    let address = free.local_addr().unwrap().to_string();
+    drop(free);
+    let fault = dial(&address, &site, &line(Transport::Auto), MEMORY).await.unwrap_err();
+    assert_eq!((fault.code, fault.code.exit(), fault.reason), (Code::Unreachable, 10, Reason::HubUnreachable));
+    assert!(fault.message.contains("QUIC") && fault.message.contains("TCP"), "{fault}");
+    let fault = join(&address, &token, &Claim::Site(name("chengdu")), &line(Transport::Tcp)).await.unwrap_err();
+    assert_eq!(fault.code, Code::Unreachable, "{fault}");
+    let fault = dial("hub.invalid:7443", &site, &line(Transport::Auto), MEMORY).await.unwrap_err();
+    assert_eq!(fault.code, Code::Unreachable, "{fault}");
+    for bad in ["hub", ":7443", "hub:", "hub:port", ""] {
+        assert_eq!(dial(bad, &site, &line(Transport::Auto), MEMORY).await.unwrap_err().code, Code::Config, "{bad}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn either_end_closes_with_a_reason() {
+    let hub = Hub::start();
+    for transport in BOTH {
+        let (site_end, hub_end) = hub.connect(transport).await;
+        let (_send, mut recv) = site_end.open(0).await.unwrap();
+        hub_end.close("the hub is stopping\u{1b}[31m");
+        assert_eq!(site_end.closed().await, "the hub is stopping?[31m");
+        assert_eq!(hub_end.closed().await, "the hub is stopping?[31m");
+        let fault = recv.read_chunk(1).await.unwrap_err();
+        assert_eq!((fault.code, fault.reason), (Code::Unreachable, Reason::HubUnreachable));
+        assert_eq!(fault.message, "the line to hub hub is gone: the hub is stopping?[31m");
+        assert!(site_end.accept().await.is_none());
+        assert_eq!(hub_end.open(0).await.err().unwrap().reason, Reason::SiteOffline);
+
+        // And by letting go of it.
+        let (site_end, hub_end) = hub.connect(transport).await;
+        drop(site_end);
+        assert_eq!(hub_end.closed().await, "no longer used");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn halves_that_are_dropped_are_no_ends() {
+    let hub = Hub::start();
+    for transport in BOTH {
+        let (site_end, hub_end) = hub.connect(transport).await;
+        let (mut send, recv) = site_end.open(0).await.unwrap();
+        send.write_all(b"half").await.unwrap();
+        let (mut answer, mut question) = hub_end.accept().await.unwrap();
+        let mut half = [0; 4];
+        question.read_exact(&mut half).await.unwrap();
+        drop(send);
+        let fault = question.read_chunk(10).await.unwrap_err();
+        assert!(fault.message.contains("gave this stream up"), "{fault}");
+        drop(recv);
+        let stopped = async {
+            loop {
+                if let Err(fault) = answer.write_bytes(Bytes::from(vec![0; 1 << 20])).await {
+                    return fault;
+                }
+            }
+        };
+        let fault = tokio::time::timeout(Duration::from_secs(5), stopped).await.unwrap();
+        assert!(fault.message.contains("does not read"), "{fault}");
+
+        let (mut send, _recv) = site_end.open(0).await.unwrap();
+        send.write_all(&[0; 200]).await.unwrap();
+        send.finish().unwrap();
+        let (_answer, mut question) = hub_end.accept().await.unwrap();
+        assert_eq!(question.read_to_end(199).await.unwrap_err().code, Code::Integrity);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_listener_closes_and_lines_go_on() {
+    let hub = Hub::start();
+    let (site_end, hub_end) = hub.connect(Transport::Quic).await;
+    let (tcp_site_end, tcp_hub_end) = hub.connect(Transport::Tcp).await;
+    hub.listener.close();
+    assert!(hub.listener.accept().await.is_none());
+    for (a, b) in [(&site_end, &hub_end), (&tcp_site_end, &tcp_hub_end)] {
+        let (mut send, _recv) = a.open(0).await.unwrap();
+        send.write_all(b"still here").await.unwrap();
+        send.finish().unwrap();
+        assert_eq!(b.accept().await.unwrap().1.read_to_end(100).await.unwrap(), b"still here");
+    }
+    let site = site_of(&hub.identity, "chengdu");
+    let fault = dial(&hub.address, &site, &line(Transport::Tcp), MEMORY).await.unwrap_err();
+    assert_eq!(fault.code, Code::Unreachable, "{fault}");
+    hub_end.close("stopping");
+    tcp_hub_end.close("stopping");
+    hub.listener.wait_idle().await;
+    assert_eq!((site_end.closed().await, tcp_site_end.closed().await), ("stopping".into(), "stopping".into()));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn garbage_and_silence_harm_nobody() {
+    let hub = Hub::start();
+    let udp = tokio::net::UdpSocket::bind(loopback()).await.unwrap();
+    for size in [1, 20, 1200, 1500] {
+        udp.send_to(&vec![0xc3; size], &hub.address).await.unwrap();
+    }
+    let mut silent = Vec::new();
+    for garbage in [&b"GET / HTTP/1.1\r\n\r\n"[..], &[0; 100], &[0x16, 3, 1, 0xff, 0xff], b""] {
+        let mut socket = tokio::net::TcpStream::connect(&hub.address).await.unwrap();
+        socket.write_all(garbage).await.unwrap();
+        silent.push(socket);
+    }
+    // A stranger who joins with nonsense is refused, and told so.
+    for transport in BOTH {
+        let tls = tls::joining_client(hub.identity.ca_hash()).unwrap();
+        let link = dial::join_link_for_test(&hub.address, tls, &line(transport)).await.unwrap();
+        let (mut send, mut recv) = link.open(0).await.unwrap();
+        send.write_all(b"{\"token_id\":1}").await.unwrap();
+        send.finish().unwrap();
+        let answer: hello::Answer = hello::receive(&mut recv).await.unwrap();
+        assert!(matches!(answer, hello::Answer::Refused(fault) if fault.code == Code::NotAllowed));
+
+        let tls = tls::joining_client(hub.identity.ca_hash()).unwrap();
+        let link = dial::join_link_for_test(&hub.address, tls, &line(transport)).await.unwrap();
+        let (mut send, mut recv) = link.open(0).await.unwrap();
+        let _ = send.write_all(&vec![b' '; base::limits::LINE_HELLO_BYTES_MAX + 1]).await;
+        let _ = send.finish();
+        let _ = recv.read_chunk(10).await;
+    }
+    for transport in BOTH {
+        hub.connect(transport).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn one_port_number_serves_both_and_only_once() {
+    let hub = Hub::start();
+    let taken = Listener::bind(hub.listener.local_addr(), hub.identity.clone(), &line(Transport::Auto), 128 << 20);
+    let fault = taken.err().unwrap();
+    assert_eq!(fault.code, Code::Config);
+    assert!(fault.next.contains("port"), "{fault:?}");
+}

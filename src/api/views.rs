@@ -1,0 +1,101 @@
+//! What the catalogue's rows look like in the API.
+
+use base::clock::rfc3339_ms;
+use content::manifest::KindInfo;
+use state::{ArtifactRow, EventRow, SiteRow, TransferRow};
+
+use super::types::{Artifact, Event, Site, State, Transfer};
+
+/// A row that the API shows.
+pub trait View {
+    /// What it is shown as.
+    type As;
+
+    /// As the API shows it. What only the running daemon knows is left for it to fill in.
+    fn view(&self) -> Self::As;
+}
+
+impl View for ArtifactRow {
+    type As = Artifact;
+
+    fn view(&self) -> Artifact {
+        let info = match &self.root.info {
+            KindInfo::Files => serde_json::json!({}),
+            KindInfo::Image(image) => serde_json::to_value(image).unwrap_or_default(),
+            KindInfo::Labels(labels) => serde_json::to_value(labels).unwrap_or_default(),
+        };
+        Artifact {
+            artifact: self.artifact.clone(),
+            digest: self.digest.hex(),
+            bytes: self.root.totals.bytes,
+            files: self.root.totals.files,
+            origin: self.origin.clone(),
+            created_at: rfc3339_ms(self.created_ms),
+            info,
+            location: self.location.clone(),
+            pinned: self.pinned,
+            changed: self.changed.clone(),
+            published_here: self.published,
+            omitted: self.omitted.list(),
+        }
+    }
+}
+
+impl View for TransferRow {
+    type As = Transfer;
+
+    fn view(&self) -> Transfer {
+        let body = self.body.clone();
+        let moves = self.state == State::Transferring;
+        Transfer {
+            id: self.id.to_string(),
+            delivery: self.delivery.to_string(),
+            artifact: self.artifact.clone(),
+            digest: self.digest.hex(),
+            site: self.site.clone(),
+            state: self.state,
+            reason: body.reason,
+            message: body.message.map(Into::into),
+            next: body.next.map(Into::into),
+            waits_for: body.waits_for.map(Into::into),
+            bytes: body.bytes,
+            rate: if moves { body.rate } else { 0 },
+            eta_seconds: if moves { body.eta_seconds } else { None },
+            attempts: body.attempts,
+            location: body.location.map(Into::into),
+            note: body.note.map(Into::into),
+            created_at: rfc3339_ms(self.created_ms),
+            updated_at: rfc3339_ms(self.updated_ms),
+            finished_at: self.finished_ms.map(rfc3339_ms),
+            receipt: body.receipt,
+            removed_at: self.removed_ms.map(rfc3339_ms),
+            cursor: self.cursor as u64,
+        }
+    }
+}
+
+impl View for SiteRow {
+    type As = Site;
+
+    fn view(&self) -> Site {
+        Site {
+            name: self.name.clone(),
+            labels: self.labels.clone(),
+            online: false,
+            line: None,
+            rtt_ms: None,
+            joined_at: rfc3339_ms(self.joined_ms),
+            last_seen: self.seen_ms.map(rfc3339_ms),
+            version: self.version.clone(),
+            open_transfers: self.open_transfers,
+        }
+    }
+}
+
+impl View for EventRow {
+    type As = Event;
+
+    fn view(&self) -> Event {
+        Event { seq: self.seq, at: rfc3339_ms(self.at_ms), what: self.what.clone(), body: serde_json::Value::Null }
+    }
+}
