@@ -1,5 +1,9 @@
 //! A transfer: one artifact on its way to one site. Its states, what is asked of it and what is reported of it.
 
+mod step;
+#[cfg(test)]
+mod tests;
+
 use base::fault::{Fault, Reason};
 use base::limits::NOTE_BYTES_MAX;
 use base::names::{ArtifactRef, DeliveryId, SiteName, TransferId};
@@ -10,6 +14,8 @@ use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
 
 use crate::receipt::Receipt;
+
+pub use step::{Effect, Event, Step, step};
 
 /// The state of a transfer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
