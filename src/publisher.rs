@@ -34,10 +34,10 @@ use base::limits::{
     FETCH_BATCH_BYTES, FETCH_IN_FLIGHT_MAX, FETCH_STREAMS_MAX, HUB_AWAY_MAX, LINE_SEND_BYTES_MAX, PUBLISHES_AT_ONCE_MAX, SILENCE_MAX,
 };
 use base::names::{ArtifactRef, SiteName, SiteSelector};
+use base::omitted::Omitted;
 use base::private;
 use content::ingest;
 use content::manifest::Digest;
-use content::omitted::Omitted;
 use content::store::Store;
 use exchange::chunk_index::Places;
 use exchange::fetch;

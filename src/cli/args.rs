@@ -8,7 +8,7 @@ use clap::{Parser, Subcommand, ValueEnum};
 use super::train::{TrainCommand, Trainer};
 use crate::config::{self, Config};
 use base::fault::Fault;
-use content::omitted::Category;
+use base::omitted::Category;
 
 /// Carries datasets, labels, operator projects, images and models between a hub and many sites.
 #[derive(Debug, Parser)]

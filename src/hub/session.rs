@@ -20,10 +20,10 @@ use base::limits::{
     QUESTIONS_AT_ONCE_MAX, RUNS_OPEN_MAX, SILENCE_MAX, STATE_RETRY_EVERY, STATE_WRITE_BYTES_MIN,
 };
 use base::names::{ArtifactRef, Kind, RunName, SiteName, SiteSelector, WorkIds};
+use base::omitted::Omitted;
 use base::space::Space;
 use base::text::Message;
 use content::manifest::Digest;
-use content::omitted::Omitted;
 use exchange::fetch::{self, Fetcher};
 use exchange::wire::{self, AskHub, CONTROL, Desired, FETCH, FromHub, FromSite, QUESTION, Report};
 use model::paging;

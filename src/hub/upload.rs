@@ -23,11 +23,11 @@ use base::limits::{
     COMMIT_BYTES, COMMIT_EVERY, FETCH_BATCH_BYTES, FETCH_BATCH_CHUNKS_MAX, FETCH_IN_FLIGHT_MAX, MANIFEST_IDLE_MAX, SILENCE_MAX,
 };
 use base::names::{ArtifactRef, SiteName, SiteSelector};
+use base::omitted::Omitted;
 use content::bloom::Seen;
 use content::chunk::Hash;
 use content::frame::{Frame, HEADER_BYTES};
 use content::manifest::{ChunkRef, Digest, Root, Step, Walk};
-use content::omitted::Omitted;
 use content::store::Store;
 use exchange::fetch::{Fetcher, Library, Ranges, nothing_such};
 use exchange::wire::{self, AskHub, FETCH, QUESTION, Wanted};

@@ -9,20 +9,22 @@ use tokio::time::timeout;
 use super::Site;
 use crate::api::VERSION;
 use crate::config::Transport;
+use base::budget::Budget;
 use base::fault::{Fault, Reason, Retry};
-use exchange::fetch::{self, Fetcher};
 use base::limits::{
     ANSWER_BYTES_MAX, ANSWER_MAX, BACKOFF_MAX, FETCH_STREAMS_MAX, QUESTIONS_AT_ONCE_MAX, QUESTIONS_BYTES_MAX, REPORT_BYTES_MAX,
     SILENCE_MAX, SINK_ANSWER_MAX, STATE_RETRY_EVERY,
 };
-use transport::{self, Link, RecvHalf, Redial, SendHalf};
-use content::manifest::Digest;
 use base::names::{ArtifactRef, TransferId};
-use model::paging;
-use model::run::{DesiredRun, RunReport};
 use base::text::Message;
+use content::manifest::Digest;
+use exchange::fetch::{self, Fetcher};
 use exchange::transfer::{Assembly, free_room};
 use exchange::wire::{self, AllowList, AskHub, AskSite, CONTROL, Desired, FETCH, FromHub, FromSite, Planned, QUESTION, Report, renewal};
+use model::paging;
+use model::run::{DesiredRun, RunReport};
+use state::TransferRow;
+use transport::{self, Link, RecvHalf, Redial, SendHalf};
 
 /// How often a site on TCP tries whether QUIC works again.
 const QUIC_PROBE_EVERY: Duration = Duration::from_secs(60);

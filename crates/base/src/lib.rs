@@ -15,6 +15,7 @@ pub mod job_progress;
 pub mod limits;
 pub mod names;
 pub mod number;
+pub mod omitted;
 pub mod open_files;
 pub mod private;
 pub mod secrets;

@@ -21,7 +21,6 @@ use crate::bloom::Seen;
 use crate::chunk::{Chunking, DEFAULT_CHUNKING, Hash};
 use crate::frame::{Frame, Verified};
 use crate::manifest::{Builder, ChunkRef, Digest, Entry, EntryBody, FileInfo, Root};
-use crate::omitted::Omitted;
 use crate::source::{Content, Source, SourceBody, SourceEntry};
 use crate::store::Store;
 use base::buffers::Buffers;
@@ -30,6 +29,7 @@ use base::fault::{Fault, IoContext};
 use base::job_progress::JobProgress;
 use base::limits::{CHUNK_BYTES_MAX, FORECAST_BYTES_MIN, INGEST_BATCH_BYTES, INGEST_BATCHES_MAX};
 use base::names::{Kind, RelPath};
+use base::omitted::Omitted;
 
 // A file that is one chunk must fit in a batch.
 const _: () = assert!(CHUNK_BYTES_MAX <= INGEST_BATCH_BYTES);

@@ -10,7 +10,6 @@ pub mod frame;
 pub mod ingest;
 pub mod label_rows;
 pub mod manifest;
-pub mod omitted;
 pub mod redb_file;
 pub mod source;
 mod stamp;

@@ -11,8 +11,8 @@ use base::names::RelPath;
 use bytes::Bytes;
 
 use crate::manifest::KindInfo;
-use crate::omitted::Omitted;
 pub use crate::stamp::Stamp;
+use base::omitted::Omitted;
 
 /// One entry as a source names it.
 #[derive(Debug, Clone)]

@@ -24,16 +24,16 @@ use redb::{ReadableTable, TableDefinition};
 use serde::{Deserialize, Serialize};
 use xxhash_rust::xxh3::Xxh3;
 
-use content::chunk::Hash;
 use base::clock;
 use base::durable;
 use base::fault::Fault;
 use base::limits::STATE_WRITE_BYTES_MIN;
-use content::manifest::{Digest, FileInfo};
 use base::names::RelPath;
-use sink::Place;
 use base::space::Space;
+use content::chunk::Hash;
+use content::manifest::{Digest, FileInfo};
 use content::redb_file::{NotOpened, Tree};
+use sink::Place;
 
 pub use loss::Loss;
 pub use reader::{Reader, buffers};

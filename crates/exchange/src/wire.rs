@@ -26,10 +26,10 @@ use base::limits::{
 };
 use base::names::{ArtifactRef, DeliveryId, RunName, SiteName, SiteSelector, TransferId, WorkId, WorkIds};
 use base::number;
+use base::omitted::Omitted;
 use base::text::{self, Exact, Lenient, Message, Text, Version};
 use content::chunk::Hash;
 use content::manifest::Digest;
-use content::omitted::Omitted;
 use model::run::{DesiredRun, Lineage, RunAct, RunOrder, RunReport};
 use model::transfer::{Action, State};
 use state::{Body, Want};

@@ -15,12 +15,13 @@ use futures::TryStreamExt;
 use sha2::Digest as _;
 use tokio::sync::{mpsc, oneshot};
 
+use crate::image::{Descriptor, REF_NAME, Sha256, Tree, walk};
+use crate::{Credentials, Reference, Registry};
+use base::blocking::blocking;
 use base::durable;
 use base::fault::{Fault, IoContext, Reason, Retry};
 use base::limits;
-use content::omitted::Omitted;
-use crate::image::{Descriptor, REF_NAME, Sha256, Tree, walk};
-use crate::{Credentials, Reference, Registry};
+use base::omitted::Omitted;
 use base::space::Reservation;
 
 /// Pulls an image (a manifest, or an index with all its platforms) to an OCI layout in `dir`, which is made if missing.

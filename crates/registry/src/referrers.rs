@@ -13,13 +13,13 @@ use reqwest::{Method, StatusCode};
 use serde::Deserialize;
 
 use super::manifests::{digest_header, next_link};
+use crate::image::{OCI_INDEX, OCI_MANIFEST, Sha256};
+use crate::{Error, Registry, Wait, read_capped};
 use base::limits::{
     OMITTED_EXAMPLE_CHARS_MAX, REGISTRY_BODY_BYTES_MAX, REGISTRY_REFERRER_PAGES_MAX, REGISTRY_REFERRER_QUESTIONS_MAX,
     REGISTRY_REFERRER_SUBJECTS_MAX, REGISTRY_REFERRERS_COUNTED_MAX,
 };
-use content::omitted::{Category, Omitted};
-use crate::image::{OCI_INDEX, OCI_MANIFEST, Sha256};
-use crate::{Error, Registry, Wait, read_capped};
+use base::omitted::{Category, Omitted};
 
 /// The tags that cosign puts beside an image, and what they name.
 const COSIGN_TAGS: [(&str, &str); 3] = [("sig", "signature"), ("att", "attestation"), ("sbom", "SBOM")];

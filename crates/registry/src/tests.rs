@@ -1,8 +1,6 @@
 //! The client against real registries, and what the sinks' tests share.
 
-pub(crate) mod fixture;
 mod referrers;
-pub(crate) mod standin;
 
 use std::sync::atomic::{AtomicU64, Ordering};
 

@@ -30,15 +30,16 @@ use parking_lot::Mutex;
 
 use super::{Folding, Heartbeat, Incoming, Landed, Look, Place, Sink, Threads, rounded_secs};
 use crate::settings;
+use crate::stage::StagingRoot;
 use base::durable;
 use base::fault::{Code, Fault, IoContext, Reason};
 use base::limits::SINK_ANSWER_MAX;
 use base::names::{ArtifactRef, RelPath};
 use base::space::Space;
-use crate::stage::StagingRoot;
 use base::text;
 
-pub(crate) use mount::{Mount, trial};
+pub use mount::Mount;
+pub(crate) use mount::trial;
 
 /// The folder of Packhorse's own things in a root.
 pub const HIDDEN: &str = ".packhorse";

@@ -21,10 +21,10 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 use unicode_normalization::UnicodeNormalization;
 
-use base::fault::Fault;
-use content::manifest::{Digest, FileInfo, Root};
-use base::names::{ArtifactRef, RelPath, TransferId};
 use crate::stage::StagingRoot;
+use base::fault::Fault;
+use base::names::{ArtifactRef, RelPath, TransferId};
+use content::manifest::{Digest, FileInfo, Root};
 
 pub use look::Look;
 pub use threads::{Heartbeat, Threads, rounded_secs};

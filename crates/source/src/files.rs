@@ -23,15 +23,11 @@ use rustix::fs::Access;
 
 use self::lost::Lost;
 use super::{Content, Source, SourceBody, SourceEntry, Stamp};
-use base::fault::{Fault, IoContext};
-use base::limits::{OFFENDERS_LISTED_MAX, WALK_NAMES_BYTES_MAX};
-use content::manifest::KindInfo;
-use base::names::{RelPath, stays_inside};
-use content::omitted::Omitted;
 use crate::own::{self, Own};
 use base::fault::{Fault, IoContext};
 use base::limits::{OFFENDERS_LISTED_MAX, WALK_NAMES_BYTES_MAX};
 use base::names::{RelPath, stays_inside};
+use base::omitted::Omitted;
 use content::manifest::KindInfo;
 
 mod lost;

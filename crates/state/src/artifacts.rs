@@ -9,9 +9,9 @@ use super::{Catalogue, fault, note};
 use base::clock;
 use base::fault::Fault;
 use base::names::{ArtifactRef, RunName, SiteName, SiteSelector};
+use base::omitted::Omitted;
 use content::chunk::Hash;
 use content::manifest::{Digest, Root};
-use content::omitted::Omitted;
 use sink::Place;
 
 /// One artifact.

@@ -24,8 +24,9 @@ pub use artifacts::{ArtifactRow, Offer, no_artifact};
 pub use changed::{Changed, what_changed};
 pub use deliveries::{DeliveryRow, no_delivery};
 pub use relay::{Forbids, Kept};
+pub use sites::SiteRow;
 pub use transfers::{Adopted, Body, Part, TransferRow, Want};
-pub(crate) use transfers::{new_delivery_id, new_id, new_run_id};
+pub use transfers::{new_delivery_id, new_id, new_run_id};
 
 use base::clock;
 use base::fault::Fault;

@@ -7,7 +7,7 @@ use utoipa::{IntoParams, ToSchema};
 
 use super::{ModelLineage, Transfer};
 use base::names::{ArtifactRef, SiteName};
-use content::omitted::{Accepted, Category, Omission};
+use base::omitted::{Accepted, Category, Omission};
 
 /// One artifact, as `artifacts` and `show` list it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]

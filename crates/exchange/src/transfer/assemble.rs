@@ -33,14 +33,12 @@ use tokio::sync::{OwnedMutexGuard, OwnedSemaphorePermit, Semaphore, mpsc, onesho
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
-use base::buffers::Buffers;
-use content::chunk::Hash;
-use base::fault::{Fault, Reason};
-use crate::fetch::{self, Fetcher};
-use base::blocking::blocking;
 use crate::chunk_index::{At, Commit, Journal, Places, Reader};
+use crate::fetch::{self, Fetcher};
 use crate::wire::Wanted;
-use content::frame::Frame;
+use base::blocking::blocking;
+use base::buffers::Buffers;
+use base::fault::{Fault, Reason};
 use base::limits::{
     FETCH_FAR_FROM, FETCH_IN_FLIGHT_FAR_MAX, FETCH_IN_FLIGHT_MAX, SINK_STOP_MAX, UNCOMMITTED_BYTES_AFTER_FAILURE_MAX,
     UNCOMMITTED_BYTES_FAR_MAX, UNCOMMITTED_BYTES_MAX,

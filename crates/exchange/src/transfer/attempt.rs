@@ -14,13 +14,14 @@ use tokio_util::sync::CancellationToken;
 use super::pace::{Pace, Stall};
 use super::waiting::{Takes, stays};
 use super::{Assembly, Counters, Runner, incoming, stopped, turn, unless};
-use model::transfer::State;
-use state::TransferRow;
+use crate::fetch::Fetcher;
+use base::blocking::blocking;
 use base::fault::{Fault, IoContext, Reason};
-use crate::fetch::{Fetcher, blocking};
-use transport::Link;
 use content::manifest;
+use model::transfer::State;
 use sink::{Incoming, Waits};
+use state::TransferRow;
+use transport::Link;
 
 /// How often a transfer's progress is written down.
 const PROGRESS_EVERY: Duration = Duration::from_secs(1);

@@ -10,13 +10,13 @@ use std::time::Duration;
 use tokio::sync::OwnedMutexGuard;
 
 use super::{Runner, Running, SINKS};
-use model::transfer::State;
-use state::{TransferRow, Want};
 use base::durable;
 use base::fault::{Code, Fault, IoContext, Reason};
 use base::limits::{LEFTOVERS_AGAIN_AFTER, SINK_STOP_MAX};
 use base::names::TransferId;
+use model::transfer::State;
 use sink::Sink;
+use state::{TransferRow, Want};
 
 /// The pause before the catalogue is asked again to note an end.
 const NOTE_AGAIN_AFTER: Duration = Duration::from_secs(1);

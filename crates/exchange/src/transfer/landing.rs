@@ -10,16 +10,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::verify::{Found, look, verify};
 use super::{Counters, Runner, incoming, unless};
-use model::transfer::State;
-use state::TransferRow;
-use base::fault::{Code, Fault};
-use base::blocking::blocking;
-use base::limits::{CANCEL_LOOK_MAX, STANDING_LOOK_MAX};
-use content::manifest::Digest;
-use base::names::{ArtifactRef, TransferId};
 use crate::chunk_index::PlaceInfo;
-use model::receipt::Receipt;
-use sink::{Incoming, Landed, Look};
 use crate::wire::{Standing, Stands};
 use base::blocking::blocking;
 use base::fault::{Code, Fault};

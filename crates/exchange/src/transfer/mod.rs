@@ -32,21 +32,13 @@ use tokio::sync::{Notify, mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
-use model::transfer::{Bytes, State};
-use state::{Adopted, Body, Catalogue, TransferRow, Want};
-use base::fault::Fault;
-use transport::identity::SiteIdentity;
-use transport::Link;
-use content::manifest::{Digest, Root};
-use base::names::{ArtifactRef, Kind, SiteName, TransferId};
-use sink::{Incoming, Sink};
 use crate::wire::Desired;
 use base::fault::Fault;
-use base::names::{ArtifactRef, Kind, TransferId};
+use base::names::{ArtifactRef, Kind, SiteName, TransferId};
 use content::manifest::{Digest, Root};
 use model::transfer::{Bytes, State};
 use sink::{Incoming, Sink};
-use state::{Body, Catalogue, TransferRow, Want};
+use state::{Adopted, Body, Catalogue, TransferRow, Want};
 use transport::Link;
 use transport::identity::SiteIdentity;
 

@@ -12,12 +12,12 @@ use tokio_util::sync::CancellationToken;
 use super::pace::Pause;
 use super::waiting::{Takes, stays};
 use super::{AskLook, Counters, Runner};
-use model::transfer::{Bytes, State};
-use state::TransferRow;
+use crate::in_place::CHANGED_NEXT;
 use base::fault::{Code, Fault, Reason};
 use base::limits::STATE_RETRY_EVERY;
-use crate::in_place::CHANGED_NEXT;
+use model::transfer::{Bytes, State};
 use sink::Waits;
+use state::TransferRow;
 
 impl Runner {
     /// One transfer, from where it stands to its end. `before`: cancelled once the task before this one has ended.

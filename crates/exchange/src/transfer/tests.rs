@@ -7,17 +7,17 @@ use async_trait::async_trait;
 use tokio::sync::Semaphore;
 
 use super::*;
-use content::chunk::DEFAULT_CHUNKING;
-use crate::config::Transport;
-use base::fault::Reason;
-use transport::identity::{CertificateRequest, HubIdentity};
-use transport::tests::Hub;
-use content::manifest::{FileInfo, KindInfo, Totals};
-use base::names::RelPath;
 use crate::chunk_index::Places;
+use base::fault::Reason;
+use base::names::RelPath;
+use content::chunk::DEFAULT_CHUNKING;
+use content::manifest::{FileInfo, KindInfo, Totals};
+use content::store::Store;
 use sink::files::FilesSink;
 use sink::{Landed, Look, Place, Threads, images, labels};
-use content::store::Store;
+use transport::Transport;
+use transport::identity::{CertificateRequest, HubIdentity};
+use transport::testing::Hub;
 
 /// A files sink whose calls wait for the test, and are counted.
 struct Gated {

@@ -8,11 +8,11 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use super::{FilesSink, HIDDEN, read_if_there};
+use crate::Incoming;
 use base::durable;
 use base::fault::{Fault, IoContext, Reason, Retry};
-use content::manifest::Digest;
 use base::names::{ArtifactRef, TransferId};
-use crate::Incoming;
+use content::manifest::Digest;
 
 /// How often a commit tries to create its note while others do.
 const CLAIM_TRIES: usize = 3;

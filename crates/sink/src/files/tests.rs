@@ -1,10 +1,10 @@
 //! The files sink alone, and two sites on one root.
 
 use super::*;
-use content::chunk::{DEFAULT_CHUNKING, Hash};
 use base::fault::Retry;
-use content::manifest::{KindInfo, Root, Totals};
 use base::names::Kind;
+use content::chunk::{DEFAULT_CHUNKING, Hash};
+use content::manifest::{KindInfo, Root, Totals};
 
 fn incoming(version: &str) -> Incoming {
     let root = Root {

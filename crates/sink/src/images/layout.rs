@@ -18,13 +18,13 @@ use serde_json::{Value, json};
 use sha2::Digest as _;
 
 use super::{file_size, image_info, lost, not_staged, read_small, taken, top_of};
+use crate::{Heartbeat, Incoming, Landed, Look, Place, Sink, Threads, rounded_secs};
 use base::durable;
 use base::fault::{Code, Fault, IoContext};
 use base::limits;
-use content::manifest::FileInfo;
 use base::names::{ArtifactRef, RelPath};
+use content::manifest::FileInfo;
 use registry::image::{Descriptor, REF_NAME, Sha256, Tree, walk};
-use crate::{Heartbeat, Incoming, Landed, Look, Place, Sink, Threads, rounded_secs};
 
 /// Writes images to a folder of OCI layouts. All that touches the folder runs on threads of this sink: it may be a NAS.
 pub struct LayoutSink {
@@ -321,7 +321,7 @@ impl Sink for LayoutSink {
         let trial = move || {
             durable::create_dir_all(&staging_root)?;
             // Not of a name that another daemon would remove as a leftover.
-            crate::sink::files::trial(&staging_root.join(format!(".trial-{:016x}", rand::random::<u64>())))
+            crate::files::trial(&staging_root.join(format!(".trial-{:016x}", rand::random::<u64>())))
         };
         self.threads.run(trial).await
     }

@@ -16,15 +16,15 @@ use tokio::sync::watch;
 
 use super::{image_info, lost, not_staged, read_small, taken, top_of};
 use crate::settings;
+use crate::{Incoming, Landed, Look, Place, Sink, Threads};
 use base::durable;
 use base::fault::{Code, Fault, IoContext, Reason};
 use base::limits;
-use content::manifest::FileInfo;
 use base::names::{ArtifactRef, RelPath};
+use content::manifest::FileInfo;
 use registry::image::{Descriptor, Sha256, Tree, walk};
 use registry::reference::check_repository;
 use registry::{Credentials, Deleted, Error, LocalBlob, Origin, Registry};
-use crate::{Incoming, Landed, Look, Place, Sink, Threads};
 
 /// Writes images to a registry.
 pub struct RegistrySink {

@@ -10,12 +10,12 @@ use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
 use super::canonical::Table;
-use content::chunk::Hash;
-use base::fault::Fault;
-use content::label_rows::QueryRow;
-use base::limits::{LABEL_BATCH_BYTES, LABEL_BATCHES_QUEUED_MAX};
-use content::manifest::{Digest, LabelsInfo};
 use crate::{Threads, Waits};
+use base::fault::Fault;
+use base::limits::{LABEL_BATCH_BYTES, LABEL_BATCHES_QUEUED_MAX};
+use content::chunk::Hash;
+use content::label_rows::QueryRow;
+use content::manifest::{Digest, LabelsInfo};
 
 /// A version to be loaded.
 #[derive(Debug, Clone)]

@@ -20,11 +20,11 @@ use tokio::sync::mpsc;
 use super::canonical::{Annotation, Class, Sample, Table, read_annotations, read_classes, read_samples};
 use super::engine::{Batcher, Engine, Held, NewVersion, Rows, joined, not_held, pump};
 use super::query::{self, Batch};
-use base::fault::{Fault, IoContext, Reason, Retry};
-use content::label_rows::QueryRow;
-use base::limits::{LABEL_BATCH_BYTES, LABEL_BATCHES_QUEUED_MAX, LABEL_WRITER_WAIT_MAX};
 use crate::Threads;
+use base::fault::{Fault, IoContext, Reason, Retry};
+use base::limits::{LABEL_BATCH_BYTES, LABEL_BATCHES_QUEUED_MAX, LABEL_WRITER_WAIT_MAX};
 use base::space::Space;
+use content::label_rows::QueryRow;
 
 /// Rows in one INSERT: SQLite takes 32,766 parameters at most, and more rows than this are no faster.
 const ROWS_AN_INSERT: usize = 100;

@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use rustix::io::Errno;
 
 use base::limits::{HARD_LINKED_FILES_KEPT_MAX, XATTR_NAMES_BYTES_MAX};
-use content::omitted::{Category, Omitted};
+use base::omitted::{Category, Omitted};
 
 /// Room for the names of the attributes that one file commonly has, in bytes.
 const NAMES_BYTES: usize = 1 << 10;

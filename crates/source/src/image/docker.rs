@@ -13,7 +13,7 @@ use super::holder::{BlobDigest, Check, Holder, Piece};
 use super::listing;
 use super::oci::{Config, Image, OCI_CONFIG, OCI_MANIFEST, Top, to_bytes};
 use base::fault::Fault;
-use content::omitted::Omitted;
+use base::omitted::Omitted;
 
 const LAYER: &str = "application/vnd.oci.image.layer.v1.tar";
 

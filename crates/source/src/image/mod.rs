@@ -44,13 +44,10 @@ pub use self::listing::split_tag;
 use self::oci::{Chosen, Descriptor, Image, Trouble};
 use self::referrers::Referrers;
 use super::{Content, Source, SourceBody, SourceEntry, Stamp};
-use base::durable;
-use base::fault::{Fault, IoContext};
-use content::manifest::{ImageInfo, KindInfo};
-use content::omitted::{Category, Omitted};
 use crate::own::Own;
 use base::durable;
 use base::fault::{Fault, IoContext};
+use base::omitted::{Category, Omitted};
 use content::manifest::{ImageInfo, KindInfo};
 
 const FOLDER_MODE: u32 = 0o755;

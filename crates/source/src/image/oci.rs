@@ -17,7 +17,7 @@ use super::listing;
 use super::referrers::Referrers;
 use base::fault::Fault;
 use base::limits::{IMAGE_INDEX_DEPTH_MAX, IMAGE_JSON_TOTAL_BYTES_MAX};
-use content::omitted::{Category, Omitted};
+use base::omitted::{Category, Omitted};
 
 pub(super) const OCI_MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
 pub(super) const OCI_INDEX: &str = "application/vnd.oci.image.index.v1+json";

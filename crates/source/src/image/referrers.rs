@@ -16,7 +16,7 @@ use super::holder::{BlobDigest, Holder};
 use super::listing;
 use super::oci::{Descriptor, Image, OCI_CONFIG, OCI_INDEX, OCI_MANIFEST};
 use base::limits::IMAGE_REFERRERS_JSON_BYTES_MAX;
-use content::omitted::{Category, Omitted};
+use base::omitted::{Category, Omitted};
 
 /// The annotation by which `cosign save` and hauler tell signatures from images.
 const KIND: &str = "kind";

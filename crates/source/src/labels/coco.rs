@@ -8,7 +8,7 @@ use std::io::BufReader;
 use base::fault::Fault;
 use base::limits::LABEL_SORT_BYTES;
 use base::names::RelPath;
-use content::omitted::Category;
+use base::omitted::Category;
 
 use super::collect::{Annotation, AnnotationRecord, ClassRef, Collector, Extent, Sample, decode, id_text};
 use super::folder::Input;

@@ -12,8 +12,8 @@ use serde::{Deserialize, Serialize};
 use base::fault::Fault;
 use base::limits::{LABEL_CLASSES_MAX, LABEL_SORT_BYTES};
 use base::names::RelPath;
+use base::omitted::Omitted;
 use content::chunk::Hash;
-use content::omitted::Omitted;
 
 use super::json;
 use super::refuse::{Refusals, Why};

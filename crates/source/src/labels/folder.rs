@@ -10,7 +10,7 @@ use cap_std::fs::ReadDir;
 use crate::inside::Inside;
 use crate::own::{self, Own};
 use base::fault::{Fault, IoContext};
-use content::omitted::{Category, Omitted};
+use base::omitted::{Category, Omitted};
 
 /// The deepest folder that is entered.
 const DEPTH_MAX: usize = 64;

@@ -11,7 +11,7 @@ use serde_json::value::RawValue;
 
 use base::fault::Fault;
 use base::names::RelPath;
-use content::omitted::Category;
+use base::omitted::Category;
 
 use super::collect::{Annotation, Collector, Extent, Sample, id_text, number_list, push_number};
 use super::folder::Input;

@@ -75,9 +75,9 @@ use std::sync::Arc;
 use crate::own::Own;
 use base::fault::{Fault, IoContext};
 use base::names::RelPath;
+use base::omitted::{Category, Omitted};
 use content::label_rows::{ANNOTATIONS, CLASSES, QueryRow, SAMPLES};
 use content::manifest::{DatasetBinding, FileInfo, KindInfo, LabelsInfo};
-use content::omitted::{Category, Omitted};
 
 use super::{Content, Source, SourceBody, SourceEntry, Stamp};
 use collect::{Collector, PathRules};

@@ -12,9 +12,9 @@ use csv::{ByteRecord, ReaderBuilder};
 use base::fault::{Fault, IoContext};
 use base::limits::{LABEL_LINE_BYTES_MAX, LABEL_RECORD_BYTES_MAX};
 use base::names::RelPath;
+use base::omitted::{Category, Omitted};
 use content::chunk::Hash;
 use content::label_rows::{QUERY_COLUMNS, QueryRow};
-use content::omitted::{Category, Omitted};
 
 use super::collect::{Annotation, ClassRef, Collector, Extent, Sample};
 use super::folder::Input;

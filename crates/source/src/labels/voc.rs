@@ -11,7 +11,7 @@ use serde_json::{Map, Value};
 
 use crate::inside::Inside;
 use base::fault::Fault;
-use content::omitted::Category;
+use base::omitted::Category;
 
 use super::collect::{Annotation, Collector, Extent, Sample};
 use super::folder::{Input, Walk, has_extension};

@@ -14,7 +14,7 @@ use std::path::Path;
 use crate::inside::Inside;
 use base::fault::{Fault, IoContext};
 use base::limits::LABEL_RECORD_BYTES_MAX;
-use content::omitted::Category;
+use base::omitted::Category;
 
 use super::collect::{Annotation, ClassRef, Collector, Extent, Sample, number_list};
 use super::folder::{Input, Walk, has_extension};

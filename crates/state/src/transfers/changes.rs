@@ -2,11 +2,11 @@
 
 use super::queries::{one, standing};
 use super::{Adopted, Body, Part, TransferRow, Want, new_transfer_id, transfer};
-use model::transfer::{Action, Bytes, State};
 use crate::{Catalogue, fault, note};
 use base::clock;
 use base::fault::{Fault, Reason};
 use base::names::{DeliveryId, SiteName, TransferId};
+use model::transfer::{Action, Bytes, State};
 
 /// Finds the transfer of an artifact to a site that stands, or begins one.
 async fn begin(

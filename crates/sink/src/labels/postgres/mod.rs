@@ -42,10 +42,10 @@ use self::connect::NO_TIME_LIMITS_HERE;
 use super::canonical::{Annotation, Class, Sample, Table};
 use super::engine::{Batcher, Engine, Held, NewVersion, Rows, not_held};
 use super::query::{self, Batch};
-use base::fault::{Fault, Reason};
-use content::label_rows::QueryRow;
-use base::limits::{LABEL_DDL_TRIES_MAX, LABEL_STATEMENT_MAX};
 use crate::Threads;
+use base::fault::{Fault, Reason};
+use base::limits::{LABEL_DDL_TRIES_MAX, LABEL_STATEMENT_MAX};
+use content::label_rows::QueryRow;
 
 const HELD: &str = "SELECT v.manifest_digest, v.n_classes, v.n_samples, v.n_annotations, v.rows_digest, v.id
     FROM packhorse.label_version v JOIN packhorse.label_set s ON s.id = v.label_set_id

@@ -4,13 +4,14 @@ use std::time::Duration;
 
 use sqlx::{AssertSqlSafe, Connection};
 
-use super::server::server;
-use super::set::Set;
-use super::{Bench, Db, open, postgres_config};
-use crate::settings;
-use base::fault::{Code, Fault, Reason, Retry};
+use crate::labels::open;
 use crate::labels::postgres::Postgres;
+use crate::labels::testing::server::server;
+use crate::labels::testing::set::Set;
+use crate::labels::testing::{Bench, Db, postgres_config};
+use crate::settings;
 use crate::{Look, Place, Sink, Threads};
+use base::fault::{Code, Fault, Reason, Retry};
 
 fn class(fault: &Fault) -> (Code, Reason, Retry) {
     (fault.code, fault.reason, fault.retry)

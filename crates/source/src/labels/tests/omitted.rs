@@ -4,7 +4,7 @@ use std::os::unix::fs::symlink;
 
 use super::*;
 use base::fault::Code;
-use content::omitted::Category;
+use base::omitted::Category;
 
 /// What reading left out, and how many annotations there are.
 fn read(input: &Input) -> (Omitted, u64) {

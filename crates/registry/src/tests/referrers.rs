@@ -4,11 +4,11 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use super::fixture::{Access, Image, RealRegistry, image, noise, tar_layer};
-use super::standin::{Scripted, StandIn, error};
 use super::*;
-use content::omitted::{Category, Omitted};
 use crate::image::{OCI_INDEX, OCI_MANIFEST};
+use crate::testing::fixture::{Access, Image, RealRegistry, image, noise, tar_layer};
+use crate::testing::standin::{Scripted, StandIn, error};
+use base::omitted::{Category, Omitted};
 
 fn digest(n: u8) -> String {
     Sha256::of(&[n]).to_string()

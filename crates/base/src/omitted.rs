@@ -11,9 +11,9 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use base::fault::Fault;
-use base::limits::{OMITTED_EXAMPLE_CHARS_MAX, OMITTED_EXAMPLES_MAX, OMITTED_LINE_CHARS_MAX};
-use base::text::is_unsafe;
+use crate::fault::Fault;
+use crate::limits::{OMITTED_EXAMPLE_CHARS_MAX, OMITTED_EXAMPLES_MAX, OMITTED_LINE_CHARS_MAX};
+use crate::text::is_unsafe;
 
 /// A kind of content that is left out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, ToSchema)]
@@ -317,7 +317,7 @@ mod tests {
         assert_eq!(list[1].examples[0].len(), OMITTED_EXAMPLE_CHARS_MAX);
         assert!(list[0].line().starts_with("1000 × row without annotation") && list[0].line().ends_with("; …"), "{}", list[0].line());
         let fault = omitted.refuse(&Accepted::default()).unwrap_err();
-        assert_eq!(fault.code, base::fault::Code::Integrity);
+        assert_eq!(fault.code, crate::fault::Code::Integrity);
         assert!(fault.message.contains("unknown_columns: 1000 × ") && fault.message.contains("xattrs: 1 × extended attribute"), "{fault}");
         assert!(fault.next.ends_with("--accept-omitted unknown_columns,xattrs"), "{fault:?}");
     }
