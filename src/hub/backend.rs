@@ -146,13 +146,7 @@ impl Hub {
         let mut out = Vec::new();
         let (mut acted, mut refused) = (false, None);
         for row in rows {
-            let fits = match action {
-                Action::Pause => !row.state.is_final(),
-                Action::Resume => row.state == State::Paused || !row.state.is_final(),
-                Action::Cancel => row.state != State::Done,
-                Action::Retry if row.state == State::Done => !failed && row.removed_ms.is_none(),
-                Action::Retry => matches!(row.state, State::Failed | State::Cancelled),
-            };
+            let fits = row.takes(action, failed);
             if !fits && single {
                 let word = match action {
                     Action::Pause => "pause",

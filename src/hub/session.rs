@@ -28,7 +28,7 @@ use exchange::fetch::{self, Fetcher};
 use exchange::wire::{self, AskHub, CONTROL, Desired, FETCH, FromHub, FromSite, QUESTION, Report};
 use model::paging;
 use model::run::{DesiredRun, RunReport};
-use state::{ArtifactRow, TransferRow, Want, no_delivery};
+use state::{ArtifactRow, TransferRow, no_delivery};
 use transport::identity::{Holder, verify_signature};
 use transport::{Link, RecvHalf, SendHalf};
 
@@ -304,37 +304,15 @@ impl Hub {
         if row.site != *site {
             return Err(Fault::not_allowed(format!("site {site} reports a transfer of {}", row.site)));
         }
-        if report.generation < 0 || report.generation > row.generation {
-            return Err(Fault::integrity(format!(
-                "generation {} was never asked for; the newest is {}",
-                report.generation, row.generation
-            )));
-        }
-        if report.generation < row.generation {
-            return Ok(());
-        }
-        if report.state == State::Done {
-            let receipt = report.body.receipt.as_ref();
-            let receipt =
-                receipt.ok_or_else(|| Fault::integrity(format!("the receipt for transfer {} is missing or malformed", row.id)))?;
+        // What was never asked for, what is late, and what lacks a receipt is for the state machine to refuse.
+        if let (State::Done, Some(receipt)) = (report.state, &report.body.receipt) {
             receipt.check(&row, |certificate| self.inner.identity.verify_site(certificate), verify_signature)?;
         }
-        if row.state == State::Cancelled {
-            return match report.state {
-                // The commit was finished before the site learned of the cancel: the version is there, and both ends say so.
-                State::Done => self.inner.catalogue.done_after_cancel(&row.id, row.generation, &report.body).await,
-                // What failed at the site is cleared away there only once it has learned of the cancel.
-                State::Cancelled if row.want == Want::Cancel => self.inner.catalogue.confirm_cancelled(&row.id).await,
-                _ => Ok(()),
-            };
+        if report.generation == row.generation && row.state != State::Cancelled {
+            // Before the failure is shown: whoever sees it may publish again at once.
+            self.recheck_refused(site, &report).await;
         }
-        // What somebody held here stays so until the site has heard of it.
-        if row.state == State::Paused && row.want == Want::Pause && !matches!(report.state, State::Paused | State::Done) {
-            return Ok(());
-        }
-        // Before the failure is shown: whoever sees it may publish again at once.
-        self.recheck_refused(site, &report).await;
-        self.inner.catalogue.update_transfer(&report.id, row.generation, report.state, &report.body).await
+        self.inner.catalogue.report(&report.id, report.generation, report.state, report.body).await
     }
 
     async fn question(&self, mut send: SendHalf, mut recv: RecvHalf, site: &SiteName) -> Result<(), Fault> {

@@ -5,7 +5,7 @@
 //! under its transfer's id, and the journal (see `places`) says which of its bytes are durable.
 
 use std::fs::File;
-use std::io::{IoSlice, Read};
+use std::io::Read;
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};

@@ -75,7 +75,7 @@ async fn delivering_twice_is_one_transfer_and_a_cursor_shows_what_is_new() {
     assert_eq!(all.len(), 2);
     let since = |c| TransferQuery { since: Some(c), ..Default::default() };
     assert!(catalogue.transfers(&since(cursor)).await.unwrap().0.is_empty());
-    catalogue.update_transfer(&first[1], 0, State::Done, &Body::default()).await.unwrap();
+    catalogue.update_transfer(&first[1], 0, State::Done, &signed()).await.unwrap();
     let (news, _) = catalogue.transfers(&since(cursor)).await.unwrap();
     assert_eq!(news.iter().map(|t| &t.id).collect::<Vec<_>>(), [&first[1]]);
     catalogue.update_transfer(&first[1], 0, State::Planning, &Body::default()).await.unwrap();
@@ -102,7 +102,7 @@ async fn labels_wait_for_their_dataset_at_the_same_site() {
     catalogue.update_transfer(&ids[2], 0, State::Failed, &Body::default()).await.unwrap();
     assert_eq!(catalogue.waits(&sites[0]).await.unwrap(), at_a(&ids), "a failed one will be retried");
     catalogue.act(&ids[2], model::transfer::Action::Retry).await.unwrap();
-    catalogue.update_transfer(&ids[2], 1, State::Done, &Body::default()).await.unwrap();
+    catalogue.update_transfer(&ids[2], 1, State::Done, &signed()).await.unwrap();
     assert!(catalogue.waits(&sites[0]).await.unwrap().is_empty());
     assert_eq!(catalogue.waits(&sites[1]).await.unwrap().len(), 1, "each site waits for its own");
 }
@@ -114,7 +114,7 @@ async fn what_a_run_borrowed_goes_and_what_others_want_stays() {
     let part = |name: &str| Part { artifact: name.parse().unwrap(), digest: root(1).digest(), total: 1, needs: None, sites: sites.clone() };
     let done = |id: TransferId| {
         let catalogue = catalogue.clone();
-        async move { catalogue.update_transfer(&id, 0, State::Done, &Body::default()).await.unwrap() }
+        async move { catalogue.update_transfer(&id, 0, State::Done, &signed()).await.unwrap() }
     };
     let before = catalogue.deliver(&"d-1".parse().unwrap(), None, &[part("model/had:1")], &[]).await.unwrap();
     let all = [part("model/had:1"), part("model/one:1"), part("model/two:1")];
@@ -156,7 +156,7 @@ async fn what_a_run_may_be_giving_back_is_brought_again() {
     catalogue.deliver(&"d-1".parse().unwrap(), None, std::slice::from_ref(&shared), &[]).await.unwrap();
     let ids = catalogue.deliver(&"d-2".parse().unwrap(), Some("one"), &[shared.clone(), own.clone()], &[]).await.unwrap();
     for id in &ids {
-        catalogue.update_transfer(id, 0, State::Done, &Body::default()).await.unwrap();
+        catalogue.update_transfer(id, 0, State::Done, &signed()).await.unwrap();
     }
     // For a run that is over at once, so that it wants nothing.
     let deliver = async |run: &str, part: &Part| {
@@ -164,7 +164,7 @@ async fn what_a_run_may_be_giving_back_is_brought_again() {
         let id = catalogue.deliver(&run.parse().unwrap(), Some(run), std::slice::from_ref(part), &[]).await.unwrap().remove(0);
         let row = catalogue.transfer(&id).await.unwrap();
         assert!(ids.contains(&id), "it stands");
-        catalogue.update_transfer(&id, row.generation, State::Done, &Body::default()).await.unwrap();
+        catalogue.update_transfer(&id, row.generation, State::Done, &signed()).await.unwrap();
         row.generation
     };
     catalogue.save_run("one", "training", true, &1).await.unwrap();
@@ -177,6 +177,11 @@ async fn what_a_run_may_be_giving_back_is_brought_again() {
     let late = serde_json::json!({ "spec": { "deadline_ms": 1000 } });
     catalogue.save_run("one", "training", true, &late).await.unwrap();
     assert_eq!(deliver("six", &own).await, 2, "its site may give back before the hub sees that its time is up");
+}
+
+/// What a site reports of a transfer that is done.
+fn signed() -> Body {
+    serde_json::from_str(r#"{"receipt":{"statement":"s","signature":"x","certificate":"y"}}"#).unwrap()
 }
 
 /// What a hub asks of site b.
@@ -205,7 +210,8 @@ async fn a_transfer_knows_whether_it_landed_before_it_was_begun_again() {
     let (_dir, catalogue) = catalogue().await;
     let adopt = async |id: &str, generation| catalogue.adopt(&wanted(id, "model/m:1", generation)).await.unwrap().row;
     let enter = async |row: &TransferRow, state| {
-        catalogue.update_transfer(&row.id, row.generation, state, &row.body).await.unwrap();
+        let body = Body { receipt: signed().receipt, ..row.body.clone() };
+        catalogue.update_transfer(&row.id, row.generation, state, &body).await.unwrap();
         catalogue.transfer(&row.id).await.unwrap()
     };
     let row = adopt("t-0", 0).await;

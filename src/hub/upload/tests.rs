@@ -257,7 +257,8 @@ async fn a_site_that_has_another_version_is_not_told_the_manifest() {
     let site = bench.join(&bench.token(Some("west"), None).await, &Claim::Site("west".parse().unwrap())).await;
     let catalogue = &bench.hub.inner.catalogue;
     let id = bench.hub.deliver_to(None, &["model/a:v1".parse().unwrap()], &"west".parse().unwrap()).await.unwrap().transfers.remove(0);
-    catalogue.update_transfer(&id, 0, crate::api::types::State::Done, &Default::default()).await.unwrap();
+    let body = serde_json::from_str(r#"{"receipt":{"statement":"s","signature":"x","certificate":"y"}}"#).unwrap();
+    catalogue.update_transfer(&id, 0, crate::api::types::State::Done, &body).await.unwrap();
     let link = bench.dial(&site).await;
     let (mut send, mut recv) = link.open(wire::PRIORITY_CONTROL).await.unwrap();
     send.write_all(&[CONTROL]).await.unwrap();

@@ -11,7 +11,7 @@ use tokio::sync::OwnedMutexGuard;
 
 use super::{Runner, Running, SINKS};
 use base::durable;
-use base::fault::{Code, Fault, IoContext, Reason};
+use base::fault::{Code, Fault, IoContext};
 use base::limits::{LEFTOVERS_AGAIN_AFTER, SINK_STOP_MAX};
 use base::names::TransferId;
 use model::transfer::State;
@@ -94,34 +94,23 @@ impl Runner {
             // It was resumed in between, and then this was asked for again.
             self.halt(&now.id, now.generation).await;
         };
-        let (state, fault) = match want {
-            Want::Pause if row.state.is_final() || row.state == State::Paused => return Ok(()),
-            Want::Pause => {
-                let fault = Fault::internal("paused").with_reason(Reason::PausedByUser).with_next(format!("packhorse resume {}", row.id));
-                (State::Paused, fault)
-            }
-            _ if matches!(row.state, State::Done | State::Cancelled) => {
-                // Another transfer took its place: what it staged is left.
-                self.inner.leftovers.notify_waiters();
-                return Ok(());
-            }
-            _ => {
-                let fault =
-                    Fault::internal("cancelled").with_reason(Reason::CancelledByUser).with_next(format!("packhorse retry {}", row.id));
-                // As a rule nothing is left once it is cancelled. A sink that hangs is not waited for.
-                let clean = tokio::time::timeout(SINK_STOP_MAX, self.remove_staged(&row.id, Some(row.generation))).await;
-                if let Ok(Err(fault)) = clean {
-                    tracing::warn!(transfer = %row.id, error = %fault, "a staging folder could not be removed; tried again");
-                }
-                (State::Cancelled, fault)
-            }
-        };
-        if state == State::Cancelled && self.undone_by_cancel(&mut row).await? {
+        if want == Want::Cancel && matches!(row.state, State::Done | State::Cancelled) {
+            // Another transfer took its place: what it staged is left.
+            self.inner.leftovers.notify_waiters();
             return Ok(());
         }
-        row.state = state;
-        row.body.set_fault(Some(&fault));
-        self.write(&row).await?;
+        if want == Want::Cancel {
+            // As a rule nothing is left once it is cancelled. A sink that hangs is not waited for.
+            let clean = tokio::time::timeout(SINK_STOP_MAX, self.remove_staged(&row.id, Some(row.generation))).await;
+            if let Ok(Err(fault)) = clean {
+                tracing::warn!(transfer = %row.id, error = %fault, "a staging folder could not be removed; tried again");
+            }
+            if self.undone_by_cancel(&mut row).await? {
+                return Ok(());
+            }
+        }
+        self.inner.catalogue.end_transfer(&row.id, row.generation, want).await?;
+        self.inner.unwritten.saved(&row.id, row.generation);
         self.inner.leftovers.notify_waiters();
         Ok(())
     }

@@ -36,7 +36,7 @@ use crate::wire::Desired;
 use base::fault::Fault;
 use base::names::{ArtifactRef, Kind, SiteName, TransferId};
 use content::manifest::{Digest, Root};
-use model::transfer::{Bytes, State};
+use model::transfer::{Bytes, Effect, State};
 use sink::{Incoming, Sink};
 use state::{Adopted, Body, Catalogue, TransferRow, Want};
 use transport::Link;
@@ -228,7 +228,7 @@ impl Runner {
         for row in self.inner.catalogue.open_transfers(site).await? {
             let has_ended = matches!(row.state, State::Done | State::Cancelled) && self.task_of(&row.id, row.generation).is_none();
             if !listed.contains(row.id.as_str()) && !has_ended {
-                self.end(&row, Want::Cancel);
+                self.end(&self.inner.catalogue.unlist(&row).await?, Want::Cancel);
             }
         }
         self.inner.unwritten.retain(|id| listed.contains(id));
@@ -292,11 +292,10 @@ impl Runner {
     }
 
     fn follow(&self, row: &TransferRow) {
-        match row.want {
-            Want::Cancel if !matches!(row.state, State::Done | State::Cancelled) => self.end(row, Want::Cancel),
-            Want::Pause if !row.state.is_final() => self.end(row, Want::Pause),
-            Want::Run if !row.state.is_final() => self.spawn(row),
-            _ => {}
+        match row.due() {
+            Some(Effect::Run) => self.spawn(row),
+            Some(Effect::End(want)) => self.end(row, want),
+            Some(Effect::TellSite) | None => {}
         }
     }
 

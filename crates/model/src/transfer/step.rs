@@ -129,16 +129,17 @@ impl TransferRow {
     pub fn due(&self) -> Option<Effect> {
         match self.want {
             Want::Cancel if !matches!(self.state, State::Done | State::Cancelled) => Some(Effect::End(Want::Cancel)),
-            Want::Pause if !self.state.is_final() && self.state != State::Paused => Some(Effect::End(Want::Pause)),
+            Want::Pause if !self.state.is_final() => Some(Effect::End(Want::Pause)),
             Want::Run if !self.state.is_final() => Some(Effect::Run),
             _ => None,
         }
     }
 
     fn at(mut self, state: State, now_ms: i64) -> Self {
+        let before = self.finished_ms.filter(|_| self.state == state);
         self.state = state;
         self.updated_ms = now_ms;
-        self.finished_ms = state.is_final().then_some(now_ms);
+        self.finished_ms = state.is_final().then(|| before.unwrap_or(now_ms));
         self
     }
 
@@ -197,7 +198,7 @@ fn reported(row: &TransferRow, generation: i64, state: State, body: Body, now_ms
     if generation < row.generation {
         return Ok(Step::nothing());
     }
-    if state == State::Done && body.receipt.is_none() {
+    if state == State::Done && row.state != State::Done && body.receipt.is_none() {
         return Err(Fault::integrity(format!("the receipt for transfer {} is missing or malformed", row.id)));
     }
     let mut next = row.clone();
@@ -256,7 +257,7 @@ fn moved(row: &TransferRow, generation: i64, state: State, body: Body, now_ms: i
     if replaced || ended || (row.state == state && row.body == body && row.generation == generation) {
         return Ok(Step::nothing());
     }
-    if state == State::Done && body.receipt.is_none() {
+    if state == State::Done && row.state != State::Done && body.receipt.is_none() {
         return Err(Fault::internal(format!("transfer {} cannot be done without a receipt", row.id)));
     }
     let mut next = row.clone();

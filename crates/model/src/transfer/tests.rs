@@ -125,9 +125,9 @@ impl World {
             } else {
                 self.at_site(Event::Ended { generation, want });
             }
-            // Something else was asked for meanwhile.
-            if let Some(effect) = self.site.as_ref().and_then(TransferRow::due) {
-                self.follow(effect);
+            // It was resumed meanwhile.
+            if let Some(Effect::Run) = self.site.as_ref().and_then(TransferRow::due) {
+                self.follow(Effect::Run);
             }
         }
         let is_due = self.site.as_ref().and_then(TransferRow::due) == Some(Effect::Run);
