@@ -11,7 +11,7 @@ use base::names::TransferId;
 use content::chunk::DEFAULT_CHUNKING;
 use content::manifest::{KindInfo, Root, Totals};
 use model::receipt::Receipt;
-use state::{Body, Part};
+use state::{Body, Part, Want};
 use transport::identity::{CertificateRequest, Claim, SiteIdentity};
 
 struct Bench {
