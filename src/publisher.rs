@@ -28,7 +28,7 @@ use crate::config::Line;
 use crate::durable;
 use crate::fault::{Code, Fault, IoContext};
 use crate::fetch::{self, blocking};
-use crate::identity::{Claim, Holder, JoinToken, SiteIdentity, fingerprint};
+use crate::identity::{CertificateRequest, Claim, Holder, JoinToken, SiteIdentity, fingerprint};
 use crate::ingest;
 use crate::jobs::JobProgress;
 use crate::limits::{
@@ -259,7 +259,7 @@ impl Publisher {
             return Ok(kept);
         }
         let Some(token) = self.token.take() else { return Err(no_publisher(&self.hub, &self.dir)) };
-        let joined = line::join(&self.hub, &token, &Claim::Publisher, &self.line).await?;
+        let joined = line::join(&self.hub, &token, &Claim::Publisher, &self.line, CertificateRequest::kept(&self.dir)?).await?;
         joined.save(&self.dir)?;
         Ok(joined)
     }
@@ -417,7 +417,7 @@ fn lock(path: &Path, wait: bool) -> Result<File, Fault> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::identity::{CertificateRequest, HubIdentity};
+    use crate::identity::HubIdentity;
 
     #[test]
     fn work_folders_are_taken_once_and_emptied() {

@@ -16,7 +16,7 @@ use crate::durable;
 use crate::fault::{Code, Fault, IoContext};
 use crate::fetch::blocking;
 use crate::hub::Hub;
-use crate::identity::{Claim, JoinToken, SiteIdentity};
+use crate::identity::{CertificateRequest, Claim, JoinToken, SiteIdentity};
 use crate::limits::{DRAIN_MAX, STATE_RETRY_EVERY};
 use crate::site::Site;
 use crate::store::{Rebuilt, rebuild_index as rebuild_index_of};
@@ -148,7 +148,8 @@ pub async fn join(config: &Config, hub: &str, token: &str) -> Result<PathBuf, Fa
     if let Some(there) = SiteIdentity::load(&config.data_dir)? {
         tracing::info!(site = %there.name(), "joining anew: the certificate that is there will be replaced");
     }
-    line::join(hub, &token, &Claim::Site(config.name.clone()), &config.line).await?.save(&config.data_dir)?;
+    let request = CertificateRequest::kept(&config.data_dir)?;
+    line::join(hub, &token, &Claim::Site(config.name.clone()), &config.line, request).await?.save(&config.data_dir)?;
     Ok(SiteIdentity::path(&config.data_dir))
 }
 

@@ -6,6 +6,7 @@
 mod artifacts;
 mod changed;
 mod deliveries;
+mod lists;
 mod relay;
 mod runs;
 mod sites;
@@ -22,9 +23,10 @@ use tokio::sync::Notify;
 
 pub(crate) use artifacts::no_artifact;
 pub use artifacts::{ArtifactRow, Offer};
-pub use changed::{Changed, what_changed};
+pub use changed::{Changed, PublishedInPlace, what_changed};
 pub use deliveries::DeliveryRow;
 pub(crate) use deliveries::no_delivery;
+pub use lists::Counted;
 pub use relay::{Forbids, Kept};
 pub use transfers::{Adopted, Body, Part, TransferRow, Want};
 pub(crate) use transfers::{new_delivery_id, new_id, new_run_id};
@@ -196,7 +198,7 @@ impl Catalogue {
 
     /// Forgets the oldest events beyond [`crate::limits::EVENTS_KEPT`].
     pub async fn trim_events(&self) -> Result<(), Fault> {
-        sqlx::query("DELETE FROM event WHERE seq <= (SELECT MAX(seq) FROM event) - ?")
+        sqlx::query("DELETE FROM event WHERE seq <= (SELECT seq FROM event ORDER BY seq DESC LIMIT 1 OFFSET ?)")
             .bind(crate::limits::EVENTS_KEPT)
             .execute(&self.write)
             .await

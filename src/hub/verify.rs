@@ -14,7 +14,7 @@ use bytes::Bytes;
 use sha2::Digest as _;
 
 use super::Hub;
-use super::manifests::fault_of;
+use super::manifests::{AllArtifacts, fault_of};
 use crate::catalogue::ArtifactRow;
 use crate::chunk::Hash;
 use crate::fault::{Code, Fault};
@@ -32,7 +32,8 @@ impl Hub {
     /// Re-reads every page and chunk of an artifact; of a quick look the pages only. One line a fault.
     pub(super) async fn verify_now(&self, artifact: ArtifactRef, quick: bool, progress: Arc<JobProgress>) -> Result<Vec<String>, Fault> {
         let row = self.inner.catalogue.artifact(&artifact).await?;
-        let others = self.inner.catalogue.artifacts().await?;
+        let others = self.inner.catalogue.artifact_names().await?;
+        let all = AllArtifacts::of(&self.inner.catalogue);
         let (store, relay) = (self.inner.store.clone(), self.inner.relay.clone());
         progress.doing(format!("re-reading {artifact}"));
         blocking(move || {
@@ -43,7 +44,8 @@ impl Hub {
                 progress.note("quick check: the manifest was read and the index was asked for each chunk; no chunk was read");
             }
             let Verify { mut found, damaged, .. } = verify;
-            for other in others.iter().filter(|other| !damaged.is_empty() && other.artifact != artifact) {
+            for name in others.iter().filter(|other| !damaged.is_empty() && **other != artifact) {
+                let Some(other) = all.row(name)? else { continue };
                 // A manifest that cannot be read is found by the verify of its own artifact.
                 let mut hit = 0;
                 let mut take = |named| {

@@ -25,6 +25,7 @@ mod stream;
 mod tcp;
 mod tls;
 mod turns;
+mod window;
 
 pub use dial::{clock_difference, dial, join, probe_quic};
 pub use listen::{Arrival, JoinRequest, Listener};
@@ -148,7 +149,9 @@ struct Inner {
     /// Bytes of streams that this end wrote…
     written: AtomicU64,
     /// …and that it read.
-    read: AtomicU64,
+    read: Arc<AtomicU64>,
+    /// How much may lie unread; `None`: no more than is the same for all.
+    window: Option<Arc<window::Window>>,
 }
 
 impl Drop for Inner {
@@ -204,6 +207,11 @@ impl Inner {
     }
 }
 
+/// Something that was asked for over a line, whose answer is not read yet.
+pub struct Want {
+    _wanted: Option<window::Wanted>,
+}
+
 /// One line. Cheap to clone; the line closes when the last clone and the last half of a stream are gone.
 #[derive(Clone)]
 pub struct Link {
@@ -225,6 +233,15 @@ impl std::fmt::Debug for Link {
 
 impl Link {
     fn new(wire: Wire, peer: Option<Holder>, remote: SocketAddr) -> Self {
+        Self::made(wire, peer, remote, None)
+    }
+
+    /// A line of a hub.
+    fn windowed(wire: Wire, peer: Holder, remote: SocketAddr, window: Arc<window::Window>) -> Self {
+        Self::made(wire, Some(peer), remote, Some(window))
+    }
+
+    fn made(wire: Wire, peer: Option<Holder>, remote: SocketAddr, window: Option<Arc<window::Window>>) -> Self {
         Self {
             inner: Arc::new(Inner {
                 wire,
@@ -235,7 +252,8 @@ impl Link {
                 hub_clock: OnceLock::new(),
                 last_words: Mutex::new(None),
                 written: AtomicU64::new(0),
-                read: AtomicU64::new(0),
+                read: window.as_ref().map_or_else(Arc::default, |window| window.read.clone()),
+                window,
             }),
         }
     }
@@ -255,6 +273,11 @@ impl Link {
                 Ok(self.halves(SendWire::Tcp(send), RecvWire::Tcp(recv), 0))
             }
         }
+    }
+
+    /// Notes that something is asked for over this line, for as long as what is returned is kept: its peer may send more meanwhile.
+    pub fn want(&self) -> Want {
+        Want { _wanted: self.inner.window.as_ref().map(window::Window::want) }
     }
 
     /// The next stream that the peer opened; `None` when the line is over.

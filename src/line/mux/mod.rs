@@ -71,6 +71,16 @@ impl Drop for Handle {
     }
 }
 
+/// What may lie unread on a line.
+pub(crate) struct Unread(Arc<Shared>);
+
+impl Unread {
+    /// Says how much that is; a peer that sends more is cut off.
+    pub(crate) fn hold_at_most(&self, bytes: u64) {
+        self.0.with(|state| state.unread_at_most(bytes));
+    }
+}
+
 /// One multiplexed connection.
 #[derive(Clone)]
 pub(crate) struct Mux {
@@ -115,6 +125,11 @@ impl Mux {
                 }
             }
         });
+    }
+
+    /// A handle on what may lie unread, which does not keep the line open.
+    pub(crate) fn unread(&self) -> Unread {
+        Unread(self.handle.0.clone())
     }
 
     fn shared(&self) -> &Shared {

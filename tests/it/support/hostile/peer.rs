@@ -7,7 +7,7 @@ use std::time::Duration;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use packhorse::config::Line;
-use packhorse::identity::{Claim, JoinToken, SiteIdentity};
+use packhorse::identity::{CertificateRequest, Claim, JoinToken, SiteIdentity};
 use packhorse::limits::LINE_SEND_BYTES_MAX;
 use packhorse::line::{self, Link, PRIORITY_BULK, RecvHalf, SendHalf};
 use packhorse::wire::{FetchRequest, Wanted};
@@ -47,7 +47,8 @@ impl Identity {
     fn join(hub: &Hub, token: &str, claim: &Claim, line: Line) -> Self {
         let token: JoinToken = token.parse().expect("a join token");
         let address = hub.quic.to_string();
-        let identity = within("join the hub", secs(20), line::join(&address, &token, claim, &line)).expect("join the hub");
+        let request = CertificateRequest::new().expect("a key");
+        let identity = within("join the hub", secs(20), line::join(&address, &token, claim, &line, request)).expect("join the hub");
         Self { identity, hub: address, line }
     }
 
