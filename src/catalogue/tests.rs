@@ -559,3 +559,23 @@ async fn whoever_follows_by_a_cursor_misses_none_of_many_that_change_at_once() {
     assert_eq!(since, catalogue.cursor().await.unwrap(), "the event of the site comes behind them");
     assert!(catalogue.events(before, 100).await.unwrap().iter().any(|(event, name)| event.what == "site" && name == "west"));
 }
+
+#[tokio::test]
+async fn a_collection_waits_for_what_is_being_committed() {
+    let (_dir, catalogue) = catalogue().await;
+    let name: ArtifactRef = "model/m:1".parse().unwrap();
+    let mut tx = catalogue.write.begin_with("BEGIN IMMEDIATE").await.unwrap();
+    sqlx::query("INSERT INTO artifact (reference, digest, root, created_ms) VALUES (?, ?, ?, 0)")
+        .bind(name.to_string())
+        .bind(&root(1).digest().0[..])
+        .bind(root(1).to_bytes())
+        .execute(&mut *tx)
+        .await
+        .unwrap();
+    let other = catalogue.clone();
+    let settled = tokio::spawn(async move { other.artifact_names_settled().await.unwrap() });
+    tokio::task::yield_now().await;
+    assert!(catalogue.artifact_names().await.unwrap().is_empty(), "nobody sees it yet");
+    tx.commit().await.unwrap();
+    assert_eq!(settled.await.unwrap(), [name]);
+}
