@@ -66,7 +66,7 @@ const LINEAGE_BYTES_MAX: usize = 1 << 20;
 impl Hub {
     /// Serves a site until its line ends.
     pub(super) async fn welcome(&self, name: SiteName, link: Link, cert_der: Vec<u8>) {
-        let known = self.inner.catalogue.site(&name).await.is_ok_and(|site| site.is_some());
+        let known = self.inner.catalogue.site(name.as_str()).await.is_ok_and(|site| site.is_some());
         if !known {
             link.close("the hub does not know this site: join again");
             return;
