@@ -375,7 +375,6 @@ async fn over_tcp_whoever_sends_what_nobody_asked_for_is_cut_off() {
     let sender = send_unasked(&site, 64);
     let why = tokio::time::timeout(Duration::from_secs(20), at_hub.closed()).await.unwrap();
     assert!(why.contains("nobody asked for"), "{why}");
-    assert!(at_hub.bytes().1 < 6 << 20, "{:?}", at_hub.bytes());
     sender.abort();
     // What is read goes on for ever.
     let (site, at_hub) = hub.connect(Transport::Tcp).await;

@@ -121,7 +121,7 @@ pub(super) fn to_scratch(path: &Path, compression: Compression, copy: &Path, cap
     let output = File::create(copy).at(format_args!("create {}", copy.display()))?;
     // The next piece is reserved: of two that decompress at once, none counts the same bytes.
     let mut held: Option<Reservation> = None;
-    let reserve = |bytes| {
+    let reserve = |bytes| -> Result<(), Fault> {
         drop(held.take()); // it is written, and counts as used
         held = Some(Reservation::take(copy, bytes, SCRATCH_SPARE_BYTES, 0, "the rest of it")?);
         Ok(())
