@@ -119,7 +119,9 @@ impl Mux {
         tokio::spawn(async move {
             let mut ended = shared.ended.subscribe();
             loop {
-                shared.with(|state| state.hold_at_most(room()));
+                // Asked for outside of the lock, which it may need itself.
+                let bytes = room();
+                shared.with(|state| state.hold_at_most(bytes));
                 if tokio::time::timeout(LINE_FIT_EVERY, ended.wait_for(Option::is_some)).await.is_ok() {
                     break;
                 }
