@@ -345,7 +345,7 @@ pub const IMAGE_MANIFESTS_BYTES_MAX: usize = 32 << 20;
 /// The longest a stream of the line may run ahead of its reader. With quinn a larger window dies on a lossy line: it keeps at
 /// most 1,024 pieces out of order a stream and else closes the whole connection.
 pub const LINE_STREAM_WINDOW_BYTES: u32 = 1280 << 10;
-/// The longest all streams of one line may run ahead of their readers at a site: 10 Gbit/s times 50 ms. At the hub it is less:
+/// The longest all streams of one line may run ahead of their readers at a site: 10 Gbit/s times 50 ms. At the hub it is less over QUIC:
 pub const LINE_WINDOW_BYTES: u32 = 64 << 20;
 /// before the peer has shown who it is,
 pub const LINE_WINDOW_FIRST_BYTES: u64 = 256 << 10;
@@ -355,10 +355,8 @@ pub const LINE_WINDOW_IDLE_BYTES_MAX: u64 = 1 << 20;
 pub const LINE_WINDOW_LEAST_BYTES: u64 = 64 << 10;
 /// while something is, of all lines of one peer together at most
 pub const LINE_WINDOW_WANTED_BYTES_MAX: u64 = 16 << 20;
-/// and of each at least;
+/// and of each at least.
 pub const LINE_WINDOW_WANTED_LEAST_BYTES: u64 = 1 << 20;
-/// and over TCP, where more would end the line, so much more.
-pub const LINE_WINDOW_TCP_SPARE_BYTES: u64 = 2 << 20;
 /// What one line may buffer for sending however many there are.
 pub const LINE_SEND_BYTES_LEAST: u64 = 256 << 10;
 /// What one line buffers for sending at least while there are few, and at most when its congestion window asks for more.

@@ -334,7 +334,7 @@ impl Admission {
     }
 
     /// After the handshake: welcomes a site, hears a join request, or says why not.
-    async fn enter(&self, newcomer: Newcomer, wire: Wire, remote: SocketAddr, window: Arc<Window>) -> Result<(), Fault> {
+    async fn enter(&self, newcomer: Newcomer, wire: Wire, remote: SocketAddr, window: Option<Arc<Window>>) -> Result<(), Fault> {
         match newcomer {
             Newcomer::Refused(code, fault) => {
                 let link = Link::new(wire, None, remote);
@@ -416,7 +416,7 @@ impl Admission {
             own.send_room()
         };
         quic::tend(connection.clone(), room, seat);
-        self.enter(newcomer, Wire::Quic { connection, endpoint: None, choice }, remote, window).await
+        self.enter(newcomer, Wire::Quic { connection, endpoint: None, choice }, remote, Some(window)).await
     }
 
     /// A TCP connection from its beginning to its arrival.
@@ -434,13 +434,9 @@ impl Admission {
             place.finish();
         }
         let mux = Mux::start(secured.io, End::Listening, secured.handshake, seat);
-        let window = Window::new(&self.windows, newcomer.holder(), window::Of::Tcp(mux.unread()));
-        let (own, fitted) = (self.clone(), window.clone());
-        mux.tend(move || {
-            fitted.fit();
-            own.send_room()
-        });
-        self.enter(newcomer, Wire::Tcp { mux, traffic: secured.traffic }, remote, window).await
+        let own = self.clone();
+        mux.tend(move || own.send_room());
+        self.enter(newcomer, Wire::Tcp { mux, traffic: secured.traffic }, remote, None).await
     }
 
     /// Runs what takes a connection until its end, its deadline, or the moment that a newer connection takes its place.

@@ -237,8 +237,8 @@ impl Link {
     }
 
     /// A line of a hub.
-    fn windowed(wire: Wire, peer: Holder, remote: SocketAddr, window: Arc<window::Window>) -> Self {
-        Self::made(wire, Some(peer), remote, Some(window))
+    fn windowed(wire: Wire, peer: Holder, remote: SocketAddr, window: Option<Arc<window::Window>>) -> Self {
+        Self::made(wire, Some(peer), remote, window)
     }
 
     fn made(wire: Wire, peer: Option<Holder>, remote: SocketAddr, window: Option<Arc<window::Window>>) -> Self {

@@ -369,32 +369,6 @@ async fn what_nobody_asked_for_fills_a_small_window_only() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn over_tcp_whoever_sends_what_nobody_asked_for_is_cut_off() {
-    let hub = Hub::start();
-    let (site, at_hub) = hub.connect(Transport::Tcp).await;
-    let sender = send_unasked(&site, 64);
-    let why = tokio::time::timeout(Duration::from_secs(20), at_hub.closed()).await.unwrap();
-    assert!(why.contains("nobody asked for"), "{why}");
-    sender.abort();
-    // What is read goes on for ever.
-    let (site, at_hub) = hub.connect(Transport::Tcp).await;
-    let read = tokio::spawn(async move {
-        let (_send, mut recv) = at_hub.accept().await.unwrap();
-        let mut bytes = 0;
-        while let Some(piece) = recv.read_chunk(1 << 20).await.unwrap() {
-            bytes += piece.len();
-        }
-        bytes
-    });
-    let (mut send, _recv) = site.open(PRIORITY_BULK).await.unwrap();
-    for _ in 0..320 {
-        send.write_bytes(vec![7; 64 << 10].into()).await.unwrap();
-    }
-    send.finish().unwrap();
-    assert_eq!(tokio::time::timeout(Duration::from_secs(20), read).await.unwrap().unwrap(), 20 << 20);
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_handshake_that_trickles_has_a_deadline() {
     let hub = Hub::start();
     let stream = tokio::net::TcpStream::connect(&hub.address).await.unwrap();

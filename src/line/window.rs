@@ -7,8 +7,8 @@
 //! totals, and each at least [`LINE_WINDOW_LEAST_BYTES`], or [`LINE_WINDOW_WANTED_LEAST_BYTES`] while it is fetched from.
 //!
 //! QUIC cannot take back room that a peer was given: a smaller window is a debt, which is paid as the peer's bytes are read. A debt
-//! counts as room, so that a window which shrinks and grows again never adds up. Over TCP the room is a limit, and a peer that goes
-//! beyond is cut off: an older one would send up to its own limit, but no sound peer sends what nobody asked for.
+//! counts as room, so that a window which shrinks and grows again never adds up. Over TCP there is no such window: both ends begin with
+//! the same room for a line, which an older peer knows as well.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -17,11 +17,10 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
-use super::mux::Unread;
 use crate::identity::Holder;
 use crate::limits::{
-    LINE_WINDOW_FIRST_BYTES, LINE_WINDOW_IDLE_BYTES_MAX, LINE_WINDOW_LEAST_BYTES, LINE_WINDOW_TCP_SPARE_BYTES,
-    LINE_WINDOW_WANTED_BYTES_MAX, LINE_WINDOW_WANTED_LEAST_BYTES,
+    LINE_WINDOW_FIRST_BYTES, LINE_WINDOW_IDLE_BYTES_MAX, LINE_WINDOW_LEAST_BYTES, LINE_WINDOW_WANTED_BYTES_MAX,
+    LINE_WINDOW_WANTED_LEAST_BYTES,
 };
 
 /// A line that was fetched from keeps its window for so long: the next request usually follows.
@@ -60,10 +59,7 @@ impl Windows {
 
 /// What a window is set on.
 pub(super) enum Of {
-    /// QUIC counts what may be sent.
     Quic(quinn::Connection),
-    /// What lies unread is counted.
-    Tcp(Unread),
     #[cfg(test)]
     Test(Arc<AtomicU64>),
 }
@@ -154,12 +150,6 @@ impl Window {
                     connection.set_receive_window(quinn::VarInt::from_u64(window).unwrap_or(quinn::VarInt::MAX));
                 }
             }
-            // What was asked for while there was more room is on its way still.
-            Of::Tcp(unread) if room >= state.window || state.requests == 0 => {
-                state.window = room;
-                unread.hold_at_most(if self.holder.is_some() { room + LINE_WINDOW_TCP_SPARE_BYTES } else { room });
-            }
-            Of::Tcp(_) => {}
             #[cfg(test)]
             Of::Test(window) => {
                 if let Some(now) = self.step(state, room) {

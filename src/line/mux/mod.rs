@@ -71,16 +71,6 @@ impl Drop for Handle {
     }
 }
 
-/// What may lie unread on a line.
-pub(crate) struct Unread(Arc<Shared>);
-
-impl Unread {
-    /// Says how much that is; a peer that sends more is cut off.
-    pub(crate) fn hold_at_most(&self, bytes: u64) {
-        self.0.with(|state| state.unread_at_most(bytes));
-    }
-}
-
 /// One multiplexed connection.
 #[derive(Clone)]
 pub(crate) struct Mux {
@@ -119,19 +109,12 @@ impl Mux {
         tokio::spawn(async move {
             let mut ended = shared.ended.subscribe();
             loop {
-                // Asked for outside of the lock, which it may need itself.
-                let bytes = room();
-                shared.with(|state| state.hold_at_most(bytes));
+                shared.with(|state| state.hold_at_most(room()));
                 if tokio::time::timeout(LINE_FIT_EVERY, ended.wait_for(Option::is_some)).await.is_ok() {
                     break;
                 }
             }
         });
-    }
-
-    /// A handle on what may lie unread, which does not keep the line open.
-    pub(crate) fn unread(&self) -> Unread {
-        Unread(self.handle.0.clone())
     }
 
     fn shared(&self) -> &Shared {

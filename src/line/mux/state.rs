@@ -71,9 +71,6 @@ pub(super) struct State {
     send_credit: u64,
     window: u32,
     unannounced: u32,
-    /// What came and is not read, and the most of that before the line ends.
-    unread: usize,
-    unread_max: usize,
     last_heard: Instant,
     ping_sent: Option<Instant>,
     rtt: Duration,
@@ -102,8 +99,6 @@ impl State {
             send_credit: LINE_WINDOW_BYTES.into(),
             window: LINE_WINDOW_BYTES,
             unannounced: 0,
-            unread: 0,
-            unread_max: LINE_WINDOW_BYTES as usize,
             last_heard: now,
             ping_sent: None,
             rtt,
@@ -115,11 +110,6 @@ impl State {
     /// Says what the streams may hold to be sent; never more than [`MUX_LINE_QUEUE_BYTES`].
     pub(super) fn hold_at_most(&mut self, bytes: u64) {
         self.hold_max = usize::try_from(bytes).unwrap_or(usize::MAX).clamp(LINE_SEND_BYTES_LEAST as usize, MUX_LINE_QUEUE_BYTES);
-    }
-
-    /// Says how much may lie unread before the line ends.
-    pub(super) fn unread_at_most(&mut self, bytes: u64) {
-        self.unread_max = usize::try_from(bytes).unwrap_or(usize::MAX);
     }
 
     pub(super) fn rtt(&self) -> Duration {

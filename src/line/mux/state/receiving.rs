@@ -1,7 +1,7 @@
 //! What comes in: what of each stream is not yet read, and the windows that keep it within bounds.
 //!
 //! `on_frame` brings the peer's data, the reading halves take it ([`State::poll_read`]). A peer may send
-//! [`LINE_STREAM_WINDOW_BYTES`] a stream and [`LINE_WINDOW_BYTES`] in all before something is read (the hub allows less, see `line/window.rs`), and small pieces are
+//! [`LINE_STREAM_WINDOW_BYTES`] a stream and [`LINE_WINDOW_BYTES`] in all before something is read, and small pieces are
 //! joined so that their bookkeeping cannot outgrow them.
 
 use std::collections::VecDeque;
@@ -166,7 +166,6 @@ impl State {
         }
         incoming.window -= len;
         self.window -= len;
-        self.unread += body.len();
         let dropped = if incoming.discarding { body.len() } else { 0 };
         if !incoming.discarding && len > 0 {
             incoming.push(body);
@@ -178,9 +177,6 @@ impl State {
         self.consumed(dropped);
         if last {
             self.settle(id);
-        }
-        if self.unread > self.unread_max {
-            return Err(format!("it sent {} bytes that nobody asked for and nobody reads", self.unread));
         }
         Ok(())
     }
@@ -198,7 +194,6 @@ impl State {
 
     /// Bytes left the buffers of the whole line; the peer hears of it a quarter of the window at a time.
     fn consumed(&mut self, bytes: usize) {
-        self.unread -= bytes;
         self.unannounced += bytes as u32;
         if self.unannounced >= LINE_WINDOW_BYTES / 4 {
             let credit = std::mem::take(&mut self.unannounced);
