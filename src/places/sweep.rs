@@ -91,7 +91,8 @@ mod tests {
         let places = Places::open(dir.path()).unwrap();
         let put = |name: &str| {
             let place = Place::Folder { path: dir.path().join(name) };
-            let info = PlaceInfo { place, digest: Digest::of(name.as_bytes()), transfer: Some(name.into()), foreign: false };
+            let info =
+                PlaceInfo { place, digest: Digest::of(name.as_bytes()), transfer: Some(name.into()), foreign: false, adopting: false };
             places.put(None, info).unwrap()
         };
         let ids = |which: &str| (0..100).map(|n| Hash::of(format!("{which} {n}").as_bytes())).collect::<Vec<_>>();
