@@ -149,7 +149,7 @@ mod tests {
         assert!(all.len() > 10);
         assert_eq!(pages(vec!["y".repeat(99), "z".into()], 40).count(), 2, "one that is too large goes alone");
         assert_eq!(pages(Vec::<u8>::new(), 40).count(), 0);
-        let mut pager = Pager::new(Room { rows: 3, bytes: 10 });
+        let mut pager = Pager::new(Room { rows: 3, bytes: 11 });
         assert_eq!(["abcd", "e", "fg"].map(|row| pager.put(row, row)), [true, true, false], "the third is beyond the bytes");
         let page = pager.page();
         assert_eq!((page.rows, page.next.as_deref()), (vec!["abcd", "e"], Some("e")));

@@ -222,7 +222,10 @@ mod tests {
         let windows = Windows::new(16 * MIB, 96 * MIB);
         let lines: Vec<_> = (0..64).map(|n| line(&windows, &format!("p{n}"))).collect();
         lines.iter().for_each(|(window, _)| window.fit());
-        let room = |n: usize| lines[n].0.state.lock().window + lines[n].0.state.lock().debt;
+        let room = |n: usize| {
+            let state = lines[n].0.state.lock();
+            state.window + state.debt
+        };
         assert_eq!(lines[63].1.load(Ordering::Relaxed), 16 * MIB / 64);
         assert!((0..64).map(room).sum::<u64>() <= 16 * MIB + 64 * LINE_WINDOW_IDLE_BYTES_MAX);
         // One that is fetched from has enough for 200 Mbit/s over 100 ms and more, with the first request.
