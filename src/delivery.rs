@@ -1,6 +1,9 @@
 //! What a delivery as a whole is, from what its parts are. Plain functions, called by the API's backends.
 
+use std::collections::HashSet;
+
 use crate::api::types::{Bytes, Delivery, LeftOut, State, Transfer};
+use base::fault::Reason;
 use base::limits::{NAMES_LISTED_MAX, OFFENDERS_LISTED_MAX};
 use model::paging::{fitting, json_bytes};
 use state::DeliveryRow;
@@ -16,79 +19,147 @@ pub fn state(parts: &[State]) -> State {
     moving.into_iter().find(|state| any(*state)).unwrap_or(State::Paused)
 }
 
-/// The sum of the parts.
-pub fn bytes(parts: &[Transfer]) -> Bytes {
-    parts.iter().fold(Bytes::default(), |sum, part| Bytes {
-        total: sum.total.saturating_add(part.bytes.total),
-        reused: sum.reused.saturating_add(part.bytes.reused),
-        resumed: sum.resumed.saturating_add(part.bytes.resumed),
-        received: sum.received.saturating_add(part.bytes.received),
-        committed: sum.committed.saturating_add(part.bytes.committed),
-        wire: sum.wire.saturating_add(part.bytes.wire),
-    })
-}
-
-/// The whole, as the API shows it. `parts` are the row's, as they are shown.
-pub fn view(row: &DeliveryRow, parts: Vec<Transfer>) -> Delivery {
-    let states: Vec<State> = parts.iter().map(|part| part.state).collect();
-    let state = state(&states);
-    // A failed part first, then one that waits for what is not just another part.
-    let stuck = parts
-        .iter()
-        .filter(|part| part.reason.is_some() && part.state != State::Done)
-        .min_by_key(|part| (part.state != State::Failed, part.reason == Some(base::fault::Reason::WaitingForDependency)));
-    let mut artifacts: Vec<String> = Vec::new();
-    let mut sites: Vec<String> = Vec::new();
-    for part in &parts {
-        let (artifact, site) = (part.artifact.to_string(), part.site.to_string());
-        if !artifacts.contains(&artifact) {
-            artifacts.push(artifact);
-        }
-        if !sites.contains(&site) {
-            sites.push(site);
-        }
-    }
-    Delivery {
-        id: row.id.to_string(),
-        state,
-        reason: stuck.and_then(|part| part.reason),
-        message: stuck.and_then(|part| part.message.clone()),
-        next: stuck.and_then(|part| part.next.clone()),
-        bytes: bytes(&parts),
-        done: states.iter().filter(|state| **state == State::Done).count() as u64,
-        artifacts,
-        sites,
-        run: row.run.clone(),
-        created_at: jiff::Timestamp::from_millisecond(row.created_ms).map(base::clock::rfc3339).unwrap_or_default(),
-        finished_at: state.is_final().then(|| parts.iter().filter_map(|part| part.finished_at.clone()).max()).flatten(),
-        note: None,
-        parts_total: None,
-        parts,
+fn sum(sum: Bytes, part: Bytes) -> Bytes {
+    Bytes {
+        total: sum.total.saturating_add(part.total),
+        reused: sum.reused.saturating_add(part.reused),
+        resumed: sum.resumed.saturating_add(part.resumed),
+        received: sum.received.saturating_add(part.received),
+        committed: sum.committed.saturating_add(part.committed),
+        wire: sum.wire.saturating_add(part.wire),
     }
 }
 
-/// The delivery with as many of its parts as `max` bytes of JSON hold. What the parts are together stays.
-pub fn within(mut whole: Delivery, max: usize) -> Delivery {
-    if json_bytes(&whole) <= max {
+/// Why a whole stands.
+struct Stuck {
+    /// A failed part comes first, then one that waits for what is not just another part.
+    order: (bool, bool),
+    reason: Option<Reason>,
+    message: Option<String>,
+    next: Option<String>,
+}
+
+/// A delivery as it is put together from its parts, one after the other: a long one is not in memory as a whole.
+pub struct Whole {
+    /// The bytes of JSON that it may have.
+    max: usize,
+    /// The states that some part is in.
+    states: Vec<State>,
+    parts_total: u64,
+    done: u64,
+    bytes: Bytes,
+    stuck: Option<Stuck>,
+    artifacts: Vec<String>,
+    sites: Vec<String>,
+    seen: HashSet<String>,
+    finished_at: Option<String>,
+    /// The first parts, as many as might have room, and their bytes.
+    parts: Vec<Transfer>,
+    listed: usize,
+}
+
+impl Whole {
+    /// A delivery that is listed with as many of its parts as `max` bytes of JSON hold.
+    pub fn new(max: usize) -> Self {
+        Self {
+            max,
+            states: Vec::new(),
+            parts_total: 0,
+            done: 0,
+            bytes: Bytes::default(),
+            stuck: None,
+            artifacts: Vec::new(),
+            sites: Vec::new(),
+            seen: HashSet::new(),
+            finished_at: None,
+            parts: Vec::new(),
+            listed: 0,
+        }
+    }
+
+    /// Adds a part, as it is shown.
+    pub fn add(&mut self, part: Transfer) {
+        self.parts_total += 1;
+        if !self.states.contains(&part.state) {
+            self.states.push(part.state);
+        }
+        self.done += u64::from(part.state == State::Done);
+        self.bytes = sum(self.bytes, part.bytes);
+        if part.reason.is_some() && part.state != State::Done {
+            let order = (part.state != State::Failed, part.reason == Some(Reason::WaitingForDependency));
+            if self.stuck.as_ref().is_none_or(|stuck| order < stuck.order) {
+                let (reason, message, next) = (part.reason, part.message.clone(), part.next.clone());
+                self.stuck = Some(Stuck { order, reason, message, next });
+            }
+        }
+        // A name of an artifact has a slash, one of a site has none.
+        for (name, list) in [(part.artifact.to_string(), &mut self.artifacts), (part.site.to_string(), &mut self.sites)] {
+            if self.seen.insert(name.clone()) {
+                list.push(name);
+            }
+        }
+        if part.finished_at > self.finished_at {
+            self.finished_at.clone_from(&part.finished_at);
+        }
+        if self.listed <= self.max {
+            self.listed += json_bytes(&part) + 1;
+            self.parts.push(part);
+        }
+    }
+
+    /// The delivery. What the parts are together is of all of them.
+    pub fn end(self, row: &DeliveryRow) -> Delivery {
+        let state = state(&self.states);
+        let (reason, message, next) = self.stuck.map_or((None, None, None), |stuck| (stuck.reason, stuck.message, stuck.next));
+        let whole = Delivery {
+            id: row.id.to_string(),
+            state,
+            reason,
+            message,
+            next,
+            bytes: self.bytes,
+            done: self.done,
+            artifacts: self.artifacts,
+            sites: self.sites,
+            run: row.run.clone(),
+            created_at: jiff::Timestamp::from_millisecond(row.created_ms).map(base::clock::rfc3339).unwrap_or_default(),
+            finished_at: self.finished_at.filter(|_| state.is_final()),
+            note: None,
+            parts_total: None,
+            parts: self.parts,
+        };
+        cut(whole, self.parts_total, self.max)
+    }
+}
+
+/// The delivery with as many of the parts that it lists as `max` bytes of JSON hold. What the parts are together stays.
+fn cut(mut whole: Delivery, parts_total: u64, max: usize) -> Delivery {
+    if whole.parts.len() as u64 == parts_total && json_bytes(&whole) <= max {
         return whole;
     }
     let parts = std::mem::take(&mut whole.parts);
-    whole.parts_total = Some(parts.len() as u64);
-    whole.note.get_or_insert_with(|| {
-        format!("it has {} parts, and not all are listed here: 'packhorse status {}' lists them", parts.len(), whole.id)
-    });
+    whole.parts_total = Some(parts_total);
+    whole.note = Some(format!("it has {parts_total} parts, and not all are listed here: 'packhorse status {}' lists them", whole.id));
     let room = max.saturating_sub(json_bytes(&whole));
     let listed = if room < 2 { 0 } else { fitting(&parts, room) };
     whole.parts = parts;
     whole.parts.truncate(listed);
     // The lists of names alone may be too long.
-    let names = |list: &mut Vec<String>| list.truncate(NAMES_LISTED_MAX);
+    let names = |list: &mut Vec<String>| list.truncate(NAMES_LISTED_MAX.min(fitting(list, max / 4)));
     if json_bytes(&whole) > max {
         names(&mut whole.artifacts);
         names(&mut whole.sites);
         whole.parts.clear();
     }
     whole
+}
+
+/// The delivery of these parts, all of them listed.
+#[cfg(test)]
+pub fn view(row: &DeliveryRow, parts: Vec<Transfer>) -> Delivery {
+    let mut whole = Whole::new(usize::MAX);
+    parts.into_iter().for_each(|part| whole.add(part));
+    whole.end(row)
 }
 
 /// Who is left out, as people read it: a text for each artifact and list that leaves sites out.
@@ -135,11 +206,16 @@ mod tests {
     fn a_delivery_of_many_parts_is_cut_and_says_so() {
         use crate::api::fake::offline;
         let parts: Vec<Transfer> = (0..200).map(|n| offline(&format!("t-{n}"), &format!("s{n}"))).collect();
-        let row = DeliveryRow { id: "d-1".parse().unwrap(), run: None, created_ms: 0, parts: vec![] };
-        let whole = view(&row, parts);
-        assert_eq!(within(whole.clone(), 1 << 20), whole, "what fits stays as it is");
+        let row = DeliveryRow { id: "d-1".parse().unwrap(), run: None, created_ms: 0 };
+        let whole = view(&row, parts.clone());
+        let within = |max| {
+            let mut whole = Whole::new(max);
+            parts.iter().for_each(|part| whole.add(part.clone()));
+            whole.end(&row)
+        };
+        assert_eq!((within(1 << 20), whole.parts.len(), whole.parts_total), (whole.clone(), 200, None), "what fits stays as it is");
         for max in [50_000, 20_000, 8_000] {
-            let cut = within(whole.clone(), max);
+            let cut = within(max);
             assert!(json_bytes(&cut) <= max, "{}", json_bytes(&cut));
             assert_eq!((cut.parts_total, cut.bytes, cut.done, cut.state), (Some(200), whole.bytes, whole.done, whole.state));
             assert!(cut.note.is_some_and(|note| note.contains("200 parts")));
@@ -170,13 +246,13 @@ mod tests {
     fn bytes_add_up_and_a_failed_part_is_told_first() {
         use crate::api::fake::{offline, transfer};
         let failed = Transfer {
-            reason: Some(base::fault::Reason::NoSpace),
+            reason: Some(Reason::NoSpace),
             message: Some("the disk is full".into()),
             bytes: Bytes { total: 7, committed: 3, ..Bytes::default() },
             ..transfer("t2", "b", State::Failed)
         };
         let parts = vec![offline("t1", "a"), failed];
-        let row = DeliveryRow { id: "d".parse().unwrap(), run: None, created_ms: 0, parts: vec![] };
+        let row = DeliveryRow { id: "d".parse().unwrap(), run: None, created_ms: 0 };
         let whole = view(&row, parts);
         assert_eq!((whole.bytes.total, whole.bytes.committed, whole.done), (1007, 3, 0));
         assert_eq!(whole.message.as_deref(), Some("the disk is full"));

@@ -6,6 +6,7 @@ mod backend;
 mod hostile;
 mod jobs;
 mod manifests;
+mod planning;
 mod quota;
 mod refused;
 mod relay;
@@ -85,6 +86,8 @@ struct Inner {
     opened: Mutex<Vec<Arc<Opened>>>,
     /// Who may read what.
     entitled: Mutex<Lately<(SiteName, Digest), ()>>,
+    /// Who may read the manifest of what.
+    planning: planning::Planning,
     jobs: Jobs,
     /// Manifests that were checked since the daemon started.
     checked_manifests: Arc<Mutex<manifests::Checked>>,
@@ -170,6 +173,7 @@ impl Hub {
                 relay_wire,
                 opened,
                 entitled,
+                planning: Default::default(),
                 jobs,
                 checked_manifests,
                 budget,
@@ -248,6 +252,20 @@ impl Hub {
         self.inner.listener.wait_idle().await;
     }
 
+    /// Whether a site may have an artifact: what was found is good for a moment.
+    async fn may_read(&self, peer: &Peer, digest: Digest) -> Result<bool, Fault> {
+        let key = (peer.clone(), digest);
+        if self.inner.entitled.lock().get(&key).is_some() {
+            return Ok(true);
+        }
+        let catalogue = &self.inner.catalogue;
+        if !catalogue.is_entitled(peer, digest).await? || !catalogue.is_shared(peer, digest).await? {
+            return Ok(false);
+        }
+        self.inner.entitled.lock().put(key, (), ENTITLED_FOR);
+        Ok(true)
+    }
+
     fn is_online(&self, site: &SiteName) -> bool {
         self.inner.links.read().contains_key(site)
     }
@@ -255,8 +273,8 @@ impl Hub {
 
 #[async_trait]
 impl Redeemer for Hub {
-    async fn redeem(&self, id: &str, secret_hash: &[u8; 32], claim: &Claim) -> Result<Holder, Fault> {
-        self.inner.catalogue.redeem_token(id, secret_hash, claim).await
+    async fn redeem(&self, id: &str, secret_hash: &[u8; 32], claim: &Claim, key_hash: &[u8; 32]) -> Result<Holder, Fault> {
+        self.inner.catalogue.redeem_token(id, secret_hash, claim, key_hash).await
     }
 }
 
@@ -264,14 +282,8 @@ impl Redeemer for Hub {
 impl Library for Hub {
     async fn open(&self, peer: &Peer, digest: Digest) -> Result<Arc<Opened>, Fault> {
         let inner = &self.inner;
-        let key = (peer.clone(), digest);
-        let known = inner.entitled.lock().get(&key).is_some();
-        if !known {
-            let catalogue = &inner.catalogue;
-            if !catalogue.is_entitled(peer, digest).await? || !catalogue.is_shared(peer, digest).await? {
-                return Err(nothing_such());
-            }
-            inner.entitled.lock().put(key, (), ENTITLED_FOR);
+        if !self.may_read(peer, digest).await? && !inner.planning.has(peer, digest) {
+            return Err(nothing_such());
         }
         if let Some(opened) = inner.opened.lock().iter().find(|o| o.digest == digest) {
             return Ok(opened.clone());
@@ -288,6 +300,10 @@ impl Library for Hub {
         }
         cache.push(opened.clone());
         Ok(opened)
+    }
+
+    async fn may_read_content(&self, peer: &Peer, opened: &Opened) -> Result<bool, Fault> {
+        self.may_read(peer, opened.digest).await
     }
 
     async fn share(&self, peer: &Peer, bytes: u64, priority: i32) -> Result<Share, Fault> {

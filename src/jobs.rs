@@ -1,22 +1,21 @@
 //! Jobs: work that a request began and that goes on after its 202. Kept in memory: a restart forgets them, and since
 //! every command may be run again, whoever waited for one runs it again.
 
+use crate::api::types::Job;
+use base::blocking::blocking;
+use base::fault::{Code, Fault, Reason};
+use base::job_progress::{JobProgress, cancelled};
+use base::limits::{JOB_CANCEL_MAX, JOB_RESULT_BYTES_MAX, ROOM_LOOK_EVERY};
+use content::store::Store;
+use model::paging::{self, Page, Pager, Room};
+use parking_lot::Mutex;
+use serde::Serialize;
+use state::{Catalogue, new_id};
 use std::collections::VecDeque;
 use std::future::Future;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
-
-use parking_lot::Mutex;
-use serde::Serialize;
-
-use crate::api::types::Job;
-use base::blocking::blocking;
-use base::fault::{Code, Fault, Reason};
-use base::job_progress::{JobProgress, cancelled};
-use base::limits::{JOB_CANCEL_MAX, ROOM_LOOK_EVERY};
-use content::store::Store;
-use state::{Catalogue, new_id};
 
 /// Jobs remembered; the oldest ended one is forgotten first.
 const JOBS_KEPT: usize = 256;
@@ -64,6 +63,18 @@ async fn given_up(progress: &JobProgress) {
         // It won the race against the cancel, and ends soon.
         tokio::time::sleep(JOB_CANCEL_MAX).await;
     }
+}
+
+/// A result of a job that is not too long to be kept, and answered with: of a longer list the first rows.
+fn bounded(mut result: serde_json::Value) -> serde_json::Value {
+    let serde_json::Value::Array(rows) = &mut result else { return result };
+    let all = rows.len();
+    let kept = paging::fitting(rows, JOB_RESULT_BYTES_MAX);
+    if kept < all {
+        rows.truncate(kept);
+        rows.push(format!("{} more are not listed", all - kept).into());
+    }
+    result
 }
 
 struct Entry {
@@ -138,7 +149,9 @@ impl Jobs {
                 }
             };
             let end = match ended {
-                Ok(result) => result.and_then(|v| serde_json::to_value(v).map_err(|e| Fault::internal(format!("a job's result: {e}")))),
+                Ok(result) => {
+                    result.and_then(|v| serde_json::to_value(v).map_err(|e| Fault::internal(format!("a job's result: {e}")))).map(bounded)
+                }
                 Err(error) if error.is_cancelled() => Err(cancelled()),
                 Err(error) => Err(Fault::internal(format!("the job ended: {error}"))),
             };
@@ -197,10 +210,23 @@ impl Jobs {
         self.get(id)
     }
 
-    /// All jobs that are remembered, the newest first.
-    pub fn list(&self) -> Vec<Job> {
+    /// A page of the jobs that are remembered, the newest first, behind this one.
+    pub fn list(&self, behind: Option<&str>, room: Room) -> Page<Job> {
         let ids: Vec<String> = self.entries.lock().iter().rev().map(|entry| entry.id.clone()).collect();
-        ids.iter().filter_map(|id| self.get(id).ok()).collect()
+        // One that was forgotten meanwhile was the oldest: nothing comes behind it.
+        let from = match behind {
+            Some(behind) => ids.iter().position(|id| id == behind).map_or(ids.len(), |at| at + 1),
+            None => 0,
+        };
+        let mut pager = Pager::new(room);
+        for id in &ids[from..] {
+            if let Ok(job) = self.get(id)
+                && !pager.put(job, id.as_str())
+            {
+                break;
+            }
+        }
+        pager.page()
     }
 
     /// Jobs that run.
@@ -226,6 +252,36 @@ mod tests {
         collection().unwrap();
         assert_eq!(collection().unwrap_err().code, Code::Conflict);
         assert_eq!(jobs.running(), JOBS_RUNNING_MAX + 1);
+    }
+
+    #[tokio::test]
+    async fn what_is_kept_of_a_job_has_a_bound_and_the_list_comes_in_pages() {
+        let dir = tempfile::tempdir().unwrap();
+        let jobs = Jobs::new(Catalogue::open(dir.path()).await.unwrap());
+        let mut newest_first = Vec::new();
+        for _ in 0..3 {
+            let job = jobs.start(|progress| async move {
+                (0..2 * JOB_NOTES_MAX).for_each(|n| progress.note(format!("note {n}")));
+                Ok(vec!["x".repeat(1000); 1000])
+            });
+            newest_first.insert(0, job.unwrap().id);
+        }
+        let job = ended(&jobs, &newest_first[0]).await;
+        let result = job.result.clone().unwrap();
+        assert!(paging::json_bytes(&result) < JOB_RESULT_BYTES_MAX + 100 && result.to_string().contains("more are not listed"));
+        assert_eq!(job.notes.len(), JOB_NOTES_MAX + 1);
+        for id in &newest_first {
+            ended(&jobs, id).await;
+        }
+        let (mut listed, mut behind) = (Vec::new(), None);
+        loop {
+            let page = jobs.list(behind.as_deref(), Room { rows: 10, bytes: 1000 });
+            assert_eq!(page.rows.len(), 1, "each is larger than a page");
+            listed.extend(page.rows.into_iter().map(|job| job.id));
+            let Some(next) = page.next else { break };
+            behind = Some(next);
+        }
+        assert_eq!(listed, newest_first);
     }
 
     async fn ended(jobs: &Jobs, id: &str) -> Job {
@@ -256,7 +312,7 @@ mod tests {
             .await
         });
         let id = job.unwrap().id;
-        assert_eq!(jobs.list()[0].id, id);
+        assert_eq!(jobs.list(None, Room { rows: 9, bytes: 1 << 20 }).rows[0].id, id);
         jobs.cancel(&id).unwrap();
         let job = ended(&jobs, &id).await;
         assert_eq!((job.state.as_str(), job.error.unwrap().code), ("cancelled", Code::Partial));

@@ -3,9 +3,11 @@
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
-use crate::api::types::Transfer;
+use crate::api::types::State;
+use base::fault::Reason;
+use state::Counted;
 
-/// Transfers by state and reason, and their bytes: counted one by one, since there may be many.
+/// Transfers by state and reason, and their bytes, as the catalogue counts them.
 #[derive(Default)]
 pub struct Transfers {
     states: BTreeMap<(&'static str, &'static str), u64>,
@@ -13,15 +15,21 @@ pub struct Transfers {
 }
 
 impl Transfers {
-    /// Counts one more.
-    pub fn add(&mut self, transfer: &Transfer) {
-        *self.states.entry((transfer.state.as_str(), transfer.reason.map_or("", |r| r.as_str()))).or_default() += 1;
-        let b = transfer.bytes;
-        for (name, value) in
-            [("reused", b.reused), ("resumed", b.resumed), ("received", b.received), ("committed", b.committed), ("wire", b.wire)]
-        {
+    /// Adds some; `reason` goes before theirs.
+    pub fn add(&mut self, some: &Counted, reason: Option<Reason>) {
+        let Some(state) = State::parse(&some.state) else { return };
+        let own = || serde_json::from_value(serde_json::Value::from(some.reason.clone()?)).ok();
+        let reason = reason.or_else(own);
+        *self.states.entry((state.as_str(), reason.map_or("", |r: Reason| r.as_str()))).or_default() += some.transfers as u64;
+        for (name, value) in [
+            ("reused", some.reused),
+            ("resumed", some.resumed),
+            ("received", some.received),
+            ("committed", some.committed),
+            ("wire", some.wire),
+        ] {
             let sum = self.bytes.entry(name).or_default();
-            *sum = sum.saturating_add(value);
+            *sum = sum.saturating_add(value as u64);
         }
     }
 

@@ -10,24 +10,11 @@
 //! A crash leaves a folder of work that the next publish takes over and empties. Nothing else is needed to go on: the
 //! source is read again, and what the hub has kept by then is not sent again.
 
-use std::fs::File;
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::sync::atomic::Ordering;
-use std::time::Instant;
-
-use async_trait::async_trait;
-use parking_lot::Mutex;
-use serde::{Deserialize, Serialize};
-use tokio::sync::Semaphore;
-use tokio::task::JoinSet;
-use tokio::time::timeout;
-
 use crate::api::types::{Published, SourceOptions};
 use crate::config::Line;
 use crate::reading::{self, Access};
+use async_trait::async_trait;
 use base::blocking::blocking;
-use base::durable;
 use base::fault::{Code, Fault, IoContext};
 use base::job_progress::JobProgress;
 use base::limits::{
@@ -35,7 +22,7 @@ use base::limits::{
 };
 use base::names::{ArtifactRef, SiteName, SiteSelector};
 use base::omitted::Omitted;
-use base::private;
+use base::{durable, private};
 use content::ingest;
 use content::manifest::Digest;
 use content::store::Store;
@@ -43,7 +30,17 @@ use exchange::chunk_index::Places;
 use exchange::fetch;
 use exchange::in_place::{Held, Holdings, Origin};
 use exchange::wire::{self, AskHub, FETCH};
-use transport::identity::{Claim, Holder, JoinToken, SiteIdentity, fingerprint};
+use parking_lot::Mutex;
+use serde::{Deserialize, Serialize};
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Instant;
+use tokio::sync::Semaphore;
+use tokio::task::JoinSet;
+use tokio::time::timeout;
+use transport::identity::{CertificateRequest, Claim, Holder, JoinToken, SiteIdentity, fingerprint};
 use transport::{self, Link, Redial};
 
 /// Bytes that are read and not yet given to the line; the line itself has as many to send as it ever needs.
@@ -260,7 +257,7 @@ impl Publisher {
             return Ok(kept);
         }
         let Some(token) = self.token.take() else { return Err(no_publisher(&self.hub, &self.dir)) };
-        let joined = transport::join(&self.hub, &token, &Claim::Publisher, &self.line).await?;
+        let joined = transport::join(&self.hub, &token, &Claim::Publisher, &self.line, CertificateRequest::kept(&self.dir)?).await?;
         joined.save(&self.dir)?;
         Ok(joined)
     }
@@ -418,7 +415,7 @@ fn lock(path: &Path, wait: bool) -> Result<File, Fault> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use transport::identity::{CertificateRequest, HubIdentity};
+    use transport::identity::HubIdentity;
 
     #[test]
     fn work_folders_are_taken_once_and_emptied() {

@@ -1,26 +1,23 @@
 //! The daemon: builds what the config says, serves, and stops clean.
 
-use std::fs::File;
-use std::future::Future;
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::time::Duration;
-
-use tokio::net::TcpListener;
-use tokio::signal::unix::{SignalKind, signal};
-use tokio_util::sync::CancellationToken;
-
 use crate::api::{self, ApiToken, Backend, LocalSocket};
 use crate::config::{Config, Role};
 use crate::hub::Hub;
 use crate::site::Site;
 use base::blocking::blocking;
-use base::durable;
 use base::fault::{Code, Fault, IoContext};
 use base::limits::{DRAIN_MAX, STATE_RETRY_EVERY};
-use base::{open_files, private};
+use base::{durable, open_files, private};
 use content::store::{Rebuilt, rebuild_index as rebuild_index_of};
-use transport::identity::{Claim, JoinToken, SiteIdentity};
+use std::fs::File;
+use std::future::Future;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::net::TcpListener;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::sync::CancellationToken;
+use transport::identity::{CertificateRequest, Claim, JoinToken, SiteIdentity};
 
 /// Runs a daemon until SIGTERM or SIGINT, or, if so asked, until standard input ends.
 pub async fn run(config: Config, until_stdin_ends: bool) -> Result<(), Fault> {
@@ -148,7 +145,8 @@ pub async fn join(config: &Config, hub: &str, token: &str) -> Result<PathBuf, Fa
     if let Some(there) = SiteIdentity::load(&config.data_dir)? {
         tracing::info!(site = %there.name(), "joining anew: the certificate that is there will be replaced");
     }
-    transport::join(hub, &token, &Claim::Site(config.name.clone()), &config.line).await?.save(&config.data_dir)?;
+    let request = CertificateRequest::kept(&config.data_dir)?;
+    transport::join(hub, &token, &Claim::Site(config.name.clone()), &config.line, request).await?.save(&config.data_dir)?;
     Ok(SiteIdentity::path(&config.data_dir))
 }
 

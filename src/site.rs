@@ -6,18 +6,12 @@ mod publish;
 mod runs;
 mod watch;
 
-use std::sync::Arc;
-
-use tokio::sync::{self, mpsc};
-use tokio_util::sync::CancellationToken;
-use tokio_util::task::TaskTracker;
-
 use crate::config::Config;
 use crate::jobs::Jobs;
 use crate::reading::AtSite;
 use base::blocking::blocking;
 use base::fault::Fault;
-use base::limits::REST_EVERY;
+use base::limits::{PLACES_SWEEP_EVERY, PLACES_SWEEP_PAUSE, PLACES_SWEEP_ROWS, REST_EVERY};
 use content::store::Store;
 use exchange::chunk_index::{PlaceInfo, Places};
 use exchange::in_place::Origin;
@@ -25,6 +19,10 @@ use exchange::transfer::{self, LOOKS_ASKED_MAX, Runner, Shared, Sinks};
 use sink::files::FilesSink;
 use sink::{images, labels};
 use state::Catalogue;
+use std::sync::Arc;
+use tokio::sync::{self, mpsc};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 use transport::Link;
 use transport::identity::{Holder, SiteIdentity};
 
@@ -166,7 +164,36 @@ impl Site {
         self.inner.tasks.spawn(async move { this.keep_resting().await });
         let this = self.clone();
         self.inner.tasks.spawn(async move { this.rebuild_places().await });
+        let this = self.clone();
+        self.inner.tasks.spawn(async move { this.keep_places_swept().await });
         self.keep_line().await
+    }
+
+    /// Removes the rows of places that are gone from the chunk index, a part at a time.
+    async fn keep_places_swept(&self) {
+        let stop = &self.inner.stop;
+        while stop.run_until_cancelled(tokio::time::sleep(PLACES_SWEEP_EVERY)).await.is_some() {
+            if let Err(fault) = self.sweep_places().await {
+                tracing::warn!(error = %fault, "the chunk index could not be swept; tried again");
+            }
+        }
+    }
+
+    async fn sweep_places(&self) -> Result<(), Fault> {
+        let (inner, places) = (&self.inner, &self.inner.shared.places);
+        let looked = places.clone();
+        let stale = blocking(move || looked.stale()).await?;
+        let mut behind = None;
+        while stale > 0 && !inner.stop.is_cancelled() {
+            let (places, from) = (places.clone(), behind);
+            behind = blocking(move || places.sweep(from, PLACES_SWEEP_ROWS)).await?;
+            if behind.is_none() {
+                let places = self.inner.shared.places.clone();
+                return blocking(move || places.swept(stale)).await;
+            }
+            tokio::time::sleep(PLACES_SWEEP_PAUSE).await;
+        }
+        Ok(())
     }
 
     /// After a loss of the chunk index: notes again where the chunks of each artifact are that is here.
@@ -186,7 +213,9 @@ impl Site {
     async fn note_all_places(&self) -> Result<u64, Fault> {
         let inner = &self.inner;
         let mut noted = 0;
-        for row in inner.catalogue.artifacts().await? {
+        for name in inner.catalogue.artifact_names().await? {
+            // One that was removed meanwhile lies nowhere.
+            let Ok(row) = inner.catalogue.artifact(&name).await else { continue };
             let Some(place) = row.place else { continue };
             if inner.stop.is_cancelled() {
                 return Err(Fault::internal("the daemon stops"));

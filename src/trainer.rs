@@ -30,7 +30,7 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use rustix::fs::FlockOperation;
-use rustix::process::{Pid, Signal, kill_process_group};
+use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, kill_process_group, waitid};
 use serde::{Deserialize, Serialize};
 
 use crate::api::RunToken;
@@ -289,8 +289,6 @@ fn work(folder: &Folder, job: &Job) -> Result<Ended, Fault> {
         let _ = done.send(());
     });
     let (status, why) = wait(folder, job, &mut child)?;
-    // Whatever it left behind in its group holds GPUs and the pipe.
-    signal(&child, Signal::KILL);
     let _ = said_all.recv_timeout(LAST_WORDS_MAX);
     let tail = log.lock().tail();
     let how = match (status.code(), status.signal()) {
@@ -312,11 +310,22 @@ fn signal(child: &Child, signal: Signal) {
     let _ = kill_process_group(Pid::from_child(child), signal);
 }
 
+/// Whether a child has ended. Its status stays to be taken, and its number its own.
+fn has_ended(child: &Child) -> Result<bool, Fault> {
+    let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
+    let ended = waitid(WaitId::Pid(Pid::from_child(child)), options).map_err(std::io::Error::from);
+    Ok(ended.at("wait for the trainer")?.is_some())
+}
+
 /// Waits for the trainer's end, and brings it about when that is asked for.
 fn wait(folder: &Folder, job: &Job, child: &mut Child) -> Result<(ExitStatus, Option<&'static str>), Fault> {
     let mut stopping: Option<(Instant, &'static str)> = None;
     loop {
-        if let Some(status) = child.try_wait().at("wait for the trainer")? {
+        if has_ended(child)? {
+            // Whatever it left behind in its group holds GPUs and the pipe. Before its status is taken: after that its number, which is
+            // the group's, may be another process's.
+            signal(child, Signal::KILL);
+            let status = child.wait().at("wait for the trainer")?;
             return Ok((status, stopping.map(|(_, why)| why)));
         }
         match stopping {
@@ -459,5 +468,35 @@ mod tests {
         assert!(folder.has_output());
         folder.prepare(&serde_json::json!({})).unwrap();
         assert_eq!((folder.process().unwrap(), folder.has_output()), (Process::Absent, false));
+    }
+}
+
+#[cfg(test)]
+mod end_tests {
+    use super::*;
+
+    #[test]
+    fn a_trainer_that_ended_keeps_its_number_until_its_group_was_killed() {
+        let mut command = Command::new("sh");
+        // One that is left behind in the group, and says its number.
+        command.args(["-c", "sleep 600 & echo $!"]).process_group(0).stdin(Stdio::null()).stdout(Stdio::piped());
+        let mut child = command.spawn().unwrap();
+        let mut said = String::new();
+        let mut byte = [0];
+        let mut stdout = child.stdout.take().unwrap();
+        while !said.ends_with('\n') && stdout.read(&mut byte).unwrap() == 1 {
+            said.push(char::from(byte[0]));
+        }
+        let left: i32 = said.trim().parse().unwrap();
+        while !has_ended(&child).unwrap() {
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        assert!(has_ended(&child).unwrap(), "looking takes nothing away");
+        let left = Pid::from_raw(left).unwrap();
+        assert!(rustix::process::test_kill_process(left).is_ok());
+        signal(&child, Signal::KILL);
+        child.wait().unwrap();
+        // It closes its end of the pipe as it goes.
+        assert_eq!(stdout.read(&mut byte).unwrap(), 0);
     }
 }

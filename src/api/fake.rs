@@ -10,6 +10,7 @@ use tokio::sync::Notify;
 use super::types::*;
 use super::{ApiToken, Backend};
 use base::fault::{Fault, Reason};
+use model::paging::{Page, Pager, Room};
 
 /// The token of every fake daemon.
 pub(crate) const TOKEN: &str = "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef";
@@ -29,9 +30,9 @@ pub(crate) struct World {
 }
 
 /// The backend.
-#[derive(Default)]
 pub(crate) struct Fake {
     pub(crate) world: Mutex<World>,
+    pub(crate) artifacts: Mutex<Vec<Artifact>>,
     changed: Arc<Notify>,
 }
 
@@ -104,7 +105,49 @@ pub(crate) fn job(id: &str, result: Result<serde_json::Value, Fault>) -> Job {
     Job { id: id.into(), state: state.into(), bytes: 0, total: None, doing: String::new(), notes: Vec::new(), result, error }
 }
 
+impl Default for Fake {
+    fn default() -> Self {
+        Self { world: Mutex::default(), artifacts: Mutex::new(vec![artifact("dataset/line3:v1")]), changed: Arc::default() }
+    }
+}
+
+/// An artifact with plain values.
+pub(crate) fn artifact(name: &str) -> Artifact {
+    Artifact {
+        artifact: name.parse().unwrap(),
+        digest: "ab".repeat(32),
+        bytes: 3 << 30,
+        files: 40_000,
+        origin: None,
+        created_at: "2026-11-23T10:00:00.000Z".into(),
+        info: serde_json::json!({"is": "files"}),
+        location: None,
+        pinned: false,
+        changed: None,
+        published_here: false,
+        omitted: Vec::new(),
+    }
+}
+
+/// The page of these rows behind the one of this key.
+fn page<T: serde::Serialize>(rows: Vec<T>, behind: Option<&str>, room: Room, key: impl Fn(&T) -> String) -> Page<T> {
+    let from = behind.and_then(|behind| rows.iter().position(|row| key(row) == behind)).map_or(0, |at| at + 1);
+    let mut pager = Pager::new(room);
+    for row in rows.into_iter().skip(from) {
+        let key = key(&row);
+        if !pager.put(row, key) {
+            break;
+        }
+    }
+    pager.page()
+}
+
 impl Fake {
+    fn artifact(&self, artifact: &str) -> Result<Artifact, Fault> {
+        let found = self.artifacts.lock().iter().find(|a| a.artifact.to_string() == artifact).cloned();
+        found.ok_or_else(|| Fault::not_found(format!("there is no artifact {artifact:?}")))
+    }
+
     /// Sets or replaces a transfer, as a change with an event.
     pub(crate) fn put(&self, mut transfer: Transfer) {
         let mut world = self.world.lock();
@@ -187,7 +230,7 @@ impl Backend for Fake {
         };
         Ok(request.artifacts.iter().map(row).collect())
     }
-    async fn transfers(&self, query: &TransferQuery) -> Result<(Vec<Transfer>, u64), Fault> {
+    async fn transfers(&self, query: &TransferQuery, behind: Option<&str>, room: Room) -> Result<(Page<Transfer>, u64), Fault> {
         let world = self.world.lock();
         let ids: Option<Vec<&str>> = query.id.as_ref().map(|ids| ids.split(',').collect());
         let wanted = |t: &&Transfer| {
@@ -196,16 +239,15 @@ impl Backend for Fake {
         };
         let mut found: Vec<Transfer> = world.transfers.iter().filter(wanted).cloned().collect();
         found.sort_by_key(|t| t.cursor);
-        let limit = query.limit.unwrap_or(u32::MAX) as usize;
-        let cut = found.len() > limit;
         if query.since.is_none() {
             found.reverse();
         }
-        found.truncate(limit);
-        let cursor = if cut && query.since.is_some() { found.last().map_or(0, |t| t.cursor) } else { world.seq };
-        Ok((found, cursor))
+        let page = page(found, behind, room, |t| t.id.clone());
+        let cut = page.next.is_some() && query.since.is_some();
+        let cursor = if cut { page.rows.last().map_or(0, |t| t.cursor) } else { world.seq };
+        Ok((page, cursor))
     }
-    async fn act(&self, id: &str, action: Action) -> Result<Vec<Transfer>, Fault> {
+    async fn act(&self, id: &str, action: Action, _room: Room) -> Result<Page<Transfer>, Fault> {
         let found = self.world.lock().transfers.iter().find(|t| t.id == id).cloned();
         let mut transfer = found.ok_or_else(|| Fault::not_found(format!("there is no transfer {id:?}")))?;
         transfer.state = match action {
@@ -214,25 +256,23 @@ impl Backend for Fake {
             Action::Cancel => State::Cancelled,
         };
         self.put(transfer.clone());
-        Ok(vec![transfer])
+        Ok(Page::whole(vec![transfer]))
     }
-    async fn transfers_behind(&self, id: &str, limit: u32) -> Result<Vec<Transfer>, Fault> {
-        let (all, _) = self.transfers(&TransferQuery::default()).await?;
-        Ok(all.into_iter().skip_while(|t| t.id != id).skip(1).take(limit as usize).collect())
+    async fn deliveries(&self, _behind: Option<&str>, room: Room) -> Result<Page<Delivery>, Fault> {
+        Ok(Page::whole(vec![self.delivery("d1", room.bytes).await?]))
     }
-    async fn deliveries(&self, behind: Option<&str>, _limit: u32) -> Result<Vec<Delivery>, Fault> {
-        if behind.is_some() { Ok(Vec::new()) } else { Ok(vec![self.delivery("d1").await?]) }
-    }
-    async fn delivery(&self, id: &str) -> Result<Delivery, Fault> {
+    async fn delivery(&self, id: &str, max: usize) -> Result<Delivery, Fault> {
         let parts: Vec<Transfer> = self.world.lock().transfers.iter().filter(|t| t.delivery == id).cloned().collect();
         if parts.is_empty() {
             return Err(Fault::not_found(format!("there is no delivery {id}")));
         }
-        let row = state::DeliveryRow { id: id.parse()?, run: None, created_ms: 0, parts: vec![] };
-        Ok(crate::delivery::view(&row, parts))
+        let row = state::DeliveryRow { id: id.parse()?, run: None, created_ms: 0 };
+        let mut whole = crate::delivery::Whole::new(max);
+        parts.into_iter().for_each(|part| whole.add(part));
+        Ok(whole.end(&row))
     }
-    async fn runs(&self, _limit: u32) -> Result<Vec<Run>, Fault> {
-        Ok(self.world.lock().runs.clone())
+    async fn runs(&self, behind: Option<&str>, room: Room) -> Result<Page<Run>, Fault> {
+        Ok(page(self.world.lock().runs.clone(), behind, room, |run| run.name.to_string()))
     }
     async fn run(&self, name: &str) -> Result<Run, Fault> {
         let found = self.world.lock().runs.iter().find(|r| r.name.as_str() == name).cloned();
@@ -251,29 +291,17 @@ impl Backend for Fake {
         self.changed.notify_waiters();
         Ok(run)
     }
-    async fn artifacts(&self) -> Result<Vec<Artifact>, Fault> {
-        Ok(vec![Artifact {
-            artifact: "dataset/line3:v1".parse()?,
-            digest: "ab".repeat(32),
-            bytes: 3 << 30,
-            files: 40_000,
-            origin: None,
-            created_at: "2026-11-23T10:00:00.000Z".into(),
-            info: serde_json::json!({"is": "files"}),
-            location: None,
-            pinned: false,
-            changed: None,
-            published_here: false,
-            omitted: Vec::new(),
-        }])
+    async fn artifacts(&self, behind: Option<&str>, room: Room) -> Result<Page<Artifact>, Fault> {
+        Ok(page(self.artifacts.lock().clone(), behind, room, |artifact| artifact.artifact.to_string()))
     }
     async fn show(&self, artifact: &str) -> Result<ArtifactDetail, Fault> {
-        let found = self.artifacts().await?.into_iter().find(|a| a.artifact.to_string() == artifact);
-        let artifact = found.ok_or_else(|| Fault::not_found(format!("there is no artifact {artifact:?}")))?;
-        Ok(ArtifactDetail { artifact, transfers: self.world.lock().transfers.clone(), lineage: None })
+        Ok(ArtifactDetail { artifact: self.artifact(artifact)?, transfers: Vec::new(), lineage: None })
     }
-    async fn sites(&self) -> Result<Vec<Site>, Fault> {
-        Ok(vec![Site {
+    async fn transfers_of_artifact(&self, _artifact: &str, behind: Option<&str>, room: Room) -> Result<Page<Transfer>, Fault> {
+        Ok(page(self.world.lock().transfers.clone(), behind, room, |t| t.id.clone()))
+    }
+    async fn sites(&self, _behind: Option<&str>, _room: Room) -> Result<Page<Site>, Fault> {
+        Ok(Page::whole(vec![Site {
             name: "chengdu".parse()?,
             labels: [("region".to_owned(), "west".to_owned())].into(),
             online: true,
@@ -283,7 +311,7 @@ impl Backend for Fake {
             last_seen: None,
             version: Some("0.1.0".into()),
             open_transfers: 2,
-        }])
+        }]))
     }
     async fn token(&self, request: TokenRequest) -> Result<String, Fault> {
         Ok(format!("id.secret-for-{}-{}s", request.site.or(request.publisher).unwrap_or_default(), request.ttl_seconds))
@@ -292,9 +320,7 @@ impl Backend for Fake {
         self.job("verify").await
     }
     async fn pin(&self, artifact: &str, pinned: bool) -> Result<Artifact, Fault> {
-        let found = self.artifacts().await?.into_iter().find(|a| a.artifact.to_string() == artifact);
-        let artifact = found.ok_or_else(|| Fault::not_found(format!("there is no artifact {artifact:?}")))?;
-        Ok(Artifact { pinned, ..artifact })
+        Ok(Artifact { pinned, ..self.artifact(artifact)? })
     }
     async fn export(&self, _artifacts: Vec<String>, _out: String) -> Result<Job, Fault> {
         self.job("export").await
@@ -312,8 +338,8 @@ impl Backend for Fake {
         let found = self.world.lock().jobs.iter().find(|j| j.id == id).cloned();
         found.ok_or_else(|| Fault::not_found(format!("there is no job {id:?}")))
     }
-    async fn jobs(&self) -> Result<Vec<Job>, Fault> {
-        Ok(self.world.lock().jobs.clone())
+    async fn jobs(&self, behind: Option<&str>, room: Room) -> Result<Page<Job>, Fault> {
+        Ok(page(self.world.lock().jobs.clone(), behind, room, |job| job.id.clone()))
     }
     async fn cancel_job(&self, id: &str) -> Result<Job, Fault> {
         let mut job = self.job(id).await?;

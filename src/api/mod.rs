@@ -8,6 +8,7 @@
 mod body;
 mod error;
 mod events;
+mod lists;
 mod local;
 mod openapi;
 mod proof;
@@ -44,12 +45,15 @@ use base::fault::Fault;
 use base::limits::{API_LISTS_AT_ONCE_MAX, DRAIN_MAX};
 use base::names::RunName;
 use base::tally::Tally;
+use model::paging::{Page, Room};
 use types::*;
 
 /// The header in which every reply says the daemon's version.
 pub const VERSION_HEADER: &str = "x-packhorse-version";
 /// The header that says from where to go on: the `since` of the next question.
 pub const CURSOR_HEADER: &str = "x-packhorse-cursor";
+/// The header that says that the answer had no room for all: the `since` that brings the rest.
+pub const NEXT_HEADER: &str = "x-packhorse-next";
 /// The header that carries the token where a proxy strips `Authorization`.
 pub const TOKEN_HEADER: &str = "x-packhorse-token";
 /// This program's version.
@@ -70,18 +74,17 @@ pub trait Backend: Send + Sync {
     async fn deliver(&self, request: DeliverRequest) -> Result<Delivered, Fault>;
     /// What a delivery would cost.
     async fn plan(&self, request: DeliverRequest) -> Result<Vec<PlanRow>, Fault>;
+    // Of a list a page is asked for: `behind` is the key that the page before gave, and a page has no more than its room.
     /// Transfers, and the cursor to go on from. Does not wait; the API does.
-    async fn transfers(&self, query: &TransferQuery) -> Result<(Vec<Transfer>, u64), Fault>;
-    /// Acts on a transfer (or on all of a delivery).
-    async fn act(&self, id: &str, action: Action) -> Result<Vec<Transfer>, Fault>;
-    /// The transfers that come behind this one in the list of all, newest first; none if there is no such transfer.
-    async fn transfers_behind(&self, id: &str, limit: u32) -> Result<Vec<Transfer>, Fault>;
-    /// The newest deliveries, or those that come behind this one in their list.
-    async fn deliveries(&self, behind: Option<&str>, limit: u32) -> Result<Vec<Delivery>, Fault>;
-    /// One delivery. Does not wait; the API does.
-    async fn delivery(&self, id: &str) -> Result<Delivery, Fault>;
+    async fn transfers(&self, query: &TransferQuery, behind: Option<&str>, room: Room) -> Result<(Page<Transfer>, u64), Fault>;
+    /// Acts on a transfer (or on all of a delivery). The answer is the first page of those of this id.
+    async fn act(&self, id: &str, action: Action, room: Room) -> Result<Page<Transfer>, Fault>;
+    /// The newest deliveries; of one with many parts only some are listed.
+    async fn deliveries(&self, behind: Option<&str>, room: Room) -> Result<Page<Delivery>, Fault>;
+    /// One delivery, with as many of its parts as `max` bytes hold. Does not wait; the API does.
+    async fn delivery(&self, id: &str, max: usize) -> Result<Delivery, Fault>;
     /// The newest training runs.
-    async fn runs(&self, limit: u32) -> Result<Vec<Run>, Fault>;
+    async fn runs(&self, behind: Option<&str>, room: Room) -> Result<Page<Run>, Fault>;
     /// One training run. Does not wait; the API does.
     async fn run(&self, name: &str) -> Result<Run, Fault>;
     /// Begins a training run, or finds it.
@@ -89,11 +92,13 @@ pub trait Backend: Send + Sync {
     /// Finishes or cancels a training run.
     async fn act_on_run(&self, request: RunActionRequest) -> Result<Run, Fault>;
     /// All artifacts.
-    async fn artifacts(&self) -> Result<Vec<Artifact>, Fault>;
-    /// One artifact.
+    async fn artifacts(&self, behind: Option<&str>, room: Room) -> Result<Page<Artifact>, Fault>;
+    /// One artifact, without its transfers…
     async fn show(&self, artifact: &str) -> Result<ArtifactDetail, Fault>;
+    /// …and these.
+    async fn transfers_of_artifact(&self, artifact: &str, behind: Option<&str>, room: Room) -> Result<Page<Transfer>, Fault>;
     /// All sites (at a site: itself).
-    async fn sites(&self) -> Result<Vec<Site>, Fault>;
+    async fn sites(&self, behind: Option<&str>, room: Room) -> Result<Page<Site>, Fault>;
     /// Makes a join token (hub only).
     async fn token(&self, request: TokenRequest) -> Result<String, Fault>;
     /// The token of a training run whose trainer works here now; `None`: there is none.
@@ -115,7 +120,7 @@ pub trait Backend: Send + Sync {
     /// A job's state. Does not wait; the API does.
     async fn job(&self, id: &str) -> Result<Job, Fault>;
     /// The jobs that are remembered, the newest first.
-    async fn jobs(&self) -> Result<Vec<Job>, Fault>;
+    async fn jobs(&self, behind: Option<&str>, room: Room) -> Result<Page<Job>, Fault>;
     /// Cancels a job.
     async fn cancel_job(&self, id: &str) -> Result<Job, Fault>;
     /// Events after `since`, at most `limit`, in order; `since` 0 means from the oldest kept. Does not wait.

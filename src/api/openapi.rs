@@ -4,7 +4,7 @@ use axum::Json;
 use utoipa::openapi::security::{ApiKey, ApiKeyValue, HttpAuthScheme, HttpBuilder, SecurityScheme};
 use utoipa::{Modify, OpenApi};
 
-use super::{error::ErrorBody, events, routes, types::*};
+use super::{error::ErrorBody, events, lists, routes, types::*};
 
 #[derive(OpenApi)]
 #[openapi(
@@ -12,9 +12,9 @@ use super::{error::ErrorBody, events, routes, types::*};
     // Relative to this document, so that it holds behind a proxy's prefix too.
     servers((url = ".")),
     paths(
-        routes::healthz, routes::readyz, routes::proof, routes::metrics, routes::artifacts, routes::show, routes::publish, routes::transfers,
-        routes::deliver, routes::act, routes::plan, routes::sites, routes::token, routes::verify, routes::pin, routes::export, routes::import,
-        routes::gc, routes::doctor, routes::job, routes::jobs, routes::cancel_job, events::events, routes::deliveries, routes::delivery, routes::runs,
+        routes::healthz, routes::readyz, routes::proof, routes::metrics, lists::artifacts, lists::show, routes::publish, lists::transfers,
+        routes::deliver, lists::act, routes::plan, lists::sites, routes::token, routes::verify, routes::pin, routes::export, routes::import,
+        routes::gc, routes::doctor, routes::job, lists::jobs, routes::cancel_job, events::events, lists::deliveries, lists::delivery, lists::runs,
         routes::run, routes::train, routes::act_on_run,
     ),
     components(schemas(ErrorBody, Published, Event, Bytes, State, Action)),

@@ -23,14 +23,10 @@ use super::error::{ApiError, ErrorBody};
 use super::proof::{Proof, ProofQuery};
 use super::server::Connection;
 use super::types::*;
-use super::{ApiToken, Backend, CURSOR_HEADER, TOKEN_HEADER, VERSION, VERSION_HEADER, body, events, openapi, run_token};
+use super::{ApiToken, Backend, CURSOR_HEADER, TOKEN_HEADER, VERSION, VERSION_HEADER, body, events, lists, openapi, run_token};
 use base::fault::Fault;
-use base::limits::{
-    API_AUDIT_CHARS_MAX, API_BODY_BYTES_MAX, API_LIST_BYTES_MAX, API_LOOK_EVERY, API_PAGE_DELIVERIES, API_PAGE_ROWS, API_QUERY_IDS_MAX,
-    API_ROWS_DEFAULT, API_ROWS_MAX, LONG_POLL_MAX,
-};
+use base::limits::{API_AUDIT_CHARS_MAX, API_BODY_BYTES_MAX, API_LOOK_EVERY, API_ROWS_DEFAULT, API_ROWS_MAX, LONG_POLL_MAX};
 use base::tally::Tally;
-use model::paging;
 
 /// What every handler has.
 #[derive(Clone)]
@@ -63,17 +59,17 @@ struct Asked(Arc<OnceLock<String>>);
 /// the dashboard will take the place of [`home`].
 pub(super) fn router(app: App) -> Router {
     let guarded = Router::new()
-        .route("/v1/artifacts", get(artifacts).post(publish))
-        .route("/v1/artifacts/show", get(show))
-        .route("/v1/transfers", get(transfers).post(deliver))
-        .route("/v1/transfers/action", post(act))
-        .route("/v1/deliveries", get(deliveries))
-        .route("/v1/deliveries/show", get(delivery))
-        .route("/v1/runs", get(runs).post(train))
+        .route("/v1/artifacts", get(lists::artifacts).post(publish))
+        .route("/v1/artifacts/show", get(lists::show))
+        .route("/v1/transfers", get(lists::transfers).post(deliver))
+        .route("/v1/transfers/action", post(lists::act))
+        .route("/v1/deliveries", get(lists::deliveries))
+        .route("/v1/deliveries/show", get(lists::delivery))
+        .route("/v1/runs", get(lists::runs).post(train))
         .route("/v1/runs/show", get(run))
         .route("/v1/runs/action", post(act_on_run))
         .route("/v1/plan", post(plan))
-        .route("/v1/sites", get(sites))
+        .route("/v1/sites", get(lists::sites))
         .route("/v1/tokens", post(token))
         .route("/v1/verify", post(verify))
         .route("/v1/pin", post(pin))
@@ -82,7 +78,7 @@ pub(super) fn router(app: App) -> Router {
         .route("/v1/gc", post(gc))
         .route("/v1/doctor", get(doctor))
         .route("/v1/jobs", get(job).delete(cancel_job))
-        .route("/v1/jobs/list", get(jobs))
+        .route("/v1/jobs/list", get(lists::jobs))
         .route("/v1/events", get(events::events))
         .route("/metrics", get(metrics))
         .route_layer(middleware::from_fn_with_state(app.clone(), authenticate));
@@ -237,63 +233,6 @@ pub(super) async fn wait_for<'a, T>(
     }
 }
 
-/// Makes the next page: the rows behind the one of this key, so many at most.
-type NextPage<T> = fn(App, String, u32) -> BoxFuture<'static, Result<Vec<T>, Fault>>;
-
-/// A list that is made and sent a page at a time, so that neither a long one nor a slow reader takes much memory.
-struct Paged<T> {
-    app: App,
-    /// The next page, if it was made already.
-    ready: Option<Vec<T>>,
-    /// Rows that may still be sent, and rows of one page.
-    left: u32,
-    page: u32,
-    /// The key of the row that was sent last.
-    last: Option<String>,
-    key: fn(&T) -> &str,
-    next: NextPage<T>,
-    ended: bool,
-}
-
-impl<T: Serialize + Send + 'static> Paged<T> {
-    fn into_response(self) -> Response {
-        let body = Body::from_stream(futures::stream::unfold(self, |mut paged| async move {
-            if paged.ended {
-                return None;
-            }
-            let text = paged.step().await;
-            paged.ended |= text.is_err();
-            Some((text.map_err(std::io::Error::other), paged))
-        }));
-        ([(header::CONTENT_TYPE, "application/json")], body).into_response()
-    }
-
-    /// The text of the next page. A fault ends the body in the middle, which a reader takes for no whole answer.
-    async fn step(&mut self) -> Result<axum::body::Bytes, Fault> {
-        let asked = self.left.min(self.page);
-        let rows = match (self.ready.take(), &self.last) {
-            (Some(rows), _) => rows,
-            (None, Some(last)) => self.app.listed((self.next)(self.app.clone(), last.clone(), asked)).await?,
-            (None, None) => Vec::new(),
-        };
-        let mut text = Vec::new();
-        for (number, row) in rows.iter().enumerate() {
-            text.push(if number == 0 && self.last.is_none() { b'[' } else { b',' });
-            serde_json::to_writer(&mut text, row).map_err(|e| Fault::internal(format!("an answer as JSON: {e}")))?;
-        }
-        if rows.is_empty() && self.last.is_none() {
-            text.push(b'[');
-        }
-        self.left = self.left.saturating_sub(rows.len() as u32);
-        self.last = rows.last().map(|row| (self.key)(row).to_owned()).or(self.last.take());
-        if (rows.len() as u32) < asked || self.left == 0 {
-            text.push(b']');
-            self.ended = true;
-        }
-        Ok(text.into())
-    }
-}
-
 fn accepted<T: Serialize>(body: T) -> Response {
     (StatusCode::ACCEPTED, Json(body)).into_response()
 }
@@ -351,25 +290,6 @@ pub(super) async fn metrics(State(app): State<App>) -> Result<Response, ApiError
     Ok(([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], Body::from(text)).into_response())
 }
 
-/// All artifacts.
-#[utoipa::path(get, path = "/v1/artifacts", tag = "artifacts", responses(
-    (status = 200, description = "all artifacts that this daemon knows", body = Vec<Artifact>),
-    (status = "default", description = "an error", body = ErrorBody),
-))]
-pub(super) async fn artifacts(State(app): State<App>) -> Result<Json<Vec<Artifact>>, ApiError> {
-    Ok(Json(app.listed(app.backend.artifacts()).await?))
-}
-
-/// One artifact and where it went.
-#[utoipa::path(get, path = "/v1/artifacts/show", tag = "artifacts", params(ShowQuery), responses(
-    (status = 200, description = "the artifact", body = ArtifactDetail),
-    (status = 404, description = "there is none", body = ErrorBody),
-    (status = "default", description = "an error", body = ErrorBody),
-))]
-pub(super) async fn show(State(app): State<App>, Q(query): Q<ShowQuery>) -> Result<Json<ArtifactDetail>, ApiError> {
-    Ok(Json(app.listed(app.backend.show(&query.artifact)).await?))
-}
-
 /// Publishes. The job's result is a `Published`.
 #[utoipa::path(post, path = "/v1/artifacts", tag = "artifacts", request_body = PublishRequest, responses(
     (status = 202, description = "begun", body = Job),
@@ -379,40 +299,6 @@ pub(super) async fn publish(State(app): State<App>, B(request): B<PublishRequest
     Ok(accepted(app.backend.publish(request).await?))
 }
 
-/// Transfers: a snapshot, or with `since` what changed after that cursor, waiting for it up to `wait` seconds (60 at
-/// most). The header X-Packhorse-Cursor is the next `since`.
-#[utoipa::path(get, path = "/v1/transfers", tag = "transfers", params(TransferQuery), responses(
-    (status = 200, description = "the transfers", body = Vec<Transfer>, headers(("X-Packhorse-Cursor" = u64, description = "the next `since`"))),
-    (status = "default", description = "an error", body = ErrorBody),
-))]
-pub(super) async fn transfers(State(app): State<App>, Q(mut query): Q<TransferQuery>) -> Result<Response, ApiError> {
-    let limit = rows(query.limit);
-    if query.id.as_ref().is_some_and(|ids| ids.split(',').count() > API_QUERY_IDS_MAX) {
-        return Err(Fault::usage(format!("a query has at most {API_QUERY_IDS_MAX} ids")).with_next("ask for fewer at once").into());
-    }
-    if query.id.is_none() && query.since.is_none() {
-        // The answer is how things stand now: without a cursor there is nothing to wait for.
-        query.limit = Some(limit.min(API_PAGE_ROWS));
-        let (first, cursor) = app.listed(app.backend.transfers(&query)).await?;
-        let next: NextPage<Transfer> = |app, last, limit| Box::pin(async move { app.backend.transfers_behind(&last, limit).await });
-        let (ready, key) = (Some(first), (|transfer: &Transfer| transfer.id.as_str()) as fn(&Transfer) -> &str);
-        let paged = Paged { app, ready, left: limit, page: API_PAGE_ROWS, last: None, key, next, ended: false };
-        return Ok(with_cursor(paged.into_response(), cursor));
-    }
-    // Who goes on from a cursor gets the rest by the next one.
-    query.limit = Some(limit.min(API_ROWS_DEFAULT));
-    let wait = query.since.and(query.wait);
-    let look = || -> BoxFuture<'_, _> { Box::pin(app.listed(app.backend.transfers(&query))) };
-    let (mut transfers, mut cursor) = wait_for(&app, wait, look, |(transfers, _)| !transfers.is_empty()).await?;
-    if query.since.is_some() && paging::fitting(&transfers, API_LIST_BYTES_MAX) < transfers.len() {
-        // Those that changed first; the next `since` brings the rest.
-        transfers.sort_by_key(|transfer| transfer.cursor);
-        transfers.truncate(paging::fitting(&transfers, API_LIST_BYTES_MAX));
-        cursor = transfers.last().map_or(cursor, |transfer| transfer.cursor);
-    }
-    Ok(with_cursor(Json(transfers), cursor))
-}
-
 /// Delivers.
 #[utoipa::path(post, path = "/v1/transfers", tag = "transfers", request_body = DeliverRequest, responses(
     (status = 202, description = "begun", body = Delivered),
@@ -420,48 +306,6 @@ pub(super) async fn transfers(State(app): State<App>, Q(mut query): Q<TransferQu
 ))]
 pub(super) async fn deliver(State(app): State<App>, B(request): B<DeliverRequest>) -> Result<Response, ApiError> {
     Ok(accepted(app.backend.deliver(request).await?))
-}
-
-/// Pauses, resumes, cancels or retries a transfer, or all of a delivery.
-#[utoipa::path(post, path = "/v1/transfers/action", tag = "transfers", request_body = ActionRequest, responses(
-    (status = 200, description = "the transfers after it", body = Vec<Transfer>),
-    (status = "default", description = "an error", body = ErrorBody),
-))]
-pub(super) async fn act(State(app): State<App>, B(request): B<ActionRequest>) -> Result<Json<Vec<Transfer>>, ApiError> {
-    Ok(Json(app.backend.act(&request.id, request.action).await?))
-}
-
-/// The newest deliveries, each with its parts.
-#[utoipa::path(get, path = "/v1/deliveries", tag = "transfers", params(LimitQuery), responses(
-    (status = 200, description = "the deliveries, newest first", body = Vec<Delivery>),
-    (status = "default", description = "an error", body = ErrorBody),
-))]
-pub(super) async fn deliveries(State(app): State<App>, Q(query): Q<LimitQuery>) -> Result<Response, ApiError> {
-    let left = rows(query.limit);
-    let first = app.listed(app.backend.deliveries(None, left.min(API_PAGE_DELIVERIES))).await?;
-    let next: NextPage<Delivery> = |app, last, limit| Box::pin(async move { app.backend.deliveries(Some(&last), limit).await });
-    let (ready, key) = (Some(first), (|delivery: &Delivery| delivery.id.as_str()) as fn(&Delivery) -> &str);
-    Ok(Paged { app, ready, left, page: API_PAGE_DELIVERIES, last: None, key, next, ended: false }.into_response())
-}
-
-/// One delivery as a whole and its parts, after its end or after `wait` seconds (60 at most), whichever is first.
-#[utoipa::path(get, path = "/v1/deliveries/show", tag = "transfers", params(DeliveryQuery), responses(
-    (status = 200, description = "the delivery", body = Delivery),
-    (status = 404, description = "there is none", body = ErrorBody),
-    (status = "default", description = "an error", body = ErrorBody),
-))]
-pub(super) async fn delivery(State(app): State<App>, Q(query): Q<DeliveryQuery>) -> Result<Json<Delivery>, ApiError> {
-    let look = || -> BoxFuture<'_, _> { Box::pin(app.listed(app.backend.delivery(&query.id))) };
-    Ok(Json(wait_for(&app, query.wait, look, |whole: &Delivery| whole.state.is_final()).await?))
-}
-
-/// The newest training runs; at a site those that it has to do with.
-#[utoipa::path(get, path = "/v1/runs", tag = "runs", params(LimitQuery), responses(
-    (status = 200, description = "the runs, newest first", body = Vec<Run>),
-    (status = "default", description = "an error", body = ErrorBody),
-))]
-pub(super) async fn runs(State(app): State<App>, Q(query): Q<LimitQuery>) -> Result<Json<Vec<Run>>, ApiError> {
-    Ok(Json(app.listed(app.backend.runs(rows(query.limit).min(API_ROWS_DEFAULT))).await?))
 }
 
 /// One training run, after its end or after `wait` seconds (60 at most), whichever is first.
@@ -500,15 +344,6 @@ pub(super) async fn act_on_run(State(app): State<App>, B(request): B<RunActionRe
 ))]
 pub(super) async fn plan(State(app): State<App>, B(request): B<DeliverRequest>) -> Result<Json<Vec<PlanRow>>, ApiError> {
     Ok(Json(app.backend.plan(request).await?))
-}
-
-/// All sites; at a site, itself.
-#[utoipa::path(get, path = "/v1/sites", tag = "sites", responses(
-    (status = 200, description = "the sites", body = Vec<Site>),
-    (status = "default", description = "an error", body = ErrorBody),
-))]
-pub(super) async fn sites(State(app): State<App>) -> Result<Json<Vec<Site>>, ApiError> {
-    Ok(Json(app.backend.sites().await?))
 }
 
 /// Makes a join token (hub only).
@@ -585,15 +420,6 @@ pub(super) async fn doctor(State(app): State<App>) -> Result<Json<Vec<String>>, 
 pub(super) async fn job(State(app): State<App>, Q(query): Q<JobQuery>) -> Result<Json<Job>, ApiError> {
     let look = || app.backend.job(&query.id);
     Ok(Json(wait_for(&app, query.wait, look, |job: &Job| job.state != "running").await?))
-}
-
-/// The jobs that the daemon remembers, the newest first.
-#[utoipa::path(get, path = "/v1/jobs/list", tag = "daemon", responses(
-    (status = 200, description = "the jobs", body = Vec<Job>),
-    (status = "default", description = "an error", body = ErrorBody),
-))]
-pub(super) async fn jobs(State(app): State<App>) -> Result<Json<Vec<Job>>, ApiError> {
-    Ok(Json(app.backend.jobs().await?))
 }
 
 /// Cancels a job. The answer is the job as it is now; it may take a moment to stop.

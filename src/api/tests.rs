@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use super::fake::{Fake, TOKEN, job, transfer};
 use super::types::{State, Transfer, TransferQuery};
 use base::fault::{Fault, Retry};
-use base::limits::{API_BODY_BYTES_MAX, API_CONNECTIONS_MAX, API_HEAD_MAX, API_LIST_BYTES_MAX};
+use base::limits::{API_BODY_BYTES_MAX, API_CONNECTIONS_MAX, API_HEAD_MAX, API_PAGE_BYTES};
 use base::tally::Log;
 
 struct Daemon {
@@ -69,22 +69,31 @@ async fn what_changed_comes_in_answers_of_a_bounded_size() {
     loop {
         let response = d.get(&format!("/v1/transfers?limit=10000&since={since}")).await;
         since = number(&response, "x-packhorse-cursor").unwrap();
+        let more = number(&response, "x-packhorse-next");
+        assert!(more.is_none_or(|more| more == since));
         let text = response.text().await.unwrap();
-        assert!(text.len() <= API_LIST_BYTES_MAX);
+        assert!(text.len() <= API_PAGE_BYTES + 2);
         let rows: Vec<Transfer> = serde_json::from_str(&text).unwrap();
         if rows.is_empty() {
             break;
         }
         seen += rows.len();
         answers += 1;
+        assert_eq!(more.is_some(), seen < 700, "it says whether more has changed");
     }
-    assert!(seen == 700 && answers > 1, "{seen} rows in {answers} answers");
+    assert!(seen == 700 && answers > 10, "{seen} rows in {answers} answers");
     // The command line reads the whole snapshot.
     let api = d.base.strip_prefix("http://").unwrap().parse().unwrap();
     let nowhere = std::path::Path::new("/nowhere");
     let client = crate::cli::client::Client::to_daemon(nowhere, api, super::ApiToken::parse(TOKEN).unwrap()).unwrap();
     let (all, _) = client.transfers(&TransferQuery { limit: Some(10_000), ..TransferQuery::default() }).await.unwrap();
     assert_eq!(all.len(), 700);
+    // And all that changed, up to what it asks for.
+    for (limit, expected) in [(10_000, 700), (100, 100)] {
+        let query = TransferQuery { since: Some(0), limit: Some(limit), ..TransferQuery::default() };
+        let (all, cursor) = client.transfers(&query).await.unwrap();
+        assert_eq!((all.len(), cursor), (expected, expected as u64));
+    }
 }
 
 #[tokio::test]
@@ -361,7 +370,7 @@ async fn the_local_socket_serves_the_same() {
 async fn a_long_list_comes_whole_a_page_at_a_time() {
     use base::limits::{API_PAGE_ROWS, API_ROWS_MAX};
     let d = daemon().await;
-    let count = API_PAGE_ROWS * 2 + API_PAGE_ROWS / 2;
+    let count = API_PAGE_ROWS + API_PAGE_ROWS / 2;
     for n in 0..count {
         d.fake.put(transfer(&format!("t{n}"), "chengdu", State::Queued));
     }
@@ -371,12 +380,55 @@ async fn a_long_list_comes_whole_a_page_at_a_time() {
     };
     let newest_first: Vec<String> = (0..count).rev().map(|n| format!("t{n}")).collect();
     assert_eq!(ids(&format!("/v1/transfers?limit={API_ROWS_MAX}")).await, newest_first);
-    for limit in [1, API_PAGE_ROWS - 1, API_PAGE_ROWS, API_PAGE_ROWS + 1, 2 * API_PAGE_ROWS, count - 1, count] {
+    for limit in [1, API_PAGE_ROWS - 1, API_PAGE_ROWS, API_PAGE_ROWS + 1, count - 1, count] {
         assert_eq!(ids(&format!("/v1/transfers?limit={limit}")).await, newest_first[..limit as usize], "{limit}");
     }
     let many = vec!["t1"; 1_001].join(",");
     error(d.get(&format!("/v1/transfers?id={many}")).await, StatusCode::BAD_REQUEST, "usage").await;
     assert_eq!(ids("/v1/deliveries").await.len(), 1);
+}
+
+#[tokio::test]
+async fn every_list_is_whole_and_is_read_within_pages() {
+    let d = daemon().await;
+    let long = "x".repeat(3000);
+    for n in 0..100 {
+        let message = Some(format!("{n} {long}"));
+        d.fake.put(Transfer { message: message.clone(), ..transfer(&format!("t{n}"), "chengdu", State::Queued) });
+        d.fake.put_job(job(&format!("j-{n}"), Ok(json!({ "said": long }))));
+        d.fake
+            .world
+            .lock()
+            .runs
+            .push(super::types::Run { message, ..super::fake::run(&format!("r{n}"), super::types::RunState::Training) });
+        let artifact = super::types::Artifact { changed: Some(long.clone()), ..super::fake::artifact(&format!("model/m:{n:03}")) };
+        d.fake.artifacts.lock().push(artifact);
+    }
+    let count = async |path: &str, pointer: &str| {
+        let response = d.get(path).await;
+        assert_eq!(response.headers()["content-type"], "application/json");
+        let mut chunks = response.bytes_stream();
+        let mut text = Vec::new();
+        while let Some(chunk) = chunks.next().await {
+            let chunk = chunk.unwrap();
+            assert!(chunk.len() <= API_PAGE_BYTES + 4096, "{path}: {} bytes at once", chunk.len());
+            text.extend_from_slice(&chunk);
+        }
+        let value: Value = serde_json::from_slice(&text).unwrap();
+        value.pointer(pointer).unwrap().as_array().unwrap().len()
+    };
+    assert_eq!(count("/v1/artifacts", "").await, 101);
+    assert_eq!(count("/v1/artifacts/show?ref=model/m:007", "/transfers").await, 100);
+    assert_eq!(count("/v1/runs?limit=10000", "").await, 100);
+    assert_eq!(count("/v1/jobs/list", "").await, 100);
+    assert_eq!(count("/v1/transfers?id=d1", "").await, 100);
+    assert_eq!(count("/v1/deliveries/show?id=d1", "/parts").await, 100);
+    assert_eq!(count("/v1/sites", "").await, 1);
+    // In a list of deliveries one that is too long is cut, and says so.
+    let all: Vec<super::types::Delivery> = d.get("/v1/deliveries").await.json().await.unwrap();
+    assert!(all[0].parts.len() < 100 && all[0].parts_total == Some(100), "{} parts", all[0].parts.len());
+    let whole: super::types::Delivery = d.get("/v1/deliveries/show?id=d1").await.json().await.unwrap();
+    assert_eq!((whole.parts_total, whole.note.as_deref(), whole.sites.len()), (None, None, 1));
 }
 
 #[tokio::test]

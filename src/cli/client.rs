@@ -11,10 +11,10 @@ use serde::de::DeserializeOwned;
 
 use super::args::Global;
 use crate::api::types::{Job, Transfer, TransferQuery};
-use crate::api::{ApiToken, CURSOR_HEADER, ErrorBody, Proof, ProofQuery, SocketPath, TOKEN_HEADER, VERSION, VERSION_HEADER};
+use crate::api::{ApiToken, CURSOR_HEADER, ErrorBody, NEXT_HEADER, Proof, ProofQuery, SocketPath, TOKEN_HEADER, VERSION, VERSION_HEADER};
 use crate::config;
 use base::fault::{Code, Fault};
-use base::limits::{API_CLIENT_IDLE_MAX, API_REPLY_MAX, JOB_CANCEL_MAX};
+use base::limits::{API_CLIENT_IDLE_MAX, API_REPLY_MAX, API_ROWS_DEFAULT, JOB_CANCEL_MAX};
 
 /// One daemon, as a client sees it.
 pub(crate) struct Client {
@@ -111,14 +111,31 @@ impl Client {
         self.send(self.http.request(Method::POST, self.url(path)).json(body), Duration::ZERO).await.map(|(value, _)| value)
     }
 
-    /// Transfers, and the cursor to go on from.
+    /// Transfers, and the cursor to go on from. What has no room in one answer is asked for as well, up to the rows that the query
+    /// wants.
     pub(crate) async fn transfers(&self, query: &TransferQuery) -> Result<(Vec<Transfer>, u64), Fault> {
+        let (mut all, mut cursor, mut more) = self.some_transfers(query).await?;
+        while more && all.len() < query.limit.unwrap_or(API_ROWS_DEFAULT) as usize {
+            let limit = query.limit.map(|limit| limit.saturating_sub(u32::try_from(all.len()).unwrap_or(u32::MAX)));
+            let rest = TransferQuery { since: Some(cursor), wait: None, limit, ..query.clone() };
+            let (rows, next, still_more) = self.some_transfers(&rest).await?;
+            // One that changed meanwhile comes a second time.
+            all.retain(|row| rows.iter().all(|newer| newer.id != row.id));
+            all.extend(rows);
+            more = still_more && next > cursor;
+            cursor = next.max(cursor);
+        }
+        Ok((all, cursor))
+    }
+
+    /// One answer: transfers, the cursor to go on from, and whether more have changed already.
+    async fn some_transfers(&self, query: &TransferQuery) -> Result<(Vec<Transfer>, u64, bool), Fault> {
         let request = self.http.request(Method::GET, self.url("/v1/transfers")).query(query);
         let (transfers, headers): (Vec<Transfer>, _) = self.send(request, Duration::from_secs(query.wait.unwrap_or(0))).await?;
         let said = headers.get(CURSOR_HEADER).and_then(|v| v.to_str().ok()?.parse().ok());
         // A proxy may drop the header; the rows say it too.
         let seen = transfers.iter().map(|t| t.cursor).max();
-        Ok((transfers, said.or(seen).or(query.since).unwrap_or(0)))
+        Ok((transfers, said.or(seen).or(query.since).unwrap_or(0), headers.contains_key(NEXT_HEADER)))
     }
 
     /// A job, after its end or after `wait`.

@@ -10,9 +10,9 @@ use serde_json::json;
 use super::args::Args;
 use super::tracker::{Tracker, notice};
 use super::{dispatch, render_error, status};
+use crate::api::ApiToken;
 use crate::api::fake::{Fake, TOKEN, job, offline, transfer};
 use crate::api::types::*;
-use crate::api::{ApiToken, Backend};
 use crate::cli::args::Output;
 use base::fault::{Code, Fault, Reason};
 
@@ -363,7 +363,7 @@ fn the_detail_of_a_transfer() {
 
 #[tokio::test]
 async fn what_changed_where_it_lies_is_told_beside_it() {
-    let mut all = Fake::default().artifacts().await.unwrap();
+    let mut all = vec![crate::api::fake::artifact("dataset/line3:v1")];
     all[0].published_here = true;
     assert!(status::artifacts(&all, false).contains("  here  "), "{}", status::artifacts(&all, false));
     all[0].published_here = false;

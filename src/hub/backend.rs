@@ -1,33 +1,34 @@
 //! What the hub can be asked over its API.
 
-use std::collections::BTreeMap;
-use std::fmt::Write as _;
-use std::path::PathBuf;
-use std::time::Duration;
-
-use async_trait::async_trait;
-use futures::StreamExt as _;
-
 use super::Hub;
 use super::sharing::Shared;
-use crate::api::Backend;
-use crate::api::View;
 use crate::api::types::*;
-use crate::delivery;
+use crate::api::{Backend, View};
+use crate::delivery::Whole;
+use async_trait::async_trait;
 use base::blocking::blocking;
 use base::fault::{Fault, Reason};
-use base::limits::{API_LIST_BYTES_MAX, API_ROWS_MAX};
+use base::limits::{API_PAGE_BYTES, DELIVERY_ARTIFACTS_MAX, DELIVERY_PARTS_MAX, PLAN_ROWS_MAX};
 use base::names::{ArtifactRef, DeliveryId, SiteName, SiteSelector, TransferId, check_label};
 use base::text::Message;
 use content::bundle::{self, Member};
-use content::manifest::Root;
-use exchange::wire::{AskSite, Standing, Stands};
-use model::paging::Budget;
-use state::{Body, Changed, DeliveryRow, Part, TransferRow, new_delivery_id, what_changed};
+use content::manifest::{Digest, Root};
+use exchange::wire::{AskSite, Planned, Standing, Stands};
+use futures::StreamExt as _;
+use model::paging::{Budget, Page, Pager, Room};
+use state::{Body, Changed, DeliveryRow, Part, SiteRow, TransferRow, new_delivery_id, what_changed};
+use std::collections::{BTreeMap, HashMap};
+use std::fmt::Write as _;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::time::Instant;
 use transport::identity::{Holder, JoinToken};
 
-/// How long a site may take to work out a plan.
+/// How long the sites together may take to work out a plan.
 const PLAN_MAX: Duration = Duration::from_secs(30);
+/// Rows of a plan that are worked out at once.
+const PLANS_AT_ONCE: usize = 256;
 /// How long it may take to say whether it has something still.
 const HOLDS_MAX: Duration = Duration::from_secs(5);
 /// Sites that are asked that together.
@@ -44,6 +45,21 @@ fn parse_refs(artifacts: &[String]) -> Result<Vec<ArtifactRef>, Fault> {
     artifacts.iter().map(|a| Ok(a.parse()?)).collect()
 }
 
+/// Refuses what is too much for one delivery, or for one plan.
+fn check_size(artifacts: &[ArtifactRef], sites: usize, parts_max: usize) -> Result<(), Fault> {
+    let next = "name fewer artifacts or fewer sites at once";
+    if artifacts.len() > DELIVERY_ARTIFACTS_MAX {
+        return Err(Fault::usage(format!("{} artifacts are named, and {DELIVERY_ARTIFACTS_MAX} are allowed at once", artifacts.len()))
+            .with_next(next));
+    }
+    let parts = artifacts.len().saturating_mul(sites);
+    if parts > parts_max {
+        let message = format!("{} artifacts to {sites} sites are {parts} transfers, and {parts_max} are allowed at once", artifacts.len());
+        return Err(Fault::usage(message).with_next(next));
+    }
+    Ok(())
+}
+
 impl Hub {
     /// A transfer as the API shows it: a site that is away is the reason for whatever is open.
     pub(super) fn view(&self, row: &TransferRow) -> Transfer {
@@ -57,9 +73,22 @@ impl Hub {
         view
     }
 
-    /// A delivery as the API shows it, and as a site is told of it.
-    pub(super) fn whole(&self, row: &DeliveryRow) -> Delivery {
-        delivery::view(row, row.parts.iter().map(|part| self.view(part)).collect())
+    /// A delivery as the API shows it, and as a site is told of it, with as many of its parts as `max` bytes hold.
+    pub(super) async fn whole(&self, row: &DeliveryRow, max: usize) -> Result<Delivery, Fault> {
+        let mut whole = Whole::new(max);
+        self.inner.catalogue.each_part(&row.id, |part| whole.add(self.view(&part))).await?;
+        Ok(whole.end(row))
+    }
+
+    /// A site as the API shows it: what the connection knows is added.
+    fn site_view(&self, row: &SiteRow) -> Site {
+        let mut site = row.view();
+        if let Some(connected) = self.inner.links.read().get(&site.name) {
+            site.online = true;
+            site.line = Some(connected.link.transport().into());
+            site.rtt_ms = Some(connected.link.rtt().as_secs_f64() * 1000.0);
+        }
+        site
     }
 
     /// Begins a delivery; `by` is who asks over a line, `None` the administrator.
@@ -73,20 +102,17 @@ impl Hub {
             return Err(no_artifact_named());
         }
         let sites = self.inner.catalogue.select_sites(selector).await?;
-        let mut rows = Vec::new();
+        check_size(artifacts, sites.len(), DELIVERY_PARTS_MAX)?;
+        let (mut parts, mut left_out) = (Vec::new(), Vec::new());
         for artifact in artifacts {
-            rows.push(self.inner.catalogue.artifact(artifact).await?);
-        }
-        let (mut targets, mut left_out) = (Vec::new(), Vec::new());
-        for row in &rows {
+            let row = self.inner.catalogue.artifact(artifact).await?;
             let shared = self.shared_with(by, &row.artifact, row.origin.as_ref(), &sites, selector).await?;
-            targets.push(shared.sites);
+            parts.push(Part::new(&row, &shared.sites));
             left_out.extend(shared.left_out);
         }
         let delivery = new_delivery_id();
-        let parts: Vec<Part> = rows.iter().zip(&targets).map(|(row, sites)| Part::new(row, sites)).collect();
         let (transfers, notes) = self.begin_noted(&delivery, None, &parts).await?;
-        let digest = rows.first().map(|row| row.digest.hex()).unwrap_or_default();
+        let digest = parts.first().map(|part| part.digest.hex()).unwrap_or_default();
         let artifact = artifacts.iter().map(ToString::to_string).collect::<Vec<_>>().join(",");
         let transfers = transfers.into_iter().map(Into::into).collect();
         Ok(Delivered { artifact, digest, delivery: delivery.into(), transfers, left_out, notes })
@@ -138,14 +164,20 @@ impl Hub {
     }
 
     /// Does what is asked of a transfer, or of all of a delivery; `by` is the site that asks, `None` the administrator.
-    pub(super) async fn act_on(&self, by: Option<&SiteName>, id: &str, action: Action) -> Result<Vec<Transfer>, Fault> {
-        let rows = self.inner.catalogue.transfers_of(id).await?;
-        let single = rows.len() == 1;
+    pub(super) async fn act_on(&self, by: Option<&SiteName>, id: &str, action: Action) -> Result<(), Fault> {
         // Of several, those that failed are meant; where none did, all are looked at again.
-        let failed = rows.iter().any(|row| matches!(row.state, State::Failed | State::Cancelled));
-        let mut out = Vec::new();
+        let (mut ids, mut failed) = (Vec::new(), false);
+        let query = TransferQuery { id: Some(id.to_owned()), ..TransferQuery::default() };
+        let see = |row: TransferRow| {
+            failed |= matches!(row.state, State::Failed | State::Cancelled);
+            ids.push(row.id);
+            true
+        };
+        self.inner.catalogue.scan_transfers(&query, None, i64::MAX, see).await?;
+        let single = ids.len() == 1;
         let (mut acted, mut refused) = (false, None);
-        for row in rows {
+        for one in ids {
+            let row = self.inner.catalogue.transfer(&one).await?;
             let fits = row.takes(action, failed);
             if !fits && single {
                 let word = match action {
@@ -160,20 +192,23 @@ impl Hub {
                 );
             }
             let refusal = if fits && action == Action::Retry { self.shared_no_more(by, &row).await? } else { None };
-            let row = match (fits, refusal) {
+            match (fits, refusal) {
                 (true, None) => {
                     acted = true;
-                    self.inner.catalogue.act(&row.id, action).await?
+                    self.inner.catalogue.act(&row.id, action).await?;
                 }
-                (_, refusal) => {
-                    refused = refused.or(refusal);
-                    row
-                }
-            };
-            out.push(self.view(&row));
+                (_, refusal) => refused = refused.or(refusal),
+            }
         }
         // Of several, those that may go on do.
-        refused.filter(|_| !acted).map_or(Ok(out), Err)
+        refused.filter(|_| !acted).map_or(Ok(()), Err)
+    }
+
+    /// Asks a site what a delivery to it would cost; `None`: it is away, or does not say. Meanwhile it may read the manifest, and
+    /// nothing else, of what it is not entitled to.
+    async fn ask_plan(&self, site: &SiteName, artifact: &ArtifactRef, digest: Digest) -> Option<Planned> {
+        let _planning = self.inner.planning.begin(site, digest);
+        self.ask_site(site, &AskSite::Plan { artifact: artifact.clone(), digest }).await.ok()
     }
 
     /// Takes an artifact into the catalogue that was published at a site, or whose bytes are in the hub's store now. `false`: it
@@ -192,8 +227,7 @@ impl Hub {
     /// What `doctor` says of what changed where it was published: one line each. Whether what is there now was published anew only
     /// that site knows for sure: here a newer version from there that is sound is taken for it.
     async fn changed_lines(&self) -> Result<Vec<String>, Fault> {
-        let rows = self.inner.catalogue.artifacts().await?.into_iter();
-        let published = rows.filter_map(|row| Some((row.origin.clone()?, row.created_ms, row)));
+        let published = self.inner.catalogue.published_at_sites().await?.into_iter();
         let lines = what_changed(published).into_iter().map(|Changed { artifact, place: site, how, newer }| match newer {
             Some(newer) => format!("ok {artifact} at {site}: {how}; {newer} was published there since"),
             None => format!("fault {artifact} at {site}: {how}; there, put the old content back or publish a new version"),
@@ -234,18 +268,26 @@ impl Backend for Hub {
         let refs = parse_refs(&request.artifacts)?;
         let selector: SiteSelector = request.to.parse()?;
         let sites = self.inner.catalogue.select_sites(&selector).await?;
-        let mut out = Vec::new();
-        for artifact in refs {
-            let row = self.inner.catalogue.artifact(&artifact).await?;
-            let Shared { sites, mut left_out } = self.shared_with(None, &artifact, row.origin.as_ref(), &sites, &selector).await?;
-            for site in &sites {
-                let question = AskSite::Plan { artifact: artifact.clone(), digest: row.digest };
-                // A site may plan what it is not yet entitled to hold: for that moment it may read the manifest.
-                self.inner.entitled.lock().put((site.clone(), row.digest), (), PLAN_MAX);
-                let asked = tokio::time::timeout(PLAN_MAX, self.ask_site::<exchange::wire::Planned>(site, &question)).await;
-                let total = row.root.totals.bytes;
-                let planned = asked.ok().and_then(Result::ok);
-                out.push(PlanRow {
+        check_size(&refs, sites.len(), PLAN_ROWS_MAX)?;
+        let mut rows = Vec::new();
+        for artifact in &refs {
+            let row = self.inner.catalogue.artifact(artifact).await?;
+            let Shared { sites, mut left_out } = self.shared_with(None, artifact, row.origin.as_ref(), &sites, &selector).await?;
+            let (digest, total) = (row.digest, row.root.totals.bytes);
+            rows.extend(sites.into_iter().map(|site| (artifact, digest, total, site, std::mem::take(&mut left_out))));
+        }
+        // All sites together have this long, however many there are; of one the questions come one after the other.
+        let deadline = Instant::now() + PLAN_MAX;
+        let mut turns: HashMap<SiteName, Arc<tokio::sync::Mutex<()>>> = HashMap::new();
+        let asked = rows.into_iter().map(|(artifact, digest, total, site, left_out)| {
+            let turn = turns.entry(site.clone()).or_default().clone();
+            async move {
+                let planned = tokio::time::timeout_at(deadline, async {
+                    let _turn = turn.lock().await;
+                    self.ask_plan(&site, artifact, digest).await
+                });
+                let planned = planned.await.ok().flatten();
+                PlanRow {
                     artifact: artifact.to_string(),
                     site: site.to_string(),
                     asked: planned.is_some(),
@@ -254,37 +296,39 @@ impl Backend for Hub {
                     needs: planned.as_ref().map_or(total, |p| p.needs),
                     free: planned.as_ref().and_then(|p| p.free),
                     seconds: planned.as_ref().and_then(|p| (p.rate > 0).then(|| p.missing.div_ceil(p.rate))),
-                    left_out: std::mem::take(&mut left_out),
-                });
+                    left_out,
+                }
+            }
+        });
+        Ok(futures::stream::iter(asked.collect::<Vec<_>>()).buffered(PLANS_AT_ONCE).collect().await)
+    }
+
+    async fn transfers(&self, query: &TransferQuery, behind: Option<&str>, room: Room) -> Result<(Page<Transfer>, u64), Fault> {
+        self.inner.catalogue.transfer_page(query, behind, room, |row| self.view(row)).await
+    }
+
+    async fn act(&self, id: &str, action: Action, room: Room) -> Result<Page<Transfer>, Fault> {
+        self.act_on(None, id, action).await?;
+        let query = TransferQuery { id: Some(id.to_owned()), ..TransferQuery::default() };
+        Ok(self.transfers(&query, None, room).await?.0)
+    }
+
+    async fn deliveries(&self, behind: Option<&str>, room: Room) -> Result<Page<Delivery>, Fault> {
+        let mut pager = Pager::new(room);
+        for row in self.inner.catalogue.deliveries(behind, room.rows_asked(), false).await? {
+            if !pager.put(self.whole(&row, room.bytes).await?, &*row.id) {
+                break;
             }
         }
-        Ok(out)
+        Ok(pager.page())
     }
 
-    async fn transfers(&self, query: &TransferQuery) -> Result<(Vec<Transfer>, u64), Fault> {
-        let (rows, cursor) = self.inner.catalogue.transfers(query).await?;
-        Ok((rows.iter().map(|row| self.view(row)).collect(), cursor))
+    async fn delivery(&self, id: &str, max: usize) -> Result<Delivery, Fault> {
+        self.whole(&self.inner.catalogue.delivery(id).await?, max).await
     }
 
-    async fn act(&self, id: &str, action: Action) -> Result<Vec<Transfer>, Fault> {
-        self.act_on(None, id, action).await
-    }
-
-    async fn transfers_behind(&self, id: &str, limit: u32) -> Result<Vec<Transfer>, Fault> {
-        Ok(self.inner.catalogue.transfers_behind(id, limit).await?.iter().map(|row| self.view(row)).collect())
-    }
-
-    async fn deliveries(&self, behind: Option<&str>, limit: u32) -> Result<Vec<Delivery>, Fault> {
-        let rows = self.inner.catalogue.deliveries(behind, limit).await?;
-        Ok(rows.iter().map(|row| self.whole(row)).collect())
-    }
-
-    async fn delivery(&self, id: &str) -> Result<Delivery, Fault> {
-        Ok(self.whole(&self.inner.catalogue.delivery(id).await?))
-    }
-
-    async fn runs(&self, limit: u32) -> Result<Vec<Run>, Fault> {
-        self.list_runs(None, limit).await
+    async fn runs(&self, behind: Option<&str>, room: Room) -> Result<Page<Run>, Fault> {
+        self.list_runs(None, behind, 0, room).await
     }
 
     async fn run(&self, name: &str) -> Result<Run, Fault> {
@@ -299,29 +343,23 @@ impl Backend for Hub {
         Hub::act_on_run(self, None, &request.try_into()?).await
     }
 
-    async fn artifacts(&self) -> Result<Vec<Artifact>, Fault> {
-        self.inner.catalogue.map_artifacts(|row| row.view()).await
+    async fn artifacts(&self, behind: Option<&str>, room: Room) -> Result<Page<Artifact>, Fault> {
+        self.inner.catalogue.artifact_page(behind, room, View::view).await
     }
 
     async fn show(&self, artifact: &str) -> Result<ArtifactDetail, Fault> {
         let artifact: ArtifactRef = artifact.parse()?;
         let row = self.inner.catalogue.artifact(&artifact).await?;
-        let transfers = self.inner.catalogue.transfers_of_artifact(&artifact).await?;
         let lineage = self.inner.catalogue.lineage(&artifact).await?.map(super::lineage_view);
-        Ok(ArtifactDetail { artifact: row.view(), transfers: transfers.iter().map(|t| self.view(t)).collect(), lineage })
+        Ok(ArtifactDetail { artifact: row.view(), transfers: Vec::new(), lineage })
     }
 
-    async fn sites(&self) -> Result<Vec<Site>, Fault> {
-        let mut sites: Vec<Site> = self.inner.catalogue.sites().await?.iter().map(View::view).collect();
-        let links = self.inner.links.read();
-        for site in &mut sites {
-            if let Some(connected) = links.get(&site.name) {
-                site.online = true;
-                site.line = Some(connected.link.transport().into());
-                site.rtt_ms = Some(connected.link.rtt().as_secs_f64() * 1000.0);
-            }
-        }
-        Ok(sites)
+    async fn transfers_of_artifact(&self, artifact: &str, behind: Option<&str>, room: Room) -> Result<Page<Transfer>, Fault> {
+        self.inner.catalogue.artifact_transfer_page(&artifact.parse()?, behind, room, |row| self.view(row)).await
+    }
+
+    async fn sites(&self, behind: Option<&str>, room: Room) -> Result<Page<Site>, Fault> {
+        self.inner.catalogue.site_page(behind, room, |row| self.site_view(row)).await
     }
 
     async fn token(&self, request: TokenRequest) -> Result<String, Fault> {
@@ -421,7 +459,8 @@ impl Backend for Hub {
         out.push(format!("ok line: listening on {} (UDP and TCP)", self.inner.listener.local_addr()));
         out.extend(self.inner.identity.clock_fault().map(|text| format!("fault clock: {text}")));
         let mut joined = Vec::new();
-        for site in self.sites().await? {
+        for row in self.inner.catalogue.sites().await? {
+            let site = self.site_view(&row);
             let word = if site.online { "ok" } else { "fault" };
             let line = site.line.unwrap_or_else(|| "not connected".into());
             out.push(format!("{word} site {}: {line}", site.name));
@@ -437,8 +476,8 @@ impl Backend for Hub {
         self.inner.jobs.get(id)
     }
 
-    async fn jobs(&self) -> Result<Vec<Job>, Fault> {
-        Ok(self.inner.jobs.list())
+    async fn jobs(&self, behind: Option<&str>, room: Room) -> Result<Page<Job>, Fault> {
+        Ok(self.inner.jobs.list(behind, room))
     }
 
     async fn cancel_job(&self, id: &str) -> Result<Job, Fault> {
@@ -446,8 +485,7 @@ impl Backend for Hub {
     }
 
     async fn events(&self, since: u64, limit: u32) -> Result<Vec<Event>, Fault> {
-        let sites = self.sites().await?;
-        let (mut out, mut room) = (Vec::new(), Budget::new(API_LIST_BYTES_MAX));
+        let (mut out, mut room) = (Vec::new(), Budget::new(API_PAGE_BYTES));
         for row in self.inner.catalogue.events(since, limit).await? {
             let (mut event, name) = (row.view(), row.name);
             event.body = match event.what.as_str() {
@@ -459,7 +497,10 @@ impl Backend for Hub {
                     Err(_) => None,
                 },
                 "run" => self.show_run(None, &name).await.ok().and_then(|run| serde_json::to_value(run).ok()),
-                _ => sites.iter().find(|s| s.name.as_str() == name).and_then(|s| serde_json::to_value(s).ok()),
+                _ => {
+                    let site = self.inner.catalogue.site(&name).await.ok().flatten();
+                    site.and_then(|row| serde_json::to_value(self.site_view(&row)).ok())
+                }
             }
             .unwrap_or_default();
             if !room.takes(&event) {
@@ -476,7 +517,13 @@ impl Backend for Hub {
 
     async fn metrics(&self) -> Result<String, Fault> {
         let mut counted = crate::metrics::Transfers::default();
-        self.inner.catalogue.each_transfer(API_ROWS_MAX, |row| counted.add(&self.view(&row))).await?;
+        for row in self.inner.catalogue.counted_transfers().await? {
+            // As in the view of each: a site that is away is the reason for whatever is open.
+            let state = State::parse(&row.state);
+            let is_open = state.is_some_and(|state| !state.is_final() && state != State::Paused);
+            let is_away = is_open && row.site.parse().is_ok_and(|site| !self.is_online(&site));
+            counted.add(&row, is_away.then_some(Reason::SiteOffline));
+        }
         let mut out = counted.to_text();
         let store = self.inner.store.clone();
         let stored = blocking(move || store.stored_bytes()).await?;

@@ -179,7 +179,7 @@ async fn a_publish_that_is_cancelled_leaves_nothing_but_chunks_for_a_collection(
     bench.hub.cancel_job(&job.id).await.unwrap();
     let job = ended(&bench, job).await;
     assert_eq!((job.state.as_str(), job.error.unwrap().code), ("cancelled", Code::Partial));
-    assert!(bench.hub.artifacts().await.unwrap().is_empty());
+    assert!(bench.hub.inner.catalogue.artifacts().await.unwrap().is_empty());
     let gc = bench.hub.gc().await.unwrap();
     assert_eq!(ended(&bench, gc).await.state, "done");
     // The same again is a new job, and whole.

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use super::manifests::{Live, fault_of, malformed_line, mark};
+use super::manifests::{AllArtifacts, Live, fault_of, malformed_line, mark};
 use super::{Hub, short};
 use crate::api::types::{PublishRequest, Published};
 use crate::jobs::until_room;
@@ -120,8 +120,10 @@ impl Hub {
         progress.doing("making what was written durable");
         let store = self.inner.store.clone();
         let collection = blocking(move || store.begin_collection()).await?;
-        // Only now: what is published from here on the collection leaves alone.
-        let rows = self.inner.catalogue.artifacts().await?;
+        // Only now: what is published from here on the collection leaves alone. What a publish is committing at this moment is
+        // waited for: it may have been given up since, and its lease with it.
+        let names = self.inner.catalogue.artifact_names_settled().await?;
+        let all = AllArtifacts::of(&self.inner.catalogue);
         let store = self.inner.store.clone();
         progress.doing("marking what is named");
         let result = blocking(move || {
@@ -134,10 +136,11 @@ impl Hub {
                     .with_next("see 'packhorse doctor'; restore the packs from a backup, or publish again what 'packhorse verify' names"));
             }
             let (mut live, mut pages, mut malformed) = (Live::new(), HashSet::new(), Vec::new());
-            for row in &rows {
+            for name in &names {
                 progress.check()?;
+                let Some(row) = all.row(name)? else { continue };
                 if let Some(fault) = fault_of(&row.artifact, &row.root, &store)? {
-                    let line = malformed_line(row, &fault);
+                    let line = malformed_line(&row, &fault);
                     tracing::warn!(artifact = %row.artifact, error = %fault, "the manifest of an artifact cannot be used");
                     progress.note(line);
                     malformed.push(row.artifact.to_string());

@@ -14,7 +14,7 @@ use base::names::ArtifactRef;
 use content::chunk::Hash;
 use content::manifest::{self, Digest, Named, Root};
 use content::store::Store;
-use state::ArtifactRow;
+use state::{ArtifactRow, Catalogue};
 
 /// What is alive of a store: eight bytes of each name.
 pub(super) type Live = HashSet<u64>;
@@ -30,31 +30,55 @@ impl Hub {
 
     /// What `doctor` says of the manifests. Each is checked once while the daemon runs; a long list takes more than one call.
     pub(super) async fn manifest_lines(&self) -> Result<Vec<String>, Fault> {
-        let rows = self.inner.catalogue.artifacts().await?;
+        let names = self.inner.catalogue.artifacts_by_digest().await?;
+        let all = AllArtifacts::of(&self.inner.catalogue);
         let (store, checked) = (self.inner.store.clone(), self.inner.checked_manifests.clone());
         blocking(move || {
             let (mut out, mut left, begun) = (Vec::new(), 0, Instant::now());
-            let there: HashSet<Digest> = rows.iter().map(|row| row.digest).collect();
+            let there: HashSet<Digest> = names.iter().map(|(_, digest)| *digest).collect();
             checked.lock().retain(|digest, _| there.contains(digest));
-            for row in &rows {
+            for (name, digest) in &names {
                 // One that was not may have been repaired.
-                if checked.lock().get(&row.digest) == Some(&true) {
+                if checked.lock().get(digest) == Some(&true) {
                     continue;
                 }
                 if begun.elapsed() >= DOCTOR_MANIFESTS_MAX {
                     left += 1;
                     continue;
                 }
+                let Some(row) = all.row(name)? else { continue };
                 let fault = fault_of(&row.artifact, &row.root, &store)?;
                 checked.lock().insert(row.digest, fault.is_none());
-                out.extend(fault.map(|fault| format!("fault manifest {}", malformed_line(row, &fault))));
+                out.extend(fault.map(|fault| format!("fault manifest {}", malformed_line(&row, &fault))));
             }
             if left > 0 {
-                out.push(format!("ok manifests: {left} of {} are not checked yet; run 'packhorse doctor' again", rows.len()));
+                out.push(format!("ok manifests: {left} of {} are not checked yet; run 'packhorse doctor' again", names.len()));
             }
             Ok(out)
         })
         .await
+    }
+}
+
+/// Reads the artifacts of the catalogue one by one where it may block, so that their root manifests are not in memory together.
+pub(super) struct AllArtifacts {
+    catalogue: Catalogue,
+    runtime: tokio::runtime::Handle,
+}
+
+impl AllArtifacts {
+    /// To be called within the runtime.
+    pub(super) fn of(catalogue: &Catalogue) -> Self {
+        Self { catalogue: catalogue.clone(), runtime: tokio::runtime::Handle::current() }
+    }
+
+    /// One of them; `None`: it was removed meanwhile. Blocks.
+    pub(super) fn row(&self, name: &ArtifactRef) -> Result<Option<ArtifactRow>, Fault> {
+        match self.runtime.block_on(self.catalogue.artifact(name)) {
+            Ok(row) => Ok(Some(row)),
+            Err(fault) if fault.code == Code::NotFound => Ok(None),
+            Err(fault) => Err(fault),
+        }
     }
 }
 

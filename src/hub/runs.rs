@@ -13,6 +13,7 @@ use base::limits::{RUN_INPUTS_MAX, RUN_TTL_MAX, RUNS_OPEN_MAX};
 use base::names::{ArtifactRef, Kind, RunName, SiteName, SiteSelector};
 use content::chunk::Hash;
 use content::manifest::Root;
+use model::paging::{Page, Room};
 use model::run::hub::{Effect, Event, Finish, Run, Seen, step};
 use model::run::{Borrowed, DesiredRun, Input, Lineage, Model, RunAct, RunOrder, RunReport, Spec, no_run as unknown};
 use state::{Forbids, Part, TransferRow, new_delivery_id, new_run_id};
@@ -35,7 +36,7 @@ impl Hub {
     pub(super) async fn keep_runs(&self) {
         loop {
             let changed = self.inner.catalogue.changed();
-            match self.inner.catalogue.runs::<Run>(true, OPEN_MAX).await {
+            match self.inner.catalogue.open_runs::<Run>(OPEN_MAX).await {
                 Ok(open) => {
                     for run in open {
                         let name = &run.spec.name;
@@ -158,7 +159,7 @@ impl Hub {
     pub(super) async fn desired_runs(&self, site: &SiteName) -> Result<Vec<DesiredRun>, Fault> {
         let mut out = Vec::new();
         let mut told = 0;
-        for run in self.inner.catalogue.runs::<Run>(true, OPEN_MAX).await? {
+        for run in self.inner.catalogue.open_runs::<Run>(OPEN_MAX).await? {
             if run.spec.on != *site {
                 continue;
             }
@@ -338,7 +339,7 @@ impl Hub {
             ))
             .with_next(format!("packhorse deliver {} --to {on}; when that is done, start the run again", all.join(" "))));
         }
-        let open = catalogue.runs::<Run>(true, OPEN_MAX).await?;
+        let open = catalogue.open_runs::<Run>(OPEN_MAX).await?;
         if open.iter().filter(|run| run.spec.on == on).count() >= RUNS_OPEN_MAX {
             return Err(Fault::conflict(format!("{RUNS_OPEN_MAX} runs are open at site {on}")).with_next("wait until one has ended"));
         }
@@ -386,12 +387,14 @@ impl Hub {
     }
 
     /// The newest runs, as `by` may see them.
-    pub(super) async fn list_runs(&self, by: Option<&SiteName>, limit: u32) -> Result<Vec<types::Run>, Fault> {
-        let runs: Vec<Run> = match by {
-            Some(site) => self.inner.catalogue.runs_of(site, limit).await?,
-            None => self.inner.catalogue.runs(false, limit).await?,
-        };
-        Ok(runs.iter().map(view).collect())
+    pub(super) async fn list_runs(
+        &self,
+        by: Option<&SiteName>,
+        behind: Option<&str>,
+        skip: u32,
+        room: Room,
+    ) -> Result<Page<types::Run>, Fault> {
+        self.inner.catalogue.run_page(by, behind, skip, room, view).await
     }
 }
 

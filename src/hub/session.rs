@@ -1,18 +1,9 @@
 //! One site's line at the hub: the desired state goes out, reports come in, fetches and questions are answered.
 
-use std::sync::Arc;
-use std::time::{Duration, Instant};
-
-use parking_lot::Mutex;
-use tokio::sync::Semaphore;
-use tokio::time::timeout;
-use tokio_util::sync::CancellationToken;
-
 use super::telling::Telling;
 use super::{Connected, Hub};
 use crate::api::types::{Action, Published, State, Transfer, TransferQuery};
 use crate::config::Congestion;
-use crate::delivery;
 use base::budget::Seat;
 use base::fault::{Code, Fault};
 use base::limits::{
@@ -26,9 +17,16 @@ use base::text::Message;
 use content::manifest::Digest;
 use exchange::fetch::{self, Fetcher};
 use exchange::wire::{self, AskHub, CONTROL, Desired, FETCH, FromHub, FromSite, QUESTION, Report};
-use model::paging;
+use model::paging::{self, Room};
 use model::run::{DesiredRun, RunReport};
+use parking_lot::Mutex;
 use state::{ArtifactRow, TransferRow, no_delivery};
+use std::collections::HashSet;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use tokio::sync::Semaphore;
+use tokio::time::timeout;
+use tokio_util::sync::CancellationToken;
 use transport::identity::{Holder, verify_signature};
 use transport::{Link, RecvHalf, SendHalf};
 
@@ -58,13 +56,15 @@ struct Streams {
     control: Mutex<CancellationToken>,
 }
 
+/// What an answer has around its list.
+const ANSWER_FRAME_BYTES: usize = 1 << 10;
 /// What the lineages that a site is told take of one message on the line.
 const LINEAGE_BYTES_MAX: usize = 1 << 20;
 
 impl Hub {
     /// Serves a site until its line ends.
     pub(super) async fn welcome(&self, name: SiteName, link: Link, cert_der: Vec<u8>) {
-        let known = self.inner.catalogue.sites().await.is_ok_and(|sites| sites.iter().any(|s| s.name == name));
+        let known = self.inner.catalogue.site(name.as_str()).await.is_ok_and(|site| site.is_some());
         if !known {
             link.close("the hub does not know this site: join again");
             return;
@@ -363,17 +363,12 @@ impl Hub {
             AskHub::StartRun(request) => self.start_run(Some(site), &request).await.and_then(as_json),
             AskHub::ActOnRun(request) => self.act_on_run(Some(site), &request).await.and_then(as_json),
             AskHub::ShowRun(name) => self.show_run(Some(site), name.as_str()).await.and_then(as_json),
-            AskHub::ListRuns { limit, from } => self.runs_for(site, limit.min(API_ROWS_MAX), from).await,
+            AskHub::ListRuns { limit, from } => {
+                let room = Room { rows: limit.saturating_sub(from).min(API_ROWS_MAX), bytes: ANSWER_BYTES_MAX };
+                as_json(self.list_runs(Some(site), None, from, room).await?.rows)
+            }
             AskHub::Publish { .. } => Err(Fault::internal("an offer is no plain question")),
         }
-    }
-
-    /// The runs that a site has to do with, behind the first `from` of them: as many as one answer holds.
-    async fn runs_for(&self, site: &SiteName, limit: u32, from: u32) -> Result<serde_json::Value, Fault> {
-        let mut runs = self.list_runs(Some(site), limit).await?;
-        runs.drain(..runs.len().min(from as usize));
-        runs.truncate(paging::fitting(&runs, ANSWER_BYTES_MAX));
-        as_json(runs)
     }
 
     /// A site may send on what it was given, and nothing else: it cannot make itself entitled to the rest.
@@ -388,18 +383,26 @@ impl Hub {
     /// A delivery as a whole, for a site that may see all of it.
     async fn delivery_for(&self, site: &SiteName, id: &str) -> Result<serde_json::Value, Fault> {
         let row = self.inner.catalogue.delivery(id).await?;
-        if !self.may_see(site, &row.parts).await? {
+        if !self.may_see(site, &all_of(id)).await? {
             return Err(no_delivery(id));
         }
-        as_json(delivery::within(self.whole(&row), ANSWER_BYTES_MAX))
+        as_json(self.whole(&row, ANSWER_BYTES_MAX).await?)
     }
 
-    /// Whether each of these goes to this site, or is of what it published or holds.
-    async fn may_see(&self, site: &SiteName, rows: &[TransferRow]) -> Result<bool, Fault> {
+    /// Whether each transfer that a query means goes to this site, or is of what it published or holds.
+    async fn may_see(&self, site: &SiteName, query: &TransferQuery) -> Result<bool, Fault> {
         let catalogue = &self.inner.catalogue;
-        for row in rows.iter().filter(|row| row.site != *site) {
-            let own = catalogue.artifact(&row.artifact).await.is_ok_and(|a| a.origin.as_ref() == Some(site));
-            if !own && !catalogue.is_entitled(site, row.digest).await? {
+        let mut of_others = HashSet::new();
+        let see = |row: TransferRow| {
+            if row.site != *site {
+                of_others.insert((row.artifact, row.digest));
+            }
+            true
+        };
+        catalogue.scan_transfers(query, None, i64::MAX, see).await?;
+        for (artifact, digest) in of_others {
+            let own = catalogue.artifact(&artifact).await.is_ok_and(|a| a.origin.as_ref() == Some(site));
+            if !own && !catalogue.is_entitled(site, digest).await? {
                 return Ok(false);
             }
         }
@@ -408,21 +411,34 @@ impl Hub {
 
     /// How transfers stand of what a site holds, wherever they go.
     async fn transfers_for(&self, site: &SiteName, id: &WorkIds, since: Option<u64>, wait: u64) -> Result<serde_json::Value, Fault> {
-        let all = TransferQuery { id: Some(id.to_string()), ..TransferQuery::default() };
         // All of them, changed or not: what a site may not see looks the same to it as what is not there.
-        if !self.may_see(site, &self.inner.catalogue.transfers(&all).await?.0).await? {
+        let ids = id.to_string();
+        if !self.may_see(site, &all_of(&ids)).await? {
             return Err(Fault::not_found(format!("there is no transfer or delivery {id}")).with_next("'packhorse status' lists them"));
         }
-        let query = TransferQuery { since, ..all };
         let until = Instant::now() + Duration::from_secs(wait).min(LONG_POLL_MAX);
         loop {
             let changed = self.inner.catalogue.changed();
-            let (rows, cursor) = self.inner.catalogue.transfers(&query).await?;
+            let (rows, cursor) = self.answer_page(&ids, since).await?;
             if !rows.is_empty() || since.is_none() || Instant::now() >= until {
-                return as_json(first_page(rows.iter().map(|row| self.view(row)).collect(), cursor));
+                return as_json((rows, cursor));
             }
             let _ = tokio::time::timeout_at(until.into(), changed).await;
         }
+    }
+
+    /// As many of the transfers of ids as one answer holds, and the cursor to go on from: if some are left, those that changed first
+    /// are given, and the rest follow behind the last of them.
+    async fn answer_page(&self, id: &str, since: Option<u64>) -> Result<(Vec<Transfer>, u64), Fault> {
+        let query = TransferQuery { since: Some(since.unwrap_or(0)), ..all_of(id) };
+        // Room for the list, the cursor and what is around them.
+        let room = Room { rows: u32::MAX, bytes: ANSWER_BYTES_MAX - ANSWER_FRAME_BYTES };
+        let (mut page, cursor) = self.inner.catalogue.transfer_page(&query, None, room, |row| self.view(row)).await?;
+        if page.next.is_none() && since.is_none() {
+            // All of them: in the order in which they were begun.
+            page.rows.sort_by(|one, other| one.id.cmp(&other.id));
+        }
+        Ok((page.rows, cursor))
     }
 
     /// An artifact that this site was given, or gave.
@@ -531,12 +547,17 @@ impl Hub {
     }
 
     async fn act_for(&self, site: &SiteName, id: &str, action: Action) -> Result<serde_json::Value, Fault> {
-        let rows = self.inner.catalogue.transfers_of(id).await?;
-        if rows.iter().any(|row| row.site != *site) {
+        let mut is_own = true;
+        let see = |row: TransferRow| {
+            is_own &= row.site == *site;
+            is_own
+        };
+        self.inner.catalogue.scan_transfers(&all_of(id), None, i64::MAX, see).await?;
+        if !is_own {
             return Err(Fault::not_found(format!("there is no transfer {id} at this site")));
         }
-        let rows = self.act_on(Some(site), id, action).await?;
-        as_json(first_page(rows, 0).0)
+        self.act_on(Some(site), id, action).await?;
+        as_json(self.answer_page(id, None).await?.0)
     }
 
     /// Asks a site that is online.
@@ -565,16 +586,9 @@ fn desired(row: TransferRow) -> Desired {
     }
 }
 
-/// As many of these transfers as one answer holds, and the cursor to go on from: if some are left, those that changed first are
-/// given, and the rest follow behind the last of them.
-fn first_page(mut all: Vec<Transfer>, cursor: u64) -> (Vec<Transfer>, u64) {
-    if paging::fitting(&all, ANSWER_BYTES_MAX) == all.len() {
-        return (all, cursor);
-    }
-    all.sort_by_key(|transfer| transfer.cursor);
-    all.truncate(paging::fitting(&all, ANSWER_BYTES_MAX));
-    let last = all.last().map_or(cursor, |transfer| transfer.cursor);
-    (all, last)
+/// The transfers of ids, each of a transfer or of a delivery.
+fn all_of(id: &str) -> TransferQuery {
+    TransferQuery { id: Some(id.to_owned()), ..TransferQuery::default() }
 }
 
 /// An answer that its receiver would refuse becomes one that says so.

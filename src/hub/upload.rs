@@ -156,7 +156,8 @@ impl Hub {
             && row.digest != digest
         {
             // Says the conflict in its own words.
-            inner.catalogue.add_artifact(&artifact, &root, None).await?;
+            let taken = inner.catalogue.add_artifact(&artifact, &root, None).await;
+            self.as_publisher_may_know(publisher, &artifact, taken).await?;
         }
         let _reserved = self.reserve(&Holder::Publisher(publisher.clone()), &artifact, &root).await?;
         // Until the artifact is in the catalogue no collection takes what was found here or brought.
@@ -167,7 +168,8 @@ impl Hub {
         let stored = self.pull(publisher, &fetcher, &root, &store).await?;
         let flushed = store.clone();
         blocking(move || flushed.flush_since(losses)).await?;
-        let added = self.register(None, &artifact, &root).await?;
+        let added = self.register(None, &artifact, &root).await;
+        let added = self.as_publisher_may_know(publisher, &artifact, added).await?;
         inner.catalogue.set_omitted(&artifact, omitted).await?;
         if added {
             inner.catalogue.set_publisher(&artifact, publisher).await?;
@@ -182,6 +184,16 @@ impl Hub {
         let (artifact, digest) = (artifact.to_string(), digest.hex());
         let published = Published { artifact, digest, transfers, bytes, stored, unchanged: !added, note: None, omitted: omitted.list() };
         serde_json::to_value(published).map_err(|e| Fault::internal(e.to_string()))
+    }
+
+    /// The fault of a name that is taken names the digest of what stands there, which only tells its publisher what he knows.
+    async fn as_publisher_may_know<T>(&self, publisher: &SiteName, artifact: &ArtifactRef, done: Result<T, Fault>) -> Result<T, Fault> {
+        match done {
+            Err(fault) if fault.code == Code::Conflict && !self.inner.catalogue.was_published_by(artifact, publisher).await? => {
+                Err(Fault::conflict(format!("the name {artifact} is taken")).with_next("publish this under another name or version"))
+            }
+            done => done,
+        }
     }
 
     /// Brings every chunk that the store, a leased one, lacks. Returns the bytes that were stored.

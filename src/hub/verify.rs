@@ -6,33 +6,32 @@
 //! that lives at a site only that is read which the hub holds. What does not verify is removed from the index of its store, so that
 //! publishing the content again stores it anew.
 
-use std::collections::{HashMap, HashSet};
-use std::sync::Arc;
-use std::sync::atomic::Ordering;
-
-use bytes::Bytes;
-use sha2::Digest as _;
-
 use super::Hub;
-use super::manifests::fault_of;
+use super::manifests::{AllArtifacts, fault_of};
 use base::blocking::blocking;
 use base::fault::{Code, Fault};
 use base::job_progress::JobProgress;
 use base::limits::{IMAGE_MANIFEST_BYTES_MAX, OFFENDERS_LISTED_MAX};
 use base::names::{ArtifactRef, Kind, RelPath};
+use bytes::Bytes;
 use content::chunk::Hash;
 use content::frame::Verified;
 use content::manifest::{self, ChunkRef, Entry, EntryBody, FileInfo, ImageInfo, KindInfo, Named, Step, Walk};
 use content::store::Store;
 use exchange::relay::Relay;
 use registry::image::{Descriptor, Sha256, walk};
+use sha2::Digest as _;
 use state::ArtifactRow;
+use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 impl Hub {
     /// Re-reads every page and chunk of an artifact; of a quick look the pages only. One line a fault.
     pub(super) async fn verify_now(&self, artifact: ArtifactRef, quick: bool, progress: Arc<JobProgress>) -> Result<Vec<String>, Fault> {
         let row = self.inner.catalogue.artifact(&artifact).await?;
-        let others = self.inner.catalogue.artifacts().await?;
+        let others = self.inner.catalogue.artifact_names().await?;
+        let all = AllArtifacts::of(&self.inner.catalogue);
         let (store, relay) = (self.inner.store.clone(), self.inner.relay.clone());
         progress.doing(format!("re-reading {artifact}"));
         blocking(move || {
@@ -43,7 +42,8 @@ impl Hub {
                 progress.note("quick check: the manifest was read and the index was asked for each chunk; no chunk was read");
             }
             let Verify { mut found, damaged, .. } = verify;
-            for other in others.iter().filter(|other| !damaged.is_empty() && other.artifact != artifact) {
+            for name in others.iter().filter(|other| !damaged.is_empty() && **other != artifact) {
+                let Some(other) = all.row(name)? else { continue };
                 // A manifest that cannot be read is found by the verify of its own artifact.
                 let mut hit = 0;
                 let mut take = |named| {

@@ -78,7 +78,7 @@ async fn version(asked: &str, site: &AtSite, scratch: &Path) -> Result<LabelsSou
 
 /// The dataset that a version was delivered for. The catalogue's row must be of the very rows in the database.
 async fn binding(site: &AtSite, name: &ArtifactRef, digest: &str) -> Result<Option<DatasetBinding>, Fault> {
-    let known = site.catalogue.artifacts().await?.into_iter().find(|row| row.artifact == *name && row.digest.hex() == digest);
+    let known = site.catalogue.artifact(name).await.ok().filter(|row| row.digest.hex() == digest);
     Ok(match known.map(|row| row.root.info) {
         Some(KindInfo::Labels(info)) => info.dataset,
         _ => None,

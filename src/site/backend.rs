@@ -1,30 +1,26 @@
 //! What a site can be asked over its API. What only the hub can decide is passed on to it.
 
-use std::fmt::Write as _;
-use std::sync::Arc;
-use std::sync::atomic::Ordering;
-
-use async_trait::async_trait;
-
 use super::Site;
-use crate::api::View;
-use crate::api::types::Site as SiteView;
-use crate::api::types::*;
-use crate::api::{Backend, RunToken};
-use crate::delivery;
+use crate::api::types::{Site as SiteView, *};
+use crate::api::{Backend, RunToken, View};
+use crate::delivery::Whole;
 use crate::serve::wrong_role;
-use crate::trainer;
+use crate::{delivery, trainer};
+use async_trait::async_trait;
 use base::blocking::blocking;
 use base::fault::{Code, Fault};
 use base::job_progress::JobProgress;
-use base::limits::{ANSWER_BYTES_MAX, API_LIST_BYTES_MAX, API_ROWS_MAX, ID_BYTES_MAX, ROOM_AWAITED_MAX, SINK_ANSWER_MAX};
+use base::limits::{ANSWER_BYTES_MAX, API_PAGE_BYTES, API_ROWS_MAX, ID_BYTES_MAX, ROOM_AWAITED_MAX, SINK_ANSWER_MAX};
 use base::names::{ArtifactRef, DeliveryId, RunName, TransferId, WorkId, WorkIds};
 use exchange::transfer::{Found, beside, verify};
 use exchange::wire::AskHub;
-use model::paging::{self, Budget};
+use model::paging::{self, Budget, Page, Pager, Room};
 use model::run;
 use sink::{Incoming, Look};
-use state::ArtifactRow;
+use state::{ArtifactRow, DeliveryRow, TransferRow};
+use std::fmt::Write as _;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 /// Marks a cursor as the hub's: the two count by themselves, and what one has told says nothing of what the other has. Whoever comes
 /// with one to the other is told all.
@@ -84,20 +80,31 @@ impl Site {
     }
 
     /// How this site's own transfers stand.
-    async fn own_transfers(&self, query: &TransferQuery) -> Result<(Vec<Transfer>, u64), Fault> {
+    async fn own_transfers(&self, query: &TransferQuery, behind: Option<&str>, room: Room) -> Result<(Page<Transfer>, u64), Fault> {
         let own = TransferQuery { since: query.since.filter(|cursor| cursor & OF_HUB == 0), ..query.clone() };
-        let (mut rows, cursor) = self.inner.catalogue.transfers(&own).await?;
         // Where the catalogue cannot be written, what is shown says so.
         let unwritten = self.inner.runner.unwritten();
-        for row in &mut rows {
-            if let Some(newer) = unwritten.iter().find(|newer| newer.id == row.id && newer.generation >= row.generation) {
-                (row.state, row.body) = (newer.state, newer.body.clone());
-            }
-        }
-        Ok((rows.iter().map(|row| row.view()).collect(), cursor))
+        let show = |row: &TransferRow| match unwritten.iter().find(|newer| newer.id == row.id && newer.generation >= row.generation) {
+            Some(newer) => TransferRow { state: newer.state, body: newer.body.clone(), ..row.clone() }.view(),
+            None => row.view(),
+        };
+        self.inner.catalogue.transfer_page(&own, behind, room, show).await
     }
 
-    /// The same as the hub says it.
+    /// The transfers as the hub says them, as one page.
+    async fn page_at_hub(&self, id: &str, query: &TransferQuery) -> Result<(Page<Transfer>, u64), Fault> {
+        let (rows, cursor) = self.transfers_at_hub(id, query).await?;
+        Ok((Page::whole(rows), cursor))
+    }
+
+    /// A delivery as far as it goes to this site.
+    async fn own_delivery(&self, row: &DeliveryRow, max: usize) -> Result<Delivery, Fault> {
+        let mut whole = Whole::new(max);
+        self.inner.catalogue.each_part(&row.id, |part| whole.add(part.view())).await?;
+        Ok(whole.end(row))
+    }
+
+    /// How transfers stand as the hub says it. An answer has what one of the hub's holds, or all of them up to the most rows of a list.
     async fn transfers_at_hub(&self, id: &str, query: &TransferQuery) -> Result<(Vec<Transfer>, u64), Fault> {
         let since = query.since.filter(|cursor| cursor & OF_HUB != 0).map(|cursor| cursor & !OF_HUB);
         // No transfer has an id that does not parse.
@@ -149,50 +156,48 @@ impl Backend for Site {
         Err(wrong_role("plan", "hub"))
     }
 
-    async fn transfers(&self, query: &TransferQuery) -> Result<(Vec<Transfer>, u64), Fault> {
-        let Some(id) = &query.id else { return self.own_transfers(query).await };
+    async fn transfers(&self, query: &TransferQuery, behind: Option<&str>, room: Room) -> Result<(Page<Transfer>, u64), Fault> {
+        let Some(id) = query.id.as_ref().filter(|_| behind.is_none()) else { return self.own_transfers(query, behind, room).await };
         // Of a delivery what is here may not be all; else what is not here may go to another site, and the hub knows.
         let whole = id.split(',').any(|id| id.trim().starts_with("d-"));
-        let first = if whole { self.transfers_at_hub(id, query).await } else { self.own_transfers(query).await };
+        let first = if whole { self.page_at_hub(id, query).await } else { self.own_transfers(query, None, room).await };
         let fault = match first {
             // Whoever has seen the whole does not go on with a part.
             Err(fault) if fault.code == Code::NotFound || whole && query.since.is_none() => fault,
             answer => return answer,
         };
-        let second = if whole { self.own_transfers(query).await } else { self.transfers_at_hub(id, query).await };
+        let second = if whole { self.own_transfers(query, None, room).await } else { self.page_at_hub(id, query).await };
         second.map_err(|second| if whole { fault } else { second })
     }
 
-    async fn act(&self, id: &str, action: Action) -> Result<Vec<Transfer>, Fault> {
+    async fn act(&self, id: &str, action: Action, _room: Room) -> Result<Page<Transfer>, Fault> {
         let id: WorkId = id.parse().map_err(|_| no_such_work(id))?;
         let rows: Vec<Transfer> = self.ask_hub(&AskHub::Act { id: id.clone(), action }).await?;
         match is_full(&rows) {
-            true => Ok(self.transfers_at_hub(&id, &TransferQuery::default()).await?.0),
-            false => Ok(rows),
+            true => Ok(Page::whole(self.transfers_at_hub(&id, &TransferQuery::default()).await?.0)),
+            false => Ok(Page::whole(rows)),
         }
     }
 
-    async fn transfers_behind(&self, id: &str, limit: u32) -> Result<Vec<Transfer>, Fault> {
-        Ok(self.inner.catalogue.transfers_behind(id, limit).await?.iter().map(|row| row.view()).collect())
+    async fn deliveries(&self, behind: Option<&str>, room: Room) -> Result<Page<Delivery>, Fault> {
+        let mut pager = Pager::new(room);
+        for row in self.inner.catalogue.deliveries(behind, room.rows_asked(), true).await? {
+            if !pager.put(self.own_delivery(&row, room.bytes).await?, &*row.id) {
+                break;
+            }
+        }
+        Ok(pager.page())
     }
 
-    async fn deliveries(&self, behind: Option<&str>, limit: u32) -> Result<Vec<Delivery>, Fault> {
-        let rows = self.inner.catalogue.deliveries(behind, limit).await?;
-        Ok(rows.iter().map(|row| delivery::view(row, row.parts.iter().map(|t| t.view()).collect())).collect())
-    }
-
-    async fn delivery(&self, id: &str) -> Result<Delivery, Fault> {
+    async fn delivery(&self, id: &str, max: usize) -> Result<Delivery, Fault> {
         let asked: DeliveryId = id.parse().map_err(|_| no_such_work(id))?;
+        // Of one that has no room for all its parts the API asks for those.
         let fault = match self.ask_hub::<Delivery>(&AskHub::Delivery(asked)).await {
             Err(fault) => fault,
-            Ok(whole) if whole.parts_total.is_some() => {
-                let (parts, _) = self.transfers_at_hub(id, &TransferQuery::default()).await?;
-                return Ok(Delivery { parts, parts_total: None, note: None, ..whole });
-            }
             whole => return whole,
         };
         let Ok(row) = self.inner.catalogue.delivery(id).await else { return Err(fault) };
-        let own = delivery::view(&row, row.parts.iter().map(|t| t.view()).collect());
+        let own = self.own_delivery(&row, max).await?;
         let why = match fault.code {
             Code::NotFound => "the hub tells it no more of this delivery".into(),
             _ => fault.message,
@@ -200,21 +205,33 @@ impl Backend for Site {
         Ok(Delivery { note: Some(format!("this site's part only: {why}")), ..own })
     }
 
-    async fn runs(&self, limit: u32) -> Result<Vec<Run>, Fault> {
-        let mut runs: Vec<Run> = Vec::new();
-        loop {
-            let from = runs.len() as u32;
-            let more: Vec<Run> = self.ask_hub(&AskHub::ListRuns { limit, from }).await?;
-            // An older hub does not know `from`, and begins anew each time.
-            if from > 0 && more.first().is_none_or(|first| runs.iter().any(|run| run.name == first.name)) {
-                return Ok(runs);
-            }
-            let full = is_full(&more);
-            runs.extend(more);
-            if !full || runs.len() as u32 >= limit {
-                return Ok(runs);
+    async fn runs(&self, behind: Option<&str>, room: Room) -> Result<Page<Run>, Fault> {
+        // The key is how many runs the pages before had, and the name of the first.
+        let (from, first) = match behind.and_then(|key| key.split_once(' ')) {
+            Some((from, first)) => (from.parse().unwrap_or(0), Some(first)),
+            None => (0, None),
+        };
+        let limit = room.rows.saturating_add(from).saturating_add(1);
+        let runs: Vec<Run> = self.ask_hub(&AskHub::ListRuns { limit, from }).await?;
+        let begins_anew = runs.first().is_some_and(|run| Some(run.name.as_str()) == first);
+        // An older hub does not know `from`, and begins anew each time.
+        if from > 0 && begins_anew {
+            return Ok(Page::whole(Vec::new()));
+        }
+        let first = first.or(runs.first().map(|run| run.name.as_str())).unwrap_or_default().to_owned();
+        let mut pager = Pager::new(room);
+        let mut number = from;
+        let full = is_full(&runs);
+        for run in runs {
+            number += 1;
+            if !pager.put(run, format!("{number} {first}")) {
+                break;
             }
         }
+        let page = pager.page();
+        // The hub's answer may have ended early as well.
+        let next = page.next.or_else(|| full.then(|| format!("{number} {first}")));
+        Ok(Page { next, ..page })
     }
 
     async fn run(&self, name: &str) -> Result<Run, Fault> {
@@ -233,22 +250,25 @@ impl Backend for Site {
         self.ask_hub(&AskHub::ActOnRun(request.try_into()?)).await
     }
 
-    async fn artifacts(&self) -> Result<Vec<Artifact>, Fault> {
-        self.inner.catalogue.map_artifacts(|row| row.view()).await
+    async fn artifacts(&self, behind: Option<&str>, room: Room) -> Result<Page<Artifact>, Fault> {
+        self.inner.catalogue.artifact_page(behind, room, View::view).await
     }
 
     async fn show(&self, artifact: &str) -> Result<ArtifactDetail, Fault> {
         let artifact: ArtifactRef = artifact.parse()?;
         let row = self.inner.catalogue.artifact(&artifact).await?;
-        let transfers = self.inner.catalogue.transfers_of_artifact(&artifact).await?;
         let lineage = self.inner.catalogue.lineage(&artifact).await?.map(crate::hub::lineage_view);
-        Ok(ArtifactDetail { artifact: row.view(), transfers: transfers.iter().map(|t| t.view()).collect(), lineage })
+        Ok(ArtifactDetail { artifact: row.view(), transfers: Vec::new(), lineage })
     }
 
-    async fn sites(&self) -> Result<Vec<SiteView>, Fault> {
+    async fn transfers_of_artifact(&self, artifact: &str, behind: Option<&str>, room: Room) -> Result<Page<Transfer>, Fault> {
+        self.inner.catalogue.artifact_transfer_page(&artifact.parse()?, behind, room, |row| row.view()).await
+    }
+
+    async fn sites(&self, _behind: Option<&str>, _room: Room) -> Result<Page<SiteView>, Fault> {
         let link = self.inner.link.borrow().clone();
         let open = self.inner.catalogue.open_transfers(&self.inner.config.name).await?.len();
-        Ok(vec![SiteView {
+        Ok(Page::whole(vec![SiteView {
             name: self.inner.config.name.clone(),
             labels: Default::default(),
             online: link.is_some(),
@@ -258,7 +278,7 @@ impl Backend for Site {
             last_seen: None,
             version: Some(crate::api::VERSION.into()),
             open_transfers: open as u64,
-        }])
+        }]))
     }
 
     async fn token(&self, _request: TokenRequest) -> Result<String, Fault> {
@@ -344,8 +364,8 @@ impl Backend for Site {
         self.inner.jobs.get(id)
     }
 
-    async fn jobs(&self) -> Result<Vec<Job>, Fault> {
-        Ok(self.inner.jobs.list())
+    async fn jobs(&self, behind: Option<&str>, room: Room) -> Result<Page<Job>, Fault> {
+        Ok(self.inner.jobs.list(behind, room))
     }
 
     async fn cancel_job(&self, id: &str) -> Result<Job, Fault> {
@@ -353,7 +373,7 @@ impl Backend for Site {
     }
 
     async fn events(&self, since: u64, limit: u32) -> Result<Vec<Event>, Fault> {
-        let (mut out, mut room) = (Vec::new(), Budget::new(API_LIST_BYTES_MAX));
+        let (mut out, mut room) = (Vec::new(), Budget::new(API_PAGE_BYTES));
         for row in self.inner.catalogue.events(since, limit).await? {
             let (mut event, name) = (row.view(), row.name);
             let body = match event.what.as_str() {
@@ -380,7 +400,7 @@ impl Backend for Site {
 
     async fn metrics(&self) -> Result<String, Fault> {
         let mut counted = crate::metrics::Transfers::default();
-        self.inner.catalogue.each_transfer(API_ROWS_MAX, |row| counted.add(&row.view())).await?;
+        self.inner.catalogue.counted_transfers().await?.iter().for_each(|some| counted.add(some, None));
         let mut out = counted.to_text();
         let connected = u8::from(self.inner.link.borrow().is_some());
         let _ = writeln!(out, "# TYPE packhorse_hub_connected gauge\npackhorse_hub_connected {connected}");

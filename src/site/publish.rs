@@ -173,7 +173,7 @@ impl Site {
 
     /// Takes away what a crash left of a publish.
     pub(super) async fn clean_published(&self) -> Result<(), Fault> {
-        let live: Vec<Digest> = self.inner.catalogue.artifacts().await?.into_iter().map(|row| row.digest).collect();
+        let live: Vec<Digest> = self.inner.catalogue.digests().await?;
         let (origin, scratch) = (self.inner.origin.clone(), self.inner.config.data_dir.join("scratch"));
         blocking(move || {
             durable::remove_all(&scratch)?;

@@ -69,7 +69,7 @@ impl Site {
                     first = first.and(self.apply_run(wanted).await);
                 }
             }
-            for run in catalogue.runs::<Run>(true, OPEN_MAX).await? {
+            for run in catalogue.open_runs::<Run>(OPEN_MAX).await? {
                 if !desired.iter().any(|wanted| wanted.spec.name == run.spec.name) {
                     let (after, _) = step(&run, Event::Unlisted, now_ms());
                     if after != run {
@@ -130,7 +130,7 @@ impl Site {
         loop {
             let changed = self.inner.catalogue.changed();
             let mut often = false;
-            match self.inner.catalogue.runs::<Run>(true, OPEN_MAX).await {
+            match self.inner.catalogue.open_runs::<Run>(OPEN_MAX).await {
                 Ok(open) => {
                     for run in open {
                         often |= run.phase == Phase::Training && !run.by_platform;
@@ -235,7 +235,7 @@ impl Site {
                 }
             }
         }
-        let others = catalogue.runs::<Run>(true, OPEN_MAX).await?;
+        let others = catalogue.open_runs::<Run>(OPEN_MAX).await?;
         let training = others.iter().filter(|other| is_at_work(other) && other.spec.name != run.spec.name).count();
         let at_once = self.inner.config.train.as_ref().and_then(|train| train.at_once).unwrap_or(1);
         let folder = self.folder(run);

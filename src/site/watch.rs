@@ -172,8 +172,7 @@ impl Site {
 
     /// What `doctor` says of what changed: one line each.
     pub(super) async fn changed_lines(&self) -> Result<Vec<String>, Fault> {
-        let rows = self.inner.catalogue.artifacts().await?.into_iter();
-        let published = rows.filter(|row| row.published).map(|row| (row.place.clone(), row.published_ms, row));
+        let published = self.inner.catalogue.published_here().await?.into_iter();
         let lines = what_changed(published).into_iter().map(|Changed { artifact, how, newer, .. }| match newer {
             Some(newer) => format!("ok {artifact}: {how}; what is there now was published as {newer}"),
             None => format!("fault {artifact}: {how}; put the old content back, or publish what is there now as a new version"),

@@ -2,13 +2,16 @@
 //!
 //! Kept in memory only.
 
+use std::cmp::Ordering;
 use std::future::Future;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering as Atomic};
 
 use parking_lot::Mutex;
 use tokio_util::sync::CancellationToken;
 
 use crate::fault::{Fault, Reason};
+use crate::limits::{JOB_NOTES_MAX, MESSAGE_BYTES_MAX};
+use crate::text;
 
 /// One job's progress, shared with its work.
 #[derive(Debug, Default)]
@@ -34,7 +37,12 @@ impl JobProgress {
 
     /// Says something that is to be known beside the answer.
     pub fn note(&self, what: impl Into<String>) {
-        self.notes.lock().push(what.into());
+        let mut notes = self.notes.lock();
+        match notes.len().cmp(&JOB_NOTES_MAX) {
+            Ordering::Less => notes.push(text::prefix(&what.into(), MESSAGE_BYTES_MAX).into()),
+            Ordering::Equal => notes.push("there is more to note than is kept".into()),
+            Ordering::Greater => {}
+        }
     }
 
     /// Fails once somebody cancelled the job. Work asks this often, and before each step that takes long.
@@ -49,7 +57,7 @@ impl JobProgress {
 
     /// [`JobProgress::check`], after which the job is not cancelled any more: what it has to show for itself becomes visible now.
     pub fn end(&self) -> Result<(), Fault> {
-        self.ending.store(true, Ordering::SeqCst);
+        self.ending.store(true, Atomic::SeqCst);
         self.check()
     }
 
@@ -80,7 +88,7 @@ impl JobProgress {
 
     /// Whether the work passed [`JobProgress::end`].
     pub fn is_ending(&self) -> bool {
-        self.ending.load(Ordering::SeqCst)
+        self.ending.load(Atomic::SeqCst)
     }
 }
 

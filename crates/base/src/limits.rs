@@ -199,10 +199,10 @@ pub const API_CLIENT_IDLE_MAX: Duration = Duration::from_secs(5);
 pub const API_IDLE_MAX: Duration = Duration::from_secs(120);
 /// Rows of one API reply.
 pub const API_ROWS_MAX: u32 = 10_000;
-/// Rows of a long API reply that are in memory at once: it is made and sent a page at a time.
-pub const API_PAGE_ROWS: u32 = 100;
-/// The same for deliveries, of which each has many parts.
-pub const API_PAGE_DELIVERIES: u32 = 20;
+/// Rows of a long API reply that are in memory at once: it is made and sent a page at a time…
+pub const API_PAGE_ROWS: u32 = 500;
+/// …and the bytes of JSON of such a page, and of a reply that ends with a cursor. As many connections as there can be hold two each.
+pub const API_PAGE_BYTES: usize = 128 << 10;
 /// Lists of the API that are made at once, a page or a whole small one; the others wait for their turn.
 pub const API_LISTS_AT_ONCE_MAX: usize = 4;
 /// Ids in one API query.
@@ -245,8 +245,16 @@ pub const RENEWAL_BYTES_MAX: usize = 16 << 10;
 pub const REPORT_BYTES_MAX: usize = 1 << 20;
 /// One answer to a question over a connection between hub and site, bytes of JSON; longer lists come in several.
 pub const ANSWER_BYTES_MAX: usize = CONTROL_FRAME_BYTES_MAX - (64 << 10);
-/// One list that the API answers with, bytes of JSON; longer lists come in several.
-pub const API_LIST_BYTES_MAX: usize = 4 << 20;
+/// Artifacts of one delivery.
+pub const DELIVERY_ARTIFACTS_MAX: usize = 1_000;
+/// Artifacts times sites of one delivery.
+pub const DELIVERY_PARTS_MAX: usize = 100_000;
+/// Artifacts times sites of one plan.
+pub const PLAN_ROWS_MAX: usize = 5_000;
+/// Notes of one job.
+pub const JOB_NOTES_MAX: usize = 1_000;
+/// The result of one job, bytes of JSON; of a longer list the first rows are kept, and how many there are.
+pub const JOB_RESULT_BYTES_MAX: usize = 256 << 10;
 /// Artifacts or sites of one delivery that are listed when all its names have no room in one answer.
 pub const NAMES_LISTED_MAX: usize = 1_000;
 /// The largest count of bytes that is taken from a peer: 1 EiB, so that 16 of them add up without overflow.
@@ -337,8 +345,18 @@ pub const IMAGE_MANIFESTS_BYTES_MAX: usize = 32 << 20;
 /// The longest a stream of the line may run ahead of its reader. With quinn a larger window dies on a lossy line: it keeps at
 /// most 1,024 pieces out of order a stream and else closes the whole connection.
 pub const LINE_STREAM_WINDOW_BYTES: u32 = 1280 << 10;
-/// The longest all streams of one line may run ahead of their readers: 10 Gbit/s times 50 ms.
+/// The longest all streams of one line may run ahead of their readers at a site: 10 Gbit/s times 50 ms. At the hub it is less over QUIC:
 pub const LINE_WINDOW_BYTES: u32 = 64 << 20;
+/// before the peer has shown who it is,
+pub const LINE_WINDOW_FIRST_BYTES: u64 = 256 << 10;
+/// while nothing is fetched from it, at most
+pub const LINE_WINDOW_IDLE_BYTES_MAX: u64 = 1 << 20;
+/// and at least;
+pub const LINE_WINDOW_LEAST_BYTES: u64 = 64 << 10;
+/// while something is, of all lines of one peer together at most
+pub const LINE_WINDOW_WANTED_BYTES_MAX: u64 = 16 << 20;
+/// and of each at least.
+pub const LINE_WINDOW_WANTED_LEAST_BYTES: u64 = 1 << 20;
 /// What one line may buffer for sending however many there are.
 pub const LINE_SEND_BYTES_LEAST: u64 = 256 << 10;
 /// What one line buffers for sending at least while there are few, and at most when its congestion window asks for more.
@@ -365,6 +383,8 @@ pub const LINE_TLS_MAX: Duration = Duration::from_secs(5);
 pub const LINE_HANDSHAKES_MAX: usize = 256;
 /// Unfinished handshakes, and join requests, of one address (IPv6: of one /64); beyond that its oldest is closed.
 pub const LINE_HANDSHAKES_PER_ADDRESS_MAX: usize = 8;
+/// Unfinished QUIC handshakes of one address that has proved that packets to it arrive (a Retry).
+pub const LINE_HANDSHAKES_PROVED_MAX: usize = LINE_HANDSHAKES_MAX / 4;
 /// Join requests that the hub reads and answers at once; beyond that the oldest that is not being answered is closed.
 pub const LINE_JOINS_MAX: usize = 64;
 /// Connections of one publisher.
@@ -458,6 +478,12 @@ pub const TRAINER_CALL_OFF_MAX: Duration = Duration::from_secs(6 * 3600);
 pub const STATE_ROOM_BYTES_MIN: u64 = 128 << 20;
 /// How often a daemon gives buffers back that nobody used since.
 pub const REST_EVERY: Duration = Duration::from_secs(5);
+/// How often a site looks whether the chunk index has rows of places that are gone…
+pub const PLACES_SWEEP_EVERY: Duration = Duration::from_secs(60);
+/// …how many rows it looks at in one go, while others wait to write…
+pub const PLACES_SWEEP_ROWS: usize = 16_384;
+/// …and how long it rests after that.
+pub const PLACES_SWEEP_PAUSE: Duration = Duration::from_millis(50);
 /// Answers that are believed for a moment, of one sort, are not more than these.
 pub const LATELY_ANSWERS_MAX: usize = 4096;
 /// Examples that are kept of one category of what a publish leaves out.

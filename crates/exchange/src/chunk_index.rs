@@ -14,6 +14,7 @@
 
 mod loss;
 mod reader;
+mod sweep;
 
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::path::{Path, PathBuf};
@@ -214,6 +215,7 @@ impl Places {
             write.open_table(ENTRIES)?;
             write.open_table(JOURNAL)?;
             write.open_table(NEXT)?;
+            sweep::note(write, 0)?;
             let places = write.open_table(PLACES)?;
             places.iter()?.map(|row| row.map(|(number, text)| (number.value(), text.value().to_owned())).map_err(Into::into)).collect()
         });
@@ -280,14 +282,14 @@ impl Places {
         Ok(number)
     }
 
-    /// Forgets a place. Its chunks' rows stay until somebody stumbles over them or overwrites them.
+    /// Forgets a place. Its chunks' rows stay until [`Places::sweep`] comes to them.
     pub fn remove(&self, number: u32) -> Result<(), Fault> {
         let mut known = self.known.write();
         self.tree.write(|write| {
             write.open_table(PLACES)?.remove(number)?;
             write.open_table(JOURNAL)?.retain_in((number, 0)..(number, u32::MAX), |_, _| false)?;
             write.open_table(ENTRIES)?.retain_in((number, 0)..(number, u64::MAX), |_, _| false)?;
-            Ok(())
+            sweep::note(write, 1)
         })?;
         known.remove(&number);
         self.behind.lock().remove(&number);

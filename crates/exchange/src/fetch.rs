@@ -32,7 +32,7 @@ use content::chunk::Hash;
 use content::frame::{Frame, FrameError, HEADER_BYTES, Header, Verified};
 use content::manifest::{ChunkRef, Digest, PageRef, Pages, Root, children, entry_pages, for_each_page};
 use content::store::Store;
-use transport::{Link, RecvHalf, SendHalf};
+use transport::{Link, RecvHalf, SendHalf, Want};
 
 /// Parsed pages remembered for each open artifact: about 1 MiB.
 const RECENT_PAGES_MAX: usize = 64;
@@ -128,6 +128,10 @@ pub trait Library: Send + Sync {
     /// Waits until these can be had, or says why they cannot: asked before a share of the budget is taken.
     async fn ready(&self, _peer: &Peer, _opened: &Opened, _wanted: &Wanted, _children: &[Child]) -> Result<(), Fault> {
         Ok(())
+    }
+    /// Whether this peer may read the content of what it opened, and not only its manifest.
+    async fn may_read_content(&self, _peer: &Peer, _opened: &Opened) -> Result<bool, Fault> {
+        Ok(true)
     }
     /// A share of the daemon's budget for this many bytes, out of what this peer may have of it.
     async fn share(&self, peer: &Peer, bytes: u64, priority: i32) -> Result<Share, Fault>;
@@ -273,7 +277,15 @@ async fn answer(send: &mut SendHalf, recv: &mut RecvHalf, peer: &Peer, library: 
                 }
             }
             Wanted::TopPages(ranges) => pick(&listed(&opened.root), ranges)?,
-            Wanted::Children { page, ranges } => pick(&opened.children(peer, *page, library).await?, ranges)?,
+            Wanted::Children { page, ranges } => {
+                let children = pick(&opened.children(peer, *page, library).await?, ranges)?;
+                // What is no page of the manifest is content.
+                let has_content = children.iter().any(|child| !opened.pages.contains(&child.chunk.id));
+                if has_content && !library.may_read_content(peer, &opened).await? {
+                    return Err(nothing_such());
+                }
+                children
+            }
             Wanted::Difference { ranges, base, against } => {
                 pages::answer(send, peer, library, &opened, ranges, *base, *against).await?;
                 continue;
@@ -335,8 +347,10 @@ pub struct Frames {
     pieces: VecDeque<Bytes>,
     /// Why the answer ended early, to be told once the frames that came before were taken.
     ended: Option<Fault>,
-    /// Keeps the request's stream until the answer is read.
+    /// Keeps the request's stream until the answer is read…
     _send: SendHalf,
+    /// …and the room for it.
+    _want: Want,
 }
 
 fn silent() -> Fault {
@@ -378,6 +392,7 @@ impl Fetcher {
         out.extend_from_slice(&(bytes.len() as u32).to_le_bytes());
         out.extend_from_slice(&bytes);
         self.wire.fetch_add(out.len() as u64, Ordering::Relaxed);
+        let want = self.link.want();
         send.write_bytes(out.freeze()).await.map_err(broken)?;
         send.finish().map_err(broken)?;
         Ok(Frames {
@@ -390,6 +405,7 @@ impl Fetcher {
             pieces: VecDeque::new(),
             ended: None,
             _send: send,
+            _want: want,
         })
     }
 

@@ -26,6 +26,71 @@ pub fn json_bytes<T: Serialize + ?Sized>(value: &T) -> usize {
     counter.0
 }
 
+/// What one page of a list may take.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Room {
+    /// Rows.
+    pub rows: u32,
+    /// Bytes of JSON; one row is given even if it has more.
+    pub bytes: usize,
+}
+
+impl Room {
+    /// How many rows a query asks for: one more than there is room for says whether more follow.
+    pub fn rows_asked(self) -> i64 {
+        i64::from(self.rows) + 1
+    }
+}
+
+/// A page of a list, and where the next one begins.
+#[derive(Debug)]
+pub struct Page<T> {
+    /// The rows.
+    pub rows: Vec<T>,
+    /// The key to go on from; `None`: nothing follows.
+    pub next: Option<String>,
+}
+
+impl<T> Page<T> {
+    /// A page behind which nothing follows.
+    pub fn whole(rows: Vec<T>) -> Self {
+        Self { rows, next: None }
+    }
+}
+
+/// Fills a page row by row, so that no more than the page is in memory.
+#[derive(Debug)]
+pub struct Pager<T> {
+    rows: Vec<T>,
+    rows_max: usize,
+    budget: Budget,
+    last: Option<String>,
+    is_cut: bool,
+}
+
+impl<T: Serialize> Pager<T> {
+    /// An empty page of this room.
+    pub fn new(room: Room) -> Self {
+        let rows_max = usize::try_from(room.rows).unwrap_or(usize::MAX);
+        Self { rows: Vec::new(), rows_max, budget: Budget::new(room.bytes), last: None, is_cut: false }
+    }
+
+    /// Adds a row, and the key from which the list goes on behind it. `false`: there is no room for it, and the page ends before it.
+    pub fn put(&mut self, row: T, key: impl Into<String>) -> bool {
+        self.is_cut = self.rows.len() >= self.rows_max || !self.budget.takes(&row);
+        if !self.is_cut {
+            self.rows.push(row);
+            self.last = Some(key.into());
+        }
+        !self.is_cut
+    }
+
+    /// The page.
+    pub fn page(self) -> Page<T> {
+        Page { rows: self.rows, next: self.last.filter(|_| self.is_cut) }
+    }
+}
+
 /// Room for rows that are made one after the other.
 #[derive(Debug)]
 pub struct Budget {
@@ -84,6 +149,15 @@ mod tests {
         assert!(all.len() > 10);
         assert_eq!(pages(vec!["y".repeat(99), "z".into()], 40).count(), 2, "one that is too large goes alone");
         assert_eq!(pages(Vec::<u8>::new(), 40).count(), 0);
+        let mut pager = Pager::new(Room { rows: 3, bytes: 11 });
+        assert_eq!(["abcd", "e", "fg"].map(|row| pager.put(row, row)), [true, true, false], "the third is beyond the bytes");
+        let page = pager.page();
+        assert_eq!((page.rows, page.next.as_deref()), (vec!["abcd", "e"], Some("e")));
+        let mut pager = Pager::new(Room { rows: 1, bytes: 2 });
+        assert_eq!(["much too long", ""].map(|row| pager.put(row, row)), [true, false], "one row always has room");
+        let mut pager = Pager::new(Room { rows: 2, bytes: 100 });
+        assert_eq!(["a", "b"].map(|row| pager.put(row, row)), [true, true]);
+        assert_eq!(pager.page().next, None, "nothing follows what is whole");
         let mut budget = Budget::new(8);
         assert_eq!(["0123456789", ""].map(|row| budget.takes(&row)), [true, false]);
         let mut budget = Budget::new(8);

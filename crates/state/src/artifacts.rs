@@ -1,6 +1,5 @@
 //! Artifacts in the catalogue.
 
-use futures::TryStreamExt as _;
 use serde::{Deserialize, Serialize};
 use sqlx::Row;
 use sqlx::sqlite::SqliteRow;
@@ -68,7 +67,7 @@ pub fn no_artifact(artifact: &ArtifactRef) -> Fault {
     Fault::not_found(format!("there is no artifact {artifact}")).with_next("'packhorse artifacts' lists what there is")
 }
 
-fn artifact(row: &SqliteRow) -> Result<ArtifactRow, Fault> {
+pub(super) fn artifact(row: &SqliteRow) -> Result<ArtifactRow, Fault> {
     let get = |name: &str| row.try_get::<Option<String>, _>(name).map_err(fault);
     let digest: Vec<u8> = row.try_get("digest").map_err(fault)?;
     let root: Vec<u8> = row.try_get("root").map_err(fault)?;
@@ -136,6 +135,16 @@ impl Catalogue {
             .await
             .map_err(fault)?;
         Ok(())
+    }
+
+    /// Whether this publisher brought an artifact.
+    pub async fn was_published_by(&self, artifact: &ArtifactRef, publisher: &SiteName) -> Result<bool, Fault> {
+        sqlx::query_scalar("SELECT EXISTS (SELECT 1 FROM artifact WHERE reference = ? AND publisher = ?)")
+            .bind(artifact.to_string())
+            .bind(publisher.as_str())
+            .fetch_one(&self.read)
+            .await
+            .map_err(fault)
     }
 
     /// How many artifacts a site or a publisher published, and their bytes together.
@@ -294,25 +303,22 @@ impl Catalogue {
         .map_err(fault)
     }
 
+    /// The digests of all artifacts.
+    pub async fn digests(&self) -> Result<Vec<Digest>, Fault> {
+        let rows: Vec<(Vec<u8>,)> = sqlx::query_as("SELECT DISTINCT digest FROM artifact").fetch_all(&self.read).await.map_err(fault)?;
+        rows.into_iter().map(|(digest,)| digest.try_into().map(Hash).map_err(|_| stored("digest"))).collect()
+    }
+
     /// Whether there is any.
     pub async fn any_artifact(&self) -> Result<bool, Fault> {
         sqlx::query_scalar("SELECT EXISTS (SELECT 1 FROM artifact)").fetch_one(&self.read).await.map_err(fault)
     }
 
-    /// All artifacts, by name.
+    /// All artifacts, by name, with their root manifests: too much to have in memory but in a test.
+    #[cfg(any(test, feature = "testing"))]
     pub async fn artifacts(&self) -> Result<Vec<ArtifactRow>, Fault> {
         let rows = sqlx::query("SELECT * FROM artifact ORDER BY reference").fetch_all(&self.read).await.map_err(fault)?;
         rows.iter().map(artifact).collect()
-    }
-
-    /// What `of` makes of each artifact, by name. The root manifests are in memory one by one only.
-    pub async fn map_artifacts<T>(&self, mut of: impl FnMut(ArtifactRow) -> T + Send) -> Result<Vec<T>, Fault> {
-        let mut rows = sqlx::query("SELECT * FROM artifact ORDER BY reference").fetch(&self.read);
-        let mut out = Vec::new();
-        while let Some(row) = rows.try_next().await.map_err(fault)? {
-            out.push(of(artifact(&row)?));
-        }
-        Ok(out)
     }
 
     /// Notes that what arrived here is being taken away. `false`: it is published here, or being so, and stays.

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::hash::Hash;
 
-use super::{ArtifactRow, Catalogue, fault, note};
+use super::{Catalogue, fault, note};
 use base::fault::Fault;
 use base::limits::CHANGED_TOLD_MAX;
 use base::names::{ArtifactRef, SiteName};
@@ -21,15 +21,18 @@ pub struct Changed<P> {
     pub newer: Option<ArtifactRef>,
 }
 
-/// What changed of what was published in place, each row with where that was and when.
-pub fn what_changed<P: Eq + Hash>(published: impl Iterator<Item = (P, i64, ArtifactRow)>) -> Vec<Changed<P>> {
+/// What was published in place: where, when, its name, and how it changed since.
+pub type PublishedInPlace<P> = (P, i64, ArtifactRef, Option<String>);
+
+/// What changed of what was published in place.
+pub fn what_changed<P: Eq + Hash>(published: impl Iterator<Item = PublishedInPlace<P>>) -> Vec<Changed<P>> {
     let (mut changed, mut sound) = (Vec::new(), HashMap::<(String, P), (i64, ArtifactRef)>::new());
-    for (place, at_ms, row) in published {
-        let of = (row.artifact.series(), place);
-        match row.changed {
-            Some(how) => changed.push((row.artifact, of, at_ms, how)),
+    for (place, at_ms, artifact, how) in published {
+        let of = (artifact.series(), place);
+        match how {
+            Some(how) => changed.push((artifact, of, at_ms, how)),
             None if sound.get(&of).is_none_or(|(newest, _)| *newest < at_ms) => {
-                sound.insert(of, (at_ms, row.artifact));
+                sound.insert(of, (at_ms, artifact));
             }
             None => {}
         }
@@ -49,6 +52,27 @@ impl Catalogue {
             .await
             .map_err(fault)?;
         rows.into_iter().map(|(name,)| Ok(name.parse()?)).collect()
+    }
+
+    /// What was published at sites, at the hub; in place, as far as it knows.
+    pub async fn published_at_sites(&self) -> Result<Vec<PublishedInPlace<SiteName>>, Fault> {
+        let rows: Vec<(String, i64, String, Option<String>)> =
+            sqlx::query_as("SELECT origin, created_ms, reference, changed FROM artifact WHERE origin IS NOT NULL ORDER BY reference")
+                .fetch_all(&self.read)
+                .await
+                .map_err(fault)?;
+        rows.into_iter().map(|(site, at_ms, name, changed)| Ok((site.parse()?, at_ms, name.parse()?, changed))).collect()
+    }
+
+    /// What was published here, in place; the place as it is stored.
+    pub async fn published_here(&self) -> Result<Vec<PublishedInPlace<Option<String>>>, Fault> {
+        let rows: Vec<(Option<String>, i64, String, Option<String>)> = sqlx::query_as(
+            "SELECT place, published_ms, reference, changed FROM artifact WHERE published_ms IS NOT NULL ORDER BY reference",
+        )
+        .fetch_all(&self.read)
+        .await
+        .map_err(fault)?;
+        rows.into_iter().map(|(place, at_ms, name, changed)| Ok((place, at_ms, name.parse()?, changed))).collect()
     }
 
     /// Notes how an artifact of this daemon changed since it was published, or with `None` that it is what it was. `false`: that

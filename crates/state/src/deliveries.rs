@@ -5,7 +5,7 @@ use super::{Catalogue, TransferRow, fault};
 use base::fault::Fault;
 use base::names::{DeliveryId, SiteName};
 
-/// One delivery with its parts.
+/// One delivery; [`Catalogue::each_part`] shows its transfers.
 #[derive(Debug, Clone)]
 pub struct DeliveryRow {
     /// Its id.
@@ -14,8 +14,6 @@ pub struct DeliveryRow {
     pub run: Option<String>,
     /// When it was asked for.
     pub created_ms: i64,
-    /// Its transfers, in the order in which they were begun.
-    pub parts: Vec<TransferRow>,
 }
 
 /// The answer for a delivery that does not exist, and for one that somebody may not see.
@@ -24,50 +22,19 @@ pub fn no_delivery(id: &str) -> Fault {
 }
 
 impl Catalogue {
-    /// One delivery. At a site its parts are those that go to that site.
+    /// One delivery. A site knows it by those of its transfers that go to that site.
     pub async fn delivery(&self, id: &str) -> Result<DeliveryRow, Fault> {
-        let said: Option<(Option<String>, i64)> =
-            sqlx::query_as("SELECT run, created_ms FROM delivery WHERE id = ?").bind(id).fetch_optional(&self.read).await.map_err(fault)?;
-        let parts = self.transfers_of(id).await.map_err(|_| no_delivery(id))?;
-        if parts.iter().any(|part| *part.id == *id) {
-            return Err(no_delivery(id));
-        }
-        let first = parts.iter().map(|part| part.created_ms).min().unwrap_or_default();
-        let (run, created_ms) = said.unwrap_or((None, first));
-        Ok(DeliveryRow { id: id.parse()?, run, created_ms, parts })
-    }
-
-    async fn delivery_begun(&self, id: &str) -> Result<Option<i64>, Fault> {
-        let created = "SELECT MIN(created_ms) FROM (SELECT created_ms FROM delivery WHERE id = ?1
-                       UNION ALL SELECT created_ms FROM transfer WHERE delivery = ?1)";
-        sqlx::query_scalar(created).bind(id).fetch_one(&self.read).await.map_err(fault)
-    }
-
-    /// The newest deliveries, newest first; or those that come behind this one. A site knows them by their transfers alone.
-    pub async fn deliveries(&self, behind: Option<&str>, limit: u32) -> Result<Vec<DeliveryRow>, Fault> {
-        let key = match behind {
-            Some(id) => self.delivery_begun(id).await?,
-            None => Some(i64::MAX),
-        };
-        let Some(key) = key else { return Ok(Vec::new()) };
-        let ids: Vec<(String,)> = sqlx::query_as(
-            "SELECT id FROM (SELECT id, created_ms FROM delivery UNION ALL SELECT delivery, created_ms FROM transfer)
-             GROUP BY id HAVING (MIN(created_ms), id) < (?1, ?2) ORDER BY MIN(created_ms) DESC, id DESC LIMIT ?3",
+        let row: Option<(Option<String>, Option<i64>)> = sqlx::query_as(
+            "SELECT (SELECT run FROM delivery WHERE id = ?1), COALESCE((SELECT created_ms FROM delivery WHERE id = ?1),
+                    (SELECT MIN(created_ms) FROM transfer WHERE delivery = ?1))
+             WHERE EXISTS (SELECT 1 FROM transfer WHERE delivery = ?1) OR EXISTS (SELECT 1 FROM delivery_part WHERE delivery = ?1)",
         )
-        .bind(key)
-        .bind(behind.unwrap_or_default())
-        .bind(i64::from(limit))
-        .fetch_all(&self.read)
+        .bind(id)
+        .fetch_optional(&self.read)
         .await
         .map_err(fault)?;
-        let mut out = Vec::new();
-        for (id,) in ids {
-            // One without parts cannot be made; were there one, the list would not be worth failing for.
-            if let Ok(row) = self.delivery(&id).await {
-                out.push(row);
-            }
-        }
-        Ok(out)
+        let Some((run, Some(created_ms))) = row else { return Err(no_delivery(id)) };
+        Ok(DeliveryRow { id: id.parse()?, run, created_ms })
     }
 
     /// The transfers of a delivery; `None` when it was never begun.

@@ -6,6 +6,7 @@
 mod artifacts;
 mod changed;
 mod deliveries;
+mod lists;
 mod relay;
 mod runs;
 mod sites;
@@ -20,9 +21,12 @@ use sqlx::Connection as _;
 use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePool, SqlitePoolOptions, SqliteSynchronous};
 use tokio::sync::Notify;
 
-pub use artifacts::{ArtifactRow, Offer, no_artifact};
-pub use changed::{Changed, what_changed};
-pub use deliveries::{DeliveryRow, no_delivery};
+pub use artifacts::no_artifact;
+pub use artifacts::{ArtifactRow, Offer};
+pub use changed::{Changed, PublishedInPlace, what_changed};
+pub use deliveries::DeliveryRow;
+pub use deliveries::no_delivery;
+pub use lists::Counted;
 pub use relay::{Forbids, Kept};
 pub use sites::SiteRow;
 pub use transfers::{Adopted, Body, Part, TransferRow, Want};
@@ -203,7 +207,7 @@ impl Catalogue {
 
     /// Forgets the oldest events beyond [`base::limits::EVENTS_KEPT`].
     pub async fn trim_events(&self) -> Result<(), Fault> {
-        sqlx::query("DELETE FROM event WHERE seq <= (SELECT MAX(seq) FROM event) - ?")
+        sqlx::query("DELETE FROM event WHERE seq <= (SELECT seq FROM event ORDER BY seq DESC LIMIT 1 OFFSET ?)")
             .bind(base::limits::EVENTS_KEPT)
             .execute(&self.write)
             .await

@@ -8,13 +8,13 @@ use serde::de::DeserializeOwned;
 use super::{Catalogue, fault, note};
 use base::clock;
 use base::fault::Fault;
-use base::names::{ArtifactRef, SiteName};
+use base::names::ArtifactRef;
 use model::run::Lineage;
 
 /// Name and body.
 type Columns = (String, String);
 
-fn parse<T: DeserializeOwned>((name, body): Columns) -> Result<T, Fault> {
+pub(super) fn parse<T: DeserializeOwned>((name, body): Columns) -> Result<T, Fault> {
     serde_json::from_str(&body).map_err(|e| Fault::internal(format!("the catalogue holds a malformed run {name}: {e}")))
 }
 
@@ -49,27 +49,10 @@ impl Catalogue {
         row.map(parse).transpose()
     }
 
-    /// The newest runs, newest first; or all that are open, oldest first.
-    pub async fn runs<T: DeserializeOwned>(&self, only_open: bool, limit: u32) -> Result<Vec<T>, Fault> {
-        let query = match only_open {
-            true => "SELECT name, body FROM run WHERE open = 1 ORDER BY created_ms, name LIMIT ?",
-            false => "SELECT name, body FROM run ORDER BY created_ms DESC, name LIMIT ?",
-        };
+    /// All runs that are open, oldest first.
+    pub async fn open_runs<T: DeserializeOwned>(&self, limit: u32) -> Result<Vec<T>, Fault> {
+        let query = "SELECT name, body FROM run WHERE open = 1 ORDER BY created_ms, name LIMIT ?";
         let rows: Vec<Columns> = sqlx::query_as(query).bind(i64::from(limit)).fetch_all(&self.read).await.map_err(fault)?;
-        rows.into_iter().map(parse).collect()
-    }
-
-    /// The newest runs that this site has to do with, newest first.
-    pub async fn runs_of<T: DeserializeOwned>(&self, site: &SiteName, limit: u32) -> Result<Vec<T>, Fault> {
-        let rows: Vec<Columns> = sqlx::query_as(
-            "SELECT name, body FROM run WHERE json_extract(body, '$.spec.from') = ?1 OR json_extract(body, '$.spec.on') = ?1
-             ORDER BY created_ms DESC, name LIMIT ?2",
-        )
-        .bind(site.as_str())
-        .bind(i64::from(limit))
-        .fetch_all(&self.read)
-        .await
-        .map_err(fault)?;
         rows.into_iter().map(parse).collect()
     }
 

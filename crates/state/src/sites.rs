@@ -8,12 +8,24 @@ use base::fault::Fault;
 use base::names::{SiteName, SiteSelector};
 use transport::identity::{Claim, Holder};
 
-type TokenColumns = (Vec<u8>, String, String, i64, Option<i64>, String);
-type SiteColumns = (String, String, i64, Option<i64>, Option<String>, i64);
+type TokenColumns = (Vec<u8>, String, String, i64, Option<i64>, String, Option<Vec<u8>>, Option<i64>);
+pub(super) type SiteColumns = (String, String, i64, Option<i64>, Option<String>, i64);
 
 /// What a token's certificate is good for, as the table says it.
 const SITE: &str = "site";
 const PUBLISHER: &str = "publisher";
+/// The sites behind a name; and one of them.
+pub(super) const SITES: &str = "SELECT name, labels, joined_ms, seen_ms, version,
+        (SELECT COUNT(*) FROM transfer t WHERE t.site = site.name AND t.state NOT IN ('done', 'failed', 'cancelled'))
+     FROM site WHERE ?1 IS NULL OR name > ?1 ORDER BY name LIMIT ?2";
+/// A token, and when its holder was here last.
+const REDEEM: &str = "SELECT secret_hash, site, labels, expires_ms, used_ms, role, key_hash,
+        CASE role WHEN 'site' THEN (SELECT seen_ms FROM site WHERE name = token.site)
+                  ELSE (SELECT seen_ms FROM publisher WHERE name = token.site) END
+     FROM token WHERE id = ?";
+const ONE_SITE: &str = "SELECT name, labels, joined_ms, seen_ms, version,
+        (SELECT COUNT(*) FROM transfer t WHERE t.site = site.name AND t.state NOT IN ('done', 'failed', 'cancelled'))
+     FROM site WHERE name = ?1";
 /// Entries of a site's `[train] allow` that are kept.
 const TRAIN_ALLOW_MAX: usize = 10_000;
 
@@ -32,6 +44,18 @@ pub struct SiteRow {
     pub version: Option<String>,
     /// Its transfers that have not ended.
     pub open_transfers: u64,
+}
+
+/// A row of [`SITES`].
+pub(super) fn site((name, labels, joined_ms, seen_ms, version, open): SiteColumns) -> Result<SiteRow, Fault> {
+    Ok(SiteRow {
+        name: name.parse()?,
+        labels: serde_json::from_str(&labels).unwrap_or_default(),
+        joined_ms,
+        seen_ms,
+        version,
+        open_transfers: open as u64,
+    })
 }
 
 impl Catalogue {
@@ -69,7 +93,8 @@ impl Catalogue {
     }
 
     /// Uses a join token up and enrols its site or publisher. `claim` is who asks, as he says.
-    pub async fn redeem_token(&self, id: &str, secret_hash: &[u8; 32], claim: &Claim) -> Result<Holder, Fault> {
+    /// Used by the key of this hash, it is good for that key until its holder has connected.
+    pub async fn redeem_token(&self, id: &str, secret_hash: &[u8; 32], claim: &Claim, key_hash: &[u8; 32]) -> Result<Holder, Fault> {
         let role = match claim {
             Claim::Site(_) => SITE,
             Claim::Publisher => PUBLISHER,
@@ -80,17 +105,16 @@ impl Catalogue {
         };
         let now = clock::now_unix_ms() as i64;
         let mut tx = self.write.begin_with("BEGIN IMMEDIATE").await.map_err(fault)?;
-        let row: Option<TokenColumns> =
-            sqlx::query_as("SELECT secret_hash, site, labels, expires_ms, used_ms, role FROM token WHERE id = ?")
-                .bind(id)
-                .fetch_optional(&mut *tx)
-                .await
-                .map_err(fault)?;
-        let Some((_, name, labels, expires, used, bound)) = row.filter(|row| row.0 == secret_hash) else {
+        let row: Option<TokenColumns> = sqlx::query_as(REDEEM).bind(id).fetch_optional(&mut *tx).await.map_err(fault)?;
+        let Some((_, name, labels, expires, used, bound, used_for, seen)) = row.filter(|row| row.0 == secret_hash) else {
             return Err(refuse("is not one of this hub"));
         };
-        if used.is_some() {
-            return Err(refuse("was used already"));
+        if let Some(used) = used {
+            // The answer may have been lost on its way to the holder of this key, who has not been here since.
+            let is_again = used_for.is_some_and(|key| key == key_hash) && seen.is_none_or(|seen| seen < used);
+            if !is_again {
+                return Err(refuse("was used already"));
+            }
         }
         if expires < now {
             return Err(refuse("has expired"));
@@ -103,7 +127,13 @@ impl Catalogue {
         {
             return Err(refuse(&format!("is for the site {name}, and this config says {claimed}")));
         }
-        sqlx::query("UPDATE token SET used_ms = ? WHERE id = ?").bind(now).bind(id).execute(&mut *tx).await.map_err(fault)?;
+        sqlx::query("UPDATE token SET used_ms = ?, key_hash = ? WHERE id = ?")
+            .bind(now)
+            .bind(&key_hash[..])
+            .bind(id)
+            .execute(&mut *tx)
+            .await
+            .map_err(fault)?;
         let holder = match claim {
             Claim::Publisher => {
                 let join =
@@ -154,10 +184,27 @@ impl Catalogue {
             .execute(&mut *tx)
             .await
             .map_err(fault)?;
-        let seq = note(&mut tx, "site", site.as_str()).await?;
-        // Whoever follows the site's transfers learns by the same event that its reason changed.
-        sqlx::query("UPDATE transfer SET cursor = ? WHERE site = ? AND state NOT IN ('done', 'failed', 'cancelled')")
+        // Whoever follows the site's transfers learns by the same event that their reason changed. Each has a cursor of its own, so that
+        // a page of what changed can end behind any of them; the event comes behind the last.
+        let (newest,): (i64,) = sqlx::query_as("SELECT COALESCE((SELECT seq FROM sqlite_sequence WHERE name = 'event'), 0)")
+            .fetch_one(&mut *tx)
+            .await
+            .map_err(fault)?;
+        let changed = sqlx::query(
+            "UPDATE transfer SET cursor = ?1 + open.number FROM (
+                SELECT id, ROW_NUMBER() OVER (ORDER BY cursor, id) AS number FROM transfer
+                WHERE site = ?2 AND state NOT IN ('done', 'failed', 'cancelled')) AS open
+             WHERE transfer.id = open.id",
+        )
+        .bind(newest)
+        .bind(site.as_str())
+        .execute(&mut *tx)
+        .await
+        .map_err(fault)?;
+        let seq = newest + i64::try_from(changed.rows_affected()).unwrap_or(0).max(1);
+        sqlx::query("INSERT INTO event (seq, at_ms, what, name) VALUES (?, ?, 'site', ?)")
             .bind(seq)
+            .bind(clock::now_unix_ms() as i64)
             .bind(site.as_str())
             .execute(&mut *tx)
             .await
@@ -195,26 +242,14 @@ impl Catalogue {
 
     /// All sites, by name.
     pub async fn sites(&self) -> Result<Vec<SiteRow>, Fault> {
-        let rows: Vec<SiteColumns> = sqlx::query_as(
-            "SELECT name, labels, joined_ms, seen_ms, version,
-                    (SELECT COUNT(*) FROM transfer t WHERE t.site = site.name AND t.state NOT IN ('done', 'failed', 'cancelled'))
-             FROM site ORDER BY name",
-        )
-        .fetch_all(&self.read)
-        .await
-        .map_err(fault)?;
-        rows.into_iter()
-            .map(|(name, labels, joined, seen, version, open)| {
-                Ok(SiteRow {
-                    name: name.parse()?,
-                    labels: serde_json::from_str(&labels).unwrap_or_default(),
-                    joined_ms: joined,
-                    seen_ms: seen,
-                    version,
-                    open_transfers: open as u64,
-                })
-            })
-            .collect()
+        let rows: Vec<SiteColumns> = sqlx::query_as(SITES).bind(None::<&str>).bind(i64::MAX).fetch_all(&self.read).await.map_err(fault)?;
+        rows.into_iter().map(site).collect()
+    }
+
+    /// One site, if there is one of this name.
+    pub async fn site(&self, name: &str) -> Result<Option<SiteRow>, Fault> {
+        let row: Option<SiteColumns> = sqlx::query_as(ONE_SITE).bind(name).fetch_optional(&self.read).await.map_err(fault)?;
+        row.map(site).transpose()
     }
 
     /// The sites that a selection means; a name that does not exist, or a selection of none, is `not_found`.

@@ -2,6 +2,7 @@ use super::*;
 use base::fault::Code;
 use base::names::{ArtifactRef, SiteName, TransferId};
 use content::manifest::{KindInfo, Root, Totals};
+use model::paging::Room;
 use model::transfer::{State, TransferQuery};
 use transport::identity::{Claim, Holder};
 
@@ -33,12 +34,16 @@ async fn a_token_is_good_once_and_for_a_while() {
     let name: SiteName = "west".parse().unwrap();
     let (site, claim) = (Holder::Site(name.clone()), Claim::Site(name.clone()));
     catalogue.add_token("a", &[1; 32], &site, &Default::default(), 60).await.unwrap();
-    assert_eq!(catalogue.redeem_token("a", &[2; 32], &claim).await.unwrap_err().code, Code::NotAllowed);
-    assert_eq!(catalogue.redeem_token("a", &[1; 32], &claim).await.unwrap(), site);
-    assert!(catalogue.redeem_token("a", &[1; 32], &claim).await.unwrap_err().message.contains("used"));
+    assert_eq!(catalogue.redeem_token("a", &[2; 32], &claim, &[7; 32]).await.unwrap_err().code, Code::NotAllowed);
+    assert_eq!(catalogue.redeem_token("a", &[1; 32], &claim, &[7; 32]).await.unwrap(), site);
+    // Its answer may have been lost: the same key may ask again, and no other, until the site was here.
+    assert_eq!(catalogue.redeem_token("a", &[1; 32], &claim, &[7; 32]).await.unwrap(), site);
+    assert!(catalogue.redeem_token("a", &[1; 32], &claim, &[8; 32]).await.unwrap_err().message.contains("used"));
+    catalogue.site_seen(&name, None).await.unwrap();
+    assert!(catalogue.redeem_token("a", &[1; 32], &claim, &[7; 32]).await.unwrap_err().message.contains("used"));
     catalogue.add_token("b", &[1; 32], &site, &Default::default(), 0).await.unwrap();
     tokio::time::sleep(Duration::from_millis(5)).await;
-    assert!(catalogue.redeem_token("b", &[1; 32], &claim).await.unwrap_err().message.contains("expired"));
+    assert!(catalogue.redeem_token("b", &[1; 32], &claim, &[7; 32]).await.unwrap_err().message.contains("expired"));
 }
 
 #[tokio::test]
@@ -48,10 +53,10 @@ async fn a_publisher_is_no_site() {
     let publisher = Holder::Publisher(name.clone());
     catalogue.add_token("a", &[1; 32], &publisher, &Default::default(), 60).await.unwrap();
     // A site that shows a publisher's token is refused, and the token stays good.
-    let fault = catalogue.redeem_token("a", &[1; 32], &Claim::Site(name.clone())).await.unwrap_err();
+    let fault = catalogue.redeem_token("a", &[1; 32], &Claim::Site(name.clone()), &[7; 32]).await.unwrap_err();
     assert!(fault.message.contains("is for a publisher"), "{fault}");
     assert!(!catalogue.publisher_seen(&name).await.unwrap());
-    assert_eq!(catalogue.redeem_token("a", &[1; 32], &Claim::Publisher).await.unwrap(), publisher);
+    assert_eq!(catalogue.redeem_token("a", &[1; 32], &Claim::Publisher, &[7; 32]).await.unwrap(), publisher);
     assert!(catalogue.publisher_seen(&name).await.unwrap());
     assert!(catalogue.sites().await.unwrap().is_empty());
     assert_eq!(catalogue.select_sites(&"all".parse().unwrap()).await.unwrap_err().code, Code::NotFound);
@@ -59,7 +64,7 @@ async fn a_publisher_is_no_site() {
     let site = Holder::Site(name);
     assert_eq!(catalogue.add_token("b", &[1; 32], &site, &Default::default(), 60).await.unwrap_err().code, Code::Conflict);
     catalogue.add_token("c", &[1; 32], &Holder::Site("west".parse().unwrap()), &Default::default(), 60).await.unwrap();
-    assert_eq!(catalogue.redeem_token("c", &[1; 32], &Claim::Publisher).await.unwrap_err().code, Code::NotAllowed);
+    assert_eq!(catalogue.redeem_token("c", &[1; 32], &Claim::Publisher, &[7; 32]).await.unwrap_err().code, Code::NotAllowed);
 }
 
 #[tokio::test]
@@ -70,7 +75,9 @@ async fn delivering_twice_is_one_transfer_and_a_cursor_shows_what_is_new() {
     let part = || [Part { artifact: name.clone(), digest: root(1).digest(), total: 1, needs: None, sites: sites.clone() }];
     let first = catalogue.deliver(&"d-1".parse().unwrap(), None, &part(), &[]).await.unwrap();
     assert_eq!(catalogue.deliver(&"d-2".parse().unwrap(), None, &part(), &[]).await.unwrap(), first);
-    assert_eq!(catalogue.delivery("d-2").await.unwrap().parts.len(), 2, "what stood already is part of the second delivery too");
+    let mut parts = 0;
+    catalogue.each_part(&catalogue.delivery("d-2").await.unwrap().id, |_| parts += 1).await.unwrap();
+    assert_eq!(parts, 2, "what stood already is part of the second delivery too");
     let (all, cursor) = catalogue.transfers(&TransferQuery::default()).await.unwrap();
     assert_eq!(all.len(), 2);
     let since = |c| TransferQuery { since: Some(c), ..Default::default() };
@@ -265,7 +272,7 @@ async fn rows_with_ids_that_no_longer_parse_are_removed_by_the_migration() {
     let ids: Vec<&str> = left.iter().map(|row| row.id.as_str()).collect();
     assert_eq!(ids, ["t-good", "t-waits"]);
     assert_eq!((left[0].digest, left[1].after.len(), &left[1].body.waits_for), (good.digest, 0, &None));
-    assert_eq!(catalogue.runs::<serde_json::Value>(true, 9).await.unwrap().len(), 1);
+    assert_eq!(catalogue.open_runs::<serde_json::Value>(9).await.unwrap().len(), 1);
 }
 
 #[tokio::test]
@@ -317,7 +324,7 @@ async fn join(catalogue: &Catalogue, name: &str, labels: &[(&str, &str)]) -> Sit
     let site: SiteName = name.parse().unwrap();
     let labels = labels.iter().map(|&(key, value)| (key.to_owned(), value.to_owned())).collect();
     catalogue.add_token(name, &[1; 32], &Holder::Site(site.clone()), &labels, 60).await.unwrap();
-    catalogue.redeem_token(name, &[1; 32], &Claim::Site(site.clone())).await.unwrap();
+    catalogue.redeem_token(name, &[1; 32], &Claim::Site(site.clone()), &[7; 32]).await.unwrap();
     site
 }
 
@@ -430,7 +437,7 @@ async fn of_what_changed_the_newest_sound_version_from_the_same_place_is_known()
         catalogue.set_changed(&name, changed.then_some("a is gone")).await.unwrap();
     }
     let rows = catalogue.artifacts().await.unwrap();
-    let published = rows.into_iter().zip(all).map(|(row, (_, place, at_ms, ..))| (place, at_ms, row));
+    let published = rows.into_iter().zip(all).map(|(row, (_, place, at_ms, ..))| (place, at_ms, row.artifact, row.changed));
     let found: Vec<_> = what_changed(published).into_iter().map(|c| (c.artifact, c.place, c.how, c.newer)).collect();
     let expected = all.into_iter().filter(|(_, _, _, changed, _)| *changed).map(|(name, place, _, _, newer)| {
         (name.parse::<ArtifactRef>().unwrap(), place, "a is gone".to_owned(), newer.map(|newer| newer.parse().unwrap()))
@@ -482,25 +489,100 @@ async fn lists_go_on_behind_any_row() {
     }
     let ids = |rows: &[TransferRow]| rows.iter().map(|row| row.id.to_string()).collect::<Vec<_>>();
     let all = ids(&catalogue.transfers(&TransferQuery::default()).await.unwrap().0);
-    let mut seen = Vec::new();
-    catalogue.each_transfer(5, |row| seen.push(row.id.to_string())).await.unwrap();
-    assert_eq!(seen, all[..5]);
+    let everything = TransferQuery::default();
+    let room = |rows| Room { rows, bytes: 1 << 20 };
+    let view = |row: &TransferRow| row.id.to_string();
     for (n, id) in all.iter().enumerate() {
-        assert_eq!(ids(&catalogue.transfers_behind(id, 3).await.unwrap()), all[n + 1..(n + 4).min(all.len())]);
+        let (page, _) = catalogue.transfer_page(&everything, Some(id), room(3), view).await.unwrap();
+        let rest = &all[n + 1..(n + 4).min(all.len())];
+        assert_eq!(page.rows.iter().collect::<Vec<_>>(), rest.iter().collect::<Vec<_>>());
+        assert_eq!(page.next, (n + 4 < all.len()).then(|| rest[2].clone()));
     }
-    assert!(catalogue.transfers_behind("t-0", 3).await.unwrap().is_empty());
-    let deliveries = async |behind: Option<String>, limit| {
-        let rows = catalogue.deliveries(behind.as_deref(), limit).await.unwrap();
+    assert!(catalogue.transfer_page(&everything, Some("t-0"), room(3), view).await.unwrap().0.rows.is_empty());
+    // By bytes, one at a time; of ids, in the order in which they were begun.
+    let ids_of = TransferQuery { id: Some(all.join(",")), ..TransferQuery::default() };
+    let (mut seen, mut behind) = (Vec::new(), None);
+    loop {
+        let (page, _) = catalogue.transfer_page(&ids_of, behind.as_deref(), Room { rows: 9, bytes: 10 }, view).await.unwrap();
+        assert!(page.rows.len() <= 1);
+        seen.extend(page.rows);
+        let Some(next) = page.next else { break };
+        behind = Some(next);
+    }
+    let mut oldest_first = all.clone();
+    oldest_first.sort();
+    assert_eq!(seen, oldest_first);
+    let unknown = TransferQuery { id: Some(format!("{},t-0", all[0])), ..TransferQuery::default() };
+    assert_eq!(catalogue.transfer_page(&unknown, None, room(3), view).await.unwrap_err().code, Code::NotFound);
+    let deliveries = async |behind: Option<String>, limit, by_transfers| {
+        let rows = catalogue.deliveries(behind.as_deref(), limit, by_transfers).await.unwrap();
         rows.into_iter().map(|row| row.id.to_string()).collect::<Vec<_>>()
     };
-    let all = deliveries(None, 100).await;
-    assert_eq!(all.len(), 7);
-    for (n, id) in all.iter().enumerate() {
-        assert_eq!(deliveries(Some(id.clone()), 3).await, all[n + 1..(n + 4).min(all.len())]);
+    for by_transfers in [false, true] {
+        let all = deliveries(None, 100, by_transfers).await;
+        assert_eq!(all.len(), 7);
+        for (n, id) in all.iter().enumerate() {
+            assert_eq!(deliveries(Some(id.clone()), 3, by_transfers).await, all[n + 1..(n + 4).min(all.len())]);
+        }
     }
-    assert_eq!(catalogue.map_artifacts(|row| row.artifact).await.unwrap().len(), 1);
+    assert_eq!(catalogue.artifact_page(None, room(3), |row| row.artifact.clone()).await.unwrap().rows.len(), 1);
+    assert_eq!(catalogue.artifact_names_settled().await.unwrap(), std::slice::from_ref(&artifact));
+    let counted = catalogue.counted_transfers().await.unwrap();
+    assert_eq!(counted.iter().map(|some| some.transfers).sum::<i64>(), 7);
     let bytes = row.root.totals.bytes;
     assert_eq!(catalogue.published_by(None, Some(&"office".parse().unwrap())).await.unwrap(), (0, 0));
     catalogue.set_publisher(&artifact, &"office".parse().unwrap()).await.unwrap();
     assert_eq!(catalogue.published_by(None, Some(&"office".parse().unwrap())).await.unwrap(), (1, bytes));
+}
+
+#[tokio::test]
+async fn whoever_follows_by_a_cursor_misses_none_of_many_that_change_at_once() {
+    let (_dir, catalogue) = catalogue().await;
+    let (artifacts, site): (Vec<ArtifactRef>, SiteName) =
+        ((0..9).map(|n| format!("dataset/a:{n}").parse().unwrap()).collect(), "west".parse().unwrap());
+    let mut parts = Vec::new();
+    for artifact in &artifacts {
+        catalogue.add_artifact(artifact, &root(1), None).await.unwrap();
+        parts.push(Part::new(&catalogue.artifact(artifact).await.unwrap(), std::slice::from_ref(&site)));
+    }
+    let ids = catalogue.deliver(&"d-1".parse().unwrap(), None, &parts, &[]).await.unwrap();
+    let before = catalogue.cursor().await.unwrap();
+    catalogue.add_token("t", &[1; 32], &Holder::Site(site.clone()), &Default::default(), 60).await.unwrap();
+    catalogue.redeem_token("t", &[1; 32], &Claim::Site(site.clone()), &[7; 32]).await.unwrap();
+    catalogue.site_seen(&site, None).await.unwrap();
+    let (mut since, mut seen) = (before, Vec::new());
+    loop {
+        let query = TransferQuery { since: Some(since), ..TransferQuery::default() };
+        let (page, cursor) =
+            catalogue.transfer_page(&query, None, Room { rows: 2, bytes: 1 << 20 }, |row| row.id.to_string()).await.unwrap();
+        assert!(page.rows.len() <= 2);
+        seen.extend(page.rows);
+        since = cursor;
+        if page.next.is_none() {
+            break;
+        }
+    }
+    assert_eq!(seen, ids.iter().map(ToString::to_string).collect::<Vec<_>>());
+    assert_eq!(since, catalogue.cursor().await.unwrap(), "the event of the site comes behind them");
+    assert!(catalogue.events(before, 100).await.unwrap().iter().any(|event| event.what == "site" && event.name == "west"));
+}
+
+#[tokio::test]
+async fn a_collection_waits_for_what_is_being_committed() {
+    let (_dir, catalogue) = catalogue().await;
+    let name: ArtifactRef = "model/m:1".parse().unwrap();
+    let mut tx = catalogue.write.begin_with("BEGIN IMMEDIATE").await.unwrap();
+    sqlx::query("INSERT INTO artifact (reference, digest, root, created_ms) VALUES (?, ?, ?, 0)")
+        .bind(name.to_string())
+        .bind(&root(1).digest().0[..])
+        .bind(root(1).to_bytes())
+        .execute(&mut *tx)
+        .await
+        .unwrap();
+    let other = catalogue.clone();
+    let settled = tokio::spawn(async move { other.artifact_names_settled().await.unwrap() });
+    tokio::task::yield_now().await;
+    assert!(catalogue.artifact_names().await.unwrap().is_empty(), "nobody sees it yet");
+    tx.commit().await.unwrap();
+    assert_eq!(settled.await.unwrap(), [name]);
 }

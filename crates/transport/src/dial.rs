@@ -241,7 +241,13 @@ pub async fn probe_quic(address: &str, identity: &SiteIdentity, line: &Line, mem
 
 /// Joins the hub at `HOST:PORT`: recognises it by the hash in the token, proves with the secret that it may, and comes back with
 /// the identity, which the caller saves.
-pub async fn join(address: &str, token: &JoinToken, claim: &Claim, line: &Line) -> Result<SiteIdentity, Fault> {
+pub async fn join(
+    address: &str,
+    token: &JoinToken,
+    claim: &Claim,
+    line: &Line,
+    request: CertificateRequest,
+) -> Result<SiteIdentity, Fault> {
     let call = Call { address, tls: tls::joining_client(*token.ca_hash())?, line, memory: LINE_SEND_BYTES_MIN, welcomed: false };
     let (link, shown) = call.place().await.map_err(|fault| match fault.code {
         // Unlike a line, nobody tries it again.
@@ -253,7 +259,6 @@ pub async fn join(address: &str, token: &JoinToken, claim: &Claim, line: &Line) 
     let leaf = shown.chain.first().ok_or_else(|| Fault::not_allowed("the hub showed no certificate"))?;
     tls::check_hub_chain(leaf, ca)?;
 
-    let request = CertificateRequest::new()?;
     let ask = hello::Ask {
         token_id: token.id().into(),
         secret: hello::encode(token.secret()),

@@ -30,6 +30,7 @@ mod tcp;
 pub mod testing;
 mod tls;
 mod turns;
+mod window;
 
 pub use dial::{clock_difference, dial, join, probe_quic};
 pub use listen::{Arrival, JoinRequest, Listener};
@@ -153,7 +154,9 @@ struct Inner {
     /// Bytes of streams that this end wrote…
     written: AtomicU64,
     /// …and that it read.
-    read: AtomicU64,
+    read: Arc<AtomicU64>,
+    /// How much may lie unread; `None`: no more than is the same for all.
+    window: Option<Arc<window::Window>>,
 }
 
 impl Drop for Inner {
@@ -209,6 +212,11 @@ impl Inner {
     }
 }
 
+/// Something that was asked for over a line, whose answer is not read yet.
+pub struct Want {
+    _wanted: Option<window::Wanted>,
+}
+
 /// One line. Cheap to clone; the line closes when the last clone and the last half of a stream are gone.
 #[derive(Clone)]
 pub struct Link {
@@ -230,6 +238,15 @@ impl std::fmt::Debug for Link {
 
 impl Link {
     fn new(wire: Wire, peer: Option<Holder>, remote: SocketAddr) -> Self {
+        Self::made(wire, peer, remote, None)
+    }
+
+    /// A line of a hub.
+    fn windowed(wire: Wire, peer: Holder, remote: SocketAddr, window: Option<Arc<window::Window>>) -> Self {
+        Self::made(wire, Some(peer), remote, window)
+    }
+
+    fn made(wire: Wire, peer: Option<Holder>, remote: SocketAddr, window: Option<Arc<window::Window>>) -> Self {
         Self {
             inner: Arc::new(Inner {
                 wire,
@@ -240,7 +257,8 @@ impl Link {
                 hub_clock: OnceLock::new(),
                 last_words: Mutex::new(None),
                 written: AtomicU64::new(0),
-                read: AtomicU64::new(0),
+                read: window.as_ref().map_or_else(Arc::default, |window| window.read.clone()),
+                window,
             }),
         }
     }
@@ -260,6 +278,11 @@ impl Link {
                 Ok(self.halves(SendWire::Tcp(send), RecvWire::Tcp(recv), 0))
             }
         }
+    }
+
+    /// Notes that something is asked for over this line, for as long as what is returned is kept: its peer may send more meanwhile.
+    pub fn want(&self) -> Want {
+        Want { _wanted: self.inner.window.as_ref().map(window::Window::want) }
     }
 
     /// The next stream that the peer opened; `None` when the line is over.

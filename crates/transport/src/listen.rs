@@ -13,14 +13,15 @@ use super::congestion::Choice;
 use super::mux::{End, Mux};
 use super::seats::{Seat, Seats};
 use super::tls::{self, Shown};
+use super::window::{self, Window, Windows};
 use super::{CLOSE_BUSY, CLOSE_CLOCK, CLOSE_REFUSED, FLUSH_MAX, Link, PRIORITY_CONTROL, SendHalf, Wire, hello, quic, tcp};
-use crate::identity::{Claim, Holder, HubIdentity, Redeemer, read_csr, secret_hash};
+use crate::identity::{Claim, Holder, HubIdentity, Redeemer, key_hash, read_csr, secret_hash};
 use crate::{Congestion, Line};
 use base::admission::{Network, Place, Pool};
 use base::fault::{Fault, IoContext};
 use base::limits::{
     LINE_ARRIVALS_WAITING_MAX, LINE_HANDSHAKE_MAX, LINE_HANDSHAKES_EASY, LINE_HANDSHAKES_MAX, LINE_HANDSHAKES_PER_ADDRESS_MAX,
-    LINE_JOINS_MAX, LINE_SEND_BYTES_MAX, LINE_TLS_MAX, SITE_CONNECTIONS_MAX,
+    LINE_HANDSHAKES_PROVED_MAX, LINE_JOINS_MAX, LINE_SEND_BYTES_MAX, LINE_TLS_MAX, SITE_CONNECTIONS_MAX,
 };
 use base::names::SiteName;
 use base::tally::Tally;
@@ -65,6 +66,8 @@ pub struct JoinRequest {
     secret_hash: [u8; 32],
     claim: Claim,
     csr: Vec<u8>,
+    /// The hash of the key that the request is for.
+    key_hash: [u8; 32],
     place: Place,
 }
 
@@ -91,7 +94,7 @@ impl JoinRequest {
 
     /// Redeems the token and answers with a certificate or the refusal. Returns who joined.
     pub async fn redeem(self, redeemer: &dyn Redeemer) -> Result<Holder, Fault> {
-        let verdict = redeemer.redeem(&self.token_id, &self.secret_hash, &self.claim).await;
+        let verdict = redeemer.redeem(&self.token_id, &self.secret_hash, &self.claim, &self.key_hash).await;
         self.answer(verdict).await
     }
 
@@ -116,7 +119,7 @@ impl JoinRequest {
             () = self.place.evicted() => Ok(()),
         };
         let (_, holder) = issued?;
-        sent.map_err(|f| f.context(format_args!("{holder} was not told that it joined, and needs a new token")))?;
+        sent.map_err(|f| f.context(format_args!("{holder} was not told that it joined; the same command can be run again")))?;
         Ok(holder)
     }
 }
@@ -165,6 +168,7 @@ impl Listener {
             seats: Seats::new(SITE_CONNECTIONS_MAX, open_files::share(SITE_CONNECTIONS_MAX, 2)),
             congestion: line.congestion,
             memory,
+            windows: Windows::new(memory / 8, memory / 4 * 3),
             refused: Tally::new("refused a connection"),
             unfinished: Tally::new("a handshake was not completed"),
             not_accepted: Tally::new("accepting a TCP connection failed"),
@@ -251,6 +255,8 @@ struct Admission {
     congestion: Congestion,
     /// Bytes that all lines may buffer for sending.
     memory: u64,
+    /// What they may hold that nobody reads yet.
+    windows: Arc<Windows>,
     refused: Tally,
     unfinished: Tally,
     not_accepted: Tally,
@@ -267,6 +273,15 @@ enum Newcomer {
     Refused(u32, Fault),
 }
 
+impl Newcomer {
+    fn holder(&self) -> Option<Holder> {
+        match self {
+            Self::Known(who, _) => Some(who.clone()),
+            Self::Joining(_) | Self::Refused(..) => None,
+        }
+    }
+}
+
 impl Admission {
     /// What one line may buffer for sending, as many as there are now.
     fn send_room(&self) -> u64 {
@@ -280,9 +295,8 @@ impl Admission {
     }
 
     /// A place for a handshake. `None` if every place is taken by a peer that is being welcomed.
-    fn begin(&self, pool: &Pool, remote: SocketAddr) -> Option<Place> {
-        let network = remote.ip().into();
-        let place = pool.enter(Some(network), self.own_max(network));
+    fn begin(&self, pool: &Pool, remote: SocketAddr, own_max: usize) -> Option<Place> {
+        let place = pool.enter(Some(remote.ip().into()), own_max);
         if place.is_none() {
             self.unfinished.note(format_args!("{remote}: no room for another handshake"));
         }
@@ -320,7 +334,7 @@ impl Admission {
     }
 
     /// After the handshake: welcomes a site, hears a join request, or says why not.
-    async fn enter(&self, newcomer: Newcomer, wire: Wire, remote: SocketAddr) -> Result<(), Fault> {
+    async fn enter(&self, newcomer: Newcomer, wire: Wire, remote: SocketAddr, window: Option<Arc<Window>>) -> Result<(), Fault> {
         match newcomer {
             Newcomer::Refused(code, fault) => {
                 let link = Link::new(wire, None, remote);
@@ -334,7 +348,7 @@ impl Admission {
                 Ok(())
             }
             Newcomer::Known(who, cert_der) => {
-                let link = Link::new(wire, Some(who.clone()), remote);
+                let link = Link::windowed(wire, who.clone(), remote, window);
                 let (mut send, _) = link.open(PRIORITY_CONTROL).await?;
                 hello::send(&mut send, &hello::Welcome { hub: self.hub.name().clone(), time_ms: clock::now_unix_ms() }).await?;
                 tracing::info!(%who, %remote, transport = link.transport(), "connected");
@@ -356,12 +370,12 @@ impl Admission {
         };
         let (mut send, request) = asked;
         match request {
-            Ok((ask, csr, secret)) => {
+            Ok((ask, csr, secret, key_hash)) => {
                 // From here on the token may be used up: the answer must arrive.
                 place.finish();
                 let secret_hash = secret_hash(&ask.token_id, &secret);
                 let claim = ask.site.map_or(Claim::Publisher, Claim::Site);
-                Ok(JoinRequest { hub: self.hub.clone(), link, send, token_id: ask.token_id, secret_hash, claim, csr, place })
+                Ok(JoinRequest { hub: self.hub.clone(), link, send, token_id: ask.token_id, secret_hash, claim, csr, key_hash, place })
             }
             Err(fault) => {
                 let refusal = Fault::not_allowed(fault.message.clone()).with_next("make sure that both ends run the same version");
@@ -372,15 +386,15 @@ impl Admission {
         }
     }
 
-    async fn read_request(&self, link: &Link) -> Result<(SendHalf, Result<(hello::Ask, Vec<u8>, [u8; 32]), Fault>), Fault> {
+    async fn read_request(&self, link: &Link) -> Result<(SendHalf, Result<(hello::Ask, Vec<u8>, [u8; 32], [u8; 32]), Fault>), Fault> {
         let (send, mut recv) = link.accept().await.ok_or_else(|| Fault::unreachable("a joining site went away before it asked"))?;
         let read = async {
             let ask: hello::Ask = hello::receive(&mut recv).await?;
             let csr = hello::decode(&ask.csr)?;
-            read_csr(&csr)?;
+            let key_hash = key_hash(&read_csr(&csr)?);
             let secret =
                 <[u8; 32]>::try_from(hello::decode(&ask.secret)?).map_err(|_| Fault::integrity("the token's secret is not 32 bytes"))?;
-            Ok::<_, Fault>((ask, csr, secret))
+            Ok::<_, Fault>((ask, csr, secret, key_hash))
         };
         Ok((send, read.await))
     }
@@ -395,9 +409,14 @@ impl Admission {
         if matches!(newcomer, Newcomer::Known(..)) {
             place.finish();
         }
-        let own = self.clone();
-        quic::tend(connection.clone(), move || own.send_room(), seat);
-        self.enter(newcomer, Wire::Quic { connection, endpoint: None, choice }, remote).await
+        let window = Window::new(&self.windows, newcomer.holder(), window::Of::Quic(connection.clone()));
+        let (own, fitted) = (self.clone(), window.clone());
+        let room = move || {
+            fitted.fit();
+            own.send_room()
+        };
+        quic::tend(connection.clone(), room, seat);
+        self.enter(newcomer, Wire::Quic { connection, endpoint: None, choice }, remote, Some(window)).await
     }
 
     /// A TCP connection from its beginning to its arrival.
@@ -417,7 +436,7 @@ impl Admission {
         let mux = Mux::start(secured.io, End::Listening, secured.handshake, seat);
         let own = self.clone();
         mux.tend(move || own.send_room());
-        self.enter(newcomer, Wire::Tcp { mux, traffic: secured.traffic }, remote).await
+        self.enter(newcomer, Wire::Tcp { mux, traffic: secured.traffic }, remote, None).await
     }
 
     /// Runs what takes a connection until its end, its deadline, or the moment that a newer connection takes its place.
@@ -452,7 +471,12 @@ async fn accept_quic(endpoint: Endpoint, config: quinn::ServerConfig, admission:
             let _ = incoming.retry();
             continue;
         }
-        let Some(place) = admission.begin(&admission.quic, remote) else {
+        // Sites behind one address come together after a restart of the hub: whoever has proved that the address is his may have more.
+        let own_max = match incoming.remote_address_validated() {
+            true => LINE_HANDSHAKES_PROVED_MAX,
+            false => admission.own_max(remote.ip().into()),
+        };
+        let Some(place) = admission.begin(&admission.quic, remote, own_max) else {
             incoming.refuse();
             continue;
         };
@@ -471,7 +495,8 @@ async fn accept_tcp(listener: TcpListener, tls: Arc<rustls::ServerConfig>, admis
                 continue;
             }
         };
-        let Some(place) = admission.begin(&admission.tcp, remote) else { continue };
+        let own_max = admission.own_max(remote.ip().into());
+        let Some(place) = admission.begin(&admission.tcp, remote, own_max) else { continue };
         let (admission, tls) = (admission.clone(), tls.clone());
         tokio::spawn(async move { admission.conclude(admission.take_tcp(socket, remote, tls, &place), &place, remote).await });
     }

@@ -14,7 +14,7 @@ use super::{CLOSE_REFUSED, CLOSE_VIOLATION, Ended};
 use base::fault::{Fault, IoContext};
 use base::limits::{
     LINE_FIT_EVERY, LINE_HANDSHAKES_MAX, LINE_KEEP_ALIVE, LINE_PACKET_BYTES_MAX, LINE_SEND_BYTES_LEAST, LINE_SEND_BYTES_MIN,
-    LINE_SOCKET_BUFFER_BYTES, LINE_STREAM_WINDOW_BYTES, LINE_STREAMS_MAX, LINE_WINDOW_BYTES, SILENCE_MAX,
+    LINE_SOCKET_BUFFER_BYTES, LINE_STREAM_WINDOW_BYTES, LINE_STREAMS_MAX, LINE_WINDOW_BYTES, LINE_WINDOW_FIRST_BYTES, SILENCE_MAX,
 };
 
 /// What QUIC asks of every path.
@@ -38,7 +38,7 @@ fn packet_bytes_max(remote: SocketAddr) -> u16 {
     route.ok().and_then(|bytes| u16::try_from(bytes).ok()).unwrap_or(u16::MAX).clamp(PACKET_BYTES_MIN, LINE_PACKET_BYTES_MAX)
 }
 
-fn transport(choice: &Choice, remote: SocketAddr) -> Result<Arc<TransportConfig>, Fault> {
+fn transport(choice: &Choice, remote: SocketAddr, window: u64) -> Result<Arc<TransportConfig>, Fault> {
     let most = packet_bytes_max(remote);
     let step = if most == LINE_PACKET_BYTES_MAX { PACKET_BYTES_LARGE_STEP } else { PACKET_BYTES_STEP };
     let mut mtu = MtuDiscoveryConfig::default();
@@ -50,7 +50,7 @@ fn transport(choice: &Choice, remote: SocketAddr) -> Result<Arc<TransportConfig>
         .max_concurrent_uni_streams(VarInt::from_u32(0))
         .datagram_receive_buffer_size(None)
         .stream_receive_window(LINE_STREAM_WINDOW_BYTES.into())
-        .receive_window(LINE_WINDOW_BYTES.into())
+        .receive_window(VarInt::from_u64(window).unwrap_or(VarInt::MAX))
         .send_window(LINE_SEND_BYTES_MIN)
         .mtu_discovery_config(Some(mtu))
         .initial_rtt(congestion::UNKNOWN_RTT)
@@ -132,7 +132,7 @@ pub(super) fn listen(socket: UdpSocket, tls: rustls::ServerConfig, reset_key: [u
 /// Accepts a connection whose congestion control can be set by `choice` for itself.
 pub(super) async fn accept(incoming: quinn::Incoming, config: &quinn::ServerConfig, choice: &Choice) -> Result<quinn::Connection, Fault> {
     let mut config = config.clone();
-    config.transport_config(transport(choice, incoming.remote_address())?);
+    config.transport_config(transport(choice, incoming.remote_address(), LINE_WINDOW_FIRST_BYTES)?);
     let lost = |e: ConnectionError| Fault::unreachable(e.to_string());
     incoming.accept_with(Arc::new(config)).map_err(lost)?.await.map_err(lost)
 }
@@ -145,7 +145,7 @@ pub(super) async fn connect(remote: SocketAddr, tls: rustls::ClientConfig, choic
     let endpoint = endpoint(socket, None, None).map_err(|e| give_up(&e))?;
     let crypto = QuicClientConfig::try_from(tls).map_err(|e| give_up(&e))?;
     let mut config = quinn::ClientConfig::new(Arc::new(crypto));
-    config.transport_config(transport(choice, remote).map_err(|e| give_up(&e))?);
+    config.transport_config(transport(choice, remote, LINE_WINDOW_BYTES.into()).map_err(|e| give_up(&e))?);
     let connecting = endpoint.connect_with(config, remote, crate::identity::HUB_DNS_NAME).map_err(|e| give_up(&e))?;
     let connection = connecting.await.map_err(|e| ended(&e))?;
     let shown = shown(&connection);
@@ -167,7 +167,8 @@ pub(super) fn shown(connection: &quinn::Connection) -> Shown {
 }
 
 /// Fits the send buffer to what the line carries, until the connection ends: it must hold what is in flight and what goes next,
-/// and beyond that it would only hold memory. `room` says what the line may have of that now; `guard` is held as long.
+/// and beyond that it would only hold memory. `room` says what the line may have of that now, and is asked often; `guard` is held as
+/// long.
 pub(super) fn tend(connection: quinn::Connection, room: impl Fn() -> u64 + Send + 'static, guard: impl Send + 'static) {
     tokio::spawn(async move {
         let mut window = LINE_SEND_BYTES_MIN;

@@ -7,7 +7,7 @@ use parking_lot::Mutex;
 use tokio::io::AsyncWriteExt;
 
 use super::*;
-use crate::identity::{CertificateRequest, Claim, HubIdentity, JoinToken, Redeemer};
+use crate::identity::{CertificateRequest, Claim, HubIdentity, JoinToken, Redeemer, SiteIdentity};
 use crate::testing::{Hub, MEMORY, line, loopback, name, site_of};
 use crate::{Congestion, Transport};
 use base::fault::Code;
@@ -43,7 +43,7 @@ impl Tokens {
 
 #[async_trait::async_trait]
 impl Redeemer for Tokens {
-    async fn redeem(&self, id: &str, secret_hash: &[u8; 32], claim: &Claim) -> Result<Holder, Fault> {
+    async fn redeem(&self, id: &str, secret_hash: &[u8; 32], claim: &Claim, _key_hash: &[u8; 32]) -> Result<Holder, Fault> {
         match self.0.lock().get_mut(id) {
             Some((hash, bound, used)) if hash == secret_hash => {
                 match claim {
@@ -80,7 +80,7 @@ async fn a_site_joins_once_and_dials_ever_after() {
                 _ => unreachable!("no join request"),
             }
         };
-        let (joined, answered) = tokio::join!(join(&hub.address, &token, &claim, &hub_line), request);
+        let (joined, answered) = tokio::join!(join(&hub.address, &token, &claim, &hub_line, CertificateRequest::new().unwrap()), request);
         let site = joined.unwrap();
         assert_eq!((site.name(), answered.unwrap()), (&name("chengdu"), Holder::Site(name("chengdu"))));
         assert_eq!(hub.identity.verify_site(site.cert_der()).unwrap(), name("chengdu"));
@@ -120,20 +120,23 @@ async fn bad_tokens_are_refused_in_words() {
         let wanted = line(transport);
         let token = tokens.make(&hub.identity, "chengdu");
 
-        let fault = join(&hub.address, &token, &Claim::Site(name("xian")), &wanted).await.unwrap_err();
+        let fault = join(&hub.address, &token, &Claim::Site(name("xian")), &wanted, CertificateRequest::new().unwrap()).await.unwrap_err();
         assert_eq!((fault.code, fault.message.as_str()), (Code::NotAllowed, "the token is for site chengdu, not for xian"));
         // That did not use it up.
-        join(&hub.address, &token, &Claim::Site(name("chengdu")), &wanted).await.unwrap();
-        let fault = join(&hub.address, &token, &Claim::Site(name("chengdu")), &wanted).await.unwrap_err();
+        join(&hub.address, &token, &Claim::Site(name("chengdu")), &wanted, CertificateRequest::new().unwrap()).await.unwrap();
+        let fault =
+            join(&hub.address, &token, &Claim::Site(name("chengdu")), &wanted, CertificateRequest::new().unwrap()).await.unwrap_err();
         assert_eq!((fault.code, fault.message.as_str()), (Code::NotAllowed, "the token was used before"));
 
         let unknown = JoinToken::generate(&hub.identity);
-        let fault = join(&hub.address, &unknown, &Claim::Site(name("chengdu")), &wanted).await.unwrap_err();
+        let fault =
+            join(&hub.address, &unknown, &Claim::Site(name("chengdu")), &wanted, CertificateRequest::new().unwrap()).await.unwrap_err();
         assert_eq!((fault.code, fault.message.as_str()), (Code::NotAllowed, "the token is not known here"));
 
         // A token of another hub: the secret is never said.
         let foreign = tokens.make(&other.identity, "chengdu");
-        let fault = join(&hub.address, &foreign, &Claim::Site(name("chengdu")), &wanted).await.unwrap_err();
+        let fault =
+            join(&hub.address, &foreign, &Claim::Site(name("chengdu")), &wanted, CertificateRequest::new().unwrap()).await.unwrap_err();
         assert_eq!(fault.code, Code::NotAllowed, "{fault}");
         assert!(fault.message.contains("is not the one that made the token"), "{fault}");
         assert!(!tokens.0.lock()[foreign.id()].2);
@@ -239,9 +242,67 @@ async fn silent_connections_of_a_stranger_keep_nobody_out() {
     let links = [hub.connect(Transport::Tcp).await, hub.connect(Transport::Quic).await];
     let token = tokens.make(&hub.identity, "wuhan");
     hub.serve_joins(tokens);
-    join(&hub.address, &token, &Claim::Site(name("wuhan")), &line(Transport::Tcp)).await.unwrap();
+    join(&hub.address, &token, &Claim::Site(name("wuhan")), &line(Transport::Tcp), CertificateRequest::new().unwrap()).await.unwrap();
     wait_closed(&mut silent, 300 - base::limits::LINE_HANDSHAKES_PER_ADDRESS_MAX).await;
     assert!(links.iter().all(|(site, hub)| !site.is_closed() && !hub.is_closed()));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn many_sites_behind_one_address_get_in_at_once() {
+    const SITES: usize = 40;
+    let hub = Hub::start();
+    let sites: Vec<SiteIdentity> = (0..SITES).map(|n| site_of(&hub.identity, &format!("s{n}"))).collect();
+    let wanted = line(Transport::Quic);
+    let dialled = futures::future::join_all(sites.iter().map(|site| dial(&hub.address, site, &wanted, MEMORY)));
+    let arrived = async {
+        let mut links = Vec::new();
+        while links.len() < SITES {
+            links.push(hub.next_site().await);
+        }
+        links
+    };
+    let (dialled, _arrived) = tokio::join!(dialled, arrived);
+    // With the first call: nobody was closed for another.
+    let refused: Vec<String> = dialled.iter().filter_map(|link| Some(link.as_ref().err()?.to_string())).collect();
+    assert!(refused.is_empty(), "{refused:?}");
+}
+
+/// Opens streams that nobody takes and writes to each, for as long as that goes.
+fn send_unasked(link: &Link, streams: usize) -> tokio::task::JoinHandle<()> {
+    let link = link.clone();
+    tokio::spawn(async move {
+        let writers = (0..streams).map(|_| async {
+            let (mut send, _recv) = link.open(PRIORITY_BULK).await?;
+            for _ in 0..16 {
+                send.write_bytes(vec![7; 64 << 10].into()).await?;
+            }
+            std::future::pending::<Result<(), Fault>>().await
+        });
+        futures::future::join_all(writers).await;
+    })
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_nobody_asked_for_fills_a_small_window_only() {
+    let hub = Hub::start();
+    let (site, at_hub) = hub.connect(Transport::Quic).await;
+    let sender = send_unasked(&site, 64);
+    let received = || at_hub.bytes().1;
+    // It sends 64 MiB, and would need no longer for that.
+    let _ = tokio::time::timeout(Duration::from_secs(2), at_hub.closed()).await;
+    assert!(!at_hub.is_closed() && received() < 3 << 20, "{} bytes", received());
+    // While the hub asks for something there is room for that.
+    let want = at_hub.want();
+    let more = async {
+        while received() < 6 << 20 {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(20), more).await.unwrap();
+    let _ = tokio::time::timeout(Duration::from_secs(1), at_hub.closed()).await;
+    assert!(received() < 24 << 20, "{} bytes", received());
+    drop(want);
+    sender.abort();
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -434,7 +495,8 @@ async fn nobody_there_is_unreachable() {
     let fault = dial(&address, &site, &line(Transport::Auto), MEMORY).await.unwrap_err();
     assert_eq!((fault.code, fault.code.exit(), fault.reason), (Code::Unreachable, 10, Reason::HubUnreachable));
     assert!(fault.message.contains("QUIC") && fault.message.contains("TCP"), "{fault}");
-    let fault = join(&address, &token, &Claim::Site(name("chengdu")), &line(Transport::Tcp)).await.unwrap_err();
+    let fault =
+        join(&address, &token, &Claim::Site(name("chengdu")), &line(Transport::Tcp), CertificateRequest::new().unwrap()).await.unwrap_err();
     assert_eq!(fault.code, Code::Unreachable, "{fault}");
     let fault = dial("hub.invalid:7443", &site, &line(Transport::Auto), MEMORY).await.unwrap_err();
     assert_eq!(fault.code, Code::Unreachable, "{fault}");

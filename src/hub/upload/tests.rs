@@ -1,10 +1,5 @@
 //! A hub in this process, and a publisher that tries what it may and what it may not.
 
-use std::path::Path;
-use std::sync::Arc;
-
-use tokio_util::sync::CancellationToken;
-
 use super::super::Hub;
 use crate::api::Backend as _;
 use crate::api::types::{Action, TokenRequest};
@@ -14,7 +9,10 @@ use base::fault::{Code, Reason};
 use content::manifest::Digest;
 use exchange::fetch::Fetcher;
 use exchange::wire::{self, AskHub, CONTROL, FromHub, FromSite};
-use transport::identity::{Claim, Holder, JoinToken, SiteIdentity};
+use std::path::Path;
+use std::sync::Arc;
+use tokio_util::sync::CancellationToken;
+use transport::identity::{CertificateRequest, Claim, Holder, JoinToken, SiteIdentity};
 use transport::{self, Link};
 
 /// What a line costs that carries nothing: handshake, questions, and the search for the largest packet.
@@ -53,7 +51,9 @@ impl Bench {
     }
 
     pub(in crate::hub) async fn join(&self, token: &str, claim: &Claim) -> SiteIdentity {
-        transport::join(&self.address, &token.parse::<JoinToken>().unwrap(), claim, &Line::default()).await.unwrap()
+        transport::join(&self.address, &token.parse::<JoinToken>().unwrap(), claim, &Line::default(), CertificateRequest::new().unwrap())
+            .await
+            .unwrap()
     }
 
     pub(in crate::hub) async fn dial(&self, identity: &SiteIdentity) -> Link {
@@ -105,7 +105,15 @@ async fn only_what_lacks_is_sent() {
     base::durable::replace(&source.join("more.bin"), &[7; 100_000]).unwrap();
     let more = bench.publish(&source, "model/b:v2", None).await.unwrap();
     assert!(more.published.stored > 0 && more.wire < QUIET + (100 << 10), "{more:?}");
-    assert_eq!(bench.publish(&source, "model/a:v1", None).await.unwrap_err().code, Code::Conflict);
+    let there = bench.hub.inner.catalogue.artifact(&"model/a:v1".parse().unwrap()).await.unwrap().digest.hex();
+    let fault = bench.publish(&source, "model/a:v1", None).await.unwrap_err();
+    assert!(fault.code == Code::Conflict && fault.message.contains(&there), "its own publisher is told what stands there: {fault}");
+    // What somebody else has published it does not learn.
+    let foreign = "model/c:v1".parse().unwrap();
+    let root = bench.hub.inner.catalogue.artifact(&"model/a:v1".parse().unwrap()).await.unwrap().root;
+    bench.hub.inner.catalogue.add_artifact(&foreign, &root, None).await.unwrap();
+    let fault = bench.publish(&source, "model/c:v1", None).await.unwrap_err();
+    assert!(fault.code == Code::Conflict && !fault.message.contains(&there), "{fault}");
     // It is the hub's own, and whole.
     let row = bench.hub.inner.catalogue.artifact(&"model/b:v2".parse().unwrap()).await.unwrap();
     assert_eq!(row.origin, None);
@@ -156,7 +164,7 @@ async fn a_publisher_may_do_nothing_else() {
     send.write_all(&[CONTROL]).await.unwrap();
     let _ = wire::send(&mut send, &FromSite::Hello { version: "0".into(), share: None, train: None, congestion: Default::default() }).await;
     assert!(wire::receive::<FromHub>(&mut recv).await.is_err());
-    assert!(bench.hub.sites().await.unwrap().is_empty());
+    assert!(bench.hub.inner.catalogue.sites().await.unwrap().is_empty());
     // It can renew, and stays a publisher.
     let request = identity.make_renewal_request().unwrap();
     let answer: String = wire::ask(&link, &AskHub::Renew { request: wire::renewal(request.csr_der()).unwrap() }).await.unwrap();
@@ -298,6 +306,16 @@ async fn what_a_site_may_not_have_gets_the_answer_for_what_is_not_there() {
         assert_eq!(refusal(&link, a.digest, wanted.clone()).await, nothing, "{wanted:?}");
     }
 
+    // While it plans a delivery it may read the manifest, and no content.
+    {
+        let _planning = bench.hub.inner.planning.begin(&"west".parse().unwrap(), a.digest);
+        let fetcher = Fetcher::new(link.clone(), a.digest, Arc::default());
+        fetcher.root().await.unwrap();
+        fetcher.ask(vec![wire::Wanted::TopPages(vec![(0, 1)])], 0).await.unwrap().next().await.unwrap();
+        assert_eq!(refusal(&link, a.digest, first_of(page_of_a)).await, nothing);
+    }
+    assert_eq!(refusal(&link, a.digest, wire::Wanted::Root).await, nothing);
+
     // Of one artifact it may read all, and by its name nothing of the other.
     bench.hub.deliver_to(None, &["model/a:v1".parse().unwrap()], &"west".parse().unwrap()).await.unwrap();
     let fetcher = Fetcher::new(link.clone(), a.digest, Arc::default());
@@ -329,7 +347,7 @@ async fn the_hub_sends_as_a_site_says_of_its_line() {
         let version = format!("{congestion:?}");
         wire::send(&mut send, &FromSite::Hello { version: version.as_str().into(), share: None, train: None, congestion }).await.unwrap();
         let until = std::time::Instant::now() + std::time::Duration::from_secs(10);
-        while bench.hub.sites().await.unwrap()[0].version.as_deref() != Some(version.as_str()) {
+        while bench.hub.inner.catalogue.sites().await.unwrap()[0].version.as_deref() != Some(version.as_str()) {
             assert!(std::time::Instant::now() < until, "the hub heard nothing of {version}");
             tokio::time::sleep(std::time::Duration::from_millis(10)).await;
         }

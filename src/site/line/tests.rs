@@ -126,7 +126,7 @@ async fn a_message_with_one_bad_id_is_refused_whole() {
         timeout(Duration::from_secs(30), end).await.unwrap();
         link.close("the test goes on");
         assert_eq!((bench.ids().await, names(&victim)), (Vec::new(), before.clone()), "{message}");
-        assert!(bench.site.inner.catalogue.runs::<Value>(false, 9).await.unwrap().is_empty(), "{message}");
+        assert!(bench.site.inner.catalogue.open_runs::<Value>(9).await.unwrap().is_empty(), "{message}");
     }
     // The same site still does what a sound hub asks of it.
     let (_link, mut send, mut recv) = bench.control().await;

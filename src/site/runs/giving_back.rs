@@ -99,7 +99,7 @@ impl Site {
             {
                 // Who looks for it from here on misses it, and who has found it stands in the catalogue.
                 let _turn = inner.runs.turn.lock().await;
-                if !may_go(&inner.catalogue.runs::<Run>(true, OPEN_MAX).await?, run, borrowed) {
+                if !may_go(&inner.catalogue.open_runs::<Run>(OPEN_MAX).await?, run, borrowed) {
                     return Ok(Back::NotNow);
                 }
                 if there.is_some() && !inner.catalogue.leave(artifact).await? {

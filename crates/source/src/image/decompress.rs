@@ -20,7 +20,7 @@ use super::refuse;
 use base::durable;
 use base::fault::{Code, Fault, IoContext};
 use base::limits::{BOMB_BYTES, BOMB_RATIO, SCRATCH_LOOK_BYTES, SCRATCH_SPARE_BYTES};
-use base::space::Space;
+use base::space::{Reservation, Space};
 
 /// The size of read and write buffers, in bytes.
 pub(super) const BUFFER: usize = 128 << 10;
@@ -117,29 +117,38 @@ impl Read for Bounded<'_> {
 /// Decompresses the archive `path` to the new file `copy` in the scratch folder.
 pub(super) fn to_scratch(path: &Path, compression: Compression, copy: &Path, caps: Caps) -> Result<(), Fault> {
     let input = durable::open_regular(path).at(format_args!("open {}", path.display()))?;
+    let compressed = input.metadata().at(format_args!("look at {}", path.display()))?.len();
     let output = File::create(copy).at(format_args!("create {}", copy.display()))?;
-    let result = copy_to(path, compression, input, output, caps, || Ok(Space::of(copy)?.bytes.unwrap_or(u64::MAX))).map_err(|fault| {
-        match fault.code {
+    // The next piece is reserved: of two that decompress at once, none counts the same bytes.
+    let mut held: Option<Reservation> = None;
+    let reserve = |bytes| -> Result<(), Fault> {
+        drop(held.take()); // it is written, and counts as used
+        held = Some(Reservation::take(copy, bytes, SCRATCH_SPARE_BYTES, 0, "the rest of it")?);
+        Ok(())
+    };
+    // Almost nothing decompresses to less than it is: what has no room for that much is not begun.
+    let result = Space::check(copy, compressed.saturating_add(SCRATCH_SPARE_BYTES), 0, "the decompressed archive")
+        .and_then(|()| copy_to(path, compression, input, output, caps, reserve))
+        .map_err(|fault| match fault.code {
             Code::NoSpace => fault
                 .context(format_args!("decompress {} to {}", path.display(), copy.display()))
                 .with_next("make room on that disk and run the command again, or publish the archive decompressed, which needs no copy"),
             _ => fault,
-        }
-    });
+        });
     if result.is_err() {
         let _ = fs::remove_file(copy); // it may be what filled the disk; the scratch folder goes anyway
     }
     result
 }
 
-/// `free` says how much room is left where `output` goes.
+/// `reserve` reserves room for the next bytes where `output` goes.
 fn copy_to(
     path: &Path,
     compression: Compression,
     input: impl Read,
     mut output: impl Write,
     caps: Caps,
-    free: impl Fn() -> Result<u64, Fault>,
+    mut reserve: impl FnMut(u64) -> Result<(), Fault>,
 ) -> Result<(), Fault> {
     let mut reader = compression.reader(input, caps).map_err(|e| damaged(path, &e))?;
     let mut buffer = vec![0; BUFFER];
@@ -150,10 +159,7 @@ fn copy_to(
             Ok(0) => return output.flush().at("write the decompressed archive"),
             Ok(n) => {
                 if sure < n {
-                    let free = free()?;
-                    if free < SCRATCH_SPARE_BYTES + SCRATCH_LOOK_BYTES {
-                        return Err(Fault::no_space(format!("no space left for all of it, only {free} bytes are free")));
-                    }
+                    reserve(SCRATCH_LOOK_BYTES)?;
                     sure = SCRATCH_LOOK_BYTES as usize;
                 }
                 sure -= n;
@@ -212,7 +218,7 @@ mod tests {
     fn truncation_and_a_full_disk_are_told_apart() {
         let whole = zstd::encode_all(&b"x".repeat(300_000)[..], 1).unwrap();
         let path = Path::new("/img.tar.zst");
-        let room = || Ok(u64::MAX);
+        let room = |_| Ok(());
         let cut = copy_to(path, Compression::Zstd, &whole[..whole.len() - 4], io::sink(), CAPS, room).unwrap_err();
         assert_eq!(cut.code, Code::Integrity);
         assert!(cut.message.contains("truncated"), "{}", cut.message);
@@ -236,7 +242,10 @@ mod tests {
         let copy = |room: u64| {
             let free = Cell::new(room);
             let no_caps = Caps { bytes: u64::MAX, ratio: 1 };
-            let result = copy_to(Path::new("/img.tar.zst"), Compression::Zstd, &archive[..], Disk(&free), no_caps, || Ok(free.get()));
+            let result = copy_to(Path::new("/img.tar.zst"), Compression::Zstd, &archive[..], Disk(&free), no_caps, |bytes| {
+                let has_room = free.get() >= SCRATCH_SPARE_BYTES + bytes;
+                if has_room { Ok(()) } else { Err(Fault::no_space("no space left")) }
+            });
             (result, free.get())
         };
         let (copied, left) = copy(SCRATCH_SPARE_BYTES + 4 * SCRATCH_LOOK_BYTES);

@@ -1,13 +1,11 @@
 //! Which transfers there are: by id, artifact or site, what is still to do, and who may have what.
 
-use futures::TryStreamExt as _;
-
 use super::{Part, TransferRow, transfer};
 use crate::{Catalogue, fault};
 use base::fault::Fault;
 use base::names::{ArtifactRef, SiteName, TransferId};
 use content::manifest::Digest;
-use model::transfer::{State, TransferQuery};
+use model::transfer::State;
 
 pub(super) async fn one<'e>(db: impl sqlx::SqliteExecutor<'e>, id: &str) -> Result<TransferRow, Fault> {
     let row = sqlx::query("SELECT * FROM transfer WHERE id = ?").bind(id).fetch_optional(db).await.map_err(fault)?;
@@ -55,64 +53,6 @@ impl Catalogue {
             return Err(Fault::not_found(format!("there is no transfer or delivery {id}")).with_next("'packhorse status' lists them"));
         }
         rows.iter().map(transfer).collect()
-    }
-
-    /// The transfers that a query asks for, and the cursor to go on from.
-    pub async fn transfers(&self, query: &TransferQuery) -> Result<(Vec<TransferRow>, u64), Fault> {
-        let cursor = self.cursor().await?;
-        let limit = i64::from(query.limit.unwrap_or(1000).min(10_000));
-        if let Some(ids) = &query.id {
-            let mut out: Vec<TransferRow> = Vec::new();
-            for id in ids.split(',') {
-                for row in self.transfers_of(id.trim()).await? {
-                    if query.since.is_none_or(|since| row.cursor as u64 > since) && !out.iter().any(|o| o.id == row.id) {
-                        out.push(row);
-                    }
-                }
-            }
-            return Ok((out, cursor));
-        }
-        let rows = match query.since {
-            Some(since) => {
-                sqlx::query("SELECT * FROM transfer WHERE cursor > ? ORDER BY cursor LIMIT ?")
-                    .bind(since as i64)
-                    .bind(limit)
-                    .fetch_all(&self.read)
-                    .await
-            }
-            None => sqlx::query("SELECT * FROM transfer ORDER BY created_ms DESC, id DESC LIMIT ?").bind(limit).fetch_all(&self.read).await,
-        };
-        let rows: Vec<TransferRow> = rows.map_err(fault)?.iter().map(transfer).collect::<Result<_, _>>()?;
-        // A reader who got a full page goes on behind it, not behind what it was not shown.
-        let cursor = match (query.since, rows.last()) {
-            (Some(_), Some(last)) if rows.len() as i64 == limit => last.cursor as u64,
-            _ => cursor,
-        };
-        Ok((rows, cursor))
-    }
-
-    /// The transfers that come behind this one in the list of all, newest first.
-    pub async fn transfers_behind(&self, id: &str, limit: u32) -> Result<Vec<TransferRow>, Fault> {
-        let rows = sqlx::query(
-            "SELECT * FROM transfer WHERE (created_ms, id) < (SELECT created_ms, id FROM transfer WHERE id = ?)
-             ORDER BY created_ms DESC, id DESC LIMIT ?",
-        )
-        .bind(id)
-        .bind(i64::from(limit))
-        .fetch_all(&self.read)
-        .await
-        .map_err(fault)?;
-        rows.iter().map(transfer).collect()
-    }
-
-    /// Shows the newest transfers one by one, so that they need not be in memory together.
-    pub async fn each_transfer(&self, limit: u32, mut see: impl FnMut(TransferRow) + Send) -> Result<(), Fault> {
-        let query = sqlx::query("SELECT * FROM transfer ORDER BY created_ms DESC, id DESC LIMIT ?").bind(i64::from(limit));
-        let mut rows = query.fetch(&self.read);
-        while let Some(row) = rows.try_next().await.map_err(fault)? {
-            see(transfer(&row)?);
-        }
-        Ok(())
     }
 
     /// What a site has to do: its transfers that are not ended, or that it has still to give up; oldest first.

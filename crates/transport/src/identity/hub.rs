@@ -157,6 +157,11 @@ impl HubIdentity {
     }
 }
 
+/// What tells the key of a certificate request from others.
+pub(crate) fn key_hash(request: &CertificateSigningRequestParams) -> [u8; 32] {
+    *blake3::hash(request.public_key.der_bytes()).as_bytes()
+}
+
 /// Reads a certificate request and checks that it is signed with its own key, of the one kind we use.
 pub(crate) fn read_csr(csr_der: &[u8]) -> Result<CertificateSigningRequestParams, Fault> {
     let refuse = |why: String| Fault::not_allowed(format!("the certificate request cannot be used: {why}"));

@@ -19,7 +19,7 @@ mod token;
 pub use certificate::{Holder, Validity, fingerprint, holder, validity, verify_signature};
 pub(crate) use certificate::{Role, clamp_to_validity, crypto_provider, roots_of, verify_chain};
 pub use hub::HubIdentity;
-pub(crate) use hub::read_csr;
+pub(crate) use hub::{key_hash, read_csr};
 pub use site::{CertificateRequest, SiteIdentity};
 pub use token::{Claim, JoinToken, Redeemer, secret_hash};
 

@@ -13,6 +13,8 @@ use base::names::SiteName;
 use base::{clock, durable};
 
 const FILE: &str = "site.pem";
+/// The key of a join that has not ended.
+const JOINING: &str = "joining.pem";
 
 /// Who this site (or publisher) is on the line.
 pub struct SiteIdentity {
@@ -52,7 +54,10 @@ impl SiteIdentity {
     pub fn save(&self, data_dir: &Path) -> Result<(), Fault> {
         let path = identity_dir(data_dir)?.join(FILE);
         let text = pem("PRIVATE KEY", self.key.serialized_der()) + &pem("CERTIFICATE", &self.cert_der) + &pem("CERTIFICATE", &self.ca_der);
-        durable::replace_secret(&path, text.as_bytes())
+        durable::replace_secret(&path, text.as_bytes())?;
+        // A key that is left here would only be used again.
+        let _ = std::fs::remove_file(path.with_file_name(JOINING));
+        Ok(())
     }
 
     fn assemble(key: KeyPair, cert_der: CertificateDer<'static>, ca_der: CertificateDer<'static>) -> Result<Self, Fault> {
@@ -133,7 +138,23 @@ pub struct CertificateRequest {
 impl CertificateRequest {
     /// Makes a key and the request for it.
     pub fn new() -> Result<Self, Fault> {
+        Self::of(generate_key()?)
+    }
+
+    /// The request of a join that has not ended yet, or a new one, whose key is kept until [`SiteIdentity::save`]: if the hub's answer is
+    /// lost, the same token is good for the same key again.
+    pub fn kept(data_dir: &Path) -> Result<Self, Fault> {
+        let path = identity_dir(data_dir)?.join(JOINING);
+        let kept = read_if_there(&path)?.and_then(|bytes| PrivatePkcs8KeyDer::from_pem_slice(&bytes).ok());
+        if let Some(key) = kept.and_then(|der| KeyPair::from_pkcs8_der_and_sign_algo(&der, &PKCS_ECDSA_P256_SHA256).ok()) {
+            return Self::of(key);
+        }
         let key = generate_key()?;
+        durable::replace_secret(&path, pem("PRIVATE KEY", key.serialized_der()).as_bytes())?;
+        Self::of(key)
+    }
+
+    fn of(key: KeyPair) -> Result<Self, Fault> {
         // The hub takes only the key from a request, so it names nobody.
         let mut params = CertificateParams::default();
         params.distinguished_name = rcgen::DistinguishedName::new();

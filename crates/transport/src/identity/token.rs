@@ -103,9 +103,10 @@ impl FromStr for JoinToken {
 #[async_trait::async_trait]
 pub trait Redeemer: Send + Sync {
     /// Uses up the token, in one transaction: it must exist with this hash, be unused, unexpired, and be bound to whom
-    /// asks; a mismatch is refused without using the token up. Returns whom the token is bound to; refuses with
-    /// `not_allowed` and the reason.
-    async fn redeem(&self, id: &str, secret_hash: &[u8; 32], claim: &Claim) -> Result<Holder, Fault>;
+    /// asks; a mismatch is refused without using the token up. Used by the key of this hash, it is good for that key still until
+    /// its holder has connected: the answer may have been lost. Returns whom the token is bound to; refuses with `not_allowed` and
+    /// the reason.
+    async fn redeem(&self, id: &str, secret_hash: &[u8; 32], claim: &Claim, key_hash: &[u8; 32]) -> Result<Holder, Fault>;
 }
 
 /// Who asks to join, as he says.

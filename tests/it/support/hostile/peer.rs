@@ -9,9 +9,10 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use exchange::wire::{FetchRequest, Wanted};
 use packhorse::config::Line;
+use transport::identity::{CertificateRequest, Claim, JoinToken, SiteIdentity};
+use transport::{self, Link, PRIORITY_BULK, RecvHalf, SendHalf};
 use serde_json::{Value, json};
 use transport::identity::{Claim, JoinToken, SiteIdentity};
-use transport::{self, Link, PRIORITY_BULK, RecvHalf, SendHalf};
 
 use super::super::daemon::Hub;
 use super::super::secs;
@@ -47,7 +48,8 @@ impl Identity {
     fn join(hub: &Hub, token: &str, claim: &Claim, line: Line) -> Self {
         let token: JoinToken = token.parse().expect("a join token");
         let address = hub.quic.to_string();
-        let identity = within("join the hub", secs(20), transport::join(&address, &token, claim, &line)).expect("join the hub");
+        let request = CertificateRequest::new().expect("a key");
+        let identity = within("join the hub", secs(20), transport::join(&address, &token, claim, &line, request)).expect("join the hub");
         Self { identity, hub: address, line }
     }
 

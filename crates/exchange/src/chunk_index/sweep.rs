@@ -1,0 +1,120 @@
+//! Removes the chunk rows of places that are gone: staging folders that were cleared away, and artifacts that were removed.
+//!
+//! A place is forgotten at once, and nobody finds a chunk by a row of it any more. The rows lie all over the tree, so they are
+//! removed afterwards, a part of the tree at a time. A number in the file says that there are some; what a crash interrupts begins
+//! anew.
+
+use std::ops::Bound;
+
+use redb::{ReadableTable, TableDefinition, WriteTransaction};
+
+use super::{CHUNKS, Places};
+use base::fault::Fault;
+use content::chunk::Hash;
+
+/// How many places were removed since all rows of such were.
+const STALE: TableDefinition<'_, (), u64> = TableDefinition::new("stale");
+
+/// Makes the table. Notes a removed place, if one was.
+pub(super) fn note(write: &WriteTransaction, removed: u64) -> Result<(), redb::Error> {
+    let mut stale = write.open_table(STALE)?;
+    let before = stale.get(())?.map_or(0, |count| count.value());
+    stale.insert((), before + removed)?;
+    Ok(())
+}
+
+impl Places {
+    /// How many places were removed whose rows may be here still; 0: none.
+    pub fn stale(&self) -> Result<u64, Fault> {
+        self.tree.read(|read| Ok(read.open_table(STALE)?.get(())?.map_or(0, |count| count.value())))
+    }
+
+    /// Removes the rows of removed places among the next `rows` behind a chunk. Returns the last chunk of these; `None` at the end.
+    pub fn sweep(&self, behind: Option<Hash>, rows: usize) -> Result<Option<Hash>, Fault> {
+        let known = self.known.read();
+        let (last, gone) = self.tree.read(|read| {
+            let chunks = read.open_table(CHUNKS)?;
+            let from = behind.as_ref().map_or(Bound::Unbounded, |id| Bound::Excluded(&id.0));
+            let (mut count, mut last, mut gone) = (0, None, Vec::new());
+            for row in chunks.range::<&[u8; 32]>((from, Bound::Unbounded))?.take(rows) {
+                let (id, at) = row?;
+                let id = Hash(*id.value());
+                if !known.contains_key(&at.value().0) {
+                    gone.push(id);
+                }
+                count += 1;
+                last = Some(id);
+            }
+            Ok((last.filter(|_| count == rows), gone))
+        })?;
+        if !gone.is_empty() {
+            self.tree.write(|write| {
+                // Losing this in a crash costs one more look.
+                write.set_durability(redb::Durability::None)?;
+                let mut chunks = write.open_table(CHUNKS)?;
+                for id in &gone {
+                    // Another place may have it by now.
+                    let is_gone = chunks.get(&id.0)?.is_some_and(|row| !known.contains_key(&row.value().0));
+                    if is_gone {
+                        chunks.remove(&id.0)?;
+                    }
+                }
+                Ok(())
+            })?;
+        }
+        Ok(last)
+    }
+
+    /// Notes that all rows were looked at since so many places had been removed.
+    pub fn swept(&self, stale: u64) -> Result<(), Fault> {
+        self.tree.write(|write| {
+            let mut table = write.open_table(STALE)?;
+            let now = table.get(())?.map_or(0, |count| count.value());
+            table.insert((), now.saturating_sub(stale))?;
+            Ok(())
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use parking_lot::RwLock;
+
+    use super::super::{At, Commit, PlaceInfo};
+    use super::*;
+    use content::manifest::Digest;
+    use sink::Place;
+
+    #[test]
+    fn the_rows_of_a_removed_place_go_and_the_others_stay() {
+        let dir = tempfile::tempdir().unwrap();
+        let places = Places::open(dir.path()).unwrap();
+        let put = |name: &str| {
+            let place = Place::Folder { path: dir.path().join(name) };
+            let info =
+                PlaceInfo { place, digest: Digest::of(name.as_bytes()), transfer: Some(name.into()), foreign: false, adopting: false };
+            places.put(None, info).unwrap()
+        };
+        let ids = |which: &str| (0..100).map(|n| Hash::of(format!("{which} {n}").as_bytes())).collect::<Vec<_>>();
+        let (gone, stays) = (put("gone"), put("stays"));
+        for (place, which) in [(gone, "gone"), (stays, "stays")] {
+            let journal = RwLock::new(places.journal(place, 100).unwrap());
+            let at = |n: usize| At { place, entry: 0, offset: n as u64, len: 1 };
+            let chunks = ids(which).into_iter().enumerate().map(|(n, id)| (id, at(n))).collect();
+            places.commit(place, &journal, &mut Commit { chunks, ..Commit::default() }).unwrap();
+        }
+        assert_eq!(places.stale().unwrap(), 0);
+        places.remove(gone).unwrap();
+        let rows = || places.tree.read(|read| Ok(read.open_table(CHUNKS)?.iter()?.count())).unwrap();
+        assert_eq!((places.stale().unwrap(), rows()), (1, 200));
+        let mut behind = None;
+        let mut steps = 0;
+        while let Some(last) = places.sweep(behind, 30).unwrap() {
+            (behind, steps) = (Some(last), steps + 1);
+        }
+        places.swept(1).unwrap();
+        assert!(steps >= 5, "{steps}");
+        assert_eq!((places.stale().unwrap(), rows()), (0, 100));
+        assert!(places.find(&ids("stays")).unwrap().iter().all(Option::is_some));
+    }
+}
