@@ -238,6 +238,7 @@ impl Jobs {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use base::limits::JOB_NOTES_MAX;
 
     #[tokio::test]
     async fn a_collection_finds_a_place_where_all_others_wait() {

@@ -5,7 +5,7 @@ use crate::api::types::{Site as SiteView, *};
 use crate::api::{Backend, RunToken, View};
 use crate::delivery::Whole;
 use crate::serve::wrong_role;
-use crate::{delivery, trainer};
+use crate::trainer;
 use async_trait::async_trait;
 use base::blocking::blocking;
 use base::fault::{Code, Fault};

@@ -9,10 +9,9 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use exchange::wire::{FetchRequest, Wanted};
 use packhorse::config::Line;
+use serde_json::{Value, json};
 use transport::identity::{CertificateRequest, Claim, JoinToken, SiteIdentity};
 use transport::{self, Link, PRIORITY_BULK, RecvHalf, SendHalf};
-use serde_json::{Value, json};
-use transport::identity::{Claim, JoinToken, SiteIdentity};
 
 use super::super::daemon::Hub;
 use super::super::secs;
