@@ -17,7 +17,7 @@ fn main() -> ExitCode {
         }
     };
     let code = runtime.block_on(cli::run(args));
-    // A thread that hangs in a dead NAS mount must not keep the process alive.
+    // A thread that is blocked by a NAS that does not answer must not keep the process alive.
     runtime.shutdown_timeout(Duration::from_secs(2));
     code
 }

@@ -1,20 +1,26 @@
-//! What can be typed.
+//! The commands and options of the program. Help, shell completions and man pages are all made from these definitions.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::{Parser, Subcommand, ValueEnum};
+use clap_complete::Shell;
 
 use super::train::{TrainCommand, Trainer};
 use crate::config::{self, Config};
 use base::fault::Fault;
 use base::omitted::Category;
 
-/// Carries datasets, labels, operator projects, images and models between a hub and many sites.
+/// Distribute datasets, labels, operator projects, images and models from a hub to many sites.
 #[derive(Debug, Parser)]
-#[command(name = "packhorse", version, subcommand_required = true, arg_required_else_help = true)]
-#[command(after_help = "Exit codes: 0 done, 1 internal, 2 usage, 3 config, 4 not allowed, 5 not found, 6 conflict, 7 some \
-                        sites failed, 8 integrity, 9 no space, 10 unreachable, 11 deadline passed.")]
+#[command(name = "packhorse", version = env!("PACKHORSE_BUILD"), subcommand_required = true, arg_required_else_help = true)]
+#[command(after_help = "Examples:
+  packhorse quickstart --once
+  packhorse publish /data/line3 --as dataset/line3:v1 --to all --wait
+  packhorse status
+
+Exit codes: 0 done, 1 internal, 2 usage, 3 config, 4 not allowed, 5 not found, 6 conflict, 7 some sites failed, 8 integrity, \
+                        9 no space, 10 unreachable, 11 deadline passed.")]
 pub struct Args {
     #[command(flatten)]
     pub(super) global: Global,
@@ -22,28 +28,30 @@ pub struct Args {
     pub(super) command: Command,
 }
 
-/// What every command takes.
+/// The options of every command.
 #[derive(Debug, Clone, clap::Args)]
 pub(super) struct Global {
-    /// How results are printed.
-    #[arg(short, long, global = true, help_heading = "Everywhere", value_enum, default_value_t = Output::Table, value_name = "FORMAT")]
+    /// Format of the results.
+    #[arg(short, long, global = true, help_heading = GLOBAL, value_enum, default_value_t = Output::Table, value_name = "FORMAT")]
     pub(super) output: Output,
-    /// The daemon's configuration: says where its API is and where its token lies.
-    #[arg(long, global = true, help_heading = "Everywhere", env = "PACKHORSE_CONFIG", value_name = "FILE")]
+    /// The daemon's configuration file; the command reads the API address and the token from it.
+    #[arg(long, global = true, help_heading = GLOBAL, env = "PACKHORSE_CONFIG", value_name = "FILE")]
     pub(super) config: Option<PathBuf>,
-    /// The daemon's API, instead of the configuration's.
-    #[arg(long, global = true, help_heading = "Everywhere", env = "PACKHORSE_API", value_name = "URL")]
+    /// Address of the daemon's API; takes precedence over --config.
+    #[arg(long, global = true, help_heading = GLOBAL, env = "PACKHORSE_API", value_name = "URL")]
     pub(super) api: Option<String>,
-    /// A file with the API's token, instead of `<data_dir>/api-token`.
-    #[arg(long, global = true, help_heading = "Everywhere", env = "PACKHORSE_TOKEN_FILE", value_name = "FILE")]
+    /// A file with the API token; takes precedence over `<data_dir>/api-token`.
+    #[arg(long, global = true, help_heading = GLOBAL, env = "PACKHORSE_TOKEN_FILE", value_name = "FILE")]
     pub(super) token_file: Option<PathBuf>,
 }
 
+const GLOBAL: &str = "Options of every command";
+
 impl Global {
-    /// The path of the configuration, or why there must be one.
+    /// The path of the configuration file, or the fault of a command that needs one.
     pub(super) fn config_path(&self) -> Result<&Path, Fault> {
         let given = self.config.as_deref().filter(|path| !path.as_os_str().is_empty());
-        given.ok_or_else(|| Fault::usage("no configuration is named").with_next("give --config FILE, or set PACKHORSE_CONFIG"))
+        given.ok_or_else(|| Fault::usage("no configuration file is specified").with_next("give --config FILE, or set PACKHORSE_CONFIG"))
     }
 
     /// The configuration with all checks, for a daemon.
@@ -52,86 +60,112 @@ impl Global {
     }
 }
 
-/// How results are printed.
+/// Format of the results.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(super) enum Output {
-    /// For people.
+    /// Text and tables, for people.
     Table,
     /// One JSON value.
     Json,
-    /// One JSON object a line.
+    /// One JSON object per line.
     Ndjson,
 }
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {
-    /// Run a hub and two sites on this machine, publish a sample of each kind, and show it arrive.
+    /// Run a hub and two sites on this machine, publish a sample of each kind, and show that it arrives.
+    #[command(after_help = "Example:\n  packhorse quickstart --dir /tmp/q --once")]
     Quickstart {
-        /// Where it puts everything (default: a new temporary folder).
+        /// The directory for everything [default: a new temporary directory].
         #[arg(long)]
         dir: Option<PathBuf>,
-        /// End when all arrived and is verified, instead of running on.
+        /// End when everything has arrived and is verified; without it, keep running.
         #[arg(long)]
         once: bool,
     },
-    /// Run the daemon; the configuration's role says hub or site.
+    /// Run the daemon; `role` in the configuration selects hub or site.
+    #[command(after_help = "Example:\n  packhorse serve --config /etc/packhorse/hub.toml")]
     Serve {
-        /// Stop when standard input ends too: for a parent that must not be outlived, however it dies.
+        /// Also stop when standard input ends, so that the daemon never outlives the process that started it.
         #[arg(long, hide = true)]
         until_stdin_ends: bool,
     },
-    /// Make join tokens (at the hub).
-    #[command(subcommand)]
+    /// Create join tokens, at the hub.
+    #[command(subcommand, after_help = "Example:\n  packhorse token create --site chengdu --label region=west")]
     Token(TokenCommand),
-    /// Enrol this site at the hub: pins the hub's CA, gets a certificate.
+    /// Enrol this site at the hub: pin the hub's CA and obtain a certificate.
+    #[command(after_help = "Example:\n  packhorse join --config /etc/packhorse/site.toml --hub hub.example.com:7443 --token TOKEN")]
     Join {
-        /// The hub's line.
+        /// Address of the hub.
         #[arg(long, value_name = "HOST:PORT", value_parser = config::parse_host_port)]
         hub: String,
-        /// What `token create` printed. The environment keeps it out of the process list.
+        /// The output of `token create`. The environment variable keeps it out of the process list.
         #[arg(long, env = "PACKHORSE_JOIN_TOKEN", hide_env_values = true)]
         token: String,
     },
     /// Publish an artifact, at the hub or at a site.
+    #[command(after_help = "Examples:
+  packhorse publish /data/line3 --as dataset/line3:v1 --to region=west --wait
+  packhorse publish /data/line3.json --as labels/line3:v1 --for dataset/line3:v1
+  packhorse publish registry://harbor.example.com/operators/adc:v2 --as image/adc:v2
+  packhorse publish /data/line3 --as dataset/line3:v1 --hub hub.example.com:7443")]
     Publish(Box<Publish>),
-    /// Deliver artifacts to sites, from wherever they are.
+    /// Deliver artifacts to sites.
+    #[command(after_help = "Example:\n  packhorse deliver dataset/line3:v1 labels/line3:v1 --to chengdu,xian --wait")]
     Deliver(Deliver),
     /// Show transfers.
+    #[command(after_help = "Examples:
+  packhorse status
+  packhorse status t-1a22c0d36922fc2d20c --watch
+  packhorse status --since 0 -o ndjson")]
     Status(Status),
     /// List the artifacts.
+    #[command(after_help = "Example:\n  packhorse artifacts")]
     Artifacts,
-    /// Show one artifact and where it went.
+    /// Show one artifact and its transfers.
+    #[command(after_help = "Example:\n  packhorse show dataset/line3:v1")]
     Show {
         /// KIND/NAME:VERSION.
         #[arg(value_name = "REF")]
         artifact: String,
     },
     /// List the sites.
+    #[command(after_help = "Example:\n  packhorse sites")]
     Sites,
-    /// Hold a transfer.
+    /// Hold a transfer; its progress is kept.
+    #[command(after_help = "Example:\n  packhorse pause t-1a22c0d36922fc2d20c")]
     Pause {
-        /// A transfer's id, or a delivery's: then all of it.
+        /// Id of a transfer, or of a delivery for all its transfers.
+        #[arg(value_name = "ID")]
         transfer: String,
     },
-    /// Let a paused transfer go on.
+    /// Continue a paused transfer.
+    #[command(after_help = "Example:\n  packhorse resume t-1a22c0d36922fc2d20c")]
     Resume {
-        /// A transfer's id, or a delivery's: then all of it.
+        /// Id of a transfer, or of a delivery for all its transfers.
+        #[arg(value_name = "ID")]
         transfer: String,
     },
-    /// Give a transfer or a job up, and clean what it left.
+    /// Stop a transfer or a job, and remove what it staged.
+    #[command(after_help = "Examples:
+  packhorse cancel t-1a22c0d36922fc2d20c
+  packhorse cancel j-1a22c0d3594b401d0e2")]
     Cancel {
-        /// A transfer's id; a delivery's: then all of it; or a job's: see 'packhorse jobs'.
+        /// Id of a transfer, of a delivery for all its transfers, or of a job (see 'packhorse jobs').
         id: String,
     },
-    /// List the jobs: publishes, imports, exports, verifications and collections.
+    /// List the jobs: publishes, imports, exports, verifications and garbage collections.
+    #[command(after_help = "Example:\n  packhorse jobs")]
     Jobs,
-    /// Begin a failed or cancelled transfer again, where it stood.
+    /// Start a failed or cancelled transfer again from its last committed position; verify a done one.
+    #[command(after_help = "Example:\n  packhorse retry t-1a22c0d36922fc2d20c")]
     Retry {
-        /// A transfer's id, or a delivery's: then all of it.
+        /// Id of a transfer, or of a delivery for all its transfers.
+        #[arg(value_name = "ID")]
         transfer: String,
     },
-    /// Training at another site: its runs.
-    #[command(subcommand)]
+    /// Train at another site: start, show and end training runs.
+    #[command(subcommand, after_help = "Examples:\n  packhorse train list\n  packhorse train show line3-7")]
     Train(TrainCommand),
     #[command(hide = true)]
     Trainer(Trainer),
@@ -140,67 +174,93 @@ pub(super) enum Command {
         /// The run's descriptor.
         descriptor: PathBuf,
     },
-    /// Say what a delivery would cost; sends nothing.
+    /// Report what a delivery would transfer; transfers nothing.
+    #[command(after_help = "Example:\n  packhorse plan dataset/line3:v2 --to all")]
     Plan {
-        /// KIND/NAME:VERSION, one or more.
+        /// KIND/NAME:VERSION; one or more.
         #[arg(value_name = "REF", required = true)]
         artifacts: Vec<String>,
-        /// Names by comma, `all`, or a selector on labels (`region=west,line!=3`).
+        /// The sites: names separated by commas, `all`, or a label selector (`region=west,line!=3`).
         #[arg(long, value_name = "SITES")]
         to: String,
     },
-    /// Read again what this daemon holds of an artifact: store, NAS, rows, registry.
+    /// Read again what this daemon holds of an artifact (store, NAS, database, registry) and report differences.
+    #[command(after_help = "Examples:
+  packhorse verify dataset/line3:v1
+  packhorse verify dataset/line3:v1 --repair")]
     Verify {
         /// KIND/NAME:VERSION.
         #[arg(value_name = "REF")]
         artifact: String,
-        /// Fetch again what is bad.
+        /// Fetch missing or damaged content again; at a site.
         #[arg(long)]
         repair: bool,
-        /// Compare names and sizes only, and read no content.
+        /// Compare names and sizes only; read no content.
         #[arg(long)]
         quick: bool,
     },
-    /// Keep what the hub holds of an artifact that lives at a site, whatever its age.
+    /// Keep what the hub holds of an artifact that was published at a site, regardless of its age.
+    #[command(after_help = "Example:\n  packhorse pin dataset/local:v1")]
     Pin {
         /// KIND/NAME:VERSION.
         #[arg(value_name = "REF")]
         artifact: String,
     },
-    /// Let it age again.
+    /// Undo `pin`: the content can be removed again when it is old.
+    #[command(after_help = "Example:\n  packhorse unpin dataset/local:v1")]
     Unpin {
         /// KIND/NAME:VERSION.
         #[arg(value_name = "REF")]
         artifact: String,
     },
-    /// Write artifacts to one file, to be carried by hand.
+    /// Write artifacts to one file, which can be carried to another hub.
+    #[command(after_help = "Example:\n  packhorse export dataset/line3:v1 labels/line3:v1 --out /media/disk/line3.bundle")]
     Export {
-        /// KIND/NAME:VERSION, one or more.
+        /// KIND/NAME:VERSION; one or more.
         #[arg(value_name = "REF", required = true)]
         artifacts: Vec<String>,
-        /// The file to write.
+        /// The file to write; it must not exist.
         #[arg(long, value_name = "FILE")]
         out: PathBuf,
     },
     /// Read a file that `export` wrote.
+    #[command(after_help = "Example:\n  packhorse import /media/disk/line3.bundle")]
     Import {
         /// The file.
         file: PathBuf,
     },
-    /// Free what nothing refers to.
+    /// Remove chunks that no artifact refers to.
+    #[command(after_help = "Example:\n  packhorse gc")]
     Gc,
-    /// The stores of a stopped daemon.
-    #[command(subcommand)]
+    /// Repair the chunk store of a stopped daemon.
+    #[command(subcommand, after_help = "Example:\n  packhorse store rebuild-index --config /etc/packhorse/hub.toml")]
     Store(StoreCommand),
-    /// Check the daemon's surroundings: disks, database, registry, line.
+    /// Check disks, database, registry, NAS and connection.
+    #[command(after_help = "Example:\n  packhorse doctor")]
     Doctor,
-    /// The configuration.
-    #[command(subcommand)]
+    /// Check the configuration.
+    #[command(subcommand, after_help = "Example:\n  packhorse config check --config /etc/packhorse/site.toml")]
     Config(ConfigCommand),
+    /// Print a script with which the shell completes commands and options.
+    #[command(after_help = "Examples:
+  packhorse completions bash > /etc/bash_completion.d/packhorse
+  packhorse completions zsh > /usr/local/share/zsh/site-functions/_packhorse
+  packhorse completions fish > /etc/fish/completions/packhorse.fish")]
+    Completions {
+        /// The shell.
+        shell: Shell,
+    },
+    /// Write the man pages of the program and of each command into a directory.
+    #[command(after_help = "Example:\n  packhorse man /usr/local/share/man/man1")]
+    Man {
+        /// The directory; created if it does not exist.
+        #[arg(value_name = "DIR")]
+        dir: PathBuf,
+    },
 }
 
 impl Command {
-    /// Whether this runs a daemon, which logs what it does.
+    /// Whether this runs a daemon, whose log is more detailed.
     pub(super) fn is_daemon(&self) -> bool {
         matches!(self, Command::Serve { .. })
     }
@@ -208,46 +268,51 @@ impl Command {
 
 #[derive(Debug, Subcommand)]
 pub(super) enum TokenCommand {
-    /// Make a join token for one site, or for one publisher; it works once.
+    /// Create a join token for one site or one publisher; it works once.
+    #[command(after_help = "Examples:
+  packhorse token create --site chengdu --label region=west --label line=1
+  packhorse token create --publisher office --ttl 1h")]
     Create(TokenCreate),
 }
 
 #[derive(Debug, clap::Args)]
 pub(super) struct TokenCreate {
-    /// The site it is for.
+    /// The site that can join with the token.
     #[arg(long, value_name = "NAME", required_unless_present = "publisher")]
     pub(super) site: Option<String>,
-    /// The publisher it is for: whoever publishes from another machine (`publish --hub`), and may do nothing else.
+    /// The publisher that can join with the token: it can publish from another machine (`publish --hub`) and do nothing else.
     #[arg(long, value_name = "NAME", conflicts_with_all = ["site", "labels"])]
     pub(super) publisher: Option<String>,
-    /// A label that the site will have; may be given often.
+    /// A label of the site; can be repeated.
     #[arg(long = "label", value_name = "KEY=VALUE", value_parser = key_value)]
     pub(super) labels: Vec<(String, String)>,
-    /// How long it is good.
+    /// How long the token is valid.
     #[arg(long, default_value = "24h", value_name = "DURATION", value_parser = config::parse_duration)]
     pub(super) ttl: Duration,
 }
 
 #[derive(Debug, Subcommand)]
 pub(super) enum StoreCommand {
-    /// Make a damaged or missing chunk index again from the packs. The daemon must be stopped.
+    /// Make a damaged or missing chunk index again from the packs; the daemon must be stopped.
+    #[command(after_help = "Example:\n  packhorse store rebuild-index --config /etc/packhorse/hub.toml")]
     RebuildIndex,
 }
 
 #[derive(Debug, Subcommand)]
 pub(super) enum ConfigCommand {
-    /// Check a configuration, without contacting anybody.
+    /// Check a configuration without contacting another machine.
+    #[command(after_help = "Example:\n  packhorse config check --config /etc/packhorse/site.toml")]
     Check,
 }
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Publish {
-    /// A path, registry://HOST/REPOSITORY:TAG, or at a site its label database: db:LABEL_SET:VERSION, db:'SELECT …'.
+    /// A path, registry://HOST/REPOSITORY:TAG, or at a site its label database: db:LABEL_SET:VERSION, db:'SELECT ...'.
     pub(super) source: String,
-    /// What to publish it as; kinds are dataset, labels, operator, image, model.
+    /// The reference to publish it as; kinds are dataset, labels, operator, image, model.
     #[arg(long = "as", value_name = "KIND/NAME:VERSION")]
     pub(super) as_ref: String,
-    /// Deliver it at once: names by comma, `all`, or a selector on labels (`region=west,line!=3`).
+    /// Deliver at once to these sites: names separated by commas, `all`, or a label selector (`region=west,line!=3`).
     #[arg(long, value_name = "SITES")]
     pub(super) to: Option<String>,
     #[command(flatten)]
@@ -258,46 +323,46 @@ pub(super) struct Publish {
     /// Labels: accept samples that the dataset lacks.
     #[arg(long)]
     pub(super) allow_missing: bool,
-    /// Labels: coco, csv, jsonl, label_studio, voc or yolo; guessed when absent.
+    /// Labels: coco, csv, jsonl, label_studio, voc or yolo; detected if absent.
     #[arg(long)]
     pub(super) format: Option<String>,
-    /// Labels: which column of a CSV or JSON Lines file holds what (sample_path=image), and path_strip, path_prefix; may be
-    /// given often.
+    /// Labels: which column of a CSV or JSON Lines file holds what (sample_path=image); also the settings path_strip and path_prefix;
+    /// can be repeated.
     #[arg(long = "column", value_name = "FIELD=COLUMN", value_parser = key_value, num_args = 1..)]
     pub(super) columns: Vec<(String, String)>,
     /// Refuse an input from which something would be left out (exit code 8). Without it, `publish` reports what it leaves out.
     #[arg(long)]
     pub(super) strict: bool,
-    /// With --strict: categories that may be left out all the same. The refusal of --strict names them.
+    /// With --strict: categories that may be left out, separated by commas; a refusal of --strict names them.
     #[arg(long, value_name = "CATEGORY", value_delimiter = ',')]
     pub(super) accept_omitted: Vec<Category>,
-    /// The training run that made it: the model goes to the site that borrows.
+    /// The training run that made this model; the model is delivered to the site that started the run.
     #[arg(long, value_name = "RUN", conflicts_with = "hub")]
     pub(super) run: Option<String>,
-    /// With --hub, a registry: the user. A daemon takes user and password from its configuration: [registry."HOST"].
+    /// With --hub and a registry: the user. A daemon takes user and password from its configuration: [registry."HOST"].
     #[arg(long, requires = "password_file")]
     pub(super) username: Option<String>,
-    /// With --hub, a registry: a file that holds the password.
+    /// With --hub and a registry: a file with the password.
     #[arg(long, value_name = "FILE", requires = "username")]
     pub(super) password_file: Option<PathBuf>,
-    /// Publish from this machine, which has no daemon, at the hub whose line this is: only what it lacks is sent.
+    /// Publish from this machine, without a daemon, at the hub with this address; only chunks that the hub lacks are sent.
     #[arg(long, value_name = "HOST:PORT", value_parser = config::parse_host_port)]
     pub(super) hub: Option<String>,
-    /// With --hub, the first time: what `token create --publisher` printed; later it is left unused. The environment keeps it out of
-    /// the process list.
+    /// With --hub, the first time: the output of `token create --publisher`; later it is not used. The environment variable keeps it
+    /// out of the process list.
     #[arg(long, env = "PACKHORSE_JOIN_TOKEN", hide_env_values = true, value_name = "TOKEN")]
     pub(super) join_token: Option<String>,
-    /// With --hub: where this machine's certificate lies (default: ~/.local/share/packhorse).
+    /// With --hub: the directory of this machine's certificate [default: ~/.local/share/packhorse].
     #[arg(long, value_name = "DIR", requires = "hub")]
     pub(super) state: Option<PathBuf>,
 }
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Deliver {
-    /// KIND/NAME:VERSION, one or more.
+    /// KIND/NAME:VERSION; one or more.
     #[arg(value_name = "REF", required = true)]
     pub(super) artifacts: Vec<String>,
-    /// Names by comma, `all`, or a selector on labels (`region=west,line!=3`).
+    /// The sites: names separated by commas, `all`, or a label selector (`region=west,line!=3`).
     #[arg(long, value_name = "SITES")]
     pub(super) to: String,
     #[command(flatten)]
@@ -306,25 +371,25 @@ pub(super) struct Deliver {
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Wait {
-    /// Wait for all transfers to end.
+    /// Wait until the transfers, or the training run, end.
     #[arg(long)]
     pub(super) wait: bool,
-    /// Stop waiting after this long (exit code 11); the work goes on.
+    /// Stop waiting after this time (exit code 11); the work continues.
     #[arg(long, value_name = "DURATION", value_parser = config::parse_duration)]
     pub(super) timeout: Option<Duration>,
 }
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Status {
-    /// A transfer's id, or a delivery's.
+    /// Id of a transfer or of a delivery; several ids are separated by commas.
     pub(super) transfer: Option<String>,
-    /// Go on showing changes; for a named transfer until it ends.
+    /// Show changes as they happen; for a named transfer or delivery until it ends.
     #[arg(long)]
     pub(super) watch: bool,
-    /// Only what changed since this cursor (0: everything); says the next one on stderr.
+    /// Show only what changed after this cursor (0: everything); the next cursor is printed on stderr.
     #[arg(long, value_name = "CURSOR")]
     pub(super) since: Option<u64>,
-    /// At most this many.
+    /// Show at most this many transfers.
     #[arg(long, default_value_t = base::limits::API_ROWS_DEFAULT, value_name = "COUNT", value_parser = clap::value_parser!(u32).range(1..))]
     pub(super) limit: u32,
 }

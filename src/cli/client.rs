@@ -1,4 +1,4 @@
-//! The client of the API: finds the daemon, sends the token, turns every answer into a value or a fault.
+//! The client of the API: finds the daemon, sends the token, and converts every answer to a value or a fault.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::Path;
@@ -16,7 +16,7 @@ use crate::config;
 use base::fault::{Code, Fault};
 use base::limits::{API_CLIENT_IDLE_MAX, API_REPLY_MAX, API_ROWS_DEFAULT, JOB_CANCEL_MAX};
 
-/// One daemon, as a client sees it.
+/// A client of one daemon.
 pub(crate) struct Client {
     http: reqwest::Client,
     base: String,
@@ -26,7 +26,7 @@ pub(crate) struct Client {
 
 /// Why the client may send the token.
 enum Trust {
-    /// Only the daemon's user can listen on its local socket.
+    /// Local socket: only the daemon's user can listen on it.
     Socket(SocketPath),
     /// TLS authenticates the server.
     Tls,
@@ -35,7 +35,7 @@ enum Trust {
 }
 
 impl Client {
-    /// The daemon that the options name: `--api` goes before `--config`, `--token-file` before `<data_dir>/api-token`.
+    /// The daemon that the options specify. `--api` takes precedence over `--config`, and `--token-file` over `<data_dir>/api-token`.
     pub(super) fn new(global: &Global) -> Result<Self, Fault> {
         let config = match global.config_path() {
             Ok(path) => Some(config::read(path)?),
@@ -47,7 +47,7 @@ impl Client {
             (None, Some(_)) => String::new(),
             (None, None) => {
                 return Err(
-                    Fault::usage("no daemon is named").with_next("give --config FILE (PACKHORSE_CONFIG) or --api URL (PACKHORSE_API)")
+                    Fault::usage("no daemon is specified").with_next("give --config FILE (PACKHORSE_CONFIG) or --api URL (PACKHORSE_API)")
                 );
             }
         };
@@ -59,7 +59,7 @@ impl Client {
             (_, Some(config)) => read_token_of(&config.data_dir)?,
             _ => {
                 return Err(
-                    Fault::not_allowed("the API wants a token").with_next("give --token-file FILE, or --config FILE of that daemon")
+                    Fault::not_allowed("the API requires a token").with_next("give --token-file FILE, or --config FILE of that daemon")
                 );
             }
         };
@@ -72,7 +72,7 @@ impl Client {
         }
     }
 
-    /// The daemon on this machine with this state folder, which listens at `api`: over its local socket, if it listens there.
+    /// The daemon on this machine with this state directory, which listens at `api`. Its local socket is used if the daemon listens there.
     pub(crate) fn to_daemon(data_dir: &Path, api: SocketAddr, token: ApiToken) -> Result<Self, Fault> {
         match SocketPath::of_running(data_dir) {
             Some(socket) => Self::to("http://localhost".into(), token, Trust::Socket(socket)),
@@ -84,42 +84,42 @@ impl Client {
     }
 
     fn to(base: String, token: ApiToken, trust: Trust) -> Result<Self, Fault> {
-        // Set once a process; whoever came first chose the same.
+        // Set once per process; every caller sets the same provider.
         let _ = rustls::crypto::ring::default_provider().install_default();
-        // The daemon never redirects; a proxy from the environment would see the token.
+        // The daemon never redirects, and a proxy from the environment would receive the token.
         let mut builder = reqwest::Client::builder().redirect(reqwest::redirect::Policy::none()).no_proxy();
         builder = builder.pool_idle_timeout(API_CLIENT_IDLE_MAX);
         if let Trust::Socket(socket) = &trust {
             builder = builder.unix_socket(socket.path());
         }
-        let http = builder.build().map_err(|e| Fault::internal(format!("cannot make an HTTP client: {}", chain(&e))))?;
+        let http = builder.build().map_err(|e| Fault::internal(format!("cannot create an HTTP client: {}", innermost(&e))))?;
         Ok(Self { http, base, token, trust })
     }
 
-    /// Asks.
+    /// Sends a GET request.
     pub(crate) async fn get<T: DeserializeOwned>(&self, path: &str, query: &impl Serialize) -> Result<T, Fault> {
         self.send(self.http.request(Method::GET, self.url(path)).query(query), Duration::ZERO).await.map(|(value, _)| value)
     }
 
-    /// Asks what the daemon may think about for `wait`.
+    /// Sends a GET request that the daemon may take `wait` to answer.
     pub(crate) async fn get_within<T: DeserializeOwned>(&self, path: &str, query: &impl Serialize, wait: Duration) -> Result<T, Fault> {
         self.send(self.http.request(Method::GET, self.url(path)).query(query), wait).await.map(|(value, _)| value)
     }
 
-    /// Tells.
+    /// Sends a POST request.
     pub(crate) async fn post<T: DeserializeOwned>(&self, path: &str, body: &impl Serialize) -> Result<T, Fault> {
         self.send(self.http.request(Method::POST, self.url(path)).json(body), Duration::ZERO).await.map(|(value, _)| value)
     }
 
-    /// Transfers, and the cursor to go on from. What has no room in one answer is asked for as well, up to the rows that the query
-    /// wants.
+    /// Transfers, and the cursor with which to continue. Sends further requests while an answer is incomplete, up to the number of rows in
+    /// the query.
     pub(crate) async fn transfers(&self, query: &TransferQuery) -> Result<(Vec<Transfer>, u64), Fault> {
         let (mut all, mut cursor, mut more) = self.some_transfers(query).await?;
         while more && all.len() < query.limit.unwrap_or(API_ROWS_DEFAULT) as usize {
             let limit = query.limit.map(|limit| limit.saturating_sub(u32::try_from(all.len()).unwrap_or(u32::MAX)));
             let rest = TransferQuery { since: Some(cursor), wait: None, limit, ..query.clone() };
             let (rows, next, still_more) = self.some_transfers(&rest).await?;
-            // One that changed meanwhile comes a second time.
+            // A transfer that changed between two requests is in both answers.
             all.retain(|row| rows.iter().all(|newer| newer.id != row.id));
             all.extend(rows);
             more = still_more && next > cursor;
@@ -128,23 +128,23 @@ impl Client {
         Ok((all, cursor))
     }
 
-    /// One answer: transfers, the cursor to go on from, and whether more have changed already.
+    /// One answer: transfers, the cursor with which to continue, and whether more transfers have changed.
     async fn some_transfers(&self, query: &TransferQuery) -> Result<(Vec<Transfer>, u64, bool), Fault> {
         let request = self.http.request(Method::GET, self.url("/v1/transfers")).query(query);
         let (transfers, headers): (Vec<Transfer>, _) = self.send(request, Duration::from_secs(query.wait.unwrap_or(0))).await?;
-        let said = headers.get(CURSOR_HEADER).and_then(|v| v.to_str().ok()?.parse().ok());
-        // A proxy may drop the header; the rows say it too.
-        let seen = transfers.iter().map(|t| t.cursor).max();
-        Ok((transfers, said.or(seen).or(query.since).unwrap_or(0), headers.contains_key(NEXT_HEADER)))
+        let sent = headers.get(CURSOR_HEADER).and_then(|v| v.to_str().ok()?.parse().ok());
+        // A proxy can remove the header; the rows contain the cursor too.
+        let highest = transfers.iter().map(|t| t.cursor).max();
+        Ok((transfers, sent.or(highest).or(query.since).unwrap_or(0), headers.contains_key(NEXT_HEADER)))
     }
 
-    /// A job, after its end or after `wait`.
+    /// A job: the answer comes when it ends, or after `wait`.
     pub(crate) async fn job(&self, id: &str, wait: Duration) -> Result<Job, Fault> {
         let query = [("id", id.to_owned()), ("wait", wait.as_secs().to_string())];
         self.send(self.http.request(Method::GET, self.url("/v1/jobs")).query(&query), wait).await.map(|(job, _)| job)
     }
 
-    /// Cancels a job, and waits a moment for its end.
+    /// Cancels a job and waits a limited time for its end.
     pub(crate) async fn cancel_job(&self, id: &str) -> Result<Job, Fault> {
         let wait = JOB_CANCEL_MAX * 2;
         let query = [("id", id.to_owned()), ("wait", wait.as_secs().to_string())];
@@ -170,7 +170,7 @@ impl Client {
         }
     }
 
-    /// Refuses to send the token to a process that listens in the daemon's place.
+    /// Does not send the token if another process listens at the daemon's address.
     async fn check_daemon(&self) -> Result<(), Fault> {
         let Trust::Proof(address) = &self.trust else { return Ok(()) };
         let query = ProofQuery::random(&self.token);
@@ -178,14 +178,15 @@ impl Client {
         let response = request.send().await.map_err(|e| self.unreachable(&e))?;
         let body = response.bytes().await.map_err(|e| self.unreachable(&e))?;
         let Ok(proof) = serde_json::from_slice::<Proof>(&body) else {
-            return Err(Fault::unreachable(format!("what answers at {} is not this daemon; the token was not sent to it", self.base))
-                .with_next(
-                    "stop the program that listens there, then start the daemon with 'packhorse serve --config FILE'; or check the URL",
-                ));
+            return Err(Fault::unreachable(format!(
+                "the program that answers at {} is not this daemon; the token was not sent to it",
+                self.base
+            ))
+            .with_next("stop that program and start the daemon with 'packhorse serve --config FILE', or correct the URL"));
         };
         if !proof.is_by(&self.token, &query) || address.is_some_and(|address| proof.address != address.to_string()) {
-            return Err(Fault::not_allowed(format!("the API token is wrong, or what answers at {} is another daemon", self.base))
-                .with_next("check the URL, and give the token of that daemon with --token-file or --config; the token was not sent"));
+            return Err(Fault::not_allowed(format!("the API token is wrong, or another daemon answers at {}", self.base))
+                .with_next("check the URL, and give the token of that daemon with --token-file or --config; no token was sent"));
         }
         Ok(())
     }
@@ -195,16 +196,16 @@ impl Client {
             Trust::Socket(socket) => socket.path().display().to_string(),
             Trust::Tls | Trust::Proof(_) => self.base.clone(),
         };
-        Fault::unreachable(format!("the daemon at {place} does not answer: {}", chain(error)))
-            .with_next("start it with 'packhorse serve --config FILE', or name another with --config or --api")
+        Fault::unreachable(format!("the daemon at {place} does not answer: {}", innermost(error)))
+            .with_next("start it with 'packhorse serve --config FILE', or select another daemon with --config or --api")
     }
 
     fn refusal(&self, status: StatusCode, headers: &HeaderMap, body: &[u8]) -> Fault {
         if let Ok(body) = serde_json::from_slice::<ErrorBody>(body) {
             return body.into();
         }
-        let message = format!("{} answered {status}, which is not Packhorse's form", self.base);
-        let next = "check the URL, and what stands between here and the daemon";
+        let message = format!("{} answered {status}, but not in the format of Packhorse", self.base);
+        let next = "check the URL, and any proxy between this machine and the daemon";
         match status {
             StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => Fault::not_allowed(message).with_next(next),
             _ if headers.contains_key(VERSION_HEADER) => Fault::internal(message),
@@ -214,9 +215,11 @@ impl Client {
 
     fn not_understood(&self, headers: &HeaderMap, why: &str) -> Fault {
         match headers.get(VERSION_HEADER).and_then(|v| v.to_str().ok()) {
-            None => Fault::unreachable(format!("what answers at {} is not Packhorse", self.base)).with_next("check the URL"),
-            Some(theirs) => Fault::internal(format!("the daemon's answer is not understood: {why} (it is {theirs}, this is {VERSION})"))
-                .with_next("use the daemon's version of this command"),
+            None => Fault::unreachable(format!("the program that answers at {} is not Packhorse", self.base)).with_next("check the URL"),
+            Some(theirs) => Fault::internal(format!(
+                "cannot read the daemon's answer: {why} (version of the daemon: {theirs}, of this command: {VERSION})"
+            ))
+            .with_next("run the command with the daemon's version of the program"),
         }
     }
 }
@@ -224,13 +227,13 @@ impl Client {
 fn read_token_of(data_dir: &Path) -> Result<ApiToken, Fault> {
     let path = ApiToken::path(data_dir);
     ApiToken::read(&path).map_err(|fault| match fault.code {
-        Code::NotFound => Fault::unreachable(format!("the daemon has not run yet: there is no {}", path.display()))
+        Code::NotFound => Fault::unreachable(format!("the daemon has never run: {} does not exist", path.display()))
             .with_next("start it with 'packhorse serve --config FILE'"),
         _ => fault.with_next("run this as the daemon's user, or give --token-file FILE"),
     })
 }
 
-/// Where a client finds what listens on every address.
+/// The address at which a client reaches a listener; for one on all addresses, the loopback address.
 fn reachable(mut listen: SocketAddr) -> SocketAddr {
     if listen.ip().is_unspecified() {
         listen.set_ip(if listen.is_ipv4() { IpAddr::V4(Ipv4Addr::LOCALHOST) } else { IpAddr::V6(Ipv6Addr::LOCALHOST) });
@@ -238,11 +241,11 @@ fn reachable(mut listen: SocketAddr) -> SocketAddr {
     listen
 }
 
-/// The innermost cause: the outer ones repeat the URL and say nothing of why.
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut innermost = error;
-    while let Some(source) = innermost.source() {
-        innermost = source;
+/// The innermost cause: the outer ones only repeat the URL.
+fn innermost(error: &dyn std::error::Error) -> String {
+    let mut cause = error;
+    while let Some(source) = cause.source() {
+        cause = source;
     }
-    innermost.to_string()
+    cause.to_string()
 }

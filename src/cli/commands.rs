@@ -1,4 +1,4 @@
-//! The commands that ask a daemon, each from request to printed answer, and the two short ones that need none.
+//! The commands that call a daemon, each from request to printed answer, and the short commands that work without one.
 
 use std::path::{Path, PathBuf};
 
@@ -21,7 +21,7 @@ use sink::files::FilesSink;
 pub(super) fn config_check(global: &Global) -> Result<(), Fault> {
     let config = global.load_config()?;
     let path = global.config_path()?.display().to_string();
-    // A daemon starts without some of this: what is away for a while must not keep it from its other work.
+    // A daemon starts although one of these is not available: a temporary outage must not stop its other work.
     if let Some(files) = &config.sink.files {
         FilesSink::check_root(&files.root)?;
         FilesSink::check_writable(&files.root)?;
@@ -39,7 +39,7 @@ pub(super) fn config_check(global: &Global) -> Result<(), Fault> {
     one(global.output, &answer, |_| {
         let warnings = warnings.iter().map(|text| format!("warning: {text}\n"));
         let lines: String = warnings.chain(notes.iter().map(|note| format!("note: {note}\n"))).collect();
-        format!("ok: {path} is sound ({role} {})\n{lines}", config.name)
+        format!("ok: {path} is valid ({role} {})\n{lines}", config.name)
     })
 }
 
@@ -63,7 +63,7 @@ pub(super) async fn token_create(global: &Global, create: TokenCreate) -> Result
         ttl_seconds: create.ttl.as_secs(),
     };
     let reply: TokenReply = Client::new(global)?.post("/v1/tokens", &request).await?;
-    // Alone on stdout: TOKEN=$(packhorse token create …)
+    // The token is alone on stdout, for TOKEN=$(packhorse token create …).
     one(global.output, &reply, |reply| format!("{}\n", reply.token))
 }
 
@@ -85,7 +85,7 @@ pub(super) async fn publish(global: &Global, publish: Publish) -> Result<(), Fau
     if options.username.is_some() || options.password_file.is_some() {
         let host = registry::Origin::split(&publish.source).map_or_else(|_| "HOST".to_owned(), |(origin, _)| origin.to_string());
         return Err(Fault::usage("a daemon takes a registry's password file from its configuration only").with_next(format!(
-            "write [registry.\"{host}\"] with username and password_file into the daemon's configuration, restart it, and leave --username and --password-file out"
+            "write [registry.\"{host}\"] with username and password_file into the daemon's configuration, restart the daemon, and omit --username and --password-file"
         )));
     }
     let client = Client::new(global)?;
@@ -114,7 +114,7 @@ pub(super) fn published_text(p: &Published) -> String {
     out + &transfers_text(&p.transfers)
 }
 
-/// Reports on stderr what a publish left out, whatever the output's format.
+/// Reports on stderr what a publish left out, in every output format.
 pub(super) fn note_omitted(published: &Published) {
     for omission in &published.omitted {
         eprintln!("note: left out of {}: {}", published.artifact, human::clean(&omission.line()));
@@ -139,7 +139,7 @@ pub(super) async fn deliver(global: &Global, deliver: Deliver) -> Result<(), Fau
     wait_for(&client, global.output, &delivered.transfers, &deliver.wait, deadline).await
 }
 
-/// Waits for transfers when that was asked for, and ends with how they ended.
+/// With `--wait`, waits for the transfers and returns their result.
 async fn wait_for(client: &Client, format: Output, ids: &[String], wait: &Wait, deadline: Deadline) -> Result<(), Fault> {
     if !wait.wait || ids.is_empty() {
         return Ok(());
@@ -147,7 +147,7 @@ async fn wait_for(client: &Client, format: Output, ids: &[String], wait: &Wait, 
     let mut progress = Progress::new();
     let tracker = follow::transfers(client, ids, deadline, &mut progress).await?;
     drop(progress);
-    // Programs were given the ids, and ask `status` for what they want to know.
+    // Programs received the ids and use `status`.
     if format == Output::Table {
         emit(&show_status::table(&tracker.seen(), output::colour()))?;
     }
@@ -166,7 +166,7 @@ pub(super) async fn status(global: &Global, args: Status) -> Result<(), Fault> {
         return Err(watch::no_transfer(args.transfer.as_deref()));
     }
     let cut = transfers.len() as u64 >= u64::from(args.limit);
-    // Asked for by a delivery's id, people see the whole first; programs get its parts, and `deliveries` from the API.
+    // For the id of a delivery, people see the delivery and then its parts; programs get the parts, and the delivery from the API.
     let whole: Option<Delivery> = match &args.transfer {
         Some(id) if global.output == Output::Table && args.since.is_none() && !transfers.iter().any(|t| t.id == *id) => {
             client.get("/v1/deliveries/show", &[("id", id)]).await.ok()
@@ -180,7 +180,7 @@ pub(super) async fn status(global: &Global, args: Status) -> Result<(), Fault> {
     })?;
     match args.since {
         Some(_) => eprintln!("cursor: {cursor}"),
-        None if cut && args.transfer.is_none() => eprintln!("the newest {} are shown; --limit shows more", args.limit),
+        None if cut && args.transfer.is_none() => eprintln!("only the newest {} transfers are shown; --limit shows more", args.limit),
         None => {}
     }
     Ok(())
@@ -243,7 +243,7 @@ pub(super) async fn verify(global: &Global, artifact: String, repair: bool, quic
     one(global.output, &result, |_| {
         let mut out = match findings.is_empty() {
             true if quick => format!("{artifact}: the quick check found no difference\n"),
-            true => format!("{artifact} is sound\n"),
+            true => format!("{artifact} is intact\n"),
             false => String::new(),
         };
         out.extend(findings.iter().map(|line| format!("{}\n", human::clean(line))));
@@ -254,18 +254,18 @@ pub(super) async fn verify(global: &Global, artifact: String, repair: bool, quic
         0 => Ok(()),
         count => {
             let next = if repair {
-                "nothing: what lacks is on its way; verify again when it is done"
+                "no action is needed: the missing content is being delivered; run verify again when the transfer is done"
             } else if was_published_there(global, &artifact).await {
-                "it was published here: put the old content back, or publish what is there now as a new version"
+                "it was published at this site: restore the original content, or publish the present content as a new version"
             } else {
-                "at a site: run it again with --repair; at the hub: publish the same content again, then retry what failed"
+                "at a site: run the command again with --repair; at the hub: publish the same content again, then retry the failed transfers"
             };
             Err(Fault::integrity(format!("{artifact}: {count} finding{}", if count == 1 { "" } else { "s" })).with_next(next))
         }
     }
 }
 
-/// Whether the artifact was published at the site that was asked, which then refuses to have it repaired.
+/// Whether the artifact was published at this site, which then cannot repair it.
 async fn was_published_there(global: &Global, artifact: &str) -> bool {
     let Ok(client) = Client::new(global) else { return false };
     let detail: Result<ArtifactDetail, Fault> = client.get("/v1/artifacts/show", &[("ref", artifact)]).await;
@@ -275,8 +275,8 @@ async fn was_published_there(global: &Global, artifact: &str) -> bool {
 /// `pin`, `unpin`
 pub(super) async fn pin(global: &Global, artifact: String, pinned: bool) -> Result<(), Fault> {
     let artifact: Artifact = Client::new(global)?.post("/v1/pin", &PinRequest { artifact, pinned }).await?;
-    let what = if pinned { "stays, whatever its age" } else { "goes when it is old or room is needed" };
-    one(global.output, &artifact, |a| format!("what the hub keeps of {} {what}\n", a.artifact))
+    let what = if pinned { "kept regardless of its age" } else { "removed when it is old or space is needed" };
+    one(global.output, &artifact, |a| format!("the hub's copy of {} is {what}\n", a.artifact))
 }
 
 /// `export`
@@ -306,7 +306,7 @@ pub(super) async fn rebuild_index(global: &Global) -> Result<(), Fault> {
     let config = global.load_config()?;
     let rebuilt = serve::rebuild_index(&config).await?;
     rows(global.output, &rebuilt, |stores| {
-        let kept = |kept: &Option<PathBuf>| kept.as_ref().map(|path| format!("; the index from before is {}", path.display()));
+        let kept = |kept: &Option<PathBuf>| kept.as_ref().map(|path| format!("; the previous index is {}", path.display()));
         let line = |r: &Rebuilt| {
             let damaged =
                 if r.damaged_bytes > 0 { format!("; {} bytes in packs belong to no whole chunk", r.damaged_bytes) } else { String::new() };
@@ -323,12 +323,12 @@ pub(super) async fn doctor(global: &Global) -> Result<(), Fault> {
     match lines.iter().filter(|line| line.starts_with("fault")).count() {
         0 => Ok(()),
         bad => Err(Fault::internal(format!("{bad} of {} checks failed", lines.len()))
-            .with_next("mend what the lines say")
+            .with_next("correct the faults that the lines describe")
             .with_retry(Retry::Never)),
     }
 }
 
-/// Begins a job and follows it to its result.
+/// Starts a job, waits for its end, and returns its result.
 async fn work(global: &Global, path: &str, request: &impl serde::Serialize) -> Result<Value, Fault> {
     Ok(job(global, path, request).await?.result.unwrap_or_default())
 }
@@ -340,10 +340,10 @@ async fn job(global: &Global, path: &str, request: &impl serde::Serialize) -> Re
 }
 
 fn answer<T: serde::de::DeserializeOwned>(result: Value) -> Result<T, Fault> {
-    serde_json::from_value(result).map_err(|e| Fault::internal(format!("the daemon's answer is not understood: {e}")))
+    serde_json::from_value(result).map_err(|e| Fault::internal(format!("cannot read the daemon's answer: {e}")))
 }
 
-/// A result that only people read: its fields, its lines, or itself.
+/// A result as text: its fields, its lines, or the value itself.
 fn value_text(value: &Value) -> String {
     let plain = |v: &Value| v.as_str().map_or_else(|| v.to_string(), str::to_owned);
     match value {
@@ -360,12 +360,12 @@ fn value_text(value: &Value) -> String {
     }
 }
 
-/// A source as the daemon must hear it: a path made absolute; a reference to a registry or into the database as it is.
+/// A source in the form for the daemon: a path becomes absolute; a reference to a registry or to the database stays as it is.
 pub(super) fn source(text: &str) -> Result<String, Fault> {
     if text.contains("://") || text.starts_with("db:") { Ok(text.into()) } else { absolute(&PathBuf::from(text)) }
 }
 
-/// The daemon has another working directory than whoever types the command.
+/// Makes a path absolute, because the daemon has another working directory.
 fn absolute(path: &Path) -> Result<String, Fault> {
     let absolute = std::path::absolute(path).map_err(|e| Fault::usage(format!("{} is not a path: {e}", path.display())))?;
     absolute.into_os_string().into_string().map_err(|path| Fault::usage(format!("{path:?} is not UTF-8")).with_next("rename it"))

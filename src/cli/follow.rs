@@ -1,6 +1,6 @@
-//! Waiting: for a job, for transfers; with a bar on a terminal and a line now and then elsewhere.
+//! Waiting for a job or for transfers, with a progress bar on a terminal and a line at intervals elsewhere.
 //!
-//! A daemon that goes away meanwhile (a restart) is waited for: transfers outlive it. Jobs do not, and that is said.
+//! A command waits for a daemon that restarts: transfers survive a restart. Jobs do not, and the command reports this.
 
 use std::future::Future;
 use std::io::IsTerminal;
@@ -16,12 +16,12 @@ use crate::api::types::{Job, Transfer, TransferQuery};
 use base::fault::{Code, Fault};
 use base::limits::{API_IDS_MAX, API_ROWS_MAX, DAEMON_AWAY_MAX, JOB_AWAY_MAX, PROGRESS_LINE_EVERY};
 
-/// Between two looks at least, however fast things change.
+/// The shortest time between two requests.
 const LOOK_EVERY: Duration = Duration::from_millis(20);
-/// Between two tries while the daemon is away.
+/// The time between two attempts while the daemon does not answer.
 const TRY_EVERY: Duration = Duration::from_secs(1);
 
-/// How far something is, on stderr.
+/// The progress display on stderr.
 pub(super) struct Progress {
     bar: Option<ProgressBar>,
     next_line: Instant,
@@ -35,11 +35,11 @@ impl Progress {
             let style = ProgressStyle::with_template("[{bar:24}] {wide_msg}").unwrap_or_else(|_| ProgressStyle::default_bar());
             bar.with_style(style.progress_chars("=> "))
         });
-        // The first line comes after the pause: what ends at once says nothing.
+        // The first line appears after one interval: short work prints no progress.
         Self { bar, next_line: Instant::now() + PROGRESS_LINE_EVERY }
     }
 
-    /// Shows how far it is; off a terminal only now and then.
+    /// Shows the progress; without a terminal, once per interval.
     pub(super) fn update(&mut self, done: u64, total: u64, text: impl FnOnce() -> String) {
         if let Some(bar) = &self.bar {
             bar.set_message(text());
@@ -51,7 +51,7 @@ impl Progress {
         }
     }
 
-    /// Says something that must be seen now.
+    /// Prints a line at once.
     pub(super) fn say(&self, line: &str) {
         match &self.bar {
             Some(bar) => bar.suspend(|| eprintln!("{line}")),
@@ -59,7 +59,7 @@ impl Progress {
         }
     }
 
-    /// How long to wait for an answer without having anything to show.
+    /// The longest wait for an answer before the display is updated.
     fn pause(&self) -> Duration {
         if self.bar.is_some() { Duration::from_secs(1) } else { PROGRESS_LINE_EVERY }
     }
@@ -73,7 +73,7 @@ impl Drop for Progress {
     }
 }
 
-/// Until when a command waits.
+/// The time at which a command stops waiting.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Deadline(Option<Instant>);
 
@@ -82,7 +82,7 @@ impl Deadline {
         Self(timeout.map(|t| Instant::now() + t))
     }
 
-    /// At most `longest`, and no longer than there is time.
+    /// `longest`, or the remaining time if that is shorter.
     pub(super) fn cap(self, longest: Duration) -> Duration {
         self.0.map_or(longest, |at| at.saturating_duration_since(Instant::now()).min(longest))
     }
@@ -92,7 +92,7 @@ impl Deadline {
     }
 }
 
-/// Asks again while the daemon does not answer, up to `away_max` and the deadline.
+/// Repeats a request while the daemon does not answer, for at most `away_max` and until the deadline.
 pub(super) async fn patiently<T, F: Future<Output = Result<T, Fault>>>(
     progress: &Progress,
     deadline: Deadline,
@@ -111,11 +111,11 @@ pub(super) async fn patiently<T, F: Future<Output = Result<T, Fault>>>(
             }
         };
         let since = *away_since.get_or_insert_with(|| {
-            progress.say(&format!("{}; waiting for it", human::clean(&fault.message)));
+            progress.say(&format!("{}; waiting for the daemon", human::clean(&fault.message)));
             Instant::now()
         });
         if deadline.passed() {
-            return Err(Fault::deadline(format!("the time is over, and {}", fault.message)));
+            return Err(Fault::deadline(format!("the time is over: {}", fault.message)));
         }
         if since.elapsed() >= away_max {
             return Err(fault);
@@ -124,27 +124,27 @@ pub(super) async fn patiently<T, F: Future<Output = Result<T, Fault>>>(
     }
 }
 
-/// Follows a job to its end and returns it as it is then: done.
+/// Waits for the end of a job. Returns the job if it succeeded, else its fault.
 pub(super) async fn job(client: &Client, mut job: Job, deadline: Deadline, progress: &mut Progress) -> Result<Job, Fault> {
     loop {
         match job.state.as_str() {
             "running" => {}
             "done" => return Ok(job),
-            _ => return Err(job.error.unwrap_or_else(|| Fault::internal(format!("job {} failed and does not say why", job.id)))),
+            _ => return Err(job.error.unwrap_or_else(|| Fault::internal(format!("job {} failed without a message", job.id)))),
         }
         if deadline.passed() {
-            return Err(Fault::deadline(format!("job {} still runs: {}", job.id, job.doing))
-                .with_next("run the command again to go on waiting; the work goes on"));
+            return Err(Fault::deadline(format!("job {} is still running: {}", job.id, job.doing))
+                .with_next("run the command again to continue waiting; the job continues"));
         }
         progress.update(job.bytes, job.total.unwrap_or(0), || job_line(&job));
         let wait = deadline.cap(progress.pause());
         let asked = patiently(progress, deadline, JOB_AWAY_MAX, || client.job(&job.id, wait)).await;
         job = asked.map_err(|fault| match fault.code {
             Code::NotFound => Fault::unreachable(format!("the daemon was restarted and no longer knows job {}", job.id))
-                .with_next("run the command again: what was done is not done twice"),
+                .with_next("run the command again; completed work is not repeated"),
             _ => fault,
         })?;
-        // `wait` has whole seconds: near the deadline it is 0, which must not spin.
+        // `wait` has whole seconds. Near the deadline it is 0: without this pause the loop would spin.
         if job.state == "running" {
             tokio::time::sleep(LOOK_EVERY).await;
         }
@@ -159,13 +159,13 @@ fn job_line(job: &Job) -> String {
     }
 }
 
-/// Follows transfers until each has ended. Returns them as they are then; [`Tracker::verdict`] says how it went.
+/// Waits until all transfers have ended, and returns their last state. [`Tracker::verdict`] gives the result.
 pub(super) async fn transfers(client: &Client, ids: &[String], deadline: Deadline, progress: &mut Progress) -> Result<Tracker, Fault> {
     let mut tracker = Tracker::new(ids);
     loop {
         tracker.set_firsts(Vec::new());
         let open = tracker.open();
-        // What stands now, not what changed: whatever was missed meanwhile is in it.
+        // The present state and not the changes, so that no change is missed.
         let cursor = snapshot(client, &open, deadline, progress, &mut tracker).await?;
         look_at_firsts(client, &mut tracker).await;
         if let Some(id) = tracker.unseen() {
@@ -188,7 +188,7 @@ pub(super) async fn transfers(client: &Client, ids: &[String], deadline: Deadlin
         };
         let (changed, _) = patiently(progress, deadline, DAEMON_AWAY_MAX, || client.transfers(&query)).await?;
         take(&mut tracker, changed, progress);
-        // The last one to end is the end: nothing more can change.
+        // When the last one has ended, nothing more can change.
         if !tracker.open().is_empty() {
             tokio::time::sleep(LOOK_EVERY).await;
         }
@@ -200,17 +200,17 @@ async fn snapshot(client: &Client, ids: &[String], deadline: Deadline, progress:
     for some in ids.chunks(API_IDS_MAX) {
         let query = TransferQuery { id: Some(some.join(",")), limit: Some(API_ROWS_MAX), ..TransferQuery::default() };
         let (found, cursor) = patiently(progress, deadline, DAEMON_AWAY_MAX, || client.transfers(&query)).await?;
-        // The first: what changed while the others were asked must still come.
+        // The first cursor: changes during the later requests must still be reported.
         first_cursor.get_or_insert(cursor);
         take(tracker, found, progress);
     }
     Ok(first_cursor.unwrap_or(0))
 }
 
-/// Sees how those stand that must come first and that nobody waits for here. A daemon may not know one; then it is waited for.
+/// Fetches the state of the transfers on which these depend. A daemon may not know one of them; the command then keeps waiting.
 pub(super) async fn look_at_firsts(client: &Client, tracker: &mut Tracker) {
     let mut firsts = Vec::new();
-    // One by one: a daemon that does not know one of many answers for none.
+    // One request each: a daemon that does not know one of several ids answers with none.
     for id in tracker.unknown_firsts() {
         if let Ok((found, _)) = client.transfers(&TransferQuery { id: Some(id), ..TransferQuery::default() }).await {
             firsts.extend(found);

@@ -1,4 +1,4 @@
-//! Numbers and times as people read them. What a machine reads never passes through here.
+//! Numbers and times in the form for people. Output for programs does not use this module.
 
 use jiff::Timestamp;
 use jiff::tz::TimeZone;
@@ -6,7 +6,7 @@ use jiff::tz::TimeZone;
 use crate::api::types::{State, Transfer};
 use base::text::is_unsafe;
 
-/// `512 B`, `1.5 GiB`, `40 MiB`: rounded down, so that nothing looks more than it is.
+/// `512 B`, `1.5 GiB`, `40 MiB`: rounded down, so that no value looks larger than it is.
 pub(crate) fn bytes(count: u64) -> String {
     const UNITS: [&str; 5] = ["KiB", "MiB", "GiB", "TiB", "PiB"];
     if count < 1024 {
@@ -18,7 +18,7 @@ pub(crate) fn bytes(count: u64) -> String {
     if tenths < 100 { format!("{}.{} {unit}", tenths / 10, tenths % 10) } else { format!("{} {unit}", tenths / 10) }
 }
 
-/// `12 MiB/s`; a dash for nothing.
+/// `12 MiB/s`; a dash for zero.
 pub(super) fn rate(bytes_per_second: u64) -> String {
     if bytes_per_second == 0 { "-".into() } else { format!("{}/s", bytes(bytes_per_second)) }
 }
@@ -34,7 +34,7 @@ pub(crate) fn seconds(count: u64) -> String {
     }
 }
 
-/// How far a transfer is, by what is durable at the site. 100 only when it is done; `None` before its size is known.
+/// The progress of a transfer, by the bytes committed at the site. 100 only when it is done; `None` before its size is known.
 pub(super) fn percent(transfer: &Transfer) -> Option<u64> {
     match transfer.state {
         State::Done => Some(100),
@@ -48,7 +48,7 @@ pub(super) fn share(part: u64, whole: u64) -> Option<u64> {
     hundredths.checked_div(u128::from(whole)).map(|p| p.min(99) as u64)
 }
 
-/// A machine's time as the wall clock here.
+/// A time of the API as local time.
 pub(super) fn local(rfc3339: &str) -> String {
     in_zone(rfc3339, TimeZone::system())
 }
@@ -60,17 +60,17 @@ fn in_zone(rfc3339: &str, zone: TimeZone) -> String {
     }
 }
 
-/// The same text without what could steer a terminal: file names and peers' words may hold anything.
+/// The text without characters that control a terminal: file names and texts of peers can contain any character.
 pub(crate) fn clean(text: &str) -> String {
     text.chars().map(|c| if is_unsafe(c) { '\u{fffd}' } else { c }).collect()
 }
 
-/// [`clean`], with line ends kept and what follows them indented.
+/// [`clean`], with line ends kept and the following lines indented.
 pub(super) fn clean_lines(text: &str) -> String {
     text.lines().map(clean).collect::<Vec<_>>().join("\n    ")
 }
 
-/// Whether colours are welcome, as far as the environment says (<https://no-color.org>).
+/// Whether the environment allows colours (<https://no-color.org>).
 pub(super) fn colour_wanted() -> bool {
     let set = |name: &str| std::env::var_os(name).is_some_and(|value| !value.is_empty());
     !set("NO_COLOR") && std::env::var_os("TERM").is_none_or(|term| term != "dumb")

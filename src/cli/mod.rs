@@ -1,13 +1,14 @@
-//! The command line: reads what is asked, calls the daemon's API, says the answer and exits by the table of codes.
+//! The command line: parses the arguments, calls the daemon's API, prints the answer, and ends with an exit code of the table.
 //!
-//! `serve`, `join` and `quickstart` are the daemon side and are handed over; everything else is a client that holds
-//! nothing, so any command can be killed and run again. Results go to stdout, progress and errors to stderr.
+//! `serve`, `join` and `quickstart` run code of the daemon. Nearly all other commands are clients without state of their own, so that it is
+//! safe to kill any command and to run it again. Results go to stdout, progress and errors to stderr.
 
 mod args;
 pub(crate) mod client;
 mod commands;
 mod follow;
 pub(crate) mod human;
+mod manual;
 pub(crate) mod output;
 mod remote;
 mod status;
@@ -32,19 +33,21 @@ use base::fault::Fault;
 use base::limits::LOG_FIELD_BYTES_MAX;
 use base::text;
 
-/// Sends the log to stderr: `PACKHORSE_LOG` filters it as RUST_LOG does elsewhere; a daemon says what it does by
-/// default, a command only what is wrong.
+/// The crates of the program, which are the targets of its log.
+const CRATES: [&str; 10] = ["packhorse", "base", "content", "exchange", "model", "registry", "sink", "source", "state", "transport"];
+
+/// Sends the log to stderr. `PACKHORSE_LOG` filters it with the syntax of `RUST_LOG`. By default a daemon logs its work, and a command only
+/// warnings and errors.
 pub fn init_log(args: &Args) {
     let default = if args.command.is_daemon() { "warn,packhorse=info" } else { "warn" };
     let wanted = std::env::var("PACKHORSE_LOG").unwrap_or_default();
-    let filter = tracing_subscriber::EnvFilter::try_new(if wanted.is_empty() { default } else { &wanted });
+    let filter = tracing_subscriber::EnvFilter::try_new(log_filter(if wanted.is_empty() { default } else { &wanted }));
     let filter = filter.unwrap_or_else(|error| {
-        eprintln!("warning: PACKHORSE_LOG is not understood ({error}); it is ignored");
-        tracing_subscriber::EnvFilter::new(default)
+        eprintln!("warning: PACKHORSE_LOG is not a valid filter ({error}); it is ignored");
+        tracing_subscriber::EnvFilter::new(log_filter(default))
     });
     let colour = std::io::stderr().is_terminal() && human::colour_wanted();
-    // Set once a process; a second call (in tests) changes nothing.
-    // One event is one line whatever a peer, a file name or a server put into it.
+    // One event is one line, even if the text of a peer, a file name or a server contains line breaks.
     let fields = format::debug_fn(|writer, field, value| {
         let text = log_text(&format!("{value:?}"));
         match field.name() {
@@ -53,15 +56,25 @@ pub fn init_log(args: &Args) {
         }
     });
     let log = tracing_subscriber::fmt().with_env_filter(filter).with_ansi(colour).with_writer(std::io::stderr);
+    // The log is set once per process; a second call (in tests) has no effect.
     let _ = log.fmt_fields(fields.delimited(" ")).try_init();
 }
 
-/// A value as the log shows it.
+/// A log filter in which `packhorse` is replaced by all crates of the program.
+fn log_filter(filter: &str) -> String {
+    let each = |directive: &str| match directive.trim().strip_prefix("packhorse") {
+        Some(level) if level.is_empty() || level.starts_with('=') => CRATES.map(|name| format!("{name}{level}")).join(","),
+        _ => directive.to_owned(),
+    };
+    filter.split(',').map(each).collect::<Vec<_>>().join(",")
+}
+
+/// The form of a value in the log.
 fn log_text(text: &str) -> String {
     text::line(&text.replace('\n', "\\n").replace('\t', " "), LOG_FIELD_BYTES_MAX)
 }
 
-/// Does what is asked and returns the process's exit code.
+/// Executes the command and returns the exit code of the process.
 pub async fn run(args: Args) -> ExitCode {
     let format = args.global.output;
     match dispatch(args).await {
@@ -104,10 +117,12 @@ async fn dispatch(args: Args) -> Result<(), Fault> {
         Command::Gc => commands::gc(global).await,
         Command::Store(StoreCommand::RebuildIndex) => commands::rebuild_index(global).await,
         Command::Doctor => commands::doctor(global).await,
+        Command::Completions { shell } => manual::completions(shell),
+        Command::Man { dir } => manual::man(global, &dir),
     }
 }
 
-/// What went wrong and what to do; for a program that reads, the same again as one line of JSON.
+/// The text of an error and its next step. With a JSON format, one line of JSON with the same content follows.
 fn render_error(fault: &Fault, format: Output) -> String {
     let mut text = format!("error: {}\n", human::clean_lines(&fault.message));
     if !fault.next.is_empty() {

@@ -1,4 +1,4 @@
-//! Stdout: tables for people, JSON for programs.
+//! Output on stdout: tables for people, JSON for programs.
 
 use std::io::{IsTerminal, Write};
 
@@ -9,7 +9,7 @@ use super::human;
 use crate::api::types::State;
 use base::fault::Fault;
 
-/// Writes to stdout. A reader that went away (`| head`) ends the command quietly, as it ends every Unix filter.
+/// Writes to stdout. If the reader has closed the pipe (`| head`), the command ends without an error, as every Unix filter does.
 pub(crate) fn emit(text: &str) -> Result<(), Fault> {
     let mut stdout = std::io::stdout().lock();
     match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
@@ -18,7 +18,7 @@ pub(crate) fn emit(text: &str) -> Result<(), Fault> {
     }
 }
 
-/// Prints a list: a table, an array, or a line each.
+/// Prints a list: a table, a JSON array, or a line per item.
 pub(super) fn rows<T: Serialize>(format: Output, rows: &[T], table: impl FnOnce(&[T]) -> String) -> Result<(), Fault> {
     match format {
         Output::Table => emit(&table(rows)),
@@ -27,7 +27,7 @@ pub(super) fn rows<T: Serialize>(format: Output, rows: &[T], table: impl FnOnce(
     }
 }
 
-/// Prints one thing.
+/// Prints one value.
 pub(super) fn one<T: Serialize>(format: Output, value: &T, text: impl FnOnce(&T) -> String) -> Result<(), Fault> {
     match format {
         Output::Table => emit(&text(value)),
@@ -45,12 +45,12 @@ fn pretty<T: Serialize>(value: &T) -> Result<String, Fault> {
     serde_json::to_string_pretty(value).map(|text| text + "\n").map_err(|e| Fault::internal(format!("cannot print as JSON: {e}")))
 }
 
-/// Whether stdout is a terminal that wants colours.
+/// Whether to use colours: stdout is a terminal, and the environment allows them.
 pub(super) fn colour() -> bool {
     std::io::stdout().is_terminal() && human::colour_wanted()
 }
 
-/// A cell: its text, and the terminal code to paint it with.
+/// A cell: its text, and the terminal code of its colour.
 #[derive(Debug, Clone)]
 pub(crate) struct Cell {
     text: String,
@@ -64,7 +64,7 @@ impl<S: Into<String>> From<S> for Cell {
 }
 
 impl Cell {
-    /// A state in its colour. The word says the same: colour alone says nothing.
+    /// A state in its colour. The colour only repeats what the word says.
     pub(super) fn state(state: State, stuck: bool) -> Self {
         let paint = match state {
             State::Done => Some("32"),
@@ -76,14 +76,14 @@ impl Cell {
     }
 }
 
-/// A table: columns as wide as their widest cell, two blanks between.
+/// A table: each column is as wide as its widest cell, with two spaces between columns.
 pub(crate) struct Table {
     head: &'static [&'static str],
     rows: Vec<Vec<Cell>>,
 }
 
 impl Table {
-    /// A table with these column names; one that begins with `>` is set to the right.
+    /// A table with these column names; a column whose name begins with `>` is right-aligned.
     pub(crate) fn new(head: &'static [&'static str]) -> Self {
         Self { head, rows: Vec::new() }
     }
@@ -93,7 +93,7 @@ impl Table {
         self.rows.push(cells);
     }
 
-    /// The lines, each with its line end.
+    /// The lines of the table, each with its line end.
     pub(crate) fn render(&self, colour: bool) -> String {
         let names: Vec<Cell> = self.head.iter().map(|name| Cell::from(name.trim_start_matches('>'))).collect();
         let all = || std::iter::once(&names).chain(&self.rows);
@@ -119,7 +119,7 @@ impl Table {
     }
 }
 
-/// `name  value` lines, the values in one column.
+/// Lines of `name  value`, with aligned values.
 pub(super) fn fields(pairs: &[(&str, String)]) -> String {
     let width = pairs.iter().map(|(name, _)| name.chars().count()).max().unwrap_or(0);
     pairs.iter().map(|(name, value)| format!("{name:width$}  {}\n", human::clean(value))).collect()

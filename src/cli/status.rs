@@ -1,4 +1,4 @@
-//! How transfers, artifacts and sites look to people.
+//! The text form of transfers, artifacts, sites and plans.
 
 use super::human;
 use super::output::{Cell, Table, fields};
@@ -6,7 +6,7 @@ use crate::api::types::{Artifact, ArtifactDetail, Delivery, LeftOut, PlanRow, Si
 use base::fault::Reason;
 use base::limits::OFFENDERS_LISTED_MAX;
 
-/// The table of `status`, and below it what is to be done about those in trouble.
+/// The table of `status`; below it the message and the next step of each transfer with a problem.
 pub(super) fn table(transfers: &[Transfer], colour: bool) -> String {
     if transfers.is_empty() {
         return "no transfers\n".into();
@@ -26,7 +26,7 @@ pub(super) fn rows(transfers: &[Transfer], colour: bool) -> String {
             t.reason.map_or("-", Reason::as_str).into(),
             human::percent(t).map_or_else(|| "-".into(), |p| format!("{p} %")).into(),
             human::bytes(t.bytes.total).into(),
-            // What has ended has no speed, whatever was measured last.
+            // A transfer that has ended has no rate, even if one was measured before.
             human::rate(if t.state.is_final() { 0 } else { t.rate }).into(),
             t.eta_seconds.filter(|_| !t.state.is_final()).map_or_else(|| "-".into(), human::seconds).into(),
         ]);
@@ -34,7 +34,7 @@ pub(super) fn rows(transfers: &[Transfer], colour: bool) -> String {
     table.render(colour)
 }
 
-/// Whether somebody may have to do something about it.
+/// Whether the transfer may need action by a person.
 fn stuck(t: &Transfer) -> bool {
     match t.state {
         State::Done | State::Cancelled => false,
@@ -59,7 +59,7 @@ fn troubles(transfers: &[Transfer]) -> String {
     out
 }
 
-/// A delivery: the whole, then each part.
+/// A delivery: its fields, then the table of its parts.
 pub(super) fn delivery(whole: &Delivery, colour: bool) -> String {
     let b = &whole.bytes;
     let mut pairs = vec![
@@ -78,7 +78,7 @@ pub(super) fn delivery(whole: &Delivery, colour: bool) -> String {
     format!("{}\n{}", fields(&pairs), table(&whole.parts, colour))
 }
 
-/// All of one transfer.
+/// All fields of one transfer.
 pub(super) fn detail(t: &Transfer) -> String {
     let b = &t.bytes;
     let mut pairs = vec![
@@ -94,11 +94,11 @@ pub(super) fn detail(t: &Transfer) -> String {
     add("message", t.message.clone());
     add("next", t.next.clone());
     add("done", human::percent(t).map(|p| format!("{p} % of {}", human::bytes(b.total))));
-    add("reused", Some(format!("{}, from what the site had", human::bytes(b.reused))));
+    add("reused", Some(format!("{}, from files at the site", human::bytes(b.reused))));
     add("resumed", Some(format!("{}, from before an interruption", human::bytes(b.resumed))));
-    add("received", Some(format!("{}, over the line", human::bytes(b.received))));
-    add("committed", Some(format!("{}, durable at the site", human::bytes(b.committed))));
-    add("wire", Some(format!("{}, all that crossed the line for it", human::bytes(b.wire))));
+    add("received", Some(format!("{}, over the network", human::bytes(b.received))));
+    add("committed", Some(format!("{}, written and synced at the site", human::bytes(b.committed))));
+    add("wire", Some(format!("{}, sent and received in total", human::bytes(b.wire))));
     add("rate", (t.rate > 0 && !t.state.is_final()).then(|| human::rate(t.rate)));
     add("eta", t.eta_seconds.filter(|_| !t.state.is_final()).map(human::seconds));
     add("attempts", Some(t.attempts.to_string()));
@@ -112,7 +112,7 @@ pub(super) fn detail(t: &Transfer) -> String {
     fields(&pairs)
 }
 
-/// Whose bytes these are. A site that only received them does not know more than that they came from the hub.
+/// Where the artifact was published. A site that received it knows only that it came from the hub.
 fn origin(a: &Artifact) -> &str {
     match &a.origin {
         Some(site) => site.as_str(),
@@ -149,7 +149,7 @@ pub(super) fn artifacts(artifacts: &[Artifact], colour: bool) -> String {
     out
 }
 
-/// All of one artifact, and where it went.
+/// All fields of one artifact, and the table of its transfers.
 pub(super) fn artifact(detail: &ArtifactDetail, colour: bool) -> String {
     let a = &detail.artifact;
     let changed_at = a.origin.as_ref().map_or_else(|| "changed".to_owned(), |site| format!("changed at {site}"));
@@ -206,8 +206,8 @@ pub(super) fn plan(rows: &[PlanRow], colour: bool) -> String {
     let mut table = Table::new(&["ARTIFACT", "SITE", ">SIZE", ">TO MOVE", ">FREE", ">TIME", "NOTE"]);
     for row in rows {
         let note = match row.free {
-            Some(free) if free < row.needs => "no room",
-            _ if !row.asked => "the site did not answer: assumes that it has nothing",
+            Some(free) if free < row.needs => "no space",
+            _ if !row.asked => "no answer: assumes that the site has no content",
             _ => "",
         };
         table.row(vec![
@@ -224,7 +224,7 @@ pub(super) fn plan(rows: &[PlanRow], colour: bool) -> String {
     table.render(colour) + &left_out(&all)
 }
 
-/// The sites that a selection means too and that get nothing: a line for each artifact and reason.
+/// The selected sites that receive nothing: one line for each artifact and reason.
 pub(super) fn left_out(all: &[LeftOut]) -> String {
     crate::delivery::left_out(all).iter().map(|text| format!("  left out: {}\n", human::clean(text))).collect()
 }

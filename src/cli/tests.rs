@@ -1,4 +1,4 @@
-//! The command line against a daemon out of memory: exit codes, what is sent, and what people see.
+//! The command line with an in-memory daemon: exit codes, requests, and printed text.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -9,7 +9,7 @@ use serde_json::json;
 
 use super::args::Args;
 use super::tracker::{Tracker, notice};
-use super::{dispatch, render_error, status};
+use super::{CRATES, dispatch, log_filter, render_error, status};
 use crate::api::ApiToken;
 use crate::api::fake::{Fake, TOKEN, job, offline, transfer};
 use crate::api::types::*;
@@ -86,6 +86,8 @@ fn every_command_of_the_manual_parses() {
         "gc",
         "doctor",
         "config check --config f",
+        "completions zsh",
+        "man /tmp/man1",
     ];
     for line in lines {
         let parsed = Args::try_parse_from(std::iter::once("packhorse").chain(line.split(' ')));
@@ -111,7 +113,7 @@ async fn the_daemon_is_found_or_the_fault_says_how() {
     d.run("sites").await.unwrap();
     let run = |line: String| async move { dispatch(Args::try_parse_from(line.split(' ')).unwrap()).await.unwrap_err() };
     let nowhere = run("packhorse sites".into()).await;
-    assert_eq!((nowhere.code, nowhere.message.as_str()), (Code::Usage, "no daemon is named"));
+    assert_eq!((nowhere.code, nowhere.message.as_str()), (Code::Usage, "no daemon is specified"));
     let dir = d.dir.path().display();
     let away = run(format!("packhorse sites --api http://127.0.0.1:1 --token-file {dir}/token")).await;
     assert_eq!(away.code, Code::Unreachable);
@@ -174,7 +176,7 @@ async fn waiting_ends_by_the_table_of_codes() {
     d.run("status --since 0 -o ndjson").await.unwrap();
 }
 
-/// Whether a future ends within a moment.
+/// The result of a future that ends within a short time.
 trait NowOrPending: Future + Sized {
     async fn now_or_pending(self) -> Option<Self::Output> {
         tokio::time::timeout(Duration::from_millis(700), self).await.ok()
@@ -201,7 +203,7 @@ async fn what_must_come_after_a_part_that_failed_is_not_waited_for() {
         ..transfer("t1", "chengdu", State::Queued)
     });
     d.fake.put(failed("t3", "chengdu", Reason::NoSpace, "the disk is full"));
-    // What it waits for goes on, has just come, or is given up: in all three cases it goes on by itself.
+    // The other transfer progresses, is done, or is cancelled: in all three cases this one continues without user action.
     for state in [State::Transferring, State::Done, State::Cancelled] {
         d.fake.put(transfer("t2", "chengdu", state));
         assert!(!over(), "{state:?}");
@@ -214,7 +216,7 @@ async fn what_must_come_after_a_part_that_failed_is_not_waited_for() {
     assert_eq!((waited.code, &waited), (Code::Partial, &watched));
     insta::assert_snapshot!(format!("{waited}\n{}", waited.next), @r"
     3 of 3 transfers did not arrive: dataset/line3:v1 at chengdu (integrity), dataset/line3:v1 at chengdu (no_space), labels/line3:v1 at chengdu (waits for dataset/line3:v1)
-    see 'packhorse status TRANSFER', mend it, then 'packhorse retry TRANSFER'; what waits for it follows by itself
+    see 'packhorse status TRANSFER', fix the cause, then run 'packhorse retry TRANSFER'; transfers that wait for it then continue
     ");
 }
 
@@ -231,7 +233,7 @@ async fn what_failed_before_and_is_not_waited_for_ends_the_wait_as_well() {
     };
     d.fake.put(waiting.clone());
     let line = "publish l.csv --as labels/x:1 --to all --wait --timeout 1s";
-    // A daemon that does not know it, and one where it goes on: both are waited for, and the second names it.
+    // The daemon does not know the other transfer; then it does, and the transfer progresses. The command waits in both cases.
     let late = d.run(line).await.unwrap_err();
     assert!(late.message.ends_with("waiting: chengdu (waiting_for_dependency)"), "{late}");
     d.fake.put(transfer("t2", "chengdu", State::Transferring));
@@ -243,7 +245,7 @@ async fn what_failed_before_and_is_not_waited_for_ends_the_wait_as_well() {
     assert_eq!(ended.code, Code::Partial);
     insta::assert_snapshot!(format!("{ended}\n{}", ended.next), @r"
     labels/line3:v1 did not arrive at chengdu: it waits for dataset/line3:v1, which failed (no_space): the disk is full
-    mend that, then 'packhorse retry t2'; labels/line3:v1 follows by itself
+    fix the cause, then run 'packhorse retry t2'; labels/line3:v1 then continues
     ");
 
     let mut tracker = Tracker::new(&["t1".into(), "t3".into()]);
@@ -303,6 +305,16 @@ async fn jobs_end_with_their_fault() {
 }
 
 #[test]
+fn the_log_filter_means_all_crates_of_the_program() {
+    let crates = std::fs::read_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/crates")).unwrap();
+    let names: std::collections::BTreeSet<String> = crates.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+    assert_eq!(names, CRATES[1..].iter().map(|name| (*name).to_owned()).collect());
+    let all = log_filter("warn,packhorse=info");
+    assert!(all.starts_with("warn,packhorse=info,base=info,") && all.ends_with(",transport=info"), "{all}");
+    assert_eq!(log_filter("packhorse::hub=debug,packhorses=info,info"), "packhorse::hub=debug,packhorses=info,info");
+}
+
+#[test]
 fn the_status_table() {
     let mut moving = transfer("t1", "chengdu", State::Transferring);
     moving.bytes = Bytes { total: 3 << 30, reused: 1 << 30, received: 345 << 20, committed: 1369 << 20, ..Bytes::default() };
@@ -352,11 +364,11 @@ fn the_detail_of_a_transfer() {
     message    a.png�[2J: bad hash
     next       make room
     done       30 % of 10 MiB
-    reused     1.0 MiB, from what the site had
+    reused     1.0 MiB, from files at the site
     resumed    0 B, from before an interruption
-    received   2.0 MiB, over the line
-    committed  3.0 MiB, durable at the site
-    wire       2.0 MiB, all that crossed the line for it
+    received   2.0 MiB, over the network
+    committed  3.0 MiB, written and synced at the site
+    wire       2.0 MiB, sent and received in total
     attempts   1
     ");
 }
@@ -398,8 +410,8 @@ fn sites_and_plans() {
     };
     insta::assert_snapshot!(status::plan(&[row("chengdu", true, Some(1 << 20)), row("xian", false, None)], false), @r"
     ARTIFACT   SITE        SIZE  TO MOVE     FREE  TIME  NOTE
-    model/m:1  chengdu  2.0 GiB   20 MiB  1.0 MiB     -  no room
-    model/m:1  xian     2.0 GiB   20 MiB        -     -  the site did not answer: assumes that it has nothing
+    model/m:1  chengdu  2.0 GiB   20 MiB  1.0 MiB     -  no space
+    model/m:1  xian     2.0 GiB   20 MiB        -     -  no answer: assumes that the site has no content
     ");
     let left = |site: &str| LeftOut {
         artifact: "model/m:1".into(),

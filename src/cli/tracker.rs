@@ -1,4 +1,4 @@
-//! What a waiting command knows of its transfers: plain state that takes answers and says lines. No I/O, no clock.
+//! The state of a waiting command: takes the answers about its transfers and returns lines to print. No I/O, no clock.
 
 use std::collections::BTreeMap;
 
@@ -7,21 +7,21 @@ use crate::api::types::{State, Transfer};
 use base::fault::{Code, Fault, Reason, Retry};
 use base::limits::OFFENDERS_LISTED_MAX;
 
-/// The transfers that are waited for.
+/// The transfers for which a command waits.
 #[derive(Debug)]
 pub(crate) struct Tracker {
     transfers: BTreeMap<String, Option<Transfer>>,
-    /// What some of these wait for and is none of them, as last seen.
+    /// Other transfers on which these depend, in their last known state.
     firsts: Vec<Transfer>,
 }
 
 impl Tracker {
-    /// Waits for these.
+    /// A tracker of these transfers.
     pub(crate) fn new(ids: &[String]) -> Self {
         Self { transfers: ids.iter().map(|id| (id.clone(), None)).collect(), firsts: Vec::new() }
     }
 
-    /// Ids of what some of these wait for and is none of them.
+    /// Ids of the other transfers on which open transfers depend.
     pub(super) fn unknown_firsts(&self) -> Vec<String> {
         let open = self.transfers.values().flatten().filter(|t| !t.state.is_final());
         let mut ids: Vec<String> = open.filter_map(waited_for).filter(|id| !self.transfers.contains_key(*id)).cloned().collect();
@@ -30,21 +30,21 @@ impl Tracker {
         ids
     }
 
-    /// Takes how those stand, instead of what was known of them.
+    /// Replaces the known state of those other transfers.
     pub(super) fn set_firsts(&mut self, firsts: Vec<Transfer>) {
         self.firsts = firsts;
     }
 
-    /// These, and what they wait for.
+    /// These transfers, and those on which they depend.
     fn all(&self) -> impl Iterator<Item = &Transfer> + Clone {
         self.transfers.values().flatten().chain(&self.firsts)
     }
 
-    /// Takes an answer. Returns what a person should be told: an end, or a new reason to stand still.
+    /// Takes an answer. Returns a line for the user if the transfer ended, or has a new reason to wait.
     pub(crate) fn absorb(&mut self, transfer: Transfer) -> Option<String> {
         let known = self.transfers.get_mut(&transfer.id)?;
         let before = known.as_ref().map(|t| (t.state, t.reason));
-        // An older answer may come after a newer one; progress never goes backwards.
+        // An older answer can arrive after a newer one and is ignored.
         if known.as_ref().is_some_and(|t| t.cursor > transfer.cursor) {
             return None;
         }
@@ -53,7 +53,7 @@ impl Tracker {
         line
     }
 
-    /// Ids of those that have not ended, or were never seen. None, once nothing more happens by itself.
+    /// Ids of the transfers that have not ended or are unknown. Empty when nothing more happens without user action.
     pub(crate) fn open(&self) -> Vec<String> {
         if self.unseen().is_none() && self.transfers.values().flatten().all(|t| ended(t, self.all())) {
             return Vec::new();
@@ -62,17 +62,17 @@ impl Tracker {
         self.transfers.iter().filter(|(_, t)| open(t)).map(|(id, _)| id.clone()).collect()
     }
 
-    /// An id that the daemon has never spoken of.
+    /// An id about which the daemon has not answered.
     pub(super) fn unseen(&self) -> Option<&str> {
         self.transfers.iter().find(|(_, t)| t.is_none()).map(|(id, _)| id.as_str())
     }
 
-    /// All of them, as last seen.
+    /// All known transfers, in their last known state.
     pub(crate) fn seen(&self) -> Vec<Transfer> {
         self.transfers.values().flatten().cloned().collect()
     }
 
-    /// Durable bytes, and bytes in all.
+    /// Committed bytes and total bytes.
     pub(super) fn bytes(&self) -> (u64, u64) {
         self.transfers.values().flatten().fold((0, 0), |(done, total), t| {
             let part = if t.state == State::Done { t.bytes.total } else { t.bytes.committed.min(t.bytes.total) };
@@ -80,7 +80,7 @@ impl Tracker {
         })
     }
 
-    /// How far all is, on one line.
+    /// The progress of all transfers, on one line.
     pub(crate) fn summary(&self) -> String {
         let (done, total) = self.bytes();
         let seen = || self.transfers.values().flatten();
@@ -109,7 +109,7 @@ impl Tracker {
         line
     }
 
-    /// How the command ends: well, with the only transfer's fault, or with `some sites failed`.
+    /// The result of the command: success, the fault of the only transfer, or `partial`.
     pub(crate) fn verdict(&self) -> Result<(), Fault> {
         let bad: Vec<&Transfer> = self.transfers.values().flatten().filter(|t| t.state != State::Done).collect();
         match bad.as_slice() {
@@ -125,13 +125,13 @@ impl Tracker {
                     Some(first) if self.transfers.contains_key(&first.id) => format!("waits for {}", first.artifact),
                     Some(first) => format!("waits for {}, which failed: {}", first.artifact, first.id),
                 };
-                // What failed is what there is to mend: it is named before what only waits for it.
+                // A failed transfer needs action and is listed before those that only wait for it.
                 let (after, first): (Vec<&Transfer>, Vec<&Transfer>) = bad.iter().copied().partition(|t| waits(t).is_some());
                 let names: Vec<String> = first.iter().chain(&after).map(|t| format!("{} at {} ({})", t.artifact, t.site, how(t))).collect();
                 let message = format!("{} of {} transfers did not arrive: {}", bad.len(), self.transfers.len(), listed(&names));
-                let mut next = "see 'packhorse status TRANSFER', mend it, then 'packhorse retry TRANSFER'".to_owned();
+                let mut next = "see 'packhorse status TRANSFER', fix the cause, then run 'packhorse retry TRANSFER'".to_owned();
                 if !after.is_empty() {
-                    next.push_str("; what waits for it follows by itself");
+                    next.push_str("; transfers that wait for it then continue");
                 }
                 Err(fault(Code::Partial, message, &next))
             }
@@ -139,7 +139,7 @@ impl Tracker {
     }
 }
 
-/// Whether nothing more happens to this one by itself.
+/// Whether nothing more happens to this transfer without user action.
 fn ended<'a>(transfer: &Transfer, among: impl Iterator<Item = &'a Transfer>) -> bool {
     transfer.state.is_final() || failed_before(transfer, among).is_some()
 }
@@ -155,12 +155,12 @@ fn first<'a>(waiting: &Transfer, mut among: impl Iterator<Item = &'a Transfer>) 
     among.find(|t| t.site == waiting.site && t.id == *id)
 }
 
-/// The same, if it failed. What was cancelled is waited for no more.
+/// The same, if it failed. Nothing waits for a cancelled transfer.
 fn failed_before<'a>(waiting: &Transfer, among: impl Iterator<Item = &'a Transfer>) -> Option<&'a Transfer> {
     first(waiting, among).filter(|t| t.state == State::Failed)
 }
 
-/// At most so many, and how many more.
+/// The first items, and the number of the others.
 fn listed(items: &[String]) -> String {
     let shown = items.iter().take(OFFENDERS_LISTED_MAX).cloned().collect::<Vec<_>>().join(", ");
     match items.len().checked_sub(OFFENDERS_LISTED_MAX) {
@@ -173,7 +173,7 @@ fn why(transfer: &Transfer) -> &'static str {
     transfer.reason.map_or(transfer.state.as_str(), Reason::as_str)
 }
 
-/// The line for a transfer that ended or stands still; `None` for one that simply goes on.
+/// The line for a transfer that ended or waits; `None` for one that progresses.
 pub(super) fn notice(transfer: &Transfer) -> Option<String> {
     let (artifact, site) = (&transfer.artifact, &transfer.site);
     let said = transfer.message.as_deref().map(|m| format!(": {}", human::clean(m))).unwrap_or_default();
@@ -188,15 +188,15 @@ pub(super) fn notice(transfer: &Transfer) -> Option<String> {
     }
 }
 
-/// A transfer that will not begin before another is mended, as the fault that a command ends with.
+/// The fault of a command whose transfer cannot start because another transfer failed.
 fn after_failed(transfer: &Transfer, first: &Transfer) -> Fault {
     let (artifact, site) = (&transfer.artifact, &transfer.site);
     let said = first.message.as_deref().unwrap_or(why(first));
     let message = format!("{artifact} did not arrive at {site}: it waits for {}, which failed ({}): {said}", first.artifact, why(first));
-    fault(Code::Partial, message, &format!("mend that, then 'packhorse retry {}'; {artifact} follows by itself", first.id))
+    fault(Code::Partial, message, &format!("fix the cause, then run 'packhorse retry {}'; {artifact} then continues", first.id))
 }
 
-/// A transfer that did not arrive, as the fault that a command ends with.
+/// The fault of a command whose transfer did not arrive.
 fn fault_of(transfer: &Transfer) -> Fault {
     let code = match transfer.reason {
         Some(Reason::NoSpace) => Code::NoSpace,
@@ -212,7 +212,7 @@ fn fault_of(transfer: &Transfer) -> Fault {
     };
     let said = transfer.message.as_deref().unwrap_or(why(transfer));
     let message = format!("{} did not arrive at {}: {said}", transfer.artifact, transfer.site);
-    let next = transfer.next.clone().unwrap_or_else(|| format!("mend it, then 'packhorse retry {}'", transfer.id));
+    let next = transfer.next.clone().unwrap_or_else(|| format!("fix the cause, then run 'packhorse retry {}'", transfer.id));
     fault(code, message, &next)
 }
 

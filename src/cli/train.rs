@@ -1,4 +1,4 @@
-//! `train`: cross-site training runs, and how they look to people.
+//! `train`: training runs, and their text form.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -17,29 +17,36 @@ use crate::trainer;
 use base::fault::{Code, Fault, Retry};
 use base::limits::DAEMON_AWAY_MAX;
 
-/// How long one question for a run's end may wait.
+/// The longest wait of one request for the end of a run.
 const LOOK_MAX: Duration = Duration::from_secs(10);
 
 #[derive(Debug, Subcommand)]
 pub(super) enum TrainCommand {
-    /// Begin a run: the inputs go to the site that trains, the model comes home by itself.
+    /// Start a run: the inputs are delivered to the training site, and the model is delivered back.
+    #[command(
+        after_help = "Example:\n  packhorse train start --name line3-7 --from chengdu --on xian --expect model/line3 --input dataset/line3:v1 operator/adc:v2"
+    )]
     Start(TrainStart),
     /// List the runs.
+    #[command(after_help = "Example:\n  packhorse train list")]
     List,
     /// Show one run: its inputs, its trainer, its model.
+    #[command(after_help = "Example:\n  packhorse train show line3-7")]
     Show {
         /// The run's name.
         run: String,
     },
-    /// Say that the training platform has finished a run.
+    /// Report that the training platform has finished a run.
+    #[command(after_help = "Examples:\n  packhorse train finish line3-7\n  packhorse train finish line3-7 --failed timeout")]
     Finish {
         /// The run's name.
         run: String,
-        /// It failed, for this reason.
+        /// The run failed, for this reason.
         #[arg(long, value_name = "WHY")]
         failed: Option<String>,
     },
-    /// Give a run up: its trainer is ended, what was borrowed is removed.
+    /// Cancel a run: stop its trainer and remove the borrowed inputs.
+    #[command(after_help = "Example:\n  packhorse train cancel line3-7")]
     Cancel {
         /// The run's name.
         run: String,
@@ -48,35 +55,35 @@ pub(super) enum TrainCommand {
 
 #[derive(Debug, clap::Args)]
 pub(super) struct TrainStart {
-    /// The run's name, unique: [a-z0-9][a-z0-9._-]*.
+    /// A unique name for the run: [a-z0-9][a-z0-9._-]*.
     #[arg(long, value_name = "RUN")]
     name: String,
-    /// The site that borrows, and gets the model.
+    /// The site that borrows the trainer and receives the model.
     #[arg(long, value_name = "SITE")]
     from: String,
     /// The site that trains.
     #[arg(long, value_name = "SITE")]
     on: String,
-    /// What it trains with: KIND/NAME:VERSION, one or more.
+    /// An input of the training: KIND/NAME:VERSION; one or more.
     #[arg(long = "input", value_name = "REF", required = true, num_args = 1..)]
     inputs: Vec<String>,
-    /// The model that it is to make; without a version it gets the run's name.
+    /// The model that the run makes; without a version, the name of the run is the version.
     #[arg(long, value_name = "model/NAME[:VERSION]")]
     expect: String,
-    /// How long it may take to make it.
+    /// The time limit for making the model.
     #[arg(long, default_value = "7d", value_name = "DURATION", value_parser = config::parse_duration)]
     ttl: Duration,
     #[command(flatten)]
     wait: Wait,
 }
 
-/// The hidden `trainer`: what a site's daemon starts for a run.
+/// The hidden command `trainer`, which the daemon of a site starts for a run.
 #[derive(Debug, clap::Args)]
 pub(super) struct Trainer {
-    /// Become this command, bound to the process that started it.
+    /// Replace this process by the command, which ends together with the process that started it.
     #[arg(long)]
     exec: bool,
-    /// The run's folder; with --exec the command.
+    /// The directory of the run; with --exec, the command.
     #[arg(required = true, num_args = 1.., trailing_var_arg = true, allow_hyphen_values = true)]
     rest: Vec<String>,
 }
@@ -134,7 +141,7 @@ async fn start(client: &Client, global: &Global, start: TrainStart) -> Result<()
     verdict(&run)
 }
 
-/// Follows a run to its end.
+/// Waits for the end of a run.
 async fn follow(client: &Client, mut run: Run, deadline: Deadline) -> Result<Run, Fault> {
     let progress = Progress::new();
     let mut said = None;
@@ -150,9 +157,9 @@ async fn follow(client: &Client, mut run: Run, deadline: Deadline) -> Result<Run
         }
         if deadline.passed() {
             return Err(Fault::deadline(format!("run {} is still {}", run.name, run.state.as_str()))
-                .with_next(format!("'packhorse train show {}'; it goes on", run.name)));
+                .with_next(format!("see 'packhorse train show {}'; the run continues", run.name)));
         }
-        // Short waits while it is young: it tells of each state.
+        // Short waits, so that each state is reported.
         let wait = deadline.cap(LOOK_MAX).min(Duration::from_secs(1));
         let query = [("name", run.name.to_string()), ("wait", wait.as_secs().to_string())];
         let began = Instant::now();
@@ -163,12 +170,12 @@ async fn follow(client: &Client, mut run: Run, deadline: Deadline) -> Result<Run
     }
 }
 
-/// How a command ends that waited for a run.
+/// The result of a command that waited for a run.
 fn verdict(run: &Run) -> Result<(), Fault> {
     if run.state == RunState::Done {
         return Ok(());
     }
-    let why = run.message.clone().unwrap_or_else(|| "it does not say why".into());
+    let why = run.message.clone().unwrap_or_else(|| "no message".into());
     let fault = Fault::internal(format!("run {} is {}: {why}", run.name, run.state.as_str())).with_retry(Retry::Never);
     Err(Fault { code: Code::Partial, ..fault }.with_next(run.next.clone().unwrap_or_default()))
 }
@@ -194,7 +201,7 @@ pub(super) fn table(runs: &[Run], colour: bool) -> String {
     table.render(colour)
 }
 
-/// All of one run.
+/// All fields of one run.
 pub(super) fn detail(run: &Run) -> String {
     let mut pairs = vec![
         ("run", run.name.to_string()),
@@ -219,13 +226,13 @@ pub(super) fn detail(run: &Run) -> String {
         add("started", trainer.started_at.as_deref().map(human::local));
         add("ended", trainer.ended_at.as_deref().map(human::local));
     }
-    add("borrowed", run.state.is_final().then(|| if run.released { "given back" } else { "being removed" }.into()));
+    add("borrowed", run.state.is_final().then(|| if run.released { "removed" } else { "being removed" }.into()));
     add("created", Some(human::local(&run.created_at)));
     add("deadline", Some(human::local(&run.deadline_at)));
     add("finished", run.finished_at.as_deref().map(human::local));
     let mut out = fields(&pairs);
     if let Some(tail) = run.trainer.as_ref().and_then(|t| t.tail.as_deref()).filter(|tail| !tail.is_empty()) {
-        out.push_str(&format!("\nthe trainer's last words:\n    {}\n", human::clean_lines(tail)));
+        out.push_str(&format!("\nlast output of the trainer:\n    {}\n", human::clean_lines(tail)));
     }
     out
 }

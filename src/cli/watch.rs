@@ -1,4 +1,4 @@
-//! `status --watch`: the table redrawn on a terminal, a line for each change elsewhere, an object for each in JSON.
+//! `status --watch`: redraws the table on a terminal, and elsewhere prints a line, or with JSON an object, for each change.
 
 use std::collections::HashMap;
 use std::fmt::Write as _;
@@ -16,18 +16,18 @@ use crate::api::types::{State, Transfer, TransferQuery};
 use base::fault::{Fault, Reason};
 use base::limits::PROGRESS_LINE_EVERY;
 
-/// A watcher outlives any restart of its daemon.
+/// `status --watch` waits for its daemon without limit.
 const AWAY_MAX: Duration = Duration::MAX;
-/// Between two redraws at least.
+/// The shortest time between two redraws.
 const REDRAW_EVERY: Duration = Duration::from_millis(200);
-/// Without a change the screen is still drawn anew so often: rates and times age.
+/// The longest time between two redraws: rates and times change although nothing else does.
 const WAIT: Duration = Duration::from_secs(10);
-/// Ended transfers a watcher remembers; open ones are always kept.
+/// How many ended transfers are kept; open transfers are always kept.
 const ENDED_KEPT_MAX: usize = 1_000;
 
-/// Watches; returns once nothing more happens by itself to the transfers that `query` names, and never when it names none.
+/// Shows changes. Returns when nothing more happens to the transfers of `query` without user action; never if it names no transfer.
 pub(super) async fn run(client: &Client, format: Output, query: TransferQuery) -> Result<(), Fault> {
-    // A watcher has no bar; this only says when the daemon is away.
+    // Shows no progress; only reports when the daemon does not answer.
     let progress = Progress::new();
     let deadline = Deadline::after(None);
     let mut screen = Screen::new(format);
@@ -42,7 +42,7 @@ pub(super) async fn run(client: &Client, format: Output, query: TransferQuery) -
             known.insert(transfer.id.clone(), transfer.clone());
         }
         forget(&mut known);
-        // A snapshot comes newest first; a log reads the other way.
+        // An answer lists the newest first; lines are printed in order of time.
         let mut in_order = changed;
         in_order.sort_by_key(|t| t.cursor);
         screen.show(&in_order, &known)?;
@@ -61,12 +61,12 @@ pub(super) async fn run(client: &Client, format: Output, query: TransferQuery) -
     }
 }
 
-/// The fault of a status that names what is not there.
+/// The fault of `status` with an unknown id.
 pub(super) fn no_transfer(id: Option<&str>) -> Fault {
-    Fault::not_found(format!("there is no transfer {:?}", id.unwrap_or_default())).with_next("'packhorse status' lists them")
+    Fault::not_found(format!("there is no transfer {:?}", id.unwrap_or_default())).with_next("'packhorse status' lists the transfers")
 }
 
-/// A watcher may run for weeks: its memory does not grow with what has ended.
+/// Limits memory: the command can run for weeks while transfers end.
 fn forget(known: &mut HashMap<String, Transfer>) {
     let mut ended: Vec<(u64, String)> = known.values().filter(|t| t.state.is_final()).map(|t| (t.cursor, t.id.clone())).collect();
     if ended.len() > ENDED_KEPT_MAX {
@@ -106,7 +106,7 @@ impl Screen {
         output::emit(&out)
     }
 
-    /// A change of state or reason always is; mere progress only now and then.
+    /// Whether to print a line: at each change of state or reason; for progress alone, once per interval.
     fn worth_a_line(&mut self, t: &Transfer) -> bool {
         let now = Instant::now();
         match self.said.get(&t.id) {
@@ -121,14 +121,14 @@ impl Screen {
     fn redraw(&mut self, known: &HashMap<String, Transfer>) -> Result<(), Fault> {
         let (width, height) = size();
         let mut all: Vec<Transfer> = known.values().cloned().collect();
-        // What still moves first, then the newest.
+        // Open transfers first, then the newest.
         all.sort_by_key(|t| (t.state.is_final(), std::cmp::Reverse(t.cursor)));
         let room = height.saturating_sub(3).max(1);
         let hidden = all.len().saturating_sub(room);
         all.truncate(room);
-        // Moving up over the last picture, so that what stood above it stays.
+        // The cursor moves up over the previous table, so that the text above it stays.
         let mut out = if self.drawn > 0 { format!("\u{1b}[{}A\u{1b}[J", self.drawn) } else { String::new() };
-        // Colours are left out: a line must be cut to the screen's width, and codes have none.
+        // Without colours: their codes would count when a line is cut to the width of the screen.
         let mut picture = if all.is_empty() { "no transfers\n".to_owned() } else { status::rows(&all, false) };
         if hidden > 0 {
             let _ = writeln!(picture, "and {hidden} more");

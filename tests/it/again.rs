@@ -42,7 +42,7 @@ fn files_that_were_damaged_or_deleted_at_a_site() {
     data::write(&folder.join("@eaDir/thumbnail"), b"x");
     fs::set_permissions(&photo, fs::Permissions::from_mode(0o640)).unwrap();
     let said = site.cli(&["verify", REFERENCE]).expect(0).out;
-    assert!(said.starts_with(&format!("{REFERENCE} is sound\n")) && said.lines().count() == 3, "{said}");
+    assert!(said.starts_with(&format!("{REFERENCE} is intact\n")) && said.lines().count() == 3, "{said}");
     assert!(said.contains("no part of it (1): @eaDir\n") && said.contains(" is 640 and was "), "{said}");
     let said = site.json(&["verify", REFERENCE, "--repair"]);
     let count = |what: &str| said[what].as_array().map(Vec::len);

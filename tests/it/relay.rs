@@ -320,7 +320,7 @@ fn a_file_that_changed_after_publishing_fails_the_transfer_with_its_path() {
         told.expect(7).says(&["it waits for dataset/line:v1, which failed (integrity)", &set.photos[7].path, &next]);
     }
     // What it is told to do there can be done there.
-    let found = a.cli(&["verify", "dataset/line:v1"]).expect(8).says(&["put the old content back"]);
+    let found = a.cli(&["verify", "dataset/line:v1"]).expect(8).says(&["restore the original content"]);
     assert!(!found.err.contains("--repair"), "{}", found.err);
     a.cli(&["verify", "dataset/line:v1", "--repair"]).expect(2);
     // The old content again, and it goes on.
