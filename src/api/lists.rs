@@ -6,6 +6,7 @@ use axum::extract::State;
 use axum::http::{HeaderValue, header};
 use axum::response::{IntoResponse, Response};
 use axum::{Json, http::HeaderName};
+use futures::StreamExt as _;
 use futures::future::BoxFuture;
 use serde::Serialize;
 
@@ -66,17 +67,22 @@ impl<T: Serialize + Send + 'static> List<T> {
         }
     }
 
-    /// The answer. The first page is read before it, so that what cannot be listed is an error of the usual form.
+    /// The answer. The first page is read before it, so that what cannot be listed is an error of the usual form; if it is all, the
+    /// answer has a length.
     async fn into_response(mut self) -> Result<Response, ApiError> {
-        self.ready = Some(self.page().await?);
-        let body = Body::from_stream(futures::stream::unfold(self, |mut list| async move {
+        let first = self.step().await?;
+        if self.ended {
+            return Ok(([(header::CONTENT_TYPE, "application/json")], first).into_response());
+        }
+        let first = futures::stream::iter([Ok(first)]);
+        let body = Body::from_stream(first.chain(futures::stream::unfold(self, |mut list| async move {
             if list.ended {
                 return None;
             }
             let text = list.step().await;
             list.ended |= text.is_err();
             Some((text.map_err(std::io::Error::other), list))
-        }));
+        })));
         Ok(([(header::CONTENT_TYPE, "application/json")], body).into_response())
     }
 

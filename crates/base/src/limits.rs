@@ -350,7 +350,7 @@ pub const LINE_WINDOW_BYTES: u32 = 64 << 20;
 /// before the peer has shown who it is,
 pub const LINE_WINDOW_FIRST_BYTES: u64 = 256 << 10;
 /// while nothing is fetched from it, at most
-pub const LINE_WINDOW_IDLE_BYTES_MAX: u64 = 1 << 20;
+pub const LINE_WINDOW_IDLE_BYTES_MAX: u64 = 8 << 20;
 /// and at least;
 pub const LINE_WINDOW_LEAST_BYTES: u64 = 64 << 10;
 /// while something is, of all lines of one peer together at most

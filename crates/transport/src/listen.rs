@@ -168,7 +168,7 @@ impl Listener {
             seats: Seats::new(SITE_CONNECTIONS_MAX, open_files::share(SITE_CONNECTIONS_MAX, 2)),
             congestion: line.congestion,
             memory,
-            windows: Windows::new(memory / 8, memory / 4 * 3),
+            windows: Windows::new(memory / 4, memory / 4 * 3),
             refused: Tally::new("refused a connection"),
             unfinished: Tally::new("a handshake was not completed"),
             not_accepted: Tally::new("accepting a TCP connection failed"),
