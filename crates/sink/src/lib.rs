@@ -22,7 +22,7 @@ use tokio::sync::watch;
 use unicode_normalization::UnicodeNormalization;
 
 use crate::stage::StagingRoot;
-use base::fault::Fault;
+use base::fault::{Code, Fault, Retry};
 use base::names::{ArtifactRef, RelPath, TransferId};
 use content::manifest::{Digest, FileInfo, Root};
 
@@ -87,6 +87,19 @@ impl Folding {
         let name: String = if self.unicode { name.nfd().collect() } else { name.to_owned() };
         if self.case { name.to_lowercase() } else { name }
     }
+}
+
+/// The fault of a commit for which nothing is staged: the artifact must be brought again. See [`must_be_brought_again`].
+fn nothing_staged(staged: &Path) -> Fault {
+    Fault::integrity(format!("what was staged in {} is gone", staged.display()))
+        .with_retry(Retry::Backoff)
+        .with_next("no action is needed: it is brought again by itself")
+}
+
+/// Whether a commit that failed can succeed only after the artifact was brought again. All else that passes by itself has to be waited
+/// for.
+pub fn must_be_brought_again(fault: &Fault) -> bool {
+    fault.retry == Retry::Never || matches!(fault.code, Code::Integrity | Code::Conflict)
 }
 
 /// Writes artifacts of some kinds out.

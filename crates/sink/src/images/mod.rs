@@ -19,7 +19,6 @@ pub use registry::RegistrySink;
 use crate::settings;
 use crate::{Incoming, Sink};
 use ::registry::image::{Descriptor, Sha256};
-use base::blocking::blocking;
 use base::fault::{Fault, IoContext};
 use base::limits;
 use content::manifest::{ImageInfo, KindInfo};
