@@ -23,8 +23,8 @@ use exchange::chunk_index::{PlaceInfo, Places};
 use exchange::in_place::Origin;
 use exchange::transfer::{self, LOOKS_ASKED_MAX, Runner, Shared, Sinks};
 use sink::files::FilesSink;
-use sink::{images, labels};
-use state::Catalogue;
+use sink::{Place, images, labels};
+use state::{ArtifactRow, Catalogue};
 use transport::Link;
 use transport::identity::{Holder, SiteIdentity};
 
@@ -155,6 +155,9 @@ impl Site {
     /// Keeps the line and works until the daemon stops.
     pub async fn run(&self) -> Result<(), Fault> {
         self.clean_published().await?;
+        if let Err(fault) = self.follow_roots().await {
+            tracing::error!(error = %fault, "the new root of a sink could not be noted; the next start of the daemon tries again");
+        }
         self.inner.runner.start().await?;
         let this = self.clone();
         self.inner.tasks.spawn(async move { this.keep_runs().await });
@@ -167,6 +170,30 @@ impl Site {
         let this = self.clone();
         self.inner.tasks.spawn(async move { this.rebuild_places().await });
         self.keep_line().await
+    }
+
+    /// Notes each artifact where its sink has it now, if that is elsewhere than before: a root may have been moved, or be mounted at another
+    /// path. What is not there is found out when it is looked at.
+    async fn follow_roots(&self) -> Result<(), Fault> {
+        let inner = &self.inner;
+        let moved = |row: ArtifactRow| {
+            let now = inner.sinks.of(row.artifact.kind).place_of(&row.artifact)?;
+            row.place.filter(|before| !row.published && *before != now).map(|before| (row.artifact, row.digest, before, now))
+        };
+        for (artifact, digest, before, now) in inner.catalogue.map_artifacts(moved).await?.into_iter().flatten() {
+            let (places, place) = (inner.shared.places.clone(), now.clone());
+            blocking(move || match places.landed(digest, &before) {
+                Some(number) => {
+                    places.put(Some(number), PlaceInfo { place, digest, transfer: None, foreign: false, adopting: false }).map(drop)
+                }
+                None => Ok(()),
+            })
+            .await?;
+            let location = if let Place::Folder { path } = &now { Some(path.display().to_string()) } else { None };
+            inner.catalogue.set_place(&artifact, Some(&now), location.as_deref()).await?;
+            tracing::info!(%artifact, "its sink has another root than before");
+        }
+        Ok(())
     }
 
     /// After a loss of the chunk index: notes again where the chunks of each artifact are that is here.

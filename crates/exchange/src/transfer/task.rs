@@ -39,7 +39,7 @@ impl Runner {
         loop {
             row.body.attempts += 1;
             let received = counters.received.load(Ordering::Relaxed);
-            let Err(fault) = self.attempt(&mut row, &counters, &stop).await else { return };
+            let Err(fault) = Box::pin(self.attempt(&mut row, &counters, &stop)).await else { return };
             if stop.is_cancelled() {
                 self.note_bytes(&mut row, &counters);
                 let _ = self.write(&row).await;
