@@ -21,9 +21,9 @@ mod repair;
 use std::io::{ErrorKind, Read};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::sync_channel;
 use std::sync::{Arc, OnceLock};
+use std::time::Instant;
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -34,7 +34,7 @@ use crate::settings;
 use crate::stage::StagingRoot;
 use base::durable;
 use base::fault::{Code, Fault, IoContext, Reason};
-use base::limits::SINK_ANSWER_MAX;
+use base::limits::{ROOT_USE_ENDS_AFTER, ROOT_USE_SAID_EVERY, SINK_ANSWER_MAX};
 use base::names::{ArtifactRef, RelPath};
 use base::space::Space;
 use base::text;
@@ -46,6 +46,8 @@ pub(crate) use mount::trial;
 pub const HIDDEN: &str = ".packhorse";
 /// The folder in [`HIDDEN`] with a file for each daemon that uses the root.
 const SITES: &str = "sites";
+/// What such a file says of a daemon that writes it anew each day.
+const SAID_EACH_DAY: &str = "written anew each day";
 /// The folder in [`HIDDEN`] that holds what is on its way in.
 const STAGING: &str = "staging";
 /// Daemons that are named of those that use the same root, and the bytes that each may say of itself.
@@ -65,8 +67,8 @@ pub struct FilesSink {
     owner: String,
     /// What `<root>/.packhorse/id` must hold, once the root was seen.
     id: Arc<Mutex<Option<String>>>,
-    /// Whether the root says that this daemon uses it.
-    registered: Arc<AtomicBool>,
+    /// When the root was last told that this daemon uses it.
+    registered: Arc<Mutex<Option<Instant>>>,
     /// Known from the first check on: at the start the NAS may not be mounted yet.
     mount: Arc<OnceLock<Mount>>,
     threads: Threads,
@@ -172,16 +174,17 @@ impl FilesSink {
         )
     }
 
-    /// Notes in the root that this daemon uses it. Where that fails it is done at a later call.
+    /// Notes in the root that this daemon uses it, at the start and then each day. Where that fails it is done at a later call.
     fn register(&self) {
-        if !self.configured || self.registered.load(Ordering::Relaxed) {
+        let mut last = self.registered.lock();
+        if !self.configured || last.is_some_and(|last| last.elapsed() < ROOT_USE_SAID_EVERY) {
             return;
         }
         let mine = self.root.join(HIDDEN).join(SITES).join(&self.owner);
-        let text = format!("{} {}\n", rustix::system::uname().nodename().to_string_lossy(), self.id_file.with_file_name("").display());
-        let noted = mine.exists()
-            || durable::create_dir_all(mine.parent().unwrap_or(&self.root)).and_then(|()| durable::replace(&mine, text.as_bytes())).is_ok();
-        self.registered.store(noted, Ordering::Relaxed);
+        let (node, data_dir) = (rustix::system::uname().nodename().to_string_lossy().into_owned(), self.id_file.with_file_name(""));
+        let text = format!("{node} {}\n{SAID_EACH_DAY}\n", data_dir.display());
+        let noted = durable::create_dir_all(mine.parent().unwrap_or(&self.root)).and_then(|()| durable::replace(&mine, text.as_bytes()));
+        *last = noted.is_ok().then(Instant::now);
     }
 
     /// The other daemons that use this root: the machine and the data folder of each.
@@ -195,14 +198,23 @@ impl FilesSink {
         };
         let others =
             sites.into_iter().filter(|entry| !entry.file_name().to_string_lossy().starts_with('.') && *entry.file_name() != *self.owner);
+        // By the clock of the NAS, which wrote both times.
+        let written = |path: &Path| std::fs::metadata(path).and_then(|meta| meta.modified()).ok();
+        let now = written(&folder.join(&self.owner));
         let read = |entry: std::fs::DirEntry| {
             let mut text = Vec::new();
             if let Ok(file) = durable::open_regular_nofollow(&entry.path()) {
                 let _ = file.take(SITE_BYTES_MAX).read_to_end(&mut text);
             }
-            text::line(String::from_utf8_lossy(&text).trim(), SITE_BYTES_MAX as usize)
+            let text = String::from_utf8_lossy(&text);
+            let mut lines = text.trim().lines();
+            let who = lines.next().unwrap_or_default();
+            // One of an earlier revision says it once.
+            let silent = now.zip(written(&entry.path())).and_then(|(now, said)| now.duration_since(said).ok());
+            let has_ended = lines.next() == Some(SAID_EACH_DAY) && silent.is_some_and(|silent| silent >= ROOT_USE_ENDS_AFTER);
+            (!has_ended).then(|| text::line(who, SITE_BYTES_MAX as usize))
         };
-        Ok(others.take(SITES_TOLD_MAX).map(read).collect())
+        Ok(others.filter_map(read).take(SITES_TOLD_MAX).collect())
     }
 
     fn mount(&self) -> Mount {
@@ -476,6 +488,10 @@ impl Sink for FilesSink {
 
     fn is_shared(&self) -> bool {
         self.configured
+    }
+
+    fn renew(&self) -> Result<(), Fault> {
+        self.mounted()
     }
 
     fn place_of(&self, artifact: &ArtifactRef) -> Option<Place> {

@@ -147,6 +147,11 @@ pub trait Sink: Send + Sync {
         false
     }
 
+    /// Says to others that use the same folder that this daemon does. Called at the start and each day. May block.
+    fn renew(&self) -> Result<(), Fault> {
+        Ok(())
+    }
+
     /// Refuses early what cannot be committed later: no rights, no room at the far end, an immutable tag with another
     /// digest. Called before any byte moves.
     async fn check(&self, incoming: &Incoming) -> Result<(), Fault>;

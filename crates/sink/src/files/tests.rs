@@ -1,5 +1,7 @@
 //! The files sink alone, and two sites on one root.
 
+use std::fs::File;
+
 use super::*;
 use base::fault::Retry;
 use base::names::Kind;
@@ -201,6 +203,33 @@ async fn of_two_sites_with_different_contents_of_one_version_the_later_claims_no
     }
     assert_eq!(std::fs::read_to_string(&file).unwrap(), "one");
     assert!(one.stands(&a).await.unwrap() && one.verify(&a, &one.landed(&a.artifact).place, &Look::default()).await.unwrap().is_empty());
+}
+
+#[tokio::test]
+async fn a_site_that_says_no_longer_that_it_uses_the_root_does_not_keep_versions_there() {
+    use std::time::Duration;
+    let dir = tempfile::tempdir().unwrap();
+    let [one, two] = two_sites(dir.path());
+    let (a, a_staged) = staged(&one, "one");
+    one.commit(&a, &a_staged).await.unwrap();
+    two.renew().unwrap();
+    let file = one.root.join(HIDDEN).join(SITES).join(&two.owner);
+    let said = |ago: Duration| {
+        let time = std::time::SystemTime::now() - ago;
+        File::options().write(true).open(&file).unwrap().set_modified(time).unwrap();
+    };
+    assert_eq!(one.others().unwrap().len(), 1);
+    said(ROOT_USE_ENDS_AFTER - Duration::from_secs(3_600));
+    assert!(one.remove(&a.artifact).await.unwrap().is_some(), "it may be off for a while");
+    // One of an earlier revision says it once, whenever that was.
+    let text = std::fs::read_to_string(&file).unwrap();
+    durable::replace(&file, text.lines().next().unwrap().as_bytes()).unwrap();
+    said(ROOT_USE_ENDS_AFTER * 9);
+    assert_eq!(one.others().unwrap().len(), 1);
+    durable::replace(&file, text.as_bytes()).unwrap();
+    said(ROOT_USE_ENDS_AFTER + Duration::from_secs(3_600));
+    assert_eq!(one.remove(&a.artifact).await.unwrap(), None);
+    assert!(!one.folder(&a.artifact).exists());
 }
 
 #[tokio::test]
