@@ -17,7 +17,7 @@ use exchange::chunk_index::{PlaceInfo, Places};
 use exchange::in_place::Origin;
 use exchange::transfer::{self, LOOKS_ASKED_MAX, Runner, Shared, Sinks};
 use sink::files::FilesSink;
-use sink::{images, labels};
+use sink::{Place, images, labels};
 use state::Catalogue;
 use std::sync::Arc;
 use tokio::sync::{self, mpsc};
@@ -153,6 +153,9 @@ impl Site {
     /// Keeps the line and works until the daemon stops.
     pub async fn run(&self) -> Result<(), Fault> {
         self.clean_published().await?;
+        if let Err(fault) = self.follow_roots().await {
+            tracing::error!(error = %fault, "the new root of a sink could not be noted; the next start of the daemon tries again");
+        }
         self.inner.runner.start().await?;
         let this = self.clone();
         self.inner.tasks.spawn(async move { this.keep_runs().await });
@@ -192,6 +195,31 @@ impl Site {
                 return blocking(move || places.swept(stale)).await;
             }
             tokio::time::sleep(PLACES_SWEEP_PAUSE).await;
+        }
+        Ok(())
+    }
+
+    /// Notes each artifact where its sink has it now, if that is elsewhere than before: a root may have been moved, or be mounted at another
+    /// path. What is not there is found out when it is looked at.
+    async fn follow_roots(&self) -> Result<(), Fault> {
+        let inner = &self.inner;
+        for name in inner.catalogue.artifact_names().await? {
+            // One that was removed meanwhile is nowhere.
+            let Ok(row) = inner.catalogue.artifact(&name).await else { continue };
+            let (artifact, digest) = (row.artifact, row.digest);
+            let Some(now) = inner.sinks.of(artifact.kind).place_of(&artifact) else { continue };
+            let Some(before) = row.place.filter(|before| !row.published && *before != now) else { continue };
+            let (places, place) = (inner.shared.places.clone(), now.clone());
+            blocking(move || match places.landed(digest, &before) {
+                Some(number) => {
+                    places.put(Some(number), PlaceInfo { place, digest, transfer: None, foreign: false, adopting: false }).map(drop)
+                }
+                None => Ok(()),
+            })
+            .await?;
+            let location = if let Place::Folder { path } = &now { Some(path.display().to_string()) } else { None };
+            inner.catalogue.set_place(&artifact, Some(&now), location.as_deref()).await?;
+            tracing::info!(%artifact, "its sink has another root than before");
         }
         Ok(())
     }

@@ -155,6 +155,89 @@ fn a_nas_that_is_read_only_is_waited_for() {
 }
 
 #[test]
+fn rights_that_a_nas_takes_away_for_a_while_are_waited_for() {
+    let _limit = limit(secs(150));
+    let Some(lab) = Lab::new() else { return };
+    for (number, op) in [Op::Create, Op::Write, Op::Fsync, Op::Mkdir, Op::Rename].into_iter().enumerate() {
+        let artifact = format!("dataset/n{number}:v1");
+        let source = lab.source(&format!("n{number}"), 4, 3_000);
+        data::write(&source.join("sub/part"), b"p");
+        // Only in the staging folder: what the site finds out before is not what fails.
+        lab.nas.set(|faults| {
+            faults.fail.insert(op, if op == Op::Mkdir { Errno::ENOENT } else { Errno::EACCES });
+            faults.only = if op == Op::Rename { artifact.replace(':', "/") } else { "/t-".into() };
+        });
+        let id = lab.deliver(&source, &artifact);
+        let waiting = lab.waits(&id, if op == Op::Mkdir { "sink_unavailable" } else { "sink_denied" });
+        assert!(!waiting.is_final(), "{op:?}: {waiting:#?}");
+        lab.nas.heal();
+        let done = lab.hub.wait_done(&id, secs(40));
+        assert_eq!(done.state, "done", "{op:?}");
+        assert_same(&source, &lab.behind(&artifact));
+    }
+}
+
+#[test]
+fn a_nas_that_is_unmounted_during_a_transfer_is_waited_for() {
+    let _limit = limit(secs(90));
+    if !is_root() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let (root, behind) = (scratch.folder("nas"), scratch.folder("behind"));
+    // Bound from elsewhere, so that it can be mounted again as it was.
+    let bind = || rustix::mount::mount_bind(&behind, &root);
+    if bind().is_err() {
+        return;
+    }
+    let hub = Hub::start_new(scratch.path());
+    let line = Line::to(hub.quic);
+    let spec = SiteSpec { root: Some(root.clone()), through: Some(line.address()), ..SiteSpec::default() };
+    let site = Site::start_new(scratch.path(), &hub, "chengdu", &spec);
+    let source = scratch.join("films");
+    for number in 0..8 {
+        data::write(&source.join(format!("part-{number}")), &data::noise(&mut data::rng(&format!("film{number}")), 1 << 20));
+    }
+    hub.publish(&source, "dataset/films:v1", &[]);
+    line.hold_at(line.down() + (4 << 20));
+    let id = hub.deliver(&["dataset/films:v1"], "chengdu").remove(0);
+    hub.wait_transfer(&id, "on its way", secs(60), |t| t.bytes.received >= 1 << 20);
+    rustix::mount::unmount(&root, rustix::mount::UnmountFlags::DETACH).unwrap();
+    line.hold_at(0);
+    let waiting = hub.wait_transfer(&id, "waiting", secs(30), |t| t.reason.as_deref() == Some("sink_unavailable") || t.is_final());
+    assert!(!waiting.is_final(), "{waiting:#?}");
+    assert_eq!(std::fs::read_dir(&root).unwrap().count(), 0, "nothing is made below the mount");
+    bind().unwrap();
+    hub.wait_done(&id, secs(40));
+    assert_same(&source, &site.folder("dataset/films:v1"));
+    rustix::mount::unmount(&root, rustix::mount::UnmountFlags::DETACH).unwrap();
+    let verified = site.cli(&["verify", "dataset/films:v1"]).expect(10);
+    let said = verified.out.clone() + &verified.err;
+    assert!(said.contains("the NAS is not at") && !said.contains("--repair"), "{said}");
+}
+
+#[test]
+fn where_names_fold_case_current_is_a_file_and_versions_follow() {
+    let _limit = limit(secs(90));
+    let Some(lab) = Lab::new() else { return };
+    lab.nas.set(|faults| faults.folds = true);
+    let source = lab.source("one", 3, 5_000);
+    for version in ["v1", "v2", "v3"] {
+        if version == "v3" {
+            // As an earlier revision left it.
+            let current = lab.scratch.join("behind/dataset/x/CURRENT");
+            std::fs::remove_file(&current).unwrap();
+            std::os::unix::fs::symlink("v2", &current).unwrap();
+        }
+        data::write(&source.join("new"), version.as_bytes());
+        let id = lab.deliver(&source, &format!("dataset/x:{version}"));
+        let done = lab.hub.wait_done(&id, secs(30));
+        assert_eq!((lab.site.current("dataset/x").as_str(), done.attempts), (version, 1), "{done:#?}");
+        assert!(lab.scratch.join("behind/dataset/x/CURRENT").symlink_metadata().unwrap().is_file());
+    }
+}
+
+#[test]
 fn a_version_is_done_only_once_current_names_it() {
     let _limit = limit(secs(90));
     let Some(lab) = Lab::new() else { return };
@@ -169,6 +252,14 @@ fn a_version_is_done_only_once_current_names_it() {
     assert!(!waiting.is_final(), "{waiting:#?}");
     let again = lab.hub.wait_transfer(&second, "tried again", secs(30), |t| t.attempts > waiting.attempts);
     assert!(!again.is_final() && lab.site.current("dataset/x") == "v1", "{again:#?}");
+    for (errno, reason) in [(Errno::EBUSY, "internal"), (Errno::EACCES, "sink_denied")] {
+        lab.nas.set(|faults| {
+            faults.fail.insert(Op::Rename, errno);
+        });
+        let other = lab.waits(&second, reason);
+        let later = lab.hub.wait_transfer(&second, "tried again", secs(30), |t| t.attempts > other.attempts + 1);
+        assert!(!later.is_final() && later.bytes.received == again.bytes.received, "nothing is sent again: {later:#?}");
+    }
     lab.nas.heal();
     lab.hub.wait_done(&second, secs(40));
     assert_eq!(lab.site.current("dataset/x"), "v2");

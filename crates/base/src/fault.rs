@@ -255,6 +255,22 @@ impl Fault {
         self.with_next("make room on that disk, then publish again: what was kept is not stored again")
     }
 
+    /// The same, said of a sink's own folder. What is missing or refused there now may be there at the next try: the NAS is not mounted,
+    /// or its server gives rights back late. So nothing is final but what is about the artifact itself, as a name that is too long.
+    pub fn of_sink(self) -> Self {
+        match (self.retry, self.code, self.reason) {
+            (Retry::Never, Code::NotFound, Reason::SourceGone) => {
+                let next = "check that the disk or NAS is mounted; the transfer goes on by itself";
+                Self::new(Code::Unreachable, Reason::SinkUnavailable, Retry::Backoff, self.message, next)
+            }
+            (Retry::Never, Code::NotAllowed, Reason::SinkDenied) => self
+                .with_retry(Retry::Backoff)
+                .with_next("give the daemon's user the right to read and write there; the transfer goes on by itself"),
+            (Retry::Never, Code::Usage, Reason::Internal) => self.with_reason(Reason::SinkRefused),
+            _ => self,
+        }
+    }
+
     /// Puts where it happened before the message: `context: message`.
     pub fn context(mut self, context: impl fmt::Display) -> Self {
         self.message = format!("{context}: {}", self.message);
@@ -282,8 +298,12 @@ impl Fault {
             K::AlreadyExists | K::NotADirectory => {
                 Self::conflict(message).with_next("something else stands there: move it away, or name another path")
             }
-            K::InvalidInput => Self::usage(message).with_next("name a regular file"),
+            // Only what `durable` refuses itself: the system says EINVAL of many things.
+            K::InvalidInput if error.raw_os_error().is_none() => Self::usage(message).with_next("name a regular file"),
             K::InvalidFilename => Self::usage(message).with_next("shorten the names"),
+            _ if Errno::from_io_error(error) == Some(Errno::ILSEQ) => {
+                Self::usage(message).with_next("use names that this filesystem can hold")
+            }
             // As a disk that failed is mounted again by Linux, or a NAS that is being worked on.
             K::ReadOnlyFilesystem => Self::not_allowed(message)
                 .with_reason(Reason::SinkUnavailable)
@@ -304,8 +324,10 @@ impl Fault {
 /// Whether a disk, a server or the connection to it failed, and no request was wrong.
 fn is_of_device(error: &std::io::Error) -> bool {
     use rustix::io::Errno as E;
-    let of_device = [E::IO, E::NXIO, E::NODEV, E::STALE, E::REMOTEIO, E::NOTCONN, E::SHUTDOWN, E::NOMEDIUM, E::COMM, E::NOLINK];
-    error.raw_os_error().is_some_and(|errno| of_device.contains(&E::from_raw_os_error(errno)))
+    let of_disk = [E::IO, E::NXIO, E::NODEV, E::STALE, E::REMOTEIO, E::NOMEDIUM];
+    // An SMB client answers EINVAL to correct calls for a while.
+    let of_server = [E::HOSTDOWN, E::NETDOWN, E::NETRESET, E::CONNABORTED, E::NOTCONN, E::SHUTDOWN, E::COMM, E::NOLINK, E::INVAL];
+    error.raw_os_error().map(E::from_raw_os_error).is_some_and(|errno| of_disk.contains(&errno) || of_server.contains(&errno))
 }
 
 impl fmt::Display for Fault {
@@ -326,11 +348,18 @@ impl From<crate::names::NameError> for Fault {
 pub trait IoContext<T> {
     /// `what` names the operation and the path: `read /data/a.png`.
     fn at(self, what: impl fmt::Display) -> Result<T, Fault>;
+
+    /// The same in a folder of a sink: see [`Fault::of_sink`].
+    fn at_sink(self, what: impl fmt::Display) -> Result<T, Fault>;
 }
 
 impl<T> IoContext<T> for std::io::Result<T> {
     fn at(self, what: impl fmt::Display) -> Result<T, Fault> {
         self.map_err(|e| Fault::io(what, &e))
+    }
+
+    fn at_sink(self, what: impl fmt::Display) -> Result<T, Fault> {
+        self.at(what).map_err(Fault::of_sink)
     }
 }
 
@@ -359,10 +388,41 @@ mod tests {
     #[test]
     fn a_disk_or_a_server_that_fails_is_waited_for() {
         use rustix::io::Errno;
-        for errno in [Errno::IO, Errno::STALE, Errno::NOTCONN, Errno::NODEV, Errno::ROFS] {
+        let of_device = [Errno::IO, Errno::STALE, Errno::NOTCONN, Errno::NODEV, Errno::ROFS, Errno::INVAL];
+        for errno in of_device.into_iter().chain([Errno::HOSTDOWN, Errno::NETDOWN, Errno::NETRESET, Errno::CONNABORTED]) {
             let fault = Fault::io("write /nas/a", &errno.into());
             assert_eq!((fault.reason, fault.retry), (Reason::SinkUnavailable, Retry::Backoff), "{fault:?}");
         }
+    }
+
+    #[test]
+    fn only_what_is_no_regular_file_is_said_to_be_none() {
+        let odd = std::io::Error::new(std::io::ErrorKind::InvalidInput, "it is not a regular file");
+        assert_eq!(Fault::io("read /a", &odd).next, "name a regular file");
+        let invalid = Fault::io("sync /nas/a", &rustix::io::Errno::INVAL.into());
+        assert!(!invalid.next.contains("regular file"), "{}", invalid.next);
+    }
+
+    #[test]
+    fn in_a_folder_of_a_sink_only_what_is_about_the_artifact_is_final() {
+        use rustix::io::Errno as E;
+        let of = |errno: E| Err::<(), _>(std::io::Error::from(errno)).at_sink("open /nas/a").unwrap_err();
+        for (errno, code, reason, retry) in [
+            (E::NOENT, Code::Unreachable, Reason::SinkUnavailable, Retry::Backoff),
+            (E::ACCESS, Code::NotAllowed, Reason::SinkDenied, Retry::Backoff),
+            (E::PERM, Code::NotAllowed, Reason::SinkDenied, Retry::Backoff),
+            (E::INVAL, Code::Internal, Reason::SinkUnavailable, Retry::Backoff),
+            (E::ROFS, Code::NotAllowed, Reason::SinkUnavailable, Retry::Backoff),
+            (E::NOSPC, Code::NoSpace, Reason::NoSpace, Retry::Backoff),
+            (E::NAMETOOLONG, Code::Usage, Reason::SinkRefused, Retry::Never),
+            (E::ILSEQ, Code::Usage, Reason::SinkRefused, Retry::Never),
+            (E::FBIG, Code::Conflict, Reason::SinkRefused, Retry::Never),
+        ] {
+            let fault = of(errno);
+            assert_eq!((fault.code, fault.reason, fault.retry), (code, reason, retry), "{fault:?}");
+        }
+        let conflict = Fault::conflict("another content").of_sink();
+        assert_eq!(conflict.retry, Retry::Never);
     }
 
     #[test]

@@ -110,6 +110,10 @@ pub const STANDING_LOOK_MAX: Duration = Duration::from_secs(4);
 pub const SINK_STOP_MAX: Duration = Duration::from_secs(2);
 /// How often a site tries again to remove what it could not remove from a staging folder.
 pub const LEFTOVERS_AGAIN_AFTER: Duration = Duration::from_secs(60);
+/// A daemon says so often in the root of its files sink that it uses it…
+pub const ROOT_USE_SAID_EVERY: Duration = Duration::from_secs(86_400);
+/// …and one that has not said so for this long does not use it any longer.
+pub const ROOT_USE_ENDS_AFTER: Duration = Duration::from_secs(30 * 86_400);
 /// The bytes in flight that each sink has for itself, so that one that hangs cannot hold all of them.
 pub const SINK_OWN_BYTES: u64 = 2 << 20;
 /// The longest pause before a sink that failed is tried again: a try that fails moves no byte.

@@ -3,7 +3,7 @@
 //! ```text
 //! <root>/<kind>/<name>/<version>/…           appears by one rename, never changes
 //! <root>/<kind>/<name>/CURRENT               "<version>\n", replaced by rename
-//! <root>/<kind>/<name>/current               a link beside it, where there are links
+//! <root>/<kind>/<name>/current               a link beside it, where there are links and names do not fold case
 //! <root>/.packhorse/staging/<transfer>/…     what is on its way in (same mount)
 //! <root>/.packhorse/sites/<owner>            one file for each daemon that uses the root
 //! <root>/.packhorse/versions/<kind>/<name>/<version>.json    the digest of what stands there
@@ -19,21 +19,22 @@ mod notes;
 mod repair;
 
 use std::io::{ErrorKind, Read};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::sync_channel;
 use std::sync::{Arc, OnceLock};
+use std::time::Instant;
 
 use async_trait::async_trait;
 use bytes::Bytes;
 use parking_lot::Mutex;
 
-use super::{Folding, Heartbeat, Incoming, Landed, Look, Place, Sink, Threads, rounded_secs};
+use super::{Folding, Heartbeat, Incoming, Landed, Look, Place, Sink, Threads, nothing_staged, rounded_secs};
 use crate::settings;
 use crate::stage::StagingRoot;
 use base::durable;
 use base::fault::{Code, Fault, IoContext, Reason};
-use base::limits::SINK_ANSWER_MAX;
+use base::limits::{ROOT_USE_ENDS_AFTER, ROOT_USE_SAID_EVERY, SINK_ANSWER_MAX};
 use base::names::{ArtifactRef, RelPath};
 use base::space::Space;
 use base::text;
@@ -45,6 +46,8 @@ pub(crate) use mount::trial;
 pub const HIDDEN: &str = ".packhorse";
 /// The folder in [`HIDDEN`] with a file for each daemon that uses the root.
 const SITES: &str = "sites";
+/// What such a file says of a daemon that writes it anew each day.
+const SAID_EACH_DAY: &str = "written anew each day";
 /// The folder in [`HIDDEN`] that holds what is on its way in.
 const STAGING: &str = "staging";
 /// Daemons that are named of those that use the same root, and the bytes that each may say of itself.
@@ -64,8 +67,8 @@ pub struct FilesSink {
     owner: String,
     /// What `<root>/.packhorse/id` must hold, once the root was seen.
     id: Arc<Mutex<Option<String>>>,
-    /// Whether the root says that this daemon uses it.
-    registered: Arc<AtomicBool>,
+    /// When the root was last told that this daemon uses it.
+    registered: Arc<Mutex<Option<Instant>>>,
     /// Known from the first check on: at the start the NAS may not be mounted yet.
     mount: Arc<OnceLock<Mount>>,
     threads: Threads,
@@ -128,6 +131,12 @@ impl FilesSink {
         Ok(sink)
     }
 
+    /// Runs a call for a transfer. What is missing or refused in the root now is waited for.
+    async fn run<T: Send + 'static>(&self, work: impl FnOnce(&Self) -> Result<T, Fault> + Send + 'static) -> Result<T, Fault> {
+        let this = self.clone();
+        self.threads.run(move || work(&this).map_err(Fault::of_sink)).await
+    }
+
     /// What the root is known by. Marks it if this site sees it for the first time.
     fn id(&self) -> Result<String, Fault> {
         let mut known = self.id.lock();
@@ -165,16 +174,17 @@ impl FilesSink {
         )
     }
 
-    /// Notes in the root that this daemon uses it. Where that fails it is done at a later call.
+    /// Notes in the root that this daemon uses it, at the start and then each day. Where that fails it is done at a later call.
     fn register(&self) {
-        if !self.configured || self.registered.load(Ordering::Relaxed) {
+        let mut last = self.registered.lock();
+        if !self.configured || last.is_some_and(|last| last.elapsed() < ROOT_USE_SAID_EVERY) {
             return;
         }
         let mine = self.root.join(HIDDEN).join(SITES).join(&self.owner);
-        let text = format!("{} {}\n", rustix::system::uname().nodename().to_string_lossy(), self.id_file.with_file_name("").display());
-        let noted = mine.exists()
-            || durable::create_dir_all(mine.parent().unwrap_or(&self.root)).and_then(|()| durable::replace(&mine, text.as_bytes())).is_ok();
-        self.registered.store(noted, Ordering::Relaxed);
+        let (node, data_dir) = (rustix::system::uname().nodename().to_string_lossy().into_owned(), self.id_file.with_file_name(""));
+        let text = format!("{node} {}\n{SAID_EACH_DAY}\n", data_dir.display());
+        let noted = durable::create_dir_all(mine.parent().unwrap_or(&self.root)).and_then(|()| durable::replace(&mine, text.as_bytes()));
+        *last = noted.is_ok().then(Instant::now);
     }
 
     /// The other daemons that use this root: the machine and the data folder of each.
@@ -188,14 +198,23 @@ impl FilesSink {
         };
         let others =
             sites.into_iter().filter(|entry| !entry.file_name().to_string_lossy().starts_with('.') && *entry.file_name() != *self.owner);
+        // By the clock of the NAS, which wrote both times.
+        let written = |path: &Path| std::fs::metadata(path).and_then(|meta| meta.modified()).ok();
+        let now = written(&folder.join(&self.owner));
         let read = |entry: std::fs::DirEntry| {
             let mut text = Vec::new();
             if let Ok(file) = durable::open_regular_nofollow(&entry.path()) {
                 let _ = file.take(SITE_BYTES_MAX).read_to_end(&mut text);
             }
-            text::line(String::from_utf8_lossy(&text).trim(), SITE_BYTES_MAX as usize)
+            let text = String::from_utf8_lossy(&text);
+            let mut lines = text.trim().lines();
+            let who = lines.next().unwrap_or_default();
+            // One of an earlier revision says it once.
+            let silent = now.zip(written(&entry.path())).and_then(|(now, said)| now.duration_since(said).ok());
+            let has_ended = lines.next() == Some(SAID_EACH_DAY) && silent.is_some_and(|silent| silent >= ROOT_USE_ENDS_AFTER);
+            (!has_ended).then(|| text::line(who, SITE_BYTES_MAX as usize))
         };
-        Ok(others.take(SITES_TOLD_MAX).map(read).collect())
+        Ok(others.filter_map(read).take(SITES_TOLD_MAX).collect())
     }
 
     fn mount(&self) -> Mount {
@@ -216,9 +235,13 @@ impl FilesSink {
         self.series(artifact).join(artifact.version())
     }
 
-    /// The active version, as `CURRENT` names it.
+    /// The active version, as `CURRENT` names it. A link or a folder of that name is no such file.
     fn current(&self, artifact: &ArtifactRef) -> Result<Option<String>, Fault> {
-        Ok(read_if_there(&self.series(artifact).join("CURRENT"))?.map(|text| text.trim().to_owned()))
+        let file = self.series(artifact).join("CURRENT");
+        if std::fs::symlink_metadata(&file).is_ok_and(|meta| !meta.is_file()) {
+            return Ok(None);
+        }
+        Ok(read_if_there(&file)?.map(|text| text.trim().to_owned()))
     }
 
     /// Whether the version stands already: ours or, as a fault, somebody else's.
@@ -282,10 +305,17 @@ impl FilesSink {
 
     fn set_current(&self, artifact: &ArtifactRef) -> Result<(), Fault> {
         let series = self.series(artifact);
+        let (file, link) = (series.join("CURRENT"), series.join("current"));
+        let write = || durable::replace(&file, format!("{}\n", artifact.version()).as_bytes());
         if self.current(artifact)?.as_deref() != Some(artifact.version()) {
-            durable::replace(&series.join("CURRENT"), format!("{}\n", artifact.version()).as_bytes())?;
+            write()?;
         }
-        durable::replace_symlink(&series.join("current"), artifact.version())
+        // Where names fold case the link would replace the file.
+        if self.folding().case || is_same_entry(&file, &link)? {
+            return Ok(());
+        }
+        durable::replace_symlink(&link, artifact.version())?;
+        if std::fs::symlink_metadata(&file).at(file.display())?.is_symlink() { write() } else { Ok(()) }
     }
 
     /// Every step may be repeated, and is skipped once it is done. It succeeds only after `CURRENT` names the version that it is to name.
@@ -294,6 +324,9 @@ impl FilesSink {
         self.mounted()?;
         let mut stood = self.is_there(incoming)?;
         if !stood {
+            if !staged.try_exists().at(staged.display())? {
+                return Err(nothing_staged(staged));
+            }
             self.claim(incoming)?;
             durable::create_dir_all(&self.series(artifact))?;
             if let Err(fault) = durable::rename_noreplace(staged, &self.folder(artifact)) {
@@ -392,6 +425,16 @@ fn is_folder(path: &Path) -> Result<bool, Fault> {
     }
 }
 
+/// Whether two names are of one entry. One that is not there is no other's.
+fn is_same_entry(one: &Path, other: &Path) -> Result<bool, Fault> {
+    let entry = |path: &Path| match std::fs::symlink_metadata(path) {
+        Ok(meta) => Ok(Some((meta.dev(), meta.ino()))),
+        Err(e) if e.kind() == ErrorKind::NotFound => Ok(None),
+        Err(e) => Err(Fault::io(format_args!("look at {}", path.display()), &e)),
+    };
+    Ok(entry(other)?.is_some_and(|there| entry(one).is_ok_and(|one| one == Some(there))))
+}
+
 /// A small file's text; `None` if it is not there.
 fn read_if_there(path: &Path) -> Result<Option<String>, Fault> {
     match std::fs::read_to_string(path) {
@@ -409,10 +452,10 @@ impl Sink for FilesSink {
     }
 
     fn staging(&self) -> Result<StagingRoot, Fault> {
-        let id = self.id()?;
+        let id = self.id().map_err(Fault::of_sink)?;
         let root = StagingRoot::open_there(&self.root).map_err(|fault| match fault.code {
             Code::NotFound => self.away("it is not a folder"),
-            _ => fault,
+            _ => fault.of_sink(),
         })?;
         self.is_ours(&id, root.read(&format!("{HIDDEN}/id")))?;
         root.folder(HIDDEN)?.folder(STAGING)
@@ -447,6 +490,10 @@ impl Sink for FilesSink {
         self.configured
     }
 
+    fn renew(&self) -> Result<(), Fault> {
+        self.mounted()
+    }
+
     fn place_of(&self, artifact: &ArtifactRef) -> Option<Place> {
         Some(Place::Folder { path: self.folder(artifact) })
     }
@@ -456,28 +503,26 @@ impl Sink for FilesSink {
     }
 
     async fn trial(&self) -> Result<(), Fault> {
-        let this = self.clone();
-        let trial = move || {
+        self.run(|this| {
             this.mounted()?;
             trial(&this.staging.join(format!("removed-{}-trial-{:08x}", this.owner, rand::random::<u32>())))
-        };
-        self.threads.run(trial).await
+        })
+        .await
     }
 
     async fn check(&self, incoming: &Incoming) -> Result<(), Fault> {
-        let (this, incoming) = (self.clone(), incoming.clone());
-        self.threads
-            .run(move || {
-                this.mounted()?;
-                durable::create_dir_all(&this.staging)?;
-                if this.mount.get().is_none() {
-                    // Two at once find the same.
-                    let folder = this.staging.join(format!("removed-{}-probe-{:08x}", this.owner, rand::random::<u32>()));
-                    let _ = this.mount.set(Mount::probe(&folder)?);
-                }
-                this.is_there(&incoming).map(|_| ())
-            })
-            .await
+        let incoming = incoming.clone();
+        self.run(move |this| {
+            this.mounted()?;
+            durable::create_dir_all(&this.staging)?;
+            if this.mount.get().is_none() {
+                // Two at once find the same.
+                let folder = this.staging.join(format!("removed-{}-probe-{:08x}", this.owner, rand::random::<u32>()));
+                let _ = this.mount.set(Mount::probe(&folder)?);
+            }
+            this.is_there(&incoming).map(|_| ())
+        })
+        .await
     }
 
     fn refuse_path(&self, path: &RelPath) -> Option<String> {
@@ -509,8 +554,8 @@ impl Sink for FilesSink {
     }
 
     async fn commit(&self, incoming: &Incoming, staged: &Path) -> Result<Landed, Fault> {
-        let (this, incoming, staged) = (self.clone(), incoming.clone(), staged.to_owned());
-        self.threads.run(move || this.commit_blocking(&incoming, &staged)).await
+        let (incoming, staged) = (incoming.clone(), staged.to_owned());
+        self.run(move |this| this.commit_blocking(&incoming, &staged)).await
     }
 
     async fn activate(&self, artifact: &ArtifactRef) -> Result<(), Fault> {
@@ -540,8 +585,8 @@ impl Sink for FilesSink {
     }
 
     async fn stands(&self, incoming: &Incoming) -> Result<bool, Fault> {
-        let (this, incoming) = (self.clone(), incoming.clone());
-        self.threads.run(move || this.mounted().and_then(|()| this.is_there(&incoming))).await
+        let incoming = incoming.clone();
+        self.run(move |this| this.mounted().and_then(|()| this.is_there(&incoming))).await
     }
 
     async fn active(&self, artifact: &ArtifactRef) -> Result<Option<String>, Fault> {
@@ -554,17 +599,18 @@ impl Sink for FilesSink {
     }
 
     async fn verify(&self, incoming: &Incoming, _place: &Place, _look: &Look) -> Result<Vec<String>, Fault> {
-        let (this, incoming) = (self.clone(), incoming.clone());
-        self.threads
-            .run(move || {
-                let folder = this.folder(&incoming.artifact);
-                Ok(match this.note(&incoming.artifact)? {
-                    _ if !is_folder(&folder)? => vec![format!("{} is gone", folder.display())],
-                    Some(note) if note.digest == incoming.digest => vec![],
-                    _ => vec![format!("{} has no note of its digest", folder.display())],
-                })
+        let incoming = incoming.clone();
+        self.run(move |this| {
+            // Where nothing is mounted nothing would be found, and all of it be taken for gone.
+            this.mounted()?;
+            let folder = this.folder(&incoming.artifact);
+            Ok(match this.note(&incoming.artifact)? {
+                _ if !is_folder(&folder)? => vec![format!("{} is gone", folder.display())],
+                Some(note) if note.digest == incoming.digest => vec![],
+                _ => vec![format!("{} has no note of its digest", folder.display())],
             })
-            .await
+        })
+        .await
     }
 
     async fn remove(&self, artifact: &ArtifactRef) -> Result<Option<String>, Fault> {

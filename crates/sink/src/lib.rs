@@ -22,7 +22,7 @@ use tokio::sync::watch;
 use unicode_normalization::UnicodeNormalization;
 
 use crate::stage::StagingRoot;
-use base::fault::Fault;
+use base::fault::{Code, Fault, Retry};
 use base::names::{ArtifactRef, RelPath, TransferId};
 use content::manifest::{Digest, FileInfo, Root};
 
@@ -89,6 +89,19 @@ impl Folding {
     }
 }
 
+/// The fault of a commit for which nothing is staged: the artifact must be brought again. See [`must_be_brought_again`].
+fn nothing_staged(staged: &Path) -> Fault {
+    Fault::integrity(format!("what was staged in {} is gone", staged.display()))
+        .with_retry(Retry::Backoff)
+        .with_next("no action is needed: it is brought again by itself")
+}
+
+/// Whether a commit that failed can succeed only after the artifact was brought again. All else that passes by itself has to be waited
+/// for.
+pub fn must_be_brought_again(fault: &Fault) -> bool {
+    fault.retry == Retry::Never || matches!(fault.code, Code::Integrity | Code::Conflict)
+}
+
 /// Writes artifacts of some kinds out.
 #[async_trait]
 pub trait Sink: Send + Sync {
@@ -132,6 +145,11 @@ pub trait Sink: Send + Sync {
     /// Whether other daemons may stage in [`Sink::staging_root`]: then only what this daemon surely made may be removed there.
     fn is_shared(&self) -> bool {
         false
+    }
+
+    /// Says to others that use the same folder that this daemon does. Called at the start and each day. May block.
+    fn renew(&self) -> Result<(), Fault> {
+        Ok(())
     }
 
     /// Refuses early what cannot be committed later: no rights, no room at the far end, an immutable tag with another

@@ -75,8 +75,8 @@ pub struct StagingRoot {
 impl StagingRoot {
     /// Opens the folder, making it if it is not there.
     pub fn open(path: &Path) -> Result<Self, Fault> {
-        durable::create_dir_all(path)?;
-        Ok(Self { handle: File::open(path).at(format_args!("open {}", path.display()))?, path: path.to_owned() })
+        durable::create_dir_all(path).map_err(Fault::of_sink)?;
+        Ok(Self { handle: File::open(path).at_sink(format_args!("open {}", path.display()))?, path: path.to_owned() })
     }
 
     /// Opens a folder that must be there.
@@ -98,12 +98,12 @@ impl StagingRoot {
         let path = self.path.join(name);
         let what = |doing: &str| format!("{doing} the folder {}", path.display());
         match mkdirat(&self.handle, name, Mode::RWXU | Mode::RWXG | Mode::RWXO) {
-            Ok(()) => durable::sync_folder(&self.handle).at(what("make"))?,
+            Ok(()) => durable::sync_folder(&self.handle).at_sink(what("make"))?,
             Err(Errno::EXIST) => {}
-            Err(error) => return Err(Fault::io(what("make"), &error.into())),
+            Err(error) => return Err(refused(what("make"), error)),
         }
         let opened = openat(&self.handle, name, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty());
-        Ok(Self { handle: opened.map_err(|error| Fault::io(what("open"), &error.into()))?.into(), path })
+        Ok(Self { handle: opened.map_err(|error| refused(what("open"), error))?.into(), path })
     }
 
     /// Whether a transfer has a staging folder. A NAS that does not answer does not say that there is none.
@@ -111,7 +111,7 @@ impl StagingRoot {
         match statat(&self.handle, transfer.as_str(), AtFlags::SYMLINK_NOFOLLOW) {
             Ok(stat) => Ok(FileType::from_raw_mode(stat.st_mode) == FileType::Directory),
             Err(Errno::NOENT) => Ok(false),
-            Err(error) => Err(Fault::io(format_args!("look at {}", transfer.in_dir(&self.path).display()), &error.into())),
+            Err(error) => Err(refused(format_args!("look at {}", transfer.in_dir(&self.path).display()), error)),
         }
     }
 
@@ -124,7 +124,7 @@ impl StagingRoot {
 
 impl Stage {
     fn new(handle: File, path: PathBuf) -> Result<Self, Fault> {
-        let dir = Dir::from_std_file(handle.try_clone().at(format_args!("open {}", path.display()))?);
+        let dir = Dir::from_std_file(handle.try_clone().at_sink(format_args!("open {}", path.display()))?);
         let kind = rustix::fs::fstatfs(&handle).map(|stat| stat.f_type).unwrap_or_default();
         let syncs_whole = SYNCED_WHOLE.contains(&kind) && syncfs_reports();
         let reflinks = AtomicBool::new(true);
@@ -154,7 +154,7 @@ impl Stage {
     pub fn make_dir(&self, path: &RelPath) -> Result<(), Fault> {
         match self.dir.create_dir_with(path.as_str(), &DirBuilder::new()) {
             Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => Ok(()),
-            other => other.at(self.what("make the folder", path)),
+            other => other.at_sink(self.what("make the folder", path)),
         }
     }
 
@@ -162,7 +162,7 @@ impl Stage {
     pub fn open_file(&self, path: &RelPath, size: u64) -> Result<File, Fault> {
         let mut options = OpenOptions::new();
         options.write(true).create(true).truncate(false).mode(FILE_MODE);
-        let file = self.dir.open_with(path.as_str(), &options).at(self.what("open", path))?.into_std();
+        let file = self.dir.open_with(path.as_str(), &options).at_sink(self.what("open", path))?.into_std();
         if size >= PREALLOCATE_BYTES && self.preallocates {
             // Where it is not supported the room is found out about later.
             if let Err(Errno::NOSPC | Errno::DQUOT) = rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, size) {
@@ -174,13 +174,13 @@ impl Stage {
 
     /// Opens a staged file for reading.
     pub fn open_to_read(&self, path: &RelPath) -> Result<File, Fault> {
-        Ok(self.dir.open(path.as_str()).at(self.what("open", path))?.into_std())
+        Ok(self.dir.open(path.as_str()).at_sink(self.what("open", path))?.into_std())
     }
 
     /// Writes a whole small file.
     pub fn write_file(&self, path: &RelPath, bytes: &[u8]) -> Result<(), Fault> {
         let file = self.open_file(path, 0)?;
-        file.write_all_at(bytes, 0).and_then(|()| durable::close(file)).at(self.what("write", path))
+        file.write_all_at(bytes, 0).and_then(|()| durable::close(file)).at_sink(self.what("write", path))
     }
 
     /// The size of a regular file; `None` when there is none.
@@ -203,7 +203,7 @@ impl Stage {
         match statat(self.dir.as_fd(), path.as_str(), AtFlags::SYMLINK_NOFOLLOW) {
             Ok(stat) => Ok((FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile).then_some(stat)),
             Err(Errno::NOENT | Errno::NOTDIR) => Ok(None),
-            Err(e) => Err(Fault::io(self.what("look at", path), &e.into())),
+            Err(e) => Err(refused(self.what("look at", path), e)),
         }
     }
 
@@ -211,7 +211,7 @@ impl Stage {
     pub fn remove_file(&self, path: &RelPath) -> Result<(), Fault> {
         match self.dir.remove_file(path.as_str()) {
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(()),
-            other => other.at(self.what("remove", path)),
+            other => other.at_sink(self.what("remove", path)),
         }
     }
 
@@ -223,7 +223,7 @@ impl Stage {
             let into = self.open_file(path, 0)?;
             match rustix::fs::ioctl_ficlone(&into, source) {
                 Ok(()) => {
-                    durable::close(into).at(self.what("close", path))?;
+                    durable::close(into).at_sink(self.what("close", path))?;
                     return Ok(Shared::Blocks);
                 }
                 // Both are on this filesystem, and it cannot: no need to try with every file.
@@ -232,7 +232,7 @@ impl Stage {
             }
             self.remove_file(path)?;
         }
-        let stat = rustix::fs::fstat(source).map_err(|e| Fault::io(from.display(), &e.into()))?;
+        let stat = rustix::fs::fstat(source).map_err(|e| refused(from.display(), e))?;
         // Where modes are fixed a copy would get no other than the link has.
         if !link || stat.st_mode & 0o7777 != mode && !self.fixed_modes {
             return self.copy_within(source, path, stat.st_size as u64);
@@ -265,10 +265,10 @@ impl Stage {
                 Err(Errno::INTR) => {}
                 // Another filesystem, one that cannot, or a file that became shorter.
                 Ok(_) | Err(Errno::XDEV | Errno::NOSYS | Errno::NOTSUP | Errno::INVAL | Errno::PERM) => return Ok(Shared::Not),
-                Err(e) => return Err(Fault::io(self.what("copy", path), &e.into())),
+                Err(e) => return Err(refused(self.what("copy", path), e)),
             }
         }
-        durable::close(into).at(self.what("copy", path))?;
+        durable::close(into).at_sink(self.what("copy", path))?;
         Ok(Shared::Copy)
     }
 
@@ -279,12 +279,12 @@ impl Stage {
             return Ok(());
         }
         self.remove_file(path)?;
-        rustix::fs::symlinkat(target, self.dir.as_fd(), path.as_str()).map_err(|e| Fault::io(self.what("make the link", path), &e.into()))
+        rustix::fs::symlinkat(target, self.dir.as_fd(), path.as_str()).map_err(|e| refused(self.what("make the link", path), e))
     }
 
     /// Sets an entry's mode, if it has another. A folder keeps what it got from the folder that it is in, as the group on a shared NAS.
     pub fn set_mode(&self, path: &RelPath, mode: u32) -> Result<(), Fault> {
-        let meta = self.dir.symlink_metadata(path.as_str()).at(self.what("look at", path))?;
+        let meta = self.dir.symlink_metadata(path.as_str()).at_sink(self.what("look at", path))?;
         let now = meta.permissions().mode() & 0o7777;
         let mode = if meta.is_dir() { mode | (now & 0o2000) } else { mode };
         if now == mode {
@@ -292,28 +292,32 @@ impl Stage {
         }
         let set = self.dir.set_permissions(path.as_str(), Permissions::from_mode(mode));
         // The files are whole all the same, and `verify` notes the modes.
-        if self.fixed_modes { Ok(()) } else { set.at(self.what("set the mode of", path)) }
+        if self.fixed_modes { Ok(()) } else { set.at_sink(self.what("set the mode of", path)) }
     }
 
     /// Syncs one file by name.
     pub fn sync_file(&self, path: &RelPath) -> Result<(), Fault> {
-        self.dir.open(path.as_str()).and_then(|file| durable::sync_and_close(file.into_std())).at(self.what("sync", path))
+        self.dir.open(path.as_str()).and_then(|file| durable::sync_and_close(file.into_std())).at_sink(self.what("sync", path))
     }
 
     /// Syncs one folder's entries; `None` is the staging folder itself.
     pub fn sync_dir(&self, path: Option<&RelPath>) -> Result<(), Fault> {
-        durable::sync_dir(&path.map_or(self.path.clone(), |p| p.in_dir(&self.path)))
+        durable::sync_dir(&path.map_or(self.path.clone(), |p| p.in_dir(&self.path))).map_err(Fault::of_sink)
     }
 
     /// Syncs all of the filesystem: cheaper than many files one by one. Only where [`Stage::syncs_whole`].
     pub fn sync_filesystem(&self) -> Result<(), Fault> {
-        rustix::fs::syncfs(&self.handle).map_err(|e| Fault::io(format_args!("sync {}", self.path.display()), &e.into()))
+        rustix::fs::syncfs(&self.handle).map_err(|e| refused(format_args!("sync {}", self.path.display()), e))
     }
 
     /// The free space of the filesystem.
     pub fn space(&self) -> Result<Space, Fault> {
-        Space::of(&self.path)
+        Space::of(&self.path).map_err(Fault::of_sink)
     }
+}
+
+fn refused(what: impl std::fmt::Display, errno: Errno) -> Fault {
+    Fault::io(what, &errno.into()).of_sink()
 }
 
 /// What `doctor` says of the room for a daemon's own state.

@@ -33,6 +33,10 @@ pub(crate) enum Op {
     Chmod,
     Link,
     Symlink,
+    Mkdir,
+    Create,
+    Open,
+    Read,
 }
 
 /// What is wrong with it now.
@@ -52,6 +56,8 @@ pub(crate) struct Faults {
     pub(crate) read_only: bool,
     /// Every entry shows these permission bits.
     pub(crate) mode: Option<u16>,
+    /// Names that differ in case only are one name.
+    pub(crate) folds: bool,
     /// The size of the filesystem is said to be zero.
     pub(crate) no_size: bool,
     /// No call returns.
@@ -176,7 +182,14 @@ impl Passed {
     }
 
     fn child(&self, parent: INodeNo, name: &OsStr) -> Answer<PathBuf> {
-        Ok(self.path(parent)?.join(name))
+        let folder = self.path(parent)?;
+        let path = folder.join(name);
+        if !self.shared.lock().folds || self.full(&path).symlink_metadata().is_ok() {
+            return Ok(path);
+        }
+        let names = fs::read_dir(self.full(&folder)).into_iter().flatten().flatten().map(|found| found.file_name());
+        let folded = |name: &OsStr| name.to_string_lossy().to_lowercase();
+        Ok(names.into_iter().find(|there| folded(there) == folded(name)).map_or(path, |there| folder.join(there)))
     }
 
     fn full(&self, path: &Path) -> PathBuf {
@@ -348,7 +361,7 @@ impl Filesystem for Passed {
 
     fn mkdir(&self, _: &Request, parent: INodeNo, name: &OsStr, mode: u32, umask: u32, reply: ReplyEntry) {
         let made = self.child(parent, name).and_then(|path| {
-            drop(self.enter(None, true, &path)?);
+            drop(self.enter(Some(Op::Mkdir), true, &path)?);
             io(fs::create_dir(self.full(&path)))?;
             io(fs::set_permissions(self.full(&path), fs::Permissions::from_mode(mode & !umask & 0o7777)))?;
             self.attr(&path)
@@ -413,7 +426,7 @@ impl Filesystem for Passed {
     fn open(&self, _: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
         let opened = self.path(ino).and_then(|path| {
             let writes = flags.0 & 3 != 0;
-            drop(self.enter(None, writes, &path)?);
+            drop(self.enter(Some(Op::Open), writes, &path)?);
             Ok(self.keep(io(File::options().read(true).write(writes).open(self.full(&path)))?, path))
         });
         match opened {
@@ -424,7 +437,7 @@ impl Filesystem for Passed {
 
     fn create(&self, _: &Request, parent: INodeNo, name: &OsStr, mode: u32, umask: u32, _: i32, reply: ReplyCreate) {
         let made = self.child(parent, name).and_then(|path| {
-            drop(self.enter(None, true, &path)?);
+            drop(self.enter(Some(Op::Create), true, &path)?);
             let mode = mode & !umask & 0o7777;
             let file = io(File::options().read(true).write(true).create(true).truncate(false).mode(mode).open(self.full(&path)))?;
             Ok((self.attr(&path)?, self.keep(file, path)))
@@ -437,7 +450,7 @@ impl Filesystem for Passed {
 
     fn read(&self, _: &Request, _: INodeNo, fh: FileHandle, offset: u64, size: u32, _: OpenFlags, _: Option<LockOwner>, reply: ReplyData) {
         let read = self.with_file(fh, |file, path| {
-            drop(self.enter(None, false, path)?);
+            drop(self.enter(Some(Op::Read), false, path)?);
             let mut out = vec![0; size as usize];
             let mut done = 0;
             while done < out.len() {

@@ -41,14 +41,14 @@ impl Runner {
             let staged = row.id.in_dir(sink.staging_root());
             let looked = staged.clone();
             // A NAS that fails does not say that nothing is staged there.
-            let exists = sink.threads().run(move || looked.try_exists().at(looked.display()));
+            let exists = sink.threads().run(move || looked.try_exists().at_sink(looked.display()));
             if !unless(stop, self.watched(row, sink.as_ref(), &incoming.waits, Takes::Moments, exists)).await? {
                 let _alone = self.turn_with_artifact(row, &incoming, stop).await?;
                 let commit = sink.commit(&incoming, &staged);
                 match self.watched(row, sink.as_ref(), &incoming.waits, Takes::ItsTime, commit).await {
                     Ok(landed) => return self.land(row, counters, &incoming, landed).await,
                     // What is left of the commit has to wait, for room or for the far end.
-                    Err(fault) if matches!(fault.reason, Reason::NoSpace | Reason::SinkUnavailable) => return Err(fault),
+                    Err(fault) if !sink::must_be_brought_again(&fault) => return Err(fault),
                     // Nothing was committed, or not all of it is sound: it is brought here again.
                     Err(fault) => tracing::info!(transfer = %row.id, error = %fault, "the commit cannot be resumed"),
                 }

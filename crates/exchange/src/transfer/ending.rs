@@ -12,7 +12,7 @@ use tokio::sync::OwnedMutexGuard;
 use super::{Runner, Running, SINKS};
 use base::durable;
 use base::fault::{Code, Fault, IoContext};
-use base::limits::{LEFTOVERS_AGAIN_AFTER, SINK_STOP_MAX};
+use base::limits::{LEFTOVERS_AGAIN_AFTER, ROOT_USE_SAID_EVERY, SINK_STOP_MAX};
 use base::names::TransferId;
 use model::transfer::State;
 use sink::Sink;
@@ -176,6 +176,9 @@ impl Runner {
                 () = self.inner.stop.cancelled() => return,
             };
             let again = left.is_err();
+            let renewed = sink.clone();
+            // A root that is away now is told at the next transfer.
+            let _ = sink.threads().run(move || renewed.renew()).await;
             if let Err(fault) = left
                 && said.as_ref() != Some(&fault.message)
             {
@@ -185,6 +188,7 @@ impl Runner {
             tokio::select! {
                 () = asked => {}
                 () = tokio::time::sleep(LEFTOVERS_AGAIN_AFTER), if again => {}
+                () = tokio::time::sleep(ROOT_USE_SAID_EVERY) => {}
                 () = self.inner.stop.cancelled() => return,
             }
         }

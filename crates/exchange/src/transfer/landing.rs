@@ -3,6 +3,7 @@
 //! `attempt` lands what a sink has committed, or what was here all along. The row says `done` last, with the receipt in
 //! it: a crash before that and the transfer lands again.
 
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use tokio::sync::OwnedMutexGuard;
@@ -13,13 +14,13 @@ use super::{Counters, Runner, incoming, unless};
 use crate::chunk_index::PlaceInfo;
 use crate::wire::{Standing, Stands};
 use base::blocking::blocking;
-use base::fault::{Code, Fault};
+use base::fault::{Code, Fault, IoContext};
 use base::limits::{CANCEL_LOOK_MAX, STANDING_LOOK_MAX};
 use base::names::{ArtifactRef, TransferId};
 use content::manifest::Digest;
 use model::receipt::Receipt;
 use model::transfer::State;
-use sink::{Incoming, Landed, Look};
+use sink::{Incoming, Landed, Look, Sink};
 use state::TransferRow;
 
 impl Runner {
@@ -37,9 +38,12 @@ impl Runner {
             Err(fault) if fault.code != Code::NotFound => return Err(fault),
             _ => return Ok(None),
         };
-        // Once something of it is staged, it was looked at.
-        let (Some(place), None) = (&there.place, inner.shared.places.staged_by(&row.id)) else { return Ok(None) };
         let sink = inner.sinks.of(row.artifact.kind);
+        let Some(place) = &there.place else { return Ok(None) };
+        // Once something of it is staged, it was looked at.
+        if self.is_staged(&row.id, sink).await? {
+            return Ok(None);
+        }
         let incoming = incoming(row, &there.root);
         let Found { faults, notes } = match verify(sink.as_ref(), inner.shared.store.clone(), &incoming, place, &Look::default()).await {
             // A page of the manifest is damaged: it is brought again as well.
@@ -60,6 +64,15 @@ impl Runner {
         Ok(None)
     }
 
+    /// Whether something of a transfer is staged: noted, and there. A commit that got as far as its rename leaves nothing there.
+    async fn is_staged(&self, id: &TransferId, sink: &Arc<dyn Sink>) -> Result<bool, Fault> {
+        if self.inner.shared.places.staged_by(id).is_none() {
+            return Ok(false);
+        }
+        let staged = id.in_dir(sink.staging_root());
+        sink.threads().run(move || staged.try_exists().at_sink(staged.display())).await
+    }
+
     /// Uses what another site has committed to the same folder, or this one before it lost its state, if it is sound. The look can be
     /// stopped; the commit is awaited, as every commit is.
     pub(super) async fn adopted(&self, incoming: &Incoming, stop: &CancellationToken) -> Result<Option<Landed>, Fault> {
@@ -68,7 +81,8 @@ impl Runner {
         let Some(place) = sink.place_of(&incoming.artifact) else { return Ok(None) };
         let look = async {
             let alone = self.alone_with(&incoming.artifact).await;
-            if inner.shared.places.staged_by(&incoming.transfer).is_some() || !sink.stands(incoming).await? {
+            // What is staged is better than what stands.
+            if self.is_staged(&incoming.transfer, sink).await? || !sink.stands(incoming).await? {
                 return Ok(None);
             }
             let faults = verify(sink.as_ref(), inner.shared.store.clone(), incoming, &place, &Look::default()).await?.faults;

@@ -30,7 +30,7 @@ impl Pause {
                 let longest = match fault.reason {
                     Reason::WaitingForSource => SOURCE_PAUSE_MAX,
                     // As a rule the try that finds out costs no byte of the line.
-                    Reason::SinkUnavailable | Reason::NoSpace if !costs => SINK_PAUSE_MAX,
+                    Reason::SinkUnavailable | Reason::SinkDenied | Reason::NoSpace if !costs => SINK_PAUSE_MAX,
                     _ => BACKOFF_MAX,
                 };
                 let whole = BACKOFF_FIRST.saturating_mul(1 << self.tries.min(16)).min(longest);
@@ -120,6 +120,8 @@ mod tests {
         assert!(pause.after(&fault.with_reason(Reason::WaitingForSource), true).unwrap() <= SOURCE_PAUSE_MAX);
         let full = Fault::no_space("x");
         assert!(pause.after(&full, false).unwrap() <= SINK_PAUSE_MAX);
+        let denied = Fault::not_allowed("x").of_sink();
+        assert!(pause.after(&denied, false).unwrap() <= SINK_PAUSE_MAX);
         assert!(pause.after(&full, true).unwrap() >= BACKOFF_MAX / 2, "what sends the same bytes again is tried seldom");
     }
 

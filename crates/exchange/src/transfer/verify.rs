@@ -1,6 +1,9 @@
 //! Compares what a site holds of an artifact with its manifest.
+//!
+//! A fault of the artifact is what is gone, of another kind, or of another content. An error of the NAS says nothing of the artifact:
+//! then the look fails, and nothing is brought again.
 
-use std::io::ErrorKind;
+use std::io::{self, ErrorKind};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
@@ -27,48 +30,99 @@ pub struct Found {
 
 /// Compares all that was committed of an artifact with its manifest: reads its content, unless a quick look was asked for.
 pub async fn verify(sink: &dyn Sink, store: Store, incoming: &Incoming, place: &Place, look: &Look) -> Result<Found, Fault> {
+    let place = &place_now(sink, incoming, place);
     let faults = sink.verify(incoming, place, look).await?;
     // What is gone as a whole need not be told file by file.
     let folder = match place {
         Place::Folder { path } if faults.is_empty() && incoming.artifact.kind.is_files() => path.clone(),
         _ => return Ok(Found { faults, notes: look.take_notes() }),
     };
-    let (root, look) = (incoming.root.clone(), look.clone());
+    let (root, quick, shared) = (incoming.root.clone(), look.quick, look.clone());
     let work = move || {
-        let (mut faults, mut modes) = (Vec::new(), Listed::default());
+        let (mut seen, mut modes) = (Seen::default(), Listed::default());
         for step in Walk::new(&root, &store) {
             let Step::Entry { entry, .. } = step? else { continue };
             let path = entry.path.in_dir(&folder);
-            if !matches!(entry.body, EntryBody::Symlink(_)) {
-                match mode_of(&path) {
-                    Some(None) => modes.add(|| format!("{} is a link", entry.path)),
-                    Some(Some(mode)) if mode & noted(&entry.body) != entry.mode => {
-                        modes.add(|| format!("{} is {mode:o} and was {:o}", entry.path, entry.mode));
-                    }
-                    _ => {}
-                }
+            if let EntryBody::File(file) = entry.body
+                && !quick
+            {
+                shared.read(file.size);
             }
-            let fault = match entry.body {
-                EntryBody::Dir => (!path.is_dir()).then(|| "the folder is gone".to_owned()),
-                EntryBody::Symlink(target) => {
-                    let now = std::fs::read_link(&path).ok();
-                    (now.as_deref() != Some(Path::new(&target))).then(|| "the link is gone or another".to_owned())
-                }
-                EntryBody::File(file) if look.quick => size_fault(&path, file),
-                EntryBody::File(file) => {
-                    look.read(file.size);
-                    file_fault(&path, file)
+            let there = match std::fs::symlink_metadata(&path) {
+                Ok(there) => there,
+                Err(error) => {
+                    seen.error(&path, &error)?;
+                    continue;
                 }
             };
-            faults.extend(fault.map(|why| format!("{}: {why}", path.display())));
+            if !matches!(entry.body, EntryBody::Symlink(_)) {
+                let mode = there.permissions().mode() & 0o7777;
+                if there.is_symlink() {
+                    modes.add(|| format!("{} is a link", entry.path));
+                } else if mode & noted(&entry.body) != entry.mode {
+                    modes.add(|| format!("{} is {mode:o} and was {:o}", entry.path, entry.mode));
+                }
+            }
+            let wrong = match entry.body {
+                EntryBody::Dir => std::fs::metadata(&path).map(|meta| (!meta.is_dir()).then(|| "the folder is gone".to_owned())),
+                EntryBody::Symlink(_) if !there.is_symlink() => Ok(Some("the link is gone or another".to_owned())),
+                EntryBody::Symlink(target) => {
+                    std::fs::read_link(&path).map(|now| (now != Path::new(&target)).then(|| "the link is gone or another".to_owned()))
+                }
+                EntryBody::File(file) if quick => size_fault(&path, file),
+                EntryBody::File(file) => file_fault(&path, file),
+            };
+            match wrong {
+                Ok(wrong) => seen.faults.extend(wrong.map(|why| format!("{}: {why}", path.display()))),
+                Err(error) => seen.error(&path, &error)?,
+            }
         }
         let modes = modes.line(|count| format!("{} has not the permission bits that were published ({count})", folder.display()));
-        if look.quick {
-            look.note("quick check: names and sizes were compared; no content was read");
+        if quick {
+            shared.note("quick check: names and sizes were compared; no content was read");
         }
-        Ok(Found { faults, notes: modes.into_iter().chain(look.take_notes()).collect() })
+        Ok((seen, modes))
     };
-    sink.threads().run(work).await
+    let (Seen { mut faults, unread }, modes) = sink.threads().run(work).await?;
+    if !faults.is_empty() {
+        // A NAS that was unmounted meanwhile has lost nothing.
+        faults.splice(0..0, sink.verify(incoming, place, look).await?);
+    }
+    if !unread.is_empty() {
+        // A disk that works cannot read a few files only: those are damaged.
+        sink.trial().await?;
+        faults.extend(unread);
+    }
+    Ok(Found { faults, notes: modes.into_iter().chain(look.take_notes()).collect() })
+}
+
+/// Where an artifact is now: its sink may have another root than when it arrived.
+fn place_now(sink: &dyn Sink, incoming: &Incoming, place: &Place) -> Place {
+    sink.place_of(&incoming.artifact).unwrap_or_else(|| place.clone())
+}
+
+/// What is wrong with the files of an artifact.
+#[derive(Default)]
+struct Seen {
+    /// What is gone or damaged.
+    faults: Vec<String>,
+    /// What the disk cannot read. It is damaged if the disk works otherwise.
+    unread: Vec<String>,
+}
+
+impl Seen {
+    /// Takes an error of looking at or reading an entry. Returns it if it says nothing of the artifact.
+    fn error(&mut self, path: &Path, error: &io::Error) -> Result<(), Fault> {
+        use rustix::io::Errno;
+        let line = || format!("{}: read: {error}", path.display());
+        match Errno::from_io_error(error) {
+            // Gone, of another kind, or behind a link, and what is refused as no regular file.
+            None | Some(Errno::NOENT | Errno::NOTDIR | Errno::LOOP | Errno::ISDIR | Errno::NXIO) => self.faults.push(line()),
+            Some(Errno::IO | Errno::BADMSG | Errno::UCLEAN) => self.unread.push(line()),
+            Some(_) => return Err(Fault::io(format_args!("read {}", path.display()), error).of_sink()),
+        }
+        Ok(())
+    }
 }
 
 /// Looks at what was committed of an artifact without reading it: presence, kinds, sizes, and whether something was written to since.
@@ -80,7 +134,7 @@ pub(super) async fn look(
     place: Place,
     until: Instant,
 ) -> Result<Option<String>, Fault> {
-    let Place::Folder { path: folder } = place else { return Ok(None) };
+    let Place::Folder { path: folder } = place_now(sink.as_ref(), &incoming, &place) else { return Ok(None) };
     let threads = sink.threads().clone();
     let work = move || {
         let committed = sink.committed_at(&incoming.artifact);
@@ -94,12 +148,13 @@ pub(super) async fn look(
                 Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => {
                     return Ok(Some(format!("{} is gone", path.display())));
                 }
-                other => other.at(path.display())?,
+                other => other.at_sink(path.display())?,
             };
             let wrong = match entry.body {
                 EntryBody::Dir => (!meta.is_dir()).then_some("is no folder"),
+                EntryBody::Symlink(_) if !meta.is_symlink() => Some("is another link"),
                 EntryBody::Symlink(target) => {
-                    (std::fs::read_link(&path).ok().as_deref() != Some(Path::new(&target))).then_some("is another link")
+                    (std::fs::read_link(&path).at_sink(path.display())? != Path::new(&target)).then_some("is another link")
                 }
                 EntryBody::File(file) if !meta.is_file() || meta.len() != file.size => Some("has another size"),
                 EntryBody::File(_) => {
@@ -118,8 +173,8 @@ pub(super) async fn look(
 
 /// What lies in an artifact's folder and is no part of it, as one line. `whole`: all that is part of it is there.
 pub async fn beside(sink: &dyn Sink, store: Store, incoming: &Incoming, place: &Place, whole: bool) -> Result<Option<String>, Fault> {
-    let folder = match place {
-        Place::Folder { path } if incoming.artifact.kind.is_files() => path.clone(),
+    let folder = match place_now(sink, incoming, place) {
+        Place::Folder { path } if incoming.artifact.kind.is_files() => path,
         _ => return Ok(None),
     };
     let root = incoming.root.clone();
@@ -191,24 +246,41 @@ fn noted(body: &EntryBody) -> u32 {
     if *body == EntryBody::Dir { 0o777 } else { 0o7777 }
 }
 
-/// The permission bits of what lies there; a link has none.
-fn mode_of(path: &Path) -> Option<Option<u32>> {
-    let meta = std::fs::symlink_metadata(path).ok()?;
-    Some((!meta.is_symlink()).then(|| meta.permissions().mode() & 0o7777))
+fn size_fault(path: &Path, file: FileInfo) -> io::Result<Option<String>> {
+    let meta = std::fs::metadata(path)?;
+    Ok(match meta.is_file() {
+        false => Some("it is no file".to_owned()),
+        true => (meta.len() != file.size).then(|| format!("it has {} bytes, {} were delivered", meta.len(), file.size)),
+    })
 }
 
-fn size_fault(path: &Path, file: FileInfo) -> Option<String> {
-    match std::fs::metadata(path).at("look") {
-        Err(fault) => Some(fault.message),
-        Ok(meta) if !meta.is_file() => Some("it is no file".to_owned()),
-        Ok(meta) => (meta.len() != file.size).then(|| format!("it has {} bytes, {} were delivered", meta.len(), file.size)),
-    }
-}
-
-fn file_fault(path: &Path, file: FileInfo) -> Option<String> {
+fn file_fault(path: &Path, file: FileInfo) -> io::Result<Option<String>> {
     let mut hasher = blake3::Hasher::new();
-    match durable::open_regular_nofollow(path).and_then(|f| hasher.update_reader(f).map(|_| ())).at("read") {
-        Err(fault) => Some(fault.message),
-        Ok(()) => (*hasher.finalize().as_bytes() != file.hash.0).then(|| "its content is not what was delivered".to_owned()),
+    hasher.update_reader(durable::open_regular_nofollow(path)?)?;
+    Ok((*hasher.finalize().as_bytes() != file.hash.0).then(|| "its content is not what was delivered".to_owned()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use base::fault::{Reason, Retry};
+    use rustix::io::Errno as E;
+
+    #[test]
+    fn an_error_of_the_nas_says_nothing_of_the_artifact() {
+        let look = |error: io::Error| {
+            let mut seen = Seen::default();
+            seen.error(Path::new("/nas/a"), &error).map(|()| (seen.faults.len(), seen.unread.len()))
+        };
+        for gone in [E::NOENT, E::NOTDIR, E::LOOP, E::ISDIR] {
+            assert_eq!(look(gone.into()).unwrap(), (1, 0), "{gone:?}");
+        }
+        assert_eq!(look(io::Error::new(ErrorKind::InvalidInput, "it is not a regular file")).unwrap(), (1, 0));
+        assert_eq!(look(E::IO.into()).unwrap(), (0, 1), "one bad block, or a disk that failed");
+        for away in [E::HOSTDOWN, E::NETDOWN, E::NETRESET, E::CONNABORTED, E::STALE, E::ACCESS, E::TIMEDOUT, E::INVAL] {
+            let fault = look(away.into()).unwrap_err();
+            let waits = matches!(fault.reason, Reason::SinkUnavailable | Reason::SinkDenied) && fault.retry == Retry::Backoff;
+            assert!(waits, "{fault:?}");
+        }
     }
 }

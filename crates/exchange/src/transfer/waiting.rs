@@ -33,7 +33,8 @@ pub(super) enum Takes {
 
 /// Whether a reason stays in a row that is tried again, until the try gets further.
 pub(super) fn stays(reason: Option<Reason>) -> bool {
-    matches!(reason, Some(Reason::WaitingForSource | Reason::SinkUnavailable | Reason::SinkDenied | Reason::NoSpace))
+    use Reason as R;
+    matches!(reason, Some(R::WaitingForSource | R::SinkUnavailable | R::SinkDenied | R::NoSpace | R::Internal))
 }
 
 impl Runner {

@@ -1,5 +1,7 @@
 //! The files sink alone, and two sites on one root.
 
+use std::fs::File;
+
 use super::*;
 use base::fault::Retry;
 use base::names::Kind;
@@ -84,6 +86,8 @@ async fn an_empty_mount_point_is_not_filled() {
             sink.check(&two).await.unwrap_err(),
             sink.commit(&two, &staged).await.unwrap_err(),
             sink.stands(&one).await.unwrap_err(),
+            sink.verify(&one, &sink.landed(&one.artifact).place, &Look::default()).await.unwrap_err(),
+            sink.trial().await.unwrap_err(),
             sink.remove(&one.artifact).await.unwrap_err(),
             sink.probe().await.unwrap_err(),
         ];
@@ -107,6 +111,56 @@ async fn an_empty_mount_point_is_not_filled() {
     // Another NAS in its place.
     durable::replace(&nas.join(HIDDEN).join("id"), b"another\n").unwrap();
     assert_eq!(sink.check(&two).await.unwrap_err().reason, Reason::SinkUnavailable);
+}
+
+#[tokio::test]
+async fn a_current_that_is_a_link_is_none_and_is_repaired() {
+    let dir = tempfile::tempdir().unwrap();
+    let sink = FilesSink::open(None, dir.path()).unwrap();
+    let commit = async |version: &str, sink: &FilesSink| {
+        let incoming = incoming(version);
+        sink.check(&incoming).await.unwrap();
+        let staged = sink.staging_root().join(incoming.transfer.as_str());
+        durable::create_dir_all(&staged).unwrap();
+        sink.commit(&incoming, &staged).await.unwrap();
+        incoming
+    };
+    let one = commit("v1", &sink).await;
+    let (file, link) = (sink.series(&one.artifact).join("CURRENT"), sink.series(&one.artifact).join("current"));
+    assert_eq!(std::fs::read_link(&link).unwrap(), Path::new("v1"));
+    // As an earlier revision left it where names fold case.
+    for broken in ["link", "nothing"] {
+        std::fs::remove_file(&file).unwrap();
+        if broken == "link" {
+            std::os::unix::fs::symlink("v1", &file).unwrap();
+        }
+        assert_eq!(sink.active(&one.artifact).await.unwrap(), None);
+        sink.commit(&one, &sink.staging_root().join("gone")).await.unwrap();
+        assert!(std::fs::symlink_metadata(&file).unwrap().is_file());
+        assert_eq!(sink.active(&one.artifact).await.unwrap().as_deref(), Some("v1"));
+    }
+    // A filesystem with one entry of both names.
+    let folds = sink.clone().assuming(Mount { folding: Folding { case: true, ..Folding::default() }, ..Mount::default() });
+    std::fs::remove_file(&link).unwrap();
+    let two = commit("v2", &folds).await;
+    assert_eq!(folds.active(&two.artifact).await.unwrap().as_deref(), Some("v2"));
+    assert!(!link.exists(), "it would be CURRENT itself");
+    std::fs::hard_link(&file, &link).unwrap();
+    commit("v3", &sink).await;
+    assert!(std::fs::symlink_metadata(&link).unwrap().is_symlink(), "CURRENT is a new file, so the other name is another's");
+    assert!(is_same_entry(&file, &file).unwrap() && !is_same_entry(&file, &dir.path().join("none")).unwrap());
+}
+
+#[tokio::test]
+async fn a_commit_of_which_nothing_is_staged_is_brought_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let sink = FilesSink::open(None, dir.path()).unwrap();
+    let one = incoming("v1");
+    sink.check(&one).await.unwrap();
+    let fault = sink.commit(&one, &sink.staging_root().join("t-v1")).await.unwrap_err();
+    assert!(fault.retry == Retry::Backoff && crate::must_be_brought_again(&fault), "{fault:?}");
+    assert!(sink.note(&one.artifact).unwrap().is_none(), "and claims nothing");
+    assert!(!crate::must_be_brought_again(&Fault::not_allowed("the NAS is read-only").of_sink()));
 }
 
 /// Two sites of one root, each of a hub of its own.
@@ -149,6 +203,33 @@ async fn of_two_sites_with_different_contents_of_one_version_the_later_claims_no
     }
     assert_eq!(std::fs::read_to_string(&file).unwrap(), "one");
     assert!(one.stands(&a).await.unwrap() && one.verify(&a, &one.landed(&a.artifact).place, &Look::default()).await.unwrap().is_empty());
+}
+
+#[tokio::test]
+async fn a_site_that_says_no_longer_that_it_uses_the_root_does_not_keep_versions_there() {
+    use std::time::Duration;
+    let dir = tempfile::tempdir().unwrap();
+    let [one, two] = two_sites(dir.path());
+    let (a, a_staged) = staged(&one, "one");
+    one.commit(&a, &a_staged).await.unwrap();
+    two.renew().unwrap();
+    let file = one.root.join(HIDDEN).join(SITES).join(&two.owner);
+    let said = |ago: Duration| {
+        let time = std::time::SystemTime::now() - ago;
+        File::options().write(true).open(&file).unwrap().set_modified(time).unwrap();
+    };
+    assert_eq!(one.others().unwrap().len(), 1);
+    said(ROOT_USE_ENDS_AFTER - Duration::from_secs(3_600));
+    assert!(one.remove(&a.artifact).await.unwrap().is_some(), "it may be off for a while");
+    // One of an earlier revision says it once, whenever that was.
+    let text = std::fs::read_to_string(&file).unwrap();
+    durable::replace(&file, text.lines().next().unwrap().as_bytes()).unwrap();
+    said(ROOT_USE_ENDS_AFTER * 9);
+    assert_eq!(one.others().unwrap().len(), 1);
+    durable::replace(&file, text.as_bytes()).unwrap();
+    said(ROOT_USE_ENDS_AFTER + Duration::from_secs(3_600));
+    assert_eq!(one.remove(&a.artifact).await.unwrap(), None);
+    assert!(!one.folder(&a.artifact).exists());
 }
 
 #[tokio::test]

@@ -82,6 +82,33 @@ impl LayoutSink {
         self.threads.run(change).await
     }
 
+    async fn commit_staged(&self, incoming: &Incoming, staged: &Path) -> Result<Landed, Fault> {
+        let layout = self.layout(&incoming.artifact);
+        let top = top_of(image_info(incoming)?)?;
+        let lock = self.lock(&incoming.artifact);
+        let _held = lock.lock().await;
+        let looked = staged.to_owned();
+        let is_staged = self.threads.run(move || looked.try_exists().at(looked.display())).await?;
+        match self.named(&incoming.artifact).await? {
+            Some(theirs) if theirs != top.digest => return Err(taken(&self.location(&incoming.artifact), &theirs, &top.digest)),
+            // Committed before a crash, and cleaned up.
+            Some(_) if !is_staged => {}
+            _ => {
+                let tree =
+                    self.tree(incoming, &[staged, &layout]).await.map_err(|fault| not_staged(fault, &self.location(&incoming.artifact)))?;
+                let (layout, staged, top) = (layout.clone(), staged.to_owned(), top.clone());
+                let (version, location) = (incoming.artifact.version().to_owned(), self.location(&incoming.artifact));
+                let land = move || {
+                    land(&layout, &staged, &tree, &top, &version, &location)?;
+                    durable::remove_all(&staged)
+                };
+                self.change(&incoming.artifact, land).await?;
+            }
+        }
+        let location = format!("{}@{}", self.location(&incoming.artifact), top.digest);
+        Ok(Landed { place: Place::Folder { path: layout }, location, note: None })
+    }
+
     /// Follows the image through the folders in this order.
     async fn tree(&self, incoming: &Incoming, folders: &[&Path]) -> Result<Tree, Fault> {
         let info = image_info(incoming)?;
@@ -319,9 +346,9 @@ impl Sink for LayoutSink {
     async fn trial(&self) -> Result<(), Fault> {
         let staging_root = self.staging_root.clone();
         let trial = move || {
-            durable::create_dir_all(&staging_root)?;
+            durable::create_dir_all(&staging_root).map_err(Fault::of_sink)?;
             // Not of a name that another daemon would remove as a leftover.
-            crate::files::trial(&staging_root.join(format!(".trial-{:016x}", rand::random::<u64>())))
+            crate::files::trial(&staging_root.join(format!(".trial-{:016x}", rand::random::<u64>()))).map_err(Fault::of_sink)
         };
         self.threads.run(trial).await
     }
@@ -329,8 +356,8 @@ impl Sink for LayoutSink {
     async fn check(&self, incoming: &Incoming) -> Result<(), Fault> {
         let ours = top_of(image_info(incoming)?)?.digest;
         let staging_root = self.staging_root.clone();
-        self.threads.run(move || durable::create_dir_all(&staging_root)).await?;
-        match self.named(&incoming.artifact).await? {
+        self.threads.run(move || durable::create_dir_all(&staging_root).map_err(Fault::of_sink)).await?;
+        match self.named(&incoming.artifact).await.map_err(Fault::of_sink)? {
             Some(theirs) if theirs != ours => Err(taken(&self.location(&incoming.artifact), &theirs, &ours)),
             _ => Ok(()),
         }
@@ -345,30 +372,7 @@ impl Sink for LayoutSink {
     }
 
     async fn commit(&self, incoming: &Incoming, staged: &Path) -> Result<Landed, Fault> {
-        let layout = self.layout(&incoming.artifact);
-        let top = top_of(image_info(incoming)?)?;
-        let lock = self.lock(&incoming.artifact);
-        let _held = lock.lock().await;
-        let looked = staged.to_owned();
-        let is_staged = self.threads.run(move || looked.try_exists().at(looked.display())).await?;
-        match self.named(&incoming.artifact).await? {
-            Some(theirs) if theirs != top.digest => return Err(taken(&self.location(&incoming.artifact), &theirs, &top.digest)),
-            // Committed before a crash, and cleaned up.
-            Some(_) if !is_staged => {}
-            _ => {
-                let tree =
-                    self.tree(incoming, &[staged, &layout]).await.map_err(|fault| not_staged(fault, &self.location(&incoming.artifact)))?;
-                let (layout, staged, top) = (layout.clone(), staged.to_owned(), top.clone());
-                let (version, location) = (incoming.artifact.version().to_owned(), self.location(&incoming.artifact));
-                let land = move || {
-                    land(&layout, &staged, &tree, &top, &version, &location)?;
-                    durable::remove_all(&staged)
-                };
-                self.change(&incoming.artifact, land).await?;
-            }
-        }
-        let location = format!("{}@{}", self.location(&incoming.artifact), top.digest);
-        Ok(Landed { place: Place::Folder { path: layout }, location, note: None })
+        self.commit_staged(incoming, staged).await.map_err(Fault::of_sink)
     }
 
     async fn activate(&self, _artifact: &ArtifactRef) -> Result<(), Fault> {

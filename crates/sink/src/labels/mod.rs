@@ -50,7 +50,7 @@ use tokio::sync::{Mutex, mpsc};
 use self::canonical::Table;
 use self::compare::Compare;
 use self::engine::{Engine, Held, NewVersion, Rows, joined, not_held};
-use super::{Incoming, Landed, Look, Place, Sink, Threads};
+use super::{Incoming, Landed, Look, Place, Sink, Threads, nothing_staged};
 use crate::settings;
 use base::durable;
 use base::fault::{Fault, IoContext};
@@ -184,7 +184,7 @@ impl LabelsSink {
                 if to.try_exists().at(to.display())? {
                     return Ok(()); // renamed before a crash
                 }
-                return Err(Fault::internal(format!("the staged labels {} are gone", from.display())));
+                return Err(nothing_staged(&from));
             }
             for table in Table::ALL {
                 durable::sync_file(&from.join(table.file()))?;
@@ -237,7 +237,7 @@ impl Sink for LabelsSink {
         // A version is staged again when something of it was found gone or changed, or when a crash came right behind the
         // load. Either way its rows are made anew, and readers of the series stay where they were.
         let looked = staged.to_owned();
-        let is_staged = self.threads.run(move || looked.try_exists().at(looked.display())).await?;
+        let is_staged = self.threads.run(move || looked.try_exists().at_sink(looked.display())).await?;
         let stood = is_staged && self.engine.held(set, version).await?.is_some_and(|held| held.digest == incoming.digest.hex());
         let active = if stood { self.engine.active(set).await? } else { None };
         if stood {

@@ -97,7 +97,7 @@ impl Committer {
             let Some(file) = handle else { continue };
             let synced = if whole { Ok(()) } else { file.sync_data() };
             let closed = durable::close(file);
-            if let Err(fault) = synced.and(closed).at(format_args!("sync {}", dest.path)) {
+            if let Err(fault) = synced.and(closed).at_sink(format_args!("sync {}", dest.path)) {
                 self.counters.damaged.lock().insert(dest.number);
                 first = first.and(Err(fault));
             }

@@ -54,7 +54,7 @@ impl Assembly {
         // After a loss of the chunk index the folder is all that is known of what was staged.
         let begins_adopting = place.is_none() && places.loss().is_some() && has_folder;
         if place.is_none() && !begins_adopting {
-            durable::remove_all(&path)?;
+            durable::remove_all(&path).map_err(Fault::of_sink)?;
         }
         let stage = root.stage(&self.incoming.transfer)?.with_fixed_modes(self.sink.fixed_modes());
         let (digest, transfer) = (self.incoming.digest, Some(self.incoming.transfer.to_string()));

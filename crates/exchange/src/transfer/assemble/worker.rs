@@ -138,7 +138,7 @@ impl Worker {
             let file = self.stage.open_file(&dest.path, 0)?;
             let written = write_parts(&file, &parts, offset);
             let closed = durable::close(file);
-            written.and(closed).at(format_args!("write {}", dest.path)).inspect_err(|_| self.is_damaged(&dest))?;
+            written.and(closed).at_sink(format_args!("write {}", dest.path)).inspect_err(|_| self.is_damaged(&dest))?;
         } else {
             // Held while writing: the kernel lets one in at a time, and has the others spin.
             let mut handle = dest.handle.lock();
@@ -149,7 +149,7 @@ impl Worker {
             let written = write_parts(file, &parts, offset);
             drop(handle);
             // What is full or beyond its quota took nothing of these bytes; other errors may have cost what was written before.
-            written.at(format_args!("write {}", dest.path)).inspect_err(|fault| {
+            written.at_sink(format_args!("write {}", dest.path)).inspect_err(|fault| {
                 if fault.code != Code::NoSpace {
                     self.is_damaged(&dest);
                 }
