@@ -61,7 +61,7 @@ impl Runner {
         let staging = unless(stop, self.watched(row, sink.as_ref(), &Waits::default(), Takes::AnyTime, staging)).await?;
         let wanted = row.clone();
         if let Some(landed) =
-            unless(stop, self.watched(row, sink.as_ref(), &Waits::default(), Takes::AnyTime, self.still_here(&wanted))).await?
+            Box::pin(unless(stop, self.watched(row, sink.as_ref(), &Waits::default(), Takes::AnyTime, self.still_here(&wanted)))).await?
         {
             let Some(root) = known else { return Err(Fault::internal("an artifact that lies here is not in the catalogue")) };
             return self.land(row, counters, &incoming(row, &root), landed).await;

@@ -207,7 +207,7 @@ impl World {
         };
         match what % 12 {
             0 if self.hub.takes(action, false) => self.at_hub(Event::Asked(action)),
-            1 => self.at_hub(Event::Delivered { lost: pick % 2 == 0 }),
+            1 => self.at_hub(Event::Delivered { lost: pick.is_multiple_of(2) }),
             2 => self.to_site.push((self.hub.want, self.hub.generation)),
             // Lost, taken, or taken and still on its way.
             3 if !self.to_site.is_empty() => drop(self.to_site.remove(at(self.to_site.len()))),
@@ -219,14 +219,14 @@ impl World {
             6 => self.report(),
             7 if !self.to_hub.is_empty() => {
                 let message = self.to_hub.remove(at(self.to_hub.len()));
-                if pick % 3 > 0 {
+                if !pick.is_multiple_of(3) {
                     self.take_report(message);
                 }
             }
             8 if !self.to_hub.is_empty() => self.take_report(self.to_hub[at(self.to_hub.len())].clone()),
-            9 => self.work(pick % 8 == 0),
+            9 => self.work(pick.is_multiple_of(8)),
             10 => self.work(false),
-            11 if pick % 4 == 0 => self.restart_site(),
+            11 if pick.is_multiple_of(4) => self.restart_site(),
             11 if pick % 4 == 1 => self.to_site.clear(),
             _ => {}
         }

@@ -215,7 +215,7 @@ async fn a_site_that_says_no_longer_that_it_uses_the_root_does_not_keep_versions
     two.renew().unwrap();
     let file = one.root.join(HIDDEN).join(SITES).join(&two.owner);
     let said = |ago: Duration| {
-        let time = std::time::SystemTime::now() - ago;
+        let time = std::time::SystemTime::from(base::clock::now()) - ago;
         File::options().write(true).open(&file).unwrap().set_modified(time).unwrap();
     };
     assert_eq!(one.others().unwrap().len(), 1);
