@@ -53,6 +53,15 @@ impl Lab {
     }
 }
 
+/// Makes a call when it is dropped.
+struct AtEnd<F: FnMut()>(F);
+
+impl<F: FnMut()> Drop for AtEnd<F> {
+    fn drop(&mut self) {
+        (self.0)();
+    }
+}
+
 /// A label set of one line.
 fn labels(scratch: &Scratch, name: &str) -> PathBuf {
     let path = scratch.join(&format!("{name}.csv"));
@@ -155,6 +164,79 @@ fn a_nas_that_is_read_only_is_waited_for() {
 }
 
 #[test]
+fn one_file_that_cannot_be_stored_keeps_no_other_from_it() {
+    let _limit = limit(secs(150));
+    for op in [Op::Write, Op::Flush, Op::Fsync] {
+        let Some(lab) = Lab::new() else { return };
+        lab.nas.set(|faults| {
+            faults.fail.insert(op, Errno::EIO);
+            faults.only = "part-007".into();
+        });
+        let source = lab.source("many", 50, 20_000);
+        let id = lab.deliver(&source, "dataset/many:v1");
+        let rest = lab.hub.wait_transfer(&id, "all but one file stored", secs(40), |t| t.bytes.committed == 49 * 20_000);
+        let again = lab.hub.wait_transfer(&id, "tried again", secs(60), |t| t.attempts > rest.attempts + 1);
+        let tries = u64::from(again.attempts - rest.attempts) + 1;
+        assert!(again.bytes.received - rest.bytes.received <= tries * 20_000, "{op:?}: only that file comes again: {again:#?}");
+        assert_eq!(again.bytes.committed, 49 * 20_000, "{op:?}: {again:#?}");
+        lab.nas.heal();
+        lab.hub.cli(&["retry", &id]);
+        lab.hub.wait_done(&id, secs(90));
+        assert_same(&source, &lab.behind("dataset/many:v1"));
+    }
+}
+
+#[test]
+fn a_nas_that_answers_no_read_is_no_damage() {
+    let _limit = limit(secs(120));
+    let Some(lab) = Lab::new() else { return };
+    let source = lab.source("one", 12, 20_000);
+    let id = lab.deliver(&source, "dataset/x:v1");
+    lab.hub.wait_done(&id, secs(30));
+    let fail = |errno, only: &str| {
+        lab.nas.set(|faults| {
+            faults.fail.insert(Op::Read, errno);
+            faults.only = only.into();
+        });
+    };
+    fail(Errno::EHOSTDOWN, "part-");
+    let verified = lab.site.cli(&["verify", "dataset/x:v1"]);
+    assert!(verified.code != 0 && verified.code != 8, "{}", verified.err);
+    assert!(!(verified.out + &verified.err).contains("--repair"), "nothing is said to be damaged");
+    lab.hub.cli(&["retry", &id]).expect(0);
+    lab.waits(&id, "sink_unavailable");
+    lab.nas.heal();
+    let again = lab.hub.wait_done(&id, secs(40));
+    assert_eq!(again.bytes.received, 0, "nothing came again: {again:#?}");
+
+    // A file that a disk cannot read, though it works otherwise, is damaged.
+    fail(Errno::EIO, "v1/part-003");
+    let verified = lab.site.cli(&["verify", "dataset/x:v1"]).expect(8);
+    assert!((verified.out + &verified.err).contains("part-003"));
+    lab.nas.heal();
+}
+
+#[test]
+fn a_file_that_is_linked_is_not_opened_again() {
+    let _limit = limit(secs(60));
+    let Some(lab) = Lab::new() else { return };
+    // As a whole small file, so that the next version links it.
+    let source = lab.source("one", 12, 20_000);
+    let first = lab.deliver(&source, "dataset/x:v1");
+    lab.hub.wait_done(&first, secs(30));
+    // An SMB server that refuses the second name of a file that is open by its first.
+    lab.nas.set(|faults| {
+        faults.fail.insert(Op::Open, Errno::EINVAL);
+        faults.only = "/t-".into();
+    });
+    std::fs::remove_file(source.join("part-011")).unwrap();
+    let second = lab.deliver(&source, "dataset/x:v2");
+    let done = lab.hub.wait_done(&second, secs(30));
+    assert_eq!((done.attempts, done.bytes.received), (1, 0), "{done:#?}");
+    assert_same(&source, &lab.behind("dataset/x:v2"));
+}
+
+#[test]
 fn rights_that_a_nas_takes_away_for_a_while_are_waited_for() {
     let _limit = limit(secs(150));
     let Some(lab) = Lab::new() else { return };
@@ -187,9 +269,11 @@ fn a_nas_that_is_unmounted_during_a_transfer_is_waited_for() {
     let (root, behind) = (scratch.folder("nas"), scratch.folder("behind"));
     // Bound from elsewhere, so that it can be mounted again as it was.
     let bind = || rustix::mount::mount_bind(&behind, &root);
+    let unbind = || rustix::mount::unmount(&root, rustix::mount::UnmountFlags::DETACH);
     if bind().is_err() {
         return;
     }
+    let _unbound = AtEnd(|| drop(unbind()));
     let hub = Hub::start_new(scratch.path());
     let line = Line::to(hub.quic);
     let spec = SiteSpec { root: Some(root.clone()), through: Some(line.address()), ..SiteSpec::default() };
@@ -202,7 +286,7 @@ fn a_nas_that_is_unmounted_during_a_transfer_is_waited_for() {
     line.hold_at(line.down() + (4 << 20));
     let id = hub.deliver(&["dataset/films:v1"], "chengdu").remove(0);
     hub.wait_transfer(&id, "on its way", secs(60), |t| t.bytes.received >= 1 << 20);
-    rustix::mount::unmount(&root, rustix::mount::UnmountFlags::DETACH).unwrap();
+    unbind().unwrap();
     line.hold_at(0);
     let waiting = hub.wait_transfer(&id, "waiting", secs(30), |t| t.reason.as_deref() == Some("sink_unavailable") || t.is_final());
     assert!(!waiting.is_final(), "{waiting:#?}");
@@ -210,7 +294,7 @@ fn a_nas_that_is_unmounted_during_a_transfer_is_waited_for() {
     bind().unwrap();
     hub.wait_done(&id, secs(40));
     assert_same(&source, &site.folder("dataset/films:v1"));
-    rustix::mount::unmount(&root, rustix::mount::UnmountFlags::DETACH).unwrap();
+    unbind().unwrap();
     let verified = site.cli(&["verify", "dataset/films:v1"]).expect(10);
     let said = verified.out.clone() + &verified.err;
     assert!(said.contains("the NAS is not at") && !said.contains("--repair"), "{said}");
@@ -339,6 +423,33 @@ fn a_nas_that_is_mounted_late_is_waited_for() {
     std::fs::create_dir_all(&root).unwrap();
     hub.wait_done(&id, secs(30));
     assert_same(&source, &site.folder("dataset/x:v1"));
+}
+
+#[test]
+fn a_nas_that_is_mounted_at_another_path_is_found_there() {
+    let _limit = limit(secs(90));
+    let scratch = Scratch::new();
+    let hub = Hub::start_new(scratch.path());
+    let (old, new) = (scratch.folder("old"), scratch.join("new"));
+    let mut site = Site::start_new(scratch.path(), &hub, "chengdu", &SiteSpec { root: Some(old.clone()), ..SiteSpec::default() });
+    let source = scratch.join("one");
+    for number in 0..8 {
+        data::write(&source.join(format!("part-{number}")), &data::noise(&mut data::rng(&format!("moved{number}")), 30_000));
+    }
+    hub.publish(&source, "dataset/x:v1", &[]);
+    hub.deliver_and_wait("dataset/x:v1", "chengdu", secs(30));
+    site.stop();
+    std::fs::rename(&old, &new).unwrap();
+    site.edit_config(old.to_str().unwrap(), new.to_str().unwrap());
+    site.start();
+    hub.wait_online("chengdu", true, secs(20));
+    site.cli(&["verify", "dataset/x:v1"]).expect(0);
+    std::fs::remove_file(source.join("part-0")).unwrap();
+    hub.publish(&source, "dataset/x:v2", &[]);
+    let id = hub.deliver(&["dataset/x:v2"], "chengdu").remove(0);
+    let done = hub.wait_done(&id, secs(30));
+    assert_eq!(done.bytes.received, 0, "all of it is at the new path: {done:#?}");
+    assert_same(&source, &new.join("dataset/x/v2"));
 }
 
 #[test]

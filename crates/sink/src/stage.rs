@@ -42,6 +42,8 @@ const COPY_WITHIN_BYTES: usize = 64 << 20;
 pub enum Shared {
     /// They share their blocks: nothing was written.
     Blocks,
+    /// They are one file, which is durable already where files are synced one by one.
+    Link,
     /// Its bytes were written by the filesystem.
     Copy,
     /// It did not: the filesystem can do neither.
@@ -134,6 +136,11 @@ impl Stage {
     /// The same where permission bits cannot be changed.
     pub fn with_fixed_modes(self, fixed_modes: bool) -> Self {
         Self { fixed_modes, ..self }
+    }
+
+    /// Whether permission bits cannot be changed here.
+    pub fn has_fixed_modes(&self) -> bool {
+        self.fixed_modes
     }
 
     /// Whether [`Stage::sync_filesystem`] makes everything durable and reports what was lost. Through FUSE it never reaches the server.
@@ -246,7 +253,13 @@ impl Stage {
             made => made,
         };
         match made {
-            Ok(()) => Ok(Shared::Blocks),
+            Ok(()) => {
+                // Not by its new name: an SMB server may refuse to open that while the file is open by the other.
+                if !self.syncs_whole {
+                    source.sync_all().at_sink(self.what("sync", path))?;
+                }
+                Ok(Shared::Link)
+            }
             Err(Errno::NOSPC | Errno::DQUOT) => Err(Fault::no_space(self.what("make the link", path))),
             // Another filesystem, too many links, or none at all, which servers say in several ways.
             Err(_) => self.copy_within(source, path, stat.st_size as u64),

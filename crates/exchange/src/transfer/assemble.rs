@@ -202,6 +202,8 @@ struct Done {
     bytes: u64,
     /// Whether bytes were written, or only blocks shared.
     written: bool,
+    /// Whether it is durable already.
+    synced: bool,
     /// Of what a kill may cost; nothing for what lies here.
     uncommitted: Option<Arc<OwnedSemaphorePermit>>,
 }
@@ -342,8 +344,8 @@ impl Assembly {
             place,
             counters: self.counters.clone(),
             commit: Commit::default(),
+            fresh: Vec::new(),
             rows: Vec::new(),
-            bytes: 0,
             unsynced: 0,
             large: HashMap::new(),
             small: Vec::new(),

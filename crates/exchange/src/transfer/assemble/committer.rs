@@ -21,6 +21,14 @@ use sink::stage::Stage;
 /// Chunks that wait for the index, in some 4 MB of memory.
 const ROWS_A_COMMIT: usize = 64 << 10;
 
+/// A chunk that is in place.
+pub(super) struct Fresh {
+    /// The number of its file.
+    entry: u64,
+    ordinal: u64,
+    bytes: u32,
+}
+
 pub(super) struct Committer {
     pub(super) stage: Arc<Stage>,
     pub(super) places: Arc<Places>,
@@ -28,10 +36,11 @@ pub(super) struct Committer {
     pub(super) place: u32,
     pub(super) counters: Arc<Counters>,
     pub(super) commit: Commit,
+    /// Chunks in place since the last commit.
+    pub(super) fresh: Vec<Fresh>,
     /// Where chunks lie that were committed, or will be next, and that the index does not know yet.
     pub(super) rows: Vec<(Hash, At)>,
-    pub(super) bytes: u64,
-    /// Those of them that were written and not only shared.
+    /// Bytes that were written since the last commit, and not only shared.
     pub(super) unsynced: u64,
     /// Files of several chunks written since the last commit.
     pub(super) large: HashMap<u64, Arc<Dest>>,
@@ -62,9 +71,8 @@ impl Committer {
     }
 
     fn take(&mut self, done: Done) {
-        let Done { dest, chunks, bytes, written, uncommitted } = done;
+        let Done { dest, chunks, bytes, written, synced, uncommitted } = done;
         self.shares.extend(uncommitted);
-        self.bytes += bytes;
         self.unsynced += if written { bytes } else { 0 };
         let first = !dest.announced.swap(true, Ordering::Relaxed);
         if first {
@@ -74,7 +82,10 @@ impl Committer {
         self.growing.note(&dest, chunks.iter().map(|&(_, _, offset, len)| (offset, len)));
         for (id, ordinal, offset, len) in chunks {
             self.rows.push((id, At { place: self.place, entry: dest.number, offset, len }));
-            self.commit.ordinals.push(ordinal);
+            self.fresh.push(Fresh { entry: dest.number, ordinal, bytes: len });
+        }
+        if synced {
+            return;
         }
         if dest.handle.lock().is_some() {
             self.large.entry(dest.number).or_insert(dest);
@@ -117,28 +128,43 @@ impl Committer {
         failure.patiently(|| places.commit(*place, journal, commit))
     }
 
-    /// `all`: the index learns of every chunk; else only once there are many.
+    /// `all`: the index learns of every chunk; else only once there are many. What could not be synced does not count, and ends the pass;
+    /// the rest counts all the same.
     fn flush(&mut self, all: bool) -> Result<(), Fault> {
-        if self.commit.ordinals.is_empty() && (self.rows.is_empty() || !all) {
+        if self.fresh.is_empty() && (self.rows.is_empty() || !all) {
             return Ok(());
         }
-        let stored = self.sync();
-        if stored.is_ok() {
-            self.large.clear();
-            self.small.clear();
-            self.unsynced = 0;
-            if all || self.rows.len() >= ROWS_A_COMMIT {
-                self.commit.chunks.append(&mut self.rows);
+        let synced = self.sync().inspect_err(|_| self.failure.stored.store(false, Ordering::Relaxed));
+        self.large.clear();
+        self.small.clear();
+        self.unsynced = 0;
+        let fresh = std::mem::take(&mut self.fresh);
+        let damaged = self.counters.damaged.lock().clone();
+        let good = || fresh.iter().filter(|chunk| !damaged.contains(&chunk.entry));
+        let bytes = good().map(|chunk| u64::from(chunk.bytes)).sum();
+        self.commit.ordinals.extend(good().map(|chunk| chunk.ordinal));
+        self.commit.entries.retain(|(entry, ..)| !damaged.contains(entry));
+        self.rows.retain(|(_, at)| !damaged.contains(&at.entry));
+        if all || self.rows.len() >= ROWS_A_COMMIT {
+            self.commit.chunks.append(&mut self.rows);
+        }
+        let some_stored = !self.commit.ordinals.is_empty();
+        if synced.is_err() && !some_stored && self.commit.chunks.is_empty() {
+            return synced;
+        }
+        self.note().inspect_err(|_| self.failure.stored.store(false, Ordering::Relaxed))?;
+        self.shares.clear();
+        if some_stored {
+            // What was noted is all that would not be sent again.
+            self.counters.store_failed.store(false, Ordering::Relaxed);
+            if let Some((uncommitted, more)) = self.more.take() {
+                uncommitted.add_permits(more);
             }
         }
-        stored.and_then(|()| self.note()).inspect_err(|_| self.failure.stored.store(false, Ordering::Relaxed))?;
-        // What was noted is all that would not be sent again.
-        self.counters.store_failed.store(false, Ordering::Relaxed);
-        if let Some((uncommitted, more)) = self.more.take() {
-            uncommitted.add_permits(more);
+        self.counters.committed.fetch_add(bytes, Ordering::Relaxed);
+        if let Err(fault) = synced {
+            self.failure.set(fault);
         }
-        self.shares.clear();
-        self.counters.committed.fetch_add(std::mem::take(&mut self.bytes), Ordering::Relaxed);
         Ok(())
     }
 }

@@ -306,10 +306,12 @@ impl Assembly {
                             .with_retry(Retry::Backoff)
                             .with_next("nothing: it is brought again by itself"));
                     }
-                    if masked || entry.mode != FILE_MODE {
+                    // Where modes are fixed nothing changes.
+                    let sets_mode = (masked || entry.mode != FILE_MODE) && !stage.has_fixed_modes();
+                    if sets_mode {
                         stage.set_mode(&entry.path, entry.mode)?;
                     }
-                    if masked || file.size == 0 || entry.mode != FILE_MODE {
+                    if file.size == 0 || sets_mode {
                         if !stage.syncs_whole() {
                             stage.sync_file(&entry.path)?;
                         } else if loose.len() < SYNC_ALL_FROM {

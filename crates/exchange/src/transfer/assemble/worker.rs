@@ -1,6 +1,7 @@
 //! Puts chunks in place: verifies each, whether it came over the line or lies here, and writes it.
 
 use std::fs::File;
+use std::ops::ControlFlow;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
@@ -12,17 +13,19 @@ use parking_lot::Mutex;
 use tokio::sync::mpsc;
 
 use super::{Counters, Dest, Done, Failure, Item, Job, Local, Shared, Whole};
-use crate::chunk_index::Reader;
+use crate::chunk_index::{At, Reader};
 use base::durable;
 use base::durable::write_parts;
 use base::fault::{Code, Fault, IoContext};
 use content::chunk::Hash;
-use content::frame::Verified;
+use content::frame::{Frame, Verified};
 use content::manifest::{ChunkRef, Spot};
 use sink::stage::{self, Stage};
 
 /// Bytes of a file that are read at once to be hashed.
 pub(super) const READ_BYTES: usize = 256 << 10;
+/// Files of one job that cannot be stored before the rest of it is given up.
+const FAILURES_A_JOB_MAX: usize = 2;
 /// Bytes of one file that are written together at the most.
 const RUN_BYTES: u64 = 1 << 20;
 
@@ -43,66 +46,100 @@ impl Worker {
         loop {
             let job = queue.lock().blocking_recv();
             let Some(job) = job else { return Ok(()) };
-            match job {
+            let mut done = Vec::new();
+            let worked = match job {
                 Job::Write { frames, share } => {
-                    let (mut run, mut done) = (None, Vec::new());
-                    for (item, frame) in frames {
-                        let chunk = frame.verify(item.chunk.id, item.chunk.len)?;
-                        self.counters.received.fetch_add(chunk.bytes.len() as u64, Ordering::Relaxed);
-                        self.put(item, chunk, &mut run, &mut done)?;
-                    }
-                    self.end_run(run, &mut done)?;
+                    let written = self.write_all(frames, &mut done);
                     if let Some(first) = done.first_mut() {
                         first.uncommitted = Some(share.uncommitted.clone());
                     }
-                    drop(share);
-                    if self.report(done).is_err() {
-                        return Ok(());
-                    }
+                    written
                 }
-                Job::Copy(copies) => {
-                    let (mut run, mut done) = (None, Vec::new());
-                    for (item, at) in copies {
-                        match self.local.chunk(item.chunk, at) {
-                            Ok(chunk) => {
-                                self.counters.reused.fetch_add(chunk.bytes.len() as u64, Ordering::Relaxed);
-                                self.put(item, chunk, &mut run, &mut done)?;
-                            }
-                            Err(fault) => {
-                                tracing::info!(chunk = %item.chunk.id, error = %fault, "a local chunk is stale; fetching it instead");
-                                self.failure.patiently(|| self.shared.places.forget(item.chunk.id))?;
-                            }
-                        }
-                    }
-                    self.end_run(run, &mut done)?;
-                    if self.report(done).is_err() {
-                        return Ok(());
-                    }
+                Job::Copy(copies) => self.copy_all(copies, &mut done),
+                Job::Share(wholes) => self.share_all(wholes, &mut done),
+            };
+            let some_stored = !done.is_empty();
+            // What was stored counts, whatever failed beside it.
+            if self.report(done).is_err() {
+                return worked;
+            }
+            match worked {
+                // The pass ends, and what came already is stored.
+                Err(fault) if some_stored => self.failure.set(fault),
+                Err(fault) => return Err(fault),
+                Ok(()) => {}
+            }
+        }
+    }
+
+    /// Writes what came over the line.
+    fn write_all(&self, frames: Vec<(Item, Frame)>, done: &mut Vec<Done>) -> Result<(), Fault> {
+        let (mut run, mut tries) = (None, Tries::default());
+        for (item, frame) in frames {
+            let chunk = match frame.verify(item.chunk.id, item.chunk.len) {
+                Ok(chunk) => chunk,
+                Err(fault) => {
+                    tries.failed(fault.into());
+                    break;
                 }
-                Job::Share(wholes) => {
-                    let mut done = Vec::with_capacity(wholes.len());
-                    for Whole { dest, from, chunks } in wholes {
-                        match self.share(&dest, &from) {
-                            Ok(how @ (stage::Shared::Blocks | stage::Shared::Copy)) => {
-                                self.counters.reused.fetch_add(dest.file.size, Ordering::Relaxed);
-                                let written = how == stage::Shared::Copy;
-                                done.push(Done { bytes: dest.file.size, dest, chunks, written, uncommitted: None });
-                            }
-                            Ok(stage::Shared::Not) => self.copy_whole(&dest, &chunks, &from.path, &mut done)?,
-                            Err(fault) if fault.code == Code::NoSpace => return Err(fault),
-                            Err(fault) => {
-                                tracing::info!(path = %from.path.display(), error = %fault, "a local file is stale; fetching it instead");
-                                self.stage.remove_file(&dest.path)?;
-                                if let Some(first) = chunks.first() {
-                                    self.failure.patiently(|| self.shared.places.forget(first.0))?;
-                                }
-                            }
-                        }
-                    }
-                    if self.report(done).is_err() {
-                        return Ok(());
-                    }
+            };
+            self.counters.received.fetch_add(chunk.bytes.len() as u64, Ordering::Relaxed);
+            if tries.note(self.put(item, chunk, &mut run, done)).is_break() {
+                break;
+            }
+        }
+        let _ = tries.note(self.end_run(run, done));
+        tries.end()
+    }
+
+    /// Copies chunks that lie here.
+    fn copy_all(&mut self, copies: Vec<(Item, At)>, done: &mut Vec<Done>) -> Result<(), Fault> {
+        let (mut run, mut tries) = (None, Tries::default());
+        for (item, at) in copies {
+            let put = match self.local.chunk(item.chunk, at) {
+                Ok(chunk) => {
+                    self.counters.reused.fetch_add(chunk.bytes.len() as u64, Ordering::Relaxed);
+                    self.put(item, chunk, &mut run, done)
                 }
+                Err(fault) => {
+                    tracing::info!(chunk = %item.chunk.id, error = %fault, "a local chunk is stale; fetching it instead");
+                    self.failure.patiently(|| self.shared.places.forget(item.chunk.id))
+                }
+            };
+            if tries.note(put).is_break() {
+                break;
+            }
+        }
+        let _ = tries.note(self.end_run(run, done));
+        tries.end()
+    }
+
+    /// Shares whole files that lie here.
+    fn share_all(&mut self, wholes: Vec<Whole>, done: &mut Vec<Done>) -> Result<(), Fault> {
+        let mut tries = Tries::default();
+        for Whole { dest, from, chunks } in wholes {
+            if tries.note(self.share_one(dest, &from, chunks, done)).is_break() {
+                break;
+            }
+        }
+        tries.end()
+    }
+
+    fn share_one(&mut self, dest: Arc<Dest>, from: &Local, chunks: Chunks, done: &mut Vec<Done>) -> Result<(), Fault> {
+        use stage::Shared;
+        match self.share(&dest, from) {
+            Ok(Shared::Not) => self.copy_whole(&dest, &chunks, &from.path, done),
+            Ok(how) => {
+                self.counters.reused.fetch_add(dest.file.size, Ordering::Relaxed);
+                let (written, synced) = (how == Shared::Copy, how == Shared::Link && !self.stage.syncs_whole());
+                done.push(Done { bytes: dest.file.size, dest, chunks, written, synced, uncommitted: None });
+                Ok(())
+            }
+            Err(fault) if fault.code == Code::NoSpace => Err(fault),
+            Err(fault) => {
+                tracing::info!(path = %from.path.display(), error = %fault, "a local file is stale; fetching it instead");
+                self.stage.remove_file(&dest.path)?;
+                chunks.first().map_or(Ok(()), |first| self.failure.patiently(|| self.shared.places.forget(first.0)))
             }
         }
     }
@@ -114,15 +151,13 @@ impl Worker {
 
     /// Puts verified bytes at their place; those that follow each other go together.
     fn put(&self, item: Item, chunk: Verified, run: &mut Option<Run>, done: &mut Vec<Done>) -> Result<(), Fault> {
-        if !run.as_ref().is_some_and(|run| run.goes_on_with(&item)) {
-            self.end_run(run.take(), done)?;
-        }
+        let ended = if run.as_ref().is_some_and(|run| run.goes_on_with(&item)) { None } else { run.take() };
         let Item { dest, spot, .. } = item;
         let run = run.get_or_insert_with(|| Run { dest, offset: spot.offset, len: 0, chunks: Vec::new(), parts: Vec::new() });
         run.chunks.push((chunk.id, spot.ordinal, spot.offset, chunk.bytes.len() as u32));
         run.len += chunk.bytes.len() as u64;
         run.parts.push(chunk.bytes);
-        Ok(())
+        self.end_run(ended, done)
     }
 
     /// Writes what was put.
@@ -155,7 +190,7 @@ impl Worker {
                 }
             })?;
         }
-        done.push(Done { dest, chunks, bytes: len, written: true, uncommitted: None });
+        done.push(Done { dest, chunks, bytes: len, written: true, synced: false, uncommitted: None });
         Ok(())
     }
 
@@ -217,12 +252,41 @@ impl Worker {
     }
 }
 
+/// The chunks of a file: of each its hash, its ordinal, its offset and its bytes.
+type Chunks = Vec<(Hash, u64, u64, u32)>;
+
+/// The tries of one job: one file that cannot be stored does not keep the others from it, but a disk that takes none is left alone.
+#[derive(Default)]
+struct Tries {
+    failed: usize,
+    first: Option<Fault>,
+}
+
+impl Tries {
+    fn failed(&mut self, fault: Fault) {
+        self.failed += 1;
+        self.first.get_or_insert(fault);
+    }
+
+    /// Whether the job goes on after this.
+    fn note(&mut self, tried: Result<(), Fault>) -> ControlFlow<()> {
+        if let Err(fault) = tried {
+            self.failed(fault);
+        }
+        if self.failed < FAILURES_A_JOB_MAX { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
+    }
+
+    fn end(self) -> Result<(), Fault> {
+        self.first.map_or(Ok(()), Err)
+    }
+}
+
 /// Verified bytes of one file that follow each other.
 struct Run {
     dest: Arc<Dest>,
     offset: u64,
     len: u64,
-    chunks: Vec<(Hash, u64, u64, u32)>,
+    chunks: Chunks,
     parts: Vec<Bytes>,
 }
 
