@@ -500,9 +500,9 @@ impl Hub {
         let link = self.link_of(site).ok_or_else(|| Fault::unreachable(format!("the line to site {site} ended")))?;
         let fetcher = Fetcher::new(link, digest, Arc::default()).with_idle_max(MANIFEST_IDLE_MAX);
         let root = fetcher.root().await?;
-        let _reserved = self.reserve(&Holder::Site(site.clone()), &artifact, &root).await?;
+        let reserved = self.reserve(&Holder::Site(site.clone()), &artifact, &root).await?;
         // Until the artifact is in the catalogue no collection takes its pages.
-        let store = inner.store.leased();
+        let store = inner.store.leased_with(reserved.clone());
         fetcher.pages(&root, None, &store).await?;
         self.check_manifest(&artifact, &root).await?;
         // What was opened by its digest before it was known here must be looked at anew.
@@ -519,6 +519,7 @@ impl Hub {
             return Err(Fault::conflict(format!("the name {artifact} is taken")).with_next("publish this under another name or version"));
         }
         let added = added?;
+        reserved.finish();
         inner.catalogue.set_omitted(&artifact, omitted).await?;
         let transfers = match to {
             Some(to) => self.deliver_to(Some(site), std::slice::from_ref(&artifact), to).await?.transfers,

@@ -158,9 +158,9 @@ impl Hub {
             // Says the conflict in its own words.
             inner.catalogue.add_artifact(&artifact, &root, None).await?;
         }
-        let _reserved = self.reserve(&Holder::Publisher(publisher.clone()), &artifact, &root).await?;
+        let reserved = self.reserve(&Holder::Publisher(publisher.clone()), &artifact, &root).await?;
         // Until the artifact is in the catalogue no collection takes what was found here or brought.
-        let store = inner.store.leased();
+        let store = inner.store.leased_with(reserved.clone());
         let losses = store.losses();
         manifest.pages(&root, None, &store).await?;
         self.check_manifest(&artifact, &root).await?;
@@ -168,6 +168,7 @@ impl Hub {
         let flushed = store.clone();
         blocking(move || flushed.flush_since(losses)).await?;
         let added = self.register(None, &artifact, &root).await?;
+        reserved.finish();
         inner.catalogue.set_omitted(&artifact, omitted).await?;
         if added {
             inner.catalogue.set_publisher(&artifact, publisher).await?;
