@@ -62,7 +62,11 @@ impl Site {
             counted.bytes.fetch_add(bytes, Ordering::Relaxed);
         });
         let store = &self.inner.shared.store;
-        let Found { faults, notes } = verify(sink.as_ref(), store.clone(), &incoming, &place, &look).await?;
+        let Found { faults, notes, unread } = verify(sink.as_ref(), store.clone(), &incoming, &place, &look).await?;
+        if let Some(why) = unread.filter(|_| faults.is_empty()) {
+            return Err(Fault::not_allowed(format!("{} was not verified: {why}", incoming.artifact))
+                .with_next("when the registry gives the image out, run 'packhorse verify' again"));
+        }
         notes.into_iter().for_each(|note| progress.note(note));
         // A repair leaves it where it is, so it is named before.
         progress.doing(format!("looking for what lies beside {}", incoming.artifact));

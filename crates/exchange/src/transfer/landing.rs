@@ -41,13 +41,14 @@ impl Runner {
         let (Some(place), None) = (&there.place, inner.shared.places.staged_by(&row.id)) else { return Ok(None) };
         let sink = inner.sinks.of(row.artifact.kind);
         let incoming = incoming(row, &there.root);
-        let Found { faults, notes } = match verify(sink.as_ref(), inner.shared.store.clone(), &incoming, place, &Look::default()).await {
-            // A page of the manifest is damaged: it is brought again as well.
-            Err(fault) if fault.code == Code::Integrity => Found { faults: vec![fault.to_string()], notes: Vec::new() },
-            other => other?,
-        };
+        let Found { faults, notes, unread } =
+            match verify(sink.as_ref(), inner.shared.store.clone(), &incoming, place, &Look::default()).await {
+                // A page of the manifest is damaged: it is brought again as well.
+                Err(fault) if fault.code == Code::Integrity => Found { faults: vec![fault.to_string()], ..Found::default() },
+                other => other?,
+            };
         let Some(first) = faults.first() else {
-            let note = notes.into_iter().next();
+            let note = notes.into_iter().next().or(unread);
             if row.artifact.kind.is_files() {
                 // A try before may have ended before the version became the active one.
                 let landed = sink.commit(&incoming, &row.id.in_dir(sink.staging_root())).await?;

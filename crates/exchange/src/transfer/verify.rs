@@ -23,6 +23,8 @@ pub struct Found {
     pub faults: Vec<String>,
     /// What else is not as it was delivered, and is left so.
     pub notes: Vec<String>,
+    /// Why the content could not be read: then nothing is known of it.
+    pub unread: Option<String>,
 }
 
 /// Compares all that was committed of an artifact with its manifest: reads its content, unless a quick look was asked for.
@@ -31,7 +33,7 @@ pub async fn verify(sink: &dyn Sink, store: Store, incoming: &Incoming, place: &
     // What is gone as a whole need not be told file by file.
     let folder = match place {
         Place::Folder { path } if faults.is_empty() && incoming.artifact.kind.is_files() => path.clone(),
-        _ => return Ok(Found { faults, notes: look.take_notes() }),
+        _ => return Ok(Found { faults, notes: look.take_notes(), unread: look.take_unread() }),
     };
     let (root, look) = (incoming.root.clone(), look.clone());
     let work = move || {
@@ -66,7 +68,7 @@ pub async fn verify(sink: &dyn Sink, store: Store, incoming: &Incoming, place: &
         if look.quick {
             look.note("quick check: names and sizes were compared; no content was read");
         }
-        Ok(Found { faults, notes: modes.into_iter().chain(look.take_notes()).collect() })
+        Ok(Found { faults, notes: modes.into_iter().chain(look.take_notes()).collect(), unread: look.take_unread() })
     };
     sink.threads().run(work).await
 }
