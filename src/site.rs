@@ -2,6 +2,7 @@
 
 mod backend;
 mod line;
+mod lost;
 mod publish;
 mod runs;
 mod watch;
@@ -96,6 +97,7 @@ impl Site {
             .with_next("mend the name in the config, or join anew"));
         }
         let memory = Memory::of(config.limits.memory);
+        lost::note(&config.data_dir)?;
         let catalogue = Catalogue::open(&config.data_dir).await?;
         let data = config.data_dir.clone();
         // Whatever came here, or is on its way, has rows in there.

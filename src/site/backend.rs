@@ -339,6 +339,7 @@ impl Backend for Site {
             });
         }
         out.push(sink::stage::room_report(&inner.config.data_dir)?);
+        out.extend(crate::site::lost::report(&inner.config.data_dir));
         out.extend(inner.shared.places.loss().map(|loss| loss.report(&inner.config.data_dir)));
         out.extend(self.changed_lines().await?);
         Ok(out)
