@@ -180,7 +180,7 @@ fn a_damaged_or_missing_chunk_index_is_made_again_by_the_command() {
     world.hub.cli(&["store", "rebuild-index"]).expect(6);
     world.hub.stop();
     File::options().write(true).open(&index).unwrap().set_len(index.metadata().unwrap().len() / 3).unwrap();
-    let refused = world.hub.cli(&["serve"]).expect(1).says(&["index.redb", "is damaged", "packhorse store rebuild-index"]);
+    let refused = world.hub.cli(&["serve"]).expect(3).says(&["index.redb", "is damaged", "packhorse store rebuild-index"]);
     assert!(!refused.err.contains("panicked"), "{}", refused.err);
     let damaged = std::fs::read(&index).unwrap();
     let made = world.hub.json(&["store", "rebuild-index"]);
