@@ -13,12 +13,14 @@ pub(crate) struct Tracker {
     transfers: BTreeMap<String, Option<Transfer>>,
     /// What some of these wait for and is none of them, as last seen.
     firsts: Vec<Transfer>,
+    /// Of each transfer the state and reason that a line was said for last.
+    said: BTreeMap<String, (bool, Option<Reason>)>,
 }
 
 impl Tracker {
     /// Waits for these.
     pub(crate) fn new(ids: &[String]) -> Self {
-        Self { transfers: ids.iter().map(|id| (id.clone(), None)).collect(), firsts: Vec::new() }
+        Self { transfers: ids.iter().map(|id| (id.clone(), None)).collect(), firsts: Vec::new(), said: BTreeMap::new() }
     }
 
     /// Ids of what some of these wait for and is none of them.
@@ -40,7 +42,8 @@ impl Tracker {
         self.transfers.values().flatten().chain(&self.firsts)
     }
 
-    /// Takes an answer. Returns what a person should be told: an end, or a new reason to stand still.
+    /// Takes an answer. Returns what a person should be told: an end, or a new reason to stand still. A transfer that tries again for the
+    /// same reason says nothing new: the progress line names what waits.
     pub(crate) fn absorb(&mut self, transfer: Transfer) -> Option<String> {
         let known = self.transfers.get_mut(&transfer.id)?;
         let before = known.as_ref().map(|t| (t.state, t.reason));
@@ -49,6 +52,8 @@ impl Tracker {
             return None;
         }
         let line = (before != Some((transfer.state, transfer.reason))).then(|| notice(&transfer)).flatten();
+        let now = (transfer.state.is_final() || transfer.state == State::Paused, transfer.reason);
+        let line = line.filter(|_| self.said.insert(transfer.id.clone(), now) != Some(now));
         *known = Some(transfer);
         line
     }
