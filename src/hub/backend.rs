@@ -154,16 +154,8 @@ impl Hub {
                 Action::Retry => matches!(row.state, State::Failed | State::Cancelled),
             };
             if !fits && single {
-                let word = match action {
-                    Action::Pause => "pause",
-                    Action::Resume => "resume",
-                    Action::Cancel => "cancel",
-                    Action::Retry => "retry",
-                };
                 let state = if row.removed_ms.is_some() { "given back" } else { row.state.as_str() };
-                return Err(
-                    Fault::conflict(format!("transfer {id} is {state}: there is nothing to {word}")).with_next("see 'packhorse status'")
-                );
+                return Err(nothing_to(action, &format!("transfer {id} is {state}")));
             }
             let refusal = if fits && action == Action::Retry { self.shared_no_more(by, &row).await? } else { None };
             let row = match (fits, refusal) {
@@ -179,7 +171,11 @@ impl Hub {
             out.push(self.view(&row));
         }
         // Of several, those that may go on do.
-        refused.filter(|_| !acted).map_or(Ok(out), Err)
+        match refused {
+            _ if acted => Ok(out),
+            Some(refusal) => Err(refusal),
+            None => Err(nothing_to(action, &format!("of {id}, every transfer has ended or stays as it is"))),
+        }
     }
 
     /// Takes an artifact into the catalogue that was published at a site, or whose bytes are in the hub's store now. `false`: it
@@ -206,6 +202,17 @@ impl Hub {
         });
         Ok(lines.collect())
     }
+}
+
+/// The fault of an action that fits no transfer that it names.
+fn nothing_to(action: Action, how: &str) -> Fault {
+    let word = match action {
+        Action::Pause => "pause",
+        Action::Resume => "resume",
+        Action::Cancel => "cancel",
+        Action::Retry => "retry",
+    };
+    Fault::conflict(format!("{how}: there is nothing to {word}")).with_next("see 'packhorse status'")
 }
 
 #[async_trait]
