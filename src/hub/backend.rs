@@ -441,6 +441,7 @@ impl Backend for Hub {
             joined.push(site.name);
         }
         out.extend(self.share_fault(&joined));
+        out.extend(self.site_list_faults(&joined).await?);
         out.extend(self.changed_lines().await?);
         out.extend(self.manifest_lines().await?);
         Ok(out)
@@ -531,5 +532,38 @@ fn found(row: &TransferRow, standing: &Option<Standing>) -> Found {
             Found { again: false, note: Some(format!("{artifact} at {site}: {message}")), message: Some(message.into()) }
         }
         (Stands::Sound, _) => Found { again: false, note: None, message: None },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::hub::upload::tests::Bench;
+    use base::fault::Code;
+    use transport::identity::Claim;
+
+    #[tokio::test]
+    async fn an_action_that_fits_no_transfer_of_a_delivery_is_refused_as_for_one_transfer() {
+        let bench = Bench::start().await;
+        let token = bench.token(None, Some("office")).await;
+        bench.publish(&bench.source("a", 100, 1), "model/a:v1", Some(&token)).await.unwrap();
+        for site in ["east", "west"] {
+            bench.join(&bench.token(Some(site), None).await, &Claim::Site(site.parse().unwrap())).await;
+        }
+        let delivered = bench.hub.deliver_to(None, &["model/a:v1".parse().unwrap()], &"east,west".parse().unwrap()).await.unwrap();
+        let code = async |id: &str, action| bench.hub.act_on(None, id, action).await.map(|_| ()).map_err(|fault| fault.code);
+        let (all, one) = (delivered.delivery.as_str(), delivered.transfers[0].as_str());
+        for (action, expected) in [
+            (Action::Cancel, Ok(())),
+            (Action::Pause, Err(Code::Conflict)),
+            (Action::Retry, Ok(())),
+            (Action::Retry, Err(Code::Conflict)),
+            (Action::Pause, Ok(())),
+        ] {
+            assert_eq!(code(all, action).await, expected, "{action:?}");
+            if expected.is_err() {
+                assert_eq!(code(one, action).await, expected, "{action:?} of one");
+            }
+        }
     }
 }

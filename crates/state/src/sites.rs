@@ -34,6 +34,17 @@ pub struct SiteRow {
     pub open_transfers: u64,
 }
 
+/// Whom a site shares with and trains for, as it told.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct AllowLists {
+    /// The site.
+    pub site: SiteName,
+    /// Its `[share] allow`.
+    pub share: Vec<String>,
+    /// Its `[train] allow`.
+    pub train: Vec<String>,
+}
+
 impl Catalogue {
     /// Keeps a join token: only the hash of its secret. A site and a publisher may not share a name.
     pub async fn add_token(
