@@ -167,10 +167,15 @@ impl Runner {
         if !row.body.landed || row.removed_ms.is_some() {
             return Ok(false);
         }
-        // A sink that does not answer must not keep a cancel waiting.
+        // A sink that does not answer must not keep a cancel waiting. What it cannot tell now is as it was: nobody removed it, and it may
+        // be in use. Where something of it is staged it was looked at, and was not sound.
         match tokio::time::timeout(CANCEL_LOOK_MAX, self.holds(&row.artifact, row.digest)).await {
             Ok(Ok(true)) => {}
-            _ => return Ok(false),
+            Ok(Ok(false)) => return Ok(false),
+            _ if inner.shared.places.staged_by(&row.id).is_some() => return Ok(false),
+            unknown => {
+                tracing::warn!(transfer = %row.id, artifact = %row.artifact, ?unknown, "a sink does not tell whether it still holds this");
+            }
         }
         let there = inner.catalogue.artifact(&row.artifact).await?;
         row.body.bytes.committed = row.body.bytes.total;
