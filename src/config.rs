@@ -323,6 +323,9 @@ impl Config {
     /// What `config check` reports of a configuration that is valid and may not do what was meant.
     pub fn notes(&self) -> Vec<String> {
         let mut notes = Vec::new();
+        if self.role == Role::Hub && self.line.transport != Transport::Auto {
+            notes.push("[line] transport has no effect at a hub: a hub accepts QUIC and TCP, each site chooses; remove the key".to_owned());
+        }
         if self.train.as_ref().is_some_and(|train| train.allow.is_empty()) {
             notes.push("[train] allow is empty: no site may train here; list the sites that may".to_owned());
         }

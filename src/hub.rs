@@ -132,6 +132,8 @@ impl Hub {
     pub async fn open(config: Config, stop: CancellationToken) -> Result<Self, Fault> {
         durable::remove_all(&config.data_dir.join("scratch"))?;
         refuse_a_part(&config.data_dir, "catalogue.db", has_packs(&config.data_dir), "the store has packs")?;
+        let has_identity = config.data_dir.join("identity/ca.pem").exists();
+        refuse_a_part(&config.data_dir, "catalogue.db", has_identity, "the hub has an identity")?;
         let allow = config.share.allow.as_ref().map(|list| list.iter().map(|text| text.parse()).collect::<Result<Vec<SiteSelector>, _>>());
         let catalogue = Catalogue::open(&config.data_dir).await?.with_share_policy(allow.transpose()?);
         let published = catalogue.any_artifact().await?;

@@ -1,6 +1,15 @@
 //! Jobs: work that a request began and that goes on after its 202. Kept in memory: a restart forgets them, and since
 //! every command may be run again, whoever waited for one runs it again.
 
+use std::collections::VecDeque;
+use std::future::Future;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
+use serde::Serialize;
+
 use crate::api::types::Job;
 use base::blocking::blocking;
 use base::fault::{Code, Fault, Reason};
@@ -8,14 +17,7 @@ use base::job_progress::{JobProgress, cancelled};
 use base::limits::{JOB_CANCEL_MAX, JOB_RESULT_BYTES_MAX, ROOM_LOOK_EVERY};
 use content::store::Store;
 use model::paging::{self, Page, Pager, Room};
-use parking_lot::Mutex;
-use serde::Serialize;
 use state::{Catalogue, new_id};
-use std::collections::VecDeque;
-use std::future::Future;
-use std::sync::Arc;
-use std::sync::atomic::Ordering;
-use std::time::{Duration, Instant};
 
 /// Jobs remembered; the oldest ended one is forgotten first.
 const JOBS_KEPT: usize = 256;

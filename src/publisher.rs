@@ -10,10 +10,22 @@
 //! A crash leaves a folder of work that the next publish takes over and empties. Nothing else is needed to go on: the
 //! source is read again, and what the hub has kept by then is not sent again.
 
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Instant;
+
+use async_trait::async_trait;
+use parking_lot::Mutex;
+use serde::{Deserialize, Serialize};
+use tokio::sync::Semaphore;
+use tokio::task::JoinSet;
+use tokio::time::timeout;
+
 use crate::api::types::{Published, SourceOptions};
 use crate::config::Line;
 use crate::reading::{self, Access};
-use async_trait::async_trait;
 use base::blocking::blocking;
 use base::fault::{Code, Fault, IoContext};
 use base::job_progress::JobProgress;
@@ -30,16 +42,6 @@ use exchange::chunk_index::Places;
 use exchange::fetch;
 use exchange::in_place::{Held, Holdings, Origin};
 use exchange::wire::{self, AskHub, FETCH};
-use parking_lot::Mutex;
-use serde::{Deserialize, Serialize};
-use std::fs::File;
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::sync::atomic::Ordering;
-use std::time::Instant;
-use tokio::sync::Semaphore;
-use tokio::task::JoinSet;
-use tokio::time::timeout;
 use transport::identity::{CertificateRequest, Claim, Holder, JoinToken, SiteIdentity, fingerprint};
 use transport::{self, Link, Redial};
 

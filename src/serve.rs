@@ -1,5 +1,16 @@
 //! The daemon: builds what the config says, serves, and stops clean.
 
+use std::fs::File;
+use std::future::Future;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::net::TcpListener;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+
 use crate::api::{self, ApiToken, Backend, LocalSocket};
 use crate::config::{Config, Role};
 use crate::hub::Hub;
@@ -9,14 +20,6 @@ use base::fault::{Code, Fault, IoContext};
 use base::limits::{DRAIN_MAX, STATE_RETRY_EVERY};
 use base::{durable, open_files, private};
 use content::store::{Rebuilt, rebuild_index as rebuild_index_of};
-use std::fs::File;
-use std::future::Future;
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::time::Duration;
-use tokio::net::TcpListener;
-use tokio::signal::unix::{SignalKind, signal};
-use tokio_util::sync::CancellationToken;
 use transport::identity::{CertificateRequest, Claim, JoinToken, SiteIdentity};
 
 /// Runs a daemon until SIGTERM or SIGINT, or, if so asked, until standard input ends.
@@ -63,14 +66,14 @@ pub async fn run_until(config: Config, stop: CancellationToken) -> Result<(), Fa
     let api = Api { listener, local, token };
     match config.role {
         Role::Hub => {
-            let Some(hub) = with_room(&stop, STATE_RETRY_EVERY, || Hub::open(config.clone(), stop.clone())).await? else { return Ok(()) };
+            let Some(hub) = api.while_opening(&stop, || Hub::open(config.clone(), stop.clone())).await? else { return Ok(()) };
             private::tighten(&data_dir);
             let work = hub.clone();
             let work = Box::pin(async move { work.run().await });
             drive(api, Arc::new(hub.clone()), work, stop, hub.stopped()).await
         }
         Role::Site => {
-            let Some(site) = with_room(&stop, STATE_RETRY_EVERY, || Site::open(config.clone(), stop.clone())).await? else { return Ok(()) };
+            let Some(site) = api.while_opening(&stop, || Site::open(config.clone(), stop.clone())).await? else { return Ok(()) };
             private::tighten(&data_dir);
             let work = site.clone();
             let work = Box::pin(async move { work.run().await });
@@ -79,10 +82,12 @@ pub async fn run_until(config: Config, stop: CancellationToken) -> Result<(), Fa
     }
 }
 
-/// Opens a daemon's state; where its disk is full, again and again until there is room. `None`: the daemon is to stop.
+/// Opens a daemon's state; where its disk is full, again and again until there is room, and meanwhile says so to `waits`. `None`: the
+/// daemon is to stop.
 async fn with_room<T, F: Future<Output = Result<T, Fault>>>(
     stop: &CancellationToken,
     pause: Duration,
+    waits: &watch::Sender<Option<Fault>>,
     open: impl Fn() -> F,
 ) -> Result<Option<T>, Fault> {
     let mut logged = None;
@@ -93,8 +98,10 @@ async fn with_room<T, F: Future<Output = Result<T, Fault>>>(
         };
         if logged.as_ref() != Some(&fault.message) {
             tracing::error!(error = %fault, next = "make room; the daemon starts then", "the daemon waits for room on the disk of its state");
-            logged = Some(fault.message);
+            logged = Some(fault.message.clone());
         }
+        let told = fault.context("the daemon has not started yet").with_next("make room on that disk; the daemon starts then by itself");
+        waits.send_replace(Some(told));
         tokio::select! {
             () = tokio::time::sleep(pause) => {}
             () = stop.cancelled() => return Ok(None),
@@ -107,6 +114,23 @@ struct Api {
     listener: TcpListener,
     local: Option<LocalSocket>,
     token: ApiToken,
+}
+
+impl Api {
+    /// Opens a daemon's state ([`with_room`]). While that waits for room, the API answers with the reason.
+    async fn while_opening<T, F: Future<Output = Result<T, Fault>>>(
+        &self,
+        stop: &CancellationToken,
+        open: impl Fn() -> F,
+    ) -> Result<Option<T>, Fault> {
+        let (waits, why) = watch::channel(None);
+        tokio::select! {
+            opened = with_room(stop, STATE_RETRY_EVERY, &waits, open) => opened,
+            () = api::serve_starting(&self.listener, self.local.as_ref(), &self.token, why) => {
+                Err(Fault::internal("the API ended while the daemon started"))
+            }
+        }
+    }
 }
 
 async fn drive(
@@ -195,17 +219,52 @@ mod tests {
 
     #[tokio::test]
     async fn a_start_on_a_full_disk_waits_for_room_and_for_nothing_else() {
-        let (stop, tries) = (CancellationToken::new(), AtomicU32::new(0));
+        let (stop, tries, waits) = (CancellationToken::new(), AtomicU32::new(0), watch::channel(None).0);
         let open = |full: u32, end: Result<&'static str, Fault>| {
             let nth = tries.fetch_add(1, Ordering::SeqCst);
             async move { if nth < full { Err(Fault::no_space("the disk is full")) } else { end } }
         };
-        let opened = with_room(&stop, Duration::ZERO, || open(3, Ok("opened"))).await.unwrap();
+        let opened = with_room(&stop, Duration::ZERO, &waits, || open(3, Ok("opened"))).await.unwrap();
         assert_eq!((opened, tries.swap(0, Ordering::SeqCst)), (Some("opened"), 4));
-        let fault = with_room(&stop, Duration::ZERO, || open(1, Err(Fault::config("wrong")))).await.unwrap_err();
+        let fault = with_room(&stop, Duration::ZERO, &waits, || open(1, Err(Fault::config("wrong")))).await.unwrap_err();
         assert_eq!((fault.code, tries.swap(0, Ordering::SeqCst)), (Code::Config, 2));
         stop.cancel();
         let hour = Duration::from_secs(3600);
-        assert_eq!(with_room(&stop, hour, || open(u32::MAX, Ok("opened"))).await.unwrap(), None, "it stops when it is asked to");
+        assert_eq!(with_room(&stop, hour, &waits, || open(u32::MAX, Ok("opened"))).await.unwrap(), None, "it stops when it is asked to");
+    }
+
+    #[tokio::test]
+    async fn who_asks_while_the_daemon_waits_for_room_is_told_so_at_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = format!("http://{}", listener.local_addr().unwrap());
+        let token = ApiToken::open_or_create(dir.path()).unwrap();
+        let api = Api { listener, local: None, token: token.clone() };
+        let (stop, has_room) = (CancellationToken::new(), std::sync::atomic::AtomicBool::new(false));
+        let open =
+            || async { if has_room.load(Ordering::SeqCst) { Ok("opened") } else { Err(Fault::no_space("/data: the disk is full")) } };
+        let _ = rustls::crypto::ring::default_provider().install_default();
+        let client = reqwest::Client::new();
+        let ask = |token: &str| {
+            let request = client.get(format!("{url}/v1/transfers")).header(api::TOKEN_HEADER, token);
+            async move {
+                let response = request.send().await.unwrap();
+                (response.status().as_u16(), response.text().await.unwrap())
+            }
+        };
+        let asking = async {
+            let (status, body) = ask(token.secret()).await;
+            assert!(status == 507 && body.contains("no_space") && body.contains("/data") && body.contains("make room"), "{status} {body}");
+            let (status, body) = ask("another").await;
+            assert!(status == 503 && !body.contains("/data"), "{status} {body}");
+            assert!(client.get(format!("{url}/healthz")).send().await.unwrap().status().is_success());
+            has_room.store(true, Ordering::SeqCst);
+        };
+        let (opened, ()) = tokio::join!(api.while_opening(&stop, open), asking);
+        assert_eq!(opened.unwrap(), Some("opened"));
+        // The listener is free for the daemon, and a connection that was kept is closed.
+        let accepted = tokio::spawn(async move { api.listener.accept().await.is_ok() });
+        tokio::net::TcpStream::connect(url.strip_prefix("http://").unwrap()).await.unwrap();
+        assert!(accepted.await.unwrap());
     }
 }

@@ -2,9 +2,16 @@
 
 mod backend;
 mod line;
+mod lost;
 mod publish;
 mod runs;
 mod watch;
+
+use std::sync::Arc;
+
+use tokio::sync::{self, mpsc};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 
 use crate::config::Config;
 use crate::jobs::Jobs;
@@ -19,10 +26,6 @@ use exchange::transfer::{self, LOOKS_ASKED_MAX, Runner, Shared, Sinks};
 use sink::files::FilesSink;
 use sink::{Place, images, labels};
 use state::Catalogue;
-use std::sync::Arc;
-use tokio::sync::{self, mpsc};
-use tokio_util::sync::CancellationToken;
-use tokio_util::task::TaskTracker;
 use transport::Link;
 use transport::identity::{Holder, SiteIdentity};
 
@@ -94,6 +97,7 @@ impl Site {
             .with_next("mend the name in the config, or join anew"));
         }
         let memory = Memory::of(config.limits.memory);
+        lost::note(&config.data_dir)?;
         let catalogue = Catalogue::open(&config.data_dir).await?;
         let data = config.data_dir.clone();
         // Whatever came here, or is on its way, has rows in there.

@@ -15,6 +15,7 @@ mod proof;
 mod routes;
 mod run_token;
 mod server;
+mod starting;
 mod token;
 pub mod types;
 mod views;
@@ -29,6 +30,7 @@ pub use local::LocalSocket;
 pub(crate) use local::SocketPath;
 pub(crate) use proof::{Proof, ProofQuery};
 pub use run_token::RunToken;
+pub use starting::serve_starting;
 pub use token::ApiToken;
 pub use views::View;
 
@@ -148,8 +150,8 @@ pub async fn serve(
     let server = server::Server::new(router, stop.clone());
     tokio::select! {
         () = shutdown => {}
-        () = server.accept_tcp(listener) => {}
-        () = server.accept_local(local) => {}
+        () = server.accept_tcp(&listener) => {}
+        () = server.accept_local(local.as_ref()) => {}
     }
     stop.cancel();
     let _ = tokio::time::timeout(DRAIN_MAX, server.drained()).await;

@@ -97,12 +97,18 @@ pub(super) fn router(app: App) -> Router {
 }
 
 /// Says the version on every reply, errors included.
-async fn stamp(request: Request, next: Next) -> Response {
+pub(super) async fn stamp(request: Request, next: Next) -> Response {
     let (method, path) = (request.method().clone(), request.uri().path().to_owned());
     let mut response = next.run(request).await;
     response.headers_mut().insert(VERSION_HEADER, HeaderValue::from_static(VERSION));
     tracing::debug!(%method, ?path, status = response.status().as_u16(), "answered a request");
     response
+}
+
+/// The token that a request carries, in either header.
+pub(super) fn presented(headers: &HeaderMap) -> Option<&[u8]> {
+    let own = headers.get(TOKEN_HEADER).map(HeaderValue::as_bytes);
+    own.or_else(|| headers.get(header::AUTHORIZATION).and_then(|v| v.as_bytes().strip_prefix(b"Bearer ")))
 }
 
 /// Lets a request through that carries the token, in either header.
@@ -113,9 +119,7 @@ async fn authenticate(
     request: Request,
     next: Next,
 ) -> Result<Response, ApiError> {
-    let own = headers.get(TOKEN_HEADER).map(HeaderValue::as_bytes);
-    let bearer = headers.get(header::AUTHORIZATION).and_then(|v| v.as_bytes().strip_prefix(b"Bearer "));
-    let why = match own.or(bearer) {
+    let why = match presented(&headers) {
         Some(presented) if app.token.is(presented) => {
             connection.finish();
             return Ok(log_change("admin", &connection, request, next).await);

@@ -75,7 +75,7 @@ impl Server {
     }
 
     /// Accepts connections over TCP, without end.
-    pub(super) async fn accept_tcp(self: &Arc<Self>, listener: TcpListener) {
+    pub(super) async fn accept_tcp(self: &Arc<Self>, listener: &TcpListener) {
         loop {
             let (stream, peer) = match listener.accept().await {
                 Ok(accepted) => accepted,
@@ -94,7 +94,7 @@ impl Server {
     }
 
     /// Accepts connections over the local socket, without end.
-    pub(super) async fn accept_local(self: &Arc<Self>, socket: Option<LocalSocket>) {
+    pub(super) async fn accept_local(self: &Arc<Self>, socket: Option<&LocalSocket>) {
         let Some(socket) = socket else { return std::future::pending().await };
         loop {
             let stream = match socket.accept().await {

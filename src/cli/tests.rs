@@ -440,6 +440,24 @@ fn errors_say_what_and_what_next() {
 }
 
 #[test]
+fn a_reason_is_told_once_however_often_it_is_tried_again() {
+    let mut tracker = Tracker::new(&["t1".into()]);
+    let at = |cursor, t: Transfer| Transfer { cursor, ..t };
+    let waits =
+        |free: u64| Transfer { message: Some(format!("{free} bytes are free")), reason: Some(Reason::NoSpace), ..offline("t1", "xian") };
+    let told = tracker.absorb(at(1, waits(1))).unwrap();
+    assert!(told.contains("waits (no_space): 1 bytes"), "{told}");
+    for cursor in [2, 4, 6] {
+        assert_eq!(tracker.absorb(at(cursor, transfer("t1", "xian", State::Transferring))), None);
+        assert_eq!(tracker.absorb(at(cursor + 1, waits(cursor))), None, "the same reason again");
+    }
+    assert!(tracker.summary().contains("waiting: xian (no_space)"), "{}", tracker.summary());
+    assert!(tracker.absorb(at(8, offline("t1", "xian"))).is_some(), "another reason");
+    assert!(tracker.absorb(at(9, waits(9))).is_some(), "and back");
+    assert!(tracker.absorb(at(10, transfer("t1", "xian", State::Done))).is_some());
+}
+
+#[test]
 fn a_tracker_tells_each_thing_once_and_never_goes_back() {
     let mut tracker = Tracker::new(&["t1".into(), "t2".into()]);
     assert_eq!(tracker.unseen(), Some("t1"));

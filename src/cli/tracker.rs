@@ -13,12 +13,14 @@ pub(crate) struct Tracker {
     transfers: BTreeMap<String, Option<Transfer>>,
     /// Other transfers on which these depend, in their last known state.
     firsts: Vec<Transfer>,
+    /// Of each transfer the state and reason that a line was said for last.
+    said: BTreeMap<String, (bool, Option<Reason>)>,
 }
 
 impl Tracker {
     /// A tracker of these transfers.
     pub(crate) fn new(ids: &[String]) -> Self {
-        Self { transfers: ids.iter().map(|id| (id.clone(), None)).collect(), firsts: Vec::new() }
+        Self { transfers: ids.iter().map(|id| (id.clone(), None)).collect(), firsts: Vec::new(), said: BTreeMap::new() }
     }
 
     /// Ids of the other transfers on which open transfers depend.
@@ -40,7 +42,8 @@ impl Tracker {
         self.transfers.values().flatten().chain(&self.firsts)
     }
 
-    /// Takes an answer. Returns a line for the user if the transfer ended, or has a new reason to wait.
+    /// Takes an answer. Returns a line for the user if the transfer ended, or has a new reason to wait. A transfer that tries again for
+    /// the same reason gives no line: the progress line names what waits.
     pub(crate) fn absorb(&mut self, transfer: Transfer) -> Option<String> {
         let known = self.transfers.get_mut(&transfer.id)?;
         let before = known.as_ref().map(|t| (t.state, t.reason));
@@ -49,6 +52,8 @@ impl Tracker {
             return None;
         }
         let line = (before != Some((transfer.state, transfer.reason))).then(|| notice(&transfer)).flatten();
+        let now = (transfer.state.is_final() || transfer.state == State::Paused, transfer.reason);
+        let line = line.filter(|_| self.said.insert(transfer.id.clone(), now) != Some(now));
         *known = Some(transfer);
         line
     }

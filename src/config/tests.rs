@@ -92,6 +92,8 @@ fn roles_have_their_own_tables() {
     assert!(allows(&allow("[\"a\", \"b\"]"), "b") && allows(&allow("[\"all\"]"), "b") && !allows(&allow("[\"bb\"]"), "b"));
     let notes = |text: &str| parse(text, "x").unwrap().notes();
     assert!(notes(&allow("[]"))[0].contains("[train] allow is empty") && notes(&allow("[\"b\"]")).is_empty() && notes(SITE).is_empty());
+    let line = |role: &str| notes(&format!("{role}[line]\ntransport = \"tcp\"\n"));
+    assert!(line(HUB)[0].contains("[line] transport has no effect at a hub") && line(SITE).is_empty());
     check(&allow("[\"region=west\"]"), "x.toml:8:1: train.allow: write the names of sites, or \"all\": labels are assigned at the hub");
     check(&SITE.replace("hub:7443", "hub"), "x.toml:5:1: hub.address: \"hub\" is not HOST:PORT");
 }

@@ -1,11 +1,20 @@
 //! What the hub can be asked over its API.
 
+use std::collections::{BTreeMap, HashMap};
+use std::fmt::Write as _;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use futures::StreamExt as _;
+use tokio::time::Instant;
+
 use super::Hub;
 use super::sharing::Shared;
 use crate::api::types::*;
 use crate::api::{Backend, View};
 use crate::delivery::Whole;
-use async_trait::async_trait;
 use base::blocking::blocking;
 use base::fault::{Fault, Reason};
 use base::limits::{API_PAGE_BYTES, DELIVERY_ARTIFACTS_MAX, DELIVERY_PARTS_MAX, PLAN_ROWS_MAX};
@@ -14,15 +23,8 @@ use base::text::Message;
 use content::bundle::{self, Member};
 use content::manifest::{Digest, Root};
 use exchange::wire::{AskSite, Planned, Standing, Stands};
-use futures::StreamExt as _;
 use model::paging::{Budget, Page, Pager, Room};
 use state::{Body, Changed, DeliveryRow, Part, SiteRow, TransferRow, new_delivery_id, what_changed};
-use std::collections::{BTreeMap, HashMap};
-use std::fmt::Write as _;
-use std::path::PathBuf;
-use std::sync::Arc;
-use std::time::Duration;
-use tokio::time::Instant;
 use transport::identity::{Holder, JoinToken};
 
 /// How long the sites together may take to work out a plan.
@@ -180,16 +182,8 @@ impl Hub {
             let row = self.inner.catalogue.transfer(&one).await?;
             let fits = row.takes(action, failed);
             if !fits && single {
-                let word = match action {
-                    Action::Pause => "pause",
-                    Action::Resume => "resume",
-                    Action::Cancel => "cancel",
-                    Action::Retry => "retry",
-                };
                 let state = if row.removed_ms.is_some() { "given back" } else { row.state.as_str() };
-                return Err(
-                    Fault::conflict(format!("transfer {id} is {state}: there is nothing to {word}")).with_next("see 'packhorse status'")
-                );
+                return Err(nothing_to(action, &format!("transfer {id} is {state}")));
             }
             let refusal = if fits && action == Action::Retry { self.shared_no_more(by, &row).await? } else { None };
             match (fits, refusal) {
@@ -201,7 +195,11 @@ impl Hub {
             }
         }
         // Of several, those that may go on do.
-        refused.filter(|_| !acted).map_or(Ok(()), Err)
+        match refused {
+            _ if acted => Ok(()),
+            Some(refusal) => Err(refusal),
+            None => Err(nothing_to(action, &format!("of {id}, every transfer has ended or stays as it is"))),
+        }
     }
 
     /// Asks a site what a delivery to it would cost; `None`: it is away, or does not say. Meanwhile it may read the manifest, and
@@ -234,6 +232,17 @@ impl Hub {
         });
         Ok(lines.collect())
     }
+}
+
+/// The fault of an action that fits no transfer that it names.
+fn nothing_to(action: Action, how: &str) -> Fault {
+    let word = match action {
+        Action::Pause => "pause",
+        Action::Resume => "resume",
+        Action::Cancel => "cancel",
+        Action::Retry => "retry",
+    };
+    Fault::conflict(format!("{how}: there is nothing to {word}")).with_next("see 'packhorse status'")
 }
 
 #[async_trait]
@@ -467,6 +476,7 @@ impl Backend for Hub {
             joined.push(site.name);
         }
         out.extend(self.share_fault(&joined));
+        out.extend(self.site_list_faults(&joined).await?);
         out.extend(self.changed_lines().await?);
         out.extend(self.manifest_lines().await?);
         Ok(out)
@@ -565,5 +575,38 @@ fn found(row: &TransferRow, standing: &Option<Standing>) -> Found {
             Found { again: false, note: Some(format!("{artifact} at {site}: {message}")), message: Some(message.into()) }
         }
         (Stands::Sound, _) => Found { again: false, note: None, message: None },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::hub::upload::tests::Bench;
+    use base::fault::Code;
+    use transport::identity::Claim;
+
+    #[tokio::test]
+    async fn an_action_that_fits_no_transfer_of_a_delivery_is_refused_as_for_one_transfer() {
+        let bench = Bench::start().await;
+        let token = bench.token(None, Some("office")).await;
+        bench.publish(&bench.source("a", 100, 1), "model/a:v1", Some(&token)).await.unwrap();
+        for site in ["east", "west"] {
+            bench.join(&bench.token(Some(site), None).await, &Claim::Site(site.parse().unwrap())).await;
+        }
+        let delivered = bench.hub.deliver_to(None, &["model/a:v1".parse().unwrap()], &"east,west".parse().unwrap()).await.unwrap();
+        let code = async |id: &str, action| bench.hub.act_on(None, id, action).await.map(|_| ()).map_err(|fault| fault.code);
+        let (all, one) = (delivered.delivery.as_str(), delivered.transfers[0].as_str());
+        for (action, expected) in [
+            (Action::Cancel, Ok(())),
+            (Action::Pause, Err(Code::Conflict)),
+            (Action::Retry, Ok(())),
+            (Action::Retry, Err(Code::Conflict)),
+            (Action::Pause, Ok(())),
+        ] {
+            assert_eq!(code(all, action).await, expected, "{action:?}");
+            if expected.is_err() {
+                assert_eq!(code(one, action).await, expected, "{action:?} of one");
+            }
+        }
     }
 }

@@ -118,6 +118,7 @@ impl Hub {
         progress.doing("waiting for another collection to end");
         let alone = self.inner.collecting.clone().lock_owned().await;
         progress.doing("making what was written durable");
+        let unfinished = self.unfinished();
         let store = self.inner.store.clone();
         let collection = blocking(move || store.begin_collection()).await?;
         // Only now: what is published from here on the collection leaves alone. What a publish is committing at this moment is
@@ -155,6 +156,7 @@ impl Hub {
             Ok(result)
         })
         .await?;
+        self.forget_collected(unfinished);
         // What was taken for fetched ahead may have lain in chunks that nothing named.
         self.inner.relay_memory.lock().whole.clear();
         Ok(result)

@@ -1,11 +1,17 @@
 //! What one site and one publisher may take of the hub: quotas on what they publish, and a pace for what they change.
 //!
 //! A quota is checked when the root manifest is known, before any of the content is asked for. What is being published at the moment is
-//! *reserved*, so that many publishes at once take no more than one after the other. The pace delays and never refuses: a peer that
-//! floods the hub with reports or requests slows down itself, and the catalogue grows no faster. Nothing here survives a crash but what
-//! the catalogue says of what was published.
+//! *reserved*, so that many publishes at once take no more than one after the other. Every byte that such a publish stores is counted by
+//! the meter of its lease: more than its manifest announced, as pages for example, takes more of the quota, and is refused when the quota
+//! is used up. What a publish stored that did not finish stays counted as *unfinished* until the same artifact is published or a
+//! collection (`gc`) removed it. So the hub never holds more of a peer than its quota and [`UNCOUNTED_BYTES`] for each publish that runs.
+//!
+//! The pace delays and never refuses: a peer that floods the hub with reports or requests slows down itself, and the catalogue grows no
+//! faster. Nothing here survives a restart but what the catalogue says of what was published.
 
 use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use parking_lot::Mutex;
@@ -15,86 +21,214 @@ use super::Hub;
 use crate::config::Quota;
 use base::fault::Fault;
 use base::names::{ArtifactRef, SiteName};
-use content::manifest::Root;
+use content::manifest::{Digest, Root};
+use content::store::Meter;
 use transport::identity::Holder;
 
 /// Peers whose pace is remembered; those that have been quiet are forgotten first.
 const PACED_MAX: usize = 4096;
+/// Stored bytes of a publish that need not be covered by its totals, for its manifest and the headers of its chunks, beside a sixteenth
+/// of the totals.
+const UNCOUNTED_BYTES: u64 = 1 << 20;
 
-/// What is being published: artifacts and bytes of each site and publisher.
-pub(super) type Reserved = Mutex<HashMap<Holder, (u64, u64)>>;
+/// What each site and publisher has taken of its quota beside what is in the catalogue.
+pub(super) type Reserved = Arc<Mutex<HashMap<Holder, Taken>>>;
 
-/// A part of a quota, taken until the artifact is in the catalogue or given up.
-pub(super) struct Reservation<'a> {
-    hub: &'a Hub,
-    who: Holder,
+/// What one of them has taken.
+#[derive(Default)]
+pub(super) struct Taken {
+    /// Publishes that run…
+    artifacts: u64,
+    /// …and the bytes that are reserved for them.
     bytes: u64,
+    /// Bytes stored of publishes that did not finish. Each counts as an artifact, so the quota bounds this list.
+    unfinished: HashMap<Digest, u64>,
 }
 
-impl Drop for Reservation<'_> {
+impl Taken {
+    fn total(&self) -> (u64, u64) {
+        let unfinished = self.unfinished.values().fold(0, |sum: u64, bytes| sum.saturating_add(*bytes));
+        (self.artifacts.saturating_add(self.unfinished.len() as u64), self.bytes.saturating_add(unfinished))
+    }
+}
+
+/// A part of a quota, taken until the artifact is in the catalogue or given up. It is the meter of the publish's lease, and ends with the
+/// last handle of it.
+pub(super) struct Reservation {
+    reserved: Reserved,
+    who: Holder,
+    artifact: ArtifactRef,
+    digest: Digest,
+    quota: Quota,
+    /// In the catalogue already: then nothing is counted.
+    known: bool,
+    /// What is in the catalogue of this peer, bytes.
+    published: u64,
+    /// What the manifest announced, bytes.
+    announced: u64,
+    /// Only used while `reserved` is locked.
+    counted: Mutex<Counted>,
+    finished: AtomicBool,
+}
+
+struct Counted {
+    /// Bytes stored, by earlier tries too.
+    stored: u64,
+    /// Bytes taken of the quota: those announced, or more.
+    charged: u64,
+}
+
+impl Reservation {
+    /// The artifact is in the catalogue.
+    pub(super) fn finish(&self) {
+        self.finished.store(true, Ordering::Relaxed);
+    }
+}
+
+impl Meter for Reservation {
+    fn take(&self, bytes: u64) -> Result<(), Fault> {
+        if self.known {
+            return Ok(());
+        }
+        let mut reserved = self.reserved.lock();
+        let mut counted = self.counted.lock();
+        let taken = reserved.entry(self.who.clone()).or_default();
+        let stored = counted.stored.saturating_add(bytes);
+        let more = stored.saturating_sub(UNCOUNTED_BYTES + self.announced / 16).saturating_sub(counted.charged);
+        let used = self.published.saturating_add(taken.total().1);
+        if more > 0 && used.saturating_add(more) > self.quota.bytes {
+            let all = self.quota.bytes;
+            let what = format!("its manifest takes more than the {all} bytes that are allowed for all artifacts");
+            return Err(exceeds(&self.artifact, &self.who, &what, "bytes", 0));
+        }
+        taken.bytes = taken.bytes.saturating_add(more);
+        (counted.charged, counted.stored) = (counted.charged + more, stored);
+        Ok(())
+    }
+
+    fn give_back(&self, bytes: u64) {
+        // What was charged stays so until the end.
+        let mut counted = self.counted.lock();
+        counted.stored = counted.stored.saturating_sub(bytes);
+    }
+}
+
+impl Drop for Reservation {
     fn drop(&mut self) {
-        let mut reserved = self.hub.inner.reserved.lock();
-        if let Some((artifacts, bytes)) = reserved.get_mut(&self.who) {
-            (*artifacts, *bytes) = (artifacts.saturating_sub(1), bytes.saturating_sub(self.bytes));
-            if *artifacts == 0 {
-                reserved.remove(&self.who);
-            }
+        let mut reserved = self.reserved.lock();
+        let Some(taken) = reserved.get_mut(&self.who) else { return };
+        let Counted { stored, charged } = *self.counted.get_mut();
+        (taken.artifacts, taken.bytes) = (taken.artifacts.saturating_sub(1), taken.bytes.saturating_sub(charged));
+        if *self.finished.get_mut() || self.known {
+            taken.unfinished.remove(&self.digest);
+        } else if stored > 0 {
+            let unfinished = taken.unfinished.entry(self.digest).or_default();
+            *unfinished = unfinished.saturating_add(stored);
+        }
+        if taken.artifacts == 0 && taken.unfinished.is_empty() {
+            reserved.remove(&self.who);
         }
     }
 }
 
 impl Hub {
     /// Takes a part of the quota of whoever publishes this artifact, or says why it does not fit. What is in the catalogue already costs
-    /// nothing again.
-    pub(super) async fn reserve<'a>(&'a self, who: &Holder, artifact: &ArtifactRef, root: &Root) -> Result<Reservation<'a>, Fault> {
+    /// nothing again, and what an earlier try stored of it is counted once.
+    pub(super) async fn reserve(&self, who: &Holder, artifact: &ArtifactRef, root: &Root) -> Result<Arc<Reservation>, Fault> {
         let catalogue = &self.inner.catalogue;
-        let known = catalogue.artifact(artifact).await.is_ok_and(|row| row.digest == root.digest());
-        let bytes = if known { 0 } else { root.totals.bytes };
+        let digest = root.digest();
+        let known = catalogue.artifact(artifact).await.is_ok_and(|row| row.digest == digest);
+        let announced = if known { 0 } else { root.totals.bytes };
         let quota = match who {
             Holder::Publisher(_) => &self.inner.config.quota.publisher,
             Holder::Site(_) | Holder::Hub(_) => &self.inner.config.quota.site,
         };
-        let used = match who {
+        let published = match who {
             Holder::Publisher(name) => catalogue.published_by(None, Some(name)).await?,
             Holder::Site(name) | Holder::Hub(name) => catalogue.published_by(Some(name), None).await?,
         };
         let mut reserved = self.inner.reserved.lock();
         let taken = reserved.entry(who.clone()).or_default();
+        let before = taken.unfinished.remove(&digest);
         if !known {
-            let used = (used.0.saturating_add(taken.0), used.1.saturating_add(taken.1));
-            if let Err(fault) = fits(quota, who, artifact, root, used) {
-                if *taken == (0, 0) {
+            let beside = taken.total();
+            let used = (published.0.saturating_add(beside.0), published.1.saturating_add(beside.1));
+            let unfinished = taken.unfinished.len();
+            if let Err(fault) = fits(quota, who, artifact, root, used, unfinished) {
+                taken.unfinished.extend(before.map(|bytes| (digest, bytes)));
+                if taken.artifacts == 0 && taken.unfinished.is_empty() {
                     reserved.remove(who);
                 }
                 return Err(fault);
             }
         }
-        *taken = (taken.0 + 1, taken.1.saturating_add(bytes));
-        Ok(Reservation { hub: self, who: who.clone(), bytes })
+        (taken.artifacts, taken.bytes) = (taken.artifacts + 1, taken.bytes.saturating_add(announced));
+        drop(reserved);
+        Ok(Arc::new(Reservation {
+            reserved: self.inner.reserved.clone(),
+            who: who.clone(),
+            artifact: artifact.clone(),
+            digest,
+            quota: quota.clone(),
+            known,
+            published: published.1,
+            announced,
+            counted: Mutex::new(Counted { stored: before.unwrap_or(0), charged: announced }),
+            finished: AtomicBool::new(false),
+        }))
+    }
+
+    /// What counts as unfinished, to be read before a collection begins.
+    pub(super) fn unfinished(&self) -> Vec<(Holder, Digest, u64)> {
+        let reserved = self.inner.reserved.lock();
+        let of = |(who, taken): (&Holder, &Taken)| taken.unfinished.iter().map(|(d, bytes)| (who.clone(), *d, *bytes)).collect::<Vec<_>>();
+        reserved.iter().flat_map(of).collect()
+    }
+
+    /// A collection removed what was unfinished when it began.
+    pub(super) fn forget_collected(&self, collected: Vec<(Holder, Digest, u64)>) {
+        let mut reserved = self.inner.reserved.lock();
+        for (who, digest, bytes) in collected {
+            let Some(taken) = reserved.get_mut(&who) else { continue };
+            if let Some(left) = taken.unfinished.get_mut(&digest) {
+                *left = left.saturating_sub(bytes);
+                if *left == 0 {
+                    taken.unfinished.remove(&digest);
+                }
+            }
+            if taken.artifacts == 0 && taken.unfinished.is_empty() {
+                reserved.remove(&who);
+            }
+        }
     }
 }
 
-/// Whether an artifact fits beside what was published before: `(artifacts, bytes)`.
-fn fits(quota: &Quota, who: &Holder, artifact: &ArtifactRef, root: &Root, used: (u64, u64)) -> Result<(), Fault> {
+fn exceeds(artifact: &ArtifactRef, who: &Holder, what: &str, key: &str, unfinished: usize) -> Fault {
     let table = if matches!(who, Holder::Publisher(_)) { "quota.publisher" } else { "quota.site" };
-    let refuse = |what: String, key: &str| {
-        Err(Fault::not_allowed(format!("{artifact} exceeds the quota of {who}: {what}"))
-            .with_next(format!("publish less, or ask the operator of the hub to raise [{table}] {key}")))
-    };
+    let mut message = format!("{artifact} exceeds the quota of {who}: {what}");
+    let mut next = format!("publish less, or ask the operator of the hub to raise [{table}] {key}");
+    if unfinished > 0 {
+        message.push_str(&format!("; {unfinished} publishes that did not finish are counted"));
+        next.push_str(", or to run 'packhorse gc', which removes what unfinished publishes stored");
+    }
+    Fault::not_allowed(message).with_next(next)
+}
+
+/// Whether an artifact fits beside what was published before: `(artifacts, bytes)`.
+fn fits(quota: &Quota, who: &Holder, artifact: &ArtifactRef, root: &Root, used: (u64, u64), unfinished: usize) -> Result<(), Fault> {
+    let refuse = |what: &str, key: &str, unfinished: usize| Err(exceeds(artifact, who, what, key, unfinished));
     let totals = root.totals;
     let entries = totals.files.saturating_add(totals.dirs).saturating_add(totals.symlinks);
     if entries > quota.entries_per_artifact {
-        return refuse(
-            format!("it has {entries} files, folders and links, and {} are allowed", quota.entries_per_artifact),
-            "entries_per_artifact",
-        );
+        let allowed = quota.entries_per_artifact;
+        return refuse(&format!("it has {entries} files, folders and links, and {allowed} are allowed"), "entries_per_artifact", 0);
     }
     if used.0 >= quota.artifacts {
-        return refuse(format!("{} artifacts are published, and {} are allowed", used.0, quota.artifacts), "artifacts");
+        return refuse(&format!("{} artifacts are published, and {} are allowed", used.0, quota.artifacts), "artifacts", unfinished);
     }
     if used.1.saturating_add(totals.bytes) > quota.bytes {
         let (all, each) = (used.1, totals.bytes);
-        return refuse(format!("{all} bytes are published, it has {each}, and {} are allowed", quota.bytes), "bytes");
+        return refuse(&format!("{all} bytes are published, it has {each}, and {} are allowed", quota.bytes), "bytes", unfinished);
     }
     Ok(())
 }
@@ -138,6 +272,8 @@ mod tests {
     use super::*;
     use crate::hub::upload::tests::Bench;
     use base::fault::Code;
+    use exchange::wire::{self, AskHub};
+    use transport::identity::Claim;
 
     #[test]
     fn a_peer_that_floods_slows_down_itself_only() {
@@ -175,5 +311,92 @@ mod tests {
         (0..20).for_each(|n| base::durable::replace(&many.join(format!("{n}")), b"x").unwrap());
         let fault = bench.publish(&many, "model/e:v1", None).await.unwrap_err();
         assert!(fault.next.contains("[quota.publisher] entries_per_artifact"), "{fault}: {}", fault.next);
+    }
+
+    /// A publisher with a line of its own that serves what another hub holds, and stops after so many fetches.
+    async fn upload_in_part(bench: &Bench, there: &Bench, link: &transport::Link, reference: &str, fetches: usize) -> Result<(), Fault> {
+        let artifact: ArtifactRef = reference.parse().unwrap();
+        let digest = there.hub.inner.catalogue.artifact(&artifact).await.unwrap().digest;
+        let question = AskHub::Upload { artifact, digest, to: None, omitted: Default::default() };
+        let serve = async {
+            for _ in 0..fetches {
+                let (send, mut recv) = link.accept().await.unwrap();
+                recv.read_exact(&mut [0]).await.unwrap();
+                exchange::fetch::serve(send, recv, &"west".parse().unwrap(), &there.hub).await;
+            }
+            // The next is answered with something that is no frame.
+            while let Some((mut send, _recv)) = link.accept().await {
+                let _ = send.finish();
+            }
+        };
+        let answer = tokio::select! {
+            answer = wire::ask::<_, serde_json::Value>(link, &question) => answer.map(|_| ()),
+            () = serve => unreachable!("the line ended"),
+        };
+        // What was on the way when it ended is kept, and counted, a moment later.
+        while bench.hub.inner.reserved.lock().values().any(|taken| taken.artifacts > 0) {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        answer
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn what_unfinished_uploads_stored_is_counted_until_it_is_collected() {
+        let bench = Bench::start_with("[quota.publisher]\nbytes = \"20MiB\"\n").await;
+        let there = Bench::start().await;
+        let token = there.token(None, Some("office")).await;
+        there.join(&there.token(Some("west"), None).await, &Claim::Site("west".parse().unwrap())).await;
+        for (name, seed) in [("model/a:v1", 1), ("model/b:v1", 2)] {
+            there.publish(&there.source(&format!("source-{seed}"), 18 << 20, seed), name, Some(&token)).await.unwrap();
+            there.hub.deliver_to(None, &[name.parse().unwrap()], &"west".parse().unwrap()).await.unwrap();
+        }
+        let publisher = bench.join(&bench.token(None, Some("lab")).await, &Claim::Publisher).await;
+        let link = bench.dial(&publisher).await;
+        let stored = || bench.hub.inner.store.stored_bytes().unwrap();
+        upload_in_part(&bench, &there, &link, "model/a:v1", 8).await.unwrap_err();
+        let kept = stored();
+        assert!(kept > 2 << 20, "{kept}");
+        for _ in 0..2 {
+            let fault = upload_in_part(&bench, &there, &link, "model/b:v1", 8).await.unwrap_err();
+            assert_eq!(fault.code, Code::NotAllowed, "{fault}");
+            assert!(fault.message.contains("did not finish") && fault.next.contains("packhorse gc"), "{fault}: {}", fault.next);
+        }
+        assert_eq!(stored(), kept, "nothing of another was stored");
+        // What was kept is not counted twice when the same goes on, and it still counts when that stops again.
+        upload_in_part(&bench, &there, &link, "model/a:v1", 8).await.unwrap_err();
+        assert!(stored() >= kept && stored() < 19 << 20, "{}", stored());
+        bench.hub.collect_now(Arc::default()).await.unwrap();
+        assert!(bench.hub.inner.reserved.lock().is_empty());
+        upload_in_part(&bench, &there, &link, "model/b:v1", usize::MAX).await.unwrap();
+        assert!(bench.hub.inner.reserved.lock().is_empty(), "what is in the catalogue is counted there");
+    }
+
+    #[tokio::test]
+    async fn the_pages_of_a_manifest_take_of_the_quota() {
+        let bench = Bench::start_with("[quota.site]\nbytes = \"4MiB\"\n").await;
+        let token = bench.token(None, Some("office")).await;
+        bench.publish(&bench.source("a", 100, 1), "model/a:v1", Some(&token)).await.unwrap();
+        let mut root = bench.hub.inner.catalogue.artifact(&"model/a:v1".parse().unwrap()).await.unwrap().root;
+        let who = Holder::Site("west".parse().unwrap());
+        let mut kept = 0;
+        for offer in 0..4 {
+            root.totals.chunks += 1;
+            let Ok(reservation) = bench.hub.reserve(&who, &"model/b:v1".parse().unwrap(), &root).await else {
+                assert!(offer > 0, "one offer alone has room");
+                continue;
+            };
+            let store = bench.hub.inner.store.leased_with(reservation);
+            for page in 0..32_u8 {
+                let mut noise = vec![0; 128 << 10];
+                blake3::Hasher::new().update(&[offer, page]).finalize_xof().fill(&mut noise);
+                let frame = content::frame::Frame::encode(&content::frame::Verified::new(noise.into()));
+                match store.put(&frame) {
+                    Ok(_) => kept += 1,
+                    Err(fault) => assert_eq!(fault.code, Code::NotAllowed, "{fault}"),
+                }
+            }
+        }
+        // 4 MiB, and one more that needs no cover in the first.
+        assert!((32..=40).contains(&kept), "{kept} pages of 128 KiB were kept");
     }
 }

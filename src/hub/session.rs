@@ -1,5 +1,14 @@
 //! One site's line at the hub: the desired state goes out, reports come in, fetches and questions are answered.
 
+use std::collections::HashSet;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
+use tokio::sync::Semaphore;
+use tokio::time::timeout;
+use tokio_util::sync::CancellationToken;
+
 use super::telling::Telling;
 use super::{Connected, Hub};
 use crate::api::types::{Action, Published, State, Transfer, TransferQuery};
@@ -19,14 +28,7 @@ use exchange::fetch::{self, Fetcher};
 use exchange::wire::{self, AskHub, CONTROL, Desired, FETCH, FromHub, FromSite, QUESTION, Report};
 use model::paging::{self, Room};
 use model::run::{DesiredRun, RunReport};
-use parking_lot::Mutex;
 use state::{ArtifactRow, TransferRow, no_delivery};
-use std::collections::HashSet;
-use std::sync::Arc;
-use std::time::{Duration, Instant};
-use tokio::sync::Semaphore;
-use tokio::time::timeout;
-use tokio_util::sync::CancellationToken;
 use transport::identity::{Holder, verify_signature};
 use transport::{Link, RecvHalf, SendHalf};
 
@@ -494,9 +496,9 @@ impl Hub {
         let link = self.link_of(site).ok_or_else(|| Fault::unreachable(format!("the line to site {site} ended")))?;
         let fetcher = Fetcher::new(link, digest, Arc::default()).with_idle_max(MANIFEST_IDLE_MAX);
         let root = fetcher.root().await?;
-        let _reserved = self.reserve(&Holder::Site(site.clone()), &artifact, &root).await?;
+        let reserved = self.reserve(&Holder::Site(site.clone()), &artifact, &root).await?;
         // Until the artifact is in the catalogue no collection takes its pages.
-        let store = inner.store.leased();
+        let store = inner.store.leased_with(reserved.clone());
         fetcher.pages(&root, None, &store).await?;
         self.check_manifest(&artifact, &root).await?;
         // What was opened by its digest before it was known here must be looked at anew.
@@ -513,6 +515,7 @@ impl Hub {
             return Err(Fault::conflict(format!("the name {artifact} is taken")).with_next("publish this under another name or version"));
         }
         let added = added?;
+        reserved.finish();
         inner.catalogue.set_omitted(&artifact, omitted).await?;
         let transfers = match to {
             Some(to) => self.deliver_to(Some(site), std::slice::from_ref(&artifact), to).await?.transfers,

@@ -93,6 +93,25 @@ impl Hub {
     }
 }
 
+impl Hub {
+    /// What `doctor` says of the lists of the sites, as they told them: names in `[share] allow` and `[train] allow` that no site bears.
+    pub(super) async fn site_list_faults(&self, sites: &[SiteName]) -> Result<Vec<String>, Fault> {
+        let mut out = Vec::new();
+        for list in self.inner.catalogue.allow_lists().await? {
+            for (table, allow) in [("share", &list.share), ("train", &list.train)] {
+                let unknown = unknown(allow, sites).join(", ");
+                if !unknown.is_empty() {
+                    let site = &list.site;
+                    out.push(format!(
+                        "fault site {site}: [{table}] allow: no site is called {unknown}; correct the name in the configuration of {site}, or let that site join"
+                    ));
+                }
+            }
+        }
+        Ok(out)
+    }
+}
+
 /// The names in a list of selectors that none of these sites bears.
 fn unknown(allow: &[String], sites: &[SiteName]) -> Vec<String> {
     let names = allow.iter().filter_map(|text| match text.parse::<SiteSelector>() {
@@ -132,5 +151,24 @@ mod tests {
         let nobody = not_shared(&artifact, &origin, &[]);
         assert_eq!(nobody.code, base::fault::Code::NotFound);
         assert!(nobody.message.contains("no site but a") && nobody.message.contains("model/m:1"), "{nobody}");
+    }
+
+    #[tokio::test]
+    async fn a_name_in_the_list_of_a_site_that_no_site_bears_is_reported() {
+        use crate::api::Backend as _;
+        let bench = crate::hub::upload::tests::Bench::start().await;
+        let west: SiteName = "west".parse().unwrap();
+        bench.join(&bench.token(Some("west"), None).await, &transport::identity::Claim::Site(west.clone())).await;
+        let catalogue = &bench.hub.inner.catalogue;
+        let list = |names: &[&str]| names.iter().map(|&name| name.to_owned()).collect::<Vec<_>>();
+        let faults = async || bench.hub.doctor().await.unwrap().into_iter().filter(|line| line.contains("allow")).collect::<Vec<_>>();
+        catalogue.set_share(&west, Some(&list(&["all", "west"]))).await.unwrap();
+        catalogue.set_train_allow(&west, Some(&[])).await.unwrap();
+        assert_eq!(faults().await, Vec::<String>::new());
+        catalogue.set_share(&west, Some(&list(&["weest,west", "line=3"]))).await.unwrap();
+        catalogue.set_train_allow(&west, Some(&list(&["esat"]))).await.unwrap();
+        let told = faults().await;
+        assert!(told[0].starts_with("fault site west: [share] allow: no site is called weest;"), "{told:?}");
+        assert!(told[1].starts_with("fault site west: [train] allow: no site is called esat;"), "{told:?}");
     }
 }

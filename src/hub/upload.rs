@@ -159,9 +159,9 @@ impl Hub {
             let taken = inner.catalogue.add_artifact(&artifact, &root, None).await;
             self.as_publisher_may_know(publisher, &artifact, taken).await?;
         }
-        let _reserved = self.reserve(&Holder::Publisher(publisher.clone()), &artifact, &root).await?;
+        let reserved = self.reserve(&Holder::Publisher(publisher.clone()), &artifact, &root).await?;
         // Until the artifact is in the catalogue no collection takes what was found here or brought.
-        let store = inner.store.leased();
+        let store = inner.store.leased_with(reserved.clone());
         let losses = store.losses();
         manifest.pages(&root, None, &store).await?;
         self.check_manifest(&artifact, &root).await?;
@@ -170,6 +170,7 @@ impl Hub {
         blocking(move || flushed.flush_since(losses)).await?;
         let added = self.register(None, &artifact, &root).await;
         let added = self.as_publisher_may_know(publisher, &artifact, added).await?;
+        reserved.finish();
         inner.catalogue.set_omitted(&artifact, omitted).await?;
         if added {
             inner.catalogue.set_publisher(&artifact, publisher).await?;

@@ -6,6 +6,13 @@
 //! that lives at a site only that is read which the hub holds. What does not verify is removed from the index of its store, so that
 //! publishing the content again stores it anew.
 
+use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use bytes::Bytes;
+use sha2::Digest as _;
+
 use super::Hub;
 use super::manifests::{AllArtifacts, fault_of};
 use base::blocking::blocking;
@@ -13,18 +20,13 @@ use base::fault::{Code, Fault};
 use base::job_progress::JobProgress;
 use base::limits::{IMAGE_MANIFEST_BYTES_MAX, OFFENDERS_LISTED_MAX};
 use base::names::{ArtifactRef, Kind, RelPath};
-use bytes::Bytes;
 use content::chunk::Hash;
 use content::frame::Verified;
 use content::manifest::{self, ChunkRef, Entry, EntryBody, FileInfo, ImageInfo, KindInfo, Named, Step, Walk};
 use content::store::Store;
 use exchange::relay::Relay;
 use registry::image::{Descriptor, Sha256, walk};
-use sha2::Digest as _;
 use state::ArtifactRow;
-use std::collections::{HashMap, HashSet};
-use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 impl Hub {
     /// Re-reads every page and chunk of an artifact; of a quick look the pages only. One line a fault.

@@ -1,12 +1,17 @@
 //! What a site can be asked over its API. What only the hub can decide is passed on to it.
 
+use std::fmt::Write as _;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use async_trait::async_trait;
+
 use super::Site;
 use crate::api::types::{Site as SiteView, *};
 use crate::api::{Backend, RunToken, View};
 use crate::delivery::Whole;
 use crate::serve::wrong_role;
 use crate::trainer;
-use async_trait::async_trait;
 use base::blocking::blocking;
 use base::fault::{Code, Fault};
 use base::job_progress::JobProgress;
@@ -18,9 +23,6 @@ use model::paging::{self, Budget, Page, Pager, Room};
 use model::run;
 use sink::{Incoming, Look};
 use state::{ArtifactRow, DeliveryRow, TransferRow};
-use std::fmt::Write as _;
-use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 /// Marks a cursor as the hub's: the two count by themselves, and what one has told says nothing of what the other has. Whoever comes
 /// with one to the other is told all.
@@ -58,7 +60,11 @@ impl Site {
             counted.bytes.fetch_add(bytes, Ordering::Relaxed);
         });
         let store = &self.inner.shared.store;
-        let Found { faults, notes } = verify(sink.as_ref(), store.clone(), &incoming, &place, &look).await?;
+        let Found { faults, notes, unread } = verify(sink.as_ref(), store.clone(), &incoming, &place, &look).await?;
+        if let Some(why) = unread.filter(|_| faults.is_empty()) {
+            return Err(Fault::not_allowed(format!("{} was not verified: {why}", incoming.artifact))
+                .with_next("when the registry gives the image out, run 'packhorse verify' again"));
+        }
         notes.into_iter().for_each(|note| progress.note(note));
         // A repair leaves it where it is, so it is named before.
         progress.doing(format!("looking for what lies beside {}", incoming.artifact));
@@ -355,6 +361,7 @@ impl Backend for Site {
             });
         }
         out.push(sink::stage::room_report(&inner.config.data_dir)?);
+        out.extend(crate::site::lost::report(&inner.config.data_dir));
         out.extend(inner.shared.places.loss().map(|loss| loss.report(&inner.config.data_dir)));
         out.extend(self.changed_lines().await?);
         Ok(out)

@@ -133,7 +133,8 @@ impl Site {
         send.write_all(&[CONTROL]).await?;
         let congestion = inner.config.line.congestion;
         let share = inner.config.share.allow.as_deref().map(AllowList::of);
-        let train = inner.config.train.as_ref().map(|train| AllowList::of(&train.allow));
+        // Always told: a hub takes `None` for a site of an earlier version, which decides by itself.
+        let train = Some(AllowList::of(inner.config.train.as_ref().map_or(&[], |train| &train.allow)));
         wire::send(&mut send, &FromSite::Hello { version: VERSION.into(), share, train, congestion }).await?;
         let (listed, mut asked) = mpsc::channel::<Vec<TransferId>>(4);
         let (newest, lists) = watch::channel(None);

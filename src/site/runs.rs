@@ -104,6 +104,7 @@ impl Site {
         for name in listed {
             let Some(run) = self.inner.catalogue.run::<Run>(name.as_str()).await? else { continue };
             let mut report = run.report();
+            report.by_command = matches!(self.trainer(&run), Trainer::Command);
             for id in std::mem::take(&mut report.removed) {
                 // What was brought again since is there.
                 let gone = match self.inner.catalogue.transfer(&id).await {

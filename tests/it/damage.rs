@@ -158,6 +158,9 @@ fn a_hub_that_lost_its_store_does_not_start_and_lost_packs_are_told() {
     std::fs::remove_dir_all(world.hub.data_dir.join("store")).unwrap();
     world.hub.cli(&["serve"]).expect(3).says(&["index.redb", "backup"]);
     assert!(!world.hub.data_dir.join("store").exists(), "nothing is begun beside what is left");
+    // No packs, and an identity: an empty catalogue beside it would lock every site out.
+    std::fs::remove_file(world.hub.data_dir.join("catalogue.db")).unwrap();
+    world.hub.cli(&["serve"]).expect(3).says(&["catalogue.db is missing", "identity"]);
 }
 
 /// Replaces a page in the middle of a file by noise.
@@ -177,7 +180,7 @@ fn a_damaged_or_missing_chunk_index_is_made_again_by_the_command() {
     world.hub.cli(&["store", "rebuild-index"]).expect(6);
     world.hub.stop();
     File::options().write(true).open(&index).unwrap().set_len(index.metadata().unwrap().len() / 3).unwrap();
-    let refused = world.hub.cli(&["serve"]).expect(1).says(&["index.redb", "is damaged", "packhorse store rebuild-index"]);
+    let refused = world.hub.cli(&["serve"]).expect(3).says(&["index.redb", "is damaged", "packhorse store rebuild-index"]);
     assert!(!refused.err.contains("panicked"), "{}", refused.err);
     let damaged = std::fs::read(&index).unwrap();
     let made = world.hub.json(&["store", "rebuild-index"]);

@@ -156,7 +156,7 @@ pub enum FromSite {
         /// Whom the site shares what is published there with: names or selectors; `None`: everybody.
         #[serde(default)]
         share: Option<AllowList>,
-        /// The sites that this site trains for: names, or `all`. `None`: it has no trainer, or is older and decides by itself.
+        /// The sites that this site trains for: names, or `all`. `None`: it is older and decides by itself.
         #[serde(default)]
         train: Option<AllowList>,
         /// The congestion control that the site's line is set to, for what the hub sends as well.

@@ -297,6 +297,9 @@ pub struct RunReport {
     pub phase: site::Phase,
     /// Whether a platform trains, which says itself when it is finished.
     pub by_platform: bool,
+    /// Whether a command will train, which nobody finishes but itself. An earlier version does not say.
+    #[serde(default)]
+    pub by_command: bool,
     /// How often the trainer was started.
     pub starts: u32,
     /// When it was started last.

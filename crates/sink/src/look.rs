@@ -19,6 +19,7 @@ type Counter = Box<dyn Fn(u64) + Send + Sync>;
 struct Shared {
     read: Option<Counter>,
     notes: Mutex<Vec<String>>,
+    unread: Mutex<Option<String>>,
 }
 
 impl fmt::Debug for Look {
@@ -43,6 +44,16 @@ impl Look {
     /// Reports what is no fault.
     pub fn note(&self, text: impl Into<String>) {
         self.shared.notes.lock().push(text.into());
+    }
+
+    /// Reports that the content cannot be read now, and why: nothing is known to be wrong, and nothing was verified.
+    pub fn cannot_read(&self, why: impl Into<String>) {
+        self.shared.unread.lock().get_or_insert(why.into());
+    }
+
+    /// Takes why the content could not be read, if that was reported.
+    pub fn take_unread(&self) -> Option<String> {
+        self.shared.unread.lock().take()
     }
 
     /// Takes the notes so far.

@@ -58,6 +58,17 @@ pub(super) fn site((name, labels, joined_ms, seen_ms, version, open): SiteColumn
     })
 }
 
+/// Whom a site shares with and trains for, as it told.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct AllowLists {
+    /// The site.
+    pub site: SiteName,
+    /// Its `[share] allow`.
+    pub share: Vec<String>,
+    /// Its `[train] allow`.
+    pub train: Vec<String>,
+}
+
 impl Catalogue {
     /// Keeps a join token: only the hash of its secret. A site and a publisher may not share a name.
     pub async fn add_token(
@@ -228,7 +239,21 @@ impl Catalogue {
         Ok(())
     }
 
-    /// Whether the site `on` trains for the site `from`, as `on` said last. One that has not said anything decides itself.
+    /// The lists that the sites told, by name; the list of a site that told none is empty.
+    pub async fn allow_lists(&self) -> Result<Vec<AllowLists>, Fault> {
+        let rows: Vec<(String, Option<String>, Option<String>)> =
+            sqlx::query_as("SELECT name, share, train_allow FROM site WHERE share IS NOT NULL OR train_allow IS NOT NULL ORDER BY name")
+                .fetch_all(&self.read)
+                .await
+                .map_err(fault)?;
+        let list = |text: Option<String>| text.and_then(|text| serde_json::from_str(&text).ok()).unwrap_or_default();
+        rows.into_iter()
+            .map(|(name, share, train)| Ok(AllowLists { site: name.parse()?, share: list(share), train: list(train) }))
+            .collect()
+    }
+
+    /// Whether the site `on` trains for the site `from`, as `on` said last. One that has not said anything, an
+    /// earlier version or one that has not connected yet, decides itself.
     pub async fn trains_for(&self, on: &SiteName, from: &SiteName) -> Result<bool, Fault> {
         let row: Option<(Option<String>,)> = sqlx::query_as("SELECT train_allow FROM site WHERE name = ?")
             .bind(on.as_str())

@@ -1,5 +1,7 @@
 //! What a hub takes from a site's reports, and what it refuses.
 
+use tokio_util::sync::CancellationToken;
+
 use super::*;
 use crate::api::View;
 use crate::api::types::Bytes;
@@ -10,7 +12,6 @@ use content::chunk::DEFAULT_CHUNKING;
 use content::manifest::{KindInfo, Root, Totals};
 use model::receipt::Receipt;
 use state::{Body, Part, Want};
-use tokio_util::sync::CancellationToken;
 use transport::identity::{CertificateRequest, Claim, SiteIdentity};
 
 struct Bench {

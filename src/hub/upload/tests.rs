@@ -1,5 +1,10 @@
 //! A hub in this process, and a publisher that tries what it may and what it may not.
 
+use std::path::Path;
+use std::sync::Arc;
+
+use tokio_util::sync::CancellationToken;
+
 use super::super::Hub;
 use crate::api::Backend as _;
 use crate::api::types::{Action, TokenRequest};
@@ -9,9 +14,6 @@ use base::fault::{Code, Reason};
 use content::manifest::Digest;
 use exchange::fetch::Fetcher;
 use exchange::wire::{self, AskHub, CONTROL, FromHub, FromSite};
-use std::path::Path;
-use std::sync::Arc;
-use tokio_util::sync::CancellationToken;
 use transport::identity::{CertificateRequest, Claim, Holder, JoinToken, SiteIdentity};
 use transport::{self, Link};
 

@@ -7,7 +7,7 @@ use redb::{ReadableTable, TableDefinition};
 
 use crate::chunk::{Hash, ShortHash};
 use crate::redb_file::Tree;
-use base::fault::Fault;
+use base::fault::{Code, Fault};
 
 /// What to do when the index is damaged or missing.
 pub(super) const REBUILD: &str = "stop the daemon, then run 'packhorse store rebuild-index --config FILE' with its configuration: it makes \
@@ -39,7 +39,11 @@ pub(super) struct Index {
 
 impl Index {
     pub(super) fn open(path: &Path) -> Result<Self, Fault> {
-        let tree = Tree::open(path, "the chunk index", REBUILD.into(), INDEX_CACHE_BYTES)?;
+        // A daemon that does not start because the index is damaged ends with the code of one whose index is missing.
+        let tree = Tree::open(path, "the chunk index", REBUILD.into(), INDEX_CACHE_BYTES).map_err(|not| match not.is_damaged {
+            true => Fault { code: Code::Config, ..not.fault },
+            false => not.fault,
+        })?;
         if tree.is_rolled_back() {
             tracing::warn!(path = %path.display(), "the chunk index was damaged: an older state of it is used, and what it lacks is read from the packs");
         }

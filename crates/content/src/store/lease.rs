@@ -16,6 +16,15 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 
 use super::index::Location;
+use base::fault::Fault;
+
+/// Counts what is put through the handle of a lease, and may refuse it.
+pub trait Meter: Send + Sync {
+    /// Counts bytes that are about to be stored, or refuses them.
+    fn take(&self, bytes: u64) -> Result<(), Fault>;
+    /// Bytes that were counted and not stored after all.
+    fn give_back(&self, bytes: u64);
+}
 
 /// All leases of a store. Its lock is taken after that of the open pack, never before.
 #[derive(Default)]
@@ -42,12 +51,12 @@ struct Held {
 
 impl Leases {
     /// Begins a lease. `floor` is the number of the open pack, or of the next; the caller holds the open pack's lock.
-    pub(super) fn begin(self: &Arc<Self>, floor: u32) -> Lease {
+    pub(super) fn begin(self: &Arc<Self>, floor: u32, meter: Option<Arc<dyn Meter>>) -> Lease {
         let mut state = self.state.lock();
         state.next += 1;
         let id = state.next;
         state.active.insert(id, Held { floor, pins: HashSet::new() });
-        Lease { leases: self.clone(), id }
+        Lease { leases: self.clone(), id, meter }
     }
 
     /// Begins a collection, and says from which pack on it must touch nothing. `first_new` is the number of the next pack, with none
@@ -89,9 +98,15 @@ impl Leases {
 pub(super) struct Lease {
     leases: Arc<Leases>,
     id: u64,
+    /// Dropped with the last handle, after the lease ended.
+    meter: Option<Arc<dyn Meter>>,
 }
 
 impl Lease {
+    pub(super) fn meter(&self) -> Option<&dyn Meter> {
+        self.meter.as_deref()
+    }
+
     /// Pins what was found. What lies in a pack that goes away counts as not found.
     pub(super) fn pin(&self, found: &mut [Option<Location>]) {
         let mut state = self.leases.state.lock();

@@ -35,6 +35,8 @@ use base::space::Space;
 pub use index::INDEX_CACHE_BYTES;
 use index::{Index, Location, REBUILD};
 use lease::{Lease, Leases};
+
+pub use lease::Meter;
 use pack::{MAKE_ROOM, Packs, Unsynced, Writer};
 pub use rebuild::{Rebuilt, rebuild_index};
 
@@ -175,9 +177,18 @@ impl Store {
     /// A handle for whoever will count on what he puts and finds: no collection takes it away while this handle or a clone of it is
     /// there. It is to be taken before the first look, and kept until the artifact is in the catalogue.
     pub fn leased(&self) -> Self {
+        self.lease(None)
+    }
+
+    /// [`Store::leased`], with a meter for all that is put through this handle and its clones.
+    pub fn leased_with(&self, meter: Arc<dyn Meter>) -> Self {
+        self.lease(Some(meter))
+    }
+
+    fn lease(&self, meter: Option<Arc<dyn Meter>>) -> Self {
         let open = self.inner.open.lock();
         let floor = open.writer.as_ref().map_or(open.next_pack, Writer::number);
-        let lease = self.inner.leases.begin(floor);
+        let lease = self.inner.leases.begin(floor, meter);
         Self { inner: self.inner.clone(), lease: Some(Arc::new(lease)) }
     }
 
@@ -275,7 +286,19 @@ impl Store {
     /// [`Store::append`] for many, which lie behind each other then. Returns the bytes that they took. It may fail over an older
     /// pack that cannot be synced, though these were kept.
     pub fn append_all(&self, frames: &[Frame]) -> Result<u64, Fault> {
-        self.append_leaving(frames, STORE_SPARE_BYTES + PACK_BYTES)
+        let Some(meter) = self.lease.as_ref().and_then(|lease| lease.meter()) else {
+            return self.append_leaving(frames, STORE_SPARE_BYTES + PACK_BYTES);
+        };
+        let bytes = frames.iter().map(|frame| frame.len() as u64).sum();
+        meter.take(bytes)?;
+        let appended = self.append_leaving(frames, STORE_SPARE_BYTES + PACK_BYTES);
+        // Where it is not known how much was kept, all of it counts, but for a full disk, which kept nothing.
+        match &appended {
+            Ok(kept) => meter.give_back(bytes.saturating_sub(*kept)),
+            Err(fault) if fault.code == Code::NoSpace => meter.give_back(bytes),
+            Err(_) => {}
+        }
+        appended
     }
 
     /// Appends, if a new pack would leave this much room on the disk, and syncs what became full.

@@ -45,13 +45,14 @@ impl Runner {
             return Ok(None);
         }
         let incoming = incoming(row, &there.root);
-        let Found { faults, notes } = match verify(sink.as_ref(), inner.shared.store.clone(), &incoming, place, &Look::default()).await {
-            // A page of the manifest is damaged: it is brought again as well.
-            Err(fault) if fault.code == Code::Integrity => Found { faults: vec![fault.to_string()], notes: Vec::new() },
-            other => other?,
-        };
+        let Found { faults, notes, unread } =
+            match verify(sink.as_ref(), inner.shared.store.clone(), &incoming, place, &Look::default()).await {
+                // A page of the manifest is damaged: it is brought again as well.
+                Err(fault) if fault.code == Code::Integrity => Found { faults: vec![fault.to_string()], ..Found::default() },
+                other => other?,
+            };
         let Some(first) = faults.first() else {
-            let note = notes.into_iter().next();
+            let note = notes.into_iter().next().or(unread);
             if row.artifact.kind.is_files() {
                 // A try before may have ended before the version became the active one.
                 let landed = sink.commit(&incoming, &row.id.in_dir(sink.staging_root())).await?;
@@ -180,10 +181,15 @@ impl Runner {
         if !row.body.landed || row.removed_ms.is_some() {
             return Ok(false);
         }
-        // A sink that does not answer must not keep a cancel waiting.
+        // A sink that does not answer must not keep a cancel waiting. What it cannot tell now is as it was: nobody removed it, and it may
+        // be in use. Where something of it is staged it was looked at, and was not sound.
         match tokio::time::timeout(CANCEL_LOOK_MAX, self.holds(&row.artifact, row.digest)).await {
             Ok(Ok(true)) => {}
-            _ => return Ok(false),
+            Ok(Ok(false)) => return Ok(false),
+            _ if inner.shared.places.staged_by(&row.id).is_some() => return Ok(false),
+            unknown => {
+                tracing::warn!(transfer = %row.id, artifact = %row.artifact, ?unknown, "a sink does not tell whether it still holds this");
+            }
         }
         let there = inner.catalogue.artifact(&row.artifact).await?;
         row.body.bytes.committed = row.body.bytes.total;

@@ -76,6 +76,9 @@ impl Sink for Gated {
     }
 
     async fn stands(&self, incoming: &Incoming) -> Result<bool, Fault> {
+        if let Some(fault) = self.held_up() {
+            return Err(fault);
+        }
         pass(&self.look, &self.looks).await;
         self.sink.stands(incoming).await
     }
@@ -243,6 +246,24 @@ async fn a_task_begins_only_once_the_one_before_has_ended() {
     until("the second begins", || bench.sink.commits.load(Ordering::SeqCst) == 2).await;
     bench.sink.commit.add_permits(1);
     bench.wait("t-1", "begun again", |row| row.state == State::Planning && row.body.reason == Some(Reason::HubUnreachable)).await;
+    bench.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_was_done_is_not_cancelled_because_its_sink_does_not_answer() {
+    let bench = Bench::new().await;
+    let (artifact, root) = ("dataset/d:v1".parse().unwrap(), root());
+    bench.catalogue().add_artifact(&artifact, &root, None).await.unwrap();
+    bench.catalogue().set_place(&artifact, bench.sink.place_of(&artifact).as_ref(), None).await.unwrap();
+    bench.runner.adopt(&desired("t-1", 0, Want::Run), &SITE.parse().unwrap()).await.unwrap();
+    let body = serde_json::from_str(r#"{"receipt":{"statement":"s","signature":"x","certificate":"y"}}"#).unwrap();
+    bench.catalogue().update_transfer("t-1", 0, State::Done, &body).await.unwrap();
+    bench.runner.start().await.unwrap();
+    *bench.sink.held_up.lock() = Some(Fault::unreachable("the NAS of the test does not answer"));
+    // Begun again and cancelled before the site heard of either.
+    bench.apply(&[desired("t-1", 1, Want::Cancel)]).await;
+    let row = bench.wait("t-1", "ended", |row| row.generation == 1 && row.state.is_final()).await;
+    assert!(row.state == State::Done && row.body.receipt.is_some() && row.body.reason.is_none(), "{row:#?}");
     bench.stop().await;
 }
 

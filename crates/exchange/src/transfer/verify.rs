@@ -26,6 +26,8 @@ pub struct Found {
     pub faults: Vec<String>,
     /// What else is not as it was delivered, and is left so.
     pub notes: Vec<String>,
+    /// Why the content could not be read: then nothing is known of it.
+    pub unread: Option<String>,
 }
 
 /// Compares all that was committed of an artifact with its manifest: reads its content, unless a quick look was asked for.
@@ -35,7 +37,7 @@ pub async fn verify(sink: &dyn Sink, store: Store, incoming: &Incoming, place: &
     // What is gone as a whole need not be told file by file.
     let folder = match place {
         Place::Folder { path } if faults.is_empty() && incoming.artifact.kind.is_files() => path.clone(),
-        _ => return Ok(Found { faults, notes: look.take_notes() }),
+        _ => return Ok(Found { faults, notes: look.take_notes(), unread: look.take_unread() }),
     };
     let (root, quick, shared) = (incoming.root.clone(), look.quick, look.clone());
     let work = move || {
@@ -93,7 +95,7 @@ pub async fn verify(sink: &dyn Sink, store: Store, incoming: &Incoming, place: &
         sink.trial().await?;
         faults.extend(unread);
     }
-    Ok(Found { faults, notes: modes.into_iter().chain(look.take_notes()).collect() })
+    Ok(Found { faults, notes: modes.into_iter().chain(look.take_notes()).collect(), unread: look.take_unread() })
 }
 
 /// Where an artifact is now: its sink may have another root than when it arrived.

@@ -299,12 +299,13 @@ fn finish(run: &mut Run, said: Finish, now_ms: i64) -> Result<(), Fault> {
     if run.state == RunState::Publishing || run.state == RunState::Returning || run.state == RunState::Done {
         return Ok(()); // said before
     }
-    if run.state == RunState::Waiting {
+    let by_command = run.site.as_ref().is_some_and(|site| site.by_command);
+    if run.state == RunState::Waiting && !by_command {
         // A fast platform overtakes the word that it began, and that it is one.
         run.early = Some(said);
         return Ok(());
     }
-    if run.state != RunState::Training {
+    if run.state != RunState::Training && !(by_command && run.state == RunState::Waiting) {
         return Err(Fault::conflict(format!("run {name} is {}: there is nothing to finish", run.state.as_str()))
             .with_next(format!("see 'packhorse train show {name}'")));
     }

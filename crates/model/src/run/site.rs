@@ -208,6 +208,7 @@ impl Run {
             id: self.spec.id.clone(),
             phase: self.phase,
             by_platform: self.by_platform,
+            by_command: false,
             starts: self.starts,
             started_ms: self.started_ms,
             ended: self.ended.clone(),

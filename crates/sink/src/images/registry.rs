@@ -550,7 +550,7 @@ impl Sink for RegistrySink {
                 out.push(format!("{location}: the tag names {theirs}, not {ours}"));
             }
             Tag::Held(_) => {
-                look.note(format!("{location}: {HELD_BACK}; no blob was read"));
+                look.cannot_read(format!("{location}: {HELD_BACK}; no blob could be read"));
                 return Ok(out);
             }
             Tag::Is(_) => {}

@@ -560,7 +560,7 @@ async fn an_image_that_a_policy_holds_back_has_landed() {
     assert!(sink.stands(&one).await.unwrap());
     let look = Look::default();
     assert_eq!(sink.verify(&one, &landed.place, &look).await.unwrap(), Vec::<String>::new());
-    assert!(look.take_notes().iter().any(|note| note.contains("no blob was read")));
+    assert!(look.take_unread().is_some_and(|why| why.contains("no blob could be read")));
 
     // The tag is immutable too, and the registry does not say what it names.
     let other = staged(sink.as_ref(), &[noise(2, 10_000)], &["amd64"]);
