@@ -273,7 +273,7 @@ fn a_nas_that_is_unmounted_during_a_transfer_is_waited_for() {
     if bind().is_err() {
         return;
     }
-    let _unbound = AtEnd(|| drop(unbind()));
+    let _unbound = AtEnd(|| _ = unbind());
     let hub = Hub::start_new(scratch.path());
     let line = Line::to(hub.quic);
     let spec = SiteSpec { root: Some(root.clone()), through: Some(line.address()), ..SiteSpec::default() };
