@@ -139,7 +139,7 @@ fn only_a_platform_says_that_it_is_finished() {
     assert_eq!(began(&early, true).state, RunState::Failed);
     // What a site says before it has looked tells nothing of who trains there.
     let new = SiteRun::new(desired(Want::Train)).report();
-    let command = super::super::RunReport { by_command: true, ..new.clone() };
+    let command = RunReport { by_command: true, ..new.clone() };
     let (waits, _) = hub(&run, HubEvent::Reported(Box::new(command)));
     let fault = finish(&waits).unwrap_err();
     assert!(waits.state == RunState::Waiting && fault.message.contains("is a command"), "{fault}");
