@@ -751,8 +751,9 @@ fn a_run_has_no_input_that_is_not_shared_with_the_site_that_trains() {
     let hub = Hub::start_new(dir.path());
     let more = "[share]\nallow = [\"b\"]";
     let a = Site::start_new(dir.path(), &hub, "a", &SiteSpec { more, ..SiteSpec::default() });
-    let b = Site::start_new(dir.path(), &hub, "b", &SiteSpec::default());
-    let _c = Site::start_new(dir.path(), &hub, "c", &SiteSpec::default());
+    let trains = SiteSpec { more: "[train]\ncommand = [\"true\"]\nallow = [\"all\"]", ..SiteSpec::default() };
+    let b = Site::start_new(dir.path(), &hub, "b", &trains);
+    let _c = Site::start_new(dir.path(), &hub, "c", &trains);
     a.publish(&model(&dir.join("model"), 1), "model/private:v1", &[]);
     hub.deliver_and_wait("model/private:v1", "b", secs(60));
     let args = |from: &'static str, on: &'static str, input: &'static str| {

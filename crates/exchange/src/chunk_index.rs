@@ -215,7 +215,6 @@ impl Places {
             write.open_table(ENTRIES)?;
             write.open_table(JOURNAL)?;
             write.open_table(NEXT)?;
-            sweep::note(write, 0)?;
             let places = write.open_table(PLACES)?;
             places.iter()?.map(|row| row.map(|(number, text)| (number.value(), text.value().to_owned())).map_err(Into::into)).collect()
         });
@@ -289,7 +288,7 @@ impl Places {
             write.open_table(PLACES)?.remove(number)?;
             write.open_table(JOURNAL)?.retain_in((number, 0)..(number, u32::MAX), |_, _| false)?;
             write.open_table(ENTRIES)?.retain_in((number, 0)..(number, u64::MAX), |_, _| false)?;
-            sweep::note(write, 1)
+            sweep::note(write)
         })?;
         known.remove(&number);
         self.behind.lock().remove(&number);

@@ -6,7 +6,7 @@
 
 use std::ops::Bound;
 
-use redb::{ReadableTable, TableDefinition, WriteTransaction};
+use redb::{ReadableTable, TableDefinition, TableError, WriteTransaction};
 
 use super::{CHUNKS, Places};
 use base::fault::Fault;
@@ -15,18 +15,21 @@ use content::chunk::Hash;
 /// How many places were removed since all rows of such were.
 const STALE: TableDefinition<'_, (), u64> = TableDefinition::new("stale");
 
-/// Makes the table. Notes a removed place, if one was.
-pub(super) fn note(write: &WriteTransaction, removed: u64) -> Result<(), redb::Error> {
+/// Notes a removed place. The table is made by the first: a start writes nothing, so that it succeeds on a full disk.
+pub(super) fn note(write: &WriteTransaction) -> Result<(), redb::Error> {
     let mut stale = write.open_table(STALE)?;
     let before = stale.get(())?.map_or(0, |count| count.value());
-    stale.insert((), before + removed)?;
+    stale.insert((), before + 1)?;
     Ok(())
 }
 
 impl Places {
     /// How many places were removed whose rows may be here still; 0: none.
     pub fn stale(&self) -> Result<u64, Fault> {
-        self.tree.read(|read| Ok(read.open_table(STALE)?.get(())?.map_or(0, |count| count.value())))
+        self.tree.read(|read| match read.open_table(STALE) {
+            Err(TableError::TableDoesNotExist(_)) => Ok(0),
+            table => Ok(table?.get(())?.map_or(0, |count| count.value())),
+        })
     }
 
     /// Removes the rows of removed places among the next `rows` behind a chunk. Returns the last chunk of these; `None` at the end.
