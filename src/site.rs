@@ -94,7 +94,7 @@ impl Site {
                 config.name,
                 identity.holder()
             ))
-            .with_next("mend the name in the config, or join anew"));
+            .with_next("correct the name in the configuration, or join again"));
         }
         let memory = Memory::of(config.limits.memory);
         lost::note(&config.data_dir)?;

@@ -89,7 +89,7 @@ impl Hub {
     pub(super) fn share_fault(&self, sites: &[SiteName]) -> Option<String> {
         let unknown = unknown(self.inner.config.share.allow.as_deref()?, sites);
         let names = unknown.join(", ");
-        (!unknown.is_empty()).then(|| format!("fault [share] allow: no site is called {names}; mend the name, or let that site join"))
+        (!unknown.is_empty()).then(|| format!("fault [share] allow: no site is called {names}; correct the name, or let that site join"))
     }
 }
 

@@ -751,7 +751,7 @@ fn a_run_has_no_input_that_is_not_shared_with_the_site_that_trains() {
     let hub = Hub::start_new(dir.path());
     let more = "[share]\nallow = [\"b\"]";
     let a = Site::start_new(dir.path(), &hub, "a", &SiteSpec { more, ..SiteSpec::default() });
-    let trains = SiteSpec { more: "[train]\ncommand = [\"true\"]\nallow = [\"all\"]", ..SiteSpec::default() };
+    let trains = SiteSpec { more: "[train]\ncommand = [\"/bin/true\"]\nallow = [\"all\"]", ..SiteSpec::default() };
     let b = Site::start_new(dir.path(), &hub, "b", &trains);
     let _c = Site::start_new(dir.path(), &hub, "c", &trains);
     a.publish(&model(&dir.join("model"), 1), "model/private:v1", &[]);

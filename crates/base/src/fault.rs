@@ -162,7 +162,7 @@ impl Fault {
 
     /// The configuration is wrong.
     pub fn config(message: impl Into<String>) -> Self {
-        Self::new(Code::Config, Reason::Internal, Retry::Never, message, "mend the configuration, then run 'packhorse config check'")
+        Self::new(Code::Config, Reason::Internal, Retry::Never, message, "fix the configuration, then run 'packhorse config check'")
     }
 
     /// A token, certificate or right is missing or wrong.
@@ -188,7 +188,7 @@ impl Fault {
 
     /// Bytes are not what they were said to be, or the input is malformed.
     pub fn integrity(message: impl Into<String>) -> Self {
-        Self::new(Code::Integrity, Reason::Integrity, Retry::Never, message, "mend the input, then run the command again")
+        Self::new(Code::Integrity, Reason::Integrity, Retry::Never, message, "correct the input, then run the command again")
     }
 
     /// A disk or a quota is full.

@@ -320,7 +320,7 @@ fn unreadable(path: &Path, fault: Fault) -> Fault {
         _ => Fault { message: format!("{} cannot be read now: {fault}", path.display()), ..fault }
             .with_reason(Reason::WaitingForSource)
             .with_retry(Retry::Backoff)
-            .with_next("mend that where it was published; it goes on by itself"),
+            .with_next("fix this at the site where it was published; the transfer then continues by itself"),
     }
 }
 

@@ -228,7 +228,7 @@ impl Offenders {
         } else if self.unreadable == self.total {
             Fault::not_allowed(message).with_next("give the daemon's user the right to read them")
         } else {
-            Fault::integrity(message).with_next("rename, mend or move these entries, then publish again")
+            Fault::integrity(message).with_next("rename, correct or move these entries, then publish again")
         })
     }
 }

@@ -81,7 +81,7 @@ impl Runner {
                     Ok(first) if matches!(first.state, State::Done | State::Cancelled) => {}
                     Ok(first) if first.state == State::Failed => {
                         let why = first.body.message.map_or_else(|| format!("see 'packhorse status {id}'"), Into::into);
-                        let next = format!("mend that, then 'packhorse retry {id}'; this follows by itself");
+                        let next = format!("fix the cause, then run 'packhorse retry {id}'; this transfer then continues by itself");
                         waits = Some((format!("{} must be here first, and failed: {why}", first.artifact), next, id));
                     }
                     Ok(first) => waits = Some((format!("{} must be here first: {id}", first.artifact), by_itself(), id)),

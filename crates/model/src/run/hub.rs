@@ -160,7 +160,7 @@ impl Run {
     }
 
     fn fail(&mut self, why: String, now_ms: i64) {
-        self.end(RunState::Failed, Some(why), "mend that, and start a run of another name", now_ms);
+        self.end(RunState::Failed, Some(why), "fix the cause, then start a run with another name", now_ms);
     }
 
     fn enter(&mut self, state: RunState) {

@@ -44,7 +44,7 @@ impl Why {
     /// The reason in the message, and what to do about it.
     fn words(self) -> (&'static str, &'static str) {
         match self {
-            Why::Malformed => ("malformed", "mend the syntax of the records named, or export them again"),
+            Why::Malformed => ("malformed", "correct the syntax of these records, or export them again"),
             Why::Shape => ("wrong shape", "give the fields named the type that the format asks for"),
             Why::NotFinite => ("not a finite number", "replace NaN and infinite numbers, or drop those annotations"),
             Why::EmptyBox => ("zero or negative box", "drop those boxes or give them a width and a height above zero"),
