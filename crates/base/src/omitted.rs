@@ -1,6 +1,6 @@
 //! What a publish leaves out of an artifact: counted by category, with the first examples of each.
 //!
-//! Readers of sources fill an [`Omitted`] while they read ([`source::Source::omitted`]). `publish` answers with it, the
+//! Readers of sources fill an [`Omitted`] while they read (`content::source::Source::omitted`). `publish` answers with it, the
 //! catalogues of the hub and of the site where it was published keep it, `show` lists it, and `publish --strict` refuses an
 //! input from which something would be left out ([`Omitted::refuse`]), except categories that the user accepts ([`Accepted`]).
 //! Nothing here does I/O.

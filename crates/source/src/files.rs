@@ -5,7 +5,7 @@
 //! alone, so that a publish is refused with all offenders together and before a byte was read; then `ingest` drives the
 //! second walk. Writes nothing, so a crash leaves nothing.
 //!
-//! What an artifact does not carry (times, owners, hard links, …) is counted by [`lost`] while the second walk reads; for `--strict`
+//! What an artifact does not carry (times, owners, hard links, …) is counted by `lost` while the second walk reads; for `--strict`
 //! by the first walk too, so that the refusal comes before any content is read.
 //!
 //! Memory does not grow with the tree: of each folder on the way down only so many names are held as fit a budget that
