@@ -25,6 +25,8 @@ pub struct Scripted {
     pub headers: Vec<(&'static str, &'static str)>,
     pub body: String,
     pub times: usize,
+    /// Requests with a smaller body are not meant.
+    pub body_bytes_min: usize,
     /// As many such requests pass untouched first.
     pub skip: usize,
     /// Whether the request is carried out all the same.
@@ -33,7 +35,7 @@ pub struct Scripted {
 
 impl Scripted {
     pub fn new(method: &'static str, path: &'static str, status: u16, body: String) -> Self {
-        Self { method, path, status, headers: Vec::new(), body, times: 1, skip: 0, but_done: false }
+        Self { method, path, status, headers: Vec::new(), body, times: 1, body_bytes_min: 0, skip: 0, but_done: false }
     }
 }
 
@@ -108,7 +110,10 @@ async fn answer(State(this): State<StandIn>, request: Request<Body>) -> Response
     if held.body_bytes_max.is_some_and(|max| body.len() > max) {
         return reply(413, &[("content-type", "text/html".into())], "<html>413 Request Entity Too Large</html>");
     }
-    let mut scripted = held.script.iter_mut().find(|s| s.times > 0 && parts.method == s.method && path.contains(s.path));
+    let meant = |s: &&mut Scripted| {
+        s.times > 0 && parts.method == s.method && path.contains(s.path) && body.len() >= s.body_bytes_min
+    };
+    let mut scripted = held.script.iter_mut().find(meant);
     let mut forced = None;
     if let Some(waiting) = scripted.as_deref_mut().filter(|s| s.skip > 0) {
         waiting.skip -= 1;
