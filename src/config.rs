@@ -1,9 +1,11 @@
-//! The configuration: one TOML file, unknown keys refused with their line, units required, secrets by file.
+//! The configuration: one TOML file, unknown keys refused with their line, units required, secrets
+//! by file.
 //!
-//! [`load`] is what a daemon starts with and what `config check` runs: the text, the rules of the role, and the
-//! surroundings (secret files, the filesystem under `data_dir`). [`read`] stops after the rules: the command line needs
-//! only the API's address, and may run as a user who cannot read the daemon's secrets. Nothing here writes, and no
-//! secret is ever held in a [`Config`], so its `Debug` form may be logged.
+//! [`load`] is what a daemon starts with and what `config check` runs: the text, the rules of the
+//! role, and the surroundings (secret files, the filesystem under `data_dir`). [`read`] stops after
+//! the rules: the command line needs only the API's address, and may run as a user who cannot read
+//! the daemon's secrets. Nothing here writes, and no secret is ever held in a [`Config`], so its
+//! `Debug` form may be logged.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -19,7 +21,7 @@ use base::names::{SiteName, names_site};
 pub use base::secrets::read_secret;
 pub use sink::settings::{FilesSink, ImagesSink, LabelsSink};
 use source::own::Own;
-pub use transport::{Congestion, Line, Transport};
+pub use transport::{Congestion, ConnectionSettings, Transport};
 
 mod rules;
 
@@ -54,7 +56,8 @@ pub struct Config {
     /// Where artifacts land (sites only).
     #[serde(default)]
     pub sink: Sinks,
-    /// Who may have what sites publish: at a site what it publishes itself, at the hub what any does.
+    /// Who may have what sites publish: at a site what it publishes itself, at the hub what any
+    /// does.
     #[serde(default)]
     pub share: Share,
     /// What is kept of bytes that pass from site to site (hub only).
@@ -65,7 +68,7 @@ pub struct Config {
     pub registry: BTreeMap<String, Registry>,
     /// The line.
     #[serde(default)]
-    pub line: Line,
+    pub line: ConnectionSettings,
     /// Bounds.
     #[serde(default)]
     pub limits: Limits,
@@ -90,7 +93,11 @@ pub struct Listen {
 
 impl Default for Listen {
     fn default() -> Self {
-        Self { api: SocketAddr::from(([127, 0, 0, 1], 7480)), api_without_tls: false, quic: SocketAddr::from(([0, 0, 0, 0], 7443)) }
+        Self {
+            api: SocketAddr::from(([127, 0, 0, 1], 7480)),
+            api_without_tls: false,
+            quic: SocketAddr::from(([0, 0, 0, 0], 7443)),
+        }
     }
 }
 
@@ -102,8 +109,7 @@ impl Listen {
 }
 
 /// What an operator should know where [`Listen::api_without_tls`] applies.
-pub const API_WITHOUT_TLS: &str =
-    "the API is served to other machines without TLS: whoever can read the network traffic can read the admin token";
+pub const API_WITHOUT_TLS: &str = "the API is served to other machines without TLS: whoever can read the network traffic can read the admin token";
 
 /// `[hub]`
 #[derive(Debug, Clone, Deserialize)]
@@ -135,7 +141,8 @@ pub struct Registry {
     pub password_file: Option<PathBuf>,
     /// A file of PEM certificates to trust besides the system's.
     pub ca_file: Option<PathBuf>,
-    /// Other hosts than the registry's own that the password is sent to, where the registry names them as its token service.
+    /// Other hosts than the registry's own that the password is sent to, where the registry names
+    /// them as its token service.
     pub realm_hosts: Vec<String>,
 }
 
@@ -143,8 +150,8 @@ pub struct Registry {
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Share {
-    /// Sites that may have it: names or label selectors. Default: all. Where the hub and the site both have a list, both must
-    /// allow; a site may always have its own.
+    /// Sites that may have it: names or label selectors. Default: all. Where the hub and the site
+    /// both have a list, both must allow; a site may always have its own.
     pub allow: Option<Vec<String>>,
     /// How often a site looks whether what it published in place changed there (sites only).
     #[serde(deserialize_with = "duration")]
@@ -153,7 +160,10 @@ pub struct Share {
 
 impl Default for Share {
     fn default() -> Self {
-        Self { allow: None, check_every: Duration::from_secs(300) }
+        Self {
+            allow: None,
+            check_every: Duration::from_secs(300),
+        }
     }
 }
 
@@ -171,7 +181,10 @@ pub struct Relay {
 
 impl Default for Relay {
     fn default() -> Self {
-        Self { budget: 100 << 30, keep: Duration::from_secs(7 * 24 * 3600) }
+        Self {
+            budget: 100 << 30,
+            keep: Duration::from_secs(7 * 24 * 3600),
+        }
     }
 }
 
@@ -186,7 +199,9 @@ pub struct Limits {
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { memory: base::limits::MEMORY_BUDGET_BYTES }
+        Self {
+            memory: base::limits::MEMORY_BUDGET_BYTES,
+        }
     }
 }
 
@@ -215,7 +230,11 @@ pub struct Quota {
 
 impl Default for Quota {
     fn default() -> Self {
-        Self { bytes: 100 << 40, artifacts: 100_000, entries_per_artifact: 50_000_000 }
+        Self {
+            bytes: 100 << 40,
+            artifacts: 100_000,
+            entries_per_artifact: 50_000_000,
+        }
     }
 }
 
@@ -234,7 +253,8 @@ pub struct Train {
 }
 
 impl Train {
-    /// Whether a run that this site started may train here. The site decides by itself: labels, which the hub assigns, do not count.
+    /// Whether a run that this site started may train here. The site decides by itself: labels,
+    /// which the hub assigns, do not count.
     pub fn allows(&self, site: &SiteName) -> bool {
         names_site(&self.allow, site)
     }
@@ -259,12 +279,21 @@ pub fn parse_size(text: &str) -> Result<u64, String> {
         ("TB", 1_000_000_000_000),
         ("B", 1),
     ];
-    let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let digits = text
+        .find(|c: char| !c.is_ascii_digit())
+        .unwrap_or(text.len());
     let (number, unit) = text.split_at(digits);
-    let factor = units.iter().find(|(name, _)| *name == unit.trim()).map(|(_, f)| *f);
+    let factor = units
+        .iter()
+        .find(|(name, _)| *name == unit.trim())
+        .map(|(_, f)| *f);
     match (number.parse::<u64>(), factor) {
-        (Ok(n), Some(f)) => n.checked_mul(f).ok_or_else(|| format!("{text:?} is too large")),
-        _ => Err(format!("{text:?} is not a size: write a whole number with a unit, for example 20MiB")),
+        (Ok(n), Some(f)) => n
+            .checked_mul(f)
+            .ok_or_else(|| format!("{text:?} is too large")),
+        _ => Err(format!(
+            "{text:?} is not a size: write a whole number with a unit, for example 20MiB"
+        )),
     }
 }
 
@@ -278,25 +307,47 @@ fn duration<'de, D: serde::Deserializer<'de>>(d: D) -> Result<Duration, D::Error
 
 /// Reads `500ms`, `90s`, `15m`, `24h`, `7d`: a whole number and a unit.
 pub fn parse_duration(text: &str) -> Result<Duration, String> {
-    let units: [(&str, u64); 5] = [("ms", 1), ("s", 1_000), ("m", 60_000), ("h", 3_600_000), ("d", 86_400_000)];
-    let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let units: [(&str, u64); 5] = [
+        ("ms", 1),
+        ("s", 1_000),
+        ("m", 60_000),
+        ("h", 3_600_000),
+        ("d", 86_400_000),
+    ];
+    let digits = text
+        .find(|c: char| !c.is_ascii_digit())
+        .unwrap_or(text.len());
     let (number, unit) = text.split_at(digits);
-    let factor = units.iter().find(|(name, _)| *name == unit.trim()).map(|(_, f)| *f);
+    let factor = units
+        .iter()
+        .find(|(name, _)| *name == unit.trim())
+        .map(|(_, f)| *f);
     match (number.parse::<u64>(), factor) {
-        (Ok(n), Some(f)) => n.checked_mul(f).map(Duration::from_millis).ok_or_else(|| format!("{text:?} is too long")),
-        _ => Err(format!("{text:?} is not a duration: write a whole number with a unit (ms, s, m, h, d), for example 30s")),
+        (Ok(n), Some(f)) => n
+            .checked_mul(f)
+            .map(Duration::from_millis)
+            .ok_or_else(|| format!("{text:?} is too long")),
+        _ => Err(format!(
+            "{text:?} is not a duration: write a whole number with a unit (ms, s, m, h, d), for example 30s"
+        )),
     }
 }
 
 impl Config {
     /// Where folders land: `[sink.files]` or its default.
     pub fn files_root(&self) -> PathBuf {
-        self.sink.files.as_ref().map_or_else(|| self.data_dir.join("artifacts"), |sink| sink.root.clone())
+        self.sink
+            .files
+            .as_ref()
+            .map_or_else(|| self.data_dir.join("artifacts"), |sink| sink.root.clone())
     }
 
     /// Where labels land: `[sink.labels]` or its default.
     pub fn labels_sink(&self) -> LabelsSink {
-        let default = || LabelsSink { url: format!("sqlite://{}", self.data_dir.join("labels.db").display()), password_file: None };
+        let default = || LabelsSink {
+            url: format!("sqlite://{}", self.data_dir.join("labels.db").display()),
+            password_file: None,
+        };
         self.sink.labels.clone().unwrap_or_else(default)
     }
 
@@ -315,7 +366,11 @@ impl Config {
 
     /// What belongs to the daemon of this configuration, and is never a source.
     pub fn own(&self) -> Own {
-        let images = self.images_sink().url.strip_prefix("oci-layout:").map(PathBuf::from);
+        let images = self
+            .images_sink()
+            .url
+            .strip_prefix("oci-layout:")
+            .map(PathBuf::from);
         let sinks: Vec<PathBuf> = std::iter::once(self.files_root()).chain(images).collect();
         Own::of(&self.data_dir, &sinks, self.secret_files())
     }
@@ -326,37 +381,65 @@ impl Config {
         if self.role == Role::Hub && self.line.transport != Transport::Auto {
             notes.push("[line] transport has no effect at a hub: a hub accepts QUIC and TCP, each site chooses; remove the key".to_owned());
         }
-        if self.train.as_ref().is_some_and(|train| train.allow.is_empty()) {
-            notes.push("[train] allow is empty: no site may train here; list the sites that may".to_owned());
+        if self
+            .train
+            .as_ref()
+            .is_some_and(|train| train.allow.is_empty())
+        {
+            notes.push(
+                "[train] allow is empty: no site may train here; list the sites that may"
+                    .to_owned(),
+            );
         }
         notes
     }
 
     /// The files that hold a secret of this daemon, or the configuration itself.
     pub fn secret_files(&self) -> impl Iterator<Item = &Path> {
-        self.named_files().map(|(_, path)| path).chain(self.file.as_deref())
+        self.named_files()
+            .map(|(_, path)| path)
+            .chain(self.file.as_deref())
     }
 
     /// Every file that this configuration names and that must be there, with the key that names it.
     fn named_files(&self) -> impl Iterator<Item = (&'static str, &Path)> {
-        let labels = self.sink.labels.as_ref().and_then(|s| s.password_file.as_deref()).map(|p| ("sink.labels.password_file", p));
+        let labels = self
+            .sink
+            .labels
+            .as_ref()
+            .and_then(|s| s.password_file.as_deref())
+            .map(|p| ("sink.labels.password_file", p));
         let images = self.sink.images.as_ref();
-        let password = images.and_then(|s| s.password_file.as_deref()).map(|p| ("sink.images.password_file", p));
-        let ca = images.and_then(|s| s.ca_file.as_deref()).map(|p| ("sink.images.ca_file", p));
+        let password = images
+            .and_then(|s| s.password_file.as_deref())
+            .map(|p| ("sink.images.password_file", p));
+        let ca = images
+            .and_then(|s| s.ca_file.as_deref())
+            .map(|p| ("sink.images.ca_file", p));
         let registries = self.registry.values().flat_map(|registry| {
-            let password = registry.password_file.as_deref().map(|p| ("registry.password_file", p));
-            [password, registry.ca_file.as_deref().map(|p| ("registry.ca_file", p))]
+            let password = registry
+                .password_file
+                .as_deref()
+                .map(|p| ("registry.password_file", p));
+            [
+                password,
+                registry.ca_file.as_deref().map(|p| ("registry.ca_file", p)),
+            ]
         });
-        [labels, password, ca].into_iter().chain(registries).flatten()
+        [labels, password, ca]
+            .into_iter()
+            .chain(registries)
+            .flatten()
     }
 }
 
-/// Reads a configuration and checks all that can be checked without contacting anybody: the text, the rules of the
-/// role, the secret files, the filesystem under `data_dir`.
+/// Reads a configuration and checks all that can be checked without contacting anybody: the text,
+/// the rules of the role, the secret files, the filesystem under `data_dir`.
 pub fn load(path: &Path) -> Result<Config, Fault> {
     let config = read(path)?;
     for (key, file) in config.named_files() {
-        read_secret(file).map_err(|f| Fault::config(format!("{}: {key}: {}", path.display(), f.message)))?;
+        read_secret(file)
+            .map_err(|f| Fault::config(format!("{}: {key}: {}", path.display(), f.message)))?;
     }
     refuse_network_filesystem(&config.data_dir).map_err(|f| f.context(path.display()))?;
     Ok(config)
@@ -365,24 +448,43 @@ pub fn load(path: &Path) -> Result<Config, Fault> {
 /// Reads a configuration and checks its text and the rules of its role, but not its surroundings.
 pub fn read(path: &Path) -> Result<Config, Fault> {
     let here = path.display();
-    let size = std::fs::metadata(path).map_err(|e| Fault::config(format!("cannot read the configuration {here}: {e}")))?.len();
+    let size = std::fs::metadata(path)
+        .map_err(|e| Fault::config(format!("cannot read the configuration {here}: {e}")))?
+        .len();
     if size > CONFIG_BYTES_MAX {
-        return Err(Fault::config(format!("{here} has {size} bytes; a configuration has at most {CONFIG_BYTES_MAX}")));
+        return Err(Fault::config(format!(
+            "{here} has {size} bytes; a configuration has at most {CONFIG_BYTES_MAX}"
+        )));
     }
     let text = durable::read_regular_text(path, CONFIG_BYTES_MAX);
-    let text = text.map_err(|e| Fault::config(format!("cannot read the configuration {here}: {e}")))?;
-    Ok(Config { file: Some(path.to_owned()), ..parse(&text, &here.to_string())? })
+    let text =
+        text.map_err(|e| Fault::config(format!("cannot read the configuration {here}: {e}")))?;
+    Ok(Config {
+        file: Some(path.to_owned()),
+        ..parse(&text, &here.to_string())?
+    })
 }
 
 /// Reads a configuration from text; `origin` is the file's name for messages.
 pub fn parse(text: &str, origin: &str) -> Result<Config, Fault> {
     let config: Config = toml::from_str(text).map_err(|e| {
         // "field" is serde's word; people who write TOML say key.
-        let message = e.message().replace("unknown field", "unknown key").replace("missing field", "missing key");
-        Fault::config(format!("{}: {message}", position(origin, text, e.span().map_or(0, |s| s.start))))
+        let message = e
+            .message()
+            .replace("unknown field", "unknown key")
+            .replace("missing field", "missing key");
+        Fault::config(format!(
+            "{}: {message}",
+            position(origin, text, e.span().map_or(0, |s| s.start))
+        ))
     })?;
-    rules::check(&config, text)
-        .map_err(|broken| Fault::config(format!("{}: {}", position(origin, text, broken.offset), broken.message)))?;
+    rules::check(&config, text).map_err(|broken| {
+        Fault::config(format!(
+            "{}: {}",
+            position(origin, text, broken.offset),
+            broken.message
+        ))
+    })?;
     Ok(config)
 }
 
@@ -390,23 +492,39 @@ pub fn parse(text: &str, origin: &str) -> Result<Config, Fault> {
 fn position(origin: &str, text: &str, offset: usize) -> String {
     let before = text.get(..offset).unwrap_or(text);
     let line = before.matches('\n').count() + 1;
-    let column = before.rsplit('\n').next().unwrap_or_default().chars().count() + 1;
+    let column = before
+        .rsplit('\n')
+        .next()
+        .unwrap_or_default()
+        .chars()
+        .count()
+        + 1;
     format!("{origin}:{line}:{column}")
 }
 
-/// SQLite's locks and the daemon's own do not hold on network filesystems, where two daemons could then share a folder.
+/// SQLite's locks and the daemon's own do not hold on network filesystems, where two daemons could
+/// then share a folder.
 fn refuse_network_filesystem(data_dir: &Path) -> Result<(), Fault> {
     // The folder may not exist yet: what counts is the mount that it will be made on.
-    let Some(existing) = data_dir.ancestors().find(|p| p.exists()) else { return Ok(()) };
-    let stat = rustix::fs::statfs(existing).map_err(|e| Fault::io(format!("statfs {}", existing.display()), &e.into()))?;
+    let Some(existing) = data_dir.ancestors().find(|p| p.exists()) else {
+        return Ok(());
+    };
+    let stat = rustix::fs::statfs(existing)
+        .map_err(|e| Fault::io(format!("statfs {}", existing.display()), &e.into()))?;
     match network_filesystem(stat.f_type as u64) {
         None => Ok(()),
-        Some(kind) => Err(Fault::config(format!("data_dir {} is on a network filesystem ({kind})", data_dir.display()))
-            .with_next("set data_dir to a folder on a local disk; only [sink.files] root may lie on a NAS")),
+        Some(kind) => Err(Fault::config(format!(
+            "data_dir {} is on a network filesystem ({kind})",
+            data_dir.display()
+        ))
+        .with_next(
+            "set data_dir to a folder on a local disk; only [sink.files] root may lie on a NAS",
+        )),
     }
 }
 
-/// The name of a network filesystem by its statfs magic (linux/magic.h and the filesystems' own headers).
+/// The name of a network filesystem by its statfs magic (linux/magic.h and the filesystems' own
+/// headers).
 fn network_filesystem(magic: u64) -> Option<&'static str> {
     match magic & 0xffff_ffff {
         0x6969 => Some("nfs"),

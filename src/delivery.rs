@@ -1,4 +1,5 @@
-//! What a delivery as a whole is, from what its parts are. Plain functions, called by the API's backends.
+//! What a delivery as a whole is, from what its parts are. Plain functions, called by the API's
+//! backends.
 
 use std::collections::HashSet;
 
@@ -8,15 +9,26 @@ use base::limits::{NAMES_LISTED_MAX, OFFENDERS_LISTED_MAX};
 use model::paging::{fitting, json_bytes};
 use state::DeliveryRow;
 
-/// The state of the whole. While a part is open: what moves furthest, else why it stands. Once all have ended: `failed` if
-/// one failed, else `cancelled` if one was, else `done`.
+/// The state of the whole. While a part is open: what moves furthest, else why it stands. Once all
+/// have ended: `failed` if one failed, else `cancelled` if one was, else `done`.
 pub fn state(parts: &[State]) -> State {
     let any = |state: State| parts.contains(&state);
     if parts.iter().all(|state| state.is_final()) {
-        return [State::Failed, State::Cancelled].into_iter().find(|state| any(*state)).unwrap_or(State::Done);
+        return [State::Failed, State::Cancelled]
+            .into_iter()
+            .find(|state| any(*state))
+            .unwrap_or(State::Done);
     }
-    let moving = [State::Transferring, State::Committing, State::Planning, State::Queued];
-    moving.into_iter().find(|state| any(*state)).unwrap_or(State::Paused)
+    let moving = [
+        State::Transferring,
+        State::Committing,
+        State::Planning,
+        State::Queued,
+    ];
+    moving
+        .into_iter()
+        .find(|state| any(*state))
+        .unwrap_or(State::Paused)
 }
 
 fn sum(sum: Bytes, part: Bytes) -> Bytes {
@@ -39,7 +51,8 @@ struct Stuck {
     next: Option<String>,
 }
 
-/// A delivery as it is put together from its parts, one after the other: a long one is not in memory as a whole.
+/// A delivery as it is put together from its parts, one after the other: a long one is not in
+/// memory as a whole.
 pub struct Whole {
     /// The bytes of JSON that it may have.
     max: usize,
@@ -86,14 +99,26 @@ impl Whole {
         self.done += u64::from(part.state == State::Done);
         self.bytes = sum(self.bytes, part.bytes);
         if part.reason.is_some() && part.state != State::Done {
-            let order = (part.state != State::Failed, part.reason == Some(Reason::WaitingForDependency));
+            let order = (
+                part.state != State::Failed,
+                part.reason == Some(Reason::WaitingForDependency),
+            );
             if self.stuck.as_ref().is_none_or(|stuck| order < stuck.order) {
-                let (reason, message, next) = (part.reason, part.message.clone(), part.next.clone());
-                self.stuck = Some(Stuck { order, reason, message, next });
+                let (reason, message, next) =
+                    (part.reason, part.message.clone(), part.next.clone());
+                self.stuck = Some(Stuck {
+                    order,
+                    reason,
+                    message,
+                    next,
+                });
             }
         }
         // A name of an artifact has a slash, one of a site has none.
-        for (name, list) in [(part.artifact.to_string(), &mut self.artifacts), (part.site.to_string(), &mut self.sites)] {
+        for (name, list) in [
+            (part.artifact.to_string(), &mut self.artifacts),
+            (part.site.to_string(), &mut self.sites),
+        ] {
             if self.seen.insert(name.clone()) {
                 list.push(name);
             }
@@ -110,7 +135,9 @@ impl Whole {
     /// The delivery. What the parts are together is of all of them.
     pub fn end(self, row: &DeliveryRow) -> Delivery {
         let state = state(&self.states);
-        let (reason, message, next) = self.stuck.map_or((None, None, None), |stuck| (stuck.reason, stuck.message, stuck.next));
+        let (reason, message, next) = self.stuck.map_or((None, None, None), |stuck| {
+            (stuck.reason, stuck.message, stuck.next)
+        });
         let whole = Delivery {
             id: row.id.to_string(),
             state,
@@ -122,7 +149,9 @@ impl Whole {
             artifacts: self.artifacts,
             sites: self.sites,
             run: row.run.clone(),
-            created_at: jiff::Timestamp::from_millisecond(row.created_ms).map(base::clock::rfc3339).unwrap_or_default(),
+            created_at: jiff::Timestamp::from_millisecond(row.created_ms)
+                .map(base::clock::rfc3339)
+                .unwrap_or_default(),
             finished_at: self.finished_at.filter(|_| state.is_final()),
             note: None,
             parts_total: None,
@@ -132,20 +161,25 @@ impl Whole {
     }
 }
 
-/// The delivery with as many of the parts that it lists as `max` bytes of JSON hold. What the parts are together stays.
+/// The delivery with as many of the parts that it lists as `max` bytes of JSON hold. What the parts
+/// are together stays.
 fn cut(mut whole: Delivery, parts_total: u64, max: usize) -> Delivery {
     if whole.parts.len() as u64 == parts_total && json_bytes(&whole) <= max {
         return whole;
     }
     let parts = std::mem::take(&mut whole.parts);
     whole.parts_total = Some(parts_total);
-    whole.note = Some(format!("it has {parts_total} parts, and not all are listed here: 'packhorse status {}' lists them", whole.id));
+    whole.note = Some(format!(
+        "it has {parts_total} parts, and not all are listed here: 'packhorse status {}' lists them",
+        whole.id
+    ));
     let room = max.saturating_sub(json_bytes(&whole));
     let listed = if room < 2 { 0 } else { fitting(&parts, room) };
     whole.parts = parts;
     whole.parts.truncate(listed);
     // The lists of names alone may be too long.
-    let names = |list: &mut Vec<String>| list.truncate(NAMES_LISTED_MAX.min(fitting(list, max / 4)));
+    let names =
+        |list: &mut Vec<String>| list.truncate(NAMES_LISTED_MAX.min(fitting(list, max / 4)));
     if json_bytes(&whole) > max {
         names(&mut whole.artifacts);
         names(&mut whole.sites);
@@ -166,15 +200,27 @@ pub fn view(row: &DeliveryRow, parts: Vec<Transfer>) -> Delivery {
 pub fn left_out(all: &[LeftOut]) -> Vec<String> {
     let mut groups: Vec<(&LeftOut, Vec<&str>)> = Vec::new();
     for one in all {
-        match groups.iter_mut().find(|(first, _)| first.artifact == one.artifact && first.why == one.why) {
+        match groups
+            .iter_mut()
+            .find(|(first, _)| first.artifact == one.artifact && first.why == one.why)
+        {
             Some((_, sites)) => sites.push(one.site.as_str()),
             None => groups.push((one, vec![one.site.as_str()])),
         }
     }
     let text = |(first, sites): (&LeftOut, Vec<&str>)| {
         let listed = sites.len().min(OFFENDERS_LISTED_MAX);
-        let more = if listed < sites.len() { format!(" and {} more", sites.len() - listed) } else { String::new() };
-        format!("{} is not shared with {}{more}: {}", first.artifact, sites[..listed].join(", "), first.why)
+        let more = if listed < sites.len() {
+            format!(" and {} more", sites.len() - listed)
+        } else {
+            String::new()
+        };
+        format!(
+            "{} is not shared with {}{more}: {}",
+            first.artifact,
+            sites[..listed].join(", "),
+            first.why
+        )
     };
     groups.into_iter().map(text).collect()
 }
@@ -192,32 +238,57 @@ mod tests {
             why: why.into(),
         };
         assert_eq!(left_out(&[]), Vec::<String>::new());
-        let all =
-            [one("model/m:1", "c", "here"), one("model/m:1", "d", "there"), one("model/m:1", "e", "here"), one("model/n:1", "c", "here")];
-        let texts =
-            ["model/m:1 is not shared with c, e: here", "model/m:1 is not shared with d: there", "model/n:1 is not shared with c: here"];
+        let all = [
+            one("model/m:1", "c", "here"),
+            one("model/m:1", "d", "there"),
+            one("model/m:1", "e", "here"),
+            one("model/n:1", "c", "here"),
+        ];
+        let texts = [
+            "model/m:1 is not shared with c, e: here",
+            "model/m:1 is not shared with d: there",
+            "model/n:1 is not shared with c: here",
+        ];
         assert_eq!(left_out(&all), texts);
-        let many: Vec<LeftOut> = (0..OFFENDERS_LISTED_MAX + 2).map(|i| one("model/m:1", &format!("s{i}"), "here")).collect();
+        let many: Vec<LeftOut> = (0..OFFENDERS_LISTED_MAX + 2)
+            .map(|i| one("model/m:1", &format!("s{i}"), "here"))
+            .collect();
         let texts = left_out(&many);
-        assert!(texts.len() == 1 && texts[0].ends_with("s19 and 2 more: here"), "{texts:?}");
+        assert!(
+            texts.len() == 1 && texts[0].ends_with("s19 and 2 more: here"),
+            "{texts:?}"
+        );
     }
 
     #[test]
     fn a_delivery_of_many_parts_is_cut_and_says_so() {
         use crate::api::fake::offline;
-        let parts: Vec<Transfer> = (0..200).map(|n| offline(&format!("t-{n}"), &format!("s{n}"))).collect();
-        let row = DeliveryRow { id: "d-1".parse().unwrap(), run: None, created_ms: 0 };
+        let parts: Vec<Transfer> = (0..200)
+            .map(|n| offline(&format!("t-{n}"), &format!("s{n}")))
+            .collect();
+        let row = DeliveryRow {
+            id: "d-1".parse().unwrap(),
+            run: None,
+            created_ms: 0,
+        };
         let whole = view(&row, parts.clone());
         let within = |max| {
             let mut whole = Whole::new(max);
             parts.iter().for_each(|part| whole.add(part.clone()));
             whole.end(&row)
         };
-        assert_eq!((within(1 << 20), whole.parts.len(), whole.parts_total), (whole.clone(), 200, None), "what fits stays as it is");
+        assert_eq!(
+            (within(1 << 20), whole.parts.len(), whole.parts_total),
+            (whole.clone(), 200, None),
+            "what fits stays as it is"
+        );
         for max in [50_000, 20_000, 8_000] {
             let cut = within(max);
             assert!(json_bytes(&cut) <= max, "{}", json_bytes(&cut));
-            assert_eq!((cut.parts_total, cut.bytes, cut.done, cut.state), (Some(200), whole.bytes, whole.done, whole.state));
+            assert_eq!(
+                (cut.parts_total, cut.bytes, cut.done, cut.state),
+                (Some(200), whole.bytes, whole.done, whole.state)
+            );
             assert!(cut.note.is_some_and(|note| note.contains("200 parts")));
             assert_eq!(cut.parts[..], whole.parts[..cut.parts.len()]);
         }
@@ -248,14 +319,28 @@ mod tests {
         let failed = Transfer {
             reason: Some(Reason::NoSpace),
             message: Some("the disk is full".into()),
-            bytes: Bytes { total: 7, committed: 3, ..Bytes::default() },
+            bytes: Bytes {
+                total: 7,
+                committed: 3,
+                ..Bytes::default()
+            },
             ..transfer("t2", "b", State::Failed)
         };
         let parts = vec![offline("t1", "a"), failed];
-        let row = DeliveryRow { id: "d".parse().unwrap(), run: None, created_ms: 0 };
+        let row = DeliveryRow {
+            id: "d".parse().unwrap(),
+            run: None,
+            created_ms: 0,
+        };
         let whole = view(&row, parts);
-        assert_eq!((whole.bytes.total, whole.bytes.committed, whole.done), (1007, 3, 0));
+        assert_eq!(
+            (whole.bytes.total, whole.bytes.committed, whole.done),
+            (1007, 3, 0)
+        );
         assert_eq!(whole.message.as_deref(), Some("the disk is full"));
-        assert_eq!((whole.artifacts.len(), whole.sites.len(), whole.state), (1, 2, State::Queued));
+        assert_eq!(
+            (whole.artifacts.len(), whole.sites.len(), whole.state),
+            (1, 2, State::Queued)
+        );
     }
 }

@@ -1,19 +1,20 @@
-//! The hub: keeps the catalogue and the store, tells sites what they should hold, and gives them the bytes.
+//! The hub: keeps the catalogue and the store, tells sites what they should hold, and gives them
+//! the bytes.
 
-mod ahead;
 mod backend;
 #[cfg(test)]
 mod hostile;
 mod jobs;
+mod manifest_push;
 mod manifests;
 mod planning;
+mod prefetch;
 mod quota;
 mod refused;
 mod relay;
 mod runs;
 mod session;
 mod sharing;
-mod telling;
 mod upload;
 mod verify;
 
@@ -35,11 +36,11 @@ use crate::jobs::Jobs;
 use base::blocking::blocking;
 use base::budget::{Budget, Share, WorkPlaces};
 use base::durable;
-use base::expiring_cache::Lately;
+use base::expiring_cache::ExpiringCache;
 use base::fault::Fault;
 use base::limits::{
-    CHANGES_AT_ONCE_MAX, CHANGES_PER_SECOND_MAX, CONTROL_FRAME_BYTES_MAX, PEER_WORK_MAX, QUESTIONS_BYTES_MAX, REPORTS_AT_ONCE_MAX,
-    REPORTS_PER_SECOND_MAX, REST_EVERY,
+    CHANGES_AT_ONCE_MAX, CHANGES_PER_SECOND_MAX, CONTROL_FRAME_BYTES_MAX, PEER_WORK_MAX,
+    QUESTIONS_BYTES_MAX, REPORTS_AT_ONCE_MAX, REPORTS_PER_SECOND_MAX, REST_EVERY,
 };
 use base::names::{ArtifactRef, SiteName, SiteSelector};
 use base::tally::Tally;
@@ -85,7 +86,7 @@ struct Inner {
     relay_wire: Arc<AtomicU64>,
     opened: Mutex<Vec<Arc<Opened>>>,
     /// Who may read what.
-    entitled: Mutex<Lately<(SiteName, Digest), ()>>,
+    entitled: Mutex<ExpiringCache<(SiteName, Digest), ()>>,
     /// Who may read the manifest of what.
     planning: planning::Planning,
     jobs: Jobs,
@@ -102,14 +103,15 @@ struct Inner {
     /// What is being published over the lines.
     reserved: quota::Reserved,
     /// How fast each site may report…
-    reports: quota::Pace,
+    reports: quota::RateLimiter,
     /// …and ask for changes.
-    changes: quota::Pace,
+    changes: quota::RateLimiter,
     /// Over which line a publisher sends what.
     uploads: Mutex<HashMap<(SiteName, ArtifactRef), Link>>,
     /// The bytes that an upload was found to have no room for.
-    short_of: Mutex<Lately<Digest, u64>>,
-    /// Held by the collection that runs. Publishes hold leases of the store instead, and wait for none.
+    short_of: Mutex<ExpiringCache<Digest, u64>>,
+    /// Held by the collection that runs. Publishes hold leases of the store instead, and wait for
+    /// none.
     collecting: Arc<tokio::sync::Mutex<()>>,
     /// Events of training runs are taken one after the other.
     runs: tokio::sync::Mutex<()>,
@@ -131,32 +133,83 @@ impl Hub {
     /// Opens the hub's state and binds its line.
     pub async fn open(config: Config, stop: CancellationToken) -> Result<Self, Fault> {
         durable::remove_all(&config.data_dir.join("scratch"))?;
-        refuse_a_part(&config.data_dir, "catalogue.db", has_packs(&config.data_dir), "the store has packs")?;
+        refuse_a_part(
+            &config.data_dir,
+            "catalogue.db",
+            has_packs(&config.data_dir),
+            "the store has packs",
+        )?;
         let has_identity = config.data_dir.join("identity/ca.pem").exists();
-        refuse_a_part(&config.data_dir, "catalogue.db", has_identity, "the hub has an identity")?;
-        let allow = config.share.allow.as_ref().map(|list| list.iter().map(|text| text.parse()).collect::<Result<Vec<SiteSelector>, _>>());
-        let catalogue = Catalogue::open(&config.data_dir).await?.with_share_policy(allow.transpose()?);
+        refuse_a_part(
+            &config.data_dir,
+            "catalogue.db",
+            has_identity,
+            "the hub has an identity",
+        )?;
+        let allow = config.share.allow.as_ref().map(|list| {
+            list.iter()
+                .map(|text| text.parse())
+                .collect::<Result<Vec<SiteSelector>, _>>()
+        });
+        let catalogue = Catalogue::open(&config.data_dir)
+            .await?
+            .with_share_policy(allow.transpose()?);
         let published = catalogue.any_artifact().await?;
         // Where only the index is lost, the store says what to do.
         let needed = published && !has_packs(&config.data_dir);
-        refuse_a_part(&config.data_dir, "store/index.redb", needed, "the catalogue names artifacts")?;
+        refuse_a_part(
+            &config.data_dir,
+            "store/index.redb",
+            needed,
+            "the catalogue names artifacts",
+        )?;
         let joined = !catalogue.sites().await?.is_empty();
-        refuse_a_part(&config.data_dir, "identity/ca.pem", joined, "sites have joined")?;
+        refuse_a_part(
+            &config.data_dir,
+            "identity/ca.pem",
+            joined,
+            "sites have joined",
+        )?;
         let identity = Arc::new(HubIdentity::open_or_create(&config.data_dir, &config.name)?);
         let dir = config.data_dir.join("store");
         let store = blocking(move || Store::open(&dir)).await?;
-        let listener = Listener::bind(config.listen.quic, identity.clone(), &config.line, config.limits.memory / 2)?;
+        let listener = Listener::bind(
+            config.listen.quic,
+            identity.clone(),
+            &config.line,
+            config.limits.memory / 2,
+        )?;
         tracing::info!(name = %config.name, line = %listener.local_addr(), api = %config.listen.api, data = %config.data_dir.display(), "the hub is ready");
         let jobs = Jobs::new(catalogue.clone());
         let links = Links::default();
         let relay_wire = Arc::new(AtomicU64::new(0));
-        let lines = relay::Lines { links: links.clone(), catalogue: catalogue.clone(), wire: relay_wire.clone(), known: Mutex::default() };
+        let lines = relay::RelayLinks {
+            links: links.clone(),
+            catalogue: catalogue.clone(),
+            wire: relay_wire.clone(),
+            known: Mutex::default(),
+        };
         let upstream: Arc<dyn Upstream> = Arc::new(lines);
-        let (data, main, sites, room) = (config.data_dir.clone(), store.clone(), upstream.clone(), config.relay.budget);
+        let (data, main, sites, room) = (
+            config.data_dir.clone(),
+            store.clone(),
+            upstream.clone(),
+            config.relay.budget,
+        );
         let relay = blocking(move || Relay::open(&data, main, sites, room)).await?;
-        let (relay_memory, opened, entitled, uploads, short_of, collecting, runs, checked_manifests) = Default::default();
+        let (
+            relay_memory,
+            opened,
+            entitled,
+            uploads,
+            short_of,
+            collecting,
+            runs,
+            checked_manifests,
+        ) = Default::default();
         let tasks = TaskTracker::new();
-        // Three eighths of it are for content and an eighth is for messages: what the lines hold to send is the other half.
+        // Three eighths of it are for content and an eighth is for messages: what the lines hold to
+        // send is the other half.
         let budget = Budget::new(config.limits.memory / 8 * 3, SITE_SHARE_MAX);
         let questions = Budget::new(config.limits.memory / 16, QUESTIONS_BYTES_MAX);
         let messages = Budget::new(config.limits.memory / 16, CONTROL_FRAME_BYTES_MAX as u64);
@@ -183,8 +236,8 @@ impl Hub {
                 messages,
                 work,
                 reserved: Default::default(),
-                reports: quota::Pace::new(REPORTS_PER_SECOND_MAX, REPORTS_AT_ONCE_MAX),
-                changes: quota::Pace::new(CHANGES_PER_SECOND_MAX, CHANGES_AT_ONCE_MAX),
+                reports: quota::RateLimiter::new(REPORTS_PER_SECOND_MAX, REPORTS_AT_ONCE_MAX),
+                changes: quota::RateLimiter::new(CHANGES_PER_SECOND_MAX, CHANGES_AT_ONCE_MAX),
                 uploads,
                 short_of,
                 collecting,
@@ -198,9 +251,13 @@ impl Hub {
     /// Takes sites in until the daemon stops.
     pub async fn run(&self) -> Result<(), Fault> {
         let this = self.clone();
-        self.inner.tasks.spawn(async move { this.keep_relay().await });
+        self.inner
+            .tasks
+            .spawn(async move { this.keep_relay().await });
         let this = self.clone();
-        self.inner.tasks.spawn(async move { this.keep_runs().await });
+        self.inner
+            .tasks
+            .spawn(async move { this.keep_runs().await });
         let refused_joins = Tally::new("a join was refused");
         let mut trim = tokio::time::interval(TRIM_EVERY);
         let mut rest = tokio::time::interval(REST_EVERY);
@@ -234,11 +291,19 @@ impl Hub {
                 }
                 Some(Arrival::Publisher { name, link }) => {
                     let this = self.clone();
-                    self.inner.tasks.spawn(async move { this.welcome_publisher(name, link).await });
+                    self.inner
+                        .tasks
+                        .spawn(async move { this.welcome_publisher(name, link).await });
                 }
-                Some(Arrival::Site { name, link, cert_der }) => {
+                Some(Arrival::Site {
+                    name,
+                    link,
+                    cert_der,
+                }) => {
                     let this = self.clone();
-                    self.inner.tasks.spawn(async move { this.welcome(name, link, cert_der).await });
+                    self.inner
+                        .tasks
+                        .spawn(async move { this.welcome(name, link, cert_der).await });
                 }
             }
         }
@@ -247,7 +312,13 @@ impl Hub {
     /// Closes every line and waits for what runs.
     pub async fn stopped(&self) {
         self.inner.listener.close();
-        let links: Vec<Link> = self.inner.links.read().values().map(|c| c.link.clone()).collect();
+        let links: Vec<Link> = self
+            .inner
+            .links
+            .read()
+            .values()
+            .map(|c| c.link.clone())
+            .collect();
         links.iter().for_each(|link| link.close("the hub stops"));
         self.inner.tasks.close();
         self.inner.tasks.wait().await;
@@ -261,7 +332,8 @@ impl Hub {
             return Ok(true);
         }
         let catalogue = &self.inner.catalogue;
-        if !catalogue.is_entitled(peer, digest).await? || !catalogue.is_shared(peer, digest).await? {
+        if !catalogue.is_entitled(peer, digest).await? || !catalogue.is_shared(peer, digest).await?
+        {
             return Ok(false);
         }
         self.inner.entitled.lock().put(key, (), ENTITLED_FOR);
@@ -275,8 +347,17 @@ impl Hub {
 
 #[async_trait]
 impl Redeemer for Hub {
-    async fn redeem(&self, id: &str, secret_hash: &[u8; 32], claim: &Claim, key_hash: &[u8; 32]) -> Result<Holder, Fault> {
-        self.inner.catalogue.redeem_token(id, secret_hash, claim, key_hash).await
+    async fn redeem(
+        &self,
+        id: &str,
+        secret_hash: &[u8; 32],
+        claim: &Claim,
+        key_hash: &[u8; 32],
+    ) -> Result<Holder, Fault> {
+        self.inner
+            .catalogue
+            .redeem_token(id, secret_hash, claim, key_hash)
+            .await
     }
 }
 
@@ -295,7 +376,11 @@ impl Library for Hub {
         let row = rows.into_iter().next().ok_or_else(nothing_such)?;
         let store = inner.store.clone();
         let _place = self.work_place(peer).await;
-        let opened = Arc::new(blocking(move || Opened::new(digest, row.root, &store)).await?.relayed(relayed));
+        let opened = Arc::new(
+            blocking(move || Opened::new(digest, row.root, &store))
+                .await?
+                .relayed(relayed),
+        );
         let mut cache = inner.opened.lock();
         if cache.len() >= OPENED_MAX {
             cache.remove(0);
@@ -321,7 +406,13 @@ impl Library for Hub {
         blocking(move || store.page(page)).await
     }
 
-    async fn ready(&self, peer: &Peer, opened: &Opened, wanted: &Wanted, children: &[Child]) -> Result<(), Fault> {
+    async fn ready(
+        &self,
+        peer: &Peer,
+        opened: &Opened,
+        wanted: &Wanted,
+        children: &[Child],
+    ) -> Result<(), Fault> {
         match relayed_page(opened, wanted) {
             Some(_) => self.inner.relay.ready(peer, opened.digest, children).await,
             None => Ok(()),
@@ -338,16 +429,31 @@ impl Library for Hub {
     ) -> Result<Pieces, Fault> {
         if let Some(page) = relayed_page(opened, wanted) {
             self.note_use(opened.digest).await;
-            return self.inner.relay.frames(peer, Of { digest: opened.digest, page, priority }, children).await;
+            return self
+                .inner
+                .relay
+                .frames(
+                    peer,
+                    Of {
+                        digest: opened.digest,
+                        page,
+                        priority,
+                    },
+                    children,
+                )
+                .await;
         }
         let store = self.inner.store.clone();
         let chunks: Vec<ChunkRef> = children.into_iter().map(|c| c.chunk).collect();
         let _place = self.work_place(peer).await;
-        blocking(move || store.read_listed(&chunks)).await.map(pieces)
+        blocking(move || store.read_listed(&chunks))
+            .await
+            .map(pieces)
     }
 }
 
-/// The page of a relayed artifact whose children are asked for. The root and what it lists are always here.
+/// The page of a relayed artifact whose children are asked for. The root and what it lists are
+/// always here.
 fn relayed_page(opened: &Opened, wanted: &Wanted) -> Option<Hash> {
     match wanted {
         Wanted::Children { page, .. } if opened.relayed => Some(*page),
@@ -355,8 +461,8 @@ fn relayed_page(opened: &Opened, wanted: &Wanted) -> Option<Hash> {
     }
 }
 
-/// A hub that lost a part of its state must not begin a new one beside the rest: an empty catalogue would let `gc` free
-/// the whole store, and a new CA would lock every site out.
+/// A hub that lost a part of its state must not begin a new one beside the rest: an empty catalogue
+/// would let `gc` free the whole store, and a new CA would lock every site out.
 fn refuse_a_part(data_dir: &Path, part: &str, needed: bool, why: &str) -> Result<(), Fault> {
     if !needed || data_dir.join(part).exists() {
         return Ok(());
@@ -367,11 +473,12 @@ fn refuse_a_part(data_dir: &Path, part: &str, needed: bool, why: &str) -> Result
 }
 
 fn has_packs(data_dir: &Path) -> bool {
-    std::fs::read_dir(data_dir.join("store").join("packs")).is_ok_and(|mut packs| packs.next().is_some())
+    std::fs::read_dir(data_dir.join("store").join("packs"))
+        .is_ok_and(|mut packs| packs.next().is_some())
 }
 
-/// Eight bytes of a name, for sets of what is alive: a dead chunk that shares them with a live one is kept, which harms
-/// nobody.
+/// Eight bytes of a name, for sets of what is alive: a dead chunk that shares them with a live one
+/// is kept, which harms nobody.
 fn short(id: ShortHash) -> u64 {
     u64::from_le_bytes([id[0], id[1], id[2], id[3], id[4], id[5], id[6], id[7]])
 }

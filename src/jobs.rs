@@ -1,5 +1,5 @@
-//! Jobs: work that a request began and that goes on after its 202. Kept in memory: a restart forgets them, and since
-//! every command may be run again, whoever waited for one runs it again.
+//! Jobs: work that a request began and that goes on after its 202. Kept in memory: a restart
+//! forgets them, and since every command may be run again, whoever waited for one runs it again.
 
 use std::collections::VecDeque;
 use std::future::Future;
@@ -24,24 +24,38 @@ const JOBS_KEPT: usize = 256;
 /// Jobs that may run at once; where all places are taken, a collection gets one more.
 const JOBS_RUNNING_MAX: usize = 32;
 
-/// Does `work`; where the store's disk is full it waits for room and does it again. No lock is held meanwhile, so that room can
-/// be made by whatever means. It ends with the fault when there was none for `patience`.
-pub async fn until_room<T, F>(store: &Store, progress: &JobProgress, patience: Duration, mut work: impl FnMut() -> F) -> Result<T, Fault>
+/// Does `work`; where the store's disk is full it waits for room and does it again. No lock is held
+/// meanwhile, so that room can be made by whatever means. It ends with the fault when there was
+/// none for `patience`.
+pub async fn until_room<T, F>(
+    store: &Store,
+    progress: &JobProgress,
+    patience: Duration,
+    mut work: impl FnMut() -> F,
+) -> Result<T, Fault>
 where
     F: Future<Output = Result<T, Fault>>,
 {
     let has_room = || {
         let (store, wanted) = (store.clone(), progress.wanted.load(Ordering::Relaxed));
-        blocking(move || store.check_room().and_then(|()| store.check_room_for(wanted)))
+        blocking(move || {
+            store
+                .check_room()
+                .and_then(|()| store.check_room_for(wanted))
+        })
     };
     loop {
         let fault = match work().await {
-            // Where the store has room, another disk is full, or more is wanted at once than there will be.
+            // Where the store has room, another disk is full, or more is wanted at once than there
+            // will be.
             Err(fault) if fault.code == Code::NoSpace && has_room().await.is_err() => fault,
             end => return end,
         };
         tracing::warn!(error = %fault, "a job waits for room on the disk");
-        progress.doing(format!("waiting for room on a full disk: {}", fault.message));
+        progress.doing(format!(
+            "waiting for room on a full disk: {}",
+            fault.message
+        ));
         let full_since = Instant::now();
         loop {
             progress.check()?;
@@ -67,9 +81,12 @@ async fn given_up(progress: &JobProgress) {
     }
 }
 
-/// A result of a job that is not too long to be kept, and answered with: of a longer list the first rows.
+/// A result of a job that is not too long to be kept, and answered with: of a longer list the first
+/// rows.
 fn bounded(mut result: serde_json::Value) -> serde_json::Value {
-    let serde_json::Value::Array(rows) = &mut result else { return result };
+    let serde_json::Value::Array(rows) = &mut result else {
+        return result;
+    };
     let all = rows.len();
     let kept = paging::fitting(rows, JOB_RESULT_BYTES_MAX);
     if kept < all {
@@ -95,7 +112,10 @@ pub struct Jobs {
 impl Jobs {
     /// No jobs yet; news of them wake whoever waits for the catalogue.
     pub fn new(catalogue: Catalogue) -> Self {
-        Self { entries: Arc::default(), catalogue }
+        Self {
+            entries: Arc::default(),
+            catalogue,
+        }
     }
 
     /// Begins a job.
@@ -108,7 +128,10 @@ impl Jobs {
     }
 
     /// Begins a job that makes room: it finds a place where all others wait for that.
-    pub fn start_collection<T, F>(&self, work: impl FnOnce(Arc<JobProgress>) -> F) -> Result<Job, Fault>
+    pub fn start_collection<T, F>(
+        &self,
+        work: impl FnOnce(Arc<JobProgress>) -> F,
+    ) -> Result<Job, Fault>
     where
         T: Serialize + Send + 'static,
         F: Future<Output = Result<T, Fault>> + Send + 'static,
@@ -117,7 +140,11 @@ impl Jobs {
     }
 
     /// Begins a job where no more than so many others run.
-    fn start_beside<T, F>(&self, others_max: usize, work: impl FnOnce(Arc<JobProgress>) -> F) -> Result<Job, Fault>
+    fn start_beside<T, F>(
+        &self,
+        others_max: usize,
+        work: impl FnOnce(Arc<JobProgress>) -> F,
+    ) -> Result<Job, Fault>
     where
         T: Serialize + Send + 'static,
         F: Future<Output = Result<T, Fault>> + Send + 'static,
@@ -128,32 +155,42 @@ impl Jobs {
             let mut entries = self.entries.lock();
             let running = entries.iter().filter(|e| e.end.is_none()).count();
             if running > others_max {
-                return Err(Fault::conflict(format!("{running} jobs run already")).with_next("wait until one of them ends"));
+                return Err(Fault::conflict(format!("{running} jobs run already"))
+                    .with_next("wait until one of them ends"));
             }
             if entries.len() >= JOBS_KEPT
                 && let Some(at) = entries.iter().position(|e| e.end.is_some())
             {
                 entries.remove(at);
             }
-            entries.push_back(Entry { id: id.clone(), progress: progress.clone(), end: None });
+            entries.push_back(Entry {
+                id: id.clone(),
+                progress: progress.clone(),
+                end: None,
+            });
         }
         let work = work(progress.clone());
         let (jobs, job) = (self.clone(), id.clone());
         tokio::spawn(async move {
-            // In a task of its own, so that a defect in the work ends the job and does not leave it running for ever.
+            // In a task of its own, so that a defect in the work ends the job and does not leave it
+            // running for ever.
             let mut task = tokio::spawn(work);
             let ended = tokio::select! {
                 ended = &mut task => ended,
                 () = given_up(&progress) => {
-                    // A thread may hang in a read that never returns: nobody waits for it. It ends at its next check.
+                    // A thread may hang in a read that never returns: nobody waits for it. It ends
+                    // at its next check.
                     task.abort();
                     task.await
                 }
             };
             let end = match ended {
-                Ok(result) => {
-                    result.and_then(|v| serde_json::to_value(v).map_err(|e| Fault::internal(format!("a job's result: {e}")))).map(bounded)
-                }
+                Ok(result) => result
+                    .and_then(|v| {
+                        serde_json::to_value(v)
+                            .map_err(|e| Fault::internal(format!("a job's result: {e}")))
+                    })
+                    .map(bounded),
                 Err(error) if error.is_cancelled() => Err(cancelled()),
                 Err(error) => Err(Fault::internal(format!("the job ended: {error}"))),
             };
@@ -172,14 +209,15 @@ impl Jobs {
     pub fn get(&self, id: &str) -> Result<Job, Fault> {
         let entries = self.entries.lock();
         let Some(entry) = entries.iter().find(|e| e.id == id) else {
-            return Err(
-                Fault::not_found(format!("there is no job {id}")).with_next("the daemon may have been restarted: run the command again")
-            );
+            return Err(Fault::not_found(format!("there is no job {id}"))
+                .with_next("the daemon may have been restarted: run the command again"));
         };
         let (state, result, error) = match &entry.end {
             None => ("running", None, None),
             Some(Ok(value)) => ("done", Some(value.clone()), None),
-            Some(Err(fault)) if fault.reason == Reason::CancelledByUser => ("cancelled", None, Some(fault.clone())),
+            Some(Err(fault)) if fault.reason == Reason::CancelledByUser => {
+                ("cancelled", None, Some(fault.clone()))
+            }
             Some(Err(fault)) => ("failed", None, Some(fault.clone())),
         };
         Ok(Job {
@@ -194,15 +232,22 @@ impl Jobs {
         })
     }
 
-    /// Cancels a job: its work stops, and what it wrote for itself alone is removed. One whose result is becoming visible ends as it is.
+    /// Cancels a job: its work stops, and what it wrote for itself alone is removed. One whose
+    /// result is becoming visible ends as it is.
     pub fn cancel(&self, id: &str) -> Result<Job, Fault> {
         {
             let entries = self.entries.lock();
             let entry = entries.iter().find(|e| e.id == id);
             if let Some(entry) = entry.filter(|e| e.end.is_some() || e.progress.is_ending()) {
-                let state = if entry.end.is_some() { "has ended" } else { "is about to end" };
-                return Err(Fault::conflict(format!("job {id} {state}: there is nothing to cancel"))
-                    .with_next("run the command again to see its result"));
+                let state = if entry.end.is_some() {
+                    "has ended"
+                } else {
+                    "is about to end"
+                };
+                return Err(Fault::conflict(format!(
+                    "job {id} {state}: there is nothing to cancel"
+                ))
+                .with_next("run the command again to see its result"));
             }
             if let Some(entry) = entry {
                 tracing::info!(job = %id, "a job is cancelled");
@@ -214,10 +259,19 @@ impl Jobs {
 
     /// A page of the jobs that are remembered, the newest first, behind this one.
     pub fn list(&self, behind: Option<&str>, room: Room) -> Page<Job> {
-        let ids: Vec<String> = self.entries.lock().iter().rev().map(|entry| entry.id.clone()).collect();
+        let ids: Vec<String> = self
+            .entries
+            .lock()
+            .iter()
+            .rev()
+            .map(|entry| entry.id.clone())
+            .collect();
         // One that was forgotten meanwhile was the oldest: nothing comes behind it.
         let from = match behind {
-            Some(behind) => ids.iter().position(|id| id == behind).map_or(ids.len(), |at| at + 1),
+            Some(behind) => ids
+                .iter()
+                .position(|id| id == behind)
+                .map_or(ids.len(), |at| at + 1),
             None => 0,
         };
         let mut pager = Pager::new(room);
@@ -233,7 +287,11 @@ impl Jobs {
 
     /// Jobs that run.
     pub fn running(&self) -> usize {
-        self.entries.lock().iter().filter(|e| e.end.is_none()).count()
+        self.entries
+            .lock()
+            .iter()
+            .filter(|e| e.end.is_none())
+            .count()
     }
 }
 
@@ -271,14 +329,23 @@ mod tests {
         }
         let job = ended(&jobs, &newest_first[0]).await;
         let result = job.result.clone().unwrap();
-        assert!(paging::json_bytes(&result) < JOB_RESULT_BYTES_MAX + 100 && result.to_string().contains("more are not listed"));
+        assert!(
+            paging::json_bytes(&result) < JOB_RESULT_BYTES_MAX + 100
+                && result.to_string().contains("more are not listed")
+        );
         assert_eq!(job.notes.len(), JOB_NOTES_MAX + 1);
         for id in &newest_first {
             ended(&jobs, id).await;
         }
         let (mut listed, mut behind) = (Vec::new(), None);
         loop {
-            let page = jobs.list(behind.as_deref(), Room { rows: 10, bytes: 1000 });
+            let page = jobs.list(
+                behind.as_deref(),
+                Room {
+                    rows: 10,
+                    bytes: 1000,
+                },
+            );
             assert_eq!(page.rows.len(), 1, "each is larger than a page");
             listed.extend(page.rows.into_iter().map(|job| job.id));
             let Some(next) = page.next else { break };
@@ -303,7 +370,7 @@ mod tests {
         let data = dir.path().to_owned();
         let job = jobs.start(move |progress| async move {
             let watched = progress.clone();
-            crate::reading::with_scratch(&data, &watched, move |scratch, _| {
+            crate::open_source::with_scratch(&data, &watched, move |scratch, _| {
                 base::durable::replace(&scratch.folder.join("spilled"), b"much")?;
                 loop {
                     progress.check()?;
@@ -315,11 +382,31 @@ mod tests {
             .await
         });
         let id = job.unwrap().id;
-        assert_eq!(jobs.list(None, Room { rows: 9, bytes: 1 << 20 }).rows[0].id, id);
+        assert_eq!(
+            jobs.list(
+                None,
+                Room {
+                    rows: 9,
+                    bytes: 1 << 20
+                }
+            )
+            .rows[0]
+                .id,
+            id
+        );
         jobs.cancel(&id).unwrap();
         let job = ended(&jobs, &id).await;
-        assert_eq!((job.state.as_str(), job.error.unwrap().code), ("cancelled", Code::Partial));
-        assert_eq!(std::fs::read_dir(dir.path().join("scratch")).unwrap().count(), 0, "nothing of it is left");
+        assert_eq!(
+            (job.state.as_str(), job.error.unwrap().code),
+            ("cancelled", Code::Partial)
+        );
+        assert_eq!(
+            std::fs::read_dir(dir.path().join("scratch"))
+                .unwrap()
+                .count(),
+            0,
+            "nothing of it is left"
+        );
         assert_eq!(jobs.cancel(&id).unwrap_err().code, Code::Conflict);
         assert_eq!(jobs.cancel("j-0").unwrap_err().code, Code::NotFound);
     }
@@ -329,7 +416,10 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let jobs = Jobs::new(Catalogue::open(dir.path()).await.unwrap());
         let (release, hang) = std::sync::mpsc::sync_channel::<()>(1);
-        let hanging = jobs.start(|_| blocking(move || hang.recv().map_err(|e| Fault::internal(e.to_string())))).unwrap().id;
+        let hanging = jobs
+            .start(|_| blocking(move || hang.recv().map_err(|e| Fault::internal(e.to_string()))))
+            .unwrap()
+            .id;
         let (end, ends) = tokio::sync::oneshot::channel::<()>();
         let (begun, begins) = tokio::sync::oneshot::channel::<()>();
         let ending = jobs.start(|progress| async move {

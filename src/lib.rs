@@ -9,9 +9,9 @@ pub mod jobs;
 pub mod metrics;
 #[cfg(test)]
 mod mutations;
+pub mod open_source;
 pub mod publisher;
 pub mod quickstart;
-pub mod reading;
 pub mod sample;
 pub mod serve;
 pub mod site;

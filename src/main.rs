@@ -9,7 +9,10 @@ use packhorse::cli;
 fn main() -> ExitCode {
     let args = cli::Args::parse();
     cli::init_log(&args);
-    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+    let runtime = match tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+    {
         Ok(runtime) => runtime,
         Err(error) => {
             eprintln!("error: cannot start threads: {error}");

@@ -17,10 +17,15 @@ pub struct Transfers {
 impl Transfers {
     /// Adds some; `reason` goes before theirs.
     pub fn add(&mut self, some: &Counted, reason: Option<Reason>) {
-        let Some(state) = State::parse(&some.state) else { return };
+        let Some(state) = State::parse(&some.state) else {
+            return;
+        };
         let own = || serde_json::from_value(serde_json::Value::from(some.reason.clone()?)).ok();
         let reason = reason.or_else(own);
-        *self.states.entry((state.as_str(), reason.map_or("", |r: Reason| r.as_str()))).or_default() += some.transfers as u64;
+        *self
+            .states
+            .entry((state.as_str(), reason.map_or("", |r: Reason| r.as_str())))
+            .or_default() += some.transfers as u64;
         for (name, value) in [
             ("reused", some.reused),
             ("resumed", some.resumed),
@@ -35,9 +40,14 @@ impl Transfers {
 
     /// The metrics.
     pub fn to_text(&self) -> String {
-        let mut out = String::from("# HELP packhorse_transfers Transfers known, by state and reason.\n# TYPE packhorse_transfers gauge\n");
+        let mut out = String::from(
+            "# HELP packhorse_transfers Transfers known, by state and reason.\n# TYPE packhorse_transfers gauge\n",
+        );
         for ((state, reason), count) in &self.states {
-            let _ = writeln!(out, "packhorse_transfers{{state=\"{state}\",reason=\"{reason}\"}} {count}");
+            let _ = writeln!(
+                out,
+                "packhorse_transfers{{state=\"{state}\",reason=\"{reason}\"}} {count}"
+            );
         }
         out.push_str(
             "# HELP packhorse_transfer_bytes Bytes of the transfers known, by how they came.\n# TYPE packhorse_transfer_bytes gauge\n",

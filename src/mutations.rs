@@ -1,6 +1,7 @@
-//! Changes bytes of state files and bundles at random, opens and uses them as the daemon does: no panic, no hang, and either a fault or
-//! the right content. `PACKHORSE_MUTATIONS` sets the number of mutations, `PACKHORSE_MUTATION_FIRST` the number of the first one, so
-//! that one which failed can be run alone.
+//! Changes bytes of state files and bundles at random, opens and uses them as the daemon does: no
+//! panic, no hang, and either a fault or the right content. `PACKHORSE_MUTATIONS` sets the number
+//! of mutations, `PACKHORSE_MUTATION_FIRST` the number of the first one, so that one which failed
+//! can be run alone.
 
 use std::collections::HashMap;
 use std::io::Write;
@@ -28,8 +29,8 @@ use content::ingest::{self, Progress};
 use content::manifest::{EntryBody, Root, Step, Walk};
 use content::redb_file;
 use content::store::{Store, rebuild_index};
-use exchange::chunk_index::{At, Commit, PlaceInfo, Places};
-use sink::Place;
+use exchange::chunk_index::{At, ChunkIndex, Commit, LocationInfo};
+use sink::StorageLocation;
 use source::files::FilesSource;
 use state::{Body, Catalogue, Part};
 use transport::identity::{CertificateRequest, HubIdentity, SiteIdentity};
@@ -48,7 +49,7 @@ static PANICS: AtomicU64 = AtomicU64::new(0);
 enum Target {
     Index { verified: bool },
     Pack,
-    Places { verified: bool },
+    ChunkIndex { verified: bool },
     Catalogue,
     Bundle,
     Identity,
@@ -61,8 +62,8 @@ const TARGETS: [Target; 12] = [
     Target::Index { verified: true },
     Target::Index { verified: false },
     Target::Pack,
-    Target::Places { verified: true },
-    Target::Places { verified: false },
+    Target::ChunkIndex { verified: true },
+    Target::ChunkIndex { verified: false },
     Target::Catalogue,
     Target::Bundle,
     Target::Bundle,
@@ -86,12 +87,19 @@ struct World {
 /// Memory is enough, and no disk is worn by it.
 fn scratch() -> tempfile::TempDir {
     let shm = Path::new("/dev/shm");
-    if shm.is_dir() { tempfile::tempdir_in(shm).unwrap() } else { tempfile::tempdir().unwrap() }
+    if shm.is_dir() {
+        tempfile::tempdir_in(shm).unwrap()
+    } else {
+        tempfile::tempdir().unwrap()
+    }
 }
 
 fn write(path: &Path, bytes: &[u8]) {
     std::fs::create_dir_all(path.parent().unwrap()).unwrap();
-    std::fs::File::create(path).unwrap().write_all(bytes).unwrap();
+    std::fs::File::create(path)
+        .unwrap()
+        .write_all(bytes)
+        .unwrap();
 }
 
 fn copy_dir(from: &Path, to: &Path) {
@@ -108,7 +116,10 @@ fn copy_dir(from: &Path, to: &Path) {
 }
 
 fn runtime() -> tokio::runtime::Runtime {
-    tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap()
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .unwrap()
 }
 
 impl World {
@@ -120,21 +131,43 @@ impl World {
             let mut bytes = vec![0; 200 + n * 3000];
             rng.fill(&mut bytes[..]);
             // Half of it can be compressed.
-            bytes[100..].iter_mut().step_by(2).for_each(|byte| *byte = b'x');
+            bytes[100..]
+                .iter_mut()
+                .step_by(2)
+                .for_each(|byte| *byte = b'x');
             write(&at("source").join(format!("f{n:02}")), &bytes);
         }
         let store = Store::open(&at("hub/store")).unwrap();
         let mut source = FilesSource::open(&at("source")).unwrap();
-        let root = ingest::ingest(&mut source, Kind::Dataset, &store, &store, &Progress::default()).unwrap().root;
+        let root = ingest::ingest(
+            &mut source,
+            Kind::Dataset,
+            &store,
+            &store,
+            &Progress::default(),
+        )
+        .unwrap()
+        .root;
         let artifact: ArtifactRef = "dataset/d:1".parse().unwrap();
-        bundle::export(&[Member::new(artifact.clone(), &root)], &store, &at("bundle"), &JobProgress::default()).unwrap();
-        let (mut content, mut rows, mut entries, mut entry) = (HashMap::new(), Vec::new(), Vec::new(), 0);
+        bundle::export(
+            &[Member::new(artifact.clone(), &root)],
+            &store,
+            &at("bundle"),
+            &JobProgress::default(),
+        )
+        .unwrap();
+        let (mut content, mut rows, mut entries, mut entry) =
+            (HashMap::new(), Vec::new(), Vec::new(), 0);
         for page in &root.pages {
             content.insert(page.id, store.read(page.id).unwrap().bytes);
         }
         for step in Walk::new(&root, &store) {
             match step.unwrap() {
-                Step::Entry { number, entry: found, .. } => {
+                Step::Entry {
+                    number,
+                    entry: found,
+                    ..
+                } => {
                     entry = number;
                     if let EntryBody::File(file) = found.body {
                         entries.push((1, number, found.path, file));
@@ -142,7 +175,15 @@ impl World {
                 }
                 Step::Chunk(chunk, spot) => {
                     content.insert(chunk.id, store.read(chunk.id).unwrap().bytes);
-                    rows.push((chunk.id, At { place: 1, entry, offset: spot.offset, len: chunk.len }));
+                    rows.push((
+                        chunk.id,
+                        At {
+                            place: 1,
+                            entry,
+                            offset: spot.offset,
+                            len: chunk.len,
+                        },
+                    ));
                 }
             }
         }
@@ -150,40 +191,84 @@ impl World {
         drop(store);
 
         std::fs::create_dir_all(at("site")).unwrap();
-        let places = Places::open(&at("site")).unwrap();
-        let landed = PlaceInfo {
-            place: Place::Folder { path: at("source") },
+        let index = ChunkIndex::open(&at("site")).unwrap();
+        let landed = LocationInfo {
+            place: StorageLocation::Folder { path: at("source") },
             digest: root.digest(),
             transfer: None,
             foreign: false,
             adopting: false,
         };
-        assert_eq!(places.put(None, landed.clone()).unwrap(), 1);
-        places.note(&mut rows.clone(), &mut entries, false).unwrap();
-        let staged = places.put(None, PlaceInfo { transfer: Some("t-1".into()), ..landed }).unwrap();
-        let journal = RwLock::new(places.journal(staged, STAGED_CHUNKS).unwrap());
-        places.commit(staged, &journal, &mut Commit { ordinals: STAGED.to_vec(), ..Commit::default() }).unwrap();
-        drop(places);
+        assert_eq!(index.put(None, landed.clone()).unwrap(), 1);
+        index.note(&mut rows.clone(), &mut entries, false).unwrap();
+        let staged = index
+            .put(
+                None,
+                LocationInfo {
+                    transfer: Some("t-1".into()),
+                    ..landed
+                },
+            )
+            .unwrap();
+        let journal = RwLock::new(index.journal(staged, STAGED_CHUNKS).unwrap());
+        index
+            .commit(
+                staged,
+                &journal,
+                &mut Commit {
+                    ordinals: STAGED.to_vec(),
+                    ..Commit::default()
+                },
+            )
+            .unwrap();
+        drop(index);
 
         let site: SiteName = "chengdu".parse().unwrap();
         runtime().block_on(async {
             let catalogue = Catalogue::open(&at("hub")).await.unwrap();
-            catalogue.add_artifact(&artifact, &root, None).await.unwrap();
+            catalogue
+                .add_artifact(&artifact, &root, None)
+                .await
+                .unwrap();
             let row = catalogue.artifact(&artifact).await.unwrap();
-            catalogue.deliver(&"d-1".parse().unwrap(), None, &[Part::new(&row, std::slice::from_ref(&site))], &[]).await.unwrap();
+            catalogue
+                .deliver(
+                    &"d-1".parse().unwrap(),
+                    None,
+                    &[Part::new(&row, std::slice::from_ref(&site))],
+                    &[],
+                )
+                .await
+                .unwrap();
             catalogue.close().await;
         });
 
         let hub = HubIdentity::open_or_create(&at("hub"), &"hub".parse().unwrap()).unwrap();
         let request = CertificateRequest::new().unwrap();
         let certificate = hub.issue_for(&site, request.csr_der()).unwrap();
-        request.complete(&certificate, hub.ca_der()).unwrap().save(&at("site")).unwrap();
+        request
+            .complete(&certificate, hub.ca_der())
+            .unwrap()
+            .save(&at("site"))
+            .unwrap();
         ApiToken::open_or_create(&at("hub")).unwrap();
         write(&at("root"), &root.to_bytes());
         write(&at("page"), &content[&root.pages[0].id]);
-        write(&at("site/places-rebuilt.json"), br#"{"at":"2026-11-30T00:00:00Z","why":"missing","aside":null,"artifacts":3}"#);
-        write(&at("run/exit.json"), br#"{"exit_code":1,"signal":null,"message":"","tail":"","ended_ms":1764460800000}"#);
-        Self { dir, artifact, root, content, rows }
+        write(
+            &at("site/places-rebuilt.json"),
+            br#"{"at":"2026-11-30T00:00:00Z","why":"missing","aside":null,"artifacts":3}"#,
+        );
+        write(
+            &at("run/exit.json"),
+            br#"{"exit_code":1,"signal":null,"message":"","tail":"","ended_ms":1764460800000}"#,
+        );
+        Self {
+            dir,
+            artifact,
+            root,
+            content,
+            rows,
+        }
     }
 
     fn check(&self, store: &Store) {
@@ -194,63 +279,83 @@ impl World {
         }
     }
 
-    /// Opens a store, reads all of it, writes to it and collects; each of which may fail, and none of which may give wrong bytes.
+    /// Opens a store, reads all of it, writes to it and collects; each of which may fail, and none
+    /// of which may give wrong bytes.
     fn use_store(&self, dir: &Path) {
         let Ok(store) = Store::open(dir) else { return };
         self.check(&store);
         let new = Verified::new(Bytes::from_static(b"something that is new to the store"));
         if store.put(&Frame::encode(&new)).is_ok() && store.flush().is_ok() {
             let read = store.read(new.id);
-            assert!(read.is_ok_and(|read| read.bytes == new.bytes) || store.is_damaged(), "what was put and flushed is there");
+            assert!(
+                read.is_ok_and(|read| read.bytes == new.bytes) || store.is_damaged(),
+                "what was put and flushed is there"
+            );
         }
         let _ = store.collect(&|_| true);
         self.check(&store);
     }
 
     fn use_places(&self, dir: &Path) {
-        let places = Places::open(dir).expect("a chunk index that is damaged is made again");
+        let index = ChunkIndex::open(dir).expect("a chunk index that is damaged is made again");
         let ids: Vec<Hash> = self.rows.iter().map(|(id, _)| *id).collect();
-        if let Ok(found) = places.find(&ids) {
+        if let Ok(found) = index.find(&ids) {
             for at in found.into_iter().flatten() {
-                let _ = places.entry(at.place, at.entry);
+                let _ = index.entry(at.place, at.entry);
             }
         }
-        if let Some(place) = places.staged_by("t-1")
-            && let Ok(journal) = places.journal(place, STAGED_CHUNKS)
+        if let Some(place) = index.staged_by("t-1")
+            && let Ok(journal) = index.journal(place, STAGED_CHUNKS)
         {
-            let wrong = (0..STAGED_CHUNKS).find(|ordinal| journal.has(*ordinal) && !STAGED.contains(ordinal));
+            let wrong = (0..STAGED_CHUNKS)
+                .find(|ordinal| journal.has(*ordinal) && !STAGED.contains(ordinal));
             assert_eq!(wrong, None, "a chunk counts as written that is not");
         }
-        let _ = places.note(&mut self.rows.clone(), &mut Vec::new(), true);
-        let info = PlaceInfo {
-            place: Place::Folder { path: "/y".into() },
+        let _ = index.note(&mut self.rows.clone(), &mut Vec::new(), true);
+        let info = LocationInfo {
+            place: StorageLocation::Folder { path: "/y".into() },
             digest: Hash([9; 32]),
             transfer: None,
             foreign: false,
             adopting: false,
         };
-        if let Ok(number) = places.put(None, info) {
-            let _ = places.remove(number);
+        if let Ok(number) = index.put(None, info) {
+            let _ = index.remove(number);
         }
-        drop(places);
-        drop(Places::open(dir).expect("and opens again"));
+        drop(index);
+        drop(ChunkIndex::open(dir).expect("and opens again"));
     }
 
     fn use_catalogue(&self, dir: &Path) {
         runtime().block_on(async {
-            let Ok(catalogue) = Catalogue::open(dir).await else { return };
+            let Ok(catalogue) = Catalogue::open(dir).await else {
+                return;
+            };
             if let Ok(row) = catalogue.artifact(&self.artifact).await {
-                assert_eq!(row.root.digest(), row.digest, "a manifest that is not the one of its name");
+                assert_eq!(
+                    row.root.digest(),
+                    row.digest,
+                    "a manifest that is not the one of its name"
+                );
             }
             let _ = catalogue.artifacts().await;
             let _ = catalogue.sites().await;
             if let Ok((rows, _)) = catalogue.transfers(&TransferQuery::default()).await {
                 for row in rows {
-                    let _ = catalogue.update_transfer(&row.id, row.generation, State::Transferring, &Body::default()).await;
+                    let _ = catalogue
+                        .update_transfer(
+                            &row.id,
+                            row.generation,
+                            State::Transferring,
+                            &Body::default(),
+                        )
+                        .await;
                 }
             }
             let _ = catalogue.events(0, 100).await;
-            let _ = catalogue.add_artifact(&"dataset/d:2".parse().unwrap(), &self.root, None).await;
+            let _ = catalogue
+                .add_artifact(&"dataset/d:2".parse().unwrap(), &self.root, None)
+                .await;
             catalogue.close().await;
         });
     }
@@ -284,14 +389,20 @@ impl World {
                 }
                 self.use_store(dir);
             }
-            Target::Places { verified } => {
-                write(&dir.join("places.redb"), &std::fs::read(from("site/places.redb")).unwrap());
-                mutate(&dir.join("places.redb"), &mut rng);
+            Target::ChunkIndex { verified } => {
+                write(
+                    &dir.join("index.redb"),
+                    &std::fs::read(from("site/index.redb")).unwrap(),
+                );
+                mutate(&dir.join("index.redb"), &mut rng);
                 redb_file::verified_in_this_thread(verified);
                 self.use_places(dir);
             }
             Target::Catalogue => {
-                write(&dir.join("catalogue.db"), &std::fs::read(from("hub/catalogue.db")).unwrap());
+                write(
+                    &dir.join("catalogue.db"),
+                    &std::fs::read(from("hub/catalogue.db")).unwrap(),
+                );
                 mutate(&dir.join("catalogue.db"), &mut rng);
                 self.use_catalogue(dir);
             }
@@ -299,12 +410,24 @@ impl World {
                 write(&dir.join("bundle"), &std::fs::read(from("bundle")).unwrap());
                 mutate(&dir.join("bundle"), &mut rng);
                 let store = Store::open(&dir.join("store")).unwrap();
-                if let Ok(members) = bundle::import(&dir.join("bundle"), &store, &JobProgress::default()) {
+                if let Ok(members) =
+                    bundle::import(&dir.join("bundle"), &store, &JobProgress::default())
+                {
                     for member in members {
-                        let root = member.root().expect("what was imported has a sound manifest");
+                        let root = member
+                            .root()
+                            .expect("what was imported has a sound manifest");
                         for step in Walk::new(&root, &store) {
-                            if let Step::Chunk(chunk, _) = step.expect("what was imported has all its pages") {
-                                assert_eq!(store.read(chunk.id).expect("what was imported is whole").bytes, self.content[&chunk.id]);
+                            if let Step::Chunk(chunk, _) =
+                                step.expect("what was imported has all its pages")
+                            {
+                                assert_eq!(
+                                    store
+                                        .read(chunk.id)
+                                        .expect("what was imported is whole")
+                                        .bytes,
+                                    self.content[&chunk.id]
+                                );
                             }
                         }
                     }
@@ -313,8 +436,14 @@ impl World {
             }
             Target::Identity => {
                 copy_dir(&from("hub/identity"), &dir.join("identity"));
-                write(&dir.join("identity/site.pem"), &std::fs::read(SiteIdentity::path(&from("site"))).unwrap());
-                let files: Vec<PathBuf> = std::fs::read_dir(dir.join("identity")).unwrap().map(|entry| entry.unwrap().path()).collect();
+                write(
+                    &dir.join("identity/site.pem"),
+                    &std::fs::read(SiteIdentity::path(&from("site"))).unwrap(),
+                );
+                let files: Vec<PathBuf> = std::fs::read_dir(dir.join("identity"))
+                    .unwrap()
+                    .map(|entry| entry.unwrap().path())
+                    .collect();
                 mutate(&files[rng.random_range(0..files.len())], &mut rng);
                 std::fs::copy(dir.join("identity/site.pem"), SiteIdentity::path(dir)).unwrap();
                 if let Ok(Some(identity)) = SiteIdentity::load(dir) {
@@ -329,11 +458,17 @@ impl World {
                 write(&dir.join("root"), &self.root.to_bytes());
                 mutate(&dir.join("root"), &mut rng);
                 let bytes = std::fs::read(dir.join("root")).unwrap();
-                assert!(bytes == self.root.to_bytes() || Root::parse(&bytes, self.root.digest()).is_err());
+                assert!(
+                    bytes == self.root.to_bytes()
+                        || Root::parse(&bytes, self.root.digest()).is_err()
+                );
                 // A peer may send any bytes under their own name.
                 if let Ok(root) = Root::parse(&bytes, Hash::of(&bytes)) {
                     let store = Store::open(&dir.join("store")).unwrap();
-                    let _ = Walk::new(&root, &store).take(10_000).filter(Result::is_err).count();
+                    let _ = Walk::new(&root, &store)
+                        .take(10_000)
+                        .filter(Result::is_err)
+                        .count();
                 }
             }
             Target::Page => {
@@ -345,7 +480,10 @@ impl World {
                 let mut root = self.root.clone();
                 root.pages[0].id = page.id;
                 // It may be a list of other files; it ends, and does so without a panic.
-                let _ = Walk::new(&root, &store).take(10_000).filter(Result::is_err).count();
+                let _ = Walk::new(&root, &store)
+                    .take(10_000)
+                    .filter(Result::is_err)
+                    .count();
             }
             Target::Record => {
                 let records = ["site/places-rebuilt.json", "run/exit.json", "hub/api-token"];
@@ -355,14 +493,16 @@ impl World {
                 mutate(&file, &mut rng);
                 let _ = ApiToken::open_or_create(dir);
                 let _ = trainer::Folder::new(dir.to_owned()).process();
-                let _ = Places::open(dir).map(|places| places.loss().map(|loss| loss.report(dir)));
+                let _ =
+                    ChunkIndex::open(dir).map(|index| index.loss().map(|loss| loss.report(dir)));
             }
         }
         redb_file::verified_in_this_thread(true);
     }
 }
 
-/// Changes a file: single bits and bytes, zeros, noise, cuts, pages that changed places, and bytes behind its end.
+/// Changes a file: single bits and bytes, zeros, noise, cuts, pages that changed index, and bytes
+/// behind its end.
 fn mutate(path: &Path, rng: &mut StdRng) {
     let mut bytes = std::fs::read(path).unwrap();
     for _ in 0..[1, 1, 1, 3][rng.random_range(0..4)] {
@@ -390,7 +530,10 @@ fn mutate(path: &Path, rng: &mut StdRng) {
             7 => {
                 let (from, to) = (page(at), page(rng.random_range(0..bytes.len())));
                 let len = from.len().min(to.len());
-                let (a, b) = (bytes[from.start..from.start + len].to_vec(), bytes[to.start..to.start + len].to_vec());
+                let (a, b) = (
+                    bytes[from.start..from.start + len].to_vec(),
+                    bytes[to.start..to.start + len].to_vec(),
+                );
                 bytes[to.start..to.start + len].copy_from_slice(&a);
                 bytes[from.start..from.start + len].copy_from_slice(&b);
             }
@@ -407,8 +550,16 @@ fn mutate(path: &Path, rng: &mut StdRng) {
 
 #[test]
 fn changed_state_files_and_bundles_do_no_harm() {
-    let number = |name: &str, otherwise: u64| std::env::var(name).ok().and_then(|text| text.parse().ok()).unwrap_or(otherwise);
-    let (first, count) = (number("PACKHORSE_MUTATION_FIRST", 0), number("PACKHORSE_MUTATIONS", MUTATIONS));
+    let number = |name: &str, otherwise: u64| {
+        std::env::var(name)
+            .ok()
+            .and_then(|text| text.parse().ok())
+            .unwrap_or(otherwise)
+    };
+    let (first, count) = (
+        number("PACKHORSE_MUTATION_FIRST", 0),
+        number("PACKHORSE_MUTATIONS", MUTATIONS),
+    );
     // Of threads of libraries too; what is caught and told as a fault does not come here.
     let before = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |info| {
@@ -418,7 +569,9 @@ fn changed_state_files_and_bundles_do_no_harm() {
     let world = Arc::new(World::new());
     let next = Arc::new(AtomicU64::new(first));
     let (send, ended) = sync_channel(16);
-    let threads = std::thread::available_parallelism().map_or(2, usize::from).min(8);
+    let threads = std::thread::available_parallelism()
+        .map_or(2, usize::from)
+        .min(8);
     for _ in 0..threads {
         let (world, next, send) = (world.clone(), next.clone(), send.clone());
         std::thread::spawn(move || {
@@ -428,7 +581,9 @@ fn changed_state_files_and_bundles_do_no_harm() {
                     return;
                 }
                 let dir = scratch();
-                let run = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| world.run(number, dir.path())));
+                let run = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+                    world.run(number, dir.path())
+                }));
                 if send.send((number, run.is_ok())).is_err() {
                     return;
                 }
@@ -451,9 +606,20 @@ fn changed_state_files_and_bundles_do_no_harm() {
             break;
         }
     }
-    assert!(!hangs, "a mutation hangs: one of the {threads} before {}", next.load(Ordering::SeqCst));
-    let kinds: Vec<String> = failed.iter().map(|n| format!("{n} {:?}", TARGETS[(n % TARGETS.len() as u64) as usize])).collect();
+    assert!(
+        !hangs,
+        "a mutation hangs: one of the {threads} before {}",
+        next.load(Ordering::SeqCst)
+    );
+    let kinds: Vec<String> = failed
+        .iter()
+        .map(|n| format!("{n} {:?}", TARGETS[(n % TARGETS.len() as u64) as usize]))
+        .collect();
     assert!(failed.is_empty(), "these mutations did harm: {kinds:#?}");
-    assert_eq!(PANICS.load(Ordering::SeqCst), 0, "something panicked beside the mutations: see the output");
+    assert_eq!(
+        PANICS.load(Ordering::SeqCst),
+        0,
+        "something panicked beside the mutations: see the output"
+    );
     assert_eq!(done, count);
 }

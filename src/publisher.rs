@@ -1,14 +1,18 @@
-//! Publishing from another machine than the hub's: reads a source here, and gives the hub what it lacks of it.
+//! Publishing from another machine than the hub's: reads a source here, and gives the hub what it
+//! lacks of it.
 //!
-//! The command line calls [`publish`]; there is no daemon on this side. The artifact's bytes stay where they are: an
-//! [`Origin`] notes where each chunk lies, the hub is told what there is, and fetches over the line that was dialled here.
+//! The command line calls [`publish`]; there is no daemon on this side. The artifact's bytes stay
+//! where they are: an [`InPlaceReader`] notes where each chunk lies, the hub is told what there is,
+//! and fetches over the line that was dialled here.
 //!
-//! Under the state folder (`--state`, by default `~/.local/share/packhorse`), a folder for each hub:
+//! Under the state folder (`--state`, by default `~/.local/share/packhorse`), a folder for each
+//! hub:
 //! - `identity/site.pem`: the publisher's key and certificate, got once by a join token;
-//! - `work/<n>/`: manifest pages and notes of one publish, while it runs. A lock keeps several at once apart.
+//! - `work/<n>/`: manifest pages and notes of one publish, while it runs. A lock keeps several at
+//!   once apart.
 //!
-//! A crash leaves a folder of work that the next publish takes over and empties. Nothing else is needed to go on: the
-//! source is read again, and what the hub has kept by then is not sent again.
+//! A crash leaves a folder of work that the next publish takes over and empties. Nothing else is
+//! needed to go on: the source is read again, and what the hub has kept by then is not sent again.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -24,13 +28,14 @@ use tokio::task::JoinSet;
 use tokio::time::timeout;
 
 use crate::api::types::{Published, SourceOptions};
-use crate::config::Line;
-use crate::reading::{self, Access};
+use crate::config::ConnectionSettings;
+use crate::open_source::{self, Access};
 use base::blocking::blocking;
 use base::fault::{Code, Fault, IoContext};
 use base::job_progress::JobProgress;
 use base::limits::{
-    FETCH_BATCH_BYTES, FETCH_IN_FLIGHT_MAX, FETCH_STREAMS_MAX, HUB_AWAY_MAX, LINE_SEND_BYTES_MAX, PUBLISHES_AT_ONCE_MAX, SILENCE_MAX,
+    CONNECTION_SEND_BYTES_MAX, FETCH_BATCH_BYTES, FETCH_IN_FLIGHT_MAX, FETCH_STREAMS_MAX,
+    HUB_AWAY_MAX, PUBLISHES_AT_ONCE_MAX, SILENCE_MAX,
 };
 use base::names::{ArtifactRef, SiteName, SiteSelector};
 use base::omitted::Omitted;
@@ -38,14 +43,17 @@ use base::{durable, private};
 use content::ingest;
 use content::manifest::Digest;
 use content::store::Store;
-use exchange::chunk_index::Places;
+use exchange::chunk_index::ChunkIndex;
 use exchange::fetch;
-use exchange::in_place::{Held, Holdings, Origin};
+use exchange::in_place::{HeldArtifact, Holdings, InPlaceReader};
 use exchange::wire::{self, AskHub, FETCH};
-use transport::identity::{CertificateRequest, Claim, Holder, JoinToken, SiteIdentity, fingerprint};
+use transport::identity::{
+    CertificateRequest, Claim, Holder, JoinToken, SiteIdentity, fingerprint,
+};
 use transport::{self, Link, Redial};
 
-/// Bytes that are read and not yet given to the line; the line itself has as many to send as it ever needs.
+/// Bytes that are read and not yet given to the line; the line itself has as many to send as it
+/// ever needs.
 const MEMORY_TO_READ: u64 = 32 << 20;
 
 /// What is to be published, and where.
@@ -73,11 +81,13 @@ pub struct Uploaded {
     /// As the hub answered.
     #[serde(flatten)]
     pub published: Published,
-    /// Bytes that crossed the line, both ways, with all that the transport adds; without those of joining, once.
+    /// Bytes that crossed the line, both ways, with all that the transport adds; without those of
+    /// joining, once.
     pub wire: u64,
 }
 
-/// Publishes. Where the line breaks it is dialled again, and a hub that has no room is asked again, for a while.
+/// Publishes. Where the line breaks it is dialled again, and a hub that has no room is asked again,
+/// for a while.
 pub async fn publish(asked: Asked, progress: Arc<JobProgress>) -> Result<Uploaded, Fault> {
     if asked.options.for_dataset.is_some() {
         return Err(Fault::usage("--for needs the list of the dataset's files, and a publisher cannot read what the hub has")
@@ -85,7 +95,9 @@ pub async fn publish(asked: Asked, progress: Arc<JobProgress>) -> Result<Uploade
     }
     let to: Option<SiteSelector> = asked.to.as_deref().map(str::parse).transpose()?;
     let token: Option<JoinToken> = asked.token.as_deref().map(str::parse).transpose()?;
-    let dir = std::path::absolute(&asked.state).at(asked.state.display())?.join(folder_of(&asked.hub));
+    let dir = std::path::absolute(&asked.state)
+        .at(asked.state.display())?
+        .join(folder_of(&asked.hub));
     if token.is_none() && !SiteIdentity::path(&dir).exists() {
         // Nothing is made for an address that was mistyped.
         return Err(no_publisher(&asked.hub, &dir));
@@ -94,7 +106,14 @@ pub async fn publish(asked: Asked, progress: Arc<JobProgress>) -> Result<Uploade
     private::tighten(&dir);
     progress.doing(format!("calling the hub at {}", asked.hub));
     // Before the source is read, which may take hours: a hub that refuses says so at once.
-    let mut publisher = Publisher { hub: asked.hub.clone(), token, dir: dir.clone(), line: Line::default(), wire: 0, link: None };
+    let mut publisher = Publisher {
+        hub: asked.hub.clone(),
+        token,
+        dir: dir.clone(),
+        line: ConnectionSettings::default(),
+        wire: 0,
+        link: None,
+    };
     publisher.line().await.map_err(given_up)?;
 
     let work = blocking(move || Work::take(&dir)).await?;
@@ -103,24 +122,42 @@ pub async fn publish(asked: Asked, progress: Arc<JobProgress>) -> Result<Uploade
         let (source, progress, folder) = (asked.clone(), progress.clone(), work.folder.clone());
         let runtime = tokio::runtime::Handle::current();
         let reading = blocking(move || read(&source, &folder, &progress, &runtime)).await;
-        reading.map_err(|fault| fault.of_publish().context(format_args!("publish {}", asked.artifact)))?
+        reading.map_err(|fault| {
+            fault
+                .of_publish()
+                .context(format_args!("publish {}", asked.artifact))
+        })?
     };
-    progress.doing(format!("giving the hub what it lacks of {}", asked.artifact));
+    progress.doing(format!(
+        "giving the hub what it lacks of {}",
+        asked.artifact
+    ));
     progress.bytes.store(0, Ordering::Relaxed);
     let omitted = found.omitted.clone();
-    let question = AskHub::Upload { artifact: asked.artifact.clone(), digest: found.digest, to, omitted };
+    let question = AskHub::Upload {
+        artifact: asked.artifact.clone(),
+        digest: found.digest,
+        to,
+        omitted,
+    };
     let published = publisher.offer(&question, &found.origin, &progress).await;
     publisher.hang_up().await;
     // An older hub does not say what was left out.
     let omitted = found.omitted.list();
     drop((found.origin, work));
-    Ok(Uploaded { published: Published { omitted, ..published.map_err(given_up)? }, wire: publisher.wire })
+    Ok(Uploaded {
+        published: Published {
+            omitted,
+            ..published.map_err(given_up)?
+        },
+        wire: publisher.wire,
+    })
 }
 
 /// A source that was read.
-struct Found {
+struct ReadSource {
     /// Gives its bytes.
-    origin: Origin,
+    origin: InPlaceReader,
     digest: Digest,
     omitted: Omitted,
     /// What `origin` asks for where they lie.
@@ -139,69 +176,128 @@ fn given_up(fault: Fault) -> Fault {
 
 /// A hub's address as a folder's name.
 fn folder_of(hub: &str) -> String {
-    hub.chars().map(|c| if c.is_ascii_alphanumeric() || matches!(c, '.' | '-') { c } else { '_' }).collect()
+    hub.chars()
+        .map(|c| {
+            if c.is_ascii_alphanumeric() || matches!(c, '.' | '-') {
+                c
+            } else {
+                '_'
+            }
+        })
+        .collect()
 }
 
-/// The address again, of a folder's name: before the port a colon, and where the host stands in brackets it is a v6 address.
+/// The address again, of a folder's name: before the port a colon, and where the host stands in
+/// brackets it is a v6 address.
 fn address_of(folder: &str) -> Option<String> {
     let (host, port) = folder.rsplit_once('_')?;
-    Some(match host.strip_prefix('_').and_then(|host| host.strip_suffix('_')) {
-        Some(v6) => format!("[{}]:{port}", v6.replace('_', ":")),
-        None => format!("{host}:{port}"),
-    })
+    Some(
+        match host
+            .strip_prefix('_')
+            .and_then(|host| host.strip_suffix('_'))
+        {
+            Some(v6) => format!("[{}]:{port}", v6.replace('_', ":")),
+            None => format!("{host}:{port}"),
+        },
+    )
 }
 
 /// The hubs that this machine has a certificate of, by their folders.
 fn known_hubs(state: &Path) -> Vec<String> {
     let folders = std::fs::read_dir(state).into_iter().flatten().flatten();
     let known = folders.filter(|folder| SiteIdentity::path(&folder.path()).exists());
-    let mut hubs: Vec<String> = known.filter_map(|folder| address_of(folder.file_name().to_str()?)).collect();
+    let mut hubs: Vec<String> = known
+        .filter_map(|folder| address_of(folder.file_name().to_str()?))
+        .collect();
     hubs.sort();
     hubs
 }
 
-/// The fault where there is no certificate of a hub: without one, and without a token, it cannot be called. Whoever mistyped its
-/// address sees which ones are known.
+/// The fault where there is no certificate of a hub: without one, and without a token, it cannot be
+/// called. Whoever mistyped its address sees which ones are known.
 fn no_publisher(hub: &str, dir: &Path) -> Fault {
     let make = "at the hub: packhorse token create --publisher NAME; then here again with --join-token TOKEN";
     let known = dir.parent().map(known_hubs).unwrap_or_default();
-    let mut fault =
-        Fault::not_allowed(format!("this machine is no publisher of the hub at {hub} yet, and did not call it")).with_next(make);
+    let mut fault = Fault::not_allowed(format!(
+        "this machine is no publisher of the hub at {hub} yet, and did not call it"
+    ))
+    .with_next(make);
     if !known.is_empty() {
-        fault.message.push_str(&format!("; it is a publisher of the hub at {}", known.join(", ")));
+        fault.message.push_str(&format!(
+            "; it is a publisher of the hub at {}",
+            known.join(", ")
+        ));
         fault.next = format!("check the address in --hub; if it is right, {make}");
     }
     fault
 }
 
 /// Reads the source in: its manifest into a store, and notes of where its content lies. Blocks.
-fn read(asked: &Asked, folder: &Path, progress: &Arc<JobProgress>, runtime: &tokio::runtime::Handle) -> Result<Found, Fault> {
+fn read(
+    asked: &Asked,
+    folder: &Path,
+    progress: &Arc<JobProgress>,
+    runtime: &tokio::runtime::Handle,
+) -> Result<ReadSource, Fault> {
     let kind = asked.artifact.kind;
     let store = Store::open(&folder.join("store"))?;
-    let places = Arc::new(Places::open(folder)?);
+    let index = Arc::new(ChunkIndex::open(folder)?);
     let here = Arc::new(Here::default());
-    let origin = Origin::new(store, places, folder.join("published"), here.clone(), None, MEMORY_TO_READ);
-    let base = reading::base_of(kind, &asked.source, None)?;
+    let origin = InPlaceReader::new(
+        store,
+        index,
+        folder.join("published"),
+        here.clone(),
+        None,
+        MEMORY_TO_READ,
+    );
+    let base = open_source::base_of(kind, &asked.source, None)?;
     let access = Access::of_user(&asked.state);
-    let found = reading::in_scratch(&folder.with_extension("scratch"), progress, |scratch| {
-        let mut source = reading::open(kind, &asked.source, &asked.options, None, &access, scratch, runtime)?;
-        reading::read(source.as_mut(), &asked.options, |source| {
-            ingest::reported(progress, |counted| origin.publish(kind, source, base.as_ref(), counted))
+    let found = open_source::in_scratch(&folder.with_extension("scratch"), progress, |scratch| {
+        let mut source = open_source::open(
+            kind,
+            &asked.source,
+            &asked.options,
+            None,
+            &access,
+            scratch,
+            runtime,
+        )?;
+        open_source::read(source.as_mut(), &asked.options, |source| {
+            ingest::reported(progress, |counted| {
+                origin.publish(kind, source, base.as_ref(), counted)
+            })
         })
     })?;
     let (digest, omitted) = (found.ingested.digest, found.ingested.omitted);
-    *here.0.lock() = Some((digest, Held { root: found.ingested.root, places: vec![found.place] }));
-    Ok(Found { origin, digest, omitted, _holdings: here })
+    *here.0.lock() = Some((
+        digest,
+        HeldArtifact {
+            root: found.ingested.root,
+            places: vec![found.place],
+        },
+    ));
+    Ok(ReadSource {
+        origin,
+        digest,
+        omitted,
+        _holdings: here,
+    })
 }
 
 /// The one artifact that is here.
 #[derive(Default)]
-struct Here(Mutex<Option<(Digest, Held)>>);
+struct Here(Mutex<Option<(Digest, HeldArtifact)>>);
 
 #[async_trait]
 impl Holdings for Here {
-    async fn held(&self, digest: Digest) -> Result<Option<Held>, Fault> {
-        Ok(self.0.lock().as_ref().filter(|(own, _)| *own == digest).map(|(_, held)| held.clone()))
+    async fn held(&self, digest: Digest) -> Result<Option<HeldArtifact>, Fault> {
+        Ok(self
+            .0
+            .lock()
+            .as_ref()
+            .filter(|(own, _)| *own == digest)
+            .map(|(_, held)| held.clone()))
     }
 }
 
@@ -210,24 +306,32 @@ struct Publisher {
     hub: String,
     token: Option<JoinToken>,
     dir: PathBuf,
-    line: Line,
+    line: ConnectionSettings,
     /// Bytes that crossed lines that are over.
     wire: u64,
     link: Option<Link>,
 }
 
 impl Publisher {
-    /// The line, dialled where there is none. A token is used where the hub does not take what is here.
+    /// The line, dialled where there is none. A token is used where the hub does not take what is
+    /// here.
     async fn line(&mut self) -> Result<Link, Fault> {
         if let Some(link) = self.link.clone().filter(|link| !link.is_closed()) {
             return Ok(link);
         }
         self.hang_up().await;
         let identity = self.identity(false).await?;
-        let link = match transport::dial(&self.hub, &identity, &self.line, LINE_SEND_BYTES_MAX).await {
+        let link = match transport::dial(
+            &self.hub,
+            &identity,
+            &self.line,
+            CONNECTION_SEND_BYTES_MAX,
+        )
+        .await
+        {
             Err(fault) if fault.code == Code::NotAllowed && self.token.is_some() => {
                 let identity = self.identity(true).await?;
-                transport::dial(&self.hub, &identity, &self.line, LINE_SEND_BYTES_MAX).await?
+                transport::dial(&self.hub, &identity, &self.line, CONNECTION_SEND_BYTES_MAX).await?
             }
             dialled => dialled?,
         };
@@ -247,29 +351,53 @@ impl Publisher {
         }
     }
 
-    /// The certificate that is here; else one by the token, which works once. `anew`: the one that is here is no good.
+    /// The certificate that is here; else one by the token, which works once. `anew`: the one that
+    /// is here is no good.
     async fn identity(&mut self, anew: bool) -> Result<SiteIdentity, Fault> {
         let dir = self.dir.clone();
         // Two that begin at once must not both use the token.
         let _turn = blocking(move || lock(&dir.join("identity.lock"), true)).await?;
         let dir = self.dir.clone();
-        let kept = blocking(move || SiteIdentity::load(&dir)).await?.filter(|kept| matches!(kept.holder(), Holder::Publisher(_)));
-        let of_other_hub = |kept: &SiteIdentity| self.token.as_ref().is_some_and(|token| *token.ca_hash() != fingerprint(kept.ca_der()));
+        let kept = blocking(move || SiteIdentity::load(&dir))
+            .await?
+            .filter(|kept| matches!(kept.holder(), Holder::Publisher(_)));
+        let of_other_hub = |kept: &SiteIdentity| {
+            self.token
+                .as_ref()
+                .is_some_and(|token| *token.ca_hash() != fingerprint(kept.ca_der()))
+        };
         if let Some(kept) = kept.filter(|kept| !anew && !of_other_hub(kept)) {
             return Ok(kept);
         }
-        let Some(token) = self.token.take() else { return Err(no_publisher(&self.hub, &self.dir)) };
-        let joined = transport::join(&self.hub, &token, &Claim::Publisher, &self.line, CertificateRequest::kept(&self.dir)?).await?;
+        let Some(token) = self.token.take() else {
+            return Err(no_publisher(&self.hub, &self.dir));
+        };
+        let joined = transport::join(
+            &self.hub,
+            &token,
+            &Claim::Publisher,
+            &self.line,
+            CertificateRequest::kept(&self.dir)?,
+        )
+        .await?;
         joined.save(&self.dir)?;
         Ok(joined)
     }
 
-    /// Gets a new certificate when the old one is old. One that fails is tried again at the next publish.
+    /// Gets a new certificate when the old one is old. One that fails is tried again at the next
+    /// publish.
     async fn renew(&self, identity: &SiteIdentity, link: &Link) {
         let work = async {
             let request = identity.make_renewal_request()?;
-            let answer: String = wire::ask(link, &AskHub::Renew { request: wire::renewal(request.csr_der())? }).await?;
-            let cert = hex::decode(answer).map_err(|_| Fault::integrity("the hub sent a malformed certificate"))?;
+            let answer: String = wire::ask(
+                link,
+                &AskHub::Renew {
+                    request: wire::renewal(request.csr_der())?,
+                },
+            )
+            .await?;
+            let cert = hex::decode(answer)
+                .map_err(|_| Fault::integrity("the hub sent a malformed certificate"))?;
             request.complete(&cert, identity.ca_der())?.save(&self.dir)
         };
         if let Err(fault) = work.await {
@@ -277,10 +405,17 @@ impl Publisher {
         }
     }
 
-    /// Tells the hub what there is and answers its fetches, until it says that it has all. One that is away or has no room is waited for.
-    async fn offer(&mut self, question: &AskHub, origin: &Origin, progress: &JobProgress) -> Result<Published, Fault> {
+    /// Tells the hub what there is and answers its fetches, until it says that it has all. One that
+    /// is away or has no room is waited for.
+    async fn offer(
+        &mut self,
+        question: &AskHub,
+        origin: &InPlaceReader,
+        progress: &JobProgress,
+    ) -> Result<Published, Fault> {
         let giving = progress.what();
-        let (mut redial, mut away_since, mut full_since) = (Redial::default(), Instant::now(), None);
+        let (mut redial, mut away_since, mut full_since) =
+            (Redial::default(), Instant::now(), None);
         loop {
             let tried = async {
                 let link = self.line().await?;
@@ -299,8 +434,9 @@ impl Publisher {
             let fault = match tried.await {
                 Ok((Ok(published), ..)) => return Ok(published),
                 Ok((Err(fault), sent, took)) => {
-                    // A hub that took something, or heard us for so long that it must have worked, is a hub that is there. Not
-                    // one that only answers the call: it may refuse for ever.
+                    // A hub that took something, or heard us for so long that it must have worked,
+                    // is a hub that is there. Not one that only answers the call: it may refuse for
+                    // ever.
                     if sent > MOVED_BYTES || took > SILENCE_MAX {
                         (redial, away_since) = (Redial::default(), Instant::now());
                     }
@@ -342,25 +478,34 @@ impl Publisher {
 
 /// More than this went out: it was not only a handshake and a question.
 const MOVED_BYTES: u64 = 1 << 20;
-/// More than this went out: the hub kept some of it, for it has half of this on the way at the most. Less may have come to a full disk.
+/// More than this went out: the hub kept some of it, for it has half of this on the way at the
+/// most. Less may have come to a full disk.
 const KEPT_BYTES: u64 = 2 * FETCH_IN_FLIGHT_MAX as u64 * FETCH_BATCH_BYTES;
 
 /// Answers what the hub asks for.
-async fn serve(link: &Link, origin: &Origin) {
+async fn serve(link: &Link, origin: &InPlaceReader) {
     let streams = Arc::new(Semaphore::new(FETCH_STREAMS_MAX));
     // Whoever opens a stream here is the hub; the name is for the log.
-    let hub = link.peer().map_or_else(|| "hub".parse::<SiteName>(), |peer| Ok(peer.name().clone()));
+    let hub = link
+        .peer()
+        .map_or_else(|| "hub".parse::<SiteName>(), |peer| Ok(peer.name().clone()));
     let Ok(hub) = hub else { return };
     // Dropped with this future, they end with it.
     let mut tasks = JoinSet::new();
     while let Some((send, mut recv)) = link.accept().await {
-        let Ok(turn) = streams.clone().acquire_owned().await else { return };
+        let Ok(turn) = streams.clone().acquire_owned().await else {
+            return;
+        };
         while tasks.try_join_next().is_some() {}
         let (origin, hub) = (origin.clone(), hub.clone());
         tasks.spawn(async move {
             let _turn = turn;
             let mut kind = [0];
-            if matches!(timeout(SILENCE_MAX, recv.read_exact(&mut kind)).await, Ok(Ok(()))) && kind[0] == FETCH {
+            if matches!(
+                timeout(SILENCE_MAX, recv.read_exact(&mut kind)).await,
+                Ok(Ok(()))
+            ) && kind[0] == FETCH
+            {
                 fetch::serve(send, recv, &hub, &origin).await;
             }
         });
@@ -372,7 +517,9 @@ async fn watch(link: &Link, progress: &JobProgress) {
     let before = link.bytes().0;
     loop {
         tokio::time::sleep(std::time::Duration::from_millis(200)).await;
-        progress.bytes.store(link.bytes().0 - before, Ordering::Relaxed);
+        progress
+            .bytes
+            .store(link.bytes().0 - before, Ordering::Relaxed);
     }
 }
 
@@ -387,14 +534,22 @@ impl Work {
         let all = dir.join("work");
         durable::create_dir_all(&all)?;
         for number in 0..PUBLISHES_AT_ONCE_MAX {
-            let Ok(lock) = lock(&all.join(format!("{number}.lock")), false) else { continue };
+            let Ok(lock) = lock(&all.join(format!("{number}.lock")), false) else {
+                continue;
+            };
             let folder = all.join(number.to_string());
             durable::remove_all(&folder)?;
             durable::create_dir_all(&folder)?;
-            return Ok(Self { folder, _lock: lock });
+            return Ok(Self {
+                folder,
+                _lock: lock,
+            });
         }
-        Err(Fault::conflict(format!("{PUBLISHES_AT_ONCE_MAX} publishes run from {} already", dir.display()))
-            .with_next("wait for one of them, or name another folder by --state"))
+        Err(Fault::conflict(format!(
+            "{PUBLISHES_AT_ONCE_MAX} publishes run from {} already",
+            dir.display()
+        ))
+        .with_next("wait for one of them, or name another folder by --state"))
     }
 }
 
@@ -408,9 +563,20 @@ impl Drop for Work {
 /// Locks a file, for as long as it is open.
 fn lock(path: &Path, wait: bool) -> Result<File, Fault> {
     use rustix::fs::FlockOperation::{LockExclusive, NonBlockingLockExclusive};
-    let file = File::options().create(true).truncate(false).write(true).open(path).at(path.display())?;
-    let how = if wait { LockExclusive } else { NonBlockingLockExclusive };
-    rustix::fs::flock(&file, how).map_err(std::io::Error::from).at(format_args!("lock {}", path.display()))?;
+    let file = File::options()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .open(path)
+        .at(path.display())?;
+    let how = if wait {
+        LockExclusive
+    } else {
+        NonBlockingLockExclusive
+    };
+    rustix::fs::flock(&file, how)
+        .map_err(std::io::Error::from)
+        .at(format_args!("lock {}", path.display()))?;
     Ok(file)
 }
 
@@ -435,7 +601,9 @@ mod tests {
         assert!(!folder.join("left").exists());
         drop(third);
         assert!(!folder.exists());
-        let rest: Vec<Work> = (2..=PUBLISHES_AT_ONCE_MAX).map(|_| Work::take(dir.path()).unwrap()).collect();
+        let rest: Vec<Work> = (2..=PUBLISHES_AT_ONCE_MAX)
+            .map(|_| Work::take(dir.path()).unwrap())
+            .collect();
         assert_eq!(Work::take(dir.path()).err().unwrap().code, Code::Conflict);
         drop(rest);
     }
@@ -446,21 +614,46 @@ mod tests {
         let (source, state) = (dir.path().join("source"), dir.path().join("state"));
         durable::create_dir_all(&source).unwrap();
         durable::replace(&source.join("weights.bin"), b"weights").unwrap();
-        let hub = Arc::new(HubIdentity::open_or_create(&dir.path().join("hub"), &"hub".parse().unwrap()).unwrap());
-        let listener = transport::Listener::bind(([127, 0, 0, 1], 0).into(), hub.clone(), &Line::default(), 64 << 20).unwrap();
+        let hub = Arc::new(
+            HubIdentity::open_or_create(&dir.path().join("hub"), &"hub".parse().unwrap()).unwrap(),
+        );
+        let listener = transport::Listener::bind(
+            ([127, 0, 0, 1], 0).into(),
+            hub.clone(),
+            &ConnectionSettings::default(),
+            64 << 20,
+        )
+        .unwrap();
         let address = listener.local_addr().to_string();
         // This machine is a publisher of that hub already.
         let request = CertificateRequest::new().unwrap();
-        let cert = hub.issue_as(&Holder::Publisher("office".parse().unwrap()), request.csr_der()).unwrap();
-        request.complete(&cert, hub.ca_der()).unwrap().save(&state.join(folder_of(&address))).unwrap();
+        let cert = hub
+            .issue_as(
+                &Holder::Publisher("office".parse().unwrap()),
+                request.csr_der(),
+            )
+            .unwrap();
+        request
+            .complete(&cert, hub.ca_der())
+            .unwrap()
+            .save(&state.join(folder_of(&address)))
+            .unwrap();
 
         let answers = tokio::spawn(async move {
             for room in [false, false, true] {
-                let Some(transport::Arrival::Publisher { link, .. }) = listener.accept().await else { unreachable!("somebody else came") };
+                let Some(transport::Arrival::Publisher { link, .. }) = listener.accept().await
+                else {
+                    unreachable!("somebody else came")
+                };
                 let (mut send, mut recv) = link.accept().await.unwrap();
                 let mut kind = [0];
                 recv.read_exact(&mut kind).await.unwrap();
-                let AskHub::Upload { artifact, digest, .. } = wire::receive(&mut recv).await.unwrap() else { unreachable!("no upload") };
+                let AskHub::Upload {
+                    artifact, digest, ..
+                } = wire::receive(&mut recv).await.unwrap()
+                else {
+                    unreachable!("no upload")
+                };
                 let (artifact, digest) = (artifact.to_string(), digest.hex());
                 let published = Published {
                     artifact,
@@ -472,7 +665,11 @@ mod tests {
                     note: None,
                     omitted: Vec::new(),
                 };
-                let answer = if room { Ok(published) } else { Err(Fault::no_space("no room")) };
+                let answer = if room {
+                    Ok(published)
+                } else {
+                    Err(Fault::no_space("no room"))
+                };
                 wire::send(&mut send, &answer).await.unwrap();
                 // By now the publisher may have hung up.
                 let _ = send.finish();
@@ -488,7 +685,12 @@ mod tests {
             token: None,
             state,
         };
-        let uploaded = timeout(std::time::Duration::from_secs(30), publish(asked, Arc::default())).await.unwrap();
+        let uploaded = timeout(
+            std::time::Duration::from_secs(30),
+            publish(asked, Arc::default()),
+        )
+        .await
+        .unwrap();
         assert_eq!(uploaded.unwrap().published.stored, 7);
         answers.await.unwrap();
     }
@@ -498,7 +700,12 @@ mod tests {
         assert_eq!(folder_of("hub.example.com:7443"), "hub.example.com_7443");
         assert_eq!(folder_of("[::1]:7443"), "___1__7443");
         assert_eq!(folder_of("../..:1"), ".._.._1");
-        for address in ["hub.example.com:7443", "the_hub:1", "[::1]:7443", "[2001:db8::7]:7443"] {
+        for address in [
+            "hub.example.com:7443",
+            "the_hub:1",
+            "[::1]:7443",
+            "[2001:db8::7]:7443",
+        ] {
             assert_eq!(address_of(&folder_of(address)).as_deref(), Some(address));
         }
         assert_eq!(address_of("notes"), None);
@@ -519,20 +726,42 @@ mod tests {
         };
         let fault = publish(ask("hub:7443"), Arc::default()).await.unwrap_err();
         assert_eq!(fault.code, Code::NotAllowed);
-        assert!(fault.message.contains("hub:7443") && fault.next.starts_with("at the hub: packhorse token create"), "{fault:?}");
+        assert!(
+            fault.message.contains("hub:7443")
+                && fault.next.starts_with("at the hub: packhorse token create"),
+            "{fault:?}"
+        );
         assert!(!state.exists(), "nothing is made for a mistyped address");
 
         // This machine is a publisher of another hub: that may be the one that was meant.
-        let hub = HubIdentity::open_or_create(&dir.path().join("hub"), &"hub".parse().unwrap()).unwrap();
+        let hub =
+            HubIdentity::open_or_create(&dir.path().join("hub"), &"hub".parse().unwrap()).unwrap();
         let request = CertificateRequest::new().unwrap();
-        let cert = hub.issue_as(&Holder::Publisher("office".parse().unwrap()), request.csr_der()).unwrap();
-        request.complete(&cert, hub.ca_der()).unwrap().save(&state.join(folder_of("hub.example.com:7443"))).unwrap();
-        let fault = publish(ask("hub.example.com:7433"), Arc::default()).await.unwrap_err();
+        let cert = hub
+            .issue_as(
+                &Holder::Publisher("office".parse().unwrap()),
+                request.csr_der(),
+            )
+            .unwrap();
+        request
+            .complete(&cert, hub.ca_der())
+            .unwrap()
+            .save(&state.join(folder_of("hub.example.com:7443")))
+            .unwrap();
+        let fault = publish(ask("hub.example.com:7433"), Arc::default())
+            .await
+            .unwrap_err();
         assert_eq!(
             fault.message,
             "this machine is no publisher of the hub at hub.example.com:7433 yet, and did not call it; \
              it is a publisher of the hub at hub.example.com:7443"
         );
-        assert!(fault.next.starts_with("check the address in --hub; if it is right, at the hub: packhorse token create"), "{}", fault.next);
+        assert!(
+            fault.next.starts_with(
+                "check the address in --hub; if it is right, at the hub: packhorse token create"
+            ),
+            "{}",
+            fault.next
+        );
     }
 }

@@ -1,8 +1,9 @@
 //! A small but real set of all five kinds, made by a seed: what `quickstart` publishes.
 //!
-//! The same seed gives the same bytes. A later version is the one before with the changes that a working day brings:
-//! a few images shot again, renamed or added, some labels corrected, a line of code edited, a layer put on the image,
-//! one run of the model's weights trained further. Writes files without syncing them: they can be made again.
+//! The same seed gives the same bytes. A later version is the one before with the changes that a
+//! working day brings: a few images shot again, renamed or added, some labels corrected, a line of
+//! code edited, a layer put on the image, one run of the model's weights trained further. Writes
+//! files without syncing them: they can be made again.
 
 mod picture;
 
@@ -33,14 +34,46 @@ const PATCH_DATA_BYTES: usize = 192 << 10;
 
 /// The operator project: path, whether it is a program, text.
 const OPERATOR: [(&str, bool, &str); 9] = [
-    ("README.md", false, include_str!("sample/operator/README.md")),
-    ("adc/__init__.py", false, include_str!("sample/operator/adc/__init__.py")),
-    ("adc/features.py", false, include_str!("sample/operator/adc/features.py")),
-    ("adc/labels.py", false, include_str!("sample/operator/adc/labels.py")),
-    ("adc/model.py", false, include_str!("sample/operator/adc/model.py")),
-    ("adc/png.py", false, include_str!("sample/operator/adc/png.py")),
-    ("classify.py", true, include_str!("sample/operator/classify.py")),
-    ("configs/线体3.json", false, include_str!("sample/operator/configs/line3.json")),
+    (
+        "README.md",
+        false,
+        include_str!("sample/operator/README.md"),
+    ),
+    (
+        "adc/__init__.py",
+        false,
+        include_str!("sample/operator/adc/__init__.py"),
+    ),
+    (
+        "adc/features.py",
+        false,
+        include_str!("sample/operator/adc/features.py"),
+    ),
+    (
+        "adc/labels.py",
+        false,
+        include_str!("sample/operator/adc/labels.py"),
+    ),
+    (
+        "adc/model.py",
+        false,
+        include_str!("sample/operator/adc/model.py"),
+    ),
+    (
+        "adc/png.py",
+        false,
+        include_str!("sample/operator/adc/png.py"),
+    ),
+    (
+        "classify.py",
+        true,
+        include_str!("sample/operator/classify.py"),
+    ),
+    (
+        "configs/线体3.json",
+        false,
+        include_str!("sample/operator/configs/line3.json"),
+    ),
     ("train.py", true, include_str!("sample/operator/train.py")),
 ];
 /// The line of code that a later version edits.
@@ -61,8 +94,8 @@ pub struct SampleSet {
     pub model: PathBuf,
 }
 
-/// Writes version `version` (from 1 on) of the set into `dir`, which is made. Running it again writes the same again.
-/// Takes about a second and blocks.
+/// Writes version `version` (from 1 on) of the set into `dir`, which is made. Running it again
+/// writes the same again. Takes about a second and blocks.
 pub fn make(dir: &Path, seed: u64, version: u32) -> Result<SampleSet, Fault> {
     let version = u64::from(version.max(1));
     let set = SampleSet {
@@ -75,14 +108,22 @@ pub fn make(dir: &Path, seed: u64, version: u32) -> Result<SampleSet, Fault> {
     let shots = shots(version);
     let mut defects = Vec::with_capacity(shots.len());
     for shot in &shots {
-        let (png, found) = picture::panel(&mut Random::new(seed, Stream::Picture, shot.number << 16 | shot.revision));
+        let (png, found) = picture::panel(&mut Random::new(
+            seed,
+            Stream::Picture,
+            shot.number << 16 | shot.revision,
+        ));
         put(&set.dataset.join(&shot.path), &png, 0o644)?;
         defects.push(found);
     }
     let coco = coco(&shots, &defects, version);
     put(&set.labels, &to_json(&coco)?, 0o644)?;
     for (path, text) in operator(version) {
-        put(&set.operator.join(path.0), text.as_bytes(), if path.1 { 0o755 } else { 0o644 })?;
+        put(
+            &set.operator.join(path.0),
+            text.as_bytes(),
+            if path.1 { 0o755 } else { 0o644 },
+        )?;
     }
     link("train.py", &set.operator.join("train"))?;
     image(&set.image, seed, version)?;
@@ -103,7 +144,13 @@ fn shots(version: u64) -> Vec<Shot> {
         0 => format!("线体3/面板_{n:04}.png"),
         line => format!("line-{line}/panel_{n:04}.png"),
     };
-    let mut shots: Vec<Shot> = (1..=IMAGES).map(|number| Shot { number, revision: 1, path: path(number) }).collect();
+    let mut shots: Vec<Shot> = (1..=IMAGES)
+        .map(|number| Shot {
+            number,
+            revision: 1,
+            path: path(number),
+        })
+        .collect();
     for v in 2..=version {
         let at = |step: u64| ((v * 37 + step) % IMAGES) as usize;
         for step in [0, 50] {
@@ -114,14 +161,20 @@ fn shots(version: u64) -> Vec<Shot> {
             shot.path = shot.path.replace(".png", "_复检.png");
         }
         let last = shots.len() as u64;
-        shots.extend((last + 1..=last + IMAGES_ADDED).map(|number| Shot { number, revision: v, path: path(number) }));
+        shots.extend((last + 1..=last + IMAGES_ADDED).map(|number| Shot {
+            number,
+            revision: v,
+            path: path(number),
+        }));
     }
     shots
 }
 
 fn coco(shots: &[Shot], defects: &[Vec<Defect>], version: u64) -> Value {
-    let images: Vec<Value> =
-        shots.iter().map(|s| json!({ "id": s.number, "file_name": s.path, "width": WIDTH, "height": HEIGHT })).collect();
+    let images: Vec<Value> = shots
+        .iter()
+        .map(|s| json!({ "id": s.number, "file_name": s.path, "width": WIDTH, "height": HEIGHT }))
+        .collect();
     let mut annotations = Vec::new();
     for (shot, found) in shots.iter().zip(defects) {
         for (i, defect) in found.iter().enumerate() {
@@ -136,31 +189,51 @@ fn coco(shots: &[Shot], defects: &[Vec<Defect>], version: u64) -> Value {
     for v in 2..=version {
         let count = annotations.len() as u64;
         for step in [3, 31, 67] {
-            annotations[((v * 11 + step) % count) as usize]["attributes"] = json!({ "doubtful": true, "reviewed_in": v });
+            annotations[((v * 11 + step) % count) as usize]["attributes"] =
+                json!({ "doubtful": true, "reviewed_in": v });
         }
     }
-    let categories: Vec<Value> =
-        CATEGORIES.iter().enumerate().map(|(i, name)| json!({ "id": i + 1, "name": name, "supercategory": "defect" })).collect();
+    let categories: Vec<Value> = CATEGORIES
+        .iter()
+        .enumerate()
+        .map(|(i, name)| json!({ "id": i + 1, "name": name, "supercategory": "defect" }))
+        .collect();
     json!({ "info": { "description": "panel defects, generated" }, "images": images, "annotations": annotations, "categories": categories })
 }
 
 /// The operator project's files: path and whether it is a program, and text.
 fn operator(version: u64) -> impl Iterator<Item = ((&'static str, bool), String)> {
     OPERATOR.into_iter().map(move |(path, program, text)| {
-        let text =
-            if path == EDITED.0 && version > 1 { text.replace(EDITED.1, &format!("MARGIN = {}", 4 + version)) } else { text.to_owned() };
+        let text = if path == EDITED.0 && version > 1 {
+            text.replace(EDITED.1, &format!("MARGIN = {}", 4 + version))
+        } else {
+            text.to_owned()
+        };
         ((path, program), text)
     })
 }
 
-/// An OCI image: a base layer, a layer with the operator project, and one more for each version past the first.
+/// An OCI image: a base layer, a layer with the operator project, and one more for each version
+/// past the first.
 fn image(dir: &Path, seed: u64, version: u64) -> Result<(), Fault> {
     let mut base = Layer::default();
-    base.file("etc/os-release", b"NAME=\"Packhorse sample\"\nID=sample\n", 0o644)?;
-    base.file("opt/adc/lib/kernels.bin", &data(seed, 1, BASE_DATA_BYTES), 0o644)?;
+    base.file(
+        "etc/os-release",
+        b"NAME=\"Packhorse sample\"\nID=sample\n",
+        0o644,
+    )?;
+    base.file(
+        "opt/adc/lib/kernels.bin",
+        &data(seed, 1, BASE_DATA_BYTES),
+        0o644,
+    )?;
     let mut project = Layer::default();
     for ((path, program), text) in operator(1) {
-        project.file(&format!("opt/adc/{path}"), text.as_bytes(), if program { 0o755 } else { 0o644 })?;
+        project.file(
+            &format!("opt/adc/{path}"),
+            text.as_bytes(),
+            if program { 0o755 } else { 0o644 },
+        )?;
     }
     let mut layers = vec![base.finish()?, project.finish()?];
     for v in 2..=version {
@@ -168,7 +241,11 @@ fn image(dir: &Path, seed: u64, version: u64) -> Result<(), Fault> {
         for ((path, _), text) in operator(v).filter(|((path, _), _)| *path == EDITED.0) {
             patch.file(&format!("opt/adc/{path}"), text.as_bytes(), 0o644)?;
         }
-        patch.file(&format!("opt/adc/lib/patch-{v}.bin"), &data(seed, v, PATCH_DATA_BYTES), 0o644)?;
+        patch.file(
+            &format!("opt/adc/lib/patch-{v}.bin"),
+            &data(seed, v, PATCH_DATA_BYTES),
+            0o644,
+        )?;
         layers.push(patch.finish()?);
     }
     let diff_ids: Vec<String> = layers.iter().map(|tar| digest(tar)).collect();
@@ -177,7 +254,11 @@ fn image(dir: &Path, seed: u64, version: u64) -> Result<(), Fault> {
         let mut gz = GzEncoder::new(Vec::new(), Compression::fast());
         gz.write_all(tar).at("compress a layer")?;
         let bytes = gz.finish().at("compress a layer")?;
-        descriptors.push(blob(dir, "application/vnd.oci.image.layer.v1.tar+gzip", &bytes)?);
+        descriptors.push(blob(
+            dir,
+            "application/vnd.oci.image.layer.v1.tar+gzip",
+            &bytes,
+        )?);
     }
     let config = to_json(&json!({
         "created": "2026-01-01T00:00:00Z", "architecture": "amd64", "os": "linux",
@@ -189,14 +270,26 @@ fn image(dir: &Path, seed: u64, version: u64) -> Result<(), Fault> {
     let manifest = json!({ "schemaVersion": 2, "mediaType": media_type, "config": config, "layers": descriptors });
     let mut top = blob(dir, media_type, &to_json(&manifest)?)?;
     top["annotations"] = json!({ "org.opencontainers.image.ref.name": format!("v{version}") });
-    put(&dir.join("index.json"), &to_json(&json!({ "schemaVersion": 2, "manifests": [top] }))?, 0o644)?;
-    put(&dir.join("oci-layout"), br#"{"imageLayoutVersion":"1.0.0"}"#, 0o644)
+    put(
+        &dir.join("index.json"),
+        &to_json(&json!({ "schemaVersion": 2, "manifests": [top] }))?,
+        0o644,
+    )?;
+    put(
+        &dir.join("oci-layout"),
+        br#"{"imageLayoutVersion":"1.0.0"}"#,
+        0o644,
+    )
 }
 
 /// Writes a blob of a layout and gives its descriptor.
 fn blob(dir: &Path, media_type: &str, bytes: &[u8]) -> Result<Value, Fault> {
     let digest = digest(bytes);
-    put(&dir.join("blobs").join(digest.replace(':', "/")), bytes, 0o644)?;
+    put(
+        &dir.join("blobs").join(digest.replace(':', "/")),
+        bytes,
+        0o644,
+    )?;
     Ok(json!({ "mediaType": media_type, "digest": digest, "size": bytes.len() }))
 }
 
@@ -204,7 +297,8 @@ fn digest(bytes: &[u8]) -> String {
     format!("sha256:{}", hex::encode(Sha256::digest(bytes)))
 }
 
-/// An image layer in the making. Times and owners are zero, so that the same files give the same bytes.
+/// An image layer in the making. Times and owners are zero, so that the same files give the same
+/// bytes.
 struct Layer {
     tar: tar::Builder<Vec<u8>>,
     folders: Vec<String>,
@@ -212,7 +306,10 @@ struct Layer {
 
 impl Default for Layer {
     fn default() -> Self {
-        Self { tar: tar::Builder::new(Vec::new()), folders: Vec::new() }
+        Self {
+            tar: tar::Builder::new(Vec::new()),
+            folders: Vec::new(),
+        }
     }
 }
 
@@ -228,13 +325,21 @@ impl Layer {
         self.append(path, tar::EntryType::Regular, bytes, mode)
     }
 
-    fn append(&mut self, path: &str, kind: tar::EntryType, bytes: &[u8], mode: u32) -> Result<(), Fault> {
+    fn append(
+        &mut self,
+        path: &str,
+        kind: tar::EntryType,
+        bytes: &[u8],
+        mode: u32,
+    ) -> Result<(), Fault> {
         let mut header = tar::Header::new_gnu();
         header.set_entry_type(kind);
         header.set_size(bytes.len() as u64);
         header.set_mode(mode);
         header.set_mtime(0);
-        self.tar.append_data(&mut header, path, bytes).at(format_args!("make a layer with {path}"))
+        self.tar
+            .append_data(&mut header, path, bytes)
+            .at(format_args!("make a layer with {path}"))
     }
 
     fn finish(self) -> Result<Vec<u8>, Fault> {
@@ -245,14 +350,19 @@ impl Layer {
 /// Something like a compiled library: it compresses to about a half.
 fn data(seed: u64, n: u64, bytes: usize) -> Vec<u8> {
     let mut random = Random::new(seed, Stream::Data, n);
-    (0..bytes / 8).flat_map(|_| (random.next() & 0x0f0f_ff0f_0fff_0f0f).to_le_bytes()).collect()
+    (0..bytes / 8)
+        .flat_map(|_| (random.next() & 0x0f0f_ff0f_0fff_0f0f).to_le_bytes())
+        .collect()
 }
 
-/// A safetensors file (github.com/huggingface/safetensors): the header's length as u64 LE, a JSON header padded with
-/// spaces to 8 bytes, then the tensors.
+/// A safetensors file (github.com/huggingface/safetensors): the header's length as u64 LE, a JSON
+/// header padded with spaces to 8 bytes, then the tensors.
 fn model(path: &Path, seed: u64, version: u64) -> Result<(), Fault> {
     let mut header = serde_json::Map::new();
-    header.insert("__metadata__".into(), json!({ "format": "pt", "made_by": "packhorse quickstart" }));
+    header.insert(
+        "__metadata__".into(),
+        json!({ "format": "pt", "made_by": "packhorse quickstart" }),
+    );
     for i in 0..TENSORS {
         let (name, dtype, shape) = match i + 1 {
             TENSORS => ("head.weight".to_owned(), "F32", [512, 1024]),
@@ -266,12 +376,22 @@ fn model(path: &Path, seed: u64, version: u64) -> Result<(), Fault> {
     let what = || format!("write {}", path.display());
     parent_of(path)?;
     let mut file = BufWriter::new(File::create(path).at(what())?);
-    file.write_all(&(header.len() as u64).to_le_bytes()).and_then(|()| file.write_all(&header)).at(what())?;
+    file.write_all(&(header.len() as u64).to_le_bytes())
+        .and_then(|()| file.write_all(&header))
+        .at(what())?;
     for i in 0..TENSORS {
         let half = i + 1 < TENSORS;
-        let mut tensor = weights(&mut Random::new(seed, Stream::Weights, i), TENSOR_BYTES, half);
+        let mut tensor = weights(
+            &mut Random::new(seed, Stream::Weights, i),
+            TENSOR_BYTES,
+            half,
+        );
         for v in (2..=version).filter(|v| v * 5 % (TENSORS - 1) == i) {
-            tensor[TRAINED].copy_from_slice(&weights(&mut Random::new(seed, Stream::Weights, v << 32), TRAINED.len(), half));
+            tensor[TRAINED].copy_from_slice(&weights(
+                &mut Random::new(seed, Stream::Weights, v << 32),
+                TRAINED.len(),
+                half,
+            ));
         }
         file.write_all(&tensor).at(what())?;
     }
@@ -279,7 +399,8 @@ fn model(path: &Path, seed: u64, version: u64) -> Result<(), Fault> {
     fs::set_permissions(path, Permissions::from_mode(0o644)).at(what())
 }
 
-/// Floats like trained ones: random signs and mantissas, small magnitudes, each half as often as the next larger.
+/// Floats like trained ones: random signs and mantissas, small magnitudes, each half as often as
+/// the next larger.
 fn weights(random: &mut Random, bytes: usize, half: bool) -> Vec<u8> {
     let mut out = Vec::with_capacity(bytes);
     while out.len() < bytes {
@@ -303,14 +424,19 @@ fn to_json(value: &Value) -> Result<Vec<u8>, Fault> {
 }
 
 fn parent_of(path: &Path) -> Result<(), Fault> {
-    let Some(parent) = path.parent().filter(|p| !p.is_dir()) else { return Ok(()) };
+    let Some(parent) = path.parent().filter(|p| !p.is_dir()) else {
+        return Ok(());
+    };
     parent_of(parent)?;
     match fs::create_dir(parent) {
-        Err(e) if e.kind() != ErrorKind::AlreadyExists => return Err(Fault::io(format_args!("create {}", parent.display()), &e)),
+        Err(e) if e.kind() != ErrorKind::AlreadyExists => {
+            return Err(Fault::io(format_args!("create {}", parent.display()), &e));
+        }
         _ => {}
     }
     // Whatever the umask: modes are part of an artifact.
-    fs::set_permissions(parent, Permissions::from_mode(0o755)).at(format_args!("create {}", parent.display()))
+    fs::set_permissions(parent, Permissions::from_mode(0o755))
+        .at(format_args!("create {}", parent.display()))
 }
 
 fn put(path: &Path, bytes: &[u8], mode: u32) -> Result<(), Fault> {
@@ -337,7 +463,8 @@ enum Stream {
     Weights,
 }
 
-/// SplitMix64 (Steele, Lea and Flood 2014): small, fast, and the same for ever, which the `rand` crate does not promise.
+/// SplitMix64 (Steele, Lea and Flood 2014): small, fast, and the same for ever, which the `rand`
+/// crate does not promise.
 #[derive(Debug)]
 struct Random(u64);
 
@@ -382,7 +509,10 @@ mod tests {
             let bytes = match entry.body {
                 SourceBody::Dir => continue,
                 SourceBody::Symlink(target) => target.into_bytes(),
-                SourceBody::File { content: Content::File(path), .. } => fs::read(path).unwrap(),
+                SourceBody::File {
+                    content: Content::File(path),
+                    ..
+                } => fs::read(path).unwrap(),
                 SourceBody::File { .. } => unreachable!("a folder's files are files"),
             };
             all.insert(entry.path.to_string(), (entry.mode, bytes));
@@ -393,9 +523,16 @@ mod tests {
     /// How many files are new or other, how many are gone, and the bytes of the new ones.
     fn change(old: &Path, new: &Path) -> (usize, usize, usize) {
         let (old, new) = (tree(old), tree(new));
-        let other: Vec<_> = new.iter().filter(|(path, file)| old.get(*path) != Some(file)).collect();
+        let other: Vec<_> = new
+            .iter()
+            .filter(|(path, file)| old.get(*path) != Some(file))
+            .collect();
         let gone = old.keys().filter(|path| !new.contains_key(*path)).count();
-        (other.len(), gone, other.iter().map(|(_, (_, bytes))| bytes.len()).sum())
+        (
+            other.len(),
+            gone,
+            other.iter().map(|(_, (_, bytes))| bytes.len()).sum(),
+        )
     }
 
     #[test]
@@ -406,13 +543,20 @@ mod tests {
         let first = tree(&dir.path().join("1"));
         assert!(first == tree(&dir.path().join("again")));
         make(&dir.path().join("again"), 7, 1).unwrap();
-        assert!(first == tree(&dir.path().join("again")), "again into the same folder");
+        assert!(
+            first == tree(&dir.path().join("again")),
+            "again into the same folder"
+        );
         make(&dir.path().join("other"), 8, 1).unwrap();
         assert!(first != tree(&dir.path().join("other")));
 
         let two = make(&dir.path().join("2"), 7, 2).unwrap();
         let (other, gone, bytes) = change(&one.dataset, &two.dataset);
-        assert_eq!((other, gone), (2 + 2 + 4, 2), "two shot again, two renamed, four added");
+        assert_eq!(
+            (other, gone),
+            (2 + 2 + 4, 2),
+            "two shot again, two renamed, four added"
+        );
         assert!(bytes < 1 << 20, "{bytes}");
         assert_eq!(change(&one.operator, &two.operator).0, 1);
         let (_, _, bytes) = change(&one.image, &two.image);
@@ -420,9 +564,18 @@ mod tests {
         let (a, b) = (fs::read(&one.model).unwrap(), fs::read(&two.model).unwrap());
         assert!((24 << 20..25 << 20).contains(&a.len()) && a.len() == b.len());
         let differ: Vec<usize> = (0..a.len()).filter(|i| a[*i] != b[*i]).collect();
-        assert!(differ.last().unwrap() - differ[0] < a.len() / 100 + 4096, "one run");
-        assert_ne!(fs::read(&one.labels).unwrap(), fs::read(&two.labels).unwrap());
-        assert_eq!(fs::read_link(two.operator.join("train")).unwrap(), Path::new("train.py"));
+        assert!(
+            differ.last().unwrap() - differ[0] < a.len() / 100 + 4096,
+            "one run"
+        );
+        assert_ne!(
+            fs::read(&one.labels).unwrap(),
+            fs::read(&two.labels).unwrap()
+        );
+        assert_eq!(
+            fs::read_link(two.operator.join("train")).unwrap(),
+            Path::new("train.py")
+        );
         assert_eq!(tree(&two.operator)["train.py"].0, 0o755);
     }
 
@@ -433,8 +586,13 @@ mod tests {
         model(&path, 1, 1).unwrap();
         let bytes = fs::read(&path).unwrap();
         let header_len = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
-        let header: BTreeMap<String, Value> = serde_json::from_slice(&bytes[8..8 + header_len]).unwrap();
-        let end = header.values().filter_map(|t| t["data_offsets"][1].as_u64()).max().unwrap();
+        let header: BTreeMap<String, Value> =
+            serde_json::from_slice(&bytes[8..8 + header_len]).unwrap();
+        let end = header
+            .values()
+            .filter_map(|t| t["data_offsets"][1].as_u64())
+            .max()
+            .unwrap();
         assert_eq!(bytes.len() as u64, 8 + header_len as u64 + end);
         assert_eq!(header_len % 8, 0);
     }
@@ -447,19 +605,41 @@ mod tests {
             let source = ImageSource::open(&set.image, dir.path()).unwrap();
             let run = |program: &str, args: &[&str]| -> Value {
                 let output = Command::new(program).args(args).output();
-                let output = output.unwrap_or_else(|e| unreachable!("this test needs {program}: apt install {program} ({e})"));
-                assert!(output.status.success(), "{program}: {}", String::from_utf8_lossy(&output.stderr));
+                let output = output.unwrap_or_else(|e| {
+                    unreachable!("this test needs {program}: apt install {program} ({e})")
+                });
+                assert!(
+                    output.status.success(),
+                    "{program}: {}",
+                    String::from_utf8_lossy(&output.stderr)
+                );
                 serde_json::from_slice(&output.stdout).unwrap()
             };
-            let inspected = run("skopeo", &["inspect", &format!("oci:{}", set.image.display())]);
+            let inspected = run(
+                "skopeo",
+                &["inspect", &format!("oci:{}", set.image.display())],
+            );
             assert_eq!(inspected["Digest"], json!(source.image_info().digest));
-            assert_eq!(inspected["Layers"].as_array().unwrap().len(), 1 + version as usize);
+            assert_eq!(
+                inspected["Layers"].as_array().unwrap().len(),
+                1 + version as usize
+            );
             let model = dir.path().join("model.json");
             let train = set.operator.join("train");
-            let paths = [&train, &set.dataset, &set.labels, &model].map(|p| p.display().to_string());
-            let trained = run("python3", &["-B", &paths[0], "--images", &paths[1], "--labels", &paths[2], "--out", &paths[3]]);
+            let paths =
+                [&train, &set.dataset, &set.labels, &model].map(|p| p.display().to_string());
+            let trained = run(
+                "python3",
+                &[
+                    "-B", &paths[0], "--images", &paths[1], "--labels", &paths[2], "--out",
+                    &paths[3],
+                ],
+            );
             assert!(trained["tested"].as_u64().unwrap() > 25, "{trained}");
-            assert!(trained["accuracy"].as_f64().unwrap() > 0.7, "it really learns: {trained}");
+            assert!(
+                trained["accuracy"].as_f64().unwrap() > 0.7,
+                "it really learns: {trained}"
+            );
         }
     }
 }

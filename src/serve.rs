@@ -35,7 +35,8 @@ pub async fn run(config: Config, until_stdin_ends: bool) -> Result<(), Fault> {
     });
     if until_stdin_ends {
         let token = stop.clone();
-        // A thread of its own: it may hang in the read when the daemon stops for another reason, and holds nothing up.
+        // A thread of its own: it may hang in the read when the daemon stops for another reason,
+        // and holds nothing up.
         std::thread::spawn(move || {
             let _ = std::io::copy(&mut std::io::stdin().lock(), &mut std::io::sink());
             tracing::info!("standard input ended, stopping");
@@ -54,26 +55,44 @@ pub async fn run_until(config: Config, stop: CancellationToken) -> Result<(), Fa
     let _lock = Lock::take(&config.data_dir)?;
     let token = ApiToken::open_or_create(&config.data_dir)?;
     let listener = TcpListener::bind(config.listen.api).await.map_err(|e| {
-        Fault::config(format!("cannot listen on {} for the API: {e}", config.listen.api))
-            .with_next("choose another [listen] api, or stop what listens there")
+        Fault::config(format!(
+            "cannot listen on {} for the API: {e}",
+            config.listen.api
+        ))
+        .with_next("choose another [listen] api, or stop what listens there")
     })?;
     if !config.listen.is_api_local() {
         tracing::warn!(api = %config.listen.api, "{}", crate::config::API_WITHOUT_TLS);
     }
     // Without it the command line asks over TCP: some filesystems hold no sockets.
-    let local =
-        LocalSocket::listen(&config.data_dir).inspect_err(|fault| tracing::warn!(error = %fault, "no local socket for the API")).ok();
-    let api = Api { listener, local, token };
+    let local = LocalSocket::listen(&config.data_dir)
+        .inspect_err(|fault| tracing::warn!(error = %fault, "no local socket for the API"))
+        .ok();
+    let api = Api {
+        listener,
+        local,
+        token,
+    };
     match config.role {
         Role::Hub => {
-            let Some(hub) = api.while_opening(&stop, || Hub::open(config.clone(), stop.clone())).await? else { return Ok(()) };
+            let Some(hub) = api
+                .while_opening(&stop, || Hub::open(config.clone(), stop.clone()))
+                .await?
+            else {
+                return Ok(());
+            };
             private::tighten(&data_dir);
             let work = hub.clone();
             let work = Box::pin(async move { work.run().await });
             drive(api, Arc::new(hub.clone()), work, stop, hub.stopped()).await
         }
         Role::Site => {
-            let Some(site) = api.while_opening(&stop, || Site::open(config.clone(), stop.clone())).await? else { return Ok(()) };
+            let Some(site) = api
+                .while_opening(&stop, || Site::open(config.clone(), stop.clone()))
+                .await?
+            else {
+                return Ok(());
+            };
             private::tighten(&data_dir);
             let work = site.clone();
             let work = Box::pin(async move { work.run().await });
@@ -82,8 +101,8 @@ pub async fn run_until(config: Config, stop: CancellationToken) -> Result<(), Fa
     }
 }
 
-/// Opens a daemon's state; where its disk is full, again and again until there is room, and meanwhile says so to `waits`. `None`: the
-/// daemon is to stop.
+/// Opens a daemon's state; where its disk is full, again and again until there is room, and
+/// meanwhile says so to `waits`. `None`: the daemon is to stop.
 async fn with_room<T, F: Future<Output = Result<T, Fault>>>(
     stop: &CancellationToken,
     pause: Duration,
@@ -100,7 +119,9 @@ async fn with_room<T, F: Future<Output = Result<T, Fault>>>(
             tracing::error!(error = %fault, next = "make room; the daemon starts then", "the daemon waits for room on the disk of its state");
             logged = Some(fault.message.clone());
         }
-        let told = fault.context("the daemon has not started yet").with_next("make room on that disk; the daemon starts then by itself");
+        let told = fault
+            .context("the daemon has not started yet")
+            .with_next("make room on that disk; the daemon starts then by itself");
         waits.send_replace(Some(told));
         tokio::select! {
             () = tokio::time::sleep(pause) => {}
@@ -117,7 +138,8 @@ struct Api {
 }
 
 impl Api {
-    /// Opens a daemon's state ([`with_room`]). While that waits for room, the API answers with the reason.
+    /// Opens a daemon's state ([`with_room`]). While that waits for room, the API answers with the
+    /// reason.
     async fn while_opening<T, F: Future<Output = Result<T, Fault>>>(
         &self,
         stop: &CancellationToken,
@@ -141,13 +163,22 @@ async fn drive(
     stopped: impl Future<Output = ()>,
 ) -> Result<(), Fault> {
     let shutdown = stop.clone();
-    let api = tokio::spawn(api::serve(api.listener, api.local, backend, api.token, async move { shutdown.cancelled().await }));
+    let api = tokio::spawn(api::serve(
+        api.listener,
+        api.local,
+        backend,
+        api.token,
+        async move { shutdown.cancelled().await },
+    ));
     let result = work.await;
     stop.cancel();
     // One deadline for all of it.
     let deadline = tokio::time::Instant::now() + DRAIN_MAX;
     if tokio::time::timeout_at(deadline, stopped).await.is_err() {
-        tracing::warn!(seconds = DRAIN_MAX.as_secs(), "not everything stopped in time; it goes on at the next start");
+        tracing::warn!(
+            seconds = DRAIN_MAX.as_secs(),
+            "not everything stopped in time; it goes on at the next start"
+        );
     }
     let served = tokio::time::timeout_at(deadline, api).await;
     result?;
@@ -157,7 +188,8 @@ async fn drive(
     }
 }
 
-/// Enrols a site: recognises the hub by the token, and keeps the certificate it gets. Returns where that lies.
+/// Enrols a site: recognises the hub by the token, and keeps the certificate it gets. Returns where
+/// that lies.
 pub async fn join(config: &Config, hub: &str, token: &str) -> Result<PathBuf, Fault> {
     if config.role != Role::Site {
         return Err(Fault::usage("only a site joins; this config is a hub's"));
@@ -170,20 +202,37 @@ pub async fn join(config: &Config, hub: &str, token: &str) -> Result<PathBuf, Fa
         tracing::info!(site = %there.name(), "joining anew: the certificate that is there will be replaced");
     }
     let request = CertificateRequest::kept(&config.data_dir)?;
-    transport::join(hub, &token, &Claim::Site(config.name.clone()), &config.line, request).await?.save(&config.data_dir)?;
+    transport::join(
+        hub,
+        &token,
+        &Claim::Site(config.name.clone()),
+        &config.line,
+        request,
+    )
+    .await?
+    .save(&config.data_dir)?;
     Ok(SiteIdentity::path(&config.data_dir))
 }
 
 /// Makes the index of each of a stopped daemon's stores again from their packs.
 pub async fn rebuild_index(config: &Config) -> Result<Vec<Rebuilt>, Fault> {
     if !config.data_dir.is_dir() {
-        return Err(Fault::not_found(format!("data_dir {} is not there", config.data_dir.display()))
-            .with_next("check data_dir in the configuration"));
+        return Err(Fault::not_found(format!(
+            "data_dir {} is not there",
+            config.data_dir.display()
+        ))
+        .with_next("check data_dir in the configuration"));
     }
     let _lock = Lock::take(&config.data_dir)?;
     let stores = ["store", "relay"].map(|name| config.data_dir.join(name));
-    let rebuilt: Vec<Rebuilt> =
-        blocking(move || stores.iter().filter(|store| store.join("packs").is_dir()).map(|store| rebuild_index_of(store)).collect()).await?;
+    let rebuilt: Vec<Rebuilt> = blocking(move || {
+        stores
+            .iter()
+            .filter(|store| store.join("packs").is_dir())
+            .map(|store| rebuild_index_of(store))
+            .collect()
+    })
+    .await?;
     private::tighten(&config.data_dir);
     Ok(rebuilt)
 }
@@ -196,19 +245,32 @@ struct Lock {
 impl Lock {
     fn take(data_dir: &Path) -> Result<Self, Fault> {
         let path = data_dir.join("lock");
-        let file = File::options().create(true).truncate(false).write(true).open(&path).at(path.display())?;
+        let file = File::options()
+            .create(true)
+            .truncate(false)
+            .write(true)
+            .open(&path)
+            .at(path.display())?;
         match rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => Ok(Self { _file: file }),
-            Err(_) => Err(Fault::conflict(format!("another packhorse runs on {}", data_dir.display()))
-                .with_next("stop the other daemon, or give this one a data_dir of its own")),
+            Err(_) => Err(Fault::conflict(format!(
+                "another packhorse runs on {}",
+                data_dir.display()
+            ))
+            .with_next("stop the other daemon, or give this one a data_dir of its own")),
         }
     }
 }
 
 /// The fault for what this role does not do.
 pub(crate) fn wrong_role(what: &str, role: &str) -> Fault {
-    Fault { code: Code::Usage, ..Fault::usage(format!("{what} is asked of the {role}; this daemon is not one")) }
-        .with_next(format!("give --api or --config of the {role}"))
+    Fault {
+        code: Code::Usage,
+        ..Fault::usage(format!(
+            "{what} is asked of the {role}; this daemon is not one"
+        ))
+    }
+    .with_next(format!("give --api or --config of the {role}"))
 }
 
 #[cfg(test)]
@@ -219,18 +281,46 @@ mod tests {
 
     #[tokio::test]
     async fn a_start_on_a_full_disk_waits_for_room_and_for_nothing_else() {
-        let (stop, tries, waits) = (CancellationToken::new(), AtomicU32::new(0), watch::channel(None).0);
+        let (stop, tries, waits) = (
+            CancellationToken::new(),
+            AtomicU32::new(0),
+            watch::channel(None).0,
+        );
         let open = |full: u32, end: Result<&'static str, Fault>| {
             let nth = tries.fetch_add(1, Ordering::SeqCst);
-            async move { if nth < full { Err(Fault::no_space("the disk is full")) } else { end } }
+            async move {
+                if nth < full {
+                    Err(Fault::no_space("the disk is full"))
+                } else {
+                    end
+                }
+            }
         };
-        let opened = with_room(&stop, Duration::ZERO, &waits, || open(3, Ok("opened"))).await.unwrap();
-        assert_eq!((opened, tries.swap(0, Ordering::SeqCst)), (Some("opened"), 4));
-        let fault = with_room(&stop, Duration::ZERO, &waits, || open(1, Err(Fault::config("wrong")))).await.unwrap_err();
-        assert_eq!((fault.code, tries.swap(0, Ordering::SeqCst)), (Code::Config, 2));
+        let opened = with_room(&stop, Duration::ZERO, &waits, || open(3, Ok("opened")))
+            .await
+            .unwrap();
+        assert_eq!(
+            (opened, tries.swap(0, Ordering::SeqCst)),
+            (Some("opened"), 4)
+        );
+        let fault = with_room(&stop, Duration::ZERO, &waits, || {
+            open(1, Err(Fault::config("wrong")))
+        })
+        .await
+        .unwrap_err();
+        assert_eq!(
+            (fault.code, tries.swap(0, Ordering::SeqCst)),
+            (Code::Config, 2)
+        );
         stop.cancel();
         let hour = Duration::from_secs(3600);
-        assert_eq!(with_room(&stop, hour, &waits, || open(u32::MAX, Ok("opened"))).await.unwrap(), None, "it stops when it is asked to");
+        assert_eq!(
+            with_room(&stop, hour, &waits, || open(u32::MAX, Ok("opened")))
+                .await
+                .unwrap(),
+            None,
+            "it stops when it is asked to"
+        );
     }
 
     #[tokio::test]
@@ -239,14 +329,28 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
         let token = ApiToken::open_or_create(dir.path()).unwrap();
-        let api = Api { listener, local: None, token: token.clone() };
-        let (stop, has_room) = (CancellationToken::new(), std::sync::atomic::AtomicBool::new(false));
-        let open =
-            || async { if has_room.load(Ordering::SeqCst) { Ok("opened") } else { Err(Fault::no_space("/data: the disk is full")) } };
+        let api = Api {
+            listener,
+            local: None,
+            token: token.clone(),
+        };
+        let (stop, has_room) = (
+            CancellationToken::new(),
+            std::sync::atomic::AtomicBool::new(false),
+        );
+        let open = || async {
+            if has_room.load(Ordering::SeqCst) {
+                Ok("opened")
+            } else {
+                Err(Fault::no_space("/data: the disk is full"))
+            }
+        };
         let _ = rustls::crypto::ring::default_provider().install_default();
         let client = reqwest::Client::new();
         let ask = |token: &str| {
-            let request = client.get(format!("{url}/v1/transfers")).header(api::TOKEN_HEADER, token);
+            let request = client
+                .get(format!("{url}/v1/transfers"))
+                .header(api::TOKEN_HEADER, token);
             async move {
                 let response = request.send().await.unwrap();
                 (response.status().as_u16(), response.text().await.unwrap())
@@ -254,17 +358,33 @@ mod tests {
         };
         let asking = async {
             let (status, body) = ask(token.secret()).await;
-            assert!(status == 507 && body.contains("no_space") && body.contains("/data") && body.contains("make room"), "{status} {body}");
+            assert!(
+                status == 507
+                    && body.contains("no_space")
+                    && body.contains("/data")
+                    && body.contains("make room"),
+                "{status} {body}"
+            );
             let (status, body) = ask("another").await;
             assert!(status == 503 && !body.contains("/data"), "{status} {body}");
-            assert!(client.get(format!("{url}/healthz")).send().await.unwrap().status().is_success());
+            assert!(
+                client
+                    .get(format!("{url}/healthz"))
+                    .send()
+                    .await
+                    .unwrap()
+                    .status()
+                    .is_success()
+            );
             has_room.store(true, Ordering::SeqCst);
         };
         let (opened, ()) = tokio::join!(api.while_opening(&stop, open), asking);
         assert_eq!(opened.unwrap(), Some("opened"));
         // The listener is free for the daemon, and a connection that was kept is closed.
         let accepted = tokio::spawn(async move { api.listener.accept().await.is_ok() });
-        tokio::net::TcpStream::connect(url.strip_prefix("http://").unwrap()).await.unwrap();
+        tokio::net::TcpStream::connect(url.strip_prefix("http://").unwrap())
+            .await
+            .unwrap();
         assert!(accepted.await.unwrap());
     }
 }

@@ -1,7 +1,7 @@
 //! A site: dials the hub, keeps a line to it, and runs the transfers that the hub wants.
 
 mod backend;
-mod line;
+mod connection;
 mod lost;
 mod publish;
 mod runs;
@@ -15,16 +15,16 @@ use tokio_util::task::TaskTracker;
 
 use crate::config::Config;
 use crate::jobs::Jobs;
-use crate::reading::AtSite;
+use crate::open_source::AtSite;
 use base::blocking::blocking;
 use base::fault::Fault;
 use base::limits::{PLACES_SWEEP_EVERY, PLACES_SWEEP_PAUSE, PLACES_SWEEP_ROWS, REST_EVERY};
 use content::store::Store;
-use exchange::chunk_index::{PlaceInfo, Places};
-use exchange::in_place::Origin;
-use exchange::transfer::{self, LOOKS_ASKED_MAX, Runner, Shared, Sinks};
+use exchange::chunk_index::{ChunkIndex, LocationInfo};
+use exchange::in_place::InPlaceReader;
+use exchange::transfer::{self, AssemblyContext, LOOKS_ASKED_MAX, Runner, Sinks};
 use sink::files::FilesSink;
-use sink::{Place, images, labels};
+use sink::{StorageLocation, images, labels};
 use state::Catalogue;
 use transport::Link;
 use transport::identity::{Holder, SiteIdentity};
@@ -39,7 +39,7 @@ struct Inner {
     config: Config,
     memory: Memory,
     catalogue: Catalogue,
-    shared: Shared,
+    shared: AssemblyContext,
     sinks: Sinks,
     runner: Runner,
     identity: sync::watch::Sender<Arc<SiteIdentity>>,
@@ -51,8 +51,8 @@ struct Inner {
     /// What can be published here beside paths.
     sources: AtSite,
     /// Gives the hub what was published here, or landed.
-    origin: Origin,
-    /// Held while the hub is told of what was published here.
+    origin: InPlaceReader,
+    /// HeldArtifact while the hub is told of what was published here.
     offering: sync::Mutex<()>,
     watch: watch::WatchState,
     tasks: TaskTracker,
@@ -71,7 +71,11 @@ struct Memory {
 
 impl Memory {
     fn of(budget: u64) -> Self {
-        Self { to_fetch: budget / 2, to_read: budget / 8, to_send: budget / 8 * 3 }
+        Self {
+            to_fetch: budget / 2,
+            to_read: budget / 8,
+            to_send: budget / 8 * 3,
+        }
     }
 }
 
@@ -101,16 +105,30 @@ impl Site {
         let catalogue = Catalogue::open(&config.data_dir).await?;
         let data = config.data_dir.clone();
         // Whatever came here, or is on its way, has rows in there.
-        let expected = catalogue.any_artifact().await? || !catalogue.open_transfers(&config.name).await?.is_empty();
-        let (store, places) = blocking(move || Ok((Store::open(&data.join("store"))?, Places::open_expected(&data, expected)?))).await?;
+        let expected = catalogue.any_artifact().await?
+            || !catalogue.open_transfers(&config.name).await?.is_empty();
+        let (store, places) = blocking(move || {
+            Ok((
+                Store::open(&data.join("store"))?,
+                ChunkIndex::open_expected(&data, expected)?,
+            ))
+        })
+        .await?;
         let rows = labels::open(config.sink.labels.as_ref(), &config.data_dir)?;
-        let sources = AtSite { labels: rows.clone(), catalogue: catalogue.clone(), registry: config.sink.images.clone() };
+        let sources = AtSite {
+            labels: rows.clone(),
+            catalogue: catalogue.clone(),
+            registry: config.sink.images.clone(),
+        };
         let sinks = Sinks {
-            files: Arc::new(FilesSink::open(config.sink.files.as_ref(), &config.data_dir)?),
+            files: Arc::new(FilesSink::open(
+                config.sink.files.as_ref(),
+                &config.data_dir,
+            )?),
             labels: rows,
             images: images::open(config.sink.images.as_ref(), &config.data_dir)?,
         };
-        let shared = Shared {
+        let shared = AssemblyContext {
             store,
             places: Arc::new(places),
             memory: Arc::new(transfer::Memory::new(memory.to_fetch)),
@@ -119,12 +137,20 @@ impl Site {
         let (identity, identity_watch) = sync::watch::channel(Arc::new(identity));
         let (link, link_watch) = sync::watch::channel(None);
         let (looks, asked) = mpsc::channel(LOOKS_ASKED_MAX);
-        let runner = Runner::new(catalogue.clone(), shared.clone(), sinks.clone(), identity_watch, link_watch, looks, stop.clone());
+        let runner = Runner::new(
+            catalogue.clone(),
+            shared.clone(),
+            sinks.clone(),
+            identity_watch,
+            link_watch,
+            looks,
+            stop.clone(),
+        );
         tracing::info!(name = %config.name, api = %config.listen.api, data = %config.data_dir.display(), "the site is ready");
         let jobs = Jobs::new(catalogue.clone());
-        let origin = Origin::new(
+        let origin = InPlaceReader::new(
             shared.store.clone(),
-            shared.places.clone(),
+            shared.chunk_index.clone(),
             config.data_dir.join("published"),
             Arc::new(catalogue.clone()),
             Some(sinks.images.clone()),
@@ -162,24 +188,40 @@ impl Site {
         }
         self.inner.runner.start().await?;
         let this = self.clone();
-        self.inner.tasks.spawn(async move { this.keep_runs().await });
+        self.inner
+            .tasks
+            .spawn(async move { this.keep_runs().await });
         let this = self.clone();
-        self.inner.tasks.spawn(async move { this.keep_watch().await });
+        self.inner
+            .tasks
+            .spawn(async move { this.keep_watch().await });
         let runner = self.inner.runner.clone();
-        self.inner.tasks.spawn(async move { runner.keep_clean().await });
+        self.inner
+            .tasks
+            .spawn(async move { runner.keep_clean().await });
         let this = self.clone();
-        self.inner.tasks.spawn(async move { this.keep_resting().await });
+        self.inner
+            .tasks
+            .spawn(async move { this.keep_resting().await });
         let this = self.clone();
-        self.inner.tasks.spawn(async move { this.rebuild_places().await });
+        self.inner
+            .tasks
+            .spawn(async move { this.rebuild_places().await });
         let this = self.clone();
-        self.inner.tasks.spawn(async move { this.keep_places_swept().await });
+        self.inner
+            .tasks
+            .spawn(async move { this.keep_places_swept().await });
         self.keep_line().await
     }
 
     /// Removes the rows of places that are gone from the chunk index, a part at a time.
     async fn keep_places_swept(&self) {
         let stop = &self.inner.stop;
-        while stop.run_until_cancelled(tokio::time::sleep(PLACES_SWEEP_EVERY)).await.is_some() {
+        while stop
+            .run_until_cancelled(tokio::time::sleep(PLACES_SWEEP_EVERY))
+            .await
+            .is_some()
+        {
             if let Err(fault) = self.sweep_places().await {
                 tracing::warn!(error = %fault, "the chunk index could not be swept; tried again");
             }
@@ -187,7 +229,7 @@ impl Site {
     }
 
     async fn sweep_places(&self) -> Result<(), Fault> {
-        let (inner, places) = (&self.inner, &self.inner.shared.places);
+        let (inner, places) = (&self.inner, &self.inner.shared.chunk_index);
         let looked = places.clone();
         let stale = blocking(move || looked.stale()).await?;
         let mut behind = None;
@@ -195,7 +237,7 @@ impl Site {
             let (places, from) = (places.clone(), behind);
             behind = blocking(move || places.sweep(from, PLACES_SWEEP_ROWS)).await?;
             if behind.is_none() {
-                let places = self.inner.shared.places.clone();
+                let places = self.inner.shared.chunk_index.clone();
                 return blocking(move || places.swept(stale)).await;
             }
             tokio::time::sleep(PLACES_SWEEP_PAUSE).await;
@@ -203,35 +245,64 @@ impl Site {
         Ok(())
     }
 
-    /// Notes each artifact where its sink has it now, if that is elsewhere than before: a root may have been moved, or be mounted at another
-    /// path. What is not there is found out when it is looked at.
+    /// Notes each artifact where its sink has it now, if that is elsewhere than before: a root may
+    /// have been moved, or be mounted at another path. What is not there is found out when it is
+    /// looked at.
     async fn follow_roots(&self) -> Result<(), Fault> {
         let inner = &self.inner;
         for name in inner.catalogue.artifact_names().await? {
             // One that was removed meanwhile is nowhere.
-            let Ok(row) = inner.catalogue.artifact(&name).await else { continue };
+            let Ok(row) = inner.catalogue.artifact(&name).await else {
+                continue;
+            };
             let (artifact, digest) = (row.artifact, row.digest);
-            let Some(now) = inner.sinks.of(artifact.kind).place_of(&artifact) else { continue };
-            let Some(before) = row.place.filter(|before| !row.published && *before != now) else { continue };
-            let (places, place) = (inner.shared.places.clone(), now.clone());
+            let Some(now) = inner.sinks.of(artifact.kind).place_of(&artifact) else {
+                continue;
+            };
+            let Some(before) = row.place.filter(|before| !row.published && *before != now) else {
+                continue;
+            };
+            let (places, place) = (inner.shared.chunk_index.clone(), now.clone());
             blocking(move || match places.landed(digest, &before) {
-                Some(number) => {
-                    places.put(Some(number), PlaceInfo { place, digest, transfer: None, foreign: false, adopting: false }).map(drop)
-                }
+                Some(number) => places
+                    .put(
+                        Some(number),
+                        LocationInfo {
+                            place,
+                            digest,
+                            transfer: None,
+                            foreign: false,
+                            adopting: false,
+                        },
+                    )
+                    .map(drop),
                 None => Ok(()),
             })
             .await?;
-            let location = if let Place::Folder { path } = &now { Some(path.display().to_string()) } else { None };
-            inner.catalogue.set_place(&artifact, Some(&now), location.as_deref()).await?;
+            let location = if let StorageLocation::Folder { path } = &now {
+                Some(path.display().to_string())
+            } else {
+                None
+            };
+            inner
+                .catalogue
+                .set_place(&artifact, Some(&now), location.as_deref())
+                .await?;
             tracing::info!(%artifact, "its sink has another root than before");
         }
         Ok(())
     }
 
-    /// After a loss of the chunk index: notes again where the chunks of each artifact are that is here.
+    /// After a loss of the chunk index: notes again where the chunks of each artifact are that is
+    /// here.
     async fn rebuild_places(&self) {
         let inner = &self.inner;
-        if inner.shared.places.loss().is_none_or(|loss| loss.artifacts.is_some()) {
+        if inner
+            .shared
+            .chunk_index
+            .loss()
+            .is_none_or(|loss| loss.artifacts.is_some())
+        {
             return;
         }
         match self.note_all_places().await {
@@ -247,16 +318,27 @@ impl Site {
         let mut noted = 0;
         for name in inner.catalogue.artifact_names().await? {
             // One that was removed meanwhile lies nowhere.
-            let Ok(row) = inner.catalogue.artifact(&name).await else { continue };
+            let Ok(row) = inner.catalogue.artifact(&name).await else {
+                continue;
+            };
             let Some(place) = row.place else { continue };
             if inner.stop.is_cancelled() {
                 return Err(Fault::internal("the daemon stops"));
             }
-            let (places, origin, artifact) = (inner.shared.places.clone(), inner.origin.clone(), row.artifact.clone());
+            let (places, origin, artifact) = (
+                inner.shared.chunk_index.clone(),
+                inner.origin.clone(),
+                row.artifact.clone(),
+            );
             let work = move || {
                 if places.landed(row.digest, &place).is_none() {
-                    let info =
-                        PlaceInfo { place: place.clone(), digest: row.digest, transfer: None, foreign: row.published, adopting: false };
+                    let info = LocationInfo {
+                        place: place.clone(),
+                        digest: row.digest,
+                        transfer: None,
+                        foreign: row.published,
+                        adopting: false,
+                    };
                     places.put(None, info)?;
                 }
                 origin.index(row.digest, &row.root, &[place], false)
@@ -264,10 +346,12 @@ impl Site {
             match blocking(work).await {
                 Ok(()) => noted += 1,
                 // One artifact whose manifest is damaged must not keep the others from being noted.
-                Err(fault) => tracing::error!(%artifact, error = %fault, "where an artifact is could not be noted again"),
+                Err(fault) => {
+                    tracing::error!(%artifact, error = %fault, "where an artifact is could not be noted again")
+                }
             }
         }
-        let places = inner.shared.places.clone();
+        let places = inner.shared.chunk_index.clone();
         blocking(move || places.rebuilt(noted)).await?;
         Ok(noted)
     }

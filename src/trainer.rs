@@ -10,14 +10,16 @@
 //!                       stop           written by the daemon: end it
 //!                       exit.json      how it ended; the watcher's last word
 //! ```
-//! The watcher ([`watch`], this program under a hidden command) is not the daemon: a daemon that is killed or renewed leaves
-//! training alone, and finds it again by the lock, which no other process can hold by chance, and by `exit.json`. When both
-//! watcher and trainer went down, with the machine or by a kill of the whole unit, the lock is free and there is no
-//! `exit.json`: the run then begins again from nothing, unless something published is read in the folder. The trainer dies with its
-//! watcher; what a trainer leaves running in its process group is killed when it ends.
+//! The watcher ([`watch`], this program under a hidden command) is not the daemon: a daemon that is
+//! killed or renewed leaves training alone, and finds it again by the lock, which no other process
+//! can hold by chance, and by `exit.json`. When both watcher and trainer went down, with the
+//! machine or by a kill of the whole unit, the lock is free and there is no `exit.json`: the run
+//! then begins again from nothing, unless something published is read in the folder. The trainer
+//! dies with its watcher; what a trainer leaves running in its process group is killed when it
+//! ends.
 //!
-//! A training platform is sent the descriptor by POST until it takes it, and once more, with `"cancel": true` in it, when the run is
-//! over without a model.
+//! A training platform is sent the descriptor by POST until it takes it, and once more, with
+//! `"cancel": true` in it, when the run is over without a model.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -45,7 +47,8 @@ use model::run::site::Process;
 const LOOK_EVERY: Duration = Duration::from_millis(100);
 /// How long a new watcher may take to take its lock.
 const BEGIN_MAX: Duration = Duration::from_secs(10);
-/// How long a new watcher tries for its lock: whoever looks how the process is holds it for a moment.
+/// How long a new watcher tries for its lock: whoever looks how the process is holds it for a
+/// moment.
 const LOCK_MAX: Duration = Duration::from_secs(2);
 /// How long the rest of the output is waited for once the trainer has ended.
 const LAST_WORDS_MAX: Duration = Duration::from_secs(2);
@@ -111,7 +114,8 @@ impl Folder {
     pub fn prepare(&self, descriptor: &serde_json::Value) -> Result<(), Fault> {
         durable::remove_all(&self.0)?;
         durable::create_dir_all(&self.output())?;
-        let text = serde_json::to_vec_pretty(descriptor).map_err(|e| Fault::internal(format!("a descriptor as JSON: {e}")))?;
+        let text = serde_json::to_vec_pretty(descriptor)
+            .map_err(|e| Fault::internal(format!("a descriptor as JSON: {e}")))?;
         durable::replace(&self.descriptor(), &text)
     }
 
@@ -119,7 +123,9 @@ impl Folder {
     pub fn descriptor_of(&self, id: &str) -> Result<Option<serde_json::Value>, Fault> {
         let path = self.descriptor();
         match std::fs::read(&path) {
-            Ok(text) => Ok(serde_json::from_slice::<serde_json::Value>(&text).ok().filter(|descriptor| descriptor["id"] == id)),
+            Ok(text) => Ok(serde_json::from_slice::<serde_json::Value>(&text)
+                .ok()
+                .filter(|descriptor| descriptor["id"] == id)),
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
             Err(e) => Err(Fault::io(path.display(), &e)),
         }
@@ -131,8 +137,11 @@ impl Folder {
             let path = self.file("exit.json");
             match std::fs::read(&path) {
                 Ok(text) => serde_json::from_slice(&text).map(Some).map_err(|e| {
-                    Fault::internal(format!("{} is damaged, so how the trainer ended is not known: {e}", path.display()))
-                        .with_next("remove that file: the run then starts again")
+                    Fault::internal(format!(
+                        "{} is damaged, so how the trainer ended is not known: {e}",
+                        path.display()
+                    ))
+                    .with_next("remove that file: the run then starts again")
                 }),
                 Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
                 Err(e) => Err(Fault::io(path.display(), &e)),
@@ -153,8 +162,17 @@ impl Folder {
             return File::open("/dev/null").at("open /dev/null").map(Some);
         }
         let path = self.file("lock");
-        let file = File::options().create(true).truncate(false).write(true).open(&path).at(path.display())?;
-        Ok(rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive).is_ok().then_some(file))
+        let file = File::options()
+            .create(true)
+            .truncate(false)
+            .write(true)
+            .open(&path)
+            .at(path.display())?;
+        Ok(
+            rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive)
+                .is_ok()
+                .then_some(file),
+        )
     }
 
     /// The lock for the watcher itself. `None`: another one lives.
@@ -169,16 +187,36 @@ impl Folder {
         }
     }
 
-    /// Starts the command under a watcher, and returns once that has taken over. The folder is prepared.
-    pub fn start(&self, command: &[String], environment: BTreeMap<String, String>, deadline_ms: i64) -> Result<(), Fault> {
-        let job = Job { command: command.to_vec(), environment, deadline_ms };
-        let text = serde_json::to_vec_pretty(&job).map_err(|e| Fault::internal(format!("a job as JSON: {e}")))?;
+    /// Starts the command under a watcher, and returns once that has taken over. The folder is
+    /// prepared.
+    pub fn start(
+        &self,
+        command: &[String],
+        environment: BTreeMap<String, String>,
+        deadline_ms: i64,
+    ) -> Result<(), Fault> {
+        let job = Job {
+            command: command.to_vec(),
+            environment,
+            deadline_ms,
+        };
+        let text = serde_json::to_vec_pretty(&job)
+            .map_err(|e| Fault::internal(format!("a job as JSON: {e}")))?;
         durable::replace(&self.file("job.json"), &text)?;
         // Its own file even when the program was replaced since this daemon began.
         let mut watcher = Command::new("/proc/self/exe");
-        watcher.arg0("packhorse").arg("trainer").arg(&self.0).current_dir(&self.0).process_group(0);
-        watcher.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-        for (name, _) in std::env::vars_os().filter(|(name, _)| is_secret(&name.to_string_lossy())) {
+        watcher
+            .arg0("packhorse")
+            .arg("trainer")
+            .arg(&self.0)
+            .current_dir(&self.0)
+            .process_group(0);
+        watcher
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null());
+        for (name, _) in std::env::vars_os().filter(|(name, _)| is_secret(&name.to_string_lossy()))
+        {
             watcher.env_remove(name);
         }
         let mut child = watcher.spawn().at("start the trainer's watcher")?;
@@ -192,7 +230,9 @@ impl Folder {
                 if self.process()? != Process::Absent {
                     break;
                 }
-                return Err(Fault::internal(format!("the trainer's watcher ended at once: {status}")));
+                return Err(Fault::internal(format!(
+                    "the trainer's watcher ended at once: {status}"
+                )));
             }
             if Instant::now() >= until {
                 let _ = child.kill();
@@ -215,13 +255,28 @@ impl Folder {
     /// Asks the watcher to end the trainer.
     pub fn stop(&self) -> Result<(), Fault> {
         let path = self.file("stop");
-        if path.exists() { Ok(()) } else { durable::replace(&path, b"stop\n") }
+        if path.exists() {
+            Ok(())
+        } else {
+            durable::replace(&path, b"stop\n")
+        }
     }
 }
 
-/// Whether an environment variable of the daemon may hold, or lead to, a secret: a trainer does not get it.
+/// Whether an environment variable of the daemon may hold, or lead to, a secret: a trainer does not
+/// get it.
 fn is_secret(name: &str) -> bool {
-    const PARTS: [&str; 9] = ["TOKEN", "SECRET", "PASSWORD", "PASSWD", "PASSPHRASE", "PASSFILE", "CREDENTIAL", "API_KEY", "APIKEY"];
+    const PARTS: [&str; 9] = [
+        "TOKEN",
+        "SECRET",
+        "PASSWORD",
+        "PASSWD",
+        "PASSPHRASE",
+        "PASSFILE",
+        "CREDENTIAL",
+        "API_KEY",
+        "APIKEY",
+    ];
     const STARTS: [&str; 3] = ["PACKHORSE_", "AWS_", "SSH_AUTH"];
     const ENDS: [&str; 3] = ["_KEY", "_PASS", "_PAT"];
     let name = name.to_ascii_uppercase();
@@ -229,7 +284,10 @@ fn is_secret(name: &str) -> bool {
     PARTS.iter().any(|part| name.contains(part))
         || STARTS.iter().any(|start| name.starts_with(start))
         || ENDS.iter().any(|end| name.ends_with(end))
-        || matches!(name.as_str(), "NOTIFY_SOCKET" | "LISTEN_FDS" | "LISTEN_PID" | "KUBECONFIG")
+        || matches!(
+            name.as_str(),
+            "NOTIFY_SOCKET" | "LISTEN_FDS" | "LISTEN_PID" | "KUBECONFIG"
+        )
 }
 
 /// Whether the program of `[train] command` is there and may be run by whoever runs this.
@@ -242,27 +300,36 @@ pub fn check_program(program: &str) -> Result<(), Fault> {
     if !meta.is_file() {
         return Err(wrong(&"it is not a file"));
     }
-    rustix::fs::access(program, rustix::fs::Access::EXEC_OK).map_err(|e| wrong(&std::io::Error::from(e)))
+    rustix::fs::access(program, rustix::fs::Access::EXEC_OK)
+        .map_err(|e| wrong(&std::io::Error::from(e)))
 }
 
-/// The watcher: starts the command of a run's folder, keeps what it says within bounds, and writes how it ended.
+/// The watcher: starts the command of a run's folder, keeps what it says within bounds, and writes
+/// how it ended.
 pub fn watch(folder: &Path) -> Result<(), Fault> {
     let folder = Folder::new(folder.to_owned());
-    let Some(_lock) = folder.lock_to_stay()? else { return Ok(()) };
+    let Some(_lock) = folder.lock_to_stay()? else {
+        return Ok(());
+    };
     if folder.file("exit.json").exists() {
         return Ok(());
     }
     let path = folder.file("job.json");
     let text = std::fs::read(&path).at(path.display())?;
-    let job: Job = serde_json::from_slice(&text).map_err(|e| Fault::internal(format!("{}: {e}", path.display())))?;
+    let job: Job = serde_json::from_slice(&text)
+        .map_err(|e| Fault::internal(format!("{}: {e}", path.display())))?;
     let ended = work(&folder, &job)?;
-    let text = serde_json::to_vec_pretty(&ended).map_err(|e| Fault::internal(format!("an end as JSON: {e}")))?;
+    let text = serde_json::to_vec_pretty(&ended)
+        .map_err(|e| Fault::internal(format!("an end as JSON: {e}")))?;
     durable::replace(&folder.file("exit.json"), &text)
 }
 
-/// The last step before the trainer: it is to die with its watcher. Returns only when the command cannot be started.
+/// The last step before the trainer: it is to die with its watcher. Returns only when the command
+/// cannot be started.
 pub fn become_trainer(command: &[String]) -> Fault {
-    let Some((program, arguments)) = command.split_first() else { return Fault::usage("no command") };
+    let Some((program, arguments)) = command.split_first() else {
+        return Fault::usage("no command");
+    };
     if let Err(e) = rustix::process::set_parent_process_death_signal(Some(Signal::KILL)) {
         return Fault::io("bind the trainer to its watcher", &e.into());
     }
@@ -273,9 +340,18 @@ pub fn become_trainer(command: &[String]) -> Fault {
 fn work(folder: &Folder, job: &Job) -> Result<Ended, Fault> {
     let (mut reader, writer) = std::io::pipe().at("make a pipe")?;
     let mut command = Command::new("/proc/self/exe");
-    command.arg0("packhorse").args(["trainer", "--exec", "--"]).args(&job.command);
-    command.envs(&job.environment).current_dir(folder.path()).process_group(0).stdin(Stdio::null());
-    command.stdout(writer.try_clone().at("make a pipe")?).stderr(writer);
+    command
+        .arg0("packhorse")
+        .args(["trainer", "--exec", "--"])
+        .args(&job.command);
+    command
+        .envs(&job.environment)
+        .current_dir(folder.path())
+        .process_group(0)
+        .stdin(Stdio::null());
+    command
+        .stdout(writer.try_clone().at("make a pipe")?)
+        .stderr(writer);
     let mut child = command.spawn().at("start the trainer")?;
     drop(command); // its ends of the pipe
     let log = Arc::new(Mutex::new(Log::open(folder.file("trainer.log"))?));
@@ -300,7 +376,9 @@ fn work(folder: &Folder, job: &Job) -> Result<Ended, Fault> {
     Ok(Ended {
         exit_code: status.code(),
         signal: status.signal(),
-        message: why.map_or(how.clone(), |why| format!("{how}: {why}")).into(),
+        message: why
+            .map_or(how.clone(), |why| format!("{how}: {why}"))
+            .into(),
         tail: tail.into(),
         ended_ms: clock::now_unix_ms() as i64,
     })
@@ -318,12 +396,16 @@ fn has_ended(child: &Child) -> Result<bool, Fault> {
 }
 
 /// Waits for the trainer's end, and brings it about when that is asked for.
-fn wait(folder: &Folder, job: &Job, child: &mut Child) -> Result<(ExitStatus, Option<&'static str>), Fault> {
+fn wait(
+    folder: &Folder,
+    job: &Job,
+    child: &mut Child,
+) -> Result<(ExitStatus, Option<&'static str>), Fault> {
     let mut stopping: Option<(Instant, &'static str)> = None;
     loop {
         if has_ended(child)? {
-            // Whatever it left behind in its group holds GPUs and the pipe. Before its status is taken: after that its number, which is
-            // the group's, may be another process's.
+            // Whatever it left behind in its group holds GPUs and the pipe. Before its status is
+            // taken: after that its number, which is the group's, may be another process's.
             signal(child, Signal::KILL);
             let status = child.wait().at("wait for the trainer")?;
             return Ok((status, stopping.map(|(_, why)| why)));
@@ -360,7 +442,12 @@ struct Log {
 impl Log {
     fn open(path: PathBuf) -> Result<Self, Fault> {
         let file = File::create(&path).at(path.display())?;
-        Ok(Self { path, file, size: 0, tail: Vec::new() })
+        Ok(Self {
+            path,
+            file,
+            size: 0,
+            tail: Vec::new(),
+        })
     }
 
     fn take(&mut self, bytes: &[u8]) {
@@ -400,7 +487,12 @@ mod tests {
         }
         log.take(b"the end\n");
         assert!(std::fs::metadata(&path).unwrap().len() <= TRAINER_LOG_BYTES_MAX);
-        assert!(std::fs::metadata(dir.path().join("trainer.log.old")).unwrap().len() <= TRAINER_LOG_BYTES_MAX);
+        assert!(
+            std::fs::metadata(dir.path().join("trainer.log.old"))
+                .unwrap()
+                .len()
+                <= TRAINER_LOG_BYTES_MAX
+        );
         assert!(log.tail().ends_with("xthe end") && log.tail().len() < TRAINER_TAIL_BYTES);
     }
 
@@ -434,7 +526,16 @@ mod tests {
         ] {
             assert!(is_secret(name), "{name}");
         }
-        for name in ["PATH", "HOME", "LANG", "CUDA_VISIBLE_DEVICES", "LD_LIBRARY_PATH", "PYTHONPATH", "KEYBOARD", "COMPASS"] {
+        for name in [
+            "PATH",
+            "HOME",
+            "LANG",
+            "CUDA_VISIBLE_DEVICES",
+            "LD_LIBRARY_PATH",
+            "PYTHONPATH",
+            "KEYBOARD",
+            "COMPASS",
+        ] {
             assert!(!is_secret(name), "{name}");
         }
     }
@@ -446,7 +547,13 @@ mod tests {
         assert_eq!(folder.descriptor_of("r-1").unwrap(), None, "there is none");
         let descriptor = serde_json::json!({"run": "r", "id": "r-1"});
         folder.prepare(&descriptor).unwrap();
-        assert_eq!((folder.descriptor_of("r-1").unwrap(), folder.descriptor_of("r-2").unwrap()), (Some(descriptor), None));
+        assert_eq!(
+            (
+                folder.descriptor_of("r-1").unwrap(),
+                folder.descriptor_of("r-2").unwrap()
+            ),
+            (Some(descriptor), None)
+        );
         durable::replace(&folder.descriptor(), b"no JSON").unwrap();
         assert_eq!(folder.descriptor_of("r-1").unwrap(), None);
     }
@@ -457,17 +564,33 @@ mod tests {
         let folder = Folder::new(dir.path().join("r"));
         assert_eq!(folder.process().unwrap(), Process::Absent);
         folder.prepare(&serde_json::json!({"run": "r"})).unwrap();
-        assert_eq!((folder.process().unwrap(), folder.has_output()), (Process::Absent, false));
+        assert_eq!(
+            (folder.process().unwrap(), folder.has_output()),
+            (Process::Absent, false)
+        );
         let held = folder.lock().unwrap().unwrap();
         assert_eq!(folder.process().unwrap(), Process::Running);
-        let ended = Ended { exit_code: Some(0), signal: None, message: "m".into(), tail: "t".into(), ended_ms: 1 };
-        durable::replace(&folder.file("exit.json"), &serde_json::to_vec(&ended).unwrap()).unwrap();
+        let ended = Ended {
+            exit_code: Some(0),
+            signal: None,
+            message: "m".into(),
+            tail: "t".into(),
+            ended_ms: 1,
+        };
+        durable::replace(
+            &folder.file("exit.json"),
+            &serde_json::to_vec(&ended).unwrap(),
+        )
+        .unwrap();
         drop(held);
         assert_eq!(folder.process().unwrap(), Process::Ended(ended));
         durable::replace(&folder.output().join("model"), b"m").unwrap();
         assert!(folder.has_output());
         folder.prepare(&serde_json::json!({})).unwrap();
-        assert_eq!((folder.process().unwrap(), folder.has_output()), (Process::Absent, false));
+        assert_eq!(
+            (folder.process().unwrap(), folder.has_output()),
+            (Process::Absent, false)
+        );
     }
 }
 
@@ -479,7 +602,11 @@ mod end_tests {
     fn a_trainer_that_ended_keeps_its_number_until_its_group_was_killed() {
         let mut command = Command::new("sh");
         // One that is left behind in the group, and says its number.
-        command.args(["-c", "sleep 600 & echo $!"]).process_group(0).stdin(Stdio::null()).stdout(Stdio::piped());
+        command
+            .args(["-c", "sleep 600 & echo $!"])
+            .process_group(0)
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped());
         let mut child = command.spawn().unwrap();
         let mut said = String::new();
         let mut byte = [0];

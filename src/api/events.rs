@@ -1,4 +1,5 @@
-//! The event stream: SSE for who can hold a stream open, a JSON array with a bounded wait for who cannot.
+//! The event stream: SSE for who can hold a stream open, a JSON array with a bounded wait for who
+//! cannot.
 
 use std::collections::VecDeque;
 use std::convert::Infallible;
@@ -22,21 +23,37 @@ use base::limits::{API_ROWS_DEFAULT, API_STREAM_EVENTS, LONG_POLL_MAX, SSE_HEART
     (status = 200, description = "a stream (`text/event-stream`; id: the event's seq, event: its what, data: the event), or with `Accept: application/json` or `format=json` an array and the header X-Packhorse-Cursor", body = Vec<Event>),
     (status = "default", description = "an error", body = ErrorBody),
 ))]
-pub(super) async fn events(State(app): State<App>, headers: HeaderMap, Q(query): Q<EventQuery>) -> Result<Response, ApiError> {
+pub(super) async fn events(
+    State(app): State<App>,
+    headers: HeaderMap,
+    Q(query): Q<EventQuery>,
+) -> Result<Response, ApiError> {
     let since = match headers.get("last-event-id") {
         None => query.since.unwrap_or(0),
-        Some(id) => id.to_str().ok().and_then(|id| id.trim().parse().ok()).ok_or_else(|| Fault::usage("Last-Event-ID is not a number"))?,
+        Some(id) => id
+            .to_str()
+            .ok()
+            .and_then(|id| id.trim().parse().ok())
+            .ok_or_else(|| Fault::usage("Last-Event-ID is not a number"))?,
     };
     if wants_json(&headers, &query)? {
         let limit = rows(query.limit).min(API_ROWS_DEFAULT);
-        let look = || -> BoxFuture<'_, _> { Box::pin(app.listed(app.backend.events(since, limit))) };
-        let events = wait_for(&app, query.wait, look, |events: &Vec<Event>| !events.is_empty()).await?;
+        let look =
+            || -> BoxFuture<'_, _> { Box::pin(app.listed(app.backend.events(since, limit))) };
+        let events = wait_for(&app, query.wait, look, |events: &Vec<Event>| {
+            !events.is_empty()
+        })
+        .await?;
         let cursor = events.last().map_or(since, |event| event.seq);
         return Ok(with_cursor(Json(events), cursor));
     }
-    let mut response = Sse::new(stream(app, since)).keep_alive(KeepAlive::new().interval(SSE_HEARTBEAT).text("heartbeat")).into_response();
+    let mut response = Sse::new(stream(app, since))
+        .keep_alive(KeepAlive::new().interval(SSE_HEARTBEAT).text("heartbeat"))
+        .into_response();
     // nginx, which stands before many a registry and cluster, would hold the stream back.
-    response.headers_mut().insert("x-accel-buffering", header::HeaderValue::from_static("no"));
+    response
+        .headers_mut()
+        .insert("x-accel-buffering", header::HeaderValue::from_static("no"));
     Ok(response)
 }
 
@@ -44,9 +61,13 @@ fn wants_json(headers: &HeaderMap, query: &EventQuery) -> Result<bool, Fault> {
     match query.format.as_deref() {
         Some("json") => Ok(true),
         Some("sse") => Ok(false),
-        Some(other) => Err(Fault::usage(format!("format {other:?} is not known")).with_next("use format=json or format=sse")),
+        Some(other) => Err(Fault::usage(format!("format {other:?} is not known"))
+            .with_next("use format=json or format=sse")),
         None => {
-            let accept = headers.get(header::ACCEPT).and_then(|v| v.to_str().ok()).unwrap_or_default();
+            let accept = headers
+                .get(header::ACCEPT)
+                .and_then(|v| v.to_str().ok())
+                .unwrap_or_default();
             Ok(accept.contains("application/json") && !accept.contains("text/event-stream"))
         }
     }
@@ -60,10 +81,18 @@ struct Cursor {
     ended: bool,
 }
 
-/// Events as they come, one batch in memory at most, until the client goes or the daemon stops. A fault is told as an
-/// event named `error`, after which the stream ends.
-fn stream(app: App, since: u64) -> impl Stream<Item = Result<SseEvent, Infallible>> + Send + 'static {
-    let start = Cursor { app, since, ready: VecDeque::new(), ended: false };
+/// Events as they come, one batch in memory at most, until the client goes or the daemon stops. A
+/// fault is told as an event named `error`, after which the stream ends.
+fn stream(
+    app: App,
+    since: u64,
+) -> impl Stream<Item = Result<SseEvent, Infallible>> + Send + 'static {
+    let start = Cursor {
+        app,
+        since,
+        ready: VecDeque::new(),
+        ended: false,
+    };
     futures::stream::unfold(start, |mut cursor| async move {
         if cursor.ended {
             return None;
@@ -72,8 +101,21 @@ fn stream(app: App, since: u64) -> impl Stream<Item = Result<SseEvent, Infallibl
             if cursor.app.stop.is_cancelled() {
                 return None;
             }
-            let look = || -> BoxFuture<'_, _> { Box::pin(cursor.app.listed(cursor.app.backend.events(cursor.since, API_STREAM_EVENTS))) };
-            match wait_for(&cursor.app, Some(LONG_POLL_MAX.as_secs()), look, |events: &Vec<Event>| !events.is_empty()).await {
+            let look = || -> BoxFuture<'_, _> {
+                Box::pin(
+                    cursor
+                        .app
+                        .listed(cursor.app.backend.events(cursor.since, API_STREAM_EVENTS)),
+                )
+            };
+            match wait_for(
+                &cursor.app,
+                Some(LONG_POLL_MAX.as_secs()),
+                look,
+                |events: &Vec<Event>| !events.is_empty(),
+            )
+            .await
+            {
                 Ok(events) => cursor.ready = events.into(),
                 Err(fault) => {
                     cursor.ended = true;
@@ -92,5 +134,8 @@ fn frame(event: &Event) -> SseEvent {
     let data = serde_json::to_string(event).unwrap_or_default();
     // A name with a line end would be a frame of its own; ours are single words.
     let name: String = event.what.chars().filter(|c| !c.is_control()).collect();
-    SseEvent::default().id(event.seq.to_string()).event(name).data(data)
+    SseEvent::default()
+        .id(event.seq.to_string())
+        .event(name)
+        .data(data)
 }

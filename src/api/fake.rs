@@ -49,7 +49,10 @@ pub(crate) fn transfer(id: &str, site: &str, state: State) -> Transfer {
         message: None,
         next: None,
         waits_for: None,
-        bytes: Bytes { total: 1000, ..Bytes::default() },
+        bytes: Bytes {
+            total: 1000,
+            ..Bytes::default()
+        },
         rate: 0,
         eta_seconds: None,
         attempts: 1,
@@ -66,8 +69,15 @@ pub(crate) fn transfer(id: &str, site: &str, state: State) -> Transfer {
 
 /// A run with plain values.
 pub(crate) fn run(name: &str, state: RunState) -> Run {
-    let model = RunModel { artifact: "model/m:1".into(), digest: "cd".repeat(32) };
-    let input = RunInput { artifact: "dataset/line3:v1".into(), digest: "ab".repeat(32), bytes: 1000 };
+    let model = RunModel {
+        artifact: "model/m:1".into(),
+        digest: "cd".repeat(32),
+    };
+    let input = RunInput {
+        artifact: "dataset/line3:v1".into(),
+        digest: "ab".repeat(32),
+        bytes: 1000,
+    };
     Run {
         name: name.parse().unwrap(),
         from: "chengdu".parse().unwrap(),
@@ -101,13 +111,27 @@ pub(crate) fn offline(id: &str, site: &str) -> Transfer {
 /// A job that has ended.
 pub(crate) fn job(id: &str, result: Result<serde_json::Value, Fault>) -> Job {
     let state = if result.is_ok() { "done" } else { "failed" };
-    let (result, error) = result.map_or_else(|fault| (None, Some(fault)), |value| (Some(value), None));
-    Job { id: id.into(), state: state.into(), bytes: 0, total: None, doing: String::new(), notes: Vec::new(), result, error }
+    let (result, error) =
+        result.map_or_else(|fault| (None, Some(fault)), |value| (Some(value), None));
+    Job {
+        id: id.into(),
+        state: state.into(),
+        bytes: 0,
+        total: None,
+        doing: String::new(),
+        notes: Vec::new(),
+        result,
+        error,
+    }
 }
 
 impl Default for Fake {
     fn default() -> Self {
-        Self { world: Mutex::default(), artifacts: Mutex::new(vec![artifact("dataset/line3:v1")]), changed: Arc::default() }
+        Self {
+            world: Mutex::default(),
+            artifacts: Mutex::new(vec![artifact("dataset/line3:v1")]),
+            changed: Arc::default(),
+        }
     }
 }
 
@@ -130,8 +154,15 @@ pub(crate) fn artifact(name: &str) -> Artifact {
 }
 
 /// The page of these rows behind the one of this key.
-fn page<T: serde::Serialize>(rows: Vec<T>, behind: Option<&str>, room: Room, key: impl Fn(&T) -> String) -> Page<T> {
-    let from = behind.and_then(|behind| rows.iter().position(|row| key(row) == behind)).map_or(0, |at| at + 1);
+fn page<T: serde::Serialize>(
+    rows: Vec<T>,
+    behind: Option<&str>,
+    room: Room,
+    key: impl Fn(&T) -> String,
+) -> Page<T> {
+    let from = behind
+        .and_then(|behind| rows.iter().position(|row| key(row) == behind))
+        .map_or(0, |at| at + 1);
     let mut pager = Pager::new(room);
     for row in rows.into_iter().skip(from) {
         let key = key(&row);
@@ -144,7 +175,12 @@ fn page<T: serde::Serialize>(rows: Vec<T>, behind: Option<&str>, room: Room, key
 
 impl Fake {
     fn artifact(&self, artifact: &str) -> Result<Artifact, Fault> {
-        let found = self.artifacts.lock().iter().find(|a| a.artifact.to_string() == artifact).cloned();
+        let found = self
+            .artifacts
+            .lock()
+            .iter()
+            .find(|a| a.artifact.to_string() == artifact)
+            .cloned();
         found.ok_or_else(|| Fault::not_found(format!("there is no artifact {artifact:?}")))
     }
 
@@ -154,7 +190,12 @@ impl Fake {
         world.seq += 1;
         transfer.cursor = world.seq;
         let body = serde_json::to_value(&transfer).unwrap();
-        let event = Event { seq: world.seq, at: "2026-11-23T10:00:00.000Z".into(), what: "transfer".into(), body };
+        let event = Event {
+            seq: world.seq,
+            at: "2026-11-23T10:00:00.000Z".into(),
+            what: "transfer".into(),
+            body,
+        };
         world.events.push(event);
         world.transfers.retain(|t| t.id != transfer.id);
         world.transfers.push(transfer);
@@ -172,7 +213,13 @@ impl Fake {
     }
 
     /// Serves it on a free port; returns the base URL and what stops it.
-    pub(crate) async fn serve(self: &Arc<Self>) -> (String, tokio::sync::oneshot::Sender<()>, tokio::task::JoinHandle<Result<(), Fault>>) {
+    pub(crate) async fn serve(
+        self: &Arc<Self>,
+    ) -> (
+        String,
+        tokio::sync::oneshot::Sender<()>,
+        tokio::task::JoinHandle<Result<(), Fault>>,
+    ) {
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         self.serve_on(listener)
     }
@@ -181,14 +228,24 @@ impl Fake {
     pub(crate) fn serve_on(
         self: &Arc<Self>,
         listener: tokio::net::TcpListener,
-    ) -> (String, tokio::sync::oneshot::Sender<()>, tokio::task::JoinHandle<Result<(), Fault>>) {
+    ) -> (
+        String,
+        tokio::sync::oneshot::Sender<()>,
+        tokio::task::JoinHandle<Result<(), Fault>>,
+    ) {
         let base = format!("http://{}", listener.local_addr().unwrap());
         let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
         let backend = Arc::clone(self);
         let shutdown = async move {
             let _ = stopped.await;
         };
-        let task = tokio::spawn(super::serve(listener, None, backend, ApiToken::parse(TOKEN).unwrap(), shutdown));
+        let task = tokio::spawn(super::serve(
+            listener,
+            None,
+            backend,
+            ApiToken::parse(TOKEN).unwrap(),
+            shutdown,
+        ));
         (base, stop, task)
     }
 }
@@ -207,14 +264,24 @@ impl Backend for Fake {
     async fn publish(&self, request: PublishRequest) -> Result<Job, Fault> {
         request.as_ref.parse::<base::names::ArtifactRef>()?;
         self.world.lock().published.push(request);
-        Ok(Job { state: "running".into(), ..self.job("publish").await? })
+        Ok(Job {
+            state: "running".into(),
+            ..self.job("publish").await?
+        })
     }
     async fn deliver(&self, request: DeliverRequest) -> Result<Delivered, Fault> {
         let mut world = self.world.lock();
         let transfers = world.transfers.iter().map(|t| t.id.clone()).collect();
         let artifact = request.artifacts.join(",");
         world.delivered.push(request);
-        Ok(Delivered { artifact, digest: "ab".repeat(32), delivery: "d1".into(), transfers, left_out: Vec::new(), notes: Vec::new() })
+        Ok(Delivered {
+            artifact,
+            digest: "ab".repeat(32),
+            delivery: "d1".into(),
+            transfers,
+            left_out: Vec::new(),
+            notes: Vec::new(),
+        })
     }
     async fn plan(&self, request: DeliverRequest) -> Result<Vec<PlanRow>, Fault> {
         let row = |artifact: &String| PlanRow {
@@ -230,11 +297,18 @@ impl Backend for Fake {
         };
         Ok(request.artifacts.iter().map(row).collect())
     }
-    async fn transfers(&self, query: &TransferQuery, behind: Option<&str>, room: Room) -> Result<(Page<Transfer>, u64), Fault> {
+    async fn transfers(
+        &self,
+        query: &TransferQuery,
+        behind: Option<&str>,
+        room: Room,
+    ) -> Result<(Page<Transfer>, u64), Fault> {
         let world = self.world.lock();
         let ids: Option<Vec<&str>> = query.id.as_ref().map(|ids| ids.split(',').collect());
         let wanted = |t: &&Transfer| {
-            let named = ids.as_ref().is_none_or(|ids| ids.contains(&t.id.as_str()) || ids.contains(&t.delivery.as_str()));
+            let named = ids.as_ref().is_none_or(|ids| {
+                ids.contains(&t.id.as_str()) || ids.contains(&t.delivery.as_str())
+            });
             named && query.since.is_none_or(|since| t.cursor > since)
         };
         let mut found: Vec<Transfer> = world.transfers.iter().filter(wanted).cloned().collect();
@@ -244,12 +318,23 @@ impl Backend for Fake {
         }
         let page = page(found, behind, room, |t| t.id.clone());
         let cut = page.next.is_some() && query.since.is_some();
-        let cursor = if cut { page.rows.last().map_or(0, |t| t.cursor) } else { world.seq };
+        let cursor = if cut {
+            page.rows.last().map_or(0, |t| t.cursor)
+        } else {
+            world.seq
+        };
         Ok((page, cursor))
     }
     async fn act(&self, id: &str, action: Action, _room: Room) -> Result<Page<Transfer>, Fault> {
-        let found = self.world.lock().transfers.iter().find(|t| t.id == id).cloned();
-        let mut transfer = found.ok_or_else(|| Fault::not_found(format!("there is no transfer {id:?}")))?;
+        let found = self
+            .world
+            .lock()
+            .transfers
+            .iter()
+            .find(|t| t.id == id)
+            .cloned();
+        let mut transfer =
+            found.ok_or_else(|| Fault::not_found(format!("there is no transfer {id:?}")))?;
         transfer.state = match action {
             Action::Pause => State::Paused,
             Action::Resume | Action::Retry => State::Queued,
@@ -262,20 +347,39 @@ impl Backend for Fake {
         Ok(Page::whole(vec![self.delivery("d1", room.bytes).await?]))
     }
     async fn delivery(&self, id: &str, max: usize) -> Result<Delivery, Fault> {
-        let parts: Vec<Transfer> = self.world.lock().transfers.iter().filter(|t| t.delivery == id).cloned().collect();
+        let parts: Vec<Transfer> = self
+            .world
+            .lock()
+            .transfers
+            .iter()
+            .filter(|t| t.delivery == id)
+            .cloned()
+            .collect();
         if parts.is_empty() {
             return Err(Fault::not_found(format!("there is no delivery {id}")));
         }
-        let row = state::DeliveryRow { id: id.parse()?, run: None, created_ms: 0 };
+        let row = state::DeliveryRow {
+            id: id.parse()?,
+            run: None,
+            created_ms: 0,
+        };
         let mut whole = crate::delivery::Whole::new(max);
         parts.into_iter().for_each(|part| whole.add(part));
         Ok(whole.end(&row))
     }
     async fn runs(&self, behind: Option<&str>, room: Room) -> Result<Page<Run>, Fault> {
-        Ok(page(self.world.lock().runs.clone(), behind, room, |run| run.name.to_string()))
+        Ok(page(self.world.lock().runs.clone(), behind, room, |run| {
+            run.name.to_string()
+        }))
     }
     async fn run(&self, name: &str) -> Result<Run, Fault> {
-        let found = self.world.lock().runs.iter().find(|r| r.name.as_str() == name).cloned();
+        let found = self
+            .world
+            .lock()
+            .runs
+            .iter()
+            .find(|r| r.name.as_str() == name)
+            .cloned();
         found.ok_or_else(|| Fault::not_found(format!("there is no run {name:?}")))
     }
     async fn train(&self, request: RunRequest) -> Result<Run, Fault> {
@@ -285,20 +389,43 @@ impl Backend for Fake {
     }
     async fn act_on_run(&self, request: RunActionRequest) -> Result<Run, Fault> {
         let mut run = self.run(&request.name).await?;
-        run.state = if request.action == RunVerb::Cancel { RunState::Cancelled } else { RunState::Publishing };
+        run.state = if request.action == RunVerb::Cancel {
+            RunState::Cancelled
+        } else {
+            RunState::Publishing
+        };
         self.world.lock().runs.retain(|r| r.name != run.name);
         self.world.lock().runs.push(run.clone());
         self.changed.notify_waiters();
         Ok(run)
     }
     async fn artifacts(&self, behind: Option<&str>, room: Room) -> Result<Page<Artifact>, Fault> {
-        Ok(page(self.artifacts.lock().clone(), behind, room, |artifact| artifact.artifact.to_string()))
+        Ok(page(
+            self.artifacts.lock().clone(),
+            behind,
+            room,
+            |artifact| artifact.artifact.to_string(),
+        ))
     }
     async fn show(&self, artifact: &str) -> Result<ArtifactDetail, Fault> {
-        Ok(ArtifactDetail { artifact: self.artifact(artifact)?, transfers: Vec::new(), lineage: None })
+        Ok(ArtifactDetail {
+            artifact: self.artifact(artifact)?,
+            transfers: Vec::new(),
+            lineage: None,
+        })
     }
-    async fn transfers_of_artifact(&self, _artifact: &str, behind: Option<&str>, room: Room) -> Result<Page<Transfer>, Fault> {
-        Ok(page(self.world.lock().transfers.clone(), behind, room, |t| t.id.clone()))
+    async fn transfers_of_artifact(
+        &self,
+        _artifact: &str,
+        behind: Option<&str>,
+        room: Room,
+    ) -> Result<Page<Transfer>, Fault> {
+        Ok(page(
+            self.world.lock().transfers.clone(),
+            behind,
+            room,
+            |t| t.id.clone(),
+        ))
     }
     async fn sites(&self, _behind: Option<&str>, _room: Room) -> Result<Page<Site>, Fault> {
         Ok(Page::whole(vec![Site {
@@ -314,13 +441,20 @@ impl Backend for Fake {
         }]))
     }
     async fn token(&self, request: TokenRequest) -> Result<String, Fault> {
-        Ok(format!("id.secret-for-{}-{}s", request.site.or(request.publisher).unwrap_or_default(), request.ttl_seconds))
+        Ok(format!(
+            "id.secret-for-{}-{}s",
+            request.site.or(request.publisher).unwrap_or_default(),
+            request.ttl_seconds
+        ))
     }
     async fn verify(&self, _request: VerifyRequest) -> Result<Job, Fault> {
         self.job("verify").await
     }
     async fn pin(&self, artifact: &str, pinned: bool) -> Result<Artifact, Fault> {
-        Ok(Artifact { pinned, ..self.artifact(artifact)? })
+        Ok(Artifact {
+            pinned,
+            ..self.artifact(artifact)?
+        })
     }
     async fn export(&self, _artifacts: Vec<String>, _out: String) -> Result<Job, Fault> {
         self.job("export").await
@@ -339,7 +473,9 @@ impl Backend for Fake {
         found.ok_or_else(|| Fault::not_found(format!("there is no job {id:?}")))
     }
     async fn jobs(&self, behind: Option<&str>, room: Room) -> Result<Page<Job>, Fault> {
-        Ok(page(self.world.lock().jobs.clone(), behind, room, |job| job.id.clone()))
+        Ok(page(self.world.lock().jobs.clone(), behind, room, |job| {
+            job.id.clone()
+        }))
     }
     async fn cancel_job(&self, id: &str) -> Result<Job, Fault> {
         let mut job = self.job(id).await?;
@@ -348,7 +484,13 @@ impl Backend for Fake {
     }
     async fn events(&self, since: u64, limit: u32) -> Result<Vec<Event>, Fault> {
         let world = self.world.lock();
-        Ok(world.events.iter().filter(|e| e.seq > since).take(limit as usize).cloned().collect())
+        Ok(world
+            .events
+            .iter()
+            .filter(|e| e.seq > since)
+            .take(limit as usize)
+            .cloned()
+            .collect())
     }
     fn changed(&self) -> futures::future::BoxFuture<'static, ()> {
         let changed = self.changed.clone().notified_owned();

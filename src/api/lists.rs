@@ -1,5 +1,6 @@
-//! Lists. Each is read and sent a page at a time, so that neither a long one nor a slow reader takes much memory: a page has
-//! [`API_PAGE_BYTES`], and a few are made at once. An answer is one JSON array all the same, or one object with an array in it.
+//! Lists. Each is read and sent a page at a time, so that neither a long one nor a slow reader
+//! takes much memory: a page has [`API_PAGE_BYTES`], and a few are made at once. An answer is one
+//! JSON array all the same, or one object with an array in it.
 
 use axum::body::{Body, Bytes};
 use axum::extract::State;
@@ -19,7 +20,8 @@ use base::limits::{API_PAGE_BYTES, API_PAGE_ROWS, API_QUERY_IDS_MAX, API_ROWS_DE
 use model::paging::{Page, Room};
 
 /// Reads the page behind a key.
-type Read<T> = Box<dyn Fn(App, Option<String>, Room) -> BoxFuture<'static, Result<Page<T>, Fault>> + Send>;
+type Read<T> =
+    Box<dyn Fn(App, Option<String>, Room) -> BoxFuture<'static, Result<Page<T>, Fault>> + Send>;
 
 /// A list that is being sent.
 struct List<T> {
@@ -40,21 +42,39 @@ struct List<T> {
 impl<T: Serialize + Send + 'static> List<T> {
     /// A list of so many rows at most, as a JSON array.
     fn new(app: App, rows: u32, read: Read<T>) -> Self {
-        Self { app, read, ready: None, behind: None, left: rows, before: "[".into(), tail: "]".into(), ended: false }
+        Self {
+            app,
+            read,
+            ready: None,
+            behind: None,
+            left: rows,
+            before: "[".into(),
+            tail: "]".into(),
+            ended: false,
+        }
     }
 
     /// The same as a field of an object, which has it as an empty list.
     fn within(self, object: &impl Serialize, field: &str) -> Result<Self, Fault> {
         let json = |e: serde_json::Error| Fault::internal(format!("an answer as JSON: {e}"));
         let mut object = serde_json::to_value(object).map_err(json)?;
-        object.as_object_mut().and_then(|fields| fields.remove(field));
+        object
+            .as_object_mut()
+            .and_then(|fields| fields.remove(field));
         let text = serde_json::to_string(&object).map_err(json)?;
         let fields = text.strip_suffix('}').unwrap_or(&text);
-        Ok(Self { before: format!("{fields},\"{field}\":["), tail: "]}".into(), ..self })
+        Ok(Self {
+            before: format!("{fields},\"{field}\":["),
+            tail: "]}".into(),
+            ..self
+        })
     }
 
     fn room(&self) -> Room {
-        Room { rows: self.left.min(API_PAGE_ROWS), bytes: API_PAGE_BYTES }
+        Room {
+            rows: self.left.min(API_PAGE_ROWS),
+            bytes: API_PAGE_BYTES,
+        }
     }
 
     async fn page(&mut self) -> Result<Page<T>, Fault> {
@@ -67,35 +87,42 @@ impl<T: Serialize + Send + 'static> List<T> {
         }
     }
 
-    /// The answer. The first page is read before it, so that what cannot be listed is an error of the usual form; if it is all, the
-    /// answer has a length.
+    /// The answer. The first page is read before it, so that what cannot be listed is an error of
+    /// the usual form; if it is all, the answer has a length.
     async fn into_response(mut self) -> Result<Response, ApiError> {
         let first = self.step().await?;
         if self.ended {
             return Ok(([(header::CONTENT_TYPE, "application/json")], first).into_response());
         }
         let first = futures::stream::iter([Ok(first)]);
-        let body = Body::from_stream(first.chain(futures::stream::unfold(self, |mut list| async move {
-            if list.ended {
-                return None;
-            }
-            let text = list.step().await;
-            list.ended |= text.is_err();
-            Some((text.map_err(std::io::Error::other), list))
-        })));
+        let body = Body::from_stream(first.chain(futures::stream::unfold(
+            self,
+            |mut list| async move {
+                if list.ended {
+                    return None;
+                }
+                let text = list.step().await;
+                list.ended |= text.is_err();
+                Some((text.map_err(std::io::Error::other), list))
+            },
+        )));
         Ok(([(header::CONTENT_TYPE, "application/json")], body).into_response())
     }
 
-    /// The text of the next page. A fault ends the body in the middle, which a reader takes for no whole answer.
+    /// The text of the next page. A fault ends the body in the middle, which a reader takes for no
+    /// whole answer.
     async fn step(&mut self) -> Result<Bytes, Fault> {
         let page = self.page().await?;
         let mut text = Vec::new();
         for row in &page.rows {
             text.extend_from_slice(self.before.as_bytes());
             self.before = ",".into();
-            serde_json::to_writer(&mut text, row).map_err(|e| Fault::internal(format!("an answer as JSON: {e}")))?;
+            serde_json::to_writer(&mut text, row)
+                .map_err(|e| Fault::internal(format!("an answer as JSON: {e}")))?;
         }
-        self.left = self.left.saturating_sub(u32::try_from(page.rows.len()).unwrap_or(u32::MAX));
+        self.left = self
+            .left
+            .saturating_sub(u32::try_from(page.rows.len()).unwrap_or(u32::MAX));
         self.behind = page.next.filter(|_| self.left > 0 && !page.rows.is_empty());
         if self.behind.is_none() {
             if self.before != "," {
@@ -112,7 +139,13 @@ impl<T: Serialize + Send + 'static> List<T> {
 fn transfers_of(query: TransferQuery) -> Read<Transfer> {
     Box::new(move |app, behind, room| {
         let query = query.clone();
-        Box::pin(async move { Ok(app.backend.transfers(&query, behind.as_deref(), room).await?.0) })
+        Box::pin(async move {
+            Ok(app
+                .backend
+                .transfers(&query, behind.as_deref(), room)
+                .await?
+                .0)
+        })
     })
 }
 
@@ -122,7 +155,9 @@ fn transfers_of(query: TransferQuery) -> Read<Transfer> {
     (status = "default", description = "an error", body = ErrorBody),
 ))]
 pub(super) async fn artifacts(State(app): State<App>) -> Result<Response, ApiError> {
-    let read: Read<Artifact> = Box::new(|app, behind, room| Box::pin(async move { app.backend.artifacts(behind.as_deref(), room).await }));
+    let read: Read<Artifact> = Box::new(|app, behind, room| {
+        Box::pin(async move { app.backend.artifacts(behind.as_deref(), room).await })
+    });
     List::new(app, u32::MAX, read).into_response().await
 }
 
@@ -132,17 +167,28 @@ pub(super) async fn artifacts(State(app): State<App>) -> Result<Response, ApiErr
     (status = 404, description = "there is none", body = ErrorBody),
     (status = "default", description = "an error", body = ErrorBody),
 ))]
-pub(super) async fn show(State(app): State<App>, Q(query): Q<ShowQuery>) -> Result<Response, ApiError> {
+pub(super) async fn show(
+    State(app): State<App>,
+    Q(query): Q<ShowQuery>,
+) -> Result<Response, ApiError> {
     let detail = app.listed(app.backend.show(&query.artifact)).await?;
     let read: Read<Transfer> = Box::new(move |app, behind, room| {
         let artifact = query.artifact.clone();
-        Box::pin(async move { app.backend.transfers_of_artifact(&artifact, behind.as_deref(), room).await })
+        Box::pin(async move {
+            app.backend
+                .transfers_of_artifact(&artifact, behind.as_deref(), room)
+                .await
+        })
     });
-    List::new(app, u32::MAX, read).within(&detail, "transfers")?.into_response().await
+    List::new(app, u32::MAX, read)
+        .within(&detail, "transfers")?
+        .into_response()
+        .await
 }
 
-/// Transfers: a snapshot, or with `since` what changed after that cursor, waiting for it up to `wait` seconds (60 at
-/// most). The header X-Packhorse-Cursor is the next `since`; with X-Packhorse-Next more has changed already.
+/// Transfers: a snapshot, or with `since` what changed after that cursor, waiting for it up to
+/// `wait` seconds (60 at most). The header X-Packhorse-Cursor is the next `since`; with
+/// X-Packhorse-Next more has changed already.
 #[utoipa::path(get, path = "/v1/transfers", tag = "transfers", params(TransferQuery), responses(
     (status = 200, description = "the transfers", body = Vec<Transfer>, headers(
         ("X-Packhorse-Cursor" = u64, description = "the next `since`"),
@@ -150,26 +196,49 @@ pub(super) async fn show(State(app): State<App>, Q(query): Q<ShowQuery>) -> Resu
     )),
     (status = "default", description = "an error", body = ErrorBody),
 ))]
-pub(super) async fn transfers(State(app): State<App>, Q(query): Q<TransferQuery>) -> Result<Response, ApiError> {
+pub(super) async fn transfers(
+    State(app): State<App>,
+    Q(query): Q<TransferQuery>,
+) -> Result<Response, ApiError> {
     let limit = rows(query.limit);
-    if query.id.as_ref().is_some_and(|ids| ids.split(',').count() > API_QUERY_IDS_MAX) {
-        return Err(Fault::usage(format!("a query has at most {API_QUERY_IDS_MAX} ids")).with_next("ask for fewer at once").into());
+    if query
+        .id
+        .as_ref()
+        .is_some_and(|ids| ids.split(',').count() > API_QUERY_IDS_MAX)
+    {
+        return Err(
+            Fault::usage(format!("a query has at most {API_QUERY_IDS_MAX} ids"))
+                .with_next("ask for fewer at once")
+                .into(),
+        );
     }
     if query.since.is_none() {
-        // The answer is how things stand now: without a cursor there is nothing to wait for. Of ids it is all of them.
+        // The answer is how things stand now: without a cursor there is nothing to wait for. Of ids
+        // it is all of them.
         let limit = if query.id.is_some() { u32::MAX } else { limit };
         let mut list = List::new(app, limit, transfers_of(query.clone()));
-        let (first, cursor) = list.app.listed(list.app.backend.transfers(&query, None, list.room())).await?;
+        let (first, cursor) = list
+            .app
+            .listed(list.app.backend.transfers(&query, None, list.room()))
+            .await?;
         list.ready = Some(first);
         return Ok(with_cursor(list.into_response().await?, cursor));
     }
     // Who goes on from a cursor gets the rest by the next one.
-    let room = Room { rows: limit.min(API_ROWS_DEFAULT), bytes: API_PAGE_BYTES };
-    let look = || -> BoxFuture<'_, _> { Box::pin(app.listed(app.backend.transfers(&query, None, room))) };
-    let (page, cursor) = wait_for(&app, query.wait, look, |(page, _)| !page.rows.is_empty()).await?;
+    let room = Room {
+        rows: limit.min(API_ROWS_DEFAULT),
+        bytes: API_PAGE_BYTES,
+    };
+    let look =
+        || -> BoxFuture<'_, _> { Box::pin(app.listed(app.backend.transfers(&query, None, room))) };
+    let (page, cursor) =
+        wait_for(&app, query.wait, look, |(page, _)| !page.rows.is_empty()).await?;
     let mut response = with_cursor(Json(&page.rows), cursor);
     if page.next.is_some() {
-        response.headers_mut().insert(HeaderName::from_static(NEXT_HEADER), HeaderValue::from(cursor));
+        response.headers_mut().insert(
+            HeaderName::from_static(NEXT_HEADER),
+            HeaderValue::from(cursor),
+        );
     }
     Ok(response)
 }
@@ -179,39 +248,78 @@ pub(super) async fn transfers(State(app): State<App>, Q(query): Q<TransferQuery>
     (status = 200, description = "the transfers after it", body = Vec<Transfer>),
     (status = "default", description = "an error", body = ErrorBody),
 ))]
-pub(super) async fn act(State(app): State<App>, B(request): B<ActionRequest>) -> Result<Response, ApiError> {
-    let query = TransferQuery { id: Some(request.id.clone()), ..TransferQuery::default() };
+pub(super) async fn act(
+    State(app): State<App>,
+    B(request): B<ActionRequest>,
+) -> Result<Response, ApiError> {
+    let query = TransferQuery {
+        id: Some(request.id.clone()),
+        ..TransferQuery::default()
+    };
     let mut list = List::new(app, u32::MAX, transfers_of(query));
-    list.ready = Some(list.app.backend.act(&request.id, request.action, list.room()).await?);
+    list.ready = Some(
+        list.app
+            .backend
+            .act(&request.id, request.action, list.room())
+            .await?,
+    );
     list.into_response().await
 }
 
-/// The newest deliveries, each with its parts; of one with many, the first of them and how many there are.
+/// The newest deliveries, each with its parts; of one with many, the first of them and how many
+/// there are.
 #[utoipa::path(get, path = "/v1/deliveries", tag = "transfers", params(LimitQuery), responses(
     (status = 200, description = "the deliveries, newest first", body = Vec<Delivery>),
     (status = "default", description = "an error", body = ErrorBody),
 ))]
-pub(super) async fn deliveries(State(app): State<App>, Q(query): Q<LimitQuery>) -> Result<Response, ApiError> {
-    let read: Read<Delivery> = Box::new(|app, behind, room| Box::pin(async move { app.backend.deliveries(behind.as_deref(), room).await }));
-    List::new(app, rows(query.limit), read).into_response().await
+pub(super) async fn deliveries(
+    State(app): State<App>,
+    Q(query): Q<LimitQuery>,
+) -> Result<Response, ApiError> {
+    let read: Read<Delivery> = Box::new(|app, behind, room| {
+        Box::pin(async move { app.backend.deliveries(behind.as_deref(), room).await })
+    });
+    List::new(app, rows(query.limit), read)
+        .into_response()
+        .await
 }
 
-/// One delivery as a whole and its parts, after its end or after `wait` seconds (60 at most), whichever is first.
+/// One delivery as a whole and its parts, after its end or after `wait` seconds (60 at most),
+/// whichever is first.
 #[utoipa::path(get, path = "/v1/deliveries/show", tag = "transfers", params(DeliveryQuery), responses(
     (status = 200, description = "the delivery", body = Delivery),
     (status = 404, description = "there is none", body = ErrorBody),
     (status = "default", description = "an error", body = ErrorBody),
 ))]
-pub(super) async fn delivery(State(app): State<App>, Q(query): Q<DeliveryQuery>) -> Result<Response, ApiError> {
-    let look = || -> BoxFuture<'_, _> { Box::pin(app.listed(app.backend.delivery(&query.id, API_PAGE_BYTES))) };
-    let whole = wait_for(&app, query.wait, look, |whole: &Delivery| whole.state.is_final()).await?;
+pub(super) async fn delivery(
+    State(app): State<App>,
+    Q(query): Q<DeliveryQuery>,
+) -> Result<Response, ApiError> {
+    let look = || -> BoxFuture<'_, _> {
+        Box::pin(app.listed(app.backend.delivery(&query.id, API_PAGE_BYTES)))
+    };
+    let whole = wait_for(&app, query.wait, look, |whole: &Delivery| {
+        whole.state.is_final()
+    })
+    .await?;
     if whole.parts_total.is_none() {
         return Ok(Json(whole).into_response());
     }
     // Too many for one page: they follow one page after the other.
-    let parts = TransferQuery { id: Some(query.id), ..TransferQuery::default() };
-    let whole = Delivery { parts_total: None, note: None, parts: Vec::new(), ..whole };
-    List::new(app, u32::MAX, transfers_of(parts)).within(&whole, "parts")?.into_response().await
+    let parts = TransferQuery {
+        id: Some(query.id),
+        ..TransferQuery::default()
+    };
+    let whole = Delivery {
+        parts_total: None,
+        note: None,
+        parts: Vec::new(),
+        ..whole
+    };
+    List::new(app, u32::MAX, transfers_of(parts))
+        .within(&whole, "parts")?
+        .into_response()
+        .await
 }
 
 /// The newest training runs; at a site those that it has to do with.
@@ -219,9 +327,16 @@ pub(super) async fn delivery(State(app): State<App>, Q(query): Q<DeliveryQuery>)
     (status = 200, description = "the runs, newest first", body = Vec<Run>),
     (status = "default", description = "an error", body = ErrorBody),
 ))]
-pub(super) async fn runs(State(app): State<App>, Q(query): Q<LimitQuery>) -> Result<Response, ApiError> {
-    let read: Read<Run> = Box::new(|app, behind, room| Box::pin(async move { app.backend.runs(behind.as_deref(), room).await }));
-    List::new(app, rows(query.limit), read).into_response().await
+pub(super) async fn runs(
+    State(app): State<App>,
+    Q(query): Q<LimitQuery>,
+) -> Result<Response, ApiError> {
+    let read: Read<Run> = Box::new(|app, behind, room| {
+        Box::pin(async move { app.backend.runs(behind.as_deref(), room).await })
+    });
+    List::new(app, rows(query.limit), read)
+        .into_response()
+        .await
 }
 
 /// All sites; at a site, itself.
@@ -230,7 +345,9 @@ pub(super) async fn runs(State(app): State<App>, Q(query): Q<LimitQuery>) -> Res
     (status = "default", description = "an error", body = ErrorBody),
 ))]
 pub(super) async fn sites(State(app): State<App>) -> Result<Response, ApiError> {
-    let read: Read<Site> = Box::new(|app, behind, room| Box::pin(async move { app.backend.sites(behind.as_deref(), room).await }));
+    let read: Read<Site> = Box::new(|app, behind, room| {
+        Box::pin(async move { app.backend.sites(behind.as_deref(), room).await })
+    });
     List::new(app, u32::MAX, read).into_response().await
 }
 
@@ -240,6 +357,8 @@ pub(super) async fn sites(State(app): State<App>) -> Result<Response, ApiError> 
     (status = "default", description = "an error", body = ErrorBody),
 ))]
 pub(super) async fn jobs(State(app): State<App>) -> Result<Response, ApiError> {
-    let read: Read<Job> = Box::new(|app, behind, room| Box::pin(async move { app.backend.jobs(behind.as_deref(), room).await }));
+    let read: Read<Job> = Box::new(|app, behind, room| {
+        Box::pin(async move { app.backend.jobs(behind.as_deref(), room).await })
+    });
     List::new(app, u32::MAX, read).into_response().await
 }

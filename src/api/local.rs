@@ -1,8 +1,8 @@
 //! The local socket of the API: `<data_dir>/api.sock`, for the command line on the same machine.
 //!
-//! Only the daemon's user can connect to it or put another socket there, so a client may send the token over it without asking who
-//! listens. The daemon removes the socket when it stops; one that a crash left is replaced at the next start, under the lock on
-//! `data_dir`.
+//! Only the daemon's user can connect to it or put another socket there, so a client may send the
+//! token over it without asking who listens. The daemon removes the socket when it stops; one that
+//! a crash left is replaced at the next start, under the lock on `data_dir`.
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -36,11 +36,19 @@ impl SocketPath {
         if path.as_os_str().len() < PATH_BYTES_MAX {
             return Ok(Self { path, _dir: None });
         }
-        let dir = rustix::fs::open(data_dir, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
-        Ok(Self { path: PathBuf::from(format!("/proc/self/fd/{}", dir.as_raw_fd())).join(NAME), _dir: Some(dir) })
+        let dir = rustix::fs::open(
+            data_dir,
+            OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
+            Mode::empty(),
+        )?;
+        Ok(Self {
+            path: PathBuf::from(format!("/proc/self/fd/{}", dir.as_raw_fd())).join(NAME),
+            _dir: Some(dir),
+        })
     }
 
-    /// The socket of the daemon with this state folder, if somebody listens on it and this user may connect.
+    /// The socket of the daemon with this state folder, if somebody listens on it and this user may
+    /// connect.
     pub(crate) fn of_running(data_dir: &Path) -> Option<Self> {
         let path = Self::of(data_dir).ok()?;
         let socket = socket().ok()?;
@@ -58,7 +66,12 @@ impl SocketPath {
 }
 
 fn socket() -> rustix::io::Result<OwnedFd> {
-    rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK, None)
+    rustix::net::socket_with(
+        AddressFamily::UNIX,
+        SocketType::STREAM,
+        SocketFlags::CLOEXEC | SocketFlags::NONBLOCK,
+        None,
+    )
 }
 
 /// The daemon's end.
@@ -85,7 +98,10 @@ impl LocalSocket {
         // Nobody can connect before it listens.
         rustix::fs::chmod(&path.path, Mode::RUSR | Mode::WUSR)?;
         rustix::net::listen(&socket, BACKLOG)?;
-        Ok(Self { listener: UnixListener::from_std(socket.into())?, path })
+        Ok(Self {
+            listener: UnixListener::from_std(socket.into())?,
+            path,
+        })
     }
 
     pub(super) async fn accept(&self) -> io::Result<UnixStream> {
@@ -113,13 +129,17 @@ mod tests {
             assert!(SocketPath::of_running(&data_dir).is_none());
             let socket = LocalSocket::listen(&data_dir).unwrap();
             let file = data_dir.join(NAME);
-            assert_eq!(std::fs::metadata(&file).unwrap().permissions().mode() & 0o777, 0o600);
+            assert_eq!(
+                std::fs::metadata(&file).unwrap().permissions().mode() & 0o777,
+                0o600
+            );
             let running = SocketPath::of_running(&data_dir).unwrap();
             assert!(running.path().as_os_str().len() < PATH_BYTES_MAX);
             UnixStream::connect(running.path()).await.unwrap();
             drop(socket);
             assert!(!file.exists());
-            // What a crash left stands in nobody's way: nobody listens on it, and the next start replaces it.
+            // What a crash left stands in nobody's way: nobody listens on it, and the next start
+            // replaces it.
             let left = SocketPath::of(&data_dir).unwrap();
             drop(std::os::unix::net::UnixListener::bind(left.path()).unwrap());
             assert!(file.exists() && SocketPath::of_running(&data_dir).is_none());

@@ -1,9 +1,10 @@
 //! The HTTP API that every daemon serves, and the trait that a daemon implements for it.
 //!
-//! [`serve`] is called once by the daemon; the command line (`cli`), the dashboard and the platform, through Karmada's
-//! proxy, are its clients. The proxy binds the form: no redirects, no cookies, relative links, references in query or
-//! body, work answered by 202 and an id, waits bounded, errors as `{code, message, next}`, a version header on every
-//! reply. Nothing here is kept: a crash loses open connections, and a client goes on from its cursor.
+//! [`serve`] is called once by the daemon; the command line (`cli`), the dashboard and the
+//! platform, through Karmada's proxy, are its clients. The proxy binds the form: no redirects, no
+//! cookies, relative links, references in query or body, work answered by 202 and an id, waits
+//! bounded, errors as `{code, message, next}`, a version header on every reply. Nothing here is
+//! kept: a crash loses open connections, and a client goes on from its cursor.
 
 mod body;
 mod error;
@@ -76,10 +77,17 @@ pub trait Backend: Send + Sync {
     async fn deliver(&self, request: DeliverRequest) -> Result<Delivered, Fault>;
     /// What a delivery would cost.
     async fn plan(&self, request: DeliverRequest) -> Result<Vec<PlanRow>, Fault>;
-    // Of a list a page is asked for: `behind` is the key that the page before gave, and a page has no more than its room.
+    // Of a list a page is asked for: `behind` is the key that the page before gave, and a page has
+    // no more than its room.
     /// Transfers, and the cursor to go on from. Does not wait; the API does.
-    async fn transfers(&self, query: &TransferQuery, behind: Option<&str>, room: Room) -> Result<(Page<Transfer>, u64), Fault>;
-    /// Acts on a transfer (or on all of a delivery). The answer is the first page of those of this id.
+    async fn transfers(
+        &self,
+        query: &TransferQuery,
+        behind: Option<&str>,
+        room: Room,
+    ) -> Result<(Page<Transfer>, u64), Fault>;
+    /// Acts on a transfer (or on all of a delivery). The answer is the first page of those of this
+    /// id.
     async fn act(&self, id: &str, action: Action, room: Room) -> Result<Page<Transfer>, Fault>;
     /// The newest deliveries; of one with many parts only some are listed.
     async fn deliveries(&self, behind: Option<&str>, room: Room) -> Result<Page<Delivery>, Fault>;
@@ -98,7 +106,12 @@ pub trait Backend: Send + Sync {
     /// One artifact, without its transfers…
     async fn show(&self, artifact: &str) -> Result<ArtifactDetail, Fault>;
     /// …and these.
-    async fn transfers_of_artifact(&self, artifact: &str, behind: Option<&str>, room: Room) -> Result<Page<Transfer>, Fault>;
+    async fn transfers_of_artifact(
+        &self,
+        artifact: &str,
+        behind: Option<&str>,
+        room: Room,
+    ) -> Result<Page<Transfer>, Fault>;
     /// All sites (at a site: itself).
     async fn sites(&self, behind: Option<&str>, room: Room) -> Result<Page<Site>, Fault>;
     /// Makes a join token (hub only).
@@ -125,16 +138,19 @@ pub trait Backend: Send + Sync {
     async fn jobs(&self, behind: Option<&str>, room: Room) -> Result<Page<Job>, Fault>;
     /// Cancels a job.
     async fn cancel_job(&self, id: &str) -> Result<Job, Fault>;
-    /// Events after `since`, at most `limit`, in order; `since` 0 means from the oldest kept. Does not wait.
+    /// Events after `since`, at most `limit`, in order; `since` 0 means from the oldest kept. Does
+    /// not wait.
     async fn events(&self, since: u64, limit: u32) -> Result<Vec<Event>, Fault>;
-    /// Ends after something changed since this call (an event, a job), or after some time: a hint to look again.
+    /// Ends after something changed since this call (an event, a job), or after some time: a hint
+    /// to look again.
     fn changed(&self) -> BoxFuture<'static, ()>;
     /// The metrics in Prometheus text form.
     async fn metrics(&self) -> Result<String, Fault>;
 }
 
-/// Serves the API, over TCP and over the local socket if there is one, until `shutdown` is ready: then no new connection is taken,
-/// waiting requests are answered, event streams end, and what is left after the drain time is dropped.
+/// Serves the API, over TCP and over the local socket if there is one, until `shutdown` is ready:
+/// then no new connection is taken, waiting requests are answered, event streams end, and what is
+/// left after the drain time is dropped.
 pub async fn serve(
     listener: TcpListener,
     local: Option<LocalSocket>,
@@ -145,8 +161,14 @@ pub async fn serve(
     let stop = CancellationToken::new();
     let lists = Arc::new(Semaphore::new(API_LISTS_AT_ONCE_MAX));
     let wrong_tokens = Tally::new("refused an API request with a wrong token");
-    let router =
-        routes::router(routes::App { backend, token: Arc::new(token), run_jobs: Arc::default(), stop: stop.clone(), wrong_tokens, lists });
+    let router = routes::router(routes::App {
+        backend,
+        token: Arc::new(token),
+        run_jobs: Arc::default(),
+        stop: stop.clone(),
+        wrong_tokens,
+        lists,
+    });
     let server = server::Server::new(router, stop.clone());
     tokio::select! {
         () = shutdown => {}

@@ -1,7 +1,8 @@
 //! How a daemon proves that it holds the admin token, before a client sends it.
 //!
-//! The client sends 32 random bytes. The daemon answers with a keyed hash over them and over the address at which it was asked. Who
-//! listens on the daemon's port in its place cannot answer: the key comes from the token. The answer says nothing of the token.
+//! The client sends 32 random bytes. The daemon answers with a keyed hash over them and over the
+//! address at which it was asked. Who listens on the daemon's port in its place cannot answer: the
+//! key comes from the token. The answer says nothing of the token.
 
 use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
@@ -38,7 +39,12 @@ impl Proof {
 
     /// Whether it was made by a holder of this token for this challenge.
     pub(crate) fn is_by(&self, token: &ApiToken, query: &ProofQuery) -> bool {
-        let (Some(challenge), Ok(proof)) = (challenge_of(&query.challenge), blake3::Hash::from_hex(&self.proof)) else { return false };
+        let (Some(challenge), Ok(proof)) = (
+            challenge_of(&query.challenge),
+            blake3::Hash::from_hex(&self.proof),
+        ) else {
+            return false;
+        };
         // In constant time.
         hash(token, &challenge, &self.address) == proof
     }
@@ -48,7 +54,10 @@ impl ProofQuery {
     /// A new challenge for the daemon that this token is for.
     pub(crate) fn random(token: &ApiToken) -> Self {
         let run = RunToken::parse(token.secret().as_bytes()).map(|token| token.run().to_string());
-        Self { challenge: hex::encode(rand::random::<[u8; 32]>()), run }
+        Self {
+            challenge: hex::encode(rand::random::<[u8; 32]>()),
+            run,
+        }
     }
 }
 
@@ -75,12 +84,35 @@ mod tests {
         let token = |c: &str| ApiToken::parse(&c.repeat(64)).unwrap();
         let (own, other, query) = (token("a"), token("b"), ProofQuery::random(&token("a")));
         let proof = Proof::make(&own, &query, "127.0.0.1:7480".into()).unwrap();
-        assert!(proof.is_by(&own, &query) && !proof.is_by(&other, &query) && !proof.is_by(&own, &ProofQuery::random(&own)));
-        let elsewhere = Proof { address: "127.0.0.1:1".into(), ..proof };
+        assert!(
+            proof.is_by(&own, &query)
+                && !proof.is_by(&other, &query)
+                && !proof.is_by(&own, &ProofQuery::random(&own))
+        );
+        let elsewhere = Proof {
+            address: "127.0.0.1:1".into(),
+            ..proof
+        };
         assert!(!elsewhere.is_by(&own, &query), "it is bound to the address");
         for challenge in ["", "zz", &"0".repeat(63), &"0".repeat(66)] {
-            assert!(Proof::make(&own, &ProofQuery { challenge: challenge.into(), run: None }, String::new()).is_none());
-            assert!(!Proof { address: String::new(), proof: challenge.into() }.is_by(&own, &query));
+            assert!(
+                Proof::make(
+                    &own,
+                    &ProofQuery {
+                        challenge: challenge.into(),
+                        run: None
+                    },
+                    String::new()
+                )
+                .is_none()
+            );
+            assert!(
+                !Proof {
+                    address: String::new(),
+                    proof: challenge.into()
+                }
+                .is_by(&own, &query)
+            );
         }
     }
 }

@@ -1,11 +1,14 @@
-//! The routes: each handler reads its request, asks the [`Backend`], and says the answer. No handler knows more.
+//! The routes: each handler reads its request, asks the [`Backend`], and says the answer. No
+//! handler knows more.
 
 use std::future::Future;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use axum::body::Body;
-use axum::extract::{DefaultBodyLimit, Extension, FromRequest, FromRequestParts, Query, Request, State};
+use axum::extract::{
+    DefaultBodyLimit, Extension, FromRequest, FromRequestParts, Query, Request, State,
+};
 use axum::http::request::Parts;
 use axum::http::{HeaderMap, HeaderValue, Method, StatusCode, header};
 use axum::middleware::{self, Next};
@@ -23,9 +26,15 @@ use super::error::{ApiError, ErrorBody};
 use super::proof::{Proof, ProofQuery};
 use super::server::Connection;
 use super::types::*;
-use super::{ApiToken, Backend, CURSOR_HEADER, TOKEN_HEADER, VERSION, VERSION_HEADER, body, events, lists, openapi, run_token};
+use super::{
+    ApiToken, Backend, CURSOR_HEADER, TOKEN_HEADER, VERSION, VERSION_HEADER, body, events, lists,
+    openapi, run_token,
+};
 use base::fault::Fault;
-use base::limits::{API_AUDIT_CHARS_MAX, API_BODY_BYTES_MAX, API_LOOK_EVERY, API_ROWS_DEFAULT, API_ROWS_MAX, LONG_POLL_MAX};
+use base::limits::{
+    API_AUDIT_CHARS_MAX, API_BODY_BYTES_MAX, API_LOOK_EVERY, API_ROWS_DEFAULT, API_ROWS_MAX,
+    LONG_POLL_MAX,
+};
 use base::tally::Tally;
 
 /// What every handler has.
@@ -39,14 +48,22 @@ pub(super) struct App {
     pub(super) stop: CancellationToken,
     /// Requests with a wrong token.
     pub(super) wrong_tokens: Tally,
-    /// Places for lists that are being made: what many ask for at once takes no more memory than what a few do.
+    /// ChunkIndex for lists that are being made: what many ask for at once takes no more memory
+    /// than what a few do.
     pub(super) lists: Arc<Semaphore>,
 }
 
 impl App {
     /// Makes a list, or a page of one, when it is its turn.
-    pub(super) async fn listed<T>(&self, make: impl Future<Output = Result<T, Fault>>) -> Result<T, Fault> {
-        let _place = self.lists.acquire().await.map_err(|_| Fault::unreachable("the daemon stops"))?;
+    pub(super) async fn listed<T>(
+        &self,
+        make: impl Future<Output = Result<T, Fault>>,
+    ) -> Result<T, Fault> {
+        let _place = self
+            .lists
+            .acquire()
+            .await
+            .map_err(|_| Fault::unreachable("the daemon stops"))?;
         make.await
     }
 }
@@ -55,8 +72,8 @@ impl App {
 #[derive(Clone, Default)]
 struct Asked(Arc<OnceLock<String>>);
 
-/// All routes. Everything under `/v1/` and the metrics want the token; roles will be decided in [`authenticate`], and
-/// the dashboard will take the place of [`home`].
+/// All routes. Everything under `/v1/` and the metrics want the token; roles will be decided in
+/// [`authenticate`], and the dashboard will take the place of [`home`].
 pub(super) fn router(app: App) -> Router {
     let guarded = Router::new()
         .route("/v1/artifacts", get(lists::artifacts).post(publish))
@@ -100,7 +117,9 @@ pub(super) fn router(app: App) -> Router {
 pub(super) async fn stamp(request: Request, next: Next) -> Response {
     let (method, path) = (request.method().clone(), request.uri().path().to_owned());
     let mut response = next.run(request).await;
-    response.headers_mut().insert(VERSION_HEADER, HeaderValue::from_static(VERSION));
+    response
+        .headers_mut()
+        .insert(VERSION_HEADER, HeaderValue::from_static(VERSION));
     tracing::debug!(%method, ?path, status = response.status().as_u16(), "answered a request");
     response
 }
@@ -108,7 +127,11 @@ pub(super) async fn stamp(request: Request, next: Next) -> Response {
 /// The token that a request carries, in either header.
 pub(super) fn presented(headers: &HeaderMap) -> Option<&[u8]> {
     let own = headers.get(TOKEN_HEADER).map(HeaderValue::as_bytes);
-    own.or_else(|| headers.get(header::AUTHORIZATION).and_then(|v| v.as_bytes().strip_prefix(b"Bearer ")))
+    own.or_else(|| {
+        headers
+            .get(header::AUTHORIZATION)
+            .and_then(|v| v.as_bytes().strip_prefix(b"Bearer "))
+    })
 }
 
 /// Lets a request through that carries the token, in either header.
@@ -129,10 +152,20 @@ async fn authenticate(
                 connection.finish();
                 let request = run_token::allow(&app, &run, request).await?;
                 let began = request.uri().path() == "/v1/artifacts";
-                let response = log_change(&format!("trainer of run {run}"), &connection, request, next).await;
-                return Ok(if began { run_token::note_job(&app, &run, response).await } else { response });
+                let response =
+                    log_change(&format!("trainer of run {run}"), &connection, request, next).await;
+                return Ok(if began {
+                    run_token::note_job(&app, &run, response).await
+                } else {
+                    response
+                });
             }
-            app.wrong_tokens.note(format_args!("{}: {} {}", connection.peer, request.method(), clipped(request.uri().path())));
+            app.wrong_tokens.note(format_args!(
+                "{}: {} {}",
+                connection.peer,
+                request.method(),
+                clipped(request.uri().path())
+            ));
             "the API token is wrong"
         }
         None => "the API wants a token",
@@ -142,9 +175,17 @@ async fn authenticate(
     Err(ApiError::with_status(fault, StatusCode::UNAUTHORIZED))
 }
 
-/// Passes a request on. What changes something is logged: who asked from where for what, and the answer's status.
-async fn log_change(who: &str, connection: &Connection, mut request: Request, next: Next) -> Response {
-    if ![Method::POST, Method::DELETE].contains(request.method()) || request.uri().path() == "/v1/plan" {
+/// Passes a request on. What changes something is logged: who asked from where for what, and the
+/// answer's status.
+async fn log_change(
+    who: &str,
+    connection: &Connection,
+    mut request: Request,
+    next: Next,
+) -> Response {
+    if ![Method::POST, Method::DELETE].contains(request.method())
+        || request.uri().path() == "/v1/plan"
+    {
         return next.run(request).await;
     }
     let (path, asked) = (clipped(request.uri().path()), Asked::default());
@@ -161,12 +202,21 @@ fn clipped(text: &str) -> String {
 
 async fn no_such_route(request: Request) -> ApiError {
     let path: String = request.uri().path().chars().take(200).collect();
-    Fault::not_found(format!("there is nothing at {path:?}")).with_next("see openapi.json for what there is").into()
+    Fault::not_found(format!("there is nothing at {path:?}"))
+        .with_next("see openapi.json for what there is")
+        .into()
 }
 
 async fn no_such_method(request: Request) -> ApiError {
-    let fault = Fault::usage(format!("{} is not allowed at {:?}", request.method(), request.uri().path()));
-    ApiError::with_status(fault.with_next("see openapi.json for what is"), StatusCode::METHOD_NOT_ALLOWED)
+    let fault = Fault::usage(format!(
+        "{} is not allowed at {:?}",
+        request.method(),
+        request.uri().path()
+    ));
+    ApiError::with_status(
+        fault.with_next("see openapi.json for what is"),
+        StatusCode::METHOD_NOT_ALLOWED,
+    )
 }
 
 /// A query, its faults told as ours.
@@ -192,7 +242,9 @@ impl<T: DeserializeOwned + Serialize, S: Send + Sync> FromRequest<S> for B<T> {
         let Json(body) = Json::from_request(Request::from_parts(parts, body), state).await?;
         if let Some(asked) = asked {
             // No body holds a secret: passwords are in files.
-            let _ = asked.0.set(clipped(&serde_json::to_string(&body).unwrap_or_default()));
+            let _ = asked
+                .0
+                .set(clipped(&serde_json::to_string(&body).unwrap_or_default()));
         }
         Ok(Self(body))
     }
@@ -208,8 +260,8 @@ pub(super) fn with_cursor(reply: impl IntoResponse, cursor: u64) -> Response {
     ([(CURSOR_HEADER, HeaderValue::from(cursor))], reply).into_response()
 }
 
-/// Looks, and looks again after each change, until there is enough, the wait is over or the daemon stops. The last
-/// look is the answer.
+/// Looks, and looks again after each change, until there is enough, the wait is over or the daemon
+/// stops. The last look is the answer.
 pub(super) async fn wait_for<'a, T>(
     app: &App,
     wait_seconds: Option<u64>,
@@ -219,7 +271,8 @@ pub(super) async fn wait_for<'a, T>(
     let wait = Duration::from_secs(wait_seconds.unwrap_or(0)).min(LONG_POLL_MAX);
     let deadline = Instant::now() + wait;
     loop {
-        // Begun before the look: a change between the look and the wait would else be slept through.
+        // Begun before the look: a change between the look and the wait would else be slept
+        // through.
         let mut changed = app.backend.changed();
         let already = futures::poll!(&mut changed).is_ready();
         let answer = look().await?;
@@ -265,11 +318,15 @@ pub(super) async fn healthz() -> Json<serde_json::Value> {
 pub(super) async fn readyz(State(app): State<App>) -> Result<Json<serde_json::Value>, ApiError> {
     match app.backend.ready().await {
         Ok(()) => Ok(Json(serde_json::json!({"status": "ready"}))),
-        Err(fault) => Err(ApiError::with_status(fault, StatusCode::SERVICE_UNAVAILABLE)),
+        Err(fault) => Err(ApiError::with_status(
+            fault,
+            StatusCode::SERVICE_UNAVAILABLE,
+        )),
     }
 }
 
-/// The daemon's proof that it holds the token, which a client checks before it sends the token over plain HTTP.
+/// The daemon's proof that it holds the token, which a client checks before it sends the token over
+/// plain HTTP.
 #[utoipa::path(get, path = "/v1/proof", tag = "daemon", security(()), params(ProofQuery), responses(
     (status = 200, description = "the proof", body = Proof),
     (status = "default", description = "an error", body = ErrorBody),
@@ -279,11 +336,15 @@ pub(super) async fn proof(
     Extension(connection): Extension<Connection>,
     Q(query): Q<ProofQuery>,
 ) -> Result<Json<Proof>, ApiError> {
-    let address = connection.local.map(|address| address.to_string()).unwrap_or_default();
+    let address = connection
+        .local
+        .map(|address| address.to_string())
+        .unwrap_or_default();
     // Whoever has a trainer's token asks for a proof with that.
     let of_run = run_token::of_query(&app, &query).await;
     let token = of_run.as_ref().unwrap_or(&app.token);
-    let proof = Proof::make(token, &query, address).ok_or_else(|| Fault::usage("the challenge is not 32 bytes in hex"))?;
+    let proof = Proof::make(token, &query, address)
+        .ok_or_else(|| Fault::usage("the challenge is not 32 bytes in hex"))?;
     Ok(Json(proof))
 }
 
@@ -291,7 +352,14 @@ pub(super) async fn proof(
 #[utoipa::path(get, path = "/metrics", tag = "daemon", responses((status = 200, description = "text", content_type = "text/plain")))]
 pub(super) async fn metrics(State(app): State<App>) -> Result<Response, ApiError> {
     let text = app.listed(app.backend.metrics()).await?;
-    Ok(([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], Body::from(text)).into_response())
+    Ok((
+        [(
+            header::CONTENT_TYPE,
+            "text/plain; version=0.0.4; charset=utf-8",
+        )],
+        Body::from(text),
+    )
+        .into_response())
 }
 
 /// Publishes. The job's result is a `Published`.
@@ -299,7 +367,10 @@ pub(super) async fn metrics(State(app): State<App>) -> Result<Response, ApiError
     (status = 202, description = "begun", body = Job),
     (status = "default", description = "an error", body = ErrorBody),
 ))]
-pub(super) async fn publish(State(app): State<App>, B(request): B<PublishRequest>) -> Result<Response, ApiError> {
+pub(super) async fn publish(
+    State(app): State<App>,
+    B(request): B<PublishRequest>,
+) -> Result<Response, ApiError> {
     Ok(accepted(app.backend.publish(request).await?))
 }
 
@@ -308,7 +379,10 @@ pub(super) async fn publish(State(app): State<App>, B(request): B<PublishRequest
     (status = 202, description = "begun", body = Delivered),
     (status = "default", description = "an error", body = ErrorBody),
 ))]
-pub(super) async fn deliver(State(app): State<App>, B(request): B<DeliverRequest>) -> Result<Response, ApiError> {
+pub(super) async fn deliver(
+    State(app): State<App>,
+    B(request): B<DeliverRequest>,
+) -> Result<Response, ApiError> {
     Ok(accepted(app.backend.deliver(request).await?))
 }
 
@@ -318,9 +392,14 @@ pub(super) async fn deliver(State(app): State<App>, B(request): B<DeliverRequest
     (status = 404, description = "there is none", body = ErrorBody),
     (status = "default", description = "an error", body = ErrorBody),
 ))]
-pub(super) async fn run(State(app): State<App>, Q(query): Q<RunQuery>) -> Result<Json<Run>, ApiError> {
+pub(super) async fn run(
+    State(app): State<App>,
+    Q(query): Q<RunQuery>,
+) -> Result<Json<Run>, ApiError> {
     let look = || app.backend.run(&query.name);
-    Ok(Json(wait_for(&app, query.wait, look, |run: &Run| run.state.is_final()).await?))
+    Ok(Json(
+        wait_for(&app, query.wait, look, |run: &Run| run.state.is_final()).await?,
+    ))
 }
 
 /// Begins a training run. One of the same name that asks for the same is found, not begun again.
@@ -328,7 +407,10 @@ pub(super) async fn run(State(app): State<App>, Q(query): Q<RunQuery>) -> Result
     (status = 202, description = "begun", body = Run),
     (status = "default", description = "an error", body = ErrorBody),
 ))]
-pub(super) async fn train(State(app): State<App>, B(request): B<RunRequest>) -> Result<Response, ApiError> {
+pub(super) async fn train(
+    State(app): State<App>,
+    B(request): B<RunRequest>,
+) -> Result<Response, ApiError> {
     Ok(accepted(app.backend.train(request).await?))
 }
 
@@ -337,7 +419,10 @@ pub(super) async fn train(State(app): State<App>, B(request): B<RunRequest>) -> 
     (status = 200, description = "the run after it", body = Run),
     (status = "default", description = "an error", body = ErrorBody),
 ))]
-pub(super) async fn act_on_run(State(app): State<App>, B(request): B<RunActionRequest>) -> Result<Json<Run>, ApiError> {
+pub(super) async fn act_on_run(
+    State(app): State<App>,
+    B(request): B<RunActionRequest>,
+) -> Result<Json<Run>, ApiError> {
     Ok(Json(app.backend.act_on_run(request).await?))
 }
 
@@ -346,7 +431,10 @@ pub(super) async fn act_on_run(State(app): State<App>, B(request): B<RunActionRe
     (status = 200, description = "a row for each artifact and site", body = Vec<PlanRow>),
     (status = "default", description = "an error", body = ErrorBody),
 ))]
-pub(super) async fn plan(State(app): State<App>, B(request): B<DeliverRequest>) -> Result<Json<Vec<PlanRow>>, ApiError> {
+pub(super) async fn plan(
+    State(app): State<App>,
+    B(request): B<DeliverRequest>,
+) -> Result<Json<Vec<PlanRow>>, ApiError> {
     Ok(Json(app.backend.plan(request).await?))
 }
 
@@ -355,18 +443,28 @@ pub(super) async fn plan(State(app): State<App>, B(request): B<DeliverRequest>) 
     (status = 200, description = "the token, which is shown this once", body = TokenReply),
     (status = "default", description = "an error", body = ErrorBody),
 ))]
-pub(super) async fn token(State(app): State<App>, B(request): B<TokenRequest>) -> Result<Response, ApiError> {
+pub(super) async fn token(
+    State(app): State<App>,
+    B(request): B<TokenRequest>,
+) -> Result<Response, ApiError> {
     let token = app.backend.token(request).await?;
-    Ok(([(header::CACHE_CONTROL, "no-store")], Json(TokenReply { token })).into_response())
+    Ok((
+        [(header::CACHE_CONTROL, "no-store")],
+        Json(TokenReply { token }),
+    )
+        .into_response())
 }
 
-/// Reads an artifact again. The job's result is an array of findings, empty when it is sound; its `notes` tell of what else is not as
-/// it was delivered.
+/// Reads an artifact again. The job's result is an array of findings, empty when it is sound; its
+/// `notes` tell of what else is not as it was delivered.
 #[utoipa::path(post, path = "/v1/verify", tag = "artifacts", request_body = VerifyRequest, responses(
     (status = 202, description = "begun", body = Job),
     (status = "default", description = "an error", body = ErrorBody),
 ))]
-pub(super) async fn verify(State(app): State<App>, B(request): B<VerifyRequest>) -> Result<Response, ApiError> {
+pub(super) async fn verify(
+    State(app): State<App>,
+    B(request): B<VerifyRequest>,
+) -> Result<Response, ApiError> {
     Ok(accepted(app.backend.verify(request).await?))
 }
 
@@ -375,8 +473,13 @@ pub(super) async fn verify(State(app): State<App>, B(request): B<VerifyRequest>)
     (status = 200, description = "the artifact after it", body = Artifact),
     (status = "default", description = "an error", body = ErrorBody),
 ))]
-pub(super) async fn pin(State(app): State<App>, B(request): B<PinRequest>) -> Result<Json<Artifact>, ApiError> {
-    Ok(Json(app.backend.pin(&request.artifact, request.pinned).await?))
+pub(super) async fn pin(
+    State(app): State<App>,
+    B(request): B<PinRequest>,
+) -> Result<Json<Artifact>, ApiError> {
+    Ok(Json(
+        app.backend.pin(&request.artifact, request.pinned).await?,
+    ))
 }
 
 /// Writes artifacts to one file, to be carried by hand.
@@ -384,8 +487,13 @@ pub(super) async fn pin(State(app): State<App>, B(request): B<PinRequest>) -> Re
     (status = 202, description = "begun", body = Job),
     (status = "default", description = "an error", body = ErrorBody),
 ))]
-pub(super) async fn export(State(app): State<App>, B(request): B<ExportRequest>) -> Result<Response, ApiError> {
-    Ok(accepted(app.backend.export(request.artifacts, request.out).await?))
+pub(super) async fn export(
+    State(app): State<App>,
+    B(request): B<ExportRequest>,
+) -> Result<Response, ApiError> {
+    Ok(accepted(
+        app.backend.export(request.artifacts, request.out).await?,
+    ))
 }
 
 /// Reads such a file.
@@ -393,7 +501,10 @@ pub(super) async fn export(State(app): State<App>, B(request): B<ExportRequest>)
     (status = 202, description = "begun", body = Job),
     (status = "default", description = "an error", body = ErrorBody),
 ))]
-pub(super) async fn import(State(app): State<App>, B(request): B<ImportRequest>) -> Result<Response, ApiError> {
+pub(super) async fn import(
+    State(app): State<App>,
+    B(request): B<ImportRequest>,
+) -> Result<Response, ApiError> {
     Ok(accepted(app.backend.import(request.file).await?))
 }
 
@@ -421,9 +532,14 @@ pub(super) async fn doctor(State(app): State<App>) -> Result<Json<Vec<String>>, 
     (status = 404, description = "there is none (a restart forgets them)", body = ErrorBody),
     (status = "default", description = "an error", body = ErrorBody),
 ))]
-pub(super) async fn job(State(app): State<App>, Q(query): Q<JobQuery>) -> Result<Json<Job>, ApiError> {
+pub(super) async fn job(
+    State(app): State<App>,
+    Q(query): Q<JobQuery>,
+) -> Result<Json<Job>, ApiError> {
     let look = || app.backend.job(&query.id);
-    Ok(Json(wait_for(&app, query.wait, look, |job: &Job| job.state != "running").await?))
+    Ok(Json(
+        wait_for(&app, query.wait, look, |job: &Job| job.state != "running").await?,
+    ))
 }
 
 /// Cancels a job. The answer is the job as it is now; it may take a moment to stop.
@@ -433,8 +549,13 @@ pub(super) async fn job(State(app): State<App>, Q(query): Q<JobQuery>) -> Result
     (status = 409, description = "it has ended", body = ErrorBody),
     (status = "default", description = "an error", body = ErrorBody),
 ))]
-pub(super) async fn cancel_job(State(app): State<App>, Q(query): Q<JobQuery>) -> Result<Json<Job>, ApiError> {
+pub(super) async fn cancel_job(
+    State(app): State<App>,
+    Q(query): Q<JobQuery>,
+) -> Result<Json<Job>, ApiError> {
     app.backend.cancel_job(&query.id).await?;
     let look = || app.backend.job(&query.id);
-    Ok(Json(wait_for(&app, query.wait, look, |job: &Job| job.state != "running").await?))
+    Ok(Json(
+        wait_for(&app, query.wait, look, |job: &Job| job.state != "running").await?,
+    ))
 }

@@ -1,7 +1,8 @@
 //! What the API does for a trainer: it holds a token of its own run instead of the admin token.
 //!
-//! The daemon writes a [`RunToken`] into the run's folder when it starts the trainer, and takes it only while that trainer works.
-//! It publishes the run's model from a path, follows that job, shows the run and finishes it. [`allow`] refuses everything else.
+//! The daemon writes a [`RunToken`] into the run's folder when it starts the trainer, and takes it
+//! only while that trainer works. It publishes the run's model from a path, follows that job, shows
+//! the run and finishes it. [`allow`] refuses everything else.
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -45,16 +46,24 @@ impl RunToken {
     /// A new one.
     pub fn new(run: RunName) -> Result<Self, Fault> {
         let mut secret = [0; SECRET_BYTES];
-        rand::rngs::OsRng.try_fill_bytes(&mut secret).map_err(|e| Fault::internal(format!("no random bits from the system: {e}")))?;
+        rand::rngs::OsRng
+            .try_fill_bytes(&mut secret)
+            .map_err(|e| Fault::internal(format!("no random bits from the system: {e}")))?;
         Ok(Self { run, secret })
     }
 
     /// The token that this text is, if it is one.
     pub fn parse(text: &[u8]) -> Option<Self> {
-        let (run, secret) = std::str::from_utf8(text).ok()?.strip_prefix(PREFIX)?.rsplit_once('.')?;
+        let (run, secret) = std::str::from_utf8(text)
+            .ok()?
+            .strip_prefix(PREFIX)?
+            .rsplit_once('.')?;
         let mut bytes = [0; SECRET_BYTES];
         hex::decode_to_slice(secret, &mut bytes).ok()?;
-        Some(Self { run: run.parse().ok()?, secret: bytes })
+        Some(Self {
+            run: run.parse().ok()?,
+            secret: bytes,
+        })
     }
 
     /// The text, for the file and for a request's header.
@@ -87,7 +96,10 @@ impl RunJobs {
     }
 
     fn has(&self, run: &RunName, job: &str) -> bool {
-        self.0.lock().iter().any(|(of, known)| of == run && known == job)
+        self.0
+            .lock()
+            .iter()
+            .any(|(of, known)| of == run && known == job)
     }
 }
 
@@ -100,15 +112,23 @@ pub(super) async fn run_of(app: &App, presented: &[u8]) -> Option<RunName> {
 
 /// The token that a client asks for a proof of, where it is a trainer's.
 pub(super) async fn of_query(app: &App, query: &ProofQuery) -> Option<ApiToken> {
-    let token = app.backend.run_token(&query.run.as_ref()?.parse().ok()?).await?;
+    let token = app
+        .backend
+        .run_token(&query.run.as_ref()?.parse().ok()?)
+        .await?;
     ApiToken::parse(&token.text()).ok()
 }
 
 /// Refuses a request that a trainer of this run may not make. Returns it as it was.
 pub(super) async fn allow(app: &App, run: &RunName, request: Request) -> Result<Request, ApiError> {
     let refused = |why: String| {
-        let next = format!("ask with the admin token, or leave it to the daemon: this token is good for run {run} only");
-        ApiError::with_status(Fault::not_allowed(why).with_next(next), StatusCode::FORBIDDEN)
+        let next = format!(
+            "ask with the admin token, or leave it to the daemon: this token is good for run {run} only"
+        );
+        ApiError::with_status(
+            Fault::not_allowed(why).with_next(next),
+            StatusCode::FORBIDDEN,
+        )
     };
     let (method, path) = (request.method().clone(), request.uri().path().to_owned());
     match (method, path.as_str()) {
@@ -120,13 +140,25 @@ pub(super) async fn allow(app: &App, run: &RunName, request: Request) -> Result<
         (Method::POST, "/v1/runs/action") => {
             let (request, asked) = body::<RunActionRequest>(request).await?;
             if asked.name != run.as_str() || asked.action != RunVerb::Finish {
-                return Err(refused(format!("a trainer finishes its own run {run} only")));
+                return Err(refused(format!(
+                    "a trainer finishes its own run {run} only"
+                )));
             }
             Ok(request)
         }
-        (Method::GET, "/v1/jobs") if parameter(&request, "id").is_some_and(|id| app.run_jobs.has(run, &id)) => Ok(request),
-        (Method::GET, "/v1/runs/show") if parameter(&request, "name").as_deref() == Some(run.as_str()) => Ok(request),
-        _ => Err(refused("a trainer publishes the model of its run, finishes that run, and nothing else".into())),
+        (Method::GET, "/v1/jobs")
+            if parameter(&request, "id").is_some_and(|id| app.run_jobs.has(run, &id)) =>
+        {
+            Ok(request)
+        }
+        (Method::GET, "/v1/runs/show")
+            if parameter(&request, "name").as_deref() == Some(run.as_str()) =>
+        {
+            Ok(request)
+        }
+        _ => Err(refused(
+            "a trainer publishes the model of its run, finishes that run, and nothing else".into(),
+        )),
     }
 }
 
@@ -143,16 +175,27 @@ pub(super) async fn note_job(app: &App, run: &RunName, response: Response) -> Re
 /// What a trainer may publish: the model of its own run, from a path, to no site of its choice.
 fn may_publish(run: &RunName, asked: &PublishRequest) -> Result<(), String> {
     if asked.run.as_deref() != Some(run.as_str()) {
-        return Err(format!("a trainer publishes for its own run only: --run {run}"));
+        return Err(format!(
+            "a trainer publishes for its own run only: --run {run}"
+        ));
     }
-    if !asked.as_ref.parse::<ArtifactRef>().is_ok_and(|artifact| artifact.kind == Kind::Model) {
-        return Err(format!("a trainer publishes the model of its run, and {} is none", asked.as_ref));
+    if !asked
+        .as_ref
+        .parse::<ArtifactRef>()
+        .is_ok_and(|artifact| artifact.kind == Kind::Model)
+    {
+        return Err(format!(
+            "a trainer publishes the model of its run, and {} is none",
+            asked.as_ref
+        ));
     }
     if !asked.source.starts_with('/') {
         return Err("a trainer publishes from a path".into());
     }
     if asked.to.is_some() {
-        return Err("the model goes to the site that started the run, and --to names others".into());
+        return Err(
+            "the model goes to the site that started the run, and --to names others".into(),
+        );
     }
     Ok(())
 }
@@ -161,13 +204,20 @@ fn may_publish(run: &RunName, asked: &PublishRequest) -> Result<(), String> {
 async fn body<T: DeserializeOwned>(request: Request) -> Result<(Request, T), ApiError> {
     let (parts, body) = request.into_parts();
     let bytes = super::body::read(body).await?;
-    let asked = serde_json::from_slice(&bytes).map_err(|e| Fault::usage(format!("the request's body is malformed: {e}")))?;
+    let asked = serde_json::from_slice(&bytes)
+        .map_err(|e| Fault::usage(format!("the request's body is malformed: {e}")))?;
     Ok((Request::from_parts(parts, Body::from(bytes)), asked))
 }
 
-/// A parameter of the request's query; its value has no escapes, or it is none that a trainer needs.
+/// A parameter of the request's query; its value has no escapes, or it is none that a trainer
+/// needs.
 fn parameter(request: &Request, name: &str) -> Option<String> {
-    let mut values = request.uri().query()?.split('&').filter_map(|pair| pair.split_once('=')).filter(|(key, _)| *key == name);
+    let mut values = request
+        .uri()
+        .query()?
+        .split('&')
+        .filter_map(|pair| pair.split_once('='))
+        .filter(|(key, _)| *key == name);
     let (_, value) = values.next()?;
     // Given twice, the handler might take another one than was checked.
     values.next().is_none().then(|| value.to_owned())
@@ -184,9 +234,20 @@ mod tests {
         let again = RunToken::parse(token.text().as_bytes()).unwrap();
         assert!(token.is(&again) && *again.run() == run);
         assert!(!token.is(&RunToken::new(run).unwrap()));
-        assert!(!token.is(&RunToken { run: "other".parse().unwrap(), ..token.clone() }));
+        assert!(!token.is(&RunToken {
+            run: "other".parse().unwrap(),
+            ..token.clone()
+        }));
         assert!(!format!("{token:?}").contains(&token.text()));
-        for bad in ["", "run.", "run.x", "run.x.00", &token.text()[1..], &format!("{}00", token.text()), "run.../x.00"] {
+        for bad in [
+            "",
+            "run.",
+            "run.x",
+            "run.x.00",
+            &token.text()[1..],
+            &format!("{}00", token.text()),
+            "run.../x.00",
+        ] {
             assert!(RunToken::parse(bad.as_bytes()).is_none(), "{bad}");
         }
     }
@@ -194,15 +255,34 @@ mod tests {
     #[test]
     fn a_trainer_publishes_its_own_model_only() {
         let run: RunName = "r".parse().unwrap();
-        let asked =
-            || PublishRequest { source: "/out".into(), as_ref: "model/m:1".into(), run: Some("r".into()), ..PublishRequest::default() };
+        let asked = || PublishRequest {
+            source: "/out".into(),
+            as_ref: "model/m:1".into(),
+            run: Some("r".into()),
+            ..PublishRequest::default()
+        };
         may_publish(&run, &asked()).unwrap();
         for bad in [
-            PublishRequest { run: None, ..asked() },
-            PublishRequest { run: Some("other".into()), ..asked() },
-            PublishRequest { as_ref: "dataset/m:1".into(), ..asked() },
-            PublishRequest { source: "registry://h/r:t".into(), ..asked() },
-            PublishRequest { to: Some("all".into()), ..asked() },
+            PublishRequest {
+                run: None,
+                ..asked()
+            },
+            PublishRequest {
+                run: Some("other".into()),
+                ..asked()
+            },
+            PublishRequest {
+                as_ref: "dataset/m:1".into(),
+                ..asked()
+            },
+            PublishRequest {
+                source: "registry://h/r:t".into(),
+                ..asked()
+            },
+            PublishRequest {
+                to: Some("all".into()),
+                ..asked()
+            },
         ] {
             assert!(may_publish(&run, &bad).is_err(), "{bad:?}");
         }

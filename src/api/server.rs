@@ -1,8 +1,10 @@
-//! The connections of the API: over TCP, and over the local socket. Each has a bound, and each phase of a request has a deadline.
+//! The connections of the API: over TCP, and over the local socket. Each has a bound, and each
+//! phase of a request has a deadline.
 //!
-//! A connection counts as unfinished until it has shown the token. Of those, one address has a few, and the oldest is closed for a
-//! new one: slow or silent requests cannot keep out whoever holds the token. The head of a request has a deadline (hyper's), a body
-//! has one (`body`), and a connection on which nothing moves is closed ([`Idle`]).
+//! A connection counts as unfinished until it has shown the token. Of those, one address has a few,
+//! and the oldest is closed for a new one: slow or silent requests cannot keep out whoever holds
+//! the token. The head of a request has a deadline (hyper's), a body has one (`body`), and a
+//! connection on which nothing moves is closed ([`Idle`]).
 
 use std::io;
 use std::net::SocketAddr;
@@ -22,9 +24,12 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use super::local::LocalSocket;
-use base::admission::{Place, Pool};
+use base::admission::{Permit, Pool};
 use base::fault::Fault;
-use base::limits::{API_CONNECTIONS_MAX, API_CONNECTIONS_PER_ADDRESS_MAX, API_HEAD_BYTES_MAX, API_HEAD_MAX, API_IDLE_MAX};
+use base::limits::{
+    API_CONNECTIONS_MAX, API_CONNECTIONS_PER_ADDRESS_MAX, API_HEAD_BYTES_MAX, API_HEAD_MAX,
+    API_IDLE_MAX,
+};
 use base::open_files;
 use base::tally::Tally;
 
@@ -38,7 +43,7 @@ pub(super) struct Connection {
     pub(super) peer: Arc<str>,
     /// The address of this end; none on the local socket.
     pub(super) local: Option<SocketAddr>,
-    place: Arc<Place>,
+    place: Arc<Permit>,
 }
 
 impl Connection {
@@ -68,7 +73,9 @@ impl Server {
             stop,
             tcp: Pool::new(places_max),
             local: Pool::new(places_max),
-            unfinished: Tally::new("closed an API connection that had shown no token: too slow, idle, or the oldest of too many"),
+            unfinished: Tally::new(
+                "closed an API connection that had shown no token: too slow, idle, or the oldest of too many",
+            ),
             not_accepted: Tally::new("accepting an API connection failed"),
             tasks: TaskTracker::new(),
         })
@@ -86,16 +93,25 @@ impl Server {
             };
             // Answers are small and whole: waiting to fill a packet only delays them.
             let _ = stream.set_nodelay(true);
-            let place = self.tcp.enter_when_possible(Some(peer.ip().into()), API_CONNECTIONS_PER_ADDRESS_MAX).await;
+            let place = self
+                .tcp
+                .enter_when_possible(Some(peer.ip().into()), API_CONNECTIONS_PER_ADDRESS_MAX)
+                .await;
             let local = stream.local_addr().ok();
-            let connection = Connection { peer: peer.to_string().into(), local, place: Arc::new(place) };
+            let connection = Connection {
+                peer: peer.to_string().into(),
+                local,
+                place: Arc::new(place),
+            };
             self.tasks.spawn(self.clone().serve(stream, connection));
         }
     }
 
     /// Accepts connections over the local socket, without end.
     pub(super) async fn accept_local(self: &Arc<Self>, socket: Option<&LocalSocket>) {
-        let Some(socket) = socket else { return std::future::pending().await };
+        let Some(socket) = socket else {
+            return std::future::pending().await;
+        };
         loop {
             let stream = match socket.accept().await {
                 Ok(stream) => stream,
@@ -104,24 +120,45 @@ impl Server {
                     continue;
                 }
             };
-            let place = self.local.enter_when_possible(None, API_CONNECTIONS_MAX).await;
-            let peer = stream.peer_cred().map_or_else(|_| "local".into(), |peer| format!("local uid {}", peer.uid()));
-            let connection = Connection { peer: peer.into(), local: None, place: Arc::new(place) };
+            let place = self
+                .local
+                .enter_when_possible(None, API_CONNECTIONS_MAX)
+                .await;
+            let peer = stream.peer_cred().map_or_else(
+                |_| "local".into(),
+                |peer| format!("local uid {}", peer.uid()),
+            );
+            let connection = Connection {
+                peer: peer.into(),
+                local: None,
+                place: Arc::new(place),
+            };
             self.tasks.spawn(self.clone().serve(stream, connection));
         }
     }
 
     async fn pause(&self, error: &io::Error) {
         let fault = Fault::io("accept", error);
-        self.not_accepted.note(format_args!("{fault}; {}", fault.next));
+        self.not_accepted
+            .note(format_args!("{fault}; {}", fault.next));
         sleep(ACCEPT_PAUSE).await;
     }
 
-    async fn serve(self: Arc<Self>, stream: impl AsyncRead + AsyncWrite + Send + Unpin + 'static, connection: Connection) {
+    async fn serve(
+        self: Arc<Self>,
+        stream: impl AsyncRead + AsyncWrite + Send + Unpin + 'static,
+        connection: Connection,
+    ) {
         let router = self.router.clone().layer(Extension(connection.clone()));
         let mut builder = http1::Builder::new();
-        builder.timer(TokioTimer::new()).header_read_timeout(API_HEAD_MAX).max_buf_size(API_HEAD_BYTES_MAX);
-        let mut served = pin!(builder.serve_connection(TokioIo::new(Idle::new(stream)), TowerToHyperService::new(router)));
+        builder
+            .timer(TokioTimer::new())
+            .header_read_timeout(API_HEAD_MAX)
+            .max_buf_size(API_HEAD_BYTES_MAX);
+        let mut served = pin!(builder.serve_connection(
+            TokioIo::new(Idle::new(stream)),
+            TowerToHyperService::new(router)
+        ));
         let mut is_stopping = false;
         let ended = loop {
             tokio::select! {
@@ -142,7 +179,8 @@ impl Server {
             }
         };
         if let Err(why) = ended {
-            self.unfinished.note(format_args!("{}: {why}", connection.peer));
+            self.unfinished
+                .note(format_args!("{}: {why}", connection.peer));
         }
     }
 
@@ -161,10 +199,18 @@ struct Idle<T> {
 
 impl<T> Idle<T> {
     fn new(stream: T) -> Self {
-        Self { stream, idle: Box::pin(sleep(API_IDLE_MAX)) }
+        Self {
+            stream,
+            idle: Box::pin(sleep(API_IDLE_MAX)),
+        }
     }
 
-    fn watch<R>(&mut self, cx: &mut Context<'_>, result: Poll<io::Result<R>>, has_moved: bool) -> Poll<io::Result<R>> {
+    fn watch<R>(
+        &mut self,
+        cx: &mut Context<'_>,
+        result: Poll<io::Result<R>>,
+        has_moved: bool,
+    ) -> Poll<io::Result<R>> {
         if has_moved {
             self.idle.as_mut().reset(Instant::now() + API_IDLE_MAX);
         } else if result.is_pending() && self.idle.as_mut().poll(cx).is_ready() {
@@ -175,7 +221,11 @@ impl<T> Idle<T> {
 }
 
 impl<T: AsyncRead + Unpin> AsyncRead for Idle<T> {
-    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
         let before = buf.filled().len();
         let read = Pin::new(&mut self.stream).poll_read(cx, buf);
         let has_moved = buf.filled().len() > before;
@@ -184,7 +234,11 @@ impl<T: AsyncRead + Unpin> AsyncRead for Idle<T> {
 }
 
 impl<T: AsyncWrite + Unpin> AsyncWrite for Idle<T> {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &[u8],
+    ) -> Poll<io::Result<usize>> {
         let written = Pin::new(&mut self.stream).poll_write(cx, buf);
         let has_moved = written.is_ready();
         self.watch(cx, written, has_moved)
@@ -198,7 +252,11 @@ impl<T: AsyncWrite + Unpin> AsyncWrite for Idle<T> {
         Pin::new(&mut self.stream).poll_shutdown(cx)
     }
 
-    fn poll_write_vectored(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bufs: &[io::IoSlice<'_>]) -> Poll<io::Result<usize>> {
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
         let written = Pin::new(&mut self.stream).poll_write_vectored(cx, bufs);
         let has_moved = written.is_ready();
         self.watch(cx, written, has_moved)

@@ -1,4 +1,5 @@
-//! What a daemon answers while it cannot open its state for want of room: the reason, at once, to everything it is asked.
+//! What a daemon answers while it cannot open its state for want of room: the reason, at once, to
+//! everything it is asked.
 
 use axum::extract::{Extension, State};
 use axum::http::{HeaderMap, StatusCode};
@@ -21,8 +22,9 @@ struct Starting {
     why: watch::Receiver<Option<Fault>>,
 }
 
-/// Answers every request with `why`, from the moment that there is a reason. It never ends by itself: when this future is dropped, its
-/// connections end, and the listeners are free for [`serve`](super::serve).
+/// Answers every request with `why`, from the moment that there is a reason. It never ends by
+/// itself: when this future is dropped, its connections end, and the listeners are free for
+/// [`serve`](super::serve).
 pub async fn serve_starting(
     listener: &TcpListener,
     local: Option<&LocalSocket>,
@@ -39,7 +41,10 @@ pub async fn serve_starting(
         .route("/v1/proof", get(proof))
         .fallback(answer)
         .layer(middleware::from_fn(stamp))
-        .with_state(Starting { token: token.clone(), why });
+        .with_state(Starting {
+            token: token.clone(),
+            why,
+        });
     let server = Server::new(router, stop);
     tokio::select! {
         () = server.accept_tcp(listener) => {}
@@ -48,7 +53,11 @@ pub async fn serve_starting(
 }
 
 /// The reason for whoever holds the token, and no path of this machine for anybody else.
-async fn answer(State(starting): State<Starting>, Extension(connection): Extension<Connection>, headers: HeaderMap) -> ApiError {
+async fn answer(
+    State(starting): State<Starting>,
+    Extension(connection): Extension<Connection>,
+    headers: HeaderMap,
+) -> ApiError {
     let why = starting.why.borrow().clone();
     match why {
         Some(fault) if presented(&headers).is_some_and(|token| starting.token.is(token)) => {
@@ -56,8 +65,10 @@ async fn answer(State(starting): State<Starting>, Extension(connection): Extensi
             fault.into()
         }
         _ => ApiError::with_status(
-            Fault::unreachable("the daemon has not started yet: it waits for room on the disk of its state")
-                .with_next("see the log of the daemon"),
+            Fault::unreachable(
+                "the daemon has not started yet: it waits for room on the disk of its state",
+            )
+            .with_next("see the log of the daemon"),
             StatusCode::SERVICE_UNAVAILABLE,
         ),
     }
@@ -68,7 +79,12 @@ async fn proof(
     Extension(connection): Extension<Connection>,
     Q(query): Q<ProofQuery>,
 ) -> Result<Json<Proof>, ApiError> {
-    let address = connection.local.map(|address| address.to_string()).unwrap_or_default();
+    let address = connection
+        .local
+        .map(|address| address.to_string())
+        .unwrap_or_default();
     let proof = Proof::make(&starting.token, &query, address);
-    Ok(Json(proof.ok_or_else(|| Fault::usage("the challenge is not 32 bytes in hex"))?))
+    Ok(Json(proof.ok_or_else(|| {
+        Fault::usage("the challenge is not 32 bytes in hex")
+    })?))
 }

@@ -1,4 +1,5 @@
-//! The admin token: 256 random bits that the daemon writes beside its state at first start and the command line reads.
+//! The admin token: 256 random bits that the daemon writes beside its state at first start and the
+//! command line reads.
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -32,7 +33,9 @@ impl ApiToken {
             other => return other,
         }
         let mut bits = [0; 32];
-        rand::rngs::OsRng.try_fill_bytes(&mut bits).map_err(|e| Fault::internal(format!("no random bits from the system: {e}")))?;
+        rand::rngs::OsRng
+            .try_fill_bytes(&mut bits)
+            .map_err(|e| Fault::internal(format!("no random bits from the system: {e}")))?;
         let token = hex::encode(bits);
         durable::replace_secret(&path, format!("{token}\n").as_bytes())?;
         Ok(Self(token))
@@ -46,9 +49,8 @@ impl ApiToken {
     /// A token from text: what a header can carry, and no shorter than 128 bits in hex.
     pub fn parse(text: &str) -> Result<Self, Fault> {
         if text.len() < 32 || text.len() > 512 || !text.bytes().all(|b| b.is_ascii_graphic()) {
-            return Err(
-                Fault::not_allowed("this is not an API token").with_next("give the file that the daemon wrote: <data_dir>/api-token")
-            );
+            return Err(Fault::not_allowed("this is not an API token")
+                .with_next("give the file that the daemon wrote: <data_dir>/api-token"));
         }
         Ok(Self(text.into()))
     }
@@ -58,7 +60,8 @@ impl ApiToken {
         &self.0
     }
 
-    /// Whether this is the token. Hashes are compared, in constant time, so the answer's time says nothing of it.
+    /// Whether this is the token. Hashes are compared, in constant time, so the answer's time says
+    /// nothing of it.
     pub fn is(&self, presented: &[u8]) -> bool {
         blake3::hash(self.0.as_bytes()) == blake3::hash(presented)
     }
@@ -77,9 +80,16 @@ mod tests {
         let again = ApiToken::open_or_create(dir.path()).unwrap();
         assert_eq!(first.secret(), again.secret());
         assert_eq!(first.secret().len(), 64);
-        let mode = std::fs::metadata(ApiToken::path(dir.path())).unwrap().permissions().mode();
+        let mode = std::fs::metadata(ApiToken::path(dir.path()))
+            .unwrap()
+            .permissions()
+            .mode();
         assert_eq!(mode & 0o777, 0o600);
-        assert!(first.is(again.secret().as_bytes()) && !first.is(b"") && !first.is(&again.secret().as_bytes()[..63]));
+        assert!(
+            first.is(again.secret().as_bytes())
+                && !first.is(b"")
+                && !first.is(&again.secret().as_bytes()[..63])
+        );
         assert!(!format!("{first:?}").contains(first.secret()));
     }
 }

@@ -96,6 +96,11 @@ impl View for EventRow {
     type As = Event;
 
     fn view(&self) -> Event {
-        Event { seq: self.seq, at: rfc3339_ms(self.at_ms), what: self.what.clone(), body: serde_json::Value::Null }
+        Event {
+            seq: self.seq,
+            at: rfc3339_ms(self.at_ms),
+            what: self.what.clone(),
+            body: serde_json::Value::Null,
+        }
     }
 }

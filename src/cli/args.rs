@@ -1,4 +1,5 @@
-//! The commands and options of the program. Help, shell completions and man pages are all made from these definitions.
+//! The commands and options of the program. Help, shell completions and man pages are all made from
+//! these definitions.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -50,8 +51,14 @@ const GLOBAL: &str = "Options of every command";
 impl Global {
     /// The path of the configuration file, or the fault of a command that needs one.
     pub(super) fn config_path(&self) -> Result<&Path, Fault> {
-        let given = self.config.as_deref().filter(|path| !path.as_os_str().is_empty());
-        given.ok_or_else(|| Fault::usage("no configuration file is specified").with_next("give --config FILE, or set PACKHORSE_CONFIG"))
+        let given = self
+            .config
+            .as_deref()
+            .filter(|path| !path.as_os_str().is_empty());
+        given.ok_or_else(|| {
+            Fault::usage("no configuration file is specified")
+                .with_next("give --config FILE, or set PACKHORSE_CONFIG")
+        })
     }
 
     /// The configuration with all checks, for a daemon.
@@ -73,7 +80,8 @@ pub(super) enum Output {
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {
-    /// Run a hub and two sites on this machine, publish a sample of each kind, and show that it arrives.
+    /// Run a hub and two sites on this machine, publish a sample of each kind, and show that it
+    /// arrives.
     #[command(after_help = "Example:\n  packhorse quickstart --dir /tmp/q --once")]
     Quickstart {
         /// The directory for everything [default: a new temporary directory].
@@ -86,15 +94,21 @@ pub(super) enum Command {
     /// Run the daemon; `role` in the configuration selects hub or site.
     #[command(after_help = "Example:\n  packhorse serve --config /etc/packhorse/hub.toml")]
     Serve {
-        /// Also stop when standard input ends, so that the daemon never outlives the process that started it.
+        /// Also stop when standard input ends, so that the daemon never outlives the process that
+        /// started it.
         #[arg(long, hide = true)]
         until_stdin_ends: bool,
     },
     /// Create join tokens, at the hub.
-    #[command(subcommand, after_help = "Example:\n  packhorse token create --site chengdu --label region=west")]
+    #[command(
+        subcommand,
+        after_help = "Example:\n  packhorse token create --site chengdu --label region=west"
+    )]
     Token(TokenCommand),
     /// Enrol this site at the hub: pin the hub's CA and obtain a certificate.
-    #[command(after_help = "Example:\n  packhorse join --config /etc/packhorse/site.toml --hub hub.example.com:7443 --token TOKEN")]
+    #[command(
+        after_help = "Example:\n  packhorse join --config /etc/packhorse/site.toml --hub hub.example.com:7443 --token TOKEN"
+    )]
     Join {
         /// Address of the hub.
         #[arg(long, value_name = "HOST:PORT", value_parser = config::parse_host_port)]
@@ -111,7 +125,9 @@ pub(super) enum Command {
   packhorse publish /data/line3 --as dataset/line3:v1 --hub hub.example.com:7443")]
     Publish(Box<Publish>),
     /// Deliver artifacts to sites.
-    #[command(after_help = "Example:\n  packhorse deliver dataset/line3:v1 labels/line3:v1 --to chengdu,xian --wait")]
+    #[command(
+        after_help = "Example:\n  packhorse deliver dataset/line3:v1 labels/line3:v1 --to chengdu,xian --wait"
+    )]
     Deliver(Deliver),
     /// Show transfers.
     #[command(after_help = "Examples:
@@ -151,13 +167,15 @@ pub(super) enum Command {
   packhorse cancel t-1a22c0d36922fc2d20c
   packhorse cancel j-1a22c0d3594b401d0e2")]
     Cancel {
-        /// Id of a transfer, of a delivery for all its transfers, or of a job (see 'packhorse jobs').
+        /// Id of a transfer, of a delivery for all its transfers, or of a job (see 'packhorse
+        /// jobs').
         id: String,
     },
     /// List the jobs: publishes, imports, exports, verifications and garbage collections.
     #[command(after_help = "Example:\n  packhorse jobs")]
     Jobs,
-    /// Start a failed or cancelled transfer again from its last committed position; verify a done one.
+    /// Start a failed or cancelled transfer again from its last committed position; verify a done
+    /// one.
     #[command(after_help = "Example:\n  packhorse retry t-1a22c0d36922fc2d20c")]
     Retry {
         /// Id of a transfer, or of a delivery for all its transfers.
@@ -165,7 +183,10 @@ pub(super) enum Command {
         transfer: String,
     },
     /// Train at another site: start, show and end training runs.
-    #[command(subcommand, after_help = "Examples:\n  packhorse train list\n  packhorse train show line3-7")]
+    #[command(
+        subcommand,
+        after_help = "Examples:\n  packhorse train list\n  packhorse train show line3-7"
+    )]
     Train(TrainCommand),
     #[command(hide = true)]
     Trainer(Trainer),
@@ -180,11 +201,13 @@ pub(super) enum Command {
         /// KIND/NAME:VERSION; one or more.
         #[arg(value_name = "REF", required = true)]
         artifacts: Vec<String>,
-        /// The sites: names separated by commas, `all`, or a label selector (`region=west,line!=3`).
+        /// The sites: names separated by commas, `all`, or a label selector
+        /// (`region=west,line!=3`).
         #[arg(long, value_name = "SITES")]
         to: String,
     },
-    /// Read again what this daemon holds of an artifact (store, NAS, database, registry) and report differences.
+    /// Read again what this daemon holds of an artifact (store, NAS, database, registry) and report
+    /// differences.
     #[command(after_help = "Examples:
   packhorse verify dataset/line3:v1
   packhorse verify dataset/line3:v1 --repair")]
@@ -214,7 +237,9 @@ pub(super) enum Command {
         artifact: String,
     },
     /// Write artifacts to one file, which can be carried to another hub.
-    #[command(after_help = "Example:\n  packhorse export dataset/line3:v1 labels/line3:v1 --out /media/disk/line3.bundle")]
+    #[command(
+        after_help = "Example:\n  packhorse export dataset/line3:v1 labels/line3:v1 --out /media/disk/line3.bundle"
+    )]
     Export {
         /// KIND/NAME:VERSION; one or more.
         #[arg(value_name = "REF", required = true)]
@@ -233,13 +258,19 @@ pub(super) enum Command {
     #[command(after_help = "Example:\n  packhorse gc")]
     Gc,
     /// Repair the chunk store of a stopped daemon.
-    #[command(subcommand, after_help = "Example:\n  packhorse store rebuild-index --config /etc/packhorse/hub.toml")]
+    #[command(
+        subcommand,
+        after_help = "Example:\n  packhorse store rebuild-index --config /etc/packhorse/hub.toml"
+    )]
     Store(StoreCommand),
     /// Check disks, database, registry, NAS and connection.
     #[command(after_help = "Example:\n  packhorse doctor")]
     Doctor,
     /// Check the configuration.
-    #[command(subcommand, after_help = "Example:\n  packhorse config check --config /etc/packhorse/site.toml")]
+    #[command(
+        subcommand,
+        after_help = "Example:\n  packhorse config check --config /etc/packhorse/site.toml"
+    )]
     Config(ConfigCommand),
     /// Print a script with which the shell completes commands and options.
     #[command(after_help = "Examples:
@@ -280,7 +311,8 @@ pub(super) struct TokenCreate {
     /// The site that can join with the token.
     #[arg(long, value_name = "NAME", required_unless_present = "publisher")]
     pub(super) site: Option<String>,
-    /// The publisher that can join with the token: it can publish from another machine (`publish --hub`) and do nothing else.
+    /// The publisher that can join with the token: it can publish from another machine (`publish
+    /// --hub`) and do nothing else.
     #[arg(long, value_name = "NAME", conflicts_with_all = ["site", "labels"])]
     pub(super) publisher: Option<String>,
     /// A label of the site; can be repeated.
@@ -294,7 +326,9 @@ pub(super) struct TokenCreate {
 #[derive(Debug, Subcommand)]
 pub(super) enum StoreCommand {
     /// Make a damaged or missing chunk index again from the packs; the daemon must be stopped.
-    #[command(after_help = "Example:\n  packhorse store rebuild-index --config /etc/packhorse/hub.toml")]
+    #[command(
+        after_help = "Example:\n  packhorse store rebuild-index --config /etc/packhorse/hub.toml"
+    )]
     RebuildIndex,
 }
 
@@ -307,12 +341,14 @@ pub(super) enum ConfigCommand {
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Publish {
-    /// A path, registry://HOST/REPOSITORY:TAG, or at a site its label database: db:LABEL_SET:VERSION, db:'SELECT ...'.
+    /// A path, registry://HOST/REPOSITORY:TAG, or at a site its label database:
+    /// db:LABEL_SET:VERSION, db:'SELECT ...'.
     pub(super) source: String,
     /// The reference to publish it as; kinds are dataset, labels, operator, image, model.
     #[arg(long = "as", value_name = "KIND/NAME:VERSION")]
     pub(super) as_ref: String,
-    /// Deliver at once to these sites: names separated by commas, `all`, or a label selector (`region=west,line!=3`).
+    /// Deliver at once to these sites: names separated by commas, `all`, or a label selector
+    /// (`region=west,line!=3`).
     #[arg(long, value_name = "SITES")]
     pub(super) to: Option<String>,
     #[command(flatten)]
@@ -326,31 +362,41 @@ pub(super) struct Publish {
     /// Labels: coco, csv, jsonl, label_studio, voc or yolo; detected if absent.
     #[arg(long)]
     pub(super) format: Option<String>,
-    /// Labels: which column of a CSV or JSON Lines file holds what (sample_path=image); also the settings path_strip and path_prefix;
-    /// can be repeated.
+    /// Labels: which column of a CSV or JSON Lines file holds what (sample_path=image); also the
+    /// settings path_strip and path_prefix; can be repeated.
     #[arg(long = "column", value_name = "FIELD=COLUMN", value_parser = key_value, num_args = 1..)]
     pub(super) columns: Vec<(String, String)>,
-    /// Refuse an input from which something would be left out (exit code 8). Without it, `publish` reports what it leaves out.
+    /// Refuse an input from which something would be left out (exit code 8). Without it, `publish`
+    /// reports what it leaves out.
     #[arg(long)]
     pub(super) strict: bool,
-    /// With --strict: categories that may be left out, separated by commas; a refusal of --strict names them.
+    /// With --strict: categories that may be left out, separated by commas; a refusal of --strict
+    /// names them.
     #[arg(long, value_name = "CATEGORY", value_delimiter = ',')]
     pub(super) accept_omitted: Vec<Category>,
-    /// The training run that made this model; the model is delivered to the site that started the run.
+    /// The training run that made this model; the model is delivered to the site that started the
+    /// run.
     #[arg(long, value_name = "RUN", conflicts_with = "hub")]
     pub(super) run: Option<String>,
-    /// With --hub and a registry: the user. A daemon takes user and password from its configuration: [registry."HOST"].
+    /// With --hub and a registry: the user. A daemon takes user and password from its
+    /// configuration: [registry."HOST"].
     #[arg(long, requires = "password_file")]
     pub(super) username: Option<String>,
     /// With --hub and a registry: a file with the password.
     #[arg(long, value_name = "FILE", requires = "username")]
     pub(super) password_file: Option<PathBuf>,
-    /// Publish from this machine, without a daemon, at the hub with this address; only chunks that the hub lacks are sent.
+    /// Publish from this machine, without a daemon, at the hub with this address; only chunks that
+    /// the hub lacks are sent.
     #[arg(long, value_name = "HOST:PORT", value_parser = config::parse_host_port)]
     pub(super) hub: Option<String>,
-    /// With --hub, the first time: the output of `token create --publisher`; later it is not used. The environment variable keeps it
-    /// out of the process list.
-    #[arg(long, env = "PACKHORSE_JOIN_TOKEN", hide_env_values = true, value_name = "TOKEN")]
+    /// With --hub, the first time: the output of `token create --publisher`; later it is not used.
+    /// The environment variable keeps it out of the process list.
+    #[arg(
+        long,
+        env = "PACKHORSE_JOIN_TOKEN",
+        hide_env_values = true,
+        value_name = "TOKEN"
+    )]
     pub(super) join_token: Option<String>,
     /// With --hub: the directory of this machine's certificate [default: ~/.local/share/packhorse].
     #[arg(long, value_name = "DIR", requires = "hub")]
@@ -386,7 +432,8 @@ pub(super) struct Status {
     /// Show changes as they happen; for a named transfer or delivery until it ends.
     #[arg(long)]
     pub(super) watch: bool,
-    /// Show only what changed after this cursor (0: everything); the next cursor is printed on stderr.
+    /// Show only what changed after this cursor (0: everything); the next cursor is printed on
+    /// stderr.
     #[arg(long, value_name = "CURSOR")]
     pub(super) since: Option<u64>,
     /// Show at most this many transfers.

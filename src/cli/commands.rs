@@ -1,4 +1,5 @@
-//! The commands that call a daemon, each from request to printed answer, and the short commands that work without one.
+//! The commands that call a daemon, each from request to printed answer, and the short commands
+//! that work without one.
 
 use std::path::{Path, PathBuf};
 
@@ -21,24 +22,35 @@ use sink::files::FilesSink;
 pub(super) fn config_check(global: &Global) -> Result<(), Fault> {
     let config = global.load_config()?;
     let path = global.config_path()?.display().to_string();
-    // A daemon starts although one of these is not available: a temporary outage must not stop its other work.
+    // A daemon starts although one of these is not available: a temporary outage must not stop its
+    // other work.
     if let Some(files) = &config.sink.files {
         FilesSink::check_root(&files.root)?;
         FilesSink::check_writable(&files.root)?;
     }
-    if let Some(program) = config.train.as_ref().and_then(|train| train.command.first()) {
+    if let Some(program) = config
+        .train
+        .as_ref()
+        .and_then(|train| train.command.first())
+    {
         trainer::check_program(program)?;
     }
     let role = match config.role {
         crate::config::Role::Hub => "hub",
         crate::config::Role::Site => "site",
     };
-    let warnings: &[&str] = if config.listen.is_api_local() { &[] } else { &[crate::config::API_WITHOUT_TLS] };
+    let warnings: &[&str] = if config.listen.is_api_local() {
+        &[]
+    } else {
+        &[crate::config::API_WITHOUT_TLS]
+    };
     let notes = config.notes();
     let answer = json!({"ok": true, "file": path, "role": role, "name": config.name.as_str(), "warnings": warnings, "notes": notes});
     one(global.output, &answer, |_| {
         let warnings = warnings.iter().map(|text| format!("warning: {text}\n"));
-        let lines: String = warnings.chain(notes.iter().map(|note| format!("note: {note}\n"))).collect();
+        let lines: String = warnings
+            .chain(notes.iter().map(|note| format!("note: {note}\n")))
+            .collect();
         format!("ok: {path} is valid ({role} {})\n{lines}", config.name)
     })
 }
@@ -46,11 +58,17 @@ pub(super) fn config_check(global: &Global) -> Result<(), Fault> {
 /// `join`
 pub(super) async fn join(global: &Global, hub: &str, token: &str) -> Result<(), Fault> {
     let config = global.load_config()?;
-    let certificate = Box::pin(serve::join(&config, hub, token)).await?.display().to_string();
+    let certificate = Box::pin(serve::join(&config, hub, token))
+        .await?
+        .display()
+        .to_string();
     let answer = json!({"site": config.name.as_str(), "hub": hub, "certificate": certificate});
     let file = global.config_path()?.display();
     one(global.output, &answer, |_| {
-        format!("site {} joined the hub at {hub}; its certificate is {certificate}; next: packhorse serve --config {file}\n", config.name)
+        format!(
+            "site {} joined the hub at {hub}; its certificate is {certificate}; next: packhorse serve --config {file}\n",
+            config.name
+        )
     })
 }
 
@@ -83,14 +101,21 @@ pub(super) async fn publish(global: &Global, publish: Publish) -> Result<(), Fau
         return Box::pin(remote::publish(global, publish, hub, options)).await;
     }
     if options.username.is_some() || options.password_file.is_some() {
-        let host = registry::Origin::split(&publish.source).map_or_else(|_| "HOST".to_owned(), |(origin, _)| origin.to_string());
+        let host = registry::Origin::split(&publish.source)
+            .map_or_else(|_| "HOST".to_owned(), |(origin, _)| origin.to_string());
         return Err(Fault::usage("a daemon takes a registry's password file from its configuration only").with_next(format!(
             "write [registry.\"{host}\"] with username and password_file into the daemon's configuration, restart the daemon, and omit --username and --password-file"
         )));
     }
     let client = Client::new(global)?;
     let deadline = Deadline::after(publish.wait.timeout);
-    let request = PublishRequest { source: source(&publish.source)?, as_ref: publish.as_ref, to: publish.to, run: publish.run, options };
+    let request = PublishRequest {
+        source: source(&publish.source)?,
+        as_ref: publish.as_ref,
+        to: publish.to,
+        run: publish.run,
+        options,
+    };
     let mut progress = Progress::new();
     let job: Job = client.post("/v1/artifacts", &request).await?;
     let job = follow::job(&client, job, deadline, &mut progress).await?;
@@ -98,15 +123,33 @@ pub(super) async fn publish(global: &Global, publish: Publish) -> Result<(), Fau
     drop(progress);
     one(global.output, &published, published_text)?;
     note_omitted(&published);
-    wait_for(&client, global.output, &published.transfers, &publish.wait, deadline).await
+    wait_for(
+        &client,
+        global.output,
+        &published.transfers,
+        &publish.wait,
+        deadline,
+    )
+    .await
 }
 
 pub(super) fn published_text(p: &Published) -> String {
-    let what = if p.unchanged { "was already published with this content" } else { "published" };
+    let what = if p.unchanged {
+        "was already published with this content"
+    } else {
+        "published"
+    };
     let mut out = format!("{} {what}\n", p.artifact);
     out.push_str(&fields(&[
         ("  digest", p.digest.clone()),
-        ("  size", format!("{}, of which {} are new to the store", human::bytes(p.bytes), human::bytes(p.stored))),
+        (
+            "  size",
+            format!(
+                "{}, of which {} are new to the store",
+                human::bytes(p.bytes),
+                human::bytes(p.stored)
+            ),
+        ),
     ]));
     if let Some(note) = &p.note {
         out.push_str(&format!("  {}\n", human::clean(note)));
@@ -117,30 +160,64 @@ pub(super) fn published_text(p: &Published) -> String {
 /// Reports on stderr what a publish left out, in every output format.
 pub(super) fn note_omitted(published: &Published) {
     for omission in &published.omitted {
-        eprintln!("note: left out of {}: {}", published.artifact, human::clean(&omission.line()));
+        eprintln!(
+            "note: left out of {}: {}",
+            published.artifact,
+            human::clean(&omission.line())
+        );
     }
 }
 
 fn transfers_text(ids: &[String]) -> String {
-    if ids.is_empty() { String::new() } else { format!("  transfers: {}\n", ids.join(", ")) }
+    if ids.is_empty() {
+        String::new()
+    } else {
+        format!("  transfers: {}\n", ids.join(", "))
+    }
 }
 
 /// `deliver`
 pub(super) async fn deliver(global: &Global, deliver: Deliver) -> Result<(), Fault> {
     let client = Client::new(global)?;
     let deadline = Deadline::after(deliver.wait.timeout);
-    let request = DeliverRequest { artifacts: deliver.artifacts, to: deliver.to };
+    let request = DeliverRequest {
+        artifacts: deliver.artifacts,
+        to: deliver.to,
+    };
     let delivered: Delivered = client.post("/v1/transfers", &request).await?;
     let text = |d: &Delivered| {
-        let notes: String = d.notes.iter().map(|note| format!("  note: {}\n", human::clean(note))).collect();
-        format!("delivery {} of {}\n{}{}{notes}", d.delivery, d.artifact, transfers_text(&d.transfers), show_status::left_out(&d.left_out))
+        let notes: String = d
+            .notes
+            .iter()
+            .map(|note| format!("  note: {}\n", human::clean(note)))
+            .collect();
+        format!(
+            "delivery {} of {}\n{}{}{notes}",
+            d.delivery,
+            d.artifact,
+            transfers_text(&d.transfers),
+            show_status::left_out(&d.left_out)
+        )
     };
     one(global.output, &delivered, text)?;
-    wait_for(&client, global.output, &delivered.transfers, &deliver.wait, deadline).await
+    wait_for(
+        &client,
+        global.output,
+        &delivered.transfers,
+        &deliver.wait,
+        deadline,
+    )
+    .await
 }
 
 /// With `--wait`, waits for the transfers and returns their result.
-async fn wait_for(client: &Client, format: Output, ids: &[String], wait: &Wait, deadline: Deadline) -> Result<(), Fault> {
+async fn wait_for(
+    client: &Client,
+    format: Output,
+    ids: &[String],
+    wait: &Wait,
+    deadline: Deadline,
+) -> Result<(), Fault> {
     if !wait.wait || ids.is_empty() {
         return Ok(());
     }
@@ -157,7 +234,12 @@ async fn wait_for(client: &Client, format: Output, ids: &[String], wait: &Wait, 
 /// `status`
 pub(super) async fn status(global: &Global, args: Status) -> Result<(), Fault> {
     let client = Client::new(global)?;
-    let query = TransferQuery { id: args.transfer.clone(), since: args.since, wait: None, limit: Some(args.limit.min(API_ROWS_MAX)) };
+    let query = TransferQuery {
+        id: args.transfer.clone(),
+        since: args.since,
+        wait: None,
+        limit: Some(args.limit.min(API_ROWS_MAX)),
+    };
     if args.watch {
         return watch::run(&client, global.output, query).await;
     }
@@ -166,21 +248,31 @@ pub(super) async fn status(global: &Global, args: Status) -> Result<(), Fault> {
         return Err(watch::no_transfer(args.transfer.as_deref()));
     }
     let cut = transfers.len() as u64 >= u64::from(args.limit);
-    // For the id of a delivery, people see the delivery and then its parts; programs get the parts, and the delivery from the API.
+    // For the id of a delivery, people see the delivery and then its parts; programs get the parts,
+    // and the delivery from the API.
     let whole: Option<Delivery> = match &args.transfer {
-        Some(id) if global.output == Output::Table && args.since.is_none() && !transfers.iter().any(|t| t.id == *id) => {
+        Some(id)
+            if global.output == Output::Table
+                && args.since.is_none()
+                && !transfers.iter().any(|t| t.id == *id) =>
+        {
             client.get("/v1/deliveries/show", &[("id", id)]).await.ok()
         }
         _ => None,
     };
-    rows(global.output, &transfers, |transfers| match (transfers, &whole) {
-        (_, Some(whole)) => show_status::delivery(whole, output::colour()),
-        ([only], None) if args.transfer.is_some() => show_status::detail(only),
-        _ => show_status::table(transfers, output::colour()),
+    rows(global.output, &transfers, |transfers| {
+        match (transfers, &whole) {
+            (_, Some(whole)) => show_status::delivery(whole, output::colour()),
+            ([only], None) if args.transfer.is_some() => show_status::detail(only),
+            _ => show_status::table(transfers, output::colour()),
+        }
     })?;
     match args.since {
         Some(_) => eprintln!("cursor: {cursor}"),
-        None if cut && args.transfer.is_none() => eprintln!("only the newest {} transfers are shown; --limit shows more", args.limit),
+        None if cut && args.transfer.is_none() => eprintln!(
+            "only the newest {} transfers are shown; --limit shows more",
+            args.limit
+        ),
         None => {}
     }
     Ok(())
@@ -188,8 +280,12 @@ pub(super) async fn status(global: &Global, args: Status) -> Result<(), Fault> {
 
 /// `pause`, `resume`, `cancel`, `retry`
 pub(super) async fn act(global: &Global, id: String, action: Action) -> Result<(), Fault> {
-    let transfers: Vec<Transfer> = Client::new(global)?.post("/v1/transfers/action", &ActionRequest { id, action }).await?;
-    rows(global.output, &transfers, |transfers| show_status::table(transfers, output::colour()))
+    let transfers: Vec<Transfer> = Client::new(global)?
+        .post("/v1/transfers/action", &ActionRequest { id, action })
+        .await?;
+    rows(global.output, &transfers, |transfers| {
+        show_status::table(transfers, output::colour())
+    })
 }
 
 /// `cancel`: a transfer, a delivery, or a job.
@@ -198,14 +294,31 @@ pub(super) async fn cancel(global: &Global, id: String) -> Result<(), Fault> {
         return act(global, id, Action::Cancel).await;
     }
     let job = Client::new(global)?.cancel_job(&id).await?;
-    one(global.output, &job, |job| format!("job {} is {}\n", job.id, if job.state == "running" { "stopping" } else { &job.state }))
+    one(global.output, &job, |job| {
+        format!(
+            "job {} is {}\n",
+            job.id,
+            if job.state == "running" {
+                "stopping"
+            } else {
+                &job.state
+            }
+        )
+    })
 }
 
 /// `jobs`
 pub(super) async fn jobs(global: &Global) -> Result<(), Fault> {
     let jobs: Vec<Job> = Client::new(global)?.get("/v1/jobs/list", &()).await?;
     rows(global.output, &jobs, |jobs| {
-        let line = |job: &Job| format!("{}  {:9}  {}\n", job.id, job.state, human::clean(&job.doing));
+        let line = |job: &Job| {
+            format!(
+                "{}  {:9}  {}\n",
+                job.id,
+                job.state,
+                human::clean(&job.doing)
+            )
+        };
         jobs.iter().map(line).collect()
     })
 }
@@ -213,30 +326,51 @@ pub(super) async fn jobs(global: &Global) -> Result<(), Fault> {
 /// `artifacts`
 pub(super) async fn artifacts(global: &Global) -> Result<(), Fault> {
     let artifacts: Vec<Artifact> = Client::new(global)?.get("/v1/artifacts", &()).await?;
-    rows(global.output, &artifacts, |artifacts| show_status::artifacts(artifacts, output::colour()))
+    rows(global.output, &artifacts, |artifacts| {
+        show_status::artifacts(artifacts, output::colour())
+    })
 }
 
 /// `show`
 pub(super) async fn show(global: &Global, artifact: &str) -> Result<(), Fault> {
-    let detail: ArtifactDetail = Client::new(global)?.get("/v1/artifacts/show", &[("ref", artifact)]).await?;
-    one(global.output, &detail, |detail| show_status::artifact(detail, output::colour()))
+    let detail: ArtifactDetail = Client::new(global)?
+        .get("/v1/artifacts/show", &[("ref", artifact)])
+        .await?;
+    one(global.output, &detail, |detail| {
+        show_status::artifact(detail, output::colour())
+    })
 }
 
 /// `sites`
 pub(super) async fn sites(global: &Global) -> Result<(), Fault> {
     let sites: Vec<Site> = Client::new(global)?.get("/v1/sites", &()).await?;
-    rows(global.output, &sites, |sites| show_status::sites(sites, output::colour()))
+    rows(global.output, &sites, |sites| {
+        show_status::sites(sites, output::colour())
+    })
 }
 
 /// `plan`
 pub(super) async fn plan(global: &Global, artifacts: Vec<String>, to: String) -> Result<(), Fault> {
-    let plan: Vec<PlanRow> = Client::new(global)?.post("/v1/plan", &DeliverRequest { artifacts, to }).await?;
-    rows(global.output, &plan, |plan| show_status::plan(plan, output::colour()))
+    let plan: Vec<PlanRow> = Client::new(global)?
+        .post("/v1/plan", &DeliverRequest { artifacts, to })
+        .await?;
+    rows(global.output, &plan, |plan| {
+        show_status::plan(plan, output::colour())
+    })
 }
 
 /// `verify`
-pub(super) async fn verify(global: &Global, artifact: String, repair: bool, quick: bool) -> Result<(), Fault> {
-    let request = VerifyRequest { artifact: artifact.clone(), repair, quick };
+pub(super) async fn verify(
+    global: &Global,
+    artifact: String,
+    repair: bool,
+    quick: bool,
+) -> Result<(), Fault> {
+    let request = VerifyRequest {
+        artifact: artifact.clone(),
+        repair,
+        quick,
+    };
     let Job { result, notes, .. } = job(global, "/v1/verify", &request).await?;
     let findings: Vec<String> = answer(result.unwrap_or_default())?;
     let result = json!({"artifact": artifact, "sound": findings.is_empty(), "findings": findings, "notes": notes});
@@ -246,8 +380,16 @@ pub(super) async fn verify(global: &Global, artifact: String, repair: bool, quic
             true => format!("{artifact} is intact\n"),
             false => String::new(),
         };
-        out.extend(findings.iter().map(|line| format!("{}\n", human::clean(line))));
-        out.extend(notes.iter().map(|line| format!("  note: {}\n", human::clean(line))));
+        out.extend(
+            findings
+                .iter()
+                .map(|line| format!("{}\n", human::clean(line))),
+        );
+        out.extend(
+            notes
+                .iter()
+                .map(|line| format!("  note: {}\n", human::clean(line))),
+        );
         out
     })?;
     match findings.len() {
@@ -260,34 +402,68 @@ pub(super) async fn verify(global: &Global, artifact: String, repair: bool, quic
             } else {
                 "at a site: run the command again with --repair; at the hub: publish the same content again, then retry the failed transfers"
             };
-            Err(Fault::integrity(format!("{artifact}: {count} finding{}", if count == 1 { "" } else { "s" })).with_next(next))
+            Err(Fault::integrity(format!(
+                "{artifact}: {count} finding{}",
+                if count == 1 { "" } else { "s" }
+            ))
+            .with_next(next))
         }
     }
 }
 
 /// Whether the artifact was published at this site, which then cannot repair it.
 async fn was_published_there(global: &Global, artifact: &str) -> bool {
-    let Ok(client) = Client::new(global) else { return false };
-    let detail: Result<ArtifactDetail, Fault> = client.get("/v1/artifacts/show", &[("ref", artifact)]).await;
+    let Ok(client) = Client::new(global) else {
+        return false;
+    };
+    let detail: Result<ArtifactDetail, Fault> =
+        client.get("/v1/artifacts/show", &[("ref", artifact)]).await;
     detail.is_ok_and(|detail| detail.artifact.published_here)
 }
 
 /// `pin`, `unpin`
 pub(super) async fn pin(global: &Global, artifact: String, pinned: bool) -> Result<(), Fault> {
-    let artifact: Artifact = Client::new(global)?.post("/v1/pin", &PinRequest { artifact, pinned }).await?;
-    let what = if pinned { "kept regardless of its age" } else { "removed when it is old or space is needed" };
-    one(global.output, &artifact, |a| format!("the hub's copy of {} is {what}\n", a.artifact))
+    let artifact: Artifact = Client::new(global)?
+        .post("/v1/pin", &PinRequest { artifact, pinned })
+        .await?;
+    let what = if pinned {
+        "kept regardless of its age"
+    } else {
+        "removed when it is old or space is needed"
+    };
+    one(global.output, &artifact, |a| {
+        format!("the hub's copy of {} is {what}\n", a.artifact)
+    })
 }
 
 /// `export`
-pub(super) async fn export(global: &Global, artifacts: Vec<String>, out: &Path) -> Result<(), Fault> {
-    let result = work(global, "/v1/export", &ExportRequest { artifacts, out: absolute(out)? }).await?;
+pub(super) async fn export(
+    global: &Global,
+    artifacts: Vec<String>,
+    out: &Path,
+) -> Result<(), Fault> {
+    let result = work(
+        global,
+        "/v1/export",
+        &ExportRequest {
+            artifacts,
+            out: absolute(out)?,
+        },
+    )
+    .await?;
     one(global.output, &result, value_text)
 }
 
 /// `import`
 pub(super) async fn import(global: &Global, file: &Path) -> Result<(), Fault> {
-    let result = work(global, "/v1/import", &ImportRequest { file: absolute(file)? }).await?;
+    let result = work(
+        global,
+        "/v1/import",
+        &ImportRequest {
+            file: absolute(file)?,
+        },
+    )
+    .await?;
     one(global.output, &result, value_text)
 }
 
@@ -306,11 +482,26 @@ pub(super) async fn rebuild_index(global: &Global) -> Result<(), Fault> {
     let config = global.load_config()?;
     let rebuilt = serve::rebuild_index(&config).await?;
     rows(global.output, &rebuilt, |stores| {
-        let kept = |kept: &Option<PathBuf>| kept.as_ref().map(|path| format!("; the previous index is {}", path.display()));
+        let kept = |kept: &Option<PathBuf>| {
+            kept.as_ref()
+                .map(|path| format!("; the previous index is {}", path.display()))
+        };
         let line = |r: &Rebuilt| {
-            let damaged =
-                if r.damaged_bytes > 0 { format!("; {} bytes in packs belong to no whole chunk", r.damaged_bytes) } else { String::new() };
-            format!("{}: {} chunks in {} packs{damaged}{}\n", r.store.display(), r.chunks, r.packs, kept(&r.kept).unwrap_or_default())
+            let damaged = if r.damaged_bytes > 0 {
+                format!(
+                    "; {} bytes in packs belong to no whole chunk",
+                    r.damaged_bytes
+                )
+            } else {
+                String::new()
+            };
+            format!(
+                "{}: {} chunks in {} packs{damaged}{}\n",
+                r.store.display(),
+                r.chunks,
+                r.packs,
+                kept(&r.kept).unwrap_or_default()
+            )
         };
         stores.iter().map(line).collect()
     })
@@ -319,17 +510,32 @@ pub(super) async fn rebuild_index(global: &Global) -> Result<(), Fault> {
 /// `doctor`
 pub(super) async fn doctor(global: &Global) -> Result<(), Fault> {
     let lines: Vec<String> = Client::new(global)?.get("/v1/doctor", &()).await?;
-    rows(global.output, &lines, |lines| lines.iter().map(|line| format!("{}\n", human::clean(line))).collect())?;
-    match lines.iter().filter(|line| line.starts_with("fault")).count() {
+    rows(global.output, &lines, |lines| {
+        lines
+            .iter()
+            .map(|line| format!("{}\n", human::clean(line)))
+            .collect()
+    })?;
+    match lines
+        .iter()
+        .filter(|line| line.starts_with("fault"))
+        .count()
+    {
         0 => Ok(()),
-        bad => Err(Fault::internal(format!("{bad} of {} checks failed", lines.len()))
-            .with_next("correct the faults that the lines describe")
-            .with_retry(Retry::Never)),
+        bad => Err(
+            Fault::internal(format!("{bad} of {} checks failed", lines.len()))
+                .with_next("correct the faults that the lines describe")
+                .with_retry(Retry::Never),
+        ),
     }
 }
 
 /// Starts a job, waits for its end, and returns its result.
-async fn work(global: &Global, path: &str, request: &impl serde::Serialize) -> Result<Value, Fault> {
+async fn work(
+    global: &Global,
+    path: &str,
+    request: &impl serde::Serialize,
+) -> Result<Value, Fault> {
     Ok(job(global, path, request).await?.result.unwrap_or_default())
 }
 
@@ -340,7 +546,8 @@ async fn job(global: &Global, path: &str, request: &impl serde::Serialize) -> Re
 }
 
 fn answer<T: serde::de::DeserializeOwned>(result: Value) -> Result<T, Fault> {
-    serde_json::from_value(result).map_err(|e| Fault::internal(format!("cannot read the daemon's answer: {e}")))
+    serde_json::from_value(result)
+        .map_err(|e| Fault::internal(format!("cannot read the daemon's answer: {e}")))
 }
 
 /// A result as text: its fields, its lines, or the value itself.
@@ -348,25 +555,44 @@ fn value_text(value: &Value) -> String {
     let plain = |v: &Value| v.as_str().map_or_else(|| v.to_string(), str::to_owned);
     match value {
         Value::Null => "done\n".into(),
-        Value::Array(items) => items.iter().map(|item| format!("{}\n", human::clean(&plain(item)))).collect(),
+        Value::Array(items) => items
+            .iter()
+            .map(|item| format!("{}\n", human::clean(&plain(item))))
+            .collect(),
         Value::Object(map) => {
-            let field = |(name, v): (&'_ String, &Value)| match v.as_u64().filter(|_| name.contains("bytes")) {
+            let field = |(name, v): (&'_ String, &Value)| match v
+                .as_u64()
+                .filter(|_| name.contains("bytes"))
+            {
                 Some(count) => format!("{} ({count})", human::bytes(count)),
                 None => plain(v),
             };
-            fields(&map.iter().map(|(name, v)| (name.as_str(), field((name, v)))).collect::<Vec<_>>())
+            fields(
+                &map.iter()
+                    .map(|(name, v)| (name.as_str(), field((name, v))))
+                    .collect::<Vec<_>>(),
+            )
         }
         other => format!("{}\n", human::clean(&plain(other))),
     }
 }
 
-/// A source in the form for the daemon: a path becomes absolute; a reference to a registry or to the database stays as it is.
+/// A source in the form for the daemon: a path becomes absolute; a reference to a registry or to
+/// the database stays as it is.
 pub(super) fn source(text: &str) -> Result<String, Fault> {
-    if text.contains("://") || text.starts_with("db:") { Ok(text.into()) } else { absolute(&PathBuf::from(text)) }
+    if text.contains("://") || text.starts_with("db:") {
+        Ok(text.into())
+    } else {
+        absolute(&PathBuf::from(text))
+    }
 }
 
 /// Makes a path absolute, because the daemon has another working directory.
 fn absolute(path: &Path) -> Result<String, Fault> {
-    let absolute = std::path::absolute(path).map_err(|e| Fault::usage(format!("{} is not a path: {e}", path.display())))?;
-    absolute.into_os_string().into_string().map_err(|path| Fault::usage(format!("{path:?} is not UTF-8")).with_next("rename it"))
+    let absolute = std::path::absolute(path)
+        .map_err(|e| Fault::usage(format!("{} is not a path: {e}", path.display())))?;
+    absolute
+        .into_os_string()
+        .into_string()
+        .map_err(|path| Fault::usage(format!("{path:?} is not UTF-8")).with_next("rename it"))
 }

@@ -1,6 +1,8 @@
-//! Waiting for a job or for transfers, with a progress bar on a terminal and a line at intervals elsewhere.
+//! Waiting for a job or for transfers, with a progress bar on a terminal and a line at intervals
+//! elsewhere.
 //!
-//! A command waits for a daemon that restarts: transfers survive a restart. Jobs do not, and the command reports this.
+//! A command waits for a daemon that restarts: transfers survive a restart. Jobs do not, and the
+//! command reports this.
 
 use std::future::Future;
 use std::io::IsTerminal;
@@ -29,14 +31,19 @@ pub(super) struct Progress {
 
 impl Progress {
     pub(super) fn new() -> Self {
-        let terminal = std::io::stderr().is_terminal() && std::env::var_os("TERM").is_none_or(|term| term != "dumb");
+        let terminal = std::io::stderr().is_terminal()
+            && std::env::var_os("TERM").is_none_or(|term| term != "dumb");
         let bar = terminal.then(|| {
             let bar = ProgressBar::with_draw_target(Some(1), ProgressDrawTarget::stderr());
-            let style = ProgressStyle::with_template("[{bar:24}] {wide_msg}").unwrap_or_else(|_| ProgressStyle::default_bar());
+            let style = ProgressStyle::with_template("[{bar:24}] {wide_msg}")
+                .unwrap_or_else(|_| ProgressStyle::default_bar());
             bar.with_style(style.progress_chars("=> "))
         });
         // The first line appears after one interval: short work prints no progress.
-        Self { bar, next_line: Instant::now() + PROGRESS_LINE_EVERY }
+        Self {
+            bar,
+            next_line: Instant::now() + PROGRESS_LINE_EVERY,
+        }
     }
 
     /// Shows the progress; without a terminal, once per interval.
@@ -61,7 +68,11 @@ impl Progress {
 
     /// The longest wait for an answer before the display is updated.
     fn pause(&self) -> Duration {
-        if self.bar.is_some() { Duration::from_secs(1) } else { PROGRESS_LINE_EVERY }
+        if self.bar.is_some() {
+            Duration::from_secs(1)
+        } else {
+            PROGRESS_LINE_EVERY
+        }
     }
 }
 
@@ -84,7 +95,9 @@ impl Deadline {
 
     /// `longest`, or the remaining time if that is shorter.
     pub(super) fn cap(self, longest: Duration) -> Duration {
-        self.0.map_or(longest, |at| at.saturating_duration_since(Instant::now()).min(longest))
+        self.0.map_or(longest, |at| {
+            at.saturating_duration_since(Instant::now()).min(longest)
+        })
     }
 
     pub(super) fn passed(self) -> bool {
@@ -92,7 +105,8 @@ impl Deadline {
     }
 }
 
-/// Repeats a request while the daemon does not answer, for at most `away_max` and until the deadline.
+/// Repeats a request while the daemon does not answer, for at most `away_max` and until the
+/// deadline.
 pub(super) async fn patiently<T, F: Future<Output = Result<T, Fault>>>(
     progress: &Progress,
     deadline: Deadline,
@@ -111,11 +125,17 @@ pub(super) async fn patiently<T, F: Future<Output = Result<T, Fault>>>(
             }
         };
         let since = *away_since.get_or_insert_with(|| {
-            progress.say(&format!("{}; waiting for the daemon", human::clean(&fault.message)));
+            progress.say(&format!(
+                "{}; waiting for the daemon",
+                human::clean(&fault.message)
+            ));
             Instant::now()
         });
         if deadline.passed() {
-            return Err(Fault::deadline(format!("the time is over: {}", fault.message)));
+            return Err(Fault::deadline(format!(
+                "the time is over: {}",
+                fault.message
+            )));
         }
         if since.elapsed() >= away_max {
             return Err(fault);
@@ -125,26 +145,44 @@ pub(super) async fn patiently<T, F: Future<Output = Result<T, Fault>>>(
 }
 
 /// Waits for the end of a job. Returns the job if it succeeded, else its fault.
-pub(super) async fn job(client: &Client, mut job: Job, deadline: Deadline, progress: &mut Progress) -> Result<Job, Fault> {
+pub(super) async fn job(
+    client: &Client,
+    mut job: Job,
+    deadline: Deadline,
+    progress: &mut Progress,
+) -> Result<Job, Fault> {
     loop {
         match job.state.as_str() {
             "running" => {}
             "done" => return Ok(job),
-            _ => return Err(job.error.unwrap_or_else(|| Fault::internal(format!("job {} failed without a message", job.id)))),
+            _ => {
+                return Err(job.error.unwrap_or_else(|| {
+                    Fault::internal(format!("job {} failed without a message", job.id))
+                }));
+            }
         }
         if deadline.passed() {
-            return Err(Fault::deadline(format!("job {} is still running: {}", job.id, job.doing))
-                .with_next("run the command again to continue waiting; the job continues"));
+            return Err(
+                Fault::deadline(format!("job {} is still running: {}", job.id, job.doing))
+                    .with_next("run the command again to continue waiting; the job continues"),
+            );
         }
         progress.update(job.bytes, job.total.unwrap_or(0), || job_line(&job));
         let wait = deadline.cap(progress.pause());
-        let asked = patiently(progress, deadline, JOB_AWAY_MAX, || client.job(&job.id, wait)).await;
+        let asked = patiently(progress, deadline, JOB_AWAY_MAX, || {
+            client.job(&job.id, wait)
+        })
+        .await;
         job = asked.map_err(|fault| match fault.code {
-            Code::NotFound => Fault::unreachable(format!("the daemon was restarted and no longer knows job {}", job.id))
-                .with_next("run the command again; completed work is not repeated"),
+            Code::NotFound => Fault::unreachable(format!(
+                "the daemon was restarted and no longer knows job {}",
+                job.id
+            ))
+            .with_next("run the command again; completed work is not repeated"),
             _ => fault,
         })?;
-        // `wait` has whole seconds. Near the deadline it is 0: without this pause the loop would spin.
+        // `wait` has whole seconds. Near the deadline it is 0: without this pause the loop would
+        // spin.
         if job.state == "running" {
             tokio::time::sleep(LOOK_EVERY).await;
         }
@@ -153,14 +191,23 @@ pub(super) async fn job(client: &Client, mut job: Job, deadline: Deadline, progr
 
 fn job_line(job: &Job) -> String {
     let doing = human::clean(&job.doing);
-    match job.total.and_then(|total| Some((human::share(job.bytes, total)?, total))) {
+    match job
+        .total
+        .and_then(|total| Some((human::share(job.bytes, total)?, total)))
+    {
         Some((percent, total)) => format!("{doing}: {percent} % of {}", human::bytes(total)),
         None => format!("{doing}: {}", human::bytes(job.bytes)),
     }
 }
 
-/// Waits until all transfers have ended, and returns their last state. [`Tracker::verdict`] gives the result.
-pub(super) async fn transfers(client: &Client, ids: &[String], deadline: Deadline, progress: &mut Progress) -> Result<Tracker, Fault> {
+/// Waits until all transfers have ended, and returns their last state. [`Tracker::verdict`] gives
+/// the result.
+pub(super) async fn transfers(
+    client: &Client,
+    ids: &[String],
+    deadline: Deadline,
+    progress: &mut Progress,
+) -> Result<Tracker, Fault> {
     let mut tracker = Tracker::new(ids);
     loop {
         tracker.set_firsts(Vec::new());
@@ -169,7 +216,9 @@ pub(super) async fn transfers(client: &Client, ids: &[String], deadline: Deadlin
         let cursor = snapshot(client, &open, deadline, progress, &mut tracker).await?;
         look_at_firsts(client, &mut tracker).await;
         if let Some(id) = tracker.unseen() {
-            return Err(Fault::not_found(format!("the daemon does not know transfer {id:?}")));
+            return Err(Fault::not_found(format!(
+                "the daemon does not know transfer {id:?}"
+            )));
         }
         let (done, total) = tracker.bytes();
         progress.update(done, total, || tracker.summary());
@@ -178,7 +227,10 @@ pub(super) async fn transfers(client: &Client, ids: &[String], deadline: Deadlin
             return Ok(tracker);
         }
         if deadline.passed() {
-            return Err(Fault::deadline(format!("the time is over: {}", tracker.summary())));
+            return Err(Fault::deadline(format!(
+                "the time is over: {}",
+                tracker.summary()
+            )));
         }
         let query = TransferQuery {
             id: (open.len() <= API_IDS_MAX).then(|| open.join(",")),
@@ -186,7 +238,10 @@ pub(super) async fn transfers(client: &Client, ids: &[String], deadline: Deadlin
             wait: Some(deadline.cap(progress.pause()).as_secs()),
             limit: Some(API_ROWS_MAX),
         };
-        let (changed, _) = patiently(progress, deadline, DAEMON_AWAY_MAX, || client.transfers(&query)).await?;
+        let (changed, _) = patiently(progress, deadline, DAEMON_AWAY_MAX, || {
+            client.transfers(&query)
+        })
+        .await?;
         take(&mut tracker, changed, progress);
         // When the last one has ended, nothing more can change.
         if !tracker.open().is_empty() {
@@ -195,11 +250,24 @@ pub(super) async fn transfers(client: &Client, ids: &[String], deadline: Deadlin
     }
 }
 
-async fn snapshot(client: &Client, ids: &[String], deadline: Deadline, progress: &Progress, tracker: &mut Tracker) -> Result<u64, Fault> {
+async fn snapshot(
+    client: &Client,
+    ids: &[String],
+    deadline: Deadline,
+    progress: &Progress,
+    tracker: &mut Tracker,
+) -> Result<u64, Fault> {
     let mut first_cursor = None;
     for some in ids.chunks(API_IDS_MAX) {
-        let query = TransferQuery { id: Some(some.join(",")), limit: Some(API_ROWS_MAX), ..TransferQuery::default() };
-        let (found, cursor) = patiently(progress, deadline, DAEMON_AWAY_MAX, || client.transfers(&query)).await?;
+        let query = TransferQuery {
+            id: Some(some.join(",")),
+            limit: Some(API_ROWS_MAX),
+            ..TransferQuery::default()
+        };
+        let (found, cursor) = patiently(progress, deadline, DAEMON_AWAY_MAX, || {
+            client.transfers(&query)
+        })
+        .await?;
         // The first cursor: changes during the later requests must still be reported.
         first_cursor.get_or_insert(cursor);
         take(tracker, found, progress);
@@ -207,12 +275,19 @@ async fn snapshot(client: &Client, ids: &[String], deadline: Deadline, progress:
     Ok(first_cursor.unwrap_or(0))
 }
 
-/// Fetches the state of the transfers on which these depend. A daemon may not know one of them; the command then keeps waiting.
+/// Fetches the state of the transfers on which these depend. A daemon may not know one of them; the
+/// command then keeps waiting.
 pub(super) async fn look_at_firsts(client: &Client, tracker: &mut Tracker) {
     let mut firsts = Vec::new();
     // One request each: a daemon that does not know one of several ids answers with none.
     for id in tracker.unknown_firsts() {
-        if let Ok((found, _)) = client.transfers(&TransferQuery { id: Some(id), ..TransferQuery::default() }).await {
+        if let Ok((found, _)) = client
+            .transfers(&TransferQuery {
+                id: Some(id),
+                ..TransferQuery::default()
+            })
+            .await
+        {
             firsts.extend(found);
         }
     }

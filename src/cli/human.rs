@@ -15,12 +15,20 @@ pub(crate) fn bytes(count: u64) -> String {
     let power = (count.ilog2() / 10).min(UNITS.len() as u32);
     let unit = UNITS[power as usize - 1];
     let tenths = (u128::from(count) * 10) >> (10 * power);
-    if tenths < 100 { format!("{}.{} {unit}", tenths / 10, tenths % 10) } else { format!("{} {unit}", tenths / 10) }
+    if tenths < 100 {
+        format!("{}.{} {unit}", tenths / 10, tenths % 10)
+    } else {
+        format!("{} {unit}", tenths / 10)
+    }
 }
 
 /// `12 MiB/s`; a dash for zero.
 pub(super) fn rate(bytes_per_second: u64) -> String {
-    if bytes_per_second == 0 { "-".into() } else { format!("{}/s", bytes(bytes_per_second)) }
+    if bytes_per_second == 0 {
+        "-".into()
+    } else {
+        format!("{}/s", bytes(bytes_per_second))
+    }
 }
 
 /// `45s`, `3m 20s`, `2h 05m`, `3d 04h`.
@@ -34,7 +42,8 @@ pub(crate) fn seconds(count: u64) -> String {
     }
 }
 
-/// The progress of a transfer, by the bytes committed at the site. 100 only when it is done; `None` before its size is known.
+/// The progress of a transfer, by the bytes committed at the site. 100 only when it is done; `None`
+/// before its size is known.
 pub(super) fn percent(transfer: &Transfer) -> Option<u64> {
     match transfer.state {
         State::Done => Some(100),
@@ -45,7 +54,9 @@ pub(super) fn percent(transfer: &Transfer) -> Option<u64> {
 /// `part` of `whole` in whole percent, rounded down and 99 at most.
 pub(super) fn share(part: u64, whole: u64) -> Option<u64> {
     let hundredths = u128::from(part) * 100;
-    hundredths.checked_div(u128::from(whole)).map(|p| p.min(99) as u64)
+    hundredths
+        .checked_div(u128::from(whole))
+        .map(|p| p.min(99) as u64)
 }
 
 /// A time of the API as local time.
@@ -60,9 +71,12 @@ fn in_zone(rfc3339: &str, zone: TimeZone) -> String {
     }
 }
 
-/// The text without characters that control a terminal: file names and texts of peers can contain any character.
+/// The text without characters that control a terminal: file names and texts of peers can contain
+/// any character.
 pub(crate) fn clean(text: &str) -> String {
-    text.chars().map(|c| if is_unsafe(c) { '\u{fffd}' } else { c }).collect()
+    text.chars()
+        .map(|c| if is_unsafe(c) { '\u{fffd}' } else { c })
+        .collect()
 }
 
 /// [`clean`], with line ends kept and the following lines indented.
@@ -82,9 +96,36 @@ mod tests {
 
     #[test]
     fn numbers_are_rounded_down() {
-        let texts: Vec<String> = [0, 1023, 1024, 1536, 10 << 20, (1 << 30) - 1, 3 << 30, u64::MAX].into_iter().map(bytes).collect();
-        assert_eq!(texts, ["0 B", "1023 B", "1.0 KiB", "1.5 KiB", "10 MiB", "1023 MiB", "3.0 GiB", "16383 PiB"]);
-        let texts: Vec<String> = [0, 59, 60, 200, 7500, 100_000].into_iter().map(seconds).collect();
+        let texts: Vec<String> = [
+            0,
+            1023,
+            1024,
+            1536,
+            10 << 20,
+            (1 << 30) - 1,
+            3 << 30,
+            u64::MAX,
+        ]
+        .into_iter()
+        .map(bytes)
+        .collect();
+        assert_eq!(
+            texts,
+            [
+                "0 B",
+                "1023 B",
+                "1.0 KiB",
+                "1.5 KiB",
+                "10 MiB",
+                "1023 MiB",
+                "3.0 GiB",
+                "16383 PiB"
+            ]
+        );
+        let texts: Vec<String> = [0, 59, 60, 200, 7500, 100_000]
+            .into_iter()
+            .map(seconds)
+            .collect();
         assert_eq!(texts, ["0s", "59s", "1m 00s", "3m 20s", "2h 05m", "1d 03h"]);
         assert_eq!(share(999, 1000), Some(99));
         assert_eq!(share(1000, 1000), Some(99));
@@ -95,7 +136,10 @@ mod tests {
     #[test]
     fn times_are_local_and_texts_harmless() {
         let zone = TimeZone::fixed(jiff::tz::offset(8));
-        assert_eq!(in_zone("2026-11-23T18:30:00.123Z", zone.clone()), "2026-11-24 02:30:00");
+        assert_eq!(
+            in_zone("2026-11-23T18:30:00.123Z", zone.clone()),
+            "2026-11-24 02:30:00"
+        );
         assert_eq!(in_zone("yester\u{1b}[2Jday", zone), "yester\u{fffd}[2Jday");
         assert_eq!(clean_lines("a\nb\u{7}\u{202e}"), "a\n    b\u{fffd}\u{fffd}");
     }

@@ -1,4 +1,5 @@
-//! What is made from the definitions of the command line: completion scripts for shells, and man pages.
+//! What is made from the definitions of the command line: completion scripts for shells, and man
+//! pages.
 
 use std::path::Path;
 
@@ -14,8 +15,11 @@ use base::durable;
 use base::fault::{Fault, IoContext as _};
 
 /// How the sections are called that are made from the text after a command's help.
-const SECTIONS: [(&str, &str); 3] =
-    [(".SH EXTRA\nExample:\n", ".SH EXAMPLE\n"), (".SH EXTRA\nExamples:\n", ".SH EXAMPLES\n"), ("\nExit codes: ", "\n.SH EXIT CODES\n")];
+const SECTIONS: [(&str, &str); 3] = [
+    (".SH EXTRA\nExample:\n", ".SH EXAMPLE\n"),
+    (".SH EXTRA\nExamples:\n", ".SH EXAMPLES\n"),
+    ("\nExit codes: ", "\n.SH EXIT CODES\n"),
+];
 
 /// `completions`
 pub(super) fn completions(shell: Shell) -> Result<(), Fault> {
@@ -24,14 +28,24 @@ pub(super) fn completions(shell: Shell) -> Result<(), Fault> {
 
 fn script(shell: Shell) -> String {
     let mut script = Vec::new();
-    clap_complete::generate(shell, &mut without_hidden(&Args::command()), "packhorse", &mut script);
+    clap_complete::generate(
+        shell,
+        &mut without_hidden(&Args::command()),
+        "packhorse",
+        &mut script,
+    );
     String::from_utf8_lossy(&script).into_owned()
 }
 
 /// The same command without hidden options and commands, which clap_complete would offer.
 fn without_hidden(command: &Command) -> Command {
     let mut visible = Command::new(command.get_name().to_owned())
-        .args(command.get_arguments().filter(|arg| !arg.is_hide_set()).cloned())
+        .args(
+            command
+                .get_arguments()
+                .filter(|arg| !arg.is_hide_set())
+                .cloned(),
+        )
         .subcommands(shown(command).map(without_hidden));
     if let Some(about) = command.get_about() {
         visible = visible.about(about.clone());
@@ -43,20 +57,25 @@ fn without_hidden(command: &Command) -> Command {
 }
 
 fn shown(command: &Command) -> impl Iterator<Item = &Command> {
-    command.get_subcommands().filter(|command| !command.is_hide_set())
+    command
+        .get_subcommands()
+        .filter(|command| !command.is_hide_set())
 }
 
 /// `man`
 pub(super) fn man(global: &Global, dir: &Path) -> Result<(), Fault> {
     let pages = pages()?;
-    let not_there = |fault: Fault| fault.with_next("name a directory that you can write to: packhorse man DIR");
+    let not_there =
+        |fault: Fault| fault.with_next("name a directory that you can write to: packhorse man DIR");
     durable::create_dir_all(dir).map_err(not_there)?;
     for page in &pages {
         durable::replace(&dir.join(&page.file), page.text.as_bytes()).map_err(not_there)?;
     }
     let files: Vec<&str> = pages.iter().map(|page| page.file.as_str()).collect();
     let answer = json!({"directory": dir.display().to_string(), "files": files});
-    one(global.output, &answer, |_| format!("{} man pages are in {}\n", files.len(), dir.display()))
+    one(global.output, &answer, |_| {
+        format!("{} man pages are in {}\n", files.len(), dir.display())
+    })
 }
 
 /// One man page.
@@ -76,12 +95,19 @@ fn pages() -> Result<Vec<Page>, Fault> {
 }
 
 fn add_pages(command: &Command, pages: &mut Vec<Page>) -> Result<(), Fault> {
-    let man = Man::new(command.clone()).source(format!("packhorse {VERSION}")).manual("Packhorse");
+    let man = Man::new(command.clone())
+        .source(format!("packhorse {VERSION}"))
+        .manual("Packhorse");
     let mut text = Vec::new();
     man.render(&mut text).at("make a man page")?;
     let text = String::from_utf8_lossy(&text).into_owned();
-    let text = SECTIONS.iter().fold(text, |text, (from, to)| text.replace(from, to));
-    pages.push(Page { file: man.get_filename(), text });
+    let text = SECTIONS
+        .iter()
+        .fold(text, |text, (from, to)| text.replace(from, to));
+    pages.push(Page {
+        file: man.get_filename(),
+        text,
+    });
     shown(command).try_for_each(|command| add_pages(command, pages))
 }
 
@@ -111,10 +137,19 @@ mod tests {
     #[test]
     fn the_help_of_every_command_has_an_example_that_parses() {
         for (name, command) in commands() {
-            let help = command.get_after_help().map(ToString::to_string).unwrap_or_default();
-            assert!(help.starts_with("Example:\n") || help.starts_with("Examples:\n"), "{name}: {help}");
+            let help = command
+                .get_after_help()
+                .map(ToString::to_string)
+                .unwrap_or_default();
+            assert!(
+                help.starts_with("Example:\n") || help.starts_with("Examples:\n"),
+                "{name}: {help}"
+            );
             let examples: Vec<&str> = help.lines().skip(1).map(str::trim).collect();
-            assert!(!examples.is_empty() && (examples.len() > 1) == help.starts_with("Examples"), "{name}: {help}");
+            assert!(
+                !examples.is_empty() && (examples.len() > 1) == help.starts_with("Examples"),
+                "{name}: {help}"
+            );
             for example in examples {
                 assert!(example.starts_with(&name), "{name}: {example}");
                 let words = example.split_whitespace().take_while(|word| *word != ">");
@@ -141,18 +176,31 @@ mod tests {
     fn every_command_has_a_man_page() {
         let pages = pages().unwrap();
         let files: BTreeSet<String> = pages.iter().map(|page| page.file.clone()).collect();
-        let expected = commands().into_iter().map(|(name, _)| format!("{}.1", name.replace(' ', "-"))).chain(["packhorse.1".into()]);
+        let expected = commands()
+            .into_iter()
+            .map(|(name, _)| format!("{}.1", name.replace(' ', "-")))
+            .chain(["packhorse.1".into()]);
         assert_eq!(files, expected.collect());
         let page = |file: &str| &pages.iter().find(|page| page.file == file).unwrap().text;
         let publish = page("packhorse-publish.1");
-        for text in
-            ["packhorse\\-publish \\- Publish an artifact", "PACKHORSE_JOIN_TOKEN", ".SH EXAMPLES\n  packhorse publish", "\\-\\-config"]
-        {
+        for text in [
+            "packhorse\\-publish \\- Publish an artifact",
+            "PACKHORSE_JOIN_TOKEN",
+            ".SH EXAMPLES\n  packhorse publish",
+            "\\-\\-config",
+        ] {
             assert!(publish.contains(text), "{text} is not in\n{publish}");
         }
-        assert!(page("packhorse.1").contains(".SH EXIT CODES\n0 done"), "{}", page("packhorse.1"));
+        assert!(
+            page("packhorse.1").contains(".SH EXIT CODES\n0 done"),
+            "{}",
+            page("packhorse.1")
+        );
         for Page { file, text } in &pages {
-            assert!(!text.contains("EXTRA") && !text.contains("sample-trainer") && text.is_ascii(), "{file}\n{text}");
+            assert!(
+                !text.contains("EXTRA") && !text.contains("sample-trainer") && text.is_ascii(),
+                "{file}\n{text}"
+            );
         }
     }
 }

@@ -1,7 +1,9 @@
-//! The command line: parses the arguments, calls the daemon's API, prints the answer, and ends with an exit code of the table.
+//! The command line: parses the arguments, calls the daemon's API, prints the answer, and ends with
+//! an exit code of the table.
 //!
-//! `serve`, `join` and `quickstart` run code of the daemon. Nearly all other commands are clients without state of their own, so that it is
-//! safe to kill any command and to run it again. Results go to stdout, progress and errors to stderr.
+//! `serve`, `join` and `quickstart` run code of the daemon. Nearly all other commands are clients
+//! without state of their own, so that it is safe to kill any command and to run it again. Results
+//! go to stdout, progress and errors to stderr.
 
 mod args;
 pub(crate) mod client;
@@ -34,20 +36,40 @@ use base::limits::LOG_FIELD_BYTES_MAX;
 use base::text;
 
 /// The crates of the program, which are the targets of its log.
-const CRATES: [&str; 10] = ["packhorse", "base", "content", "exchange", "model", "registry", "sink", "source", "state", "transport"];
+const CRATES: [&str; 10] = [
+    "packhorse",
+    "base",
+    "content",
+    "exchange",
+    "model",
+    "registry",
+    "sink",
+    "source",
+    "state",
+    "transport",
+];
 
-/// Sends the log to stderr. `PACKHORSE_LOG` filters it with the syntax of `RUST_LOG`. By default a daemon logs its work, and a command only
-/// warnings and errors.
+/// Sends the log to stderr. `PACKHORSE_LOG` filters it with the syntax of `RUST_LOG`. By default a
+/// daemon logs its work, and a command only warnings and errors.
 pub fn init_log(args: &Args) {
-    let default = if args.command.is_daemon() { "warn,packhorse=info" } else { "warn" };
+    let default = if args.command.is_daemon() {
+        "warn,packhorse=info"
+    } else {
+        "warn"
+    };
     let wanted = std::env::var("PACKHORSE_LOG").unwrap_or_default();
-    let filter = tracing_subscriber::EnvFilter::try_new(log_filter(if wanted.is_empty() { default } else { &wanted }));
+    let filter = tracing_subscriber::EnvFilter::try_new(log_filter(if wanted.is_empty() {
+        default
+    } else {
+        &wanted
+    }));
     let filter = filter.unwrap_or_else(|error| {
         eprintln!("warning: PACKHORSE_LOG is not a valid filter ({error}); it is ignored");
         tracing_subscriber::EnvFilter::new(log_filter(default))
     });
     let colour = std::io::stderr().is_terminal() && human::colour_wanted();
-    // One event is one line, even if the text of a peer, a file name or a server contains line breaks.
+    // One event is one line, even if the text of a peer, a file name or a server contains line
+    // breaks.
     let fields = format::debug_fn(|writer, field, value| {
         let text = log_text(&format!("{value:?}"));
         match field.name() {
@@ -55,7 +77,10 @@ pub fn init_log(args: &Args) {
             name => write!(writer, "{name}={text}"),
         }
     });
-    let log = tracing_subscriber::fmt().with_env_filter(filter).with_ansi(colour).with_writer(std::io::stderr);
+    let log = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_ansi(colour)
+        .with_writer(std::io::stderr);
     // The log is set once per process; a second call (in tests) has no effect.
     let _ = log.fmt_fields(fields.delimited(" ")).try_init();
 }
@@ -63,7 +88,9 @@ pub fn init_log(args: &Args) {
 /// A log filter in which `packhorse` is replaced by all crates of the program.
 fn log_filter(filter: &str) -> String {
     let each = |directive: &str| match directive.trim().strip_prefix("packhorse") {
-        Some(level) if level.is_empty() || level.starts_with('=') => CRATES.map(|name| format!("{name}{level}")).join(","),
+        Some(level) if level.is_empty() || level.starts_with('=') => {
+            CRATES.map(|name| format!("{name}{level}")).join(",")
+        }
         _ => directive.to_owned(),
     };
     filter.split(',').map(each).collect::<Vec<_>>().join(",")
@@ -71,7 +98,10 @@ fn log_filter(filter: &str) -> String {
 
 /// The form of a value in the log.
 fn log_text(text: &str) -> String {
-    text::line(&text.replace('\n', "\\n").replace('\t', " "), LOG_FIELD_BYTES_MAX)
+    text::line(
+        &text.replace('\n', "\\n").replace('\t', " "),
+        LOG_FIELD_BYTES_MAX,
+    )
 }
 
 /// Executes the command and returns the exit code of the process.
@@ -90,26 +120,40 @@ async fn dispatch(args: Args) -> Result<(), Fault> {
     let global = &args.global;
     match args.command {
         Command::Quickstart { dir, once } => Box::pin(crate::quickstart::run(dir, once)).await,
-        Command::Serve { until_stdin_ends } => Box::pin(crate::serve::run(global.load_config()?, until_stdin_ends)).await,
+        Command::Serve { until_stdin_ends } => {
+            Box::pin(crate::serve::run(global.load_config()?, until_stdin_ends)).await
+        }
         Command::Join { hub, token } => commands::join(global, &hub, &token).await,
         Command::Config(ConfigCommand::Check) => commands::config_check(global),
-        Command::Token(TokenCommand::Create(create)) => commands::token_create(global, create).await,
+        Command::Token(TokenCommand::Create(create)) => {
+            commands::token_create(global, create).await
+        }
         Command::Publish(publish) => commands::publish(global, *publish).await,
         Command::Deliver(deliver) => commands::deliver(global, deliver).await,
         Command::Status(status) => commands::status(global, status).await,
         Command::Artifacts => commands::artifacts(global).await,
         Command::Show { artifact } => commands::show(global, &artifact).await,
         Command::Sites => commands::sites(global).await,
-        Command::Pause { transfer } => commands::act(global, transfer, crate::api::types::Action::Pause).await,
-        Command::Resume { transfer } => commands::act(global, transfer, crate::api::types::Action::Resume).await,
+        Command::Pause { transfer } => {
+            commands::act(global, transfer, crate::api::types::Action::Pause).await
+        }
+        Command::Resume { transfer } => {
+            commands::act(global, transfer, crate::api::types::Action::Resume).await
+        }
         Command::Cancel { id } => commands::cancel(global, id).await,
         Command::Jobs => commands::jobs(global).await,
-        Command::Retry { transfer } => commands::act(global, transfer, crate::api::types::Action::Retry).await,
+        Command::Retry { transfer } => {
+            commands::act(global, transfer, crate::api::types::Action::Retry).await
+        }
         Command::Train(command) => train::run(global, command).await,
         Command::Trainer(trainer) => trainer.run(),
         Command::SampleTrainer { descriptor } => crate::quickstart::train(&descriptor),
         Command::Plan { artifacts, to } => commands::plan(global, artifacts, to).await,
-        Command::Verify { artifact, repair, quick } => commands::verify(global, artifact, repair, quick).await,
+        Command::Verify {
+            artifact,
+            repair,
+            quick,
+        } => commands::verify(global, artifact, repair, quick).await,
         Command::Pin { artifact } => commands::pin(global, artifact, true).await,
         Command::Unpin { artifact } => commands::pin(global, artifact, false).await,
         Command::Export { artifacts, out } => commands::export(global, artifacts, &out).await,
@@ -122,7 +166,8 @@ async fn dispatch(args: Args) -> Result<(), Fault> {
     }
 }
 
-/// The text of an error and its next step. With a JSON format, one line of JSON with the same content follows.
+/// The text of an error and its next step. With a JSON format, one line of JSON with the same
+/// content follows.
 fn render_error(fault: &Fault, format: Output) -> String {
     let mut text = format!("error: {}\n", human::clean_lines(&fault.message));
     if !fault.next.is_empty() {

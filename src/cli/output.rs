@@ -9,17 +9,25 @@ use super::human;
 use crate::api::types::State;
 use base::fault::Fault;
 
-/// Writes to stdout. If the reader has closed the pipe (`| head`), the command ends without an error, as every Unix filter does.
+/// Writes to stdout. If the reader has closed the pipe (`| head`), the command ends without an
+/// error, as every Unix filter does.
 pub(crate) fn emit(text: &str) -> Result<(), Fault> {
     let mut stdout = std::io::stdout().lock();
-    match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
+    match stdout
+        .write_all(text.as_bytes())
+        .and_then(|()| stdout.flush())
+    {
         Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => std::process::exit(0),
         other => other.map_err(|e| Fault::io("write to stdout", &e)),
     }
 }
 
 /// Prints a list: a table, a JSON array, or a line per item.
-pub(super) fn rows<T: Serialize>(format: Output, rows: &[T], table: impl FnOnce(&[T]) -> String) -> Result<(), Fault> {
+pub(super) fn rows<T: Serialize>(
+    format: Output,
+    rows: &[T],
+    table: impl FnOnce(&[T]) -> String,
+) -> Result<(), Fault> {
     match format {
         Output::Table => emit(&table(rows)),
         Output::Json => emit(&pretty(&rows)?),
@@ -28,7 +36,11 @@ pub(super) fn rows<T: Serialize>(format: Output, rows: &[T], table: impl FnOnce(
 }
 
 /// Prints one value.
-pub(super) fn one<T: Serialize>(format: Output, value: &T, text: impl FnOnce(&T) -> String) -> Result<(), Fault> {
+pub(super) fn one<T: Serialize>(
+    format: Output,
+    value: &T,
+    text: impl FnOnce(&T) -> String,
+) -> Result<(), Fault> {
     match format {
         Output::Table => emit(&text(value)),
         Output::Json => emit(&pretty(value)?),
@@ -38,11 +50,15 @@ pub(super) fn one<T: Serialize>(format: Output, value: &T, text: impl FnOnce(&T)
 
 /// One JSON object on one line.
 pub(super) fn line<T: Serialize>(value: &T) -> Result<String, Fault> {
-    serde_json::to_string(value).map(|text| text + "\n").map_err(|e| Fault::internal(format!("cannot print as JSON: {e}")))
+    serde_json::to_string(value)
+        .map(|text| text + "\n")
+        .map_err(|e| Fault::internal(format!("cannot print as JSON: {e}")))
 }
 
 fn pretty<T: Serialize>(value: &T) -> Result<String, Fault> {
-    serde_json::to_string_pretty(value).map(|text| text + "\n").map_err(|e| Fault::internal(format!("cannot print as JSON: {e}")))
+    serde_json::to_string_pretty(value)
+        .map(|text| text + "\n")
+        .map_err(|e| Fault::internal(format!("cannot print as JSON: {e}")))
 }
 
 /// Whether to use colours: stdout is a terminal, and the environment allows them.
@@ -59,7 +75,10 @@ pub(crate) struct Cell {
 
 impl<S: Into<String>> From<S> for Cell {
     fn from(text: S) -> Self {
-        Cell { text: human::clean(&text.into()), paint: None }
+        Cell {
+            text: human::clean(&text.into()),
+            paint: None,
+        }
     }
 }
 
@@ -70,9 +89,14 @@ impl Cell {
             State::Done => Some("32"),
             State::Failed => Some("31"),
             State::Paused | State::Cancelled => Some("33"),
-            State::Queued | State::Planning | State::Transferring | State::Committing => stuck.then_some("33"),
+            State::Queued | State::Planning | State::Transferring | State::Committing => {
+                stuck.then_some("33")
+            }
         };
-        Cell { text: state.as_str().into(), paint }
+        Cell {
+            text: state.as_str().into(),
+            paint,
+        }
     }
 }
 
@@ -85,7 +109,10 @@ pub(crate) struct Table {
 impl Table {
     /// A table with these column names; a column whose name begins with `>` is right-aligned.
     pub(crate) fn new(head: &'static [&'static str]) -> Self {
-        Self { head, rows: Vec::new() }
+        Self {
+            head,
+            rows: Vec::new(),
+        }
     }
 
     /// Adds a row.
@@ -95,10 +122,21 @@ impl Table {
 
     /// The lines of the table, each with its line end.
     pub(crate) fn render(&self, colour: bool) -> String {
-        let names: Vec<Cell> = self.head.iter().map(|name| Cell::from(name.trim_start_matches('>'))).collect();
+        let names: Vec<Cell> = self
+            .head
+            .iter()
+            .map(|name| Cell::from(name.trim_start_matches('>')))
+            .collect();
         let all = || std::iter::once(&names).chain(&self.rows);
-        let widths: Vec<usize> =
-            (0..names.len()).map(|i| all().filter_map(|row| row.get(i)).map(|c| c.text.chars().count()).max().unwrap_or(0)).collect();
+        let widths: Vec<usize> = (0..names.len())
+            .map(|i| {
+                all()
+                    .filter_map(|row| row.get(i))
+                    .map(|c| c.text.chars().count())
+                    .max()
+                    .unwrap_or(0)
+            })
+            .collect();
         let mut out = String::new();
         for row in all() {
             let mut line = String::new();
@@ -109,7 +147,11 @@ impl Table {
                     _ => cell.text.clone(),
                 };
                 let right = self.head[i].starts_with('>');
-                line.push_str(&if right { blanks + &text } else { text + &blanks });
+                line.push_str(&if right {
+                    blanks + &text
+                } else {
+                    text + &blanks
+                });
                 line.push_str("  ");
             }
             out.push_str(line.trim_end());
@@ -121,6 +163,13 @@ impl Table {
 
 /// Lines of `name  value`, with aligned values.
 pub(super) fn fields(pairs: &[(&str, String)]) -> String {
-    let width = pairs.iter().map(|(name, _)| name.chars().count()).max().unwrap_or(0);
-    pairs.iter().map(|(name, value)| format!("{name:width$}  {}\n", human::clean(value))).collect()
+    let width = pairs
+        .iter()
+        .map(|(name, _)| name.chars().count())
+        .max()
+        .unwrap_or(0);
+    pairs
+        .iter()
+        .map(|(name, value)| format!("{name:width$}  {}\n", human::clean(value)))
+        .collect()
 }

@@ -19,10 +19,17 @@ use base::job_progress::JobProgress;
 const LOOK_EVERY: Duration = Duration::from_millis(200);
 
 /// `publish --hub`
-pub(super) async fn publish(global: &Global, publish: Publish, hub: String, options: SourceOptions) -> Result<(), Fault> {
+pub(super) async fn publish(
+    global: &Global,
+    publish: Publish,
+    hub: String,
+    options: SourceOptions,
+) -> Result<(), Fault> {
     if publish.wait.wait {
-        return Err(Fault::usage("--wait cannot be used with --hub: it needs the API of the hub")
-            .with_next("omit --wait, and run 'packhorse status' at the hub"));
+        return Err(
+            Fault::usage("--wait cannot be used with --hub: it needs the API of the hub")
+                .with_next("omit --wait, and run 'packhorse status' at the hub"),
+        );
     }
     let deadline = Deadline::after(publish.wait.timeout);
     let asked = Asked {
@@ -44,15 +51,23 @@ pub(super) async fn publish(global: &Global, publish: Publish, hub: String, opti
             () = tokio::time::sleep(LOOK_EVERY) => {}
         }
         if deadline.passed() {
-            return Err(Fault::deadline("the time is over before all content was sent to the hub")
-                .with_next("run the command again; content that the hub has is not sent again"));
+            return Err(
+                Fault::deadline("the time is over before all content was sent to the hub")
+                    .with_next("run the command again; content that the hub has is not sent again"),
+            );
         }
         let (bytes, doing) = (watched.bytes.load(Ordering::Relaxed), watched.what());
-        progress.update(bytes, 0, || format!("{}: {}", human::clean(&doing), human::bytes(bytes)));
+        progress.update(bytes, 0, || {
+            format!("{}: {}", human::clean(&doing), human::bytes(bytes))
+        });
     };
     drop(progress);
     one(global.output, &uploaded, |uploaded| {
-        format!("{}  {} sent and received over the network\n", published_text(&uploaded.published), human::bytes(uploaded.wire))
+        format!(
+            "{}  {} sent and received over the network\n",
+            published_text(&uploaded.published),
+            human::bytes(uploaded.wire)
+        )
     })?;
     note_omitted(&uploaded.published);
     Ok(())
@@ -60,9 +75,16 @@ pub(super) async fn publish(global: &Global, publish: Publish, hub: String, opti
 
 /// The directory of the publisher's certificate.
 fn state_dir(given: Option<PathBuf>) -> Result<PathBuf, Fault> {
-    let home = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    let home = |name: &str| {
+        std::env::var_os(name)
+            .filter(|value| !value.is_empty())
+            .map(PathBuf::from)
+    };
     given
         .or_else(|| home("XDG_DATA_HOME").map(|data| data.join("packhorse")))
         .or_else(|| home("HOME").map(|home| home.join(".local/share/packhorse")))
-        .ok_or_else(|| Fault::usage("the home directory is unknown: HOME is not set").with_next("give --state DIR"))
+        .ok_or_else(|| {
+            Fault::usage("the home directory is unknown: HOME is not set")
+                .with_next("give --state DIR")
+        })
 }

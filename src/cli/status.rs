@@ -2,7 +2,9 @@
 
 use super::human;
 use super::output::{Cell, Table, fields};
-use crate::api::types::{Artifact, ArtifactDetail, Delivery, LeftOut, PlanRow, Site, State, Transfer};
+use crate::api::types::{
+    Artifact, ArtifactDetail, Delivery, LeftOut, PlanRow, Site, State, Transfer,
+};
 use base::fault::Reason;
 use base::limits::OFFENDERS_LISTED_MAX;
 
@@ -16,7 +18,9 @@ pub(super) fn table(transfers: &[Transfer], colour: bool) -> String {
 
 /// The table alone.
 pub(super) fn rows(transfers: &[Transfer], colour: bool) -> String {
-    let mut table = Table::new(&["ID", "ARTIFACT", "SITE", "STATE", "REASON", ">DONE", ">SIZE", ">RATE", ">ETA"]);
+    let mut table = Table::new(&[
+        "ID", "ARTIFACT", "SITE", "STATE", "REASON", ">DONE", ">SIZE", ">RATE", ">ETA",
+    ]);
     for t in transfers {
         table.row(vec![
             t.id.as_str().into(),
@@ -24,11 +28,16 @@ pub(super) fn rows(transfers: &[Transfer], colour: bool) -> String {
             t.site.as_str().into(),
             Cell::state(t.state, stuck(t)),
             t.reason.map_or("-", Reason::as_str).into(),
-            human::percent(t).map_or_else(|| "-".into(), |p| format!("{p} %")).into(),
+            human::percent(t)
+                .map_or_else(|| "-".into(), |p| format!("{p} %"))
+                .into(),
             human::bytes(t.bytes.total).into(),
             // A transfer that has ended has no rate, even if one was measured before.
             human::rate(if t.state.is_final() { 0 } else { t.rate }).into(),
-            t.eta_seconds.filter(|_| !t.state.is_final()).map_or_else(|| "-".into(), human::seconds).into(),
+            t.eta_seconds
+                .filter(|_| !t.state.is_final())
+                .map_or_else(|| "-".into(), human::seconds)
+                .into(),
         ]);
     }
     table.render(colour)
@@ -44,7 +53,10 @@ fn stuck(t: &Transfer) -> bool {
 }
 
 fn troubles(transfers: &[Transfer]) -> String {
-    let stuck: Vec<&Transfer> = transfers.iter().filter(|t| stuck(t) && t.message.is_some()).collect();
+    let stuck: Vec<&Transfer> = transfers
+        .iter()
+        .filter(|t| stuck(t) && t.message.is_some())
+        .collect();
     let mut out = String::new();
     for t in stuck.iter().take(OFFENDERS_LISTED_MAX) {
         let message = t.message.as_deref().unwrap_or_default();
@@ -54,7 +66,10 @@ fn troubles(transfers: &[Transfer]) -> String {
         }
     }
     if stuck.len() > OFFENDERS_LISTED_MAX {
-        out.push_str(&format!("\nand {} more: see 'packhorse status TRANSFER'\n", stuck.len() - OFFENDERS_LISTED_MAX));
+        out.push_str(&format!(
+            "\nand {} more: see 'packhorse status TRANSFER'\n",
+            stuck.len() - OFFENDERS_LISTED_MAX
+        ));
     }
     out
 }
@@ -65,7 +80,16 @@ pub(super) fn delivery(whole: &Delivery, colour: bool) -> String {
     let mut pairs = vec![
         ("delivery", whole.id.clone()),
         ("state", whole.state.as_str().into()),
-        ("done", format!("{} of {} parts, {} of {}", whole.done, whole.parts.len(), human::bytes(b.committed), human::bytes(b.total))),
+        (
+            "done",
+            format!(
+                "{} of {} parts, {} of {}",
+                whole.done,
+                whole.parts.len(),
+                human::bytes(b.committed),
+                human::bytes(b.total)
+            ),
+        ),
         ("artifacts", whole.artifacts.join(", ")),
         ("sites", whole.sites.join(", ")),
     ];
@@ -93,14 +117,52 @@ pub(super) fn detail(t: &Transfer) -> String {
     add("reason", t.reason.map(|r| r.as_str().into()));
     add("message", t.message.clone());
     add("next", t.next.clone());
-    add("done", human::percent(t).map(|p| format!("{p} % of {}", human::bytes(b.total))));
-    add("reused", Some(format!("{}, from files at the site", human::bytes(b.reused))));
-    add("resumed", Some(format!("{}, from before an interruption", human::bytes(b.resumed))));
-    add("received", Some(format!("{}, over the network", human::bytes(b.received))));
-    add("committed", Some(format!("{}, written and synced at the site", human::bytes(b.committed))));
-    add("wire", Some(format!("{}, sent and received in total", human::bytes(b.wire))));
-    add("rate", (t.rate > 0 && !t.state.is_final()).then(|| human::rate(t.rate)));
-    add("eta", t.eta_seconds.filter(|_| !t.state.is_final()).map(human::seconds));
+    add(
+        "done",
+        human::percent(t).map(|p| format!("{p} % of {}", human::bytes(b.total))),
+    );
+    add(
+        "reused",
+        Some(format!(
+            "{}, from files at the site",
+            human::bytes(b.reused)
+        )),
+    );
+    add(
+        "resumed",
+        Some(format!(
+            "{}, from before an interruption",
+            human::bytes(b.resumed)
+        )),
+    );
+    add(
+        "received",
+        Some(format!("{}, over the network", human::bytes(b.received))),
+    );
+    add(
+        "committed",
+        Some(format!(
+            "{}, written and synced at the site",
+            human::bytes(b.committed)
+        )),
+    );
+    add(
+        "wire",
+        Some(format!(
+            "{}, sent and received in total",
+            human::bytes(b.wire)
+        )),
+    );
+    add(
+        "rate",
+        (t.rate > 0 && !t.state.is_final()).then(|| human::rate(t.rate)),
+    );
+    add(
+        "eta",
+        t.eta_seconds
+            .filter(|_| !t.state.is_final())
+            .map(human::seconds),
+    );
     add("attempts", Some(t.attempts.to_string()));
     add("location", t.location.clone());
     add("note", t.note.clone());
@@ -108,7 +170,12 @@ pub(super) fn detail(t: &Transfer) -> String {
     add("updated", Some(human::local(&t.updated_at)));
     add("finished", t.finished_at.as_deref().map(human::local));
     add("removed", t.removed_at.as_deref().map(human::local));
-    add("receipt", t.receipt.as_ref().map(|_| "signed by the site; -o json shows it".into()));
+    add(
+        "receipt",
+        t.receipt
+            .as_ref()
+            .map(|_| "signed by the site; -o json shows it".into()),
+    );
     fields(&pairs)
 }
 
@@ -126,7 +193,14 @@ pub(super) fn artifacts(artifacts: &[Artifact], colour: bool) -> String {
     if artifacts.is_empty() {
         return "no artifacts\n".into();
     }
-    let mut table = Table::new(&["ARTIFACT", ">SIZE", ">FILES", "ORIGIN", "PUBLISHED", "DIGEST"]);
+    let mut table = Table::new(&[
+        "ARTIFACT",
+        ">SIZE",
+        ">FILES",
+        "ORIGIN",
+        "PUBLISHED",
+        "DIGEST",
+    ]);
     for a in artifacts {
         table.row(vec![
             a.artifact.to_string().into(),
@@ -138,13 +212,27 @@ pub(super) fn artifacts(artifacts: &[Artifact], colour: bool) -> String {
         ]);
     }
     let mut out = table.render(colour);
-    let changed: Vec<(&Artifact, &String)> = artifacts.iter().filter_map(|a| a.changed.as_ref().map(|how| (a, how))).collect();
+    let changed: Vec<(&Artifact, &String)> = artifacts
+        .iter()
+        .filter_map(|a| a.changed.as_ref().map(|how| (a, how)))
+        .collect();
     for (a, how) in changed.iter().take(OFFENDERS_LISTED_MAX) {
-        let at = a.origin.as_ref().map(|site| format!(" at {site}")).unwrap_or_default();
-        out.push_str(&format!("\n{}{at}: {}\n", a.artifact, human::clean_lines(how)));
+        let at = a
+            .origin
+            .as_ref()
+            .map(|site| format!(" at {site}"))
+            .unwrap_or_default();
+        out.push_str(&format!(
+            "\n{}{at}: {}\n",
+            a.artifact,
+            human::clean_lines(how)
+        ));
     }
     if changed.len() > OFFENDERS_LISTED_MAX {
-        out.push_str(&format!("\nand {} more: see 'packhorse show REF'\n", changed.len() - OFFENDERS_LISTED_MAX));
+        out.push_str(&format!(
+            "\nand {} more: see 'packhorse show REF'\n",
+            changed.len() - OFFENDERS_LISTED_MAX
+        ));
     }
     out
 }
@@ -152,24 +240,56 @@ pub(super) fn artifacts(artifacts: &[Artifact], colour: bool) -> String {
 /// All fields of one artifact, and the table of its transfers.
 pub(super) fn artifact(detail: &ArtifactDetail, colour: bool) -> String {
     let a = &detail.artifact;
-    let changed_at = a.origin.as_ref().map_or_else(|| "changed".to_owned(), |site| format!("changed at {site}"));
+    let changed_at = a
+        .origin
+        .as_ref()
+        .map_or_else(|| "changed".to_owned(), |site| format!("changed at {site}"));
     let mut pairs = vec![
         ("artifact", a.artifact.to_string()),
         ("digest", a.digest.clone()),
-        ("size", format!("{} ({} bytes)", human::bytes(a.bytes), a.bytes)),
+        (
+            "size",
+            format!("{} ({} bytes)", human::bytes(a.bytes), a.bytes),
+        ),
         ("files", a.files.to_string()),
         ("origin", origin(a).into()),
         ("published", human::local(&a.created_at)),
     ];
     pairs.extend(a.location.clone().map(|l| ("location", l)));
     pairs.extend(a.changed.clone().map(|how| (changed_at.as_str(), how)));
-    for (name, value) in a.info.as_object().into_iter().flatten().filter(|(name, value)| *name != "is" && !value.is_null()) {
-        pairs.push((name.as_str(), value.as_str().map_or_else(|| value.to_string(), str::to_owned)));
+    for (name, value) in a
+        .info
+        .as_object()
+        .into_iter()
+        .flatten()
+        .filter(|(name, value)| *name != "is" && !value.is_null())
+    {
+        pairs.push((
+            name.as_str(),
+            value
+                .as_str()
+                .map_or_else(|| value.to_string(), str::to_owned),
+        ));
     }
-    pairs.extend(a.omitted.iter().map(|omission| ("left out", human::clean(&omission.line()))));
+    pairs.extend(
+        a.omitted
+            .iter()
+            .map(|omission| ("left out", human::clean(&omission.line()))),
+    );
     if let Some(lineage) = &detail.lineage {
-        pairs.push(("made by", format!("run {}, for {}, on {}", lineage.run, lineage.from, lineage.on)));
-        pairs.extend(lineage.inputs.iter().map(|input| ("made of", format!("{} ({})", input.artifact, input.digest))));
+        pairs.push((
+            "made by",
+            format!(
+                "run {}, for {}, on {}",
+                lineage.run, lineage.from, lineage.on
+            ),
+        ));
+        pairs.extend(
+            lineage
+                .inputs
+                .iter()
+                .map(|input| ("made of", format!("{} ({})", input.artifact, input.digest))),
+        );
     }
     let mut out = fields(&pairs);
     if !detail.transfers.is_empty() {
@@ -184,16 +304,34 @@ pub(super) fn sites(sites: &[Site], colour: bool) -> String {
     if sites.is_empty() {
         return "no sites have joined\n".into();
     }
-    let mut table = Table::new(&["SITE", "ONLINE", "LINE", ">RTT", ">OPEN", "LAST SEEN", "VERSION", "LABELS"]);
+    let mut table = Table::new(&[
+        "SITE",
+        "ONLINE",
+        "LINE",
+        ">RTT",
+        ">OPEN",
+        "LAST SEEN",
+        "VERSION",
+        "LABELS",
+    ]);
     for s in sites {
-        let labels: Vec<String> = s.labels.iter().map(|(key, value)| format!("{key}={value}")).collect();
+        let labels: Vec<String> = s
+            .labels
+            .iter()
+            .map(|(key, value)| format!("{key}={value}"))
+            .collect();
         table.row(vec![
             s.name.as_str().into(),
             if s.online { "yes" } else { "no" }.into(),
             s.line.as_deref().unwrap_or("-").into(),
-            s.rtt_ms.map_or_else(|| "-".into(), |ms| format!("{ms:.1} ms")).into(),
+            s.rtt_ms
+                .map_or_else(|| "-".into(), |ms| format!("{ms:.1} ms"))
+                .into(),
             s.open_transfers.to_string().into(),
-            s.last_seen.as_deref().map_or_else(|| "-".into(), human::local).into(),
+            s.last_seen
+                .as_deref()
+                .map_or_else(|| "-".into(), human::local)
+                .into(),
             s.version.as_deref().unwrap_or("-").into(),
             labels.join(",").into(),
         ]);
@@ -203,7 +341,9 @@ pub(super) fn sites(sites: &[Site], colour: bool) -> String {
 
 /// The table of `plan`.
 pub(super) fn plan(rows: &[PlanRow], colour: bool) -> String {
-    let mut table = Table::new(&["ARTIFACT", "SITE", ">SIZE", ">TO MOVE", ">FREE", ">TIME", "NOTE"]);
+    let mut table = Table::new(&[
+        "ARTIFACT", "SITE", ">SIZE", ">TO MOVE", ">FREE", ">TIME", "NOTE",
+    ]);
     for row in rows {
         let note = match row.free {
             Some(free) if free < row.needs => "no space",
@@ -216,15 +356,23 @@ pub(super) fn plan(rows: &[PlanRow], colour: bool) -> String {
             human::bytes(row.total).into(),
             human::bytes(row.missing).into(),
             row.free.map_or_else(|| "-".into(), human::bytes).into(),
-            row.seconds.map_or_else(|| "-".into(), human::seconds).into(),
+            row.seconds
+                .map_or_else(|| "-".into(), human::seconds)
+                .into(),
             note.into(),
         ]);
     }
-    let all: Vec<LeftOut> = rows.iter().flat_map(|row| row.left_out.iter().cloned()).collect();
+    let all: Vec<LeftOut> = rows
+        .iter()
+        .flat_map(|row| row.left_out.iter().cloned())
+        .collect();
     table.render(colour) + &left_out(&all)
 }
 
 /// The selected sites that receive nothing: one line for each artifact and reason.
 pub(super) fn left_out(all: &[LeftOut]) -> String {
-    crate::delivery::left_out(all).iter().map(|text| format!("  left out: {}\n", human::clean(text))).collect()
+    crate::delivery::left_out(all)
+        .iter()
+        .map(|text| format!("  left out: {}\n", human::clean(text)))
+        .collect()
 }

@@ -28,7 +28,12 @@ async fn daemon() -> Daemon {
     let (base, stop, _) = fake.serve().await;
     let dir = tempfile::tempdir().unwrap();
     base::durable::replace(&dir.path().join("token"), TOKEN.as_bytes()).unwrap();
-    Daemon { fake, base, dir, _stop: stop }
+    Daemon {
+        fake,
+        base,
+        dir,
+        _stop: stop,
+    }
 }
 
 impl Daemon {
@@ -36,8 +41,15 @@ impl Daemon {
     async fn run(&self, line: &str) -> Result<(), Fault> {
         let token = self.dir.path().join("token");
         let words = line.split_whitespace().map(str::to_owned);
-        let to = ["--api".to_owned(), self.base.clone(), "--token-file".to_owned(), token.to_str().unwrap().to_owned()];
-        let args = Args::try_parse_from(["packhorse".to_owned()].into_iter().chain(words).chain(to)).unwrap();
+        let to = [
+            "--api".to_owned(),
+            self.base.clone(),
+            "--token-file".to_owned(),
+            token.to_str().unwrap().to_owned(),
+        ];
+        let args =
+            Args::try_parse_from(["packhorse".to_owned()].into_iter().chain(words).chain(to))
+                .unwrap();
         dispatch(args).await
     }
     async fn code(&self, line: &str) -> Code {
@@ -46,7 +58,12 @@ impl Daemon {
 }
 
 fn failed(id: &str, site: &str, reason: Reason, message: &str) -> Transfer {
-    Transfer { reason: Some(reason), message: Some(message.into()), next: Some("make room".into()), ..transfer(id, site, State::Failed) }
+    Transfer {
+        reason: Some(reason),
+        message: Some(message.into()),
+        next: Some("make room".into()),
+        ..transfer(id, site, State::Failed)
+    }
 }
 
 #[test]
@@ -98,11 +115,21 @@ fn every_command_of_the_manual_parses() {
         ("token create --site a --ttl 24", ErrorKind::ValueValidation),
         ("sites -o xml", ErrorKind::InvalidValue),
         ("sties", ErrorKind::InvalidSubcommand),
-        ("join --config f --hub h --token t", ErrorKind::ValueValidation),
-        ("publish /data --as dataset/x:1 --hub h", ErrorKind::ValueValidation),
-        ("publish /data --as dataset/x:1 --strict --accept-omitted times,dreams", ErrorKind::ValueValidation),
+        (
+            "join --config f --hub h --token t",
+            ErrorKind::ValueValidation,
+        ),
+        (
+            "publish /data --as dataset/x:1 --hub h",
+            ErrorKind::ValueValidation,
+        ),
+        (
+            "publish /data --as dataset/x:1 --strict --accept-omitted times,dreams",
+            ErrorKind::ValueValidation,
+        ),
     ] {
-        let error = Args::try_parse_from(std::iter::once("packhorse").chain(line.split(' '))).unwrap_err();
+        let error =
+            Args::try_parse_from(std::iter::once("packhorse").chain(line.split(' '))).unwrap_err();
         assert_eq!((error.kind(), error.exit_code()), (kind, 2), "{line}");
     }
 }
@@ -111,24 +138,50 @@ fn every_command_of_the_manual_parses() {
 async fn the_daemon_is_found_or_the_fault_says_how() {
     let d = daemon().await;
     d.run("sites").await.unwrap();
-    let run = |line: String| async move { dispatch(Args::try_parse_from(line.split(' ')).unwrap()).await.unwrap_err() };
+    let run = |line: String| async move {
+        dispatch(Args::try_parse_from(line.split(' ')).unwrap())
+            .await
+            .unwrap_err()
+    };
     let nowhere = run("packhorse sites".into()).await;
-    assert_eq!((nowhere.code, nowhere.message.as_str()), (Code::Usage, "no daemon is specified"));
+    assert_eq!(
+        (nowhere.code, nowhere.message.as_str()),
+        (Code::Usage, "no daemon is specified")
+    );
     let dir = d.dir.path().display();
-    let away = run(format!("packhorse sites --api http://127.0.0.1:1 --token-file {dir}/token")).await;
+    let away = run(format!(
+        "packhorse sites --api http://127.0.0.1:1 --token-file {dir}/token"
+    ))
+    .await;
     assert_eq!(away.code, Code::Unreachable);
     assert!(away.next.contains("packhorse serve"), "{away:?}");
     base::durable::replace(&d.dir.path().join("wrong"), "f".repeat(64).as_bytes()).unwrap();
-    let wrong = run(format!("packhorse sites --api {} --token-file {dir}/wrong", d.base)).await;
-    assert!(wrong.code == Code::NotAllowed && wrong.message.starts_with("the API token is wrong"), "{wrong}");
+    let wrong = run(format!(
+        "packhorse sites --api {} --token-file {dir}/wrong",
+        d.base
+    ))
+    .await;
+    assert!(
+        wrong.code == Code::NotAllowed && wrong.message.starts_with("the API token is wrong"),
+        "{wrong}"
+    );
     // By configuration: the address and the token beside the state.
-    let config = format!("role = \"hub\"\nname = \"h\"\ndata_dir = \"{dir}/data\"\n[listen]\napi = \"{}\"\n", &d.base[7..]);
+    let config = format!(
+        "role = \"hub\"\nname = \"h\"\ndata_dir = \"{dir}/data\"\n[listen]\napi = \"{}\"\n",
+        &d.base[7..]
+    );
     base::durable::replace(&d.dir.path().join("hub.toml"), config.as_bytes()).unwrap();
     let by_config = format!("packhorse sites --config {dir}/hub.toml");
     assert_eq!(run(by_config.clone()).await.code, Code::Unreachable);
     std::fs::create_dir(d.dir.path().join("data")).unwrap();
-    base::durable::replace(&ApiToken::path(&d.dir.path().join("data")), TOKEN.as_bytes()).unwrap();
-    dispatch(Args::try_parse_from(by_config.split(' ')).unwrap()).await.unwrap();
+    base::durable::replace(
+        &ApiToken::path(&d.dir.path().join("data")),
+        TOKEN.as_bytes(),
+    )
+    .unwrap();
+    dispatch(Args::try_parse_from(by_config.split(' ')).unwrap())
+        .await
+        .unwrap();
 }
 
 #[tokio::test]
@@ -146,8 +199,15 @@ async fn publish_sends_what_was_typed_and_follows_to_the_end() {
     end.unwrap();
     let world = d.fake.world.lock();
     let sent = &world.published[0];
-    assert!(sent.source.starts_with('/') && sent.source.ends_with("/l.csv"), "{}", sent.source);
-    assert_eq!((sent.to.as_deref(), sent.options.for_dataset.as_deref()), (Some("all"), Some("dataset/x:1")));
+    assert!(
+        sent.source.starts_with('/') && sent.source.ends_with("/l.csv"),
+        "{}",
+        sent.source
+    );
+    assert_eq!(
+        (sent.to.as_deref(), sent.options.for_dataset.as_deref()),
+        (Some("all"), Some("dataset/x:1"))
+    );
     assert_eq!(sent.options.columns["class"], "defect");
 }
 
@@ -156,22 +216,49 @@ async fn waiting_ends_by_the_table_of_codes() {
     let d = daemon().await;
     assert_eq!(d.code("status t9").await, Code::NotFound);
     assert_eq!(d.code("pause t9").await, Code::NotFound);
-    d.fake.put(failed("t1", "chengdu", Reason::NoSpace, "the disk is full"));
-    let only = d.run("deliver dataset/line3:v1 --to all --wait").await.unwrap_err();
-    assert_eq!((only.code, only.next.as_str()), (Code::NoSpace, "make room"));
-    assert_eq!(only.message, "dataset/line3:v1 did not arrive at chengdu: the disk is full");
+    d.fake
+        .put(failed("t1", "chengdu", Reason::NoSpace, "the disk is full"));
+    let only = d
+        .run("deliver dataset/line3:v1 --to all --wait")
+        .await
+        .unwrap_err();
+    assert_eq!(
+        (only.code, only.next.as_str()),
+        (Code::NoSpace, "make room")
+    );
+    assert_eq!(
+        only.message,
+        "dataset/line3:v1 did not arrive at chengdu: the disk is full"
+    );
     d.run("deliver dataset/line3:v1 --to all").await.unwrap();
     d.fake.put(transfer("t2", "xian", State::Done));
-    let some = d.run("deliver dataset/line3:v1 --to all --wait").await.unwrap_err();
+    let some = d
+        .run("deliver dataset/line3:v1 --to all --wait")
+        .await
+        .unwrap_err();
     assert_eq!(some.code, Code::Partial);
-    assert_eq!(some.message, "1 of 2 transfers did not arrive: dataset/line3:v1 at chengdu (no_space)");
+    assert_eq!(
+        some.message,
+        "1 of 2 transfers did not arrive: dataset/line3:v1 at chengdu (no_space)"
+    );
     d.fake.put(offline("t1", "chengdu"));
-    let late = d.run("deliver dataset/line3:v1 --to all --wait --timeout 1s").await.unwrap_err();
+    let late = d
+        .run("deliver dataset/line3:v1 --to all --wait --timeout 1s")
+        .await
+        .unwrap_err();
     assert_eq!(late.code, Code::Deadline);
-    assert!(late.message.contains("waiting: chengdu (site_offline)"), "{late}");
-    assert_eq!(d.code("status t1 --watch --since 0").now_or_pending().await, None);
+    assert!(
+        late.message.contains("waiting: chengdu (site_offline)"),
+        "{late}"
+    );
+    assert_eq!(
+        d.code("status t1 --watch --since 0").now_or_pending().await,
+        None
+    );
     d.fake.put(transfer("t1", "chengdu", State::Done));
-    d.run("deliver dataset/line3:v1 --to all --wait").await.unwrap();
+    d.run("deliver dataset/line3:v1 --to all --wait")
+        .await
+        .unwrap();
     d.run("status t1 --watch").await.unwrap();
     d.run("status --since 0 -o ndjson").await.unwrap();
 }
@@ -179,7 +266,9 @@ async fn waiting_ends_by_the_table_of_codes() {
 /// The result of a future that ends within a short time.
 trait NowOrPending: Future + Sized {
     async fn now_or_pending(self) -> Option<Self::Output> {
-        tokio::time::timeout(Duration::from_millis(700), self).await.ok()
+        tokio::time::timeout(Duration::from_millis(700), self)
+            .await
+            .ok()
     }
 }
 impl<F: Future> NowOrPending for F {}
@@ -202,16 +291,23 @@ async fn what_must_come_after_a_part_that_failed_is_not_waited_for() {
         waits_for: Some("t2".into()),
         ..transfer("t1", "chengdu", State::Queued)
     });
-    d.fake.put(failed("t3", "chengdu", Reason::NoSpace, "the disk is full"));
-    // The other transfer progresses, is done, or is cancelled: in all three cases this one continues without user action.
+    d.fake
+        .put(failed("t3", "chengdu", Reason::NoSpace, "the disk is full"));
+    // The other transfer progresses, is done, or is cancelled: in all three cases this one
+    // continues without user action.
     for state in [State::Transferring, State::Done, State::Cancelled] {
         d.fake.put(transfer("t2", "chengdu", state));
         assert!(!over(), "{state:?}");
     }
-    d.fake.put(failed("t2", "xian", Reason::Integrity, "a.png changed"));
+    d.fake
+        .put(failed("t2", "xian", Reason::Integrity, "a.png changed"));
     assert!(!over(), "it waits for nothing at another site");
-    d.fake.put(failed("t2", "chengdu", Reason::Integrity, "a.png changed"));
-    let waited = d.run("deliver dataset/line3:v1 labels/line3:v1 --to all --wait").await.unwrap_err();
+    d.fake
+        .put(failed("t2", "chengdu", Reason::Integrity, "a.png changed"));
+    let waited = d
+        .run("deliver dataset/line3:v1 labels/line3:v1 --to all --wait")
+        .await
+        .unwrap_err();
     let watched = d.run("status d1 --watch").await.unwrap_err();
     assert_eq!((waited.code, &waited), (Code::Partial, &watched));
     insta::assert_snapshot!(format!("{waited}\n{}", waited.next), @r"
@@ -233,14 +329,24 @@ async fn what_failed_before_and_is_not_waited_for_ends_the_wait_as_well() {
     };
     d.fake.put(waiting.clone());
     let line = "publish l.csv --as labels/x:1 --to all --wait --timeout 1s";
-    // The daemon does not know the other transfer; then it does, and the transfer progresses. The command waits in both cases.
+    // The daemon does not know the other transfer; then it does, and the transfer progresses. The
+    // command waits in both cases.
     let late = d.run(line).await.unwrap_err();
-    assert!(late.message.ends_with("waiting: chengdu (waiting_for_dependency)"), "{late}");
+    assert!(
+        late.message
+            .ends_with("waiting: chengdu (waiting_for_dependency)"),
+        "{late}"
+    );
     d.fake.put(transfer("t2", "chengdu", State::Transferring));
     let late = d.run(line).await.unwrap_err();
     assert_eq!(late.code, Code::Deadline);
-    assert!(late.message.ends_with("waiting: chengdu (waiting_for_dependency: dataset/line3:v1)"), "{late}");
-    d.fake.put(failed("t2", "chengdu", Reason::NoSpace, "the disk is full"));
+    assert!(
+        late.message
+            .ends_with("waiting: chengdu (waiting_for_dependency: dataset/line3:v1)"),
+        "{late}"
+    );
+    d.fake
+        .put(failed("t2", "chengdu", Reason::NoSpace, "the disk is full"));
     let ended = d.run(line).await.unwrap_err();
     assert_eq!(ended.code, Code::Partial);
     insta::assert_snapshot!(format!("{ended}\n{}", ended.next), @r"
@@ -252,8 +358,16 @@ async fn what_failed_before_and_is_not_waited_for_ends_the_wait_as_well() {
     for seen in [waiting, transfer("t3", "xian", State::Done)] {
         let _ = tracker.absorb(seen);
     }
-    assert_eq!((tracker.unknown_firsts(), tracker.open()), (vec!["t2".to_owned()], vec!["t1".to_owned()]));
-    tracker.set_firsts(vec![failed("t2", "chengdu", Reason::NoSpace, "the disk is full")]);
+    assert_eq!(
+        (tracker.unknown_firsts(), tracker.open()),
+        (vec!["t2".to_owned()], vec!["t1".to_owned()])
+    );
+    tracker.set_firsts(vec![failed(
+        "t2",
+        "chengdu",
+        Reason::NoSpace,
+        "the disk is full",
+    )]);
     assert_eq!(tracker.open(), Vec::<String>::new());
     let some = tracker.verdict().unwrap_err();
     let said = "1 of 2 transfers did not arrive: labels/line3:v1 at chengdu (waits for dataset/line3:v1, which failed: t2)";
@@ -263,10 +377,20 @@ async fn what_failed_before_and_is_not_waited_for_ends_the_wait_as_well() {
 #[tokio::test]
 async fn a_wait_outlives_a_restart_of_the_daemon() {
     let d = daemon().await;
-    let Daemon { fake, base, dir, _stop: stop } = d;
+    let Daemon {
+        fake,
+        base,
+        dir,
+        _stop: stop,
+    } = d;
     fake.put(transfer("t1", "chengdu", State::Transferring));
     let address = base[7..].to_owned();
-    let d = Daemon { fake: Arc::clone(&fake), base, dir, _stop: tokio::sync::oneshot::channel().0 };
+    let d = Daemon {
+        fake: Arc::clone(&fake),
+        base,
+        dir,
+        _stop: tokio::sync::oneshot::channel().0,
+    };
     let restart = async {
         tokio::time::sleep(Duration::from_millis(300)).await;
         stop.send(()).unwrap();
@@ -286,15 +410,25 @@ async fn jobs_end_with_their_fault() {
     let d = daemon().await;
     d.fake.put_job(job("verify", Ok(json!([]))));
     d.run("verify dataset/line3:v1").await.unwrap();
-    d.fake.put_job(job("verify", Ok(json!(["a.png: the hash differs"]))));
+    d.fake
+        .put_job(job("verify", Ok(json!(["a.png: the hash differs"]))));
     assert_eq!(d.code("verify dataset/line3:v1").await, Code::Integrity);
     let notes = vec!["/nas holds what is no part of it (1): Thumbs.db".to_owned()];
-    d.fake.put_job(Job { notes, ..job("verify", Ok(json!([]))) });
+    d.fake.put_job(Job {
+        notes,
+        ..job("verify", Ok(json!([])))
+    });
     d.run("verify dataset/line3:v1").await.unwrap();
     d.fake.put_job(job("gc", Ok(json!({"freed_bytes": 4096}))));
     d.run("gc").await.unwrap();
-    d.fake.put_job(job("export", Err(Fault::no_space("the disk of /x is full"))));
-    assert_eq!(d.code("export dataset/line3:v1 --out x").await, Code::NoSpace);
+    d.fake.put_job(job(
+        "export",
+        Err(Fault::no_space("the disk of /x is full")),
+    ));
+    assert_eq!(
+        d.code("export dataset/line3:v1 --out x").await,
+        Code::NoSpace
+    );
     assert_eq!(d.code("import x").await, Code::NotFound);
     d.fake.world.lock().doctor = vec!["ok data_dir".into(), "fault sink.images: refused".into()];
     assert_eq!(d.code("doctor").await, Code::Internal);
@@ -307,21 +441,43 @@ async fn jobs_end_with_their_fault() {
 #[test]
 fn the_log_filter_means_all_crates_of_the_program() {
     let crates = std::fs::read_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/crates")).unwrap();
-    let names: std::collections::BTreeSet<String> = crates.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
-    assert_eq!(names, CRATES[1..].iter().map(|name| (*name).to_owned()).collect());
+    let names: std::collections::BTreeSet<String> = crates
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
+    assert_eq!(
+        names,
+        CRATES[1..].iter().map(|name| (*name).to_owned()).collect()
+    );
     let all = log_filter("warn,packhorse=info");
-    assert!(all.starts_with("warn,packhorse=info,base=info,") && all.ends_with(",transport=info"), "{all}");
-    assert_eq!(log_filter("packhorse::hub=debug,packhorses=info,info"), "packhorse::hub=debug,packhorses=info,info");
+    assert!(
+        all.starts_with("warn,packhorse=info,base=info,") && all.ends_with(",transport=info"),
+        "{all}"
+    );
+    assert_eq!(
+        log_filter("packhorse::hub=debug,packhorses=info,info"),
+        "packhorse::hub=debug,packhorses=info,info"
+    );
 }
 
 #[test]
 fn the_status_table() {
     let mut moving = transfer("t1", "chengdu", State::Transferring);
-    moving.bytes = Bytes { total: 3 << 30, reused: 1 << 30, received: 345 << 20, committed: 1369 << 20, ..Bytes::default() };
+    moving.bytes = Bytes {
+        total: 3 << 30,
+        reused: 1 << 30,
+        received: 345 << 20,
+        committed: 1369 << 20,
+        ..Bytes::default()
+    };
     (moving.rate, moving.eta_seconds) = (12 << 20, Some(142));
     let mut done = transfer("t2", "xian", State::Done);
     done.bytes.committed = 1000;
-    let stuck = failed("t3", "wuhan", Reason::NoSpace, "the disk of /mnt/nas is full");
+    let stuck = failed(
+        "t3",
+        "wuhan",
+        Reason::NoSpace,
+        "the disk of /mnt/nas is full",
+    );
     insta::assert_snapshot!(status::table(&[moving, done, stuck, offline("t4", "hefei")], false), @r"
     ID  ARTIFACT          SITE     STATE         REASON         DONE     SIZE      RATE     ETA
     t1  dataset/line3:v1  chengdu  transferring  -              44 %  3.0 GiB  12 MiB/s  2m 22s
@@ -340,20 +496,42 @@ fn the_status_table() {
 
 #[test]
 fn colours_change_no_width() {
-    let rows = [transfer("t1", "chengdu", State::Done), transfer("t2", "xian", State::Failed)];
+    let rows = [
+        transfer("t1", "chengdu", State::Done),
+        transfer("t2", "xian", State::Failed),
+    ];
     let painted = status::rows(&rows, true);
     assert!(painted.contains("\u{1b}[32mdone\u{1b}[0m"), "{painted:?}");
-    let plain = painted.replace("\u{1b}[32m", "").replace("\u{1b}[31m", "").replace("\u{1b}[0m", "");
+    let plain = painted
+        .replace("\u{1b}[32m", "")
+        .replace("\u{1b}[31m", "")
+        .replace("\u{1b}[0m", "");
     assert_eq!(plain, status::rows(&rows, false));
 }
 
 #[test]
 fn the_detail_of_a_transfer() {
-    let mut t = failed("t1", "chengdu", Reason::Integrity, "a.png\u{1b}[2J: bad hash");
-    t.bytes = Bytes { total: 10 << 20, reused: 1 << 20, resumed: 0, received: 2 << 20, committed: 3 << 20, wire: 2_200_000 };
+    let mut t = failed(
+        "t1",
+        "chengdu",
+        Reason::Integrity,
+        "a.png\u{1b}[2J: bad hash",
+    );
+    t.bytes = Bytes {
+        total: 10 << 20,
+        reused: 1 << 20,
+        resumed: 0,
+        received: 2 << 20,
+        committed: 3 << 20,
+        wire: 2_200_000,
+    };
     let text = status::detail(&t);
-    let shown: Vec<&str> =
-        text.lines().filter(|l| !l.starts_with("digest") && !l.starts_with("created") && !l.starts_with("updated")).collect();
+    let shown: Vec<&str> = text
+        .lines()
+        .filter(|l| {
+            !l.starts_with("digest") && !l.starts_with("created") && !l.starts_with("updated")
+        })
+        .collect();
     insta::assert_snapshot!(shown.join("\n"), @r"
     transfer   t1
     delivery   d1
@@ -377,22 +555,43 @@ fn the_detail_of_a_transfer() {
 async fn what_changed_where_it_lies_is_told_beside_it() {
     let mut all = vec![crate::api::fake::artifact("dataset/line3:v1")];
     all[0].published_here = true;
-    assert!(status::artifacts(&all, false).contains("  here  "), "{}", status::artifacts(&all, false));
+    assert!(
+        status::artifacts(&all, false).contains("  here  "),
+        "{}",
+        status::artifacts(&all, false)
+    );
     all[0].published_here = false;
     let plain = status::artifacts(&all, false);
     assert!(plain.contains("  hub  "), "{plain}");
     all[0].changed = Some("/nas/a.png changed after it was published: it is gone".into());
     let marked = status::artifacts(&all, false);
-    assert_eq!(marked, format!("{plain}\ndataset/line3:v1: /nas/a.png changed after it was published: it is gone\n"));
-    all[0].origin = Some("chengdu".parse().unwrap());
-    assert!(
-        status::artifacts(&all, false).ends_with("\ndataset/line3:v1 at chengdu: /nas/a.png changed after it was published: it is gone\n")
+    assert_eq!(
+        marked,
+        format!(
+            "{plain}\ndataset/line3:v1: /nas/a.png changed after it was published: it is gone\n"
+        )
     );
+    all[0].origin = Some("chengdu".parse().unwrap());
+    assert!(status::artifacts(&all, false).ends_with(
+        "\ndataset/line3:v1 at chengdu: /nas/a.png changed after it was published: it is gone\n"
+    ));
     all[0].origin = None;
-    let mut detail = ArtifactDetail { artifact: all.remove(0), transfers: Vec::new(), lineage: None };
-    assert!(status::artifact(&detail, false).contains("\nchanged    /nas/a.png changed"), "{}", status::artifact(&detail, false));
+    let mut detail = ArtifactDetail {
+        artifact: all.remove(0),
+        transfers: Vec::new(),
+        lineage: None,
+    };
+    assert!(
+        status::artifact(&detail, false).contains("\nchanged    /nas/a.png changed"),
+        "{}",
+        status::artifact(&detail, false)
+    );
     detail.artifact.origin = Some("chengdu".parse().unwrap());
-    assert!(status::artifact(&detail, false).contains("\nchanged at chengdu  /nas/a.png"), "{}", status::artifact(&detail, false));
+    assert!(
+        status::artifact(&detail, false).contains("\nchanged at chengdu  /nas/a.png"),
+        "{}",
+        status::artifact(&detail, false)
+    );
 }
 
 #[test]
@@ -419,7 +618,10 @@ fn sites_and_plans() {
         by: "hub".into(),
         why: "not in the hub's [share] allow".into(),
     };
-    let first = PlanRow { left_out: vec![left("hefei"), left("wuhan")], ..row("chengdu", true, None) };
+    let first = PlanRow {
+        left_out: vec![left("hefei"), left("wuhan")],
+        ..row("chengdu", true, None)
+    };
     insta::assert_snapshot!(status::plan(&[first], false), @r"
     ARTIFACT   SITE        SIZE  TO MOVE  FREE  TIME  NOTE
     model/m:1  chengdu  2.0 GiB   20 MiB     -     -
@@ -443,18 +645,39 @@ fn errors_say_what_and_what_next() {
 fn a_reason_is_told_once_however_often_it_is_tried_again() {
     let mut tracker = Tracker::new(&["t1".into()]);
     let at = |cursor, t: Transfer| Transfer { cursor, ..t };
-    let waits =
-        |free: u64| Transfer { message: Some(format!("{free} bytes are free")), reason: Some(Reason::NoSpace), ..offline("t1", "xian") };
+    let waits = |free: u64| Transfer {
+        message: Some(format!("{free} bytes are free")),
+        reason: Some(Reason::NoSpace),
+        ..offline("t1", "xian")
+    };
     let told = tracker.absorb(at(1, waits(1))).unwrap();
     assert!(told.contains("waits (no_space): 1 bytes"), "{told}");
     for cursor in [2, 4, 6] {
-        assert_eq!(tracker.absorb(at(cursor, transfer("t1", "xian", State::Transferring))), None);
-        assert_eq!(tracker.absorb(at(cursor + 1, waits(cursor))), None, "the same reason again");
+        assert_eq!(
+            tracker.absorb(at(cursor, transfer("t1", "xian", State::Transferring))),
+            None
+        );
+        assert_eq!(
+            tracker.absorb(at(cursor + 1, waits(cursor))),
+            None,
+            "the same reason again"
+        );
     }
-    assert!(tracker.summary().contains("waiting: xian (no_space)"), "{}", tracker.summary());
-    assert!(tracker.absorb(at(8, offline("t1", "xian"))).is_some(), "another reason");
+    assert!(
+        tracker.summary().contains("waiting: xian (no_space)"),
+        "{}",
+        tracker.summary()
+    );
+    assert!(
+        tracker.absorb(at(8, offline("t1", "xian"))).is_some(),
+        "another reason"
+    );
     assert!(tracker.absorb(at(9, waits(9))).is_some(), "and back");
-    assert!(tracker.absorb(at(10, transfer("t1", "xian", State::Done))).is_some());
+    assert!(
+        tracker
+            .absorb(at(10, transfer("t1", "xian", State::Done)))
+            .is_some()
+    );
 }
 
 #[test]
@@ -463,15 +686,34 @@ fn a_tracker_tells_each_thing_once_and_never_goes_back() {
     assert_eq!(tracker.unseen(), Some("t1"));
     let at = |cursor, t: Transfer| Transfer { cursor, ..t };
     let told = tracker.absorb(at(1, offline("t1", "chengdu"))).unwrap();
-    assert_eq!(told, "dataset/line3:v1 to chengdu waits (site_offline): site chengdu is not connected");
+    assert_eq!(
+        told,
+        "dataset/line3:v1 to chengdu waits (site_offline): site chengdu is not connected"
+    );
     assert_eq!(tracker.absorb(at(2, offline("t1", "chengdu"))), None);
     let mut moving = transfer("t1", "chengdu", State::Transferring);
     moving.bytes.committed = 500;
     assert_eq!(tracker.absorb(at(4, moving)), None);
-    assert_eq!(tracker.absorb(at(3, offline("t1", "chengdu"))), None, "an older answer came late");
+    assert_eq!(
+        tracker.absorb(at(3, offline("t1", "chengdu"))),
+        None,
+        "an older answer came late"
+    );
     assert_eq!(tracker.absorb(transfer("other", "x", State::Done)), None);
-    assert_eq!(tracker.absorb(at(5, transfer("t2", "xian", State::Done))).as_deref(), Some("dataset/line3:v1 arrived at xian"));
-    assert_eq!((tracker.open(), tracker.bytes()), (vec!["t1".to_owned()], (1500, 2000)));
+    assert_eq!(
+        tracker
+            .absorb(at(5, transfer("t2", "xian", State::Done)))
+            .as_deref(),
+        Some("dataset/line3:v1 arrived at xian")
+    );
+    assert_eq!(
+        (tracker.open(), tracker.bytes()),
+        (vec!["t1".to_owned()], (1500, 2000))
+    );
     assert_eq!(tracker.summary(), "75 % of 1.9 KiB, 1 of 2 ended");
-    assert!(notice(&transfer("t", "s", State::Cancelled)).unwrap().contains("cancelled (cancelled)"));
+    assert!(
+        notice(&transfer("t", "s", State::Cancelled))
+            .unwrap()
+            .contains("cancelled (cancelled)")
+    );
 }

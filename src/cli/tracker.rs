@@ -1,4 +1,5 @@
-//! The state of a waiting command: takes the answers about its transfers and returns lines to print. No I/O, no clock.
+//! The state of a waiting command: takes the answers about its transfers and returns lines to
+//! print. No I/O, no clock.
 
 use std::collections::BTreeMap;
 
@@ -20,13 +21,25 @@ pub(crate) struct Tracker {
 impl Tracker {
     /// A tracker of these transfers.
     pub(crate) fn new(ids: &[String]) -> Self {
-        Self { transfers: ids.iter().map(|id| (id.clone(), None)).collect(), firsts: Vec::new(), said: BTreeMap::new() }
+        Self {
+            transfers: ids.iter().map(|id| (id.clone(), None)).collect(),
+            firsts: Vec::new(),
+            said: BTreeMap::new(),
+        }
     }
 
     /// Ids of the other transfers on which open transfers depend.
     pub(super) fn unknown_firsts(&self) -> Vec<String> {
-        let open = self.transfers.values().flatten().filter(|t| !t.state.is_final());
-        let mut ids: Vec<String> = open.filter_map(waited_for).filter(|id| !self.transfers.contains_key(*id)).cloned().collect();
+        let open = self
+            .transfers
+            .values()
+            .flatten()
+            .filter(|t| !t.state.is_final());
+        let mut ids: Vec<String> = open
+            .filter_map(waited_for)
+            .filter(|id| !self.transfers.contains_key(*id))
+            .cloned()
+            .collect();
         ids.sort();
         ids.dedup();
         ids
@@ -42,8 +55,9 @@ impl Tracker {
         self.transfers.values().flatten().chain(&self.firsts)
     }
 
-    /// Takes an answer. Returns a line for the user if the transfer ended, or has a new reason to wait. A transfer that tries again for
-    /// the same reason gives no line: the progress line names what waits.
+    /// Takes an answer. Returns a line for the user if the transfer ended, or has a new reason to
+    /// wait. A transfer that tries again for the same reason gives no line: the progress line names
+    /// what waits.
     pub(crate) fn absorb(&mut self, transfer: Transfer) -> Option<String> {
         let known = self.transfers.get_mut(&transfer.id)?;
         let before = known.as_ref().map(|t| (t.state, t.reason));
@@ -51,25 +65,44 @@ impl Tracker {
         if known.as_ref().is_some_and(|t| t.cursor > transfer.cursor) {
             return None;
         }
-        let line = (before != Some((transfer.state, transfer.reason))).then(|| notice(&transfer)).flatten();
-        let now = (transfer.state.is_final() || transfer.state == State::Paused, transfer.reason);
+        let line = (before != Some((transfer.state, transfer.reason)))
+            .then(|| notice(&transfer))
+            .flatten();
+        let now = (
+            transfer.state.is_final() || transfer.state == State::Paused,
+            transfer.reason,
+        );
         let line = line.filter(|_| self.said.insert(transfer.id.clone(), now) != Some(now));
         *known = Some(transfer);
         line
     }
 
-    /// Ids of the transfers that have not ended or are unknown. Empty when nothing more happens without user action.
+    /// Ids of the transfers that have not ended or are unknown. Empty when nothing more happens
+    /// without user action.
     pub(crate) fn open(&self) -> Vec<String> {
-        if self.unseen().is_none() && self.transfers.values().flatten().all(|t| ended(t, self.all())) {
+        if self.unseen().is_none()
+            && self
+                .transfers
+                .values()
+                .flatten()
+                .all(|t| ended(t, self.all()))
+        {
             return Vec::new();
         }
         let open = |t: &Option<Transfer>| t.as_ref().is_none_or(|t| !t.state.is_final());
-        self.transfers.iter().filter(|(_, t)| open(t)).map(|(id, _)| id.clone()).collect()
+        self.transfers
+            .iter()
+            .filter(|(_, t)| open(t))
+            .map(|(id, _)| id.clone())
+            .collect()
     }
 
     /// An id about which the daemon has not answered.
     pub(super) fn unseen(&self) -> Option<&str> {
-        self.transfers.iter().find(|(_, t)| t.is_none()).map(|(id, _)| id.as_str())
+        self.transfers
+            .iter()
+            .find(|(_, t)| t.is_none())
+            .map(|(id, _)| id.as_str())
     }
 
     /// All known transfers, in their last known state.
@@ -79,10 +112,17 @@ impl Tracker {
 
     /// Committed bytes and total bytes.
     pub(super) fn bytes(&self) -> (u64, u64) {
-        self.transfers.values().flatten().fold((0, 0), |(done, total), t| {
-            let part = if t.state == State::Done { t.bytes.total } else { t.bytes.committed.min(t.bytes.total) };
-            (done + part, total + t.bytes.total)
-        })
+        self.transfers
+            .values()
+            .flatten()
+            .fold((0, 0), |(done, total), t| {
+                let part = if t.state == State::Done {
+                    t.bytes.total
+                } else {
+                    t.bytes.committed.min(t.bytes.total)
+                };
+                (done + part, total + t.bytes.total)
+            })
     }
 
     /// The progress of all transfers, on one line.
@@ -91,7 +131,9 @@ impl Tracker {
         let seen = || self.transfers.values().flatten();
         let ended = seen().filter(|t| t.state.is_final()).count();
         let mut line = match human::share(done, total) {
-            Some(percent) if ended < self.transfers.len() => format!("{percent} % of {}", human::bytes(total)),
+            Some(percent) if ended < self.transfers.len() => {
+                format!("{percent} % of {}", human::bytes(total))
+            }
             _ => human::bytes(total),
         };
         line.push_str(&format!(", {ended} of {} ended", self.transfers.len()));
@@ -105,9 +147,14 @@ impl Tracker {
         }
         let why = |t: &Transfer| {
             let reason = t.reason?.as_str();
-            Some(first(t, self.all()).map_or_else(|| reason.to_owned(), |first| format!("{reason}: {}", first.artifact)))
+            Some(first(t, self.all()).map_or_else(
+                || reason.to_owned(),
+                |first| format!("{reason}: {}", first.artifact),
+            ))
         };
-        let waiting: Vec<String> = moving().filter_map(|t| Some(format!("{} ({})", t.site, why(t)?))).collect();
+        let waiting: Vec<String> = moving()
+            .filter_map(|t| Some(format!("{} ({})", t.site, why(t)?)))
+            .collect();
         if !waiting.is_empty() {
             line.push_str(&format!("; waiting: {}", listed(&waiting)));
         }
@@ -116,7 +163,12 @@ impl Tracker {
 
     /// The result of the command: success, the fault of the only transfer, or `partial`.
     pub(crate) fn verdict(&self) -> Result<(), Fault> {
-        let bad: Vec<&Transfer> = self.transfers.values().flatten().filter(|t| t.state != State::Done).collect();
+        let bad: Vec<&Transfer> = self
+            .transfers
+            .values()
+            .flatten()
+            .filter(|t| t.state != State::Done)
+            .collect();
         match bad.as_slice() {
             [] => Ok(()),
             [only] if self.transfers.len() == 1 => Err(match failed_before(only, self.all()) {
@@ -127,13 +179,27 @@ impl Tracker {
                 let waits = |t: &Transfer| failed_before(t, self.all());
                 let how = |t: &Transfer| match waits(t) {
                     None => why(t).to_owned(),
-                    Some(first) if self.transfers.contains_key(&first.id) => format!("waits for {}", first.artifact),
-                    Some(first) => format!("waits for {}, which failed: {}", first.artifact, first.id),
+                    Some(first) if self.transfers.contains_key(&first.id) => {
+                        format!("waits for {}", first.artifact)
+                    }
+                    Some(first) => {
+                        format!("waits for {}, which failed: {}", first.artifact, first.id)
+                    }
                 };
                 // A failed transfer needs action and is listed before those that only wait for it.
-                let (after, first): (Vec<&Transfer>, Vec<&Transfer>) = bad.iter().copied().partition(|t| waits(t).is_some());
-                let names: Vec<String> = first.iter().chain(&after).map(|t| format!("{} at {} ({})", t.artifact, t.site, how(t))).collect();
-                let message = format!("{} of {} transfers did not arrive: {}", bad.len(), self.transfers.len(), listed(&names));
+                let (after, first): (Vec<&Transfer>, Vec<&Transfer>) =
+                    bad.iter().copied().partition(|t| waits(t).is_some());
+                let names: Vec<String> = first
+                    .iter()
+                    .chain(&after)
+                    .map(|t| format!("{} at {} ({})", t.artifact, t.site, how(t)))
+                    .collect();
+                let message = format!(
+                    "{} of {} transfers did not arrive: {}",
+                    bad.len(),
+                    self.transfers.len(),
+                    listed(&names)
+                );
                 let mut next = "see 'packhorse status TRANSFER', fix the cause, then run 'packhorse retry TRANSFER'".to_owned();
                 if !after.is_empty() {
                     next.push_str("; transfers that wait for it then continue");
@@ -151,23 +217,37 @@ fn ended<'a>(transfer: &Transfer, among: impl Iterator<Item = &'a Transfer>) -> 
 
 /// The id of what must be at the site before this transfer.
 fn waited_for(waiting: &Transfer) -> Option<&String> {
-    waiting.waits_for.as_ref().filter(|_| waiting.reason == Some(Reason::WaitingForDependency))
+    waiting
+        .waits_for
+        .as_ref()
+        .filter(|_| waiting.reason == Some(Reason::WaitingForDependency))
 }
 
 /// The one of these that must be at the site before this transfer.
-fn first<'a>(waiting: &Transfer, mut among: impl Iterator<Item = &'a Transfer>) -> Option<&'a Transfer> {
+fn first<'a>(
+    waiting: &Transfer,
+    mut among: impl Iterator<Item = &'a Transfer>,
+) -> Option<&'a Transfer> {
     let id = waited_for(waiting)?;
     among.find(|t| t.site == waiting.site && t.id == *id)
 }
 
 /// The same, if it failed. Nothing waits for a cancelled transfer.
-fn failed_before<'a>(waiting: &Transfer, among: impl Iterator<Item = &'a Transfer>) -> Option<&'a Transfer> {
+fn failed_before<'a>(
+    waiting: &Transfer,
+    among: impl Iterator<Item = &'a Transfer>,
+) -> Option<&'a Transfer> {
     first(waiting, among).filter(|t| t.state == State::Failed)
 }
 
 /// The first items, and the number of the others.
 fn listed(items: &[String]) -> String {
-    let shown = items.iter().take(OFFENDERS_LISTED_MAX).cloned().collect::<Vec<_>>().join(", ");
+    let shown = items
+        .iter()
+        .take(OFFENDERS_LISTED_MAX)
+        .cloned()
+        .collect::<Vec<_>>()
+        .join(", ");
     match items.len().checked_sub(OFFENDERS_LISTED_MAX) {
         Some(more) if more > 0 => format!("{shown}, and {more} more"),
         _ => shown,
@@ -175,21 +255,32 @@ fn listed(items: &[String]) -> String {
 }
 
 fn why(transfer: &Transfer) -> &'static str {
-    transfer.reason.map_or(transfer.state.as_str(), Reason::as_str)
+    transfer
+        .reason
+        .map_or(transfer.state.as_str(), Reason::as_str)
 }
 
 /// The line for a transfer that ended or waits; `None` for one that progresses.
 pub(super) fn notice(transfer: &Transfer) -> Option<String> {
     let (artifact, site) = (&transfer.artifact, &transfer.site);
-    let said = transfer.message.as_deref().map(|m| format!(": {}", human::clean(m))).unwrap_or_default();
+    let said = transfer
+        .message
+        .as_deref()
+        .map(|m| format!(": {}", human::clean(m)))
+        .unwrap_or_default();
     match (transfer.state, transfer.reason) {
         (State::Done, _) => Some(format!("{artifact} arrived at {site}{said}")),
-        (State::Failed | State::Cancelled, _) => {
-            Some(format!("{artifact} to {site}: {} ({}){said}", transfer.state.as_str(), why(transfer)))
-        }
+        (State::Failed | State::Cancelled, _) => Some(format!(
+            "{artifact} to {site}: {} ({}){said}",
+            transfer.state.as_str(),
+            why(transfer)
+        )),
         (State::Paused, _) => Some(format!("{artifact} to {site} is paused{said}")),
         (_, Some(Reason::WaitingForTurn) | None) => None,
-        (_, Some(reason)) => Some(format!("{artifact} to {site} waits ({}){said}", reason.as_str())),
+        (_, Some(reason)) => Some(format!(
+            "{artifact} to {site} waits ({}){said}",
+            reason.as_str()
+        )),
     }
 }
 
@@ -197,32 +288,61 @@ pub(super) fn notice(transfer: &Transfer) -> Option<String> {
 fn after_failed(transfer: &Transfer, first: &Transfer) -> Fault {
     let (artifact, site) = (&transfer.artifact, &transfer.site);
     let said = first.message.as_deref().unwrap_or(why(first));
-    let message = format!("{artifact} did not arrive at {site}: it waits for {}, which failed ({}): {said}", first.artifact, why(first));
-    fault(Code::Partial, message, &format!("fix the cause, then run 'packhorse retry {}'; {artifact} then continues", first.id))
+    let message = format!(
+        "{artifact} did not arrive at {site}: it waits for {}, which failed ({}): {said}",
+        first.artifact,
+        why(first)
+    );
+    fault(
+        Code::Partial,
+        message,
+        &format!(
+            "fix the cause, then run 'packhorse retry {}'; {artifact} then continues",
+            first.id
+        ),
+    )
 }
 
 /// The fault of a command whose transfer did not arrive.
 fn fault_of(transfer: &Transfer) -> Fault {
     let code = match transfer.reason {
         Some(Reason::NoSpace) => Code::NoSpace,
-        Some(Reason::SinkUnavailable | Reason::HubUnreachable | Reason::SiteOffline | Reason::WaitingForSource) => Code::Unreachable,
+        Some(
+            Reason::SinkUnavailable
+            | Reason::HubUnreachable
+            | Reason::SiteOffline
+            | Reason::WaitingForSource,
+        ) => Code::Unreachable,
         Some(Reason::SinkDenied) => Code::NotAllowed,
         Some(Reason::SinkRefused) => Code::Conflict,
         Some(Reason::Integrity) => Code::Integrity,
         Some(Reason::SourceGone) => Code::NotFound,
         Some(Reason::CancelledByUser | Reason::PausedByUser) => Code::Partial,
-        Some(Reason::Internal | Reason::WindowClosed | Reason::WaitingForDependency | Reason::WaitingForTurn) => Code::Internal,
+        Some(
+            Reason::Internal
+            | Reason::WindowClosed
+            | Reason::WaitingForDependency
+            | Reason::WaitingForTurn,
+        ) => Code::Internal,
         None if transfer.state == State::Cancelled => Code::Partial,
         None => Code::Internal,
     };
     let said = transfer.message.as_deref().unwrap_or(why(transfer));
-    let message = format!("{} did not arrive at {}: {said}", transfer.artifact, transfer.site);
-    let next = transfer.next.clone().unwrap_or_else(|| format!("fix the cause, then run 'packhorse retry {}'", transfer.id));
+    let message = format!(
+        "{} did not arrive at {}: {said}",
+        transfer.artifact, transfer.site
+    );
+    let next = transfer
+        .next
+        .clone()
+        .unwrap_or_else(|| format!("fix the cause, then run 'packhorse retry {}'", transfer.id));
     fault(code, message, &next)
 }
 
 fn fault(code: Code, message: String, next: &str) -> Fault {
-    let mut fault = Fault::internal(message).with_next(next).with_retry(Retry::Never);
+    let mut fault = Fault::internal(message)
+        .with_next(next)
+        .with_retry(Retry::Never);
     fault.code = code;
     fault
 }

@@ -37,7 +37,9 @@ pub(super) enum TrainCommand {
         run: String,
     },
     /// Report that the training platform has finished a run.
-    #[command(after_help = "Examples:\n  packhorse train finish line3-7\n  packhorse train finish line3-7 --failed timeout")]
+    #[command(
+        after_help = "Examples:\n  packhorse train finish line3-7\n  packhorse train finish line3-7 --failed timeout"
+    )]
     Finish {
         /// The run's name.
         run: String,
@@ -101,7 +103,16 @@ impl Trainer {
 pub(super) async fn run(global: &Global, command: TrainCommand) -> Result<(), Fault> {
     let client = Client::new(global)?;
     let act = async |name: String, action, failed| -> Result<(), Fault> {
-        let run: Run = client.post("/v1/runs/action", &RunActionRequest { name, action, failed }).await?;
+        let run: Run = client
+            .post(
+                "/v1/runs/action",
+                &RunActionRequest {
+                    name,
+                    action,
+                    failed,
+                },
+            )
+            .await?;
         one(global.output, &run, detail)
     };
     match command {
@@ -131,7 +142,14 @@ async fn start(client: &Client, global: &Global, start: TrainStart) -> Result<()
     };
     let run: Run = client.post("/v1/runs", &request).await?;
     if !start.wait.wait {
-        return one(global.output, &run, |run| format!("run {} is {}\n{}", run.name, run.state.as_str(), detail(run)));
+        return one(global.output, &run, |run| {
+            format!(
+                "run {} is {}\n{}",
+                run.name,
+                run.state.as_str(),
+                detail(run)
+            )
+        });
     }
     let run = follow(client, run, deadline).await?;
     match global.output {
@@ -148,7 +166,11 @@ async fn follow(client: &Client, mut run: Run, deadline: Deadline) -> Result<Run
     loop {
         let now = (run.state, run.message.clone());
         if said.as_ref() != Some(&now) {
-            let why = run.message.as_deref().map(|m| format!(": {}", human::clean(m))).unwrap_or_default();
+            let why = run
+                .message
+                .as_deref()
+                .map(|m| format!(": {}", human::clean(m)))
+                .unwrap_or_default();
             progress.say(&format!("run {} is {}{why}", run.name, run.state.as_str()));
             said = Some(now);
         }
@@ -156,14 +178,27 @@ async fn follow(client: &Client, mut run: Run, deadline: Deadline) -> Result<Run
             return Ok(run);
         }
         if deadline.passed() {
-            return Err(Fault::deadline(format!("run {} is still {}", run.name, run.state.as_str()))
-                .with_next(format!("see 'packhorse train show {}'; the run continues", run.name)));
+            return Err(Fault::deadline(format!(
+                "run {} is still {}",
+                run.name,
+                run.state.as_str()
+            ))
+            .with_next(format!(
+                "see 'packhorse train show {}'; the run continues",
+                run.name
+            )));
         }
         // Short waits, so that each state is reported.
         let wait = deadline.cap(LOOK_MAX).min(Duration::from_secs(1));
-        let query = [("name", run.name.to_string()), ("wait", wait.as_secs().to_string())];
+        let query = [
+            ("name", run.name.to_string()),
+            ("wait", wait.as_secs().to_string()),
+        ];
         let began = Instant::now();
-        run = patiently(&progress, deadline, DAEMON_AWAY_MAX, || client.get_within("/v1/runs/show", &query, wait)).await?;
+        run = patiently(&progress, deadline, DAEMON_AWAY_MAX, || {
+            client.get_within("/v1/runs/show", &query, wait)
+        })
+        .await?;
         if began.elapsed() < Duration::from_millis(100) {
             tokio::time::sleep(Duration::from_millis(100)).await;
         }
@@ -176,8 +211,13 @@ fn verdict(run: &Run) -> Result<(), Fault> {
         return Ok(());
     }
     let why = run.message.clone().unwrap_or_else(|| "no message".into());
-    let fault = Fault::internal(format!("run {} is {}: {why}", run.name, run.state.as_str())).with_retry(Retry::Never);
-    Err(Fault { code: Code::Partial, ..fault }.with_next(run.next.clone().unwrap_or_default()))
+    let fault = Fault::internal(format!("run {} is {}: {why}", run.name, run.state.as_str()))
+        .with_retry(Retry::Never);
+    Err(Fault {
+        code: Code::Partial,
+        ..fault
+    }
+    .with_next(run.next.clone().unwrap_or_default()))
 }
 
 /// The table of `train list`.
@@ -187,7 +227,10 @@ pub(super) fn table(runs: &[Run], colour: bool) -> String {
     }
     let mut table = Table::new(&["RUN", "FROM", "ON", "STATE", "MODEL", "BEGAN", "WHY"]);
     for run in runs {
-        let model = run.model.as_ref().map_or_else(|| run.expect.clone(), |m| m.artifact.clone());
+        let model = run
+            .model
+            .as_ref()
+            .map_or_else(|| run.expect.clone(), |m| m.artifact.clone());
         table.row(vec![
             run.name.as_str().into(),
             run.from.as_str().into(),
@@ -213,26 +256,68 @@ pub(super) fn detail(run: &Run) -> String {
     add("message", run.message.clone());
     add("next", run.next.clone());
     add("expects", Some(run.expect.clone()));
-    add("model", run.model.as_ref().map(|m| format!("{} ({})", m.artifact, m.digest)));
+    add(
+        "model",
+        run.model
+            .as_ref()
+            .map(|m| format!("{} ({})", m.artifact, m.digest)),
+    );
     for input in &run.inputs {
-        add("input", Some(format!("{} ({}, {})", input.artifact, human::bytes(input.bytes), input.digest)));
+        add(
+            "input",
+            Some(format!(
+                "{} ({}, {})",
+                input.artifact,
+                human::bytes(input.bytes),
+                input.digest
+            )),
+        );
     }
     add("delivery", Some(run.delivery.clone()));
     add("home", run.home.clone());
     if let Some(trainer) = &run.trainer {
-        add("trainer", Some(trainer.message.clone().unwrap_or_else(|| trainer.phase.clone())));
+        add(
+            "trainer",
+            Some(
+                trainer
+                    .message
+                    .clone()
+                    .unwrap_or_else(|| trainer.phase.clone()),
+            ),
+        );
         add("exit code", trainer.exit_code.map(|code| code.to_string()));
-        add("starts", (trainer.starts > 1).then(|| trainer.starts.to_string()));
+        add(
+            "starts",
+            (trainer.starts > 1).then(|| trainer.starts.to_string()),
+        );
         add("started", trainer.started_at.as_deref().map(human::local));
         add("ended", trainer.ended_at.as_deref().map(human::local));
     }
-    add("borrowed", run.state.is_final().then(|| if run.released { "removed" } else { "being removed" }.into()));
+    add(
+        "borrowed",
+        run.state.is_final().then(|| {
+            if run.released {
+                "removed"
+            } else {
+                "being removed"
+            }
+            .into()
+        }),
+    );
     add("created", Some(human::local(&run.created_at)));
     add("deadline", Some(human::local(&run.deadline_at)));
     add("finished", run.finished_at.as_deref().map(human::local));
     let mut out = fields(&pairs);
-    if let Some(tail) = run.trainer.as_ref().and_then(|t| t.tail.as_deref()).filter(|tail| !tail.is_empty()) {
-        out.push_str(&format!("\nlast output of the trainer:\n    {}\n", human::clean_lines(tail)));
+    if let Some(tail) = run
+        .trainer
+        .as_ref()
+        .and_then(|t| t.tail.as_deref())
+        .filter(|tail| !tail.is_empty())
+    {
+        out.push_str(&format!(
+            "\nlast output of the trainer:\n    {}\n",
+            human::clean_lines(tail)
+        ));
     }
     out
 }

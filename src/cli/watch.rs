@@ -1,4 +1,5 @@
-//! `status --watch`: redraws the table on a terminal, and elsewhere prints a line, or with JSON an object, for each change.
+//! `status --watch`: redraws the table on a terminal, and elsewhere prints a line, or with JSON an
+//! object, for each change.
 
 use std::collections::HashMap;
 use std::fmt::Write as _;
@@ -25,8 +26,13 @@ const WAIT: Duration = Duration::from_secs(10);
 /// How many ended transfers are kept; open transfers are always kept.
 const ENDED_KEPT_MAX: usize = 1_000;
 
-/// Shows changes. Returns when nothing more happens to the transfers of `query` without user action; never if it names no transfer.
-pub(super) async fn run(client: &Client, format: Output, query: TransferQuery) -> Result<(), Fault> {
+/// Shows changes. Returns when nothing more happens to the transfers of `query` without user
+/// action; never if it names no transfer.
+pub(super) async fn run(
+    client: &Client,
+    format: Output,
+    query: TransferQuery,
+) -> Result<(), Fault> {
     // Shows no progress; only reports when the daemon does not answer.
     let progress = Progress::new();
     let deadline = Deadline::after(None);
@@ -34,7 +40,8 @@ pub(super) async fn run(client: &Client, format: Output, query: TransferQuery) -
     let mut known: HashMap<String, Transfer> = HashMap::new();
     let mut next = query.clone();
     loop {
-        let (changed, cursor) = patiently(&progress, deadline, AWAY_MAX, || client.transfers(&next)).await?;
+        let (changed, cursor) =
+            patiently(&progress, deadline, AWAY_MAX, || client.transfers(&next)).await?;
         if next.since.is_none() && query.id.is_some() && changed.is_empty() {
             return Err(no_transfer(query.id.as_deref()));
         }
@@ -56,19 +63,28 @@ pub(super) async fn run(client: &Client, format: Output, query: TransferQuery) -
                 return tracker.verdict();
             }
         }
-        next = TransferQuery { since: Some(cursor), wait: Some(WAIT.as_secs()), ..query.clone() };
+        next = TransferQuery {
+            since: Some(cursor),
+            wait: Some(WAIT.as_secs()),
+            ..query.clone()
+        };
         tokio::time::sleep(REDRAW_EVERY).await;
     }
 }
 
 /// The fault of `status` with an unknown id.
 pub(super) fn no_transfer(id: Option<&str>) -> Fault {
-    Fault::not_found(format!("there is no transfer {:?}", id.unwrap_or_default())).with_next("'packhorse status' lists the transfers")
+    Fault::not_found(format!("there is no transfer {:?}", id.unwrap_or_default()))
+        .with_next("'packhorse status' lists the transfers")
 }
 
 /// Limits memory: the command can run for weeks while transfers end.
 fn forget(known: &mut HashMap<String, Transfer>) {
-    let mut ended: Vec<(u64, String)> = known.values().filter(|t| t.state.is_final()).map(|t| (t.cursor, t.id.clone())).collect();
+    let mut ended: Vec<(u64, String)> = known
+        .values()
+        .filter(|t| t.state.is_final())
+        .map(|t| (t.cursor, t.id.clone()))
+        .collect();
     if ended.len() > ENDED_KEPT_MAX {
         ended.sort();
         for (_, id) in ended.iter().take(ended.len() - ENDED_KEPT_MAX) {
@@ -87,10 +103,19 @@ struct Screen {
 impl Screen {
     fn new(format: Output) -> Self {
         let terminal = format == Output::Table && std::io::stdout().is_terminal();
-        Self { format, terminal, drawn: 0, said: HashMap::new() }
+        Self {
+            format,
+            terminal,
+            drawn: 0,
+            said: HashMap::new(),
+        }
     }
 
-    fn show(&mut self, changed: &[Transfer], known: &HashMap<String, Transfer>) -> Result<(), Fault> {
+    fn show(
+        &mut self,
+        changed: &[Transfer],
+        known: &HashMap<String, Transfer>,
+    ) -> Result<(), Fault> {
         if self.terminal {
             return self.redraw(known);
         }
@@ -106,11 +131,16 @@ impl Screen {
         output::emit(&out)
     }
 
-    /// Whether to print a line: at each change of state or reason; for progress alone, once per interval.
+    /// Whether to print a line: at each change of state or reason; for progress alone, once per
+    /// interval.
     fn worth_a_line(&mut self, t: &Transfer) -> bool {
         let now = Instant::now();
         match self.said.get(&t.id) {
-            Some((state, reason, at)) if (*state, *reason) == (t.state, t.reason) && now < *at + PROGRESS_LINE_EVERY => false,
+            Some((state, reason, at))
+                if (*state, *reason) == (t.state, t.reason) && now < *at + PROGRESS_LINE_EVERY =>
+            {
+                false
+            }
             _ => {
                 self.said.insert(t.id.clone(), (t.state, t.reason, now));
                 true
@@ -127,9 +157,17 @@ impl Screen {
         let hidden = all.len().saturating_sub(room);
         all.truncate(room);
         // The cursor moves up over the previous table, so that the text above it stays.
-        let mut out = if self.drawn > 0 { format!("\u{1b}[{}A\u{1b}[J", self.drawn) } else { String::new() };
+        let mut out = if self.drawn > 0 {
+            format!("\u{1b}[{}A\u{1b}[J", self.drawn)
+        } else {
+            String::new()
+        };
         // Without colours: their codes would count when a line is cut to the width of the screen.
-        let mut picture = if all.is_empty() { "no transfers\n".to_owned() } else { status::rows(&all, false) };
+        let mut picture = if all.is_empty() {
+            "no transfers\n".to_owned()
+        } else {
+            status::rows(&all, false)
+        };
         if hidden > 0 {
             let _ = writeln!(picture, "and {hidden} more");
         }
@@ -143,18 +181,39 @@ impl Screen {
 }
 
 fn change_line(t: &Transfer) -> String {
-    let percent = human::percent(t).map(|p| format!(" {p} % of {}", human::bytes(t.bytes.total))).unwrap_or_default();
-    let rate = if t.rate > 0 { format!(" {}", human::rate(t.rate)) } else { String::new() };
-    let reason = t.reason.map(|r| format!(" ({})", r.as_str())).unwrap_or_default();
-    let message = t.message.as_deref().map(|m| format!(": {}", human::clean(m))).unwrap_or_default();
-    let (at, id, artifact, site, state) = (human::local(&t.updated_at), &t.id, &t.artifact, &t.site, t.state.as_str());
+    let percent = human::percent(t)
+        .map(|p| format!(" {p} % of {}", human::bytes(t.bytes.total)))
+        .unwrap_or_default();
+    let rate = if t.rate > 0 {
+        format!(" {}", human::rate(t.rate))
+    } else {
+        String::new()
+    };
+    let reason = t
+        .reason
+        .map(|r| format!(" ({})", r.as_str()))
+        .unwrap_or_default();
+    let message = t
+        .message
+        .as_deref()
+        .map(|m| format!(": {}", human::clean(m)))
+        .unwrap_or_default();
+    let (at, id, artifact, site, state) = (
+        human::local(&t.updated_at),
+        &t.id,
+        &t.artifact,
+        &t.site,
+        t.state.as_str(),
+    );
     format!("{at} {id} {artifact} {site} {state}{reason}{percent}{rate}{message}\n")
 }
 
 /// Columns and lines of the terminal.
 fn size() -> (usize, usize) {
     match rustix::termios::tcgetwinsize(std::io::stdout()) {
-        Ok(size) if size.ws_col > 0 && size.ws_row > 0 => (usize::from(size.ws_col), usize::from(size.ws_row)),
+        Ok(size) if size.ws_col > 0 && size.ws_row > 0 => {
+            (usize::from(size.ws_col), usize::from(size.ws_row))
+        }
         _ => (80, 24),
     }
 }
@@ -166,7 +225,12 @@ mod tests {
 
     #[test]
     fn a_line_for_each_change_and_not_for_each_byte() {
-        let mut screen = Screen { format: Output::Table, terminal: false, drawn: 0, said: HashMap::new() };
+        let mut screen = Screen {
+            format: Output::Table,
+            terminal: false,
+            drawn: 0,
+            said: HashMap::new(),
+        };
         let mut t = transfer("t1", "chengdu", State::Transferring);
         assert!(screen.worth_a_line(&t));
         t.bytes.committed = 500;
@@ -182,7 +246,13 @@ mod tests {
         let mut known = HashMap::new();
         for i in 0..=ENDED_KEPT_MAX as u64 {
             let id = format!("t{i}");
-            known.insert(id.clone(), Transfer { cursor: i, ..transfer(&id, "chengdu", State::Done) });
+            known.insert(
+                id.clone(),
+                Transfer {
+                    cursor: i,
+                    ..transfer(&id, "chengdu", State::Done)
+                },
+            );
         }
         known.insert("open".into(), transfer("open", "chengdu", State::Queued));
         forget(&mut known);

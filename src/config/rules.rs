@@ -1,4 +1,5 @@
-//! The rules that the types of a [`Config`] cannot say, each with the place in the file that breaks it.
+//! The rules that the types of a [`Config`] cannot say, each with the place in the file that breaks
+//! it.
 
 use std::path::Path;
 
@@ -32,7 +33,10 @@ pub(super) fn check(config: &Config, text: &str) -> Result<(), Broken> {
     }
     rules.absolute("data_dir", &config.data_dir)?;
     if config.limits.memory < MEMORY_BUDGET_BYTES_MIN {
-        return rules.broken("limits.memory", format!("it must be {} MiB at least", MEMORY_BUDGET_BYTES_MIN >> 20));
+        return rules.broken(
+            "limits.memory",
+            format!("it must be {} MiB at least", MEMORY_BUDGET_BYTES_MIN >> 20),
+        );
     }
     Ok(())
 }
@@ -44,28 +48,48 @@ struct Rules<'a> {
 impl Rules<'_> {
     /// Refuses with the key's place: `key: why`.
     fn broken<T>(&self, key: &str, why: impl std::fmt::Display) -> Result<T, Broken> {
-        Err(Broken { offset: locate(self.text, key).unwrap_or(0), message: format!("{key}: {why}") })
+        Err(Broken {
+            offset: locate(self.text, key).unwrap_or(0),
+            message: format!("{key}: {why}"),
+        })
     }
 
     fn absent(&self, key: &str, why: &str) -> Result<(), Broken> {
-        if locate(self.text, key).is_some() { self.broken(key, why) } else { Ok(()) }
+        if locate(self.text, key).is_some() {
+            self.broken(key, why)
+        } else {
+            Ok(())
+        }
     }
 
     fn absolute(&self, key: &str, path: &Path) -> Result<(), Broken> {
-        if path.is_absolute() { Ok(()) } else { self.broken(key, format!("{path:?} is not an absolute path")) }
+        if path.is_absolute() {
+            Ok(())
+        } else {
+            self.broken(key, format!("{path:?} is not an absolute path"))
+        }
     }
 
     fn hub(&self, _config: &Config) -> Result<(), Broken> {
         self.absent("hub", "only a site has it; a hub dials nobody")?;
         self.absent("train", "only a site has it; sites train")?;
-        self.absent("share.check_every", "only a site has it; sites publish in place")?;
+        self.absent(
+            "share.check_every",
+            "only a site has it; sites publish in place",
+        )?;
         self.absent("sink", "only a site has it; artifacts land at sites")
     }
 
     fn site(&self, config: &Config) -> Result<(), Broken> {
         self.absent("listen.quic", "only a hub has it; sites dial")?;
-        self.absent("quota", "only a hub has it; sites and publishers publish to it")?;
-        self.absent("relay", "only a hub has it; bytes between sites pass through it")?;
+        self.absent(
+            "quota",
+            "only a hub has it; sites and publishers publish to it",
+        )?;
+        self.absent(
+            "relay",
+            "only a hub has it; bytes between sites pass through it",
+        )?;
         let Some(hub) = &config.hub else {
             return self.broken("role", "a site needs [hub] with address = \"HOST:PORT\"");
         };
@@ -81,8 +105,15 @@ impl Rules<'_> {
         if let Some(labels) = &config.sink.labels {
             self.labels(labels)?;
         }
-        config.train.as_ref().map_or(Ok(()), |train| self.train(train))?;
-        config.sink.images.as_ref().map_or(Ok(()), |images| self.images(images))
+        config
+            .train
+            .as_ref()
+            .map_or(Ok(()), |train| self.train(train))?;
+        config
+            .sink
+            .images
+            .as_ref()
+            .map_or(Ok(()), |images| self.images(images))
     }
 
     fn share(&self, share: &super::Share) -> Result<(), Broken> {
@@ -92,22 +123,35 @@ impl Rules<'_> {
             }
         }
         if share.check_every < CHECK_EVERY_MIN {
-            return self.broken("share.check_every", format!("it must be {}s at least", CHECK_EVERY_MIN.as_secs()));
+            return self.broken(
+                "share.check_every",
+                format!("it must be {}s at least", CHECK_EVERY_MIN.as_secs()),
+            );
         }
         Ok(())
     }
 
     fn train(&self, train: &super::Train) -> Result<(), Broken> {
         match (train.command.first(), &train.url) {
-            (Some(_), Some(_)) => return self.broken("train.url", "a command trains, or a platform: choose one"),
-            (None, None) => return self.broken("train", "name who trains: command = [\"/PATH\", …] or url = \"http://…\""),
+            (Some(_), Some(_)) => {
+                return self.broken("train.url", "a command trains, or a platform: choose one");
+            }
+            (None, None) => {
+                return self.broken(
+                    "train",
+                    "name who trains: command = [\"/PATH\", …] or url = \"http://…\"",
+                );
+            }
             (Some(program), None) => self.absolute("train.command", Path::new(program))?,
             (None, Some(url)) => {
-                let rest = url.strip_prefix("https://").or_else(|| url.strip_prefix("http://"));
+                let rest = url
+                    .strip_prefix("https://")
+                    .or_else(|| url.strip_prefix("http://"));
                 if rest.is_none_or(|rest| rest.is_empty() || rest.starts_with('/')) {
                     return self.broken("train.url", "write http://HOST/PATH or https://HOST/PATH");
                 }
-                if rest.is_some_and(|rest| rest.split('/').next().unwrap_or_default().contains('@')) {
+                if rest.is_some_and(|rest| rest.split('/').next().unwrap_or_default().contains('@'))
+                {
                     return self.broken("train.url", "it must not hold a user or a password");
                 }
             }
@@ -115,13 +159,20 @@ impl Rules<'_> {
         for text in &train.allow {
             match text.parse::<SiteSelector>() {
                 Ok(SiteSelector::Labels(_)) => {
-                    return self.broken("train.allow", "write the names of sites, or \"all\": labels are assigned at the hub");
+                    return self.broken(
+                        "train.allow",
+                        "write the names of sites, or \"all\": labels are assigned at the hub",
+                    );
                 }
                 Ok(_) => {}
                 Err(why) => return self.broken("train.allow", why),
             }
         }
-        if train.at_once == Some(0) { self.broken("train.at_once", "it must be 1 at least") } else { Ok(()) }
+        if train.at_once == Some(0) {
+            self.broken("train.at_once", "it must be 1 at least")
+        } else {
+            Ok(())
+        }
     }
 
     fn labels(&self, sink: &super::LabelsSink) -> Result<(), Broken> {
@@ -130,11 +181,17 @@ impl Rules<'_> {
             self.absolute(key, Path::new(path))?;
             return self.absent("sink.labels.password_file", "SQLite has no password");
         }
-        let Some(rest) = sink.url.strip_prefix("postgres://").or_else(|| sink.url.strip_prefix("postgresql://")) else {
+        let Some(rest) = sink
+            .url
+            .strip_prefix("postgres://")
+            .or_else(|| sink.url.strip_prefix("postgresql://"))
+        else {
             return self.broken(key, "write postgres://USER@HOST/DATABASE or sqlite:///PATH");
         };
         self.no_secret(key, rest, "sink.labels.password_file")?;
-        sink.password_file.as_deref().map_or(Ok(()), |p| self.absolute("sink.labels.password_file", p))
+        sink.password_file
+            .as_deref()
+            .map_or(Ok(()), |p| self.absolute("sink.labels.password_file", p))
     }
 
     fn images(&self, sink: &super::ImagesSink) -> Result<(), Broken> {
@@ -142,22 +199,46 @@ impl Rules<'_> {
         let password = "sink.images.password_file";
         if let Some(path) = sink.url.strip_prefix("oci-layout:") {
             self.absolute(key, Path::new(path))?;
-            for only_registry in ["username", "password_file", "ca_file", "realm_hosts", "create_project"] {
-                self.absent(&format!("sink.images.{only_registry}"), "only a registry has it; this is an OCI layout folder")?;
+            for only_registry in [
+                "username",
+                "password_file",
+                "ca_file",
+                "realm_hosts",
+                "create_project",
+            ] {
+                self.absent(
+                    &format!("sink.images.{only_registry}"),
+                    "only a registry has it; this is an OCI layout folder",
+                )?;
             }
             return Ok(());
         }
-        let Some(rest) = sink.url.strip_prefix("https://").or_else(|| sink.url.strip_prefix("http://")) else {
-            return self.broken(key, "write https://HOST/PROJECT, http://HOST:PORT/PROJECT or oci-layout:/PATH");
+        let Some(rest) = sink
+            .url
+            .strip_prefix("https://")
+            .or_else(|| sink.url.strip_prefix("http://"))
+        else {
+            return self.broken(
+                key,
+                "write https://HOST/PROJECT, http://HOST:PORT/PROJECT or oci-layout:/PATH",
+            );
         };
         if rest.is_empty() || rest.starts_with('/') || rest.contains(['?', '#']) {
-            return self.broken(key, "write https://HOST/PROJECT, with neither query nor fragment");
+            return self.broken(
+                key,
+                "write https://HOST/PROJECT, with neither query nor fragment",
+            );
         }
         if authority(rest).contains('@') {
-            return self.broken(key, "credentials do not belong in the URL; use sink.images.username and password_file");
+            return self.broken(
+                key,
+                "credentials do not belong in the URL; use sink.images.username and password_file",
+            );
         }
         match (&sink.username, &sink.password_file) {
-            (Some(_), None) => return self.broken("sink.images.username", format!("it needs {password}")),
+            (Some(_), None) => {
+                return self.broken("sink.images.username", format!("it needs {password}"));
+            }
             (None, Some(_)) => return self.broken(password, "it needs sink.images.username"),
             _ => {}
         }
@@ -165,38 +246,61 @@ impl Rules<'_> {
             self.absolute(password, path)?;
         }
         self.hosts("sink.images.realm_hosts", &sink.realm_hosts)?;
-        sink.ca_file.as_deref().map_or(Ok(()), |p| self.absolute("sink.images.ca_file", p))
+        sink.ca_file
+            .as_deref()
+            .map_or(Ok(()), |p| self.absolute("sink.images.ca_file", p))
     }
 
     fn registry(&self, host: &str, registry: &super::Registry) -> Result<(), Broken> {
         // The key holds dots and is quoted: the table is what can be pointed at.
-        let at = |key: &str, why: String| self.broken("registry", format!("\"{host}\".{key}: {why}"));
+        let at =
+            |key: &str, why: String| self.broken("registry", format!("\"{host}\".{key}: {why}"));
         self.hosts("registry", std::slice::from_ref(&host.to_owned()))?;
         match (&registry.username, &registry.password_file) {
             (Some(_), None) => return at("username", "it needs password_file".into()),
             (None, Some(_)) => return at("password_file", "it needs username".into()),
             _ => {}
         }
-        if let Some(path) = [&registry.password_file, &registry.ca_file].into_iter().flatten().find(|path| !path.is_absolute()) {
-            return at("password_file or ca_file", format!("{path:?} is not an absolute path"));
+        if let Some(path) = [&registry.password_file, &registry.ca_file]
+            .into_iter()
+            .flatten()
+            .find(|path| !path.is_absolute())
+        {
+            return at(
+                "password_file or ca_file",
+                format!("{path:?} is not an absolute path"),
+            );
         }
         self.hosts("registry", &registry.realm_hosts)
     }
 
     /// Registries and their token services are named by `HOST` or `HOST:PORT`.
     fn hosts(&self, key: &str, hosts: &[String]) -> Result<(), Broken> {
-        let wrong = |host: &&String| host.is_empty() || !host.chars().all(|c| c.is_ascii_alphanumeric() || ".-_:[]".contains(c));
+        let wrong = |host: &&String| {
+            host.is_empty()
+                || !host
+                    .chars()
+                    .all(|c| c.is_ascii_alphanumeric() || ".-_:[]".contains(c))
+        };
         match hosts.iter().find(wrong) {
-            Some(host) => self.broken(key, format!("{host:?} is not HOST or HOST:PORT; write it without a scheme and a path")),
+            Some(host) => self.broken(
+                key,
+                format!("{host:?} is not HOST or HOST:PORT; write it without a scheme and a path"),
+            ),
             None => Ok(()),
         }
     }
 
     /// Refuses `user:password@` and `?password=`: the configuration is often in a repository.
     fn no_secret(&self, key: &str, rest: &str, instead: &str) -> Result<(), Broken> {
-        let in_user = authority(rest).rsplit_once('@').is_some_and(|(user, _)| user.contains(':'));
+        let in_user = authority(rest)
+            .rsplit_once('@')
+            .is_some_and(|(user, _)| user.contains(':'));
         if in_user || rest.contains("password=") {
-            return self.broken(key, format!("a password does not belong in the URL; use {instead}"));
+            return self.broken(
+                key,
+                format!("a password does not belong in the URL; use {instead}"),
+            );
         }
         Ok(())
     }
@@ -212,7 +316,9 @@ pub(super) fn check_host_port(address: &str) -> Result<(), String> {
     let shape = || format!("{address:?} is not HOST:PORT");
     let (host, port) = address.rsplit_once(':').ok_or_else(shape)?;
     let bare_v6 = host.contains(':') && !(host.starts_with('[') && host.ends_with(']'));
-    let odd = host.is_empty() || bare_v6 || host.contains(|c: char| c.is_whitespace() || c == '/' || c == '@');
+    let odd = host.is_empty()
+        || bare_v6
+        || host.contains(|c: char| c.is_whitespace() || c == '/' || c == '@');
     match port.parse::<u16>() {
         Ok(p) if p > 0 && !odd => Ok(()),
         _ => Err(shape()),

@@ -15,13 +15,18 @@ fn check(text: &str, expected: &str) {
 #[test]
 fn samples_parse_and_say_the_true_defaults() {
     for name in ["hub", "site"] {
-        let text = std::fs::read_to_string(format!("{}/config/{name}.toml", env!("CARGO_MANIFEST_DIR"))).unwrap();
+        let text =
+            std::fs::read_to_string(format!("{}/config/{name}.toml", env!("CARGO_MANIFEST_DIR")))
+                .unwrap();
         parse(&text, name).unwrap();
-        // Prose begins with "# "; a line "#key = value" or "#[table]" is a default that may be uncommented.
+        // Prose begins with "# "; a line "#key = value" or "#[table]" is a default that may be
+        // uncommented.
         let uncommented: String = text
             .lines()
             .map(|line| match line.strip_prefix('#') {
-                Some(rest) if rest.starts_with(|c: char| c.is_ascii_lowercase() || c == '[') => format!("{rest}\n"),
+                Some(rest) if rest.starts_with(|c: char| c.is_ascii_lowercase() || c == '[') => {
+                    format!("{rest}\n")
+                }
                 _ => format!("{line}\n"),
             })
             .collect();
@@ -33,8 +38,14 @@ fn samples_parse_and_say_the_true_defaults() {
         assert_eq!(format!("{:?}", all.quota), format!("{:?}", minimal.quota));
         assert_eq!(all.share.check_every, minimal.share.check_every);
         assert_eq!(all.files_root(), minimal.files_root());
-        assert_eq!(format!("{:?}", all.labels_sink()), format!("{:?}", minimal.labels_sink()));
-        assert_eq!(format!("{:?}", all.images_sink()), format!("{:?}", minimal.images_sink()));
+        assert_eq!(
+            format!("{:?}", all.labels_sink()),
+            format!("{:?}", minimal.labels_sink())
+        );
+        assert_eq!(
+            format!("{:?}", all.images_sink()),
+            format!("{:?}", minimal.images_sink())
+        );
     }
 }
 
@@ -44,20 +55,38 @@ fn unknown_keys_and_wrong_values_name_their_line() {
         "role = \"site\"\nname = \"a\"\ndata_dir = \"/d\"\ncolour = 1\n",
         "x.toml:4:1: unknown key `colour`, expected one of `role`, `name`, `data_dir`, `listen`, `hub`, `sink`, `share`, `relay`, `registry`, `line`, `limits`, `quota`, `train`",
     );
-    check("role = \"site\"\nname = \"a\"\n", "x.toml:1:1: missing key `data_dir`");
-    check("role = \"boss\"\n", "x.toml:1:8: unknown variant `boss`, expected `hub` or `site`");
-    check(&format!("{HUB}[listen]\napi = \"here\"\n"), "x.toml:5:7: invalid socket address syntax");
-    check(&format!("{HUB}[listen]\nport = 1\n"), "x.toml:5:1: unknown key `port`, expected one of `api`, `api_without_tls`, `quic`");
+    check(
+        "role = \"site\"\nname = \"a\"\n",
+        "x.toml:1:1: missing key `data_dir`",
+    );
+    check(
+        "role = \"boss\"\n",
+        "x.toml:1:8: unknown variant `boss`, expected `hub` or `site`",
+    );
+    check(
+        &format!("{HUB}[listen]\napi = \"here\"\n"),
+        "x.toml:5:7: invalid socket address syntax",
+    );
+    check(
+        &format!("{HUB}[listen]\nport = 1\n"),
+        "x.toml:5:1: unknown key `port`, expected one of `api`, `api_without_tls`, `quic`",
+    );
     check(
         &format!("{HUB}[limits]\nmemory = \"256\"\n"),
         "x.toml:5:10: \"256\" is not a size: write a whole number with a unit, for example 20MiB",
     );
-    check(&format!("{HUB}[limits]\nmemory = \"1MiB\"\n"), "x.toml:5:1: limits.memory: it must be 32 MiB at least");
+    check(
+        &format!("{HUB}[limits]\nmemory = \"1MiB\"\n"),
+        "x.toml:5:1: limits.memory: it must be 32 MiB at least",
+    );
     check(
         "role = \"hub\"\nname = \"Chengdu\"\ndata_dir = \"/d\"\n",
         "x.toml:2:8: site name \"Chengdu\" is not allowed: it must start with a lower-case letter or a digit",
     );
-    check("role = \"hub\"\nname = 'x'\ndata_dir = \"d\"\n", "x.toml:3:1: data_dir: \"d\" is not an absolute path");
+    check(
+        "role = \"hub\"\nname = 'x'\ndata_dir = \"d\"\n",
+        "x.toml:3:1: data_dir: \"d\" is not an absolute path",
+    );
     let fault = parse("role = = 1\n", "x.toml").unwrap_err();
     assert!(fault.message.starts_with("x.toml:1:8: "), "{fault}");
 }
@@ -66,36 +95,100 @@ fn unknown_keys_and_wrong_values_name_their_line() {
 fn roles_have_their_own_tables() {
     parse(HUB, "x").unwrap();
     parse(SITE, "x").unwrap();
-    check("role = \"site\"\nname = \"a\"\ndata_dir = \"/d\"\n", "x.toml:1:1: role: a site needs [hub] with address = \"HOST:PORT\"");
-    check(&format!("{HUB}[hub]\naddress = \"h:1\"\n"), "x.toml:4:2: hub: only a site has it; a hub dials nobody");
-    check(&format!("{HUB}[sink.files]\nroot = \"/x\"\n"), "x.toml:4:2: sink: only a site has it; artifacts land at sites");
+    check(
+        "role = \"site\"\nname = \"a\"\ndata_dir = \"/d\"\n",
+        "x.toml:1:1: role: a site needs [hub] with address = \"HOST:PORT\"",
+    );
+    check(
+        &format!("{HUB}[hub]\naddress = \"h:1\"\n"),
+        "x.toml:4:2: hub: only a site has it; a hub dials nobody",
+    );
+    check(
+        &format!("{HUB}[sink.files]\nroot = \"/x\"\n"),
+        "x.toml:4:2: sink: only a site has it; artifacts land at sites",
+    );
     let public = "x.toml:7:1: listen.api: 0.0.0.0:7480: other machines could reach it, and the API has no TLS: use 127.0.0.1, or set \
                   api_without_tls = true";
     check(&format!("{SITE}[listen]\napi = \"0.0.0.0:7480\"\n"), public);
-    for address in ["[::1]:1", "[::ffff:127.0.0.1]:1", "127.9.9.9:1", "10.0.0.1:1\"\napi_without_tls = true # \""] {
+    for address in [
+        "[::1]:1",
+        "[::ffff:127.0.0.1]:1",
+        "127.9.9.9:1",
+        "10.0.0.1:1\"\napi_without_tls = true # \"",
+    ] {
         let text = format!("{SITE}[listen]\napi = \"{address}\"\n");
         parse(&text, "x.toml").unwrap();
     }
-    check(&format!("{SITE}[listen]\nquic = \"0.0.0.0:1\"\n"), "x.toml:7:1: listen.quic: only a hub has it; sites dial");
-    check(&format!("{HUB}[train]\nurl = \"http://t/\"\n"), "x.toml:4:2: train: only a site has it; sites train");
+    check(
+        &format!("{SITE}[listen]\nquic = \"0.0.0.0:1\"\n"),
+        "x.toml:7:1: listen.quic: only a hub has it; sites dial",
+    );
+    check(
+        &format!("{HUB}[train]\nurl = \"http://t/\"\n"),
+        "x.toml:4:2: train: only a site has it; sites train",
+    );
     let train = |rest: &str| format!("{SITE}[train]\n{rest}\n");
-    parse(&train("command = [\"/opt/trainer\", \"--run\"]\nat_once = 2"), "x").unwrap();
+    parse(
+        &train("command = [\"/opt/trainer\", \"--run\"]\nat_once = 2"),
+        "x",
+    )
+    .unwrap();
     parse(&train("url = \"https://platform/runs\""), "x").unwrap();
-    check(&train("command = [\"trainer\"]"), "x.toml:7:1: train.command: \"trainer\" is not an absolute path");
-    check(&train("command = [\"/t\"]\nurl = \"http://t/\""), "x.toml:8:1: train.url: a command trains, or a platform: choose one");
-    check(&train("url = \"ftp://t/\""), "x.toml:7:1: train.url: write http://HOST/PATH or https://HOST/PATH");
-    check(&train("url = \"http://u:p@t/\""), "x.toml:7:1: train.url: it must not hold a user or a password");
-    check(&train("command = [\"/t\"]\nat_once = 0"), "x.toml:8:1: train.at_once: it must be 1 at least");
+    check(
+        &train("command = [\"trainer\"]"),
+        "x.toml:7:1: train.command: \"trainer\" is not an absolute path",
+    );
+    check(
+        &train("command = [\"/t\"]\nurl = \"http://t/\""),
+        "x.toml:8:1: train.url: a command trains, or a platform: choose one",
+    );
+    check(
+        &train("url = \"ftp://t/\""),
+        "x.toml:7:1: train.url: write http://HOST/PATH or https://HOST/PATH",
+    );
+    check(
+        &train("url = \"http://u:p@t/\""),
+        "x.toml:7:1: train.url: it must not hold a user or a password",
+    );
+    check(
+        &train("command = [\"/t\"]\nat_once = 0"),
+        "x.toml:8:1: train.at_once: it must be 1 at least",
+    );
     let allow = |list: &str| train(&format!("command = [\"/t\"]\nallow = {list}"));
-    let allows = |text: &str, site: &str| parse(text, "x").unwrap().train.unwrap().allows(&site.parse().unwrap());
-    assert!(!allows(&train("command = [\"/t\"]"), "b") && !allows(&allow("[]"), "b"), "without a list no site may train here");
-    assert!(allows(&allow("[\"a\", \"b\"]"), "b") && allows(&allow("[\"all\"]"), "b") && !allows(&allow("[\"bb\"]"), "b"));
+    let allows = |text: &str, site: &str| {
+        parse(text, "x")
+            .unwrap()
+            .train
+            .unwrap()
+            .allows(&site.parse().unwrap())
+    };
+    assert!(
+        !allows(&train("command = [\"/t\"]"), "b") && !allows(&allow("[]"), "b"),
+        "without a list no site may train here"
+    );
+    assert!(
+        allows(&allow("[\"a\", \"b\"]"), "b")
+            && allows(&allow("[\"all\"]"), "b")
+            && !allows(&allow("[\"bb\"]"), "b")
+    );
     let notes = |text: &str| parse(text, "x").unwrap().notes();
-    assert!(notes(&allow("[]"))[0].contains("[train] allow is empty") && notes(&allow("[\"b\"]")).is_empty() && notes(SITE).is_empty());
+    assert!(
+        notes(&allow("[]"))[0].contains("[train] allow is empty")
+            && notes(&allow("[\"b\"]")).is_empty()
+            && notes(SITE).is_empty()
+    );
     let line = |role: &str| notes(&format!("{role}[line]\ntransport = \"tcp\"\n"));
-    assert!(line(HUB)[0].contains("[line] transport has no effect at a hub") && line(SITE).is_empty());
-    check(&allow("[\"region=west\"]"), "x.toml:8:1: train.allow: write the names of sites, or \"all\": labels are assigned at the hub");
-    check(&SITE.replace("hub:7443", "hub"), "x.toml:5:1: hub.address: \"hub\" is not HOST:PORT");
+    assert!(
+        line(HUB)[0].contains("[line] transport has no effect at a hub") && line(SITE).is_empty()
+    );
+    check(
+        &allow("[\"region=west\"]"),
+        "x.toml:8:1: train.allow: write the names of sites, or \"all\": labels are assigned at the hub",
+    );
+    check(
+        &SITE.replace("hub:7443", "hub"),
+        "x.toml:5:1: hub.address: \"hub\" is not HOST:PORT",
+    );
 }
 
 #[test]
@@ -105,11 +198,16 @@ fn hub_and_site_say_alike_who_may_have_what_is_published() {
         let allow = |text: &str| parse(text, "x").unwrap().share.allow;
         assert_eq!(allow(role), None);
         assert_eq!(allow(&share("[]")), Some(vec![]), "nobody is not everybody");
-        assert_eq!(allow(&share("[\"suzhou\", \"line=3\"]")), Some(vec!["suzhou".into(), "line=3".into()]));
+        assert_eq!(
+            allow(&share("[\"suzhou\", \"line=3\"]")),
+            Some(vec!["suzhou".into(), "line=3".into()])
+        );
         let line = role.lines().count() + 2;
         check(
             &share("[\"suzhou\", \"Wuhan\"]"),
-            &format!("x.toml:{line}:1: share.allow: site name \"Wuhan\" is not allowed: it must start with a lower-case letter or a digit"),
+            &format!(
+                "x.toml:{line}:1: share.allow: site name \"Wuhan\" is not allowed: it must start with a lower-case letter or a digit"
+            ),
         );
     }
 }
@@ -120,9 +218,18 @@ fn a_site_says_how_often_it_looks_at_what_it_published() {
     let every = |text: &str| parse(text, "x").unwrap().share.check_every;
     assert_eq!(every(SITE), Duration::from_secs(300));
     assert_eq!(every(&share(SITE, "1s")), Duration::from_secs(1));
-    check(&share(SITE, "999ms"), "x.toml:7:1: share.check_every: it must be 1s at least");
-    check(&share(SITE, "5"), "x.toml:7:15: \"5\" is not a duration: write a whole number with a unit (ms, s, m, h, d), for example 30s");
-    check(&share(HUB, "5m"), "x.toml:5:1: share.check_every: only a site has it; sites publish in place");
+    check(
+        &share(SITE, "999ms"),
+        "x.toml:7:1: share.check_every: it must be 1s at least",
+    );
+    check(
+        &share(SITE, "5"),
+        "x.toml:7:15: \"5\" is not a duration: write a whole number with a unit (ms, s, m, h, d), for example 30s",
+    );
+    check(
+        &share(HUB, "5m"),
+        "x.toml:5:1: share.check_every: only a site has it; sites publish in place",
+    );
 }
 
 #[test]
@@ -134,7 +241,10 @@ fn secrets_come_by_file_only() {
         &labels("postgres://packhorse:secret@db/labels"),
         "x.toml:7:1: sink.labels.url: a password does not belong in the URL; use sink.labels.password_file",
     );
-    check(&labels("mysql://db"), "x.toml:7:1: sink.labels.url: write postgres://USER@HOST/DATABASE or sqlite:///PATH");
+    check(
+        &labels("mysql://db"),
+        "x.toml:7:1: sink.labels.url: write postgres://USER@HOST/DATABASE or sqlite:///PATH",
+    );
     check(
         &images("url = \"https://robot:x@harbor/operators\""),
         "x.toml:7:1: sink.images.url: credentials do not belong in the URL; use sink.images.username and password_file",
@@ -154,17 +264,36 @@ fn registries_to_publish_from_are_named_by_host() {
     for role in [HUB, SITE] {
         let registry = |host: &str, rest: &str| format!("{role}[registry.\"{host}\"]\n{rest}\n");
         let line = role.lines().count() + 1;
-        let good = parse(&registry("h:5000", "username = \"u\"\npassword_file = \"/s\"\nrealm_hosts = [\"t:1\"]"), "x").unwrap();
+        let good = parse(
+            &registry(
+                "h:5000",
+                "username = \"u\"\npassword_file = \"/s\"\nrealm_hosts = [\"t:1\"]",
+            ),
+            "x",
+        )
+        .unwrap();
         assert_eq!(good.registry["h:5000"].realm_hosts, ["t:1"]);
         assert_eq!(good.secret_files().collect::<Vec<_>>(), [Path::new("/s")]);
         let wrong = |text: String, why: &str| {
             let fault = parse(&text, "x.toml").unwrap_err();
-            assert!(fault.message.starts_with(&format!("x.toml:{line}:2: registry")) && fault.message.contains(why), "{fault}");
+            assert!(
+                fault
+                    .message
+                    .starts_with(&format!("x.toml:{line}:2: registry"))
+                    && fault.message.contains(why),
+                "{fault}"
+            );
         };
         wrong(registry("https://h", ""), "is not HOST or HOST:PORT");
         wrong(registry("h", "username = \"u\""), "it needs password_file");
-        wrong(registry("h", "username = \"u\"\npassword_file = \"s\""), "is not an absolute path");
-        wrong(registry("h", "realm_hosts = [\"https://t\"]"), "is not HOST or HOST:PORT");
+        wrong(
+            registry("h", "username = \"u\"\npassword_file = \"s\""),
+            "is not an absolute path",
+        );
+        wrong(
+            registry("h", "realm_hosts = [\"https://t\"]"),
+            "is not HOST or HOST:PORT",
+        );
     }
 }
 
@@ -182,13 +311,22 @@ fn surroundings_are_checked_by_load_only() {
     read(&file).unwrap();
     let fault = load(&file).unwrap_err();
     assert_eq!(fault.code, base::fault::Code::Config);
-    assert!(fault.message.contains("sink.labels.password_file") && fault.message.contains(secret.to_str().unwrap()), "{fault}");
+    assert!(
+        fault.message.contains("sink.labels.password_file")
+            && fault.message.contains(secret.to_str().unwrap()),
+        "{fault}"
+    );
     durable::replace(&secret, b"\n").unwrap();
     assert!(load(&file).unwrap_err().message.contains("is empty"));
     durable::replace(&secret, b"pass word\r\n").unwrap();
     load(&file).unwrap();
     assert_eq!(read_secret(&secret).unwrap(), "pass word");
-    assert!(load(&dir.path().join("none")).unwrap_err().message.contains("cannot read the configuration"));
+    assert!(
+        load(&dir.path().join("none"))
+            .unwrap_err()
+            .message
+            .contains("cannot read the configuration")
+    );
 }
 
 #[test]

@@ -11,7 +11,7 @@ use futures::StreamExt as _;
 use tokio::time::Instant;
 
 use super::Hub;
-use super::sharing::Shared;
+use super::sharing::Targets;
 use crate::api::types::*;
 use crate::api::{Backend, View};
 use crate::delivery::Whole;
@@ -24,7 +24,9 @@ use content::bundle::{self, Member};
 use content::manifest::{Digest, Root};
 use exchange::wire::{AskSite, Planned, Standing, Stands};
 use model::paging::{Budget, Page, Pager, Room};
-use state::{Body, Changed, DeliveryRow, Part, SiteRow, TransferRow, new_delivery_id, what_changed};
+use state::{
+    Body, Changed, DeliveryRow, Part, SiteRow, TransferRow, new_delivery_id, what_changed,
+};
 use transport::identity::{Holder, JoinToken};
 
 /// How long the sites together may take to work out a plan.
@@ -51,12 +53,18 @@ fn parse_refs(artifacts: &[String]) -> Result<Vec<ArtifactRef>, Fault> {
 fn check_size(artifacts: &[ArtifactRef], sites: usize, parts_max: usize) -> Result<(), Fault> {
     let next = "name fewer artifacts or fewer sites at once";
     if artifacts.len() > DELIVERY_ARTIFACTS_MAX {
-        return Err(Fault::usage(format!("{} artifacts are named, and {DELIVERY_ARTIFACTS_MAX} are allowed at once", artifacts.len()))
-            .with_next(next));
+        return Err(Fault::usage(format!(
+            "{} artifacts are named, and {DELIVERY_ARTIFACTS_MAX} are allowed at once",
+            artifacts.len()
+        ))
+        .with_next(next));
     }
     let parts = artifacts.len().saturating_mul(sites);
     if parts > parts_max {
-        let message = format!("{} artifacts to {sites} sites are {parts} transfers, and {parts_max} are allowed at once", artifacts.len());
+        let message = format!(
+            "{} artifacts to {sites} sites are {parts} transfers, and {parts_max} are allowed at once",
+            artifacts.len()
+        );
         return Err(Fault::usage(message).with_next(next));
     }
     Ok(())
@@ -69,16 +77,22 @@ impl Hub {
         if !row.state.is_final() && row.state != State::Paused && !self.is_online(&row.site) {
             view.reason = Some(Reason::SiteOffline);
             view.message = Some(format!("site {} is not connected", row.site));
-            view.next = Some("nothing: it goes on by itself when the site is back; see 'packhorse sites'".into());
+            view.next = Some(
+                "nothing: it goes on by itself when the site is back; see 'packhorse sites'".into(),
+            );
             (view.rate, view.eta_seconds) = (0, None);
         }
         view
     }
 
-    /// A delivery as the API shows it, and as a site is told of it, with as many of its parts as `max` bytes hold.
+    /// A delivery as the API shows it, and as a site is told of it, with as many of its parts as
+    /// `max` bytes hold.
     pub(super) async fn whole(&self, row: &DeliveryRow, max: usize) -> Result<Delivery, Fault> {
         let mut whole = Whole::new(max);
-        self.inner.catalogue.each_part(&row.id, |part| whole.add(self.view(&part))).await?;
+        self.inner
+            .catalogue
+            .each_part(&row.id, |part| whole.add(self.view(&part)))
+            .await?;
         Ok(whole.end(row))
     }
 
@@ -108,25 +122,51 @@ impl Hub {
         let (mut parts, mut left_out) = (Vec::new(), Vec::new());
         for artifact in artifacts {
             let row = self.inner.catalogue.artifact(artifact).await?;
-            let shared = self.shared_with(by, &row.artifact, row.origin.as_ref(), &sites, selector).await?;
+            let shared = self
+                .shared_with(by, &row.artifact, row.origin.as_ref(), &sites, selector)
+                .await?;
             parts.push(Part::new(&row, &shared.sites));
             left_out.extend(shared.left_out);
         }
         let delivery = new_delivery_id();
         let (transfers, notes) = self.begin_noted(&delivery, None, &parts).await?;
-        let digest = parts.first().map(|part| part.digest.hex()).unwrap_or_default();
-        let artifact = artifacts.iter().map(ToString::to_string).collect::<Vec<_>>().join(",");
+        let digest = parts
+            .first()
+            .map(|part| part.digest.hex())
+            .unwrap_or_default();
+        let artifact = artifacts
+            .iter()
+            .map(ToString::to_string)
+            .collect::<Vec<_>>()
+            .join(",");
         let transfers = transfers.into_iter().map(Into::into).collect();
-        Ok(Delivered { artifact, digest, delivery: delivery.into(), transfers, left_out, notes })
+        Ok(Delivered {
+            artifact,
+            digest,
+            delivery: delivery.into(),
+            transfers,
+            left_out,
+            notes,
+        })
     }
 
     /// Begins a delivery, and again what its sites have lost since it was done.
-    pub(super) async fn begin_delivery(&self, id: &DeliveryId, run: Option<&str>, parts: &[Part]) -> Result<Vec<TransferId>, Fault> {
+    pub(super) async fn begin_delivery(
+        &self,
+        id: &DeliveryId,
+        run: Option<&str>,
+        parts: &[Part],
+    ) -> Result<Vec<TransferId>, Fault> {
         Ok(self.begin_noted(id, run, parts).await?.0)
     }
 
     /// The same, and what was found at the sites that had something of it already.
-    async fn begin_noted(&self, id: &DeliveryId, run: Option<&str>, parts: &[Part]) -> Result<(Vec<TransferId>, Vec<String>), Fault> {
+    async fn begin_noted(
+        &self,
+        id: &DeliveryId,
+        run: Option<&str>,
+        parts: &[Part],
+    ) -> Result<(Vec<TransferId>, Vec<String>), Fault> {
         let (mut lost, mut notes) = (Vec::new(), Vec::new());
         let done = self.inner.catalogue.done_already(parts).await?;
         let mut asked = futures::stream::iter(done)
@@ -141,51 +181,95 @@ impl Hub {
             if found.again {
                 lost.push(row.id);
             } else if standing.is_some() && row.body.message != found.message {
-                let body = Body { message: found.message, ..row.body };
-                self.inner.catalogue.update_transfer(&row.id, row.generation, row.state, &body).await?;
+                let body = Body {
+                    message: found.message,
+                    ..row.body
+                };
+                self.inner
+                    .catalogue
+                    .update_transfer(&row.id, row.generation, row.state, &body)
+                    .await?;
             }
         }
-        Ok((self.inner.catalogue.deliver(id, run, parts, &lost).await?, notes))
+        Ok((
+            self.inner.catalogue.deliver(id, run, parts, &lost).await?,
+            notes,
+        ))
     }
 
-    /// How a site says that an artifact is there which it was given; `None`: it is away, or slow, and is taken at its old word. `retry`
-    /// asks it to look closely.
+    /// How a site says that an artifact is there which it was given; `None`: it is away, or slow,
+    /// and is taken at its old word. `retry` asks it to look closely.
     async fn standing(&self, row: &TransferRow) -> Option<Standing> {
         let (artifact, digest) = (row.artifact.clone(), row.digest);
-        let question = AskSite::Stands { artifact: artifact.clone(), digest };
-        match tokio::time::timeout(HOLDS_MAX, self.ask_site::<Standing>(&row.site, &question)).await {
+        let question = AskSite::Stands {
+            artifact: artifact.clone(),
+            digest,
+        };
+        match tokio::time::timeout(HOLDS_MAX, self.ask_site::<Standing>(&row.site, &question)).await
+        {
             Ok(Ok(standing)) => return Some(standing),
             Ok(Err(_)) => {}
             Err(_) => return None,
         }
         // A site of the version before knows only whether it is there.
         let question = AskSite::Holds { artifact, digest };
-        let answer = tokio::time::timeout(HOLDS_MAX, self.ask_site::<bool>(&row.site, &question)).await.ok()?.ok()?;
-        let state = if answer { Stands::Sound } else { Stands::Missing };
-        Some(Standing { state, detail: None, active: None })
+        let answer = tokio::time::timeout(HOLDS_MAX, self.ask_site::<bool>(&row.site, &question))
+            .await
+            .ok()?
+            .ok()?;
+        let state = if answer {
+            Stands::Sound
+        } else {
+            Stands::Missing
+        };
+        Some(Standing {
+            state,
+            detail: None,
+            active: None,
+        })
     }
 
-    /// Does what is asked of a transfer, or of all of a delivery; `by` is the site that asks, `None` the administrator.
-    pub(super) async fn act_on(&self, by: Option<&SiteName>, id: &str, action: Action) -> Result<(), Fault> {
+    /// Does what is asked of a transfer, or of all of a delivery; `by` is the site that asks,
+    /// `None` the administrator.
+    pub(super) async fn act_on(
+        &self,
+        by: Option<&SiteName>,
+        id: &str,
+        action: Action,
+    ) -> Result<(), Fault> {
         // Of several, those that failed are meant; where none did, all are looked at again.
         let (mut ids, mut failed) = (Vec::new(), false);
-        let query = TransferQuery { id: Some(id.to_owned()), ..TransferQuery::default() };
+        let query = TransferQuery {
+            id: Some(id.to_owned()),
+            ..TransferQuery::default()
+        };
         let see = |row: TransferRow| {
             failed |= matches!(row.state, State::Failed | State::Cancelled);
             ids.push(row.id);
             true
         };
-        self.inner.catalogue.scan_transfers(&query, None, i64::MAX, see).await?;
+        self.inner
+            .catalogue
+            .scan_transfers(&query, None, i64::MAX, see)
+            .await?;
         let single = ids.len() == 1;
         let (mut acted, mut refused) = (false, None);
         for one in ids {
             let row = self.inner.catalogue.transfer(&one).await?;
             let fits = row.takes(action, failed);
             if !fits && single {
-                let state = if row.removed_ms.is_some() { "given back" } else { row.state.as_str() };
+                let state = if row.removed_ms.is_some() {
+                    "given back"
+                } else {
+                    row.state.as_str()
+                };
                 return Err(nothing_to(action, &format!("transfer {id} is {state}")));
             }
-            let refusal = if fits && action == Action::Retry { self.shared_no_more(by, &row).await? } else { None };
+            let refusal = if fits && action == Action::Retry {
+                self.shared_no_more(by, &row).await?
+            } else {
+                None
+            };
             match (fits, refusal) {
                 (true, None) => {
                     acted = true;
@@ -198,32 +282,58 @@ impl Hub {
         match refused {
             _ if acted => Ok(()),
             Some(refusal) => Err(refusal),
-            None => Err(nothing_to(action, &format!("of {id}, every transfer has ended or stays as it is"))),
+            None => Err(nothing_to(
+                action,
+                &format!("of {id}, every transfer has ended or stays as it is"),
+            )),
         }
     }
 
-    /// Asks a site what a delivery to it would cost; `None`: it is away, or does not say. Meanwhile it may read the manifest, and
-    /// nothing else, of what it is not entitled to.
-    async fn ask_plan(&self, site: &SiteName, artifact: &ArtifactRef, digest: Digest) -> Option<Planned> {
+    /// Asks a site what a delivery to it would cost; `None`: it is away, or does not say. Meanwhile
+    /// it may read the manifest, and nothing else, of what it is not entitled to.
+    async fn ask_plan(
+        &self,
+        site: &SiteName,
+        artifact: &ArtifactRef,
+        digest: Digest,
+    ) -> Option<Planned> {
         let _planning = self.inner.planning.begin(site, digest);
-        self.ask_site(site, &AskSite::Plan { artifact: artifact.clone(), digest }).await.ok()
+        self.ask_site(
+            site,
+            &AskSite::Plan {
+                artifact: artifact.clone(),
+                digest,
+            },
+        )
+        .await
+        .ok()
     }
 
-    /// Takes an artifact into the catalogue that was published at a site, or whose bytes are in the hub's store now. `false`: it
-    /// was there already.
-    pub(super) async fn register(&self, origin: Option<&SiteName>, artifact: &ArtifactRef, root: &Root) -> Result<bool, Fault> {
+    /// Takes an artifact into the catalogue that was published at a site, or whose bytes are in the
+    /// hub's store now. `false`: it was there already.
+    pub(super) async fn register(
+        &self,
+        origin: Option<&SiteName>,
+        artifact: &ArtifactRef,
+        root: &Root,
+    ) -> Result<bool, Fault> {
         let inner = &self.inner;
         let added = inner.catalogue.add_artifact(artifact, root, origin).await?;
         if !added && origin.is_none() {
-            // A site may have published the same before: the hub has all of it now, and asks the site no more.
+            // A site may have published the same before: the hub has all of it now, and asks the
+            // site no more.
             inner.catalogue.take_over(artifact).await?;
-            inner.opened.lock().retain(|opened| opened.digest != root.digest());
+            inner
+                .opened
+                .lock()
+                .retain(|opened| opened.digest != root.digest());
         }
         Ok(added)
     }
 
-    /// What `doctor` says of what changed where it was published: one line each. Whether what is there now was published anew only
-    /// that site knows for sure: here a newer version from there that is sound is taken for it.
+    /// What `doctor` says of what changed where it was published: one line each. Whether what is
+    /// there now was published anew only that site knows for sure: here a newer version from there
+    /// that is sound is taken for it.
     async fn changed_lines(&self) -> Result<Vec<String>, Fault> {
         let published = self.inner.catalogue.published_at_sites().await?.into_iter();
         let lines = what_changed(published).into_iter().map(|Changed { artifact, place: site, how, newer }| match newer {
@@ -242,7 +352,8 @@ fn nothing_to(action: Action, how: &str) -> Fault {
         Action::Cancel => "cancel",
         Action::Retry => "retry",
     };
-    Fault::conflict(format!("{how}: there is nothing to {word}")).with_next("see 'packhorse status'")
+    Fault::conflict(format!("{how}: there is nothing to {word}"))
+        .with_next("see 'packhorse status'")
 }
 
 #[async_trait]
@@ -266,11 +377,14 @@ impl Backend for Hub {
         }
         let this = self.clone();
         tracing::info!(%artifact, source = %request.source, "publishing");
-        self.inner.jobs.start(move |progress| async move { this.publish_now(request, progress).await })
+        self.inner
+            .jobs
+            .start(move |progress| async move { this.publish_now(request, progress).await })
     }
 
     async fn deliver(&self, request: DeliverRequest) -> Result<Delivered, Fault> {
-        self.deliver_to(None, &parse_refs(&request.artifacts)?, &request.to.parse()?).await
+        self.deliver_to(None, &parse_refs(&request.artifacts)?, &request.to.parse()?)
+            .await
     }
 
     async fn plan(&self, request: DeliverRequest) -> Result<Vec<PlanRow>, Fault> {
@@ -281,50 +395,83 @@ impl Backend for Hub {
         let mut rows = Vec::new();
         for artifact in &refs {
             let row = self.inner.catalogue.artifact(artifact).await?;
-            let Shared { sites, mut left_out } = self.shared_with(None, artifact, row.origin.as_ref(), &sites, &selector).await?;
+            let Targets {
+                sites,
+                mut left_out,
+            } = self
+                .shared_with(None, artifact, row.origin.as_ref(), &sites, &selector)
+                .await?;
             let (digest, total) = (row.digest, row.root.totals.bytes);
-            rows.extend(sites.into_iter().map(|site| (artifact, digest, total, site, std::mem::take(&mut left_out))));
+            rows.extend(
+                sites
+                    .into_iter()
+                    .map(|site| (artifact, digest, total, site, std::mem::take(&mut left_out))),
+            );
         }
-        // All sites together have this long, however many there are; of one the questions come one after the other.
+        // All sites together have this long, however many there are; of one the questions come one
+        // after the other.
         let deadline = Instant::now() + PLAN_MAX;
         let mut turns: HashMap<SiteName, Arc<tokio::sync::Mutex<()>>> = HashMap::new();
-        let asked = rows.into_iter().map(|(artifact, digest, total, site, left_out)| {
-            let turn = turns.entry(site.clone()).or_default().clone();
-            async move {
-                let planned = tokio::time::timeout_at(deadline, async {
-                    let _turn = turn.lock().await;
-                    self.ask_plan(&site, artifact, digest).await
-                });
-                let planned = planned.await.ok().flatten();
-                PlanRow {
-                    artifact: artifact.to_string(),
-                    site: site.to_string(),
-                    asked: planned.is_some(),
-                    total,
-                    missing: planned.as_ref().map_or(total, |p| p.missing),
-                    needs: planned.as_ref().map_or(total, |p| p.needs),
-                    free: planned.as_ref().and_then(|p| p.free),
-                    seconds: planned.as_ref().and_then(|p| (p.rate > 0).then(|| p.missing.div_ceil(p.rate))),
-                    left_out,
+        let asked = rows
+            .into_iter()
+            .map(|(artifact, digest, total, site, left_out)| {
+                let turn = turns.entry(site.clone()).or_default().clone();
+                async move {
+                    let planned = tokio::time::timeout_at(deadline, async {
+                        let _turn = turn.lock().await;
+                        self.ask_plan(&site, artifact, digest).await
+                    });
+                    let planned = planned.await.ok().flatten();
+                    PlanRow {
+                        artifact: artifact.to_string(),
+                        site: site.to_string(),
+                        asked: planned.is_some(),
+                        total,
+                        missing: planned.as_ref().map_or(total, |p| p.missing),
+                        needs: planned.as_ref().map_or(total, |p| p.needs),
+                        free: planned.as_ref().and_then(|p| p.free),
+                        seconds: planned
+                            .as_ref()
+                            .and_then(|p| (p.rate > 0).then(|| p.missing.div_ceil(p.rate))),
+                        left_out,
+                    }
                 }
-            }
-        });
-        Ok(futures::stream::iter(asked.collect::<Vec<_>>()).buffered(PLANS_AT_ONCE).collect().await)
+            });
+        Ok(futures::stream::iter(asked.collect::<Vec<_>>())
+            .buffered(PLANS_AT_ONCE)
+            .collect()
+            .await)
     }
 
-    async fn transfers(&self, query: &TransferQuery, behind: Option<&str>, room: Room) -> Result<(Page<Transfer>, u64), Fault> {
-        self.inner.catalogue.transfer_page(query, behind, room, |row| self.view(row)).await
+    async fn transfers(
+        &self,
+        query: &TransferQuery,
+        behind: Option<&str>,
+        room: Room,
+    ) -> Result<(Page<Transfer>, u64), Fault> {
+        self.inner
+            .catalogue
+            .transfer_page(query, behind, room, |row| self.view(row))
+            .await
     }
 
     async fn act(&self, id: &str, action: Action, room: Room) -> Result<Page<Transfer>, Fault> {
         self.act_on(None, id, action).await?;
-        let query = TransferQuery { id: Some(id.to_owned()), ..TransferQuery::default() };
+        let query = TransferQuery {
+            id: Some(id.to_owned()),
+            ..TransferQuery::default()
+        };
         Ok(self.transfers(&query, None, room).await?.0)
     }
 
     async fn deliveries(&self, behind: Option<&str>, room: Room) -> Result<Page<Delivery>, Fault> {
         let mut pager = Pager::new(room);
-        for row in self.inner.catalogue.deliveries(behind, room.rows_asked(), false).await? {
+        for row in self
+            .inner
+            .catalogue
+            .deliveries(behind, room.rows_asked(), false)
+            .await?
+        {
             if !pager.put(self.whole(&row, room.bytes).await?, &*row.id) {
                 break;
             }
@@ -333,7 +480,8 @@ impl Backend for Hub {
     }
 
     async fn delivery(&self, id: &str, max: usize) -> Result<Delivery, Fault> {
-        self.whole(&self.inner.catalogue.delivery(id).await?, max).await
+        self.whole(&self.inner.catalogue.delivery(id).await?, max)
+            .await
     }
 
     async fn runs(&self, behind: Option<&str>, room: Room) -> Result<Page<Run>, Fault> {
@@ -353,37 +501,78 @@ impl Backend for Hub {
     }
 
     async fn artifacts(&self, behind: Option<&str>, room: Room) -> Result<Page<Artifact>, Fault> {
-        self.inner.catalogue.artifact_page(behind, room, View::view).await
+        self.inner
+            .catalogue
+            .artifact_page(behind, room, View::view)
+            .await
     }
 
     async fn show(&self, artifact: &str) -> Result<ArtifactDetail, Fault> {
         let artifact: ArtifactRef = artifact.parse()?;
         let row = self.inner.catalogue.artifact(&artifact).await?;
-        let lineage = self.inner.catalogue.lineage(&artifact).await?.map(super::lineage_view);
-        Ok(ArtifactDetail { artifact: row.view(), transfers: Vec::new(), lineage })
+        let lineage = self
+            .inner
+            .catalogue
+            .lineage(&artifact)
+            .await?
+            .map(super::lineage_view);
+        Ok(ArtifactDetail {
+            artifact: row.view(),
+            transfers: Vec::new(),
+            lineage,
+        })
     }
 
-    async fn transfers_of_artifact(&self, artifact: &str, behind: Option<&str>, room: Room) -> Result<Page<Transfer>, Fault> {
-        self.inner.catalogue.artifact_transfer_page(&artifact.parse()?, behind, room, |row| self.view(row)).await
+    async fn transfers_of_artifact(
+        &self,
+        artifact: &str,
+        behind: Option<&str>,
+        room: Room,
+    ) -> Result<Page<Transfer>, Fault> {
+        self.inner
+            .catalogue
+            .artifact_transfer_page(&artifact.parse()?, behind, room, |row| self.view(row))
+            .await
     }
 
     async fn sites(&self, behind: Option<&str>, room: Room) -> Result<Page<Site>, Fault> {
-        self.inner.catalogue.site_page(behind, room, |row| self.site_view(row)).await
+        self.inner
+            .catalogue
+            .site_page(behind, room, |row| self.site_view(row))
+            .await
     }
 
     async fn token(&self, request: TokenRequest) -> Result<String, Fault> {
         let holder = match (&request.site, &request.publisher) {
             (Some(site), None) => Holder::Site(site.parse()?),
-            (None, Some(publisher)) if request.labels.is_empty() => Holder::Publisher(publisher.parse()?),
-            (None, Some(_)) => return Err(Fault::usage("a publisher has no labels: nothing is delivered to it")),
+            (None, Some(publisher)) if request.labels.is_empty() => {
+                Holder::Publisher(publisher.parse()?)
+            }
+            (None, Some(_)) => {
+                return Err(Fault::usage(
+                    "a publisher has no labels: nothing is delivered to it",
+                ));
+            }
             _ => return Err(Fault::usage("a token is for a site or for a publisher")),
         };
         if request.ttl_seconds == 0 {
             return Err(Fault::usage("a token must be good for some time"));
         }
-        request.labels.iter().try_for_each(|(key, value)| check_label(key, value))?;
+        request
+            .labels
+            .iter()
+            .try_for_each(|(key, value)| check_label(key, value))?;
         let token = JoinToken::generate(&self.inner.identity);
-        self.inner.catalogue.add_token(token.id(), &token.secret_hash(), &holder, &request.labels, request.ttl_seconds).await?;
+        self.inner
+            .catalogue
+            .add_token(
+                token.id(),
+                &token.secret_hash(),
+                &holder,
+                &request.labels,
+                request.ttl_seconds,
+            )
+            .await?;
         Ok(token.to_string())
     }
 
@@ -395,14 +584,19 @@ impl Backend for Hub {
                 .with_next("publish the artifact again: what is damaged is stored anew; at a site, run this there"));
         }
         let this = self.clone();
-        self.inner.jobs.start(move |progress| async move { this.verify_now(artifact, request.quick, progress).await })
+        self.inner.jobs.start(move |progress| async move {
+            this.verify_now(artifact, request.quick, progress).await
+        })
     }
 
     async fn pin(&self, artifact: &str, pinned: bool) -> Result<Artifact, Fault> {
         let artifact: ArtifactRef = artifact.parse()?;
         let row = self.inner.catalogue.artifact(&artifact).await?;
         if row.origin.is_none() {
-            return Err(Fault::usage(format!("{artifact} is the hub's own and stays anyway")).with_next("pin what lives at a site"));
+            return Err(
+                Fault::usage(format!("{artifact} is the hub's own and stays anyway"))
+                    .with_next("pin what lives at a site"),
+            );
         }
         self.inner.catalogue.set_pinned(&artifact, pinned).await?;
         Ok(self.inner.catalogue.artifact(&artifact).await?.view())
@@ -413,8 +607,10 @@ impl Backend for Hub {
         for artifact in parse_refs(&artifacts)? {
             let row = self.inner.catalogue.artifact(&artifact).await?;
             if let Some(site) = &row.origin {
-                return Err(Fault::usage(format!("{artifact} lives at site {site}, and this hub may hold only some of it"))
-                    .with_next("publish it at the hub, or deliver it over the line"));
+                return Err(Fault::usage(format!(
+                    "{artifact} lives at site {site}, and this hub may hold only some of it"
+                ))
+                .with_next("publish it at the hub, or deliver it over the line"));
             }
             members.push(Member::new(artifact, &row.root));
         }
@@ -435,12 +631,16 @@ impl Backend for Hub {
 
     async fn import(&self, file: String) -> Result<Job, Fault> {
         let this = self.clone();
-        self.inner.jobs.start(move |progress| async move { this.import_now(file, progress).await })
+        self.inner
+            .jobs
+            .start(move |progress| async move { this.import_now(file, progress).await })
     }
 
     async fn gc(&self) -> Result<Job, Fault> {
         let this = self.clone();
-        self.inner.jobs.start_collection(move |progress| async move { this.collect_now(progress).await })
+        self.inner
+            .jobs
+            .start_collection(move |progress| async move { this.collect_now(progress).await })
     }
 
     async fn doctor(&self) -> Result<Vec<String>, Fault> {
@@ -448,9 +648,14 @@ impl Backend for Hub {
         let mut out = Vec::new();
         out.push(sink::stage::room_report(data)?);
         let store = self.inner.store.clone();
-        let (stored, lost) = blocking(move || Ok((store.stored_bytes()?, store.lost_packs()?))).await?;
+        let (stored, lost) =
+            blocking(move || Ok((store.stored_bytes()?, store.lost_packs()?))).await?;
         let packs = self.inner.store.path();
-        out.push(format!("ok store: {} MiB in packs at {}", stored >> 20, packs.display()));
+        out.push(format!(
+            "ok store: {} MiB in packs at {}",
+            stored >> 20,
+            packs.display()
+        ));
         if self.inner.store.is_damaged() {
             out.push("fault store: the chunk index is damaged; stop the hub, then 'packhorse store rebuild-index'".into());
         }
@@ -463,10 +668,25 @@ impl Backend for Hub {
                 lost[0]
             ));
         }
-        let (kept, budget) = (self.inner.relay.kept_bytes(), self.inner.config.relay.budget);
-        out.push(format!("ok relay: {} MiB of {} MiB are kept of what passed from site to site", kept >> 20, budget >> 20));
-        out.push(format!("ok line: listening on {} (UDP and TCP)", self.inner.listener.local_addr()));
-        out.extend(self.inner.identity.clock_fault().map(|text| format!("fault clock: {text}")));
+        let (kept, budget) = (
+            self.inner.relay.kept_bytes(),
+            self.inner.config.relay.budget,
+        );
+        out.push(format!(
+            "ok relay: {} MiB of {} MiB are kept of what passed from site to site",
+            kept >> 20,
+            budget >> 20
+        ));
+        out.push(format!(
+            "ok line: listening on {} (UDP and TCP)",
+            self.inner.listener.local_addr()
+        ));
+        out.extend(
+            self.inner
+                .identity
+                .clock_fault()
+                .map(|text| format!("fault clock: {text}")),
+        );
         let mut joined = Vec::new();
         for row in self.inner.catalogue.sites().await? {
             let site = self.site_view(&row);
@@ -499,14 +719,28 @@ impl Backend for Hub {
         for row in self.inner.catalogue.events(since, limit).await? {
             let (mut event, name) = (row.view(), row.name);
             event.body = match event.what.as_str() {
-                "transfer" => self.inner.catalogue.transfer(&name).await.ok().and_then(|row| serde_json::to_value(self.view(&row)).ok()),
+                "transfer" => self
+                    .inner
+                    .catalogue
+                    .transfer(&name)
+                    .await
+                    .ok()
+                    .and_then(|row| serde_json::to_value(self.view(&row)).ok()),
                 "artifact" => match name.parse() {
-                    Ok(artifact) => {
-                        self.inner.catalogue.artifact(&artifact).await.ok().and_then(|row| serde_json::to_value(row.view()).ok())
-                    }
+                    Ok(artifact) => self
+                        .inner
+                        .catalogue
+                        .artifact(&artifact)
+                        .await
+                        .ok()
+                        .and_then(|row| serde_json::to_value(row.view()).ok()),
                     Err(_) => None,
                 },
-                "run" => self.show_run(None, &name).await.ok().and_then(|run| serde_json::to_value(run).ok()),
+                "run" => self
+                    .show_run(None, &name)
+                    .await
+                    .ok()
+                    .and_then(|run| serde_json::to_value(run).ok()),
                 _ => {
                     let site = self.inner.catalogue.site(&name).await.ok().flatten();
                     site.and_then(|row| serde_json::to_value(self.site_view(&row)).ok())
@@ -539,15 +773,25 @@ impl Backend for Hub {
         let stored = blocking(move || store.stored_bytes()).await?;
         let online = self.inner.links.read().len();
         out.push_str(&self.relay_metrics());
-        let _ = writeln!(out, "# TYPE packhorse_store_bytes gauge\npackhorse_store_bytes {stored}");
-        let _ = writeln!(out, "# TYPE packhorse_sites_online gauge\npackhorse_sites_online {online}");
-        let _ = writeln!(out, "# TYPE packhorse_jobs_running gauge\npackhorse_jobs_running {}", self.inner.jobs.running());
+        let _ = writeln!(
+            out,
+            "# TYPE packhorse_store_bytes gauge\npackhorse_store_bytes {stored}"
+        );
+        let _ = writeln!(
+            out,
+            "# TYPE packhorse_sites_online gauge\npackhorse_sites_online {online}"
+        );
+        let _ = writeln!(
+            out,
+            "# TYPE packhorse_jobs_running gauge\npackhorse_jobs_running {}",
+            self.inner.jobs.running()
+        );
         Ok(out)
     }
 }
 
 /// What is done about an artifact that is done already.
-struct Found {
+struct RepeatedDelivery {
     /// Whether its transfer begins again.
     again: bool,
     /// For whoever asked.
@@ -556,25 +800,51 @@ struct Found {
     message: Option<Message>,
 }
 
-fn found(row: &TransferRow, standing: &Option<Standing>) -> Found {
+fn found(row: &TransferRow, standing: &Option<Standing>) -> RepeatedDelivery {
     let (artifact, site) = (&row.artifact, &row.site);
     let Some(standing) = standing else {
-        let note = format!("{artifact} arrived at {site} before; the site does not answer, so whether it is there still was not checked");
-        return Found { again: false, note: Some(note), message: None };
+        let note = format!(
+            "{artifact} arrived at {site} before; the site does not answer, so whether it is there still was not checked"
+        );
+        return RepeatedDelivery {
+            again: false,
+            note: Some(note),
+            message: None,
+        };
     };
-    let detail = standing.detail.as_ref().map(|detail| format!(": {detail}")).unwrap_or_default();
-    let again = |what: &str| Found { again: true, note: Some(format!("{artifact} {what} at {site}{detail}")), message: None };
+    let detail = standing
+        .detail
+        .as_ref()
+        .map(|detail| format!(": {detail}"))
+        .unwrap_or_default();
+    let again = |what: &str| RepeatedDelivery {
+        again: true,
+        note: Some(format!("{artifact} {what} at {site}{detail}")),
+        message: None,
+    };
     match (standing.state, &standing.active) {
         (Stands::Missing, _) => again("is delivered again, because it is missing"),
         (Stands::Damaged, _) => again("is delivered again, because it was changed or damaged"),
-        (Stands::Unavailable, _) => again("waits until the site can look whether it is there still"),
-        (Stands::Sound, Some(active)) if active.as_str() != artifact.version() && !active.is_empty() => {
+        (Stands::Unavailable, _) => {
+            again("waits until the site can look whether it is there still")
+        }
+        (Stands::Sound, Some(active))
+            if active.as_str() != artifact.version() && !active.is_empty() =>
+        {
             let message = format!(
                 "it is held but not active: the active version is {active}. To make this content active, publish it under a new version"
             );
-            Found { again: false, note: Some(format!("{artifact} at {site}: {message}")), message: Some(message.into()) }
+            RepeatedDelivery {
+                again: false,
+                note: Some(format!("{artifact} at {site}: {message}")),
+                message: Some(message.into()),
+            }
         }
-        (Stands::Sound, _) => Found { again: false, note: None, message: None },
+        (Stands::Sound, _) => RepeatedDelivery {
+            again: false,
+            note: None,
+            message: None,
+        },
     }
 }
 
@@ -589,12 +859,35 @@ mod tests {
     async fn an_action_that_fits_no_transfer_of_a_delivery_is_refused_as_for_one_transfer() {
         let bench = Bench::start().await;
         let token = bench.token(None, Some("office")).await;
-        bench.publish(&bench.source("a", 100, 1), "model/a:v1", Some(&token)).await.unwrap();
+        bench
+            .publish(&bench.source("a", 100, 1), "model/a:v1", Some(&token))
+            .await
+            .unwrap();
         for site in ["east", "west"] {
-            bench.join(&bench.token(Some(site), None).await, &Claim::Site(site.parse().unwrap())).await;
+            bench
+                .join(
+                    &bench.token(Some(site), None).await,
+                    &Claim::Site(site.parse().unwrap()),
+                )
+                .await;
         }
-        let delivered = bench.hub.deliver_to(None, &["model/a:v1".parse().unwrap()], &"east,west".parse().unwrap()).await.unwrap();
-        let code = async |id: &str, action| bench.hub.act_on(None, id, action).await.map(|_| ()).map_err(|fault| fault.code);
+        let delivered = bench
+            .hub
+            .deliver_to(
+                None,
+                &["model/a:v1".parse().unwrap()],
+                &"east,west".parse().unwrap(),
+            )
+            .await
+            .unwrap();
+        let code = async |id: &str, action| {
+            bench
+                .hub
+                .act_on(None, id, action)
+                .await
+                .map(|_| ())
+                .map_err(|fault| fault.code)
+        };
         let (all, one) = (delivered.delivery.as_str(), delivered.transfers[0].as_str());
         for (action, expected) in [
             (Action::Cancel, Ok(())),

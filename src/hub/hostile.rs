@@ -9,18 +9,30 @@ use base::fault::Code;
 use base::limits::{QUESTION_BYTES_MAX, SILENCE_MAX};
 use content::frame::{Frame, HEADER_BYTES, Header};
 use content::manifest::Digest;
-use exchange::wire::{self, AskHub, CONTROL, FETCH, FetchRequest, FromHub, FromSite, QUESTION, Wanted};
+use exchange::wire::{
+    self, AskHub, CONTROL, FETCH, FetchRequest, FromHub, FromSite, QUESTION, Wanted,
+};
 use transport::identity::Claim;
 use transport::{Link, RecvHalf};
 
 async fn site(bench: &Bench, name: &str) -> Link {
-    let identity = bench.join(&bench.token(Some(name), None).await, &Claim::Site(name.parse().unwrap())).await;
+    let identity = bench
+        .join(
+            &bench.token(Some(name), None).await,
+            &Claim::Site(name.parse().unwrap()),
+        )
+        .await;
     bench.dial(&identity).await
 }
 
 /// Sends a request as it is, and gives the whole answer.
 async fn fetch(link: &Link, digest: Digest, wants: Vec<Wanted>) -> Vec<u8> {
-    let request = postcard::to_stdvec(&FetchRequest { digest, priority: 0, wants }).unwrap();
+    let request = postcard::to_stdvec(&FetchRequest {
+        digest,
+        priority: 0,
+        wants,
+    })
+    .unwrap();
     let (mut send, mut recv) = link.open(0).await.unwrap();
     send.write_all(&[FETCH]).await.unwrap();
     wire::send_bytes(&mut send, &request).await.unwrap();
@@ -47,9 +59,17 @@ fn frames(answer: &[u8]) -> Vec<Result<u32, Code>> {
 async fn control(link: &Link) -> (transport::SendHalf, RecvHalf) {
     let (mut send, recv) = link.open(wire::PRIORITY_CONTROL).await.unwrap();
     send.write_all(&[CONTROL]).await.unwrap();
-    wire::send(&mut send, &FromSite::Hello { version: "0".into(), share: None, train: None, congestion: Default::default() })
-        .await
-        .unwrap();
+    wire::send(
+        &mut send,
+        &FromSite::Hello {
+            version: "0".into(),
+            share: None,
+            train: None,
+            congestion: Default::default(),
+        },
+    )
+    .await
+    .unwrap();
     (send, recv)
 }
 
@@ -59,15 +79,39 @@ async fn a_request_for_many_roots_is_refused_before_any_is_made() {
     let link = site(&bench, "east").await;
     let source = bench.source("a", 1 << 20, 1);
     let token = bench.token(None, Some("office")).await;
-    let digest: Digest = bench.publish(&source, "model/a:v1", Some(&token)).await.unwrap().published.digest.parse().unwrap();
-    bench.hub.deliver_to(None, &["model/a:v1".parse().unwrap()], &"east".parse().unwrap()).await.unwrap();
-    assert!(matches!(frames(&fetch(&link, digest, vec![Wanted::Root]).await)[..], [Ok(_)]), "one is given");
+    let digest: Digest = bench
+        .publish(&source, "model/a:v1", Some(&token))
+        .await
+        .unwrap()
+        .published
+        .digest
+        .parse()
+        .unwrap();
+    bench
+        .hub
+        .deliver_to(
+            None,
+            &["model/a:v1".parse().unwrap()],
+            &"east".parse().unwrap(),
+        )
+        .await
+        .unwrap();
+    assert!(
+        matches!(
+            frames(&fetch(&link, digest, vec![Wanted::Root]).await)[..],
+            [Ok(_)]
+        ),
+        "one is given"
+    );
     let answer = frames(&fetch(&link, digest, vec![Wanted::Root; 60_000]).await);
     assert_eq!(answer, [Err(Code::Integrity)], "and nothing of many");
     let answer = frames(&fetch(&link, digest, vec![Wanted::Root, Wanted::Root]).await);
     assert_eq!(answer, [Err(Code::Integrity)]);
     assert!(!link.is_closed(), "the line stands");
-    assert!(matches!(frames(&fetch(&link, digest, vec![Wanted::RootAndPages(u64::MAX)]).await)[..], [Ok(_), Ok(_)]));
+    assert!(matches!(
+        frames(&fetch(&link, digest, vec![Wanted::RootAndPages(u64::MAX)]).await)[..],
+        [Ok(_), Ok(_)]
+    ));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -93,8 +137,17 @@ async fn a_question_has_a_size_and_a_time_to_arrive() {
     send.write_all(&head).await.unwrap();
     recv.read_to_end(1).await.unwrap_err();
     // An honest peer finds out before it sends anything.
-    let long = AskHub::Deliver { artifacts: vec!["model/a:v1".parse().unwrap(); 6_000], to: "all".parse().unwrap() };
-    assert_eq!(wire::ask::<_, serde_json::Value>(&link, &long).await.unwrap_err().code, Code::Usage);
+    let long = AskHub::Deliver {
+        artifacts: vec!["model/a:v1".parse().unwrap(); 6_000],
+        to: "all".parse().unwrap(),
+    };
+    assert_eq!(
+        wire::ask::<_, serde_json::Value>(&link, &long)
+            .await
+            .unwrap_err()
+            .code,
+        Code::Usage
+    );
     // Many that never end take no more than the peer's share, and another peer is answered at once.
     let other = site(&bench, "west").await;
     let mut held = Vec::new();
@@ -108,11 +161,26 @@ async fn a_question_has_a_size_and_a_time_to_arrive() {
     }
     let begun = Instant::now();
     let ask = AskHub::Delivery("d-0".parse().unwrap());
-    assert_eq!(wire::ask::<_, serde_json::Value>(&other, &ask).await.unwrap_err().code, Code::NotFound);
+    assert_eq!(
+        wire::ask::<_, serde_json::Value>(&other, &ask)
+            .await
+            .unwrap_err()
+            .code,
+        Code::NotFound
+    );
     assert!(begun.elapsed() < SILENCE_MAX / 2);
     drop(held);
-    let answer = tokio::time::timeout(Duration::from_secs(60), wire::ask::<_, serde_json::Value>(&link, &ask)).await.unwrap();
-    assert_eq!(answer.unwrap_err().code, Code::NotFound, "what was given up holds nothing");
+    let answer = tokio::time::timeout(
+        Duration::from_secs(60),
+        wire::ask::<_, serde_json::Value>(&link, &ask),
+    )
+    .await
+    .unwrap();
+    assert_eq!(
+        answer.unwrap_err().code,
+        Code::NotFound,
+        "what was given up holds nothing"
+    );
 }
 
 /// The end of a job.
@@ -126,11 +194,19 @@ async fn ended(bench: &Bench, job: Job) -> Job {
             }
         }
     };
-    tokio::time::timeout(Duration::from_secs(60), end).await.expect("the job ends")
+    tokio::time::timeout(Duration::from_secs(60), end)
+        .await
+        .expect("the job ends")
 }
 
 fn publish(source: &std::path::Path, reference: &str) -> PublishRequest {
-    PublishRequest { source: source.display().to_string(), as_ref: reference.into(), to: None, run: None, options: Default::default() }
+    PublishRequest {
+        source: source.display().to_string(),
+        as_ref: reference.into(),
+        to: None,
+        run: None,
+        options: Default::default(),
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -145,13 +221,20 @@ async fn nobody_waits_for_a_site_that_offers_and_says_nothing() {
         omitted: Default::default(),
     };
     let asked = link.clone();
-    let offering = tokio::spawn(async move { wire::ask_to_move::<_, serde_json::Value>(&asked, &offer).await });
+    let offering =
+        tokio::spawn(
+            async move { wire::ask_to_move::<_, serde_json::Value>(&asked, &offer).await },
+        );
     // The hub asks for the root manifest, and is told nothing.
     let _held = link.accept().await.unwrap();
     let source = bench.source("a", 1 << 20, 1);
     for reference in ["model/a:v1", "model/a:v2"] {
         let gc = bench.hub.gc().await.unwrap();
-        let published = bench.hub.publish(publish(&source, reference)).await.unwrap();
+        let published = bench
+            .hub
+            .publish(publish(&source, reference))
+            .await
+            .unwrap();
         assert_eq!(ended(&bench, gc).await.state, "done");
         assert_eq!(ended(&bench, published).await.state, "done");
     }
@@ -163,7 +246,14 @@ async fn nobody_waits_for_a_site_that_offers_and_says_nothing() {
 async fn an_import_of_a_pipe_fails_at_once() {
     let bench = Bench::start().await;
     let pipe = bench.source("a", 1, 1).join("pipe");
-    rustix::fs::mknodat(rustix::fs::CWD, &pipe, rustix::fs::FileType::Fifo, 0o600.into(), 0).unwrap();
+    rustix::fs::mknodat(
+        rustix::fs::CWD,
+        &pipe,
+        rustix::fs::FileType::Fifo,
+        0o600.into(),
+        0,
+    )
+    .unwrap();
     let job = bench.hub.import(pipe.display().to_string()).await.unwrap();
     let job = ended(&bench, job).await;
     let fault = job.error.unwrap();
@@ -175,16 +265,47 @@ async fn an_import_of_a_pipe_fails_at_once() {
 async fn a_publish_that_is_cancelled_leaves_nothing_but_chunks_for_a_collection() {
     let bench = Bench::start().await;
     let source = bench.source("a", 64 << 20, 1);
-    let job = bench.hub.publish(publish(&source, "model/a:v1")).await.unwrap();
+    let job = bench
+        .hub
+        .publish(publish(&source, "model/a:v1"))
+        .await
+        .unwrap();
     bench.hub.cancel_job(&job.id).await.unwrap();
     let job = ended(&bench, job).await;
-    assert_eq!((job.state.as_str(), job.error.unwrap().code), ("cancelled", Code::Partial));
-    assert!(bench.hub.inner.catalogue.artifacts().await.unwrap().is_empty());
+    assert_eq!(
+        (job.state.as_str(), job.error.unwrap().code),
+        ("cancelled", Code::Partial)
+    );
+    assert!(
+        bench
+            .hub
+            .inner
+            .catalogue
+            .artifacts()
+            .await
+            .unwrap()
+            .is_empty()
+    );
     let gc = bench.hub.gc().await.unwrap();
     assert_eq!(ended(&bench, gc).await.state, "done");
     // The same again is a new job, and whole.
-    let job = bench.hub.publish(publish(&source, "model/a:v1")).await.unwrap();
+    let job = bench
+        .hub
+        .publish(publish(&source, "model/a:v1"))
+        .await
+        .unwrap();
     assert_eq!(ended(&bench, job).await.state, "done");
-    let verified = bench.hub.verify(VerifyRequest { artifact: "model/a:v1".into(), repair: false, quick: false }).await.unwrap();
-    assert_eq!(ended(&bench, verified).await.result.unwrap(), serde_json::json!([]));
+    let verified = bench
+        .hub
+        .verify(VerifyRequest {
+            artifact: "model/a:v1".into(),
+            repair: false,
+            quick: false,
+        })
+        .await
+        .unwrap();
+    assert_eq!(
+        ended(&bench, verified).await.result.unwrap(),
+        serde_json::json!([])
+    );
 }

@@ -9,7 +9,7 @@ use super::manifests::{AllArtifacts, Live, fault_of, malformed_line, mark};
 use super::{Hub, short};
 use crate::api::types::{PublishRequest, Published};
 use crate::jobs::until_room;
-use crate::reading::{self, Access};
+use crate::open_source::{self, Access};
 use base::blocking::blocking;
 use base::fault::Fault;
 use base::job_progress::JobProgress;
@@ -23,7 +23,11 @@ use model::run;
 use state::{Part, new_delivery_id};
 
 impl Hub {
-    pub(super) async fn publish_now(&self, request: PublishRequest, progress: Arc<JobProgress>) -> Result<Published, Fault> {
+    pub(super) async fn publish_now(
+        &self,
+        request: PublishRequest,
+        progress: Arc<JobProgress>,
+    ) -> Result<Published, Fault> {
         let inner = &self.inner;
         let artifact: ArtifactRef = request.as_ref.parse()?;
         // Whatever can be refused is refused before a byte is read.
@@ -35,20 +39,37 @@ impl Hub {
         if let Some(run) = &run {
             self.check_run_model(None, run, &artifact).await?;
         }
-        let dataset = reading::dataset_of(&inner.catalogue, &artifact, request.options.for_dataset.as_deref()).await?;
-        let read = until_room(&inner.store, &progress, ROOM_AWAITED_MAX, || self.read_in(&artifact, &request, dataset.clone(), &progress));
+        let dataset = open_source::dataset_of(
+            &inner.catalogue,
+            &artifact,
+            request.options.for_dataset.as_deref(),
+        )
+        .await?;
+        let read = until_room(&inner.store, &progress, ROOM_AWAITED_MAX, || {
+            self.read_in(&artifact, &request, dataset.clone(), &progress)
+        });
         let (_leased, ingested) = read.await?;
         let bytes = ingested.root.totals.bytes;
         progress.end()?;
         let added = match &run {
-            Some(run) => self.add_run_model(None, run, &artifact, &ingested.root).await?,
+            Some(run) => {
+                self.add_run_model(None, run, &artifact, &ingested.root)
+                    .await?
+            }
             None => self.register(None, &artifact, &ingested.root).await?,
         };
-        inner.catalogue.set_omitted(&artifact, &ingested.omitted).await?;
+        inner
+            .catalogue
+            .set_omitted(&artifact, &ingested.omitted)
+            .await?;
         let transfers = match sites {
             Some((_, sites)) => {
                 let part = Part::new(&inner.catalogue.artifact(&artifact).await?, &sites);
-                self.begin_delivery(&new_delivery_id(), None, &[part]).await?.into_iter().map(Into::into).collect()
+                self.begin_delivery(&new_delivery_id(), None, &[part])
+                    .await?
+                    .into_iter()
+                    .map(Into::into)
+                    .collect()
             }
             None => Vec::new(),
         };
@@ -66,7 +87,8 @@ impl Hub {
         })
     }
 
-    /// Reads a source into the store. Until the leased store that it returns is dropped no collection takes it away.
+    /// Reads a source into the store. Until the leased store that it returns is dropped no
+    /// collection takes it away.
     async fn read_in(
         &self,
         artifact: &ArtifactRef,
@@ -77,22 +99,38 @@ impl Hub {
         let inner = &self.inner;
         let leased = inner.store.leased();
         progress.doing(format!("reading {}", request.source));
-        let (store, options, text, kind) = (leased.clone(), request.options.clone(), request.source.clone(), artifact.kind);
+        let (store, options, text, kind) = (
+            leased.clone(),
+            request.options.clone(),
+            request.source.clone(),
+            artifact.kind,
+        );
         let (watched, config) = (progress.clone(), inner.config.clone());
-        let ingested = reading::with_scratch(&inner.config.data_dir, progress, move |scratch, runtime| {
-            let dataset = dataset.map(|(binding, root)| reading::bind(binding, root, store.clone()));
-            let access = Access::of_daemon(&config, None);
-            let mut source = reading::open(kind, &text, &options, dataset, &access, scratch, runtime)?;
-            reading::read(source.as_mut(), &options, |source| {
-                ingest::reported(&watched, |counted| ingest::ingest(source, kind, &store, &store, counted))
-            })
-        });
-        let ingested = ingested.await.map_err(|fault| fault.of_publish().context(format!("publish {artifact}")))?;
+        let ingested =
+            open_source::with_scratch(&inner.config.data_dir, progress, move |scratch, runtime| {
+                let dataset =
+                    dataset.map(|(binding, root)| open_source::bind(binding, root, store.clone()));
+                let access = Access::of_daemon(&config, None);
+                let mut source =
+                    open_source::open(kind, &text, &options, dataset, &access, scratch, runtime)?;
+                open_source::read(source.as_mut(), &options, |source| {
+                    ingest::reported(&watched, |counted| {
+                        ingest::ingest(source, kind, &store, &store, counted)
+                    })
+                })
+            });
+        let ingested = ingested
+            .await
+            .map_err(|fault| fault.of_publish().context(format!("publish {artifact}")))?;
         Ok((leased, ingested))
     }
 
     /// Takes in what a bundle holds. Returns the artifacts' names.
-    pub(super) async fn import_now(&self, file: String, progress: Arc<JobProgress>) -> Result<Vec<String>, Fault> {
+    pub(super) async fn import_now(
+        &self,
+        file: String,
+        progress: Arc<JobProgress>,
+    ) -> Result<Vec<String>, Fault> {
         let store = &self.inner.store;
         let read = until_room(store, &progress, ROOM_AWAITED_MAX, || async {
             let leased = store.leased();
@@ -108,31 +146,42 @@ impl Hub {
         let (_leased, members) = read.await?;
         progress.end()?;
         for member in &members {
-            self.register(None, &member.artifact, &member.root()?).await?;
+            self.register(None, &member.artifact, &member.root()?)
+                .await?;
         }
-        Ok(members.into_iter().map(|m| m.artifact.to_string()).collect())
+        Ok(members
+            .into_iter()
+            .map(|m| m.artifact.to_string())
+            .collect())
     }
 
-    /// Removes chunks that no artifact names. A malformed manifest counts as holding all that can be read of it, and is reported.
-    pub(super) async fn collect_now(&self, progress: Arc<JobProgress>) -> Result<serde_json::Value, Fault> {
+    /// Removes chunks that no artifact names. A malformed manifest counts as holding all that can
+    /// be read of it, and is reported.
+    pub(super) async fn collect_now(
+        &self,
+        progress: Arc<JobProgress>,
+    ) -> Result<serde_json::Value, Fault> {
         progress.doing("waiting for another collection to end");
         let alone = self.inner.collecting.clone().lock_owned().await;
         progress.doing("making what was written durable");
         let unfinished = self.unfinished();
         let store = self.inner.store.clone();
         let collection = blocking(move || store.begin_collection()).await?;
-        // Only now: what is published from here on the collection leaves alone. What a publish is committing at this moment is
-        // waited for: it may have been given up since, and its lease with it.
+        // Only now: what is published from here on the collection leaves alone. What a publish is
+        // committing at this moment is waited for: it may have been given up since, and its lease
+        // with it.
         let names = self.inner.catalogue.artifact_names_settled().await?;
         let all = AllArtifacts::of(&self.inner.catalogue);
         let store = self.inner.store.clone();
         progress.doing("marking what is named");
         let result = blocking(move || {
-            // A thread cannot be ended: another collection begins only once this one has, even if its job was given up.
+            // A thread cannot be ended: another collection begins only once this one has, even if
+            // its job was given up.
             let _alone = alone;
             let lost = store.lost_packs()?;
             if !lost.is_empty() || store.is_damaged() {
-                // Chunks below a page that cannot be read now would be freed, and a pack that comes back would not help any more.
+                // Chunks below a page that cannot be read now would be freed, and a pack that comes
+                // back would not help any more.
                 return Err(Fault::integrity("the store has lost packs or its index is damaged: nothing is collected")
                     .with_next("see 'packhorse doctor'; restore the packs from a backup, or publish again what 'packhorse verify' names"));
             }

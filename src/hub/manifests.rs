@@ -1,7 +1,9 @@
-//! The manifests of the catalogue as a whole: which of them are malformed, and what all of them name.
+//! The manifests of the catalogue as a whole: which of them are malformed, and what all of them
+//! name.
 //!
-//! An earlier version took malformed manifests into the catalogue. Whoever works on all of them (`gc`, eviction, `doctor`) reports such
-//! an artifact by its name and goes on: it counts as holding all that can be read of it.
+//! An earlier version took malformed manifests into the catalogue. Whoever works on all of them
+//! (`gc`, eviction, `doctor`) reports such an artifact by its name and goes on: it counts as
+//! holding all that can be read of it.
 
 use std::collections::{HashMap, HashSet};
 use std::time::Instant;
@@ -23,16 +25,24 @@ pub(super) type Checked = HashMap<Digest, bool>;
 
 impl Hub {
     /// Refuses a manifest whose pages are in the store and that is malformed.
-    pub(super) async fn check_manifest(&self, artifact: &ArtifactRef, root: &Root) -> Result<(), Fault> {
+    pub(super) async fn check_manifest(
+        &self,
+        artifact: &ArtifactRef,
+        root: &Root,
+    ) -> Result<(), Fault> {
         let (artifact, root, store) = (artifact.clone(), root.clone(), self.inner.store.clone());
         blocking(move || manifest::check(&artifact, &root, &store)).await
     }
 
-    /// What `doctor` says of the manifests. Each is checked once while the daemon runs; a long list takes more than one call.
+    /// What `doctor` says of the manifests. Each is checked once while the daemon runs; a long list
+    /// takes more than one call.
     pub(super) async fn manifest_lines(&self) -> Result<Vec<String>, Fault> {
         let names = self.inner.catalogue.artifacts_by_digest().await?;
         let all = AllArtifacts::of(&self.inner.catalogue);
-        let (store, checked) = (self.inner.store.clone(), self.inner.checked_manifests.clone());
+        let (store, checked) = (
+            self.inner.store.clone(),
+            self.inner.checked_manifests.clone(),
+        );
         blocking(move || {
             let (mut out, mut left, begun) = (Vec::new(), 0, Instant::now());
             let there: HashSet<Digest> = names.iter().map(|(_, digest)| *digest).collect();
@@ -49,10 +59,15 @@ impl Hub {
                 let Some(row) = all.row(name)? else { continue };
                 let fault = fault_of(&row.artifact, &row.root, &store)?;
                 checked.lock().insert(row.digest, fault.is_none());
-                out.extend(fault.map(|fault| format!("fault manifest {}", malformed_line(&row, &fault))));
+                out.extend(
+                    fault.map(|fault| format!("fault manifest {}", malformed_line(&row, &fault))),
+                );
             }
             if left > 0 {
-                out.push(format!("ok manifests: {left} of {} are not checked yet; run 'packhorse doctor' again", names.len()));
+                out.push(format!(
+                    "ok manifests: {left} of {} are not checked yet; run 'packhorse doctor' again",
+                    names.len()
+                ));
             }
             Ok(out)
         })
@@ -60,7 +75,8 @@ impl Hub {
     }
 }
 
-/// Reads the artifacts of the catalogue one by one where it may block, so that their root manifests are not in memory together.
+/// Reads the artifacts of the catalogue one by one where it may block, so that their root manifests
+/// are not in memory together.
 pub(super) struct AllArtifacts {
     catalogue: Catalogue,
     runtime: tokio::runtime::Handle,
@@ -69,7 +85,10 @@ pub(super) struct AllArtifacts {
 impl AllArtifacts {
     /// To be called within the runtime.
     pub(super) fn of(catalogue: &Catalogue) -> Self {
-        Self { catalogue: catalogue.clone(), runtime: tokio::runtime::Handle::current() }
+        Self {
+            catalogue: catalogue.clone(),
+            runtime: tokio::runtime::Handle::current(),
+        }
     }
 
     /// One of them; `None`: it was removed meanwhile. Blocks.
@@ -83,7 +102,11 @@ impl AllArtifacts {
 }
 
 /// What is wrong with an artifact's manifest. Only a store that cannot be read at all is an error.
-pub(super) fn fault_of(artifact: &ArtifactRef, root: &Root, store: &Store) -> Result<Option<Fault>, Fault> {
+pub(super) fn fault_of(
+    artifact: &ArtifactRef,
+    root: &Root,
+    store: &Store,
+) -> Result<Option<Fault>, Fault> {
     match manifest::check(artifact, root, store) {
         Ok(()) => Ok(None),
         Err(fault) if matches!(fault.code, Code::Integrity | Code::NotFound) => Ok(Some(fault)),
@@ -94,14 +117,23 @@ pub(super) fn fault_of(artifact: &ArtifactRef, root: &Root, store: &Store) -> Re
 /// One line for people: the fault names the artifact.
 pub(super) fn malformed_line(row: &ArtifactRow, fault: &Fault) -> String {
     let what = match &row.origin {
-        Some(site) => format!("publish its content again at site {site}; if the manifest is malformed, under a new version"),
-        None => "publish its content again; if the manifest is malformed, under a new version".to_owned(),
+        Some(site) => format!(
+            "publish its content again at site {site}; if the manifest is malformed, under a new version"
+        ),
+        None => "publish its content again; if the manifest is malformed, under a new version"
+            .to_owned(),
     };
     format!("{fault}; it cannot be delivered; {what}")
 }
 
-/// Marks all that can be read of a manifest. `pages`: the pages that were read before, of this manifest or of another.
-pub(super) fn mark(root: &Root, store: &Store, pages: &mut HashSet<Hash>, live: &mut Live) -> Result<(), Fault> {
+/// Marks all that can be read of a manifest. `pages`: the pages that were read before, of this
+/// manifest or of another.
+pub(super) fn mark(
+    root: &Root,
+    store: &Store,
+    pages: &mut HashSet<Hash>,
+    live: &mut Live,
+) -> Result<(), Fault> {
     manifest::survey(root, store, pages, &mut |named| {
         let id = match named {
             Named::Page(id) | Named::File { hash: id, .. } => id,

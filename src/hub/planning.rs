@@ -1,4 +1,5 @@
-//! What sites are asked to plan at this moment: until the answer is here they may read the manifest of it, and nothing else.
+//! What sites are asked to plan at this moment: until the answer is here they may read the manifest
+//! of it, and nothing else.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -19,7 +20,10 @@ impl Planning {
     pub(super) fn begin(&self, site: &SiteName, digest: Digest) -> Plan {
         let key = (site.clone(), digest);
         *self.book.lock().entry(key.clone()).or_default() += 1;
-        Plan { key, planning: self.clone() }
+        Plan {
+            key,
+            planning: self.clone(),
+        }
     }
 
     /// Whether a site plans this.

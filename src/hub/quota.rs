@@ -1,13 +1,17 @@
-//! What one site and one publisher may take of the hub: quotas on what they publish, and a pace for what they change.
+//! What one site and one publisher may take of the hub: quotas on what they publish, and a pace for
+//! what they change.
 //!
-//! A quota is checked when the root manifest is known, before any of the content is asked for. What is being published at the moment is
-//! *reserved*, so that many publishes at once take no more than one after the other. Every byte that such a publish stores is counted by
-//! the meter of its lease: more than its manifest announced, as pages for example, takes more of the quota, and is refused when the quota
-//! is used up. What a publish stored that did not finish stays counted as *unfinished* until the same artifact is published or a
-//! collection (`gc`) removed it. So the hub never holds more of a peer than its quota and [`UNCOUNTED_BYTES`] for each publish that runs.
+//! A quota is checked when the root manifest is known, before any of the content is asked for. What
+//! is being published at the moment is *reserved*, so that many publishes at once take no more than
+//! one after the other. Every byte that such a publish stores is counted by the meter of its lease:
+//! more than its manifest announced, as pages for example, takes more of the quota, and is refused
+//! when the quota is used up. What a publish stored that did not finish stays counted as
+//! *unfinished* until the same artifact is published or a collection (`gc`) removed it. So the hub
+//! never holds more of a peer than its quota and [`UNCOUNTED_BYTES`] for each publish that runs.
 //!
-//! The pace delays and never refuses: a peer that floods the hub with reports or requests slows down itself, and the catalogue grows no
-//! faster. Nothing here survives a restart but what the catalogue says of what was published.
+//! The pace delays and never refuses: a peer that floods the hub with reports or requests slows
+//! down itself, and the catalogue grows no faster. Nothing here survives a restart but what the
+//! catalogue says of what was published.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -27,8 +31,8 @@ use transport::identity::Holder;
 
 /// Peers whose pace is remembered; those that have been quiet are forgotten first.
 const PACED_MAX: usize = 4096;
-/// Stored bytes of a publish that need not be covered by its totals, for its manifest and the headers of its chunks, beside a sixteenth
-/// of the totals.
+/// Stored bytes of a publish that need not be covered by its totals, for its manifest and the
+/// headers of its chunks, beside a sixteenth of the totals.
 const UNCOUNTED_BYTES: u64 = 1 << 20;
 
 /// What each site and publisher has taken of its quota beside what is in the catalogue.
@@ -41,19 +45,26 @@ pub(super) struct Taken {
     artifacts: u64,
     /// …and the bytes that are reserved for them.
     bytes: u64,
-    /// Bytes stored of publishes that did not finish. Each counts as an artifact, so the quota bounds this list.
+    /// Bytes stored of publishes that did not finish. Each counts as an artifact, so the quota
+    /// bounds this list.
     unfinished: HashMap<Digest, u64>,
 }
 
 impl Taken {
     fn total(&self) -> (u64, u64) {
-        let unfinished = self.unfinished.values().fold(0, |sum: u64, bytes| sum.saturating_add(*bytes));
-        (self.artifacts.saturating_add(self.unfinished.len() as u64), self.bytes.saturating_add(unfinished))
+        let unfinished = self
+            .unfinished
+            .values()
+            .fold(0, |sum: u64, bytes| sum.saturating_add(*bytes));
+        (
+            self.artifacts.saturating_add(self.unfinished.len() as u64),
+            self.bytes.saturating_add(unfinished),
+        )
     }
 }
 
-/// A part of a quota, taken until the artifact is in the catalogue or given up. It is the meter of the publish's lease, and ends with the
-/// last handle of it.
+/// A part of a quota, taken until the artifact is in the catalogue or given up. It is the meter of
+/// the publish's lease, and ends with the last handle of it.
 pub(super) struct Reservation {
     reserved: Reserved,
     who: Holder,
@@ -94,11 +105,15 @@ impl Meter for Reservation {
         let mut counted = self.counted.lock();
         let taken = reserved.entry(self.who.clone()).or_default();
         let stored = counted.stored.saturating_add(bytes);
-        let more = stored.saturating_sub(UNCOUNTED_BYTES + self.announced / 16).saturating_sub(counted.charged);
+        let more = stored
+            .saturating_sub(UNCOUNTED_BYTES + self.announced / 16)
+            .saturating_sub(counted.charged);
         let used = self.published.saturating_add(taken.total().1);
         if more > 0 && used.saturating_add(more) > self.quota.bytes {
             let all = self.quota.bytes;
-            let what = format!("its manifest takes more than the {all} bytes that are allowed for all artifacts");
+            let what = format!(
+                "its manifest takes more than the {all} bytes that are allowed for all artifacts"
+            );
             return Err(exceeds(&self.artifact, &self.who, &what, "bytes", 0));
         }
         taken.bytes = taken.bytes.saturating_add(more);
@@ -116,9 +131,14 @@ impl Meter for Reservation {
 impl Drop for Reservation {
     fn drop(&mut self) {
         let mut reserved = self.reserved.lock();
-        let Some(taken) = reserved.get_mut(&self.who) else { return };
+        let Some(taken) = reserved.get_mut(&self.who) else {
+            return;
+        };
         let Counted { stored, charged } = *self.counted.get_mut();
-        (taken.artifacts, taken.bytes) = (taken.artifacts.saturating_sub(1), taken.bytes.saturating_sub(charged));
+        (taken.artifacts, taken.bytes) = (
+            taken.artifacts.saturating_sub(1),
+            taken.bytes.saturating_sub(charged),
+        );
         if *self.finished.get_mut() || self.known {
             taken.unfinished.remove(&self.digest);
         } else if stored > 0 {
@@ -132,12 +152,21 @@ impl Drop for Reservation {
 }
 
 impl Hub {
-    /// Takes a part of the quota of whoever publishes this artifact, or says why it does not fit. What is in the catalogue already costs
-    /// nothing again, and what an earlier try stored of it is counted once.
-    pub(super) async fn reserve(&self, who: &Holder, artifact: &ArtifactRef, root: &Root) -> Result<Arc<Reservation>, Fault> {
+    /// Takes a part of the quota of whoever publishes this artifact, or says why it does not fit.
+    /// What is in the catalogue already costs nothing again, and what an earlier try stored of it
+    /// is counted once.
+    pub(super) async fn reserve(
+        &self,
+        who: &Holder,
+        artifact: &ArtifactRef,
+        root: &Root,
+    ) -> Result<Arc<Reservation>, Fault> {
         let catalogue = &self.inner.catalogue;
         let digest = root.digest();
-        let known = catalogue.artifact(artifact).await.is_ok_and(|row| row.digest == digest);
+        let known = catalogue
+            .artifact(artifact)
+            .await
+            .is_ok_and(|row| row.digest == digest);
         let announced = if known { 0 } else { root.totals.bytes };
         let quota = match who {
             Holder::Publisher(_) => &self.inner.config.quota.publisher,
@@ -145,14 +174,19 @@ impl Hub {
         };
         let published = match who {
             Holder::Publisher(name) => catalogue.published_by(None, Some(name)).await?,
-            Holder::Site(name) | Holder::Hub(name) => catalogue.published_by(Some(name), None).await?,
+            Holder::Site(name) | Holder::Hub(name) => {
+                catalogue.published_by(Some(name), None).await?
+            }
         };
         let mut reserved = self.inner.reserved.lock();
         let taken = reserved.entry(who.clone()).or_default();
         let before = taken.unfinished.remove(&digest);
         if !known {
             let beside = taken.total();
-            let used = (published.0.saturating_add(beside.0), published.1.saturating_add(beside.1));
+            let used = (
+                published.0.saturating_add(beside.0),
+                published.1.saturating_add(beside.1),
+            );
             let unfinished = taken.unfinished.len();
             if let Err(fault) = fits(quota, who, artifact, root, used, unfinished) {
                 taken.unfinished.extend(before.map(|bytes| (digest, bytes)));
@@ -162,7 +196,8 @@ impl Hub {
                 return Err(fault);
             }
         }
-        (taken.artifacts, taken.bytes) = (taken.artifacts + 1, taken.bytes.saturating_add(announced));
+        (taken.artifacts, taken.bytes) =
+            (taken.artifacts + 1, taken.bytes.saturating_add(announced));
         drop(reserved);
         Ok(Arc::new(Reservation {
             reserved: self.inner.reserved.clone(),
@@ -173,7 +208,10 @@ impl Hub {
             known,
             published: published.1,
             announced,
-            counted: Mutex::new(Counted { stored: before.unwrap_or(0), charged: announced }),
+            counted: Mutex::new(Counted {
+                stored: before.unwrap_or(0),
+                charged: announced,
+            }),
             finished: AtomicBool::new(false),
         }))
     }
@@ -181,7 +219,13 @@ impl Hub {
     /// What counts as unfinished, to be read before a collection begins.
     pub(super) fn unfinished(&self) -> Vec<(Holder, Digest, u64)> {
         let reserved = self.inner.reserved.lock();
-        let of = |(who, taken): (&Holder, &Taken)| taken.unfinished.iter().map(|(d, bytes)| (who.clone(), *d, *bytes)).collect::<Vec<_>>();
+        let of = |(who, taken): (&Holder, &Taken)| {
+            taken
+                .unfinished
+                .iter()
+                .map(|(d, bytes)| (who.clone(), *d, *bytes))
+                .collect::<Vec<_>>()
+        };
         reserved.iter().flat_map(of).collect()
     }
 
@@ -189,7 +233,9 @@ impl Hub {
     pub(super) fn forget_collected(&self, collected: Vec<(Holder, Digest, u64)>) {
         let mut reserved = self.inner.reserved.lock();
         for (who, digest, bytes) in collected {
-            let Some(taken) = reserved.get_mut(&who) else { continue };
+            let Some(taken) = reserved.get_mut(&who) else {
+                continue;
+            };
             if let Some(left) = taken.unfinished.get_mut(&digest) {
                 *left = left.saturating_sub(bytes);
                 if *left == 0 {
@@ -203,47 +249,94 @@ impl Hub {
     }
 }
 
-fn exceeds(artifact: &ArtifactRef, who: &Holder, what: &str, key: &str, unfinished: usize) -> Fault {
-    let table = if matches!(who, Holder::Publisher(_)) { "quota.publisher" } else { "quota.site" };
+fn exceeds(
+    artifact: &ArtifactRef,
+    who: &Holder,
+    what: &str,
+    key: &str,
+    unfinished: usize,
+) -> Fault {
+    let table = if matches!(who, Holder::Publisher(_)) {
+        "quota.publisher"
+    } else {
+        "quota.site"
+    };
     let mut message = format!("{artifact} exceeds the quota of {who}: {what}");
     let mut next = format!("publish less, or ask the operator of the hub to raise [{table}] {key}");
     if unfinished > 0 {
-        message.push_str(&format!("; {unfinished} publishes that did not finish are counted"));
+        message.push_str(&format!(
+            "; {unfinished} publishes that did not finish are counted"
+        ));
         next.push_str(", or to run 'packhorse gc', which removes what unfinished publishes stored");
     }
     Fault::not_allowed(message).with_next(next)
 }
 
 /// Whether an artifact fits beside what was published before: `(artifacts, bytes)`.
-fn fits(quota: &Quota, who: &Holder, artifact: &ArtifactRef, root: &Root, used: (u64, u64), unfinished: usize) -> Result<(), Fault> {
-    let refuse = |what: &str, key: &str, unfinished: usize| Err(exceeds(artifact, who, what, key, unfinished));
+fn fits(
+    quota: &Quota,
+    who: &Holder,
+    artifact: &ArtifactRef,
+    root: &Root,
+    used: (u64, u64),
+    unfinished: usize,
+) -> Result<(), Fault> {
+    let refuse = |what: &str, key: &str, unfinished: usize| {
+        Err(exceeds(artifact, who, what, key, unfinished))
+    };
     let totals = root.totals;
-    let entries = totals.files.saturating_add(totals.dirs).saturating_add(totals.symlinks);
+    let entries = totals
+        .files
+        .saturating_add(totals.dirs)
+        .saturating_add(totals.symlinks);
     if entries > quota.entries_per_artifact {
         let allowed = quota.entries_per_artifact;
-        return refuse(&format!("it has {entries} files, folders and links, and {allowed} are allowed"), "entries_per_artifact", 0);
+        return refuse(
+            &format!("it has {entries} files, folders and links, and {allowed} are allowed"),
+            "entries_per_artifact",
+            0,
+        );
     }
     if used.0 >= quota.artifacts {
-        return refuse(&format!("{} artifacts are published, and {} are allowed", used.0, quota.artifacts), "artifacts", unfinished);
+        return refuse(
+            &format!(
+                "{} artifacts are published, and {} are allowed",
+                used.0, quota.artifacts
+            ),
+            "artifacts",
+            unfinished,
+        );
     }
     if used.1.saturating_add(totals.bytes) > quota.bytes {
         let (all, each) = (used.1, totals.bytes);
-        return refuse(&format!("{all} bytes are published, it has {each}, and {} are allowed", quota.bytes), "bytes", unfinished);
+        return refuse(
+            &format!(
+                "{all} bytes are published, it has {each}, and {} are allowed",
+                quota.bytes
+            ),
+            "bytes",
+            unfinished,
+        );
     }
     Ok(())
 }
 
-/// How fast each peer may go on: so many steps a second, and as many as a burst at once. Cheap to ask.
-pub(super) struct Pace {
+/// How fast each peer may go on: so many steps a second, and as many as a burst at once. Cheap to
+/// ask.
+pub(super) struct RateLimiter {
     per_second: f64,
     burst: f64,
     /// Since when each peer has this many steps in hand; below 0 it waits.
     peers: Mutex<HashMap<SiteName, (Instant, f64)>>,
 }
 
-impl Pace {
+impl RateLimiter {
     pub(super) fn new(per_second: u32, burst: u32) -> Self {
-        Self { per_second: per_second.into(), burst: burst.into(), peers: Mutex::default() }
+        Self {
+            per_second: per_second.into(),
+            burst: burst.into(),
+            peers: Mutex::default(),
+        }
     }
 
     /// Takes so many steps; waits until the peer has earned them.
@@ -257,7 +350,9 @@ impl Pace {
     /// Takes so many steps, and says how long the peer waits for them.
     fn take(&self, peer: &SiteName, steps: usize, now: Instant) -> Duration {
         let mut peers = self.peers.lock();
-        let earned = |since: Instant, left: f64| (left + now.duration_since(since).as_secs_f64() * self.per_second).min(self.burst);
+        let earned = |since: Instant, left: f64| {
+            (left + now.duration_since(since).as_secs_f64() * self.per_second).min(self.burst)
+        };
         if peers.len() >= PACED_MAX {
             peers.retain(|_, (since, left)| earned(*since, *left) < self.burst);
         }
@@ -277,47 +372,115 @@ mod tests {
 
     #[test]
     fn a_peer_that_floods_slows_down_itself_only() {
-        let pace = Pace::new(10, 20);
+        let pace = RateLimiter::new(10, 20);
         let (loud, calm) = ("loud".parse().unwrap(), "calm".parse().unwrap());
         let now = Instant::now();
         assert_eq!(pace.take(&loud, 20, now), Duration::ZERO, "a burst is free");
         assert_eq!(pace.take(&loud, 30, now), Duration::from_secs(3));
-        assert_eq!(pace.take(&calm, 20, now), Duration::ZERO, "another peer has its own");
-        assert_eq!(pace.take(&loud, 10, now + Duration::from_secs(4)), Duration::ZERO, "it earned ten in the second after");
-        assert_eq!(pace.take(&loud, 20, now + Duration::from_secs(3600)), Duration::ZERO, "and no more than a burst in an hour");
-        assert_eq!(pace.take(&loud, 10, now + Duration::from_secs(3600)), Duration::from_secs(1));
+        assert_eq!(
+            pace.take(&calm, 20, now),
+            Duration::ZERO,
+            "another peer has its own"
+        );
+        assert_eq!(
+            pace.take(&loud, 10, now + Duration::from_secs(4)),
+            Duration::ZERO,
+            "it earned ten in the second after"
+        );
+        assert_eq!(
+            pace.take(&loud, 20, now + Duration::from_secs(3600)),
+            Duration::ZERO,
+            "and no more than a burst in an hour"
+        );
+        assert_eq!(
+            pace.take(&loud, 10, now + Duration::from_secs(3600)),
+            Duration::from_secs(1)
+        );
     }
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
     async fn a_publisher_that_has_its_quota_brings_no_more() {
-        let bench = Bench::start_with("[quota.publisher]\nartifacts = 2\nbytes = \"3MiB\"\nentries_per_artifact = 10\n").await;
+        let bench = Bench::start_with(
+            "[quota.publisher]\nartifacts = 2\nbytes = \"3MiB\"\nentries_per_artifact = 10\n",
+        )
+        .await;
         let token = bench.token(None, Some("office")).await;
         let first = bench.source("a", 2 << 20, 1);
-        bench.publish(&first, "model/a:v1", Some(&token)).await.unwrap();
+        bench
+            .publish(&first, "model/a:v1", Some(&token))
+            .await
+            .unwrap();
         let stored = || bench.hub.inner.store.stored_bytes().unwrap();
         let before = stored();
         let large = bench.source("b", 2 << 20, 2);
         let fault = bench.publish(&large, "model/b:v1", None).await.unwrap_err();
         assert_eq!(fault.code, Code::NotAllowed, "{fault}");
-        assert!(fault.message.contains("quota") && fault.next.contains("[quota.publisher] bytes"), "{fault}: {}", fault.next);
+        assert!(
+            fault.message.contains("quota") && fault.next.contains("[quota.publisher] bytes"),
+            "{fault}: {}",
+            fault.next
+        );
         assert_eq!(stored(), before, "nothing of it was stored");
         assert!(bench.hub.inner.reserved.lock().is_empty());
-        // What is there already costs nothing again; one small artifact more fits, and then there are two.
-        assert!(bench.publish(&first, "model/a:v1", None).await.unwrap().published.unchanged);
-        bench.publish(&bench.source("c", 1 << 10, 3), "model/c:v1", None).await.unwrap();
-        let fault = bench.publish(&bench.source("d", 1 << 10, 4), "model/d:v1", None).await.unwrap_err();
-        assert!(fault.next.contains("[quota.publisher] artifacts"), "{fault}: {}", fault.next);
+        // What is there already costs nothing again; one small artifact more fits, and then there
+        // are two.
+        assert!(
+            bench
+                .publish(&first, "model/a:v1", None)
+                .await
+                .unwrap()
+                .published
+                .unchanged
+        );
+        bench
+            .publish(&bench.source("c", 1 << 10, 3), "model/c:v1", None)
+            .await
+            .unwrap();
+        let fault = bench
+            .publish(&bench.source("d", 1 << 10, 4), "model/d:v1", None)
+            .await
+            .unwrap_err();
+        assert!(
+            fault.next.contains("[quota.publisher] artifacts"),
+            "{fault}: {}",
+            fault.next
+        );
         let many = bench.source("e", 1 << 10, 5);
         (0..20).for_each(|n| base::durable::replace(&many.join(format!("{n}")), b"x").unwrap());
         let fault = bench.publish(&many, "model/e:v1", None).await.unwrap_err();
-        assert!(fault.next.contains("[quota.publisher] entries_per_artifact"), "{fault}: {}", fault.next);
+        assert!(
+            fault
+                .next
+                .contains("[quota.publisher] entries_per_artifact"),
+            "{fault}: {}",
+            fault.next
+        );
     }
 
-    /// A publisher with a line of its own that serves what another hub holds, and stops after so many fetches.
-    async fn upload_in_part(bench: &Bench, there: &Bench, link: &transport::Link, reference: &str, fetches: usize) -> Result<(), Fault> {
+    /// A publisher with a line of its own that serves what another hub holds, and stops after so
+    /// many fetches.
+    async fn upload_in_part(
+        bench: &Bench,
+        there: &Bench,
+        link: &transport::Link,
+        reference: &str,
+        fetches: usize,
+    ) -> Result<(), Fault> {
         let artifact: ArtifactRef = reference.parse().unwrap();
-        let digest = there.hub.inner.catalogue.artifact(&artifact).await.unwrap().digest;
-        let question = AskHub::Upload { artifact, digest, to: None, omitted: Default::default() };
+        let digest = there
+            .hub
+            .inner
+            .catalogue
+            .artifact(&artifact)
+            .await
+            .unwrap()
+            .digest;
+        let question = AskHub::Upload {
+            artifact,
+            digest,
+            to: None,
+            omitted: Default::default(),
+        };
         let serve = async {
             for _ in 0..fetches {
                 let (send, mut recv) = link.accept().await.unwrap();
@@ -334,7 +497,14 @@ mod tests {
             () = serve => unreachable!("the line ended"),
         };
         // What was on the way when it ended is kept, and counted, a moment later.
-        while bench.hub.inner.reserved.lock().values().any(|taken| taken.artifacts > 0) {
+        while bench
+            .hub
+            .inner
+            .reserved
+            .lock()
+            .values()
+            .any(|taken| taken.artifacts > 0)
+        {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
         answer
@@ -345,51 +515,103 @@ mod tests {
         let bench = Bench::start_with("[quota.publisher]\nbytes = \"20MiB\"\n").await;
         let there = Bench::start().await;
         let token = there.token(None, Some("office")).await;
-        there.join(&there.token(Some("west"), None).await, &Claim::Site("west".parse().unwrap())).await;
+        there
+            .join(
+                &there.token(Some("west"), None).await,
+                &Claim::Site("west".parse().unwrap()),
+            )
+            .await;
         for (name, seed) in [("model/a:v1", 1), ("model/b:v1", 2)] {
-            there.publish(&there.source(&format!("source-{seed}"), 18 << 20, seed), name, Some(&token)).await.unwrap();
-            there.hub.deliver_to(None, &[name.parse().unwrap()], &"west".parse().unwrap()).await.unwrap();
+            there
+                .publish(
+                    &there.source(&format!("source-{seed}"), 18 << 20, seed),
+                    name,
+                    Some(&token),
+                )
+                .await
+                .unwrap();
+            there
+                .hub
+                .deliver_to(None, &[name.parse().unwrap()], &"west".parse().unwrap())
+                .await
+                .unwrap();
         }
-        let publisher = bench.join(&bench.token(None, Some("lab")).await, &Claim::Publisher).await;
+        let publisher = bench
+            .join(&bench.token(None, Some("lab")).await, &Claim::Publisher)
+            .await;
         let link = bench.dial(&publisher).await;
         let stored = || bench.hub.inner.store.stored_bytes().unwrap();
-        upload_in_part(&bench, &there, &link, "model/a:v1", 8).await.unwrap_err();
+        upload_in_part(&bench, &there, &link, "model/a:v1", 8)
+            .await
+            .unwrap_err();
         let kept = stored();
         assert!(kept > 2 << 20, "{kept}");
         for _ in 0..2 {
-            let fault = upload_in_part(&bench, &there, &link, "model/b:v1", 8).await.unwrap_err();
+            let fault = upload_in_part(&bench, &there, &link, "model/b:v1", 8)
+                .await
+                .unwrap_err();
             assert_eq!(fault.code, Code::NotAllowed, "{fault}");
-            assert!(fault.message.contains("did not finish") && fault.next.contains("packhorse gc"), "{fault}: {}", fault.next);
+            assert!(
+                fault.message.contains("did not finish") && fault.next.contains("packhorse gc"),
+                "{fault}: {}",
+                fault.next
+            );
         }
         assert_eq!(stored(), kept, "nothing of another was stored");
-        // What was kept is not counted twice when the same goes on, and it still counts when that stops again.
-        upload_in_part(&bench, &there, &link, "model/a:v1", 8).await.unwrap_err();
+        // What was kept is not counted twice when the same goes on, and it still counts when that
+        // stops again.
+        upload_in_part(&bench, &there, &link, "model/a:v1", 8)
+            .await
+            .unwrap_err();
         assert!(stored() >= kept && stored() < 19 << 20, "{}", stored());
         bench.hub.collect_now(Arc::default()).await.unwrap();
         assert!(bench.hub.inner.reserved.lock().is_empty());
-        upload_in_part(&bench, &there, &link, "model/b:v1", usize::MAX).await.unwrap();
-        assert!(bench.hub.inner.reserved.lock().is_empty(), "what is in the catalogue is counted there");
+        upload_in_part(&bench, &there, &link, "model/b:v1", usize::MAX)
+            .await
+            .unwrap();
+        assert!(
+            bench.hub.inner.reserved.lock().is_empty(),
+            "what is in the catalogue is counted there"
+        );
     }
 
     #[tokio::test]
     async fn the_pages_of_a_manifest_take_of_the_quota() {
         let bench = Bench::start_with("[quota.site]\nbytes = \"4MiB\"\n").await;
         let token = bench.token(None, Some("office")).await;
-        bench.publish(&bench.source("a", 100, 1), "model/a:v1", Some(&token)).await.unwrap();
-        let mut root = bench.hub.inner.catalogue.artifact(&"model/a:v1".parse().unwrap()).await.unwrap().root;
+        bench
+            .publish(&bench.source("a", 100, 1), "model/a:v1", Some(&token))
+            .await
+            .unwrap();
+        let mut root = bench
+            .hub
+            .inner
+            .catalogue
+            .artifact(&"model/a:v1".parse().unwrap())
+            .await
+            .unwrap()
+            .root;
         let who = Holder::Site("west".parse().unwrap());
         let mut kept = 0;
         for offer in 0..4 {
             root.totals.chunks += 1;
-            let Ok(reservation) = bench.hub.reserve(&who, &"model/b:v1".parse().unwrap(), &root).await else {
+            let Ok(reservation) = bench
+                .hub
+                .reserve(&who, &"model/b:v1".parse().unwrap(), &root)
+                .await
+            else {
                 assert!(offer > 0, "one offer alone has room");
                 continue;
             };
             let store = bench.hub.inner.store.leased_with(reservation);
             for page in 0..32_u8 {
                 let mut noise = vec![0; 128 << 10];
-                blake3::Hasher::new().update(&[offer, page]).finalize_xof().fill(&mut noise);
-                let frame = content::frame::Frame::encode(&content::frame::Verified::new(noise.into()));
+                blake3::Hasher::new()
+                    .update(&[offer, page])
+                    .finalize_xof()
+                    .fill(&mut noise);
+                let frame =
+                    content::frame::Frame::encode(&content::frame::Verified::new(noise.into()));
                 match store.put(&frame) {
                     Ok(_) => kept += 1,
                     Err(fault) => assert_eq!(fault.code, Code::NotAllowed, "{fault}"),
@@ -397,6 +619,9 @@ mod tests {
             }
         }
         // 4 MiB, and one more that needs no cover in the first.
-        assert!((32..=40).contains(&kept), "{kept} pages of 128 KiB were kept");
+        assert!(
+            (32..=40).contains(&kept),
+            "{kept} pages of 128 KiB were kept"
+        );
     }
 }

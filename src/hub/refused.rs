@@ -1,8 +1,9 @@
 //! Chunks that a site refused: the hub reads its own copies of them again.
 //!
-//! A copy that does not verify is removed from the index of its store, so that publishing the content again stores it anew, and what lives
-//! at a site is fetched from there again. The names of the chunks are taken from the message of the report, because sites of earlier
-//! versions name them only there. Whatever a site claims, the hub does no more than verify a few of its own chunks.
+//! A copy that does not verify is removed from the index of its store, so that publishing the
+//! content again stores it anew, and what lives at a site is fetched from there again. The names of
+//! the chunks are taken from the message of the report, because sites of earlier versions name them
+//! only there. Whatever a site claims, the hub does no more than verify a few of its own chunks.
 
 use super::Hub;
 use crate::api::types::State;
@@ -29,15 +30,22 @@ impl Hub {
             Ok(bad) => {
                 tracing::error!(%site, transfer = %report.id, bad, "chunks that a site refused are bad here, and were removed from the index");
             }
-            Err(fault) => tracing::error!(%site, error = %fault, "chunks that a site refused could not be read again"),
+            Err(fault) => {
+                tracing::error!(%site, error = %fault, "chunks that a site refused could not be read again")
+            }
         }
     }
 }
 
 /// The names of chunks in a text: the first few words of 64 hex digits.
 fn named_chunks(text: &str) -> Vec<Hash> {
-    let words = text.split(|c: char| !c.is_ascii_hexdigit()).filter(|word| word.len() == 64);
-    words.filter_map(|word| word.parse().ok()).take(REFUSED_CHUNKS_MAX).collect()
+    let words = text
+        .split(|c: char| !c.is_ascii_hexdigit())
+        .filter(|word| word.len() == 64);
+    words
+        .filter_map(|word| word.parse().ok())
+        .take(REFUSED_CHUNKS_MAX)
+        .collect()
 }
 
 #[cfg(test)]
@@ -47,8 +55,17 @@ mod tests {
     #[test]
     fn chunks_are_found_in_a_message() {
         let (a, b) = (Hash::of(b"a"), Hash::of(b"b"));
-        assert_eq!(named_chunks(&format!("site west: chunk {a} does not hash to its name; {b}, {}", &b.hex()[..20])), [a, b]);
+        assert_eq!(
+            named_chunks(&format!(
+                "site west: chunk {a} does not hash to its name; {b}, {}",
+                &b.hex()[..20]
+            )),
+            [a, b]
+        );
         assert_eq!(named_chunks(&format!("{a}0 {}", "z".repeat(64))), []);
-        assert_eq!(named_chunks(&format!("{a} ").repeat(100)).len(), REFUSED_CHUNKS_MAX);
+        assert_eq!(
+            named_chunks(&format!("{a} ").repeat(100)).len(),
+            REFUSED_CHUNKS_MAX
+        );
     }
 }

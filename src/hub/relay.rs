@@ -1,4 +1,5 @@
-//! Artifacts whose bytes live at sites: who is asked for them, and what is kept of them for how long.
+//! Artifacts whose bytes live at sites: who is asked for them, and what is kept of them for how
+//! long.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
@@ -14,7 +15,7 @@ use super::{Hub, Links, short};
 use base::blocking::blocking;
 use base::buffers::Buffers;
 use base::clock;
-use base::expiring_cache::Lately;
+use base::expiring_cache::ExpiringCache;
 use base::fault::Fault;
 use base::names::SiteName;
 use content::chunk::ShortHash;
@@ -22,7 +23,7 @@ use content::manifest::Digest;
 use exchange::fetch::Fetcher;
 use exchange::relay::{Holder, Of, Relay, Sent, TOGETHER_BYTES, Upstream};
 use exchange::wire::Wanted;
-use state::{Catalogue, Kept};
+use state::{Catalogue, RelayedArtifact};
 
 /// How often the relay's store is made durable.
 const FLUSH_EVERY: Duration = Duration::from_secs(1);
@@ -36,15 +37,15 @@ const SOURCES_FOR: Duration = Duration::from_secs(1);
 const USED_EVERY: Duration = Duration::from_secs(10);
 
 /// The hub's lines, as the relay sees them.
-pub(super) struct Lines {
+pub(super) struct RelayLinks {
     pub(super) links: Links,
     pub(super) catalogue: Catalogue,
     pub(super) wire: Arc<AtomicU64>,
     /// The sites that hold an artifact, connected or not, and whether it was published there.
-    pub(super) known: Mutex<Lately<Digest, Vec<(SiteName, bool)>>>,
+    pub(super) known: Mutex<ExpiringCache<Digest, Vec<(SiteName, bool)>>>,
 }
 
-impl Lines {
+impl RelayLinks {
     async fn holders(&self, digest: Digest) -> Result<Vec<(SiteName, bool)>, Fault> {
         if let Some(known) = self.known.lock().get(&digest) {
             return Ok(known.clone());
@@ -59,30 +60,50 @@ impl Lines {
 }
 
 #[async_trait]
-impl Upstream for Lines {
+impl Upstream for RelayLinks {
     async fn sources(&self, digest: Digest, but: Option<&SiteName>) -> Result<Vec<Holder>, Fault> {
         let all = self.holders(digest).await?;
         let links = self.links.read();
-        let here = all.into_iter().filter(|(site, _)| Some(site) != but && links.contains_key(site));
+        let here = all
+            .into_iter()
+            .filter(|(site, _)| Some(site) != but && links.contains_key(site));
         Ok(here.map(|(site, origin)| Holder { site, origin }).collect())
     }
 
     async fn is_elsewhere(&self, digest: Digest, but: Option<&SiteName>) -> Result<bool, Fault> {
-        Ok(self.catalogue.sources(digest).await?.iter().any(|(site, _)| Some(site) != but))
+        Ok(self
+            .catalogue
+            .sources(digest)
+            .await?
+            .iter()
+            .any(|(site, _)| Some(site) != but))
     }
 
-    async fn ask(&self, source: &SiteName, of: Of, wants: Vec<Wanted>, count: usize, buffers: &Buffers) -> Result<Sent, Fault> {
+    async fn ask(
+        &self,
+        source: &SiteName,
+        of: Of,
+        wants: Vec<Wanted>,
+        count: usize,
+        buffers: &Buffers,
+    ) -> Result<Sent, Fault> {
         let link = self.links.read().get(source).map(|c| c.link.clone());
-        let link = link.ok_or_else(|| Fault::unreachable(format!("site {source} is not connected")))?;
-        let frames = Fetcher::new(link, of.digest, self.wire.clone()).ask(wants, of.priority).await?;
-        Ok(stream::unfold((frames, buffers.clone(), count), |(mut frames, buffers, left)| async move {
-            if left == 0 {
-                return None;
-            }
-            let some = frames.some(left, TOGETHER_BYTES, &buffers).await;
-            let left = some.as_ref().map_or(0, |some| left - some.len());
-            Some((some, (frames, buffers, left)))
-        })
+        let link =
+            link.ok_or_else(|| Fault::unreachable(format!("site {source} is not connected")))?;
+        let frames = Fetcher::new(link, of.digest, self.wire.clone())
+            .ask(wants, of.priority)
+            .await?;
+        Ok(stream::unfold(
+            (frames, buffers.clone(), count),
+            |(mut frames, buffers, left)| async move {
+                if left == 0 {
+                    return None;
+                }
+                let some = frames.some(left, TOGETHER_BYTES, &buffers).await;
+                let left = some.as_ref().map_or(0, |some| left - some.len());
+                Some((some, (frames, buffers, left)))
+            },
+        )
         .boxed())
     }
 }
@@ -91,7 +112,7 @@ impl Upstream for Lines {
 #[derive(Default)]
 pub(super) struct Memory {
     /// The artifacts whose use was just noted.
-    used: Lately<Digest, ()>,
+    used: ExpiringCache<Digest, ()>,
     /// What was fetched ahead whole.
     pub(super) whole: HashSet<Digest>,
     /// What could not be fetched ahead: when that was, and how long it rests.
@@ -113,12 +134,13 @@ impl Hub {
         }
     }
 
-    /// Keeps what was relayed durable and within its budget, and fetches ahead, until the daemon stops.
+    /// Keeps what was relayed durable and within its budget, and fetches ahead, until the daemon
+    /// stops.
     pub(super) async fn keep_relay(&self) {
         tokio::select! {
             () = self.keep_flushing() => {}
             () = self.keep_evicting() => {}
-            () = self.keep_fetching_ahead() => {}
+            () = self.keep_prefetching() => {}
             () = self.inner.stop.cancelled() => {}
         }
         let relay = self.inner.relay.clone();
@@ -140,7 +162,9 @@ impl Hub {
     }
 
     async fn keep_evicting(&self) {
-        let every = EVICT_EVERY.min(self.inner.config.relay.keep).max(EVICT_EVERY_WHEN_FULL);
+        let every = EVICT_EVERY
+            .min(self.inner.config.relay.keep)
+            .max(EVICT_EVERY_WHEN_FULL);
         let mut last = Instant::now();
         loop {
             tokio::time::sleep(EVICT_EVERY_WHEN_FULL).await;
@@ -160,9 +184,23 @@ impl Hub {
         let mut freed = 0;
         loop {
             let now = clock::now_unix_ms() as i64;
-            let mut idle = self.inner.catalogue.relay_kept().await?.into_iter().filter(|kept| !kept.pinned && !kept.open).peekable();
-            let oldest = idle.peek().map(|kept| kept.digest).filter(|_| self.inner.relay.is_full());
-            let gone: HashSet<Digest> = idle.filter(|kept| kept.used_ms + keep < now).map(|kept| kept.digest).chain(oldest).collect();
+            let mut idle = self
+                .inner
+                .catalogue
+                .relay_kept()
+                .await?
+                .into_iter()
+                .filter(|kept| !kept.pinned && !kept.open)
+                .peekable();
+            let oldest = idle
+                .peek()
+                .map(|kept| kept.digest)
+                .filter(|_| self.inner.relay.is_full());
+            let gone: HashSet<Digest> = idle
+                .filter(|kept| kept.used_ms + keep < now)
+                .map(|kept| kept.digest)
+                .chain(oldest)
+                .collect();
             if gone.is_empty() {
                 return Ok(freed);
             }
@@ -172,23 +210,28 @@ impl Hub {
 
     pub(super) async fn evict_these(&self, gone: &HashSet<Digest>) -> Result<u64, Fault> {
         let catalogue = &self.inner.catalogue;
-        let (pages, checked) = (self.inner.store.clone(), self.inner.checked_manifests.clone());
+        let (pages, checked) = (
+            self.inner.store.clone(),
+            self.inner.checked_manifests.clone(),
+        );
         let freed = self
             .inner
             .relay
             .evict(|| async move {
-                // Nobody puts now, so what is noted as kept is all there is. A pin or a transfer may have come meanwhile.
+                // Nobody puts now, so what is noted as kept is all there is. A pin or a transfer
+                // may have come meanwhile.
                 let kept = catalogue.relay_kept().await?;
-                let stays = |k: &Kept| !gone.contains(&k.digest) || k.pinned || k.open;
-                let stay: Vec<Kept> = kept.iter().filter(|k| stays(k)).cloned().collect();
+                let stays = |k: &RelayedArtifact| !gone.contains(&k.digest) || k.pinned || k.open;
+                let stay: Vec<RelayedArtifact> = kept.iter().filter(|k| stays(k)).cloned().collect();
                 for left in kept.iter().filter(|k| !stays(k)) {
                     catalogue.relay_evicted(&left.artifact).await?;
                     tracing::info!(artifact = %left.artifact, "relayed bytes are evicted");
                 }
                 let live = blocking(move || {
                     let (mut live, mut seen) = (Live::new(), HashSet::new());
-                    for Kept { artifact, digest, root, .. } in stay {
-                        // Told once. What cannot be read of it is not held, and is fetched again when it is asked for.
+                    for RelayedArtifact { artifact, digest, root, .. } in stay {
+                        // PushedManifest once. What cannot be read of it is not held, and is
+                        // fetched again when it is asked for.
                         let is_new = !checked.lock().contains_key(&digest);
                         if is_new {
                             let fault = fault_of(&artifact, &root, &pages)?;
@@ -206,7 +249,7 @@ impl Hub {
             })
             .await?;
         let mut memory = self.inner.relay_memory.lock();
-        memory.used = Lately::default();
+        memory.used = ExpiringCache::default();
         memory.whole.clear();
         Ok(freed)
     }

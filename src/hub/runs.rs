@@ -1,7 +1,7 @@
 //! Training runs at the hub: does what the state machine of `run::hub` says, and looks for it.
 //!
-//! One look at a time, and each change is written before it is acted on; whatever a crash leaves out is done at the next
-//! look, because effects that are due are given again.
+//! One look at a time, and each change is written before it is acted on; whatever a crash leaves
+//! out is done at the next look, because effects that are due are given again.
 
 use std::time::Duration;
 
@@ -14,8 +14,11 @@ use base::names::{ArtifactRef, Kind, RunName, SiteName, SiteSelector};
 use content::chunk::Hash;
 use content::manifest::Root;
 use model::paging::{Page, Room};
-use model::run::hub::{Effect, Event, Finish, Run, Seen, step};
-use model::run::{Borrowed, DesiredRun, Input, Lineage, Model, RunAct, RunOrder, RunReport, Spec, no_run as unknown};
+use model::run::hub::{Effect, Event, Finish, ObservedTransfer, Run, step};
+use model::run::{
+    Borrowed, DesiredRun, Input, Lineage, Model, RunAct, RunOrder, RunReport, Spec,
+    no_run as unknown,
+};
 use state::{Forbids, Part, TransferRow, new_delivery_id, new_run_id};
 
 /// A run may take several steps at one look; more than this many are a defect.
@@ -55,17 +58,26 @@ impl Hub {
     }
 
     async fn load(&self, name: &str) -> Result<Run, Fault> {
-        self.inner.catalogue.run(name).await?.ok_or_else(|| unknown(name))
+        self.inner
+            .catalogue
+            .run(name)
+            .await?
+            .ok_or_else(|| unknown(name))
     }
 
-    /// Takes an event; what changed is durable when this returns. The effects are left to the caller.
+    /// Takes an event; what changed is durable when this returns. The effects are left to the
+    /// caller.
     async fn take(&self, name: &RunName, event: Event) -> Result<(Run, Vec<Effect>, bool), Fault> {
         let _turn = self.inner.runs.lock().await;
         self.take_in_turn(name, event).await
     }
 
     /// The same for one who holds `runs`.
-    async fn take_in_turn(&self, name: &RunName, event: Event) -> Result<(Run, Vec<Effect>, bool), Fault> {
+    async fn take_in_turn(
+        &self,
+        name: &RunName,
+        event: Event,
+    ) -> Result<(Run, Vec<Effect>, bool), Fault> {
         let before = self.load(name.as_str()).await?;
         let (after, effects) = step(&before, event, now_ms())?;
         let changed = after != before;
@@ -73,7 +85,10 @@ impl Hub {
             if after.state != before.state {
                 tracing::info!(run = %name, state = after.state.as_str(), why = after.message.as_deref().unwrap_or_default(), "a run");
             }
-            self.inner.catalogue.save_run(name.as_str(), after.state.as_str(), after.is_open(), &after).await?;
+            self.inner
+                .catalogue
+                .save_run(name.as_str(), after.state.as_str(), after.is_open(), &after)
+                .await?;
         }
         Ok((after, effects, changed))
     }
@@ -82,10 +97,19 @@ impl Hub {
     async fn look_at(&self, name: &RunName) -> Result<(), Fault> {
         for _ in 0..STEPS_MAX {
             let run = self.load(name.as_str()).await?;
-            let parts = self.inner.catalogue.delivery_parts(&run.spec.delivery).await?;
+            let parts = self
+                .inner
+                .catalogue
+                .delivery_parts(&run.spec.delivery)
+                .await?;
             // Once it is over it has to do with nothing but what is its own.
             let own = match run.state.is_final() {
-                true => self.inner.catalogue.only_borrowed(name.as_str(), &run.spec.on).await?,
+                true => {
+                    self.inner
+                        .catalogue
+                        .only_borrowed(name.as_str(), &run.spec.on)
+                        .await?
+                }
                 false => parts.clone().unwrap_or_default(),
             };
             let inputs = own.iter().map(|row| self.seen(row)).collect();
@@ -94,7 +118,16 @@ impl Hub {
                 None => None,
             };
             let home = home.map(|row| self.seen(&row));
-            let (run, effects, changed) = self.take(name, Event::Looked { delivered: parts.is_some(), inputs, home }).await?;
+            let (run, effects, changed) = self
+                .take(
+                    name,
+                    Event::Looked {
+                        delivered: parts.is_some(),
+                        inputs,
+                        home,
+                    },
+                )
+                .await?;
             for effect in &effects {
                 self.run_effect(&run, *effect).await?;
             }
@@ -105,17 +138,30 @@ impl Hub {
         Err(Fault::internal("it does not come to rest"))
     }
 
-    fn seen(&self, row: &TransferRow) -> Seen {
+    fn seen(&self, row: &TransferRow) -> ObservedTransfer {
         let view = self.view(row);
-        Seen { id: row.id.clone(), state: view.state, message: view.message }
+        ObservedTransfer {
+            id: row.id.clone(),
+            state: view.state,
+            message: view.message,
+        }
     }
 
     async fn home_of(&self, run: &Run, model: &Model) -> Result<Option<TransferRow>, Fault> {
-        let rows = self.inner.catalogue.transfers_of_artifact(&model.artifact).await?;
+        let rows = self
+            .inner
+            .catalogue
+            .transfers_of_artifact(&model.artifact)
+            .await?;
         let own = |row: &TransferRow| row.site == run.spec.from && row.removed_ms.is_none();
         // The one that stands, else the one that was cancelled last.
-        let standing = rows.iter().rev().find(|row| own(row) && row.state != State::Cancelled);
-        Ok(standing.or_else(|| rows.iter().rev().find(|row| own(row))).cloned())
+        let standing = rows
+            .iter()
+            .rev()
+            .find(|row| own(row) && row.state != State::Cancelled);
+        Ok(standing
+            .or_else(|| rows.iter().rev().find(|row| own(row)))
+            .cloned())
     }
 
     async fn run_effect(&self, run: &Run, effect: Effect) -> Result<(), Fault> {
@@ -125,22 +171,33 @@ impl Hub {
                 let mut parts = Vec::new();
                 for input in &run.spec.inputs {
                     let row = catalogue.artifact(&input.artifact).await?;
-                    // What was published there lies there; rows and images were delivered there, else the run had been refused.
+                    // What was published there lies there; rows and images were delivered there,
+                    // else the run had been refused.
                     if row.origin.as_ref() != Some(&run.spec.on) {
                         parts.push(Part::new(&row, std::slice::from_ref(&run.spec.on)));
                     }
                 }
-                self.begin_delivery(&run.spec.delivery, Some(run.spec.name.as_str()), &parts).await.map(|_| ())
+                self.begin_delivery(&run.spec.delivery, Some(run.spec.name.as_str()), &parts)
+                    .await
+                    .map(|_| ())
             }
             Effect::SendHome => {
-                let Some(model) = &run.model else { return Ok(()) };
-                catalogue.set_lineage(&model.artifact, &Lineage::from(&run.spec)).await?;
+                let Some(model) = &run.model else {
+                    return Ok(());
+                };
+                catalogue
+                    .set_lineage(&model.artifact, &Lineage::from(&run.spec))
+                    .await?;
                 let row = catalogue.artifact(&model.artifact).await?;
                 let part = Part::new(&row, std::slice::from_ref(&run.spec.from));
-                self.begin_delivery(&new_delivery_id(), None, &[part]).await.map(|_| ())
+                self.begin_delivery(&new_delivery_id(), None, &[part])
+                    .await
+                    .map(|_| ())
             }
             Effect::Abandon => {
-                let own = catalogue.only_borrowed(run.spec.name.as_str(), &run.spec.on).await?;
+                let own = catalogue
+                    .only_borrowed(run.spec.name.as_str(), &run.spec.on)
+                    .await?;
                 let home = match &run.model {
                     Some(model) => self.home_of(run, model).await?,
                     None => None,
@@ -155,7 +212,8 @@ impl Hub {
         }
     }
 
-    /// The runs that a site has to do with, as it is told them: the oldest, as many as a message holds. The others wait.
+    /// The runs that a site has to do with, as it is told them: the oldest, as many as a message
+    /// holds. The others wait.
     pub(super) async fn desired_runs(&self, site: &SiteName) -> Result<Vec<DesiredRun>, Fault> {
         let mut out = Vec::new();
         let mut told = 0;
@@ -163,14 +221,19 @@ impl Hub {
             if run.spec.on != *site {
                 continue;
             }
-            // By what never changes, since the site ends a run that was listed and is no more. What is borrowed names the
-            // inputs once more.
-            let spec = serde_json::to_vec(&run.spec).map_err(|e| Fault::internal(format!("a run as JSON: {e}")))?;
+            // By what never changes, since the site ends a run that was listed and is no more. What
+            // is borrowed names the inputs once more.
+            let spec = serde_json::to_vec(&run.spec)
+                .map_err(|e| Fault::internal(format!("a run as JSON: {e}")))?;
             told += 3 * spec.len();
             if told > TOLD_BYTES_MAX && !out.is_empty() {
                 break;
             }
-            let borrowed = self.inner.catalogue.only_borrowed(run.spec.name.as_str(), site).await?;
+            let borrowed = self
+                .inner
+                .catalogue
+                .only_borrowed(run.spec.name.as_str(), site)
+                .await?;
             let borrowed = borrowed.into_iter().map(|row| Borrowed {
                 transfer: row.id,
                 artifact: row.artifact,
@@ -178,27 +241,52 @@ impl Hub {
                 generation: Some(row.generation),
             });
             let (want, ready) = (run.want(), run.is_ready());
-            out.push(DesiredRun { want, borrowed: borrowed.collect(), model: run.model, spec: run.spec, ready });
+            out.push(DesiredRun {
+                want,
+                borrowed: borrowed.collect(),
+                model: run.model,
+                spec: run.spec,
+                ready,
+            });
         }
         Ok(out)
     }
 
     /// A site says how its runs stand.
-    pub(super) async fn take_run_report(&self, site: &SiteName, report: RunReport) -> Result<(), Fault> {
+    pub(super) async fn take_run_report(
+        &self,
+        site: &SiteName,
+        report: RunReport,
+    ) -> Result<(), Fault> {
         let run = self.load(report.name.as_str()).await?;
         if run.spec.on != *site {
-            return Err(Fault::not_allowed(format!("site {site} reports a run of {}", run.spec.on)));
+            return Err(Fault::not_allowed(format!(
+                "site {site} reports a run of {}",
+                run.spec.on
+            )));
         }
         if run.spec.id != report.id {
             return Ok(());
         }
         let borrowed = match report.removed.is_empty() {
             true => Vec::new(),
-            false => self.inner.catalogue.only_borrowed(report.name.as_str(), site).await?,
+            false => {
+                self.inner
+                    .catalogue
+                    .only_borrowed(report.name.as_str(), site)
+                    .await?
+            }
         };
         for id in &report.removed {
-            let Ok(row) = self.inner.catalogue.transfer(id).await else { continue };
-            let ours = row.site == *site && run.spec.inputs.iter().any(|input| input.artifact == row.artifact);
+            let Ok(row) = self.inner.catalogue.transfer(id).await else {
+                continue;
+            };
+            let ours = row.site == *site
+                && run
+                    .spec
+                    .inputs
+                    .iter()
+                    .any(|input| input.artifact == row.artifact);
             if !ours || row.state != State::Done || row.removed_ms.is_some() {
                 continue;
             }
@@ -211,11 +299,18 @@ impl Hub {
             }
         }
         let name = report.name.clone();
-        self.take(&name, Event::Reported(Box::new(report))).await.map(|_| ())
+        self.take(&name, Event::Reported(Box::new(report)))
+            .await
+            .map(|_| ())
     }
 
     /// Refuses a model before anything is kept of it, when its run would refuse it.
-    pub(super) async fn check_run_model(&self, by: Option<&SiteName>, run: &RunName, artifact: &ArtifactRef) -> Result<(), Fault> {
+    pub(super) async fn check_run_model(
+        &self,
+        by: Option<&SiteName>,
+        run: &RunName,
+        artifact: &ArtifactRef,
+    ) -> Result<(), Fault> {
         let row = self.load(run.as_str()).await?;
         if by.is_some_and(|by| row.spec.on != *by) {
             return Err(unknown(run.as_str()));
@@ -225,11 +320,19 @@ impl Hub {
             Some(model) => model.digest,
             None => Hash([0; 32]),
         };
-        step(&row, Event::Published(Model { artifact: artifact.clone(), digest }), now_ms()).map(|_| ())
+        step(
+            &row,
+            Event::Published(Model {
+                artifact: artifact.clone(),
+                digest,
+            }),
+            now_ms(),
+        )
+        .map(|_| ())
     }
 
-    /// Takes a model of a run into the catalogue. A run that ended while the manifest was fetched takes none: the model
-    /// would use its version up for nothing. `false`: it stood there already.
+    /// Takes a model of a run into the catalogue. A run that ended while the manifest was fetched
+    /// takes none: the model would use its version up for nothing. `false`: it stood there already.
     pub(super) async fn add_run_model(
         &self,
         by: Option<&SiteName>,
@@ -240,39 +343,68 @@ impl Hub {
         let turn = self.inner.runs.lock().await;
         self.check_run_model(by, name, artifact).await?;
         let added = self.register(by, artifact, root).await?;
-        let model = Model { artifact: artifact.clone(), digest: root.digest() };
+        let model = Model {
+            artifact: artifact.clone(),
+            digest: root.digest(),
+        };
         let (run, ..) = self.take_in_turn(name, Event::Published(model)).await?;
         drop(turn);
-        self.inner.catalogue.set_lineage(artifact, &Lineage::from(&run.spec)).await?;
+        self.inner
+            .catalogue
+            .set_lineage(artifact, &Lineage::from(&run.spec))
+            .await?;
         Ok(added)
     }
 
     /// Begins a run, or finds the one that was begun.
-    pub(super) async fn start_run(&self, by: Option<&SiteName>, order: &RunOrder) -> Result<types::Run, Fault> {
+    pub(super) async fn start_run(
+        &self,
+        by: Option<&SiteName>,
+        order: &RunOrder,
+    ) -> Result<types::Run, Fault> {
         let catalogue = &self.inner.catalogue;
-        let RunOrder { name, from, on, inputs: wanted, expect, ttl_seconds } = order.clone();
+        let RunOrder {
+            name,
+            from,
+            on,
+            inputs: wanted,
+            expect,
+            ttl_seconds,
+        } = order.clone();
         if from == on {
-            return Err(Fault::usage(format!("site {from} cannot borrow itself")).with_next("start the trainer there by hand"));
+            return Err(Fault::usage(format!("site {from} cannot borrow itself"))
+                .with_next("start the trainer there by hand"));
         }
         if wanted.is_empty() || wanted.len() > RUN_INPUTS_MAX {
-            return Err(Fault::usage(format!("a run needs 1 to {RUN_INPUTS_MAX} inputs, and {} are named", wanted.len())));
+            return Err(Fault::usage(format!(
+                "a run needs 1 to {RUN_INPUTS_MAX} inputs, and {} are named",
+                wanted.len()
+            )));
         }
         if ttl_seconds == 0 || ttl_seconds > RUN_TTL_MAX.as_secs() {
-            return Err(Fault::usage(format!("a run's time is 1 s to {} days", RUN_TTL_MAX.as_secs() / 86_400)));
+            return Err(Fault::usage(format!(
+                "a run's time is 1 s to {} days",
+                RUN_TTL_MAX.as_secs() / 86_400
+            )));
         }
         if by.is_some_and(|by| *by != from) {
-            return Err(
-                Fault::not_allowed("a site starts runs for itself only").with_next("name this site in --from, or start it at the hub")
-            );
+            return Err(Fault::not_allowed("a site starts runs for itself only")
+                .with_next("name this site in --from, or start it at the hub"));
         }
-        catalogue.select_sites(&format!("{from},{on}").parse()?).await?;
+        catalogue
+            .select_sites(&format!("{from},{on}").parse()?)
+            .await?;
         if let Some(forbids) = catalogue.forbidden_by(&on, &from).await? {
             let (who, place) = match forbids {
                 Forbids::Hub => ("the hub's policy".to_owned(), "the hub".to_owned()),
                 Forbids::Origin => (format!("site {on}"), on.to_string()),
             };
-            return Err(Fault::not_allowed(format!("{who} does not share what is made at {on} with {from}"))
-                .with_next(format!("add {from} to [share] allow in the configuration of {place}")));
+            return Err(Fault::not_allowed(format!(
+                "{who} does not share what is made at {on} with {from}"
+            ))
+            .with_next(format!(
+                "add {from} to [share] allow in the configuration of {place}"
+            )));
         }
         if !catalogue.trains_for(&on, &from).await? {
             return Err(Fault::not_allowed(format!("site {on} does not train for {from}"))
@@ -290,17 +422,33 @@ impl Hub {
             };
             // The site that trains needs all of it.
             let there = SiteSelector::Names(vec![on.clone()]);
-            self.shared_with(by, &artifact, row.origin.as_ref(), std::slice::from_ref(&on), &there).await?;
-            if row.origin.as_ref() == Some(&on) && matches!(artifact.kind, Kind::Labels | Kind::Image) {
+            self.shared_with(
+                by,
+                &artifact,
+                row.origin.as_ref(),
+                std::slice::from_ref(&on),
+                &there,
+            )
+            .await?;
+            if row.origin.as_ref() == Some(&on)
+                && matches!(artifact.kind, Kind::Labels | Kind::Image)
+            {
                 own.push(Part::new(&row, std::slice::from_ref(&on)));
             } else if row.origin.as_ref() == Some(&on) && row.changed.is_some() {
                 changed.push(artifact.to_string());
             }
-            inputs.push(Input { artifact, digest: row.digest, bytes: row.root.totals.bytes });
+            inputs.push(Input {
+                artifact,
+                digest: row.digest,
+                bytes: row.root.totals.bytes,
+            });
         }
         let _turn = self.inner.runs.lock().await;
         if let Some(run) = catalogue.run::<Run>(name.as_str()).await? {
-            let same = run.spec.from == from && run.spec.on == on && run.spec.inputs == inputs && run.spec.expect == expect;
+            let same = run.spec.from == from
+                && run.spec.on == on
+                && run.spec.inputs == inputs
+                && run.spec.expect == expect;
             let ended_badly = matches!(run.state, RunState::Failed | RunState::Cancelled);
             return match same && !ended_badly {
                 true => Ok(view(&run)),
@@ -314,21 +462,28 @@ impl Hub {
         let model = expect.reference(&name)?;
         match catalogue.artifact(&model).await {
             Ok(_) => {
-                return Err(Fault::conflict(format!("there is a {model} already, and run {name} would publish its model as that"))
-                    .with_next("expect another version, or start the run under another name"));
+                return Err(Fault::conflict(format!(
+                    "there is a {model} already, and run {name} would publish its model as that"
+                ))
+                .with_next("expect another version, or start the run under another name"));
             }
             Err(fault) if fault.code != Code::NotFound => return Err(fault),
             Err(_) => {}
         }
-        // They are read where they were published: the model would be said to be made of what it was not made of.
+        // They are read where they were published: the model would be said to be made of what it
+        // was not made of.
         if let Some(first) = changed.first() {
-            let why = format!("{}: changed at {on} since it was published there", changed.join(", "));
+            let why = format!(
+                "{}: changed at {on} since it was published there",
+                changed.join(", ")
+            );
             return Err(Fault::conflict(why).with_next(format!(
                 "'packhorse show {first}' says what; at {on}, put the old content back, or publish what is there now as a new version"
             )));
         }
-        // A trainer finds rows and images by their names. Publishing in place gives them none, and the run does not do it either:
-        // what it delivers it takes away again, and this is the site's own.
+        // A trainer finds rows and images by their names. Publishing in place gives them none, and
+        // the run does not do it either: what it delivers it takes away again, and this is the
+        // site's own.
         let named = catalogue.done_already(&own).await?;
         own.retain(|part| named.iter().all(|row| row.artifact != part.artifact));
         if !own.is_empty() {
@@ -341,7 +496,10 @@ impl Hub {
         }
         let open = catalogue.open_runs::<Run>(OPEN_MAX).await?;
         if open.iter().filter(|run| run.spec.on == on).count() >= RUNS_OPEN_MAX {
-            return Err(Fault::conflict(format!("{RUNS_OPEN_MAX} runs are open at site {on}")).with_next("wait until one has ended"));
+            return Err(
+                Fault::conflict(format!("{RUNS_OPEN_MAX} runs are open at site {on}"))
+                    .with_next("wait until one has ended"),
+            );
         }
         let created_ms = now_ms();
         let ttl_ms = i64::try_from(ttl_seconds.saturating_mul(1000)).unwrap_or(i64::MAX);
@@ -357,16 +515,24 @@ impl Hub {
             deadline_ms: created_ms.saturating_add(ttl_ms),
         };
         let run = Run::new(spec);
-        catalogue.save_run(run.spec.name.as_str(), run.state.as_str(), true, &run).await?;
+        catalogue
+            .save_run(run.spec.name.as_str(), run.state.as_str(), true, &run)
+            .await?;
         tracing::info!(run = %run.spec.name, from = %run.spec.from, on = %run.spec.on, "a run begins");
         Ok(view(&run))
     }
 
     /// Finishes or cancels a run.
-    pub(super) async fn act_on_run(&self, by: Option<&SiteName>, request: &RunAct) -> Result<types::Run, Fault> {
+    pub(super) async fn act_on_run(
+        &self,
+        by: Option<&SiteName>,
+        request: &RunAct,
+    ) -> Result<types::Run, Fault> {
         let run = self.visible_run(by, request.name.as_str()).await?;
         let event = match request.action {
-            RunVerb::Finish => Event::Finish(Finish { failed: request.failed.as_deref().map(Into::into) }),
+            RunVerb::Finish => Event::Finish(Finish {
+                failed: request.failed.as_deref().map(Into::into),
+            }),
             RunVerb::Cancel => Event::Cancel,
         };
         let (run, ..) = self.take(&run.spec.name, event).await?;
@@ -382,7 +548,11 @@ impl Hub {
     }
 
     /// One run, as `by` may see it.
-    pub(super) async fn show_run(&self, by: Option<&SiteName>, name: &str) -> Result<types::Run, Fault> {
+    pub(super) async fn show_run(
+        &self,
+        by: Option<&SiteName>,
+        name: &str,
+    ) -> Result<types::Run, Fault> {
         Ok(view(&self.visible_run(by, name).await?))
     }
 
@@ -394,24 +564,36 @@ impl Hub {
         skip: u32,
         room: Room,
     ) -> Result<Page<types::Run>, Fault> {
-        self.inner.catalogue.run_page(by, behind, skip, room, view).await
+        self.inner
+            .catalogue
+            .run_page(by, behind, skip, room, view)
+            .await
     }
 }
 
 /// A lineage as the API shows it.
 pub(crate) fn lineage_view(lineage: Lineage) -> ModelLineage {
     let inputs = lineage.inputs.iter().map(Into::into).collect();
-    ModelLineage { run: lineage.run, from: lineage.from, on: lineage.on, inputs }
+    ModelLineage {
+        run: lineage.run,
+        from: lineage.from,
+        on: lineage.on,
+        inputs,
+    }
 }
 
 fn time(ms: i64) -> String {
-    jiff::Timestamp::from_millisecond(ms).map(clock::rfc3339).unwrap_or_default()
+    jiff::Timestamp::from_millisecond(ms)
+        .map(clock::rfc3339)
+        .unwrap_or_default()
 }
 
 fn view(run: &Run) -> types::Run {
     let trainer = run.site.as_ref().map(|site| {
         let ended = site.ended.as_ref();
-        let phase = serde_json::to_value(site.phase).ok().and_then(|v| v.as_str().map(str::to_owned));
+        let phase = serde_json::to_value(site.phase)
+            .ok()
+            .and_then(|v| v.as_str().map(str::to_owned));
         RunTrainer {
             phase: phase.unwrap_or_default(),
             starts: site.starts,
@@ -428,11 +610,14 @@ fn view(run: &Run) -> types::Run {
         from: run.spec.from.clone(),
         on: run.spec.on.clone(),
         state: run.state,
-        message: run.told(),
+        message: run.message(),
         next: run.next.clone(),
         inputs: run.spec.inputs.iter().map(Into::into).collect(),
         expect: run.spec.expect.to_string(),
-        model: run.model.as_ref().map(|m| RunModel { artifact: m.artifact.to_string(), digest: m.digest.hex() }),
+        model: run.model.as_ref().map(|m| RunModel {
+            artifact: m.artifact.to_string(),
+            digest: m.digest.hex(),
+        }),
         delivery: run.spec.delivery.to_string(),
         home: run.home.as_ref().map(ToString::to_string),
         trainer,

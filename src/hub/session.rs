@@ -1,4 +1,5 @@
-//! One site's line at the hub: the desired state goes out, reports come in, fetches and questions are answered.
+//! One site's line at the hub: the desired state goes out, reports come in, fetches and questions
+//! are answered.
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -9,15 +10,16 @@ use tokio::sync::Semaphore;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
-use super::telling::Telling;
+use super::manifest_push::ManifestPush;
 use super::{Connected, Hub};
 use crate::api::types::{Action, Published, State, Transfer, TransferQuery};
 use crate::config::Congestion;
 use base::budget::Seat;
 use base::fault::{Code, Fault};
 use base::limits::{
-    ANSWER_BYTES_MAX, ANSWER_IDLE_MAX, ANSWER_MAX, API_ROWS_MAX, FETCH_STREAMS_MAX, LONG_POLL_MAX, MANIFEST_IDLE_MAX, OFFER_MAX,
-    QUESTIONS_AT_ONCE_MAX, RUNS_OPEN_MAX, SILENCE_MAX, STATE_RETRY_EVERY, STATE_WRITE_BYTES_MIN,
+    ANSWER_BYTES_MAX, ANSWER_IDLE_MAX, ANSWER_MAX, API_ROWS_MAX, FETCH_STREAMS_MAX, LONG_POLL_MAX,
+    MANIFEST_IDLE_MAX, OFFER_MAX, QUESTIONS_AT_ONCE_MAX, RUNS_OPEN_MAX, SILENCE_MAX,
+    STATE_RETRY_EVERY, STATE_WRITE_BYTES_MIN,
 };
 use base::names::{ArtifactRef, Kind, RunName, SiteName, SiteSelector, WorkIds};
 use base::omitted::Omitted;
@@ -32,7 +34,8 @@ use state::{ArtifactRow, TransferRow, no_delivery};
 use transport::identity::{Holder, verify_signature};
 use transport::{Link, RecvHalf, SendHalf};
 
-/// What a site told and the catalogue could not take, because its disk is full for example: stored, or asked for, again on this connection.
+/// What a site told and the catalogue could not take, because its disk is full for example: stored,
+/// or asked for, again on this connection.
 #[derive(Default)]
 struct Unstored {
     /// Whether a report of a transfer is among it.
@@ -47,7 +50,10 @@ type Hello = (Option<Vec<String>>, Option<Vec<String>>);
 
 /// Whether the hub failed to store what a site told, in contrast to what it refuses.
 fn is_not_stored(fault: &Fault) -> bool {
-    matches!(fault.code, Code::NoSpace | Code::Internal | Code::Unreachable)
+    matches!(
+        fault.code,
+        Code::NoSpace | Code::Internal | Code::Unreachable
+    )
 }
 
 /// What one line of a site has open at the hub.
@@ -66,15 +72,28 @@ const LINEAGE_BYTES_MAX: usize = 1 << 20;
 impl Hub {
     /// Serves a site until its line ends.
     pub(super) async fn welcome(&self, name: SiteName, link: Link, cert_der: Vec<u8>) {
-        let known = self.inner.catalogue.site(name.as_str()).await.is_ok_and(|site| site.is_some());
+        let known = self
+            .inner
+            .catalogue
+            .site(name.as_str())
+            .await
+            .is_ok_and(|site| site.is_some());
         if !known {
             link.close("the hub does not know this site: join again");
             return;
         }
-        let connected = Connected { link: link.clone(), cert_der: Arc::new(cert_der) };
-        let old = self.inner.links.write().insert(name.clone(), connected.clone());
+        let connected = Connected {
+            link: link.clone(),
+            cert_der: Arc::new(cert_der),
+        };
+        let old = self
+            .inner
+            .links
+            .write()
+            .insert(name.clone(), connected.clone());
         if let Some(old) = old {
-            if !old.link.is_closed() && old.link.remote_address().ip() != link.remote_address().ip() {
+            if !old.link.is_closed() && old.link.remote_address().ip() != link.remote_address().ip()
+            {
                 let (old, new) = (old.link.remote_address(), link.remote_address());
                 tracing::warn!(site = %name, %old, %new, "a site came from another address while its line stood: do two machines use its name?");
             }
@@ -94,14 +113,20 @@ impl Hub {
                 () = self.inner.stop.cancelled() => None,
             };
             let Some((send, recv)) = stream else { break };
-            let (this, name, link, streams) = (self.clone(), name.clone(), link.clone(), streams.clone());
-            self.inner.tasks.spawn(async move { this.stream(send, recv, name, &link, &streams).await });
+            let (this, name, link, streams) =
+                (self.clone(), name.clone(), link.clone(), streams.clone());
+            self.inner
+                .tasks
+                .spawn(async move { this.stream(send, recv, name, &link, &streams).await });
         }
         link.close("the hub stops");
         {
             let mut links = self.inner.links.write();
             // A newer line of the same site stays.
-            if links.get(&name).is_some_and(|c| Arc::ptr_eq(&c.cert_der, &connected.cert_der)) {
+            if links
+                .get(&name)
+                .is_some_and(|c| Arc::ptr_eq(&c.cert_der, &connected.cert_der))
+            {
                 links.remove(&name);
             }
         }
@@ -111,7 +136,11 @@ impl Hub {
 
     /// What a peer that is connected keeps of each budget.
     pub(super) fn seats(&self) -> [Seat; 3] {
-        [self.inner.budget.seat(), self.inner.questions.seat(), self.inner.messages.seat()]
+        [
+            self.inner.budget.seat(),
+            self.inner.questions.seat(),
+            self.inner.messages.seat(),
+        ]
     }
 
     async fn note_seen(&self, name: &SiteName, version: Option<&str>) {
@@ -120,15 +149,27 @@ impl Hub {
         }
     }
 
-    async fn stream(&self, send: SendHalf, mut recv: RecvHalf, site: SiteName, link: &Link, streams: &Streams) {
+    async fn stream(
+        &self,
+        send: SendHalf,
+        mut recv: RecvHalf,
+        site: SiteName,
+        link: &Link,
+        streams: &Streams,
+    ) {
         let mut kind = [0];
-        if !matches!(timeout(SILENCE_MAX, recv.read_exact(&mut kind)).await, Ok(Ok(()))) {
+        if !matches!(
+            timeout(SILENCE_MAX, recv.read_exact(&mut kind)).await,
+            Ok(Ok(()))
+        ) {
             return;
         }
         let result = match kind[0] {
             FETCH => {
                 // Known to be one by now: control and questions never wait behind fetches.
-                let Ok(_turn) = streams.fetches.acquire().await else { return };
+                let Ok(_turn) = streams.fetches.acquire().await else {
+                    return;
+                };
                 fetch::serve(send, recv, &site, self).await;
                 Ok(())
             }
@@ -141,7 +182,9 @@ impl Hub {
                 }
             }
             QUESTION => {
-                let Ok(_turn) = streams.questions.acquire().await else { return };
+                let Ok(_turn) = streams.questions.acquire().await else {
+                    return;
+                };
                 self.question(send, recv, &site).await
             }
             other => Err(Fault::integrity(format!("a stream of kind {other}"))),
@@ -152,20 +195,37 @@ impl Hub {
     }
 
     /// The control stream: whatever changes, the whole desired state is sent again.
-    async fn control(&self, mut send: SendHalf, mut recv: RecvHalf, site: &SiteName, link: &Link) -> Result<(), Fault> {
+    async fn control(
+        &self,
+        mut send: SendHalf,
+        mut recv: RecvHalf,
+        site: &SiteName,
+        link: &Link,
+    ) -> Result<(), Fault> {
         send.set_priority(wire::PRIORITY_CONTROL);
         let unstored: Mutex<Unstored> = Mutex::default();
         let read = async {
             loop {
-                let (message, _share) = wire::receive_within(&mut recv, &self.inner.messages, site).await?;
+                let (message, _share) =
+                    wire::receive_within(&mut recv, &self.inner.messages, site).await?;
                 match message {
-                    FromSite::Hello { version, share, train, congestion } => {
-                        // The site knows its line; what it leaves open is as the hub's own configuration says.
+                    FromSite::Hello {
+                        version,
+                        share,
+                        train,
+                        congestion,
+                    } => {
+                        // The site knows its line; what it leaves open is as the hub's own
+                        // configuration says.
                         if congestion != Congestion::Auto {
                             link.set_congestion(congestion);
                         }
-                        let [share, train] = [share, train].map(|list| list.map(|list| list.texts()));
-                        if let Err(fault) = self.take_hello(site, share.as_deref(), train.as_deref()).await {
+                        let [share, train] =
+                            [share, train].map(|list| list.map(|list| list.texts()));
+                        if let Err(fault) = self
+                            .take_hello(site, share.as_deref(), train.as_deref())
+                            .await
+                        {
                             tracing::error!(%site, error = %fault, "what a site says of itself could not be stored; tried again");
                             unstored.lock().hello = Some((share, train));
                         }
@@ -182,7 +242,9 @@ impl Hub {
                                         tracing::error!(%site, transfer = %id, error = %fault, "a report could not be stored; it is asked for again");
                                     }
                                 }
-                                Err(fault) => tracing::warn!(%site, transfer = %id, error = %fault, "a report was refused"),
+                                Err(fault) => {
+                                    tracing::warn!(%site, transfer = %id, error = %fault, "a report was refused")
+                                }
                                 Ok(()) => {}
                             }
                         }
@@ -190,21 +252,26 @@ impl Hub {
                     FromSite::Runs(reports) => {
                         self.inner.reports.go(site, reports.len()).await;
                         // The reports of all runs may come in several messages.
-                        let names: Vec<RunName> = reports.iter().map(|report| report.name.clone()).collect();
+                        let names: Vec<RunName> =
+                            reports.iter().map(|report| report.name.clone()).collect();
                         let failed = self.take_run_reports(site, reports).await;
                         let mut unstored = unstored.lock();
                         unstored.runs.retain(|report| !names.contains(&report.name));
                         unstored.runs.extend(failed);
                         unstored.runs.truncate(RUNS_OPEN_MAX);
                     }
-                    FromSite::Changed(all) => match self.inner.catalogue.set_changed_at(site, &all).await {
-                        Ok(true) => tracing::info!(%site, artifacts = all.len(), "a site tells what changed of what is published there"),
-                        Ok(false) => {}
-                        Err(fault) => {
-                            tracing::error!(%site, error = %fault, "what changed at a site could not be noted; tried again");
-                            unstored.lock().changed = Some(all);
+                    FromSite::Changed(all) => {
+                        match self.inner.catalogue.set_changed_at(site, &all).await {
+                            Ok(true) => {
+                                tracing::info!(%site, artifacts = all.len(), "a site tells what changed of what is published there")
+                            }
+                            Ok(false) => {}
+                            Err(fault) => {
+                                tracing::error!(%site, error = %fault, "what changed at a site could not be noted; tried again");
+                                unstored.lock().changed = Some(all);
+                            }
                         }
-                    },
+                    }
                 }
             }
             #[expect(unreachable_code, reason = "says the type of an endless loop's error")]
@@ -213,7 +280,7 @@ impl Hub {
         let write = async {
             let mut last: Option<(Vec<Desired>, Vec<DesiredRun>)> = None;
             let mut revision = 0;
-            let mut telling = Telling::begin();
+            let mut push = ManifestPush::begin();
             let mut tried = Instant::now();
             loop {
                 let changed = self.inner.catalogue.changed();
@@ -225,12 +292,24 @@ impl Hub {
                         last = None;
                     }
                 }
-                let now = (self.desired_transfers(site).await?, self.desired_runs(site).await?);
+                let now = (
+                    self.desired_transfers(site).await?,
+                    self.desired_runs(site).await?,
+                );
                 if last.as_ref() != Some(&now) {
                     revision += 1;
                     let (transfers, runs) = now.clone();
-                    let (manifests, _share) = self.tell_of_new(site, &transfers, &mut telling).await;
-                    wire::send(&mut send, &FromHub::Desired { revision, transfers, runs, manifests }).await?;
+                    let (manifests, _share) = self.push_new(site, &transfers, &mut push).await;
+                    wire::send(
+                        &mut send,
+                        &FromHub::Desired {
+                            revision,
+                            transfers,
+                            runs,
+                            manifests,
+                        },
+                    )
+                    .await?;
                     last = Some(now);
                 }
                 changed.await;
@@ -245,7 +324,12 @@ impl Hub {
         }
     }
 
-    async fn take_hello(&self, site: &SiteName, share: Option<&[String]>, train: Option<&[String]>) -> Result<(), Fault> {
+    async fn take_hello(
+        &self,
+        site: &SiteName,
+        share: Option<&[String]>,
+        train: Option<&[String]>,
+    ) -> Result<(), Fault> {
         self.inner.catalogue.set_share(site, share).await?;
         self.inner.catalogue.set_train_allow(site, train).await
     }
@@ -259,26 +343,35 @@ impl Hub {
                     tracing::error!(%site, run = %report.name, error = %fault, "a report of a run could not be stored; tried again");
                     unstored.push(report);
                 }
-                Err(fault) => tracing::warn!(%site, run = %report.name, error = %fault, "a report of a run was refused"),
+                Err(fault) => {
+                    tracing::warn!(%site, run = %report.name, error = %fault, "a report of a run was refused")
+                }
                 Ok(()) => {}
             }
         }
         unstored
     }
 
-    /// Stores once more what could not be stored, once there is room. Returns whether the site is to be asked for its reports.
+    /// Stores once more what could not be stored, once there is room. Returns whether the site is
+    /// to be asked for its reports.
     async fn store_again(&self, site: &SiteName, unstored: &Mutex<Unstored>) -> bool {
         let is_some = {
             let held = unstored.lock();
             held.reports || held.hello.is_some() || held.changed.is_some() || !held.runs.is_empty()
         };
-        if !is_some || Space::of(&self.inner.config.data_dir).is_ok_and(|space| !space.has(STATE_WRITE_BYTES_MIN, 1)) {
+        if !is_some
+            || Space::of(&self.inner.config.data_dir)
+                .is_ok_and(|space| !space.has(STATE_WRITE_BYTES_MIN, 1))
+        {
             return false;
         }
         let held = std::mem::take(&mut *unstored.lock());
         let catalogue = &self.inner.catalogue;
         if let Some((share, train)) = held.hello
-            && self.take_hello(site, share.as_deref(), train.as_deref()).await.is_err()
+            && self
+                .take_hello(site, share.as_deref(), train.as_deref())
+                .await
+                .is_err()
         {
             unstored.lock().hello.get_or_insert((share, train));
         }
@@ -291,7 +384,9 @@ impl Hub {
         let mut now = unstored.lock();
         // What the site said meanwhile is newer.
         for report in failed {
-            if now.runs.len() < RUNS_OPEN_MAX && now.runs.iter().all(|newer| newer.name != report.name) {
+            if now.runs.len() < RUNS_OPEN_MAX
+                && now.runs.iter().all(|newer| newer.name != report.name)
+            {
                 now.runs.push(report);
             }
         }
@@ -304,33 +399,71 @@ impl Hub {
             row => row?,
         };
         if row.site != *site {
-            return Err(Fault::not_allowed(format!("site {site} reports a transfer of {}", row.site)));
+            return Err(Fault::not_allowed(format!(
+                "site {site} reports a transfer of {}",
+                row.site
+            )));
         }
-        // What was never asked for, what is late, and what lacks a receipt is for the state machine to refuse.
+        // What was never asked for, what is late, and what lacks a receipt is for the state machine
+        // to refuse.
         if let (State::Done, Some(receipt)) = (report.state, &report.body.receipt) {
-            receipt.check(&row, |certificate| self.inner.identity.verify_site(certificate), verify_signature)?;
+            receipt.check(
+                &row,
+                |certificate| self.inner.identity.verify_site(certificate),
+                verify_signature,
+            )?;
         }
         if report.generation == row.generation && row.state != State::Cancelled {
             // Before the failure is shown: whoever sees it may publish again at once.
             self.recheck_refused(site, &report).await;
         }
-        self.inner.catalogue.report(&report.id, report.generation, report.state, report.body).await
+        self.inner
+            .catalogue
+            .report(&report.id, report.generation, report.state, report.body)
+            .await
     }
 
-    async fn question(&self, mut send: SendHalf, mut recv: RecvHalf, site: &SiteName) -> Result<(), Fault> {
-        let (question, share) = wire::receive_question(&mut recv, &self.inner.questions, site).await?;
-        if !matches!(question, AskHub::Delivery(_) | AskHub::Transfers { .. } | AskHub::ShowRun(_) | AskHub::ListRuns { .. }) {
+    async fn question(
+        &self,
+        mut send: SendHalf,
+        mut recv: RecvHalf,
+        site: &SiteName,
+    ) -> Result<(), Fault> {
+        let (question, share) =
+            wire::receive_question(&mut recv, &self.inner.questions, site).await?;
+        if !matches!(
+            question,
+            AskHub::Delivery(_)
+                | AskHub::Transfers { .. }
+                | AskHub::ShowRun(_)
+                | AskHub::ListRuns { .. }
+        ) {
             self.inner.changes.go(site, 1).await;
         }
         let answer = match question {
-            AskHub::Publish { artifact, digest, to, run, omitted } => {
-                let offer = self.take_offer(site, artifact, digest, to.as_ref(), run.as_ref(), &omitted);
+            AskHub::Publish {
+                artifact,
+                digest,
+                to,
+                run,
+                omitted,
+            } => {
+                let offer =
+                    self.take_offer(site, artifact, digest, to.as_ref(), run.as_ref(), &omitted);
                 let offer = timeout(OFFER_MAX, offer).await;
-                offer.unwrap_or_else(|_| Err(Fault::unreachable(format!("the manifest did not arrive within {} s", OFFER_MAX.as_secs()))))
+                offer.unwrap_or_else(|_| {
+                    Err(Fault::unreachable(format!(
+                        "the manifest did not arrive within {} s",
+                        OFFER_MAX.as_secs()
+                    )))
+                })
             }
             question => {
                 let answer = timeout(ANSWER_MAX, self.answer(site, question)).await;
-                answer.unwrap_or_else(|_| Err(Fault::unreachable("the hub found no answer in time").with_next("ask again later")))
+                answer.unwrap_or_else(|_| {
+                    Err(Fault::unreachable("the hub found no answer in time")
+                        .with_next("ask again later"))
+                })
             }
         };
         drop(share);
@@ -345,12 +478,19 @@ impl Hub {
         answer: Result<serde_json::Value, Fault>,
     ) -> Result<(), Fault> {
         let answer = answer.and_then(fits);
-        let text = serde_json::to_vec(&answer).map_err(|e| Fault::internal(format!("an answer as JSON: {e}")))?;
+        let text = serde_json::to_vec(&answer)
+            .map_err(|e| Fault::internal(format!("an answer as JSON: {e}")))?;
         drop(answer);
-        let _share = self.inner.questions.take(peer, text.len() as u64, wire::PRIORITY_QUESTION).await?;
+        let _share = self
+            .inner
+            .questions
+            .take(peer, text.len() as u64, wire::PRIORITY_QUESTION)
+            .await?;
         send.set_priority(wire::PRIORITY_QUESTION);
         let sent = timeout(ANSWER_IDLE_MAX, wire::send_bytes(send, &text)).await;
-        sent.map_err(|_| Fault::unreachable(format!("{peer} does not read the answer to its question")))??;
+        sent.map_err(|_| {
+            Fault::unreachable(format!("{peer} does not read the answer to its question"))
+        })??;
         send.finish()
     }
 
@@ -358,23 +498,45 @@ impl Hub {
         match question {
             AskHub::Act { id, action } => self.act_for(site, &id, action).await,
             AskHub::Deliver { artifacts, to } => self.deliver_for(site, &artifacts, &to).await,
-            AskHub::Renew { request } => self.renew_for(&Holder::Site(site.clone()), request.as_str()),
-            AskHub::Upload { .. } => Err(Fault::not_allowed("a site publishes at its own daemon").with_next("run the command at the site")),
+            AskHub::Renew { request } => {
+                self.renew_for(&Holder::Site(site.clone()), request.as_str())
+            }
+            AskHub::Upload { .. } => Err(Fault::not_allowed("a site publishes at its own daemon")
+                .with_next("run the command at the site")),
             AskHub::Delivery(id) => self.delivery_for(site, &id).await,
-            AskHub::Transfers { id, since, wait } => self.transfers_for(site, &id, since, wait).await,
-            AskHub::StartRun(request) => self.start_run(Some(site), &request).await.and_then(as_json),
-            AskHub::ActOnRun(request) => self.act_on_run(Some(site), &request).await.and_then(as_json),
-            AskHub::ShowRun(name) => self.show_run(Some(site), name.as_str()).await.and_then(as_json),
+            AskHub::Transfers { id, since, wait } => {
+                self.transfers_for(site, &id, since, wait).await
+            }
+            AskHub::StartRun(request) => {
+                self.start_run(Some(site), &request).await.and_then(as_json)
+            }
+            AskHub::ActOnRun(request) => self
+                .act_on_run(Some(site), &request)
+                .await
+                .and_then(as_json),
+            AskHub::ShowRun(name) => self
+                .show_run(Some(site), name.as_str())
+                .await
+                .and_then(as_json),
             AskHub::ListRuns { limit, from } => {
-                let room = Room { rows: limit.saturating_sub(from).min(API_ROWS_MAX), bytes: ANSWER_BYTES_MAX };
+                let room = Room {
+                    rows: limit.saturating_sub(from).min(API_ROWS_MAX),
+                    bytes: ANSWER_BYTES_MAX,
+                };
                 as_json(self.list_runs(Some(site), None, from, room).await?.rows)
             }
             AskHub::Publish { .. } => Err(Fault::internal("an offer is no plain question")),
         }
     }
 
-    /// A site may send on what it was given, and nothing else: it cannot make itself entitled to the rest.
-    async fn deliver_for(&self, site: &SiteName, artifacts: &[ArtifactRef], to: &SiteSelector) -> Result<serde_json::Value, Fault> {
+    /// A site may send on what it was given, and nothing else: it cannot make itself entitled to
+    /// the rest.
+    async fn deliver_for(
+        &self,
+        site: &SiteName,
+        artifacts: &[ArtifactRef],
+        to: &SiteSelector,
+    ) -> Result<serde_json::Value, Fault> {
         for artifact in artifacts {
             self.artifact_for(site, artifact).await?;
         }
@@ -391,7 +553,8 @@ impl Hub {
         as_json(self.whole(&row, ANSWER_BYTES_MAX).await?)
     }
 
-    /// Whether each transfer that a query means goes to this site, or is of what it published or holds.
+    /// Whether each transfer that a query means goes to this site, or is of what it published or
+    /// holds.
     async fn may_see(&self, site: &SiteName, query: &TransferQuery) -> Result<bool, Fault> {
         let catalogue = &self.inner.catalogue;
         let mut of_others = HashSet::new();
@@ -403,7 +566,10 @@ impl Hub {
         };
         catalogue.scan_transfers(query, None, i64::MAX, see).await?;
         for (artifact, digest) in of_others {
-            let own = catalogue.artifact(&artifact).await.is_ok_and(|a| a.origin.as_ref() == Some(site));
+            let own = catalogue
+                .artifact(&artifact)
+                .await
+                .is_ok_and(|a| a.origin.as_ref() == Some(site));
             if !own && !catalogue.is_entitled(site, digest).await? {
                 return Ok(false);
             }
@@ -412,11 +578,21 @@ impl Hub {
     }
 
     /// How transfers stand of what a site holds, wherever they go.
-    async fn transfers_for(&self, site: &SiteName, id: &WorkIds, since: Option<u64>, wait: u64) -> Result<serde_json::Value, Fault> {
-        // All of them, changed or not: what a site may not see looks the same to it as what is not there.
+    async fn transfers_for(
+        &self,
+        site: &SiteName,
+        id: &WorkIds,
+        since: Option<u64>,
+        wait: u64,
+    ) -> Result<serde_json::Value, Fault> {
+        // All of them, changed or not: what a site may not see looks the same to it as what is not
+        // there.
         let ids = id.to_string();
         if !self.may_see(site, &all_of(&ids)).await? {
-            return Err(Fault::not_found(format!("there is no transfer or delivery {id}")).with_next("'packhorse status' lists them"));
+            return Err(
+                Fault::not_found(format!("there is no transfer or delivery {id}"))
+                    .with_next("'packhorse status' lists them"),
+            );
         }
         let until = Instant::now() + Duration::from_secs(wait).min(LONG_POLL_MAX);
         loop {
@@ -429,13 +605,27 @@ impl Hub {
         }
     }
 
-    /// As many of the transfers of ids as one answer holds, and the cursor to go on from: if some are left, those that changed first
-    /// are given, and the rest follow behind the last of them.
-    async fn answer_page(&self, id: &str, since: Option<u64>) -> Result<(Vec<Transfer>, u64), Fault> {
-        let query = TransferQuery { since: Some(since.unwrap_or(0)), ..all_of(id) };
+    /// As many of the transfers of ids as one answer holds, and the cursor to go on from: if some
+    /// are left, those that changed first are given, and the rest follow behind the last of them.
+    async fn answer_page(
+        &self,
+        id: &str,
+        since: Option<u64>,
+    ) -> Result<(Vec<Transfer>, u64), Fault> {
+        let query = TransferQuery {
+            since: Some(since.unwrap_or(0)),
+            ..all_of(id)
+        };
         // Room for the list, the cursor and what is around them.
-        let room = Room { rows: u32::MAX, bytes: ANSWER_BYTES_MAX - ANSWER_FRAME_BYTES };
-        let (mut page, cursor) = self.inner.catalogue.transfer_page(&query, None, room, |row| self.view(row)).await?;
+        let room = Room {
+            rows: u32::MAX,
+            bytes: ANSWER_BYTES_MAX - ANSWER_FRAME_BYTES,
+        };
+        let (mut page, cursor) = self
+            .inner
+            .catalogue
+            .transfer_page(&query, None, room, |row| self.view(row))
+            .await?;
         if page.next.is_none() && since.is_none() {
             // All of them: in the order in which they were begun.
             page.rows.sort_by(|one, other| one.id.cmp(&other.id));
@@ -444,13 +634,20 @@ impl Hub {
     }
 
     /// An artifact that this site was given, or gave.
-    pub(super) async fn artifact_for(&self, site: &SiteName, artifact: &ArtifactRef) -> Result<ArtifactRow, Fault> {
+    pub(super) async fn artifact_for(
+        &self,
+        site: &SiteName,
+        artifact: &ArtifactRef,
+    ) -> Result<ArtifactRow, Fault> {
         if let Ok(row) = self.inner.catalogue.artifact(artifact).await
-            && (row.origin.as_ref() == Some(site) || self.inner.catalogue.is_entitled(site, row.digest).await?)
+            && (row.origin.as_ref() == Some(site)
+                || self.inner.catalogue.is_entitled(site, row.digest).await?)
         {
             return Ok(row);
         }
-        Err(Fault::not_found(format!("site {site} holds no artifact {artifact}")))
+        Err(Fault::not_found(format!(
+            "site {site} holds no artifact {artifact}"
+        )))
     }
 
     /// What a site has to do, each transfer with those that go first.
@@ -460,21 +657,35 @@ impl Hub {
         let mut out = Vec::new();
         let mut told = 0;
         for row in catalogue.open_transfers(site).await? {
-            let after = waits.iter().filter(|(id, _)| *id == row.id).map(|(_, first)| first.clone()).collect();
-            let lineage = if row.artifact.kind == Kind::Model { catalogue.lineage(&row.artifact).await? } else { None };
-            // A transfer must be listed, or the site gives it up; what its model was made of is told once there is room.
+            let after = waits
+                .iter()
+                .filter(|(id, _)| *id == row.id)
+                .map(|(_, first)| first.clone())
+                .collect();
+            let lineage = if row.artifact.kind == Kind::Model {
+                catalogue.lineage(&row.artifact).await?
+            } else {
+                None
+            };
+            // A transfer must be listed, or the site gives it up; what its model was made of is
+            // told once there is room.
             let lineage = lineage.filter(|lineage| {
                 let bytes = serde_json::to_vec(lineage).map_or(0, |text| text.len());
                 let fits = told + bytes <= LINEAGE_BYTES_MAX;
                 told += if fits { bytes } else { 0 };
                 fits
             });
-            out.push(Desired { after, lineage, ..desired(row) });
+            out.push(Desired {
+                after,
+                lineage,
+                ..desired(row)
+            });
         }
         Ok(out)
     }
 
-    /// Takes an artifact that was published at a site into the catalogue; its bytes stay there until somebody asks.
+    /// Takes an artifact that was published at a site into the catalogue; its bytes stay there
+    /// until somebody asks.
     async fn take_offer(
         &self,
         site: &SiteName,
@@ -488,15 +699,20 @@ impl Hub {
         // What can be refused is refused before the artifact exists.
         if let Some(to) = to {
             let sites = inner.catalogue.select_sites(to).await?;
-            self.shared_with(Some(site), &artifact, Some(site), &sites, to).await?;
+            self.shared_with(Some(site), &artifact, Some(site), &sites, to)
+                .await?;
         }
         if let Some(run) = run {
             self.check_run_model(Some(site), run, &artifact).await?;
         }
-        let link = self.link_of(site).ok_or_else(|| Fault::unreachable(format!("the line to site {site} ended")))?;
+        let link = self
+            .link_of(site)
+            .ok_or_else(|| Fault::unreachable(format!("the line to site {site} ended")))?;
         let fetcher = Fetcher::new(link, digest, Arc::default()).with_idle_max(MANIFEST_IDLE_MAX);
         let root = fetcher.root().await?;
-        let reserved = self.reserve(&Holder::Site(site.clone()), &artifact, &root).await?;
+        let reserved = self
+            .reserve(&Holder::Site(site.clone()), &artifact, &root)
+            .await?;
         // Until the artifact is in the catalogue no collection takes its pages.
         let store = inner.store.leased_with(reserved.clone());
         fetcher.pages(&root, None, &store).await?;
@@ -505,32 +721,60 @@ impl Hub {
         inner.opened.lock().retain(|opened| opened.digest != digest);
         let added = match run {
             Some(run) => self.add_run_model(Some(site), run, &artifact, &root).await,
-            None => inner.catalogue.add_artifact(&artifact, &root, Some(site)).await,
+            None => {
+                inner
+                    .catalogue
+                    .add_artifact(&artifact, &root, Some(site))
+                    .await
+            }
         };
         if let Err(fault) = &added
             && fault.code == Code::Conflict
             && self.is_taken_unseen(site, &artifact, digest).await?
         {
-            // The fault names the digest of what stands there, which would tell the site what somebody else has.
-            return Err(Fault::conflict(format!("the name {artifact} is taken")).with_next("publish this under another name or version"));
+            // The fault names the digest of what stands there, which would tell the site what
+            // somebody else has.
+            return Err(Fault::conflict(format!("the name {artifact} is taken"))
+                .with_next("publish this under another name or version"));
         }
         let added = added?;
         reserved.finish();
         inner.catalogue.set_omitted(&artifact, omitted).await?;
         let transfers = match to {
-            Some(to) => self.deliver_to(Some(site), std::slice::from_ref(&artifact), to).await?.transfers,
+            Some(to) => {
+                self.deliver_to(Some(site), std::slice::from_ref(&artifact), to)
+                    .await?
+                    .transfers
+            }
             None => Vec::new(),
         };
         tracing::info!(%artifact, %digest, %site, bytes = root.totals.bytes, "published at a site");
         let (artifact, digest, bytes) = (artifact.to_string(), digest.hex(), root.totals.bytes);
-        let published = Published { artifact, digest, transfers, bytes, stored: 0, unchanged: !added, note: None, omitted: omitted.list() };
+        let published = Published {
+            artifact,
+            digest,
+            transfers,
+            bytes,
+            stored: 0,
+            unchanged: !added,
+            note: None,
+            omitted: omitted.list(),
+        };
         serde_json::to_value(published).map_err(|e| Fault::internal(e.to_string()))
     }
 
-    /// Whether a name stands for other content that a site may not know of: neither given to it nor shared with it.
-    async fn is_taken_unseen(&self, site: &SiteName, artifact: &ArtifactRef, digest: Digest) -> Result<bool, Fault> {
+    /// Whether a name stands for other content that a site may not know of: neither given to it nor
+    /// shared with it.
+    async fn is_taken_unseen(
+        &self,
+        site: &SiteName,
+        artifact: &ArtifactRef,
+        digest: Digest,
+    ) -> Result<bool, Fault> {
         let catalogue = &self.inner.catalogue;
-        let Ok(there) = catalogue.artifact(artifact).await else { return Ok(false) };
+        let Ok(there) = catalogue.artifact(artifact).await else {
+            return Ok(false);
+        };
         if there.digest == digest || catalogue.is_entitled(site, there.digest).await? {
             return Ok(false);
         }
@@ -544,20 +788,37 @@ impl Hub {
         self.inner.links.read().get(site).map(|c| c.link.clone())
     }
 
-    pub(super) fn renew_for(&self, holder: &Holder, request: &str) -> Result<serde_json::Value, Fault> {
-        let request = hex::decode(request).map_err(|_| Fault::integrity("a malformed certificate request"))?;
-        Ok(serde_json::Value::String(hex::encode(self.inner.identity.issue_as(holder, &request)?)))
+    pub(super) fn renew_for(
+        &self,
+        holder: &Holder,
+        request: &str,
+    ) -> Result<serde_json::Value, Fault> {
+        let request = hex::decode(request)
+            .map_err(|_| Fault::integrity("a malformed certificate request"))?;
+        Ok(serde_json::Value::String(hex::encode(
+            self.inner.identity.issue_as(holder, &request)?,
+        )))
     }
 
-    async fn act_for(&self, site: &SiteName, id: &str, action: Action) -> Result<serde_json::Value, Fault> {
+    async fn act_for(
+        &self,
+        site: &SiteName,
+        id: &str,
+        action: Action,
+    ) -> Result<serde_json::Value, Fault> {
         let mut is_own = true;
         let see = |row: TransferRow| {
             is_own &= row.site == *site;
             is_own
         };
-        self.inner.catalogue.scan_transfers(&all_of(id), None, i64::MAX, see).await?;
+        self.inner
+            .catalogue
+            .scan_transfers(&all_of(id), None, i64::MAX, see)
+            .await?;
         if !is_own {
-            return Err(Fault::not_found(format!("there is no transfer {id} at this site")));
+            return Err(Fault::not_found(format!(
+                "there is no transfer {id} at this site"
+            )));
         }
         self.act_on(Some(site), id, action).await?;
         as_json(self.answer_page(id, None).await?.0)
@@ -569,7 +830,9 @@ impl Hub {
         site: &SiteName,
         question: &wire::AskSite,
     ) -> Result<T, Fault> {
-        let link = self.link_of(site).ok_or_else(|| Fault::unreachable(format!("site {site} is not connected")))?;
+        let link = self
+            .link_of(site)
+            .ok_or_else(|| Fault::unreachable(format!("site {site} is not connected")))?;
         wire::ask(&link, question).await
     }
 }
@@ -591,7 +854,10 @@ fn desired(row: TransferRow) -> Desired {
 
 /// The transfers of ids, each of a transfer or of a delivery.
 fn all_of(id: &str) -> TransferQuery {
-    TransferQuery { id: Some(id.to_owned()), ..TransferQuery::default() }
+    TransferQuery {
+        id: Some(id.to_owned()),
+        ..TransferQuery::default()
+    }
 }
 
 /// An answer that its receiver would refuse becomes one that says so.
@@ -600,8 +866,10 @@ fn fits(answer: serde_json::Value) -> Result<serde_json::Value, Fault> {
     if bytes <= ANSWER_BYTES_MAX {
         return Ok(answer);
     }
-    Err(Fault::usage(format!("it was done, but the answer has {bytes} bytes, and {ANSWER_BYTES_MAX} are allowed"))
-        .with_next("see 'packhorse status'; name fewer artifacts and sites at once"))
+    Err(Fault::usage(format!(
+        "it was done, but the answer has {bytes} bytes, and {ANSWER_BYTES_MAX} are allowed"
+    ))
+    .with_next("see 'packhorse status'; name fewer artifacts and sites at once"))
 }
 
 fn as_json<T: serde::Serialize>(value: T) -> Result<serde_json::Value, Fault> {

@@ -1,9 +1,11 @@
-//! Publishing from another machine: a publisher's line at the hub, and the pull of what the hub lacks over it.
+//! Publishing from another machine: a publisher's line at the hub, and the pull of what the hub
+//! lacks over it.
 //!
-//! A publisher reads its source where it lies and says what it has ([`AskHub::Upload`]). The hub fetches over that line, the
-//! other way round than a site does: the root, the pages, and of the chunks only those that its store lacks, each verified before
-//! it is kept. The store is flushed with every group commit, so that whichever end is killed, the next try sends nothing
-//! again that was kept. Only when all is durable does the artifact enter the catalogue.
+//! A publisher reads its source where it lies and says what it has ([`AskHub::Upload`]). The hub
+//! fetches over that line, the other way round than a site does: the root, the pages, and of the
+//! chunks only those that its store lacks, each verified before it is kept. The store is flushed
+//! with every group commit, so that whichever end is killed, the next try sends nothing again that
+//! was kept. Only when all is durable does the artifact enter the catalogue.
 //!
 //! A publisher may do nothing else: it reads nothing, delivers nothing of others, and is no site.
 
@@ -20,11 +22,12 @@ use crate::api::types::Published;
 use base::blocking::blocking;
 use base::fault::{Code, Fault};
 use base::limits::{
-    COMMIT_BYTES, COMMIT_EVERY, FETCH_BATCH_BYTES, FETCH_BATCH_CHUNKS_MAX, FETCH_IN_FLIGHT_MAX, MANIFEST_IDLE_MAX, SILENCE_MAX,
+    COMMIT_BYTES, COMMIT_EVERY, FETCH_BATCH_BYTES, FETCH_BATCH_CHUNKS_MAX, FETCH_IN_FLIGHT_MAX,
+    MANIFEST_IDLE_MAX, SILENCE_MAX,
 };
 use base::names::{ArtifactRef, SiteName, SiteSelector};
 use base::omitted::Omitted;
-use content::bloom::Seen;
+use content::bloom::BloomFilter;
 use content::chunk::Hash;
 use content::frame::{Frame, HEADER_BYTES};
 use content::manifest::{ChunkRef, Digest, Root, Step, Walk};
@@ -40,7 +43,8 @@ const STREAMS_MAX: usize = 8;
 const BATCHES_AHEAD_MAX: usize = 8;
 /// Chunks that are looked up together.
 const LOOKED_UP_TOGETHER: usize = 1024;
-/// Chunks asked for that are remembered, so that one that comes twice is asked for once: as many as can be on the way.
+/// Chunks asked for that are remembered, so that one that comes twice is asked for once: as many as
+/// can be on the way.
 const ASKED_KEPT: usize = FETCH_BATCH_CHUNKS_MAX * (FETCH_IN_FLIGHT_MAX + BATCHES_AHEAD_MAX + 2);
 
 /// How long it is remembered what an artifact has no room for, though nobody asked again.
@@ -65,7 +69,9 @@ impl Hub {
                 () = self.inner.stop.cancelled() => None,
             };
             let Some((send, recv)) = stream else { break };
-            let Ok(turn) = streams.clone().acquire_owned().await else { break };
+            let Ok(turn) = streams.clone().acquire_owned().await else {
+                break;
+            };
             let (this, name, link) = (self.clone(), name.clone(), link.clone());
             self.inner.tasks.spawn(async move {
                 if let Err(fault) = this.hear_publisher(send, recv, &link, &name).await {
@@ -77,20 +83,32 @@ impl Hub {
         link.close("the hub stops");
     }
 
-    async fn hear_publisher(&self, mut send: SendHalf, mut recv: RecvHalf, link: &Link, name: &SiteName) -> Result<(), Fault> {
+    async fn hear_publisher(
+        &self,
+        mut send: SendHalf,
+        mut recv: RecvHalf,
+        link: &Link,
+        name: &SiteName,
+    ) -> Result<(), Fault> {
         let mut kind = [0];
         let read = timeout(SILENCE_MAX, recv.read_exact(&mut kind)).await;
         read.map_err(|_| Fault::unreachable("a stream stayed empty"))??;
         match kind[0] {
             QUESTION => {}
             FETCH => {
-                send.write_bytes(Frame::fault(&nothing_such()).to_bytes()).await?;
+                send.write_bytes(Frame::fault(&nothing_such()).to_bytes())
+                    .await?;
                 return send.finish();
             }
-            other => return Err(Fault::not_allowed(format!("a publisher opened a stream of kind {other}"))),
+            other => {
+                return Err(Fault::not_allowed(format!(
+                    "a publisher opened a stream of kind {other}"
+                )));
+            }
         }
         self.inner.changes.go(name, 1).await;
-        let (question, share) = wire::receive_question(&mut recv, &self.inner.questions, name).await?;
+        let (question, share) =
+            wire::receive_question(&mut recv, &self.inner.questions, name).await?;
         let answer = match question {
             // A publisher that was taken away may still hold its certificate.
             _ if !self.inner.catalogue.publisher_seen(name).await? => {
@@ -101,7 +119,8 @@ impl Hub {
                 let key = (name.clone(), artifact.clone());
                 let before = self.inner.uploads.lock().insert(key.clone(), link.clone());
                 if let Some(before) = before.filter(|before| before != link) {
-                    // Of a publisher that was killed: what it holds of the budget would keep this one waiting.
+                    // Of a publisher that was killed: what it holds of the budget would keep this
+                    // one waiting.
                     before.close("the publisher began anew");
                 }
                 let answer = tokio::select! {
@@ -150,17 +169,24 @@ impl Hub {
         let manifest = fetcher.clone().with_idle_max(MANIFEST_IDLE_MAX);
         let root = manifest.root().await?;
         if root.kind != artifact.kind {
-            return Err(Fault::integrity(format!("{artifact} has the manifest of a {}", root.kind)));
+            return Err(Fault::integrity(format!(
+                "{artifact} has the manifest of a {}",
+                root.kind
+            )));
         }
         if let Ok(row) = inner.catalogue.artifact(&artifact).await
             && row.digest != digest
         {
             // Says the conflict in its own words.
             let taken = inner.catalogue.add_artifact(&artifact, &root, None).await;
-            self.as_publisher_may_know(publisher, &artifact, taken).await?;
+            self.as_publisher_may_know(publisher, &artifact, taken)
+                .await?;
         }
-        let reserved = self.reserve(&Holder::Publisher(publisher.clone()), &artifact, &root).await?;
-        // Until the artifact is in the catalogue no collection takes what was found here or brought.
+        let reserved = self
+            .reserve(&Holder::Publisher(publisher.clone()), &artifact, &root)
+            .await?;
+        // Until the artifact is in the catalogue no collection takes what was found here or
+        // brought.
         let store = inner.store.leased_with(reserved.clone());
         let losses = store.losses();
         manifest.pages(&root, None, &store).await?;
@@ -169,7 +195,9 @@ impl Hub {
         let flushed = store.clone();
         blocking(move || flushed.flush_since(losses)).await?;
         let added = self.register(None, &artifact, &root).await;
-        let added = self.as_publisher_may_know(publisher, &artifact, added).await?;
+        let added = self
+            .as_publisher_may_know(publisher, &artifact, added)
+            .await?;
         reserved.finish();
         inner.catalogue.set_omitted(&artifact, omitted).await?;
         if added {
@@ -177,30 +205,64 @@ impl Hub {
         }
         drop(store);
         let transfers = match to {
-            Some(to) => self.deliver_to(Some(publisher), std::slice::from_ref(&artifact), to).await?.transfers,
+            Some(to) => {
+                self.deliver_to(Some(publisher), std::slice::from_ref(&artifact), to)
+                    .await?
+                    .transfers
+            }
             None => Vec::new(),
         };
         let bytes = root.totals.bytes;
         tracing::info!(%artifact, %digest, %publisher, bytes, stored, "published from another machine");
         let (artifact, digest) = (artifact.to_string(), digest.hex());
-        let published = Published { artifact, digest, transfers, bytes, stored, unchanged: !added, note: None, omitted: omitted.list() };
+        let published = Published {
+            artifact,
+            digest,
+            transfers,
+            bytes,
+            stored,
+            unchanged: !added,
+            note: None,
+            omitted: omitted.list(),
+        };
         serde_json::to_value(published).map_err(|e| Fault::internal(e.to_string()))
     }
 
-    /// The fault of a name that is taken names the digest of what stands there, which only tells its publisher what he knows.
-    async fn as_publisher_may_know<T>(&self, publisher: &SiteName, artifact: &ArtifactRef, done: Result<T, Fault>) -> Result<T, Fault> {
+    /// The fault of a name that is taken names the digest of what stands there, which only tells
+    /// its publisher what he knows.
+    async fn as_publisher_may_know<T>(
+        &self,
+        publisher: &SiteName,
+        artifact: &ArtifactRef,
+        done: Result<T, Fault>,
+    ) -> Result<T, Fault> {
         match done {
-            Err(fault) if fault.code == Code::Conflict && !self.inner.catalogue.was_published_by(artifact, publisher).await? => {
-                Err(Fault::conflict(format!("the name {artifact} is taken")).with_next("publish this under another name or version"))
+            Err(fault)
+                if fault.code == Code::Conflict
+                    && !self
+                        .inner
+                        .catalogue
+                        .was_published_by(artifact, publisher)
+                        .await? =>
+            {
+                Err(Fault::conflict(format!("the name {artifact} is taken"))
+                    .with_next("publish this under another name or version"))
             }
             done => done,
         }
     }
 
     /// Brings every chunk that the store, a leased one, lacks. Returns the bytes that were stored.
-    async fn pull(&self, publisher: &SiteName, fetcher: &Fetcher, root: &Root, store: &Store) -> Result<u64, Fault> {
+    async fn pull(
+        &self,
+        publisher: &SiteName,
+        fetcher: &Fetcher,
+        root: &Root,
+        store: &Store,
+    ) -> Result<u64, Fault> {
         let (send, batches) = mpsc::channel(BATCHES_AHEAD_MAX);
-        // A publisher asks again and again until there is room; what came meanwhile would be kept for nothing.
+        // A publisher asks again and again until there is room; what came meanwhile would be kept
+        // for nothing.
         let short_of = self.inner.short_of.lock().get(&root.digest()).copied();
         short_of.map_or(Ok(()), |bytes| self.inner.store.check_room_for(bytes))?;
         self.inner.short_of.lock().forget(&root.digest());
@@ -208,9 +270,15 @@ impl Hub {
         let (planned, packs) = (root.clone(), store.clone());
         let planning = tokio::task::spawn_blocking(move || {
             // What comes after that would have been sent for nothing.
-            plan(&planned, &packs, |batch| packs.check_room().map(|()| send.blocking_send(batch).is_ok()))
+            plan(&planned, &packs, |batch| {
+                packs
+                    .check_room()
+                    .map(|()| send.blocking_send(batch).is_ok())
+            })
         });
-        let batches = futures::stream::unfold(batches, |mut batches| async move { Some((batches.recv().await?, batches)) });
+        let batches = futures::stream::unfold(batches, |mut batches| async move {
+            Some((batches.recv().await?, batches))
+        });
         let bring = |batch| self.bring(publisher, fetcher, batch, store.clone());
         let running = batches.map(bring).buffer_unordered(FETCH_IN_FLIGHT_MAX);
         tokio::pin!(running);
@@ -221,24 +289,40 @@ impl Hub {
             brought += raw;
             stored += bytes;
             unflushed += bytes;
-            // How well the content is squeezed is seen from an eighth of it on; before half of it came it is told.
-            if let Some(lacking) = lacking.filter(|lacking| (lacking / 8..lacking / 2).contains(&brought)) {
-                let rest = (u128::from(lacking - brought) * u128::from(stored) / u128::from(brought.max(1))) as u64;
-                self.inner.store.check_room_for(rest).inspect_err(|_| self.inner.short_of.lock().put(root.digest(), rest, SHORT_FOR))?;
+            // How well the content is squeezed is seen from an eighth of it on; before half of it
+            // came it is told.
+            if let Some(lacking) =
+                lacking.filter(|lacking| (lacking / 8..lacking / 2).contains(&brought))
+            {
+                let rest = (u128::from(lacking - brought) * u128::from(stored)
+                    / u128::from(brought.max(1))) as u64;
+                self.inner.store.check_room_for(rest).inspect_err(|_| {
+                    self.inner
+                        .short_of
+                        .lock()
+                        .put(root.digest(), rest, SHORT_FOR)
+                })?;
             }
             // Beside the fetching: the line does not wait for the disk's sync.
-            if (unflushed >= COMMIT_BYTES || flushed.elapsed() >= COMMIT_EVERY) && flushing.as_ref().is_none_or(|f| f.is_finished()) {
+            if (unflushed >= COMMIT_BYTES || flushed.elapsed() >= COMMIT_EVERY)
+                && flushing.as_ref().is_none_or(|f| f.is_finished())
+            {
                 let store = self.inner.store.clone();
                 let before = flushing.replace(tokio::task::spawn_blocking(move || store.flush()));
                 if let Some(before) = before {
-                    before.await.map_err(|e| Fault::internal(format!("a flush ended: {e}")))??;
+                    before
+                        .await
+                        .map_err(|e| Fault::internal(format!("a flush ended: {e}")))??;
                 }
                 (unflushed, flushed) = (0, Instant::now());
             }
         }
-        planning.await.map_err(|e| Fault::internal(format!("planning ended: {e}")))??;
+        planning
+            .await
+            .map_err(|e| Fault::internal(format!("planning ended: {e}")))??;
         if let Some(last) = flushing {
-            last.await.map_err(|e| Fault::internal(format!("a flush ended: {e}")))??;
+            last.await
+                .map_err(|e| Fault::internal(format!("a flush ended: {e}")))??;
         }
         Ok(stored)
     }
@@ -250,9 +334,14 @@ impl Hub {
             return Ok(None);
         }
         let count = blocking(move || {
-            let (mut lacking, mut seen) = (0, Seen::default());
+            let (mut lacking, mut seen) = (0, BloomFilter::default());
             plan(&root, &store, |batch| {
-                lacking += batch.chunks.iter().filter(|chunk| seen.is_new(&chunk.id)).map(|chunk| u64::from(chunk.len)).sum::<u64>();
+                lacking += batch
+                    .chunks
+                    .iter()
+                    .filter(|chunk| seen.is_new(&chunk.id))
+                    .map(|chunk| u64::from(chunk.len))
+                    .sum::<u64>();
                 Ok(true)
             })?;
             Ok(Some(lacking))
@@ -261,23 +350,40 @@ impl Hub {
     }
 
     /// Brings one batch into the store. Returns its bytes, and those that were stored.
-    async fn bring(&self, publisher: &SiteName, fetcher: &Fetcher, batch: Batch, store: Store) -> Result<(u64, u64), Fault> {
+    async fn bring(
+        &self,
+        publisher: &SiteName,
+        fetcher: &Fetcher,
+        batch: Batch,
+        store: Store,
+    ) -> Result<(u64, u64), Fault> {
         // What is on the way holds a share of the daemon's budget, out of the publisher's own.
         let _share = self.share(publisher, batch.bytes, PRIORITY_BULK).await?;
-        let wants = batch.wants.into_iter().map(|(page, ranges)| Wanted::Children { page, ranges: ranges.0 }).collect();
+        let wants = batch
+            .wants
+            .into_iter()
+            .map(|(page, ranges)| Wanted::Children {
+                page,
+                ranges: ranges.0,
+            })
+            .collect();
         let mut frames = fetcher.ask(wants, 0).await?;
         let mut brought = Vec::with_capacity(batch.chunks.len());
         for chunk in batch.chunks {
             let frame = frames.next().await?;
             // At once: all of the batch waits here, and the share is what the manifest says of it.
             if frame.raw_len() != chunk.len || frame.len() > HEADER_BYTES + chunk.len as usize {
-                return Err(Fault::integrity(format!("{publisher} sent chunk {} in another size than its manifest says", chunk.id))
-                    .with_next("publish again with the same version of packhorse as the hub"));
+                return Err(Fault::integrity(format!(
+                    "{publisher} sent chunk {} in another size than its manifest says",
+                    chunk.id
+                ))
+                .with_next("publish again with the same version of packhorse as the hub"));
             }
             brought.push((chunk, frame));
         }
         let _place = self.work_place(publisher).await;
-        // What was begun here ends even if the publisher's line does not last; the lease is held as long.
+        // What was begun here ends even if the publisher's line does not last; the lease is held as
+        // long.
         blocking(move || {
             let mut stored = 0;
             for (chunk, frame) in brought {
@@ -295,12 +401,25 @@ fn of_the_hub(fault: Fault) -> Fault {
     if fault.code != Code::NoSpace {
         return fault;
     }
-    fault.context("the hub has no room").with_next("make room at the hub, then publish again: what was kept is not sent again")
+    fault
+        .context("the hub has no room")
+        .with_next("make room at the hub, then publish again: what was kept is not sent again")
 }
 
-/// Walks the manifest and hands out batches of the chunks that the store lacks, until `take` says `false`. Blocks.
-fn plan(root: &Root, store: &Store, take: impl FnMut(Batch) -> Result<bool, Fault>) -> Result<(), Fault> {
-    let mut planner = Planner { store, take, batch: Batch::default(), asked: HashSet::new(), order: VecDeque::new() };
+/// Walks the manifest and hands out batches of the chunks that the store lacks, until `take` says
+/// `false`. Blocks.
+fn plan(
+    root: &Root,
+    store: &Store,
+    take: impl FnMut(Batch) -> Result<bool, Fault>,
+) -> Result<(), Fault> {
+    let mut planner = Planner {
+        store,
+        take,
+        batch: Batch::default(),
+        asked: HashSet::new(),
+        order: VecDeque::new(),
+    };
     let mut looked_at = Vec::with_capacity(LOOKED_UP_TOGETHER);
     for step in Walk::new(root, store) {
         if let Step::Chunk(chunk, spot) = step? {
@@ -348,7 +467,8 @@ impl<F: FnMut(Batch) -> Result<bool, Fault>> Planner<'_, F> {
             }
             self.batch.bytes += u64::from(chunk.len);
             self.batch.chunks.push(chunk);
-            let full = self.batch.bytes >= FETCH_BATCH_BYTES || self.batch.chunks.len() >= FETCH_BATCH_CHUNKS_MAX;
+            let full = self.batch.bytes >= FETCH_BATCH_BYTES
+                || self.batch.chunks.len() >= FETCH_BATCH_CHUNKS_MAX;
             if full && !self.send()? {
                 return Ok(false);
             }

@@ -1,10 +1,12 @@
-//! `verify` at the hub: reads an artifact as a delivery would send it, and checks all that a site would check.
+//! `verify` at the hub: reads an artifact as a delivery would send it, and checks all that a site
+//! would check.
 //!
-//! The manifest is walked with the same checks as at a site. Each chunk is read, decoded and hashed, and compared with the length that
-//! the manifest names; each file is compared with its hash, and a blob of an image with the SHA-256 in its name as well; of an image
-//! all that its manifests name must be there. Of an artifact
-//! that lives at a site only that is read which the hub holds. What does not verify is removed from the index of its store, so that
-//! publishing the content again stores it anew.
+//! The manifest is walked with the same checks as at a site. Each chunk is read, decoded and
+//! hashed, and compared with the length that the manifest names; each file is compared with its
+//! hash, and a blob of an image with the SHA-256 in its name as well; of an image all that its
+//! manifests name must be there. Of an artifact that lives at a site only that is read which the
+//! hub holds. What does not verify is removed from the index of its store, so that publishing the
+//! content again stores it anew.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
@@ -22,15 +24,23 @@ use base::limits::{IMAGE_MANIFEST_BYTES_MAX, OFFENDERS_LISTED_MAX};
 use base::names::{ArtifactRef, Kind, RelPath};
 use content::chunk::Hash;
 use content::frame::Verified;
-use content::manifest::{self, ChunkRef, Entry, EntryBody, FileInfo, ImageInfo, KindInfo, Named, Step, Walk};
+use content::manifest::{
+    self, ChunkRef, Entry, EntryBody, FileInfo, ImageInfo, KindInfo, Named, Step, Walk,
+};
 use content::store::Store;
 use exchange::relay::Relay;
 use registry::image::{Descriptor, Sha256, walk};
 use state::ArtifactRow;
 
 impl Hub {
-    /// Re-reads every page and chunk of an artifact; of a quick look the pages only. One line a fault.
-    pub(super) async fn verify_now(&self, artifact: ArtifactRef, quick: bool, progress: Arc<JobProgress>) -> Result<Vec<String>, Fault> {
+    /// Re-reads every page and chunk of an artifact; of a quick look the pages only. One line a
+    /// fault.
+    pub(super) async fn verify_now(
+        &self,
+        artifact: ArtifactRef,
+        quick: bool,
+        progress: Arc<JobProgress>,
+    ) -> Result<Vec<String>, Fault> {
         let row = self.inner.catalogue.artifact(&artifact).await?;
         let others = self.inner.catalogue.artifact_names().await?;
         let all = AllArtifacts::of(&self.inner.catalogue);
@@ -86,7 +96,10 @@ impl Verify<'_> {
         let mut take = |named| {
             let chunk = match named {
                 Named::Chunk(chunk) => chunk,
-                Named::File { hash, size } if size > 0 && size <= whole => ChunkRef { id: hash, len: size as u32 },
+                Named::File { hash, size } if size > 0 && size <= whole => ChunkRef {
+                    id: hash,
+                    len: size as u32,
+                },
                 Named::File { .. } | Named::Page(_) => return,
             };
             if let Err(fault) = self.read(chunk) {
@@ -95,8 +108,11 @@ impl Verify<'_> {
             }
         };
         let lost = manifest::survey(&row.root, store, &mut HashSet::new(), &mut take)?;
-        let new = lost.iter().filter(|lost| !fault.message.ends_with(&lost.message));
-        self.found.extend(new.map(|lost| format!("{}: {lost}", row.artifact)));
+        let new = lost
+            .iter()
+            .filter(|lost| !fault.message.ends_with(&lost.message));
+        self.found
+            .extend(new.map(|lost| format!("{}: {lost}", row.artifact)));
         Ok(())
     }
 
@@ -122,7 +138,8 @@ impl Verify<'_> {
                         Ok(None) => file.is_whole = false,
                         Err(fault) => {
                             file.is_whole = false;
-                            self.found.push(format!("{}: {}: {fault}", self.row.artifact, file.path));
+                            self.found
+                                .push(format!("{}: {}: {fault}", self.row.artifact, file.path));
                             self.damaged.insert(chunk.id);
                         }
                     }
@@ -132,7 +149,11 @@ impl Verify<'_> {
         self.end(file);
         match &self.row.root.info {
             // Of what lives at a site some may not be here.
-            KindInfo::Image(info) if self.found.is_empty() && self.row.origin.is_none() && !self.quick => self.check_image(info),
+            KindInfo::Image(info)
+                if self.found.is_empty() && self.row.origin.is_none() && !self.quick =>
+            {
+                self.check_image(info)
+            }
             _ => Ok(()),
         }
     }
@@ -140,10 +161,17 @@ impl Verify<'_> {
     /// Follows an image from its top manifest to its blobs, as a site does.
     fn check_image(&mut self, info: &ImageInfo) -> Result<(), Fault> {
         let digest = info.digest.parse().map_err(Fault::integrity)?;
-        let top = Descriptor { media_type: info.media_type.clone(), digest, size: info.size, urls: None };
+        let top = Descriptor {
+            media_type: info.media_type.clone(),
+            digest,
+            size: info.size,
+            urls: None,
+        };
         let walked = {
             let this = &*self;
-            let load = |wanted: Descriptor| std::future::ready(this.small_file(&wanted.digest.layout_path()));
+            let load = |wanted: Descriptor| {
+                std::future::ready(this.small_file(&wanted.digest.layout_path()))
+            };
             tokio::runtime::Handle::current().block_on(walk(&top, load))
         };
         let tree = match walked {
@@ -154,36 +182,69 @@ impl Verify<'_> {
             }
             Err(fault) => return Err(fault),
         };
-        let absent = tree.absent.iter().filter(|digest| !info.absent.contains(&digest.to_string()));
-        self.found.extend(absent.map(|digest| format!("{}: manifest {digest} is not in it", self.row.artifact)));
+        let absent = tree
+            .absent
+            .iter()
+            .filter(|digest| !info.absent.contains(&digest.to_string()));
+        self.found.extend(
+            absent.map(|digest| format!("{}: manifest {digest} is not in it", self.row.artifact)),
+        );
         let needed = tree.blobs.iter().filter(|blob| !blob.is_foreign());
-        let mut needed: HashMap<String, u64> = needed.map(|blob| (blob.digest.layout_path(), blob.size)).collect();
+        let mut needed: HashMap<String, u64> = needed
+            .map(|blob| (blob.digest.layout_path(), blob.size))
+            .collect();
         for step in Walk::new(&self.row.root, self.store) {
-            if let Step::Entry { entry: Entry { path, body: EntryBody::File(file), .. }, .. } = step?
+            if let Step::Entry {
+                entry:
+                    Entry {
+                        path,
+                        body: EntryBody::File(file),
+                        ..
+                    },
+                ..
+            } = step?
                 && needed.get(path.as_str()) == Some(&file.size)
             {
                 needed.remove(path.as_str());
             }
         }
-        let lacking =
-            needed.into_iter().map(|(path, size)| format!("{}: it needs {path} of {size} bytes, which is not in it", self.row.artifact));
+        let lacking = needed.into_iter().map(|(path, size)| {
+            format!(
+                "{}: it needs {path} of {size} bytes, which is not in it",
+                self.row.artifact
+            )
+        });
         self.found.extend(lacking.take(OFFENDERS_LISTED_MAX));
         Ok(())
     }
 
-    /// A file of the artifact that is small enough for an image's manifest; `None` when there is none of that path.
+    /// A file of the artifact that is small enough for an image's manifest; `None` when there is
+    /// none of that path.
     fn small_file(&self, wanted: &str) -> Result<Option<Bytes>, Fault> {
         let (mut out, mut found) = (Vec::new(), false);
         for step in Walk::new(&self.row.root, self.store) {
             match step? {
                 Step::Entry { .. } if found => break,
-                Step::Entry { entry: Entry { path, body: EntryBody::File(file), .. }, .. } if path.as_str() == wanted => {
+                Step::Entry {
+                    entry:
+                        Entry {
+                            path,
+                            body: EntryBody::File(file),
+                            ..
+                        },
+                    ..
+                } if path.as_str() == wanted => {
                     if file.size > IMAGE_MANIFEST_BYTES_MAX as u64 {
-                        return Err(Fault::integrity(format!("{wanted}: {} bytes are too many for an image manifest", file.size)));
+                        return Err(Fault::integrity(format!(
+                            "{wanted}: {} bytes are too many for an image manifest",
+                            file.size
+                        )));
                     }
                     found = true;
                 }
-                Step::Chunk(chunk, _) if found => out.extend_from_slice(&self.store.read_chunk(chunk)?.bytes),
+                Step::Chunk(chunk, _) if found => {
+                    out.extend_from_slice(&self.store.read_chunk(chunk)?.bytes)
+                }
                 _ => {}
             }
         }
@@ -195,17 +256,32 @@ impl Verify<'_> {
         match (self.quick, self.row.origin.is_some()) {
             (true, true) => return Ok(None),
             (true, false) if self.store.has(chunk.id)? => return Ok(None),
-            (true, false) => return Err(Fault::integrity(format!("chunk {} is not in the store", chunk.id))),
+            (true, false) => {
+                return Err(Fault::integrity(format!(
+                    "chunk {} is not in the store",
+                    chunk.id
+                )));
+            }
             (false, _) => {}
         }
-        self.progress.bytes.fetch_add(u64::from(chunk.len), Ordering::Relaxed);
-        if self.row.origin.is_some() { self.relay.read(chunk) } else { self.store.read_chunk(chunk).map(Some) }
+        self.progress
+            .bytes
+            .fetch_add(u64::from(chunk.len), Ordering::Relaxed);
+        if self.row.origin.is_some() {
+            self.relay.read(chunk)
+        } else {
+            self.store.read_chunk(chunk).map(Some)
+        }
     }
 
     fn end(&mut self, file: Option<OpenFile>) {
         let Some(file) = file else { return };
         let path = file.path.clone();
-        self.found.extend(file.faults().into_iter().map(|why| format!("{}: {path}: {why}", self.row.artifact)));
+        self.found.extend(
+            file.faults()
+                .into_iter()
+                .map(|why| format!("{}: {path}: {why}", self.row.artifact)),
+        );
     }
 }
 
@@ -222,8 +298,16 @@ struct OpenFile {
 
 impl OpenFile {
     fn new(kind: Kind, path: RelPath, info: FileInfo) -> Self {
-        let blob = Sha256::from_layout_path(path.as_str()).filter(|_| kind == Kind::Image).map(|name| (name, sha2::Sha256::new()));
-        Self { path, info, content: blake3::Hasher::new(), blob, is_whole: true }
+        let blob = Sha256::from_layout_path(path.as_str())
+            .filter(|_| kind == Kind::Image)
+            .map(|name| (name, sha2::Sha256::new()));
+        Self {
+            path,
+            info,
+            content: blake3::Hasher::new(),
+            blob,
+            is_whole: true,
+        }
     }
 
     fn take(&mut self, chunk: &Verified) {
@@ -244,7 +328,10 @@ impl OpenFile {
         let content = self.content.finalize();
         let is_one_chunk = self.content.count() == 0 && self.info.size > 0;
         if !is_one_chunk && *content.as_bytes() != self.info.hash.0 {
-            out.push(format!("its content does not match the hash in the manifest, {}", self.info.hash));
+            out.push(format!(
+                "its content does not match the hash in the manifest, {}",
+                self.info.hash
+            ));
         }
         if let Some((name, content)) = self.blob {
             let found = Sha256(content.finalize().into());

@@ -1,4 +1,5 @@
-//! The acts: what is done with the hub and the sites, in order. Each ends with its result on stdout.
+//! The acts: what is done with the hub and the sites, in order. Each ends with its result on
+//! stdout.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -7,13 +8,13 @@ use std::time::Duration;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep};
 
-use super::check::{self, Found};
+use super::check::{self, CheckedArtifact};
 use super::daemon::{Daemons, Home, write_config};
 use super::folder::Folder;
 use super::show::{self, Show, program, quoted, quoted_text};
 use crate::api::types::{
-    Artifact, Job, PublishRequest, Published, Run, RunRequest, RunState, Site, SourceOptions, State, TokenReply, TokenRequest, Transfer,
-    TransferQuery,
+    Artifact, Job, PublishRequest, Published, Run, RunRequest, RunState, Site, SourceOptions,
+    State, TokenReply, TokenRequest, Transfer, TransferQuery,
 };
 use crate::cli::client::Client;
 use crate::cli::human;
@@ -27,7 +28,13 @@ use base::fault::{Code, Fault};
 use transport::identity::SiteIdentity;
 
 /// What is published, one of each kind; labels come after the dataset that they are bound to.
-pub(super) const SERIES: [&str; 5] = ["dataset/panels", "labels/panels", "operator/adc", "image/adc", "model/adc"];
+pub(super) const SERIES: [&str; 5] = [
+    "dataset/panels",
+    "labels/panels",
+    "operator/adc",
+    "image/adc",
+    "model/adc",
+];
 const SITES: [&str; 2] = ["east", "west"];
 /// How long the sites may take to dial the hub.
 const ONLINE_MAX: Duration = Duration::from_secs(60);
@@ -51,23 +58,54 @@ pub(super) struct World<'a> {
 
 impl<'a> World<'a> {
     /// Starts the hub and the sites, and enrols those that have not joined yet.
-    pub(super) async fn raise(folder: &'a Folder, daemons: &mut Daemons, show: &Show) -> Result<Self, Fault> {
+    pub(super) async fn raise(
+        folder: &'a Folder,
+        daemons: &mut Daemons,
+        show: &Show,
+    ) -> Result<Self, Fault> {
         show.act("A hub and two sites start");
         let hub = Home::new(folder.path(), "hub");
-        let ready = daemons.start(&hub, async |api, line| write_config(&hub, &hub_config(&hub, api, line)?)).await?;
+        let ready = daemons
+            .start(&hub, async |api, line| {
+                write_config(&hub, &hub_config(&hub, api, line)?)
+            })
+            .await?;
         let (client, line) = (ready.client, ready.line.to_string());
-        show.say(&format!("   hub is ready: API at http://{}, line at {line}, log in {}", ready.api, hub.log.display()));
+        show.say(&format!(
+            "   hub is ready: API at http://{}, line at {line}, log in {}",
+            ready.api,
+            hub.log.display()
+        ));
         let (mut sites, mut clients) = (Vec::new(), Vec::new());
         for name in SITES {
             let site = Home::new(folder.path(), name);
             let joined = SiteIdentity::load(&site.state())?.is_some();
-            let ready = daemons.start(&site, async |api, _| enrol(&client, &site, &line, api).await).await?;
-            let how = if joined { "had joined before" } else { "has joined with a token from the hub" };
-            show.say(&format!("   {name} {how}: API at http://{}, log in {}", ready.api, site.log.display()));
+            let ready = daemons
+                .start(&site, async |api, _| {
+                    enrol(&client, &site, &line, api).await
+                })
+                .await?;
+            let how = if joined {
+                "had joined before"
+            } else {
+                "has joined with a token from the hub"
+            };
+            show.say(&format!(
+                "   {name} {how}: API at http://{}, log in {}",
+                ready.api,
+                site.log.display()
+            ));
             sites.push(site);
             clients.push(ready.client);
         }
-        let world = Self { folder, show: show.clone(), hub, client, sites, clients };
+        let world = Self {
+            folder,
+            show: show.clone(),
+            hub,
+            client,
+            sites,
+            clients,
+        };
         world.wait_online().await?;
         Ok(world)
     }
@@ -78,18 +116,26 @@ impl<'a> World<'a> {
             let sites: Vec<Site> = self.client.get("/v1/sites", &()).await?;
             let online: Vec<String> = sites.iter().filter(|s| s.online).map(said_of).collect();
             if online.len() == SITES.len() {
-                self.show.say(&format!("   connected to the hub, which nobody but they dialled: {}", online.join(", ")));
+                self.show.say(&format!(
+                    "   connected to the hub, which nobody but they dialled: {}",
+                    online.join(", ")
+                ));
                 return Ok(());
             }
             if Instant::now() >= until {
-                return Err(Fault::unreachable(format!("of the {} sites only {} reached the hub", SITES.len(), online.len()))
-                    .with_next(format!("read the logs in {}", self.folder.path().display())));
+                return Err(Fault::unreachable(format!(
+                    "of the {} sites only {} reached the hub",
+                    SITES.len(),
+                    online.len()
+                ))
+                .with_next(format!("read the logs in {}", self.folder.path().display())));
             }
             sleep(LOOK_EVERY).await;
         }
     }
 
-    /// Makes a version of each kind, publishes all to both sites, and waits until they have arrived.
+    /// Makes a version of each kind, publishes all to both sites, and waits until they have
+    /// arrived.
     async fn deliver(&self, version: u32) -> Result<(SampleSet, Vec<Transfer>), Fault> {
         let set = self.folder.sample(version).await?;
         let mut arrivals = JoinSet::new();
@@ -100,37 +146,64 @@ impl<'a> World<'a> {
         }
         let mut transfers: Vec<Transfer> = Vec::new();
         while let Some(arrived) = arrivals.join_next().await {
-            transfers.extend(arrived.map_err(|e| Fault::internal(format!("waiting for a transfer: {e}")))??);
+            transfers.extend(
+                arrived.map_err(|e| Fault::internal(format!("waiting for a transfer: {e}")))??,
+            );
         }
         Ok((set, transfers))
     }
 
-    async fn publish(&self, set: &SampleSet, series: &str, version: u32) -> Result<Published, Fault> {
+    async fn publish(
+        &self,
+        set: &SampleSet,
+        series: &str,
+        version: u32,
+    ) -> Result<Published, Fault> {
         let source = source(set, series);
-        let for_dataset = series.starts_with("labels/").then(|| format!("{}:v{version}", SERIES[0]));
+        let for_dataset = series
+            .starts_with("labels/")
+            .then(|| format!("{}:v{version}", SERIES[0]));
         let request = PublishRequest {
             source: source.to_string_lossy().into_owned(),
             as_ref: format!("{series}:v{version}"),
             to: Some("all".into()),
-            options: SourceOptions { for_dataset, ..SourceOptions::default() },
+            options: SourceOptions {
+                for_dataset,
+                ..SourceOptions::default()
+            },
             run: None,
         };
         let published = publish_by(&self.client, &request).await?;
-        let (size, stored) = (human::bytes(published.bytes), human::bytes(published.stored));
+        let (size, stored) = (
+            human::bytes(published.bytes),
+            human::bytes(published.stored),
+        );
         self.show.say(&match published.unchanged {
-            true => format!("   {} is published already, with this content: {size}", published.artifact),
-            false => format!("   {} is published: {size}, {stored} new in the hub's store", published.artifact),
+            true => format!(
+                "   {} is published already, with this content: {size}",
+                published.artifact
+            ),
+            false => format!(
+                "   {} is published: {size}, {stored} new in the hub's store",
+                published.artifact
+            ),
         });
         Ok(published)
     }
 
     /// Compares what lies at both sites with its source.
-    async fn check(&self, set: &SampleSet, transfers: &[Transfer], version: u32) -> Result<Vec<Found>, Fault> {
+    async fn check(
+        &self,
+        set: &SampleSet,
+        transfers: &[Transfer],
+        version: u32,
+    ) -> Result<Vec<CheckedArtifact>, Fault> {
         let mut found = Vec::new();
         for series in SERIES {
             for site in &self.sites {
                 let wire = of(transfers, series, site.name).map_or(0, |t| t.bytes.wire);
-                found.push(check::artifact(site, series, version, source(set, series), wire).await?);
+                found
+                    .push(check::artifact(site, series, version, source(set, series), wire).await?);
             }
         }
         Ok(found)
@@ -139,15 +212,32 @@ impl<'a> World<'a> {
 
 /// The first delivery: one of each kind to both sites, from nothing.
 pub(super) async fn first_delivery(world: &World<'_>) -> Result<(), Fault> {
-    world.show.act("One of each kind is published at the hub, to both sites");
+    world
+        .show
+        .act("One of each kind is published at the hub, to both sites");
     let (set, transfers) = world.deliver(1).await?;
     let found = world.check(&set, &transfers, 1).await?;
-    let mut table = Table::new(&["ARTIFACT", "SITE", ">SIZE", "COMPARED WITH THE SOURCE", "WHERE"]);
+    let mut table = Table::new(&[
+        "ARTIFACT",
+        "SITE",
+        ">SIZE",
+        "COMPARED WITH THE SOURCE",
+        "WHERE",
+    ]);
     for row in found {
         let size = of(&transfers, row.series, row.site).map_or(0, |t| t.bytes.total);
-        table.row(vec![row.artifact.into(), row.site.into(), human::bytes(size).into(), row.what.into(), row.location.into()]);
+        table.row(vec![
+            row.artifact.into(),
+            row.site.into(),
+            human::bytes(size).into(),
+            row.what.into(),
+            row.location.into(),
+        ]);
     }
-    emit(&format!("\nWhat lies where, read again and compared:\n\n{}", table.render(false)))
+    emit(&format!(
+        "\nWhat lies where, read again and compared:\n\n{}",
+        table.render(false)
+    ))
 }
 
 /// The second version: small changes, of which little more than themselves may move.
@@ -155,14 +245,25 @@ pub(super) async fn second_version(world: &World<'_>) -> Result<(), Fault> {
     world.show.act("A day later: some images shot again, labels corrected, a line of code, an image layer, 1 % of the weights");
     let (set, transfers) = world.deliver(2).await?;
     let found = world.check(&set, &transfers, 2).await?;
-    let mut table = Table::new(&["ARTIFACT", ">SIZE", ">TO EAST", ">TO WEST", ">OF ITS SIZE", "COMPARED WITH THE SOURCE"]);
+    let mut table = Table::new(&[
+        "ARTIFACT",
+        ">SIZE",
+        ">TO EAST",
+        ">TO WEST",
+        ">OF ITS SIZE",
+        "COMPARED WITH THE SOURCE",
+    ]);
     let mut sum = [0; 3];
     for series in SERIES {
-        let rows: Vec<&Found> = found.iter().filter(|f| f.series == series).collect();
+        let rows: Vec<&CheckedArtifact> = found.iter().filter(|f| f.series == series).collect();
         let size = of(&transfers, series, SITES[0]).map_or(0, |t| t.bytes.total);
-        let [east, west] = SITES.map(|site| rows.iter().find(|f| f.site == site).map_or(0, |f| f.wire));
+        let [east, west] =
+            SITES.map(|site| rows.iter().find(|f| f.site == site).map_or(0, |f| f.wire));
         sum = [sum[0] + size, sum[1] + east, sum[2] + west];
-        let (artifact, what) = rows.first().map(|f| (f.artifact.clone(), format!("both: {}", f.what))).unwrap_or_default();
+        let (artifact, what) = rows
+            .first()
+            .map(|f| (f.artifact.clone(), format!("both: {}", f.what)))
+            .unwrap_or_default();
         table.row(vec![
             artifact.into(),
             human::bytes(size).into(),
@@ -173,28 +274,52 @@ pub(super) async fn second_version(world: &World<'_>) -> Result<(), Fault> {
         ]);
     }
     let [size, east, west] = sum;
-    let cells = [human::bytes(size), human::bytes(east), human::bytes(west), percent(east.max(west), size)];
-    table.row(std::iter::once("all".to_owned()).chain(cells).map(Into::into).collect());
-    emit(&format!("\nHow little of version 2 crossed the line (manifests and framing included):\n\n{}", table.render(false)))
+    let cells = [
+        human::bytes(size),
+        human::bytes(east),
+        human::bytes(west),
+        percent(east.max(west), size),
+    ];
+    table.row(
+        std::iter::once("all".to_owned())
+            .chain(cells)
+            .map(Into::into)
+            .collect(),
+    );
+    emit(&format!(
+        "\nHow little of version 2 crossed the line (manifests and framing included):\n\n{}",
+        table.render(false)
+    ))
 }
 
-/// The last act: east has images of its own and no trainer; west has one. What east publishes stays where it lies until west
-/// asks for it, the model comes home by itself, and west gives back what it borrowed.
+/// The last act: east has images of its own and no trainer; west has one. What east publishes stays
+/// where it lies until west asks for it, the model comes home by itself, and west gives back what
+/// it borrowed.
 pub(super) async fn borrowed_training(world: &World<'_>) -> Result<(), Fault> {
     let [east, west] = SITES;
     world.show.act("East borrows west: its own images and labels go there, a trainer learns from them, the model comes home");
     let set = world.folder.own_sample().await?;
-    let [images, labels, model] = ["dataset/east-line:v1", "labels/east-line:v1", "model/east-judge"];
+    let [images, labels, model] = [
+        "dataset/east-line:v1",
+        "labels/east-line:v1",
+        "model/east-judge",
+    ];
     for (source, name) in [(&set.dataset, images), (&set.labels, labels)] {
         let request = PublishRequest {
             source: source.to_string_lossy().into_owned(),
             as_ref: name.into(),
             to: None,
-            options: SourceOptions { for_dataset: (name == labels).then(|| images.into()), ..SourceOptions::default() },
+            options: SourceOptions {
+                for_dataset: (name == labels).then(|| images.into()),
+                ..SourceOptions::default()
+            },
             run: None,
         };
         let published = publish_by(&world.clients[0], &request).await?;
-        world.show.say(&format!("   {name} is published at {east}: {}, which stay where they lie", human::bytes(published.bytes)));
+        world.show.say(&format!(
+            "   {name} is published at {east}: {}, which stay where they lie",
+            human::bytes(published.bytes)
+        ));
     }
     let request = RunRequest {
         name: "first".into(),
@@ -209,25 +334,52 @@ pub(super) async fn borrowed_training(world: &World<'_>) -> Result<(), Fault> {
     let mut said = None;
     while !(run.state.is_final() && run.released) {
         if said != Some(run.state) {
-            world.show.say(&format!("   run {} is {}", run.name, run.state.as_str()));
+            world
+                .show
+                .say(&format!("   run {} is {}", run.name, run.state.as_str()));
             said = Some(run.state);
         }
         if Instant::now() >= until {
-            return Err(Fault::deadline(format!("run {} is still {} after {RUN_MAX:?}", run.name, run.state.as_str())));
+            return Err(Fault::deadline(format!(
+                "run {} is still {} after {RUN_MAX:?}",
+                run.name,
+                run.state.as_str()
+            )));
         }
         sleep(LOOK_EVERY).await;
-        run = world.client.get("/v1/runs/show", &[("name", run.name.as_str())]).await?;
+        run = world
+            .client
+            .get("/v1/runs/show", &[("name", run.name.as_str())])
+            .await?;
     }
     let (Some(made), RunState::Done) = (&run.model, run.state) else {
-        return Err(Fault::internal(format!("run {} is {}: {}", run.name, run.state.as_str(), run.message.unwrap_or_default()))
-            .with_next(format!("read the logs in {}", world.folder.path().display())));
+        return Err(Fault::internal(format!(
+            "run {} is {}: {}",
+            run.name,
+            run.state.as_str(),
+            run.message.unwrap_or_default()
+        ))
+        .with_next(format!(
+            "read the logs in {}",
+            world.folder.path().display()
+        )));
     };
-    let home = check::nas(&world.sites[0]).join(made.artifact.replace(':', "/")).join("model.json");
+    let home = check::nas(&world.sites[0])
+        .join(made.artifact.replace(':', "/"))
+        .join("model.json");
     let text = std::fs::read_to_string(&home).map_err(|e| Fault::io(home.display(), &e))?;
-    let found: serde_json::Value = serde_json::from_str(&text).map_err(|e| Fault::integrity(format!("{}: {e}", home.display())))?;
+    let found: serde_json::Value = serde_json::from_str(&text)
+        .map_err(|e| Fault::integrity(format!("{}: {e}", home.display())))?;
     let listed: Vec<Artifact> = world.clients[1].get("/v1/artifacts", &()).await?;
-    let is_listed = |name: &str| listed.iter().any(|there| there.artifact.to_string() == name);
-    if check::nas(&world.sites[1]).join(images.replace(':', "/")).exists() {
+    let is_listed = |name: &str| {
+        listed
+            .iter()
+            .any(|there| there.artifact.to_string() == name)
+    };
+    if check::nas(&world.sites[1])
+        .join(images.replace(':', "/"))
+        .exists()
+    {
         return Err(Fault::internal(format!("{images} still lies at {west}")));
     }
     if let Some(left) = [images, labels].into_iter().find(|name| is_listed(name)) {
@@ -235,8 +387,16 @@ pub(super) async fn borrowed_training(world: &World<'_>) -> Result<(), Fault> {
     }
     let mut table = Table::new(&["MADE OF", "DIGEST", "AT WEST NOW"]);
     for input in &run.inputs {
-        let now = if is_listed(&input.artifact) { "stays: it was there before" } else { "given back" };
-        table.row(vec![input.artifact.as_str().into(), input.digest.chars().take(16).collect::<String>().into(), now.into()]);
+        let now = if is_listed(&input.artifact) {
+            "stays: it was there before"
+        } else {
+            "given back"
+        };
+        table.row(vec![
+            input.artifact.as_str().into(),
+            input.digest.chars().take(16).collect::<String>().into(),
+            now.into(),
+        ]);
     }
     emit(&format!(
         "\nThe model {} came home to {}; of {} boxes that it never saw it tells {} right:\n\n{}",
@@ -261,7 +421,10 @@ pub(super) fn farewell(world: &World<'_>, once: bool) -> Result<(), Fault> {
     let panels = check::nas(site).join(SERIES[0]);
     let (folder, current) = (quoted(&panels.join("v2")), quoted(&panels.join("CURRENT")));
     let labels = quoted(&check::labels_db(site));
-    let image = quoted_text(&format!("oci:{}:v2", check::layout(site, SERIES[3]).display()));
+    let image = quoted_text(&format!(
+        "oci:{}:v2",
+        check::layout(site, SERIES[3]).display()
+    ));
     let mut lines = format!(
         "\nAll arrived, and all is as it was published. To look at what lies there:\n\n  \
          ls {folder}; cat {current}\n  \
@@ -290,15 +453,23 @@ pub(super) fn farewell(world: &World<'_>, once: bool) -> Result<(), Fault> {
 }
 
 /// Waits for the transfers of one artifact, and shows how far they are.
-async fn follow(client: &Client, show: &Show, published: &Published) -> Result<Vec<Transfer>, Fault> {
+async fn follow(
+    client: &Client,
+    show: &Show,
+    published: &Published,
+) -> Result<Vec<Transfer>, Fault> {
     let mut tracker = Tracker::new(&published.transfers);
     let mut bars = show.bars();
     let until = Instant::now() + ARRIVAL_MAX;
     loop {
-        let query = TransferQuery { id: Some(published.transfers.join(",")), ..TransferQuery::default() };
+        let query = TransferQuery {
+            id: Some(published.transfers.join(",")),
+            ..TransferQuery::default()
+        };
         for transfer in client.transfers(&query).await?.0 {
             bars.update(&transfer);
-            let arrived = (transfer.state == State::Done).then(|| show::arrived(&transfer, published.unchanged));
+            let arrived = (transfer.state == State::Done)
+                .then(|| show::arrived(&transfer, published.unchanged));
             if let Some(line) = tracker.absorb(transfer) {
                 show.say(&arrived.unwrap_or_else(|| format!("   {line}")));
             }
@@ -322,11 +493,18 @@ async fn follow(client: &Client, show: &Show, published: &Published) -> Result<V
 async fn publish_by(client: &Client, request: &PublishRequest) -> Result<Published, Fault> {
     let mut job: Job = client.post("/v1/artifacts", request).await?;
     loop {
-        let Job { id, state, result, error, .. } = job;
+        let Job {
+            id,
+            state,
+            result,
+            error,
+            ..
+        } = job;
         match (state.as_str(), result) {
             ("running", _) => job = client.job(&id, JOB_WAIT).await?,
             ("done", Some(result)) => {
-                return serde_json::from_value(result).map_err(|e| Fault::internal(format!("the daemon's answer: {e}")));
+                return serde_json::from_value(result)
+                    .map_err(|e| Fault::internal(format!("the daemon's answer: {e}")));
             }
             _ => return Err(refused(error, &request.as_ref)),
         }
@@ -334,28 +512,51 @@ async fn publish_by(client: &Client, request: &PublishRequest) -> Result<Publish
 }
 
 /// Writes a site's configuration, and joins it to the hub if it has not joined yet.
-async fn enrol(client: &Client, site: &Home, line: &str, api: std::net::SocketAddr) -> Result<(), Fault> {
+async fn enrol(
+    client: &Client,
+    site: &Home,
+    line: &str,
+    api: std::net::SocketAddr,
+) -> Result<(), Fault> {
     durable::create_dir_all(&check::nas(site))?;
     write_config(site, &site_config(site, api, line)?)?;
     if SiteIdentity::load(&site.state())?.is_some() {
         return Ok(());
     }
     let labels = [("region".to_owned(), site.name.to_owned())].into();
-    let request = TokenRequest { site: Some(site.name.into()), publisher: None, labels, ttl_seconds: 600 };
+    let request = TokenRequest {
+        site: Some(site.name.into()),
+        publisher: None,
+        labels,
+        ttl_seconds: 600,
+    };
     let reply: TokenReply = client.post("/v1/tokens", &request).await?;
-    serve::join(&config::load(&site.config)?, line, &reply.token).await.map(|_| ())
+    serve::join(&config::load(&site.config)?, line, &reply.token)
+        .await
+        .map(|_| ())
 }
 
-fn hub_config(hub: &Home, api: std::net::SocketAddr, line: std::net::SocketAddr) -> Result<String, Fault> {
+fn hub_config(
+    hub: &Home,
+    api: std::net::SocketAddr,
+    line: std::net::SocketAddr,
+) -> Result<String, Fault> {
     let state = toml_path(&hub.state())?;
-    Ok(format!("role = \"hub\"\nname = \"hub\"\ndata_dir = {state}\n[listen]\napi = \"{api}\"\nquic = \"{line}\"\n"))
+    Ok(format!(
+        "role = \"hub\"\nname = \"hub\"\ndata_dir = {state}\n[listen]\napi = \"{api}\"\nquic = \"{line}\"\n"
+    ))
 }
 
 fn site_config(site: &Home, api: std::net::SocketAddr, line: &str) -> Result<String, Fault> {
-    let (name, state, nas) = (site.name, toml_path(&site.state())?, toml_path(&check::nas(site))?);
+    let (name, state, nas) = (
+        site.name,
+        toml_path(&site.state())?,
+        toml_path(&check::nas(site))?,
+    );
     let labels = toml_text(&format!("sqlite://{}", check::labels_db(site).display()));
     let images = toml_text(&format!("oci-layout:{}", check::images(site).display()));
-    let trainer = toml_path(&std::env::current_exe().map_err(|e| Fault::io("find this program", &e))?)?;
+    let trainer =
+        toml_path(&std::env::current_exe().map_err(|e| Fault::io("find this program", &e))?)?;
     Ok(format!(
         "role = \"site\"\nname = \"{name}\"\ndata_dir = {state}\n[listen]\napi = \"{api}\"\n[hub]\naddress = \"{line}\"\n\
          [sink.files]\nroot = {nas}\n[sink.labels]\nurl = {labels}\n[sink.images]\nurl = {images}\n\
@@ -364,7 +565,9 @@ fn site_config(site: &Home, api: std::net::SocketAddr, line: &str) -> Result<Str
 }
 
 fn toml_path(path: &Path) -> Result<String, Fault> {
-    path.to_str().map(toml_text).ok_or_else(|| Fault::usage(format!("the path {} is not UTF-8", path.display())))
+    path.to_str()
+        .map(toml_text)
+        .ok_or_else(|| Fault::usage(format!("the path {} is not UTF-8", path.display())))
 }
 
 fn toml_text(text: &str) -> String {
@@ -382,13 +585,19 @@ fn source<'s>(set: &'s SampleSet, series: &str) -> &'s Path {
 }
 
 fn of<'t>(transfers: &'t [Transfer], series: &str, site: &str) -> Option<&'t Transfer> {
-    transfers.iter().find(|t| t.site.as_str() == site && t.artifact.to_string().split(':').next() == Some(series))
+    transfers.iter().find(|t| {
+        t.site.as_str() == site && t.artifact.to_string().split(':').next() == Some(series)
+    })
 }
 
 fn refused(error: Option<Fault>, artifact: &str) -> Fault {
-    let fault = error.unwrap_or_else(|| Fault::internal("the hub does not say why")).context(format_args!("publish {artifact}"));
+    let fault = error
+        .unwrap_or_else(|| Fault::internal("the hub does not say why"))
+        .context(format_args!("publish {artifact}"));
     match fault.code {
-        Code::Conflict => fault.with_next("another version of this program made that folder: choose a new --dir"),
+        Code::Conflict => {
+            fault.with_next("another version of this program made that folder: choose a new --dir")
+        }
         _ => fault,
     }
 }

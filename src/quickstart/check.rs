@@ -1,5 +1,5 @@
-//! Whether a site really has what was published: its folders, rows and images are read as their users read them, and
-//! compared with the source. Nothing here asks a daemon.
+//! Whether a site really has what was published: its folders, rows and images are read as their
+//! users read them, and compared with the source. Nothing here asks a daemon.
 
 use std::collections::BTreeMap;
 use std::fs::{File, Metadata};
@@ -17,7 +17,7 @@ use base::blocking::blocking;
 use base::fault::{Fault, IoContext};
 
 /// One artifact at one site, found as it was published.
-pub(super) struct Found {
+pub(super) struct CheckedArtifact {
     /// `kind/name`.
     pub(super) series: &'static str,
     /// `kind/name:version`.
@@ -53,7 +53,13 @@ pub(super) fn layout(site: &Home, series: &str) -> PathBuf {
 }
 
 /// Compares one artifact at a site with its source.
-pub(super) async fn artifact(site: &Home, series: &'static str, version: u32, source: &Path, wire: u64) -> Result<Found, Fault> {
+pub(super) async fn artifact(
+    site: &Home,
+    series: &'static str,
+    version: u32,
+    source: &Path,
+    wire: u64,
+) -> Result<CheckedArtifact, Fault> {
     let name = format!("v{version}");
     let artifact = format!("{series}:{name}");
     let outcome = match series.split('/').next() {
@@ -67,8 +73,16 @@ pub(super) async fn artifact(site: &Home, series: &'static str, version: u32, so
             blocking(move || files(&source, &folder, &name)).await
         }
     };
-    let (what, location) = outcome.map_err(|fault| fault.context(format_args!("{artifact} at {}", site.name)))?;
-    Ok(Found { series, artifact, site: site.name, what, location, wire })
+    let (what, location) =
+        outcome.map_err(|fault| fault.context(format_args!("{artifact} at {}", site.name)))?;
+    Ok(CheckedArtifact {
+        series,
+        artifact,
+        site: site.name,
+        what,
+        location,
+        wire,
+    })
 }
 
 fn name_of(series: &str) -> &str {
@@ -76,12 +90,17 @@ fn name_of(series: &str) -> &str {
 }
 
 fn differs(what: impl Into<String>) -> Fault {
-    Fault::integrity(what).with_next("this is a defect of packhorse: please report it with the logs")
+    Fault::integrity(what)
+        .with_next("this is a defect of packhorse: please report it with the logs")
 }
 
 /// In a folder that was used before, a later version may be the active one already.
 fn check_active(active: &str, version: &str) -> Result<(), Fault> {
-    if active >= version { Ok(()) } else { Err(differs(format!("the active version is {active}"))) }
+    if active >= version {
+        Ok(())
+    } else {
+        Err(differs(format!("the active version is {active}")))
+    }
 }
 
 /// A folder on the NAS: names, modes, links and bytes.
@@ -95,22 +114,48 @@ fn files(source: &Path, series: &Path, version: &str) -> Result<(String, String)
     }
     list(&folder, Path::new(""), &mut here)?;
     if there != here {
-        let odd =
-            there.iter().find(|(path, item)| here.get(*path) != Some(item)).or_else(|| here.iter().find(|(p, _)| !there.contains_key(*p)));
-        return Err(differs(format!("{:?} is not as in the source", odd.map(|(path, _)| path))));
+        let odd = there
+            .iter()
+            .find(|(path, item)| here.get(*path) != Some(item))
+            .or_else(|| here.iter().find(|(p, _)| !there.contains_key(*p)));
+        return Err(differs(format!(
+            "{:?} is not as in the source",
+            odd.map(|(path, _)| path)
+        )));
     }
-    let base = if source.is_dir() { source } else { source.parent().unwrap_or(source) };
+    let base = if source.is_dir() {
+        source
+    } else {
+        source.parent().unwrap_or(source)
+    };
     let mut count = 0;
-    for (path, _) in there.iter().filter(|(_, item)| matches!(item, Item::File { .. })) {
+    for (path, _) in there
+        .iter()
+        .filter(|(_, item)| matches!(item, Item::File { .. }))
+    {
         if !same_bytes(&base.join(path), &folder.join(path))? {
-            return Err(differs(format!("{path:?} has other bytes than in the source")));
+            return Err(differs(format!(
+                "{path:?} has other bytes than in the source"
+            )));
         }
         count += 1;
     }
     let current = series.join("CURRENT");
-    check_active(std::fs::read_to_string(&current).at(current.display())?.trim_end(), version)?;
-    let files = if count == 1 { "1 file".to_owned() } else { format!("{count} files") };
-    Ok((format!("{files}, byte for byte"), folder.display().to_string()))
+    check_active(
+        std::fs::read_to_string(&current)
+            .at(current.display())?
+            .trim_end(),
+        version,
+    )?;
+    let files = if count == 1 {
+        "1 file".to_owned()
+    } else {
+        format!("{count} files")
+    };
+    Ok((
+        format!("{files}, byte for byte"),
+        folder.display().to_string(),
+    ))
 }
 
 #[derive(PartialEq)]
@@ -127,7 +172,10 @@ fn item(path: &Path) -> Result<Item, Fault> {
     } else if meta.is_symlink() {
         Item::Link(std::fs::read_link(path).at(path.display())?)
     } else {
-        Item::File { mode: meta.permissions().mode() & 0o7777, size: meta.len() }
+        Item::File {
+            mode: meta.permissions().mode() & 0o7777,
+            size: meta.len(),
+        }
     })
 }
 
@@ -145,10 +193,18 @@ fn list(base: &Path, below: &Path, out: &mut BTreeMap<PathBuf, Item>) -> Result<
 }
 
 fn same_bytes(one: &Path, other: &Path) -> Result<bool, Fault> {
-    let open = |path: &Path| Ok::<_, Fault>(BufReader::with_capacity(1 << 16, File::open(path).at(path.display())?));
+    let open = |path: &Path| {
+        Ok::<_, Fault>(BufReader::with_capacity(
+            1 << 16,
+            File::open(path).at(path.display())?,
+        ))
+    };
     let (mut a, mut b) = (open(one)?, open(other)?);
     loop {
-        let (x, y) = (a.fill_buf().at(one.display())?, b.fill_buf().at(other.display())?);
+        let (x, y) = (
+            a.fill_buf().at(one.display())?,
+            b.fill_buf().at(other.display())?,
+        );
         let len = x.len().min(y.len());
         if len == 0 {
             return Ok(x.len() == y.len());
@@ -162,76 +218,128 @@ fn same_bytes(one: &Path, other: &Path) -> Result<bool, Fault> {
 }
 
 /// Rows in SQLite, through the views that readers use: as many of each class as the COCO file says.
-async fn labels(site: &Home, series: &str, version: &str, source: PathBuf) -> Result<(String, String), Fault> {
+async fn labels(
+    site: &Home,
+    series: &str,
+    version: &str,
+    source: PathBuf,
+) -> Result<(String, String), Fault> {
     let expected = blocking(move || coco_classes(&source)).await?;
     let file = labels_db(site);
-    let failed = |e: sqlx::Error| Fault::internal(format!("read {}: {e}", labels_db(site).display()));
-    let mut db: SqliteConnection =
-        SqliteConnectOptions::new().filename(&file).read_only(true).disable_statement_logging().connect().await.map_err(failed)?;
-    let set = name_of(series);
-    let active: Option<String> = sqlx::query_scalar("SELECT DISTINCT version FROM current_annotations WHERE label_set = ?")
-        .bind(set)
-        .fetch_optional(&mut db)
+    let failed =
+        |e: sqlx::Error| Fault::internal(format!("read {}: {e}", labels_db(site).display()));
+    let mut db: SqliteConnection = SqliteConnectOptions::new()
+        .filename(&file)
+        .read_only(true)
+        .disable_statement_logging()
+        .connect()
         .await
         .map_err(failed)?;
+    let set = name_of(series);
+    let active: Option<String> =
+        sqlx::query_scalar("SELECT DISTINCT version FROM current_annotations WHERE label_set = ?")
+            .bind(set)
+            .fetch_optional(&mut db)
+            .await
+            .map_err(failed)?;
     let active = active.ok_or_else(|| differs("no version is active"))?;
     check_active(&active, version)?;
     let (view, query) = match active == version {
-        true => {
-            ("current_annotations", "SELECT class, count(*) FROM current_annotations WHERE label_set = ? AND version = ? GROUP BY class")
-        }
-        false => ("annotations", "SELECT class, count(*) FROM annotations WHERE label_set = ? AND version = ? GROUP BY class"),
+        true => (
+            "current_annotations",
+            "SELECT class, count(*) FROM current_annotations WHERE label_set = ? AND version = ? GROUP BY class",
+        ),
+        false => (
+            "annotations",
+            "SELECT class, count(*) FROM annotations WHERE label_set = ? AND version = ? GROUP BY class",
+        ),
     };
-    let rows: Vec<(String, i64)> = sqlx::query_as(query).bind(set).bind(version).fetch_all(&mut db).await.map_err(failed)?;
+    let rows: Vec<(String, i64)> = sqlx::query_as(query)
+        .bind(set)
+        .bind(version)
+        .fetch_all(&mut db)
+        .await
+        .map_err(failed)?;
     db.close().await.map_err(failed)?;
     let found: BTreeMap<String, i64> = rows.into_iter().collect();
     if found != expected {
-        return Err(differs(format!("rows by class are {found:?}, and in the source {expected:?}")));
+        return Err(differs(format!(
+            "rows by class are {found:?}, and in the source {expected:?}"
+        )));
     }
-    Ok((format!("{} rows, {} classes", found.values().sum::<i64>(), found.len()), format!("{} (view {view})", file.display())))
+    Ok((
+        format!(
+            "{} rows, {} classes",
+            found.values().sum::<i64>(),
+            found.len()
+        ),
+        format!("{} (view {view})", file.display()),
+    ))
 }
 
 fn read_json(path: &Path) -> Result<Value, Fault> {
     let bytes = std::fs::read(path).at(path.display())?;
-    serde_json::from_slice(&bytes).map_err(|e| differs(format!("{} is not JSON: {e}", path.display())))
+    serde_json::from_slice(&bytes)
+        .map_err(|e| differs(format!("{} is not JSON: {e}", path.display())))
 }
 
 /// How many annotations of each class a COCO file holds.
 fn coco_classes(path: &Path) -> Result<BTreeMap<String, i64>, Fault> {
     let coco = read_json(path)?;
     let list = |key: &str| coco[key].as_array().into_iter().flatten();
-    let names: BTreeMap<i64, &str> = list("categories").filter_map(|c| Some((c["id"].as_i64()?, c["name"].as_str()?))).collect();
+    let names: BTreeMap<i64, &str> = list("categories")
+        .filter_map(|c| Some((c["id"].as_i64()?, c["name"].as_str()?)))
+        .collect();
     let mut counts = BTreeMap::new();
     for annotation in list("annotations") {
-        let name = annotation["category_id"].as_i64().and_then(|id| names.get(&id)).copied().unwrap_or("?");
+        let name = annotation["category_id"]
+            .as_i64()
+            .and_then(|id| names.get(&id))
+            .copied()
+            .unwrap_or("?");
         *counts.entry(name.to_owned()).or_default() += 1;
     }
     Ok(counts)
 }
 
-/// An image in an OCI layout: the same digest under the version's name, and every blob hashes to its own.
+/// An image in an OCI layout: the same digest under the version's name, and every blob hashes to
+/// its own.
 fn image(source: &Path, layout: &Path, version: &str) -> Result<(String, String), Fault> {
     let digest = top(source, version)?;
     let found = top(layout, version)?;
     if found != digest {
-        return Err(differs(format!("its digest is {found}, and in the source {digest}")));
+        return Err(differs(format!(
+            "its digest is {found}, and in the source {digest}"
+        )));
     }
     let manifest = read_json(&hashed(layout, &digest)?)?;
-    let layers = manifest["layers"].as_array().map(Vec::as_slice).unwrap_or_default();
+    let layers = manifest["layers"]
+        .as_array()
+        .map(Vec::as_slice)
+        .unwrap_or_default();
     for blob in layers.iter().chain([&manifest["config"]]) {
         hashed(layout, blob["digest"].as_str().unwrap_or_default())?;
     }
     let short: String = digest.chars().take("sha256:".len() + 12).collect();
-    Ok((format!("{short}…, {} layers", layers.len()), format!("oci:{}:{version}", layout.display())))
+    Ok((
+        format!("{short}…, {} layers", layers.len()),
+        format!("oci:{}:{version}", layout.display()),
+    ))
 }
 
 /// The digest that a layout's index has under a name.
 fn top(layout: &Path, version: &str) -> Result<String, Fault> {
     let index = read_json(&layout.join("index.json"))?;
     let named = |m: &&Value| m["annotations"]["org.opencontainers.image.ref.name"] == version;
-    let entry = index["manifests"].as_array().into_iter().flatten().find(named);
+    let entry = index["manifests"]
+        .as_array()
+        .into_iter()
+        .flatten()
+        .find(named);
     let digest = entry.and_then(|m| m["digest"].as_str());
-    digest.map(str::to_owned).ok_or_else(|| differs(format!("{} does not name {version}", layout.display())))
+    digest
+        .map(str::to_owned)
+        .ok_or_else(|| differs(format!("{} does not name {version}", layout.display())))
 }
 
 /// A blob's path, once its bytes are found to be what its digest says.
@@ -240,7 +348,10 @@ fn hashed(layout: &Path, digest: &str) -> Result<PathBuf, Fault> {
     let mut hasher = Sha256::new();
     std::io::copy(&mut File::open(&path).at(path.display())?, &mut hasher).at(path.display())?;
     if format!("sha256:{}", hex::encode(hasher.finalize())) != digest {
-        return Err(differs(format!("the blob {} has other bytes than its name says", path.display())));
+        return Err(differs(format!(
+            "the blob {} has other bytes than its name says",
+            path.display()
+        )));
     }
     Ok(path)
 }
@@ -254,7 +365,10 @@ mod tests {
 
     fn put(path: &Path, text: &str) {
         std::fs::create_dir_all(path.parent().unwrap()).unwrap();
-        File::create(path).unwrap().write_all(text.as_bytes()).unwrap();
+        File::create(path)
+            .unwrap()
+            .write_all(text.as_bytes())
+            .unwrap();
     }
 
     #[test]
@@ -266,7 +380,11 @@ mod tests {
             std::os::unix::fs::symlink("a/b.png", base.join("link")).unwrap();
         }
         put(&series.join("CURRENT"), "v1\n");
-        let check = || files(&source, &series, "v1").map(|(what, _)| what).map_err(|f| f.message);
+        let check = || {
+            files(&source, &series, "v1")
+                .map(|(what, _)| what)
+                .map_err(|f| f.message)
+        };
         assert_eq!(check().as_deref(), Ok("1 file, byte for byte"));
         let landed = series.join("v1/a/b.png");
         put(&landed, "two");

@@ -1,7 +1,7 @@
 //! The daemons of a quickstart: child processes of this same program, on free loopback ports.
 //!
-//! Each holds one end of a pipe as its standard input and stops when the other end, which this process holds, is gone:
-//! so none is left behind, not even by a kill that gives no time to clean.
+//! Each holds one end of a pipe as its standard input and stops when the other end, which this
+//! process holds, is gone: so none is left behind, not even by a kill that gives no time to clean.
 
 use std::future::Future;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, UdpSocket};
@@ -45,7 +45,12 @@ impl Home {
     /// The home of this daemon in a quickstart's folder.
     pub(super) fn new(folder: &Path, name: &'static str) -> Self {
         let file = |end: &str| folder.join(format!("{name}.{end}"));
-        Self { name, dir: folder.join(name), config: file("toml"), log: file("log") }
+        Self {
+            name,
+            dir: folder.join(name),
+            config: file("toml"),
+            log: file("log"),
+        }
     }
 
     /// Its `data_dir`.
@@ -77,7 +82,11 @@ pub(super) struct Ready {
 
 impl Daemons {
     /// Starts one: `prepare` is given the ports for API and line, and writes the configuration.
-    pub(super) async fn start<F>(&mut self, home: &Home, prepare: impl Fn(SocketAddr, SocketAddr) -> F) -> Result<Ready, Fault>
+    pub(super) async fn start<F>(
+        &mut self,
+        home: &Home,
+        prepare: impl Fn(SocketAddr, SocketAddr) -> F,
+    ) -> Result<Ready, Fault>
     where
         F: Future<Output = Result<(), Fault>>,
     {
@@ -93,12 +102,20 @@ impl Daemons {
             let fault = match outcome.await {
                 Ok((daemon, client)) => {
                     self.0.push(daemon);
-                    return Ok(Ready { client: Arc::new(client), api, line });
+                    return Ok(Ready {
+                        client: Arc::new(client),
+                        api,
+                        line,
+                    });
                 }
                 Err(fault) => fault,
             };
             // A conflict is a daemon of a killed run that still drains.
-            let again = if fault.code == Code::Conflict { began.elapsed() < LAST_RUN_GONE_MAX } else { tries < START_TRIES_MAX };
+            let again = if fault.code == Code::Conflict {
+                began.elapsed() < LAST_RUN_GONE_MAX
+            } else {
+                tries < START_TRIES_MAX
+            };
             if !again {
                 return Err(fault);
             }
@@ -134,26 +151,48 @@ impl Daemon {
         let program = std::env::current_exe().at("find this program")?;
         let log = std::fs::File::create(&home.log).at(home.log.display())?;
         let mut command = Command::new(program);
-        command.arg("serve").arg("--config").arg(&home.config).arg("--until-stdin-ends");
+        command
+            .arg("serve")
+            .arg("--config")
+            .arg(&home.config)
+            .arg("--until-stdin-ends");
         for named in ["PACKHORSE_CONFIG", "PACKHORSE_API", "PACKHORSE_TOKEN_FILE"] {
             command.env_remove(named);
         }
-        command.stdin(Stdio::piped()).stdout(log.try_clone().at(home.log.display())?).stderr(log);
+        command
+            .stdin(Stdio::piped())
+            .stdout(log.try_clone().at(home.log.display())?)
+            .stderr(log);
         // A group of its own: Ctrl-C is for this process, which then stops them in order.
         command.process_group(0).kill_on_drop(true).current_dir("/");
-        let mut child = command.spawn().at(format_args!("start the daemon {}", home.name))?;
+        let mut child = command
+            .spawn()
+            .at(format_args!("start the daemon {}", home.name))?;
         let Some(lifeline) = child.stdin.take() else {
-            return Err(Fault::internal(format!("the daemon {} was started without its pipe", home.name)));
+            return Err(Fault::internal(format!(
+                "the daemon {} was started without its pipe",
+                home.name
+            )));
         };
-        let mut daemon = Self { home: home.clone(), child, lifeline };
+        let mut daemon = Self {
+            home: home.clone(),
+            child,
+            lifeline,
+        };
         let until = Instant::now() + READY_MAX;
         loop {
-            if let Some(status) = daemon.child.try_wait().at(format_args!("look at the daemon {}", home.name))? {
+            if let Some(status) = daemon
+                .child
+                .try_wait()
+                .at(format_args!("look at the daemon {}", home.name))?
+            {
                 return Err(home.ended(Some(status)));
             }
             match client(home, api).await {
                 Ok(client) => return Ok((daemon, client)),
-                Err(fault) if Instant::now() >= until => return Err(fault.context(format_args!("{} is not ready", home.name))),
+                Err(fault) if Instant::now() >= until => {
+                    return Err(fault.context(format_args!("{} is not ready", home.name)));
+                }
                 Err(_) => sleep(Duration::from_millis(50)).await,
             }
         }
@@ -172,14 +211,34 @@ impl Home {
     fn ended(&self, status: Option<ExitStatus>) -> Fault {
         let log = std::fs::read(&self.log).unwrap_or_default();
         let log = String::from_utf8_lossy(&log);
-        let said = |word: &str| log.lines().rev().find_map(|line| line.trim_start().strip_prefix(word));
+        let said = |word: &str| {
+            log.lines()
+                .rev()
+                .find_map(|line| line.trim_start().strip_prefix(word))
+        };
         let code = status.and_then(|s| s.code());
         let how = status.map_or_else(|| "ended".to_owned(), |s| format!("ended ({s})"));
-        let why = said("error: ").map(|why| format!(": {why}")).unwrap_or_default();
-        let mut fault = Fault::internal(format!("the daemon {} {how}{why}", self.name))
-            .with_next(said("next: ").map_or_else(|| format!("read its log: {}", self.log.display()), str::to_owned));
-        let known = [Code::Config, Code::NotAllowed, Code::Conflict, Code::Integrity, Code::NoSpace, Code::Unreachable];
-        if let Some(known) = known.into_iter().find(|known| Some(i32::from(known.exit())) == code) {
+        let why = said("error: ")
+            .map(|why| format!(": {why}"))
+            .unwrap_or_default();
+        let mut fault = Fault::internal(format!("the daemon {} {how}{why}", self.name)).with_next(
+            said("next: ").map_or_else(
+                || format!("read its log: {}", self.log.display()),
+                str::to_owned,
+            ),
+        );
+        let known = [
+            Code::Config,
+            Code::NotAllowed,
+            Code::Conflict,
+            Code::Integrity,
+            Code::NoSpace,
+            Code::Unreachable,
+        ];
+        if let Some(known) = known
+            .into_iter()
+            .find(|known| Some(i32::from(known.exit())) == code)
+        {
             fault.code = known;
         }
         fault
@@ -188,7 +247,11 @@ impl Home {
 
 /// A client of the daemon, once it is ready.
 async fn client(home: &Home, api: SocketAddr) -> Result<Client, Fault> {
-    let client = Client::to_daemon(&home.state(), api, ApiToken::read(&ApiToken::path(&home.state()))?)?;
+    let client = Client::to_daemon(
+        &home.state(),
+        api,
+        ApiToken::read(&ApiToken::path(&home.state()))?,
+    )?;
     client.get::<Value>("/readyz", &()).await?;
     Ok(client)
 }
@@ -202,7 +265,10 @@ fn free_port() -> Result<SocketAddr, Fault> {
             return Ok(address);
         }
     }
-    Err(Fault::internal("there is no loopback port that is free for both TCP and UDP").with_next("stop what uses them"))
+    Err(
+        Fault::internal("there is no loopback port that is free for both TCP and UDP")
+            .with_next("stop what uses them"),
+    )
 }
 
 /// Writes a configuration: `lines` in TOML.

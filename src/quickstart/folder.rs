@@ -24,8 +24,8 @@ pub(super) struct Folder {
 }
 
 impl Folder {
-    /// Takes the folder, which is made if it is missing. One that holds anything else is refused: files in it would be
-    /// overwritten.
+    /// Takes the folder, which is made if it is missing. One that holds anything else is refused:
+    /// files in it would be overwritten.
     pub(super) fn open(dir: Option<PathBuf>) -> Result<Self, Fault> {
         let temporary = dir.is_none();
         let path = match dir {
@@ -38,19 +38,38 @@ impl Folder {
         };
         // Configurations are text.
         if path.to_str().is_none() {
-            return Err(Fault::usage(format!("the path of the folder {} is not UTF-8", path.display())).with_next("choose another --dir"));
+            return Err(Fault::usage(format!(
+                "the path of the folder {} is not UTF-8",
+                path.display()
+            ))
+            .with_next("choose another --dir"));
         }
         let mark = path.join(MARK);
         let mut others = std::fs::read_dir(&path).at(path.display())?;
         if !mark.exists() && others.next().is_some() {
-            return Err(Fault::conflict(format!("{} is not empty, and no quickstart made it", path.display()))
-                .with_next("choose an empty folder, or one that is not there yet"));
+            return Err(Fault::conflict(format!(
+                "{} is not empty, and no quickstart made it",
+                path.display()
+            ))
+            .with_next("choose an empty folder, or one that is not there yet"));
         }
-        let lock = File::options().create(true).truncate(false).write(true).open(&mark).at(mark.display())?;
-        rustix::fs::flock(&lock, rustix::fs::FlockOperation::NonBlockingLockExclusive).map_err(|_| {
-            Fault::conflict(format!("another quickstart runs in {}", path.display())).with_next("stop it, or choose another --dir")
-        })?;
-        Ok(Self { path, temporary, _lock: lock })
+        let lock = File::options()
+            .create(true)
+            .truncate(false)
+            .write(true)
+            .open(&mark)
+            .at(mark.display())?;
+        rustix::fs::flock(&lock, rustix::fs::FlockOperation::NonBlockingLockExclusive).map_err(
+            |_| {
+                Fault::conflict(format!("another quickstart runs in {}", path.display()))
+                    .with_next("stop it, or choose another --dir")
+            },
+        )?;
+        Ok(Self {
+            path,
+            temporary,
+            _lock: lock,
+        })
     }
 
     /// Where it is.
@@ -78,11 +97,16 @@ impl Folder {
     /// Ends the use: a temporary folder is removed when nobody needs it any more.
     pub(super) fn leave(self, done_with: bool, show: &Show) -> Result<(), Fault> {
         if self.temporary && done_with {
-            return std::fs::remove_dir_all(&self.path).at(format_args!("remove {}", self.path.display()));
+            return std::fs::remove_dir_all(&self.path)
+                .at(format_args!("remove {}", self.path.display()));
         }
         if self.temporary {
             show.say("Everything is still there. To go on with it:");
-            show.say(&format!("   {} quickstart --dir {}", show::program(), show::quoted(&self.path)));
+            show.say(&format!(
+                "   {} quickstart --dir {}",
+                show::program(),
+                show::quoted(&self.path)
+            ));
         }
         Ok(())
     }
@@ -90,9 +114,15 @@ impl Folder {
 
 fn new_temporary() -> Result<PathBuf, Fault> {
     let mut bits = [0; 4];
-    rand::rngs::OsRng.try_fill_bytes(&mut bits).map_err(|e| Fault::internal(format!("no random bits from the system: {e}")))?;
-    let path = std::path::absolute(std::env::temp_dir()).at("find the folder for temporary files")?;
+    rand::rngs::OsRng
+        .try_fill_bytes(&mut bits)
+        .map_err(|e| Fault::internal(format!("no random bits from the system: {e}")))?;
+    let path =
+        std::path::absolute(std::env::temp_dir()).at("find the folder for temporary files")?;
     let path = path.join(format!("packhorse-quickstart-{}", hex::encode(bits)));
-    DirBuilder::new().mode(0o700).create(&path).at(format_args!("make the folder {}", path.display()))?;
+    DirBuilder::new()
+        .mode(0o700)
+        .create(&path)
+        .at(format_args!("make the folder {}", path.display()))?;
     Ok(path)
 }

@@ -1,8 +1,10 @@
-//! `packhorse quickstart`: a hub and two sites on this machine, as real processes with embedded stores, in acts.
+//! `packhorse quickstart`: a hub and two sites on this machine, as real processes with embedded
+//! stores, in acts.
 //!
-//! Called by the command line alone; a client of the daemons like any other. Everything lies in one folder: what a
-//! killed run left there is taken up by the next one, because publishing, joining and delivering may all be repeated.
-//! The daemons die with this process, however it dies (`daemon`).
+//! Called by the command line alone; a client of the daemons like any other. Everything lies in one
+//! folder: what a killed run left there is taken up by the next one, because publishing, joining
+//! and delivering may all be repeated. The daemons die with this process, however it dies
+//! (`daemon`).
 
 mod acts;
 mod check;
@@ -23,13 +25,16 @@ use self::folder::Folder;
 use self::show::Show;
 use base::fault::{Code, Fault, IoContext};
 
-/// Runs it in `dir` (default: a new temporary folder), and afterwards on until Ctrl-C, or with `once` no longer than it
-/// takes to see that everything arrived.
+/// Runs it in `dir` (default: a new temporary folder), and afterwards on until Ctrl-C, or with
+/// `once` no longer than it takes to see that everything arrived.
 pub async fn run(dir: Option<PathBuf>, once: bool) -> Result<(), Fault> {
     let mut stop = Stop::listen()?;
     let folder = Folder::open(dir)?;
     let show = Show::new();
-    show.say(&format!("Packhorse on this machine: everything lies in {}", folder.path().display()));
+    show.say(&format!(
+        "Packhorse on this machine: everything lies in {}",
+        folder.path().display()
+    ));
     let mut daemons = Daemons::default();
     let result = tokio::select! {
         biased;
@@ -52,7 +57,12 @@ pub async fn run(dir: Option<PathBuf>, once: bool) -> Result<(), Fault> {
 }
 
 /// All acts, one after the other.
-async fn play(folder: &Folder, daemons: &mut Daemons, show: &Show, once: bool) -> Result<(), Fault> {
+async fn play(
+    folder: &Folder,
+    daemons: &mut Daemons,
+    show: &Show,
+    once: bool,
+) -> Result<(), Fault> {
     let world = World::raise(folder, daemons, show).await?;
     let acts = async {
         acts::first_delivery(&world).await?;
@@ -67,8 +77,10 @@ async fn play(folder: &Folder, daemons: &mut Daemons, show: &Show, once: bool) -
 }
 
 fn stopped_early(folder: &Folder) -> Fault {
-    let mut fault = Fault::internal("stopped before everything had arrived")
-        .with_next(format!("run it again with --dir {}: it goes on where it stood", show::quoted(folder.path())));
+    let mut fault = Fault::internal("stopped before everything had arrived").with_next(format!(
+        "run it again with --dir {}: it goes on where it stood",
+        show::quoted(folder.path())
+    ));
     fault.code = Code::Partial;
     fault
 }
@@ -83,7 +95,10 @@ impl Stop {
     fn listen() -> Result<Self, Fault> {
         let interrupt = signal(SignalKind::interrupt()).at("listen for SIGINT")?;
         let terminate = signal(SignalKind::terminate()).at("listen for SIGTERM")?;
-        Ok(Self { interrupt, terminate })
+        Ok(Self {
+            interrupt,
+            terminate,
+        })
     }
 
     async fn asked(&mut self) {

@@ -1,4 +1,5 @@
-//! What a quickstart says: progress on stderr (live bars on a terminal, a line per event elsewhere), results on stdout.
+//! What a quickstart says: progress on stderr (live bars on a terminal, a line per event
+//! elsewhere), results on stdout.
 
 use std::collections::HashMap;
 use std::io::IsTerminal;
@@ -18,8 +19,11 @@ pub(super) struct Show {
 impl Show {
     /// Looks whether stderr is a terminal.
     pub(super) fn new() -> Self {
-        let terminal = std::io::stderr().is_terminal() && std::env::var_os("TERM").is_none_or(|term| term != "dumb");
-        Self { bars: terminal.then(|| MultiProgress::with_draw_target(ProgressDrawTarget::stderr())) }
+        let terminal = std::io::stderr().is_terminal()
+            && std::env::var_os("TERM").is_none_or(|term| term != "dumb");
+        Self {
+            bars: terminal.then(|| MultiProgress::with_draw_target(ProgressDrawTarget::stderr())),
+        }
     }
 
     /// Says a line, above the bars where there are some.
@@ -39,7 +43,10 @@ impl Show {
 
     /// Bars for the transfers of one artifact.
     pub(super) fn bars(&self) -> Bars {
-        Bars { show: self.clone(), bars: HashMap::new() }
+        Bars {
+            show: self.clone(),
+            bars: HashMap::new(),
+        }
     }
 }
 
@@ -62,8 +69,8 @@ impl Bars {
         }
         let bar = self.bars.entry(transfer.id.clone()).or_insert_with(|| {
             let bar = all.add(ProgressBar::new(1));
-            let style =
-                ProgressStyle::with_template("   {prefix:26} [{bar:16}] {wide_msg}").unwrap_or_else(|_| ProgressStyle::default_bar());
+            let style = ProgressStyle::with_template("   {prefix:26} [{bar:16}] {wide_msg}")
+                .unwrap_or_else(|_| ProgressStyle::default_bar());
             bar.set_style(style.progress_chars("=> "));
             bar.set_prefix(format!("{} to {}", transfer.artifact, transfer.site));
             bar
@@ -71,8 +78,16 @@ impl Bars {
         bar.set_length(transfer.bytes.total.max(1));
         // What is at hand moves before what is durable does, which comes in large steps.
         let bytes = &transfer.bytes;
-        bar.set_position((bytes.reused + bytes.resumed + bytes.received).max(bytes.committed).min(bytes.total));
-        bar.set_message(format!("{} {}", human::bytes(bytes.total), transfer.state.as_str()));
+        bar.set_position(
+            (bytes.reused + bytes.resumed + bytes.received)
+                .max(bytes.committed)
+                .min(bytes.total),
+        );
+        bar.set_message(format!(
+            "{} {}",
+            human::bytes(bytes.total),
+            transfer.state.as_str()
+        ));
     }
 }
 
@@ -94,7 +109,9 @@ pub(super) fn arrived(transfer: &Transfer, unchanged: bool) -> String {
 
 /// How this program was called, for commands to copy.
 pub(super) fn program() -> String {
-    std::env::args_os().next().map_or_else(|| "packhorse".to_owned(), |name| quoted(Path::new(&name)))
+    std::env::args_os()
+        .next()
+        .map_or_else(|| "packhorse".to_owned(), |name| quoted(Path::new(&name)))
 }
 
 /// A path as a shell takes it.
@@ -105,7 +122,11 @@ pub(super) fn quoted(path: &Path) -> String {
 /// A word as a shell takes it.
 pub(super) fn quoted_text(text: &str) -> String {
     let plain = |c: char| c.is_alphanumeric() || "/._-:=,+@".contains(c);
-    if !text.is_empty() && text.chars().all(plain) { text.to_owned() } else { format!("'{}'", text.replace('\'', r"'\''")) }
+    if !text.is_empty() && text.chars().all(plain) {
+        text.to_owned()
+    } else {
+        format!("'{}'", text.replace('\'', r"'\''"))
+    }
 }
 
 #[cfg(test)]

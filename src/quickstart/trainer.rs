@@ -1,6 +1,7 @@
-//! The trainer of the quickstart's last act: this same program, since nothing else may be there. It learns for real, if
-//! little: what a defect of each class looks like in the pixels of its box, by the mean of a few features, from three
-//! quarters of the boxes; on the rest it tries what it learned. The site's daemon starts it as it would any other.
+//! The trainer of the quickstart's last act: this same program, since nothing else may be there. It
+//! learns for real, if little: what a defect of each class looks like in the pixels of its box, by
+//! the mean of a few features, from three quarters of the boxes; on the rest it tries what it
+//! learned. The site's daemon starts it as it would any other.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -30,26 +31,46 @@ pub(crate) fn run(descriptor: &Path) -> Result<(), Fault> {
     let text = std::fs::read(descriptor).at(descriptor.display())?;
     let run: Value = serde_json::from_slice(&text).map_err(|e| malformed(descriptor, &e))?;
     let input = |kind: &str, field: &str| -> Result<PathBuf, Fault> {
-        let found = run["inputs"].as_array().into_iter().flatten().find(|input| input["kind"] == kind);
+        let found = run["inputs"]
+            .as_array()
+            .into_iter()
+            .flatten()
+            .find(|input| input["kind"] == kind);
         let value = found.and_then(|input| input[field].as_str());
-        value.map(PathBuf::from).ok_or_else(|| Fault::usage(format!("{}: no {kind} with a {field}", descriptor.display())))
+        value.map(PathBuf::from).ok_or_else(|| {
+            Fault::usage(format!(
+                "{}: no {kind} with a {field}",
+                descriptor.display()
+            ))
+        })
     };
     let (images, rows) = (input("dataset", "path")?, input("labels", "rows")?);
-    let classes: BTreeMap<i64, String> = lines::<ClassRow>(&rows.join(CLASSES))?.into_iter().map(|c| (c.id, c.name)).collect();
+    let classes: BTreeMap<i64, String> = lines::<ClassRow>(&rows.join(CLASSES))?
+        .into_iter()
+        .map(|c| (c.id, c.name))
+        .collect();
     let mut examples: Vec<(String, [f64; FEATURES])> = Vec::new();
     let mut open: Option<(String, Picture)> = None;
     for row in lines::<AnnotationRow>(&rows.join(ANNOTATIONS))? {
-        let (Some(class), Some(x), Some(y), Some(w), Some(h)) = (row.class, row.x, row.y, row.w, row.h) else { continue };
+        let (Some(class), Some(x), Some(y), Some(w), Some(h)) =
+            (row.class, row.x, row.y, row.w, row.h)
+        else {
+            continue;
+        };
         // Rows of one picture stand together.
         let picture = match open.take() {
             Some((path, picture)) if path == row.sample => picture,
             _ => png(&images.join(&row.sample))?,
         };
-        let name = classes.get(&class).cloned().unwrap_or_else(|| class.to_string());
+        let name = classes
+            .get(&class)
+            .cloned()
+            .unwrap_or_else(|| class.to_string());
         examples.push((name, features(&picture, [x, y, w, h])));
         open = Some((row.sample, picture));
     }
-    let (tests, lessons): (Vec<_>, Vec<_>) = examples.iter().enumerate().partition(|(i, _)| i % 4 == 0);
+    let (tests, lessons): (Vec<_>, Vec<_>) =
+        examples.iter().enumerate().partition(|(i, _)| i % 4 == 0);
     if lessons.is_empty() {
         return Err(Fault::usage("there are too few boxes to learn from"));
     }
@@ -57,22 +78,40 @@ pub(crate) fn run(descriptor: &Path) -> Result<(), Fault> {
     let mut means: BTreeMap<&str, ([f64; FEATURES], f64)> = BTreeMap::new();
     for (_, (name, features)) in &lessons {
         let (sum, count) = means.entry(name).or_default();
-        sum.iter_mut().zip(features).for_each(|(sum, value)| *sum += value);
+        sum.iter_mut()
+            .zip(features)
+            .for_each(|(sum, value)| *sum += value);
         *count += 1.0;
     }
     for (sum, count) in means.values_mut() {
         sum.iter_mut().for_each(|value| *value /= *count);
     }
-    let far = |a: &[f64; FEATURES], b: &[f64; FEATURES]| -> f64 { (0..FEATURES).map(|i| ((a[i] - b[i]) / scale[i]).powi(2)).sum() };
-    let guess = |features| means.iter().min_by(|a, b| far(&a.1.0, features).total_cmp(&far(&b.1.0, features))).map(|(name, _)| *name);
-    let right = tests.iter().filter(|(_, (name, features))| guess(features) == Some(name.as_str())).count();
+    let far = |a: &[f64; FEATURES], b: &[f64; FEATURES]| -> f64 {
+        (0..FEATURES)
+            .map(|i| ((a[i] - b[i]) / scale[i]).powi(2))
+            .sum()
+    };
+    let guess = |features| {
+        means
+            .iter()
+            .min_by(|a, b| far(&a.1.0, features).total_cmp(&far(&b.1.0, features)))
+            .map(|(name, _)| *name)
+    };
+    let right = tests
+        .iter()
+        .filter(|(_, (name, features))| guess(features) == Some(name.as_str()))
+        .count();
     let model = json!({
         "format": "nearest mean", "scale": scale, "learned_from": lessons.len(), "tried_on": tests.len(), "right": right,
         "means": means.iter().map(|(name, (mean, _))| ((*name).to_owned(), json!(mean))).collect::<serde_json::Map<_, _>>(),
     });
     let out = PathBuf::from(run["output"].as_str().unwrap_or_default()).join("model.json");
     durable::replace(&out, &serde_json::to_vec_pretty(&model).unwrap_or_default())?;
-    println!("learned from {} boxes; of {} others {right} told right", lessons.len(), tests.len());
+    println!(
+        "learned from {} boxes; of {} others {right} told right",
+        lessons.len(),
+        tests.len()
+    );
     Ok(())
 }
 
@@ -92,21 +131,41 @@ fn lines<T: serde::de::DeserializeOwned>(path: &Path) -> Result<Vec<T>, Fault> {
 fn features(picture: &Picture, [x, y, w, h]: [f64; 4]) -> [f64; FEATURES] {
     let height = picture.levels.len() / picture.width.max(1);
     let (left, top) = (x.max(0.0) as usize, y.max(0.0) as usize);
-    let (right, bottom) = (((x + w) as usize).min(picture.width), ((y + h) as usize).min(height));
+    let (right, bottom) = (
+        ((x + w) as usize).min(picture.width),
+        ((y + h) as usize).min(height),
+    );
     let level = |x: usize, y: usize| f64::from(picture.levels[y * picture.width + x]);
-    let mut inside: Vec<f64> = (top..bottom).flat_map(|y| (left..right).map(move |x| (x, y))).map(|(x, y)| level(x, y)).collect();
-    let whole = picture.levels.iter().map(|v| f64::from(*v)).sum::<f64>() / picture.levels.len().max(1) as f64;
+    let mut inside: Vec<f64> = (top..bottom)
+        .flat_map(|y| (left..right).map(move |x| (x, y)))
+        .map(|(x, y)| level(x, y))
+        .collect();
+    let whole = picture.levels.iter().map(|v| f64::from(*v)).sum::<f64>()
+        / picture.levels.len().max(1) as f64;
     inside.sort_by(f64::total_cmp);
-    let at = |part: f64| inside.get((inside.len() as f64 * part) as usize).copied().unwrap_or(whole);
+    let at = |part: f64| {
+        inside
+            .get((inside.len() as f64 * part) as usize)
+            .copied()
+            .unwrap_or(whole)
+    };
     let mean = inside.iter().sum::<f64>() / inside.len().max(1) as f64;
-    [(w * h).sqrt(), (w.max(h) / w.min(h).max(1.0)).ln(), mean - whole, at(0.02) - whole, at(0.98) - whole]
+    [
+        (w * h).sqrt(),
+        (w.max(h) / w.min(h).max(1.0)).ln(),
+        mean - whole,
+        at(0.02) - whole,
+        at(0.98) - whole,
+    ]
 }
 
 fn spread<'a>(all: &(impl Iterator<Item = &'a [f64; FEATURES]> + Clone)) -> [f64; FEATURES] {
     let count = all.clone().count().max(1) as f64;
     std::array::from_fn(|i| {
         let mean = all.clone().map(|f| f[i]).sum::<f64>() / count;
-        (all.clone().map(|f| (f[i] - mean).powi(2)).sum::<f64>() / count).sqrt().max(1e-9)
+        (all.clone().map(|f| (f[i] - mean).powi(2)).sum::<f64>() / count)
+            .sqrt()
+            .max(1e-9)
     })
 }
 
@@ -114,19 +173,38 @@ fn spread<'a>(all: &(impl Iterator<Item = &'a [f64; FEATURES]> + Clone)) -> [f64
 fn png(path: &Path) -> Result<Picture, Fault> {
     let bytes = std::fs::read(path).at(path.display())?;
     let odd = |why: &str| malformed(path, &why);
-    let body = bytes.strip_prefix(b"\x89PNG\r\n\x1a\n").ok_or_else(|| odd("not a PNG"))?;
-    let word = |at: usize| body.get(at..at + 4).map(|b| u32::from_be_bytes([b[0], b[1], b[2], b[3]]) as usize);
+    let body = bytes
+        .strip_prefix(b"\x89PNG\r\n\x1a\n")
+        .ok_or_else(|| odd("not a PNG"))?;
+    let word = |at: usize| {
+        body.get(at..at + 4)
+            .map(|b| u32::from_be_bytes([b[0], b[1], b[2], b[3]]) as usize)
+    };
     let (width, height) = (word(8).unwrap_or(0), word(12).unwrap_or(0));
     let length = word(25).ok_or_else(|| odd("it ends early"))?;
-    let data = body.get(33..33usize.saturating_add(length)).filter(|_| body.get(29..33) == Some(b"IDAT"));
+    let data = body
+        .get(33..33usize.saturating_add(length))
+        .filter(|_| body.get(29..33) == Some(b"IDAT"));
     let data = data.ok_or_else(|| odd("its pixels are not where the sample has them"))?;
-    if width == 0 || width.saturating_mul(height) > PIXELS_MAX || body.get(16..18) != Some(&[8, 0]) {
+    if width == 0 || width.saturating_mul(height) > PIXELS_MAX || body.get(16..18) != Some(&[8, 0])
+    {
         return Err(odd("not 8-bit grey, or too large"));
     }
     let mut rows = Vec::new();
-    ZlibDecoder::new(data).take(((width + 1) * height) as u64).read_to_end(&mut rows).at(path.display())?;
-    let levels: Vec<u8> = rows.chunks_exact(width + 1).flat_map(|row| &row[1..]).copied().collect();
-    if levels.len() == width * height { Ok(Picture { width, levels }) } else { Err(odd("it ends early")) }
+    ZlibDecoder::new(data)
+        .take(((width + 1) * height) as u64)
+        .read_to_end(&mut rows)
+        .at(path.display())?;
+    let levels: Vec<u8> = rows
+        .chunks_exact(width + 1)
+        .flat_map(|row| &row[1..])
+        .copied()
+        .collect();
+    if levels.len() == width * height {
+        Ok(Picture { width, levels })
+    } else {
+        Err(odd("it ends early"))
+    }
 }
 
 #[cfg(test)]
@@ -141,7 +219,15 @@ mod tests {
         let (rows, out) = (dir.path().join("rows"), dir.path().join("out"));
         std::fs::create_dir_all(&rows).unwrap();
         std::fs::create_dir_all(&out).unwrap();
-        let path = |id: &Value| coco["images"].as_array().unwrap().iter().find(|i| i["id"] == *id).unwrap()["file_name"].clone();
+        let path = |id: &Value| {
+            coco["images"]
+                .as_array()
+                .unwrap()
+                .iter()
+                .find(|i| i["id"] == *id)
+                .unwrap()["file_name"]
+                .clone()
+        };
         let annotations: String = coco["annotations"].as_array().unwrap().iter().map(|a| {
             let b = |i: usize| a["bbox"][i].as_f64();
             json!({"sample": path(&a["image_id"]), "class": a["category_id"], "kind": "bbox", "x": b(0), "y": b(1), "w": b(2), "h": b(3),
@@ -156,12 +242,26 @@ mod tests {
         durable::replace(&rows.join(ANNOTATIONS), annotations.as_bytes()).unwrap();
         durable::replace(&rows.join(CLASSES), classes.as_bytes()).unwrap();
         let run_json = dir.path().join("run.json");
-        let inputs = json!([{"kind": "dataset", "path": set.dataset}, {"kind": "labels", "rows": rows}]);
-        durable::replace(&run_json, json!({"inputs": inputs, "output": out}).to_string().as_bytes()).unwrap();
+        let inputs =
+            json!([{"kind": "dataset", "path": set.dataset}, {"kind": "labels", "rows": rows}]);
+        durable::replace(
+            &run_json,
+            json!({"inputs": inputs, "output": out})
+                .to_string()
+                .as_bytes(),
+        )
+        .unwrap();
         run(&run_json).unwrap();
-        let model: Value = serde_json::from_slice(&std::fs::read(out.join("model.json")).unwrap()).unwrap();
-        let (right, tried) = (model["right"].as_u64().unwrap(), model["tried_on"].as_u64().unwrap());
-        assert!(tried >= 20 && right * 100 >= tried * 80, "{right} of {tried}");
+        let model: Value =
+            serde_json::from_slice(&std::fs::read(out.join("model.json")).unwrap()).unwrap();
+        let (right, tried) = (
+            model["right"].as_u64().unwrap(),
+            model["tried_on"].as_u64().unwrap(),
+        );
+        assert!(
+            tried >= 20 && right * 100 >= tried * 80,
+            "{right} of {tried}"
+        );
         assert_eq!(model["means"].as_object().unwrap().len(), 4);
     }
 }

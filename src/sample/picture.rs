@@ -1,4 +1,5 @@
-//! Pictures like those of an inspection camera: a panel's grid under uneven light, with defects, as greyscale PNG.
+//! Pictures like those of an inspection camera: a panel's grid under uneven light, with defects, as
+//! greyscale PNG.
 
 use std::io::Write;
 
@@ -28,7 +29,11 @@ pub(super) struct Defect {
 
 /// A panel with up to two defects: the PNG file's bytes and what is on it.
 pub(super) fn panel(random: &mut Random) -> (Vec<u8>, Vec<Defect>) {
-    let (light, slope_x, slope_y) = (random.between(96, 128), random.between(-24, 24), random.between(-24, 24));
+    let (light, slope_x, slope_y) = (
+        random.between(96, 128),
+        random.between(-24, 24),
+        random.between(-24, 24),
+    );
     let phase = random.between(0, GRID);
     let mut levels: Vec<i32> = Vec::with_capacity((WIDTH * HEIGHT) as usize);
     for y in 0..HEIGHT {
@@ -37,7 +42,11 @@ pub(super) fn panel(random: &mut Random) -> (Vec<u8>, Vec<Defect>) {
             if x % 16 == 0 {
                 noise = random.next();
             }
-            let line = if (x + phase) % GRID == 0 || (y + phase) % GRID == 0 { -14 } else { 0 };
+            let line = if (x + phase) % GRID == 0 || (y + phase) % GRID == 0 {
+                -14
+            } else {
+                0
+            };
             let grain = (noise >> (x % 16 * 4) & 7) as i32 - 3;
             levels.push(light + slope_x * x / WIDTH + slope_y * y / HEIGHT + line + grain);
         }
@@ -47,8 +56,14 @@ pub(super) fn panel(random: &mut Random) -> (Vec<u8>, Vec<Defect>) {
         .map(|side| {
             let category = random.between(0, CATEGORIES.len() as i32) as usize;
             // Each in its own half, so that two never overlap.
-            let at = (random.between(60, 100) + side * 150, random.between(60, HEIGHT - 60));
-            Defect { category, bbox: draw(&mut levels, category, at, random) }
+            let at = (
+                random.between(60, 100) + side * 150,
+                random.between(60, HEIGHT - 60),
+            );
+            Defect {
+                category,
+                bbox: draw(&mut levels, category, at, random),
+            }
         })
         .collect();
     let pixels: Vec<u8> = levels.into_iter().map(|v| v.clamp(0, 255) as u8).collect();
@@ -56,7 +71,12 @@ pub(super) fn panel(random: &mut Random) -> (Vec<u8>, Vec<Defect>) {
 }
 
 /// Adds a defect to the picture and gives its box.
-fn draw(levels: &mut [i32], category: usize, (cx, cy): (i32, i32), random: &mut Random) -> [i32; 4] {
+fn draw(
+    levels: &mut [i32],
+    category: usize,
+    (cx, cy): (i32, i32),
+    random: &mut Random,
+) -> [i32; 4] {
     let size = f64::from(match category {
         0 => random.between(20, 45),
         1 => random.between(14, 28),
@@ -91,7 +111,8 @@ fn draw(levels: &mut [i32], category: usize, (cx, cy): (i32, i32), random: &mut 
     [left, top, right - left + 1, bottom - top + 1]
 }
 
-/// A PNG file (W3C PNG, third edition): signature, IHDR, one IDAT, IEND; 8-bit greyscale, no filter.
+/// A PNG file (W3C PNG, third edition): signature, IHDR, one IDAT, IEND; 8-bit greyscale, no
+/// filter.
 fn png(pixels: &[u8]) -> Vec<u8> {
     let mut header = Vec::with_capacity(13);
     header.extend_from_slice(&WIDTH.to_be_bytes());
@@ -103,7 +124,11 @@ fn png(pixels: &[u8]) -> Vec<u8> {
         rows.extend_from_slice(row);
     }
     let mut out = b"\x89PNG\r\n\x1a\n".to_vec();
-    for (kind, body) in [(b"IHDR", header), (b"IDAT", deflated(&rows)), (b"IEND", Vec::new())] {
+    for (kind, body) in [
+        (b"IHDR", header),
+        (b"IDAT", deflated(&rows)),
+        (b"IEND", Vec::new()),
+    ] {
         let mut crc = Crc::new();
         crc.update(kind);
         crc.update(&body);
@@ -118,5 +143,7 @@ fn png(pixels: &[u8]) -> Vec<u8> {
 #[expect(clippy::expect_used, reason = "writing into memory does not fail")]
 fn deflated(bytes: &[u8]) -> Vec<u8> {
     let mut zlib = ZlibEncoder::new(Vec::new(), Compression::fast());
-    zlib.write_all(bytes).and_then(|()| zlib.finish()).expect("in memory")
+    zlib.write_all(bytes)
+        .and_then(|()| zlib.finish())
+        .expect("in memory")
 }

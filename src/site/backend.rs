@@ -15,27 +15,39 @@ use crate::trainer;
 use base::blocking::blocking;
 use base::fault::{Code, Fault};
 use base::job_progress::JobProgress;
-use base::limits::{ANSWER_BYTES_MAX, API_PAGE_BYTES, API_ROWS_MAX, ID_BYTES_MAX, ROOM_AWAITED_MAX, SINK_ANSWER_MAX};
+use base::limits::{
+    ANSWER_BYTES_MAX, API_PAGE_BYTES, API_ROWS_MAX, ID_BYTES_MAX, ROOM_AWAITED_MAX, SINK_ANSWER_MAX,
+};
 use base::names::{ArtifactRef, DeliveryId, RunName, TransferId, WorkId, WorkIds};
-use exchange::transfer::{Found, beside, verify};
+use exchange::transfer::{VerifyReport, beside, verify};
 use exchange::wire::AskHub;
 use model::paging::{self, Budget, Page, Pager, Room};
 use model::run;
 use sink::{Incoming, Look};
 use state::{ArtifactRow, DeliveryRow, TransferRow};
 
-/// Marks a cursor as the hub's: the two count by themselves, and what one has told says nothing of what the other has. Whoever comes
-/// with one to the other is told all.
+/// Marks a cursor as the hub's: the two count by themselves, and what one has told says nothing of
+/// what the other has. Whoever comes with one to the other is told all.
 const OF_HUB: u64 = 1 << 52;
 
 impl Site {
-    /// Re-reads what this site holds of an artifact. One line a fault; what else is not as it was delivered is noted.
-    async fn verify_now(&self, row: ArtifactRow, quick: bool, progress: Arc<JobProgress>) -> Result<Vec<String>, Fault> {
-        let Some(place) = row.place.clone() else { return Ok(vec![format!("{} is not held here", row.artifact)]) };
+    /// Re-reads what this site holds of an artifact. One line a fault; what else is not as it was
+    /// delivered is noted.
+    async fn verify_now(
+        &self,
+        row: ArtifactRow,
+        quick: bool,
+        progress: Arc<JobProgress>,
+    ) -> Result<Vec<String>, Fault> {
+        let Some(place) = row.place.clone() else {
+            return Ok(vec![format!("{} is not held here", row.artifact)]);
+        };
         progress.doing(format!("re-reading {}", row.artifact));
         if row.published {
             if quick {
-                progress.note("it was published here, of which there is no quick check: its content was read");
+                progress.note(
+                    "it was published here, of which there is no quick check: its content was read",
+                );
             }
             let origin = self.inner.origin.clone();
             return blocking(move || {
@@ -60,15 +72,33 @@ impl Site {
             counted.bytes.fetch_add(bytes, Ordering::Relaxed);
         });
         let store = &self.inner.shared.store;
-        let Found { faults, notes, unread } = verify(sink.as_ref(), store.clone(), &incoming, &place, &look).await?;
+        let VerifyReport {
+            faults,
+            notes,
+            unread,
+        } = verify(sink.as_ref(), store.clone(), &incoming, &place, &look).await?;
         if let Some(why) = unread.filter(|_| faults.is_empty()) {
-            return Err(Fault::not_allowed(format!("{} was not verified: {why}", incoming.artifact))
-                .with_next("when the registry gives the image out, run 'packhorse verify' again"));
+            return Err(Fault::not_allowed(format!(
+                "{} was not verified: {why}",
+                incoming.artifact
+            ))
+            .with_next("when the registry gives the image out, run 'packhorse verify' again"));
         }
         notes.into_iter().for_each(|note| progress.note(note));
         // A repair leaves it where it is, so it is named before.
-        progress.doing(format!("looking for what lies beside {}", incoming.artifact));
-        if let Some(note) = beside(sink.as_ref(), store.clone(), &incoming, &place, faults.is_empty()).await? {
+        progress.doing(format!(
+            "looking for what lies beside {}",
+            incoming.artifact
+        ));
+        if let Some(note) = beside(
+            sink.as_ref(),
+            store.clone(),
+            &incoming,
+            &place,
+            faults.is_empty(),
+        )
+        .await?
+        {
             progress.note(note);
         }
         Ok(faults)
@@ -77,28 +107,65 @@ impl Site {
     /// Asks the hub to bring an artifact again, of which something is gone or damaged here.
     async fn ask_again(&self, artifact: &ArtifactRef) -> Result<String, Fault> {
         let rows = self.inner.catalogue.transfers_of_artifact(artifact).await?;
-        let Some(brought) = rows.iter().rev().find(|row| row.state == State::Done && row.removed_ms.is_none()) else {
-            return Err(Fault::conflict(format!("no transfer that is done brought {artifact} here"))
-                .with_next("see 'packhorse status'; at the hub: packhorse deliver"));
+        let Some(brought) = rows
+            .iter()
+            .rev()
+            .find(|row| row.state == State::Done && row.removed_ms.is_none())
+        else {
+            return Err(Fault::conflict(format!(
+                "no transfer that is done brought {artifact} here"
+            ))
+            .with_next("see 'packhorse status'; at the hub: packhorse deliver"));
         };
-        let _: Vec<Transfer> = self.ask_hub(&AskHub::Act { id: (&brought.id).into(), action: Action::Retry }).await?;
-        Ok(format!("the hub was asked to bring what lacks: packhorse status {}", brought.id))
+        let _: Vec<Transfer> = self
+            .ask_hub(&AskHub::Act {
+                id: (&brought.id).into(),
+                action: Action::Retry,
+            })
+            .await?;
+        Ok(format!(
+            "the hub was asked to bring what lacks: packhorse status {}",
+            brought.id
+        ))
     }
 
     /// How this site's own transfers stand.
-    async fn own_transfers(&self, query: &TransferQuery, behind: Option<&str>, room: Room) -> Result<(Page<Transfer>, u64), Fault> {
-        let own = TransferQuery { since: query.since.filter(|cursor| cursor & OF_HUB == 0), ..query.clone() };
+    async fn own_transfers(
+        &self,
+        query: &TransferQuery,
+        behind: Option<&str>,
+        room: Room,
+    ) -> Result<(Page<Transfer>, u64), Fault> {
+        let own = TransferQuery {
+            since: query.since.filter(|cursor| cursor & OF_HUB == 0),
+            ..query.clone()
+        };
         // Where the catalogue cannot be written, what is shown says so.
         let unwritten = self.inner.runner.unwritten();
-        let show = |row: &TransferRow| match unwritten.iter().find(|newer| newer.id == row.id && newer.generation >= row.generation) {
-            Some(newer) => TransferRow { state: newer.state, body: newer.body.clone(), ..row.clone() }.view(),
+        let show = |row: &TransferRow| match unwritten
+            .iter()
+            .find(|newer| newer.id == row.id && newer.generation >= row.generation)
+        {
+            Some(newer) => TransferRow {
+                state: newer.state,
+                body: newer.body.clone(),
+                ..row.clone()
+            }
+            .view(),
             None => row.view(),
         };
-        self.inner.catalogue.transfer_page(&own, behind, room, show).await
+        self.inner
+            .catalogue
+            .transfer_page(&own, behind, room, show)
+            .await
     }
 
     /// The transfers as the hub says them, as one page.
-    async fn page_at_hub(&self, id: &str, query: &TransferQuery) -> Result<(Page<Transfer>, u64), Fault> {
+    async fn page_at_hub(
+        &self,
+        id: &str,
+        query: &TransferQuery,
+    ) -> Result<(Page<Transfer>, u64), Fault> {
         let (rows, cursor) = self.transfers_at_hub(id, query).await?;
         Ok((Page::whole(rows), cursor))
     }
@@ -106,21 +173,40 @@ impl Site {
     /// A delivery as far as it goes to this site.
     async fn own_delivery(&self, row: &DeliveryRow, max: usize) -> Result<Delivery, Fault> {
         let mut whole = Whole::new(max);
-        self.inner.catalogue.each_part(&row.id, |part| whole.add(part.view())).await?;
+        self.inner
+            .catalogue
+            .each_part(&row.id, |part| whole.add(part.view()))
+            .await?;
         Ok(whole.end(row))
     }
 
-    /// How transfers stand as the hub says it. An answer has what one of the hub's holds, or all of them up to the most rows of a list.
-    async fn transfers_at_hub(&self, id: &str, query: &TransferQuery) -> Result<(Vec<Transfer>, u64), Fault> {
-        let since = query.since.filter(|cursor| cursor & OF_HUB != 0).map(|cursor| cursor & !OF_HUB);
+    /// How transfers stand as the hub says it. An answer has what one of the hub's holds, or all of
+    /// them up to the most rows of a list.
+    async fn transfers_at_hub(
+        &self,
+        id: &str,
+        query: &TransferQuery,
+    ) -> Result<(Vec<Transfer>, u64), Fault> {
+        let since = query
+            .since
+            .filter(|cursor| cursor & OF_HUB != 0)
+            .map(|cursor| cursor & !OF_HUB);
         // No transfer has an id that does not parse.
         let id: WorkIds = id.parse().map_err(|_| no_such_work(id))?;
-        let asked = AskHub::Transfers { id: id.clone(), since, wait: since.and(query.wait).unwrap_or(0) };
+        let asked = AskHub::Transfers {
+            id: id.clone(),
+            since,
+            wait: since.and(query.wait).unwrap_or(0),
+        };
         let (mut rows, mut cursor): (Vec<Transfer>, u64) = self.ask_hub(&asked).await?;
         // Whoever asks for what changed since goes on by himself.
         let mut full = since.is_none() && is_full(&rows);
         while full {
-            let asked = AskHub::Transfers { id: id.clone(), since: Some(cursor), wait: 0 };
+            let asked = AskHub::Transfers {
+                id: id.clone(),
+                since: Some(cursor),
+                wait: 0,
+            };
             let (more, next): (Vec<Transfer>, u64) = self.ask_hub(&asked).await?;
             // One that changed meanwhile comes a second time.
             rows.retain(|row| more.iter().all(|new| new.id != row.id));
@@ -150,44 +236,84 @@ impl Backend for Site {
         let artifact: ArtifactRef = request.as_ref.parse()?;
         let this = self.clone();
         tracing::info!(%artifact, source = %request.source, "publishing in place");
-        self.inner.jobs.start(move |progress| async move { this.publish_now(request, progress, ROOM_AWAITED_MAX).await })
+        self.inner.jobs.start(move |progress| async move {
+            this.publish_now(request, progress, ROOM_AWAITED_MAX).await
+        })
     }
 
     async fn deliver(&self, request: DeliverRequest) -> Result<Delivered, Fault> {
-        let artifacts = request.artifacts.iter().map(|artifact| artifact.parse()).collect::<Result<_, _>>()?;
-        self.ask_hub(&AskHub::Deliver { artifacts, to: request.to.parse()? }).await
+        let artifacts = request
+            .artifacts
+            .iter()
+            .map(|artifact| artifact.parse())
+            .collect::<Result<_, _>>()?;
+        self.ask_hub(&AskHub::Deliver {
+            artifacts,
+            to: request.to.parse()?,
+        })
+        .await
     }
 
     async fn plan(&self, _request: DeliverRequest) -> Result<Vec<PlanRow>, Fault> {
         Err(wrong_role("plan", "hub"))
     }
 
-    async fn transfers(&self, query: &TransferQuery, behind: Option<&str>, room: Room) -> Result<(Page<Transfer>, u64), Fault> {
-        let Some(id) = query.id.as_ref().filter(|_| behind.is_none()) else { return self.own_transfers(query, behind, room).await };
-        // Of a delivery what is here may not be all; else what is not here may go to another site, and the hub knows.
+    async fn transfers(
+        &self,
+        query: &TransferQuery,
+        behind: Option<&str>,
+        room: Room,
+    ) -> Result<(Page<Transfer>, u64), Fault> {
+        let Some(id) = query.id.as_ref().filter(|_| behind.is_none()) else {
+            return self.own_transfers(query, behind, room).await;
+        };
+        // Of a delivery what is here may not be all; else what is not here may go to another site,
+        // and the hub knows.
         let whole = id.split(',').any(|id| id.trim().starts_with("d-"));
-        let first = if whole { self.page_at_hub(id, query).await } else { self.own_transfers(query, None, room).await };
+        let first = if whole {
+            self.page_at_hub(id, query).await
+        } else {
+            self.own_transfers(query, None, room).await
+        };
         let fault = match first {
             // Whoever has seen the whole does not go on with a part.
             Err(fault) if fault.code == Code::NotFound || whole && query.since.is_none() => fault,
             answer => return answer,
         };
-        let second = if whole { self.own_transfers(query, None, room).await } else { self.page_at_hub(id, query).await };
+        let second = if whole {
+            self.own_transfers(query, None, room).await
+        } else {
+            self.page_at_hub(id, query).await
+        };
         second.map_err(|second| if whole { fault } else { second })
     }
 
     async fn act(&self, id: &str, action: Action, _room: Room) -> Result<Page<Transfer>, Fault> {
         let id: WorkId = id.parse().map_err(|_| no_such_work(id))?;
-        let rows: Vec<Transfer> = self.ask_hub(&AskHub::Act { id: id.clone(), action }).await?;
+        let rows: Vec<Transfer> = self
+            .ask_hub(&AskHub::Act {
+                id: id.clone(),
+                action,
+            })
+            .await?;
         match is_full(&rows) {
-            true => Ok(Page::whole(self.transfers_at_hub(&id, &TransferQuery::default()).await?.0)),
+            true => Ok(Page::whole(
+                self.transfers_at_hub(&id, &TransferQuery::default())
+                    .await?
+                    .0,
+            )),
             false => Ok(Page::whole(rows)),
         }
     }
 
     async fn deliveries(&self, behind: Option<&str>, room: Room) -> Result<Page<Delivery>, Fault> {
         let mut pager = Pager::new(room);
-        for row in self.inner.catalogue.deliveries(behind, room.rows_asked(), true).await? {
+        for row in self
+            .inner
+            .catalogue
+            .deliveries(behind, room.rows_asked(), true)
+            .await?
+        {
             if !pager.put(self.own_delivery(&row, room.bytes).await?, &*row.id) {
                 break;
             }
@@ -202,13 +328,18 @@ impl Backend for Site {
             Err(fault) => fault,
             whole => return whole,
         };
-        let Ok(row) = self.inner.catalogue.delivery(id).await else { return Err(fault) };
+        let Ok(row) = self.inner.catalogue.delivery(id).await else {
+            return Err(fault);
+        };
         let own = self.own_delivery(&row, max).await?;
         let why = match fault.code {
             Code::NotFound => "the hub tells it no more of this delivery".into(),
             _ => fault.message,
         };
-        Ok(Delivery { note: Some(format!("this site's part only: {why}")), ..own })
+        Ok(Delivery {
+            note: Some(format!("this site's part only: {why}")),
+            ..own
+        })
     }
 
     async fn runs(&self, behind: Option<&str>, room: Room) -> Result<Page<Run>, Fault> {
@@ -219,12 +350,17 @@ impl Backend for Site {
         };
         let limit = room.rows.saturating_add(from).saturating_add(1);
         let runs: Vec<Run> = self.ask_hub(&AskHub::ListRuns { limit, from }).await?;
-        let begins_anew = runs.first().is_some_and(|run| Some(run.name.as_str()) == first);
+        let begins_anew = runs
+            .first()
+            .is_some_and(|run| Some(run.name.as_str()) == first);
         // An older hub does not know `from`, and begins anew each time.
         if from > 0 && begins_anew {
             return Ok(Page::whole(Vec::new()));
         }
-        let first = first.or(runs.first().map(|run| run.name.as_str())).unwrap_or_default().to_owned();
+        let first = first
+            .or(runs.first().map(|run| run.name.as_str()))
+            .unwrap_or_default()
+            .to_owned();
         let mut pager = Pager::new(room);
         let mut number = from;
         let full = is_full(&runs);
@@ -236,7 +372,9 @@ impl Backend for Site {
         }
         let page = pager.page();
         // The hub's answer may have ended early as well.
-        let next = page.next.or_else(|| full.then(|| format!("{number} {first}")));
+        let next = page
+            .next
+            .or_else(|| full.then(|| format!("{number} {first}")));
         Ok(Page { next, ..page })
     }
 
@@ -257,30 +395,61 @@ impl Backend for Site {
     }
 
     async fn artifacts(&self, behind: Option<&str>, room: Room) -> Result<Page<Artifact>, Fault> {
-        self.inner.catalogue.artifact_page(behind, room, View::view).await
+        self.inner
+            .catalogue
+            .artifact_page(behind, room, View::view)
+            .await
     }
 
     async fn show(&self, artifact: &str) -> Result<ArtifactDetail, Fault> {
         let artifact: ArtifactRef = artifact.parse()?;
         let row = self.inner.catalogue.artifact(&artifact).await?;
-        let lineage = self.inner.catalogue.lineage(&artifact).await?.map(crate::hub::lineage_view);
-        Ok(ArtifactDetail { artifact: row.view(), transfers: Vec::new(), lineage })
+        let lineage = self
+            .inner
+            .catalogue
+            .lineage(&artifact)
+            .await?
+            .map(crate::hub::lineage_view);
+        Ok(ArtifactDetail {
+            artifact: row.view(),
+            transfers: Vec::new(),
+            lineage,
+        })
     }
 
-    async fn transfers_of_artifact(&self, artifact: &str, behind: Option<&str>, room: Room) -> Result<Page<Transfer>, Fault> {
-        self.inner.catalogue.artifact_transfer_page(&artifact.parse()?, behind, room, |row| row.view()).await
+    async fn transfers_of_artifact(
+        &self,
+        artifact: &str,
+        behind: Option<&str>,
+        room: Room,
+    ) -> Result<Page<Transfer>, Fault> {
+        self.inner
+            .catalogue
+            .artifact_transfer_page(&artifact.parse()?, behind, room, |row| row.view())
+            .await
     }
 
     async fn sites(&self, _behind: Option<&str>, _room: Room) -> Result<Page<SiteView>, Fault> {
         let link = self.inner.link.borrow().clone();
-        let open = self.inner.catalogue.open_transfers(&self.inner.config.name).await?.len();
+        let open = self
+            .inner
+            .catalogue
+            .open_transfers(&self.inner.config.name)
+            .await?
+            .len();
         Ok(Page::whole(vec![SiteView {
             name: self.inner.config.name.clone(),
             labels: Default::default(),
             online: link.is_some(),
             line: link.as_ref().map(|l| l.transport().into()),
             rtt_ms: link.as_ref().map(|l| l.rtt().as_secs_f64() * 1000.0),
-            joined_at: self.inner.identity.borrow().validity().map(|v| base::clock::rfc3339(v.from)).unwrap_or_default(),
+            joined_at: self
+                .inner
+                .identity
+                .borrow()
+                .validity()
+                .map(|v| base::clock::rfc3339(v.from))
+                .unwrap_or_default(),
             last_seen: None,
             version: Some(crate::api::VERSION.into()),
             open_transfers: open as u64,
@@ -292,12 +461,18 @@ impl Backend for Site {
     }
 
     async fn verify(&self, request: VerifyRequest) -> Result<Job, Fault> {
-        let VerifyRequest { artifact, repair, quick } = request;
+        let VerifyRequest {
+            artifact,
+            repair,
+            quick,
+        } = request;
         let artifact: ArtifactRef = artifact.parse()?;
         let row = self.inner.catalogue.artifact(&artifact).await?;
         if repair && row.published {
-            return Err(Fault::usage(format!("{artifact} was published here: nobody else has what lacks"))
-                .with_next("put the files back as they were, or publish a new version"));
+            return Err(Fault::usage(format!(
+                "{artifact} was published here: nobody else has what lacks"
+            ))
+            .with_next("put the files back as they were, or publish a new version"));
         }
         let this = self.clone();
         self.inner.jobs.start(move |progress| async move {
@@ -305,7 +480,11 @@ impl Backend for Site {
             if let Some(first) = faults.first().filter(|_| repair) {
                 let found = faults.len();
                 // A fault takes the place of the findings: what was found is said with it.
-                let in_vain = |fault: Fault| fault.context(format!("{found} found, the first: {first}; what lacks cannot be brought now"));
+                let in_vain = |fault: Fault| {
+                    fault.context(format!(
+                        "{found} found, the first: {first}; what lacks cannot be brought now"
+                    ))
+                };
                 let asked = this.ask_again(&artifact).await.map_err(in_vain)?;
                 faults.push(asked);
             }
@@ -335,18 +514,33 @@ impl Backend for Site {
         let link = inner.link.borrow().clone();
         out.push(match (&link, inner.line_fault.lock().clone()) {
             (Some(link), _) => {
-                format!("ok line: {} to {}, round trip {} ms", link.transport(), link.remote_address(), link.rtt().as_millis())
+                format!(
+                    "ok line: {} to {}, round trip {} ms",
+                    link.transport(),
+                    link.remote_address(),
+                    link.rtt().as_millis()
+                )
             }
             (None, Some(fault)) => format!("fault line: {}; {}", fault.message, fault.next),
             (None, None) => "fault line: not connected yet".into(),
         });
-        out.extend(link.as_ref().and_then(transport::clock_difference).map(|text| format!("fault clock: {text}")));
+        out.extend(
+            link.as_ref()
+                .and_then(transport::clock_difference)
+                .map(|text| format!("fault clock: {text}")),
+        );
         let probes = inner.sinks.all().map(|sink| async move {
             let silent = |_| {
-                let text = format!("{} has not answered for {} s", sink.staging_root().display(), SINK_ANSWER_MAX.as_secs());
+                let text = format!(
+                    "{} has not answered for {} s",
+                    sink.staging_root().display(),
+                    SINK_ANSWER_MAX.as_secs()
+                );
                 Err(sink.held_up().unwrap_or_else(|| Fault::unreachable(text)))
             };
-            tokio::time::timeout(SINK_ANSWER_MAX, sink.probe()).await.unwrap_or_else(silent)
+            tokio::time::timeout(SINK_ANSWER_MAX, sink.probe())
+                .await
+                .unwrap_or_else(silent)
         });
         for probed in futures::future::join_all(probes).await {
             out.push(match probed {
@@ -354,7 +548,12 @@ impl Backend for Site {
                 Err(fault) => format!("fault {}; {}", fault.message, fault.next),
             });
         }
-        if let Some(program) = inner.config.train.as_ref().and_then(|train| train.command.first()) {
+        if let Some(program) = inner
+            .config
+            .train
+            .as_ref()
+            .and_then(|train| train.command.first())
+        {
             out.push(match trainer::check_program(program) {
                 Ok(()) => format!("ok train: {program} can be run"),
                 Err(fault) => format!("fault {}; {}", fault.message, fault.next),
@@ -362,7 +561,13 @@ impl Backend for Site {
         }
         out.push(sink::stage::room_report(&inner.config.data_dir)?);
         out.extend(crate::site::lost::report(&inner.config.data_dir));
-        out.extend(inner.shared.places.loss().map(|loss| loss.report(&inner.config.data_dir)));
+        out.extend(
+            inner
+                .shared
+                .chunk_index
+                .loss()
+                .map(|loss| loss.report(&inner.config.data_dir)),
+        );
         out.extend(self.changed_lines().await?);
         Ok(out)
     }
@@ -384,11 +589,21 @@ impl Backend for Site {
         for row in self.inner.catalogue.events(since, limit).await? {
             let (mut event, name) = (row.view(), row.name);
             let body = match event.what.as_str() {
-                "transfer" => self.inner.catalogue.transfer(&name).await.ok().and_then(|row| serde_json::to_value(row.view()).ok()),
+                "transfer" => self
+                    .inner
+                    .catalogue
+                    .transfer(&name)
+                    .await
+                    .ok()
+                    .and_then(|row| serde_json::to_value(row.view()).ok()),
                 _ => match name.parse() {
-                    Ok(artifact) => {
-                        self.inner.catalogue.artifact(&artifact).await.ok().and_then(|row| serde_json::to_value(row.view()).ok())
-                    }
+                    Ok(artifact) => self
+                        .inner
+                        .catalogue
+                        .artifact(&artifact)
+                        .await
+                        .ok()
+                        .and_then(|row| serde_json::to_value(row.view()).ok()),
                     Err(_) => None,
                 },
             };
@@ -407,15 +622,24 @@ impl Backend for Site {
 
     async fn metrics(&self) -> Result<String, Fault> {
         let mut counted = crate::metrics::Transfers::default();
-        self.inner.catalogue.counted_transfers().await?.iter().for_each(|some| counted.add(some, None));
+        self.inner
+            .catalogue
+            .counted_transfers()
+            .await?
+            .iter()
+            .for_each(|some| counted.add(some, None));
         let mut out = counted.to_text();
         let connected = u8::from(self.inner.link.borrow().is_some());
-        let _ = writeln!(out, "# TYPE packhorse_hub_connected gauge\npackhorse_hub_connected {connected}");
+        let _ = writeln!(
+            out,
+            "# TYPE packhorse_hub_connected gauge\npackhorse_hub_connected {connected}"
+        );
         Ok(out)
     }
 }
 
-/// Whether an answer of the hub may have had no room for all: it is cut behind a row, and no row has half the room.
+/// Whether an answer of the hub may have had no room for all: it is cut behind a row, and no row
+/// has half the room.
 fn is_full<T: serde::Serialize>(rows: &[T]) -> bool {
     paging::json_bytes(rows) > ANSWER_BYTES_MAX / 2
 }
@@ -423,11 +647,17 @@ fn is_full<T: serde::Serialize>(rows: &[T]) -> bool {
 /// The answer for an id that is none of a transfer or delivery.
 fn no_such_work(id: &str) -> Fault {
     let id: String = id.chars().take(ID_BYTES_MAX).collect();
-    Fault::not_found(format!("there is no transfer or delivery {}", id.escape_debug())).with_next("'packhorse status' lists them")
+    Fault::not_found(format!(
+        "there is no transfer or delivery {}",
+        id.escape_debug()
+    ))
+    .with_next("'packhorse status' lists them")
 }
 
 /// The fault for a command whose work is not in this version; said plainly rather than half done.
 fn not_in_this_version(what: &str) -> Fault {
-    Fault::usage(format!("{what} at a site is not in this version of packhorse yet"))
-        .with_next("run it at the hub, or deliver over the line")
+    Fault::usage(format!(
+        "{what} at a site is not in this version of packhorse yet"
+    ))
+    .with_next("run it at the hub, or deliver over the line")
 }

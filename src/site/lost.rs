@@ -1,5 +1,5 @@
-//! A site whose catalogue is gone while the rest of its state is there: it starts with an empty one, and reports that until somebody
-//! removes the file that notes it.
+//! A site whose catalogue is gone while the rest of its state is there: it starts with an empty
+//! one, and reports that until somebody removes the file that notes it.
 
 use std::path::{Path, PathBuf};
 
@@ -33,7 +33,10 @@ pub(super) fn note(data_dir: &Path) -> Result<(), Fault> {
 pub(super) fn report(data_dir: &Path) -> Option<String> {
     let file = file(data_dir);
     let since = std::fs::read_to_string(&file).ok()?;
-    let (at, path) = (base::text::Text::<64>::from(since.trim()), data_dir.join("catalogue.db"));
+    let (at, path) = (
+        base::text::Text::<64>::from(since.trim()),
+        data_dir.join("catalogue.db"),
+    );
     Some(format!(
         "fault catalogue: {} was gone on {at}, and the site began with an empty one; {NEXT}; then remove {}",
         path.display(),
@@ -61,7 +64,10 @@ mod tests {
         durable::replace(&data.join("catalogue.db"), b"").unwrap();
         note(data).unwrap();
         let told = report(data).unwrap();
-        assert!(told.starts_with("fault catalogue: ") && told.contains("packhorse deliver"), "{told}");
+        assert!(
+            told.starts_with("fault catalogue: ") && told.contains("packhorse deliver"),
+            "{told}"
+        );
         std::fs::remove_file(data.join("catalogue.lost")).unwrap();
         assert_eq!(report(data), None);
     }

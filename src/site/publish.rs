@@ -1,7 +1,7 @@
 //! Publishing at a site: the bytes stay where they are, and the hub is told.
 //!
-//! The artifact stands in the site's catalogue with an *offer* until the hub has heard of it; the offer survives
-//! everything and is made again whenever a line comes up.
+//! The artifact stands in the site's catalogue with an *offer* until the hub has heard of it; the
+//! offer survives everything and is made again whenever a line comes up.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -9,7 +9,7 @@ use std::time::Duration;
 use super::Site;
 use crate::api::types::{PublishRequest, Published};
 use crate::jobs::until_room;
-use crate::reading::{self, Access};
+use crate::open_source::{self, Access};
 use base::blocking::blocking;
 use base::clock;
 use base::durable;
@@ -21,17 +21,18 @@ use content::manifest::{DatasetBinding, Digest, Root};
 use exchange::in_place::InPlace;
 use exchange::wire::AskHub;
 use model::run;
-use sink::Place;
+use sink::StorageLocation;
 use state::{ArtifactRow, Offer};
 
 /// The pause before the hub is told again of what it did not take.
 const OFFER_AGAIN: Duration = Duration::from_secs(5);
 
 impl Site {
-    /// Publishes at this site, without copying what lies in a folder, and tells the hub. Where the hub is away the artifact
-    /// stands here and the hub is told later; `note` says so.
+    /// Publishes at this site, without copying what lies in a folder, and tells the hub. Where the
+    /// hub is away the artifact stands here and the hub is told later; `note` says so.
     pub async fn publish_here(&self, request: PublishRequest) -> Result<Published, Fault> {
-        self.publish_now(request, Arc::default(), Duration::ZERO).await
+        self.publish_now(request, Arc::default(), Duration::ZERO)
+            .await
     }
 
     /// The same, where a full disk is borne for so long.
@@ -46,8 +47,19 @@ impl Site {
         let artifact: ArtifactRef = request.as_ref.parse()?;
         let to = request.to.as_deref().map(str::parse).transpose()?;
         let run = request.run.as_deref().map(run::known).transpose()?;
-        let dataset = reading::dataset_of(&inner.catalogue, &artifact, request.options.for_dataset.as_deref()).await;
-        let dataset = dataset.map_err(|fault| if fault.code == Code::NotFound { fault.context("this site") } else { fault })?;
+        let dataset = open_source::dataset_of(
+            &inner.catalogue,
+            &artifact,
+            request.options.for_dataset.as_deref(),
+        )
+        .await;
+        let dataset = dataset.map_err(|fault| {
+            if fault.code == Code::NotFound {
+                fault.context("this site")
+            } else {
+                fault
+            }
+        })?;
         let read = || self.read_in_place(&artifact, &request, dataset.clone(), &progress);
         let published = until_room(&inner.shared.store, &progress, patience, read).await?;
         let (root, omitted) = (published.ingested.root, published.ingested.omitted);
@@ -57,17 +69,23 @@ impl Site {
         let added = inner.catalogue.add_artifact(&artifact, &root, None).await?;
         let before = inner.catalogue.artifact(&artifact).await?;
         let held = !added && before.place.is_some();
-        // What the hub has never heard of may go again if it refuses; else it names this site as the one that has it.
+        // What the hub has never heard of may go again if it refuses; else it names this site as
+        // the one that has it.
         let new = added || before.offer.is_some_and(|offer| offer.new);
         let location = match &published.place {
             // What was written here on purpose is nothing that people should look for.
-            Place::Folder { path } if path.starts_with(&inner.config.data_dir) => request.source.clone(),
-            Place::Folder { path } => path.display().to_string(),
-            Place::Registry { repository } => repository.clone(),
+            StorageLocation::Folder { path } if path.starts_with(&inner.config.data_dir) => {
+                request.source.clone()
+            }
+            StorageLocation::Folder { path } => path.display().to_string(),
+            StorageLocation::Registry { repository } => repository.clone(),
         };
         inner.catalogue.set_omitted(&artifact, &omitted).await?;
         let offer = Offer { to, run, new };
-        inner.catalogue.set_published(&artifact, &published.place, &location, since_ms, &offer).await?;
+        inner
+            .catalogue
+            .set_published(&artifact, &published.place, &location, since_ms, &offer)
+            .await?;
         // All of it was just read.
         inner.catalogue.set_changed(&artifact, None).await?;
         progress.doing(format!("telling the hub of {artifact}"));
@@ -76,7 +94,11 @@ impl Site {
             Ok(answer) => {
                 tracing::info!(%artifact, digest = %row.digest, bytes = answer.bytes, "published in place");
                 // An older hub does not say what was left out.
-                Ok(Published { unchanged: held, omitted: omitted.list(), ..answer })
+                Ok(Published {
+                    unchanged: held,
+                    omitted: omitted.list(),
+                    ..answer
+                })
             }
             Err(fault) if may_pass(&fault) => {
                 tracing::warn!(%artifact, error = %fault, "published in place; the hub is told as soon as it answers");
@@ -87,7 +109,10 @@ impl Site {
                     bytes: row.root.totals.bytes,
                     stored: 0,
                     unchanged: held,
-                    note: Some(format!("it stands at this site; the hub is told as soon as it answers: {}", fault.message)),
+                    note: Some(format!(
+                        "it stands at this site; the hub is told as soon as it answers: {}",
+                        fault.message
+                    )),
                     omitted: omitted.list(),
                 })
             }
@@ -108,29 +133,54 @@ impl Site {
     ) -> Result<InPlace, Fault> {
         progress.doing(format!("reading {}", request.source));
         let (this, kind) = (self.clone(), artifact.kind);
-        let (options, text, watched) = (request.options.clone(), request.source.clone(), progress.clone());
-        let published = reading::with_scratch(&self.inner.config.data_dir, progress, move |scratch, runtime| {
-            let dataset = dataset.map(|(binding, root)| reading::bind(binding, root, this.inner.shared.store.clone()));
-            let access = Access::of_daemon(&this.inner.config, Some(this.inner.sources.clone()));
-            let mut source = reading::open(kind, &text, &options, dataset, &access, scratch, runtime)?;
-            let base = reading::base_of(kind, &text, access.site.as_ref())?;
-            reading::read(source.as_mut(), &options, |source| {
-                ingest::reported(&watched, |counted| this.inner.origin.publish(kind, source, base.as_ref(), counted))
-            })
-        });
-        published.await.map_err(|fault| fault.of_publish().context(format!("publish {artifact}")))
+        let (options, text, watched) = (
+            request.options.clone(),
+            request.source.clone(),
+            progress.clone(),
+        );
+        let published = open_source::with_scratch(
+            &self.inner.config.data_dir,
+            progress,
+            move |scratch, runtime| {
+                let dataset = dataset.map(|(binding, root)| {
+                    open_source::bind(binding, root, this.inner.shared.store.clone())
+                });
+                let access =
+                    Access::of_daemon(&this.inner.config, Some(this.inner.sources.clone()));
+                let mut source =
+                    open_source::open(kind, &text, &options, dataset, &access, scratch, runtime)?;
+                let base = open_source::base_of(kind, &text, access.site.as_ref())?;
+                open_source::read(source.as_mut(), &options, |source| {
+                    ingest::reported(&watched, |counted| {
+                        this.inner
+                            .origin
+                            .publish(kind, source, base.as_ref(), counted)
+                    })
+                })
+            },
+        );
+        published
+            .await
+            .map_err(|fault| fault.of_publish().context(format!("publish {artifact}")))
     }
 
     /// Tells the hub of an artifact. Called with `offering` held.
     async fn offer(&self, row: &ArtifactRow) -> Result<Published, Fault> {
         let Offer { to, run, new: _ } = row.offer.clone().unwrap_or_default();
-        let question = AskHub::Publish { artifact: row.artifact.clone(), digest: row.digest, to, run, omitted: row.omitted.clone() };
+        let question = AskHub::Publish {
+            artifact: row.artifact.clone(),
+            digest: row.digest,
+            to,
+            run,
+            omitted: row.omitted.clone(),
+        };
         let answer: Published = self.ask_hub(&question).await?;
         self.inner.catalogue.offered(&row.artifact).await?;
         Ok(answer)
     }
 
-    /// The hub does not take it: as if it had not been published, where the hub has never heard of it.
+    /// The hub does not take it: as if it had not been published, where the hub has never heard of
+    /// it.
     async fn withdraw(&self, artifact: &ArtifactRef, new: bool) -> Result<(), Fault> {
         let catalogue = &self.inner.catalogue;
         match new {
@@ -142,7 +192,8 @@ impl Site {
         Ok(())
     }
 
-    /// Tells the hub, while there is a line, of everything that it has not heard of. Ends with the line only.
+    /// Tells the hub, while there is a line, of everything that it has not heard of. Ends with the
+    /// line only.
     pub(super) async fn keep_offering(&self) -> Result<(), Fault> {
         loop {
             let changed = self.inner.catalogue.changed();
@@ -150,10 +201,16 @@ impl Site {
             for listed in self.inner.catalogue.offers().await? {
                 let _turn = self.inner.offering.lock().await;
                 // While this waited for its turn a publish may have told the hub.
-                let Ok(row) = self.inner.catalogue.artifact(&listed.artifact).await else { continue };
-                let Some(new) = row.offer.as_ref().map(|offer| offer.new) else { continue };
+                let Ok(row) = self.inner.catalogue.artifact(&listed.artifact).await else {
+                    continue;
+                };
+                let Some(new) = row.offer.as_ref().map(|offer| offer.new) else {
+                    continue;
+                };
                 match self.offer(&row).await {
-                    Ok(_) => tracing::info!(artifact = %row.artifact, "the hub has heard of what was published here"),
+                    Ok(_) => {
+                        tracing::info!(artifact = %row.artifact, "the hub has heard of what was published here")
+                    }
                     Err(fault) if may_pass(&fault) => {
                         all_heard = false;
                         tracing::debug!(artifact = %row.artifact, error = %fault, "the hub has not heard of it yet");
@@ -167,14 +224,21 @@ impl Site {
                     }
                 }
             }
-            if all_heard { changed.await } else { tokio::time::sleep(OFFER_AGAIN).await }
+            if all_heard {
+                changed.await
+            } else {
+                tokio::time::sleep(OFFER_AGAIN).await
+            }
         }
     }
 
     /// Takes away what a crash left of a publish.
     pub(super) async fn clean_published(&self) -> Result<(), Fault> {
         let live: Vec<Digest> = self.inner.catalogue.digests().await?;
-        let (origin, scratch) = (self.inner.origin.clone(), self.inner.config.data_dir.join("scratch"));
+        let (origin, scratch) = (
+            self.inner.origin.clone(),
+            self.inner.config.data_dir.join("scratch"),
+        );
         blocking(move || {
             durable::remove_all(&scratch)?;
             origin.clean(&live)

@@ -1,9 +1,11 @@
-//! Training runs at the site that trains: does what the state machine of `run::site` says, and looks for it.
+//! Training runs at the site that trains: does what the state machine of `run::site` says, and
+//! looks for it.
 //!
-//! Each change is written before it is acted on, and effects that are due are given again at the next look, so a crash
-//! anywhere between leaves nothing undone. The trainer's process is not the daemon's: see `trainer`.
+//! Each change is written before it is acted on, and effects that are due are given again at the
+//! next look, so a crash anywhere between leaves nothing undone. The trainer's process is not the
+//! daemon's: see `trainer`.
 
-mod giving_back;
+mod cleanup;
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -13,7 +15,7 @@ use parking_lot::Mutex;
 use serde_json::{Value, json};
 
 use super::Site;
-use super::watch::Found;
+use super::watch::WatchResult;
 use crate::api::RunToken;
 use crate::api::types::{PublishRequest, SourceOptions, State};
 use crate::trainer::Folder;
@@ -22,7 +24,7 @@ use base::clock;
 use base::fault::{Code, Fault, Retry};
 use base::limits::{BACKOFF_FIRST, BACKOFF_MAX, TRAINER_CALL_MAX, TRAINER_LOOK_EVERY};
 use base::names::{ArtifactRef, Kind, RunName, TransferId};
-use model::run::site::{Effect, Event, Phase, Process, Run, Seen, Trainer, step};
+use model::run::site::{Effect, Event, Observation, Phase, Process, Run, Trainer, step};
 use model::run::{DesiredRun, Input, Lineage, Model, RunReport};
 
 /// Runs that are looked at.
@@ -30,7 +32,8 @@ const OPEN_MAX: u32 = 10_000;
 /// Between two looks at least, however fast things change.
 const LOOK_EVERY: Duration = Duration::from_millis(50);
 
-/// What is tried again by itself, each at its own pace: a platform that does not answer must not keep what was borrowed here.
+/// What is tried again by itself, each at its own pace: a platform that does not answer must not
+/// keep what was borrowed here.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 enum Try {
     /// What the run needs to go on.
@@ -57,31 +60,50 @@ fn now_ms() -> i64 {
 }
 
 impl Site {
-    /// Takes what the hub wants of its runs: the whole list. One that cannot be written down keeps the others from nothing; the first
-    /// fault is returned. A run that borrowed by one of `unadopted` waits: what it would remove may be asked for again.
-    pub(super) async fn apply_runs(&self, desired: &[DesiredRun], unadopted: &HashSet<TransferId>) -> Result<(), Fault> {
+    /// Takes what the hub wants of its runs: the whole list. One that cannot be written down keeps
+    /// the others from nothing; the first fault is returned. A run that borrowed by one of
+    /// `unadopted` waits: what it would remove may be asked for again.
+    pub(super) async fn apply_runs(
+        &self,
+        desired: &[DesiredRun],
+        unadopted: &HashSet<TransferId>,
+    ) -> Result<(), Fault> {
         let catalogue = &self.inner.catalogue;
         let mut first = Ok(());
         {
             let _turn = self.inner.runs.turn.lock().await;
             for wanted in desired {
-                if !wanted.borrowed.iter().any(|borrowed| unadopted.contains(&borrowed.transfer)) {
+                if !wanted
+                    .borrowed
+                    .iter()
+                    .any(|borrowed| unadopted.contains(&borrowed.transfer))
+                {
                     first = first.and(self.apply_run(wanted).await);
                 }
             }
             for run in catalogue.open_runs::<Run>(OPEN_MAX).await? {
-                if !desired.iter().any(|wanted| wanted.spec.name == run.spec.name) {
+                if !desired
+                    .iter()
+                    .any(|wanted| wanted.spec.name == run.spec.name)
+                {
                     let (after, _) = step(&run, Event::Unlisted, now_ms());
                     if after != run {
                         first = first.and(self.save_run(&after).await);
                     }
                 }
             }
-            *self.inner.runs.listed.lock() = desired.iter().map(|wanted| wanted.spec.name.clone()).collect();
+            *self.inner.runs.listed.lock() = desired
+                .iter()
+                .map(|wanted| wanted.spec.name.clone())
+                .collect();
         }
         for wanted in desired {
             if let Some(model) = &wanted.model {
-                first = first.and(catalogue.set_lineage(&model.artifact, &Lineage::from(&wanted.spec)).await);
+                first = first.and(
+                    catalogue
+                        .set_lineage(&model.artifact, &Lineage::from(&wanted.spec))
+                        .await,
+                );
             }
         }
         first
@@ -89,12 +111,21 @@ impl Site {
 
     async fn apply_run(&self, wanted: &DesiredRun) -> Result<(), Fault> {
         let name = wanted.spec.name.as_str();
-        let here = self.inner.catalogue.run::<Run>(name).await?.filter(|run| run.spec.id == wanted.spec.id);
+        let here = self
+            .inner
+            .catalogue
+            .run::<Run>(name)
+            .await?
+            .filter(|run| run.spec.id == wanted.spec.id);
         let run = match &here {
             Some(run) => step(run, Event::Wanted(Box::new(wanted.clone())), now_ms()).0,
             None => Run::new(wanted.clone()),
         };
-        if here.is_none_or(|before| before != run) { self.save_run(&run).await } else { Ok(()) }
+        if here.is_none_or(|before| before != run) {
+            self.save_run(&run).await
+        } else {
+            Ok(())
+        }
     }
 
     /// How the runs stand that the hub has to hear of.
@@ -102,13 +133,18 @@ impl Site {
         let mut out: Vec<RunReport> = Vec::new();
         let listed = self.inner.runs.listed.lock().clone();
         for name in listed {
-            let Some(run) = self.inner.catalogue.run::<Run>(name.as_str()).await? else { continue };
+            let Some(run) = self.inner.catalogue.run::<Run>(name.as_str()).await? else {
+                continue;
+            };
             let mut report = run.report();
             report.by_command = matches!(self.trainer(&run), Trainer::Command);
             for id in std::mem::take(&mut report.removed) {
                 // What was brought again since is there.
                 let gone = match self.inner.catalogue.transfer(&id).await {
-                    Ok(row) => row.state == State::Cancelled || row.state == State::Done && row.removed_ms.is_some(),
+                    Ok(row) => {
+                        row.state == State::Cancelled
+                            || row.state == State::Done && row.removed_ms.is_some()
+                    }
                     Err(fault) if fault.code == Code::NotFound => true,
                     Err(fault) => return Err(fault),
                 };
@@ -122,11 +158,18 @@ impl Site {
     }
 
     async fn save_run(&self, run: &Run) -> Result<(), Fault> {
-        let phase = serde_json::to_value(run.phase).ok().and_then(|v| v.as_str().map(str::to_owned)).unwrap_or_default();
-        self.inner.catalogue.save_run(run.spec.name.as_str(), &phase, run.is_open(), run).await
+        let phase = serde_json::to_value(run.phase)
+            .ok()
+            .and_then(|v| v.as_str().map(str::to_owned))
+            .unwrap_or_default();
+        self.inner
+            .catalogue
+            .save_run(run.spec.name.as_str(), &phase, run.is_open(), run)
+            .await
     }
 
-    /// Looks at the open runs whenever something changed, and at running trainers often, until the daemon stops.
+    /// Looks at the open runs whenever something changed, and at running trainers often, until the
+    /// daemon stops.
     pub(super) async fn keep_runs(&self) {
         loop {
             let changed = self.inner.catalogue.changed();
@@ -168,10 +211,15 @@ impl Site {
     }
 
     async fn look_at(&self, name: &RunName) -> Result<(), Fault> {
-        let Some((mut run, mut effects)) = self.look(name, false).await? else { return Ok(()) };
-        // The inputs are looked at without keeping other runs waiting. What is due is asked anew then, since that may take long.
+        let Some((mut run, mut effects)) = self.look(name, false).await? else {
+            return Ok(());
+        };
+        // The inputs are looked at without keeping other runs waiting. What is due is asked anew
+        // then, since that may take long.
         if effects.contains(&Effect::Check) && self.may_begin(&run).await? {
-            let Some(now) = self.look(name, true).await? else { return Ok(()) };
+            let Some(now) = self.look(name, true).await? else {
+                return Ok(());
+            };
             (run, effects) = now;
         }
         for effect in effects {
@@ -180,10 +228,17 @@ impl Site {
         Ok(())
     }
 
-    /// Looks at a run; what changed is durable when this returns. `checked`: its inputs were looked at just now.
-    async fn look(&self, name: &RunName, checked: bool) -> Result<Option<(Run, Vec<Effect>)>, Fault> {
+    /// Looks at a run; what changed is durable when this returns. `checked`: its inputs were looked
+    /// at just now.
+    async fn look(
+        &self,
+        name: &RunName,
+        checked: bool,
+    ) -> Result<Option<(Run, Vec<Effect>)>, Fault> {
         let _turn = self.inner.runs.turn.lock().await;
-        let Some(before) = self.inner.catalogue.run::<Run>(name.as_str()).await? else { return Ok(None) };
+        let Some(before) = self.inner.catalogue.run::<Run>(name.as_str()).await? else {
+            return Ok(None);
+        };
         let seen = self.see(&before, checked).await?;
         self.go_on(&before, Event::Looked(seen)).await.map(Some)
     }
@@ -191,7 +246,9 @@ impl Site {
     /// Takes an event; what changed is durable when this returns.
     async fn take(&self, name: &RunName, event: Event) -> Result<(), Fault> {
         let _turn = self.inner.runs.turn.lock().await;
-        let Some(before) = self.inner.catalogue.run::<Run>(name.as_str()).await? else { return Ok(()) };
+        let Some(before) = self.inner.catalogue.run::<Run>(name.as_str()).await? else {
+            return Ok(());
+        };
         self.go_on(&before, event).await.map(|_| ())
     }
 
@@ -202,7 +259,11 @@ impl Site {
             let name = &after.spec.name;
             if after.phase != before.phase {
                 // What failed was another thing.
-                self.inner.runs.again.lock().remove(&(name.clone(), Try::GoOn));
+                self.inner
+                    .runs
+                    .again
+                    .lock()
+                    .remove(&(name.clone(), Try::GoOn));
                 tracing::info!(run = %name, phase = ?after.phase, why = after.message.as_deref().unwrap_or_default(), "a run");
             }
             self.save_run(&after).await?;
@@ -211,7 +272,11 @@ impl Site {
     }
 
     fn folder(&self, run: &Run) -> Folder {
-        Folder::new(run.spec.name.in_dir(&self.inner.config.data_dir.join("runs")))
+        Folder::new(
+            run.spec
+                .name
+                .in_dir(&self.inner.config.data_dir.join("runs")),
+        )
     }
 
     /// Who trains here for the site that started the run.
@@ -225,7 +290,7 @@ impl Site {
         }
     }
 
-    async fn see(&self, run: &Run, checked: bool) -> Result<Seen, Fault> {
+    async fn see(&self, run: &Run, checked: bool) -> Result<Observation, Fault> {
         let catalogue = &self.inner.catalogue;
         let mut missing = None;
         if run.phase == Phase::Waiting {
@@ -237,8 +302,17 @@ impl Site {
             }
         }
         let others = catalogue.open_runs::<Run>(OPEN_MAX).await?;
-        let training = others.iter().filter(|other| is_at_work(other) && other.spec.name != run.spec.name).count();
-        let at_once = self.inner.config.train.as_ref().and_then(|train| train.at_once).unwrap_or(1);
+        let training = others
+            .iter()
+            .filter(|other| is_at_work(other) && other.spec.name != run.spec.name)
+            .count();
+        let at_once = self
+            .inner
+            .config
+            .train
+            .as_ref()
+            .and_then(|train| train.at_once)
+            .unwrap_or(1);
         let folder = self.folder(run);
         // A folder of a run that this one has not started is another's.
         let fresh = run.starts == 0;
@@ -253,16 +327,35 @@ impl Site {
         // After the process: what a trainer that has ended published, it published before.
         let name = Some(run.spec.name.as_str());
         let offers = catalogue.offers().await?;
-        let offering = offers.iter().any(|row| row.offer.as_ref().and_then(|offer| offer.run.as_ref()).map(RunName::as_str) == name);
+        let offering = offers.iter().any(|row| {
+            row.offer
+                .as_ref()
+                .and_then(|offer| offer.run.as_ref())
+                .map(RunName::as_str)
+                == name
+        });
         let kept = match resolved {
-            Some(folder) if process == Process::Absent => catalogue.published_in(&folder).await?.map(|artifact| artifact.to_string()),
+            Some(folder) if process == Process::Absent => catalogue
+                .published_in(&folder)
+                .await?
+                .map(|artifact| artifact.to_string()),
             _ => None,
         };
         let turn = training < at_once as usize;
-        Ok(Seen { missing, turn, trainer: self.trainer(run), process, has_output, offering, kept, checked })
+        Ok(Observation {
+            missing,
+            turn,
+            trainer: self.trainer(run),
+            process,
+            has_output,
+            offering,
+            kept,
+            checked,
+        })
     }
 
-    /// Whether an input is here as far as the catalogue knows. One that is being brought anew is not, until it has landed.
+    /// Whether an input is here as far as the catalogue knows. One that is being brought anew is
+    /// not, until it has landed.
     async fn is_listed(&self, input: &Input) -> Result<bool, Fault> {
         let catalogue = &self.inner.catalogue;
         match catalogue.artifact(&input.artifact).await {
@@ -270,7 +363,11 @@ impl Site {
             Err(fault) if fault.code != Code::NotFound => return Err(fault),
             _ => return Ok(false),
         }
-        Ok(catalogue.transfers_of_artifact(&input.artifact).await?.iter().all(|row| row.state.is_final()))
+        Ok(catalogue
+            .transfers_of_artifact(&input.artifact)
+            .await?
+            .iter()
+            .all(|row| row.state.is_final()))
     }
 
     /// Whether a trainer may be given the inputs now; why not is noted.
@@ -279,7 +376,9 @@ impl Site {
         if self.is_too_soon(name, Try::GoOn) {
             return Ok(false);
         }
-        let Err(fault) = self.check_inputs(run).await else { return Ok(true) };
+        let Err(fault) = self.check_inputs(run).await else {
+            return Ok(true);
+        };
         self.put_off(name, Try::GoOn);
         let event = match fault.retry {
             Retry::Never => Event::NotStarted(fault.message),
@@ -289,28 +388,38 @@ impl Site {
         Ok(false)
     }
 
-    /// Looks at the inputs themselves, before a trainer is given them. What was published here in place may have been edited since:
-    /// a model of that would be said to be made of something else. What cannot be looked at may be again: only what is known to be
-    /// gone or changed is never tried again.
+    /// Looks at the inputs themselves, before a trainer is given them. What was published here in
+    /// place may have been edited since: a model of that would be said to be made of something
+    /// else. What cannot be looked at may be again: only what is known to be gone or changed is
+    /// never tried again.
     async fn check_inputs(&self, run: &Run) -> Result<(), Fault> {
-        for Input { artifact, digest, .. } in &run.spec.inputs {
+        for Input {
+            artifact, digest, ..
+        } in &run.spec.inputs
+        {
             let in_place = match self.inner.catalogue.artifact(artifact).await {
                 Ok(there) => artifact.kind.is_files() && there.published,
                 Err(fault) => return Err(not_now(artifact, fault)),
             };
             if in_place {
                 match self.look_over(artifact, true).await {
-                    Ok(Found::Sound) => {}
-                    Ok(Found::Changed(how)) => {
-                        return Err(Fault::integrity(format!("{artifact} is no longer what was published: {how}")));
+                    Ok(WatchResult::Sound) => {}
+                    Ok(WatchResult::Changed(how)) => {
+                        return Err(Fault::integrity(format!(
+                            "{artifact} is no longer what was published: {how}"
+                        )));
                     }
-                    Ok(Found::Unknown) => return Err(not_now(artifact, Fault::unreachable("its folder is away"))),
+                    Ok(WatchResult::Unknown) => {
+                        return Err(not_now(artifact, Fault::unreachable("its folder is away")));
+                    }
                     Err(fault) => return Err(not_now(artifact, fault)),
                 }
             }
             match self.inner.runner.holds(artifact, *digest).await {
                 Ok(true) => {}
-                Ok(false) => return Err(Fault::not_found(format!("{artifact} is not here any more"))),
+                Ok(false) => {
+                    return Err(Fault::not_found(format!("{artifact} is not here any more")));
+                }
                 Err(fault) => return Err(not_now(artifact, fault)),
             }
         }
@@ -362,7 +471,10 @@ impl Site {
                     Ok(model) => Event::Published(model),
                     Err(fault) => {
                         self.put_off(name, Try::GoOn);
-                        Event::NotPublished { again: fault.retry != Retry::Never, why: fault.message }
+                        Event::NotPublished {
+                            again: fault.retry != Retry::Never,
+                            why: fault.message,
+                        }
                     }
                 };
                 self.take(name, event).await
@@ -372,19 +484,31 @@ impl Site {
     }
 
     fn is_too_soon(&self, name: &RunName, what: Try) -> bool {
-        self.inner.runs.again.lock().get(&(name.clone(), what)).is_some_and(|(_, at)| Instant::now() < *at)
+        self.inner
+            .runs
+            .again
+            .lock()
+            .get(&(name.clone(), what))
+            .is_some_and(|(_, at)| Instant::now() < *at)
     }
 
     fn put_off(&self, name: &RunName, what: Try) {
         let mut again = self.inner.runs.again.lock();
         again.retain(|_, (_, at)| at.elapsed() < BACKOFF_MAX);
-        let (tries, at) = again.entry((name.clone(), what)).or_insert((0, Instant::now()));
-        *at = Instant::now() + BACKOFF_FIRST.saturating_mul(1 << (*tries).min(16)).min(BACKOFF_MAX);
+        let (tries, at) = again
+            .entry((name.clone(), what))
+            .or_insert((0, Instant::now()));
+        *at = Instant::now()
+            + BACKOFF_FIRST
+                .saturating_mul(1 << (*tries).min(16))
+                .min(BACKOFF_MAX);
         *tries += 1;
     }
 
     async fn start_command(&self, run: &Run) -> Result<(), Fault> {
-        let Some(train) = &self.inner.config.train else { return Err(Fault::config("there is no [train]")) };
+        let Some(train) = &self.inner.config.train else {
+            return Err(Fault::config("there is no [train]"));
+        };
         let descriptor = self.descriptor(run).await?;
         let folder = self.folder(run);
         let path = folder.descriptor().display().to_string();
@@ -392,9 +516,16 @@ impl Site {
         command.push(path.clone());
         let environment = BTreeMap::from([
             ("PACKHORSE_RUN".to_owned(), path),
-            ("PACKHORSE_API".to_owned(), format!("http://{}", from_here(self.inner.config.listen.api))),
-            // Never the admin token: this one publishes and finishes this run only, while it trains.
-            ("PACKHORSE_TOKEN_FILE".to_owned(), folder.token().display().to_string()),
+            (
+                "PACKHORSE_API".to_owned(),
+                format!("http://{}", from_here(self.inner.config.listen.api)),
+            ),
+            // Never the admin token: this one publishes and finishes this run only, while it
+            // trains.
+            (
+                "PACKHORSE_TOKEN_FILE".to_owned(),
+                folder.token().display().to_string(),
+            ),
         ]);
         let (deadline_ms, token) = (run.spec.deadline_ms, RunToken::new(run.spec.name.clone())?);
         blocking(move || {
@@ -409,8 +540,16 @@ impl Site {
         self.check_inputs(run).await?;
         let descriptor = self.descriptor(run).await?;
         let (folder, text, id) = (self.folder(run), descriptor.clone(), run.spec.id.clone());
-        // A platform may have taken a call that was not answered: what it has written since must stay.
-        blocking(move || if folder.descriptor_of(&id)?.is_some() { Ok(()) } else { folder.prepare(&text) }).await?;
+        // A platform may have taken a call that was not answered: what it has written since must
+        // stay.
+        blocking(move || {
+            if folder.descriptor_of(&id)?.is_some() {
+                Ok(())
+            } else {
+                folder.prepare(&text)
+            }
+        })
+        .await?;
         self.post(&descriptor).await
     }
 
@@ -418,21 +557,44 @@ impl Site {
     async fn call_off(&self, run: &Run) -> Result<(), Fault> {
         let (folder, id) = (self.folder(run), run.spec.id.clone());
         // Without them it was never called.
-        let Some(mut descriptor) = blocking(move || folder.descriptor_of(&id)).await? else { return Ok(()) };
+        let Some(mut descriptor) = blocking(move || folder.descriptor_of(&id)).await? else {
+            return Ok(());
+        };
         descriptor["cancel"] = true.into();
         self.post(&descriptor).await
     }
 
     async fn post(&self, descriptor: &Value) -> Result<(), Fault> {
-        let url = self.inner.config.train.as_ref().and_then(|train| train.url.clone());
-        let Some(url) = url else { return Err(Fault::config("there is no [train] url")) };
+        let url = self
+            .inner
+            .config
+            .train
+            .as_ref()
+            .and_then(|train| train.url.clone());
+        let Some(url) = url else {
+            return Err(Fault::config("there is no [train] url"));
+        };
         // Set once a process; whoever came first chose the same.
         let _ = rustls::crypto::ring::default_provider().install_default();
-        let client = reqwest::Client::builder().redirect(reqwest::redirect::Policy::none()).timeout(TRAINER_CALL_MAX).build();
-        let client = client.map_err(|e| Fault::internal(format!("cannot make an HTTP client: {e}")))?;
-        let unreachable = |why: String| Fault::unreachable(format!("the training platform at {url} {why}"));
-        let answer = client.post(&url).json(descriptor).send().await.map_err(|e| unreachable(format!("does not answer: {e}")))?;
-        if answer.status().is_success() { Ok(()) } else { Err(unreachable(format!("answers {}", answer.status()))) }
+        let client = reqwest::Client::builder()
+            .redirect(reqwest::redirect::Policy::none())
+            .timeout(TRAINER_CALL_MAX)
+            .build();
+        let client =
+            client.map_err(|e| Fault::internal(format!("cannot make an HTTP client: {e}")))?;
+        let unreachable =
+            |why: String| Fault::unreachable(format!("the training platform at {url} {why}"));
+        let answer = client
+            .post(&url)
+            .json(descriptor)
+            .send()
+            .await
+            .map_err(|e| unreachable(format!("does not answer: {e}")))?;
+        if answer.status().is_success() {
+            Ok(())
+        } else {
+            Err(unreachable(format!("answers {}", answer.status())))
+        }
     }
 
     /// What a trainer is told: where each input lies, and where the model is to be put.
@@ -451,13 +613,17 @@ impl Site {
                 Kind::Image => json!({ "image": row.location }),
                 Kind::Labels => {
                     let sink = self.inner.config.labels_sink();
-                    let schema = if sink.url.starts_with("sqlite:") { "" } else { "packhorse." };
+                    let schema = if sink.url.starts_with("sqlite:") {
+                        ""
+                    } else {
+                        "packhorse."
+                    };
                     json!({
                         "database": sink.url, "table": format!("{schema}annotations"),
                         "label_set": artifact.name(), "location": row.location,
                         "rows": row.place.as_ref().and_then(|place| match place {
-                            sink::Place::Folder { path } => Some(path.display().to_string()),
-                            sink::Place::Registry { .. } => None,
+                            sink::StorageLocation::Folder { path } => Some(path.display().to_string()),
+                            sink::StorageLocation::Registry { .. } => None,
                         }),
                     })
                 }
@@ -467,7 +633,9 @@ impl Site {
             }
             inputs.push(about);
         }
-        let deadline = jiff::Timestamp::from_millisecond(spec.deadline_ms).map(clock::rfc3339).unwrap_or_default();
+        let deadline = jiff::Timestamp::from_millisecond(spec.deadline_ms)
+            .map(clock::rfc3339)
+            .unwrap_or_default();
         Ok(json!({
             "run": spec.name, "id": spec.id, "from": spec.from, "on": spec.on, "start": run.starts, "deadline_at": deadline,
             "inputs": inputs, "output": self.folder(run).output(), "expect": spec.expect,
@@ -477,12 +645,20 @@ impl Site {
 
     /// The token of a run, while its trainer works here.
     pub(super) async fn token_of_run(&self, name: &RunName) -> Option<RunToken> {
-        let run = self.inner.catalogue.run::<Run>(name.as_str()).await.ok()??;
+        let run = self
+            .inner
+            .catalogue
+            .run::<Run>(name.as_str())
+            .await
+            .ok()??;
         if run.phase != Phase::Training || run.by_platform {
             return None;
         }
         let folder = self.folder(&run);
-        blocking(move || Ok(folder.read_token())).await.ok()?.filter(|token| token.run() == name)
+        blocking(move || Ok(folder.read_token()))
+            .await
+            .ok()?
+            .filter(|token| token.run() == name)
     }
 
     async fn publish_output(&self, run: &Run) -> Result<Model, Fault> {
@@ -499,9 +675,15 @@ impl Site {
         if let Some(note) = published.note {
             return Err(Fault::unreachable(note));
         }
-        let digest = hex::decode(&published.digest).ok().and_then(|bytes| bytes.try_into().ok());
-        let digest = digest.ok_or_else(|| Fault::internal(format!("{:?} is not a digest", published.digest)))?;
-        Ok(Model { artifact, digest: content::chunk::Hash(digest) })
+        let digest = hex::decode(&published.digest)
+            .ok()
+            .and_then(|bytes| bytes.try_into().ok());
+        let digest = digest
+            .ok_or_else(|| Fault::internal(format!("{:?} is not a digest", published.digest)))?;
+        Ok(Model {
+            artifact,
+            digest: content::chunk::Hash(digest),
+        })
     }
 }
 
@@ -509,11 +691,14 @@ impl Site {
 fn not_now(artifact: &ArtifactRef, fault: Fault) -> Fault {
     match fault.code {
         Code::Integrity => fault.context(artifact),
-        _ => fault.context(format_args!("waits for {artifact}")).with_retry(Retry::Backoff),
+        _ => fault
+            .context(format_args!("waits for {artifact}"))
+            .with_retry(Retry::Backoff),
     }
 }
 
-/// Whether a run has its turn. One that has ended, and waits only for the hub to hear of its model, has not.
+/// Whether a run has its turn. One that has ended, and waits only for the hub to hear of its model,
+/// has not.
 fn is_at_work(run: &Run) -> bool {
     run.phase == Phase::Training && run.ended.is_none()
 }

@@ -1,5 +1,5 @@
-//! What a site lost, or had damaged, is brought again: by `retry`, by `deliver`, by `verify --repair`. What is sound
-//! stays where it is, and only what lacks crosses the line.
+//! What a site lost, or had damaged, is brought again: by `retry`, by `deliver`, by `verify
+//! --repair`. What is sound stays where it is, and only what lacks crosses the line.
 
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
@@ -23,7 +23,10 @@ fn files_that_were_damaged_or_deleted_at_a_site() {
     let (line, site) = Site::start_behind(scratch.path(), &hub, "chengdu");
     let set = scratch.join("set");
     data::dataset(&set, 200);
-    data::write(&set.join("weights.bin"), &data::noise(&mut data::rng("again"), 8 << 20));
+    data::write(
+        &set.join("weights.bin"),
+        &data::noise(&mut data::rng("again"), 8 << 20),
+    );
     hub.publish(&set, REFERENCE, &[]);
     let transfer = hub.deliver_and_wait(REFERENCE, "chengdu", secs(60)).id;
     let folder = site.folder(REFERENCE);
@@ -37,13 +40,22 @@ fn files_that_were_damaged_or_deleted_at_a_site() {
     assert!(line.down() - was < 100_000, "{}", line.down() - was);
 
     // What lies beside it, and other permission bits, are told of; it is sound all the same.
-    let photo = find(&folder, &|path| path.extension().is_some_and(|e| e == "png")).remove(0);
+    let photo = find(&folder, &|path| {
+        path.extension().is_some_and(|e| e == "png")
+    })
+    .remove(0);
     let mode = fs::metadata(&photo).unwrap().permissions();
     data::write(&folder.join("@eaDir/thumbnail"), b"x");
     fs::set_permissions(&photo, fs::Permissions::from_mode(0o640)).unwrap();
     let said = site.cli(&["verify", REFERENCE]).expect(0).out;
-    assert!(said.starts_with(&format!("{REFERENCE} is intact\n")) && said.lines().count() == 3, "{said}");
-    assert!(said.contains("no part of it (1): @eaDir\n") && said.contains(" is 640 and was "), "{said}");
+    assert!(
+        said.starts_with(&format!("{REFERENCE} is intact\n")) && said.lines().count() == 3,
+        "{said}"
+    );
+    assert!(
+        said.contains("no part of it (1): @eaDir\n") && said.contains(" is 640 and was "),
+        "{said}"
+    );
     let said = site.json(&["verify", REFERENCE, "--repair"]);
     let count = |what: &str| said[what].as_array().map(Vec::len);
     assert_eq!(
@@ -59,27 +71,52 @@ fn files_that_were_damaged_or_deleted_at_a_site() {
     bytes[5 << 20] ^= 1;
     fs::write(folder.join("weights.bin"), &bytes).unwrap();
     fs::remove_file(&photo).unwrap();
-    let found = site.cli(&["verify", REFERENCE]).expect(8).says(&["--repair"]);
-    assert!(found.out.lines().count() == 2 && found.out.contains("weights.bin"), "{}", found.out);
+    let found = site
+        .cli(&["verify", REFERENCE])
+        .expect(8)
+        .says(&["--repair"]);
+    assert!(
+        found.out.lines().count() == 2 && found.out.contains("weights.bin"),
+        "{}",
+        found.out
+    );
     let was = line.down();
     let asked = site.cli(&["verify", REFERENCE, "--repair"]).expect(8);
     assert!(asked.out.contains(&transfer), "{}", asked.out);
     let done = hub.wait_done(&transfer, secs(60));
     assert_same(&set, &folder);
     site.cli(&["verify", REFERENCE]).expect(0);
-    assert!(line.down() - was < 2 << 20, "{} bytes crossed the line for one chunk and one photo", line.down() - was);
-    assert!(done.bytes.reused > 7 << 20 && done.bytes.committed == done.bytes.total, "{:?}", done.bytes);
+    assert!(
+        line.down() - was < 2 << 20,
+        "{} bytes crossed the line for one chunk and one photo",
+        line.down() - was
+    );
+    assert!(
+        done.bytes.reused > 7 << 20 && done.bytes.committed == done.bytes.total,
+        "{:?}",
+        done.bytes
+    );
     assert_eq!(site.leftovers(), Vec::<std::path::PathBuf>::new());
 
     // All of it gone, killed in the middle of bringing it again.
     fs::remove_dir_all(&folder).unwrap();
     let gone = site.cli(&["verify", REFERENCE]).expect(8);
-    assert!(gone.out.lines().count() == 1 && gone.out.contains("is gone"), "{}", gone.out);
+    assert!(
+        gone.out.lines().count() == 1 && gone.out.contains("is gone"),
+        "{}",
+        gone.out
+    );
     let plan = hub.json(&["plan", REFERENCE, "--to", "chengdu"]);
     assert!(plan[0]["needs"].as_u64().unwrap() > 8 << 20, "{plan}");
     line.throttle(4 << 20);
-    assert_eq!(hub.deliver(&[REFERENCE], "chengdu"), std::slice::from_ref(&transfer), "the transfer that stands begins again");
-    hub.wait_transfer(&transfer, "on its way", secs(60), |t| t.bytes.received > 1 << 20);
+    assert_eq!(
+        hub.deliver(&[REFERENCE], "chengdu"),
+        std::slice::from_ref(&transfer),
+        "the transfer that stands begins again"
+    );
+    hub.wait_transfer(&transfer, "on its way", secs(60), |t| {
+        t.bytes.received > 1 << 20
+    });
     let mut site = site;
     site.kill();
     site.start();
@@ -112,7 +149,12 @@ fn rows_and_an_image_that_were_deleted_at_a_site() {
     for (reference, name) in [(labels, "chengdu"), (image, "chengdu"), (image, "hefei")] {
         hub.deliver_and_wait(reference, name, secs(90));
     }
-    let count = || postgres.query("labels", "SELECT count(*) FROM packhorse.annotations WHERE label_set = 'panels'");
+    let count = || {
+        postgres.query(
+            "labels",
+            "SELECT count(*) FROM packhorse.annotations WHERE label_set = 'panels'",
+        )
+    };
     let all = count();
 
     // Rows that somebody deleted: verify sees it, and asks for them.
@@ -125,8 +167,13 @@ fn rows_and_an_image_that_were_deleted_at_a_site() {
     site.cli(&["verify", labels]).expect(0);
 
     // An image's blob, in a layout on a disk.
-    let blobs = find(&scratch.join("hefei-images"), &|path| path.parent().is_some_and(|p| p.ends_with("sha256")));
-    let largest = blobs.into_iter().max_by_key(|path| fs::metadata(path).unwrap().len()).unwrap();
+    let blobs = find(&scratch.join("hefei-images"), &|path| {
+        path.parent().is_some_and(|p| p.ends_with("sha256"))
+    });
+    let largest = blobs
+        .into_iter()
+        .max_by_key(|path| fs::metadata(path).unwrap().len())
+        .unwrap();
     let mut bytes = fs::read(&largest).unwrap();
     let middle = bytes.len() / 2;
     bytes[middle] ^= 1;
@@ -136,8 +183,13 @@ fn rows_and_an_image_that_were_deleted_at_a_site() {
     plain.cli(&["verify", image]).expect(0);
 
     // One bit of it in the registry's storage.
-    let stored = find(&scratch.join("registry"), &|path| path.is_file() && path.ends_with("data"));
-    let blob = stored.into_iter().max_by_key(|path| fs::metadata(path).unwrap().len()).unwrap();
+    let stored = find(&scratch.join("registry"), &|path| {
+        path.is_file() && path.ends_with("data")
+    });
+    let blob = stored
+        .into_iter()
+        .max_by_key(|path| fs::metadata(path).unwrap().len())
+        .unwrap();
     let flip = || {
         let mut bytes = fs::read(&blob).unwrap();
         let middle = bytes.len() / 2;
@@ -145,9 +197,20 @@ fn rows_and_an_image_that_were_deleted_at_a_site() {
         fs::write(&blob, &bytes).unwrap();
     };
     flip();
-    let digest = blob.parent().unwrap().file_name().unwrap().to_str().unwrap();
+    let digest = blob
+        .parent()
+        .unwrap()
+        .file_name()
+        .unwrap()
+        .to_str()
+        .unwrap();
     assert!(site.cli(&["verify", image]).expect(8).out.contains(digest));
-    assert!(site.cli(&["verify", image, "--quick"]).expect(0).out.contains("no blob was read"));
+    assert!(
+        site.cli(&["verify", image, "--quick"])
+            .expect(0)
+            .out
+            .contains("no blob was read")
+    );
     flip();
     site.cli(&["verify", image]).expect(0);
 

@@ -1,5 +1,6 @@
-//! A whole borrowing with real servers: a PostgreSQL and a docker-registry at each site, all five kinds from A to B by the hub,
-//! which has none of their bytes, a model made of them at B, and home again.
+//! A whole borrowing with real servers: a PostgreSQL and a docker-registry at each site, all five
+//! kinds from A to B by the hub, which has none of their bytes, a model made of them at B, and home
+//! again.
 
 use std::path::{Path, PathBuf};
 
@@ -15,7 +16,13 @@ use crate::support::tree::assert_same;
 use crate::support::{Scratch, limit, secs, wait_for};
 use crate::training::{TRAINER, dataset, score};
 
-const KINDS: [&str; 5] = ["dataset/panels:v1", "labels/panels:v1", "operator/judge:v1", "image/judge:v1", "model/base:v1"];
+const KINDS: [&str; 5] = [
+    "dataset/panels:v1",
+    "labels/panels:v1",
+    "operator/judge:v1",
+    "image/judge:v1",
+    "model/base:v1",
+];
 
 /// What the hub fetched from sites.
 const FETCHED: &str = "packhorse_relay_fetched_bytes";
@@ -29,36 +36,67 @@ fn all_five_kinds_are_borrowed_by_way_of_the_hub_and_given_back() {
     let _limit = limit(secs(300));
     let scratch = Scratch::new();
     let scratch_b = Scratch::new();
-    let (postgres_a, postgres_b) = (Postgres::start_new(&scratch), Postgres::start_new(&scratch_b));
-    let (registry_a, registry_b) = (Registry::basic(&scratch, "ra"), Registry::basic(&scratch, "rb"));
+    let (postgres_a, postgres_b) = (
+        Postgres::start_new(&scratch),
+        Postgres::start_new(&scratch_b),
+    );
+    let (registry_a, registry_b) = (
+        Registry::basic(&scratch, "ra"),
+        Registry::basic(&scratch, "rb"),
+    );
     let hub = Hub::start_new(scratch.path());
-    let (labels_sink, images_sink) = (postgres_a.sink(&scratch, "labels"), registry_a.sink(&scratch));
+    let (labels_sink, images_sink) = (
+        postgres_a.sink(&scratch, "labels"),
+        registry_a.sink(&scratch),
+    );
     let a = Site::start_new(
         scratch.path(),
         &hub,
         "a",
-        &SiteSpec { labels_sink: Some(labels_sink), images_sink: Some(images_sink), ..SiteSpec::default() },
+        &SiteSpec {
+            labels_sink: Some(labels_sink),
+            images_sink: Some(images_sink),
+            ..SiteSpec::default()
+        },
     );
     let (script, folder) = (scratch.join("trainer.py"), scratch.folder("trainer"));
     data::write(&script, TRAINER.as_bytes());
-    let words = ["/usr/bin/env", "python3", script.to_str().unwrap(), "hold", folder.to_str().unwrap()];
+    let words = [
+        "/usr/bin/env",
+        "python3",
+        script.to_str().unwrap(),
+        "hold",
+        folder.to_str().unwrap(),
+    ];
     let more = format!("[train]\ncommand = {words:?}\nallow = [\"a\"]\n");
-    let (labels_sink, images_sink) = (postgres_b.sink(&scratch_b, "labels"), registry_b.sink(&scratch));
+    let (labels_sink, images_sink) = (
+        postgres_b.sink(&scratch_b, "labels"),
+        registry_b.sink(&scratch),
+    );
     let b = Site::start_new(
         scratch.path(),
         &hub,
         "b",
-        &SiteSpec { labels_sink: Some(labels_sink), images_sink: Some(images_sink), more: &more, ..SiteSpec::default() },
+        &SiteSpec {
+            labels_sink: Some(labels_sink),
+            images_sink: Some(images_sink),
+            more: &more,
+            ..SiteSpec::default()
+        },
     );
 
-    // Everything lies at a and nowhere else: folders on its NAS, an image in its registry, labels as rows in its database.
+    // Everything lies at a and nowhere else: folders on its NAS, an image in its registry, labels
+    // as rows in its database.
     let (images_root, csv) = dataset(&scratch, "panels", 60);
     let expected = mark(&postgres_a, &csv, &images_root);
     let (project, base) = (scratch.join("project"), scratch.join("base"));
     data::operator(&project);
     data::model(&base, 3 << 20);
     let fixture = images::small();
-    registry_a.push(&format!("oci:{}:v1", fixture.join("layout").display()), "operators/judge:v1");
+    registry_a.push(
+        &format!("oci:{}:v1", fixture.join("layout").display()),
+        "operators/judge:v1",
+    );
     let reference = format!("registry://{}/operators/judge:v1", registry_a.host());
     a.publish(&images_root, KINDS[0], &[]);
     a.json(&["publish", MARKS, "--as", KINDS[1], "--for", KINDS[0]]);
@@ -66,74 +104,142 @@ fn all_five_kinds_are_borrowed_by_way_of_the_hub_and_given_back() {
     a.json(&["publish", &reference, "--as", KINDS[3]]);
     a.publish(&base, KINDS[4], &[]);
 
-    // The hub has nothing of these rows but what it fetches from a. A third site gets them alone, so that it can be told.
+    // The hub has nothing of these rows but what it fetches from a. A third site gets them alone,
+    // so that it can be told.
     let c = Site::start_new(scratch.path(), &hub, "c", &SiteSpec::default());
     let fetched = hub.metric(FETCHED);
     hub.deliver_and_wait(KINDS[1], "c", secs(60));
-    check(&Reader::Sqlite(&c.labels_db).version("panels", "v1"), &expected);
+    check(
+        &Reader::Sqlite(&c.labels_db).version("panels", "v1"),
+        &expected,
+    );
     let fetched = hub.metric(FETCHED) - fetched;
     assert!(fetched > 1000, "of the labels {fetched} bytes came from a");
 
     // b has the project already: that stays.
     hub.deliver_and_wait(KINDS[2], "b", secs(60));
-    let mut args = vec!["train", "start", "--name", "r1", "--from", "a", "--on", "b", "--expect", "model/judge", "--input"];
+    let mut args = vec![
+        "train",
+        "start",
+        "--name",
+        "r1",
+        "--from",
+        "a",
+        "--on",
+        "b",
+        "--expect",
+        "model/judge",
+        "--input",
+    ];
     args.extend(KINDS);
     a.cli(&args).expect(0);
-    wait_for("the trainer has begun", secs(120), || std::fs::read_to_string(folder.join("pid")).ok().filter(|pid| !pid.is_empty()));
+    wait_for("the trainer has begun", secs(120), || {
+        std::fs::read_to_string(folder.join("pid"))
+            .ok()
+            .filter(|pid| !pid.is_empty())
+    });
 
     // All five lie at b as they lay at a.
-    for (reference, source) in [(KINDS[0], &images_root), (KINDS[2], &project), (KINDS[4], &base)] {
+    for (reference, source) in [
+        (KINDS[0], &images_root),
+        (KINDS[2], &project),
+        (KINDS[4], &base),
+    ] {
         assert_same(source, &b.folder(reference));
     }
     let at_b = Reader::Postgres(&postgres_b, "labels");
     check(&at_b.version("panels", "v1"), &expected);
-    assert_eq!(registry_b.digest("operators/judge:v1"), registry_a.digest("operators/judge:v1"));
-    let descriptor: Value = serde_json::from_slice(&std::fs::read(b.data_dir.join("runs/r1/run.json")).unwrap()).unwrap();
+    assert_eq!(
+        registry_b.digest("operators/judge:v1"),
+        registry_a.digest("operators/judge:v1")
+    );
+    let descriptor: Value =
+        serde_json::from_slice(&std::fs::read(b.data_dir.join("runs/r1/run.json")).unwrap())
+            .unwrap();
     let text = descriptor.to_string();
-    assert!(text.contains(&format!("{}/operators/judge:v1", registry_b.host())), "where the image lies: {text}");
-    assert!(text.contains("postgres://packhorse@") && !text.contains("läb els"), "the database, without its password: {text}");
+    assert!(
+        text.contains(&format!("{}/operators/judge:v1", registry_b.host())),
+        "where the image lies: {text}"
+    );
+    assert!(
+        text.contains("postgres://packhorse@") && !text.contains("läb els"),
+        "the database, without its password: {text}"
+    );
     assert!(text.contains("\"packhorse.annotations\""));
     let delivery = descriptor_delivery(&hub);
-    assert!(hub.cli(&["status", &delivery]).expect(0).out.contains("5 of 5 parts"));
+    assert!(
+        hub.cli(&["status", &delivery])
+            .expect(0)
+            .out
+            .contains("5 of 5 parts")
+    );
 
     data::write(&folder.join("go"), b"");
-    let done = wait_for("the run is done", secs(120), || Some(hub.json(&["train", "show", "r1"])).filter(|run| run["state"] == "done"));
+    let done = wait_for("the run is done", secs(120), || {
+        Some(hub.json(&["train", "show", "r1"])).filter(|run| run["state"] == "done")
+    });
     let right = score(&a.folder("model/judge:r1"));
     assert!(right >= 90, "the model at a tells {right} of 100 right");
     let lineage = a.json(&["show", "model/judge:r1"])["lineage"]["inputs"].clone();
     for (i, reference) in KINDS.iter().enumerate() {
         assert_eq!(lineage[i]["artifact"], *reference);
-        assert_eq!(lineage[i]["digest"], a.json(&["show", reference])["digest"], "{done:#}");
+        assert_eq!(
+            lineage[i]["digest"],
+            a.json(&["show", reference])["digest"],
+            "{done:#}"
+        );
     }
 
-    wait_for("all is given back", secs(60), || (hub.json(&["train", "show", "r1"])["released"] == true).then_some(()));
+    wait_for("all is given back", secs(60), || {
+        (hub.json(&["train", "show", "r1"])["released"] == true).then_some(())
+    });
     assert!(!b.folder(KINDS[0]).exists() && !b.folder(KINDS[4]).exists());
     assert_eq!(at_b.version("panels", "v1").len(), 0, "the rows are gone");
-    let tags: PathBuf = scratch.join("rb/docker/registry/v2/repositories/operators/judge/_manifests/tags/v1/current/link");
+    let tags: PathBuf = scratch
+        .join("rb/docker/registry/v2/repositories/operators/judge/_manifests/tags/v1/current/link");
     assert!(!tags.exists(), "the image's tag is gone from b's registry");
     assert_same(&project, &b.folder(KINDS[2]));
-    assert_eq!(registry_a.digest("operators/judge:v1").len(), 71, "a keeps its own");
+    assert_eq!(
+        registry_a.digest("operators/judge:v1").len(),
+        71,
+        "a keeps its own"
+    );
     assert_eq!(b.leftovers(), Vec::<PathBuf>::new());
 }
 
-/// Puts marks into a table of somebody's own, and of no form that packhorse knows: boxes of their own, some a shape and all an
-/// attribute, so that no column can pass for another. Returns the rows that must come of them, without their records.
+/// Puts marks into a table of somebody's own, and of no form that packhorse knows: boxes of their
+/// own, some a shape and all an attribute, so that no column can pass for another. Returns the rows
+/// that must come of them, without their records.
 fn mark(postgres: &Postgres, csv: &Path, images: &Path) -> Vec<Row> {
     let text = std::fs::read_to_string(csv).unwrap();
     let (mut values, mut rows) = (Vec::new(), Vec::new());
     for (i, line) in text.lines().skip(1).enumerate() {
         let mut cells = line.split(',');
         let (path, class) = (cells.next().unwrap(), cells.next().unwrap());
-        let bbox = [(i % 3) as f64 + 0.5, (i % 4) as f64, (i % 5 + 1) as f64, (i % 6 + 2) as f64];
+        let bbox = [
+            (i % 3) as f64 + 0.5,
+            (i % 4) as f64,
+            (i % 5 + 1) as f64,
+            (i % 6 + 2) as f64,
+        ];
         let shape = (i % 3 == 0).then_some("[[0,0,5,0,5,7.5]]");
         let inspector = format!("检验员 {}", i % 7);
-        let ([x, y, w, h], quoted) = (bbox, shape.map_or_else(|| "NULL".to_owned(), |shape| format!("'{shape}'")));
-        values.push(format!("('{path}', '{class}', {x}, {y}, {w}, {h}, {quoted}, '{inspector}')"));
+        let ([x, y, w, h], quoted) = (
+            bbox,
+            shape.map_or_else(|| "NULL".to_owned(), |shape| format!("'{shape}'")),
+        );
+        values.push(format!(
+            "('{path}', '{class}', {x}, {y}, {w}, {h}, {quoted}, '{inspector}')"
+        ));
         rows.push(Row {
             label_set: "panels".into(),
             version: "v1".into(),
             sample_path: path.into(),
-            sample_hash: Some(blake3::hash(&std::fs::read(images.join(path)).unwrap()).to_hex().to_string()),
+            sample_hash: Some(
+                blake3::hash(&std::fs::read(images.join(path)).unwrap())
+                    .to_hex()
+                    .to_string(),
+            ),
             class: class.into(),
             kind: if shape.is_some() { "polygon" } else { "bbox" }.into(),
             bbox,
@@ -152,12 +258,24 @@ fn mark(postgres: &Postgres, csv: &Path, images: &Path) -> Vec<Row> {
 /// Checks every column; the record is the row of the query.
 fn check(rows: &[Row], expected: &[Row]) {
     for row in rows {
-        assert!(row.raw["sample_path"] == *row.sample_path && row.raw["x"] == row.bbox[0], "{row:?}");
+        assert!(
+            row.raw["sample_path"] == *row.sample_path && row.raw["x"] == row.bbox[0],
+            "{row:?}"
+        );
     }
-    let rows: Vec<Row> = rows.iter().map(|row| Row { raw: Value::Null, ..row.clone() }).collect();
+    let rows: Vec<Row> = rows
+        .iter()
+        .map(|row| Row {
+            raw: Value::Null,
+            ..row.clone()
+        })
+        .collect();
     assert_eq!(rows, expected);
 }
 
 fn descriptor_delivery(hub: &Hub) -> String {
-    hub.json(&["train", "show", "r1"])["delivery"].as_str().unwrap().to_owned()
+    hub.json(&["train", "show", "r1"])["delivery"]
+        .as_str()
+        .unwrap()
+        .to_owned()
 }

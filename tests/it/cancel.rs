@@ -21,10 +21,16 @@ print('locked', flush=True)
 sys.stdin.read()
 ";
         let mut command: Command = bound("python3");
-        let command = command.args(["-c", SCRIPT]).arg(file).stdin(Stdio::piped()).stdout(Stdio::piped());
+        let command = command
+            .args(["-c", SCRIPT])
+            .arg(file)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped());
         let mut child = command.spawn().expect("python3 runs");
         let mut line = String::new();
-        BufReader::new(child.stdout.take().expect("it is piped")).read_line(&mut line).expect("it says that it has the lock");
+        BufReader::new(child.stdout.take().expect("it is piped"))
+            .read_line(&mut line)
+            .expect("it says that it has the lock");
         assert_eq!(line, "locked\n");
         Self(child)
     }
@@ -58,12 +64,21 @@ fn a_version_that_became_active_is_never_said_to_be_cancelled() {
 
     // Whichever came first there, both must say the same of it in the end.
     let there = site.wait_transfer(&id, "ended at the site", secs(60), |t| t.is_final());
-    hub.wait_transfer(&id, &format!("{} at the hub too", there.state), secs(30), |t| t.state == there.state);
-    assert_eq!(there.state, "done", "the commit had begun: it is not given up");
+    hub.wait_transfer(
+        &id,
+        &format!("{} at the hub too", there.state),
+        secs(30),
+        |t| t.state == there.state,
+    );
+    assert_eq!(
+        there.state, "done",
+        "the commit had begun: it is not given up"
+    );
     hub.cli(&["cancel", &id]).expect(6);
     assert!(hub.json(&["status", &id])[0]["receipt"].is_object());
 
-    // One that is given up while it is looked at again: the version is there as before, so it is done as before.
+    // One that is given up while it is looked at again: the version is there as before, so it is
+    // done as before.
     site.stop();
     for (command, state) in [("retry", "queued"), ("cancel", "cancelled")] {
         hub.cli(&[command, &id]).expect(0);
@@ -71,6 +86,8 @@ fn a_version_that_became_active_is_never_said_to_be_cancelled() {
     }
     site.start();
     // Until the site has looked, the hub shows what was asked for.
-    wait_for("the transfer is done again", secs(30), || (hub.transfer(&id).state == "done").then_some(()));
+    wait_for("the transfer is done again", secs(30), || {
+        (hub.transfer(&id).state == "done").then_some(())
+    });
     assert_eq!(site.transfer(&id).state, "done");
 }

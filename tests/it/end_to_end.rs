@@ -1,7 +1,8 @@
 //! The whole job: a hub and three sites, all five kinds, then the next version of each.
 //!
-//! Site `chengdu` has PostgreSQL and a registry with passwords, `wuhan` PostgreSQL and a registry with tokens, `hefei` what
-//! is embedded: SQLite and an OCI layout. Each dials through a line of its own that counts what really crosses.
+//! Site `chengdu` has PostgreSQL and a registry with passwords, `wuhan` PostgreSQL and a registry
+//! with tokens, `hefei` what is embedded: SQLite and an OCI layout. Each dials through a line of
+//! its own that counts what really crosses.
 
 use std::path::{Path, PathBuf};
 
@@ -19,7 +20,13 @@ use crate::support::tree::assert_same;
 use crate::support::{Scratch, limit, secs};
 
 const SITES: [&str; 3] = ["chengdu", "wuhan", "hefei"];
-const SERIES: [&str; 5] = ["dataset/line3", "labels/line3-defects", "operator/detect", "image/detect", "model/yolo"];
+const SERIES: [&str; 5] = [
+    "dataset/line3",
+    "labels/line3-defects",
+    "operator/detect",
+    "image/detect",
+    "model/yolo",
+];
 
 /// One version of all five kinds, as the sources have it and as it must be found.
 struct Edition {
@@ -59,24 +66,43 @@ impl Edition {
         let operator = scratch.join("source/operator-1");
         data::operator(&operator);
         let mut rng = data::rng("operator assets");
-        data::write(&operator.join("assets/lookup.bin"), &data::noise(&mut rng, 1 << 20));
+        data::write(
+            &operator.join("assets/lookup.bin"),
+            &data::noise(&mut rng, 1 << 20),
+        );
         for i in 0..64 {
-            data::write(&operator.join(format!("assets/tables/{i:02}.bin")), &data::noise(&mut rng, 8 << 10));
+            data::write(
+                &operator.join(format!("assets/tables/{i:02}.bin")),
+                &data::noise(&mut rng, 8 << 10),
+            );
         }
         let model = scratch.join("source/model-1");
         data::model(&model, 24 << 20);
         let image = images::large();
-        Self { version: "v1", dataset, coco, rows, operator, model, image: image.join("v1.tar"), app: image.join("app1") }
+        Self {
+            version: "v1",
+            dataset,
+            coco,
+            rows,
+            operator,
+            model,
+            image: image.join("v1.tar"),
+            app: image.join("app1"),
+        }
     }
 
     fn second(scratch: &Scratch, v1: &Edition) -> (Self, NewBytes) {
-        let (dataset, new_in_dataset) = data::next_dataset(&v1.dataset, &scratch.join("source/dataset-2"));
+        let (dataset, new_in_dataset) =
+            data::next_dataset(&v1.dataset, &scratch.join("source/dataset-2"));
 
         // The same dataset, looked at again: one box corrected, one added at the end.
         let mut marks = labels::marks(&v1.dataset.photos, 60);
         let middle = marks.len() / 2;
         marks[middle].w += 1.0;
-        marks.push(Mark { polygon: false, ..marks[middle].clone() });
+        marks.push(Mark {
+            polygon: false,
+            ..marks[middle].clone()
+        });
         let document = coco(&v1.dataset.photos, &marks);
         let coco = scratch.join("source/coco-2.json");
         labels::write_json(&coco, &document);
@@ -87,7 +113,8 @@ impl Edition {
         let changed = b"def step(image):\n    return image\n";
         data::write(&operator.join("src/detect/module_3.py"), changed);
 
-        // A byte string put in at the front and another overwritten in the middle: nothing else moves by itself.
+        // A byte string put in at the front and another overwritten in the middle: nothing else
+        // moves by itself.
         let model = scratch.join("source/model-2");
         data::copy_tree(&v1.model, &model);
         let mut weights = std::fs::read(model.join("model.safetensors")).unwrap();
@@ -97,15 +124,39 @@ impl Edition {
 
         let image = images::large();
         let new_in_image = new_layer_bytes(&image.join("layout"));
-        let edition = Self { version: "v2", dataset, coco, rows, operator, model, image: image.join("v2.tar"), app: image.join("app2") };
-        (edition, [new_in_dataset, 0, changed.len() as u64, new_in_image, 65_536])
+        let edition = Self {
+            version: "v2",
+            dataset,
+            coco,
+            rows,
+            operator,
+            model,
+            image: image.join("v2.tar"),
+            app: image.join("app2"),
+        };
+        (
+            edition,
+            [
+                new_in_dataset,
+                0,
+                changed.len() as u64,
+                new_in_image,
+                65_536,
+            ],
+        )
     }
 }
 
-/// Labels whose rows each hold something of their own, so that no compressor makes little of all of them.
+/// Labels whose rows each hold something of their own, so that no compressor makes little of all of
+/// them.
 fn coco(photos: &[Photo], marks: &[Mark]) -> Value {
     let mut document = labels::coco(photos, marks);
-    for (i, annotation) in document["annotations"].as_array_mut().unwrap().iter_mut().enumerate() {
+    for (i, annotation) in document["annotations"]
+        .as_array_mut()
+        .unwrap()
+        .iter_mut()
+        .enumerate()
+    {
         annotation["reviewed_in"] = blake3::hash(&i.to_le_bytes()).to_hex().to_string().into();
     }
     document
@@ -114,13 +165,27 @@ fn coco(photos: &[Photo], marks: &[Mark]) -> Value {
 /// Bytes of the blobs of the image's version 2 that version 1 does not have.
 fn new_layer_bytes(layout: &Path) -> u64 {
     let parts = |tag: &str| -> Vec<String> {
-        let raw = tool("skopeo", &["inspect", "--raw", &format!("oci:{}:{tag}", layout.display())]);
+        let raw = tool(
+            "skopeo",
+            &[
+                "inspect",
+                "--raw",
+                &format!("oci:{}:{tag}", layout.display()),
+            ],
+        );
         let manifest: Value = serde_json::from_str(&raw).unwrap();
         let layers = manifest["layers"].as_array().unwrap().iter();
-        layers.chain([&manifest["config"]]).map(|d| d["digest"].as_str().unwrap().to_owned()).collect()
+        layers
+            .chain([&manifest["config"]])
+            .map(|d| d["digest"].as_str().unwrap().to_owned())
+            .collect()
     };
     let old = parts("v1");
-    parts("v2").iter().filter(|d| !old.contains(d)).map(|d| blob(layout, d).metadata().unwrap().len()).sum()
+    parts("v2")
+        .iter()
+        .filter(|d| !old.contains(d))
+        .map(|d| blob(layout, d).metadata().unwrap().len())
+        .sum()
 }
 
 struct World {
@@ -158,11 +223,22 @@ impl World {
         let mut sites = Vec::new();
         for (name, spec) in SITES.into_iter().zip(specs) {
             let line = Line::to(hub.quic);
-            let spec = SiteSpec { through: Some(line.address()), ..spec };
+            let spec = SiteSpec {
+                through: Some(line.address()),
+                ..spec
+            };
             sites.push(Site::start_new(scratch.path(), &hub, name, &spec));
             lines.push(line);
         }
-        Self { hub, lines, sites, postgres, basic, bearer, scratch }
+        Self {
+            hub,
+            lines,
+            sites,
+            postgres,
+            basic,
+            bearer,
+            scratch,
+        }
     }
 
     fn registry(&self, site: &str) -> Option<&Registry> {
@@ -186,10 +262,18 @@ impl World {
         for series in SERIES {
             let reference = format!("{series}:{}", edition.version);
             // Both versions of the labels speak of the first version of the dataset.
-            let more: &[&str] = if series.starts_with("labels/") { &["--for", "dataset/line3:v1"] } else { &[] };
+            let more: &[&str] = if series.starts_with("labels/") {
+                &["--for", "dataset/line3:v1"]
+            } else {
+                &[]
+            };
             let published = self.hub.publish(edition.source(series), &reference, more);
             assert_eq!(published["artifact"], reference.as_str());
-            assert_eq!(published["digest"].as_str().map(str::len), Some(64), "a BLAKE3 in hex: {published}");
+            assert_eq!(
+                published["digest"].as_str().map(str::len),
+                Some(64),
+                "a BLAKE3 in hex: {published}"
+            );
         }
     }
 
@@ -200,12 +284,19 @@ impl World {
         args.extend(references.iter().map(String::as_str));
         args.extend(["--to", "all", "--wait", "-o", "json"]);
         let answer = self.hub.cli_within(&args, secs(240)).expect(0).json();
-        let transfers: Vec<Transfer> = ids(&answer).iter().map(|id| self.hub.transfer(id)).collect();
+        let transfers: Vec<Transfer> = ids(&answer)
+            .iter()
+            .map(|id| self.hub.transfer(id))
+            .collect();
         assert_eq!(transfers.len(), SERIES.len() * SITES.len());
         for t in &transfers {
             assert_eq!(t.state, "done", "{t:#?}");
             assert_eq!(t.bytes.committed, t.bytes.total, "{t:#?}");
-            assert_eq!(t.bytes.reused + t.bytes.resumed + t.bytes.received, t.bytes.total, "each byte is counted once: {t:#?}");
+            assert_eq!(
+                t.bytes.reused + t.bytes.resumed + t.bytes.received,
+                t.bytes.total,
+                "each byte is counted once: {t:#?}"
+            );
             assert!(t.attempts >= 1 && t.location.is_some(), "{t:#?}");
         }
         transfers
@@ -216,7 +307,10 @@ impl World {
         let version = edition.version;
         for site in &self.sites {
             for series in ["dataset/line3", "operator/detect", "model/yolo"] {
-                assert_same(edition.source(series), &site.folder(&format!("{series}:{version}")));
+                assert_same(
+                    edition.source(series),
+                    &site.folder(&format!("{series}:{version}")),
+                );
             }
             let found = self.reader(site).version("line3-defects", version);
             assert_rows(&site.name, &found, &edition.rows);
@@ -224,30 +318,56 @@ impl World {
         }
     }
 
-    /// The registry (or layout) of a site has the image with the digest that the hub recorded, and umoci finds the
-    /// right files in it.
+    /// The registry (or layout) of a site has the image with the digest that the hub recorded, and
+    /// umoci finds the right files in it.
     fn check_image(&self, site: &Site, edition: &Edition) {
         let version = edition.version;
-        let recorded = self.hub.json(&["show", &format!("image/detect:{version}")])["info"]["digest"].as_str().unwrap().to_owned();
-        let at_site = site.json(&["show", &format!("image/detect:{version}")])["info"]["digest"].clone();
+        let recorded =
+            self.hub.json(&["show", &format!("image/detect:{version}")])["info"]["digest"]
+                .as_str()
+                .unwrap()
+                .to_owned();
+        let at_site =
+            site.json(&["show", &format!("image/detect:{version}")])["info"]["digest"].clone();
         assert_eq!(at_site, recorded.as_str(), "the digest that the site shows");
 
         let copy = self.scratch.join(&format!("copy-{}-{version}", site.name));
         let target = format!("oci:{}:{version}", copy.display());
         match self.registry(&site.name) {
             Some(registry) => {
-                assert_eq!(registry.digest(&format!("operators/detect:{version}")), recorded, "the digest in the registry");
-                registry.skopeo("copy", &["--preserve-digests", &format!("{{}}/operators/detect:{version}"), &target]);
+                assert_eq!(
+                    registry.digest(&format!("operators/detect:{version}")),
+                    recorded,
+                    "the digest in the registry"
+                );
+                registry.skopeo(
+                    "copy",
+                    &[
+                        "--preserve-digests",
+                        &format!("{{}}/operators/detect:{version}"),
+                        &target,
+                    ],
+                );
             }
             None => {
                 let source = format!("oci:{}/detect:{version}", site.layout.display());
                 let raw = tool("skopeo", &["inspect", "--raw", &source]);
-                assert_eq!(images::sha256(raw.as_bytes()), recorded, "the digest in the layout");
+                assert_eq!(
+                    images::sha256(raw.as_bytes()),
+                    recorded,
+                    "the digest in the layout"
+                );
                 tool("skopeo", &["copy", "--preserve-digests", &source, &target]);
             }
         }
-        assert_eq!(images::top(&copy)["digest"], recorded.as_str(), "the digest of a copy");
-        let bundle = self.scratch.join(&format!("bundle-{}-{version}", site.name));
+        assert_eq!(
+            images::top(&copy)["digest"],
+            recorded.as_str(),
+            "the digest of a copy"
+        );
+        let bundle = self
+            .scratch
+            .join(&format!("bundle-{}-{version}", site.name));
         let root = images::unpack(&copy, version, &bundle);
         assert_same(&edition.app, &root.join("app"));
         if version == "v1" && site.name != "hefei" {
@@ -256,19 +376,40 @@ impl World {
             assert_same(&original, &root);
             tool("rm", &["-rf", unpacked.to_str().unwrap()]);
         }
-        tool("rm", &["-rf", copy.to_str().unwrap(), bundle.to_str().unwrap()]);
+        tool(
+            "rm",
+            &["-rf", copy.to_str().unwrap(), bundle.to_str().unwrap()],
+        );
     }
 
     /// Checks that a version is the active one at every site.
     fn check_current(&self, edition: &Edition) {
         for site in &self.sites {
             for series in ["dataset/line3", "operator/detect", "model/yolo"] {
-                assert_eq!(site.current(series), edition.version, "CURRENT of {series} at {}", site.name);
+                assert_eq!(
+                    site.current(series),
+                    edition.version,
+                    "CURRENT of {series} at {}",
+                    site.name
+                );
                 let link = std::fs::read_link(site.root.join(series).join("current")).unwrap();
-                assert_eq!(link.file_name().unwrap().to_str(), Some(edition.version), "the current link of {series}");
+                assert_eq!(
+                    link.file_name().unwrap().to_str(),
+                    Some(edition.version),
+                    "the current link of {series}"
+                );
             }
-            assert_rows(&site.name, &self.reader(site).current("line3-defects"), &edition.rows);
-            assert_eq!(site.leftovers(), Vec::<PathBuf>::new(), "staging at {} is not clean", site.name);
+            assert_rows(
+                &site.name,
+                &self.reader(site).current("line3-defects"),
+                &edition.rows,
+            );
+            assert_eq!(
+                site.leftovers(),
+                Vec::<PathBuf>::new(),
+                "staging at {} is not clean",
+                site.name
+            );
         }
     }
 }
@@ -281,15 +422,18 @@ fn assert_rows(site: &str, found: &[Row], expected: &[Row]) {
     }
 }
 
-/// The most bytes that may cross the line for a kind's next version, from the bytes that are new in it.
+/// The most bytes that may cross the line for a kind's next version, from the bytes that are new in
+/// it.
 fn most_wire(kind: &str, new_bytes: u64) -> u64 {
     const MANIFEST_AND_FRAMES: u64 = 192 << 10;
     match kind {
-        // Two rows of one image: the chunks that they stand in, of 64 KiB at the most, and those up to where the cuts agree again.
+        // Two rows of one image: the chunks that they stand in, of 64 KiB at the most, and those up
+        // to where the cuts agree again.
         "labels" => 128 << 10,
         // Two places of one large file: likewise.
         "model" => new_bytes + (512 << 10),
-        // Small files are whole chunks, nothing but the new ones moves; a layer is compressed, and a new one shares nothing with the old.
+        // Small files are whole chunks, nothing but the new ones moves; a layer is compressed, and
+        // a new one shares nothing with the old.
         _ => new_bytes + new_bytes / 20 + MANIFEST_AND_FRAMES,
     }
 }
@@ -310,18 +454,43 @@ fn all_kinds_reach_three_sites_and_the_next_version_moves_only_what_is_new() {
     let transfers = world.deliver("v2");
     for (i, (site, line)) in SITES.iter().zip(&world.lines).enumerate() {
         let crossed = line.carried() - before[i];
-        let wire: u64 = transfers.iter().filter(|t| t.site == *site).map(|t| t.bytes.wire).sum();
-        // The line's own count holds packet headers, acknowledgements and what is not about a transfer.
-        assert!(crossed >= wire && crossed <= wire + wire / 4 + (1 << 20), "{site}: wire says {wire} bytes, {crossed} crossed the line");
+        let wire: u64 = transfers
+            .iter()
+            .filter(|t| t.site == *site)
+            .map(|t| t.bytes.wire)
+            .sum();
+        // The line's own count holds packet headers, acknowledgements and what is not about a
+        // transfer.
+        assert!(
+            crossed >= wire && crossed <= wire + wire / 4 + (1 << 20),
+            "{site}: wire says {wire} bytes, {crossed} crossed the line"
+        );
     }
     for t in &transfers {
-        let series = SERIES.iter().position(|s| t.artifact.starts_with(&format!("{s}:"))).unwrap();
+        let series = SERIES
+            .iter()
+            .position(|s| t.artifact.starts_with(&format!("{s}:")))
+            .unwrap();
         let most = most_wire(SERIES[series].split('/').next().unwrap(), new_bytes[series]);
-        assert!(t.bytes.wire <= most, "{} at {}: {} bytes crossed, {most} would do: {:?}", t.artifact, t.site, t.bytes.wire, t.bytes);
-        // What the first version cost, all of the second would cost again: the bound must be far from that to say anything.
-        let before = |o: &&Transfer| o.site == t.site && o.artifact.starts_with(&format!("{}:", SERIES[series]));
+        assert!(
+            t.bytes.wire <= most,
+            "{} at {}: {} bytes crossed, {most} would do: {:?}",
+            t.artifact,
+            t.site,
+            t.bytes.wire,
+            t.bytes
+        );
+        // What the first version cost, all of the second would cost again: the bound must be far
+        // from that to say anything.
+        let before = |o: &&Transfer| {
+            o.site == t.site && o.artifact.starts_with(&format!("{}:", SERIES[series]))
+        };
         let whole = from_nothing.iter().find(before).unwrap().bytes.wire;
-        assert!(most <= whole / 2, "{}: the bound of {most} bytes is too loose, all of it takes {whole}", t.artifact);
+        assert!(
+            most <= whole / 2,
+            "{}: the bound of {most} bytes is too loose, all of it takes {whole}",
+            t.artifact
+        );
     }
     world.check(&v2);
     world.check(&v1);
@@ -341,7 +510,11 @@ fn all_kinds_reach_three_sites_and_the_next_version_moves_only_what_is_new() {
     assert!(crossed < 1 << 20, "delivering again moved {crossed} bytes");
     for daemon in world.sites.iter().map(|site| &**site).chain([&*world.hub]) {
         let peak = daemon.memory("VmHWM");
-        assert!(peak <= 256 << 20, "{} had {peak} bytes resident", daemon.name);
+        assert!(
+            peak <= 256 << 20,
+            "{} had {peak} bytes resident",
+            daemon.name
+        );
     }
 }
 
@@ -352,13 +525,21 @@ fn a_receipt_names_what_was_committed_where() {
     let hub = Hub::start_new(scratch.path());
     let _site = Site::start_new(scratch.path(), &hub, "chengdu", &SiteSpec::default());
     data::model(&scratch.join("model"), 100_000);
-    let published = hub.publish(&scratch.join("model"), "model/yolo:v1", &["--to", "chengdu", "--wait"]);
+    let published = hub.publish(
+        &scratch.join("model"),
+        "model/yolo:v1",
+        &["--to", "chengdu", "--wait"],
+    );
     let id = &ids(&published)[0];
     let shown = hub.json(&["status", id]);
     let receipt = &shown[0]["receipt"];
     assert!(receipt.is_object(), "what is done has a receipt: {shown:#}");
     let text = receipt.to_string();
-    for part in ["model/yolo:v1", "chengdu", published["digest"].as_str().unwrap()] {
+    for part in [
+        "model/yolo:v1",
+        "chengdu",
+        published["digest"].as_str().unwrap(),
+    ] {
         assert!(text.contains(part), "{part} is not in the receipt {text}");
     }
     let site_table = hub.cli(&["sites"]).expect(0).out;

@@ -1,5 +1,6 @@
-//! Harbor's answers: quota, immutable tag, missing project, read-only, expired token, 429, a proxy's 413. For each the
-//! right state, reason and next step, and the right end once the cause is gone.
+//! Harbor's answers: quota, immutable tag, missing project, read-only, expired token, 429, a
+//! proxy's 413. For each the right state, reason and next step, and the right end once the cause is
+//! gone.
 
 use crate::support::daemon::{Hub, Site, SiteSpec, Transfer};
 use crate::support::harbor::{Harbor, Seen, error, is_manifest_put, is_manifest_read, is_push};
@@ -25,13 +26,26 @@ impl World {
         let harbor = Harbor::start();
         let hub = Hub::start_new(scratch.path());
         let sink = format!("{}\n{more}", harbor.sink(&scratch, project));
-        let mut site = Site::new(scratch.path(), &hub, "chengdu", &SiteSpec { images_sink: Some(sink), ..SiteSpec::default() });
+        let mut site = Site::new(
+            scratch.path(),
+            &hub,
+            "chengdu",
+            &SiteSpec {
+                images_sink: Some(sink),
+                ..SiteSpec::default()
+            },
+        );
         site.join(&hub, &[]);
         // Not ready is fine: a missing project may well say so.
         site.start_alive();
         hub.wait_online("chengdu", true, secs(20));
         hub.publish(&images::small().join("docker.tar"), "image/app:v1", &[]);
-        Self { hub, _site: site, harbor, scratch }
+        Self {
+            hub,
+            _site: site,
+            harbor,
+            scratch,
+        }
     }
 
     fn deliver(&self) -> String {
@@ -39,19 +53,27 @@ impl World {
     }
 
     fn digest(&self) -> String {
-        self.hub.json(&["show", "image/app:v1"])["info"]["digest"].as_str().unwrap().to_owned()
+        self.hub.json(&["show", "image/app:v1"])["info"]["digest"]
+            .as_str()
+            .unwrap()
+            .to_owned()
     }
 
     /// Waits until the transfer shows one of these reasons, with words for a person.
     #[track_caller]
     fn wait_reason(&self, id: &str, reasons: &[&str]) -> Transfer {
         let limit = secs(60);
-        let seen = crate::support::wait_for(&format!("the reason is one of {reasons:?}"), limit, || {
-            let t = self.hub.transfer(id);
-            assert_ne!(t.state, "done", "{t:#?}");
-            t.has_reason(reasons).then_some(t)
-        });
-        assert!(seen.message.as_ref().is_some_and(|m| !m.is_empty()) && seen.next.as_ref().is_some_and(|n| !n.is_empty()), "{seen:#?}");
+        let seen =
+            crate::support::wait_for(&format!("the reason is one of {reasons:?}"), limit, || {
+                let t = self.hub.transfer(id);
+                assert_ne!(t.state, "done", "{t:#?}");
+                t.has_reason(reasons).then_some(t)
+            });
+        assert!(
+            seen.message.as_ref().is_some_and(|m| !m.is_empty())
+                && seen.next.as_ref().is_some_and(|n| !n.is_empty()),
+            "{seen:#?}"
+        );
         seen
     }
 
@@ -86,11 +108,20 @@ fn a_full_quota_holds_the_transfer_until_there_is_room() {
 fn an_immutable_tag_with_another_image_is_refused() {
     let _limit = limit(secs(120));
     let world = World::start();
-    world.harbor.put_manifest("operators/app:v1", "application/vnd.oci.image.manifest.v1+json", b"{\"schemaVersion\":2}");
+    world.harbor.put_manifest(
+        "operators/app:v1",
+        "application/vnd.oci.image.manifest.v1+json",
+        b"{\"schemaVersion\":2}",
+    );
     world.harbor.make_immutable();
     let id = world.deliver();
-    let failed = world.hub.wait_transfer(&id, "failed", secs(60), |t| t.state == "failed");
-    assert!(failed.has_reason(&["sink_refused"]) && failed.next.is_some(), "{failed:#?}");
+    let failed = world
+        .hub
+        .wait_transfer(&id, "failed", secs(60), |t| t.state == "failed");
+    assert!(
+        failed.has_reason(&["sink_refused"]) && failed.next.is_some(),
+        "{failed:#?}"
+    );
 }
 
 #[test]
@@ -105,24 +136,45 @@ fn an_immutable_tag_with_the_same_image_is_a_success() {
         &world.scratch.folder("second"),
         &world.hub,
         "wuhan",
-        &SiteSpec { images_sink: Some(world.harbor.sink(&world.scratch, "operators")), ..SiteSpec::default() },
+        &SiteSpec {
+            images_sink: Some(world.harbor.sink(&world.scratch, "operators")),
+            ..SiteSpec::default()
+        },
     );
-    let done = world.hub.deliver_and_wait("image/app:v1", "wuhan", secs(60));
+    let done = world
+        .hub
+        .deliver_and_wait("image/app:v1", "wuhan", secs(60));
     assert_eq!(done.site, second.name);
-    assert!(done.bytes.wire < done.bytes.total / 2, "the registry has the blobs: they need not come: {:?}", done.bytes);
+    assert!(
+        done.bytes.wire < done.bytes.total / 2,
+        "the registry has the blobs: they need not come: {:?}",
+        done.bytes
+    );
 }
 
 #[test]
 fn a_policy_that_holds_the_image_back_is_no_failure() {
     let _limit = limit(secs(120));
     let world = World::start();
-    let why = "current image without vulnerability scanning cannot be pulled due to configured policy";
-    world.harbor.always(is_manifest_read, 412, &error("PROJECTPOLICYVIOLATION", why));
+    let why =
+        "current image without vulnerability scanning cannot be pulled due to configured policy";
+    world
+        .harbor
+        .always(is_manifest_read, 412, &error("PROJECTPOLICYVIOLATION", why));
     let id = world.deliver();
     world.check_done(&id, 60);
     let shown = world.hub.json(&["status", &id])[0].clone();
-    assert!(shown["note"].as_str().is_some_and(|note| note.contains("policy")), "{shown}");
-    let verified = world._site.cli(&["verify", "image/app:v1"]).expect(4).says(&["was not verified", "no blob could be read"]);
+    assert!(
+        shown["note"]
+            .as_str()
+            .is_some_and(|note| note.contains("policy")),
+        "{shown}"
+    );
+    let verified = world
+        ._site
+        .cli(&["verify", "image/app:v1"])
+        .expect(4)
+        .says(&["was not verified", "no blob could be read"]);
     assert!(!verified.out.contains("sound"), "{}", verified.out);
 }
 
@@ -131,9 +183,17 @@ fn a_missing_project_is_named_and_not_made() {
     let _limit = limit(secs(120));
     let world = World::start_with("nowhere", "");
     let id = world.deliver();
-    let failed = world.hub.wait_transfer(&id, "failed", secs(60), |t| t.state == "failed");
-    assert!(failed.has_reason(&["sink_denied", "sink_refused"]) && says(&failed, "nowhere"), "{failed:#?}");
-    assert!(failed.next.is_some_and(|n| n.contains("project")), "it says to make it");
+    let failed = world
+        .hub
+        .wait_transfer(&id, "failed", secs(60), |t| t.state == "failed");
+    assert!(
+        failed.has_reason(&["sink_denied", "sink_refused"]) && says(&failed, "nowhere"),
+        "{failed:#?}"
+    );
+    assert!(
+        failed.next.is_some_and(|n| n.contains("project")),
+        "it says to make it"
+    );
     assert!(!world.harbor.has_project("nowhere"));
 }
 
@@ -151,10 +211,20 @@ fn a_missing_project_is_made_where_that_is_allowed() {
 fn read_only_is_waited_out() {
     let _limit = limit(secs(240));
     let world = World::start();
-    world.harbor.always(is_push, 403, &error("DENIED", "The system is in read only mode. Any modification is prohibited."));
+    world.harbor.always(
+        is_push,
+        403,
+        &error(
+            "DENIED",
+            "The system is in read only mode. Any modification is prohibited.",
+        ),
+    );
     let id = world.deliver();
     let waiting = world.wait_reason(&id, &["sink_unavailable"]);
-    assert!(waiting.state != "failed" && says(&waiting, "read only"), "{waiting:#?}");
+    assert!(
+        waiting.state != "failed" && says(&waiting, "read only"),
+        "{waiting:#?}"
+    );
     world.harbor.heal();
     world.check_done(&id, 150);
 }
@@ -167,22 +237,42 @@ fn an_expired_token_is_renewed_on_the_way() {
     let id = world.deliver();
     let done = world.check_done(&id, 60);
     assert_eq!(done.attempts, 1, "nobody need notice: {done:#?}");
-    assert!(world.harbor.seen(|s| s.status == 401 && is_manifest_put(s)).len() == 1);
+    assert!(
+        world
+            .harbor
+            .seen(|s| s.status == 401 && is_manifest_put(s))
+            .len()
+            == 1
+    );
 }
 
 #[test]
 fn too_many_requests_are_not_repeated_before_their_time() {
     let _limit = limit(secs(150));
     let world = World::start();
-    world.harbor.times(1, is_push, 429, &[("retry-after", "4")], &error("TOOMANYREQUESTS", "too many requests"));
+    world.harbor.times(
+        1,
+        is_push,
+        429,
+        &[("retry-after", "4")],
+        &error("TOOMANYREQUESTS", "too many requests"),
+    );
     let id = world.deliver();
     world.check_done(&id, 90);
     let pushes = world.harbor.seen(is_push);
-    let refused = pushes.iter().find(|s| s.status == 429).expect("it was refused once");
+    let refused = pushes
+        .iter()
+        .find(|s| s.status == 429)
+        .expect("it was refused once");
     // Blobs that were on their way beside it may still have come; the one refused waits.
-    let again = pushes.iter().find(|s| s.at > refused.at && s.path == refused.path && s.method == refused.method);
+    let again = pushes
+        .iter()
+        .find(|s| s.at > refused.at && s.path == refused.path && s.method == refused.method);
     let pause = again.expect("it came again").at - refused.at;
-    assert!(pause >= secs(4), "Retry-After was 4 s, it came again after {pause:?}");
+    assert!(
+        pause >= secs(4),
+        "Retry-After was 4 s, it came again after {pause:?}"
+    );
 }
 
 #[test]
@@ -195,19 +285,40 @@ fn a_proxy_with_a_size_limit_gets_smaller_pieces() {
     let id = world.deliver();
     world.check_done(&id, 120);
     let took = |s: &Seen| s.status < 300 && s.body_len > 0;
-    assert!(!world.harbor.seen(|s| s.status == 413).is_empty(), "the limit was never met: the image is too small for this test");
-    assert!(world.harbor.seen(|s| took(s) && s.body_len > MOST).is_empty());
+    assert!(
+        !world.harbor.seen(|s| s.status == 413).is_empty(),
+        "the limit was never met: the image is too small for this test"
+    );
+    assert!(
+        world
+            .harbor
+            .seen(|s| took(s) && s.body_len > MOST)
+            .is_empty()
+    );
 }
 
 #[test]
 fn a_proxy_that_takes_nothing_is_named() {
     let _limit = limit(secs(180));
     let world = World::start();
-    world.harbor.always(|s| s.body_len > 10_000, 413, "<html><body><h1>413 Request Entity Too Large</h1></body></html>");
+    world.harbor.always(
+        |s| s.body_len > 10_000,
+        413,
+        "<html><body><h1>413 Request Entity Too Large</h1></body></html>",
+    );
     let id = world.deliver();
-    let failed = world.hub.wait_transfer(&id, "failed", secs(120), |t| t.state == "failed");
-    assert!(failed.has_reason(&["sink_refused"]) && says(&failed, "413"), "{failed:#?}");
-    assert!(failed.next.is_some_and(|n| n.contains("limit") || n.contains("client_max_body_size")));
+    let failed = world
+        .hub
+        .wait_transfer(&id, "failed", secs(120), |t| t.state == "failed");
+    assert!(
+        failed.has_reason(&["sink_refused"]) && says(&failed, "413"),
+        "{failed:#?}"
+    );
+    assert!(
+        failed
+            .next
+            .is_some_and(|n| n.contains("limit") || n.contains("client_max_body_size"))
+    );
 }
 
 #[test]
@@ -215,7 +326,9 @@ fn an_error_page_now_and_then_is_no_failure() {
     let _limit = limit(secs(150));
     let world = World::start();
     let page = "<html><body><h1>504 Gateway Time-out</h1></body></html>";
-    world.harbor.times(2, |s| is_push(s) && s.method == "PUT", 504, &[], page);
+    world
+        .harbor
+        .times(2, |s| is_push(s) && s.method == "PUT", 504, &[], page);
     let id = world.deliver();
     world.check_done(&id, 90);
 }
@@ -224,7 +337,9 @@ fn an_error_page_now_and_then_is_no_failure() {
 fn a_full_disk_of_the_registry_holds_the_transfer() {
     let _limit = limit(secs(200));
     let world = World::start();
-    world.harbor.always(is_push, 507, &error("UNKNOWN", "no space left on device"));
+    world
+        .harbor
+        .always(is_push, 507, &error("UNKNOWN", "no space left on device"));
     let id = world.deliver();
     let held = world.wait_reason(&id, &["no_space"]);
     assert_ne!(held.state, "failed", "{held:#?}");

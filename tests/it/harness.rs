@@ -19,10 +19,16 @@ fn postgres_starts_stops_and_answers() {
     let _limit = limit(secs(60));
     let scratch = Scratch::new();
     let mut postgres = Postgres::start_new(&scratch);
-    assert_eq!(postgres.rows("labels", "SELECT 1 AS one, 'ä' AS text")[0]["text"], "ä");
+    assert_eq!(
+        postgres.rows("labels", "SELECT 1 AS one, 'ä' AS text")[0]["text"],
+        "ä"
+    );
     postgres.stop();
     postgres.start();
-    assert_eq!(postgres.query("labels", "SELECT current_database()").trim(), "labels");
+    assert_eq!(
+        postgres.query("labels", "SELECT current_database()").trim(),
+        "labels"
+    );
 }
 
 #[test]
@@ -32,7 +38,11 @@ fn sqlite_is_read_by_python() {
     let file = scratch.join("x.db");
     tool(
         "python3",
-        &["-c", "import sqlite3, sys; sqlite3.connect(sys.argv[1]).execute('CREATE TABLE t AS SELECT 5 AS n')", file.to_str().unwrap()],
+        &[
+            "-c",
+            "import sqlite3, sys; sqlite3.connect(sys.argv[1]).execute('CREATE TABLE t AS SELECT 5 AS n')",
+            file.to_str().unwrap(),
+        ],
     );
     assert_eq!(sqlite_rows(&file, "SELECT n FROM t")[0]["n"], 5);
 }
@@ -43,11 +53,23 @@ fn registries_take_an_image_and_refuse_strangers() {
     let scratch = Scratch::new();
     let layout = images::small().join("layout");
     let digest = images::top(&layout)["digest"].as_str().unwrap().to_owned();
-    for registry in [Registry::basic(&scratch, "basic"), Registry::bearer(&scratch, "bearer")] {
+    for registry in [
+        Registry::basic(&scratch, "basic"),
+        Registry::bearer(&scratch, "bearer"),
+    ] {
         registry.push(&format!("oci:{}:v1", layout.display()), "operators/app:v1");
         assert_eq!(registry.digest("operators/app:v1"), digest);
         let url = format!("docker://{}/operators/app:v1", registry.host());
-        let stranger = run(bound("skopeo").args(["inspect", "--creds", "robot:wrong", "--tls-verify=false", &url]), secs(60));
+        let stranger = run(
+            bound("skopeo").args([
+                "inspect",
+                "--creds",
+                "robot:wrong",
+                "--tls-verify=false",
+                &url,
+            ]),
+            secs(60),
+        );
         assert_ne!(stranger.code, 0, "a wrong password must be refused");
     }
 }
@@ -58,21 +80,56 @@ fn harbor_stand_in_is_a_registry_to_skopeo() {
     let harbor = Harbor::start();
     let scratch = Scratch::new();
     let sink = harbor.sink(&scratch, "operators");
-    let host = sink.split("http://").nth(1).unwrap().split('/').next().unwrap().to_owned();
+    let host = sink
+        .split("http://")
+        .nth(1)
+        .unwrap()
+        .split('/')
+        .next()
+        .unwrap()
+        .to_owned();
     let password = std::fs::read_to_string(scratch.join("harbor-password")).unwrap();
     let layout = images::small().join("layout");
     let push = |reference: &str| {
-        let (source, target) = (format!("oci:{}:v1", layout.display()), format!("docker://{host}/{reference}"));
+        let (source, target) = (
+            format!("oci:{}:v1", layout.display()),
+            format!("docker://{host}/{reference}"),
+        );
         let credentials = format!("{}:{password}", harbor::USER);
-        run(bound("skopeo").args(["copy", "--dest-creds", &credentials, "--dest-tls-verify=false", &source, &target]), secs(60))
+        run(
+            bound("skopeo").args([
+                "copy",
+                "--dest-creds",
+                &credentials,
+                "--dest-tls-verify=false",
+                &source,
+                &target,
+            ]),
+            secs(60),
+        )
     };
     push("operators/app:v1").expect(0);
-    assert_eq!(harbor.digest("operators/app:v1").as_deref(), images::top(&layout)["digest"].as_str());
-    assert_ne!(push("nowhere/app:v1").code, 0, "a missing project must be refused");
+    assert_eq!(
+        harbor.digest("operators/app:v1").as_deref(),
+        images::top(&layout)["digest"].as_str()
+    );
+    assert_ne!(
+        push("nowhere/app:v1").code,
+        0,
+        "a missing project must be refused"
+    );
     harbor.make_immutable();
-    assert_ne!(push("operators/app:v1").code, 0, "an immutable tag must be refused");
+    assert_ne!(
+        push("operators/app:v1").code,
+        0,
+        "an immutable tag must be refused"
+    );
     harbor.always(harbor::is_push, 403, &harbor::error("DENIED", "quota"));
-    assert_ne!(push("operators/other:v1").code, 0, "the script goes before all");
+    assert_ne!(
+        push("operators/other:v1").code,
+        0,
+        "the script goes before all"
+    );
     harbor.heal();
     push("operators/other:v1").expect(0);
 }
@@ -86,13 +143,29 @@ fn small_images_are_what_they_say() {
     assert_same(&dir.join("root"), &root);
     let listing = tool("tar", &["-tf", dir.join("docker.tar").to_str().unwrap()]);
     assert!(listing.contains("manifest.json"), "{listing}");
-    let zstd = images::blob(&dir.join("zstd"), images::top(&dir.join("zstd"))["digest"].as_str().unwrap());
-    assert!(std::fs::read_to_string(zstd).unwrap().contains("tar+zstd"), "the layers must be zstd");
+    let zstd = images::blob(
+        &dir.join("zstd"),
+        images::top(&dir.join("zstd"))["digest"].as_str().unwrap(),
+    );
+    assert!(
+        std::fs::read_to_string(zstd).unwrap().contains("tar+zstd"),
+        "the layers must be zstd"
+    );
     for index in ["two", "absent"] {
-        let out = tool("skopeo", &["inspect", "--raw", &format!("oci:{}:v1", dir.join(index).display())]);
+        let out = tool(
+            "skopeo",
+            &[
+                "inspect",
+                "--raw",
+                &format!("oci:{}:v1", dir.join(index).display()),
+            ],
+        );
         assert!(out.contains("amd64") && out.contains("arm64"), "{out}");
     }
-    assert!(disk_usage(&dir.join("absent")) < disk_usage(&dir.join("two")), "the absent platform's blobs are there");
+    assert!(
+        disk_usage(&dir.join("absent")) < disk_usage(&dir.join("two")),
+        "the absent platform's blobs are there"
+    );
 }
 
 #[test]
@@ -101,7 +174,10 @@ fn the_large_image_has_a_large_base() {
     let dir = images::large();
     let scratch = Scratch::new();
     let root = images::unpack(&dir.join("layout"), "v2", &scratch.join("bundle"));
-    assert!(disk_usage(&root) >= 100 << 20, "the base image is smaller than 100 MB");
+    assert!(
+        disk_usage(&root) >= 100 << 20,
+        "the base image is smaller than 100 MB"
+    );
     assert_same(&dir.join("app2"), &root.join("app"));
 }
 
@@ -115,7 +191,10 @@ fn trees_differ_when_anything_does() {
     let (v2, new_bytes) = next_dataset(&v1, &scratch.join("v2"));
     assert!(new_bytes > 0 && read(&v1.root) != read(&v2.root));
     chmod(&again.root.join("说明.txt"), 0o640);
-    assert!(std::panic::catch_unwind(|| assert_same(&v1.root, &again.root)).is_err(), "a changed mode must be seen");
+    assert!(
+        std::panic::catch_unwind(|| assert_same(&v1.root, &again.root)).is_err(),
+        "a changed mode must be seen"
+    );
 }
 
 #[test]
@@ -137,9 +216,13 @@ fn the_line_carries_counts_slows_and_cuts() {
     assert_eq!(site.recv(&mut buffer).unwrap(), 7);
     assert_eq!((line.up(), line.down()), (5, 7));
     line.cut();
-    site.set_read_timeout(Some(Duration::from_millis(300))).unwrap();
+    site.set_read_timeout(Some(Duration::from_millis(300)))
+        .unwrap();
     end.send_to(b"lost", peer).unwrap();
-    assert!(site.recv(&mut buffer).is_err(), "a cut line must carry nothing");
+    assert!(
+        site.recv(&mut buffer).is_err(),
+        "a cut line must carry nothing"
+    );
     line.mend();
 
     let mut near = TcpStream::connect(line.address()).unwrap();
@@ -149,7 +232,11 @@ fn the_line_carries_counts_slows_and_cuts() {
     far.write_all(&[7; 500_000]).unwrap();
     let mut received = vec![0; 500_000];
     near.read_exact(&mut received).unwrap();
-    assert!(began.elapsed() > Duration::from_millis(400), "half a megabyte at one a second took {:?}", began.elapsed());
+    assert!(
+        began.elapsed() > Duration::from_millis(400),
+        "half a megabyte at one a second took {:?}",
+        began.elapsed()
+    );
 }
 
 #[test]
@@ -157,8 +244,13 @@ fn a_started_process_dies_with_the_thread_that_started_it() {
     let _limit = limit(secs(60));
     let starter = std::thread::spawn(|| {
         let pid = bound("sleep").arg("1000").spawn().unwrap().id();
-        let runs = || std::fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|name| name.trim() == "sleep");
-        wait_for("the process has asked for the signal", secs(10), || runs().then_some(pid))
+        let runs = || {
+            std::fs::read_to_string(format!("/proc/{pid}/comm"))
+                .is_ok_and(|name| name.trim() == "sleep")
+        };
+        wait_for("the process has asked for the signal", secs(10), || {
+            runs().then_some(pid)
+        })
     });
     let pid = starter.join().unwrap();
     wait_for("the process is gone or a zombie", secs(10), || {

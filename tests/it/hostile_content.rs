@@ -1,5 +1,5 @@
-//! What hostile origins publish: malformed manifests are refused where they enter, and content that is not what it is named by lands
-//! nowhere and harms nobody else's.
+//! What hostile origins publish: malformed manifests are refused where they enter, and content that
+//! is not what it is named by lands nowhere and harms nobody else's.
 
 use std::os::unix::fs::PermissionsExt;
 
@@ -17,7 +17,12 @@ use crate::support::{Scratch, limit, secs, wait_for};
 fn one_file(page: &EntryPage, links: u64) -> Artifact {
     let mut artifact = Artifact::new("dataset");
     artifact.hold(b"x");
-    for (total, n) in [("files", 1), ("bytes", 1), ("chunks", 1), ("symlinks", links)] {
+    for (total, n) in [
+        ("files", 1),
+        ("bytes", 1),
+        ("chunks", 1),
+        ("symlinks", links),
+    ] {
         artifact.add(total, n);
     }
     artifact.list(page, 1);
@@ -30,9 +35,29 @@ fn malformed() -> Vec<(&'static str, Artifact)> {
         ("dotdot", one_file(&file("../evil"), 0)),
         ("absolute", one_file(&file("/etc/evil"), 0)),
         ("nul", one_file(&file("a\0b"), 0)),
-        ("through-link", one_file(&EntryPage::new().link("d", "x").file("d/evil", b"x", 0o644), 1)),
-        ("link", one_file(&EntryPage::new().file("a", b"x", 0o644).link("l", "/etc/passwd"), 1)),
-        ("nul-link", one_file(&EntryPage::new().file("a", b"x", 0o644).link("l", "a\0b"), 1)),
+        (
+            "through-link",
+            one_file(
+                &EntryPage::new().link("d", "x").file("d/evil", b"x", 0o644),
+                1,
+            ),
+        ),
+        (
+            "link",
+            one_file(
+                &EntryPage::new()
+                    .file("a", b"x", 0o644)
+                    .link("l", "/etc/passwd"),
+                1,
+            ),
+        ),
+        (
+            "nul-link",
+            one_file(
+                &EntryPage::new().file("a", b"x", 0o644).link("l", "a\0b"),
+                1,
+            ),
+        ),
     ];
     // Wrong, and below every quota.
     let mut bytes = one_file(&file("a"), 0);
@@ -66,10 +91,16 @@ fn malformed_manifests_are_refused_where_they_enter() {
     }
     for (name, artifact) in &all {
         let named = json!({"artifact": format!("dataset/{name}:1"), "digest": artifact.digest().hex(), "to": null});
-        let (offer, upload) = (site.ask(&json!({"publish": named})), publisher.ask(&json!({"upload": named})));
+        let (offer, upload) = (
+            site.ask(&json!({"publish": named})),
+            publisher.ask(&json!({"upload": named})),
+        );
         for refused in [offer, upload] {
             let fault = refused.expect_err(name);
-            assert!(fault.contains("\"integrity\"") && fault.contains(&format!("dataset/{name}:1: ")), "{name}: {fault}");
+            assert!(
+                fault.contains("\"integrity\"") && fault.contains(&format!("dataset/{name}:1: ")),
+                "{name}: {fault}"
+            );
         }
     }
     assert_eq!(hub.artifacts(), Vec::<String>::new());
@@ -94,19 +125,37 @@ fn what_is_not_what_its_name_says_lands_nowhere() {
     for (total, n) in [("files", 1), ("bytes", lie), ("chunks", 1)] {
         poison.add(total, n);
     }
-    poison.hold_frame(name, frame(name, lie as u32, 1, &zstd::bulk::compress(&known, 1).unwrap()));
+    poison.hold_frame(
+        name,
+        frame(
+            name,
+            lie as u32,
+            1,
+            &zstd::bulk::compress(&known, 1).unwrap(),
+        ),
+    );
     poison.list(&EntryPage::new().file_as("x", lie, name, 0o644), 1);
     // An image whose layer has the right size and other content.
     let (layer, evil) = ([1u8; 1000], [2u8; 1000]);
     let config = br#"{"architecture":"amd64","os":"linux"}"#.to_vec();
-    let descriptor = |bytes: &[u8]| json!({"mediaType": "x", "digest": Sha256::of(bytes), "size": bytes.len()});
-    let manifest = json!({"schemaVersion": 2, "config": descriptor(&config), "layers": [descriptor(&layer)]}).to_string().into_bytes();
-    let mut blobs = [(Sha256::of(&config), config), (Sha256::of(&manifest), manifest.clone()), (Sha256::of(&layer), evil.to_vec())];
+    let descriptor =
+        |bytes: &[u8]| json!({"mediaType": "x", "digest": Sha256::of(bytes), "size": bytes.len()});
+    let manifest =
+        json!({"schemaVersion": 2, "config": descriptor(&config), "layers": [descriptor(&layer)]})
+            .to_string()
+            .into_bytes();
+    let mut blobs = [
+        (Sha256::of(&config), config),
+        (Sha256::of(&manifest), manifest.clone()),
+        (Sha256::of(&layer), evil.to_vec()),
+    ];
     blobs.sort();
     let mut image = Artifact::new("image");
     let top = Sha256::of(&manifest).to_string();
     image.set("info", json!({"is": "image", "media_type": "application/vnd.oci.image.manifest.v1+json", "digest": top, "size": manifest.len(), "platforms": ["linux/amd64"], "absent": []}));
-    let mut page = EntryPage::new().dir("blobs", 0o755).dir("blobs/sha256", 0o755);
+    let mut page = EntryPage::new()
+        .dir("blobs", 0o755)
+        .dir("blobs/sha256", 0o755);
     for (digest, content) in &blobs {
         page = page.file(digest.layout_path(), content, 0o644);
         image.hold(content);
@@ -118,7 +167,11 @@ fn what_is_not_what_its_name_says_lands_nowhere() {
     image.list(&page, 1);
 
     mal.serve(vec![special.clone(), poison.clone(), image.clone()]);
-    for (reference, artifact) in [("dataset/special:1", &special), ("dataset/poison:1", &poison), ("image/adc:1", &image)] {
+    for (reference, artifact) in [
+        ("dataset/special:1", &special),
+        ("dataset/poison:1", &poison),
+        ("image/adc:1", &image),
+    ] {
         mal.ask(&json!({"publish": {"artifact": reference, "digest": artifact.digest().hex(), "to": null, "run": null}})).unwrap();
     }
     let refused = |reference: &str| {
@@ -129,7 +182,10 @@ fn what_is_not_what_its_name_says_lands_nowhere() {
     };
 
     hub.deliver_and_wait("dataset/special:1", "east", secs(60));
-    let mode = std::fs::metadata(east.folder("dataset/special:1").join("run")).unwrap().permissions().mode();
+    let mode = std::fs::metadata(east.folder("dataset/special:1").join("run"))
+        .unwrap()
+        .permissions()
+        .mode();
     assert_eq!(mode & 0o7777, 0o755, "no special bits are set");
 
     let said = refused("dataset/poison:1");
@@ -143,7 +199,10 @@ fn what_is_not_what_its_name_says_lands_nowhere() {
     let said = refused("image/adc:1");
     assert!(said.contains("does not match its name"), "{said}");
     let layout = east.layout.join("adc");
-    assert!(!layout.join("index.json").exists() && !layout.join(Sha256::of(&layer).layout_path()).exists());
+    assert!(
+        !layout.join("index.json").exists()
+            && !layout.join(Sha256::of(&layer).layout_path()).exists()
+    );
     // Once the relay has kept what passed.
     wait_for("verify at the hub finds it too", secs(30), || {
         let found = hub.cli(&["verify", "image/adc:1"]);

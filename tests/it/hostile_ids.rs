@@ -1,4 +1,5 @@
-//! A hub that names transfers by paths: the site does nothing of what it says, and still works with a sound hub.
+//! A hub that names transfers by paths: the site does nothing of what it says, and still works with
+//! a sound hub.
 
 use std::path::Path;
 
@@ -9,7 +10,10 @@ use crate::support::{Scratch, limit, secs};
 /// The files below a directory with their content.
 fn contents(dir: &Path) -> Vec<(std::path::PathBuf, Vec<u8>)> {
     let files = crate::support::find(dir, &|path| path.is_file());
-    files.into_iter().map(|path| (path.clone(), std::fs::read(&path).unwrap())).collect()
+    files
+        .into_iter()
+        .map(|path| (path.clone(), std::fs::read(&path).unwrap()))
+        .collect()
 }
 
 #[test]
@@ -33,17 +37,33 @@ fn no_transfer_id_reaches_a_path() {
         let (connection, mut control) = false_hub.site(secs(30));
         connection.serve(vec![artifact.clone()]);
         let good = wanted("t-1", "dataset/x:1", artifact.digest(), "run");
-        control.message(&desired(1, &[good, wanted(id, "dataset/y:1", artifact.digest(), want)])).unwrap();
+        control
+            .message(&desired(
+                1,
+                &[good, wanted(id, "dataset/y:1", artifact.digest(), want)],
+            ))
+            .unwrap();
         // The site closes the connection instead of doing a part of it, and dials again.
         while control.receive(secs(30)).is_ok() {}
         assert!(site.is_running());
         assert_eq!(contents(&victim), before, "{id}");
-        assert!(site.transfers(&[]).is_empty(), "no part of the message was done");
+        assert!(
+            site.transfers(&[]).is_empty(),
+            "no part of the message was done"
+        );
     }
     let (connection, mut control) = false_hub.site(secs(30));
     connection.serve(vec![artifact.clone()]);
-    control.message(&desired(1, &[wanted("t-1", "dataset/x:1", artifact.digest(), "run")])).unwrap();
+    control
+        .message(&desired(
+            1,
+            &[wanted("t-1", "dataset/x:1", artifact.digest(), "run")],
+        ))
+        .unwrap();
     site.wait_done("t-1", secs(30));
-    assert_eq!(std::fs::read(site.folder("dataset/x:1").join("authorized_keys")).unwrap(), b"evil");
+    assert_eq!(
+        std::fs::read(site.folder("dataset/x:1").join("authorized_keys")).unwrap(),
+        b"evil"
+    );
     assert_eq!(contents(&victim), before);
 }

@@ -1,7 +1,9 @@
-//! Any bytes on any stream: whatever an enrolled site, a publisher or a hub sends, the daemon at the other end stays within that peer's
-//! share of memory, writes nothing outside of its folders, and answers everybody else within a second.
+//! Any bytes on any stream: whatever an enrolled site, a publisher or a hub sends, the daemon at
+//! the other end stays within that peer's share of memory, writes nothing outside of its folders,
+//! and answers everybody else within a second.
 //!
-//! Messages are real ones that a seeded generator made wrong: a value replaced by an extreme one, bytes flipped, cut or repeated.
+//! Messages are real ones that a seeded generator made wrong: a value replaced by an extreme one,
+//! bytes flipped, cut or repeated.
 
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -16,7 +18,9 @@ use serde_json::{Value, json};
 
 use crate::support::daemon::{Daemon, Hub, Site, SiteSpec};
 use crate::support::data::rng;
-use crate::support::hostile::{Connection, FalseHub, Identity, TRANSPORTS, desired, framed, over, wanted};
+use crate::support::hostile::{
+    Connection, FalseHub, Identity, TRANSPORTS, desired, framed, over, wanted,
+};
 use crate::support::{Scratch, limit, secs, tree};
 
 /// How many messages each peer sends over each transport.
@@ -109,11 +113,26 @@ fn fetch_request(rng: &mut StdRng) -> Vec<u8> {
         vec![Wanted::Root; 5_000],
         vec![Wanted::RootAndPages(u64::MAX)],
         vec![Wanted::TopPages(ranges.clone())],
-        vec![Wanted::Children { page: hash, ranges: ranges.clone() }; 100],
-        vec![Wanted::Difference { ranges, base: hash, against: (0, u32::MAX) }],
+        vec![
+            Wanted::Children {
+                page: hash,
+                ranges: ranges.clone()
+            };
+            100
+        ],
+        vec![Wanted::Difference {
+            ranges,
+            base: hash,
+            against: (0, u32::MAX),
+        }],
     ];
     let wants = wants.choose(rng).expect("there are some").clone();
-    let mut bytes = postcard::to_stdvec(&FetchRequest { digest: hash, priority: rng.random(), wants }).expect("postcard");
+    let mut bytes = postcard::to_stdvec(&FetchRequest {
+        digest: hash,
+        priority: rng.random(),
+        wants,
+    })
+    .expect("postcard");
     if rng.random_ratio(1, 2) {
         garble(&mut bytes, rng);
     }
@@ -155,16 +174,30 @@ fn tellings() -> Vec<Value> {
 }
 
 /// Sends all of it, and checks after each how long somebody else waits.
-fn bombard(connection: &Connection, rng: &mut StdRng, tells: &[Value], asks: &[Value], victim: &Path, mut others: impl FnMut()) {
+fn bombard(
+    connection: &Connection,
+    rng: &mut StdRng,
+    tells: &[Value],
+    asks: &[Value],
+    victim: &Path,
+    mut others: impl FnMut(),
+) {
     for _ in 0..MESSAGES {
         let (kind, bytes) = match rng.random_range(0..10) {
             0 => (rng.random(), message(asks, rng, victim)),
-            1..3 => (b'C', (0..rng.random_range(1..4)).flat_map(|_| message(tells, rng, victim)).collect()),
+            1..3 => (
+                b'C',
+                (0..rng.random_range(1..4))
+                    .flat_map(|_| message(tells, rng, victim))
+                    .collect(),
+            ),
             3..5 => (b'F', fetch_request(rng)),
             _ => (b'Q', message(asks, rng, victim)),
         };
         // A daemon may close the connection of a peer that breaks the protocol.
-        let Some(mut stream) = connection.try_open(&[kind]) else { return };
+        let Some(mut stream) = connection.try_open(&[kind]) else {
+            return;
+        };
         let _ = stream.write(&bytes);
         if rng.random_ratio(3, 4) {
             stream.finish();
@@ -178,7 +211,11 @@ fn answers(daemon: &Daemon) {
     let began = Instant::now();
     let (code, _) = daemon.get("/v1/sites");
     assert_eq!(code, 200);
-    assert!(began.elapsed() < ANSWER_MAX, "somebody else waited {:?}", began.elapsed());
+    assert!(
+        began.elapsed() < ANSWER_MAX,
+        "somebody else waited {:?}",
+        began.elapsed()
+    );
 }
 
 #[test]
@@ -196,16 +233,30 @@ fn a_hub_bears_whatever_a_site_or_a_publisher_says() {
             let before = hub.memory("VmRSS");
             for _ in 0..3 {
                 let connection = identity.dial();
-                bombard(&connection, &mut rng, &tellings(), &questions(), &victim, || answers(&hub));
+                bombard(
+                    &connection,
+                    &mut rng,
+                    &tellings(),
+                    &questions(),
+                    &victim,
+                    || answers(&hub),
+                );
                 connection.close();
             }
             let cost = hub.memory("VmHWM").saturating_sub(before);
-            assert!(cost <= MEMORY_MAX, "{who} over {name} cost {cost} bytes of memory");
+            assert!(
+                cost <= MEMORY_MAX,
+                "{who} over {name} cost {cost} bytes of memory"
+            );
         }
     }
     assert!(hub.is_running());
     assert!(!hub.log().contains("panicked"), "{}", hub.log());
-    assert_eq!(tree::read(&victim).len(), 1, "nothing is written or removed outside of the hub's folders");
+    assert_eq!(
+        tree::read(&victim).len(),
+        1,
+        "nothing is written or removed outside of the hub's folders"
+    );
     hub.stop();
 }
 
@@ -216,12 +267,20 @@ fn a_site_bears_whatever_a_hub_says() {
     let victim = scratch.folder("victim");
     std::fs::write(victim.join("precious"), b"precious").unwrap();
     let mut hub = Hub::start_new(scratch.path());
-    let mut site =
-        Site::start_new(scratch.path(), &hub, "east", &SiteSpec { more: "[line]\ntransport = \"tcp\"\n", ..SiteSpec::default() });
+    let mut site = Site::start_new(
+        scratch.path(),
+        &hub,
+        "east",
+        &SiteSpec {
+            more: "[line]\ntransport = \"tcp\"\n",
+            ..SiteSpec::default()
+        },
+    );
     let false_hub = FalseHub::take_over(&mut hub);
     let mut rng = rng("a false hub");
     let digest = Hash::of(b"anything");
-    let transfers = ["run", "pause", "cancel"].map(|want| wanted(&format!("t-{want}"), "dataset/x:1", digest, want));
+    let transfers = ["run", "pause", "cancel"]
+        .map(|want| wanted(&format!("t-{want}"), "dataset/x:1", digest, want));
     let mut whole = desired(1, &transfers);
     whole["desired"]["manifests"] = json!([{"digest": digest.hex(), "frames": "AAAA"}]);
     let input = json!({"artifact": "dataset/x:1", "digest": digest.hex(), "bytes": 1});
@@ -238,18 +297,23 @@ fn a_site_bears_whatever_a_hub_says() {
         json!({"holds": {"artifact": "dataset/x:1", "digest": digest.hex()}}),
     ];
     let before = site.memory("VmRSS");
-    // A control message that it cannot read ends the connection, and the pause before the site dials again grows: few connections, with
-    // many questions each.
+    // A control message that it cannot read ends the connection, and the pause before the site
+    // dials again grows: few connections, with many questions each.
     for _ in 0..HUB_CONNECTIONS {
         let (connection, mut control) = false_hub.site(secs(60));
         for _ in 0..MESSAGES / HUB_CONNECTIONS {
-            let Some(mut stream) = connection.try_open(b"Q") else { break };
+            let Some(mut stream) = connection.try_open(b"Q") else {
+                break;
+            };
             let _ = stream.write(&message(&asks, &mut rng, &victim));
             stream.finish();
             answers(&site);
         }
         for _ in 0..8 {
-            if control.write(&message(std::slice::from_ref(&whole), &mut rng, &victim)).is_err() {
+            if control
+                .write(&message(std::slice::from_ref(&whole), &mut rng, &victim))
+                .is_err()
+            {
                 break;
             }
             answers(&site);
@@ -260,7 +324,11 @@ fn a_site_bears_whatever_a_hub_says() {
     assert!(cost <= MEMORY_MAX, "the hub cost {cost} bytes of memory");
     assert!(site.is_running());
     assert!(!site.log().contains("panicked"), "{}", site.log());
-    assert_eq!(tree::read(&victim).len(), 1, "nothing is written or removed outside of the site's folders");
+    assert_eq!(
+        tree::read(&victim).len(),
+        1,
+        "nothing is written or removed outside of the site's folders"
+    );
     site.stop();
 }
 

@@ -1,11 +1,14 @@
-//! The hostile peers themselves: as long as they are honest, hub and sites take them for what they say they are.
+//! The hostile peers themselves: as long as they are honest, hub and sites take them for what they
+//! say they are.
 
 use exchange::wire::Wanted;
 use packhorse::config::Transport;
 use serde_json::json;
 
 use crate::support::daemon::{Hub, Site, SiteSpec};
-use crate::support::hostile::{Artifact, EntryPage, FalseHub, Identity, IndexPage, TRANSPORTS, desired, frame, over, wanted};
+use crate::support::hostile::{
+    Artifact, EntryPage, FalseHub, Identity, IndexPage, TRANSPORTS, desired, frame, over, wanted,
+};
 use crate::support::{Scratch, limit, secs};
 
 #[test]
@@ -17,15 +20,26 @@ fn an_honest_false_site_publishes_and_reads_back() {
         let site = Identity::site(&hub, &format!("mal-{version}"), over(transport)).dial();
         let _control = site.control();
         hub.wait_online(&format!("mal-{version}"), true, secs(20));
-        let artifact = Artifact::of_files("dataset", &[("a.txt", b"one"), ("b.txt", version.as_bytes())]);
+        let artifact = Artifact::of_files(
+            "dataset",
+            &[("a.txt", b"one"), ("b.txt", version.as_bytes())],
+        );
         let asked = site.serve(vec![artifact.clone()]);
         let reference = format!("dataset/good:{version}");
         let question = json!({"publish": {"artifact": reference, "digest": artifact.digest().hex(), "to": null, "run": null}});
         let published = site.ask(&question).unwrap();
         assert_eq!(published["digest"], artifact.digest().hex());
         assert!(asked.load(std::sync::atomic::Ordering::Relaxed) > 0);
-        let read_root = || site.fetch(artifact.digest(), vec![Wanted::Root]).read_to_end(secs(20)).unwrap();
-        assert_eq!(read_root()[..32], [0; 32], "nothing was delivered to it yet, so it gets a fault");
+        let read_root = || {
+            site.fetch(artifact.digest(), vec![Wanted::Root])
+                .read_to_end(secs(20))
+                .unwrap()
+        };
+        assert_eq!(
+            read_root()[..32],
+            [0; 32],
+            "nothing was delivered to it yet, so it gets a fault"
+        );
         hub.deliver(&[&reference], &format!("mal-{version}"));
         assert_eq!(read_root()[..32], artifact.digest().0);
     }
@@ -36,14 +50,30 @@ fn an_honest_false_hub_delivers() {
     let _limit = limit(secs(120));
     let scratch = Scratch::new();
     let mut hub = Hub::start_new(scratch.path());
-    let site = Site::start_new(scratch.path(), &hub, "east", &SiteSpec { more: "[line]\ntransport = \"tcp\"\n", ..SiteSpec::default() });
+    let site = Site::start_new(
+        scratch.path(),
+        &hub,
+        "east",
+        &SiteSpec {
+            more: "[line]\ntransport = \"tcp\"\n",
+            ..SiteSpec::default()
+        },
+    );
     let false_hub = FalseHub::take_over(&mut hub);
     let (connection, mut control) = false_hub.site(secs(30));
     let artifact = Artifact::of_files("dataset", &[("a.txt", b"one")]);
     connection.serve(vec![artifact.clone()]);
-    control.message(&desired(1, &[wanted("t-1", "dataset/x:1", artifact.digest(), "run")])).unwrap();
+    control
+        .message(&desired(
+            1,
+            &[wanted("t-1", "dataset/x:1", artifact.digest(), "run")],
+        ))
+        .unwrap();
     site.wait_done("t-1", secs(30));
-    assert_eq!(std::fs::read(site.folder("dataset/x:1").join("a.txt")).unwrap(), b"one");
+    assert_eq!(
+        std::fs::read(site.folder("dataset/x:1").join("a.txt")).unwrap(),
+        b"one"
+    );
 }
 
 #[test]
@@ -59,16 +89,27 @@ fn a_false_site_offers_manifests_of_every_shape() {
     let halves = [vec![1u8; 200 << 10], vec![2u8; 100 << 10]];
     let whole = content::chunk::Hash::of(&halves.concat());
     let ids = halves.each_ref().map(|half| deep.hold(half));
-    let page = EntryPage::new().dir("d", 0o755).link("d/l", "x").file_as("f", 300 << 10, whole, 0o644);
+    let page =
+        EntryPage::new()
+            .dir("d", 0o755)
+            .link("d/l", "x")
+            .file_as("f", 300 << 10, whole, 0o644);
     let page = page.chunk(ids[0], 200 << 10).chunk(ids[1], 100 << 10);
     let (id, len) = deep.hold_page(&page);
     deep.list_index(&IndexPage::new().child(id, len, 2, 3), 1);
     deep.set("depth", json!(1));
-    for (total, n) in [("dirs", 1), ("symlinks", 1), ("files", 1), ("chunks", 2), ("bytes", 300 << 10)] {
+    for (total, n) in [
+        ("dirs", 1),
+        ("symlinks", 1),
+        ("files", 1),
+        ("chunks", 2),
+        ("bytes", 300 << 10),
+    ] {
         deep.add(total, n);
     }
 
-    // Ones that are none: a page that ends in the middle, one under the name of another, one that never comes.
+    // Ones that are none: a page that ends in the middle, one under the name of another, one that
+    // never comes.
     let mut cut = Artifact::new("dataset");
     cut.list(&EntryPage::new().file("a", b"x", 0o644).raw(&[3, 0]), 1);
     let mut other = Artifact::of_files("dataset", &[("a", b"x")]);
@@ -78,7 +119,12 @@ fn a_false_site_offers_manifests_of_every_shape() {
     let listed = lacking.list(&EntryPage::new().file("b", b"z", 0o644), 1);
     lacking.withhold(listed);
 
-    site.serve(vec![deep.clone(), cut.clone(), other.clone(), lacking.clone()]);
+    site.serve(vec![
+        deep.clone(),
+        cut.clone(),
+        other.clone(),
+        lacking.clone(),
+    ]);
     let offer = |name: &str, artifact: &Artifact| {
         site.ask(&json!({"publish": {"artifact": format!("dataset/{name}:1"), "digest": artifact.digest().hex(), "to": null, "run": null}}))
     };
@@ -114,7 +160,8 @@ fn a_false_site_cannot_report_without_a_receipt() {
         body["receipt"] = receipt;
         json!({"report": [{"id": id, "generation": 0, "state": "done", "body": body}]})
     };
-    let wrong = identity.receipt(&json!({"artifact": "dataset/b:1", "site": "mal", "digest": "00"}).to_string());
+    let wrong = identity
+        .receipt(&json!({"artifact": "dataset/b:1", "site": "mal", "digest": "00"}).to_string());
     control.message(&report(wrong)).unwrap();
     control.message(&report(serde_json::Value::Null)).unwrap();
     // Its questions are answered behind what it reported.

@@ -6,19 +6,22 @@ use std::time::Instant;
 use crate::support::daemon::{Daemon, Hub, PACKHORSE, Site, SiteSpec};
 use crate::support::{Scratch, data, limit, secs, skipped, wait_for};
 
-/// Seconds of idling, and what the environment may set it to: `PACKHORSE_IDLE_SECONDS=600` is the whole test.
+/// Seconds of idling, and what the environment may set it to: `PACKHORSE_IDLE_SECONDS=600` is the
+/// whole test.
 const SECONDS: u64 = 20;
 /// Resident memory of an idle daemon.
 const RESIDENT_MAX: u64 = 40 << 20;
 
-/// The program whose memory is measured: `PACKHORSE_IDLE_PROGRAM`, which `scripts/test` builds with its own code
-/// optimised, else the one under test. The code pages of an unoptimised build alone are 28 MiB: they say nothing of the
-/// program that people run.
+/// The program whose memory is measured: `PACKHORSE_IDLE_PROGRAM`, which `scripts/test` builds with
+/// its own code optimised, else the one under test. The code pages of an unoptimised build alone
+/// are 28 MiB: they say nothing of the program that people run.
 fn program() -> Option<PathBuf> {
     match std::env::var_os("PACKHORSE_IDLE_PROGRAM") {
         Some(path) => Some(path.into()),
         None if cfg!(debug_assertions) => {
-            skipped("PACKHORSE_IDLE_PROGRAM names no optimised build, and this one is not optimised");
+            skipped(
+                "PACKHORSE_IDLE_PROGRAM names no optimised build, and this one is not optimised",
+            );
             None
         }
         None => Some(PACKHORSE.into()),
@@ -28,14 +31,22 @@ fn program() -> Option<PathBuf> {
 /// Clock ticks of processor time that a daemon has used, its threads together.
 fn ticks(daemon: &Daemon) -> u64 {
     let stat = std::fs::read_to_string(format!("/proc/{}/stat", daemon.pid())).unwrap();
-    // The name in brackets may hold spaces; user and system time are fields 14 and 15, 3 is the first after it.
-    let fields: Vec<&str> = stat.rsplit_once(')').unwrap().1.split_whitespace().collect();
+    // The name in brackets may hold spaces; user and system time are fields 14 and 15, 3 is the
+    // first after it.
+    let fields: Vec<&str> = stat
+        .rsplit_once(')')
+        .unwrap()
+        .1
+        .split_whitespace()
+        .collect();
     fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap()
 }
 
 #[test]
 fn two_idle_daemons_cost_next_to_nothing() {
-    let seconds = std::env::var("PACKHORSE_IDLE_SECONDS").map_or(SECONDS, |s| s.parse().expect("PACKHORSE_IDLE_SECONDS is a number"));
+    let seconds = std::env::var("PACKHORSE_IDLE_SECONDS").map_or(SECONDS, |s| {
+        s.parse().expect("PACKHORSE_IDLE_SECONDS is a number")
+    });
     let _limit = limit(secs(seconds + 90));
     let Some(program) = program() else { return };
     let scratch = Scratch::new();
@@ -48,18 +59,41 @@ fn two_idle_daemons_cost_next_to_nothing() {
     }
     // After some work: what a daemon took for it must be given back.
     data::model(&scratch.join("model"), 8 << 20);
-    hub.publish(&scratch.join("model"), "model/m:v1", &["--to", "all", "--wait"]);
+    hub.publish(
+        &scratch.join("model"),
+        "model/m:v1",
+        &["--to", "all", "--wait"],
+    );
 
-    let ticks_a_second: u64 = crate::support::command::tool("getconf", &["CLK_TCK"]).trim().parse().unwrap();
+    let ticks_a_second: u64 = crate::support::command::tool("getconf", &["CLK_TCK"])
+        .trim()
+        .parse()
+        .unwrap();
     let began = Instant::now();
     let before = [ticks(&hub), ticks(&site)];
-    wait_for("the time of idling is over", secs(seconds + 5), || (began.elapsed() >= secs(seconds)).then_some(()));
+    wait_for("the time of idling is over", secs(seconds + 5), || {
+        (began.elapsed() >= secs(seconds)).then_some(())
+    });
     let after = [ticks(&hub), ticks(&site)];
     for (i, daemon) in [&*hub, &*site].into_iter().enumerate() {
-        let used = (after[i] - before[i]) as f64 / ticks_a_second as f64 / began.elapsed().as_secs_f64() * 100.0;
+        let used =
+            (after[i] - before[i]) as f64 / ticks_a_second as f64 / began.elapsed().as_secs_f64()
+                * 100.0;
         let resident = daemon.memory("VmRSS");
-        println!("{}: {used:.2} % of a core, {:.1} MiB resident", daemon.name, resident as f64 / 1_048_576.0);
-        assert!(used <= 1.0, "{} used {used:.2} % of a core while idle", daemon.name);
-        assert!(resident <= RESIDENT_MAX, "{} has {resident} bytes resident while idle", daemon.name);
+        println!(
+            "{}: {used:.2} % of a core, {:.1} MiB resident",
+            daemon.name,
+            resident as f64 / 1_048_576.0
+        );
+        assert!(
+            used <= 1.0,
+            "{} used {used:.2} % of a core while idle",
+            daemon.name
+        );
+        assert!(
+            resident <= RESIDENT_MAX,
+            "{} has {resident} bytes resident while idle",
+            daemon.name
+        );
     }
 }

@@ -25,21 +25,40 @@ impl World {
         let scratch = Scratch::new();
         let registry = Registry::bearer(&scratch, "bearer");
         let hub = Hub::start_new(scratch.path());
-        let spec = SiteSpec { images_sink: Some(registry.sink(&scratch)), ..SiteSpec::default() };
+        let spec = SiteSpec {
+            images_sink: Some(registry.sink(&scratch)),
+            ..SiteSpec::default()
+        };
         let registry_site = Site::start_new(scratch.path(), &hub, "chengdu", &spec);
         let layout_site = Site::start_new(scratch.path(), &hub, "hefei", &SiteSpec::default());
-        Self { hub, layout_site, _registry_site: registry_site, registry, scratch }
+        Self {
+            hub,
+            layout_site,
+            _registry_site: registry_site,
+            registry,
+            scratch,
+        }
     }
 
     /// Publishes an image to both sites; its `info`, once both hold it with the digest recorded.
     fn carry(&self, source: &str, name: &str, more: &[&str]) -> serde_json::Value {
         let reference = format!("image/{name}:v1");
-        let args: Vec<&str> =
-            ["publish", source, "--as", &reference, "--to", "all", "--wait"].into_iter().chain(more.iter().copied()).collect();
+        let args: Vec<&str> = [
+            "publish", source, "--as", &reference, "--to", "all", "--wait",
+        ]
+        .into_iter()
+        .chain(more.iter().copied())
+        .collect();
         self.hub.cli(&args).expect(0);
         let info = self.hub.json(&["show", &reference])["info"].clone();
-        let digest = info["digest"].as_str().unwrap_or_else(|| panic!("{name} has no digest: {info}"));
-        assert_eq!(self.registry.digest(&format!("operators/{name}:v1")), digest, "{name} in the registry");
+        let digest = info["digest"]
+            .as_str()
+            .unwrap_or_else(|| panic!("{name} has no digest: {info}"));
+        assert_eq!(
+            self.registry.digest(&format!("operators/{name}:v1")),
+            digest,
+            "{name} in the registry"
+        );
         let raw = tool("skopeo", &["inspect", "--raw", &self.in_layout(name)]);
         assert_eq!(sha256(raw.as_bytes()), digest, "{name} in the layout");
         info
@@ -52,7 +71,14 @@ impl World {
     /// Copies an image out of the registry, unpacks it, and compares its files.
     fn check_files(&self, name: &str) {
         let copy = self.scratch.join(&format!("copy-{name}"));
-        self.registry.skopeo("copy", &["--preserve-digests", &format!("{{}}/operators/{name}:v1"), &format!("oci:{}:v1", copy.display())]);
+        self.registry.skopeo(
+            "copy",
+            &[
+                "--preserve-digests",
+                &format!("{{}}/operators/{name}:v1"),
+                &format!("oci:{}:v1", copy.display()),
+            ],
+        );
         let root = images::unpack(&copy, "v1", &self.scratch.join(&format!("bundle-{name}")));
         assert_same(&images::small().join("root"), &root);
     }
@@ -69,15 +95,25 @@ fn one_image_in_every_form() {
     let world = World::start();
     let original = images::top(&images::small().join("layout"))["digest"].clone();
 
-    for (source, name) in [("layout", "layout"), ("oci.tar", "oci-tar"), ("oci.tar.zst", "oci-tar-zst")] {
+    for (source, name) in [
+        ("layout", "layout"),
+        ("oci.tar", "oci-tar"),
+        ("oci.tar.zst", "oci-tar-zst"),
+    ] {
         let info = world.carry(&fixture(source), name, &[]);
-        assert_eq!(info["digest"], original, "an OCI image keeps its bytes: {name}");
+        assert_eq!(
+            info["digest"], original,
+            "an OCI image keeps its bytes: {name}"
+        );
         world.check_files(name);
     }
     let plain = world.carry(&fixture("docker.tar"), "docker-tar", &[]);
     world.check_files("docker-tar");
     let squeezed = world.carry(&fixture("docker.tar.gz"), "docker-tar-gz", &[]);
-    assert_eq!(plain["digest"], squeezed["digest"], "what is around a tar does not count");
+    assert_eq!(
+        plain["digest"], squeezed["digest"],
+        "what is around a tar does not count"
+    );
     assert_eq!(plain["platforms"], serde_json::json!(["linux/amd64"]));
 }
 
@@ -86,7 +122,10 @@ fn zstd_layers_stay_zstd() {
     let _limit = limit(secs(180));
     let world = World::start();
     let info = world.carry(&fixture("zstd"), "zstd", &[]);
-    assert_eq!(info["digest"], images::top(&images::small().join("zstd"))["digest"]);
+    assert_eq!(
+        info["digest"],
+        images::top(&images::small().join("zstd"))["digest"]
+    );
 }
 
 #[test]
@@ -94,10 +133,24 @@ fn an_index_of_two_platforms_arrives_whole() {
     let _limit = limit(secs(180));
     let world = World::start();
     let info = world.carry(&fixture("two"), "two", &[]);
-    assert_eq!(info["digest"], images::top(&images::small().join("two"))["digest"]);
-    assert_eq!(info["platforms"], serde_json::json!(["linux/amd64", "linux/arm64"]));
+    assert_eq!(
+        info["digest"],
+        images::top(&images::small().join("two"))["digest"]
+    );
+    assert_eq!(
+        info["platforms"],
+        serde_json::json!(["linux/amd64", "linux/arm64"])
+    );
     for architecture in ["amd64", "arm64"] {
-        let out = world.registry.skopeo("inspect", &["--override-arch", architecture, "--config", "{}/operators/two:v1"]);
+        let out = world.registry.skopeo(
+            "inspect",
+            &[
+                "--override-arch",
+                architecture,
+                "--config",
+                "{}/operators/two:v1",
+            ],
+        );
         assert!(out.contains(architecture), "{out}");
     }
 }
@@ -109,8 +162,14 @@ fn a_platform_without_blobs_is_left_out_and_named() {
     let info = world.carry(&fixture("absent"), "absent", &[]);
     assert_eq!(info["platforms"], serde_json::json!(["linux/amd64"]));
     let left_out = info["absent"].as_array().unwrap();
-    let digest = left_out.first().and_then(|d| d.as_str()).unwrap_or_default();
-    assert!(left_out.len() == 1 && digest.starts_with("sha256:"), "what was left out is named: {info}");
+    let digest = left_out
+        .first()
+        .and_then(|d| d.as_str())
+        .unwrap_or_default();
+    assert!(
+        left_out.len() == 1 && digest.starts_with("sha256:"),
+        "what was left out is named: {info}"
+    );
 }
 
 #[test]
@@ -122,12 +181,19 @@ fn an_image_comes_out_of_a_registry() {
     let password = world.scratch.join("source-password");
     std::fs::write(&password, PASSWORD).unwrap();
     let url = format!("registry://{}/team/app:v1", source.host());
-    let registry = format!("[registry.\"{}\"]\nusername = \"{USER}\"\npassword_file = \"{}\"\n[listen]", source.host(), password.display());
+    let registry = format!(
+        "[registry.\"{}\"]\nusername = \"{USER}\"\npassword_file = \"{}\"\n[listen]",
+        source.host(),
+        password.display()
+    );
     world.hub.stop();
     world.hub.edit_config("[listen]", &registry);
     world.hub.start();
     let info = world.carry(&url, "pulled", &[]);
-    assert_eq!(info["digest"], images::top(&images::small().join("two"))["digest"]);
+    assert_eq!(
+        info["digest"],
+        images::top(&images::small().join("two"))["digest"]
+    );
 
     let missing = format!("registry://{}/team/none:v1", source.host());
     let mut args = vec!["publish", missing.as_str(), "--as", "image/none:v1"];
@@ -144,7 +210,10 @@ fn of_a_layer_that_was_rebuilt_the_registry_gives_what_did_not_change() {
     let scratch = Scratch::new();
     let registry = Registry::basic(&scratch, "basic");
     let hub = Hub::start_new(scratch.path());
-    let spec = SiteSpec { images_sink: Some(registry.sink(&scratch)), ..SiteSpec::default() };
+    let spec = SiteSpec {
+        images_sink: Some(registry.sink(&scratch)),
+        ..SiteSpec::default()
+    };
     let _site = Site::start_new(scratch.path(), &hub, "chengdu", &spec);
     let mut layer = data::noise(&mut data::rng("a layer"), 8 << 20);
     for version in ["v1", "v2"] {
@@ -153,11 +222,20 @@ fn of_a_layer_that_was_rebuilt_the_registry_gives_what_did_not_change() {
         let name = format!("image/rebuilt:{version}");
         hub.publish(&source, &name, &[]);
         let bytes = hub.deliver_and_wait(&name, "chengdu", secs(60)).bytes;
-        assert_eq!(registry.digest(&format!("operators/rebuilt:{version}")), images::top(&source)["digest"]);
+        assert_eq!(
+            registry.digest(&format!("operators/rebuilt:{version}")),
+            images::top(&source)["digest"]
+        );
         if version == "v2" {
-            assert!(bytes.received < 512 << 10 && bytes.reused > 7 << 20, "{bytes:?}");
+            assert!(
+                bytes.received < 512 << 10 && bytes.reused > 7 << 20,
+                "{bytes:?}"
+            );
         }
-        layer.splice(3 << 20..(3 << 20) + 1000, data::noise(&mut data::rng("a change"), 1010));
+        layer.splice(
+            3 << 20..(3 << 20) + 1000,
+            data::noise(&mut data::rng("a change"), 1010),
+        );
     }
 }
 
@@ -179,12 +257,19 @@ fn a_layer_goes_to_the_registry_while_it_and_others_are_on_their_way() {
     let registry = Registry::basic(&scratch, "basic");
     let hub = Hub::start_new(scratch.path());
     let line = Line::to(hub.quic);
-    let spec = SiteSpec { images_sink: Some(registry.sink(&scratch)), through: Some(line.address()), ..SiteSpec::default() };
+    let spec = SiteSpec {
+        images_sink: Some(registry.sink(&scratch)),
+        through: Some(line.address()),
+        ..SiteSpec::default()
+    };
     let _site = Site::start_new(scratch.path(), &hub, "chengdu", &spec);
     let mut rng = data::rng("early layers");
     let layers: Vec<Vec<u8>> = (0..3).map(|_| data::noise(&mut rng, 12 << 20)).collect();
     let source = scratch.join("image");
-    images::layout(&source, &layers.iter().map(Vec::as_slice).collect::<Vec<_>>());
+    images::layout(
+        &source,
+        &layers.iter().map(Vec::as_slice).collect::<Vec<_>>(),
+    );
     hub.publish(&source, "image/early:v1", &[]);
     // Less than one layer; slowly, so that what is lost is sent again before the line holds back.
     line.throttle(3 << 20);
@@ -193,20 +278,41 @@ fn a_layer_goes_to_the_registry_while_it_and_others_are_on_their_way() {
     let transfer = hub.deliver(&["image/early:v1"], "chengdu").remove(0);
     let stored = |layer: &[u8]| {
         let hex = sha256(layer).replace("sha256:", "");
-        scratch.join(&format!("basic/docker/registry/v2/blobs/sha256/{}/{hex}/data", &hex[..2])).exists()
+        scratch
+            .join(&format!(
+                "basic/docker/registry/v2/blobs/sha256/{}/{hex}/data",
+                &hex[..2]
+            ))
+            .exists()
     };
     let uploads = scratch.join("basic/docker/registry/v2/repositories");
-    wait_for("the registry takes the first bytes of a layer", secs(60), || (folder_bytes(&uploads, "data") > 0).then_some(()));
-    assert!(!layers.iter().any(|layer| stored(layer)), "no layer can be whole");
-    // Less than all three; of what goes on in parts there are 12 MiB at a time, so that what began first is whole.
+    wait_for(
+        "the registry takes the first bytes of a layer",
+        secs(60),
+        || (folder_bytes(&uploads, "data") > 0).then_some(()),
+    );
+    assert!(
+        !layers.iter().any(|layer| stored(layer)),
+        "no layer can be whole"
+    );
+    // Less than all three; of what goes on in parts there are 12 MiB at a time, so that what began
+    // first is whole.
     line.throttle(0);
     line.hold_at(before + (33 << 20));
-    wait_for("the registry holds a layer", secs(25), || layers.iter().any(|layer| stored(layer)).then_some(()));
+    wait_for("the registry holds a layer", secs(25), || {
+        layers.iter().any(|layer| stored(layer)).then_some(())
+    });
     let then = hub.transfer(&transfer);
-    assert!(then.state == "transferring" && !layers.iter().all(|layer| stored(layer)), "{then:?}");
+    assert!(
+        then.state == "transferring" && !layers.iter().all(|layer| stored(layer)),
+        "{then:?}"
+    );
     line.hold_at(0);
     let done = hub.wait_done(&transfer, secs(60));
-    assert!(layers.iter().all(|layer| stored(layer)) && done.bytes.reused == 0, "{done:?}");
+    assert!(
+        layers.iter().all(|layer| stored(layer)) && done.bytes.reused == 0,
+        "{done:?}"
+    );
 }
 
 #[test]
@@ -214,29 +320,56 @@ fn a_pull_that_does_not_fit_at_the_hub_is_not_begun() {
     let _limit = limit(secs(180));
     let scratch = Scratch::new();
     let mut hub = Hub::new(scratch.path());
-    let Some(disk) = SmallDisk::mount_tmpfs(&hub.data_dir, "110m") else { return };
+    let Some(disk) = SmallDisk::mount_tmpfs(&hub.data_dir, "110m") else {
+        return;
+    };
     let registry = Registry::basic(&scratch, "source");
     let layout = scratch.join("layout");
     let layers = ["a", "b", "c"].map(|name| data::noise(&mut data::rng(name), 20 << 20));
-    images::layout(&layout, &layers.iter().map(Vec::as_slice).collect::<Vec<_>>());
+    images::layout(
+        &layout,
+        &layers.iter().map(Vec::as_slice).collect::<Vec<_>>(),
+    );
     registry.push(&format!("oci:{}", layout.display()), "team/app:v1");
     let password = scratch.join("password");
     data::write(&password, PASSWORD.as_bytes());
     let url = format!("registry://{}/team/app:v1", registry.host());
-    let access = format!("[registry.\"{}\"]\nusername = \"{USER}\"\npassword_file = \"{}\"\n[listen]", registry.host(), password.display());
+    let access = format!(
+        "[registry.\"{}\"]\nusername = \"{USER}\"\npassword_file = \"{}\"\n[listen]",
+        registry.host(),
+        password.display()
+    );
     hub.edit_config("[listen]", &access);
     hub.start();
     let publish = |more: &[&str]| {
         let args = ["publish", &url, "--as", "image/app:v1"];
-        hub.cli(&args.into_iter().chain(more.iter().copied()).collect::<Vec<_>>())
+        hub.cli(
+            &args
+                .into_iter()
+                .chain(more.iter().copied())
+                .collect::<Vec<_>>(),
+        )
     };
-    // 80 MiB are needed: the image and its largest layer once more. That leaves less than the hub needs for itself.
+    // 80 MiB are needed: the image and its largest layer once more. That leaves less than the hub
+    // needs for itself.
     let used = disk.used();
-    publish(&["--timeout", "8s"]).expect(11).says(&["waiting for room", "the image needs", hub.data_dir.to_str().unwrap()]);
-    assert!(disk.used() < used + (4 << 20), "{} bytes were written of it", disk.used() - used);
+    publish(&["--timeout", "8s"]).expect(11).says(&[
+        "waiting for room",
+        "the image needs",
+        hub.data_dir.to_str().unwrap(),
+    ]);
+    assert!(
+        disk.used() < used + (4 << 20),
+        "{} bytes were written of it",
+        disk.used() - used
+    );
     // Less than twice its size: it is not on the disk twice.
     disk.grow("165m");
     // The job still waits, though nobody waits for it: a second one would need the room once more.
-    wait_for("the publish that waited for room is done", secs(60), || hub.artifacts().contains(&"image/app:v1".to_owned()).then_some(()));
+    wait_for("the publish that waited for room is done", secs(60), || {
+        hub.artifacts()
+            .contains(&"image/app:v1".to_owned())
+            .then_some(())
+    });
     hub.cli(&["verify", "image/app:v1"]).expect(0);
 }

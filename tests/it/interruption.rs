@@ -1,5 +1,5 @@
-//! Interruptions: a site stopped, killed or cut off, a hub killed, each in the middle of a transfer that a slow line
-//! makes last. It ends well without a hand, and never begins again from zero.
+//! Interruptions: a site stopped, killed or cut off, a hub killed, each in the middle of a transfer
+//! that a slow line makes last. It ends well without a hand, and never begins again from zero.
 
 use std::path::{Path, PathBuf};
 
@@ -17,16 +17,22 @@ use crate::support::{Scratch, disk_usage, limit, secs, wait_for};
 const SIZE: usize = 40 << 20;
 /// Bytes a second on the slow line: the transfer lasts some eight seconds.
 const RATE: u64 = 5 << 20;
-/// What must be durable at the site before it is interrupted: to begin at zero then costs more than all allowances together.
+/// What must be durable at the site before it is interrupted: to begin at zero then costs more than
+/// all allowances together.
 const ENOUGH: u64 = 12 << 20;
-/// What the line brings beside that before it holds the rest back: parts of what was asked for come before any of it is whole.
+/// What the line brings beside that before it holds the rest back: parts of what was asked for come
+/// before any of it is whole.
 const SLACK: u64 = 10 << 20;
 /// Headers, acknowledgements, manifests, handshakes: a part in this many, beside the payload.
 const OVERHEAD: u64 = 10;
-/// What the line may carry beside that after an interruption: packets on their way to whoever is dead, the handshake, control.
+/// What the line may carry beside that after an interruption: packets on their way to whoever is
+/// dead, the handshake, control.
 const UNDERWAY: u64 = 4 << 20;
 
-const _: () = assert!(ENOUGH > (SIZE as u64 - ENOUGH) / OVERHEAD + UNDERWAY, "a start from zero would pass for a resumption");
+const _: () = assert!(
+    ENOUGH > (SIZE as u64 - ENOUGH) / OVERHEAD + UNDERWAY,
+    "a start from zero would pass for a resumption"
+);
 
 /// A transfer when it was interrupted.
 struct Moment {
@@ -69,18 +75,34 @@ impl World {
         line.throttle(RATE);
         line.hold_at(line.down() + ENOUGH + SLACK);
         let transfer = hub.deliver(&["model/yolo:v1"], "chengdu").remove(0);
-        Self { site, line, hub, source, transfer, disk, _scratch: scratch }
+        Self {
+            site,
+            line,
+            hub,
+            source,
+            transfer,
+            disk,
+            _scratch: scratch,
+        }
     }
 
-    /// Waits until so many bytes are durable at the site, and interrupts. The line brings enough for that and not much more, so that
-    /// no machine is too slow for it.
+    /// Waits until so many bytes are durable at the site, and interrupts. The line brings enough
+    /// for that and not much more, so that no machine is too slow for it.
     fn interrupt(&mut self, committed: u64, how: impl FnOnce(&mut Self)) -> Moment {
         let so_far = self.hub.transfer(&self.transfer).bytes.committed;
-        self.line.hold_at(self.line.down() + committed.saturating_sub(so_far) + SLACK);
-        let seen = self.hub.wait_transfer(&self.transfer, "on its way", secs(60), |t| t.bytes.committed >= committed);
+        self.line
+            .hold_at(self.line.down() + committed.saturating_sub(so_far) + SLACK);
+        let seen = self
+            .hub
+            .wait_transfer(&self.transfer, "on its way", secs(60), |t| {
+                t.bytes.committed >= committed
+            });
         how(self);
         self.line.hold_at(0);
-        Moment { committed: seen.bytes.committed, down: self.line.down() }
+        Moment {
+            committed: seen.bytes.committed,
+            down: self.line.down(),
+        }
     }
 
     /// Cuts the power of the site's machine, and switches it on again.
@@ -98,15 +120,33 @@ impl World {
         let done = self.hub.wait_done(&self.transfer, secs(90));
         assert_same(&self.source, &self.site.folder("model/yolo:v1"));
         assert_eq!(done.bytes.committed, done.bytes.total, "{:?}", done.bytes);
-        assert!(done.attempts >= 2, "an interruption is a new attempt: {done:#?}");
-        // The transfer says so, and the line has to agree: only what was not durable crossed it again.
+        assert!(
+            done.attempts >= 2,
+            "an interruption is a new attempt: {done:#?}"
+        );
+        // The transfer says so, and the line has to agree: only what was not durable crossed it
+        // again.
         let bytes = done.bytes;
-        assert!(bytes.resumed >= last.committed, "{} bytes were durable, and not all were taken up again: {bytes:?}", last.committed);
+        assert!(
+            bytes.resumed >= last.committed,
+            "{} bytes were durable, and not all were taken up again: {bytes:?}",
+            last.committed
+        );
         let left = SIZE as u64 - last.committed;
-        let (more, most) = (self.line.down() - last.down, left + left / OVERHEAD + UNDERWAY);
-        assert!(more <= most, "{more} bytes crossed the line after the interruption, {most} would do for {left}: {bytes:?}");
+        let (more, most) = (
+            self.line.down() - last.down,
+            left + left / OVERHEAD + UNDERWAY,
+        );
+        assert!(
+            more <= most,
+            "{more} bytes crossed the line after the interruption, {most} would do for {left}: {bytes:?}"
+        );
         let same = self.site.transfer(&self.transfer);
-        assert_eq!((same.state.as_str(), same.bytes.committed), ("done", done.bytes.committed), "the site tells the same");
+        assert_eq!(
+            (same.state.as_str(), same.bytes.committed),
+            ("done", done.bytes.committed),
+            "the site tells the same"
+        );
         assert_eq!(self.site.leftovers(), Vec::<PathBuf>::new());
     }
 }
@@ -118,7 +158,10 @@ fn a_site_stopped_in_the_middle_goes_on() {
     let stopped = world.interrupt(ENOUGH, |w| w.site.stop());
     world.hub.wait_online("chengdu", false, secs(20));
     let waiting = world.hub.transfer(&world.transfer);
-    assert!(!waiting.is_final() && waiting.has_reason(&["site_offline"]), "{waiting:#?}");
+    assert!(
+        !waiting.is_final() && waiting.has_reason(&["site_offline"]),
+        "{waiting:#?}"
+    );
     world.site.start();
     world.check_end(&stopped);
 }
@@ -141,7 +184,11 @@ fn a_site_killed_again_and_again_goes_on() {
     let mut killed = world.interrupt(ENOUGH / 2, |w| w.site.kill());
     for _ in 0..2 {
         world.site.start();
-        let again = world.hub.wait_transfer(&world.transfer, "taken up again", secs(60), |t| t.bytes.resumed >= killed.committed);
+        let again = world
+            .hub
+            .wait_transfer(&world.transfer, "taken up again", secs(60), |t| {
+                t.bytes.resumed >= killed.committed
+            });
         // Each life brings something to lose.
         killed = world.interrupt((again.bytes.resumed + 1).max(ENOUGH), |w| w.site.kill());
     }
@@ -155,12 +202,18 @@ fn a_site_whose_power_is_cut_goes_on_from_what_it_had_committed() {
     let _limit = limit(secs(240));
     let scratch = Scratch::new();
     let machine = scratch.join("machine");
-    let Some(disk) = SmallDisk::mount_xfs(&machine, &scratch.join("machine.img")) else { return };
+    let Some(disk) = SmallDisk::mount_xfs(&machine, &scratch.join("machine.img")) else {
+        return;
+    };
     let mut world = World::start_in(scratch, &machine, Some(disk));
     world.line.throttle(RATE / 2);
     let first = world.interrupt(ENOUGH / 2, World::cut_power);
     world.site.start();
-    let again = world.hub.wait_transfer(&world.transfer, "taken up again", secs(60), |t| t.bytes.resumed >= first.committed);
+    let again = world
+        .hub
+        .wait_transfer(&world.transfer, "taken up again", secs(60), |t| {
+            t.bytes.resumed >= first.committed
+        });
     let second = world.interrupt((again.bytes.resumed + 1).max(ENOUGH), World::cut_power);
     world.line.throttle(RATE);
     world.site.start();
@@ -179,7 +232,9 @@ fn a_hub_whose_power_is_cut_has_all_that_it_said_it_had() {
     let _limit = limit(secs(240));
     let scratch = Scratch::new();
     let machine = scratch.join("machine");
-    let Some(disk) = SmallDisk::mount_xfs(&machine, &scratch.join("machine.img")) else { return };
+    let Some(disk) = SmallDisk::mount_xfs(&machine, &scratch.join("machine.img")) else {
+        return;
+    };
     let mut hub = Hub::start_new(&machine);
     let site = Site::start_new(scratch.path(), &hub, "chengdu", &SiteSpec::default());
     disk.sync();
@@ -201,11 +256,16 @@ fn a_hub_whose_power_is_cut_has_all_that_it_said_it_had() {
 
     // In the middle of a publish: that one never was, and what is there of it harms nobody.
     let large = scratch.join("large");
-    write(&large.join("model.bin"), &noise(&mut rng("large"), 160 << 20));
+    write(
+        &large.join("model.bin"),
+        &noise(&mut rng("large"), 160 << 20),
+    );
     let mut publish = hub.command(&["publish", large.to_str().unwrap(), "--as", "model/large:v1"]);
     std::thread::scope(|scope| {
         let publish = scope.spawn(|| run(&mut publish, secs(60)));
-        wait_for("a pack of it is full", secs(60), || (disk_usage(&hub.data_dir.join("store/packs")) > 64 << 20).then_some(()));
+        wait_for("a pack of it is full", secs(60), || {
+            (disk_usage(&hub.data_dir.join("store/packs")) > 64 << 20).then_some(())
+        });
         cut_power(&mut hub);
         assert_ne!(publish.join().unwrap().code, 0, "the publish was cut short");
     });
@@ -232,7 +292,10 @@ fn a_hub_stopped_in_the_middle_goes_on() {
     let mut world = World::start();
     let stopped = world.interrupt(ENOUGH, |w| w.hub.stop());
     let alone = world.site.transfer(&world.transfer);
-    assert!(!alone.is_final(), "a site without its hub waits: {alone:#?}");
+    assert!(
+        !alone.is_final(),
+        "a site without its hub waits: {alone:#?}"
+    );
     world.hub.start();
     world.check_end(&stopped);
 }
@@ -254,10 +317,19 @@ fn a_line_cut_for_a_minute_goes_on() {
     let cut_at = std::time::Instant::now();
     world.hub.wait_online("chengdu", false, secs(60));
     let waiting = world.hub.transfer(&world.transfer);
-    assert!(waiting.has_reason(&["site_offline"]), "the hub says why nothing moves: {waiting:#?}");
-    let alone = world.site.wait_transfer(&world.transfer, "waiting for the hub", secs(60), |t| t.has_reason(&["hub_unreachable"]));
+    assert!(
+        waiting.has_reason(&["site_offline"]),
+        "the hub says why nothing moves: {waiting:#?}"
+    );
+    let alone = world
+        .site
+        .wait_transfer(&world.transfer, "waiting for the hub", secs(60), |t| {
+            t.has_reason(&["hub_unreachable"])
+        });
     assert!(!alone.is_final(), "{alone:#?}");
-    wait_for("the minute is over", secs(70), || (cut_at.elapsed() > secs(60)).then_some(()));
+    wait_for("the minute is over", secs(70), || {
+        (cut_at.elapsed() > secs(60)).then_some(())
+    });
     world.line.mend();
     world.hub.wait_online("chengdu", true, secs(75));
     world.check_end(&cut);
@@ -286,14 +358,25 @@ fn where_udp_is_blocked_tcp_carries_until_quic_works_again() {
     let scratch = Scratch::new();
     let hub = Hub::start_new(scratch.path());
     let line = Line::to(hub.quic);
-    let mut site = Site::new(scratch.path(), &hub, "chengdu", &SiteSpec { through: Some(line.address()), ..SiteSpec::default() });
+    let mut site = Site::new(
+        scratch.path(),
+        &hub,
+        "chengdu",
+        &SiteSpec {
+            through: Some(line.address()),
+            ..SiteSpec::default()
+        },
+    );
     site.join(&hub, &[]);
     line.block_udp(true);
     site.start_alive();
     hub.wait_online("chengdu", true, secs(60));
     assert_eq!(transport(&hub).as_deref(), Some("tcp"));
     let (small, large) = (scratch.join("small"), scratch.join("large"));
-    write(&small.join("weights.bin"), &noise(&mut rng("small"), 4 << 20));
+    write(
+        &small.join("weights.bin"),
+        &noise(&mut rng("small"), 4 << 20),
+    );
     data::model(&large, LONG);
     hub.publish(&small, "model/small:v1", &[]);
     hub.publish(&large, "model/large:v1", &[]);
@@ -306,19 +389,32 @@ fn where_udp_is_blocked_tcp_carries_until_quic_works_again() {
     let before = line.down();
     let transfer = hub.deliver(&["model/large:v1"], "chengdu").remove(0);
     // Enough for each of the requests to bring what is handed on together.
-    wait_for("some of it came over TCP", secs(50), || (line.down() - before > 16 << 20).then_some(()));
+    wait_for("some of it came over TCP", secs(50), || {
+        (line.down() - before > 16 << 20).then_some(())
+    });
     let seen = hub.transfer(&transfer);
     assert_eq!(transport(&hub).as_deref(), Some("tcp"));
     line.block_udp(false);
     assert!(seen.bytes.committed > 0, "{seen:#?}");
-    wait_for("the site moves to QUIC", secs(75), || site.log().contains("moved from TCP to QUIC").then_some(()));
+    wait_for("the site moves to QUIC", secs(75), || {
+        site.log().contains("moved from TCP to QUIC").then_some(())
+    });
     let moved = hub.transfer(&transfer);
-    assert!(!moved.is_final(), "it was to move in the middle: {moved:#?}");
+    assert!(
+        !moved.is_final(),
+        "it was to move in the middle: {moved:#?}"
+    );
     line.throttle(0);
-    wait_for("the hub says so", secs(10), || (transport(&hub).as_deref() == Some("quic")).then_some(()));
+    wait_for("the hub says so", secs(10), || {
+        (transport(&hub).as_deref() == Some("quic")).then_some(())
+    });
     let done = hub.wait_done(&transfer, secs(60));
     assert_same(&large, &site.folder("model/large:v1"));
-    assert!(done.bytes.resumed >= seen.bytes.committed, "it goes on with what came over TCP: {:?}", done.bytes);
+    assert!(
+        done.bytes.resumed >= seen.bytes.committed,
+        "it goes on with what came over TCP: {:?}",
+        done.bytes
+    );
     assert_eq!(transport(&hub).as_deref(), Some("quic"), "and stays there");
 }
 
@@ -331,9 +427,16 @@ fn a_publish_killed_with_the_hub_leaves_nothing_and_can_be_repeated() {
     let source = scratch.join("big.bin");
     let before = disk_usage(&hub.data_dir);
     std::thread::scope(|scope| {
-        let publish = scope.spawn(|| hub.cli(&["publish", source.to_str().unwrap(), "--as", "model/big:v1"]));
-        wait_for("the hub has stored some of it", secs(60), || (disk_usage(&hub.data_dir) > before + (20 << 20)).then_some(()));
-        kill_process(Pid::from_raw(hub.pid().cast_signed()).unwrap(), Signal::KILL).unwrap();
+        let publish =
+            scope.spawn(|| hub.cli(&["publish", source.to_str().unwrap(), "--as", "model/big:v1"]));
+        wait_for("the hub has stored some of it", secs(60), || {
+            (disk_usage(&hub.data_dir) > before + (20 << 20)).then_some(())
+        });
+        kill_process(
+            Pid::from_raw(hub.pid().cast_signed()).unwrap(),
+            Signal::KILL,
+        )
+        .unwrap();
         let output = publish.join().unwrap();
         assert_ne!(output.code, 0, "the publish was cut short: {output:?}");
     });

@@ -1,10 +1,20 @@
-//! The black-box tests: real `packhorse` processes, real PostgreSQL, real registries, driven by the command line only.
+//! The black-box tests: real `packhorse` processes, real PostgreSQL, real registries, driven by the
+//! command line only.
 //!
-//! One module a subject. What the tests stand on is in `support`, and `harness` tests that. Every test begins with
-//! [`support::limit`], its hard time limit, and works in a [`support::Scratch`] folder of its own; nothing is shared
-//! between tests but the image fixtures, which are made once under the target folder.
-#![expect(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test ends by panicking; helpers are not marked as tests")]
-#![expect(clippy::disallowed_methods, reason = "fixtures need no durability, and the clock here is only for time limits")]
+//! One module a subject. What the tests stand on is in `support`, and `harness` tests that. Every
+//! test begins with [`support::limit`], its hard time limit, and works in a [`support::Scratch`]
+//! folder of its own; nothing is shared between tests but the image fixtures, which are made once
+//! under the target folder.
+#![expect(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a test ends by panicking; helpers are not marked as tests"
+)]
+#![expect(
+    clippy::disallowed_methods,
+    reason = "fixtures need no durability, and the clock here is only for time limits"
+)]
 
 mod again;
 mod bad_input;

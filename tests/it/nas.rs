@@ -1,4 +1,5 @@
-//! A NAS that fails, hangs, fills up, comes late or is used by others: what is `done` is true, and nothing else waits for it.
+//! A NAS that fails, hangs, fills up, comes late or is used by others: what is `done` is true, and
+//! nothing else waits for it.
 
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -12,7 +13,8 @@ use crate::support::line::Line;
 use crate::support::tree::assert_same;
 use crate::support::{Scratch, data, is_root, limit, secs, wait_for};
 
-/// A hub, and a site whose NAS has faults. The NAS goes first, and answers then: nobody who waits for it can be killed.
+/// A hub, and a site whose NAS has faults. The NAS goes first, and answers then: nobody who waits
+/// for it can be killed.
 struct Lab {
     nas: Faulty,
     site: Site,
@@ -26,15 +28,31 @@ impl Lab {
         let root = scratch.join("nas");
         let nas = Faulty::mount(&root, &scratch.join("behind"))?;
         let hub = Hub::start_new(scratch.path());
-        let site = Site::start_new(scratch.path(), &hub, "chengdu", &SiteSpec { root: Some(root), ..SiteSpec::default() });
-        Some(Self { site, hub, nas, scratch })
+        let site = Site::start_new(
+            scratch.path(),
+            &hub,
+            "chengdu",
+            &SiteSpec {
+                root: Some(root),
+                ..SiteSpec::default()
+            },
+        );
+        Some(Self {
+            site,
+            hub,
+            nas,
+            scratch,
+        })
     }
 
     /// So many files of so many bytes each.
     fn source(&self, name: &str, files: usize, bytes: usize) -> PathBuf {
         let root = self.scratch.join(name);
         for number in 0..files {
-            data::write(&root.join(format!("part-{number:03}")), &data::noise(&mut data::rng(&format!("{name}{number}")), bytes));
+            data::write(
+                &root.join(format!("part-{number:03}")),
+                &data::noise(&mut data::rng(&format!("{name}{number}")), bytes),
+            );
         }
         root
     }
@@ -45,11 +63,15 @@ impl Lab {
     }
 
     fn waits(&self, id: &str, reason: &str) -> Transfer {
-        self.hub.wait_transfer(id, reason, secs(20), |t| t.reason.as_deref() == Some(reason))
+        self.hub.wait_transfer(id, reason, secs(20), |t| {
+            t.reason.as_deref() == Some(reason)
+        })
     }
 
     fn behind(&self, reference: &str) -> PathBuf {
-        self.scratch.join("behind").join(reference.replace(':', "/"))
+        self.scratch
+            .join("behind")
+            .join(reference.replace(':', "/"))
     }
 }
 
@@ -76,20 +98,33 @@ fn a_nas_that_hangs_keeps_nothing_else_waiting() {
     lab.nas.set(|faults| faults.hangs = true);
     let id = lab.deliver(&lab.source("big", 40, 100_000), "dataset/big:v1");
     let waiting = lab.waits(&id, "sink_unavailable");
-    assert!(waiting.message.as_deref().is_some_and(|m| m.contains("has not answered for")), "{waiting:#?}");
+    assert!(
+        waiting
+            .message
+            .as_deref()
+            .is_some_and(|m| m.contains("has not answered for")),
+        "{waiting:#?}"
+    );
 
     let doctor = lab.site.cli_within(&["doctor"], secs(15));
-    assert!((doctor.out + &doctor.err).contains("has not answered for"), "doctor says it, and does not hang");
+    assert!(
+        (doctor.out + &doctor.err).contains("has not answered for"),
+        "doctor says it, and does not hang"
+    );
     lab.hub.cli(&["cancel", &id]).expect(0);
-    lab.hub.publish(&labels(&lab.scratch, "l"), "labels/l:v1", &[]);
+    lab.hub
+        .publish(&labels(&lab.scratch, "l"), "labels/l:v1", &[]);
     lab.hub.deliver_and_wait("labels/l:v1", "chengdu", secs(20));
-    lab.hub.wait_transfer(&id, "cancelled", secs(20), |t| t.state == "cancelled");
+    lab.hub
+        .wait_transfer(&id, "cancelled", secs(20), |t| t.state == "cancelled");
 
     lab.nas.heal();
     lab.hub.cli(&["retry", &id]).expect(0);
     lab.hub.wait_done(&id, secs(40));
     assert_same(&lab.scratch.join("big"), &lab.behind("dataset/big:v1"));
-    wait_for("nothing is left in staging", secs(20), || lab.site.leftovers().is_empty().then_some(()));
+    wait_for("nothing is left in staging", secs(20), || {
+        lab.site.leftovers().is_empty().then_some(())
+    });
 }
 
 #[test]
@@ -104,11 +139,17 @@ fn what_was_lost_when_a_file_was_closed_is_never_done() {
     let source = lab.source("many", 67, 3_000);
     let id = lab.deliver(&source, "dataset/many:v1");
     let waiting = lab.waits(&id, "sink_unavailable");
-    assert!(!lab.behind("dataset/many:v1").exists() && !waiting.is_final(), "{waiting:#?}");
+    assert!(
+        !lab.behind("dataset/many:v1").exists() && !waiting.is_final(),
+        "{waiting:#?}"
+    );
     lab.nas.heal();
     lab.hub.wait_done(&id, secs(60));
     assert_same(&source, &lab.behind("dataset/many:v1"));
-    assert!(lab.nas.calls(Op::Fsync) >= 67, "each file is synced where the filesystem cannot be synced as one");
+    assert!(
+        lab.nas.calls(Op::Fsync) >= 67,
+        "each file is synced where the filesystem cannot be synced as one"
+    );
 }
 
 #[test]
@@ -123,10 +164,21 @@ fn after_a_failed_sync_the_file_is_written_again_and_little_is_sent_again() {
     });
     let id = lab.deliver(&source, "dataset/films:v1");
     let waiting = lab.waits(&id, "no_space");
-    assert!(waiting.message.as_deref().is_some_and(|m| m.contains("sync")), "the first error is told: {waiting:#?}");
-    let tries = lab.hub.wait_transfer(&id, "tried again", secs(60), |t| t.attempts >= waiting.attempts + 3);
+    assert!(
+        waiting
+            .message
+            .as_deref()
+            .is_some_and(|m| m.contains("sync")),
+        "the first error is told: {waiting:#?}"
+    );
+    let tries = lab.hub.wait_transfer(&id, "tried again", secs(60), |t| {
+        t.attempts >= waiting.attempts + 3
+    });
     let sent = tries.bytes.wire - waiting.bytes.wire;
-    assert!(sent <= 4 * (3 << 20), "{sent} bytes were sent for three tries that could store nothing");
+    assert!(
+        sent <= 4 * (3 << 20),
+        "{sent} bytes were sent for three tries that could store nothing"
+    );
     // Those whose sync failed once would fail at each later one, as on SMB.
     lab.nas.set(|faults| faults.fail.clear());
     lab.hub.wait_done(&id, secs(60));
@@ -143,8 +195,13 @@ fn a_disk_on_which_every_write_fails_is_sent_nothing_again() {
     let source = lab.source("thirty", 30, 1 << 20);
     let id = lab.deliver(&source, "dataset/thirty:v1");
     let waiting = lab.waits(&id, "sink_unavailable");
-    let tries = lab.hub.wait_transfer(&id, "tried again", secs(60), |t| t.attempts >= waiting.attempts + 3);
-    assert_eq!(tries.bytes.received, waiting.bytes.received, "a try that cannot write asks for nothing");
+    let tries = lab.hub.wait_transfer(&id, "tried again", secs(60), |t| {
+        t.attempts >= waiting.attempts + 3
+    });
+    assert_eq!(
+        tries.bytes.received, waiting.bytes.received,
+        "a try that cannot write asks for nothing"
+    );
     lab.nas.heal();
     lab.hub.wait_done(&id, secs(60));
     assert_same(&source, &lab.behind("dataset/thirty:v1"));
@@ -174,10 +231,19 @@ fn one_file_that_cannot_be_stored_keeps_no_other_from_it() {
         });
         let source = lab.source("many", 50, 20_000);
         let id = lab.deliver(&source, "dataset/many:v1");
-        let rest = lab.hub.wait_transfer(&id, "all but one file stored", secs(40), |t| t.bytes.committed == 49 * 20_000);
-        let again = lab.hub.wait_transfer(&id, "tried again", secs(60), |t| t.attempts > rest.attempts + 1);
+        let rest = lab
+            .hub
+            .wait_transfer(&id, "all but one file stored", secs(40), |t| {
+                t.bytes.committed == 49 * 20_000
+            });
+        let again = lab.hub.wait_transfer(&id, "tried again", secs(60), |t| {
+            t.attempts > rest.attempts + 1
+        });
         let tries = u64::from(again.attempts - rest.attempts) + 1;
-        assert!(again.bytes.received - rest.bytes.received <= tries * 20_000, "{op:?}: only that file comes again: {again:#?}");
+        assert!(
+            again.bytes.received - rest.bytes.received <= tries * 20_000,
+            "{op:?}: only that file comes again: {again:#?}"
+        );
         assert_eq!(again.bytes.committed, 49 * 20_000, "{op:?}: {again:#?}");
         lab.nas.heal();
         lab.hub.cli(&["retry", &id]);
@@ -202,7 +268,10 @@ fn a_nas_that_answers_no_read_is_no_damage() {
     fail(Errno::EHOSTDOWN, "part-");
     let verified = lab.site.cli(&["verify", "dataset/x:v1"]);
     assert!(verified.code != 0 && verified.code != 8, "{}", verified.err);
-    assert!(!(verified.out + &verified.err).contains("--repair"), "nothing is said to be damaged");
+    assert!(
+        !(verified.out + &verified.err).contains("--repair"),
+        "nothing is said to be damaged"
+    );
     lab.hub.cli(&["retry", &id]).expect(0);
     lab.waits(&id, "sink_unavailable");
     lab.nas.heal();
@@ -240,17 +309,38 @@ fn a_file_that_is_linked_is_not_opened_again() {
 fn rights_that_a_nas_takes_away_for_a_while_are_waited_for() {
     let _limit = limit(secs(150));
     let Some(lab) = Lab::new() else { return };
-    for (number, op) in [Op::Create, Op::Write, Op::Fsync, Op::Mkdir, Op::Rename].into_iter().enumerate() {
+    for (number, op) in [Op::Create, Op::Write, Op::Fsync, Op::Mkdir, Op::Rename]
+        .into_iter()
+        .enumerate()
+    {
         let artifact = format!("dataset/n{number}:v1");
         let source = lab.source(&format!("n{number}"), 4, 3_000);
         data::write(&source.join("sub/part"), b"p");
         // Only in the staging folder: what the site finds out before is not what fails.
         lab.nas.set(|faults| {
-            faults.fail.insert(op, if op == Op::Mkdir { Errno::ENOENT } else { Errno::EACCES });
-            faults.only = if op == Op::Rename { artifact.replace(':', "/") } else { "/t-".into() };
+            faults.fail.insert(
+                op,
+                if op == Op::Mkdir {
+                    Errno::ENOENT
+                } else {
+                    Errno::EACCES
+                },
+            );
+            faults.only = if op == Op::Rename {
+                artifact.replace(':', "/")
+            } else {
+                "/t-".into()
+            };
         });
         let id = lab.deliver(&source, &artifact);
-        let waiting = lab.waits(&id, if op == Op::Mkdir { "sink_unavailable" } else { "sink_denied" });
+        let waiting = lab.waits(
+            &id,
+            if op == Op::Mkdir {
+                "sink_unavailable"
+            } else {
+                "sink_denied"
+            },
+        );
         assert!(!waiting.is_final(), "{op:?}: {waiting:#?}");
         lab.nas.heal();
         let done = lab.hub.wait_done(&id, secs(40));
@@ -276,11 +366,18 @@ fn a_nas_that_is_unmounted_during_a_transfer_is_waited_for() {
     let _unbound = AtEnd(|| _ = unbind());
     let hub = Hub::start_new(scratch.path());
     let line = Line::to(hub.quic);
-    let spec = SiteSpec { root: Some(root.clone()), through: Some(line.address()), ..SiteSpec::default() };
+    let spec = SiteSpec {
+        root: Some(root.clone()),
+        through: Some(line.address()),
+        ..SiteSpec::default()
+    };
     let site = Site::start_new(scratch.path(), &hub, "chengdu", &spec);
     let source = scratch.join("films");
     for number in 0..8 {
-        data::write(&source.join(format!("part-{number}")), &data::noise(&mut data::rng(&format!("film{number}")), 1 << 20));
+        data::write(
+            &source.join(format!("part-{number}")),
+            &data::noise(&mut data::rng(&format!("film{number}")), 1 << 20),
+        );
     }
     hub.publish(&source, "dataset/films:v1", &[]);
     line.hold_at(line.down() + (4 << 20));
@@ -288,16 +385,25 @@ fn a_nas_that_is_unmounted_during_a_transfer_is_waited_for() {
     hub.wait_transfer(&id, "on its way", secs(60), |t| t.bytes.received >= 1 << 20);
     unbind().unwrap();
     line.hold_at(0);
-    let waiting = hub.wait_transfer(&id, "waiting", secs(30), |t| t.reason.as_deref() == Some("sink_unavailable") || t.is_final());
+    let waiting = hub.wait_transfer(&id, "waiting", secs(30), |t| {
+        t.reason.as_deref() == Some("sink_unavailable") || t.is_final()
+    });
     assert!(!waiting.is_final(), "{waiting:#?}");
-    assert_eq!(std::fs::read_dir(&root).unwrap().count(), 0, "nothing is made below the mount");
+    assert_eq!(
+        std::fs::read_dir(&root).unwrap().count(),
+        0,
+        "nothing is made below the mount"
+    );
     bind().unwrap();
     hub.wait_done(&id, secs(40));
     assert_same(&source, &site.folder("dataset/films:v1"));
     unbind().unwrap();
     let verified = site.cli(&["verify", "dataset/films:v1"]).expect(10);
     let said = verified.out.clone() + &verified.err;
-    assert!(said.contains("the NAS is not at") && !said.contains("--repair"), "{said}");
+    assert!(
+        said.contains("the NAS is not at") && !said.contains("--repair"),
+        "{said}"
+    );
 }
 
 #[test]
@@ -316,8 +422,18 @@ fn where_names_fold_case_current_is_a_file_and_versions_follow() {
         data::write(&source.join("new"), version.as_bytes());
         let id = lab.deliver(&source, &format!("dataset/x:{version}"));
         let done = lab.hub.wait_done(&id, secs(30));
-        assert_eq!((lab.site.current("dataset/x").as_str(), done.attempts), (version, 1), "{done:#?}");
-        assert!(lab.scratch.join("behind/dataset/x/CURRENT").symlink_metadata().unwrap().is_file());
+        assert_eq!(
+            (lab.site.current("dataset/x").as_str(), done.attempts),
+            (version, 1),
+            "{done:#?}"
+        );
+        assert!(
+            lab.scratch
+                .join("behind/dataset/x/CURRENT")
+                .symlink_metadata()
+                .unwrap()
+                .is_file()
+        );
     }
 }
 
@@ -334,15 +450,29 @@ fn a_version_is_done_only_once_current_names_it() {
     let second = lab.deliver(&lab.source("two", 3, 1000), "dataset/x:v2");
     let waiting = lab.waits(&second, "no_space");
     assert!(!waiting.is_final(), "{waiting:#?}");
-    let again = lab.hub.wait_transfer(&second, "tried again", secs(30), |t| t.attempts > waiting.attempts);
-    assert!(!again.is_final() && lab.site.current("dataset/x") == "v1", "{again:#?}");
+    let again = lab
+        .hub
+        .wait_transfer(&second, "tried again", secs(30), |t| {
+            t.attempts > waiting.attempts
+        });
+    assert!(
+        !again.is_final() && lab.site.current("dataset/x") == "v1",
+        "{again:#?}"
+    );
     for (errno, reason) in [(Errno::EBUSY, "internal"), (Errno::EACCES, "sink_denied")] {
         lab.nas.set(|faults| {
             faults.fail.insert(Op::Rename, errno);
         });
         let other = lab.waits(&second, reason);
-        let later = lab.hub.wait_transfer(&second, "tried again", secs(30), |t| t.attempts > other.attempts + 1);
-        assert!(!later.is_final() && later.bytes.received == again.bytes.received, "nothing is sent again: {later:#?}");
+        let later = lab
+            .hub
+            .wait_transfer(&second, "tried again", secs(30), |t| {
+                t.attempts > other.attempts + 1
+            });
+        assert!(
+            !later.is_final() && later.bytes.received == again.bytes.received,
+            "nothing is sent again: {later:#?}"
+        );
     }
     lab.nas.heal();
     lab.hub.wait_done(&second, secs(40));
@@ -357,14 +487,26 @@ fn where_modes_are_fixed_files_are_shared_and_nothing_fails() {
         // From the first contact on, for the site finds it out once.
         lab.nas.set(faults);
         let source = lab.source("one", 20, 40_000);
-        std::fs::set_permissions(source.join("part-001"), std::os::unix::fs::PermissionsExt::from_mode(0o664)).unwrap();
+        std::fs::set_permissions(
+            source.join("part-001"),
+            std::os::unix::fs::PermissionsExt::from_mode(0o664),
+        )
+        .unwrap();
         let first = lab.deliver(&source, "dataset/x:v1");
         lab.hub.wait_done(&first, secs(30));
         data::write(&source.join("new"), b"n");
         let second = lab.deliver(&source, "dataset/x:v2");
         let done = lab.hub.wait_done(&second, secs(30));
-        assert!(done.bytes.received < 100, "all but the new file is here: {:?}", done.bytes);
-        let inode = |version: &str| std::fs::metadata(lab.behind(&format!("dataset/x:{version}")).join("part-002")).unwrap().ino();
+        assert!(
+            done.bytes.received < 100,
+            "all but the new file is here: {:?}",
+            done.bytes
+        );
+        let inode = |version: &str| {
+            std::fs::metadata(lab.behind(&format!("dataset/x:{version}")).join("part-002"))
+                .unwrap()
+                .ino()
+        };
         assert_eq!(inode("v1"), inode("v2"), "it takes no room again");
     };
     check(|faults| faults.mode = Some(0o777));
@@ -395,9 +537,12 @@ fn what_cannot_be_removed_keeps_no_daemon_from_starting() {
     lab.nas.set(|faults| faults.hangs = true);
     let id = lab.deliver(&lab.source("two", 3, 1000), "dataset/x:v2");
     lab.hub.cli(&["cancel", &id]).expect(0);
-    lab.hub.wait_transfer(&id, "cancelled", secs(20), |t| t.state == "cancelled");
+    lab.hub
+        .wait_transfer(&id, "cancelled", secs(20), |t| t.state == "cancelled");
     lab.nas.heal();
-    wait_for("the leftover is removed", secs(20), || (!left.exists()).then_some(()));
+    wait_for("the leftover is removed", secs(20), || {
+        (!left.exists()).then_some(())
+    });
 }
 
 #[test]
@@ -406,7 +551,15 @@ fn a_nas_that_is_mounted_late_is_waited_for() {
     let scratch = Scratch::new();
     let hub = Hub::start_new(scratch.path());
     let root = scratch.join("mnt/artifacts");
-    let mut site = Site::new(scratch.path(), &hub, "chengdu", &SiteSpec { root: Some(root.clone()), ..SiteSpec::default() });
+    let mut site = Site::new(
+        scratch.path(),
+        &hub,
+        "chengdu",
+        &SiteSpec {
+            root: Some(root.clone()),
+            ..SiteSpec::default()
+        },
+    );
     site.join(&hub, &[]);
     std::fs::remove_dir(&root).unwrap();
     site.start();
@@ -417,9 +570,20 @@ fn a_nas_that_is_mounted_late_is_waited_for() {
     data::write(&source.join("a"), b"a");
     hub.publish(&source, "dataset/x:v1", &[]);
     let id = hub.deliver(&["dataset/x:v1"], "chengdu").remove(0);
-    let waiting = hub.wait_transfer(&id, "waiting", secs(20), |t| t.reason.as_deref() == Some("sink_unavailable"));
-    assert!(waiting.message.as_deref().is_some_and(|m| m.contains("is not a folder")), "{waiting:#?}");
-    assert!(!root.exists(), "nothing is made on the disk below the mount");
+    let waiting = hub.wait_transfer(&id, "waiting", secs(20), |t| {
+        t.reason.as_deref() == Some("sink_unavailable")
+    });
+    assert!(
+        waiting
+            .message
+            .as_deref()
+            .is_some_and(|m| m.contains("is not a folder")),
+        "{waiting:#?}"
+    );
+    assert!(
+        !root.exists(),
+        "nothing is made on the disk below the mount"
+    );
     std::fs::create_dir_all(&root).unwrap();
     hub.wait_done(&id, secs(30));
     assert_same(&source, &site.folder("dataset/x:v1"));
@@ -431,10 +595,21 @@ fn a_nas_that_is_mounted_at_another_path_is_found_there() {
     let scratch = Scratch::new();
     let hub = Hub::start_new(scratch.path());
     let (old, new) = (scratch.folder("old"), scratch.join("new"));
-    let mut site = Site::start_new(scratch.path(), &hub, "chengdu", &SiteSpec { root: Some(old.clone()), ..SiteSpec::default() });
+    let mut site = Site::start_new(
+        scratch.path(),
+        &hub,
+        "chengdu",
+        &SiteSpec {
+            root: Some(old.clone()),
+            ..SiteSpec::default()
+        },
+    );
     let source = scratch.join("one");
     for number in 0..8 {
-        data::write(&source.join(format!("part-{number}")), &data::noise(&mut data::rng(&format!("moved{number}")), 30_000));
+        data::write(
+            &source.join(format!("part-{number}")),
+            &data::noise(&mut data::rng(&format!("moved{number}")), 30_000),
+        );
     }
     hub.publish(&source, "dataset/x:v1", &[]);
     hub.deliver_and_wait("dataset/x:v1", "chengdu", secs(30));
@@ -448,7 +623,10 @@ fn a_nas_that_is_mounted_at_another_path_is_found_there() {
     hub.publish(&source, "dataset/x:v2", &[]);
     let id = hub.deliver(&["dataset/x:v2"], "chengdu").remove(0);
     let done = hub.wait_done(&id, secs(30));
-    assert_eq!(done.bytes.received, 0, "all of it is at the new path: {done:#?}");
+    assert_eq!(
+        done.bytes.received, 0,
+        "all of it is at the new path: {done:#?}"
+    );
     assert_same(&source, &new.join("dataset/x/v2"));
 }
 
@@ -458,11 +636,17 @@ fn two_sites_on_one_nas_remove_nothing_of_each_other() {
     let scratch = Scratch::new();
     let hub = Hub::start_new(scratch.path());
     let root = scratch.folder("nas");
-    let spec = || SiteSpec { root: Some(root.clone()), ..SiteSpec::default() };
+    let spec = || SiteSpec {
+        root: Some(root.clone()),
+        ..SiteSpec::default()
+    };
     let sites = ["a", "b"].map(|name| Site::start_new(scratch.path(), &hub, name, &spec()));
     let [a, mut b] = sites;
     let source = scratch.join("one");
-    data::write(&source.join("p"), &data::noise(&mut data::rng("p"), 100_000));
+    data::write(
+        &source.join("p"),
+        &data::noise(&mut data::rng("p"), 100_000),
+    );
     hub.publish(&source, "dataset/x:v1", &[]);
     for id in hub.deliver(&["dataset/x:v1"], "a,b") {
         hub.wait_done(&id, secs(40));
@@ -491,7 +675,10 @@ fn a_repair_keeps_what_users_put_into_a_version() {
     let site = Site::start_new(scratch.path(), &hub, "chengdu", &SiteSpec::default());
     let source = scratch.join("one");
     for name in ["a", "b", "sub/c"] {
-        data::write(&source.join(name), &data::noise(&mut data::rng(name), 5_000));
+        data::write(
+            &source.join(name),
+            &data::noise(&mut data::rng(name), 5_000),
+        );
     }
     hub.publish(&source, "dataset/x:v1", &[]);
     hub.deliver_and_wait("dataset/x:v1", "chengdu", secs(30));
@@ -500,12 +687,25 @@ fn a_repair_keeps_what_users_put_into_a_version() {
     std::fs::remove_file(folder.join("b")).unwrap();
     data::write(&folder.join("sub/c"), b"damaged");
     let said = site.cli(&["verify", "dataset/x:v1", "--repair"]);
-    assert!((said.out.clone() + &said.err).contains("results"), "the user's files are named: {} {}", said.out, said.err);
+    assert!(
+        (said.out.clone() + &said.err).contains("results"),
+        "the user's files are named: {} {}",
+        said.out,
+        said.err
+    );
     wait_for("it is whole again", secs(30), || {
-        let same = |name: &str| std::fs::read(source.join(name)).ok() == std::fs::read(folder.join(name)).ok();
-        ["a", "b", "sub/c"].iter().all(|name| same(name)).then_some(())
+        let same = |name: &str| {
+            std::fs::read(source.join(name)).ok() == std::fs::read(folder.join(name)).ok()
+        };
+        ["a", "b", "sub/c"]
+            .iter()
+            .all(|name| same(name))
+            .then_some(())
     });
-    assert_eq!(std::fs::read(folder.join("results/run1.csv")).unwrap(), b"a user's");
+    assert_eq!(
+        std::fs::read(folder.join("results/run1.csv")).unwrap(),
+        b"a user's"
+    );
 }
 
 #[test]
@@ -517,17 +717,32 @@ fn every_filesystem_holds_a_version_and_is_waited_for_when_it_is_full() {
     for kind in ["ext4", "xfs", "btrfs", "tmpfs"] {
         let scratch = Scratch::new();
         let root = scratch.join("nas");
-        let Some(disk) = SmallDisk::mount(kind, &root, &scratch.join("image")) else { continue };
+        let Some(disk) = SmallDisk::mount(kind, &root, &scratch.join("image")) else {
+            continue;
+        };
         let hub = Hub::start_new(scratch.path());
-        let site = Site::start_new(scratch.path(), &hub, "chengdu", &SiteSpec { root: Some(root.clone()), ..SiteSpec::default() });
+        let site = Site::start_new(
+            scratch.path(),
+            &hub,
+            "chengdu",
+            &SiteSpec {
+                root: Some(root.clone()),
+                ..SiteSpec::default()
+            },
+        );
         let source = scratch.join("one");
         for number in 0..40 {
-            data::write(&source.join(format!("f{number}")), &data::noise(&mut data::rng(&format!("{kind}{number}")), 20_000));
+            data::write(
+                &source.join(format!("f{number}")),
+                &data::noise(&mut data::rng(&format!("{kind}{number}")), 20_000),
+            );
         }
         hub.publish(&source, "dataset/x:v1", &[]);
         let filler = disk.fill("filler", 0);
         let id = hub.deliver(&["dataset/x:v1"], "chengdu").remove(0);
-        hub.wait_transfer(&id, "full", secs(30), |t| t.reason.as_deref() == Some("no_space"));
+        hub.wait_transfer(&id, "full", secs(30), |t| {
+            t.reason.as_deref() == Some("no_space")
+        });
         std::fs::remove_file(filler).unwrap();
         hub.wait_done(&id, secs(40));
         assert_same(&source, &site.folder("dataset/x:v1"));
@@ -539,7 +754,17 @@ fn every_filesystem_holds_a_version_and_is_waited_for_when_it_is_full() {
 fn deliver_says_how_an_artifact_is_at_the_site() {
     let _limit = limit(secs(120));
     let Some(lab) = Lab::new() else { return };
-    let deliver = |reference: &str| lab.hub.cli(&["deliver", reference, "--to", "chengdu", "--wait", "--timeout", "40s"]);
+    let deliver = |reference: &str| {
+        lab.hub.cli(&[
+            "deliver",
+            reference,
+            "--to",
+            "chengdu",
+            "--wait",
+            "--timeout",
+            "40s",
+        ])
+    };
     let source = lab.source("one", 3, 5_000);
     let first = lab.deliver(&source, "dataset/x:v1");
     lab.hub.wait_done(&first, secs(30));
@@ -554,7 +779,11 @@ fn deliver_says_how_an_artifact_is_at_the_site() {
             _ => data::write(&part, &[7; 5_000]),
         }
         let said = deliver("dataset/x:v1").expect(0);
-        assert!(said.out.contains("is delivered again"), "{damage}: {}", said.out);
+        assert!(
+            said.out.contains("is delivered again"),
+            "{damage}: {}",
+            said.out
+        );
         assert_same(&source, &lab.behind("dataset/x:v1"));
     }
 
@@ -562,12 +791,37 @@ fn deliver_says_how_an_artifact_is_at_the_site() {
     let second = lab.deliver(&source, "dataset/x:v2");
     lab.hub.wait_done(&second, secs(30));
     let held = deliver("dataset/x:v1").expect(0);
-    assert!((held.out.clone() + &held.err).contains("held but not active: the active version is v2"), "{} {}", held.out, held.err);
-    assert!(lab.hub.transfer(&first).message.is_some_and(|m| m.contains("not active")), "status says it too");
+    assert!(
+        (held.out.clone() + &held.err).contains("held but not active: the active version is v2"),
+        "{} {}",
+        held.out,
+        held.err
+    );
+    assert!(
+        lab.hub
+            .transfer(&first)
+            .message
+            .is_some_and(|m| m.contains("not active")),
+        "status says it too"
+    );
 
     lab.nas.set(|faults| faults.hangs = true);
-    let unknown = lab.hub.cli(&["deliver", "dataset/x:v2", "--to", "chengdu", "--wait", "--timeout", "8s"]).expect(11);
-    assert!(!(unknown.out + &unknown.err).contains("arrived"), "nobody can look now");
+    let unknown = lab
+        .hub
+        .cli(&[
+            "deliver",
+            "dataset/x:v2",
+            "--to",
+            "chengdu",
+            "--wait",
+            "--timeout",
+            "8s",
+        ])
+        .expect(11);
+    assert!(
+        !(unknown.out + &unknown.err).contains("arrived"),
+        "nobody can look now"
+    );
     lab.waits(&second, "sink_unavailable");
     lab.nas.heal();
     lab.hub.wait_done(&second, secs(40));
@@ -579,32 +833,63 @@ fn while_the_chunk_index_has_no_room_nothing_is_sent_again() {
     let scratch = Scratch::new();
     // Only the chunk index lies on the disk that fills up.
     let index = scratch.join("index");
-    let Some(disk) = Faulty::mount(&index, &scratch.join("behind-index")) else { return };
+    let Some(disk) = Faulty::mount(&index, &scratch.join("behind-index")) else {
+        return;
+    };
     let hub = Hub::start_new(scratch.path());
     let line = Line::to(hub.quic);
-    let mut site = Site::new(scratch.path(), &hub, "chengdu", &SiteSpec { through: Some(line.address()), ..SiteSpec::default() });
+    let mut site = Site::new(
+        scratch.path(),
+        &hub,
+        "chengdu",
+        &SiteSpec {
+            through: Some(line.address()),
+            ..SiteSpec::default()
+        },
+    );
     site.join(&hub, &[]);
-    std::os::unix::fs::symlink(index.join("places.redb"), site.data_dir.join("places.redb")).unwrap();
+    std::os::unix::fs::symlink(index.join("places.redb"), site.data_dir.join("places.redb"))
+        .unwrap();
     site.start();
     hub.wait_online("chengdu", true, secs(20));
     let source = scratch.join("films");
     for number in 0..30 {
-        data::write(&source.join(format!("part-{number:03}")), &data::noise(&mut data::rng(&format!("film{number}")), 1 << 20));
+        data::write(
+            &source.join(format!("part-{number:03}")),
+            &data::noise(&mut data::rng(&format!("film{number}")), 1 << 20),
+        );
     }
     hub.publish(&source, "dataset/films:v1", &[]);
     line.hold_at(line.down() + (10 << 20));
     let id = hub.deliver(&["dataset/films:v1"], "chengdu").remove(0);
-    hub.wait_transfer(&id, "on its way", secs(60), |t| t.bytes.committed >= 2 << 20);
+    hub.wait_transfer(&id, "on its way", secs(60), |t| {
+        t.bytes.committed >= 2 << 20
+    });
     disk.set(|faults| {
         faults.fail.insert(Op::Write, Errno::ENOSPC);
     });
     line.hold_at(0);
-    let waiting = hub.wait_transfer(&id, "out of space", secs(40), |t| t.reason.as_deref() == Some("no_space"));
-    assert!(waiting.message.as_deref().is_some_and(|m| m.contains("places.redb")), "it names what has no room: {waiting:#?}");
+    let waiting = hub.wait_transfer(&id, "out of space", secs(40), |t| {
+        t.reason.as_deref() == Some("no_space")
+    });
+    assert!(
+        waiting
+            .message
+            .as_deref()
+            .is_some_and(|m| m.contains("places.redb")),
+        "it names what has no room: {waiting:#?}"
+    );
     let tried = disk.calls(Op::Write);
-    wait_for("it is tried again", secs(60), || (disk.calls(Op::Write) > tried).then_some(()));
+    wait_for("it is tried again", secs(60), || {
+        (disk.calls(Op::Write) > tried).then_some(())
+    });
     disk.heal();
     let done = hub.wait_done(&id, secs(60));
-    assert_eq!(done.bytes.received, 30 << 20, "every byte came once: {:?}", done.bytes);
+    assert_eq!(
+        done.bytes.received,
+        30 << 20,
+        "every byte came once: {:?}",
+        done.bytes
+    );
     assert_same(&source, &site.folder("dataset/films:v1"));
 }

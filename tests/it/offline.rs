@@ -1,4 +1,5 @@
-//! Deliveries that wait, are held, given up and taken up; cursors and selectors; what `--wait` says.
+//! Deliveries that wait, are held, given up and taken up; cursors and selectors; what `--wait`
+//! says.
 
 use serde_json::Value;
 
@@ -10,7 +11,10 @@ use crate::support::{Scratch, limit, secs, wait_for};
 /// A folder with a little data in it.
 fn little(scratch: &Scratch, name: &str) -> std::path::PathBuf {
     let root = scratch.join(name);
-    data::write(&root.join("数据.bin"), &data::noise(&mut data::rng(name), 300_000));
+    data::write(
+        &root.join("数据.bin"),
+        &data::noise(&mut data::rng(name), 300_000),
+    );
     root
 }
 
@@ -25,8 +29,15 @@ fn a_site_that_is_away_gets_it_when_it_comes() {
     let published = hub.publish(&source, "model/m:v1", &["--to", "chengdu"]);
     let id = ids(&published).remove(0);
     let waiting = hub.transfer(&id);
-    assert_eq!((waiting.state.as_str(), waiting.reason.as_deref()), ("queued", Some("site_offline")), "{waiting:#?}");
-    assert!(waiting.next.is_some_and(|n| !n.is_empty()), "a wait says what to do about it");
+    assert_eq!(
+        (waiting.state.as_str(), waiting.reason.as_deref()),
+        ("queued", Some("site_offline")),
+        "{waiting:#?}"
+    );
+    assert!(
+        waiting.next.is_some_and(|n| !n.is_empty()),
+        "a wait says what to do about it"
+    );
 
     // The wish outlives the hub.
     hub.stop();
@@ -49,10 +60,27 @@ fn waiting_has_a_deadline() {
     let site = Site::new(scratch.path(), &hub, "chengdu", &SiteSpec::default());
     site.join(&hub, &[]);
     hub.publish(&little(&scratch, "model"), "model/m:v1", &[]);
-    let late = hub.cli(&["deliver", "model/m:v1", "--to", "chengdu", "--wait", "--timeout", "2s"]).expect(11);
-    assert!(late.err.contains("chengdu"), "it says who is late: {}", late.err);
+    let late = hub
+        .cli(&[
+            "deliver",
+            "model/m:v1",
+            "--to",
+            "chengdu",
+            "--wait",
+            "--timeout",
+            "2s",
+        ])
+        .expect(11);
+    assert!(
+        late.err.contains("chengdu"),
+        "it says who is late: {}",
+        late.err
+    );
     let open = hub.transfers(&[]);
-    assert!(open.len() == 1 && open[0].state == "queued", "the work goes on: {open:#?}");
+    assert!(
+        open.len() == 1 && open[0].state == "queued",
+        "the work goes on: {open:#?}"
+    );
 }
 
 #[test]
@@ -80,15 +108,28 @@ fn a_transfer_is_held_let_go_given_up_and_taken_up() {
     hub.stop();
     hub.start();
     hub.wait_online("chengdu", true, secs(75));
-    assert_eq!(hub.transfer(&id).state, "paused", "held is held, over a restart too");
+    assert_eq!(
+        hub.transfer(&id).state,
+        "paused",
+        "held is held, over a restart too"
+    );
 
     line.hold_at(line.down() + (6 << 20));
     hub.cli(&["resume", &id]).expect(0);
-    // No number of it ever goes back, neither while it is planned anew nor as it goes on: what was in place is taken up.
+    // No number of it ever goes back, neither while it is planned anew nor as it goes on: what was
+    // in place is taken up.
     hub.wait_transfer(&id, "moving again", secs(30), |t| {
         let (was, now) = (quiet, t.bytes);
-        let pairs = [(was.committed, now.committed), (was.received, now.received), (was.resumed, now.resumed), (was.wire, now.wire)];
-        assert!(pairs.iter().all(|(was, now)| now >= was), "progress went back: {was:?} then {now:?}");
+        let pairs = [
+            (was.committed, now.committed),
+            (was.received, now.received),
+            (was.resumed, now.resumed),
+            (was.wire, now.wire),
+        ];
+        assert!(
+            pairs.iter().all(|(was, now)| now >= was),
+            "progress went back: {was:?} then {now:?}"
+        );
         t.state == "transferring" && now.received > was.received && now.resumed >= was.committed
     });
 
@@ -96,7 +137,9 @@ fn a_transfer_is_held_let_go_given_up_and_taken_up() {
     line.hold_at(0);
     let gone = hub.wait_transfer(&id, "cancelled", secs(10), |t| t.state == "cancelled");
     assert_eq!(gone.reason.as_deref(), Some("cancelled_by_user"));
-    wait_for("the site cleans its staging", secs(20), || site.leftovers().is_empty().then_some(()));
+    wait_for("the site cleans its staging", secs(20), || {
+        site.leftovers().is_empty().then_some(())
+    });
     assert!(!site.folder("model/m:v1").exists());
 
     line.throttle(0);
@@ -111,7 +154,12 @@ fn a_transfer_is_held_let_go_given_up_and_taken_up() {
 
 /// The largest cursor in a list.
 fn cursor(transfers: &[Transfer]) -> String {
-    transfers.iter().map(|t| t.cursor).max().expect("a list with transfers").to_string()
+    transfers
+        .iter()
+        .map(|t| t.cursor)
+        .max()
+        .expect("a list with transfers")
+        .to_string()
 }
 
 #[test]
@@ -120,11 +168,18 @@ fn a_cursor_holds_over_restarts() {
     let scratch = Scratch::new();
     let mut hub = Hub::start_new(scratch.path());
     let mut site = Site::start_new(scratch.path(), &hub, "chengdu", &SiteSpec::default());
-    hub.publish(&little(&scratch, "one"), "model/one:v1", &["--to", "all", "--wait"]);
+    hub.publish(
+        &little(&scratch, "one"),
+        "model/one:v1",
+        &["--to", "all", "--wait"],
+    );
     let all = hub.transfers(&["--since", "0"]);
     assert_eq!(all.len(), 1);
     let at_hub = cursor(&all);
-    assert!(hub.transfers(&["--since", &at_hub]).is_empty(), "nothing has changed since");
+    assert!(
+        hub.transfers(&["--since", &at_hub]).is_empty(),
+        "nothing has changed since"
+    );
     let at_site = cursor(&site.transfers(&["--since", "0"]));
 
     hub.kill();
@@ -132,19 +187,32 @@ fn a_cursor_holds_over_restarts() {
     site.stop();
     site.start();
     hub.wait_online("chengdu", true, secs(75));
-    assert!(hub.transfers(&["--since", &at_hub]).is_empty(), "a restart is no change of a transfer");
+    assert!(
+        hub.transfers(&["--since", &at_hub]).is_empty(),
+        "a restart is no change of a transfer"
+    );
 
-    hub.publish(&little(&scratch, "two"), "model/two:v1", &["--to", "all", "--wait"]);
+    hub.publish(
+        &little(&scratch, "two"),
+        "model/two:v1",
+        &["--to", "all", "--wait"],
+    );
     for (daemon, since) in [(&*hub, &at_hub), (&*site, &at_site)] {
         let news = daemon.transfers(&["--since", since]);
         assert_eq!(news.len(), 1, "only what is new: {news:#?}");
         assert_eq!(news[0].artifact, "model/two:v1");
     }
     let lines = hub.cli(&["status", "-o", "ndjson"]).expect(0).out;
-    let parsed: Vec<Value> = lines.lines().map(|l| serde_json::from_str(l).unwrap()).collect();
+    let parsed: Vec<Value> = lines
+        .lines()
+        .map(|l| serde_json::from_str(l).unwrap())
+        .collect();
     assert_eq!(parsed.len(), 2, "one object a line: {lines}");
     let table = hub.cli(&["status"]).expect(0).out;
-    assert!(table.contains("model/one:v1") && table.contains("chengdu") && !table.contains('\u{1b}'), "{table}");
+    assert!(
+        table.contains("model/one:v1") && table.contains("chengdu") && !table.contains('\u{1b}'),
+        "{table}"
+    );
 }
 
 #[test]
@@ -152,13 +220,25 @@ fn sites_are_chosen_by_name_label_and_all() {
     let _limit = limit(secs(120));
     let scratch = Scratch::new();
     let hub = Hub::start_new(scratch.path());
-    let sites = [("chengdu", ["region=west", "line=1"]), ("wuhan", ["region=east", "line=2"]), ("hefei", ["region=east", "line=3"])];
+    let sites = [
+        ("chengdu", ["region=west", "line=1"]),
+        ("wuhan", ["region=east", "line=2"]),
+        ("hefei", ["region=east", "line=3"]),
+    ];
     for (name, labels) in &sites {
         Site::new(scratch.path(), &hub, name, &SiteSpec::default()).join(&hub, labels);
     }
     let listed = hub.json(&["sites"]);
     assert_eq!(listed.as_array().unwrap().len(), 3);
-    assert_eq!(listed.as_array().unwrap().iter().find(|s| s["name"] == "wuhan").unwrap()["labels"]["region"], "east");
+    assert_eq!(
+        listed
+            .as_array()
+            .unwrap()
+            .iter()
+            .find(|s| s["name"] == "wuhan")
+            .unwrap()["labels"]["region"],
+        "east"
+    );
 
     for (i, (to, expected)) in [
         ("chengdu", vec!["chengdu"]),
@@ -172,19 +252,43 @@ fn sites_are_chosen_by_name_label_and_all() {
     .enumerate()
     {
         let reference = format!("model/m{i}:v1");
-        let published = hub.publish(&little(&scratch, &format!("m{i}")), &reference, &["--to", to]);
-        let mut chosen: Vec<String> = ids(&published).iter().map(|id| hub.transfer(id).site).collect();
+        let published = hub.publish(
+            &little(&scratch, &format!("m{i}")),
+            &reference,
+            &["--to", to],
+        );
+        let mut chosen: Vec<String> = ids(&published)
+            .iter()
+            .map(|id| hub.transfer(id).site)
+            .collect();
         chosen.sort();
         assert_eq!(chosen, expected, "{to}");
     }
-    for (to, code) in [("beijing", 5), ("chengdu,beijing", 5), ("region=north", 5), ("chengdu,region=west", 2), ("", 2), ("Chengdu", 2)] {
+    for (to, code) in [
+        ("beijing", 5),
+        ("chengdu,beijing", 5),
+        ("region=north", 5),
+        ("chengdu,region=west", 2),
+        ("", 2),
+        ("Chengdu", 2),
+    ] {
         let before = hub.transfers(&[]).len();
-        let refused = hub.cli(&["deliver", "model/m0:v1", "--to", to]).expect(code);
+        let refused = hub
+            .cli(&["deliver", "model/m0:v1", "--to", to])
+            .expect(code);
         assert!(!refused.err.is_empty(), "it says why");
-        assert_eq!(hub.transfers(&[]).len(), before, "nothing begins when a site is wrong: {to}");
+        assert_eq!(
+            hub.transfers(&[]).len(),
+            before,
+            "nothing begins when a site is wrong: {to}"
+        );
     }
-    hub.cli(&["deliver", "model/none:v1", "--to", "all"]).expect(5).says(&["model/none:v1"]);
-    hub.cli(&["publish", "/", "--as", "model/never:v1", "--to", "beijing"]).expect(5).says(&["beijing"]);
+    hub.cli(&["deliver", "model/none:v1", "--to", "all"])
+        .expect(5)
+        .says(&["model/none:v1"]);
+    hub.cli(&["publish", "/", "--as", "model/never:v1", "--to", "beijing"])
+        .expect(5)
+        .says(&["beijing"]);
     hub.cli(&["show", "model/never:v1"]).expect(5);
 }
 
@@ -197,11 +301,20 @@ fn a_reference_stands_for_one_content() {
     let first = hub.publish(&source, "model/m:v1", &[]);
     assert_eq!(first["unchanged"], false);
     let again = hub.publish(&source, "model/m:v1", &[]);
-    assert_eq!((&again["digest"], &again["unchanged"]), (&first["digest"], &Value::Bool(true)));
+    assert_eq!(
+        (&again["digest"], &again["unchanged"]),
+        (&first["digest"], &Value::Bool(true))
+    );
     assert_eq!(again["stored"], 0, "nothing is stored twice");
     data::write(&source.join("more.bin"), b"other content");
-    hub.cli(&["publish", source.to_str().unwrap(), "--as", "model/m:v1"]).expect(6).says(&["model/m:v1"]);
-    assert_eq!(hub.json(&["show", "model/m:v1"])["digest"], first["digest"], "what stood there stands");
+    hub.cli(&["publish", source.to_str().unwrap(), "--as", "model/m:v1"])
+        .expect(6)
+        .says(&["model/m:v1"]);
+    assert_eq!(
+        hub.json(&["show", "model/m:v1"])["digest"],
+        first["digest"],
+        "what stood there stands"
+    );
     let second = hub.publish(&source, "model/m:v2", &[]);
     assert_ne!(second["digest"], first["digest"]);
     assert_eq!(hub.artifacts().len(), 2);
@@ -214,20 +327,49 @@ fn some_sites_failing_is_exit_code_seven() {
     let hub = Hub::start_new(scratch.path());
     let good = Site::start_new(scratch.path(), &hub, "chengdu", &SiteSpec::default());
     let bad = Site::start_new(scratch.path(), &hub, "wuhan", &SiteSpec::default());
-    // Somebody put other files where the version has its folder: what stands there is never replaced.
+    // Somebody put other files where the version has its folder: what stands there is never
+    // replaced.
     data::write(&bad.folder("model/m:v1").join("foreign.txt"), b"in the way");
-    let answer =
-        hub.cli(&["publish", little(&scratch, "model").to_str().unwrap(), "--as", "model/m:v1", "--to", "all", "--wait", "-o", "json"]);
+    let answer = hub.cli(&[
+        "publish",
+        little(&scratch, "model").to_str().unwrap(),
+        "--as",
+        "model/m:v1",
+        "--to",
+        "all",
+        "--wait",
+        "-o",
+        "json",
+    ]);
     let answer = answer.expect(7);
-    assert!(answer.err.contains("wuhan"), "it says which: {}", answer.err);
-    let states: Vec<(String, String)> = hub.transfers(&[]).into_iter().map(|t| (t.site, t.state)).collect();
-    assert!(states.contains(&("chengdu".into(), "done".into())) && states.contains(&("wuhan".into(), "failed".into())), "{states:?}");
+    assert!(
+        answer.err.contains("wuhan"),
+        "it says which: {}",
+        answer.err
+    );
+    let states: Vec<(String, String)> = hub
+        .transfers(&[])
+        .into_iter()
+        .map(|t| (t.site, t.state))
+        .collect();
+    assert!(
+        states.contains(&("chengdu".into(), "done".into()))
+            && states.contains(&("wuhan".into(), "failed".into())),
+        "{states:?}"
+    );
     assert!(good.folder("model/m:v1").is_dir());
 
     assert!(bad.folder("model/m:v1").join("foreign.txt").exists());
     std::fs::remove_dir_all(bad.folder("model/m:v1")).unwrap();
-    let failed = hub.transfers(&[]).into_iter().find(|t| t.state == "failed").unwrap();
-    assert!(failed.message.is_some() && failed.next.is_some(), "a failure says why and what next: {failed:#?}");
+    let failed = hub
+        .transfers(&[])
+        .into_iter()
+        .find(|t| t.state == "failed")
+        .unwrap();
+    assert!(
+        failed.message.is_some() && failed.next.is_some(),
+        "a failure says why and what next: {failed:#?}"
+    );
     hub.cli(&["retry", &failed.id]).expect(0);
     hub.wait_done(&failed.id, secs(60));
 }
@@ -241,8 +383,14 @@ fn a_plan_moves_nothing() {
     hub.publish(&little(&scratch, "model"), "model/m:v1", &[]);
     let plan = hub.json(&["plan", "model/m:v1", "--to", "all"]);
     assert_eq!(plan.as_array().unwrap().len(), 1, "{plan}");
-    assert_eq!((&plan[0]["site"], &plan[0]["total"]), (&Value::from("chengdu"), &Value::from(300_000)));
-    assert!(plan[0]["missing"].as_u64().is_some_and(|m| m >= 300_000), "{plan}");
+    assert_eq!(
+        (&plan[0]["site"], &plan[0]["total"]),
+        (&Value::from("chengdu"), &Value::from(300_000))
+    );
+    assert!(
+        plan[0]["missing"].as_u64().is_some_and(|m| m >= 300_000),
+        "{plan}"
+    );
     assert!(hub.transfers(&[]).is_empty() && !site.folder("model/m:v1").exists());
     hub.deliver_and_wait("model/m:v1", "chengdu", secs(60));
     let plan = hub.json(&["plan", "model/m:v1", "--to", "chengdu"]);
@@ -259,9 +407,13 @@ fn an_artifact_goes_by_disk() {
     let source = data::dataset(&scratch.join("dataset"), 30).root;
     let published = hub.publish(&source, "dataset/d:v1", &[]);
     let file = scratch.join("artifacts.pack");
-    hub.cli(&["export", "dataset/d:v1", "--out", file.to_str().unwrap()]).expect(0);
+    hub.cli(&["export", "dataset/d:v1", "--out", file.to_str().unwrap()])
+        .expect(0);
     other.cli(&["import", file.to_str().unwrap()]).expect(0);
-    assert_eq!(other.json(&["show", "dataset/d:v1"])["digest"], published["digest"]);
+    assert_eq!(
+        other.json(&["show", "dataset/d:v1"])["digest"],
+        published["digest"]
+    );
     other.cli(&["verify", "dataset/d:v1"]).expect(0);
 
     let mut bytes = std::fs::read(&file).unwrap();
@@ -270,14 +422,18 @@ fn an_artifact_goes_by_disk() {
     std::fs::write(&file, &bytes).unwrap();
     let third = Hub::start_new(&scratch.folder("third"));
     third.cli(&["import", file.to_str().unwrap()]).expect(8);
-    assert!(third.artifacts().is_empty(), "a damaged file brings nothing");
+    assert!(
+        third.artifacts().is_empty(),
+        "a damaged file brings nothing"
+    );
 }
 
 #[test]
 fn a_machine_that_sleeps_goes_on_where_it_was() {
     let _limit = limit(secs(150));
     let scratch = Scratch::new();
-    // Of one pair the site sleeps, of the other the hub, at the same time and for longer than a silent line is kept.
+    // Of one pair the site sleeps, of the other the hub, at the same time and for longer than a
+    // silent line is kept.
     let pairs: Vec<_> = ["site", "hub"]
         .map(|who| {
             let dir = scratch.folder(who);
@@ -288,21 +444,34 @@ fn a_machine_that_sleeps_goes_on_where_it_was() {
             hub.publish(&source, "model/m:v1", &[]);
             line.hold_at(line.down() + (22 << 20));
             let id = hub.deliver(&["model/m:v1"], "chengdu").remove(0);
-            let seen = hub.wait_transfer(&id, "on its way", secs(60), |t| t.bytes.committed >= 14 << 20);
+            let seen = hub.wait_transfer(&id, "on its way", secs(60), |t| {
+                t.bytes.committed >= 14 << 20
+            });
             (hub, site, line, source, id, seen)
         })
         .into();
-    let [(hub_awake, site_asleep, ..), (hub_asleep, site_awake, ..)] = &pairs[..] else { unreachable!() };
+    let [(hub_awake, site_asleep, ..), (hub_asleep, site_awake, ..)] = &pairs[..] else {
+        unreachable!()
+    };
     site_asleep.freeze();
     hub_asleep.freeze();
     hub_awake.wait_online("chengdu", false, secs(60));
-    wait_for("the site gives the line up", secs(60), || site_awake.log().contains("the line to the hub ended").then_some(()));
+    wait_for("the site gives the line up", secs(60), || {
+        site_awake
+            .log()
+            .contains("the line to the hub ended")
+            .then_some(())
+    });
     site_asleep.thaw();
     hub_asleep.thaw();
     for (hub, site, line, source, id, seen) in &pairs {
         line.hold_at(0);
         let done = hub.wait_done(id, secs(60));
-        assert!(done.bytes.resumed + done.bytes.received >= seen.bytes.total, "{:?}", done.bytes);
+        assert!(
+            done.bytes.resumed + done.bytes.received >= seen.bytes.total,
+            "{:?}",
+            done.bytes
+        );
         assert_same(source, &site.folder("model/m:v1"));
         assert_eq!(site.leftovers(), Vec::<std::path::PathBuf>::new());
     }

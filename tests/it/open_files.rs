@@ -1,4 +1,5 @@
-//! Daemons that may open 256 files: they do their work, beside strangers who take all the connections that they can get.
+//! Daemons that may open 256 files: they do their work, beside strangers who take all the
+//! connections that they can get.
 
 use std::net::{SocketAddr, TcpStream};
 use std::path::Path;
@@ -10,13 +11,19 @@ use crate::support::{Scratch, data, limit, secs, wait_for};
 const STRANGERS: usize = 300;
 
 fn strangers(address: SocketAddr) -> Vec<TcpStream> {
-    (0..STRANGERS).map(|_| TcpStream::connect(address).expect("the kernel accepts it")).collect()
+    (0..STRANGERS)
+        .map(|_| TcpStream::connect(address).expect("the kernel accepts it"))
+        .collect()
 }
 
 /// The program under this limit of open files.
 fn limited(scratch: &Scratch) -> std::path::PathBuf {
     let program = scratch.join("packhorse-limited");
-    std::fs::write(&program, format!("#!/bin/sh\nulimit -n 256\nexec {PACKHORSE} \"$@\"\n")).unwrap();
+    std::fs::write(
+        &program,
+        format!("#!/bin/sh\nulimit -n 256\nexec {PACKHORSE} \"$@\"\n"),
+    )
+    .unwrap();
     data::chmod(&program, 0o755);
     program
 }
@@ -35,12 +42,18 @@ fn two_hundred_and_fifty_six_are_enough() {
     site.start();
     hub.wait_online("chengdu", true, secs(30));
     for (daemon, log) in [("hub", hub.log()), ("site", site.log())] {
-        assert!(log.contains("this process may open few files"), "the {daemon} says so: {log}");
+        assert!(
+            log.contains("this process may open few files"),
+            "the {daemon} says so: {log}"
+        );
     }
 
     let source = scratch.folder("many");
     for n in 0..1500 {
-        data::write(&source.join(format!("{n:04}.bin")), format!("file number {n}").as_bytes());
+        data::write(
+            &source.join(format!("{n:04}.bin")),
+            format!("file number {n}").as_bytes(),
+        );
     }
     let idle = [strangers(hub.quic), strangers(hub.api), strangers(site.api)];
     hub.publish(&source, "dataset/many:v1", &[]);
@@ -52,7 +65,9 @@ fn two_hundred_and_fifty_six_are_enough() {
     site.edit_config("[hub]\n", "[line]\ntransport = \"tcp\"\n[hub]\n");
     site.start();
     hub.wait_online("chengdu", true, secs(30));
-    wait_for("the site's own view", secs(10), || site.cli(&["sites"]).out.contains("tcp").then_some(()));
+    wait_for("the site's own view", secs(10), || {
+        site.cli(&["sites"]).out.contains("tcp").then_some(())
+    });
     drop(idle);
     for log in [hub.log(), site.log()] {
         assert!(!log.contains("Too many open files"), "{log}");

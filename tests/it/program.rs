@@ -1,4 +1,5 @@
-//! What the program says about itself: its version, the scripts that complete its commands, and its man pages.
+//! What the program says about itself: its version, the scripts that complete its commands, and its
+//! man pages.
 
 use super::support::command::tool_in;
 use super::support::daemon::packhorse;
@@ -12,11 +13,23 @@ mod build;
 fn the_version_names_the_commit_and_the_build() {
     let _limit = limit(secs(60));
     let said = packhorse(&["--version"]).expect(0).out;
-    let rest = said.strip_prefix(concat!("packhorse ", env!("CARGO_PKG_VERSION"), " (commit ")).unwrap_or_else(|| panic!("{said}"));
+    let rest = said
+        .strip_prefix(concat!(
+            "packhorse ",
+            env!("CARGO_PKG_VERSION"),
+            " (commit "
+        ))
+        .unwrap_or_else(|| panic!("{said}"));
     let (commit, build) = rest.split_once(", ").unwrap();
-    assert!(["debug build)\n", "release build)\n"].contains(&build), "{said}");
+    assert!(
+        ["debug build)\n", "release build)\n"].contains(&build),
+        "{said}"
+    );
     let word = commit.strip_suffix(" with local changes").unwrap_or(commit);
-    assert!(word == "unknown" || build::given_commit(Some(word.to_owned())).is_some(), "{said}");
+    assert!(
+        word == "unknown" || build::given_commit(Some(word.to_owned())).is_some(),
+        "{said}"
+    );
 }
 
 #[test]
@@ -26,7 +39,16 @@ fn the_commit_is_that_of_the_sources() {
     let root = scratch.folder("tree");
     assert_eq!(build::commit(&root), None, "a source archive");
     let git = |args: &[&str]| {
-        let who = ["-c", "user.name=a", "-c", "user.email=a@example.com", "-c", "commit.gpgsign=false", "-c", "init.defaultBranch=main"];
+        let who = [
+            "-c",
+            "user.name=a",
+            "-c",
+            "user.email=a@example.com",
+            "-c",
+            "commit.gpgsign=false",
+            "-c",
+            "init.defaultBranch=main",
+        ];
         tool_in(&root, "git", &[who.as_slice(), args].concat())
     };
     git(&["init", "--quiet"]);
@@ -36,15 +58,24 @@ fn the_commit_is_that_of_the_sources() {
     git(&["add", "."]);
     git(&["commit", "--quiet", "-m", "first"]);
     let commit = build::commit(&root).unwrap();
-    assert!(commit.len() == 7 && git(&["rev-parse", "HEAD"]).starts_with(&commit), "{commit}");
+    assert!(
+        commit.len() == 7 && git(&["rev-parse", "HEAD"]).starts_with(&commit),
+        "{commit}"
+    );
     std::fs::write(root.join("notes.txt"), "not a source\n").unwrap();
     assert_eq!(build::commit(&root).as_deref(), Some(commit.as_str()));
     std::fs::write(root.join("src/main.rs"), "fn main() { }\n").unwrap();
-    assert_eq!(build::commit(&root), Some(format!("{commit} with local changes")));
+    assert_eq!(
+        build::commit(&root),
+        Some(format!("{commit} with local changes"))
+    );
     // Sources that were unpacked inside of another project are not its commit.
     std::fs::create_dir_all(root.join("vendor/packhorse/src")).unwrap();
     assert_eq!(build::commit(&root.join("vendor/packhorse")), None);
-    assert_eq!(build::given_commit(Some("v1.2-3".into())).as_deref(), Some("v1.2-3"));
+    assert_eq!(
+        build::given_commit(Some("v1.2-3".into())).as_deref(),
+        Some("v1.2-3")
+    );
     for bad in ["", "two words", "a\nb", &"a".repeat(41)] {
         assert_eq!(build::given_commit(Some(bad.to_owned())), None, "{bad:?}");
     }
@@ -61,8 +92,13 @@ fn a_shell_reads_the_completions() {
         ". {}; COMP_WORDS=(packhorse train st) COMP_CWORD=2; _packhorse packhorse st train; echo \"${{COMPREPLY[*]}}\"",
         file.display()
     );
-    assert_eq!(tool_in(scratch.path(), "bash", &["-c", &complete]).trim(), "start");
-    packhorse(&["completions", "tcl"]).expect(2).says(&["tcl", "bash", "zsh", "fish"]);
+    assert_eq!(
+        tool_in(scratch.path(), "bash", &["-c", &complete]).trim(),
+        "start"
+    );
+    packhorse(&["completions", "tcl"])
+        .expect(2)
+        .says(&["tcl", "bash", "zsh", "fish"]);
     packhorse(&["completions"]).expect(2);
 }
 
@@ -74,17 +110,30 @@ fn man_pages_are_written_into_a_directory() {
     let dir = dir.to_str().unwrap();
     for _ in 0..2 {
         let written = packhorse(&["man", dir, "-o", "json"]).expect(0).json();
-        let files: Vec<&str> = written["files"].as_array().unwrap().iter().map(|file| file.as_str().unwrap()).collect();
-        assert!(files.contains(&"packhorse.1") && files.contains(&"packhorse-token-create.1"), "{files:?}");
+        let files: Vec<&str> = written["files"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|file| file.as_str().unwrap())
+            .collect();
+        assert!(
+            files.contains(&"packhorse.1") && files.contains(&"packhorse-token-create.1"),
+            "{files:?}"
+        );
         for file in &files {
             let page = std::fs::read_to_string(scratch.join("share/man/man1").join(file)).unwrap();
-            assert!(page.contains(".SH NAME") && page.contains(".SH EXAMPLE"), "{file}: {page}");
+            assert!(
+                page.contains(".SH NAME") && page.contains(".SH EXAMPLE"),
+                "{file}: {page}"
+            );
         }
         assert_eq!(std::fs::read_dir(dir).unwrap().count(), files.len());
     }
     let file = format!("{dir}/packhorse.1");
     for wrong in [file.clone(), format!("{file}/man1")] {
-        packhorse(&["man", &wrong]).expect(6).says(&[&file, "name a directory that you can write to"]);
+        packhorse(&["man", &wrong])
+            .expect(6)
+            .says(&[&file, "name a directory that you can write to"]);
     }
     packhorse(&["man"]).expect(2);
 }

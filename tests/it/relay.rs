@@ -1,4 +1,5 @@
-//! Site to site through the hub: what is published at one site arrives at others, whoever is away, and leaves its site once.
+//! Site to site through the hub: what is published at one site arrives at others, whoever is away,
+//! and leaves its site once.
 
 use std::path::{Path, PathBuf};
 use std::thread;
@@ -11,7 +12,9 @@ use crate::support::command::tool;
 use crate::support::daemon::{Hub, Site, SiteSpec, ids};
 use crate::support::line::Line;
 use crate::support::registry::Registry;
-use crate::support::{Scratch, data, disk_usage, images, is_root, labels, limit, secs, tool_user, tree, wait_for};
+use crate::support::{
+    Scratch, data, disk_usage, images, is_root, labels, limit, secs, tool_user, tree, wait_for,
+};
 
 const MIB: u64 = 1 << 20;
 
@@ -39,29 +42,65 @@ fn what_is_published_at_a_site_arrives_at_others_and_leaves_it_once() {
     let b = Site::start_new(dir.path(), &hub, "b", &SiteSpec::default());
     let set = data::dataset(&dir.join("set"), 60);
     data::operator(&dir.join("operator"));
-    data::write(&dir.join("weights.bin"), &data::noise(&mut data::rng("weights"), 9 << 20));
+    data::write(
+        &dir.join("weights.bin"),
+        &data::noise(&mut data::rng("weights"), 9 << 20),
+    );
     let coco = dir.join("labels.json");
-    data::write(&coco, labels::coco(&set.photos, &labels::marks(&set.photos, 2)).to_string().as_bytes());
+    data::write(
+        &coco,
+        labels::coco(&set.photos, &labels::marks(&set.photos, 2))
+            .to_string()
+            .as_bytes(),
+    );
 
     let published = a.publish(&set.root, "dataset/line:v1", &[]);
-    assert!(published.get("note").is_none(), "the hub has heard of it: {published}");
+    assert!(
+        published.get("note").is_none(),
+        "the hub has heard of it: {published}"
+    );
     a.publish(&dir.join("operator"), "operator/detect:v1", &[]);
     a.publish(&dir.join("weights.bin"), "model/detect:v1", &[]);
     a.publish(&coco, "labels/line:v1", &["--for", "dataset/line:v1"]);
-    assert!(disk_usage(&a.data_dir.join("published")) < MIB, "only the canonical labels are written anew");
-    assert_eq!(disk_usage(&hub.data_dir.join("relay/packs")), 0, "nobody asked for bytes yet");
+    assert!(
+        disk_usage(&a.data_dir.join("published")) < MIB,
+        "only the canonical labels are written anew"
+    );
+    assert_eq!(
+        disk_usage(&hub.data_dir.join("relay/packs")),
+        0,
+        "nobody asked for bytes yet"
+    );
     let shown = hub.json(&["show", "dataset/line:v1"]);
     assert_eq!(shown["origin"], "a");
     assert_eq!(shown["digest"], published["digest"]);
     // Again: the same.
-    assert_eq!(a.publish(&set.root, "dataset/line:v1", &[])["unchanged"], true);
+    assert_eq!(
+        a.publish(&set.root, "dataset/line:v1", &[])["unchanged"],
+        true
+    );
     data::write(&set.root.join("more.txt"), b"more");
-    a.cli(&["publish", set.root.to_str().unwrap(), "--as", "dataset/line:v1"]).expect(6);
+    a.cli(&[
+        "publish",
+        set.root.to_str().unwrap(),
+        "--as",
+        "dataset/line:v1",
+    ])
+    .expect(6);
     std::fs::remove_file(set.root.join("more.txt")).unwrap();
 
     // Asked at A, which waits for transfers of B.
-    let all = ["dataset/line:v1", "operator/detect:v1", "model/detect:v1", "labels/line:v1"];
-    let args: Vec<&str> = ["deliver"].into_iter().chain(all).chain(["--to", "b", "--wait", "--timeout", "90s"]).collect();
+    let all = [
+        "dataset/line:v1",
+        "operator/detect:v1",
+        "model/detect:v1",
+        "labels/line:v1",
+    ];
+    let args: Vec<&str> = ["deliver"]
+        .into_iter()
+        .chain(all)
+        .chain(["--to", "b", "--wait", "--timeout", "90s"])
+        .collect();
     a.cli(&args).expect(0);
     tree::assert_same(&set.root, &b.folder("dataset/line:v1"));
     tree::assert_same(&dir.join("operator"), &b.folder("operator/detect:v1"));
@@ -77,8 +116,15 @@ fn what_is_published_at_a_site_arrives_at_others_and_leaves_it_once() {
 
     // The second receiver costs A nothing, not even its being there.
     let sent = line.up();
-    let bytes: u64 = [set.root.clone(), dir.join("operator")].iter().map(|f| disk_usage(f)).sum::<u64>() + (9 << 20);
-    assert!(sent < uplink_max(bytes, 0) + 2 * MIB, "A sent {sent} bytes of {bytes}");
+    let bytes: u64 = [set.root.clone(), dir.join("operator")]
+        .iter()
+        .map(|f| disk_usage(f))
+        .sum::<u64>()
+        + (9 << 20);
+    assert!(
+        sent < uplink_max(bytes, 0) + 2 * MIB,
+        "A sent {sent} bytes of {bytes}"
+    );
     a.stop();
     let c = Site::start_new(dir.path(), &hub, "c", &SiteSpec::default());
     // What B received it may send on.
@@ -90,7 +136,11 @@ fn what_is_published_at_a_site_arrives_at_others_and_leaves_it_once() {
     assert!(line.up() - sent < MIB, "A was asked again");
     // Pinned or not, what is the hub's own is not a thing to pin, and what lives at a site is.
     assert_eq!(hub.json(&["pin", "model/detect:v1"])["pinned"], true);
-    assert!(hub.json(&["unpin", "model/detect:v1"]).get("pinned").is_none());
+    assert!(
+        hub.json(&["unpin", "model/detect:v1"])
+            .get("pinned")
+            .is_none()
+    );
 }
 
 #[test]
@@ -108,13 +158,28 @@ fn a_delivery_that_a_site_asked_for_is_shown_there_as_a_whole() {
         for id in ids(&answer) {
             hub.wait_done(&id, secs(60));
         }
-        (answer["delivery"].as_str().unwrap().to_owned(), ids(&answer))
+        (
+            answer["delivery"].as_str().unwrap().to_owned(),
+            ids(&answer),
+        )
     };
     let shows = |site: &Site, delivery: &str, parts: &[String], sites: &[&str]| {
         let shown = site.cli(&["status", delivery]).expect(0).out;
-        assert!(shown.contains(&format!("{0} of {0} parts", parts.len())), "{}: {shown}", site.name);
-        assert!(parts.iter().all(|id| shown.contains(id.as_str())), "{}: {shown}", site.name);
-        let mut to: Vec<String> = site.transfers(&[delivery]).into_iter().map(|t| t.site).collect();
+        assert!(
+            shown.contains(&format!("{0} of {0} parts", parts.len())),
+            "{}: {shown}",
+            site.name
+        );
+        assert!(
+            parts.iter().all(|id| shown.contains(id.as_str())),
+            "{}: {shown}",
+            site.name
+        );
+        let mut to: Vec<String> = site
+            .transfers(&[delivery])
+            .into_iter()
+            .map(|t| t.site)
+            .collect();
         to.sort();
         assert_eq!(to, sites, "{}", site.name);
     };
@@ -122,7 +187,10 @@ fn a_delivery_that_a_site_asked_for_is_shown_there_as_a_whole() {
     shows(&a, &to_b, &at_b, &["b", "b"]);
     // What is done at B already is part of it.
     let (to_both, at_both) = deliver("a,b");
-    assert!(at_both.len() == 4 && at_b.iter().all(|id| at_both.contains(id)), "{at_b:?} {at_both:?}");
+    assert!(
+        at_both.len() == 4 && at_b.iter().all(|id| at_both.contains(id)),
+        "{at_b:?} {at_both:?}"
+    );
     shows(&a, &to_both, &at_both, &["a", "a", "b", "b"]);
     shows(&b, &to_both, &at_both, &["a", "a", "b", "b"]);
 
@@ -139,19 +207,30 @@ fn a_delivery_that_a_site_asked_for_is_shown_there_as_a_whole() {
     assert_eq!(asked(&to_b), absent);
     assert_eq!(asked(&to_both), absent);
 
-    // A cursor of the hub says nothing at A, and the other way round: whoever comes with one is told how all of it stands.
+    // A cursor of the hub says nothing at A, and the other way round: whoever comes with one is
+    // told how all of it stands.
     let told = |query: &str| a.get_rows(&format!("/v1/transfers?{query}"));
-    let own = at_both.iter().find(|id| a.transfers(&[id.as_str()])[0].site == "a").unwrap();
+    let own = at_both
+        .iter()
+        .find(|id| a.transfers(&[id.as_str()])[0].site == "a")
+        .unwrap();
     let (of_hub, here) = (told(&format!("id={to_both}")), told(&format!("id={own}")));
     assert_eq!((of_hub.0, here.0), (4, 1));
     assert_eq!(told(&format!("id={own}&since={}", of_hub.1)), here);
     assert_eq!(told(&format!("id={to_both}&since={}", here.1)), of_hub);
-    assert_eq!(told(&format!("id={own}&since={}", here.1)).0, 0, "of its own there is nothing new");
+    assert_eq!(
+        told(&format!("id={own}&since={}", here.1)).0,
+        0,
+        "of its own there is nothing new"
+    );
 
     // Without the hub A knows its own part, and says that it is no more.
     hub.stop();
     let shown = a.cli(&["status", &to_both]).expect(0).out;
-    assert!(shown.contains("2 of 2 parts") && shown.contains("this site's part only"), "{shown}");
+    assert!(
+        shown.contains("2 of 2 parts") && shown.contains("this site's part only"),
+        "{shown}"
+    );
     a.cli(&["status", &to_b]).expect(10);
 }
 
@@ -168,20 +247,35 @@ fn either_end_may_be_away_and_it_still_arrives() {
     // The hub is away while A publishes: A tells it later, by itself.
     hub.stop();
     let published = a.publish(&folder, "model/away:v1", &["--to", "b"]);
-    assert!(published["note"].as_str().is_some_and(|note| note.contains("hub")), "{published}");
+    assert!(
+        published["note"]
+            .as_str()
+            .is_some_and(|note| note.contains("hub")),
+        "{published}"
+    );
     hub.start();
-    let transfer = wait_for("the hub has heard of it", secs(40), || hub.transfers(&[]).into_iter().next());
+    let transfer = wait_for("the hub has heard of it", secs(40), || {
+        hub.transfers(&[]).into_iter().next()
+    });
     assert_eq!(transfer.artifact, "model/away:v1");
     assert!(transfer.has_reason(&["site_offline"]), "{transfer:#?}");
     let packs = hub.data_dir.join("relay/packs");
-    wait_for("all of it is at the hub", secs(60), || (disk_usage(&packs) > 40 * MIB).then_some(()));
-    wait_for("fetched ahead", secs(20), || hub.log().contains(": fetched ahead digest=").then_some(()));
+    wait_for("all of it is at the hub", secs(60), || {
+        (disk_usage(&packs) > 40 * MIB).then_some(())
+    });
+    wait_for("fetched ahead", secs(20), || {
+        hub.log().contains(": fetched ahead digest=").then_some(())
+    });
     a.kill();
     hub.wait_online("a", false, secs(60));
     b.start();
     hub.wait_done(&transfer.id, secs(60));
     tree::assert_same(&folder, &b.folder("model/away:v1"));
-    assert!(line.up() < uplink_max(40 * MIB, 0) + MIB, "A sent {}", line.up());
+    assert!(
+        line.up() < uplink_max(40 * MIB, 0) + MIB,
+        "A sent {}",
+        line.up()
+    );
 }
 
 #[test]
@@ -197,17 +291,25 @@ fn what_its_source_cannot_read_keeps_nothing_else_from_being_fetched_ahead() {
     let all = ["one", "two", "three"];
     let reference = |name: &str| format!("model/{name}:v1");
     for name in all {
-        data::write(&dir.join(name).join("weights.bin"), &data::noise(&mut data::rng(name), 4 << 20));
+        data::write(
+            &dir.join(name).join("weights.bin"),
+            &data::noise(&mut data::rng(name), 4 << 20),
+        );
         a.publish(&dir.join(name), &reference(name), &[]);
     }
     // As many as are fetched at once lie on a NAS that is not mounted, and were asked for first.
     for name in &all[..2] {
         std::fs::rename(dir.join(name), away.join(name)).unwrap();
     }
-    let ids: Vec<String> = all.iter().flat_map(|name| hub.deliver(&[&reference(name)], "b")).collect();
+    let ids: Vec<String> = all
+        .iter()
+        .flat_map(|name| hub.deliver(&[&reference(name)], "b"))
+        .collect();
     let fetched = |count: usize| {
         let what = format!("{count} of {} are fetched ahead", all.len());
-        wait_for(&what, secs(60), || (hub.log().matches(": fetched ahead digest=").count() >= count).then_some(()));
+        wait_for(&what, secs(60), || {
+            (hub.log().matches(": fetched ahead digest=").count() >= count).then_some(())
+        });
     };
     fetched(1);
     for name in &all[..2] {
@@ -235,8 +337,13 @@ fn a_source_that_is_away_is_the_reason_and_its_return_is_enough() {
     a.stop();
     hub.wait_online("a", false, secs(40));
     let id = hub.deliver(&["model/later:v1"], "b").remove(0);
-    let waits = hub.wait_transfer(&id, "waiting", secs(40), |t| t.has_reason(&["waiting_for_source"]));
-    assert!(waits.next.is_some() && waits.message.is_some(), "{waits:#?}");
+    let waits = hub.wait_transfer(&id, "waiting", secs(40), |t| {
+        t.has_reason(&["waiting_for_source"])
+    });
+    assert!(
+        waits.next.is_some() && waits.message.is_some(),
+        "{waits:#?}"
+    );
     a.start();
     hub.wait_done(&id, secs(60));
     tree::assert_same(&folder, &b.folder("model/later:v1"));
@@ -248,8 +355,24 @@ fn chunks_are_passed_on_before_the_source_has_sent_a_tenth() {
     let dir = Scratch::new();
     let hub = Hub::start_new(dir.path());
     let (line_a, line_b) = (Line::to(hub.quic), Line::to(hub.quic));
-    let a = Site::start_new(dir.path(), &hub, "a", &SiteSpec { through: Some(line_a.address()), ..SiteSpec::default() });
-    let b = Site::start_new(dir.path(), &hub, "b", &SiteSpec { through: Some(line_b.address()), ..SiteSpec::default() });
+    let a = Site::start_new(
+        dir.path(),
+        &hub,
+        "a",
+        &SiteSpec {
+            through: Some(line_a.address()),
+            ..SiteSpec::default()
+        },
+    );
+    let b = Site::start_new(
+        dir.path(),
+        &hub,
+        "b",
+        &SiteSpec {
+            through: Some(line_b.address()),
+            ..SiteSpec::default()
+        },
+    );
     let folder = model(&dir.join("model"), 256);
     a.publish(&folder, "model/through:v1", &[]);
     // B brings the manifest first, which is small beside this.
@@ -257,7 +380,9 @@ fn chunks_are_passed_on_before_the_source_has_sent_a_tenth() {
     let (sent, received) = (line_a.up(), line_b.down());
     line_a.hold_up_at(sent + 256 * MIB / 10);
     let id = hub.deliver(&["model/through:v1"], "b").remove(0);
-    wait_for("B has its first bytes", secs(25), || (line_b.down() - received > manifest).then_some(()));
+    wait_for("B has its first bytes", secs(25), || {
+        (line_b.down() - received > manifest).then_some(())
+    });
     line_a.hold_up_at(0);
     hub.wait_done(&id, secs(120));
     tree::assert_same(&folder, &b.folder("model/through:v1"));
@@ -271,7 +396,10 @@ fn two_receivers_at_once_cost_one_uplink() {
     let dir = Scratch::new();
     let hub = Hub::start_new(dir.path());
     let (line, a) = Site::start_behind(dir.path(), &hub, "a");
-    let others: Vec<Site> = ["b", "c", "d"].iter().map(|name| Site::start_new(dir.path(), &hub, name, &SiteSpec::default())).collect();
+    let others: Vec<Site> = ["b", "c", "d"]
+        .iter()
+        .map(|name| Site::start_new(dir.path(), &hub, name, &SiteSpec::default()))
+        .collect();
     let folder = model(&dir.join("model"), 64);
     a.publish(&folder, "model/many:v1", &[]);
     let sent = line.up();
@@ -282,7 +410,11 @@ fn two_receivers_at_once_cost_one_uplink() {
         tree::assert_same(&folder, &site.folder("model/many:v1"));
     }
     let sent = line.up() - sent;
-    assert!(sent < uplink_max(64 * MIB, 0), "A sent {sent} bytes of {}", 64 * MIB);
+    assert!(
+        sent < uplink_max(64 * MIB, 0),
+        "A sent {sent} bytes of {}",
+        64 * MIB
+    );
 }
 
 #[test]
@@ -295,7 +427,12 @@ fn a_file_that_changed_after_publishing_fails_the_transfer_with_its_path() {
     let set = data::dataset(&dir.join("set"), 20);
     a.publish(&set.root, "dataset/line:v1", &[]);
     let coco = dir.join("labels.json");
-    data::write(&coco, labels::coco(&set.photos, &labels::marks(&set.photos, 2)).to_string().as_bytes());
+    data::write(
+        &coco,
+        labels::coco(&set.photos, &labels::marks(&set.photos, 2))
+            .to_string()
+            .as_bytes(),
+    );
     a.publish(&coco, "labels/line:v1", &["--for", "dataset/line:v1"]);
     let file = set.root.join(&set.photos[7].path);
     let good = std::fs::read(&file).unwrap();
@@ -303,24 +440,72 @@ fn a_file_that_changed_after_publishing_fails_the_transfer_with_its_path() {
     bad[40] ^= 1;
     std::fs::write(&file, bad).unwrap();
     // Whoever waits for labels that come after it hears of that, and waits no longer.
-    let parts = ["deliver", "dataset/line:v1", "labels/line:v1", "--to", "b", "--wait", "--timeout", "60s"];
-    let said = ["2 of 2 transfers did not arrive: dataset/line:v1 at b (integrity), labels/line:v1 at b (waits for dataset/line:v1)"];
+    let parts = [
+        "deliver",
+        "dataset/line:v1",
+        "labels/line:v1",
+        "--to",
+        "b",
+        "--wait",
+        "--timeout",
+        "60s",
+    ];
+    let said = [
+        "2 of 2 transfers did not arrive: dataset/line:v1 at b (integrity), labels/line:v1 at b (waits for dataset/line:v1)",
+    ];
     hub.cli(&parts).expect(7).says(&said);
     let all = hub.transfers(&[]);
-    let failed = all.iter().find(|t| t.artifact == "dataset/line:v1").unwrap();
+    let failed = all
+        .iter()
+        .find(|t| t.artifact == "dataset/line:v1")
+        .unwrap();
     let waiting = all.iter().find(|t| t.artifact == "labels/line:v1").unwrap();
-    assert_eq!((failed.state.as_str(), failed.reason.as_deref()), ("failed", Some("integrity")));
-    assert!(failed.message.as_deref().is_some_and(|m| m.contains(&set.photos[7].path)), "{failed:#?}");
-    assert!(!b.folder("dataset/line:v1").exists(), "nothing wrong arrives");
-    hub.cli(&["status", &format!("{},{}", failed.id, waiting.id), "--watch"]).expect(7).says(&said);
-    // Whoever delivers the labels alone hears of it too, from the hub and from the site, and what to do.
+    assert_eq!(
+        (failed.state.as_str(), failed.reason.as_deref()),
+        ("failed", Some("integrity"))
+    );
+    assert!(
+        failed
+            .message
+            .as_deref()
+            .is_some_and(|m| m.contains(&set.photos[7].path)),
+        "{failed:#?}"
+    );
+    assert!(
+        !b.folder("dataset/line:v1").exists(),
+        "nothing wrong arrives"
+    );
+    hub.cli(&[
+        "status",
+        &format!("{},{}", failed.id, waiting.id),
+        "--watch",
+    ])
+    .expect(7)
+    .says(&said);
+    // Whoever delivers the labels alone hears of it too, from the hub and from the site, and what
+    // to do.
     let next = format!("packhorse retry {}", failed.id);
-    let alone = ["deliver", "labels/line:v1", "--to", "b", "--wait", "--timeout", "60s"];
+    let alone = [
+        "deliver",
+        "labels/line:v1",
+        "--to",
+        "b",
+        "--wait",
+        "--timeout",
+        "60s",
+    ];
     for told in [hub.cli(&alone), b.cli(&alone)] {
-        told.expect(7).says(&["it waits for dataset/line:v1, which failed (integrity)", &set.photos[7].path, &next]);
+        told.expect(7).says(&[
+            "it waits for dataset/line:v1, which failed (integrity)",
+            &set.photos[7].path,
+            &next,
+        ]);
     }
     // What it is told to do there can be done there.
-    let found = a.cli(&["verify", "dataset/line:v1"]).expect(8).says(&["restore the original content"]);
+    let found = a
+        .cli(&["verify", "dataset/line:v1"])
+        .expect(8)
+        .says(&["restore the original content"]);
     assert!(!found.err.contains("--repair"), "{}", found.err);
     a.cli(&["verify", "dataset/line:v1", "--repair"]).expect(2);
     // The old content again, and it goes on.
@@ -342,8 +527,14 @@ fn a_file_that_cannot_be_read_for_a_while_is_waited_for() {
     let own = dir.join("a");
     let spec = SiteSpec {
         root: Some(own.join("nas")),
-        labels_sink: Some(format!("url = \"sqlite://{}\"", own.join("labels.db").display())),
-        images_sink: Some(format!("url = \"oci-layout:{}\"", own.join("images").display())),
+        labels_sink: Some(format!(
+            "url = \"sqlite://{}\"",
+            own.join("labels.db").display()
+        )),
+        images_sink: Some(format!(
+            "url = \"oci-layout:{}\"",
+            own.join("images").display()
+        )),
         ..SiteSpec::default()
     };
     let mut a = Site::new(dir.path(), &hub, "a", &spec);
@@ -363,8 +554,16 @@ fn a_file_that_cannot_be_read_for_a_while_is_waited_for() {
     let file = folder.join("model.safetensors");
     data::chmod(&file, 0);
     let id = hub.deliver(&["model/later:v1"], "b").remove(0);
-    let waits = hub.wait_transfer(&id, "waiting", secs(40), |t| t.has_reason(&["waiting_for_source"]));
-    assert!(waits.message.as_deref().is_some_and(|m| m.contains("model/model.safetensors cannot be read now")), "{waits:#?}");
+    let waits = hub.wait_transfer(&id, "waiting", secs(40), |t| {
+        t.has_reason(&["waiting_for_source"])
+    });
+    assert!(
+        waits
+            .message
+            .as_deref()
+            .is_some_and(|m| m.contains("model/model.safetensors cannot be read now")),
+        "{waits:#?}"
+    );
     data::chmod(&file, 0o644);
     hub.wait_done(&id, secs(60));
     tree::assert_same(&folder, &b.folder("model/later:v1"));
@@ -376,33 +575,82 @@ fn a_site_says_whom_it_shares_with() {
     let dir = Scratch::new();
     let hub = Hub::start_new(dir.path());
     let more = "[share]\nallow = [\"b\", \"line=3\"]";
-    let a = Site::start_new(dir.path(), &hub, "a", &SiteSpec { more, ..SiteSpec::default() });
+    let a = Site::start_new(
+        dir.path(),
+        &hub,
+        "a",
+        &SiteSpec {
+            more,
+            ..SiteSpec::default()
+        },
+    );
     let b = Site::start_new(dir.path(), &hub, "b", &SiteSpec::default());
-    let c = Site::start_new(dir.path(), &hub, "c", &SiteSpec { labels: &["line=4"], ..SiteSpec::default() });
-    let d = Site::start_new(dir.path(), &hub, "d", &SiteSpec { labels: &["line=3"], ..SiteSpec::default() });
+    let c = Site::start_new(
+        dir.path(),
+        &hub,
+        "c",
+        &SiteSpec {
+            labels: &["line=4"],
+            ..SiteSpec::default()
+        },
+    );
+    let d = Site::start_new(
+        dir.path(),
+        &hub,
+        "d",
+        &SiteSpec {
+            labels: &["line=3"],
+            ..SiteSpec::default()
+        },
+    );
     let folder = model(&dir.join("model"), 1);
     a.publish(&folder, "model/private:v1", &[]);
-    // Whoever runs the hub is told the truth; a site is told of both what it is told of what is not there.
+    // Whoever runs the hub is told the truth; a site is told of both what it is told of what is not
+    // there.
     for command in ["deliver", "plan"] {
-        let refused = hub.cli(&[command, "model/private:v1", "--to", "b,c"]).expect(4);
-        refused.says(&["model/private:v1 is not shared with c", "[share] allow of site a", "add the site to that list"]);
+        let refused = hub
+            .cli(&[command, "model/private:v1", "--to", "b,c"])
+            .expect(4);
+        refused.says(&[
+            "model/private:v1 is not shared with c",
+            "[share] allow of site a",
+            "add the site to that list",
+        ]);
     }
     // So is the site that it is from.
-    a.cli(&["deliver", "model/private:v1", "--to", "c"]).expect(4).says(&["not shared with c: not in the [share] allow of site a"]);
-    let asked = |reference: &str| c.cli(&["deliver", reference, "--to", "c"]).expect(5).err.replace(reference, "REF");
-    assert_eq!(asked("model/private:v1"), asked("model/absent:v1"), "one answer for both");
+    a.cli(&["deliver", "model/private:v1", "--to", "c"])
+        .expect(4)
+        .says(&["not shared with c: not in the [share] allow of site a"]);
+    let asked = |reference: &str| {
+        c.cli(&["deliver", reference, "--to", "c"])
+            .expect(5)
+            .err
+            .replace(reference, "REF")
+    };
+    assert_eq!(
+        asked("model/private:v1"),
+        asked("model/absent:v1"),
+        "one answer for both"
+    );
     // "All" are those that may have it.
     let left_out = json!([{
         "artifact": "model/private:v1", "site": "c", "by": "origin", "why": "not in the [share] allow of site a",
     }]);
     let plan = hub.json(&["plan", "model/private:v1", "--to", "all"]);
-    assert_eq!((plan.as_array().unwrap().len(), &plan[0]["left_out"]), (2, &left_out), "{plan}");
+    assert_eq!(
+        (plan.as_array().unwrap().len(), &plan[0]["left_out"]),
+        (2, &left_out),
+        "{plan}"
+    );
     let delivered = hub.json(&["deliver", "model/private:v1", "--to", "all"]);
     assert_eq!(delivered["left_out"], left_out);
     let ids = ids(&delivered);
     assert_eq!(ids.len(), 2, "B and D");
     for command in ["deliver", "plan"] {
-        let out = hub.cli(&[command, "model/private:v1", "--to", "all"]).expect(0).out;
+        let out = hub
+            .cli(&[command, "model/private:v1", "--to", "all"])
+            .expect(0)
+            .out;
         assert!(out.contains("left out: model/private:v1 is not shared with c: not in the [share] allow of site a"), "{out}");
     }
     for id in &ids {
@@ -411,20 +659,43 @@ fn a_site_says_whom_it_shares_with() {
     tree::assert_same(&folder, &b.folder("model/private:v1"));
     tree::assert_same(&folder, &d.folder("model/private:v1"));
     // B cannot send on what is not its own to share, nor is it told why, or who is left out.
-    let refused = b.cli(&["deliver", "model/private:v1", "--to", "c"]).expect(5).says(&["there is no artifact model/private:v1"]);
+    let refused = b
+        .cli(&["deliver", "model/private:v1", "--to", "c"])
+        .expect(5)
+        .says(&["there is no artifact model/private:v1"]);
     assert!(!refused.err.contains("share"), "{}", refused.err);
-    assert!(b.json(&["deliver", "model/private:v1", "--to", "all"]).get("left_out").is_none());
+    assert!(
+        b.json(&["deliver", "model/private:v1", "--to", "all"])
+            .get("left_out")
+            .is_none()
+    );
     assert!(!c.folder("model/private:v1").exists());
 
-    // A name can be taken only once, so C learns that it is; what it stands for is told to those alone that may have it.
+    // A name can be taken only once, so C learns that it is; what it stands for is told to those
+    // alone that may have it.
     hub.publish(&folder, "model/hub:v1", &[]);
-    let digest = a.publish(&folder, "model/taken:v1", &[])["digest"].as_str().unwrap().to_owned();
+    let digest = a.publish(&folder, "model/taken:v1", &[])["digest"]
+        .as_str()
+        .unwrap()
+        .to_owned();
     let other = model(&dir.join("other"), 2);
     for reference in ["model/taken:v1", "model/hub:v1"] {
-        let refused = c.refuses(&other, reference, &[], 6, &["taken", "another name or version"]);
+        let refused = c.refuses(
+            &other,
+            reference,
+            &[],
+            6,
+            &["taken", "another name or version"],
+        );
         assert!(!refused.err.contains(&digest), "{}", refused.err);
     }
-    d.refuses(&other, "model/taken:v1", &[], 6, &["other content", &digest]);
+    d.refuses(
+        &other,
+        "model/taken:v1",
+        &[],
+        6,
+        &["other content", &digest],
+    );
 }
 
 #[test]
@@ -432,19 +703,51 @@ fn the_hub_says_who_may_have_what_sites_publish() {
     let _limit = limit(secs(180));
     let dir = Scratch::new();
     let mut hub = Hub::new(dir.path());
-    let (both, only_d) = ("[share]\nallow = [\"b\", \"line=3\"]\n", "[share]\nallow = [\"line=3\"]\n");
+    let (both, only_d) = (
+        "[share]\nallow = [\"b\", \"line=3\"]\n",
+        "[share]\nallow = [\"line=3\"]\n",
+    );
     hub.edit_config("[listen]", &format!("{both}[listen]"));
     hub.start();
     // A would share with C, which the hub forbids, and not with D, whom the hub would allow.
     let more = "[share]\nallow = [\"b\", \"c\"]";
-    let mut a = Site::start_new(dir.path(), &hub, "a", &SiteSpec { more, ..SiteSpec::default() });
+    let mut a = Site::start_new(
+        dir.path(),
+        &hub,
+        "a",
+        &SiteSpec {
+            more,
+            ..SiteSpec::default()
+        },
+    );
     let mut b = Site::start_new(dir.path(), &hub, "b", &SiteSpec::default());
-    let c = Site::start_new(dir.path(), &hub, "c", &SiteSpec { labels: &["line=4"], ..SiteSpec::default() });
-    let d = Site::start_new(dir.path(), &hub, "d", &SiteSpec { labels: &["line=3"], ..SiteSpec::default() });
+    let c = Site::start_new(
+        dir.path(),
+        &hub,
+        "c",
+        &SiteSpec {
+            labels: &["line=4"],
+            ..SiteSpec::default()
+        },
+    );
+    let d = Site::start_new(
+        dir.path(),
+        &hub,
+        "d",
+        &SiteSpec {
+            labels: &["line=3"],
+            ..SiteSpec::default()
+        },
+    );
     let folder = model(&dir.join("model"), 1);
     a.publish(&folder, "model/private:v1", &[]);
-    for (to, whose) in [("c", "the hub's [share] allow"), ("d", "the [share] allow of site a")] {
-        hub.cli(&["deliver", "model/private:v1", "--to", to]).expect(4).says(&[&format!("not shared with {to}: not in {whose}")]);
+    for (to, whose) in [
+        ("c", "the hub's [share] allow"),
+        ("d", "the [share] allow of site a"),
+    ] {
+        hub.cli(&["deliver", "model/private:v1", "--to", to])
+            .expect(4)
+            .says(&[&format!("not shared with {to}: not in {whose}")]);
     }
     let ids = hub.deliver(&["model/private:v1"], "all");
     assert_eq!(ids.len(), 1, "B alone is allowed by both");
@@ -456,13 +759,31 @@ fn the_hub_says_who_may_have_what_sites_publish() {
     hub.deliver_and_wait("model/own:v1", "c", secs(60));
     tree::assert_same(&own, &c.folder("model/own:v1"));
     // Who has to be asked for leave.
-    for (from, whose) in [("c", "configuration of the hub"), ("d", "configuration of a")] {
-        let args = ["train", "start", "--name", "r", "--from", from, "--on", "a", "--input", "model/own:v1", "--expect", "model/m"];
-        hub.cli(&args).expect(4).says(&[whose, &format!("add {from} to [share] allow")]);
+    for (from, whose) in [
+        ("c", "configuration of the hub"),
+        ("d", "configuration of a"),
+    ] {
+        let args = [
+            "train",
+            "start",
+            "--name",
+            "r",
+            "--from",
+            from,
+            "--on",
+            "a",
+            "--input",
+            "model/own:v1",
+            "--expect",
+            "model/m",
+        ];
+        hub.cli(&args)
+            .expect(4)
+            .says(&[whose, &format!("add {from} to [share] allow")]);
     }
 
-    // A hub that has changed its mind gives nothing more of what is on its way, though all of it may lie there already; nor does it
-    // fetch what does not.
+    // A hub that has changed its mind gives nothing more of what is on its way, though all of it
+    // may lie there already; nor does it fetch what does not.
     b.stop();
     hub.wait_online("b", false, secs(40));
     let (late, later) = (model(&dir.join("late"), 3), model(&dir.join("later"), 4));
@@ -479,7 +800,11 @@ fn the_hub_says_who_may_have_what_sites_publish() {
     hub.wait_online("a", true, secs(40));
     // It looks every 5 s at the latest.
     thread::sleep(secs(7));
-    assert_eq!(hub.metric("packhorse_relay_fetched_bytes"), 0, "what it will not give it fetched from A");
+    assert_eq!(
+        hub.metric("packhorse_relay_fetched_bytes"),
+        0,
+        "what it will not give it fetched from A"
+    );
     b.start();
     for id in [&id, &other] {
         let failed = hub.wait_transfer(id, "failed", secs(60), |t| t.state == "failed");
@@ -499,12 +824,14 @@ fn the_hub_says_who_may_have_what_sites_publish() {
 const UPLINK: u64 = 8 * MIB;
 /// What a kill of A or of the hub may cost on that line.
 ///
-/// Asked of A are at once 20 MiB at the most: the 12 MiB that B may have of the hub's budget (`SITE_SHARE_MAX` in `hub.rs`), and
-/// while B is away 8 requests of 1 MiB (`AHEAD_IN_FLIGHT_MAX` in `hub/relay.rs`). A fast line may have carried all of that when the
-/// hub dies: hence the 64 MiB of the promise. On this line they come in the order of the requests, half a second for these 4 MiB.
-/// Every 128 KiB (`TOGETHER_BYTES` in `relay.rs`) that came are verified and appended to a pack, and whole frames there outlive
-/// the process: the flush of each second is for the power. What is lost is a group that is not whole, and what sockets and QUIC
-/// hold. B costs A nothing: what B lacks again lies at the hub.
+/// Asked of A are at once 20 MiB at the most: the 12 MiB that B may have of the hub's budget
+/// (`SITE_SHARE_MAX` in `hub.rs`), and while B is away 8 requests of 1 MiB (`AHEAD_IN_FLIGHT_MAX`
+/// in `hub/relay.rs`). A fast line may have carried all of that when the hub dies: hence the 64 MiB
+/// of the promise. On this line they come in the order of the requests, half a second for these 4
+/// MiB. Every 128 KiB (`TOGETHER_BYTES` in `relay.rs`) that came are verified and appended to a
+/// pack, and whole frames there outlive the process: the flush of each second is for the power.
+/// What is lost is a group that is not whole, and what sockets and QUIC hold. B costs A nothing:
+/// what B lacks again lies at the hub.
 const LOST: u64 = 4 * MIB;
 
 /// Ten kills of each daemon. The last is the hub's, when seven tenths of all have left A:
@@ -521,14 +848,23 @@ fn kills_of_all_three_at_random_moments_cost_little() {
     let folder = model(&dir.join("model"), size);
     let set = data::dataset(&dir.join("set"), 60);
     let coco = dir.join("labels.json");
-    data::write(&coco, labels::coco(&set.photos, &labels::marks(&set.photos, 2)).to_string().as_bytes());
+    data::write(
+        &coco,
+        labels::coco(&set.photos, &labels::marks(&set.photos, 2))
+            .to_string()
+            .as_bytes(),
+    );
     a.publish(&folder, "model/kills:v1", &[]);
     let others = [
         a.publish(&set.root, "dataset/kills:v1", &[]),
         a.publish(&coco, "labels/kills:v1", &["--for", "dataset/kills:v1"]),
         a.publish(&images::small().join("oci.tar"), "image/kills:v1", &[]),
     ];
-    let bytes = size * MIB + others.iter().map(|published| published["bytes"].as_u64().unwrap()).sum::<u64>();
+    let bytes = size * MIB
+        + others
+            .iter()
+            .map(|published| published["bytes"].as_u64().unwrap())
+            .sum::<u64>();
     line.throttle_up(UPLINK);
     let sent = line.up();
     let mut ids = hub.deliver(&["model/kills:v1"], "b");
@@ -536,13 +872,19 @@ fn kills_of_all_three_at_random_moments_cost_little() {
     let mut moments = Vec::new();
     for round in 0..kills {
         // Anywhere in this round's part of the first eight tenths.
-        let moment = (size * MIB * 8 / 10 * round + rng.random_range(0..size * MIB * 8 / 10)) / kills;
+        let moment =
+            (size * MIB * 8 / 10 * round + rng.random_range(0..size * MIB * 8 / 10)) / kills;
         moments.push(moment >> 20);
         if round == kills / 3 {
             // These come among kills of all three too: behind what was asked for before.
-            ids.extend(hub.deliver(&["labels/kills:v1", "image/kills:v1", "dataset/kills:v1"], "b"));
+            ids.extend(hub.deliver(
+                &["labels/kills:v1", "image/kills:v1", "dataset/kills:v1"],
+                "b",
+            ));
         }
-        wait_for(&format!("A has sent {moment} bytes"), secs(60), || (line.up() - sent >= moment).then_some(()));
+        wait_for(&format!("A has sent {moment} bytes"), secs(60), || {
+            (line.up() - sent >= moment).then_some(())
+        });
         match round % 3 {
             0 => {
                 a.kill();
@@ -568,9 +910,18 @@ fn kills_of_all_three_at_random_moments_cost_little() {
         b.cli(&["verify", reference]).expect(0);
     }
     let sent = line.up() - sent;
-    assert!(sent < uplink_max(bytes, kills), "A sent {} MiB of {size} with {kills} kills", sent >> 20);
+    assert!(
+        sent < uplink_max(bytes, kills),
+        "A sent {} MiB of {size} with {kills} kills",
+        sent >> 20
+    );
     let most = uplink_of(bytes, kills - kills / 3, LOST);
-    assert!(sent < most, "A sent {} MiB of {size}, {} would do; kills after {moments:?} MiB", sent >> 20, most >> 20);
+    assert!(
+        sent < most,
+        "A sent {} MiB of {size}, {} would do; kills after {moments:?} MiB",
+        sent >> 20,
+        most >> 20
+    );
     eprintln!("A sent {} MiB of {size} with {kills} kills", sent >> 20);
 }
 
@@ -583,7 +934,10 @@ fn a_budget_bounds_what_is_kept_and_a_pin_holds_against_it() {
     let _limit = limit(secs(240));
     let dir = Scratch::new();
     let mut hub = Hub::new(dir.path());
-    hub.edit_config("[listen]", &format!("[relay]\nbudget = \"{}MiB\"\n[listen]", BUDGET / MIB));
+    hub.edit_config(
+        "[listen]",
+        &format!("[relay]\nbudget = \"{}MiB\"\n[listen]", BUDGET / MIB),
+    );
     hub.start();
     let mut a = Site::start_new(dir.path(), &hub, "a", &SiteSpec::default());
     let mut b = Site::start_new(dir.path(), &hub, "b", &SiteSpec::default());
@@ -593,19 +947,29 @@ fn a_budget_bounds_what_is_kept_and_a_pin_holds_against_it() {
     let reference = |name: &str| format!("model/{name}:v1");
     for name in names {
         let folder = dir.join(name);
-        data::write(&folder.join("weights.bin"), &data::noise(&mut data::rng(name), EACH as usize));
+        data::write(
+            &folder.join("weights.bin"),
+            &data::noise(&mut data::rng(name), EACH as usize),
+        );
         a.publish(&folder, &reference(name), &[]);
         hub.deliver_and_wait(&reference(name), "b", secs(60));
         tree::assert_same(&folder, &b.folder(&reference(name)));
         if name == "one" {
             assert_eq!(hub.json(&["pin", "model/one:v1"])["pinned"], true);
         }
-        // The third goes beyond the budget, and so does the fourth: within seconds what was unused for longest makes room.
-        wait_for("what is kept fits its budget", secs(30), || (disk_usage(&packs) < BUDGET).then_some(()));
-        assert!(disk_usage(&packs) >= EACH, "{name}: what is pinned takes its room");
+        // The third goes beyond the budget, and so does the fourth: within seconds what was unused
+        // for longest makes room.
+        wait_for("what is kept fits its budget", secs(30), || {
+            (disk_usage(&packs) < BUDGET).then_some(())
+        });
+        assert!(
+            disk_usage(&packs) >= EACH,
+            "{name}: what is pinned takes its room"
+        );
     }
 
-    // Nobody is there that has the bytes. What was pinned is the hub's to give; what was evicted is waited for.
+    // Nobody is there that has the bytes. What was pinned is the hub's to give; what was evicted is
+    // waited for.
     for site in [&mut a, &mut b] {
         site.stop();
         hub.wait_online(&site.name, false, secs(40));
@@ -613,8 +977,13 @@ fn a_budget_bounds_what_is_kept_and_a_pin_holds_against_it() {
     hub.deliver_and_wait("model/one:v1", "c", secs(60));
     tree::assert_same(&dir.join("one"), &c.folder("model/one:v1"));
     let id = hub.deliver(&["model/two:v1"], "c").remove(0);
-    let waits = hub.wait_transfer(&id, "waiting", secs(60), |t| t.has_reason(&["waiting_for_source"]));
-    assert!(waits.next.is_some() && waits.message.is_some(), "{waits:#?}");
+    let waits = hub.wait_transfer(&id, "waiting", secs(60), |t| {
+        t.has_reason(&["waiting_for_source"])
+    });
+    assert!(
+        waits.next.is_some() && waits.message.is_some(),
+        "{waits:#?}"
+    );
     assert!(!c.folder("model/two:v1").exists());
     a.start();
     hub.wait_done(&id, secs(90));
@@ -622,7 +991,9 @@ fn a_budget_bounds_what_is_kept_and_a_pin_holds_against_it() {
     // Whatever of it is still kept, the rest comes from A.
     hub.deliver_and_wait("model/three:v1", "c", secs(60));
     tree::assert_same(&dir.join("three"), &c.folder("model/three:v1"));
-    wait_for("what is kept fits its budget still", secs(30), || (disk_usage(&packs) < BUDGET).then_some(()));
+    wait_for("what is kept fits its budget still", secs(30), || {
+        (disk_usage(&packs) < BUDGET).then_some(())
+    });
 }
 
 #[test]
@@ -639,16 +1010,27 @@ fn what_was_not_asked_for_again_ages_out_and_a_pin_holds_against_it() {
     // The older of them is the one that stays.
     for (name, mib) in [("pinned", 4), ("other", 8)] {
         let (folder, reference) = (dir.join(name), format!("model/{name}:v1"));
-        data::write(&folder.join("weights.bin"), &data::noise(&mut data::rng(name), mib << 20));
+        data::write(
+            &folder.join("weights.bin"),
+            &data::noise(&mut data::rng(name), mib << 20),
+        );
         a.publish(&folder, &reference, &[]);
         if name == "pinned" {
             assert_eq!(hub.json(&["pin", &reference])["pinned"], true);
         }
         hub.deliver_and_wait(&reference, "b", secs(60));
     }
-    let is_gone = |name: &str| hub.log().contains(&format!("relayed bytes are evicted artifact=model/{name}:v1"));
-    wait_for("what is old is evicted", secs(30), || is_gone("other").then_some(()));
-    wait_for("its room is free", secs(20), || (disk_usage(&packs) < 6 * MIB).then_some(()));
+    let is_gone = |name: &str| {
+        hub.log().contains(&format!(
+            "relayed bytes are evicted artifact=model/{name}:v1"
+        ))
+    };
+    wait_for("what is old is evicted", secs(30), || {
+        is_gone("other").then_some(())
+    });
+    wait_for("its room is free", secs(20), || {
+        (disk_usage(&packs) < 6 * MIB).then_some(())
+    });
 
     for site in [&mut a, &mut b] {
         site.stop();
@@ -657,11 +1039,24 @@ fn what_was_not_asked_for_again_ages_out_and_a_pin_holds_against_it() {
     hub.deliver_and_wait("model/pinned:v1", "c", secs(60));
     tree::assert_same(&dir.join("pinned"), &c.folder("model/pinned:v1"));
     let id = hub.deliver(&["model/other:v1"], "c").remove(0);
-    hub.wait_transfer(&id, "waiting", secs(60), |t| t.has_reason(&["waiting_for_source"]));
-    assert!(!is_gone("pinned"), "it is older than what was evicted, and pinned");
-    assert!(hub.json(&["unpin", "model/pinned:v1"]).get("pinned").is_none());
-    wait_for("what is pinned no more ages too", secs(30), || is_gone("pinned").then_some(()));
-    wait_for("nothing is kept", secs(20), || (disk_usage(&packs) < MIB).then_some(()));
+    hub.wait_transfer(&id, "waiting", secs(60), |t| {
+        t.has_reason(&["waiting_for_source"])
+    });
+    assert!(
+        !is_gone("pinned"),
+        "it is older than what was evicted, and pinned"
+    );
+    assert!(
+        hub.json(&["unpin", "model/pinned:v1"])
+            .get("pinned")
+            .is_none()
+    );
+    wait_for("what is pinned no more ages too", secs(30), || {
+        is_gone("pinned").then_some(())
+    });
+    wait_for("nothing is kept", secs(20), || {
+        (disk_usage(&packs) < MIB).then_some(())
+    });
 }
 
 #[test]
@@ -670,16 +1065,31 @@ fn where_it_only_arrived_is_a_source_when_its_origin_is_away() {
     let dir = Scratch::new();
     let registry = Registry::basic(&dir, "own");
     let mut hub = Hub::new(dir.path());
-    hub.edit_config("[listen]", "[relay]\nbudget = \"1MiB\"\nkeep = \"1s\"\n[listen]");
+    hub.edit_config(
+        "[listen]",
+        "[relay]\nbudget = \"1MiB\"\nkeep = \"1s\"\n[listen]",
+    );
     hub.start();
     let line = Line::to(hub.quic);
     let mut a = Site::start_new(dir.path(), &hub, "a", &SiteSpec::default());
-    let _b = Site::start_new(dir.path(), &hub, "b", &SiteSpec { through: Some(line.address()), ..SiteSpec::default() });
+    let _b = Site::start_new(
+        dir.path(),
+        &hub,
+        "b",
+        &SiteSpec {
+            through: Some(line.address()),
+            ..SiteSpec::default()
+        },
+    );
     let c = Site::start_new(dir.path(), &hub, "c", &SiteSpec::default());
-    let spec = SiteSpec { images_sink: Some(registry.sink(&dir)), ..SiteSpec::default() };
+    let spec = SiteSpec {
+        images_sink: Some(registry.sink(&dir)),
+        ..SiteSpec::default()
+    };
     let _d = Site::start_new(dir.path(), &hub, "d", &spec);
     let folder = model(&dir.join("model"), 8);
-    // Of an image its layout lies nowhere as the artifact has it, neither in B's folder of layouts nor in D's registry.
+    // Of an image its layout lies nowhere as the artifact has it, neither in B's folder of layouts
+    // nor in D's registry.
     let all = [
         ("model/onward:v1", folder.clone(), "b"),
         ("image/one:v1", images::small().join("oci.tar"), "b"),
@@ -696,7 +1106,9 @@ fn where_it_only_arrived_is_a_source_when_its_origin_is_away() {
         let gone = format!("relayed bytes are evicted artifact={reference}");
         wait_for(&gone, secs(30), || hub.log().contains(&gone).then_some(()));
     }
-    wait_for("the hub keeps nothing of it", secs(30), || (disk_usage(&hub.data_dir.join("relay/packs")) < MIB / 2).then_some(()));
+    wait_for("the hub keeps nothing of it", secs(30), || {
+        (disk_usage(&hub.data_dir.join("relay/packs")) < MIB / 2).then_some(())
+    });
     let sent = line.up();
     hub.deliver_and_wait("model/onward:v1", "c", secs(60));
     tree::assert_same(&folder, &c.folder("model/onward:v1"));
@@ -708,8 +1120,9 @@ fn where_it_only_arrived_is_a_source_when_its_origin_is_away() {
     }
 }
 
-/// What A may have sent that B has not got. B asks for no more: 60 requests of 1 MiB and a part of a chunk each on a line whose round
-/// trip is long (`FETCH_IN_FLIGHT_FAR_MAX` in `limits.rs`), as one with a queue before it is; and A's packets have headers.
+/// What A may have sent that B has not got. B asks for no more: 60 requests of 1 MiB and a part of
+/// a chunk each on a line whose round trip is long (`FETCH_IN_FLIGHT_FAR_MAX` in `limits.rs`), as
+/// one with a queue before it is; and A's packets have headers.
 const AHEAD_MAX: u64 = 72 * MIB;
 
 #[test]
@@ -718,10 +1131,29 @@ fn a_slow_receiver_slows_its_source_down_and_fills_no_memory_at_the_hub() {
     let dir = Scratch::new();
     let hub = Hub::start_new(dir.path());
     let (line_a, line_b) = (Line::to(hub.quic), Line::to(hub.quic));
-    let a = Site::start_new(dir.path(), &hub, "a", &SiteSpec { through: Some(line_a.address()), ..SiteSpec::default() });
-    let _b = Site::start_new(dir.path(), &hub, "b", &SiteSpec { through: Some(line_b.address()), ..SiteSpec::default() });
+    let a = Site::start_new(
+        dir.path(),
+        &hub,
+        "a",
+        &SiteSpec {
+            through: Some(line_a.address()),
+            ..SiteSpec::default()
+        },
+    );
+    let _b = Site::start_new(
+        dir.path(),
+        &hub,
+        "b",
+        &SiteSpec {
+            through: Some(line_b.address()),
+            ..SiteSpec::default()
+        },
+    );
     let mut weights = vec![0; 256 << 20];
-    blake3::Hasher::new().update(b"more than fits anywhere").finalize_xof().fill(&mut weights);
+    blake3::Hasher::new()
+        .update(b"more than fits anywhere")
+        .finalize_xof()
+        .fill(&mut weights);
     data::write(&dir.join("model/weights.bin"), &weights);
     drop(weights);
     a.publish(&dir.join("model"), "model/slow:v1", &[]);
@@ -738,7 +1170,10 @@ fn a_slow_receiver_slows_its_source_down_and_fills_no_memory_at_the_hub() {
     }
     let got = line_b.down() - got;
     assert!(got > 2 * MIB, "B got {got} bytes: the test says nothing");
-    assert!(ahead < AHEAD_MAX, "A was {ahead} bytes ahead of B, which got {got}");
+    assert!(
+        ahead < AHEAD_MAX,
+        "A was {ahead} bytes ahead of B, which got {got}"
+    );
     let peak = hub.memory("VmHWM");
     assert!(peak <= 256 * MIB, "the hub had {peak} bytes resident");
     hub.cli(&["cancel", &id]).expect(0);
@@ -750,18 +1185,36 @@ fn a_run_has_no_input_that_is_not_shared_with_the_site_that_trains() {
     let dir = Scratch::new();
     let hub = Hub::start_new(dir.path());
     let more = "[share]\nallow = [\"b\"]";
-    let a = Site::start_new(dir.path(), &hub, "a", &SiteSpec { more, ..SiteSpec::default() });
-    let trains = SiteSpec { more: "[train]\ncommand = [\"/bin/true\"]\nallow = [\"all\"]", ..SiteSpec::default() };
+    let a = Site::start_new(
+        dir.path(),
+        &hub,
+        "a",
+        &SiteSpec {
+            more,
+            ..SiteSpec::default()
+        },
+    );
+    let trains = SiteSpec {
+        more: "[train]\ncommand = [\"/bin/true\"]\nallow = [\"all\"]",
+        ..SiteSpec::default()
+    };
     let b = Site::start_new(dir.path(), &hub, "b", &trains);
     let _c = Site::start_new(dir.path(), &hub, "c", &trains);
     a.publish(&model(&dir.join("model"), 1), "model/private:v1", &[]);
     hub.deliver_and_wait("model/private:v1", "b", secs(60));
     let args = |from: &'static str, on: &'static str, input: &'static str| {
-        ["train", "start", "--name", "r", "--from", from, "--on", on, "--input", input, "--expect", "model/m"]
+        [
+            "train", "start", "--name", "r", "--from", from, "--on", on, "--input", input,
+            "--expect", "model/m",
+        ]
     };
-    hub.cli(&args("b", "c", "model/private:v1")).expect(4).says(&["not shared with c: not in the [share] allow of site a"]);
+    hub.cli(&args("b", "c", "model/private:v1"))
+        .expect(4)
+        .says(&["not shared with c: not in the [share] allow of site a"]);
     // B, which has it, may not lend it out either.
-    b.cli(&args("b", "c", "model/private:v1")).expect(5).says(&["there is no artifact model/private:v1"]);
+    b.cli(&args("b", "c", "model/private:v1"))
+        .expect(5)
+        .says(&["there is no artifact model/private:v1"]);
     hub.cli(&["train", "show", "r"]).expect(5);
     // The other way round it goes where it may be.
     hub.cli(&args("c", "b", "model/private:v1")).expect(0);

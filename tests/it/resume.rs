@@ -1,5 +1,5 @@
-//! The properties of the data plane that are not a speed: what a kill may cost, that memory does not grow with what an artifact
-//! holds, and that a local source is never believed.
+//! The properties of the data plane that are not a speed: what a kill may cost, that memory does
+//! not grow with what an artifact holds, and that a local source is never believed.
 
 use std::fs::File;
 use std::os::unix::fs::{FileExt, symlink};
@@ -12,32 +12,41 @@ use crate::support::{Scratch, limit, secs};
 
 /// What is carried: much more than a kill may cost.
 const SIZE: usize = 192 << 20;
-/// Bytes a second on the line: fast enough that what is on the way fills its limit, slow enough to be hit in the middle.
+/// Bytes a second on the line: fast enough that what is on the way fills its limit, slow enough to
+/// be hit in the middle.
 const RATE: u64 = 48 << 20;
 /// What a kill may cost on the line.
 const AGAIN: u64 = 64 << 20;
 /// The smallest budget that a daemon takes.
 const MEMORY: &str = "[limits]\nmemory = \"32MiB\"\n";
-/// Files and links of the memory test, of each so many. The links make a manifest of 3.5 KB each, 40 MiB together.
+/// Files and links of the memory test, of each so many. The links make a manifest of 3.5 KB each,
+/// 40 MiB together.
 const MANY: usize = 12_000;
 /// What goes before: it warms up what is kept for later (buffers, caches, threads).
 const FEW: usize = 400;
-/// What many may take more than few: room for what is on its way and for caches, and far less than a manifest.
+/// What many may take more than few: room for what is on its way and for caches, and far less than
+/// a manifest.
 const GROWTH: u64 = 24 << 20;
 
-/// Kills a daemon in the middle of a transfer, and lets it end: content right, and no more sent again than the bound.
+/// Kills a daemon in the middle of a transfer, and lets it end: content right, and no more sent
+/// again than the bound.
 fn kill_in_the_middle(kill: impl Fn(&mut Hub, &mut Site)) {
     let scratch = Scratch::new();
     let mut hub = Hub::start_new(scratch.path());
     let (line, mut site) = Site::start_behind(scratch.path(), &hub, "chengdu");
     let source = scratch.join("model");
-    data::write(&source.join("weights.bin"), &data::noise(&mut data::rng("resume"), SIZE));
+    data::write(
+        &source.join("weights.bin"),
+        &data::noise(&mut data::rng("resume"), SIZE),
+    );
     hub.publish(&source, "model/big:v1", &[]);
     line.throttle(RATE);
     let before = line.down();
     let transfer = hub.deliver(&["model/big:v1"], "chengdu").remove(0);
     // Late enough that a start from nothing would cost more than the bound.
-    hub.wait_transfer(&transfer, "on its way", secs(60), |t| t.bytes.received >= 90 << 20);
+    hub.wait_transfer(&transfer, "on its way", secs(60), |t| {
+        t.bytes.received >= 90 << 20
+    });
     kill(&mut hub, &mut site);
     let done = hub.wait_done(&transfer, secs(120));
     assert_same(&source, &site.folder("model/big:v1"));
@@ -45,8 +54,13 @@ fn kill_in_the_middle(kill: impl Fn(&mut Hub, &mut Site)) {
     // Headers and acknowledgements of the datagrams are no payload: 3 %.
     let most = SIZE as u64 + SIZE as u64 * 3 / 100 + AGAIN;
     let sent = line.down() - before;
-    assert!(sent <= most, "{sent} bytes crossed the line, {most} would do: {:?}", done.bytes);
-    // Where the chunks lie that came before the kill is known as well: another artifact finds all of them here.
+    assert!(
+        sent <= most,
+        "{sent} bytes crossed the line, {most} would do: {:?}",
+        done.bytes
+    );
+    // Where the chunks lie that came before the kill is known as well: another artifact finds all
+    // of them here.
     data::write(&source.join("one more"), b"so that it is another");
     hub.publish(&source, "model/again:v1", &[]);
     let again = hub.deliver(&["model/again:v1"], "chengdu").remove(0);
@@ -80,18 +94,25 @@ fn a_killed_hub_sends_again_no_more_than_was_not_committed() {
     });
 }
 
-/// A folder of so many small files, none of which is in another such folder, and behind them as many links whose targets are as
-/// long as they may be, about.
+/// A folder of so many small files, none of which is in another such folder, and behind them as
+/// many links whose targets are as long as they may be, about.
 fn many(root: &Path, count: usize) {
     for number in 0..count {
-        let (files, links) = (root.join(format!("files/{:02}", number / 1000)), root.join("links"));
+        let (files, links) = (
+            root.join(format!("files/{:02}", number / 1000)),
+            root.join("links"),
+        );
         if number % 1000 == 0 {
             std::fs::create_dir_all(&files).unwrap();
             std::fs::create_dir_all(&links).unwrap();
         }
         let content = format!("sample {number} of {count}\n").repeat(1 + number % 40);
         std::fs::write(files.join(format!("{number:06}.txt")), content).unwrap();
-        symlink(format!("{number:06}/").repeat(500), links.join(format!("{number:06}"))).unwrap();
+        symlink(
+            format!("{number:06}/").repeat(500),
+            links.join(format!("{number:06}")),
+        )
+        .unwrap();
     }
 }
 
@@ -102,7 +123,15 @@ fn many_entries_take_hardly_more_memory_than_few() {
     let mut hub = Hub::new(scratch.path());
     hub.edit_config("[listen]", &format!("{MEMORY}[listen]"));
     hub.start();
-    let site = Site::start_new(scratch.path(), &hub, "chengdu", &SiteSpec { more: MEMORY, ..SiteSpec::default() });
+    let site = Site::start_new(
+        scratch.path(),
+        &hub,
+        "chengdu",
+        &SiteSpec {
+            more: MEMORY,
+            ..SiteSpec::default()
+        },
+    );
     let carry = |name: &str, count: usize| {
         let (source, reference) = (scratch.join(name), format!("dataset/{name}:v1"));
         many(&source, count);
@@ -115,7 +144,10 @@ fn many_entries_take_hardly_more_memory_than_few() {
     let many = carry("many", MANY);
     for ((name, few), (_, many)) in few.into_iter().zip(many) {
         println!("{name}: {few} bytes at its peak with {FEW} files, {many} with {MANY}");
-        assert!(many.saturating_sub(few) <= GROWTH, "{name} took {few} bytes at its peak with {FEW} files and {many} with {MANY}");
+        assert!(
+            many.saturating_sub(few) <= GROWTH,
+            "{name} took {few} bytes at its peak with {FEW} files and {many} with {MANY}"
+        );
     }
 }
 
@@ -140,10 +172,18 @@ fn a_local_source_that_changed_unseen_or_cannot_be_read_is_fetched_instead() {
     for folder in [&v1, &v2] {
         std::fs::create_dir_all(folder).unwrap();
     }
-    let changed = [("small.bin", 30 << 10), ("middle.bin", 300 << 10), ("large.bin", 3 << 20)];
-    // Of one chunk and of several. A folder can be opened, and some filesystems say that it has the size of a page.
+    let changed = [
+        ("small.bin", 30 << 10),
+        ("middle.bin", 300 << 10),
+        ("large.bin", 3 << 20),
+    ];
+    // Of one chunk and of several. A folder can be opened, and some filesystems say that it has the
+    // size of a page.
     let removed = [("gone-small.bin", 20 << 10), ("gone-large.bin", 400 << 10)];
-    let replaced = [("folder-small.bin", 4 << 10), ("folder-large.bin", 400 << 10)];
+    let replaced = [
+        ("folder-small.bin", 4 << 10),
+        ("folder-large.bin", 400 << 10),
+    ];
     for (name, size) in [&changed[..], &removed, &replaced, &[("sound.bin", 2 << 20)]].concat() {
         let bytes = data::noise(&mut rng, size);
         data::write(&v1.join(name), &bytes);
@@ -156,7 +196,9 @@ fn a_local_source_that_changed_unseen_or_cannot_be_read_is_fetched_instead() {
     hub.publish(&v1, "model/net:v1", &[]);
     hub.deliver_and_wait("model/net:v1", "chengdu", secs(60));
     let there = site.folder("model/net:v1");
-    changed.iter().for_each(|(name, _)| damage(&there.join(name)));
+    changed
+        .iter()
+        .for_each(|(name, _)| damage(&there.join(name)));
     for (name, _) in removed.iter().chain(&replaced) {
         std::fs::remove_file(there.join(name)).unwrap();
     }
@@ -166,7 +208,19 @@ fn a_local_source_that_changed_unseen_or_cannot_be_read_is_fetched_instead() {
     hub.publish(&v2, "model/net:v2", &[]);
     let done = hub.deliver_and_wait("model/net:v2", "chengdu", secs(60));
     assert_same(&v2, &site.folder("model/net:v2"));
-    assert!(done.bytes.reused >= 2 << 20, "what is sound is taken from here: {:?}", done.bytes);
-    assert!(done.bytes.received >= 800 << 10, "what was changed, or is not there, is fetched: {:?}", done.bytes);
-    assert!(done.bytes.received < 4 << 20, "and not everything is: {:?}", done.bytes);
+    assert!(
+        done.bytes.reused >= 2 << 20,
+        "what is sound is taken from here: {:?}",
+        done.bytes
+    );
+    assert!(
+        done.bytes.received >= 800 << 10,
+        "what was changed, or is not there, is fetched: {:?}",
+        done.bytes
+    );
+    assert!(
+        done.bytes.received < 4 << 20,
+        "and not everything is: {:?}",
+        done.bytes
+    );
 }

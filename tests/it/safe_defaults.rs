@@ -1,5 +1,5 @@
-//! What a daemon refuses without being told to, and what it reports: its own files are no source, its state is readable by nobody
-//! else, and nothing is left out of an artifact without a report.
+//! What a daemon refuses without being told to, and what it reports: its own files are no source,
+//! its state is readable by nobody else, and nothing is left out of an artifact without a report.
 
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
@@ -17,10 +17,19 @@ fn a_daemon_publishes_nothing_of_its_own_and_lets_nobody_else_read_it() {
     let link = scratch.join("link");
     std::os::unix::fs::symlink(hub.data_dir.join("identity"), &link).unwrap();
     let refused = |daemon: &crate::support::daemon::Daemon, source: &Path, reference: &str| {
-        daemon.cli(&["publish", source.to_str().unwrap(), "--as", reference]).expect(4).says(&["this daemon's own state"]);
+        daemon
+            .cli(&["publish", source.to_str().unwrap(), "--as", reference])
+            .expect(4)
+            .says(&["this daemon's own state"]);
         daemon.cli(&["show", reference]).expect(5);
     };
-    for source in [&hub.data_dir, &hub.data_dir.join("identity"), &hub.data_dir.join("api-token"), &hub.config, &link] {
+    for source in [
+        &hub.data_dir,
+        &hub.data_dir.join("identity"),
+        &hub.data_dir.join("api-token"),
+        &hub.config,
+        &link,
+    ] {
         refused(&hub, source, "dataset/leak:1");
     }
     refused(&hub, scratch.path(), "model/all:1");
@@ -30,15 +39,28 @@ fn a_daemon_publishes_nothing_of_its_own_and_lets_nobody_else_read_it() {
     write(&mine.join("a"), b"mine");
     hub.publish(&mine, "dataset/mine:1", &[]);
     for out in [hub.data_dir.join("out"), link.join("out")] {
-        hub.cli(&["export", "dataset/mine:1", "--out", out.to_str().unwrap()]).expect(4);
+        hub.cli(&["export", "dataset/mine:1", "--out", out.to_str().unwrap()])
+            .expect(4);
     }
-    hub.cli(&["import", hub.data_dir.join("catalogue.db").to_str().unwrap()]).expect(4);
+    hub.cli(&[
+        "import",
+        hub.data_dir.join("catalogue.db").to_str().unwrap(),
+    ])
+    .expect(4);
     for data_dir in [&hub.data_dir, &site.data_dir] {
-        let open =
-            find(data_dir, &|path| path.symlink_metadata().is_ok_and(|meta| meta.is_file() && meta.permissions().mode() & 0o077 != 0));
-        let own = |path: &&std::path::PathBuf| !path.starts_with(data_dir.join("artifacts")) && !path.starts_with(data_dir.join("images"));
+        let open = find(data_dir, &|path| {
+            path.symlink_metadata()
+                .is_ok_and(|meta| meta.is_file() && meta.permissions().mode() & 0o077 != 0)
+        });
+        let own = |path: &&std::path::PathBuf| {
+            !path.starts_with(data_dir.join("artifacts"))
+                && !path.starts_with(data_dir.join("images"))
+        };
         assert_eq!(open.iter().find(own), None, "files that others may read");
-        assert_eq!(std::fs::metadata(data_dir).unwrap().permissions().mode() & 0o777, 0o700);
+        assert_eq!(
+            std::fs::metadata(data_dir).unwrap().permissions().mode() & 0o777,
+            0o700
+        );
     }
 }
 
@@ -49,18 +71,44 @@ fn what_is_left_out_is_reported_kept_and_refused_by_strict() {
     let hub = Hub::start_new(scratch.path());
     let site = Site::start_new(scratch.path(), &hub, "a", &SiteSpec::default());
     let csv = scratch.join("via.csv");
-    write(&csv, "filename,region_shape_attributes\na.png,{}\n".as_bytes());
+    write(
+        &csv,
+        "filename,region_shape_attributes\na.png,{}\n".as_bytes(),
+    );
     let path = csv.to_str().unwrap();
     for (daemon, reference) in [(&*hub, "labels/hub:1"), (&*site, "labels/site:1")] {
-        daemon.cli(&["publish", path, "--as", reference, "--strict"]).expect(8).says(&["--strict", "region_shape_attributes"]);
+        daemon
+            .cli(&["publish", path, "--as", reference, "--strict"])
+            .expect(8)
+            .says(&["--strict", "region_shape_attributes"]);
         daemon.cli(&["show", reference]).expect(5);
         let answer = daemon.json(&["publish", path, "--as", reference]);
-        let kinds: Vec<&str> = answer["omitted"].as_array().unwrap().iter().map(|o| o["what"].as_str().unwrap()).collect();
+        let kinds: Vec<&str> = answer["omitted"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|o| o["what"].as_str().unwrap())
+            .collect();
         assert_eq!(kinds, ["unknown_columns", "no_annotations"], "{answer:#}");
-        daemon.cli(&["publish", path, "--as", reference]).expect(0).says(&["left out of", "region_shape_attributes"]);
-        assert_eq!(daemon.json(&["show", reference])["omitted"], answer["omitted"]);
-        assert_eq!(hub.json(&["show", reference])["omitted"], answer["omitted"], "the hub knows it of a site as well");
-        assert!(hub.cli(&["show", reference]).expect(0).out.contains("region_shape_attributes"));
+        daemon
+            .cli(&["publish", path, "--as", reference])
+            .expect(0)
+            .says(&["left out of", "region_shape_attributes"]);
+        assert_eq!(
+            daemon.json(&["show", reference])["omitted"],
+            answer["omitted"]
+        );
+        assert_eq!(
+            hub.json(&["show", reference])["omitted"],
+            answer["omitted"],
+            "the hub knows it of a site as well"
+        );
+        assert!(
+            hub.cli(&["show", reference])
+                .expect(0)
+                .out
+                .contains("region_shape_attributes")
+        );
     }
     let good = scratch.join("good.csv");
     write(&good, b"image,class\na.png,dent\n");

@@ -1,4 +1,5 @@
-//! What `[share] allow` takes away again: what a site has stays, with its record, and the hub's list is looked at for slips.
+//! What `[share] allow` takes away again: what a site has stays, with its record, and the hub's
+//! list is looked at for slips.
 
 use crate::support::daemon::{Daemon, Hub, Site, SiteSpec};
 use crate::support::{Scratch, data, limit, secs, tree};
@@ -30,20 +31,34 @@ fn what_may_not_be_brought_again_keeps_its_record() {
     // A slip: no site is called so, and B, which was meant, is left out.
     restart_with(&mut hub, "[listen]", "[share]\nallow = [\"bb\"]\n[listen]");
     let doctor = hub.cli(&["doctor"]).expect(1).out;
-    assert!(doctor.contains("fault [share] allow: no site is called bb"), "{doctor}");
+    assert!(
+        doctor.contains("fault [share] allow: no site is called bb"),
+        "{doctor}"
+    );
 
     let file = b.folder(REFERENCE).join("model.safetensors");
     let mut bytes = std::fs::read(&file).unwrap();
     bytes[1000] ^= 1;
     std::fs::write(&file, &bytes).unwrap();
     let refused = b.cli(&["verify", REFERENCE, "--repair"]).expect(5);
-    let refused = refused.says(&["1 found", "model.safetensors", "the hub has no such artifact for this site", "stays as it is"]);
+    let refused = refused.says(&[
+        "1 found",
+        "model.safetensors",
+        "the hub has no such artifact for this site",
+        "stays as it is",
+    ]);
     assert!(!refused.err.contains("share"), "{}", refused.err);
-    hub.cli(&["retry", &id]).expect(4).says(&["not shared with b: not in the hub's [share] allow"]);
+    hub.cli(&["retry", &id])
+        .expect(4)
+        .says(&["not shared with b: not in the hub's [share] allow"]);
     let daemons: [&Daemon; 2] = [&hub, &b];
     for daemon in daemons {
         let shown = daemon.json(&["status", &id]);
-        assert!(shown[0]["state"] == "done" && shown[0]["receipt"].is_object(), "{}: {shown}", daemon.name);
+        assert!(
+            shown[0]["state"] == "done" && shown[0]["receipt"].is_object(),
+            "{}: {shown}",
+            daemon.name
+        );
     }
     assert_eq!(std::fs::read(&file).unwrap(), bytes, "what is there stays");
 

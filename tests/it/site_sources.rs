@@ -1,4 +1,5 @@
-//! What a site can publish that is no path of files: rows of its label database, images of its registry, archives.
+//! What a site can publish that is no path of files: rows of its label database, images of its
+//! registry, archives.
 
 use std::fs::File;
 use std::os::unix::fs::{FileExt, MetadataExt};
@@ -30,7 +31,11 @@ fn publish_at(site: &Site, hub: &Hub, source: &str, reference: &str) -> String {
     let answer = site.json(&["publish", source, "--as", reference]);
     let digest = answer["digest"].as_str().unwrap().to_owned();
     let shown = hub.json(&["show", reference]);
-    assert_eq!((shown["digest"].as_str(), shown["origin"].as_str()), (Some(&*digest), Some(&*site.name)), "{shown}");
+    assert_eq!(
+        (shown["digest"].as_str(), shown["origin"].as_str()),
+        (Some(&*digest), Some(&*site.name)),
+        "{shown}"
+    );
     site.cli(&["verify", reference]).expect(0);
     digest
 }
@@ -46,26 +51,73 @@ fn labels_out_of_a_database(site: &Site, hub: &Hub, view: &str, scratch: &Scratc
     hub.deliver_and_wait(&reference, &site_name, secs(60));
 
     // A version: the files are those that were delivered, byte for byte.
-    let digest = publish_at(site, hub, &format!("db:{name}:v1"), &format!("labels/{name}-out:v1"));
+    let digest = publish_at(
+        site,
+        hub,
+        &format!("db:{name}:v1"),
+        &format!("labels/{name}-out:v1"),
+    );
     let delivered = site.data_dir.join("labels").join(&name).join("v1");
     for file in ["annotations.jsonl", "classes.jsonl", "samples.jsonl"] {
-        assert_eq!(text(&kept(site, &digest).join(file)), text(&delivered.join(file)), "{file}");
+        assert_eq!(
+            text(&kept(site, &digest).join(file)),
+            text(&delivered.join(file)),
+            "{file}"
+        );
     }
-    assert_eq!(hub.json(&["show", &format!("labels/{name}-out:v1")])["info"]["format"], "database");
-    assert_eq!(publish_at(site, hub, &format!("db:{name}"), &format!("labels/{name}-out:v2")), digest, "the active version is that one");
+    assert_eq!(
+        hub.json(&["show", &format!("labels/{name}-out:v1")])["info"]["format"],
+        "database"
+    );
+    assert_eq!(
+        publish_at(
+            site,
+            hub,
+            &format!("db:{name}"),
+            &format!("labels/{name}-out:v2")
+        ),
+        digest,
+        "the active version is that one"
+    );
 
     // Rows, in two orders.
     let class = marks::CLASSES[made[0].class].1;
-    let query = format!("db:SELECT * FROM {view} WHERE label_set = '{name}' AND class = '{class}' ORDER BY");
-    let one = publish_at(site, hub, &format!("{query} sample_path, x"), &format!("labels/{name}-some:v1"));
-    assert_eq!(publish_at(site, hub, &format!("{query} y DESC"), &format!("labels/{name}-some:v2")), one);
-    let rows = text(&kept(site, &one).join("annotations.jsonl")).lines().count();
-    assert_eq!(rows, made.iter().filter(|m| marks::CLASSES[m.class].1 == class).count());
+    let query = format!(
+        "db:SELECT * FROM {view} WHERE label_set = '{name}' AND class = '{class}' ORDER BY"
+    );
+    let one = publish_at(
+        site,
+        hub,
+        &format!("{query} sample_path, x"),
+        &format!("labels/{name}-some:v1"),
+    );
+    assert_eq!(
+        publish_at(
+            site,
+            hub,
+            &format!("{query} y DESC"),
+            &format!("labels/{name}-some:v2")
+        ),
+        one
+    );
+    let rows = text(&kept(site, &one).join("annotations.jsonl"))
+        .lines()
+        .count();
+    assert_eq!(
+        rows,
+        made.iter()
+            .filter(|m| marks::CLASSES[m.class].1 == class)
+            .count()
+    );
 
     let refused = ["publish", "db:nothing:v1", "--as", "labels/x:v1"];
     site.cli(&refused).expect(5).says(&["does not hold"]);
-    site.cli(&["publish", "db:SELECT 1 AS one", "--as", "labels/x:v1"]).expect(2).says(&["sample_path"]);
-    hub.cli(&["publish", &format!("db:{name}:v1"), "--as", "labels/x:v1"]).expect(2).says(&["site"]);
+    site.cli(&["publish", "db:SELECT 1 AS one", "--as", "labels/x:v1"])
+        .expect(2)
+        .says(&["sample_path"]);
+    hub.cli(&["publish", &format!("db:{name}:v1"), "--as", "labels/x:v1"])
+        .expect(2)
+        .says(&["site"]);
     hub.cli(&["show", "labels/x:v1"]).expect(5);
 }
 
@@ -75,7 +127,10 @@ fn labels_out_of_postgres_and_sqlite() {
     let scratch = Scratch::new();
     let postgres = Postgres::start_new(&scratch);
     let hub = Hub::start_new(scratch.path());
-    let spec = SiteSpec { labels_sink: Some(postgres.sink(&scratch, "labels")), ..SiteSpec::default() };
+    let spec = SiteSpec {
+        labels_sink: Some(postgres.sink(&scratch, "labels")),
+        ..SiteSpec::default()
+    };
     let chengdu = Site::start_new(scratch.path(), &hub, "chengdu", &spec);
     let hefei = Site::start_new(scratch.path(), &hub, "hefei", &SiteSpec::default());
     labels_out_of_a_database(&chengdu, &hub, "packhorse.annotations", &scratch);
@@ -86,13 +141,24 @@ fn labels_out_of_postgres_and_sqlite() {
 fn images_of_a_registry_and_of_archives() {
     let _limit = limit(secs(200));
     let scratch = Scratch::new();
-    let (own, other) = (Registry::bearer(&scratch, "own"), Registry::basic(&scratch, "other"));
+    let (own, other) = (
+        Registry::bearer(&scratch, "own"),
+        Registry::basic(&scratch, "other"),
+    );
     let hub = Hub::start_new(scratch.path());
     let file = scratch.join("other-password");
     data::write(&file, crate::support::registry::PASSWORD.as_bytes());
     let user = crate::support::registry::USER;
-    let more = format!("[registry.\"{}\"]\nusername = \"{user}\"\npassword_file = \"{}\"\n", other.host(), file.display());
-    let spec = SiteSpec { images_sink: Some(own.sink(&scratch)), more: &more, ..SiteSpec::default() };
+    let more = format!(
+        "[registry.\"{}\"]\nusername = \"{user}\"\npassword_file = \"{}\"\n",
+        other.host(),
+        file.display()
+    );
+    let spec = SiteSpec {
+        images_sink: Some(own.sink(&scratch)),
+        more: &more,
+        ..SiteSpec::default()
+    };
     let site = Site::start_new(scratch.path(), &hub, "chengdu", &spec);
     let layout = images::small().join("layout");
     let original = images::top(&layout)["digest"].clone();
@@ -100,10 +166,18 @@ fn images_of_a_registry_and_of_archives() {
     own.push(&source, "operators/adc:v7");
     other.push(&source, "tools/adc:v7");
 
-    // The site's own registry is read with the site's own credentials, and keeps the blobs: nothing but the layout's
-    // two small files is written.
-    let digest = publish_at(&site, &hub, &format!("registry://{}/operators/adc:v7", own.host()), "image/adc:v1");
-    assert_eq!(hub.json(&["show", "image/adc:v1"])["info"]["digest"], original);
+    // The site's own registry is read with the site's own credentials, and keeps the blobs: nothing
+    // but the layout's two small files is written.
+    let digest = publish_at(
+        &site,
+        &hub,
+        &format!("registry://{}/operators/adc:v7", own.host()),
+        "image/adc:v1",
+    );
+    assert_eq!(
+        hub.json(&["show", "image/adc:v1"])["info"]["digest"],
+        original
+    );
     let written = find(&kept(&site, &digest), &|p| p.is_file());
     assert_eq!(written.len(), 2, "{written:?}");
     assert!(disk_usage(&kept(&site, &digest)) < 4096, "{written:?}");
@@ -114,18 +188,42 @@ fn images_of_a_registry_and_of_archives() {
     let elsewhere = format!("registry://{}/tools/adc:v7", other.host());
     let args = ["publish", &elsewhere, "--as", "image/adc:v2"];
     // The daemon sends no file to a registry because a client names it.
-    let named: Vec<&str> = args.into_iter().chain(["--username", user, "--password-file", file.to_str().unwrap()]).collect();
-    site.cli(&named).expect(2).says(&["[registry.", other.host().as_str(), "configuration"]);
+    let named: Vec<&str> = args
+        .into_iter()
+        .chain([
+            "--username",
+            user,
+            "--password-file",
+            file.to_str().unwrap(),
+        ])
+        .collect();
+    site.cli(&named)
+        .expect(2)
+        .says(&["[registry.", other.host().as_str(), "configuration"]);
     let answer = site.json(&args);
     assert_eq!(answer["digest"], *digest);
-    assert!(disk_usage(&kept(&site, &digest)) > 4096, "what lies in another registry is kept here");
-    let saved = publish_at(&site, &hub, images::small().join("docker.tar").to_str().unwrap(), "image/saved:v1");
+    assert!(
+        disk_usage(&kept(&site, &digest)) > 4096,
+        "what lies in another registry is kept here"
+    );
+    let saved = publish_at(
+        &site,
+        &hub,
+        images::small().join("docker.tar").to_str().unwrap(),
+        "image/saved:v1",
+    );
     assert!(find(&kept(&site, &saved), &|p| p.is_file()).len() > 4);
-    site.cli(&["publish", &format!("registry://{}/operators/none:v1", own.host()), "--as", "image/x:v1"]).expect(5);
+    site.cli(&[
+        "publish",
+        &format!("registry://{}/operators/none:v1", own.host()),
+        "--as",
+        "image/x:v1",
+    ])
+    .expect(5);
 }
 
-/// Whoever published a folder where it lies may write into its files later. So no version that is delivered may be the same file
-/// under another name, though its content is taken from there.
+/// Whoever published a folder where it lies may write into its files later. So no version that is
+/// delivered may be the same file under another name, though its content is taken from there.
 #[test]
 fn files_published_in_place_are_copied_and_never_linked() {
     let _limit = limit(secs(150));
@@ -148,12 +246,27 @@ fn files_published_in_place_are_copied_and_never_linked() {
     site.publish(&own, "dataset/own:v1", &[]);
     hub.publish(&v1, "dataset/line:v1", &[]);
     let done = hub.deliver_and_wait("dataset/line:v1", "chengdu", secs(60));
-    assert!(done.bytes.reused >= (3 << 20) + (30 << 10), "what lies here is not fetched: {:?}", done.bytes);
+    assert!(
+        done.bytes.reused >= (3 << 20) + (30 << 10),
+        "what lies here is not fetched: {:?}",
+        done.bytes
+    );
     let delivered = site.folder("dataset/line:v1");
     for (name, _) in files {
-        let (mine, theirs) = (own.join(name).metadata().unwrap(), delivered.join(name).metadata().unwrap());
-        assert_eq!(mine.dev(), theirs.dev(), "on one filesystem, or the test says nothing");
-        assert_ne!(mine.ino(), theirs.ino(), "{name} is one file under two names");
+        let (mine, theirs) = (
+            own.join(name).metadata().unwrap(),
+            delivered.join(name).metadata().unwrap(),
+        );
+        assert_eq!(
+            mine.dev(),
+            theirs.dev(),
+            "on one filesystem, or the test says nothing"
+        );
+        assert_ne!(
+            mine.ino(),
+            theirs.ino(),
+            "{name} is one file under two names"
+        );
         assert_eq!((mine.nlink(), theirs.nlink()), (1, 1), "{name}");
     }
 
@@ -164,21 +277,25 @@ fn files_published_in_place_are_copied_and_never_linked() {
     }
     assert_same(&v1, &delivered);
     site.cli(&["verify", "dataset/line:v1"]).expect(0);
-    // Nor does a later version take what he made of them, though it is noted there where its chunks lay.
+    // Nor does a later version take what he made of them, though it is noted there where its chunks
+    // lay.
     hub.publish(&v2, "dataset/line:v2", &[]);
     hub.deliver_and_wait("dataset/line:v2", "chengdu", secs(60));
     assert_same(&v2, &site.folder("dataset/line:v2"));
     assert_same(&v1, &delivered);
 }
 
-/// Where files can share blocks, what is taken from files of this disk needs no room again, and yet each file is its own.
+/// Where files can share blocks, what is taken from files of this disk needs no room again, and yet
+/// each file is its own.
 #[test]
 fn where_files_can_share_blocks_what_lies_here_takes_no_room_again() {
     const LARGE: usize = 48 << 20;
     let _limit = limit(secs(150));
     let scratch = Scratch::new();
     let machine = scratch.join("machine");
-    let Some(disk) = SmallDisk::mount_xfs(&machine, &scratch.join("machine.img")) else { return };
+    let Some(disk) = SmallDisk::mount_xfs(&machine, &scratch.join("machine.img")) else {
+        return;
+    };
     let hub = Hub::start_new(scratch.path());
     let site = Site::start_new(&machine, &hub, "chengdu", &SiteSpec::default());
     let (own, v1, v2) = (machine.join("own"), scratch.join("v1"), scratch.join("v2"));
@@ -193,18 +310,34 @@ fn where_files_can_share_blocks_what_lies_here_takes_no_room_again() {
     for (source, reference) in [(&v1, "model/line:v1"), (&v2, "model/line:v2")] {
         hub.publish(source, reference, &[]);
         let done = hub.deliver_and_wait(reference, "chengdu", secs(60));
-        assert!(done.bytes.reused >= LARGE as u64 && done.bytes.received < 1 << 20, "{:?}", done.bytes);
+        assert!(
+            done.bytes.reused >= LARGE as u64 && done.bytes.received < 1 << 20,
+            "{:?}",
+            done.bytes
+        );
     }
     disk.sync();
     let more = disk.used().saturating_sub(before);
-    assert!(more < LARGE as u64 / 2, "{more} bytes for two versions of a file that lies here already");
+    assert!(
+        more < LARGE as u64 / 2,
+        "{more} bytes for two versions of a file that lies here already"
+    );
 
     // One inode each: whoever writes into one writes into no other.
-    let places = [own.clone(), site.folder("model/line:v1"), site.folder("model/line:v2")];
-    let mut inodes = places.each_ref().map(|folder| folder.join("large.bin").metadata().unwrap().ino());
+    let places = [
+        own.clone(),
+        site.folder("model/line:v1"),
+        site.folder("model/line:v2"),
+    ];
+    let mut inodes = places
+        .each_ref()
+        .map(|folder| folder.join("large.bin").metadata().unwrap().ino());
     inodes.sort_unstable();
     assert!(inodes.windows(2).all(|two| two[0] != two[1]), "{inodes:?}");
-    let file = File::options().write(true).open(own.join("large.bin")).unwrap();
+    let file = File::options()
+        .write(true)
+        .open(own.join("large.bin"))
+        .unwrap();
     file.write_all_at(b"looked at again", 1000).unwrap();
     assert_same(&v1, &places[1]);
     assert_same(&v2, &places[2]);
@@ -226,30 +359,58 @@ impl InRegistry {
         let scratch = Scratch::new();
         let registry = Registry::basic(&scratch, "own");
         let hub = Hub::start_new(scratch.path());
-        let spec = SiteSpec { images_sink: Some(registry.sink(&scratch)), ..SiteSpec::default() };
+        let spec = SiteSpec {
+            images_sink: Some(registry.sink(&scratch)),
+            ..SiteSpec::default()
+        };
         let a = Site::start_new(scratch.path(), &hub, "a", &spec);
         let b = Site::start_new(scratch.path(), &hub, "b", &SiteSpec::default());
         let layout = images::small().join("layout");
         registry.push(&format!("oci:{}:v1", layout.display()), "operators/adc:v7");
-        publish_at(&a, &hub, &format!("registry://{}/operators/adc:v7", registry.host()), "image/adc:v1");
+        publish_at(
+            &a,
+            &hub,
+            &format!("registry://{}/operators/adc:v7", registry.host()),
+            "image/adc:v1",
+        );
         let manifest = images::blob(&layout, images::top(&layout)["digest"].as_str().unwrap());
         let manifest: Value = serde_json::from_str(&text(&manifest)).unwrap();
-        let layer = manifest["layers"].as_array().unwrap().last().unwrap()["digest"].as_str().unwrap();
+        let layer = manifest["layers"].as_array().unwrap().last().unwrap()["digest"]
+            .as_str()
+            .unwrap();
         let layer = layer.strip_prefix("sha256:").unwrap().to_owned();
-        Self { a, b, hub, registry, layer, scratch }
+        Self {
+            a,
+            b,
+            hub,
+            registry,
+            layer,
+            scratch,
+        }
     }
 
     /// Where docker-registry keeps the layer.
     fn layer_folder(&self) -> PathBuf {
-        self.scratch.join("own/docker/registry/v2/blobs/sha256").join(&self.layer[..2]).join(&self.layer)
+        self.scratch
+            .join("own/docker/registry/v2/blobs/sha256")
+            .join(&self.layer[..2])
+            .join(&self.layer)
     }
 
     #[track_caller]
     fn fails_with_the_layer(&self, id: &str) {
-        let failed = self.hub.wait_transfer(id, "failed", secs(40), |t| t.state == "failed");
+        let failed = self
+            .hub
+            .wait_transfer(id, "failed", secs(40), |t| t.state == "failed");
         assert_eq!(failed.reason.as_deref(), Some("integrity"), "{failed:#?}");
         let path = format!("blobs/sha256/{} of operators/adc", self.layer);
-        assert!(failed.message.as_deref().is_some_and(|message| message.contains(&path)), "{failed:#?}");
+        assert!(
+            failed
+                .message
+                .as_deref()
+                .is_some_and(|message| message.contains(&path)),
+            "{failed:#?}"
+        );
         self.a.cli(&["verify", "image/adc:v1"]).expect(8);
     }
 
@@ -267,7 +428,9 @@ fn a_registry_that_is_away_is_waited_for_and_what_rotted_in_it_fails_with_its_pa
     let mut world = InRegistry::publish();
     world.registry.stop();
     let id = world.hub.deliver(&["image/adc:v1"], "b").remove(0);
-    world.hub.wait_transfer(&id, "waiting", secs(40), |t| t.has_reason(&["waiting_for_source"]));
+    world.hub.wait_transfer(&id, "waiting", secs(40), |t| {
+        t.has_reason(&["waiting_for_source"])
+    });
 
     let file = world.layer_folder().join("data");
     let good = std::fs::read(&file).unwrap();

@@ -1,4 +1,5 @@
-//! Rules of the source code that the compiler does not enforce: which crate may use which, and how paths are made.
+//! Rules of the source code that the compiler does not enforce: which crate may use which, and how
+//! paths are made.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -7,12 +8,30 @@ use std::process::Command;
 use serde_json::Value;
 
 /// The crates, from the lowest layer to the highest. A crate uses only crates of lower layers.
-const LAYERS: [&[&str]; 6] =
-    [&["base"], &["content", "registry", "transport"], &["model", "sink", "source"], &["state"], &["exchange"], &["packhorse"]];
+const LAYERS: [&[&str]; 6] = [
+    &["base"],
+    &["content", "registry", "transport"],
+    &["model", "sink", "source"],
+    &["state"],
+    &["exchange"],
+    &["packhorse"],
+];
 
 /// Crates that do I/O: `model` uses none of them.
-const IO_CRATES: [&str; 12] =
-    ["axum", "cap-std", "hyper", "quinn", "quinn-proto", "redb", "reqwest", "rustix", "sqlx", "tokio", "tokio-rustls", "tokio-util"];
+const IO_CRATES: [&str; 12] = [
+    "axum",
+    "cap-std",
+    "hyper",
+    "quinn",
+    "quinn-proto",
+    "redb",
+    "reqwest",
+    "rustix",
+    "sqlx",
+    "tokio",
+    "tokio-rustls",
+    "tokio-util",
+];
 
 fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
@@ -25,14 +44,25 @@ fn dependencies() -> BTreeMap<String, BTreeSet<String>> {
         .current_dir(root())
         .output()
         .unwrap();
-    assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+    assert!(
+        out.status.success(),
+        "{}",
+        String::from_utf8_lossy(&out.stderr)
+    );
     let metadata: Value = serde_json::from_slice(&out.stdout).unwrap();
     let name = |of: &Value| of["name"].as_str().unwrap().to_owned();
     let used = |package: &Value| {
         let all = package["dependencies"].as_array().unwrap().iter();
-        all.filter(|dependency| dependency["kind"] != "dev").map(name).collect()
+        all.filter(|dependency| dependency["kind"] != "dev")
+            .map(name)
+            .collect()
     };
-    metadata["packages"].as_array().unwrap().iter().map(|package| (name(package), used(package))).collect()
+    metadata["packages"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|package| (name(package), used(package)))
+        .collect()
 }
 
 fn layer(name: &str) -> Option<usize> {
@@ -43,21 +73,34 @@ fn layer(name: &str) -> Option<usize> {
 fn a_crate_uses_only_crates_of_lower_layers() {
     let all = dependencies();
     for (name, used) in &all {
-        let own = layer(name).unwrap_or_else(|| panic!("crate {name} has no layer: name it in LAYERS"));
+        let own =
+            layer(name).unwrap_or_else(|| panic!("crate {name} has no layer: name it in LAYERS"));
         for other in used {
-            assert!(layer(other).is_none_or(|layer| layer < own), "{name} uses {other}, which is in no lower layer");
+            assert!(
+                layer(other).is_none_or(|layer| layer < own),
+                "{name} uses {other}, which is in no lower layer"
+            );
         }
     }
-    assert_eq!(all.len(), LAYERS.iter().map(|layer| layer.len()).sum::<usize>());
+    assert_eq!(
+        all.len(),
+        LAYERS.iter().map(|layer| layer.len()).sum::<usize>()
+    );
 }
 
 #[test]
 fn the_domain_does_no_io() {
     let used = &dependencies()["model"];
-    let io: Vec<&str> = IO_CRATES.into_iter().filter(|name| used.contains(*name)).collect();
+    let io: Vec<&str> = IO_CRATES
+        .into_iter()
+        .filter(|name| used.contains(*name))
+        .collect();
     assert!(io.is_empty(), "model uses {io:?}");
     assert!(!used.contains("transport") && !used.contains("registry"));
-    for (path, text) in all_sources().iter().filter(|(path, _)| path.starts_with(root().join("crates/model"))) {
+    for (path, text) in all_sources()
+        .iter()
+        .filter(|(path, _)| path.starts_with(root().join("crates/model")))
+    {
         for word in ["std::fs", "std::net", "std::process", "std::thread"] {
             assert!(!text.contains(word), "{} uses {word}", path.display());
         }
@@ -79,9 +122,17 @@ fn sources(dir: &Path, out: &mut Vec<(PathBuf, String)>) {
         let path = entry.unwrap().path();
         if path.is_dir() {
             sources(&path, out);
-        } else if path.extension().is_some_and(|ext| ext == "rs") && !path.to_string_lossy().contains("tests") {
+        } else if path.extension().is_some_and(|ext| ext == "rs")
+            && !path.to_string_lossy().contains("tests")
+        {
             let text = std::fs::read_to_string(&path).unwrap();
-            out.push((path, text.split("#[cfg(test)]\nmod tests").next().unwrap().to_owned()));
+            out.push((
+                path,
+                text.split("#[cfg(test)]\nmod tests")
+                    .next()
+                    .unwrap()
+                    .to_owned(),
+            ));
         }
     }
 }
@@ -107,14 +158,30 @@ fn joined(text: &str) -> impl Iterator<Item = &str> {
 fn no_path_is_joined_with_the_text_of_a_peer() {
     let all = all_sources();
     let names = root().join("crates/base/src/names");
-    // `in_dir` is the way from a parsed name to a path. A text taken out of its type, or a field that holds one, is not.
-    let forbidden = ["as_str()", "to_string()", "as_ref()", "deref()", "&*", ".id", ".transfer", ".delivery", ".0"];
+    // `in_dir` is the way from a parsed name to a path. A text taken out of its type, or a field
+    // that holds one, is not.
+    let forbidden = [
+        "as_str()",
+        "to_string()",
+        "as_ref()",
+        "deref()",
+        "&*",
+        ".id",
+        ".transfer",
+        ".delivery",
+        ".0",
+    ];
     // The words of `Kind`, a number, and a table of the sample data: this program's own.
     let allowed = ["artifact.kind.as_str()", "number.to_string()", "path.0"];
     let mut bad = Vec::new();
     // The types themselves stand in `names`.
-    for (path, text) in all.iter().filter(|(path, _)| !path.starts_with(&names) && *path != names.with_extension("rs")) {
-        for argument in joined(text).filter(|argument| !argument.starts_with('"') && !allowed.contains(argument)) {
+    for (path, text) in all
+        .iter()
+        .filter(|(path, _)| !path.starts_with(&names) && *path != names.with_extension("rs"))
+    {
+        for argument in joined(text)
+            .filter(|argument| !argument.starts_with('"') && !allowed.contains(argument))
+        {
             if forbidden.iter().any(|word| argument.contains(word)) {
                 bad.push(format!("{}: join({argument})", path.display()));
             }
@@ -126,9 +193,29 @@ fn no_path_is_joined_with_the_text_of_a_peer() {
 #[test]
 fn no_message_on_the_wire_holds_an_unparsed_id() {
     let wire = include_str!("../../crates/exchange/src/wire.rs");
-    let field = |line: &str| line.trim().trim_start_matches("pub ").split_once(": ").map(|(name, of)| (name.to_owned(), of.to_owned()));
+    let field = |line: &str| {
+        line.trim()
+            .trim_start_matches("pub ")
+            .split_once(": ")
+            .map(|(name, of)| (name.to_owned(), of.to_owned()))
+    };
     for (name, of) in wire.lines().filter_map(field) {
-        let is_id = ["id", "delivery", "transfer", "after", "run", "site", "to", "artifact", "artifacts", "name"].contains(&name.as_str());
-        assert!(!(is_id && of.contains("String")), "{name}: {of} in wire.rs is text that nobody parsed");
+        let is_id = [
+            "id",
+            "delivery",
+            "transfer",
+            "after",
+            "run",
+            "site",
+            "to",
+            "artifact",
+            "artifacts",
+            "name",
+        ]
+        .contains(&name.as_str());
+        assert!(
+            !(is_id && of.contains("String")),
+            "{name}: {of} in wire.rs is text that nobody parsed"
+        );
     }
 }

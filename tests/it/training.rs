@@ -1,7 +1,9 @@
-//! Cross-site training: a site borrows another's trainer, the model comes home, and what was borrowed is given back.
+//! Cross-site training: a site borrows another's trainer, the model comes home, and what was
+//! borrowed is given back.
 //!
-//! The trainer is a Python script that really learns: which of two textures an image shows, from the pixels delivered and the
-//! rows delivered, by logistic regression. What it learned is tried here, on images that it never saw.
+//! The trainer is a Python script that really learns: which of two textures an image shows, from
+//! the pixels delivered and the rows delivered, by logistic regression. What it learned is tried
+//! here, on images that it never saw.
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
@@ -21,7 +23,8 @@ use crate::support::{Scratch, free_port, limit, secs, wait_for};
 const SIDE: usize = 12;
 const CLASSES: [&str; 2] = ["clean", "scratched"];
 
-/// Takes its rows from SQLite where it can, else from the JSON Lines beside the database: Python has no PostgreSQL of its own.
+/// Takes its rows from SQLite where it can, else from the JSON Lines beside the database: Python
+/// has no PostgreSQL of its own.
 pub(crate) const TRAINER: &str = r#"
 import json, math, os, sqlite3, subprocess, sys, time
 mode, folder, path = sys.argv[1], sys.argv[2], sys.argv[-1]
@@ -104,15 +107,27 @@ pub(crate) fn dataset(scratch: &Scratch, name: &str, count: usize) -> (PathBuf, 
 pub(crate) fn score(model: &Path) -> usize {
     let text = std::fs::read(model.join("model.json")).unwrap();
     let model: Value = serde_json::from_slice(&text).unwrap();
-    let weights: Vec<f64> = model["weights"].as_array().unwrap().iter().map(|w| w.as_f64().unwrap()).collect();
+    let weights: Vec<f64> = model["weights"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|w| w.as_f64().unwrap())
+        .collect();
     assert_eq!(weights.len(), SIDE * SIDE);
     let mut rng = data::rng("never seen");
     let right = |class: usize, image: &[u8]| {
         let pixels = &image[image.len() - SIDE * SIDE..];
-        let z = model["bias"].as_f64().unwrap() + pixels.iter().zip(&weights).map(|(p, w)| (f64::from(*p) / 255.0 - 0.5) * w).sum::<f64>();
+        let z = model["bias"].as_f64().unwrap()
+            + pixels
+                .iter()
+                .zip(&weights)
+                .map(|(p, w)| (f64::from(*p) / 255.0 - 0.5) * w)
+                .sum::<f64>();
         (z > 0.0) == (class == 1)
     };
-    (0..100).filter(|i| right(i % 2, &picture(&mut rng, i % 2))).count()
+    (0..100)
+        .filter(|i| right(i % 2, &picture(&mut rng, i % 2)))
+        .count()
 }
 
 struct World {
@@ -132,7 +147,14 @@ impl World {
     fn command(scratch: &Scratch, folder: &Path, mode: &str) -> String {
         let script = scratch.join("trainer.py");
         write(&script, TRAINER.as_bytes());
-        let words = ["/usr/bin/env", "python3", script.to_str().unwrap(), mode, folder.to_str().unwrap(), PACKHORSE];
+        let words = [
+            "/usr/bin/env",
+            "python3",
+            script.to_str().unwrap(),
+            mode,
+            folder.to_str().unwrap(),
+            PACKHORSE,
+        ];
         format!("[train]\ncommand = {words:?}\nallow = [\"a\"]\n")
     }
 
@@ -143,15 +165,30 @@ impl World {
         let hub = Hub::start_new(scratch.path());
         let a = Site::start_new(scratch.path(), &hub, "a", &SiteSpec::default());
         let more = train(&scratch, &folder);
-        let b = Site::start_new(scratch.path(), &hub, "b", &SiteSpec { more: &more, ..SiteSpec::default() });
-        Self { a, b, hub, folder, scratch }
+        let b = Site::start_new(
+            scratch.path(),
+            &hub,
+            "b",
+            &SiteSpec {
+                more: &more,
+                ..SiteSpec::default()
+            },
+        );
+        Self {
+            a,
+            b,
+            hub,
+            folder,
+            scratch,
+        }
     }
 
     /// Publishes a dataset and its labels at the hub.
     fn publish_at_hub(&self) {
         let (root, csv) = dataset(&self.scratch, "panels", 60);
         self.hub.publish(&root, "dataset/panels:v1", &[]);
-        self.hub.publish(&csv, "labels/panels:v1", &["--for", "dataset/panels:v1"]);
+        self.hub
+            .publish(&csv, "labels/panels:v1", &["--for", "dataset/panels:v1"]);
     }
 
     fn begin(&self, more: &[&str]) -> Value {
@@ -159,8 +196,24 @@ impl World {
     }
 
     fn begin_as(&self, name: &str, more: &[&str]) -> Value {
-        let args = ["train", "start", "--name", name, "--from", "a", "--on", "b", "--input", "labels/panels:v1", "dataset/panels:v1"];
-        let args: Vec<&str> = args.into_iter().chain(["--expect", "model/judge"]).chain(more.iter().copied()).collect();
+        let args = [
+            "train",
+            "start",
+            "--name",
+            name,
+            "--from",
+            "a",
+            "--on",
+            "b",
+            "--input",
+            "labels/panels:v1",
+            "dataset/panels:v1",
+        ];
+        let args: Vec<&str> = args
+            .into_iter()
+            .chain(["--expect", "model/judge"])
+            .chain(more.iter().copied())
+            .collect();
         self.hub.json(&args)
     }
 
@@ -176,13 +229,19 @@ impl World {
     #[track_caller]
     fn wait_run_of(&self, name: &str, what: &str, wanted: impl Fn(&Value) -> bool) -> Value {
         let show = || self.hub.json(&["train", "show", name]);
-        wait_for(&format!("run {name} is {what}"), secs(90), || Some(show()).filter(|run| wanted(run)))
+        wait_for(&format!("run {name} is {what}"), secs(90), || {
+            Some(show()).filter(|run| wanted(run))
+        })
     }
 
     /// Waits until the trainer has begun; its process.
     #[track_caller]
     fn trainer(&self) -> String {
-        wait_for("the trainer has begun", secs(60), || std::fs::read_to_string(self.folder.join("pid")).ok().filter(|pid| !pid.is_empty()))
+        wait_for("the trainer has begun", secs(60), || {
+            std::fs::read_to_string(self.folder.join("pid"))
+                .ok()
+                .filter(|pid| !pid.is_empty())
+        })
     }
 
     /// Everything that was borrowed is gone at b.
@@ -190,13 +249,24 @@ impl World {
     fn assert_given_back(&self) {
         self.wait_run("given back", |run| run["released"] == true);
         for reference in ["dataset/panels:v1", "labels/panels:v1"] {
-            assert!(!self.b.folder(reference).exists(), "{reference} still lies at b");
-            assert!(!self.b.artifacts().contains(&reference.to_owned()), "{reference} is still listed at b");
+            assert!(
+                !self.b.folder(reference).exists(),
+                "{reference} still lies at b"
+            );
+            assert!(
+                !self.b.artifacts().contains(&reference.to_owned()),
+                "{reference} is still listed at b"
+            );
         }
-        let rows = sqlite_rows(&self.b.labels_db, "SELECT count(*) AS n FROM annotations WHERE label_set = 'panels'");
+        let rows = sqlite_rows(
+            &self.b.labels_db,
+            "SELECT count(*) AS n FROM annotations WHERE label_set = 'panels'",
+        );
         assert_eq!(rows[0]["n"], 0, "rows at b");
         for t in self.hub.json(&["status"]).as_array().unwrap() {
-            let borrowed = t["site"] == "b" && t["state"] == "done" && t["artifact"].as_str().unwrap().ends_with("/panels:v1");
+            let borrowed = t["site"] == "b"
+                && t["state"] == "done"
+                && t["artifact"].as_str().unwrap().ends_with("/panels:v1");
             assert_eq!(!t["removed_at"].is_null(), borrowed, "{t:#}");
         }
     }
@@ -214,7 +284,11 @@ fn has_its_model(run: &Value) -> bool {
 
 /// Whether people are told this of it.
 fn says(words: &'static str) -> impl Fn(&Value) -> bool {
-    move |run| run["message"].as_str().is_some_and(|message| message.contains(words))
+    move |run| {
+        run["message"]
+            .as_str()
+            .is_some_and(|message| message.contains(words))
+    }
 }
 
 #[test]
@@ -224,51 +298,97 @@ fn a_model_that_its_trainer_published_comes_home_and_what_was_borrowed_goes() {
     world.publish_at_hub();
     // b has something of its own, which the run needs as well.
     let base = world.scratch.join("base");
-    write(&base.join("base.bin"), &data::noise(&mut data::rng("base"), 100_000));
+    write(
+        &base.join("base.bin"),
+        &data::noise(&mut data::rng("base"), 100_000),
+    );
     world.hub.publish(&base, "model/base:v1", &[]);
     world.hub.deliver_and_wait("model/base:v1", "b", secs(60));
 
     // And an older version of what it will borrow.
     let (older, _) = dataset(&world.scratch, "older", 20);
     world.hub.publish(&older, "dataset/panels:v0", &[]);
-    world.hub.deliver_and_wait("dataset/panels:v0", "b", secs(60));
+    world
+        .hub
+        .deliver_and_wait("dataset/panels:v0", "b", secs(60));
 
     let begun = world.begin(&["--input", "model/base:v1", "--ttl", "1h"]);
     assert_eq!(begun["name"], "r1");
     let again = world.begin(&["--input", "model/base:v1", "--ttl", "1h"]);
-    assert_eq!(again["delivery"], begun["delivery"], "asking again begins nothing");
+    assert_eq!(
+        again["delivery"], begun["delivery"],
+        "asking again begins nothing"
+    );
     world
         .hub
-        .cli(&["train", "start", "--name", "r1", "--from", "a", "--on", "b", "--input", "model/base:v1", "--expect", "model/x"])
+        .cli(&[
+            "train",
+            "start",
+            "--name",
+            "r1",
+            "--from",
+            "a",
+            "--on",
+            "b",
+            "--input",
+            "model/base:v1",
+            "--expect",
+            "model/x",
+        ])
         .expect(6);
 
     let done = world.wait_run("done", is("done"));
     assert_eq!(done["model"]["artifact"], "model/judge:r1", "{done:#}");
     let right = score(&world.a.folder("model/judge:r1"));
     assert!(right >= 90, "the model at a tells {right} of 100 right");
-    assert_eq!(world.hub.json(&["show", "model/judge:r1"])["origin"], "b", "it was published where it was made");
+    assert_eq!(
+        world.hub.json(&["show", "model/judge:r1"])["origin"],
+        "b",
+        "it was published where it was made"
+    );
 
     // Both the hub and a know what it was made of.
     for daemon in [&*world.hub, &*world.a] {
         let shown = daemon.json(&["show", "model/judge:r1"]);
         assert_eq!(shown["digest"], done["model"]["digest"]);
         let lineage = &shown["lineage"];
-        assert_eq!((&lineage["run"], &lineage["from"], &lineage["on"]), (&"r1".into(), &"a".into(), &"b".into()), "{shown:#}");
+        assert_eq!(
+            (&lineage["run"], &lineage["from"], &lineage["on"]),
+            (&"r1".into(), &"a".into(), &"b".into()),
+            "{shown:#}"
+        );
         let inputs = lineage["inputs"].as_array().unwrap();
         assert_eq!(inputs.len(), 3);
         for input in inputs {
-            let source = world.hub.json(&["show", input["artifact"].as_str().unwrap()]);
+            let source = world
+                .hub
+                .json(&["show", input["artifact"].as_str().unwrap()]);
             assert_eq!(source["digest"], input["digest"], "{input}");
         }
-        assert!(daemon.cli(&["show", "model/judge:r1"]).expect(0).out.contains("run r1, for a, on b"));
+        assert!(
+            daemon
+                .cli(&["show", "model/judge:r1"])
+                .expect(0)
+                .out
+                .contains("run r1, for a, on b")
+        );
     }
     world.assert_given_back();
-    assert!(world.b.folder("model/base:v1").join("base.bin").exists(), "what b had before stays");
+    assert!(
+        world.b.folder("model/base:v1").join("base.bin").exists(),
+        "what b had before stays"
+    );
     assert_eq!(world.b.current("model/base"), "v1");
     assert_same(&older, &world.b.folder("dataset/panels:v0"));
-    assert_eq!(world.b.current("dataset/panels"), "v0", "readers find again what they had");
+    assert_eq!(
+        world.b.current("dataset/panels"),
+        "v0",
+        "readers find again what they had"
+    );
     // What was given back is not there any more: delivered again, it comes again.
-    world.hub.deliver_and_wait("dataset/panels:v1", "b", secs(60));
+    world
+        .hub
+        .deliver_and_wait("dataset/panels:v1", "b", secs(60));
     assert!(world.b.folder("dataset/panels:v1").exists());
 }
 
@@ -295,11 +415,32 @@ fn a_trainer_that_fails_says_why_at_the_hub() {
     ]);
     failed.expect(7).says(&["exit code 3"]);
     let run = world.run();
-    assert_eq!((&run["state"], &run["trainer"]["exit_code"]), (&"failed".into(), &3.into()), "{run:#}");
+    assert_eq!(
+        (&run["state"], &run["trainer"]["exit_code"]),
+        (&"failed".into(), &3.into()),
+        "{run:#}"
+    );
     let tail = run["trainer"]["tail"].as_str().unwrap();
-    assert!(tail.ends_with("CUDA error: 显存不足") && tail.len() <= 4096, "{tail}");
-    assert!(world.hub.cli(&["train", "show", "r1"]).expect(0).out.contains("CUDA error: 显存不足"));
-    assert!(world.hub.cli(&["train", "list"]).expect(0).out.contains("failed"));
+    assert!(
+        tail.ends_with("CUDA error: 显存不足") && tail.len() <= 4096,
+        "{tail}"
+    );
+    assert!(
+        world
+            .hub
+            .cli(&["train", "show", "r1"])
+            .expect(0)
+            .out
+            .contains("CUDA error: 显存不足")
+    );
+    assert!(
+        world
+            .hub
+            .cli(&["train", "list"])
+            .expect(0)
+            .out
+            .contains("failed")
+    );
     world.assert_given_back();
     // The log stays where it was written.
     let log = std::fs::read_to_string(world.b.data_dir.join("runs/r1/trainer.log")).unwrap();
@@ -326,11 +467,16 @@ fn training_outlives_the_death_of_every_daemon() {
     world.hub.start();
     world.a.kill();
     let run = world.wait_run("training", is("training"));
-    assert!(Path::new(&format!("/proc/{pid}")).exists(), "training went on without its daemon");
+    assert!(
+        Path::new(&format!("/proc/{pid}")).exists(),
+        "training went on without its daemon"
+    );
     assert_eq!(run["trainer"]["starts"], 1, "{run:#}");
     world.b.kill();
     write(&world.folder.join("go"), b"");
-    wait_for("the trainer has ended", secs(60), || (!Path::new(&format!("/proc/{pid}")).exists()).then_some(()));
+    wait_for("the trainer has ended", secs(60), || {
+        (!Path::new(&format!("/proc/{pid}")).exists()).then_some(())
+    });
     world.b.start();
     // a is away; the model waits for it.
     world.wait_run("returning", is("returning"));
@@ -339,7 +485,10 @@ fn training_outlives_the_death_of_every_daemon() {
     world.a.start();
     let done = world.wait_run("done", is("done"));
     assert_eq!(done["trainer"]["starts"], 1);
-    assert_eq!(done["trainer"]["exit_code"], 0, "the daemon was dead when the trainer ended: {done:#}");
+    assert_eq!(
+        done["trainer"]["exit_code"], 0,
+        "the daemon was dead when the trainer ended: {done:#}"
+    );
     assert!(score(&world.a.folder("model/judge:r1")) >= 90);
     world.assert_given_back();
 }
@@ -354,11 +503,17 @@ fn a_run_that_is_given_up_or_late_ends_its_trainer_and_gives_back() {
         let pid = world.trainer();
         if state == "cancelled" {
             world.wait_run("training", is("training"));
-            world.hub.cli(&["train", "finish", "r1"]).expect(6).says(&["command"]);
+            world
+                .hub
+                .cli(&["train", "finish", "r1"])
+                .expect(6)
+                .says(&["command"]);
             world.hub.cli(&["train", "cancel", "r1"]).expect(0);
         }
         let run = world.wait_run(state, is(state));
-        wait_for("the trainer is gone", secs(30), || (!Path::new(&format!("/proc/{pid}")).exists()).then_some(()));
+        wait_for("the trainer is gone", secs(30), || {
+            (!Path::new(&format!("/proc/{pid}")).exists()).then_some(())
+        });
         world.assert_given_back();
         if state == "failed" {
             assert!(run["message"].as_str().unwrap().contains("time"), "{run:#}");
@@ -373,43 +528,117 @@ fn what_cannot_run_is_refused_or_fails_before_anything_moves() {
     let world = World::start("learn");
     world.publish_at_hub();
     let start = |more: &[&str]| {
-        let args: Vec<&str> = ["train", "start", "--name"].into_iter().chain(more.iter().copied()).collect();
+        let args: Vec<&str> = ["train", "start", "--name"]
+            .into_iter()
+            .chain(more.iter().copied())
+            .collect();
         world.hub.cli(&args)
     };
     let data = ["--input", "dataset/panels:v1"];
-    start(&["R", "--from", "a", "--on", "b", data[0], data[1], "--expect", "model/m"]).expect(2);
-    start(&["r", "--from", "a", "--on", "a", data[0], data[1], "--expect", "model/m"]).expect(2);
-    start(&["r", "--from", "a", "--on", "c", data[0], data[1], "--expect", "model/m"]).expect(5);
-    start(&["r", "--from", "a", "--on", "b", data[0], "dataset/none:v1", "--expect", "model/m"]).expect(5);
-    start(&["r", "--from", "a", "--on", "b", data[0], data[1], "--expect", "dataset/m"]).expect(2);
+    start(&[
+        "R", "--from", "a", "--on", "b", data[0], data[1], "--expect", "model/m",
+    ])
+    .expect(2);
+    start(&[
+        "r", "--from", "a", "--on", "a", data[0], data[1], "--expect", "model/m",
+    ])
+    .expect(2);
+    start(&[
+        "r", "--from", "a", "--on", "c", data[0], data[1], "--expect", "model/m",
+    ])
+    .expect(5);
+    start(&[
+        "r",
+        "--from",
+        "a",
+        "--on",
+        "b",
+        data[0],
+        "dataset/none:v1",
+        "--expect",
+        "model/m",
+    ])
+    .expect(5);
+    start(&[
+        "r",
+        "--from",
+        "a",
+        "--on",
+        "b",
+        data[0],
+        data[1],
+        "--expect",
+        "dataset/m",
+    ])
+    .expect(2);
     world.hub.cli(&["train", "show", "r"]).expect(5);
     // A site asks for itself only, and with what it holds.
     let at_a = |on: &str, from: &str| {
-        world.a.cli(&["train", "start", "--name", "r", "--from", from, "--on", on, data[0], data[1], "--expect", "model/m"])
+        world.a.cli(&[
+            "train", "start", "--name", "r", "--from", from, "--on", on, data[0], data[1],
+            "--expect", "model/m",
+        ])
     };
     at_a("a", "b").expect(4);
     at_a("b", "a").expect(5);
-    world.hub.deliver_and_wait("dataset/panels:v1", "a", secs(60));
+    world
+        .hub
+        .deliver_and_wait("dataset/panels:v1", "a", secs(60));
     // a has no [train]: nobody trains there, and no run begins.
-    start(&["r2", "--from", "b", "--on", "a", data[0], data[1], "--expect", "model/m", "--wait"]).expect(4).says(&["[train]"]);
-    assert!(world.a.folder("dataset/panels:v1").exists(), "what a had stays");
+    start(&[
+        "r2", "--from", "b", "--on", "a", data[0], data[1], "--expect", "model/m", "--wait",
+    ])
+    .expect(4)
+    .says(&["[train]"]);
+    assert!(
+        world.a.folder("dataset/panels:v1").exists(),
+        "what a had stays"
+    );
     world.hub.cli(&["train", "show", "r2"]).expect(5);
 }
 
 #[test]
 fn a_site_trains_for_no_site_that_its_own_configuration_does_not_name() {
     let _limit = limit(secs(60));
-    let world = World::with(|scratch, folder| World::command(scratch, folder, "learn").replace("allow = [\"a\"]", "allow = [\"other\"]"));
+    let world = World::with(|scratch, folder| {
+        World::command(scratch, folder, "learn").replace("allow = [\"a\"]", "allow = [\"other\"]")
+    });
     let (root, _) = dataset(&world.scratch, "panels", 2);
     world.hub.publish(&root, "dataset/panels:v1", &[]);
     wait_for("the hub knows whom b trains for", secs(20), || {
         let sites = world.hub.json(&["sites"]);
-        sites.as_array().unwrap().iter().any(|site| site["name"] == "b" && !site["version"].is_null()).then_some(())
+        sites
+            .as_array()
+            .unwrap()
+            .iter()
+            .any(|site| site["name"] == "b" && !site["version"].is_null())
+            .then_some(())
     });
-    let args = ["train", "start", "--name", "r", "--from", "a", "--on", "b", "--input", "dataset/panels:v1", "--expect", "model/m"];
-    world.hub.cli(&args).expect(4).says(&["[train] allow", "add a to"]);
+    let args = [
+        "train",
+        "start",
+        "--name",
+        "r",
+        "--from",
+        "a",
+        "--on",
+        "b",
+        "--input",
+        "dataset/panels:v1",
+        "--expect",
+        "model/m",
+    ];
+    world
+        .hub
+        .cli(&args)
+        .expect(4)
+        .says(&["[train] allow", "add a to"]);
     world.a.cli(&args).expect(4).says(&["[train] allow"]);
-    assert_eq!(world.hub.json(&["status"]), serde_json::json!([]), "nothing was delivered");
+    assert_eq!(
+        world.hub.json(&["status"]),
+        serde_json::json!([]),
+        "nothing was delivered"
+    );
     assert!(!world.folder.join("pid").exists());
 }
 
@@ -418,12 +647,21 @@ fn what_the_site_that_trains_has_lost_is_there_again_before_its_trainer_begins()
     let _limit = limit(secs(120));
     let world = World::start("learn");
     world.publish_at_hub();
-    let id = world.hub.deliver_and_wait("dataset/panels:v1", "b", secs(60)).id;
+    let id = world
+        .hub
+        .deliver_and_wait("dataset/panels:v1", "b", secs(60))
+        .id;
     std::fs::remove_dir_all(world.b.folder("dataset/panels:v1")).unwrap();
     world.begin(&[]);
     let run = world.wait_run("past its training", has_its_model);
-    let landed = world.hub.json(&["status", &id])[0]["finished_at"].as_str().unwrap().to_owned();
-    assert!(run["trainer"]["started_at"].as_str().unwrap() >= landed.as_str(), "it landed at {landed}: {run:#}");
+    let landed = world.hub.json(&["status", &id])[0]["finished_at"]
+        .as_str()
+        .unwrap()
+        .to_owned();
+    assert!(
+        run["trainer"]["started_at"].as_str().unwrap() >= landed.as_str(),
+        "it landed at {landed}: {run:#}"
+    );
 }
 
 #[test]
@@ -438,7 +676,9 @@ fn runs_right_behind_each_other_do_not_take_away_what_they_share() {
         world.wait_run_of(name, "past its training", has_its_model);
     }
     for name in names {
-        world.wait_run_of(name, "done and given back", |run| run["state"] == "done" && run["released"] == true);
+        world.wait_run_of(name, "done and given back", |run| {
+            run["state"] == "done" && run["released"] == true
+        });
     }
     world.assert_given_back();
 }
@@ -456,12 +696,37 @@ fn a_model_that_the_hub_refuses_is_told_as_that() {
     write(&world.folder.join("go"), b"");
     let failed = world.wait_run("failed", is("failed"));
     assert!(says("model/judge:r1")(&failed), "{failed:#}");
-    assert_eq!((&failed["trainer"]["exit_code"], &failed["trainer"]["message"]), (&0.into(), &failed["message"]), "{failed:#}");
+    assert_eq!(
+        (
+            &failed["trainer"]["exit_code"],
+            &failed["trainer"]["message"]
+        ),
+        (&0.into(), &failed["message"]),
+        "{failed:#}"
+    );
     world.assert_given_back();
     // What is known before it begins is said then.
-    let start = ["train", "start", "--name", "r2", "--from", "a", "--on", "b", "--input", "dataset/panels:v1"];
-    let refused: Vec<&str> = start.into_iter().chain(["--expect", "model/judge:r1"]).collect();
-    world.hub.cli(&refused).expect(6).says(&["there is a model/judge:r1 already"]);
+    let start = [
+        "train",
+        "start",
+        "--name",
+        "r2",
+        "--from",
+        "a",
+        "--on",
+        "b",
+        "--input",
+        "dataset/panels:v1",
+    ];
+    let refused: Vec<&str> = start
+        .into_iter()
+        .chain(["--expect", "model/judge:r1"])
+        .collect();
+    world
+        .hub
+        .cli(&refused)
+        .expect(6)
+        .says(&["there is a model/judge:r1 already"]);
 }
 
 #[test]
@@ -475,11 +740,39 @@ fn nobody_trains_on_what_was_edited_since_it_was_published_in_place() {
     // b looks every five minutes: it finds it because it looks again before it starts the trainer.
     world.begin(&[]);
     let failed = world.wait_run("failed", is("failed"));
-    assert!(says("dataset/panels:v1 is no longer what was published")(&failed) && says("图 000.pgm")(&failed), "{failed:#}");
-    assert!(!world.b.data_dir.join("runs/r1").exists(), "nothing was started");
-    wait_for("the hub has heard", secs(30), || world.hub.json(&["show", "dataset/panels:v1"])["changed"].is_string().then_some(()));
-    let start = ["train", "start", "--name", "r2", "--from", "a", "--on", "b", "--expect", "model/judge", "--input", "dataset/panels:v1"];
-    world.hub.cli(&start).expect(6).says(&["dataset/panels:v1: changed at b"]);
+    assert!(
+        says("dataset/panels:v1 is no longer what was published")(&failed)
+            && says("图 000.pgm")(&failed),
+        "{failed:#}"
+    );
+    assert!(
+        !world.b.data_dir.join("runs/r1").exists(),
+        "nothing was started"
+    );
+    wait_for("the hub has heard", secs(30), || {
+        world.hub.json(&["show", "dataset/panels:v1"])["changed"]
+            .is_string()
+            .then_some(())
+    });
+    let start = [
+        "train",
+        "start",
+        "--name",
+        "r2",
+        "--from",
+        "a",
+        "--on",
+        "b",
+        "--expect",
+        "model/judge",
+        "--input",
+        "dataset/panels:v1",
+    ];
+    world
+        .hub
+        .cli(&start)
+        .expect(6)
+        .says(&["dataset/panels:v1: changed at b"]);
 }
 
 #[test]
@@ -491,28 +784,52 @@ fn what_cannot_be_given_back_is_told_and_keeps_nothing_else() {
     let hub = Hub::start_new(scratch.path());
     let a = Site::start_new(scratch.path(), &hub, "a", &SiteSpec::default());
     let more = World::command(&scratch, &folder, "hold");
-    let spec = SiteSpec { images_sink: Some(registry.sink(&scratch)), more: &more, ..SiteSpec::default() };
+    let spec = SiteSpec {
+        images_sink: Some(registry.sink(&scratch)),
+        more: &more,
+        ..SiteSpec::default()
+    };
     let b = Site::start_new(scratch.path(), &hub, "b", &spec);
-    let world = World { a, b, hub, folder, scratch };
+    let world = World {
+        a,
+        b,
+        hub,
+        folder,
+        scratch,
+    };
     world.publish_at_hub();
     let layout = images::small().join("layout");
     world.hub.publish(&layout, "image/judge:v1", &[]);
     world.begin(&["--input", "image/judge:v1"]);
     world.trainer();
     // b gives the image a name of its own: this registry cannot take one of two away.
-    registry.push(&format!("oci:{}:v1", layout.display()), "operators/judge:own");
+    registry.push(
+        &format!("oci:{}:v1", layout.display()),
+        "operators/judge:own",
+    );
     let image = registry.digest("operators/judge:own");
     assert_eq!(registry.digest("operators/judge:v1"), image);
     registry.stop();
     write(&world.folder.join("go"), b"");
-    let told = world.wait_run("in trouble", says("at b: image/judge:v1 could not be removed"));
+    let told = world.wait_run(
+        "in trouble",
+        says("at b: image/judge:v1 could not be removed"),
+    );
     assert_eq!(told["released"], false, "{told:#}");
-    wait_for("the others are gone", secs(30), || (!world.b.folder("dataset/panels:v1").exists()).then_some(()));
+    wait_for("the others are gone", secs(30), || {
+        (!world.b.folder("dataset/panels:v1").exists()).then_some(())
+    });
     registry.start();
     let told = world.wait_run("given back", |run| run["released"] == true);
-    assert!(says("at b: image/judge:v1 stays")(&told) && says("another tag")(&told), "{told:#}");
+    assert!(
+        says("at b: image/judge:v1 stays")(&told) && says("another tag")(&told),
+        "{told:#}"
+    );
     assert_eq!(registry.digest("operators/judge:own"), image);
-    assert!(!world.b.artifacts().contains(&"image/judge:v1".to_owned()), "b has nothing to do with it any more");
+    assert!(
+        !world.b.artifacts().contains(&"image/judge:v1".to_owned()),
+        "b has nothing to do with it any more"
+    );
 }
 
 #[test]
@@ -520,40 +837,85 @@ fn several_artifacts_are_one_delivery_and_labels_come_after_their_dataset() {
     let _limit = limit(secs(120));
     let world = World::start("learn");
     let (root, csv) = dataset(&world.scratch, "panels", 30);
-    world.hub.publish(&root, "dataset/panels:v1", &["--to", "a"]);
-    world.hub.publish(&csv, "labels/panels:v1", &["--for", "dataset/panels:v1"]);
-    let first = world.hub.json(&["deliver", "labels/panels:v1", "dataset/panels:v1", "--to", "a", "--wait"]);
+    world
+        .hub
+        .publish(&root, "dataset/panels:v1", &["--to", "a"]);
+    world
+        .hub
+        .publish(&csv, "labels/panels:v1", &["--for", "dataset/panels:v1"]);
+    let first = world.hub.json(&[
+        "deliver",
+        "labels/panels:v1",
+        "dataset/panels:v1",
+        "--to",
+        "a",
+        "--wait",
+    ]);
     let delivery = first["delivery"].as_str().unwrap();
     assert_eq!(first["transfers"].as_array().unwrap().len(), 2);
     assert_eq!(first["artifact"], "labels/panels:v1,dataset/panels:v1");
     // The dataset was on its way before: it is part of this delivery all the same.
     assert_eq!(world.hub.transfers(&[delivery]).len(), 2);
     let shown = world.hub.cli(&["status", delivery]).expect(0).out;
-    assert!(shown.contains(delivery) && shown.contains("2 of 2 parts"), "{shown}");
+    assert!(
+        shown.contains(delivery) && shown.contains("2 of 2 parts"),
+        "{shown}"
+    );
 
     // At b the dataset is held: its labels wait for it, and say so.
     let mut world = world;
     world.b.stop();
-    let held = world.hub.json(&["deliver", "labels/panels:v1", "dataset/panels:v1", "--to", "b"]);
+    let held = world.hub.json(&[
+        "deliver",
+        "labels/panels:v1",
+        "dataset/panels:v1",
+        "--to",
+        "b",
+    ]);
     let delivery = held["delivery"].as_str().unwrap().to_owned();
     let parts = world.hub.transfers(&[&delivery]);
-    let of = |kind: &str| parts.iter().find(|t| t.artifact.starts_with(kind)).unwrap().id.clone();
+    let of = |kind: &str| {
+        parts
+            .iter()
+            .find(|t| t.artifact.starts_with(kind))
+            .unwrap()
+            .id
+            .clone()
+    };
     let (data, labels) = (of("dataset"), of("labels"));
     world.hub.cli(&["pause", &data]).expect(0);
     world.b.start();
     let says_so = |t: &Transfer| {
-        t.has_reason(&["waiting_for_dependency"]) && t.message.as_deref().is_some_and(|message| message.contains("dataset/panels:v1"))
+        t.has_reason(&["waiting_for_dependency"])
+            && t.message
+                .as_deref()
+                .is_some_and(|message| message.contains("dataset/panels:v1"))
     };
-    world.hub.wait_transfer(&labels, "waiting", secs(30), says_so);
-    assert!(world.hub.cli(&["status", &delivery]).expect(0).out.contains("0 of 2 parts"));
+    world
+        .hub
+        .wait_transfer(&labels, "waiting", secs(30), says_so);
+    assert!(
+        world
+            .hub
+            .cli(&["status", &delivery])
+            .expect(0)
+            .out
+            .contains("0 of 2 parts")
+    );
     // It waits over a restart of the site too.
     world.b.kill();
     world.b.start();
     world.hub.wait_online("b", true, secs(20));
-    world.hub.wait_transfer(&labels, "waiting", secs(30), says_so);
+    world
+        .hub
+        .wait_transfer(&labels, "waiting", secs(30), says_so);
     world.hub.cli(&["resume", &data]).expect(0);
     world.hub.wait_done(&labels, secs(60));
-    assert_eq!(world.hub.transfer(&data).state, "done", "the dataset was there first");
+    assert_eq!(
+        world.hub.transfer(&data).state,
+        "done",
+        "the dataset was there first"
+    );
     let at_site = world.b.cli(&["status", &delivery]).expect(0).out;
     assert!(at_site.contains("2 of 2 parts"), "{at_site}");
 }
@@ -568,11 +930,18 @@ fn a_platform_is_called_until_it_takes_the_run_and_says_when_it_is_ready() {
             let mut seen = seen.lock().unwrap();
             if seen.is_empty() {
                 // It begins, and its answer is lost.
-                write(&Path::new(descriptor["output"].as_str().unwrap()).join("begun.bin"), b"begun at the first call");
+                write(
+                    &Path::new(descriptor["output"].as_str().unwrap()).join("begun.bin"),
+                    b"begun at the first call",
+                );
             }
             seen.push(descriptor);
             // Busy at first.
-            if seen.len() < 3 { axum::http::StatusCode::SERVICE_UNAVAILABLE } else { axum::http::StatusCode::ACCEPTED }
+            if seen.len() < 3 {
+                axum::http::StatusCode::SERVICE_UNAVAILABLE
+            } else {
+                axum::http::StatusCode::ACCEPTED
+            }
         };
         axum::Router::new().route("/runs", axum::routing::post(take))
     });
@@ -580,15 +949,42 @@ fn a_platform_is_called_until_it_takes_the_run_and_says_when_it_is_ready() {
     let world = World::with(|_, _| format!("[train]\nurl = \"{url}\"\nallow = [\"a\"]\n"));
     world.publish_at_hub();
     world.begin(&[]);
-    let descriptor = wait_for("the platform takes the run", secs(60), || calls.lock().unwrap().get(2).cloned());
-    assert_eq!((&descriptor["run"], &descriptor["model"]), (&"r1".into(), &"model/judge:r1".into()));
-    let input = |kind: &str| descriptor["inputs"].as_array().unwrap().iter().find(|i| i["kind"] == kind).unwrap().clone();
-    assert_eq!(input("dataset")["path"], world.b.folder("dataset/panels:v1").to_str().unwrap());
+    let descriptor = wait_for("the platform takes the run", secs(60), || {
+        calls.lock().unwrap().get(2).cloned()
+    });
+    assert_eq!(
+        (&descriptor["run"], &descriptor["model"]),
+        (&"r1".into(), &"model/judge:r1".into())
+    );
+    let input = |kind: &str| {
+        descriptor["inputs"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .find(|i| i["kind"] == kind)
+            .unwrap()
+            .clone()
+    };
+    assert_eq!(
+        input("dataset")["path"],
+        world.b.folder("dataset/panels:v1").to_str().unwrap()
+    );
     let labels = input("labels");
-    assert_eq!((&labels["label_set"], &labels["version"]), (&"panels".into(), &"v1".into()));
-    assert!(Path::new(labels["rows"].as_str().unwrap()).join("annotations.jsonl").is_file());
+    assert_eq!(
+        (&labels["label_set"], &labels["version"]),
+        (&"panels".into(), &"v1".into())
+    );
+    assert!(
+        Path::new(labels["rows"].as_str().unwrap())
+            .join("annotations.jsonl")
+            .is_file()
+    );
     let begun = Path::new(descriptor["output"].as_str().unwrap()).join("begun.bin");
-    assert_eq!(std::fs::read(begun).unwrap(), b"begun at the first call", "calling again takes away nothing");
+    assert_eq!(
+        std::fs::read(begun).unwrap(),
+        b"begun at the first call",
+        "calling again takes away nothing"
+    );
     world.wait_run("training", is("training"));
     let made = world.scratch.join("made");
     write(&made.join("weights.bin"), b"made by a platform");
@@ -599,7 +995,11 @@ fn a_platform_is_called_until_it_takes_the_run_and_says_when_it_is_ready() {
     assert!(world.a.folder("model/judge:7").join("weights.bin").exists());
     world.hub.json(&["train", "finish", "r1"]);
     world.assert_given_back();
-    assert_eq!(calls.lock().unwrap().len(), 3, "what was taken is not sent again");
+    assert_eq!(
+        calls.lock().unwrap().len(),
+        3,
+        "what was taken is not sent again"
+    );
 }
 
 #[test]
@@ -610,7 +1010,10 @@ fn a_platform_leaves_its_model_in_the_output_folder_or_says_why_there_is_none() 
     let platform = http::serve(move |_| {
         let take = move |axum::Json(descriptor): axum::Json<Value>| async move {
             if descriptor["run"] == "r1" {
-                write(&Path::new(descriptor["output"].as_str().unwrap()).join("weights.bin"), b"left by a platform");
+                write(
+                    &Path::new(descriptor["output"].as_str().unwrap()).join("weights.bin"),
+                    b"left by a platform",
+                );
             }
             seen.lock().unwrap().push(descriptor);
             axum::http::StatusCode::ACCEPTED
@@ -620,10 +1023,20 @@ fn a_platform_leaves_its_model_in_the_output_folder_or_says_why_there_is_none() 
     let url = format!("http://{}/runs", platform.address);
     let world = World::with(|_, _| format!("[train]\nurl = \"{url}\"\nallow = [\"a\"]\n"));
     world.publish_at_hub();
-    let calls_for = |name: &str| -> Vec<Value> { calls.lock().unwrap().iter().filter(|call| call["run"] == name).cloned().collect() };
+    let calls_for = |name: &str| -> Vec<Value> {
+        calls
+            .lock()
+            .unwrap()
+            .iter()
+            .filter(|call| call["run"] == name)
+            .cloned()
+            .collect()
+    };
     let begin = |name: &str| {
         world.begin_as(name, &[]);
-        wait_for("the platform takes the run", secs(60), || (!calls_for(name).is_empty()).then_some(()));
+        wait_for("the platform takes the run", secs(60), || {
+            (!calls_for(name).is_empty()).then_some(())
+        });
         world.wait_run_of(name, "training", is("training"));
     };
 
@@ -631,21 +1044,37 @@ fn a_platform_leaves_its_model_in_the_output_folder_or_says_why_there_is_none() 
     world.hub.cli(&["train", "finish", "r1"]).expect(0);
     let done = world.wait_run("done", is("done"));
     assert_eq!(done["model"]["artifact"], "model/judge:r1");
-    assert_eq!(std::fs::read(world.a.folder("model/judge:r1").join("weights.bin")).unwrap(), b"left by a platform");
+    assert_eq!(
+        std::fs::read(world.a.folder("model/judge:r1").join("weights.bin")).unwrap(),
+        b"left by a platform"
+    );
     world.assert_given_back();
 
     begin("r2");
-    world.hub.cli(&["train", "finish", "r2", "--failed", "no GPU"]).expect(0);
+    world
+        .hub
+        .cli(&["train", "finish", "r2", "--failed", "no GPU"])
+        .expect(0);
     let failed = world.wait_run_of("r2", "failed", is("failed"));
     assert!(failed["model"].is_null(), "{failed:#}");
-    assert!(world.hub.cli(&["train", "show", "r2"]).expect(0).out.contains("the training platform says: no GPU"));
+    assert!(
+        world
+            .hub
+            .cli(&["train", "show", "r2"])
+            .expect(0)
+            .out
+            .contains("the training platform says: no GPU")
+    );
     world.wait_run_of("r2", "given back", |run| run["released"] == true);
     world.assert_given_back();
 
-    // One that is given up is told so, in the words of the first call; one that made its model is not.
+    // One that is given up is told so, in the words of the first call; one that made its model is
+    // not.
     begin("r3");
     world.hub.cli(&["train", "cancel", "r3"]).expect(0);
-    let said = wait_for("the platform hears that it is over", secs(30), || calls_for("r3").get(1).cloned());
+    let said = wait_for("the platform hears that it is over", secs(30), || {
+        calls_for("r3").get(1).cloned()
+    });
     let mut expected = calls_for("r3")[0].clone();
     assert!(expected.get("cancel").is_none());
     expected["cancel"] = true.into();
@@ -657,7 +1086,12 @@ fn a_platform_leaves_its_model_in_the_output_folder_or_says_why_there_is_none() 
 #[test]
 fn a_platform_that_does_not_answer_is_told_of() {
     let _limit = limit(secs(120));
-    let world = World::with(|_, _| format!("[train]\nurl = \"http://127.0.0.1:{}/runs\"\nallow = [\"a\"]\n", free_port()));
+    let world = World::with(|_, _| {
+        format!(
+            "[train]\nurl = \"http://127.0.0.1:{}/runs\"\nallow = [\"a\"]\n",
+            free_port()
+        )
+    });
     world.publish_at_hub();
     world.begin(&[]);
     let run = world.wait_run("called in vain", says("does not answer"));
@@ -673,16 +1107,42 @@ fn what_the_site_that_trains_published_itself_must_stand_there_under_its_name() 
     let (root, csv) = dataset(&world.scratch, "panels", 60);
     world.hub.publish(&root, "dataset/panels:v1", &[]);
     world.b.publish(&csv, "labels/panels:v1", &[]);
-    world.b.publish(&images::small().join("docker.tar"), "image/judge:v1", &[]);
-    let (more, own) = (["--input", "image/judge:v1"], ["labels/panels:v1", "image/judge:v1"]);
+    world
+        .b
+        .publish(&images::small().join("docker.tar"), "image/judge:v1", &[]);
+    let (more, own) = (
+        ["--input", "image/judge:v1"],
+        ["labels/panels:v1", "image/judge:v1"],
+    );
 
     // Neither rows nor an image, and a trainer would look for both.
-    let start = ["train", "start", "--name", "r1", "--from", "a", "--on", "b", "--expect", "model/judge", "--input", "dataset/panels:v1"];
+    let start = [
+        "train",
+        "start",
+        "--name",
+        "r1",
+        "--from",
+        "a",
+        "--on",
+        "b",
+        "--expect",
+        "model/judge",
+        "--input",
+        "dataset/panels:v1",
+    ];
     let refused: Vec<&str> = start.into_iter().chain(own).collect();
     let next = "packhorse deliver labels/panels:v1 image/judge:v1 --to b";
-    world.hub.cli(&refused).expect(6).says(&["published at b, but not delivered there", next]);
+    world
+        .hub
+        .cli(&refused)
+        .expect(6)
+        .says(&["published at b, but not delivered there", next]);
     world.hub.deliver_and_wait(own[0], "b", secs(60));
-    world.hub.cli(&refused).expect(6).says(&["packhorse deliver image/judge:v1 --to b"]);
+    world
+        .hub
+        .cli(&refused)
+        .expect(6)
+        .says(&["packhorse deliver image/judge:v1 --to b"]);
     world.hub.cli(&["train", "show", "r1"]).expect(5);
     world.hub.deliver_and_wait(own[1], "b", secs(60));
 
@@ -690,17 +1150,36 @@ fn what_the_site_that_trains_published_itself_must_stand_there_under_its_name() 
     world.trainer();
     let text = std::fs::read(world.b.data_dir.join("runs/r1/run.json")).unwrap();
     let descriptor: Value = serde_json::from_slice(&text).unwrap();
-    let input = |kind: &str| descriptor["inputs"].as_array().unwrap().iter().find(|i| i["kind"] == kind).unwrap().clone();
+    let input = |kind: &str| {
+        descriptor["inputs"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .find(|i| i["kind"] == kind)
+            .unwrap()
+            .clone()
+    };
     let (labels, image) = (input("labels"), input("image"));
     let rows = || {
-        let [table, set, version] = ["table", "label_set", "version"].map(|field| labels[field].as_str().unwrap());
-        let sql = format!("SELECT count(*) AS n FROM {table} WHERE label_set = '{set}' AND version = '{version}'");
+        let [table, set, version] =
+            ["table", "label_set", "version"].map(|field| labels[field].as_str().unwrap());
+        let sql = format!(
+            "SELECT count(*) AS n FROM {table} WHERE label_set = '{set}' AND version = '{version}'"
+        );
         sqlite_rows(&world.b.labels_db, &sql)[0]["n"].clone()
     };
     assert_eq!(rows(), 60, "{labels:#}");
-    assert!(Path::new(labels["rows"].as_str().unwrap()).join("annotations.jsonl").is_file(), "{labels:#}");
+    assert!(
+        Path::new(labels["rows"].as_str().unwrap())
+            .join("annotations.jsonl")
+            .is_file(),
+        "{labels:#}"
+    );
     let layout = format!("oci:{}:v1@sha256:", world.b.layout.join("judge").display());
-    assert!(image["image"].as_str().unwrap().starts_with(&layout), "{image:#}");
+    assert!(
+        image["image"].as_str().unwrap().starts_with(&layout),
+        "{image:#}"
+    );
 
     write(&world.folder.join("go"), b"");
     world.wait_run("done", is("done"));
@@ -709,7 +1188,12 @@ fn what_the_site_that_trains_published_itself_must_stand_there_under_its_name() 
     world.wait_run("given back", |run| run["released"] == true);
     assert!(!world.b.folder("dataset/panels:v1").exists());
     assert_eq!(rows(), 60, "what b published and was given stays");
-    assert!(own.iter().all(|name| world.b.artifacts().contains(&(*name).to_owned())), "{:?}", world.b.artifacts());
+    assert!(
+        own.iter()
+            .all(|name| world.b.artifacts().contains(&(*name).to_owned())),
+        "{:?}",
+        world.b.artifacts()
+    );
 }
 
 #[test]
@@ -719,7 +1203,9 @@ fn the_model_is_published_where_it_was_made_and_carried_home() {
     // The data lies at a, and nowhere else.
     let (root, csv) = dataset(&world.scratch, "panels", 60);
     world.a.publish(&root, "dataset/panels:v1", &[]);
-    world.a.publish(&csv, "labels/panels:v1", &["--for", "dataset/panels:v1"]);
+    world
+        .a
+        .publish(&csv, "labels/panels:v1", &["--for", "dataset/panels:v1"]);
     let begun = world.a.json(&[
         "train",
         "start",
@@ -736,15 +1222,25 @@ fn the_model_is_published_where_it_was_made_and_carried_home() {
         "model/judge:best",
         "--wait",
     ]);
-    assert_eq!((&begun["state"], &begun["model"]["artifact"]), (&"done".into(), &"model/judge:best".into()), "{begun:#}");
+    assert_eq!(
+        (&begun["state"], &begun["model"]["artifact"]),
+        (&"done".into(), &"model/judge:best".into()),
+        "{begun:#}"
+    );
     let right = score(&world.a.folder("model/judge:best"));
     assert!(right >= 90, "the model at a tells {right} of 100 right");
     let shown = world.a.json(&["show", "model/judge:best"]);
-    for (i, reference) in ["dataset/panels:v1", "labels/panels:v1"].into_iter().enumerate() {
+    for (i, reference) in ["dataset/panels:v1", "labels/panels:v1"]
+        .into_iter()
+        .enumerate()
+    {
         let source = world.a.json(&["show", reference]);
         assert_eq!(shown["lineage"]["inputs"][i]["digest"], source["digest"]);
     }
-    assert_eq!(world.b.json(&["show", "model/judge:best"])["lineage"], shown["lineage"]);
+    assert_eq!(
+        world.b.json(&["show", "model/judge:best"])["lineage"],
+        shown["lineage"]
+    );
     world.assert_given_back();
     assert!(root.exists(), "what a published stays where it lies");
 }

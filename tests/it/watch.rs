@@ -1,4 +1,5 @@
-//! What a site published in place is watched where it lies: what changes is told there and at the hub, and nobody waits for it.
+//! What a site published in place is watched where it lies: what changes is told there and at the
+//! hub, and nobody waits for it.
 
 use std::path::{Path, PathBuf};
 
@@ -19,13 +20,22 @@ fn wait_changed(daemons: [&Daemon; 2], path: &Path) {
     let path = path.to_str().unwrap();
     for daemon in daemons {
         let what = format!("{} says that {path} changed", daemon.name);
-        wait_for(&what, secs(30), || changed(daemon).as_str().is_some_and(|how| how.starts_with(path)).then_some(()));
+        wait_for(&what, secs(30), || {
+            changed(daemon)
+                .as_str()
+                .is_some_and(|how| how.starts_with(path))
+                .then_some(())
+        });
     }
 }
 
 fn wait_sound(daemons: [&Daemon; 2]) {
     for daemon in daemons {
-        wait_for(&format!("{} says that nothing changed", daemon.name), secs(30), || changed(daemon).is_null().then_some(()));
+        wait_for(
+            &format!("{} says that nothing changed", daemon.name),
+            secs(30),
+            || changed(daemon).is_null().then_some(()),
+        );
     }
 }
 
@@ -42,7 +52,10 @@ fn what_changes_is_told_at_the_site_and_at_the_hub_until_it_is_put_back() {
     let _limit = limit(secs(180));
     let scratch = Scratch::new();
     let mut hub = Hub::start_new(scratch.path());
-    let spec = SiteSpec { more: "[share]\ncheck_every = \"1s\"", ..SiteSpec::default() };
+    let spec = SiteSpec {
+        more: "[share]\ncheck_every = \"1s\"",
+        ..SiteSpec::default()
+    };
     let mut a = Site::start_new(scratch.path(), &hub, "a", &spec);
     let (set, file) = published(&a, &scratch);
     wait_sound([&a, &hub]);
@@ -54,30 +67,54 @@ fn what_changes_is_told_at_the_site_and_at_the_hub_until_it_is_put_back() {
     let mut bad = good.clone();
     bad[40] ^= 1;
     std::fs::write(&file, bad).unwrap();
-    std::fs::File::options().write(true).open(&file).unwrap().set_modified(time).unwrap();
+    std::fs::File::options()
+        .write(true)
+        .open(&file)
+        .unwrap()
+        .set_modified(time)
+        .unwrap();
     wait_changed([&a, &hub], &file);
     assert!(a.log().contains("what was published in place changed"));
-    assert!(hub.cli(&["show", REFERENCE]).expect(0).out.contains("changed at a"));
+    assert!(
+        hub.cli(&["show", REFERENCE])
+            .expect(0)
+            .out
+            .contains("changed at a")
+    );
     let told = format!("{REFERENCE} at a: {}", file.display());
     assert!(hub.cli(&["artifacts"]).expect(0).out.contains(&told));
     let doctor = hub.cli(&["doctor"]).expect(1).out;
     assert!(doctor.contains(&format!("fault {told}")), "{doctor}");
     let doctor = a.cli(&["doctor"]).expect(1).out;
-    assert!(doctor.contains(&format!("fault {REFERENCE}: {}", file.display())) && doctor.contains("new version"), "{doctor}");
+    assert!(
+        doctor.contains(&format!("fault {REFERENCE}: {}", file.display()))
+            && doctor.contains("new version"),
+        "{doctor}"
+    );
     // What is there now under a new version: that is one way out.
     a.publish(&set.root, "dataset/line:v2", &[]);
     let doctor = a.cli(&["doctor"]).expect(0).out;
-    assert!(doctor.contains("was published as dataset/line:v2"), "{doctor}");
+    assert!(
+        doctor.contains("was published as dataset/line:v2"),
+        "{doctor}"
+    );
     let doctor = hub.cli(&["doctor"]).expect(0).out;
-    assert!(doctor.contains(&format!("ok {told}")) && doctor.contains("dataset/line:v2 was published there since"), "{doctor}");
+    assert!(
+        doctor.contains(&format!("ok {told}"))
+            && doctor.contains("dataset/line:v2 was published there since"),
+        "{doctor}"
+    );
 
-    // Neither daemon forgets, and what is put back while there is no line is told when there is one again.
+    // Neither daemon forgets, and what is put back while there is no line is told when there is one
+    // again.
     hub.stop();
     a.stop();
     a.start();
     assert!(changed(&a).is_string());
     std::fs::write(&file, good).unwrap();
-    wait_for("the site has seen it", secs(30), || changed(&a).is_null().then_some(()));
+    wait_for("the site has seen it", secs(30), || {
+        changed(&a).is_null().then_some(())
+    });
     hub.start();
     hub.wait_online("a", true, secs(40));
     wait_sound([&a, &hub]);
@@ -92,7 +129,8 @@ fn what_changes_is_told_at_the_site_and_at_the_hub_until_it_is_put_back() {
     wait_changed([&a, &hub], &file);
 }
 
-/// The hub never asks a site for its own. So a transfer to where it was published must not wait for what is gone there.
+/// The hub never asks a site for its own. So a transfer to where it was published must not wait for
+/// what is gone there.
 #[test]
 fn a_delivery_to_where_it_was_published_fails_with_the_path_that_is_gone() {
     let _limit = limit(secs(180));
@@ -106,8 +144,20 @@ fn a_delivery_to_where_it_was_published_fails_with_the_path_that_is_gone() {
     let id = hub.deliver(&[REFERENCE], "a").remove(0);
     let failed = hub.wait_transfer(&id, "failed", secs(60), |t| t.state == "failed");
     assert_eq!(failed.reason.as_deref(), Some("integrity"));
-    assert!(failed.message.as_deref().is_some_and(|m| m.starts_with(file.to_str().unwrap())), "{failed:#?}");
-    assert!(failed.next.as_deref().is_some_and(|next| next.contains("put the old content back")), "{failed:#?}");
+    assert!(
+        failed
+            .message
+            .as_deref()
+            .is_some_and(|m| m.starts_with(file.to_str().unwrap())),
+        "{failed:#?}"
+    );
+    assert!(
+        failed
+            .next
+            .as_deref()
+            .is_some_and(|next| next.contains("put the old content back")),
+        "{failed:#?}"
+    );
     wait_changed([&a, &hub], &file);
 
     std::fs::write(&file, good).unwrap();

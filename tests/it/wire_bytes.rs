@@ -1,5 +1,5 @@
-//! What crosses the line when a version changes a little: the changes, and next to nothing beside them. The bytes are
-//! counted twice: by the transfer, and by what the line carried.
+//! What crosses the line when a version changes a little: the changes, and next to nothing beside
+//! them. The bytes are counted twice: by the transfer, and by what the line carried.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -26,7 +26,12 @@ impl World {
         let scratch = Scratch::new();
         let hub = Hub::start_new(scratch.path());
         let (line, site) = Site::start_behind(scratch.path(), &hub, "chengdu");
-        Self { hub, line, site, scratch }
+        Self {
+            hub,
+            line,
+            site,
+            scratch,
+        }
     }
 
     /// Publishes and delivers; the bytes that it took on the wire.
@@ -38,8 +43,16 @@ impl World {
         let carried = self.line.carried() - before;
         // Packet headers and acknowledgements; and nothing that the transfer did not count.
         let most = done.bytes.wire + done.bytes.wire / 8 + CHATTER;
-        assert!(carried <= most, "{reference}: the line carried {carried} bytes, the transfer counted {}", done.bytes.wire);
-        assert!(carried >= done.bytes.wire, "{reference}: the line carried {carried} bytes, the transfer counted {}", done.bytes.wire);
+        assert!(
+            carried <= most,
+            "{reference}: the line carried {carried} bytes, the transfer counted {}",
+            done.bytes.wire
+        );
+        assert!(
+            carried >= done.bytes.wire,
+            "{reference}: the line carried {carried} bytes, the transfer counted {}",
+            done.bytes.wire
+        );
         println!("{reference}: {} bytes on the wire", done.bytes.wire);
         done.bytes.wire
     }
@@ -66,7 +79,10 @@ fn a_changed_file_moves_its_changes() {
     let fresh = data::noise(&mut rng, len / 100);
     run[len / 3..][..fresh.len()].copy_from_slice(&fresh);
     let wire = percent(carry(&run, "run"));
-    assert!(wire <= 1.15, "1 % in one run took {wire:.3} % (two chunks of it are the run's ends)");
+    assert!(
+        wire <= 1.15,
+        "1 % in one run took {wire:.3} % (two chunks of it are the run's ends)"
+    );
 
     let mut scattered = old.clone();
     for _ in 0..len / (2 << 20) {
@@ -120,11 +136,14 @@ fn moved_files_move_no_data_and_pages_travel_as_differences() {
 
 type Files = BTreeMap<String, Vec<u8>>;
 
-/// Bytes that compress like code: letters of skewed frequency, then repeats of earlier lines. zstd makes half of it.
+/// Bytes that compress like code: letters of skewed frequency, then repeats of earlier lines. zstd
+/// makes half of it.
 fn code(rng: &mut impl Rng, len: usize) -> Vec<u8> {
     let letters = b"eeeeeeeetttttaaaaaooooiiinnnsssrrrhhldcumfpgwy .,;:(){}=_\n\t01";
     let fresh = (len * 2 / 3).max(1);
-    let mut out: Vec<u8> = (0..fresh).map(|_| letters[rng.random_range(0..letters.len())]).collect();
+    let mut out: Vec<u8> = (0..fresh)
+        .map(|_| letters[rng.random_range(0..letters.len())])
+        .collect();
     while out.len() < len {
         let at = rng.random_range(0..fresh);
         let line = out[at..fresh.min(at + rng.random_range(20..200))].to_vec();
@@ -154,11 +173,18 @@ fn an_image_moves_its_new_layer_or_the_changes_of_a_rebuilt_one() {
     let mut files = |folder: &str, count: usize| -> Files {
         let mut file = |i: usize| {
             let len = 20_000 + rng.random_range(0..160_000);
-            (format!("usr/lib/{folder}/m{:02}/f{i:04}.so", i % 7), code(&mut rng, len))
+            (
+                format!("usr/lib/{folder}/m{:02}/f{i:04}.so", i % 7),
+                code(&mut rng, len),
+            )
         };
         (0..count).map(&mut file).collect()
     };
-    let (lower, large, top) = (layer(&files("base", 20)), files("app", 150), layer(&files("top", 10)));
+    let (lower, large, top) = (
+        layer(&files("base", 20)),
+        files("app", 150),
+        layer(&files("top", 10)),
+    );
     let carry = |layers: &[&[u8]], version: &str| {
         let source = world.scratch.join(version);
         images::layout(&source, layers);
@@ -167,7 +193,11 @@ fn an_image_moves_its_new_layer_or_the_changes_of_a_rebuilt_one() {
     carry(&[&lower, &layer(&large)], "old");
 
     let wire = carry(&[&lower, &layer(&large), &top], "a");
-    assert!(wire <= top.len() as u64, "a new layer of {} bytes took {wire}", top.len());
+    assert!(
+        wire <= top.len() as u64,
+        "a new layer of {} bytes took {wire}",
+        top.len()
+    );
 
     let mut rng = data::rng("rebuilt");
     let changed: Files = large
@@ -183,5 +213,8 @@ fn an_image_moves_its_new_layer_or_the_changes_of_a_rebuilt_one() {
     let squeezed = zstd::bulk::compress(&layer(&changed), 3).unwrap().len() as u64;
     let rebuilt: Files = large.into_iter().chain(changed).collect();
     let wire = carry(&[&lower, &layer(&rebuilt)], "b");
-    assert!(wire as f64 <= squeezed as f64 * 1.3, "a rebuilt layer took {wire} bytes, zstd makes {squeezed} of its changed files");
+    assert!(
+        wire as f64 <= squeezed as f64 * 1.3,
+        "a rebuilt layer took {wire} bytes, zstd makes {squeezed} of its changed files"
+    );
 }

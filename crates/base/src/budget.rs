@@ -1,8 +1,9 @@
 //! A budget of bytes in flight that many peers share.
 //!
-//! The hub reads chunks for its sites out of one, a site those that it gives away. No peer has more of it than its part, which
-//! shrinks as peers come: one that takes nothing off its line holds its own part and nobody else's. Of a peer's requests the one
-//! of the highest priority goes first, so that a manifest does not wait behind what a large transfer has asked for already.
+//! The hub reads chunks for its sites out of one, a site those that it gives away. No peer has more
+//! of it than its part, which shrinks as peers come: one that takes nothing off its line holds its
+//! own part and nobody else's. Of a peer's requests the one of the highest priority goes first, so
+//! that a manifest does not wait behind what a large transfer has asked for already.
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, HashMap};
@@ -59,23 +60,37 @@ pub struct Seat {
 impl Budget {
     /// So many bytes, of which one peer has `part_max` at the most.
     pub fn new(total: u64, part_max: u64) -> Self {
-        Self { inner: Arc::new(Inner { total, part_max, state: Mutex::default() }) }
+        Self {
+            inner: Arc::new(Inner {
+                total,
+                part_max,
+                state: Mutex::default(),
+            }),
+        }
     }
 
     /// Counts a peer in: from now on something is left for it.
     pub fn seat(&self) -> Seat {
         self.inner.state.lock().seats += 1;
-        Seat { inner: self.inner.clone() }
+        Seat {
+            inner: self.inner.clone(),
+        }
     }
 
-    /// Waits for so many bytes. A request that is larger than the peer's part is served when the peer holds nothing else.
+    /// Waits for so many bytes. A request that is larger than the peer's part is served when the
+    /// peer holds nothing else.
     pub async fn take(&self, peer: &Peer, bytes: u64, priority: i32) -> Result<Share, Fault> {
         let (send, receive) = oneshot::channel();
         {
             let mut state = self.inner.state.lock();
             state.requests += 1;
             let turn = (Reverse(priority), state.requests);
-            state.peers.entry(peer.clone()).or_default().waiting.insert(turn, (bytes, send));
+            state
+                .peers
+                .entry(peer.clone())
+                .or_default()
+                .waiting
+                .insert(turn, (bytes, send));
         }
         Inner::serve(&self.inner);
         receive.await.map_err(|_| Fault::internal("a budget ended"))
@@ -85,28 +100,45 @@ impl Budget {
 impl Inner {
     /// Gives out what there is.
     fn serve(this: &Arc<Self>) {
-        // A share whose taker is gone is given back at once, which needs the lock: so all is handed over after it.
+        // A share whose taker is gone is given back at once, which needs the lock: so all is handed
+        // over after it.
         while let Some((send, share)) = this.next() {
             drop(send.send(share));
         }
     }
 
-    /// The next share: of the peers that wait and whose part allows it, for the one that holds the least.
+    /// The next share: of the peers that wait and whose part allows it, for the one that holds the
+    /// least.
     fn next(self: &Arc<Self>) -> Option<(oneshot::Sender<Share>, Share)> {
         let mut state = self.state.lock();
-        let part = (self.total / state.peers.len().max(state.seats).max(1) as u64).min(self.part_max);
+        let part =
+            (self.total / state.peers.len().max(state.seats).max(1) as u64).min(self.part_max);
         let left = self.total.saturating_sub(state.used);
         let all_free = state.used == 0;
         let fits = |account: &Account| {
             let (bytes, _) = account.waiting.first_key_value()?.1;
-            ((account.used == 0 || account.used + bytes <= part) && (all_free || *bytes <= left)).then_some(account.used)
+            ((account.used == 0 || account.used + bytes <= part) && (all_free || *bytes <= left))
+                .then_some(account.used)
         };
-        let peer = state.peers.iter().filter_map(|(peer, account)| Some((fits(account)?, peer))).min()?.1.clone();
+        let peer = state
+            .peers
+            .iter()
+            .filter_map(|(peer, account)| Some((fits(account)?, peer)))
+            .min()?
+            .1
+            .clone();
         let account = state.peers.get_mut(&peer)?;
         let (_, (bytes, send)) = account.waiting.pop_first()?;
         account.used += bytes;
         state.used += bytes;
-        Some((send, Share { inner: self.clone(), peer, bytes }))
+        Some((
+            send,
+            Share {
+                inner: self.clone(),
+                peer,
+                bytes,
+            },
+        ))
     }
 }
 
@@ -133,8 +165,8 @@ impl Drop for Seat {
     }
 }
 
-/// Places for blocking work: each peer has so many of them, whatever it asks for, so that no peer occupies the processors and the
-/// disk alone. Cheap to clone.
+/// ChunkIndex for blocking work: each peer has so many of them, whatever it asks for, so that no
+/// peer occupies the processors and the disk alone. Cheap to clone.
 #[derive(Clone)]
 pub struct WorkPlaces {
     each: usize,
@@ -144,7 +176,10 @@ pub struct WorkPlaces {
 impl WorkPlaces {
     /// So many places for each peer.
     pub fn new(each: usize) -> Self {
-        Self { each, peers: Arc::default() }
+        Self {
+            each,
+            peers: Arc::default(),
+        }
     }
 
     /// Waits for a place of this peer; it is free again when the permit is dropped.
@@ -177,23 +212,36 @@ mod tests {
 
     /// What is there for the taking.
     fn now(budget: &Budget, name: &str, bytes: u64) -> Option<Share> {
-        budget.take(&peer(name), bytes, 0).now_or_never().map(Result::unwrap)
+        budget
+            .take(&peer(name), bytes, 0)
+            .now_or_never()
+            .map(Result::unwrap)
     }
 
     #[test]
     fn a_peer_that_gives_nothing_back_leaves_the_others_their_part() {
         let budget = Budget::new(100, 40);
         let slow: Vec<Option<Share>> = (0..9).map(|_| now(&budget, "slow", 10)).collect();
-        assert_eq!(slow.iter().flatten().count(), 4, "no more than the most of one peer");
+        assert_eq!(
+            slow.iter().flatten().count(),
+            4,
+            "no more than the most of one peer"
+        );
         let quick: Vec<Option<Share>> = (0..9).map(|_| now(&budget, "quick", 10)).collect();
         assert_eq!(quick.iter().flatten().count(), 4);
         let seats: Vec<Seat> = (0..10).map(|_| budget.seat()).collect();
         drop(quick);
-        assert!(now(&budget, "quick", 10).is_some(), "its part is a tenth now");
+        assert!(
+            now(&budget, "quick", 10).is_some(),
+            "its part is a tenth now"
+        );
         let held = now(&budget, "quick", 10);
         assert!(held.is_some() && now(&budget, "quick", 10).is_none());
         drop(seats);
-        assert!(now(&budget, "quick", 10).is_some(), "those who left need nothing");
+        assert!(
+            now(&budget, "quick", 10).is_some(),
+            "those who left need nothing"
+        );
     }
 
     #[test]
@@ -204,7 +252,9 @@ mod tests {
         let mut bulk = Box::pin(budget.take(&a, 10, 0));
         let mut manifest = Box::pin(budget.take(&a, 10, 20));
         let mut gone = Box::pin(budget.take(&a, 10, 30));
-        assert!(bulk.as_mut().now_or_never().is_none() && manifest.as_mut().now_or_never().is_none());
+        assert!(
+            bulk.as_mut().now_or_never().is_none() && manifest.as_mut().now_or_never().is_none()
+        );
         assert!(gone.as_mut().now_or_never().is_none());
         drop(gone);
         drop(all);
@@ -219,7 +269,9 @@ mod tests {
     fn what_is_larger_than_a_part_is_served_alone() {
         let budget = Budget::new(10, 4);
         let large = now(&budget, "a", 30);
-        assert!(large.is_some() && now(&budget, "a", 1).is_none() && now(&budget, "b", 1).is_none());
+        assert!(
+            large.is_some() && now(&budget, "a", 1).is_none() && now(&budget, "b", 1).is_none()
+        );
         drop(large);
         assert!(now(&budget, "b", 1).is_some());
     }
@@ -229,12 +281,19 @@ mod tests {
         let places = WorkPlaces::new(2);
         let take = |name: &str| places.take(&peer(name)).now_or_never().flatten();
         let (first, second) = (take("a"), take("a"));
-        assert!(first.is_some() && second.is_some() && take("a").is_none(), "two places");
+        assert!(
+            first.is_some() && second.is_some() && take("a").is_none(),
+            "two places"
+        );
         assert!(take("b").is_some(), "another peer has its own");
         drop(first);
         assert!(take("a").is_some());
         drop(second);
         assert!(take("c").is_some());
-        assert_eq!(places.peers.lock().len(), 1, "peers that do nothing are forgotten");
+        assert_eq!(
+            places.peers.lock().len(),
+            1,
+            "peers that do nothing are forgotten"
+        );
     }
 }

@@ -1,6 +1,8 @@
-//! Buffers, used again: given back to the system and faulted in anew they would cost a tenth of a sender's time.
+//! Buffers, used again: given back to the system and faulted in anew they would cost a tenth of a
+//! sender's time.
 //!
-//! The store reads packs into them, `ingest` reads sources, a fetch takes frames off the line. In memory only.
+//! The store reads packs into them, `ingest` reads sources, a fetch takes frames off the line. In
+//! memory only.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -31,19 +33,29 @@ struct Lent {
 impl Buffers {
     /// Keeps up to `kept_max` buffers of at least `min` and at most `max` bytes.
     pub fn new(kept_max: usize, min: usize, max: usize) -> Self {
-        Self { free: Arc::default(), used: Arc::default(), kept_max, worth: (min, max) }
+        Self {
+            free: Arc::default(),
+            used: Arc::default(),
+            kept_max,
+            worth: (min, max),
+        }
     }
 
-    /// A buffer for `len` bytes, with what it held last still in it. Small ones do not deserve, and must not keep, a
-    /// large buffer.
+    /// A buffer for `len` bytes, with what it held last still in it. Small ones do not deserve, and
+    /// must not keep, a large buffer.
     pub fn take(&self, len: usize) -> Vec<u8> {
         self.used.store(true, Ordering::Relaxed);
-        let reused = if len >= self.worth.0 { self.free.lock().pop() } else { None };
+        let reused = if len >= self.worth.0 {
+            self.free.lock().pop()
+        } else {
+            None
+        };
         reused.unwrap_or_else(|| Vec::with_capacity(len))
     }
 
-    /// A buffer of at least `len` bytes, whatever they are. Of round sizes, and never shortened: what is read is of about one
-    /// length, and to grow a little each time is to copy and to clear each time.
+    /// A buffer of at least `len` bytes, whatever they are. Of round sizes, and never shortened:
+    /// what is read is of about one length, and to grow a little each time is to copy and to clear
+    /// each time.
     pub fn room(&self, len: usize) -> Vec<u8> {
         if len < self.worth.0 {
             return vec![0; len];
@@ -60,7 +72,10 @@ impl Buffers {
 
     /// The bytes of a buffer, which comes back when nobody needs them any more.
     pub fn lend(&self, bytes: Vec<u8>) -> Bytes {
-        Bytes::from_owner(Lent { bytes, home: self.clone() })
+        Bytes::from_owner(Lent {
+            bytes,
+            home: self.clone(),
+        })
     }
 
     /// Gives what is kept back to the system, if none was taken since the last call.
@@ -81,7 +96,10 @@ impl Drop for Lent {
     fn drop(&mut self) {
         let bytes = std::mem::take(&mut self.bytes);
         let mut free = self.home.free.lock();
-        if bytes.capacity() >= self.home.worth.0 && bytes.capacity() <= self.home.worth.1 && free.len() < self.home.kept_max {
+        if bytes.capacity() >= self.home.worth.0
+            && bytes.capacity() <= self.home.worth.1
+            && free.len() < self.home.kept_max
+        {
             free.push(bytes);
         }
     }

@@ -16,7 +16,9 @@ pub fn rfc3339(at: Timestamp) -> String {
 
 /// Milliseconds since 1970, in that form; empty for a time that no calendar has.
 pub fn rfc3339_ms(ms: i64) -> String {
-    Timestamp::from_millisecond(ms).map(rfc3339).unwrap_or_default()
+    Timestamp::from_millisecond(ms)
+        .map(rfc3339)
+        .unwrap_or_default()
 }
 
 /// Now, in that form.

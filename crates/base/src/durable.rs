@@ -1,10 +1,11 @@
 //! The only place that renames, and that knows what must be synced before and after.
 //!
-//! After [`replace`] or [`rename_noreplace`] returned `Ok`, a power cut loses nothing of it; before, a crash leaves the
-//! old state or the new one and at worst a hidden temporary file beside it. An fsync that failed is never tried again
-//! on the same file: the kernel reports a lost write once and then says that all is well, so the caller must discard
-//! the file and write it anew. Some filesystems (FUSE, network) report a lost write only when the file is closed: every
-//! file that was written is closed by [`close`].
+//! After [`replace`] or [`rename_noreplace`] returned `Ok`, a power cut loses nothing of it;
+//! before, a crash leaves the old state or the new one and at worst a hidden temporary file beside
+//! it. An fsync that failed is never tried again on the same file: the kernel reports a lost write
+//! once and then says that all is well, so the caller must discard the file and write it anew. Some
+//! filesystems (FUSE, network) report a lost write only when the file is closed: every file that
+//! was written is closed by [`close`].
 
 use std::fs::{self, File};
 use std::io::{self, IoSlice, Read as _, Write};
@@ -16,7 +17,9 @@ use rustix::fs::OFlags;
 use crate::fault::{Code, Fault, IoContext};
 
 fn parent(path: &Path) -> &Path {
-    path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."))
+    path.parent()
+        .filter(|p| !p.as_os_str().is_empty())
+        .unwrap_or(Path::new("."))
 }
 
 /// Pieces of one write; the system takes 1,024.
@@ -35,12 +38,17 @@ pub fn replace_secret(path: &Path, bytes: &[u8]) -> Result<(), Fault> {
 /// A hidden name beside a file.
 fn temporary_of(path: &Path) -> PathBuf {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
-    // Random: other machines may write to the same folder, and containers all have the same process id.
+    // Random: other machines may write to the same folder, and containers all have the same process
+    // id.
     parent(path).join(format!(".{name}.{:016x}.tmp", rand::random::<u64>()))
 }
 
 fn write_new(path: &Path, bytes: &[u8], mode: u32) -> io::Result<()> {
-    let mut file = File::options().write(true).create_new(true).mode(mode).open(path)?;
+    let mut file = File::options()
+        .write(true)
+        .create_new(true)
+        .mode(mode)
+        .open(path)?;
     file.write_all(bytes)?;
     file.sync_all()?;
     close(file) // before a rename: some network filesystems refuse to rename an open file
@@ -55,8 +63,9 @@ fn replace_with_mode(path: &Path, bytes: &[u8], mode: u32) -> Result<(), Fault> 
     sync_dir(parent(path))
 }
 
-/// Puts a small file in place if nothing has its name, whole and synced; of several that do so at once, on any machine, one succeeds.
-/// Returns whether this one did. Where a filesystem has neither hard links nor an exclusive rename, the check comes first.
+/// Puts a small file in place if nothing has its name, whole and synced; of several that do so at
+/// once, on any machine, one succeeds. Returns whether this one did. Where a filesystem has neither
+/// hard links nor an exclusive rename, the check comes first.
 pub fn create(path: &Path, bytes: &[u8]) -> Result<bool, Fault> {
     let what = || format!("write {}", path.display());
     let temporary = temporary_of(path);
@@ -68,7 +77,9 @@ pub fn create(path: &Path, bytes: &[u8]) -> Result<bool, Fault> {
             renamed => renamed.map(|()| true),
         },
     };
-    let created = write_new(&temporary, bytes, 0o644).at(what()).and_then(|()| put());
+    let created = write_new(&temporary, bytes, 0o644)
+        .at(what())
+        .and_then(|()| put());
     let _ = fs::remove_file(&temporary);
     if created.is_ok() {
         sync_dir(parent(path))?;
@@ -92,11 +103,16 @@ pub fn close(file: File) -> io::Result<()> {
 
 /// Renames over what is there. Neither side is synced: the caller syncs the folders.
 pub fn rename_over(from: &Path, to: &Path) -> Result<(), Fault> {
-    rename(from, to).at(format_args!("rename {} to {}", from.display(), to.display()))
+    rename(from, to).at(format_args!(
+        "rename {} to {}",
+        from.display(),
+        to.display()
+    ))
 }
 
-/// Renames a file or folder to a name that does not exist, and syncs both parents. What is renamed must be synced
-/// already. Where the filesystem has no exclusive rename (NFS) the check comes first: only we write there.
+/// Renames a file or folder to a name that does not exist, and syncs both parents. What is renamed
+/// must be synced already. Where the filesystem has no exclusive rename (NFS) the check comes
+/// first: only we write there.
 pub fn rename_noreplace(from: &Path, to: &Path) -> Result<(), Fault> {
     use rustix::fs::{CWD, RenameFlags, renameat_with};
     let what = || format!("rename {} to {}", from.display(), to.display());
@@ -108,7 +124,9 @@ pub fn rename_noreplace(from: &Path, to: &Path) -> Result<(), Fault> {
             }
             rename(from, to).at(what())?;
         }
-        Err(rustix::io::Errno::EXIST) => return Err(Fault::conflict(format!("{}: the target exists", what()))),
+        Err(rustix::io::Errno::EXIST) => {
+            return Err(Fault::conflict(format!("{}: the target exists", what())));
+        }
         Err(error) => return Err(Fault::io(what(), &error.into())),
     }
     sync_dir(parent(to))?;
@@ -131,17 +149,23 @@ pub fn keep_as(path: &Path, name: &Path) -> Result<(), Fault> {
 
 /// Replaces a file by another of the same folder, whose content is synced.
 pub fn move_over(from: &Path, to: &Path) -> Result<(), Fault> {
-    rename(from, to).at(format_args!("rename {} to {}", from.display(), to.display()))?;
+    rename(from, to).at(format_args!(
+        "rename {} to {}",
+        from.display(),
+        to.display()
+    ))?;
     sync_dir(parent(to))
 }
 
-/// Replaces a symbolic link by rename. A convenience for people: not synced, and `Ok` where there are no links.
+/// Replaces a symbolic link by rename. A convenience for people: not synced, and `Ok` where there
+/// are no links.
 pub fn replace_symlink(link: &Path, target: &str) -> Result<(), Fault> {
     let name = link.file_name().unwrap_or_default().to_string_lossy();
     if fs::read_link(link).is_ok_and(|there| there == Path::new(target)) {
         return Ok(());
     }
-    let temporary: PathBuf = parent(link).join(format!(".{name}.{:016x}.tmp", rand::random::<u64>()));
+    let temporary: PathBuf =
+        parent(link).join(format!(".{name}.{:016x}.tmp", rand::random::<u64>()));
     if std::os::unix::fs::symlink(target, &temporary).is_err() {
         return Ok(());
     }
@@ -154,7 +178,9 @@ pub fn replace_symlink(link: &Path, target: &str) -> Result<(), Fault> {
 
 /// Syncs a folder's entries. SMB servers may not know this call; that is no fault.
 pub fn sync_dir(path: &Path) -> Result<(), Fault> {
-    File::open(path).and_then(|dir| sync_folder(&dir)).at(format_args!("sync the folder {}", path.display()))
+    File::open(path)
+        .and_then(|dir| sync_folder(&dir))
+        .at(format_args!("sync the folder {}", path.display()))
 }
 
 /// [`sync_dir`] of a folder that is open.
@@ -167,7 +193,9 @@ pub fn sync_folder(folder: &File) -> io::Result<()> {
 
 /// Syncs a file's content and length.
 pub fn sync_file(path: &Path) -> Result<(), Fault> {
-    File::open(path).and_then(sync_and_close).at(format_args!("sync {}", path.display()))
+    File::open(path)
+        .and_then(sync_and_close)
+        .at(format_args!("sync {}", path.display()))
 }
 
 /// Syncs a file, then closes it.
@@ -205,7 +233,8 @@ pub fn remove_all(path: &Path) -> Result<(), Fault> {
     }
 }
 
-/// Folders of an artifact may be read-only; whoever is not root must open them before removing what they hold.
+/// Folders of an artifact may be read-only; whoever is not root must open them before removing what
+/// they hold.
 fn make_removable(path: &Path) -> io::Result<()> {
     use std::os::unix::fs::PermissionsExt;
     if rustix::process::geteuid().is_root() {
@@ -224,8 +253,8 @@ fn make_removable(path: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// Opens a file that a person or a configuration names, for reading. It does not wait for a writer, as opening a pipe does, and refuses
-/// whatever is no regular file: such a read may never end.
+/// Opens a file that a person or a configuration names, for reading. It does not wait for a writer,
+/// as opening a pipe does, and refuses whatever is no regular file: such a read may never end.
 pub fn open_regular(path: &Path) -> io::Result<File> {
     open_regular_with(path, OFlags::empty())
 }
@@ -236,35 +265,56 @@ pub fn open_regular_nofollow(path: &Path) -> io::Result<File> {
 }
 
 fn open_regular_with(path: &Path, flags: OFlags) -> io::Result<File> {
-    let file = File::options().read(true).custom_flags((flags | OFlags::NONBLOCK).bits() as i32).open(path)?;
+    let file = File::options()
+        .read(true)
+        .custom_flags((flags | OFlags::NONBLOCK).bits() as i32)
+        .open(path)?;
     if file.metadata()?.is_file() {
         return Ok(file);
     }
-    Err(io::Error::new(io::ErrorKind::InvalidInput, "it is not a regular file"))
+    Err(io::Error::new(
+        io::ErrorKind::InvalidInput,
+        "it is not a regular file",
+    ))
 }
 
 /// Reads a whole file as [`open_regular`] opens it, of at most `bytes_max` bytes.
 pub fn read_regular(path: &Path, bytes_max: u64) -> io::Result<Vec<u8>> {
     let mut out = Vec::new();
-    open_regular(path)?.take(bytes_max + 1).read_to_end(&mut out)?;
+    open_regular(path)?
+        .take(bytes_max + 1)
+        .read_to_end(&mut out)?;
     if out.len() as u64 > bytes_max {
-        return Err(io::Error::new(io::ErrorKind::InvalidInput, format!("it has more than {bytes_max} bytes")));
+        return Err(io::Error::new(
+            io::ErrorKind::InvalidInput,
+            format!("it has more than {bytes_max} bytes"),
+        ));
     }
     Ok(out)
 }
 
 /// [`read_regular`], as text.
 pub fn read_regular_text(path: &Path, bytes_max: u64) -> io::Result<String> {
-    String::from_utf8(read_regular(path, bytes_max)?).map_err(|_| io::Error::new(io::ErrorKind::InvalidData, "it is not text in UTF-8"))
+    String::from_utf8(read_regular(path, bytes_max)?)
+        .map_err(|_| io::Error::new(io::ErrorKind::InvalidData, "it is not text in UTF-8"))
 }
 
 /// Writes all of these behind each other: one call for many, as a rule.
 pub fn write_parts(file: &File, parts: &[impl AsRef<[u8]>], offset: u64) -> io::Result<()> {
     let mut at = offset;
     for some in parts.chunks(PARTS_MAX) {
-        let slices: Vec<IoSlice<'_>> = some.iter().map(|part| IoSlice::new(part.as_ref())).collect();
+        let slices: Vec<IoSlice<'_>> = some
+            .iter()
+            .map(|part| IoSlice::new(part.as_ref()))
+            .collect();
         let written = rustix::io::pwritev(file, &slices, at);
-        let mut written = written.or_else(|e| if e == rustix::io::Errno::INTR { Ok(0) } else { Err(e) })?;
+        let mut written = written.or_else(|e| {
+            if e == rustix::io::Errno::INTR {
+                Ok(0)
+            } else {
+                Err(e)
+            }
+        })?;
         // What a signal or a full disk left over.
         for part in some.iter().map(AsRef::as_ref) {
             let here = written.min(part.len());
@@ -305,7 +355,10 @@ mod tests {
                     })
                 })
                 .collect();
-            all.into_iter().enumerate().filter_map(|(number, made)| made.join().unwrap().then_some(number)).collect()
+            all.into_iter()
+                .enumerate()
+                .filter_map(|(number, made)| made.join().unwrap().then_some(number))
+                .collect()
         });
         assert_eq!(created.len(), 1, "{created:?}");
         assert_eq!(fs::read_to_string(&path).unwrap(), created[0].to_string());
@@ -327,13 +380,28 @@ mod tests {
     fn only_a_regular_file_is_opened_and_a_pipe_is_waited_for_by_nobody() {
         let dir = tempfile::tempdir().unwrap();
         let pipe = dir.path().join("pipe");
-        rustix::fs::mknodat(rustix::fs::CWD, &pipe, rustix::fs::FileType::Fifo, 0o600.into(), 0).unwrap();
+        rustix::fs::mknodat(
+            rustix::fs::CWD,
+            &pipe,
+            rustix::fs::FileType::Fifo,
+            0o600.into(),
+            0,
+        )
+        .unwrap();
         for odd in [pipe.as_path(), dir.path(), Path::new("/dev/zero")] {
-            assert_eq!(open_regular(odd).unwrap_err().kind(), io::ErrorKind::InvalidInput, "{}", odd.display());
+            assert_eq!(
+                open_regular(odd).unwrap_err().kind(),
+                io::ErrorKind::InvalidInput,
+                "{}",
+                odd.display()
+            );
         }
         let file = dir.path().join("file");
         replace(&file, b"1234").unwrap();
         assert_eq!(read_regular(&file, 4).unwrap(), b"1234");
-        assert_eq!(read_regular(&file, 3).unwrap_err().kind(), io::ErrorKind::InvalidInput);
+        assert_eq!(
+            read_regular(&file, 3).unwrap_err().kind(),
+            io::ErrorKind::InvalidInput
+        );
     }
 }

@@ -1,7 +1,8 @@
-//! Answers that are believed for a moment: of what is asked at each request, and seldom has another answer.
+//! Answers that are believed for a moment: of what is asked at each request, and seldom has another
+//! answer.
 //!
-//! The hub keeps in it who may read what and which sites hold it, the origin what lies here. In memory only; whoever shares one
-//! puts it behind a lock.
+//! The hub keeps in it who may read what and which sites hold it, the origin what lies here. In
+//! memory only; whoever shares one puts it behind a lock.
 
 use std::collections::HashMap;
 use std::hash::Hash;
@@ -10,25 +11,27 @@ use std::time::{Duration, Instant};
 use crate::limits::LATELY_ANSWERS_MAX;
 
 /// Answers by what was asked.
-pub struct Lately<K, V> {
+pub struct ExpiringCache<K, V> {
     /// Each with the time from which it is believed no more.
     answers: HashMap<K, (Instant, V)>,
 }
 
-impl<K, V> Default for Lately<K, V> {
+impl<K, V> Default for ExpiringCache<K, V> {
     fn default() -> Self {
-        Self { answers: HashMap::new() }
+        Self {
+            answers: HashMap::new(),
+        }
     }
 }
 
-impl<K: Clone + Eq + Hash, V> Lately<K, V> {
+impl<K: Clone + Eq + Hash, V> ExpiringCache<K, V> {
     /// The answer, if there is one that is still believed.
     pub fn get(&self, asked: &K) -> Option<&V> {
         self.get_at(Instant::now(), asked)
     }
 
-    /// Keeps an answer, to be believed for so long. Those that are believed no more go, and if there are too many still, the one
-    /// that would go next.
+    /// Keeps an answer, to be believed for so long. Those that are believed no more go, and if
+    /// there are too many still, the one that would go next.
     pub fn put(&mut self, asked: K, answer: V, believed_for: Duration) {
         self.put_at(Instant::now(), asked, answer, believed_for);
     }
@@ -39,13 +42,20 @@ impl<K: Clone + Eq + Hash, V> Lately<K, V> {
     }
 
     fn get_at(&self, now: Instant, asked: &K) -> Option<&V> {
-        self.answers.get(asked).filter(|(until, _)| now < *until).map(|(_, answer)| answer)
+        self.answers
+            .get(asked)
+            .filter(|(until, _)| now < *until)
+            .map(|(_, answer)| answer)
     }
 
     fn put_at(&mut self, now: Instant, asked: K, answer: V, believed_for: Duration) {
         self.answers.retain(|_, (until, _)| now < *until);
         if self.answers.len() >= LATELY_ANSWERS_MAX {
-            let next = self.answers.iter().min_by_key(|(_, (until, _))| *until).map(|(asked, _)| asked.clone());
+            let next = self
+                .answers
+                .iter()
+                .min_by_key(|(_, (until, _))| *until)
+                .map(|(asked, _)| asked.clone());
             if let Some(asked) = next {
                 self.answers.remove(&asked);
             }
@@ -62,12 +72,24 @@ mod tests {
 
     #[test]
     fn an_answer_is_believed_for_a_moment_and_then_dropped() {
-        let (mut lately, now) = (Lately::default(), Instant::now());
+        let (mut lately, now) = (ExpiringCache::default(), Instant::now());
         lately.put_at(now, "a", 1, MOMENT);
         lately.put_at(now, "b", 2, MOMENT * 3);
         let just_before = now + MOMENT - Duration::from_nanos(1);
-        assert_eq!((lately.get_at(just_before, &"a"), lately.get_at(just_before, &"c")), (Some(&1), None));
-        assert_eq!((lately.get_at(now + MOMENT, &"a"), lately.get_at(now + MOMENT, &"b")), (None, Some(&2)));
+        assert_eq!(
+            (
+                lately.get_at(just_before, &"a"),
+                lately.get_at(just_before, &"c")
+            ),
+            (Some(&1), None)
+        );
+        assert_eq!(
+            (
+                lately.get_at(now + MOMENT, &"a"),
+                lately.get_at(now + MOMENT, &"b")
+            ),
+            (None, Some(&2))
+        );
         // A new answer takes the place of the old one, and its time.
         lately.put_at(now + MOMENT, "b", 3, MOMENT);
         assert_eq!(lately.get_at(now + MOMENT, &"b"), Some(&3));
@@ -77,12 +99,15 @@ mod tests {
 
     #[test]
     fn of_too_many_the_one_that_would_go_next_goes() {
-        let (mut lately, now) = (Lately::default(), Instant::now());
+        let (mut lately, now) = (ExpiringCache::default(), Instant::now());
         lately.put_at(now, usize::MAX, (), MOMENT);
         for asked in 0..LATELY_ANSWERS_MAX {
             lately.put_at(now, asked, (), MOMENT * 2);
         }
         assert_eq!(lately.answers.len(), LATELY_ANSWERS_MAX);
-        assert_eq!((lately.get_at(now, &usize::MAX), lately.get_at(now, &0)), (None, Some(&())));
+        assert_eq!(
+            (lately.get_at(now, &usize::MAX), lately.get_at(now, &0)),
+            (None, Some(&()))
+        );
     }
 }

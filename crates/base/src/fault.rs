@@ -1,8 +1,9 @@
 //! What went wrong, as a person and a script are told it.
 //!
-//! Every module turns its own errors into a [`Fault`] at its edge. A fault says what, where and why in `message`, what
-//! to do about it in `next`, how a command exits in `code`, what a transfer shows in `reason`, and whether trying
-//! again can help in `retry`. It is what crosses the API and the line, so it never carries a secret.
+//! Every module turns its own errors into a [`Fault`] at its edge. A fault says what, where and why
+//! in `message`, what to do about it in `next`, how a command exits in `code`, what a transfer
+//! shows in `reason`, and whether trying again can help in `retry`. It is what crosses the API and
+//! the line, so it never carries a secret.
 
 use std::fmt;
 use std::path::Path;
@@ -122,7 +123,8 @@ pub enum Retry {
 /// What to do about a full disk, for whatever waits until there is room.
 const MAKE_ROOM: &str = "make room; the transfer goes on by itself";
 
-/// One fault. Build it with the constructor named after its class, then say more with the `with_` calls.
+/// One fault. Build it with the constructor named after its class, then say more with the `with_`
+/// calls.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Fault {
     /// The class, and the exit code.
@@ -131,7 +133,8 @@ pub struct Fault {
     pub reason: Reason,
     /// Whether to try again.
     pub retry: Retry,
-    /// What, where and why: lower-case, no full stop. That of a peer is cut and cleaned where it is parsed.
+    /// What, where and why: lower-case, no full stop. That of a peer is cut and cleaned where it is
+    /// parsed.
     #[serde(deserialize_with = "text::bounded::<_, MESSAGE_BYTES_MAX>")]
     pub message: String,
     /// What to do next.
@@ -140,8 +143,20 @@ pub struct Fault {
 }
 
 impl Fault {
-    fn new(code: Code, reason: Reason, retry: Retry, message: impl Into<String>, next: &str) -> Self {
-        Self { code, reason, retry, message: message.into(), next: next.into() }
+    fn new(
+        code: Code,
+        reason: Reason,
+        retry: Retry,
+        message: impl Into<String>,
+        next: &str,
+    ) -> Self {
+        Self {
+            code,
+            reason,
+            retry,
+            message: message.into(),
+            next: next.into(),
+        }
     }
 
     /// A defect, or an I/O error with no better name.
@@ -157,17 +172,35 @@ impl Fault {
 
     /// The command or request is not understood.
     pub fn usage(message: impl Into<String>) -> Self {
-        Self::new(Code::Usage, Reason::Internal, Retry::Never, message, "see 'packhorse --help'")
+        Self::new(
+            Code::Usage,
+            Reason::Internal,
+            Retry::Never,
+            message,
+            "see 'packhorse --help'",
+        )
     }
 
     /// The configuration is wrong.
     pub fn config(message: impl Into<String>) -> Self {
-        Self::new(Code::Config, Reason::Internal, Retry::Never, message, "fix the configuration, then run 'packhorse config check'")
+        Self::new(
+            Code::Config,
+            Reason::Internal,
+            Retry::Never,
+            message,
+            "fix the configuration, then run 'packhorse config check'",
+        )
     }
 
     /// A token, certificate or right is missing or wrong.
     pub fn not_allowed(message: impl Into<String>) -> Self {
-        Self::new(Code::NotAllowed, Reason::SinkDenied, Retry::Never, message, "check the token or the credentials")
+        Self::new(
+            Code::NotAllowed,
+            Reason::SinkDenied,
+            Retry::Never,
+            message,
+            "check the token or the credentials",
+        )
     }
 
     /// It does not exist.
@@ -183,17 +216,35 @@ impl Fault {
 
     /// It exists with other content, or is in use.
     pub fn conflict(message: impl Into<String>) -> Self {
-        Self::new(Code::Conflict, Reason::SinkRefused, Retry::Never, message, "publish it under another version")
+        Self::new(
+            Code::Conflict,
+            Reason::SinkRefused,
+            Retry::Never,
+            message,
+            "publish it under another version",
+        )
     }
 
     /// Bytes are not what they were said to be, or the input is malformed.
     pub fn integrity(message: impl Into<String>) -> Self {
-        Self::new(Code::Integrity, Reason::Integrity, Retry::Never, message, "correct the input, then run the command again")
+        Self::new(
+            Code::Integrity,
+            Reason::Integrity,
+            Retry::Never,
+            message,
+            "correct the input, then run the command again",
+        )
     }
 
     /// A disk or a quota is full.
     pub fn no_space(message: impl Into<String>) -> Self {
-        Self::new(Code::NoSpace, Reason::NoSpace, Retry::Backoff, message, MAKE_ROOM)
+        Self::new(
+            Code::NoSpace,
+            Reason::NoSpace,
+            Retry::Backoff,
+            message,
+            MAKE_ROOM,
+        )
     }
 
     /// A server or peer does not answer.
@@ -209,19 +260,38 @@ impl Fault {
 
     /// The time that was given ran out.
     pub fn deadline(message: impl Into<String>) -> Self {
-        Self::new(Code::Deadline, Reason::Internal, Retry::Never, message, "ask again with 'packhorse status'; the work goes on")
+        Self::new(
+            Code::Deadline,
+            Reason::Internal,
+            Retry::Never,
+            message,
+            "ask again with 'packhorse status'; the work goes on",
+        )
     }
 
     /// Some of it was done, and the rest will not be.
     pub fn partial(message: impl Into<String>) -> Self {
-        Self::new(Code::Partial, Reason::Internal, Retry::Never, message, "see 'packhorse status'")
+        Self::new(
+            Code::Partial,
+            Reason::Internal,
+            Retry::Never,
+            message,
+            "see 'packhorse status'",
+        )
     }
 
-    /// A file with a secret that cannot be read any more, though it could at the start: who replaces it may not be done yet.
+    /// A file with a secret that cannot be read any more, though it could at the start: who
+    /// replaces it may not be done yet.
     pub fn secret_unreadable(file: &Path, error: &std::io::Error) -> Self {
-        Self::not_allowed(format!("read the password file {}: {error}", file.display()))
-            .with_retry(Retry::Backoff)
-            .with_next(format!("put the password into {}, readable for the daemon's user; it goes on by itself", file.display()))
+        Self::not_allowed(format!(
+            "read the password file {}: {error}",
+            file.display()
+        ))
+        .with_retry(Retry::Backoff)
+        .with_next(format!(
+            "put the password into {}, readable for the daemon's user; it goes on by itself",
+            file.display()
+        ))
     }
 
     /// Says what a transfer shows instead of the class's usual reason.
@@ -247,16 +317,20 @@ impl Fault {
         self
     }
 
-    /// The same, said of a publish: unlike a transfer it does not go on by itself once a disk has room.
+    /// The same, said of a publish: unlike a transfer it does not go on by itself once a disk has
+    /// room.
     pub fn of_publish(self) -> Self {
         if self.next != MAKE_ROOM {
             return self;
         }
-        self.with_next("make room on that disk, then publish again: what was kept is not stored again")
+        self.with_next(
+            "make room on that disk, then publish again: what was kept is not stored again",
+        )
     }
 
-    /// The same, said of a sink's own folder. What is missing or refused there now may be there at the next try: the NAS is not mounted,
-    /// or its server gives rights back late. So nothing is final but what is about the artifact itself, as a name that is too long.
+    /// The same, said of a sink's own folder. What is missing or refused there now may be there at
+    /// the next try: the NAS is not mounted, or its server gives rights back late. So nothing is
+    /// final but what is about the artifact itself, as a name that is too long.
     pub fn of_sink(self) -> Self {
         match (self.retry, self.code, self.reason) {
             (Retry::Never, Code::NotFound, Reason::SourceGone) => {
@@ -277,12 +351,16 @@ impl Fault {
         self
     }
 
-    /// An I/O error on a path, classed by its kind: a full disk is `no_space`, a missing path `not_found`, and so on.
+    /// An I/O error on a path, classed by its kind: a full disk is `no_space`, a missing path
+    /// `not_found`, and so on.
     pub fn io(what: impl fmt::Display, error: &std::io::Error) -> Self {
         use std::io::ErrorKind as K;
         let message = format!("{what}: {error}");
         use rustix::io::Errno;
-        if matches!(Errno::from_io_error(error), Some(Errno::MFILE | Errno::NFILE)) {
+        if matches!(
+            Errno::from_io_error(error),
+            Some(Errno::MFILE | Errno::NFILE)
+        ) {
             // Other work closes files: what retries by itself goes on then.
             return Self::internal(message).with_next(
                 "raise the limit of open files: LimitNOFILE= in the daemon's systemd unit, or 'ulimit -n'; see also fs.file-max",
@@ -326,8 +404,21 @@ fn is_of_device(error: &std::io::Error) -> bool {
     use rustix::io::Errno as E;
     let of_disk = [E::IO, E::NXIO, E::NODEV, E::STALE, E::REMOTEIO, E::NOMEDIUM];
     // An SMB client answers EINVAL to correct calls for a while.
-    let of_server = [E::HOSTDOWN, E::NETDOWN, E::NETRESET, E::CONNABORTED, E::NOTCONN, E::SHUTDOWN, E::COMM, E::NOLINK, E::INVAL];
-    error.raw_os_error().map(E::from_raw_os_error).is_some_and(|errno| of_disk.contains(&errno) || of_server.contains(&errno))
+    let of_server = [
+        E::HOSTDOWN,
+        E::NETDOWN,
+        E::NETRESET,
+        E::CONNABORTED,
+        E::NOTCONN,
+        E::SHUTDOWN,
+        E::COMM,
+        E::NOLINK,
+        E::INVAL,
+    ];
+    error
+        .raw_os_error()
+        .map(E::from_raw_os_error)
+        .is_some_and(|errno| of_disk.contains(&errno) || of_server.contains(&errno))
 }
 
 impl fmt::Display for Fault {
@@ -371,7 +462,11 @@ mod tests {
     fn a_file_that_is_too_large_waits_for_no_room() {
         let of = |errno: rustix::io::Errno| Fault::io("write /nas/a", &errno.into());
         let large = of(rustix::io::Errno::FBIG);
-        assert_eq!((large.reason, large.retry), (Reason::SinkRefused, Retry::Never), "{large:?}");
+        assert_eq!(
+            (large.reason, large.retry),
+            (Reason::SinkRefused, Retry::Never),
+            "{large:?}"
+        );
         assert!(!large.next.contains("make room"), "{}", large.next);
         let full = of(rustix::io::Errno::NOSPC);
         assert_eq!((full.reason, full.retry), (Reason::NoSpace, Retry::Backoff));
@@ -381,17 +476,36 @@ mod tests {
     fn a_lack_of_file_descriptors_is_named() {
         for errno in [rustix::io::Errno::MFILE, rustix::io::Errno::NFILE] {
             let fault = Fault::io("open /nas/a", &errno.into());
-            assert!(fault.retry == Retry::Backoff && fault.next.contains("limit of open files"), "{fault:?}");
+            assert!(
+                fault.retry == Retry::Backoff && fault.next.contains("limit of open files"),
+                "{fault:?}"
+            );
         }
     }
 
     #[test]
     fn a_disk_or_a_server_that_fails_is_waited_for() {
         use rustix::io::Errno;
-        let of_device = [Errno::IO, Errno::STALE, Errno::NOTCONN, Errno::NODEV, Errno::ROFS, Errno::INVAL];
-        for errno in of_device.into_iter().chain([Errno::HOSTDOWN, Errno::NETDOWN, Errno::NETRESET, Errno::CONNABORTED]) {
+        let of_device = [
+            Errno::IO,
+            Errno::STALE,
+            Errno::NOTCONN,
+            Errno::NODEV,
+            Errno::ROFS,
+            Errno::INVAL,
+        ];
+        for errno in of_device.into_iter().chain([
+            Errno::HOSTDOWN,
+            Errno::NETDOWN,
+            Errno::NETRESET,
+            Errno::CONNABORTED,
+        ]) {
             let fault = Fault::io("write /nas/a", &errno.into());
-            assert_eq!((fault.reason, fault.retry), (Reason::SinkUnavailable, Retry::Backoff), "{fault:?}");
+            assert_eq!(
+                (fault.reason, fault.retry),
+                (Reason::SinkUnavailable, Retry::Backoff),
+                "{fault:?}"
+            );
         }
     }
 
@@ -406,20 +520,58 @@ mod tests {
     #[test]
     fn in_a_folder_of_a_sink_only_what_is_about_the_artifact_is_final() {
         use rustix::io::Errno as E;
-        let of = |errno: E| Err::<(), _>(std::io::Error::from(errno)).at_sink("open /nas/a").unwrap_err();
+        let of = |errno: E| {
+            Err::<(), _>(std::io::Error::from(errno))
+                .at_sink("open /nas/a")
+                .unwrap_err()
+        };
         for (errno, code, reason, retry) in [
-            (E::NOENT, Code::Unreachable, Reason::SinkUnavailable, Retry::Backoff),
-            (E::ACCESS, Code::NotAllowed, Reason::SinkDenied, Retry::Backoff),
-            (E::PERM, Code::NotAllowed, Reason::SinkDenied, Retry::Backoff),
-            (E::INVAL, Code::Internal, Reason::SinkUnavailable, Retry::Backoff),
-            (E::ROFS, Code::NotAllowed, Reason::SinkUnavailable, Retry::Backoff),
+            (
+                E::NOENT,
+                Code::Unreachable,
+                Reason::SinkUnavailable,
+                Retry::Backoff,
+            ),
+            (
+                E::ACCESS,
+                Code::NotAllowed,
+                Reason::SinkDenied,
+                Retry::Backoff,
+            ),
+            (
+                E::PERM,
+                Code::NotAllowed,
+                Reason::SinkDenied,
+                Retry::Backoff,
+            ),
+            (
+                E::INVAL,
+                Code::Internal,
+                Reason::SinkUnavailable,
+                Retry::Backoff,
+            ),
+            (
+                E::ROFS,
+                Code::NotAllowed,
+                Reason::SinkUnavailable,
+                Retry::Backoff,
+            ),
             (E::NOSPC, Code::NoSpace, Reason::NoSpace, Retry::Backoff),
-            (E::NAMETOOLONG, Code::Usage, Reason::SinkRefused, Retry::Never),
+            (
+                E::NAMETOOLONG,
+                Code::Usage,
+                Reason::SinkRefused,
+                Retry::Never,
+            ),
             (E::ILSEQ, Code::Usage, Reason::SinkRefused, Retry::Never),
             (E::FBIG, Code::Conflict, Reason::SinkRefused, Retry::Never),
         ] {
             let fault = of(errno);
-            assert_eq!((fault.code, fault.reason, fault.retry), (code, reason, retry), "{fault:?}");
+            assert_eq!(
+                (fault.code, fault.reason, fault.retry),
+                (code, reason, retry),
+                "{fault:?}"
+            );
         }
         let conflict = Fault::conflict("another content").of_sink();
         assert_eq!(conflict.retry, Retry::Never);
@@ -430,9 +582,20 @@ mod tests {
         let full = Fault::no_space("write /hub/store: no space left on device");
         assert!(full.next.contains("goes on by itself"), "{}", full.next);
         let published = full.clone().of_publish();
-        assert!(published.next.contains("publish again") && !published.next.contains("by itself"), "{}", published.next);
-        assert_eq!((published.code, &published.message), (full.code, &full.message));
+        assert!(
+            published.next.contains("publish again") && !published.next.contains("by itself"),
+            "{}",
+            published.next
+        );
+        assert_eq!(
+            (published.code, &published.message),
+            (full.code, &full.message)
+        );
         let better = full.with_next("publish the archive decompressed");
-        assert_eq!(better.clone().of_publish(), better, "what is said already of this very case stands");
+        assert_eq!(
+            better.clone().of_publish(),
+            better,
+            "what is said already of this very case stands"
+        );
     }
 }

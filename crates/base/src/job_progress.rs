@@ -45,17 +45,29 @@ impl JobProgress {
         }
     }
 
-    /// Fails once somebody cancelled the job. Work asks this often, and before each step that takes long.
+    /// Fails once somebody cancelled the job. Work asks this often, and before each step that takes
+    /// long.
     pub fn check(&self) -> Result<(), Fault> {
-        if self.cancelled.is_cancelled() { Err(cancelled()) } else { Ok(()) }
+        if self.cancelled.is_cancelled() {
+            Err(cancelled())
+        } else {
+            Ok(())
+        }
     }
 
     /// Does `work`, and gives it up when somebody cancels the job.
-    pub async fn or_cancelled<T>(&self, work: impl Future<Output = Result<T, Fault>>) -> Result<T, Fault> {
-        self.cancelled.run_until_cancelled(work).await.unwrap_or_else(|| Err(cancelled()))
+    pub async fn or_cancelled<T>(
+        &self,
+        work: impl Future<Output = Result<T, Fault>>,
+    ) -> Result<T, Fault> {
+        self.cancelled
+            .run_until_cancelled(work)
+            .await
+            .unwrap_or_else(|| Err(cancelled()))
     }
 
-    /// [`JobProgress::check`], after which the job is not cancelled any more: what it has to show for itself becomes visible now.
+    /// [`JobProgress::check`], after which the job is not cancelled any more: what it has to show
+    /// for itself becomes visible now.
     pub fn end(&self) -> Result<(), Fault> {
         self.ending.store(true, Atomic::SeqCst);
         self.check()
@@ -94,5 +106,7 @@ impl JobProgress {
 
 /// The fault of work that somebody cancelled.
 pub fn cancelled() -> Fault {
-    Fault::partial("the job was cancelled").with_reason(Reason::CancelledByUser).with_next("run the command again to begin it anew")
+    Fault::partial("the job was cancelled")
+        .with_reason(Reason::CancelledByUser)
+        .with_next("run the command again to begin it anew")
 }

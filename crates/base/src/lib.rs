@@ -1,7 +1,7 @@
 //! What every other crate builds on: errors, names, limits, durable writes and small helpers.
 //!
-//! Owns no state of its own. All other crates call it; it calls none of them. What survives a crash is said by [`durable`], the
-//! only module that replaces files.
+//! Owns no state of its own. All other crates call it; it calls none of them. What survives a crash
+//! is said by [`durable`], the only module that replaces files.
 
 pub mod admission;
 pub mod blocking;

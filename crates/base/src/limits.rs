@@ -13,7 +13,7 @@ pub const TOLD_MAX: usize = 16;
 /// …and their bytes, at most.
 pub const TOLD_BYTES_MAX: usize = 256 << 10;
 /// Roots of such manifests that a site keeps until their transfers begin.
-pub const TOLD_KEPT_MAX: usize = 64;
+pub const PUSHED_MANIFESTS_MAX: usize = 64;
 /// The largest request for chunks on the line.
 pub const FETCH_REQUEST_BYTES_MAX: usize = 64 << 10;
 /// The largest chunk, raw or stored.
@@ -34,8 +34,8 @@ pub const ANSWER_IDLE_MAX: Duration = Duration::from_secs(600);
 pub const MESSAGE_BYTES_PER_SECOND_MIN: u64 = 8 << 10;
 /// Messages larger than this are parsed where it may block.
 pub const MESSAGE_BYTES_SMALL: usize = 64 << 10;
-/// How long a fetch waits for data of its own, however much the connection brings for others: as long as its peer may take to send
-/// what goes before it, and a little more.
+/// How long a fetch waits for data of its own, however much the connection brings for others: as
+/// long as its peer may take to send what goes before it, and a little more.
 pub const FETCH_IDLE_MAX: Duration = Duration::from_secs(960);
 /// The same for a manifest that the hub fetches before it answers: a manifest goes before content.
 pub const MANIFEST_IDLE_MAX: Duration = Duration::from_secs(120);
@@ -55,7 +55,8 @@ pub const CHANGES_PER_SECOND_MAX: u32 = 50;
 pub const CHANGES_AT_ONCE_MAX: u32 = 1_000;
 /// The largest root manifest.
 pub const ROOT_BYTES_MAX: usize = 1 << 20;
-/// The raw bytes of chunks that one fetch request asks for, about: small enough that a stream's window holds it.
+/// The raw bytes of chunks that one fetch request asks for, about: small enough that a stream's
+/// window holds it.
 pub const FETCH_BATCH_BYTES: u64 = 1 << 20;
 /// The most chunks, pages, ranges and parts of one fetch request, all together.
 pub const FETCH_BATCH_CHUNKS_MAX: usize = 1024;
@@ -69,14 +70,17 @@ pub const FETCH_IN_FLIGHT_FAR_MAX: usize = 60;
 pub const DIFFERENCE_BASE_BYTES_MAX: u64 = 2 << 20;
 /// A pack is sealed once it holds this much.
 pub const PACK_BYTES: u64 = 32 << 20;
-/// The most bytes of a transfer that were asked for and are not committed yet: what a kill costs at the worst, beside the 8 MiB and
-/// more that the hub may still send to the dead.
+/// The most bytes of a transfer that were asked for and are not committed yet: what a kill costs at
+/// the worst, beside the 8 MiB and more that the hub may still send to the dead.
 pub const UNCOMMITTED_BYTES_MAX: u64 = 36 << 20;
-/// The same where more is on the way; of that a kill costs no more unless the line is as fast as that.
+/// The same where more is on the way; of that a kill costs no more unless the line is as fast as
+/// that.
 pub const UNCOMMITTED_BYTES_FAR_MAX: u64 = 76 << 20;
-/// The same after bytes could not be stored, until some were: what each try that fails costs at the most.
+/// The same after bytes could not be stored, until some were: what each try that fails costs at the
+/// most.
 pub const UNCOMMITTED_BYTES_AFTER_FAILURE_MAX: u64 = 2 << 20;
-/// A transfer's group commit: after this many bytes, which leaves more than half of the above to what is on the way…
+/// A transfer's group commit: after this many bytes, which leaves more than half of the above to
+/// what is on the way…
 pub const COMMIT_BYTES: u64 = 16 << 20;
 /// …or after this long, whichever comes first.
 pub const COMMIT_EVERY: Duration = Duration::from_secs(1);
@@ -98,13 +102,15 @@ pub const BACKOFF_MAX: Duration = Duration::from_secs(60);
 pub const SOURCE_PAUSE_MAX: Duration = Duration::from_secs(5);
 /// The threads of one sink at once: what its transfers need, and calls beside them.
 pub const SINK_THREADS_MAX: usize = 128;
-/// A sink whose far end has not answered for this long is said not to answer. With the look each second that is within 5 s.
+/// A sink whose far end has not answered for this long is said not to answer. With the look each
+/// second that is within 5 s.
 pub const SINK_SILENT_AFTER: Duration = Duration::from_secs(3);
 /// How long `doctor`, and whoever else does not wait for a transfer, waits for a sink.
 pub const SINK_ANSWER_MAX: Duration = Duration::from_secs(5);
 /// A text in a site's answer how an artifact is there.
 pub const STANDING_TEXT_BYTES_MAX: usize = 1 << 10;
-/// How long a site looks at an artifact that is to be delivered again, without reading it; the hub waits a little longer.
+/// How long a site looks at an artifact that is to be delivered again, without reading it; the hub
+/// waits a little longer.
 pub const STANDING_LOOK_MAX: Duration = Duration::from_secs(4);
 /// How long a transfer that is stopped waits for its threads, which may hang in a sink.
 pub const SINK_STOP_MAX: Duration = Duration::from_secs(2);
@@ -114,13 +120,16 @@ pub const LEFTOVERS_AGAIN_AFTER: Duration = Duration::from_secs(60);
 pub const ROOT_USE_SAID_EVERY: Duration = Duration::from_secs(86_400);
 /// …and one that has not said so for this long does not use it any longer.
 pub const ROOT_USE_ENDS_AFTER: Duration = Duration::from_secs(30 * 86_400);
-/// The bytes in flight that each sink has for itself, so that one that hangs cannot hold all of them.
+/// The bytes in flight that each sink has for itself, so that one that hangs cannot hold all of
+/// them.
 pub const SINK_OWN_BYTES: u64 = 2 << 20;
 /// The longest pause before a sink that failed is tried again: a try that fails moves no byte.
 pub const SINK_PAUSE_MAX: Duration = Duration::from_secs(10);
-/// The names of folders that one walk over a tree holds at once, in bytes; a larger folder is read in batches.
+/// The names of folders that one walk over a tree holds at once, in bytes; a larger folder is read
+/// in batches.
 pub const WALK_NAMES_BYTES_MAX: usize = 32 << 20;
-/// The largest JSON of an image (manifest, index, config), in bytes: what registries accept as well.
+/// The largest JSON of an image (manifest, index, config), in bytes: what registries accept as
+/// well.
 pub const IMAGE_JSON_BYTES_MAX: u64 = 4 << 20;
 /// All the JSON of one image together, in bytes.
 pub const IMAGE_JSON_TOTAL_BYTES_MAX: u64 = 64 << 20;
@@ -136,11 +145,13 @@ pub const ARCHIVE_NAMES_BYTES_MAX: usize = 16 << 20;
 pub const ARCHIVE_HEADER_BYTES_MAX: u64 = 64 << 10;
 /// Decompressing stops as a bomb when more than this many bytes came out…
 pub const BOMB_BYTES: u64 = 1 << 30;
-/// …and more than this many times what went in. Real layers reach 20, gzip cannot pass 1,032, zstd has no bound.
+/// …and more than this many times what went in. Real layers reach 20, gzip cannot pass 1,032, zstd
+/// has no bound.
 pub const BOMB_RATIO: u64 = 256;
 /// The layers of an image that are checked at once.
 pub const IMAGE_CHECKS_MAX: usize = 4;
-/// Connections from sites and publishers that the hub holds at once; publishers get three quarters of them at most.
+/// Connections from sites and publishers that the hub holds at once; publishers get three quarters
+/// of them at most.
 pub const SITE_CONNECTIONS_MAX: usize = 4096;
 /// How long a cancel waits for a sink to say whether it holds the artifact.
 pub const CANCEL_LOOK_MAX: Duration = Duration::from_secs(5);
@@ -168,11 +179,13 @@ pub const LABEL_CONNECT_MAX: Duration = Duration::from_secs(10);
 pub const LABEL_SILENCE_MAX: Duration = Duration::from_secs(120);
 /// How long one statement without rows (an index, a switch) may take in a label database.
 pub const LABEL_STATEMENT_MAX: Duration = Duration::from_secs(3600);
-/// How long a commit waits for the writer's lock of SQLite before the delivery pauses and tries again.
+/// How long a commit waits for the writer's lock of SQLite before the delivery pauses and tries
+/// again.
 pub const LABEL_WRITER_WAIT_MAX: Duration = Duration::from_secs(4);
 /// How long a statement waits for a lock in PostgreSQL before the delivery pauses and tries again.
 pub const LABEL_LOCK_WAIT_MAX: Duration = Duration::from_secs(4);
-/// A call on PostgreSQL that takes longer than this is watched from a second session: who blocks it is reported.
+/// A call on PostgreSQL that takes longer than this is watched from a second session: who blocks it
+/// is reported.
 pub const LABEL_BLOCKED_REPORT_AFTER: Duration = Duration::from_secs(1);
 /// How long PostgreSQL may refuse or ignore that second session before the call is given up.
 pub const LABEL_UNREACHABLE_MAX: Duration = Duration::from_secs(60);
@@ -186,14 +199,16 @@ pub const API_BODY_BYTES_MAX: usize = 1 << 20;
 pub const API_BODY_SILENCE_MAX: Duration = Duration::from_secs(30);
 /// …this rate, in bytes a second.
 pub const API_BODY_RATE_MIN: u64 = 4 << 10;
-/// How long the head of an API request may take, from the connection or the end of the request before.
+/// How long the head of an API request may take, from the connection or the end of the request
+/// before.
 pub const API_HEAD_MAX: Duration = Duration::from_secs(10);
 /// The largest head of an API request.
 pub const API_HEAD_BYTES_MAX: usize = 128 << 10;
-/// Connections to the API at once, over TCP and as many over the local socket. Beyond that the oldest without the token is closed; if all
-/// have shown it, the next one waits.
+/// Connections to the API at once, over TCP and as many over the local socket. Beyond that the
+/// oldest without the token is closed; if all have shown it, the next one waits.
 pub const API_CONNECTIONS_MAX: usize = 256;
-/// Connections to the API of one address (IPv6: of one /64) that have not shown the token; beyond that its oldest is closed.
+/// Connections to the API of one address (IPv6: of one /64) that have not shown the token; beyond
+/// that its oldest is closed.
 pub const API_CONNECTIONS_PER_ADDRESS_MAX: usize = 32;
 /// Characters of a request that the log shows.
 pub const API_AUDIT_CHARS_MAX: usize = 500;
@@ -205,15 +220,18 @@ pub const API_IDLE_MAX: Duration = Duration::from_secs(120);
 pub const API_ROWS_MAX: u32 = 10_000;
 /// Rows of a long API reply that are in memory at once: it is made and sent a page at a time…
 pub const API_PAGE_ROWS: u32 = 500;
-/// …and the bytes of JSON of such a page, and of a reply that ends with a cursor. As many connections as there can be hold two each.
+/// …and the bytes of JSON of such a page, and of a reply that ends with a cursor. As many
+/// connections as there can be hold two each.
 pub const API_PAGE_BYTES: usize = 128 << 10;
-/// Lists of the API that are made at once, a page or a whole small one; the others wait for their turn.
+/// Lists of the API that are made at once, a page or a whole small one; the others wait for their
+/// turn.
 pub const API_LISTS_AT_ONCE_MAX: usize = 4;
 /// Ids in one API query.
 pub const API_QUERY_IDS_MAX: usize = 1_000;
 /// Events that a stream holds in memory at once.
 pub const API_STREAM_EVENTS: u32 = 50;
-/// Rows of one API reply when the request does not say, and the most where a reader goes on from a cursor.
+/// Rows of one API reply when the request does not say, and the most where a reader goes on from a
+/// cursor.
 pub const API_ROWS_DEFAULT: u32 = 1_000;
 /// Between two looks of a waiting API request: changes that come faster are told together.
 pub const API_LOOK_EVERY: Duration = Duration::from_millis(10);
@@ -241,13 +259,15 @@ pub const LOCATION_BYTES_MAX: usize = 5 << 10;
 pub const LOG_FIELD_BYTES_MAX: usize = 16 << 10;
 /// The longest version of a program, bytes.
 pub const VERSION_BYTES_MAX: usize = 64;
-/// The entries that the hub keeps of an `allow` list of a site, for sharing or for training; each is a selection of sites.
+/// The entries that the hub keeps of an `allow` list of a site, for sharing or for training; each
+/// is a selection of sites.
 pub const ALLOW_ENTRIES_MAX: usize = 10_000;
 /// The longest certificate request, bytes of hex.
 pub const RENEWAL_BYTES_MAX: usize = 16 << 10;
 /// Reports that a site sends in one message, bytes of JSON.
 pub const REPORT_BYTES_MAX: usize = 1 << 20;
-/// One answer to a question over a connection between hub and site, bytes of JSON; longer lists come in several.
+/// One answer to a question over a connection between hub and site, bytes of JSON; longer lists
+/// come in several.
 pub const ANSWER_BYTES_MAX: usize = CONTROL_FRAME_BYTES_MAX - (64 << 10);
 /// Artifacts of one delivery.
 pub const DELIVERY_ARTIFACTS_MAX: usize = 1_000;
@@ -257,11 +277,14 @@ pub const DELIVERY_PARTS_MAX: usize = 100_000;
 pub const PLAN_ROWS_MAX: usize = 5_000;
 /// Notes of one job.
 pub const JOB_NOTES_MAX: usize = 1_000;
-/// The result of one job, bytes of JSON; of a longer list the first rows are kept, and how many there are.
+/// The result of one job, bytes of JSON; of a longer list the first rows are kept, and how many
+/// there are.
 pub const JOB_RESULT_BYTES_MAX: usize = 256 << 10;
-/// Artifacts or sites of one delivery that are listed when all its names have no room in one answer.
+/// Artifacts or sites of one delivery that are listed when all its names have no room in one
+/// answer.
 pub const NAMES_LISTED_MAX: usize = 1_000;
-/// The largest count of bytes that is taken from a peer: 1 EiB, so that 16 of them add up without overflow.
+/// The largest count of bytes that is taken from a peer: 1 EiB, so that 16 of them add up without
+/// overflow.
 pub const COUNTED_BYTES_MAX: u64 = 1 << 60;
 /// The largest generation of a transfer: nobody retries so often.
 pub const GENERATION_MAX: i64 = 1 << 40;
@@ -287,9 +310,11 @@ pub const INGEST_BATCH_BYTES: usize = 1 << 20;
 pub const INGEST_BATCHES_MAX: usize = 8;
 /// How long a connection to a registry may take to stand.
 pub const REGISTRY_CONNECT_MAX: Duration = Duration::from_secs(10);
-/// How long a registry may stay silent: before it answers a small request, or between two pieces of a body.
+/// How long a registry may stay silent: before it answers a small request, or between two pieces of
+/// a body.
 pub const REGISTRY_SILENCE_MAX: Duration = Duration::from_secs(60);
-/// How long a registry may take to answer once the whole of a blob was sent: some hash it again first.
+/// How long a registry may take to answer once the whole of a blob was sent: some hash it again
+/// first.
 pub const REGISTRY_CLOSE_MAX: Duration = Duration::from_secs(15 * 60);
 /// The pause before a registry in read-only mode is asked again.
 pub const REGISTRY_READ_ONLY_PAUSE: Duration = Duration::from_secs(60);
@@ -297,14 +322,15 @@ pub const REGISTRY_READ_ONLY_PAUSE: Duration = Duration::from_secs(60);
 pub const REGISTRY_RETRY_AFTER_MAX: Duration = Duration::from_secs(60 * 60);
 /// The longest note on a transfer.
 pub const NOTE_BYTES_MAX: usize = 2 << 10;
-/// How long a request to a registry waits in place when the registry asks for a pause (429, 503). A delivery pauses as a whole after
-/// that, and shows the reason.
+/// How long a request to a registry waits in place when the registry asks for a pause (429, 503). A
+/// delivery pauses as a whole after that, and shows the reason.
 pub const REGISTRY_PAUSE_IN_PLACE_MAX: Duration = Duration::from_secs(3);
 /// The same for a request of a publish, which nothing else would repeat.
 pub const REGISTRY_PAUSE_OF_PULL_MAX: Duration = Duration::from_secs(300);
 /// The longest pause where the registry does not say how long it shall be.
 pub const REGISTRY_PAUSE_MAX: Duration = Duration::from_secs(30);
-/// A registry that answers no request for this long is reported as such by the delivery that waits for it.
+/// A registry that answers no request for this long is reported as such by the delivery that waits
+/// for it.
 pub const REGISTRY_SILENCE_REPORT_AFTER: Duration = Duration::from_secs(3);
 /// Fetched blobs of a publish that failed are kept for this long, for the next try.
 pub const PULLED_KEPT_MAX: Duration = Duration::from_secs(24 * 60 * 60);
@@ -316,7 +342,8 @@ pub const REGISTRY_BLOBS_IN_FLIGHT_MAX: usize = 3;
 pub const REGISTRY_READ_BYTES: usize = 512 << 10;
 /// …and this many of them wait at most.
 pub const REGISTRY_READ_AHEAD_MAX: usize = 3;
-/// The first chunk of an upload in chunks, which is used where a proxy limits the size of a request.
+/// The first chunk of an upload in chunks, which is used where a proxy limits the size of a
+/// request.
 pub const REGISTRY_CHUNK_BYTES: u64 = 64 << 20;
 /// Chunks are not halved below this.
 pub const REGISTRY_CHUNK_BYTES_MIN: u64 = 1 << 20;
@@ -326,7 +353,8 @@ pub const REGISTRY_BLOB_TRIES_MAX: u32 = 3;
 pub const REGISTRY_TOKENS_KEPT_MAX: usize = 256;
 /// The largest token, error body or list that is read from a registry.
 pub const REGISTRY_BODY_BYTES_MAX: usize = 1 << 20;
-/// How long a pull asks a registry in all for what refers to the image, beside the transfer of its blobs.
+/// How long a pull asks a registry in all for what refers to the image, beside the transfer of its
+/// blobs.
 pub const REGISTRY_REFERRERS_MAX: Duration = Duration::from_secs(3);
 /// The manifests of one image whose referrers are asked for; the top one is the first.
 pub const REGISTRY_REFERRER_SUBJECTS_MAX: usize = 8;
@@ -346,75 +374,85 @@ pub const IMAGE_MANIFEST_BYTES_MAX: usize = 4 << 20;
 pub const IMAGE_MANIFESTS_MAX: usize = 1024;
 /// …and their bytes together.
 pub const IMAGE_MANIFESTS_BYTES_MAX: usize = 32 << 20;
-/// The longest a stream of the line may run ahead of its reader. With quinn a larger window dies on a lossy line: it keeps at
-/// most 1,024 pieces out of order a stream and else closes the whole connection.
-pub const LINE_STREAM_WINDOW_BYTES: u32 = 1280 << 10;
-/// The longest all streams of one line may run ahead of their readers at a site: 10 Gbit/s times 50 ms. At the hub it is less over QUIC:
-pub const LINE_WINDOW_BYTES: u32 = 64 << 20;
+/// The longest a stream of the line may run ahead of its reader. With quinn a larger window dies on
+/// a lossy line: it keeps at most 1,024 pieces out of order a stream and else closes the whole
+/// connection.
+pub const CONNECTION_STREAM_WINDOW_BYTES: u32 = 1280 << 10;
+/// The longest all streams of one line may run ahead of their readers at a site: 10 Gbit/s times 50
+/// ms. At the hub it is less over QUIC:
+pub const CONNECTION_WINDOW_BYTES: u32 = 64 << 20;
 /// before the peer has shown who it is,
-pub const LINE_WINDOW_FIRST_BYTES: u64 = 256 << 10;
+pub const CONNECTION_WINDOW_FIRST_BYTES: u64 = 256 << 10;
 /// while nothing is fetched from it, at most
-pub const LINE_WINDOW_IDLE_BYTES_MAX: u64 = 8 << 20;
+pub const CONNECTION_WINDOW_IDLE_BYTES_MAX: u64 = 8 << 20;
 /// and at least;
-pub const LINE_WINDOW_LEAST_BYTES: u64 = 64 << 10;
+pub const CONNECTION_WINDOW_LEAST_BYTES: u64 = 64 << 10;
 /// while something is, of all lines of one peer together at most
-pub const LINE_WINDOW_WANTED_BYTES_MAX: u64 = 16 << 20;
+pub const CONNECTION_WINDOW_WANTED_BYTES_MAX: u64 = 16 << 20;
 /// and of each at least.
-pub const LINE_WINDOW_WANTED_LEAST_BYTES: u64 = 1 << 20;
+pub const CONNECTION_WINDOW_WANTED_LEAST_BYTES: u64 = 1 << 20;
 /// What one line may buffer for sending however many there are.
-pub const LINE_SEND_BYTES_LEAST: u64 = 256 << 10;
-/// What one line buffers for sending at least while there are few, and at most when its congestion window asks for more.
-pub const LINE_SEND_BYTES_MIN: u64 = 8 << 20;
-/// How often what a line may buffer for sending is fitted to what it carries and to how many there are.
-pub const LINE_FIT_EVERY: Duration = Duration::from_millis(500);
+pub const CONNECTION_SEND_BYTES_LEAST: u64 = 256 << 10;
+/// What one line buffers for sending at least while there are few, and at most when its congestion
+/// window asks for more.
+pub const CONNECTION_SEND_BYTES_MIN: u64 = 8 << 20;
+/// How often what a line may buffer for sending is fitted to what it carries and to how many there
+/// are.
+pub const CONNECTION_FIT_EVERY: Duration = Duration::from_millis(500);
 /// The most one line buffers for sending.
-pub const LINE_SEND_BYTES_MAX: u64 = 96 << 20;
+pub const CONNECTION_SEND_BYTES_MAX: u64 = 96 << 20;
 /// Streams that each end of a line may have open at once.
-pub const LINE_STREAMS_MAX: u32 = 256;
+pub const CONNECTION_STREAMS_MAX: u32 = 256;
 /// Packets asked of the path at most. Larger ones were no faster.
-pub const LINE_PACKET_BYTES_MAX: u16 = 16_250;
+pub const CONNECTION_PACKET_BYTES_MAX: u16 = 16_250;
 /// The buffers asked of the kernel for the line's UDP socket.
-pub const LINE_SOCKET_BUFFER_BYTES: usize = 8 << 20;
+pub const CONNECTION_SOCKET_BUFFER_BYTES: usize = 8 << 20;
 /// A quiet line is kept open by a packet this often.
-pub const LINE_KEEP_ALIVE: Duration = Duration::from_secs(1);
+pub const CONNECTION_KEEP_ALIVE: Duration = Duration::from_secs(1);
 /// How long the hub's UDP port may stay silent before a site tries TCP.
-pub const LINE_QUIC_ANSWER_MAX: Duration = Duration::from_secs(4);
-/// How long one handshake may take, from the first packet to the hub's welcome or to the end of a join request.
-pub const LINE_HANDSHAKE_MAX: Duration = Duration::from_secs(10);
+pub const CONNECTION_QUIC_ANSWER_MAX: Duration = Duration::from_secs(4);
+/// How long one handshake may take, from the first packet to the hub's welcome or to the end of a
+/// join request.
+pub const CONNECTION_HANDSHAKE_MAX: Duration = Duration::from_secs(10);
 /// How long its first part, TLS, may take at the hub.
-pub const LINE_TLS_MAX: Duration = Duration::from_secs(5);
+pub const CONNECTION_TLS_MAX: Duration = Duration::from_secs(5);
 /// Unfinished handshakes over each transport; beyond that the oldest is closed for a new one.
-pub const LINE_HANDSHAKES_MAX: usize = 256;
-/// Unfinished handshakes, and join requests, of one address (IPv6: of one /64); beyond that its oldest is closed.
-pub const LINE_HANDSHAKES_PER_ADDRESS_MAX: usize = 8;
+pub const CONNECTION_HANDSHAKES_MAX: usize = 256;
+/// Unfinished handshakes, and join requests, of one address (IPv6: of one /64); beyond that its
+/// oldest is closed.
+pub const CONNECTION_HANDSHAKES_PER_ADDRESS_MAX: usize = 8;
 /// Unfinished QUIC handshakes of one address that has proved that packets to it arrive (a Retry).
-pub const LINE_HANDSHAKES_PROVED_MAX: usize = LINE_HANDSHAKES_MAX / 4;
-/// Join requests that the hub reads and answers at once; beyond that the oldest that is not being answered is closed.
-pub const LINE_JOINS_MAX: usize = 64;
+pub const CONNECTION_HANDSHAKES_PROVED_MAX: usize = CONNECTION_HANDSHAKES_MAX / 4;
+/// Join requests that the hub reads and answers at once; beyond that the oldest that is not being
+/// answered is closed.
+pub const CONNECTION_JOINS_MAX: usize = 64;
 /// Connections of one publisher.
-pub const LINE_CONNECTIONS_PER_PUBLISHER_MAX: usize = 16;
-/// Connections of one site, which has more than one only while it reconnects or changes from TCP to QUIC.
-pub const LINE_CONNECTIONS_PER_SITE_MAX: usize = 4;
+pub const CONNECTIONS_PER_PUBLISHER_MAX: usize = 16;
+/// Connections of one site, which has more than one only while it reconnects or changes from TCP to
+/// QUIC.
+pub const CONNECTIONS_PER_SITE_MAX: usize = 4;
 /// Handshakes at once from which on the hub makes new callers prove their address first.
-pub const LINE_HANDSHAKES_EASY: usize = 32;
+pub const CONNECTION_HANDSHAKES_EASY: usize = 32;
 /// Lines that are set up and wait for the daemon to take them.
-pub const LINE_ARRIVALS_WAITING_MAX: usize = 64;
+pub const CONNECTION_ARRIVALS_WAITING_MAX: usize = 64;
 /// Addresses of one host name that are tried.
-pub const LINE_ADDRESSES_MAX: usize = 8;
+pub const CONNECTION_ADDRESSES_MAX: usize = 8;
 /// The largest join request, join answer or welcome.
-pub const LINE_HELLO_BYTES_MAX: usize = 64 << 10;
+pub const CONNECTION_HELLO_BYTES_MAX: usize = 64 << 10;
 /// The longest reason sent along when a line is closed.
-pub const LINE_REASON_BYTES_MAX: usize = 1024;
+pub const CONNECTION_REASON_BYTES_MAX: usize = 1024;
 /// The largest piece of a stream in one frame of the TCP line.
 pub const MUX_FRAME_BYTES_MAX: usize = 64 << 10;
 /// What one write to the TCP line takes together.
 pub const MUX_BATCH_BYTES: usize = 256 << 10;
-/// A stream of the TCP line takes the next bytes from its writer once fewer than this wait: the next piece as it is…
+/// A stream of the TCP line takes the next bytes from its writer once fewer than this wait: the
+/// next piece as it is…
 pub const MUX_STREAM_QUEUE_BYTES: usize = 64 << 10;
-/// …while all streams of the line hold less than this, else no more than the above. It feeds the kernel's buffer, which holds what is
-/// in flight, so no line needs more of it.
-pub const MUX_LINE_QUEUE_BYTES: usize = 8 << 20;
-/// Control frames of the TCP line that wait to be sent; a peer that provokes more and reads none is cut off.
+/// …while all streams of the line hold less than this, else no more than the above. It feeds the
+/// kernel's buffer, which holds what is in flight, so no line needs more of it.
+pub const MUX_QUEUE_BYTES: usize = 8 << 20;
+/// Control frames of the TCP line that wait to be sent; a peer that provokes more and reads none is
+/// cut off.
 pub const MUX_CONTROL_BYTES_MAX: usize = 256 << 10;
 /// Streams of one site that the hub answers at once.
 pub const FETCH_STREAMS_MAX: usize = 128;
@@ -422,15 +460,18 @@ pub const FETCH_STREAMS_MAX: usize = 128;
 pub const LABEL_RECORD_BYTES_MAX: usize = 1 << 20;
 /// The deepest nesting of a label record.
 pub const LABEL_DEPTH_MAX: u32 = 128;
-/// The largest small file beside labels that is read whole: a list of names or sizes, or one image's XML.
+/// The largest small file beside labels that is read whole: a list of names or sizes, or one
+/// image's XML.
 pub const LABEL_SIDE_FILE_BYTES_MAX: u64 = 4 << 20;
-/// Label rows kept in memory before they are spilled, for each sort that runs (two at once at most).
+/// Label rows kept in memory before they are spilled, for each sort that runs (two at once at
+/// most).
 pub const LABEL_SORT_BYTES: usize = 32 << 20;
 /// The longest pause between two tries to reach the hub.
 pub const RECONNECT_MAX: Duration = Duration::from_secs(15);
 /// The pause before what a full disk did not take is written, told or opened again.
 pub const STATE_RETRY_EVERY: Duration = Duration::from_secs(5);
-/// With less room than this on the disk of its state, a hub does not ask for reports again that it could not store.
+/// With less room than this on the disk of its state, a hub does not ask for reports again that it
+/// could not store.
 pub const STATE_WRITE_BYTES_MIN: u64 = 1 << 20;
 /// The pause between two log lines about the same disk that cannot be written.
 pub const STATE_LOG_EVERY: Duration = Duration::from_secs(60);
@@ -438,23 +479,29 @@ pub const STATE_LOG_EVERY: Duration = Duration::from_secs(60);
 pub const BUNDLE_LIST_BYTES_MAX: usize = 64 << 20;
 /// The shortest `[share] check_every`.
 pub const CHECK_EVERY_MIN: Duration = Duration::from_secs(1);
-/// Artifacts that changed where they were published, which a site tells the hub of in one message; others are told as these are mended.
+/// Artifacts that changed where they were published, which a site tells the hub of in one message;
+/// others are told as these are mended.
 pub const CHANGED_TOLD_MAX: i64 = 500;
-/// How long a command waits for a daemon that went away while it did a job: after a restart it knows the job no more.
+/// How long a command waits for a daemon that went away while it did a job: after a restart it
+/// knows the job no more.
 pub const JOB_AWAY_MAX: Duration = Duration::from_secs(15);
 /// How long a cancelled job may take to stop by itself before it is given up.
 pub const JOB_CANCEL_MAX: Duration = Duration::from_secs(3);
-/// Room that the store leaves on its disk beside a whole pack, so that the databases can still be written.
+/// Room that the store leaves on its disk beside a whole pack, so that the databases can still be
+/// written.
 pub const STORE_SPARE_BYTES: u64 = 16 << 20;
-/// A B-tree file up to this size is verified by its checksums when it is opened: that reads all of it.
+/// A B-tree file up to this size is verified by its checksums when it is opened: that reads all of
+/// it.
 pub const TREE_CHECKED_BYTES_MAX: u64 = 64 << 20;
 /// What is appended to a pack before the free space is checked again.
 pub const APPEND_LOOK_BYTES: u64 = 1 << 20;
 /// Inodes that stay free on the disk of a daemon's own state.
 pub const STATE_INODES_SPARE: u64 = 64;
-/// A file of this size is not begun to be published where it will not fit; smaller ones find that out as they go.
+/// A file of this size is not begun to be published where it will not fit; smaller ones find that
+/// out as they go.
 pub const FORECAST_BYTES_MIN: u64 = 2 * PACK_BYTES;
-/// Room that decompressing an archive leaves on its disk, which is the store's as well: what that asks for one pack…
+/// Room that decompressing an archive leaves on its disk, which is the store's as well: what that
+/// asks for one pack…
 pub const SCRATCH_SPARE_BYTES: u64 = PACK_BYTES + STORE_SPARE_BYTES;
 /// …and whether it is there still is looked at each time that this much was written.
 pub const SCRATCH_LOOK_BYTES: u64 = 8 << 20;
@@ -476,9 +523,11 @@ pub const TRAINER_STARTS_MAX: u32 = 3;
 pub const TRAINER_LOOK_EVERY: Duration = Duration::from_millis(250);
 /// How long a training platform may take to answer the call that starts a run.
 pub const TRAINER_CALL_MAX: Duration = Duration::from_secs(30);
-/// How long after a run's deadline a platform that does not answer is still told that the run is over.
+/// How long after a run's deadline a platform that does not answer is still told that the run is
+/// over.
 pub const TRAINER_CALL_OFF_MAX: Duration = Duration::from_secs(6 * 3600);
-/// Less room than this for a daemon's own state is a fault for `doctor`: two packs and the databases beside them.
+/// Less room than this for a daemon's own state is a fault for `doctor`: two packs and the
+/// databases beside them.
 pub const STATE_ROOM_BYTES_MIN: u64 = 128 << 20;
 /// How often a daemon gives buffers back that nobody used since.
 pub const REST_EVERY: Duration = Duration::from_secs(5);
@@ -496,8 +545,9 @@ pub const OMITTED_EXAMPLES_MAX: usize = 5;
 pub const OMITTED_EXAMPLE_CHARS_MAX: usize = 200;
 /// Characters after which a line for people about one category gets no further example.
 pub const OMITTED_LINE_CHARS_MAX: usize = 200;
-/// The files with several names whose inodes are remembered while a folder is read, to count hard links: 18 MiB at most. Of what
-/// comes after so many, each file with several names counts as a hard link.
+/// The files with several names whose inodes are remembered while a folder is read, to count hard
+/// links: 18 MiB at most. Of what comes after so many, each file with several names counts as a
+/// hard link.
 pub const HARD_LINKED_FILES_KEPT_MAX: usize = 7 << 17;
 /// The names of the extended attributes of one file, in bytes: what Linux lists at most.
 pub const XATTR_NAMES_BYTES_MAX: usize = 64 << 10;
@@ -507,7 +557,8 @@ pub const RUN_JOBS_KEPT_MAX: usize = 256;
 pub const REGISTRY_REDIRECTS_MAX: usize = 10;
 /// Chunks named in one report of a failed transfer that the hub reads again.
 pub const REFUSED_CHUNKS_MAX: usize = 16;
-/// The paths of folders that the links of one artifact step back from, and of those links, in bytes.
+/// The paths of folders that the links of one artifact step back from, and of those links, in
+/// bytes.
 pub const LINK_FOLDERS_BYTES_MAX: usize = 8 << 20;
 /// How long one `doctor` checks manifests before it leaves the rest to the next.
 pub const DOCTOR_MANIFESTS_MAX: Duration = Duration::from_secs(10);

@@ -1,7 +1,8 @@
 //! The names of things, parsed once into types that cannot be wrong.
 //!
-//! Everything that comes from a person, a peer or a file is turned into one of these at the edge; inside the program
-//! no other code checks a name again. None of them can leave its folder, carry a NUL or be empty.
+//! Everything that comes from a person, a peer or a file is turned into one of these at the edge;
+//! inside the program no other code checks a name again. None of them can leave its folder, carry a
+//! NUL or be empty.
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -12,7 +13,8 @@ use thiserror::Error;
 
 /// The longest artifact name, version, site name or label, in bytes.
 pub const NAME_BYTES_MAX: usize = 128;
-/// The longest single component of a path inside an artifact, in bytes (what every common filesystem allows).
+/// The longest single component of a path inside an artifact, in bytes (what every common
+/// filesystem allows).
 pub const PATH_COMPONENT_BYTES_MAX: usize = 255;
 /// The longest path inside an artifact, in bytes.
 pub const PATH_BYTES_MAX: usize = 4096;
@@ -29,7 +31,11 @@ pub struct NameError {
 fn refuse<T>(what: &'static str, name: &str, why: impl Into<String>) -> Result<T, NameError> {
     // A hostile name may be of any length; an error message may not.
     let name = name.chars().take(200).collect();
-    Err(NameError { what, name, why: why.into() })
+    Err(NameError {
+        what,
+        name,
+        why: why.into(),
+    })
 }
 
 fn check_word(what: &'static str, word: &str) -> Result<(), NameError> {
@@ -37,14 +43,29 @@ fn check_word(what: &'static str, word: &str) -> Result<(), NameError> {
         return refuse(what, word, "it is empty");
     }
     if word.len() > NAME_BYTES_MAX {
-        return refuse(what, word, format!("it is longer than {NAME_BYTES_MAX} bytes"));
+        return refuse(
+            what,
+            word,
+            format!("it is longer than {NAME_BYTES_MAX} bytes"),
+        );
     }
     let first = word.as_bytes()[0];
     if !(first.is_ascii_lowercase() || first.is_ascii_digit()) {
-        return refuse(what, word, "it must start with a lower-case letter or a digit");
+        return refuse(
+            what,
+            word,
+            "it must start with a lower-case letter or a digit",
+        );
     }
-    match word.chars().find(|c| !matches!(c, 'a'..='z' | '0'..='9' | '.' | '_' | '-')) {
-        Some(c) => refuse(what, word, format!("it contains {c:?}; use a-z, 0-9, '.', '_' and '-'")),
+    match word
+        .chars()
+        .find(|c| !matches!(c, 'a'..='z' | '0'..='9' | '.' | '_' | '-'))
+    {
+        Some(c) => refuse(
+            what,
+            word,
+            format!("it contains {c:?}; use a-z, 0-9, '.', '_' and '-'"),
+        ),
         None => Ok(()),
     }
 }
@@ -98,7 +119,13 @@ pub enum Kind {
 
 impl Kind {
     /// Every kind, in the order in which people list them.
-    pub const ALL: [Kind; 5] = [Kind::Dataset, Kind::Labels, Kind::Operator, Kind::Image, Kind::Model];
+    pub const ALL: [Kind; 5] = [
+        Kind::Dataset,
+        Kind::Labels,
+        Kind::Operator,
+        Kind::Image,
+        Kind::Model,
+    ];
 
     /// The word used in references, paths and JSON.
     pub fn as_str(self) -> &'static str {
@@ -128,12 +155,17 @@ impl FromStr for Kind {
     fn from_str(s: &str) -> Result<Self, NameError> {
         match Kind::ALL.into_iter().find(|k| k.as_str() == s) {
             Some(kind) => Ok(kind),
-            None => refuse("kind", s, "it is one of dataset, labels, operator, image, model"),
+            None => refuse(
+                "kind",
+                s,
+                "it is one of dataset, labels, operator, image, model",
+            ),
         }
     }
 }
 
-/// What names the active version on a NAS, `CURRENT` the file and `current` the link: no version can be called that.
+/// What names the active version on a NAS, `CURRENT` the file and `current` the link: no version
+/// can be called that.
 const CURRENT: &str = "current";
 
 /// `kind/name:version`, immutable once published.
@@ -152,9 +184,17 @@ impl ArtifactRef {
         check_word("artifact name", name)?;
         check_word("artifact version", version)?;
         if version == CURRENT {
-            return refuse("artifact version", version, "beside the versions on a NAS, this is the link to the active one");
+            return refuse(
+                "artifact version",
+                version,
+                "beside the versions on a NAS, this is the link to the active one",
+            );
         }
-        Ok(Self { kind, name: name.into(), version: version.into() })
+        Ok(Self {
+            kind,
+            name: name.into(),
+            version: version.into(),
+        })
     }
 
     /// The name: `[a-z0-9][a-z0-9._-]*`.
@@ -183,8 +223,12 @@ impl FromStr for ArtifactRef {
     type Err = NameError;
     fn from_str(s: &str) -> Result<Self, NameError> {
         let shape = "write it as KIND/NAME:VERSION, for example dataset/line3:v1";
-        let Some((kind, rest)) = s.split_once('/') else { return refuse("artifact reference", s, shape) };
-        let Some((name, version)) = rest.split_once(':') else { return refuse("artifact reference", s, shape) };
+        let Some((kind, rest)) = s.split_once('/') else {
+            return refuse("artifact reference", s, shape);
+        };
+        let Some((name, version)) = rest.split_once(':') else {
+            return refuse("artifact reference", s, shape);
+        };
         Self::new(kind.parse()?, name, version)
     }
 }
@@ -249,9 +293,11 @@ impl FromStr for RunName {
     }
 }
 
-/// A path inside an artifact: UTF-8, `/` between components, relative, no `.`, `..`, empty component or NUL.
+/// A path inside an artifact: UTF-8, `/` between components, relative, no `.`, `..`, empty
+/// component or NUL.
 ///
-/// The order is the manifest's: component by component, bytes within one, so a folder stands right before what it holds.
+/// The order is the manifest's: component by component, bytes within one, so a folder stands right
+/// before what it holds.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct RelPath(String);
@@ -315,7 +361,11 @@ impl FromStr for RelPath {
                 "" => return refuse(what, s, "it is absolute or has an empty component"),
                 "." | ".." => return refuse(what, s, format!("it contains {component:?}")),
                 c if c.len() > PATH_COMPONENT_BYTES_MAX => {
-                    return refuse(what, s, format!("a component is longer than {PATH_COMPONENT_BYTES_MAX} bytes"));
+                    return refuse(
+                        what,
+                        s,
+                        format!("a component is longer than {PATH_COMPONENT_BYTES_MAX} bytes"),
+                    );
                 }
                 _ => {}
             }
@@ -324,12 +374,16 @@ impl FromStr for RelPath {
     }
 }
 
-/// Resolves the target of the link at `path` by its text, from the folder that the link is in, and refuses one that leaves the artifact.
-/// Whoever publishes and whoever receives use this one rule.
+/// Resolves the target of the link at `path` by its text, from the folder that the link is in, and
+/// refuses one that leaves the artifact. Whoever publishes and whoever receives use this one rule.
 ///
-/// A `..` behind a name is a step back only where that name is a real folder: behind another link it could lead anywhere. `is_folder`
-/// says whether this path of the artifact is one.
-pub fn stays_inside(path: &RelPath, target: &str, mut is_folder: impl FnMut(&str) -> bool) -> Result<(), &'static str> {
+/// A `..` behind a name is a step back only where that name is a real folder: behind another link
+/// it could lead anywhere. `is_folder` says whether this path of the artifact is one.
+pub fn stays_inside(
+    path: &RelPath,
+    target: &str,
+    mut is_folder: impl FnMut(&str) -> bool,
+) -> Result<(), &'static str> {
     if target.starts_with('/') {
         return Err("is an absolute path");
     }
@@ -370,7 +424,11 @@ pub enum SiteSelector {
 
 impl SiteSelector {
     /// Whether it means a site of this name and these labels.
-    pub fn includes(&self, site: &SiteName, labels: &std::collections::BTreeMap<String, String>) -> bool {
+    pub fn includes(
+        &self,
+        site: &SiteName,
+        labels: &std::collections::BTreeMap<String, String>,
+    ) -> bool {
         match self {
             Self::All => true,
             Self::Names(names) => names.contains(site),
@@ -384,7 +442,10 @@ impl fmt::Display for SiteSelector {
         let texts: Vec<String> = match self {
             Self::All => vec!["all".into()],
             Self::Names(names) => names.iter().map(ToString::to_string).collect(),
-            Self::Labels(terms) => terms.iter().map(|t| format!("{}{}{}", t.key, if t.equal { "=" } else { "!=" }, t.value)).collect(),
+            Self::Labels(terms) => terms
+                .iter()
+                .map(|t| format!("{}{}{}", t.key, if t.equal { "=" } else { "!=" }, t.value))
+                .collect(),
         };
         f.write_str(&texts.join(","))
     }
@@ -421,16 +482,27 @@ impl LabelTerm {
     }
 }
 
-/// Checks a label's key and value: up to [`NAME_BYTES_MAX`] bytes of letters, digits, `.`, `_`, `-` and (in keys) `/`.
+/// Checks a label's key and value: up to [`NAME_BYTES_MAX`] bytes of letters, digits, `.`, `_`, `-`
+/// and (in keys) `/`.
 pub fn check_label(key: &str, value: &str) -> Result<(), NameError> {
     let ok = |s: &str, slash: bool| {
-        s.len() <= NAME_BYTES_MAX && s.chars().all(|c| c.is_ascii_alphanumeric() || "._-".contains(c) || (slash && c == '/'))
+        s.len() <= NAME_BYTES_MAX
+            && s.chars()
+                .all(|c| c.is_ascii_alphanumeric() || "._-".contains(c) || (slash && c == '/'))
     };
     if key.is_empty() || !ok(key, true) {
-        return refuse("label key", key, "use letters, digits, '.', '_', '-' and '/'");
+        return refuse(
+            "label key",
+            key,
+            "use letters, digits, '.', '_', '-' and '/'",
+        );
     }
     if !ok(value, false) {
-        return refuse("label value", value, "use letters, digits, '.', '_' and '-'");
+        return refuse(
+            "label value",
+            value,
+            "use letters, digits, '.', '_' and '-'",
+        );
     }
     Ok(())
 }
@@ -448,13 +520,20 @@ impl FromStr for SiteSelector {
         let parts: Vec<&str> = s.split(',').map(str::trim).collect();
         let terms = parts.iter().filter(|p| p.contains('=')).count();
         if terms == 0 {
-            let mut names = parts.into_iter().map(str::parse).collect::<Result<Vec<SiteName>, _>>()?;
+            let mut names = parts
+                .into_iter()
+                .map(str::parse)
+                .collect::<Result<Vec<SiteName>, _>>()?;
             names.sort();
             names.dedup();
             return Ok(Self::Names(names));
         }
         if terms != parts.len() {
-            return refuse("site selection", s, format!("names and label terms cannot be mixed; {shape}"));
+            return refuse(
+                "site selection",
+                s,
+                format!("names and label terms cannot be mixed; {shape}"),
+            );
         }
         let mut out = Vec::new();
         for part in parts {
@@ -466,7 +545,11 @@ impl FromStr for SiteSelector {
                 },
             };
             check_label(key, value)?;
-            out.push(LabelTerm { key: key.into(), value: value.into(), equal });
+            out.push(LabelTerm {
+                key: key.into(),
+                value: value.into(),
+                equal,
+            });
         }
         Ok(Self::Labels(out))
     }
@@ -478,7 +561,8 @@ impl crate::text::FromText for SiteSelector {
     }
 }
 
-/// Whether a list of selectors names this site: by its name or by `all`. Labels do not count: the hub assigns them.
+/// Whether a list of selectors names this site: by its name or by `all`. Labels do not count: the
+/// hub assigns them.
 pub fn names_site(list: &[String], site: &SiteName) -> bool {
     let no_labels = std::collections::BTreeMap::new();
     list.iter().any(|text| match text.parse::<SiteSelector>() {
@@ -508,9 +592,16 @@ mod tests {
             "dataset/x:current",
             "dataset/../x:1",
         ] {
-            assert!(bad.parse::<ArtifactRef>().is_err(), "{bad:?} must be refused");
+            assert!(
+                bad.parse::<ArtifactRef>().is_err(),
+                "{bad:?} must be refused"
+            );
         }
-        assert!(format!("dataset/{}:1", "a".repeat(129)).parse::<ArtifactRef>().is_err());
+        assert!(
+            format!("dataset/{}:1", "a".repeat(129))
+                .parse::<ArtifactRef>()
+                .is_err()
+        );
     }
 
     #[test]
@@ -526,7 +617,11 @@ mod tests {
     #[test]
     fn links_stay_inside_or_are_refused() {
         let folders = ["a", "a/b", "z"];
-        let of = |link: &str, target: &str| stays_inside(&link.parse().unwrap(), target, |folder| folders.contains(&folder));
+        let of = |link: &str, target: &str| {
+            stays_inside(&link.parse().unwrap(), target, |folder| {
+                folders.contains(&folder)
+            })
+        };
         for (link, target) in [
             ("l", "x"),
             ("l", "."),
@@ -563,7 +658,9 @@ mod tests {
     fn selectors() {
         assert_eq!("all".parse(), Ok(SiteSelector::All));
         assert!(matches!("a,b,a".parse(), Ok(SiteSelector::Names(n)) if n.len() == 2));
-        assert!(matches!("region=west,line!=3".parse(), Ok(SiteSelector::Labels(t)) if t.len() == 2 && !t[1].equal));
+        assert!(
+            matches!("region=west,line!=3".parse(), Ok(SiteSelector::Labels(t)) if t.len() == 2 && !t[1].equal)
+        );
         for text in ["all", "a,b", "region=west,line!=3", "x="] {
             assert_eq!(text.parse::<SiteSelector>().unwrap().to_string(), text);
         }

@@ -5,7 +5,8 @@ use serde::de::Deserializer;
 
 use crate::limits::{COUNTED_BYTES_MAX, GENERATION_MAX};
 
-/// A count of bytes, of bytes a second, or of seconds; a larger one counts as [`COUNTED_BYTES_MAX`].
+/// A count of bytes, of bytes a second, or of seconds; a larger one counts as
+/// [`COUNTED_BYTES_MAX`].
 pub fn count<'de, D: Deserializer<'de>>(d: D) -> Result<u64, D::Error> {
     Ok(u64::deserialize(d)?.min(COUNTED_BYTES_MAX))
 }
@@ -28,6 +29,8 @@ pub fn optional_generation<'de, D: Deserializer<'de>>(d: D) -> Result<Option<i64
 fn checked<E: serde::de::Error>(generation: i64) -> Result<i64, E> {
     match (0..=GENERATION_MAX).contains(&generation) {
         true => Ok(generation),
-        false => Err(E::custom(format_args!("generation {generation} is not between 0 and {GENERATION_MAX}"))),
+        false => Err(E::custom(format_args!(
+            "generation {generation} is not between 0 and {GENERATION_MAX}"
+        ))),
     }
 }

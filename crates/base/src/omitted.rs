@@ -1,9 +1,10 @@
 //! What a publish leaves out of an artifact: counted by category, with the first examples of each.
 //!
-//! Readers of sources fill an [`Omitted`] while they read (`content::source::Source::omitted`). `publish` answers with it, the
-//! catalogues of the hub and of the site where it was published keep it, `show` lists it, and `publish --strict` refuses an
-//! input from which something would be left out ([`Omitted::refuse`]), except categories that the user accepts ([`Accepted`]).
-//! Nothing here does I/O.
+//! Readers of sources fill an [`Omitted`] while they read (`content::source::Source::omitted`).
+//! `publish` answers with it, the catalogues of the hub and of the site where it was published keep
+//! it, `show` lists it, and `publish --strict` refuses an input from which something would be left
+//! out ([`Omitted::refuse`]), except categories that the user accepts ([`Accepted`]). Nothing here
+//! does I/O.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::str::FromStr;
@@ -21,7 +22,8 @@ use crate::text::is_unsafe;
 pub enum Category {
     /// Rows of a table that yield no annotation although columns that no field reads have values.
     UnknownColumns,
-    /// Rows of a table whose box stands in columns that no field reads, so that the annotation has no box.
+    /// Rows of a table whose box stands in columns that no field reads, so that the annotation has
+    /// no box.
     UnreadBoxes,
     /// A label set without a single annotation.
     NoAnnotations,
@@ -107,7 +109,9 @@ impl Category {
     /// What was left out, for people; a count stands before it.
     pub fn words(self) -> &'static str {
         match self {
-            Category::UnknownColumns => "row without annotation whose values stand in columns that no field reads",
+            Category::UnknownColumns => {
+                "row without annotation whose values stand in columns that no field reads"
+            }
             Category::UnreadBoxes => "row whose box stands in columns that no field reads",
             Category::NoAnnotations => "label set without annotations",
             Category::LinkedFolders => "link to a folder, which is not followed",
@@ -116,12 +120,16 @@ impl Category {
             Category::UnreadMembers => "member of the label file that is not read",
             Category::UnreadFiles => "file that this label format does not read",
             Category::Platforms => "platform of the image that is absent",
-            Category::ImageDigest => "image digest of the source, which the published image does not have",
+            Category::ImageDigest => {
+                "image digest of the source, which the published image does not have"
+            }
             Category::Referrers => "object that refers to the image (signature, SBOM, attestation)",
             Category::ImageNames => "further name of the image",
             Category::Times => "modification time",
             Category::Owners => "owner or group that differs from that of the first entry",
-            Category::ModeBits => "file or folder whose set-user-ID, set-group-ID or sticky bit is not set at a site",
+            Category::ModeBits => {
+                "file or folder whose set-user-ID, set-group-ID or sticky bit is not set at a site"
+            }
             Category::HardLinks => "hard link, stored as a separate file",
             Category::Xattrs => "extended attribute",
             Category::Other => "other item",
@@ -132,15 +140,25 @@ impl Category {
 impl FromStr for Category {
     type Err = String;
     fn from_str(name: &str) -> Result<Self, String> {
-        Self::ALL.into_iter().find(|category| category.name() == name).ok_or_else(|| {
-            let shown: String = name.chars().take(60).collect();
-            format!("{shown:?} is no category of what a publish leaves out; the categories are {}", names(Self::ALL))
-        })
+        Self::ALL
+            .into_iter()
+            .find(|category| category.name() == name)
+            .ok_or_else(|| {
+                let shown: String = name.chars().take(60).collect();
+                format!(
+                    "{shown:?} is no category of what a publish leaves out; the categories are {}",
+                    names(Self::ALL)
+                )
+            })
     }
 }
 
 fn names(categories: impl IntoIterator<Item = Category>) -> String {
-    categories.into_iter().map(Category::name).collect::<Vec<_>>().join(",")
+    categories
+        .into_iter()
+        .map(Category::name)
+        .collect::<Vec<_>>()
+        .join(",")
 }
 
 /// The categories that a user accepts: `--strict` does not refuse an input because of them.
@@ -165,7 +183,11 @@ impl TryFrom<Vec<String>> for Accepted {
     type Error = String;
     fn try_from(names: Vec<String>) -> Result<Self, String> {
         if names.len() > Category::ALL.len() {
-            return Err(format!("accept_omitted has {} entries, and there are {} categories", names.len(), Category::ALL.len()));
+            return Err(format!(
+                "accept_omitted has {} entries, and there are {} categories",
+                names.len(),
+                Category::ALL.len()
+            ));
         }
         names.iter().map(|name| name.parse()).collect()
     }
@@ -194,7 +216,8 @@ impl Omission {
         let mut line = format!("{} × {}", self.count, self.what.words());
         let mut shown = 0;
         for example in &self.examples {
-            if shown > 0 && line.chars().count() + example.chars().count() > OMITTED_LINE_CHARS_MAX {
+            if shown > 0 && line.chars().count() + example.chars().count() > OMITTED_LINE_CHARS_MAX
+            {
                 break;
             }
             line.push_str(if shown == 0 { ": " } else { "; " });
@@ -226,7 +249,12 @@ impl Omitted {
     }
 
     /// Counts several items of one category; `examples` may name fewer.
-    pub fn add_many(&mut self, what: Category, count: u64, examples: impl IntoIterator<Item = String>) {
+    pub fn add_many(
+        &mut self,
+        what: Category,
+        count: u64,
+        examples: impl IntoIterator<Item = String>,
+    ) {
         if count == 0 {
             return;
         }
@@ -236,14 +264,25 @@ impl Omitted {
             if counted.examples.len() == OMITTED_EXAMPLES_MAX {
                 break;
             }
-            let safe = example.chars().map(|c| if is_unsafe(c) { char::REPLACEMENT_CHARACTER } else { c });
-            counted.examples.push(safe.take(OMITTED_EXAMPLE_CHARS_MAX).collect());
+            let safe = example.chars().map(|c| {
+                if is_unsafe(c) {
+                    char::REPLACEMENT_CHARACTER
+                } else {
+                    c
+                }
+            });
+            counted
+                .examples
+                .push(safe.take(OMITTED_EXAMPLE_CHARS_MAX).collect());
         }
     }
 
-    /// Counts whether another example of a category would be kept: forming one may cost more than counting.
+    /// Counts whether another example of a category would be kept: forming one may cost more than
+    /// counting.
     pub fn wants_example(&self, what: Category) -> bool {
-        self.0.get(&what).is_none_or(|counted| counted.examples.len() < OMITTED_EXAMPLES_MAX)
+        self.0
+            .get(&what)
+            .is_none_or(|counted| counted.examples.len() < OMITTED_EXAMPLES_MAX)
     }
 
     /// Adds what another reader left out.
@@ -266,26 +305,55 @@ impl Omitted {
     /// The categories, in their order.
     pub fn list(&self) -> Vec<Omission> {
         let all = self.0.iter();
-        all.map(|(what, counted)| Omission { what: *what, count: counted.count, examples: counted.examples.clone() }).collect()
+        all.map(|(what, counted)| Omission {
+            what: *what,
+            count: counted.count,
+            examples: counted.examples.clone(),
+        })
+        .collect()
     }
 
-    /// What `--strict` does with it: a fault that names each category that is not accepted, unless there is none.
+    /// What `--strict` does with it: a fault that names each category that is not accepted, unless
+    /// there is none.
     pub fn refuse(&self, accepted: &Accepted) -> Result<(), Fault> {
-        let refused: Vec<Omission> = self.list().into_iter().filter(|omission| !accepted.0.contains(&omission.what)).collect();
+        let refused: Vec<Omission> = self
+            .list()
+            .into_iter()
+            .filter(|omission| !accepted.0.contains(&omission.what))
+            .collect();
         if refused.is_empty() {
             return Ok(());
         }
-        let lines: Vec<String> = refused.iter().map(|omission| format!("{}: {}", omission.what.name(), omission.line())).collect();
-        let option: BTreeSet<Category> = accepted.0.iter().copied().chain(refused.iter().map(|omission| omission.what)).collect();
-        Err(Fault::integrity(format!("--strict refuses an input that is not published as a whole; left out: {}", lines.join(". ")))
-            .with_next(format!("correct the input, or accept that this is left out: --strict --accept-omitted {}", names(option))))
+        let lines: Vec<String> = refused
+            .iter()
+            .map(|omission| format!("{}: {}", omission.what.name(), omission.line()))
+            .collect();
+        let option: BTreeSet<Category> = accepted
+            .0
+            .iter()
+            .copied()
+            .chain(refused.iter().map(|omission| omission.what))
+            .collect();
+        Err(Fault::integrity(format!(
+            "--strict refuses an input that is not published as a whole; left out: {}",
+            lines.join(". ")
+        ))
+        .with_next(format!(
+            "correct the input, or accept that this is left out: --strict --accept-omitted {}",
+            names(option)
+        )))
     }
 }
 
 impl From<Vec<Omission>> for Omitted {
     fn from(list: Vec<Omission>) -> Self {
         let mut omitted = Self::default();
-        for Omission { what, count, examples } in list {
+        for Omission {
+            what,
+            count,
+            examples,
+        } in list
+        {
             omitted.add_many(what, count, examples);
         }
         omitted
@@ -311,15 +379,35 @@ mod tests {
         }
         omitted.add(Category::Xattrs, "x".repeat(10_000));
         assert_eq!(omitted.count(Category::UnknownColumns), 1000);
-        assert!(!omitted.wants_example(Category::UnknownColumns) && omitted.wants_example(Category::Times));
+        assert!(
+            !omitted.wants_example(Category::UnknownColumns)
+                && omitted.wants_example(Category::Times)
+        );
         let list = omitted.list();
-        assert_eq!((list[0].examples.len(), list[0].examples[0].as_str()), (OMITTED_EXAMPLES_MAX, "line 0"));
+        assert_eq!(
+            (list[0].examples.len(), list[0].examples[0].as_str()),
+            (OMITTED_EXAMPLES_MAX, "line 0")
+        );
         assert_eq!(list[1].examples[0].len(), OMITTED_EXAMPLE_CHARS_MAX);
-        assert!(list[0].line().starts_with("1000 × row without annotation") && list[0].line().ends_with("; …"), "{}", list[0].line());
+        assert!(
+            list[0].line().starts_with("1000 × row without annotation")
+                && list[0].line().ends_with("; …"),
+            "{}",
+            list[0].line()
+        );
         let fault = omitted.refuse(&Accepted::default()).unwrap_err();
         assert_eq!(fault.code, crate::fault::Code::Integrity);
-        assert!(fault.message.contains("unknown_columns: 1000 × ") && fault.message.contains("xattrs: 1 × extended attribute"), "{fault}");
-        assert!(fault.next.ends_with("--accept-omitted unknown_columns,xattrs"), "{fault:?}");
+        assert!(
+            fault.message.contains("unknown_columns: 1000 × ")
+                && fault.message.contains("xattrs: 1 × extended attribute"),
+            "{fault}"
+        );
+        assert!(
+            fault
+                .next
+                .ends_with("--accept-omitted unknown_columns,xattrs"),
+            "{fault:?}"
+        );
     }
 
     #[test]
@@ -327,21 +415,48 @@ mod tests {
         let mut omitted = Omitted::default();
         omitted.add_many(Category::Times, 3, []);
         omitted.add(Category::HardLinks, "b");
-        let accepted = |names: &[&str]| Accepted::try_from(names.iter().map(|name| (*name).to_owned()).collect::<Vec<_>>());
-        let fault = omitted.refuse(&accepted(&["times", "xattrs"]).unwrap()).unwrap_err();
-        assert!(!fault.message.contains("modification time") && fault.message.contains("hard_links: 1 × "), "{fault}");
-        assert!(fault.next.ends_with("--accept-omitted times,hard_links,xattrs"), "{fault:?}");
-        omitted.refuse(&accepted(&["hard_links", "times"]).unwrap()).unwrap();
+        let accepted = |names: &[&str]| {
+            Accepted::try_from(
+                names
+                    .iter()
+                    .map(|name| (*name).to_owned())
+                    .collect::<Vec<_>>(),
+            )
+        };
+        let fault = omitted
+            .refuse(&accepted(&["times", "xattrs"]).unwrap())
+            .unwrap_err();
+        assert!(
+            !fault.message.contains("modification time")
+                && fault.message.contains("hard_links: 1 × "),
+            "{fault}"
+        );
+        assert!(
+            fault
+                .next
+                .ends_with("--accept-omitted times,hard_links,xattrs"),
+            "{fault:?}"
+        );
+        omitted
+            .refuse(&accepted(&["hard_links", "times"]).unwrap())
+            .unwrap();
         for unknown in ["dreams", "other", "Times", ""] {
             let why = accepted(&["times", unknown]).unwrap_err();
-            assert!(why.contains(&format!("{unknown:?}")) && why.contains("hard_links,xattrs"), "{why}");
+            assert!(
+                why.contains(&format!("{unknown:?}")) && why.contains("hard_links,xattrs"),
+                "{why}"
+            );
         }
         assert!(accepted(&["times"; 18]).is_err());
     }
 
     #[test]
     fn every_category_has_the_name_that_json_has() {
-        assert_eq!(Category::ALL.len(), Category::Other as usize, "ALL has every category but the last");
+        assert_eq!(
+            Category::ALL.len(),
+            Category::Other as usize,
+            "ALL has every category but the last"
+        );
         assert!(Category::ALL.windows(2).all(|two| two[0] < two[1]));
         for category in Category::ALL {
             assert_eq!(serde_json::to_value(category).unwrap(), category.name());
@@ -359,21 +474,36 @@ mod tests {
             omitted.add(Category::Xattrs, example);
         }
         let line = omitted.list()[0].line();
-        assert!(line.contains("aaa") && !line.contains("bbb") && line.ends_with("; …"), "{line}");
+        assert!(
+            line.contains("aaa") && !line.contains("bbb") && line.ends_with("; …"),
+            "{line}"
+        );
     }
 
     #[test]
     fn what_a_peer_sends_is_bounded_and_may_be_newer() {
-        let examples: Vec<String> = (0..100).map(|n| format!("{n} {}", "y".repeat(1000))).collect();
+        let examples: Vec<String> = (0..100)
+            .map(|n| format!("{n} {}", "y".repeat(1000)))
+            .collect();
         let list = serde_json::json!([
             {"what": "times", "count": 3, "examples": examples},
             {"what": "dreams", "count": 2, "examples": []},
             {"what": "visions", "count": u64::MAX, "examples": []},
         ]);
         let omitted: Omitted = serde_json::from_value(list).unwrap();
-        assert_eq!((omitted.count(Category::Times), omitted.count(Category::Other)), (3, u64::MAX));
+        assert_eq!(
+            (
+                omitted.count(Category::Times),
+                omitted.count(Category::Other)
+            ),
+            (3, u64::MAX)
+        );
         let text = serde_json::to_string(&omitted).unwrap();
-        assert!(text.len() < 2 * OMITTED_EXAMPLES_MAX * OMITTED_EXAMPLE_CHARS_MAX, "{}", text.len());
+        assert!(
+            text.len() < 2 * OMITTED_EXAMPLES_MAX * OMITTED_EXAMPLE_CHARS_MAX,
+            "{}",
+            text.len()
+        );
         assert_eq!(serde_json::from_str::<Omitted>(&text).unwrap(), omitted);
     }
 }

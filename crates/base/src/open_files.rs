@@ -1,4 +1,5 @@
-//! The limit of open files (file descriptors) of this process, and the parts of it that connections may use.
+//! The limit of open files (file descriptors) of this process, and the parts of it that connections
+//! may use.
 
 use rustix::process::{Resource, getrlimit, setrlimit};
 
@@ -11,16 +12,24 @@ pub fn raise() {
     let _ = setrlimit(Resource::Nofile, limit);
     if max() < OPEN_FILES_EASY {
         let next = "raise it with LimitNOFILE= in the systemd unit, or with 'ulimit -n'";
-        tracing::warn!(open_files = max(), next, "this process may open few files: it accepts fewer connections than usual");
+        tracing::warn!(
+            open_files = max(),
+            next,
+            "this process may open few files: it accepts fewer connections than usual"
+        );
     }
 }
 
 /// How many files this process may have open.
 fn max() -> usize {
-    getrlimit(Resource::Nofile).current.and_then(|n| usize::try_from(n).ok()).unwrap_or(usize::MAX)
+    getrlimit(Resource::Nofile)
+        .current
+        .and_then(|n| usize::try_from(n).ok())
+        .unwrap_or(usize::MAX)
 }
 
-/// `wanted` connections, but at most one part in `parts` of the open files: the rest is for files, databases and other connections.
+/// `wanted` connections, but at most one part in `parts` of the open files: the rest is for files,
+/// databases and other connections.
 pub fn share(wanted: usize, parts: usize) -> usize {
     wanted.min(max() / parts).max(1)
 }

@@ -1,7 +1,8 @@
 //! A state folder is for its owner only: folders 0700, files 0600.
 //!
-//! [`tighten`] runs when a daemon starts, and again once it has opened its state, so that a folder of an earlier version is
-//! tightened too. The process's umask stays as it was set: artifacts that land elsewhere obey it.
+//! [`tighten`] runs when a daemon starts, and again once it has opened its state, so that a folder
+//! of an earlier version is tightened too. The process's umask stays as it was set: artifacts that
+//! land elsewhere obey it.
 
 use std::fs::{self, Permissions};
 use std::io;
@@ -12,11 +13,12 @@ use std::path::Path;
 const FOLDER_MODE: u32 = 0o700;
 /// Mode of a state file.
 pub const FILE_MODE: u32 = 0o600;
-/// Folders of the state in which every file is the daemon's own. In others lie artifacts, which keep the modes that they came with;
-/// nobody else reaches them through the state folder.
+/// Folders of the state in which every file is the daemon's own. In others lie artifacts, which
+/// keep the modes that they came with; nobody else reaches them through the state folder.
 const OWN: [&str; 4] = ["identity", "store", "relay", "scratch"];
 
-/// Takes all rights of others from the state in this folder. What cannot be changed is logged: the daemon works all the same.
+/// Takes all rights of others from the state in this folder. What cannot be changed is logged: the
+/// daemon works all the same.
 pub fn tighten(data_dir: &Path) {
     if let Err(error) = set(data_dir, FOLDER_MODE) {
         tracing::warn!(path = %data_dir.display(), %error, "other users can read the daemon's state: its folder cannot be given the mode 0700");
@@ -29,7 +31,9 @@ pub fn tighten(data_dir: &Path) {
 
 fn tree(folder: &Path) {
     // A link is not followed: what it leads to is not the state.
-    if !fs::symlink_metadata(folder).is_ok_and(|meta| meta.is_dir()) || set(folder, FOLDER_MODE).is_err() {
+    if !fs::symlink_metadata(folder).is_ok_and(|meta| meta.is_dir())
+        || set(folder, FOLDER_MODE).is_err()
+    {
         return;
     }
     for below in files_in(folder) {
@@ -65,7 +69,8 @@ pub fn umask() -> u32 {
     let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
     let line = status.lines().find_map(|line| line.strip_prefix("Umask:"));
     // Unknown: any bit may be missing.
-    line.and_then(|mask| u32::from_str_radix(mask.trim(), 8).ok()).unwrap_or(0o777)
+    line.and_then(|mask| u32::from_str_radix(mask.trim(), 8).ok())
+        .unwrap_or(0o777)
 }
 
 #[cfg(test)]
@@ -77,8 +82,17 @@ mod tests {
     fn a_state_folder_is_its_owners_and_artifacts_in_it_keep_their_modes() {
         let dir = tempfile::tempdir().unwrap();
         let data = dir.path().join("data");
-        let files = ["catalogue.db", "identity/ca.pem", "store/packs/00000001.pack", "store/index.redb"];
-        let artifacts = ["artifacts/dataset/x/1/a", "runs/r/output/m", "published/ab/f"];
+        let files = [
+            "catalogue.db",
+            "identity/ca.pem",
+            "store/packs/00000001.pack",
+            "store/index.redb",
+        ];
+        let artifacts = [
+            "artifacts/dataset/x/1/a",
+            "runs/r/output/m",
+            "published/ab/f",
+        ];
         for file in files.iter().chain(&artifacts) {
             durable::create_dir_all(data.join(file).parent().unwrap()).unwrap();
             durable::replace(&data.join(file), b"x").unwrap();
@@ -89,10 +103,17 @@ mod tests {
         let before = fs::metadata(dir.path()).unwrap().mode();
         tighten(&data);
         let mode = |path: &str| fs::metadata(data.join(path)).unwrap().mode() & 0o777;
-        assert_eq!((mode(""), mode("identity"), mode("store/packs")), (0o700, 0o700, 0o700));
+        assert_eq!(
+            (mode(""), mode("identity"), mode("store/packs")),
+            (0o700, 0o700, 0o700)
+        );
         assert!(files.iter().all(|file| mode(file) == 0o600));
         assert!(artifacts.iter().all(|file| mode(file) == 0o644));
-        assert_eq!(fs::metadata(dir.path()).unwrap().mode(), before, "no link is followed");
+        assert_eq!(
+            fs::metadata(dir.path()).unwrap().mode(),
+            before,
+            "no link is followed"
+        );
         tighten(&dir.path().join("none"));
         assert!(umask() <= 0o777);
     }

@@ -28,7 +28,9 @@ impl Sha256 {
 
     /// The digest that a layout's path names; `None` when it is no blob's path.
     pub fn from_layout_path(path: &str) -> Option<Self> {
-        format!("sha256:{}", path.strip_prefix("blobs/sha256/")?).parse().ok()
+        format!("sha256:{}", path.strip_prefix("blobs/sha256/")?)
+            .parse()
+            .ok()
     }
 }
 
@@ -47,7 +49,12 @@ impl fmt::Debug for Sha256 {
 impl FromStr for Sha256 {
     type Err = String;
     fn from_str(text: &str) -> Result<Self, String> {
-        let wrong = || format!("{:?} is not a digest of the form sha256:<64 hex digits>", text.chars().take(100).collect::<String>());
+        let wrong = || {
+            format!(
+                "{:?} is not a digest of the form sha256:<64 hex digits>",
+                text.chars().take(100).collect::<String>()
+            )
+        };
         let digits = text.strip_prefix("sha256:").ok_or_else(wrong)?;
         if digits.bytes().any(|b| b.is_ascii_uppercase()) {
             return Err(wrong());
@@ -66,6 +73,8 @@ impl Serialize for Sha256 {
 
 impl<'de> Deserialize<'de> for Sha256 {
     fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
-        String::deserialize(d)?.parse().map_err(serde::de::Error::custom)
+        String::deserialize(d)?
+            .parse()
+            .map_err(serde::de::Error::custom)
     }
 }

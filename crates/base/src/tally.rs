@@ -1,7 +1,8 @@
 //! Log lines for events that a stranger can cause at will: one line a minute, with a count.
 //!
-//! The first event is logged at once. The events of the following minute are only counted; one line at its end states how many
-//! there were, and the last of them. A [`Tally`] holds one short text, whatever happens.
+//! The first event is logged at once. The events of the following minute are only counted; one line
+//! at its end states how many there were, and the last of them. A [`Tally`] holds one short text,
+//! whatever happens.
 
 use std::sync::Arc;
 
@@ -27,7 +28,10 @@ struct State {
 impl Tally {
     /// A tally whose lines have this message.
     pub fn new(message: &'static str) -> Self {
-        Self { message, state: Arc::default() }
+        Self {
+            message,
+            state: Arc::default(),
+        }
     }
 
     /// Notes an event; `what` describes this one. Must be called within a tokio runtime.
@@ -47,7 +51,9 @@ impl Tally {
         tokio::spawn(async move {
             loop {
                 tokio::time::sleep(LOG_TALLY_EVERY).await;
-                let Some((count, last)) = tally.take() else { return };
+                let Some((count, last)) = tally.take() else {
+                    return;
+                };
                 tally.log(count, &last);
             }
         });
@@ -60,7 +66,10 @@ impl Tally {
             state.is_quiet = false;
             return None;
         }
-        Some((std::mem::take(&mut state.count), std::mem::take(&mut state.last)))
+        Some((
+            std::mem::take(&mut state.count),
+            std::mem::take(&mut state.last),
+        ))
     }
 
     fn log(&self, count: u64, last: &str) {
@@ -79,13 +88,20 @@ impl Log {
     pub fn capture() -> (Self, tracing::subscriber::DefaultGuard) {
         let log = Self::default();
         let writer = log.clone();
-        let subscriber = tracing_subscriber::fmt().with_ansi(false).with_writer(move || writer.clone()).finish();
+        let subscriber = tracing_subscriber::fmt()
+            .with_ansi(false)
+            .with_writer(move || writer.clone())
+            .finish();
         (log, tracing::subscriber::set_default(subscriber))
     }
 
     /// The lines so far that have this text.
     pub fn lines_with(&self, text: &str) -> Vec<String> {
-        String::from_utf8_lossy(&self.0.lock()).lines().filter(|line| line.contains(text)).map(str::to_owned).collect()
+        String::from_utf8_lossy(&self.0.lock())
+            .lines()
+            .filter(|line| line.contains(text))
+            .map(str::to_owned)
+            .collect()
     }
 }
 
@@ -113,7 +129,11 @@ mod tests {
             tally.note(format_args!("number {n}"));
         }
         assert_eq!(lines().len(), 1, "{:?}", lines());
-        assert!(lines()[0].contains("count=1") && lines()[0].contains("number 0"), "{:?}", lines());
+        assert!(
+            lines()[0].contains("count=1") && lines()[0].contains("number 0"),
+            "{:?}",
+            lines()
+        );
         // At the end of the minute.
         assert_eq!(tally.take(), Some((4999, "number 4999".to_owned())));
         tally.note("still");
@@ -123,6 +143,9 @@ mod tests {
         assert_eq!(tally.take(), None);
         tally.note("x".repeat(LOG_TALLY_CHARS_MAX * 2));
         let all = lines();
-        assert!(all.len() == 2 && all[1].len() < LOG_TALLY_CHARS_MAX + 200, "{all:?}");
+        assert!(
+            all.len() == 2 && all[1].len() < LOG_TALLY_CHARS_MAX + 200,
+            "{all:?}"
+        );
     }
 }

@@ -1,9 +1,10 @@
 //! Text from outside: bounded, and without characters that could disguise what is shown.
 //!
-//! Peers, registries and platforms send messages, versions and locations. [`Text`] takes such a text in: it is cut to
-//! its limit at a character boundary while it is parsed, and control characters and bidirectional overrides become
-//! U+FFFD. Nothing longer is ever kept. Text that this daemon writes itself passes through the same type, so that all
-//! readers of a field find the same form.
+//! Peers, registries and platforms send messages, versions and locations. [`Text`] takes such a
+//! text in: it is cut to its limit at a character boundary while it is parsed, and control
+//! characters and bidirectional overrides become U+FFFD. Nothing longer is ever kept. Text that
+//! this daemon writes itself passes through the same type, so that all readers of a field find the
+//! same form.
 
 use std::fmt;
 use std::marker::PhantomData;
@@ -13,9 +14,11 @@ use serde::{Deserialize, Serialize};
 
 use crate::limits::{LOCATION_BYTES_MAX, MESSAGE_BYTES_MAX, NEXT_BYTES_MAX, VERSION_BYTES_MAX};
 
-/// Whether a character can move the cursor, start a control sequence, or change the order in which others are shown.
+/// Whether a character can move the cursor, start a control sequence, or change the order in which
+/// others are shown.
 pub fn is_unsafe(c: char) -> bool {
-    c.is_control() || matches!(c, '\u{061c}' | '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}' | '\u{feff}')
+    c.is_control()
+        || matches!(c, '\u{061c}' | '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}' | '\u{feff}')
 }
 
 /// The longest prefix of at most `max` bytes that ends at a character boundary.
@@ -26,7 +29,11 @@ pub fn prefix(text: &str, max: usize) -> &str {
 fn cleaned(text: &str, max: usize, keep: impl Fn(char) -> bool) -> String {
     let mut out = String::with_capacity(text.len().min(max));
     for c in text.chars() {
-        let c = if is_unsafe(c) && !keep(c) { char::REPLACEMENT_CHARACTER } else { c };
+        let c = if is_unsafe(c) && !keep(c) {
+            char::REPLACEMENT_CHARACTER
+        } else {
+            c
+        };
         if out.len() + c.len_utf8() > max {
             break;
         }
@@ -113,13 +120,16 @@ impl<const MAX: usize> Visitor<'_> for TextVisitor<MAX> {
     }
 }
 
-/// For a field of type `String` that a peer fills in: `#[serde(deserialize_with = "text::bounded::<_, MAX>")]`.
+/// For a field of type `String` that a peer fills in: `#[serde(deserialize_with =
+/// "text::bounded::<_, MAX>")]`.
 pub fn bounded<'de, D: Deserializer<'de>, const MAX: usize>(d: D) -> Result<String, D::Error> {
     Text::<MAX>::deserialize(d).map(Into::into)
 }
 
 /// The same for a field that may be absent.
-pub fn optional<'de, D: Deserializer<'de>, const MAX: usize>(d: D) -> Result<Option<String>, D::Error> {
+pub fn optional<'de, D: Deserializer<'de>, const MAX: usize>(
+    d: D,
+) -> Result<Option<String>, D::Error> {
     Ok(Option::<Text<MAX>>::deserialize(d)?.map(Into::into))
 }
 
@@ -132,8 +142,8 @@ pub type Location = Text<LOCATION_BYTES_MAX>;
 /// The version of a program.
 pub type Version = Text<VERSION_BYTES_MAX>;
 
-/// Text that must stay exactly as it is (a signature covers it, or it is decoded): at most `MAX` bytes, longer ones are
-/// refused. Not for display.
+/// Text that must stay exactly as it is (a signature covers it, or it is decoded): at most `MAX`
+/// bytes, longer ones are refused. Not for display.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(transparent)]
 pub struct Exact<const MAX: usize>(String);
@@ -169,8 +179,8 @@ impl<'de, const MAX: usize> Deserialize<'de> for Exact<MAX> {
     }
 }
 
-/// A value, or `None` for anything of another form: what a peer sent instead is skipped and takes no memory. For data in a
-/// self-describing format only.
+/// A value, or `None` for anything of another form: what a peer sent instead is skipped and takes
+/// no memory. For data in a self-describing format only.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Lenient<T>(pub Option<T>);
 
@@ -252,7 +262,10 @@ mod tests {
         assert_eq!(parsed("\"0123456ä\""), "0123456", "no half character");
         assert_eq!(parsed("\"a\\u001bb\\u202e\""), "a\u{fffd}b\u{fffd}");
         assert_eq!(parsed("\"a\\nb\\tc\""), "a\nb\tc");
-        assert!(serde_json::from_str::<Short>("[0,1]").is_err() && serde_json::from_str::<Short>("7").is_err());
+        assert!(
+            serde_json::from_str::<Short>("[0,1]").is_err()
+                && serde_json::from_str::<Short>("7").is_err()
+        );
         assert_eq!(line("a\nb\u{2066}\u{7}", 99), "a\u{fffd}b\u{fffd}\u{fffd}");
         for text in ["\u{202e}\u{200f}\u{9b}31m\u{7f}", "plain ä 图"] {
             assert!(!lines(text, 999).contains(is_unsafe));
@@ -262,13 +275,30 @@ mod tests {
 
     #[test]
     fn what_must_stay_exact_is_refused_when_it_is_too_long() {
-        assert_eq!(serde_json::from_str::<Exact<3>>("\"a\\u001bb\"").unwrap().as_str(), "a\u{1b}b");
+        assert_eq!(
+            serde_json::from_str::<Exact<3>>("\"a\\u001bb\"")
+                .unwrap()
+                .as_str(),
+            "a\u{1b}b"
+        );
         assert!(serde_json::from_str::<Exact<3>>("\"abcd\"").is_err());
         assert!(Exact::<3>::new("abcd".into()).is_none());
-        for (json, there) in
-            [("\"abc\"", true), ("\"abcd\"", false), ("{\"a\":[1]}", false), ("[[]]", false), ("null", false), ("1.5", false)]
-        {
-            assert_eq!(serde_json::from_str::<Lenient<Exact<3>>>(json).unwrap().0.is_some(), there, "{json}");
+        for (json, there) in [
+            ("\"abc\"", true),
+            ("\"abcd\"", false),
+            ("{\"a\":[1]}", false),
+            ("[[]]", false),
+            ("null", false),
+            ("1.5", false),
+        ] {
+            assert_eq!(
+                serde_json::from_str::<Lenient<Exact<3>>>(json)
+                    .unwrap()
+                    .0
+                    .is_some(),
+                there,
+                "{json}"
+            );
         }
     }
 
@@ -279,7 +309,13 @@ mod tests {
             #[expect(dead_code, reason = "only its name is read")]
             A(u8),
         }
-        let error = parse_json::<One>(format!("{{\"\\u001b]0;\\u202e{}\":1}}", "x".repeat(5000)).as_bytes()).unwrap_err();
-        assert!(error.len() <= 300 && !error.contains(is_unsafe), "{error:?}");
+        let error = parse_json::<One>(
+            format!("{{\"\\u001b]0;\\u202e{}\":1}}", "x".repeat(5000)).as_bytes(),
+        )
+        .unwrap_err();
+        assert!(
+            error.len() <= 300 && !error.contains(is_unsafe),
+            "{error:?}"
+        );
     }
 }

@@ -5,8 +5,9 @@
 //! u32 LE length, JSON array of {artifact, digest, root}     the root manifests, as text
 //! frame*                                                    every page and chunk once, as stored (see `frame`)
 //! ```
-//! An import verifies each frame by its BLAKE3 as it is read, and then checks each manifest and that no chunk is missing or has
-//! another length; only then does the artifact exist. An import that fails leaves chunks that nothing names, for `gc`.
+//! An import verifies each frame by its BLAKE3 as it is read, and then checks each manifest and
+//! that no chunk is missing or has another length; only then does the artifact exist. An import
+//! that fails leaves chunks that nothing names, for `gc`.
 
 use std::collections::HashSet;
 use std::fs::File;
@@ -44,7 +45,11 @@ pub struct Member {
 impl Member {
     /// A member from the catalogue.
     pub fn new(artifact: ArtifactRef, root: &Root) -> Self {
-        Self { artifact, digest: root.digest(), root: String::from_utf8_lossy(&root.to_bytes()).into_owned() }
+        Self {
+            artifact,
+            digest: root.digest(),
+            root: String::from_utf8_lossy(&root.to_bytes()).into_owned(),
+        }
     }
 
     /// The root manifest, checked against the digest.
@@ -54,9 +59,18 @@ impl Member {
 }
 
 /// Writes artifacts to a new file; on failure there is no file.
-pub fn export(members: &[Member], store: &Store, out: &Path, progress: &JobProgress) -> Result<u64, Fault> {
+pub fn export(
+    members: &[Member],
+    store: &Store,
+    out: &Path,
+    progress: &JobProgress,
+) -> Result<u64, Fault> {
     let what = format!("write {}", out.display());
-    let file = File::options().write(true).create_new(true).open(out).at(&what)?;
+    let file = File::options()
+        .write(true)
+        .create_new(true)
+        .open(out)
+        .at(&what)?;
     let result = write(members, store, file, &what, progress);
     if result.is_err() {
         let _ = std::fs::remove_file(out);
@@ -64,10 +78,20 @@ pub fn export(members: &[Member], store: &Store, out: &Path, progress: &JobProgr
     result
 }
 
-fn write(members: &[Member], store: &Store, file: File, what: &str, progress: &JobProgress) -> Result<u64, Fault> {
-    let list = serde_json::to_vec(members).map_err(|e| Fault::internal(format!("a bundle's list: {e}")))?;
+fn write(
+    members: &[Member],
+    store: &Store,
+    file: File,
+    what: &str,
+    progress: &JobProgress,
+) -> Result<u64, Fault> {
+    let list = serde_json::to_vec(members)
+        .map_err(|e| Fault::internal(format!("a bundle's list: {e}")))?;
     let mut out = BufWriter::with_capacity(1 << 20, file);
-    out.write_all(MAGIC).and_then(|()| out.write_all(&(list.len() as u32).to_le_bytes())).and_then(|()| out.write_all(&list)).at(what)?;
+    out.write_all(MAGIC)
+        .and_then(|()| out.write_all(&(list.len() as u32).to_le_bytes()))
+        .and_then(|()| out.write_all(&list))
+        .at(what)?;
     let mut written = (MAGIC.len() + 4 + list.len()) as u64;
     let mut seen = HashSet::new();
     let mut pending = Vec::new();
@@ -87,7 +111,15 @@ fn write(members: &[Member], store: &Store, file: File, what: &str, progress: &J
     for member in members {
         let root = member.root()?;
         check(&member.artifact, &root, store)?;
-        for_each_page(&root, store, |page| put(Some(ChunkRef { id: page.id, len: page.len }), &mut pending))?;
+        for_each_page(&root, store, |page| {
+            put(
+                Some(ChunkRef {
+                    id: page.id,
+                    len: page.len,
+                }),
+                &mut pending,
+            )
+        })?;
         for step in Walk::new(&root, store) {
             if let Step::Chunk(chunk, _) = step? {
                 put(Some(chunk), &mut pending)?;
@@ -103,17 +135,23 @@ fn write(members: &[Member], store: &Store, file: File, what: &str, progress: &J
 /// Reads a bundle into the store. Returns its artifacts, each whole.
 pub fn import(from: &Path, store: &Store, progress: &JobProgress) -> Result<Vec<Member>, Fault> {
     let what = format!("read {}", from.display());
-    let wrong = |why: &str| Fault::integrity(format!("{} {why}", from.display())).with_next("carry the file over again, or export it anew");
+    let wrong = |why: &str| {
+        Fault::integrity(format!("{} {why}", from.display()))
+            .with_next("carry the file over again, or export it anew")
+    };
     let mut file = BufReader::with_capacity(1 << 20, durable::open_regular(from).at(&what)?);
     let mut head = [0; 12];
-    file.read_exact(&mut head).map_err(|_| wrong("is not a bundle"))?;
+    file.read_exact(&mut head)
+        .map_err(|_| wrong("is not a bundle"))?;
     let len = u32::from_le_bytes([head[8], head[9], head[10], head[11]]) as usize;
     if head[..8] != MAGIC[..] || len > BUNDLE_LIST_BYTES_MAX {
         return Err(wrong("is not a bundle"));
     }
     let mut list = vec![0; len];
-    file.read_exact(&mut list).map_err(|_| wrong("is cut off"))?;
-    let members: Vec<Member> = serde_json::from_slice(&list).map_err(|_| wrong("has a damaged list"))?;
+    file.read_exact(&mut list)
+        .map_err(|_| wrong("is cut off"))?;
+    let members: Vec<Member> =
+        serde_json::from_slice(&list).map_err(|_| wrong("has a damaged list"))?;
     let losses = store.losses();
     let mut header = [0; HEADER_BYTES];
     while read_or_end(&mut file, &mut header).map_err(|_| wrong("is cut off"))? {
@@ -121,30 +159,44 @@ pub fn import(from: &Path, store: &Store, progress: &JobProgress) -> Result<Vec<
         let parsed = Header::parse(&header).map_err(|e| wrong(&format!("is damaged: {e}")))?;
         let mut bytes = vec![0; parsed.frame_len()];
         bytes[..HEADER_BYTES].copy_from_slice(&header);
-        file.read_exact(&mut bytes[HEADER_BYTES..]).map_err(|_| wrong("is cut off"))?;
-        progress.bytes.fetch_add(bytes.len() as u64, Ordering::Relaxed);
-        let frame = Frame::parse(Bytes::from(bytes)).map_err(|e| wrong(&format!("is damaged: {e}")))?;
-        frame.verify(parsed.id, parsed.raw_len).map_err(|e| wrong(&format!("is damaged: {e}")))?;
+        file.read_exact(&mut bytes[HEADER_BYTES..])
+            .map_err(|_| wrong("is cut off"))?;
+        progress
+            .bytes
+            .fetch_add(bytes.len() as u64, Ordering::Relaxed);
+        let frame =
+            Frame::parse(Bytes::from(bytes)).map_err(|e| wrong(&format!("is damaged: {e}")))?;
+        frame
+            .verify(parsed.id, parsed.raw_len)
+            .map_err(|e| wrong(&format!("is damaged: {e}")))?;
         store.put_over(&frame)?;
     }
     store.flush_since(losses)?;
     for member in &members {
         let root = member.root()?;
-        check(&member.artifact, &root, store).map_err(|fault| wrong(&format!("is malformed: {fault}")))?;
+        check(&member.artifact, &root, store)
+            .map_err(|fault| wrong(&format!("is malformed: {fault}")))?;
         // `has` pins each page, so that no collection frees one that only the store had.
-        for_each_page(
-            &root,
-            store,
-            |page| {
-                if store.has(page.id)? { Ok(()) } else { Err(wrong(&format!("lacks parts of {}", member.artifact))) }
-            },
-        )?;
+        for_each_page(&root, store, |page| {
+            if store.has(page.id)? {
+                Ok(())
+            } else {
+                Err(wrong(&format!("lacks parts of {}", member.artifact)))
+            }
+        })?;
         for step in Walk::new(&root, store) {
             progress.check()?;
-            let Step::Chunk(chunk, _) = step? else { continue };
+            let Step::Chunk(chunk, _) = step? else {
+                continue;
+            };
             match store.raw_len(chunk.id)? {
                 Some(len) if len == chunk.len => {}
-                Some(_) => return Err(wrong(&format!("has a chunk of {} in another size than its manifest says", member.artifact))),
+                Some(_) => {
+                    return Err(wrong(&format!(
+                        "has a chunk of {} in another size than its manifest says",
+                        member.artifact
+                    )));
+                }
                 None => return Err(wrong(&format!("lacks parts of {}", member.artifact))),
             }
         }
@@ -162,9 +214,14 @@ fn read_or_end(file: &mut impl Read, buffer: &mut [u8]) -> std::io::Result<bool>
     Ok(true)
 }
 
-/// A folder that exists, for a file that is to be made: said before hours of work, and durable after.
+/// A folder that exists, for a file that is to be made: said before hours of work, and durable
+/// after.
 pub fn sync_parent(of: &Path) -> Result<(), Fault> {
-    durable::sync_dir(of.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new(".")))
+    durable::sync_dir(
+        of.parent()
+            .filter(|p| !p.as_os_str().is_empty())
+            .unwrap_or(Path::new(".")),
+    )
 }
 
 #[cfg(test)]
@@ -179,7 +236,10 @@ mod tests {
 
     /// A bundle of this member and these frames, as anybody could write it.
     fn bundle(at: &Path, artifact: &str, root: &str, digest: Digest, frames: &[Frame]) {
-        let list = serde_json::to_vec(&serde_json::json!([{"artifact": artifact, "digest": digest, "root": root}])).unwrap();
+        let list = serde_json::to_vec(
+            &serde_json::json!([{"artifact": artifact, "digest": digest, "root": root}]),
+        )
+        .unwrap();
         let mut out = [&MAGIC[..], &(list.len() as u32).to_le_bytes(), &list].concat();
         frames.iter().for_each(|frame| out.extend(frame.to_bytes()));
         durable::replace(at, &out).unwrap();
@@ -193,37 +253,102 @@ mod tests {
         let content = Verified::new(b"hello world, ".repeat(400).into());
         durable::replace(&tree.join("a"), &content.bytes).unwrap();
         let store = Store::open(&dir.path().join("one")).unwrap();
-        let read = ingest(&mut Folder::open(&tree), Kind::Dataset, &store, &store, &Progress::default()).unwrap();
+        let read = ingest(
+            &mut Folder::open(&tree),
+            Kind::Dataset,
+            &store,
+            &store,
+            &Progress::default(),
+        )
+        .unwrap();
         let page = store.read(read.root.pages[0].id).unwrap();
         let root = String::from_utf8(read.root.to_bytes()).unwrap();
         let (sound, page) = (Frame::encode(&content), Frame::encode(&page));
-        let import = |name: &str| import(&file, &Store::open(&dir.path().join(name)).unwrap(), &JobProgress::default());
+        let import = |name: &str| {
+            import(
+                &file,
+                &Store::open(&dir.path().join(name)).unwrap(),
+                &JobProgress::default(),
+            )
+        };
 
-        bundle(&file, "dataset/d:1", &root, read.digest, &[page.clone(), sound.clone()]);
+        bundle(
+            &file,
+            "dataset/d:1",
+            &root,
+            read.digest,
+            &[page.clone(), sound.clone()],
+        );
         assert_eq!(import("sound").unwrap().len(), 1);
         // Over a chunk that an earlier version took with a wrong length: it is replaced.
         let poisoned = Store::open(&dir.path().join("poisoned")).unwrap();
-        poisoned.append(&Frame::lying(&content, content.bytes.len() + 1000)).unwrap();
+        poisoned
+            .append(&Frame::lying(&content, content.bytes.len() + 1000))
+            .unwrap();
         poisoned.flush().unwrap();
         drop(poisoned);
         import("poisoned").unwrap();
-        assert!(Store::open(&dir.path().join("poisoned")).unwrap().read(content.id).is_ok());
+        assert!(
+            Store::open(&dir.path().join("poisoned"))
+                .unwrap()
+                .read(content.id)
+                .is_ok()
+        );
 
         let mut larger = read.root;
         larger.totals.bytes += 1;
         let space = root.replacen(':', ": ", 1);
         let lying = Frame::lying(&content, content.bytes.len() + 1000);
         for (name, artifact, root, frames, why) in [
-            ("length", "dataset/d:1", root.clone(), vec![page.clone(), lying], "does not hash to its name"),
-            ("lacking", "dataset/d:1", root.clone(), vec![page.clone()], "lacks parts"),
-            ("page", "dataset/d:1", root.clone(), vec![sound.clone()], "manifest page"),
-            ("kind", "model/d:1", root, vec![page.clone(), sound.clone()], "the manifest of a dataset"),
-            ("totals", "dataset/d:1", String::from_utf8(larger.to_bytes()).unwrap(), vec![page.clone(), sound.clone()], "totals"),
-            ("form", "dataset/d:1", space, vec![page, sound], "canonical form"),
+            (
+                "length",
+                "dataset/d:1",
+                root.clone(),
+                vec![page.clone(), lying],
+                "does not hash to its name",
+            ),
+            (
+                "lacking",
+                "dataset/d:1",
+                root.clone(),
+                vec![page.clone()],
+                "lacks parts",
+            ),
+            (
+                "page",
+                "dataset/d:1",
+                root.clone(),
+                vec![sound.clone()],
+                "manifest page",
+            ),
+            (
+                "kind",
+                "model/d:1",
+                root,
+                vec![page.clone(), sound.clone()],
+                "the manifest of a dataset",
+            ),
+            (
+                "totals",
+                "dataset/d:1",
+                String::from_utf8(larger.to_bytes()).unwrap(),
+                vec![page.clone(), sound.clone()],
+                "totals",
+            ),
+            (
+                "form",
+                "dataset/d:1",
+                space,
+                vec![page, sound],
+                "canonical form",
+            ),
         ] {
             bundle(&file, artifact, &root, Hash::of(root.as_bytes()), &frames);
             let fault = import(name).expect_err(name);
-            assert!(fault.code == Code::Integrity && fault.message.contains(why), "{name}: {fault}");
+            assert!(
+                fault.code == Code::Integrity && fault.message.contains(why),
+                "{name}: {fault}"
+            );
         }
     }
 }

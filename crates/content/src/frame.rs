@@ -5,18 +5,19 @@
 //!      0    32  id: BLAKE3 of the raw bytes
 //!     32     4  raw length, little endian
 //!     36     4  stored length, little endian
-//!     40     1  codec: 0 raw, 1 zstd, 2 lanes (see `lanes`); on the line only: 254 difference (of manifest pages, see `manifest::difference`),
+//!     40     1  codec: 0 raw, 1 zstd, 2 byte_stream_split (see `byte_stream_split`); on the line only: 254 delta (of manifest pages, see `manifest::delta`),
 //!               255 fault (stored bytes are a JSON fault)
 //!     41     3  zero
 //!     44     8  XXH3-64 of bytes 0..44 and the stored bytes, little endian
 //!     52     …  stored bytes
 //! ```
 //!
-//! The XXH3 sum tells a flipped bit on a disk at a tenth of BLAKE3's price, so a daemon checks it whenever it reads a
-//! frame to send it on. Only [`Frame::verify`] turns stored bytes into raw ones. It decodes them, and compares the name, the raw length
-//! and the BLAKE3: a frame that differs in any field from what its stored bytes decode to is refused.
+//! The XXH3 sum tells a flipped bit on a disk at a tenth of BLAKE3's price, so a daemon checks it
+//! whenever it reads a frame to send it on. Only [`Frame::verify`] turns stored bytes into raw
+//! ones. It decodes them, and compares the name, the raw length and the BLAKE3: a frame that
+//! differs in any field from what its stored bytes decode to is refused.
 
-mod lanes;
+mod byte_stream_split;
 
 use std::cell::RefCell;
 
@@ -28,17 +29,17 @@ use crate::chunk::Hash;
 use base::fault::Fault;
 use base::limits::CHUNK_BYTES_MAX;
 
-use lanes::{Nature, nature};
+use byte_stream_split::{Nature, nature};
 
 /// Bytes before the stored bytes.
 pub const HEADER_BYTES: usize = 52;
 const RAW: u8 = 0;
 const ZSTD: u8 = 1;
-const LANES: u8 = 2;
-const DIFFERENCE: u8 = 254;
+const BYTE_STREAM_SPLIT: u8 = 2;
+const DELTA: u8 = 254;
 const FAULT: u8 = 255;
-/// zstd's level: next to the first in time, and 2.6 % smaller on a system tree. Levels 3 and 4 gain 1 and 3 % more for half
-/// as much time again, which a publish would notice (BENCHMARKS.md).
+/// zstd's level: next to the first in time, and 2.6 % smaller on a system tree. Levels 3 and 4 gain
+/// 1 and 3 % more for half as much time again, which a publish would notice (BENCHMARKS.md).
 const ZSTD_LEVEL: i32 = 2;
 /// Stored bytes must be smaller than this share of the raw ones to be worth decompressing.
 const WORTH_NUMERATOR: usize = 15;
@@ -87,12 +88,19 @@ pub struct Verified {
 impl Verified {
     /// Raw bytes and their name, by hashing them.
     pub fn new(bytes: Bytes) -> Self {
-        Self { id: Hash::of(&bytes), bytes }
+        Self {
+            id: Hash::of(&bytes),
+            bytes,
+        }
     }
 
     /// Raw bytes, if they hash to this name.
     pub fn check(id: Hash, bytes: Bytes) -> Result<Self, FrameError> {
-        if Hash::of(&bytes) == id { Ok(Self { id, bytes }) } else { Err(FrameError::Mismatch { expected: id }) }
+        if Hash::of(&bytes) == id {
+            Ok(Self { id, bytes })
+        } else {
+            Err(FrameError::Mismatch { expected: id })
+        }
     }
 }
 
@@ -110,20 +118,33 @@ pub struct Header {
 }
 
 impl Header {
-    /// Reads a header. Lengths beyond the limits are refused, so that a peer cannot make us allocate.
+    /// Reads a header. Lengths beyond the limits are refused, so that a peer cannot make us
+    /// allocate.
     pub fn parse(bytes: &[u8; HEADER_BYTES]) -> Result<Self, FrameError> {
-        let word = |at: usize| u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]);
+        let word = |at: usize| {
+            u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]])
+        };
         let mut id = [0; 32];
         id.copy_from_slice(&bytes[..32]);
         let mut sum = [0; 8];
         sum.copy_from_slice(&bytes[44..52]);
-        let header = Self { id: Hash(id), raw_len: word(32), stored_len: word(36), codec: bytes[40], sum: u64::from_le_bytes(sum) };
+        let header = Self {
+            id: Hash(id),
+            raw_len: word(32),
+            stored_len: word(36),
+            codec: bytes[40],
+            sum: u64::from_le_bytes(sum),
+        };
         let sane = header.raw_len as usize <= CHUNK_BYTES_MAX
             && header.stored_len as usize <= CHUNK_BYTES_MAX
-            && matches!(header.codec, RAW | ZSTD | LANES | DIFFERENCE | FAULT)
+            && matches!(header.codec, RAW | ZSTD | BYTE_STREAM_SPLIT | DELTA | FAULT)
             && (header.codec != RAW || header.raw_len == header.stored_len)
             && bytes[41..44] == [0; 3];
-        if sane { Ok(header) } else { Err(FrameError::Malformed) }
+        if sane {
+            Ok(header)
+        } else {
+            Err(FrameError::Malformed)
+        }
     }
 
     /// Whether it stands for a chunk that could not be given.
@@ -148,7 +169,8 @@ pub struct Frame {
 }
 
 thread_local! {
-    /// zstd's tables, and room for what it makes: to set them up anew for each chunk takes a third of its time.
+    /// zstd's tables, and room for what it makes: to set them up anew for each chunk takes a third
+    /// of its time.
     static SQUEEZER: RefCell<Option<(zstd::bulk::Compressor<'static>, Vec<u8>)>> = const { RefCell::new(None) };
 }
 
@@ -157,17 +179,21 @@ fn worth(raw: &[u8]) -> usize {
     raw.len() * WORTH_NUMERATOR / WORTH_DENOMINATOR
 }
 
-/// The chunk squeezed, if that makes it smaller by more than a sixteenth.
-fn squeeze(raw: &[u8]) -> Option<Bytes> {
+/// The chunk compressed, if that makes it smaller by more than a sixteenth.
+fn compress(raw: &[u8]) -> Option<Bytes> {
     SQUEEZER.with_borrow_mut(|kept| {
         if kept.is_none() {
             *kept = Some((zstd::bulk::Compressor::new(ZSTD_LEVEL).ok()?, Vec::new()));
         }
         let (squeezer, out) = kept.as_mut()?;
-        // A buffer of this size cannot hold what does not shrink enough; that error means: keep it raw.
+        // A buffer of this size cannot hold what does not shrink enough; that error means: keep it
+        // raw.
         out.clear();
         out.reserve(worth(raw));
-        squeezer.compress_to_buffer(raw, out).ok().filter(|&n| n < worth(raw))?;
+        squeezer
+            .compress_to_buffer(raw, out)
+            .ok()
+            .filter(|&n| n < worth(raw))?;
         Some(Bytes::copy_from_slice(out))
     })
 }
@@ -176,13 +202,18 @@ impl Frame {
     /// Squeezes a chunk when a sample says that it pays. What stays as it is, is not copied.
     pub fn encode(chunk: &Verified) -> Self {
         let raw = &chunk.bytes;
-        let (codec, squeezed) = match nature(raw) {
+        let (codec, compressed) = match nature(raw) {
             Nature::Random => (RAW, None),
-            Nature::Numbers(stride) => (LANES, lanes::squeeze(raw, stride).filter(|stored| stored.len() < worth(raw)).map(Bytes::from)),
+            Nature::Numbers(stride) => (
+                BYTE_STREAM_SPLIT,
+                byte_stream_split::compress(raw, stride)
+                    .filter(|stored| stored.len() < worth(raw))
+                    .map(Bytes::from),
+            ),
             Nature::Other if raw.len() <= 128 => (RAW, None),
-            Nature::Other => (ZSTD, squeeze(raw)),
+            Nature::Other => (ZSTD, compress(raw)),
         };
-        match squeezed {
+        match compressed {
             Some(stored) => Self::seal(chunk.id, raw.len(), codec, stored),
             None => Self::seal(chunk.id, raw.len(), RAW, raw.clone()),
         }
@@ -194,15 +225,19 @@ impl Frame {
         Self::seal(Hash([0; 32]), 0, FAULT, text.into())
     }
 
-    /// Manifest pages of so many bytes together, squeezed against others.
-    pub fn difference(raw_len: usize, squeezed: Vec<u8>) -> Self {
-        Self::seal(Hash([0; 32]), raw_len, DIFFERENCE, squeezed.into())
+    /// Manifest pages of so many bytes together, compressed against others.
+    pub fn delta(raw_len: usize, compressed: Vec<u8>) -> Self {
+        Self::seal(Hash([0; 32]), raw_len, DELTA, compressed.into())
     }
 
-    /// What [`Frame::difference`] was given, if it is for pages of so many bytes together.
-    pub fn squeezed(&self, raw_len: usize) -> Result<Bytes, FrameError> {
-        let matches = self.header.codec == DIFFERENCE && self.header.raw_len as usize == raw_len;
-        if matches { Ok(self.stored.clone()) } else { Err(FrameError::Malformed) }
+    /// What [`Frame::delta`] was given, if it is for pages of so many bytes together.
+    pub fn compressed(&self, raw_len: usize) -> Result<Bytes, FrameError> {
+        let matches = self.header.codec == DELTA && self.header.raw_len as usize == raw_len;
+        if matches {
+            Ok(self.stored.clone())
+        } else {
+            Err(FrameError::Malformed)
+        }
     }
 
     fn seal(id: Hash, raw_len: usize, codec: u8, stored: Bytes) -> Self {
@@ -214,7 +249,18 @@ impl Frame {
         head[40] = codec;
         let sum = sum(&head, &stored);
         head[44..52].copy_from_slice(&sum.to_le_bytes());
-        Self { header: Header { id, raw_len, stored_len, codec, sum }, head: head.freeze(), stored, whole: None }
+        Self {
+            header: Header {
+                id,
+                raw_len,
+                stored_len,
+                codec,
+                sum,
+            },
+            head: head.freeze(),
+            stored,
+            whole: None,
+        }
     }
 
     /// A frame of an honest chunk that names another raw length, as earlier versions took it.
@@ -226,7 +272,9 @@ impl Frame {
 
     /// A frame from its bytes, if its sum is right.
     pub fn parse(bytes: Bytes) -> Result<Self, FrameError> {
-        let Some(head) = bytes.first_chunk::<HEADER_BYTES>() else { return Err(FrameError::Malformed) };
+        let Some(head) = bytes.first_chunk::<HEADER_BYTES>() else {
+            return Err(FrameError::Malformed);
+        };
         let header = Header::parse(head)?;
         let frame = Self::split(header, bytes)?;
         if sum(&frame.head, &frame.stored) != header.sum {
@@ -240,11 +288,16 @@ impl Frame {
             return Err(FrameError::Malformed);
         }
         let whole = Some(bytes.clone());
-        Ok(Self { header, head: bytes.split_to(HEADER_BYTES), stored: bytes, whole })
+        Ok(Self {
+            header,
+            head: bytes.split_to(HEADER_BYTES),
+            stored: bytes,
+            whole,
+        })
     }
 
-    /// A frame that came over the line, whose sum need not be checked because [`Frame::verify`] will be: a fault that
-    /// stands for it is an error at once.
+    /// A frame that came over the line, whose sum need not be checked because [`Frame::verify`]
+    /// will be: a fault that stands for it is an error at once.
     pub fn from_line(header: Header, bytes: Bytes) -> Result<Self, FrameError> {
         let frame = Self::split(header, bytes)?;
         if header.codec == FAULT {
@@ -253,10 +306,14 @@ impl Frame {
         Ok(frame)
     }
 
-    /// A frame that came over the line and was verified, fit to be stored: by its sum a store tells damage, and one that the
-    /// sender got wrong is made anew.
+    /// A frame that came over the line and was verified, fit to be stored: by its sum a store tells
+    /// damage, and one that the sender got wrong is made anew.
     pub fn fit_to_store(self, chunk: &Verified) -> Self {
-        if sum(&self.head, &self.stored) == self.header.sum { self } else { Self::encode(chunk) }
+        if sum(&self.head, &self.stored) == self.header.sum {
+            self
+        } else {
+            Self::encode(chunk)
+        }
     }
 
     /// The chunk's name, as the frame claims it.
@@ -281,7 +338,9 @@ impl Frame {
 
     /// The frame as it is stored and sent, in one piece: a copy, unless it came so.
     pub fn to_bytes(&self) -> Bytes {
-        self.whole.clone().unwrap_or_else(|| self.pieces().concat().into())
+        self.whole
+            .clone()
+            .unwrap_or_else(|| self.pieces().concat().into())
     }
 
     /// Bytes of the whole.
@@ -295,14 +354,23 @@ impl Frame {
         let mismatch = || FrameError::Mismatch { expected };
         let stored = self.stored.clone();
         let raw: Bytes = match self.header.codec {
-            FAULT => return Err(FrameError::Fault(serde_json::from_slice(&stored).map_err(|_| FrameError::Malformed)?)),
+            FAULT => {
+                return Err(FrameError::Fault(
+                    serde_json::from_slice(&stored).map_err(|_| FrameError::Malformed)?,
+                ));
+            }
             _ if self.header.id != expected || self.header.raw_len != len => return Err(mismatch()),
             RAW => stored,
-            ZSTD => zstd::bulk::decompress(&stored, len as usize).map_err(|_| mismatch())?.into(),
-            LANES => lanes::restore(&stored, len as usize).ok_or_else(mismatch)?.into(),
+            ZSTD => zstd::bulk::decompress(&stored, len as usize)
+                .map_err(|_| mismatch())?
+                .into(),
+            BYTE_STREAM_SPLIT => byte_stream_split::restore(&stored, len as usize)
+                .ok_or_else(mismatch)?
+                .into(),
             _ => return Err(FrameError::Malformed),
         };
-        // A decoder may give fewer bytes than the header names: their hash alone says nothing of the header.
+        // A decoder may give fewer bytes than the header names: their hash alone says nothing of
+        // the header.
         if raw.len() != len as usize {
             return Err(mismatch());
         }
@@ -323,30 +391,56 @@ mod tests {
 
     fn random(len: usize) -> Bytes {
         let mut out = vec![0; len];
-        blake3::Hasher::new().update(b"seed").finalize_xof().fill(&mut out);
+        blake3::Hasher::new()
+            .update(b"seed")
+            .finalize_xof()
+            .fill(&mut out);
         out.into()
     }
 
     #[test]
     fn frames_come_back() {
-        for raw in [Bytes::new(), Bytes::from_static(b"x"), random(40_000), Bytes::from(b"abcdefgh".repeat(5000))] {
+        for raw in [
+            Bytes::new(),
+            Bytes::from_static(b"x"),
+            random(40_000),
+            Bytes::from(b"abcdefgh".repeat(5000)),
+        ] {
             let chunk = Verified::new(raw.clone());
             let frame = Frame::encode(&chunk);
-            let back = Frame::parse(frame.to_bytes()).unwrap().verify(chunk.id, raw.len() as u32).unwrap();
+            let back = Frame::parse(frame.to_bytes())
+                .unwrap()
+                .verify(chunk.id, raw.len() as u32)
+                .unwrap();
             assert_eq!(back.bytes, raw);
         }
-        assert!(Frame::encode(&Verified::new(Bytes::from(b"abcdefgh".repeat(5000)))).len() < 1000, "repeats shrink");
-        assert_eq!(Frame::encode(&Verified::new(random(40_000))).len(), 40_000 + HEADER_BYTES, "noise stays as it is");
+        assert!(
+            Frame::encode(&Verified::new(Bytes::from(b"abcdefgh".repeat(5000)))).len() < 1000,
+            "repeats shrink"
+        );
+        assert_eq!(
+            Frame::encode(&Verified::new(random(40_000))).len(),
+            40_000 + HEADER_BYTES,
+            "noise stays as it is"
+        );
     }
 
     #[test]
     fn weights_come_back_and_are_smaller() {
-        for (name, _, raw) in lanes::tests::forms() {
+        for (name, _, raw) in byte_stream_split::tests::forms() {
             let chunk = Verified::new(raw.clone().into());
             let frame = Frame::encode(&chunk);
-            assert_eq!(frame.header.codec, LANES, "{name}");
-            assert!(frame.len() < zstd::bulk::compress(&raw, 1).unwrap().len() * 95 / 100, "{name}: {} of {}", frame.len(), raw.len());
-            let back = Frame::parse(frame.to_bytes()).unwrap().verify(chunk.id, raw.len() as u32).unwrap();
+            assert_eq!(frame.header.codec, BYTE_STREAM_SPLIT, "{name}");
+            assert!(
+                frame.len() < zstd::bulk::compress(&raw, 1).unwrap().len() * 95 / 100,
+                "{name}: {} of {}",
+                frame.len(),
+                raw.len()
+            );
+            let back = Frame::parse(frame.to_bytes())
+                .unwrap()
+                .verify(chunk.id, raw.len() as u32)
+                .unwrap();
             assert_eq!(back.bytes, raw);
         }
     }
@@ -361,21 +455,40 @@ mod tests {
         }
     }
 
-    /// Content that is stored as lanes.
-    static NUMBERS: std::sync::LazyLock<Bytes> = std::sync::LazyLock::new(|| lanes::tests::forms()[0].2.clone().into());
+    /// Content that is stored as byte_stream_split.
+    static NUMBERS: std::sync::LazyLock<Bytes> =
+        std::sync::LazyLock::new(|| byte_stream_split::tests::forms()[0].2.clone().into());
 
     #[test]
     fn a_frame_with_a_wrong_raw_length_is_refused() {
-        for raw in [Bytes::new(), Bytes::from_static(b"x"), random(4000), Bytes::from(b"abcdefgh".repeat(5000)), NUMBERS.clone()] {
+        for raw in [
+            Bytes::new(),
+            Bytes::from_static(b"x"),
+            random(4000),
+            Bytes::from(b"abcdefgh".repeat(5000)),
+            NUMBERS.clone(),
+        ] {
             let chunk = Verified::new(raw.clone());
             let honest = Frame::encode(&chunk);
-            for len in [0, raw.len().wrapping_sub(1), raw.len() + 1, raw.len() + 777, CHUNK_BYTES_MAX] {
+            for len in [
+                0,
+                raw.len().wrapping_sub(1),
+                raw.len() + 1,
+                raw.len() + 777,
+                CHUNK_BYTES_MAX,
+            ] {
                 if len == raw.len() || len > CHUNK_BYTES_MAX {
                     continue;
                 }
                 let lie = Frame::seal(chunk.id, len, honest.header.codec, honest.stored.clone());
-                let at_sight = Frame::parse(lie.to_bytes()).map(|frame| frame.verify(chunk.id, len as u32));
-                assert!(!matches!(at_sight, Ok(Ok(_))), "codec {}: {} bytes named as {len}", honest.header.codec, raw.len());
+                let at_sight =
+                    Frame::parse(lie.to_bytes()).map(|frame| frame.verify(chunk.id, len as u32));
+                assert!(
+                    !matches!(at_sight, Ok(Ok(_))),
+                    "codec {}: {} bytes named as {len}",
+                    honest.header.codec,
+                    raw.len()
+                );
             }
         }
     }
@@ -414,6 +527,9 @@ mod tests {
     fn a_bomb_is_refused() {
         let bomb = zstd::bulk::compress(&vec![0; 64 << 20], 1).unwrap();
         let frame = Frame::seal(Hash([1; 32]), 10, ZSTD, bomb.into());
-        assert!(matches!(frame.verify(Hash([1; 32]), 10), Err(FrameError::Mismatch { .. })));
+        assert!(matches!(
+            frame.verify(Hash([1; 32]), 10),
+            Err(FrameError::Mismatch { .. })
+        ));
     }
 }

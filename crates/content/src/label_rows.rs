@@ -1,7 +1,9 @@
-//! The canonical form of a label set: three JSON Lines files whose bytes depend on nothing but the labels.
+//! The canonical form of a label set: three JSON Lines files whose bytes depend on nothing but the
+//! labels.
 //!
-//! Sources convert every format into it at publish, sinks load it into rows, and rows export back to the same bytes.
-//! One object a line, keys in the order of the fields here, no white space, absent values as `null`.
+//! Sources convert every format into it at publish, sinks load it into rows, and rows export back
+//! to the same bytes. One object a line, keys in the order of the fields here, no white space,
+//! absent values as `null`.
 
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
@@ -15,8 +17,8 @@ pub const CLASSES: &str = "classes.jsonl";
 /// Rows of [`SampleRow`], sorted by path in manifest order.
 pub const SAMPLES: &str = "samples.jsonl";
 
-/// The columns that a query may return when its rows are published: those of the view `annotations`, and what the view
-/// leaves out. Only `sample_path` must be there.
+/// The columns that a query may return when its rows are published: those of the view
+/// `annotations`, and what the view leaves out. Only `sample_path` must be there.
 pub const QUERY_COLUMNS: [&str; 17] = [
     "sample_path",
     "sample_hash",
@@ -37,8 +39,8 @@ pub const QUERY_COLUMNS: [&str; 17] = [
     "version",
 ];
 
-/// One row of such a query: for each of [`QUERY_COLUMNS`] a JSON string or number; `None` where it is null or not
-/// returned. JSON columns come as strings that hold JSON.
+/// One row of such a query: for each of [`QUERY_COLUMNS`] a JSON string or number; `None` where it
+/// is null or not returned. JSON columns come as strings that hold JSON.
 pub type QueryRow = [Option<String>; QUERY_COLUMNS.len()];
 
 /// One annotation. Its number (`ann_no`) is its 0-based line in the file.

@@ -1,18 +1,19 @@
 //! Content: chunks, frames, manifests, the store that keeps them, and how they enter it.
 //!
-//! Owns the on-disk formats of packs, their index, manifests and bundles. The hub, the relay, sites (for manifest pages) and
-//! publishers call it. A crash loses at most what [`store::Store::flush`] had not yet synced: the index names only synced bytes.
+//! Owns the on-disk formats of packs, their index, manifests and bundles. The hub, the relay, sites
+//! (for manifest pages) and publishers call it. A crash loses at most what [`store::Store::flush`]
+//! had not yet synced: the index names only synced bytes.
 
 pub mod bloom;
 pub mod bundle;
 pub mod chunk;
+mod file_identity;
 pub mod frame;
 pub mod ingest;
 pub mod label_rows;
 pub mod manifest;
 pub mod redb_file;
 pub mod source;
-mod stamp;
 pub mod store;
 #[cfg(test)]
 mod testing;

@@ -1,11 +1,13 @@
 //! The embedded B-tree (redb) that the store's index and a site's chunk index lie in.
 //!
-//! After its disk failed once, a full one for example, redb refuses everything until the file is closed and opened again. That is
-//! done here, at the next use: a daemon continues when there is room.
+//! After its disk failed once, a full one for example, redb refuses everything until the file is
+//! closed and opened again. That is done here, at the next use: a daemon continues when there is
+//! room.
 //!
-//! redb verifies the checksums of its pages only on request, and panics on a page that it does not understand. So a small file is
-//! verified when it is opened, and every use of redb runs in `guarded`, which turns a panic into a fault. Nothing but this module
-//! calls redb outside of the closures that [`Tree::read`] and [`Tree::write`] take.
+//! redb verifies the checksums of its pages only on request, and panics on a page that it does not
+//! understand. So a small file is verified when it is opened, and every use of redb runs in
+//! `guarded`, which turns a panic into a fault. Nothing but this module calls redb outside of the
+//! closures that [`Tree::read`] and [`Tree::write`] take.
 
 use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -68,7 +70,8 @@ fn guarded<T>(work: impl FnOnce() -> T) -> Option<T> {
         }));
     });
     let nested = CAUGHT.replace(true);
-    // What redb leaves behind is closed and opened again, and what callers hold are locks that no panic poisons.
+    // What redb leaves behind is closed and opened again, and what callers hold are locks that no
+    // panic poisons.
     let result = catch_unwind(AssertUnwindSafe(work));
     CAUGHT.set(nested);
     result.ok()
@@ -79,17 +82,22 @@ thread_local! {
     static VERIFIES: Cell<bool> = const { Cell::new(true) };
 }
 
-/// Sets whether files that this thread opens are verified; without that they are as large files are.
+/// Sets whether files that this thread opens are verified; without that they are as large files
+/// are.
 #[cfg(any(test, feature = "testing"))]
 pub fn verified_in_this_thread(verified: bool) {
     VERIFIES.set(verified);
 }
 
-/// Opens the file, and verifies it if it is small. Returns whether its pages were as they should be.
+/// Opens the file, and verifies it if it is small. Returns whether its pages were as they should
+/// be.
 fn open(path: &Path, cache_bytes: usize) -> Result<(Database, bool), redb::Error> {
     let new = std::fs::metadata(path).map_or(true, |meta| meta.len() == 0);
-    let mut database = Database::builder().set_cache_size(cache_bytes).create(path)?;
-    let is_small = || std::fs::metadata(path).is_ok_and(|meta| meta.len() <= TREE_CHECKED_BYTES_MAX);
+    let mut database = Database::builder()
+        .set_cache_size(cache_bytes)
+        .create(path)?;
+    let is_small =
+        || std::fs::metadata(path).is_ok_and(|meta| meta.len() <= TREE_CHECKED_BYTES_MAX);
     #[cfg(any(test, feature = "testing"))]
     let is_small = || VERIFIES.get() && is_small();
     let is_sound = new || !is_small() || database.check_integrity()?;
@@ -98,7 +106,12 @@ fn open(path: &Path, cache_bytes: usize) -> Result<(Database, bool), redb::Error
 
 impl Tree {
     /// Opens or makes it. `what` it is for people, `repair` what to do when it is damaged.
-    pub fn open(path: &Path, what: &str, repair: String, cache_bytes: usize) -> Result<Self, NotOpened> {
+    pub fn open(
+        path: &Path,
+        what: &str,
+        repair: String,
+        cache_bytes: usize,
+    ) -> Result<Self, NotOpened> {
         let mut tree = Self {
             what: format!("{what} {}", path.display()),
             repair,
@@ -116,7 +129,10 @@ impl Tree {
                 tree.rolled_back = !is_sound;
                 Ok(tree)
             }
-            Err(fault) => Err(NotOpened { fault, is_damaged: tree.is_damaged() }),
+            Err(fault) => Err(NotOpened {
+                fault,
+                is_damaged: tree.is_damaged(),
+            }),
         }
     }
 
@@ -128,12 +144,18 @@ impl Tree {
     }
 
     /// Reads in one transaction.
-    pub fn read<T>(&self, work: impl FnOnce(&ReadTransaction) -> Result<T, redb::Error>) -> Result<T, Fault> {
+    pub fn read<T>(
+        &self,
+        work: impl FnOnce(&ReadTransaction) -> Result<T, redb::Error>,
+    ) -> Result<T, Fault> {
         self.with(|database| work(&database.begin_read()?))
     }
 
     /// Writes in one transaction, once nobody else does, and commits it.
-    pub fn write<T>(&self, work: impl FnOnce(&mut WriteTransaction) -> Result<T, redb::Error>) -> Result<T, Fault> {
+    pub fn write<T>(
+        &self,
+        work: impl FnOnce(&mut WriteTransaction) -> Result<T, redb::Error>,
+    ) -> Result<T, Fault> {
         self.with(|database| {
             let mut write = database.begin_write()?;
             let result = work(&mut write)?;
@@ -155,7 +177,9 @@ impl Tree {
         } else {
             RwLockUpgradableReadGuard::downgrade(guard)
         };
-        let Some(database) = &*guard else { return Err(Fault::internal(format!("{} is closed", self.what))) };
+        let Some(database) = &*guard else {
+            return Err(Fault::internal(format!("{} is closed", self.what)));
+        };
         match guarded(|| work(database)) {
             Some(done) => done.map_err(|e| self.fault(e)),
             None => {
@@ -185,29 +209,48 @@ impl Tree {
     fn fault(&self, error: impl Into<redb::Error>) -> Fault {
         match error.into() {
             // redb reports a file that ends too early as one of these.
-            redb::Error::Io(e) if matches!(e.kind(), std::io::ErrorKind::UnexpectedEof | std::io::ErrorKind::InvalidData) => {
+            redb::Error::Io(e)
+                if matches!(
+                    e.kind(),
+                    std::io::ErrorKind::UnexpectedEof | std::io::ErrorKind::InvalidData
+                ) =>
+            {
                 self.failed.store(true, Ordering::SeqCst);
                 self.damage(e)
             }
             redb::Error::Io(e) => {
                 let fault = Fault::io(&self.what, &e);
-                self.full.store(fault.code == Code::NoSpace, Ordering::SeqCst);
+                self.full
+                    .store(fault.code == Code::NoSpace, Ordering::SeqCst);
                 self.failed.store(true, Ordering::SeqCst);
                 fault
             }
             // To the others that use it at that moment it says no more than that.
-            redb::Error::PreviousIo if self.full.load(Ordering::SeqCst) => Fault::no_space(format!("{}: its disk is full", self.what)),
-            redb::Error::PreviousIo | redb::Error::DatabaseClosed | redb::Error::LockPoisoned(_) | redb::Error::TransactionPoisoned => {
+            redb::Error::PreviousIo if self.full.load(Ordering::SeqCst) => {
+                Fault::no_space(format!("{}: its disk is full", self.what))
+            }
+            redb::Error::PreviousIo
+            | redb::Error::DatabaseClosed
+            | redb::Error::LockPoisoned(_)
+            | redb::Error::TransactionPoisoned => {
                 self.failed.store(true, Ordering::SeqCst);
-                Fault::unreachable(format!("{} is opened again after its disk failed", self.what))
-                    .with_retry(Retry::Backoff)
-                    .with_next("no action is needed: it continues by itself")
+                Fault::unreachable(format!(
+                    "{} is opened again after its disk failed",
+                    self.what
+                ))
+                .with_retry(Retry::Backoff)
+                .with_next("no action is needed: it continues by itself")
             }
             redb::Error::DatabaseAlreadyOpen if self.failed.load(Ordering::SeqCst) => {
-                Fault::unreachable(format!("{} is still being read after its disk failed", self.what)).with_retry(Retry::Backoff)
+                Fault::unreachable(format!(
+                    "{} is still being read after its disk failed",
+                    self.what
+                ))
+                .with_retry(Retry::Backoff)
             }
             redb::Error::DatabaseAlreadyOpen => {
-                Fault::conflict(format!("{} is in use by another daemon", self.what)).with_next("stop the other daemon first")
+                Fault::conflict(format!("{} is in use by another daemon", self.what))
+                    .with_next("stop the other daemon first")
             }
             error @ (redb::Error::Corrupted(_)
             | redb::Error::UpgradeRequired(_)

@@ -1,4 +1,5 @@
-//! What `ingest` reads from: the trait that every reader of an input format implements, and what it yields.
+//! What `ingest` reads from: the trait that every reader of an input format implements, and what it
+//! yields.
 //!
 //! The readers are in the crate `source`.
 
@@ -10,8 +11,8 @@ use base::fault::Fault;
 use base::names::RelPath;
 use bytes::Bytes;
 
+pub use crate::file_identity::FileIdentity;
 use crate::manifest::KindInfo;
-pub use crate::stamp::Stamp;
 use base::omitted::Omitted;
 
 /// One entry as a source names it.
@@ -23,9 +24,9 @@ pub struct SourceEntry {
     pub mode: u32,
     /// What it is.
     pub body: SourceBody,
-    /// The file that the content is in, as it was before the source looked at it: once the content is read it must still hold.
-    /// `None` where nothing was read of any file.
-    pub stamp: Option<Stamp>,
+    /// The file that the content is in, as it was before the source looked at it: once the content
+    /// is read it must still hold. `None` where nothing was read of any file.
+    pub identity: Option<FileIdentity>,
 }
 
 /// What a source entry is.
@@ -37,7 +38,8 @@ pub enum SourceBody {
     Symlink(String),
     /// A regular file of `size` bytes.
     File {
-        /// Bytes that must come out of `content`; fewer or more means that it changed while it was read.
+        /// Bytes that must come out of `content`; fewer or more means that it changed while it was
+        /// read.
         size: u64,
         /// Where they are.
         content: Content,
@@ -49,7 +51,8 @@ pub enum SourceBody {
 pub enum Content {
     /// The whole of this file.
     File(PathBuf),
-    /// The whole of this file in the scratch folder. Whoever has read all of it may remove it, so that its bytes are not on the disk twice.
+    /// The whole of this file in the scratch folder. Whoever has read all of it may remove it, so
+    /// that its bytes are not on the disk twice.
     Scratch(PathBuf),
     /// A range of this file (a member of an uncompressed tar), from `offset` on.
     Range {
@@ -64,16 +67,19 @@ pub enum Content {
 
 /// Reads an artifact in.
 pub trait Source: Send {
-    /// The next entry in manifest order (component-wise by path, a folder before what it holds); `None` at the end.
+    /// The next entry in manifest order (component-wise by path, a folder before what it holds);
+    /// `None` at the end.
     fn next(&mut self) -> Result<Option<SourceEntry>, Fault>;
 
-    /// Tells it that the file of the last entry ([`Content::File`], as it gave it) is open now: it may look at it, and may not read it.
+    /// Tells it that the file of the last entry ([`Content::File`], as it gave it) is open now: it
+    /// may look at it, and may not read it.
     fn opened(&mut self, _file: &File) {}
 
     /// What the artifact's kind needs beside its entries. Asked after the last entry.
     fn info(&self) -> KindInfo;
 
-    /// What is left out of the artifact, as far as the source has been read: complete after the last entry.
+    /// What is left out of the artifact, as far as the source has been read: complete after the
+    /// last entry.
     fn omitted(&self) -> Omitted {
         Omitted::default()
     }

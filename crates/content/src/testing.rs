@@ -10,7 +10,7 @@ use base::fault::Fault;
 use base::names::RelPath;
 
 use crate::manifest::KindInfo;
-use crate::source::{Content, Source, SourceBody, SourceEntry, Stamp};
+use crate::source::{Content, FileIdentity, Source, SourceBody, SourceEntry};
 
 /// Names what a folder holds, in manifest order.
 pub(crate) struct Folder(IntoIter<SourceEntry>);
@@ -25,18 +25,35 @@ impl Folder {
 }
 
 fn list(root: &Path, folder: &Path, entries: &mut Vec<SourceEntry>) {
-    let mut paths: Vec<PathBuf> = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).collect();
+    let mut paths: Vec<PathBuf> = fs::read_dir(folder)
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .collect();
     paths.sort();
     for path in paths {
         let meta = fs::symlink_metadata(&path).unwrap();
-        let name: RelPath = path.strip_prefix(root).unwrap().to_str().unwrap().parse().unwrap();
+        let name: RelPath = path
+            .strip_prefix(root)
+            .unwrap()
+            .to_str()
+            .unwrap()
+            .parse()
+            .unwrap();
         let file = Arc::new(path.clone());
         let body = match meta.is_dir() {
             true => SourceBody::Dir,
-            false => SourceBody::File { size: meta.len(), content: Content::File(path.clone()) },
+            false => SourceBody::File {
+                size: meta.len(),
+                content: Content::File(path.clone()),
+            },
         };
-        let stamp = meta.is_file().then(|| Stamp::new(file, &meta));
-        entries.push(SourceEntry { path: name, mode: meta.permissions().mode() & 0o777, body, stamp });
+        let identity = meta.is_file().then(|| FileIdentity::new(file, &meta));
+        entries.push(SourceEntry {
+            path: name,
+            mode: meta.permissions().mode() & 0o777,
+            body,
+            identity,
+        });
         if meta.is_dir() {
             list(root, &path, entries);
         }

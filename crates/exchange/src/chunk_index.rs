@@ -1,14 +1,16 @@
 //! Where chunks lie at a site: its own files and blobs are its chunk store.
 //!
-//! A B-tree on disk (redb) at `<data_dir>/places.redb` maps a chunk's name to a place, an entry and an offset. A place
-//! is one artifact's files: first its staging folder, after the commit what the sink says. What the index says is a
-//! hint: whoever reads a chunk by it hashes the bytes, and forgets the hint when they are others.
+//! A B-tree on disk (redb) at `<data_dir>/index.redb` maps a chunk's name to a place, an entry and
+//! an offset. A place is one artifact's files: first its staging folder, after the commit what the
+//! sink says. What the index says is a hint: whoever reads a chunk by it hashes the bytes, and
+//! forgets the hint when they are others.
 //!
-//! It is also the journal of transfers: which chunks of a staged artifact are durable, a bit each. Rows and bits are
-//! written only after the bytes they speak of were synced, so after a kill or a power cut a transfer goes on where the last
-//! commit stood and nothing is hashed again. Bits are written at every group commit; rows, which lie all over the tree and would
-//! have most of it copied each time, once there are many. A place whose rows are behind its bits is made good when its transfer goes
-//! on (see [`Places::is_behind`]).
+//! It is also the journal of transfers: which chunks of a staged artifact are durable, a bit each.
+//! Rows and bits are written only after the bytes they speak of were synced, so after a kill or a
+//! power cut a transfer goes on where the last commit stood and nothing is hashed again. Bits are
+//! written at every group commit; rows, which lie all over the tree and would have most of it
+//! copied each time, once there are many. A place whose rows are behind its bits is made good when
+//! its transfer goes on (see [`ChunkIndex::is_behind`]).
 //!
 //! A damaged file is set aside, and a damaged or missing one is made again (see [`Loss`]).
 
@@ -34,7 +36,7 @@ use base::space::Space;
 use content::chunk::Hash;
 use content::manifest::{Digest, FileInfo};
 use content::redb_file::{NotOpened, Tree};
-use sink::Place;
+use sink::StorageLocation;
 
 pub use loss::Loss;
 pub use reader::{Reader, buffers};
@@ -43,17 +45,20 @@ const CACHE_BYTES: usize = 16 << 20;
 /// Journal bits that are written together.
 const SEGMENT_BITS: u64 = 1 << 16;
 const SEGMENT_WORDS: usize = (SEGMENT_BITS / 64) as usize;
-const FILE: &str = "places.redb";
+const FILE: &str = "index.redb";
 
 type ChunkRow = (u32, u64, u64, u32);
 
 const CHUNKS: TableDefinition<'_, &[u8; 32], ChunkRow> = TableDefinition::new("chunks");
-const ENTRIES: TableDefinition<'_, (u32, u64), (&str, u64, &[u8; 32])> = TableDefinition::new("entries");
+const ENTRIES: TableDefinition<'_, (u32, u64), (&str, u64, &[u8; 32])> =
+    TableDefinition::new("entries");
 const PLACES: TableDefinition<'_, u32, &str> = TableDefinition::new("places");
-/// The next place's number: numbers are never used again, so that no late row can be taken for another place's.
+/// The next place's number: numbers are never used again, so that no late row can be taken for
+/// another place's.
 const NEXT: TableDefinition<'_, (), u32> = TableDefinition::new("next");
-/// Place and segment → the segment's bits in words of 64, little endian, and their XXH3-64 with place and segment before them (8 bytes,
-/// little endian; rows of older versions end before it). A wrong bit would have a chunk taken as written that is not.
+/// StorageLocation and segment → the segment's bits in words of 64, little endian, and their
+/// XXH3-64 with place and segment before them (8 bytes, little endian; rows of older versions end
+/// before it). A wrong bit would have a chunk taken as written that is not.
 const JOURNAL: TableDefinition<'_, (u32, u32), &[u8]> = TableDefinition::new("journal");
 
 /// Where a chunk lies.
@@ -71,17 +76,19 @@ pub struct At {
 
 /// One place.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct PlaceInfo {
+pub struct LocationInfo {
     /// Where.
-    pub place: Place,
+    pub place: StorageLocation,
     /// The artifact's digest.
     pub digest: Digest,
     /// The transfer that stages it, until it has landed.
     pub transfer: Option<String>,
-    /// Whether its files are somebody else's, published where they lie: he may write into them, so none may be shared by link.
+    /// Whether its files are somebody else's, published where they lie: he may write into them, so
+    /// none may be shared by link.
     #[serde(default)]
     pub foreign: bool,
-    /// Whether its journal is being made from what lies in the staging folder: what it does not have yet may be there all the same.
+    /// Whether its journal is being made from what lies in the staging folder: what it does not
+    /// have yet may be there all the same.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub adopting: bool,
 }
@@ -106,7 +113,8 @@ fn sound_segment(place: u32, segment: u32, row: &[u8], words: usize) -> Option<&
         return Some(row);
     }
     let (bits, sum) = row.split_last_chunk::<8>()?;
-    (bits.len() == words * 8 && segment_sum(place, segment, bits) == u64::from_le_bytes(*sum)).then_some(bits)
+    (bits.len() == words * 8 && segment_sum(place, segment, bits) == u64::from_le_bytes(*sum))
+        .then_some(bits)
 }
 
 /// What one group commit makes known.
@@ -130,7 +138,9 @@ pub struct Journal {
 impl Journal {
     /// Whether the chunk of this ordinal is durable.
     pub fn has(&self, ordinal: u64) -> bool {
-        self.bits.get((ordinal / 64) as usize).is_some_and(|word| word >> (ordinal % 64) & 1 == 1)
+        self.bits
+            .get((ordinal / 64) as usize)
+            .is_some_and(|word| word >> (ordinal % 64) & 1 == 1)
     }
 
     fn set(&mut self, ordinal: u64) {
@@ -154,14 +164,17 @@ impl Journal {
 
     fn segment(&self, number: u64) -> Vec<u8> {
         let start = number as usize * SEGMENT_WORDS;
-        self.bits[start..(start + SEGMENT_WORDS).min(self.bits.len())].iter().flat_map(|w| w.to_le_bytes()).collect()
+        self.bits[start..(start + SEGMENT_WORDS).min(self.bits.len())]
+            .iter()
+            .flat_map(|w| w.to_le_bytes())
+            .collect()
     }
 }
 
 /// The index.
-pub struct Places {
+pub struct ChunkIndex {
     tree: Tree,
-    known: RwLock<HashMap<u32, Arc<PlaceInfo>>>,
+    known: RwLock<HashMap<u32, Arc<LocationInfo>>>,
     /// Staging places that may lack rows of chunks that their journal has.
     behind: Mutex<HashSet<u32>>,
     data_dir: PathBuf,
@@ -172,7 +185,7 @@ pub struct Places {
 /// What to do when the file is damaged while it is in use.
 const RESTART: &str = "restart the daemon: it sets the damaged file aside and makes it again from the artifacts that are here";
 
-impl Places {
+impl ChunkIndex {
     /// Opens or makes it. A damaged file is set aside, and a new one is made.
     pub fn open(data_dir: &Path) -> Result<Self, Fault> {
         Self::open_expected(data_dir, false)
@@ -188,7 +201,7 @@ impl Places {
             return Ok(Self::open_file(data_dir)?);
         }
         match Self::open_file(data_dir) {
-            Ok(places) if !places.tree.is_rolled_back() => Ok(places),
+            Ok(index) if !index.tree.is_rolled_back() => Ok(index),
             Err(not) if !not.is_damaged => Err(not.fault),
             other => {
                 let why = match other {
@@ -215,25 +228,48 @@ impl Places {
             write.open_table(ENTRIES)?;
             write.open_table(JOURNAL)?;
             write.open_table(NEXT)?;
-            let places = write.open_table(PLACES)?;
-            places.iter()?.map(|row| row.map(|(number, text)| (number.value(), text.value().to_owned())).map_err(Into::into)).collect()
+            let index = write.open_table(PLACES)?;
+            index
+                .iter()?
+                .map(|row| {
+                    row.map(|(number, text)| (number.value(), text.value().to_owned()))
+                        .map_err(Into::into)
+                })
+                .collect()
         });
-        let rows: Vec<(u32, String)> = rows.map_err(|fault| NotOpened { is_damaged: tree.is_damaged(), fault })?;
+        let rows: Vec<(u32, String)> = rows.map_err(|fault| NotOpened {
+            is_damaged: tree.is_damaged(),
+            fault,
+        })?;
         let mut known = HashMap::new();
         for (number, text) in rows {
             let info = serde_json::from_str(&text).map_err(|e| NotOpened {
-                fault: Fault::internal(format!("{} is damaged: a malformed place: {e}", path.display())),
+                fault: Fault::internal(format!(
+                    "{} is damaged: a malformed place: {e}",
+                    path.display()
+                )),
                 is_damaged: true,
             })?;
             known.insert(number, Arc::new(info));
         }
         // What the process before had not written, nobody knows.
-        let behind = known.iter().filter(|(_, info): &(_, &Arc<PlaceInfo>)| info.transfer.is_some()).map(|(number, _)| *number).collect();
+        let behind = known
+            .iter()
+            .filter(|(_, info): &(_, &Arc<LocationInfo>)| info.transfer.is_some())
+            .map(|(number, _)| *number)
+            .collect();
         let loss = Mutex::new(Loss::load(data_dir));
-        Ok(Self { tree, known: RwLock::new(known), behind: Mutex::new(behind), data_dir: data_dir.to_owned(), loss })
+        Ok(Self {
+            tree,
+            known: RwLock::new(known),
+            behind: Mutex::new(behind),
+            data_dir: data_dir.to_owned(),
+            loss,
+        })
     }
 
-    /// The last loss of the file: what it knew comes back from the catalogue, the manifests and the staging folders.
+    /// The last loss of the file: what it knew comes back from the catalogue, the manifests and the
+    /// staging folders.
     pub fn loss(&self) -> Option<Loss> {
         self.loss.lock().clone()
     }
@@ -248,19 +284,24 @@ impl Places {
     }
 
     /// What is known of a place; `None` once it is gone.
-    pub fn info(&self, place: u32) -> Option<Arc<PlaceInfo>> {
+    pub fn info(&self, place: u32) -> Option<Arc<LocationInfo>> {
         self.known.read().get(&place).cloned()
     }
 
     /// The place that this transfer stages in, if it began.
     pub fn staged_by(&self, transfer: &str) -> Option<u32> {
-        self.known.read().iter().find(|(_, info)| info.transfer.as_deref() == Some(transfer)).map(|(number, _)| *number)
+        self.known
+            .read()
+            .iter()
+            .find(|(_, info)| info.transfer.as_deref() == Some(transfer))
+            .map(|(number, _)| *number)
     }
 
     /// Makes a place known, or changes where a known one is.
-    pub fn put(&self, number: Option<u32>, info: PlaceInfo) -> Result<u32, Fault> {
+    pub fn put(&self, number: Option<u32>, info: LocationInfo) -> Result<u32, Fault> {
         let mut known = self.known.write();
-        let text = serde_json::to_string(&info).map_err(|e| Fault::internal(format!("a place as JSON: {e}")))?;
+        let text = serde_json::to_string(&info)
+            .map_err(|e| Fault::internal(format!("a place as JSON: {e}")))?;
         let number = self.tree.write(|write| {
             let number = match number {
                 Some(number) => number,
@@ -273,7 +314,9 @@ impl Places {
             };
             write.open_table(PLACES)?.insert(number, text.as_str())?;
             if info.transfer.is_none() {
-                write.open_table(JOURNAL)?.retain_in((number, 0)..(number, u32::MAX), |_, _| false)?;
+                write
+                    .open_table(JOURNAL)?
+                    .retain_in((number, 0)..(number, u32::MAX), |_, _| false)?;
             }
             Ok(number)
         })?;
@@ -281,13 +324,17 @@ impl Places {
         Ok(number)
     }
 
-    /// Forgets a place. Its chunks' rows stay until [`Places::sweep`] comes to them.
+    /// Forgets a place. Its chunks' rows stay until [`ChunkIndex::sweep`] comes to them.
     pub fn remove(&self, number: u32) -> Result<(), Fault> {
         let mut known = self.known.write();
         self.tree.write(|write| {
             write.open_table(PLACES)?.remove(number)?;
-            write.open_table(JOURNAL)?.retain_in((number, 0)..(number, u32::MAX), |_, _| false)?;
-            write.open_table(ENTRIES)?.retain_in((number, 0)..(number, u64::MAX), |_, _| false)?;
+            write
+                .open_table(JOURNAL)?
+                .retain_in((number, 0)..(number, u32::MAX), |_, _| false)?;
+            write
+                .open_table(ENTRIES)?
+                .retain_in((number, 0)..(number, u64::MAX), |_, _| false)?;
             sweep::note(write)
         })?;
         known.remove(&number);
@@ -296,19 +343,32 @@ impl Places {
     }
 
     /// The landed place of an artifact that lies here, if it is known.
-    pub fn landed(&self, digest: Digest, place: &Place) -> Option<u32> {
+    pub fn landed(&self, digest: Digest, place: &StorageLocation) -> Option<u32> {
         let known = self.known.read();
-        known.iter().find(|(_, i)| i.digest == digest && i.transfer.is_none() && i.place == *place).map(|(number, _)| *number)
+        known
+            .iter()
+            .find(|(_, i)| i.digest == digest && i.transfer.is_none() && i.place == *place)
+            .map(|(number, _)| *number)
     }
 
-    /// Notes where chunks of landed places lie. `anew`: even those of which another landed place is known already.
-    pub fn note(&self, rows: &mut Vec<(Hash, At)>, entries: &mut Vec<(u32, u64, RelPath, FileInfo)>, anew: bool) -> Result<(), Fault> {
+    /// Notes where chunks of landed places lie. `anew`: even those of which another landed place is
+    /// known already.
+    pub fn note(
+        &self,
+        rows: &mut Vec<(Hash, At)>,
+        entries: &mut Vec<(u32, u64, RelPath, FileInfo)>,
+        anew: bool,
+    ) -> Result<(), Fault> {
         rows.sort_unstable_by_key(|(id, _)| *id);
         let known = self.known.read();
         self.tree.write(|write| {
             let mut chunks = write.open_table(CHUNKS)?;
             for (id, at) in rows.drain(..) {
-                let keep = |row: &ChunkRow| known.get(&row.0).is_some_and(|info| info.transfer.is_none());
+                let keep = |row: &ChunkRow| {
+                    known
+                        .get(&row.0)
+                        .is_some_and(|info| info.transfer.is_none())
+                };
                 if anew || !chunks.get(&id.0)?.is_some_and(|row| keep(&row.value())) {
                     chunks.insert(&id.0, (at.place, at.entry, at.offset, at.len))?;
                 }
@@ -321,7 +381,8 @@ impl Places {
         })
     }
 
-    /// Whether a staging place may lack rows of chunks that its journal has: whoever goes on with it notes them, then says so.
+    /// Whether a staging place may lack rows of chunks that its journal has: whoever goes on with
+    /// it notes them, then says so.
     pub fn is_behind(&self, place: u32) -> bool {
         self.behind.lock().contains(&place)
     }
@@ -333,8 +394,13 @@ impl Places {
 
     /// Forgets every place of an artifact that has landed.
     pub fn remove_digest(&self, digest: Digest) -> Result<(), Fault> {
-        let gone: Vec<u32> =
-            self.known.read().iter().filter(|(_, i)| i.digest == digest && i.transfer.is_none()).map(|(number, _)| *number).collect();
+        let gone: Vec<u32> = self
+            .known
+            .read()
+            .iter()
+            .filter(|(_, i)| i.digest == digest && i.transfer.is_none())
+            .map(|(number, _)| *number)
+            .collect();
         gone.into_iter().try_for_each(|number| self.remove(number))
     }
 
@@ -349,7 +415,14 @@ impl Places {
             ids.iter()
                 .map(|id| {
                     let row = chunks.get(&id.0)?.map(|row| row.value());
-                    Ok(row.filter(|row| known.contains_key(&row.0)).map(|(place, entry, offset, len)| At { place, entry, offset, len }))
+                    Ok(row.filter(|row| known.contains_key(&row.0)).map(
+                        |(place, entry, offset, len)| At {
+                            place,
+                            entry,
+                            offset,
+                            len,
+                        },
+                    ))
                 })
                 .collect()
         })
@@ -360,8 +433,11 @@ impl Places {
         Ok(self.entries(&[(place, entry)])?.pop().flatten())
     }
 
-    /// [`Places::entry`] for many: places, each with the number of an entry.
-    pub fn entries(&self, wanted: &[(u32, u64)]) -> Result<Vec<Option<(RelPath, FileInfo)>>, Fault> {
+    /// [`ChunkIndex::entry`] for many: index, each with the number of an entry.
+    pub fn entries(
+        &self,
+        wanted: &[(u32, u64)],
+    ) -> Result<Vec<Option<(RelPath, FileInfo)>>, Fault> {
         if wanted.is_empty() {
             return Ok(Vec::new());
         }
@@ -377,7 +453,18 @@ impl Places {
             wanted.iter().map(file).collect()
         })?;
         rows.into_iter()
-            .map(|row| row.map(|(path, size, hash)| Ok((path.parse()?, FileInfo { size, hash: Hash(hash) }))).transpose())
+            .map(|row| {
+                row.map(|(path, size, hash)| {
+                    Ok((
+                        path.parse()?,
+                        FileInfo {
+                            size,
+                            hash: Hash(hash),
+                        },
+                    ))
+                })
+                .transpose()
+            })
             .collect()
     }
 
@@ -391,19 +478,28 @@ impl Places {
         })
     }
 
-    /// A transfer's journal as it was last committed. A part of it that is damaged counts as empty: its chunks are fetched again.
+    /// A transfer's journal as it was last committed. A part of it that is damaged counts as empty:
+    /// its chunks are fetched again.
     pub fn journal(&self, place: u32, chunks: u64) -> Result<Journal, Fault> {
         let rows: Vec<(u32, Vec<u8>)> = self.tree.read(|read| {
             let journal = read.open_table(JOURNAL)?;
             let rows = journal.range((place, 0)..(place, u32::MAX))?;
-            rows.map(|row| row.map(|(key, value)| (key.value().1, value.value().to_vec())).map_err(Into::into)).collect()
+            rows.map(|row| {
+                row.map(|(key, value)| (key.value().1, value.value().to_vec()))
+                    .map_err(Into::into)
+            })
+            .collect()
         })?;
         let mut bits = vec![0u64; chunks.div_ceil(64) as usize];
         for (segment, value) in rows {
             let start = (segment as usize).saturating_mul(SEGMENT_WORDS);
             let words = bits.len().saturating_sub(start).min(SEGMENT_WORDS);
             let Some(sound) = sound_segment(place, segment, &value, words) else {
-                tracing::error!(place, segment, "a part of a transfer's journal is damaged: its chunks are fetched again");
+                tracing::error!(
+                    place,
+                    segment,
+                    "a part of a transfer's journal is damaged: its chunks are fetched again"
+                );
                 continue;
             };
             for (word, bytes) in bits.iter_mut().skip(start).zip(sound.chunks_exact(8)) {
@@ -417,25 +513,41 @@ impl Places {
     }
 
     /// Takes back that these chunks are durable: their file is to be written again.
-    pub fn uncommit(&self, place: u32, journal: &RwLock<Journal>, ordinals: &[u64]) -> Result<(), Fault> {
+    pub fn uncommit(
+        &self,
+        place: u32,
+        journal: &RwLock<Journal>,
+        ordinals: &[u64],
+    ) -> Result<(), Fault> {
         let mut journal = journal.write();
-        let segments: BTreeSet<u64> = ordinals.iter().map(|ordinal| ordinal / SEGMENT_BITS).collect();
+        let segments: BTreeSet<u64> = ordinals
+            .iter()
+            .map(|ordinal| ordinal / SEGMENT_BITS)
+            .collect();
         ordinals.iter().for_each(|ordinal| journal.clear(*ordinal));
         self.tree.write(|write| {
             let mut table = write.open_table(JOURNAL)?;
             for segment in segments {
                 let number = segment as u32;
-                table.insert((place, number), with_sum(place, number, journal.segment(segment)).as_slice())?;
+                table.insert(
+                    (place, number),
+                    with_sum(place, number, journal.segment(segment)).as_slice(),
+                )?;
             }
             Ok(())
         })
     }
 
-    /// Writes a little, where there is room for more. Called after a failure, before bytes are sent again that could not be noted.
+    /// Writes a little, where there is room for more. Called after a failure, before bytes are sent
+    /// again that could not be noted.
     pub fn trial(&self) -> Result<(), Fault> {
         let space = Space::of(&self.data_dir)?;
         if !space.has(STATE_WRITE_BYTES_MIN, 1) {
-            return Err(Fault::no_space(format!("data_dir {}: its disk has {} free", self.data_dir.display(), space.text())));
+            return Err(Fault::no_space(format!(
+                "data_dir {}: its disk has {} free",
+                self.data_dir.display(),
+                space.text()
+            )));
         }
         self.tree.write(|write| {
             let mut next = write.open_table(NEXT)?;
@@ -445,16 +557,30 @@ impl Places {
         })
     }
 
-    /// Makes a group commit known. Everything in it must be synced. One without chunks leaves them to a later one.
-    pub fn commit(&self, place: u32, journal: &RwLock<Journal>, commit: &mut Commit) -> Result<(), Fault> {
+    /// Makes a group commit known. Everything in it must be synced. One without chunks leaves them
+    /// to a later one.
+    pub fn commit(
+        &self,
+        place: u32,
+        journal: &RwLock<Journal>,
+        commit: &mut Commit,
+    ) -> Result<(), Fault> {
         // In the order of their names: neighbours share a leaf of the tree.
         commit.chunks.sort_unstable_by_key(|(id, _)| *id);
         let known = self.known.read();
         if !known.contains_key(&place) {
-            return Err(Fault::internal("the staging place of this transfer is gone"));
+            return Err(Fault::internal(
+                "the staging place of this transfer is gone",
+            ));
         }
-        // A row that names a version which has landed is worth more than one of a staging folder that may go away.
-        let keep = |row: &ChunkRow| row.0 != place && known.get(&row.0).is_some_and(|info| info.transfer.is_none());
+        // A row that names a version which has landed is worth more than one of a staging folder
+        // that may go away.
+        let keep = |row: &ChunkRow| {
+            row.0 != place
+                && known
+                    .get(&row.0)
+                    .is_some_and(|info| info.transfer.is_none())
+        };
         if commit.chunks.is_empty() {
             self.behind.lock().insert(place);
         }
@@ -471,14 +597,21 @@ impl Places {
                 entries.insert((place, *number), (path.as_str(), file.size, &file.hash.0))?;
             }
             let mut table = write.open_table(JOURNAL)?;
-            let segments: BTreeSet<u64> = commit.ordinals.iter().map(|ordinal| ordinal / SEGMENT_BITS).collect();
+            let segments: BTreeSet<u64> = commit
+                .ordinals
+                .iter()
+                .map(|ordinal| ordinal / SEGMENT_BITS)
+                .collect();
             let mut journal = journal.write();
             for ordinal in &commit.ordinals {
                 journal.set(*ordinal);
             }
             for segment in segments {
                 let number = segment as u32;
-                table.insert((place, number), with_sum(place, number, journal.segment(segment)).as_slice())?;
+                table.insert(
+                    (place, number),
+                    with_sum(place, number, journal.segment(segment)).as_slice(),
+                )?;
             }
             Ok(())
         })?;
@@ -497,77 +630,135 @@ mod tests {
     #[test]
     fn a_commit_survives_and_a_removed_place_is_forgotten() {
         let dir = tempfile::tempdir().unwrap();
-        let places = Places::open(dir.path()).unwrap();
-        let info = PlaceInfo {
-            place: Place::Folder { path: "/x".into() },
+        let index = ChunkIndex::open(dir.path()).unwrap();
+        let info = LocationInfo {
+            place: StorageLocation::Folder { path: "/x".into() },
             digest: Hash([1; 32]),
             transfer: Some("t-1".into()),
             foreign: false,
             adopting: false,
         };
-        let place = places.put(None, info).unwrap();
-        let journal = RwLock::new(places.journal(place, 200_000).unwrap());
-        let file = FileInfo { size: 5, hash: Hash([2; 32]) };
-        let at = At { place, entry: 7, offset: 0, len: 5 };
+        let place = index.put(None, info).unwrap();
+        let journal = RwLock::new(index.journal(place, 200_000).unwrap());
+        let file = FileInfo {
+            size: 5,
+            hash: Hash([2; 32]),
+        };
+        let at = At {
+            place,
+            entry: 7,
+            offset: 0,
+            len: 5,
+        };
         let mut commit = Commit {
             chunks: vec![(Hash([3; 32]), at)],
             entries: vec![(7, "a/b".parse().unwrap(), file)],
             ordinals: vec![0, 70_000, 199_999],
         };
-        places.commit(place, &journal, &mut commit).unwrap();
-        drop(places);
-        let places = Places::open(dir.path()).unwrap();
-        assert_eq!(places.staged_by("t-1"), Some(place));
-        let journal = places.journal(place, 200_000).unwrap();
+        index.commit(place, &journal, &mut commit).unwrap();
+        drop(index);
+        let index = ChunkIndex::open(dir.path()).unwrap();
+        assert_eq!(index.staged_by("t-1"), Some(place));
+        let journal = index.journal(place, 200_000).unwrap();
         assert_eq!(journal.count(), 3);
         assert!(journal.has(70_000) && journal.has(199_999) && !journal.has(1));
         let journal = RwLock::new(journal);
-        places.uncommit(place, &journal, &[70_000, 70_001]).unwrap();
-        for journal in [journal.into_inner(), places.journal(place, 200_000).unwrap()] {
-            assert!(journal.count() == 2 && !journal.has(70_000) && journal.has(0) && journal.has(199_999));
+        index.uncommit(place, &journal, &[70_000, 70_001]).unwrap();
+        for journal in [journal.into_inner(), index.journal(place, 200_000).unwrap()] {
+            assert!(
+                journal.count() == 2
+                    && !journal.has(70_000)
+                    && journal.has(0)
+                    && journal.has(199_999)
+            );
         }
-        assert_eq!(places.find(&[Hash([3; 32]), Hash([4; 32])]).unwrap(), [Some(at), None]);
-        assert_eq!(places.entry(place, 7).unwrap().unwrap().1, file);
-        places.remove(place).unwrap();
-        assert_eq!(places.find(&[Hash([3; 32])]).unwrap(), [None]);
+        assert_eq!(
+            index.find(&[Hash([3; 32]), Hash([4; 32])]).unwrap(),
+            [Some(at), None]
+        );
+        assert_eq!(index.entry(place, 7).unwrap().unwrap().1, file);
+        index.remove(place).unwrap();
+        assert_eq!(index.find(&[Hash([3; 32])]).unwrap(), [None]);
     }
 
     #[test]
     fn rows_that_wait_are_missed_until_they_are_noted() {
         let dir = tempfile::tempdir().unwrap();
-        let places = Places::open(dir.path()).unwrap();
+        let index = ChunkIndex::open(dir.path()).unwrap();
         let transfer = Some("t-1".into());
-        let info =
-            PlaceInfo { place: Place::Folder { path: "/x".into() }, digest: Hash([1; 32]), transfer, foreign: false, adopting: false };
-        let place = places.put(None, info).unwrap();
-        let journal = RwLock::new(places.journal(place, 2).unwrap());
-        let row = |n: u8| (Hash([n; 32]), At { place, entry: 0, offset: 0, len: 5 });
-        assert!(!places.is_behind(place));
-        places.commit(place, &journal, &mut Commit { ordinals: vec![0], ..Commit::default() }).unwrap();
-        assert!(places.is_behind(place));
-        let both = Commit { chunks: vec![row(1), row(2)], ordinals: vec![1], ..Commit::default() };
-        places.commit(place, &journal, &mut { both }).unwrap();
-        assert!(!places.is_behind(place));
-        drop(places);
-        let places = Places::open(dir.path()).unwrap();
-        assert!(places.is_behind(place), "who knows what a process that ended had not written");
-        places.note(&mut vec![row(1), row(2)], &mut Vec::new(), false).unwrap();
-        places.caught_up(place);
-        assert!(!places.is_behind(place) && places.find(&[row(2).0]).unwrap()[0].is_some());
+        let info = LocationInfo {
+            place: StorageLocation::Folder { path: "/x".into() },
+            digest: Hash([1; 32]),
+            transfer,
+            foreign: false,
+            adopting: false,
+        };
+        let place = index.put(None, info).unwrap();
+        let journal = RwLock::new(index.journal(place, 2).unwrap());
+        let row = |n: u8| {
+            (
+                Hash([n; 32]),
+                At {
+                    place,
+                    entry: 0,
+                    offset: 0,
+                    len: 5,
+                },
+            )
+        };
+        assert!(!index.is_behind(place));
+        index
+            .commit(
+                place,
+                &journal,
+                &mut Commit {
+                    ordinals: vec![0],
+                    ..Commit::default()
+                },
+            )
+            .unwrap();
+        assert!(index.is_behind(place));
+        let both = Commit {
+            chunks: vec![row(1), row(2)],
+            ordinals: vec![1],
+            ..Commit::default()
+        };
+        index.commit(place, &journal, &mut { both }).unwrap();
+        assert!(!index.is_behind(place));
+        drop(index);
+        let index = ChunkIndex::open(dir.path()).unwrap();
+        assert!(
+            index.is_behind(place),
+            "who knows what a process that ended had not written"
+        );
+        index
+            .note(&mut vec![row(1), row(2)], &mut Vec::new(), false)
+            .unwrap();
+        index.caught_up(place);
+        assert!(!index.is_behind(place) && index.find(&[row(2).0]).unwrap()[0].is_some());
     }
 
     fn staged(dir: &Path) -> u32 {
-        let places = Places::open(dir).unwrap();
-        let info = PlaceInfo {
-            place: Place::Folder { path: "/x".into() },
+        let index = ChunkIndex::open(dir).unwrap();
+        let info = LocationInfo {
+            place: StorageLocation::Folder { path: "/x".into() },
             digest: Hash([1; 32]),
             transfer: Some("t-1".into()),
             foreign: false,
             adopting: false,
         };
-        let place = places.put(None, info).unwrap();
-        let journal = RwLock::new(places.journal(place, 100).unwrap());
-        places.commit(place, &journal, &mut Commit { ordinals: vec![3, 64], ..Commit::default() }).unwrap();
+        let place = index.put(None, info).unwrap();
+        let journal = RwLock::new(index.journal(place, 100).unwrap());
+        index
+            .commit(
+                place,
+                &journal,
+                &mut Commit {
+                    ordinals: vec![3, 64],
+                    ..Commit::default()
+                },
+            )
+            .unwrap();
         place
     }
 
@@ -577,43 +768,90 @@ mod tests {
         staged(dir.path());
         let path = dir.path().join(FILE);
         let sound = std::fs::read(&path).unwrap();
-        std::fs::File::options().write(true).open(&path).unwrap().set_len(sound.len() as u64 / 2).unwrap();
-        let places = Places::open(dir.path()).unwrap();
-        let loss = places.loss().unwrap();
-        assert_eq!(places.staged_by("t-1"), None, "nothing of the damaged file is believed");
-        assert_eq!(std::fs::read(loss.aside.as_ref().unwrap()).unwrap(), sound[..sound.len() / 2], "it is kept");
-        assert!(loss.report(dir.path()).starts_with("fault places: being made again"), "{}", loss.report(dir.path()));
-        drop(places);
-        let places = Places::open(dir.path()).unwrap();
-        assert_eq!(places.loss().unwrap().artifacts, None, "a restart does not forget that rows lack");
-        places.rebuilt(7).unwrap();
-        drop(places);
-        let report = Places::open(dir.path()).unwrap().loss().unwrap().report(dir.path());
-        assert!(report.starts_with("ok places: made again on") && report.contains("7 artifacts"), "{report}");
+        std::fs::File::options()
+            .write(true)
+            .open(&path)
+            .unwrap()
+            .set_len(sound.len() as u64 / 2)
+            .unwrap();
+        let index = ChunkIndex::open(dir.path()).unwrap();
+        let loss = index.loss().unwrap();
+        assert_eq!(
+            index.staged_by("t-1"),
+            None,
+            "nothing of the damaged file is believed"
+        );
+        assert_eq!(
+            std::fs::read(loss.aside.as_ref().unwrap()).unwrap(),
+            sound[..sound.len() / 2],
+            "it is kept"
+        );
+        assert!(
+            loss.report(dir.path())
+                .starts_with("fault places: being made again"),
+            "{}",
+            loss.report(dir.path())
+        );
+        drop(index);
+        let index = ChunkIndex::open(dir.path()).unwrap();
+        assert_eq!(
+            index.loss().unwrap().artifacts,
+            None,
+            "a restart does not forget that rows lack"
+        );
+        index.rebuilt(7).unwrap();
+        drop(index);
+        let report = ChunkIndex::open(dir.path())
+            .unwrap()
+            .loss()
+            .unwrap()
+            .report(dir.path());
+        assert!(
+            report.starts_with("ok places: made again on") && report.contains("7 artifacts"),
+            "{report}"
+        );
 
         let dir = tempfile::tempdir().unwrap();
-        assert_eq!(Places::open_expected(dir.path(), false).unwrap().loss(), None, "a new site has lost nothing");
+        assert_eq!(
+            ChunkIndex::open_expected(dir.path(), false).unwrap().loss(),
+            None,
+            "a new site has lost nothing"
+        );
         std::fs::remove_file(dir.path().join(FILE)).unwrap();
-        let loss = Places::open_expected(dir.path(), true).unwrap().loss().unwrap();
-        assert!(loss.why.contains("missing") && loss.aside.is_none(), "{loss:?}");
+        let loss = ChunkIndex::open_expected(dir.path(), true)
+            .unwrap()
+            .loss()
+            .unwrap();
+        assert!(
+            loss.why.contains("missing") && loss.aside.is_none(),
+            "{loss:?}"
+        );
     }
 
     #[test]
     fn a_bit_of_a_journal_that_flipped_on_the_disk_is_not_believed() {
         let sum = with_sum(7, 0, vec![0; 16]);
         assert_eq!(sound_segment(7, 0, &sum, 2), Some(&[0; 16][..]));
-        assert_eq!(sound_segment(7, 0, &[0; 16], 2), Some(&[0; 16][..]), "a row of an older version");
+        assert_eq!(
+            sound_segment(7, 0, &[0; 16], 2),
+            Some(&[0; 16][..]),
+            "a row of an older version"
+        );
         for bit in 0..sum.len() * 8 {
             let mut flipped = sum.clone();
             flipped[bit / 8] ^= 1 << (bit % 8);
             assert_eq!(sound_segment(7, 0, &flipped, 2), None, "bit {bit}");
         }
-        assert_eq!(sound_segment(8, 0, &sum, 2), None, "the journal of another transfer");
+        assert_eq!(
+            sound_segment(8, 0, &sum, 2),
+            None,
+            "the journal of another transfer"
+        );
         assert_eq!(sound_segment(7, 0, &sum, 1), None);
         let dir = tempfile::tempdir().unwrap();
         let place = staged(dir.path());
-        let places = Places::open(dir.path()).unwrap();
-        let journal = places.journal(place, 100).unwrap();
+        let index = ChunkIndex::open(dir.path()).unwrap();
+        let journal = index.journal(place, 100).unwrap();
         assert!(journal.has(3) && journal.has(64) && journal.count() == 2);
     }
 }

@@ -1,8 +1,9 @@
-//! Fetching: one side asks for chunks by where a manifest names them, the other gives the stored frames as they are.
+//! Fetching: one side asks for chunks by where a manifest names them, the other gives the stored
+//! frames as they are.
 //!
-//! Both sides of the fetch stream live here: [`serve`] answers from a [`Library`], [`Fetcher`] asks; `pages` is what is
-//! particular to manifest pages. What comes back is
-//! not trusted: the asker verifies every frame against the name that its manifest says.
+//! Both sides of the fetch stream live here: [`serve`] answers from a [`Library`], [`Fetcher`]
+//! asks; `pages` is what is particular to manifest pages. What comes back is not trusted: the asker
+//! verifies every frame against the name that its manifest says.
 
 mod pages;
 
@@ -26,11 +27,14 @@ use base::budget::Share;
 use base::buffers::Buffers;
 use base::fault::{Fault, Reason, Retry};
 use base::limits::{
-    FETCH_BATCH_BYTES, FETCH_BATCH_CHUNKS_MAX, FETCH_IDLE_MAX, FETCH_PROGRESS_BYTES, FETCH_REQUEST_BYTES_MAX, ROOT_BYTES_MAX, SILENCE_MAX,
+    FETCH_BATCH_BYTES, FETCH_BATCH_CHUNKS_MAX, FETCH_IDLE_MAX, FETCH_PROGRESS_BYTES,
+    FETCH_REQUEST_BYTES_MAX, ROOT_BYTES_MAX, SILENCE_MAX,
 };
 use content::chunk::Hash;
 use content::frame::{Frame, FrameError, HEADER_BYTES, Header, Verified};
-use content::manifest::{ChunkRef, Digest, PageRef, Pages, Root, children, entry_pages, for_each_page};
+use content::manifest::{
+    ChunkRef, Digest, PageRef, Pages, Root, children, entry_pages, for_each_page,
+};
 use content::store::Store;
 use transport::{Link, RecvHalf, SendHalf, Want};
 
@@ -63,7 +67,8 @@ pub struct Opened {
     entry_pages: Vec<PageRef>,
     /// Whether its bytes live elsewhere (at the hub: at a site).
     pub relayed: bool,
-    /// The children of the pages that were named last: a page is named by many requests behind each other.
+    /// The children of the pages that were named last: a page is named by many requests behind each
+    /// other.
     recent: Mutex<VecDeque<(Hash, Arc<Vec<ChunkRef>>)>>,
     /// The root manifest as it is sent, made when it is first asked for.
     root_frame: OnceCell<Bytes>,
@@ -78,7 +83,15 @@ impl Opened {
             Ok(())
         })?;
         let entry_pages = entry_pages(&root, source)?;
-        Ok(Self { digest, root, pages, entry_pages, relayed: false, recent: Mutex::default(), root_frame: OnceCell::new() })
+        Ok(Self {
+            digest,
+            root,
+            pages,
+            entry_pages,
+            relayed: false,
+            recent: Mutex::default(),
+            root_frame: OnceCell::new(),
+        })
     }
 
     /// The same, of which the bytes live elsewhere.
@@ -89,17 +102,30 @@ impl Opened {
 
 impl Opened {
     /// The root manifest as one frame.
-    async fn root_frame(self: &Arc<Self>, peer: &Peer, library: &dyn Library) -> Result<Bytes, Fault> {
+    async fn root_frame(
+        self: &Arc<Self>,
+        peer: &Peer,
+        library: &dyn Library,
+    ) -> Result<Bytes, Fault> {
         let make = || async {
             let _place = library.work_place(peer).await;
             let opened = self.clone();
-            blocking(move || Ok(Frame::encode(&Verified::new(opened.root.to_bytes().into())).to_bytes())).await
+            blocking(move || {
+                Ok(Frame::encode(&Verified::new(opened.root.to_bytes().into())).to_bytes())
+            })
+            .await
         };
         self.root_frame.get_or_try_init(make).await.cloned()
     }
 
-    /// What a page of this artifact lists. A page that is not one of its own is as good as not there.
-    async fn children(self: &Arc<Self>, peer: &Peer, page: Hash, library: &dyn Library) -> Result<Arc<Vec<ChunkRef>>, Fault> {
+    /// What a page of this artifact lists. A page that is not one of its own is as good as not
+    /// there.
+    async fn children(
+        self: &Arc<Self>,
+        peer: &Peer,
+        page: Hash,
+        library: &dyn Library,
+    ) -> Result<Arc<Vec<ChunkRef>>, Fault> {
         if !self.pages.contains(&page) {
             return Err(nothing_such());
         }
@@ -123,10 +149,18 @@ impl Opened {
 /// Gives out artifacts.
 #[async_trait]
 pub trait Library: Send + Sync {
-    /// The artifact, if this peer may read it. What does not exist and what he may not see get the same answer.
+    /// The artifact, if this peer may read it. What does not exist and what he may not see get the
+    /// same answer.
     async fn open(&self, peer: &Peer, digest: Digest) -> Result<Arc<Opened>, Fault>;
-    /// Waits until these can be had, or says why they cannot: asked before a share of the budget is taken.
-    async fn ready(&self, _peer: &Peer, _opened: &Opened, _wanted: &Wanted, _children: &[Child]) -> Result<(), Fault> {
+    /// Waits until these can be had, or says why they cannot: asked before a share of the budget is
+    /// taken.
+    async fn ready(
+        &self,
+        _peer: &Peer,
+        _opened: &Opened,
+        _wanted: &Wanted,
+        _children: &[Child],
+    ) -> Result<(), Fault> {
         Ok(())
     }
     /// Whether this peer may read the content of what it opened, and not only its manifest.
@@ -135,14 +169,15 @@ pub trait Library: Send + Sync {
     }
     /// A share of the daemon's budget for this many bytes, out of what this peer may have of it.
     async fn share(&self, peer: &Peer, bytes: u64, priority: i32) -> Result<Share, Fault>;
-    /// A place among the blocking work of this peer, where that is bounded; it is kept while the work goes on, and never while anything
-    /// else of the peer is waited for.
+    /// A place among the blocking work of this peer, where that is bounded; it is kept while the
+    /// work goes on, and never while anything else of the peer is waited for.
     async fn work_place(&self, _peer: &Peer) -> Option<OwnedSemaphorePermit> {
         None
     }
     /// A page's raw bytes.
     async fn page(&self, opened: &Opened, page: Hash) -> Result<Bytes, Fault>;
-    /// The frames of these children of an opened artifact, in order, in any number of pieces, each piece as soon as it is here.
+    /// The frames of these children of an opened artifact, in order, in any number of pieces, each
+    /// piece as soon as it is here.
     async fn frames(
         &self,
         peer: &Peer,
@@ -182,32 +217,58 @@ fn listed_bytes(root: &Root) -> u64 {
 
 /// The pages that a root manifest lists, as what they are: chunks.
 fn listed(root: &Root) -> Vec<ChunkRef> {
-    root.pages.iter().map(|page| ChunkRef { id: page.id, len: page.len }).collect()
+    root.pages
+        .iter()
+        .map(|page| ChunkRef {
+            id: page.id,
+            len: page.len,
+        })
+        .collect()
 }
 
 fn pick(all: &[ChunkRef], ranges: &[(u32, u32)]) -> Result<Vec<Child>, Fault> {
     let mut out = Vec::new();
     for &(first, count) in ranges {
         let range = first as usize..(first as usize).saturating_add(count as usize);
-        let part = all.get(range).ok_or_else(|| Fault::integrity("a fetch request names more than the page holds"))?;
-        out.extend((first..).zip(part).map(|(index, chunk)| Child { index, chunk: *chunk }));
+        let part = all
+            .get(range)
+            .ok_or_else(|| Fault::integrity("a fetch request names more than the page holds"))?;
+        out.extend((first..).zip(part).map(|(index, chunk)| Child {
+            index,
+            chunk: *chunk,
+        }));
         if out.len() > FETCH_BATCH_CHUNKS_MAX {
-            return Err(Fault::integrity("a fetch request asks for too much at once"));
+            return Err(Fault::integrity(
+                "a fetch request asks for too much at once",
+            ));
         }
     }
     Ok(out)
 }
 
-/// The frames of a root manifest and of the pages that it lists, behind each other, for a peer that did not ask; `None` when they
-/// have more than `most` bytes. Of what the root says of its pages nothing is believed.
-pub async fn manifest_frames(peer: &Peer, library: &dyn Library, opened: &Arc<Opened>, most: usize) -> Result<Option<Vec<u8>>, Fault> {
+/// The frames of a root manifest and of the pages that it lists, behind each other, for a peer that
+/// did not ask; `None` when they have more than `most` bytes. Of what the root says of its pages
+/// nothing is believed.
+pub async fn manifest_frames(
+    peer: &Peer,
+    library: &dyn Library,
+    opened: &Arc<Opened>,
+    most: usize,
+) -> Result<Option<Vec<u8>>, Fault> {
     let mut out = opened.root_frame(peer, library).await?.to_vec();
     for (index, chunk) in (0..).zip(listed(&opened.root)) {
         if out.len() > most {
             break;
         }
-        let mut pieces =
-            library.frames(peer, opened, &Wanted::TopPages(Vec::new()), vec![Child { index, chunk }], PRIORITY_MANIFEST).await?;
+        let mut pieces = library
+            .frames(
+                peer,
+                opened,
+                &Wanted::TopPages(Vec::new()),
+                vec![Child { index, chunk }],
+                PRIORITY_MANIFEST,
+            )
+            .await?;
         while let Some(piece) = pieces.next().await {
             out.extend_from_slice(&piece?);
         }
@@ -215,10 +276,13 @@ pub async fn manifest_frames(peer: &Peer, library: &dyn Library, opened: &Arc<Op
     Ok((out.len() <= most).then_some(out))
 }
 
-/// Takes in what [`manifest_frames`] gave: the root comes back, and the pages go to the store. Blocks.
+/// Takes in what [`manifest_frames`] gave: the root comes back, and the pages go to the store.
+/// Blocks.
 pub fn take_manifest(mut frames: Bytes, digest: Digest, store: &Store) -> Result<Root, Fault> {
     let mut next = || -> Result<Frame, Fault> {
-        let head = frames.first_chunk::<HEADER_BYTES>().ok_or(FrameError::Malformed)?;
+        let head = frames
+            .first_chunk::<HEADER_BYTES>()
+            .ok_or(FrameError::Malformed)?;
         let header = Header::parse(head)?;
         if frames.len() < header.frame_len() {
             return Err(FrameError::Malformed.into());
@@ -232,7 +296,9 @@ pub fn take_manifest(mut frames: Bytes, digest: Digest, store: &Store) -> Result
         store.put(&frame.fit_to_store(&raw))?;
     }
     if !frames.is_empty() {
-        return Err(Fault::integrity("a manifest that was not asked for has more frames than pages"));
+        return Err(Fault::integrity(
+            "a manifest that was not asked for has more frames than pages",
+        ));
     }
     Ok(root)
 }
@@ -254,11 +320,21 @@ pub async fn serve(mut send: SendHalf, mut recv: RecvHalf, peer: &Peer, library:
     let _ = send.finish();
 }
 
-async fn answer(send: &mut SendHalf, recv: &mut RecvHalf, peer: &Peer, library: &dyn Library) -> Result<(), Fault> {
-    let request = timeout(SILENCE_MAX, wire::receive_bytes(recv, FETCH_REQUEST_BYTES_MAX)).await;
+async fn answer(
+    send: &mut SendHalf,
+    recv: &mut RecvHalf,
+    peer: &Peer,
+    library: &dyn Library,
+) -> Result<(), Fault> {
+    let request = timeout(
+        SILENCE_MAX,
+        wire::receive_bytes(recv, FETCH_REQUEST_BYTES_MAX),
+    )
+    .await;
     let request = request.map_err(|_| Fault::unreachable("a fetch request did not arrive"))??;
     let mut request = FetchRequest::parse(&request)?;
-    // Manifests and small artifacts go before large ones on the way back too; control goes before all of them.
+    // Manifests and small artifacts go before large ones on the way back too; control goes before
+    // all of them.
     request.priority = request.priority.clamp(0, PRIORITY_MANIFEST);
     send.set_priority(request.priority);
     let opened = library.open(peer, request.digest).await?;
@@ -266,12 +342,19 @@ async fn answer(send: &mut SendHalf, recv: &mut RecvHalf, peer: &Peer, library: 
         let children = match wanted {
             Wanted::Root | Wanted::RootAndPages(_) => {
                 let root = opened.root_frame(peer, library).await?;
-                let _share = library.share(peer, root.len() as u64, request.priority).await?;
+                let _share = library
+                    .share(peer, root.len() as u64, request.priority)
+                    .await?;
                 let sent = timeout(WRITE_MAX, send.write_bytes(root)).await;
                 sent.map_err(|_| takes_nothing(peer))??;
                 match wanted {
-                    Wanted::RootAndPages(max) if listed_bytes(&opened.root) <= (*max).min(FETCH_BATCH_BYTES) => {
-                        pick(&listed(&opened.root), &[(0, opened.root.pages.len() as u32)])?
+                    Wanted::RootAndPages(max)
+                        if listed_bytes(&opened.root) <= (*max).min(FETCH_BATCH_BYTES) =>
+                    {
+                        pick(
+                            &listed(&opened.root),
+                            &[(0, opened.root.pages.len() as u32)],
+                        )?
                     }
                     _ => continue,
                 }
@@ -280,13 +363,19 @@ async fn answer(send: &mut SendHalf, recv: &mut RecvHalf, peer: &Peer, library: 
             Wanted::Children { page, ranges } => {
                 let children = pick(&opened.children(peer, *page, library).await?, ranges)?;
                 // What is no page of the manifest is content.
-                let has_content = children.iter().any(|child| !opened.pages.contains(&child.chunk.id));
+                let has_content = children
+                    .iter()
+                    .any(|child| !opened.pages.contains(&child.chunk.id));
                 if has_content && !library.may_read_content(peer, &opened).await? {
                     return Err(nothing_such());
                 }
                 children
             }
-            Wanted::Difference { ranges, base, against } => {
+            Wanted::Delta {
+                ranges,
+                base,
+                against,
+            } => {
                 pages::answer(send, peer, library, &opened, ranges, *base, *against).await?;
                 continue;
             }
@@ -304,10 +393,16 @@ async fn answer(send: &mut SendHalf, recv: &mut RecvHalf, peer: &Peer, library: 
             // What is read and not yet taken by the line holds a share of the daemon's budget.
             let _share = library.share(peer, bytes, request.priority).await?;
             // What is here is written at once: QUIC is woken once for all of it.
-            let mut pieces = library.frames(peer, &opened, wanted, now.to_vec(), request.priority).await?.ready_chunks(PIECES);
+            let mut pieces = library
+                .frames(peer, &opened, wanted, now.to_vec(), request.priority)
+                .await?
+                .ready_chunks(PIECES);
             while let Some(some) = pieces.next().await {
                 let mut end = None;
-                let mut some: Vec<Bytes> = some.into_iter().map_while(|piece| piece.map_err(|fault| end = Some(fault)).ok()).collect();
+                let mut some: Vec<Bytes> = some
+                    .into_iter()
+                    .map_while(|piece| piece.map_err(|fault| end = Some(fault)).ok())
+                    .collect();
                 let sent = timeout(WRITE_MAX, send.write_many(&mut some)).await;
                 sent.map_err(|_| takes_nothing(peer))??;
                 if let Some(fault) = end {
@@ -354,25 +449,41 @@ pub struct Frames {
 }
 
 fn silent() -> Fault {
-    Fault::unreachable(format!("the line was silent for {} s", SILENCE_MAX.as_secs())).with_reason(Reason::HubUnreachable)
+    Fault::unreachable(format!(
+        "the line was silent for {} s",
+        SILENCE_MAX.as_secs()
+    ))
+    .with_reason(Reason::HubUnreachable)
 }
 
 fn stalled(idle_max: Duration) -> Fault {
-    broken(Fault::unreachable(format!("an answer brought nothing for {} s, though the line stands", idle_max.as_secs())))
+    broken(Fault::unreachable(format!(
+        "an answer brought nothing for {} s, though the line stands",
+        idle_max.as_secs()
+    )))
 }
 
 /// A line that broke is no fault of the transfer: it goes on when there is another.
 fn broken(fault: Fault) -> Fault {
-    Fault { retry: Retry::Backoff, ..fault.with_reason(Reason::HubUnreachable) }
+    Fault {
+        retry: Retry::Backoff,
+        ..fault.with_reason(Reason::HubUnreachable)
+    }
 }
 
 impl Fetcher {
     /// A fetcher of this artifact over this link, which counts what crosses the line in `wire`.
     pub fn new(link: Link, digest: Digest, wire: Arc<AtomicU64>) -> Self {
-        Self { link, digest, wire, idle_max: FETCH_IDLE_MAX }
+        Self {
+            link,
+            digest,
+            wire,
+            idle_max: FETCH_IDLE_MAX,
+        }
     }
 
-    /// The same, which gives an answer up that brings nothing of its own for so long, whatever else the line brings.
+    /// The same, which gives an answer up that brings nothing of its own for so long, whatever else
+    /// the line brings.
     pub fn with_idle_max(self, idle_max: Duration) -> Self {
         Self { idle_max, ..self }
     }
@@ -384,8 +495,13 @@ impl Fetcher {
 
     /// Asks. The frames come in the order of the request.
     pub async fn ask(&self, wants: Vec<Wanted>, priority: i32) -> Result<Frames, Fault> {
-        let request = FetchRequest { digest: self.digest, priority, wants };
-        let bytes = postcard::to_stdvec(&request).map_err(|e| Fault::internal(format!("a fetch request: {e}")))?;
+        let request = FetchRequest {
+            digest: self.digest,
+            priority,
+            wants,
+        };
+        let bytes = postcard::to_stdvec(&request)
+            .map_err(|e| Fault::internal(format!("a fetch request: {e}")))?;
         let (mut send, recv) = self.link.open(priority).await.map_err(broken)?;
         let mut out = BytesMut::with_capacity(bytes.len() + 5);
         out.extend_from_slice(&[FETCH]);
@@ -415,11 +531,17 @@ impl Fetcher {
         self.next_root(&mut frames).await
     }
 
-    /// The root manifest and, if they are small, the pages that it lists, which go to the store: one round trip instead of two.
-    /// For a site that has no other version, and so none of these pages.
+    /// The root manifest and, if they are small, the pages that it lists, which go to the store:
+    /// one round trip instead of two. For a site that has no other version, and so none of these
+    /// pages.
     pub async fn root_and_pages(&self, store: &Store) -> Result<Root, Fault> {
         pages::check_room(store).await?;
-        let mut frames = self.ask(vec![Wanted::RootAndPages(FETCH_BATCH_BYTES)], PRIORITY_MANIFEST).await?;
+        let mut frames = self
+            .ask(
+                vec![Wanted::RootAndPages(FETCH_BATCH_BYTES)],
+                PRIORITY_MANIFEST,
+            )
+            .await?;
         let root = self.next_root(&mut frames).await?;
         if listed_bytes(&root) <= FETCH_BATCH_BYTES {
             for page in &root.pages {
@@ -437,16 +559,22 @@ impl Fetcher {
 }
 
 impl Frames {
-    /// The next frame as the peer sent it: its sum and its name are not checked yet, [`Frame::verify`] does.
+    /// The next frame as the peer sent it: its sum and its name are not checked yet,
+    /// [`Frame::verify`] does.
     pub async fn next(&mut self) -> Result<Frame, Fault> {
         let mut bytes = Vec::new();
         let (header, _) = self.append(&mut bytes).await?;
         frame(header, bytes.into())
     }
 
-    /// The next frames, as many as `bytes` of them need and `count` at the most, in one buffer out of `buffers`. When the
-    /// answer ends early, what came before that is given first.
-    pub async fn some(&mut self, count: usize, bytes: usize, buffers: &Buffers) -> Result<Vec<Frame>, Fault> {
+    /// The next frames, as many as `bytes` of them need and `count` at the most, in one buffer out
+    /// of `buffers`. When the answer ends early, what came before that is given first.
+    pub async fn some(
+        &mut self,
+        count: usize,
+        bytes: usize,
+        buffers: &Buffers,
+    ) -> Result<Vec<Frame>, Fault> {
         if let Some(fault) = self.ended.take() {
             return Err(fault);
         }
@@ -465,7 +593,10 @@ impl Frames {
             }
         }
         let all = buffers.lend(buffer);
-        found.into_iter().map(|(header, range)| frame(header, all.slice(range))).collect()
+        found
+            .into_iter()
+            .map(|(header, range)| frame(header, all.slice(range)))
+            .collect()
     }
 
     /// Appends one frame to the buffer.
@@ -477,7 +608,8 @@ impl Frames {
         let header = Header::parse(&head).map_err(Fault::from)?;
         buffer.reserve(header.stored_len as usize);
         self.take(header.stored_len as usize, buffer).await?;
-        self.wire.fetch_add(header.frame_len() as u64, Ordering::Relaxed);
+        self.wire
+            .fetch_add(header.frame_len() as u64, Ordering::Relaxed);
         if header.is_fault() {
             // It ends the answer.
             frame(header, Bytes::copy_from_slice(&buffer[start..]))?;
@@ -485,7 +617,8 @@ impl Frames {
         Ok((header, start..buffer.len()))
     }
 
-    /// Moves exactly `len` bytes from the line to the end of the buffer: one copy, and nothing is zeroed before.
+    /// Moves exactly `len` bytes from the line to the end of the buffer: one copy, and nothing is
+    /// zeroed before.
     async fn take(&mut self, mut len: usize, buffer: &mut Vec<u8>) -> Result<(), Fault> {
         while len > 0 {
             let Some(first) = self.pieces.front_mut() else {
@@ -509,10 +642,12 @@ impl Frames {
         let count = {
             let read = self.recv.read_chunks(&mut pieces);
             tokio::pin!(read);
-            // What the streams of the line had brought in all when they last brought something, and when that was seen.
+            // What the streams of the line had brought in all when they last brought something, and
+            // when that was seen.
             let mut seen: Option<(u64, Instant)> = None;
             loop {
-                let look_after = LOOK_EVERY.min(self.idle_max.saturating_sub(self.waited + begun.elapsed()));
+                let look_after =
+                    LOOK_EVERY.min(self.idle_max.saturating_sub(self.waited + begun.elapsed()));
                 if let Ok(result) = timeout(look_after, &mut read).await {
                     break result.map_err(broken)?;
                 }
@@ -520,12 +655,14 @@ impl Frames {
                     // Only this answer is given up: the line may serve others.
                     return Err(stalled(self.idle_max));
                 }
-                // On a slow line this stream may wait long for its turn behind others: silent is a line whose streams bring nothing.
+                // On a slow line this stream may wait long for its turn behind others: silent is a
+                // line whose streams bring nothing.
                 let brought = self.link.stream_bytes().1;
                 match seen {
                     Some((before, since)) if brought == before => {
                         if since.elapsed() >= SILENCE_MAX {
-                            // Packets may still be answered; whoever needs the line dials a new one.
+                            // Packets may still be answered; whoever needs the line dials a new
+                            // one.
                             self.link.close("it brought nothing for too long");
                             return Err(silent());
                         }
@@ -535,14 +672,25 @@ impl Frames {
             }
         };
         let Some(count) = count else {
-            return Err(broken(Fault::unreachable("the answer to a fetch ended too early")));
+            return Err(broken(Fault::unreachable(
+                "the answer to a fetch ended too early",
+            )));
         };
         self.waited += begun.elapsed();
-        self.brought += pieces.iter().take(count).map(|piece| piece.len() as u64).sum::<u64>();
+        self.brought += pieces
+            .iter()
+            .take(count)
+            .map(|piece| piece.len() as u64)
+            .sum::<u64>();
         if self.brought >= FETCH_PROGRESS_BYTES {
             (self.waited, self.brought) = (Duration::ZERO, 0);
         }
-        self.pieces.extend(pieces.into_iter().take(count).filter(|piece| !piece.is_empty()));
+        self.pieces.extend(
+            pieces
+                .into_iter()
+                .take(count)
+                .filter(|piece| !piece.is_empty()),
+        );
         Ok(())
     }
 }

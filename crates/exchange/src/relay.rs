@@ -1,15 +1,18 @@
-//! The relay: what the hub does for an artifact whose bytes live at a site. Cut-through and store in one.
+//! The relay: what the hub does for an artifact whose bytes live at a site. Cut-through and store
+//! in one.
 //!
-//! A chunk that somebody asks for is taken from the hub's own store, or from the relay's, or is fetched from a site that
-//! has it: once, however many wait for it (a flight). Each frame is verified, passed on at once, and kept in a store
-//! of its own under `<data_dir>/relay` for the next who asks. That store has a budget: what it does not hold is passed on
-//! all the same and not kept.
+//! A chunk that somebody asks for is taken from the hub's own store, or from the relay's, or is
+//! fetched from a site that has it: once, however many wait for it (a flight). Each frame is
+//! verified, passed on at once, and kept in a store of its own under `<data_dir>/relay` for the
+//! next who asks. That store has a budget: what it does not hold is passed on all the same and not
+//! kept.
 //!
-//! The hub calls it for its sites and to fetch ahead for a site that is away. After a crash the relay's store has what
-//! its last flush had, a second or 32 MiB ago, and the whole frames behind it; the rest is fetched again.
+//! The hub calls it for its sites and to fetch ahead for a site that is away. After a crash the
+//! relay's store has what its last flush had, a second or 32 MiB ago, and the whole frames behind
+//! it; the rest is fetched again.
 
-mod flight;
-mod kept;
+mod cache;
+mod inflight_fetch;
 
 use std::path::Path;
 use std::sync::Arc;
@@ -32,8 +35,8 @@ use content::frame::{Frame, Verified};
 use content::manifest::{ChunkRef, Digest};
 use content::store::Store;
 
-use flight::{Flight, Flights, Ticket};
-use kept::{Group, Keeper, Kept};
+use cache::{Group, Keeper, RelayCache};
+use inflight_fetch::{InflightFetch, InflightFetches, Ticket};
 
 /// Stored bytes that are taken off the line, verified, passed on and kept together, about.
 pub const TOGETHER_BYTES: usize = 128 << 10;
@@ -63,8 +66,16 @@ pub trait Upstream: Send + Sync {
     async fn sources(&self, digest: Digest, but: Option<&SiteName>) -> Result<Vec<Holder>, Fault>;
     /// Whether any site but this one holds it, connected or not.
     async fn is_elsewhere(&self, digest: Digest, but: Option<&SiteName>) -> Result<bool, Fault>;
-    /// Asks one of them for so many frames, which come in the order of the request, in some of these buffers.
-    async fn ask(&self, source: &SiteName, of: Of, wants: Vec<Wanted>, count: usize, buffers: &Buffers) -> Result<Sent, Fault>;
+    /// Asks one of them for so many frames, which come in the order of the request, in some of
+    /// these buffers.
+    async fn ask(
+        &self,
+        source: &SiteName,
+        of: Of,
+        wants: Vec<Wanted>,
+        count: usize,
+        buffers: &Buffers,
+    ) -> Result<Sent, Fault>;
 }
 
 /// The relay. Cheap to clone.
@@ -77,8 +88,8 @@ struct Inner {
     /// The hub's own store.
     main: Store,
     upstream: Arc<dyn Upstream>,
-    flights: Arc<Flights>,
-    kept: Arc<Kept>,
+    flights: Arc<InflightFetches>,
+    kept: Arc<RelayCache>,
     keeper: Keeper,
     /// What frames are taken off the lines into.
     buffers: Buffers,
@@ -105,7 +116,7 @@ struct Planned {
 
 /// What a request must fetch itself.
 struct Claimed {
-    flight: Arc<Flight>,
+    flight: Arc<InflightFetch>,
     children: Vec<Child>,
 }
 
@@ -116,11 +127,13 @@ pub struct Of {
     pub digest: Digest,
     /// The page that lists what is asked for.
     pub page: Hash,
-    /// Higher is sent first, from the source as well. Who joins a flight waits as long as who began it.
+    /// Higher is sent first, from the source as well. Who joins a flight waits as long as who began
+    /// it.
     pub priority: i32,
 }
 
-/// What is said where nobody is there to be asked. That nobody else has it at all is another code: who asks may be its origin.
+/// What is said where nobody is there to be asked. That nobody else has it at all is another code:
+/// who asks may be its origin.
 fn waiting(digest: Digest, elsewhere: bool) -> Fault {
     let fault = match elsewhere {
         true => Fault::unreachable(format!("no site that holds {digest} is connected"))
@@ -128,17 +141,34 @@ fn waiting(digest: Digest, elsewhere: bool) -> Fault {
         false => Fault::not_found(format!("no other site holds {digest}"))
             .with_next("nothing: it goes on by itself when another site has it, or its files are where they were"),
     };
-    fault.with_reason(Reason::WaitingForSource).with_retry(Retry::Backoff)
+    fault
+        .with_reason(Reason::WaitingForSource)
+        .with_retry(Retry::Backoff)
 }
 
 impl Relay {
     /// Opens the relay's store. Blocks.
-    pub fn open(data_dir: &Path, main: Store, upstream: Arc<dyn Upstream>, budget: u64) -> Result<Self, Fault> {
-        let kept = Arc::new(Kept::open(&data_dir.join("relay"), budget)?);
-        let flights = Arc::<Flights>::default();
+    pub fn open(
+        data_dir: &Path,
+        main: Store,
+        upstream: Arc<dyn Upstream>,
+        budget: u64,
+    ) -> Result<Self, Fault> {
+        let kept = Arc::new(RelayCache::open(&data_dir.join("relay"), budget)?);
+        let flights = Arc::<InflightFetches>::default();
         let keeper = Keeper::start(kept.clone())?;
         let buffers = fetch::buffers();
-        Ok(Self { inner: Arc::new(Inner { main, upstream, flights, kept, keeper, buffers, fetched: AtomicU64::new(0) }) })
+        Ok(Self {
+            inner: Arc::new(Inner {
+                main,
+                upstream,
+                flights,
+                kept,
+                keeper,
+                buffers,
+                fetched: AtomicU64::new(0),
+            }),
+        })
     }
 
     /// Bytes that the relay's packs take, about.
@@ -166,21 +196,40 @@ impl Relay {
         let ids: Vec<Hash> = children.iter().map(|c| c.chunk.id).collect();
         let main = self.inner.main.has_many(&ids)?;
         let kept = self.inner.kept.store.has_many(&ids)?;
-        Ok(children.iter().zip(main.into_iter().zip(kept)).filter(|(_, (m, k))| !m && !k).map(|(c, _)| *c).collect())
+        Ok(children
+            .iter()
+            .zip(main.into_iter().zip(kept))
+            .filter(|(_, (m, k))| !m && !k)
+            .map(|(c, _)| *c)
+            .collect())
     }
 
     /// Waits a little for a source, if one is needed.
-    pub async fn ready(&self, peer: &SiteName, digest: Digest, children: &[Child]) -> Result<(), Fault> {
+    pub async fn ready(
+        &self,
+        peer: &SiteName,
+        digest: Digest,
+        children: &[Child],
+    ) -> Result<(), Fault> {
         let mut until = None;
         // First, because a source is there nearly always, and to look for each chunk costs more.
-        while self.inner.upstream.sources(digest, Some(peer)).await?.is_empty() {
+        while self
+            .inner
+            .upstream
+            .sources(digest, Some(peer))
+            .await?
+            .is_empty()
+        {
             let until = *until.get_or_insert_with(|| Instant::now() + PATIENCE);
             let (this, asked) = (self.clone(), children.to_vec());
             if blocking(move || this.lacking(&asked)).await?.is_empty() {
                 return Ok(());
             }
             if Instant::now() >= until {
-                return Err(waiting(digest, self.inner.upstream.is_elsewhere(digest, Some(peer)).await?));
+                return Err(waiting(
+                    digest,
+                    self.inner.upstream.is_elsewhere(digest, Some(peer)).await?,
+                ));
             }
             tokio::time::sleep(LOOK_EVERY).await;
         }
@@ -188,7 +237,12 @@ impl Relay {
     }
 
     /// The frames of these chunks, in order, each as soon as it is here.
-    pub async fn frames(&self, peer: &SiteName, of: Of, children: Vec<Child>) -> Result<Pieces, Fault> {
+    pub async fn frames(
+        &self,
+        peer: &SiteName,
+        of: Of,
+        children: Vec<Child>,
+    ) -> Result<Pieces, Fault> {
         let slots = self.plan(Some(peer), of, children, true).await?;
         Ok(stream::iter(slots)
             .then(move |slot| async move {
@@ -212,7 +266,13 @@ impl Relay {
     }
 
     /// Reads what is here, joins what is on its way, and begins to fetch the rest.
-    async fn plan(&self, peer: Option<&SiteName>, of: Of, children: Vec<Child>, read: bool) -> Result<Vec<Slot>, Fault> {
+    async fn plan(
+        &self,
+        peer: Option<&SiteName>,
+        of: Of,
+        children: Vec<Child>,
+        read: bool,
+    ) -> Result<Vec<Slot>, Fault> {
         for _ in 1..PLANS_MAX {
             match self.plan_once(peer, of, children.clone(), read).await {
                 // A chunk turned out damaged and is forgotten now: it is fetched again.
@@ -225,54 +285,96 @@ impl Relay {
         self.plan_once(peer, of, children, read).await
     }
 
-    async fn plan_once(&self, peer: Option<&SiteName>, of: Of, children: Vec<Child>, read: bool) -> Result<Vec<Slot>, Fault> {
+    async fn plan_once(
+        &self,
+        peer: Option<&SiteName>,
+        of: Of,
+        children: Vec<Child>,
+        read: bool,
+    ) -> Result<Vec<Slot>, Fault> {
         let gate = self.inner.kept.gate.clone().read_owned().await;
         let (this, but) = (self.clone(), peer.cloned());
         blocking(move || {
             let _gate = gate;
-            let Planned { coming, claimed, in_main } = this.slots(of, &children)?;
+            let Planned {
+                coming,
+                claimed,
+                in_main,
+            } = this.slots(of, &children)?;
             if let Some(claimed) = claimed {
                 let this = this.clone();
-                // In a task of its own, begun at once: whoever asked may go away at any moment, and others may wait for it.
+                // In a task of its own, begun at once: whoever asked may go away at any moment, and
+                // others may wait for it.
                 tokio::spawn(async move { this.fly(claimed, of, but).await });
             }
-            if read { this.read_here(&children, coming, &in_main) } else { Ok(coming.into_iter().map(|(_, slot)| slot).collect()) }
+            if read {
+                this.read_here(&children, coming, &in_main)
+            } else {
+                Ok(coming.into_iter().map(|(_, slot)| slot).collect())
+            }
         })
         .await
     }
 
-    /// What of these is on its way, each with its place among them, and what must be fetched for it.
+    /// What of these is on its way, each with its place among them, and what must be fetched for
+    /// it.
     fn slots(&self, of: Of, children: &[Child]) -> Result<Planned, Fault> {
         let inner = &self.inner;
         let ids: Vec<Hash> = children.iter().map(|c| c.chunk.id).collect();
         let in_main = inner.main.has_many(&ids)?;
         let mut coming = Vec::new();
         let mut claimed = Vec::new();
-        let flight = Arc::new(Flight::new(of.digest));
+        let flight = Arc::new(InflightFetch::new(of.digest));
         let mut flights = inner.flights.lock();
-        // Looked up with the flights held: what has landed by now is seen here, what has not is seen there.
+        // Looked up with the flights held: what has landed by now is seen here, what has not is
+        // seen there.
         let kept = inner.kept.store.has_many(&ids)?;
-        for (index, child) in children.iter().enumerate().filter(|(index, _)| !in_main[*index] && !kept[*index]) {
+        for (index, child) in children
+            .iter()
+            .enumerate()
+            .filter(|(index, _)| !in_main[*index] && !kept[*index])
+        {
             let (flight, at) = flights.entry(child.chunk.id).or_insert_with(|| {
                 claimed.push(*child);
                 (flight.clone(), claimed.len() - 1)
             });
             coming.push((index, Slot::Coming(flight.ticket(*at))));
         }
-        let claimed = (!claimed.is_empty()).then_some(Claimed { flight, children: claimed });
-        Ok(Planned { coming, claimed, in_main })
+        let claimed = (!claimed.is_empty()).then_some(Claimed {
+            flight,
+            children: claimed,
+        });
+        Ok(Planned {
+            coming,
+            claimed,
+            in_main,
+        })
     }
 
     /// Puts what is here between what comes.
-    fn read_here(&self, children: &[Child], coming: Slots, in_main: &[bool]) -> Result<Vec<Slot>, Fault> {
+    fn read_here(
+        &self,
+        children: &[Child],
+        coming: Slots,
+        in_main: &[bool],
+    ) -> Result<Vec<Slot>, Fault> {
         let inner = &self.inner;
         let chunks: Vec<ChunkRef> = children.iter().map(|c| c.chunk).collect();
         let mut out = Vec::new();
         let mut at = 0;
         let here = |from: usize, to: usize, out: &mut Vec<Slot>| -> Result<(), Fault> {
-            for run in (from..to).collect::<Vec<_>>().chunk_by(|a, b| in_main[*a] == in_main[*b]) {
-                let (Some(first), Some(last)) = (run.first(), run.last()) else { continue };
-                let store = if in_main[*first] { &inner.main } else { &inner.kept.store };
+            for run in (from..to)
+                .collect::<Vec<_>>()
+                .chunk_by(|a, b| in_main[*a] == in_main[*b])
+            {
+                let (Some(first), Some(last)) = (run.first(), run.last()) else {
+                    continue;
+                };
+                let store = if in_main[*first] {
+                    &inner.main
+                } else {
+                    &inner.kept.store
+                };
                 out.push(Slot::Here(store.read_listed(&chunks[*first..=*last])?));
             }
             Ok(())
@@ -290,7 +392,13 @@ impl Relay {
     async fn fly(&self, claimed: Claimed, of: Of, but: Option<SiteName>) {
         let Claimed { flight, children } = claimed;
         // Whatever ends this, nobody may wait for ever.
-        let mut landing = Landing { relay: self, flight: &flight, children: &children, done: 0, fault: None };
+        let mut landing = Receiving {
+            relay: self,
+            flight: &flight,
+            children: &children,
+            done: 0,
+            fault: None,
+        };
         let mut since = Instant::now();
         let fault = loop {
             let mut last = None;
@@ -299,15 +407,27 @@ impl Relay {
                 Ok(sources) => sources,
                 Err(fault) => break fault,
             };
-            for Holder { site: source, origin } in sources {
+            for Holder {
+                site: source,
+                origin,
+            } in sources
+            {
                 match self.pull(&source, of, &mut landing).await {
                     Ok(()) => return,
                     Err(fault) => {
                         tracing::info!(%source, digest = %of.digest, error = %fault, "a relayed chunk did not come");
-                        // What a site where it has only arrived no longer has may still come from where it was published.
-                        let fault = if origin { fault } else { fault.with_retry(Retry::Backoff) };
+                        // What a site where it has only arrived no longer has may still come from
+                        // where it was published.
+                        let fault = if origin {
+                            fault
+                        } else {
+                            fault.with_retry(Retry::Backoff)
+                        };
                         // What is wrong with the content says more than that another site is away.
-                        if last.as_ref().is_none_or(|old: &Fault| old.retry != Retry::Never) {
+                        if last
+                            .as_ref()
+                            .is_none_or(|old: &Fault| old.retry != Retry::Never)
+                        {
                             last = Some(fault);
                         }
                     }
@@ -319,9 +439,16 @@ impl Relay {
             match last {
                 // The source answers, and what it says does not pass in moments.
                 Some(fault) if fault.retry == Retry::Never => break fault,
-                Some(fault) if since.elapsed() >= PATIENCE => break fault.with_reason(Reason::WaitingForSource),
+                Some(fault) if since.elapsed() >= PATIENCE => {
+                    break fault.with_reason(Reason::WaitingForSource);
+                }
                 None if since.elapsed() >= PATIENCE => {
-                    break match self.inner.upstream.is_elsewhere(of.digest, but.as_ref()).await {
+                    break match self
+                        .inner
+                        .upstream
+                        .is_elsewhere(of.digest, but.as_ref())
+                        .await
+                    {
                         Ok(elsewhere) => waiting(of.digest, elsewhere),
                         Err(fault) => fault,
                     };
@@ -333,31 +460,48 @@ impl Relay {
     }
 
     /// What is still lacking of a flight, from this site.
-    async fn pull(&self, source: &SiteName, of: Of, landing: &mut Landing<'_>) -> Result<(), Fault> {
+    async fn pull(
+        &self,
+        source: &SiteName,
+        of: Of,
+        landing: &mut Receiving<'_>,
+    ) -> Result<(), Fault> {
         let mut wants: Vec<Wanted> = Vec::new();
         let mut ranges = Ranges::default();
         let mut last = None;
         for child in &landing.children[landing.done..] {
             if last.is_some_and(|last| child.index <= last) {
-                wants.push(Wanted::Children { page: of.page, ranges: std::mem::take(&mut ranges).0 });
+                wants.push(Wanted::Children {
+                    page: of.page,
+                    ranges: std::mem::take(&mut ranges).0,
+                });
             }
             ranges.push(child.index);
             last = Some(child.index);
         }
-        wants.push(Wanted::Children { page: of.page, ranges: ranges.0 });
+        wants.push(Wanted::Children {
+            page: of.page,
+            ranges: ranges.0,
+        });
         let count = landing.children.len() - landing.done;
-        let mut sent = self.inner.upstream.ask(source, of, wants, count, &self.inner.buffers).await?;
+        let mut sent = self
+            .inner
+            .upstream
+            .ask(source, of, wants, count, &self.inner.buffers)
+            .await?;
         while landing.done < landing.children.len() {
             let early = || Fault::unreachable(format!("site {source} ended an answer early"));
             let frames = sent.next().await.ok_or_else(early)??;
-            let frames =
-                self.verified(&landing.children[landing.done..], frames).map_err(|fault| fault.context(format!("site {source}")))?;
+            let frames = self
+                .verified(&landing.children[landing.done..], frames)
+                .map_err(|fault| fault.context(format!("site {source}")))?;
             landing.land(frames).await;
         }
         Ok(())
     }
 
-    /// Verifies frames, at once: they are few, and to hand them to another thread and back takes longer.
+    /// Verifies frames, at once: they are few, and to hand them to another thread and back takes
+    /// longer.
     fn verified(&self, children: &[Child], frames: Vec<Frame>) -> Result<Vec<Frame>, Fault> {
         let mut checked = Vec::with_capacity(frames.len());
         for (child, frame) in children.iter().zip(frames) {
@@ -380,7 +524,8 @@ impl Relay {
         self.inner.buffers.rest();
     }
 
-    /// A chunk as far as the hub or the relay holds it, verified; `None` where neither does. Blocks.
+    /// A chunk as far as the hub or the relay holds it, verified; `None` where neither does.
+    /// Blocks.
     pub fn read(&self, chunk: ChunkRef) -> Result<Option<Verified>, Fault> {
         for store in [&self.inner.main, &self.inner.kept.store] {
             if store.has(chunk.id)? {
@@ -390,12 +535,14 @@ impl Relay {
         Ok(None)
     }
 
-    /// Reads these chunks again in both stores, and removes those from the index that do not verify. Returns how many. Blocks.
+    /// Reads these chunks again in both stores, and removes those from the index that do not
+    /// verify. Returns how many. Blocks.
     pub fn recheck(&self, ids: &[Hash]) -> Result<usize, Fault> {
         Ok(self.inner.main.recheck(ids)? + self.inner.kept.store.recheck(ids)?)
     }
 
-    /// Takes away all but what `live` names, which is called once nobody puts any more. Returns the bytes freed.
+    /// Takes away all but what `live` names, which is called once nobody puts any more. Returns the
+    /// bytes freed.
     pub async fn evict<F, L>(&self, live: impl FnOnce() -> F) -> Result<u64, Fault>
     where
         F: Future<Output = Result<L, Fault>>,
@@ -407,37 +554,55 @@ impl Relay {
         blocking(move || {
             let _gate = gate;
             let freed = kept.store.collect(&live)?;
-            kept.bytes.store(kept.store.stored_bytes()?, Ordering::Relaxed);
+            kept.bytes
+                .store(kept.store.stored_bytes()?, Ordering::Relaxed);
             Ok(freed)
         })
         .await
     }
 }
 
-/// A flight as it comes in; when it is dropped before all has landed, whoever waits for the rest is told.
-struct Landing<'a> {
+/// A flight as it comes in; when it is dropped before all has landed, whoever waits for the rest is
+/// told.
+struct Receiving<'a> {
     relay: &'a Relay,
-    flight: &'a Arc<Flight>,
+    flight: &'a Arc<InflightFetch>,
     children: &'a [Child],
     done: usize,
     fault: Option<Fault>,
 }
 
-impl Landing<'_> {
+impl Receiving<'_> {
     /// Passes frames on, and has them kept.
     async fn land(&mut self, frames: Vec<Frame>) {
         self.done += frames.len();
-        self.flight.land(frames.iter().map(Frame::to_bytes).collect());
+        self.flight
+            .land(frames.iter().map(Frame::to_bytes).collect());
         let inner = &self.relay.inner;
-        inner.keeper.keep(Group { flights: inner.flights.clone(), flight: self.flight.clone(), frames }).await;
+        inner
+            .keeper
+            .keep(Group {
+                flights: inner.flights.clone(),
+                flight: self.flight.clone(),
+                frames,
+            })
+            .await;
     }
 }
 
-impl Drop for Landing<'_> {
+impl Drop for Receiving<'_> {
     fn drop(&mut self) {
         if self.done < self.children.len() {
-            self.relay.inner.flights.forget(self.children[self.done..].iter().map(|child| child.chunk.id));
-            self.flight.fail(self.fault.take().unwrap_or_else(|| Fault::internal("a fetch of the relay ended early")));
+            self.relay.inner.flights.forget(
+                self.children[self.done..]
+                    .iter()
+                    .map(|child| child.chunk.id),
+            );
+            self.flight.fail(
+                self.fault
+                    .take()
+                    .unwrap_or_else(|| Fault::internal("a fetch of the relay ended early")),
+            );
         }
     }
 }

@@ -21,10 +21,14 @@ use base::blocking::blocking;
 use base::budget::{Budget, Share};
 use base::fault::Fault;
 use base::limits::{
-    ALLOW_ENTRIES_MAX, ANSWER_IDLE_MAX, ANSWER_MAX, CONTROL_FRAME_BYTES_MAX, FETCH_BATCH_CHUNKS_MAX, MESSAGE_BYTES_PER_SECOND_MIN,
-    MESSAGE_BYTES_SMALL, QUESTION_BYTES_FACTOR, QUESTION_BYTES_MAX, RENEWAL_BYTES_MAX, SILENCE_MAX, STANDING_TEXT_BYTES_MAX,
+    ALLOW_ENTRIES_MAX, ANSWER_IDLE_MAX, ANSWER_MAX, CONTROL_FRAME_BYTES_MAX,
+    FETCH_BATCH_CHUNKS_MAX, MESSAGE_BYTES_PER_SECOND_MIN, MESSAGE_BYTES_SMALL,
+    QUESTION_BYTES_FACTOR, QUESTION_BYTES_MAX, RENEWAL_BYTES_MAX, SILENCE_MAX,
+    STANDING_TEXT_BYTES_MAX,
 };
-use base::names::{ArtifactRef, DeliveryId, RunName, SiteName, SiteSelector, TransferId, WorkId, WorkIds};
+use base::names::{
+    ArtifactRef, DeliveryId, RunName, SiteName, SiteSelector, TransferId, WorkId, WorkIds,
+};
 use base::number;
 use base::omitted::Omitted;
 use base::text::{self, Exact, Lenient, Message, Text, Version};
@@ -50,8 +54,8 @@ pub const PRIORITY_QUESTION: i32 = 50;
 /// Manifests.
 pub const PRIORITY_MANIFEST: i32 = 20;
 
-/// Asks for chunks of an artifact by where its manifest names them, so that nobody can ask for what he does not know
-/// to belong to an artifact that he may read.
+/// Asks for chunks of an artifact by where its manifest names them, so that nobody can ask for what
+/// he does not know to belong to an artifact that he may read.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct FetchRequest {
     /// The artifact.
@@ -86,11 +90,15 @@ fn few_wants<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<Wanted>, D::Error
 }
 
 impl FetchRequest {
-    /// Parses a request. One that asks for more than a request may is refused: at most one root manifest, at most one difference, and
-    /// [`FETCH_BATCH_CHUNKS_MAX`] wants, ranges, chunks and pages in all.
+    /// Parses a request. One that asks for more than a request may is refused: at most one root
+    /// manifest, at most one delta, and [`FETCH_BATCH_CHUNKS_MAX`] wants, ranges, chunks and pages
+    /// in all.
     pub fn parse(bytes: &[u8]) -> Result<Self, Fault> {
-        let request: Self = postcard::from_bytes(bytes)
-            .map_err(|_| Fault::integrity(format!("a fetch request is malformed, or has more than {FETCH_BATCH_CHUNKS_MAX} wants")))?;
+        let request: Self = postcard::from_bytes(bytes).map_err(|_| {
+            Fault::integrity(format!(
+                "a fetch request is malformed, or has more than {FETCH_BATCH_CHUNKS_MAX} wants"
+            ))
+        })?;
         let (mut roots, mut differences, mut pieces) = (0, 0, 0_u64);
         for wanted in &request.wants {
             let ranges = match wanted {
@@ -99,19 +107,27 @@ impl FetchRequest {
                     &[][..]
                 }
                 Wanted::TopPages(ranges) | Wanted::Children { ranges, .. } => ranges,
-                Wanted::Difference { ranges, .. } => {
+                Wanted::Delta { ranges, .. } => {
                     differences += 1;
                     ranges
                 }
             };
             // An empty range costs time as well, and so does a want without ranges.
-            pieces += ranges.iter().map(|(_, count)| u64::from(*count).max(1)).sum::<u64>().max(1);
+            pieces += ranges
+                .iter()
+                .map(|(_, count)| u64::from(*count).max(1))
+                .sum::<u64>()
+                .max(1);
         }
         if roots > 1 || differences > 1 {
-            return Err(Fault::integrity("a fetch request asks for more than one root manifest or difference"));
+            return Err(Fault::integrity(
+                "a fetch request asks for more than one root manifest or delta",
+            ));
         }
         if pieces > FETCH_BATCH_CHUNKS_MAX as u64 {
-            return Err(Fault::integrity(format!("a fetch request asks for {pieces} pieces; {FETCH_BATCH_CHUNKS_MAX} are allowed")));
+            return Err(Fault::integrity(format!(
+                "a fetch request asks for {pieces} pieces; {FETCH_BATCH_CHUNKS_MAX} are allowed"
+            )));
         }
         Ok(request)
     }
@@ -131,11 +147,12 @@ pub enum Wanted {
         /// Which of its children.
         ranges: Vec<(u32, u32)>,
     },
-    /// The root manifest, and behind it the pages that it lists, if together they have no more than this many raw bytes.
+    /// The root manifest, and behind it the pages that it lists, if together they have no more than
+    /// this many raw bytes.
     RootAndPages(u64),
-    /// Entry pages of the artifact, as one difference against entry pages of another that the asker holds: by their
-    /// numbers in the order of the manifests.
-    Difference {
+    /// Entry pages of the artifact, as one delta against entry pages of another that the asker
+    /// holds: by their numbers in the order of the manifests.
+    Delta {
         /// The pages wanted: `(first, count)`.
         ranges: Vec<(u32, u32)>,
         /// The other artifact, which the asker may read as well.
@@ -153,10 +170,12 @@ pub enum FromSite {
     Hello {
         /// The program's version.
         version: Version,
-        /// Whom the site shares what is published there with: names or selectors; `None`: everybody.
+        /// Whom the site shares what is published there with: names or selectors; `None`:
+        /// everybody.
         #[serde(default)]
         share: Option<AllowList>,
-        /// The sites that this site trains for: names, or `all`. `None`: it is older and decides by itself.
+        /// The sites that this site trains for: names, or `all`. `None`: it is older and decides by
+        /// itself.
         #[serde(default)]
         train: Option<AllowList>,
         /// The congestion control that the site's line is set to, for what the hub sends as well.
@@ -167,13 +186,13 @@ pub enum FromSite {
     Report(Vec<Report>),
     /// How training runs stand at this site; any number of times for each.
     Runs(Vec<RunReport>),
-    /// Everything that was published here in place and is no longer what it was, and how it changed; sent whole on connecting and
-    /// whenever it differs.
+    /// Everything that was published here in place and is no longer what it was, and how it
+    /// changed; sent whole on connecting and whenever it differs.
     Changed(Vec<(ArtifactRef, Message)>),
 }
 
-/// An `allow` list of a site: the sites that it shares with, or that it trains for. What is no selection of sites is left out, and
-/// allows nobody.
+/// An `allow` list of a site: the sites that it shares with, or that it trains for. What is no
+/// selection of sites is left out, and allows nobody.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(from = "Vec<Lenient<SiteSelector>>")]
 pub struct AllowList(Vec<SiteSelector>);
@@ -192,7 +211,12 @@ impl AllowList {
 
 impl From<Vec<Lenient<SiteSelector>>> for AllowList {
     fn from(list: Vec<Lenient<SiteSelector>>) -> Self {
-        Self(list.into_iter().filter_map(|entry| entry.0).take(ALLOW_ENTRIES_MAX).collect())
+        Self(
+            list.into_iter()
+                .filter_map(|entry| entry.0)
+                .take(ALLOW_ENTRIES_MAX)
+                .collect(),
+        )
     }
 }
 
@@ -213,7 +237,8 @@ pub struct Report {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum FromHub {
-    /// Everything that the site has to do; sent whole whenever it changes, so that no single message matters.
+    /// Everything that the site has to do; sent whole whenever it changes, so that no single
+    /// message matters.
     Desired {
         /// Rises with every change.
         revision: u64,
@@ -222,15 +247,16 @@ pub enum FromHub {
         /// The training runs that this site trains, or has to clean up after.
         #[serde(default)]
         runs: Vec<DesiredRun>,
-        /// Manifests of what is new, if they are small, so that the site need not ask: on a long line a round trip less.
+        /// Manifests of what is new, if they are small, so that the site need not ask: on a long
+        /// line a round trip less.
         #[serde(default)]
-        manifests: Vec<Told>,
+        manifests: Vec<PushedManifest>,
     },
 }
 
 /// A manifest that was not asked for.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct Told {
+pub struct PushedManifest {
     /// Of which artifact.
     pub digest: Digest,
     /// The frames of the root and of the pages that it lists, behind each other, in base64.
@@ -303,8 +329,8 @@ pub enum AskHub {
         #[serde(default)]
         from: u32,
     },
-    /// An artifact was published at the site; the answer is an `Published` of the API. The hub fetches the
-    /// manifest over the same line before it answers.
+    /// An artifact was published at the site; the answer is an `Published` of the API. The hub
+    /// fetches the manifest over the same line before it answers.
     Publish {
         /// Its name.
         artifact: ArtifactRef,
@@ -320,8 +346,8 @@ pub enum AskHub {
         #[serde(default)]
         omitted: Omitted,
     },
-    /// A publisher has an artifact, which the hub fetches over the same line into its own store before it answers with an
-    /// `Published` of the API.
+    /// A publisher has an artifact, which the hub fetches over the same line into its own store
+    /// before it answers with an `Published` of the API.
     Upload {
         /// Its name.
         artifact: ArtifactRef,
@@ -334,10 +360,11 @@ pub enum AskHub {
         #[serde(default)]
         omitted: Omitted,
     },
-    /// A delivery as a whole, if each of its parts is the site's own or of what it holds; the answer is an
-    /// `Delivery` of the API.
+    /// A delivery as a whole, if each of its parts is the site's own or of what it holds; the
+    /// answer is an `Delivery` of the API.
     Delivery(DeliveryId),
-    /// How transfers stand, each the site's own or of what it holds; the answer is a list and a cursor.
+    /// How transfers stand, each the site's own or of what it holds; the answer is a list and a
+    /// cursor.
     Transfers {
         /// Ids of transfers or deliveries, comma-separated.
         id: WorkIds,
@@ -350,7 +377,8 @@ pub enum AskHub {
 
 /// A certificate request, DER, as [`AskHub::Renew`] carries it.
 pub fn renewal(csr_der: &[u8]) -> Result<Exact<RENEWAL_BYTES_MAX>, Fault> {
-    Exact::new(hex::encode(csr_der)).ok_or_else(|| Fault::internal("the certificate request is too long"))
+    Exact::new(hex::encode(csr_der))
+        .ok_or_else(|| Fault::internal("the certificate request is too long"))
 }
 
 /// The hub asks a site.
@@ -364,14 +392,16 @@ pub enum AskSite {
         /// Its digest.
         digest: Digest,
     },
-    /// Whether the site has this artifact still, as far as a quick look tells; the answer is a `bool`.
+    /// Whether the site has this artifact still, as far as a quick look tells; the answer is a
+    /// `bool`.
     Holds {
         /// Which.
         artifact: ArtifactRef,
         /// Its digest.
         digest: Digest,
     },
-    /// How this artifact is at the site, as far as a look tells that reads no content; the answer is [`Standing`].
+    /// How this artifact is at the site, as far as a look tells that reads no content; the answer
+    /// is [`Standing`].
     Stands {
         /// Which.
         artifact: ArtifactRef,
@@ -426,13 +456,23 @@ pub struct Planned {
 pub type Peer = SiteName;
 
 /// Asks the other end of a line, and waits for its answer, which must come soon.
-pub async fn ask<Q: Serialize + Sync, T: DeserializeOwned + Send + 'static>(link: &Link, question: &Q) -> Result<T, Fault> {
-    let answer = timeout(ANSWER_MAX, async { receive_answer(&mut put(link, question).await?.1).await }).await;
+pub async fn ask<Q: Serialize + Sync, T: DeserializeOwned + Send + 'static>(
+    link: &Link,
+    question: &Q,
+) -> Result<T, Fault> {
+    let answer = timeout(ANSWER_MAX, async {
+        receive_answer(&mut put(link, question).await?.1).await
+    })
+    .await;
     answer.unwrap_or_else(|_| Err(unanswered(link, ANSWER_MAX)))
 }
 
-/// [`ask`] for a question whose answer comes only after content was moved: it may take as long as some is moving.
-pub async fn ask_to_move<Q: Serialize + Sync, T: DeserializeOwned + Send + 'static>(link: &Link, question: &Q) -> Result<T, Fault> {
+/// [`ask`] for a question whose answer comes only after content was moved: it may take as long as
+/// some is moving.
+pub async fn ask_to_move<Q: Serialize + Sync, T: DeserializeOwned + Send + 'static>(
+    link: &Link,
+    question: &Q,
+) -> Result<T, Fault> {
     let answer = async { receive_answer(&mut put(link, question).await?.1).await };
     tokio::select! {
         answer = answer => answer,
@@ -455,17 +495,29 @@ async fn nothing_moves(link: &Link, idle_max: Duration) {
 }
 
 fn unanswered(link: &Link, after: Duration) -> Fault {
-    let peer = link.peer().map_or_else(|| "the peer".to_owned(), ToString::to_string);
-    Fault::unreachable(format!("{peer} did not answer a question within {} s", after.as_secs()))
-        .with_next("look at the log of the other daemon, then run the command again")
+    let peer = link
+        .peer()
+        .map_or_else(|| "the peer".to_owned(), ToString::to_string);
+    Fault::unreachable(format!(
+        "{peer} did not answer a question within {} s",
+        after.as_secs()
+    ))
+    .with_next("look at the log of the other daemon, then run the command again")
 }
 
 /// Opens a stream with a question on it. The stream lives as long as both halves.
-async fn put<Q: Serialize + Sync>(link: &Link, question: &Q) -> Result<(SendHalf, RecvHalf), Fault> {
-    let text = serde_json::to_vec(question).map_err(|e| Fault::internal(format!("a question as JSON: {e}")))?;
+async fn put<Q: Serialize + Sync>(
+    link: &Link,
+    question: &Q,
+) -> Result<(SendHalf, RecvHalf), Fault> {
+    let text = serde_json::to_vec(question)
+        .map_err(|e| Fault::internal(format!("a question as JSON: {e}")))?;
     if text.len() > QUESTION_BYTES_MAX {
-        return Err(Fault::usage(format!("the request has {} bytes; {QUESTION_BYTES_MAX} are allowed", text.len()))
-            .with_next("name fewer artifacts at once, or give shorter settings"));
+        return Err(Fault::usage(format!(
+            "the request has {} bytes; {QUESTION_BYTES_MAX} are allowed",
+            text.len()
+        ))
+        .with_next("name fewer artifacts at once, or give shorter settings"));
     }
     let (mut send, recv) = link.open(PRIORITY_QUESTION).await?;
     // In one piece: the other end waits only so long for what follows the first byte.
@@ -478,16 +530,22 @@ async fn put<Q: Serialize + Sync>(link: &Link, question: &Q) -> Result<(SendHalf
     Ok((send, recv))
 }
 
-async fn receive_answer<T: DeserializeOwned + Send + 'static>(recv: &mut RecvHalf) -> Result<T, Fault> {
+async fn receive_answer<T: DeserializeOwned + Send + 'static>(
+    recv: &mut RecvHalf,
+) -> Result<T, Fault> {
     receive::<Result<T, Fault>>(recv).await?
 }
 
 /// Sends one message behind its length.
 pub async fn send<T: Serialize + Sync>(to: &mut SendHalf, message: &T) -> Result<(), Fault> {
-    let text = serde_json::to_vec(message).map_err(|e| Fault::internal(format!("a message as JSON: {e}")))?;
+    let text = serde_json::to_vec(message)
+        .map_err(|e| Fault::internal(format!("a message as JSON: {e}")))?;
     if text.len() > CONTROL_FRAME_BYTES_MAX {
         // The other end would refuse it, and end the stream.
-        return Err(Fault::internal(format!("a message has {} bytes, and {CONTROL_FRAME_BYTES_MAX} are allowed", text.len())));
+        return Err(Fault::internal(format!(
+            "a message has {} bytes, and {CONTROL_FRAME_BYTES_MAX} are allowed",
+            text.len()
+        )));
     }
     send_bytes(to, &text).await
 }
@@ -500,14 +558,17 @@ pub async fn send_bytes(to: &mut SendHalf, bytes: &[u8]) -> Result<(), Fault> {
     to.write_all(&out).await
 }
 
-/// Receives one message of at most [`CONTROL_FRAME_BYTES_MAX`]. It may begin at any time; once begun it must arrive.
-pub async fn receive<T: DeserializeOwned + Send + 'static>(from: &mut RecvHalf) -> Result<T, Fault> {
+/// Receives one message of at most [`CONTROL_FRAME_BYTES_MAX`]. It may begin at any time; once
+/// begun it must arrive.
+pub async fn receive<T: DeserializeOwned + Send + 'static>(
+    from: &mut RecvHalf,
+) -> Result<T, Fault> {
     let len = receive_len(from, CONTROL_FRAME_BYTES_MAX).await?;
     parse(receive_body(from, len).await?).await
 }
 
-/// [`receive`], for a message whose memory comes out of the peer's share of `budget` before it is read. The share is to be kept as long
-/// as the message.
+/// [`receive`], for a message whose memory comes out of the peer's share of `budget` before it is
+/// read. The share is to be kept as long as the message.
 pub async fn receive_within<T: DeserializeOwned + Send + 'static>(
     from: &mut RecvHalf,
     budget: &Budget,
@@ -526,7 +587,9 @@ pub async fn receive_question<T: DeserializeOwned + Send + 'static>(
 ) -> Result<(T, Share), Fault> {
     let len = timeout(SILENCE_MAX, receive_len(from, QUESTION_BYTES_MAX)).await;
     let len = len.map_err(|_| Fault::unreachable("a question did not arrive"))??;
-    let share = budget.take(peer, len as u64 * QUESTION_BYTES_FACTOR, PRIORITY_QUESTION).await?;
+    let share = budget
+        .take(peer, len as u64 * QUESTION_BYTES_FACTOR, PRIORITY_QUESTION)
+        .await?;
     Ok((parse(receive_body(from, len).await?).await?, share))
 }
 
@@ -541,7 +604,9 @@ async fn receive_len(from: &mut RecvHalf, max: usize) -> Result<usize, Fault> {
     from.read_exact(&mut len).await?;
     let len = u32::from_le_bytes(len) as usize;
     if len > max {
-        return Err(Fault::integrity(format!("the peer sent a message of {len} bytes; {max} are allowed")));
+        return Err(Fault::integrity(format!(
+            "the peer sent a message of {len} bytes; {max} are allowed"
+        )));
     }
     Ok(len)
 }
@@ -550,14 +615,26 @@ async fn receive_body(from: &mut RecvHalf, len: usize) -> Result<Vec<u8>, Fault>
     let mut out = vec![0; len];
     let patience = SILENCE_MAX + Duration::from_secs(len as u64 / MESSAGE_BYTES_PER_SECOND_MIN);
     let read = timeout(patience, from.read_exact(&mut out)).await;
-    read.map_err(|_| Fault::unreachable(format!("a message did not arrive within {} s", patience.as_secs())))??;
+    read.map_err(|_| {
+        Fault::unreachable(format!(
+            "a message did not arrive within {} s",
+            patience.as_secs()
+        ))
+    })??;
     Ok(out)
 }
 
 async fn parse<T: DeserializeOwned + Send + 'static>(text: Vec<u8>) -> Result<T, Fault> {
     let is_small = text.len() <= MESSAGE_BYTES_SMALL;
-    let work = move || text::parse_json(&text).map_err(|why| Fault::integrity(format!("the peer sent a malformed message: {why}")));
-    if is_small { work() } else { blocking(work).await }
+    let work = move || {
+        text::parse_json(&text)
+            .map_err(|why| Fault::integrity(format!("the peer sent a malformed message: {why}")))
+    };
+    if is_small {
+        work()
+    } else {
+        blocking(work).await
+    }
 }
 
 #[cfg(test)]
@@ -600,8 +677,21 @@ mod tests {
         for good in questions("model") {
             assert!(parses::<AskHub>(&good), "{good}");
         }
-        for bad in ["/var/tmp/x", "../x", "..", ".", "", "a/b", "a\u{0}", "a\u{202e}b", "\n"] {
-            assert!(!parses::<FromSite>(&report(bad)) && !parses::<FromSite>(&run(bad)), "{bad:?}");
+        for bad in [
+            "/var/tmp/x",
+            "../x",
+            "..",
+            ".",
+            "",
+            "a/b",
+            "a\u{0}",
+            "a\u{202e}b",
+            "\n",
+        ] {
+            assert!(
+                !parses::<FromSite>(&report(bad)) && !parses::<FromSite>(&run(bad)),
+                "{bad:?}"
+            );
             for question in questions(bad) {
                 assert!(!parses::<AskHub>(&question), "{question}");
             }
@@ -609,18 +699,32 @@ mod tests {
     }
 
     fn parse_wants(wants: Vec<Wanted>) -> Result<FetchRequest, Fault> {
-        FetchRequest::parse(&postcard::to_stdvec(&FetchRequest { digest: Hash([1; 32]), priority: 0, wants }).unwrap())
+        FetchRequest::parse(
+            &postcard::to_stdvec(&FetchRequest {
+                digest: Hash([1; 32]),
+                priority: 0,
+                wants,
+            })
+            .unwrap(),
+        )
     }
 
     #[test]
     fn a_request_has_one_root_and_a_bounded_number_of_pieces() {
         let most = FETCH_BATCH_CHUNKS_MAX as u32;
-        let children = |ranges| Wanted::Children { page: Hash([2; 32]), ranges };
-        let difference = || Wanted::Difference { ranges: vec![(0, 1)], base: Hash([3; 32]), against: (0, 1) };
+        let children = |ranges| Wanted::Children {
+            page: Hash([2; 32]),
+            ranges,
+        };
+        let delta = || Wanted::Delta {
+            ranges: vec![(0, 1)],
+            base: Hash([3; 32]),
+            against: (0, 1),
+        };
         let fine = [
             vec![Wanted::Root],
             vec![Wanted::RootAndPages(u64::MAX)],
-            vec![difference()],
+            vec![delta()],
             vec![children(vec![(0, most)])],
             vec![children(vec![(5, 1)]); FETCH_BATCH_CHUNKS_MAX],
             vec![Wanted::Root, Wanted::TopPages(vec![(0, most - 1)])],
@@ -631,7 +735,7 @@ mod tests {
         let too_much = [
             vec![Wanted::Root, Wanted::Root],
             vec![Wanted::Root, Wanted::RootAndPages(1)],
-            vec![difference(), difference()],
+            vec![delta(), delta()],
             vec![children(vec![(0, most + 1)])],
             vec![children(vec![(0, u32::MAX), (0, u32::MAX), (0, u32::MAX)])],
             vec![Wanted::TopPages(vec![(0, 0); FETCH_BATCH_CHUNKS_MAX + 1])],
@@ -640,7 +744,10 @@ mod tests {
             vec![Wanted::Root; 60_000],
         ];
         for wants in too_much {
-            assert_eq!(parse_wants(wants).unwrap_err().code, base::fault::Code::Integrity);
+            assert_eq!(
+                parse_wants(wants).unwrap_err().code,
+                base::fault::Code::Integrity
+            );
         }
     }
 }

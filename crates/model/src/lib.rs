@@ -1,7 +1,8 @@
 //! The domain without I/O: transfers, training runs and their state machines, receipts.
 //!
-//! Owns the words for states, the rules of what follows on what, and the limits of lists. Hub and site call it; the catalogue
-//! stores what it returns. Nothing here reads a clock, a disk or a socket, so nothing has to survive a crash.
+//! Owns the words for states, the rules of what follows on what, and the limits of lists. Hub and
+//! site call it; the catalogue stores what it returns. Nothing here reads a clock, a disk or a
+//! socket, so nothing has to survive a crash.
 
 pub mod paging;
 pub mod receipt;

@@ -1,4 +1,5 @@
-//! Lists cut by bytes: what is sent as one message or answer stays within what its receiver accepts.
+//! Lists cut by bytes: what is sent as one message or answer stays within what its receiver
+//! accepts.
 
 use std::io;
 
@@ -72,10 +73,17 @@ impl<T: Serialize> Pager<T> {
     /// An empty page of this room.
     pub fn new(room: Room) -> Self {
         let rows_max = usize::try_from(room.rows).unwrap_or(usize::MAX);
-        Self { rows: Vec::new(), rows_max, budget: Budget::new(room.bytes), last: None, is_cut: false }
+        Self {
+            rows: Vec::new(),
+            rows_max,
+            budget: Budget::new(room.bytes),
+            last: None,
+            is_cut: false,
+        }
     }
 
-    /// Adds a row, and the key from which the list goes on behind it. `false`: there is no room for it, and the page ends before it.
+    /// Adds a row, and the key from which the list goes on behind it. `false`: there is no room for
+    /// it, and the page ends before it.
     pub fn put(&mut self, row: T, key: impl Into<String>) -> bool {
         self.is_cut = self.rows.len() >= self.rows_max || !self.budget.takes(&row);
         if !self.is_cut {
@@ -87,7 +95,10 @@ impl<T: Serialize> Pager<T> {
 
     /// The page.
     pub fn page(self) -> Page<T> {
-        Page { rows: self.rows, next: self.last.filter(|_| self.is_cut) }
+        Page {
+            rows: self.rows,
+            next: self.last.filter(|_| self.is_cut),
+        }
     }
 }
 
@@ -101,7 +112,10 @@ pub struct Budget {
 impl Budget {
     /// Room for so many bytes of JSON.
     pub fn new(max: usize) -> Self {
-        Self { left: max, empty: true }
+        Self {
+            left: max,
+            empty: true,
+        }
     }
 
     /// Whether there is room for one more; the first always has it.
@@ -113,7 +127,8 @@ impl Budget {
     }
 }
 
-/// How many of these rows, from the first, have together no more than `max` bytes as a JSON list; at least one.
+/// How many of these rows, from the first, have together no more than `max` bytes as a JSON list;
+/// at least one.
 pub fn fitting<T: Serialize>(rows: &[T], max: usize) -> usize {
     let mut total = 2;
     for (n, row) in rows.iter().enumerate() {
@@ -125,7 +140,8 @@ pub fn fitting<T: Serialize>(rows: &[T], max: usize) -> usize {
     rows.len()
 }
 
-/// The rows in as many lists as they need, each of at most `max` bytes as JSON. A row that is larger has a list of its own.
+/// The rows in as many lists as they need, each of at most `max` bytes as JSON. A row that is
+/// larger has a list of its own.
 pub fn pages<T: Serialize>(mut rows: Vec<T>, max: usize) -> impl Iterator<Item = Vec<T>> {
     std::iter::from_fn(move || {
         if rows.is_empty() {
@@ -147,21 +163,48 @@ mod tests {
         assert!(all.iter().all(|page| json_bytes(page) <= 40), "{all:?}");
         assert_eq!(all.concat(), rows);
         assert!(all.len() > 10);
-        assert_eq!(pages(vec!["y".repeat(99), "z".into()], 40).count(), 2, "one that is too large goes alone");
+        assert_eq!(
+            pages(vec!["y".repeat(99), "z".into()], 40).count(),
+            2,
+            "one that is too large goes alone"
+        );
         assert_eq!(pages(Vec::<u8>::new(), 40).count(), 0);
         let mut pager = Pager::new(Room { rows: 3, bytes: 11 });
-        assert_eq!(["abcd", "e", "fg"].map(|row| pager.put(row, row)), [true, true, false], "the third is beyond the bytes");
+        assert_eq!(
+            ["abcd", "e", "fg"].map(|row| pager.put(row, row)),
+            [true, true, false],
+            "the third is beyond the bytes"
+        );
         let page = pager.page();
-        assert_eq!((page.rows, page.next.as_deref()), (vec!["abcd", "e"], Some("e")));
+        assert_eq!(
+            (page.rows, page.next.as_deref()),
+            (vec!["abcd", "e"], Some("e"))
+        );
         let mut pager = Pager::new(Room { rows: 1, bytes: 2 });
-        assert_eq!(["much too long", ""].map(|row| pager.put(row, row)), [true, false], "one row always has room");
-        let mut pager = Pager::new(Room { rows: 2, bytes: 100 });
+        assert_eq!(
+            ["much too long", ""].map(|row| pager.put(row, row)),
+            [true, false],
+            "one row always has room"
+        );
+        let mut pager = Pager::new(Room {
+            rows: 2,
+            bytes: 100,
+        });
         assert_eq!(["a", "b"].map(|row| pager.put(row, row)), [true, true]);
         assert_eq!(pager.page().next, None, "nothing follows what is whole");
         let mut budget = Budget::new(8);
-        assert_eq!(["0123456789", ""].map(|row| budget.takes(&row)), [true, false]);
+        assert_eq!(
+            ["0123456789", ""].map(|row| budget.takes(&row)),
+            [true, false]
+        );
         let mut budget = Budget::new(8);
-        assert_eq!(["ab", "", ""].map(|row| budget.takes(&row)), [true, true, false]);
-        assert_eq!(json_bytes(&["a\n"]), serde_json::to_string(&["a\n"]).unwrap().len());
+        assert_eq!(
+            ["ab", "", ""].map(|row| budget.takes(&row)),
+            [true, true, false]
+        );
+        assert_eq!(
+            json_bytes(&["a\n"]),
+            serde_json::to_string(&["a\n"]).unwrap().len()
+        );
     }
 }

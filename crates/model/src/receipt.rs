@@ -1,7 +1,9 @@
-//! Receipts: what a site signs when it has committed an artifact, and what the hub requires before a transfer is `done`.
+//! Receipts: what a site signs when it has committed an artifact, and what the hub requires before
+//! a transfer is `done`.
 //!
-//! A receipt is three texts: the statement (a JSON object), the site's signature over exactly these bytes, and the site's
-//! certificate, both in base64. It crosses the wire in a report, and stays in the catalogues of site and hub.
+//! A receipt is three texts: the statement (a JSON object), the site's signature over exactly these
+//! bytes, and the site's certificate, both in base64. It crosses the wire in a report, and stays in
+//! the catalogues of site and hub.
 
 use std::fmt;
 
@@ -12,7 +14,9 @@ use serde::{Deserialize, Serialize};
 
 use base::clock;
 use base::fault::Fault;
-use base::limits::{RECEIPT_CERTIFICATE_BYTES_MAX, RECEIPT_SIGNATURE_BYTES_MAX, RECEIPT_STATEMENT_BYTES_MAX};
+use base::limits::{
+    RECEIPT_CERTIFICATE_BYTES_MAX, RECEIPT_SIGNATURE_BYTES_MAX, RECEIPT_STATEMENT_BYTES_MAX,
+};
 use base::names::{ArtifactRef, SiteName, TransferId};
 use base::text::{Exact, Lenient, skip_seq};
 use content::manifest::Digest;
@@ -31,7 +35,8 @@ pub struct Receipt {
     statement: StatementText,
 }
 
-/// What the statement says that the hub compares. It says more: where the artifact is, and since when.
+/// What the statement says that the hub compares. It says more: where the artifact is, and since
+/// when.
 #[derive(Deserialize)]
 struct Statement {
     artifact: ArtifactRef,
@@ -41,38 +46,63 @@ struct Statement {
 }
 
 impl Receipt {
-    /// The receipt of a committed transfer. `sign` signs with the key of `certificate` (DER), the site's.
-    pub fn sign(row: &TransferRow, certificate: &[u8], sign: impl FnOnce(&[u8]) -> Result<Vec<u8>, Fault>) -> Result<Self, Fault> {
+    /// The receipt of a committed transfer. `sign` signs with the key of `certificate` (DER), the
+    /// site's.
+    pub fn sign(
+        row: &TransferRow,
+        certificate: &[u8],
+        sign: impl FnOnce(&[u8]) -> Result<Vec<u8>, Fault>,
+    ) -> Result<Self, Fault> {
         let statement = serde_json::json!({
             "artifact": row.artifact, "digest": row.digest, "site": row.site, "transfer": row.id,
             "location": row.body.location, "committed_at": clock::now_rfc3339(),
         })
         .to_string();
-        let (signature, certificate) = (BASE64.encode(sign(statement.as_bytes())?), BASE64.encode(certificate));
-        let (certificate, signature, statement) = (Exact::new(certificate), Exact::new(signature), Exact::new(statement));
+        let (signature, certificate) = (
+            BASE64.encode(sign(statement.as_bytes())?),
+            BASE64.encode(certificate),
+        );
+        let (certificate, signature, statement) = (
+            Exact::new(certificate),
+            Exact::new(signature),
+            Exact::new(statement),
+        );
         match (certificate, signature, statement) {
-            (Some(certificate), Some(signature), Some(statement)) => Ok(Self { certificate, signature, statement }),
-            _ => Err(Fault::internal(format!("the receipt for transfer {} is too long", row.id))),
+            (Some(certificate), Some(signature), Some(statement)) => Ok(Self {
+                certificate,
+                signature,
+                statement,
+            }),
+            _ => Err(Fault::internal(format!(
+                "the receipt for transfer {} is too long",
+                row.id
+            ))),
         }
     }
 
-    /// Checks that a key of this very site signed it for this very transfer, artifact and content. The certificate comes with
-    /// the receipt, because the site may have renewed its own between the commit and the report. `site_of` names the site
-    /// that a certificate was issued to; `verify` checks a signature: certificate, signed bytes, signature.
+    /// Checks that a key of this very site signed it for this very transfer, artifact and content.
+    /// The certificate comes with the receipt, because the site may have renewed its own between
+    /// the commit and the report. `site_of` names the site that a certificate was issued to;
+    /// `verify` checks a signature: certificate, signed bytes, signature.
     pub fn check(
         &self,
         row: &TransferRow,
         site_of: impl FnOnce(&[u8]) -> Result<SiteName, Fault>,
         verify: impl FnOnce(&[u8], &[u8], &[u8]) -> Result<(), Fault>,
     ) -> Result<(), Fault> {
-        let wrong = |why: &str| Fault::integrity(format!("the receipt for transfer {} {why}", row.id));
+        let wrong =
+            |why: &str| Fault::integrity(format!("the receipt for transfer {} {why}", row.id));
         let bytes = |text: &str| BASE64.decode(text).map_err(|_| wrong("is malformed"));
-        let (certificate, signature) = (bytes(self.certificate.as_str())?, bytes(self.signature.as_str())?);
+        let (certificate, signature) = (
+            bytes(self.certificate.as_str())?,
+            bytes(self.signature.as_str())?,
+        );
         if site_of(&certificate)? != row.site {
             return Err(wrong("is signed by another site"));
         }
         verify(&certificate, self.statement.as_str().as_bytes(), &signature)?;
-        let said: Statement = serde_json::from_str(self.statement.as_str()).map_err(|_| wrong("is malformed"))?;
+        let said: Statement =
+            serde_json::from_str(self.statement.as_str()).map_err(|_| wrong("is malformed"))?;
         if said.transfer != row.id {
             return Err(wrong("is for another transfer"));
         }
@@ -82,7 +112,8 @@ impl Receipt {
         }
     }
 
-    /// Reads a receipt; `None` for anything that is none. What else a peer sent in its place takes no memory.
+    /// Reads a receipt; `None` for anything that is none. What else a peer sent in its place takes
+    /// no memory.
     pub fn lenient<'de, D: Deserializer<'de>>(d: D) -> Result<Option<Self>, D::Error> {
         d.deserialize_any(ReceiptVisitor)
     }
@@ -115,11 +146,13 @@ impl<'de> Visitor<'de> for ReceiptVisitor {
                 Key::Other => drop(map.next_value::<IgnoredAny>()?),
             }
         }
-        Ok(certificate.zip(signature).zip(statement).map(|((certificate, signature), statement)| Receipt {
-            certificate,
-            signature,
-            statement,
-        }))
+        Ok(certificate.zip(signature).zip(statement).map(
+            |((certificate, signature), statement)| Receipt {
+                certificate,
+                signature,
+                statement,
+            },
+        ))
     }
     fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Self::Value, A::Error> {
         skip_seq(&mut seq)?;
@@ -158,13 +191,36 @@ mod tests {
 
     #[test]
     fn a_body_keeps_receipts_and_nothing_in_their_place() {
-        let body = |receipt: &str| serde_json::from_str::<Body>(&format!("{{\"receipt\":{receipt}}}")).unwrap().receipt;
-        let good = body(r#"{"statement":"s","more":[{}],"signature":"x","certificate":"y"}"#).unwrap();
+        let body = |receipt: &str| {
+            serde_json::from_str::<Body>(&format!("{{\"receipt\":{receipt}}}"))
+                .unwrap()
+                .receipt
+        };
+        let good =
+            body(r#"{"statement":"s","more":[{}],"signature":"x","certificate":"y"}"#).unwrap();
         let text = serde_json::to_string(&good).unwrap();
-        assert_eq!(text, r#"{"certificate":"y","signature":"x","statement":"s"}"#, "as it always was stored and shown");
+        assert_eq!(
+            text, r#"{"certificate":"y","signature":"x","statement":"s"}"#,
+            "as it always was stored and shown"
+        );
         assert_eq!(body(&text), Some(good));
-        let long = format!(r#"{{"statement":"{}","signature":"x","certificate":"y"}}"#, "s".repeat(RECEIPT_STATEMENT_BYTES_MAX + 1));
-        for other in ["null", "7", "-7", "1.5", "true", "\"s\"", "[0,0,[0]]", "{}", r#"{"statement":1}"#, r#"{"statement":"s"}"#, &long] {
+        let long = format!(
+            r#"{{"statement":"{}","signature":"x","certificate":"y"}}"#,
+            "s".repeat(RECEIPT_STATEMENT_BYTES_MAX + 1)
+        );
+        for other in [
+            "null",
+            "7",
+            "-7",
+            "1.5",
+            "true",
+            "\"s\"",
+            "[0,0,[0]]",
+            "{}",
+            r#"{"statement":1}"#,
+            r#"{"statement":"s"}"#,
+            &long,
+        ] {
             assert_eq!(body(other), None, "{}", &other[..other.len().min(50)]);
         }
     }

@@ -1,10 +1,12 @@
-//! Cross-site training runs: site `from` borrows site `on`. Its data goes there, is trained on, and the model comes home.
+//! Cross-site training runs: site `from` borrows site `on`. Its data goes there, is trained on, and
+//! the model comes home.
 //!
-//! Two state machines without I/O: [`hub`] is the whole run, [`site`] the part of the site that trains. Each takes an
-//! event and gives the new state and what is to be done; `hub::runs` and `site::runs` do it. Nothing hangs on one
-//! message or one effect: the hub tells the site all its runs again and again ([`DesiredRun`]), the site tells how each
-//! stands ([`RunReport`]), effects that are due are given at every look until what they do is seen, and all may be done
-//! twice. Both states are rows in the catalogues, written before anything is done or told.
+//! Two state machines without I/O: [`hub`] is the whole run, [`site`] the part of the site that
+//! trains. Each takes an event and gives the new state and what is to be done; `hub::runs` and
+//! `site::runs` do it. Nothing hangs on one message or one effect: the hub tells the site all its
+//! runs again and again ([`DesiredRun`]), the site tells how each stands ([`RunReport`]), effects
+//! that are due are given at every look until what they do is seen, and all may be done twice. Both
+//! states are rows in the catalogues, written before anything is done or told.
 
 pub mod hub;
 mod request;
@@ -17,7 +19,9 @@ use serde::{Deserialize, Serialize};
 
 use base::fault::Fault;
 use base::limits::TRAINER_TAIL_BYTES;
-use base::names::{ArtifactRef, DeliveryId, Kind, NAME_BYTES_MAX, RunId, RunName, SiteName, TransferId};
+use base::names::{
+    ArtifactRef, DeliveryId, Kind, NAME_BYTES_MAX, RunId, RunName, SiteName, TransferId,
+};
 use base::number;
 use base::text::{Message, Text};
 use content::manifest::Digest;
@@ -37,7 +41,11 @@ pub struct Input {
 
 impl From<&Input> for RunInput {
     fn from(input: &Input) -> Self {
-        Self { artifact: input.artifact.to_string(), digest: input.digest.hex(), bytes: input.bytes }
+        Self {
+            artifact: input.artifact.to_string(),
+            digest: input.digest.hex(),
+            bytes: input.bytes,
+        }
     }
 }
 
@@ -53,14 +61,21 @@ pub struct Expect {
 impl Expect {
     /// What the daemon publishes the output as.
     pub fn reference(&self, run: &RunName) -> Result<ArtifactRef, Fault> {
-        Ok(ArtifactRef::new(Kind::Model, &self.name, self.version.as_deref().unwrap_or(run.as_str()))?)
+        Ok(ArtifactRef::new(
+            Kind::Model,
+            &self.name,
+            self.version.as_deref().unwrap_or(run.as_str()),
+        )?)
     }
 
     /// Whether this is the model that was expected.
     pub fn accepts(&self, artifact: &ArtifactRef) -> bool {
         artifact.kind == Kind::Model
             && artifact.name() == self.name
-            && self.version.as_deref().is_none_or(|version| version == artifact.version())
+            && self
+                .version
+                .as_deref()
+                .is_none_or(|version| version == artifact.version())
     }
 }
 
@@ -73,18 +88,25 @@ impl FromStr for Expect {
         };
         let whole: ArtifactRef = format!("{series}:{}", version.unwrap_or("v")).parse()?;
         if whole.kind != Kind::Model {
-            return Err(
-                Fault::usage(format!("a run makes a model, and {text} is a {}", whole.kind)).with_next("expect model/NAME[:VERSION]")
-            );
+            return Err(Fault::usage(format!(
+                "a run makes a model, and {text} is a {}",
+                whole.kind
+            ))
+            .with_next("expect model/NAME[:VERSION]"));
         }
-        Ok(Self { name: whole.name().into(), version: version.map(Into::into) })
+        Ok(Self {
+            name: whole.name().into(),
+            version: version.map(Into::into),
+        })
     }
 }
 
 impl fmt::Display for Expect {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "model/{}", self.name)?;
-        self.version.as_ref().map_or(Ok(()), |version| write!(f, ":{version}"))
+        self.version
+            .as_ref()
+            .map_or(Ok(()), |version| write!(f, ":{version}"))
     }
 }
 
@@ -126,7 +148,11 @@ impl TryFrom<RunRequest> for RunOrder {
             from: request.from.parse()?,
             on: request.on.parse()?,
             expect: request.expect.parse()?,
-            inputs: request.inputs.iter().map(|input| input.parse()).collect::<Result<_, _>>()?,
+            inputs: request
+                .inputs
+                .iter()
+                .map(|input| input.parse())
+                .collect::<Result<_, _>>()?,
             ttl_seconds: request.ttl_seconds,
         })
     }
@@ -147,18 +173,24 @@ pub struct RunAct {
 impl TryFrom<RunActionRequest> for RunAct {
     type Error = Fault;
     fn try_from(request: RunActionRequest) -> Result<Self, Fault> {
-        Ok(Self { name: known(&request.name)?, action: request.action, failed: request.failed.map(Into::into) })
+        Ok(Self {
+            name: known(&request.name)?,
+            action: request.action,
+            failed: request.failed.map(Into::into),
+        })
     }
 }
 
 /// The answer for a run that does not exist, and for one that somebody may not see.
 pub fn no_run(name: &str) -> Fault {
-    Fault::not_found(format!("there is no run {}", name.escape_debug())).with_next("'packhorse train list' lists them")
+    Fault::not_found(format!("there is no run {}", name.escape_debug()))
+        .with_next("'packhorse train list' lists them")
 }
 
 /// The name of a run that somebody refers to. No run has a name that does not parse.
 pub fn known(name: &str) -> Result<RunName, Fault> {
-    name.parse().map_err(|_| no_run(&name.chars().take(NAME_BYTES_MAX).collect::<String>()))
+    name.parse()
+        .map_err(|_| no_run(&name.chars().take(NAME_BYTES_MAX).collect::<String>()))
 }
 
 /// What was asked for; never changes.
@@ -208,7 +240,12 @@ pub struct Lineage {
 
 impl From<&Spec> for Lineage {
     fn from(spec: &Spec) -> Self {
-        Self { run: spec.name.clone(), from: spec.from.clone(), on: spec.on.clone(), inputs: spec.inputs.clone() }
+        Self {
+            run: spec.name.clone(),
+            from: spec.from.clone(),
+            on: spec.on.clone(),
+            inputs: spec.inputs.clone(),
+        }
     }
 }
 
@@ -260,7 +297,8 @@ pub struct Borrowed {
     pub artifact: ArtifactRef,
     /// Its digest.
     pub digest: Digest,
-    /// Which time the transfer brought it: what was brought anew since is not meant. `None`: an older hub does not say.
+    /// Which time the transfer brought it: what was brought anew since is not meant. `None`: an
+    /// older hub does not say.
     #[serde(default, deserialize_with = "number::optional_generation")]
     pub generation: Option<i64>,
 }
@@ -276,8 +314,8 @@ pub struct DesiredRun {
     pub borrowed: Vec<Borrowed>,
     /// The model, once the hub knows it.
     pub model: Option<Model>,
-    /// Whether the hub has seen every input arrive: what the site holds of them before may be about to go, or gone. An older
-    /// hub does not say, and means it.
+    /// Whether the hub has seen every input arrive: what the site holds of them before may be about
+    /// to go, or gone. An older hub does not say, and means it.
     #[serde(default = "yes")]
     pub ready: bool,
 }
@@ -297,7 +335,8 @@ pub struct RunReport {
     pub phase: site::Phase,
     /// Whether a platform trains, which says itself when it is finished.
     pub by_platform: bool,
-    /// Whether a command will train, which nobody finishes but itself. An earlier version does not say.
+    /// Whether a command will train, which nobody finishes but itself. An earlier version does not
+    /// say.
     #[serde(default)]
     pub by_command: bool,
     /// How often the trainer was started.
@@ -322,11 +361,17 @@ pub struct RunReport {
 }
 
 impl RunReport {
-    /// What is to be said of it: how the trainer ended badly, else what the site says, else how it ended.
+    /// What is to be said of it: how the trainer ended badly, else what the site says, else how it
+    /// ended.
     pub fn words(&self) -> Option<&str> {
         let ended = self.ended.as_ref();
-        let badly = ended.filter(|ended| !ended.is_well()).map(|ended| &ended.message);
-        badly.or(self.message.as_ref()).or(ended.map(|ended| &ended.message)).map(|text| &**text)
+        let badly = ended
+            .filter(|ended| !ended.is_well())
+            .map(|ended| &ended.message);
+        badly
+            .or(self.message.as_ref())
+            .or(ended.map(|ended| &ended.message))
+            .map(|text| &**text)
     }
 }
 

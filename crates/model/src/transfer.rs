@@ -1,4 +1,5 @@
-//! A transfer: one artifact on its way to one site. Its states, what is asked of it and what is reported of it.
+//! A transfer: one artifact on its way to one site. Its states, what is asked of it and what is
+//! reported of it.
 
 mod step;
 #[cfg(test)]
@@ -62,14 +63,23 @@ impl State {
     /// The state of that name.
     pub fn parse(s: &str) -> Option<Self> {
         use State as S;
-        [S::Queued, S::Planning, S::Transferring, S::Committing, S::Done, S::Paused, S::Failed, S::Cancelled]
-            .into_iter()
-            .find(|state| state.as_str() == s)
+        [
+            S::Queued,
+            S::Planning,
+            S::Transferring,
+            S::Committing,
+            S::Done,
+            S::Paused,
+            S::Failed,
+            S::Cancelled,
+        ]
+        .into_iter()
+        .find(|state| state.as_str() == s)
     }
 }
 
-/// Bytes of a transfer, which never go backwards. What came over the line, or was reused, before an interruption is counted as resumed
-/// too.
+/// Bytes of a transfer, which never go backwards. What came over the line, or was reused, before an
+/// interruption is counted as resumed too.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(default)]
 pub struct Bytes {
@@ -104,7 +114,8 @@ pub struct TransferQuery {
     pub since: Option<u64>,
     /// Wait up to this many seconds for a change after `since`.
     pub wait: Option<u64>,
-    /// At most this many (1,000 when absent), in the order of their cursors when `since` is given, else newest first.
+    /// At most this many (1,000 when absent), in the order of their cursors when `since` is given,
+    /// else newest first.
     pub limit: Option<u32>,
 }
 
@@ -180,7 +191,8 @@ pub struct Body {
 }
 
 impl Body {
-    /// Notes a fault, or with `None` that all is well. Whatever it waited for before, it waits for no more.
+    /// Notes a fault, or with `None` that all is well. Whatever it waited for before, it waits for
+    /// no more.
     pub fn set_fault(&mut self, fault: Option<&Fault>) {
         self.reason = fault.map(|f| f.reason);
         self.message = fault.map(|f| f.message.as_str().into());
@@ -188,13 +200,16 @@ impl Body {
         self.waits_for = None;
     }
 
-    /// As it is when a transfer that ended begins again: one that failed goes on with what it has, one that was done
-    /// or cancelled begins at nothing.
+    /// As it is when a transfer that ended begins again: one that failed goes on with what it has,
+    /// one that was done or cancelled begins at nothing.
     pub fn begun_again(self, from: State) -> Self {
         match from {
             // What was cancelled was cleared away.
             State::Done | State::Cancelled => Self {
-                bytes: Bytes { total: self.bytes.total, ..Bytes::default() },
+                bytes: Bytes {
+                    total: self.bytes.total,
+                    ..Bytes::default()
+                },
                 attempts: self.attempts,
                 landed: self.landed || from == State::Done,
                 ..Self::default()
@@ -240,8 +255,8 @@ pub struct TransferRow {
 }
 
 impl TransferRow {
-    /// Whether this very transfer has landed what it brings, now or before it was begun again: what a cancelled one only found
-    /// there is not its own.
+    /// Whether this very transfer has landed what it brings, now or before it was begun again: what
+    /// a cancelled one only found there is not its own.
     pub fn has_landed(&self) -> bool {
         self.state == State::Done || self.body.landed
     }

@@ -1,7 +1,9 @@
-//! What a registry's refusals and silences mean: the one table from status, error code and body to a [`Fault`].
+//! What a registry's refusals and silences mean: the one table from status, error code and body to
+//! a [`Fault`].
 //!
-//! Registries, Harbor and the proxies before them say the same thing in many ways; whoever needs to branch looks at
-//! [`Answer`], everybody else takes its fault. Addresses of uploads and tokens never get into a message.
+//! Registries, Harbor and the proxies before them say the same thing in many ways; whoever needs to
+//! branch looks at [`Answer`], everybody else takes its fault. Addresses of uploads and tokens
+//! never get into a message.
 
 use std::error::Error as _;
 use std::fmt;
@@ -53,11 +55,17 @@ impl Error {
         matches!(self.status(), Some(429 | 503))
     }
 
-    /// Whether the same request may well succeed a moment later: a server's own error, or no answer.
+    /// Whether the same request may well succeed a moment later: a server's own error, or no
+    /// answer.
     pub fn is_passing(&self) -> bool {
         match self {
-            Error::Answer(answer) => (answer.status >= 500 || matches!(answer.status, 408 | 425 | 429)) && !answer.is_full(),
-            Error::Fault(fault) => fault.reason == Reason::SinkUnavailable && fault.retry == Retry::Backoff,
+            Error::Answer(answer) => {
+                (answer.status >= 500 || matches!(answer.status, 408 | 425 | 429))
+                    && !answer.is_full()
+            }
+            Error::Fault(fault) => {
+                fault.reason == Reason::SinkUnavailable && fault.retry == Retry::Backoff
+            }
         }
     }
 }
@@ -110,24 +118,40 @@ impl Answer {
     /// Reads what is left of an answer.
     pub async fn read(response: reqwest::Response) -> Self {
         let (status, headers) = (response.status().as_u16(), response.headers().clone());
-        let body = super::read_capped(response, limits::REGISTRY_BODY_BYTES_MAX).await.unwrap_or_default();
+        let body = super::read_capped(response, limits::REGISTRY_BODY_BYTES_MAX)
+            .await
+            .unwrap_or_default();
         Self::from_parts(status, &headers, &body)
     }
 
     /// The same from parts.
     pub fn from_parts(status: u16, headers: &HeaderMap, body: &[u8]) -> Self {
-        let content_type = headers.get(CONTENT_TYPE).and_then(|v| v.to_str().ok()).unwrap_or_default();
-        let start = String::from_utf8_lossy(&body[..body.len().min(256)]).trim_start().to_ascii_lowercase();
-        let html = content_type.starts_with("text/html") || start.starts_with("<!doctype html") || start.starts_with("<html");
-        let mut answer = Self { status, html, retry_after: retry_after(headers), ..Self::default() };
+        let content_type = headers
+            .get(CONTENT_TYPE)
+            .and_then(|v| v.to_str().ok())
+            .unwrap_or_default();
+        let start = String::from_utf8_lossy(&body[..body.len().min(256)])
+            .trim_start()
+            .to_ascii_lowercase();
+        let html = content_type.starts_with("text/html")
+            || start.starts_with("<!doctype html")
+            || start.starts_with("<html");
+        let mut answer = Self {
+            status,
+            html,
+            retry_after: retry_after(headers),
+            ..Self::default()
+        };
         if let Ok(body) = serde_json::from_slice::<Body>(body) {
             if let Some(first) = body.errors.into_iter().next() {
                 answer.code = one_line(&first.code, 60);
                 answer.message = one_line(&first.message, 300);
-                // A full disk stands in the detail only, where docker-registry puts what its storage driver said.
+                // A full disk stands in the detail only, where docker-registry puts what its
+                // storage driver said.
                 if status >= 500 && !first.detail.is_null() {
                     answer.storage_full = names_full_disk(&first.detail);
-                    answer.message = one_line(&format!("{}: {}", answer.message, first.detail), 400);
+                    answer.message =
+                        one_line(&format!("{}: {}", answer.message, first.detail), 400);
                 }
             }
         } else if !html {
@@ -136,27 +160,34 @@ impl Answer {
         answer
     }
 
-    /// Whether a proxy before the registry finds the request too large; the registry itself says so in JSON.
+    /// Whether a proxy before the registry finds the request too large; the registry itself says so
+    /// in JSON.
     pub fn is_proxy_limit(&self) -> bool {
         self.status == 413 && self.code.is_empty()
     }
 
     /// Whether the upload session is gone, so that a new one has to start from the first byte.
     pub fn is_session_gone(&self) -> bool {
-        self.status == 404 && matches!(self.code.as_str(), "BLOB_UPLOAD_UNKNOWN" | "BLOB_UPLOAD_INVALID")
+        self.status == 404
+            && matches!(
+                self.code.as_str(),
+                "BLOB_UPLOAD_UNKNOWN" | "BLOB_UPLOAD_INVALID"
+            )
             || self.status == 400 && self.code == "BLOB_UPLOAD_INVALID"
             || self.status == 416
     }
 
-    /// Whether a read was refused by a policy of the registry, though what was asked for is there: Harbor answers so to GET and HEAD of
-    /// an image without a scan report or a signature. To HEAD without words; a PUT that meets an immutable tag has some.
+    /// Whether a read was refused by a policy of the registry, though what was asked for is there:
+    /// Harbor answers so to GET and HEAD of an image without a scan report or a signature. To HEAD
+    /// without words; a PUT that meets an immutable tag has some.
     pub fn is_policy(&self) -> bool {
         self.status == 412 && (self.code == "PROJECTPOLICYVIOLATION" || self.code.is_empty())
     }
 
     /// Whether a manifest was refused because something that it names is not there.
     pub fn is_blob_unknown(&self) -> bool {
-        matches!(self.code.as_str(), "MANIFEST_BLOB_UNKNOWN" | "BLOB_UNKNOWN") && matches!(self.status, 400 | 404)
+        matches!(self.code.as_str(), "MANIFEST_BLOB_UNKNOWN" | "BLOB_UNKNOWN")
+            && matches!(self.status, 400 | 404)
     }
 
     fn is_full(&self) -> bool {
@@ -165,12 +196,25 @@ impl Answer {
             || self.storage_full
             || message.contains("no space left")
             || message.contains("disk quota exceeded")
-            || self.status != 500 && message.contains("exceed") && (message.contains("upper limit") || message.contains("quota"))
+            || self.status != 500
+                && message.contains("exceed")
+                && (message.contains("upper limit") || message.contains("quota"))
     }
 
     fn said(&self) -> String {
-        let name = reqwest::StatusCode::from_u16(self.status).ok().and_then(|s| s.canonical_reason()).unwrap_or("unknown status");
-        let mut out = format!("{} answered {} {name}", if self.html { "a proxy before the registry" } else { "the registry" }, self.status);
+        let name = reqwest::StatusCode::from_u16(self.status)
+            .ok()
+            .and_then(|s| s.canonical_reason())
+            .unwrap_or("unknown status");
+        let mut out = format!(
+            "{} answered {} {name}",
+            if self.html {
+                "a proxy before the registry"
+            } else {
+                "the registry"
+            },
+            self.status
+        );
         for part in [&self.code, &self.message] {
             if !part.is_empty() {
                 out = format!("{out}: {part}");
@@ -192,7 +236,8 @@ impl Answer {
             return backoff(Fault::no_space(text.clone()))
                 .with_next("raise the project's quota or make room at the registry; the transfer goes on by itself");
         }
-        if lower.contains("read only") || lower.contains("read-only") || lower.contains("readonly") {
+        if lower.contains("read only") || lower.contains("read-only") || lower.contains("readonly")
+        {
             return Fault::unreachable(text)
                 .with_retry_after(self.retry_after.unwrap_or(limits::REGISTRY_READ_ONLY_PAUSE))
                 .with_next("end the registry's read-only mode; this is tried again by itself");
@@ -242,11 +287,14 @@ impl Answer {
     }
 }
 
-/// Whether a storage driver's error holds the number of ENOSPC or EDQUOT: docker-registry writes `"Err":28` and no words.
+/// Whether a storage driver's error holds the number of ENOSPC or EDQUOT: docker-registry writes
+/// `"Err":28` and no words.
 fn names_full_disk(detail: &serde_json::Value) -> bool {
     match detail {
         serde_json::Value::Object(map) => {
-            map.get("Err").and_then(serde_json::Value::as_i64).is_some_and(|number| matches!(number, 28 | 122))
+            map.get("Err")
+                .and_then(serde_json::Value::as_i64)
+                .is_some_and(|number| matches!(number, 28 | 122))
                 || map.values().any(names_full_disk)
         }
         _ => false,
@@ -254,7 +302,11 @@ fn names_full_disk(detail: &serde_json::Value) -> bool {
 }
 
 fn no_project(text: String) -> Fault {
-    Fault { code: Code::Config, ..Fault::not_allowed(text) }.with_next("make the project at the registry, or set create_project = true")
+    Fault {
+        code: Code::Config,
+        ..Fault::not_allowed(text)
+    }
+    .with_next("make the project at the registry, or set create_project = true")
 }
 
 /// The pause that an answer asks for.
@@ -263,8 +315,12 @@ pub(super) fn retry_after(headers: &HeaderMap) -> Option<Duration> {
     let pause = match text.parse::<u64>() {
         Ok(seconds) => Duration::from_secs(seconds),
         Err(_) => {
-            let at = jiff::fmt::rfc2822::DateTimeParser::new().parse_timestamp(text).ok()?;
-            let millis = at.as_millisecond().saturating_sub(base::clock::now().as_millisecond());
+            let at = jiff::fmt::rfc2822::DateTimeParser::new()
+                .parse_timestamp(text)
+                .ok()?;
+            let millis = at
+                .as_millisecond()
+                .saturating_sub(base::clock::now().as_millisecond());
             Duration::from_millis(u64::try_from(millis).unwrap_or(0))
         }
     };
@@ -273,8 +329,17 @@ pub(super) fn retry_after(headers: &HeaderMap) -> Option<Duration> {
 
 /// A server's words, safe to print: one line, no control characters, bounded.
 fn one_line(text: &str, chars_max: usize) -> String {
-    let clean: String = text.chars().map(|c| if is_unsafe(c) { ' ' } else { c }).collect();
-    clean.split_whitespace().collect::<Vec<_>>().join(" ").chars().take(chars_max).collect()
+    let clean: String = text
+        .chars()
+        .map(|c| if is_unsafe(c) { ' ' } else { c })
+        .collect();
+    clean
+        .split_whitespace()
+        .collect::<Vec<_>>()
+        .join(" ")
+        .chars()
+        .take(chars_max)
+        .collect()
 }
 
 /// A request that got no answer at all.
@@ -287,7 +352,8 @@ pub fn no_answer(error: &reqwest::Error) -> Fault {
     while let Some(this) = cause {
         last = one_line(&this.to_string(), 300);
         if last.starts_with("dns error") || last.contains("failed to lookup address") {
-            return Fault::unreachable("its name cannot be resolved").with_next("check the registry's host name and this machine's DNS");
+            return Fault::unreachable("its name cannot be resolved")
+                .with_next("check the registry's host name and this machine's DNS");
         }
         if let Some(tls) = this.downcast_ref::<rustls::Error>() {
             return tls_fault(tls);
@@ -297,7 +363,8 @@ pub fn no_answer(error: &reqwest::Error) -> Fault {
                 return tls_fault(tls);
             }
             if io.kind() == std::io::ErrorKind::ConnectionRefused {
-                return Fault::unreachable("connection refused").with_next("check that the registry runs and that the port is right");
+                return Fault::unreachable("connection refused")
+                    .with_next("check that the registry runs and that the port is right");
             }
         }
         cause = this.source();
@@ -321,14 +388,24 @@ fn tls_fault(error: &rustls::Error) -> Fault {
             "its certificate is signed by nobody this machine trusts".into(),
             "set ca_file to the certificate of the authority that signed it",
         ),
-        rustls::Error::InvalidCertificate(C::Expired | C::ExpiredContext { .. }) => {
-            ("its certificate has expired".into(), "renew the registry's certificate")
-        }
-        rustls::Error::InvalidCertificate(C::NotValidForName | C::NotValidForNameContext { .. }) => {
-            ("its certificate is for another name".into(), "use the name that stands in the registry's certificate")
-        }
-        rustls::Error::InvalidMessage(_) => ("it does not speak TLS".into(), "write the registry's url with http:// if that is meant"),
-        other => (one_line(&other.to_string(), 200), "check the registry's certificate and TLS settings"),
+        rustls::Error::InvalidCertificate(C::Expired | C::ExpiredContext { .. }) => (
+            "its certificate has expired".into(),
+            "renew the registry's certificate",
+        ),
+        rustls::Error::InvalidCertificate(
+            C::NotValidForName | C::NotValidForNameContext { .. },
+        ) => (
+            "its certificate is for another name".into(),
+            "use the name that stands in the registry's certificate",
+        ),
+        rustls::Error::InvalidMessage(_) => (
+            "it does not speak TLS".into(),
+            "write the registry's url with http:// if that is meant",
+        ),
+        other => (
+            one_line(&other.to_string(), 200),
+            "check the registry's certificate and TLS settings",
+        ),
     };
     Fault::unreachable(format!("TLS: {why}")).with_next(next)
 }
@@ -420,7 +497,11 @@ mod tests {
         ];
         for (status, body, code, reason, retry) in cases {
             let fault = answer(status, &[], &body).fault("push");
-            assert_eq!((fault.code, fault.reason, fault.retry), (code, reason, retry), "{status} {body}");
+            assert_eq!(
+                (fault.code, fault.reason, fault.retry),
+                (code, reason, retry),
+                "{status} {body}"
+            );
             assert!(!fault.next.is_empty(), "{fault:?}");
             assert!(status != 412 || !fault.next.contains("remove"), "{fault:?}");
         }
@@ -428,16 +509,37 @@ mod tests {
 
     #[test]
     fn retry_after_is_obeyed_in_both_forms() {
-        assert_eq!(answer(429, &[("retry-after", "7")], "").fault("x").retry, Retry::AfterMs(7_000));
-        assert_eq!(answer(503, &[("retry-after", "Fri, 01 Jan 2100 00:00:00 GMT")], "").fault("x").retry, Retry::AfterMs(3_600_000));
-        assert_eq!(answer(429, &[("retry-after", "soon")], "").fault("x").retry, Retry::Backoff);
+        assert_eq!(
+            answer(429, &[("retry-after", "7")], "").fault("x").retry,
+            Retry::AfterMs(7_000)
+        );
+        assert_eq!(
+            answer(503, &[("retry-after", "Fri, 01 Jan 2100 00:00:00 GMT")], "")
+                .fault("x")
+                .retry,
+            Retry::AfterMs(3_600_000)
+        );
+        assert_eq!(
+            answer(429, &[("retry-after", "soon")], "").fault("x").retry,
+            Retry::Backoff
+        );
     }
 
     #[test]
     fn pages_are_not_repeated_but_named() {
-        let page = answer(504, &[("content-type", "text/html")], "<html>\n<h1>504</h1></html>");
-        assert_eq!(page.fault("push blob x").message, "push blob x: a proxy before the registry answered 504 Gateway Timeout");
-        assert!(answer(413, &[], "<html>").is_proxy_limit() && !answer(413, &[], &error("MANIFEST_INVALID", "")).is_proxy_limit());
+        let page = answer(
+            504,
+            &[("content-type", "text/html")],
+            "<html>\n<h1>504</h1></html>",
+        );
+        assert_eq!(
+            page.fault("push blob x").message,
+            "push blob x: a proxy before the registry answered 504 Gateway Timeout"
+        );
+        assert!(
+            answer(413, &[], "<html>").is_proxy_limit()
+                && !answer(413, &[], &error("MANIFEST_INVALID", "")).is_proxy_limit()
+        );
         assert_eq!(one_line("a\n\u{1b}[31mb", 50), "a [31mb");
     }
 }

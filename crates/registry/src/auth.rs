@@ -1,8 +1,9 @@
 //! Who we are to a registry: credentials, the challenge it sets, and the tokens got for it.
 //!
-//! The challenge is asked for once and tokens are kept per scope until shortly before they end, so that a large body is
-//! never sent only to be refused. After a 401 the challenge is read anew, the secret is read anew from its file, and the
-//! token is fetched anew, once. Nothing here is ever written down or printed.
+//! The challenge is asked for once and tokens are kept per scope until shortly before they end, so
+//! that a large body is never sent only to be refused. After a 401 the challenge is read anew, the
+//! secret is read anew from its file, and the token is fetched anew, once. Nothing here is ever
+//! written down or printed.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -49,34 +50,56 @@ impl fmt::Debug for Credentials {
 impl Credentials {
     /// From a password at hand.
     pub fn new(username: impl Into<String>, password: impl Into<String>) -> Self {
-        Self { username: username.into(), secret: Secret::Text(password.into()), realm_hosts: Vec::new() }
-    }
-
-    /// From a file, which is read when it is needed: a secret that is replaced there is used from then on. It must be
-    /// readable now.
-    pub fn from_file(username: impl Into<String>, path: PathBuf) -> Result<Self, Fault> {
-        durable::open_regular(&path).map_err(|e| Fault::config(format!("read the registry's password file {}: {e}", path.display())))?;
-        Ok(Self { username: username.into(), secret: Secret::File(path), realm_hosts: Vec::new() })
-    }
-
-    /// From the two keys of the configuration.
-    pub fn from_config(username: Option<&str>, password_file: Option<&PathBuf>) -> Result<Option<Self>, Fault> {
-        match (username, password_file) {
-            (Some(user), Some(file)) => Self::from_file(user, file.clone()).map(Some),
-            (None, None) => Ok(None),
-            _ => Err(Fault::config("of a registry's username and password_file only one is set").with_next("set both, or neither")),
+        Self {
+            username: username.into(),
+            secret: Secret::Text(password.into()),
+            realm_hosts: Vec::new(),
         }
     }
 
-    /// Sends the password also to these hosts (`HOST` for every port of it, or `HOST:PORT`) where the registry names one of them as
-    /// its token service.
-    #[must_use]
-    pub fn with_realm_hosts(self, hosts: &[String]) -> Self {
-        Self { realm_hosts: hosts.iter().map(|host| host.to_ascii_lowercase()).collect(), ..self }
+    /// From a file, which is read when it is needed: a secret that is replaced there is used from
+    /// then on. It must be readable now.
+    pub fn from_file(username: impl Into<String>, path: PathBuf) -> Result<Self, Fault> {
+        durable::open_regular(&path).map_err(|e| {
+            Fault::config(format!(
+                "read the registry's password file {}: {e}",
+                path.display()
+            ))
+        })?;
+        Ok(Self {
+            username: username.into(),
+            secret: Secret::File(path),
+            realm_hosts: Vec::new(),
+        })
     }
 
-    /// Refuses to send the password anywhere but to the registry itself or to a listed host, and never without TLS where the
-    /// registry has it.
+    /// From the two keys of the configuration.
+    pub fn from_config(
+        username: Option<&str>,
+        password_file: Option<&PathBuf>,
+    ) -> Result<Option<Self>, Fault> {
+        match (username, password_file) {
+            (Some(user), Some(file)) => Self::from_file(user, file.clone()).map(Some),
+            (None, None) => Ok(None),
+            _ => Err(
+                Fault::config("of a registry's username and password_file only one is set")
+                    .with_next("set both, or neither"),
+            ),
+        }
+    }
+
+    /// Sends the password also to these hosts (`HOST` for every port of it, or `HOST:PORT`) where
+    /// the registry names one of them as its token service.
+    #[must_use]
+    pub fn with_realm_hosts(self, hosts: &[String]) -> Self {
+        Self {
+            realm_hosts: hosts.iter().map(|host| host.to_ascii_lowercase()).collect(),
+            ..self
+        }
+    }
+
+    /// Refuses to send the password anywhere but to the registry itself or to a listed host, and
+    /// never without TLS where the registry has it.
     fn may_go_to(&self, url: &reqwest::Url, origin: &Origin) -> Result<(), Fault> {
         if origin.https && url.scheme() != "https" {
             return Err(Fault::not_allowed("the registry asks for the password over plain http at its token service")
@@ -84,14 +107,22 @@ impl Credentials {
         }
         let host = url.host_str().unwrap_or_default().to_ascii_lowercase();
         let with_port = format!("{host}:{}", url.port_or_known_default().unwrap_or_default());
-        let is_own = origin
-            .base()
-            .parse::<reqwest::Url>()
-            .is_ok_and(|own| (own.host_str(), own.port_or_known_default()) == (url.host_str(), url.port_or_known_default()));
+        let is_own = origin.base().parse::<reqwest::Url>().is_ok_and(|own| {
+            (own.host_str(), own.port_or_known_default())
+                == (url.host_str(), url.port_or_known_default())
+        });
         // Docker Hub's token service has a host of its own, for everybody.
-        let is_hub =
-            matches!(origin.authority.as_str(), "registry-1.docker.io" | "index.docker.io" | "docker.io") && host == "auth.docker.io";
-        if is_own || is_hub || self.realm_hosts.iter().any(|listed| *listed == host || *listed == with_port) {
+        let is_hub = matches!(
+            origin.authority.as_str(),
+            "registry-1.docker.io" | "index.docker.io" | "docker.io"
+        ) && host == "auth.docker.io";
+        if is_own
+            || is_hub
+            || self
+                .realm_hosts
+                .iter()
+                .any(|listed| *listed == host || *listed == with_port)
+        {
             return Ok(());
         }
         Err(Fault::not_allowed(format!("the registry {origin} wants its password sent to another host, {with_port}")).with_next(format!(
@@ -104,17 +135,25 @@ impl Credentials {
             Secret::Text(text) => text.clone(),
             Secret::File(path) => {
                 let file = path.clone();
-                let read = blocking(move || Ok(durable::read_regular_text(&file, limits::SECRET_BYTES_MAX))).await?;
+                let read = blocking(move || {
+                    Ok(durable::read_regular_text(&file, limits::SECRET_BYTES_MAX))
+                })
+                .await?;
                 read.map_err(|e| Fault::secret_unreadable(path, &e))?
             }
         };
-        let pair = format!("{}:{}", self.username, password.trim_end_matches(['\r', '\n']));
+        let pair = format!(
+            "{}:{}",
+            self.username,
+            password.trim_end_matches(['\r', '\n'])
+        );
         sensitive(format!("Basic {}", STANDARD.encode(pair)))
     }
 }
 
 fn sensitive(text: String) -> Result<HeaderValue, Fault> {
-    let mut value = HeaderValue::try_from(text).map_err(|_| Fault::config("a registry secret has bytes that HTTP does not carry"))?;
+    let mut value = HeaderValue::try_from(text)
+        .map_err(|_| Fault::config("a registry secret has bytes that HTTP does not carry"))?;
     value.set_sensitive(true);
     Ok(value)
 }
@@ -165,9 +204,20 @@ impl Challenge {
         let mut best = Challenge::None;
         for value in headers.get_all(WWW_AUTHENTICATE) {
             for (scheme, parameters) in challenges(value.to_str().unwrap_or_default()) {
-                let get = |key: &str| parameters.iter().find(|(k, _)| k == key).map(|(_, v)| v.clone()).unwrap_or_default();
+                let get = |key: &str| {
+                    parameters
+                        .iter()
+                        .find(|(k, _)| k == key)
+                        .map(|(_, v)| v.clone())
+                        .unwrap_or_default()
+                };
                 match scheme.as_str() {
-                    "bearer" if !get("realm").is_empty() => return Challenge::Bearer { realm: get("realm"), service: get("service") },
+                    "bearer" if !get("realm").is_empty() => {
+                        return Challenge::Bearer {
+                            realm: get("realm"),
+                            service: get("service"),
+                        };
+                    }
                     "basic" => best = Challenge::Basic,
                     _ => {}
                 }
@@ -184,12 +234,15 @@ impl Challenge {
 
 type Parameters = Vec<(String, String)>;
 
-/// Splits `Scheme k=v, k="v", Other k=v` (RFC 9110, 11.6.1) into schemes with their parameters, both in lower case.
+/// Splits `Scheme k=v, k="v", Other k=v` (RFC 9110, 11.6.1) into schemes with their parameters,
+/// both in lower case.
 fn challenges(header: &str) -> Vec<(String, Parameters)> {
     let mut out: Vec<(String, Parameters)> = Vec::new();
     let mut rest = header.trim_start_matches([' ', ',']);
     while !rest.is_empty() {
-        let end = rest.find(|c: char| !(c.is_ascii_alphanumeric() || "-_.".contains(c))).unwrap_or(rest.len());
+        let end = rest
+            .find(|c: char| !(c.is_ascii_alphanumeric() || "-_.".contains(c)))
+            .unwrap_or(rest.len());
         let (word, after) = rest.split_at(end);
         if word.is_empty() {
             break; // not of this grammar: keep what was understood
@@ -261,18 +314,30 @@ struct Access {
     actions: Option<Vec<String>>,
 }
 
-/// Whether a token grants what was asked for. A token service may answer 200 with a token that grants nothing; a token
-/// that cannot be looked into is given the benefit of the doubt.
+/// Whether a token grants what was asked for. A token service may answer 200 with a token that
+/// grants nothing; a token that cannot be looked into is given the benefit of the doubt.
 fn grants(token: &str, scope: &Scope) -> bool {
-    let claims = token.split('.').nth(1).and_then(|part| URL_SAFE_NO_PAD.decode(part.trim_end_matches('=')).ok());
-    let Some(claims) = claims.and_then(|bytes| serde_json::from_slice::<Claims>(&bytes).ok()) else { return true };
-    let Some(access) = claims.access.filter(|_| !scope.repository.is_empty()) else { return true };
+    let claims = token
+        .split('.')
+        .nth(1)
+        .and_then(|part| URL_SAFE_NO_PAD.decode(part.trim_end_matches('=')).ok());
+    let Some(claims) = claims.and_then(|bytes| serde_json::from_slice::<Claims>(&bytes).ok())
+    else {
+        return true;
+    };
+    let Some(access) = claims.access.filter(|_| !scope.repository.is_empty()) else {
+        return true;
+    };
     let granted: Vec<String> = access
         .into_iter()
         .filter(|a| a.kind == "repository" && a.name == scope.repository)
         .flat_map(|a| a.actions.unwrap_or_default())
         .collect();
-    granted.iter().any(|g| g == "*") || scope.actions.split(',').all(|wanted| granted.iter().any(|g| g == wanted))
+    granted.iter().any(|g| g == "*")
+        || scope
+            .actions
+            .split(',')
+            .all(|wanted| granted.iter().any(|g| g == wanted))
 }
 
 /// The state of one client's right to ask.
@@ -286,14 +351,19 @@ pub(super) struct Auth {
 #[derive(Default)]
 struct State {
     challenge: Option<Challenge>,
-    /// Sent with every request where the password itself is asked for, so it is not read from its file each time.
+    /// Sent with every request where the password itself is asked for, so it is not read from its
+    /// file each time.
     basic: Option<HeaderValue>,
     tokens: HashMap<Scope, Token>,
 }
 
 impl Auth {
     pub(super) fn new(credentials: Option<Credentials>) -> Self {
-        Self { credentials, state: Mutex::default(), fetching: tokio::sync::Mutex::default() }
+        Self {
+            credentials,
+            state: Mutex::default(),
+            fetching: tokio::sync::Mutex::default(),
+        }
     }
 
     /// The challenge, once it is known.
@@ -330,7 +400,12 @@ impl Auth {
     }
 
     /// What to send with a request for this scope.
-    pub(super) async fn header(&self, http: &reqwest::Client, origin: &Origin, scope: &Scope) -> Result<Option<HeaderValue>, Error> {
+    pub(super) async fn header(
+        &self,
+        http: &reqwest::Client,
+        origin: &Origin,
+        scope: &Scope,
+    ) -> Result<Option<HeaderValue>, Error> {
         match self.challenge() {
             None | Some(Challenge::None) => Ok(None),
             Some(Challenge::Basic) => {
@@ -342,7 +417,13 @@ impl Auth {
                 Ok(value)
             }
             Some(Challenge::Bearer { realm, service }) => {
-                let held = |state: &State| state.tokens.get(scope).filter(|t| t.ends > Instant::now()).map(|t| t.header.clone());
+                let held = |state: &State| {
+                    state
+                        .tokens
+                        .get(scope)
+                        .filter(|t| t.ends > Instant::now())
+                        .map(|t| t.header.clone())
+                };
                 if let Some(header) = held(&self.state.lock()) {
                     return Ok(Some(header));
                 }
@@ -362,12 +443,25 @@ impl Auth {
         }
     }
 
-    async fn fetch(&self, http: &reqwest::Client, origin: &Origin, realm: &str, service: &str, scope: &Scope) -> Result<Token, Error> {
-        let url = realm.parse::<reqwest::Url>().map_err(|_| Fault::config("the registry names a token service that is no address"))?;
+    async fn fetch(
+        &self,
+        http: &reqwest::Client,
+        origin: &Origin,
+        realm: &str,
+        service: &str,
+        scope: &Scope,
+    ) -> Result<Token, Error> {
+        let url = realm
+            .parse::<reqwest::Url>()
+            .map_err(|_| Fault::config("the registry names a token service that is no address"))?;
         if let Some(credentials) = &self.credentials {
             credentials.may_go_to(&url, origin)?;
         }
-        let mut query: Vec<(&str, String)> = scope.words().into_iter().map(|word| ("scope", word)).collect();
+        let mut query: Vec<(&str, String)> = scope
+            .words()
+            .into_iter()
+            .map(|word| ("scope", word))
+            .collect();
         if !service.is_empty() {
             query.push(("service", service.to_owned()));
         }
@@ -383,21 +477,45 @@ impl Auth {
         if !response.status().is_success() {
             let answer = Answer::read(response).await;
             // A token service may refuse a client in three ways; they mean the same.
-            let status = if matches!(answer.status, 400 | 403) { 401 } else { answer.status };
+            let status = if matches!(answer.status, 400 | 403) {
+                401
+            } else {
+                answer.status
+            };
             return Err(Answer { status, ..answer }.into());
         }
         let body = super::read_capped(response, limits::REGISTRY_BODY_BYTES_MAX).await?;
-        let reply: TokenReply = serde_json::from_slice(&body)
-            .map_err(|_| Fault::unreachable("the registry's token service answered with something that is no token"))?;
+        let reply: TokenReply = serde_json::from_slice(&body).map_err(|_| {
+            Fault::unreachable(
+                "the registry's token service answered with something that is no token",
+            )
+        })?;
         let token = reply.token.or(reply.access_token).filter(|t| !t.is_empty());
-        let token = token.ok_or_else(|| Fault::unreachable("the registry's token service answered without a token"))?;
+        let token = token.ok_or_else(|| {
+            Fault::unreachable("the registry's token service answered without a token")
+        })?;
         if !grants(&token, scope) {
-            let message = format!("the token service grants no {} on {}", scope.actions, scope.repository);
-            return Err(Answer { status: 401, code: "DENIED".into(), message, ..Answer::default() }.into());
+            let message = format!(
+                "the token service grants no {} on {}",
+                scope.actions, scope.repository
+            );
+            return Err(Answer {
+                status: 401,
+                code: "DENIED".into(),
+                message,
+                ..Answer::default()
+            }
+            .into());
         }
-        let life = reply.expires_in.map_or(TOKEN_LIFE_DEFAULT, Duration::from_secs).min(Duration::from_secs(24 * 3600));
+        let life = reply
+            .expires_in
+            .map_or(TOKEN_LIFE_DEFAULT, Duration::from_secs)
+            .min(Duration::from_secs(24 * 3600));
         // A tenth is left unused, so that a token does not end under a request that is on its way.
-        Ok(Token { header: sensitive(format!("Bearer {token}"))?, ends: asked + life.mul_f64(0.9) })
+        Ok(Token {
+            header: sensitive(format!("Bearer {token}"))?,
+            ends: asked + life.mul_f64(0.9),
+        })
     }
 }
 
@@ -416,22 +534,45 @@ mod tests {
 
     #[test]
     fn challenges_are_understood() {
-        let bearer = |realm: &str, service: &str| Challenge::Bearer { realm: realm.into(), service: service.into() };
+        let bearer = |realm: &str, service: &str| Challenge::Bearer {
+            realm: realm.into(),
+            service: service.into(),
+        };
         assert_eq!(parse(&[]), Challenge::None);
         assert_eq!(parse(&["Basic realm=\"x, y=z\""]), Challenge::Basic);
         let harbor = r#"Bearer realm="https://h/service/token",service="harbor-registry",scope="repository:a/b:pull,push""#;
-        assert_eq!(parse(&[harbor]), bearer("https://h/service/token", "harbor-registry"));
+        assert_eq!(
+            parse(&[harbor]),
+            bearer("https://h/service/token", "harbor-registry")
+        );
         assert!(parse(&[harbor]).is_harbor());
-        assert_eq!(parse(&[r#"Basic realm="b", Bearer realm="https://t/a", service=s"#]), bearer("https://t/a", "s"));
-        assert_eq!(parse(&["Basic realm=b", r#"bearer REALM="https://t/\"q""#]), bearer("https://t/\"q", ""));
-        assert_eq!(parse(&["Negotiate", "Bearer", "\u{7f}=,,=\""].map(|s| s.trim_start_matches('\u{7f}'))), Challenge::None);
+        assert_eq!(
+            parse(&[r#"Basic realm="b", Bearer realm="https://t/a", service=s"#]),
+            bearer("https://t/a", "s")
+        );
+        assert_eq!(
+            parse(&["Basic realm=b", r#"bearer REALM="https://t/\"q""#]),
+            bearer("https://t/\"q", "")
+        );
+        assert_eq!(
+            parse(&["Negotiate", "Bearer", "\u{7f}=,,=\""].map(|s| s.trim_start_matches('\u{7f}'))),
+            Challenge::None
+        );
     }
 
     #[test]
     fn a_token_without_rights_is_noticed() {
         let token = |claims: &str| format!("h.{}.s", URL_SAFE_NO_PAD.encode(claims));
-        let scope = Scope { repository: "op/seg".into(), actions: "pull,push", mount_from: None };
-        let access = |actions: &str| token(&format!(r#"{{"access":[{{"type":"repository","name":"op/seg","actions":{actions}}}]}}"#));
+        let scope = Scope {
+            repository: "op/seg".into(),
+            actions: "pull,push",
+            mount_from: None,
+        };
+        let access = |actions: &str| {
+            token(&format!(
+                r#"{{"access":[{{"type":"repository","name":"op/seg","actions":{actions}}}]}}"#
+            ))
+        };
         assert!(grants(&access(r#"["push","pull"]"#), &scope));
         assert!(grants(&access(r#"["*"]"#), &scope));
         assert!(!grants(&access(r#"["pull"]"#), &scope));
@@ -442,10 +583,13 @@ mod tests {
 
     #[test]
     fn the_password_goes_to_the_registry_and_to_listed_hosts_only() {
-        let credentials = Credentials::new("u", "p").with_realm_hosts(&["Tokens.example.com".into(), "other:8443".into()]);
+        let credentials = Credentials::new("u", "p")
+            .with_realm_hosts(&["Tokens.example.com".into(), "other:8443".into()]);
         let may = |registry: &str, realm: &str| {
             let (origin, _) = Origin::split(registry).unwrap();
-            credentials.may_go_to(&realm.parse().unwrap(), &origin).map_err(|fault| fault.code)
+            credentials
+                .may_go_to(&realm.parse().unwrap(), &origin)
+                .map_err(|fault| fault.code)
         };
         for (registry, realm) in [
             ("https://h", "https://h/service/token"),
@@ -454,7 +598,10 @@ mod tests {
             ("https://h", "https://tokens.example.com/a"),
             ("https://h", "https://tokens.example.com:5001/a"),
             ("https://h", "https://other:8443/a"),
-            ("https://registry-1.docker.io", "https://auth.docker.io/token"),
+            (
+                "https://registry-1.docker.io",
+                "https://auth.docker.io/token",
+            ),
         ] {
             assert_eq!(may(registry, realm), Ok(()), "{registry} {realm}");
         }
@@ -469,13 +616,20 @@ mod tests {
             ("https://h", "https://auth.docker.io/token"),
             ("https://h", "https://h@evil/token"),
         ] {
-            assert_eq!(may(registry, realm), Err(base::fault::Code::NotAllowed), "{registry} {realm}");
+            assert_eq!(
+                may(registry, realm),
+                Err(base::fault::Code::NotAllowed),
+                "{registry} {realm}"
+            );
         }
     }
 
     #[test]
     fn secrets_are_not_printed() {
-        assert_eq!(format!("{:?}", Credentials::new("robot$x", "hunter2")), "Credentials(..)");
+        assert_eq!(
+            format!("{:?}", Credentials::new("robot$x", "hunter2")),
+            "Credentials(..)"
+        );
         assert!(Credentials::from_config(Some("u"), None).is_err());
         let fault = Credentials::from_file("u", "/nowhere/secret".into()).unwrap_err();
         assert_eq!(fault.code, base::fault::Code::Config);
@@ -489,8 +643,16 @@ mod tests {
         let credentials = Credentials::from_file("u", file.clone()).unwrap();
         std::fs::remove_file(&file).unwrap();
         let fault = credentials.basic().await.unwrap_err();
-        assert_eq!((fault.reason, fault.retry), (Reason::SinkDenied, Retry::Backoff), "{fault:?}");
-        assert!(fault.next.contains(file.to_str().unwrap()), "{}", fault.next);
+        assert_eq!(
+            (fault.reason, fault.retry),
+            (Reason::SinkDenied, Retry::Backoff),
+            "{fault:?}"
+        );
+        assert!(
+            fault.next.contains(file.to_str().unwrap()),
+            "{}",
+            fault.next
+        );
         durable::replace_secret(&file, b"hunter2\n").unwrap();
         credentials.basic().await.unwrap();
     }

@@ -1,9 +1,10 @@
 //! Blobs: look up, read, mount, and upload from a file.
 //!
-//! An upload holds a few buffers whatever the blob's size, and may go on while its file is still being written. It is sent
-//! whole; where a proxy refuses that by its size, in chunks that shrink until they pass. A session that broke goes on only
-//! where the registry says that it stands exactly at the end of a chunk; everything else starts again from the first byte,
-//! after a look whether the blob is there after all.
+//! An upload holds a few buffers whatever the blob's size, and may go on while its file is still
+//! being written. It is sent whole; where a proxy refuses that by its size, in chunks that shrink
+//! until they pass. A session that broke goes on only where the registry says that it stands
+//! exactly at the end of a chunk; everything else starts again from the first byte, after a look
+//! whether the blob is there after all.
 
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
@@ -54,7 +55,9 @@ impl BlobStream {
     /// The next piece; `None` at the end.
     pub async fn next(&mut self) -> Result<Option<Bytes>, Error> {
         while let Some(mut piece) = next_piece(&mut self.response).await? {
-            let dropped = usize::try_from(self.skip).unwrap_or(usize::MAX).min(piece.len());
+            let dropped = usize::try_from(self.skip)
+                .unwrap_or(usize::MAX)
+                .min(piece.len());
             self.skip -= dropped as u64;
             let piece = piece.split_off(dropped);
             if !piece.is_empty() {
@@ -74,37 +77,70 @@ impl Registry {
     pub async fn blob_size(&self, repository: &str, digest: &Sha256) -> Result<Option<u64>, Error> {
         // The same rights as for the upload that may follow, so that one token serves both.
         let scope = Self::scope(repository, "pull,push");
-        let response = self.send(&scope, Method::HEAD, self.blob_url(repository, digest)?, &|r| r, &Wait::Quick).await?;
+        let response = self
+            .send(
+                &scope,
+                Method::HEAD,
+                self.blob_url(repository, digest)?,
+                &|r| r,
+                &Wait::Quick,
+            )
+            .await?;
         match response.status() {
-            StatusCode::OK => Ok(header(response.headers(), CONTENT_LENGTH.as_str()).and_then(|v| v.parse().ok())),
+            StatusCode::OK => Ok(
+                header(response.headers(), CONTENT_LENGTH.as_str()).and_then(|v| v.parse().ok())
+            ),
             StatusCode::NOT_FOUND => Ok(None),
             _ => Err(Answer::read(response).await.into()),
         }
     }
 
     /// Reads a blob from `offset` to its end.
-    pub async fn blob_stream(&self, repository: &str, digest: &Sha256, offset: u64) -> Result<BlobStream, Error> {
+    pub async fn blob_stream(
+        &self,
+        repository: &str,
+        digest: &Sha256,
+        offset: u64,
+    ) -> Result<BlobStream, Error> {
         self.read_blob(repository, digest, offset, None).await
     }
 
     /// Reads `len` bytes of a blob from `offset` on; fewer are an error.
-    pub async fn blob_range(&self, repository: &str, digest: &Sha256, offset: u64, len: u32) -> Result<Bytes, Error> {
+    pub async fn blob_range(
+        &self,
+        repository: &str,
+        digest: &Sha256,
+        offset: u64,
+        len: u32,
+    ) -> Result<Bytes, Error> {
         if len == 0 {
             return Ok(Bytes::new());
         }
         let len = len as usize;
-        let mut stream = self.read_blob(repository, digest, offset, Some(offset + len as u64 - 1)).await?;
+        let mut stream = self
+            .read_blob(repository, digest, offset, Some(offset + len as u64 - 1))
+            .await?;
         let mut out = BytesMut::with_capacity(len);
         while out.len() < len {
             let Some(piece) = stream.next().await? else {
-                return Err(Fault::integrity(format!("blob {digest} ends before byte {}", offset + len as u64)).into());
+                return Err(Fault::integrity(format!(
+                    "blob {digest} ends before byte {}",
+                    offset + len as u64
+                ))
+                .into());
             };
             out.extend_from_slice(&piece[..piece.len().min(len - out.len())]);
         }
         Ok(out.freeze())
     }
 
-    async fn read_blob(&self, repository: &str, digest: &Sha256, offset: u64, last: Option<u64>) -> Result<BlobStream, Error> {
+    async fn read_blob(
+        &self,
+        repository: &str,
+        digest: &Sha256,
+        offset: u64,
+        last: Option<u64>,
+    ) -> Result<BlobStream, Error> {
         let range = match last {
             Some(last) => Some(format!("bytes={offset}-{last}")),
             None if offset > 0 => Some(format!("bytes={offset}-")),
@@ -115,17 +151,33 @@ impl Registry {
             None => request,
         };
         let scope = Self::scope(repository, "pull");
-        let response = self.send(&scope, Method::GET, self.blob_url(repository, digest)?, &fill, &Wait::Quick).await?;
+        let response = self
+            .send(
+                &scope,
+                Method::GET,
+                self.blob_url(repository, digest)?,
+                &fill,
+                &Wait::Quick,
+            )
+            .await?;
         match response.status() {
             StatusCode::PARTIAL_CONTENT => Ok(BlobStream { response, skip: 0 }),
             // It does not know ranges and sends all.
-            StatusCode::OK => Ok(BlobStream { response, skip: offset }),
+            StatusCode::OK => Ok(BlobStream {
+                response,
+                skip: offset,
+            }),
             _ => Err(Answer::read(response).await.into()),
         }
     }
 
     /// Makes a blob of another repository appear in this one, if the registry can. No bytes move.
-    pub async fn mount(&self, repository: &str, digest: &Sha256, from: &str) -> Result<bool, Error> {
+    pub async fn mount(
+        &self,
+        repository: &str,
+        digest: &Sha256,
+        from: &str,
+    ) -> Result<bool, Error> {
         match self.open_session(repository, Some((digest, from))).await? {
             Opened::Mounted => Ok(true),
             Opened::Session(session) => {
@@ -145,16 +197,29 @@ impl Registry {
     /// Makes sure that a repository holds a blob. Says whether its bytes had to be sent.
     pub async fn push_blob(&self, repository: &str, blob: &LocalBlob) -> Result<bool, Fault> {
         let doing = || format!("push blob {} to {}/{repository}", blob.digest, self.origin);
-        match self.blob_size(repository, &blob.digest).await.map_err(|e| e.fault(doing()))? {
+        match self
+            .blob_size(repository, &blob.digest)
+            .await
+            .map_err(|e| e.fault(doing()))?
+        {
             Some(size) if size == blob.size => Ok(false),
             _ => self.push_again(repository, blob).await,
         }
     }
 
-    /// Takes a blob out of a repository; whether the registry could. Its storage may keep it for others.
+    /// Takes a blob out of a repository; whether the registry could. Its storage may keep it for
+    /// others.
     pub async fn delete_blob(&self, repository: &str, digest: &Sha256) -> Result<bool, Error> {
         let scope = Self::scope(repository, "pull,push,delete");
-        let response = self.send(&scope, Method::DELETE, self.blob_url(repository, digest)?, &|r| r, &Wait::Quick).await?;
+        let response = self
+            .send(
+                &scope,
+                Method::DELETE,
+                self.blob_url(repository, digest)?,
+                &|r| r,
+                &Wait::Quick,
+            )
+            .await?;
         Ok(response.status().is_success())
     }
 
@@ -165,10 +230,17 @@ impl Registry {
         let mut tries = 1;
         loop {
             let chunk = self.chunk_bytes.load(Ordering::Relaxed);
-            let sent =
-                if chunk == 0 { self.put_whole(repository, blob, None).await } else { self.put_chunks(repository, blob, chunk).await };
+            let sent = if chunk == 0 {
+                self.put_whole(repository, blob, None).await
+            } else {
+                self.put_chunks(repository, blob, chunk).await
+            };
             let Err(error) = sent else { return Ok(true) };
-            let answer = if let Error::Answer(answer) = &error { Some(answer) } else { None };
+            let answer = if let Error::Answer(answer) = &error {
+                Some(answer)
+            } else {
+                None
+            };
             if answer.is_some_and(|a| a.is_proxy_limit()) {
                 if self.shrink_chunks(chunk, blob.size) {
                     continue; // not a failure: the size that passes is being found
@@ -182,8 +254,12 @@ impl Registry {
             if self.appears(repository, blob, error.status()).await {
                 return Ok(true);
             }
-            let pause = error.retry_after().unwrap_or(limits::BACKOFF_FIRST * 2u32.pow(tries));
-            if tries >= limits::REGISTRY_BLOB_TRIES_MAX || pause > limits::REGISTRY_PAUSE_IN_PLACE_MAX {
+            let pause = error
+                .retry_after()
+                .unwrap_or(limits::BACKOFF_FIRST * 2u32.pow(tries));
+            if tries >= limits::REGISTRY_BLOB_TRIES_MAX
+                || pause > limits::REGISTRY_PAUSE_IN_PLACE_MAX
+            {
                 return Err(error.fault(doing()));
             }
             tracing::debug!(blob = %blob.digest, repository, tries, "upload broke, trying again");
@@ -192,34 +268,56 @@ impl Registry {
         }
     }
 
-    /// [`Registry::push_blob`] for a blob whose file is still being written: `grown` says how much of it is there. It is sent as it
-    /// grows, and once more when that breaks. Says whether its bytes had to be sent.
-    pub async fn push_growing(&self, repository: &str, blob: &LocalBlob, mut grown: watch::Receiver<u64>) -> Result<bool, Fault> {
+    /// [`Registry::push_blob`] for a blob whose file is still being written: `grown` says how much
+    /// of it is there. It is sent as it grows, and once more when that breaks. Says whether its
+    /// bytes had to be sent.
+    pub async fn push_growing(
+        &self,
+        repository: &str,
+        blob: &LocalBlob,
+        mut grown: watch::Receiver<u64>,
+    ) -> Result<bool, Fault> {
         let doing = || format!("push blob {} to {}/{repository}", blob.digest, self.origin);
-        let held = self.blob_size(repository, &blob.digest).await.map_err(|e| e.fault(doing()))?;
+        let held = self
+            .blob_size(repository, &blob.digest)
+            .await
+            .map_err(|e| e.fault(doing()))?;
         // In chunks it goes once it is there: how large they may be is not known before.
         if held != Some(blob.size) && self.chunk_bytes.load(Ordering::Relaxed) == 0 {
             match self.put_whole(repository, blob, Some(&grown)).await {
                 Ok(()) => return Ok(true),
-                Err(error) => tracing::debug!(error = %error.fault(doing()), "a blob was not taken as it came"),
+                Err(error) => {
+                    tracing::debug!(error = %error.fault(doing()), "a blob was not taken as it came");
+                }
             }
         }
-        let whole = grown.wait_for(|grown| *grown == blob.size).await.map(|_| ());
-        whole.map_err(|_| Fault::unreachable(format!("{}: the rest of it does not come now", doing())))?;
+        let whole = grown
+            .wait_for(|grown| *grown == blob.size)
+            .await
+            .map(|_| ());
+        whole.map_err(|_| {
+            Fault::unreachable(format!("{}: the rest of it does not come now", doing()))
+        })?;
         self.push_blob(repository, blob).await
     }
 
     /// Registries accept a descriptor that lies about a size, so it is checked here.
     async fn check_file(&self, blob: &LocalBlob) -> Result<(), Fault> {
-        let size = tokio::fs::metadata(&blob.file).await.at(format_args!("look at {}", blob.file.display()))?.len();
+        let size = tokio::fs::metadata(&blob.file)
+            .await
+            .at(format_args!("look at {}", blob.file.display()))?
+            .len();
         if size == blob.size {
             return Ok(());
         }
-        Err(Fault::integrity(format!("image blob {}: its manifest says {} bytes, the file has {size}", blob.digest, blob.size)))
+        Err(Fault::integrity(format!(
+            "image blob {}: its manifest says {} bytes, the file has {size}",
+            blob.digest, blob.size
+        )))
     }
 
-    /// After an error of the far end: is the blob there after all? A gateway that gave up on the closing request says
-    /// nothing of the registry behind it, which may be hashing still.
+    /// After an error of the far end: is the blob there after all? A gateway that gave up on the
+    /// closing request says nothing of the registry behind it, which may be hashing still.
     async fn appears(&self, repository: &str, blob: &LocalBlob, status: Option<u16>) -> bool {
         let patience = match status {
             Some(502..=504) => Duration::from_secs(blob.size >> 26).min(Duration::from_secs(300)), // at 64 MiB/s
@@ -228,7 +326,8 @@ impl Registry {
         let pause = Duration::from_secs(5);
         let mut waited = Duration::ZERO;
         loop {
-            if matches!(self.blob_size(repository, &blob.digest).await, Ok(Some(size)) if size == blob.size) {
+            if matches!(self.blob_size(repository, &blob.digest).await, Ok(Some(size)) if size == blob.size)
+            {
                 return true;
             }
             if waited >= patience {
@@ -241,26 +340,54 @@ impl Registry {
 
     /// Halves the chunks after `used` was too large. False when there is nothing left to halve.
     fn shrink_chunks(&self, used: u64, blob_bytes: u64) -> bool {
-        let tried = if used == 0 { blob_bytes } else { used.min(blob_bytes) };
-        let next = (tried / 2).clamp(limits::REGISTRY_CHUNK_BYTES_MIN, limits::REGISTRY_CHUNK_BYTES);
+        let tried = if used == 0 {
+            blob_bytes
+        } else {
+            used.min(blob_bytes)
+        };
+        let next = (tried / 2).clamp(
+            limits::REGISTRY_CHUNK_BYTES_MIN,
+            limits::REGISTRY_CHUNK_BYTES,
+        );
         if tried <= limits::REGISTRY_CHUNK_BYTES_MIN {
             return false;
         }
         // Another blob may have found a smaller size meanwhile; then that one is tried next.
-        if self.chunk_bytes.compare_exchange(used, next, Ordering::Relaxed, Ordering::Relaxed).is_ok() {
+        if self
+            .chunk_bytes
+            .compare_exchange(used, next, Ordering::Relaxed, Ordering::Relaxed)
+            .is_ok()
+        {
             tracing::info!(registry = %self.origin, bytes = next, "a proxy limits requests, uploading in chunks");
         }
         true
     }
 
-    async fn open_session(&self, repository: &str, mount: Option<(&Sha256, &str)>) -> Result<Opened, Error> {
+    async fn open_session(
+        &self,
+        repository: &str,
+        mount: Option<(&Sha256, &str)>,
+    ) -> Result<Opened, Error> {
         let mut url = self.url(&format!("{repository}/blobs/uploads/"))?;
         let mut scope = Self::scope(repository, "pull,push");
         if let Some((digest, from)) = mount {
-            url.query_pairs_mut().append_pair("mount", &digest.to_string()).append_pair("from", from);
-            scope = Scope { mount_from: Some(from.into()), ..scope };
+            url.query_pairs_mut()
+                .append_pair("mount", &digest.to_string())
+                .append_pair("from", from);
+            scope = Scope {
+                mount_from: Some(from.into()),
+                ..scope
+            };
         }
-        let response = self.send(&scope, Method::POST, url, &|r| r.header(CONTENT_LENGTH, 0), &Wait::Quick).await?;
+        let response = self
+            .send(
+                &scope,
+                Method::POST,
+                url,
+                &|r| r.header(CONTENT_LENGTH, 0),
+                &Wait::Quick,
+            )
+            .await?;
         match response.status() {
             StatusCode::CREATED if mount.is_some() => Ok(Opened::Mounted),
             StatusCode::ACCEPTED => Ok(Opened::Session(self.session(response.headers())?)),
@@ -271,41 +398,72 @@ impl Registry {
     async fn session_for(&self, repository: &str) -> Result<Session, Error> {
         match self.open_session(repository, None).await? {
             Opened::Session(session) => Ok(session),
-            Opened::Mounted => Err(Fault::unreachable("the registry mounted what nobody asked for").into()),
+            Opened::Mounted => {
+                Err(Fault::unreachable("the registry mounted what nobody asked for").into())
+            }
         }
     }
 
     fn session(&self, headers: &HeaderMap) -> Result<Session, Fault> {
-        let location =
-            header(headers, LOCATION.as_str()).ok_or_else(|| Fault::unreachable("the registry opened an upload without a Location"))?;
+        let location = header(headers, LOCATION.as_str()).ok_or_else(|| {
+            Fault::unreachable("the registry opened an upload without a Location")
+        })?;
         self.follow(location).map(Session)
     }
 
-    async fn put_whole(&self, repository: &str, blob: &LocalBlob, grown: Option<&watch::Receiver<u64>>) -> Result<(), Error> {
+    async fn put_whole(
+        &self,
+        repository: &str,
+        blob: &LocalBlob,
+        grown: Option<&watch::Receiver<u64>>,
+    ) -> Result<(), Error> {
         let Session(mut url) = self.session_for(repository).await?;
-        url.query_pairs_mut().append_pair("digest", &blob.digest.to_string());
-        let progress = Arc::new(Progress { total: blob.size, ..Progress::default() });
+        url.query_pairs_mut()
+            .append_pair("digest", &blob.digest.to_string());
+        let progress = Arc::new(Progress {
+            total: blob.size,
+            ..Progress::default()
+        });
         let fill = |request: reqwest::RequestBuilder| {
-            request.header(CONTENT_TYPE, "application/octet-stream").header(CONTENT_LENGTH, blob.size).body(file_body(
-                &blob.file,
-                0,
-                blob.size,
-                grown.cloned(),
-                &progress,
-            ))
+            request
+                .header(CONTENT_TYPE, "application/octet-stream")
+                .header(CONTENT_LENGTH, blob.size)
+                .body(file_body(
+                    &blob.file,
+                    0,
+                    blob.size,
+                    grown.cloned(),
+                    &progress,
+                ))
         };
-        let response = self.send(&Self::scope(repository, "pull,push"), Method::PUT, url, &fill, &Wait::Upload(progress.clone())).await?;
+        let response = self
+            .send(
+                &Self::scope(repository, "pull,push"),
+                Method::PUT,
+                url,
+                &fill,
+                &Wait::Upload(progress.clone()),
+            )
+            .await?;
         closed(response, &blob.digest).await
     }
 
-    async fn put_chunks(&self, repository: &str, blob: &LocalBlob, chunk: u64) -> Result<(), Error> {
+    async fn put_chunks(
+        &self,
+        repository: &str,
+        blob: &LocalBlob,
+        chunk: u64,
+    ) -> Result<(), Error> {
         let scope = Self::scope(repository, "pull,push");
         let mut session = self.session_for(repository).await?;
         let mut offset = 0;
         let mut resumed = false;
         while offset < blob.size {
             let len = chunk.min(blob.size - offset);
-            let progress = Arc::new(Progress { total: len, ..Progress::default() });
+            let progress = Arc::new(Progress {
+                total: len,
+                ..Progress::default()
+            });
             let fill = |request: reqwest::RequestBuilder| {
                 request
                     .header(CONTENT_TYPE, "application/octet-stream")
@@ -313,7 +471,15 @@ impl Registry {
                     .header(CONTENT_RANGE, format!("{offset}-{}", offset + len - 1))
                     .body(file_body(&blob.file, offset, len, None, &progress))
             };
-            let sent = self.send(&scope, Method::PATCH, session.0.clone(), &fill, &Wait::Upload(progress.clone())).await;
+            let sent = self
+                .send(
+                    &scope,
+                    Method::PATCH,
+                    session.0.clone(),
+                    &fill,
+                    &Wait::Upload(progress.clone()),
+                )
+                .await;
             let sent = match sent {
                 Ok(response) if response.status() == StatusCode::ACCEPTED => Ok(response),
                 Ok(response) => Err(Answer::read(response).await.into()),
@@ -322,9 +488,13 @@ impl Registry {
             match sent {
                 Ok(response) => {
                     offset += len;
-                    // Absent or odd ranges are common; one that contradicts us means lost or doubled bytes.
+                    // Absent or odd ranges are common; one that contradicts us means lost or
+                    // doubled bytes.
                     if held(response.headers()).is_some_and(|bytes| bytes != offset) {
-                        return Err(Fault::unreachable("the registry holds another part of the upload than was sent").into());
+                        return Err(Fault::unreachable(
+                            "the registry holds another part of the upload than was sent",
+                        )
+                        .into());
                     }
                     session = self.session(response.headers())?;
                     resumed = false;
@@ -338,15 +508,28 @@ impl Registry {
             }
         }
         let mut url = session.0;
-        url.query_pairs_mut().append_pair("digest", &blob.digest.to_string());
-        // Empty: Harbor takes the length of this body for the size of the whole blob when it counts the quota.
-        let response = self.send(&scope, Method::PUT, url, &|r| r.header(CONTENT_LENGTH, 0), &Wait::Close).await?;
+        url.query_pairs_mut()
+            .append_pair("digest", &blob.digest.to_string());
+        // Empty: Harbor takes the length of this body for the size of the whole blob when it counts
+        // the quota.
+        let response = self
+            .send(
+                &scope,
+                Method::PUT,
+                url,
+                &|r| r.header(CONTENT_LENGTH, 0),
+                &Wait::Close,
+            )
+            .await?;
         closed(response, &blob.digest).await
     }
 
     /// Asks where a session stands; the session to go on with when that is exactly `offset`.
     async fn stands_at(&self, scope: &Scope, session: Session, offset: u64) -> Option<Session> {
-        let response = self.send(scope, Method::GET, session.0.clone(), &|r| r, &Wait::Quick).await.ok()?;
+        let response = self
+            .send(scope, Method::GET, session.0.clone(), &|r| r, &Wait::Quick)
+            .await
+            .ok()?;
         if response.status() != StatusCode::NO_CONTENT || held(response.headers()) != Some(offset) {
             return None;
         }
@@ -355,7 +538,15 @@ impl Registry {
 
     async fn cancel(&self, repository: &str, session: Session) {
         // Best effort: a registry drops old sessions by itself.
-        let _ = self.send(&Self::scope(repository, "pull,push"), Method::DELETE, session.0, &|r| r, &Wait::Quick).await;
+        let _ = self
+            .send(
+                &Self::scope(repository, "pull,push"),
+                Method::DELETE,
+                session.0,
+                &|r| r,
+                &Wait::Quick,
+            )
+            .await;
     }
 }
 
@@ -364,9 +555,10 @@ async fn closed(response: Response, digest: &Sha256) -> Result<(), Error> {
         return Err(Answer::read(response).await.into());
     }
     match header(response.headers(), "docker-content-digest") {
-        Some(theirs) if theirs != digest.to_string() => {
-            Err(Fault::integrity(format!("the registry stored blob {digest} under another digest")).into())
-        }
+        Some(theirs) if theirs != digest.to_string() => Err(Fault::integrity(format!(
+            "the registry stored blob {digest} under another digest"
+        ))
+        .into()),
         _ => Ok(()),
     }
 }
@@ -375,14 +567,28 @@ fn header<'a>(headers: &'a HeaderMap, name: &str) -> Option<&'a str> {
     headers.get(name).and_then(|v| v.to_str().ok())
 }
 
-/// The bytes that a session holds by its `Range: 0-<last>`. `0-0` says nothing: it stands for none and for one.
+/// The bytes that a session holds by its `Range: 0-<last>`. `0-0` says nothing: it stands for none
+/// and for one.
 fn held(headers: &HeaderMap) -> Option<u64> {
-    let (_, last) = header(headers, RANGE.as_str())?.trim_start_matches("bytes=").split_once('-')?;
-    last.trim().parse::<u64>().ok().filter(|last| *last > 0).map(|last| last + 1)
+    let (_, last) = header(headers, RANGE.as_str())?
+        .trim_start_matches("bytes=")
+        .split_once('-')?;
+    last.trim()
+        .parse::<u64>()
+        .ok()
+        .filter(|last| *last > 0)
+        .map(|last| last + 1)
 }
 
-/// A part of a file as a request's body: read ahead by a few buffers, on a thread of its own, for it waits for the registry. `grown`: how much of the file is there.
-fn file_body(path: &Path, offset: u64, len: u64, grown: Option<watch::Receiver<u64>>, progress: &Arc<Progress>) -> Body {
+/// A part of a file as a request's body: read ahead by a few buffers, on a thread of its own, for
+/// it waits for the registry. `grown`: how much of the file is there.
+fn file_body(
+    path: &Path,
+    offset: u64,
+    len: u64,
+    grown: Option<watch::Receiver<u64>>,
+    progress: &Arc<Progress>,
+) -> Body {
     let (send, receive) = mpsc::channel::<std::io::Result<Bytes>>(limits::REGISTRY_READ_AHEAD_MAX);
     let path = path.to_owned();
     progress.sent.store(0, Ordering::Relaxed);
@@ -393,7 +599,9 @@ fn file_body(path: &Path, offset: u64, len: u64, grown: Option<watch::Receiver<u
             let mut file = None;
             let mut left = len;
             while left > 0 {
-                let want = usize::try_from(left).unwrap_or(usize::MAX).min(limits::REGISTRY_READ_BYTES);
+                let want = usize::try_from(left)
+                    .unwrap_or(usize::MAX)
+                    .min(limits::REGISTRY_READ_BYTES);
                 let end = offset + len - left + want as u64;
                 if let Some(grown) = &mut grown
                     && !runtime.block_on(reaches(grown, end, &send))?
@@ -417,18 +625,24 @@ fn file_body(path: &Path, offset: u64, len: u64, grown: Option<watch::Receiver<u
             let _ = send.blocking_send(Err(error));
         }
     };
-    if let Err(error) = std::thread::Builder::new().name("registry blob".into()).spawn(read_ahead) {
+    if let Err(error) = std::thread::Builder::new()
+        .name("registry blob".into())
+        .spawn(read_ahead)
+    {
         // The body then ends too early, and the request fails.
         tracing::warn!(%error, "a thread that reads a blob could not be started");
     }
     let progress = progress.clone();
-    Body::wrap_stream(futures::stream::unfold((receive, progress), |(mut receive, progress)| async move {
-        let piece = receive.recv().await?;
-        if let Ok(bytes) = &piece {
-            add(&progress.sent, bytes.len());
-        }
-        Some((piece, (receive, progress)))
-    }))
+    Body::wrap_stream(futures::stream::unfold(
+        (receive, progress),
+        |(mut receive, progress)| async move {
+            let piece = receive.recv().await?;
+            if let Ok(bytes) = &piece {
+                add(&progress.sent, bytes.len());
+            }
+            Some((piece, (receive, progress)))
+        },
+    ))
 }
 
 fn open_at(path: &Path, offset: u64) -> std::io::Result<File> {
@@ -438,7 +652,11 @@ fn open_at(path: &Path, offset: u64) -> std::io::Result<File> {
 }
 
 /// Waits until a file has grown so far; `false` when nobody takes what is read of it any more.
-async fn reaches(grown: &mut watch::Receiver<u64>, end: u64, taken: &mpsc::Sender<std::io::Result<Bytes>>) -> std::io::Result<bool> {
+async fn reaches(
+    grown: &mut watch::Receiver<u64>,
+    end: u64,
+    taken: &mpsc::Sender<std::io::Result<Bytes>>,
+) -> std::io::Result<bool> {
     tokio::select! {
         reached = grown.wait_for(|grown| *grown >= end) => match reached {
             Ok(_) => Ok(true),
@@ -463,7 +681,10 @@ mod tests {
             map.insert(RANGE, text.parse().unwrap());
             held(&map)
         };
-        assert_eq!((of("0-9"), of("bytes=0-9"), of("0-0"), of("x")), (Some(10), Some(10), None, None));
+        assert_eq!(
+            (of("0-9"), of("bytes=0-9"), of("0-0"), of("x")),
+            (Some(10), Some(10), None, None)
+        );
         assert_eq!(held(&HeaderMap::new()), None);
     }
 }

@@ -21,7 +21,8 @@ enum Project {
 impl Registry {
     fn api(&self, path: &str) -> Result<Url, Fault> {
         let text = format!("{}/api/v2.0/{path}", self.origin.base());
-        text.parse().map_err(|_| Fault::config(format!("{} is not a registry's address", self.origin)))
+        text.parse()
+            .map_err(|_| Fault::config(format!("{} is not a registry's address", self.origin)))
     }
 
     async fn project(&self, name: &str) -> Result<Project, Error> {
@@ -31,7 +32,9 @@ impl Registry {
         match response.status() {
             StatusCode::OK => Ok(Project::Exists),
             StatusCode::NOT_FOUND => Ok(Project::Missing),
-            status if status.is_server_error() || status == StatusCode::TOO_MANY_REQUESTS => Err(Answer::read(response).await.into()),
+            status if status.is_server_error() || status == StatusCode::TOO_MANY_REQUESTS => {
+                Err(Answer::read(response).await.into())
+            }
             _ => Ok(Project::Unknown),
         }
     }
@@ -42,9 +45,17 @@ impl Registry {
         if self.project(name).await.map_err(|e| e.fault(doing()))? != Project::Missing {
             return Ok(());
         }
-        let body = serde_json::json!({"project_name": name, "metadata": {"public": "false"}}).to_string();
-        let request = self.http.post(self.api("projects")?).header(CONTENT_TYPE, "application/json").body(body);
-        let response = self.send_basic(request).await.map_err(|e| e.fault(doing()))?;
+        let body =
+            serde_json::json!({"project_name": name, "metadata": {"public": "false"}}).to_string();
+        let request = self
+            .http
+            .post(self.api("projects")?)
+            .header(CONTENT_TYPE, "application/json")
+            .body(body);
+        let response = self
+            .send_basic(request)
+            .await
+            .map_err(|e| e.fault(doing()))?;
         let result = match response.status() {
             // Somebody else may have been faster.
             StatusCode::CREATED | StatusCode::OK | StatusCode::CONFLICT => Ok(()),
@@ -62,53 +73,91 @@ impl Registry {
         result
     }
 
-    /// Says which of the things that a 401 may mean it is: a wrong password, a missing project, or a missing right.
-    pub async fn explain_denied(&self, project: Option<&str>, repository: &str, fault: Fault) -> Fault {
+    /// Says which of the things that a 401 may mean it is: a wrong password, a missing project, or
+    /// a missing right.
+    pub async fn explain_denied(
+        &self,
+        project: Option<&str>,
+        repository: &str,
+        fault: Fault,
+    ) -> Fault {
         if !self.is_harbor() {
             return fault;
         }
         let Ok(base) = self.url("") else { return fault };
-        let good = self.send_basic(self.http.get(base)).await.map(|r: Response| r.status());
+        let good = self
+            .send_basic(self.http.get(base))
+            .await
+            .map(|r: Response| r.status());
         if matches!(good, Ok(StatusCode::UNAUTHORIZED)) && self.auth.credentials.is_some() {
-            return Fault { next: "check username and password_file; the robot account may be expired or disabled".into(), ..fault }
-                .context("the registry does not take the credentials");
+            return Fault {
+                next:
+                    "check username and password_file; the robot account may be expired or disabled"
+                        .into(),
+                ..fault
+            }
+            .context("the registry does not take the credentials");
         }
         let Some(name) = project else { return fault };
         match self.project(name).await {
-            Ok(Project::Missing) => Fault { code: Code::Config, ..fault }
-                .context(format_args!("project {name:?} does not exist at {}", self.origin))
-                .with_next(format!("make the project {name:?} in Harbor, or set create_project = true")),
+            Ok(Project::Missing) => Fault {
+                code: Code::Config,
+                ..fault
+            }
+            .context(format_args!(
+                "project {name:?} does not exist at {}",
+                self.origin
+            ))
+            .with_next(format!(
+                "make the project {name:?} in Harbor, or set create_project = true"
+            )),
             Ok(Project::Exists) => fault
-                .context(format_args!("the registry user has no right to push to {repository}"))
-                .with_next(format!("give it the right to pull and push in project {name:?}, then 'packhorse retry'")),
+                .context(format_args!(
+                    "the registry user has no right to push to {repository}"
+                ))
+                .with_next(format!(
+                    "give it the right to pull and push in project {name:?}, then 'packhorse retry'"
+                )),
             _ => fault,
         }
     }
 
-    /// The digest of the image that a tag names, by Harbor's own API, which no pull policy applies to. `None`: it does not say.
+    /// The digest of the image that a tag names, by Harbor's own API, which no pull policy applies
+    /// to. `None`: it does not say.
     pub async fn artifact_digest(&self, project: &str, name: &str, tag: &str) -> Option<Sha256> {
         #[derive(serde::Deserialize)]
         struct Artifact {
             digest: Sha256,
         }
         let name = name.replace('/', "%252F");
-        let url = self.api(&format!("projects/{project}/repositories/{name}/artifacts/{tag}")).ok()?;
+        let url = self
+            .api(&format!(
+                "projects/{project}/repositories/{name}/artifacts/{tag}"
+            ))
+            .ok()?;
         let response = self.send_basic(self.http.get(url)).await.ok()?;
         if response.status() != StatusCode::OK {
             return None;
         }
-        let body = read_capped(response, limits::REGISTRY_BODY_BYTES_MAX).await.ok()?;
-        serde_json::from_slice::<Artifact>(&body).ok().map(|artifact| artifact.digest)
+        let body = read_capped(response, limits::REGISTRY_BODY_BYTES_MAX)
+            .await
+            .ok()?;
+        serde_json::from_slice::<Artifact>(&body)
+            .ok()
+            .map(|artifact| artifact.digest)
     }
 
-    /// Takes one tag away and leaves the image to its other tags, which only Harbor's own API can. False when it cannot.
+    /// Takes one tag away and leaves the image to its other tags, which only Harbor's own API can.
+    /// False when it cannot.
     pub async fn delete_tag(&self, project: &str, name: &str, tag: &str) -> Result<bool, Error> {
         if !self.is_harbor() {
             return Ok(false);
         }
         // Harbor wants the slashes of a repository name encoded twice.
         let name = name.replace('/', "%252F");
-        let url = self.api(&format!("projects/{project}/repositories/{name}/artifacts/{tag}/tags/{tag}"))?;
+        let url = self.api(&format!(
+            "projects/{project}/repositories/{name}/artifacts/{tag}/tags/{tag}"
+        ))?;
         let response = self.send_basic(self.http.delete(url)).await?;
         match response.status() {
             StatusCode::OK | StatusCode::NOT_FOUND => Ok(true),

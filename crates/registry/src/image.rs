@@ -1,6 +1,8 @@
-//! What an OCI image is made of: digests, descriptors, manifests and indexes, and the walk from the top to every blob.
+//! What an OCI image is made of: digests, descriptors, manifests and indexes, and the walk from the
+//! top to every blob.
 //!
-//! Pure but for [`walk`], which asks its caller for the bytes. Both the media types of OCI and Docker's own are understood.
+//! Pure but for [`walk`], which asks its caller for the bytes. Both the media types of OCI and
+//! Docker's own are understood.
 
 use std::collections::HashSet;
 use std::future::Future;
@@ -77,19 +79,41 @@ struct Raw {
 impl Document {
     /// Reads one. `digest` is for the message only.
     pub fn parse(bytes: &[u8], digest: &Sha256) -> Result<Self, Fault> {
-        let raw: Raw = serde_json::from_slice(bytes).map_err(|e| Fault::integrity(format!("image manifest {digest}: {e}")))?;
+        let raw: Raw = serde_json::from_slice(bytes)
+            .map_err(|e| Fault::integrity(format!("image manifest {digest}: {e}")))?;
         if raw.schema_version != 2 {
-            return Err(Fault::integrity(format!("image manifest {digest}: schema version {} is not supported", raw.schema_version))
-                .with_next("push the image again with a current tool, which writes schema version 2"));
+            return Err(Fault::integrity(format!(
+                "image manifest {digest}: schema version {} is not supported",
+                raw.schema_version
+            ))
+            .with_next("push the image again with a current tool, which writes schema version 2"));
         }
-        let shape = if raw.manifests.is_some() { OCI_INDEX } else { OCI_MANIFEST };
+        let shape = if raw.manifests.is_some() {
+            OCI_INDEX
+        } else {
+            OCI_MANIFEST
+        };
         if raw.manifests.is_none() && raw.config.is_none() && raw.blobs.is_none() {
-            return Err(Fault::integrity(format!("image manifest {digest}: it is neither a manifest nor an index")));
+            return Err(Fault::integrity(format!(
+                "image manifest {digest}: it is neither a manifest nor an index"
+            )));
         }
-        let (manifests, others): (Vec<_>, Vec<_>) = raw.manifests.unwrap_or_default().into_iter().partition(Descriptor::is_manifest);
-        let layers = raw.layers.unwrap_or_default().into_iter().chain(raw.blobs.unwrap_or_default());
+        let (manifests, others): (Vec<_>, Vec<_>) = raw
+            .manifests
+            .unwrap_or_default()
+            .into_iter()
+            .partition(Descriptor::is_manifest);
+        let layers = raw
+            .layers
+            .unwrap_or_default()
+            .into_iter()
+            .chain(raw.blobs.unwrap_or_default());
         let blobs = others.into_iter().chain(raw.config).chain(layers).collect();
-        Ok(Self { media_type: raw.media_type.unwrap_or_else(|| shape.into()), manifests, blobs })
+        Ok(Self {
+            media_type: raw.media_type.unwrap_or_else(|| shape.into()),
+            manifests,
+            blobs,
+        })
     }
 }
 
@@ -115,8 +139,9 @@ pub struct Tree {
     pub absent: Vec<Sha256>,
 }
 
-/// Follows an image from its top manifest to its last blob. `load` gives a manifest's bytes, or `None` when it is not
-/// there, which only a manifest below the top may be. Digests and sizes of manifests are checked here.
+/// Follows an image from its top manifest to its last blob. `load` gives a manifest's bytes, or
+/// `None` when it is not there, which only a manifest below the top may be. Digests and sizes of
+/// manifests are checked here.
 pub async fn walk<F, Fut>(top: &Descriptor, mut load: F) -> Result<Tree, Fault>
 where
     F: FnMut(Descriptor) -> Fut,
@@ -126,7 +151,11 @@ where
         Enter(Descriptor),
         Leave(Node),
     }
-    let mut tree = Tree { manifests: Vec::new(), blobs: Vec::new(), absent: Vec::new() };
+    let mut tree = Tree {
+        manifests: Vec::new(),
+        blobs: Vec::new(),
+        absent: Vec::new(),
+    };
     let mut seen = HashSet::new();
     let mut blobs_seen = HashSet::new();
     let mut total = 0;
@@ -142,14 +171,20 @@ where
         };
         let digest = descriptor.digest;
         if seen.len() > limits::IMAGE_MANIFESTS_MAX {
-            return Err(Fault::integrity(format!("image {}: more than {} manifests", top.digest, limits::IMAGE_MANIFESTS_MAX)));
+            return Err(Fault::integrity(format!(
+                "image {}: more than {} manifests",
+                top.digest,
+                limits::IMAGE_MANIFESTS_MAX
+            )));
         }
         if descriptor.size > limits::IMAGE_MANIFEST_BYTES_MAX as u64 {
             return Err(too_large(&digest));
         }
         let Some(bytes) = load(descriptor.clone()).await? else {
             if digest == top.digest {
-                return Err(Fault::not_found(format!("image {digest}: its top manifest is not there")));
+                return Err(Fault::not_found(format!(
+                    "image {digest}: its top manifest is not there"
+                )));
             }
             tree.absent.push(digest);
             continue;
@@ -159,7 +194,10 @@ where
         }
         total += bytes.len();
         if total > limits::IMAGE_MANIFESTS_BYTES_MAX {
-            return Err(Fault::integrity(format!("image {}: its manifests are larger than {total} bytes together", top.digest)));
+            return Err(Fault::integrity(format!(
+                "image {}: its manifests are larger than {total} bytes together",
+                top.digest
+            )));
         }
         if bytes.len() as u64 != descriptor.size || Sha256::of(&bytes) != digest {
             return Err(Fault::integrity(format!(
@@ -169,17 +207,34 @@ where
             )));
         }
         let document = Document::parse(&bytes, &digest)?;
-        tree.blobs.extend(document.blobs.into_iter().filter(|blob| blobs_seen.insert(blob.digest)));
-        // The descriptor's word goes before the document's own: a registry must be told what the index says.
-        let media_type = if descriptor.is_manifest() { descriptor.media_type } else { document.media_type };
-        stack.push(Step::Leave(Node { digest, media_type, bytes }));
+        tree.blobs.extend(
+            document
+                .blobs
+                .into_iter()
+                .filter(|blob| blobs_seen.insert(blob.digest)),
+        );
+        // The descriptor's word goes before the document's own: a registry must be told what the
+        // index says.
+        let media_type = if descriptor.is_manifest() {
+            descriptor.media_type
+        } else {
+            document.media_type
+        };
+        stack.push(Step::Leave(Node {
+            digest,
+            media_type,
+            bytes,
+        }));
         stack.extend(document.manifests.into_iter().rev().map(Step::Enter));
     }
     Ok(tree)
 }
 
 fn too_large(digest: &Sha256) -> Fault {
-    Fault::integrity(format!("image manifest {digest}: larger than {} bytes, which no registry takes", limits::IMAGE_MANIFEST_BYTES_MAX))
+    Fault::integrity(format!(
+        "image manifest {digest}: larger than {} bytes, which no registry takes",
+        limits::IMAGE_MANIFEST_BYTES_MAX
+    ))
 }
 
 #[cfg(test)]
@@ -189,33 +244,69 @@ mod tests {
     use super::*;
 
     fn descriptor(media_type: &str, bytes: &[u8]) -> String {
-        format!(r#"{{"mediaType":"{media_type}","digest":"{}","size":{}}}"#, Sha256::of(bytes), bytes.len())
+        format!(
+            r#"{{"mediaType":"{media_type}","digest":"{}","size":{}}}"#,
+            Sha256::of(bytes),
+            bytes.len()
+        )
     }
 
     #[tokio::test]
     async fn walks_children_first_and_shared_things_once() {
         let config = descriptor("application/vnd.oci.image.config.v1+json", b"{}");
         let layer = descriptor("application/vnd.oci.image.layer.v1.tar", b"layer");
-        let manifest = format!(r#"{{"schemaVersion":2,"mediaType":"{OCI_MANIFEST}","config":{config},"layers":[{layer},{layer}]}}"#);
-        let inner = format!(r#"{{"schemaVersion":2,"manifests":[{}]}}"#, descriptor(OCI_MANIFEST, manifest.as_bytes()));
+        let manifest = format!(
+            r#"{{"schemaVersion":2,"mediaType":"{OCI_MANIFEST}","config":{config},"layers":[{layer},{layer}]}}"#
+        );
+        let inner = format!(
+            r#"{{"schemaVersion":2,"manifests":[{}]}}"#,
+            descriptor(OCI_MANIFEST, manifest.as_bytes())
+        );
         let gone = descriptor(OCI_MANIFEST, b"gone");
         let top = format!(
             r#"{{"schemaVersion":2,"manifests":[{},{},{gone}]}}"#,
             descriptor(OCI_MANIFEST, manifest.as_bytes()),
             descriptor(OCI_INDEX, inner.as_bytes()),
         );
-        let held: HashMap<Sha256, Bytes> =
-            [&manifest, &inner, &top].iter().map(|s| (Sha256::of(s.as_bytes()), Bytes::from((*s).clone()))).collect();
-        let descriptor: Descriptor = serde_json::from_str(&descriptor(OCI_INDEX, top.as_bytes())).unwrap();
-        let tree = walk(&descriptor, |d| std::future::ready(Ok(held.get(&d.digest).cloned()))).await.unwrap();
+        let held: HashMap<Sha256, Bytes> = [&manifest, &inner, &top]
+            .iter()
+            .map(|s| (Sha256::of(s.as_bytes()), Bytes::from((*s).clone())))
+            .collect();
+        let descriptor: Descriptor =
+            serde_json::from_str(&descriptor(OCI_INDEX, top.as_bytes())).unwrap();
+        let tree = walk(&descriptor, |d| {
+            std::future::ready(Ok(held.get(&d.digest).cloned()))
+        })
+        .await
+        .unwrap();
         let order: Vec<_> = tree.manifests.iter().map(|n| n.digest).collect();
-        assert_eq!(order, [Sha256::of(manifest.as_bytes()), Sha256::of(inner.as_bytes()), Sha256::of(top.as_bytes())]);
+        assert_eq!(
+            order,
+            [
+                Sha256::of(manifest.as_bytes()),
+                Sha256::of(inner.as_bytes()),
+                Sha256::of(top.as_bytes())
+            ]
+        );
         assert_eq!(tree.blobs.len(), 2);
         assert_eq!(tree.absent, [Sha256::of(b"gone")]);
 
-        let lying = Descriptor { size: 1, ..descriptor.clone() };
-        assert!(walk(&lying, |d| std::future::ready(Ok(held.get(&d.digest).cloned()))).await.is_err());
-        assert!(walk(&descriptor, |_| std::future::ready(Ok(None))).await.is_err());
+        let lying = Descriptor {
+            size: 1,
+            ..descriptor.clone()
+        };
+        assert!(
+            walk(&lying, |d| std::future::ready(Ok(held
+                .get(&d.digest)
+                .cloned())))
+            .await
+            .is_err()
+        );
+        assert!(
+            walk(&descriptor, |_| std::future::ready(Ok(None)))
+                .await
+                .is_err()
+        );
     }
 
     #[test]
@@ -225,15 +316,30 @@ mod tests {
         assert!(of(r#"{"schemaVersion":2}"#).is_err());
         assert!(of("[]").is_err());
         let config = descriptor("x", b"");
-        assert_eq!(of(&format!(r#"{{"schemaVersion":2,"config":{config},"layers":null}}"#)).unwrap().blobs.len(), 1);
+        assert_eq!(
+            of(&format!(
+                r#"{{"schemaVersion":2,"config":{config},"layers":null}}"#
+            ))
+            .unwrap()
+            .blobs
+            .len(),
+            1
+        );
     }
 
     #[test]
     fn digests() {
         let digest = Sha256::of(b"x");
-        assert_eq!(Sha256::from_layout_path(&digest.layout_path()), Some(digest));
+        assert_eq!(
+            Sha256::from_layout_path(&digest.layout_path()),
+            Some(digest)
+        );
         assert_eq!(Sha256::from_layout_path("index.json"), None);
         assert!(digest.to_string().to_uppercase().parse::<Sha256>().is_err());
-        assert!(format!("sha512:{}", digest.hex()).parse::<Sha256>().is_err());
+        assert!(
+            format!("sha512:{}", digest.hex())
+                .parse::<Sha256>()
+                .is_err()
+        );
     }
 }

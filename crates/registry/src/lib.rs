@@ -1,8 +1,10 @@
-//! A client of OCI registries (distribution specification 1.1, and Harbor's ways), made for few large blobs: streamed
-//! from and to files in bounded memory, looked up before they are sent, and refused with an answer a person can use.
+//! A client of OCI registries (distribution specification 1.1, and Harbor's ways), made for few
+//! large blobs: streamed from and to files in bounded memory, looked up before they are sent, and
+//! refused with an answer a person can use.
 //!
-//! The image sink pushes with it, the image source pulls with it. It keeps tokens in memory and nothing on disk: after a
-//! crash the caller asks again, and what a registry already holds is not sent again.
+//! The image sink pushes with it, the image source pulls with it. It keeps tokens in memory and
+//! nothing on disk: after a crash the caller asks again, and what a registry already holds is not
+//! sent again.
 
 pub mod answer;
 mod auth;
@@ -65,7 +67,8 @@ struct Progress {
 enum Wait {
     /// A request without a body to speak of.
     Quick,
-    /// A large body is on its way: as long as it moves, and then as long as a registry may take to hash it.
+    /// A large body is on its way: as long as it moves, and then as long as a registry may take to
+    /// hash it.
     Upload(Arc<Progress>),
     /// The closing request of an upload.
     Close,
@@ -73,8 +76,13 @@ enum Wait {
 
 impl Registry {
     /// A client for a registry. `ca` is a file of PEM certificates to trust besides the system's.
-    pub fn new(origin: Origin, credentials: Option<Credentials>, ca: Option<&Path>) -> Result<Self, Fault> {
-        // Other parts of the program may have chosen the same provider already; either way it is ring's.
+    pub fn new(
+        origin: Origin,
+        credentials: Option<Credentials>,
+        ca: Option<&Path>,
+    ) -> Result<Self, Fault> {
+        // Other parts of the program may have chosen the same provider already; either way it is
+        // ring's.
         let _ = rustls::crypto::ring::default_provider().install_default();
         let mut certificates = Vec::new();
         if let Some(path) = ca {
@@ -82,7 +90,10 @@ impl Registry {
                 .map_err(|e| Fault::config(format!("read ca_file {}: {e}", path.display())))?;
             certificates = reqwest::Certificate::from_pem_bundle(&pem).unwrap_or_default();
             if certificates.is_empty() {
-                return Err(Fault::config(format!("ca_file {} holds no PEM certificate", path.display())));
+                return Err(Fault::config(format!(
+                    "ca_file {} holds no PEM certificate",
+                    path.display()
+                )));
             }
         }
         let builder = || {
@@ -93,10 +104,15 @@ impl Registry {
                 .pool_max_idle_per_host(2 * limits::REGISTRY_BLOBS_IN_FLIGHT_MAX)
                 .redirect(redirects())
                 .referer(false);
-            if origin.is_loopback() { builder.no_proxy() } else { builder }
+            if origin.is_loopback() {
+                builder.no_proxy()
+            } else {
+                builder
+            }
         };
         let built = match builder().tls_certs_merge(certificates).build() {
-            // A bare machine may have no certificates at all, which matters only to whoever speaks TLS.
+            // A bare machine may have no certificates at all, which matters only to whoever speaks
+            // TLS.
             Err(_) if !origin.https => builder().tls_certs_only([]).build(),
             other => other,
         };
@@ -142,21 +158,35 @@ impl Registry {
 
     /// Whether the registry answers and takes the credentials.
     pub async fn ping(&self) -> Result<(), Error> {
-        let scope = Scope { repository: String::new(), actions: "pull", mount_from: None };
-        let response = self.send(&scope, Method::GET, self.url("")?, &|r| r, &Wait::Quick).await?;
-        if response.status() == StatusCode::OK { Ok(()) } else { Err(Answer::read(response).await.into()) }
+        let scope = Scope {
+            repository: String::new(),
+            actions: "pull",
+            mount_from: None,
+        };
+        let response = self
+            .send(&scope, Method::GET, self.url("")?, &|r| r, &Wait::Quick)
+            .await?;
+        if response.status() == StatusCode::OK {
+            Ok(())
+        } else {
+            Err(Answer::read(response).await.into())
+        }
     }
 
     /// `/v2/<path>`.
     fn url(&self, path: &str) -> Result<Url, Fault> {
         let text = format!("{}/v2/{path}", self.origin.base());
-        text.parse().map_err(|_| Fault::config(format!("{} is not a registry's address", self.origin)))
+        text.parse()
+            .map_err(|_| Fault::config(format!("{} is not a registry's address", self.origin)))
     }
 
-    /// An address that the registry answered with. Behind a proxy that ends TLS it may say http and mean https.
+    /// An address that the registry answered with. Behind a proxy that ends TLS it may say http and
+    /// mean https.
     fn follow(&self, location: &str) -> Result<Url, Fault> {
         let base = self.url("")?;
-        let mut url = base.join(location).map_err(|_| Fault::unreachable("the registry answered with a Location that is no address"))?;
+        let mut url = base.join(location).map_err(|_| {
+            Fault::unreachable("the registry answered with a Location that is no address")
+        })?;
         if self.origin.https && url.scheme() == "http" && url.host_str() == base.host_str() {
             let _ = url.set_scheme("https");
         }
@@ -168,11 +198,15 @@ impl Registry {
     }
 
     fn scope(repository: &str, actions: &'static str) -> Scope {
-        Scope { repository: repository.into(), actions, mount_from: None }
+        Scope {
+            repository: repository.into(),
+            actions,
+            mount_from: None,
+        }
     }
 
-    /// Sends one request with the right to do so. Where the registry asks for a pause it waits, as long as its patience lasts; a large
-    /// body is not sent again here.
+    /// Sends one request with the right to do so. Where the registry asks for a pause it waits, as
+    /// long as its patience lasts; a large body is not sent again here.
     async fn send(
         &self,
         scope: &Scope,
@@ -185,11 +219,15 @@ impl Registry {
         loop {
             let answered = self.send_now(scope, &method, &url, fill, wait).await;
             let pause = match &answered {
-                Ok(response) if matches!(response.status().as_u16(), 429 | 503) => answer::retry_after(response.headers()),
+                Ok(response) if matches!(response.status().as_u16(), 429 | 503) => {
+                    answer::retry_after(response.headers())
+                }
                 Err(error) if error.asks_for_pause() => error.retry_after(),
                 _ => return answered,
             };
-            let pause = pause.unwrap_or_else(|| (limits::BACKOFF_FIRST * 2u32.pow(pauses)).min(limits::REGISTRY_PAUSE_MAX));
+            let pause = pause.unwrap_or_else(|| {
+                (limits::BACKOFF_FIRST * 2u32.pow(pauses)).min(limits::REGISTRY_PAUSE_MAX)
+            });
             if matches!(wait, Wait::Upload(_)) || waited + pause > self.patience {
                 return answered;
             }
@@ -200,7 +238,8 @@ impl Registry {
         }
     }
 
-    /// The same without pauses: once more with fresh rights after a 401. `fill` adds headers and the body, for each try anew.
+    /// The same without pauses: once more with fresh rights after a 401. `fill` adds headers and
+    /// the body, for each try anew.
     async fn send_now(
         &self,
         scope: &Scope,
@@ -212,7 +251,8 @@ impl Registry {
         if self.auth.challenge().is_none() {
             self.ask_challenge().await?;
         }
-        // Uploads may be sent to another host (a storage service), which has no business with our secrets.
+        // Uploads may be sent to another host (a storage service), which has no business with our
+        // secrets.
         let base = self.url("")?;
         let ours = url.scheme() == base.scheme() && url.authority() == base.authority();
         let mut fresh = false;
@@ -231,7 +271,9 @@ impl Registry {
     }
 
     async fn ask_challenge(&self) -> Result<(), Error> {
-        let response = Wait::Quick.answer(self.http.get(self.url("")?), &self.silence).await?;
+        let response = Wait::Quick
+            .answer(self.http.get(self.url("")?), &self.silence)
+            .await?;
         match response.status() {
             StatusCode::TOO_MANY_REQUESTS => Err(Answer::read(response).await.into()),
             status if status.is_server_error() => Err(Answer::read(response).await.into()),
@@ -252,7 +294,8 @@ impl Registry {
     }
 }
 
-/// Redirects are followed, but never from TLS to plain HTTP. To another host or port the client sends no Authorization.
+/// Redirects are followed, but never from TLS to plain HTTP. To another host or port the client
+/// sends no Authorization.
 fn redirects() -> reqwest::redirect::Policy {
     reqwest::redirect::Policy::custom(|attempt| {
         let had_tls = attempt.previous().iter().any(|url| url.scheme() == "https");
@@ -271,8 +314,12 @@ impl Wait {
         let owed = registry.begin();
         let silence = || Error::Fault(Fault::unreachable("no answer in time"));
         let answer = match self {
-            Wait::Quick => tokio::time::timeout(limits::REGISTRY_SILENCE_MAX, request.send()).await.map_err(|_| silence())?,
-            Wait::Close => tokio::time::timeout(limits::REGISTRY_CLOSE_MAX, request.send()).await.map_err(|_| silence())?,
+            Wait::Quick => tokio::time::timeout(limits::REGISTRY_SILENCE_MAX, request.send())
+                .await
+                .map_err(|_| silence())?,
+            Wait::Close => tokio::time::timeout(limits::REGISTRY_CLOSE_MAX, request.send())
+                .await
+                .map_err(|_| silence())?,
             Wait::Upload(progress) => tokio::select! {
                 answer = request.send() => answer,
                 () = progress.stands_still(&owed) => return Err(silence()),
@@ -295,7 +342,11 @@ impl Progress {
                 (last, since) = (sent, Instant::now());
                 owed.moved();
             }
-            let patience = if sent >= self.total { limits::REGISTRY_CLOSE_MAX } else { limits::REGISTRY_SILENCE_MAX };
+            let patience = if sent >= self.total {
+                limits::REGISTRY_CLOSE_MAX
+            } else {
+                limits::REGISTRY_SILENCE_MAX
+            };
             if since.elapsed() > patience {
                 return;
             }
@@ -316,7 +367,9 @@ async fn read_capped(mut response: Response, bytes_max: usize) -> Result<Bytes, 
     let mut out = BytesMut::new();
     while let Some(piece) = next_piece(&mut response).await? {
         if out.len() + piece.len() > bytes_max {
-            return Err(Fault::integrity(format!("the registry's answer is larger than {bytes_max} bytes")));
+            return Err(Fault::integrity(format!(
+                "the registry's answer is larger than {bytes_max} bytes"
+            )));
         }
         out.extend_from_slice(&piece);
     }

@@ -15,7 +15,8 @@ use base::limits;
 pub struct Manifest {
     /// Verbatim.
     pub bytes: Bytes,
-    /// What points at it: the media type as the registry says it, and the digest and size of these bytes.
+    /// What points at it: the media type as the registry says it, and the digest and size of these
+    /// bytes.
     pub descriptor: Descriptor,
 }
 
@@ -40,48 +41,103 @@ fn accept() -> String {
 }
 
 pub(super) fn digest_header(response: &Response) -> Option<Sha256> {
-    response.headers().get("docker-content-digest")?.to_str().ok()?.parse().ok()
+    response
+        .headers()
+        .get("docker-content-digest")?
+        .to_str()
+        .ok()?
+        .parse()
+        .ok()
 }
 
 impl Registry {
-    /// Reads the manifest that a tag or digest names; `None` when there is none. What is read by digest is checked.
-    pub async fn get_manifest(&self, repository: &str, reference: &str, actions: &'static str) -> Result<Option<Manifest>, Error> {
+    /// Reads the manifest that a tag or digest names; `None` when there is none. What is read by
+    /// digest is checked.
+    pub async fn get_manifest(
+        &self,
+        repository: &str,
+        reference: &str,
+        actions: &'static str,
+    ) -> Result<Option<Manifest>, Error> {
         let url = self.url(&format!("{repository}/manifests/{reference}"))?;
-        let response =
-            self.send(&Self::scope(repository, actions), Method::GET, url, &|r| r.header(ACCEPT, accept()), &Wait::Quick).await?;
+        let response = self
+            .send(
+                &Self::scope(repository, actions),
+                Method::GET,
+                url,
+                &|r| r.header(ACCEPT, accept()),
+                &Wait::Quick,
+            )
+            .await?;
         match response.status() {
             StatusCode::OK => {}
             StatusCode::NOT_FOUND => return Ok(None),
             _ => return Err(Answer::read(response).await.into()),
         }
         let said = digest_header(&response);
-        let media_type = response.headers().get(CONTENT_TYPE).and_then(|v| v.to_str().ok()).unwrap_or_default();
-        let media_type = media_type.split(';').next().unwrap_or_default().trim().to_owned();
+        let media_type = response
+            .headers()
+            .get(CONTENT_TYPE)
+            .and_then(|v| v.to_str().ok())
+            .unwrap_or_default();
+        let media_type = media_type
+            .split(';')
+            .next()
+            .unwrap_or_default()
+            .trim()
+            .to_owned();
         let bytes = read_capped(response, limits::IMAGE_MANIFEST_BYTES_MAX).await?;
         let digest = Sha256::of(&bytes);
         let wanted = reference.parse::<Sha256>().ok().or(said).unwrap_or(digest);
         if wanted != digest {
-            return Err(Fault::integrity(format!("the registry's manifest {reference} is {digest}, not {wanted}")).into());
+            return Err(Fault::integrity(format!(
+                "the registry's manifest {reference} is {digest}, not {wanted}"
+            ))
+            .into());
         }
-        Ok(Some(Manifest { descriptor: Descriptor { media_type, digest, size: bytes.len() as u64, urls: None }, bytes }))
+        Ok(Some(Manifest {
+            descriptor: Descriptor {
+                media_type,
+                digest,
+                size: bytes.len() as u64,
+                urls: None,
+            },
+            bytes,
+        }))
     }
 
     /// The digest of the manifest that a tag or digest names; `None` when there is none.
-    pub async fn head_manifest(&self, repository: &str, reference: &str) -> Result<Option<Sha256>, Error> {
+    pub async fn head_manifest(
+        &self,
+        repository: &str,
+        reference: &str,
+    ) -> Result<Option<Sha256>, Error> {
         let url = self.url(&format!("{repository}/manifests/{reference}"))?;
         let scope = Self::scope(repository, "pull,push");
-        let response = self.send(&scope, Method::HEAD, url, &|r| r.header(ACCEPT, accept()), &Wait::Quick).await?;
+        let response = self
+            .send(
+                &scope,
+                Method::HEAD,
+                url,
+                &|r| r.header(ACCEPT, accept()),
+                &Wait::Quick,
+            )
+            .await?;
         match response.status() {
             StatusCode::OK => match digest_header(&response) {
                 Some(digest) => Ok(Some(digest)),
-                None => Ok(self.get_manifest(repository, reference, "pull,push").await?.map(|m| m.descriptor.digest)),
+                None => Ok(self
+                    .get_manifest(repository, reference, "pull,push")
+                    .await?
+                    .map(|m| m.descriptor.digest)),
             },
             StatusCode::NOT_FOUND => Ok(None),
             _ => Err(Answer::read(response).await.into()),
         }
     }
 
-    /// Writes a manifest under a tag or its digest, and compares the digest that the registry made of it.
+    /// Writes a manifest under a tag or its digest, and compares the digest that the registry made
+    /// of it.
     pub async fn put_manifest(
         &self,
         repository: &str,
@@ -91,8 +147,18 @@ impl Registry {
         digest: &Sha256,
     ) -> Result<(), Error> {
         let url = self.url(&format!("{repository}/manifests/{reference}"))?;
-        let fill = |request: reqwest::RequestBuilder| request.header(CONTENT_TYPE, media_type).body(bytes.clone());
-        let response = self.send(&Self::scope(repository, "pull,push"), Method::PUT, url, &fill, &Wait::Quick).await?;
+        let fill = |request: reqwest::RequestBuilder| {
+            request.header(CONTENT_TYPE, media_type).body(bytes.clone())
+        };
+        let response = self
+            .send(
+                &Self::scope(repository, "pull,push"),
+                Method::PUT,
+                url,
+                &fill,
+                &Wait::Quick,
+            )
+            .await?;
         if !response.status().is_success() {
             return Err(Answer::read(response).await.into());
         }
@@ -106,9 +172,21 @@ impl Registry {
     }
 
     /// Deletes a manifest, and with it every tag that names it.
-    pub async fn delete_manifest(&self, repository: &str, digest: &Sha256) -> Result<Deleted, Error> {
+    pub async fn delete_manifest(
+        &self,
+        repository: &str,
+        digest: &Sha256,
+    ) -> Result<Deleted, Error> {
         let url = self.url(&format!("{repository}/manifests/{digest}"))?;
-        let response = self.send(&Self::scope(repository, "pull,push,delete"), Method::DELETE, url, &|r| r, &Wait::Quick).await?;
+        let response = self
+            .send(
+                &Self::scope(repository, "pull,push,delete"),
+                Method::DELETE,
+                url,
+                &|r| r,
+                &Wait::Quick,
+            )
+            .await?;
         match response.status() {
             StatusCode::NOT_FOUND => Ok(Deleted::Absent),
             StatusCode::METHOD_NOT_ALLOWED => Ok(Deleted::Unsupported),
@@ -122,15 +200,29 @@ impl Registry {
         let mut out = Vec::new();
         let mut url = self.url(&format!("{repository}/tags/list?n=1000"))?;
         for _ in 0..limits::REGISTRY_TAG_PAGES_MAX {
-            let response = self.send(&Self::scope(repository, "pull"), Method::GET, url, &|r| r, &Wait::Quick).await?;
+            let response = self
+                .send(
+                    &Self::scope(repository, "pull"),
+                    Method::GET,
+                    url,
+                    &|r| r,
+                    &Wait::Quick,
+                )
+                .await?;
             match response.status() {
                 StatusCode::OK => {}
                 StatusCode::NOT_FOUND => return Ok(out),
                 _ => return Err(Answer::read(response).await.into()),
             }
-            let next = response.headers().get(LINK).and_then(|v| v.to_str().ok()).and_then(next_link).map(str::to_owned);
+            let next = response
+                .headers()
+                .get(LINK)
+                .and_then(|v| v.to_str().ok())
+                .and_then(next_link)
+                .map(str::to_owned);
             let body = read_capped(response, limits::REGISTRY_BODY_BYTES_MAX).await?;
-            let page: Tags = serde_json::from_slice(&body).map_err(|_| Fault::unreachable("the registry's list of tags is not one"))?;
+            let page: Tags = serde_json::from_slice(&body)
+                .map_err(|_| Fault::unreachable("the registry's list of tags is not one"))?;
             out.extend(page.tags.unwrap_or_default());
             match next {
                 Some(next) => url = self.follow(&next)?,
@@ -151,7 +243,10 @@ pub(super) fn next_link(header: &str) -> Option<&str> {
 mod tests {
     #[test]
     fn links() {
-        assert_eq!(super::next_link(r#"</v2/a/tags/list?last=b&n=1>; rel="next""#), Some("/v2/a/tags/list?last=b&n=1"));
+        assert_eq!(
+            super::next_link(r#"</v2/a/tags/list?last=b&n=1>; rel="next""#),
+            Some("/v2/a/tags/list?last=b&n=1")
+        );
         assert_eq!(super::next_link("nothing"), None);
     }
 }

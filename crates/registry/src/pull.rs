@@ -1,8 +1,9 @@
 //! Pulls an image out of a registry into an OCI layout folder, for the image source to normalise.
 //!
-//! Blobs go to disk as they come, hashed on the way, in bounded memory; one that breaks off continues where it stood. Where the
-//! registry asks for a pause the pull waits. Blobs stand in a folder of the caller's too, which may outlive a pull that failed: the
-//! next one fetches only the rest. Nothing is synced: what a crash leaves is removed at the next start.
+//! Blobs go to disk as they come, hashed on the way, in bounded memory; one that breaks off
+//! continues where it stood. Where the registry asks for a pause the pull waits. Blobs stand in a
+//! folder of the caller's too, which may outlive a pull that failed: the next one fetches only the
+//! rest. Nothing is synced: what a crash leaves is removed at the next start.
 
 use std::fs::File;
 use std::io::Write;
@@ -24,11 +25,12 @@ use base::limits;
 use base::omitted::Omitted;
 use base::space::Reservation;
 
-/// Pulls an image (a manifest, or an index with all its platforms) to an OCI layout in `dir`, which is made if missing.
-/// The layout's `index.json` has one entry, the manifest that `reference` names. Platforms that the index lists but the
-/// registry does not hold are left out; the index stays as it was. The manifests state the size of the image: the space for it is
-/// reserved before the first byte is written. Where it lacks, `wanted` is set to what is needed. Returns what stays in the registry of what
-/// refers to the image.
+/// Pulls an image (a manifest, or an index with all its platforms) to an OCI layout in `dir`, which
+/// is made if missing. The layout's `index.json` has one entry, the manifest that `reference`
+/// names. Platforms that the index lists but the registry does not hold are left out; the index
+/// stays as it was. The manifests state the size of the image: the space for it is reserved before
+/// the first byte is written. Where it lacks, `wanted` is set to what is needed. Returns what stays
+/// in the registry of what refers to the image.
 pub async fn pull_to_layout(
     reference: &Reference,
     auth: Option<Credentials>,
@@ -39,7 +41,8 @@ pub async fn pull_to_layout(
     pull_keeping(reference, auth, ca, dir, &dir.join("blobs/sha256"), wanted).await
 }
 
-/// The same; fetched blobs, and parts of blobs, are kept in `kept`, on the same disk. What an earlier try left there is not fetched again.
+/// The same; fetched blobs, and parts of blobs, are kept in `kept`, on the same disk. What an
+/// earlier try left there is not fetched again.
 pub async fn pull_keeping(
     reference: &Reference,
     auth: Option<Credentials>,
@@ -48,42 +51,74 @@ pub async fn pull_keeping(
     kept: &Path,
     wanted: &AtomicU64,
 ) -> Result<Omitted, Fault> {
-    let registry = Registry::new(reference.origin.clone(), auth, ca)?.with_patience(limits::REGISTRY_PAUSE_OF_PULL_MAX);
-    pull(&registry, reference, dir, kept, wanted).await.map_err(|fault| {
-        let reason = match fault.reason {
-            Reason::SinkUnavailable | Reason::SinkRefused => Reason::WaitingForSource,
-            other => other,
-        };
-        let fault = match (fault.reason, fault.retry) {
-            (Reason::SinkUnavailable, Retry::Backoff | Retry::AfterMs(_)) => {
-                Fault { next: format!("{}; what was fetched is kept: run the command again later", once(&fault.next)), ..fault }
-            }
-            _ => fault,
-        };
-        fault.with_reason(reason).context(format_args!("pull {reference}"))
-    })
+    let registry = Registry::new(reference.origin.clone(), auth, ca)?
+        .with_patience(limits::REGISTRY_PAUSE_OF_PULL_MAX);
+    pull(&registry, reference, dir, kept, wanted)
+        .await
+        .map_err(|fault| {
+            let reason = match fault.reason {
+                Reason::SinkUnavailable | Reason::SinkRefused => Reason::WaitingForSource,
+                other => other,
+            };
+            let fault = match (fault.reason, fault.retry) {
+                (Reason::SinkUnavailable, Retry::Backoff | Retry::AfterMs(_)) => Fault {
+                    next: format!(
+                        "{}; what was fetched is kept: run the command again later",
+                        once(&fault.next)
+                    ),
+                    ..fault
+                },
+                _ => fault,
+            };
+            fault
+                .with_reason(reason)
+                .context(format_args!("pull {reference}"))
+        })
 }
 
 /// What to do, without the promise that a delivery keeps: nobody repeats a publish.
 fn once(next: &str) -> &str {
-    next.split_once("; ").map_or(next, |(first, rest)| if rest.contains("again by itself") { first } else { next })
+    next.split_once("; ").map_or(next, |(first, rest)| {
+        if rest.contains("again by itself") {
+            first
+        } else {
+            next
+        }
+    })
 }
 
-async fn pull(registry: &Registry, reference: &Reference, dir: &Path, kept: &Path, wanted: &AtomicU64) -> Result<Omitted, Fault> {
+async fn pull(
+    registry: &Registry,
+    reference: &Reference,
+    dir: &Path,
+    kept: &Path,
+    wanted: &AtomicU64,
+) -> Result<Omitted, Fault> {
     let repository = reference.repository.as_str();
-    tokio::fs::create_dir_all(dir.join("blobs/sha256")).await.at(format_args!("make {}", dir.display()))?;
-    let got = registry.get_manifest(repository, &reference.pick.to_string(), "pull").await;
-    let top = got.map_err(|e| e.fault("read the manifest"))?.ok_or_else(|| {
-        Fault::not_found("the registry holds no such image").with_next("check the repository and the tag; a private one needs credentials")
-    })?;
+    tokio::fs::create_dir_all(dir.join("blobs/sha256"))
+        .await
+        .at(format_args!("make {}", dir.display()))?;
+    let got = registry
+        .get_manifest(repository, &reference.pick.to_string(), "pull")
+        .await;
+    let top = got
+        .map_err(|e| e.fault("read the manifest"))?
+        .ok_or_else(|| {
+            Fault::not_found("the registry holds no such image")
+                .with_next("check the repository and the tag; a private one needs credentials")
+        })?;
     let tree = walk(&top.descriptor, |wanted| {
         let top = &top;
         async move {
             if wanted.digest == top.descriptor.digest {
                 return Ok(Some(top.bytes.clone()));
             }
-            let got = registry.get_manifest(repository, &wanted.digest.to_string(), "pull").await;
-            Ok(got.map_err(|e| e.fault(format_args!("read manifest {}", wanted.digest)))?.map(|m| m.bytes))
+            let got = registry
+                .get_manifest(repository, &wanted.digest.to_string(), "pull")
+                .await;
+            Ok(got
+                .map_err(|e| e.fault(format_args!("read manifest {}", wanted.digest)))?
+                .map(|m| m.bytes))
         }
     })
     .await?;
@@ -91,29 +126,53 @@ async fn pull(registry: &Registry, reference: &Reference, dir: &Path, kept: &Pat
         tracing::info!(image = %reference, manifests = tree.absent.len(), "the registry lacks some of the platforms that the index lists");
     }
     let needed = space_needed(&tree).saturating_sub(bytes_kept(&tree, kept));
-    let space = Arc::new(reserve(&tree, needed, dir).inspect_err(|_| wanted.store(needed, Ordering::Relaxed))?);
+    let space = Arc::new(
+        reserve(&tree, needed, dir).inspect_err(|_| wanted.store(needed, Ordering::Relaxed))?,
+    );
     let blobs = futures::stream::iter(tree.blobs.iter().map(Ok::<_, Fault>))
-        .try_for_each_concurrent(limits::REGISTRY_BLOBS_IN_FLIGHT_MAX, |blob| fetch(registry, repository, blob, dir, kept, &space));
-    let subjects: Vec<Sha256> = tree.manifests.iter().rev().map(|node| node.digest).collect();
-    let referrers = async { Ok(registry.referrers(repository, &subjects, limits::REGISTRY_REFERRERS_MAX).await) };
+        .try_for_each_concurrent(limits::REGISTRY_BLOBS_IN_FLIGHT_MAX, |blob| {
+            fetch(registry, repository, blob, dir, kept, &space)
+        });
+    let subjects: Vec<Sha256> = tree
+        .manifests
+        .iter()
+        .rev()
+        .map(|node| node.digest)
+        .collect();
+    let referrers = async {
+        Ok(registry
+            .referrers(repository, &subjects, limits::REGISTRY_REFERRERS_MAX)
+            .await)
+    };
     let ((), referrers) = tokio::try_join!(blobs, referrers)?;
     let (dir, top, name) = (dir.to_owned(), top.descriptor, reference.pick.to_string());
     blocking(move || write_layout(&dir, &tree, &top, &name)).await?;
     Ok(referrers)
 }
 
-/// The bytes that a pull needs: the image once, and its largest blob once more, because each blob is removed after it was read into the
-/// store. What the store adds to its chunks is below a 256th.
+/// The bytes that a pull needs: the image once, and its largest blob once more, because each blob
+/// is removed after it was read into the store. What the store adds to its chunks is below a 256th.
 fn space_needed(tree: &Tree) -> u64 {
-    let sizes = || tree.blobs.iter().map(|blob| blob.size).chain(tree.manifests.iter().map(|node| node.bytes.len() as u64));
+    let sizes = || {
+        tree.blobs
+            .iter()
+            .map(|blob| blob.size)
+            .chain(tree.manifests.iter().map(|node| node.bytes.len() as u64))
+    };
     let total = sizes().fold(0, u64::saturating_add);
-    total.saturating_add(sizes().max().unwrap_or(0)).saturating_add(total / 256)
+    total
+        .saturating_add(sizes().max().unwrap_or(0))
+        .saturating_add(total / 256)
 }
 
 /// The bytes of this image that an earlier try left.
 fn bytes_kept(tree: &Tree, kept: &Path) -> u64 {
     let length = |name: String| std::fs::metadata(kept.join(name)).map_or(0, |meta| meta.len());
-    let of = |blob: &Descriptor| length(blob.digest.hex()).max(length(format!("{}.part", blob.digest.hex()))).min(blob.size);
+    let of = |blob: &Descriptor| {
+        length(blob.digest.hex())
+            .max(length(format!("{}.part", blob.digest.hex())))
+            .min(blob.size)
+    };
     tree.blobs.iter().map(of).sum()
 }
 
@@ -123,14 +182,19 @@ fn reserve(tree: &Tree, bytes: u64, dir: &Path) -> Result<Reservation, Fault> {
 }
 
 fn write(path: &Path, bytes: &[u8]) -> Result<(), Fault> {
-    File::create(path).and_then(|mut file| file.write_all(bytes)).at(format_args!("write {}", path.display()))
+    File::create(path)
+        .and_then(|mut file| file.write_all(bytes))
+        .at(format_args!("write {}", path.display()))
 }
 
 fn write_layout(dir: &Path, tree: &Tree, top: &Descriptor, name: &str) -> Result<(), Fault> {
     for node in &tree.manifests {
         write(&dir.join(node.digest.layout_path()), &node.bytes)?;
     }
-    let media_type = tree.manifests.last().map_or(top.media_type.as_str(), |node| node.media_type.as_str());
+    let media_type = tree
+        .manifests
+        .last()
+        .map_or(top.media_type.as_str(), |node| node.media_type.as_str());
     let index = serde_json::json!({
         "schemaVersion": 2,
         "manifests": [{
@@ -141,7 +205,10 @@ fn write_layout(dir: &Path, tree: &Tree, top: &Descriptor, name: &str) -> Result
         }],
     });
     write(&dir.join("index.json"), index.to_string().as_bytes())?;
-    write(&dir.join("oci-layout"), br#"{"imageLayoutVersion":"1.0.0"}"#)
+    write(
+        &dir.join("oci-layout"),
+        br#"{"imageLayoutVersion":"1.0.0"}"#,
+    )
 }
 
 /// Fetches one blob into the layout: from what an earlier try kept, and the rest from the registry.
@@ -154,9 +221,15 @@ async fn fetch(
     space: &Arc<Reservation>,
 ) -> Result<(), Fault> {
     let doing = || format!("fetch blob {}", blob.digest);
-    let (whole, part) = (kept.join(blob.digest.hex()), kept.join(format!("{}.part", blob.digest.hex())));
+    let (whole, part) = (
+        kept.join(blob.digest.hex()),
+        kept.join(format!("{}.part", blob.digest.hex())),
+    );
     let wanted = dir.join(blob.digest.layout_path());
-    if tokio::fs::metadata(&whole).await.is_ok_and(|meta| meta.len() == blob.size) {
+    if tokio::fs::metadata(&whole)
+        .await
+        .is_ok_and(|meta| meta.len() == blob.size)
+    {
         return put_in(&whole, &wanted).await;
     }
     loop {
@@ -166,16 +239,26 @@ async fn fetch(
             let (part, size, space) = (part.clone(), blob.size, space.clone());
             move || write_blob(&part, size, begin, receive, &space)
         });
-        let joined = async || writer.await.unwrap_or_else(|_| Err(Fault::internal("a worker thread ended early")));
-        let Ok(from) = begun.await else { return joined().await.map(|_| ()) };
+        let joined = async || {
+            writer
+                .await
+                .unwrap_or_else(|_| Err(Fault::internal("a worker thread ended early")))
+        };
+        let Ok(from) = begun.await else {
+            return joined().await.map(|_| ());
+        };
         let mut offset = from;
-        let sent = registry.send_blob(repository, blob, &mut offset, &send).await;
+        let sent = registry
+            .send_blob(repository, blob, &mut offset, &send)
+            .await;
         drop(send);
         let written = joined().await;
         match sent {
             Ok(()) => {}
             Err(error) if offset == 0 && error.status() == Some(404) && blob.is_foreign() => {
-                return tokio::fs::remove_file(&part).await.at(format_args!("remove {}", part.display()));
+                return tokio::fs::remove_file(&part)
+                    .await
+                    .at(format_args!("remove {}", part.display()));
             }
             // A full disk here is the cause where both failed.
             Err(error) => return Err(written.err().unwrap_or_else(|| error.fault(doing()))),
@@ -190,7 +273,9 @@ async fn fetch(
             .await?;
             return put_in(&whole, &wanted).await;
         }
-        tokio::fs::remove_file(&part).await.at(format_args!("remove {}", part.display()))?;
+        tokio::fs::remove_file(&part)
+            .await
+            .at(format_args!("remove {}", part.display()))?;
         if from == 0 {
             return Err(Fault::integrity(format!(
                 "blob {}: the registry sent {} bytes of {}, {} bytes were expected",
@@ -205,11 +290,16 @@ async fn fetch(
 async fn put_in(whole: &Path, wanted: &Path) -> Result<(), Fault> {
     match tokio::fs::hard_link(whole, wanted).await {
         Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => Ok(()), // the two folders are one
-        linked => linked.at(format_args!("link {} to {}", whole.display(), wanted.display())),
+        linked => linked.at(format_args!(
+            "link {} to {}",
+            whole.display(),
+            wanted.display()
+        )),
     }
 }
 
-/// Appends what is received to what is there of a blob, and hashes all of it. `begin` takes the bytes that are there.
+/// Appends what is received to what is there of a blob, and hashes all of it. `begin` takes the
+/// bytes that are there.
 fn write_blob(
     path: &Path,
     size_max: u64,
@@ -218,12 +308,18 @@ fn write_blob(
     space: &Reservation,
 ) -> Result<(u64, Sha256), Fault> {
     let what = || format!("write {}", path.display());
-    let mut file = File::options().read(true).append(true).create(true).open(path).at(what())?;
+    let mut file = File::options()
+        .read(true)
+        .append(true)
+        .create(true)
+        .open(path)
+        .at(what())?;
     let mut hash = sha2::Sha256::new();
     if file.metadata().at(what())?.len() > size_max {
         file.set_len(0).at(what())?;
     }
-    let mut size = std::io::copy(&mut file, &mut HashWriter(&mut hash)).at(format_args!("read {}", path.display()))?;
+    let mut size = std::io::copy(&mut file, &mut HashWriter(&mut hash))
+        .at(format_args!("read {}", path.display()))?;
     let _ = begin.send(size);
     while let Some(piece) = receive.blocking_recv() {
         file.write_all(&piece).at(what())?;

@@ -24,30 +24,51 @@ pub struct Origin {
 impl Origin {
     /// `scheme://host[:port]`.
     pub fn base(&self) -> String {
-        format!("{}://{}", if self.https { "https" } else { "http" }, self.authority)
+        format!(
+            "{}://{}",
+            if self.https { "https" } else { "http" },
+            self.authority
+        )
     }
 
-    /// Splits `[scheme://]host[:port][/rest]`. Without a scheme TLS is meant, but for this machine's own addresses, which
-    /// is what every container tool does.
+    /// Splits `[scheme://]host[:port][/rest]`. Without a scheme TLS is meant, but for this
+    /// machine's own addresses, which is what every container tool does.
     pub fn split(text: &str) -> Result<(Self, &str), Fault> {
-        let schemes = [("https://", Some(true)), ("http://", Some(false)), ("registry+http://", Some(false)), ("registry://", None)];
-        let (scheme, rest) =
-            schemes.iter().find_map(|(prefix, https)| text.strip_prefix(prefix).map(|rest| (*https, rest))).unwrap_or((None, text));
+        let schemes = [
+            ("https://", Some(true)),
+            ("http://", Some(false)),
+            ("registry+http://", Some(false)),
+            ("registry://", None),
+        ];
+        let (scheme, rest) = schemes
+            .iter()
+            .find_map(|(prefix, https)| text.strip_prefix(prefix).map(|rest| (*https, rest)))
+            .unwrap_or((None, text));
         let (authority, rest) = rest.split_once('/').unwrap_or((rest, ""));
         if authority.contains('@') {
             // Not repeated in the message: what stands before the @ may be a password.
-            return Err(Fault::config("a registry address carries a user name").with_next("set username and password_file instead"));
+            return Err(Fault::config("a registry address carries a user name")
+                .with_next("set username and password_file instead"));
         }
         let host_ok = !authority.is_empty()
-            && authority.chars().all(|c| c.is_ascii_alphanumeric() || ".-_:[]".contains(c))
+            && authority
+                .chars()
+                .all(|c| c.is_ascii_alphanumeric() || ".-_:[]".contains(c))
             && port(authority).is_none_or(|p| p.parse::<u16>().is_ok());
         if !host_ok {
             return Err(
-                Fault::config(format!("{:?} is not a registry's host", clip(authority))).with_next("write it as host[:port]/repository")
+                Fault::config(format!("{:?} is not a registry's host", clip(authority)))
+                    .with_next("write it as host[:port]/repository"),
             );
         }
         let https = scheme.unwrap_or_else(|| !is_loopback(authority));
-        Ok((Self { https, authority: authority.to_ascii_lowercase() }, rest))
+        Ok((
+            Self {
+                https,
+                authority: authority.to_ascii_lowercase(),
+            },
+            rest,
+        ))
     }
 
     /// Whether this is the machine itself, which no proxy can reach.
@@ -63,7 +84,9 @@ impl fmt::Display for Origin {
 }
 
 fn port(authority: &str) -> Option<&str> {
-    let after_bracket = authority.rsplit_once(']').map_or(authority, |(_, rest)| rest);
+    let after_bracket = authority
+        .rsplit_once(']')
+        .map_or(authority, |(_, rest)| rest);
     after_bracket.split_once(':').map(|(_, port)| port)
 }
 
@@ -80,8 +103,8 @@ fn clip(text: &str) -> String {
     text.chars().take(200).collect()
 }
 
-/// Checks a repository name by the distribution specification: components of `[a-z0-9]+`, joined inside by one `.`, one
-/// or two `_` or any number of `-`, and separated by `/`.
+/// Checks a repository name by the distribution specification: components of `[a-z0-9]+`, joined
+/// inside by one `.`, one or two `_` or any number of `-`, and separated by `/`.
 pub fn check_repository(name: &str) -> Result<(), String> {
     if name.is_empty() {
         return Err("it is empty".into());
@@ -97,7 +120,9 @@ pub fn check_repository(name: &str) -> Result<(), String> {
         }
         for separator in component.split(|c: char| c.is_ascii_lowercase() || c.is_ascii_digit()) {
             if !matches!(separator, "" | "." | "_" | "__") && separator.bytes().any(|b| b != b'-') {
-                return Err(format!("{component:?} contains {separator:?}, which registries do not take"));
+                return Err(format!(
+                    "{component:?} contains {separator:?}, which registries do not take"
+                ));
             }
         }
     }
@@ -105,8 +130,15 @@ pub fn check_repository(name: &str) -> Result<(), String> {
 }
 
 fn check_tag(tag: &str) -> bool {
-    let first = tag.bytes().next().is_some_and(|b| b.is_ascii_alphanumeric() || b == b'_');
-    first && tag.len() <= 128 && tag.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b))
+    let first = tag
+        .bytes()
+        .next()
+        .is_some_and(|b| b.is_ascii_alphanumeric() || b == b'_');
+    first
+        && tag.len() <= 128
+        && tag
+            .bytes()
+            .all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b))
 }
 
 /// Which manifest of a repository.
@@ -140,8 +172,16 @@ pub struct Reference {
 
 impl fmt::Display for Reference {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let separator = if matches!(self.pick, Pick::Tag(_)) { ':' } else { '@' };
-        write!(f, "{}/{}{separator}{}", self.origin, self.repository, self.pick)
+        let separator = if matches!(self.pick, Pick::Tag(_)) {
+            ':'
+        } else {
+            '@'
+        };
+        write!(
+            f,
+            "{}/{}{separator}{}",
+            self.origin, self.repository, self.pick
+        )
     }
 }
 
@@ -150,8 +190,9 @@ impl FromStr for Reference {
 
     fn from_str(text: &str) -> Result<Self, Fault> {
         let refuse = |why: String| {
-            Fault::usage(format!("image reference {:?}: {why}", clip(text)))
-                .with_next("write it as registry://host[:port]/repository:tag, or @sha256:… for one digest")
+            Fault::usage(format!("image reference {:?}: {why}", clip(text))).with_next(
+                "write it as registry://host[:port]/repository:tag, or @sha256:… for one digest",
+            )
         };
         let (mut origin, rest) = Origin::split(text)?;
         if rest.is_empty() {
@@ -161,7 +202,9 @@ impl FromStr for Reference {
             Some((rest, digest)) => (rest, Some(digest.parse::<Sha256>().map_err(&refuse)?)),
             None => (rest, None),
         };
-        let (repository, tag) = rest.rsplit_once(':').map_or((rest, None), |(r, t)| (r, Some(t)));
+        let (repository, tag) = rest
+            .rsplit_once(':')
+            .map_or((rest, None), |(r, t)| (r, Some(t)));
         let mut repository = repository.to_owned();
         if origin.authority == "docker.io" {
             origin.authority = "registry-1.docker.io".into();
@@ -176,7 +219,11 @@ impl FromStr for Reference {
             (None, Some(tag)) => return Err(refuse(format!("{tag:?} is not a tag"))),
             (None, None) => Pick::Tag("latest".into()),
         };
-        Ok(Self { origin, repository, pick })
+        Ok(Self {
+            origin,
+            repository,
+            pick,
+        })
     }
 }
 
@@ -188,17 +235,55 @@ mod tests {
     fn references_parse_and_print() {
         let check = |text: &str, base: &str, repository: &str, pick: &str| {
             let r: Reference = text.parse().unwrap();
-            assert_eq!((r.origin.base().as_str(), r.repository.as_str(), r.pick.to_string().as_str()), (base, repository, pick), "{text}");
+            assert_eq!(
+                (
+                    r.origin.base().as_str(),
+                    r.repository.as_str(),
+                    r.pick.to_string().as_str()
+                ),
+                (base, repository, pick),
+                "{text}"
+            );
         };
         let digest = format!("sha256:{}", "ab".repeat(32));
-        check("registry://harbor.example.com/op/seg:v1", "https://harbor.example.com", "op/seg", "v1");
-        check("harbor.example.com:8443/op/seg", "https://harbor.example.com:8443", "op/seg", "latest");
-        check("127.0.0.1:5000/seg:v1", "http://127.0.0.1:5000", "seg", "v1");
+        check(
+            "registry://harbor.example.com/op/seg:v1",
+            "https://harbor.example.com",
+            "op/seg",
+            "v1",
+        );
+        check(
+            "harbor.example.com:8443/op/seg",
+            "https://harbor.example.com:8443",
+            "op/seg",
+            "latest",
+        );
+        check(
+            "127.0.0.1:5000/seg:v1",
+            "http://127.0.0.1:5000",
+            "seg",
+            "v1",
+        );
         check("[::1]:5000/seg:v1", "http://[::1]:5000", "seg", "v1");
         check("https://localhost/seg:v1", "https://localhost", "seg", "v1");
-        check("registry+http://r.lan:5000/a/b/c:x", "http://r.lan:5000", "a/b/c", "x");
-        check("docker.io/alpine:3", "https://registry-1.docker.io", "library/alpine", "3");
-        check(&format!("r.lan/a:v1@{digest}"), "https://r.lan", "a", &digest);
+        check(
+            "registry+http://r.lan:5000/a/b/c:x",
+            "http://r.lan:5000",
+            "a/b/c",
+            "x",
+        );
+        check(
+            "docker.io/alpine:3",
+            "https://registry-1.docker.io",
+            "library/alpine",
+            "3",
+        );
+        check(
+            &format!("r.lan/a:v1@{digest}"),
+            "https://r.lan",
+            "a",
+            &digest,
+        );
     }
 
     #[test]
@@ -218,7 +303,9 @@ mod tests {
         ] {
             assert!(bad.parse::<Reference>().is_err(), "{bad:?}");
         }
-        let fault = "https://user:hunter2@host/a:1".parse::<Reference>().unwrap_err();
+        let fault = "https://user:hunter2@host/a:1"
+            .parse::<Reference>()
+            .unwrap_err();
         assert!(!fault.message.contains("hunter2"), "{fault}");
     }
 

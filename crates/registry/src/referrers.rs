@@ -1,7 +1,9 @@
-//! What refers to an image in a registry: signatures, SBOMs and attestations. A pull does not fetch it, so it is counted.
+//! What refers to an image in a registry: signatures, SBOMs and attestations. A pull does not fetch
+//! it, so it is counted.
 //!
-//! Asked are the referrers API (OCI 1.1), the tag `sha256-<hex>` where a registry has no such API, and the tags of cosign. All of it has
-//! one short deadline, beside the transfer of the blobs: a registry that does not answer these questions neither fails nor delays a pull.
+//! Asked are the referrers API (OCI 1.1), the tag `sha256-<hex>` where a registry has no such API,
+//! and the tags of cosign. All of it has one short deadline, beside the transfer of the blobs: a
+//! registry that does not answer these questions neither fails nor delays a pull.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -16,15 +18,21 @@ use super::manifests::{digest_header, next_link};
 use crate::image::{OCI_INDEX, OCI_MANIFEST, Sha256};
 use crate::{Error, Registry, Wait, read_capped};
 use base::limits::{
-    OMITTED_EXAMPLE_CHARS_MAX, REGISTRY_BODY_BYTES_MAX, REGISTRY_REFERRER_PAGES_MAX, REGISTRY_REFERRER_QUESTIONS_MAX,
-    REGISTRY_REFERRER_SUBJECTS_MAX, REGISTRY_REFERRERS_COUNTED_MAX,
+    OMITTED_EXAMPLE_CHARS_MAX, REGISTRY_BODY_BYTES_MAX, REGISTRY_REFERRER_PAGES_MAX,
+    REGISTRY_REFERRER_QUESTIONS_MAX, REGISTRY_REFERRER_SUBJECTS_MAX,
+    REGISTRY_REFERRERS_COUNTED_MAX,
 };
 use base::omitted::{Category, Omitted};
 
 /// The tags that cosign puts beside an image, and what they name.
-const COSIGN_TAGS: [(&str, &str); 3] = [("sig", "signature"), ("att", "attestation"), ("sbom", "SBOM")];
+const COSIGN_TAGS: [(&str, &str); 3] = [
+    ("sig", "signature"),
+    ("att", "attestation"),
+    ("sbom", "SBOM"),
+];
 
-/// A page of referrers, as far as it is needed. Lenient: what a registry lists may bear digests of any kind.
+/// A page of referrers, as far as it is needed. Lenient: what a registry lists may bear digests of
+/// any kind.
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct Page {
@@ -41,11 +49,15 @@ struct Listed {
 
 /// What was found, by digest: one object may be found in several ways.
 #[derive(Default)]
-struct Found(Mutex<BTreeMap<String, String>>);
+struct FoundReferrers(Mutex<BTreeMap<String, String>>);
 
-impl Found {
+impl FoundReferrers {
     fn add(&self, digest: &str, what: &str) {
-        let short = |text: &str| text.chars().take(OMITTED_EXAMPLE_CHARS_MAX).collect::<String>();
+        let short = |text: &str| {
+            text.chars()
+                .take(OMITTED_EXAMPLE_CHARS_MAX)
+                .collect::<String>()
+        };
         let mut found = self.0.lock();
         if found.len() < REGISTRY_REFERRERS_COUNTED_MAX {
             found.entry(short(digest)).or_insert_with(|| short(what));
@@ -68,16 +80,33 @@ enum Fallback {
 }
 
 impl Registry {
-    /// Counts what refers to these manifests of a repository and is none of them. The first is the image's top one. What the registry did
-    /// not answer `within` this time does not count.
-    pub(super) async fn referrers(&self, repository: &str, subjects: &[Sha256], within: Duration) -> Omitted {
-        let found = Found::default();
-        let lists = subjects.iter().take(REGISTRY_REFERRER_SUBJECTS_MAX).enumerate();
-        let lists = lists.map(|(at, subject)| Question::List(*subject, if at == 0 { Fallback::Tag } else { Fallback::None }));
-        let tags = subjects
-            .first()
-            .into_iter()
-            .flat_map(|top| COSIGN_TAGS.map(|(suffix, what)| Question::Tag(format!("sha256-{}.{suffix}", top.hex()), what)));
+    /// Counts what refers to these manifests of a repository and is none of them. The first is the
+    /// image's top one. What the registry did not answer `within` this time does not count.
+    pub(super) async fn referrers(
+        &self,
+        repository: &str,
+        subjects: &[Sha256],
+        within: Duration,
+    ) -> Omitted {
+        let found = FoundReferrers::default();
+        let lists = subjects
+            .iter()
+            .take(REGISTRY_REFERRER_SUBJECTS_MAX)
+            .enumerate();
+        let lists = lists.map(|(at, subject)| {
+            Question::List(
+                *subject,
+                if at == 0 {
+                    Fallback::Tag
+                } else {
+                    Fallback::None
+                },
+            )
+        });
+        let tags = subjects.first().into_iter().flat_map(|top| {
+            COSIGN_TAGS
+                .map(|(suffix, what)| Question::Tag(format!("sha256-{}.{suffix}", top.hex()), what))
+        });
         let questions: Vec<Question> = tags.chain(lists).collect();
         let all = futures::stream::iter(questions).for_each_concurrent(REGISTRY_REFERRER_QUESTIONS_MAX, |question| async {
             if let Err(error) = self.ask(repository, question, &found).await {
@@ -89,28 +118,62 @@ impl Registry {
             tracing::info!(registry = %self.origin, repository, "the registry did not say in time what refers to the image");
         }
         let mut omitted = Omitted::default();
-        let is_carried = |digest: &str| digest.parse().is_ok_and(|digest: Sha256| subjects.contains(&digest));
-        for (digest, what) in found.0.into_inner().into_iter().filter(|(digest, _)| !is_carried(digest)) {
+        let is_carried = |digest: &str| {
+            digest
+                .parse()
+                .is_ok_and(|digest: Sha256| subjects.contains(&digest))
+        };
+        for (digest, what) in found
+            .0
+            .into_inner()
+            .into_iter()
+            .filter(|(digest, _)| !is_carried(digest))
+        {
             omitted.add(Category::Referrers, format!("{what} {digest}"));
         }
         omitted
     }
 
-    async fn ask(&self, repository: &str, question: Question, found: &Found) -> Result<(), Error> {
+    async fn ask(
+        &self,
+        repository: &str,
+        question: Question,
+        found: &FoundReferrers,
+    ) -> Result<(), Error> {
         match question {
             Question::Tag(tag, what) => {
                 let url = self.url(&format!("{repository}/manifests/{tag}"))?;
-                let fill = |request: reqwest::RequestBuilder| request.header(ACCEPT, format!("{OCI_MANIFEST}, {OCI_INDEX}"));
-                let response = self.send(&Self::scope(repository, "pull"), Method::HEAD, url, &fill, &Wait::Quick).await?;
+                let fill = |request: reqwest::RequestBuilder| {
+                    request.header(ACCEPT, format!("{OCI_MANIFEST}, {OCI_INDEX}"))
+                };
+                let response = self
+                    .send(
+                        &Self::scope(repository, "pull"),
+                        Method::HEAD,
+                        url,
+                        &fill,
+                        &Wait::Quick,
+                    )
+                    .await?;
                 if response.status() == StatusCode::OK {
-                    found.add(&digest_header(&response).map_or(tag, |digest| digest.to_string()), what);
+                    found.add(
+                        &digest_header(&response).map_or(tag, |digest| digest.to_string()),
+                        what,
+                    );
                 }
                 Ok(())
             }
             Question::List(subject, fallback) => {
-                let listed = self.read_list(repository, &format!("referrers/{subject}"), found).await;
+                let listed = self
+                    .read_list(repository, &format!("referrers/{subject}"), found)
+                    .await;
                 if !matches!(listed, Ok(true)) && fallback == Fallback::Tag {
-                    self.read_list(repository, &format!("manifests/sha256-{}", subject.hex()), found).await?;
+                    self.read_list(
+                        repository,
+                        &format!("manifests/sha256-{}", subject.hex()),
+                        found,
+                    )
+                    .await?;
                 }
                 listed.map(|_| ())
             }
@@ -118,19 +181,49 @@ impl Registry {
     }
 
     /// Reads a list of referrers; `false` when there is none.
-    async fn read_list(&self, repository: &str, path: &str, found: &Found) -> Result<bool, Error> {
+    async fn read_list(
+        &self,
+        repository: &str,
+        path: &str,
+        found: &FoundReferrers,
+    ) -> Result<bool, Error> {
         let mut url = self.url(&format!("{repository}/{path}"))?;
         for page in 0..REGISTRY_REFERRER_PAGES_MAX {
             let scope = Self::scope(repository, "pull");
-            let response = self.send(&scope, Method::GET, url, &|request| request.header(ACCEPT, OCI_INDEX), &Wait::Quick).await?;
+            let response = self
+                .send(
+                    &scope,
+                    Method::GET,
+                    url,
+                    &|request| request.header(ACCEPT, OCI_INDEX),
+                    &Wait::Quick,
+                )
+                .await?;
             if response.status() != StatusCode::OK {
                 return Ok(page > 0);
             }
-            let next = response.headers().get(LINK).and_then(|link| link.to_str().ok()).and_then(next_link).map(str::to_owned);
+            let next = response
+                .headers()
+                .get(LINK)
+                .and_then(|link| link.to_str().ok())
+                .and_then(next_link)
+                .map(str::to_owned);
             let body = read_capped(response, REGISTRY_BODY_BYTES_MAX).await?;
-            let Ok(Page { manifests: Some(manifests) }) = serde_json::from_slice(&body) else { return Ok(page > 0) };
+            let Ok(Page {
+                manifests: Some(manifests),
+            }) = serde_json::from_slice(&body)
+            else {
+                return Ok(page > 0);
+            };
             for listed in &manifests {
-                found.add(&listed.digest, listed.artifact_type.as_deref().filter(|what| !what.is_empty()).unwrap_or("artifact"));
+                found.add(
+                    &listed.digest,
+                    listed
+                        .artifact_type
+                        .as_deref()
+                        .filter(|what| !what.is_empty())
+                        .unwrap_or("artifact"),
+                );
             }
             match next {
                 Some(next) => url = self.follow(&next)?,

@@ -1,4 +1,5 @@
-//! How long a registry has owed an answer: requests that wait, each since it was sent or since its body last moved.
+//! How long a registry has owed an answer: requests that wait, each since it was sent or since its
+//! body last moved.
 
 use std::collections::HashMap;
 use std::time::{Duration, Instant};

@@ -1,4 +1,5 @@
-//! Files on the NAS: an immutable folder a version, and a small text file that names the active one.
+//! Files on the NAS: an immutable folder a version, and a small text file that names the active
+//! one.
 //!
 //! ```text
 //! <root>/<kind>/<name>/<version>/…           appears by one rename, never changes
@@ -8,11 +9,13 @@
 //! <root>/.packhorse/sites/<owner>            one file for each daemon that uses the root
 //! <root>/.packhorse/versions/<kind>/<name>/<version>.json    the digest of what stands there
 //! ```
-//! The note of the digest is durable before the rename: after a crash between the two, a commit that is asked again
-//! finds either the staged folder or its own finished one, and knows which. It is created exclusively: of two sites that commit
-//! different contents under one version, one creates it, and the other claims nothing. Of a version of which something was found gone
-//! or damaged only that is replaced, file by file (see `repair`). Several sites may use one root: each removes only what it
-//! staged itself, a version that another one has committed is used as it is, and none removes a version from a shared root.
+//! The note of the digest is durable before the rename: after a crash between the two, a commit
+//! that is asked again finds either the staged folder or its own finished one, and knows which. It
+//! is created exclusively: of two sites that commit different contents under one version, one
+//! creates it, and the other claims nothing. Of a version of which something was found gone or
+//! damaged only that is replaced, file by file (see `repair`). Several sites may use one root: each
+//! removes only what it staged itself, a version that another one has committed is used as it is,
+//! and none removes a version from a shared root.
 
 mod mount;
 mod notes;
@@ -29,7 +32,10 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use parking_lot::Mutex;
 
-use super::{Folding, Heartbeat, Incoming, Landed, Look, Place, Sink, Threads, nothing_staged, rounded_secs};
+use super::{
+    Folding, Heartbeat, Incoming, Landed, Look, Sink, StorageLocation, Threads, nothing_staged,
+    rounded_secs,
+};
 use crate::settings;
 use crate::stage::StagingRoot;
 use base::durable;
@@ -50,7 +56,8 @@ const SITES: &str = "sites";
 const SAID_EACH_DAY: &str = "written anew each day";
 /// The folder in [`HIDDEN`] that holds what is on its way in.
 const STAGING: &str = "staging";
-/// Daemons that are named of those that use the same root, and the bytes that each may say of itself.
+/// Daemons that are named of those that use the same root, and the bytes that each may say of
+/// itself.
 const SITES_TOLD_MAX: usize = 16;
 const SITE_BYTES_MAX: u64 = 256;
 
@@ -81,8 +88,11 @@ impl FilesSink {
         if root.is_dir() {
             return Ok(());
         }
-        Err(Fault::config(format!("[sink.files] root {} is not a folder", root.display()))
-            .with_next("mount the NAS there, or make the folder"))
+        Err(Fault::config(format!(
+            "[sink.files] root {} is not a folder",
+            root.display()
+        ))
+        .with_next("mount the NAS there, or make the folder"))
     }
 
     /// Whether versions can be put into the root by whoever runs this.
@@ -94,7 +104,8 @@ impl FilesSink {
         })
     }
 
-    /// Opens the root that the config names (default: `<data_dir>/artifacts`). A root that is away now is waited for.
+    /// Opens the root that the config names (default: `<data_dir>/artifacts`). A root that is away
+    /// now is waited for.
     pub fn open(config: Option<&settings::FilesSink>, data_dir: &Path) -> Result<Self, Fault> {
         let root = config.map_or_else(|| data_dir.join("artifacts"), |config| config.root.clone());
         let owner_file = data_dir.join("sink-files-owner");
@@ -120,10 +131,14 @@ impl FilesSink {
             heartbeat: Heartbeat::default(),
         };
         if !sink.id_file.exists() {
-            // A root that is there at the first start is marked now: later it might be an empty mount point.
+            // A root that is there at the first start is marked now: later it might be an empty
+            // mount point.
             let (this, (marked, seen)) = (sink.clone(), sync_channel(1));
             let mark = move || drop(marked.try_send(this.mounted()));
-            std::thread::Builder::new().name("sink files".into()).spawn(mark).at("start a thread")?;
+            std::thread::Builder::new()
+                .name("sink files".into())
+                .spawn(mark)
+                .at("start a thread")?;
             if let Ok(Err(fault)) = seen.recv_timeout(SINK_ANSWER_MAX) {
                 tracing::warn!(root = %sink.root.display(), error = %fault, next = %fault.next, "the files sink is not available yet");
             }
@@ -132,9 +147,14 @@ impl FilesSink {
     }
 
     /// Runs a call for a transfer. What is missing or refused in the root now is waited for.
-    async fn run<T: Send + 'static>(&self, work: impl FnOnce(&Self) -> Result<T, Fault> + Send + 'static) -> Result<T, Fault> {
+    async fn run<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Self) -> Result<T, Fault> + Send + 'static,
+    ) -> Result<T, Fault> {
         let this = self.clone();
-        self.threads.run(move || work(&this).map_err(Fault::of_sink)).await
+        self.threads
+            .run(move || work(&this).map_err(Fault::of_sink))
+            .await
     }
 
     /// What the root is known by. Marks it if this site sees it for the first time.
@@ -146,7 +166,12 @@ impl FilesSink {
         let there = self.root.join(HIDDEN).join("id");
         let id = match std::fs::read_to_string(&self.id_file) {
             Ok(id) => id,
-            Err(e) if e.kind() != ErrorKind::NotFound => return Err(Fault::io(format_args!("read {}", self.id_file.display()), &e)),
+            Err(e) if e.kind() != ErrorKind::NotFound => {
+                return Err(Fault::io(
+                    format_args!("read {}", self.id_file.display()),
+                    &e,
+                ));
+            }
             Err(_) => {
                 if self.configured && !self.root.is_dir() {
                     return Err(self.away("it is not a folder"));
@@ -156,8 +181,12 @@ impl FilesSink {
                     Err(e) if e.kind() == ErrorKind::NotFound => {
                         durable::create_dir_all(&self.staging)?;
                         // Another site may mark it at the same moment: what is there counts.
-                        durable::create(&there, format!("{:032x}\n", rand::random::<u128>()).as_bytes())?;
-                        std::fs::read_to_string(&there).at(format_args!("read {}", there.display()))?
+                        durable::create(
+                            &there,
+                            format!("{:032x}\n", rand::random::<u128>()).as_bytes(),
+                        )?;
+                        std::fs::read_to_string(&there)
+                            .at(format_args!("read {}", there.display()))?
                     }
                     Err(e) => return Err(Fault::io(format_args!("read {}", there.display()), &e)),
                 };
@@ -174,16 +203,24 @@ impl FilesSink {
         )
     }
 
-    /// Notes in the root that this daemon uses it, at the start and then each day. Where that fails it is done at a later call.
+    /// Notes in the root that this daemon uses it, at the start and then each day. Where that fails
+    /// it is done at a later call.
     fn register(&self) {
         let mut last = self.registered.lock();
         if !self.configured || last.is_some_and(|last| last.elapsed() < ROOT_USE_SAID_EVERY) {
             return;
         }
         let mine = self.root.join(HIDDEN).join(SITES).join(&self.owner);
-        let (node, data_dir) = (rustix::system::uname().nodename().to_string_lossy().into_owned(), self.id_file.with_file_name(""));
+        let (node, data_dir) = (
+            rustix::system::uname()
+                .nodename()
+                .to_string_lossy()
+                .into_owned(),
+            self.id_file.with_file_name(""),
+        );
         let text = format!("{node} {}\n{SAID_EACH_DAY}\n", data_dir.display());
-        let noted = durable::create_dir_all(mine.parent().unwrap_or(&self.root)).and_then(|()| durable::replace(&mine, text.as_bytes()));
+        let noted = durable::create_dir_all(mine.parent().unwrap_or(&self.root))
+            .and_then(|()| durable::replace(&mine, text.as_bytes()));
         *last = noted.is_ok().then(Instant::now);
     }
 
@@ -196,10 +233,16 @@ impl FilesSink {
             Err(error) if error.kind() == ErrorKind::NotFound => Vec::new(),
             Err(error) => return Err(Fault::io(folder.display(), &error)),
         };
-        let others =
-            sites.into_iter().filter(|entry| !entry.file_name().to_string_lossy().starts_with('.') && *entry.file_name() != *self.owner);
+        let others = sites.into_iter().filter(|entry| {
+            !entry.file_name().to_string_lossy().starts_with('.')
+                && *entry.file_name() != *self.owner
+        });
         // By the clock of the NAS, which wrote both times.
-        let written = |path: &Path| std::fs::metadata(path).and_then(|meta| meta.modified()).ok();
+        let written = |path: &Path| {
+            std::fs::metadata(path)
+                .and_then(|meta| meta.modified())
+                .ok()
+        };
         let now = written(&folder.join(&self.owner));
         let read = |entry: std::fs::DirEntry| {
             let mut text = Vec::new();
@@ -210,8 +253,11 @@ impl FilesSink {
             let mut lines = text.trim().lines();
             let who = lines.next().unwrap_or_default();
             // One of an earlier revision says it once.
-            let silent = now.zip(written(&entry.path())).and_then(|(now, said)| now.duration_since(said).ok());
-            let has_ended = lines.next() == Some(SAID_EACH_DAY) && silent.is_some_and(|silent| silent >= ROOT_USE_ENDS_AFTER);
+            let silent = now
+                .zip(written(&entry.path()))
+                .and_then(|(now, said)| now.duration_since(said).ok());
+            let has_ended = lines.next() == Some(SAID_EACH_DAY)
+                && silent.is_some_and(|silent| silent >= ROOT_USE_ENDS_AFTER);
             (!has_ended).then(|| text::line(who, SITE_BYTES_MAX as usize))
         };
         Ok(others.filter_map(read).take(SITES_TOLD_MAX).collect())
@@ -224,7 +270,10 @@ impl FilesSink {
     /// The sink as it is on such a filesystem.
     #[cfg(any(test, feature = "testing"))]
     pub fn assuming(self, mount: Mount) -> Self {
-        Self { mount: Arc::new(mount.into()), ..self }
+        Self {
+            mount: Arc::new(mount.into()),
+            ..self
+        }
     }
 
     fn series(&self, artifact: &ArtifactRef) -> PathBuf {
@@ -249,7 +298,9 @@ impl FilesSink {
         let folder = self.folder(&incoming.artifact);
         match std::fs::symlink_metadata(&folder) {
             Ok(_) => {}
-            Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => return Ok(false),
+            Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => {
+                return Ok(false);
+            }
             // A NAS that fails for a moment says nothing of what it holds.
             Err(e) => return Err(Fault::io(format_args!("look at {}", folder.display()), &e)),
         }
@@ -273,24 +324,34 @@ impl FilesSink {
 
     fn landed(&self, artifact: &ArtifactRef) -> Landed {
         let path = self.folder(artifact);
-        Landed { location: path.display().to_string(), place: Place::Folder { path }, note: None }
+        Landed {
+            location: path.display().to_string(),
+            place: StorageLocation::Folder { path },
+            note: None,
+        }
     }
 
-    /// Whether this version was asked for after the one that is active: a large old version that arrives late, or one
-    /// that is delivered again, must not take readers back.
+    /// Whether this version was asked for after the one that is active: a large old version that
+    /// arrives late, or one that is delivered again, must not take readers back.
     fn is_newest(&self, artifact: &ArtifactRef) -> Result<bool, Fault> {
         let current = self.current(artifact)?.unwrap_or_default();
-        let Ok(active) = ArtifactRef::new(artifact.kind, artifact.name(), &current) else { return Ok(true) };
+        let Ok(active) = ArtifactRef::new(artifact.kind, artifact.name(), &current) else {
+            return Ok(true);
+        };
         Ok(match (self.note(&active)?, self.note(artifact)?) {
             (Some(active), Some(this)) => active.transfer <= this.transfer,
             _ => true,
         })
     }
 
-    /// Whether the root is the one that this site has always had. An empty mount point must not be filled.
+    /// Whether the root is the one that this site has always had. An empty mount point must not be
+    /// filled.
     fn mounted(&self) -> Result<(), Fault> {
         let id = self.id()?;
-        self.is_ours(&id, std::fs::read_to_string(self.root.join(HIDDEN).join("id")))?;
+        self.is_ours(
+            &id,
+            std::fs::read_to_string(self.root.join(HIDDEN).join("id")),
+        )?;
         self.register();
         Ok(())
     }
@@ -315,10 +376,18 @@ impl FilesSink {
             return Ok(());
         }
         durable::replace_symlink(&link, artifact.version())?;
-        if std::fs::symlink_metadata(&file).at(file.display())?.is_symlink() { write() } else { Ok(()) }
+        if std::fs::symlink_metadata(&file)
+            .at(file.display())?
+            .is_symlink()
+        {
+            write()
+        } else {
+            Ok(())
+        }
     }
 
-    /// Every step may be repeated, and is skipped once it is done. It succeeds only after `CURRENT` names the version that it is to name.
+    /// Every step may be repeated, and is skipped once it is done. It succeeds only after `CURRENT`
+    /// names the version that it is to name.
     fn commit_blocking(&self, incoming: &Incoming, staged: &Path) -> Result<Landed, Fault> {
         let artifact = &incoming.artifact;
         self.mounted()?;
@@ -330,14 +399,16 @@ impl FilesSink {
             self.claim(incoming)?;
             durable::create_dir_all(&self.series(artifact))?;
             if let Err(fault) = durable::rename_noreplace(staged, &self.folder(artifact)) {
-                // A rename that a network filesystem reports as failed may have happened, or another site was faster.
+                // A rename that a network filesystem reports as failed may have happened, or
+                // another site was faster.
                 stood = self.is_there(incoming)?;
                 if !stood {
                     return Err(fault);
                 }
             }
         }
-        // What is staged is whole and checked: a version is staged again only when the one that stands is not.
+        // What is staged is whole and checked: a version is staged again only when the one that
+        // stands is not.
         if stood && staged.try_exists().at(staged.display())? {
             repair::merge(staged, &self.folder(artifact))?;
             self.write_note(incoming)?;
@@ -361,10 +432,16 @@ impl FilesSink {
         for entry in std::fs::read_dir(notes).at(notes.display())? {
             let name = entry.at(notes.display())?.file_name();
             let version = name.to_str().and_then(|name| name.strip_suffix(".json"));
-            let Some(Ok(left)) = version.map(|version| ArtifactRef::new(artifact.kind, artifact.name(), version)) else { continue };
+            let Some(Ok(left)) =
+                version.map(|version| ArtifactRef::new(artifact.kind, artifact.name(), version))
+            else {
+                continue;
+            };
             if let Some(note) = self.note(&left)?
                 && is_folder(&self.folder(&left))?
-                && newest.as_ref().is_none_or(|(transfer, _)| *transfer < note.transfer)
+                && newest
+                    .as_ref()
+                    .is_none_or(|(transfer, _)| *transfer < note.transfer)
             {
                 newest = Some((note.transfer, left));
             }
@@ -374,7 +451,12 @@ impl FilesSink {
 
     /// Takes a version out of sight by one rename. Returns where it is now, to be removed.
     fn move_away(&self, artifact: &ArtifactRef) -> Result<PathBuf, Fault> {
-        let away = self.staging.join(format!("removed-{}-{}-{:08x}", self.owner, artifact.version(), rand::random::<u32>()));
+        let away = self.staging.join(format!(
+            "removed-{}-{}-{:08x}",
+            self.owner,
+            artifact.version(),
+            rand::random::<u32>()
+        ));
         durable::rename_noreplace(&self.folder(artifact), &away)?;
         Ok(away)
     }
@@ -467,23 +549,36 @@ impl Sink for FilesSink {
 
     fn held_up(&self) -> Option<Fault> {
         let root = self.root.clone();
-        // What the kernel does not answer from its caches: the size of the filesystem, and a file that is opened.
+        // What the kernel does not answer from its caches: the size of the filesystem, and a file
+        // that is opened.
         let call = move || {
             let _ = rustix::fs::statvfs(&root);
             let _ = std::fs::read(root.join(HIDDEN).join("id"));
         };
         let silent = self.heartbeat.silent_for(&self.threads, call)?;
-        let message = format!("the NAS at {} has not answered for {} s", self.root.display(), rounded_secs(silent));
-        Some(Fault::unreachable(message).with_next("check the NAS and the network to it; the transfer goes on by itself when it answers"))
+        let message = format!(
+            "the NAS at {} has not answered for {} s",
+            self.root.display(),
+            rounded_secs(silent)
+        );
+        Some(Fault::unreachable(message).with_next(
+            "check the NAS and the network to it; the transfer goes on by itself when it answers",
+        ))
     }
 
     fn may_remove(&self, name: &str) -> bool {
-        // Those without an owner, `removed-<version>-<random>`, are of a daemon that had the root to itself.
+        // Those without an owner, `removed-<version>-<random>`, are of a daemon that had the root
+        // to itself.
         let is_owned = |rest: &str| {
             let (owner, rest) = rest.split_once('-').unwrap_or((rest, ""));
-            owner.len() == self.owner.len() && owner.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f')) && rest.contains('-')
+            owner.len() == self.owner.len()
+                && owner
+                    .bytes()
+                    .all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'))
+                && rest.contains('-')
         };
-        name.strip_prefix("removed-").is_some_and(|rest| rest.starts_with(&format!("{}-", self.owner)) || !is_owned(rest))
+        name.strip_prefix("removed-")
+            .is_some_and(|rest| rest.starts_with(&format!("{}-", self.owner)) || !is_owned(rest))
     }
 
     fn is_shared(&self) -> bool {
@@ -494,8 +589,10 @@ impl Sink for FilesSink {
         self.mounted()
     }
 
-    fn place_of(&self, artifact: &ArtifactRef) -> Option<Place> {
-        Some(Place::Folder { path: self.folder(artifact) })
+    fn place_of(&self, artifact: &ArtifactRef) -> Option<StorageLocation> {
+        Some(StorageLocation::Folder {
+            path: self.folder(artifact),
+        })
     }
 
     fn fixed_modes(&self) -> bool {
@@ -505,7 +602,11 @@ impl Sink for FilesSink {
     async fn trial(&self) -> Result<(), Fault> {
         self.run(|this| {
             this.mounted()?;
-            trial(&this.staging.join(format!("removed-{}-trial-{:08x}", this.owner, rand::random::<u32>())))
+            trial(&this.staging.join(format!(
+                "removed-{}-trial-{:08x}",
+                this.owner,
+                rand::random::<u32>()
+            )))
         })
         .await
     }
@@ -517,7 +618,11 @@ impl Sink for FilesSink {
             durable::create_dir_all(&this.staging)?;
             if this.mount.get().is_none() {
                 // Two at once find the same.
-                let folder = this.staging.join(format!("removed-{}-probe-{:08x}", this.owner, rand::random::<u32>()));
+                let folder = this.staging.join(format!(
+                    "removed-{}-probe-{:08x}",
+                    this.owner,
+                    rand::random::<u32>()
+                ));
                 let _ = this.mount.set(Mount::probe(&folder)?);
             }
             this.is_there(&incoming).map(|_| ())
@@ -530,7 +635,10 @@ impl Sink for FilesSink {
             return None;
         }
         path.components().find_map(|name| {
-            if let Some(c) = name.chars().find(|c| "<>:\"|?*\\".contains(*c) || c.is_control()) {
+            if let Some(c) = name
+                .chars()
+                .find(|c| "<>:\"|?*\\".contains(*c) || c.is_control())
+            {
                 return Some(format!("the NAS takes no {c:?} in names"));
             }
             let stem = name.split('.').next().unwrap_or(name).to_ascii_uppercase();
@@ -539,7 +647,10 @@ impl Sink for FilesSink {
                     && (stem.starts_with("COM") || stem.starts_with("LPT"))
                     && stem.ends_with(|c: char| c.is_ascii_digit()));
             if name.ends_with(['.', ' ']) || reserved {
-                return Some("the NAS takes no reserved names, nor names that end in a dot or a space".into());
+                return Some(
+                    "the NAS takes no reserved names, nor names that end in a dot or a space"
+                        .into(),
+                );
             }
             None
         })
@@ -555,7 +666,8 @@ impl Sink for FilesSink {
 
     async fn commit(&self, incoming: &Incoming, staged: &Path) -> Result<Landed, Fault> {
         let (incoming, staged) = (incoming.clone(), staged.to_owned());
-        self.run(move |this| this.commit_blocking(&incoming, &staged)).await
+        self.run(move |this| this.commit_blocking(&incoming, &staged))
+            .await
     }
 
     async fn activate(&self, artifact: &ArtifactRef) -> Result<(), Fault> {
@@ -563,22 +675,36 @@ impl Sink for FilesSink {
         self.threads
             .run(move || {
                 if this.note(&artifact)?.is_none() || !is_folder(&this.folder(&artifact))? {
-                    return Err(Fault::not_found(format!("{artifact} is not in {}", this.root.display())));
+                    return Err(Fault::not_found(format!(
+                        "{artifact} is not in {}",
+                        this.root.display()
+                    )));
                 }
                 this.set_current(&artifact)
             })
             .await
     }
 
-    async fn read_at(&self, place: &Place, path: &RelPath, offset: u64, len: u32) -> Result<Bytes, Fault> {
-        let Place::Folder { path: folder } = place else { return Err(Fault::internal("a files sink reads folders only")) };
+    async fn read_at(
+        &self,
+        place: &StorageLocation,
+        path: &RelPath,
+        offset: u64,
+        len: u32,
+    ) -> Result<Bytes, Fault> {
+        let StorageLocation::Folder { path: folder } = place else {
+            return Err(Fault::internal("a files sink reads folders only"));
+        };
         let file = path.in_dir(folder);
         self.threads
             .run(move || {
                 use std::os::unix::fs::FileExt;
                 let mut out = vec![0; len as usize];
                 let what = || format!("read {}", file.display());
-                std::fs::File::open(&file).at(what())?.read_exact_at(&mut out, offset).at(what())?;
+                std::fs::File::open(&file)
+                    .at(what())?
+                    .read_exact_at(&mut out, offset)
+                    .at(what())?;
                 Ok(out.into())
             })
             .await
@@ -586,7 +712,8 @@ impl Sink for FilesSink {
 
     async fn stands(&self, incoming: &Incoming) -> Result<bool, Fault> {
         let incoming = incoming.clone();
-        self.run(move |this| this.mounted().and_then(|()| this.is_there(&incoming))).await
+        self.run(move |this| this.mounted().and_then(|()| this.is_there(&incoming)))
+            .await
     }
 
     async fn active(&self, artifact: &ArtifactRef) -> Result<Option<String>, Fault> {
@@ -595,10 +722,17 @@ impl Sink for FilesSink {
     }
 
     fn committed_at(&self, artifact: &ArtifactRef) -> Option<std::time::SystemTime> {
-        std::fs::metadata(self.note_path(artifact)).and_then(|meta| meta.modified()).ok()
+        std::fs::metadata(self.note_path(artifact))
+            .and_then(|meta| meta.modified())
+            .ok()
     }
 
-    async fn verify(&self, incoming: &Incoming, _place: &Place, _look: &Look) -> Result<Vec<String>, Fault> {
+    async fn verify(
+        &self,
+        incoming: &Incoming,
+        _place: &StorageLocation,
+        _look: &Look,
+    ) -> Result<Vec<String>, Fault> {
         let incoming = incoming.clone();
         self.run(move |this| {
             // Where nothing is mounted nothing would be found, and all of it be taken for gone.
@@ -615,7 +749,9 @@ impl Sink for FilesSink {
 
     async fn remove(&self, artifact: &ArtifactRef) -> Result<Option<String>, Fault> {
         let (this, artifact) = (self.clone(), artifact.clone());
-        self.threads.run(move || this.remove_blocking(&artifact)).await
+        self.threads
+            .run(move || this.remove_blocking(&artifact))
+            .await
     }
 
     async fn probe(&self) -> Result<String, Fault> {
@@ -623,12 +759,19 @@ impl Sink for FilesSink {
         self.threads
             .run(move || {
                 this.mounted()?;
-                let file = this.staging.join(format!("removed-{}-probe-{:08x}", this.owner, rand::random::<u32>()));
+                let file = this.staging.join(format!(
+                    "removed-{}-probe-{:08x}",
+                    this.owner,
+                    rand::random::<u32>()
+                ));
                 durable::replace(&file, b"probe")?;
                 durable::remove_all(&file)?;
-                // Versions are renamed into folders of their kinds, which may have other owners than the staging.
+                // Versions are renamed into folders of their kinds, which may have other owners
+                // than the staging.
                 let kinds = ["dataset", "operator", "model"].map(|kind| this.root.join(kind));
-                for folder in std::iter::once(&this.root).chain(kinds.iter().filter(|kind| kind.exists())) {
+                for folder in
+                    std::iter::once(&this.root).chain(kinds.iter().filter(|kind| kind.exists()))
+                {
                     let probe = folder.join(format!(".packhorse-probe-{}", std::process::id()));
                     std::fs::create_dir(&probe)
                         .and_then(|()| std::fs::remove_dir(&probe))
@@ -636,12 +779,24 @@ impl Sink for FilesSink {
                 }
                 let space = Space::of(&this.root)?;
                 if space.inodes == Some(0) {
-                    return Err(Fault::no_space(format!("files at {}: no inode is free", this.root.display())));
+                    return Err(Fault::no_space(format!(
+                        "files at {}: no inode is free",
+                        this.root.display()
+                    )));
                 }
-                let free = space.bytes.map_or("free space unknown".into(), |bytes| format!("{} GiB free", bytes >> 30));
+                let free = space.bytes.map_or("free space unknown".into(), |bytes| {
+                    format!("{} GiB free", bytes >> 30)
+                });
                 let others = this.others()?;
-                let shared = if others.is_empty() { String::new() } else { format!(", used by other sites too ({})", others.join(", ")) };
-                Ok(format!("files at {}: writable, {free}{shared}", this.root.display()))
+                let shared = if others.is_empty() {
+                    String::new()
+                } else {
+                    format!(", used by other sites too ({})", others.join(", "))
+                };
+                Ok(format!(
+                    "files at {}: writable, {free}{shared}",
+                    this.root.display()
+                ))
             })
             .await
     }

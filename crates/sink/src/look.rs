@@ -10,13 +10,13 @@ use parking_lot::Mutex;
 pub struct Look {
     /// Compare names and sizes only, and read no content.
     pub quick: bool,
-    shared: Arc<Shared>,
+    shared: Arc<LookState>,
 }
 
 type Counter = Box<dyn Fn(u64) + Send + Sync>;
 
 #[derive(Default)]
-struct Shared {
+struct LookState {
     read: Option<Counter>,
     notes: Mutex<Vec<String>>,
     unread: Mutex<Option<String>>,
@@ -24,14 +24,22 @@ struct Shared {
 
 impl fmt::Debug for Look {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Look").field("quick", &self.quick).finish_non_exhaustive()
+        f.debug_struct("Look")
+            .field("quick", &self.quick)
+            .finish_non_exhaustive()
     }
 }
 
 impl Look {
     /// A verification that gives each number of bytes read to `read`.
     pub fn new(quick: bool, read: impl Fn(u64) + Send + Sync + 'static) -> Self {
-        Self { quick, shared: Arc::new(Shared { read: Some(Box::new(read)), ..Shared::default() }) }
+        Self {
+            quick,
+            shared: Arc::new(LookState {
+                read: Some(Box::new(read)),
+                ..LookState::default()
+            }),
+        }
     }
 
     /// So many bytes were read.
@@ -46,7 +54,8 @@ impl Look {
         self.shared.notes.lock().push(text.into());
     }
 
-    /// Reports that the content cannot be read now, and why: nothing is known to be wrong, and nothing was verified.
+    /// Reports that the content cannot be read now, and why: nothing is known to be wrong, and
+    /// nothing was verified.
     pub fn cannot_read(&self, why: impl Into<String>) {
         self.shared.unread.lock().get_or_insert(why.into());
     }

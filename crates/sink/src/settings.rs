@@ -34,7 +34,8 @@ pub struct ImagesSink {
     pub password_file: Option<PathBuf>,
     /// A file of PEM certificates to trust besides the system's.
     pub ca_file: Option<PathBuf>,
-    /// Other hosts than the registry's own that the password is sent to, where the registry names them as its token service.
+    /// Other hosts than the registry's own that the password is sent to, where the registry names
+    /// them as its token service.
     #[serde(default)]
     pub realm_hosts: Vec<String>,
     /// Whether a missing Harbor project may be made.

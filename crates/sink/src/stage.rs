@@ -1,8 +1,9 @@
 //! A staging folder: where an artifact's files grow before a sink takes them.
 //!
-//! Every write goes through a handle that was opened on the folder, so no path from a manifest can reach outside it,
-//! whatever links stand around. Links of the artifact itself are made last. After a crash the folder is found again
-//! under its transfer's id, and the journal (see `places`) says which of its bytes are durable.
+//! Every write goes through a handle that was opened on the folder, so no path from a manifest can
+//! reach outside it, whatever links stand around. Links of the artifact itself are made last. After
+//! a crash the folder is found again under its transfer's id, and the journal (see `places`) says
+//! which of its bytes are durable.
 
 use std::fs::File;
 use std::io::Read;
@@ -26,8 +27,17 @@ use base::space::Space;
 pub const FILE_MODE: u32 = 0o644;
 /// The number of a tmpfs among filesystems.
 const TMPFS: rustix::fs::FsWord = 0x0102_1994;
-/// The numbers of the filesystems on which syncfs(2) writes everything down: ext4, XFS, btrfs, tmpfs, F2FS, ZFS, bcachefs.
-const SYNCED_WHOLE: [rustix::fs::FsWord; 7] = [0xef53, 0x5846_5342, 0x9123_683e, TMPFS, 0xf2f5_2010, 0x2fc1_2fc1, 0xca45_1a4e];
+/// The numbers of the filesystems on which syncfs(2) writes everything down: ext4, XFS, btrfs,
+/// tmpfs, F2FS, ZFS, bcachefs.
+const SYNCED_WHOLE: [rustix::fs::FsWord; 7] = [
+    0xef53,
+    0x5846_5342,
+    0x9123_683e,
+    TMPFS,
+    0xf2f5_2010,
+    0x2fc1_2fc1,
+    0xca45_1a4e,
+];
 /// The first version of Linux whose syncfs(2) reports a lost write.
 const SYNCFS_REPORTS_FROM: (u32, u32) = (5, 8);
 /// Bytes of a small file that a staging root is known by.
@@ -39,7 +49,7 @@ const COPY_WITHIN_BYTES: usize = 64 << 20;
 
 /// How a file came to be the same as another.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Shared {
+pub enum Sharing {
     /// They share their blocks: nothing was written.
     Blocks,
     /// They are one file, which is durable already where files are synced one by one.
@@ -54,12 +64,14 @@ pub enum Shared {
 pub struct Stage {
     /// What all paths are opened below.
     dir: Dir,
-    /// The same folder, open for reading: a filesystem is synced through it, and `dir` may be a mere path handle.
+    /// The same folder, open for reading: a filesystem is synced through it, and `dir` may be a
+    /// mere path handle.
     handle: File,
     path: PathBuf,
     /// Whether the filesystem may know reflinks: until it has said no.
     reflinks: AtomicBool,
-    /// Whether room can be had without touching it: a tmpfs would take and clear every page, while all writers wait.
+    /// Whether room can be had without touching it: a tmpfs would take and clear every page, while
+    /// all writers wait.
     preallocates: bool,
     /// Whether one call syncs all of the filesystem and reports each lost write.
     syncs_whole: bool,
@@ -67,8 +79,8 @@ pub struct Stage {
     fixed_modes: bool,
 }
 
-/// The folder in which staging folders are made, held open: what is mounted or unmounted there later changes nothing of what is done
-/// through it.
+/// The folder in which staging folders are made, held open: what is mounted or unmounted there
+/// later changes nothing of what is done through it.
 pub struct StagingRoot {
     handle: File,
     path: PathBuf,
@@ -78,20 +90,33 @@ impl StagingRoot {
     /// Opens the folder, making it if it is not there.
     pub fn open(path: &Path) -> Result<Self, Fault> {
         durable::create_dir_all(path).map_err(Fault::of_sink)?;
-        Ok(Self { handle: File::open(path).at_sink(format_args!("open {}", path.display()))?, path: path.to_owned() })
+        Ok(Self {
+            handle: File::open(path).at_sink(format_args!("open {}", path.display()))?,
+            path: path.to_owned(),
+        })
     }
 
     /// Opens a folder that must be there.
     pub fn open_there(path: &Path) -> Result<Self, Fault> {
         let handle = File::open(path).at(format_args!("open {}", path.display()))?;
-        Ok(Self { handle, path: path.to_owned() })
+        Ok(Self {
+            handle,
+            path: path.to_owned(),
+        })
     }
 
     /// The text of a small file in it.
     pub fn read(&self, name: &str) -> std::io::Result<String> {
         let mut text = String::new();
-        let file = openat(&self.handle, name, OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK, Mode::empty())?;
-        File::from(file).take(MARK_BYTES_MAX).read_to_string(&mut text)?;
+        let file = openat(
+            &self.handle,
+            name,
+            OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK,
+            Mode::empty(),
+        )?;
+        File::from(file)
+            .take(MARK_BYTES_MAX)
+            .read_to_string(&mut text)?;
         Ok(text)
     }
 
@@ -104,16 +129,28 @@ impl StagingRoot {
             Err(Errno::EXIST) => {}
             Err(error) => return Err(refused(what("make"), error)),
         }
-        let opened = openat(&self.handle, name, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty());
-        Ok(Self { handle: opened.map_err(|error| refused(what("open"), error))?.into(), path })
+        let opened = openat(
+            &self.handle,
+            name,
+            OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC,
+            Mode::empty(),
+        );
+        Ok(Self {
+            handle: opened.map_err(|error| refused(what("open"), error))?.into(),
+            path,
+        })
     }
 
-    /// Whether a transfer has a staging folder. A NAS that does not answer does not say that there is none.
+    /// Whether a transfer has a staging folder. A NAS that does not answer does not say that there
+    /// is none.
     pub fn has(&self, transfer: &TransferId) -> Result<bool, Fault> {
         match statat(&self.handle, transfer.as_str(), AtFlags::SYMLINK_NOFOLLOW) {
             Ok(stat) => Ok(FileType::from_raw_mode(stat.st_mode) == FileType::Directory),
             Err(Errno::NOENT) => Ok(false),
-            Err(error) => Err(refused(format_args!("look at {}", transfer.in_dir(&self.path).display()), error)),
+            Err(error) => Err(refused(
+                format_args!("look at {}", transfer.in_dir(&self.path).display()),
+                error,
+            )),
         }
     }
 
@@ -126,16 +163,33 @@ impl StagingRoot {
 
 impl Stage {
     fn new(handle: File, path: PathBuf) -> Result<Self, Fault> {
-        let dir = Dir::from_std_file(handle.try_clone().at_sink(format_args!("open {}", path.display()))?);
-        let kind = rustix::fs::fstatfs(&handle).map(|stat| stat.f_type).unwrap_or_default();
+        let dir = Dir::from_std_file(
+            handle
+                .try_clone()
+                .at_sink(format_args!("open {}", path.display()))?,
+        );
+        let kind = rustix::fs::fstatfs(&handle)
+            .map(|stat| stat.f_type)
+            .unwrap_or_default();
         let syncs_whole = SYNCED_WHOLE.contains(&kind) && syncfs_reports();
         let reflinks = AtomicBool::new(true);
-        Ok(Self { dir, handle, path, reflinks, preallocates: kind != TMPFS, syncs_whole, fixed_modes: false })
+        Ok(Self {
+            dir,
+            handle,
+            path,
+            reflinks,
+            preallocates: kind != TMPFS,
+            syncs_whole,
+            fixed_modes: false,
+        })
     }
 
     /// The same where permission bits cannot be changed.
     pub fn with_fixed_modes(self, fixed_modes: bool) -> Self {
-        Self { fixed_modes, ..self }
+        Self {
+            fixed_modes,
+            ..self
+        }
     }
 
     /// Whether permission bits cannot be changed here.
@@ -143,7 +197,8 @@ impl Stage {
         self.fixed_modes
     }
 
-    /// Whether [`Stage::sync_filesystem`] makes everything durable and reports what was lost. Through FUSE it never reaches the server.
+    /// Whether [`Stage::sync_filesystem`] makes everything durable and reports what was lost.
+    /// Through FUSE it never reaches the server.
     pub fn syncs_whole(&self) -> bool {
         self.syncs_whole
     }
@@ -168,12 +223,25 @@ impl Stage {
     /// Opens a file for writing at offsets, making it if it is not there.
     pub fn open_file(&self, path: &RelPath, size: u64) -> Result<File, Fault> {
         let mut options = OpenOptions::new();
-        options.write(true).create(true).truncate(false).mode(FILE_MODE);
-        let file = self.dir.open_with(path.as_str(), &options).at_sink(self.what("open", path))?.into_std();
+        options
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(FILE_MODE);
+        let file = self
+            .dir
+            .open_with(path.as_str(), &options)
+            .at_sink(self.what("open", path))?
+            .into_std();
         if size >= PREALLOCATE_BYTES && self.preallocates {
             // Where it is not supported the room is found out about later.
-            if let Err(Errno::NOSPC | Errno::DQUOT) = rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, size) {
-                return Err(Fault::no_space(format!("{}: no room for its {size} bytes", self.what("make", path))));
+            if let Err(Errno::NOSPC | Errno::DQUOT) =
+                rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, size)
+            {
+                return Err(Fault::no_space(format!(
+                    "{}: no room for its {size} bytes",
+                    self.what("make", path)
+                )));
             }
         }
         Ok(file)
@@ -181,13 +249,19 @@ impl Stage {
 
     /// Opens a staged file for reading.
     pub fn open_to_read(&self, path: &RelPath) -> Result<File, Fault> {
-        Ok(self.dir.open(path.as_str()).at_sink(self.what("open", path))?.into_std())
+        Ok(self
+            .dir
+            .open(path.as_str())
+            .at_sink(self.what("open", path))?
+            .into_std())
     }
 
     /// Writes a whole small file.
     pub fn write_file(&self, path: &RelPath, bytes: &[u8]) -> Result<(), Fault> {
         let file = self.open_file(path, 0)?;
-        file.write_all_at(bytes, 0).and_then(|()| durable::close(file)).at_sink(self.what("write", path))
+        file.write_all_at(bytes, 0)
+            .and_then(|()| durable::close(file))
+            .at_sink(self.what("write", path))
     }
 
     /// The size of a regular file; `None` when there is none.
@@ -202,13 +276,17 @@ impl Stage {
 
     /// Bytes of room that a file has on the disk, written or not.
     pub fn allocated(&self, path: &RelPath) -> Result<u64, Fault> {
-        Ok(self.stat(path)?.map_or(0, |stat| stat.st_blocks as u64 * 512))
+        Ok(self
+            .stat(path)?
+            .map_or(0, |stat| stat.st_blocks as u64 * 512))
     }
 
     fn stat(&self, path: &RelPath) -> Result<Option<rustix::fs::Stat>, Fault> {
         // One call instead of three: nothing is opened, so a link on the way does no harm.
         match statat(self.dir.as_fd(), path.as_str(), AtFlags::SYMLINK_NOFOLLOW) {
-            Ok(stat) => Ok((FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile).then_some(stat)),
+            Ok(stat) => Ok(
+                (FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile).then_some(stat),
+            ),
             Err(Errno::NOENT | Errno::NOTDIR) => Ok(None),
             Err(e) => Err(refused(self.what("look at", path), e)),
         }
@@ -222,16 +300,24 @@ impl Stage {
         }
     }
 
-    /// Makes `path` the same as `from`, which `source` has open, without its bytes passing through here: by reflink, else by hard
-    /// link when it has the wanted mode and `link` allows it, else by a copy that the filesystem makes itself.
-    pub fn share(&self, from: &Path, source: &File, path: &RelPath, mode: u32, link: bool) -> Result<Shared, Fault> {
+    /// Makes `path` the same as `from`, which `source` has open, without its bytes passing through
+    /// here: by reflink, else by hard link when it has the wanted mode and `link` allows it, else
+    /// by a copy that the filesystem makes itself.
+    pub fn share(
+        &self,
+        from: &Path,
+        source: &File,
+        path: &RelPath,
+        mode: u32,
+        link: bool,
+    ) -> Result<Sharing, Fault> {
         if self.reflinks.load(Ordering::Relaxed) {
             self.remove_file(path)?;
             let into = self.open_file(path, 0)?;
             match rustix::fs::ioctl_ficlone(&into, source) {
                 Ok(()) => {
                     durable::close(into).at_sink(self.what("close", path))?;
-                    return Ok(Shared::Blocks);
+                    return Ok(Sharing::Blocks);
                 }
                 // Both are on this filesystem, and it cannot: no need to try with every file.
                 Err(Errno::NOTSUP | Errno::NOTTY) => self.reflinks.store(false, Ordering::Relaxed),
@@ -244,7 +330,15 @@ impl Stage {
         if !link || stat.st_mode & 0o7777 != mode && !self.fixed_modes {
             return self.copy_within(source, path, stat.st_size as u64);
         }
-        let make = || rustix::fs::linkat(rustix::fs::CWD, from, self.dir.as_fd(), path.as_str(), AtFlags::empty());
+        let make = || {
+            rustix::fs::linkat(
+                rustix::fs::CWD,
+                from,
+                self.dir.as_fd(),
+                path.as_str(),
+                AtFlags::empty(),
+            )
+        };
         let made = match make() {
             Err(Errno::EXIST) => {
                 self.remove_file(path)?;
@@ -254,35 +348,50 @@ impl Stage {
         };
         match made {
             Ok(()) => {
-                // Not by its new name: an SMB server may refuse to open that while the file is open by the other.
+                // Not by its new name: an SMB server may refuse to open that while the file is open
+                // by the other.
                 if !self.syncs_whole {
                     source.sync_all().at_sink(self.what("sync", path))?;
                 }
-                Ok(Shared::Link)
+                Ok(Sharing::Link)
             }
-            Err(Errno::NOSPC | Errno::DQUOT) => Err(Fault::no_space(self.what("make the link", path))),
-            // Another filesystem, too many links, or none at all, which servers say in several ways.
+            Err(Errno::NOSPC | Errno::DQUOT) => {
+                Err(Fault::no_space(self.what("make the link", path)))
+            }
+            // Another filesystem, too many links, or none at all, which servers say in several
+            // ways.
             Err(_) => self.copy_within(source, path, stat.st_size as u64),
         }
     }
 
     /// Has the filesystem copy a whole file: of a NAS the bytes then cross no network.
-    fn copy_within(&self, source: &File, path: &RelPath, size: u64) -> Result<Shared, Fault> {
+    fn copy_within(&self, source: &File, path: &RelPath, size: u64) -> Result<Sharing, Fault> {
         self.remove_file(path)?;
         let into = self.open_file(path, size)?;
         let (mut read_at, mut write_at) = (0, 0);
         while write_at < size {
-            let left = usize::try_from(size - write_at).unwrap_or(usize::MAX).min(COPY_WITHIN_BYTES);
-            match rustix::fs::copy_file_range(source, Some(&mut read_at), &into, Some(&mut write_at), left) {
+            let left = usize::try_from(size - write_at)
+                .unwrap_or(usize::MAX)
+                .min(COPY_WITHIN_BYTES);
+            match rustix::fs::copy_file_range(
+                source,
+                Some(&mut read_at),
+                &into,
+                Some(&mut write_at),
+                left,
+            ) {
                 Ok(copied) if copied > 0 => {}
                 Err(Errno::INTR) => {}
                 // Another filesystem, one that cannot, or a file that became shorter.
-                Ok(_) | Err(Errno::XDEV | Errno::NOSYS | Errno::NOTSUP | Errno::INVAL | Errno::PERM) => return Ok(Shared::Not),
+                Ok(_)
+                | Err(Errno::XDEV | Errno::NOSYS | Errno::NOTSUP | Errno::INVAL | Errno::PERM) => {
+                    return Ok(Sharing::Not);
+                }
                 Err(e) => return Err(refused(self.what("copy", path), e)),
             }
         }
         durable::close(into).at_sink(self.what("copy", path))?;
-        Ok(Shared::Copy)
+        Ok(Sharing::Copy)
     }
 
     /// Makes a symbolic link; another that is there is replaced.
@@ -292,35 +401,56 @@ impl Stage {
             return Ok(());
         }
         self.remove_file(path)?;
-        rustix::fs::symlinkat(target, self.dir.as_fd(), path.as_str()).map_err(|e| refused(self.what("make the link", path), e))
+        rustix::fs::symlinkat(target, self.dir.as_fd(), path.as_str())
+            .map_err(|e| refused(self.what("make the link", path), e))
     }
 
-    /// Sets an entry's mode, if it has another. A folder keeps what it got from the folder that it is in, as the group on a shared NAS.
+    /// Sets an entry's mode, if it has another. A folder keeps what it got from the folder that it
+    /// is in, as the group on a shared NAS.
     pub fn set_mode(&self, path: &RelPath, mode: u32) -> Result<(), Fault> {
-        let meta = self.dir.symlink_metadata(path.as_str()).at_sink(self.what("look at", path))?;
+        let meta = self
+            .dir
+            .symlink_metadata(path.as_str())
+            .at_sink(self.what("look at", path))?;
         let now = meta.permissions().mode() & 0o7777;
-        let mode = if meta.is_dir() { mode | (now & 0o2000) } else { mode };
+        let mode = if meta.is_dir() {
+            mode | (now & 0o2000)
+        } else {
+            mode
+        };
         if now == mode {
             return Ok(());
         }
-        let set = self.dir.set_permissions(path.as_str(), Permissions::from_mode(mode));
+        let set = self
+            .dir
+            .set_permissions(path.as_str(), Permissions::from_mode(mode));
         // The files are whole all the same, and `verify` notes the modes.
-        if self.fixed_modes { Ok(()) } else { set.at_sink(self.what("set the mode of", path)) }
+        if self.fixed_modes {
+            Ok(())
+        } else {
+            set.at_sink(self.what("set the mode of", path))
+        }
     }
 
     /// Syncs one file by name.
     pub fn sync_file(&self, path: &RelPath) -> Result<(), Fault> {
-        self.dir.open(path.as_str()).and_then(|file| durable::sync_and_close(file.into_std())).at_sink(self.what("sync", path))
+        self.dir
+            .open(path.as_str())
+            .and_then(|file| durable::sync_and_close(file.into_std()))
+            .at_sink(self.what("sync", path))
     }
 
     /// Syncs one folder's entries; `None` is the staging folder itself.
     pub fn sync_dir(&self, path: Option<&RelPath>) -> Result<(), Fault> {
-        durable::sync_dir(&path.map_or(self.path.clone(), |p| p.in_dir(&self.path))).map_err(Fault::of_sink)
+        durable::sync_dir(&path.map_or(self.path.clone(), |p| p.in_dir(&self.path)))
+            .map_err(Fault::of_sink)
     }
 
-    /// Syncs all of the filesystem: cheaper than many files one by one. Only where [`Stage::syncs_whole`].
+    /// Syncs all of the filesystem: cheaper than many files one by one. Only where
+    /// [`Stage::syncs_whole`].
     pub fn sync_filesystem(&self) -> Result<(), Fault> {
-        rustix::fs::syncfs(&self.handle).map_err(|e| refused(format_args!("sync {}", self.path.display()), e))
+        rustix::fs::syncfs(&self.handle)
+            .map_err(|e| refused(format_args!("sync {}", self.path.display()), e))
     }
 
     /// The free space of the filesystem.
@@ -337,7 +467,10 @@ fn refused(what: impl std::fmt::Display, errno: Errno) -> Fault {
 pub fn room_report(data_dir: &Path) -> Result<String, Fault> {
     let space = Space::of(data_dir)?;
     let at = format!("data_dir {}: {} free", data_dir.display(), space.text());
-    let least = format!("less than {} MiB and {STATE_INODES_SPARE} inodes", STATE_ROOM_BYTES_MIN >> 20);
+    let least = format!(
+        "less than {} MiB and {STATE_INODES_SPARE} inodes",
+        STATE_ROOM_BYTES_MIN >> 20
+    );
     Ok(match space.has(STATE_ROOM_BYTES_MIN, STATE_INODES_SPARE) {
         true => format!("ok {at}"),
         false => format!("fault {at}, {least}; make room there, or nothing can be written down"),
@@ -348,6 +481,8 @@ pub fn room_report(data_dir: &Path) -> Result<String, Fault> {
 fn syncfs_reports() -> bool {
     let name = rustix::system::uname();
     let release = name.release().to_string_lossy().into_owned();
-    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map_while(|part| part.parse::<u32>().ok());
+    let mut numbers = release
+        .split(|c: char| !c.is_ascii_digit())
+        .map_while(|part| part.parse::<u32>().ok());
     (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0)) >= SYNCFS_REPORTS_FROM
 }

@@ -6,7 +6,8 @@ use tokio::sync::watch;
 
 use base::fault::Fault;
 
-/// A sink call reports through this what it waits for now. Cheap to clone; a report that nobody reads is dropped.
+/// A sink call reports through this what it waits for now. Cheap to clone; a report that nobody
+/// reads is dropped.
 #[derive(Debug, Clone)]
 pub struct Waits(Arc<watch::Sender<Option<Fault>>>);
 

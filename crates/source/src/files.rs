@@ -1,15 +1,18 @@
 //! A folder or a single file as a source: datasets, operator projects and models.
 //!
-//! Owns the walk and the rules for what may be published: names are UTF-8, links stay inside the folder, nothing is a
-//! device, a pipe or a socket, everything can be read. [`FilesSource::open`] walks the whole tree once for these rules
-//! alone, so that a publish is refused with all offenders together and before a byte was read; then `ingest` drives the
-//! second walk. Writes nothing, so a crash leaves nothing.
+//! Owns the walk and the rules for what may be published: names are UTF-8, links stay inside the
+//! folder, nothing is a device, a pipe or a socket, everything can be read. [`FilesSource::open`]
+//! walks the whole tree once for these rules alone, so that a publish is refused with all offenders
+//! together and before a byte was read; then `ingest` drives the second walk. Writes nothing, so a
+//! crash leaves nothing.
 //!
-//! What an artifact does not carry (times, owners, hard links, …) is counted by `lost` while the second walk reads; for `--strict`
-//! by the first walk too, so that the refusal comes before any content is read.
+//! What an artifact does not carry (times, owners, hard links, …) is counted by `lost` while the
+//! second walk reads; for `--strict` by the first walk too, so that the refusal comes before any
+//! content is read.
 //!
-//! Memory does not grow with the tree: of each folder on the way down only so many names are held as fit a budget that
-//! the whole walk shares. A folder with more of them is read again for the next batch.
+//! Memory does not grow with the tree: of each folder on the way down only so many names are held
+//! as fit a budget that the whole walk shares. A folder with more of them is read again for the
+//! next batch.
 
 use std::ffi::OsStr;
 use std::fs::{self, FileType, Metadata};
@@ -22,7 +25,7 @@ use std::sync::Arc;
 use rustix::fs::Access;
 
 use self::lost::Lost;
-use super::{Content, Source, SourceBody, SourceEntry, Stamp};
+use super::{Content, FileIdentity, Source, SourceBody, SourceEntry};
 use crate::own::{self, Own};
 use base::fault::{Fault, IoContext};
 use base::limits::{OFFENDERS_LISTED_MAX, WALK_NAMES_BYTES_MAX};
@@ -59,35 +62,55 @@ enum Input {
 impl FilesSource {
     /// Checks everything below `path` by its metadata and makes ready to read it.
     ///
-    /// A path that does not exist is `not_found`. Entries that cannot be published are refused together, up to
-    /// [`OFFENDERS_LISTED_MAX`] by name and the rest by count: `not_allowed` when all that is wrong is that they cannot
-    /// be read, `integrity` otherwise.
+    /// A path that does not exist is `not_found`. Entries that cannot be published are refused
+    /// together, up to [`OFFENDERS_LISTED_MAX`] by name and the rest by count: `not_allowed` when
+    /// all that is wrong is that they cannot be read, `integrity` otherwise.
     pub fn open(path: &Path) -> Result<Self, Fault> {
         Self::open_for(path, Arc::default(), false)
     }
 
-    /// The same for a daemon, which publishes nothing that is its own: `not_allowed`, wherever in the tree it lies. With `count_first`
-    /// all that is left out is known before the first entry, at the cost of a look at each file.
+    /// The same for a daemon, which publishes nothing that is its own: `not_allowed`, wherever in
+    /// the tree it lies. With `count_first` all that is left out is known before the first entry,
+    /// at the cost of a look at each file.
     pub fn open_for(path: &Path, own: Arc<Own>, count_first: bool) -> Result<Self, Fault> {
-        // Resolved once: below it no component is a link, so what is opened later is what was checked.
+        // Resolved once: below it no component is a link, so what is opened later is what was
+        // checked.
         let root = fs::canonicalize(path).at(format_args!("open {}", path.display()))?;
         own.check_path(&root)?;
         let meta = fs::metadata(&root).at(format_args!("open {}", path.display()))?;
         if meta.is_dir() {
             let mut first = count_first.then(|| Lost::of_folder(&root, &meta));
             refuse_offenders(&root, &own, first.as_mut())?;
-            let (before, lost) = (first.map(|lost| lost.omitted().clone()), Lost::of_folder(&root, &meta));
-            return Ok(Self { input: Input::Folder(Walk::new(root, own)?), lost, before });
+            let (before, lost) = (
+                first.map(|lost| lost.omitted().clone()),
+                Lost::of_folder(&root, &meta),
+            );
+            return Ok(Self {
+                input: Input::Folder(Walk::new(root, own)?),
+                lost,
+                before,
+            });
         }
         if let Some(what) = special(meta.file_type()) {
-            return Err(Fault::integrity(format!("{} is {what}, not a file or a folder", path.display())));
+            return Err(Fault::integrity(format!(
+                "{} is {what}, not a file or a folder",
+                path.display()
+            )));
         }
         readable(&root).at(format_args!("read {}", path.display()))?;
         let name = path.file_name().or(root.file_name()).unwrap_or_default();
-        let rel = rel_path(name.as_bytes())
-            .map_err(|why| Fault::integrity(format!("{} cannot be published: {why}", printable(name.as_bytes()))))?;
+        let rel = rel_path(name.as_bytes()).map_err(|why| {
+            Fault::integrity(format!(
+                "{} cannot be published: {why}",
+                printable(name.as_bytes())
+            ))
+        })?;
         let lost = Lost::of_file(rel.as_str(), &root, &meta);
-        Ok(Self { input: Input::File(Some(file_entry(rel, &meta, root))), lost, before: None })
+        Ok(Self {
+            input: Input::File(Some(file_entry(rel, &meta, root))),
+            lost,
+            before: None,
+        })
     }
 }
 
@@ -115,26 +138,44 @@ impl Source for FilesSource {
 }
 
 fn file_entry(path: RelPath, meta: &Metadata, file: PathBuf) -> SourceEntry {
-    let stamp = Some(Stamp::new(Arc::new(file.clone()), meta));
-    SourceEntry { path, mode: mode(meta), body: SourceBody::File { size: meta.len(), content: Content::File(file) }, stamp }
+    let identity = Some(FileIdentity::new(Arc::new(file.clone()), meta));
+    SourceEntry {
+        path,
+        mode: mode(meta),
+        body: SourceBody::File {
+            size: meta.len(),
+            content: Content::File(file),
+        },
+        identity,
+    }
 }
 
-/// No file is published to be run as somebody else. Of a folder all bits are recorded, as ever: its digest must not change. No site sets
-/// more than 0777.
+/// No file is published to be run as somebody else. Of a folder all bits are recorded, as ever: its
+/// digest must not change. No site sets more than 0777.
 fn mode(meta: &Metadata) -> u32 {
     meta.permissions().mode() & if meta.is_dir() { 0o7777 } else { 0o777 }
 }
 
-/// The next entry of the second walk. The tree may have changed since the first, so every rule holds here as well.
+/// The next entry of the second walk. The tree may have changed since the first, so every rule
+/// holds here as well.
 fn next_entry(walk: &mut Walk, lost: &mut Lost) -> Result<Option<SourceEntry>, Fault> {
-    let Some(found) = walk.step()? else { return Ok(None) };
-    let refuse = |why: String| Fault::integrity(format!("{}: {} cannot be published: {why}", walk.root.display(), printable(&found.rel)));
+    let Some(found) = walk.step()? else {
+        return Ok(None);
+    };
+    let refuse = |why: String| {
+        Fault::integrity(format!(
+            "{}: {} cannot be published: {why}",
+            walk.root.display(),
+            printable(&found.rel)
+        ))
+    };
     let path = rel_path(&found.rel).map_err(refuse)?;
     let full = walk.full(&found.rel);
     let meta = match fs::symlink_metadata(&full) {
         Ok(meta) => meta,
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            return Err(refuse("it vanished while the folder was read".into()).with_next("publish again once nothing writes there"));
+            return Err(refuse("it vanished while the folder was read".into())
+                .with_next("publish again once nothing writes there"));
         }
         Err(error) => return Err(Fault::io(format_args!("read {}", full.display()), &error)),
     };
@@ -145,17 +186,29 @@ fn next_entry(walk: &mut Walk, lost: &mut Lost) -> Result<Option<SourceEntry>, F
     walk.own.check(&meta).map_err(|_| own::refusal(&full))?;
     lost.note(path.as_str(), &full, &meta);
     if meta.is_dir() {
-        walk.enter(&found.rel).at(format_args!("read folder {}", full.display()))?;
-        return Ok(Some(SourceEntry { path, mode: mode(&meta), body: SourceBody::Dir, stamp: None }));
+        walk.enter(&found.rel)
+            .at(format_args!("read folder {}", full.display()))?;
+        return Ok(Some(SourceEntry {
+            path,
+            mode: mode(&meta),
+            body: SourceBody::Dir,
+            identity: None,
+        }));
     }
     if meta.is_symlink() {
         let target = link_target(&walk.root, &found.rel).map_err(refuse)?;
-        return Ok(Some(SourceEntry { path, mode: SYMLINK_MODE, body: SourceBody::Symlink(target), stamp: None }));
+        return Ok(Some(SourceEntry {
+            path,
+            mode: SYMLINK_MODE,
+            body: SourceBody::Symlink(target),
+            identity: None,
+        }));
     }
     Ok(Some(file_entry(path, &meta, full)))
 }
 
-/// The first walk: by metadata alone, everything that cannot be published; and what is lost of the rest, where that is asked.
+/// The first walk: by metadata alone, everything that cannot be published; and what is lost of the
+/// rest, where that is asked.
 fn refuse_offenders(root: &Path, own: &Arc<Own>, mut lost: Option<&mut Lost>) -> Result<(), Fault> {
     let mut offenders = Offenders::default();
     let mut walk = Walk::new(root.to_path_buf(), own.clone())?;
@@ -218,7 +271,12 @@ impl Offenders {
         if self.total == 0 {
             return Ok(());
         }
-        let mut message = format!("{}: {} cannot be published: {}", root.display(), count(self.total), self.listed.join("; "));
+        let mut message = format!(
+            "{}: {} cannot be published: {}",
+            root.display(),
+            count(self.total),
+            self.listed.join("; ")
+        );
         let more = self.total - self.listed.len() as u64;
         if more > 0 {
             message.push_str(&format!("; and {more} more"));
@@ -228,21 +286,28 @@ impl Offenders {
         } else if self.unreadable == self.total {
             Fault::not_allowed(message).with_next("give the daemon's user the right to read them")
         } else {
-            Fault::integrity(message).with_next("rename, correct or move these entries, then publish again")
+            Fault::integrity(message)
+                .with_next("rename, correct or move these entries, then publish again")
         })
     }
 }
 
 fn count(n: u64) -> String {
-    if n == 1 { "1 entry".into() } else { format!("{n} entries") }
+    if n == 1 {
+        "1 entry".into()
+    } else {
+        format!("{n} entries")
+    }
 }
 
 fn rel_path(rel: &[u8]) -> Result<RelPath, String> {
     let text = std::str::from_utf8(rel).map_err(|_| "its name is not UTF-8".to_owned())?;
-    text.parse().map_err(|e: base::names::NameError| e.to_string())
+    text.parse()
+        .map_err(|e: base::names::NameError| e.to_string())
 }
 
-/// A name for people: as it is, and where it is not plain text, with the bytes that are not spelled out.
+/// A name for people: as it is, and where it is not plain text, with the bytes that are not spelled
+/// out.
 fn printable(rel: &[u8]) -> String {
     let mut escaped = String::new();
     let mut plain = true;
@@ -263,7 +328,16 @@ fn printable(rel: &[u8]) -> String {
     if plain {
         return escaped;
     }
-    let lossy: String = String::from_utf8_lossy(rel).chars().map(|c| if base::text::is_unsafe(c) { '\u{fffd}' } else { c }).collect();
+    let lossy: String = String::from_utf8_lossy(rel)
+        .chars()
+        .map(|c| {
+            if base::text::is_unsafe(c) {
+                '\u{fffd}'
+            } else {
+                c
+            }
+        })
+        .collect();
     format!("{lossy} ({escaped})")
 }
 
@@ -285,25 +359,32 @@ fn readable(path: &Path) -> io::Result<()> {
 
 /// The target of the link at `rel`, or why it must not be published.
 fn link_target(root: &Path, rel: &[u8]) -> Result<String, String> {
-    let target = fs::read_link(root.join(OsStr::from_bytes(rel))).map_err(|e| format!("the link cannot be read: {e}"))?;
+    let target = fs::read_link(root.join(OsStr::from_bytes(rel)))
+        .map_err(|e| format!("the link cannot be read: {e}"))?;
     let target = target.as_os_str().as_bytes();
     let Ok(text) = std::str::from_utf8(target) else {
-        return Err(format!("it links to {}, which is not UTF-8", printable(target)));
+        return Err(format!(
+            "it links to {}, which is not UTF-8",
+            printable(target)
+        ));
     };
-    let is_folder = |path: &str| fs::symlink_metadata(root.join(path)).is_ok_and(|meta| meta.is_dir());
-    stays_inside(&rel_path(rel)?, text, is_folder).map_err(|why| format!("it links to {}, which {why}", printable(target)))?;
+    let is_folder =
+        |path: &str| fs::symlink_metadata(root.join(path)).is_ok_and(|meta| meta.is_dir());
+    stays_inside(&rel_path(rel)?, text, is_folder)
+        .map_err(|why| format!("it links to {}, which {why}", printable(target)))?;
     Ok(text.to_owned())
 }
 
 /// Something a walk came by.
 #[derive(Debug)]
-struct Found {
+struct WalkEntry {
     /// Its path below the root, not yet checked.
     rel: Vec<u8>,
     kind: FileType,
 }
 
-/// A walk in manifest order: depth first, the names of a folder by their bytes, a folder before what it holds.
+/// A walk in manifest order: depth first, the names of a folder by their bytes, a folder before
+/// what it holds.
 #[derive(Debug)]
 struct Walk {
     root: PathBuf,
@@ -323,7 +404,8 @@ struct Level {
     given: usize,
 }
 
-/// Sorted names of a folder, one behind the other in one piece of memory: millions of small allocations cost more.
+/// Sorted names of a folder, one behind the other in one piece of memory: millions of small
+/// allocations cost more.
 #[derive(Debug, Default)]
 struct Names {
     bytes: Vec<u8>,
@@ -353,20 +435,31 @@ impl Names {
     }
 
     fn push(&mut self, name: &[u8], kind: FileType) {
-        // A folder's names stay under the walk's budget, and one name under what a filesystem allows.
-        self.list.push(Name { start: self.bytes.len() as u32, len: name.len() as u16, kind });
+        // A folder's names stay under the walk's budget, and one name under what a filesystem
+        // allows.
+        self.list.push(Name {
+            start: self.bytes.len() as u32,
+            len: name.len() as u16,
+            kind,
+        });
         self.bytes.extend_from_slice(name);
     }
 
     fn sort(&mut self) {
-        let (bytes, of) = (&self.bytes, |n: &Name| n.start as usize..n.start as usize + usize::from(n.len));
-        self.list.sort_unstable_by(|a, b| bytes[of(a)].cmp(&bytes[of(b)]));
+        let (bytes, of) = (&self.bytes, |n: &Name| {
+            n.start as usize..n.start as usize + usize::from(n.len)
+        });
+        self.list
+            .sort_unstable_by(|a, b| bytes[of(a)].cmp(&bytes[of(b)]));
     }
 
     /// Keeps the smaller half.
     fn halve(&mut self) {
         self.sort();
-        let mut kept = Self { more: true, ..Self::default() };
+        let mut kept = Self {
+            more: true,
+            ..Self::default()
+        };
         for name in &self.list[..self.list.len() / 2] {
             kept.push(self.get(name), name.kind);
         }
@@ -376,25 +469,39 @@ impl Names {
 
 impl Walk {
     fn new(root: PathBuf, own: Arc<Own>) -> Result<Self, Fault> {
-        let mut walk = Self { root, own, levels: Vec::new(), held: 0 };
-        walk.enter(b"").at(format_args!("read folder {}", walk.root.display()))?;
+        let mut walk = Self {
+            root,
+            own,
+            levels: Vec::new(),
+            held: 0,
+        };
+        walk.enter(b"")
+            .at(format_args!("read folder {}", walk.root.display()))?;
         Ok(walk)
     }
 
-    /// Refuses a file of the folder that is walked, if it is the daemon's own. Elsewhere than on its disks no file is looked at.
+    /// Refuses a file of the folder that is walked, if it is the daemon's own. Elsewhere than on
+    /// its disks no file is looked at.
     fn check_file(&self, full: &Path) -> io::Result<()> {
         match self.levels.last() {
-            Some(level) if self.own.may_lie_on(level.device) => self.own.check(&fs::symlink_metadata(full)?),
+            Some(level) if self.own.may_lie_on(level.device) => {
+                self.own.check(&fs::symlink_metadata(full)?)
+            }
             _ => Ok(()),
         }
     }
 
     fn full(&self, rel: &[u8]) -> PathBuf {
-        if rel.is_empty() { self.root.clone() } else { self.root.join(OsStr::from_bytes(rel)) }
+        if rel.is_empty() {
+            self.root.clone()
+        } else {
+            self.root.join(OsStr::from_bytes(rel))
+        }
     }
 
-    /// The next name; `None` at the end. A folder's own names follow only if [`Walk::enter`] is called for it.
-    fn step(&mut self) -> Result<Option<Found>, Fault> {
+    /// The next name; `None` at the end. A folder's own names follow only if [`Walk::enter`] is
+    /// called for it.
+    fn step(&mut self) -> Result<Option<WalkEntry>, Fault> {
         while let Some(mut level) = self.levels.pop() {
             if let Some(name) = level.names.list.get(level.given) {
                 let mut rel = level.rel.clone();
@@ -402,7 +509,10 @@ impl Walk {
                     rel.push(b'/');
                 }
                 rel.extend_from_slice(level.names.get(name));
-                let found = Found { rel, kind: name.kind };
+                let found = WalkEntry {
+                    rel,
+                    kind: name.kind,
+                };
                 level.given += 1;
                 self.levels.push(level);
                 return Ok(Some(found));
@@ -411,7 +521,11 @@ impl Walk {
             if level.names.more {
                 let after = level.names.last().map(<[u8]>::to_vec);
                 drop(level.names); // before the next batch of them takes its place
-                self.read(level.rel.clone(), after.as_deref()).at(format_args!("read folder {}", self.full(&level.rel).display()))?;
+                self.read(level.rel.clone(), after.as_deref())
+                    .at(format_args!(
+                        "read folder {}",
+                        self.full(&level.rel).display()
+                    ))?;
             }
         }
         Ok(None)
@@ -423,16 +537,27 @@ impl Walk {
     }
 
     fn read(&mut self, rel: Vec<u8>, after: Option<&[u8]>) -> io::Result<()> {
-        let budget = (WALK_NAMES_BYTES_MAX.saturating_sub(self.held) / 3 * 2).max(FOLDER_NAMES_BYTES_MIN);
+        let budget =
+            (WALK_NAMES_BYTES_MAX.saturating_sub(self.held) / 3 * 2).max(FOLDER_NAMES_BYTES_MIN);
         let (names, device) = read_names(&self.full(&rel), after, budget, &self.own)?;
         self.held += names.cost();
-        self.levels.push(Level { rel, device, names, given: 0 });
+        self.levels.push(Level {
+            rel,
+            device,
+            names,
+            given: 0,
+        });
         Ok(())
     }
 }
 
 /// The smallest names of a folder behind `after`, sorted, as many as `budget` bytes hold.
-fn read_names(folder: &Path, after: Option<&[u8]>, budget: usize, own: &Own) -> io::Result<(Names, u64)> {
+fn read_names(
+    folder: &Path,
+    after: Option<&[u8]>,
+    budget: usize,
+    own: &Own,
+) -> io::Result<(Names, u64)> {
     let mut names = Names::default();
     // Names from here on are for a later batch.
     let mut bound: Option<Vec<u8>> = None;
@@ -490,10 +615,28 @@ mod tests {
         symlink("nowhere", root.join("dangling")).unwrap();
         let got = entries(&root);
         let paths: Vec<&str> = got.iter().map(|e| e.path.as_str()).collect();
-        assert_eq!(paths, ["a", "a/run", "a/x.png", "a.txt", "dangling", "empty", "run.sh", "线体3", "线体3/面板_0001.png"]);
-        assert!(got.windows(2).all(|w| w[0].path < w[1].path), "the order of RelPath");
+        assert_eq!(
+            paths,
+            [
+                "a",
+                "a/run",
+                "a/x.png",
+                "a.txt",
+                "dangling",
+                "empty",
+                "run.sh",
+                "线体3",
+                "线体3/面板_0001.png"
+            ]
+        );
+        assert!(
+            got.windows(2).all(|w| w[0].path < w[1].path),
+            "the order of RelPath"
+        );
         assert!(matches!(&got[1].body, SourceBody::Symlink(t) if t == "../run.sh"));
-        assert!(matches!(&got[2].body, SourceBody::File { size: 5, content: Content::File(p) } if p.ends_with("a/x.png")));
+        assert!(
+            matches!(&got[2].body, SourceBody::File { size: 5, content: Content::File(p) } if p.ends_with("a/x.png"))
+        );
         assert_eq!(got[6].mode, 0o755, "not set-user-id");
         assert!(matches!(got[5].body, SourceBody::Dir));
     }
@@ -505,7 +648,12 @@ mod tests {
         let got = entries(&dir.path().join("model.safetensors"));
         assert_eq!(got.len(), 1);
         assert_eq!(got[0].path.as_str(), "model.safetensors");
-        assert_eq!(FilesSource::open(&dir.path().join("none")).unwrap_err().code, Code::NotFound);
+        assert_eq!(
+            FilesSource::open(&dir.path().join("none"))
+                .unwrap_err()
+                .code,
+            Code::NotFound
+        );
     }
 
     #[test]
@@ -513,7 +661,14 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let root = dir.path();
         put(&root.join(OsStr::from_bytes(b"bad\xff.png")), b"");
-        rustix::fs::mknodat(rustix::fs::CWD, root.join("pipe"), rustix::fs::FileType::Fifo, 0o600.into(), 0).unwrap();
+        rustix::fs::mknodat(
+            rustix::fs::CWD,
+            root.join("pipe"),
+            rustix::fs::FileType::Fifo,
+            0o600.into(),
+            0,
+        )
+        .unwrap();
         let _socket = UnixListener::bind(root.join("socket")).unwrap();
         fs::create_dir_all(root.join("sub/deep")).unwrap();
         symlink("/etc/passwd", root.join("sub/absolute")).unwrap();
@@ -533,7 +688,11 @@ mod tests {
             "sub/escapes: it links to ../../out, which leaves the folder",
             "sub/through: it links to deep/up/../x, which steps back from something that is not a folder",
         ] {
-            assert!(fault.message.contains(part), "{part:?} not in {}", fault.message);
+            assert!(
+                fault.message.contains(part),
+                "{part:?} not in {}",
+                fault.message
+            );
         }
         assert!(!fault.message.contains("sub/fine"), "{}", fault.message);
     }
@@ -545,7 +704,11 @@ mod tests {
             symlink("/", dir.path().join(format!("l{i:02}"))).unwrap();
         }
         let fault = FilesSource::open(dir.path()).unwrap_err();
-        assert!(fault.message.contains("50 entries") && fault.message.ends_with("and 30 more"), "{}", fault.message);
+        assert!(
+            fault.message.contains("50 entries") && fault.message.ends_with("and 30 more"),
+            "{}",
+            fault.message
+        );
     }
 
     #[test]
@@ -556,10 +719,18 @@ mod tests {
         }
         let dir = tempfile::tempdir().unwrap();
         put(&dir.path().join("secret.png"), b"x");
-        fs::set_permissions(dir.path().join("secret.png"), fs::Permissions::from_mode(0o000)).unwrap();
+        fs::set_permissions(
+            dir.path().join("secret.png"),
+            fs::Permissions::from_mode(0o000),
+        )
+        .unwrap();
         let fault = FilesSource::open(dir.path()).unwrap_err();
         assert_eq!(fault.code, Code::NotAllowed);
-        assert!(fault.message.contains("secret.png: it cannot be read"), "{}", fault.message);
+        assert!(
+            fault.message.contains("secret.png: it cannot be read"),
+            "{}",
+            fault.message
+        );
     }
 
     #[test]
@@ -570,7 +741,11 @@ mod tests {
         let mut source = FilesSource::open(dir.path()).unwrap();
         fs::remove_file(dir.path().join("a")).unwrap();
         let fault = source.next().unwrap_err();
-        assert!(fault.message.contains("a cannot be published: it vanished"), "{}", fault.message);
+        assert!(
+            fault.message.contains("a cannot be published: it vanished"),
+            "{}",
+            fault.message
+        );
         fs::remove_file(dir.path().join("b")).unwrap();
         symlink("/etc", dir.path().join("b")).unwrap();
         assert!(source.next().unwrap_err().message.contains("absolute path"));
@@ -585,19 +760,33 @@ mod tests {
         put(&above.join("mine"), b"x");
         let own = Arc::new(Own::of_state(&state));
         let refused = |path: &Path| FilesSource::open_for(path, own.clone(), false).unwrap_err();
-        for path in [&above, &state, &state.join("identity"), &state.join("api-token")] {
+        for path in [
+            &above,
+            &state,
+            &state.join("identity"),
+            &state.join("api-token"),
+        ] {
             let fault = refused(path);
             assert_eq!(fault.code, Code::NotAllowed, "{}", path.display());
             assert!(fault.message.contains("this daemon's own state"), "{fault}");
         }
         fs::create_dir(dir.path().join("other")).unwrap();
         fs::hard_link(state.join("api-token"), dir.path().join("other/innocent")).unwrap();
-        assert!(refused(&dir.path().join("other")).message.contains("innocent: it is part of this daemon's own state"));
+        assert!(
+            refused(&dir.path().join("other"))
+                .message
+                .contains("innocent: it is part of this daemon's own state")
+        );
         // It is looked for again by the second walk.
-        let mut source = FilesSource::open_for(&dir.path().join("other/.."), Arc::default(), false).unwrap();
-        let Input::Folder(walk) = &mut source.input else { unreachable!("a folder") };
+        let mut source =
+            FilesSource::open_for(&dir.path().join("other/.."), Arc::default(), false).unwrap();
+        let Input::Folder(walk) = &mut source.input else {
+            unreachable!("a folder")
+        };
         walk.own = own.clone();
-        let fault = std::iter::from_fn(|| source.next().transpose()).find_map(Result::err).unwrap();
+        let fault = std::iter::from_fn(|| source.next().transpose())
+            .find_map(Result::err)
+            .unwrap();
         assert_eq!(fault.code, Code::NotAllowed, "{fault}");
         FilesSource::open_for(&above.join("mine"), own, false).unwrap();
     }
@@ -610,10 +799,21 @@ mod tests {
         }
         let (mut got, mut after, mut batches) = (Vec::new(), None::<Vec<u8>>, 0);
         loop {
-            let (names, _) = read_names(dir.path(), after.as_deref(), 100 * (3 + NAME_OVERHEAD_BYTES), &Own::none()).unwrap();
+            let (names, _) = read_names(
+                dir.path(),
+                after.as_deref(),
+                100 * (3 + NAME_OVERHEAD_BYTES),
+                &Own::none(),
+            )
+            .unwrap();
             assert!(names.list.len() <= 100);
             after = names.last().map(<[u8]>::to_vec);
-            got.extend(names.list.iter().map(|n| String::from_utf8(names.get(n).to_vec()).unwrap()));
+            got.extend(
+                names
+                    .list
+                    .iter()
+                    .map(|n| String::from_utf8(names.get(n).to_vec()).unwrap()),
+            );
             batches += 1;
             if !names.more {
                 break;

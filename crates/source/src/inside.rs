@@ -1,7 +1,8 @@
-//! Reading of a folder, and of nothing outside of it: links are followed only as far as they stay inside.
+//! Reading of a folder, and of nothing outside of it: links are followed only as far as they stay
+//! inside.
 //!
-//! The label readers open every file by it, so that neither their result nor an error shows content from elsewhere. Paths are
-//! resolved by the handle of the folder (`cap-std`), not by their text.
+//! The label readers open every file by it, so that neither their result nor an error shows content
+//! from elsewhere. Paths are resolved by the handle of the folder (`cap-std`), not by their text.
 
 use std::fs::File;
 use std::io;
@@ -29,16 +30,27 @@ pub(super) struct Inside {
 impl Inside {
     /// Opens a folder. It may itself be named by a link.
     pub(super) fn open(root: &Path, own: Arc<Own>) -> Result<Self, Fault> {
-        let dir = Dir::open_ambient_dir(root, ambient_authority()).at(format_args!("read folder {}", root.display()))?;
-        let inside = Self { dir, root: root.to_owned(), own };
-        inside.check_dir(&inside.dir).map_err(|e| own::fault(root, &e))?;
+        let dir = Dir::open_ambient_dir(root, ambient_authority())
+            .at(format_args!("read folder {}", root.display()))?;
+        let inside = Self {
+            dir,
+            root: root.to_owned(),
+            own,
+        };
+        inside
+            .check_dir(&inside.dir)
+            .map_err(|e| own::fault(root, &e))?;
         Ok(inside)
     }
 
     /// The path of an entry, for messages.
     pub(super) fn full(&self, rel: impl AsRef<Path>) -> PathBuf {
         let rel = rel.as_ref();
-        if rel.as_os_str().is_empty() { self.root.clone() } else { self.root.join(rel) }
+        if rel.as_os_str().is_empty() {
+            self.root.clone()
+        } else {
+            self.root.join(rel)
+        }
     }
 
     /// Opens a regular file.
@@ -46,12 +58,18 @@ impl Inside {
         let rel = rel.as_ref();
         self.try_file(rel).map_err(|error| {
             let path = self.full(rel);
-            let is_link = self.dir.symlink_metadata(rel).is_ok_and(|meta| meta.is_symlink());
+            let is_link = self
+                .dir
+                .symlink_metadata(rel)
+                .is_ok_and(|meta| meta.is_symlink());
             match error.kind() {
                 // cap-std's error for a path that leaves the folder.
                 io::ErrorKind::PermissionDenied if is_link && !own::is_refusal(&error) => {
-                    Fault::integrity(format!("{}: it is a link that leaves the folder, or leads to what cannot be read", path.display()))
-                        .with_next("put the file itself into the folder")
+                    Fault::integrity(format!(
+                        "{}: it is a link that leaves the folder, or leads to what cannot be read",
+                        path.display()
+                    ))
+                    .with_next("put the file itself into the folder")
                 }
                 _ => own::fault(&path, &error),
             }
@@ -67,7 +85,8 @@ impl Inside {
         Ok(file)
     }
 
-    /// Whether there is anything of this name, a link that leads nowhere or out of the folder included.
+    /// Whether there is anything of this name, a link that leads nowhere or out of the folder
+    /// included.
     pub(super) fn exists(&self, rel: impl AsRef<Path>) -> bool {
         self.dir.symlink_metadata(rel).is_ok()
     }
@@ -79,14 +98,19 @@ impl Inside {
 
     /// Whether there is a folder of this name. A link to a folder is none.
     pub(super) fn is_dir(&self, rel: impl AsRef<Path>) -> bool {
-        self.dir.symlink_metadata(rel).is_ok_and(|meta| meta.is_dir())
+        self.dir
+            .symlink_metadata(rel)
+            .is_ok_and(|meta| meta.is_dir())
     }
 
-    /// Whether this is a link to something that is a folder, wherever that lies; and where it leads, for a message.
+    /// Whether this is a link to something that is a folder, wherever that lies; and where it
+    /// leads, for a message.
     pub(super) fn linked_folder(&self, rel: &Path) -> Option<PathBuf> {
         let target = self.dir.read_link_contents(rel).ok()?;
         // Only whether it is a folder is asked outside; nothing of it is read.
-        std::fs::metadata(self.full(rel)).is_ok_and(|meta| meta.is_dir()).then_some(target)
+        std::fs::metadata(self.full(rel))
+            .is_ok_and(|meta| meta.is_dir())
+            .then_some(target)
     }
 
     /// Lists a folder.
@@ -106,7 +130,8 @@ impl Inside {
     }
 
     fn check_dir(&self, dir: &Dir) -> io::Result<()> {
-        self.own.check(&dir.try_clone()?.into_std_file().metadata()?)
+        self.own
+            .check(&dir.try_clone()?.into_std_file().metadata()?)
     }
 }
 
@@ -131,7 +156,10 @@ mod tests {
         symlink("..", root.join("up")).unwrap();
         symlink("nowhere", root.join("dangling")).unwrap();
         let inside = Inside::open(&root, Arc::default()).unwrap();
-        assert_eq!(io::read_to_string(inside.file("fine").unwrap()).unwrap(), "in");
+        assert_eq!(
+            io::read_to_string(inside.file("fine").unwrap()).unwrap(),
+            "in"
+        );
         for (name, code) in [
             ("out", Code::Integrity),
             ("absolute", Code::Integrity),
@@ -142,7 +170,9 @@ mod tests {
             assert_eq!(inside.file(name).unwrap_err().code, code, "{name}");
             assert!(!inside.is_file(name), "{name}");
         }
-        assert!(inside.is_dir("sub") && !inside.is_dir("up") && inside.list(Path::new("up")).is_err());
+        assert!(
+            inside.is_dir("sub") && !inside.is_dir("up") && inside.list(Path::new("up")).is_err()
+        );
         assert_eq!(inside.linked_folder(Path::new("up")), Some("..".into()));
         assert_eq!(inside.linked_folder(Path::new("out")), None);
     }

@@ -1,7 +1,9 @@
-//! What belongs to the daemon itself: its state and its secrets, which are never a source and never overwritten by an export.
+//! What belongs to the daemon itself: its state and its secrets, which are never a source and never
+//! overwritten by an export.
 //!
-//! Folders and files are compared by device and inode, so that a link, a bind mount or another path to them changes nothing. The
-//! identities are read anew for each publish, import and export ([`Own::of`]): files of the state come and go.
+//! Folders and files are compared by device and inode, so that a link, a bind mount or another path
+//! to them changes nothing. The identities are read anew for each publish, import and export
+//! ([`Own::of`]): files of the state come and go.
 
 use std::collections::HashSet;
 use std::fs::{self, File, Metadata, ReadDir};
@@ -18,7 +20,8 @@ type Id = (u64, u64);
 /// What is refused of a path.
 const WHY: &str = "it is part of this daemon's own state or configuration";
 /// What to do instead.
-pub const NEXT: &str = "name a path that holds nothing of this daemon's data_dir, configuration or password files";
+pub const NEXT: &str =
+    "name a path that holds nothing of this daemon's data_dir, configuration or password files";
 /// How a path to be read is opened: a pipe without a writer must not hold the daemon up.
 const NEVER_WAITS: i32 = rustix::fs::OFlags::NONBLOCK.bits() as i32;
 
@@ -29,7 +32,8 @@ pub struct Own {
     files: HashSet<Id>,
     /// Folders in the state that hold artifacts: they may be published.
     open: HashSet<Id>,
-    /// The folder of the training runs: what a trainer writes into folders below a run's own may be published.
+    /// The folder of the training runs: what a trainer writes into folders below a run's own may be
+    /// published.
     runs: Option<Id>,
     /// The devices that all of these lie on.
     devices: HashSet<u64>,
@@ -69,34 +73,60 @@ impl Own {
         Self::default()
     }
 
-    /// What belongs to the daemon with this state folder: the folder, except what lies in its sinks, and its secret files.
-    pub fn of<'a>(data_dir: &Path, sinks: &[PathBuf], secrets: impl Iterator<Item = &'a Path>) -> Self {
+    /// What belongs to the daemon with this state folder: the folder, except what lies in its
+    /// sinks, and its secret files.
+    pub fn of<'a>(
+        data_dir: &Path,
+        sinks: &[PathBuf],
+        secrets: impl Iterator<Item = &'a Path>,
+    ) -> Self {
         let open = sinks.iter().filter_map(|sink| of_path(sink)).collect();
-        let mut own = Self { open, ..Self::default() };
+        let mut own = Self {
+            open,
+            ..Self::default()
+        };
         own.take_folder(data_dir, 2);
         own.files.extend(secrets.filter_map(of_path));
         own.runs = of_path(&data_dir.join("runs"));
-        own.devices = own.folders.iter().chain(&own.files).map(|(device, _)| *device).collect();
+        own.devices = own
+            .folders
+            .iter()
+            .chain(&own.files)
+            .map(|(device, _)| *device)
+            .collect();
         own
     }
 
-    /// What lies in a state folder: the folder, those in it and in its store, and the files that lie in these.
+    /// What lies in a state folder: the folder, those in it and in its store, and the files that
+    /// lie in these.
     pub fn of_state(data_dir: &Path) -> Self {
         let mut own = Self::default();
         own.take_folder(data_dir, 2);
-        own.devices = own.folders.iter().chain(&own.files).map(|(device, _)| *device).collect();
+        own.devices = own
+            .folders
+            .iter()
+            .chain(&own.files)
+            .map(|(device, _)| *device)
+            .collect();
         own
     }
 
     fn take_folder(&mut self, folder: &Path, depth: u32) {
-        let Some(itself) = of_path(folder).filter(|itself| !self.open.contains(itself)) else { return };
+        let Some(itself) = of_path(folder).filter(|itself| !self.open.contains(itself)) else {
+            return;
+        };
         self.folders.insert(itself);
         // These may hold millions of names, and none that is a secret by itself.
-        if ["packs", "runs", "labels", "published", "staging", "scratch"].iter().any(|name| folder.ends_with(name)) {
+        if ["packs", "runs", "labels", "published", "staging", "scratch"]
+            .iter()
+            .any(|name| folder.ends_with(name))
+        {
             return;
         }
         for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
-            let (Ok(kind), path) = (entry.file_type(), entry.path()) else { continue };
+            let (Ok(kind), path) = (entry.file_type(), entry.path()) else {
+                continue;
+            };
             if kind.is_file() {
                 self.files.extend(of_path(&path));
             } else if kind.is_dir() && depth > 0 {
@@ -105,7 +135,8 @@ impl Own {
         }
     }
 
-    /// Refuses a path that is the daemon's own, or lies in what is. What it holds below is for [`Own::read_dir`] and [`Own::check`].
+    /// Refuses a path that is the daemon's own, or lies in what is. What it holds below is for
+    /// [`Own::read_dir`] and [`Own::check`].
     pub fn check_path(&self, path: &Path) -> Result<(), Fault> {
         if self.folders.is_empty() && self.files.is_empty() {
             return Ok(());
@@ -118,8 +149,11 @@ impl Own {
         // From the inside out: the first folder that is known decides.
         let above: Vec<PathBuf> = whole.ancestors().map(Path::to_owned).collect();
         for (depth, folder) in above.iter().enumerate() {
-            let Some(folder) = of_path(folder) else { continue };
-            let in_a_run = || depth >= 2 && above.get(depth - 2).is_some_and(|below| below.is_dir());
+            let Some(folder) = of_path(folder) else {
+                continue;
+            };
+            let in_a_run =
+                || depth >= 2 && above.get(depth - 2).is_some_and(|below| below.is_dir());
             if self.open.contains(&folder) || Some(folder) == self.runs && in_a_run() {
                 return Ok(());
             }
@@ -132,8 +166,16 @@ impl Own {
 
     /// Refuses a file or a folder that is the daemon's own.
     pub fn check(&self, meta: &Metadata) -> io::Result<()> {
-        let own = if meta.is_dir() { &self.folders } else { &self.files };
-        if own.contains(&id(meta)) { Err(is_own()) } else { Ok(()) }
+        let own = if meta.is_dir() {
+            &self.folders
+        } else {
+            &self.files
+        };
+        if own.contains(&id(meta)) {
+            Err(is_own())
+        } else {
+            Ok(())
+        }
     }
 
     /// Whether a file on this device may be the daemon's own: else nobody needs to look.
@@ -141,20 +183,30 @@ impl Own {
         self.devices.contains(&device)
     }
 
-    /// Lists a folder, which must not be the daemon's own: the folder that was opened is checked, not its path. The listing is good
-    /// while the handle lives. Returns the folder's device too.
+    /// Lists a folder, which must not be the daemon's own: the folder that was opened is checked,
+    /// not its path. The listing is good while the handle lives. Returns the folder's device too.
     pub fn read_dir(&self, folder: &Path) -> io::Result<(ReadDir, File, u64)> {
         let flags = rustix::fs::OFlags::DIRECTORY.bits() as i32;
-        let opened = File::options().read(true).custom_flags(flags).open(folder)?;
+        let opened = File::options()
+            .read(true)
+            .custom_flags(flags)
+            .open(folder)?;
         let meta = opened.metadata()?;
         self.check(&meta)?;
         // By the handle: what the path names may be another folder by now.
-        Ok((fs::read_dir(format!("/proc/self/fd/{}", opened.as_raw_fd()))?, opened, meta.dev()))
+        Ok((
+            fs::read_dir(format!("/proc/self/fd/{}", opened.as_raw_fd()))?,
+            opened,
+            meta.dev(),
+        ))
     }
 
     /// Opens a regular file that is not the daemon's own.
     pub fn open(&self, path: &Path) -> io::Result<File> {
-        let file = File::options().read(true).custom_flags(NEVER_WAITS).open(path)?;
+        let file = File::options()
+            .read(true)
+            .custom_flags(NEVER_WAITS)
+            .open(path)?;
         self.check_opened(&file)?;
         Ok(file)
     }
@@ -163,13 +215,24 @@ impl Own {
     pub fn check_opened(&self, file: &File) -> io::Result<()> {
         let meta = file.metadata()?;
         self.check(&meta)?;
-        if meta.is_file() { Ok(()) } else { Err(io::Error::new(io::ErrorKind::InvalidInput, "it is not a regular file")) }
+        if meta.is_file() {
+            Ok(())
+        } else {
+            Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                "it is not a regular file",
+            ))
+        }
     }
 }
 
 /// The fault of an error from this module.
 pub fn fault(path: &Path, error: &io::Error) -> Fault {
-    if is_refusal(error) { refusal(path) } else { Fault::io(format_args!("read {}", path.display()), error) }
+    if is_refusal(error) {
+        refusal(path)
+    } else {
+        Fault::io(format_args!("read {}", path.display()), error)
+    }
 }
 
 #[cfg(test)]
@@ -190,17 +253,29 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let data = dir.path().join("data");
         let secret = dir.path().join("secret");
-        for file in
-            ["identity/ca.pem", "api-token", "store/packs/1.pack", "runs/r1/run.json", "runs/r1/output/m", "artifacts/dataset/x/1/a"]
-        {
+        for file in [
+            "identity/ca.pem",
+            "api-token",
+            "store/packs/1.pack",
+            "runs/r1/run.json",
+            "runs/r1/output/m",
+            "artifacts/dataset/x/1/a",
+        ] {
             put(&data.join(file));
         }
         put(&secret);
         put(&dir.path().join("mine/a"));
-        let own = Own::of(&data, &[data.join("artifacts")], [secret.as_path()].into_iter());
+        let own = Own::of(
+            &data,
+            &[data.join("artifacts")],
+            [secret.as_path()].into_iter(),
+        );
         symlink(data.join("identity"), dir.path().join("link")).unwrap();
         fs::hard_link(data.join("api-token"), dir.path().join("hard")).unwrap();
-        let check = |path: &str| own.check_path(&dir.path().join(path)).map_err(|fault| fault.code);
+        let check = |path: &str| {
+            own.check_path(&dir.path().join(path))
+                .map_err(|fault| fault.code)
+        };
         for path in [
             "data",
             "data/identity",
@@ -217,14 +292,23 @@ mod tests {
         ] {
             assert_eq!(check(path), Err(Code::NotAllowed), "{path}");
         }
-        for path in ["mine", "mine/a", "data/runs/r1/output", "data/runs/r1/output/m", "data/artifacts/dataset/x/1"] {
+        for path in [
+            "mine",
+            "mine/a",
+            "data/runs/r1/output",
+            "data/runs/r1/output/m",
+            "data/artifacts/dataset/x/1",
+        ] {
             assert_eq!(check(path), Ok(()), "{path}");
         }
         assert!(own.check_path(&dir.path().join("none")).is_err());
         Own::none().check_path(&data).unwrap();
         // A walk that comes from above meets them.
         own.read_dir(dir.path()).unwrap();
-        assert!(is_refusal(&own.read_dir(&data).unwrap_err()) && is_refusal(&own.read_dir(&dir.path().join("link")).unwrap_err()));
+        assert!(
+            is_refusal(&own.read_dir(&data).unwrap_err())
+                && is_refusal(&own.read_dir(&dir.path().join("link")).unwrap_err())
+        );
         assert!(is_refusal(&own.open(&dir.path().join("hard")).unwrap_err()));
     }
 
@@ -232,7 +316,17 @@ mod tests {
     fn a_pipe_is_no_file_and_nobody_waits_for_it() {
         let dir = tempfile::tempdir().unwrap();
         let pipe = dir.path().join("pipe");
-        rustix::fs::mknodat(rustix::fs::CWD, &pipe, rustix::fs::FileType::Fifo, 0o600.into(), 0).unwrap();
-        assert_eq!(Own::none().open(&pipe).unwrap_err().kind(), io::ErrorKind::InvalidInput);
+        rustix::fs::mknodat(
+            rustix::fs::CWD,
+            &pipe,
+            rustix::fs::FileType::Fifo,
+            0o600.into(),
+            0,
+        )
+        .unwrap();
+        assert_eq!(
+            Own::none().open(&pipe).unwrap_err().kind(),
+            io::ErrorKind::InvalidInput
+        );
     }
 }

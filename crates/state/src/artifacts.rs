@@ -11,7 +11,7 @@ use base::names::{ArtifactRef, RunName, SiteName, SiteSelector};
 use base::omitted::Omitted;
 use content::chunk::Hash;
 use content::manifest::{Digest, Root};
-use sink::Place;
+use sink::StorageLocation;
 
 /// One artifact.
 #[derive(Debug, Clone)]
@@ -27,14 +27,15 @@ pub struct ArtifactRow {
     /// Where people find it on this daemon's sinks.
     pub location: Option<String>,
     /// Where the daemon reads its files, if it holds them.
-    pub place: Option<Place>,
+    pub place: Option<StorageLocation>,
     /// When it was recorded.
     pub created_ms: i64,
     /// Whether it was published here, at this site, and lies where it was published.
     pub published: bool,
     /// When its source began to be read for that; 0 if it was not.
     pub published_ms: i64,
-    /// How it changed since it was published, in place here or at its site; `None`: it is sound as far as is known.
+    /// How it changed since it was published, in place here or at its site; `None`: it is sound as
+    /// far as is known.
     pub changed: Option<String>,
     /// What the hub has still to be told of it (at a site).
     pub offer: Option<Offer>,
@@ -46,7 +47,8 @@ pub struct ArtifactRow {
     pub omitted: Omitted,
 }
 
-/// What a site tells the hub of an artifact that was published there, again and again until the hub has heard it.
+/// What a site tells the hub of an artifact that was published there, again and again until the hub
+/// has heard it.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Offer {
@@ -64,7 +66,8 @@ fn stored(what: impl std::fmt::Display) -> Fault {
 
 /// The answer for an artifact that does not exist, and for one that somebody may not have.
 pub fn no_artifact(artifact: &ArtifactRef) -> Fault {
-    Fault::not_found(format!("there is no artifact {artifact}")).with_next("'packhorse artifacts' lists what there is")
+    Fault::not_found(format!("there is no artifact {artifact}"))
+        .with_next("'packhorse artifacts' lists what there is")
 }
 
 pub(super) fn artifact(row: &SqliteRow) -> Result<ArtifactRow, Fault> {
@@ -74,32 +77,65 @@ pub(super) fn artifact(row: &SqliteRow) -> Result<ArtifactRow, Fault> {
     let digest = Hash(digest.try_into().map_err(|_| stored("digest"))?);
     let published: Option<i64> = row.try_get("published_ms").map_err(fault)?;
     Ok(ArtifactRow {
-        artifact: row.try_get::<String, _>("reference").map_err(fault)?.parse().map_err(stored)?,
+        artifact: row
+            .try_get::<String, _>("reference")
+            .map_err(fault)?
+            .parse()
+            .map_err(stored)?,
         digest,
         root: Root::parse(&root, digest)?,
-        origin: get("origin")?.map(|s| s.parse()).transpose().map_err(stored)?,
+        origin: get("origin")?
+            .map(|s| s.parse())
+            .transpose()
+            .map_err(stored)?,
         location: get("location")?,
-        place: get("place")?.map(|s| serde_json::from_str(&s)).transpose().map_err(stored)?,
+        place: get("place")?
+            .map(|s| serde_json::from_str(&s))
+            .transpose()
+            .map_err(stored)?,
         created_ms: row.try_get("created_ms").map_err(fault)?,
         published: published.is_some(),
         published_ms: published.unwrap_or(0),
         changed: get("changed")?,
-        offer: get("offer")?.map(|s| serde_json::from_str(&s)).transpose().map_err(stored)?,
+        offer: get("offer")?
+            .map(|s| serde_json::from_str(&s))
+            .transpose()
+            .map_err(stored)?,
         pinned: row.try_get::<i64, _>("pinned").map_err(fault)? != 0,
-        used_ms: row.try_get::<Option<i64>, _>("used_ms").map_err(fault)?.unwrap_or(0),
-        omitted: get("omitted")?.map(|s| serde_json::from_str(&s)).transpose().map_err(stored)?.unwrap_or_default(),
+        used_ms: row
+            .try_get::<Option<i64>, _>("used_ms")
+            .map_err(fault)?
+            .unwrap_or(0),
+        omitted: get("omitted")?
+            .map(|s| serde_json::from_str(&s))
+            .transpose()
+            .map_err(stored)?
+            .unwrap_or_default(),
     })
 }
 
 impl Catalogue {
-    /// Records a published or arriving artifact. `false` when the same content stands under this name already; other
-    /// content is a conflict.
-    pub async fn add_artifact(&self, artifact: &ArtifactRef, root: &Root, origin: Option<&SiteName>) -> Result<bool, Fault> {
+    /// Records a published or arriving artifact. `false` when the same content stands under this
+    /// name already; other content is a conflict.
+    pub async fn add_artifact(
+        &self,
+        artifact: &ArtifactRef,
+        root: &Root,
+        origin: Option<&SiteName>,
+    ) -> Result<bool, Fault> {
         let digest = root.digest();
-        let mut tx = self.write.begin_with("BEGIN IMMEDIATE").await.map_err(fault)?;
+        let mut tx = self
+            .write
+            .begin_with("BEGIN IMMEDIATE")
+            .await
+            .map_err(fault)?;
         let name = artifact.to_string();
         let there: Option<(Vec<u8>,)> =
-            sqlx::query_as("SELECT digest FROM artifact WHERE reference = ?").bind(&name).fetch_optional(&mut *tx).await.map_err(fault)?;
+            sqlx::query_as("SELECT digest FROM artifact WHERE reference = ?")
+                .bind(&name)
+                .fetch_optional(&mut *tx)
+                .await
+                .map_err(fault)?;
         if let Some((other,)) = there {
             if other == digest.0 {
                 return Ok(false);
@@ -127,7 +163,11 @@ impl Catalogue {
     }
 
     /// Notes which publisher brought an artifact.
-    pub async fn set_publisher(&self, artifact: &ArtifactRef, publisher: &SiteName) -> Result<(), Fault> {
+    pub async fn set_publisher(
+        &self,
+        artifact: &ArtifactRef,
+        publisher: &SiteName,
+    ) -> Result<(), Fault> {
         sqlx::query("UPDATE artifact SET publisher = ? WHERE reference = ?")
             .bind(publisher.as_str())
             .bind(artifact.to_string())
@@ -138,30 +178,49 @@ impl Catalogue {
     }
 
     /// Whether this publisher brought an artifact.
-    pub async fn was_published_by(&self, artifact: &ArtifactRef, publisher: &SiteName) -> Result<bool, Fault> {
-        sqlx::query_scalar("SELECT EXISTS (SELECT 1 FROM artifact WHERE reference = ? AND publisher = ?)")
-            .bind(artifact.to_string())
-            .bind(publisher.as_str())
-            .fetch_one(&self.read)
-            .await
-            .map_err(fault)
+    pub async fn was_published_by(
+        &self,
+        artifact: &ArtifactRef,
+        publisher: &SiteName,
+    ) -> Result<bool, Fault> {
+        sqlx::query_scalar(
+            "SELECT EXISTS (SELECT 1 FROM artifact WHERE reference = ? AND publisher = ?)",
+        )
+        .bind(artifact.to_string())
+        .bind(publisher.as_str())
+        .fetch_one(&self.read)
+        .await
+        .map_err(fault)
     }
 
     /// How many artifacts a site or a publisher published, and their bytes together.
-    pub async fn published_by(&self, site: Option<&SiteName>, publisher: Option<&SiteName>) -> Result<(u64, u64), Fault> {
-        let (artifacts, bytes): (i64, f64) =
-            sqlx::query_as("SELECT COUNT(*), TOTAL(bytes) FROM artifact WHERE origin = ?1 OR publisher = ?2")
-                .bind(site.map(|name| name.as_str()))
-                .bind(publisher.map(|name| name.as_str()))
-                .fetch_one(&self.read)
-                .await
-                .map_err(fault)?;
+    pub async fn published_by(
+        &self,
+        site: Option<&SiteName>,
+        publisher: Option<&SiteName>,
+    ) -> Result<(u64, u64), Fault> {
+        let (artifacts, bytes): (i64, f64) = sqlx::query_as(
+            "SELECT COUNT(*), TOTAL(bytes) FROM artifact WHERE origin = ?1 OR publisher = ?2",
+        )
+        .bind(site.map(|name| name.as_str()))
+        .bind(publisher.map(|name| name.as_str()))
+        .fetch_one(&self.read)
+        .await
+        .map_err(fault)?;
         Ok((artifacts as u64, bytes as u64))
     }
 
     /// Notes where an artifact lies on this daemon, or that it no longer does.
-    pub async fn set_place(&self, artifact: &ArtifactRef, place: Option<&Place>, location: Option<&str>) -> Result<(), Fault> {
-        let place = place.map(serde_json::to_string).transpose().map_err(stored)?;
+    pub async fn set_place(
+        &self,
+        artifact: &ArtifactRef,
+        place: Option<&StorageLocation>,
+        location: Option<&str>,
+    ) -> Result<(), Fault> {
+        let place = place
+            .map(serde_json::to_string)
+            .transpose()
+            .map_err(stored)?;
         sqlx::query("UPDATE artifact SET place = ?, location = ? WHERE reference = ?")
             .bind(place)
             .bind(location)
@@ -173,19 +232,23 @@ impl Catalogue {
         Ok(())
     }
 
-    /// Notes that an artifact was published here and lies there, since when its source was read, and what the hub has to be told of
-    /// it. What was received before stays where it landed.
+    /// Notes that an artifact was published here and lies there, since when its source was read,
+    /// and what the hub has to be told of it. What was received before stays where it landed.
     pub async fn set_published(
         &self,
         artifact: &ArtifactRef,
-        place: &Place,
+        place: &StorageLocation,
         location: &str,
         since_ms: i64,
         offer: &Offer,
     ) -> Result<(), Fault> {
         let place = serde_json::to_string(place).map_err(stored)?;
         let offer = serde_json::to_string(offer).map_err(stored)?;
-        let mut tx = self.write.begin_with("BEGIN IMMEDIATE").await.map_err(fault)?;
+        let mut tx = self
+            .write
+            .begin_with("BEGIN IMMEDIATE")
+            .await
+            .map_err(fault)?;
         sqlx::query("UPDATE artifact SET offer = ? WHERE reference = ?")
             .bind(offer)
             .bind(artifact.to_string())
@@ -208,10 +271,17 @@ impl Catalogue {
         Ok(())
     }
 
-    /// Keeps what the publish of an artifact left out: that of the last publish counts, since the same content may come from
-    /// another source.
-    pub async fn set_omitted(&self, artifact: &ArtifactRef, omitted: &Omitted) -> Result<(), Fault> {
-        let text = (!omitted.is_empty()).then(|| serde_json::to_string(omitted)).transpose().map_err(stored)?;
+    /// Keeps what the publish of an artifact left out: that of the last publish counts, since the
+    /// same content may come from another source.
+    pub async fn set_omitted(
+        &self,
+        artifact: &ArtifactRef,
+        omitted: &Omitted,
+    ) -> Result<(), Fault> {
+        let text = (!omitted.is_empty())
+            .then(|| serde_json::to_string(omitted))
+            .transpose()
+            .map_err(stored)?;
         sqlx::query("UPDATE artifact SET omitted = ? WHERE reference = ?")
             .bind(text)
             .bind(artifact.to_string())
@@ -233,17 +303,21 @@ impl Catalogue {
 
     /// What the hub has still to be told of, oldest first.
     pub async fn offers(&self) -> Result<Vec<ArtifactRow>, Fault> {
-        let rows = sqlx::query("SELECT * FROM artifact WHERE offer IS NOT NULL ORDER BY id").fetch_all(&self.read).await.map_err(fault)?;
+        let rows = sqlx::query("SELECT * FROM artifact WHERE offer IS NOT NULL ORDER BY id")
+            .fetch_all(&self.read)
+            .await
+            .map_err(fault)?;
         rows.iter().map(artifact).collect()
     }
 
     /// All artifacts of this digest, those that lie here first.
     pub async fn all_by_digest(&self, digest: Digest) -> Result<Vec<ArtifactRow>, Fault> {
-        let rows = sqlx::query("SELECT * FROM artifact WHERE digest = ? ORDER BY place IS NULL, id")
-            .bind(&digest.0[..])
-            .fetch_all(&self.read)
-            .await
-            .map_err(fault)?;
+        let rows =
+            sqlx::query("SELECT * FROM artifact WHERE digest = ? ORDER BY place IS NULL, id")
+                .bind(&digest.0[..])
+                .fetch_all(&self.read)
+                .await
+                .map_err(fault)?;
         rows.iter().map(artifact).collect()
     }
 
@@ -262,11 +336,12 @@ impl Catalogue {
 
     /// Any artifact of this digest; the content is the same under every name.
     pub async fn by_digest(&self, digest: Digest) -> Result<Option<ArtifactRow>, Fault> {
-        let row = sqlx::query("SELECT * FROM artifact WHERE digest = ? ORDER BY place IS NULL LIMIT 1")
-            .bind(&digest.0[..])
-            .fetch_optional(&self.read)
-            .await
-            .map_err(fault)?;
+        let row =
+            sqlx::query("SELECT * FROM artifact WHERE digest = ? ORDER BY place IS NULL LIMIT 1")
+                .bind(&digest.0[..])
+                .fetch_optional(&self.read)
+                .await
+                .map_err(fault)?;
         row.as_ref().map(artifact).transpose()
     }
 
@@ -305,23 +380,35 @@ impl Catalogue {
 
     /// The digests of all artifacts.
     pub async fn digests(&self) -> Result<Vec<Digest>, Fault> {
-        let rows: Vec<(Vec<u8>,)> = sqlx::query_as("SELECT DISTINCT digest FROM artifact").fetch_all(&self.read).await.map_err(fault)?;
-        rows.into_iter().map(|(digest,)| digest.try_into().map(Hash).map_err(|_| stored("digest"))).collect()
+        let rows: Vec<(Vec<u8>,)> = sqlx::query_as("SELECT DISTINCT digest FROM artifact")
+            .fetch_all(&self.read)
+            .await
+            .map_err(fault)?;
+        rows.into_iter()
+            .map(|(digest,)| digest.try_into().map(Hash).map_err(|_| stored("digest")))
+            .collect()
     }
 
     /// Whether there is any.
     pub async fn any_artifact(&self) -> Result<bool, Fault> {
-        sqlx::query_scalar("SELECT EXISTS (SELECT 1 FROM artifact)").fetch_one(&self.read).await.map_err(fault)
+        sqlx::query_scalar("SELECT EXISTS (SELECT 1 FROM artifact)")
+            .fetch_one(&self.read)
+            .await
+            .map_err(fault)
     }
 
     /// All artifacts, by name, with their root manifests: too much to have in memory but in a test.
     #[cfg(any(test, feature = "testing"))]
     pub async fn artifacts(&self) -> Result<Vec<ArtifactRow>, Fault> {
-        let rows = sqlx::query("SELECT * FROM artifact ORDER BY reference").fetch_all(&self.read).await.map_err(fault)?;
+        let rows = sqlx::query("SELECT * FROM artifact ORDER BY reference")
+            .fetch_all(&self.read)
+            .await
+            .map_err(fault)?;
         rows.iter().map(artifact).collect()
     }
 
-    /// Notes that what arrived here is being taken away. `false`: it is published here, or being so, and stays.
+    /// Notes that what arrived here is being taken away. `false`: it is published here, or being
+    /// so, and stays.
     pub async fn leave(&self, artifact: &ArtifactRef) -> Result<bool, Fault> {
         let done = sqlx::query("UPDATE artifact SET place = NULL WHERE reference = ? AND published_ms IS NULL AND offer IS NULL")
             .bind(artifact.to_string())
@@ -332,7 +419,8 @@ impl Catalogue {
         Ok(done.rows_affected() > 0)
     }
 
-    /// Takes the row of what was taken away, unless it came here in another way since [`Catalogue::leave`].
+    /// Takes the row of what was taken away, unless it came here in another way since
+    /// [`Catalogue::leave`].
     pub async fn remove_left(&self, artifact: &ArtifactRef) -> Result<(), Fault> {
         sqlx::query("DELETE FROM artifact WHERE reference = ? AND place IS NULL AND offer IS NULL")
             .bind(artifact.to_string())
@@ -345,7 +433,11 @@ impl Catalogue {
 
     /// Takes an artifact's row away.
     pub async fn remove_artifact(&self, artifact: &ArtifactRef) -> Result<(), Fault> {
-        sqlx::query("DELETE FROM artifact WHERE reference = ?").bind(artifact.to_string()).execute(&self.write).await.map_err(fault)?;
+        sqlx::query("DELETE FROM artifact WHERE reference = ?")
+            .bind(artifact.to_string())
+            .execute(&self.write)
+            .await
+            .map_err(fault)?;
         self.notify();
         Ok(())
     }

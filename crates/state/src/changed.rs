@@ -1,4 +1,5 @@
-//! What was published in place and is no longer what it was: at its site as the watch found it, at the hub as the site tells it.
+//! What was published in place and is no longer what it was: at its site as the watch found it, at
+//! the hub as the site tells it.
 
 use std::collections::HashMap;
 use std::hash::Hash;
@@ -25,8 +26,13 @@ pub struct Changed<P> {
 pub type PublishedInPlace<P> = (P, i64, ArtifactRef, Option<String>);
 
 /// What changed of what was published in place.
-pub fn what_changed<P: Eq + Hash>(published: impl Iterator<Item = PublishedInPlace<P>>) -> Vec<Changed<P>> {
-    let (mut changed, mut sound) = (Vec::new(), HashMap::<(String, P), (i64, ArtifactRef)>::new());
+pub fn what_changed<P: Eq + Hash>(
+    published: impl Iterator<Item = PublishedInPlace<P>>,
+) -> Vec<Changed<P>> {
+    let (mut changed, mut sound) = (
+        Vec::new(),
+        HashMap::<(String, P), (i64, ArtifactRef)>::new(),
+    );
     for (place, at_ms, artifact, how) in published {
         let of = (artifact.series(), place);
         match how {
@@ -38,8 +44,16 @@ pub fn what_changed<P: Eq + Hash>(published: impl Iterator<Item = PublishedInPla
         }
     }
     let changed = changed.into_iter().map(|(artifact, of, at_ms, how)| {
-        let newer = sound.get(&of).filter(|(later, _)| *later > at_ms).map(|(_, newer)| newer.clone());
-        Changed { artifact, place: of.1, how, newer }
+        let newer = sound
+            .get(&of)
+            .filter(|(later, _)| *later > at_ms)
+            .map(|(_, newer)| newer.clone());
+        Changed {
+            artifact,
+            place: of.1,
+            how,
+            newer,
+        }
     });
     changed.collect()
 }
@@ -47,10 +61,12 @@ pub fn what_changed<P: Eq + Hash>(published: impl Iterator<Item = PublishedInPla
 impl Catalogue {
     /// The names of what was published here, in place.
     pub async fn published(&self) -> Result<Vec<ArtifactRef>, Fault> {
-        let rows: Vec<(String,)> = sqlx::query_as("SELECT reference FROM artifact WHERE published_ms IS NOT NULL ORDER BY reference")
-            .fetch_all(&self.read)
-            .await
-            .map_err(fault)?;
+        let rows: Vec<(String,)> = sqlx::query_as(
+            "SELECT reference FROM artifact WHERE published_ms IS NOT NULL ORDER BY reference",
+        )
+        .fetch_all(&self.read)
+        .await
+        .map_err(fault)?;
         rows.into_iter().map(|(name,)| Ok(name.parse()?)).collect()
     }
 
@@ -61,7 +77,9 @@ impl Catalogue {
                 .fetch_all(&self.read)
                 .await
                 .map_err(fault)?;
-        rows.into_iter().map(|(site, at_ms, name, changed)| Ok((site.parse()?, at_ms, name.parse()?, changed))).collect()
+        rows.into_iter()
+            .map(|(site, at_ms, name, changed)| Ok((site.parse()?, at_ms, name.parse()?, changed)))
+            .collect()
     }
 
     /// What was published here, in place; the place as it is stored.
@@ -72,13 +90,23 @@ impl Catalogue {
         .fetch_all(&self.read)
         .await
         .map_err(fault)?;
-        rows.into_iter().map(|(place, at_ms, name, changed)| Ok((place, at_ms, name.parse()?, changed))).collect()
+        rows.into_iter()
+            .map(|(place, at_ms, name, changed)| Ok((place, at_ms, name.parse()?, changed)))
+            .collect()
     }
 
-    /// Notes how an artifact of this daemon changed since it was published, or with `None` that it is what it was. `false`: that
-    /// was known.
-    pub async fn set_changed(&self, artifact: &ArtifactRef, changed: Option<&str>) -> Result<bool, Fault> {
-        let mut tx = self.write.begin_with("BEGIN IMMEDIATE").await.map_err(fault)?;
+    /// Notes how an artifact of this daemon changed since it was published, or with `None` that it
+    /// is what it was. `false`: that was known.
+    pub async fn set_changed(
+        &self,
+        artifact: &ArtifactRef,
+        changed: Option<&str>,
+    ) -> Result<bool, Fault> {
+        let mut tx = self
+            .write
+            .begin_with("BEGIN IMMEDIATE")
+            .await
+            .map_err(fault)?;
         let new = put(&mut tx, None, &artifact.to_string(), changed).await?;
         tx.commit().await.map_err(fault)?;
         if new {
@@ -87,7 +115,8 @@ impl Catalogue {
         Ok(new)
     }
 
-    /// What the hub has to know of what changed here: everything that it has heard of, and how it changed.
+    /// What the hub has to know of what changed here: everything that it has heard of, and how it
+    /// changed.
     pub async fn changed_here(&self) -> Result<Vec<(ArtifactRef, Message)>, Fault> {
         let rows: Vec<(String, String)> = sqlx::query_as(
             "SELECT reference, changed FROM artifact
@@ -97,20 +126,35 @@ impl Catalogue {
         .fetch_all(&self.read)
         .await
         .map_err(fault)?;
-        rows.into_iter().map(|(name, changed)| Ok((name.parse()?, changed.into()))).collect()
+        rows.into_iter()
+            .map(|(name, changed)| Ok((name.parse()?, changed.into())))
+            .collect()
     }
 
-    /// Notes what changed at a site, at the hub: these of what is published there, and nothing else of it. `false`: that was known.
-    pub async fn set_changed_at(&self, site: &SiteName, all: &[(ArtifactRef, Message)]) -> Result<bool, Fault> {
+    /// Notes what changed at a site, at the hub: these of what is published there, and nothing else
+    /// of it. `false`: that was known.
+    pub async fn set_changed_at(
+        &self,
+        site: &SiteName,
+        all: &[(ArtifactRef, Message)],
+    ) -> Result<bool, Fault> {
         // A site may say anything: no more is taken in than one that is sound would say.
         let all = all.iter().take(CHANGED_TOLD_MAX as usize);
-        let all: HashMap<String, String> = all.map(|(artifact, how)| (artifact.to_string(), how.to_string())).collect();
-        let mut tx = self.write.begin_with("BEGIN IMMEDIATE").await.map_err(fault)?;
-        let before: Vec<(String,)> = sqlx::query_as("SELECT reference FROM artifact WHERE changed IS NOT NULL AND origin = ?")
-            .bind(site.as_str())
-            .fetch_all(&mut *tx)
+        let all: HashMap<String, String> = all
+            .map(|(artifact, how)| (artifact.to_string(), how.to_string()))
+            .collect();
+        let mut tx = self
+            .write
+            .begin_with("BEGIN IMMEDIATE")
             .await
             .map_err(fault)?;
+        let before: Vec<(String,)> = sqlx::query_as(
+            "SELECT reference FROM artifact WHERE changed IS NOT NULL AND origin = ?",
+        )
+        .bind(site.as_str())
+        .fetch_all(&mut *tx)
+        .await
+        .map_err(fault)?;
         let mut new = false;
         for (name,) in before.iter().filter(|(name,)| !all.contains_key(name)) {
             new |= put(&mut tx, Some(site), name, None).await?;
@@ -126,8 +170,14 @@ impl Catalogue {
     }
 }
 
-/// Writes how an artifact changed, if its bytes are those of `origin` (`None`: this daemon's own) and it was not known.
-async fn put(connection: &mut sqlx::SqliteConnection, origin: Option<&SiteName>, name: &str, changed: Option<&str>) -> Result<bool, Fault> {
+/// Writes how an artifact changed, if its bytes are those of `origin` (`None`: this daemon's own)
+/// and it was not known.
+async fn put(
+    connection: &mut sqlx::SqliteConnection,
+    origin: Option<&SiteName>,
+    name: &str,
+    changed: Option<&str>,
+) -> Result<bool, Fault> {
     let done = sqlx::query("UPDATE artifact SET changed = ?1 WHERE reference = ?2 AND origin IS ?3 AND changed IS NOT ?1")
         .bind(changed)
         .bind(name)

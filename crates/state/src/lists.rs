@@ -1,4 +1,5 @@
-//! Lists that are read a page at a time, each page within a number of rows and of bytes: no list is in memory as a whole.
+//! Lists that are read a page at a time, each page within a number of rows and of bytes: no list is
+//! in memory as a whole.
 
 use futures::TryStreamExt as _;
 use serde::Serialize;
@@ -37,14 +38,16 @@ const SINCE: &str = "SELECT * FROM transfer WHERE cursor > ?2 ORDER BY cursor, i
 const NEWEST: &str = "SELECT * FROM transfer ORDER BY created_ms DESC, id DESC LIMIT ?3";
 const NEWEST_BEHIND: &str = "SELECT * FROM transfer WHERE (created_ms, id) < (SELECT created_ms, id FROM transfer WHERE id = ?2)
                              ORDER BY created_ms DESC, id DESC LIMIT ?3";
-const UNKNOWN: &str = "SELECT value FROM json_each(?1) a WHERE NOT EXISTS (SELECT 1 FROM transfer WHERE id = a.value)
+const UNKNOWN: &str =
+    "SELECT value FROM json_each(?1) a WHERE NOT EXISTS (SELECT 1 FROM transfer WHERE id = a.value)
      AND NOT EXISTS (SELECT 1 FROM transfer WHERE delivery = a.value)
      AND NOT EXISTS (SELECT 1 FROM delivery_part WHERE delivery = a.value) LIMIT 1";
 
 impl Catalogue {
-    /// Shows the transfers that a query means one by one until `see` says `false`, `rows` of them at most: what changed since a
-    /// cursor in that order, the transfers of ids as they were begun, else the newest first. `behind`: the transfer behind which it
-    /// goes on, where there is no cursor.
+    /// Shows the transfers that a query means one by one until `see` says `false`, `rows` of them
+    /// at most: what changed since a cursor in that order, the transfers of ids as they were begun,
+    /// else the newest first. `behind`: the transfer behind which it goes on, where there is no
+    /// cursor.
     pub async fn scan_transfers(
         &self,
         query: &TransferQuery,
@@ -52,11 +55,20 @@ impl Catalogue {
         rows: i64,
         mut see: impl FnMut(TransferRow) -> bool + Send,
     ) -> Result<(), Fault> {
-        let ids = query.id.as_ref().map(|ids| serde_json::json!(ids.split(',').map(str::trim).collect::<Vec<_>>()).to_string());
+        let ids = query.id.as_ref().map(|ids| {
+            serde_json::json!(ids.split(',').map(str::trim).collect::<Vec<_>>()).to_string()
+        });
         if let Some(ids) = ids.as_ref().filter(|_| behind.is_none()) {
-            let unknown: Option<(String,)> = sqlx::query_as(UNKNOWN).bind(ids).fetch_optional(&self.read).await.map_err(fault)?;
+            let unknown: Option<(String,)> = sqlx::query_as(UNKNOWN)
+                .bind(ids)
+                .fetch_optional(&self.read)
+                .await
+                .map_err(fault)?;
             if let Some((id,)) = unknown {
-                return Err(Fault::not_found(format!("there is no transfer or delivery {id}")).with_next("'packhorse status' lists them"));
+                return Err(
+                    Fault::not_found(format!("there is no transfer or delivery {id}"))
+                        .with_next("'packhorse status' lists them"),
+                );
             }
         }
         let sql = match (&ids, query.since, behind) {
@@ -80,8 +92,8 @@ impl Catalogue {
         Ok(())
     }
 
-    /// A page of the transfers that a query means, as `show` shows them, and the cursor to go on from: behind what the page holds,
-    /// where the query has one.
+    /// A page of the transfers that a query means, as `show` shows them, and the cursor to go on
+    /// from: behind what the page holds, where the query has one.
     pub async fn transfer_page<T: Serialize + Send>(
         &self,
         query: &TransferQuery,
@@ -101,9 +113,11 @@ impl Catalogue {
             cut_at = (!is_in).then_some(row.cursor as u64);
             is_in
         };
-        self.scan_transfers(query, behind, room.rows_asked(), see).await?;
+        self.scan_transfers(query, behind, room.rows_asked(), see)
+            .await?;
         let mut page = pager.page();
-        let (Some(cut_at), Some(_), Some(last)) = (cut_at, query.since, cursors.last().copied()) else {
+        let (Some(cut_at), Some(_), Some(last)) = (cut_at, query.since, cursors.last().copied())
+        else {
             return Ok((page, newest));
         };
         // An earlier version gave several transfers one cursor: those go together, if they fit.
@@ -116,7 +130,8 @@ impl Catalogue {
         Ok((page, cursor))
     }
 
-    /// The transfers that a query means, `limit` of them at most (1,000 when it does not say), and the cursor to go on from.
+    /// The transfers that a query means, `limit` of them at most (1,000 when it does not say), and
+    /// the cursor to go on from.
     pub async fn transfers(&self, query: &TransferQuery) -> Result<(Vec<TransferRow>, u64), Fault> {
         let newest = self.cursor().await?;
         let limit = i64::from(query.limit.unwrap_or(API_ROWS_DEFAULT));
@@ -134,7 +149,8 @@ impl Catalogue {
         Ok((rows, cursor))
     }
 
-    /// A page of the transfers of an artifact, in the order in which they were begun, behind this one.
+    /// A page of the transfers of an artifact, in the order in which they were begun, behind this
+    /// one.
     pub async fn artifact_transfer_page<T: Serialize + Send>(
         &self,
         artifact: &ArtifactRef,
@@ -142,8 +158,13 @@ impl Catalogue {
         room: Room,
         mut show: impl FnMut(&TransferRow) -> T + Send,
     ) -> Result<Page<T>, Fault> {
-        let query = sqlx::query("SELECT * FROM transfer WHERE reference = ? AND id > ? ORDER BY id LIMIT ?");
-        let query = query.bind(artifact.to_string()).bind(behind.unwrap_or_default()).bind(room.rows_asked());
+        let query = sqlx::query(
+            "SELECT * FROM transfer WHERE reference = ? AND id > ? ORDER BY id LIMIT ?",
+        );
+        let query = query
+            .bind(artifact.to_string())
+            .bind(behind.unwrap_or_default())
+            .bind(room.rows_asked());
         let mut rows = query.fetch(&self.read);
         let mut pager = Pager::new(room);
         while let Some(row) = rows.try_next().await.map_err(fault)? {
@@ -162,8 +183,12 @@ impl Catalogue {
         room: Room,
         mut show: impl FnMut(&ArtifactRow) -> T + Send,
     ) -> Result<Page<T>, Fault> {
-        let query = sqlx::query("SELECT * FROM artifact WHERE reference > ? ORDER BY reference LIMIT ?");
-        let mut rows = query.bind(behind.unwrap_or_default()).bind(room.rows_asked()).fetch(&self.read);
+        let query =
+            sqlx::query("SELECT * FROM artifact WHERE reference > ? ORDER BY reference LIMIT ?");
+        let mut rows = query
+            .bind(behind.unwrap_or_default())
+            .bind(room.rows_asked())
+            .fetch(&self.read);
         let mut pager = Pager::new(room);
         while let Some(row) = rows.try_next().await.map_err(fault)? {
             let row = artifact(&row)?;
@@ -174,25 +199,30 @@ impl Catalogue {
         Ok(pager.page())
     }
 
-    /// The names of all artifacts, in order: whoever works on all of them reads one after the other.
+    /// The names of all artifacts, in order: whoever works on all of them reads one after the
+    /// other.
     pub async fn artifact_names(&self) -> Result<Vec<ArtifactRef>, Fault> {
         names(&self.read).await
     }
 
     /// The names and digests of all artifacts, in order.
     pub async fn artifacts_by_digest(&self) -> Result<Vec<(ArtifactRef, Digest)>, Fault> {
-        let mut rows =
-            sqlx::query_as::<_, (String, Vec<u8>)>("SELECT reference, digest FROM artifact ORDER BY reference").fetch(&self.read);
+        let mut rows = sqlx::query_as::<_, (String, Vec<u8>)>(
+            "SELECT reference, digest FROM artifact ORDER BY reference",
+        )
+        .fetch(&self.read);
         let mut out = Vec::new();
         while let Some((name, digest)) = rows.try_next().await.map_err(fault)? {
-            let digest =
-                digest.try_into().map(Hash).map_err(|_| Fault::internal(format!("the catalogue holds a malformed digest of {name}")))?;
+            let digest = digest.try_into().map(Hash).map_err(|_| {
+                Fault::internal(format!("the catalogue holds a malformed digest of {name}"))
+            })?;
             out.push((name.parse()?, digest));
         }
         Ok(out)
     }
 
-    /// The same as [`Catalogue::artifact_names`], once every change that has begun is written or given up: what is visible to nobody yet and will be is among them.
+    /// The same as [`Catalogue::artifact_names`], once every change that has begun is written or
+    /// given up: what is visible to nobody yet and will be is among them.
     pub async fn artifact_names_settled(&self) -> Result<Vec<ArtifactRef>, Fault> {
         names(&self.write).await
     }
@@ -204,7 +234,10 @@ impl Catalogue {
         room: Room,
         mut show: impl FnMut(&SiteRow) -> T + Send,
     ) -> Result<Page<T>, Fault> {
-        let mut rows = sqlx::query_as::<_, SiteColumns>(SITES).bind(behind).bind(room.rows_asked()).fetch(&self.read);
+        let mut rows = sqlx::query_as::<_, SiteColumns>(SITES)
+            .bind(behind)
+            .bind(room.rows_asked())
+            .fetch(&self.read);
         let mut pager = Pager::new(room);
         while let Some(row) = rows.try_next().await.map_err(fault)? {
             let row = site(row)?;
@@ -215,8 +248,8 @@ impl Catalogue {
         Ok(pager.page())
     }
 
-    /// A page of the runs, the newest first, as `show` shows them: those that a site has to do with, or all; behind the run of this
-    /// name, and without the first `skip` of them.
+    /// A page of the runs, the newest first, as `show` shows them: those that a site has to do
+    /// with, or all; behind the run of this name, and without the first `skip` of them.
     pub async fn run_page<T: DeserializeOwned, S: Serialize>(
         &self,
         of: Option<&SiteName>,
@@ -246,9 +279,14 @@ impl Catalogue {
         Ok(pager.page())
     }
 
-    /// The newest deliveries behind this one, newest first. `by_transfers`: those too that are known by their transfers alone, as a
-    /// site knows them.
-    pub async fn deliveries(&self, behind: Option<&str>, rows: i64, by_transfers: bool) -> Result<Vec<DeliveryRow>, Fault> {
+    /// The newest deliveries behind this one, newest first. `by_transfers`: those too that are
+    /// known by their transfers alone, as a site knows them.
+    pub async fn deliveries(
+        &self,
+        behind: Option<&str>,
+        rows: i64,
+        by_transfers: bool,
+    ) -> Result<Vec<DeliveryRow>, Fault> {
         let key = match behind {
             Some(id) => match self.delivery(id).await {
                 Ok(row) => row.created_ms,
@@ -268,14 +306,35 @@ impl Catalogue {
                  WHERE (created_ms, id) < (?1, ?2) ORDER BY created_ms DESC, id DESC LIMIT ?3"
             }
         };
-        let found: Vec<(String, Option<String>, i64)> =
-            sqlx::query_as(sql).bind(key).bind(behind.unwrap_or_default()).bind(rows).fetch_all(&self.read).await.map_err(fault)?;
-        found.into_iter().map(|(id, run, created_ms)| Ok(DeliveryRow { id: id.parse()?, run, created_ms })).collect()
+        let found: Vec<(String, Option<String>, i64)> = sqlx::query_as(sql)
+            .bind(key)
+            .bind(behind.unwrap_or_default())
+            .bind(rows)
+            .fetch_all(&self.read)
+            .await
+            .map_err(fault)?;
+        found
+            .into_iter()
+            .map(|(id, run, created_ms)| {
+                Ok(DeliveryRow {
+                    id: id.parse()?,
+                    run,
+                    created_ms,
+                })
+            })
+            .collect()
     }
 
     /// Shows the transfers of a delivery one by one, in the order in which they were begun.
-    pub async fn each_part(&self, id: &DeliveryId, mut see: impl FnMut(TransferRow) + Send) -> Result<(), Fault> {
-        let query = TransferQuery { id: Some(id.to_string()), ..TransferQuery::default() };
+    pub async fn each_part(
+        &self,
+        id: &DeliveryId,
+        mut see: impl FnMut(TransferRow) + Send,
+    ) -> Result<(), Fault> {
+        let query = TransferQuery {
+            id: Some(id.to_string()),
+            ..TransferQuery::default()
+        };
         self.scan_transfers(&query, None, i64::MAX, |row| {
             see(row);
             true
@@ -322,7 +381,9 @@ pub struct Counted {
 }
 
 async fn names(pool: &sqlx::SqlitePool) -> Result<Vec<ArtifactRef>, Fault> {
-    let mut rows = sqlx::query_as::<_, (String,)>("SELECT reference FROM artifact ORDER BY reference").fetch(pool);
+    let mut rows =
+        sqlx::query_as::<_, (String,)>("SELECT reference FROM artifact ORDER BY reference")
+            .fetch(pool);
     let mut out = Vec::new();
     while let Some((name,)) = rows.try_next().await.map_err(fault)? {
         out.push(name.parse()?);

@@ -43,15 +43,25 @@ impl Part {
     /// An artifact to these sites.
     pub fn new(row: &ArtifactRow, sites: &[SiteName]) -> Self {
         let needs = match &row.root.info {
-            KindInfo::Labels(labels) => labels.dataset.as_ref().map(|dataset| dataset.artifact.clone()),
+            KindInfo::Labels(labels) => labels
+                .dataset
+                .as_ref()
+                .map(|dataset| dataset.artifact.clone()),
             KindInfo::Files | KindInfo::Image(_) => None,
         };
-        Self { artifact: row.artifact.clone(), digest: row.digest, total: row.root.totals.bytes, needs, sites: sites.to_vec() }
+        Self {
+            artifact: row.artifact.clone(),
+            digest: row.digest,
+            total: row.root.totals.bytes,
+            needs,
+            sites: sites.to_vec(),
+        }
     }
 }
 
 pub(super) fn transfer(row: &SqliteRow) -> Result<TransferRow, Fault> {
-    let malformed = |what: &str| Fault::internal(format!("the catalogue holds a malformed transfer: {what}"));
+    let malformed =
+        |what: &str| Fault::internal(format!("the catalogue holds a malformed transfer: {what}"));
     let text = |name: &str| row.try_get::<String, _>(name).map_err(fault);
     let number = |name: &str| row.try_get::<i64, _>(name).map_err(fault);
     let digest: Vec<u8> = row.try_get("digest").map_err(fault)?;
@@ -80,7 +90,11 @@ pub(super) fn transfer(row: &SqliteRow) -> Result<TransferRow, Fault> {
 
 /// A new id: sorts by time, and cannot be guessed from another.
 pub fn new_id(prefix: &str) -> String {
-    format!("{prefix}-{:011x}{:08x}", clock::now_unix_ms(), rand::random::<u32>())
+    format!(
+        "{prefix}-{:011x}{:08x}",
+        clock::now_unix_ms(),
+        rand::random::<u32>()
+    )
 }
 
 /// The same for a transfer.

@@ -1,9 +1,10 @@
 //! Which congestion control a QUIC line uses.
 //!
-//! The model of BBR ([`Steady`]) holds a long line full under loss, where CUBIC stalls; CUBIC is faster on a loopback or within
-//! a building. quinn wants the choice when a connection is made, before any round trip was measured and before the site has said
-//! what its line is set to, so [`Fitting`] begins as CUBIC, chooses at the first measured round trip, and goes back to CUBIC should a
-//! shorter one show that the first was delayed by a busy machine.
+//! The model of BBR ([`Bbr`]) holds a long line full under loss, where CUBIC stalls; CUBIC is
+//! faster on a loopback or within a building. quinn wants the choice when a connection is made,
+//! before any round trip was measured and before the site has said what its line is set to, so
+//! [`Fitting`] begins as CUBIC, chooses at the first measured round trip, and goes back to CUBIC
+//! should a shorter one show that the first was delayed by a busy machine.
 
 use std::any::Any;
 use std::sync::Arc;
@@ -13,15 +14,17 @@ use std::time::{Duration, Instant};
 use quinn::congestion::{Controller, ControllerFactory, ControllerMetrics, CubicConfig};
 use quinn_proto::RttEstimator;
 
-use super::steady::Steady;
+use super::bbr::Bbr;
 use crate::Congestion;
 
-/// What quinn takes for the round trip until it has measured one. While an estimate is exactly this, there is no measure.
+/// What quinn takes for the round trip until it has measured one. While an estimate is exactly
+/// this, there is no measure.
 pub(super) const UNKNOWN_RTT: Duration = Duration::from_millis(333);
 /// From this round trip on a line is long.
 pub(super) const LONG_RTT: Duration = Duration::from_millis(5);
-/// A long line is taken to carry 100 Mbit/s until it is known better: its first window is this times the round trip, so a slower line sees
-/// one round trip of excess and a faster one is found out three doublings sooner.
+/// A long line is taken to carry 100 Mbit/s until it is known better: its first window is this
+/// times the round trip, so a slower line sees one round trip of excess and a faster one is found
+/// out three doublings sooner.
 const FIRST_RATE_BYTES_PER_SECOND: u64 = 100_000_000 / 8;
 /// The least first window of a long line: 200 packets.
 const FIRST_WINDOW_MIN: u64 = 200 * 1200;
@@ -63,7 +66,8 @@ impl Choice {
         }
     }
 
-    /// Whether a line of this round trip is to be held full as a long one. One that was found short stays so by itself.
+    /// Whether a line of this round trip is to be held full as a long one. One that was found short
+    /// stays so by itself.
     fn is_long(&self, rtt: Duration, before: Chosen) -> bool {
         match self.0.load(Ordering::Relaxed) {
             BBR => true,
@@ -86,7 +90,9 @@ fn cubic(window: u64) -> CubicConfig {
 
 fn first_window(rtt: Duration) -> u64 {
     let bytes = u128::from(FIRST_RATE_BYTES_PER_SECOND) * rtt.as_micros() / 1_000_000;
-    u64::try_from(bytes).unwrap_or(u64::MAX).clamp(FIRST_WINDOW_MIN, FIRST_WINDOW_MAX)
+    u64::try_from(bytes)
+        .unwrap_or(u64::MAX)
+        .clamp(FIRST_WINDOW_MIN, FIRST_WINDOW_MAX)
 }
 
 struct FittingFactory(Choice);
@@ -115,14 +121,19 @@ struct Fitting {
 impl Fitting {
     fn new(choice: Choice, now: Instant, mtu: u16) -> Self {
         let inner = Arc::new(CubicConfig::default()).build(now, mtu);
-        Self { choice, inner, chosen: Chosen::Nothing, mtu }
+        Self {
+            choice,
+            inner,
+            chosen: Chosen::Nothing,
+            mtu,
+        }
     }
 
     fn choose(&mut self, now: Instant, rtt: Duration) {
         match (self.chosen, self.choice.is_long(rtt, self.chosen)) {
             (Chosen::Long, true) | (Chosen::Short, false) => {}
             (_, true) => {
-                self.inner = Box::new(Steady::new(now, first_window(rtt), self.mtu));
+                self.inner = Box::new(Bbr::new(now, first_window(rtt), self.mtu));
                 self.chosen = Chosen::Long;
             }
             (_, false) => {
@@ -139,20 +150,42 @@ impl Controller for Fitting {
         self.inner.on_sent(now, bytes, last_packet_number);
     }
 
-    fn on_ack(&mut self, now: Instant, sent: Instant, bytes: u64, app_limited: bool, rtt: &RttEstimator) {
-        // The least round trip: it only falls, so by itself the choice changes at most once and only towards CUBIC.
+    fn on_ack(
+        &mut self,
+        now: Instant,
+        sent: Instant,
+        bytes: u64,
+        app_limited: bool,
+        rtt: &RttEstimator,
+    ) {
+        // The least round trip: it only falls, so by itself the choice changes at most once and
+        // only towards CUBIC.
         if rtt.min() != UNKNOWN_RTT || rtt.get() != UNKNOWN_RTT {
             self.choose(now, rtt.min());
         }
         self.inner.on_ack(now, sent, bytes, app_limited, rtt);
     }
 
-    fn on_end_acks(&mut self, now: Instant, in_flight: u64, app_limited: bool, largest_packet_num_acked: Option<u64>) {
-        self.inner.on_end_acks(now, in_flight, app_limited, largest_packet_num_acked);
+    fn on_end_acks(
+        &mut self,
+        now: Instant,
+        in_flight: u64,
+        app_limited: bool,
+        largest_packet_num_acked: Option<u64>,
+    ) {
+        self.inner
+            .on_end_acks(now, in_flight, app_limited, largest_packet_num_acked);
     }
 
-    fn on_congestion_event(&mut self, now: Instant, sent: Instant, is_persistent_congestion: bool, lost_bytes: u64) {
-        self.inner.on_congestion_event(now, sent, is_persistent_congestion, lost_bytes);
+    fn on_congestion_event(
+        &mut self,
+        now: Instant,
+        sent: Instant,
+        is_persistent_congestion: bool,
+        lost_bytes: u64,
+    ) {
+        self.inner
+            .on_congestion_event(now, sent, is_persistent_congestion, lost_bytes);
     }
 
     fn on_mtu_update(&mut self, new_mtu: u16) {
@@ -169,7 +202,12 @@ impl Controller for Fitting {
     }
 
     fn clone_box(&self) -> Box<dyn Controller> {
-        Box::new(Self { choice: self.choice.clone(), inner: self.inner.clone_box(), chosen: self.chosen, mtu: self.mtu })
+        Box::new(Self {
+            choice: self.choice.clone(),
+            inner: self.inner.clone_box(),
+            chosen: self.chosen,
+            mtu: self.mtu,
+        })
     }
 
     fn initial_window(&self) -> u64 {
@@ -199,7 +237,11 @@ mod tests {
 
     #[test]
     fn a_setting_goes_before_the_round_trip_and_may_come_late() {
-        let (now, short, long) = (Instant::now(), Duration::from_millis(1), Duration::from_millis(100));
+        let (now, short, long) = (
+            Instant::now(),
+            Duration::from_millis(1),
+            Duration::from_millis(100),
+        );
         let mut set = fitting(Congestion::Cubic);
         set.choose(now, long);
         assert_eq!(set.chosen, Chosen::Short);

@@ -14,14 +14,19 @@ use super::mux::{End, Mux};
 use super::seats::{Seat, Seats};
 use super::tls::{self, Shown};
 use super::window::{self, Window, Windows};
-use super::{CLOSE_BUSY, CLOSE_CLOCK, CLOSE_REFUSED, FLUSH_MAX, Link, PRIORITY_CONTROL, SendHalf, Wire, hello, quic, tcp};
+use super::{
+    CLOSE_BUSY, CLOSE_CLOCK, CLOSE_REFUSED, FLUSH_MAX, Link, PRIORITY_CONTROL, SendHalf, Wire,
+    hello, quic, tcp,
+};
 use crate::identity::{Claim, Holder, HubIdentity, Redeemer, key_hash, read_csr, secret_hash};
-use crate::{Congestion, Line};
-use base::admission::{Network, Place, Pool};
+use crate::{Congestion, ConnectionSettings};
+use base::admission::{Network, Permit, Pool};
 use base::fault::{Fault, IoContext};
 use base::limits::{
-    LINE_ARRIVALS_WAITING_MAX, LINE_HANDSHAKE_MAX, LINE_HANDSHAKES_EASY, LINE_HANDSHAKES_MAX, LINE_HANDSHAKES_PER_ADDRESS_MAX,
-    LINE_HANDSHAKES_PROVED_MAX, LINE_JOINS_MAX, LINE_SEND_BYTES_MAX, LINE_TLS_MAX, SITE_CONNECTIONS_MAX,
+    CONNECTION_ARRIVALS_WAITING_MAX, CONNECTION_HANDSHAKE_MAX, CONNECTION_HANDSHAKES_EASY,
+    CONNECTION_HANDSHAKES_MAX, CONNECTION_HANDSHAKES_PER_ADDRESS_MAX,
+    CONNECTION_HANDSHAKES_PROVED_MAX, CONNECTION_JOINS_MAX, CONNECTION_SEND_BYTES_MAX,
+    CONNECTION_TLS_MAX, SITE_CONNECTIONS_MAX,
 };
 use base::names::SiteName;
 use base::tally::Tally;
@@ -36,8 +41,9 @@ const PORT_TRIES_MAX: usize = 16;
 
 /// What comes to the hub.
 pub enum Arrival {
-    /// A site with a certificate of this hub, good by the hub's clock. Whether the hub still knows the site is the taker's to check. A
-    /// second line of a site usually means that the first is dead and not yet noticed, or that the site moved over to QUIC.
+    /// A site with a certificate of this hub, good by the hub's clock. Whether the hub still knows
+    /// the site is the taker's to check. A second line of a site usually means that the first is
+    /// dead and not yet noticed, or that the site moved over to QUIC.
     Site {
         /// The name in the certificate.
         name: SiteName,
@@ -68,7 +74,7 @@ pub struct JoinRequest {
     csr: Vec<u8>,
     /// The hash of the key that the request is for.
     key_hash: [u8; 32],
-    place: Place,
+    place: Permit,
 }
 
 impl JoinRequest {
@@ -94,13 +100,22 @@ impl JoinRequest {
 
     /// Redeems the token and answers with a certificate or the refusal. Returns who joined.
     pub async fn redeem(self, redeemer: &dyn Redeemer) -> Result<Holder, Fault> {
-        let verdict = redeemer.redeem(&self.token_id, &self.secret_hash, &self.claim, &self.key_hash).await;
+        let verdict = redeemer
+            .redeem(
+                &self.token_id,
+                &self.secret_hash,
+                &self.claim,
+                &self.key_hash,
+            )
+            .await;
         self.answer(verdict).await
     }
 
-    /// Answers: a holder gets a certificate of his name, a fault is sent as the refusal (and returned).
+    /// Answers: a holder gets a certificate of his name, a fault is sent as the refusal (and
+    /// returned).
     pub async fn answer(mut self, verdict: Result<Holder, Fault>) -> Result<Holder, Fault> {
-        let issued = verdict.and_then(|holder| Ok((self.hub.issue_as(&holder, &self.csr)?, holder)));
+        let issued =
+            verdict.and_then(|holder| Ok((self.hub.issue_as(&holder, &self.csr)?, holder)));
         let answer = match &issued {
             Ok((cert, _)) => hello::Answer::Certificate(hello::encode(cert)),
             Err(fault) => hello::Answer::refused(fault.clone()),
@@ -119,7 +134,11 @@ impl JoinRequest {
             () = self.place.evicted() => Ok(()),
         };
         let (_, holder) = issued?;
-        sent.map_err(|f| f.context(format_args!("{holder} was not told that it joined; the same command can be run again")))?;
+        sent.map_err(|f| {
+            f.context(format_args!(
+                "{holder} was not told that it joined; the same command can be run again"
+            ))
+        })?;
         Ok(holder)
     }
 }
@@ -139,34 +158,55 @@ impl Drop for Listener {
 }
 
 impl Listener {
-    /// Listens on UDP (QUIC) and TCP (TLS) at the same port number. All lines together buffer about `memory` bytes for sending.
-    /// Must be called within a tokio runtime.
-    pub fn bind(addr: SocketAddr, identity: Arc<HubIdentity>, line: &Line, memory: u64) -> Result<Self, Fault> {
+    /// Listens on UDP (QUIC) and TCP (TLS) at the same port number. All lines together buffer about
+    /// `memory` bytes for sending. Must be called within a tokio runtime.
+    pub fn bind(
+        addr: SocketAddr,
+        identity: Arc<HubIdentity>,
+        settings: &ConnectionSettings,
+        memory: u64,
+    ) -> Result<Self, Fault> {
         let (tcp, udp) = bind_pair(addr)?;
-        Self::start(Some(udp), tcp, identity, line, memory)
+        Self::start(Some(udp), tcp, identity, settings, memory)
     }
 
     /// As where a firewall drops UDP: the UDP socket is handed out and answers nothing.
     #[cfg(test)]
-    pub(super) fn bind_tcp_only(addr: SocketAddr, identity: Arc<HubIdentity>, line: &Line) -> Result<(Self, UdpSocket), Fault> {
+    pub(super) fn bind_tcp_only(
+        addr: SocketAddr,
+        identity: Arc<HubIdentity>,
+        settings: &ConnectionSettings,
+    ) -> Result<(Self, UdpSocket), Fault> {
         let (tcp, udp) = bind_pair(addr)?;
-        Ok((Self::start(None, tcp, identity, line, LINE_SEND_BYTES_MAX)?, udp))
+        Ok((
+            Self::start(None, tcp, identity, settings, CONNECTION_SEND_BYTES_MAX)?,
+            udp,
+        ))
     }
 
-    fn start(udp: Option<UdpSocket>, tcp: StdTcpListener, identity: Arc<HubIdentity>, line: &Line, memory: u64) -> Result<Self, Fault> {
+    fn start(
+        udp: Option<UdpSocket>,
+        tcp: StdTcpListener,
+        identity: Arc<HubIdentity>,
+        settings: &ConnectionSettings,
+        memory: u64,
+    ) -> Result<Self, Fault> {
         let local = tcp.local_addr().at("listen")?;
         let tls = tls::server(&identity)?;
-        let (send, receive) = mpsc::channel(LINE_ARRIVALS_WAITING_MAX);
+        let (send, receive) = mpsc::channel(CONNECTION_ARRIVALS_WAITING_MAX);
         let stop = CancellationToken::new();
         let reset_key = identity.reset_key();
         let admission = Arc::new(Admission {
             hub: identity,
             arrivals: send,
-            tcp: Pool::new(open_files::share(LINE_HANDSHAKES_MAX, 16)),
-            quic: Pool::new(LINE_HANDSHAKES_MAX),
-            joins: Pool::new(open_files::share(LINE_JOINS_MAX, 16)),
-            seats: Seats::new(SITE_CONNECTIONS_MAX, open_files::share(SITE_CONNECTIONS_MAX, 2)),
-            congestion: line.congestion,
+            tcp: Pool::new(open_files::share(CONNECTION_HANDSHAKES_MAX, 16)),
+            quic: Pool::new(CONNECTION_HANDSHAKES_MAX),
+            joins: Pool::new(open_files::share(CONNECTION_JOINS_MAX, 16)),
+            seats: Seats::new(
+                SITE_CONNECTIONS_MAX,
+                open_files::share(SITE_CONNECTIONS_MAX, 2),
+            ),
+            congestion: settings.congestion,
             memory,
             windows: Windows::new(memory / 4, memory / 4 * 3),
             refused: Tally::new("refused a connection"),
@@ -176,15 +216,30 @@ impl Listener {
                 "a certificate is not valid yet: the clock of this machine is behind, or was ahead when it issued the certificate",
             ),
         });
-        let quic = udp.map(|udp| quic::listen(udp, tls.clone(), reset_key)).transpose()?;
+        let quic = udp
+            .map(|udp| quic::listen(udp, tls.clone(), reset_key))
+            .transpose()?;
         tcp.set_nonblocking(true).at("listen")?;
         let tcp = TcpListener::from_std(tcp).at("listen")?;
         let endpoint = quic.as_ref().map(|(endpoint, _)| endpoint.clone());
         if let Some((endpoint, config)) = quic {
-            tokio::spawn(stop.clone().run_until_cancelled_owned(accept_quic(endpoint, config, admission.clone())));
+            tokio::spawn(stop.clone().run_until_cancelled_owned(accept_quic(
+                endpoint,
+                config,
+                admission.clone(),
+            )));
         }
-        tokio::spawn(stop.clone().run_until_cancelled_owned(accept_tcp(tcp, Arc::new(tls), admission)));
-        Ok(Self { arrivals: tokio::sync::Mutex::new(receive), endpoint, local, stop })
+        tokio::spawn(stop.clone().run_until_cancelled_owned(accept_tcp(
+            tcp,
+            Arc::new(tls),
+            admission,
+        )));
+        Ok(Self {
+            arrivals: tokio::sync::Mutex::new(receive),
+            endpoint,
+            local,
+            stop,
+        })
     }
 
     /// The next arrival; `None` after [`Listener::close`].
@@ -210,7 +265,8 @@ impl Listener {
         }
     }
 
-    /// Waits a moment for the goodbyes of closed lines to leave: to be called last, before the process ends.
+    /// Waits a moment for the goodbyes of closed lines to leave: to be called last, before the
+    /// process ends.
     pub async fn wait_idle(&self) {
         if let Some(endpoint) = &self.endpoint {
             let _ = tokio::time::timeout(FLUSH_MAX, endpoint.wait_idle()).await;
@@ -222,9 +278,9 @@ fn bind_pair(addr: SocketAddr) -> Result<(StdTcpListener, UdpSocket), Fault> {
     let refused = |what: &str, error: &std::io::Error| {
         let message = format!("listen on {addr} ({what}): {error}");
         match error.kind() {
-            std::io::ErrorKind::AddrInUse => {
-                Fault::config(message).with_next("stop the program that uses this port, or choose another under [listen]")
-            }
+            std::io::ErrorKind::AddrInUse => Fault::config(message).with_next(
+                "stop the program that uses this port, or choose another under [listen]",
+            ),
             _ => Fault::config(message).with_next("correct the address under [listen]"),
         }
     };
@@ -268,7 +324,7 @@ enum Newcomer {
     /// A site or a publisher, with its certificate (DER).
     Known(Holder, Vec<u8>),
     /// Somebody who asks to join.
-    Joining(Place),
+    Joining(Permit),
     /// Somebody who is told why not, with this code.
     Refused(u32, Fault),
 }
@@ -285,37 +341,52 @@ impl Newcomer {
 impl Admission {
     /// What one line may buffer for sending, as many as there are now.
     fn send_room(&self) -> u64 {
-        (self.memory / self.seats.used().max(1) as u64).min(LINE_SEND_BYTES_MAX)
+        (self.memory / self.seats.used().max(1) as u64).min(CONNECTION_SEND_BYTES_MAX)
     }
 
-    /// Unfinished handshakes that one address may have. Many sites behind one address, which a restarted hub has to take in again, get
-    /// more as they come.
+    /// Unfinished handshakes that one address may have. Many sites behind one address, which a
+    /// restarted hub has to take in again, get more as they come.
     fn own_max(&self, network: Network) -> usize {
-        self.seats.used_by(network).clamp(LINE_HANDSHAKES_PER_ADDRESS_MAX, LINE_HANDSHAKES_MAX / 4)
+        self.seats.used_by(network).clamp(
+            CONNECTION_HANDSHAKES_PER_ADDRESS_MAX,
+            CONNECTION_HANDSHAKES_MAX / 4,
+        )
     }
 
     /// A place for a handshake. `None` if every place is taken by a peer that is being welcomed.
-    fn begin(&self, pool: &Pool, remote: SocketAddr, own_max: usize) -> Option<Place> {
+    fn begin(&self, pool: &Pool, remote: SocketAddr, own_max: usize) -> Option<Permit> {
         let place = pool.enter(Some(remote.ip().into()), own_max);
         if place.is_none() {
-            self.unfinished.note(format_args!("{remote}: no room for another handshake"));
+            self.unfinished
+                .note(format_args!("{remote}: no room for another handshake"));
         }
         place
     }
 
-    /// Whether a QUIC peer has to prove its address first, which costs the hub nothing: many handshakes run, in all or from there.
+    /// Whether a QUIC peer has to prove its address first, which costs the hub nothing: many
+    /// handshakes run, in all or from there.
     fn wants_proof(&self, remote: SocketAddr) -> bool {
         let network = remote.ip().into();
-        self.quic.used() >= LINE_HANDSHAKES_EASY || self.quic.unfinished_of(network) >= self.own_max(network) / 2
+        self.quic.used() >= CONNECTION_HANDSHAKES_EASY
+            || self.quic.unfinished_of(network) >= self.own_max(network) / 2
     }
 
     /// Decides about a peer whose handshake is done, and takes the seat of one that is known.
     fn admit(&self, shown: &Shown, remote: SocketAddr, over_tcp: bool) -> (Newcomer, Option<Seat>) {
         let network = remote.ip().into();
         if shown.alpn == tls::ALPN_JOIN {
-            return match self.joins.enter(Some(network), LINE_HANDSHAKES_PER_ADDRESS_MAX) {
+            return match self
+                .joins
+                .enter(Some(network), CONNECTION_HANDSHAKES_PER_ADDRESS_MAX)
+            {
                 Some(place) => (Newcomer::Joining(place), None),
-                None => (Newcomer::Refused(CLOSE_BUSY, Fault::unreachable("the hub answers too many join requests now")), None),
+                None => (
+                    Newcomer::Refused(
+                        CLOSE_BUSY,
+                        Fault::unreachable("the hub answers too many join requests now"),
+                    ),
+                    None,
+                ),
             };
         }
         let (who, cert_der) = match tls::check_site(shown) {
@@ -334,7 +405,13 @@ impl Admission {
     }
 
     /// After the handshake: welcomes a site, hears a join request, or says why not.
-    async fn enter(&self, newcomer: Newcomer, wire: Wire, remote: SocketAddr, window: Option<Arc<Window>>) -> Result<(), Fault> {
+    async fn enter(
+        &self,
+        newcomer: Newcomer,
+        wire: Wire,
+        remote: SocketAddr,
+        window: Option<Arc<Window>>,
+    ) -> Result<(), Fault> {
         match newcomer {
             Newcomer::Refused(code, fault) => {
                 let link = Link::new(wire, None, remote);
@@ -350,11 +427,22 @@ impl Admission {
             Newcomer::Known(who, cert_der) => {
                 let link = Link::windowed(wire, who.clone(), remote, window);
                 let (mut send, _) = link.open(PRIORITY_CONTROL).await?;
-                hello::send(&mut send, &hello::Welcome { hub: self.hub.name().clone(), time_ms: clock::now_unix_ms() }).await?;
+                hello::send(
+                    &mut send,
+                    &hello::Welcome {
+                        hub: self.hub.name().clone(),
+                        time_ms: clock::now_unix_ms(),
+                    },
+                )
+                .await?;
                 tracing::info!(%who, %remote, transport = link.transport(), "connected");
                 let arrival = match who {
                     Holder::Publisher(name) => Arrival::Publisher { name, link },
-                    Holder::Site(name) | Holder::Hub(name) => Arrival::Site { name, link, cert_der },
+                    Holder::Site(name) | Holder::Hub(name) => Arrival::Site {
+                        name,
+                        link,
+                        cert_der,
+                    },
                 };
                 let _ = self.arrivals.send(arrival).await;
                 Ok(())
@@ -362,8 +450,9 @@ impl Admission {
         }
     }
 
-    /// Reads a join request. A request that could not be granted anyhow is refused here, before it can use up a token.
-    async fn hear(&self, link: Link, place: Place) -> Result<JoinRequest, Fault> {
+    /// Reads a join request. A request that could not be granted anyhow is refused here, before it
+    /// can use up a token.
+    async fn hear(&self, link: Link, place: Permit) -> Result<JoinRequest, Fault> {
         let asked = tokio::select! {
             asked = self.read_request(&link) => asked?,
             () = place.evicted() => return Err(Fault::unreachable("newer join requests took its place")),
@@ -375,10 +464,21 @@ impl Admission {
                 place.finish();
                 let secret_hash = secret_hash(&ask.token_id, &secret);
                 let claim = ask.site.map_or(Claim::Publisher, Claim::Site);
-                Ok(JoinRequest { hub: self.hub.clone(), link, send, token_id: ask.token_id, secret_hash, claim, csr, key_hash, place })
+                Ok(JoinRequest {
+                    hub: self.hub.clone(),
+                    link,
+                    send,
+                    token_id: ask.token_id,
+                    secret_hash,
+                    claim,
+                    csr,
+                    key_hash,
+                    place,
+                })
             }
             Err(fault) => {
-                let refusal = Fault::not_allowed(fault.message.clone()).with_next("make sure that both ends run the same version");
+                let refusal = Fault::not_allowed(fault.message.clone())
+                    .with_next("make sure that both ends run the same version");
                 hello::send(&mut send, &hello::Answer::refused(refusal)).await?;
                 let _ = tokio::time::timeout(PARTING_MAX, link.closed()).await;
                 Err(fault)
@@ -386,21 +486,38 @@ impl Admission {
         }
     }
 
-    async fn read_request(&self, link: &Link) -> Result<(SendHalf, Result<(hello::Ask, Vec<u8>, [u8; 32], [u8; 32]), Fault>), Fault> {
-        let (send, mut recv) = link.accept().await.ok_or_else(|| Fault::unreachable("a joining site went away before it asked"))?;
+    async fn read_request(
+        &self,
+        link: &Link,
+    ) -> Result<
+        (
+            SendHalf,
+            Result<(hello::Ask, Vec<u8>, [u8; 32], [u8; 32]), Fault>,
+        ),
+        Fault,
+    > {
+        let (send, mut recv) = link
+            .accept()
+            .await
+            .ok_or_else(|| Fault::unreachable("a joining site went away before it asked"))?;
         let read = async {
             let ask: hello::Ask = hello::receive(&mut recv).await?;
             let csr = hello::decode(&ask.csr)?;
             let key_hash = key_hash(&read_csr(&csr)?);
-            let secret =
-                <[u8; 32]>::try_from(hello::decode(&ask.secret)?).map_err(|_| Fault::integrity("the token's secret is not 32 bytes"))?;
+            let secret = <[u8; 32]>::try_from(hello::decode(&ask.secret)?)
+                .map_err(|_| Fault::integrity("the token's secret is not 32 bytes"))?;
             Ok::<_, Fault>((ask, csr, secret, key_hash))
         };
         Ok((send, read.await))
     }
 
     /// A QUIC connection from its first packet to its arrival.
-    async fn take_quic(self: &Arc<Self>, incoming: quinn::Incoming, config: &quinn::ServerConfig, place: &Place) -> Result<(), Fault> {
+    async fn take_quic(
+        self: &Arc<Self>,
+        incoming: quinn::Incoming,
+        config: &quinn::ServerConfig,
+        place: &Permit,
+    ) -> Result<(), Fault> {
         let remote = incoming.remote_address();
         let choice = Choice::new(self.congestion);
         let connection = in_time(quic::accept(incoming, config, &choice)).await??;
@@ -409,14 +526,28 @@ impl Admission {
         if matches!(newcomer, Newcomer::Known(..)) {
             place.finish();
         }
-        let window = Window::new(&self.windows, newcomer.holder(), window::Of::Quic(connection.clone()));
+        let window = Window::new(
+            &self.windows,
+            newcomer.holder(),
+            window::Of::Quic(connection.clone()),
+        );
         let (own, fitted) = (self.clone(), window.clone());
         let room = move || {
             fitted.fit();
             own.send_room()
         };
         quic::tend(connection.clone(), room, seat);
-        self.enter(newcomer, Wire::Quic { connection, endpoint: None, choice }, remote, Some(window)).await
+        self.enter(
+            newcomer,
+            Wire::Quic {
+                connection,
+                endpoint: None,
+                choice,
+            },
+            remote,
+            Some(window),
+        )
+        .await
     }
 
     /// A TCP connection from its beginning to its arrival.
@@ -425,7 +556,7 @@ impl Admission {
         socket: TcpStream,
         remote: SocketAddr,
         tls: Arc<rustls::ServerConfig>,
-        place: &Place,
+        place: &Permit,
     ) -> Result<(), Fault> {
         let secured = in_time(tcp::accept(socket, tls, self.congestion)).await?;
         let secured = secured.map_err(|e| Fault::unreachable(e.to_string()))?;
@@ -436,19 +567,36 @@ impl Admission {
         let mux = Mux::start(secured.io, End::Listening, secured.handshake, seat);
         let own = self.clone();
         mux.tend(move || own.send_room());
-        self.enter(newcomer, Wire::Tcp { mux, traffic: secured.traffic }, remote, None).await
+        self.enter(
+            newcomer,
+            Wire::Tcp {
+                mux,
+                traffic: secured.traffic,
+            },
+            remote,
+            None,
+        )
+        .await
     }
 
-    /// Runs what takes a connection until its end, its deadline, or the moment that a newer connection takes its place.
-    async fn conclude(&self, work: impl Future<Output = Result<(), Fault>>, place: &Place, remote: SocketAddr) {
+    /// Runs what takes a connection until its end, its deadline, or the moment that a newer
+    /// connection takes its place.
+    async fn conclude(
+        &self,
+        work: impl Future<Output = Result<(), Fault>>,
+        place: &Permit,
+        remote: SocketAddr,
+    ) {
         let result = tokio::select! {
             biased;
             () = place.evicted() => Err(Fault::unreachable("newer connections took its place")),
-            result = tokio::time::timeout(LINE_HANDSHAKE_MAX, work) => result.unwrap_or_else(|_| Err(too_slow())),
+            result = tokio::time::timeout(CONNECTION_HANDSHAKE_MAX, work) => result.unwrap_or_else(|_| Err(too_slow())),
         };
         match result {
             Ok(()) => {}
-            Err(fault) if fault.code == base::fault::Code::NotAllowed => self.refused.note(format_args!("{remote}: {fault}")),
+            Err(fault) if fault.code == base::fault::Code::NotAllowed => {
+                self.refused.note(format_args!("{remote}: {fault}"))
+            }
             Err(fault) => self.unfinished.note(format_args!("{remote}: {fault}")),
         }
     }
@@ -460,20 +608,26 @@ fn too_slow() -> Fault {
 
 /// The TLS handshake has a deadline of its own, however many bytes trickle in.
 async fn in_time<T>(handshake: impl Future<Output = T>) -> Result<T, Fault> {
-    tokio::time::timeout(LINE_TLS_MAX, handshake).await.map_err(|_| too_slow())
+    tokio::time::timeout(CONNECTION_TLS_MAX, handshake)
+        .await
+        .map_err(|_| too_slow())
 }
 
 async fn accept_quic(endpoint: Endpoint, config: quinn::ServerConfig, admission: Arc<Admission>) {
     let config = Arc::new(config);
     while let Some(incoming) = endpoint.accept().await {
         let remote = incoming.remote_address();
-        if !incoming.remote_address_validated() && admission.wants_proof(remote) && incoming.may_retry() {
+        if !incoming.remote_address_validated()
+            && admission.wants_proof(remote)
+            && incoming.may_retry()
+        {
             let _ = incoming.retry();
             continue;
         }
-        // Sites behind one address come together after a restart of the hub: whoever has proved that the address is his may have more.
+        // Sites behind one address come together after a restart of the hub: whoever has proved
+        // that the address is his may have more.
         let own_max = match incoming.remote_address_validated() {
-            true => LINE_HANDSHAKES_PROVED_MAX,
+            true => CONNECTION_HANDSHAKES_PROVED_MAX,
             false => admission.own_max(remote.ip().into()),
         };
         let Some(place) = admission.begin(&admission.quic, remote, own_max) else {
@@ -481,23 +635,47 @@ async fn accept_quic(endpoint: Endpoint, config: quinn::ServerConfig, admission:
             continue;
         };
         let (admission, config) = (admission.clone(), config.clone());
-        tokio::spawn(async move { admission.conclude(admission.take_quic(incoming, &config, &place), &place, remote).await });
+        tokio::spawn(async move {
+            admission
+                .conclude(
+                    admission.take_quic(incoming, &config, &place),
+                    &place,
+                    remote,
+                )
+                .await
+        });
     }
 }
 
-async fn accept_tcp(listener: TcpListener, tls: Arc<rustls::ServerConfig>, admission: Arc<Admission>) {
+async fn accept_tcp(
+    listener: TcpListener,
+    tls: Arc<rustls::ServerConfig>,
+    admission: Arc<Admission>,
+) {
     loop {
         let (socket, remote) = match listener.accept().await {
             Ok(accepted) => accepted,
             Err(error) => {
-                admission.not_accepted.note(Fault::io("accept a TCP connection", &error));
+                admission
+                    .not_accepted
+                    .note(Fault::io("accept a TCP connection", &error));
                 tokio::time::sleep(ACCEPT_PAUSE).await;
                 continue;
             }
         };
         let own_max = admission.own_max(remote.ip().into());
-        let Some(place) = admission.begin(&admission.tcp, remote, own_max) else { continue };
+        let Some(place) = admission.begin(&admission.tcp, remote, own_max) else {
+            continue;
+        };
         let (admission, tls) = (admission.clone(), tls.clone());
-        tokio::spawn(async move { admission.conclude(admission.take_tcp(socket, remote, tls, &place), &place, remote).await });
+        tokio::spawn(async move {
+            admission
+                .conclude(
+                    admission.take_tcp(socket, remote, tls, &place),
+                    &place,
+                    remote,
+                )
+                .await
+        });
     }
 }

@@ -4,7 +4,9 @@ use std::net::{SocketAddr, UdpSocket};
 use std::sync::Arc;
 
 use quinn::crypto::rustls::{HandshakeData, QuicClientConfig, QuicServerConfig};
-use quinn::{ConnectionError, Endpoint, EndpointConfig, MtuDiscoveryConfig, Runtime, TransportConfig, VarInt};
+use quinn::{
+    ConnectionError, Endpoint, EndpointConfig, MtuDiscoveryConfig, Runtime, TransportConfig, VarInt,
+};
 use rustls::pki_types::CertificateDer;
 
 use super::congestion::{self, Choice};
@@ -13,79 +15,118 @@ use super::tls::Shown;
 use super::{CLOSE_REFUSED, CLOSE_VIOLATION, Ended};
 use base::fault::{Fault, IoContext};
 use base::limits::{
-    LINE_FIT_EVERY, LINE_HANDSHAKES_MAX, LINE_KEEP_ALIVE, LINE_PACKET_BYTES_MAX, LINE_SEND_BYTES_LEAST, LINE_SEND_BYTES_MIN,
-    LINE_SOCKET_BUFFER_BYTES, LINE_STREAM_WINDOW_BYTES, LINE_STREAMS_MAX, LINE_WINDOW_BYTES, LINE_WINDOW_FIRST_BYTES, SILENCE_MAX,
+    CONNECTION_FIT_EVERY, CONNECTION_HANDSHAKES_MAX, CONNECTION_KEEP_ALIVE,
+    CONNECTION_PACKET_BYTES_MAX, CONNECTION_SEND_BYTES_LEAST, CONNECTION_SEND_BYTES_MIN,
+    CONNECTION_SOCKET_BUFFER_BYTES, CONNECTION_STREAM_WINDOW_BYTES, CONNECTION_STREAMS_MAX,
+    CONNECTION_WINDOW_BYTES, CONNECTION_WINDOW_FIRST_BYTES, SILENCE_MAX,
 };
 
 /// What QUIC asks of every path.
 const PACKET_BYTES_MIN: u16 = 1200;
 /// Packets that are larger by no more than this are not worth another try.
 const PACKET_BYTES_STEP: u16 = 8;
-/// The same where what leaves this machine may be as large as can be, as only a loopback takes it: each try costs as many bytes, and
-/// what lies in between is not to be expected. So 12,487 are found, five to a segmented send.
-const PACKET_BYTES_LARGE_STEP: u16 = LINE_PACKET_BYTES_MAX / 5;
+/// The same where what leaves this machine may be as large as can be, as only a loopback takes it:
+/// each try costs as many bytes, and what lies in between is not to be expected. So 12,487 are
+/// found, five to a segmented send.
+const PACKET_BYTES_LARGE_STEP: u16 = CONNECTION_PACKET_BYTES_MAX / 5;
 
-/// The largest packet that is worth trying: no larger than what leaves this machine towards `remote`. A search that begins far above
-/// what the path takes costs a long line seconds, for each size that fails is tried thrice.
+/// The largest packet that is worth trying: no larger than what leaves this machine towards
+/// `remote`. A search that begins far above what the path takes costs a long line seconds, for each
+/// size that fails is tried thrice.
 fn packet_bytes_max(remote: SocketAddr) -> u16 {
     use rustix::net::sockopt;
-    let any = if remote.is_ipv4() { SocketAddr::from(([0; 4], 0)) } else { SocketAddr::from(([0u16; 8], 0)) };
+    let any = if remote.is_ipv4() {
+        SocketAddr::from(([0; 4], 0))
+    } else {
+        SocketAddr::from(([0u16; 8], 0))
+    };
     let route = UdpSocket::bind(any).and_then(|probe| {
         // Sends nothing: it has the kernel look the route up.
         probe.connect(remote)?;
-        Ok(if remote.is_ipv4() { sockopt::ip_mtu(&probe)?.saturating_sub(28) } else { sockopt::ipv6_mtu(&probe)?.saturating_sub(48) })
+        Ok(if remote.is_ipv4() {
+            sockopt::ip_mtu(&probe)?.saturating_sub(28)
+        } else {
+            sockopt::ipv6_mtu(&probe)?.saturating_sub(48)
+        })
     });
-    route.ok().and_then(|bytes| u16::try_from(bytes).ok()).unwrap_or(u16::MAX).clamp(PACKET_BYTES_MIN, LINE_PACKET_BYTES_MAX)
+    route
+        .ok()
+        .and_then(|bytes| u16::try_from(bytes).ok())
+        .unwrap_or(u16::MAX)
+        .clamp(PACKET_BYTES_MIN, CONNECTION_PACKET_BYTES_MAX)
 }
 
-fn transport(choice: &Choice, remote: SocketAddr, window: u64) -> Result<Arc<TransportConfig>, Fault> {
+fn transport(
+    choice: &Choice,
+    remote: SocketAddr,
+    window: u64,
+) -> Result<Arc<TransportConfig>, Fault> {
     let most = packet_bytes_max(remote);
-    let step = if most == LINE_PACKET_BYTES_MAX { PACKET_BYTES_LARGE_STEP } else { PACKET_BYTES_STEP };
+    let step = if most == CONNECTION_PACKET_BYTES_MAX {
+        PACKET_BYTES_LARGE_STEP
+    } else {
+        PACKET_BYTES_STEP
+    };
     let mut mtu = MtuDiscoveryConfig::default();
     mtu.upper_bound(most).minimum_change(step);
-    let idle = SILENCE_MAX.try_into().map_err(|e| Fault::internal(format!("set up QUIC: the idle timeout: {e}")))?;
+    let idle = SILENCE_MAX
+        .try_into()
+        .map_err(|e| Fault::internal(format!("set up QUIC: the idle timeout: {e}")))?;
     let mut config = TransportConfig::default();
     config
-        .max_concurrent_bidi_streams(LINE_STREAMS_MAX.into())
+        .max_concurrent_bidi_streams(CONNECTION_STREAMS_MAX.into())
         .max_concurrent_uni_streams(VarInt::from_u32(0))
         .datagram_receive_buffer_size(None)
-        .stream_receive_window(LINE_STREAM_WINDOW_BYTES.into())
+        .stream_receive_window(CONNECTION_STREAM_WINDOW_BYTES.into())
         .receive_window(VarInt::from_u64(window).unwrap_or(VarInt::MAX))
-        .send_window(LINE_SEND_BYTES_MIN)
+        .send_window(CONNECTION_SEND_BYTES_MIN)
         .mtu_discovery_config(Some(mtu))
         .initial_rtt(congestion::UNKNOWN_RTT)
-        .keep_alive_interval(Some(LINE_KEEP_ALIVE))
+        .keep_alive_interval(Some(CONNECTION_KEEP_ALIVE))
         .max_idle_timeout(Some(idle))
         .congestion_controller_factory(congestion::factory(choice));
     Ok(Arc::new(config))
 }
 
 fn endpoint_config(reset_key: Option<[u8; 32]>) -> Result<EndpointConfig, Fault> {
-    // With a key that outlives the process, a hub that was restarted can tell a site at its next packet that the old
-    // connection is gone, and the site dials anew at once instead of after the idle timeout.
+    // With a key that outlives the process, a hub that was restarted can tell a site at its next
+    // packet that the old connection is gone, and the site dials anew at once instead of after the
+    // idle timeout.
     let mut config = match reset_key {
         Some(key) => {
-            let mut config = EndpointConfig::new(Arc::new(ring::hmac::Key::new(ring::hmac::HMAC_SHA256, &key)));
-            // A reset is only sent for a connection id that the endpoint knows for one of its own making.
-            let ids = u64::from_le_bytes([key[0], key[1], key[2], key[3], key[4], key[5], key[6], key[7]]);
-            config.cid_generator(move || Box::new(quinn_proto::HashedConnectionIdGenerator::from_key(ids)));
+            let mut config = EndpointConfig::new(Arc::new(ring::hmac::Key::new(
+                ring::hmac::HMAC_SHA256,
+                &key,
+            )));
+            // A reset is only sent for a connection id that the endpoint knows for one of its own
+            // making.
+            let ids = u64::from_le_bytes([
+                key[0], key[1], key[2], key[3], key[4], key[5], key[6], key[7],
+            ]);
+            config.cid_generator(move || {
+                Box::new(quinn_proto::HashedConnectionIdGenerator::from_key(ids))
+            });
             config
         }
         None => {
-            // A dialling end has a socket for each line, so its packets need not say which they are for.
+            // A dialling end has a socket for each line, so its packets need not say which they are
+            // for.
             let mut config = EndpointConfig::default();
             config.cid_generator(|| Box::new(quinn_proto::RandomConnectionIdGenerator::new(0)));
             config
         }
     };
-    config.max_udp_payload_size(LINE_PACKET_BYTES_MAX).map_err(|e| Fault::internal(format!("set up QUIC: the packet size: {e}")))?;
+    config
+        .max_udp_payload_size(CONNECTION_PACKET_BYTES_MAX)
+        .map_err(|e| Fault::internal(format!("set up QUIC: the packet size: {e}")))?;
     Ok(config)
 }
 
-/// Asks for large socket buffers: what does not fit while the daemon is busy elsewhere is lost, and slows the line.
+/// Asks for large socket buffers: what does not fit while the daemon is busy elsewhere is lost, and
+/// slows the line.
 fn enlarge_buffers(socket: &UdpSocket) {
     use rustix::net::sockopt;
-    let wanted = LINE_SOCKET_BUFFER_BYTES;
+    let wanted = CONNECTION_SOCKET_BUFFER_BYTES;
     // The kernel reports twice what was asked, for its own bookkeeping.
     let granted = |size: rustix::io::Result<usize>| size.unwrap_or(0) / 2;
     let _ = sockopt::set_socket_recv_buffer_size(socket, wanted);
@@ -111,45 +152,93 @@ fn enlarge_buffers(socket: &UdpSocket) {
     }
 }
 
-fn endpoint(socket: UdpSocket, server: Option<quinn::ServerConfig>, reset_key: Option<[u8; 32]>) -> Result<Endpoint, Fault> {
+fn endpoint(
+    socket: UdpSocket,
+    server: Option<quinn::ServerConfig>,
+    reset_key: Option<[u8; 32]>,
+) -> Result<Endpoint, Fault> {
     enlarge_buffers(&socket);
     let endpoint_config = endpoint_config(reset_key)?;
     let runtime = Arc::new(quinn::TokioRuntime);
-    let made = runtime
-        .wrap_udp_socket(socket)
-        .and_then(|socket| Endpoint::new_with_abstract_socket(endpoint_config, server, Arc::new(Socket::new(socket)), runtime));
+    let made = runtime.wrap_udp_socket(socket).and_then(|socket| {
+        Endpoint::new_with_abstract_socket(
+            endpoint_config,
+            server,
+            Arc::new(Socket::new(socket)),
+            runtime,
+        )
+    });
     made.at("set up the QUIC endpoint")
 }
 
 /// The hub's endpoint, and what every connection to it is set up with.
-pub(super) fn listen(socket: UdpSocket, tls: rustls::ServerConfig, reset_key: [u8; 32]) -> Result<(Endpoint, quinn::ServerConfig), Fault> {
-    let crypto = QuicServerConfig::try_from(tls).map_err(|e| Fault::internal(format!("set up QUIC: {e}")))?;
+pub(super) fn listen(
+    socket: UdpSocket,
+    tls: rustls::ServerConfig,
+    reset_key: [u8; 32],
+) -> Result<(Endpoint, quinn::ServerConfig), Fault> {
+    let crypto = QuicServerConfig::try_from(tls)
+        .map_err(|e| Fault::internal(format!("set up QUIC: {e}")))?;
     let mut config = quinn::ServerConfig::with_crypto(Arc::new(crypto));
-    config.max_incoming(LINE_HANDSHAKES_MAX).incoming_buffer_size(64 << 10).incoming_buffer_size_total(8 << 20);
-    Ok((endpoint(socket, Some(config.clone()), Some(reset_key))?, config))
+    config
+        .max_incoming(CONNECTION_HANDSHAKES_MAX)
+        .incoming_buffer_size(64 << 10)
+        .incoming_buffer_size_total(8 << 20);
+    Ok((
+        endpoint(socket, Some(config.clone()), Some(reset_key))?,
+        config,
+    ))
 }
 
 /// Accepts a connection whose congestion control can be set by `choice` for itself.
-pub(super) async fn accept(incoming: quinn::Incoming, config: &quinn::ServerConfig, choice: &Choice) -> Result<quinn::Connection, Fault> {
+pub(super) async fn accept(
+    incoming: quinn::Incoming,
+    config: &quinn::ServerConfig,
+    choice: &Choice,
+) -> Result<quinn::Connection, Fault> {
     let mut config = config.clone();
-    config.transport_config(transport(choice, incoming.remote_address(), LINE_WINDOW_FIRST_BYTES)?);
+    config.transport_config(transport(
+        choice,
+        incoming.remote_address(),
+        CONNECTION_WINDOW_FIRST_BYTES,
+    )?);
     let lost = |e: ConnectionError| Fault::unreachable(e.to_string());
-    incoming.accept_with(Arc::new(config)).map_err(lost)?.await.map_err(lost)
+    incoming
+        .accept_with(Arc::new(config))
+        .map_err(lost)?
+        .await
+        .map_err(lost)
 }
 
 /// Dials one address; returns once the handshake is done on this side.
-pub(super) async fn connect(remote: SocketAddr, tls: rustls::ClientConfig, choice: &Choice) -> Result<Connected, Ended> {
+pub(super) async fn connect(
+    remote: SocketAddr,
+    tls: rustls::ClientConfig,
+    choice: &Choice,
+) -> Result<Connected, Ended> {
     let give_up = |e: &dyn std::fmt::Display| Ended::lost(&e.to_string());
-    let any = if remote.is_ipv4() { SocketAddr::from(([0; 4], 0)) } else { SocketAddr::from(([0u16; 8], 0)) };
+    let any = if remote.is_ipv4() {
+        SocketAddr::from(([0; 4], 0))
+    } else {
+        SocketAddr::from(([0u16; 8], 0))
+    };
     let socket = UdpSocket::bind(any).map_err(|e| give_up(&e))?;
     let endpoint = endpoint(socket, None, None).map_err(|e| give_up(&e))?;
     let crypto = QuicClientConfig::try_from(tls).map_err(|e| give_up(&e))?;
     let mut config = quinn::ClientConfig::new(Arc::new(crypto));
-    config.transport_config(transport(choice, remote, LINE_WINDOW_BYTES.into()).map_err(|e| give_up(&e))?);
-    let connecting = endpoint.connect_with(config, remote, crate::identity::HUB_DNS_NAME).map_err(|e| give_up(&e))?;
+    config.transport_config(
+        transport(choice, remote, CONNECTION_WINDOW_BYTES.into()).map_err(|e| give_up(&e))?,
+    );
+    let connecting = endpoint
+        .connect_with(config, remote, crate::identity::HUB_DNS_NAME)
+        .map_err(|e| give_up(&e))?;
     let connection = connecting.await.map_err(|e| ended(&e))?;
     let shown = shown(&connection);
-    Ok(Connected { connection, shown, endpoint })
+    Ok(Connected {
+        connection,
+        shown,
+        endpoint,
+    })
 }
 
 /// A dialled connection after its handshake.
@@ -161,29 +250,48 @@ pub(super) struct Connected {
 
 /// What the handshake of a connection showed.
 pub(super) fn shown(connection: &quinn::Connection) -> Shown {
-    let data = connection.handshake_data().and_then(|data| data.downcast::<HandshakeData>().ok());
-    let chain = connection.peer_identity().and_then(|identity| identity.downcast::<Vec<CertificateDer<'static>>>().ok());
-    Shown { alpn: data.and_then(|d| d.protocol).unwrap_or_default(), chain: chain.map(|c| *c).unwrap_or_default() }
+    let data = connection
+        .handshake_data()
+        .and_then(|data| data.downcast::<HandshakeData>().ok());
+    let chain = connection
+        .peer_identity()
+        .and_then(|identity| identity.downcast::<Vec<CertificateDer<'static>>>().ok());
+    Shown {
+        alpn: data.and_then(|d| d.protocol).unwrap_or_default(),
+        chain: chain.map(|c| *c).unwrap_or_default(),
+    }
 }
 
-/// Fits the send buffer to what the line carries, until the connection ends: it must hold what is in flight and what goes next,
-/// and beyond that it would only hold memory. `room` says what the line may have of that now, and is asked often; `guard` is held as
-/// long.
-pub(super) fn tend(connection: quinn::Connection, room: impl Fn() -> u64 + Send + 'static, guard: impl Send + 'static) {
+/// Fits the send buffer to what the line carries, until the connection ends: it must hold what is
+/// in flight and what goes next, and beyond that it would only hold memory. `room` says what the
+/// line may have of that now, and is asked often; `guard` is held as long.
+pub(super) fn tend(
+    connection: quinn::Connection,
+    room: impl Fn() -> u64 + Send + 'static,
+    guard: impl Send + 'static,
+) {
     tokio::spawn(async move {
-        let mut window = LINE_SEND_BYTES_MIN;
-        let mut tick = tokio::time::interval(LINE_FIT_EVERY);
+        let mut window = CONNECTION_SEND_BYTES_MIN;
+        let mut tick = tokio::time::interval(CONNECTION_FIT_EVERY);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             tokio::select! {
                 _ = connection.closed() => break,
                 _ = tick.tick() => {}
             }
-            // What is lost of an answer holds all that follows of it for two round trips more. On a short line 8 MiB are plenty,
-            // however far its window has grown: more would only leave the caches.
+            // What is lost of an answer holds all that follows of it for two round trips more. On a
+            // short line 8 MiB are plenty, however far its window has grown: more would only leave
+            // the caches.
             let long = connection.rtt() >= congestion::LONG_RTT;
-            let wanted = if long { 4 * connection.stats().path.cwnd } else { 0 };
-            let fitting = wanted.max(LINE_SEND_BYTES_MIN).min(room()).max(LINE_SEND_BYTES_LEAST);
+            let wanted = if long {
+                4 * connection.stats().path.cwnd
+            } else {
+                0
+            };
+            let fitting = wanted
+                .max(CONNECTION_SEND_BYTES_MIN)
+                .min(room())
+                .max(CONNECTION_SEND_BYTES_LEAST);
             if fitting != window {
                 connection.set_send_window(fitting);
                 window = fitting;
@@ -196,17 +304,23 @@ pub(super) fn tend(connection: quinn::Connection, room: impl Fn() -> u64 + Send 
 /// What a connection's error means.
 pub(super) fn ended(error: &ConnectionError) -> Ended {
     match error {
-        ConnectionError::ApplicationClosed(close) => {
-            Ended::by_peer(u32::try_from(close.error_code.into_inner()).unwrap_or(CLOSE_VIOLATION), &close.reason)
-        }
+        ConnectionError::ApplicationClosed(close) => Ended::by_peer(
+            u32::try_from(close.error_code.into_inner()).unwrap_or(CLOSE_VIOLATION),
+            &close.reason,
+        ),
         ConnectionError::LocallyClosed => Ended::by_us(super::CLOSE_DONE, "it was closed here"),
         // A TLS alert: codes from 0x100 on.
         ConnectionError::ConnectionClosed(close) if u64::from(close.error_code) >> 8 == 1 => {
-            let reason = format!("the TLS handshake was refused: {}", String::from_utf8_lossy(&close.reason));
+            let reason = format!(
+                "the TLS handshake was refused: {}",
+                String::from_utf8_lossy(&close.reason)
+            );
             Ended::by_peer(CLOSE_REFUSED, reason.as_bytes())
         }
         // This end refused the peer's certificate.
-        ConnectionError::TransportError(error) if u64::from(error.code) >> 8 == 1 => Ended::by_us(CLOSE_REFUSED, &error.reason),
+        ConnectionError::TransportError(error) if u64::from(error.code) >> 8 == 1 => {
+            Ended::by_us(CLOSE_REFUSED, &error.reason)
+        }
         ConnectionError::TimedOut => Ended::lost("no answer for too long"),
         ConnectionError::Reset => Ended::lost("the other end has forgotten it (it was restarted)"),
         other => Ended::lost(&other.to_string()),

@@ -7,7 +7,8 @@ use base::limits::{BACKOFF_FIRST, RECONNECT_MAX};
 /// A line that stood this long was a good one: the next is dialled at once.
 const GOOD_FROM: Duration = Duration::from_secs(10);
 
-/// The pauses between one call and the next: they double, with jitter, so that many sites do not come at once.
+/// The pauses between one call and the next: they double, with jitter, so that many sites do not
+/// come at once.
 #[derive(Debug)]
 pub struct Redial {
     longest: Duration,
@@ -15,7 +16,9 @@ pub struct Redial {
 
 impl Default for Redial {
     fn default() -> Self {
-        Self { longest: BACKOFF_FIRST }
+        Self {
+            longest: BACKOFF_FIRST,
+        }
     }
 }
 
@@ -27,8 +30,8 @@ impl Redial {
         pause
     }
 
-    /// A line has ended that stood so long. After a good one the pauses begin anew; one that ends as soon as it stands, because
-    /// this end cannot work, is not dialled without end.
+    /// A line has ended that stood so long. After a good one the pauses begin anew; one that ends
+    /// as soon as it stands, because this end cannot work, is not dialled without end.
     pub fn stood(&mut self, time: Duration) {
         if time >= GOOD_FROM {
             *self = Self::default();
@@ -48,7 +51,9 @@ mod tests {
     fn pauses_double_to_a_limit() {
         let mut redial = Redial::default();
         for doublings in 0..40u32 {
-            let longest = BACKOFF_FIRST.saturating_mul(1 << doublings.min(20)).min(RECONNECT_MAX);
+            let longest = BACKOFF_FIRST
+                .saturating_mul(1 << doublings.min(20))
+                .min(RECONNECT_MAX);
             let pause = redial.pause();
             assert!(is_about(pause, longest), "{doublings}: {pause:?}");
         }

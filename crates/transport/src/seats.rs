@@ -1,4 +1,5 @@
-//! Seats for authenticated connections: bounded in total, for each peer, and with a part that only sites can use.
+//! Seats for authenticated connections: bounded in total, for each peer, and with a part that only
+//! sites can use.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
@@ -10,7 +11,7 @@ use parking_lot::Mutex;
 use crate::identity::Holder;
 use base::admission::Network;
 use base::fault::Fault;
-use base::limits::{LINE_CONNECTIONS_PER_PUBLISHER_MAX, LINE_CONNECTIONS_PER_SITE_MAX};
+use base::limits::{CONNECTIONS_PER_PUBLISHER_MAX, CONNECTIONS_PER_SITE_MAX};
 
 /// The seats of a hub. Clones share them.
 #[derive(Clone)]
@@ -34,7 +35,11 @@ struct Book {
 
 impl Seats {
     pub(super) fn new(seats_max: usize, tcp_max: usize) -> Self {
-        Self { seats_max, tcp_max, book: Arc::default() }
+        Self {
+            seats_max,
+            tcp_max,
+            book: Arc::default(),
+        }
     }
 
     /// Connections that stand.
@@ -44,28 +49,63 @@ impl Seats {
 
     /// Connections that stand from one address.
     pub(super) fn used_by(&self, network: Network) -> usize {
-        self.book.lock().by_network.get(&network).copied().unwrap_or(0)
+        self.book
+            .lock()
+            .by_network
+            .get(&network)
+            .copied()
+            .unwrap_or(0)
     }
 
-    /// A seat for an authenticated peer, or why there is none now. A quarter of the seats is for sites only.
-    pub(super) fn take(&self, who: &Holder, network: Network, over_tcp: bool) -> Result<Seat, Fault> {
+    /// A seat for an authenticated peer, or why there is none now. A quarter of the seats is for
+    /// sites only.
+    pub(super) fn take(
+        &self,
+        who: &Holder,
+        network: Network,
+        over_tcp: bool,
+    ) -> Result<Seat, Fault> {
         let is_publisher = matches!(who, Holder::Publisher(_));
-        let own_max = if is_publisher { LINE_CONNECTIONS_PER_PUBLISHER_MAX } else { LINE_CONNECTIONS_PER_SITE_MAX };
-        let usable = |seats: usize| if is_publisher { seats - seats / 4 } else { seats };
+        let own_max = if is_publisher {
+            CONNECTIONS_PER_PUBLISHER_MAX
+        } else {
+            CONNECTIONS_PER_SITE_MAX
+        };
+        let usable = |seats: usize| {
+            if is_publisher {
+                seats - seats / 4
+            } else {
+                seats
+            }
+        };
         let mut book = self.book.lock();
         if book.by_holder.get(who).is_some_and(|own| *own >= own_max) {
-            return Err(busy(format!("{who} has {own_max} connections, which is the limit")));
+            return Err(busy(format!(
+                "{who} has {own_max} connections, which is the limit"
+            )));
         }
-        if book.all >= self.seats_max || (is_publisher && book.publishers >= usable(self.seats_max)) {
-            return Err(busy(format!("the hub has no room for another connection: its limit is {}", usable(self.seats_max))));
+        if book.all >= self.seats_max || (is_publisher && book.publishers >= usable(self.seats_max))
+        {
+            return Err(busy(format!(
+                "the hub has no room for another connection: its limit is {}",
+                usable(self.seats_max)
+            )));
         }
-        if over_tcp && (book.tcp >= self.tcp_max || (is_publisher && book.publishers_tcp >= usable(self.tcp_max))) {
+        if over_tcp
+            && (book.tcp >= self.tcp_max
+                || (is_publisher && book.publishers_tcp >= usable(self.tcp_max)))
+        {
             let limit = usable(self.tcp_max);
             return Err(busy(format!(
                 "the hub has no room for another TCP connection: its limit is {limit}, from its limit of open files"
             )));
         }
-        let seat = Seat { who: who.clone(), network, over_tcp, book: self.book.clone() };
+        let seat = Seat {
+            who: who.clone(),
+            network,
+            over_tcp,
+            book: self.book.clone(),
+        };
         book.count(&seat, true);
         *book.by_holder.entry(who.clone()).or_default() += 1;
         *book.by_network.entry(network).or_default() += 1;
@@ -103,7 +143,9 @@ pub(super) struct Seat {
 
 impl std::fmt::Debug for Book {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Book").field("all", &self.all).finish_non_exhaustive()
+        f.debug_struct("Book")
+            .field("all", &self.all)
+            .finish_non_exhaustive()
     }
 }
 
@@ -145,10 +187,18 @@ mod tests {
     #[test]
     fn a_publisher_that_opens_4096_connections_gets_sixteen_and_a_site_gets_in() {
         let seats = Seats::new(4096, 4096);
-        let taken: Vec<Seat> = (0..4096).filter_map(|_| seats.take(&publisher(0), here(), true).ok()).collect();
-        assert_eq!((taken.len(), seats.used(), seats.used_by(here())), (LINE_CONNECTIONS_PER_PUBLISHER_MAX, 16, 16));
+        let taken: Vec<Seat> = (0..4096)
+            .filter_map(|_| seats.take(&publisher(0), here(), true).ok())
+            .collect();
+        assert_eq!(
+            (taken.len(), seats.used(), seats.used_by(here())),
+            (CONNECTIONS_PER_PUBLISHER_MAX, 16, 16)
+        );
         let fault = seats.take(&publisher(0), here(), false).unwrap_err();
-        assert!(fault.message.contains("publisher pub0 has 16 connections"), "{fault}");
+        assert!(
+            fault.message.contains("publisher pub0 has 16 connections"),
+            "{fault}"
+        );
         let other = seats.take(&publisher(1), here(), true).unwrap();
         let site = seats.take(&site(0), here(), true).unwrap();
         drop((taken, other, site));
@@ -159,26 +209,40 @@ mod tests {
     #[test]
     fn a_quarter_of_the_seats_is_for_sites() {
         let seats = Seats::new(64, 64);
-        let many: Vec<Seat> = (0..64).filter_map(|n| seats.take(&publisher(n), here(), true).ok()).collect();
+        let many: Vec<Seat> = (0..64)
+            .filter_map(|n| seats.take(&publisher(n), here(), true).ok())
+            .collect();
         assert_eq!(many.len(), 48);
-        let sites: Vec<Seat> = (0..64).filter_map(|n| seats.take(&site(n), here(), false).ok()).collect();
+        let sites: Vec<Seat> = (0..64)
+            .filter_map(|n| seats.take(&site(n), here(), false).ok())
+            .collect();
         assert_eq!((sites.len(), seats.used()), (16, 64));
     }
 
     #[test]
     fn connections_over_tcp_stay_within_the_open_files() {
         let seats = Seats::new(4096, 8);
-        let tcp: Vec<Seat> = (0..20).filter_map(|n| seats.take(&site(n), here(), true).ok()).collect();
+        let tcp: Vec<Seat> = (0..20)
+            .filter_map(|n| seats.take(&site(n), here(), true).ok())
+            .collect();
         assert_eq!(tcp.len(), 8);
-        assert!(seats.take(&site(30), here(), true).unwrap_err().message.contains("open files"));
+        assert!(
+            seats
+                .take(&site(30), here(), true)
+                .unwrap_err()
+                .message
+                .contains("open files")
+        );
         seats.take(&site(30), here(), false).unwrap();
     }
 
     #[test]
     fn a_site_has_a_few_seats_while_it_reconnects() {
         let seats = Seats::new(64, 64);
-        let own: Vec<Seat> = (0..64).filter_map(|_| seats.take(&site(0), here(), true).ok()).collect();
-        assert_eq!(own.len(), LINE_CONNECTIONS_PER_SITE_MAX);
+        let own: Vec<Seat> = (0..64)
+            .filter_map(|_| seats.take(&site(0), here(), true).ok())
+            .collect();
+        assert_eq!(own.len(), CONNECTIONS_PER_SITE_MAX);
         drop(own);
         seats.take(&site(0), here(), true).unwrap();
     }

@@ -18,7 +18,7 @@ pub enum Congestion {
 /// `[line]`: how a connection is made and how it shares its path.
 #[derive(Debug, Clone, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
-pub struct Line {
+pub struct ConnectionSettings {
     /// Congestion control.
     pub congestion: Congestion,
     /// `auto` (QUIC, TCP where UDP is blocked), `quic` or `tcp`.

@@ -1,8 +1,10 @@
-//! The UDP socket under QUIC: quinn's own, but for batches that are larger than what one call of the kernel takes.
+//! The UDP socket under QUIC: quinn's own, but for batches that are larger than what one call of
+//! the kernel takes.
 //!
-//! quinn hands over up to ten packets at once, which fit one segmented send (64 KiB) up to 6,500 bytes each. Where the path carries
-//! more, as a loopback and jumbo frames do, a batch is sent in as many calls as it needs: what a packet costs beside its bytes is
-//! most of what a fast line costs.
+//! quinn hands over up to ten packets at once, which fit one segmented send (64 KiB) up to 6,500
+//! bytes each. Where the path carries more, as a loopback and jumbo frames do, a batch is sent in
+//! as many calls as it needs: what a packet costs beside its bytes is most of what a fast line
+//! costs.
 
 use std::collections::HashMap;
 use std::io::{self, ErrorKind, IoSliceMut};
@@ -15,13 +17,15 @@ use parking_lot::Mutex;
 use quinn::udp::{RecvMeta, Transmit};
 use quinn::{AsyncUdpSocket, UdpPoller};
 
-use base::limits::LINE_PACKET_BYTES_MAX;
+use base::limits::CONNECTION_PACKET_BYTES_MAX;
 
 /// What one call may send: the largest datagram of IPv4, which is a little less than that of IPv6.
 const SEND_BYTES_MAX: usize = 65_507;
-/// A message that is received holds less than 64 KiB, whatever the size of its packets: so many of the largest cover it.
-const SEGMENTS_RECEIVED_MAX: usize = 65_536_usize.div_ceil(LINE_PACKET_BYTES_MAX as usize);
-/// Batches of which some was sent and the rest is to be tried again; one that nobody tries again belongs to a line that has ended.
+/// A message that is received holds less than 64 KiB, whatever the size of its packets: so many of
+/// the largest cover it.
+const SEGMENTS_RECEIVED_MAX: usize = 65_536_usize.div_ceil(CONNECTION_PACKET_BYTES_MAX as usize);
+/// Batches of which some was sent and the rest is to be tried again; one that nobody tries again
+/// belongs to a line that has ended.
 const PARTLY_SENT_MAX: usize = 1024;
 
 /// A batch is known again by its first bytes: they are encrypted, so no two batches share them.
@@ -36,11 +40,14 @@ pub(super) struct Socket {
 
 impl Socket {
     pub(super) fn new(inner: Arc<dyn AsyncUdpSocket>) -> Self {
-        Self { inner, partly_sent: Mutex::default() }
+        Self {
+            inner,
+            partly_sent: Mutex::default(),
+        }
     }
 
-    /// Sends a batch of packets of this size call by call. When the kernel takes no more in between, the same batch is handed over
-    /// again later, and goes on where it stood.
+    /// Sends a batch of packets of this size call by call. When the kernel takes no more in
+    /// between, the same batch is handed over again later, and goes on where it stood.
     fn send_in_parts(&self, transmit: &Transmit<'_>, segment: usize) -> io::Result<()> {
         let all = transmit.contents;
         let mark = all.first_chunk::<16>().copied().unwrap_or_default();
@@ -49,7 +56,11 @@ impl Socket {
         while sent < all.len() {
             let contents = &all[sent..all.len().min(sent + part)];
             let segment_size = (contents.len() > segment).then_some(segment);
-            if let Err(error) = self.inner.try_send(&Transmit { contents, segment_size, ..*transmit }) {
+            if let Err(error) = self.inner.try_send(&Transmit {
+                contents,
+                segment_size,
+                ..*transmit
+            }) {
                 if error.kind() == ErrorKind::WouldBlock && sent > 0 {
                     let mut partly_sent = self.partly_sent.lock();
                     if partly_sent.len() >= PARTLY_SENT_MAX {
@@ -72,12 +83,19 @@ impl AsyncUdpSocket for Socket {
 
     fn try_send(&self, transmit: &Transmit<'_>) -> io::Result<()> {
         match transmit.segment_size {
-            Some(segment) if transmit.contents.len() > SEND_BYTES_MAX => self.send_in_parts(transmit, segment),
+            Some(segment) if transmit.contents.len() > SEND_BYTES_MAX => {
+                self.send_in_parts(transmit, segment)
+            }
             _ => self.inner.try_send(transmit),
         }
     }
 
-    fn poll_recv(&self, cx: &mut Context<'_>, bufs: &mut [IoSliceMut<'_>], meta: &mut [RecvMeta]) -> Poll<io::Result<usize>> {
+    fn poll_recv(
+        &self,
+        cx: &mut Context<'_>,
+        bufs: &mut [IoSliceMut<'_>],
+        meta: &mut [RecvMeta],
+    ) -> Poll<io::Result<usize>> {
         self.inner.poll_recv(cx, bufs, meta)
     }
 
@@ -120,11 +138,20 @@ mod tests {
         fn try_send(&self, transmit: &Transmit<'_>) -> io::Result<()> {
             let mut room = self.room.lock();
             *room = room.checked_sub(1).ok_or(ErrorKind::WouldBlock)?;
-            self.taken.lock().push((transmit.destination.port(), transmit.contents.to_vec(), transmit.segment_size));
+            self.taken.lock().push((
+                transmit.destination.port(),
+                transmit.contents.to_vec(),
+                transmit.segment_size,
+            ));
             Ok(())
         }
 
-        fn poll_recv(&self, _: &mut Context<'_>, _: &mut [IoSliceMut<'_>], _: &mut [RecvMeta]) -> Poll<io::Result<usize>> {
+        fn poll_recv(
+            &self,
+            _: &mut Context<'_>,
+            _: &mut [IoSliceMut<'_>],
+            _: &mut [RecvMeta],
+        ) -> Poll<io::Result<usize>> {
             Poll::Pending
         }
 
@@ -134,12 +161,25 @@ mod tests {
     }
 
     fn batch(first: u8, len: usize) -> Vec<u8> {
-        (0..len).map(|at| first.wrapping_add((at / 7) as u8)).collect()
+        (0..len)
+            .map(|at| first.wrapping_add((at / 7) as u8))
+            .collect()
     }
 
-    fn send(socket: &Socket, port: u16, contents: &[u8], segment: Option<usize>) -> Result<(), ErrorKind> {
+    fn send(
+        socket: &Socket,
+        port: u16,
+        contents: &[u8],
+        segment: Option<usize>,
+    ) -> Result<(), ErrorKind> {
         let destination = SocketAddr::from(([127, 0, 0, 1], port));
-        let transmit = Transmit { destination, ecn: None, contents, segment_size: segment, src_ip: None };
+        let transmit = Transmit {
+            destination,
+            ecn: None,
+            contents,
+            segment_size: segment,
+            src_ip: None,
+        };
         socket.try_send(&transmit).map_err(|e| e.kind())
     }
 
@@ -147,7 +187,7 @@ mod tests {
     fn a_batch_goes_out_whole_and_once_however_often_the_kernel_is_full() {
         let kernel = Arc::new(Kernel::default());
         let socket = Socket::new(kernel.clone());
-        let segment = usize::from(LINE_PACKET_BYTES_MAX);
+        let segment = usize::from(CONNECTION_PACKET_BYTES_MAX);
         // Two lines take turns at a kernel that takes one call at a time.
         let batches = [(1, batch(1, 8 * segment + 5)), (2, batch(2, 10 * segment))];
         let mut left: Vec<_> = batches.iter().collect();
@@ -159,19 +199,37 @@ mod tests {
         }
         assert!(left.is_empty() && socket.partly_sent.lock().is_empty());
         let taken = std::mem::take(&mut *kernel.taken.lock());
-        assert!(taken.iter().all(|(_, part, size)| part.len() <= SEND_BYTES_MAX && *size == (part.len() > segment).then_some(segment)));
+        assert!(
+            taken
+                .iter()
+                .all(|(_, part, size)| part.len() <= SEND_BYTES_MAX
+                    && *size == (part.len() > segment).then_some(segment))
+        );
         for (port, batch) in &batches {
-            let parts: Vec<&[u8]> = taken.iter().filter(|(to, ..)| to == port).map(|(_, part, _)| &part[..]).collect();
+            let parts: Vec<&[u8]> = taken
+                .iter()
+                .filter(|(to, ..)| to == port)
+                .map(|(_, part, _)| &part[..])
+                .collect();
             assert!(parts.concat() == *batch, "to {port}: {} parts", parts.len());
         }
 
-        // What fits one call is handed on as it is; of what the kernel took nothing of, nothing is noted.
+        // What fits one call is handed on as it is; of what the kernel took nothing of, nothing is
+        // noted.
         let whole = &batches[1].1;
         *kernel.room.lock() = 2;
         send(&socket, 1, &whole[..1200], None).unwrap();
         send(&socket, 1, &whole[..4 * segment], Some(segment)).unwrap();
-        assert_eq!(send(&socket, 1, whole, Some(segment)), Err(ErrorKind::WouldBlock));
-        let taken: Vec<_> = kernel.taken.lock().iter().map(|(_, part, size)| (part.len(), *size)).collect();
+        assert_eq!(
+            send(&socket, 1, whole, Some(segment)),
+            Err(ErrorKind::WouldBlock)
+        );
+        let taken: Vec<_> = kernel
+            .taken
+            .lock()
+            .iter()
+            .map(|(_, part, size)| (part.len(), *size))
+            .collect();
         assert_eq!(taken, [(1200, None), (4 * segment, Some(segment))]);
         assert!(socket.partly_sent.lock().is_empty());
     }

@@ -13,7 +13,8 @@ pub(super) enum SendWire {
     Tcp(mux::SendStream),
 }
 
-/// The writing half of a stream. Dropped unfinished it is reset, so that the peer cannot take a part for the whole.
+/// The writing half of a stream. Dropped unfinished it is reset, so that the peer cannot take a
+/// part for the whole.
 pub struct SendHalf {
     pub(super) wire: SendWire,
     pub(super) link: Arc<Inner>,
@@ -29,7 +30,9 @@ impl SendHalf {
             SendWire::Quic(_) => return self.write_bytes(Bytes::copy_from_slice(data)).await,
             SendWire::Tcp(stream) => stream.write_all(data).await,
         };
-        self.link.written.fetch_add(data.len() as u64, Ordering::Relaxed);
+        self.link
+            .written
+            .fetch_add(data.len() as u64, Ordering::Relaxed);
         result.map_err(|e| self.link.fault(e))
     }
 
@@ -48,14 +51,20 @@ impl SendHalf {
     pub async fn write_many(&mut self, pieces: &mut [Bytes]) -> Result<(), Fault> {
         let len: u64 = pieces.iter().map(|piece| piece.len() as u64).sum();
         let result = match &mut self.wire {
-            SendWire::Quic(stream) => self.link.turns.write(stream, self.place, pieces).await.map_err(|e| write_end(&e)),
+            SendWire::Quic(stream) => self
+                .link
+                .write_order
+                .write(stream, self.place, pieces)
+                .await
+                .map_err(|e| write_end(&e)),
             SendWire::Tcp(stream) => stream.write_many(pieces).await,
         };
         self.link.written.fetch_add(len, Ordering::Relaxed);
         result.map_err(|e| self.link.fault(e))
     }
 
-    /// Says that nothing more comes. What was written is still delivered, as long as the line stands.
+    /// Says that nothing more comes. What was written is still delivered, as long as the line
+    /// stands.
     pub fn finish(&mut self) -> Result<(), Fault> {
         self.over = true;
         let result = match &mut self.wire {
@@ -100,7 +109,9 @@ impl Drop for SendHalf {
 fn write_end(error: &quinn::WriteError) -> StreamEnd {
     match error {
         quinn::WriteError::Stopped(_) => StreamEnd::Stopped,
-        quinn::WriteError::ConnectionLost(_) | quinn::WriteError::ZeroRttRejected => StreamEnd::LineGone,
+        quinn::WriteError::ConnectionLost(_) | quinn::WriteError::ZeroRttRejected => {
+            StreamEnd::LineGone
+        }
         quinn::WriteError::ClosedStream => StreamEnd::Finished,
     }
 }
@@ -140,8 +151,13 @@ impl RecvHalf {
                     self.link.read.fetch_add(read as u64, Ordering::Relaxed);
                 }
                 None => {
-                    let message = format!("{} ended a stream {} bytes too early", self.link.peer_name(), buffer.len() - filled);
-                    return Err(Fault::unreachable(message).with_reason(self.link.fault(StreamEnd::Reset).reason));
+                    let message = format!(
+                        "{} ended a stream {} bytes too early",
+                        self.link.peer_name(),
+                        buffer.len() - filled
+                    );
+                    return Err(Fault::unreachable(message)
+                        .with_reason(self.link.fault(StreamEnd::Reset).reason));
                 }
             }
         }
@@ -158,13 +174,16 @@ impl RecvHalf {
             RecvWire::Tcp(stream) => stream.read_chunk(max).await,
         };
         if let Ok(Some(bytes)) = &result {
-            self.link.read.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+            self.link
+                .read
+                .fetch_add(bytes.len() as u64, Ordering::Relaxed);
         }
         result.map_err(|e| self.link.fault(e))
     }
 
-    /// The next pieces as they came, as many as there are and as `pieces` has places, without copying; `None` at the end.
-    /// On QUIC a piece is at most a packet, so this is much cheaper than [`RecvHalf::read_chunk`] in a loop.
+    /// The next pieces as they came, as many as there are and as `pieces` has places, without
+    /// copying; `None` at the end. On QUIC a piece is at most a packet, so this is much cheaper
+    /// than [`RecvHalf::read_chunk`] in a loop.
     pub async fn read_chunks(&mut self, pieces: &mut [Bytes]) -> Result<Option<usize>, Fault> {
         let result = match &mut self.wire {
             RecvWire::Quic(stream) => stream.read_chunks(pieces).await.map_err(|e| read_end(&e)),
@@ -179,7 +198,11 @@ impl RecvHalf {
             },
         };
         if let Ok(Some(count)) = result {
-            let read: u64 = pieces.iter().take(count).map(|piece| piece.len() as u64).sum();
+            let read: u64 = pieces
+                .iter()
+                .take(count)
+                .map(|piece| piece.len() as u64)
+                .sum();
             self.link.read.fetch_add(read, Ordering::Relaxed);
         }
         result.map_err(|e| self.link.fault(e))
@@ -192,8 +215,11 @@ impl RecvHalf {
             all.extend_from_slice(&bytes);
             if all.len() > limit {
                 self.stop();
-                return Err(Fault::integrity(format!("{} sent a message of more than {limit} bytes", self.link.peer_name()))
-                    .with_next("make sure that both ends run the same version"));
+                return Err(Fault::integrity(format!(
+                    "{} sent a message of more than {limit} bytes",
+                    self.link.peer_name()
+                ))
+                .with_next("make sure that both ends run the same version"));
             }
         }
         Ok(all)
@@ -213,7 +239,9 @@ impl RecvHalf {
 fn read_end(error: &quinn::ReadError) -> StreamEnd {
     match error {
         quinn::ReadError::Reset(_) => StreamEnd::Reset,
-        quinn::ReadError::ConnectionLost(_) | quinn::ReadError::ZeroRttRejected => StreamEnd::LineGone,
+        quinn::ReadError::ConnectionLost(_) | quinn::ReadError::ZeroRttRejected => {
+            StreamEnd::LineGone
+        }
         quinn::ReadError::ClosedStream | quinn::ReadError::IllegalOrderedRead => StreamEnd::Stopped,
     }
 }

@@ -13,7 +13,7 @@ use tokio::net::TcpStream;
 use super::congestion::LONG_RTT;
 use super::tls::Shown;
 use crate::Congestion;
-use base::limits::{LINE_KEEP_ALIVE, MUX_BATCH_BYTES, SILENCE_MAX};
+use base::limits::{CONNECTION_KEEP_ALIVE, MUX_BATCH_BYTES, SILENCE_MAX};
 
 /// rustls asks for 4 KiB at a time; this much is taken from the kernel at once.
 const READ_BYTES: usize = 128 << 10;
@@ -27,7 +27,10 @@ pub(super) struct Traffic {
 
 impl Traffic {
     pub(super) fn bytes(&self) -> (u64, u64) {
-        (self.sent.load(Ordering::Relaxed), self.received.load(Ordering::Relaxed))
+        (
+            self.sent.load(Ordering::Relaxed),
+            self.received.load(Ordering::Relaxed),
+        )
     }
 }
 
@@ -38,10 +41,16 @@ pub(super) struct Counted {
 }
 
 impl AsyncRead for Counted {
-    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<std::io::Result<()>> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<std::io::Result<()>> {
         let before = buf.filled().len();
         let result = Pin::new(&mut self.socket).poll_read(cx, buf);
-        self.traffic.received.fetch_add((buf.filled().len() - before) as u64, Ordering::Relaxed);
+        self.traffic
+            .received
+            .fetch_add((buf.filled().len() - before) as u64, Ordering::Relaxed);
         result
     }
 }
@@ -56,12 +65,20 @@ impl Counted {
 }
 
 impl AsyncWrite for Counted {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<std::io::Result<usize>> {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &[u8],
+    ) -> Poll<std::io::Result<usize>> {
         let result = Pin::new(&mut self.socket).poll_write(cx, buf);
         self.count_sent(result)
     }
 
-    fn poll_write_vectored(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bufs: &[std::io::IoSlice<'_>]) -> Poll<std::io::Result<usize>> {
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[std::io::IoSlice<'_>],
+    ) -> Poll<std::io::Result<usize>> {
         let result = Pin::new(&mut self.socket).poll_write_vectored(cx, bufs);
         self.count_sent(result)
     }
@@ -95,13 +112,23 @@ fn prepare(socket: TcpStream) -> (BufReader<Counted>, Arc<Traffic>) {
     use rustix::net::sockopt;
     let _ = socket.set_nodelay(true);
     let _ = sockopt::set_socket_keepalive(&socket, true);
-    let _ = sockopt::set_tcp_keepidle(&socket, LINE_KEEP_ALIVE);
+    let _ = sockopt::set_tcp_keepidle(&socket, CONNECTION_KEEP_ALIVE);
     let _ = sockopt::set_tcp_user_timeout(&socket, SILENCE_MAX.as_millis() as u32);
     let traffic = Arc::new(Traffic::default());
-    (BufReader::with_capacity(READ_BYTES, Counted { socket, traffic: traffic.clone() }), traffic)
+    (
+        BufReader::with_capacity(
+            READ_BYTES,
+            Counted {
+                socket,
+                traffic: traffic.clone(),
+            },
+        ),
+        traffic,
+    )
 }
 
-/// Chooses the kernel's congestion control once the round trip is known; where the kernel has it not, its own stays.
+/// Chooses the kernel's congestion control once the round trip is known; where the kernel has it
+/// not, its own stays.
 fn choose_congestion(io: &BufReader<Counted>, choice: Congestion, rtt: Duration) {
     let name = match choice {
         Congestion::Auto if rtt < LONG_RTT => return,
@@ -116,7 +143,12 @@ fn choose_congestion(io: &BufReader<Counted>, choice: Congestion, rtt: Duration)
 fn shown(connection: &rustls::CommonState) -> Shown {
     Shown {
         alpn: connection.alpn_protocol().unwrap_or_default().to_vec(),
-        chain: connection.peer_certificates().unwrap_or_default().iter().map(|c| c.clone().into_owned()).collect(),
+        chain: connection
+            .peer_certificates()
+            .unwrap_or_default()
+            .iter()
+            .map(|c| c.clone().into_owned())
+            .collect(),
     }
 }
 
@@ -133,7 +165,12 @@ pub(super) async fn accept(
     let handshake = begun.elapsed();
     choose_congestion(io.get_ref().0, congestion, handshake);
     let shown = shown(io.get_ref().1);
-    Ok(Secured { io, traffic, shown, handshake })
+    Ok(Secured {
+        io,
+        traffic,
+        shown,
+        handshake,
+    })
 }
 
 /// A site's side: connects, and shakes hands.
@@ -145,10 +182,17 @@ pub(super) async fn connect(
 ) -> std::io::Result<Secured<ClientIo>> {
     let (io, traffic) = prepare(TcpStream::connect(remote).await?);
     let begun = Instant::now();
-    let mut io = tokio_rustls::TlsConnector::from(tls).connect(name, io).await?;
+    let mut io = tokio_rustls::TlsConnector::from(tls)
+        .connect(name, io)
+        .await?;
     io.get_mut().1.set_buffer_limit(Some(MUX_BATCH_BYTES));
     let handshake = begun.elapsed();
     choose_congestion(io.get_ref().0, congestion, handshake);
     let shown = shown(io.get_ref().1);
-    Ok(Secured { io, traffic, shown, handshake })
+    Ok(Secured {
+        io,
+        traffic,
+        shown,
+        handshake,
+    })
 }

@@ -11,7 +11,7 @@ use base::fault::Fault;
 use base::names::SiteName;
 
 use crate::identity::{CertificateRequest, HubIdentity, SiteIdentity};
-use crate::{Arrival, Congestion, Line, Link, Listener, Transport, dial};
+use crate::{Arrival, Congestion, ConnectionSettings, Link, Listener, Transport, dial};
 
 /// What a line may buffer for sending.
 pub(crate) const MEMORY: u64 = 32 << 20;
@@ -20,8 +20,11 @@ pub(crate) fn name(s: &str) -> SiteName {
     s.parse().unwrap()
 }
 
-pub(crate) fn line(transport: Transport) -> Line {
-    Line { congestion: Congestion::Auto, transport }
+pub(crate) fn settings(transport: Transport) -> ConnectionSettings {
+    ConnectionSettings {
+        congestion: Congestion::Auto,
+        transport,
+    }
 }
 
 pub(crate) fn hub_in(dir: &Path) -> Arc<HubIdentity> {
@@ -49,29 +52,51 @@ pub struct Hub {
 impl Hub {
     /// Starts it.
     pub fn start() -> Self {
-        Self::start_with(|identity| Listener::bind(loopback(), identity, &line(Transport::Auto), 128 << 20))
+        Self::start_with(|identity| {
+            Listener::bind(loopback(), identity, &settings(Transport::Auto), 128 << 20)
+        })
     }
 
-    pub(crate) fn start_with(bind: impl FnOnce(Arc<HubIdentity>) -> Result<Listener, Fault>) -> Self {
+    pub(crate) fn start_with(
+        bind: impl FnOnce(Arc<HubIdentity>) -> Result<Listener, Fault>,
+    ) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let identity = hub_in(dir.path());
         let listener = Arc::new(bind(identity.clone()).unwrap());
         let address = listener.local_addr().to_string();
-        Self { identity, listener, address, _dir: dir }
+        Self {
+            identity,
+            listener,
+            address,
+            _dir: dir,
+        }
     }
 
     pub(crate) async fn next_site(&self) -> (SiteName, Link, Vec<u8>) {
-        match tokio::time::timeout(Duration::from_secs(10), self.listener.accept()).await.unwrap().unwrap() {
-            Arrival::Site { name, link, cert_der } => (name, link, cert_der),
-            Arrival::Join(_) | Arrival::Publisher { .. } => unreachable!("something else where a site was expected"),
+        match tokio::time::timeout(Duration::from_secs(10), self.listener.accept())
+            .await
+            .unwrap()
+            .unwrap()
+        {
+            Arrival::Site {
+                name,
+                link,
+                cert_der,
+            } => (name, link, cert_der),
+            Arrival::Join(_) | Arrival::Publisher { .. } => {
+                unreachable!("something else where a site was expected")
+            }
         }
     }
 
     /// Dials and takes the arrival: (the site's end, the hub's end).
     pub async fn connect(&self, transport: Transport) -> (Link, Link) {
         let site = site_of(&self.identity, "chengdu");
-        let wanted = line(transport);
-        let (dialled, (arrived, link, cert)) = tokio::join!(dial(&self.address, &site, &wanted, MEMORY), self.next_site());
+        let wanted = settings(transport);
+        let (dialled, (arrived, link, cert)) = tokio::join!(
+            dial(&self.address, &site, &wanted, MEMORY),
+            self.next_site()
+        );
         assert_eq!(arrived, name("chengdu"));
         assert_eq!(cert, site.cert_der());
         (dialled.unwrap(), link)

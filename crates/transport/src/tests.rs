@@ -8,7 +8,7 @@ use tokio::io::AsyncWriteExt;
 
 use super::*;
 use crate::identity::{CertificateRequest, Claim, HubIdentity, JoinToken, Redeemer, SiteIdentity};
-use crate::testing::{Hub, MEMORY, line, loopback, name, site_of};
+use crate::testing::{Hub, MEMORY, loopback, name, settings, site_of};
 use crate::{Congestion, Transport};
 use base::fault::Code;
 use base::names::SiteName;
@@ -36,20 +36,34 @@ type Stored = ([u8; 32], SiteName, bool);
 impl Tokens {
     fn make(&self, hub: &HubIdentity, site: &str) -> JoinToken {
         let token = JoinToken::generate(hub);
-        self.0.lock().insert(token.id().into(), (token.secret_hash(), name(site), false));
+        self.0
+            .lock()
+            .insert(token.id().into(), (token.secret_hash(), name(site), false));
         token
     }
 }
 
 #[async_trait::async_trait]
 impl Redeemer for Tokens {
-    async fn redeem(&self, id: &str, secret_hash: &[u8; 32], claim: &Claim, _key_hash: &[u8; 32]) -> Result<Holder, Fault> {
+    async fn redeem(
+        &self,
+        id: &str,
+        secret_hash: &[u8; 32],
+        claim: &Claim,
+        _key_hash: &[u8; 32],
+    ) -> Result<Holder, Fault> {
         match self.0.lock().get_mut(id) {
             Some((hash, bound, used)) if hash == secret_hash => {
                 match claim {
                     Claim::Site(site) if site == bound => {}
-                    Claim::Site(site) => return Err(Fault::not_allowed(format!("the token is for site {bound}, not for {site}"))),
-                    Claim::Publisher => return Err(Fault::not_allowed(format!("the token is for site {bound}"))),
+                    Claim::Site(site) => {
+                        return Err(Fault::not_allowed(format!(
+                            "the token is for site {bound}, not for {site}"
+                        )));
+                    }
+                    Claim::Publisher => {
+                        return Err(Fault::not_allowed(format!("the token is for site {bound}")));
+                    }
                 }
                 if std::mem::replace(used, true) {
                     return Err(Fault::not_allowed("the token was used before"));
@@ -67,44 +81,81 @@ const BOTH: [Transport; 2] = [Transport::Quic, Transport::Tcp];
 async fn a_site_joins_once_and_dials_ever_after() {
     let hub = Hub::start();
     for transport in BOTH {
-        let hub_line = line(transport);
+        let hub_line = settings(transport);
         let tokens = Arc::new(Tokens::default());
         let token = tokens.make(&hub.identity, "chengdu");
         let claim = Claim::Site(name("chengdu"));
         let request = async {
             match hub.listener.accept().await {
                 Some(Arrival::Join(request)) => {
-                    assert_eq!((request.token_id(), request.claim()), (token.id(), &Claim::Site(name("chengdu"))));
+                    assert_eq!(
+                        (request.token_id(), request.claim()),
+                        (token.id(), &Claim::Site(name("chengdu")))
+                    );
                     request.redeem(&*tokens).await
                 }
                 _ => unreachable!("no join request"),
             }
         };
-        let (joined, answered) = tokio::join!(join(&hub.address, &token, &claim, &hub_line, CertificateRequest::new().unwrap()), request);
+        let (joined, answered) = tokio::join!(
+            join(
+                &hub.address,
+                &token,
+                &claim,
+                &hub_line,
+                CertificateRequest::new().unwrap()
+            ),
+            request
+        );
         let site = joined.unwrap();
-        assert_eq!((site.name(), answered.unwrap()), (&name("chengdu"), Holder::Site(name("chengdu"))));
-        assert_eq!(hub.identity.verify_site(site.cert_der()).unwrap(), name("chengdu"));
+        assert_eq!(
+            (site.name(), answered.unwrap()),
+            (&name("chengdu"), Holder::Site(name("chengdu")))
+        );
+        assert_eq!(
+            hub.identity.verify_site(site.cert_der()).unwrap(),
+            name("chengdu")
+        );
 
-        let (link, (arrived, hub_end, _)) = tokio::join!(dial(&hub.address, &site, &hub_line, MEMORY), hub.next_site());
+        let (link, (arrived, hub_end, _)) = tokio::join!(
+            dial(&hub.address, &site, &hub_line, MEMORY),
+            hub.next_site()
+        );
         let link = link.unwrap();
         assert_eq!(arrived, name("chengdu"));
         assert_eq!(link.peer(), Some(&Holder::Hub(name("hub"))));
         assert_eq!(hub_end.peer(), Some(&Holder::Site(name("chengdu"))));
-        assert_eq!((link.transport(), hub_end.transport()), if transport == Transport::Tcp { ("tcp", "tcp") } else { ("quic", "quic") });
+        assert_eq!(
+            (link.transport(), hub_end.transport()),
+            if transport == Transport::Tcp {
+                ("tcp", "tcp")
+            } else {
+                ("quic", "quic")
+            }
+        );
         assert!(link.rtt() < Duration::from_secs(1));
 
         let (mut send, mut recv) = link.open(PRIORITY_CONTROL).await.unwrap();
         send.write_all(b"what should i hold?").await.unwrap();
         send.finish().unwrap();
         let (mut answer, mut question) = hub_end.accept().await.unwrap();
-        assert_eq!(question.read_to_end(100).await.unwrap(), b"what should i hold?");
-        answer.write_bytes(Bytes::from_static(b"nothing")).await.unwrap();
+        assert_eq!(
+            question.read_to_end(100).await.unwrap(),
+            b"what should i hold?"
+        );
+        answer
+            .write_bytes(Bytes::from_static(b"nothing"))
+            .await
+            .unwrap();
         answer.finish().unwrap();
         let mut buffer = [0; 7];
         recv.read_exact(&mut buffer).await.unwrap();
         assert_eq!(&buffer, b"nothing");
         assert_eq!(recv.read_chunk(10).await.unwrap(), None);
-        assert_eq!(recv.read_exact(&mut buffer).await.unwrap_err().code, Code::Unreachable);
+        assert_eq!(
+            recv.read_exact(&mut buffer).await.unwrap_err().code,
+            Code::Unreachable
+        );
         let ((sent, received), (hub_sent, _)) = (link.bytes(), hub_end.bytes());
         assert!(sent > 100 && received > 100 && hub_sent > 100);
         link.close("done");
@@ -117,28 +168,80 @@ async fn bad_tokens_are_refused_in_words() {
     let tokens = Arc::new(Tokens::default());
     hub.serve_joins(tokens.clone());
     for transport in BOTH {
-        let wanted = line(transport);
+        let wanted = settings(transport);
         let token = tokens.make(&hub.identity, "chengdu");
 
-        let fault = join(&hub.address, &token, &Claim::Site(name("xian")), &wanted, CertificateRequest::new().unwrap()).await.unwrap_err();
-        assert_eq!((fault.code, fault.message.as_str()), (Code::NotAllowed, "the token is for site chengdu, not for xian"));
+        let fault = join(
+            &hub.address,
+            &token,
+            &Claim::Site(name("xian")),
+            &wanted,
+            CertificateRequest::new().unwrap(),
+        )
+        .await
+        .unwrap_err();
+        assert_eq!(
+            (fault.code, fault.message.as_str()),
+            (
+                Code::NotAllowed,
+                "the token is for site chengdu, not for xian"
+            )
+        );
         // That did not use it up.
-        join(&hub.address, &token, &Claim::Site(name("chengdu")), &wanted, CertificateRequest::new().unwrap()).await.unwrap();
-        let fault =
-            join(&hub.address, &token, &Claim::Site(name("chengdu")), &wanted, CertificateRequest::new().unwrap()).await.unwrap_err();
-        assert_eq!((fault.code, fault.message.as_str()), (Code::NotAllowed, "the token was used before"));
+        join(
+            &hub.address,
+            &token,
+            &Claim::Site(name("chengdu")),
+            &wanted,
+            CertificateRequest::new().unwrap(),
+        )
+        .await
+        .unwrap();
+        let fault = join(
+            &hub.address,
+            &token,
+            &Claim::Site(name("chengdu")),
+            &wanted,
+            CertificateRequest::new().unwrap(),
+        )
+        .await
+        .unwrap_err();
+        assert_eq!(
+            (fault.code, fault.message.as_str()),
+            (Code::NotAllowed, "the token was used before")
+        );
 
         let unknown = JoinToken::generate(&hub.identity);
-        let fault =
-            join(&hub.address, &unknown, &Claim::Site(name("chengdu")), &wanted, CertificateRequest::new().unwrap()).await.unwrap_err();
-        assert_eq!((fault.code, fault.message.as_str()), (Code::NotAllowed, "the token is not known here"));
+        let fault = join(
+            &hub.address,
+            &unknown,
+            &Claim::Site(name("chengdu")),
+            &wanted,
+            CertificateRequest::new().unwrap(),
+        )
+        .await
+        .unwrap_err();
+        assert_eq!(
+            (fault.code, fault.message.as_str()),
+            (Code::NotAllowed, "the token is not known here")
+        );
 
         // A token of another hub: the secret is never said.
         let foreign = tokens.make(&other.identity, "chengdu");
-        let fault =
-            join(&hub.address, &foreign, &Claim::Site(name("chengdu")), &wanted, CertificateRequest::new().unwrap()).await.unwrap_err();
+        let fault = join(
+            &hub.address,
+            &foreign,
+            &Claim::Site(name("chengdu")),
+            &wanted,
+            CertificateRequest::new().unwrap(),
+        )
+        .await
+        .unwrap_err();
         assert_eq!(fault.code, Code::NotAllowed, "{fault}");
-        assert!(fault.message.contains("is not the one that made the token"), "{fault}");
+        assert!(
+            fault.message.contains("is not the one that made the token"),
+            "{fault}"
+        );
         assert!(!tokens.0.lock()[foreign.id()].2);
     }
 }
@@ -147,37 +250,63 @@ async fn bad_tokens_are_refused_in_words() {
 async fn certificates_of_another_ca_are_refused_on_both_sides() {
     let (hub, other) = (Hub::start(), Hub::start());
     for transport in BOTH {
-        let wanted = line(transport);
+        let wanted = settings(transport);
         // The site trusts its own hub only.
         let stranger = site_of(&other.identity, "chengdu");
-        let fault = dial(&hub.address, &stranger, &wanted, MEMORY).await.unwrap_err();
+        let fault = dial(&hub.address, &stranger, &wanted, MEMORY)
+            .await
+            .unwrap_err();
         assert_eq!(fault.code, Code::NotAllowed, "{fault}");
         assert!(fault.message.contains("cannot be trusted"), "{fault}");
 
         // A site that trusts this hub, with a certificate of another.
         let site = site_of(&hub.identity, "chengdu");
         let mut tls = tls::client(&site).unwrap();
-        let forged = rustls::sign::CertifiedKey::from_der(stranger.chain(), stranger.key(), tls.crypto_provider()).unwrap();
+        let forged = rustls::sign::CertifiedKey::from_der(
+            stranger.chain(),
+            stranger.key(),
+            tls.crypto_provider(),
+        )
+        .unwrap();
         tls.client_auth_cert_resolver = Arc::new(rustls::sign::SingleCertAndKey::from(forged));
-        let fault = dial::call_for_test(&hub.address, tls, &wanted).await.unwrap_err();
+        let fault = dial::call_for_test(&hub.address, tls, &wanted)
+            .await
+            .unwrap_err();
         assert_eq!(fault.code, Code::NotAllowed, "{fault}");
         assert!(fault.message.contains("refused this site"), "{fault}");
 
         // And one without any.
         let mut tls = tls::joining_client(hub.identity.ca_hash()).unwrap();
         tls.alpn_protocols = vec![tls::ALPN.to_vec()];
-        let fault = dial::call_for_test(&hub.address, tls, &wanted).await.unwrap_err();
+        let fault = dial::call_for_test(&hub.address, tls, &wanted)
+            .await
+            .unwrap_err();
         assert_eq!(fault.code, Code::NotAllowed, "{fault}");
-        assert!(fault.message.contains("no certificate was shown"), "{fault}");
+        assert!(
+            fault.message.contains("no certificate was shown"),
+            "{fault}"
+        );
 
         // Nor may a site pass for a hub's certificate holder, or a hub for a site.
         let mut tls = tls::client(&site).unwrap();
-        let hubs = rustls::sign::CertifiedKey::from_der(hub.identity.chain(), hub.identity.key(), tls.crypto_provider()).unwrap();
+        let hubs = rustls::sign::CertifiedKey::from_der(
+            hub.identity.chain(),
+            hub.identity.key(),
+            tls.crypto_provider(),
+        )
+        .unwrap();
         tls.client_auth_cert_resolver = Arc::new(rustls::sign::SingleCertAndKey::from(hubs));
-        let fault = dial::call_for_test(&hub.address, tls, &wanted).await.unwrap_err();
+        let fault = dial::call_for_test(&hub.address, tls, &wanted)
+            .await
+            .unwrap_err();
         assert_eq!(fault.code, Code::NotAllowed, "{fault}");
     }
-    assert!(tokio::time::timeout(Duration::from_millis(100), hub.listener.accept()).await.is_err(), "somebody got in");
+    assert!(
+        tokio::time::timeout(Duration::from_millis(100), hub.listener.accept())
+            .await
+            .is_err(),
+        "somebody got in"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -187,22 +316,35 @@ async fn a_certificate_out_of_its_time_is_refused_with_both_clocks() {
     let now = Duration::from_millis(base::clock::now_unix_ms());
     let site_between = |from, until| {
         let request = CertificateRequest::new().unwrap();
-        let cert = hub.identity.issue_between(&name("chengdu"), request.csr_der(), (from, until)).unwrap();
+        let cert = hub
+            .identity
+            .issue_between(&name("chengdu"), request.csr_der(), (from, until))
+            .unwrap();
         request.complete(&cert, hub.identity.ca_der()).unwrap()
     };
     let expired = site_between(now - 3 * day, now - 2 * day);
-    // Dated ahead: the hub dates none ahead, so its clock has gone back, and no site is locked out for it.
+    // Dated ahead: the hub dates none ahead, so its clock has gone back, and no site is locked out
+    // for it.
     let early = site_between(now + day, now + 2 * day);
     assert!(early.needs_renewal());
     for transport in BOTH {
-        let fault = dial(&hub.address, &expired, &line(transport), MEMORY).await.unwrap_err();
+        let fault = dial(&hub.address, &expired, &settings(transport), MEMORY)
+            .await
+            .unwrap_err();
         assert!(
-            fault.code == Code::NotAllowed && fault.message.contains("has expired") && fault.message.contains("clock of the hub"),
+            fault.code == Code::NotAllowed
+                && fault.message.contains("has expired")
+                && fault.message.contains("clock of the hub"),
             "{fault}"
         );
-        assert!(fault.next.contains("join again"), "both clocks say the same: {}", fault.next);
-        let wanted = line(transport);
-        let (link, (arrived, ..)) = tokio::join!(dial(&hub.address, &early, &wanted, MEMORY), hub.next_site());
+        assert!(
+            fault.next.contains("join again"),
+            "both clocks say the same: {}",
+            fault.next
+        );
+        let wanted = settings(transport);
+        let (link, (arrived, ..)) =
+            tokio::join!(dial(&hub.address, &early, &wanted, MEMORY), hub.next_site());
         assert_eq!(arrived, name("chengdu"));
         assert_eq!(clock_difference(&link.unwrap()), None);
     }
@@ -213,21 +355,41 @@ fn who_is_refused_by_a_wrong_clock_is_told_that_and_not_to_join_again() {
     let reason = "the certificate of site a has expired: it ended at 2027-01-01T00:00:00.000Z, and the clock of the hub says 2027-06-01T00:00:00.000Z";
     let ended = Ended::by_peer(CLOSE_CLOCK, reason.as_bytes());
     let fault = dial::refusal_for_test(&ended, "hub:7443");
-    assert!(fault.message.contains(reason) && fault.message.contains("the clock of this machine differs from it by"), "{fault}");
-    assert!(fault.next.contains("NTP") && fault.next.contains("automatically") && !fault.next.contains("join"), "{}", fault.next);
+    assert!(
+        fault.message.contains(reason)
+            && fault
+                .message
+                .contains("the clock of this machine differs from it by"),
+        "{fault}"
+    );
+    assert!(
+        fault.next.contains("NTP")
+            && fault.next.contains("automatically")
+            && !fault.next.contains("join"),
+        "{}",
+        fault.next
+    );
 }
 
 /// Waits until the hub has closed so many of these connections.
 async fn wait_closed(sockets: &mut [tokio::net::TcpStream], wanted: usize) {
     use tokio::io::AsyncReadExt as _;
     let all = async {
-        let mut reads: futures::stream::FuturesUnordered<_> =
-            sockets.iter_mut().map(|socket| async { socket.read(&mut [0; 1]).await.unwrap_or(0) }).collect();
+        let mut reads: futures::stream::FuturesUnordered<_> = sockets
+            .iter_mut()
+            .map(|socket| async { socket.read(&mut [0; 1]).await.unwrap_or(0) })
+            .collect();
         for _ in 0..wanted {
-            assert_eq!(futures::StreamExt::next(&mut reads).await, Some(0), "the hub says nothing to a stranger");
+            assert_eq!(
+                futures::StreamExt::next(&mut reads).await,
+                Some(0),
+                "the hub says nothing to a stranger"
+            );
         }
     };
-    tokio::time::timeout(Duration::from_secs(20), all).await.unwrap();
+    tokio::time::timeout(Duration::from_secs(20), all)
+        .await
+        .unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -239,21 +401,46 @@ async fn silent_connections_of_a_stranger_keep_nobody_out() {
         silent.push(tokio::net::TcpStream::connect(&hub.address).await.unwrap());
     }
     // From the same address, over either transport, and a new site as well.
-    let links = [hub.connect(Transport::Tcp).await, hub.connect(Transport::Quic).await];
+    let links = [
+        hub.connect(Transport::Tcp).await,
+        hub.connect(Transport::Quic).await,
+    ];
     let token = tokens.make(&hub.identity, "wuhan");
     hub.serve_joins(tokens);
-    join(&hub.address, &token, &Claim::Site(name("wuhan")), &line(Transport::Tcp), CertificateRequest::new().unwrap()).await.unwrap();
-    wait_closed(&mut silent, 300 - base::limits::LINE_HANDSHAKES_PER_ADDRESS_MAX).await;
-    assert!(links.iter().all(|(site, hub)| !site.is_closed() && !hub.is_closed()));
+    join(
+        &hub.address,
+        &token,
+        &Claim::Site(name("wuhan")),
+        &settings(Transport::Tcp),
+        CertificateRequest::new().unwrap(),
+    )
+    .await
+    .unwrap();
+    wait_closed(
+        &mut silent,
+        300 - base::limits::CONNECTION_HANDSHAKES_PER_ADDRESS_MAX,
+    )
+    .await;
+    assert!(
+        links
+            .iter()
+            .all(|(site, hub)| !site.is_closed() && !hub.is_closed())
+    );
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn many_sites_behind_one_address_get_in_at_once() {
     const SITES: usize = 40;
     let hub = Hub::start();
-    let sites: Vec<SiteIdentity> = (0..SITES).map(|n| site_of(&hub.identity, &format!("s{n}"))).collect();
-    let wanted = line(Transport::Quic);
-    let dialled = futures::future::join_all(sites.iter().map(|site| dial(&hub.address, site, &wanted, MEMORY)));
+    let sites: Vec<SiteIdentity> = (0..SITES)
+        .map(|n| site_of(&hub.identity, &format!("s{n}")))
+        .collect();
+    let wanted = settings(Transport::Quic);
+    let dialled = futures::future::join_all(
+        sites
+            .iter()
+            .map(|site| dial(&hub.address, site, &wanted, MEMORY)),
+    );
     let arrived = async {
         let mut links = Vec::new();
         while links.len() < SITES {
@@ -263,7 +450,10 @@ async fn many_sites_behind_one_address_get_in_at_once() {
     };
     let (dialled, _arrived) = tokio::join!(dialled, arrived);
     // With the first call: nobody was closed for another.
-    let refused: Vec<String> = dialled.iter().filter_map(|link| Some(link.as_ref().err()?.to_string())).collect();
+    let refused: Vec<String> = dialled
+        .iter()
+        .filter_map(|link| Some(link.as_ref().err()?.to_string()))
+        .collect();
     assert!(refused.is_empty(), "{refused:?}");
 }
 
@@ -290,7 +480,11 @@ async fn what_nobody_asked_for_fills_a_small_window_only() {
     let received = || at_hub.bytes().1;
     // It sends 64 MiB, and would need no longer for that.
     let _ = tokio::time::timeout(Duration::from_secs(2), at_hub.closed()).await;
-    assert!(!at_hub.is_closed() && received() < 10 << 20, "{} bytes", received());
+    assert!(
+        !at_hub.is_closed() && received() < 10 << 20,
+        "{} bytes",
+        received()
+    );
     // While the hub asks for something there is room for that.
     let want = at_hub.want();
     let more = async {
@@ -298,7 +492,9 @@ async fn what_nobody_asked_for_fills_a_small_window_only() {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
     };
-    tokio::time::timeout(Duration::from_secs(20), more).await.unwrap();
+    tokio::time::timeout(Duration::from_secs(20), more)
+        .await
+        .unwrap();
     let _ = tokio::time::timeout(Duration::from_secs(1), at_hub.closed()).await;
     assert!(received() < 24 << 20, "{} bytes", received());
     drop(want);
@@ -311,7 +507,10 @@ async fn a_handshake_that_trickles_has_a_deadline() {
     let stream = tokio::net::TcpStream::connect(&hub.address).await.unwrap();
     let (mut read, mut write) = stream.into_split();
     // The head of a TLS record of 512 bytes, of which a byte comes now and then.
-    write.write_all(&[22, 3, 1, 2, 0, 1, 0, 1, 252]).await.unwrap();
+    write
+        .write_all(&[22, 3, 1, 2, 0, 1, 0, 1, 252])
+        .await
+        .unwrap();
     let trickle = async {
         while write.write_all(&[0]).await.is_ok() {
             tokio::time::sleep(Duration::from_millis(100)).await;
@@ -322,34 +521,52 @@ async fn a_handshake_that_trickles_has_a_deadline() {
     let both = async {
         tokio::select! { () = trickle => {} _ = closed => {} }
     };
-    tokio::time::timeout(base::limits::LINE_TLS_MAX * 2, both).await.unwrap();
+    tokio::time::timeout(base::limits::CONNECTION_TLS_MAX * 2, both)
+        .await
+        .unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_publisher_has_a_bounded_number_of_connections() {
     let hub = Hub::start();
     let request = CertificateRequest::new().unwrap();
-    let cert = hub.identity.issue_as(&Holder::Publisher(name("pub")), request.csr_der()).unwrap();
+    let cert = hub
+        .identity
+        .issue_as(&Holder::Publisher(name("pub")), request.csr_der())
+        .unwrap();
     let publisher = request.complete(&cert, hub.identity.ca_der()).unwrap();
     let mut links = Vec::new();
-    for n in 0..base::limits::LINE_CONNECTIONS_PER_PUBLISHER_MAX {
-        let wanted = line(BOTH[n % 2]);
-        let (link, arrival) = tokio::join!(dial(&hub.address, &publisher, &wanted, MEMORY), hub.listener.accept());
+    for n in 0..base::limits::CONNECTIONS_PER_PUBLISHER_MAX {
+        let wanted = settings(BOTH[n % 2]);
+        let (link, arrival) = tokio::join!(
+            dial(&hub.address, &publisher, &wanted, MEMORY),
+            hub.listener.accept()
+        );
         assert!(matches!(arrival, Some(Arrival::Publisher { .. })));
         links.push((link.unwrap(), arrival));
     }
     for transport in BOTH {
-        let fault = dial(&hub.address, &publisher, &line(transport), MEMORY).await.unwrap_err();
-        assert!(fault.code == Code::Unreachable && fault.message.contains("publisher pub has 16 connections"), "it may try again: {fault}");
+        let fault = dial(&hub.address, &publisher, &settings(transport), MEMORY)
+            .await
+            .unwrap_err();
+        assert!(
+            fault.code == Code::Unreachable
+                && fault.message.contains("publisher pub has 16 connections"),
+            "it may try again: {fault}"
+        );
         hub.connect(transport).await;
     }
     drop(links.pop());
     let again = async {
-        while let Err(fault) = dial(&hub.address, &publisher, &line(Transport::Quic), MEMORY).await {
+        while let Err(fault) =
+            dial(&hub.address, &publisher, &settings(Transport::Quic), MEMORY).await
+        {
             assert_eq!(fault.code, Code::Unreachable, "{fault}");
         }
     };
-    tokio::time::timeout(Duration::from_secs(10), again).await.unwrap();
+    tokio::time::timeout(Duration::from_secs(10), again)
+        .await
+        .unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -359,7 +576,10 @@ async fn many_streams_carry_their_bytes_unmixed() {
     /// Bytes that differ with the stream and the place.
     fn content(stream: u64) -> Bytes {
         let mut bytes = vec![0; BYTES];
-        blake3::Hasher::new().update(&stream.to_be_bytes()).finalize_xof().fill(&mut bytes);
+        blake3::Hasher::new()
+            .update(&stream.to_be_bytes())
+            .finalize_xof()
+            .fill(&mut bytes);
         bytes.into()
     }
     let hub = Hub::start();
@@ -405,7 +625,10 @@ async fn many_streams_carry_their_bytes_unmixed() {
         }
         let (sent, received) = site_end.bytes();
         let moved = STREAMS * BYTES as u64;
-        assert!(sent > moved && received > moved && sent < moved * 5 / 4, "{sent} {received}");
+        assert!(
+            sent > moved && received > moved && sent < moved * 5 / 4,
+            "{sent} {received}"
+        );
     }
 }
 
@@ -416,12 +639,15 @@ async fn a_stream_that_is_not_read_keeps_no_other_waiting() {
         let (site_end, hub_end) = hub.connect(transport).await;
         // More than its window holds, of the highest priority there is.
         let (mut unread, _recv) = hub_end.open(PRIORITY_CONTROL).await.unwrap();
-        let stuck = tokio::spawn(async move { unread.write_bytes(Bytes::from(vec![1; 4 << 20])).await });
+        let stuck =
+            tokio::spawn(async move { unread.write_bytes(Bytes::from(vec![1; 4 << 20])).await });
         let _unread = site_end.accept().await.unwrap();
         let (mut send, _recv) = hub_end.open(PRIORITY_BULK).await.unwrap();
         let write = async {
             for _ in 0..16 {
-                send.write_bytes(Bytes::from(vec![2; 1 << 20])).await.unwrap();
+                send.write_bytes(Bytes::from(vec![2; 1 << 20]))
+                    .await
+                    .unwrap();
             }
             send.finish().unwrap();
         };
@@ -430,7 +656,9 @@ async fn a_stream_that_is_not_read_keeps_no_other_waiting() {
             recv.read_to_end(16 << 20).await.unwrap().len()
         };
         let both = async { tokio::join!(write, read) };
-        let ((), came) = tokio::time::timeout(Duration::from_secs(20), both).await.expect("it goes on");
+        let ((), came) = tokio::time::timeout(Duration::from_secs(20), both)
+            .await
+            .expect("it goes on");
         assert_eq!(came, 16 << 20, "{}", site_end.transport());
         // A TCP line takes a piece as it is.
         assert!(stuck.is_finished() == (transport == Transport::Tcp));
@@ -443,20 +671,30 @@ async fn where_udp_is_dropped_tcp_is_taken_and_quic_again_later() {
     // Its packets are taken, and nobody answers.
     let mut hole = None;
     let hub = Hub::start_with(|identity| {
-        let (listener, udp) = Listener::bind_tcp_only(loopback(), identity, &line(Transport::Auto))?;
+        let (listener, udp) =
+            Listener::bind_tcp_only(loopback(), identity, &settings(Transport::Auto))?;
         hole = Some(udp);
         Ok(listener)
     });
     let site = site_of(&hub.identity, "chengdu");
-    let wanted = line(Transport::Auto);
+    let wanted = settings(Transport::Auto);
     let begun = std::time::Instant::now();
-    let (link, (_, hub_end, _)) = tokio::join!(dial(&hub.address, &site, &wanted, MEMORY), hub.next_site());
+    let (link, (_, hub_end, _)) =
+        tokio::join!(dial(&hub.address, &site, &wanted, MEMORY), hub.next_site());
     let took = begun.elapsed();
     let link = link.unwrap();
     assert_eq!((link.transport(), hub_end.transport()), ("tcp", "tcp"));
-    assert!(took >= Duration::from_secs(4) && took < Duration::from_secs(8), "{took:?}");
-    let fault = probe_quic(&hub.address, &site, &wanted, MEMORY).await.unwrap_err();
-    assert_eq!((fault.code, fault.reason), (Code::Unreachable, Reason::HubUnreachable));
+    assert!(
+        took >= Duration::from_secs(4) && took < Duration::from_secs(8),
+        "{took:?}"
+    );
+    let fault = probe_quic(&hub.address, &site, &wanted, MEMORY)
+        .await
+        .unwrap_err();
+    assert_eq!(
+        (fault.code, fault.reason),
+        (Code::Unreachable, Reason::HubUnreachable)
+    );
 
     // UDP works again.
     let hole = hole.unwrap();
@@ -468,14 +706,27 @@ async fn where_udp_is_dropped_tcp_is_taken_and_quic_again_later() {
     let welcome = async {
         // The goodbye of the call that was given up may come first.
         let connection = loop {
-            if let Ok(connection) = quic::accept(endpoint.accept().await.unwrap(), &config, &choice).await {
+            if let Ok(connection) =
+                quic::accept(endpoint.accept().await.unwrap(), &config, &choice).await
+            {
                 break connection;
             }
         };
         let endpoint = None;
-        let link = Link::new(Wire::Quic { connection, endpoint, choice }, None, loopback());
+        let link = Link::new(
+            Wire::Quic {
+                connection,
+                endpoint,
+                choice,
+            },
+            None,
+            loopback(),
+        );
         let (mut send, _) = link.open(0).await.unwrap();
-        let welcome = hello::Welcome { hub: name("hub"), time_ms: base::clock::now_unix_ms() };
+        let welcome = hello::Welcome {
+            hub: name("hub"),
+            time_ms: base::clock::now_unix_ms(),
+        };
         hello::send(&mut send, &welcome).await.unwrap();
         link
     };
@@ -492,16 +743,45 @@ async fn nobody_there_is_unreachable() {
     let free = std::net::TcpListener::bind(loopback()).unwrap();
     let address = free.local_addr().unwrap().to_string();
     drop(free);
-    let fault = dial(&address, &site, &line(Transport::Auto), MEMORY).await.unwrap_err();
-    assert_eq!((fault.code, fault.code.exit(), fault.reason), (Code::Unreachable, 10, Reason::HubUnreachable));
-    assert!(fault.message.contains("QUIC") && fault.message.contains("TCP"), "{fault}");
-    let fault =
-        join(&address, &token, &Claim::Site(name("chengdu")), &line(Transport::Tcp), CertificateRequest::new().unwrap()).await.unwrap_err();
+    let fault = dial(&address, &site, &settings(Transport::Auto), MEMORY)
+        .await
+        .unwrap_err();
+    assert_eq!(
+        (fault.code, fault.code.exit(), fault.reason),
+        (Code::Unreachable, 10, Reason::HubUnreachable)
+    );
+    assert!(
+        fault.message.contains("QUIC") && fault.message.contains("TCP"),
+        "{fault}"
+    );
+    let fault = join(
+        &address,
+        &token,
+        &Claim::Site(name("chengdu")),
+        &settings(Transport::Tcp),
+        CertificateRequest::new().unwrap(),
+    )
+    .await
+    .unwrap_err();
     assert_eq!(fault.code, Code::Unreachable, "{fault}");
-    let fault = dial("hub.invalid:7443", &site, &line(Transport::Auto), MEMORY).await.unwrap_err();
+    let fault = dial(
+        "hub.invalid:7443",
+        &site,
+        &settings(Transport::Auto),
+        MEMORY,
+    )
+    .await
+    .unwrap_err();
     assert_eq!(fault.code, Code::Unreachable, "{fault}");
     for bad in ["hub", ":7443", "hub:", "hub:port", ""] {
-        assert_eq!(dial(bad, &site, &line(Transport::Auto), MEMORY).await.unwrap_err().code, Code::Config, "{bad}");
+        assert_eq!(
+            dial(bad, &site, &settings(Transport::Auto), MEMORY)
+                .await
+                .unwrap_err()
+                .code,
+            Code::Config,
+            "{bad}"
+        );
     }
 }
 
@@ -515,10 +795,19 @@ async fn either_end_closes_with_a_reason() {
         assert_eq!(site_end.closed().await, "the hub is stopping?[31m");
         assert_eq!(hub_end.closed().await, "the hub is stopping?[31m");
         let fault = recv.read_chunk(1).await.unwrap_err();
-        assert_eq!((fault.code, fault.reason), (Code::Unreachable, Reason::HubUnreachable));
-        assert_eq!(fault.message, "the line to hub hub is gone: the hub is stopping?[31m");
+        assert_eq!(
+            (fault.code, fault.reason),
+            (Code::Unreachable, Reason::HubUnreachable)
+        );
+        assert_eq!(
+            fault.message,
+            "the line to hub hub is gone: the hub is stopping?[31m"
+        );
         assert!(site_end.accept().await.is_none());
-        assert_eq!(hub_end.open(0).await.err().unwrap().reason, Reason::SiteOffline);
+        assert_eq!(
+            hub_end.open(0).await.err().unwrap().reason,
+            Reason::SiteOffline
+        );
 
         // And by letting go of it.
         let (site_end, hub_end) = hub.connect(transport).await;
@@ -548,14 +837,19 @@ async fn halves_that_are_dropped_are_no_ends() {
                 }
             }
         };
-        let fault = tokio::time::timeout(Duration::from_secs(5), stopped).await.unwrap();
+        let fault = tokio::time::timeout(Duration::from_secs(5), stopped)
+            .await
+            .unwrap();
         assert!(fault.message.contains("does not read"), "{fault}");
 
         let (mut send, _recv) = site_end.open(0).await.unwrap();
         send.write_all(&[0; 200]).await.unwrap();
         send.finish().unwrap();
         let (_answer, mut question) = hub_end.accept().await.unwrap();
-        assert_eq!(question.read_to_end(199).await.unwrap_err().code, Code::Integrity);
+        assert_eq!(
+            question.read_to_end(199).await.unwrap_err().code,
+            Code::Integrity
+        );
     }
 }
 
@@ -570,15 +864,23 @@ async fn the_listener_closes_and_lines_go_on() {
         let (mut send, _recv) = a.open(0).await.unwrap();
         send.write_all(b"still here").await.unwrap();
         send.finish().unwrap();
-        assert_eq!(b.accept().await.unwrap().1.read_to_end(100).await.unwrap(), b"still here");
+        assert_eq!(
+            b.accept().await.unwrap().1.read_to_end(100).await.unwrap(),
+            b"still here"
+        );
     }
     let site = site_of(&hub.identity, "chengdu");
-    let fault = dial(&hub.address, &site, &line(Transport::Tcp), MEMORY).await.unwrap_err();
+    let fault = dial(&hub.address, &site, &settings(Transport::Tcp), MEMORY)
+        .await
+        .unwrap_err();
     assert_eq!(fault.code, Code::Unreachable, "{fault}");
     hub_end.close("stopping");
     tcp_hub_end.close("stopping");
     hub.listener.wait_idle().await;
-    assert_eq!((site_end.closed().await, tcp_site_end.closed().await), ("stopping".into(), "stopping".into()));
+    assert_eq!(
+        (site_end.closed().await, tcp_site_end.closed().await),
+        ("stopping".into(), "stopping".into())
+    );
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -589,7 +891,12 @@ async fn garbage_and_silence_harm_nobody() {
         udp.send_to(&vec![0xc3; size], &hub.address).await.unwrap();
     }
     let mut silent = Vec::new();
-    for garbage in [&b"GET / HTTP/1.1\r\n\r\n"[..], &[0; 100], &[0x16, 3, 1, 0xff, 0xff], b""] {
+    for garbage in [
+        &b"GET / HTTP/1.1\r\n\r\n"[..],
+        &[0; 100],
+        &[0x16, 3, 1, 0xff, 0xff],
+        b"",
+    ] {
         let mut socket = tokio::net::TcpStream::connect(&hub.address).await.unwrap();
         socket.write_all(garbage).await.unwrap();
         silent.push(socket);
@@ -597,7 +904,9 @@ async fn garbage_and_silence_harm_nobody() {
     // A stranger who joins with nonsense is refused, and told so.
     for transport in BOTH {
         let tls = tls::joining_client(hub.identity.ca_hash()).unwrap();
-        let link = dial::join_link_for_test(&hub.address, tls, &line(transport)).await.unwrap();
+        let link = dial::join_link_for_test(&hub.address, tls, &settings(transport))
+            .await
+            .unwrap();
         let (mut send, mut recv) = link.open(0).await.unwrap();
         send.write_all(b"{\"token_id\":1}").await.unwrap();
         send.finish().unwrap();
@@ -605,9 +914,13 @@ async fn garbage_and_silence_harm_nobody() {
         assert!(matches!(answer, hello::Answer::Refused(fault) if fault.code == Code::NotAllowed));
 
         let tls = tls::joining_client(hub.identity.ca_hash()).unwrap();
-        let link = dial::join_link_for_test(&hub.address, tls, &line(transport)).await.unwrap();
+        let link = dial::join_link_for_test(&hub.address, tls, &settings(transport))
+            .await
+            .unwrap();
         let (mut send, mut recv) = link.open(0).await.unwrap();
-        let _ = send.write_all(&vec![b' '; base::limits::LINE_HELLO_BYTES_MAX + 1]).await;
+        let _ = send
+            .write_all(&vec![b' '; base::limits::CONNECTION_HELLO_BYTES_MAX + 1])
+            .await;
         let _ = send.finish();
         let _ = recv.read_chunk(10).await;
     }
@@ -619,7 +932,12 @@ async fn garbage_and_silence_harm_nobody() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn one_port_number_serves_both_and_only_once() {
     let hub = Hub::start();
-    let taken = Listener::bind(hub.listener.local_addr(), hub.identity.clone(), &line(Transport::Auto), 128 << 20);
+    let taken = Listener::bind(
+        hub.listener.local_addr(),
+        hub.identity.clone(),
+        &settings(Transport::Auto),
+        128 << 20,
+    );
     let fault = taken.err().unwrap();
     assert_eq!(fault.code, Code::Config);
     assert!(fault.next.contains("port"), "{fault:?}");

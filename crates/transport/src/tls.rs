@@ -1,7 +1,8 @@
 //! TLS for both transports: who trusts whom, and what a handshake showed.
 //!
-//! TLS 1.3 only, no 0-RTT, no tickets: every line is authenticated by its own handshake. The verifiers here check chains at a
-//! moment inside the leaf's validity; the clock is checked right after the handshake, where the fault can name both clocks.
+//! TLS 1.3 only, no 0-RTT, no tickets: every line is authenticated by its own handshake. The
+//! verifiers here check chains at a moment inside the leaf's validity; the clock is checked right
+//! after the handshake, where the fault can name both clocks.
 
 use std::sync::Arc;
 
@@ -10,11 +11,14 @@ use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, Server
 use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
 use rustls::server::WebPkiClientVerifier;
 use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
-use rustls::{CertificateError, ClientConfig, DigitallySignedStruct, DistinguishedName, Error, ServerConfig, SignatureScheme};
+use rustls::{
+    CertificateError, ClientConfig, DigitallySignedStruct, DistinguishedName, Error, ServerConfig,
+    SignatureScheme,
+};
 
 use crate::identity::{
-    HUB_DNS_NAME, Holder, HubIdentity, Role, SiteIdentity, clamp_to_validity, crypto_provider, fingerprint, holder, roots_of, validity,
-    verify_chain,
+    HUB_DNS_NAME, Holder, HubIdentity, Role, SiteIdentity, clamp_to_validity, crypto_provider,
+    fingerprint, holder, roots_of, validity, verify_chain,
 };
 use base::clock;
 use base::fault::Fault;
@@ -26,12 +30,14 @@ fn wrong(what: &str, error: &dyn std::fmt::Display) -> Fault {
     Fault::internal(format!("set up TLS: {what}: {error}"))
 }
 
-/// The hub's side. A site's certificate is checked when one is shown; [`check_site`] wants it where it is needed.
+/// The hub's side. A site's certificate is checked when one is shown; [`check_site`] wants it where
+/// it is needed.
 pub(super) fn server(hub: &HubIdentity) -> Result<ServerConfig, Fault> {
-    let inner = WebPkiClientVerifier::builder_with_provider(roots_of(hub.ca_der())?, crypto_provider())
-        .allow_unauthenticated()
-        .build()
-        .map_err(|e| wrong("the sites' verifier", &e))?;
+    let inner =
+        WebPkiClientVerifier::builder_with_provider(roots_of(hub.ca_der())?, crypto_provider())
+            .allow_unauthenticated()
+            .build()
+            .map_err(|e| wrong("the sites' verifier", &e))?;
     let mut config = ServerConfig::builder_with_provider(crypto_provider())
         .with_protocol_versions(&[&rustls::version::TLS13])
         .map_err(|e| wrong("the version", &e))?
@@ -63,7 +69,9 @@ pub(super) fn joining_client(ca_hash: [u8; 32]) -> Result<ClientConfig, Fault> {
     Ok(config)
 }
 
-fn client_builder(verifier: HubVerifier) -> Result<rustls::ConfigBuilder<ClientConfig, rustls::client::WantsClientCert>, Fault> {
+fn client_builder(
+    verifier: HubVerifier,
+) -> Result<rustls::ConfigBuilder<ClientConfig, rustls::client::WantsClientCert>, Fault> {
     Ok(ClientConfig::builder_with_provider(crypto_provider())
         .with_protocol_versions(&[&rustls::version::TLS13])
         .map_err(|e| wrong("the version", &e))?
@@ -81,28 +89,38 @@ pub(super) struct Shown {
 /// The site or publisher behind a handshake of `packhorse/1`. Leaves the clock to [`check_time`].
 pub(super) fn check_site(shown: &Shown) -> Result<(Holder, Vec<u8>), Fault> {
     let Some(leaf) = shown.chain.first() else {
-        return Err(Fault::not_allowed("no certificate was shown").with_next("join first: 'packhorse join' with a token from the hub"));
+        return Err(Fault::not_allowed("no certificate was shown")
+            .with_next("join first: 'packhorse join' with a token from the hub"));
     };
     let who = holder(leaf)?;
     if !matches!(who, Holder::Site(_) | Holder::Publisher(_)) {
-        return Err(Fault::not_allowed(format!("the certificate of {who} is not a site's")));
+        return Err(Fault::not_allowed(format!(
+            "the certificate of {who} is not a site's"
+        )));
     }
     Ok((who, leaf.to_vec()))
 }
 
-/// Refuses a certificate that has expired by the clock of `clock`; returns what is to be said of one that is not valid yet.
+/// Refuses a certificate that has expired by the clock of `clock`; returns what is to be said of
+/// one that is not valid yet.
 pub(super) fn check_time(leaf: &[u8], who: &Holder, clock: &str) -> Result<Option<String>, Fault> {
     let (validity, now) = (validity(leaf)?, clock::now());
     validity.check(who, clock, now)?;
     Ok(validity.early(who, clock, now))
 }
 
-/// The hub behind a handshake, as this site's clock sees it. The chain was checked by the handshake.
+/// The hub behind a handshake, as this site's clock sees it. The chain was checked by the
+/// handshake.
 pub(super) fn check_hub(shown: &Shown) -> Result<Holder, Fault> {
-    let leaf = shown.chain.first().ok_or_else(|| Fault::not_allowed("the hub showed no certificate"))?;
+    let leaf = shown
+        .chain
+        .first()
+        .ok_or_else(|| Fault::not_allowed("the hub showed no certificate"))?;
     let who = holder(leaf)?;
     if !matches!(who, Holder::Hub(_)) {
-        return Err(Fault::not_allowed(format!("the certificate of {who} is not a hub's")));
+        return Err(Fault::not_allowed(format!(
+            "the certificate of {who} is not a hub's"
+        )));
     }
     if let Some(early) = check_time(leaf, &who, "this machine")? {
         tracing::warn!(early, "the hub's certificate is not valid yet");
@@ -111,8 +129,14 @@ pub(super) fn check_hub(shown: &Shown) -> Result<Holder, Fault> {
 }
 
 /// The CA with this hash in a chain that was shown.
-pub(super) fn pinned_ca<'a>(chain: &'a [CertificateDer<'_>], ca_hash: &[u8; 32]) -> Option<&'a [u8]> {
-    chain.iter().map(|cert| &**cert).find(|cert| fingerprint(cert) == *ca_hash)
+pub(super) fn pinned_ca<'a>(
+    chain: &'a [CertificateDer<'_>],
+    ca_hash: &[u8; 32],
+) -> Option<&'a [u8]> {
+    chain
+        .iter()
+        .map(|cert| &**cert)
+        .find(|cert| fingerprint(cert) == *ca_hash)
 }
 
 /// How a site recognises the hub.
@@ -124,7 +148,8 @@ enum HubVerifier {
     Pin([u8; 32]),
 }
 
-/// What a handshake fails with when the CA is not the token's. Found again by its text, for it crosses quinn as text.
+/// What a handshake fails with when the CA is not the token's. Found again by its text, for it
+/// crosses quinn as text.
 pub(super) const PIN_MISMATCH: &str = "the CA is not the one in the token";
 
 impl HubVerifier {
@@ -144,12 +169,23 @@ impl ServerCertVerifier for HubVerifier {
     ) -> Result<ServerCertVerified, Error> {
         let ca = match self {
             HubVerifier::Ca(ca) => ca.as_slice(),
-            HubVerifier::Pin(hash) => pinned_ca(intermediates, hash).ok_or_else(|| Self::general(PIN_MISMATCH))?,
+            HubVerifier::Pin(hash) => {
+                pinned_ca(intermediates, hash).ok_or_else(|| Self::general(PIN_MISMATCH))?
+            }
         };
-        let inner = WebPkiServerVerifier::builder_with_provider(roots_of(ca).map_err(Self::general)?, crypto_provider())
-            .build()
-            .map_err(Self::general)?;
-        inner.verify_server_cert(end_entity, &[], server_name, ocsp_response, clamp_to_validity(end_entity, now))
+        let inner = WebPkiServerVerifier::builder_with_provider(
+            roots_of(ca).map_err(Self::general)?,
+            crypto_provider(),
+        )
+        .build()
+        .map_err(Self::general)?;
+        inner.verify_server_cert(
+            end_entity,
+            &[],
+            server_name,
+            ocsp_response,
+            clamp_to_validity(end_entity, now),
+        )
     }
 
     fn verify_tls12_signature(
@@ -167,11 +203,18 @@ impl ServerCertVerifier for HubVerifier {
         cert: &CertificateDer<'_>,
         dss: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, Error> {
-        rustls::crypto::verify_tls13_signature(message, cert, dss, &crypto_provider().signature_verification_algorithms)
+        rustls::crypto::verify_tls13_signature(
+            message,
+            cert,
+            dss,
+            &crypto_provider().signature_verification_algorithms,
+        )
     }
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        crypto_provider().signature_verification_algorithms.supported_schemes()
+        crypto_provider()
+            .signature_verification_algorithms
+            .supported_schemes()
     }
 }
 
@@ -191,7 +234,8 @@ impl ClientCertVerifier for SiteVerifier {
     }
 
     fn root_hint_subjects(&self) -> &[DistinguishedName] {
-        // Without hints a client shows the one certificate it has, so a wrong one is refused as such, not as missing.
+        // Without hints a client shows the one certificate it has, so a wrong one is refused as
+        // such, not as missing.
         &[]
     }
 
@@ -204,7 +248,11 @@ impl ClientCertVerifier for SiteVerifier {
         if intermediates.len() > 1 {
             return Err(Error::InvalidCertificate(CertificateError::BadEncoding));
         }
-        self.inner.verify_client_cert(end_entity, intermediates, clamp_to_validity(end_entity, now))
+        self.inner.verify_client_cert(
+            end_entity,
+            intermediates,
+            clamp_to_validity(end_entity, now),
+        )
     }
 
     fn verify_tls12_signature(

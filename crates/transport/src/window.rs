@@ -1,14 +1,17 @@
 //! How far the lines of a hub may run ahead of their readers.
 //!
-//! What a peer sends and nobody reads yet lies in memory. A connection that has not shown who it is may send
-//! [`LINE_WINDOW_FIRST_BYTES`]. A line that is not asked for anything has an equal part of a small total: messages and questions come
-//! over it. While the hub fetches over a line, its peer has an equal part of a larger total, which its lines that are fetched from
-//! share; that is as much as the hub asks of one peer at once. So all peers together cannot make the hub hold more than the two
-//! totals, and each at least [`LINE_WINDOW_LEAST_BYTES`], or [`LINE_WINDOW_WANTED_LEAST_BYTES`] while it is fetched from.
+//! What a peer sends and nobody reads yet lies in memory. A connection that has not shown who it is
+//! may send [`CONNECTION_WINDOW_FIRST_BYTES`]. A line that is not asked for anything has an equal part of
+//! a small total: messages and questions come over it. While the hub fetches over a line, its peer
+//! has an equal part of a larger total, which its lines that are fetched from share; that is as
+//! much as the hub asks of one peer at once. So all peers together cannot make the hub hold more
+//! than the two totals, and each at least [`CONNECTION_WINDOW_LEAST_BYTES`], or
+//! [`CONNECTION_WINDOW_WANTED_LEAST_BYTES`] while it is fetched from.
 //!
-//! QUIC cannot take back room that a peer was given: a smaller window is a debt, which is paid as the peer's bytes are read. A debt
-//! counts as room, so that a window which shrinks and grows again never adds up. Over TCP there is no such window: both ends begin with
-//! the same room for a line, which an older peer knows as well.
+//! QUIC cannot take back room that a peer was given: a smaller window is a debt, which is paid as
+//! the peer's bytes are read. A debt counts as room, so that a window which shrinks and grows again
+//! never adds up. Over TCP there is no such window: both ends begin with the same room for a line,
+//! which an older peer knows as well.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -19,8 +22,8 @@ use parking_lot::Mutex;
 
 use crate::identity::Holder;
 use base::limits::{
-    LINE_WINDOW_FIRST_BYTES, LINE_WINDOW_IDLE_BYTES_MAX, LINE_WINDOW_LEAST_BYTES, LINE_WINDOW_WANTED_BYTES_MAX,
-    LINE_WINDOW_WANTED_LEAST_BYTES,
+    CONNECTION_WINDOW_FIRST_BYTES, CONNECTION_WINDOW_IDLE_BYTES_MAX, CONNECTION_WINDOW_LEAST_BYTES,
+    CONNECTION_WINDOW_WANTED_BYTES_MAX, CONNECTION_WINDOW_WANTED_LEAST_BYTES,
 };
 
 /// A line that was fetched from keeps its window for so long: the next request usually follows.
@@ -41,19 +44,30 @@ struct Book {
 }
 
 impl Windows {
-    /// Windows for lines of which those that are not fetched from share `idle_total` bytes, and the others `wanted_total`.
+    /// Windows for lines of which those that are not fetched from share `idle_total` bytes, and the
+    /// others `wanted_total`.
     pub(super) fn new(idle_total: u64, wanted_total: u64) -> Arc<Self> {
-        Arc::new(Self { idle_total, wanted_total, book: Mutex::default() })
+        Arc::new(Self {
+            idle_total,
+            wanted_total,
+            book: Mutex::default(),
+        })
     }
 
     fn idle(&self, book: &Book) -> u64 {
-        (self.idle_total / book.lines.max(1) as u64).clamp(LINE_WINDOW_LEAST_BYTES, LINE_WINDOW_IDLE_BYTES_MAX)
+        (self.idle_total / book.lines.max(1) as u64).clamp(
+            CONNECTION_WINDOW_LEAST_BYTES,
+            CONNECTION_WINDOW_IDLE_BYTES_MAX,
+        )
     }
 
     fn wanted(&self, book: &Book, holder: &Holder) -> u64 {
-        let of_peer = (self.wanted_total / book.wanted.len().max(1) as u64).min(LINE_WINDOW_WANTED_BYTES_MAX);
+        let of_peer = (self.wanted_total / book.wanted.len().max(1) as u64)
+            .min(CONNECTION_WINDOW_WANTED_BYTES_MAX);
         let lines = book.wanted.get(holder).copied().unwrap_or(0).max(1) as u64;
-        (of_peer / lines).max(LINE_WINDOW_WANTED_LEAST_BYTES).max(self.idle(book))
+        (of_peer / lines)
+            .max(CONNECTION_WINDOW_WANTED_LEAST_BYTES)
+            .max(self.idle(book))
     }
 }
 
@@ -71,7 +85,8 @@ struct State {
     /// When the last answer was read.
     idle_since: Instant,
     window: u64,
-    /// Room that was taken back, and the bytes that had been read when it was: what is read since pays it.
+    /// Room that was taken back, and the bytes that had been read when it was: what is read since
+    /// pays it.
     debt: u64,
     debt_from: u64,
 }
@@ -93,9 +108,21 @@ impl Window {
         if holder.is_some() {
             windows.book.lock().lines += 1;
         }
-        let state =
-            State { requests: 0, is_wanted: false, idle_since: Instant::now(), window: LINE_WINDOW_FIRST_BYTES, debt: 0, debt_from: 0 };
-        let window = Self { windows: windows.clone(), holder, of, read: Arc::default(), state: Mutex::new(state) };
+        let state = State {
+            requests: 0,
+            is_wanted: false,
+            idle_since: Instant::now(),
+            window: CONNECTION_WINDOW_FIRST_BYTES,
+            debt: 0,
+            debt_from: 0,
+        };
+        let window = Self {
+            windows: windows.clone(),
+            holder,
+            of,
+            read: Arc::default(),
+            state: Mutex::new(state),
+        };
         window.fit();
         Arc::new(window)
     }
@@ -107,11 +134,19 @@ impl Window {
             state.requests += 1;
             if let Some(holder) = self.holder.as_ref().filter(|_| !state.is_wanted) {
                 state.is_wanted = true;
-                *self.windows.book.lock().wanted.entry(holder.clone()).or_default() += 1;
+                *self
+                    .windows
+                    .book
+                    .lock()
+                    .wanted
+                    .entry(holder.clone())
+                    .or_default() += 1;
                 self.set(&mut state);
             }
         }
-        Wanted { window: self.clone() }
+        Wanted {
+            window: self.clone(),
+        }
     }
 
     /// Fits the window to what it may be now. To be called every moment.
@@ -139,7 +174,7 @@ impl Window {
         let room = {
             let book = self.windows.book.lock();
             match &self.holder {
-                None => LINE_WINDOW_FIRST_BYTES,
+                None => CONNECTION_WINDOW_FIRST_BYTES,
                 Some(holder) if state.is_wanted => self.windows.wanted(&book, holder),
                 Some(_) => self.windows.idle(&book),
             }
@@ -147,7 +182,9 @@ impl Window {
         match &self.of {
             Of::Quic(connection) => {
                 if let Some(window) = self.step(state, room) {
-                    connection.set_receive_window(quinn::VarInt::from_u64(window).unwrap_or(quinn::VarInt::MAX));
+                    connection.set_receive_window(
+                        quinn::VarInt::from_u64(window).unwrap_or(quinn::VarInt::MAX),
+                    );
                 }
             }
             #[cfg(test)]
@@ -162,7 +199,9 @@ impl Window {
     /// The next window of QUIC on the way to `room`, debt included; `None`: it stays as it is.
     fn step(&self, state: &mut State, room: u64) -> Option<u64> {
         let read = self.read.load(Ordering::Relaxed);
-        state.debt = state.debt.saturating_sub(read.saturating_sub(state.debt_from));
+        state.debt = state
+            .debt
+            .saturating_sub(read.saturating_sub(state.debt_from));
         state.debt_from = read;
         if room < state.window {
             state.debt += state.window - room;
@@ -206,10 +245,13 @@ mod tests {
 
     const MIB: u64 = 1 << 20;
 
-    fn line(windows: &Arc<Windows>, name: &str) -> (Arc<Window>, Arc<AtomicU64>) {
-        let set = Arc::new(AtomicU64::new(LINE_WINDOW_FIRST_BYTES));
+    fn connection(windows: &Arc<Windows>, name: &str) -> (Arc<Window>, Arc<AtomicU64>) {
+        let set = Arc::new(AtomicU64::new(CONNECTION_WINDOW_FIRST_BYTES));
         let holder = Holder::Publisher(name.parse().unwrap());
-        (Window::new(windows, Some(holder), Of::Test(set.clone())), set)
+        (
+            Window::new(windows, Some(holder), Of::Test(set.clone())),
+            set,
+        )
     }
 
     fn rest(window: &Window) {
@@ -220,17 +262,24 @@ mod tests {
     #[test]
     fn lines_share_what_there_is_and_those_that_are_fetched_from_have_more() {
         let windows = Windows::new(16 * MIB, 96 * MIB);
-        let lines: Vec<_> = (0..64).map(|n| line(&windows, &format!("p{n}"))).collect();
+        let lines: Vec<_> = (0..64)
+            .map(|n| connection(&windows, &format!("p{n}")))
+            .collect();
         lines.iter().for_each(|(window, _)| window.fit());
         let room = |n: usize| {
             let state = lines[n].0.state.lock();
             state.window + state.debt
         };
         assert_eq!(lines[63].1.load(Ordering::Relaxed), 16 * MIB / 64);
-        assert!((0..64).map(room).sum::<u64>() <= 16 * MIB + 64 * LINE_WINDOW_IDLE_BYTES_MAX);
-        // One that is fetched from has enough for 200 Mbit/s over 100 ms and more, with the first request.
+        assert!((0..64).map(room).sum::<u64>() <= 16 * MIB + 64 * CONNECTION_WINDOW_IDLE_BYTES_MAX);
+        // One that is fetched from has enough for 200 Mbit/s over 100 ms and more, with the first
+        // request.
         let wanted = lines[63].0.want();
-        assert!(lines[63].1.load(Ordering::Relaxed) >= 8 * MIB, "{}", lines[63].1.load(Ordering::Relaxed));
+        assert!(
+            lines[63].1.load(Ordering::Relaxed) >= 8 * MIB,
+            "{}",
+            lines[63].1.load(Ordering::Relaxed)
+        );
         // With others the part shrinks.
         let others: Vec<_> = (0..48).map(|n| lines[n].0.want()).collect();
         lines[63].0.fit();
@@ -246,27 +295,42 @@ mod tests {
     #[test]
     fn the_lines_of_one_peer_have_one_part_together() {
         let windows = Windows::new(16 * MIB, 96 * MIB);
-        let lines: Vec<_> = (0..16).map(|_| line(&windows, "office")).collect();
+        let lines: Vec<_> = (0..16).map(|_| connection(&windows, "office")).collect();
         let _wanted: Vec<_> = lines.iter().map(|(window, _)| window.want()).collect();
         lines.iter().for_each(|(window, _)| window.fit());
-        let sum: u64 = lines.iter().map(|(_, set)| set.load(Ordering::Relaxed)).sum();
-        assert!(sum <= LINE_WINDOW_WANTED_BYTES_MAX.max(16 * LINE_WINDOW_WANTED_LEAST_BYTES), "{sum}");
+        let sum: u64 = lines
+            .iter()
+            .map(|(_, set)| set.load(Ordering::Relaxed))
+            .sum();
+        assert!(
+            sum <= CONNECTION_WINDOW_WANTED_BYTES_MAX
+                .max(16 * CONNECTION_WINDOW_WANTED_LEAST_BYTES),
+            "{sum}"
+        );
     }
 
     #[test]
     fn room_that_was_taken_back_is_not_given_twice() {
         let windows = Windows::new(MIB, 96 * MIB);
-        let (window, set) = line(&windows, "office");
+        let (window, set) = connection(&windows, "office");
         for _ in 0..50 {
             drop(window.want());
             rest(&window);
             let state = window.state.lock();
-            assert!(state.window + state.debt <= LINE_WINDOW_WANTED_BYTES_MAX, "{} and {}", state.window, state.debt);
+            assert!(
+                state.window + state.debt <= CONNECTION_WINDOW_WANTED_BYTES_MAX,
+                "{} and {}",
+                state.window,
+                state.debt
+            );
         }
         // What is read pays the debt, and the window opens again.
         assert!(window.state.lock().debt > 0);
         window.read.fetch_add(100 * MIB, Ordering::Relaxed);
         let _wanted = window.want();
-        assert_eq!((set.load(Ordering::Relaxed), window.state.lock().debt), (LINE_WINDOW_WANTED_BYTES_MAX, 0));
+        assert_eq!(
+            (set.load(Ordering::Relaxed), window.state.lock().debt),
+            (CONNECTION_WINDOW_WANTED_BYTES_MAX, 0)
+        );
     }
 }

@@ -1,4 +1,5 @@
-//! Artifacts: as they are listed, and what is asked to publish, verify, pin, export and import them.
+//! Artifacts: as they are listed, and what is asked to publish, verify, pin, export and import
+//! them.
 
 use std::collections::BTreeMap;
 
@@ -26,7 +27,8 @@ pub struct Artifact {
     pub origin: Option<SiteName>,
     /// When it was published.
     pub created_at: String,
-    /// What its kind knows: the image's `sha256:` digest and platforms, the labels' dataset and counts.
+    /// What its kind knows: the image's `sha256:` digest and platforms, the labels' dataset and
+    /// counts.
     #[schema(value_type = Object)]
     pub info: serde_json::Value,
     /// Where it lies on this daemon's sinks (at a site), if it does.
@@ -34,14 +36,15 @@ pub struct Artifact {
     /// Whether the hub keeps its relayed bytes whatever their age.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub pinned: bool,
-    /// How it changed where it was published in place, at its origin or at this site: the first path and why. Absent: it is
-    /// sound as far as is known.
+    /// How it changed where it was published in place, at its origin or at this site: the first
+    /// path and why. Absent: it is sound as far as is known.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub changed: Option<String>,
     /// Whether it was published at this site: what lacks of it nobody else brings.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub published_here: bool,
-    /// What its publish left out, by category. Sites that an artifact is delivered to do not know it.
+    /// What its publish left out, by category. Sites that an artifact is delivered to do not know
+    /// it.
     #[serde(default)]
     pub omitted: Vec<Omission>,
 }

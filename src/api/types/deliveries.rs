@@ -13,7 +13,8 @@ use base::text;
 pub struct Delivery {
     /// Its id: `[A-Za-z0-9._-]`.
     pub id: String,
-    /// Where the whole is: what the parts that are furthest behind do, `failed` once all ended and one failed.
+    /// Where the whole is: what the parts that are furthest behind do, `failed` once all ended and
+    /// one failed.
     pub state: State,
     /// Why it stands, if a part does.
     #[schema(value_type = Option<String>)]
@@ -38,10 +39,12 @@ pub struct Delivery {
     pub created_at: String,
     /// When its last part ended.
     pub finished_at: Option<String>,
-    /// What there is to know beside that: at a site, that these are only the parts that go there, and why.
+    /// What there is to know beside that: at a site, that these are only the parts that go there,
+    /// and why.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub note: Option<String>,
-    /// How many parts there are, where not all have room in `parts`: `/v1/transfers` with the delivery's id lists them.
+    /// How many parts there are, where not all have room in `parts`: `/v1/transfers` with the
+    /// delivery's id lists them.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub parts_total: Option<u64>,
     /// Its transfers, those that stood already when it was asked for with them.
@@ -82,7 +85,8 @@ pub struct Delivered {
     /// The sites that the selection means too and that get nothing (told at the hub only).
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub left_out: Vec<LeftOut>,
-    /// What was found at sites that had it already: what is delivered again and why, and what is held but not active.
+    /// What was found at sites that had it already: what is delivered again and why, and what is
+    /// held but not active.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub notes: Vec<String>,
 }
@@ -113,14 +117,16 @@ pub struct PlanRow {
     pub total: u64,
     /// Bytes that would cross the line.
     pub missing: u64,
-    /// Bytes that would be written at the site: what crosses the line, and what lies there and cannot be shared.
+    /// Bytes that would be written at the site: what crosses the line, and what lies there and
+    /// cannot be shared.
     #[serde(default)]
     pub needs: u64,
     /// Room at the site, bytes.
     pub free: Option<u64>,
     /// Seconds at the line's present or last rate.
     pub seconds: Option<u64>,
-    /// In the first row of an artifact: the sites that the selection means too and that would get nothing of it.
+    /// In the first row of an artifact: the sites that the selection means too and that would get
+    /// nothing of it.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub left_out: Vec<LeftOut>,
 }

@@ -1,7 +1,7 @@
 //! What crosses the API: requests, answers, and the documented fields of `status`.
 //!
-//! Each subject has a file; here is what belongs to none: jobs, events, how many. Times are RFC 3339 in UTC. Sizes are
-//! bytes. A field is never renamed or removed once released.
+//! Each subject has a file; here is what belongs to none: jobs, events, how many. Times are RFC
+//! 3339 in UTC. Sizes are bytes. A field is never renamed or removed once released.
 
 mod artifacts;
 mod deliveries;
@@ -13,7 +13,8 @@ use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
 
 pub use artifacts::{
-    Artifact, ArtifactDetail, ExportRequest, ImportRequest, PinRequest, PublishRequest, Published, ShowQuery, SourceOptions, VerifyRequest,
+    Artifact, ArtifactDetail, ExportRequest, ImportRequest, PinRequest, PublishRequest, Published,
+    ShowQuery, SourceOptions, VerifyRequest,
 };
 pub use deliveries::{DeliverRequest, Delivered, Delivery, DeliveryQuery, LeftOut, PlanRow};
 pub use model::run::{RunActionRequest, RunInput, RunRequest, RunState, RunVerb};

@@ -11,7 +11,8 @@ use model::run::{RunInput, RunState};
 /// How a trainer did.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct RunTrainer {
-    /// How far the run is at its site: `waiting`, `training`, `trained`, `publishing`, `published`, `failed`.
+    /// How far the run is at its site: `waiting`, `training`, `trained`, `publishing`, `published`,
+    /// `failed`.
     pub phase: String,
     /// How often it was started.
     pub starts: u32,
@@ -27,7 +28,10 @@ pub struct RunTrainer {
     #[serde(default, deserialize_with = "text::optional::<_, MESSAGE_BYTES_MAX>")]
     pub message: Option<String>,
     /// The end of what it said.
-    #[serde(default, deserialize_with = "text::optional::<_, { 3 * TRAINER_TAIL_BYTES }>")]
+    #[serde(
+        default,
+        deserialize_with = "text::optional::<_, { 3 * TRAINER_TAIL_BYTES }>"
+    )]
     pub tail: Option<String>,
 }
 

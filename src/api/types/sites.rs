@@ -38,7 +38,8 @@ pub struct TokenRequest {
     /// The site it is for.
     #[serde(default)]
     pub site: Option<String>,
-    /// The publisher it is for: whoever publishes at the hub from another machine, and may do nothing else.
+    /// The publisher it is for: whoever publishes at the hub from another machine, and may do
+    /// nothing else.
     #[serde(default)]
     pub publisher: Option<String>,
     /// The labels that the site will have.
@@ -48,7 +49,8 @@ pub struct TokenRequest {
     pub ttl_seconds: u64,
 }
 
-/// A join token, to be given to `packhorse join` at the site, or to `packhorse publish --hub`. It works once.
+/// A join token, to be given to `packhorse join` at the site, or to `packhorse publish --hub`. It
+/// works once.
 #[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
 pub struct TokenReply {
     /// The token.

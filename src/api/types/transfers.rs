@@ -50,7 +50,8 @@ pub struct Transfer {
     /// Where it landed, once done.
     #[serde(default, deserialize_with = "text::optional::<_, LOCATION_BYTES_MAX>")]
     pub location: Option<String>,
-    /// What there is to know about it although it is done: a registry that holds the image and does not give it out, say.
+    /// What there is to know about it although it is done: a registry that holds the image and does
+    /// not give it out, say.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub note: Option<String>,
     /// When it was asked for.

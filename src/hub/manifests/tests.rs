@@ -26,14 +26,35 @@ fn manifest_of(store: &Store, path: &str, content: &Verified) -> Root {
     let page = Verified::new(page.into());
     store.put(&Frame::encode(&page)).unwrap();
     store.put(&Frame::encode(content)).unwrap();
-    let totals = Totals { files: 1, bytes: content.bytes.len() as u64, chunks: 1, ..Totals::default() };
-    let pages = vec![PageRef { id: page.id, len: page.bytes.len() as u32, chunks: 1, entries: 1 }];
-    Root { format: 1, kind: Kind::Dataset, info: KindInfo::Files, chunking: DEFAULT_CHUNKING, totals, depth: 0, pages }
+    let totals = Totals {
+        files: 1,
+        bytes: content.bytes.len() as u64,
+        chunks: 1,
+        ..Totals::default()
+    };
+    let pages = vec![PageRef {
+        id: page.id,
+        len: page.bytes.len() as u32,
+        chunks: 1,
+        entries: 1,
+    }];
+    Root {
+        format: 1,
+        kind: Kind::Dataset,
+        info: KindInfo::Files,
+        chunking: DEFAULT_CHUNKING,
+        totals,
+        depth: 0,
+        pages,
+    }
 }
 
 fn noise(seed: u8, len: usize) -> Verified {
     let mut out = vec![0; len];
-    blake3::Hasher::new().update(&[seed]).finalize_xof().fill(&mut out);
+    blake3::Hasher::new()
+        .update(&[seed])
+        .finalize_xof()
+        .fill(&mut out);
     Verified::new(out.into())
 }
 
@@ -45,9 +66,18 @@ async fn a_malformed_manifest_is_reported_and_stops_nothing() {
     let content: Vec<Verified> = (0..4).map(|seed| noise(seed, 200_000)).collect();
     let sound = manifest_of(store, "a", &content[0]);
     let bad = manifest_of(store, "../evil", &content[1]);
-    let (relayed, old) = (manifest_of(store, "/abs", &content[2]), manifest_of(store, "b", &content[3]));
+    let (relayed, old) = (
+        manifest_of(store, "/abs", &content[2]),
+        manifest_of(store, "b", &content[3]),
+    );
     // Its only page is gone.
-    let lost = Root { pages: vec![PageRef { id: Hash::of(b"gone"), ..bad.pages[0] }], ..bad.clone() };
+    let lost = Root {
+        pages: vec![PageRef {
+            id: Hash::of(b"gone"),
+            ..bad.pages[0]
+        }],
+        ..bad.clone()
+    };
     for seed in 10..14 {
         store.put(&Frame::encode(&noise(seed, 1 << 20))).unwrap();
     }
@@ -60,28 +90,59 @@ async fn a_malformed_manifest_is_reported_and_stops_nothing() {
         ("relayed", &relayed, Some(&west)),
         ("old", &old, Some(&west)),
     ] {
-        catalogue.add_artifact(&format!("dataset/{name}:1").parse().unwrap(), root, origin).await.unwrap();
+        catalogue
+            .add_artifact(&format!("dataset/{name}:1").parse().unwrap(), root, origin)
+            .await
+            .unwrap();
     }
 
     let progress = Arc::<JobProgress>::default();
     let result = bench.hub.collect_now(progress).await.unwrap();
     assert!(result["freed"].as_u64().unwrap() > 3 << 20, "{result}");
-    assert_eq!(result["malformed"], serde_json::json!(["dataset/bad:1", "dataset/lost:1", "dataset/relayed:1"]));
+    assert_eq!(
+        result["malformed"],
+        serde_json::json!(["dataset/bad:1", "dataset/lost:1", "dataset/relayed:1"])
+    );
     for (artifact, root) in [("sound", &sound), ("bad", &bad), ("relayed", &relayed)] {
         assert!(store.has(root.pages[0].id).unwrap(), "a page of {artifact}");
     }
-    assert!(content.iter().all(|chunk| store.read(chunk.id).is_ok()), "what they name is held");
+    assert!(
+        content.iter().all(|chunk| store.read(chunk.id).is_ok()),
+        "what they name is held"
+    );
 
-    for (name, says) in [("bad", "\"../evil\" is not allowed"), ("lost", "is not in the store"), ("relayed", "\"/abs\" is not allowed")] {
-        let found = bench.hub.verify_now(format!("dataset/{name}:1").parse().unwrap(), false, Arc::default()).await.unwrap();
-        assert!(found.len() == 1 && found[0].starts_with(&format!("dataset/{name}:1: ")) && found[0].contains(says), "{found:?}");
+    for (name, says) in [
+        ("bad", "\"../evil\" is not allowed"),
+        ("lost", "is not in the store"),
+        ("relayed", "\"/abs\" is not allowed"),
+    ] {
+        let found = bench
+            .hub
+            .verify_now(
+                format!("dataset/{name}:1").parse().unwrap(),
+                false,
+                Arc::default(),
+            )
+            .await
+            .unwrap();
+        assert!(
+            found.len() == 1
+                && found[0].starts_with(&format!("dataset/{name}:1: "))
+                && found[0].contains(says),
+            "{found:?}"
+        );
     }
     for _ in 0..2 {
         let lines = bench.hub.doctor().await.unwrap();
-        let faults: Vec<&String> = lines.iter().filter(|line| line.starts_with("fault manifest ")).collect();
+        let faults: Vec<&String> = lines
+            .iter()
+            .filter(|line| line.starts_with("fault manifest "))
+            .collect();
         assert_eq!(faults.len(), 3, "{lines:?}");
         assert!(
-            ["bad", "lost", "relayed"].iter().all(|name| faults.iter().any(|line| line.contains(&format!("dataset/{name}:1")))),
+            ["bad", "lost", "relayed"].iter().all(|name| faults
+                .iter()
+                .any(|line| line.contains(&format!("dataset/{name}:1")))),
             "{faults:?}"
         );
     }
@@ -90,7 +151,17 @@ async fn a_malformed_manifest_is_reported_and_stops_nothing() {
     for root in [&relayed, &old] {
         catalogue.relay_used(root.digest()).await.unwrap();
     }
-    bench.hub.evict_these(&HashSet::from([old.digest()])).await.unwrap();
-    let kept: Vec<String> = catalogue.relay_kept().await.unwrap().into_iter().map(|kept| kept.artifact.to_string()).collect();
+    bench
+        .hub
+        .evict_these(&HashSet::from([old.digest()]))
+        .await
+        .unwrap();
+    let kept: Vec<String> = catalogue
+        .relay_kept()
+        .await
+        .unwrap()
+        .into_iter()
+        .map(|kept| kept.artifact.to_string())
+        .collect();
     assert_eq!(kept, ["dataset/relayed:1"]);
 }

@@ -29,14 +29,43 @@ impl Bench {
             "role = \"hub\"\nname = \"hub\"\ndata_dir = {:?}\n[listen]\napi = \"127.0.0.1:0\"\nquic = \"127.0.0.1:0\"\n",
             data.display().to_string()
         );
-        let hub = Hub::open(config::parse(&text, "a test").unwrap(), CancellationToken::new()).await.unwrap();
+        let hub = Hub::open(
+            config::parse(&text, "a test").unwrap(),
+            CancellationToken::new(),
+        )
+        .await
+        .unwrap();
         let site = Self::site();
-        hub.inner.catalogue.add_token("t", &[1; 32], &Holder::Site(site.clone()), &Default::default(), 60).await.unwrap();
-        hub.inner.catalogue.redeem_token("t", &[1; 32], &Claim::Site(site.clone()), &[7; 32]).await.unwrap();
+        hub.inner
+            .catalogue
+            .add_token(
+                "t",
+                &[1; 32],
+                &Holder::Site(site.clone()),
+                &Default::default(),
+                60,
+            )
+            .await
+            .unwrap();
+        hub.inner
+            .catalogue
+            .redeem_token("t", &[1; 32], &Claim::Site(site.clone()), &[7; 32])
+            .await
+            .unwrap();
         let request = CertificateRequest::new().unwrap();
-        let cert = hub.inner.identity.issue_for(&site, request.csr_der()).unwrap();
-        let identity = request.complete(&cert, hub.inner.identity.ca_der()).unwrap();
-        Self { hub, identity, _dir: dir }
+        let cert = hub
+            .inner
+            .identity
+            .issue_for(&site, request.csr_der())
+            .unwrap();
+        let identity = request
+            .complete(&cert, hub.inner.identity.ca_der())
+            .unwrap();
+        Self {
+            hub,
+            identity,
+            _dir: dir,
+        }
     }
 
     fn site() -> SiteName {
@@ -44,13 +73,40 @@ impl Bench {
     }
 
     async fn deliver(&self, reference: &str) -> TransferRow {
-        let totals = Totals { bytes: 7, ..Totals::default() };
-        let root =
-            Root { format: 1, kind: Kind::Model, info: KindInfo::Files, chunking: DEFAULT_CHUNKING, totals, depth: 0, pages: vec![] };
+        let totals = Totals {
+            bytes: 7,
+            ..Totals::default()
+        };
+        let root = Root {
+            format: 1,
+            kind: Kind::Model,
+            info: KindInfo::Files,
+            chunking: DEFAULT_CHUNKING,
+            totals,
+            depth: 0,
+            pages: vec![],
+        };
         let artifact: ArtifactRef = reference.parse().unwrap();
-        self.hub.inner.catalogue.add_artifact(&artifact, &root, None).await.unwrap();
-        let part = Part { artifact, digest: root.digest(), total: 7, needs: None, sites: vec![Self::site()] };
-        let ids = self.hub.inner.catalogue.deliver(&state::new_delivery_id(), None, &[part], &[]).await.unwrap();
+        self.hub
+            .inner
+            .catalogue
+            .add_artifact(&artifact, &root, None)
+            .await
+            .unwrap();
+        let part = Part {
+            artifact,
+            digest: root.digest(),
+            total: 7,
+            needs: None,
+            sites: vec![Self::site()],
+        };
+        let ids = self
+            .hub
+            .inner
+            .catalogue
+            .deliver(&state::new_delivery_id(), None, &[part], &[])
+            .await
+            .unwrap();
         self.row(&ids[0]).await
     }
 
@@ -60,13 +116,23 @@ impl Bench {
 
     fn signed(&self, row: &TransferRow) -> Body {
         Body {
-            receipt: Some(Receipt::sign(row, self.identity.cert_der(), |statement| self.identity.sign(statement)).unwrap()),
+            receipt: Some(
+                Receipt::sign(row, self.identity.cert_der(), |statement| {
+                    self.identity.sign(statement)
+                })
+                .unwrap(),
+            ),
             ..Body::default()
         }
     }
 
     async fn report(&self, row: &TransferRow, state: State, body: Body) -> Result<State, Fault> {
-        let report = Report { id: row.id.clone(), generation: row.generation, state, body };
+        let report = Report {
+            id: row.id.clone(),
+            generation: row.generation,
+            state,
+            body,
+        };
         self.hub.take_report(&Self::site(), report).await?;
         Ok(self.row(&row.id).await.state)
     }
@@ -76,19 +142,46 @@ impl Bench {
 async fn a_receipt_counts_for_its_own_transfer_only() {
     let bench = Bench::start().await;
     let row = bench.deliver("model/m:1").await;
-    let other = TransferRow { id: "t-other".parse().unwrap(), ..row.clone() };
+    let other = TransferRow {
+        id: "t-other".parse().unwrap(),
+        ..row.clone()
+    };
     for (wrong, why) in [
         (other, "is for another transfer"),
-        (TransferRow { digest: Digest::of(b"else"), ..row.clone() }, "is for something else"),
-        (TransferRow { site: "east".parse().unwrap(), ..row.clone() }, "is for something else"),
+        (
+            TransferRow {
+                digest: Digest::of(b"else"),
+                ..row.clone()
+            },
+            "is for something else",
+        ),
+        (
+            TransferRow {
+                site: "east".parse().unwrap(),
+                ..row.clone()
+            },
+            "is for something else",
+        ),
     ] {
-        let fault = bench.report(&row, State::Done, bench.signed(&wrong)).await.unwrap_err();
+        let fault = bench
+            .report(&row, State::Done, bench.signed(&wrong))
+            .await
+            .unwrap_err();
         assert!(fault.message.contains(why), "{fault}");
     }
-    let fault = bench.report(&row, State::Done, Body::default()).await.unwrap_err();
+    let fault = bench
+        .report(&row, State::Done, Body::default())
+        .await
+        .unwrap_err();
     assert!(fault.message.contains("missing"), "{fault}");
     assert_eq!(bench.row(&row.id).await.state, State::Queued);
-    assert_eq!(bench.report(&row, State::Done, bench.signed(&row)).await.unwrap(), State::Done);
+    assert_eq!(
+        bench
+            .report(&row, State::Done, bench.signed(&row))
+            .await
+            .unwrap(),
+        State::Done
+    );
 }
 
 #[tokio::test]
@@ -96,22 +189,52 @@ async fn a_generation_that_was_never_asked_for_is_refused_and_sizes_cannot_overf
     let bench = Bench::start().await;
     let row = bench.deliver("model/m:1").await;
     for generation in [1 << 62, 1, -1] {
-        let bad = TransferRow { generation, ..row.clone() };
-        assert!(bench.report(&bad, State::Transferring, Body::default()).await.is_err());
+        let bad = TransferRow {
+            generation,
+            ..row.clone()
+        };
+        assert!(
+            bench
+                .report(&bad, State::Transferring, Body::default())
+                .await
+                .is_err()
+        );
     }
     assert_eq!(bench.row(&row.id).await.state, State::Queued);
     let max = u64::MAX;
     let bytes = serde_json::json!({ "total": max, "reused": max, "resumed": max, "received": max, "committed": max, "wire": max });
-    let body: Body = serde_json::from_value(serde_json::json!({ "bytes": bytes, "rate": max, "eta_seconds": max })).unwrap();
+    let body: Body = serde_json::from_value(
+        serde_json::json!({ "bytes": bytes, "rate": max, "eta_seconds": max }),
+    )
+    .unwrap();
     bench.report(&row, State::Transferring, body).await.unwrap();
     let parts: Vec<Transfer> = (0..40).map(|_| bench.hub.view(&row)).collect();
     let seen = bench.row(&row.id).await.view();
-    assert!(seen.bytes.total < max && seen.rate < max && seen.eta_seconds.is_some_and(|eta| eta < max), "{seen:?}");
-    let all = vec![Transfer { bytes: Bytes { total: seen.bytes.total, ..Bytes::default() }, ..seen }; 40];
+    assert!(
+        seen.bytes.total < max && seen.rate < max && seen.eta_seconds.is_some_and(|eta| eta < max),
+        "{seen:?}"
+    );
+    let all = vec![
+        Transfer {
+            bytes: Bytes {
+                total: seen.bytes.total,
+                ..Bytes::default()
+            },
+            ..seen
+        };
+        40
+    ];
     let total = |parts: &[Transfer]| {
         let mut whole = crate::delivery::Whole::new(usize::MAX);
         parts.iter().for_each(|part| whole.add(part.clone()));
-        whole.end(&state::DeliveryRow { id: "d-1".parse().unwrap(), run: None, created_ms: 0 }).bytes.total
+        whole
+            .end(&state::DeliveryRow {
+                id: "d-1".parse().unwrap(),
+                run: None,
+                created_ms: 0,
+            })
+            .bytes
+            .total
     };
     assert!(total(&all) >= total(&parts));
 }
@@ -120,21 +243,56 @@ async fn a_generation_that_was_never_asked_for_is_refused_and_sizes_cannot_overf
 async fn a_commit_that_a_cancel_came_too_late_for_is_done_at_the_hub_as_well() {
     let bench = Bench::start().await;
     let row = bench.deliver("model/m:1").await;
-    bench.report(&row, State::Committing, Body::default()).await.unwrap();
+    bench
+        .report(&row, State::Committing, Body::default())
+        .await
+        .unwrap();
     let catalogue = &bench.hub.inner.catalogue;
     catalogue.act(&row.id, Action::Cancel).await.unwrap();
-    assert_eq!(bench.report(&row, State::Committing, Body::default()).await.unwrap(), State::Cancelled);
-    assert!(bench.report(&row, State::Done, Body::default()).await.is_err(), "without a receipt it is not");
-    assert_eq!(bench.report(&row, State::Done, bench.signed(&row)).await.unwrap(), State::Done);
+    assert_eq!(
+        bench
+            .report(&row, State::Committing, Body::default())
+            .await
+            .unwrap(),
+        State::Cancelled
+    );
+    assert!(
+        bench
+            .report(&row, State::Done, Body::default())
+            .await
+            .is_err(),
+        "without a receipt it is not"
+    );
+    assert_eq!(
+        bench
+            .report(&row, State::Done, bench.signed(&row))
+            .await
+            .unwrap(),
+        State::Done
+    );
     let now = bench.row(&row.id).await;
-    assert!(now.body.receipt.is_some() && now.want == Want::Run && now.finished_ms.is_some(), "{now:?}");
-    assert!(catalogue.open_transfers(&Bench::site()).await.unwrap().is_empty(), "nothing is left to do for it");
+    assert!(
+        now.body.receipt.is_some() && now.want == Want::Run && now.finished_ms.is_some(),
+        "{now:?}"
+    );
+    assert!(
+        catalogue
+            .open_transfers(&Bench::site())
+            .await
+            .unwrap()
+            .is_empty(),
+        "nothing is left to do for it"
+    );
 
-    // One that failed there before the site learned of the cancel is told of it until it has given up.
+    // One that failed there before the site learned of the cancel is told of it until it has given
+    // up.
     let row = bench.deliver("model/n:1").await;
     catalogue.act(&row.id, Action::Cancel).await.unwrap();
     for (said, want) in [(State::Failed, Want::Cancel), (State::Cancelled, Want::Run)] {
-        assert_eq!(bench.report(&row, said, Body::default()).await.unwrap(), State::Cancelled);
+        assert_eq!(
+            bench.report(&row, said, Body::default()).await.unwrap(),
+            State::Cancelled
+        );
         assert_eq!(bench.row(&row.id).await.want, want);
     }
 
@@ -142,7 +300,13 @@ async fn a_commit_that_a_cancel_came_too_late_for_is_done_at_the_hub_as_well() {
     let row = bench.deliver("model/o:1").await;
     catalogue.act(&row.id, Action::Cancel).await.unwrap();
     catalogue.act(&row.id, Action::Retry).await.unwrap();
-    assert_eq!(bench.report(&row, State::Done, bench.signed(&row)).await.unwrap(), State::Queued);
+    assert_eq!(
+        bench
+            .report(&row, State::Done, bench.signed(&row))
+            .await
+            .unwrap(),
+        State::Queued
+    );
 }
 
 #[tokio::test]
@@ -153,13 +317,18 @@ async fn the_texts_of_a_report_are_cut_and_cleaned_where_they_enter() {
     let long = "x".repeat(1 << 20);
     let report = serde_json::json!({ "report": [{ "id": row.id, "generation": 0, "state": "failed",
         "body": { "message": format!("{hostile}{long}"), "next": hostile, "location": format!("/x\n{hostile}"), "receipt": [0, 0, [0]] } }] });
-    let FromSite::Report(reports) = serde_json::from_value(report).unwrap() else { unreachable!("it is a report") };
+    let FromSite::Report(reports) = serde_json::from_value(report).unwrap() else {
+        unreachable!("it is a report")
+    };
     for report in reports {
         bench.hub.take_report(&Bench::site(), report).await.unwrap();
     }
     let seen = bench.row(&row.id).await.view();
     for text in [&seen.message, &seen.next, &seen.location].map(|text| text.as_deref().unwrap()) {
-        assert!(text.len() <= 8 << 10 && !text.replace('\n', "").contains(base::text::is_unsafe), "{text:?}");
+        assert!(
+            text.len() <= 8 << 10 && !text.replace('\n', "").contains(base::text::is_unsafe),
+            "{text:?}"
+        );
     }
     assert_eq!((seen.state, seen.receipt), (State::Failed, None));
 }
@@ -170,18 +339,33 @@ async fn whoever_asks_on_by_the_cursor_gets_all_of_a_long_answer() {
     let row = bench.deliver("model/m:1").await;
     // As many to other sites as have no room in one answer.
     let catalogue = &bench.hub.inner.catalogue;
-    let sites: Vec<SiteName> = (0..600).map(|n| format!("site-{n}").parse().unwrap()).collect();
+    let sites: Vec<SiteName> = (0..600)
+        .map(|n| format!("site-{n}").parse().unwrap())
+        .collect();
     let part = Part::new(&catalogue.artifact(&row.artifact).await.unwrap(), &sites);
-    let ids = catalogue.deliver(&"d-all".parse().unwrap(), None, &[part], &[]).await.unwrap();
-    let body = Body { message: Some("x".repeat(8000).as_str().into()), ..Body::default() };
+    let ids = catalogue
+        .deliver(&"d-all".parse().unwrap(), None, &[part], &[])
+        .await
+        .unwrap();
+    let body = Body {
+        message: Some("x".repeat(8000).as_str().into()),
+        ..Body::default()
+    };
     for id in &ids {
         // Of one that is open the hub would say that its site is away.
-        catalogue.update_transfer(id, 0, State::Failed, &body).await.unwrap();
+        catalogue
+            .update_transfer(id, 0, State::Failed, &body)
+            .await
+            .unwrap();
     }
     let all: WorkIds = "d-all".parse().unwrap();
     let (mut got, mut answers, mut since) = (Vec::new(), 0, None);
     loop {
-        let answer = bench.hub.transfers_for(&Bench::site(), &all, since, 0).await.unwrap();
+        let answer = bench
+            .hub
+            .transfers_for(&Bench::site(), &all, since, 0)
+            .await
+            .unwrap();
         assert!(paging::json_bytes(&answer) <= ANSWER_BYTES_MAX);
         let (page, cursor): (Vec<Transfer>, u64) = serde_json::from_value(answer).unwrap();
         if page.is_empty() {
@@ -193,8 +377,15 @@ async fn whoever_asks_on_by_the_cursor_gets_all_of_a_long_answer() {
     got.sort_unstable();
     let mut all: Vec<String> = ids.iter().map(ToString::to_string).collect();
     all.sort_unstable();
-    assert!(answers > 1 && got == all, "{answers} answers, {} rows", got.len());
-    assert!(fits(serde_json::json!("x".repeat(ANSWER_BYTES_MAX))).is_err() && fits(serde_json::json!([1])).is_ok());
+    assert!(
+        answers > 1 && got == all,
+        "{answers} answers, {} rows",
+        got.len()
+    );
+    assert!(
+        fits(serde_json::json!("x".repeat(ANSWER_BYTES_MAX))).is_err()
+            && fits(serde_json::json!([1])).is_ok()
+    );
 }
 
 #[test]
@@ -204,7 +395,9 @@ fn the_longest_list_of_what_a_site_has_to_do_is_one_message() {
     let wanted = Desired {
         id: id.parse().unwrap(),
         delivery: id.parse().unwrap(),
-        artifact: format!("operator/{}:{}", name("a"), name("b")).parse().unwrap(),
+        artifact: format!("operator/{}:{}", name("a"), name("b"))
+            .parse()
+            .unwrap(),
         digest: Digest::of(b"x"),
         want: Want::Cancel,
         generation: base::limits::GENERATION_MAX,
@@ -215,7 +408,8 @@ fn the_longest_list_of_what_a_site_has_to_do_is_one_message() {
         lineage: None,
     };
     let transfers = vec![wanted; 1000];
-    // Lineages, runs and pushed manifests have limits of their own; of the runs one may be beyond it.
+    // Lineages, runs and pushed manifests have limits of their own; of the runs one may be beyond
+    // it.
     let others = LINEAGE_BYTES_MAX + (1 << 20) + (256 << 10) + base::limits::TOLD_BYTES_MAX / 3 * 4;
     assert!(paging::json_bytes(&transfers) + others < base::limits::CONTROL_FRAME_BYTES_MAX);
 }

@@ -8,7 +8,7 @@ use tokio_util::sync::CancellationToken;
 use super::super::Hub;
 use crate::api::Backend as _;
 use crate::api::types::{Action, TokenRequest};
-use crate::config::{self, Line};
+use crate::config::{self, ConnectionSettings};
 use crate::publisher::{self, Asked, Uploaded};
 use base::fault::{Code, Reason};
 use content::manifest::Digest;
@@ -17,7 +17,8 @@ use exchange::wire::{self, AskHub, CONTROL, FromHub, FromSite};
 use transport::identity::{CertificateRequest, Claim, Holder, JoinToken, SiteIdentity};
 use transport::{self, Link};
 
-/// What a line costs that carries nothing: handshake, questions, and the search for the largest packet.
+/// What a line costs that carries nothing: handshake, questions, and the search for the largest
+/// packet.
 const QUIET: u64 = 192 << 10;
 
 pub(in crate::hub) struct Bench {
@@ -40,33 +41,66 @@ impl Bench {
             "role = \"hub\"\nname = \"hub\"\ndata_dir = {:?}\n[listen]\napi = \"127.0.0.1:0\"\nquic = \"127.0.0.1:0\"\n{more}",
             data.display().to_string()
         );
-        let hub = Hub::open(config::parse(&text, "a test").unwrap(), CancellationToken::new()).await.unwrap();
+        let hub = Hub::open(
+            config::parse(&text, "a test").unwrap(),
+            CancellationToken::new(),
+        )
+        .await
+        .unwrap();
         let address = hub.inner.listener.local_addr().to_string();
         let work = hub.clone();
         tokio::spawn(async move { work.run().await });
         Self { hub, address, dir }
     }
 
-    pub(in crate::hub) async fn token(&self, site: Option<&str>, publisher: Option<&str>) -> String {
+    pub(in crate::hub) async fn token(
+        &self,
+        site: Option<&str>,
+        publisher: Option<&str>,
+    ) -> String {
         let (site, publisher) = (site.map(Into::into), publisher.map(Into::into));
-        self.hub.token(TokenRequest { site, publisher, labels: Default::default(), ttl_seconds: 60 }).await.unwrap()
-    }
-
-    pub(in crate::hub) async fn join(&self, token: &str, claim: &Claim) -> SiteIdentity {
-        transport::join(&self.address, &token.parse::<JoinToken>().unwrap(), claim, &Line::default(), CertificateRequest::new().unwrap())
+        self.hub
+            .token(TokenRequest {
+                site,
+                publisher,
+                labels: Default::default(),
+                ttl_seconds: 60,
+            })
             .await
             .unwrap()
     }
 
+    pub(in crate::hub) async fn join(&self, token: &str, claim: &Claim) -> SiteIdentity {
+        transport::join(
+            &self.address,
+            &token.parse::<JoinToken>().unwrap(),
+            claim,
+            &ConnectionSettings::default(),
+            CertificateRequest::new().unwrap(),
+        )
+        .await
+        .unwrap()
+    }
+
     pub(in crate::hub) async fn dial(&self, identity: &SiteIdentity) -> Link {
-        transport::dial(&self.address, identity, &Line::default(), 8 << 20).await.unwrap()
+        transport::dial(
+            &self.address,
+            identity,
+            &ConnectionSettings::default(),
+            8 << 20,
+        )
+        .await
+        .unwrap()
     }
 
     pub(in crate::hub) fn source(&self, name: &str, bytes: usize, seed: u8) -> std::path::PathBuf {
         let folder = self.dir.path().join(name);
         base::durable::create_dir_all(&folder).unwrap();
         let mut content = vec![0; bytes];
-        blake3::Hasher::new().update(&[seed]).finalize_xof().fill(&mut content);
+        blake3::Hasher::new()
+            .update(&[seed])
+            .finalize_xof()
+            .fill(&mut content);
         base::durable::replace(&folder.join("weights.bin"), &content).unwrap();
         base::durable::replace(&folder.join("notes.txt"), name.as_bytes()).unwrap();
         folder
@@ -96,28 +130,79 @@ async fn only_what_lacks_is_sent() {
     let bench = Bench::start().await;
     let token = bench.token(None, Some("office")).await;
     let source = bench.source("a", 4 << 20, 1);
-    let first = bench.publish(&source, "model/a:v1", Some(&token)).await.unwrap();
+    let first = bench
+        .publish(&source, "model/a:v1", Some(&token))
+        .await
+        .unwrap();
     assert!(first.wire > 4 << 20 && first.wire < 5 << 20, "{first:?}");
     assert!(!first.published.unchanged && first.published.stored > 4 << 20);
     let again = bench.publish(&source, "model/a:v1", None).await.unwrap();
-    assert!(again.published.unchanged && again.published.stored == 0 && again.wire < QUIET, "{again:?}");
+    assert!(
+        again.published.unchanged && again.published.stored == 0 && again.wire < QUIET,
+        "{again:?}"
+    );
     // The same bytes under another name; then a little more of them.
     let other = bench.publish(&source, "model/b:v1", None).await.unwrap();
-    assert!(!other.published.unchanged && other.published.stored == 0 && other.wire < QUIET, "{other:?}");
+    assert!(
+        !other.published.unchanged && other.published.stored == 0 && other.wire < QUIET,
+        "{other:?}"
+    );
     base::durable::replace(&source.join("more.bin"), &[7; 100_000]).unwrap();
     let more = bench.publish(&source, "model/b:v2", None).await.unwrap();
-    assert!(more.published.stored > 0 && more.wire < QUIET + (100 << 10), "{more:?}");
-    let there = bench.hub.inner.catalogue.artifact(&"model/a:v1".parse().unwrap()).await.unwrap().digest.hex();
-    let fault = bench.publish(&source, "model/a:v1", None).await.unwrap_err();
-    assert!(fault.code == Code::Conflict && fault.message.contains(&there), "its own publisher is told what stands there: {fault}");
+    assert!(
+        more.published.stored > 0 && more.wire < QUIET + (100 << 10),
+        "{more:?}"
+    );
+    let there = bench
+        .hub
+        .inner
+        .catalogue
+        .artifact(&"model/a:v1".parse().unwrap())
+        .await
+        .unwrap()
+        .digest
+        .hex();
+    let fault = bench
+        .publish(&source, "model/a:v1", None)
+        .await
+        .unwrap_err();
+    assert!(
+        fault.code == Code::Conflict && fault.message.contains(&there),
+        "its own publisher is told what stands there: {fault}"
+    );
     // What somebody else has published it does not learn.
     let foreign = "model/c:v1".parse().unwrap();
-    let root = bench.hub.inner.catalogue.artifact(&"model/a:v1".parse().unwrap()).await.unwrap().root;
-    bench.hub.inner.catalogue.add_artifact(&foreign, &root, None).await.unwrap();
-    let fault = bench.publish(&source, "model/c:v1", None).await.unwrap_err();
-    assert!(fault.code == Code::Conflict && !fault.message.contains(&there), "{fault}");
+    let root = bench
+        .hub
+        .inner
+        .catalogue
+        .artifact(&"model/a:v1".parse().unwrap())
+        .await
+        .unwrap()
+        .root;
+    bench
+        .hub
+        .inner
+        .catalogue
+        .add_artifact(&foreign, &root, None)
+        .await
+        .unwrap();
+    let fault = bench
+        .publish(&source, "model/c:v1", None)
+        .await
+        .unwrap_err();
+    assert!(
+        fault.code == Code::Conflict && !fault.message.contains(&there),
+        "{fault}"
+    );
     // It is the hub's own, and whole.
-    let row = bench.hub.inner.catalogue.artifact(&"model/b:v2".parse().unwrap()).await.unwrap();
+    let row = bench
+        .hub
+        .inner
+        .catalogue
+        .artifact(&"model/b:v2".parse().unwrap())
+        .await
+        .unwrap();
     assert_eq!(row.origin, None);
     let store = bench.hub.inner.store.clone();
     tokio::task::spawn_blocking(move || {
@@ -136,7 +221,10 @@ async fn two_at_once_share_a_token_and_a_certificate() {
     let bench = Bench::start().await;
     let token = bench.token(None, Some("office")).await;
     let (a, b) = (bench.source("a", 3 << 20, 1), bench.source("b", 3 << 20, 2));
-    let (a, b) = tokio::join!(bench.publish(&a, "model/a:v1", Some(&token)), bench.publish(&b, "model/b:v1", Some(&token)));
+    let (a, b) = tokio::join!(
+        bench.publish(&a, "model/a:v1", Some(&token)),
+        bench.publish(&b, "model/b:v1", Some(&token))
+    );
     assert!(!a.unwrap().published.unchanged && !b.unwrap().published.unchanged);
 }
 
@@ -145,54 +233,127 @@ async fn a_publisher_may_do_nothing_else() {
     let bench = Bench::start().await;
     let token = bench.token(None, Some("office")).await;
     let source = bench.source("a", 1 << 20, 1);
-    let published = bench.publish(&source, "model/a:v1", Some(&token)).await.unwrap();
+    let published = bench
+        .publish(&source, "model/a:v1", Some(&token))
+        .await
+        .unwrap();
     let digest: Digest = published.published.digest.parse().unwrap();
-    let identity = bench.join(&bench.token(None, Some("lab")).await, &Claim::Publisher).await;
-    assert_eq!(identity.holder(), &Holder::Publisher("lab".parse().unwrap()));
+    let identity = bench
+        .join(&bench.token(None, Some("lab")).await, &Claim::Publisher)
+        .await;
+    assert_eq!(
+        identity.holder(),
+        &Holder::Publisher("lab".parse().unwrap())
+    );
     let link = bench.dial(&identity).await;
-    let fault = Fetcher::new(link.clone(), digest, Arc::default()).root().await.unwrap_err();
-    assert_eq!((fault.code, fault.reason), (Code::NotFound, Reason::SourceGone), "as for what is not there: {fault}");
+    let fault = Fetcher::new(link.clone(), digest, Arc::default())
+        .root()
+        .await
+        .unwrap_err();
+    assert_eq!(
+        (fault.code, fault.reason),
+        (Code::NotFound, Reason::SourceGone),
+        "as for what is not there: {fault}"
+    );
     let artifact: base::names::ArtifactRef = "model/a:v1".parse().unwrap();
     for question in [
-        AskHub::Deliver { artifacts: vec!["model/a:v1".parse().unwrap()], to: "all".parse().unwrap() },
-        AskHub::Act { id: "t-1".parse().unwrap(), action: Action::Cancel },
-        AskHub::Publish { artifact: artifact.clone(), digest, to: None, run: None, omitted: Default::default() },
+        AskHub::Deliver {
+            artifacts: vec!["model/a:v1".parse().unwrap()],
+            to: "all".parse().unwrap(),
+        },
+        AskHub::Act {
+            id: "t-1".parse().unwrap(),
+            action: Action::Cancel,
+        },
+        AskHub::Publish {
+            artifact: artifact.clone(),
+            digest,
+            to: None,
+            run: None,
+            omitted: Default::default(),
+        },
     ] {
-        let fault = wire::ask::<_, serde_json::Value>(&link, &question).await.unwrap_err();
+        let fault = wire::ask::<_, serde_json::Value>(&link, &question)
+            .await
+            .unwrap_err();
         assert_eq!(fault.code, Code::NotAllowed, "{question:?}: {fault}");
     }
     // A control stream gets no answer.
     let (mut send, mut recv) = link.open(wire::PRIORITY_CONTROL).await.unwrap();
     send.write_all(&[CONTROL]).await.unwrap();
-    let _ = wire::send(&mut send, &FromSite::Hello { version: "0".into(), share: None, train: None, congestion: Default::default() }).await;
+    let _ = wire::send(
+        &mut send,
+        &FromSite::Hello {
+            version: "0".into(),
+            share: None,
+            train: None,
+            congestion: Default::default(),
+        },
+    )
+    .await;
     assert!(wire::receive::<FromHub>(&mut recv).await.is_err());
     assert!(bench.hub.inner.catalogue.sites().await.unwrap().is_empty());
     // It can renew, and stays a publisher.
     let request = identity.make_renewal_request().unwrap();
-    let answer: String = wire::ask(&link, &AskHub::Renew { request: wire::renewal(request.csr_der()).unwrap() }).await.unwrap();
-    let renewed = request.complete(&hex::decode(answer).unwrap(), identity.ca_der()).unwrap();
+    let answer: String = wire::ask(
+        &link,
+        &AskHub::Renew {
+            request: wire::renewal(request.csr_der()).unwrap(),
+        },
+    )
+    .await
+    .unwrap();
+    let renewed = request
+        .complete(&hex::decode(answer).unwrap(), identity.ca_der())
+        .unwrap();
     assert_eq!(renewed.holder(), identity.holder());
-    assert_eq!(bench.hub.inner.identity.verify_site(renewed.cert_der()).unwrap_err().code, Code::NotAllowed, "it signs no receipts");
+    assert_eq!(
+        bench
+            .hub
+            .inner
+            .identity
+            .verify_site(renewed.cert_der())
+            .unwrap_err()
+            .code,
+        Code::NotAllowed,
+        "it signs no receipts"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_site_uploads_nothing_and_a_lie_is_refused() {
     let bench = Bench::start().await;
-    let site = bench.join(&bench.token(Some("west"), None).await, &Claim::Site("west".parse().unwrap())).await;
+    let site = bench
+        .join(
+            &bench.token(Some("west"), None).await,
+            &Claim::Site("west".parse().unwrap()),
+        )
+        .await;
     let link = bench.dial(&site).await;
     let artifact: base::names::ArtifactRef = "model/a:v1".parse().unwrap();
-    let upload = AskHub::Upload { artifact, digest: content::chunk::Hash::of(b"x"), to: None, omitted: Default::default() };
-    let fault = wire::ask::<_, serde_json::Value>(&link, &upload).await.unwrap_err();
+    let upload = AskHub::Upload {
+        artifact,
+        digest: content::chunk::Hash::of(b"x"),
+        to: None,
+        omitted: Default::default(),
+    };
+    let fault = wire::ask::<_, serde_json::Value>(&link, &upload)
+        .await
+        .unwrap_err();
     assert_eq!(fault.code, Code::NotAllowed, "{fault}");
 
     // A publisher that says one thing and gives another: the bytes do not hash to the digest.
-    let publisher = bench.join(&bench.token(None, Some("lab")).await, &Claim::Publisher).await;
+    let publisher = bench
+        .join(&bench.token(None, Some("lab")).await, &Claim::Publisher)
+        .await;
     let link = bench.dial(&publisher).await;
     let liar = async {
         while let Some((mut send, mut recv)) = link.accept().await {
             let mut kind = [0];
             recv.read_exact(&mut kind).await.unwrap();
-            let frame = content::frame::Frame::encode(&content::frame::Verified::new(b"something else".as_slice().into()));
+            let frame = content::frame::Frame::encode(&content::frame::Verified::new(
+                b"something else".as_slice().into(),
+            ));
             send.write_bytes(frame.to_bytes()).await.unwrap();
             send.finish().unwrap();
         }
@@ -200,22 +361,47 @@ async fn a_site_uploads_nothing_and_a_lie_is_refused() {
     let asked = wire::ask::<_, serde_json::Value>(&link, &upload);
     let fault = tokio::select! { answer = asked => answer.unwrap_err(), () = liar => unreachable!("the line ended") };
     assert_eq!(fault.code, Code::Integrity, "{fault}");
-    assert!(bench.hub.inner.catalogue.artifacts().await.unwrap().is_empty());
+    assert!(
+        bench
+            .hub
+            .inner
+            .catalogue
+            .artifacts()
+            .await
+            .unwrap()
+            .is_empty()
+    );
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_site_is_told_the_manifest_of_what_is_new_to_it_once() {
     let bench = Bench::start().await;
     let token = bench.token(None, Some("office")).await;
-    bench.publish(&bench.source("a", 3 << 20, 1), "model/a:v1", Some(&token)).await.unwrap();
-    let site = bench.join(&bench.token(Some("west"), None).await, &Claim::Site("west".parse().unwrap())).await;
+    bench
+        .publish(&bench.source("a", 3 << 20, 1), "model/a:v1", Some(&token))
+        .await
+        .unwrap();
+    let site = bench
+        .join(
+            &bench.token(Some("west"), None).await,
+            &Claim::Site("west".parse().unwrap()),
+        )
+        .await;
     // The first list is what was asked for before the line stood.
     let open = async |link: &Link| {
         let (mut send, mut recv) = link.open(wire::PRIORITY_CONTROL).await.unwrap();
         send.write_all(&[CONTROL]).await.unwrap();
-        wire::send(&mut send, &FromSite::Hello { version: "t".into(), share: None, train: None, congestion: Default::default() })
-            .await
-            .unwrap();
+        wire::send(
+            &mut send,
+            &FromSite::Hello {
+                version: "t".into(),
+                share: None,
+                train: None,
+                congestion: Default::default(),
+            },
+        )
+        .await
+        .unwrap();
         let FromHub::Desired { manifests, .. } = wire::receive(&mut recv).await.unwrap();
         assert!(manifests.is_empty());
         (send, recv)
@@ -223,35 +409,89 @@ async fn a_site_is_told_the_manifest_of_what_is_new_to_it_once() {
 
     let link = bench.dial(&site).await;
     let (_send, mut recv) = open(&link).await;
-    bench.hub.deliver_to(None, &["model/a:v1".parse().unwrap()], &"west".parse().unwrap()).await.unwrap();
-    let FromHub::Desired { transfers, manifests, .. } = wire::receive(&mut recv).await.unwrap();
+    bench
+        .hub
+        .deliver_to(
+            None,
+            &["model/a:v1".parse().unwrap()],
+            &"west".parse().unwrap(),
+        )
+        .await
+        .unwrap();
+    let FromHub::Desired {
+        transfers,
+        manifests,
+        ..
+    } = wire::receive(&mut recv).await.unwrap();
     assert_eq!(manifests.len(), 1);
     let (first, only) = (&transfers[0], &manifests[0]);
     assert_eq!(only.digest, first.digest);
-    let frames = base64::Engine::decode(&base64::engine::general_purpose::STANDARD, only.frames.as_str()).unwrap();
+    let frames = base64::Engine::decode(
+        &base64::engine::general_purpose::STANDARD,
+        only.frames.as_str(),
+    )
+    .unwrap();
     let pages = content::store::Store::open(&bench.dir.path().join("pages")).unwrap();
     let root = exchange::fetch::take_manifest(frames.clone().into(), first.digest, &pages).unwrap();
-    let chunks =
-        content::manifest::Walk::new(&root, &pages).map(Result::unwrap).filter(|step| matches!(step, content::manifest::Step::Chunk(..)));
-    assert!(chunks.count() > 50, "the whole manifest is there, and nothing was asked for");
+    let chunks = content::manifest::Walk::new(&root, &pages)
+        .map(Result::unwrap)
+        .filter(|step| matches!(step, content::manifest::Step::Chunk(..)));
+    assert!(
+        chunks.count() > 50,
+        "the whole manifest is there, and nothing was asked for"
+    );
     // A part of it, another's, and one with a flipped bit are refused.
     for (frames, digest) in [
         (frames[..frames.len() - 1].to_vec(), first.digest),
         (frames.clone(), content::chunk::Hash::of(b"x")),
-        (frames.iter().enumerate().map(|(at, byte)| byte ^ u8::from(at == frames.len() - 9)).collect(), first.digest),
+        (
+            frames
+                .iter()
+                .enumerate()
+                .map(|(at, byte)| byte ^ u8::from(at == frames.len() - 9))
+                .collect(),
+            first.digest,
+        ),
     ] {
         exchange::fetch::take_manifest(frames.into(), digest, &pages).unwrap_err();
     }
 
-    // What was told is not told again with the next list, nor over the next line; one that is damaged holds nothing up.
-    bench.publish(&bench.source("b", 3 << 20, 3), "model/b:v1", Some(&token)).await.unwrap();
-    let packs = content::store::Store::open(&bench.dir.path().join("none")).unwrap().path();
-    let packs = bench.dir.path().join("hub/store").join(packs.file_name().unwrap());
+    // What was told is not told again with the next list, nor over the next line; one that is
+    // damaged holds nothing up.
+    bench
+        .publish(&bench.source("b", 3 << 20, 3), "model/b:v1", Some(&token))
+        .await
+        .unwrap();
+    let packs = content::store::Store::open(&bench.dir.path().join("none"))
+        .unwrap()
+        .path();
+    let packs = bench
+        .dir
+        .path()
+        .join("hub/store")
+        .join(packs.file_name().unwrap());
     for pack in std::fs::read_dir(packs).unwrap() {
-        std::fs::File::options().write(true).open(pack.unwrap().path()).unwrap().set_len(8).unwrap();
+        std::fs::File::options()
+            .write(true)
+            .open(pack.unwrap().path())
+            .unwrap()
+            .set_len(8)
+            .unwrap();
     }
-    bench.hub.deliver_to(None, &["model/b:v1".parse().unwrap()], &"west".parse().unwrap()).await.unwrap();
-    let FromHub::Desired { transfers, manifests, .. } = wire::receive(&mut recv).await.unwrap();
+    bench
+        .hub
+        .deliver_to(
+            None,
+            &["model/b:v1".parse().unwrap()],
+            &"west".parse().unwrap(),
+        )
+        .await
+        .unwrap();
+    let FromHub::Desired {
+        transfers,
+        manifests,
+        ..
+    } = wire::receive(&mut recv).await.unwrap();
     assert_eq!((transfers.len(), manifests.len()), (2, 0));
     let link = bench.dial(&site).await;
     open(&link).await;
@@ -262,27 +502,79 @@ async fn a_site_that_has_another_version_is_not_told_the_manifest() {
     let bench = Bench::start().await;
     let token = bench.token(None, Some("office")).await;
     for (reference, seed) in [("model/a:v1", 1), ("model/a:v2", 2), ("model/b:v1", 3)] {
-        bench.publish(&bench.source(&reference.replace([':', '/'], "-"), 100_000, seed), reference, Some(&token)).await.unwrap();
+        bench
+            .publish(
+                &bench.source(&reference.replace([':', '/'], "-"), 100_000, seed),
+                reference,
+                Some(&token),
+            )
+            .await
+            .unwrap();
     }
-    let site = bench.join(&bench.token(Some("west"), None).await, &Claim::Site("west".parse().unwrap())).await;
+    let site = bench
+        .join(
+            &bench.token(Some("west"), None).await,
+            &Claim::Site("west".parse().unwrap()),
+        )
+        .await;
     let catalogue = &bench.hub.inner.catalogue;
-    let id = bench.hub.deliver_to(None, &["model/a:v1".parse().unwrap()], &"west".parse().unwrap()).await.unwrap().transfers.remove(0);
-    let body = serde_json::from_str(r#"{"receipt":{"statement":"s","signature":"x","certificate":"y"}}"#).unwrap();
-    catalogue.update_transfer(&id, 0, crate::api::types::State::Done, &body).await.unwrap();
+    let id = bench
+        .hub
+        .deliver_to(
+            None,
+            &["model/a:v1".parse().unwrap()],
+            &"west".parse().unwrap(),
+        )
+        .await
+        .unwrap()
+        .transfers
+        .remove(0);
+    let body =
+        serde_json::from_str(r#"{"receipt":{"statement":"s","signature":"x","certificate":"y"}}"#)
+            .unwrap();
+    catalogue
+        .update_transfer(&id, 0, crate::api::types::State::Done, &body)
+        .await
+        .unwrap();
     let link = bench.dial(&site).await;
     let (mut send, mut recv) = link.open(wire::PRIORITY_CONTROL).await.unwrap();
     send.write_all(&[CONTROL]).await.unwrap();
     wire::receive::<FromHub>(&mut recv).await.unwrap();
-    bench.hub.deliver_to(None, &["model/a:v2".parse().unwrap(), "model/b:v1".parse().unwrap()], &"west".parse().unwrap()).await.unwrap();
-    let FromHub::Desired { transfers, manifests, .. } = wire::receive(&mut recv).await.unwrap();
-    let digest = |name: &str| transfers.iter().find(|wanted| wanted.artifact.to_string() == name).unwrap().digest;
+    bench
+        .hub
+        .deliver_to(
+            None,
+            &["model/a:v2".parse().unwrap(), "model/b:v1".parse().unwrap()],
+            &"west".parse().unwrap(),
+        )
+        .await
+        .unwrap();
+    let FromHub::Desired {
+        transfers,
+        manifests,
+        ..
+    } = wire::receive(&mut recv).await.unwrap();
+    let digest = |name: &str| {
+        transfers
+            .iter()
+            .find(|wanted| wanted.artifact.to_string() == name)
+            .unwrap()
+            .digest
+    };
     let told: Vec<Digest> = manifests.iter().map(|told| told.digest).collect();
-    assert_eq!((transfers.len(), told), (2, vec![digest("model/b:v1")]), "of the other it asks for what differs");
+    assert_eq!(
+        (transfers.len(), told),
+        (2, vec![digest("model/b:v1")]),
+        "of the other it asks for what differs"
+    );
 }
 
 /// What the hub says instead of the first frame.
 async fn refusal(link: &Link, digest: Digest, wanted: wire::Wanted) -> base::fault::Fault {
-    let mut frames = Fetcher::new(link.clone(), digest, Arc::default()).ask(vec![wanted], 0).await.unwrap();
+    let mut frames = Fetcher::new(link.clone(), digest, Arc::default())
+        .ask(vec![wanted], 0)
+        .await
+        .unwrap();
     frames.next().await.unwrap_err()
 }
 
@@ -291,40 +583,116 @@ async fn what_a_site_may_not_have_gets_the_answer_for_what_is_not_there() {
     let bench = Bench::start().await;
     let token = bench.token(None, Some("office")).await;
     for (reference, name, seed) in [("model/a:v1", "a", 1), ("model/b:v1", "b", 2)] {
-        bench.publish(&bench.source(name, 1 << 20, seed), reference, Some(&token)).await.unwrap();
+        bench
+            .publish(&bench.source(name, 1 << 20, seed), reference, Some(&token))
+            .await
+            .unwrap();
     }
-    let a = bench.hub.inner.catalogue.artifact(&"model/a:v1".parse().unwrap()).await.unwrap();
-    let b = bench.hub.inner.catalogue.artifact(&"model/b:v1".parse().unwrap()).await.unwrap();
-    let (page_of_a, page_of_b, absent) = (a.root.pages[0].id, b.root.pages[0].id, content::chunk::Hash::of(b"x"));
-    let first_of = |page| wire::Wanted::Children { page, ranges: vec![(0, 1)] };
-    let beside = |base| wire::Wanted::Difference { ranges: vec![(0, 1)], base, against: (0, 1) };
-    let site = bench.join(&bench.token(Some("west"), None).await, &Claim::Site("west".parse().unwrap())).await;
+    let a = bench
+        .hub
+        .inner
+        .catalogue
+        .artifact(&"model/a:v1".parse().unwrap())
+        .await
+        .unwrap();
+    let b = bench
+        .hub
+        .inner
+        .catalogue
+        .artifact(&"model/b:v1".parse().unwrap())
+        .await
+        .unwrap();
+    let (page_of_a, page_of_b, absent) = (
+        a.root.pages[0].id,
+        b.root.pages[0].id,
+        content::chunk::Hash::of(b"x"),
+    );
+    let first_of = |page| wire::Wanted::Children {
+        page,
+        ranges: vec![(0, 1)],
+    };
+    let beside = |base| wire::Wanted::Delta {
+        ranges: vec![(0, 1)],
+        base,
+        against: (0, 1),
+    };
+    let site = bench
+        .join(
+            &bench.token(Some("west"), None).await,
+            &Claim::Site("west".parse().unwrap()),
+        )
+        .await;
     let link = bench.dial(&site).await;
 
-    // Nothing is on its way to it. Told apart by nothing at all: class, words, advice.
+    // Nothing is on its way to it. PushedManifest apart by nothing at all: class, words, advice.
     let nothing = refusal(&link, absent, wire::Wanted::Root).await;
-    assert_eq!((nothing.code, nothing.reason), (Code::NotFound, Reason::SourceGone), "{nothing}");
-    for wanted in [wire::Wanted::Root, wire::Wanted::TopPages(vec![(0, 1)]), first_of(page_of_a)] {
-        assert_eq!(refusal(&link, a.digest, wanted.clone()).await, nothing, "{wanted:?}");
+    assert_eq!(
+        (nothing.code, nothing.reason),
+        (Code::NotFound, Reason::SourceGone),
+        "{nothing}"
+    );
+    for wanted in [
+        wire::Wanted::Root,
+        wire::Wanted::TopPages(vec![(0, 1)]),
+        first_of(page_of_a),
+    ] {
+        assert_eq!(
+            refusal(&link, a.digest, wanted.clone()).await,
+            nothing,
+            "{wanted:?}"
+        );
     }
 
     // While it plans a delivery it may read the manifest, and no content.
     {
-        let _planning = bench.hub.inner.planning.begin(&"west".parse().unwrap(), a.digest);
+        let _planning = bench
+            .hub
+            .inner
+            .planning
+            .begin(&"west".parse().unwrap(), a.digest);
         let fetcher = Fetcher::new(link.clone(), a.digest, Arc::default());
         fetcher.root().await.unwrap();
-        fetcher.ask(vec![wire::Wanted::TopPages(vec![(0, 1)])], 0).await.unwrap().next().await.unwrap();
+        fetcher
+            .ask(vec![wire::Wanted::TopPages(vec![(0, 1)])], 0)
+            .await
+            .unwrap()
+            .next()
+            .await
+            .unwrap();
         assert_eq!(refusal(&link, a.digest, first_of(page_of_a)).await, nothing);
     }
     assert_eq!(refusal(&link, a.digest, wire::Wanted::Root).await, nothing);
 
     // Of one artifact it may read all, and by its name nothing of the other.
-    bench.hub.deliver_to(None, &["model/a:v1".parse().unwrap()], &"west".parse().unwrap()).await.unwrap();
+    bench
+        .hub
+        .deliver_to(
+            None,
+            &["model/a:v1".parse().unwrap()],
+            &"west".parse().unwrap(),
+        )
+        .await
+        .unwrap();
     let fetcher = Fetcher::new(link.clone(), a.digest, Arc::default());
     fetcher.root().await.unwrap();
-    fetcher.ask(vec![first_of(page_of_a)], 0).await.unwrap().next().await.unwrap();
-    for wanted in [first_of(absent), first_of(page_of_b), beside(absent), beside(b.digest)] {
-        assert_eq!(refusal(&link, a.digest, wanted.clone()).await, nothing, "{wanted:?}");
+    fetcher
+        .ask(vec![first_of(page_of_a)], 0)
+        .await
+        .unwrap()
+        .next()
+        .await
+        .unwrap();
+    for wanted in [
+        first_of(absent),
+        first_of(page_of_b),
+        beside(absent),
+        beside(b.digest),
+    ] {
+        assert_eq!(
+            refusal(&link, a.digest, wanted.clone()).await,
+            nothing,
+            "{wanted:?}"
+        );
     }
     assert_eq!(refusal(&link, b.digest, wire::Wanted::Root).await, nothing);
 }
@@ -334,11 +702,24 @@ async fn the_hub_sends_as_a_site_says_of_its_line() {
     use crate::config::Congestion;
     let bench = Bench::start().await;
     let west: base::names::SiteName = "west".parse().unwrap();
-    let site = bench.join(&bench.token(Some("west"), None).await, &Claim::Site(west.clone())).await;
+    let site = bench
+        .join(
+            &bench.token(Some("west"), None).await,
+            &Claim::Site(west.clone()),
+        )
+        .await;
     let link = bench.dial(&site).await;
     let (mut send, _recv) = link.open(wire::PRIORITY_CONTROL).await.unwrap();
     send.write_all(&[CONTROL]).await.unwrap();
-    let used = || bench.hub.inner.links.read().get(&west).and_then(|connected| connected.link.congestion());
+    let used = || {
+        bench
+            .hub
+            .inner
+            .links
+            .read()
+            .get(&west)
+            .and_then(|connected| connected.link.congestion())
+    };
     for (congestion, then) in [
         (Congestion::Cubic, Congestion::Cubic),
         (Congestion::Bbr, Congestion::Bbr),
@@ -347,10 +728,27 @@ async fn the_hub_sends_as_a_site_says_of_its_line() {
     ] {
         // As the version of what it has last heard the hub shows that it was heard.
         let version = format!("{congestion:?}");
-        wire::send(&mut send, &FromSite::Hello { version: version.as_str().into(), share: None, train: None, congestion }).await.unwrap();
+        wire::send(
+            &mut send,
+            &FromSite::Hello {
+                version: version.as_str().into(),
+                share: None,
+                train: None,
+                congestion,
+            },
+        )
+        .await
+        .unwrap();
         let until = std::time::Instant::now() + std::time::Duration::from_secs(10);
-        while bench.hub.inner.catalogue.sites().await.unwrap()[0].version.as_deref() != Some(version.as_str()) {
-            assert!(std::time::Instant::now() < until, "the hub heard nothing of {version}");
+        while bench.hub.inner.catalogue.sites().await.unwrap()[0]
+            .version
+            .as_deref()
+            != Some(version.as_str())
+        {
+            assert!(
+                std::time::Instant::now() < until,
+                "the hub heard nothing of {version}"
+            );
             tokio::time::sleep(std::time::Duration::from_millis(10)).await;
         }
         assert_eq!(used(), Some(then), "{version}");

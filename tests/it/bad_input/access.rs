@@ -30,13 +30,26 @@ fn a_join_token_is_good_once_for_one_site_in_its_time() {
     wuhan.join_with(&forged).expect(4).says(&["token"]);
     wuhan.join_with("nonsense").expect(4).says(&["token"]);
 
-    let short = hub.cli(&["token", "create", "--site", "wuhan", "--ttl", "1s"]).expect(0).out.trim().to_owned();
+    let short = hub
+        .cli(&["token", "create", "--site", "wuhan", "--ttl", "1s"])
+        .expect(0)
+        .out
+        .trim()
+        .to_owned();
     let made = std::time::Instant::now();
-    wait_for("the token's time is up", secs(5), || (made.elapsed() > secs(2)).then_some(()));
+    wait_for("the token's time is up", secs(5), || {
+        (made.elapsed() > secs(2)).then_some(())
+    });
     wuhan.join_with(&short).expect(4).says(&["token"]);
     wuhan.join_with(&good).expect(0);
 
-    let names: Vec<String> = hub.json(&["sites"]).as_array().unwrap().iter().map(|s| s["name"].as_str().unwrap().to_owned()).collect();
+    let names: Vec<String> = hub
+        .json(&["sites"])
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|s| s["name"].as_str().unwrap().to_owned())
+        .collect();
     assert_eq!(names, ["chengdu", "wuhan"], "only who joined is a site");
 }
 
@@ -46,7 +59,9 @@ fn a_site_that_never_joined_says_so() {
     let scratch = Scratch::new();
     let hub = Hub::start_new(scratch.path());
     let site = Site::new(scratch.path(), &hub, "chengdu", &SiteSpec::default());
-    packhorse(&["serve", "--config", site.config.to_str().unwrap()]).expect(4).says(&["join"]);
+    packhorse(&["serve", "--config", site.config.to_str().unwrap()])
+        .expect(4)
+        .says(&["join"]);
 }
 
 #[test]
@@ -56,11 +71,19 @@ fn a_token_of_another_hub_is_refused() {
     let hub = Hub::start_new(scratch.path());
     let impostor = Hub::start_new(&scratch.folder("impostor"));
     let token = hub.token("chengdu", &[]);
-    // The token holds the hash of its hub's CA: who answers instead of it learns nothing and gets nothing.
+    // The token holds the hash of its hub's CA: who answers instead of it learns nothing and gets
+    // nothing.
     let site = Site::new(scratch.path(), &impostor, "chengdu", &SiteSpec::default());
     site.join_with(&token).expect(4);
     assert_eq!(impostor.json(&["sites"]).as_array().unwrap().len(), 0);
-    Site::new(&scratch.folder("right"), &hub, "chengdu", &SiteSpec::default()).join_with(&token).expect(0);
+    Site::new(
+        &scratch.folder("right"),
+        &hub,
+        "chengdu",
+        &SiteSpec::default(),
+    )
+    .join_with(&token)
+    .expect(0);
 }
 
 #[test]
@@ -75,7 +98,8 @@ fn nobody_answers() {
     site.join_with(&token).expect(10).says(&[&hub_port]);
     let api_port = hub.api.port().to_string();
     hub.cli(&["status"]).expect(10).says(&[&api_port]);
-    hub.cli(&["publish", "/etc/hostname", "--as", "model/m:v1"]).expect(10);
+    hub.cli(&["publish", "/etc/hostname", "--as", "model/m:v1"])
+        .expect(10);
 }
 
 #[test]
@@ -84,21 +108,43 @@ fn the_api_wants_its_token() {
     let scratch = Scratch::new();
     let hub = Hub::start_new(scratch.path());
     let token_file = hub.data_dir.join("api-token");
-    assert_eq!(token_file.metadata().unwrap().permissions().mode() & 0o777, 0o600);
+    assert_eq!(
+        token_file.metadata().unwrap().permissions().mode() & 0o777,
+        0o600
+    );
     let token = std::fs::read_to_string(&token_file).unwrap();
 
     let api = format!("http://{}", hub.api);
-    packhorse(&["artifacts", "--api", &api, "--token-file", token_file.to_str().unwrap()]).expect(0);
+    packhorse(&[
+        "artifacts",
+        "--api",
+        &api,
+        "--token-file",
+        token_file.to_str().unwrap(),
+    ])
+    .expect(0);
     let wrong = scratch.join("wrong-token");
     std::fs::write(&wrong, "wrong").unwrap();
-    packhorse(&["artifacts", "--api", &api, "--token-file", wrong.to_str().unwrap()]).expect(4);
-    packhorse(&["artifacts", "--api", &api, "--token-file", "/no/such/file"]).says(&["/no/such/file"]);
+    packhorse(&[
+        "artifacts",
+        "--api",
+        &api,
+        "--token-file",
+        wrong.to_str().unwrap(),
+    ])
+    .expect(4);
+    packhorse(&["artifacts", "--api", &api, "--token-file", "/no/such/file"])
+        .says(&["/no/such/file"]);
 
     for path in ["/v1/artifacts", "/v1/transfers", "/v1/sites", "/v1/events"] {
         let (status, body) = get(hub.api, path).unwrap();
         assert_eq!(status, 401, "{path} without a token: {body}");
-        let error: serde_json::Value = serde_json::from_str(&body).unwrap_or_else(|e| panic!("{path}: {e}: {body}"));
-        assert!(error["code"].is_string() && error["message"].is_string() && error["next"].is_string(), "{path}: {body}");
+        let error: serde_json::Value =
+            serde_json::from_str(&body).unwrap_or_else(|e| panic!("{path}: {e}: {body}"));
+        assert!(
+            error["code"].is_string() && error["message"].is_string() && error["next"].is_string(),
+            "{path}: {body}"
+        );
     }
     for path in ["/healthz", "/readyz"] {
         assert_eq!(get(hub.api, path).unwrap().0, 200, "{path}");
@@ -111,8 +157,14 @@ fn a_program_on_the_api_port_is_not_sent_the_token() {
     let _limit = limit(secs(60));
     let scratch = Scratch::new();
     let mut hub = Hub::start_new(scratch.path());
-    let (socket, token_file) = (hub.data_dir.join("api.sock"), hub.data_dir.join("api-token"));
-    assert_eq!(socket.metadata().unwrap().permissions().mode() & 0o777, 0o600);
+    let (socket, token_file) = (
+        hub.data_dir.join("api.sock"),
+        hub.data_dir.join("api-token"),
+    );
+    assert_eq!(
+        socket.metadata().unwrap().permissions().mode() & 0o777,
+        0o600
+    );
     hub.stop();
     assert!(!socket.exists());
     let listener = TcpListener::bind(hub.api).unwrap();
@@ -123,13 +175,30 @@ fn a_program_on_the_api_port_is_not_sent_the_token() {
             let mut request = vec![0; 64 << 10];
             let read = stream.read(&mut request).unwrap_or(0);
             heard.lock().unwrap().extend_from_slice(&request[..read]);
-            let _ = stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: close\r\n\r\n[]");
+            let _ = stream
+                .write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: close\r\n\r\n[]");
         }
     });
-    hub.cli(&["sites"]).expect(10).says(&["not this daemon", &hub.api.to_string()]);
+    hub.cli(&["sites"])
+        .expect(10)
+        .says(&["not this daemon", &hub.api.to_string()]);
     let api = format!("http://{}", hub.api);
-    packhorse(&["sites", "--api", &api, "--token-file", token_file.to_str().unwrap()]).expect(10).says(&["not this daemon"]);
+    packhorse(&[
+        "sites",
+        "--api",
+        &api,
+        "--token-file",
+        token_file.to_str().unwrap(),
+    ])
+    .expect(10)
+    .says(&["not this daemon"]);
     let seen = String::from_utf8_lossy(&seen.lock().unwrap()).into_owned();
-    assert!(seen.matches("GET /v1/proof?challenge=").count() == 2, "{seen}");
-    assert!(!seen.contains(std::fs::read_to_string(token_file).unwrap().trim()), "it was sent the token");
+    assert!(
+        seen.matches("GET /v1/proof?challenge=").count() == 2,
+        "{seen}"
+    );
+    assert!(
+        !seen.contains(std::fs::read_to_string(token_file).unwrap().trim()),
+        "it was sent the token"
+    );
 }

@@ -15,7 +15,11 @@ fn refused(scratch: &Scratch, text: &str) -> Output {
     let checked = packhorse(&["config", "check", "--config", file]).expect(3);
     let served = packhorse(&["serve", "--config", file]).expect(3);
     assert_eq!(served.out, "");
-    assert!(checked.err.contains("bad.toml"), "it names the file: {}", checked.err);
+    assert!(
+        checked.err.contains("bad.toml"),
+        "it names the file: {}",
+        checked.err
+    );
     served
 }
 
@@ -23,29 +27,47 @@ fn refused(scratch: &Scratch, text: &str) -> Output {
 fn unknown_keys_missing_secrets_and_wrong_values() {
     let _limit = limit(secs(60));
     let scratch = Scratch::new();
-    let head =
-        format!("role = \"site\"\nname = \"chengdu\"\ndata_dir = \"{}\"\n[hub]\naddress = \"127.0.0.1:1\"\n", scratch.join("d").display());
+    let head = format!(
+        "role = \"site\"\nname = \"chengdu\"\ndata_dir = \"{}\"\n[hub]\naddress = \"127.0.0.1:1\"\n",
+        scratch.join("d").display()
+    );
 
     refused(&scratch, &format!("{head}[sink.files]\nrot = \"/mnt\"\n")).says(&["rot", ":7"]);
     refused(&scratch, &format!("surprise = 1\n{head}")).says(&["surprise", ":1"]);
     let secret = scratch.join("no-such-secret");
-    let labels = format!("[sink.labels]\nurl = \"postgres://p@127.0.0.1:1/labels\"\npassword_file = \"{}\"\n", secret.display());
+    let labels = format!(
+        "[sink.labels]\nurl = \"postgres://p@127.0.0.1:1/labels\"\npassword_file = \"{}\"\n",
+        secret.display()
+    );
     refused(&scratch, &format!("{head}{labels}")).says(&["no-such-secret", "password_file"]);
     std::fs::write(&secret, "\n").unwrap();
     refused(&scratch, &format!("{head}{labels}")).says(&["no-such-secret", "empty"]);
     refused(&scratch, &format!("{head}[limits]\nmemory = \"256\"\n")).says(&["256", "unit"]);
     refused(&scratch, &head.replace("chengdu", "Chengdu!")).says(&["Chengdu!"]);
     refused(&scratch, &head.replace("\"site\"", "\"boss\"")).says(&["boss"]);
-    refused(&scratch, "role = \"site\"\nname = \"chengdu\"\ndata_dir = \"/x\"\n").says(&["hub"]);
+    refused(
+        &scratch,
+        "role = \"site\"\nname = \"chengdu\"\ndata_dir = \"/x\"\n",
+    )
+    .says(&["hub"]);
     refused(&scratch, "role = \"hub\"\nname = ").says(&[":2"]);
     let public = format!("{head}[listen]\napi = \"0.0.0.0:1\"\n");
     refused(&scratch, &public).says(&["0.0.0.0:1", "TLS", "api_without_tls", ":7"]);
     let file = scratch.join("public.toml");
     std::fs::write(&file, format!("{public}api_without_tls = true\n")).unwrap();
     let checked = packhorse(&["config", "check", "--config", file.to_str().unwrap()]).expect(0);
-    assert!(checked.out.contains("warning") && checked.out.contains("without TLS"), "{}", checked.out);
-    packhorse(&["serve", "--config", "/no/such/config.toml"]).expect(3).says(&["/no/such/config.toml"]);
-    assert!(!scratch.join("d").exists(), "a refused configuration makes no folder");
+    assert!(
+        checked.out.contains("warning") && checked.out.contains("without TLS"),
+        "{}",
+        checked.out
+    );
+    packhorse(&["serve", "--config", "/no/such/config.toml"])
+        .expect(3)
+        .says(&["/no/such/config.toml"]);
+    assert!(
+        !scratch.join("d").exists(),
+        "a refused configuration makes no folder"
+    );
 }
 
 #[test]
@@ -67,14 +89,20 @@ fn a_nas_that_is_not_mounted_is_found_by_the_check() {
         scratch.join("d").display()
     );
     std::fs::write(&file, text).unwrap();
-    packhorse(&["config", "check", "--config", file.to_str().unwrap()]).expect(3).says(&["/no/such/nas", "mount"]);
+    packhorse(&["config", "check", "--config", file.to_str().unwrap()])
+        .expect(3)
+        .says(&["/no/such/nas", "mount"]);
 }
 
 #[test]
 fn what_a_site_needs_beside_its_daemon_is_found_by_the_check() {
     let _limit = limit(secs(60));
     let scratch = Scratch::new();
-    let (file, nas, trainer) = (scratch.join("site.toml"), scratch.folder("nas"), scratch.join("train.sh"));
+    let (file, nas, trainer) = (
+        scratch.join("site.toml"),
+        scratch.folder("nas"),
+        scratch.join("train.sh"),
+    );
     let text = format!(
         "role = \"site\"\nname = \"chengdu\"\ndata_dir = \"{}\"\n[hub]\naddress = \"hub:7443\"\n[sink.files]\nroot = \"{}\"\n\
          [train]\ncommand = [\"{}\", \"--run\"]\n",
@@ -90,7 +118,10 @@ fn what_a_site_needs_beside_its_daemon_is_found_by_the_check() {
     std::fs::set_permissions(&trainer, std::fs::Permissions::from_mode(0o755)).unwrap();
     check().expect(0);
 
-    assert!(check().out.contains("[train] allow is empty"), "nobody may train there, and the check reports it");
+    assert!(
+        check().out.contains("[train] allow is empty"),
+        "nobody may train there, and the check reports it"
+    );
 
     // A NAS that whoever checks may not write to. Nothing stops root, so another user checks then.
     std::fs::set_permissions(&nas, std::fs::Permissions::from_mode(0o555)).unwrap();
@@ -104,7 +135,9 @@ fn what_a_site_needs_beside_its_daemon_is_found_by_the_check() {
         bound(PACKHORSE)
     };
     command.args(["config", "check", "--config"]).arg(&file);
-    run(&mut command, secs(30)).expect(3).says(&[nas.to_str().unwrap(), "cannot be written to"]);
+    run(&mut command, secs(30))
+        .expect(3)
+        .says(&[nas.to_str().unwrap(), "cannot be written to"]);
 }
 
 #[test]
@@ -114,12 +147,18 @@ fn usage_errors_are_exit_code_two() {
     let hub = Hub::start_new(scratch.path());
     packhorse(&["no-such-command"]).expect(2);
     packhorse(&["serve", "--no-such-flag"]).expect(2);
-    hub.cli(&["publish", "/tmp", "--as", "dataset/Upper:v1"]).expect(2).says(&["Upper"]);
-    hub.cli(&["publish", "/tmp", "--as", "surprise/x:v1"]).expect(2).says(&["surprise"]);
+    hub.cli(&["publish", "/tmp", "--as", "dataset/Upper:v1"])
+        .expect(2)
+        .says(&["Upper"]);
+    hub.cli(&["publish", "/tmp", "--as", "surprise/x:v1"])
+        .expect(2)
+        .says(&["surprise"]);
     hub.cli(&["show", "dataset/x"]).expect(2);
     hub.cli(&["token", "create", "--site", "all"]).expect(2);
-    hub.cli(&["token", "create", "--site", "a", "--label", "no value"]).expect(2);
-    hub.cli(&["token", "create", "--site", "a", "--ttl", "24"]).expect(2);
+    hub.cli(&["token", "create", "--site", "a", "--label", "no value"])
+        .expect(2);
+    hub.cli(&["token", "create", "--site", "a", "--ttl", "24"])
+        .expect(2);
 }
 
 #[test]
@@ -135,7 +174,9 @@ fn a_second_daemon_on_the_same_folder_is_refused() {
         .replace(&hub.quic.to_string(), &port(crate::support::free_port()));
     let file = scratch.join("second.toml");
     std::fs::write(&file, second).unwrap();
-    packhorse(&["serve", "--config", file.to_str().unwrap()]).expect(6).says(&[hub.data_dir.to_str().unwrap()]);
+    packhorse(&["serve", "--config", file.to_str().unwrap()])
+        .expect(6)
+        .says(&[hub.data_dir.to_str().unwrap()]);
     assert!(hub.is_running(), "the first goes on");
     hub.cli(&["artifacts"]).expect(0);
     // A lock that outlives a killed daemon would need a hand.
@@ -150,5 +191,8 @@ fn a_port_in_use_is_named() {
     let hub = Hub::new(scratch.path());
     let _taken = std::net::TcpListener::bind(hub.api).unwrap();
     let output = packhorse(&["serve", "--config", hub.config.to_str().unwrap()]);
-    assert!(output.code != 0 && output.err.contains(&hub.api.port().to_string()), "{output:?}");
+    assert!(
+        output.code != 0 && output.err.contains(&hub.api.port().to_string()),
+        "{output:?}"
+    );
 }

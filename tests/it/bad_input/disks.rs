@@ -1,4 +1,5 @@
-//! Full disks: at the hub, under what it relays, at a site's NAS, and what happens once there is room.
+//! Full disks: at the hub, under what it relays, at a site's NAS, and what happens once there is
+//! room.
 
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
@@ -15,7 +16,9 @@ fn a_publish_at_a_full_hub_waits_for_room() {
     let _limit = limit(secs(200));
     let scratch = Scratch::new();
     let mut hub = Hub::new(scratch.path());
-    let Some(disk) = SmallDisk::mount_tmpfs(&hub.data_dir, "64m") else { return };
+    let Some(disk) = SmallDisk::mount_tmpfs(&hub.data_dir, "64m") else {
+        return;
+    };
     hub.start();
     let small = scratch.join("small");
     write(&small.join("model.bin"), &noise(&mut rng("small"), 4 << 20));
@@ -24,7 +27,10 @@ fn a_publish_at_a_full_hub_waits_for_room() {
     let in_parts = |name: &str| {
         let folder = scratch.join(name);
         for part in ["a", "b", "c"] {
-            write(&folder.join(part), &noise(&mut rng(&format!("{name} {part}")), 40 << 20));
+            write(
+                &folder.join(part),
+                &noise(&mut rng(&format!("{name} {part}")), 40 << 20),
+            );
         }
         folder
     };
@@ -32,8 +38,11 @@ fn a_publish_at_a_full_hub_waits_for_room() {
     let publish = ["publish", big.to_str().unwrap(), "--as", "model/big:v1"];
     std::thread::scope(|scope| {
         let waiting = scope.spawn(|| hub.cli(&publish));
-        wait_for("the log says that it waits", secs(60), || hub.log().contains("waits for room").then_some(()));
-        // The rest of the hub goes on, and what waits is in nobody's way: what it kept so far can be cleaned away.
+        wait_for("the log says that it waits", secs(60), || {
+            hub.log().contains("waits for room").then_some(())
+        });
+        // The rest of the hub goes on, and what waits is in nobody's way: what it kept so far can
+        // be cleaned away.
         hub.cli(&["verify", "model/small:v1"]).expect(0);
         hub.cli(&["gc"]).expect(0);
         assert!(!waiting.is_finished(), "120 MiB have no room here");
@@ -42,18 +51,37 @@ fn a_publish_at_a_full_hub_waits_for_room() {
         waiting.join().unwrap().expect(0);
     });
     hub.cli(&["verify", "model/big:v1"]).expect(0);
-    assert!(disk_usage(&hub.data_dir) < 180 << 20, "what was kept before is kept once: {} bytes", disk_usage(&hub.data_dir));
+    assert!(
+        disk_usage(&hub.data_dir) < 180 << 20,
+        "what was kept before is kept once: {} bytes",
+        disk_usage(&hub.data_dir)
+    );
 
-    // The command says what it waits for, and where. One that is given up with the hub leaves nothing that cannot be cleaned away.
+    // The command says what it waits for, and where. One that is given up with the hub leaves
+    // nothing that cannot be cleaned away.
     disk.grow("200m");
     let other = in_parts("other");
-    let publish = ["publish", other.to_str().unwrap(), "--as", "model/other:v1", "--timeout", "15s"];
-    let told = format!("waiting for room on a full disk: publish model/other:v1: the pack {}", hub.data_dir.display());
+    let publish = [
+        "publish",
+        other.to_str().unwrap(),
+        "--as",
+        "model/other:v1",
+        "--timeout",
+        "15s",
+    ];
+    let told = format!(
+        "waiting for room on a full disk: publish model/other:v1: the pack {}",
+        hub.data_dir.display()
+    );
     hub.cli(&publish).expect(11).says(&[&told]);
     hub.kill();
     hub.start();
     hub.cli(&["gc"]).expect(0);
-    assert!(disk_usage(&hub.data_dir) < 160 << 20, "what failed still takes {} bytes", disk_usage(&hub.data_dir));
+    assert!(
+        disk_usage(&hub.data_dir) < 160 << 20,
+        "what failed still takes {} bytes",
+        disk_usage(&hub.data_dir)
+    );
     hub.publish(&small, "model/small:v2", &[]);
     hub.stop();
 }
@@ -63,14 +91,32 @@ fn of_a_file_that_will_not_fit_at_the_hub_nothing_is_kept() {
     let _limit = limit(secs(200));
     let scratch = Scratch::new();
     let mut hub = Hub::new(scratch.path());
-    let Some(disk) = SmallDisk::mount_tmpfs(&hub.data_dir, "100m") else { return };
+    let Some(disk) = SmallDisk::mount_tmpfs(&hub.data_dir, "100m") else {
+        return;
+    };
     hub.start();
     let big = scratch.join("big");
     write(&big.join("model.bin"), &noise(&mut rng("big"), 120 << 20));
     let used = disk.used();
-    let publish = ["publish", big.to_str().unwrap(), "--as", "model/big:v1", "--timeout", "8s"];
-    hub.cli(&publish).expect(11).says(&["waiting for room", "model.bin", "will not fit in", hub.data_dir.to_str().unwrap()]);
-    assert!(disk.used() < used + (4 << 20), "{} bytes are kept of it", disk.used() - used);
+    let publish = [
+        "publish",
+        big.to_str().unwrap(),
+        "--as",
+        "model/big:v1",
+        "--timeout",
+        "8s",
+    ];
+    hub.cli(&publish).expect(11).says(&[
+        "waiting for room",
+        "model.bin",
+        "will not fit in",
+        hub.data_dir.to_str().unwrap(),
+    ]);
+    assert!(
+        disk.used() < used + (4 << 20),
+        "{} bytes are kept of it",
+        disk.used() - used
+    );
     disk.grow("300m");
     hub.publish(&big, "model/big:v1", &[]);
     // What is there already, and what can be squeezed, is reckoned as what it takes.
@@ -89,7 +135,9 @@ fn what_the_hub_has_no_room_to_keep_is_passed_on_all_the_same() {
     let scratch = Scratch::new();
     let mut hub = Hub::new(scratch.path());
     // Not room for one pack.
-    let Some(_disk) = SmallDisk::mount_tmpfs(&hub.data_dir.join("relay"), "16m") else { return };
+    let Some(_disk) = SmallDisk::mount_tmpfs(&hub.data_dir.join("relay"), "16m") else {
+        return;
+    };
     hub.start();
     let origin = Site::start_new(scratch.path(), &hub, "chengdu", &SiteSpec::default());
     let target = Site::start_new(scratch.path(), &hub, "wuhan", &SiteSpec::default());
@@ -98,8 +146,15 @@ fn what_the_hub_has_no_room_to_keep_is_passed_on_all_the_same() {
     origin.publish(&source, "model/big:v1", &[]);
     hub.deliver_and_wait("model/big:v1", "wuhan", secs(60));
     assert_same(&source, &target.folder("model/big:v1"));
-    assert_eq!(disk_usage(&hub.data_dir.join("relay/packs")), 0, "the disk was to be too small to keep any of it");
-    assert!(hub.log().contains("passed on without being kept"), "the log says what is wrong with the disk");
+    assert_eq!(
+        disk_usage(&hub.data_dir.join("relay/packs")),
+        0,
+        "the disk was to be too small to keep any of it"
+    );
+    assert!(
+        hub.log().contains("passed on without being kept"),
+        "the log says what is wrong with the disk"
+    );
 }
 
 #[test]
@@ -107,24 +162,50 @@ fn a_full_nas_stops_the_transfer_until_there_is_room() {
     let _limit = limit(secs(200));
     let scratch = Scratch::new();
     let root = scratch.folder("nas");
-    let Some(disk) = SmallDisk::mount_tmpfs(&root, "40m") else { return };
+    let Some(disk) = SmallDisk::mount_tmpfs(&root, "40m") else {
+        return;
+    };
     let hub = Hub::start_new(scratch.path());
-    let spec = SiteSpec { root: Some(root), ..SiteSpec::default() };
+    let spec = SiteSpec {
+        root: Some(root),
+        ..SiteSpec::default()
+    };
     let site = Site::start_new(scratch.path(), &hub, "chengdu", &spec);
     let source = scratch.join("model");
     data::model(&source, 80 << 20);
     hub.publish(&source, "model/big:v1", &[]);
     let id = hub.deliver(&["model/big:v1"], "chengdu").remove(0);
-    let stuck = hub.wait_transfer(&id, "out of space", secs(60), |t| t.has_reason(&["no_space"]));
-    assert!(stuck.message.is_some() && stuck.next.is_some(), "{stuck:#?}");
+    let stuck = hub.wait_transfer(&id, "out of space", secs(60), |t| {
+        t.has_reason(&["no_space"])
+    });
+    assert!(
+        stuck.message.is_some() && stuck.next.is_some(),
+        "{stuck:#?}"
+    );
     // The size is known, and so is the room.
-    assert_eq!((stuck.bytes.received, stuck.bytes.committed), (0, 0), "what does not fit is not begun: {:?}", stuck.bytes);
-    assert!(disk.used() < 1 << 20, "{} bytes were written of what does not fit", disk.used());
-    assert!(!site.folder("model/big:v1").exists(), "nothing is visible before it is whole");
+    assert_eq!(
+        (stuck.bytes.received, stuck.bytes.committed),
+        (0, 0),
+        "what does not fit is not begun: {:?}",
+        stuck.bytes
+    );
+    assert!(
+        disk.used() < 1 << 20,
+        "{} bytes were written of what does not fit",
+        disk.used()
+    );
+    assert!(
+        !site.folder("model/big:v1").exists(),
+        "nothing is visible before it is whole"
+    );
 
     // Others that fit are not held up by it.
     write(&scratch.join("tiny").join("m.bin"), b"tiny");
-    hub.publish(&scratch.join("tiny"), "model/tiny:v1", &["--to", "chengdu", "--wait"]);
+    hub.publish(
+        &scratch.join("tiny"),
+        "model/tiny:v1",
+        &["--to", "chengdu", "--wait"],
+    );
 
     disk.grow("300m");
     hub.wait_done(&id, secs(120));
@@ -137,27 +218,47 @@ fn what_has_its_room_on_a_nearly_full_nas_goes_on_after_a_kill() {
     let _limit = limit(secs(120));
     let scratch = Scratch::new();
     let root = scratch.folder("nas");
-    // All of the model has its room from the first byte on. What is free then, less what a site keeps so, is 35 MiB: less than the
-    // model still lacks when the site is killed.
-    let Some(_disk) = SmallDisk::mount_ext4(&root, &scratch.join("ext4.img"), 160 << 20) else { return };
+    // All of the model has its room from the first byte on. What is free then, less what a site
+    // keeps so, is 35 MiB: less than the model still lacks when the site is killed.
+    let Some(_disk) = SmallDisk::mount_ext4(&root, &scratch.join("ext4.img"), 160 << 20) else {
+        return;
+    };
     let hub = Hub::start_new(scratch.path());
     let line = Line::to(hub.quic);
-    let spec = SiteSpec { through: Some(line.address()), root: Some(root), ..SiteSpec::default() };
+    let spec = SiteSpec {
+        through: Some(line.address()),
+        root: Some(root),
+        ..SiteSpec::default()
+    };
     let mut site = Site::start_new(scratch.path(), &hub, "chengdu", &spec);
     let source = scratch.join("model");
     data::model(&source, 90 << 20);
     hub.publish(&source, "model/big:v1", &[]);
     line.hold_at(line.down() + (36 << 20));
     let id = hub.deliver(&["model/big:v1"], "chengdu").remove(0);
-    let seen = hub.wait_transfer(&id, "on its way", secs(60), |t| t.bytes.committed >= 16 << 20);
+    let seen = hub.wait_transfer(&id, "on its way", secs(60), |t| {
+        t.bytes.committed >= 16 << 20
+    });
     site.kill();
-    let large = find(&site.root, &|path| path.metadata().is_ok_and(|m| m.len() >= 80 << 20));
-    let room: Vec<u64> = large.iter().map(|path| path.metadata().unwrap().blocks() * 512).collect();
-    assert!(room.len() == 1 && room[0] >= 80 << 20, "a large file has all of its room from its first byte on: {large:?} {room:?}");
+    let large = find(&site.root, &|path| {
+        path.metadata().is_ok_and(|m| m.len() >= 80 << 20)
+    });
+    let room: Vec<u64> = large
+        .iter()
+        .map(|path| path.metadata().unwrap().blocks() * 512)
+        .collect();
+    assert!(
+        room.len() == 1 && room[0] >= 80 << 20,
+        "a large file has all of its room from its first byte on: {large:?} {room:?}"
+    );
     line.hold_at(0);
     site.start();
     let done = hub.wait_done(&id, secs(60));
-    assert!(done.bytes.resumed >= seen.bytes.committed, "it goes on with what was there: {:?}", done.bytes);
+    assert!(
+        done.bytes.resumed >= seen.bytes.committed,
+        "it goes on with what was there: {:?}",
+        done.bytes
+    );
     assert_same(&source, &site.folder("model/big:v1"));
     assert_eq!(site.leftovers(), Vec::<PathBuf>::new());
 }
@@ -168,7 +269,9 @@ fn a_full_data_folder_at_a_site_is_no_end() {
     let scratch = Scratch::new();
     let hub = Hub::start_new(scratch.path());
     let mut site = Site::new(scratch.path(), &hub, "chengdu", &SiteSpec::default());
-    let Some(disk) = SmallDisk::mount_tmpfs(&site.data_dir, "80m") else { return };
+    let Some(disk) = SmallDisk::mount_tmpfs(&site.data_dir, "80m") else {
+        return;
+    };
     site.join(&hub, &[]);
     site.start();
     let set = data::dataset(&scratch.join("set"), 400).root;
@@ -176,8 +279,9 @@ fn a_full_data_folder_at_a_site_is_no_end() {
     hub.publish(&set, "dataset/d:v2", &[]);
     hub.deliver_and_wait("dataset/d:v1", "chengdu", secs(60));
 
-    // Room for what the site notes, none for the manifest of what is new: it begins a pack after a start, and asks for a whole
-    // pack's room beforehand. That is the reason, and it says of which disk.
+    // Room for what the site notes, none for the manifest of what is new: it begins a pack after a
+    // start, and asks for a whole pack's room beforehand. That is the reason, and it says of which
+    // disk.
     site.stop();
     let filler = disk.fill("filler", 12 << 20);
     site.start();
@@ -186,14 +290,33 @@ fn a_full_data_folder_at_a_site_is_no_end() {
     write(&other.join("more.bin"), &noise(&mut rng("more"), 48 << 20));
     hub.publish(&other, "dataset/other:v1", &[]);
     let ids = hub.deliver(&["dataset/other:v1", "dataset/d:v2"], "chengdu");
-    let stuck = hub.wait_transfer(&ids[0], "out of space", secs(60), |t| t.has_reason(&["no_space"]));
+    let stuck = hub.wait_transfer(&ids[0], "out of space", secs(60), |t| {
+        t.has_reason(&["no_space"])
+    });
     assert_eq!(stuck.artifact, "dataset/other:v1");
-    assert!(stuck.message.as_deref().is_some_and(|m| m.contains(site.data_dir.to_str().unwrap())), "it names the disk: {stuck:#?}");
-    assert!(stuck.next.as_deref().is_some_and(|next| next.contains("room")), "{stuck:#?}");
+    assert!(
+        stuck
+            .message
+            .as_deref()
+            .is_some_and(|m| m.contains(site.data_dir.to_str().unwrap())),
+        "it names the disk: {stuck:#?}"
+    );
+    assert!(
+        stuck
+            .next
+            .as_deref()
+            .is_some_and(|next| next.contains("room")),
+        "{stuck:#?}"
+    );
 
-    // Then not a byte, in the middle of its work: not even that can be noted any more, and the daemon bears it.
+    // Then not a byte, in the middle of its work: not even that can be noted any more, and the
+    // daemon bears it.
     let rest = disk.fill("rest", 0);
-    wait_for("the catalogue cannot be written", secs(90), || site.log().contains("the catalogue cannot be written").then_some(()));
+    wait_for("the catalogue cannot be written", secs(90), || {
+        site.log()
+            .contains("the catalogue cannot be written")
+            .then_some(())
+    });
     assert!(site.is_running(), "the site ended");
 
     // With room it goes on by itself.
@@ -212,26 +335,46 @@ fn what_is_cancelled_on_a_full_disk_leaves_nothing() {
     let _limit = limit(secs(150));
     let scratch = Scratch::new();
     let root = scratch.folder("nas");
-    let Some(disk) = SmallDisk::mount_tmpfs(&root, "100m") else { return };
+    let Some(disk) = SmallDisk::mount_tmpfs(&root, "100m") else {
+        return;
+    };
     let hub = Hub::start_new(scratch.path());
     let line = Line::to(hub.quic);
-    let spec = SiteSpec { through: Some(line.address()), root: Some(root), ..SiteSpec::default() };
+    let spec = SiteSpec {
+        through: Some(line.address()),
+        root: Some(root),
+        ..SiteSpec::default()
+    };
     let site = Site::start_new(scratch.path(), &hub, "chengdu", &spec);
     let source = data::dataset(&scratch.join("dataset"), 20).root;
-    write(&source.join("large.bin"), &noise(&mut rng("large"), 60 << 20));
+    write(
+        &source.join("large.bin"),
+        &noise(&mut rng("large"), 60 << 20),
+    );
     hub.publish(&source, "dataset/d:v1", &[]);
     line.hold_at(line.down() + (28 << 20));
     let id = hub.deliver(&["dataset/d:v1"], "chengdu").remove(0);
     // There was room when it began: somebody else takes it.
-    hub.wait_transfer(&id, "on its way", secs(60), |t| t.bytes.committed >= 8 << 20);
+    hub.wait_transfer(&id, "on its way", secs(60), |t| {
+        t.bytes.committed >= 8 << 20
+    });
     let filler = disk.fill("filler", 0);
     line.hold_at(0);
-    hub.wait_transfer(&id, "out of space", secs(60), |t| t.has_reason(&["no_space"]));
-    assert!(!site.leftovers().is_empty(), "what was staged is kept until there is room");
+    hub.wait_transfer(&id, "out of space", secs(60), |t| {
+        t.has_reason(&["no_space"])
+    });
+    assert!(
+        !site.leftovers().is_empty(),
+        "what was staged is kept until there is room"
+    );
     hub.cli(&["cancel", &id]).expect(0);
-    wait_for("staging is cleaned", secs(30), || site.leftovers().is_empty().then_some(()));
+    wait_for("staging is cleaned", secs(30), || {
+        site.leftovers().is_empty().then_some(())
+    });
     std::fs::remove_file(filler).unwrap();
-    wait_for("all room on the NAS is given back", secs(10), || (disk.used() < 1 << 20).then_some(()));
+    wait_for("all room on the NAS is given back", secs(10), || {
+        (disk.used() < 1 << 20).then_some(())
+    });
     assert!(!site.root.join("dataset/d/CURRENT").exists());
 }
 
@@ -240,19 +383,32 @@ fn a_nas_without_inodes_is_full() {
     let _limit = limit(secs(120));
     let scratch = Scratch::new();
     let root = scratch.folder("nas");
-    let Some(disk) = SmallDisk::mount_tmpfs(&root, "64m,nr_inodes=120") else { return };
+    let Some(disk) = SmallDisk::mount_tmpfs(&root, "64m,nr_inodes=120") else {
+        return;
+    };
     let hub = Hub::start_new(scratch.path());
-    let spec = SiteSpec { root: Some(root.clone()), ..SiteSpec::default() };
+    let spec = SiteSpec {
+        root: Some(root.clone()),
+        ..SiteSpec::default()
+    };
     let site = Site::start_new(scratch.path(), &hub, "chengdu", &spec);
     let source = scratch.join("many");
     for n in 0..150 {
-        write(&source.join(format!("f{n}")), format!("file {n}").as_bytes());
+        write(
+            &source.join(format!("f{n}")),
+            format!("file {n}").as_bytes(),
+        );
     }
     hub.publish(&source, "dataset/many:v1", &[]);
     let id = hub.deliver(&["dataset/many:v1"], "chengdu").remove(0);
-    let stuck = hub.wait_transfer(&id, "out of inodes", secs(60), |t| t.has_reason(&["no_space"]));
+    let stuck = hub.wait_transfer(&id, "out of inodes", secs(60), |t| {
+        t.has_reason(&["no_space"])
+    });
     let message = stuck.message.clone().unwrap_or_default();
-    assert!(message.contains("inodes") && message.contains(root.to_str().unwrap()), "{stuck:#?}");
+    assert!(
+        message.contains("inodes") && message.contains(root.to_str().unwrap()),
+        "{stuck:#?}"
+    );
     assert_eq!(stuck.bytes.received, 0, "what does not fit is not begun");
     disk.grow("64m,nr_inodes=1000");
     hub.wait_done(&id, secs(120));
@@ -264,10 +420,15 @@ fn a_report_that_a_full_hub_could_not_store_is_told_again() {
     let _limit = limit(secs(120));
     let scratch = Scratch::new();
     let mut hub = Hub::new(scratch.path());
-    let Some(disk) = SmallDisk::mount_tmpfs(&hub.data_dir, "100m") else { return };
+    let Some(disk) = SmallDisk::mount_tmpfs(&hub.data_dir, "100m") else {
+        return;
+    };
     hub.start();
     let line = Line::to(hub.quic);
-    let spec = SiteSpec { through: Some(line.address()), ..SiteSpec::default() };
+    let spec = SiteSpec {
+        through: Some(line.address()),
+        ..SiteSpec::default()
+    };
     let site = Site::start_new(scratch.path(), &hub, "chengdu", &spec);
     let source = scratch.join("model");
     data::model(&source, 12 << 20);
@@ -277,16 +438,31 @@ fn a_report_that_a_full_hub_could_not_store_is_told_again() {
     hub.wait_transfer(&id, "on its way", secs(60), |t| t.state == "transferring");
     let filler = disk.fill("filler", 0);
     line.hold_at(0);
-    wait_for("the site is done", secs(60), || site.folder("model/m:v1").exists().then_some(()));
-    wait_for("the hub could not store it", secs(60), || hub.log().contains("could not be stored").then_some(()));
+    wait_for("the site is done", secs(60), || {
+        site.folder("model/m:v1").exists().then_some(())
+    });
+    wait_for("the hub could not store it", secs(60), || {
+        hub.log().contains("could not be stored").then_some(())
+    });
     // What can be asked is answered all the same, and says what is wrong.
     hub.cli(&["status"]).expect(0);
-    assert!(hub.cli(&["doctor"]).expect(1).out.contains("fault data_dir"));
-    hub.cli(&["token", "create", "--site", "wuhan"]).expect(9).says(&["catalogue.db", "disk is full"]);
+    assert!(
+        hub.cli(&["doctor"])
+            .expect(1)
+            .out
+            .contains("fault data_dir")
+    );
+    hub.cli(&["token", "create", "--site", "wuhan"])
+        .expect(9)
+        .says(&["catalogue.db", "disk is full"]);
     let connected = site.log().matches("the line to the hub ended").count();
     std::fs::remove_file(filler).unwrap();
     hub.wait_done(&id, secs(60));
-    assert_eq!(site.log().matches("the line to the hub ended").count(), connected, "it is told over the same connection");
+    assert_eq!(
+        site.log().matches("the line to the hub ended").count(),
+        connected,
+        "it is told over the same connection"
+    );
     assert!(hub.is_running());
 }
 
@@ -296,7 +472,9 @@ fn a_site_whose_data_folder_is_full_says_so_and_keeps_its_connection() {
     let scratch = Scratch::new();
     let hub = Hub::start_new(scratch.path());
     let mut site = Site::new(scratch.path(), &hub, "chengdu", &SiteSpec::default());
-    let Some(disk) = SmallDisk::mount_tmpfs(&site.data_dir, "60m") else { return };
+    let Some(disk) = SmallDisk::mount_tmpfs(&site.data_dir, "60m") else {
+        return;
+    };
     site.join(&hub, &[]);
     site.start();
     hub.wait_online("chengdu", true, secs(20));
@@ -308,15 +486,38 @@ fn a_site_whose_data_folder_is_full_says_so_and_keeps_its_connection() {
     let filler = disk.fill("filler", 0);
     let id = hub.deliver(&["model/m:v2"], "chengdu").remove(0);
     // The hub is told, though the site can write nothing down.
-    let stuck = hub.wait_transfer(&id, "out of space", secs(60), |t| t.has_reason(&["no_space"]));
-    assert!(stuck.message.as_deref().is_some_and(|m| m.contains(site.data_dir.to_str().unwrap())), "it names the disk: {stuck:#?}");
-    assert_eq!(site.log().matches("the line to the hub ended").count(), 0, "{}", site.log());
-    assert!(site.cli(&["doctor"]).expect(1).out.contains("fault data_dir"));
+    let stuck = hub.wait_transfer(&id, "out of space", secs(60), |t| {
+        t.has_reason(&["no_space"])
+    });
+    assert!(
+        stuck
+            .message
+            .as_deref()
+            .is_some_and(|m| m.contains(site.data_dir.to_str().unwrap())),
+        "it names the disk: {stuck:#?}"
+    );
+    assert_eq!(
+        site.log().matches("the line to the hub ended").count(),
+        0,
+        "{}",
+        site.log()
+    );
+    assert!(
+        site.cli(&["doctor"])
+            .expect(1)
+            .out
+            .contains("fault data_dir")
+    );
 
     // It starts on the full disk too.
     site.kill();
     site.start();
-    assert!(site.cli(&["doctor"]).expect(1).out.contains("fault data_dir"));
+    assert!(
+        site.cli(&["doctor"])
+            .expect(1)
+            .out
+            .contains("fault data_dir")
+    );
     std::fs::remove_file(filler).unwrap();
     hub.wait_done(&id, secs(90));
     assert_same(&source, &site.folder("model/m:v2"));

@@ -24,16 +24,29 @@ fn special_files_and_links_that_leave_are_named() {
 
     let fifo = folder("fifo");
     tool("mkfifo", &[fifo.join("管道").to_str().unwrap()]);
-    world.hub.refuses(&fifo, "dataset/fifo:v1", &[], 8, &["管道"]);
+    world
+        .hub
+        .refuses(&fifo, "dataset/fifo:v1", &[], 8, &["管道"]);
 
     let socket = folder("socket");
     let _listener = std::os::unix::net::UnixListener::bind(socket.join("s.sock")).unwrap();
-    world.hub.refuses(&socket, "operator/socket:v1", &[], 8, &["s.sock"]);
+    world
+        .hub
+        .refuses(&socket, "operator/socket:v1", &[], 8, &["s.sock"]);
 
-    for (n, target) in ["../outside", "/etc/passwd", "sub/../../outside"].iter().enumerate() {
+    for (n, target) in ["../outside", "/etc/passwd", "sub/../../outside"]
+        .iter()
+        .enumerate()
+    {
         let escaping = folder(&format!("escaping-{n}"));
         symlink(target, escaping.join("leaves")).unwrap();
-        world.hub.refuses(&escaping, "dataset/escaping:v1", &[], 8, &["leaves", target]);
+        world.hub.refuses(
+            &escaping,
+            "dataset/escaping:v1",
+            &[],
+            8,
+            &["leaves", target],
+        );
     }
     world.check_clean();
 }
@@ -44,9 +57,18 @@ fn names_that_are_not_text_are_all_listed() {
     let world = Refusing::start();
     let folder = world.scratch.folder("names");
     for i in 0..5_u8 {
-        write(&folder.join(OsStr::from_bytes(&[b'n', b'0' + i, 0xff, 0xfe])), b"x");
+        write(
+            &folder.join(OsStr::from_bytes(&[b'n', b'0' + i, 0xff, 0xfe])),
+            b"x",
+        );
     }
-    world.hub.refuses(&folder, "dataset/names:v1", &[], 8, &["n0", "n1", "n2", "n3", "n4"]);
+    world.hub.refuses(
+        &folder,
+        "dataset/names:v1",
+        &[],
+        8,
+        &["n0", "n1", "n2", "n3", "n4"],
+    );
     world.check_clean();
 }
 
@@ -55,8 +77,16 @@ fn what_is_not_there_or_empty() {
     let _limit = limit(secs(90));
     let world = Refusing::start();
     let missing = world.scratch.join("没有");
-    world.hub.refuses(&missing, "model/none:v1", &[], 5, &["没有"]);
-    world.hub.refuses(Path::new("/dev/null"), "model/none:v1", &[], 8, &["/dev/null"]);
+    world
+        .hub
+        .refuses(&missing, "model/none:v1", &[], 5, &["没有"]);
+    world.hub.refuses(
+        Path::new("/dev/null"),
+        "model/none:v1",
+        &[],
+        8,
+        &["/dev/null"],
+    );
     world.check_clean();
 }
 
@@ -87,7 +117,10 @@ fn a_file_that_shrinks_or_grows_while_it_is_read_is_named() {
     let _limit = limit(secs(180));
     let world = Refusing::start();
     let hub = &world.hub;
-    for (name, len, change) in [("shrinks", 6_u64 << 30, 1 << 20), ("grows", 6 << 30, (6 << 30) + 4096)] {
+    for (name, len, change) in [
+        ("shrinks", 6_u64 << 30, 1 << 20),
+        ("grows", 6 << 30, (6 << 30) + 4096),
+    ] {
         let folder = world.scratch.folder(name);
         let path = folder.join("big.bin");
         // Sparse: it costs no disk, and reading it takes a while.
@@ -96,16 +129,36 @@ fn a_file_that_shrinks_or_grows_while_it_is_read_is_named() {
             let publish = scope.spawn(|| {
                 let reference = format!("model/{name}:v1");
                 let mut command = bound(PACKHORSE);
-                command.args(["publish", folder.to_str().unwrap(), "--as", &reference, "--config"]).arg(&hub.config);
+                command
+                    .args([
+                        "publish",
+                        folder.to_str().unwrap(),
+                        "--as",
+                        &reference,
+                        "--config",
+                    ])
+                    .arg(&hub.config);
                 run(&mut command, secs(120))
             });
             let open_files = format!("/proc/{}/fd", hub.pid());
             wait_for("the hub reads the file", secs(30), || {
                 let links = std::fs::read_dir(&open_files).unwrap().flatten();
-                links.filter_map(|l| std::fs::read_link(l.path()).ok()).any(|target| target == path).then_some(())
+                links
+                    .filter_map(|l| std::fs::read_link(l.path()).ok())
+                    .any(|target| target == path)
+                    .then_some(())
             });
-            std::fs::File::options().write(true).open(&path).unwrap().set_len(change).unwrap();
-            publish.join().unwrap().expect(8).says(&["big.bin", "changed"]);
+            std::fs::File::options()
+                .write(true)
+                .open(&path)
+                .unwrap()
+                .set_len(change)
+                .unwrap();
+            publish
+                .join()
+                .unwrap()
+                .expect(8)
+                .says(&["big.bin", "changed"]);
         });
         hub.cli(&["show", &format!("model/{name}:v1")]).expect(5);
     }
@@ -121,12 +174,19 @@ impl Drop for Mount {
     }
 }
 
-/// An exFAT filesystem, which takes few characters and folds case, as a share of a Windows server does.
+/// An exFAT filesystem, which takes few characters and folds case, as a share of a Windows server
+/// does.
 fn mount_exfat(image: &Path, root: &Path) -> Option<Mount> {
-    std::fs::File::create(image).unwrap().set_len(64 << 20).unwrap();
+    std::fs::File::create(image)
+        .unwrap()
+        .set_len(64 << 20)
+        .unwrap();
     tool("mkfs.exfat", &[image.to_str().unwrap()]);
     // The loop device goes away with its last user.
-    let attached = run(bound("losetup").args(["--find", "--show"]).arg(image), secs(20));
+    let attached = run(
+        bound("losetup").args(["--find", "--show"]).arg(image),
+        secs(20),
+    );
     let device = (attached.code == 0).then(|| attached.out.trim().to_owned())?;
     let mounted = run(bound("mount.exfat-fuse").arg(&device).arg(root), secs(20)).code == 0;
     let _ = run(bound("losetup").args(["--detach", &device]), secs(20));
@@ -139,14 +199,26 @@ fn names_that_the_nas_cannot_hold_are_all_listed() {
     let scratch = Scratch::new();
     let root = scratch.folder("nas");
     let Some(_mount) = mount_exfat(&scratch.join("exfat.img"), &root) else {
-        skipped("an exFAT filesystem cannot be mounted here: that needs root, a loop device and /dev/fuse");
+        skipped(
+            "an exFAT filesystem cannot be mounted here: that needs root, a loop device and /dev/fuse",
+        );
         return;
     };
     let hub = Hub::start_new(scratch.path());
-    let spec = SiteSpec { root: Some(root.clone()), ..SiteSpec::default() };
+    let spec = SiteSpec {
+        root: Some(root.clone()),
+        ..SiteSpec::default()
+    };
     let site = Site::start_new(scratch.path(), &hub, "chengdu", &spec);
     let source = scratch.folder("source");
-    for name in ["a:b.png", "what?.png", "Same.png", "same.png", "trailing.", "好.png"] {
+    for name in [
+        "a:b.png",
+        "what?.png",
+        "Same.png",
+        "same.png",
+        "trailing.",
+        "好.png",
+    ] {
         write(&source.join(name), name.as_bytes());
     }
     hub.publish(&source, "dataset/names:v1", &[]);
@@ -159,5 +231,9 @@ fn names_that_the_nas_cannot_hold_are_all_listed() {
     }
     assert!(!message.contains("好.png"), "{message:?}");
     assert!(!site.folder("dataset/names:v1").exists());
-    assert_eq!(find(&root, &|p| p.to_string_lossy().contains("好")), Vec::<std::path::PathBuf>::new(), "nothing is left");
+    assert_eq!(
+        find(&root, &|p| p.to_string_lossy().contains("好")),
+        Vec::<std::path::PathBuf>::new(),
+        "nothing is left"
+    );
 }

@@ -19,7 +19,14 @@ impl Tar {
         Self(tar::Builder::new(Vec::new()))
     }
 
-    fn member(mut self, name: &str, kind: tar::EntryType, link: &str, size: u64, bytes: &[u8]) -> Self {
+    fn member(
+        mut self,
+        name: &str,
+        kind: tar::EntryType,
+        link: &str,
+        size: u64,
+        bytes: &[u8],
+    ) -> Self {
         let mut header = tar::Header::new_gnu();
         // The safe calls refuse what these tests need.
         let old = header.as_old_mut();
@@ -55,12 +62,16 @@ fn layer(text: &str) -> Vec<u8> {
 fn config(layers: &[&[u8]]) -> Vec<u8> {
     let diff_ids: Vec<String> = layers.iter().map(|l| sha256(l)).collect();
     let rootfs = json!({ "type": "layers", "diff_ids": diff_ids });
-    json!({ "architecture": "amd64", "os": "linux", "config": {}, "rootfs": rootfs }).to_string().into_bytes()
+    json!({ "architecture": "amd64", "os": "linux", "config": {}, "rootfs": rootfs })
+        .to_string()
+        .into_bytes()
 }
 
 /// The `manifest.json` of `docker save`.
 fn listing(layers: &[&str]) -> Vec<u8> {
-    json!([{ "Config": "config.json", "RepoTags": ["a:v1"], "Layers": layers }]).to_string().into_bytes()
+    json!([{ "Config": "config.json", "RepoTags": ["a:v1"], "Layers": layers }])
+        .to_string()
+        .into_bytes()
 }
 
 #[track_caller]
@@ -77,8 +88,10 @@ fn docker_archives_that_lie() {
     let (one, two) = (layer("one"), layer("two"));
 
     // First that the archives of this test are taken when they are sound.
-    let sound =
-        Tar::new().file("1/layer.tar", &one).file("config.json", &config(&[&one])).file("manifest.json", &listing(&["1/layer.tar"]));
+    let sound = Tar::new()
+        .file("1/layer.tar", &one)
+        .file("config.json", &config(&[&one]))
+        .file("manifest.json", &listing(&["1/layer.tar"]));
     let file = world.scratch.join("sound.tar");
     write(&file, &sound.bytes());
     world.hub.publish(&file, "image/good:v1", &[]);
@@ -90,17 +103,46 @@ fn docker_archives_that_lie() {
     write(&file, &repeated.bytes());
     world.hub.publish(&file, "image/good:v2", &[]);
 
-    let start = || Tar::new().file("1/layer.tar", &one).file("config.json", &config(&[&one]));
-    refused(&world, "no-manifest.tar", &start().bytes(), &["manifest.json"]);
-    refused(&world, "missing-layer.tar", &start().file("manifest.json", &listing(&["9/layer.tar"])).bytes(), &["9/layer.tar"]);
-    let swapped =
-        Tar::new().file("1/layer.tar", &two).file("config.json", &config(&[&one])).file("manifest.json", &listing(&["1/layer.tar"]));
-    refused(&world, "wrong-layer.tar", &swapped.bytes(), &["1/layer.tar"]);
-    let more = start().file("2/layer.tar", &two).file("manifest.json", &listing(&["1/layer.tar", "2/layer.tar"]));
+    let start = || {
+        Tar::new()
+            .file("1/layer.tar", &one)
+            .file("config.json", &config(&[&one]))
+    };
+    refused(
+        &world,
+        "no-manifest.tar",
+        &start().bytes(),
+        &["manifest.json"],
+    );
+    refused(
+        &world,
+        "missing-layer.tar",
+        &start()
+            .file("manifest.json", &listing(&["9/layer.tar"]))
+            .bytes(),
+        &["9/layer.tar"],
+    );
+    let swapped = Tar::new()
+        .file("1/layer.tar", &two)
+        .file("config.json", &config(&[&one]))
+        .file("manifest.json", &listing(&["1/layer.tar"]));
+    refused(
+        &world,
+        "wrong-layer.tar",
+        &swapped.bytes(),
+        &["1/layer.tar"],
+    );
+    let more = start()
+        .file("2/layer.tar", &two)
+        .file("manifest.json", &listing(&["1/layer.tar", "2/layer.tar"]));
     refused(&world, "count.tar", &more.bytes(), &["diff_id"]);
-    let twice = start().file("1/layer.tar", &two).file("manifest.json", &listing(&["1/layer.tar"]));
+    let twice = start()
+        .file("1/layer.tar", &two)
+        .file("manifest.json", &listing(&["1/layer.tar"]));
     refused(&world, "twice.tar", &twice.bytes(), &["1/layer.tar"]);
-    let climbing = start().file("../evil", b"x").file("manifest.json", &listing(&["1/layer.tar"]));
+    let climbing = start()
+        .file("../evil", b"x")
+        .file("manifest.json", &listing(&["1/layer.tar"]));
     refused(&world, "climbing.tar", &climbing.bytes(), &["../evil"]);
     let cycle = Tar::new()
         .link("a/layer.tar", "../b/layer.tar")
@@ -108,9 +150,24 @@ fn docker_archives_that_lie() {
         .file("config.json", &config(&[&one]))
         .file("manifest.json", &listing(&["a/layer.tar"]));
     refused(&world, "cycle.tar", &cycle.bytes(), &["layer.tar"]);
-    let outside = Tar::new().link("1/layer.tar", "../../../etc/passwd").file("config.json", &config(&[&one]));
-    refused(&world, "outside.tar", &outside.file("manifest.json", &listing(&["1/layer.tar"])).bytes(), &["1/layer.tar"]);
-    let lying = start().member("manifest.json", tar::EntryType::Regular, "", 1 << 40, &listing(&["1/layer.tar"]));
+    let outside = Tar::new()
+        .link("1/layer.tar", "../../../etc/passwd")
+        .file("config.json", &config(&[&one]));
+    refused(
+        &world,
+        "outside.tar",
+        &outside
+            .file("manifest.json", &listing(&["1/layer.tar"]))
+            .bytes(),
+        &["1/layer.tar"],
+    );
+    let lying = start().member(
+        "manifest.json",
+        tar::EntryType::Regular,
+        "",
+        1 << 40,
+        &listing(&["1/layer.tar"]),
+    );
     refused(&world, "lying.tar", &lying.bytes(), &[]);
     refused(&world, "noise.tar", &noise(&mut rng("noise"), 100_000), &[]);
     refused(&world, "empty.tar", b"", &[]);
@@ -142,7 +199,11 @@ fn layout(world: &Refusing, name: &str) -> (PathBuf, Value) {
 
 /// Puts a changed manifest on top of a layout.
 fn set_manifest(layout: &Path, manifest: &Value) {
-    let descriptor = put_blob(layout, "application/vnd.oci.image.manifest.v1+json", manifest.to_string().as_bytes());
+    let descriptor = put_blob(
+        layout,
+        "application/vnd.oci.image.manifest.v1+json",
+        manifest.to_string().as_bytes(),
+    );
     set_top(layout, descriptor);
 }
 
@@ -150,8 +211,11 @@ fn set_manifest(layout: &Path, manifest: &Value) {
 fn oci_layouts_that_lie() {
     let _limit = limit(secs(120));
     let world = Refusing::start();
-    let refused = |layout: &Path, words: &[&str]| drop(world.hub.refuses(layout, "image/bad:v1", &[], 8, words));
-    let digest_of = |manifest: &Value, i: usize| manifest["layers"][i]["digest"].as_str().unwrap().to_owned();
+    let refused = |layout: &Path, words: &[&str]| {
+        drop(world.hub.refuses(layout, "image/bad:v1", &[], 8, words))
+    };
+    let digest_of =
+        |manifest: &Value, i: usize| manifest["layers"][i]["digest"].as_str().unwrap().to_owned();
     let hex = |digest: &str| digest.trim_start_matches("sha256:").to_owned();
 
     let (flipped, manifest) = layout(&world, "flipped");
@@ -185,7 +249,10 @@ fn oci_layouts_that_lie() {
     refused(&escaping, &["digest"]);
 
     let (empty, _) = layout(&world, "empty");
-    write(&empty.join("index.json"), br#"{"schemaVersion":2,"manifests":[]}"#);
+    write(
+        &empty.join("index.json"),
+        br#"{"schemaVersion":2,"manifests":[]}"#,
+    );
     refused(&empty, &[]);
     world.check_clean();
 }
@@ -196,7 +263,10 @@ fn a_bomb_fills_neither_memory_nor_disk() {
     let world = Refusing::start();
     // 1 GiB of white space where a few hundred bytes of JSON belong, in about a megabyte of gzip.
     let path = world.scratch.join("bomb.tar.gz");
-    let mut out = flate2::write::GzEncoder::new(std::fs::File::create(&path).unwrap(), flate2::Compression::fast());
+    let mut out = flate2::write::GzEncoder::new(
+        std::fs::File::create(&path).unwrap(),
+        flate2::Compression::fast(),
+    );
     let mut header = tar::Header::new_gnu();
     header.set_path("manifest.json").unwrap();
     header.set_size(1 << 30);
@@ -208,7 +278,9 @@ fn a_bomb_fills_neither_memory_nor_disk() {
     }
     out.write_all(&[0; 1024]).unwrap();
     out.finish().unwrap();
-    world.hub.refuses(&path, "image/bomb:v1", &[], 8, &["manifest.json"]);
+    world
+        .hub
+        .refuses(&path, "image/bomb:v1", &[], 8, &["manifest.json"]);
     let peak = world.hub.memory("VmHWM");
     assert!(peak < 256 << 20, "the daemon had {peak} bytes resident");
     world.check_clean();

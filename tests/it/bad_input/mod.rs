@@ -1,4 +1,5 @@
-//! Bad input and trouble: each with a named error, the right exit code or state, and nothing left behind.
+//! Bad input and trouble: each with a named error, the right exit code or state, and nothing left
+//! behind.
 
 mod access;
 mod config;
@@ -29,17 +30,35 @@ impl Refusing {
     /// Checks that nothing is listed, and that no scratch or staging file is left.
     #[track_caller]
     fn check_clean(&self) {
-        assert_eq!(self.hub.artifacts(), Vec::<String>::new(), "refused input is listed");
-        assert_eq!(leftovers(&self.hub), Vec::<PathBuf>::new(), "refused input left files behind");
+        assert_eq!(
+            self.hub.artifacts(),
+            Vec::<String>::new(),
+            "refused input is listed"
+        );
+        assert_eq!(
+            leftovers(&self.hub),
+            Vec::<PathBuf>::new(),
+            "refused input left files behind"
+        );
         let kept = disk_usage(&self.hub.data_dir);
-        assert!(kept < 64 << 20, "refused input left {kept} bytes in the store");
+        assert!(
+            kept < 64 << 20,
+            "refused input left {kept} bytes in the store"
+        );
     }
 }
 
 /// Files of a hub under a folder for what is on its way in.
 fn leftovers(hub: &Hub) -> Vec<PathBuf> {
     find(&hub.data_dir, &|path| {
-        let inside = path.strip_prefix(&hub.data_dir).expect("found under it").to_string_lossy().into_owned();
-        path.is_file() && ["scratch/", "staging/", "tmp/", "incoming/"].iter().any(|name| inside.contains(name))
+        let inside = path
+            .strip_prefix(&hub.data_dir)
+            .expect("found under it")
+            .to_string_lossy()
+            .into_owned();
+        path.is_file()
+            && ["scratch/", "staging/", "tmp/", "incoming/"]
+                .iter()
+                .any(|name| inside.contains(name))
     })
 }

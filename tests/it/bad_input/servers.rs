@@ -18,7 +18,11 @@ fn publish_labels(hub: &Hub, scratch: &Scratch, version: &str) -> Vec<labels::Ro
     labels::write_json(&file, &document);
     let dataset_reference = format!("dataset/d:{version}");
     hub.publish(&dataset.root, &dataset_reference, &[]);
-    hub.publish(&file, &format!("labels/l:{version}"), &["--for", &dataset_reference]);
+    hub.publish(
+        &file,
+        &format!("labels/l:{version}"),
+        &["--for", &dataset_reference],
+    );
     coco_rows(&document, &marks, &dataset.root, &format!("l:{version}"))
 }
 
@@ -28,17 +32,29 @@ fn a_database_that_is_down_is_waited_for() {
     let scratch = Scratch::new();
     let mut postgres = Postgres::start_new(&scratch);
     let hub = Hub::start_new(scratch.path());
-    let spec = SiteSpec { labels_sink: Some(postgres.sink(&scratch, "labels")), ..SiteSpec::default() };
+    let spec = SiteSpec {
+        labels_sink: Some(postgres.sink(&scratch, "labels")),
+        ..SiteSpec::default()
+    };
     let mut site = Site::start_new(scratch.path(), &hub, "chengdu", &spec);
     let rows = publish_labels(&hub, &scratch, "v1");
 
     postgres.stop();
     let id = hub.deliver(&["labels/l:v1"], "chengdu").remove(0);
-    let waiting = hub.wait_transfer(&id, "waiting for the database", secs(60), |t| t.has_reason(&["sink_unavailable"]));
-    assert!(waiting.next.is_some() && waiting.message.is_some(), "{waiting:#?}");
+    let waiting = hub.wait_transfer(&id, "waiting for the database", secs(60), |t| {
+        t.has_reason(&["sink_unavailable"])
+    });
+    assert!(
+        waiting.next.is_some() && waiting.message.is_some(),
+        "{waiting:#?}"
+    );
     // Other sinks are not held up.
     data::model(&scratch.join("model"), 100_000);
-    hub.publish(&scratch.join("model"), "model/m:v1", &["--to", "chengdu", "--wait"]);
+    hub.publish(
+        &scratch.join("model"),
+        "model/m:v1",
+        &["--to", "chengdu", "--wait"],
+    );
     // Nor does the site need it to start.
     site.stop();
     site.start_alive();
@@ -56,7 +72,10 @@ fn a_database_without_rights_is_a_failure_that_says_so() {
     postgres.query("postgres", "ALTER DATABASE labels OWNER TO admin");
     postgres.query("labels", "REVOKE CREATE ON DATABASE labels FROM PUBLIC");
     let hub = Hub::start_new(scratch.path());
-    let spec = SiteSpec { labels_sink: Some(postgres.sink(&scratch, "labels")), ..SiteSpec::default() };
+    let spec = SiteSpec {
+        labels_sink: Some(postgres.sink(&scratch, "labels")),
+        ..SiteSpec::default()
+    };
     let mut site = Site::new(scratch.path(), &hub, "chengdu", &spec);
     site.join(&hub, &[]);
     site.start_alive();
@@ -64,21 +83,34 @@ fn a_database_without_rights_is_a_failure_that_says_so() {
     let id = hub.deliver(&["labels/l:v1"], "chengdu").remove(0);
     let failed = hub.wait_transfer(&id, "failed", secs(60), |t| t.state == "failed");
     assert!(failed.has_reason(&["sink_denied"]), "{failed:#?}");
-    assert!(!failed.message.unwrap_or_default().contains("läb"), "a message never holds a secret");
+    assert!(
+        !failed.message.unwrap_or_default().contains("läb"),
+        "a message never holds a secret"
+    );
 
-    postgres.query("postgres", &format!("ALTER DATABASE labels OWNER TO {ROLE}"));
+    postgres.query(
+        "postgres",
+        &format!("ALTER DATABASE labels OWNER TO {ROLE}"),
+    );
     hub.cli(&["retry", &id]).expect(0);
     hub.wait_done(&id, secs(60));
     assert_eq!(Reader::Postgres(&postgres, "labels").current("l"), rows);
 
     // A password that is no longer good, noticed at the next delivery.
     postgres.query("postgres", &format!("ALTER ROLE {ROLE} PASSWORD 'another'"));
-    postgres.query("postgres", &format!("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = '{ROLE}'"));
+    postgres.query(
+        "postgres",
+        &format!("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = '{ROLE}'"),
+    );
     publish_labels(&hub, &scratch, "v2");
     let id = hub.deliver(&["labels/l:v2"], "chengdu").remove(0);
     let failed = hub.wait_transfer(&id, "failed", secs(60), |t| t.state == "failed");
     assert!(failed.has_reason(&["sink_denied"]), "{failed:#?}");
-    assert_eq!(Reader::Postgres(&postgres, "labels").current("l"), rows, "readers keep what they had");
+    assert_eq!(
+        Reader::Postgres(&postgres, "labels").current("l"),
+        rows,
+        "readers keep what they had"
+    );
 }
 
 #[test]
@@ -87,13 +119,23 @@ fn a_registry_that_is_down_is_waited_for() {
     let scratch = Scratch::new();
     let mut registry = Registry::basic(&scratch, "registry");
     let hub = Hub::start_new(scratch.path());
-    let spec = SiteSpec { images_sink: Some(registry.sink(&scratch)), ..SiteSpec::default() };
+    let spec = SiteSpec {
+        images_sink: Some(registry.sink(&scratch)),
+        ..SiteSpec::default()
+    };
     let _site = Site::start_new(scratch.path(), &hub, "chengdu", &spec);
     hub.publish(&images::small().join("oci.tar"), "image/app:v1", &[]);
     registry.stop();
     let id = hub.deliver(&["image/app:v1"], "chengdu").remove(0);
-    let waiting = hub.wait_transfer(&id, "waiting for the registry", secs(60), |t| t.has_reason(&["sink_unavailable"]));
-    assert!(waiting.message.is_some_and(|m| m.contains(&registry.host())), "it says which");
+    let waiting = hub.wait_transfer(&id, "waiting for the registry", secs(60), |t| {
+        t.has_reason(&["sink_unavailable"])
+    });
+    assert!(
+        waiting
+            .message
+            .is_some_and(|m| m.contains(&registry.host())),
+        "it says which"
+    );
     registry.start();
     hub.wait_done(&id, secs(120));
     let digest = hub.json(&["show", "image/app:v1"])["info"]["digest"].clone();
@@ -104,12 +146,25 @@ fn a_registry_that_is_down_is_waited_for() {
 fn a_registry_that_refuses_is_a_failure_that_says_so() {
     let _limit = limit(secs(200));
     let scratch = Scratch::new();
-    for registry in [Registry::basic(&scratch, "basic"), Registry::bearer(&scratch, "bearer")] {
+    for registry in [
+        Registry::basic(&scratch, "basic"),
+        Registry::bearer(&scratch, "bearer"),
+    ] {
         let hub = Hub::start_new(&scratch.folder(&format!("with-{}", registry.host())));
         let images_sink = registry.sink(&scratch);
-        let password = images_sink.split("password_file = \"").nth(1).unwrap().split('"').next().unwrap().to_owned();
+        let password = images_sink
+            .split("password_file = \"")
+            .nth(1)
+            .unwrap()
+            .split('"')
+            .next()
+            .unwrap()
+            .to_owned();
         std::fs::write(&password, "wrong").unwrap();
-        let spec = SiteSpec { images_sink: Some(images_sink), ..SiteSpec::default() };
+        let spec = SiteSpec {
+            images_sink: Some(images_sink),
+            ..SiteSpec::default()
+        };
         let dir = hub.config.parent().unwrap().to_owned();
         let mut site = Site::new(&dir, &hub, "chengdu", &spec);
         site.join(&hub, &[]);
@@ -118,7 +173,10 @@ fn a_registry_that_refuses_is_a_failure_that_says_so() {
         let id = hub.deliver(&["image/app:v1"], "chengdu").remove(0);
         let failed = hub.wait_transfer(&id, "failed", secs(60), |t| t.state == "failed");
         assert!(failed.has_reason(&["sink_denied"]), "{failed:#?}");
-        assert!(failed.next.is_some_and(|n| n.contains("password")), "it says what to look at");
+        assert!(
+            failed.next.is_some_and(|n| n.contains("password")),
+            "it says what to look at"
+        );
 
         std::fs::write(&password, PASSWORD).unwrap();
         site.stop();

@@ -19,7 +19,8 @@ pub(crate) fn bound(program: impl AsRef<OsStr>) -> Command {
 /// The same as another user, by number; only root can.
 pub(crate) fn bound_as(user: u32, group: u32, program: impl AsRef<OsStr>) -> Command {
     let mut command = Command::new("setpriv");
-    // One setpriv changes the user and then asks for the signal: a change of user would take it away again.
+    // One setpriv changes the user and then asks for the signal: a change of user would take it
+    // away again.
     command
         .arg(format!("--reuid={user}"))
         .arg(format!("--regid={group}"))
@@ -43,7 +44,11 @@ impl Output {
     /// Checks the exit code; panics with all that was said when it is another.
     #[track_caller]
     pub(crate) fn expect(self, code: i32) -> Self {
-        assert_eq!(self.code, code, "the exit code is not the expected one\nstdout: {}\nstderr: {}", self.out, self.err);
+        assert_eq!(
+            self.code, code,
+            "the exit code is not the expected one\nstdout: {}\nstderr: {}",
+            self.out, self.err
+        );
         self
     }
 
@@ -52,7 +57,12 @@ impl Output {
     pub(crate) fn says(self, words: &[&str]) -> Self {
         let said = self.err.to_lowercase();
         for word in words {
-            assert!(said.contains(&word.to_lowercase()), "{word:?} is not in stderr:\n{}\nstdout: {}", self.err, self.out);
+            assert!(
+                said.contains(&word.to_lowercase()),
+                "{word:?} is not in stderr:\n{}\nstdout: {}",
+                self.err,
+                self.out
+            );
         }
         self
     }
@@ -60,7 +70,12 @@ impl Output {
     /// Standard output as JSON.
     #[track_caller]
     pub(crate) fn json(&self) -> serde_json::Value {
-        serde_json::from_str(&self.out).unwrap_or_else(|e| panic!("stdout is not JSON: {e}\nstdout: {}\nstderr: {}", self.out, self.err))
+        serde_json::from_str(&self.out).unwrap_or_else(|e| {
+            panic!(
+                "stdout is not JSON: {e}\nstdout: {}\nstderr: {}",
+                self.out, self.err
+            )
+        })
     }
 }
 
@@ -85,8 +100,12 @@ pub(crate) fn run(command: &mut Command, limit: Duration) -> Output {
     let mut out = tempfile::tempfile().expect("a file for stdout");
     let mut err = tempfile::tempfile().expect("a file for stderr");
     command.stdin(Stdio::null());
-    command.stdout(out.try_clone().expect("a handle for stdout")).stderr(err.try_clone().expect("a handle for stderr"));
-    let mut child = command.spawn().unwrap_or_else(|e| panic!("{command:?} does not start: {e}"));
+    command
+        .stdout(out.try_clone().expect("a handle for stdout"))
+        .stderr(err.try_clone().expect("a handle for stderr"));
+    let mut child = command
+        .spawn()
+        .unwrap_or_else(|e| panic!("{command:?} does not start: {e}"));
     let status = wait(&mut child, limit);
     if status.is_none() {
         let _ = child.kill();
@@ -94,12 +113,20 @@ pub(crate) fn run(command: &mut Command, limit: Duration) -> Output {
     }
     let text = |file: &mut File| {
         let mut bytes = Vec::new();
-        file.rewind().and_then(|()| file.read_to_end(&mut bytes)).expect("read what a command said");
+        file.rewind()
+            .and_then(|()| file.read_to_end(&mut bytes))
+            .expect("read what a command said");
         String::from_utf8_lossy(&bytes).into_owned()
     };
     let (out, err) = (text(&mut out), text(&mut err));
-    let Some(status) = status else { panic!("{command:?} did not end within {limit:?}\nstdout: {out}\nstderr: {err}") };
-    Output { code: status.code().unwrap_or(-1), out, err }
+    let Some(status) = status else {
+        panic!("{command:?} did not end within {limit:?}\nstdout: {out}\nstderr: {err}")
+    };
+    Output {
+        code: status.code().unwrap_or(-1),
+        out,
+        err,
+    }
 }
 
 /// Runs a tool that must succeed, within two minutes, and returns what it said on standard output.
@@ -112,6 +139,10 @@ pub(crate) fn tool(program: &str, args: &[&str]) -> String {
 #[track_caller]
 pub(crate) fn tool_in(dir: &Path, program: &str, args: &[&str]) -> String {
     let output = run(bound(program).args(args).current_dir(dir), secs(120));
-    assert_eq!(output.code, 0, "{program} {args:?} failed\nstdout: {}\nstderr: {}", output.out, output.err);
+    assert_eq!(
+        output.code, 0,
+        "{program} {args:?} failed\nstdout: {}\nstderr: {}",
+        output.out, output.err
+    );
     output.out
 }

@@ -32,7 +32,10 @@ fn clean(command: &mut Command) -> &mut Command {
             command.env_remove(name);
         }
     }
-    command.env("NO_COLOR", "1").env("SOME_API_KEY", "a secret that a daemon gives to no trainer").env_remove("RUST_LOG")
+    command
+        .env("NO_COLOR", "1")
+        .env("SOME_API_KEY", "a secret that a daemon gives to no trainer")
+        .env_remove("RUST_LOG")
 }
 
 /// The bytes of a transfer.
@@ -73,13 +76,21 @@ impl Transfer {
         self.reason.as_deref().is_some_and(|r| reasons.contains(&r))
     }
 
-    /// Checks that none of its bytes is fewer than before: what was counted stays counted, whoever is killed or cut off in between.
-    /// Only a retry of what was done or cancelled begins at nothing.
+    /// Checks that none of its bytes is fewer than before: what was counted stays counted, whoever
+    /// is killed or cut off in between. Only a retry of what was done or cancelled begins at
+    /// nothing.
     #[track_caller]
     fn check_goes_on_from(&self, was: &Self) {
         let counts = |b: Bytes| [b.reused, b.resumed, b.received, b.committed, b.wire];
-        let goes_on = counts(was.bytes).into_iter().zip(counts(self.bytes)).all(|(was, now)| now >= was);
-        assert!(goes_on, "the progress of transfer {} went back: from {was:#?} to {self:#?}", self.id);
+        let goes_on = counts(was.bytes)
+            .into_iter()
+            .zip(counts(self.bytes))
+            .all(|(was, now)| now >= was);
+        assert!(
+            goes_on,
+            "the progress of transfer {} went back: from {was:#?} to {self:#?}",
+            self.id
+        );
     }
 }
 
@@ -101,10 +112,20 @@ impl Daemon {
         std::fs::write(&config, config_text).expect("write a config");
         let log = dir.join(format!("{name}.log"));
         register_log(&log);
-        Self { name: name.into(), config, data_dir: dir.join(name), api, log, program: PACKHORSE.into(), user: None, child: None }
+        Self {
+            name: name.into(),
+            config,
+            data_dir: dir.join(name),
+            api,
+            log,
+            program: PACKHORSE.into(),
+            user: None,
+            child: None,
+        }
     }
 
-    /// Runs the daemon from now on as this user, from a copy of the program that this user can reach.
+    /// Runs the daemon from now on as this user, from a copy of the program that this user can
+    /// reach.
     pub(crate) fn run_as(&mut self, user: u32) {
         let dir = self.config.parent().expect("a config has a folder");
         let program = dir.join("packhorse-copy");
@@ -121,13 +142,22 @@ impl Daemon {
     /// Starts the process and does not wait.
     pub(crate) fn spawn(&mut self) {
         assert!(self.child.is_none(), "{} runs already", self.name);
-        let log = File::options().create(true).append(true).open(&self.log).expect("open the daemon's log");
+        let log = File::options()
+            .create(true)
+            .append(true)
+            .open(&self.log)
+            .expect("open the daemon's log");
         let mut command = match self.user {
             Some(user) => bound_as(user, user, &self.program),
             None => bound(&self.program),
         };
-        clean(&mut command).arg("serve").arg("--config").arg(&self.config);
-        command.stdout(log.try_clone().expect("a handle for the log")).stderr(log);
+        clean(&mut command)
+            .arg("serve")
+            .arg("--config")
+            .arg(&self.config);
+        command
+            .stdout(log.try_clone().expect("a handle for the log"))
+            .stderr(log);
         self.child = Some(command.spawn().expect("start a daemon"));
     }
 
@@ -161,11 +191,19 @@ impl Daemon {
         self.child.as_ref().expect("the daemon runs").id()
     }
 
-    /// A line of `/proc/PID/status` that counts kilobytes, in bytes: `VmRSS` is resident now, `VmHWM` the most ever.
+    /// A line of `/proc/PID/status` that counts kilobytes, in bytes: `VmRSS` is resident now,
+    /// `VmHWM` the most ever.
     pub(crate) fn memory(&self, field: &str) -> u64 {
-        let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid())).expect("the daemon runs");
-        let line = status.lines().find(|l| l.starts_with(field)).unwrap_or_else(|| panic!("no {field} in /proc"));
-        let kilobytes = line.split_whitespace().nth(1).and_then(|n| n.parse::<u64>().ok());
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid()))
+            .expect("the daemon runs");
+        let line = status
+            .lines()
+            .find(|l| l.starts_with(field))
+            .unwrap_or_else(|| panic!("no {field} in /proc"));
+        let kilobytes = line
+            .split_whitespace()
+            .nth(1)
+            .and_then(|n| n.parse::<u64>().ok());
         kilobytes.expect("/proc counts in numbers") << 10
     }
 
@@ -195,7 +233,11 @@ impl Daemon {
         let pid = Pid::from_child(&child);
         kill_process(pid, Signal::TERM).expect("signal the daemon");
         match wait(&mut child, secs(20)) {
-            Some(status) => assert!(status.success(), "{} was asked to stop and ended with {status}", self.name),
+            Some(status) => assert!(
+                status.success(),
+                "{} was asked to stop and ended with {status}",
+                self.name
+            ),
             None => {
                 let _ = child.kill();
                 let _ = child.wait();
@@ -206,7 +248,9 @@ impl Daemon {
 
     /// Whether the process still runs.
     pub(crate) fn is_running(&mut self) -> bool {
-        self.child.as_mut().is_some_and(|child| child.try_wait().expect("look at the daemon").is_none())
+        self.child
+            .as_mut()
+            .is_some_and(|child| child.try_wait().expect("look at the daemon").is_none())
     }
 
     /// What it has logged.
@@ -217,7 +261,10 @@ impl Daemon {
     /// Replaces text in its config, for the next start.
     pub(crate) fn edit_config(&self, from: &str, to: &str) {
         let text = std::fs::read_to_string(&self.config).expect("read a config");
-        assert!(text.contains(from), "{from:?} is not in the config:\n{text}");
+        assert!(
+            text.contains(from),
+            "{from:?} is not in the config:\n{text}"
+        );
         std::fs::write(&self.config, text.replace(from, to)).expect("write a config");
     }
 
@@ -236,7 +283,10 @@ impl Daemon {
     /// A command against this daemon, to be run.
     pub(crate) fn command(&self, args: &[&str]) -> Command {
         let mut command = bound(PACKHORSE);
-        clean(&mut command).args(args).arg("--config").arg(&self.config);
+        clean(&mut command)
+            .args(args)
+            .arg("--config")
+            .arg(&self.config);
         command
     }
 
@@ -251,16 +301,29 @@ impl Daemon {
     #[track_caller]
     pub(crate) fn publish(&self, source: &Path, reference: &str, more: &[&str]) -> Value {
         let source = source.to_str().expect("paths of fixtures are UTF-8");
-        let args: Vec<&str> = ["publish", source, "--as", reference].into_iter().chain(more.iter().copied()).collect();
+        let args: Vec<&str> = ["publish", source, "--as", reference]
+            .into_iter()
+            .chain(more.iter().copied())
+            .collect();
         self.json(&args)
     }
 
-    /// Publishes what must be refused: the exit code, and words that standard error must contain. Nothing may be
-    /// listed afterwards.
+    /// Publishes what must be refused: the exit code, and words that standard error must contain.
+    /// Nothing may be listed afterwards.
     #[track_caller]
-    pub(crate) fn refuses(&self, source: &Path, reference: &str, more: &[&str], code: i32, words: &[&str]) -> Output {
+    pub(crate) fn refuses(
+        &self,
+        source: &Path,
+        reference: &str,
+        more: &[&str],
+        code: i32,
+        words: &[&str],
+    ) -> Output {
         let source = source.to_str().expect("paths of fixtures are UTF-8");
-        let args: Vec<&str> = ["publish", source, "--as", reference].into_iter().chain(more.iter().copied()).collect();
+        let args: Vec<&str> = ["publish", source, "--as", reference]
+            .into_iter()
+            .chain(more.iter().copied())
+            .collect();
         let output = self.cli(&args).expect(code).says(words);
         assert_eq!(output.out, "", "what failed must print nothing on stdout");
         self.cli(&["show", reference]).expect(5);
@@ -277,27 +340,39 @@ impl Daemon {
     #[track_caller]
     pub(crate) fn metric(&self, name: &str) -> u64 {
         let (code, text) = self.get("/metrics");
-        let value = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' ')?.parse().ok());
+        let value = text
+            .lines()
+            .find_map(|line| line.strip_prefix(name)?.strip_prefix(' ')?.parse().ok());
         value.unwrap_or_else(|| panic!("no {name} in the metrics ({code}):\n{text}"))
     }
 
     /// A GET of a list: how many rows it has, and the cursor to go on from.
     pub(crate) fn get_rows(&self, path: &str) -> (usize, u64) {
-        let (head, body) = get_whole(self.api, path, &self.token_header()).expect("the daemon answers");
-        let rows: Vec<Value> = serde_json::from_str(&body).unwrap_or_else(|e| panic!("{path} is no list: {e}\n{body}"));
-        let cursor = head.lines().find_map(|line| line.strip_prefix("x-packhorse-cursor: ")).expect("a list has a cursor");
+        let (head, body) =
+            get_whole(self.api, path, &self.token_header()).expect("the daemon answers");
+        let rows: Vec<Value> = serde_json::from_str(&body)
+            .unwrap_or_else(|e| panic!("{path} is no list: {e}\n{body}"));
+        let cursor = head
+            .lines()
+            .find_map(|line| line.strip_prefix("x-packhorse-cursor: "))
+            .expect("a list has a cursor");
         (rows.len(), cursor.parse().expect("a cursor is a number"))
     }
 
     fn token_header(&self) -> String {
-        let token = std::fs::read_to_string(self.data_dir.join("api-token")).expect("the daemon has a token");
+        let token = std::fs::read_to_string(self.data_dir.join("api-token"))
+            .expect("the daemon has a token");
         format!("X-Packhorse-Token: {}\r\n", token.trim())
     }
 
     /// Delivers; the ids of the transfers.
     #[track_caller]
     pub(crate) fn deliver(&self, references: &[&str], to: &str) -> Vec<String> {
-        let args: Vec<&str> = ["deliver"].into_iter().chain(references.iter().copied()).chain(["--to", to]).collect();
+        let args: Vec<&str> = ["deliver"]
+            .into_iter()
+            .chain(references.iter().copied())
+            .chain(["--to", to])
+            .collect();
         ids(&self.json(&args))
     }
 
@@ -314,27 +389,41 @@ impl Daemon {
     pub(crate) fn transfers(&self, args: &[&str]) -> Vec<Transfer> {
         let args: Vec<&str> = ["status"].into_iter().chain(args.iter().copied()).collect();
         let value = self.json(&args);
-        serde_json::from_value(value.clone()).unwrap_or_else(|e| panic!("status is not a list of transfers: {e}\n{value:#}"))
+        serde_json::from_value(value.clone())
+            .unwrap_or_else(|e| panic!("status is not a list of transfers: {e}\n{value:#}"))
     }
 
-    /// Waits until a transfer looks as wanted, and returns it; panics when it ends in another way, or when its progress goes back
-    /// while it is watched.
+    /// Waits until a transfer looks as wanted, and returns it; panics when it ends in another way,
+    /// or when its progress goes back while it is watched.
     #[track_caller]
-    pub(crate) fn wait_transfer(&self, id: &str, what: &str, limit: Duration, wanted: impl Fn(&Transfer) -> bool) -> Transfer {
+    pub(crate) fn wait_transfer(
+        &self,
+        id: &str,
+        what: &str,
+        limit: Duration,
+        wanted: impl Fn(&Transfer) -> bool,
+    ) -> Transfer {
         let mut last = None;
         let deadline = std::time::Instant::now() + limit;
         loop {
             let now = self.transfer(id);
-            // Whoever retries it does so before he waits: all that is seen here is of one generation.
+            // Whoever retries it does so before he waits: all that is seen here is of one
+            // generation.
             if let Some(was) = &last {
                 now.check_goes_on_from(was);
             }
             if wanted(&now) {
                 return now;
             }
-            assert!(!now.is_final(), "transfer {id} ended and is not {what}: {now:#?}");
+            assert!(
+                !now.is_final(),
+                "transfer {id} ended and is not {what}: {now:#?}"
+            );
             last.replace(now);
-            assert!(std::time::Instant::now() < deadline, "transfer {id} is not {what} after {limit:?}: {last:#?}");
+            assert!(
+                std::time::Instant::now() < deadline,
+                "transfer {id} is not {what} after {limit:?}: {last:#?}"
+            );
             std::thread::sleep(Duration::from_millis(50));
         }
     }
@@ -360,7 +449,14 @@ impl Daemon {
     pub(crate) fn artifacts(&self) -> Vec<String> {
         let value = self.json(&["artifacts"]);
         let list = value.as_array().expect("artifacts is a list");
-        list.iter().map(|a| a["artifact"].as_str().expect("an artifact has a name").to_owned()).collect()
+        list.iter()
+            .map(|a| {
+                a["artifact"]
+                    .as_str()
+                    .expect("an artifact has a name")
+                    .to_owned()
+            })
+            .collect()
     }
 }
 
@@ -376,8 +472,12 @@ impl Drop for Daemon {
 /// The ids in an answer of `publish` or `deliver`.
 #[track_caller]
 pub(crate) fn ids(answer: &Value) -> Vec<String> {
-    let list = answer["transfers"].as_array().unwrap_or_else(|| panic!("no list of transfers in {answer}"));
-    list.iter().map(|id| id.as_str().expect("an id is text").to_owned()).collect()
+    let list = answer["transfers"]
+        .as_array()
+        .unwrap_or_else(|| panic!("no list of transfers in {answer}"));
+    list.iter()
+        .map(|id| id.as_str().expect("an id is text").to_owned())
+        .collect()
 }
 
 /// A GET without any token: status and body. `None` when nothing listens there.
@@ -394,7 +494,11 @@ fn get_with(address: SocketAddr, path: &str, headers: &str) -> Option<(u16, Stri
 fn get_whole(address: SocketAddr, path: &str, headers: &str) -> Option<(String, String)> {
     let mut stream = TcpStream::connect_timeout(&address, secs(2)).ok()?;
     stream.set_read_timeout(Some(secs(10))).ok()?;
-    write!(stream, "GET {path} HTTP/1.1\r\nHost: {address}\r\n{headers}Connection: close\r\n\r\n").ok()?;
+    write!(
+        stream,
+        "GET {path} HTTP/1.1\r\nHost: {address}\r\n{headers}Connection: close\r\n\r\n"
+    )
+    .ok()?;
     let mut bytes = Vec::new();
     stream.read_to_end(&mut bytes).ok()?;
     let text = String::from_utf8_lossy(&bytes);
@@ -414,9 +518,14 @@ impl Hub {
     pub(crate) fn new(dir: &Path) -> Self {
         let (api, quic) = (local(free_port()), local(free_port()));
         let data_dir = dir.join("hub");
-        let text =
-            format!("role = \"hub\"\nname = \"hub\"\ndata_dir = {}\n[listen]\napi = \"{api}\"\nquic = \"{quic}\"\n", quoted(&data_dir));
-        Self { daemon: Daemon::new(dir, "hub", api, &text), quic }
+        let text = format!(
+            "role = \"hub\"\nname = \"hub\"\ndata_dir = {}\n[listen]\napi = \"{api}\"\nquic = \"{quic}\"\n",
+            quoted(&data_dir)
+        );
+        Self {
+            daemon: Daemon::new(dir, "hub", api, &text),
+            quic,
+        }
     }
 
     /// A hub that is ready.
@@ -435,18 +544,32 @@ impl Hub {
         }
         let out = self.cli(&args).expect(0).out;
         let token = out.trim().to_owned();
-        assert!(!token.is_empty() && !token.contains(char::is_whitespace), "token create prints the token alone: {out:?}");
+        assert!(
+            !token.is_empty() && !token.contains(char::is_whitespace),
+            "token create prints the token alone: {out:?}"
+        );
         token
     }
 
     /// Waits until the hub sees a site come or go.
     #[track_caller]
     pub(crate) fn wait_online(&self, site: &str, online: bool, limit: Duration) {
-        wait_for(&format!("site {site} is {} in sites", if online { "online" } else { "offline" }), limit, || {
-            let sites = self.json(&["sites"]);
-            let found = sites.as_array()?.iter().find(|s| s["name"] == site)?.clone();
-            (found["online"] == online).then_some(())
-        });
+        wait_for(
+            &format!(
+                "site {site} is {} in sites",
+                if online { "online" } else { "offline" }
+            ),
+            limit,
+            || {
+                let sites = self.json(&["sites"]);
+                let found = sites
+                    .as_array()?
+                    .iter()
+                    .find(|s| s["name"] == site)?
+                    .clone();
+                (found["online"] == online).then_some(())
+            },
+        );
     }
 }
 
@@ -497,12 +620,21 @@ impl Site {
     pub(crate) fn new(dir: &Path, hub: &Hub, name: &str, spec: &SiteSpec<'_>) -> Self {
         let api = local(free_port());
         let through = spec.through.unwrap_or(hub.quic);
-        let root = spec.root.clone().unwrap_or_else(|| dir.join(format!("{name}-nas")));
+        let root = spec
+            .root
+            .clone()
+            .unwrap_or_else(|| dir.join(format!("{name}-nas")));
         std::fs::create_dir_all(&root).expect("make the NAS");
         let labels_db = dir.join(format!("{name}-labels.db"));
         let layout = dir.join(format!("{name}-images"));
-        let labels_sink = spec.labels_sink.clone().unwrap_or_else(|| format!("url = \"sqlite://{}\"", labels_db.display()));
-        let images_sink = spec.images_sink.clone().unwrap_or_else(|| format!("url = \"oci-layout:{}\"", layout.display()));
+        let labels_sink = spec
+            .labels_sink
+            .clone()
+            .unwrap_or_else(|| format!("url = \"sqlite://{}\"", labels_db.display()));
+        let images_sink = spec
+            .images_sink
+            .clone()
+            .unwrap_or_else(|| format!("url = \"oci-layout:{}\"", layout.display()));
         let text = format!(
             "role = \"site\"\nname = \"{name}\"\ndata_dir = {}\n\n[listen]\napi = \"{api}\"\n\n[hub]\naddress = \"{through}\"\n\n\
              [sink.files]\nroot = {}\n\n[sink.labels]\n{labels_sink}\n\n[sink.images]\n{images_sink}\n\n{}\n",
@@ -510,7 +642,13 @@ impl Site {
             quoted(&root),
             spec.more,
         );
-        Self { daemon: Daemon::new(dir, name, api, &text), root, labels_db, layout, through }
+        Self {
+            daemon: Daemon::new(dir, name, api, &text),
+            root,
+            labels_db,
+            layout,
+            through,
+        }
     }
 
     /// Enrols it.
@@ -519,8 +657,19 @@ impl Site {
         let token = hub.token(&self.name, labels);
         let said = self.join_with(&token).expect(0).out;
         let certificate = self.data_dir.join("identity/site.pem");
-        assert!(said.starts_with(&format!("site {} joined the hub at {}; ", self.name, self.through)), "{said}");
-        assert!(said.contains(certificate.to_str().unwrap()) && certificate.exists() && said.lines().count() == 1, "{said}");
+        assert!(
+            said.starts_with(&format!(
+                "site {} joined the hub at {}; ",
+                self.name, self.through
+            )),
+            "{said}"
+        );
+        assert!(
+            said.contains(certificate.to_str().unwrap())
+                && certificate.exists()
+                && said.lines().count() == 1,
+            "{said}"
+        );
     }
 
     /// Tries to enrol it with a token.
@@ -541,7 +690,15 @@ impl Site {
     /// The same behind a line of its own.
     pub(crate) fn start_behind(dir: &Path, hub: &Hub, name: &str) -> (Line, Self) {
         let line = Line::to(hub.quic);
-        let site = Self::start_new(dir, hub, name, &SiteSpec { through: Some(line.address()), ..SiteSpec::default() });
+        let site = Self::start_new(
+            dir,
+            hub,
+            name,
+            &SiteSpec {
+                through: Some(line.address()),
+                ..SiteSpec::default()
+            },
+        );
         (line, site)
     }
 
@@ -554,18 +711,24 @@ impl Site {
     #[track_caller]
     pub(crate) fn current(&self, series: &str) -> String {
         let path = self.root.join(series).join("CURRENT");
-        let text = std::fs::read_to_string(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+        let text =
+            std::fs::read_to_string(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
         text.trim().to_owned()
     }
 
-    /// Files in staging or other hidden folders of the NAS: what a transfer that ended must not leave behind.
+    /// Files in staging or other hidden folders of the NAS: what a transfer that ended must not
+    /// leave behind.
     pub(crate) fn leftovers(&self) -> Vec<PathBuf> {
         super::find(&self.root, &|path| {
             let inside = path.strip_prefix(&self.root).expect("found under the root");
-            let hidden = inside.components().next().is_some_and(|c| c.as_os_str().to_string_lossy().starts_with('.'));
+            let hidden = inside
+                .components()
+                .next()
+                .is_some_and(|c| c.as_os_str().to_string_lossy().starts_with('.'));
             // The notes of what stands are Packhorse's own and stay.
-            let note =
-                inside.starts_with(".packhorse/versions") || inside.starts_with(".packhorse/sites") || inside == Path::new(".packhorse/id");
+            let note = inside.starts_with(".packhorse/versions")
+                || inside.starts_with(".packhorse/sites")
+                || inside == Path::new(".packhorse/id");
             hidden && !note && path.metadata().is_ok_and(|m| m.is_file() && m.len() > 0)
         })
     }

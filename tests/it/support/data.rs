@@ -21,7 +21,8 @@ pub(crate) fn noise(rng: &mut StdRng, len: usize) -> Vec<u8> {
 
 /// Writes a file, its folders with it.
 pub(crate) fn write(path: &Path, bytes: &[u8]) {
-    std::fs::create_dir_all(path.parent().expect("a file stands in a folder")).expect("make a folder");
+    std::fs::create_dir_all(path.parent().expect("a file stands in a folder"))
+        .expect("make a folder");
     std::fs::write(path, bytes).unwrap_or_else(|e| panic!("write {}: {e}", path.display()));
 }
 
@@ -44,7 +45,11 @@ pub(crate) fn png(rng: &mut StdRng, width: u32, height: u32) -> Vec<u8> {
     header.extend(height.to_be_bytes());
     header.extend([8, 0, 0, 0, 0]); // 8 bits, grey, no options
     let mut png = b"\x89PNG\r\n\x1a\n".to_vec();
-    for (name, body) in [(b"IHDR", header), (b"IDAT", deflated.finish().expect("write to memory")), (b"IEND", Vec::new())] {
+    for (name, body) in [
+        (b"IHDR", header),
+        (b"IDAT", deflated.finish().expect("write to memory")),
+        (b"IEND", Vec::new()),
+    ] {
         png.extend((body.len() as u32).to_be_bytes());
         let mut crc = flate2::Crc::new();
         crc.update(name);
@@ -71,15 +76,24 @@ pub(crate) struct Dataset {
     pub(crate) photos: Vec<Photo>,
 }
 
-/// A dataset as factories have them: Chinese names, sub-folders, an empty folder, links, odd modes, an empty file.
+/// A dataset as factories have them: Chinese names, sub-folders, an empty folder, links, odd modes,
+/// an empty file.
 pub(crate) fn dataset(root: &Path, photos: usize) -> Dataset {
     let mut rng = rng("dataset");
     let mut made = Vec::new();
     for i in 0..photos {
         let (width, height) = (rng.random_range(32..160), rng.random_range(24..120));
-        let path = format!("产线{}/相机-{}/缺陷 {i:04}.png", i % 3 + 1, ["甲", "乙"][i % 2]);
+        let path = format!(
+            "产线{}/相机-{}/缺陷 {i:04}.png",
+            i % 3 + 1,
+            ["甲", "乙"][i % 2]
+        );
         write(&root.join(&path), &png(&mut rng, width, height));
-        made.push(Photo { path, width, height });
+        made.push(Photo {
+            path,
+            width,
+            height,
+        });
     }
     write(&root.join("说明.txt"), "数据集说明\n".as_bytes());
     write(&root.join("空文件"), b"");
@@ -91,10 +105,14 @@ pub(crate) fn dataset(root: &Path, photos: usize) -> Dataset {
     chmod(&root.join("待标注"), 0o750);
     symlink(&made[0].path, root.join("latest.png")).expect("link to a file");
     symlink("../产线1", root.join("tools/line")).expect("link to a folder");
-    Dataset { root: root.into(), photos: made }
+    Dataset {
+        root: root.into(),
+        photos: made,
+    }
 }
 
-/// The next version beside it: files changed, added, removed and moved. Returns it with the bytes that are new.
+/// The next version beside it: files changed, added, removed and moved. Returns it with the bytes
+/// that are new.
 pub(crate) fn next_dataset(v1: &Dataset, root: &Path) -> (Dataset, u64) {
     copy_tree(&v1.root, root);
     let mut rng = rng("next dataset");
@@ -107,7 +125,8 @@ pub(crate) fn next_dataset(v1: &Dataset, root: &Path) -> (Dataset, u64) {
     }
     for photo in &mut photos[6..26] {
         let moved = format!("归档/{}", photo.path);
-        std::fs::create_dir_all(root.join(&moved).parent().expect("it has a folder")).expect("make a folder");
+        std::fs::create_dir_all(root.join(&moved).parent().expect("it has a folder"))
+            .expect("make a folder");
         std::fs::rename(root.join(&photo.path), root.join(&moved)).expect("move a file");
         photo.path = moved;
     }
@@ -115,13 +134,23 @@ pub(crate) fn next_dataset(v1: &Dataset, root: &Path) -> (Dataset, u64) {
         std::fs::remove_file(root.join(&photo.path)).expect("remove a file");
     }
     for i in 0..4 {
-        let photo = Photo { path: format!("新增/缺陷 {i}.png"), width: 100, height: 80 };
+        let photo = Photo {
+            path: format!("新增/缺陷 {i}.png"),
+            width: 100,
+            height: 80,
+        };
         let bytes = png(&mut rng, photo.width, photo.height);
         new_bytes += bytes.len() as u64;
         write(&root.join(&photo.path), &bytes);
         photos.push(photo);
     }
-    (Dataset { root: root.into(), photos }, new_bytes)
+    (
+        Dataset {
+            root: root.into(),
+            photos,
+        },
+        new_bytes,
+    )
 }
 
 /// An operator project: many small text files, some of them programs.
@@ -130,14 +159,21 @@ pub(crate) fn operator(root: &Path) {
         for module in 0..15 {
             let mut text = format!("\"\"\"Operator {package}, module {module}.\"\"\"\n\n\n");
             for function in 0..20 {
-                text +=
-                    &format!("def step_{function}(image, threshold=0.{function}):\n    return {package}_{module}(image) > threshold\n\n\n");
+                text += &format!(
+                    "def step_{function}(image, threshold=0.{function}):\n    return {package}_{module}(image) > threshold\n\n\n"
+                );
             }
-            write(&root.join(format!("src/{package}/module_{module}.py")), text.as_bytes());
+            write(
+                &root.join(format!("src/{package}/module_{module}.py")),
+                text.as_bytes(),
+            );
         }
         write(&root.join(format!("src/{package}/__init__.py")), b"");
     }
-    write(&root.join("run.sh"), b"#!/bin/sh\nexec python3 -m detect \"$@\"\n");
+    write(
+        &root.join("run.sh"),
+        b"#!/bin/sh\nexec python3 -m detect \"$@\"\n",
+    );
     chmod(&root.join("run.sh"), 0o755);
     write(&root.join(".gitignore"), b"__pycache__\n");
     symlink("src/detect/module_0.py", root.join("main.py")).expect("link to a file");
@@ -145,8 +181,14 @@ pub(crate) fn operator(root: &Path) {
 
 /// A model: one large file of noise and a small one.
 pub(crate) fn model(root: &Path, len: usize) {
-    write(&root.join("model.safetensors"), &noise(&mut rng("model"), len));
-    write(&root.join("配置.json"), br#"{"classes":3,"input":[1,3,640,640]}"#);
+    write(
+        &root.join("model.safetensors"),
+        &noise(&mut rng("model"), len),
+    );
+    write(
+        &root.join("配置.json"),
+        br#"{"classes":3,"input":[1,3,640,640]}"#,
+    );
 }
 
 /// Copies a folder, links and modes included.

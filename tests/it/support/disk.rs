@@ -1,4 +1,5 @@
-//! Small filesystems of a test's own: full ones, ones that share blocks, and ones whose power is cut.
+//! Small filesystems of a test's own: full ones, ones that share blocks, and ones whose power is
+//! cut.
 
 use std::path::{Path, PathBuf};
 
@@ -19,46 +20,92 @@ pub(crate) struct SmallDisk {
 }
 
 impl SmallDisk {
-    /// One in memory, mounted at `path`; `None`, with the reason printed, where nothing can be mounted.
+    /// One in memory, mounted at `path`; `None`, with the reason printed, where nothing can be
+    /// mounted.
     pub(crate) fn mount_tmpfs(path: &Path, size: &str) -> Option<Self> {
-        Self { path: path.into(), image: None }.mounted("tmpfs", &format!("size={size}"), "tmpfs")
+        Self {
+            path: path.into(),
+            image: None,
+        }
+        .mounted("tmpfs", &format!("size={size}"), "tmpfs")
     }
 
-    /// ext4 in a file: a disk on which a file can have its room before its bytes are there. As above.
+    /// ext4 in a file: a disk on which a file can have its room before its bytes are there. As
+    /// above.
     pub(crate) fn mount_ext4(path: &Path, image: &Path, bytes: u64) -> Option<Self> {
-        Self::make(path, image, bytes, bound("mkfs.ext4").args(["-q", "-F", "-m", "0"]))?.mounted("ext4", "loop", image.to_str()?)
+        Self::make(
+            path,
+            image,
+            bytes,
+            bound("mkfs.ext4").args(["-q", "-F", "-m", "0"]),
+        )?
+        .mounted("ext4", "loop", image.to_str()?)
     }
 
     /// XFS in a file: a disk on which files can share blocks, and whose power can be cut. As above.
     pub(crate) fn mount_xfs(path: &Path, image: &Path) -> Option<Self> {
-        Self::make(path, image, XFS_BYTES, bound("mkfs.xfs").args(["-q", "-m", "reflink=1"]))?.mounted("xfs", "loop", image.to_str()?)
+        Self::make(
+            path,
+            image,
+            XFS_BYTES,
+            bound("mkfs.xfs").args(["-q", "-m", "reflink=1"]),
+        )?
+        .mounted("xfs", "loop", image.to_str()?)
     }
 
-    /// A small one of this kind: `ext4`, `xfs`, `btrfs`, or `tmpfs`, which has few inodes. As above.
+    /// A small one of this kind: `ext4`, `xfs`, `btrfs`, or `tmpfs`, which has few inodes. As
+    /// above.
     pub(crate) fn mount(kind: &str, path: &Path, image: &Path) -> Option<Self> {
         match kind {
             "ext4" => Self::mount_ext4(path, image, 64 << 20),
             "xfs" => Self::mount_xfs(path, image),
-            "btrfs" => Self::make(path, image, BTRFS_BYTES, bound("mkfs.btrfs").arg("-q"))?.mounted("btrfs", "loop", image.to_str()?),
-            _ => Self { path: path.into(), image: None }.mounted("tmpfs", "size=64m,nr_inodes=200", "tmpfs"),
+            "btrfs" => Self::make(path, image, BTRFS_BYTES, bound("mkfs.btrfs").arg("-q"))?
+                .mounted("btrfs", "loop", image.to_str()?),
+            _ => Self {
+                path: path.into(),
+                image: None,
+            }
+            .mounted("tmpfs", "size=64m,nr_inodes=200", "tmpfs"),
         }
     }
 
-    fn make(path: &Path, image: &Path, bytes: u64, mkfs: &mut std::process::Command) -> Option<Self> {
-        std::fs::File::create(image).unwrap().set_len(bytes).unwrap();
+    fn make(
+        path: &Path,
+        image: &Path,
+        bytes: u64,
+        mkfs: &mut std::process::Command,
+    ) -> Option<Self> {
+        std::fs::File::create(image)
+            .unwrap()
+            .set_len(bytes)
+            .unwrap();
         let made = run(mkfs.arg(image), secs(20));
         if made.code != 0 {
-            skipped(&format!("no filesystem can be made here: {}", made.err.trim()));
+            skipped(&format!(
+                "no filesystem can be made here: {}",
+                made.err.trim()
+            ));
             return None;
         }
-        Some(Self { path: path.into(), image: Some(image.into()) })
+        Some(Self {
+            path: path.into(),
+            image: Some(image.into()),
+        })
     }
 
     fn mounted(self, kind: &str, options: &str, device: &str) -> Option<Self> {
         std::fs::create_dir_all(&self.path).unwrap();
-        let output = run(bound("mount").args(["-t", kind, "-o", options, device]).arg(&self.path), secs(20));
+        let output = run(
+            bound("mount")
+                .args(["-t", kind, "-o", options, device])
+                .arg(&self.path),
+            secs(20),
+        );
         if output.code != 0 {
-            skipped(&format!("a {kind} cannot be mounted here: {}", output.err.trim()));
+            skipped(&format!(
+                "a {kind} cannot be mounted here: {}",
+                output.err.trim()
+            ));
             return None;
         }
         Some(self)
@@ -79,7 +126,11 @@ impl SmallDisk {
         let room = rustix::fs::statvfs(self.path.as_path()).unwrap();
         let free = room.f_bavail * room.f_frsize;
         // Not a byte: then more is asked for than there is, and what fits is taken.
-        let len = if leave == 0 { free + (1 << 20) } else { free.saturating_sub(leave) };
+        let len = if leave == 0 {
+            free + (1 << 20)
+        } else {
+            free.saturating_sub(leave)
+        };
         let filler = self.path.join(name);
         let _ = std::fs::write(&filler, vec![1; len as usize]);
         filler
@@ -87,7 +138,10 @@ impl SmallDisk {
 
     /// Gives one in memory another size.
     pub(crate) fn grow(&self, size: &str) {
-        tool("mount", &["-o", &format!("remount,size={size}"), self.text()]);
+        tool(
+            "mount",
+            &["-o", &format!("remount,size={size}"), self.text()],
+        );
     }
 
     /// Has all of it written down now.
@@ -95,21 +149,29 @@ impl SmallDisk {
         tool("sync", &["-f", self.text()]);
     }
 
-    /// Cuts the power of an XFS: from this moment on nothing reaches the disk, not even what was written before and not synced.
+    /// Cuts the power of an XFS: from this moment on nothing reaches the disk, not even what was
+    /// written before and not synced.
     pub(crate) fn cut_power(&self) {
         tool("xfs_io", &["-x", "-c", "shutdown", self.text()]);
     }
 
     /// Has it as it is after the power came back. Nobody may have a file of it open.
     pub(crate) fn power_on(&self) {
-        let image = self.image.as_deref().and_then(Path::to_str).expect("a disk in a file");
+        let image = self
+            .image
+            .as_deref()
+            .and_then(Path::to_str)
+            .expect("a disk in a file");
         tool("umount", &[self.text()]);
-        // A copy of its bytes, under the same name: somebody's namespace made meanwhile may hold the dead filesystem, and the kernel
-        // would give that back.
+        // A copy of its bytes, under the same name: somebody's namespace made meanwhile may hold
+        // the dead filesystem, and the kernel would give that back.
         let copy = format!("{image}.copy");
         tool("cp", &["--sparse=always", image, &copy]);
         std::fs::rename(&copy, image).unwrap();
-        tool("mount", &["-t", "xfs", "-o", "loop,nouuid", image, self.text()]);
+        tool(
+            "mount",
+            &["-t", "xfs", "-o", "loop,nouuid", image, self.text()],
+        );
     }
 }
 

@@ -1,4 +1,5 @@
-//! A filesystem with faults: it passes everything through to a folder, and fails where a test says so, while it is in use.
+//! A filesystem with faults: it passes everything through to a folder, and fails where a test says
+//! so, while it is in use.
 
 use std::collections::{HashMap, HashSet};
 use std::ffi::OsStr;
@@ -10,9 +11,10 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use fuser::{
-    BackgroundSession, Config, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation, INodeNo, LockOwner, MountOption,
-    OpenFlags, RenameFlags, ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory, ReplyEmpty, ReplyEntry, ReplyOpen, ReplyStatfs, ReplyWrite,
-    Request, SessionACL, TimeOrNow, WriteFlags,
+    BackgroundSession, Config, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags,
+    Generation, INodeNo, LockOwner, MountOption, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate,
+    ReplyData, ReplyDirectory, ReplyEmpty, ReplyEntry, ReplyOpen, ReplyStatfs, ReplyWrite, Request,
+    SessionACL, TimeOrNow, WriteFlags,
 };
 use rustix::fs::{AtFlags, CWD};
 
@@ -88,18 +90,32 @@ pub(crate) struct Faulty {
 }
 
 impl Faulty {
-    /// Mounts one at `path` over the folder `behind`; `None`, with the reason printed, where nothing can be mounted.
+    /// Mounts one at `path` over the folder `behind`; `None`, with the reason printed, where
+    /// nothing can be mounted.
     pub(crate) fn mount(path: &Path, behind: &Path) -> Option<Self> {
         fs::create_dir_all(path).unwrap();
         fs::create_dir_all(behind).unwrap();
         let shared = Arc::new(Shared::default());
-        let nodes = Nodes { paths: HashMap::from([(1, PathBuf::new())]), numbers: HashMap::from([(PathBuf::new(), 1)]), next: 2 };
-        let passed = Passed { behind: behind.into(), shared: shared.clone(), nodes: Mutex::new(nodes), files: Mutex::default() };
+        let nodes = Nodes {
+            paths: HashMap::from([(1, PathBuf::new())]),
+            numbers: HashMap::from([(PathBuf::new(), 1)]),
+            next: 2,
+        };
+        let passed = Passed {
+            behind: behind.into(),
+            shared: shared.clone(),
+            nodes: Mutex::new(nodes),
+            files: Mutex::default(),
+        };
         let mut config = Config::default();
         config.mount_options = vec![MountOption::FSName("faulty".into())];
         config.acl = SessionACL::All;
         match fuser::spawn_mount(passed, path, &config) {
-            Ok(session) => Some(Self { shared, path: path.into(), session: Some(session) }),
+            Ok(session) => Some(Self {
+                shared,
+                path: path.into(),
+                session: Some(session),
+            }),
             Err(error) => {
                 skipped(&format!("no FUSE filesystem can be mounted here: {error}"));
                 None
@@ -115,7 +131,12 @@ impl Faulty {
 
     /// Nothing is wrong with it any longer.
     pub(crate) fn heal(&self) {
-        self.set(|faults| *faults = Faults { calls: std::mem::take(&mut faults.calls), ..Faults::default() });
+        self.set(|faults| {
+            *faults = Faults {
+                calls: std::mem::take(&mut faults.calls),
+                ..Faults::default()
+            }
+        });
     }
 
     /// How often a call was made.
@@ -160,25 +181,44 @@ impl Passed {
     fn enter(&self, op: Option<Op>, changes: bool, path: &Path) -> Answer<MutexGuard<'_, Faults>> {
         let mut faults = self.shared.lock();
         while faults.hangs {
-            faults = self.shared.changed.wait(faults).unwrap_or_else(PoisonError::into_inner);
+            faults = self
+                .shared
+                .changed
+                .wait(faults)
+                .unwrap_or_else(PoisonError::into_inner);
         }
         if let Some(op) = op {
             *faults.calls.entry(op).or_default() += 1;
             if op == Op::Fsync && faults.poisoned.contains(path) {
                 return Err(Errno::ENOSPC);
             }
-            if let Some(errno) = faults.fail.get(&op).copied().filter(|_| path.to_string_lossy().contains(&faults.only)) {
+            if let Some(errno) = faults
+                .fail
+                .get(&op)
+                .copied()
+                .filter(|_| path.to_string_lossy().contains(&faults.only))
+            {
                 if op == Op::Fsync && faults.sync_fails_again {
                     faults.poisoned.insert(path.into());
                 }
                 return Err(errno);
             }
         }
-        if changes && faults.read_only { Err(Errno::EROFS) } else { Ok(faults) }
+        if changes && faults.read_only {
+            Err(Errno::EROFS)
+        } else {
+            Ok(faults)
+        }
     }
 
     fn path(&self, ino: INodeNo) -> Answer<PathBuf> {
-        self.nodes.lock().unwrap().paths.get(&ino.0).cloned().ok_or(Errno::ENOENT)
+        self.nodes
+            .lock()
+            .unwrap()
+            .paths
+            .get(&ino.0)
+            .cloned()
+            .ok_or(Errno::ENOENT)
     }
 
     fn child(&self, parent: INodeNo, name: &OsStr) -> Answer<PathBuf> {
@@ -187,9 +227,16 @@ impl Passed {
         if !self.shared.lock().folds || self.full(&path).symlink_metadata().is_ok() {
             return Ok(path);
         }
-        let names = fs::read_dir(self.full(&folder)).into_iter().flatten().flatten().map(|found| found.file_name());
+        let names = fs::read_dir(self.full(&folder))
+            .into_iter()
+            .flatten()
+            .flatten()
+            .map(|found| found.file_name());
         let folded = |name: &OsStr| name.to_string_lossy().to_lowercase();
-        Ok(names.into_iter().find(|there| folded(there) == folded(name)).map_or(path, |there| folder.join(there)))
+        Ok(names
+            .into_iter()
+            .find(|there| folded(there) == folded(name))
+            .map_or(path, |there| folder.join(there)))
     }
 
     fn full(&self, path: &Path) -> PathBuf {
@@ -215,9 +262,15 @@ impl Passed {
 
     fn attr(&self, path: &Path) -> Answer<FileAttr> {
         let meta = io(fs::symlink_metadata(self.full(path)))?;
-        let time = |secs: i64, nanos: i64| SystemTime::UNIX_EPOCH + Duration::new(secs as u64, nanos as u32);
+        let time = |secs: i64, nanos: i64| {
+            SystemTime::UNIX_EPOCH + Duration::new(secs as u64, nanos as u32)
+        };
         let kind = FileType::from_std(meta.file_type()).ok_or(Errno::EIO)?;
-        let mode = self.shared.lock().mode.filter(|_| kind != FileType::Symlink);
+        let mode = self
+            .shared
+            .lock()
+            .mode
+            .filter(|_| kind != FileType::Symlink);
         Ok(FileAttr {
             ino: INodeNo(self.number(path)),
             size: meta.size(),
@@ -245,7 +298,11 @@ impl Passed {
         FileHandle(handle)
     }
 
-    fn with_file<T>(&self, fh: FileHandle, work: impl FnOnce(&File, &Path) -> Answer<T>) -> Answer<T> {
+    fn with_file<T>(
+        &self,
+        fh: FileHandle,
+        work: impl FnOnce(&File, &Path) -> Answer<T>,
+    ) -> Answer<T> {
         let files = self.files.lock().unwrap();
         let (file, path) = files.1.get(&fh.0).ok_or(Errno::EBADF)?;
         let (file, path) = (io(file.try_clone())?, path.clone());
@@ -259,9 +316,16 @@ impl Passed {
             if let Some(room) = &mut faults.room {
                 *room = room.checked_sub(data.len() as u64).ok_or(Errno::ENOSPC)?;
             }
-            let loses = faults.loses.as_ref().is_some_and(|part| path.to_string_lossy().contains(part));
+            let loses = faults
+                .loses
+                .as_ref()
+                .is_some_and(|part| path.to_string_lossy().contains(part));
             drop(faults);
-            io(if loses { file.write_all_at(&vec![0; data.len()], offset) } else { file.write_all_at(data, offset) })?;
+            io(if loses {
+                file.write_all_at(&vec![0; data.len()], offset)
+            } else {
+                file.write_all_at(data, offset)
+            })?;
             Ok(data.len() as u32)
         })
     }
@@ -269,13 +333,23 @@ impl Passed {
     fn moved(&self, from: &Path, to: &Path) {
         let mut nodes = self.nodes.lock().unwrap();
         nodes.numbers.remove(to);
-        let all: Vec<(u64, PathBuf)> = nodes.paths.iter().map(|(number, path)| (*number, path.clone())).collect();
+        let all: Vec<(u64, PathBuf)> = nodes
+            .paths
+            .iter()
+            .map(|(number, path)| (*number, path.clone()))
+            .collect();
         for (number, path) in all {
-            let Ok(rest) = path.strip_prefix(from) else { continue };
+            let Ok(rest) = path.strip_prefix(from) else {
+                continue;
+            };
             if nodes.numbers.get(&path) != Some(&number) {
                 continue;
             }
-            let new = if rest.as_os_str().is_empty() { to.to_owned() } else { to.join(rest) };
+            let new = if rest.as_os_str().is_empty() {
+                to.to_owned()
+            } else {
+                to.join(rest)
+            };
             nodes.numbers.remove(&path);
             nodes.numbers.insert(new.clone(), number);
             nodes.paths.insert(number, new);
@@ -339,10 +413,16 @@ impl Filesystem for Passed {
         let set = self.path(ino).and_then(|path| {
             drop(self.enter(mode.map(|_| Op::Chmod), true, &path)?);
             if let Some(mode) = mode.filter(|_| self.shared.lock().mode.is_none()) {
-                io(fs::set_permissions(self.full(&path), fs::Permissions::from_mode(mode & 0o7777)))?;
+                io(fs::set_permissions(
+                    self.full(&path),
+                    fs::Permissions::from_mode(mode & 0o7777),
+                ))?;
             }
             if let Some(size) = size {
-                io(File::options().write(true).open(self.full(&path)).and_then(|file| file.set_len(size)))?;
+                io(File::options()
+                    .write(true)
+                    .open(self.full(&path))
+                    .and_then(|file| file.set_len(size)))?;
             }
             self.attr(&path)
         });
@@ -353,17 +433,31 @@ impl Filesystem for Passed {
     }
 
     fn readlink(&self, _: &Request, ino: INodeNo, reply: ReplyData) {
-        match self.path(ino).and_then(|path| io(fs::read_link(self.full(&path)))) {
+        match self
+            .path(ino)
+            .and_then(|path| io(fs::read_link(self.full(&path))))
+        {
             Ok(target) => reply.data(target.as_os_str().as_bytes()),
             Err(errno) => reply.error(errno),
         }
     }
 
-    fn mkdir(&self, _: &Request, parent: INodeNo, name: &OsStr, mode: u32, umask: u32, reply: ReplyEntry) {
+    fn mkdir(
+        &self,
+        _: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        mode: u32,
+        umask: u32,
+        reply: ReplyEntry,
+    ) {
         let made = self.child(parent, name).and_then(|path| {
             drop(self.enter(Some(Op::Mkdir), true, &path)?);
             io(fs::create_dir(self.full(&path)))?;
-            io(fs::set_permissions(self.full(&path), fs::Permissions::from_mode(mode & !umask & 0o7777)))?;
+            io(fs::set_permissions(
+                self.full(&path),
+                fs::Permissions::from_mode(mode & !umask & 0o7777),
+            ))?;
             self.attr(&path)
         });
         entry(reply, made);
@@ -390,7 +484,14 @@ impl Filesystem for Passed {
         empty(reply, done);
     }
 
-    fn symlink(&self, _: &Request, parent: INodeNo, name: &OsStr, target: &Path, reply: ReplyEntry) {
+    fn symlink(
+        &self,
+        _: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        target: &Path,
+        reply: ReplyEntry,
+    ) {
         let made = self.child(parent, name).and_then(|path| {
             drop(self.enter(Some(Op::Symlink), true, &path)?);
             io(std::os::unix::fs::symlink(target, self.full(&path)))?;
@@ -399,13 +500,23 @@ impl Filesystem for Passed {
         entry(reply, made);
     }
 
-    fn rename(&self, _: &Request, parent: INodeNo, name: &OsStr, to: INodeNo, new: &OsStr, flags: RenameFlags, reply: ReplyEmpty) {
+    fn rename(
+        &self,
+        _: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        to: INodeNo,
+        new: &OsStr,
+        flags: RenameFlags,
+        reply: ReplyEmpty,
+    ) {
         let done = self.child(parent, name).and_then(|from| {
             let to = self.child(to, new)?;
             // The name that counts is the one that it gets.
             drop(self.enter(Some(Op::Rename), true, &to)?);
             let flags = rustix::fs::RenameFlags::from_bits_retain(flags.bits());
-            rustix::fs::renameat_with(CWD, self.full(&from), CWD, self.full(&to), flags).map_err(|e| Errno::from_i32(e.raw_os_error()))?;
+            rustix::fs::renameat_with(CWD, self.full(&from), CWD, self.full(&to), flags)
+                .map_err(|e| Errno::from_i32(e.raw_os_error()))?;
             self.moved(&from, &to);
             Ok(())
         });
@@ -416,8 +527,14 @@ impl Filesystem for Passed {
         let made = self.path(ino).and_then(|from| {
             let path = self.child(parent, name)?;
             drop(self.enter(Some(Op::Link), true, &path)?);
-            rustix::fs::linkat(CWD, self.full(&from), CWD, self.full(&path), AtFlags::empty())
-                .map_err(|e| Errno::from_i32(e.raw_os_error()))?;
+            rustix::fs::linkat(
+                CWD,
+                self.full(&from),
+                CWD,
+                self.full(&path),
+                AtFlags::empty(),
+            )
+            .map_err(|e| Errno::from_i32(e.raw_os_error()))?;
             self.attr(&path)
         });
         entry(reply, made);
@@ -427,7 +544,13 @@ impl Filesystem for Passed {
         let opened = self.path(ino).and_then(|path| {
             let writes = flags.0 & 3 != 0;
             drop(self.enter(Some(Op::Open), writes, &path)?);
-            Ok(self.keep(io(File::options().read(true).write(writes).open(self.full(&path)))?, path))
+            Ok(self.keep(
+                io(File::options()
+                    .read(true)
+                    .write(writes)
+                    .open(self.full(&path)))?,
+                path,
+            ))
         });
         match opened {
             Ok(handle) => reply.opened(handle, FopenFlags::empty()),
@@ -435,20 +558,47 @@ impl Filesystem for Passed {
         }
     }
 
-    fn create(&self, _: &Request, parent: INodeNo, name: &OsStr, mode: u32, umask: u32, _: i32, reply: ReplyCreate) {
+    fn create(
+        &self,
+        _: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        mode: u32,
+        umask: u32,
+        _: i32,
+        reply: ReplyCreate,
+    ) {
         let made = self.child(parent, name).and_then(|path| {
             drop(self.enter(Some(Op::Create), true, &path)?);
             let mode = mode & !umask & 0o7777;
-            let file = io(File::options().read(true).write(true).create(true).truncate(false).mode(mode).open(self.full(&path)))?;
+            let file = io(File::options()
+                .read(true)
+                .write(true)
+                .create(true)
+                .truncate(false)
+                .mode(mode)
+                .open(self.full(&path)))?;
             Ok((self.attr(&path)?, self.keep(file, path)))
         });
         match made {
-            Ok((attr, handle)) => reply.created(&TTL, &attr, Generation(0), handle, FopenFlags::empty()),
+            Ok((attr, handle)) => {
+                reply.created(&TTL, &attr, Generation(0), handle, FopenFlags::empty())
+            }
             Err(errno) => reply.error(errno),
         }
     }
 
-    fn read(&self, _: &Request, _: INodeNo, fh: FileHandle, offset: u64, size: u32, _: OpenFlags, _: Option<LockOwner>, reply: ReplyData) {
+    fn read(
+        &self,
+        _: &Request,
+        _: INodeNo,
+        fh: FileHandle,
+        offset: u64,
+        size: u32,
+        _: OpenFlags,
+        _: Option<LockOwner>,
+        reply: ReplyData,
+    ) {
         let read = self.with_file(fh, |file, path| {
             drop(self.enter(Some(Op::Read), false, path)?);
             let mut out = vec![0; size as usize];
@@ -487,23 +637,53 @@ impl Filesystem for Passed {
     }
 
     fn flush(&self, _: &Request, _: INodeNo, fh: FileHandle, _: LockOwner, reply: ReplyEmpty) {
-        empty(reply, self.with_file(fh, |_, path| self.enter(Some(Op::Flush), false, path).map(drop)));
+        empty(
+            reply,
+            self.with_file(fh, |_, path| {
+                self.enter(Some(Op::Flush), false, path).map(drop)
+            }),
+        );
     }
 
-    fn release(&self, _: &Request, _: INodeNo, fh: FileHandle, _: OpenFlags, _: Option<LockOwner>, _: bool, reply: ReplyEmpty) {
+    fn release(
+        &self,
+        _: &Request,
+        _: INodeNo,
+        fh: FileHandle,
+        _: OpenFlags,
+        _: Option<LockOwner>,
+        _: bool,
+        reply: ReplyEmpty,
+    ) {
         self.files.lock().unwrap().1.remove(&fh.0);
         reply.ok();
     }
 
     fn fsync(&self, _: &Request, _: INodeNo, fh: FileHandle, _: bool, reply: ReplyEmpty) {
-        empty(reply, self.with_file(fh, |_, path| self.enter(Some(Op::Fsync), false, path).map(drop)));
+        empty(
+            reply,
+            self.with_file(fh, |_, path| {
+                self.enter(Some(Op::Fsync), false, path).map(drop)
+            }),
+        );
     }
 
     fn fsyncdir(&self, _: &Request, ino: INodeNo, _: FileHandle, _: bool, reply: ReplyEmpty) {
-        empty(reply, self.path(ino).and_then(|path| self.enter(None, false, &path).map(drop)));
+        empty(
+            reply,
+            self.path(ino)
+                .and_then(|path| self.enter(None, false, &path).map(drop)),
+        );
     }
 
-    fn readdir(&self, _: &Request, ino: INodeNo, _: FileHandle, offset: u64, mut reply: ReplyDirectory) {
+    fn readdir(
+        &self,
+        _: &Request,
+        ino: INodeNo,
+        _: FileHandle,
+        offset: u64,
+        mut reply: ReplyDirectory,
+    ) {
         let listed = self.path(ino).and_then(|path| {
             drop(self.enter(None, false, &path)?);
             let mut names: Vec<(std::ffi::OsString, FileType)> = Vec::new();
@@ -520,7 +700,12 @@ impl Filesystem for Passed {
             Err(errno) => return reply.error(errno),
         };
         for (at, (name, kind)) in names.iter().enumerate().skip(offset as usize) {
-            if reply.add(INodeNo(self.number(&path.join(name))), at as u64 + 1, *kind, name) {
+            if reply.add(
+                INodeNo(self.number(&path.join(name))),
+                at as u64 + 1,
+                *kind,
+                name,
+            ) {
                 break;
             }
         }
@@ -534,11 +719,14 @@ impl Filesystem for Passed {
                 return Ok((0, 0, 0));
             }
             drop(faults);
-            let stat = rustix::fs::statvfs(&self.behind).map_err(|e| Errno::from_i32(e.raw_os_error()))?;
+            let stat =
+                rustix::fs::statvfs(&self.behind).map_err(|e| Errno::from_i32(e.raw_os_error()))?;
             Ok((stat.f_blocks, stat.f_bfree, stat.f_files))
         });
         match size {
-            Ok((blocks, free, files)) => reply.statfs(blocks, free, free, files, files / 2, 4096, 255, 4096),
+            Ok((blocks, free, files)) => {
+                reply.statfs(blocks, free, free, files, files / 2, 4096, 255, 4096)
+            }
             Err(errno) => reply.error(errno),
         }
     }

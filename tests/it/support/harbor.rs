@@ -1,5 +1,6 @@
-//! A stand-in for Harbor: a small registry in memory that answers as Harbor does where docker-registry cannot (projects,
-//! tokens with empty actions, immutable tags), and for the rest says whatever the test scripted.
+//! A stand-in for Harbor: a small registry in memory that answers as Harbor does where
+//! docker-registry cannot (projects, tokens with empty actions, immutable tags), and for the rest
+//! says whatever the test scripted.
 
 use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
@@ -67,10 +68,16 @@ impl Harbor {
     /// A Harbor with the project `operators`.
     pub(crate) fn start() -> Self {
         let state = Arc::new(Mutex::new(State::default()));
-        state.lock().expect("no holder panics").projects.insert("operators".into());
+        state
+            .lock()
+            .expect("no holder panics")
+            .projects
+            .insert("operators".into());
         let serving = serve(|address| {
             let state = Arc::clone(&state);
-            Router::new().fallback(move |request: Request| async move { answer(&state, address, request).await })
+            Router::new().fallback(move |request: Request| async move {
+                answer(&state, address, request).await
+            })
         });
         Self { state, serving }
     }
@@ -83,11 +90,20 @@ impl Harbor {
     pub(crate) fn sink(&self, scratch: &Scratch, project: &str) -> String {
         let file = scratch.join("harbor-password");
         std::fs::write(&file, PASSWORD).expect("write the password");
-        format!("url = \"http://{}/{project}\"\nusername = \"{USER}\"\npassword_file = \"{}\"", self.serving.address, file.display())
+        format!(
+            "url = \"http://{}/{project}\"\nusername = \"{USER}\"\npassword_file = \"{}\"",
+            self.serving.address,
+            file.display()
+        )
     }
 
     /// Answers matching requests so from now on, until [`Harbor::heal`].
-    pub(crate) fn always(&self, when: impl Fn(&Seen) -> bool + Send + 'static, status: u16, body: &str) {
+    pub(crate) fn always(
+        &self,
+        when: impl Fn(&Seen) -> bool + Send + 'static,
+        status: u16,
+        body: &str,
+    ) {
         self.rule(when, usize::MAX, status, &[], body, false);
     }
 
@@ -105,9 +121,18 @@ impl Harbor {
 
     /// Once, at a matching request, all tokens given out so far have expired.
     pub(crate) fn expire_tokens_at(&self, when: impl Fn(&Seen) -> bool + Send + 'static) {
-        let challenge =
-            format!("Bearer realm=\"http://{}/service/token\",service=\"harbor-registry\",error=\"invalid_token\"", self.serving.address);
-        self.rule(when, 1, 401, &[("www-authenticate", &challenge)], &error("UNAUTHORIZED", "authorize header needed to send HEAD"), true);
+        let challenge = format!(
+            "Bearer realm=\"http://{}/service/token\",service=\"harbor-registry\",error=\"invalid_token\"",
+            self.serving.address
+        );
+        self.rule(
+            when,
+            1,
+            401,
+            &[("www-authenticate", &challenge)],
+            &error("UNAUTHORIZED", "authorize header needed to send HEAD"),
+            true,
+        );
     }
 
     fn rule(
@@ -119,8 +144,18 @@ impl Harbor {
         body: &str,
         forget_tokens: bool,
     ) {
-        let headers = headers.iter().map(|(name, value)| (*name, (*value).to_owned())).collect();
-        self.state().rules.push(Rule { when: Box::new(when), times, status, headers, body: body.into(), forget_tokens });
+        let headers = headers
+            .iter()
+            .map(|(name, value)| (*name, (*value).to_owned()))
+            .collect();
+        self.state().rules.push(Rule {
+            when: Box::new(when),
+            times,
+            status,
+            headers,
+            body: body.into(),
+            forget_tokens,
+        });
     }
 
     /// Forgets all rules.
@@ -135,12 +170,18 @@ impl Harbor {
 
     /// Puts a manifest under `repository:tag` as if somebody else had pushed it.
     pub(crate) fn put_manifest(&self, reference: &str, media_type: &str, bytes: &[u8]) {
-        self.state().manifests.insert(reference.into(), (media_type.into(), Bytes::copy_from_slice(bytes)));
+        self.state().manifests.insert(
+            reference.into(),
+            (media_type.into(), Bytes::copy_from_slice(bytes)),
+        );
     }
 
     /// The digest of what stands under `repository:tag`.
     pub(crate) fn digest(&self, reference: &str) -> Option<String> {
-        self.state().manifests.get(reference).map(|(_, bytes)| sha256(bytes))
+        self.state()
+            .manifests
+            .get(reference)
+            .map(|(_, bytes)| sha256(bytes))
     }
 
     /// Whether a project exists.
@@ -150,13 +191,19 @@ impl Harbor {
 
     /// The requests so far for which `wanted` says yes.
     pub(crate) fn seen(&self, wanted: impl Fn(&Seen) -> bool) -> Vec<Seen> {
-        self.state().seen.iter().filter(|s| wanted(s)).cloned().collect()
+        self.state()
+            .seen
+            .iter()
+            .filter(|s| wanted(s))
+            .cloned()
+            .collect()
     }
 }
 
 /// Whether a request changes the registry: a blob or a manifest on its way in.
 pub(crate) fn is_push(seen: &Seen) -> bool {
-    matches!(seen.method, Method::POST | Method::PATCH | Method::PUT) && seen.path.starts_with("/v2/")
+    matches!(seen.method, Method::POST | Method::PATCH | Method::PUT)
+        && seen.path.starts_with("/v2/")
 }
 
 /// Whether a request puts a manifest.
@@ -183,17 +230,36 @@ fn reply(status: u16, headers: &[(&str, &str)], body: impl Into<Body>) -> Respon
 }
 
 fn reply_error(status: u16, code: &str, message: &str) -> Response<Body> {
-    reply(status, &[("content-type", "application/json")], error(code, message))
+    reply(
+        status,
+        &[("content-type", "application/json")],
+        error(code, message),
+    )
 }
 
 async fn answer(state: &Mutex<State>, address: SocketAddr, request: Request) -> Response<Body> {
     let (parts, body) = request.into_parts();
-    let body = axum::body::to_bytes(body, 1 << 30).await.unwrap_or_default();
+    let body = axum::body::to_bytes(body, 1 << 30)
+        .await
+        .unwrap_or_default();
     let mut state = state.lock().expect("no holder panics");
-    let mut seen = Seen { method: parts.method, path: parts.uri.path().to_owned(), body_len: body.len(), at: Instant::now(), status: 0 };
+    let mut seen = Seen {
+        method: parts.method,
+        path: parts.uri.path().to_owned(),
+        body_len: body.len(),
+        at: Instant::now(),
+        status: 0,
+    };
     let response = match scripted(&mut state, &seen) {
         Some(response) => response,
-        None => usual(&mut state, address, &seen, parts.uri.query(), &parts.headers, &body),
+        None => usual(
+            &mut state,
+            address,
+            &seen,
+            parts.uri.query(),
+            &parts.headers,
+            &body,
+        ),
     };
     seen.status = response.status().as_u16();
     state.seen.push(seen);
@@ -201,11 +267,25 @@ async fn answer(state: &Mutex<State>, address: SocketAddr, request: Request) -> 
 }
 
 fn scripted(state: &mut State, seen: &Seen) -> Option<Response<Body>> {
-    let rule = state.rules.iter_mut().find(|rule| rule.times > 0 && (rule.when)(seen))?;
+    let rule = state
+        .rules
+        .iter_mut()
+        .find(|rule| rule.times > 0 && (rule.when)(seen))?;
     rule.times -= 1;
     let html = rule.body.starts_with('<');
-    let mut headers = vec![("content-type", if html { "text/html" } else { "application/json" })];
-    headers.extend(rule.headers.iter().map(|(name, value)| (*name, value.as_str())));
+    let mut headers = vec![(
+        "content-type",
+        if html {
+            "text/html"
+        } else {
+            "application/json"
+        },
+    )];
+    headers.extend(
+        rule.headers
+            .iter()
+            .map(|(name, value)| (*name, value.as_str())),
+    );
     let response = reply(rule.status, &headers, rule.body.clone());
     if rule.forget_tokens {
         state.tokens.clear();
@@ -218,10 +298,18 @@ fn text(headers: &HeaderMap, name: header::HeaderName) -> Option<&str> {
 }
 
 fn is_robot(headers: &HeaderMap) -> bool {
-    basic_auth(text(headers, header::AUTHORIZATION)).is_some_and(|(user, password)| user == USER && password == PASSWORD)
+    basic_auth(text(headers, header::AUTHORIZATION))
+        .is_some_and(|(user, password)| user == USER && password == PASSWORD)
 }
 
-fn usual(state: &mut State, address: SocketAddr, seen: &Seen, query: Option<&str>, headers: &HeaderMap, body: &Bytes) -> Response<Body> {
+fn usual(
+    state: &mut State,
+    address: SocketAddr,
+    seen: &Seen,
+    query: Option<&str>,
+    headers: &HeaderMap,
+    body: &Bytes,
+) -> Response<Body> {
     let query = query_pairs(query);
     if seen.path == "/service/token" {
         return token(state, &query, is_robot(headers));
@@ -229,26 +317,43 @@ fn usual(state: &mut State, address: SocketAddr, seen: &Seen, query: Option<&str
     if let Some(rest) = seen.path.strip_prefix("/api/v2.0/") {
         return projects(state, seen, rest, &query, is_robot(headers), body);
     }
-    let challenge = format!("Bearer realm=\"http://{address}/service/token\",service=\"harbor-registry\"");
+    let challenge =
+        format!("Bearer realm=\"http://{address}/service/token\",service=\"harbor-registry\"");
     let unauthorized = |message: &str| {
-        reply(401, &[("content-type", "application/json"), ("www-authenticate", &challenge)], error("UNAUTHORIZED", message))
+        reply(
+            401,
+            &[
+                ("content-type", "application/json"),
+                ("www-authenticate", &challenge),
+            ],
+            error("UNAUTHORIZED", message),
+        )
     };
     if seen.path == "/v2/" {
         let token = text(headers, header::AUTHORIZATION).and_then(|a| a.strip_prefix("Bearer "));
         let known = is_robot(headers) || token.is_some_and(|t| state.tokens.contains(t));
-        return if known { reply(200, &[], "{}") } else { unauthorized("unauthorized") };
+        return if known {
+            reply(200, &[], "{}")
+        } else {
+            unauthorized("unauthorized")
+        };
     }
-    let Some(rest) = seen.path.strip_prefix("/v2/") else { return reply_error(404, "NOT_FOUND", "no such path") };
+    let Some(rest) = seen.path.strip_prefix("/v2/") else {
+        return reply_error(404, "NOT_FOUND", "no such path");
+    };
     let token = text(headers, header::AUTHORIZATION).and_then(|a| a.strip_prefix("Bearer "));
     let project = rest.split('/').next().unwrap_or_default();
     let allowed = is_robot(headers) || token.is_some_and(|t| state.tokens.contains(t));
     if !allowed || !state.projects.contains(project) {
-        return unauthorized(&format!("unauthorized to access repository: {rest}, action: push"));
+        return unauthorized(&format!(
+            "unauthorized to access repository: {rest}, action: push"
+        ));
     }
     registry(state, address, seen, rest, &query, headers, body)
 }
 
-/// Harbor's token endpoint: 200 even for bad credentials or a missing project, with empty actions then.
+/// Harbor's token endpoint: 200 even for bad credentials or a missing project, with empty actions
+/// then.
 fn token(state: &mut State, query: &[(String, String)], robot: bool) -> Response<Body> {
     let access: Vec<Value> = query
         .iter()
@@ -257,40 +362,91 @@ fn token(state: &mut State, query: &[(String, String)], robot: bool) -> Response
         .filter_map(|scope| {
             let (kind, rest) = scope.split_once(':')?;
             let (name, actions) = rest.rsplit_once(':')?;
-            let exists = state.projects.contains(name.split('/').next().unwrap_or_default());
-            let actions: Vec<&str> = if robot && exists { actions.split(',').collect() } else { Vec::new() };
+            let exists = state
+                .projects
+                .contains(name.split('/').next().unwrap_or_default());
+            let actions: Vec<&str> = if robot && exists {
+                actions.split(',').collect()
+            } else {
+                Vec::new()
+            };
             Some(json!({ "type": kind, "name": name, "actions": actions }))
         })
         .collect();
     state.issued += 1;
     let claims = json!({ "iss": "harbor-token-issuer", "aud": "harbor-registry", "jti": state.issued, "access": access });
-    let token = format!("{}.{}.c2ln", URL_SAFE_NO_PAD.encode(r#"{"alg":"RS256","typ":"JWT"}"#), URL_SAFE_NO_PAD.encode(claims.to_string()));
-    if access.iter().all(|a| a["actions"].as_array().is_some_and(|list| !list.is_empty())) {
+    let token = format!(
+        "{}.{}.c2ln",
+        URL_SAFE_NO_PAD.encode(r#"{"alg":"RS256","typ":"JWT"}"#),
+        URL_SAFE_NO_PAD.encode(claims.to_string())
+    );
+    if access
+        .iter()
+        .all(|a| a["actions"].as_array().is_some_and(|list| !list.is_empty()))
+    {
         state.tokens.insert(token.clone());
     }
     let body = json!({ "token": token, "access_token": "", "expires_in": 1800, "issued_at": "2026-01-01T00:00:00Z" });
-    reply(200, &[("content-type", "application/json")], body.to_string())
+    reply(
+        200,
+        &[("content-type", "application/json")],
+        body.to_string(),
+    )
 }
 
-fn projects(state: &mut State, seen: &Seen, rest: &str, query: &[(String, String)], robot: bool, body: &[u8]) -> Response<Body> {
+fn projects(
+    state: &mut State,
+    seen: &Seen,
+    rest: &str,
+    query: &[(String, String)],
+    robot: bool,
+    body: &[u8],
+) -> Response<Body> {
     let known = |name: &str| state.projects.contains(name);
-    let asked = |key: &str| query.iter().find(|(name, _)| name == key).map(|(_, value)| value.as_str());
+    let asked = |key: &str| {
+        query
+            .iter()
+            .find(|(name, _)| name == key)
+            .map(|(_, value)| value.as_str())
+    };
     match (seen.method.as_str(), rest) {
-        ("HEAD", "projects") => reply(if asked("project_name").is_some_and(known) { 200 } else { 404 }, &[], ""),
+        ("HEAD", "projects") => reply(
+            if asked("project_name").is_some_and(known) {
+                200
+            } else {
+                404
+            },
+            &[],
+            "",
+        ),
         ("POST", "projects") => {
             if !robot {
                 return reply_error(401, "UNAUTHORIZED", "unauthorized");
             }
             let request: Value = serde_json::from_slice(body).unwrap_or_default();
-            let Some(name) = request["project_name"].as_str() else { return reply_error(400, "BAD_REQUEST", "no project_name") };
+            let Some(name) = request["project_name"].as_str() else {
+                return reply_error(400, "BAD_REQUEST", "no project_name");
+            };
             if state.projects.insert(name.to_owned()) {
-                reply(201, &[("location", &format!("/api/v2.0/projects/{name}"))], "")
+                reply(
+                    201,
+                    &[("location", &format!("/api/v2.0/projects/{name}"))],
+                    "",
+                )
             } else {
-                reply_error(409, "CONFLICT", &format!("The project named {name} already exists"))
+                reply_error(
+                    409,
+                    "CONFLICT",
+                    &format!("The project named {name} already exists"),
+                )
             }
         }
         ("GET" | "HEAD", _) => match rest.strip_prefix("projects/") {
-            Some(name) if known(name) => reply(200, &[("content-type", "application/json")], json!({ "name": name }).to_string()),
+            Some(name) if known(name) => reply(
+                200,
+                &[("content-type", "application/json")],
+                json!({ "name": name }).to_string(),
+            ),
             _ => reply_error(404, "NOT_FOUND", "not found"),
         },
         _ => reply_error(404, "NOT_FOUND", "not found"),
@@ -311,23 +467,59 @@ fn registry(
         return upload(state, address, method, repository, id, query, body);
     }
     if let Some((_, digest)) = rest.split_once("/blobs/") {
-        let Some(blob) = state.blobs.get(digest) else { return reply_error(404, "BLOB_UNKNOWN", "blob unknown to registry") };
+        let Some(blob) = state.blobs.get(digest) else {
+            return reply_error(404, "BLOB_UNKNOWN", "blob unknown to registry");
+        };
         let length = blob.len().to_string();
-        let headers = [("content-length", length.as_str()), ("docker-content-digest", digest)];
-        return reply(200, &headers, if method == "HEAD" { Body::empty() } else { Body::from(blob.clone()) });
+        let headers = [
+            ("content-length", length.as_str()),
+            ("docker-content-digest", digest),
+        ];
+        return reply(
+            200,
+            &headers,
+            if method == "HEAD" {
+                Body::empty()
+            } else {
+                Body::from(blob.clone())
+            },
+        );
     }
     if let Some((repository, reference)) = rest.split_once("/manifests/") {
-        let separator = if reference.starts_with("sha256:") { '@' } else { ':' };
+        let separator = if reference.starts_with("sha256:") {
+            '@'
+        } else {
+            ':'
+        };
         let name = format!("{repository}{separator}{reference}");
         return if method == "PUT" {
-            put_manifest(state, repository, reference, &name, text(headers, header::CONTENT_TYPE).unwrap_or_default(), body)
+            put_manifest(
+                state,
+                repository,
+                reference,
+                &name,
+                text(headers, header::CONTENT_TYPE).unwrap_or_default(),
+                body,
+            )
         } else {
             let Some((media_type, bytes)) = state.manifests.get(&name) else {
                 return reply_error(404, "MANIFEST_UNKNOWN", "manifest unknown");
             };
             let (digest, length) = (sha256(bytes), bytes.len().to_string());
-            let headers = [("content-type", media_type.as_str()), ("docker-content-digest", &digest), ("content-length", length.as_str())];
-            reply(200, &headers, if method == "HEAD" { Body::empty() } else { Body::from(bytes.clone()) })
+            let headers = [
+                ("content-type", media_type.as_str()),
+                ("docker-content-digest", &digest),
+                ("content-length", length.as_str()),
+            ];
+            reply(
+                200,
+                &headers,
+                if method == "HEAD" {
+                    Body::empty()
+                } else {
+                    Body::from(bytes.clone())
+                },
+            )
         };
     }
     reply_error(404, "NOT_FOUND", "no such path")
@@ -342,7 +534,10 @@ fn upload(
     query: &[(String, String)],
     body: &Bytes,
 ) -> Response<Body> {
-    let digest = query.iter().find(|(name, _)| name == "digest").map(|(_, value)| value.clone());
+    let digest = query
+        .iter()
+        .find(|(name, _)| name == "digest")
+        .map(|(_, value)| value.clone());
     let id = if method == "POST" {
         state.issued += 1;
         let id = format!("upload-{}", state.issued);
@@ -352,36 +547,78 @@ fn upload(
         id.to_owned()
     };
     let Some(so_far) = state.uploads.get_mut(&id) else {
-        return reply_error(404, "BLOB_UPLOAD_UNKNOWN", "blob upload unknown to registry");
+        return reply_error(
+            404,
+            "BLOB_UPLOAD_UNKNOWN",
+            "blob upload unknown to registry",
+        );
     };
     so_far.extend_from_slice(body);
     let range = format!("0-{}", so_far.len().saturating_sub(1));
-    let location = format!("http://{address}/v2/{repository}/blobs/uploads/{id}?_state=s{}", so_far.len());
+    let location = format!(
+        "http://{address}/v2/{repository}/blobs/uploads/{id}?_state=s{}",
+        so_far.len()
+    );
     let Some(digest) = digest.filter(|_| method != "PATCH") else {
-        return reply(202, &[("location", &location), ("range", &range), ("docker-upload-uuid", &id), ("content-length", "0")], "");
+        return reply(
+            202,
+            &[
+                ("location", &location),
+                ("range", &range),
+                ("docker-upload-uuid", &id),
+                ("content-length", "0"),
+            ],
+            "",
+        );
     };
     let bytes = state.uploads.remove(&id).unwrap_or_default();
     if sha256(&bytes) != digest {
-        return reply_error(400, "DIGEST_INVALID", "provided digest did not match uploaded content");
+        return reply_error(
+            400,
+            "DIGEST_INVALID",
+            "provided digest did not match uploaded content",
+        );
     }
     state.blobs.insert(digest.clone(), bytes.into());
     let location = format!("http://{address}/v2/{repository}/blobs/{digest}");
-    reply(201, &[("location", &location), ("docker-content-digest", &digest), ("content-length", "0")], "")
+    reply(
+        201,
+        &[
+            ("location", &location),
+            ("docker-content-digest", &digest),
+            ("content-length", "0"),
+        ],
+        "",
+    )
 }
 
-fn put_manifest(state: &mut State, repository: &str, reference: &str, name: &str, media_type: &str, body: &Bytes) -> Response<Body> {
+fn put_manifest(
+    state: &mut State,
+    repository: &str,
+    reference: &str,
+    name: &str,
+    media_type: &str,
+    body: &Bytes,
+) -> Response<Body> {
     let manifest: Value = match serde_json::from_slice(body) {
         Ok(value) => value,
         Err(_) => return reply_error(400, "MANIFEST_INVALID", "manifest invalid"),
     };
     let digests = |value: &Value| -> Vec<String> {
-        value.as_array().into_iter().flatten().filter_map(|d| d["digest"].as_str().map(ToOwned::to_owned)).collect()
+        value
+            .as_array()
+            .into_iter()
+            .flatten()
+            .filter_map(|d| d["digest"].as_str().map(ToOwned::to_owned))
+            .collect()
     };
     let mut blobs = digests(&manifest["layers"]);
     blobs.extend(manifest["config"]["digest"].as_str().map(ToOwned::to_owned));
     let children = digests(&manifest["manifests"]);
     let whole = blobs.iter().all(|b| state.blobs.contains_key(b))
-        && children.iter().all(|c| state.manifests.contains_key(&format!("{repository}@{c}")));
+        && children
+            .iter()
+            .all(|c| state.manifests.contains_key(&format!("{repository}@{c}")));
     if !whole {
         return reply_error(400, "MANIFEST_BLOB_UNKNOWN", "blob unknown to registry");
     }
@@ -389,11 +626,22 @@ fn put_manifest(state: &mut State, repository: &str, reference: &str, name: &str
         return reply_error(
             412,
             "PRECONDITION",
-            &format!("Failed to process request due to '{repository}:{reference}' configured as immutable."),
+            &format!(
+                "Failed to process request due to '{repository}:{reference}' configured as immutable."
+            ),
         );
     }
     let digest = sha256(body);
-    state.manifests.insert(name.into(), (media_type.into(), body.clone()));
-    state.manifests.insert(format!("{repository}@{digest}"), (media_type.into(), body.clone()));
-    reply(201, &[("docker-content-digest", &digest), ("content-length", "0")], "")
+    state
+        .manifests
+        .insert(name.into(), (media_type.into(), body.clone()));
+    state.manifests.insert(
+        format!("{repository}@{digest}"),
+        (media_type.into(), body.clone()),
+    );
+    reply(
+        201,
+        &[("docker-content-digest", &digest), ("content-length", "0")],
+        "",
+    )
 }

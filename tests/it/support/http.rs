@@ -16,13 +16,17 @@ pub(crate) struct Serving {
 
 /// Serves what `router` makes, once it knows its own address, on a free port of 127.0.0.1.
 pub(crate) fn serve(router: impl FnOnce(SocketAddr) -> Router) -> Serving {
-    let listener = std::net::TcpListener::bind((Ipv4Addr::LOCALHOST, super::free_port())).expect("bind a server");
+    let listener = std::net::TcpListener::bind((Ipv4Addr::LOCALHOST, super::free_port()))
+        .expect("bind a server");
     listener.set_nonblocking(true).expect("set non-blocking");
     let address = listener.local_addr().expect("know the address");
     let router = router(address);
     let (stop, stopped) = oneshot::channel();
     let thread = thread::spawn(move || {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("start a runtime");
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .expect("start a runtime");
         runtime.block_on(async {
             let listener = tokio::net::TcpListener::from_std(listener).expect("take the listener");
             // Not graceful: a client's kept-alive connection must not hold up the end of a test.
@@ -32,7 +36,11 @@ pub(crate) fn serve(router: impl FnOnce(SocketAddr) -> Router) -> Serving {
             }
         });
     });
-    Serving { address, stop: Some(stop), thread: Some(thread) }
+    Serving {
+        address,
+        stop: Some(stop),
+        thread: Some(thread),
+    }
 }
 
 impl Drop for Serving {
@@ -48,13 +56,21 @@ impl Drop for Serving {
 pub(crate) fn basic_auth(header: Option<&str>) -> Option<(String, String)> {
     use base64::Engine;
     let encoded = header?.strip_prefix("Basic ")?;
-    let text = String::from_utf8(base64::engine::general_purpose::STANDARD.decode(encoded).ok()?).ok()?;
+    let text = String::from_utf8(
+        base64::engine::general_purpose::STANDARD
+            .decode(encoded)
+            .ok()?,
+    )
+    .ok()?;
     let (user, password) = text.split_once(':')?;
     Some((user.to_owned(), password.to_owned()))
 }
 
 /// The name and value pairs of a query string, decoded.
 pub(crate) fn query_pairs(query: Option<&str>) -> Vec<(String, String)> {
-    let url = reqwest::Url::parse(&format!("http://localhost/?{}", query.unwrap_or_default())).expect("a query makes a URL");
-    url.query_pairs().map(|(name, value)| (name.into_owned(), value.into_owned())).collect()
+    let url = reqwest::Url::parse(&format!("http://localhost/?{}", query.unwrap_or_default()))
+        .expect("a query makes a URL");
+    url.query_pairs()
+        .map(|(name, value)| (name.into_owned(), value.into_owned()))
+        .collect()
 }

@@ -51,17 +51,28 @@ fn text(path: &Path) -> &str {
 pub(crate) fn layout(root: &Path, layers: &[&[u8]]) {
     let ids: Vec<String> = layers.iter().map(|layer| sha256(layer)).collect();
     let config = json!({ "architecture": "amd64", "os": "linux", "rootfs": { "type": "layers", "diff_ids": ids } });
-    let config = put_blob(root, "application/vnd.oci.image.config.v1+json", config.to_string().as_bytes());
+    let config = put_blob(
+        root,
+        "application/vnd.oci.image.config.v1+json",
+        config.to_string().as_bytes(),
+    );
     let media_type = "application/vnd.oci.image.manifest.v1+json";
-    let layers: Vec<_> = layers.iter().map(|layer| put_blob(root, "application/vnd.oci.image.layer.v1.tar", layer)).collect();
-    let manifest = json!({ "schemaVersion": 2, "mediaType": media_type, "config": config, "layers": layers });
+    let layers: Vec<_> = layers
+        .iter()
+        .map(|layer| put_blob(root, "application/vnd.oci.image.layer.v1.tar", layer))
+        .collect();
+    let manifest =
+        json!({ "schemaVersion": 2, "mediaType": media_type, "config": config, "layers": layers });
     let top = put_blob(root, media_type, manifest.to_string().as_bytes());
     set_top(root, top);
 }
 
 /// A root filesystem with busybox, a link, a hard link, an empty folder and a Chinese name.
 fn small_root(root: &Path) {
-    write(&root.join("bin/busybox"), &std::fs::read("/bin/busybox").expect("busybox-static is installed (scripts/test does it)"));
+    write(
+        &root.join("bin/busybox"),
+        &std::fs::read("/bin/busybox").expect("busybox-static is installed (scripts/test does it)"),
+    );
     chmod(&root.join("bin/busybox"), 0o755);
     std::os::unix::fs::symlink("busybox", root.join("bin/sh")).expect("link");
     std::fs::hard_link(root.join("bin/busybox"), root.join("bin/ls")).expect("link");
@@ -74,17 +85,36 @@ fn small_root(root: &Path) {
 fn large_root(root: &Path) {
     small_root(root);
     let mut copied = 0;
-    let places =
-        ["/usr/lib/python3.11", "/usr/lib/python3", "/usr/lib/x86_64-linux-gnu", "/usr/lib/aarch64-linux-gnu", "/usr/lib", "/usr/share"];
+    let places = [
+        "/usr/lib/python3.11",
+        "/usr/lib/python3",
+        "/usr/lib/x86_64-linux-gnu",
+        "/usr/lib/aarch64-linux-gnu",
+        "/usr/lib",
+        "/usr/share",
+    ];
     for place in places.map(Path::new).into_iter().filter(|p| p.is_dir()) {
-        let mut entries: Vec<PathBuf> = std::fs::read_dir(place).expect("list a folder").flatten().map(|e| e.path()).collect();
+        let mut entries: Vec<PathBuf> = std::fs::read_dir(place)
+            .expect("list a folder")
+            .flatten()
+            .map(|e| e.path())
+            .collect();
         entries.sort();
         for entry in entries {
             let target = root.join(place.strip_prefix("/").expect("absolute"));
             let meta = entry.symlink_metadata().expect("look at an entry");
-            let size = if meta.is_dir() { super::disk_usage(&entry) } else { meta.len() };
-            // One huge folder would make the fixture slow and no better; /usr/lib itself comes after its parts.
-            if size > 30 << 20 || target.join(entry.file_name().expect("it has a name")).exists() {
+            let size = if meta.is_dir() {
+                super::disk_usage(&entry)
+            } else {
+                meta.len()
+            };
+            // One huge folder would make the fixture slow and no better; /usr/lib itself comes
+            // after its parts.
+            if size > 30 << 20
+                || target
+                    .join(entry.file_name().expect("it has a name"))
+                    .exists()
+            {
                 continue;
             }
             std::fs::create_dir_all(&target).expect("make a folder");
@@ -112,7 +142,11 @@ fn insert(image: &str, folder: &Path, at: &str) {
 }
 
 fn rootless() -> &'static [&'static str] {
-    if super::is_root() { &[] } else { &["--rootless"] }
+    if super::is_root() {
+        &[]
+    } else {
+        &["--rootless"]
+    }
 }
 
 /// Starts a layout with one tag, `base`, that holds this root.
@@ -120,19 +154,35 @@ fn new_layout(layout: &Path, root: &Path, architecture: &str) {
     umoci(&["init", "--layout", text(layout)]);
     let image = format!("{}:base", text(layout));
     umoci(&["new", "--image", &image]);
-    umoci(&["config", "--image", &image, "--architecture", architecture, "--os", "linux", "--config.cmd", "/bin/sh"]);
+    umoci(&[
+        "config",
+        "--image",
+        &image,
+        "--architecture",
+        architecture,
+        "--os",
+        "linux",
+        "--config.cmd",
+        "/bin/sh",
+    ]);
     insert(&image, root, "/");
 }
 
 /// What an operator image of version `n` has on top of its base.
 fn app(folder: &Path, n: u32) {
-    write(&folder.join("run.sh"), format!("#!/bin/sh\necho operator {n}\n").as_bytes());
+    write(
+        &folder.join("run.sh"),
+        format!("#!/bin/sh\necho operator {n}\n").as_bytes(),
+    );
     chmod(&folder.join("run.sh"), 0o755);
-    write(&folder.join("权重.bin"), &noise(&mut rng(&format!("app {n}")), 700_000));
+    write(
+        &folder.join("权重.bin"),
+        &noise(&mut rng(&format!("app {n}")), 700_000),
+    );
 }
 
-/// Two versions of an operator image on one base of over 100 MB, as OCI archives. The folder holds `v1.tar`, `v2.tar`,
-/// and `app1`, `app2`: what `/app` of each must hold.
+/// Two versions of an operator image on one base of over 100 MB, as OCI archives. The folder holds
+/// `v1.tar`, `v2.tar`, and `app1`, `app2`: what `/app` of each must hold.
 pub(crate) fn large() -> PathBuf {
     kept("large", |dir| {
         let layout = dir.join("layout");
@@ -141,18 +191,28 @@ pub(crate) fn large() -> PathBuf {
         new_layout(&layout, &root, "amd64");
         for n in [1, 2] {
             app(&dir.join(format!("app{n}")), n);
-            add_layer(&layout, "base", &format!("v{n}"), &dir.join(format!("app{n}")), "/app");
+            add_layer(
+                &layout,
+                "base",
+                &format!("v{n}"),
+                &dir.join(format!("app{n}")),
+                "/app",
+            );
             let archive = dir.join(format!("v{n}.tar"));
-            skopeo(&["copy", &format!("oci:{}:v{n}", text(&layout)), &format!("oci-archive:{}:v{n}", text(&archive))]);
+            skopeo(&[
+                "copy",
+                &format!("oci:{}:v{n}", text(&layout)),
+                &format!("oci-archive:{}:v{n}", text(&archive)),
+            ]);
         }
         std::fs::remove_dir_all(&root).expect("remove the root");
     })
 }
 
-/// One small image in every form. The folder holds `layout` (an OCI layout with the tag `v1`), `oci.tar`, `docker.tar`
-/// (`docker save`), `docker.tar.gz`, `oci.tar.zst`, `zstd` (a layout whose layers are zstd), `two` (an index of two
-/// platforms), `absent` (an index that lists a platform whose blobs are not there), and `root` with what `/` of all
-/// must hold.
+/// One small image in every form. The folder holds `layout` (an OCI layout with the tag `v1`),
+/// `oci.tar`, `docker.tar` (`docker save`), `docker.tar.gz`, `oci.tar.zst`, `zstd` (a layout whose
+/// layers are zstd), `two` (an index of two platforms), `absent` (an index that lists a platform
+/// whose blobs are not there), and `root` with what `/` of all must hold.
 pub(crate) fn small() -> PathBuf {
     kept("small", |dir| {
         let (root, layout) = (dir.join("root"), dir.join("layout"));
@@ -165,11 +225,25 @@ pub(crate) fn small() -> PathBuf {
 
         let source = format!("oci:{}:v1", text(&layout));
         let at = |name: &str| text(dir).to_owned() + "/" + name;
-        skopeo(&["copy", &source, &format!("oci-archive:{}:v1", at("oci.tar"))]);
-        skopeo(&["copy", &source, &format!("docker-archive:{}:operators/app:v1", at("docker.tar"))]);
+        skopeo(&[
+            "copy",
+            &source,
+            &format!("oci-archive:{}:v1", at("oci.tar")),
+        ]);
+        skopeo(&[
+            "copy",
+            &source,
+            &format!("docker-archive:{}:operators/app:v1", at("docker.tar")),
+        ]);
         tool("gzip", &["-k", "-1", &at("docker.tar")]);
         compress_zstd(&dir.join("oci.tar"), &dir.join("oci.tar.zst"));
-        skopeo(&["copy", "--dest-compress-format", "zstd", &source, &format!("oci:{}:v1", at("zstd"))]);
+        skopeo(&[
+            "copy",
+            "--dest-compress-format",
+            "zstd",
+            &source,
+            &format!("oci:{}:v1", at("zstd")),
+        ]);
 
         let other = dir.join("other");
         new_layout(&other, &root, "arm64");
@@ -180,17 +254,23 @@ pub(crate) fn small() -> PathBuf {
 }
 
 fn compress_zstd(from: &Path, to: &Path) {
-    let (mut from, to) = (File::open(from).expect("open a fixture"), File::create(to).expect("make a fixture"));
+    let (mut from, to) = (
+        File::open(from).expect("open a fixture"),
+        File::create(to).expect("make a fixture"),
+    );
     zstd::stream::copy_encode(&mut from, to, 3).expect("compress a fixture");
 }
 
 fn read_json(path: &Path) -> Value {
-    serde_json::from_slice(&std::fs::read(path).expect("read a JSON file")).expect("parse a JSON file")
+    serde_json::from_slice(&std::fs::read(path).expect("read a JSON file"))
+        .expect("parse a JSON file")
 }
 
 /// A blob's path in a layout.
 pub(crate) fn blob(layout: &Path, digest: &str) -> PathBuf {
-    layout.join("blobs/sha256").join(digest.strip_prefix("sha256:").expect("a sha256 digest"))
+    layout
+        .join("blobs/sha256")
+        .join(digest.strip_prefix("sha256:").expect("a sha256 digest"))
 }
 
 /// Puts bytes into a layout as a blob: their descriptor.
@@ -210,7 +290,10 @@ pub(crate) fn set_top(layout: &Path, mut descriptor: Value) {
     descriptor["annotations"] = json!({ "org.opencontainers.image.ref.name": "v1" });
     let index = json!({ "schemaVersion": 2, "manifests": [descriptor] });
     write(&layout.join("index.json"), index.to_string().as_bytes());
-    write(&layout.join("oci-layout"), br#"{"imageLayoutVersion":"1.0.0"}"#);
+    write(
+        &layout.join("oci-layout"),
+        br#"{"imageLayoutVersion":"1.0.0"}"#,
+    );
 }
 
 fn two_platforms(first: &Path, second: &Path, target: &Path) {
@@ -220,31 +303,50 @@ fn two_platforms(first: &Path, second: &Path, target: &Path) {
         .into_iter()
         .map(|(layout, architecture)| {
             let mut descriptor = top(layout);
-            descriptor.as_object_mut().expect("a descriptor").remove("annotations");
+            descriptor
+                .as_object_mut()
+                .expect("a descriptor")
+                .remove("annotations");
             descriptor["platform"] = json!({ "os": "linux", "architecture": architecture });
             descriptor
         })
         .collect();
     let media_type = "application/vnd.oci.image.index.v1+json";
-    let index = json!({ "schemaVersion": 2, "mediaType": media_type, "manifests": manifests }).to_string();
+    let index =
+        json!({ "schemaVersion": 2, "mediaType": media_type, "manifests": manifests }).to_string();
     let descriptor = put_blob(target, media_type, index.as_bytes());
     set_top(target, descriptor);
 }
 
 /// Takes away all blobs that only this platform needs: what the containerd store exports.
 fn remove_platform(layout: &Path, architecture: &str) {
-    let index = read_json(&blob(layout, top(layout)["digest"].as_str().expect("a digest")));
+    let index = read_json(&blob(
+        layout,
+        top(layout)["digest"].as_str().expect("a digest"),
+    ));
     let digests = |descriptor: &Value| -> Vec<String> {
         let digest = descriptor["digest"].as_str().expect("a digest").to_owned();
         let manifest = read_json(&blob(layout, &digest));
-        let layers = manifest["layers"].as_array().expect("a manifest has layers").iter();
-        let parts = layers.chain([&manifest["config"]]).map(|d| d["digest"].as_str().expect("a digest").to_owned());
+        let layers = manifest["layers"]
+            .as_array()
+            .expect("a manifest has layers")
+            .iter();
+        let parts = layers
+            .chain([&manifest["config"]])
+            .map(|d| d["digest"].as_str().expect("a digest").to_owned());
         parts.chain([digest]).collect()
     };
-    let (gone, kept): (Vec<&Value>, Vec<&Value>) =
-        index["manifests"].as_array().expect("an index").iter().partition(|m| m["platform"]["architecture"] == architecture);
+    let (gone, kept): (Vec<&Value>, Vec<&Value>) = index["manifests"]
+        .as_array()
+        .expect("an index")
+        .iter()
+        .partition(|m| m["platform"]["architecture"] == architecture);
     let kept: Vec<String> = kept.into_iter().flat_map(digests).collect();
-    for digest in gone.into_iter().flat_map(digests).filter(|d| !kept.contains(d)) {
+    for digest in gone
+        .into_iter()
+        .flat_map(digests)
+        .filter(|d| !kept.contains(d))
+    {
         // Two layers of one content are one blob.
         let _ = std::fs::remove_file(blob(layout, &digest));
     }

@@ -33,7 +33,8 @@ impl Mark {
     }
 }
 
-/// One to `most` boxes for each photo, in whole and half pixels so that no format rounds them; some have a polygon too.
+/// One to `most` boxes for each photo, in whole and half pixels so that no format rounds them; some
+/// have a polygon too.
 pub(crate) fn marks(photos: &[Photo], most: usize) -> Vec<Mark> {
     let mut rng = rng("marks");
     let mut marks = Vec::new();
@@ -43,7 +44,15 @@ pub(crate) fn marks(photos: &[Photo], most: usize) -> Vec<Mark> {
             let y = f64::from(rng.random_range(0..photo.height / 2)) + 0.5;
             let w = f64::from(rng.random_range(1..photo.width / 2));
             let h = f64::from(rng.random_range(1..photo.height / 2 - 1));
-            marks.push(Mark { photo: photo.clone(), class: rng.random_range(0..CLASSES.len()), x, y, w, h, polygon: i == 5 });
+            marks.push(Mark {
+                photo: photo.clone(),
+                class: rng.random_range(0..CLASSES.len()),
+                x,
+                y,
+                w,
+                h,
+                polygon: i == 5,
+            });
         }
     }
     marks
@@ -51,9 +60,18 @@ pub(crate) fn marks(photos: &[Photo], most: usize) -> Vec<Mark> {
 
 /// A COCO document.
 pub(crate) fn coco(photos: &[Photo], marks: &[Mark]) -> Value {
-    let id = |photo: &Photo| photos.iter().position(|p| p == photo).expect("a mark is on a photo") as i64 * 10 + 5;
-    let images: Vec<Value> =
-        photos.iter().map(|p| json!({ "id": id(p), "file_name": p.path, "width": p.width, "height": p.height })).collect();
+    let id = |photo: &Photo| {
+        photos
+            .iter()
+            .position(|p| p == photo)
+            .expect("a mark is on a photo") as i64
+            * 10
+            + 5
+    };
+    let images: Vec<Value> = photos
+        .iter()
+        .map(|p| json!({ "id": id(p), "file_name": p.path, "width": p.width, "height": p.height }))
+        .collect();
     let annotations: Vec<Value> = marks
         .iter()
         .enumerate()
@@ -68,7 +86,10 @@ pub(crate) fn coco(photos: &[Photo], marks: &[Mark]) -> Value {
             annotation
         })
         .collect();
-    let categories: Vec<Value> = CLASSES.iter().map(|(id, name)| json!({ "id": id, "name": name })).collect();
+    let categories: Vec<Value> = CLASSES
+        .iter()
+        .map(|(id, name)| json!({ "id": id, "name": name }))
+        .collect();
     json!({ "info": { "description": "缺陷" }, "images": images, "annotations": annotations, "categories": categories })
 }
 
@@ -81,7 +102,10 @@ pub(crate) fn write_json(path: &Path, document: &Value) {
 pub(crate) fn csv(marks: &[Mark]) -> String {
     let mut text = String::from("sample_path,class,x,y,w,h\n");
     for m in marks {
-        text += &format!("{},{},{},{},{},{}\n", m.photo.path, CLASSES[m.class].1, m.x, m.y, m.w, m.h);
+        text += &format!(
+            "{},{},{},{},{},{}\n",
+            m.photo.path, CLASSES[m.class].1, m.x, m.y, m.w, m.h
+        );
     }
     text
 }
@@ -135,17 +159,27 @@ pub(crate) fn voc(root: &Path, photos: &[Photo], marks: &[Mark]) {
                 )
             })
             .collect();
-        let name = Path::new(&photo.path).file_name().expect("a photo has a name").to_str().expect("UTF-8");
+        let name = Path::new(&photo.path)
+            .file_name()
+            .expect("a photo has a name")
+            .to_str()
+            .expect("UTF-8");
         let xml = format!(
             "<annotation><folder>x</folder><filename>{}</filename><size><width>{}</width><height>{}</height><depth>1</depth></size>{objects}\
              </annotation>\n",
             photo.path, photo.width, photo.height
         );
-        write(&root.join("Annotations").join(Path::new(name).with_extension("xml")), xml.as_bytes());
+        write(
+            &root
+                .join("Annotations")
+                .join(Path::new(name).with_extension("xml")),
+            xml.as_bytes(),
+        );
     }
 }
 
-/// A YOLO folder with its images: centre and size as parts of one, the class by its line in the names.
+/// A YOLO folder with its images: centre and size as parts of one, the class by its line in the
+/// names.
 pub(crate) fn yolo(root: &Path, dataset: &Path, photos: &[Photo], marks: &[Mark], names: bool) {
     for photo in photos {
         let (width, height) = (f64::from(photo.width), f64::from(photo.height));
@@ -157,13 +191,30 @@ pub(crate) fn yolo(root: &Path, dataset: &Path, photos: &[Photo], marks: &[Mark]
                 format!("{} {x} {y} {} {}\n", m.class, m.w / width, m.h / height)
             })
             .collect();
-        let name = Path::new(&photo.path).file_name().expect("a photo has a name");
-        write(&root.join("labels/train").join(Path::new(name).with_extension("txt")), lines.as_bytes());
-        write(&root.join("images/train").join(name), &std::fs::read(dataset.join(&photo.path)).expect("read a photo"));
+        let name = Path::new(&photo.path)
+            .file_name()
+            .expect("a photo has a name");
+        write(
+            &root
+                .join("labels/train")
+                .join(Path::new(name).with_extension("txt")),
+            lines.as_bytes(),
+        );
+        write(
+            &root.join("images/train").join(name),
+            &std::fs::read(dataset.join(&photo.path)).expect("read a photo"),
+        );
     }
     if names {
-        let list: String = CLASSES.iter().enumerate().map(|(i, (_, name))| format!("  {i}: {name}\n")).collect();
-        write(&root.join("data.yaml"), format!("path: .\ntrain: images/train\nnames:\n{list}").as_bytes());
+        let list: String = CLASSES
+            .iter()
+            .enumerate()
+            .map(|(i, (_, name))| format!("  {i}: {name}\n"))
+            .collect();
+        write(
+            &root.join("data.yaml"),
+            format!("path: .\ntrain: images/train\nnames:\n{list}").as_bytes(),
+        );
     }
 }
 
@@ -185,21 +236,44 @@ pub(crate) struct Row {
 }
 
 /// What of a COCO annotation has a column of its own; the rest are attributes.
-const COCO_COLUMNS: [&str; 6] = ["id", "image_id", "category_id", "bbox", "segmentation", "keypoints"];
+const COCO_COLUMNS: [&str; 6] = [
+    "id",
+    "image_id",
+    "category_id",
+    "bbox",
+    "segmentation",
+    "keypoints",
+];
 
 /// The attributes of a COCO annotation.
 fn coco_attrs(annotation: &Value) -> Value {
-    let members = annotation.as_object().expect("an annotation is an object").iter();
-    let rest: Map<String, Value> =
-        members.filter(|(key, _)| !COCO_COLUMNS.contains(&key.as_str())).map(|(key, value)| (key.clone(), value.clone())).collect();
-    if rest.is_empty() { Value::Null } else { Value::Object(rest) }
+    let members = annotation
+        .as_object()
+        .expect("an annotation is an object")
+        .iter();
+    let rest: Map<String, Value> = members
+        .filter(|(key, _)| !COCO_COLUMNS.contains(&key.as_str()))
+        .map(|(key, value)| (key.clone(), value.clone()))
+        .collect();
+    if rest.is_empty() {
+        Value::Null
+    } else {
+        Value::Object(rest)
+    }
 }
 
-/// The rows that a COCO document about a dataset must give as this version of a set (`set:version`), in the views' order of
-/// samples and boxes.
-pub(crate) fn coco_rows(document: &Value, marks: &[Mark], dataset: &Path, set_and_version: &str) -> Vec<Row> {
+/// The rows that a COCO document about a dataset must give as this version of a set
+/// (`set:version`), in the views' order of samples and boxes.
+pub(crate) fn coco_rows(
+    document: &Value,
+    marks: &[Mark],
+    dataset: &Path,
+    set_and_version: &str,
+) -> Vec<Row> {
     let (label_set, version) = set_and_version.split_once(':').expect("set:version");
-    let annotations = document["annotations"].as_array().expect("a COCO document has annotations");
+    let annotations = document["annotations"]
+        .as_array()
+        .expect("a COCO document has annotations");
     let mut rows: Vec<Row> = marks
         .iter()
         .zip(annotations)
@@ -207,7 +281,11 @@ pub(crate) fn coco_rows(document: &Value, marks: &[Mark], dataset: &Path, set_an
             label_set: label_set.into(),
             version: version.into(),
             sample_path: m.photo.path.clone(),
-            sample_hash: Some(blake3::hash(&std::fs::read(dataset.join(&m.photo.path)).expect("read a photo")).to_hex().to_string()),
+            sample_hash: Some(
+                blake3::hash(&std::fs::read(dataset.join(&m.photo.path)).expect("read a photo"))
+                    .to_hex()
+                    .to_string(),
+            ),
             class: CLASSES[m.class].1.into(),
             kind: if m.polygon { "polygon" } else { "bbox" }.into(),
             bbox: [m.x, m.y, m.w, m.h],
@@ -221,7 +299,13 @@ pub(crate) fn coco_rows(document: &Value, marks: &[Mark], dataset: &Path, set_an
 }
 
 fn sort(rows: &mut [Row]) {
-    rows.sort_by_cached_key(|row| (row.sample_path.clone(), row.raw["id"].as_i64(), row.raw.to_string()));
+    rows.sort_by_cached_key(|row| {
+        (
+            row.sample_path.clone(),
+            row.raw["id"].as_i64(),
+            row.raw.to_string(),
+        )
+    });
 }
 
 /// Where a site's labels are read.
@@ -233,11 +317,14 @@ pub(crate) enum Reader<'a> {
 }
 
 impl Reader<'_> {
-    /// What a query over `annotations` or `current_annotations` gives; `{}` in it stands for the schema.
+    /// What a query over `annotations` or `current_annotations` gives; `{}` in it stands for the
+    /// schema.
     #[track_caller]
     pub(crate) fn query(&self, sql: &str) -> Vec<Value> {
         match self {
-            Reader::Postgres(postgres, database) => postgres.rows(database, &sql.replace("{}", "packhorse.")),
+            Reader::Postgres(postgres, database) => {
+                postgres.rows(database, &sql.replace("{}", "packhorse."))
+            }
             Reader::Sqlite(file) => sqlite_rows(file, &sql.replace("{}", "")),
         }
     }
@@ -245,18 +332,26 @@ impl Reader<'_> {
     /// The rows of one version by the view of all versions.
     #[track_caller]
     pub(crate) fn version(&self, set: &str, version: &str) -> Vec<Row> {
-        self.rows(&format!("{{}}annotations WHERE label_set = '{set}' AND version = '{version}'"))
+        self.rows(&format!(
+            "{{}}annotations WHERE label_set = '{set}' AND version = '{version}'"
+        ))
     }
 
     /// The rows of the active version.
     #[track_caller]
     pub(crate) fn current(&self, set: &str) -> Vec<Row> {
-        self.rows(&format!("{{}}current_annotations WHERE label_set = '{set}'"))
+        self.rows(&format!(
+            "{{}}current_annotations WHERE label_set = '{set}'"
+        ))
     }
 
     fn rows(&self, from: &str) -> Vec<Row> {
         let columns = "label_set, version, sample_path, sample_hash, class, kind, x, y, w, h, geom, attrs, raw";
-        let mut rows: Vec<Row> = self.query(&format!("SELECT {columns} FROM {from}")).iter().map(row).collect();
+        let mut rows: Vec<Row> = self
+            .query(&format!("SELECT {columns} FROM {from}"))
+            .iter()
+            .map(row)
+            .collect();
         sort(&mut rows);
         rows
     }
@@ -272,14 +367,25 @@ fn embedded(value: &Value) -> Value {
 
 #[track_caller]
 fn row(value: &Value) -> Row {
-    let text = |key: &str| value[key].as_str().unwrap_or_else(|| panic!("{key} is not text in {value}")).to_owned();
-    let number = |key: &str| value[key].as_f64().unwrap_or_else(|| panic!("{key} is not a number in {value}"));
+    let text = |key: &str| {
+        value[key]
+            .as_str()
+            .unwrap_or_else(|| panic!("{key} is not text in {value}"))
+            .to_owned()
+    };
+    let number = |key: &str| {
+        value[key]
+            .as_f64()
+            .unwrap_or_else(|| panic!("{key} is not a number in {value}"))
+    };
     Row {
         label_set: text("label_set"),
         version: text("version"),
         sample_path: text("sample_path"),
         // bytea prints as \x…
-        sample_hash: value["sample_hash"].as_str().map(|h| h.trim_start_matches("\\x").to_owned()),
+        sample_hash: value["sample_hash"]
+            .as_str()
+            .map(|h| h.trim_start_matches("\\x").to_owned()),
         class: text("class"),
         kind: text("kind"),
         bbox: [number("x"), number("y"), number("w"), number("h")],
@@ -291,7 +397,12 @@ fn row(value: &Value) -> Row {
 
 /// Checks that rows are these boxes, to a tolerance in pixels (formats count pixels differently).
 #[track_caller]
-pub(crate) fn assert_boxes(rows: &[Row], marks: &[Mark], path_of: impl Fn(&Photo) -> String, tolerance: f64) {
+pub(crate) fn assert_boxes(
+    rows: &[Row],
+    marks: &[Mark],
+    path_of: impl Fn(&Photo) -> String,
+    tolerance: f64,
+) {
     assert_eq!(rows.len(), marks.len(), "the number of rows");
     let mut left: Vec<&Row> = rows.iter().collect();
     for mark in marks {
@@ -301,7 +412,11 @@ pub(crate) fn assert_boxes(rows: &[Row], marks: &[Mark], path_of: impl Fn(&Photo
             row.sample_path == path
                 && row.class == CLASSES[mark.class].1
                 && row.kind == "bbox"
-                && row.bbox.iter().zip(bbox).all(|(a, b)| (a - b).abs() <= tolerance)
+                && row
+                    .bbox
+                    .iter()
+                    .zip(bbox)
+                    .all(|(a, b)| (a - b).abs() <= tolerance)
         });
         let Some(found) = found else {
             let near: Vec<_> = left.iter().filter(|row| row.sample_path == path).collect();

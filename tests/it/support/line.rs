@@ -1,4 +1,5 @@
-//! The line between a site and the hub: forwards UDP and TCP on one port, counts, slows down and cuts.
+//! The line between a site and the hub: forwards UDP and TCP on one port, counts, slows down and
+//! cuts.
 
 use std::collections::HashMap;
 use std::io::{Read, Write};
@@ -125,11 +126,14 @@ impl Line {
 
     /// Sets the bytes a second towards the hub; 0 is as fast as it goes.
     pub(crate) fn throttle_up(&self, bytes_per_second: u64) {
-        self.state.rate_up.store(bytes_per_second, Ordering::Relaxed);
+        self.state
+            .rate_up
+            .store(bytes_per_second, Ordering::Relaxed);
     }
 
-    /// Carries this many bytes towards the site, counted from the line's begin, and holds the rest back until told another
-    /// number; 0 holds nothing back. Where both ends find the line silent for half a minute, they give it up.
+    /// Carries this many bytes towards the site, counted from the line's begin, and holds the rest
+    /// back until told another number; 0 holds nothing back. Where both ends find the line silent
+    /// for half a minute, they give it up.
     pub(crate) fn hold_at(&self, bytes: u64) {
         self.state.hold_at.store(bytes, Ordering::Relaxed);
     }
@@ -203,25 +207,37 @@ impl Drop for Line {
 }
 
 fn carry_udp(socket: &UdpSocket, hub: SocketAddr, state: &Arc<State>) {
-    socket.set_read_timeout(Some(TICK)).expect("set a read timeout");
+    socket
+        .set_read_timeout(Some(TICK))
+        .expect("set a read timeout");
     // One socket towards the hub for each peer, so that the hub tells them apart.
     let mut peers: HashMap<SocketAddr, UdpSocket> = HashMap::new();
     let mut datagram = vec![0; 65_536];
     while !state.closed() {
-        let Ok((len, peer)) = socket.recv_from(&mut datagram) else { continue };
+        let Ok((len, peer)) = socket.recv_from(&mut datagram) else {
+            continue;
+        };
         if state.drops_udp() {
             continue;
         }
         let upstream = peers.entry(peer).or_insert_with(|| {
-            let upstream = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).expect("bind a socket towards the hub");
+            let upstream =
+                UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).expect("bind a socket towards the hub");
             upstream.connect(hub).expect("connect it");
-            upstream.set_read_timeout(Some(TICK)).expect("set a read timeout");
-            let (from, to) = (upstream.try_clone().expect("clone a socket"), socket.try_clone().expect("clone a socket"));
+            upstream
+                .set_read_timeout(Some(TICK))
+                .expect("set a read timeout");
+            let (from, to) = (
+                upstream.try_clone().expect("clone a socket"),
+                socket.try_clone().expect("clone a socket"),
+            );
             let state = Arc::clone(state);
             thread::spawn(move || {
                 let mut datagram = vec![0; 65_536];
                 while !state.closed() {
-                    let Ok(len) = from.recv(&mut datagram) else { continue };
+                    let Ok(len) = from.recv(&mut datagram) else {
+                        continue;
+                    };
                     if !state.drops_udp() {
                         state.pace(len);
                         state.down.fetch_add(len as u64, Ordering::Relaxed);
@@ -249,14 +265,25 @@ fn carry_tcp(listener: &TcpListener, hub: SocketAddr, state: &Arc<State>) {
             state.tcp.lock().expect("no holder panics").push(site);
             continue;
         }
-        let Ok(upstream) = TcpStream::connect(hub) else { continue };
+        let Ok(upstream) = TcpStream::connect(hub) else {
+            continue;
+        };
         for stream in [&site, &upstream] {
             stream.set_nonblocking(false).expect("set blocking");
-            state.tcp.lock().expect("no holder panics").push(stream.try_clone().expect("clone a stream"));
+            state
+                .tcp
+                .lock()
+                .expect("no holder panics")
+                .push(stream.try_clone().expect("clone a stream"));
         }
-        for (from, to, towards_site) in
-            [(site.try_clone().expect("clone a stream"), upstream.try_clone().expect("clone a stream"), false), (upstream, site, true)]
-        {
+        for (from, to, towards_site) in [
+            (
+                site.try_clone().expect("clone a stream"),
+                upstream.try_clone().expect("clone a stream"),
+                false,
+            ),
+            (upstream, site, true),
+        ] {
             let state = Arc::clone(state);
             thread::spawn(move || pump(from, to, towards_site, &state));
         }

@@ -38,12 +38,16 @@ pub(crate) fn wait_for<T>(what: &str, limit: Duration, mut look: impl FnMut() ->
         if let Some(found) = look() {
             return found;
         }
-        assert!(Instant::now() < deadline, "waited {limit:?} in vain: {what}");
+        assert!(
+            Instant::now() < deadline,
+            "waited {limit:?} in vain: {what}"
+        );
         thread::sleep(Duration::from_millis(50));
     }
 }
 
-/// A test's hard time limit: dropped in time it does nothing, else it prints every log and ends the process.
+/// A test's hard time limit: dropped in time it does nothing, else it prints every log and ends the
+/// process.
 pub(crate) struct Limit {
     _done: SyncSender<()>,
 }
@@ -62,7 +66,8 @@ pub(crate) fn limit(limit: Duration) -> Limit {
     Limit { _done: done }
 }
 
-/// The log files of all servers and daemons started in this process, for the moment something fails.
+/// The log files of all servers and daemons started in this process, for the moment something
+/// fails.
 static LOGS: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
 
 /// Has this log printed when its test fails.
@@ -79,15 +84,20 @@ fn print_logs(wanted: impl Fn(&Path) -> bool) {
         let text = String::from_utf8_lossy(&std::fs::read(path).unwrap_or_default()).into_owned();
         let lines: Vec<&str> = text.lines().collect();
         let from = lines.len().saturating_sub(80);
-        eprintln!("---- {} (the last {} lines of {})", path.display(), lines.len() - from, lines.len());
+        eprintln!(
+            "---- {} (the last {} lines of {})",
+            path.display(),
+            lines.len() - from,
+            lines.len()
+        );
         for line in &lines[from..] {
             eprintln!("{line}");
         }
     }
 }
 
-/// A folder for one test, removed with everything in it. Declare it before the processes that work in it: when the
-/// test fails, it prints their logs first.
+/// A folder for one test, removed with everything in it. Declare it before the processes that work
+/// in it: when the test fails, it prints their logs first.
 pub(crate) struct Scratch {
     dir: tempfile::TempDir,
 }
@@ -95,8 +105,12 @@ pub(crate) struct Scratch {
 impl Scratch {
     /// An empty folder that any user may enter (PostgreSQL does not run as root).
     pub(crate) fn new() -> Self {
-        let dir = tempfile::Builder::new().prefix("packhorse-it-").tempdir().expect("make a folder for the test");
-        std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o755)).expect("open the folder to all");
+        let dir = tempfile::Builder::new()
+            .prefix("packhorse-it-")
+            .tempdir()
+            .expect("make a folder for the test");
+        std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o755))
+            .expect("open the folder to all");
         Self { dir }
     }
 
@@ -131,7 +145,9 @@ pub(crate) fn free_port() -> u16 {
     // Linux takes the ports of outgoing connections from 32768 upwards.
     for _ in 0..1000 {
         let port = rand::rng().random_range(12_000..32_000);
-        if TcpListener::bind((Ipv4Addr::LOCALHOST, port)).is_ok() && UdpSocket::bind((Ipv4Addr::LOCALHOST, port)).is_ok() {
+        if TcpListener::bind((Ipv4Addr::LOCALHOST, port)).is_ok()
+            && UdpSocket::bind((Ipv4Addr::LOCALHOST, port)).is_ok()
+        {
             return port;
         }
     }
@@ -143,19 +159,26 @@ pub(crate) fn is_root() -> bool {
     rustix::process::geteuid().is_root()
 }
 
-/// Says that a test could not test anything here, and why. `scripts/test` collects it for its totals.
+/// Says that a test could not test anything here, and why. `scripts/test` collects it for its
+/// totals.
 pub(crate) fn skipped(why: &str) {
     let test = thread::current().name().unwrap_or("a test").to_owned();
     eprintln!("skipped: {test}: {why}");
     if let Some(list) = std::env::var_os("PACKHORSE_TESTS_SKIPPED") {
-        let mut file = std::fs::File::options().create(true).append(true).open(list).expect("open the list of skipped tests");
+        let mut file = std::fs::File::options()
+            .create(true)
+            .append(true)
+            .open(list)
+            .expect("open the list of skipped tests");
         writeln!(file, "{test}: {why}").expect("note a skipped test");
     }
 }
 
 /// Bytes of all regular files under a folder.
 pub(crate) fn disk_usage(dir: &Path) -> u64 {
-    let Ok(entries) = std::fs::read_dir(dir) else { return 0 };
+    let Ok(entries) = std::fs::read_dir(dir) else {
+        return 0;
+    };
     entries
         .flatten()
         .map(|entry| match entry.metadata() {
@@ -184,7 +207,15 @@ pub(crate) fn find(dir: &Path, wanted: &dyn Fn(&Path) -> bool) -> Vec<PathBuf> {
 /// The number of a system user and of its group.
 pub(crate) fn tool_user(name: &str) -> (u32, u32) {
     let passwd = std::fs::read_to_string("/etc/passwd").expect("read /etc/passwd");
-    let line = passwd.lines().find(|l| l.split(':').next() == Some(name)).unwrap_or_else(|| panic!("there is a user {name}"));
-    let number = |i: usize| line.split(':').nth(i).and_then(|n| n.parse().ok()).expect("/etc/passwd has numbers");
+    let line = passwd
+        .lines()
+        .find(|l| l.split(':').next() == Some(name))
+        .unwrap_or_else(|| panic!("there is a user {name}"));
+    let number = |i: usize| {
+        line.split(':')
+            .nth(i)
+            .and_then(|n| n.parse().ok())
+            .expect("/etc/passwd has numbers")
+    };
     (number(2), number(3))
 }

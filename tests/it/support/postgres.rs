@@ -34,7 +34,9 @@ fn programs() -> PathBuf {
         .filter(|bin| bin.join("initdb").exists())
         .collect();
     versions.sort();
-    versions.pop().expect("a PostgreSQL with initdb (scripts/test installs it)")
+    versions
+        .pop()
+        .expect("a PostgreSQL with initdb (scripts/test installs it)")
 }
 
 /// A server program, run as the user that may: PostgreSQL refuses root.
@@ -55,7 +57,8 @@ impl Postgres {
         let dir = scratch.folder("postgres");
         if is_root() {
             let (user, group) = tool_user("postgres");
-            std::os::unix::fs::chown(&dir, Some(user), Some(group)).expect("give the cluster to postgres");
+            std::os::unix::fs::chown(&dir, Some(user), Some(group))
+                .expect("give the cluster to postgres");
         }
         let data = dir.join("data");
         let mut initdb = server("initdb");
@@ -73,9 +76,20 @@ impl Postgres {
         run(initdb.arg(&data).current_dir("/"), secs(60)).expect(0);
         let log = scratch.join("postgres.log");
         register_log(&log);
-        let mut postgres = Self { dir, port: free_port(), log, child: None };
+        let mut postgres = Self {
+            dir,
+            port: free_port(),
+            log,
+            child: None,
+        };
         postgres.start();
-        postgres.query("postgres", &format!("CREATE ROLE {ROLE} LOGIN PASSWORD '{}'", PASSWORD.replace('\'', "''")));
+        postgres.query(
+            "postgres",
+            &format!(
+                "CREATE ROLE {ROLE} LOGIN PASSWORD '{}'",
+                PASSWORD.replace('\'', "''")
+            ),
+        );
         postgres.create_database("labels");
         postgres
     }
@@ -87,13 +101,35 @@ impl Postgres {
 
     /// Starts it and waits until it answers.
     pub(crate) fn start(&mut self) {
-        let log = File::options().create(true).append(true).open(&self.log).expect("open the log");
+        let log = File::options()
+            .create(true)
+            .append(true)
+            .open(&self.log)
+            .expect("open the log");
         let mut command = server("postgres");
-        command.arg("-D").arg(self.dir.join("data")).arg("-k").arg(&self.dir);
-        command.args(["-h", "127.0.0.1", "-p", &self.port.to_string(), "-c", "fsync=off", "-c", "shared_buffers=32MB"]);
-        command.current_dir("/").stdout(log.try_clone().expect("a handle for the log")).stderr(log);
+        command
+            .arg("-D")
+            .arg(self.dir.join("data"))
+            .arg("-k")
+            .arg(&self.dir);
+        command.args([
+            "-h",
+            "127.0.0.1",
+            "-p",
+            &self.port.to_string(),
+            "-c",
+            "fsync=off",
+            "-c",
+            "shared_buffers=32MB",
+        ]);
+        command
+            .current_dir("/")
+            .stdout(log.try_clone().expect("a handle for the log"))
+            .stderr(log);
         self.child = Some(command.spawn().expect("start PostgreSQL"));
-        wait_for("PostgreSQL answers", secs(30), || (self.psql("postgres", "SELECT 1").code == 0).then_some(()));
+        wait_for("PostgreSQL answers", secs(30), || {
+            (self.psql("postgres", "SELECT 1").code == 0).then_some(())
+        });
     }
 
     /// Stops it at once; connections break.
@@ -105,8 +141,19 @@ impl Postgres {
 
     fn psql(&self, database: &str, sql: &str) -> super::command::Output {
         let mut psql = bound("psql");
-        psql.arg("-h").arg(&self.dir).args(["-p", &self.port.to_string(), "-U", "admin", "-d", database]);
-        run(psql.args(["-X", "-q", "-A", "-t", "-v", "ON_ERROR_STOP=1", "-c", sql]).current_dir("/"), secs(60))
+        psql.arg("-h").arg(&self.dir).args([
+            "-p",
+            &self.port.to_string(),
+            "-U",
+            "admin",
+            "-d",
+            database,
+        ]);
+        run(
+            psql.args(["-X", "-q", "-A", "-t", "-v", "ON_ERROR_STOP=1", "-c", sql])
+                .current_dir("/"),
+            secs(60),
+        )
     }
 
     /// Runs a statement as the cluster's owner; its rows, unaligned.
@@ -115,14 +162,33 @@ impl Postgres {
         self.psql(database, sql).expect(0).out
     }
 
-    /// A session that runs a statement in a transaction and leaves it open, as `night job`, until [`Postgres::let_go`].
+    /// A session that runs a statement in a transaction and leaves it open, as `night job`, until
+    /// [`Postgres::let_go`].
     pub(crate) fn hold(&self, database: &str, sql: &str) -> Child {
         let mut psql = bound("psql");
-        psql.env("PGAPPNAME", HOLDER).arg("-h").arg(&self.dir).args(["-p", &self.port.to_string(), "-U", "admin", "-d", database]);
-        psql.args(["-X", "-q", "-v", "ON_ERROR_STOP=1", "-c", &format!("BEGIN; {sql}; SELECT pg_sleep(600)")]).current_dir("/");
-        let child = psql.stdout(std::process::Stdio::null()).spawn().expect("start psql");
-        let holds = format!("SELECT count(*) FROM pg_stat_activity WHERE application_name = '{HOLDER}' AND wait_event = 'PgSleep'");
-        wait_for("the session holds its locks", secs(20), || (self.query(database, &holds).trim() == "1").then_some(()));
+        psql.env("PGAPPNAME", HOLDER)
+            .arg("-h")
+            .arg(&self.dir)
+            .args(["-p", &self.port.to_string(), "-U", "admin", "-d", database]);
+        psql.args([
+            "-X",
+            "-q",
+            "-v",
+            "ON_ERROR_STOP=1",
+            "-c",
+            &format!("BEGIN; {sql}; SELECT pg_sleep(600)"),
+        ])
+        .current_dir("/");
+        let child = psql
+            .stdout(std::process::Stdio::null())
+            .spawn()
+            .expect("start psql");
+        let holds = format!(
+            "SELECT count(*) FROM pg_stat_activity WHERE application_name = '{HOLDER}' AND wait_event = 'PgSleep'"
+        );
+        wait_for("the session holds its locks", secs(20), || {
+            (self.query(database, &holds).trim() == "1").then_some(())
+        });
         child
     }
 
@@ -135,8 +201,13 @@ impl Postgres {
     /// The rows of a query in a database, each as a JSON object.
     #[track_caller]
     pub(crate) fn rows(&self, database: &str, sql: &str) -> Vec<Value> {
-        let text = self.query(database, &format!("SELECT row_to_json(q)::text FROM ({sql}) q"));
-        text.lines().map(|line| serde_json::from_str(line).expect("row_to_json gives JSON")).collect()
+        let text = self.query(
+            database,
+            &format!("SELECT row_to_json(q)::text FROM ({sql}) q"),
+        );
+        text.lines()
+            .map(|line| serde_json::from_str(line).expect("row_to_json gives JSON"))
+            .collect()
     }
 
     /// The lines of `[sink.labels]` for a database; writes the password file.
@@ -161,7 +232,8 @@ impl Drop for Postgres {
     }
 }
 
-/// The rows of a query on a SQLite file, each as a JSON object: by Python, so that it is not our own code that reads.
+/// The rows of a query on a SQLite file, each as a JSON object: by Python, so that it is not our
+/// own code that reads.
 #[track_caller]
 pub(crate) fn sqlite_rows(file: &Path, sql: &str) -> Vec<Value> {
     const SCRIPT: &str = "
@@ -173,5 +245,7 @@ for row in db.execute(sys.argv[2]):
 ";
     let file = file.to_str().expect("a UTF-8 path");
     let text = super::command::tool("python3", &["-c", SCRIPT, file, sql]);
-    text.lines().map(|line| serde_json::from_str(line).expect("json.dumps gives JSON")).collect()
+    text.lines()
+        .map(|line| serde_json::from_str(line).expect("json.dumps gives JSON"))
+        .collect()
 }

@@ -1,4 +1,5 @@
-//! Debian's docker-registry, with a password file (Basic) or with a token server (Bearer) as Harbor has it.
+//! Debian's docker-registry, with a password file (Basic) or with a token server (Bearer) as Harbor
+//! has it.
 
 use std::fs::File;
 use std::net::SocketAddr;
@@ -42,8 +43,12 @@ impl Registry {
     /// A registry with a password file.
     pub(crate) fn basic(scratch: &Scratch, name: &str) -> Self {
         let htpasswd = scratch.join(&format!("{name}.htpasswd"));
-        std::fs::write(&htpasswd, tool("htpasswd", &["-Bbn", USER, PASSWORD])).expect("write the password file");
-        let auth = format!("  htpasswd:\n    realm: test\n    path: {}\n", htpasswd.display());
+        std::fs::write(&htpasswd, tool("htpasswd", &["-Bbn", USER, PASSWORD]))
+            .expect("write the password file");
+        let auth = format!(
+            "  htpasswd:\n    realm: test\n    path: {}\n",
+            htpasswd.display()
+        );
         Self::start_new(scratch, name, &auth, None)
     }
 
@@ -72,18 +77,35 @@ impl Registry {
         std::fs::write(&config, text).expect("write the registry's config");
         let log = scratch.join(&format!("{name}.log"));
         register_log(&log);
-        let mut registry = Self { name: name.into(), address, config, log, child: None, tokens };
+        let mut registry = Self {
+            name: name.into(),
+            address,
+            config,
+            log,
+            child: None,
+            tokens,
+        };
         registry.start();
         registry
     }
 
     /// Starts it and waits until it answers.
     pub(crate) fn start(&mut self) {
-        let log = File::options().create(true).append(true).open(&self.log).expect("open the log");
+        let log = File::options()
+            .create(true)
+            .append(true)
+            .open(&self.log)
+            .expect("open the log");
         let mut command = bound("docker-registry");
-        command.arg("serve").arg(&self.config).stdout(log.try_clone().expect("a handle for the log")).stderr(log);
+        command
+            .arg("serve")
+            .arg(&self.config)
+            .stdout(log.try_clone().expect("a handle for the log"))
+            .stderr(log);
         self.child = Some(command.spawn().expect("start docker-registry"));
-        wait_for(&format!("registry {} answers", self.name), secs(20), || (daemon::get(self.address, "/v2/")?.0 == 401).then_some(()));
+        wait_for(&format!("registry {} answers", self.name), secs(20), || {
+            (daemon::get(self.address, "/v2/")?.0 == 401).then_some(())
+        });
     }
 
     /// Stops it at once.
@@ -98,8 +120,16 @@ impl Registry {
         let file = scratch.join(&format!("{}-password", self.name));
         std::fs::write(&file, PASSWORD).expect("write the password");
         // The token service has a port of its own.
-        let tokens = self.tokens.as_ref().map(|tokens| format!("\nrealm_hosts = [\"{}\"]", tokens.address)).unwrap_or_default();
-        format!("url = \"http://{}/operators\"\nusername = \"{USER}\"\npassword_file = \"{}\"{tokens}", self.address, file.display())
+        let tokens = self
+            .tokens
+            .as_ref()
+            .map(|tokens| format!("\nrealm_hosts = [\"{}\"]", tokens.address))
+            .unwrap_or_default();
+        format!(
+            "url = \"http://{}/operators\"\nusername = \"{USER}\"\npassword_file = \"{}\"{tokens}",
+            self.address,
+            file.display()
+        )
     }
 
     /// `host:port`.
@@ -113,14 +143,26 @@ impl Registry {
         let credentials = format!("{USER}:{PASSWORD}");
         let mut all = vec![command.to_owned()];
         match command {
-            "copy" => all.extend(["--src-creds".into(), credentials, "--src-tls-verify=false".into(), "--dest-tls-verify=false".into()]),
+            "copy" => all.extend([
+                "--src-creds".into(),
+                credentials,
+                "--src-tls-verify=false".into(),
+                "--dest-tls-verify=false".into(),
+            ]),
             _ => all.extend(["--creds".into(), credentials, "--tls-verify=false".into()]),
         }
-        all.extend(args.iter().map(|a| a.replace("{}", &format!("docker://{}", self.address))));
-        tool("skopeo", &all.iter().map(String::as_str).collect::<Vec<_>>())
+        all.extend(
+            args.iter()
+                .map(|a| a.replace("{}", &format!("docker://{}", self.address))),
+        );
+        tool(
+            "skopeo",
+            &all.iter().map(String::as_str).collect::<Vec<_>>(),
+        )
     }
 
-    /// The `sha256:` digest of what a reference (`repo:tag`) holds, computed from the bytes that the registry gives.
+    /// The `sha256:` digest of what a reference (`repo:tag`) holds, computed from the bytes that
+    /// the registry gives.
     #[track_caller]
     pub(crate) fn digest(&self, reference: &str) -> String {
         let raw = self.skopeo("inspect", &["--raw", &format!("{{}}/{reference}")]);
@@ -132,7 +174,18 @@ impl Registry {
     pub(crate) fn push(&self, source: &str, reference: &str) {
         let credentials = format!("{USER}:{PASSWORD}");
         let target = format!("docker://{}/{reference}", self.address);
-        tool("skopeo", &["copy", "--all", "--dest-creds", &credentials, "--dest-tls-verify=false", source, &target]);
+        tool(
+            "skopeo",
+            &[
+                "copy",
+                "--all",
+                "--dest-creds",
+                &credentials,
+                "--dest-tls-verify=false",
+                source,
+                &target,
+            ],
+        );
     }
 }
 
@@ -145,7 +198,8 @@ impl Drop for Registry {
     }
 }
 
-/// What signs the tokens: a P-256 key and its self-signed certificate, which the registry has as its root.
+/// What signs the tokens: a P-256 key and its self-signed certificate, which the registry has as
+/// its root.
 struct Signer {
     key: EcdsaKeyPair,
     certificate_pem: String,
@@ -156,21 +210,42 @@ struct Signer {
 impl Signer {
     fn new() -> Self {
         let key = rcgen::KeyPair::generate_for(&rcgen::PKCS_ECDSA_P256_SHA256).expect("make a key");
-        let params = rcgen::CertificateParams::new(vec!["token.test".to_owned()]).expect("a certificate for a name");
+        let params = rcgen::CertificateParams::new(vec!["token.test".to_owned()])
+            .expect("a certificate for a name");
         let certificate = params.self_signed(&key).expect("sign the certificate");
         let random = SystemRandom::new();
-        let pair = EcdsaKeyPair::from_pkcs8(&ECDSA_P256_SHA256_FIXED_SIGNING, &key.serialize_der(), &random).expect("read the key back");
-        Self { key: pair, certificate_pem: certificate.pem(), certificate_der: certificate.der().to_vec(), random }
+        let pair = EcdsaKeyPair::from_pkcs8(
+            &ECDSA_P256_SHA256_FIXED_SIGNING,
+            &key.serialize_der(),
+            &random,
+        )
+        .expect("read the key back");
+        Self {
+            key: pair,
+            certificate_pem: certificate.pem(),
+            certificate_der: certificate.der().to_vec(),
+            random,
+        }
     }
 
     fn token(&self, subject: &str, access: &serde_json::Value) -> String {
-        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).expect("after 1970").as_secs();
+        let now = std::time::SystemTime::now()
+            .duration_since(std::time::UNIX_EPOCH)
+            .expect("after 1970")
+            .as_secs();
         let header = json!({ "typ": "JWT", "alg": "ES256", "x5c": [STANDARD.encode(&self.certificate_der)] });
         let claims = json!({
             "iss": ISSUER, "sub": subject, "aud": SERVICE, "iat": now, "nbf": now - 10, "exp": now + 300, "jti": format!("{now}"), "access": access,
         });
-        let text = format!("{}.{}", URL_SAFE_NO_PAD.encode(header.to_string()), URL_SAFE_NO_PAD.encode(claims.to_string()));
-        let signature = self.key.sign(&self.random, text.as_bytes()).expect("sign a token");
+        let text = format!(
+            "{}.{}",
+            URL_SAFE_NO_PAD.encode(header.to_string()),
+            URL_SAFE_NO_PAD.encode(claims.to_string())
+        );
+        let signature = self
+            .key
+            .sign(&self.random, text.as_bytes())
+            .expect("sign a token");
         format!("{text}.{}", URL_SAFE_NO_PAD.encode(signature))
     }
 }
@@ -178,12 +253,20 @@ impl Signer {
 fn token_server(signer: Arc<Signer>) -> Router {
     Router::new().route(
         "/token",
-        get(move |RawQuery(query): RawQuery, headers: HeaderMap| async move { answer_token(&signer, query.as_deref(), &headers) }),
+        get(
+            move |RawQuery(query): RawQuery, headers: HeaderMap| async move {
+                answer_token(&signer, query.as_deref(), &headers)
+            },
+        ),
     )
 }
 
 fn answer_token(signer: &Signer, query: Option<&str>, headers: &HeaderMap) -> Response {
-    let user = basic_auth(headers.get(header::AUTHORIZATION).and_then(|v| v.to_str().ok()));
+    let user = basic_auth(
+        headers
+            .get(header::AUTHORIZATION)
+            .and_then(|v| v.to_str().ok()),
+    );
     if user != Some((USER.to_owned(), PASSWORD.to_owned())) {
         return (StatusCode::UNAUTHORIZED, "wrong user or password").into_response();
     }

@@ -24,7 +24,8 @@ pub(crate) fn read(root: &Path) -> BTreeMap<PathBuf, Node> {
 
 fn walk(root: &Path, inside: &Path, nodes: &mut BTreeMap<PathBuf, Node>) {
     let folder = root.join(inside);
-    let entries = std::fs::read_dir(&folder).unwrap_or_else(|e| panic!("{}: {e}", folder.display()));
+    let entries =
+        std::fs::read_dir(&folder).unwrap_or_else(|e| panic!("{}: {e}", folder.display()));
     for entry in entries {
         let entry = entry.expect("read a folder");
         let path = inside.join(entry.file_name());
@@ -49,16 +50,34 @@ fn walk(root: &Path, inside: &Path, nodes: &mut BTreeMap<PathBuf, Node>) {
 #[track_caller]
 pub(crate) fn assert_same(expected: &Path, found: &Path) {
     let (left, right) = (read(expected), read(found));
-    assert!(!left.is_empty(), "{} is empty: nothing is compared", expected.display());
+    assert!(
+        !left.is_empty(),
+        "{} is empty: nothing is compared",
+        expected.display()
+    );
     let mut differences = Vec::new();
     for (path, node) in &left {
         match right.get(path) {
             None => differences.push(format!("missing: {}", path.display())),
-            Some(other) if other != node => differences.push(format!("differs: {}: {node:?} became {other:?}", path.display())),
+            Some(other) if other != node => differences.push(format!(
+                "differs: {}: {node:?} became {other:?}",
+                path.display()
+            )),
             Some(_) => {}
         }
     }
-    differences.extend(right.keys().filter(|p| !left.contains_key(*p)).map(|p| format!("too much: {}", p.display())));
+    differences.extend(
+        right
+            .keys()
+            .filter(|p| !left.contains_key(*p))
+            .map(|p| format!("too much: {}", p.display())),
+    );
     differences.truncate(20);
-    assert!(differences.is_empty(), "{} and {} differ:\n{}", expected.display(), found.display(), differences.join("\n"));
+    assert!(
+        differences.is_empty(),
+        "{} and {} differ:\n{}",
+        expected.display(),
+        found.display(),
+        differences.join("\n")
+    );
 }

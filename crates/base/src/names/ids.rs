@@ -1,8 +1,9 @@
 //! Ids of transfers, deliveries and training runs.
 //!
-//! A hub makes them (`catalogue::new_transfer_id` and its siblings), and every daemon gets them from peers. Only the
-//! parsers here create values, so every id that exists names a direct child of the directory that it is joined to by
-//! `in_dir`. The types do not implement `AsRef<Path>`: `Path::join` does not accept them.
+//! A hub makes them (`catalogue::new_transfer_id` and its siblings), and every daemon gets them
+//! from peers. Only the parsers here create values, so every id that exists names a direct child of
+//! the directory that it is joined to by `in_dir`. The types do not implement `AsRef<Path>`:
+//! `Path::join` does not accept them.
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -15,13 +16,24 @@ use crate::limits::{ID_BYTES_MAX, IDS_ASKED_MAX};
 
 fn check_id(what: &'static str, text: &str) -> Result<(), NameError> {
     if text.len() > ID_BYTES_MAX {
-        return refuse(what, text, format!("it is longer than {ID_BYTES_MAX} bytes"));
+        return refuse(
+            what,
+            text,
+            format!("it is longer than {ID_BYTES_MAX} bytes"),
+        );
     }
     if !text.starts_with(|c: char| c.is_ascii_alphanumeric()) {
         return refuse(what, text, "it must start with a letter or a digit");
     }
-    match text.chars().find(|c| !(c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-'))) {
-        Some(c) => refuse(what, text, format!("it contains {c:?}; use letters, digits, '.', '_' and '-'")),
+    match text
+        .chars()
+        .find(|c| !(c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-')))
+    {
+        Some(c) => refuse(
+            what,
+            text,
+            format!("it contains {c:?}; use letters, digits, '.', '_' and '-'"),
+        ),
         None => Ok(()),
     }
 }
@@ -125,9 +137,16 @@ impl fmt::Display for WorkIds {
 impl FromStr for WorkIds {
     type Err = NameError;
     fn from_str(text: &str) -> Result<Self, NameError> {
-        let ids = text.split(',').map(|id| id.trim().parse()).collect::<Result<Vec<WorkId>, _>>()?;
+        let ids = text
+            .split(',')
+            .map(|id| id.trim().parse())
+            .collect::<Result<Vec<WorkId>, _>>()?;
         if ids.len() > IDS_ASKED_MAX {
-            return refuse("list of ids", text, format!("it has {} ids, and {IDS_ASKED_MAX} are allowed", ids.len()));
+            return refuse(
+                "list of ids",
+                text,
+                format!("it has {} ids, and {IDS_ASKED_MAX} are allowed", ids.len()),
+            );
         }
         Ok(Self(ids))
     }
@@ -153,9 +172,12 @@ mod tests {
     use super::super::{ArtifactRef, RelPath, RunName, SiteName};
     use super::*;
 
-    /// Whether `path` is exactly one ordinary component below `dir`, as the operating system reads it.
+    /// Whether `path` is exactly one ordinary component below `dir`, as the operating system reads
+    /// it.
     fn is_direct_child(dir: &Path, path: &Path) -> bool {
-        let Ok(rest) = path.strip_prefix(dir) else { return false };
+        let Ok(rest) = path.strip_prefix(dir) else {
+            return false;
+        };
         let mut components = rest.components();
         matches!((components.next(), components.next()), (Some(std::path::Component::Normal(name)), None) if name == rest.as_os_str())
             && path.parent() == Some(dir)
@@ -211,11 +233,33 @@ mod tests {
         for good in ["t-1a22aa702013519c0e7", "t-1", "d-x", "a", "9", "T-._-"] {
             assert_eq!(good.parse::<TransferId>().unwrap().to_string(), good);
         }
-        assert!(TransferId::made(u64::MAX, u32::MAX).parse::<TransferId>().is_ok());
+        assert!(
+            TransferId::made(u64::MAX, u32::MAX)
+                .parse::<TransferId>()
+                .is_ok()
+        );
         let long = "a".repeat(65);
-        for bad in ["", ".", "..", "-t", ".t", "/t", "t/1", "t\\1", "t 1", "t\n", "t\0", "../t", "tä", long.as_str()] {
+        for bad in [
+            "",
+            ".",
+            "..",
+            "-t",
+            ".t",
+            "/t",
+            "t/1",
+            "t\\1",
+            "t 1",
+            "t\n",
+            "t\0",
+            "../t",
+            "tä",
+            long.as_str(),
+        ] {
             let error = bad.parse::<TransferId>().unwrap_err().to_string();
-            assert!(error.len() < 400 && !error.contains(['\n', '\0']), "{error:?}");
+            assert!(
+                error.len() < 400 && !error.contains(['\n', '\0']),
+                "{error:?}"
+            );
         }
     }
 
@@ -223,8 +267,18 @@ mod tests {
     fn lists_of_ids_are_bounded() {
         let ids: WorkIds = "t-1, d-2".parse().unwrap();
         assert_eq!(ids.to_string(), "t-1,d-2");
-        assert!(vec!["t-1"; IDS_ASKED_MAX].join(",").parse::<WorkIds>().is_ok());
-        assert!(vec!["t-1"; IDS_ASKED_MAX + 1].join(",").parse::<WorkIds>().is_err());
+        assert!(
+            vec!["t-1"; IDS_ASKED_MAX]
+                .join(",")
+                .parse::<WorkIds>()
+                .is_ok()
+        );
+        assert!(
+            vec!["t-1"; IDS_ASKED_MAX + 1]
+                .join(",")
+                .parse::<WorkIds>()
+                .is_err()
+        );
         assert!("t-1,../x".parse::<WorkIds>().is_err());
     }
 }

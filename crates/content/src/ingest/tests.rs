@@ -6,7 +6,10 @@ use crate::testing::Folder;
 
 fn noise(seed: &str, len: usize) -> Vec<u8> {
     let mut out = vec![0; len];
-    blake3::Hasher::new().update(seed.as_bytes()).finalize_xof().fill(&mut out);
+    blake3::Hasher::new()
+        .update(seed.as_bytes())
+        .finalize_xof()
+        .fill(&mut out);
     out
 }
 
@@ -18,16 +21,45 @@ fn put(path: &Path, bytes: &[u8]) {
 
 fn publish(chunking: Chunking, path: &Path, store: &Store) -> Ingested {
     let mut source = Folder::open(path);
-    ingest_as(chunking, &mut source, Kind::Dataset, store, store, &Progress::default()).unwrap()
+    ingest_as(
+        chunking,
+        &mut source,
+        Kind::Dataset,
+        store,
+        store,
+        &Progress::default(),
+    )
+    .unwrap()
 }
 
 #[test]
 fn files_of_every_size_come_back_and_again_they_cost_nothing() {
     let dir = tempfile::tempdir().unwrap();
-    let (tree, store) = (dir.path().join("tree"), Store::open(&dir.path().join("store")).unwrap());
+    let (tree, store) = (
+        dir.path().join("tree"),
+        Store::open(&dir.path().join("store")).unwrap(),
+    );
     let whole = DEFAULT_CHUNKING.whole as usize;
     let mib = INGEST_BATCH_BYTES;
-    let sizes = [0, 1, 5_000, whole - 1, whole, whole + 1, whole + 7, mib - 1, mib, mib + 1, 2 * mib, 3 * mib + 7, 100, 0, whole, whole, 9];
+    let sizes = [
+        0,
+        1,
+        5_000,
+        whole - 1,
+        whole,
+        whole + 1,
+        whole + 7,
+        mib - 1,
+        mib,
+        mib + 1,
+        2 * mib,
+        3 * mib + 7,
+        100,
+        0,
+        whole,
+        whole,
+        9,
+    ];
     for (i, &size) in sizes.iter().enumerate() {
         put(&tree.join(format!("f{i:02}")), &noise(&i.to_string(), size));
     }
@@ -35,7 +67,14 @@ fn files_of_every_size_come_back_and_again_they_cost_nothing() {
     let mut found: Vec<(Hash, Vec<u8>)> = Vec::new();
     for step in Walk::new(&first.root, &store) {
         match step.unwrap() {
-            Step::Entry { entry: Entry { body: EntryBody::File(file), .. }, .. } => found.push((file.hash, Vec::new())),
+            Step::Entry {
+                entry:
+                    Entry {
+                        body: EntryBody::File(file),
+                        ..
+                    },
+                ..
+            } => found.push((file.hash, Vec::new())),
             Step::Entry { .. } => {}
             Step::Chunk(chunk, spot) => {
                 let (_, bytes) = found.last_mut().unwrap();
@@ -46,7 +85,12 @@ fn files_of_every_size_come_back_and_again_they_cost_nothing() {
     }
     assert_eq!(found.len(), sizes.len());
     for (i, (hash, bytes)) in found.iter().enumerate() {
-        assert_eq!(*bytes, noise(&i.to_string(), sizes[i]), "file {i} of {} bytes", sizes[i]);
+        assert_eq!(
+            *bytes,
+            noise(&i.to_string(), sizes[i]),
+            "file {i} of {} bytes",
+            sizes[i]
+        );
         assert_eq!(*hash, Hash::of(bytes));
     }
     let before = store.stored_bytes().unwrap();
@@ -68,11 +112,36 @@ fn content_that_is_not_what_was_listed_is_refused() {
     }
     let dir = tempfile::tempdir().unwrap();
     let store = Store::open(dir.path()).unwrap();
-    for (size, there) in [(10, 9), (10, 11), (0, 1), (3 << 20, (3 << 20) - 1), (3 << 20, (3 << 20) + 1), (300_000, 0)] {
-        let body = SourceBody::File { size, content: Content::Memory(noise("x", there).into()) };
-        let mut source = One(Some(SourceEntry { path: "f".parse().unwrap(), mode: 0o644, body, stamp: None }));
-        let fault = ingest(&mut source, Kind::Model, &store, &store, &Progress::default()).unwrap_err();
-        assert!(fault.message.contains("changed while it was read"), "{size} {there}: {fault}");
+    for (size, there) in [
+        (10, 9),
+        (10, 11),
+        (0, 1),
+        (3 << 20, (3 << 20) - 1),
+        (3 << 20, (3 << 20) + 1),
+        (300_000, 0),
+    ] {
+        let body = SourceBody::File {
+            size,
+            content: Content::Memory(noise("x", there).into()),
+        };
+        let mut source = One(Some(SourceEntry {
+            path: "f".parse().unwrap(),
+            mode: 0o644,
+            body,
+            identity: None,
+        }));
+        let fault = ingest(
+            &mut source,
+            Kind::Model,
+            &store,
+            &store,
+            &Progress::default(),
+        )
+        .unwrap_err();
+        assert!(
+            fault.message.contains("changed while it was read"),
+            "{size} {there}: {fault}"
+        );
     }
 }
 
@@ -92,11 +161,24 @@ fn a_file_that_changes_between_its_listing_and_its_end_is_refused() {
         }
     }
     let dir = tempfile::tempdir().unwrap();
-    let (tree, store) = (dir.path().join("tree"), Store::open(&dir.path().join("store")).unwrap());
+    let (tree, store) = (
+        dir.path().join("tree"),
+        Store::open(&dir.path().join("store")).unwrap(),
+    );
     put(&tree.join("a"), b"first");
     let mut source = Meddled(Folder::open(&tree), tree.join("a"));
-    let fault = ingest(&mut source, Kind::Dataset, &store, &store, &Progress::default()).unwrap_err();
-    assert!(fault.message.contains("\"a\" changed while it was read"), "{fault}");
+    let fault = ingest(
+        &mut source,
+        Kind::Dataset,
+        &store,
+        &store,
+        &Progress::default(),
+    )
+    .unwrap_err();
+    assert!(
+        fault.message.contains("\"a\" changed while it was read"),
+        "{fault}"
+    );
 }
 
 #[test]
@@ -104,15 +186,28 @@ fn a_scratch_file_is_gone_as_soon_as_it_was_read() {
     struct Pair(Vec<PathBuf>);
     impl Source for Pair {
         fn next(&mut self) -> Result<Option<SourceEntry>, Fault> {
-            let Some(file) = self.0.pop() else { return Ok(None) };
+            let Some(file) = self.0.pop() else {
+                return Ok(None);
+            };
             let path = file.file_name().unwrap().to_str().unwrap().parse()?;
             // What was read before this one is no longer on the disk.
             assert!(self.0.iter().all(|later| later.exists()));
             if path == "b".parse().unwrap() {
-                assert!(!file.with_file_name("a").exists(), "both copies are on the disk at once");
+                assert!(
+                    !file.with_file_name("a").exists(),
+                    "both copies are on the disk at once"
+                );
             }
-            let body = SourceBody::File { size: 300_000, content: Content::Scratch(file) };
-            Ok(Some(SourceEntry { path, mode: 0o644, body, stamp: None }))
+            let body = SourceBody::File {
+                size: 300_000,
+                content: Content::Scratch(file),
+            };
+            Ok(Some(SourceEntry {
+                path,
+                mode: 0o644,
+                body,
+                identity: None,
+            }))
         }
         fn info(&self) -> crate::manifest::KindInfo {
             crate::manifest::KindInfo::Files
@@ -125,7 +220,15 @@ fn a_scratch_file_is_gone_as_soon_as_it_was_read() {
     }
     let store = Store::open(&dir.path().join("store")).unwrap();
     let mut source = Pair(files.to_vec());
-    ingest_as(DEFAULT_CHUNKING, &mut source, Kind::Dataset, &store, &store, &Progress::default()).unwrap();
+    ingest_as(
+        DEFAULT_CHUNKING,
+        &mut source,
+        Kind::Dataset,
+        &store,
+        &store,
+        &Progress::default(),
+    )
+    .unwrap();
     assert!(files.iter().all(|file| !file.exists()));
 }
 
@@ -153,8 +256,15 @@ fn chunk_sizes() {
         of(64, 256, 1024, 256, 1),
     ];
     let dir = tempfile::tempdir().unwrap();
-    let sets = [model(dir.path()), layer(dir.path()), code(dir.path()), photos(dir.path())];
-    println!("| data | least, aim, most, whole; level | stored | chunks | a changed version adds | index |");
+    let sets = [
+        model(dir.path()),
+        layer(dir.path()),
+        code(dir.path()),
+        photos(dir.path()),
+    ];
+    println!(
+        "| data | least, aim, most, whole; level | stored | chunks | a changed version adds | index |"
+    );
     println!("|---|---|---|---|---|---|");
     for (name, old, new) in &sets {
         for chunking in candidates {
@@ -162,11 +272,22 @@ fn chunk_sizes() {
             let store = Store::open(dir.path()).unwrap();
             let first = publish(chunking, old, &store);
             let stored = store.stored_bytes().unwrap();
-            let index = std::fs::metadata(dir.path().join("index.redb")).unwrap().len();
+            let index = std::fs::metadata(dir.path().join("index.redb"))
+                .unwrap()
+                .len();
             publish(chunking, new, &store);
             let added = store.stored_bytes().unwrap() - stored;
-            let Chunking { min, avg, max, whole, normalization } = chunking;
-            let (mb, chunks) = (first.root.totals.bytes as f64 / 1e6, first.root.totals.chunks);
+            let Chunking {
+                min,
+                avg,
+                max,
+                whole,
+                normalization,
+            } = chunking;
+            let (mb, chunks) = (
+                first.root.totals.bytes as f64 / 1e6,
+                first.root.totals.chunks,
+            );
             println!(
                 "| {name}, {mb:.0} MB | {}, {}, {}, {} KiB; {normalization} | {:.2} MB | {chunks} | {:.0} KB | {:.0} KB |",
                 min / KIB,
@@ -183,18 +304,32 @@ fn chunk_sizes() {
 
 type Set = (&'static str, PathBuf, PathBuf);
 
-/// Half-precision-like weights behind a header; of the next version one tensor in twelve is trained further.
+/// Half-precision-like weights behind a header; of the next version one tensor in twelve is trained
+/// further.
 fn model(dir: &Path) -> Set {
     let tensor = |seed: &str| -> Vec<u8> {
         let mut bytes = noise(seed, 4 << 20);
         // The exponent's byte of a weight has few values.
-        bytes.iter_mut().skip(1).step_by(2).for_each(|byte| *byte = 0x20 + (byte.leading_zeros() as u8) * 4 + (*byte & 0x83));
+        bytes
+            .iter_mut()
+            .skip(1)
+            .step_by(2)
+            .for_each(|byte| *byte = 0x20 + (byte.leading_zeros() as u8) * 4 + (*byte & 0x83));
         bytes
     };
     for (version, trained) in [("old", 99), ("new", 5)] {
         let mut file = format!("{{\"__metadata__\":{{\"version\":\"{version}\"}}}}").into_bytes();
-        (0..12).for_each(|n| file.extend(tensor(&if n == trained { format!("{n} {version}") } else { n.to_string() })));
-        put(&dir.join("model").join(version).join("model.safetensors"), &file);
+        (0..12).for_each(|n| {
+            file.extend(tensor(&if n == trained {
+                format!("{n} {version}")
+            } else {
+                n.to_string()
+            }))
+        });
+        put(
+            &dir.join("model").join(version).join("model.safetensors"),
+            &file,
+        );
     }
     ("model", dir.join("model/old"), dir.join("model/new"))
 }
@@ -203,7 +338,12 @@ fn model(dir: &Path) -> Set {
 fn files(root: &str, most: u64, wanted: impl Fn(&Path) -> bool) -> BTreeMap<PathBuf, Vec<u8>> {
     let (mut found, mut total, mut folders) = (BTreeMap::new(), 0, vec![PathBuf::from(root)]);
     while let Some(folder) = folders.pop() {
-        let mut entries: Vec<PathBuf> = std::fs::read_dir(&folder).into_iter().flatten().flatten().map(|e| e.path()).collect();
+        let mut entries: Vec<PathBuf> = std::fs::read_dir(&folder)
+            .into_iter()
+            .flatten()
+            .flatten()
+            .map(|e| e.path())
+            .collect();
         entries.sort();
         for path in entries {
             let meta = path.symlink_metadata().unwrap();
@@ -211,7 +351,10 @@ fn files(root: &str, most: u64, wanted: impl Fn(&Path) -> bool) -> BTreeMap<Path
                 folders.push(path);
             } else if meta.is_file() && wanted(&path) && total < most {
                 total += meta.len();
-                found.insert(path.strip_prefix("/").unwrap().to_owned(), std::fs::read(&path).unwrap());
+                found.insert(
+                    path.strip_prefix("/").unwrap().to_owned(),
+                    std::fs::read(&path).unwrap(),
+                );
             }
         }
     }
@@ -220,8 +363,13 @@ fn files(root: &str, most: u64, wanted: impl Fn(&Path) -> bool) -> BTreeMap<Path
 
 /// One file in so many gets twenty bytes more somewhere.
 fn edit(files: &mut BTreeMap<PathBuf, Vec<u8>>, every: usize) {
-    for bytes in files.values_mut().step_by(every).filter(|bytes| !bytes.is_empty()) {
-        let at = u32::from_le_bytes(Hash::of(bytes).0[..4].try_into().unwrap()) as usize % bytes.len();
+    for bytes in files
+        .values_mut()
+        .step_by(every)
+        .filter(|bytes| !bytes.is_empty())
+    {
+        let at =
+            u32::from_le_bytes(Hash::of(bytes).0[..4].try_into().unwrap()) as usize % bytes.len();
         bytes.splice(at..at, *b"# edited, as we do.\n");
     }
 }
@@ -237,7 +385,10 @@ fn layer(dir: &Path) -> Set {
             header.set_mode(0o644);
             tar.append_data(&mut header, path, &bytes[..]).unwrap();
         }
-        put(&dir.join("layer").join(version).join("layer.tar"), &tar.into_inner().unwrap());
+        put(
+            &dir.join("layer").join(version).join("layer.tar"),
+            &tar.into_inner().unwrap(),
+        );
         edit(&mut tree, 50);
     }
     ("image layer", dir.join("layer/old"), dir.join("layer/new"))
@@ -245,7 +396,9 @@ fn layer(dir: &Path) -> Set {
 
 /// Python sources; one in twenty is edited.
 fn code(dir: &Path) -> Set {
-    let mut tree = files("/usr/lib", 100_000_000, |path| path.extension().is_some_and(|e| e == "py"));
+    let mut tree = files("/usr/lib", 100_000_000, |path| {
+        path.extension().is_some_and(|e| e == "py")
+    });
     for version in ["old", "new"] {
         for (path, bytes) in &tree {
             put(&dir.join("code").join(version).join(path), bytes);
@@ -260,15 +413,26 @@ fn photos(dir: &Path) -> Set {
     for version in ["old", "new"] {
         for i in 0..2000u32 {
             // Log-normal around 40 KB.
-            let at = |n: usize| f64::from(u32::from_le_bytes(noise(&i.to_string(), 8)[n..n + 4].try_into().unwrap())) / 4_294_967_296.0;
-            let normal = (-2.0 * (at(0) + 1e-9).ln()).sqrt() * (std::f64::consts::TAU * at(4)).cos();
+            let at = |n: usize| {
+                f64::from(u32::from_le_bytes(
+                    noise(&i.to_string(), 8)[n..n + 4].try_into().unwrap(),
+                )) / 4_294_967_296.0
+            };
+            let normal =
+                (-2.0 * (at(0) + 1e-9).ln()).sqrt() * (std::f64::consts::TAU * at(4)).cos();
             let size = (40_000.0 * (0.9 * normal).exp()) as usize;
             let (folder, seed) = match (version, i % 100) {
                 ("new", 3) => ("line", format!("photo {i} new")),
                 ("new", n) if n % 20 == 7 => ("moved", format!("photo {i}")),
                 _ => ("line", format!("photo {i}")),
             };
-            put(&dir.join("photos").join(version).join(folder).join(format!("day{}/img_{i:05}.jpg", i % 31)), &noise(&seed, size));
+            put(
+                &dir.join("photos")
+                    .join(version)
+                    .join(folder)
+                    .join(format!("day{}/img_{i:05}.jpg", i % 31)),
+                &noise(&seed, size),
+            );
         }
     }
     ("photos", dir.join("photos/old"), dir.join("photos/new"))

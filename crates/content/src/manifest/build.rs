@@ -1,4 +1,5 @@
-//! Builds a manifest from entries in order, page by page, in memory that does not grow with their number.
+//! Builds a manifest from entries in order, page by page, in memory that does not grow with their
+//! number.
 
 use bytes::Bytes;
 
@@ -40,10 +41,19 @@ impl<'a> Builder<'a> {
     /// A builder that hands its pages to `sink`.
     pub fn new(chunking: Chunking, sink: &'a mut PageSink<'a>) -> Self {
         let levels = vec![Level::default()];
-        Self { sink, chunking, totals: Totals::default(), page: PageWriter::default(), levels, last: None, open: Vec::new() }
+        Self {
+            sink,
+            chunking,
+            totals: Totals::default(),
+            page: PageWriter::default(),
+            levels,
+            last: None,
+            open: Vec::new(),
+        }
     }
 
-    /// Whether a file of this size gets chunk records of its own (else it is one chunk, named by its hash).
+    /// Whether a file of this size gets chunk records of its own (else it is one chunk, named by
+    /// its hash).
     pub fn lists_chunks(&self, size: u64) -> bool {
         size > 0 && !is_one_chunk(&self.chunking, size)
     }
@@ -87,7 +97,12 @@ impl<'a> Builder<'a> {
 
     fn emit(&mut self, page: PageWriter) -> Result<PageRef, Fault> {
         let chunk = Verified::new(Bytes::from(page.bytes));
-        let listed = PageRef { id: chunk.id, len: chunk.bytes.len() as u32, chunks: page.chunks, entries: page.entries };
+        let listed = PageRef {
+            id: chunk.id,
+            len: chunk.bytes.len() as u32,
+            chunks: page.chunks,
+            entries: page.entries,
+        };
         (self.sink)(chunk)?;
         Ok(listed)
     }
@@ -136,14 +151,31 @@ impl<'a> Builder<'a> {
             level += 1;
         }
         let pages = std::mem::take(&mut self.levels[level].pages);
-        Ok(Root { format: 1, kind, info, chunking: self.chunking, totals: self.totals, depth: level as u8, pages })
+        Ok(Root {
+            format: 1,
+            kind,
+            info,
+            chunking: self.chunking,
+            totals: self.totals,
+            depth: level as u8,
+            pages,
+        })
     }
 }
 
-/// Every path stands after the one before, and inside folders that were named: so a tree can be made in one walk, and
-/// nothing is ever written through a link.
-pub(super) fn check_order(last: Option<&RelPath>, open: &mut Vec<String>, entry: &Entry) -> Result<(), Fault> {
-    let wrong = |why: &str| Err(Fault::integrity(format!("the manifest entry {:?} {why}", entry.path.as_str())));
+/// Every path stands after the one before, and inside folders that were named: so a tree can be
+/// made in one walk, and nothing is ever written through a link.
+pub(super) fn check_order(
+    last: Option<&RelPath>,
+    open: &mut Vec<String>,
+    entry: &Entry,
+) -> Result<(), Fault> {
+    let wrong = |why: &str| {
+        Err(Fault::integrity(format!(
+            "the manifest entry {:?} {why}",
+            entry.path.as_str()
+        )))
+    };
     if last.is_some_and(|last| *last >= entry.path) {
         return wrong("is out of order or there twice");
     }

@@ -1,13 +1,14 @@
 //! Manifests: the sorted entries of an artifact and what its kind needs.
 //!
-//! A manifest is a tree: the root manifest lists pages, which hold entries and chunk references (or, above
-//! [`Root::depth`] 0, further pages). Pages are chunks like any other: named by their BLAKE3, kept in the store, fetched
-//! when lacking. Nothing here does I/O; [`Builder`] hands finished pages to a closure, [`Walk`] asks for them through
-//! [`Pages`], and neither holds more than a page of each level.
+//! A manifest is a tree: the root manifest lists pages, which hold entries and chunk references
+//! (or, above [`Root::depth`] 0, further pages). Pages are chunks like any other: named by their
+//! BLAKE3, kept in the store, fetched when lacking. Nothing here does I/O; [`Builder`] hands
+//! finished pages to a closure, [`Walk`] asks for them through [`Pages`], and neither holds more
+//! than a page of each level.
 
 mod build;
 mod check;
-pub mod difference;
+pub mod delta;
 mod page;
 mod survey;
 mod walk;
@@ -16,7 +17,10 @@ pub use build::Builder;
 pub use check::check;
 pub use page::{ChunkRef, read_children};
 pub use survey::{Named, survey};
-pub use walk::{Listed, Pages, Spot, Step, Walk, children, entry_pages, for_each_page, level_below, top_level};
+pub use walk::{
+    ChunkPosition, Listed, Pages, Step, Walk, children, entry_pages, for_each_page, level_below,
+    top_level,
+};
 
 use serde::{Deserialize, Serialize};
 
@@ -125,8 +129,8 @@ pub struct DatasetBinding {
     pub digest: Digest,
 }
 
-/// The root manifest. Its canonical bytes are the JSON of this struct, fields in this order, no white space; their
-/// BLAKE3 is the artifact's digest.
+/// The root manifest. Its canonical bytes are the JSON of this struct, fields in this order, no
+/// white space; their BLAKE3 is the artifact's digest.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Root {
     /// 1.
@@ -139,7 +143,8 @@ pub struct Root {
     pub chunking: Chunking,
     /// Counts.
     pub totals: Totals,
-    /// How many levels of index pages stand between this list and the entry pages (0: these are entry pages).
+    /// How many levels of index pages stand between this list and the entry pages (0: these are
+    /// entry pages).
     pub depth: u8,
     /// The pages, in order.
     pub pages: Vec<PageRef>,
@@ -148,7 +153,10 @@ pub struct Root {
 impl Root {
     /// The canonical bytes.
     pub fn to_bytes(&self) -> Vec<u8> {
-        #[expect(clippy::expect_used, reason = "a struct of strings and numbers always has a JSON form")]
+        #[expect(
+            clippy::expect_used,
+            reason = "a struct of strings and numbers always has a JSON form"
+        )]
         serde_json::to_vec(self).expect("a root manifest as JSON")
     }
 
@@ -160,22 +168,30 @@ impl Root {
     /// A root manifest from bytes that hash to `digest`.
     pub fn parse(bytes: &[u8], digest: Digest) -> Result<Self, Fault> {
         if Hash::of(bytes) != digest {
-            return Err(Fault::integrity(format!("the root manifest {digest} does not hash to its name")));
+            return Err(Fault::integrity(format!(
+                "the root manifest {digest} does not hash to its name"
+            )));
         }
-        let root: Self =
-            serde_json::from_slice(bytes).map_err(|e| Fault::integrity(format!("the root manifest {digest} is malformed: {e}")))?;
+        let root: Self = serde_json::from_slice(bytes).map_err(|e| {
+            Fault::integrity(format!("the root manifest {digest} is malformed: {e}"))
+        })?;
         if root.format != 1 {
             let format = root.format;
-            return Err(Fault::integrity(format!("the root manifest {digest} has format {format}; this program reads 1"))
-                .with_next("upgrade packhorse here"));
+            return Err(Fault::integrity(format!(
+                "the root manifest {digest} has format {format}; this program reads 1"
+            ))
+            .with_next("upgrade packhorse here"));
         }
         if root.to_bytes() != bytes {
-            return Err(
-                Fault::integrity(format!("the root manifest {digest} is not in canonical form")).with_next("upgrade packhorse here")
-            );
+            return Err(Fault::integrity(format!(
+                "the root manifest {digest} is not in canonical form"
+            ))
+            .with_next("upgrade packhorse here"));
         }
         if !root.chunking.is_possible() {
-            return Err(Fault::integrity(format!("the root manifest {digest} has impossible chunk sizes")));
+            return Err(Fault::integrity(format!(
+                "the root manifest {digest} has impossible chunk sizes"
+            )));
         }
         Ok(root)
     }

@@ -1,4 +1,5 @@
-//! Manifest pages: runs of records, cut where their content says so, so that two versions share most pages.
+//! Manifest pages: runs of records, cut where their content says so, so that two versions share
+//! most pages.
 //!
 //! ```text
 //! page   = 'E' record*            entry page        page = 'I' child*      index page
@@ -9,7 +10,8 @@
 //! path   = shared suffix_len suffix                 bytes shared with the path before on this page, then the rest
 //! child  = len chunks entries id
 //! ```
-//! Numbers are LEB128. A page ends after a record whose key (a hash) has its low bits zero, or when it is full.
+//! Numbers are LEB128. A page ends after a record whose key (a hash) has its low bits zero, or when
+//! it is full.
 
 use bytes::Bytes;
 
@@ -29,7 +31,8 @@ pub(super) const PAGE_CUT: u32 = 256;
 pub(super) const LISTED_BYTES_MAX: u64 = PAGE_BYTES_MAX as u64 * 2;
 /// What Linux takes.
 const TARGET_BYTES_MAX: usize = 4095;
-/// What is kept of a mode wherever an entry is read: never set-user-id, set-group-id or the sticky bit, which a peer must not set.
+/// What is kept of a mode wherever an entry is read: never set-user-id, set-group-id or the sticky
+/// bit, which a peer must not set.
 const MODE_BITS: u32 = 0o777;
 
 const DIR: u8 = 1;
@@ -94,7 +97,11 @@ impl PageWriter {
         };
         self.bytes.push(tag);
         let path = entry.path.as_str();
-        let shared = path.bytes().zip(self.last_path.bytes()).take_while(|(a, b)| a == b).count();
+        let shared = path
+            .bytes()
+            .zip(self.last_path.bytes())
+            .take_while(|(a, b)| a == b)
+            .count();
         put_number(&mut self.bytes, shared as u64);
         put_number(&mut self.bytes, (path.len() - shared) as u64);
         self.bytes.extend_from_slice(&path.as_bytes()[shared..]);
@@ -140,9 +147,14 @@ impl PageWriter {
 
     fn ends_at(&self, key: Hash) -> bool {
         let low = u32::from_le_bytes([key.0[0], key.0[1], key.0[2], key.0[3]]);
-        let cut = if self.bytes[0] == b'I' { PAGE_CUT / 4 } else { PAGE_CUT };
+        let cut = if self.bytes[0] == b'I' {
+            PAGE_CUT / 4
+        } else {
+            PAGE_CUT
+        };
         // Index pages have fewer and larger records, and few are wanted in the root.
-        (self.bytes.len() >= PAGE_BYTES_MIN && low.is_multiple_of(cut)) || self.bytes.len() >= PAGE_BYTES_MAX
+        (self.bytes.len() >= PAGE_BYTES_MIN && low.is_multiple_of(cut))
+            || self.bytes.len() >= PAGE_BYTES_MAX
     }
 }
 
@@ -152,14 +164,18 @@ struct Reader<'a> {
 }
 
 fn malformed(what: &str) -> Fault {
-    Fault::integrity(format!("a manifest page is malformed: {what}")).with_next("publish the artifact again")
+    Fault::integrity(format!("a manifest page is malformed: {what}"))
+        .with_next("publish the artifact again")
 }
 
 impl<'a> Reader<'a> {
     fn number(&mut self) -> Result<u64, Fault> {
         let mut value = 0u64;
         for shift in (0..64).step_by(7) {
-            let (&byte, rest) = self.bytes.split_first().ok_or_else(|| malformed("it ends in a number"))?;
+            let (&byte, rest) = self
+                .bytes
+                .split_first()
+                .ok_or_else(|| malformed("it ends in a number"))?;
             self.bytes = rest;
             value |= u64::from(byte & 0x7f) << shift;
             if byte & 0x80 == 0 {
@@ -178,7 +194,8 @@ impl<'a> Reader<'a> {
 
     /// A length of something that is here: one that does not fit is refused where it is taken.
     fn length(&mut self) -> Result<usize, Fault> {
-        self.number().map(|n| usize::try_from(n).unwrap_or(usize::MAX))
+        self.number()
+            .map(|n| usize::try_from(n).unwrap_or(usize::MAX))
     }
 
     fn take(&mut self, len: usize) -> Result<&'a [u8], Fault> {
@@ -202,14 +219,23 @@ pub(super) enum Raw<'a> {
     /// A folder.
     Dir { path: &'a [u8], mode: u64 },
     /// A symbolic link.
-    Symlink { path: &'a [u8], mode: u64, target: &'a [u8] },
+    Symlink {
+        path: &'a [u8],
+        mode: u64,
+        target: &'a [u8],
+    },
     /// A file.
-    File { path: &'a [u8], mode: u64, file: FileInfo },
+    File {
+        path: &'a [u8],
+        mode: u64,
+        file: FileInfo,
+    },
     /// The next chunk of the last file.
     Chunk(ChunkRef),
 }
 
-/// Reads an entry page record by record, so that no more than one of them is held: a short record may stand for a long path.
+/// Reads an entry page record by record, so that no more than one of them is held: a short record
+/// may stand for a long path.
 pub(super) struct Records {
     page: Bytes,
     at: usize,
@@ -218,20 +244,33 @@ pub(super) struct Records {
 
 impl Records {
     pub(super) fn new(page: Bytes) -> Result<Self, Fault> {
-        if page.first() == Some(&b'E') { Ok(Self { page, at: 1, path: Vec::new() }) } else { Err(malformed("it is not an entry page")) }
+        if page.first() == Some(&b'E') {
+            Ok(Self {
+                page,
+                at: 1,
+                path: Vec::new(),
+            })
+        } else {
+            Err(malformed("it is not an entry page"))
+        }
     }
 
     /// The next record as it stands there.
     pub(super) fn raw(&mut self) -> Result<Option<Raw<'_>>, Fault> {
         let Self { page, at, path } = self;
-        let mut reader = Reader { bytes: &page[*at..] };
+        let mut reader = Reader {
+            bytes: &page[*at..],
+        };
         if reader.bytes.is_empty() {
             return Ok(None);
         }
         let tag = reader.take(1)?[0];
         let raw = if tag == CHUNK {
             let len = reader.small(base::limits::CHUNK_BYTES_MAX as u64, "a chunk's length")?;
-            Raw::Chunk(ChunkRef { len, id: reader.hash()? })
+            Raw::Chunk(ChunkRef {
+                len,
+                id: reader.hash()?,
+            })
         } else {
             let shared = reader.length()?;
             if shared > path.len() {
@@ -246,9 +285,20 @@ impl Records {
                 DIR => Raw::Dir { path, mode },
                 SYMLINK => {
                     let len = reader.length()?;
-                    Raw::Symlink { path, mode, target: reader.take(len)? }
+                    Raw::Symlink {
+                        path,
+                        mode,
+                        target: reader.take(len)?,
+                    }
                 }
-                FILE => Raw::File { path, mode, file: FileInfo { size: reader.number()?, hash: reader.hash()? } },
+                FILE => Raw::File {
+                    path,
+                    mode,
+                    file: FileInfo {
+                        size: reader.number()?,
+                        hash: reader.hash()?,
+                    },
+                },
                 other => return Err(malformed(&format!("a record of kind {other}"))),
             }
         };
@@ -258,11 +308,15 @@ impl Records {
 
     /// The next record, checked.
     pub(super) fn next(&mut self) -> Result<Option<Record>, Fault> {
-        let Some(raw) = self.raw()? else { return Ok(None) };
+        let Some(raw) = self.raw()? else {
+            return Ok(None);
+        };
         let (path, mode, body) = match raw {
             Raw::Chunk(chunk) => return Ok(Some(Record::Chunk(chunk))),
             Raw::Dir { path, mode } => (path, mode, EntryBody::Dir),
-            Raw::Symlink { path, mode, target } => (path, mode, EntryBody::Symlink(read_target(target)?)),
+            Raw::Symlink { path, mode, target } => {
+                (path, mode, EntryBody::Symlink(read_target(target)?))
+            }
             Raw::File { path, mode, file } => (path, mode, EntryBody::File(file)),
         };
         let path = std::str::from_utf8(path).map_err(|_| malformed("a path is not UTF-8"))?;
@@ -270,19 +324,28 @@ impl Records {
         if mode > 0o7777 {
             return Err(malformed(&format!("a mode is {mode:o}, over 7777")));
         }
-        Ok(Some(Record::Entry(Entry { path, mode: mode as u32 & MODE_BITS, body })))
+        Ok(Some(Record::Entry(Entry {
+            path,
+            mode: mode as u32 & MODE_BITS,
+            body,
+        })))
     }
 }
 
 /// What a filesystem can hold.
 fn read_target(target: &[u8]) -> Result<String, Fault> {
     if target.is_empty() || target.len() > TARGET_BYTES_MAX {
-        return Err(malformed(&format!("a link's target has {} bytes; 1 to {TARGET_BYTES_MAX} are allowed", target.len())));
+        return Err(malformed(&format!(
+            "a link's target has {} bytes; 1 to {TARGET_BYTES_MAX} are allowed",
+            target.len()
+        )));
     }
     if target.contains(&0) {
         return Err(malformed("a link's target contains a NUL"));
     }
-    std::str::from_utf8(target).map(str::to_owned).map_err(|_| malformed("a link's target is not UTF-8"))
+    std::str::from_utf8(target)
+        .map(str::to_owned)
+        .map_err(|_| malformed("a link's target is not UTF-8"))
 }
 
 /// The children of an index page.
@@ -301,7 +364,12 @@ pub(super) fn each_child(page: &[u8], take: &mut dyn FnMut(PageRef)) -> Result<(
     while !reader.bytes.is_empty() {
         let len = reader.small(LISTED_BYTES_MAX, "a page's length")?;
         let (chunks, entries) = (reader.number()?, reader.number()?);
-        take(PageRef { id: reader.hash()?, len, chunks, entries });
+        take(PageRef {
+            id: reader.hash()?,
+            len,
+            chunks,
+            entries,
+        });
     }
     Ok(())
 }

@@ -1,7 +1,9 @@
-//! What a manifest names, as far as it can be read: for whoever must not lose what a malformed manifest may still need.
+//! What a manifest names, as far as it can be read: for whoever must not lose what a malformed
+//! manifest may still need.
 //!
-//! `gc`, the eviction of relayed bytes and `verify` use it. Nothing is checked that need not be for that: a path that is not allowed, an
-//! order or totals that are wrong do not matter. Pages that are gone or damaged are left out, and said.
+//! `gc`, the eviction of relayed bytes and `verify` use it. Nothing is checked that need not be for
+//! that: a path that is not allowed, an order or totals that are wrong do not matter. Pages that
+//! are gone or damaged are left out, and said.
 
 use std::collections::HashSet;
 
@@ -18,7 +20,8 @@ pub enum Named {
     Page(Hash),
     /// A chunk that has a record of its own.
     Chunk(ChunkRef),
-    /// The content of a file: up to [`crate::manifest::Chunking::whole`] bytes it is a chunk of that name.
+    /// The content of a file: up to [`crate::manifest::Chunking::whole`] bytes it is a chunk of
+    /// that name.
     File {
         /// Its hash.
         hash: Hash,
@@ -27,8 +30,9 @@ pub enum Named {
     },
 }
 
-/// Gives `take` all that can be read of a manifest, but pages that are in `seen` already, and what those name. Returns what could not
-/// be read, the first of it. Only a store that cannot be read at all is an error.
+/// Gives `take` all that can be read of a manifest, but pages that are in `seen` already, and what
+/// those name. Returns what could not be read, the first of it. Only a store that cannot be read at
+/// all is an error.
 pub fn survey<P: Pages + ?Sized>(
     root: &Root,
     pages: &P,
@@ -64,7 +68,10 @@ pub fn survey<P: Pages + ?Sized>(
                 while let Some(record) = records.raw()? {
                     match record {
                         Raw::Chunk(chunk) => take(Named::Chunk(chunk)),
-                        Raw::File { file, .. } => take(Named::File { hash: file.hash, size: file.size }),
+                        Raw::File { file, .. } => take(Named::File {
+                            hash: file.hash,
+                            size: file.size,
+                        }),
                         Raw::Dir { .. } | Raw::Symlink { .. } => {}
                     }
                 }

@@ -13,7 +13,11 @@ pub(super) struct Memory(pub(super) RefCell<HashMap<Hash, Bytes>>);
 
 impl Pages for Memory {
     fn page(&self, id: Hash) -> Result<Bytes, Fault> {
-        self.0.borrow().get(&id).cloned().ok_or_else(|| Fault::not_found("page"))
+        self.0
+            .borrow()
+            .get(&id)
+            .cloned()
+            .ok_or_else(|| Fault::not_found("page"))
     }
 }
 
@@ -33,18 +37,27 @@ pub(super) fn build(files: &[File], memory: &Memory) -> Root {
             let mut left = *size;
             while left > 0 {
                 let len = left.min(30_000);
-                chunks.push(ChunkRef { id: Hash::of(&[hash.0, Hash::of(&left.to_le_bytes()).0].concat()), len: len as u32 });
+                chunks.push(ChunkRef {
+                    id: Hash::of(&[hash.0, Hash::of(&left.to_le_bytes()).0].concat()),
+                    len: len as u32,
+                });
                 left -= len;
             }
         }
-        let entry = Entry { path: name.parse().unwrap(), mode: 0o644, body: EntryBody::File(FileInfo { size: *size, hash }) };
+        let entry = Entry {
+            path: name.parse().unwrap(),
+            mode: 0o644,
+            body: EntryBody::File(FileInfo { size: *size, hash }),
+        };
         builder.push(&entry, &chunks).unwrap();
     }
     builder.finish(Kind::Dataset, KindInfo::Files).unwrap()
 }
 
 pub(super) fn numbered(n: u64) -> Vec<File> {
-    (0..n).map(|i| (format!("img_{i:07}.png"), 40_000, i)).collect()
+    (0..n)
+        .map(|i| (format!("img_{i:07}.png"), 40_000, i))
+        .collect()
 }
 
 #[test]
@@ -65,7 +78,11 @@ fn a_walk_gives_back_what_was_built() {
                 assert_eq!(spot.ordinal, ordinals);
                 ordinals += 1;
                 let page = memory.page(spot.page).unwrap();
-                assert_eq!(children(&page, &root).unwrap()[spot.index as usize], chunk, "a spot names its chunk");
+                assert_eq!(
+                    children(&page, &root).unwrap()[spot.index as usize],
+                    chunk,
+                    "a spot names its chunk"
+                );
             }
         }
     }
@@ -87,61 +104,97 @@ fn a_small_change_shares_most_pages() {
     assert!(new <= 6, "two changes made {new} new pages of {before}");
 }
 
-/// How many bytes the second manifest's new pages take as differences against the first's, and as they are.
+/// How many bytes the second manifest's new pages take as differences against the first's, and as
+/// they are.
 fn differences(old: &[File], new: &[File]) -> (usize, usize) {
-    use super::difference::{Alignment, restore, squeeze};
+    use super::delta::{Alignment, compress, restore};
     let memory = Memory::default();
     let list = |files| entry_pages(&build(files, &memory), &memory).unwrap();
     let (old, new) = (list(old), list(new));
     let alignment = Alignment::new(&old, &new);
-    let read = |pages: &[PageRef]| pages.iter().map(|p| memory.page(p.id).unwrap()).collect::<Vec<_>>();
-    let (mut squeezed, mut plain) = (0, 0);
+    let read = |pages: &[PageRef]| {
+        pages
+            .iter()
+            .map(|p| memory.page(p.id).unwrap())
+            .collect::<Vec<_>>()
+    };
+    let (mut compressed, mut plain) = (0, 0);
     for first in (0..new.len()).step_by(8) {
         let span = first..new.len().min(first + 8);
         let beside = read(&old[alignment.beside(&span)]);
         let bytes: usize = beside.iter().map(Bytes::len).sum();
         assert!(bytes as u64 <= base::limits::DIFFERENCE_BASE_BYTES_MAX);
         let pages = read(&new[span.clone()]);
-        let made = squeeze(&beside, &pages).unwrap();
+        let made = compress(&beside, &pages).unwrap();
         let lens: Vec<u32> = new[span].iter().map(|p| p.len).collect();
         assert_eq!(restore(&beside, &made, &lens).unwrap(), pages);
         assert!(restore(&beside, &made[..made.len() / 2], &lens).is_err());
-        assert!(restore(&beside, &made, &lens[1..]).is_err(), "more than was asked for");
-        squeezed += made.len();
+        assert!(
+            restore(&beside, &made, &lens[1..]).is_err(),
+            "more than was asked for"
+        );
+        compressed += made.len();
         plain += lens.iter().sum::<u32>() as usize;
     }
-    println!("{} pages: {plain} bytes, as differences {squeezed}", new.len());
-    (squeezed, plain)
+    println!(
+        "{} pages: {plain} bytes, as differences {compressed}",
+        new.len()
+    );
+    (compressed, plain)
 }
 
 #[test]
 fn scattered_changes_cost_what_they_are_as_differences() {
     let old = numbered(20_000);
     let mut new = old.clone();
-    new.iter_mut().step_by(20).for_each(|file| file.2 += 1_000_000);
+    new.iter_mut()
+        .step_by(20)
+        .for_each(|file| file.2 += 1_000_000);
     new.retain(|file| file.2 % 40 != 7);
-    let (squeezed, plain) = differences(&old, &new);
-    assert!(squeezed < 1_000 * 64 + 500 * 16, "{squeezed} of {plain} bytes for 1,000 changes and 500 gaps");
+    let (compressed, plain) = differences(&old, &new);
+    assert!(
+        compressed < 1_000 * 64 + 500 * 16,
+        "{compressed} of {plain} bytes for 1,000 changes and 500 gaps"
+    );
     // A large file: pages of nothing but chunks.
     let large = |seed| vec![("model.bin".to_owned(), 30_000 * 40_000, seed)];
-    let (squeezed, plain) = differences(&large(1), &large(1));
-    assert!(squeezed * 100 < plain, "{squeezed} of {plain} bytes for no change");
-    let (squeezed, plain) = differences(&large(1), &large(2));
-    assert!(squeezed < plain + plain / 100, "{squeezed} of {plain} bytes where nothing is alike");
+    let (compressed, plain) = differences(&large(1), &large(1));
+    assert!(
+        compressed * 100 < plain,
+        "{compressed} of {plain} bytes for no change"
+    );
+    let (compressed, plain) = differences(&large(1), &large(2));
+    assert!(
+        compressed < plain + plain / 100,
+        "{compressed} of {plain} bytes where nothing is alike"
+    );
     differences(&[], &numbered(10));
     differences(&numbered(10), &[]);
 }
 
 #[test]
 fn differences_find_their_old_pages_in_a_long_list() {
-    // More than is looked at at once, and shifted by what was put in front and taken out on the way.
+    // More than is looked at at once, and shifted by what was put in front and taken out on the
+    // way.
     let old = numbered(150_000);
-    let mut new: Vec<File> = (0..30_000).map(|i| (format!("a_{i:07}.png"), 50_000, 5_000_000 + i)).collect();
-    new.extend(old.iter().filter(|file| !(60_000..80_000).contains(&file.2)).cloned());
-    new[30_000..].iter_mut().step_by(100).for_each(|file| file.2 += 1_000_000);
-    let (squeezed, plain) = differences(&old, &new);
+    let mut new: Vec<File> = (0..30_000)
+        .map(|i| (format!("a_{i:07}.png"), 50_000, 5_000_000 + i))
+        .collect();
+    new.extend(
+        old.iter()
+            .filter(|file| !(60_000..80_000).contains(&file.2))
+            .cloned(),
+    );
+    new[30_000..]
+        .iter_mut()
+        .step_by(100)
+        .for_each(|file| file.2 += 1_000_000);
+    let (compressed, plain) = differences(&old, &new);
     let fresh = 31_300 * 50;
-    assert!(squeezed < fresh + (plain - fresh) / 10, "{squeezed} of {plain} bytes, {fresh} of them are new");
+    assert!(
+        compressed < fresh + (plain - fresh) / 10,
+        "{compressed} of {plain} bytes, {fresh} of them are new"
+    );
 }
 
 #[test]
@@ -152,10 +205,24 @@ fn a_lying_manifest_is_refused() {
     assert!(Walk::new(&root, &memory).any(|s| s.is_err()));
     let mut sink = |_| Ok(());
     let mut builder = Builder::new(DEFAULT_CHUNKING, &mut sink);
-    let entry = |path: &str, body| Entry { path: path.parse().unwrap(), mode: 0o755, body };
-    builder.push(&entry("a", EntryBody::Symlink("/etc".into())), &[]).unwrap();
-    assert!(builder.push(&entry("a/passwd", EntryBody::Dir), &[]).is_err(), "nothing goes through a link");
-    assert!(builder.push(&entry("a", EntryBody::Dir), &[]).is_err(), "no name twice");
+    let entry = |path: &str, body| Entry {
+        path: path.parse().unwrap(),
+        mode: 0o755,
+        body,
+    };
+    builder
+        .push(&entry("a", EntryBody::Symlink("/etc".into())), &[])
+        .unwrap();
+    assert!(
+        builder
+            .push(&entry("a/passwd", EntryBody::Dir), &[])
+            .is_err(),
+        "nothing goes through a link"
+    );
+    assert!(
+        builder.push(&entry("a", EntryBody::Dir), &[]).is_err(),
+        "no name twice"
+    );
 }
 
 #[test]
@@ -163,8 +230,17 @@ fn a_manifest_that_unfolds_without_end_is_refused() {
     let memory = Memory::default();
     let honest = build(&numbered(1), &memory);
     let with = |page: PageRef, depth: u8| {
-        let totals = Totals { files: page.entries, chunks: page.chunks, ..Totals::default() };
-        Root { depth, totals, pages: vec![page], ..honest.clone() }
+        let totals = Totals {
+            files: page.entries,
+            chunks: page.chunks,
+            ..Totals::default()
+        };
+        Root {
+            depth,
+            totals,
+            pages: vec![page],
+            ..honest.clone()
+        }
     };
     // Index pages that list one page many times, above each other. All they say adds up.
     let mut tower = vec![honest.pages[0]];
@@ -175,20 +251,54 @@ fn a_manifest_that_unfolds_without_end_is_refused() {
         }
         let (chunks, entries) = (index.chunks, index.entries);
         let made = crate::frame::Verified::new(index.bytes.into());
-        tower.push(PageRef { id: made.id, len: made.bytes.len() as u32, chunks, entries });
+        tower.push(PageRef {
+            id: made.id,
+            len: made.bytes.len() as u32,
+            chunks,
+            entries,
+        });
         memory.0.borrow_mut().insert(made.id, made.bytes);
     }
-    assert_eq!(entry_pages(&with(tower[1], 1), &memory).unwrap().len(), 1_500, "a page may be there many times");
+    assert_eq!(
+        entry_pages(&with(tower[1], 1), &memory).unwrap().len(),
+        1_500,
+        "a page may be there many times"
+    );
     let bomb = with(tower[3], 3);
-    assert_eq!(entry_pages(&bomb, &memory).unwrap_err().code, Code::Integrity);
-    assert_eq!(for_each_page(&bomb, &memory, |_| Ok(())).unwrap_err().code, Code::Integrity);
-    // So deep that only a liar says it; counts that do not add up; a page that holds something else than is said of it.
-    let lies = [with(tower[1], 200), Root { totals: honest.totals, ..with(tower[1], 1) }, with(PageRef { chunks: 7, ..tower[0] }, 0)];
+    assert_eq!(
+        entry_pages(&bomb, &memory).unwrap_err().code,
+        Code::Integrity
+    );
+    assert_eq!(
+        for_each_page(&bomb, &memory, |_| Ok(())).unwrap_err().code,
+        Code::Integrity
+    );
+    // So deep that only a liar says it; counts that do not add up; a page that holds something else
+    // than is said of it.
+    let lies = [
+        with(tower[1], 200),
+        Root {
+            totals: honest.totals,
+            ..with(tower[1], 1)
+        },
+        with(
+            PageRef {
+                chunks: 7,
+                ..tower[0]
+            },
+            0,
+        ),
+    ];
     for root in &lies {
-        assert!(Walk::new(root, &memory).any(|s| s.is_err_and(|fault| fault.code == Code::Integrity)));
+        assert!(
+            Walk::new(root, &memory).any(|s| s.is_err_and(|fault| fault.code == Code::Integrity))
+        );
     }
     for root in &lies[..2] {
-        assert_eq!(entry_pages(root, &memory).unwrap_err().code, Code::Integrity);
+        assert_eq!(
+            entry_pages(root, &memory).unwrap_err().code,
+            Code::Integrity
+        );
     }
 }
 

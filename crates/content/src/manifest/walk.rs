@@ -12,10 +12,11 @@ use super::build::check_order;
 use super::page::{ChunkRef, LISTED_BYTES_MAX, Raw, Record, Records, is_one_chunk, read_children};
 use super::{Entry, EntryBody, PageRef, Root, Totals};
 
-/// The most levels of index pages. An index page lists 45 pages or more, but the last of its level: eight levels are more than
-/// there can be bytes to list.
+/// The most levels of index pages. An index page lists 45 pages or more, but the last of its level:
+/// eight levels are more than there can be bytes to list.
 const DEPTH_MAX: u8 = 8;
-/// The most pages that are listed by index pages that were opened before: some 470 GB of zeros at the least, 14 TB as a rule.
+/// The most pages that are listed by index pages that were opened before: some 470 GB of zeros at
+/// the least, 14 TB as a rule.
 const REPEATED_PAGES_MAX: usize = 1 << 17;
 /// The most pages in a root: its bytes have room for fewer.
 const ROOT_PAGES_MAX: usize = 16 << 10;
@@ -30,7 +31,7 @@ pub trait Pages {
 
 /// Where a chunk stands: what a fetch request names it by, and what the journal counts by.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Spot {
+pub struct ChunkPosition {
     /// The entry page that names it.
     pub page: Hash,
     /// Which of that page's chunks it is.
@@ -50,12 +51,12 @@ pub enum Step {
         number: u64,
         /// The entry.
         entry: Entry,
-        /// For a file: the ordinal of its first chunk, and how many of its chunks this walk knows without looking
-        /// ahead (1 for a file of one chunk, else unknown).
+        /// For a file: the ordinal of its first chunk, and how many of its chunks this walk knows
+        /// without looking ahead (1 for a file of one chunk, else unknown).
         first_ordinal: u64,
     },
     /// A chunk of the file that began last.
-    Chunk(ChunkRef, Spot),
+    Chunk(ChunkRef, ChunkPosition),
 }
 
 /// An iterator over all of a manifest.
@@ -89,14 +90,40 @@ impl<'a, P: Pages + ?Sized> Walk<'a, P> {
         Self::once_each(root, pages, 0)
     }
 
-    /// A walk that leaves out the chunks of a page that holds nothing else and was read before, and only counts them: of a manifest
-    /// that lists such a page very often it costs what its pages have bytes. Up to `known_max` of those pages are remembered.
+    /// A walk that leaves out the chunks of a page that holds nothing else and was read before, and
+    /// only counts them: of a manifest that lists such a page very often it costs what its pages
+    /// have bytes. Up to `known_max` of those pages are remembered.
     pub(super) fn once_each(root: &'a Root, pages: &'a P, known_max: usize) -> Self {
-        let ahead = root.pages.iter().rev().map(|page| (*page, root.depth)).collect();
+        let ahead = root
+            .pages
+            .iter()
+            .rev()
+            .map(|page| (*page, root.depth))
+            .collect();
         let refused = check_root(root).err();
-        let known = Known { pages: HashMap::new(), max: known_max };
-        let (unfolding, page, only_chunk, seen, entries, last, open, uncovered, size, failed) = Default::default();
-        Self { pages, root, ahead, unfolding, refused, page, only_chunk, known, seen, entries, last, open, uncovered, size, failed }
+        let known = Known {
+            pages: HashMap::new(),
+            max: known_max,
+        };
+        let (unfolding, page, only_chunk, seen, entries, last, open, uncovered, size, failed) =
+            Default::default();
+        Self {
+            pages,
+            root,
+            ahead,
+            unfolding,
+            refused,
+            page,
+            only_chunk,
+            known,
+            seen,
+            entries,
+            last,
+            open,
+            uncovered,
+            size,
+            failed,
+        }
     }
 
     fn open(&mut self, page: PageRef, depth: u8) -> Result<(), Fault> {
@@ -106,17 +133,27 @@ impl<'a, P: Pages + ?Sized> Walk<'a, P> {
             if (page.chunks, page.entries) != (chunks, 0) {
                 return Err(other_than_listed());
             }
-            self.uncovered = self.uncovered.checked_sub(bytes).ok_or_else(|| self.wrong("has chunks that are more than the file"))?;
+            self.uncovered = self
+                .uncovered
+                .checked_sub(bytes)
+                .ok_or_else(|| self.wrong("has chunks that are more than the file"))?;
             self.seen.chunks += chunks;
             return Ok(());
         }
         let bytes = read_page(self.pages, &page)?;
         if depth > 0 {
             let children = self.unfolding.open(&page, &bytes)?;
-            self.ahead.extend(children.into_iter().rev().map(|child| (child, depth - 1)));
+            self.ahead
+                .extend(children.into_iter().rev().map(|child| (child, depth - 1)));
             return Ok(());
         }
-        self.page = Some(OpenPage { listed: page, records: Records::new(bytes)?, index: 0, before: self.entries, bytes: 0 });
+        self.page = Some(OpenPage {
+            listed: page,
+            records: Records::new(bytes)?,
+            index: 0,
+            before: self.entries,
+            bytes: 0,
+        });
         Ok(())
     }
 
@@ -127,7 +164,9 @@ impl<'a, P: Pages + ?Sized> Walk<'a, P> {
             return Err(other_than_listed());
         }
         if entries == 0 && self.known.pages.len() < self.known.max {
-            self.known.pages.insert(page.listed.id, (page.listed.chunks, page.bytes));
+            self.known
+                .pages
+                .insert(page.listed.id, (page.listed.chunks, page.bytes));
         }
         Ok(())
     }
@@ -143,14 +182,25 @@ impl<'a, P: Pages + ?Sized> Walk<'a, P> {
             EntryBody::Symlink(_) => self.seen.symlinks += 1,
             EntryBody::File(file) => {
                 self.seen.files += 1;
-                self.seen.bytes = self.seen.bytes.checked_add(file.size).ok_or_else(|| self.wrong("is larger than can be"))?;
+                self.seen.bytes = self
+                    .seen
+                    .bytes
+                    .checked_add(file.size)
+                    .ok_or_else(|| self.wrong("is larger than can be"))?;
                 (self.uncovered, self.size) = (file.size, file.size);
                 if is_one_chunk(&self.root.chunking, file.size) {
-                    self.only_chunk = Some(ChunkRef { id: file.hash, len: file.size as u32 });
+                    self.only_chunk = Some(ChunkRef {
+                        id: file.hash,
+                        len: file.size as u32,
+                    });
                 }
             }
         }
-        Ok(Step::Entry { number, entry, first_ordinal })
+        Ok(Step::Entry {
+            number,
+            entry,
+            first_ordinal,
+        })
     }
 
     fn chunk(&mut self, chunk: ChunkRef, page: &mut OpenPage) -> Result<Step, Fault> {
@@ -158,7 +208,12 @@ impl<'a, P: Pages + ?Sized> Walk<'a, P> {
         if len == 0 || len > self.uncovered {
             return Err(self.wrong("has chunks that are more than the file"));
         }
-        let spot = Spot { page: page.listed.id, index: page.index, ordinal: self.seen.chunks, offset: self.size - self.uncovered };
+        let spot = ChunkPosition {
+            page: page.listed.id,
+            index: page.index,
+            ordinal: self.seen.chunks,
+            offset: self.size - self.uncovered,
+        };
         self.uncovered -= len;
         self.seen.chunks += 1;
         page.index += 1;
@@ -179,12 +234,17 @@ impl<'a, P: Pages + ?Sized> Walk<'a, P> {
     }
 
     fn covered(&self) -> Result<(), Fault> {
-        if self.uncovered == 0 { Ok(()) } else { Err(self.wrong("has chunks that are less than the file")) }
+        if self.uncovered == 0 {
+            Ok(())
+        } else {
+            Err(self.wrong("has chunks that are less than the file"))
+        }
     }
 
     fn wrong(&self, why: &str) -> Fault {
         let path = self.last.as_ref().map_or("", |p| p.as_str());
-        Fault::integrity(format!("the manifest entry {path:?} {why}")).with_next("publish the artifact again")
+        Fault::integrity(format!("the manifest entry {path:?} {why}"))
+            .with_next("publish the artifact again")
     }
 
     fn step(&mut self) -> Result<Option<Step>, Fault> {
@@ -201,12 +261,17 @@ impl<'a, P: Pages + ?Sized> Walk<'a, P> {
                     None => self.close(&page)?,
                 }
             }
-            let Some((page, depth)) = self.ahead.pop() else { break };
+            let Some((page, depth)) = self.ahead.pop() else {
+                break;
+            };
             self.open(page, depth)?;
         }
         self.covered()?;
         if self.seen != self.root.totals {
-            return Err(Fault::integrity("the manifest does not hold what its totals say").with_next("publish the artifact again"));
+            return Err(
+                Fault::integrity("the manifest does not hold what its totals say")
+                    .with_next("publish the artifact again"),
+            );
         }
         Ok(None)
     }
@@ -242,8 +307,9 @@ impl<P: Pages + ?Sized> Iterator for Walk<'_, P> {
     }
 }
 
-/// Opens index pages, and refuses a manifest that unfolds to far more than its bytes. An index page may be listed many times, as
-/// where a file holds nothing but zeros for very long, and each time all below it is there once more for a few bytes.
+/// Opens index pages, and refuses a manifest that unfolds to far more than its bytes. An index page
+/// may be listed many times, as where a file holds nothing but zeros for very long, and each time
+/// all below it is there once more for a few bytes.
 #[derive(Default)]
 struct Unfolding {
     opened: HashSet<Hash>,
@@ -258,7 +324,9 @@ impl Unfolding {
         if !self.opened.insert(page.id) {
             self.repeated += children.len();
             if self.repeated > REPEATED_PAGES_MAX {
-                return Err(impossible("its index pages are listed so often that it unfolds without end"));
+                return Err(impossible(
+                    "its index pages are listed so often that it unfolds without end",
+                ));
             }
         }
         Ok(children)
@@ -271,7 +339,12 @@ fn read_page<P: Pages + ?Sized>(pages: &P, page: &PageRef) -> Result<Bytes, Faul
     if bytes.len() == page.len as usize {
         return Ok(bytes);
     }
-    Err(impossible(&format!("page {} has {} bytes; where it is listed, it has {}", page.id, bytes.len(), page.len)))
+    Err(impossible(&format!(
+        "page {} has {} bytes; where it is listed, it has {}",
+        page.id,
+        bytes.len(),
+        page.len
+    )))
 }
 
 fn other_than_listed() -> Fault {
@@ -279,18 +352,32 @@ fn other_than_listed() -> Fault {
 }
 
 pub(super) fn impossible(why: &str) -> Fault {
-    Fault::integrity(format!("the manifest is malformed: {why}")).with_next("publish the artifact again")
+    Fault::integrity(format!("the manifest is malformed: {why}"))
+        .with_next("publish the artifact again")
 }
 
 fn check_root(root: &Root) -> Result<(), Fault> {
     if root.depth > DEPTH_MAX {
-        return Err(impossible(&format!("it has {} levels, over {DEPTH_MAX}", root.depth)));
+        return Err(impossible(&format!(
+            "it has {} levels, over {DEPTH_MAX}",
+            root.depth
+        )));
     }
     if root.pages.len() > ROOT_PAGES_MAX {
-        return Err(impossible(&format!("its root lists {} pages, over {ROOT_PAGES_MAX}", root.pages.len())));
+        return Err(impossible(&format!(
+            "its root lists {} pages, over {ROOT_PAGES_MAX}",
+            root.pages.len()
+        )));
     }
-    if let Some(page) = root.pages.iter().find(|page| u64::from(page.len) > LISTED_BYTES_MAX) {
-        return Err(impossible(&format!("it lists a page of {} bytes, over {LISTED_BYTES_MAX}", page.len)));
+    if let Some(page) = root
+        .pages
+        .iter()
+        .find(|page| u64::from(page.len) > LISTED_BYTES_MAX)
+    {
+        return Err(impossible(&format!(
+            "it lists a page of {} bytes, over {LISTED_BYTES_MAX}",
+            page.len
+        )));
     }
     let totals = &root.totals;
     let entries = u128::from(totals.files) + u128::from(totals.dirs) + u128::from(totals.symlinks);
@@ -307,10 +394,15 @@ fn add_up(listed: &[PageRef], chunks: u128, entries: u128) -> Result<(), Fault> 
         all_chunks += u128::from(page.chunks);
         all_entries += u128::from(page.entries);
     }
-    if (all_chunks, all_entries) == (chunks, entries) { Ok(()) } else { Err(impossible("its counts do not add up")) }
+    if (all_chunks, all_entries) == (chunks, entries) {
+        Ok(())
+    } else {
+        Err(impossible("its counts do not add up"))
+    }
 }
 
-/// Pages of one level that stand behind each other, and the index page that lists them (`None`: the root).
+/// Pages of one level that stand behind each other, and the index page that lists them (`None`: the
+/// root).
 pub type Listed = (Option<Hash>, Vec<PageRef>);
 
 /// The uppermost level of a manifest.
@@ -324,13 +416,20 @@ pub fn level_below(level: &[Listed], pages: &dyn Pages) -> Result<Vec<Listed>, F
     let mut unfolding = Unfolding::default();
     let mut below = Vec::new();
     for page in level.iter().flat_map(|(_, listed)| listed) {
-        below.push((Some(page.id), unfolding.open(page, &read_page(pages, page)?)?));
+        below.push((
+            Some(page.id),
+            unfolding.open(page, &read_page(pages, page)?)?,
+        ));
     }
     Ok(below)
 }
 
 /// Calls `take` for every page of a manifest, index pages before what they list.
-pub fn for_each_page(root: &Root, pages: &dyn Pages, mut take: impl FnMut(PageRef) -> Result<(), Fault>) -> Result<(), Fault> {
+pub fn for_each_page(
+    root: &Root,
+    pages: &dyn Pages,
+    mut take: impl FnMut(PageRef) -> Result<(), Fault>,
+) -> Result<(), Fault> {
     let mut level = top_level(root)?;
     for depth in (0..=root.depth).rev() {
         for page in level.iter().flat_map(|(_, listed)| listed) {
@@ -352,17 +451,27 @@ pub fn entry_pages(root: &Root, pages: &dyn Pages) -> Result<Vec<PageRef>, Fault
     Ok(level.into_iter().flat_map(|(_, listed)| listed).collect())
 }
 
-/// The children of one page, as a fetch request counts them: chunks of an entry page, pages of an index page.
+/// The children of one page, as a fetch request counts them: chunks of an entry page, pages of an
+/// index page.
 pub fn children(page: &Bytes, root: &Root) -> Result<Vec<ChunkRef>, Fault> {
     if page.first() == Some(&b'I') {
-        return Ok(read_children(page)?.into_iter().map(|p| ChunkRef { id: p.id, len: p.len }).collect());
+        return Ok(read_children(page)?
+            .into_iter()
+            .map(|p| ChunkRef {
+                id: p.id,
+                len: p.len,
+            })
+            .collect());
     }
     let (mut records, mut out) = (Records::new(page.clone())?, Vec::new());
     while let Some(record) = records.raw()? {
         match record {
             Raw::Chunk(chunk) => out.push(chunk),
             Raw::File { file, .. } if is_one_chunk(&root.chunking, file.size) => {
-                out.push(ChunkRef { id: file.hash, len: file.size as u32 });
+                out.push(ChunkRef {
+                    id: file.hash,
+                    len: file.size as u32,
+                });
             }
             Raw::Dir { .. } | Raw::Symlink { .. } | Raw::File { .. } => {}
         }

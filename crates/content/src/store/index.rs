@@ -29,7 +29,11 @@ pub(super) struct Location {
 
 impl Location {
     fn from_row((pack, offset, frame_len): (u32, u32, u32)) -> Self {
-        Self { pack, offset, frame_len }
+        Self {
+            pack,
+            offset,
+            frame_len,
+        }
     }
 }
 
@@ -39,11 +43,17 @@ pub(super) struct Index {
 
 impl Index {
     pub(super) fn open(path: &Path) -> Result<Self, Fault> {
-        // A daemon that does not start because the index is damaged ends with the code of one whose index is missing.
-        let tree = Tree::open(path, "the chunk index", REBUILD.into(), INDEX_CACHE_BYTES).map_err(|not| match not.is_damaged {
-            true => Fault { code: Code::Config, ..not.fault },
-            false => not.fault,
-        })?;
+        // A daemon that does not start because the index is damaged ends with the code of one whose
+        // index is missing.
+        let tree = Tree::open(path, "the chunk index", REBUILD.into(), INDEX_CACHE_BYTES).map_err(
+            |not| match not.is_damaged {
+                true => Fault {
+                    code: Code::Config,
+                    ..not.fault
+                },
+                false => not.fault,
+            },
+        )?;
         if tree.is_rolled_back() {
             tracing::warn!(path = %path.display(), "the chunk index was damaged: an older state of it is used, and what it lacks is read from the packs");
         }
@@ -66,20 +76,36 @@ impl Index {
     pub(super) fn get_many(&self, ids: &[Hash]) -> Result<Vec<Option<Location>>, Fault> {
         self.tree.read(|read| {
             let chunks = read.open_table(CHUNKS)?;
-            ids.iter().map(|id| Ok(chunks.get(&id.short())?.map(|row| Location::from_row(row.value())))).collect()
+            ids.iter()
+                .map(|id| {
+                    Ok(chunks
+                        .get(&id.short())?
+                        .map(|row| Location::from_row(row.value())))
+                })
+                .collect()
         })
     }
 
     pub(super) fn packs(&self) -> Result<BTreeMap<u32, u64>, Fault> {
         self.tree.read(|read| {
             let packs = read.open_table(PACKS)?;
-            packs.iter()?.map(|row| row.map(|(k, v)| (k.value(), v.value())).map_err(redb::Error::from)).collect()
+            packs
+                .iter()?
+                .map(|row| {
+                    row.map(|(k, v)| (k.value(), v.value()))
+                        .map_err(redb::Error::from)
+                })
+                .collect()
         })
     }
 
-    /// Takes chunks in, of packs that are synced up to these lengths. In the order of their names: neighbours share a
-    /// leaf.
-    pub(super) fn commit(&self, found: &[(Hash, Location)], packs: &[(u32, u64)]) -> Result<(), Fault> {
+    /// Takes chunks in, of packs that are synced up to these lengths. In the order of their names:
+    /// neighbours share a leaf.
+    pub(super) fn commit(
+        &self,
+        found: &[(Hash, Location)],
+        packs: &[(u32, u64)],
+    ) -> Result<(), Fault> {
         let mut found: Vec<&(Hash, Location)> = found.iter().collect();
         found.sort_unstable_by_key(|(id, _)| *id);
         self.tree.write(|write| {
@@ -106,12 +132,15 @@ impl Index {
         })
     }
 
-    /// Forgets these chunks, as far as they still lie there: one that was moved or stored anew meanwhile stays known.
+    /// Forgets these chunks, as far as they still lie there: one that was moved or stored anew
+    /// meanwhile stays known.
     pub(super) fn forget_chunks(&self, lying: &[(Hash, Location)]) -> Result<(), Fault> {
         self.tree.write(|write| {
             let mut chunks = write.open_table(CHUNKS)?;
             for (id, at) in lying {
-                let there = chunks.get(&id.short())?.is_some_and(|row| Location::from_row(row.value()) == *at);
+                let there = chunks
+                    .get(&id.short())?
+                    .is_some_and(|row| Location::from_row(row.value()) == *at);
                 if there {
                     chunks.remove(&id.short())?;
                 }
@@ -125,7 +154,9 @@ impl Index {
         self.tree.write(|write| {
             let mut chunks = write.open_table(CHUNKS)?;
             for id in ids {
-                let here = chunks.get(id)?.is_some_and(|row| packs.contains(&row.value().0));
+                let here = chunks
+                    .get(id)?
+                    .is_some_and(|row| packs.contains(&row.value().0));
                 if here {
                     chunks.remove(id)?;
                 }

@@ -1,14 +1,18 @@
 //! Leases: what a collection must leave alone because somebody counts on it.
 //!
-//! Whoever publishes holds a lease ([`Store::leased`](super::Store::leased)) from before the first look at the store until the artifact is
-//! in the catalogue. Two things are safe from collections meanwhile:
-//! - what is put: it goes to the open pack or a later one, and no collection touches these packs (the lease's *floor*);
-//! - what is found: the pack in which it lies is *pinned* at the same moment. Packs that a collection has chosen already are *gone*: what
-//!   lies in them counts as not found, and is put again.
+//! Whoever publishes holds a lease ([`Store::leased`](super::Store::leased)) from before the first
+//! look at the store until the artifact is in the catalogue. Two things are safe from collections
+//! meanwhile:
+//! - what is put: it goes to the open pack or a later one, and no collection touches these packs
+//!   (the lease's *floor*);
+//! - what is found: the pack in which it lies is *pinned* at the same moment. Packs that a
+//!   collection has chosen already are *gone*: what lies in them counts as not found, and is put
+//!   again.
 //!
-//! A collection spares what was leased at any time since it began, because it may have read the catalogue before an artifact was added. It
-//! never waits for a lease, nor does a lease wait for it. A pinned pack keeps its dead weight until a later collection. All of it is in
-//! memory: after a crash nobody counts on anything.
+//! A collection spares what was leased at any time since it began, because it may have read the
+//! catalogue before an artifact was added. It never waits for a lease, nor does a lease wait for
+//! it. A pinned pack keeps its dead weight until a later collection. All of it is in memory: after
+//! a crash nobody counts on anything.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
@@ -35,7 +39,7 @@ pub(super) struct Leases {
 #[derive(Default)]
 struct State {
     next: u64,
-    active: HashMap<u64, Held>,
+    active: HashMap<u64, LeaseState>,
     /// Collections that have begun and not ended.
     collections: usize,
     /// Packs that were pinned by leases which ended since the collection began.
@@ -44,27 +48,42 @@ struct State {
     gone: HashSet<u32>,
 }
 
-struct Held {
+struct LeaseState {
     floor: u32,
     pins: HashSet<u32>,
 }
 
 impl Leases {
-    /// Begins a lease. `floor` is the number of the open pack, or of the next; the caller holds the open pack's lock.
+    /// Begins a lease. `floor` is the number of the open pack, or of the next; the caller holds the
+    /// open pack's lock.
     pub(super) fn begin(self: &Arc<Self>, floor: u32, meter: Option<Arc<dyn Meter>>) -> Lease {
         let mut state = self.state.lock();
         state.next += 1;
         let id = state.next;
-        state.active.insert(id, Held { floor, pins: HashSet::new() });
-        Lease { leases: self.clone(), id, meter }
+        state.active.insert(
+            id,
+            LeaseState {
+                floor,
+                pins: HashSet::new(),
+            },
+        );
+        Lease {
+            leases: self.clone(),
+            id,
+            meter,
+        }
     }
 
-    /// Begins a collection, and says from which pack on it must touch nothing. `first_new` is the number of the next pack, with none
-    /// open; the caller holds the open pack's lock.
+    /// Begins a collection, and says from which pack on it must touch nothing. `first_new` is the
+    /// number of the next pack, with none open; the caller holds the open pack's lock.
     pub(super) fn begin_collection(&self, first_new: u32) -> u32 {
         let mut state = self.state.lock();
         state.collections += 1;
-        state.active.values().map(|held| held.floor).fold(first_new, u32::min)
+        state
+            .active
+            .values()
+            .map(|held| held.floor)
+            .fold(first_new, u32::min)
     }
 
     /// Ends a collection.
@@ -79,8 +98,15 @@ impl Leases {
     /// Of these packs those that nobody has pinned; from now on nothing is found in them.
     pub(super) fn take_away(&self, packs: &[u32]) -> Vec<u32> {
         let mut state = self.state.lock();
-        let is_pinned = |pack: &u32| state.spared.contains(pack) || state.active.values().any(|held| held.pins.contains(pack));
-        let free: Vec<u32> = packs.iter().copied().filter(|pack| !is_pinned(pack) && !state.gone.contains(pack)).collect();
+        let is_pinned = |pack: &u32| {
+            state.spared.contains(pack)
+                || state.active.values().any(|held| held.pins.contains(pack))
+        };
+        let free: Vec<u32> = packs
+            .iter()
+            .copied()
+            .filter(|pack| !is_pinned(pack) && !state.gone.contains(pack))
+            .collect();
         state.gone.extend(&free);
         free
     }
@@ -111,7 +137,9 @@ impl Lease {
     pub(super) fn pin(&self, found: &mut [Option<Location>]) {
         let mut state = self.leases.state.lock();
         let State { active, gone, .. } = &mut *state;
-        let Some(held) = active.get_mut(&self.id) else { return };
+        let Some(held) = active.get_mut(&self.id) else {
+            return;
+        };
         for place in found {
             match place {
                 Some(at) if gone.contains(&at.pack) => *place = None,

@@ -1,15 +1,16 @@
 //! The store: chunks in packs, and the index that says where each lies.
 //!
-//! The hub keeps everything here; a site keeps manifest pages here (its files and blobs are its chunk store, see
-//! `places`). A chunk is written as a [`Frame`], appended to the open pack. [`Store::flush`] syncs it and then commits its
-//! index entries, so the index never names bytes that a power cut could take. A pack that is full is synced by whoever begins
-//! the next, who tells the index as well once there is enough to tell; the others go on putting meanwhile. Chunks put but
-//! not flushed can be read at once by this process.
+//! The hub keeps everything here; a site keeps manifest pages here (its files and blobs are its
+//! chunk store, see `places`). A chunk is written as a [`Frame`], appended to the open pack.
+//! [`Store::flush`] syncs it and then commits its index entries, so the index never names bytes
+//! that a power cut could take. A pack that is full is synced by whoever begins the next, who tells
+//! the index as well once there is enough to tell; the others go on putting meanwhile. Chunks put
+//! but not flushed can be read at once by this process.
 //!
-//! On disk, under the store's folder: `packs/00000001.pack …` (a header of 8 bytes, then frames) and `index.redb`.
-//! After a crash what the index does not know of the last packs is scanned: whole frames are kept, the torn rest is cut off. The index
-//! costs 35 to 71 bytes of disk a chunk and no memory but its cache ([`INDEX_CACHE_BYTES`]); [`rebuild_index`] makes it again from
-//! the packs.
+//! On disk, under the store's folder: `packs/00000001.pack …` (a header of 8 bytes, then frames)
+//! and `index.redb`. After a crash what the index does not know of the last packs is scanned: whole
+//! frames are kept, the torn rest is cut off. The index costs 35 to 71 bytes of disk a chunk and no
+//! memory but its cache ([`INDEX_CACHE_BYTES`]); [`rebuild_index`] makes it again from the packs.
 
 mod index;
 mod lease;
@@ -42,8 +43,8 @@ pub use rebuild::{Rebuilt, rebuild_index};
 
 const INDEX: &str = "index.redb";
 
-/// Packs that are synced and closed before the index is written. What a crash leaves of them is read at the next start:
-/// 2 GiB at the most…
+/// Packs that are synced and closed before the index is written. What a crash leaves of them is
+/// read at the next start: 2 GiB at the most…
 const PACKS_A_COMMIT: usize = 64;
 /// …and chunks that wait for the index, in about 10 MB of memory.
 const ROWS_A_COMMIT: usize = 100_000;
@@ -61,7 +62,8 @@ pub struct Store {
 struct Inner {
     packs: Packs,
     index: Index,
-    /// Held while packs are synced and the index is told, by one at a time. Always taken before `open`.
+    /// Held while packs are synced and the index is told, by one at a time. Always taken before
+    /// `open`.
     syncing: Mutex<()>,
     /// Held for as long as an append takes, never over a sync.
     open: Mutex<Open>,
@@ -87,18 +89,27 @@ struct Open {
 impl Open {
     /// Ends the open pack.
     fn seal(&mut self) {
-        self.full.extend(self.writer.take().map(|writer| writer.unsynced()));
+        self.full
+            .extend(self.writer.take().map(|writer| writer.unsynced()));
     }
 
     /// The rows of what was synced.
     fn synced_rows(&self) -> Vec<(Hash, Location)> {
-        let is_synced = |at: &Location| self.synced.get(&at.pack).is_some_and(|len| u64::from(at.offset) < *len);
-        self.pending.iter().filter(|(_, at)| is_synced(at)).map(|(id, at)| (*id, *at)).collect()
+        let is_synced = |at: &Location| {
+            self.synced
+                .get(&at.pack)
+                .is_some_and(|len| u64::from(at.offset) < *len)
+        };
+        self.pending
+            .iter()
+            .filter(|(_, at)| is_synced(at))
+            .map(|(id, at)| (*id, *at))
+            .collect()
     }
 }
 
 /// Frames that lie behind each other in one pack: read at once, sent as they are.
-type Run = (Location, u64);
+type Extent = (Location, u64);
 
 impl Store {
     /// Opens or makes the store in this folder, and mends what a crash left.
@@ -111,12 +122,16 @@ impl Store {
         let packs = Packs::new(dir.join("packs"));
         let path = dir.join(INDEX);
         if !path.exists() && !packs.list()?.is_empty() {
-            return Err(Fault::config(format!("{} is missing, and there are packs beside it: the chunk index is lost", path.display()))
-                .with_next(REBUILD));
+            return Err(Fault::config(format!(
+                "{} is missing, and there are packs beside it: the chunk index is lost",
+                path.display()
+            ))
+            .with_next(REBUILD));
         }
         let index = Index::open(&path)?;
         let known = index.packs()?;
-        // A pack that was lost leaves its number to the chunks that the index still looks for in it.
+        // A pack that was lost leaves its number to the chunks that the index still looks for in
+        // it.
         let mut next_pack = known.keys().next_back().map_or(1, |last| last + 1);
         for number in packs.list()? {
             next_pack = next_pack.max(number + 1);
@@ -130,20 +145,47 @@ impl Store {
                     packs.remove(number)?;
                     continue;
                 }
-                tracing::info!(pack = number, chunks = found.len(), "recovered the tail of a pack");
+                tracing::info!(
+                    pack = number,
+                    chunks = found.len(),
+                    "recovered the tail of a pack"
+                );
                 index.commit(&found, &[(number, end)])?;
             }
         }
-        let open = Open { writer: None, full: VecDeque::new(), synced: HashMap::new(), pending: HashMap::new(), next_pack };
+        let open = Open {
+            writer: None,
+            full: VecDeque::new(),
+            synced: HashMap::new(),
+            pending: HashMap::new(),
+            next_pack,
+        };
         let (syncing, open) = (Mutex::new(()), Mutex::new(open));
         let (losses, leases) = Default::default();
-        Ok(Self { inner: Arc::new(Inner { packs, index, syncing, open, pack_bytes, losses, leases }), lease: None })
+        Ok(Self {
+            inner: Arc::new(Inner {
+                packs,
+                index,
+                syncing,
+                open,
+                pack_bytes,
+                losses,
+                leases,
+            }),
+            lease: None,
+        })
     }
 
     /// Packs that the index counts on and that are gone.
     pub fn lost_packs(&self) -> Result<Vec<u32>, Fault> {
         let there = self.inner.packs.list()?;
-        Ok(self.inner.index.packs()?.into_keys().filter(|number| !there.contains(number)).collect())
+        Ok(self
+            .inner
+            .index
+            .packs()?
+            .into_keys()
+            .filter(|number| !there.contains(number))
+            .collect())
     }
 
     /// Whether the index was found damaged since it was opened.
@@ -163,19 +205,25 @@ impl Store {
         self.inner.index.get(id)
     }
 
-    /// What is pending is looked up first: a flush puts chunks into the index before it forgets them here, so that the
-    /// other order would miss those that are flushed in between. A pending copy goes first: the row may name an older one in a pack that a
-    /// collection takes away, and only what is found is pinned.
+    /// What is pending is looked up first: a flush puts chunks into the index before it forgets
+    /// them here, so that the other order would miss those that are flushed in between. A pending
+    /// copy goes first: the row may name an older one in a pack that a collection takes away, and
+    /// only what is found is pinned.
     fn locate_many(&self, ids: &[Hash]) -> Result<Vec<Option<Location>>, Fault> {
         let pending: Vec<Option<Location>> = {
             let open = self.inner.open.lock();
             ids.iter().map(|id| open.pending.get(id).copied()).collect()
         };
-        Ok(pending.into_iter().zip(self.inner.index.get_many(ids)?).map(|(pending, found)| pending.or(found)).collect())
+        Ok(pending
+            .into_iter()
+            .zip(self.inner.index.get_many(ids)?)
+            .map(|(pending, found)| pending.or(found))
+            .collect())
     }
 
-    /// A handle for whoever will count on what he puts and finds: no collection takes it away while this handle or a clone of it is
-    /// there. It is to be taken before the first look, and kept until the artifact is in the catalogue.
+    /// A handle for whoever will count on what he puts and finds: no collection takes it away while
+    /// this handle or a clone of it is there. It is to be taken before the first look, and kept
+    /// until the artifact is in the catalogue.
     pub fn leased(&self) -> Self {
         self.lease(None)
     }
@@ -189,7 +237,10 @@ impl Store {
         let open = self.inner.open.lock();
         let floor = open.writer.as_ref().map_or(open.next_pack, Writer::number);
         let lease = self.inner.leases.begin(floor, meter);
-        Self { inner: self.inner.clone(), lease: Some(Arc::new(lease)) }
+        Self {
+            inner: self.inner.clone(),
+            lease: Some(Arc::new(lease)),
+        }
     }
 
     /// Whether the chunk is here.
@@ -201,15 +252,24 @@ impl Store {
         Ok(found[0].is_some())
     }
 
-    /// The raw length of a chunk as its frame names it; `None` when the chunk is not here. Reads no more than the frame's header.
+    /// The raw length of a chunk as its frame names it; `None` when the chunk is not here. Reads no
+    /// more than the frame's header.
     pub fn raw_len(&self, id: Hash) -> Result<Option<u32>, Fault> {
         // As for every look of somebody with a lease.
         if !self.has(id)? {
             return Ok(None);
         }
-        let Some(at) = self.locate(id)? else { return Ok(None) };
-        let head = self.inner.packs.read(at.pack, u64::from(at.offset), HEADER_BYTES)?;
-        let header = head.first_chunk().ok_or(FrameError::Malformed).and_then(Header::parse)?;
+        let Some(at) = self.locate(id)? else {
+            return Ok(None);
+        };
+        let head = self
+            .inner
+            .packs
+            .read(at.pack, u64::from(at.offset), HEADER_BYTES)?;
+        let header = head
+            .first_chunk()
+            .ok_or(FrameError::Malformed)
+            .and_then(Header::parse)?;
         Ok(Some(header.raw_len))
     }
 
@@ -222,7 +282,8 @@ impl Store {
         Ok(found.into_iter().map(|found| found.is_some()).collect())
     }
 
-    /// Puts a frame whose BLAKE3 the caller verified. Returns the bytes it took, 0 when the chunk was here already.
+    /// Puts a frame whose BLAKE3 the caller verified. Returns the bytes it took, 0 when the chunk
+    /// was here already.
     pub fn put(&self, frame: &Frame) -> Result<u64, Fault> {
         if self.has(frame.id())? {
             return Ok(0);
@@ -230,7 +291,8 @@ impl Store {
         self.append(frame)
     }
 
-    /// [`Store::put`] for a caller that repairs: a chunk that is here is read and verified first, and replaced if it is damaged.
+    /// [`Store::put`] for a caller that repairs: a chunk that is here is read and verified first,
+    /// and replaced if it is damaged.
     pub fn put_over(&self, frame: &Frame) -> Result<u64, Fault> {
         if self.has(frame.id())? {
             match self.read(frame.id()) {
@@ -251,19 +313,34 @@ impl Store {
         self.append_all(&frames)
     }
 
-    /// [`Store::put`] for many whose frames are still to be made: asks only for those that are not here, by their places in `ids`.
-    pub fn put_lacking(&self, ids: &[Hash], frame: impl FnMut(usize) -> Frame) -> Result<u64, Fault> {
+    /// [`Store::put`] for many whose frames are still to be made: asks only for those that are not
+    /// here, by their places in `ids`.
+    pub fn put_lacking(
+        &self,
+        ids: &[Hash],
+        frame: impl FnMut(usize) -> Frame,
+    ) -> Result<u64, Fault> {
         let here = self.has_many(ids)?;
-        let frames: Vec<Frame> = (0..ids.len()).filter(|place| !here[*place]).map(frame).collect();
+        let frames: Vec<Frame> = (0..ids.len())
+            .filter(|place| !here[*place])
+            .map(frame)
+            .collect();
         self.append_all(&frames)
     }
 
-    /// Fails as [`Store::append`] does for want of room, before what is to be put is fetched for nothing.
+    /// Fails as [`Store::append`] does for want of room, before what is to be put is fetched for
+    /// nothing.
     pub fn check_room(&self) -> Result<(), Fault> {
         let open = self.inner.open.lock();
         match &open.writer {
-            Some(writer) if writer.len() < self.inner.pack_bytes => self.inner.packs.check_room(writer.number(), STORE_SPARE_BYTES),
-            _ => self.inner.packs.check_room(open.next_pack, STORE_SPARE_BYTES + PACK_BYTES),
+            Some(writer) if writer.len() < self.inner.pack_bytes => self
+                .inner
+                .packs
+                .check_room(writer.number(), STORE_SPARE_BYTES),
+            _ => self
+                .inner
+                .packs
+                .check_room(open.next_pack, STORE_SPARE_BYTES + PACK_BYTES),
         }
     }
 
@@ -275,7 +352,10 @@ impl Store {
             return Ok(());
         }
         let path = self.inner.packs.dir().display();
-        Err(Fault::no_space(format!("{bytes} bytes more will not fit in {path}, which has {room} to spare")).with_next(MAKE_ROOM))
+        Err(Fault::no_space(format!(
+            "{bytes} bytes more will not fit in {path}, which has {room} to spare"
+        ))
+        .with_next(MAKE_ROOM))
     }
 
     /// [`Store::put`] for a caller that knows that the index lacks the chunk.
@@ -283,8 +363,8 @@ impl Store {
         self.append_all(std::slice::from_ref(frame))
     }
 
-    /// [`Store::append`] for many, which lie behind each other then. Returns the bytes that they took. It may fail over an older
-    /// pack that cannot be synced, though these were kept.
+    /// [`Store::append`] for many, which lie behind each other then. Returns the bytes that they
+    /// took. It may fail over an older pack that cannot be synced, though these were kept.
     pub fn append_all(&self, frames: &[Frame]) -> Result<u64, Fault> {
         let Some(meter) = self.lease.as_ref().and_then(|lease| lease.meter()) else {
             return self.append_leaving(frames, STORE_SPARE_BYTES + PACK_BYTES);
@@ -292,7 +372,8 @@ impl Store {
         let bytes = frames.iter().map(|frame| frame.len() as u64).sum();
         meter.take(bytes)?;
         let appended = self.append_leaving(frames, STORE_SPARE_BYTES + PACK_BYTES);
-        // Where it is not known how much was kept, all of it counts, but for a full disk, which kept nothing.
+        // Where it is not known how much was kept, all of it counts, but for a full disk, which
+        // kept nothing.
         match &appended {
             Ok(kept) => meter.give_back(bytes.saturating_sub(*kept)),
             Err(fault) if fault.code == Code::NoSpace => meter.give_back(bytes),
@@ -307,17 +388,28 @@ impl Store {
         let appended = self.append_to(&mut open, frames, spare);
         let is_one_full = !open.full.is_empty();
         drop(open);
-        let synced = if is_one_full { self.sync_full_packs() } else { Ok(()) };
+        let synced = if is_one_full {
+            self.sync_full_packs()
+        } else {
+            Ok(())
+        };
         appended.and_then(|bytes| synced.map(|()| bytes))
     }
 
     fn append_to(&self, open: &mut Open, frames: &[Frame], spare: u64) -> Result<u64, Fault> {
         let mut new = HashSet::new();
-        let frames: Vec<&Frame> = frames.iter().filter(|f| !open.pending.contains_key(&f.id()) && new.insert(f.id())).collect();
+        let frames: Vec<&Frame> = frames
+            .iter()
+            .filter(|f| !open.pending.contains_key(&f.id()) && new.insert(f.id()))
+            .collect();
         if frames.is_empty() {
             return Ok(0);
         }
-        if open.writer.as_ref().is_some_and(|w| w.len() >= self.inner.pack_bytes) {
+        if open
+            .writer
+            .as_ref()
+            .is_some_and(|w| w.len() >= self.inner.pack_bytes)
+        {
             open.seal();
         }
         if open.writer.is_none() {
@@ -325,13 +417,19 @@ impl Store {
             open.writer = Some(self.inner.packs.create(number, spare)?);
             open.next_pack += 1;
         }
-        let Some(writer) = open.writer.as_mut() else { return Err(Fault::internal("no pack is open")) };
+        let Some(writer) = open.writer.as_mut() else {
+            return Err(Fault::internal("no pack is open"));
+        };
         let pieces: Vec<&[u8]> = frames.iter().flat_map(|frame| frame.pieces()).collect();
         // A collection asks for nothing to stay free: it makes room.
         let mut offset = writer.append(&pieces, spare.min(STORE_SPARE_BYTES))?;
         let (pack, begin) = (writer.number(), offset);
         for frame in frames {
-            let location = Location { pack, offset, frame_len: frame.len() as u32 };
+            let location = Location {
+                pack,
+                offset,
+                frame_len: frame.len() as u32,
+            };
             open.pending.insert(frame.id(), location);
             offset += location.frame_len;
         }
@@ -343,7 +441,10 @@ impl Store {
         let _turn = self.inner.syncing.lock();
         let last = {
             let open = self.inner.open.lock();
-            open.writer.as_ref().filter(|_| !open.pending.is_empty()).map(Writer::unsynced)
+            open.writer
+                .as_ref()
+                .filter(|_| !open.pending.is_empty())
+                .map(Writer::unsynced)
         };
         // Before the full ones: at any moment it may become full itself, and be one of them.
         if let Some(last) = last {
@@ -353,7 +454,8 @@ impl Store {
         self.commit()
     }
 
-    /// Makes the packs durable that are full. The index is told when there is enough to tell: each time it copies most of its leaves.
+    /// Makes the packs durable that are full. The index is told when there is enough to tell: each
+    /// time it copies most of its leaves.
     fn sync_full_packs(&self) -> Result<(), Fault> {
         let _turn = self.inner.syncing.lock();
         self.sync_all_full()?;
@@ -364,15 +466,15 @@ impl Store {
         if enough { self.commit() } else { Ok(()) }
     }
 
-    /// How often chunks were lost after they were put, because the disk failed when they were to be made durable. That is
-    /// told to whoever synced; everybody else who puts compares: this before the first put, [`Store::flush_since`] after
-    /// the last.
+    /// How often chunks were lost after they were put, because the disk failed when they were to be
+    /// made durable. That is told to whoever synced; everybody else who puts compares: this before
+    /// the first put, [`Store::flush_since`] after the last.
     pub fn losses(&self) -> u64 {
         self.inner.losses.load(Ordering::SeqCst)
     }
 
-    /// [`Store::flush`], which fails as well if anything was lost since [`Store::losses`] said `before`: it may have been
-    /// what the caller put, or what he found here and did not put.
+    /// [`Store::flush`], which fails as well if anything was lost since [`Store::losses`] said
+    /// `before`: it may have been what the caller put, or what he found here and did not put.
     pub fn flush_since(&self, before: u64) -> Result<(), Fault> {
         self.flush()?;
         if self.losses() == before {
@@ -384,7 +486,9 @@ impl Store {
 
     fn sync_all_full(&self) -> Result<(), Fault> {
         loop {
-            let Some(pack) = self.inner.open.lock().full.pop_front() else { return Ok(()) };
+            let Some(pack) = self.inner.open.lock().full.pop_front() else {
+                return Ok(());
+            };
             self.sync(&pack)?;
         }
     }
@@ -398,8 +502,8 @@ impl Store {
             open.synced.insert(number, pack.len);
             return Ok(());
         };
-        // A sync that failed may have lost any of the pack's new bytes: forget them all, they will be sent again. The next one
-        // would say that all is well.
+        // A sync that failed may have lost any of the pack's new bytes: forget them all, they will
+        // be sent again. The next one would say that all is well.
         open.pending.retain(|_, at| at.pack != number);
         open.full.retain(|other| other.number != number);
         open.synced.remove(&number);
@@ -409,7 +513,11 @@ impl Store {
         drop(open);
         tracing::error!(pack = number, error = %fault, "chunks were lost: the disk failed as they were to be made durable");
         // Nor may the next start take them for whole: they may be so in memory only.
-        let cut = self.inner.index.packs().and_then(|known| self.inner.packs.cut(number, known.get(&number).copied().unwrap_or(0)));
+        let cut = self.inner.index.packs().and_then(|known| {
+            self.inner
+                .packs
+                .cut(number, known.get(&number).copied().unwrap_or(0))
+        });
         if let Err(fault) = cut {
             tracing::error!(pack = number, error = %fault, "the pack cannot be cut back to what is durable of it");
         }
@@ -420,7 +528,13 @@ impl Store {
     fn commit(&self) -> Result<(), Fault> {
         let (found, packs) = {
             let open = self.inner.open.lock();
-            (open.synced_rows(), open.synced.iter().map(|(number, len)| (*number, *len)).collect::<Vec<_>>())
+            (
+                open.synced_rows(),
+                open.synced
+                    .iter()
+                    .map(|(number, len)| (*number, *len))
+                    .collect::<Vec<_>>(),
+            )
         };
         if !found.is_empty() {
             self.inner.index.commit(&found, &packs)?;
@@ -433,31 +547,41 @@ impl Store {
         Ok(())
     }
 
-    /// The frames of these chunks in this order, neighbours joined into one piece, every sum checked. A chunk that is
-    /// not here is `not_found`; a damaged one is `integrity` and is never given out.
+    /// The frames of these chunks in this order, neighbours joined into one piece, every sum
+    /// checked. A chunk that is not here is `not_found`; a damaged one is `integrity` and is never
+    /// given out.
     pub fn read_frames(&self, ids: &[Hash]) -> Result<Vec<Bytes>, Fault> {
         self.read_some(ids, None)
     }
 
-    /// [`Store::read_frames`] of chunks as a manifest names them: a frame that has another raw length than the manifest names is
-    /// `integrity` as well, because whoever receives it refuses it.
+    /// [`Store::read_frames`] of chunks as a manifest names them: a frame that has another raw
+    /// length than the manifest names is `integrity` as well, because whoever receives it refuses
+    /// it.
     pub fn read_listed(&self, chunks: &[ChunkRef]) -> Result<Vec<Bytes>, Fault> {
         let ids: Vec<Hash> = chunks.iter().map(|chunk| chunk.id).collect();
         self.read_some(&ids, Some(chunks))
     }
 
     fn read_some(&self, ids: &[Hash], listed: Option<&[ChunkRef]>) -> Result<Vec<Bytes>, Fault> {
-        // A collection may take a pack away between the look at the index and the read: the second failure is believed.
+        // A collection may take a pack away between the look at the index and the read: the second
+        // failure is believed.
         let read = || self.read_located(ids, listed);
-        read().or_else(|_| read()).inspect_err(|fault| self.forget_damaged(ids, fault))
+        read()
+            .or_else(|_| read())
+            .inspect_err(|fault| self.forget_damaged(ids, fault))
     }
 
     fn read_located(&self, ids: &[Hash], listed: Option<&[ChunkRef]>) -> Result<Vec<Bytes>, Fault> {
-        let mut runs: Vec<Run> = Vec::new();
+        let mut runs: Vec<Extent> = Vec::new();
         for (id, found) in ids.iter().zip(self.locate_many(ids)?) {
-            let Some(at) = found else { return Err(missing(*id)) };
+            let Some(at) = found else {
+                return Err(missing(*id));
+            };
             match runs.last_mut() {
-                Some((first, len)) if first.pack == at.pack && u64::from(first.offset) + *len == u64::from(at.offset) => {
+                Some((first, len))
+                    if first.pack == at.pack
+                        && u64::from(first.offset) + *len == u64::from(at.offset) =>
+                {
                     *len += u64::from(at.frame_len);
                 }
                 _ => runs.push((at, u64::from(at.frame_len))),
@@ -466,12 +590,20 @@ impl Store {
         self.read_runs(ids, listed, runs)
     }
 
-    fn read_runs(&self, ids: &[Hash], listed: Option<&[ChunkRef]>, runs: Vec<Run>) -> Result<Vec<Bytes>, Fault> {
+    fn read_runs(
+        &self,
+        ids: &[Hash],
+        listed: Option<&[ChunkRef]>,
+        runs: Vec<Extent>,
+    ) -> Result<Vec<Bytes>, Fault> {
         let mut out = Vec::with_capacity(runs.len());
         let mut wanted = ids.iter();
         let mut listed = listed.unwrap_or_default().iter();
         for (first, len) in runs {
-            let bytes = self.inner.packs.read(first.pack, u64::from(first.offset), len as usize)?;
+            let bytes = self
+                .inner
+                .packs
+                .read(first.pack, u64::from(first.offset), len as usize)?;
             let mut rest = bytes.clone();
             while !rest.is_empty() {
                 let frame = self.inner.packs.split_frame(first.pack, &mut rest)?;
@@ -483,7 +615,9 @@ impl Store {
                         frame.id()
                     )));
                 }
-                listed.next().map_or(Ok(()), |chunk| check_len(chunk, frame.raw_len()))?;
+                listed
+                    .next()
+                    .map_or(Ok(()), |chunk| check_len(chunk, frame.raw_len()))?;
             }
             out.push(bytes);
         }
@@ -493,34 +627,42 @@ impl Store {
     /// One chunk's raw bytes, verified.
     pub fn read(&self, id: Hash) -> Result<Verified, Fault> {
         // As in `read_frames`.
-        self.read_unforgiving(id).or_else(|_| self.read_unforgiving(id)).inspect_err(|fault| self.forget_damaged(&[id], fault))
+        self.read_unforgiving(id)
+            .or_else(|_| self.read_unforgiving(id))
+            .inspect_err(|fault| self.forget_damaged(&[id], fault))
     }
 
-    /// [`Store::read`] of a chunk as a manifest names it: another length than the manifest names is `integrity` as well.
+    /// [`Store::read`] of a chunk as a manifest names it: another length than the manifest names is
+    /// `integrity` as well.
     pub fn read_chunk(&self, chunk: ChunkRef) -> Result<Verified, Fault> {
         let read = self.read(chunk.id)?;
         check_len(&chunk, read.bytes.len() as u32)?;
         Ok(read)
     }
 
-    /// Reads and verifies these chunks as far as they are here, and removes those from the index that do not verify. Returns how
-    /// many those were.
+    /// Reads and verifies these chunks as far as they are here, and removes those from the index
+    /// that do not verify. Returns how many those were.
     pub fn recheck(&self, ids: &[Hash]) -> Result<usize, Fault> {
         let mut bad = 0;
         for id in ids {
             if self.has(*id)? {
-                bad += usize::from(self.read(*id).is_err_and(|fault| fault.code == Code::Integrity));
+                bad += usize::from(
+                    self.read(*id)
+                        .is_err_and(|fault| fault.code == Code::Integrity),
+                );
             }
         }
         Ok(bad)
     }
 
-    /// A chunk that turned out damaged is as good as not there: forgotten, it is stored anew by the next publish of it.
+    /// A chunk that turned out damaged is as good as not there: forgotten, it is stored anew by the
+    /// next publish of it.
     fn forget_damaged(&self, ids: &[Hash], fault: &Fault) {
         if fault.code != Code::Integrity {
             return;
         }
-        let damaged: Vec<(Hash, Location)> = ids.iter().filter_map(|id| self.damaged(*id)).collect();
+        let damaged: Vec<(Hash, Location)> =
+            ids.iter().filter_map(|id| self.damaged(*id)).collect();
         if damaged.is_empty() {
             return;
         }
@@ -542,16 +684,23 @@ impl Store {
     /// The chunk and where it lies, if it is damaged there.
     fn damaged(&self, id: Hash) -> Option<(Hash, Location)> {
         let at = self.locate(id).ok().flatten()?;
-        self.read_at(id, at).is_err_and(|fault| fault.code == Code::Integrity).then_some((id, at))
+        self.read_at(id, at)
+            .is_err_and(|fault| fault.code == Code::Integrity)
+            .then_some((id, at))
     }
 
     fn read_unforgiving(&self, id: Hash) -> Result<Verified, Fault> {
-        let Some(at) = self.locate(id)? else { return Err(missing(id)) };
+        let Some(at) = self.locate(id)? else {
+            return Err(missing(id));
+        };
         self.read_at(id, at)
     }
 
     fn read_at(&self, id: Hash, at: Location) -> Result<Verified, Fault> {
-        let mut bytes = self.inner.packs.read(at.pack, u64::from(at.offset), at.frame_len as usize)?;
+        let mut bytes =
+            self.inner
+                .packs
+                .read(at.pack, u64::from(at.offset), at.frame_len as usize)?;
         let frame = self.inner.packs.split_frame(at.pack, &mut bytes)?;
         Ok(frame.verify(id, frame.raw_len())?)
     }
@@ -563,23 +712,34 @@ impl Store {
 
     /// Bytes that the packs take on the disk.
     pub fn stored_bytes(&self) -> Result<u64, Fault> {
-        self.inner.packs.list()?.into_iter().map(|number| self.inner.packs.len(number)).sum()
+        self.inner
+            .packs
+            .list()?
+            .into_iter()
+            .map(|number| self.inner.packs.len(number))
+            .sum()
     }
 
-    /// Removes every chunk for which `live` says no; see [`Store::begin_collection`]. Returns the bytes freed.
+    /// Removes every chunk for which `live` says no; see [`Store::begin_collection`]. Returns the
+    /// bytes freed.
     pub fn collect(&self, live: &dyn Fn(ShortHash) -> bool) -> Result<u64, Fault> {
         self.begin_collection()?.sweep(live, &|| Ok(()))
     }
 
-    /// Begins a collection. What is put from here on stays, and what is leased from here on or was before; so what is alive is to be
-    /// worked out after this call. Others go on putting and finding meanwhile.
+    /// Begins a collection. What is put from here on stays, and what is leased from here on or was
+    /// before; so what is alive is to be worked out after this call. Others go on putting and
+    /// finding meanwhile.
     pub fn begin_collection(&self) -> Result<Collection, Fault> {
         let collection = {
             let mut open = self.inner.open.lock();
             open.seal();
-            Collection { end_before: self.inner.leases.begin_collection(open.next_pack), store: self.clone() }
+            Collection {
+                end_before: self.inner.leases.begin_collection(open.next_pack),
+                store: self.clone(),
+            }
         };
-        // The index does not know yet what lives in the packs that others write meanwhile; of the older ones it knows all.
+        // The index does not know yet what lives in the packs that others write meanwhile; of the
+        // older ones it knows all.
         self.flush()?;
         Ok(collection)
     }
@@ -599,10 +759,15 @@ impl Drop for Collection {
 }
 
 impl Collection {
-    /// Removes every chunk for which `live` says no. Packs of which less than 70 % lives are written anew; the others, and those in which
-    /// somebody with a lease found something, keep their dead weight. `go_on` is asked now and then, and ends the collection when it
-    /// fails; what was done until then is whole. Returns the bytes freed.
-    pub fn sweep(self, live: &dyn Fn(ShortHash) -> bool, go_on: &dyn Fn() -> Result<(), Fault>) -> Result<u64, Fault> {
+    /// Removes every chunk for which `live` says no. Packs of which less than 70 % lives are
+    /// written anew; the others, and those in which somebody with a lease found something, keep
+    /// their dead weight. `go_on` is asked now and then, and ends the collection when it fails;
+    /// what was done until then is whole. Returns the bytes freed.
+    pub fn sweep(
+        self,
+        live: &dyn Fn(ShortHash) -> bool,
+        go_on: &dyn Fn() -> Result<(), Fault>,
+    ) -> Result<u64, Fault> {
         let store = &self.store;
         let before = store.stored_bytes()?;
         let mut alive: HashMap<u32, u64> = HashMap::new();
@@ -612,18 +777,29 @@ impl Collection {
             }
         })?;
         let mut sparse = Vec::new();
-        for number in store.inner.packs.list()?.into_iter().filter(|number| *number < self.end_before) {
+        for number in store
+            .inner
+            .packs
+            .list()?
+            .into_iter()
+            .filter(|number| *number < self.end_before)
+        {
             if alive.get(&number).copied().unwrap_or(0) * 10 < store.inner.packs.len(number)? * 7 {
                 sparse.push(number);
             }
         }
         for some in sparse.chunks(COLLECT_TOGETHER) {
             let packs = store.inner.leases.take_away(some);
-            let dead = store.move_out(&packs, live, go_on).inspect_err(|_| store.inner.leases.leave(&packs))?;
-            // The index forgets the packs before the files go: a crash between leaves packs that nothing names, and the next
-            // start takes their frames in again, which costs room and no harm.
+            let dead = store
+                .move_out(&packs, live, go_on)
+                .inspect_err(|_| store.inner.leases.leave(&packs))?;
+            // The index forgets the packs before the files go: a crash between leaves packs that
+            // nothing names, and the next start takes their frames in again, which costs room and
+            // no harm.
             store.inner.index.forget(&dead, &packs)?;
-            packs.iter().try_for_each(|number| store.inner.packs.remove(*number))?;
+            packs
+                .iter()
+                .try_for_each(|number| store.inner.packs.remove(*number))?;
         }
         Ok(before.saturating_sub(store.stored_bytes()?))
     }
@@ -631,13 +807,16 @@ impl Collection {
 
 impl Pages for Store {
     fn page(&self, id: Hash) -> Result<Bytes, Fault> {
-        self.read(id).map(|chunk| chunk.bytes).map_err(|fault| fault.context(format!("manifest page {id}")))
+        self.read(id)
+            .map(|chunk| chunk.bytes)
+            .map_err(|fault| fault.context(format!("manifest page {id}")))
     }
 }
 
 impl Store {
-    /// Moves what lives out of these packs, and makes it durable. Returns the chunks that are to be forgotten. What is damaged is lost
-    /// already, and would else stand in the way of every collection to come.
+    /// Moves what lives out of these packs, and makes it durable. Returns the chunks that are to be
+    /// forgotten. What is damaged is lost already, and would else stand in the way of every
+    /// collection to come.
     fn move_out(
         &self,
         packs: &[u32],
@@ -671,23 +850,35 @@ impl Store {
                 Err(fault) => return Err(fault),
             }
         }
-        // A flush of somebody else may have failed over what was moved: then it lives in the old packs only.
+        // A flush of somebody else may have failed over what was moved: then it lives in the old
+        // packs only.
         self.flush_since(losses)?;
         Ok(dead)
     }
 
     /// The frame that lies there, if it is the one of that name and undamaged.
     fn read_named(&self, id: ShortHash, at: Location) -> Result<Frame, Fault> {
-        let frame = Frame::parse(self.inner.packs.read(at.pack, u64::from(at.offset), at.frame_len as usize)?);
-        let frame = frame.map_err(|e| Fault::from(e).context(format!("pack {}, chunk {}…", at.pack, hex::encode(id))))?;
+        let frame = Frame::parse(self.inner.packs.read(
+            at.pack,
+            u64::from(at.offset),
+            at.frame_len as usize,
+        )?);
+        let frame = frame.map_err(|e| {
+            Fault::from(e).context(format!("pack {}, chunk {}…", at.pack, hex::encode(id)))
+        })?;
         if frame.id().short() != id {
-            return Err(Fault::integrity(format!("the pack {} holds another chunk where {}… should be", at.pack, hex::encode(id))));
+            return Err(Fault::integrity(format!(
+                "the pack {} holds another chunk where {}… should be",
+                at.pack,
+                hex::encode(id)
+            )));
         }
         Ok(frame)
     }
 }
 
-/// A frame may be sound and still not be what a manifest names: then it is the manifest that is wrong.
+/// A frame may be sound and still not be what a manifest names: then it is the manifest that is
+/// wrong.
 fn check_len(listed: &ChunkRef, len: u32) -> Result<(), Fault> {
     if listed.len == len {
         return Ok(());

@@ -1,8 +1,10 @@
 //! Makes the index of a store again from its packs, while no daemon uses the store.
 //!
-//! Each pack is read from its first byte to its last. A frame counts when its sum and its BLAKE3 are right; bytes that are no such frame
-//! are passed over one by one, so damage in a pack costs the chunks that it hit. No pack is changed. The new index is written beside the
-//! old one, which keeps its content under another name; a crash leaves the old one in place and a file that the next run removes.
+//! Each pack is read from its first byte to its last. A frame counts when its sum and its BLAKE3
+//! are right; bytes that are no such frame are passed over one by one, so damage in a pack costs
+//! the chunks that it hit. No pack is changed. The new index is written beside the old one, which
+//! keeps its content under another name; a crash leaves the old one in place and a file that the
+//! next run removes.
 
 use std::path::{Path, PathBuf};
 
@@ -33,7 +35,10 @@ pub struct Rebuilt {
 pub fn rebuild_index(dir: &Path) -> Result<Rebuilt, Fault> {
     let (path, new) = (dir.join(INDEX), dir.join(format!("{INDEX}.new")));
     durable::remove_all(&new)?;
-    let mut out = Rebuilt { store: dir.to_owned(), ..Rebuilt::default() };
+    let mut out = Rebuilt {
+        store: dir.to_owned(),
+        ..Rebuilt::default()
+    };
     let packs = Packs::new(dir.join("packs"));
     let index = Index::open(&new)?;
     let mut found: Vec<(Hash, Location)> = Vec::new();
@@ -44,7 +49,8 @@ pub fn rebuild_index(dir: &Path) -> Result<Rebuilt, Fault> {
             out.chunks += 1;
             found.push((id, at));
             if found.len() >= ROWS_A_COMMIT {
-                // The pack itself is noted once all of it was read: what a crash cut short is made again as a whole.
+                // The pack itself is noted once all of it was read: what a crash cut short is made
+                // again as a whole.
                 index.commit(&found, &[])?;
                 found.clear();
             }

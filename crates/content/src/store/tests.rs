@@ -4,7 +4,10 @@ use super::*;
 
 fn chunk(seed: u64, len: usize) -> Verified {
     let mut out = vec![0; len];
-    blake3::Hasher::new().update(&seed.to_le_bytes()).finalize_xof().fill(&mut out);
+    blake3::Hasher::new()
+        .update(&seed.to_le_bytes())
+        .finalize_xof()
+        .fill(&mut out);
     Verified::new(out.into())
 }
 
@@ -23,12 +26,24 @@ fn chunks_are_kept_once_and_read_back() {
     let dir = tempfile::tempdir().unwrap();
     let store = Store::open(dir.path()).unwrap();
     let chunks = fill(&store, 0..50);
-    assert_eq!(store.put(&Frame::encode(&chunks[3])).unwrap(), 0, "a second put takes no room");
-    assert_eq!(store.read(chunks[7].id).unwrap().bytes, chunks[7].bytes, "readable before the flush");
+    assert_eq!(
+        store.put(&Frame::encode(&chunks[3])).unwrap(),
+        0,
+        "a second put takes no room"
+    );
+    assert_eq!(
+        store.read(chunks[7].id).unwrap().bytes,
+        chunks[7].bytes,
+        "readable before the flush"
+    );
     store.flush().unwrap();
     assert_eq!(store.put(&Frame::encode(&chunks[3])).unwrap(), 0);
     let ids: Vec<Hash> = chunks.iter().map(|c| c.id).collect();
-    assert_eq!(store.read_frames(&ids).unwrap().len(), 1, "neighbours come in one piece");
+    assert_eq!(
+        store.read_frames(&ids).unwrap().len(),
+        1,
+        "neighbours come in one piece"
+    );
     let odd: Vec<Hash> = ids.iter().copied().step_by(2).collect();
     assert_eq!(store.read_frames(&odd).unwrap().len(), 25);
     drop(store);
@@ -43,19 +58,27 @@ fn what_is_here_is_not_squeezed_again() {
     let chunks: Vec<Verified> = (0..10).map(|seed| chunk(seed, 10_000)).collect();
     let ids: Vec<Hash> = chunks.iter().map(|c| c.id).collect();
     let put = |some: std::ops::Range<usize>| {
-        let mut squeezed = Vec::new();
+        let mut compressed = Vec::new();
         let bytes = store.put_lacking(&ids[some.clone()], |place| {
-            squeezed.push(some.start + place);
+            compressed.push(some.start + place);
             Frame::encode(&chunks[some.start + place])
         });
-        (squeezed, bytes.unwrap())
+        (compressed, bytes.unwrap())
     };
     assert_eq!(put(2..5).0, [2, 3, 4]);
     assert_eq!(put(0..8).0, [0, 1, 5, 6, 7]);
     store.flush().unwrap();
-    assert_eq!(put(0..8), (vec![], 0), "publishing again costs reading and hashing");
+    assert_eq!(
+        put(0..8),
+        (vec![], 0),
+        "publishing again costs reading and hashing"
+    );
     assert_eq!(put(0..10).0, [8, 9]);
-    assert!(chunks.iter().all(|c| store.read(c.id).unwrap().bytes == c.bytes));
+    assert!(
+        chunks
+            .iter()
+            .all(|c| store.read(c.id).unwrap().bytes == c.bytes)
+    );
 }
 
 #[test]
@@ -66,7 +89,14 @@ fn a_pack_of_which_a_power_cut_left_nothing_is_dropped() {
     store.flush().unwrap();
     drop(store);
     let left = dir.path().join("packs/00000002.pack");
-    for bytes in [&[0u8; 4096][..], b"", b"PHP", b"\0\0\0", b"PHPACK01", b"PHPACK01\0\0\0"] {
+    for bytes in [
+        &[0u8; 4096][..],
+        b"",
+        b"PHP",
+        b"\0\0\0",
+        b"PHPACK01",
+        b"PHPACK01\0\0\0",
+    ] {
         durable::replace(&left, bytes).unwrap();
         let store = Store::open(dir.path()).unwrap();
         assert!(!left.exists(), "{} bytes are still there", bytes.len());
@@ -81,8 +111,12 @@ fn a_pack_of_which_a_power_cut_left_nothing_is_dropped() {
     durable::replace(&left, b"GIF89a, perhaps").unwrap();
     let store = Store::open(dir.path()).unwrap();
     assert!(!left.exists());
-    let names = std::fs::read_dir(dir.path().join("packs")).unwrap().map(|entry| entry.unwrap().path());
-    let aside: Vec<PathBuf> = names.filter(|path| path.to_string_lossy().contains("00000009.no-pack-")).collect();
+    let names = std::fs::read_dir(dir.path().join("packs"))
+        .unwrap()
+        .map(|entry| entry.unwrap().path());
+    let aside: Vec<PathBuf> = names
+        .filter(|path| path.to_string_lossy().contains("00000009.no-pack-"))
+        .collect();
     assert_eq!(std::fs::read(&aside[0]).unwrap(), b"GIF89a, perhaps");
     drop(store);
     let store = Store::open(dir.path()).unwrap();
@@ -101,7 +135,13 @@ fn a_crash_loses_at_most_the_torn_tail() {
     let file = std::fs::File::options().write(true).open(&pack).unwrap();
     file.set_len(file.metadata().unwrap().len() - 5).unwrap();
     let store = Store::open(dir.path()).unwrap();
-    assert!(first.iter().chain(&second[..9]).all(|c| store.read(c.id).is_ok()), "whole frames are kept");
+    assert!(
+        first
+            .iter()
+            .chain(&second[..9])
+            .all(|c| store.read(c.id).is_ok()),
+        "whole frames are kept"
+    );
     assert!(!store.has(second[9].id).unwrap(), "the torn one is gone");
     fill(&store, 19..25);
     store.flush().unwrap();
@@ -112,14 +152,19 @@ fn a_crash_loses_at_most_the_torn_tail() {
 fn packs_that_the_index_did_not_hear_of_are_read_again() {
     let dir = tempfile::tempdir().unwrap();
     let store = Store::open(dir.path()).unwrap();
-    let frames: Vec<Frame> = (0..80).map(|seed| Frame::encode(&chunk(seed, 1_000_000))).collect();
+    let frames: Vec<Frame> = (0..80)
+        .map(|seed| Frame::encode(&chunk(seed, 1_000_000)))
+        .collect();
     for some in frames.chunks(3) {
         let bytes: usize = some.iter().map(Frame::len).sum();
         assert_eq!(store.append_all(some).unwrap(), bytes as u64);
         assert_eq!(store.append_all(some).unwrap(), 0);
     }
     drop(store); // never flushed: as after kill -9
-    assert_eq!(std::fs::read_dir(dir.path().join("packs")).unwrap().count(), 3);
+    assert_eq!(
+        std::fs::read_dir(dir.path().join("packs")).unwrap().count(),
+        3
+    );
     let store = Store::open(dir.path()).unwrap();
     for frame in &frames {
         assert_eq!(store.read(frame.id()).unwrap().id, frame.id());
@@ -154,7 +199,9 @@ fn collecting_frees_what_nothing_names() {
     let chunks = fill(&store, 0..100);
     store.flush().unwrap();
     let keep: Vec<Hash> = chunks[..10].iter().map(|c| c.id).collect();
-    let freed = store.collect(&|id| keep.iter().any(|k| k.short() == id)).unwrap();
+    let freed = store
+        .collect(&|id| keep.iter().any(|k| k.short() == id))
+        .unwrap();
     assert!(freed > 800_000, "{freed}");
     assert!(keep.iter().all(|id| store.read(*id).is_ok()));
     assert!(!store.has(chunks[50].id).unwrap());
@@ -178,7 +225,11 @@ fn a_put_beside_a_collection_takes_nothing_away() {
     store.flush().unwrap();
     drop(store);
     let store = Store::open(dir.path()).unwrap();
-    assert!(keep.iter().chain([&stray.id]).all(|id| store.read(*id).is_ok()));
+    assert!(
+        keep.iter()
+            .chain([&stray.id])
+            .all(|id| store.read(*id).is_ok())
+    );
 }
 
 #[test]
@@ -188,7 +239,8 @@ fn what_is_leased_stays() {
     let chunks = fill(&store, 0..100);
     store.flush().unwrap();
     let frames = |chunk: &Verified| Frame::encode(chunk);
-    // Found and put by a publish that runs all the while, and by one that ended after the collection had begun.
+    // Found and put by a publish that runs all the while, and by one that ended after the
+    // collection had begun.
     let (running, ending) = (store.leased(), store.leased());
     assert!(running.has(chunks[3].id).unwrap());
     let put = chunk(1_000, 10_000);
@@ -196,10 +248,21 @@ fn what_is_leased_stays() {
     let collection = store.begin_collection().unwrap();
     assert_eq!(ending.put(&frames(&chunks[5])).unwrap(), 0, "it is here");
     drop(ending);
-    assert_eq!(collection.sweep(&|_| false, &|| Ok(())).unwrap(), 0, "all of it lies in packs that are counted on");
-    assert!([&chunks[3], &chunks[5], &put].iter().all(|chunk| store.read(chunk.id).is_ok()));
+    assert_eq!(
+        collection.sweep(&|_| false, &|| Ok(())).unwrap(),
+        0,
+        "all of it lies in packs that are counted on"
+    );
+    assert!(
+        [&chunks[3], &chunks[5], &put]
+            .iter()
+            .all(|chunk| store.read(chunk.id).is_ok())
+    );
     drop(running);
-    assert!(store.collect(&|_| false).unwrap() > 900_000, "nobody counts on it any more");
+    assert!(
+        store.collect(&|_| false).unwrap() > 900_000,
+        "nobody counts on it any more"
+    );
     assert!(!store.has(put.id).unwrap());
 }
 
@@ -235,12 +298,21 @@ fn a_collection_that_is_ended_takes_nothing_away() {
     let chunks = fill(&store, 0..20);
     store.flush().unwrap();
     let stop = || Err(Fault::conflict("enough"));
-    store.begin_collection().unwrap().sweep(&|_| false, &stop).unwrap_err();
+    store
+        .begin_collection()
+        .unwrap()
+        .sweep(&|_| false, &stop)
+        .unwrap_err();
     let lease = store.leased();
-    assert!(chunks.iter().all(|chunk| lease.has(chunk.id).unwrap() && store.read(chunk.id).is_ok()));
+    assert!(
+        chunks
+            .iter()
+            .all(|chunk| lease.has(chunk.id).unwrap() && store.read(chunk.id).is_ok())
+    );
 }
 
-/// Publishes that put and find the same chunks again and again, each with its own, while one collection follows the other.
+/// Publishes that put and find the same chunks again and again, each with its own, while one
+/// collection follows the other.
 #[test]
 fn nothing_that_a_publish_counted_on_is_ever_collected() {
     use std::sync::atomic::AtomicBool;
@@ -253,8 +325,10 @@ fn nothing_that_a_publish_counted_on_is_ever_collected() {
             let store = store.leased();
             // Half of them others put as well, so that they are found as often as they are put.
             let shared = (0..10).map(|n| (round % 5) * 10 + n);
-            let chunks: Vec<Verified> =
-                shared.chain((0..10).map(|n| 1_000 * (who + 1) + round * 10 + n)).map(|n| chunk(n, 4_000)).collect();
+            let chunks: Vec<Verified> = shared
+                .chain((0..10).map(|n| 1_000 * (who + 1) + round * 10 + n))
+                .map(|n| chunk(n, 4_000))
+                .collect();
             for chunk in &chunks {
                 store.put(&Frame::encode(chunk)).unwrap();
             }
@@ -269,17 +343,25 @@ fn nothing_that_a_publish_counted_on_is_ever_collected() {
         }
     };
     let freed = std::thread::scope(|scope| {
-        let publishes: Vec<_> = (0..3).map(|who| scope.spawn(move || publish(who))).collect();
+        let publishes: Vec<_> = (0..3)
+            .map(|who| scope.spawn(move || publish(who)))
+            .collect();
         let collecting = scope.spawn(|| {
             let mut freed = 0;
             while !over.load(Ordering::Relaxed) {
                 let collection = store.begin_collection().unwrap();
-                let live: HashSet<ShortHash> = named.lock().iter().map(|id: &Hash| id.short()).collect();
-                freed += collection.sweep(&|id| live.contains(&id), &|| Ok(())).unwrap();
+                let live: HashSet<ShortHash> =
+                    named.lock().iter().map(|id: &Hash| id.short()).collect();
+                freed += collection
+                    .sweep(&|id| live.contains(&id), &|| Ok(()))
+                    .unwrap();
             }
             freed
         });
-        let ended: Vec<_> = publishes.into_iter().map(|publish| publish.join()).collect();
+        let ended: Vec<_> = publishes
+            .into_iter()
+            .map(|publish| publish.join())
+            .collect();
         over.store(true, Ordering::Relaxed);
         let freed = collecting.join().unwrap();
         ended.into_iter().for_each(|end| end.unwrap());
@@ -300,12 +382,21 @@ fn a_damaged_chunk_does_not_stop_a_collection() {
     let store = Store::open(dir.path()).unwrap();
     let chunks = fill(&store, 0..100);
     store.flush().unwrap();
-    let file = std::fs::File::options().write(true).open(dir.path().join("packs/00000001.pack")).unwrap();
+    let file = std::fs::File::options()
+        .write(true)
+        .open(dir.path().join("packs/00000001.pack"))
+        .unwrap();
     file.write_all_at(b"damage", 35_000).unwrap();
     let keep: Vec<Hash> = chunks[..10].iter().map(|c| c.id).collect();
-    store.collect(&|id| keep.iter().any(|k| k.short() == id)).unwrap();
+    store
+        .collect(&|id| keep.iter().any(|k| k.short() == id))
+        .unwrap();
     assert!(!store.has(keep[3]).unwrap());
-    assert!(keep.iter().enumerate().all(|(n, id)| n == 3 || store.read(*id).is_ok()));
+    assert!(
+        keep.iter()
+            .enumerate()
+            .all(|(n, id)| n == 3 || store.read(*id).is_ok())
+    );
     assert!(store.put(&Frame::encode(&chunks[3])).unwrap() > 0);
     assert!(store.read(keep[3]).is_ok());
 }
@@ -320,7 +411,13 @@ fn what_a_lost_pack_held_is_stored_anew() {
     std::fs::remove_file(dir.path().join("packs/00000001.pack")).unwrap();
     let store = Store::open(dir.path()).unwrap();
     assert_eq!(store.read(chunks[0].id).unwrap_err().code, Code::Integrity);
-    assert_eq!(store.read_frames(&[chunks[1].id, chunks[2].id]).unwrap_err().code, Code::Integrity);
+    assert_eq!(
+        store
+            .read_frames(&[chunks[1].id, chunks[2].id])
+            .unwrap_err()
+            .code,
+        Code::Integrity
+    );
     for chunk in &chunks {
         assert!(store.put(&Frame::encode(chunk)).unwrap() > 0);
         assert_eq!(store.read(chunk.id).unwrap().bytes, chunk.bytes);
@@ -333,7 +430,15 @@ fn a_failed_sync_is_told_to_all_who_put() {
     let store = Store::open(dir.path()).unwrap();
     let before = store.losses();
     let chunks = fill(&store, 0..3);
-    store.inner.open.lock().writer.as_mut().unwrap().break_sync().unwrap();
+    store
+        .inner
+        .open
+        .lock()
+        .writer
+        .as_mut()
+        .unwrap()
+        .break_sync()
+        .unwrap();
     assert!(store.flush().is_err(), "somebody else's flush");
     store.flush().unwrap();
     assert_eq!(store.flush_since(before).unwrap_err().code, Code::Internal);
@@ -344,7 +449,8 @@ fn a_failed_sync_is_told_to_all_who_put() {
     assert!(chunks.iter().all(|c| store.read(c.id).is_ok()));
 }
 
-/// Packs are filled and synced all the while by somebody else: what was put before a flush is durable after it.
+/// Packs are filled and synced all the while by somebody else: what was put before a flush is
+/// durable after it.
 #[test]
 fn a_flush_holds_for_what_was_put_before_it_whoever_syncs() {
     let dir = tempfile::tempdir().unwrap();
@@ -370,33 +476,57 @@ fn a_flush_holds_for_what_was_put_before_it_whoever_syncs() {
         // Nothing panics before the others are told to end.
         let unknown = (0..300).find(|n| {
             let id = put(*n);
-            store.flush().and_then(|()| store.inner.index.get(id)).ok().flatten().is_none()
+            store
+                .flush()
+                .and_then(|()| store.inner.index.get(id))
+                .ok()
+                .flatten()
+                .is_none()
         });
         ends.store(1, Ordering::SeqCst);
-        assert_eq!(unknown, None, "the index does not know what was put before a flush");
+        assert_eq!(
+            unknown, None,
+            "the index does not know what was put before a flush"
+        );
     });
     assert_eq!(store.lost_packs().unwrap(), Vec::<u32>::new());
 }
 
-/// Who puts the first chunk of the next pack finds out that the last one is lost, and so does who put into that.
+/// Who puts the first chunk of the next pack finds out that the last one is lost, and so does who
+/// put into that.
 #[test]
 fn a_full_pack_that_cannot_be_synced_is_told_to_whoever_put_into_it() {
     let dir = tempfile::tempdir().unwrap();
     let store = Store::open_with(dir.path(), 100).unwrap();
     let before = store.losses();
     let mine = fill(&store, 0..1);
-    store.inner.open.lock().writer.as_mut().unwrap().break_sync().unwrap();
+    store
+        .inner
+        .open
+        .lock()
+        .writer
+        .as_mut()
+        .unwrap()
+        .break_sync()
+        .unwrap();
     let other = Verified::new(Bytes::from("other ".repeat(50)));
     assert!(store.put(&Frame::encode(&other)).is_err());
     assert_eq!(store.flush_since(before).unwrap_err().code, Code::Internal);
-    assert_eq!(store.has_many(&[mine[0].id, other.id]).unwrap(), [false, true]);
+    assert_eq!(
+        store.has_many(&[mine[0].id, other.id]).unwrap(),
+        [false, true]
+    );
     // What may be there in memory only is not taken for whole by the next start.
     drop(store);
     let store = Store::open(dir.path()).unwrap();
-    assert_eq!(store.has_many(&[mine[0].id, other.id]).unwrap(), [false, true]);
+    assert_eq!(
+        store.has_many(&[mine[0].id, other.id]).unwrap(),
+        [false, true]
+    );
 }
 
-/// Measures the index for BENCHMARKS.md: `cargo test --release --lib -- --ignored --nocapture index_of_millions`.
+/// Measures the index for BENCHMARKS.md: `cargo test --release --lib -- --ignored --nocapture
+/// index_of_millions`.
 #[test]
 #[ignore = "prints figures"]
 fn index_of_millions() {
@@ -408,8 +538,14 @@ fn index_of_millions() {
     let (rows, together) = (2_000_000u64, 8_000);
     let begin = Instant::now();
     for pack in 0..rows / together {
-        let at = |n: u64| Location { pack: pack as u32, offset: n as u32, frame_len: 34_000 };
-        let found: Vec<(Hash, Location)> = (pack * together..(pack + 1) * together).map(|n| (id(n), at(n))).collect();
+        let at = |n: u64| Location {
+            pack: pack as u32,
+            offset: n as u32,
+            frame_len: 34_000,
+        };
+        let found: Vec<(Hash, Location)> = (pack * together..(pack + 1) * together)
+            .map(|n| (id(n), at(n)))
+            .collect();
         index.commit(&found, &[(pack as u32, 1)]).unwrap();
     }
     let took = begin.elapsed();
@@ -441,9 +577,13 @@ fn what_was_put_is_found_while_it_is_flushed() {
     let dir = tempfile::tempdir().unwrap();
     let store = Store::open(dir.path()).unwrap();
     for round in 0..60u32 {
-        let chunks: Vec<Verified> = (0..20u32).map(|i| Verified::new([round.to_le_bytes(), i.to_le_bytes()].concat().into())).collect();
+        let chunks: Vec<Verified> = (0..20u32)
+            .map(|i| Verified::new([round.to_le_bytes(), i.to_le_bytes()].concat().into()))
+            .collect();
         let ids: Vec<Hash> = chunks.iter().map(|c| c.id).collect();
-        chunks.iter().for_each(|chunk| assert!(store.put(&Frame::encode(chunk)).unwrap() > 0));
+        chunks
+            .iter()
+            .for_each(|chunk| assert!(store.put(&Frame::encode(chunk)).unwrap() > 0));
         let flushing = std::thread::spawn({
             let store = store.clone();
             move || store.flush().unwrap()
@@ -473,7 +613,12 @@ fn all_here(dir: &Path, chunks: &[Verified]) {
     // What is put now begins a new pack and loses nothing of the old ones.
     let more = fill(&store, 100..103);
     store.flush().unwrap();
-    assert!(chunks.iter().chain(&more).all(|chunk| store.read(chunk.id).is_ok()));
+    assert!(
+        chunks
+            .iter()
+            .chain(&more)
+            .all(|chunk| store.read(chunk.id).is_ok())
+    );
 }
 
 #[test]
@@ -482,10 +627,17 @@ fn a_missing_index_is_refused_with_what_to_do_and_made_again() {
     let chunks = closed_store(dir.path());
     std::fs::remove_file(dir.path().join(INDEX)).unwrap();
     let fault = Store::open(dir.path()).err().unwrap();
-    assert!(fault.message.contains("index.redb is missing") && fault.next.contains("packhorse store rebuild-index"), "{fault:?}");
+    assert!(
+        fault.message.contains("index.redb is missing")
+            && fault.next.contains("packhorse store rebuild-index"),
+        "{fault:?}"
+    );
     assert!(!dir.path().join(INDEX).exists(), "no empty one is begun");
     let rebuilt = rebuild_index(dir.path()).unwrap();
-    assert_eq!((rebuilt.chunks, rebuilt.damaged_bytes, rebuilt.kept), (20, 0, None));
+    assert_eq!(
+        (rebuilt.chunks, rebuilt.damaged_bytes, rebuilt.kept),
+        (20, 0, None)
+    );
     all_here(dir.path(), &chunks);
 }
 
@@ -499,19 +651,36 @@ fn a_damaged_index_never_panics_and_is_made_again() {
     for page in 0..sound.len() / 4096 {
         let mut bytes = sound.clone();
         bytes[page * 4096..(page + 1) * 4096].copy_from_slice(&chunk(page as u64, 4096).bytes);
-        std::fs::File::create(&index).unwrap().write_all(&bytes).unwrap();
+        std::fs::File::create(&index)
+            .unwrap()
+            .write_all(&bytes)
+            .unwrap();
         if let Err(fault) = Store::open(dir.path()) {
-            assert!(fault.message.contains("index.redb") && fault.next.contains("packhorse store rebuild-index"), "{fault:?}");
+            assert!(
+                fault.message.contains("index.redb")
+                    && fault.next.contains("packhorse store rebuild-index"),
+                "{fault:?}"
+            );
             refused += 1;
         }
     }
     assert!(refused > 0, "no page was missed");
-    std::fs::File::create(&index).unwrap().write_all(&sound[..sound.len() / 3]).unwrap();
+    std::fs::File::create(&index)
+        .unwrap()
+        .write_all(&sound[..sound.len() / 3])
+        .unwrap();
     let fault = Store::open(dir.path()).err().unwrap();
-    assert!(fault.next.contains("packhorse store rebuild-index"), "{fault:?}");
+    assert!(
+        fault.next.contains("packhorse store rebuild-index"),
+        "{fault:?}"
+    );
     let cut = std::fs::read(&index).unwrap();
     let rebuilt = rebuild_index(dir.path()).unwrap();
-    assert_eq!(std::fs::read(rebuilt.kept.unwrap()).unwrap(), cut, "the damaged file is kept");
+    assert_eq!(
+        std::fs::read(rebuilt.kept.unwrap()).unwrap(),
+        cut,
+        "the damaged file is kept"
+    );
     all_here(dir.path(), &chunks);
 }
 
@@ -524,14 +693,28 @@ fn a_rebuild_finds_the_chunks_on_both_sides_of_damage() {
     // The length in the second frame's header: where the third begins is not known any more.
     let second = 8 + 10_000 + HEADER_BYTES + 36;
     bytes[second] ^= 0xff;
-    std::fs::File::create(&pack).unwrap().write_all(&bytes).unwrap();
+    std::fs::File::create(&pack)
+        .unwrap()
+        .write_all(&bytes)
+        .unwrap();
     std::fs::remove_file(dir.path().join(INDEX)).unwrap();
     let rebuilt = rebuild_index(dir.path()).unwrap();
-    assert_eq!((rebuilt.chunks, rebuilt.damaged_bytes), (19, (10_000 + HEADER_BYTES) as u64));
-    let others: Vec<Verified> = chunks.iter().enumerate().filter(|(n, _)| *n != 1).map(|(_, chunk)| chunk.clone()).collect();
+    assert_eq!(
+        (rebuilt.chunks, rebuilt.damaged_bytes),
+        (19, (10_000 + HEADER_BYTES) as u64)
+    );
+    let others: Vec<Verified> = chunks
+        .iter()
+        .enumerate()
+        .filter(|(n, _)| *n != 1)
+        .map(|(_, chunk)| chunk.clone())
+        .collect();
     all_here(dir.path(), &others);
     let store = Store::open(dir.path()).unwrap();
-    assert!(!store.has(chunks[1].id).unwrap(), "so that publishing it again stores it again");
+    assert!(
+        !store.has(chunks[1].id).unwrap(),
+        "so that publishing it again stores it again"
+    );
 }
 
 #[test]
@@ -540,7 +723,10 @@ fn a_chunk_with_a_wrong_raw_length_is_stored_again() {
     let store = Store::open(dir.path()).unwrap();
     for (seed, flushed) in [(1, true), (2, false)] {
         let chunk = chunk(seed, 10_000);
-        let listed = ChunkRef { id: chunk.id, len: 10_000 };
+        let listed = ChunkRef {
+            id: chunk.id,
+            len: 10_000,
+        };
         let lie = Frame::lying(&chunk, 10_777);
         let poison = || {
             store.append(&lie).unwrap();
@@ -550,27 +736,69 @@ fn a_chunk_with_a_wrong_raw_length_is_stored_again() {
         };
         poison();
         assert_eq!(store.raw_len(chunk.id).unwrap(), Some(10_777));
-        assert_eq!(store.put(&Frame::encode(&chunk)).unwrap(), 0, "nobody has read it yet");
-        assert_eq!(store.read_listed(&[listed]).unwrap_err().code, Code::Integrity, "a delivery finds it");
-        assert!(store.put(&Frame::encode(&chunk)).unwrap() > 0, "flushed: {flushed}");
+        assert_eq!(
+            store.put(&Frame::encode(&chunk)).unwrap(),
+            0,
+            "nobody has read it yet"
+        );
+        assert_eq!(
+            store.read_listed(&[listed]).unwrap_err().code,
+            Code::Integrity,
+            "a delivery finds it"
+        );
+        assert!(
+            store.put(&Frame::encode(&chunk)).unwrap() > 0,
+            "flushed: {flushed}"
+        );
         assert_eq!(store.read_chunk(listed).unwrap().bytes, chunk.bytes);
-        assert!(store.put_over(&Frame::encode(&chunk)).unwrap() == 0 && store.recheck(&[chunk.id]).unwrap() == 0);
+        assert!(
+            store.put_over(&Frame::encode(&chunk)).unwrap() == 0
+                && store.recheck(&[chunk.id]).unwrap() == 0
+        );
     }
-    // The liar's own manifest names the length of the frame: the bytes are given out, whoever receives them refuses them and says so.
+    // The liar's own manifest names the length of the frame: the bytes are given out, whoever
+    // receives them refuses them and says so.
     let chunk = chunk(3, 10_000);
     store.append(&Frame::lying(&chunk, 10_777)).unwrap();
-    store.read_listed(&[ChunkRef { id: chunk.id, len: 10_777 }]).unwrap();
-    assert_eq!(store.recheck(&[chunk.id, Hash::of(b"not here")]).unwrap(), 1);
+    store
+        .read_listed(&[ChunkRef {
+            id: chunk.id,
+            len: 10_777,
+        }])
+        .unwrap();
+    assert_eq!(
+        store.recheck(&[chunk.id, Hash::of(b"not here")]).unwrap(),
+        1
+    );
     assert!(!store.has(chunk.id).unwrap());
     store.append(&Frame::lying(&chunk, 10_777)).unwrap();
-    assert!(store.put_over(&Frame::encode(&chunk)).unwrap() > 0, "an import repairs");
+    assert!(
+        store.put_over(&Frame::encode(&chunk)).unwrap() > 0,
+        "an import repairs"
+    );
     // A manifest that names another length than an honest chunk has costs that chunk nothing.
     for read in [
-        store.read_listed(&[ChunkRef { id: chunk.id, len: 9 }]).map(|_| ()),
-        store.read_chunk(ChunkRef { id: chunk.id, len: 9 }).map(|_| ()),
+        store
+            .read_listed(&[ChunkRef {
+                id: chunk.id,
+                len: 9,
+            }])
+            .map(|_| ()),
+        store
+            .read_chunk(ChunkRef {
+                id: chunk.id,
+                len: 9,
+            })
+            .map(|_| ()),
     ] {
         let fault = read.unwrap_err();
-        assert!(fault.code == Code::Integrity && fault.message.contains("has 10000 bytes; the manifest says 9"), "{fault}");
+        assert!(
+            fault.code == Code::Integrity
+                && fault
+                    .message
+                    .contains("has 10000 bytes; the manifest says 9"),
+            "{fault}"
+        );
     }
     assert!(store.read(chunk.id).is_ok());
 }

@@ -7,14 +7,14 @@ use std::sync::Arc;
 use bytes::Bytes;
 use tokio::runtime::Handle;
 
-use super::{At, PlaceInfo, Places};
+use super::{At, ChunkIndex, LocationInfo};
 use base::buffers::Buffers;
 use base::durable;
 use base::fault::{Fault, IoContext};
 use base::names::RelPath;
 use content::frame::Verified;
 use content::manifest::ChunkRef;
-use sink::{Place, Sink};
+use sink::{Sink, StorageLocation};
 
 /// Bytes that are read at once of a blob in the registry, whose chunks mostly follow each other.
 const AHEAD_BYTES: u64 = 4 << 20;
@@ -26,7 +26,7 @@ const BUFFER_BYTES: (usize, usize) = (128 << 10, 2 << 20);
 
 /// Reads chunks, mostly one behind the other from one file.
 pub struct Reader {
-    places: Arc<Places>,
+    chunk_index: Arc<ChunkIndex>,
     /// Reads blobs of the registry; `None` where there is none.
     images: Option<Arc<dyn Sink>>,
     runtime: Handle,
@@ -42,7 +42,7 @@ pub struct Reader {
 struct Source {
     place: u32,
     entry: u64,
-    info: Arc<PlaceInfo>,
+    info: Arc<LocationInfo>,
     path: RelPath,
     size: u64,
     /// `None`: a blob of the registry.
@@ -53,13 +53,29 @@ struct Source {
 
 impl Reader {
     /// A reader for a thread that may block.
-    pub fn new(places: Arc<Places>, images: Option<Arc<dyn Sink>>, runtime: Handle) -> Self {
-        Self { places, images, runtime, strict: false, ahead: None, buffers: buffers(), source: None }
+    pub fn new(
+        chunk_index: Arc<ChunkIndex>,
+        images: Option<Arc<dyn Sink>>,
+        runtime: Handle,
+    ) -> Self {
+        Self {
+            chunk_index,
+            images,
+            runtime,
+            strict: false,
+            ahead: None,
+            buffers: buffers(),
+            source: None,
+        }
     }
 
     /// The same for what was published where it lies: there a file of another size is another file.
     pub fn strict(self, buffers: Buffers) -> Self {
-        Self { strict: true, buffers, ..self }
+        Self {
+            strict: true,
+            buffers,
+            ..self
+        }
     }
 
     /// So many bytes will be asked for one behind the other from where the next chunk lies.
@@ -67,7 +83,8 @@ impl Reader {
         self.ahead = Some(bytes);
     }
 
-    /// One chunk. What the index says may be stale: then it is `not_found`, or `integrity` for other bytes.
+    /// One chunk. What the index says may be stale: then it is `not_found`, or `integrity` for
+    /// other bytes.
     pub fn chunk(&mut self, chunk: ChunkRef, at: At) -> Result<Verified, Fault> {
         let read = self.read(chunk, at);
         if read.is_err() {
@@ -80,7 +97,11 @@ impl Reader {
         if at.len != chunk.len {
             return Err(Fault::integrity("its length is another"));
         }
-        let source = match self.source.take().filter(|source| source.place == at.place && source.entry == at.entry) {
+        let source = match self
+            .source
+            .take()
+            .filter(|source| source.place == at.place && source.entry == at.entry)
+        {
             Some(same) => same,
             None => self.open(at)?,
         };
@@ -91,18 +112,30 @@ impl Reader {
             // For every chunk by itself it would be a call, of a registry a round trip.
             let ahead = match source.file {
                 Some(_) => self.ahead.map_or(0, |ahead| ahead.min(FILE_AHEAD_BYTES)),
-                None => self.ahead.map_or(AHEAD_BYTES, |ahead| ahead.min(AHEAD_BYTES)),
+                None => self
+                    .ahead
+                    .map_or(AHEAD_BYTES, |ahead| ahead.min(AHEAD_BYTES)),
             };
-            let len = ahead.min(source.size.saturating_sub(at.offset)).max(u64::from(at.len)) as usize;
+            let len = ahead
+                .min(source.size.saturating_sub(at.offset))
+                .max(u64::from(at.len)) as usize;
             let read = match &source.file {
                 Some(file) => {
                     let mut out = self.buffers.room(len);
-                    let read = read_full(file, &mut out[..len], at.offset).at(format_args!("read {}", source.path))?;
+                    let read = read_full(file, &mut out[..len], at.offset)
+                        .at(format_args!("read {}", source.path))?;
                     self.buffers.lend(out).slice(..read)
                 }
                 None => {
-                    let Some(images) = &self.images else { return Err(Fault::internal("there is no registry here")) };
-                    self.runtime.block_on(images.read_at(&source.info.place, &source.path, at.offset, len as u32))?
+                    let Some(images) = &self.images else {
+                        return Err(Fault::internal("there is no registry here"));
+                    };
+                    self.runtime.block_on(images.read_at(
+                        &source.info.place,
+                        &source.path,
+                        at.offset,
+                        len as u32,
+                    ))?
                 }
             };
             source.ahead = (at.offset, read);
@@ -118,12 +151,16 @@ impl Reader {
 
     fn open(&self, at: At) -> Result<Source, Fault> {
         let gone = || Fault::not_found("its place is gone");
-        let info = self.places.info(at.place).ok_or_else(gone)?;
-        let (path, entry) = self.places.entry(at.place, at.entry)?.ok_or_else(gone)?;
+        let info = self.chunk_index.info(at.place).ok_or_else(gone)?;
+        let (path, entry) = self
+            .chunk_index
+            .entry(at.place, at.entry)?
+            .ok_or_else(gone)?;
         let file = match &info.place {
-            Place::Folder { path: folder } => {
+            StorageLocation::Folder { path: folder } => {
                 let full = path.in_dir(folder);
-                let file = durable::open_regular(&full).at(format_args!("open {}", full.display()))?;
+                let file =
+                    durable::open_regular(&full).at(format_args!("open {}", full.display()))?;
                 if self.strict {
                     let meta = file.metadata().at(full.display())?;
                     // A folder can be opened, and has a size.
@@ -136,9 +173,17 @@ impl Reader {
                 }
                 Some(file)
             }
-            Place::Registry { .. } => None,
+            StorageLocation::Registry { .. } => None,
         };
-        Ok(Source { place: at.place, entry: at.entry, info, path, size: entry.size, file, ahead: (0, Bytes::new()) })
+        Ok(Source {
+            place: at.place,
+            entry: at.entry,
+            info,
+            path,
+            size: entry.size,
+            file,
+            ahead: (0, Bytes::new()),
+        })
     }
 }
 

@@ -1,21 +1,23 @@
-//! Removes the chunk rows of places that are gone: staging folders that were cleared away, and artifacts that were removed.
+//! Removes the chunk rows of places that are gone: staging folders that were cleared away, and
+//! artifacts that were removed.
 //!
-//! A place is forgotten at once, and nobody finds a chunk by a row of it any more. The rows lie all over the tree, so they are
-//! removed afterwards, a part of the tree at a time. A number in the file says that there are some; what a crash interrupts begins
-//! anew.
+//! A place is forgotten at once, and nobody finds a chunk by a row of it any more. The rows lie all
+//! over the tree, so they are removed afterwards, a part of the tree at a time. A number in the
+//! file says that there are some; what a crash interrupts begins anew.
 
 use std::ops::Bound;
 
 use redb::{ReadableTable, TableDefinition, TableError, WriteTransaction};
 
-use super::{CHUNKS, Places};
+use super::{CHUNKS, ChunkIndex};
 use base::fault::Fault;
 use content::chunk::Hash;
 
 /// How many places were removed since all rows of such were.
 const STALE: TableDefinition<'_, (), u64> = TableDefinition::new("stale");
 
-/// Notes a removed place. The table is made by the first: a start writes nothing, so that it succeeds on a full disk.
+/// Notes a removed place. The table is made by the first: a start writes nothing, so that it
+/// succeeds on a full disk.
 pub(super) fn note(write: &WriteTransaction) -> Result<(), redb::Error> {
     let mut stale = write.open_table(STALE)?;
     let before = stale.get(())?.map_or(0, |count| count.value());
@@ -23,7 +25,7 @@ pub(super) fn note(write: &WriteTransaction) -> Result<(), redb::Error> {
     Ok(())
 }
 
-impl Places {
+impl ChunkIndex {
     /// How many places were removed whose rows may be here still; 0: none.
     pub fn stale(&self) -> Result<u64, Fault> {
         self.tree.read(|read| match read.open_table(STALE) {
@@ -32,14 +34,20 @@ impl Places {
         })
     }
 
-    /// Removes the rows of removed places among the next `rows` behind a chunk. Returns the last chunk of these; `None` at the end.
+    /// Removes the rows of removed places among the next `rows` behind a chunk. Returns the last
+    /// chunk of these; `None` at the end.
     pub fn sweep(&self, behind: Option<Hash>, rows: usize) -> Result<Option<Hash>, Fault> {
         let known = self.known.read();
         let (last, gone) = self.tree.read(|read| {
             let chunks = read.open_table(CHUNKS)?;
-            let from = behind.as_ref().map_or(Bound::Unbounded, |id| Bound::Excluded(&id.0));
+            let from = behind
+                .as_ref()
+                .map_or(Bound::Unbounded, |id| Bound::Excluded(&id.0));
             let (mut count, mut last, mut gone) = (0, None, Vec::new());
-            for row in chunks.range::<&[u8; 32]>((from, Bound::Unbounded))?.take(rows) {
+            for row in chunks
+                .range::<&[u8; 32]>((from, Bound::Unbounded))?
+                .take(rows)
+            {
                 let (id, at) = row?;
                 let id = Hash(*id.value());
                 if !known.contains_key(&at.value().0) {
@@ -57,7 +65,9 @@ impl Places {
                 let mut chunks = write.open_table(CHUNKS)?;
                 for id in &gone {
                     // Another place may have it by now.
-                    let is_gone = chunks.get(&id.0)?.is_some_and(|row| !known.contains_key(&row.value().0));
+                    let is_gone = chunks
+                        .get(&id.0)?
+                        .is_some_and(|row| !known.contains_key(&row.value().0));
                     if is_gone {
                         chunks.remove(&id.0)?;
                     }
@@ -83,41 +93,81 @@ impl Places {
 mod tests {
     use parking_lot::RwLock;
 
-    use super::super::{At, Commit, PlaceInfo};
+    use super::super::{At, Commit, LocationInfo};
     use super::*;
     use content::manifest::Digest;
-    use sink::Place;
+    use sink::StorageLocation;
 
     #[test]
     fn the_rows_of_a_removed_place_go_and_the_others_stay() {
         let dir = tempfile::tempdir().unwrap();
-        let places = Places::open(dir.path()).unwrap();
+        let index = ChunkIndex::open(dir.path()).unwrap();
         let put = |name: &str| {
-            let place = Place::Folder { path: dir.path().join(name) };
-            let info =
-                PlaceInfo { place, digest: Digest::of(name.as_bytes()), transfer: Some(name.into()), foreign: false, adopting: false };
-            places.put(None, info).unwrap()
+            let place = StorageLocation::Folder {
+                path: dir.path().join(name),
+            };
+            let info = LocationInfo {
+                place,
+                digest: Digest::of(name.as_bytes()),
+                transfer: Some(name.into()),
+                foreign: false,
+                adopting: false,
+            };
+            index.put(None, info).unwrap()
         };
-        let ids = |which: &str| (0..100).map(|n| Hash::of(format!("{which} {n}").as_bytes())).collect::<Vec<_>>();
+        let ids = |which: &str| {
+            (0..100)
+                .map(|n| Hash::of(format!("{which} {n}").as_bytes()))
+                .collect::<Vec<_>>()
+        };
         let (gone, stays) = (put("gone"), put("stays"));
         for (place, which) in [(gone, "gone"), (stays, "stays")] {
-            let journal = RwLock::new(places.journal(place, 100).unwrap());
-            let at = |n: usize| At { place, entry: 0, offset: n as u64, len: 1 };
-            let chunks = ids(which).into_iter().enumerate().map(|(n, id)| (id, at(n))).collect();
-            places.commit(place, &journal, &mut Commit { chunks, ..Commit::default() }).unwrap();
+            let journal = RwLock::new(index.journal(place, 100).unwrap());
+            let at = |n: usize| At {
+                place,
+                entry: 0,
+                offset: n as u64,
+                len: 1,
+            };
+            let chunks = ids(which)
+                .into_iter()
+                .enumerate()
+                .map(|(n, id)| (id, at(n)))
+                .collect();
+            index
+                .commit(
+                    place,
+                    &journal,
+                    &mut Commit {
+                        chunks,
+                        ..Commit::default()
+                    },
+                )
+                .unwrap();
         }
-        assert_eq!(places.stale().unwrap(), 0);
-        places.remove(gone).unwrap();
-        let rows = || places.tree.read(|read| Ok(read.open_table(CHUNKS)?.iter()?.count())).unwrap();
-        assert_eq!((places.stale().unwrap(), rows()), (1, 200));
+        assert_eq!(index.stale().unwrap(), 0);
+        index.remove(gone).unwrap();
+        let rows = || {
+            index
+                .tree
+                .read(|read| Ok(read.open_table(CHUNKS)?.iter()?.count()))
+                .unwrap()
+        };
+        assert_eq!((index.stale().unwrap(), rows()), (1, 200));
         let mut behind = None;
         let mut steps = 0;
-        while let Some(last) = places.sweep(behind, 30).unwrap() {
+        while let Some(last) = index.sweep(behind, 30).unwrap() {
             (behind, steps) = (Some(last), steps + 1);
         }
-        places.swept(1).unwrap();
+        index.swept(1).unwrap();
         assert!(steps >= 5, "{steps}");
-        assert_eq!((places.stale().unwrap(), rows()), (0, 100));
-        assert!(places.find(&ids("stays")).unwrap().iter().all(Option::is_some));
+        assert_eq!((index.stale().unwrap(), rows()), (0, 100));
+        assert!(
+            index
+                .find(&ids("stays"))
+                .unwrap()
+                .iter()
+                .all(Option::is_some)
+        );
     }
 }

@@ -1,4 +1,5 @@
-//! How manifest pages travel: plain, or as a difference against the pages of another version that the asker holds.
+//! How manifest pages travel: plain, or as a delta against the pages of another version that the
+//! asker holds.
 
 use std::collections::HashSet;
 use std::ops::Range;
@@ -12,11 +13,15 @@ use super::{Fetcher, Library, Opened, Ranges, WRITE_MAX, takes_nothing};
 use crate::wire::{PRIORITY_MANIFEST, Peer, Wanted};
 use base::blocking::blocking;
 use base::fault::{Fault, Reason};
-use base::limits::{CHUNK_BYTES_MAX, DIFFERENCE_BASE_BYTES_MAX, FETCH_BATCH_BYTES, FETCH_BATCH_CHUNKS_MAX};
+use base::limits::{
+    CHUNK_BYTES_MAX, DIFFERENCE_BASE_BYTES_MAX, FETCH_BATCH_BYTES, FETCH_BATCH_CHUNKS_MAX,
+};
 use content::chunk::Hash;
 use content::frame::{Frame, Verified};
-use content::manifest::difference::{Alignment, restore, squeeze};
-use content::manifest::{Digest, Listed, PageRef, Pages, Root, entry_pages, level_below, top_level};
+use content::manifest::delta::{Alignment, compress, restore};
+use content::manifest::{
+    Digest, Listed, PageRef, Pages, Root, entry_pages, level_below, top_level,
+};
 use content::store::Store;
 use transport::SendHalf;
 
@@ -25,7 +30,7 @@ const IN_FLIGHT: usize = 8;
 /// Raw bytes of pages that one request asks for, about.
 const REQUEST_BYTES: u64 = FETCH_BATCH_BYTES / 2;
 
-/// Answers [`Wanted::Difference`] with one frame.
+/// Answers [`Wanted::Delta`] with one frame.
 pub(super) async fn answer(
     send: &mut SendHalf,
     peer: &Peer,
@@ -36,15 +41,29 @@ pub(super) async fn answer(
     against: (u32, u32),
 ) -> Result<(), Fault> {
     let base = library.open(peer, base).await?;
-    let (pages, old) = (pick(&opened.entry_pages, ranges)?, pick(&base.entry_pages, &[against])?);
+    let (pages, old) = (
+        pick(&opened.entry_pages, ranges)?,
+        pick(&base.entry_pages, &[against])?,
+    );
     let bytes = |pages: &[PageRef]| pages.iter().map(|p| u64::from(p.len)).sum::<u64>();
     if bytes(&pages) > CHUNK_BYTES_MAX as u64 || bytes(&old) > DIFFERENCE_BASE_BYTES_MAX {
         return Err(too_much());
     }
-    let _share = library.share(peer, bytes(&pages) + bytes(&old), PRIORITY_MANIFEST).await?;
+    let _share = library
+        .share(peer, bytes(&pages) + bytes(&old), PRIORITY_MANIFEST)
+        .await?;
     let place = library.work_place(peer).await;
-    let (pages, old) = (read(library, opened, &pages).await?, read(library, &base, &old).await?);
-    let frame = blocking(move || Ok(Frame::difference(pages.iter().map(Bytes::len).sum(), squeeze(&old, &pages)?))).await?;
+    let (pages, old) = (
+        read(library, opened, &pages).await?,
+        read(library, &base, &old).await?,
+    );
+    let frame = blocking(move || {
+        Ok(Frame::delta(
+            pages.iter().map(Bytes::len).sum(),
+            compress(&old, &pages)?,
+        ))
+    })
+    .await?;
     drop(place);
     let sent = timeout(WRITE_MAX, send.write_bytes(frame.to_bytes())).await;
     sent.map_err(|_| takes_nothing(peer))?
@@ -58,7 +77,11 @@ fn pick(all: &[PageRef], ranges: &[(u32, u32)]) -> Result<Vec<PageRef>, Fault> {
     let mut out = Vec::new();
     for &(first, count) in ranges {
         let range = first as usize..(first as usize).saturating_add(count as usize);
-        out.extend_from_slice(all.get(range).ok_or_else(|| Fault::integrity("a fetch request names more pages than there are"))?);
+        out.extend_from_slice(
+            all.get(range).ok_or_else(|| {
+                Fault::integrity("a fetch request names more pages than there are")
+            })?,
+        );
         if out.len() > FETCH_BATCH_CHUNKS_MAX {
             return Err(too_much());
         }
@@ -88,9 +111,15 @@ pub(super) async fn check_room(store: &Store) -> Result<(), Fault> {
 }
 
 impl Fetcher {
-    /// Brings every page of the manifest that the store lacks. `base` is the root manifest of a similar artifact, whose
-    /// pages the store most likely holds: then only what differs from them crosses the line.
-    pub async fn pages(&self, root: &Root, base: Option<&Root>, store: &Store) -> Result<(), Fault> {
+    /// Brings every page of the manifest that the store lacks. `base` is the root manifest of a
+    /// similar artifact, whose pages the store most likely holds: then only what differs from them
+    /// crosses the line.
+    pub async fn pages(
+        &self,
+        root: &Root,
+        base: Option<&Root>,
+        store: &Store,
+    ) -> Result<(), Fault> {
         let losses = store.losses();
         let mut level = top_level(root)?;
         for depth in (0..=root.depth).rev() {
@@ -109,7 +138,8 @@ impl Fetcher {
         blocking(move || store.flush_since(losses)).await
     }
 
-    /// Brings the entry pages that the store lacks as differences. What does not come so is left to [`Fetcher::bring`].
+    /// Brings the entry pages that the store lacks as differences. What does not come so is left to
+    /// [`Fetcher::bring`].
     async fn differences(&self, level: &[Listed], base: &Root, store: &Store) -> Result<(), Fault> {
         let all: Vec<PageRef> = level.iter().flat_map(|(_, pages)| pages).copied().collect();
         let (root, pages) = (base.clone(), store.clone());
@@ -119,23 +149,35 @@ impl Fetcher {
             if !here.into_iter().all(|here| here) {
                 return Err(Fault::not_found("some pages of the older version are gone"));
             }
-            let lacking = pages.has_many(&all.iter().map(|p| p.id).collect::<Vec<_>>())?.into_iter().map(|here| !here).collect::<Vec<_>>();
-            let base = Base { digest: root.digest(), alignment: Alignment::new(&old, &all), pages: old };
+            let lacking = pages
+                .has_many(&all.iter().map(|p| p.id).collect::<Vec<_>>())?
+                .into_iter()
+                .map(|here| !here)
+                .collect::<Vec<_>>();
+            let base = Base {
+                digest: root.digest(),
+                alignment: Alignment::new(&old, &all),
+                pages: old,
+            };
             Ok((Arc::new(base), requests(&all, &lacking)))
         });
-        let Ok((base, requests)) = prepared.await else { return Ok(()) };
+        let Ok((base, requests)) = prepared.await else {
+            return Ok(());
+        };
         if !requests.is_empty() {
             check_room(store).await?;
         }
-        let ask = |request| self.difference(request, base.clone(), store.clone());
-        let mut running = futures::stream::iter(requests.into_iter().map(ask)).buffer_unordered(IN_FLIGHT);
+        let ask = |request| self.delta(request, base.clone(), store.clone());
+        let mut running =
+            futures::stream::iter(requests.into_iter().map(ask)).buffer_unordered(IN_FLIGHT);
         while let Some(result) = running.next().await {
             match result {
                 Ok(()) => {}
                 Err(fault) if fault.reason == Reason::HubUnreachable => return Err(fault),
-                // The hub does not give this base to us, or it is not what we hold: plain pages will do.
+                // The hub does not give this base to us, or it is not what we hold: plain pages
+                // will do.
                 Err(fault) => {
-                    tracing::debug!(error = %fault, "manifest pages could not be had as a difference");
+                    tracing::debug!(error = %fault, "manifest pages could not be had as a delta");
                     return Ok(());
                 }
             }
@@ -143,16 +185,27 @@ impl Fetcher {
         Ok(())
     }
 
-    async fn difference(&self, request: Request, base: Arc<Base>, store: Store) -> Result<(), Fault> {
+    async fn delta(&self, request: Request, base: Arc<Base>, store: Store) -> Result<(), Fault> {
         let old = base.alignment.beside(&request.span);
         let against = (old.start as u32, old.len() as u32);
-        let wanted = Wanted::Difference { ranges: request.ranges.0, base: base.digest, against };
-        let frame = self.ask(vec![wanted], PRIORITY_MANIFEST).await?.next().await?;
+        let wanted = Wanted::Delta {
+            ranges: request.ranges.0,
+            base: base.digest,
+            against,
+        };
+        let frame = self
+            .ask(vec![wanted], PRIORITY_MANIFEST)
+            .await?
+            .next()
+            .await?;
         blocking(move || {
-            let old: Vec<Bytes> = base.pages[old].iter().map(|page| store.page(page.id)).collect::<Result<_, _>>()?;
+            let old: Vec<Bytes> = base.pages[old]
+                .iter()
+                .map(|page| store.page(page.id))
+                .collect::<Result<_, _>>()?;
             let lens: Vec<u32> = request.pages.iter().map(|page| page.len).collect();
-            let squeezed = frame.squeezed(lens.iter().map(|len| *len as usize).sum())?;
-            for (page, bytes) in request.pages.iter().zip(restore(&old, &squeezed, &lens)?) {
+            let compressed = frame.compressed(lens.iter().map(|len| *len as usize).sum())?;
+            for (page, bytes) in request.pages.iter().zip(restore(&old, &compressed, &lens)?) {
                 store.put(&Frame::encode(&Verified::check(page.id, bytes)?))?;
             }
             Ok(())
@@ -169,7 +222,10 @@ impl Fetcher {
             let (mut ranges, mut lacking, mut bytes) = (Ranges::default(), Vec::new(), 0);
             let wanted = |ranges: Ranges| match parent {
                 None => Wanted::TopPages(ranges.0),
-                Some(page) => Wanted::Children { page: *page, ranges: ranges.0 },
+                Some(page) => Wanted::Children {
+                    page: *page,
+                    ranges: ranges.0,
+                },
             };
             for (index, page) in pages.iter().enumerate() {
                 if here[index] || !seen.insert(page.id) {
@@ -179,7 +235,10 @@ impl Fetcher {
                 lacking.push(*page);
                 bytes += u64::from(page.len);
                 if bytes >= REQUEST_BYTES || lacking.len() >= FETCH_BATCH_CHUNKS_MAX {
-                    requests.push((vec![wanted(std::mem::take(&mut ranges))], std::mem::take(&mut lacking)));
+                    requests.push((
+                        vec![wanted(std::mem::take(&mut ranges))],
+                        std::mem::take(&mut lacking),
+                    ));
                     bytes = 0;
                 }
             }
@@ -199,7 +258,8 @@ impl Fetcher {
             }
             Ok::<(), Fault>(())
         };
-        let mut running = futures::stream::iter(requests.into_iter().map(fetch)).buffer_unordered(IN_FLIGHT);
+        let mut running =
+            futures::stream::iter(requests.into_iter().map(fetch)).buffer_unordered(IN_FLIGHT);
         while let Some(result) = running.next().await {
             result?;
         }
@@ -236,7 +296,11 @@ fn requests(all: &[PageRef], lacking: &[bool]) -> Vec<Request> {
             bytes = 0;
             let mut ranges = Ranges::default();
             ranges.push(number as u32);
-            out.push(Request { ranges, pages: vec![*page], span: number..number + 1 });
+            out.push(Request {
+                ranges,
+                pages: vec![*page],
+                span: number..number + 1,
+            });
         }
         bytes += u64::from(page.len);
     }

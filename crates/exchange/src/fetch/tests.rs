@@ -8,15 +8,26 @@ fn fetcher(link: &Link) -> Fetcher {
     Fetcher::new(link.clone(), Hash::of(b"an artifact"), Arc::default())
 }
 
-/// Asks at the site's end, where the hub took the question and says nothing; its end of the line lives as long as this.
+/// Asks at the site's end, where the hub took the question and says nothing; its end of the line
+/// lives as long as this.
 async fn ask_in_vain((site, hub): (Link, Link)) {
     let begun = Instant::now();
     let fetcher = fetcher(&site);
     let (answer, _held) = tokio::join!(fetcher.root(), hub.accept());
     let (fault, took, over) = (answer.unwrap_err(), begun.elapsed(), site.transport());
-    assert_eq!((fault.code, fault.reason), (Code::Unreachable, Reason::HubUnreachable), "{over}: {fault}");
-    assert!(took >= SILENCE_MAX && took < SILENCE_MAX + Duration::from_secs(10), "{over}: after {took:?}");
-    assert!(site.is_closed(), "{over}: whoever needs a line has to dial a new one");
+    assert_eq!(
+        (fault.code, fault.reason),
+        (Code::Unreachable, Reason::HubUnreachable),
+        "{over}: {fault}"
+    );
+    assert!(
+        took >= SILENCE_MAX && took < SILENCE_MAX + Duration::from_secs(10),
+        "{over}: after {took:?}"
+    );
+    assert!(
+        site.is_closed(),
+        "{over}: whoever needs a line has to dial a new one"
+    );
 }
 
 /// As above, but of the answer a part comes.
@@ -36,7 +47,10 @@ async fn ask_and_get_a_part((site, hub): (Link, Link)) {
         () = part => unreachable!("it waits for ever"),
     }
     let took = begun.elapsed();
-    assert!(took >= SILENCE_MAX && took < SILENCE_MAX + Duration::from_secs(10), "after {took:?}");
+    assert!(
+        took >= SILENCE_MAX && took < SILENCE_MAX + Duration::from_secs(10),
+        "after {took:?}"
+    );
 }
 
 /// As above, while other streams of the line bring something.
@@ -69,7 +83,9 @@ async fn an_answer_that_brings_nothing_is_given_up_though_others_come() {
     let busy = async {
         let (mut send, _recv) = hub.open(0).await.unwrap();
         loop {
-            send.write_bytes(Bytes::from(vec![0; 1 << 10])).await.unwrap();
+            send.write_bytes(Bytes::from(vec![0; 1 << 10]))
+                .await
+                .unwrap();
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
     };
@@ -92,7 +108,18 @@ async fn an_answer_that_brings_nothing_is_given_up_though_others_come() {
 #[tokio::test]
 async fn a_line_that_brings_nothing_is_given_up_though_it_answers() {
     let hub = Hub::start();
-    let (quic, tcp) = (hub.connect(Transport::Quic).await, hub.connect(Transport::Tcp).await);
-    let (part, busy) = (hub.connect(Transport::Quic).await, hub.connect(Transport::Quic).await);
-    tokio::join!(ask_in_vain(quic), ask_in_vain(tcp), ask_and_get_a_part(part), ask_on_a_busy_line(busy));
+    let (quic, tcp) = (
+        hub.connect(Transport::Quic).await,
+        hub.connect(Transport::Tcp).await,
+    );
+    let (part, busy) = (
+        hub.connect(Transport::Quic).await,
+        hub.connect(Transport::Quic).await,
+    );
+    tokio::join!(
+        ask_in_vain(quic),
+        ask_in_vain(tcp),
+        ask_and_get_a_part(part),
+        ask_on_a_busy_line(busy)
+    );
 }

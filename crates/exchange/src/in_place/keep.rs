@@ -1,10 +1,11 @@
-//! Publishing in place: reads a source in, and writes only what lies nowhere else. Of an image that arrived that is its layout.
+//! Publishing in place: reads a source in, and writes only what lies nowhere else. Of an image that
+//! arrived that is its layout.
 
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 
-use super::Origin;
+use super::InPlaceReader;
 use base::durable;
 use base::fault::{Fault, IoContext};
 use base::names::{Kind, RelPath};
@@ -13,7 +14,7 @@ use content::chunk::Hash;
 use content::frame::Verified;
 use content::ingest::{self, Ingested, Keeper, Progress};
 use content::manifest::{Digest, EntryBody, FileInfo, KindInfo, Root, Step, Walk};
-use sink::Place;
+use sink::StorageLocation;
 use source::image::layout_files;
 use source::{Content, Source, SourceBody, SourceEntry};
 use state::new_id;
@@ -24,14 +25,14 @@ pub struct InPlace {
     /// Its manifest.
     pub ingested: Ingested,
     /// Where it lies. What does not lie there lies in the folder of what was kept.
-    pub place: Place,
+    pub place: StorageLocation,
 }
 
 /// Keeps nothing: the bytes stay where they are.
 struct Nothing;
 
 impl Keeper for Nothing {
-    fn keep(&self, _: &[(Verified, ingest::Origin)]) -> Result<u64, Fault> {
+    fn keep(&self, _: &[(Verified, ingest::ChunkOrigin)]) -> Result<u64, Fault> {
         Ok(0)
     }
 
@@ -47,7 +48,7 @@ impl Keeper for Nothing {
 /// A source whose entries all lie somewhere that stays: what does not is written to a folder first.
 struct Keep<'a> {
     source: &'a mut dyn Source,
-    base: Option<&'a Place>,
+    base: Option<&'a StorageLocation>,
     folder: PathBuf,
     kept: u64,
     in_place: u64,
@@ -58,9 +59,13 @@ struct Keep<'a> {
 impl Keep<'_> {
     fn lies_at_base(&self, path: &RelPath, content: &Content) -> bool {
         match (self.base, content) {
-            (Some(Place::Folder { path: base }), Content::File(file)) => *file == path.in_dir(base),
+            (Some(StorageLocation::Folder { path: base }), Content::File(file)) => {
+                *file == path.in_dir(base)
+            }
             // Whoever names a repository has made sure that its blobs are there.
-            (Some(Place::Registry { .. }), _) => path.as_str().starts_with("blobs/sha256/"),
+            (Some(StorageLocation::Registry { .. }), _) => {
+                path.as_str().starts_with("blobs/sha256/")
+            }
             _ => false,
         }
     }
@@ -77,13 +82,17 @@ impl Keep<'_> {
         }
         let what = || format!("write {}", to.display());
         let mut out = File::create(&to).at(what())?;
-        let open = |from: &Path| durable::open_regular(from).at(format_args!("read {}", from.display()));
+        let open =
+            |from: &Path| durable::open_regular(from).at(format_args!("read {}", from.display()));
         match content {
             Content::Memory(bytes) => std::io::copy(&mut &bytes[..], &mut out),
-            Content::File(from) | Content::Scratch(from) => std::io::copy(&mut open(from)?, &mut out),
+            Content::File(from) | Content::Scratch(from) => {
+                std::io::copy(&mut open(from)?, &mut out)
+            }
             Content::Range { file, offset } => {
                 let mut from = open(file)?;
-                from.seek(SeekFrom::Start(*offset)).at(format_args!("read {}", file.display()))?;
+                from.seek(SeekFrom::Start(*offset))
+                    .at(format_args!("read {}", file.display()))?;
                 std::io::copy(&mut from.take(size), &mut out)
             }
         }
@@ -108,7 +117,9 @@ impl Keep<'_> {
 
 impl Source for Keep<'_> {
     fn next(&mut self) -> Result<Option<SourceEntry>, Fault> {
-        let Some(mut entry) = self.source.next()? else { return Ok(None) };
+        let Some(mut entry) = self.source.next()? else {
+            return Ok(None);
+        };
         if let SourceBody::File { size, content } = &entry.body {
             self.gave_the_original = self.lies_at_base(&entry.path, content);
             if self.gave_the_original {
@@ -116,10 +127,13 @@ impl Source for Keep<'_> {
             } else {
                 self.kept += 1;
                 if matches!(content, Content::Scratch(_)) {
-                    // The file that the stamp names moves away.
-                    entry.stamp = None;
+                    // The file that the identity names moves away.
+                    entry.identity = None;
                 }
-                let (size, content) = (*size, Content::File(self.write(&entry.path, *size, content)?));
+                let (size, content) = (
+                    *size,
+                    Content::File(self.write(&entry.path, *size, content)?),
+                );
                 entry.body = SourceBody::File { size, content };
             }
         }
@@ -142,10 +156,17 @@ impl Source for Keep<'_> {
     }
 }
 
-impl Origin {
-    /// Reads a source in and notes where its content lies: at `base` for what simply lies there (a file of that folder at
-    /// its path in the artifact, a blob of that repository), else in a folder of its own. Blocks.
-    pub fn publish(&self, kind: Kind, source: &mut dyn Source, base: Option<&Place>, progress: &Progress) -> Result<InPlace, Fault> {
+impl InPlaceReader {
+    /// Reads a source in and notes where its content lies: at `base` for what simply lies there (a
+    /// file of that folder at its path in the artifact, a blob of that repository), else in a
+    /// folder of its own. Blocks.
+    pub fn publish(
+        &self,
+        kind: Kind,
+        source: &mut dyn Source,
+        base: Option<&StorageLocation>,
+        progress: &Progress,
+    ) -> Result<InPlace, Fault> {
         let folder = self.inner.kept.join(new_id("p"));
         durable::create_dir_all(&folder)?;
         let published = self.publish_keeping(kind, source, base, &folder, progress);
@@ -157,19 +178,30 @@ impl Origin {
         &self,
         kind: Kind,
         source: &mut dyn Source,
-        base: Option<&Place>,
+        base: Option<&StorageLocation>,
         folder: &Path,
         progress: &Progress,
     ) -> Result<InPlace, Fault> {
-        let mut keep = Keep { source, base, folder: folder.to_owned(), kept: 0, in_place: 0, gave_the_original: false };
+        let mut keep = Keep {
+            source,
+            base,
+            folder: folder.to_owned(),
+            kept: 0,
+            in_place: 0,
+            gave_the_original: false,
+        };
         let ingested = ingest::ingest(&mut keep, kind, &self.inner.store, &Nothing, progress)?;
         let kept = self.kept_folder(ingested.digest);
         if keep.kept > 0 {
             keep.sync()?;
-            let at = Place::Folder { path: kept.clone() };
-            let places: Vec<Place> = std::iter::once(at).chain(base.cloned()).collect();
-            // What lies there from before may be being read; it is replaced only when it was damaged since.
-            let damaged = kept.is_dir() && !self.verify(ingested.digest, &ingested.root, &places, |_| Ok(()))?.is_empty();
+            let at = StorageLocation::Folder { path: kept.clone() };
+            let places: Vec<StorageLocation> = std::iter::once(at).chain(base.cloned()).collect();
+            // What lies there from before may be being read; it is replaced only when it was
+            // damaged since.
+            let damaged = kept.is_dir()
+                && !self
+                    .verify(ingested.digest, &ingested.root, &places, |_| Ok(()))?
+                    .is_empty();
             let _alone = self.inner.keeping.lock();
             if damaged {
                 durable::remove_all(&kept)?;
@@ -180,24 +212,37 @@ impl Origin {
         }
         let place = match base {
             Some(base) if keep.in_place > 0 || keep.kept == 0 => base.clone(),
-            _ => Place::Folder { path: kept },
+            _ => StorageLocation::Folder { path: kept },
         };
-        self.index(ingested.digest, &ingested.root, std::slice::from_ref(&place), false)?;
+        self.index(
+            ingested.digest,
+            &ingested.root,
+            std::slice::from_ref(&place),
+            false,
+        )?;
         Ok(InPlace { ingested, place })
     }
 
-    /// Writes the two files of an image's layout that are no blobs: a registry where it arrived does not have them, and a folder of
-    /// layouts has files of its own in their place. Blocks.
+    /// Writes the two files of an image's layout that are no blobs: a registry where it arrived
+    /// does not have them, and a folder of layouts has files of its own in their place. Blocks.
     pub(super) fn keep_layout(&self, digest: Digest, root: &Root) -> Result<(), Fault> {
-        let KindInfo::Image(info) = &root.info else { return Ok(()) };
+        let KindInfo::Image(info) = &root.info else {
+            return Ok(());
+        };
         let files = layout_files(info)?;
         let folder = self.kept_folder(digest);
         let _alone = self.inner.keeping.lock();
         for step in Walk::new(root, &self.inner.store) {
-            let Step::Entry { entry, .. } = step? else { continue };
-            let EntryBody::File(file) = entry.body else { continue };
+            let Step::Entry { entry, .. } = step? else {
+                continue;
+            };
+            let EntryBody::File(file) = entry.body else {
+                continue;
+            };
             // Only what belongs to the image: what was kept in another form is not lost for this.
-            let own = files.iter().find(|(name, bytes)| *name == entry.path.as_str() && Hash::of(bytes) == file.hash);
+            let own = files
+                .iter()
+                .find(|(name, bytes)| *name == entry.path.as_str() && Hash::of(bytes) == file.hash);
             if let Some((name, bytes)) = own {
                 durable::create_dir_all(&folder)?;
                 durable::replace(&folder.join(name), bytes)?;

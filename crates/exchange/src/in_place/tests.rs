@@ -1,5 +1,8 @@
 //! Publishing in place and reading back.
-#![expect(clippy::disallowed_methods, reason = "a fixture need not survive a crash")]
+#![expect(
+    clippy::disallowed_methods,
+    reason = "a fixture need not survive a crash"
+)]
 
 use std::fs;
 
@@ -17,24 +20,32 @@ use source::image::ImageSource;
 
 mod watch;
 
-struct One(Mutex<Option<(Digest, Held)>>);
+struct One(Mutex<Option<(Digest, HeldArtifact)>>);
 
 #[async_trait]
 impl Holdings for One {
-    async fn held(&self, digest: Digest) -> Result<Option<Held>, Fault> {
-        Ok(self.0.lock().as_ref().filter(|(d, _)| *d == digest).map(|(_, held)| held.clone()))
+    async fn held(&self, digest: Digest) -> Result<Option<HeldArtifact>, Fault> {
+        Ok(self
+            .0
+            .lock()
+            .as_ref()
+            .filter(|(d, _)| *d == digest)
+            .map(|(_, held)| held.clone()))
     }
 }
 
 struct Fixture {
     dir: tempfile::TempDir,
-    origin: Origin,
+    origin: InPlaceReader,
     one: Arc<One>,
 }
 
 fn random(len: usize, seed: u8) -> Vec<u8> {
     let mut out = vec![0; len];
-    blake3::Hasher::new().update(&[seed]).finalize_xof().fill(&mut out);
+    blake3::Hasher::new()
+        .update(&[seed])
+        .finalize_xof()
+        .fill(&mut out);
     out
 }
 
@@ -43,9 +54,16 @@ fn fixture() -> Fixture {
     let data = dir.path().join("data");
     fs::create_dir_all(&data).unwrap();
     let store = Store::open(&data.join("store")).unwrap();
-    let places = Arc::new(Places::open(&data).unwrap());
+    let places = Arc::new(ChunkIndex::open(&data).unwrap());
     let one = Arc::new(One(Mutex::default()));
-    let origin = Origin::new(store, places, data.join("published"), one.clone(), None, 32 << 20);
+    let origin = InPlaceReader::new(
+        store,
+        places,
+        data.join("published"),
+        one.clone(),
+        None,
+        32 << 20,
+    );
     let folder = dir.path().join("set");
     fs::create_dir_all(folder.join("sub")).unwrap();
     fs::write(folder.join("a.bin"), random(300_000, 1)).unwrap();
@@ -55,13 +73,24 @@ fn fixture() -> Fixture {
 }
 
 impl Fixture {
-    fn publish(&self, path: &Path, base: Option<&Place>) -> InPlace {
+    fn publish(&self, path: &Path, base: Option<&StorageLocation>) -> InPlace {
         self.publish_source(Kind::Dataset, &mut FilesSource::open(path).unwrap(), base)
     }
 
-    fn publish_source(&self, kind: Kind, source: &mut dyn Source, base: Option<&Place>) -> InPlace {
-        let published = self.origin.publish(kind, source, base, &Progress::default()).unwrap();
-        let held = Held { root: published.ingested.root.clone(), places: vec![published.place.clone()] };
+    fn publish_source(
+        &self,
+        kind: Kind,
+        source: &mut dyn Source,
+        base: Option<&StorageLocation>,
+    ) -> InPlace {
+        let published = self
+            .origin
+            .publish(kind, source, base, &Progress::default())
+            .unwrap();
+        let held = HeldArtifact {
+            root: published.ingested.root.clone(),
+            places: vec![published.place.clone()],
+        };
         *self.one.0.lock() = Some((published.ingested.digest, held));
         published
     }
@@ -70,12 +99,19 @@ impl Fixture {
     fn read_all(&self, digest: Digest) -> Result<u64, Fault> {
         let (_, held) = self.one.0.lock().clone().unwrap();
         let opened = Opened::new(digest, held.root.clone(), &self.origin.inner.store).unwrap();
-        let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .build()
+            .unwrap();
         let mut bytes = 0;
         for step in Walk::new(&held.root, &self.origin.inner.store) {
             if let Step::Chunk(chunk, _) = step.unwrap() {
                 let frames = self.origin.read(&opened, &[chunk], runtime.handle())?;
-                bytes += Frame::parse(frames.concat().into()).unwrap().verify(chunk.id, chunk.len).unwrap().bytes.len() as u64;
+                bytes += Frame::parse(frames.concat().into())
+                    .unwrap()
+                    .verify(chunk.id, chunk.len)
+                    .unwrap()
+                    .bytes
+                    .len() as u64;
             }
         }
         Ok(bytes)
@@ -86,10 +122,18 @@ impl Fixture {
 fn a_folder_is_given_out_from_where_it_lies() {
     let f = fixture();
     let folder = f.dir.path().join("set").canonicalize().unwrap();
-    let base = Place::Folder { path: folder.clone() };
+    let base = StorageLocation::Folder {
+        path: folder.clone(),
+    };
     let published = f.publish(&folder, Some(&base));
     assert_eq!(published.place, base);
-    assert_eq!(fs::read_dir(f.dir.path().join("data/published")).unwrap().count(), 0, "nothing is copied");
+    assert_eq!(
+        fs::read_dir(f.dir.path().join("data/published"))
+            .unwrap()
+            .count(),
+        0,
+        "nothing is copied"
+    );
     assert_eq!(f.read_all(published.ingested.digest).unwrap(), 305_000);
 }
 
@@ -103,21 +147,35 @@ fn what_lies_nowhere_is_kept() {
     f.origin.clean(&[published.ingested.digest]).unwrap();
     assert_eq!(f.read_all(published.ingested.digest).unwrap(), 305_000);
     f.origin.clean(&[]).unwrap();
-    assert_eq!(fs::read_dir(f.dir.path().join("data/published")).unwrap().count(), 0);
+    assert_eq!(
+        fs::read_dir(f.dir.path().join("data/published"))
+            .unwrap()
+            .count(),
+        0
+    );
 }
 
 #[test]
 fn a_changed_file_is_noticed_with_its_path() {
     let f = fixture();
     let folder = f.dir.path().join("set").canonicalize().unwrap();
-    let published = f.publish(&folder, Some(&Place::Folder { path: folder.clone() }));
+    let published = f.publish(
+        &folder,
+        Some(&StorageLocation::Folder {
+            path: folder.clone(),
+        }),
+    );
     // The same size, another content; then shorter; then gone.
     let mut bytes = random(300_000, 1);
     bytes[200_000] ^= 1;
     fs::write(folder.join("a.bin"), &bytes).unwrap();
     let changed = |path: &str| {
         let fault = f.read_all(published.ingested.digest).unwrap_err();
-        assert_eq!((fault.code, fault.reason, fault.retry), (Code::Integrity, Reason::Integrity, Retry::Never), "{fault}");
+        assert_eq!(
+            (fault.code, fault.reason, fault.retry),
+            (Code::Integrity, Reason::Integrity, Retry::Never),
+            "{fault}"
+        );
         assert!(fault.message.contains(path), "{fault}");
     };
     changed("set/a.bin");
@@ -139,14 +197,44 @@ fn a_changed_file_is_noticed_with_its_path() {
 fn what_may_pass_by_itself_is_not_taken_for_a_change() {
     let path = Path::new("/nas/set/a.bin");
     let of = |errno: Errno| unreadable(path, Fault::io("open a.bin", &errno.into()));
-    for errno in [Errno::IO, Errno::TIMEDOUT, Errno::STALE, Errno::ACCESS, Errno::CONNRESET, Errno::MFILE, Errno::HOSTDOWN] {
+    for errno in [
+        Errno::IO,
+        Errno::TIMEDOUT,
+        Errno::STALE,
+        Errno::ACCESS,
+        Errno::CONNRESET,
+        Errno::MFILE,
+        Errno::HOSTDOWN,
+    ] {
         let fault = of(errno);
-        assert_eq!((fault.reason, fault.retry), (Reason::WaitingForSource, Retry::Backoff), "{fault}");
-        assert!(fault.message.starts_with("/nas/set/a.bin cannot be read now: open a.bin: "), "{fault}");
+        assert_eq!(
+            (fault.reason, fault.retry),
+            (Reason::WaitingForSource, Retry::Backoff),
+            "{fault}"
+        );
+        assert!(
+            fault
+                .message
+                .starts_with("/nas/set/a.bin cannot be read now: open a.bin: "),
+            "{fault}"
+        );
     }
-    for fault in [of(Errno::NOENT), of(Errno::NOTDIR), unreadable(path, Fault::integrity("it is shorter now"))] {
-        assert_eq!((fault.reason, fault.retry), (Reason::Integrity, Retry::Never), "{fault}");
-        assert!(fault.message.starts_with("/nas/set/a.bin changed after it was published: "), "{fault}");
+    for fault in [
+        of(Errno::NOENT),
+        of(Errno::NOTDIR),
+        unreadable(path, Fault::integrity("it is shorter now")),
+    ] {
+        assert_eq!(
+            (fault.reason, fault.retry),
+            (Reason::Integrity, Retry::Never),
+            "{fault}"
+        );
+        assert!(
+            fault
+                .message
+                .starts_with("/nas/set/a.bin changed after it was published: "),
+            "{fault}"
+        );
     }
 }
 
@@ -154,11 +242,20 @@ fn what_may_pass_by_itself_is_not_taken_for_a_change() {
 fn a_folder_that_is_away_is_waited_for() {
     let f = fixture();
     let folder = f.dir.path().join("set").canonicalize().unwrap();
-    let published = f.publish(&folder, Some(&Place::Folder { path: folder.clone() }));
+    let published = f.publish(
+        &folder,
+        Some(&StorageLocation::Folder {
+            path: folder.clone(),
+        }),
+    );
     let away = f.dir.path().join("away");
     durable::rename_noreplace(&folder, &away).unwrap();
     let fault = f.read_all(published.ingested.digest).unwrap_err();
-    assert_eq!((fault.reason, fault.retry), (Reason::WaitingForSource, Retry::Backoff), "{fault}");
+    assert_eq!(
+        (fault.reason, fault.retry),
+        (Reason::WaitingForSource, Retry::Backoff),
+        "{fault}"
+    );
     durable::rename_noreplace(&away, &folder).unwrap();
     assert_eq!(f.read_all(published.ingested.digest).unwrap(), 305_000);
 }
@@ -167,8 +264,17 @@ fn a_folder_that_is_away_is_waited_for() {
 fn lost_notes_are_made_anew() {
     let f = fixture();
     let folder = f.dir.path().join("set").canonicalize().unwrap();
-    let published = f.publish(&folder, Some(&Place::Folder { path: folder.clone() }));
-    f.origin.inner.places.remove_digest(published.ingested.digest).unwrap();
+    let published = f.publish(
+        &folder,
+        Some(&StorageLocation::Folder {
+            path: folder.clone(),
+        }),
+    );
+    f.origin
+        .inner
+        .chunk_index
+        .remove_digest(published.ingested.digest)
+        .unwrap();
     assert_eq!(f.read_all(published.ingested.digest).unwrap(), 305_000);
 }
 
@@ -183,12 +289,23 @@ fn layout(folder: &Path) {
     };
     let layer = random(50_000, 3);
     let config = json!({ "architecture": "amd64", "os": "linux", "rootfs": { "type": "layers", "diff_ids": [Sha256::of(&layer)] } });
-    let config = put("application/vnd.oci.image.config.v1+json", config.to_string().as_bytes());
+    let config = put(
+        "application/vnd.oci.image.config.v1+json",
+        config.to_string().as_bytes(),
+    );
     let layers = [put("application/vnd.oci.image.layer.v1.tar", &layer)];
     let manifest = json!({ "schemaVersion": 2, "mediaType": OCI_MANIFEST, "config": config, "layers": layers });
     let top = put(OCI_MANIFEST, manifest.to_string().as_bytes());
-    fs::write(folder.join("index.json"), json!({ "schemaVersion": 2, "manifests": [top] }).to_string()).unwrap();
-    fs::write(folder.join("oci-layout"), br#"{"imageLayoutVersion":"1.0.0"}"#).unwrap();
+    fs::write(
+        folder.join("index.json"),
+        json!({ "schemaVersion": 2, "manifests": [top] }).to_string(),
+    )
+    .unwrap();
+    fs::write(
+        folder.join("oci-layout"),
+        br#"{"imageLayoutVersion":"1.0.0"}"#,
+    )
+    .unwrap();
 }
 
 #[test]
@@ -196,20 +313,33 @@ fn the_layout_of_an_image_that_arrived_is_made_when_it_is_asked_for() {
     let f = fixture();
     let folder = f.dir.path().canonicalize().unwrap().join("images");
     layout(&folder);
-    let base = Place::Folder { path: folder.clone() };
-    let published = f.publish_source(Kind::Image, &mut ImageSource::open_layout(&folder).unwrap(), Some(&base));
-    let (digest, bytes) = (published.ingested.digest, published.ingested.root.totals.bytes);
+    let base = StorageLocation::Folder {
+        path: folder.clone(),
+    };
+    let published = f.publish_source(
+        Kind::Image,
+        &mut ImageSource::open_layout(&folder).unwrap(),
+        Some(&base),
+    );
+    let (digest, bytes) = (
+        published.ingested.digest,
+        published.ingested.root.totals.bytes,
+    );
     assert_eq!(f.read_all(digest).unwrap(), bytes);
     // As it is where it arrived: its blobs lie in a folder of layouts, and nothing was kept.
     let forget = |live: &[Digest]| {
         f.origin.clean(live).unwrap();
-        f.origin.inner.places.remove_digest(digest).unwrap();
-        *f.origin.inner.indexed.lock() = Lately::default();
+        f.origin.inner.chunk_index.remove_digest(digest).unwrap();
+        *f.origin.inner.indexed.lock() = ExpiringCache::default();
     };
     forget(&[]);
     assert_eq!(f.read_all(digest).unwrap(), bytes);
     let kept = f.origin.kept_folder(digest);
-    assert_eq!(fs::read_dir(&kept).unwrap().count(), 2, "the blobs are not copied");
+    assert_eq!(
+        fs::read_dir(&kept).unwrap().count(),
+        2,
+        "the blobs are not copied"
+    );
     // What was kept stays as long as the artifact, and is put right if it was damaged.
     fs::write(kept.join("index.json"), b"{}").unwrap();
     forget(&[digest]);

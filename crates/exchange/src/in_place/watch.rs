@@ -1,11 +1,14 @@
-//! The look: whether what was published in place still is what it was. By stat, for inotify does not tell of a NAS.
+//! The look: whether what was published in place still is what it was. By stat, for inotify does
+//! not tell of a NAS.
 //!
-//! [`Origin::look`] walks the manifest and compares the size of each file. One that changed since it was last read is read and hashed
-//! again: that goes by the clock of its filesystem (ctime), which is not ours and which nobody can set. So a look costs a stat a
-//! file as a rule. Whatever the size of the artifact, it holds a page of each level of the manifest, and a [`Mark`] outlives it.
+//! [`InPlaceReader::look`] walks the manifest and compares the size of each file. One that changed
+//! since it was last read is read and hashed again: that goes by the clock of its filesystem
+//! (ctime), which is not ours and which nobody can set. So a look costs a stat a file as a rule.
+//! Whatever the size of the artifact, it holds a page of each level of the manifest, and a [`Mark`]
+//! outlives it.
 //!
-//! The site's watch calls it. Nothing survives the daemon: a new [`Mark`] goes by the time of publishing, so the first looks read
-//! again what changed since then.
+//! The site's watch calls it. Nothing survives the daemon: a new [`Mark`] goes by the time of
+//! publishing, so the first looks read again what changed since then.
 
 use std::fs::{File, symlink_metadata};
 use std::io::{self, ErrorKind};
@@ -16,12 +19,12 @@ use std::time::{Duration, Instant};
 use rustix::fs::OFlags;
 use tokio_util::sync::CancellationToken;
 
-use super::{Origin, changed_text, is_away, lies_at};
+use super::{InPlaceReader, changed_text, is_away, lies_at};
 use base::fault::Fault;
 use base::names::RelPath;
 use content::chunk::Hash;
 use content::manifest::{ChunkRef, Digest, EntryBody, FileInfo, Root, Step, Walk};
-use sink::Place;
+use sink::StorageLocation;
 
 /// A look that is in no hurry rests so many times as long as it works.
 pub const RESTS: u32 = 4;
@@ -40,14 +43,16 @@ const NEVER_WAITS: i32 = (OFlags::NOFOLLOW.bits() | OFlags::NONBLOCK.bits()) as 
 /// Seconds and nanoseconds since 1970, by the clock of a filesystem.
 type Time = (i64, i64);
 /// When a file changed last, or why it is another.
-type Seen = Result<Time, String>;
+type ChangeCheck = Result<Time, String>;
 
-/// Which files of an artifact need not be read again: whatever their number, one point in time says it.
+/// Which files of an artifact need not be read again: whatever their number, one point in time says
+/// it.
 #[derive(Debug, Clone, Copy)]
 pub struct Mark {
     /// No file changed since it was read but those that bear a later time.
     read: Time,
-    /// The latest time that an earlier look saw, and when that look ended: the clock there was no earlier then.
+    /// The latest time that an earlier look saw, and when that look ended: the clock there was no
+    /// earlier then.
     seen: Option<(Time, Instant)>,
 }
 
@@ -55,13 +60,19 @@ impl Mark {
     /// Of what began to be published at this time by our clock, in milliseconds since 1970.
     pub fn new(published_ms: i64) -> Self {
         let ms = published_ms.saturating_sub(SKEW_MAX.as_millis() as i64);
-        Self { read: (ms.div_euclid(1000), ms.rem_euclid(1000) * 1_000_000), seen: None }
+        Self {
+            read: (ms.div_euclid(1000), ms.rem_euclid(1000) * 1_000_000),
+            seen: None,
+        }
     }
 
-    /// A time that no file can bear which changes from now on. So it is one that was seen before: of what a look sees itself it cannot
-    /// be said, since a file that it has passed may change before one that it comes to.
+    /// A time that no file can bear which changes from now on. So it is one that was seen before:
+    /// of what a look sees itself it cannot be said, since a file that it has passed may change
+    /// before one that it comes to.
     fn past(&self) -> Option<Time> {
-        self.seen.filter(|(_, ended)| ended.elapsed() > CLOCK_STEP_MAX).map(|(time, _)| time)
+        self.seen
+            .filter(|(_, ended)| ended.elapsed() > CLOCK_STEP_MAX)
+            .map(|(time, _)| time)
     }
 }
 
@@ -78,7 +89,7 @@ pub struct Look {
 
 impl Look {
     /// What changed, in words; `None`: nothing.
-    pub fn told(self) -> Option<String> {
+    pub fn message(self) -> Option<String> {
         let others = self.changed.saturating_sub(1);
         self.first.map(|first| match others {
             0 => first,
@@ -88,14 +99,15 @@ impl Look {
     }
 }
 
-impl Origin {
-    /// Looks at what was published at `place`. `None`: nothing can be said, because a folder is away or `stop` came. Unless it is
-    /// in a `hurry` it leaves the disk alone most of the time. Blocks.
+impl InPlaceReader {
+    /// Looks at what was published at `place`. `None`: nothing can be said, because a folder is
+    /// away or `stop` came. Unless it is in a `hurry` it leaves the disk alone most of the time.
+    /// Blocks.
     pub fn look(
         &self,
         digest: Digest,
         root: &Root,
-        place: &Place,
+        place: &StorageLocation,
         mark: &mut Mark,
         hurry: bool,
         stop: &CancellationToken,
@@ -121,15 +133,20 @@ impl Origin {
             let wrong = match step? {
                 Step::Entry { entry, .. } => {
                     suspect = None;
-                    let EntryBody::File(file) = entry.body else { continue };
+                    let EntryBody::File(file) = entry.body else {
+                        continue;
+                    };
                     // Blobs of a registry are named by their digests: they cannot change.
                     if published.is_none() && lies_at(place, &entry.path, &file) {
                         continue;
                     }
-                    let Some((path, seen)) = stat(&folders, &entry.path, &file)? else { continue };
+                    let Some((path, seen)) = stat(&folders, &entry.path, &file)? else {
+                        continue;
+                    };
                     match seen {
                         Err(why) => Some((path, why)),
-                        // What had to be written lies under another clock, and nobody but us writes there.
+                        // What had to be written lies under another clock, and nobody but us writes
+                        // there.
                         Ok(_) if !published.is_some_and(|folder| path.starts_with(folder)) => None,
                         Ok(time) => {
                             latest = latest.max(time);
@@ -157,7 +174,8 @@ impl Origin {
                     return Ok(None);
                 }
                 look.changed += 1;
-                look.first.get_or_insert_with(|| changed_text(path.display(), why));
+                look.first
+                    .get_or_insert_with(|| changed_text(path.display(), why));
             }
         }
         if look.changed > 0 && away() {
@@ -173,17 +191,20 @@ impl Origin {
     }
 
     /// The folders in which the files of an artifact may lie: what had to be written of it first.
-    fn folders(&self, digest: Digest, place: &Place) -> Vec<PathBuf> {
+    fn folders(&self, digest: Digest, place: &StorageLocation) -> Vec<PathBuf> {
         let published = folder_of(place);
-        let kept = Some(self.kept_folder(digest)).filter(|kept| kept.is_dir() && published != Some(kept.as_path()));
-        kept.into_iter().chain(published.map(Path::to_owned)).collect()
+        let kept = Some(self.kept_folder(digest))
+            .filter(|kept| kept.is_dir() && published != Some(kept.as_path()));
+        kept.into_iter()
+            .chain(published.map(Path::to_owned))
+            .collect()
     }
 }
 
-fn folder_of(place: &Place) -> Option<&Path> {
+fn folder_of(place: &StorageLocation) -> Option<&Path> {
     match place {
-        Place::Folder { path } => Some(path),
-        Place::Registry { .. } => None,
+        StorageLocation::Folder { path } => Some(path),
+        StorageLocation::Registry { .. } => None,
     }
 }
 
@@ -198,7 +219,12 @@ impl Suspect {
         let file = match &mut self.file {
             Some(file) => file,
             // It was a file when it was looked at: nothing else may be followed, or waited for.
-            none => none.insert(File::options().read(true).custom_flags(NEVER_WAITS).open(&self.path)?),
+            none => none.insert(
+                File::options()
+                    .read(true)
+                    .custom_flags(NEVER_WAITS)
+                    .open(&self.path)?,
+            ),
         };
         buffer.resize(chunk.len as usize, 0);
         file.read_exact_at(buffer, offset)?;
@@ -206,14 +232,21 @@ impl Suspect {
     }
 }
 
-/// The file that an entry is: where it lies first, else where it would in the last folder. `None`: there is no folder.
-fn stat(folders: &[PathBuf], path: &RelPath, file: &FileInfo) -> Result<Option<(PathBuf, Seen)>, Fault> {
+/// The file that an entry is: where it lies first, else where it would in the last folder. `None`:
+/// there is no folder.
+fn stat(
+    folders: &[PathBuf],
+    path: &RelPath,
+    file: &FileInfo,
+) -> Result<Option<(PathBuf, ChangeCheck)>, Fault> {
     let mut last = None;
     for folder in folders {
         let path = path.in_dir(folder);
         let why = match symlink_metadata(&path) {
             Ok(meta) if !meta.is_file() => "it is no regular file now".to_owned(),
-            Ok(meta) if meta.len() != file.size => format!("it has {} bytes now, and had {}", meta.len(), file.size),
+            Ok(meta) if meta.len() != file.size => {
+                format!("it has {} bytes now, and had {}", meta.len(), file.size)
+            }
             Ok(meta) => return Ok(Some((path, Ok((meta.ctime(), meta.ctime_nsec()))))),
             Err(error) => why_not(&path, &error)?,
         };

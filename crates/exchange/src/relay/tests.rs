@@ -1,4 +1,5 @@
-//! Single flight, what is kept, what happens when a source goes away; the source is a list of chunks in memory.
+//! Single flight, what is kept, what happens when a source goes away; the source is a list of
+//! chunks in memory.
 
 use std::collections::VecDeque;
 use std::sync::atomic::AtomicBool;
@@ -9,7 +10,8 @@ use super::*;
 use content::frame::Verified;
 use content::manifest::ChunkRef;
 
-/// A site that has some chunks on one page, by their index, and counts what it is asked for. It may stand for more than one.
+/// A site that has some chunks on one page, by their index, and counts what it is asked for. It may
+/// stand for more than one.
 #[derive(Default)]
 struct Site {
     chunks: Vec<Verified>,
@@ -30,22 +32,41 @@ struct Site {
 impl Upstream for Site {
     async fn sources(&self, _: Digest, but: Option<&SiteName>) -> Result<Vec<Holder>, Fault> {
         assert_ne!(but.map(SiteName::as_str), Some("a"));
-        Ok(if self.away.load(Ordering::Relaxed) { vec![] } else { self.holders.clone() })
+        Ok(if self.away.load(Ordering::Relaxed) {
+            vec![]
+        } else {
+            self.holders.clone()
+        })
     }
 
     async fn is_elsewhere(&self, _: Digest, _: Option<&SiteName>) -> Result<bool, Fault> {
         Ok(true)
     }
 
-    async fn ask(&self, source: &SiteName, of: Of, wants: Vec<Wanted>, _: usize, _: &Buffers) -> Result<Sent, Fault> {
-        assert_eq!(of.priority, OF.priority, "a source is asked as urgently as the hub was");
-        let arrived = self.holders.iter().any(|holder| holder.site == *source && !holder.origin);
+    async fn ask(
+        &self,
+        source: &SiteName,
+        of: Of,
+        wants: Vec<Wanted>,
+        _: usize,
+        _: &Buffers,
+    ) -> Result<Sent, Fault> {
+        assert_eq!(
+            of.priority, OF.priority,
+            "a source is asked as urgently as the hub was"
+        );
+        let arrived = self
+            .holders
+            .iter()
+            .any(|holder| holder.site == *source && !holder.origin);
         if let Some(fault) = self.arrived_says.as_ref().filter(|_| arrived) {
             return Err(fault.clone());
         }
         let mut out: Vec<Result<Frame, Fault>> = Vec::new();
         for want in wants {
-            let Wanted::Children { ranges, .. } = want else { unreachable!("chunks only") };
+            let Wanted::Children { ranges, .. } = want else {
+                unreachable!("chunks only")
+            };
             for (first, count) in ranges {
                 for index in first..first + count {
                     self.asked.lock().push(index);
@@ -68,16 +89,27 @@ impl Upstream for Site {
 }
 
 fn holder(site: &str, origin: bool) -> Holder {
-    Holder { site: site.parse().unwrap(), origin }
+    Holder {
+        site: site.parse().unwrap(),
+        origin,
+    }
 }
 
 fn site(count: usize) -> Site {
     let chunk = |i: usize| {
         let mut out = vec![0; 20_000];
-        blake3::Hasher::new().update(&i.to_le_bytes()).finalize_xof().fill(&mut out);
+        blake3::Hasher::new()
+            .update(&i.to_le_bytes())
+            .finalize_xof()
+            .fill(&mut out);
         Verified::new(out.into())
     };
-    Site { chunks: (0..count).map(chunk).collect(), holders: vec![holder("a", true)], before_fault: 1, ..Site::default() }
+    Site {
+        chunks: (0..count).map(chunk).collect(),
+        holders: vec![holder("a", true)],
+        before_fault: 1,
+        ..Site::default()
+    }
 }
 
 struct Fixture {
@@ -92,24 +124,46 @@ fn fixture(site: Site, budget: u64) -> Fixture {
     let site = Arc::new(site);
     let main = Store::open(&dir.path().join("store")).unwrap();
     let relay = Relay::open(dir.path(), main.clone(), site.clone(), budget).unwrap();
-    Fixture { dir, site, main, relay }
+    Fixture {
+        dir,
+        site,
+        main,
+        relay,
+    }
 }
 
-const OF: Of = Of { digest: Hash([1; 32]), page: Hash([2; 32]), priority: 10 };
+const OF: Of = Of {
+    digest: Hash([1; 32]),
+    page: Hash([2; 32]),
+    priority: 10,
+};
 
 impl Fixture {
     fn children(&self, which: impl IntoIterator<Item = usize>) -> Vec<Child> {
         let child = |i: usize| {
             let chunk = &self.site.chunks[i];
-            Child { index: i as u32, chunk: ChunkRef { id: chunk.id, len: chunk.bytes.len() as u32 } }
+            Child {
+                index: i as u32,
+                chunk: ChunkRef {
+                    id: chunk.id,
+                    len: chunk.bytes.len() as u32,
+                },
+            }
         };
         which.into_iter().map(child).collect()
     }
 
     /// Asks as site `peer` and checks every frame.
-    async fn ask(&self, peer: &str, which: impl IntoIterator<Item = usize>) -> Result<usize, Fault> {
+    async fn ask(
+        &self,
+        peer: &str,
+        which: impl IntoIterator<Item = usize>,
+    ) -> Result<usize, Fault> {
         let children = self.children(which);
-        let mut pieces = self.relay.frames(&peer.parse().unwrap(), OF, children.clone()).await?;
+        let mut pieces = self
+            .relay
+            .frames(&peer.parse().unwrap(), OF, children.clone())
+            .await?;
         let mut bytes = Vec::new();
         while let Some(piece) = pieces.next().await {
             bytes.extend_from_slice(&piece?);
@@ -140,11 +194,25 @@ impl Fixture {
 
 #[tokio::test]
 async fn many_who_wait_for_one_chunk_are_one_fetch() {
-    let f = fixture(Site { delay: Duration::from_millis(5), ..site(40) }, 1 << 30);
+    let f = fixture(
+        Site {
+            delay: Duration::from_millis(5),
+            ..site(40)
+        },
+        1 << 30,
+    );
     // Overlapping and in another order, some before and some while the first is on its way.
-    let (one, two, three) = tokio::join!(f.ask("b", 0..40), f.ask("c", (10..40).step_by(3)), f.ask("d", [39, 0, 17, 0]));
+    let (one, two, three) = tokio::join!(
+        f.ask("b", 0..40),
+        f.ask("c", (10..40).step_by(3)),
+        f.ask("d", [39, 0, 17, 0])
+    );
     assert_eq!((one.unwrap(), two.unwrap(), three.unwrap()), (40, 10, 4));
-    assert_eq!(f.asked(), (0..40).collect::<Vec<u32>>(), "each chunk left the source once");
+    assert_eq!(
+        f.asked(),
+        (0..40).collect::<Vec<u32>>(),
+        "each chunk left the source once"
+    );
     f.ask("e", 0..40).await.unwrap();
     assert_eq!(f.asked().len(), 40, "what was kept is not asked for again");
     f.keeps_up().await;
@@ -171,11 +239,19 @@ async fn over_budget_chunks_are_passed_on_and_not_kept() {
     let f = fixture(site(20), 100_000);
     f.ask("b", 0..20).await.unwrap();
     f.keeps_up().await;
-    assert!(f.relay.is_full() && f.relay.kept_bytes() < 300_000, "{}", f.relay.kept_bytes());
+    assert!(
+        f.relay.is_full() && f.relay.kept_bytes() < 300_000,
+        "{}",
+        f.relay.kept_bytes()
+    );
     assert!(f.relay.unkept_bytes() > 100_000);
     f.ask("c", 0..20).await.unwrap();
     assert!(f.asked().len() > 20, "what was not kept is fetched again");
-    let freed = f.relay.evict(|| async { Ok(|_: ShortHash| false) }).await.unwrap();
+    let freed = f
+        .relay
+        .evict(|| async { Ok(|_: ShortHash| false) })
+        .await
+        .unwrap();
     assert!(freed > 0 && !f.relay.is_full());
     f.ask("d", 0..20).await.unwrap();
 }
@@ -183,9 +259,16 @@ async fn over_budget_chunks_are_passed_on_and_not_kept() {
 #[tokio::test]
 async fn a_source_that_goes_away_in_the_middle_is_asked_for_the_rest() {
     let f = fixture(site(10), 1 << 30);
-    f.site.faults.lock().push_back(Fault::unreachable("the line broke"));
+    f.site
+        .faults
+        .lock()
+        .push_back(Fault::unreachable("the line broke"));
     f.ask("b", 0..10).await.unwrap();
-    assert_eq!(f.asked(), [0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7, 8, 8, 9, 9], "the first had come");
+    assert_eq!(
+        f.asked(),
+        [0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7, 8, 8, 9, 9],
+        "the first had come"
+    );
 }
 
 #[tokio::test]
@@ -193,11 +276,24 @@ async fn a_source_that_stays_away_is_waited_for_elsewhere() {
     let f = fixture(site(2), 1 << 30);
     f.site.away.store(true, Ordering::Relaxed);
     let peer: SiteName = "b".parse().unwrap();
-    let fault = f.relay.ready(&peer, OF.digest, &f.children(0..2)).await.unwrap_err();
-    assert_eq!((fault.reason, fault.retry), (Reason::WaitingForSource, Retry::Backoff));
+    let fault = f
+        .relay
+        .ready(&peer, OF.digest, &f.children(0..2))
+        .await
+        .unwrap_err();
+    assert_eq!(
+        (fault.reason, fault.retry),
+        (Reason::WaitingForSource, Retry::Backoff)
+    );
     let fault = f.ask("b", 0..2).await.unwrap_err();
-    assert_eq!((fault.reason, fault.retry), (Reason::WaitingForSource, Retry::Backoff));
-    assert!(f.relay.inner.flights.lock().is_empty(), "nobody waits for a flight that ended");
+    assert_eq!(
+        (fault.reason, fault.retry),
+        (Reason::WaitingForSource, Retry::Backoff)
+    );
+    assert!(
+        f.relay.inner.flights.lock().is_empty(),
+        "nobody waits for a flight that ended"
+    );
     f.site.away.store(false, Ordering::Relaxed);
     f.ask("b", 0..2).await.unwrap();
 }
@@ -205,9 +301,14 @@ async fn a_source_that_stays_away_is_waited_for_elsewhere() {
 #[tokio::test]
 async fn what_the_source_says_of_a_changed_file_reaches_whoever_asked() {
     let f = fixture(site(4), 1 << 30);
-    f.site.faults.lock().push_back(Fault::integrity("/nas/x.png changed after it was published"));
+    f.site.faults.lock().push_back(Fault::integrity(
+        "/nas/x.png changed after it was published",
+    ));
     let fault = f.ask("b", 0..4).await.unwrap_err();
-    assert_eq!((fault.code, fault.reason, fault.retry), (Code::Integrity, Reason::Integrity, Retry::Never));
+    assert_eq!(
+        (fault.code, fault.reason, fault.retry),
+        (Code::Integrity, Reason::Integrity, Retry::Never)
+    );
     assert!(fault.message.contains("/nas/x.png"), "{fault}");
 }
 
@@ -217,7 +318,13 @@ async fn a_source_that_sends_something_else_is_not_believed() {
     let truth = other.chunks[1].clone();
     other.chunks[1] = Verified::new(Bytes::from_static(b"something else"));
     let f = fixture(other, 1 << 30);
-    let asked = Child { index: 1, chunk: ChunkRef { id: truth.id, len: truth.bytes.len() as u32 } };
+    let asked = Child {
+        index: 1,
+        chunk: ChunkRef {
+            id: truth.id,
+            len: truth.bytes.len() as u32,
+        },
+    };
     let fault = f.relay.bring(OF, vec![asked]).await.unwrap_err();
     assert_eq!(fault.code, Code::Integrity);
     assert!(!f.relay.inner.kept.store.has(truth.id).unwrap());
@@ -229,7 +336,14 @@ fn at_two(origin_first: bool, arrived_says: Fault) -> Fixture {
     if !origin_first {
         holders.reverse();
     }
-    fixture(Site { holders, arrived_says: Some(arrived_says), ..site(4) }, 1 << 30)
+    fixture(
+        Site {
+            holders,
+            arrived_says: Some(arrived_says),
+            ..site(4)
+        },
+        1 << 30,
+    )
 }
 
 #[tokio::test]
@@ -237,7 +351,10 @@ async fn what_a_site_lost_that_it_had_received_comes_from_its_origin() {
     for origin_first in [true, false] {
         let f = at_two(origin_first, Fault::integrity("/nas/copy.png changed"));
         // The origin's line breaks once, so that both have said why not before it is asked again.
-        f.site.faults.lock().push_back(Fault::unreachable("the line broke"));
+        f.site
+            .faults
+            .lock()
+            .push_back(Fault::unreachable("the line broke"));
         let brought = f.ask("b", 0..4).await;
         assert!(brought.is_ok(), "origin first: {origin_first}: {brought:?}");
     }
@@ -247,17 +364,31 @@ async fn what_a_site_lost_that_it_had_received_comes_from_its_origin() {
 async fn what_the_origin_says_of_a_changed_file_outweighs_that_another_is_away() {
     for origin_first in [true, false] {
         let f = at_two(origin_first, Fault::unreachable("site z is not connected"));
-        f.site.faults.lock().push_back(Fault::integrity("/nas/x.png changed after it was published"));
+        f.site.faults.lock().push_back(Fault::integrity(
+            "/nas/x.png changed after it was published",
+        ));
         let fault = f.ask("b", 0..4).await.unwrap_err();
-        assert_eq!((fault.reason, fault.retry), (Reason::Integrity, Retry::Never), "origin first: {origin_first}");
+        assert_eq!(
+            (fault.reason, fault.retry),
+            (Reason::Integrity, Retry::Never),
+            "origin first: {origin_first}"
+        );
         assert!(fault.message.contains("/nas/x.png"), "{fault}");
     }
 }
 
 #[tokio::test]
 async fn a_site_where_it_only_arrived_never_has_the_last_word() {
-    let alone = Site { holders: vec![holder("z", false)], arrived_says: Some(Fault::integrity("/nas/copy.png changed")), ..site(2) };
+    let alone = Site {
+        holders: vec![holder("z", false)],
+        arrived_says: Some(Fault::integrity("/nas/copy.png changed")),
+        ..site(2)
+    };
     let f = fixture(alone, 1 << 30);
     let fault = f.ask("b", 0..2).await.unwrap_err();
-    assert_eq!((fault.reason, fault.retry), (Reason::WaitingForSource, Retry::Backoff), "its origin may come back: {fault}");
+    assert_eq!(
+        (fault.reason, fault.retry),
+        (Reason::WaitingForSource, Retry::Backoff),
+        "its origin may come back: {fault}"
+    );
 }

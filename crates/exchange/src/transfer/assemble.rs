@@ -1,17 +1,20 @@
-//! Assembles an artifact in its staging folder: from what the site has, and from the line for the rest.
+//! Assembles an artifact in its staging folder: from what the site has, and from the line for the
+//! rest.
 //!
-//! One pass walks the manifest and starts what each missing chunk needs; passes go on until nothing is missing, so a
-//! local chunk that turned out stale, or one that occurs twice, is simply found by the next pass.
+//! One pass walks the manifest and starts what each missing chunk needs; passes go on until nothing
+//! is missing, so a local chunk that turned out stale, or one that occurs twice, is simply found by
+//! the next pass.
 //!
 //! ```text
 //! producer (walks, looks up) ──copy, share──▶ workers (verify, write) ──▶ committer (sync, journal)
 //!          └──── batches ──▶ fetches (line) ──frames──▶ ┘
 //! ```
-//! The producer, the workers and the committer are threads, for they block on disks; fetches are tasks. Every arrow is
-//! a bounded queue, and the bytes of a batch hold a share of the daemon's budget until they are written.
+//! The producer, the workers and the committer are threads, for they block on disks; fetches are
+//! tasks. Every arrow is a bounded queue, and the bytes of a batch hold a share of the daemon's
+//! budget until they are written.
 
+mod begin_finish;
 mod committer;
-mod ends;
 mod estimate;
 mod failure;
 mod growing;
@@ -33,28 +36,28 @@ use tokio::sync::{OwnedMutexGuard, OwnedSemaphorePermit, Semaphore, mpsc, onesho
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
-use crate::chunk_index::{At, Commit, Journal, Places, Reader};
+use crate::chunk_index::{At, ChunkIndex, Commit, Journal, Reader};
 use crate::fetch::{self, Fetcher};
 use crate::wire::Wanted;
 use base::blocking::blocking;
 use base::buffers::Buffers;
 use base::fault::{Fault, Reason};
 use base::limits::{
-    FETCH_FAR_FROM, FETCH_IN_FLIGHT_FAR_MAX, FETCH_IN_FLIGHT_MAX, SINK_STOP_MAX, UNCOMMITTED_BYTES_AFTER_FAILURE_MAX,
-    UNCOMMITTED_BYTES_FAR_MAX, UNCOMMITTED_BYTES_MAX,
+    FETCH_FAR_FROM, FETCH_IN_FLIGHT_FAR_MAX, FETCH_IN_FLIGHT_MAX, SINK_STOP_MAX,
+    UNCOMMITTED_BYTES_AFTER_FAILURE_MAX, UNCOMMITTED_BYTES_FAR_MAX, UNCOMMITTED_BYTES_MAX,
 };
 use base::names::RelPath;
 use content::chunk::Hash;
 use content::frame::Frame;
-use content::manifest::{ChunkRef, FileInfo, Spot, Walk};
+use content::manifest::{ChunkPosition, ChunkRef, FileInfo, Walk};
 use content::store::Store;
 use sink::stage::Stage;
 use sink::{Incoming, Sink};
 
 use super::memory::{Memory, UNIT_BYTES};
 use super::stopped;
+use begin_finish::HeldBySink;
 use committer::Committer;
-use ends::Held;
 pub use estimate::{Estimate, free_room};
 use failure::{Ending, Failure};
 use growing::{Arrival, Growing};
@@ -100,19 +103,21 @@ pub struct Counters {
     pub committed: AtomicU64,
     /// Likewise.
     pub wire: Arc<AtomicU64>,
-    /// Whether bytes that came could not be stored, and none were since: few are asked for until that works.
+    /// Whether bytes that came could not be stored, and none were since: few are asked for until
+    /// that works.
     pub(super) store_failed: AtomicBool,
-    /// The files, by their numbers, of which a write, a sync or a close failed. What they hold is not known: they are written again.
+    /// The files, by their numbers, of which a write, a sync or a close failed. What they hold is
+    /// not known: they are written again.
     pub(super) damaged: Mutex<HashSet<u64>>,
 }
 
 /// What all assemblies of a daemon share.
 #[derive(Clone)]
-pub struct Shared {
+pub struct AssemblyContext {
     /// Manifest pages.
     pub store: Store,
     /// Where chunks lie.
-    pub places: Arc<Places>,
+    pub chunk_index: Arc<ChunkIndex>,
     /// The bytes in flight.
     pub memory: Arc<Memory>,
     /// The sink that reads blobs of the registry.
@@ -123,7 +128,7 @@ pub struct Shared {
 #[derive(Clone)]
 pub struct Assembly {
     /// The daemon's.
-    pub shared: Shared,
+    pub shared: AssemblyContext,
     /// Where it will go.
     pub sink: Arc<dyn Sink>,
     /// What it is.
@@ -136,7 +141,8 @@ pub struct Assembly {
     pub counters: Arc<Counters>,
     /// Stops it at the next chunk; what is there is kept.
     pub stop: CancellationToken,
-    /// Held as long as a thread of this may touch the staging folder, even one that nobody waits for any longer.
+    /// HeldBySink as long as a thread of this may touch the staging folder, even one that nobody
+    /// waits for any longer.
     pub staging: Option<Arc<OwnedMutexGuard<()>>>,
 }
 
@@ -154,12 +160,15 @@ struct Dest {
 struct Item {
     dest: Arc<Dest>,
     chunk: ChunkRef,
-    spot: Spot,
+    spot: ChunkPosition,
 }
 
 enum Job {
     /// Frames from the line.
-    Write { frames: Vec<(Item, Frame)>, share: Share },
+    Write {
+        frames: Vec<(Item, Frame)>,
+        share: Share,
+    },
     /// Chunks that lie here.
     Copy(Vec<(Item, At)>),
     /// Whole files that lie here.
@@ -222,7 +231,7 @@ impl Assembly {
     pub async fn run(&self) -> Result<PathBuf, Fault> {
         if self.counters.store_failed.load(Ordering::Relaxed) {
             // A file is written before bytes are sent again that could not be stored.
-            let places = self.shared.places.clone();
+            let places = self.shared.chunk_index.clone();
             blocking(move || places.trial()).await?;
             tokio::select! {
                 tried = self.sink.trial() => tried?,
@@ -242,10 +251,15 @@ impl Assembly {
             }
             tokio::select! {
                 done = self.pass(place, &journal, &stage, &held) => done?,
-                // A thread that hangs in the far end is left to itself. It holds `staging`, so nobody else uses the folder before it ends.
+                // A thread that hangs in the far end is left to itself. It holds `staging`, so
+                // nobody else uses the folder before it ends.
                 () = self.given_up() => return Err(stopped()),
             }
-            stuck = if journal.read().count() == before { stuck + 1 } else { 0 };
+            stuck = if journal.read().count() == before {
+                stuck + 1
+            } else {
+                0
+            };
             if stuck == 3 {
                 return Err(Fault::internal(format!(
                     "{} chunks of {} are missing and cannot be had",
@@ -260,7 +274,10 @@ impl Assembly {
     }
 
     /// Runs work on a thread of the sink, unless the transfer is stopped first.
-    async fn on_thread<T: Send + 'static>(&self, work: impl FnOnce() -> Result<T, Fault> + Send + 'static) -> Result<T, Fault> {
+    async fn on_thread<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> Result<T, Fault> + Send + 'static,
+    ) -> Result<T, Fault> {
         tokio::select! {
             done = self.sink.threads().run(work) => done,
             () = self.given_up() => Err(stopped()),
@@ -273,7 +290,13 @@ impl Assembly {
         tokio::time::sleep(SINK_STOP_MAX).await;
     }
 
-    async fn pass(&self, place: u32, journal: &Arc<RwLock<Journal>>, stage: &Arc<Stage>, held: &Arc<Held>) -> Result<(), Fault> {
+    async fn pass(
+        &self,
+        place: u32,
+        journal: &Arc<RwLock<Journal>>,
+        stage: &Arc<Stage>,
+        held: &Arc<HeldBySink>,
+    ) -> Result<(), Fault> {
         let failure = Arc::new(Failure::new(&self.stop, self.incoming.waits.clone()));
         let (jobs, job_queue) = mpsc::channel::<Job>(JOBS_MAX);
         let (batches, mut batch_queue) = mpsc::channel::<Batch>(4);
@@ -290,7 +313,11 @@ impl Assembly {
             failure: failure.clone(),
             jobs: jobs.clone(),
             batches,
-            batch: Batch { wants: Vec::new(), items: Vec::new(), bytes: 0 },
+            batch: Batch {
+                wants: Vec::new(),
+                items: Vec::new(),
+                bytes: 0,
+            },
             asked: Recent::default(),
             sharing: None,
             copies: Vec::new(),
@@ -298,11 +325,14 @@ impl Assembly {
             wholes: Vec::new(),
             whole_bytes: 0,
         };
-        let workers = std::thread::available_parallelism().map_or(2, usize::from).clamp(2, 4);
+        let workers = std::thread::available_parallelism()
+            .map_or(2, usize::from)
+            .clamp(2, 4);
         let mut threads: Vec<oneshot::Receiver<()>> = Vec::new();
         // They wait for each other, so all of them start or none.
         let room = self.sink.threads().reserve(workers as u32 + 2).await?;
-        let guard = |failure: &Arc<Failure>, work: Box<dyn FnOnce() -> Result<(), Fault> + Send>| {
+        let guard = |failure: &Arc<Failure>,
+                     work: Box<dyn FnOnce() -> Result<(), Fault> + Send>| {
             let (failure, staging) = (failure.clone(), self.staging.clone());
             self.sink.threads().start(&room, move || {
                 let ending = Ending(failure);
@@ -321,7 +351,11 @@ impl Assembly {
                 counters: self.counters.clone(),
                 failure: failure.clone(),
                 done: done.clone(),
-                local: Reader::new(self.shared.places.clone(), Some(self.shared.images.clone()), tokio::runtime::Handle::current()),
+                local: Reader::new(
+                    self.shared.chunk_index.clone(),
+                    Some(self.shared.images.clone()),
+                    tokio::runtime::Handle::current(),
+                ),
                 buffer: vec![0; READ_BYTES],
             };
             let queue = job_queue.clone();
@@ -333,13 +367,17 @@ impl Assembly {
             false => (FETCH_IN_FLIGHT_MAX, UNCOMMITTED_BYTES_MAX),
         };
         // After a failure one batch or two, until something was stored.
-        let first = if self.counters.store_failed.load(Ordering::Relaxed) { UNCOMMITTED_BYTES_AFTER_FAILURE_MAX } else { bytes };
+        let first = if self.counters.store_failed.load(Ordering::Relaxed) {
+            UNCOMMITTED_BYTES_AFTER_FAILURE_MAX
+        } else {
+            bytes
+        };
         let uncommitted = Arc::new(Semaphore::new((first / UNIT_BYTES) as usize));
         let committer = Committer {
             more: Some((uncommitted.clone(), ((bytes - first) / UNIT_BYTES) as usize)),
             failure: failure.clone(),
             stage: stage.clone(),
-            places: self.shared.places.clone(),
+            chunk_index: self.shared.chunk_index.clone(),
             journal: journal.clone(),
             place,
             counters: self.counters.clone(),
@@ -352,18 +390,36 @@ impl Assembly {
             growing: Growing::new(arrived),
             shares: Vec::new(),
         };
-        threads.push(guard(&failure, Box::new(move || committer.run(&done_queue)))?);
+        threads.push(guard(
+            &failure,
+            Box::new(move || committer.run(&done_queue)),
+        )?);
 
         let mut fetches = JoinSet::new();
         let in_flight = Arc::new(Semaphore::new(requests));
         let buffers = fetch::buffers();
         while let Some(batch) = batch_queue.recv().await {
-            let Ok(turn) = in_flight.clone().acquire_owned().await else { break };
+            let Ok(turn) = in_flight.clone().acquire_owned().await else {
+                break;
+            };
             let units = batch.bytes.div_ceil(UNIT_BYTES).max(1) as u32;
-            // Its own limit first: a transfer that waits for its disk holds none of what the others need.
-            let Ok(own) = uncommitted.clone().acquire_many_owned(units).await else { break };
-            let Some(memory) = self.shared.memory.take(self.incoming.artifact.kind, units).await else { break };
-            let share = Share { _memory: Arc::new(memory), uncommitted: Arc::new(own) };
+            // Its own limit first: a transfer that waits for its disk holds none of what the others
+            // need.
+            let Ok(own) = uncommitted.clone().acquire_many_owned(units).await else {
+                break;
+            };
+            let Some(memory) = self
+                .shared
+                .memory
+                .take(self.incoming.artifact.kind, units)
+                .await
+            else {
+                break;
+            };
+            let share = Share {
+                _memory: Arc::new(memory),
+                uncommitted: Arc::new(own),
+            };
             if failure.token.is_cancelled() {
                 break;
             }
@@ -384,7 +440,8 @@ impl Assembly {
         for thread in threads {
             let _ = thread.await;
         }
-        // What was begun is ended here, for the commit would begin it again. What failed is begun again by the commit.
+        // What was begun is ended here, for the commit would begin it again. What failed is begun
+        // again by the commit.
         tokio::select! {
             _ = early.join_next() => {}
             () = failure.token.cancelled() => {}
@@ -397,20 +454,24 @@ impl Assembly {
         }
         match failure.take() {
             Some(fault) => Err(fault),
-            None if self.stop.is_cancelled() => Err(Fault::internal("stopped").with_reason(Reason::PausedByUser)),
+            None if self.stop.is_cancelled() => {
+                Err(Fault::internal("stopped").with_reason(Reason::PausedByUser))
+            }
             None => Ok(()),
         }
     }
 }
 
 impl Assembly {
-    /// Throws away staged files that could not be written. The journal first: after a crash in between they are written again all the same.
+    /// Throws away staged files that could not be written. The journal first: after a crash in
+    /// between they are written again all the same.
     async fn discard(&self, place: u32, journal: &Arc<RwLock<Journal>>, stage: &Arc<Stage>) {
         let (this, noted) = (self.clone(), journal.clone());
         let removed = match blocking(move || this.take_back_damaged(place, &noted)).await {
             Ok(paths) => {
                 let stage = stage.clone();
-                self.on_thread(move || paths.iter().try_for_each(|path| stage.remove_file(path))).await
+                self.on_thread(move || paths.iter().try_for_each(|path| stage.remove_file(path)))
+                    .await
             }
             Err(fault) => Err(fault),
         };
@@ -422,11 +483,15 @@ impl Assembly {
     /// Lets the sink begin with large files while they and the rest are on their way.
     async fn hand_on(self, arrivals: mpsc::Receiver<Arrival>) {
         let (this, staged) = (&self, &self.staged());
-        stream::unfold(arrivals, |mut arrivals| async move { arrivals.recv().await.map(|arrival| (arrival, arrivals)) })
-            .for_each_concurrent(ARRIVALS_AT_ONCE, |Arrival { dest, grown }| async move {
-                this.sink.arriving(&this.incoming, staged, &dest.path, &dest.file, grown).await;
-            })
-            .await;
+        stream::unfold(arrivals, |mut arrivals| async move {
+            arrivals.recv().await.map(|arrival| (arrival, arrivals))
+        })
+        .for_each_concurrent(ARRIVALS_AT_ONCE, |Arrival { dest, grown }| async move {
+            this.sink
+                .arriving(&this.incoming, staged, &dest.path, &dest.file, grown)
+                .await;
+        })
+        .await;
     }
 }
 
@@ -444,7 +509,10 @@ async fn fetch_batch(
         // One hand-over for many chunks: waking another thread costs as much as writing one.
         let some = frames.some(items.len(), JOB_BYTES, buffers).await?;
         let together = items.by_ref().take(some.len()).zip(some).collect();
-        let job = Job::Write { frames: together, share: share.clone() };
+        let job = Job::Write {
+            frames: together,
+            share: share.clone(),
+        };
         if jobs.send(job).await.is_err() {
             // A writer failed, and is about to say why: that ends this as well.
             std::future::pending::<()>().await;

@@ -1,7 +1,8 @@
 //! One try of a transfer: its turn, its manifest, its bytes, its commit.
 //!
-//! The transfer's task calls it again after each pause, and after a restart of the daemon; each time it begins at the front, and
-//! each step passes over what an earlier try left: manifest pages in the store, staged files in the journal, a commit in the sink.
+//! The transfer's task calls it again after each pause, and after a restart of the daemon; each
+//! time it begins at the front, and each step passes over what an earlier try left: manifest pages
+//! in the store, staged files in the journal, a commit in the sink.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -11,9 +12,9 @@ use std::time::Duration;
 use tokio::sync::OwnedMutexGuard;
 use tokio_util::sync::CancellationToken;
 
-use super::pace::{Pace, Stall};
+use super::progress_rate::{ProgressRate, Stall};
 use super::waiting::{Takes, stays};
-use super::{Assembly, Counters, Runner, incoming, stopped, turn, unless};
+use super::{Assembly, Counters, Runner, incoming, slots, stopped, unless};
 use crate::fetch::Fetcher;
 use base::blocking::blocking;
 use base::fault::{Fault, IoContext, Reason};
@@ -27,13 +28,22 @@ use transport::Link;
 const PROGRESS_EVERY: Duration = Duration::from_secs(1);
 
 impl Runner {
-    pub(super) async fn attempt(&self, row: &mut TransferRow, counters: &Arc<Counters>, stop: &CancellationToken) -> Result<(), Fault> {
+    pub(super) async fn attempt(
+        &self,
+        row: &mut TransferRow,
+        counters: &Arc<Counters>,
+        stop: &CancellationToken,
+    ) -> Result<(), Fault> {
         let inner = &self.inner;
         let resumes_commit = row.state == State::Committing;
         let id = row.id.clone();
-        let _turn = self.turn(row, stop).await?;
+        let _slot = self.wait_for_slot(row, stop).await?;
         let sink = inner.sinks.of(row.artifact.kind).clone();
-        let known = inner.catalogue.by_digest(row.digest).await?.map(|known| known.root);
+        let known = inner
+            .catalogue
+            .by_digest(row.digest)
+            .await?
+            .map(|known| known.root);
 
         if let (true, Some(root)) = (resumes_commit, &known) {
             // The daemon ended in or after the commit: the sink knows which.
@@ -41,16 +51,28 @@ impl Runner {
             let staged = row.id.in_dir(sink.staging_root());
             let looked = staged.clone();
             // A NAS that fails does not say that nothing is staged there.
-            let exists = sink.threads().run(move || looked.try_exists().at_sink(looked.display()));
-            if !unless(stop, self.watched(row, sink.as_ref(), &incoming.waits, Takes::Moments, exists)).await? {
+            let exists = sink
+                .threads()
+                .run(move || looked.try_exists().at_sink(looked.display()));
+            if !unless(
+                stop,
+                self.watched(row, sink.as_ref(), &incoming.waits, Takes::Moments, exists),
+            )
+            .await?
+            {
                 let _alone = self.turn_with_artifact(row, &incoming, stop).await?;
                 let commit = sink.commit(&incoming, &staged);
-                match self.watched(row, sink.as_ref(), &incoming.waits, Takes::ItsTime, commit).await {
+                match self
+                    .watched(row, sink.as_ref(), &incoming.waits, Takes::ItsTime, commit)
+                    .await
+                {
                     Ok(landed) => return self.land(row, counters, &incoming, landed).await,
                     // What is left of the commit has to wait, for room or for the far end.
                     Err(fault) if !sink::must_be_brought_again(&fault) => return Err(fault),
                     // Nothing was committed, or not all of it is sound: it is brought here again.
-                    Err(fault) => tracing::info!(transfer = %row.id, error = %fault, "the commit cannot be resumed"),
+                    Err(fault) => {
+                        tracing::info!(transfer = %row.id, error = %fault, "the commit cannot be resumed")
+                    }
                 }
             }
         }
@@ -58,20 +80,53 @@ impl Runner {
         self.enter(row, State::Planning, None).await;
         // A thread of an earlier try may hang in the far end, with the folder open.
         let staging = async { Ok(Arc::new(self.staging_of(&id).await)) };
-        let staging = unless(stop, self.watched(row, sink.as_ref(), &Waits::default(), Takes::AnyTime, staging)).await?;
+        let staging = unless(
+            stop,
+            self.watched(
+                row,
+                sink.as_ref(),
+                &Waits::default(),
+                Takes::AnyTime,
+                staging,
+            ),
+        )
+        .await?;
         let wanted = row.clone();
-        if let Some(landed) =
-            Box::pin(unless(stop, self.watched(row, sink.as_ref(), &Waits::default(), Takes::AnyTime, self.still_here(&wanted)))).await?
+        if let Some(landed) = Box::pin(unless(
+            stop,
+            self.watched(
+                row,
+                sink.as_ref(),
+                &Waits::default(),
+                Takes::AnyTime,
+                self.still_here(&wanted),
+            ),
+        ))
+        .await?
         {
-            let Some(root) = known else { return Err(Fault::internal("an artifact that lies here is not in the catalogue")) };
-            return self.land(row, counters, &incoming(row, &root), landed).await;
+            let Some(root) = known else {
+                return Err(Fault::internal(
+                    "an artifact that lies here is not in the catalogue",
+                ));
+            };
+            return self
+                .land(row, counters, &incoming(row, &root), landed)
+                .await;
         }
-        let base = inner.catalogue.kin(&row.artifact).await?.map(|kin| kin.root);
+        let base = inner
+            .catalogue
+            .kin(&row.artifact)
+            .await?
+            .map(|kin| kin.root);
         let mut fetcher = None;
-        let root = match known.or_else(|| self.told(row.digest, counters)) {
+        let root = match known.or_else(|| self.take_pushed(row.digest, counters)) {
             Some(root) => root,
             None => {
-                let new = Fetcher::new(unless(stop, self.link(row)).await?, row.digest, counters.wire.clone());
+                let new = Fetcher::new(
+                    unless(stop, self.link(row)).await?,
+                    row.digest,
+                    counters.wire.clone(),
+                );
                 let root = if base.is_some() {
                     unless(stop, new.root()).await?
                 } else {
@@ -83,19 +138,57 @@ impl Runner {
         };
         let fetcher = match fetcher {
             Some(fetcher) => fetcher,
-            None => Fetcher::new(unless(stop, self.link(row)).await?, row.digest, counters.wire.clone()),
+            None => Fetcher::new(
+                unless(stop, self.link(row)).await?,
+                row.digest,
+                counters.wire.clone(),
+            ),
         };
         if !stays(row.body.reason) {
             row.body.set_fault(None);
         }
-        unless(stop, fetcher.pages(&root, base.as_ref(), &inner.shared.store)).await?;
-        let (checked, artifact, store) = (root.clone(), row.artifact.clone(), inner.shared.store.clone());
-        unless(stop, blocking(move || manifest::check(&artifact, &checked, &store))).await?;
-        inner.catalogue.add_artifact(&row.artifact, &root, None).await?;
+        unless(
+            stop,
+            fetcher.pages(&root, base.as_ref(), &inner.shared.store),
+        )
+        .await?;
+        let (checked, artifact, store) = (
+            root.clone(),
+            row.artifact.clone(),
+            inner.shared.store.clone(),
+        );
+        unless(
+            stop,
+            blocking(move || manifest::check(&artifact, &checked, &store)),
+        )
+        .await?;
+        inner
+            .catalogue
+            .add_artifact(&row.artifact, &root, None)
+            .await?;
         row.body.bytes.total = root.totals.bytes;
         let incoming = incoming(row, &root);
-        unless(stop, self.watched(row, sink.as_ref(), &incoming.waits, Takes::Moments, sink.check(&incoming))).await?;
-        if let Some(landed) = self.watched(row, sink.as_ref(), &incoming.waits, Takes::ItsTime, self.adopted(&incoming, stop)).await? {
+        unless(
+            stop,
+            self.watched(
+                row,
+                sink.as_ref(),
+                &incoming.waits,
+                Takes::Moments,
+                sink.check(&incoming),
+            ),
+        )
+        .await?;
+        if let Some(landed) = self
+            .watched(
+                row,
+                sink.as_ref(),
+                &incoming.waits,
+                Takes::ItsTime,
+                self.adopted(&incoming, stop),
+            )
+            .await?
+        {
             return self.land(row, counters, &incoming, landed).await;
         }
 
@@ -105,7 +198,7 @@ impl Runner {
             sink: sink.clone(),
             incoming: incoming.clone(),
             fetcher,
-            priority: turn::priority(root.totals.bytes),
+            priority: slots::priority(root.totals.bytes),
             counters: counters.clone(),
             stop: stop.clone(),
             staging: Some(staging),
@@ -115,11 +208,20 @@ impl Runner {
         row.body.rate = 0;
         self.enter(row, State::Committing, None).await;
         let _alone = self.turn_with_artifact(row, &incoming, stop).await?;
-        let landed = self.watched(row, sink.as_ref(), &incoming.waits, Takes::ItsTime, sink.commit(&incoming, &staged)).await?;
+        let landed = self
+            .watched(
+                row,
+                sink.as_ref(),
+                &incoming.waits,
+                Takes::ItsTime,
+                sink.commit(&incoming, &staged),
+            )
+            .await?;
         self.land(row, counters, &incoming, landed).await
     }
 
-    /// Waits until nobody else lands, looks at, or takes away the artifact. A commit that has not begun can be stopped.
+    /// Waits until nobody else lands, looks at, or takes away the artifact. A commit that has not
+    /// begun can be stopped.
     async fn turn_with_artifact(
         &self,
         row: &mut TransferRow,
@@ -128,18 +230,27 @@ impl Runner {
     ) -> Result<OwnedMutexGuard<()>, Fault> {
         let sink = self.inner.sinks.of(row.artifact.kind).clone();
         let alone = async { Ok(self.alone_with(&incoming.artifact).await) };
-        unless(stop, self.watched(row, sink.as_ref(), &incoming.waits, Takes::AnyTime, alone)).await
+        unless(
+            stop,
+            self.watched(row, sink.as_ref(), &incoming.waits, Takes::AnyTime, alone),
+        )
+        .await
     }
 
     /// The line, as soon as there is one.
     async fn link(&self, row: &mut TransferRow) -> Result<Link, Fault> {
         let mut watch = self.inner.link.clone();
         loop {
-            if let Some(link) = watch.borrow_and_update().clone().filter(|link| !link.is_closed()) {
+            if let Some(link) = watch
+                .borrow_and_update()
+                .clone()
+                .filter(|link| !link.is_closed())
+            {
                 return Ok(link);
             }
             if row.body.reason != Some(Reason::HubUnreachable) {
-                let fault = Fault::unreachable("there is no line to the hub").with_reason(Reason::HubUnreachable);
+                let fault = Fault::unreachable("there is no line to the hub")
+                    .with_reason(Reason::HubUnreachable);
                 let state = row.state;
                 self.enter(row, state, Some(fault)).await;
             }
@@ -157,7 +268,8 @@ impl Runner {
         // Not the wall clock, which may be set meanwhile.
         let begun = std::time::Instant::now();
         let now_ms = || begun.elapsed().as_millis() as u64;
-        let mut pace = Pace::new(now_ms(), row.body.bytes.received + row.body.bytes.reused);
+        let mut progress_rate =
+            ProgressRate::new(now_ms(), row.body.bytes.received + row.body.bytes.reused);
         let mut ticks = tokio::time::interval(PROGRESS_EVERY);
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         ticks.tick().await;
@@ -176,9 +288,9 @@ impl Runner {
                         row.body.set_fault(report.as_ref());
                     }
                     was_held_up = report.is_some();
-                    row.body.rate = pace.rate(now_ms(), bytes.received + bytes.reused);
+                    row.body.rate = progress_rate.rate(now_ms(), bytes.received + bytes.reused);
                     self.inner.last_rate.store(row.body.rate, Ordering::Relaxed);
-                    row.body.eta_seconds = pace.eta(bytes.total.saturating_sub(bytes.committed));
+                    row.body.eta_seconds = progress_rate.eta(bytes.total.saturating_sub(bytes.committed));
                     self.save(row).await;
                 }
             }

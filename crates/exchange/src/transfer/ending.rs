@@ -1,7 +1,8 @@
 //! How a transfer is stopped, paused and cancelled, and how its staging folder is removed.
 //!
-//! Nothing here makes the control stream wait: a sink that hangs holds up the end of its own transfers only. A commit that has
-//! begun is awaited, because what may become visible cannot be called cancelled. What cannot be removed is tried again.
+//! Nothing here makes the control stream wait: a sink that hangs holds up the end of its own
+//! transfers only. A commit that has begun is awaited, because what may become visible cannot be
+//! called cancelled. What cannot be removed is tried again.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -48,7 +49,8 @@ impl Runner {
                     () = this.inner.stop.cancelled() => return,
                 }
             }
-            // Whoever asks from now on begins anew; what was asked for before stands in the catalogue.
+            // Whoever asks from now on begins anew; what was asked for before stands in the
+            // catalogue.
             this.inner.ending.lock().remove(&mine);
             if want == Want::Pause
                 && let Ok(now) = this.inner.catalogue.transfer(&row.id).await
@@ -59,7 +61,9 @@ impl Runner {
                     // Resumed meanwhile: its new task may be the one that was stopped.
                     Want::Run => this.spawn(&now),
                     // Resumed and paused again.
-                    Want::Pause if this.task_of(&now.id, now.generation).is_some() => this.end(&now, Want::Pause),
+                    Want::Pause if this.task_of(&now.id, now.generation).is_some() => {
+                        this.end(&now, Want::Pause)
+                    }
                     _ => {}
                 }
             }
@@ -70,10 +74,14 @@ impl Runner {
     /// The task of a transfer that runs, unless that is one of a newer generation.
     pub(super) fn task_of(&self, id: &TransferId, generation: i64) -> Option<Running> {
         let running = self.inner.running.lock();
-        running.get(id).filter(|there| there.generation <= generation && !there.ended.is_cancelled()).cloned()
+        running
+            .get(id)
+            .filter(|there| there.generation <= generation && !there.ended.is_cancelled())
+            .cloned()
     }
 
-    /// Stops a transfer's task, unless that is a newer one, and waits until it and those before it have ended.
+    /// Stops a transfer's task, unless that is a newer one, and waits until it and those before it
+    /// have ended.
     async fn halt(&self, id: &TransferId, generation: i64) {
         if let Some(task) = self.task_of(id, generation) {
             task.stop.cancel();
@@ -101,7 +109,11 @@ impl Runner {
         }
         if want == Want::Cancel {
             // As a rule nothing is left once it is cancelled. A sink that hangs is not waited for.
-            let clean = tokio::time::timeout(SINK_STOP_MAX, self.remove_staged(&row.id, Some(row.generation))).await;
+            let clean = tokio::time::timeout(
+                SINK_STOP_MAX,
+                self.remove_staged(&row.id, Some(row.generation)),
+            )
+            .await;
             if let Ok(Err(fault)) = clean {
                 tracing::warn!(transfer = %row.id, error = %fault, "a staging folder could not be removed; tried again");
             }
@@ -109,7 +121,10 @@ impl Runner {
                 return Ok(());
             }
         }
-        self.inner.catalogue.end_transfer(&row.id, row.generation, want).await?;
+        self.inner
+            .catalogue
+            .end_transfer(&row.id, row.generation, want)
+            .await?;
         self.inner.unwritten.saved(&row.id, row.generation);
         self.inner.leftovers.notify_waiters();
         Ok(())
@@ -120,7 +135,8 @@ impl Runner {
         self.inner.staging.lock(id).await
     }
 
-    /// Removes what a transfer staged, if it is still of this generation. `None`: if it is of no use any more.
+    /// Removes what a transfer staged, if it is still of this generation. `None`: if it is of no
+    /// use any more.
     async fn remove_staged(&self, id: &TransferId, generation: Option<i64>) -> Result<(), Fault> {
         let guard = self.staging_of(id).await;
         let row = match self.inner.catalogue.transfer(id).await {
@@ -128,8 +144,8 @@ impl Runner {
             Err(fault) if fault.code == Code::NotFound => None,
             Err(fault) => return Err(fault),
         };
-        let places = self.inner.shared.places.clone();
-        let place = places.staged_by(id);
+        let index = self.inner.shared.chunk_index.clone();
+        let place = index.staged_by(id);
         let of_no_use = match (&row, generation) {
             (Some(row), Some(generation)) => row.generation == generation,
             // A failed transfer keeps what it has for `retry`.
@@ -140,11 +156,20 @@ impl Runner {
             return Ok(());
         }
         if let Some(place) = place {
-            tokio::task::spawn_blocking(move || places.remove(place)).await.map_err(|e| Fault::internal(e.to_string()))??;
+            tokio::task::spawn_blocking(move || index.remove(place))
+                .await
+                .map_err(|e| Fault::internal(e.to_string()))??;
         }
         let sinks: Vec<_> = match &row {
             Some(row) => vec![self.inner.sinks.of(row.artifact.kind).clone()],
-            None => self.inner.sinks.all().map(Clone::clone).into_iter().filter(|sink| !sink.is_shared()).collect(),
+            None => self
+                .inner
+                .sinks
+                .all()
+                .map(Clone::clone)
+                .into_iter()
+                .filter(|sink| !sink.is_shared())
+                .collect(),
         };
         let guard = Arc::new(guard);
         for sink in sinks {
@@ -160,10 +185,14 @@ impl Runner {
         Ok(())
     }
 
-    /// Removes what is left in the staging folders, now and whenever a transfer was cancelled, until the daemon stops. Each sink has
-    /// a task of its own.
+    /// Removes what is left in the staging folders, now and whenever a transfer was cancelled,
+    /// until the daemon stops. Each sink has a task of its own.
     pub async fn keep_clean(&self) {
-        let all: [_; SINKS] = self.inner.sinks.all().map(|sink| self.keep_sink_clean(sink.clone()));
+        let all: [_; SINKS] = self
+            .inner
+            .sinks
+            .all()
+            .map(|sink| self.keep_sink_clean(sink.clone()));
         futures::future::join_all(all).await;
     }
 
@@ -201,7 +230,9 @@ impl Runner {
         for leftover in sink.threads().run(move || leftovers(this.as_ref())).await? {
             let removed = match leftover {
                 Leftover::Staged(id) => self.remove_staged(&id, None).await,
-                Leftover::Aside(path) => sink.threads().run(move || durable::remove_all(&path)).await,
+                Leftover::Aside(path) => {
+                    sink.threads().run(move || durable::remove_all(&path)).await
+                }
             };
             first = first.and(removed);
         }
@@ -218,7 +249,11 @@ fn leftovers(sink: &dyn Sink) -> Result<Vec<Leftover>, Fault> {
     };
     let mut out = Vec::new();
     for entry in entries {
-        let name = entry.at(root.display())?.file_name().to_string_lossy().into_owned();
+        let name = entry
+            .at(root.display())?
+            .file_name()
+            .to_string_lossy()
+            .into_owned();
         if let Ok(id) = name.parse()
             && name.starts_with("t-")
         {

@@ -1,7 +1,8 @@
-//! The memory that bytes in flight take at a site: a pool for all transfers, and a little for each sink alone.
+//! The memory that bytes in flight take at a site: a pool for all transfers, and a little for each
+//! sink alone.
 //!
-//! A sink that hangs keeps what its transfers have taken of the pool, perhaps all of it. The transfers of the other sinks then go on
-//! with what is theirs alone.
+//! A sink that hangs keeps what its transfers have taken of the pool, perhaps all of it. The
+//! transfers of the other sinks then go on with what is theirs alone.
 
 use std::sync::Arc;
 
@@ -24,11 +25,17 @@ impl Memory {
     /// So many bytes in all.
     pub fn new(bytes: u64) -> Self {
         let units = |bytes: u64| Arc::new(Semaphore::new((bytes / UNIT_BYTES) as usize));
-        let common = bytes.saturating_sub(SINK_OWN_BYTES * SINKS as u64).max(SINK_OWN_BYTES);
-        Self { common: units(common), own: std::array::from_fn(|_| units(SINK_OWN_BYTES)) }
+        let common = bytes
+            .saturating_sub(SINK_OWN_BYTES * SINKS as u64)
+            .max(SINK_OWN_BYTES);
+        Self {
+            common: units(common),
+            own: std::array::from_fn(|_| units(SINK_OWN_BYTES)),
+        }
     }
 
-    /// Units for a batch on its way to the sink of this kind: of the pool, or of what is the sink's alone.
+    /// Units for a batch on its way to the sink of this kind: of the pool, or of what is the sink's
+    /// alone.
     pub(super) async fn take(&self, kind: Kind, units: u32) -> Option<OwnedSemaphorePermit> {
         if let Ok(taken) = self.common.clone().try_acquire_many_owned(units) {
             return Some(taken);
@@ -49,7 +56,12 @@ mod tests {
         let memory = Memory::new(16 << 20);
         let batch = (1 << 20) / UNIT_BYTES as u32;
         let mut held = Vec::new();
-        while let Ok(taken) = tokio::time::timeout(std::time::Duration::from_millis(20), memory.take(Kind::Dataset, batch)).await {
+        while let Ok(taken) = tokio::time::timeout(
+            std::time::Duration::from_millis(20),
+            memory.take(Kind::Dataset, batch),
+        )
+        .await
+        {
             held.push(taken.unwrap());
         }
         assert_eq!(held.len(), 12, "all but what is the others' alone");

@@ -1,24 +1,27 @@
-//! Transfers at a site: each a task that goes from `queued` to `done` and survives everything between.
+//! Transfers at a site: each a task that goes from `queued` to `done` and survives everything
+//! between.
 //!
-//! The hub says what it wants ([`Runner::apply`], level-triggered: the whole list each time); the catalogue holds where
-//! each transfer is, and is written before anything is told to anybody. A try that fails with a fault that may pass is
-//! made again after a growing pause; what was staged stays.
+//! The hub says what it wants ([`Runner::apply`], level-triggered: the whole list each time); the
+//! catalogue holds where each transfer is, and is written before anything is pushed to anybody. A
+//! try that fails with a fault that may pass is made again after a growing pause; what was staged
+//! stays.
 //!
-//! This file holds which transfers have a task, and `ending` how one is stopped. `task` is what one does from its start to its end, `attempt` a single try of it, `turn`
-//! what it waits for first, `told` the manifests that came unasked, `landing` the end: place, receipt, and a second look.
+//! This file holds which transfers have a task, and `ending` how one is stopped. `task` is what one
+//! does from its start to its end, `attempt` a single try of it, `turn` what it waits for first,
+//! `pushed` the manifests that came unasked, `landing` the end: place, receipt, and a second look.
 
 mod assemble;
 mod attempt;
 mod ending;
-mod landing;
+mod finalize;
 mod locks;
 mod memory;
-mod pace;
+mod progress_rate;
+mod pushed_manifest;
+mod slots;
 mod task;
 #[cfg(test)]
 mod tests;
-mod told;
-mod turn;
 mod unwritten;
 mod verify;
 mod waiting;
@@ -42,12 +45,12 @@ use state::{Adopted, Body, Catalogue, TransferRow, Want};
 use transport::Link;
 use transport::identity::SiteIdentity;
 
-pub use assemble::{Assembly, Counters, Estimate, Shared, free_room};
+pub use assemble::{Assembly, AssemblyContext, Counters, Estimate, free_room};
 use locks::Locks;
 pub use memory::Memory;
-use turn::Slots;
+use slots::Slots;
 use unwritten::Unwritten;
-pub use verify::{Found, beside, verify};
+pub use verify::{VerifyReport, beside, verify};
 
 /// The sinks of a site.
 pub const SINKS: usize = 3;
@@ -112,7 +115,7 @@ pub struct Runner {
 
 struct Inner {
     catalogue: Catalogue,
-    shared: Shared,
+    shared: AssemblyContext,
     sinks: Sinks,
     identity: watch::Receiver<Arc<SiteIdentity>>,
     link: watch::Receiver<Option<Link>>,
@@ -127,8 +130,9 @@ struct Inner {
     staging: Locks<TransferId>,
     /// Who lands, looks at, or takes away an artifact does so alone.
     alone: Locks<ArtifactRef>,
-    /// Roots of manifests that the hub told of by itself, with the bytes that crossed the line for each.
-    told: Mutex<Vec<(Digest, Root, u64)>>,
+    /// Roots of manifests that the hub pushed of by itself, with the bytes that crossed the line
+    /// for each.
+    pushed: Mutex<Vec<(Digest, Root, u64)>>,
     /// Bytes a second, as a transfer last had it.
     last_rate: AtomicU64,
     /// What the catalogue could not take.
@@ -146,7 +150,10 @@ struct Running {
 }
 
 /// Waits for what may be dropped at any moment, unless the transfer is stopped first.
-async fn unless<T>(stop: &CancellationToken, work: impl Future<Output = Result<T, Fault>>) -> Result<T, Fault> {
+async fn unless<T>(
+    stop: &CancellationToken,
+    work: impl Future<Output = Result<T, Fault>>,
+) -> Result<T, Fault> {
     tokio::select! {
         result = work => result,
         () = stop.cancelled() => Err(stopped()),
@@ -159,10 +166,11 @@ fn stopped() -> Fault {
 }
 
 impl Runner {
-    /// A runner with nothing to do yet. What was published here it has looked at by `looks`; `stop` ends all of it.
+    /// A runner with nothing to do yet. What was published here it has looked at by `looks`; `stop`
+    /// ends all of it.
     pub fn new(
         catalogue: Catalogue,
-        shared: Shared,
+        shared: AssemblyContext,
         sinks: Sinks,
         identity: watch::Receiver<Arc<SiteIdentity>>,
         link: watch::Receiver<Option<Link>>,
@@ -170,7 +178,7 @@ impl Runner {
         stop: CancellationToken,
     ) -> Self {
         let (slots, running, ending, leftovers, staging) = Default::default();
-        let (alone, told, last_rate, unwritten) = Default::default();
+        let (alone, pushed, last_rate, unwritten) = Default::default();
         let inner = Inner {
             catalogue,
             shared,
@@ -184,12 +192,14 @@ impl Runner {
             leftovers,
             staging,
             alone,
-            told,
+            pushed,
             last_rate,
             unwritten,
             stop,
         };
-        Self { inner: Arc::new(inner) }
+        Self {
+            inner: Arc::new(inner),
+        }
     }
 
     /// Bytes a second, as the line last went; 0 when it is not known.
@@ -197,17 +207,26 @@ impl Runner {
         self.inner.last_rate.load(Ordering::Relaxed)
     }
 
-    /// Transfers that are further than the catalogue says, because it cannot be written, each with the reason.
+    /// Transfers that are further than the catalogue says, because it cannot be written, each with
+    /// the reason.
     pub fn unwritten(&self) -> Vec<TransferRow> {
         self.inner.unwritten.rows()
     }
 
-    /// Does what the hub wants. What the catalogue cannot take keeps the others from nothing. `only`: those of the list that are left of an
-    /// earlier try.
-    pub async fn apply(&self, desired: &[Desired], complete: bool, only: Option<&HashSet<TransferId>>) -> Unapplied {
+    /// Does what the hub wants. What the catalogue cannot take keeps the others from nothing.
+    /// `only`: those of the list that are left of an earlier try.
+    pub async fn apply(
+        &self,
+        desired: &[Desired],
+        complete: bool,
+        only: Option<&HashSet<TransferId>>,
+    ) -> Unapplied {
         let mut unapplied = Unapplied::default();
         let site = self.inner.identity.borrow().name().clone();
-        for wanted in desired.iter().filter(|wanted| only.is_none_or(|only| only.contains(&wanted.id))) {
+        for wanted in desired
+            .iter()
+            .filter(|wanted| only.is_none_or(|only| only.contains(&wanted.id)))
+        {
             match self.adopt(wanted, &site).await {
                 Ok(row) => self.follow(&row),
                 Err(fault) => {
@@ -226,7 +245,8 @@ impl Runner {
     async fn give_up_unlisted(&self, desired: &[Desired], site: &SiteName) -> Result<(), Fault> {
         let listed: HashSet<&str> = desired.iter().map(|wanted| wanted.id.as_str()).collect();
         for row in self.inner.catalogue.open_transfers(site).await? {
-            let has_ended = matches!(row.state, State::Done | State::Cancelled) && self.task_of(&row.id, row.generation).is_none();
+            let has_ended = matches!(row.state, State::Done | State::Cancelled)
+                && self.task_of(&row.id, row.generation).is_none();
             if !listed.contains(row.id.as_str()) && !has_ended {
                 self.end(&self.inner.catalogue.unlist(&row).await?, Want::Cancel);
             }
@@ -235,7 +255,8 @@ impl Runner {
         Ok(())
     }
 
-    /// Takes a transfer into the catalogue. Another one of the same artifact, of which the hub knows nothing any more, gives way.
+    /// Takes a transfer into the catalogue. Another one of the same artifact, of which the hub
+    /// knows nothing any more, gives way.
     async fn adopt(&self, wanted: &Desired, site: &SiteName) -> Result<TransferRow, Fault> {
         let row = TransferRow {
             id: wanted.id.clone(),
@@ -246,7 +267,13 @@ impl Runner {
             want: wanted.want,
             generation: wanted.generation,
             state: State::Queued,
-            body: Body { bytes: Bytes { total: wanted.total, ..Bytes::default() }, ..Body::default() },
+            body: Body {
+                bytes: Bytes {
+                    total: wanted.total,
+                    ..Bytes::default()
+                },
+                ..Body::default()
+            },
             created_ms: wanted.created_ms,
             updated_ms: 0,
             finished_ms: None,
@@ -273,7 +300,11 @@ impl Runner {
             Err(fault) => {
                 // What is known of it already stays as it is.
                 let known = catalogue.transfer(&row.id).await;
-                if self.inner.unwritten.not_adopted(known.as_ref().unwrap_or(&row), &fault) {
+                if self
+                    .inner
+                    .unwritten
+                    .not_adopted(known.as_ref().unwrap_or(&row), &fault)
+                {
                     tracing::error!(transfer = %row.id, error = %fault, "the catalogue cannot be written");
                 }
                 catalogue.notify();
@@ -299,13 +330,15 @@ impl Runner {
         }
     }
 
-    /// Starts the task of a transfer, unless it runs. An earlier one is stopped, and the new one begins once that has ended: two tasks
-    /// never use one staging folder and journal.
+    /// Starts the task of a transfer, unless it runs. An earlier one is stopped, and the new one
+    /// begins once that has ended: two tasks never use one staging folder and journal.
     fn spawn(&self, row: &TransferRow) {
         let mut running = self.inner.running.lock();
         running.retain(|_, there| !there.ended.is_cancelled());
         let before = match running.get(&row.id) {
-            Some(there) if there.generation >= row.generation && !there.stop.is_cancelled() => return,
+            Some(there) if there.generation >= row.generation && !there.stop.is_cancelled() => {
+                return;
+            }
             Some(there) => {
                 there.stop.cancel();
                 Some(there.ended.clone())
@@ -313,7 +346,14 @@ impl Runner {
             None => None,
         };
         let (stop, ended) = (self.inner.stop.child_token(), CancellationToken::new());
-        running.insert(row.id.clone(), Running { stop: stop.clone(), generation: row.generation, ended: ended.clone() });
+        running.insert(
+            row.id.clone(),
+            Running {
+                stop: stop.clone(),
+                generation: row.generation,
+                ended: ended.clone(),
+            },
+        );
         let (this, row) = (self.clone(), row.clone());
         // Dropped at the end of the task, even if it panics.
         let ended = ended.drop_guard();
@@ -325,11 +365,23 @@ impl Runner {
 
     /// Waits until nothing runs any more; called after `stop`.
     pub async fn drained(&self) {
-        let all: Vec<Running> = self.inner.running.lock().drain().map(|(_, running)| running).collect();
+        let all: Vec<Running> = self
+            .inner
+            .running
+            .lock()
+            .drain()
+            .map(|(_, running)| running)
+            .collect();
         for running in all {
             running.ended.cancelled().await;
         }
-        let ending: Vec<JoinHandle<()>> = self.inner.ending.lock().drain().map(|(_, task)| task).collect();
+        let ending: Vec<JoinHandle<()>> = self
+            .inner
+            .ending
+            .lock()
+            .drain()
+            .map(|(_, task)| task)
+            .collect();
         for task in ending {
             let _ = task.await;
         }
@@ -337,5 +389,11 @@ impl Runner {
 }
 
 fn incoming(row: &TransferRow, root: &Root) -> Incoming {
-    Incoming { artifact: row.artifact.clone(), digest: row.digest, root: root.clone(), transfer: row.id.clone(), waits: Default::default() }
+    Incoming {
+        artifact: row.artifact.clone(),
+        digest: row.digest,
+        root: root.clone(),
+        transfer: row.id.clone(),
+        waits: Default::default(),
+    }
 }

@@ -1,7 +1,9 @@
-//! One transfer's task: tries, the pauses between them, and what the catalogue says of it meanwhile.
+//! One transfer's task: tries, the pauses between them, and what the catalogue says of it
+//! meanwhile.
 //!
-//! [`Runner::spawn`] starts it, it calls `attempt` until that succeeds, is of no use any more, or the transfer is stopped. A
-//! row is written before anybody is told, so after a crash the task begins where the catalogue says.
+//! [`Runner::spawn`] starts it, it calls `attempt` until that succeeds, is of no use any more, or
+//! the transfer is stopped. A row is written before anybody is told, so after a crash the task
+//! begins where the catalogue says.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -9,7 +11,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 
-use super::pace::Pause;
+use super::progress_rate::Pause;
 use super::waiting::{Takes, stays};
 use super::{AskLook, Counters, Runner};
 use crate::in_place::CHANGED_NEXT;
@@ -20,8 +22,14 @@ use sink::Waits;
 use state::TransferRow;
 
 impl Runner {
-    /// One transfer, from where it stands to its end. `before`: cancelled once the task before this one has ended.
-    pub(super) async fn go(&self, mut row: TransferRow, stop: CancellationToken, before: Option<CancellationToken>) {
+    /// One transfer, from where it stands to its end. `before`: cancelled once the task before this
+    /// one has ended.
+    pub(super) async fn go(
+        &self,
+        mut row: TransferRow,
+        stop: CancellationToken,
+        before: Option<CancellationToken>,
+    ) {
         if let Some(before) = before
             && !self.follows(&mut row, before, &stop).await
         {
@@ -39,7 +47,9 @@ impl Runner {
         loop {
             row.body.attempts += 1;
             let received = counters.received.load(Ordering::Relaxed);
-            let Err(fault) = Box::pin(self.attempt(&mut row, &counters, &stop)).await else { return };
+            let Err(fault) = Box::pin(self.attempt(&mut row, &counters, &stop)).await else {
+                return;
+            };
             if stop.is_cancelled() {
                 self.note_bytes(&mut row, &counters);
                 let _ = self.write(&row).await;
@@ -72,15 +82,23 @@ impl Runner {
         }
     }
 
-    /// Waits for the end of the task before this one. It waits even when this one is stopped: whoever waits for the end of this task
-    /// relies on both. Returns whether there is still something to do.
-    async fn follows(&self, row: &mut TransferRow, before: CancellationToken, stop: &CancellationToken) -> bool {
+    /// Waits for the end of the task before this one. It waits even when this one is stopped:
+    /// whoever waits for the end of this task relies on both. Returns whether there is still
+    /// something to do.
+    async fn follows(
+        &self,
+        row: &mut TransferRow,
+        before: CancellationToken,
+        stop: &CancellationToken,
+    ) -> bool {
         let sink = self.inner.sinks.of(row.artifact.kind).clone();
         let ended = async {
             before.cancelled().await;
             Ok(())
         };
-        let waited = self.watched(row, sink.as_ref(), &Waits::default(), Takes::AnyTime, ended).await;
+        let waited = self
+            .watched(row, sink.as_ref(), &Waits::default(), Takes::AnyTime, ended)
+            .await;
         if waited.is_err() || stop.is_cancelled() {
             return false;
         }
@@ -95,11 +113,23 @@ impl Runner {
         }
     }
 
-    /// The hub never asks a site for what it lacks itself. So what was published here, and no other site has, is looked at: when it
-    /// changed, it would wait for ever.
-    async fn unless_changed_here(&self, row: &mut TransferRow, fault: Fault, stop: &CancellationToken) -> Fault {
+    /// The hub never asks a site for what it lacks itself. So what was published here, and no other
+    /// site has, is looked at: when it changed, it would wait for ever.
+    async fn unless_changed_here(
+        &self,
+        row: &mut TransferRow,
+        fault: Fault,
+        stop: &CancellationToken,
+    ) -> Fault {
         let waits = fault.reason == Reason::WaitingForSource && fault.code == Code::NotFound;
-        if !waits || !self.inner.catalogue.all_by_digest(row.digest).await.is_ok_and(|all| all.iter().any(|known| known.published)) {
+        if !waits
+            || !self
+                .inner
+                .catalogue
+                .all_by_digest(row.digest)
+                .await
+                .is_ok_and(|all| all.iter().any(|known| known.published))
+        {
             return fault;
         }
         // The look may take a while.
@@ -107,28 +137,44 @@ impl Runner {
         self.save(row).await;
         let (answer, answered) = oneshot::channel();
         let look = async {
-            self.inner.looks.send(AskLook { digest: row.digest, answer }).await.ok()?;
+            self.inner
+                .looks
+                .send(AskLook {
+                    digest: row.digest,
+                    answer,
+                })
+                .await
+                .ok()?;
             answered.await.ok()?
         };
         let changed = tokio::select! {
             changed = look => changed,
             () = stop.cancelled() => None,
         };
-        changed.map_or(fault, |changed| Fault::integrity(changed).with_next(CHANGED_NEXT))
+        changed.map_or(fault, |changed| {
+            Fault::integrity(changed).with_next(CHANGED_NEXT)
+        })
     }
 
-    /// Writes a transfer's row once. What could not be written of it before is older, and forgotten.
+    /// Writes a transfer's row once. What could not be written of it before is older, and
+    /// forgotten.
     pub(super) async fn write(&self, row: &TransferRow) -> Result<(), Fault> {
-        self.inner.catalogue.update_transfer(&row.id, row.generation, row.state, &row.body).await?;
+        self.inner
+            .catalogue
+            .update_transfer(&row.id, row.generation, row.state, &row.body)
+            .await?;
         self.inner.unwritten.saved(&row.id, row.generation);
         Ok(())
     }
 
-    /// Writes a transfer's row. A final state is tried again until it is written or the daemon stops: nobody would write it later.
+    /// Writes a transfer's row. A final state is tried again until it is written or the daemon
+    /// stops: nobody would write it later.
     pub(super) async fn save(&self, row: &TransferRow) {
         let inner = &self.inner;
         loop {
-            let Err(fault) = self.write(row).await else { return };
+            let Err(fault) = self.write(row).await else {
+                return;
+            };
             if inner.unwritten.not_saved(row, &fault) {
                 tracing::error!(transfer = %row.id, error = %fault, "the catalogue cannot be written");
             }
@@ -159,7 +205,11 @@ impl Runner {
     pub(super) async fn enter(&self, row: &mut TransferRow, state: State, wait: Option<Fault>) {
         row.state = state;
         // Until it gets further it still waits for its source or its sink, however often it asks.
-        let waits = stays(row.body.reason) && matches!(state, State::Planning | State::Transferring | State::Committing);
+        let waits = stays(row.body.reason)
+            && matches!(
+                state,
+                State::Planning | State::Transferring | State::Committing
+            );
         if wait.is_some() || !waits {
             row.body.set_fault(wait.as_ref());
         }

@@ -7,14 +7,14 @@ use async_trait::async_trait;
 use tokio::sync::Semaphore;
 
 use super::*;
-use crate::chunk_index::Places;
+use crate::chunk_index::ChunkIndex;
 use base::fault::Reason;
 use base::names::RelPath;
 use content::chunk::DEFAULT_CHUNKING;
 use content::manifest::{FileInfo, KindInfo, Totals};
 use content::store::Store;
 use sink::files::FilesSink;
-use sink::{Landed, Look, Place, Threads, images, labels};
+use sink::{Landed, Look, StorageLocation, Threads, images, labels};
 use transport::Transport;
 use transport::identity::{CertificateRequest, HubIdentity};
 use transport::testing::Hub;
@@ -50,7 +50,7 @@ impl Sink for Gated {
         self.held_up.lock().clone()
     }
 
-    fn place_of(&self, artifact: &ArtifactRef) -> Option<Place> {
+    fn place_of(&self, artifact: &ArtifactRef) -> Option<StorageLocation> {
         self.sink.place_of(artifact)
     }
 
@@ -58,7 +58,12 @@ impl Sink for Gated {
         self.sink.check(incoming).await
     }
 
-    async fn holds(&self, incoming: &Incoming, path: &RelPath, file: &FileInfo) -> Result<bool, Fault> {
+    async fn holds(
+        &self,
+        incoming: &Incoming,
+        path: &RelPath,
+        file: &FileInfo,
+    ) -> Result<bool, Fault> {
         self.sink.holds(incoming, path, file).await
     }
 
@@ -71,7 +76,13 @@ impl Sink for Gated {
         self.sink.activate(artifact).await
     }
 
-    async fn read_at(&self, place: &Place, path: &RelPath, offset: u64, len: u32) -> Result<bytes::Bytes, Fault> {
+    async fn read_at(
+        &self,
+        place: &StorageLocation,
+        path: &RelPath,
+        offset: u64,
+        len: u32,
+    ) -> Result<bytes::Bytes, Fault> {
         self.sink.read_at(place, path, offset, len).await
     }
 
@@ -83,7 +94,12 @@ impl Sink for Gated {
         self.sink.stands(incoming).await
     }
 
-    async fn verify(&self, incoming: &Incoming, place: &Place, look: &Look) -> Result<Vec<String>, Fault> {
+    async fn verify(
+        &self,
+        incoming: &Incoming,
+        place: &StorageLocation,
+        look: &Look,
+    ) -> Result<Vec<String>, Fault> {
         self.sink.verify(incoming, place, look).await
     }
 
@@ -116,9 +132,12 @@ impl Bench {
         let dir = tempfile::tempdir().unwrap();
         let data = dir.path().join("data");
         base::durable::create_dir_all(&data).unwrap();
-        let hub = HubIdentity::open_or_create(&dir.path().join("hub"), &"hub".parse().unwrap()).unwrap();
+        let hub =
+            HubIdentity::open_or_create(&dir.path().join("hub"), &"hub".parse().unwrap()).unwrap();
         let request = CertificateRequest::new().unwrap();
-        let cert = hub.issue_for(&SITE.parse().unwrap(), request.csr_der()).unwrap();
+        let cert = hub
+            .issue_for(&SITE.parse().unwrap(), request.csr_der())
+            .unwrap();
         let identity = request.complete(&cert, hub.ca_der()).unwrap();
         let sink = Arc::new(Gated {
             sink: FilesSink::open(None, &data).unwrap(),
@@ -129,10 +148,14 @@ impl Bench {
             held_up: Mutex::default(),
         });
         let images = images::open(None, &data).unwrap();
-        let sinks = Sinks { files: sink.clone(), labels: labels::open(None, &data).unwrap(), images: images.clone() };
-        let shared = Shared {
+        let sinks = Sinks {
+            files: sink.clone(),
+            labels: labels::open(None, &data).unwrap(),
+            images: images.clone(),
+        };
+        let shared = AssemblyContext {
             store: Store::open(&data.join("store")).unwrap(),
-            places: Arc::new(Places::open_expected(&data, lost).unwrap()),
+            chunk_index: Arc::new(ChunkIndex::open_expected(&data, lost).unwrap()),
             memory: Arc::new(Memory::new(64 << 20)),
             images,
         };
@@ -140,8 +163,22 @@ impl Bench {
         let (link, link_watch) = watch::channel(None);
         let (looks, _) = mpsc::channel(1);
         let catalogue = Catalogue::open(&data).await.unwrap();
-        let runner = Runner::new(catalogue, shared, sinks, identity_watch, link_watch, looks, CancellationToken::new());
-        Self { runner, sink, link, _identity: identity, _dir: dir }
+        let runner = Runner::new(
+            catalogue,
+            shared,
+            sinks,
+            identity_watch,
+            link_watch,
+            looks,
+            CancellationToken::new(),
+        );
+        Self {
+            runner,
+            sink,
+            link,
+            _identity: identity,
+            _dir: dir,
+        }
     }
 
     fn catalogue(&self) -> &Catalogue {
@@ -172,10 +209,20 @@ impl Bench {
     /// A transfer that was committing when the daemon ended.
     async fn committing(&self, id: &str) {
         let root = root();
-        self.catalogue().add_artifact(&"dataset/d:v1".parse().unwrap(), &root, None).await.unwrap();
+        self.catalogue()
+            .add_artifact(&"dataset/d:v1".parse().unwrap(), &root, None)
+            .await
+            .unwrap();
         let first = desired(id, 0, Want::Run);
-        let row = self.runner.adopt(&first, &SITE.parse().unwrap()).await.unwrap();
-        self.catalogue().update_transfer(id, 0, State::Committing, &row.body).await.unwrap();
+        let row = self
+            .runner
+            .adopt(&first, &SITE.parse().unwrap())
+            .await
+            .unwrap();
+        self.catalogue()
+            .update_transfer(id, 0, State::Committing, &row.body)
+            .await
+            .unwrap();
         self.runner.start().await.unwrap();
     }
 
@@ -233,19 +280,43 @@ fn desired(id: &str, generation: i64, want: Want) -> Desired {
 async fn a_task_begins_only_once_the_one_before_has_ended() {
     let bench = Bench::new().await;
     bench.committing("t-1").await;
-    until("it commits", || bench.sink.commits.load(Ordering::SeqCst) == 1).await;
-    // Cancelled and begun again before the site heard of either. What the second waits for is shown.
+    until("it commits", || {
+        bench.sink.commits.load(Ordering::SeqCst) == 1
+    })
+    .await;
+    // Cancelled and begun again before the site heard of either. What the second waits for is
+    // shown.
     *bench.sink.held_up.lock() = Some(Fault::unreachable("the NAS of the test does not answer"));
     bench.apply(&[desired("t-1", 1, Want::Run)]).await;
-    let waits = bench.wait("t-1", "a reason", |row| row.generation == 1 && row.body.reason.is_some()).await;
-    assert_eq!(waits.body.reason, Some(Reason::SinkUnavailable), "{waits:#?}");
-    assert_eq!(bench.sink.commits.load(Ordering::SeqCst), 1, "the second has not begun");
+    let waits = bench
+        .wait("t-1", "a reason", |row| {
+            row.generation == 1 && row.body.reason.is_some()
+        })
+        .await;
+    assert_eq!(
+        waits.body.reason,
+        Some(Reason::SinkUnavailable),
+        "{waits:#?}"
+    );
+    assert_eq!(
+        bench.sink.commits.load(Ordering::SeqCst),
+        1,
+        "the second has not begun"
+    );
     *bench.sink.held_up.lock() = None;
     bench.sink.commit.add_permits(1);
-    // The first ends. The second finds the transfer committing, and asks the sink whether it is committed.
-    until("the second begins", || bench.sink.commits.load(Ordering::SeqCst) == 2).await;
+    // The first ends. The second finds the transfer committing, and asks the sink whether it is
+    // committed.
+    until("the second begins", || {
+        bench.sink.commits.load(Ordering::SeqCst) == 2
+    })
+    .await;
     bench.sink.commit.add_permits(1);
-    bench.wait("t-1", "begun again", |row| row.state == State::Planning && row.body.reason == Some(Reason::HubUnreachable)).await;
+    bench
+        .wait("t-1", "begun again", |row| {
+            row.state == State::Planning && row.body.reason == Some(Reason::HubUnreachable)
+        })
+        .await;
     bench.stop().await;
 }
 
@@ -253,17 +324,42 @@ async fn a_task_begins_only_once_the_one_before_has_ended() {
 async fn what_was_done_is_not_cancelled_because_its_sink_does_not_answer() {
     let bench = Bench::new().await;
     let (artifact, root) = ("dataset/d:v1".parse().unwrap(), root());
-    bench.catalogue().add_artifact(&artifact, &root, None).await.unwrap();
-    bench.catalogue().set_place(&artifact, bench.sink.place_of(&artifact).as_ref(), None).await.unwrap();
-    bench.runner.adopt(&desired("t-1", 0, Want::Run), &SITE.parse().unwrap()).await.unwrap();
-    let body = serde_json::from_str(r#"{"receipt":{"statement":"s","signature":"x","certificate":"y"}}"#).unwrap();
-    bench.catalogue().update_transfer("t-1", 0, State::Done, &body).await.unwrap();
+    bench
+        .catalogue()
+        .add_artifact(&artifact, &root, None)
+        .await
+        .unwrap();
+    bench
+        .catalogue()
+        .set_place(&artifact, bench.sink.place_of(&artifact).as_ref(), None)
+        .await
+        .unwrap();
+    bench
+        .runner
+        .adopt(&desired("t-1", 0, Want::Run), &SITE.parse().unwrap())
+        .await
+        .unwrap();
+    let body =
+        serde_json::from_str(r#"{"receipt":{"statement":"s","signature":"x","certificate":"y"}}"#)
+            .unwrap();
+    bench
+        .catalogue()
+        .update_transfer("t-1", 0, State::Done, &body)
+        .await
+        .unwrap();
     bench.runner.start().await.unwrap();
     *bench.sink.held_up.lock() = Some(Fault::unreachable("the NAS of the test does not answer"));
     // Begun again and cancelled before the site heard of either.
     bench.apply(&[desired("t-1", 1, Want::Cancel)]).await;
-    let row = bench.wait("t-1", "ended", |row| row.generation == 1 && row.state.is_final()).await;
-    assert!(row.state == State::Done && row.body.receipt.is_some() && row.body.reason.is_none(), "{row:#?}");
+    let row = bench
+        .wait("t-1", "ended", |row| {
+            row.generation == 1 && row.state.is_final()
+        })
+        .await;
+    assert!(
+        row.state == State::Done && row.body.receipt.is_some() && row.body.reason.is_none(),
+        "{row:#?}"
+    );
     bench.stop().await;
 }
 
@@ -271,13 +367,21 @@ async fn what_was_done_is_not_cancelled_because_its_sink_does_not_answer() {
 async fn a_pause_that_comes_while_an_earlier_one_ends_the_task_counts() {
     let bench = Bench::new().await;
     bench.committing("t-1").await;
-    until("it commits", || bench.sink.commits.load(Ordering::SeqCst) == 1).await;
+    until("it commits", || {
+        bench.sink.commits.load(Ordering::SeqCst) == 1
+    })
+    .await;
     for want in [Want::Pause, Want::Run, Want::Pause] {
         bench.apply(&[desired("t-1", 0, want)]).await;
     }
     bench.sink.commit.add_permits(1);
-    bench.wait("t-1", "paused", |row| row.state == State::Paused).await;
-    until("no task runs", || bench.runner.task_of(&"t-1".parse().unwrap(), 0).is_none()).await;
+    bench
+        .wait("t-1", "paused", |row| row.state == State::Paused)
+        .await;
+    until("no task runs", || {
+        bench.runner.task_of(&"t-1".parse().unwrap(), 0).is_none()
+    })
+    .await;
     bench.stop().await;
 }
 
@@ -288,34 +392,61 @@ async fn a_commit_that_waits_for_its_turn_is_cancelled_at_once() {
     let bench = Bench::new().await;
     bench.link.send_replace(Some(site));
     let artifact = "dataset/d:v1".parse().unwrap();
-    bench.catalogue().add_artifact(&artifact, &root(), None).await.unwrap();
+    bench
+        .catalogue()
+        .add_artifact(&artifact, &root(), None)
+        .await
+        .unwrap();
     bench.apply(&[desired("t-1", 0, Want::Run)]).await;
-    // While it looks whether it is there already, somebody else asks to work on the artifact: his turn comes before the commit.
+    // While it looks whether it is there already, somebody else asks to work on the artifact: his
+    // turn comes before the commit.
     until("it looks", || bench.sink.looks.load(Ordering::SeqCst) == 1).await;
     let mut turn = std::pin::pin!(bench.runner.alone_with(&artifact));
     assert!(futures::poll!(&mut turn).is_pending());
     bench.sink.look.add_permits(1);
     let turn = turn.await;
-    bench.wait("t-1", "staged", |row| row.state == State::Committing).await;
+    bench
+        .wait("t-1", "staged", |row| row.state == State::Committing)
+        .await;
     assert!(bench.staged("t-1").is_dir());
     bench.apply(&[desired("t-1", 0, Want::Cancel)]).await;
-    bench.wait("t-1", "cancelled", |row| row.state == State::Cancelled).await;
+    bench
+        .wait("t-1", "cancelled", |row| row.state == State::Cancelled)
+        .await;
     assert!(!bench.staged("t-1").exists());
     drop(turn);
-    assert_eq!(bench.sink.commits.load(Ordering::SeqCst), 0, "nothing was committed");
+    assert_eq!(
+        bench.sink.commits.load(Ordering::SeqCst),
+        0,
+        "nothing was committed"
+    );
     bench.stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_commit_that_is_resumed_waits_for_its_turn_as_well() {
     let bench = Bench::new().await;
-    let turn = bench.runner.alone_with(&"dataset/d:v1".parse().unwrap()).await;
+    let turn = bench
+        .runner
+        .alone_with(&"dataset/d:v1".parse().unwrap())
+        .await;
     *bench.sink.held_up.lock() = Some(Fault::unreachable("the NAS of the test does not answer"));
     bench.committing("t-1").await;
-    bench.wait("t-1", "a reason", |row| row.body.reason == Some(Reason::SinkUnavailable)).await;
-    assert_eq!(bench.sink.commits.load(Ordering::SeqCst), 0, "somebody else works on the artifact");
+    bench
+        .wait("t-1", "a reason", |row| {
+            row.body.reason == Some(Reason::SinkUnavailable)
+        })
+        .await;
+    assert_eq!(
+        bench.sink.commits.load(Ordering::SeqCst),
+        0,
+        "somebody else works on the artifact"
+    );
     drop(turn);
-    until("it commits", || bench.sink.commits.load(Ordering::SeqCst) == 1).await;
+    until("it commits", || {
+        bench.sink.commits.load(Ordering::SeqCst) == 1
+    })
+    .await;
     bench.stop().await;
 }
 
@@ -325,17 +456,35 @@ async fn a_transfer_that_the_hub_does_not_know_any_more_leaves_nothing() {
     let clean = bench.runner.clone();
     tokio::spawn(async move { clean.keep_clean().await });
     bench.apply(&[desired("t-1", 0, Want::Run)]).await;
-    bench.wait("t-1", "planning", |row| row.state == State::Planning && row.body.reason == Some(Reason::HubUnreachable)).await;
+    bench
+        .wait("t-1", "planning", |row| {
+            row.state == State::Planning && row.body.reason == Some(Reason::HubUnreachable)
+        })
+        .await;
     base::durable::create_dir_all(&bench.staged("t-1")).unwrap();
     // The hub was restored from a backup, and delivers the same artifact again.
-    bench.runner.apply(&[desired("t-2", 0, Want::Run)], false, None).await;
+    bench
+        .runner
+        .apply(&[desired("t-2", 0, Want::Run)], false, None)
+        .await;
     assert_eq!(bench.row("t-1").await.state, State::Cancelled);
-    until("its task has ended", || bench.runner.task_of(&"t-1".parse().unwrap(), 0).is_none()).await;
-    until("its staging folder is removed", || !bench.staged("t-1").exists()).await;
+    until("its task has ended", || {
+        bench.runner.task_of(&"t-1".parse().unwrap(), 0).is_none()
+    })
+    .await;
+    until("its staging folder is removed", || {
+        !bench.staged("t-1").exists()
+    })
+    .await;
     // Then it turns out to know the first after all.
-    bench.runner.apply(&[desired("t-1", 1, Want::Run)], false, None).await;
+    bench
+        .runner
+        .apply(&[desired("t-1", 1, Want::Run)], false, None)
+        .await;
     assert_eq!(bench.row("t-2").await.state, State::Cancelled);
-    bench.wait("t-1", "begun again", |row| row.state == State::Planning).await;
+    bench
+        .wait("t-1", "begun again", |row| row.state == State::Planning)
+        .await;
     bench.stop().await;
 }
 
@@ -343,18 +492,33 @@ async fn a_transfer_that_the_hub_does_not_know_any_more_leaves_nothing() {
 async fn what_was_written_is_not_hidden_by_what_could_not_be_written_before() {
     let bench = Bench::new().await;
     bench.apply(&[desired("t-1", 0, Want::Run)]).await;
-    let row = bench.wait("t-1", "planning", |row| row.state == State::Planning).await;
+    let row = bench
+        .wait("t-1", "planning", |row| row.state == State::Planning)
+        .await;
     let full = Fault::no_space("the catalogue: its disk is full");
-    for (want, state) in [(Want::Pause, State::Paused), (Want::Cancel, State::Cancelled)] {
-        bench.runner.inner.unwritten.not_saved(&TransferRow { state: State::Transferring, ..row.clone() }, &full);
+    for (want, state) in [
+        (Want::Pause, State::Paused),
+        (Want::Cancel, State::Cancelled),
+    ] {
+        bench.runner.inner.unwritten.not_saved(
+            &TransferRow {
+                state: State::Transferring,
+                ..row.clone()
+            },
+            &full,
+        );
         bench.apply(&[desired("t-1", 0, want)]).await;
         bench.wait("t-1", "ended", |row| row.state == state).await;
-        until("nothing older is shown", || bench.runner.unwritten().is_empty()).await;
+        until("nothing older is shown", || {
+            bench.runner.unwritten().is_empty()
+        })
+        .await;
     }
     bench.stop().await;
 }
 
-/// A dataset of one file of several chunks that the site's store knows: its root, and the file's bytes.
+/// A dataset of one file of several chunks that the site's store knows: its root, and the file's
+/// bytes.
 fn ingested(bench: &Bench) -> (Root, Vec<u8>) {
     let source = bench._dir.path().join("source");
     base::durable::create_dir_all(&source).unwrap();
@@ -363,7 +527,15 @@ fn ingested(bench: &Bench) -> (Root, Vec<u8>) {
     base::durable::replace(&source.join("large"), &bytes).unwrap();
     let mut source = source::files::FilesSource::open(&source).unwrap();
     let store = &bench.runner.inner.shared.store;
-    let root = content::ingest::ingest(&mut source, Kind::Dataset, store, store, &content::ingest::Progress::default()).unwrap().root;
+    let root = content::ingest::ingest(
+        &mut source,
+        Kind::Dataset,
+        store,
+        store,
+        &content::ingest::Progress::default(),
+    )
+    .unwrap()
+    .root;
     assert!(root.totals.chunks > 4);
     (root, bytes)
 }
@@ -398,9 +570,18 @@ async fn what_was_staged_is_adopted_even_when_that_is_interrupted() {
     base::durable::replace(&bench.staged("t-1").join("large"), &bytes).unwrap();
     let stopped = CancellationToken::new();
     stopped.cancel();
-    assert!(assembly(&bench, &root, &link, &stopped).begin().is_err(), "it is stopped before it has hashed anything");
-    let (_, journal, _) = assembly(&bench, &root, &link, &CancellationToken::new()).begin().unwrap();
-    assert_eq!(journal.count(), root.totals.chunks, "all that lies there is used, and nothing is fetched");
+    assert!(
+        assembly(&bench, &root, &link, &stopped).begin().is_err(),
+        "it is stopped before it has hashed anything"
+    );
+    let (_, journal, _) = assembly(&bench, &root, &link, &CancellationToken::new())
+        .begin()
+        .unwrap();
+    assert_eq!(
+        journal.count(),
+        root.totals.chunks,
+        "all that lies there is used, and nothing is fetched"
+    );
     bench.stop().await;
 }
 
@@ -415,14 +596,28 @@ async fn what_is_thrown_away_is_not_committed_any_more() {
     let (place, journal, stage) = assembly.begin().unwrap();
     stage.write_file(&"large".parse().unwrap(), &bytes).unwrap();
     let journal = parking_lot::RwLock::new(journal);
-    let mut commit = crate::chunk_index::Commit { ordinals: (0..root.totals.chunks).collect(), ..Default::default() };
-    assembly.shared.places.commit(place, &journal, &mut commit).unwrap();
+    let mut commit = crate::chunk_index::Commit {
+        ordinals: (0..root.totals.chunks).collect(),
+        ..Default::default()
+    };
+    assembly
+        .shared
+        .chunk_index
+        .commit(place, &journal, &mut commit)
+        .unwrap();
     let (_, resumed, _) = assembly.begin().unwrap();
-    assert_eq!((resumed.count(), committed()), (root.totals.chunks, bytes.len() as u64));
+    assert_eq!(
+        (resumed.count(), committed()),
+        (root.totals.chunks, bytes.len() as u64)
+    );
     // A sync of the file fails: nobody knows what it holds.
     assembly.counters.damaged.lock().insert(0);
     let (_, left, stage) = assembly.begin().unwrap();
-    assert_eq!((left.count(), committed()), (0, 0), "nothing of it counts, so a transfer that fails like this makes no progress");
+    assert_eq!(
+        (left.count(), committed()),
+        (0, 0),
+        "nothing of it counts, so a transfer that fails like this makes no progress"
+    );
     assert_eq!(stage.size(&"large".parse().unwrap()).unwrap(), None);
     bench.stop().await;
 }

@@ -1,7 +1,9 @@
-//! What the catalogue could not take, because its disk is full for example: kept in memory until it is written, and shown meanwhile.
+//! What the catalogue could not take, because its disk is full for example: kept in memory until it
+//! is written, and shown meanwhile.
 //!
-//! A transfer is reported with the state that it had before and the reason why the new one is not written. So nothing is told that is not
-//! durable, and whoever asks sees why. A crash loses what is here: the transfer then continues from what the catalogue says.
+//! A transfer is reported with the state that it had before and the reason why the new one is not
+//! written. So nothing is told that is not durable, and whoever asks sees why. A crash loses what
+//! is here: the transfer then continues from what the catalogue says.
 
 use std::collections::HashMap;
 use std::time::Instant;
@@ -28,7 +30,12 @@ struct Entry {
 
 impl Unwritten {
     pub(super) fn rows(&self) -> Vec<TransferRow> {
-        let mut rows: Vec<TransferRow> = self.rows.lock().values().map(|entry| entry.row.clone()).collect();
+        let mut rows: Vec<TransferRow> = self
+            .rows
+            .lock()
+            .values()
+            .map(|entry| entry.row.clone())
+            .collect();
         rows.sort_unstable_by(|a, b| a.id.cmp(&b.id));
         rows
     }
@@ -36,15 +43,33 @@ impl Unwritten {
     /// Notes that a transfer's row was not written. Returns whether that is to be logged.
     pub(super) fn not_saved(&self, row: &TransferRow, fault: &Fault) -> bool {
         // A state that is final counts once it is durable.
-        let state = if row.state.is_final() { State::Committing } else { row.state };
-        self.put(TransferRow { state, ..row.clone() }, fault, true)
+        let state = if row.state.is_final() {
+            State::Committing
+        } else {
+            row.state
+        };
+        self.put(
+            TransferRow {
+                state,
+                ..row.clone()
+            },
+            fault,
+            true,
+        )
     }
 
     /// Notes that a transfer was not taken over from the hub. Returns whether that is to be logged.
     pub(super) fn not_adopted(&self, row: &TransferRow, fault: &Fault) -> bool {
         if row.state.is_final() {
             // It ended here, and begins again once that can be written down.
-            return self.put(TransferRow { state: State::Queued, ..row.clone() }, fault, false);
+            return self.put(
+                TransferRow {
+                    state: State::Queued,
+                    ..row.clone()
+                },
+                fault,
+                false,
+            );
         }
         self.put(row.clone(), fault, false)
     }
@@ -54,7 +79,10 @@ impl Unwritten {
         row.body.receipt = None;
         let mut rows = self.rows.lock();
         // A task that is being stopped says nothing of what was asked for since.
-        if rows.get(row.id.as_str()).is_none_or(|there| there.row.generation <= row.generation) {
+        if rows
+            .get(row.id.as_str())
+            .is_none_or(|there| there.row.generation <= row.generation)
+        {
             rows.insert(row.id.to_string(), Entry { row, is_adopted });
         }
         drop(rows);
@@ -73,7 +101,9 @@ impl Unwritten {
 
     /// The transfer was taken over, as of this generation.
     pub(super) fn adopted(&self, id: &str, generation: i64) {
-        self.forget(id, |entry| !entry.is_adopted || entry.row.generation < generation);
+        self.forget(id, |entry| {
+            !entry.is_adopted || entry.row.generation < generation
+        });
     }
 
     fn forget(&self, id: &str, which: impl Fn(&Entry) -> bool) {
@@ -88,7 +118,9 @@ impl Unwritten {
 
     /// Forgets transfers that were not taken over and that the hub wants no more.
     pub(super) fn retain(&self, wanted: impl Fn(&str) -> bool) {
-        self.rows.lock().retain(|id, entry| entry.is_adopted || wanted(id));
+        self.rows
+            .lock()
+            .retain(|id, entry| entry.is_adopted || wanted(id));
     }
 }
 
@@ -123,30 +155,60 @@ mod tests {
     fn a_state_that_is_not_durable_is_not_shown_but_its_reason_is() {
         let unwritten = Unwritten::default();
         let full = Fault::no_space("the catalogue /data/catalogue.db: its disk is full");
-        assert!(unwritten.not_saved(&row("t-1", State::Done), &full), "the first is logged");
-        assert!(!unwritten.not_saved(&row("t-1", State::Done), &full), "those at once after it are not");
+        assert!(
+            unwritten.not_saved(&row("t-1", State::Done), &full),
+            "the first is logged"
+        );
+        assert!(
+            !unwritten.not_saved(&row("t-1", State::Done), &full),
+            "those at once after it are not"
+        );
         assert!(!unwritten.not_adopted(&row("t-2", State::Queued), &full));
         let shown = unwritten.rows();
         assert_eq!(
-            shown.iter().map(|row| (row.id.as_str(), row.state)).collect::<Vec<_>>(),
+            shown
+                .iter()
+                .map(|row| (row.id.as_str(), row.state))
+                .collect::<Vec<_>>(),
             [("t-1", State::Committing), ("t-2", State::Queued)]
         );
-        assert!(shown.iter().all(|row| row.body.reason == Some(Reason::NoSpace)));
+        assert!(
+            shown
+                .iter()
+                .all(|row| row.body.reason == Some(Reason::NoSpace))
+        );
         unwritten.adopted("t-1", 0);
-        assert_eq!(unwritten.rows().len(), 2, "a transfer that is known to the catalogue waits for its row to be written");
+        assert_eq!(
+            unwritten.rows().len(),
+            2,
+            "a transfer that is known to the catalogue waits for its row to be written"
+        );
         unwritten.retain(|id| id == "t-1");
         let older = row("t-1", State::Transferring);
-        let newer = TransferRow { generation: 1, ..older.clone() };
+        let newer = TransferRow {
+            generation: 1,
+            ..older.clone()
+        };
         unwritten.not_saved(&newer, &full);
         unwritten.not_saved(&older, &full);
-        assert_eq!(unwritten.rows()[0].generation, 1, "what an older task could not write says nothing of a newer one");
+        assert_eq!(
+            unwritten.rows()[0].generation,
+            1,
+            "what an older task could not write says nothing of a newer one"
+        );
         unwritten.saved("t-1", 0);
         assert_eq!(unwritten.rows().len(), 1);
         unwritten.adopted("t-1", 2);
-        assert!(unwritten.rows().is_empty(), "what was begun again since is written");
+        assert!(
+            unwritten.rows().is_empty(),
+            "what was begun again since is written"
+        );
         unwritten.not_saved(&newer, &full);
         unwritten.saved("t-1", 1);
         assert!(unwritten.rows().is_empty());
-        assert!(unwritten.not_saved(&row("t-3", State::Planning), &full), "a new condition is logged again");
+        assert!(
+            unwritten.not_saved(&row("t-3", State::Planning), &full),
+            "a new condition is logged again"
+        );
     }
 }

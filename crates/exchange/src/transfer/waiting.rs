@@ -1,8 +1,9 @@
 //! What a transfer shows while a sink keeps it waiting.
 //!
-//! A sink reports through `Waits` what a running call waits for; `attempt` makes its calls through here, and the row shows the
-//! report within a moment. What a failed try waited for stays in the row until the next one gets further: somebody who looks between
-//! two tries, or in the middle of one, sees the same reason.
+//! A sink reports through `Waits` what a running call waits for; `attempt` makes its calls through
+//! here, and the row shows the report within a moment. What a failed try waited for stays in the
+//! row until the next one gets further: somebody who looks between two tries, or in the middle of
+//! one, sees the same reason.
 
 use std::future::Future;
 use std::time::Duration;
@@ -34,11 +35,15 @@ pub(super) enum Takes {
 /// Whether a reason stays in a row that is tried again, until the try gets further.
 pub(super) fn stays(reason: Option<Reason>) -> bool {
     use Reason as R;
-    matches!(reason, Some(R::WaitingForSource | R::SinkUnavailable | R::SinkDenied | R::NoSpace | R::Internal))
+    matches!(
+        reason,
+        Some(R::WaitingForSource | R::SinkUnavailable | R::SinkDenied | R::NoSpace | R::Internal)
+    )
 }
 
 impl Runner {
-    /// Makes a call on a sink, and writes down meanwhile what it waits for: what the call reports, or what the sink says holds it up.
+    /// Makes a call on a sink, and writes down meanwhile what it waits for: what the call reports,
+    /// or what the sink says holds it up.
     pub(super) async fn watched<T>(
         &self,
         row: &mut TransferRow,
@@ -66,14 +71,20 @@ impl Runner {
                 Ok(()) = reports.changed() => has_reported = true,
                 _ = ticks.tick() => {}
             }
-            let report = reports.borrow_and_update().clone().or_else(|| sink.held_up());
+            let report = reports
+                .borrow_and_update()
+                .clone()
+                .or_else(|| sink.held_up());
             let is_late = began.elapsed() >= SINK_REPORT_AFTER;
             let silent = is_late && takes == Takes::Moments && !has_reported;
             let report = report.or_else(|| silent.then(|| silent_fault(row.artifact.kind)));
             match &report {
                 Some(_) => self.show_wait(row, report.as_ref()).await,
-                // One that works for this long without a report is past what an earlier try waited for.
-                None if takes == Takes::ItsTime && (has_reported || is_late) => self.show_wait(row, None).await,
+                // One that works for this long without a report is past what an earlier try waited
+                // for.
+                None if takes == Takes::ItsTime && (has_reported || is_late) => {
+                    self.show_wait(row, None).await
+                }
                 None if shown.is_some() => self.show_again(row, &before).await,
                 None => {}
             }
@@ -83,13 +94,17 @@ impl Runner {
 
     /// Writes down the reason that the transfer had before a call.
     async fn show_again(&self, row: &mut TransferRow, before: &Body) {
-        (row.body.reason, row.body.message, row.body.next) = (before.reason, before.message.clone(), before.next.clone());
+        (row.body.reason, row.body.message, row.body.next) =
+            (before.reason, before.message.clone(), before.next.clone());
         self.save(row).await;
     }
 
     /// Writes down what the transfer waits for now, if that is new.
     async fn show_wait(&self, row: &mut TransferRow, report: Option<&Fault>) {
-        let (reason, message) = (report.map(|fault| fault.reason), report.map(|fault| Message::from(fault.message.as_str())));
+        let (reason, message) = (
+            report.map(|fault| fault.reason),
+            report.map(|fault| Message::from(fault.message.as_str())),
+        );
         if row.body.reason != reason || row.body.message != message {
             row.body.set_fault(report);
             self.save(row).await;
@@ -99,8 +114,13 @@ impl Runner {
 
 /// The fault of a sink that should have answered by now.
 fn silent_fault(what: Kind) -> Fault {
-    Fault::unreachable(format!("the sink of this {what} has not answered for {} s", SINK_REPORT_AFTER.as_secs()))
-        .with_next("see 'packhorse doctor' at the site; the transfer continues on its own when it answers")
+    Fault::unreachable(format!(
+        "the sink of this {what} has not answered for {} s",
+        SINK_REPORT_AFTER.as_secs()
+    ))
+    .with_next(
+        "see 'packhorse doctor' at the site; the transfer continues on its own when it answers",
+    )
 }
 
 #[cfg(test)]
@@ -110,6 +130,10 @@ mod tests {
     #[test]
     fn a_reason_of_the_sink_stays_between_two_tries() {
         assert!(stays(Some(Reason::SinkUnavailable)) && stays(Some(Reason::WaitingForSource)));
-        assert!(!stays(Some(Reason::HubUnreachable)) && !stays(Some(Reason::WaitingForTurn)) && !stays(None));
+        assert!(
+            !stays(Some(Reason::HubUnreachable))
+                && !stays(Some(Reason::WaitingForTurn))
+                && !stays(None)
+        );
     }
 }

@@ -5,9 +5,10 @@
 //!                                                            └──────── published with --run ───────┬──┘
 //!                       done ◀─ committed at `from` ─ returning ◀───────── model in the catalogue ─┘
 //! ```
-//! Each of them may end as `cancelled` by a person; as `failed` when the trainer failed, or when the time is up before there is
-//! a model. A transfer in trouble fails nothing: it is told, and the run goes on when a person has seen to it. A `finish` that comes
-//! before the hub has heard that the platform began is kept until then.
+//! Each of them may end as `cancelled` by a person; as `failed` when the trainer failed, or when
+//! the time is up before there is a model. A transfer in trouble fails nothing: it is told, and the
+//! run goes on when a person has seen to it. A `finish` that comes before the hub has heard that
+//! the platform began is kept until then.
 
 use serde::{Deserialize, Serialize};
 
@@ -56,7 +57,7 @@ pub struct Finish {
 
 /// A transfer as the run sees it.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Seen {
+pub struct ObservedTransfer {
     /// Its id.
     pub id: TransferId,
     /// How it stands.
@@ -68,15 +69,15 @@ pub struct Seen {
 /// What happens to a run.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Event {
-    /// Somebody looked: the transfers of the inputs (none before the delivery was begun; `None`: lies there anyway), and
-    /// the one that brings the model home.
+    /// Somebody looked: the transfers of the inputs (none before the delivery was begun; `None`:
+    /// lies there anyway), and the one that brings the model home.
     Looked {
         /// Whether the delivery was begun.
         delivered: bool,
         /// Its transfers.
-        inputs: Vec<Seen>,
+        inputs: Vec<ObservedTransfer>,
         /// The transfer home.
-        home: Option<Seen>,
+        home: Option<ObservedTransfer>,
     },
     /// The site says how it stands.
     Reported(Box<RunReport>),
@@ -136,16 +137,24 @@ impl Run {
         self.state != RunState::Delivering
     }
 
-    /// What people are told: why it stands or how it ended, and what of the borrowed is left where it trained.
-    pub fn told(&self) -> Option<String> {
-        let left = self.site.iter().flat_map(|site| &site.left).map(|why| format!("at {}: {why}", self.spec.on));
+    /// What people are told: why it stands or how it ended, and what of the borrowed is left where
+    /// it trained.
+    pub fn message(&self) -> Option<String> {
+        let left = self
+            .site
+            .iter()
+            .flat_map(|site| &site.left)
+            .map(|why| format!("at {}: {why}", self.spec.on));
         let all: Vec<String> = self.message.iter().cloned().chain(left).collect();
         (!all.is_empty()).then(|| all.join("; "))
     }
 
     /// Whether there may still come a model.
     fn is_making(&self) -> bool {
-        matches!(self.state, RunState::Delivering | RunState::Waiting | RunState::Training | RunState::Publishing)
+        matches!(
+            self.state,
+            RunState::Delivering | RunState::Waiting | RunState::Training | RunState::Publishing
+        )
     }
 
     fn say(&mut self, message: Option<String>, next: &str) {
@@ -160,7 +169,12 @@ impl Run {
     }
 
     fn fail(&mut self, why: String, now_ms: i64) {
-        self.end(RunState::Failed, Some(why), "fix the cause, then start a run with another name", now_ms);
+        self.end(
+            RunState::Failed,
+            Some(why),
+            "fix the cause, then start a run with another name",
+            now_ms,
+        );
     }
 
     fn enter(&mut self, state: RunState) {
@@ -173,7 +187,11 @@ impl Run {
 pub fn step(run: &Run, event: Event, now_ms: i64) -> Result<(Run, Vec<Effect>), Fault> {
     let mut run = run.clone();
     let effects = match event {
-        Event::Looked { delivered, inputs, home } => looked(&mut run, delivered, &inputs, home, now_ms),
+        Event::Looked {
+            delivered,
+            inputs,
+            home,
+        } => looked(&mut run, delivered, &inputs, home, now_ms),
         Event::Reported(report) => {
             reported(&mut run, *report, now_ms);
             Vec::new()
@@ -194,7 +212,13 @@ pub fn step(run: &Run, event: Event, now_ms: i64) -> Result<(Run, Vec<Effect>), 
     Ok((run, effects))
 }
 
-fn looked(run: &mut Run, delivered: bool, inputs: &[Seen], home: Option<Seen>, now_ms: i64) -> Vec<Effect> {
+fn looked(
+    run: &mut Run,
+    delivered: bool,
+    inputs: &[ObservedTransfer],
+    home: Option<ObservedTransfer>,
+    now_ms: i64,
+) -> Vec<Effect> {
     if run.is_making() && now_ms >= run.spec.deadline_ms {
         run.fail(LATE.into(), now_ms);
     }
@@ -203,17 +227,28 @@ fn looked(run: &mut Run, delivered: bool, inputs: &[Seen], home: Option<Seen>, n
         RunState::Delivering => match inputs.iter().find(|seen| seen.state != Transfer::Done) {
             None => run.enter(RunState::Waiting),
             Some(_) => {
-                let stuck = inputs.iter().filter(|seen| seen.state != Transfer::Done).find(|seen| seen.message.is_some());
+                let stuck = inputs
+                    .iter()
+                    .filter(|seen| seen.state != Transfer::Done)
+                    .find(|seen| seen.message.is_some());
                 let next = format!("see 'packhorse status {}'", run.spec.delivery);
                 run.say(stuck.map(|seen| told(seen, "an input")), &next);
             }
         },
         RunState::Waiting | RunState::Training => {
-            let message = run.site.as_ref().and_then(|site| site.message.as_deref()).map(str::to_owned);
+            let message = run
+                .site
+                .as_ref()
+                .and_then(|site| site.message.as_deref())
+                .map(str::to_owned);
             run.say(message, "nothing, or see the log of the site that trains");
         }
         RunState::Publishing => {
-            let message = run.site.as_ref().and_then(|site| site.message.as_deref()).map(str::to_owned);
+            let message = run
+                .site
+                .as_ref()
+                .and_then(|site| site.message.as_deref())
+                .map(str::to_owned);
             run.say(message, "nothing: it goes on by itself");
         }
         RunState::Returning => match home {
@@ -224,14 +259,20 @@ fn looked(run: &mut Run, delivered: bool, inputs: &[Seen], home: Option<Seen>, n
                     Transfer::Done => run.end(RunState::Done, None, "", now_ms),
                     _ => {
                         let next = format!("see 'packhorse status {}'", home.id);
-                        run.say(home.message.is_some().then(|| told(&home, "the model")), &next);
+                        run.say(
+                            home.message.is_some().then(|| told(&home, "the model")),
+                            &next,
+                        );
                     }
                 }
             }
         },
         RunState::Done | RunState::Failed | RunState::Cancelled => {
             // A failed one keeps what it has staged until it is cancelled.
-            let left = inputs.iter().chain(&home).any(|seen| !matches!(seen.state, Transfer::Done | Transfer::Cancelled));
+            let left = inputs
+                .iter()
+                .chain(&home)
+                .any(|seen| !matches!(seen.state, Transfer::Done | Transfer::Cancelled));
             if left && run.state != RunState::Done {
                 return vec![Effect::Abandon];
             }
@@ -240,8 +281,13 @@ fn looked(run: &mut Run, delivered: bool, inputs: &[Seen], home: Option<Seen>, n
     Vec::new()
 }
 
-fn told(seen: &Seen, what: &str) -> String {
-    format!("{what}: transfer {} is {}: {}", seen.id, seen.state.as_str(), seen.message.as_deref().unwrap_or_default())
+fn told(seen: &ObservedTransfer, what: &str) -> String {
+    format!(
+        "{what}: transfer {} is {}: {}",
+        seen.id,
+        seen.state.as_str(),
+        seen.message.as_deref().unwrap_or_default()
+    )
 }
 
 fn reported(run: &mut Run, report: RunReport, now_ms: i64) {
@@ -252,7 +298,9 @@ fn reported(run: &mut Run, report: RunReport, now_ms: i64) {
     if run.is_making() {
         match report.phase {
             Phase::Waiting | Phase::Publishing | Phase::Published => {}
-            Phase::Training if matches!(run.state, RunState::Delivering | RunState::Waiting) => run.enter(RunState::Training),
+            Phase::Training if matches!(run.state, RunState::Delivering | RunState::Waiting) => {
+                run.enter(RunState::Training)
+            }
             Phase::Training => {}
             Phase::Trained if report.has_output => run.enter(RunState::Publishing),
             Phase::Trained => {
@@ -261,7 +309,10 @@ fn reported(run: &mut Run, report: RunReport, now_ms: i64) {
             // The site may notice first, and ends the trainer for it.
             Phase::Failed if now_ms >= run.spec.deadline_ms => run.fail(LATE.into(), now_ms),
             Phase::Failed => {
-                run.fail(report.words().unwrap_or("the trainer failed").into(), now_ms);
+                run.fail(
+                    report.words().unwrap_or("the trainer failed").into(),
+                    now_ms,
+                );
             }
         }
     }
@@ -280,14 +331,23 @@ fn published(run: &mut Run, model: Model) -> Result<(), Fault> {
         return Ok(());
     }
     if let Some(there) = &run.model {
-        return Err(Fault::conflict(format!("run {name} has made its model: {}", there.artifact)).with_next("publish this without --run"));
+        return Err(
+            Fault::conflict(format!("run {name} has made its model: {}", there.artifact))
+                .with_next("publish this without --run"),
+        );
     }
     if !run.spec.expect.accepts(&model.artifact) {
-        return Err(Fault::conflict(format!("run {name} is to make {}, not {}", run.spec.expect, model.artifact))
-            .with_next(format!("publish it as {}", run.spec.expect)));
+        return Err(Fault::conflict(format!(
+            "run {name} is to make {}, not {}",
+            run.spec.expect, model.artifact
+        ))
+        .with_next(format!("publish it as {}", run.spec.expect)));
     }
     if !run.is_making() {
-        return Err(Fault::conflict(format!("run {name} is {}", run.state.as_str())).with_next("publish this without --run"));
+        return Err(
+            Fault::conflict(format!("run {name} is {}", run.state.as_str()))
+                .with_next("publish this without --run"),
+        );
     }
     run.model = Some(model);
     run.enter(RunState::Returning);
@@ -296,7 +356,10 @@ fn published(run: &mut Run, model: Model) -> Result<(), Fault> {
 
 fn finish(run: &mut Run, said: Finish, now_ms: i64) -> Result<(), Fault> {
     let name = run.spec.name.clone();
-    if run.state == RunState::Publishing || run.state == RunState::Returning || run.state == RunState::Done {
+    if run.state == RunState::Publishing
+        || run.state == RunState::Returning
+        || run.state == RunState::Done
+    {
         return Ok(()); // said before
     }
     let by_command = run.site.as_ref().is_some_and(|site| site.by_command);
@@ -306,12 +369,17 @@ fn finish(run: &mut Run, said: Finish, now_ms: i64) -> Result<(), Fault> {
         return Ok(());
     }
     if run.state != RunState::Training && !(by_command && run.state == RunState::Waiting) {
-        return Err(Fault::conflict(format!("run {name} is {}: there is nothing to finish", run.state.as_str()))
-            .with_next(format!("see 'packhorse train show {name}'")));
+        return Err(Fault::conflict(format!(
+            "run {name} is {}: there is nothing to finish",
+            run.state.as_str()
+        ))
+        .with_next(format!("see 'packhorse train show {name}'")));
     }
     if !run.site.as_ref().is_some_and(|site| site.by_platform) {
-        return Err(Fault::conflict(format!("the trainer of run {name} is a command: it finishes when that ends"))
-            .with_next(format!("wait, or 'packhorse train cancel {name}'")));
+        return Err(Fault::conflict(format!(
+            "the trainer of run {name} is a command: it finishes when that ends"
+        ))
+        .with_next(format!("wait, or 'packhorse train cancel {name}'")));
     }
     match said.failed {
         Some(why) => run.fail(format!("the training platform says: {why}"), now_ms),
@@ -323,12 +391,19 @@ fn finish(run: &mut Run, said: Finish, now_ms: i64) -> Result<(), Fault> {
 fn cancel(run: &mut Run, now_ms: i64) -> Result<(), Fault> {
     match run.state {
         RunState::Cancelled => Ok(()),
-        RunState::Done | RunState::Failed => {
-            Err(Fault::conflict(format!("run {} is {}: there is nothing to cancel", run.spec.name, run.state.as_str()))
-                .with_next(format!("see 'packhorse train show {}'", run.spec.name)))
-        }
+        RunState::Done | RunState::Failed => Err(Fault::conflict(format!(
+            "run {} is {}: there is nothing to cancel",
+            run.spec.name,
+            run.state.as_str()
+        ))
+        .with_next(format!("see 'packhorse train show {}'", run.spec.name))),
         _ => {
-            run.end(RunState::Cancelled, Some("cancelled by a person".into()), "start a run of another name", now_ms);
+            run.end(
+                RunState::Cancelled,
+                Some("cancelled by a person".into()),
+                "start a run of another name",
+                now_ms,
+            );
             Ok(())
         }
     }

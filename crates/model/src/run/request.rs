@@ -42,7 +42,10 @@ impl RunState {
 
     /// Whether nothing more happens by itself, but for cleaning up.
     pub fn is_final(self) -> bool {
-        matches!(self, RunState::Done | RunState::Failed | RunState::Cancelled)
+        matches!(
+            self,
+            RunState::Done | RunState::Failed | RunState::Cancelled
+        )
     }
 }
 

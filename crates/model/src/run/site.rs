@@ -4,8 +4,9 @@
 //! waiting ─ hub says ready, inputs there, turn free ─▶ training ─ ended with 0 ─▶ trained ─ hub says publish ─▶ publishing ─▶ published
 //!     └──────────────┴─ no trainer, ended badly, time is up, stopped ─▶ failed
 //! ```
-//! Beside the phase stands whether all that was borrowed is gone (`released`): when the hub says that the run is over, or
-//! when its time is up, the hub heard or not. [`may_go`] says what of it may be taken away, whatever was said before.
+//! Beside the phase stands whether all that was borrowed is gone (`released`): when the hub says
+//! that the run is over, or when its time is up, the hub heard or not. [`may_go`] says what of it
+//! may be taken away, whatever was said before.
 
 use std::collections::BTreeMap;
 
@@ -101,7 +102,7 @@ pub enum Process {
 
 /// What is there, when somebody looks.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Seen {
+pub struct Observation {
     /// The first input that is not committed yet.
     pub missing: Option<String>,
     /// Whether another run may train beside those that do.
@@ -114,7 +115,8 @@ pub struct Seen {
     pub has_output: bool,
     /// Whether a model was published for it here, and the hub has not heard of that yet.
     pub offering: bool,
-    /// An artifact that was published out of the run's folder and is read there: a start, which empties that, would wipe it.
+    /// An artifact that was published out of the run's folder and is read there: a start, which
+    /// empties that, would wipe it.
     pub kept: Option<String>,
     /// Whether the inputs themselves were looked at just now, and may be given to a trainer.
     pub checked: bool,
@@ -128,7 +130,7 @@ pub enum Event {
     /// The hub, who lists all its runs, does not list it.
     Unlisted,
     /// Somebody looked.
-    Looked(Seen),
+    Looked(Observation),
     /// The command could not be started at all, or the platform not called, which is tried again.
     NotStarted(String),
     /// The inputs cannot be looked at now, for this reason; tried again.
@@ -228,21 +230,30 @@ impl Run {
             Phase::Training => true,
             Phase::Trained | Phase::Publishing | Phase::Published | Phase::Failed => false,
         };
-        may && self.spec.inputs.iter().any(|input| input.artifact == *artifact)
+        may && self
+            .spec
+            .inputs
+            .iter()
+            .any(|input| input.artifact == *artifact)
     }
 
-    /// Whether something is left to do here: a platform may still have to be told when all else is done.
+    /// Whether something is left to do here: a platform may still have to be told when all else is
+    /// done.
     pub fn is_open(&self) -> bool {
         !self.released || self.owes_word()
     }
 
-    /// Whether a platform that was called has still to hear, once the run is over, that there is no model.
+    /// Whether a platform that was called has still to hear, once the run is over, that there is no
+    /// model.
     fn owes_word(&self) -> bool {
         self.by_platform && self.starts > 0 && self.model.is_none() && !self.called_off
     }
 
     fn is_making(&self) -> bool {
-        matches!(self.phase, Phase::Waiting | Phase::Training | Phase::Trained | Phase::Publishing)
+        matches!(
+            self.phase,
+            Phase::Waiting | Phase::Training | Phase::Trained | Phase::Publishing
+        )
     }
 
     fn fail(&mut self, why: impl Into<String>) {
@@ -251,11 +262,14 @@ impl Run {
     }
 }
 
-/// Whether a run may give this back now: the hub still says so in these very words, and no other run here has a use for it. The hub
-/// counts a run that has its model as one that needs nothing more, but a trainer that published by itself may run on.
+/// Whether a run may give this back now: the hub still says so in these very words, and no other
+/// run here has a use for it. The hub counts a run that has its model as one that needs nothing
+/// more, but a trainer that published by itself may run on.
 pub fn may_go(open: &[Run], run: &RunName, borrowed: &Borrowed) -> bool {
-    let (own, others): (Vec<&Run>, Vec<&Run>) = open.iter().partition(|other| other.spec.name == *run);
-    own.iter().any(|own| own.borrowed.contains(borrowed)) && !others.iter().any(|other| other.uses(&borrowed.artifact))
+    let (own, others): (Vec<&Run>, Vec<&Run>) =
+        open.iter().partition(|other| other.spec.name == *run);
+    own.iter().any(|own| own.borrowed.contains(borrowed))
+        && !others.iter().any(|other| other.uses(&borrowed.artifact))
 }
 
 /// Takes an event.
@@ -267,9 +281,13 @@ pub fn step(run: &Run, event: Event, now_ms: i64) -> (Run, Vec<Effect>) {
             run.ready = desired.ready;
             run.borrowed = desired.borrowed;
             run.model = desired.model.or(run.model);
-            run.left.retain(|transfer, _| run.borrowed.iter().any(|b| b.transfer == *transfer));
+            run.left
+                .retain(|transfer, _| run.borrowed.iter().any(|b| b.transfer == *transfer));
             // More may be free to be removed than when it was said before.
-            run.released &= run.borrowed.iter().all(|b| run.removed.contains(&b.transfer));
+            run.released &= run
+                .borrowed
+                .iter()
+                .all(|b| run.removed.contains(&b.transfer));
             Vec::new()
         }
         Event::Unlisted => {
@@ -327,7 +345,7 @@ pub fn step(run: &Run, event: Event, now_ms: i64) -> (Run, Vec<Effect>) {
     (run, effects)
 }
 
-fn looked(run: &mut Run, seen: &Seen, now_ms: i64) -> Vec<Effect> {
+fn looked(run: &mut Run, seen: &Observation, now_ms: i64) -> Vec<Effect> {
     let late = now_ms >= run.spec.deadline_ms;
     let running = seen.process == Process::Running;
     run.has_output = seen.has_output;
@@ -336,7 +354,8 @@ fn looked(run: &mut Run, seen: &Seen, now_ms: i64) -> Vec<Effect> {
         return vec![Effect::Stop];
     }
     if over || run.want == Want::Release {
-        // A trainer that published by itself may still have something to do; its time is bounded by the run's.
+        // A trainer that published by itself may still have something to do; its time is bounded by
+        // the run's.
         if running {
             run.message = None;
             return Vec::new();
@@ -347,7 +366,10 @@ fn looked(run: &mut Run, seen: &Seen, now_ms: i64) -> Vec<Effect> {
         }
         // A platform's process is not ours to end.
         if over && run.owes_word() {
-            let until_ms = run.spec.deadline_ms.saturating_add(TRAINER_CALL_OFF_MAX.as_millis() as i64);
+            let until_ms = run
+                .spec
+                .deadline_ms
+                .saturating_add(TRAINER_CALL_OFF_MAX.as_millis() as i64);
             match now_ms < until_ms {
                 true => effects.push(Effect::Stop),
                 false => run.called_off = true,
@@ -356,7 +378,11 @@ fn looked(run: &mut Run, seen: &Seen, now_ms: i64) -> Vec<Effect> {
         if run.is_making() {
             run.message = None;
             if over && run.model.is_none() {
-                run.fail(if late { "its time is up" } else { "the run was ended" });
+                run.fail(if late {
+                    "its time is up"
+                } else {
+                    "the run was ended"
+                });
             }
         }
         match run.phase {
@@ -369,26 +395,35 @@ fn looked(run: &mut Run, seen: &Seen, now_ms: i64) -> Vec<Effect> {
         effects.extend(release(run));
         return effects;
     }
-    // What the hub has still to hear of decides: nothing may overtake it, nor may its bytes be wiped by another start.
+    // What the hub has still to hear of decides: nothing may overtake it, nor may its bytes be
+    // wiped by another start.
     if seen.offering && !running && run.is_making() {
         if let Process::Ended(ended) = &seen.process {
             run.ended = Some(ended.clone());
         }
-        run.message = Some("waits for the hub to hear of the model that was published for it".into());
+        run.message =
+            Some("waits for the hub to hear of the model that was published for it".into());
         return Vec::new();
     }
     match run.phase {
-        Phase::Waiting if seen.trainer == Trainer::None => run.fail("this site trains for nobody: its configuration has no [train]"),
+        Phase::Waiting if seen.trainer == Trainer::None => {
+            run.fail("this site trains for nobody: its configuration has no [train]")
+        }
         Phase::Waiting if seen.trainer == Trainer::Refused => refuse(run),
         Phase::Waiting => {
             run.by_platform = seen.trainer == Trainer::Platform;
             match (&seen.missing, &seen.kept) {
                 (Some(missing), _) => run.message = Some(format!("waits for {missing}")),
-                (None, _) if !run.ready => run.message = Some("waits for the hub to say that all of its inputs are here".into()),
+                (None, _) if !run.ready => {
+                    run.message =
+                        Some("waits for the hub to say that all of its inputs are here".into())
+                }
                 (None, Some(kept)) => {
                     run.fail(format!("its folder is that of an older run of this name: {kept}, published out of it, is read there"));
                 }
-                (None, None) if !seen.turn => run.message = Some("waits for its turn: other runs train here".into()),
+                (None, None) if !seen.turn => {
+                    run.message = Some("waits for its turn: other runs train here".into())
+                }
                 (None, None) if !seen.checked => return vec![Effect::Check],
                 (None, None) => return start(run, now_ms),
             }
@@ -406,13 +441,19 @@ fn looked(run: &mut Run, seen: &Seen, now_ms: i64) -> Vec<Effect> {
         Phase::Training => match &seen.process {
             Process::Running => run.message = None,
             Process::Absent => match &seen.kept {
-                // If it is the run's model, the hub knows it, and says so as soon as there is a line.
+                // If it is the run's model, the hub knows it, and says so as soon as there is a
+                // line.
                 Some(kept) => {
-                    run.message = Some(format!("its trainer is gone, and is not started anew: {kept} is read in the run's folder"));
+                    run.message = Some(format!(
+                        "its trainer is gone, and is not started anew: {kept} is read in the run's folder"
+                    ));
                 }
                 None if seen.trainer == Trainer::Refused => refuse(run),
                 None if run.starts >= TRAINER_STARTS_MAX => {
-                    run.fail(format!("the trainer was started {} times and never said how it ended", run.starts));
+                    run.fail(format!(
+                        "the trainer was started {} times and never said how it ended",
+                        run.starts
+                    ));
                 }
                 None if !seen.checked => return vec![Effect::Check],
                 None => return start(run, now_ms),
@@ -448,7 +489,9 @@ fn refuse(run: &mut Run) {
 
 fn publish(run: &mut Run) -> Vec<Effect> {
     if !run.has_output {
-        run.fail("there is nothing in the run's output folder, and nothing was published with --run");
+        run.fail(
+            "there is nothing in the run's output folder, and nothing was published with --run",
+        );
         return Vec::new();
     }
     run.phase = Phase::Publishing;
@@ -457,8 +500,17 @@ fn publish(run: &mut Run) -> Vec<Effect> {
 }
 
 fn release(run: &mut Run) -> Vec<Effect> {
-    let left: Vec<Borrowed> = run.borrowed.iter().filter(|b| !run.removed.contains(&b.transfer)).cloned().collect();
+    let left: Vec<Borrowed> = run
+        .borrowed
+        .iter()
+        .filter(|b| !run.removed.contains(&b.transfer))
+        .cloned()
+        .collect();
     // Before the hub said that it is over, more may be borrowed still.
     run.released = left.is_empty() && matches!(run.want, Want::Stop | Want::Release);
-    if left.is_empty() { Vec::new() } else { vec![Effect::Remove(left)] }
+    if left.is_empty() {
+        Vec::new()
+    } else {
+        vec![Effect::Remove(left)]
+    }
 }

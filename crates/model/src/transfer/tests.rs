@@ -1,5 +1,5 @@
-//! Both ends of a transfer and a world between them: users act at any time, messages are lost, repeated, late and out of order, tasks
-//! fail, and either end restarts from what it has stored.
+//! Both ends of a transfer and a world between them: users act at any time, messages are lost,
+//! repeated, late and out of order, tasks fail, and either end restarts from what it has stored.
 
 use base::fault::{Code, Fault};
 use content::chunk::Hash;
@@ -64,13 +64,25 @@ struct World {
 impl World {
     fn new() -> Self {
         let (to_site, to_hub, tasks) = Default::default();
-        Self { hub: new_row(), site: None, to_site, to_hub, tasks, next: None, ending: None, is_visible: false, now: 0 }
+        Self {
+            hub: new_row(),
+            site: None,
+            to_site,
+            to_hub,
+            tasks,
+            next: None,
+            ending: None,
+            is_visible: false,
+            now: 0,
+        }
     }
 
     fn at_hub(&mut self, event: Event) {
         self.now += 1;
         // What was late or never asked for is refused.
-        let Ok(step) = step(&self.hub, event, self.now) else { return };
+        let Ok(step) = step(&self.hub, event, self.now) else {
+            return;
+        };
         self.hub = step.row.unwrap_or_else(|| self.hub.clone());
         for effect in step.effects {
             assert_eq!(effect, Effect::TellSite);
@@ -82,7 +94,8 @@ impl World {
     fn at_site(&mut self, event: Event) {
         self.now += 1;
         let Some(row) = &self.site else { return };
-        let step = step(row, event, self.now).expect("the site does nothing that its own state forbids");
+        let step =
+            step(row, event, self.now).expect("the site does nothing that its own state forbids");
         if let Some(row) = step.row {
             self.site = Some(row);
         }
@@ -93,10 +106,16 @@ impl World {
     }
 
     fn follow(&mut self, effect: Effect) {
-        let Some(generation) = self.site.as_ref().map(|row| row.generation) else { return };
+        let Some(generation) = self.site.as_ref().map(|row| row.generation) else {
+            return;
+        };
         match effect {
             Effect::TellSite => unreachable!("the site has nobody to tell"),
-            Effect::Run if self.tasks.iter().any(|task| task.generation == generation && !task.stopped) => {}
+            Effect::Run
+                if self
+                    .tasks
+                    .iter()
+                    .any(|task| task.generation == generation && !task.stopped) => {}
             Effect::Run => {
                 self.tasks.iter_mut().for_each(|task| task.stopped = true);
                 self.next = Some(generation);
@@ -115,13 +134,24 @@ impl World {
             return;
         }
         if let Some((generation, want)) = self.ending.take() {
-            let is_cancelled = self.site.as_ref().and_then(TransferRow::due) == Some(Effect::End(Want::Cancel));
-            let landed = self.site.as_ref().is_some_and(|row| row.body.landed && row.generation == generation);
+            let is_cancelled =
+                self.site.as_ref().and_then(TransferRow::due) == Some(Effect::End(Want::Cancel));
+            let landed = self
+                .site
+                .as_ref()
+                .is_some_and(|row| row.body.landed && row.generation == generation);
             if is_cancelled && landed && self.is_visible {
                 // It was done before, and is still here.
                 let row = self.site.clone().unwrap();
-                let body = Body { receipt: Some(receipt(&row)), ..row.body };
-                self.at_site(Event::Moved { generation, state: State::Done, body });
+                let body = Body {
+                    receipt: Some(receipt(&row)),
+                    ..row.body
+                };
+                self.at_site(Event::Moved {
+                    generation,
+                    state: State::Done,
+                    body,
+                });
             } else {
                 self.at_site(Event::Ended { generation, want });
             }
@@ -131,23 +161,36 @@ impl World {
             }
         }
         let is_due = self.site.as_ref().and_then(TransferRow::due) == Some(Effect::Run);
-        if let (Some(generation), true) = (self.next.take().filter(|_| is_due), self.tasks.is_empty()) {
-            self.tasks.push(Task { generation, state: State::Queued, stopped: false });
+        if let (Some(generation), true) =
+            (self.next.take().filter(|_| is_due), self.tasks.is_empty())
+        {
+            self.tasks.push(Task {
+                generation,
+                state: State::Queued,
+                stopped: false,
+            });
         }
     }
 
     fn take_wanted(&mut self, (want, generation): (Want, i64)) {
         let row = self.site.get_or_insert_with(new_row);
         if row.generation > generation {
-            // The control stream is in order: what is older than the newest comes from a connection that was replaced.
+            // The control stream is in order: what is older than the newest comes from a connection
+            // that was replaced.
             return;
         }
-        self.at_site(Event::Wanted { want, generation, after: Vec::new() });
+        self.at_site(Event::Wanted {
+            want,
+            generation,
+            after: Vec::new(),
+        });
     }
 
     /// The task does its next piece of work; `fails`: it meets a fault that does not pass.
     fn work(&mut self, fails: bool) {
-        let Some(task) = self.tasks.first_mut() else { return self.begin_when_free() };
+        let Some(task) = self.tasks.first_mut() else {
+            return self.begin_when_free();
+        };
         let generation = task.generation;
         // A commit that has begun is awaited.
         if task.stopped && task.state != State::Committing {
@@ -157,7 +200,11 @@ impl World {
         let body = self.site.as_ref().unwrap().body.clone();
         if fails && task.state != State::Committing {
             self.tasks.clear();
-            self.at_site(Event::Moved { generation, state: State::Failed, body });
+            self.at_site(Event::Moved {
+                generation,
+                state: State::Failed,
+                body,
+            });
             return self.begin_when_free();
         }
         task.state = match task.state {
@@ -173,18 +220,27 @@ impl World {
             body.receipt = Some(receipt(self.site.as_ref().unwrap()));
             self.tasks.clear();
         }
-        self.at_site(Event::Moved { generation, state, body });
+        self.at_site(Event::Moved {
+            generation,
+            state,
+            body,
+        });
         self.begin_when_free();
     }
 
     fn report(&mut self) {
         if let Some(row) = &self.site {
-            self.to_hub.push((row.generation, row.state, row.body.clone()));
+            self.to_hub
+                .push((row.generation, row.state, row.body.clone()));
         }
     }
 
     fn take_report(&mut self, (generation, state, body): (i64, State, Body)) {
-        self.at_hub(Event::Reported { generation, state, body });
+        self.at_hub(Event::Reported {
+            generation,
+            state,
+            body,
+        });
     }
 
     fn restart_site(&mut self) {
@@ -207,7 +263,9 @@ impl World {
         };
         match what % 12 {
             0 if self.hub.takes(action, false) => self.at_hub(Event::Asked(action)),
-            1 => self.at_hub(Event::Delivered { lost: pick.is_multiple_of(2) }),
+            1 => self.at_hub(Event::Delivered {
+                lost: pick.is_multiple_of(2),
+            }),
             2 => self.to_site.push((self.hub.want, self.hub.generation)),
             // Lost, taken, or taken and still on its way.
             3 if !self.to_site.is_empty() => drop(self.to_site.remove(at(self.to_site.len()))),
@@ -223,7 +281,9 @@ impl World {
                     self.take_report(message);
                 }
             }
-            8 if !self.to_hub.is_empty() => self.take_report(self.to_hub[at(self.to_hub.len())].clone()),
+            8 if !self.to_hub.is_empty() => {
+                self.take_report(self.to_hub[at(self.to_hub.len())].clone())
+            }
             9 => self.work(pick.is_multiple_of(8)),
             10 => self.work(false),
             11 if pick.is_multiple_of(4) => self.restart_site(),
@@ -233,12 +293,28 @@ impl World {
     }
 
     fn check(&self) {
-        assert!(self.tasks.len() <= 1, "two tasks use one staging folder: {:?}", self.tasks);
+        assert!(
+            self.tasks.len() <= 1,
+            "two tasks use one staging folder: {:?}",
+            self.tasks
+        );
         for row in std::iter::once(&self.hub).chain(&self.site) {
-            assert!(row.state != State::Done || row.body.receipt.is_some(), "done without a receipt");
-            assert_eq!(row.state.is_final(), row.finished_ms.is_some(), "{:?} at {:?}", row.state, row.finished_ms);
+            assert!(
+                row.state != State::Done || row.body.receipt.is_some(),
+                "done without a receipt"
+            );
+            assert_eq!(
+                row.state.is_final(),
+                row.finished_ms.is_some(),
+                "{:?} at {:?}",
+                row.state,
+                row.finished_ms
+            );
         }
-        assert!(self.hub.state != State::Done || self.is_visible, "done, and nobody sees it");
+        assert!(
+            self.hub.state != State::Done || self.is_visible,
+            "done, and nobody sees it"
+        );
     }
 
     /// Lets everything come to its end: the network works, and nobody asks for anything.
@@ -250,23 +326,43 @@ impl World {
                 self.work(false);
             }
             self.report();
-            self.to_hub.drain(..).collect::<Vec<_>>().into_iter().for_each(|report| self.take_report(report));
+            self.to_hub
+                .drain(..)
+                .collect::<Vec<_>>()
+                .into_iter()
+                .for_each(|report| self.take_report(report));
         }
         let (hub, site) = (&self.hub, self.site.as_ref().unwrap());
-        assert_eq!(hub.state, site.state, "both ends say the same: {hub:?} {site:?}");
+        assert_eq!(
+            hub.state, site.state,
+            "both ends say the same: {hub:?} {site:?}"
+        );
         match hub.want {
-            Want::Pause => assert!(hub.state.is_final() || hub.state == State::Paused, "{hub:?}"),
+            Want::Pause => assert!(
+                hub.state.is_final() || hub.state == State::Paused,
+                "{hub:?}"
+            ),
             _ => assert!(hub.state.is_final(), "{hub:?}"),
         }
-        assert!(hub.state != State::Cancelled || !self.is_visible, "cancelled, and users see it");
+        assert!(
+            hub.state != State::Cancelled || !self.is_visible,
+            "cancelled, and users see it"
+        );
         assert!(self.tasks.is_empty() && self.next.is_none() && self.ending.is_none());
     }
 }
 
 #[test]
 fn every_history_ends_and_both_ends_agree() {
-    let cases = std::env::var("PACKHORSE_HISTORIES").ok().and_then(|n| n.parse().ok()).unwrap_or(HISTORIES);
-    let mut runner = TestRunner::new(Config { cases, failure_persistence: None, ..Config::default() });
+    let cases = std::env::var("PACKHORSE_HISTORIES")
+        .ok()
+        .and_then(|n| n.parse().ok())
+        .unwrap_or(HISTORIES);
+    let mut runner = TestRunner::new(Config {
+        cases,
+        failure_persistence: None,
+        ..Config::default()
+    });
     let histories = proptest::collection::vec((any::<u8>(), any::<u8>()), 0..60);
     let tried = runner.run(&histories, |history| {
         let mut world = World::new();
@@ -283,49 +379,119 @@ fn every_history_ends_and_both_ends_agree() {
 fn a_report_is_believed_for_its_own_generation_only() {
     let mut row = new_row();
     row.generation = 3;
-    let report = |generation, state, body| Event::Reported { generation, state, body };
+    let report = |generation, state, body| Event::Reported {
+        generation,
+        state,
+        body,
+    };
     for never_asked in [-1, 4] {
-        let fault = step(&row, report(never_asked, State::Planning, Body::default()), 1).unwrap_err();
+        let fault = step(
+            &row,
+            report(never_asked, State::Planning, Body::default()),
+            1,
+        )
+        .unwrap_err();
         assert_eq!(fault.code, Code::Integrity);
     }
-    assert_eq!(step(&row, report(2, State::Failed, Body::default()), 1).unwrap().row, None, "a late one");
+    assert_eq!(
+        step(&row, report(2, State::Failed, Body::default()), 1)
+            .unwrap()
+            .row,
+        None,
+        "a late one"
+    );
     let fault: Fault = step(&row, report(3, State::Done, Body::default()), 1).unwrap_err();
     assert!(fault.message.contains("receipt"), "{fault}");
-    let done = Body { receipt: Some(receipt(&row)), ..Body::default() };
-    let after = step(&row, report(3, State::Done, done.clone()), 7).unwrap().row.unwrap();
+    let done = Body {
+        receipt: Some(receipt(&row)),
+        ..Body::default()
+    };
+    let after = step(&row, report(3, State::Done, done.clone()), 7)
+        .unwrap()
+        .row
+        .unwrap();
     assert_eq!((after.state, after.finished_ms), (State::Done, Some(7)));
-    assert_eq!(step(&after, report(3, State::Done, done), 8).unwrap().row, None, "said twice");
-    assert_eq!(step(&after, report(3, State::Transferring, Body::default()), 8).unwrap().row, None, "said before");
+    assert_eq!(
+        step(&after, report(3, State::Done, done), 8).unwrap().row,
+        None,
+        "said twice"
+    );
+    assert_eq!(
+        step(&after, report(3, State::Transferring, Body::default()), 8)
+            .unwrap()
+            .row,
+        None,
+        "said before"
+    );
 }
 
 #[test]
 fn what_a_user_holds_stays_held_until_the_site_has_heard_of_it() {
     let ask = |row: &TransferRow, action| step(row, Event::Asked(action), 1).unwrap().row.unwrap();
     let paused = ask(&new_row(), Action::Pause);
-    assert_eq!((paused.state, paused.want, paused.body.reason), (State::Paused, Want::Pause, Some(Reason::PausedByUser)));
-    let moving = Event::Reported { generation: 0, state: State::Transferring, body: Body::default() };
+    assert_eq!(
+        (paused.state, paused.want, paused.body.reason),
+        (State::Paused, Want::Pause, Some(Reason::PausedByUser))
+    );
+    let moving = Event::Reported {
+        generation: 0,
+        state: State::Transferring,
+        body: Body::default(),
+    };
     assert_eq!(step(&paused, moving, 2).unwrap().row, None);
     let resumed = ask(&paused, Action::Resume);
-    assert_eq!((resumed.state, resumed.want, resumed.body.reason), (State::Queued, Want::Run, None));
+    assert_eq!(
+        (resumed.state, resumed.want, resumed.body.reason),
+        (State::Queued, Want::Run, None)
+    );
     let cancelled = ask(&resumed, Action::Cancel);
-    assert_eq!((cancelled.state, cancelled.finished_ms), (State::Cancelled, Some(1)));
+    assert_eq!(
+        (cancelled.state, cancelled.finished_ms),
+        (State::Cancelled, Some(1))
+    );
     let again = ask(&cancelled, Action::Retry);
-    assert_eq!((again.state, again.generation, again.finished_ms), (State::Queued, 1, None));
+    assert_eq!(
+        (again.state, again.generation, again.finished_ms),
+        (State::Queued, 1, None)
+    );
 }
 
 #[test]
 fn a_newer_generation_starts_only_what_has_ended() {
-    let want = |row: &TransferRow, want, generation| step(row, Event::Wanted { want, generation, after: Vec::new() }, 1).unwrap();
+    let want = |row: &TransferRow, want, generation| {
+        step(
+            row,
+            Event::Wanted {
+                want,
+                generation,
+                after: Vec::new(),
+            },
+            1,
+        )
+        .unwrap()
+    };
     let mut row = new_row();
     row.state = State::Transferring;
     let next = want(&row, Want::Run, 1);
     let after = next.row.unwrap();
-    assert_eq!((after.state, after.generation, next.effects), (State::Transferring, 1, vec![Effect::Run]), "what runs goes on");
+    assert_eq!(
+        (after.state, after.generation, next.effects),
+        (State::Transferring, 1, vec![Effect::Run]),
+        "what runs goes on"
+    );
     row.state = State::Failed;
     let after = want(&row, Want::Run, 1).row.unwrap();
     assert_eq!((after.state, after.generation), (State::Queued, 1));
     let cancel = want(&row, Want::Cancel, 0);
-    assert_eq!(cancel.effects, [Effect::End(Want::Cancel)], "what a failed transfer staged is removed");
+    assert_eq!(
+        cancel.effects,
+        [Effect::End(Want::Cancel)],
+        "what a failed transfer staged is removed"
+    );
     row.state = State::Done;
-    assert_eq!(want(&row, Want::Cancel, 0).effects, [], "what is done cannot be cancelled");
+    assert_eq!(
+        want(&row, Want::Cancel, 0).effects,
+        [],
+        "what is done cannot be cancelled"
+    );
 }

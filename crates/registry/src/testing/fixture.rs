@@ -1,4 +1,5 @@
-//! Small images made here, and registries to put them in: Debian's docker-registry, started and ended by the test.
+//! Small images made here, and registries to put them in: Debian's docker-registry, started and
+//! ended by the test.
 
 use std::io::Write;
 use std::net::{TcpListener, TcpStream};
@@ -39,13 +40,19 @@ pub struct Image {
 }
 
 pub fn write(path: &Path, bytes: &[u8]) {
-    std::fs::File::create(path).unwrap().write_all(bytes).unwrap();
+    std::fs::File::create(path)
+        .unwrap()
+        .write_all(bytes)
+        .unwrap();
 }
 
 /// Bytes that no two seeds share.
 pub fn noise(seed: u64, len: usize) -> Vec<u8> {
     let mut out = vec![0; len];
-    blake3::Hasher::new().update(&seed.to_le_bytes()).finalize_xof().fill(&mut out);
+    blake3::Hasher::new()
+        .update(&seed.to_le_bytes())
+        .finalize_xof()
+        .fill(&mut out);
     out
 }
 
@@ -64,15 +71,22 @@ fn manifest(dir: &Path, architecture: &str, layers: &[Vec<u8>]) -> (Sha256, usiz
         .map(|layer| json!({"mediaType": "application/vnd.oci.image.layer.v1.tar", "digest": put(dir, layer).0, "size": layer.len()}))
         .collect();
     let config = json!({"mediaType": "application/vnd.oci.image.config.v1+json", "digest": config, "size": config_size});
-    let manifest = json!({"schemaVersion": 2, "mediaType": OCI_MANIFEST, "config": config, "layers": layers});
+    let manifest =
+        json!({"schemaVersion": 2, "mediaType": OCI_MANIFEST, "config": config, "layers": layers});
     // Odd white space, so that whoever writes it anew is found out.
-    put(dir, serde_json::to_string_pretty(&manifest).unwrap().as_bytes())
+    put(
+        dir,
+        serde_json::to_string_pretty(&manifest).unwrap().as_bytes(),
+    )
 }
 
 /// Stages an image of these layers; with two platforms as an index over two manifests.
 pub fn image(dir: &Path, layers: &[Vec<u8>], platforms: &[&str]) -> Image {
     std::fs::create_dir_all(dir.join("blobs/sha256")).unwrap();
-    let made: Vec<_> = platforms.iter().map(|p| (p, manifest(dir, p, layers))).collect();
+    let made: Vec<_> = platforms
+        .iter()
+        .map(|p| (p, manifest(dir, p, layers)))
+        .collect();
     let (media_type, (top, size)) = match made.as_slice() {
         [(_, one)] => (OCI_MANIFEST, *one),
         many => {
@@ -82,19 +96,34 @@ pub fn image(dir: &Path, layers: &[Vec<u8>], platforms: &[&str]) -> Image {
                     json!({"mediaType": OCI_MANIFEST, "digest": digest, "size": size, "platform": {"os": "linux", "architecture": p}})
                 })
                 .collect();
-            (OCI_INDEX, put(dir, json!({"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": entries}).to_string().as_bytes()))
+            (
+                OCI_INDEX,
+                put(
+                    dir,
+                    json!({"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": entries})
+                        .to_string()
+                        .as_bytes(),
+                ),
+            )
         }
     };
     let index = json!({"schemaVersion": 2, "manifests": [{"mediaType": media_type, "digest": top, "size": size}]});
     write(&dir.join("index.json"), index.to_string().as_bytes());
-    write(&dir.join("oci-layout"), br#"{"imageLayoutVersion":"1.0.0"}"#);
+    write(
+        &dir.join("oci-layout"),
+        br#"{"imageLayoutVersion":"1.0.0"}"#,
+    );
     let info = Info {
         media_type: media_type.into(),
         digest: top.to_string(),
         size: size as u64,
         platforms: platforms.iter().map(|p| format!("linux/{p}")).collect(),
     };
-    Image { dir: dir.into(), info, layers: layers.iter().map(|l| Sha256::of(l)).collect() }
+    Image {
+        dir: dir.into(),
+        info,
+        layers: layers.iter().map(|l| Sha256::of(l)).collect(),
+    }
 }
 
 /// A layer that tools can unpack: a tar with one file.
@@ -138,13 +167,25 @@ impl RealRegistry {
         match access {
             Access::Open => {}
             Access::Basic => {
-                let made = Command::new("htpasswd").args(["-nbB", USER, PASSWORD]).output();
-                let line = made.expect("htpasswd is missing: run scripts/test, or apt-get install apache2-utils").stdout;
+                let made = Command::new("htpasswd")
+                    .args(["-nbB", USER, PASSWORD])
+                    .output();
+                let line = made
+                    .expect(
+                        "htpasswd is missing: run scripts/test, or apt-get install apache2-utils",
+                    )
+                    .stdout;
                 write(&dir.path().join("htpasswd"), &line);
-                auth = format!("auth:\n  htpasswd:\n    realm: test\n    path: {}\n", path("htpasswd"));
+                auth = format!(
+                    "auth:\n  htpasswd:\n    realm: test\n    path: {}\n",
+                    path("htpasswd")
+                );
             }
             Access::Bearer(service) => {
-                write(&dir.path().join("token.pem"), service.certificate.pem().as_bytes());
+                write(
+                    &dir.path().join("token.pem"),
+                    service.certificate.pem().as_bytes(),
+                );
                 auth = format!(
                     "auth:\n  token:\n    realm: {}\n    service: test\n    issuer: packhorse-test\n    rootcertbundle: {}\n",
                     service.realm(),
@@ -154,11 +195,19 @@ impl RealRegistry {
             Access::Tls { certificate, key } => {
                 write(&dir.path().join("tls.pem"), certificate.as_bytes());
                 write(&dir.path().join("tls.key"), key.as_bytes());
-                tls = format!("  tls:\n    certificate: {}\n    key: {}\n", path("tls.pem"), path("tls.key"));
+                tls = format!(
+                    "  tls:\n    certificate: {}\n    key: {}\n",
+                    path("tls.pem"),
+                    path("tls.key")
+                );
             }
         }
         for _ in 0..5 {
-            let address = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
+            let address = TcpListener::bind("127.0.0.1:0")
+                .unwrap()
+                .local_addr()
+                .unwrap()
+                .to_string();
             let config = format!(
                 "version: 0.1\nlog:\n  level: error\n  accesslog:\n    disabled: true\nstorage:\n  filesystem:\n    rootdirectory: {}\n  delete:\n    enabled: true\nhttp:\n  addr: {address}\n  secret: fixed\n{tls}{auth}",
                 path("data")
@@ -169,14 +218,21 @@ impl RealRegistry {
                 .stdout(Stdio::null())
                 .stderr(Stdio::from(std::fs::File::create(path("log")).unwrap()))
                 .spawn();
-            let mut child = started.expect("docker-registry is missing: run scripts/test, or apt-get install docker-registry");
+            let mut child = started.expect(
+                "docker-registry is missing: run scripts/test, or apt-get install docker-registry",
+            );
             let begun = Instant::now();
             while begun.elapsed() < Duration::from_secs(20) {
                 if child.try_wait().unwrap().is_some() {
                     break; // somebody else took the port
                 }
                 if TcpStream::connect(&address).is_ok() {
-                    return Self { child, address, dir, https: !tls.is_empty() };
+                    return Self {
+                        child,
+                        address,
+                        dir,
+                        https: !tls.is_empty(),
+                    };
                 }
                 std::thread::sleep(Duration::from_millis(20));
             }
@@ -188,7 +244,11 @@ impl RealRegistry {
     }
 
     pub fn url(&self, prefix: &str) -> String {
-        format!("{}://{}/{prefix}", if self.https { "https" } else { "http" }, self.address)
+        format!(
+            "{}://{}/{prefix}",
+            if self.https { "https" } else { "http" },
+            self.address
+        )
     }
 }
 
@@ -215,7 +275,9 @@ impl TokenService {
             asked: AtomicUsize::new(0),
             grant_nothing: AtomicBool::new(false),
         });
-        let app = Router::new().route("/token", get(token)).with_state(service.clone());
+        let app = Router::new()
+            .route("/token", get(token))
+            .with_state(service.clone());
         tokio::spawn(async move { axum::serve(listener, app).await });
         service
     }
@@ -230,22 +292,46 @@ impl TokenService {
 
     fn sign(&self, access: &serde_json::Value) -> String {
         let now = base::clock::now_unix_ms() / 1000;
-        let header = json!({"typ": "JWT", "alg": "ES256", "x5c": [STANDARD.encode(self.certificate.der())]});
+        let header =
+            json!({"typ": "JWT", "alg": "ES256", "x5c": [STANDARD.encode(self.certificate.der())]});
         let claims = json!({"iss": "packhorse-test", "sub": USER, "aud": "test", "exp": now + 300, "nbf": now - 10, "iat": now,
             "jti": now.to_string(), "access": access});
-        let text = format!("{}.{}", URL_SAFE_NO_PAD.encode(header.to_string()), URL_SAFE_NO_PAD.encode(claims.to_string()));
+        let text = format!(
+            "{}.{}",
+            URL_SAFE_NO_PAD.encode(header.to_string()),
+            URL_SAFE_NO_PAD.encode(claims.to_string())
+        );
         let random = ring::rand::SystemRandom::new();
         let algorithm = &ring::signature::ECDSA_P256_SHA256_FIXED_SIGNING;
-        let key = ring::signature::EcdsaKeyPair::from_pkcs8(algorithm, &self.key.serialize_der(), &random).unwrap();
-        format!("{text}.{}", URL_SAFE_NO_PAD.encode(key.sign(&random, text.as_bytes()).unwrap()))
+        let key = ring::signature::EcdsaKeyPair::from_pkcs8(
+            algorithm,
+            &self.key.serialize_der(),
+            &random,
+        )
+        .unwrap();
+        format!(
+            "{text}.{}",
+            URL_SAFE_NO_PAD.encode(key.sign(&random, text.as_bytes()).unwrap())
+        )
     }
 }
 
-async fn token(State(service): State<Arc<TokenService>>, RawQuery(query): RawQuery, headers: HeaderMap) -> Response {
+async fn token(
+    State(service): State<Arc<TokenService>>,
+    RawQuery(query): RawQuery,
+    headers: HeaderMap,
+) -> Response {
     service.asked.fetch_add(1, Ordering::Relaxed);
     let expected = format!("Basic {}", STANDARD.encode(format!("{USER}:{PASSWORD}")));
-    if headers.get("authorization").is_none_or(|v| v != expected.as_str()) {
-        return (StatusCode::UNAUTHORIZED, r#"{"errors":[{"code":"UNAUTHORIZED","message":"wrong password"}]}"#).into_response();
+    if headers
+        .get("authorization")
+        .is_none_or(|v| v != expected.as_str())
+    {
+        return (
+            StatusCode::UNAUTHORIZED,
+            r#"{"errors":[{"code":"UNAUTHORIZED","message":"wrong password"}]}"#,
+        )
+            .into_response();
     }
     let url = reqwest::Url::parse(&format!("http://x/?{}", query.unwrap_or_default())).unwrap();
     let access: Vec<_> = url
@@ -253,9 +339,15 @@ async fn token(State(service): State<Arc<TokenService>>, RawQuery(query): RawQue
         .filter(|(key, _)| key == "scope")
         .map(|(_, scope)| {
             let parts: Vec<&str> = scope.splitn(3, ':').collect();
-            let actions: Vec<&str> = if service.grant_nothing.load(Ordering::Relaxed) { Vec::new() } else { parts[2].split(',').collect() };
+            let actions: Vec<&str> = if service.grant_nothing.load(Ordering::Relaxed) {
+                Vec::new()
+            } else {
+                parts[2].split(',').collect()
+            };
             json!({"type": parts[0], "name": parts[1], "actions": actions})
         })
         .collect();
-    json!({"token": service.sign(&json!(access)), "expires_in": 300}).to_string().into_response()
+    json!({"token": service.sign(&json!(access)), "expires_in": 300})
+        .to_string()
+        .into_response()
 }

@@ -1,6 +1,11 @@
 //! Images and registries for the tests of this crate and of those that use it.
 
-#![expect(clippy::unwrap_used, clippy::expect_used, missing_docs, reason = "tests only")]
+#![expect(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    missing_docs,
+    reason = "tests only"
+)]
 
 pub mod fixture;
 pub mod standin;

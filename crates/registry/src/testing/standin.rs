@@ -35,7 +35,17 @@ pub struct Scripted {
 
 impl Scripted {
     pub fn new(method: &'static str, path: &'static str, status: u16, body: String) -> Self {
-        Self { method, path, status, headers: Vec::new(), body, times: 1, body_bytes_min: 0, skip: 0, but_done: false }
+        Self {
+            method,
+            path,
+            status,
+            headers: Vec::new(),
+            body,
+            times: 1,
+            body_bytes_min: 0,
+            skip: 0,
+            but_done: false,
+        }
     }
 }
 
@@ -60,7 +70,10 @@ pub struct Held {
 
 impl Held {
     pub fn count(&self, method: &str, path: &str) -> usize {
-        self.log.iter().filter(|line| line.starts_with(method) && line.contains(path)).count()
+        self.log
+            .iter()
+            .filter(|line| line.starts_with(method) && line.contains(path))
+            .count()
     }
 }
 
@@ -73,19 +86,40 @@ pub struct StandIn {
 impl StandIn {
     pub async fn start() -> Self {
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let stand_in = Self { address: listener.local_addr().unwrap().to_string(), held: Arc::default() };
+        let stand_in = Self {
+            address: listener.local_addr().unwrap().to_string(),
+            held: Arc::default(),
+        };
         stand_in.held.lock().projects.insert("op".into());
         let app = Router::new().fallback(answer).with_state(stand_in.clone());
         tokio::spawn(async move { axum::serve(listener, app).await });
         stand_in
     }
 
-    pub fn script(&self, method: &'static str, path: &'static str, status: u16, body: impl Into<String>) {
-        self.held.lock().script.push(Scripted::new(method, path, status, body.into()));
+    pub fn script(
+        &self,
+        method: &'static str,
+        path: &'static str,
+        status: u16,
+        body: impl Into<String>,
+    ) {
+        self.held
+            .lock()
+            .script
+            .push(Scripted::new(method, path, status, body.into()));
     }
 
-    pub fn script_always(&self, method: &'static str, path: &'static str, status: u16, body: impl Into<String>) {
-        self.held.lock().script.push(Scripted { times: usize::MAX, ..Scripted::new(method, path, status, body.into()) });
+    pub fn script_always(
+        &self,
+        method: &'static str,
+        path: &'static str,
+        status: u16,
+        body: impl Into<String>,
+    ) {
+        self.held.lock().script.push(Scripted {
+            times: usize::MAX,
+            ..Scripted::new(method, path, status, body.into())
+        });
     }
 }
 
@@ -108,10 +142,17 @@ async fn answer(State(this): State<StandIn>, request: Request<Body>) -> Response
     let path = parts.uri.path().to_owned();
     held.log.push(format!("{} {path}", parts.method));
     if held.body_bytes_max.is_some_and(|max| body.len() > max) {
-        return reply(413, &[("content-type", "text/html".into())], "<html>413 Request Entity Too Large</html>");
+        return reply(
+            413,
+            &[("content-type", "text/html".into())],
+            "<html>413 Request Entity Too Large</html>",
+        );
     }
     let meant = |s: &&mut Scripted| {
-        s.times > 0 && parts.method == s.method && path.contains(s.path) && body.len() >= s.body_bytes_min
+        s.times > 0
+            && parts.method == s.method
+            && path.contains(s.path)
+            && body.len() >= s.body_bytes_min
     };
     let mut scripted = held.script.iter_mut().find(meant);
     let mut forced = None;
@@ -119,18 +160,47 @@ async fn answer(State(this): State<StandIn>, request: Request<Body>) -> Response
         waiting.skip -= 1;
     } else if let Some(scripted) = scripted {
         scripted.times -= 1;
-        let headers: Vec<_> = scripted.headers.iter().map(|(n, v)| (*n, (*v).to_owned())).collect();
+        let headers: Vec<_> = scripted
+            .headers
+            .iter()
+            .map(|(n, v)| (*n, (*v).to_owned()))
+            .collect();
         let response = reply(scripted.status, &headers, scripted.body.clone());
         if !scripted.but_done {
             return response;
         }
         forced = Some(response);
     }
-    let url = reqwest::Url::parse(&format!("http://x/?{}", parts.uri.query().unwrap_or_default())).unwrap();
-    let query: HashMap<String, String> = url.query_pairs().map(|(k, v)| (k.into_owned(), v.into_owned())).collect();
-    let scopes: Vec<String> = url.query_pairs().filter(|(k, _)| k == "scope").map(|(_, v)| v.into_owned()).collect();
-    let authorization = parts.headers.get("authorization").and_then(|v| v.to_str().ok()).unwrap_or_default();
-    let played = play(&mut held, &this.address, &parts.method, &path, &query, &scopes, authorization, &parts.headers, body);
+    let url = reqwest::Url::parse(&format!(
+        "http://x/?{}",
+        parts.uri.query().unwrap_or_default()
+    ))
+    .unwrap();
+    let query: HashMap<String, String> = url
+        .query_pairs()
+        .map(|(k, v)| (k.into_owned(), v.into_owned()))
+        .collect();
+    let scopes: Vec<String> = url
+        .query_pairs()
+        .filter(|(k, _)| k == "scope")
+        .map(|(_, v)| v.into_owned())
+        .collect();
+    let authorization = parts
+        .headers
+        .get("authorization")
+        .and_then(|v| v.to_str().ok())
+        .unwrap_or_default();
+    let played = play(
+        &mut held,
+        &this.address,
+        &parts.method,
+        &path,
+        &query,
+        &scopes,
+        authorization,
+        &parts.headers,
+        body,
+    );
     forced.unwrap_or(played)
 }
 
@@ -153,49 +223,79 @@ fn play(
             .iter()
             .map(|scope| {
                 let name = scope.split(':').nth(1).unwrap_or_default();
-                let known = held.projects.contains(name.split('/').next().unwrap_or_default());
-                let actions = if basic && known { json!(["pull", "push", "delete"]) } else { json!([]) };
+                let known = held
+                    .projects
+                    .contains(name.split('/').next().unwrap_or_default());
+                let actions = if basic && known {
+                    json!(["pull", "push", "delete"])
+                } else {
+                    json!([])
+                };
                 json!({"type": "repository", "name": name, "actions": actions})
             })
             .collect();
         let claims = json!({"n": held.tokens, "access": access});
         let token = format!("h.{}.s", URL_SAFE_NO_PAD.encode(claims.to_string()));
-        return json!({"token": token, "expires_in": 1800}).to_string().into_response();
+        return json!({"token": token, "expires_in": 1800})
+            .to_string()
+            .into_response();
     }
     if path == "/api/v2.0/projects" {
         return match *method {
             _ if !basic => StatusCode::UNAUTHORIZED.into_response(),
-            Method::HEAD if held.projects.contains(&query["project_name"]) => StatusCode::OK.into_response(),
+            Method::HEAD if held.projects.contains(&query["project_name"]) => {
+                StatusCode::OK.into_response()
+            }
             Method::HEAD => StatusCode::NOT_FOUND.into_response(),
             _ => {
                 let wanted: serde_json::Value = serde_json::from_slice(&body).unwrap();
-                held.projects.insert(wanted["project_name"].as_str().unwrap().into());
+                held.projects
+                    .insert(wanted["project_name"].as_str().unwrap().into());
                 StatusCode::CREATED.into_response()
             }
         };
     }
-    let token = authorization.strip_prefix("Bearer h.").and_then(|t| URL_SAFE_NO_PAD.decode(t.trim_end_matches(".s")).ok());
-    let number = token.and_then(|c| serde_json::from_slice::<serde_json::Value>(&c).ok()).and_then(|c| c["n"].as_u64());
-    let good = number.is_some_and(|n| n as usize >= held.first_good_token) || (basic && path == "/v2/");
+    let token = authorization
+        .strip_prefix("Bearer h.")
+        .and_then(|t| URL_SAFE_NO_PAD.decode(t.trim_end_matches(".s")).ok());
+    let number = token
+        .and_then(|c| serde_json::from_slice::<serde_json::Value>(&c).ok())
+        .and_then(|c| c["n"].as_u64());
+    let good =
+        number.is_some_and(|n| n as usize >= held.first_good_token) || (basic && path == "/v2/");
     if !good {
-        let challenge = format!(r#"Bearer realm="http://{address}/service/token",service="harbor-registry""#);
-        return reply(401, &[("www-authenticate", challenge)], error("UNAUTHORIZED", "unauthorized to access repository"));
+        let challenge =
+            format!(r#"Bearer realm="http://{address}/service/token",service="harbor-registry""#);
+        return reply(
+            401,
+            &[("www-authenticate", challenge)],
+            error("UNAUTHORIZED", "unauthorized to access repository"),
+        );
     }
-    let Some(rest) = path.strip_prefix("/v2/") else { return StatusCode::NOT_FOUND.into_response() };
+    let Some(rest) = path.strip_prefix("/v2/") else {
+        return StatusCode::NOT_FOUND.into_response();
+    };
     if rest.is_empty() {
         return "{}".into_response();
     }
     if let Some((repository, session)) = rest.split_once("/blobs/uploads/") {
         let location = |session: &str, bytes: usize| {
             let range = format!("0-{}", bytes.saturating_sub(1));
-            [("location", format!("/v2/{repository}/blobs/uploads/{session}?_state=sekret")), ("range", range)]
+            [
+                (
+                    "location",
+                    format!("/v2/{repository}/blobs/uploads/{session}?_state=sekret"),
+                ),
+                ("range", range),
+            ]
         };
         return match *method {
             Method::POST => {
                 if let (Some(digest), Some(from)) = (query.get("mount"), query.get("from")) {
                     let known = held.blobs.get(&(from.clone(), digest.clone())).cloned();
                     if let Some(bytes) = known {
-                        held.blobs.insert((repository.into(), digest.clone()), bytes);
+                        held.blobs
+                            .insert((repository.into(), digest.clone()), bytes);
                         return StatusCode::CREATED.into_response();
                     }
                 }
@@ -210,18 +310,30 @@ fn play(
                 None => reply(404, &[], error("BLOB_UPLOAD_UNKNOWN", "")),
             },
             Method::PATCH => {
-                let Some(bytes) = held.uploads.get_mut(session) else { return reply(404, &[], error("BLOB_UPLOAD_UNKNOWN", "")) };
+                let Some(bytes) = held.uploads.get_mut(session) else {
+                    return reply(404, &[], error("BLOB_UPLOAD_UNKNOWN", ""));
+                };
                 bytes.extend_from_slice(&body);
                 let len = bytes.len();
                 reply(202, &location(session, len), "")
             }
             _ => {
-                let Some(mut bytes) = held.uploads.remove(session) else { return reply(404, &[], error("BLOB_UPLOAD_UNKNOWN", "")) };
+                let Some(mut bytes) = held.uploads.remove(session) else {
+                    return reply(404, &[], error("BLOB_UPLOAD_UNKNOWN", ""));
+                };
                 bytes.extend_from_slice(&body);
                 if Sha256::of(&bytes).to_string() != query["digest"] {
-                    return reply(400, &[], error("DIGEST_INVALID", "provided digest did not match uploaded content"));
+                    return reply(
+                        400,
+                        &[],
+                        error(
+                            "DIGEST_INVALID",
+                            "provided digest did not match uploaded content",
+                        ),
+                    );
                 }
-                held.blobs.insert((repository.into(), query["digest"].clone()), bytes.into());
+                held.blobs
+                    .insert((repository.into(), query["digest"].clone()), bytes.into());
                 StatusCode::CREATED.into_response()
             }
         };
@@ -231,11 +343,23 @@ fn play(
             return reply(404, &[], error("BLOB_UNKNOWN", ""));
         };
         let bytes = bytes.clone();
-        let range = headers.get("range").and_then(|v| v.to_str().ok()).and_then(|v| v.strip_prefix("bytes=")?.split_once('-'));
+        let range = headers
+            .get("range")
+            .and_then(|v| v.to_str().ok())
+            .and_then(|v| v.strip_prefix("bytes=")?.split_once('-'));
         let (status, bytes) = match range {
             Some((first, last)) => {
                 let first: usize = first.parse().unwrap();
-                (206, bytes.slice(first..last.parse::<usize>().map_or(bytes.len(), |last| last + 1).min(bytes.len())))
+                (
+                    206,
+                    bytes.slice(
+                        first
+                            ..last
+                                .parse::<usize>()
+                                .map_or(bytes.len(), |last| last + 1)
+                                .min(bytes.len()),
+                    ),
+                )
             }
             None => (200, bytes),
         };
@@ -244,7 +368,11 @@ fn play(
             held.cuts -= 1;
             let half = bytes.slice(..bytes.len() / 2);
             let pieces = [Ok(half), Err(std::io::Error::other("the line is cut"))];
-            return reply(status, &length, Body::from_stream(futures::stream::iter(pieces)));
+            return reply(
+                status,
+                &length,
+                Body::from_stream(futures::stream::iter(pieces)),
+            );
         }
         return reply(status, &length, bytes);
     }
@@ -253,13 +381,23 @@ fn play(
         if *method == Method::PUT {
             let digest = Sha256::of(&body).to_string();
             held.manifests.insert(key, body.clone());
-            held.manifests.insert((repository.into(), digest.clone()), body);
+            held.manifests
+                .insert((repository.into(), digest.clone()), body);
             return reply(201, &[("docker-content-digest", digest)], "");
         }
-        let Some(bytes) = held.manifests.get(&key) else { return reply(404, &[], error("MANIFEST_UNKNOWN", "")) };
+        let Some(bytes) = held.manifests.get(&key) else {
+            return reply(404, &[], error("MANIFEST_UNKNOWN", ""));
+        };
         let media: serde_json::Value = serde_json::from_slice(bytes).unwrap();
         let media = media["mediaType"].as_str().unwrap_or_default().to_owned();
-        return reply(200, &[("docker-content-digest", Sha256::of(bytes).to_string()), ("content-type", media)], bytes.clone());
+        return reply(
+            200,
+            &[
+                ("docker-content-digest", Sha256::of(bytes).to_string()),
+                ("content-type", media),
+            ],
+            bytes.clone(),
+        );
     }
     StatusCode::NOT_FOUND.into_response()
 }

@@ -32,12 +32,21 @@ fn incoming(version: &str) -> Incoming {
 fn names_that_windows_refuses_are_refused_where_the_nas_does() {
     let dir = tempfile::tempdir().unwrap();
     let linux = FilesSink::open(None, dir.path()).unwrap();
-    let smb = linux.clone().assuming(Mount { windows_names: true, ..Mount::default() });
+    let smb = linux.clone().assuming(Mount {
+        windows_names: true,
+        ..Mount::default()
+    });
     let refused = |sink: &FilesSink, name: &str| sink.refuse_path(&name.parse().unwrap()).is_some();
     for bad in [
         ["CON", "con.txt", "sub/Aux", "nul.tar.gz", "prn/b.png"],
         ["COM1", "lpt9.log", "a.", "a ", "folder./x.png"],
-        ["folder /x.png", "a\u{1}b", "tab\there", "new\nline", "del\u{7f}"],
+        [
+            "folder /x.png",
+            "a\u{1}b",
+            "tab\there",
+            "new\nline",
+            "del\u{7f}",
+        ],
         ["a<b", "a>b", "a:b", "a\"b", "a|b"],
         ["a?b", "a*b", "a\\b", "a/b/c?", "..."],
     ]
@@ -47,7 +56,16 @@ fn names_that_windows_refuses_are_refused_where_the_nas_does() {
         assert!(refused(&smb, bad), "{bad:?}");
         assert!(!refused(&linux, bad), "{bad:?}");
     }
-    for good in ["CONSOLE.png", "COM10", "COM", "lpt", "a.b", ".hidden", "a b", "图像/缺陷 1.png"] {
+    for good in [
+        "CONSOLE.png",
+        "COM10",
+        "COM",
+        "lpt",
+        "a.b",
+        ".hidden",
+        "a b",
+        "图像/缺陷 1.png",
+    ] {
         assert!(!refused(&smb, good), "{good:?}");
     }
 }
@@ -55,10 +73,21 @@ fn names_that_windows_refuses_are_refused_where_the_nas_does() {
 #[test]
 fn a_name_has_255_bytes_at_the_most() {
     let dir = tempfile::tempdir().unwrap();
-    let smb = FilesSink::open(None, dir.path()).unwrap().assuming(Mount { windows_names: true, ..Mount::default() });
+    let smb = FilesSink::open(None, dir.path()).unwrap().assuming(Mount {
+        windows_names: true,
+        ..Mount::default()
+    });
     for (letter, most) in [("a", 255), ("图", 85)] {
-        assert_eq!(smb.refuse_path(&format!("a/{}", letter.repeat(most)).parse().unwrap()), None);
-        assert!(format!("a/{}", letter.repeat(most + 1)).parse::<RelPath>().is_err(), "no sink is ever shown it");
+        assert_eq!(
+            smb.refuse_path(&format!("a/{}", letter.repeat(most)).parse().unwrap()),
+            None
+        );
+        assert!(
+            format!("a/{}", letter.repeat(most + 1))
+                .parse::<RelPath>()
+                .is_err(),
+            "no sink is ever shown it"
+        );
     }
 }
 
@@ -86,18 +115,32 @@ async fn an_empty_mount_point_is_not_filled() {
             sink.check(&two).await.unwrap_err(),
             sink.commit(&two, &staged).await.unwrap_err(),
             sink.stands(&one).await.unwrap_err(),
-            sink.verify(&one, &sink.landed(&one.artifact).place, &Look::default()).await.unwrap_err(),
+            sink.verify(&one, &sink.landed(&one.artifact).place, &Look::default())
+                .await
+                .unwrap_err(),
             sink.trial().await.unwrap_err(),
             sink.remove(&one.artifact).await.unwrap_err(),
             sink.probe().await.unwrap_err(),
         ];
         for fault in faults {
-            assert_eq!((fault.reason, fault.retry), (Reason::SinkUnavailable, Retry::Backoff), "{fault}");
+            assert_eq!(
+                (fault.reason, fault.retry),
+                (Reason::SinkUnavailable, Retry::Backoff),
+                "{fault}"
+            );
             assert!(fault.next.contains("mount the NAS there"), "{}", fault.next);
         }
     }
-    assert_eq!(std::fs::read_dir(&nas).unwrap().count(), 0, "nothing was made on the disk below the mount");
-    assert_eq!(started.mount.get(), None, "what is not there says nothing of the NAS");
+    assert_eq!(
+        std::fs::read_dir(&nas).unwrap().count(),
+        0,
+        "nothing was made on the disk below the mount"
+    );
+    assert_eq!(
+        started.mount.get(),
+        None,
+        "what is not there says nothing of the NAS"
+    );
 
     // Mounted again.
     std::fs::remove_dir(&nas).unwrap();
@@ -110,7 +153,10 @@ async fn an_empty_mount_point_is_not_filled() {
 
     // Another NAS in its place.
     durable::replace(&nas.join(HIDDEN).join("id"), b"another\n").unwrap();
-    assert_eq!(sink.check(&two).await.unwrap_err().reason, Reason::SinkUnavailable);
+    assert_eq!(
+        sink.check(&two).await.unwrap_err().reason,
+        Reason::SinkUnavailable
+    );
 }
 
 #[tokio::test]
@@ -126,7 +172,10 @@ async fn a_current_that_is_a_link_is_none_and_is_repaired() {
         incoming
     };
     let one = commit("v1", &sink).await;
-    let (file, link) = (sink.series(&one.artifact).join("CURRENT"), sink.series(&one.artifact).join("current"));
+    let (file, link) = (
+        sink.series(&one.artifact).join("CURRENT"),
+        sink.series(&one.artifact).join("current"),
+    );
     assert_eq!(std::fs::read_link(&link).unwrap(), Path::new("v1"));
     // As an earlier revision left it where names fold case.
     for broken in ["link", "nothing"] {
@@ -135,20 +184,40 @@ async fn a_current_that_is_a_link_is_none_and_is_repaired() {
             std::os::unix::fs::symlink("v1", &file).unwrap();
         }
         assert_eq!(sink.active(&one.artifact).await.unwrap(), None);
-        sink.commit(&one, &sink.staging_root().join("gone")).await.unwrap();
+        sink.commit(&one, &sink.staging_root().join("gone"))
+            .await
+            .unwrap();
         assert!(std::fs::symlink_metadata(&file).unwrap().is_file());
-        assert_eq!(sink.active(&one.artifact).await.unwrap().as_deref(), Some("v1"));
+        assert_eq!(
+            sink.active(&one.artifact).await.unwrap().as_deref(),
+            Some("v1")
+        );
     }
     // A filesystem with one entry of both names.
-    let folds = sink.clone().assuming(Mount { folding: Folding { case: true, ..Folding::default() }, ..Mount::default() });
+    let folds = sink.clone().assuming(Mount {
+        folding: Folding {
+            case: true,
+            ..Folding::default()
+        },
+        ..Mount::default()
+    });
     std::fs::remove_file(&link).unwrap();
     let two = commit("v2", &folds).await;
-    assert_eq!(folds.active(&two.artifact).await.unwrap().as_deref(), Some("v2"));
+    assert_eq!(
+        folds.active(&two.artifact).await.unwrap().as_deref(),
+        Some("v2")
+    );
     assert!(!link.exists(), "it would be CURRENT itself");
     std::fs::hard_link(&file, &link).unwrap();
     commit("v3", &sink).await;
-    assert!(std::fs::symlink_metadata(&link).unwrap().is_symlink(), "CURRENT is a new file, so the other name is another's");
-    assert!(is_same_entry(&file, &file).unwrap() && !is_same_entry(&file, &dir.path().join("none")).unwrap());
+    assert!(
+        std::fs::symlink_metadata(&link).unwrap().is_symlink(),
+        "CURRENT is a new file, so the other name is another's"
+    );
+    assert!(
+        is_same_entry(&file, &file).unwrap()
+            && !is_same_entry(&file, &dir.path().join("none")).unwrap()
+    );
 }
 
 #[tokio::test]
@@ -157,10 +226,21 @@ async fn a_commit_of_which_nothing_is_staged_is_brought_again() {
     let sink = FilesSink::open(None, dir.path()).unwrap();
     let one = incoming("v1");
     sink.check(&one).await.unwrap();
-    let fault = sink.commit(&one, &sink.staging_root().join("t-v1")).await.unwrap_err();
-    assert!(fault.retry == Retry::Backoff && crate::must_be_brought_again(&fault), "{fault:?}");
-    assert!(sink.note(&one.artifact).unwrap().is_none(), "and claims nothing");
-    assert!(!crate::must_be_brought_again(&Fault::not_allowed("the NAS is read-only").of_sink()));
+    let fault = sink
+        .commit(&one, &sink.staging_root().join("t-v1"))
+        .await
+        .unwrap_err();
+    assert!(
+        fault.retry == Retry::Backoff && crate::must_be_brought_again(&fault),
+        "{fault:?}"
+    );
+    assert!(
+        sink.note(&one.artifact).unwrap().is_none(),
+        "and claims nothing"
+    );
+    assert!(!crate::must_be_brought_again(
+        &Fault::not_allowed("the NAS is read-only").of_sink()
+    ));
 }
 
 /// Two sites of one root, each of a hub of its own.
@@ -177,7 +257,11 @@ fn two_sites(dir: &Path) -> [FilesSink; 2] {
 
 /// A content of the same version, staged with one file.
 fn staged(sink: &FilesSink, text: &str) -> (Incoming, PathBuf) {
-    let incoming = Incoming { digest: Hash::of(text.as_bytes()), transfer: format!("t-{text}").parse().unwrap(), ..incoming("v1") };
+    let incoming = Incoming {
+        digest: Hash::of(text.as_bytes()),
+        transfer: format!("t-{text}").parse().unwrap(),
+        ..incoming("v1")
+    };
     let folder = sink.staging.join(incoming.transfer.as_str());
     durable::create_dir_all(&folder).unwrap();
     durable::replace(&folder.join("file"), text.as_bytes()).unwrap();
@@ -193,16 +277,31 @@ async fn of_two_sites_with_different_contents_of_one_version_the_later_claims_no
     // The first is between its note and its rename.
     one.claim(&a).unwrap();
     let fault = two.commit(&b, &b_staged).await.unwrap_err();
-    assert_eq!((fault.code, fault.retry), (Code::Conflict, Retry::Backoff), "{fault}");
+    assert_eq!(
+        (fault.code, fault.retry),
+        (Code::Conflict, Retry::Backoff),
+        "{fault}"
+    );
     assert!(!file.exists() && b_staged.exists());
     one.commit(&a, &a_staged).await.unwrap();
     for _ in 0..2 {
         let fault = two.commit(&b, &b_staged).await.unwrap_err();
-        assert_eq!((fault.code, fault.retry), (Code::Conflict, Retry::Never), "{fault}");
+        assert_eq!(
+            (fault.code, fault.retry),
+            (Code::Conflict, Retry::Never),
+            "{fault}"
+        );
         assert!(two.stands(&b).await.is_err());
     }
     assert_eq!(std::fs::read_to_string(&file).unwrap(), "one");
-    assert!(one.stands(&a).await.unwrap() && one.verify(&a, &one.landed(&a.artifact).place, &Look::default()).await.unwrap().is_empty());
+    assert!(
+        one.stands(&a).await.unwrap()
+            && one
+                .verify(&a, &one.landed(&a.artifact).place, &Look::default())
+                .await
+                .unwrap()
+                .is_empty()
+    );
 }
 
 #[tokio::test]
@@ -216,11 +315,19 @@ async fn a_site_that_says_no_longer_that_it_uses_the_root_does_not_keep_versions
     let file = one.root.join(HIDDEN).join(SITES).join(&two.owner);
     let said = |ago: Duration| {
         let time = std::time::SystemTime::from(base::clock::now()) - ago;
-        File::options().write(true).open(&file).unwrap().set_modified(time).unwrap();
+        File::options()
+            .write(true)
+            .open(&file)
+            .unwrap()
+            .set_modified(time)
+            .unwrap();
     };
     assert_eq!(one.others().unwrap().len(), 1);
     said(ROOT_USE_ENDS_AFTER - Duration::from_secs(3_600));
-    assert!(one.remove(&a.artifact).await.unwrap().is_some(), "it may be off for a while");
+    assert!(
+        one.remove(&a.artifact).await.unwrap().is_some(),
+        "it may be off for a while"
+    );
     // One of an earlier revision says it once, whenever that was.
     let text = std::fs::read_to_string(&file).unwrap();
     durable::replace(&file, text.lines().next().unwrap().as_bytes()).unwrap();
@@ -240,7 +347,10 @@ async fn a_claim_that_was_given_up_bars_nobody() {
     one.claim(&a).unwrap();
     durable::remove_all(&a_staged).unwrap();
     two.commit(&b, &b_staged).await.unwrap();
-    assert_eq!(std::fs::read_to_string(two.folder(&b.artifact).join("file")).unwrap(), "two");
+    assert_eq!(
+        std::fs::read_to_string(two.folder(&b.artifact).join("file")).unwrap(),
+        "two"
+    );
     assert!(two.stands(&b).await.unwrap());
 }
 
@@ -280,9 +390,22 @@ fn what_is_staged_goes_to_the_root_that_was_checked() {
     let stage = staging.stage(&transfer).unwrap();
     stage.write_file(&"a".parse().unwrap(), b"a").unwrap();
     assert!(staging.has(&transfer).unwrap());
-    assert_eq!(std::fs::read_dir(&nas).unwrap().count(), 0, "nothing was made on the disk below the mount");
-    assert_eq!(std::fs::read(away.join(".packhorse/staging/t-1/a")).unwrap(), b"a");
-    assert_eq!(sink.staging().map(drop).unwrap_err().reason, Reason::SinkUnavailable);
+    assert_eq!(
+        std::fs::read_dir(&nas).unwrap().count(),
+        0,
+        "nothing was made on the disk below the mount"
+    );
+    assert_eq!(
+        std::fs::read(away.join(".packhorse/staging/t-1/a")).unwrap(),
+        b"a"
+    );
+    assert_eq!(
+        sink.staging().map(drop).unwrap_err().reason,
+        Reason::SinkUnavailable
+    );
     std::fs::remove_dir(&nas).unwrap();
-    assert_eq!(sink.staging().map(drop).unwrap_err().reason, Reason::SinkUnavailable);
+    assert_eq!(
+        sink.staging().map(drop).unwrap_err().reason,
+        Reason::SinkUnavailable
+    );
 }

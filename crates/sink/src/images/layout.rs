@@ -1,8 +1,10 @@
-//! Images as OCI layouts in a folder, where a site has no registry: `<root>/<name>/` is one layout, whose `index.json`
-//! names each version (`org.opencontainers.image.ref.name`), so that `skopeo copy oci:<root>/<name>:<version>` reads it.
+//! Images as OCI layouts in a folder, where a site has no registry: `<root>/<name>/` is one layout,
+//! whose `index.json` names each version (`org.opencontainers.image.ref.name`), so that `skopeo
+//! copy oci:<root>/<name>:<version>` reads it.
 //!
-//! Blobs are renamed in from the staged folder and synced first; replacing `index.json` is what makes a version appear.
-//! A crash before that leaves blobs that nobody names, which the next try uses or the next removal sweeps away.
+//! Blobs are renamed in from the staged folder and synced first; replacing `index.json` is what
+//! makes a version appear. A crash before that leaves blobs that nobody names, which the next try
+//! uses or the next removal sweeps away.
 
 use std::collections::{HashMap, HashSet};
 use std::fs::{self, File};
@@ -18,7 +20,7 @@ use serde_json::{Value, json};
 use sha2::Digest as _;
 
 use super::{file_size, image_info, lost, not_staged, read_small, taken, top_of};
-use crate::{Heartbeat, Incoming, Landed, Look, Place, Sink, Threads, rounded_secs};
+use crate::{Heartbeat, Incoming, Landed, Look, Sink, StorageLocation, Threads, rounded_secs};
 use base::durable;
 use base::fault::{Code, Fault, IoContext};
 use base::limits;
@@ -26,7 +28,8 @@ use base::names::{ArtifactRef, RelPath};
 use content::manifest::FileInfo;
 use registry::image::{Descriptor, REF_NAME, Sha256, Tree, walk};
 
-/// Writes images to a folder of OCI layouts. All that touches the folder runs on threads of this sink: it may be a NAS.
+/// Writes images to a folder of OCI layouts. All that touches the folder runs on threads of this
+/// sink: it may be a NAS.
 pub struct LayoutSink {
     root: PathBuf,
     staging_root: PathBuf,
@@ -39,14 +42,29 @@ pub struct LayoutSink {
 }
 
 impl LayoutSink {
-    /// A sink that keeps its layouts below `path`, which is made when it is first needed: a folder that does not answer must not keep
-    /// the daemon from starting. `configured`: the configuration names it.
+    /// A sink that keeps its layouts below `path`, which is made when it is first needed: a folder
+    /// that does not answer must not keep the daemon from starting. `configured`: the configuration
+    /// names it.
     pub fn new(path: PathBuf, staging_root: PathBuf, configured: bool) -> Result<Self, Fault> {
         if !path.is_absolute() {
-            return Err(Fault::config(format!("the image folder {:?} is not an absolute path", path.display())));
+            return Err(Fault::config(format!(
+                "the image folder {:?} is not an absolute path",
+                path.display()
+            )));
         }
-        let (threads, heartbeat, locks) = (Threads::new("sink images"), Heartbeat::default(), Mutex::default());
-        Ok(Self { root: path, staging_root, configured, threads, heartbeat, locks })
+        let (threads, heartbeat, locks) = (
+            Threads::new("sink images"),
+            Heartbeat::default(),
+            Mutex::default(),
+        );
+        Ok(Self {
+            root: path,
+            staging_root,
+            configured,
+            threads,
+            heartbeat,
+            locks,
+        })
     }
 
     fn layout(&self, artifact: &ArtifactRef) -> PathBuf {
@@ -54,26 +72,40 @@ impl LayoutSink {
     }
 
     fn location(&self, artifact: &ArtifactRef) -> String {
-        format!("oci:{}:{}", self.layout(artifact).display(), artifact.version())
+        format!(
+            "oci:{}:{}",
+            self.layout(artifact).display(),
+            artifact.version()
+        )
     }
 
     fn lock(&self, artifact: &ArtifactRef) -> Arc<tokio::sync::Mutex<()>> {
-        self.locks.lock().entry(artifact.name().into()).or_default().clone()
+        self.locks
+            .lock()
+            .entry(artifact.name().into())
+            .or_default()
+            .clone()
     }
 
     async fn named(&self, artifact: &ArtifactRef) -> Result<Option<Sha256>, Fault> {
         let (layout, version) = (self.layout(artifact), artifact.version().to_owned());
-        self.threads.run(move || Index::read(&layout)?.digest_of(&version)).await
+        self.threads
+            .run(move || Index::read(&layout)?.digest_of(&version))
+            .await
     }
 
-    /// Changes a layout, which nobody else does meanwhile: neither this daemon nor another one that uses the same folder.
+    /// Changes a layout, which nobody else does meanwhile: neither this daemon nor another one that
+    /// uses the same folder.
     async fn change<T: Send + 'static>(
         &self,
         artifact: &ArtifactRef,
         work: impl FnOnce() -> Result<T, Fault> + Send + 'static,
     ) -> Result<T, Fault> {
         // Two names cannot have one lock: a name has no dot in front.
-        let (staging_root, lock) = (self.staging_root.clone(), self.staging_root.join(format!(".{}.lock", artifact.name())));
+        let (staging_root, lock) = (
+            self.staging_root.clone(),
+            self.staging_root.join(format!(".{}.lock", artifact.name())),
+        );
         let change = move || {
             durable::create_dir_all(&staging_root)?;
             let _lock = lock_file(&lock)?;
@@ -88,16 +120,30 @@ impl LayoutSink {
         let lock = self.lock(&incoming.artifact);
         let _held = lock.lock().await;
         let looked = staged.to_owned();
-        let is_staged = self.threads.run(move || looked.try_exists().at(looked.display())).await?;
+        let is_staged = self
+            .threads
+            .run(move || looked.try_exists().at(looked.display()))
+            .await?;
         match self.named(&incoming.artifact).await? {
-            Some(theirs) if theirs != top.digest => return Err(taken(&self.location(&incoming.artifact), &theirs, &top.digest)),
+            Some(theirs) if theirs != top.digest => {
+                return Err(taken(
+                    &self.location(&incoming.artifact),
+                    &theirs,
+                    &top.digest,
+                ));
+            }
             // Committed before a crash, and cleaned up.
             Some(_) if !is_staged => {}
             _ => {
-                let tree =
-                    self.tree(incoming, &[staged, &layout]).await.map_err(|fault| not_staged(fault, &self.location(&incoming.artifact)))?;
+                let tree = self
+                    .tree(incoming, &[staged, &layout])
+                    .await
+                    .map_err(|fault| not_staged(fault, &self.location(&incoming.artifact)))?;
                 let (layout, staged, top) = (layout.clone(), staged.to_owned(), top.clone());
-                let (version, location) = (incoming.artifact.version().to_owned(), self.location(&incoming.artifact));
+                let (version, location) = (
+                    incoming.artifact.version().to_owned(),
+                    self.location(&incoming.artifact),
+                );
                 let land = move || {
                     land(&layout, &staged, &tree, &top, &version, &location)?;
                     durable::remove_all(&staged)
@@ -106,7 +152,11 @@ impl LayoutSink {
             }
         }
         let location = format!("{}@{}", self.location(&incoming.artifact), top.digest);
-        Ok(Landed { place: Place::Folder { path: layout }, location, note: None })
+        Ok(Landed {
+            place: StorageLocation::Folder { path: layout },
+            location,
+            note: None,
+        })
     }
 
     /// Follows the image through the folders in this order.
@@ -122,8 +172,15 @@ impl LayoutSink {
             Ok(None)
         })
         .await?;
-        match tree.absent.iter().find(|digest| !info.absent.contains(&digest.to_string())) {
-            Some(digest) => Err(lost(&format!("manifest {digest}"), &self.location(&incoming.artifact))),
+        match tree
+            .absent
+            .iter()
+            .find(|digest| !info.absent.contains(&digest.to_string()))
+        {
+            Some(digest) => Err(lost(
+                &format!("manifest {digest}"),
+                &self.location(&incoming.artifact),
+            )),
             None => Ok(tree),
         }
     }
@@ -137,9 +194,12 @@ impl Index {
         let path = layout.join("index.json");
         match fs::read(&path) {
             Ok(bytes) => serde_json::from_slice(&bytes).map(Self).map_err(|e| {
-                Fault::integrity(format!("{}: {e}", path.display())).with_next("put the file right by hand, or move the folder away")
+                Fault::integrity(format!("{}: {e}", path.display()))
+                    .with_next("put the file right by hand, or move the folder away")
             }),
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(Self(json!({ "schemaVersion": 2, "manifests": [] }))),
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
+                Ok(Self(json!({ "schemaVersion": 2, "manifests": [] })))
+            }
             Err(e) => Err(Fault::io(format_args!("read {}", path.display()), &e)),
         }
     }
@@ -153,14 +213,22 @@ impl Index {
     }
 
     fn digest_of(&self, version: &str) -> Result<Option<Sha256>, Fault> {
-        let Some(entry) = self.entries().find(|e| Self::is_version(e, version)) else { return Ok(None) };
+        let Some(entry) = self.entries().find(|e| Self::is_version(e, version)) else {
+            return Ok(None);
+        };
         let digest = entry["digest"].as_str().unwrap_or_default();
-        digest.parse().map(Some).map_err(|why| Fault::integrity(format!("the entry {version} of an image folder's index.json: {why}")))
+        digest.parse().map(Some).map_err(|why| {
+            Fault::integrity(format!(
+                "the entry {version} of an image folder's index.json: {why}"
+            ))
+        })
     }
 
     /// Takes a version out; whether it was there.
     fn drop_version(&mut self, version: &str) -> bool {
-        let Some(entries) = self.0["manifests"].as_array_mut() else { return false };
+        let Some(entries) = self.0["manifests"].as_array_mut() else {
+            return false;
+        };
         let before = entries.len();
         entries.retain(|e| !Self::is_version(e, version));
         entries.len() < before
@@ -185,11 +253,17 @@ impl Index {
     }
 }
 
-/// Waits until no other daemon has the lock of this file, and takes it. A filesystem without locks is used without.
+/// Waits until no other daemon has the lock of this file, and takes it. A filesystem without locks
+/// is used without.
 fn lock_file(path: &Path) -> Result<File, Fault> {
     use rustix::io::Errno;
     let what = || format!("lock {}", path.display());
-    let file = File::options().create(true).truncate(false).write(true).open(path).at(what())?;
+    let file = File::options()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .open(path)
+        .at(what())?;
     match rustix::fs::flock(&file, rustix::fs::FlockOperation::LockExclusive) {
         Ok(()) | Err(Errno::NOLCK | Errno::NOSYS | Errno::NOTSUP | Errno::INVAL) => Ok(file),
         Err(error) => Err(Fault::io(what(), &error.into())),
@@ -199,19 +273,34 @@ fn lock_file(path: &Path) -> Result<File, Fault> {
 /// Moves one blob in, which was checked; a copy is made only across filesystems.
 fn move_in(from: &Path, to: &Path) -> Result<(), Fault> {
     durable::sync_file(from)?;
-    let device = |path: &Path| fs::metadata(path).map(|m| m.dev()).at(format_args!("look at {}", path.display()));
+    let device = |path: &Path| {
+        fs::metadata(path)
+            .map(|m| m.dev())
+            .at(format_args!("look at {}", path.display()))
+    };
     let folder = to.parent().unwrap_or(Path::new("/"));
     if device(from)? == device(folder)? {
         return durable::rename_noreplace(from, to);
     }
     let temporary = to.with_extension("part");
-    fs::copy(from, &temporary).at(format_args!("copy {} to {}", from.display(), temporary.display()))?;
+    fs::copy(from, &temporary).at(format_args!(
+        "copy {} to {}",
+        from.display(),
+        temporary.display()
+    ))?;
     durable::sync_file(&temporary)?;
     durable::rename_noreplace(&temporary, to)
 }
 
 /// Puts every file of the image that is staged into the layout, and then its entry.
-fn land(layout: &Path, staged: &Path, tree: &Tree, top: &Descriptor, version: &str, location: &str) -> Result<(), Fault> {
+fn land(
+    layout: &Path,
+    staged: &Path,
+    tree: &Tree,
+    top: &Descriptor,
+    version: &str,
+    location: &str,
+) -> Result<(), Fault> {
     let named = |index: &Index| match index.digest_of(version)? {
         // Another site that uses the same folder was faster.
         Some(theirs) if theirs != top.digest => Err(taken(location, &theirs, &top.digest)),
@@ -219,30 +308,50 @@ fn land(layout: &Path, staged: &Path, tree: &Tree, top: &Descriptor, version: &s
     };
     named(&Index::read(layout)?)?;
     durable::create_dir_all(&layout.join("blobs/sha256"))?;
-    let manifests = tree.manifests.iter().map(|node| (node.digest, node.bytes.len() as u64, false));
-    let blobs = tree.blobs.iter().map(|blob| (blob.digest, blob.size, blob.is_foreign()));
+    let manifests = tree
+        .manifests
+        .iter()
+        .map(|node| (node.digest, node.bytes.len() as u64, false));
+    let blobs = tree
+        .blobs
+        .iter()
+        .map(|blob| (blob.digest, blob.size, blob.is_foreign()));
     for (digest, size, foreign) in manifests.chain(blobs) {
-        let (from, to) = (staged.join(digest.layout_path()), layout.join(digest.layout_path()));
-        // What stands there was asked for by its name and size only, and may have been damaged since it came.
+        let (from, to) = (
+            staged.join(digest.layout_path()),
+            layout.join(digest.layout_path()),
+        );
+        // What stands there was asked for by its name and size only, and may have been damaged
+        // since it came.
         if check_blob(&to, &digest, size)?.is_none() {
             continue;
         }
-        // The artifact's own hash says what the file's bytes are, not that they are what the image names.
+        // The artifact's own hash says what the file's bytes are, not that they are what the image
+        // names.
         match fs::metadata(&from) {
             Ok(_) => {
                 if let Some(why) = check_blob(&from, &digest, size)? {
-                    return Err(Fault::integrity(format!("image blob {digest} does not match its name: {why}"))
-                        .with_next("publish the image again from its original source, under a new version"));
+                    return Err(Fault::integrity(format!(
+                        "image blob {digest} does not match its name: {why}"
+                    ))
+                    .with_next(
+                        "publish the image again from its original source, under a new version",
+                    ));
                 }
                 durable::remove_all(&to)?;
                 move_in(&from, &to)?;
             }
             // A NAS that fails does not say that it is not staged.
-            Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(Fault::io(format_args!("look at {}", from.display()), &e)),
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+                return Err(Fault::io(format_args!("look at {}", from.display()), &e));
+            }
             Err(_) if foreign => durable::remove_all(&to)?,
             Err(_) => {
                 durable::remove_all(&to)?;
-                return Err(lost(&format!("blob {digest}"), &layout.display().to_string()));
+                return Err(lost(
+                    &format!("blob {digest}"),
+                    &layout.display().to_string(),
+                ));
             }
         }
     }
@@ -264,7 +373,9 @@ fn sweep(layout: &Path, named: &HashSet<Sha256>) -> Result<(), Fault> {
     for entry in fs::read_dir(&folder).at(format_args!("list {}", folder.display()))? {
         let entry = entry.at(format_args!("list {}", folder.display()))?;
         let name = entry.file_name();
-        let digest = name.to_str().and_then(|hex| Sha256::from_layout_path(&format!("blobs/sha256/{hex}")));
+        let digest = name
+            .to_str()
+            .and_then(|hex| Sha256::from_layout_path(&format!("blobs/sha256/{hex}")));
         if digest.is_none_or(|digest| !named.contains(&digest)) {
             durable::remove_all(&entry.path())?;
         }
@@ -282,8 +393,13 @@ fn remove_damaged(layout: &Path) -> Result<(), Fault> {
     for entry in entries {
         let entry = entry.at(format_args!("list {}", folder.display()))?;
         let name = entry.file_name();
-        let digest = name.to_str().and_then(|hex| Sha256::from_layout_path(&format!("blobs/sha256/{hex}")));
-        let size = entry.metadata().at(format_args!("look at {}", entry.path().display()))?.len();
+        let digest = name
+            .to_str()
+            .and_then(|hex| Sha256::from_layout_path(&format!("blobs/sha256/{hex}")));
+        let size = entry
+            .metadata()
+            .at(format_args!("look at {}", entry.path().display()))?
+            .len();
         if let Some(digest) = digest
             && check_blob(&entry.path(), &digest, size)?.is_some()
         {
@@ -297,14 +413,19 @@ fn remove_damaged(layout: &Path) -> Result<(), Fault> {
 fn check_blob(path: &Path, digest: &Sha256, size: u64) -> Result<Option<String>, Fault> {
     let mut file = match File::open(path) {
         Ok(file) => file,
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Some(format!("{}: it is gone", path.display()))),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
+            return Ok(Some(format!("{}: it is gone", path.display())));
+        }
         Err(e) => return Err(Fault::io(format_args!("read {}", path.display()), &e)),
     };
     let mut hash = sha2::Sha256::new();
     let mut buffer = vec![0; limits::REGISTRY_READ_BYTES];
     let mut read = 0;
     loop {
-        match file.read(&mut buffer).at(format_args!("read {}", path.display()))? {
+        match file
+            .read(&mut buffer)
+            .at(format_args!("read {}", path.display()))?
+        {
             0 => break,
             n => {
                 hash.update(&buffer[..n]);
@@ -313,8 +434,12 @@ fn check_blob(path: &Path, digest: &Sha256, size: u64) -> Result<Option<String>,
         }
     }
     let found = Sha256(hash.finalize().into());
-    Ok((found != *digest || read != size)
-        .then(|| format!("{}: it has {read} bytes of {found}, {size} bytes were expected", path.display())))
+    Ok((found != *digest || read != size).then(|| {
+        format!(
+            "{}: it has {read} bytes of {found}, {size} bytes were expected",
+            path.display()
+        )
+    }))
 }
 
 #[async_trait]
@@ -335,8 +460,15 @@ impl Sink for LayoutSink {
             let _ = File::open(&staging_root);
         };
         let silent = self.heartbeat.silent_for(&self.threads, call)?;
-        let message = format!("the folder of images {} has not answered for {} s", self.root.display(), rounded_secs(silent));
-        Some(Fault::unreachable(message).with_next("check that disk or NAS; transfers go on by themselves when it answers"))
+        let message = format!(
+            "the folder of images {} has not answered for {} s",
+            self.root.display(),
+            rounded_secs(silent)
+        );
+        Some(
+            Fault::unreachable(message)
+                .with_next("check that disk or NAS; transfers go on by themselves when it answers"),
+        )
     }
 
     fn is_shared(&self) -> bool {
@@ -348,7 +480,10 @@ impl Sink for LayoutSink {
         let trial = move || {
             durable::create_dir_all(&staging_root).map_err(Fault::of_sink)?;
             // Not of a name that another daemon would remove as a leftover.
-            crate::files::trial(&staging_root.join(format!(".trial-{:016x}", rand::random::<u64>()))).map_err(Fault::of_sink)
+            crate::files::trial(
+                &staging_root.join(format!(".trial-{:016x}", rand::random::<u64>())),
+            )
+            .map_err(Fault::of_sink)
         };
         self.threads.run(trial).await
     }
@@ -356,14 +491,27 @@ impl Sink for LayoutSink {
     async fn check(&self, incoming: &Incoming) -> Result<(), Fault> {
         let ours = top_of(image_info(incoming)?)?.digest;
         let staging_root = self.staging_root.clone();
-        self.threads.run(move || durable::create_dir_all(&staging_root).map_err(Fault::of_sink)).await?;
-        match self.named(&incoming.artifact).await.map_err(Fault::of_sink)? {
-            Some(theirs) if theirs != ours => Err(taken(&self.location(&incoming.artifact), &theirs, &ours)),
+        self.threads
+            .run(move || durable::create_dir_all(&staging_root).map_err(Fault::of_sink))
+            .await?;
+        match self
+            .named(&incoming.artifact)
+            .await
+            .map_err(Fault::of_sink)?
+        {
+            Some(theirs) if theirs != ours => {
+                Err(taken(&self.location(&incoming.artifact), &theirs, &ours))
+            }
             _ => Ok(()),
         }
     }
 
-    async fn holds(&self, incoming: &Incoming, path: &RelPath, file: &FileInfo) -> Result<bool, Fault> {
+    async fn holds(
+        &self,
+        incoming: &Incoming,
+        path: &RelPath,
+        file: &FileInfo,
+    ) -> Result<bool, Fault> {
         if Sha256::from_layout_path(path.as_str()).is_none() {
             return Ok(false);
         }
@@ -372,20 +520,34 @@ impl Sink for LayoutSink {
     }
 
     async fn commit(&self, incoming: &Incoming, staged: &Path) -> Result<Landed, Fault> {
-        self.commit_staged(incoming, staged).await.map_err(Fault::of_sink)
+        self.commit_staged(incoming, staged)
+            .await
+            .map_err(Fault::of_sink)
     }
 
     async fn activate(&self, _artifact: &ArtifactRef) -> Result<(), Fault> {
         Ok(()) // every version has its name; none is more current than another
     }
 
-    async fn read_at(&self, place: &Place, path: &RelPath, offset: u64, len: u32) -> Result<Bytes, Fault> {
-        let Place::Folder { path: folder } = place else { return Err(Fault::internal("an image folder was asked for a registry's blob")) };
+    async fn read_at(
+        &self,
+        place: &StorageLocation,
+        path: &RelPath,
+        offset: u64,
+        len: u32,
+    ) -> Result<Bytes, Fault> {
+        let StorageLocation::Folder { path: folder } = place else {
+            return Err(Fault::internal(
+                "an image folder was asked for a registry's blob",
+            ));
+        };
         let path = path.in_dir(folder);
         let read = move || {
             let what = || format!("read {}", path.display());
             let mut out = vec![0; len as usize];
-            File::open(&path).and_then(|file| file.read_exact_at(&mut out, offset)).at(what())?;
+            File::open(&path)
+                .and_then(|file| file.read_exact_at(&mut out, offset))
+                .at(what())?;
             Ok(out.into())
         };
         self.threads.run(read).await
@@ -395,18 +557,33 @@ impl Sink for LayoutSink {
         Ok(self.named(&incoming.artifact).await? == Some(top_of(image_info(incoming)?)?.digest))
     }
 
-    async fn verify(&self, incoming: &Incoming, _place: &Place, look: &Look) -> Result<Vec<String>, Fault> {
-        let (layout, location) = (self.layout(&incoming.artifact), self.location(&incoming.artifact));
+    async fn verify(
+        &self,
+        incoming: &Incoming,
+        _place: &StorageLocation,
+        look: &Look,
+    ) -> Result<Vec<String>, Fault> {
+        let (layout, location) = (
+            self.layout(&incoming.artifact),
+            self.location(&incoming.artifact),
+        );
         let ours = top_of(image_info(incoming)?)?.digest;
         let mut out = Vec::new();
         match self.named(&incoming.artifact).await? {
             None => out.push(format!("{location}: index.json does not name it")),
-            Some(theirs) if theirs != ours => out.push(format!("{location}: index.json names {theirs}, not {ours}")),
+            Some(theirs) if theirs != ours => {
+                out.push(format!("{location}: index.json names {theirs}, not {ours}"));
+            }
             Some(_) => {}
         }
         let tree = match self.tree(incoming, &[&layout]).await {
             Ok(tree) => tree,
-            Err(fault) if matches!(fault.code, Code::NotFound | Code::Integrity | Code::Conflict) => {
+            Err(fault)
+                if matches!(
+                    fault.code,
+                    Code::NotFound | Code::Integrity | Code::Conflict
+                ) =>
+            {
                 out.push(format!("{location}: {fault}"));
                 return Ok(out);
             }
@@ -423,9 +600,13 @@ impl Sink for LayoutSink {
                 let wrong = match size {
                     None if blob.is_foreign() => None,
                     None => Some(format!("{}: it is gone", path.display())),
-                    Some(size) if look.quick => {
-                        (size != blob.size).then(|| format!("{}: it has {size} bytes, {} bytes were expected", path.display(), blob.size))
-                    }
+                    Some(size) if look.quick => (size != blob.size).then(|| {
+                        format!(
+                            "{}: it has {size} bytes, {} bytes were expected",
+                            path.display(),
+                            blob.size
+                        )
+                    }),
                     Some(_) => {
                         look.read(blob.size);
                         check_blob(&path, &blob.digest, blob.size)?
@@ -442,7 +623,8 @@ impl Sink for LayoutSink {
         let layout = self.layout(&incoming.artifact);
         let lock = self.lock(&incoming.artifact);
         let _held = lock.lock().await;
-        self.change(&incoming.artifact, move || remove_damaged(&layout)).await
+        self.change(&incoming.artifact, move || remove_damaged(&layout))
+            .await
     }
 
     async fn remove(&self, artifact: &ArtifactRef) -> Result<Option<String>, Fault> {
@@ -460,10 +642,13 @@ impl Sink for LayoutSink {
             }
             let mut named = HashSet::new();
             for entry in index.entries() {
-                let top: Descriptor = serde_json::from_value(entry.clone())
-                    .map_err(|e| Fault::integrity(format!("an entry of {}/index.json: {e}", layout.display())))?;
+                let top: Descriptor = serde_json::from_value(entry.clone()).map_err(|e| {
+                    Fault::integrity(format!("an entry of {}/index.json: {e}", layout.display()))
+                })?;
                 let folder = &layout;
-                let read = |wanted: Descriptor| async move { read_small(&folder.join(wanted.digest.layout_path())) };
+                let read = |wanted: Descriptor| async move {
+                    read_small(&folder.join(wanted.digest.layout_path()))
+                };
                 let tree = runtime.block_on(walk(&top, read))?;
                 named.extend(tree.manifests.iter().map(|node| node.digest));
                 named.extend(tree.blobs.iter().map(|blob| blob.digest));

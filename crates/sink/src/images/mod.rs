@@ -1,7 +1,8 @@
 //! The sinks of images: an OCI registry, or a folder of OCI layouts where there is none.
 //!
-//! What the engine stages is an OCI layout folder that may lack the blobs which the far end holds already. Both sinks
-//! follow the image from its top manifest down, put blobs first and the top manifest last, and change no byte.
+//! What the engine stages is an OCI layout folder that may lack the blobs which the far end holds
+//! already. Both sinks follow the image from its top manifest down, put blobs first and the top
+//! manifest last, and change no byte.
 
 mod layout;
 mod registry;
@@ -34,7 +35,10 @@ pub fn open(cfg: Option<&settings::ImagesSink>, data_dir: &Path) -> Result<Arc<d
             let staging = path.join(".packhorse-staging"); // inside, so that blobs are renamed and not copied
             Ok(Arc::new(LayoutSink::new(path, staging, cfg.is_some())?))
         }
-        (None, Some(cfg)) => Ok(Arc::new(RegistrySink::new(cfg, data_dir.join("staging").join("images"))?)),
+        (None, Some(cfg)) => Ok(Arc::new(RegistrySink::new(
+            cfg,
+            data_dir.join("staging").join("images"),
+        )?)),
         (None, None) => Err(Fault::internal("no image sink")),
     }
 }
@@ -42,14 +46,25 @@ pub fn open(cfg: Option<&settings::ImagesSink>, data_dir: &Path) -> Result<Arc<d
 fn image_info(incoming: &Incoming) -> Result<&ImageInfo, Fault> {
     match &incoming.root.info {
         KindInfo::Image(info) => Ok(info),
-        _ => Err(Fault::internal(format!("{} is no image but came to the image sink", incoming.artifact))),
+        _ => Err(Fault::internal(format!(
+            "{} is no image but came to the image sink",
+            incoming.artifact
+        ))),
     }
 }
 
 /// What points at the top manifest.
 fn top_of(info: &ImageInfo) -> Result<Descriptor, Fault> {
-    let digest = info.digest.parse::<Sha256>().map_err(|why| Fault::integrity(format!("the artifact's image digest: {why}")))?;
-    Ok(Descriptor { media_type: info.media_type.clone(), digest, size: info.size, urls: None })
+    let digest = info
+        .digest
+        .parse::<Sha256>()
+        .map_err(|why| Fault::integrity(format!("the artifact's image digest: {why}")))?;
+    Ok(Descriptor {
+        media_type: info.media_type.clone(),
+        digest,
+        size: info.size,
+        urls: None,
+    })
 }
 
 /// A small file's bytes, `None` when it is not there. A manifest that is too large is not read.
@@ -59,11 +74,17 @@ fn read_small(path: &Path) -> Result<Option<Bytes>, Fault> {
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
         Err(e) => return Err(Fault::io(what(), &e)),
         Ok(meta) if meta.len() > limits::IMAGE_MANIFEST_BYTES_MAX as u64 => {
-            return Err(Fault::integrity(format!("{}: {} bytes are too many for an image manifest", what(), meta.len())));
+            return Err(Fault::integrity(format!(
+                "{}: {} bytes are too many for an image manifest",
+                what(),
+                meta.len()
+            )));
         }
         Ok(_) => {}
     }
-    std::fs::read(path).at(what()).map(|bytes| Some(bytes.into()))
+    std::fs::read(path)
+        .at(what())
+        .map(|bytes| Some(bytes.into()))
 }
 
 fn file_size(path: &Path) -> Result<Option<u64>, Fault> {
@@ -76,19 +97,30 @@ fn file_size(path: &Path) -> Result<Option<u64>, Fault> {
 
 /// The far end said that it holds this when the transfer began, and holds it no longer.
 fn lost(what: &str, at: &str) -> Fault {
-    Fault::conflict(format!("{what} was at {at} when the transfer was planned and is gone now"))
-        .with_reason(base::fault::Reason::SinkUnavailable)
-        .with_retry(base::fault::Retry::Backoff)
-        .with_next("something removes images there (garbage collection); what is missing is fetched by itself")
+    Fault::conflict(format!(
+        "{what} was at {at} when the transfer was planned and is gone now"
+    ))
+    .with_reason(base::fault::Reason::SinkUnavailable)
+    .with_retry(base::fault::Retry::Backoff)
+    .with_next(
+        "something removes images there (garbage collection); what is missing is fetched by itself",
+    )
 }
 
-/// A top manifest that is neither staged nor at the far end is one that was lost, not one that the user misspelt.
+/// A top manifest that is neither staged nor at the far end is one that was lost, not one that the
+/// user misspelt.
 fn not_staged(fault: Fault, location: &str) -> Fault {
-    if fault.code == base::fault::Code::NotFound { lost("the top manifest", location) } else { fault }
+    if fault.code == base::fault::Code::NotFound {
+        lost("the top manifest", location)
+    } else {
+        fault
+    }
 }
 
 /// A name that other content has already.
 fn taken(location: &str, theirs: &Sha256, ours: &Sha256) -> Fault {
-    Fault::conflict(format!("{location} is there already with another image ({theirs}, not {ours})"))
-        .with_next("remove that tag, or publish under another version; then 'packhorse retry'")
+    Fault::conflict(format!(
+        "{location} is there already with another image ({theirs}, not {ours})"
+    ))
+    .with_next("remove that tag, or publish under another version; then 'packhorse retry'")
 }

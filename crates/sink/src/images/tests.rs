@@ -1,5 +1,5 @@
-//! The image sinks: against docker-registry with both kinds of access, against a stand-in that plays Harbor, and in a
-//! folder. What arrived is looked at with skopeo too.
+//! The image sinks: against docker-registry with both kinds of access, against a stand-in that
+//! plays Harbor, and in a folder. What arrived is looked at with skopeo too.
 
 use std::path::Path;
 use std::process::Command;
@@ -7,8 +7,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::*;
-use crate::{Look, Place};
-use ::registry::testing::fixture::{Access, Image, PASSWORD, RealRegistry, TokenService, USER, image, noise, tar_layer, write};
+use crate::{Look, StorageLocation};
+use ::registry::testing::fixture::{
+    Access, Image, PASSWORD, RealRegistry, TokenService, USER, image, noise, tar_layer, write,
+};
 use ::registry::testing::standin::{Scripted, StandIn, error};
 use base::fault::{Code, Reason, Retry};
 use base::names::RelPath;
@@ -18,7 +20,13 @@ use content::manifest::{FileInfo, ImageInfo, KindInfo, Root, Totals};
 
 fn incoming(reference: &str, image: &Image) -> Incoming {
     let of = image.info.clone();
-    let info = ImageInfo { media_type: of.media_type, digest: of.digest, size: of.size, platforms: of.platforms, absent: Vec::new() };
+    let info = ImageInfo {
+        media_type: of.media_type,
+        digest: of.digest,
+        size: of.size,
+        platforms: of.platforms,
+        absent: Vec::new(),
+    };
     let artifact: ArtifactRef = reference.parse().unwrap();
     let root = Root {
         format: 1,
@@ -29,12 +37,21 @@ fn incoming(reference: &str, image: &Image) -> Incoming {
         depth: 0,
         pages: Vec::new(),
     };
-    Incoming { artifact, digest: Hash::of(image.info.digest.as_bytes()), root, transfer: "t1".parse().unwrap(), waits: Default::default() }
+    Incoming {
+        artifact,
+        digest: Hash::of(image.info.digest.as_bytes()),
+        root,
+        transfer: "t1".parse().unwrap(),
+        waits: Default::default(),
+    }
 }
 
 fn file_info(path: &Path) -> FileInfo {
     let bytes = std::fs::read(path).unwrap();
-    FileInfo { size: bytes.len() as u64, hash: Hash::of(&bytes) }
+    FileInfo {
+        size: bytes.len() as u64,
+        hash: Hash::of(&bytes),
+    }
 }
 
 /// The configuration of an image sink, with the password in a file below `dir`.
@@ -53,7 +70,13 @@ fn sink_config(url: &str, dir: &Path) -> settings::ImagesSink {
 
 fn staged(sink: &dyn Sink, layers: &[Vec<u8>], platforms: &[&str]) -> Image {
     static NEXT: AtomicUsize = AtomicUsize::new(0);
-    image(&sink.staging_root().join(format!("t{}", NEXT.fetch_add(1, Ordering::Relaxed))), layers, platforms)
+    image(
+        &sink
+            .staging_root()
+            .join(format!("t{}", NEXT.fetch_add(1, Ordering::Relaxed))),
+        layers,
+        platforms,
+    )
 }
 
 fn blob_path(digest: &Sha256) -> RelPath {
@@ -61,66 +84,159 @@ fn blob_path(digest: &Sha256) -> RelPath {
 }
 
 fn skopeo(args: &[&str]) -> String {
-    let out = Command::new("skopeo").args(args).output().expect("skopeo is missing: run scripts/test, or apt-get install skopeo");
-    assert!(out.status.success(), "skopeo {args:?}: {}", String::from_utf8_lossy(&out.stderr));
+    let out = Command::new("skopeo")
+        .args(args)
+        .output()
+        .expect("skopeo is missing: run scripts/test, or apt-get install skopeo");
+    assert!(
+        out.status.success(),
+        "skopeo {args:?}: {}",
+        String::from_utf8_lossy(&out.stderr)
+    );
     String::from_utf8(out.stdout).unwrap()
 }
 
 /// What every image sink promises; `inspect` gives the digest that a stranger sees.
 async fn contract(sink: &dyn Sink, inspect: &dyn Fn(&str) -> String) {
     let base = tar_layer("base.txt", &noise(1, 2_000_000));
-    let one = staged(sink, &[base.clone(), tar_layer("top.txt", b"one")], &["amd64", "arm64"]);
+    let one = staged(
+        sink,
+        &[base.clone(), tar_layer("top.txt", b"one")],
+        &["amd64", "arm64"],
+    );
     let v1 = incoming("image/seg:v1", &one);
     sink.check(&v1).await.unwrap();
-    assert!(!sink.holds(&v1, &blob_path(&one.layers[0]), &file_info(&one.dir.join(one.layers[0].layout_path()))).await.unwrap());
+    assert!(
+        !sink
+            .holds(
+                &v1,
+                &blob_path(&one.layers[0]),
+                &file_info(&one.dir.join(one.layers[0].layout_path()))
+            )
+            .await
+            .unwrap()
+    );
     let landed = sink.commit(&v1, &one.dir).await.unwrap();
-    assert!(landed.location.contains(&one.info.digest), "{}", landed.location);
+    assert!(
+        landed.location.contains(&one.info.digest),
+        "{}",
+        landed.location
+    );
     assert!(!one.dir.exists(), "the staged folder goes");
     assert_eq!(inspect("v1"), one.info.digest);
     sink.check(&v1).await.unwrap();
     sink.commit(&v1, &one.dir).await.unwrap();
-    assert_eq!(sink.verify(&v1, &landed.place, &Look::default()).await.unwrap(), Vec::<String>::new());
-    assert_eq!(sink.read_at(&landed.place, &blob_path(&one.layers[0]), 1000, 50).await.unwrap(), base[1000..1050]);
-    assert!(sink.read_at(&landed.place, &blob_path(&one.layers[0]), base.len() as u64 - 5, 10).await.is_err());
+    assert_eq!(
+        sink.verify(&v1, &landed.place, &Look::default())
+            .await
+            .unwrap(),
+        Vec::<String>::new()
+    );
+    assert_eq!(
+        sink.read_at(&landed.place, &blob_path(&one.layers[0]), 1000, 50)
+            .await
+            .unwrap(),
+        base[1000..1050]
+    );
+    assert!(
+        sink.read_at(
+            &landed.place,
+            &blob_path(&one.layers[0]),
+            base.len() as u64 - 5,
+            10
+        )
+        .await
+        .is_err()
+    );
     let top = blob_path(&one.info.digest.parse().unwrap());
-    assert_eq!(sink.read_at(&landed.place, &top, 0, 2).await.unwrap().len(), 2, "manifests can be read too");
+    assert_eq!(
+        sink.read_at(&landed.place, &top, 0, 2).await.unwrap().len(),
+        2,
+        "manifests can be read too"
+    );
 
     // The second version shares its base, which is held already and not staged.
-    let two = staged(sink, &[base.clone(), tar_layer("top.txt", b"two")], &["amd64", "arm64"]);
+    let two = staged(
+        sink,
+        &[base.clone(), tar_layer("top.txt", b"two")],
+        &["amd64", "arm64"],
+    );
     let v2 = incoming("image/seg:v2", &two);
     let shared = two.dir.join(two.layers[0].layout_path());
-    assert!(sink.holds(&v2, &blob_path(&two.layers[0]), &file_info(&shared)).await.unwrap());
+    assert!(
+        sink.holds(&v2, &blob_path(&two.layers[0]), &file_info(&shared))
+            .await
+            .unwrap()
+    );
     std::fs::remove_file(&shared).unwrap();
     sink.commit(&v2, &two.dir).await.unwrap();
-    assert_eq!((inspect("v1"), inspect("v2")), (one.info.digest.clone(), two.info.digest.clone()));
+    assert_eq!(
+        (inspect("v1"), inspect("v2")),
+        (one.info.digest.clone(), two.info.digest.clone())
+    );
 
     // Other content under a version that is there.
     let other = staged(sink, &[tar_layer("top.txt", b"other")], &["amd64"]);
     let taken = incoming("image/seg:v1", &other);
-    for fault in [sink.check(&taken).await.unwrap_err(), sink.commit(&taken, &other.dir).await.unwrap_err()] {
-        assert_eq!((fault.code, fault.reason, fault.retry), (Code::Conflict, Reason::SinkRefused, Retry::Never), "{fault}");
+    for fault in [
+        sink.check(&taken).await.unwrap_err(),
+        sink.commit(&taken, &other.dir).await.unwrap_err(),
+    ] {
+        assert_eq!(
+            (fault.code, fault.reason, fault.retry),
+            (Code::Conflict, Reason::SinkRefused, Retry::Never),
+            "{fault}"
+        );
     }
 
     // A blob that nobody has, and one of another size than its manifest says.
     let partial = staged(sink, &[noise(8, 1000)], &["amd64"]);
     std::fs::remove_file(partial.dir.join(partial.layers[0].layout_path())).unwrap();
-    let fault = sink.commit(&incoming("image/seg:v3", &partial), &partial.dir).await.unwrap_err();
-    assert_eq!((fault.reason, fault.retry), (Reason::SinkUnavailable, Retry::Backoff), "{fault}");
+    let fault = sink
+        .commit(&incoming("image/seg:v3", &partial), &partial.dir)
+        .await
+        .unwrap_err();
+    assert_eq!(
+        (fault.reason, fault.retry),
+        (Reason::SinkUnavailable, Retry::Backoff),
+        "{fault}"
+    );
     let short = staged(sink, &[noise(9, 1000)], &["amd64"]);
     write(&short.dir.join(short.layers[0].layout_path()), b"short");
-    let fault = sink.commit(&incoming("image/seg:v3", &short), &short.dir).await.unwrap_err();
+    let fault = sink
+        .commit(&incoming("image/seg:v3", &short), &short.dir)
+        .await
+        .unwrap_err();
     assert_eq!(fault.code, Code::Integrity, "{fault}");
     // The size is right, the content is another.
     let lying = staged(sink, &[noise(10, 1000)], &["amd64"]);
-    write(&lying.dir.join(lying.layers[0].layout_path()), &noise(11, 1000));
-    let fault = sink.commit(&incoming("image/seg:v3", &lying), &lying.dir).await.unwrap_err();
+    write(
+        &lying.dir.join(lying.layers[0].layout_path()),
+        &noise(11, 1000),
+    );
+    let fault = sink
+        .commit(&incoming("image/seg:v3", &lying), &lying.dir)
+        .await
+        .unwrap_err();
     assert_eq!(fault.code, Code::Integrity, "{fault}");
 
     sink.activate(&v1.artifact).await.unwrap();
     sink.remove(&v1.artifact).await.unwrap();
     sink.remove(&v1.artifact).await.unwrap();
-    assert!(!sink.verify(&v1, &landed.place, &Look::default()).await.unwrap().is_empty());
-    assert_eq!(sink.verify(&v2, &landed.place, &Look::default()).await.unwrap(), Vec::<String>::new(), "what another version needs stays");
+    assert!(
+        !sink
+            .verify(&v1, &landed.place, &Look::default())
+            .await
+            .unwrap()
+            .is_empty()
+    );
+    assert_eq!(
+        sink.verify(&v2, &landed.place, &Look::default())
+            .await
+            .unwrap(),
+        Vec::<String>::new(),
+        "what another version needs stays"
+    );
     assert_eq!(inspect("v2"), two.info.digest);
     sink.probe().await.unwrap();
 }
@@ -133,13 +249,29 @@ async fn registry_contract(server: &RealRegistry, realm_hosts: &[&str]) {
     let creds = format!("{USER}:{PASSWORD}");
     contract(sink.as_ref(), &|tag| {
         let image = format!("docker://{}/op/seg:{tag}", server.address);
-        let raw = skopeo(&["inspect", "--raw", "--tls-verify=false", "--creds", &creds, &image]);
+        let raw = skopeo(&[
+            "inspect",
+            "--raw",
+            "--tls-verify=false",
+            "--creds",
+            &creds,
+            &image,
+        ]);
         Sha256::of(raw.as_bytes()).to_string()
     })
     .await;
     let out = format!("dir:{}", dir.join("copied").display());
     let image = format!("docker://{}/op/seg:v2", server.address);
-    skopeo(&["copy", "-q", "--all", "--src-tls-verify=false", "--src-creds", &creds, &image, &out]);
+    skopeo(&[
+        "copy",
+        "-q",
+        "--all",
+        "--src-tls-verify=false",
+        "--src-creds",
+        &creds,
+        &image,
+        &out,
+    ]);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -150,7 +282,11 @@ async fn a_registry_with_a_password() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_registry_with_tokens() {
     let service = TokenService::start().await;
-    registry_contract(&RealRegistry::start(&Access::Bearer(service.clone())), &[service.address()]).await;
+    registry_contract(
+        &RealRegistry::start(&Access::Bearer(service.clone())),
+        &[service.address()],
+    )
+    .await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -159,21 +295,42 @@ async fn a_folder_of_layouts() {
     let sink = open(None, dir.path()).unwrap();
     let layout = dir.path().join("images/seg");
     contract(sink.as_ref(), &|tag| {
-        let index: serde_json::Value = serde_json::from_slice(&std::fs::read(layout.join("index.json")).unwrap()).unwrap();
+        let index: serde_json::Value =
+            serde_json::from_slice(&std::fs::read(layout.join("index.json")).unwrap()).unwrap();
         let entries = index["manifests"].as_array().unwrap();
-        let entry = entries.iter().find(|e| e["annotations"]["org.opencontainers.image.ref.name"] == tag).unwrap();
+        let entry = entries
+            .iter()
+            .find(|e| e["annotations"]["org.opencontainers.image.ref.name"] == tag)
+            .unwrap();
         entry["digest"].as_str().unwrap().to_owned()
     })
     .await;
     let out = format!("dir:{}", dir.path().join("copied").display());
-    skopeo(&["copy", "-q", "--all", &format!("oci:{}:v2", layout.display()), &out]);
+    skopeo(&[
+        "copy",
+        "-q",
+        "--all",
+        &format!("oci:{}:v2", layout.display()),
+        &out,
+    ]);
 
     // A flipped bit is found; the last version takes the folder with it.
     let one = staged(sink.as_ref(), &[noise(20, 5000)], &["amd64"]);
     let only = incoming("image/one:v1", &one);
     let landed = sink.commit(&only, &one.dir).await.unwrap();
-    write(&dir.path().join("images/one").join(one.layers[0].layout_path()), &noise(21, 5000));
-    assert_eq!(sink.verify(&only, &landed.place, &Look::default()).await.unwrap().len(), 1);
+    write(
+        &dir.path()
+            .join("images/one")
+            .join(one.layers[0].layout_path()),
+        &noise(21, 5000),
+    );
+    assert_eq!(
+        sink.verify(&only, &landed.place, &Look::default())
+            .await
+            .unwrap()
+            .len(),
+        1
+    );
     sink.remove(&only.artifact).await.unwrap();
     assert!(!dir.path().join("images/one").exists());
 }
@@ -182,9 +339,22 @@ async fn a_folder_of_layouts() {
 async fn a_folder_of_layouts_is_not_touched_before_it_is_used() {
     let dir = tempfile::tempdir().unwrap();
     let images = dir.path().join("mount/images");
-    let sink = open(Some(&sink_config(&format!("oci-layout:{}", images.display()), dir.path())), dir.path()).unwrap();
-    assert!(!images.exists(), "a NAS that hangs must not keep the daemon from starting");
-    assert!(sink.is_shared(), "other sites may use a folder that the configuration names");
+    let sink = open(
+        Some(&sink_config(
+            &format!("oci-layout:{}", images.display()),
+            dir.path(),
+        )),
+        dir.path(),
+    )
+    .unwrap();
+    assert!(
+        !images.exists(),
+        "a NAS that hangs must not keep the daemon from starting"
+    );
+    assert!(
+        sink.is_shared(),
+        "other sites may use a folder that the configuration names"
+    );
     sink.probe().await.unwrap();
     sink.trial().await.unwrap();
     assert!(images.is_dir());
@@ -194,30 +364,53 @@ async fn a_folder_of_layouts_is_not_touched_before_it_is_used() {
 #[tokio::test(flavor = "multi_thread")]
 async fn two_sites_use_one_folder_of_layouts() {
     let dir = tempfile::tempdir().unwrap();
-    let config = sink_config(&format!("oci-layout:{}", dir.path().join("images").display()), dir.path());
-    let sinks = [open(Some(&config), dir.path()).unwrap(), open(Some(&config), dir.path()).unwrap()];
+    let config = sink_config(
+        &format!("oci-layout:{}", dir.path().join("images").display()),
+        dir.path(),
+    );
+    let sinks = [
+        open(Some(&config), dir.path()).unwrap(),
+        open(Some(&config), dir.path()).unwrap(),
+    ];
     let mut images = Vec::new();
     for number in 0..12 {
         let sink = &sinks[number % 2];
-        let image = staged(sink.as_ref(), &[noise(100 + number as u64, 2000)], &["amd64"]);
+        let image = staged(
+            sink.as_ref(),
+            &[noise(100 + number as u64, 2000)],
+            &["amd64"],
+        );
         images.push((incoming(&format!("image/seg:v{number}"), &image), image));
     }
-    let commits = images.iter().enumerate().map(|(number, (incoming, image))| sinks[number % 2].commit(incoming, &image.dir));
+    let commits = images
+        .iter()
+        .enumerate()
+        .map(|(number, (incoming, image))| sinks[number % 2].commit(incoming, &image.dir));
     for landed in futures::future::join_all(commits).await {
         landed.unwrap();
     }
     for (incoming, _) in &images {
-        assert!(sinks[0].stands(incoming).await.unwrap(), "{} is named, though the other site named others at once", incoming.artifact);
+        assert!(
+            sinks[0].stands(incoming).await.unwrap(),
+            "{} is named, though the other site named others at once",
+            incoming.artifact
+        );
     }
     // Different images under one version: one of the two is there, and the other is told so.
-    let [one, two] = [200, 201].map(|seed| staged(sinks[0].as_ref(), &[noise(seed, 2000)], &["amd64"]));
+    let [one, two] =
+        [200, 201].map(|seed| staged(sinks[0].as_ref(), &[noise(seed, 2000)], &["amd64"]));
     let [a, b] = [&one, &two].map(|image| incoming("image/seg:same", image));
-    let (first, second) = tokio::join!(sinks[0].commit(&a, &one.dir), sinks[1].commit(&b, &two.dir));
+    let (first, second) =
+        tokio::join!(sinks[0].commit(&a, &one.dir), sinks[1].commit(&b, &two.dir));
     let fault = match (first, second) {
         (Ok(_), Err(fault)) | (Err(fault), Ok(_)) => fault,
         both => unreachable!("one of the two: {both:?}"),
     };
-    assert_eq!((fault.code, fault.reason), (Code::Conflict, Reason::SinkRefused), "{fault}");
+    assert_eq!(
+        (fault.code, fault.reason),
+        (Code::Conflict, Reason::SinkRefused),
+        "{fault}"
+    );
 }
 
 #[tokio::test]
@@ -226,8 +419,13 @@ async fn a_damaged_layer_is_not_landed_again_for_its_size() {
     let sink = open(None, dir.path()).unwrap();
     let base = noise(30, 5000);
     let one = staged(sink.as_ref(), std::slice::from_ref(&base), &["amd64"]);
-    sink.commit(&incoming("image/one:v1", &one), &one.dir).await.unwrap();
-    let layer = dir.path().join("images/one").join(one.layers[0].layout_path());
+    sink.commit(&incoming("image/one:v1", &one), &one.dir)
+        .await
+        .unwrap();
+    let layer = dir
+        .path()
+        .join("images/one")
+        .join(one.layers[0].layout_path());
     write(&layer, &noise(31, 5000));
 
     // The second version has the same base, which is held by its name and size and so not staged.
@@ -238,12 +436,21 @@ async fn a_damaged_layer_is_not_landed_again_for_its_size() {
     assert!(sink.holds(&v2, &path, &file).await.unwrap());
     std::fs::remove_file(&from).unwrap();
     let fault = sink.commit(&v2, &two.dir).await.unwrap_err();
-    assert_eq!((fault.reason, fault.retry), (Reason::SinkUnavailable, Retry::Backoff), "{fault}");
+    assert_eq!(
+        (fault.reason, fault.retry),
+        (Reason::SinkUnavailable, Retry::Backoff),
+        "{fault}"
+    );
     // The next try brings it, and then both versions are sound.
     assert!(!sink.holds(&v2, &path, &file).await.unwrap());
     write(&from, &base);
     let landed = sink.commit(&v2, &two.dir).await.unwrap();
-    assert_eq!(sink.verify(&v2, &landed.place, &Look::default()).await.unwrap(), Vec::<String>::new());
+    assert_eq!(
+        sink.verify(&v2, &landed.place, &Look::default())
+            .await
+            .unwrap(),
+        Vec::<String>::new()
+    );
     assert_eq!(std::fs::read(&layer).unwrap(), base);
 }
 
@@ -251,54 +458,168 @@ async fn a_damaged_layer_is_not_landed_again_for_its_size() {
 async fn what_is_refused_before_a_byte_moves() {
     let dir = tempfile::tempdir().unwrap();
     let cfg = |url: &str| sink_config(url, dir.path());
-    for bad in ["oci-layout:relative", "harbor/op", "https://user:pw@h/op", "https://h/Op", "ftp://h/op"] {
+    for bad in [
+        "oci-layout:relative",
+        "harbor/op",
+        "https://user:pw@h/op",
+        "https://h/Op",
+        "ftp://h/op",
+    ] {
         let fault = open(Some(&cfg(bad)), dir.path()).err().unwrap();
         assert_eq!(fault.code, Code::Config, "{bad}: {fault}");
     }
-    let no_secret = settings::ImagesSink { password_file: Some("/nowhere".into()), ..cfg("https://h/op") };
-    assert_eq!(open(Some(&no_secret), dir.path()).err().unwrap().code, Code::Config);
+    let no_secret = settings::ImagesSink {
+        password_file: Some("/nowhere".into()),
+        ..cfg("https://h/op")
+    };
+    assert_eq!(
+        open(Some(&no_secret), dir.path()).err().unwrap().code,
+        Code::Config
+    );
     let sink = open(Some(&cfg("http://127.0.0.1:1/op")), dir.path()).unwrap();
     let made = staged(sink.as_ref(), &[noise(1, 10)], &["amd64"]);
-    let fault = sink.check(&incoming("image/a..b:v1", &made)).await.unwrap_err();
+    let fault = sink
+        .check(&incoming("image/a..b:v1", &made))
+        .await
+        .unwrap_err();
     assert_eq!(fault.reason, Reason::SinkRefused, "{fault}");
-    let fault = sink.check(&incoming("image/a:v1", &made)).await.unwrap_err();
-    assert_eq!((fault.code, fault.reason, fault.retry), (Code::Unreachable, Reason::SinkUnavailable, Retry::Backoff), "{fault}");
+    let fault = sink
+        .check(&incoming("image/a:v1", &made))
+        .await
+        .unwrap_err();
+    assert_eq!(
+        (fault.code, fault.reason, fault.retry),
+        (Code::Unreachable, Reason::SinkUnavailable, Retry::Backoff),
+        "{fault}"
+    );
 }
 
 async fn harbor(dir: &Path, create_project: bool) -> (StandIn, Arc<dyn Sink>) {
     let server = StandIn::start().await;
-    let cfg = settings::ImagesSink { create_project, ..sink_config(&format!("http://{}/op", server.address), dir) };
+    let cfg = settings::ImagesSink {
+        create_project,
+        ..sink_config(&format!("http://{}/op", server.address), dir)
+    };
     (server, open(Some(&cfg), dir).unwrap())
 }
 
 /// One scripted answer while an image is committed, and what the commit makes of it.
-async fn told(method: &'static str, path: &'static str, status: u16, body: String, code: Code, reason: Reason, retry: Retry) {
+async fn told(
+    method: &'static str,
+    path: &'static str,
+    status: u16,
+    body: String,
+    code: Code,
+    reason: Reason,
+    retry: Retry,
+) {
     let dir = tempfile::tempdir().unwrap();
     let (server, sink) = harbor(dir.path(), false).await;
     server.script_always(method, path, status, body);
     let made = staged(sink.as_ref(), &[noise(1, 10_000)], &["amd64"]);
-    let fault = sink.commit(&incoming("image/a:v1", &made), &made.dir).await.unwrap_err();
-    assert_eq!((fault.code, fault.reason, fault.retry), (code, reason, retry), "{method} {path} {status}: {fault}");
+    let fault = sink
+        .commit(&incoming("image/a:v1", &made), &made.dir)
+        .await
+        .unwrap_err();
+    assert_eq!(
+        (fault.code, fault.reason, fault.retry),
+        (code, reason, retry),
+        "{method} {path} {status}: {fault}"
+    );
     let printed = format!("{fault:?}");
-    assert!(!printed.contains(PASSWORD) && !printed.contains("sekret") && !printed.contains("h.ey"), "{printed}");
+    assert!(
+        !printed.contains(PASSWORD) && !printed.contains("sekret") && !printed.contains("h.ey"),
+        "{printed}"
+    );
     assert!(made.dir.exists(), "what is staged stays for the next try");
 }
 
 #[tokio::test]
 async fn harbor_refusals() {
-    let over =
-        "adding 9.5 KiB of storage resource, which when updated to current usage of 1 MiB will exceed the configured upper limit of 1 MiB.";
+    let over = "adding 9.5 KiB of storage resource, which when updated to current usage of 1 MiB will exceed the configured upper limit of 1 MiB.";
     let read_only = "The system is in read only mode. Any modification is prohibited.";
     let html = "<html><h1>504 Gateway Time-out</h1></html>";
     let uploads = "/blobs/uploads/";
-    told("PUT", uploads, 403, error("DENIED", over), Code::NoSpace, Reason::NoSpace, Retry::Backoff).await;
-    told("POST", uploads, 403, error("DENIED", read_only), Code::Unreachable, Reason::SinkUnavailable, Retry::AfterMs(60_000)).await;
-    told("POST", uploads, 403, error("DENIED", "nothing for you"), Code::NotAllowed, Reason::SinkDenied, Retry::Never).await;
-    told("PUT", "/manifests/", 413, html.into(), Code::Conflict, Reason::SinkRefused, Retry::Never).await;
-    told("PUT", "/manifests/", 400, error("MANIFEST_INVALID", "no"), Code::Conflict, Reason::SinkRefused, Retry::Never).await;
-    told("PUT", "/manifests/", 400, error("MANIFEST_BLOB_UNKNOWN", ""), Code::Conflict, Reason::SinkUnavailable, Retry::Backoff).await;
-    told("PUT", "/manifests/", 504, html.into(), Code::Unreachable, Reason::SinkUnavailable, Retry::Backoff).await;
-    told("HEAD", "/manifests/", 500, String::new(), Code::Unreachable, Reason::SinkUnavailable, Retry::Backoff).await;
+    told(
+        "PUT",
+        uploads,
+        403,
+        error("DENIED", over),
+        Code::NoSpace,
+        Reason::NoSpace,
+        Retry::Backoff,
+    )
+    .await;
+    told(
+        "POST",
+        uploads,
+        403,
+        error("DENIED", read_only),
+        Code::Unreachable,
+        Reason::SinkUnavailable,
+        Retry::AfterMs(60_000),
+    )
+    .await;
+    told(
+        "POST",
+        uploads,
+        403,
+        error("DENIED", "nothing for you"),
+        Code::NotAllowed,
+        Reason::SinkDenied,
+        Retry::Never,
+    )
+    .await;
+    told(
+        "PUT",
+        "/manifests/",
+        413,
+        html.into(),
+        Code::Conflict,
+        Reason::SinkRefused,
+        Retry::Never,
+    )
+    .await;
+    told(
+        "PUT",
+        "/manifests/",
+        400,
+        error("MANIFEST_INVALID", "no"),
+        Code::Conflict,
+        Reason::SinkRefused,
+        Retry::Never,
+    )
+    .await;
+    told(
+        "PUT",
+        "/manifests/",
+        400,
+        error("MANIFEST_BLOB_UNKNOWN", ""),
+        Code::Conflict,
+        Reason::SinkUnavailable,
+        Retry::Backoff,
+    )
+    .await;
+    told(
+        "PUT",
+        "/manifests/",
+        504,
+        html.into(),
+        Code::Unreachable,
+        Reason::SinkUnavailable,
+        Retry::Backoff,
+    )
+    .await;
+    told(
+        "HEAD",
+        "/manifests/",
+        500,
+        String::new(),
+        Code::Unreachable,
+        Reason::SinkUnavailable,
+        Retry::Backoff,
+    )
+    .await;
 }
 
 #[tokio::test]
@@ -307,20 +628,48 @@ async fn a_registry_that_takes_nothing_is_noticed_before_a_byte_moves() {
     let (server, sink) = harbor(dir.path(), false).await;
     let made = staged(sink.as_ref(), &[noise(1, 10)], &["amd64"]);
     sink.check(&incoming("image/a:v1", &made)).await.unwrap();
-    server.script_always("POST", "/blobs/uploads/", 403, error("DENIED", "The system is in read only mode."));
-    let fault = sink.check(&incoming("image/a:v1", &made)).await.unwrap_err();
-    assert_eq!((fault.reason, fault.retry), (Reason::SinkUnavailable, Retry::AfterMs(60_000)), "{fault}");
+    server.script_always(
+        "POST",
+        "/blobs/uploads/",
+        403,
+        error("DENIED", "The system is in read only mode."),
+    );
+    let fault = sink
+        .check(&incoming("image/a:v1", &made))
+        .await
+        .unwrap_err();
+    assert_eq!(
+        (fault.reason, fault.retry),
+        (Reason::SinkUnavailable, Retry::AfterMs(60_000)),
+        "{fault}"
+    );
 }
 
 #[tokio::test]
 async fn harbor_asks_for_a_pause() {
     let dir = tempfile::tempdir().unwrap();
     let (server, sink) = harbor(dir.path(), false).await;
-    let slow_down = Scripted::new("POST", "/blobs/uploads/", 429, error("TOOMANYREQUESTS", "slow down"));
-    server.held.lock().script.push(Scripted { headers: vec![("retry-after", "17")], times: usize::MAX, ..slow_down });
+    let slow_down = Scripted::new(
+        "POST",
+        "/blobs/uploads/",
+        429,
+        error("TOOMANYREQUESTS", "slow down"),
+    );
+    server.held.lock().script.push(Scripted {
+        headers: vec![("retry-after", "17")],
+        times: usize::MAX,
+        ..slow_down
+    });
     let made = staged(sink.as_ref(), &[noise(1, 10_000)], &["amd64"]);
-    let fault = sink.commit(&incoming("image/a:v1", &made), &made.dir).await.unwrap_err();
-    assert_eq!((fault.reason, fault.retry), (Reason::SinkUnavailable, Retry::AfterMs(17_000)), "{fault}");
+    let fault = sink
+        .commit(&incoming("image/a:v1", &made), &made.dir)
+        .await
+        .unwrap_err();
+    assert_eq!(
+        (fault.reason, fault.retry),
+        (Reason::SinkUnavailable, Retry::AfterMs(17_000)),
+        "{fault}"
+    );
 }
 
 #[tokio::test]
@@ -331,10 +680,21 @@ async fn a_missing_project_is_named_or_made() {
     let made = staged(sink.as_ref(), &[noise(1, 10_000)], &["amd64"]);
     let one = incoming("image/a:v1", &made);
     let fault = sink.check(&one).await.unwrap_err();
-    assert_eq!((fault.code, fault.reason, fault.retry), (Code::Config, Reason::SinkDenied, Retry::Never), "{fault}");
-    assert!(fault.message.contains("project \"op\" does not exist") && fault.next.contains("create_project"), "{fault:?}");
+    assert_eq!(
+        (fault.code, fault.reason, fault.retry),
+        (Code::Config, Reason::SinkDenied, Retry::Never),
+        "{fault}"
+    );
+    assert!(
+        fault.message.contains("project \"op\" does not exist")
+            && fault.next.contains("create_project"),
+        "{fault:?}"
+    );
 
-    let cfg = settings::ImagesSink { create_project: true, ..sink_config(&format!("http://{}/op", server.address), dir.path()) };
+    let cfg = settings::ImagesSink {
+        create_project: true,
+        ..sink_config(&format!("http://{}/op", server.address), dir.path())
+    };
     let sink = open(Some(&cfg), dir.path()).unwrap();
     sink.check(&one).await.unwrap();
     sink.commit(&one, &made.dir).await.unwrap();
@@ -349,9 +709,15 @@ async fn wrong_credentials_and_missing_rights_are_told_apart() {
     write(&dir.path().join("password"), b"another");
     let sink = open(Some(&cfg), dir.path()).unwrap();
     let made = staged(sink.as_ref(), &[noise(1, 10)], &["amd64"]);
-    let fault = sink.check(&incoming("image/a:v1", &made)).await.unwrap_err();
+    let fault = sink
+        .check(&incoming("image/a:v1", &made))
+        .await
+        .unwrap_err();
     assert_eq!(fault.reason, Reason::SinkDenied);
-    assert!(fault.message.contains("does not take the credentials"), "{fault}");
+    assert!(
+        fault.message.contains("does not take the credentials"),
+        "{fault}"
+    );
     // The file is mended: no restart is needed.
     write(&dir.path().join("password"), PASSWORD.as_bytes());
     sink.check(&incoming("image/a:v1", &made)).await.unwrap();
@@ -369,7 +735,11 @@ async fn an_expired_token_is_renewed_once() {
     assert_eq!(server.held.lock().count("GET", "/service/token"), 2);
     server.held.lock().first_good_token = usize::MAX;
     let fault = sink.check(&one).await.unwrap_err();
-    assert_eq!((fault.reason, fault.retry), (Reason::SinkDenied, Retry::Never), "{fault}");
+    assert_eq!(
+        (fault.reason, fault.retry),
+        (Reason::SinkDenied, Retry::Never),
+        "{fault}"
+    );
 }
 
 #[tokio::test]
@@ -378,8 +748,14 @@ async fn an_immutable_tag_is_fine_when_it_is_this_image() {
     let (server, sink) = harbor(dir.path(), false).await;
     let made = staged(sink.as_ref(), &[noise(1, 10_000)], &["amd64"]);
     let one = incoming("image/a:v1", &made);
-    let precondition = error("PRECONDITION", "Failed to process request due to 'a:v1' configured as immutable.");
-    let script = |but_done| Scripted { but_done, ..Scripted::new("PUT", "/manifests/v1", 412, precondition.clone()) };
+    let precondition = error(
+        "PRECONDITION",
+        "Failed to process request due to 'a:v1' configured as immutable.",
+    );
+    let script = |but_done| Scripted {
+        but_done,
+        ..Scripted::new("PUT", "/manifests/v1", 412, precondition.clone())
+    };
     server.held.lock().script.push(script(true));
     sink.commit(&one, &made.dir).await.unwrap();
 
@@ -387,8 +763,15 @@ async fn an_immutable_tag_is_fine_when_it_is_this_image() {
     let other = staged(sink.as_ref(), &[noise(2, 10_000)], &["amd64"]);
     server.script("HEAD", "/manifests/v1", 404, "");
     server.held.lock().script.push(script(false));
-    let fault = sink.commit(&incoming("image/a:v1", &other), &other.dir).await.unwrap_err();
-    assert_eq!((fault.code, fault.reason, fault.retry), (Code::Conflict, Reason::SinkRefused, Retry::Never), "{fault}");
+    let fault = sink
+        .commit(&incoming("image/a:v1", &other), &other.dir)
+        .await
+        .unwrap_err();
+    assert_eq!(
+        (fault.code, fault.reason, fault.retry),
+        (Code::Conflict, Reason::SinkRefused, Retry::Never),
+        "{fault}"
+    );
 }
 
 #[tokio::test]
@@ -396,16 +779,29 @@ async fn a_proxy_limit_makes_chunks() {
     let dir = tempfile::tempdir().unwrap();
     let (server, sink) = harbor(dir.path(), false).await;
     server.held.lock().body_bytes_max = Some(3 << 20);
-    let made = staged(sink.as_ref(), &[noise(1, 9 << 20), noise(2, 10 << 20)], &["amd64"]);
-    sink.commit(&incoming("image/a:v1", &made), &made.dir).await.unwrap();
+    let made = staged(
+        sink.as_ref(),
+        &[noise(1, 9 << 20), noise(2, 10 << 20)],
+        &["amd64"],
+    );
+    sink.commit(&incoming("image/a:v1", &made), &made.dir)
+        .await
+        .unwrap();
     assert!(server.held.lock().count("PATCH", "/blobs/uploads/") >= 8);
 
     let dir = tempfile::tempdir().unwrap();
     let (server, sink) = harbor(dir.path(), false).await;
     server.held.lock().body_bytes_max = Some(100_000);
     let made = staged(sink.as_ref(), &[noise(1, 9 << 20)], &["amd64"]);
-    let fault = sink.commit(&incoming("image/a:v1", &made), &made.dir).await.unwrap_err();
-    assert_eq!((fault.reason, fault.retry), (Reason::SinkRefused, Retry::Never), "{fault}");
+    let fault = sink
+        .commit(&incoming("image/a:v1", &made), &made.dir)
+        .await
+        .unwrap_err();
+    assert_eq!(
+        (fault.reason, fault.retry),
+        (Reason::SinkRefused, Retry::Never),
+        "{fault}"
+    );
     assert!(fault.next.contains("client_max_body_size"), "{fault:?}");
 }
 
@@ -416,26 +812,53 @@ async fn broken_uploads_go_on_or_start_again() {
     let commit = async |name: &str, seed| {
         let made = staged(sink.as_ref(), &[noise(seed, 4 << 20)], &["amd64"]);
         let before = server.held.lock().count("POST", "/blobs/uploads/");
-        sink.commit(&incoming(name, &made), &made.dir).await.unwrap();
+        sink.commit(&incoming(name, &made), &made.dir)
+            .await
+            .unwrap();
         server.held.lock().count("POST", "/blobs/uploads/") - before
     };
     // The gateway gave up, the registry did not: the blob is there and is not sent again.
-    server.held.lock().script.push(Scripted { but_done: true, ..Scripted::new("PUT", "/blobs/uploads/", 504, "<html>504</html>".into()) });
+    server.held.lock().script.push(Scripted {
+        but_done: true,
+        ..Scripted::new("PUT", "/blobs/uploads/", 504, "<html>504</html>".into())
+    });
     assert_eq!(commit("image/a:v1", 1).await, 2, "one session a blob");
     // The session is gone: a new one.
-    server.script("PUT", "/blobs/uploads/", 404, error("BLOB_UPLOAD_UNKNOWN", ""));
+    server.script(
+        "PUT",
+        "/blobs/uploads/",
+        404,
+        error("BLOB_UPLOAD_UNKNOWN", ""),
+    );
     assert_eq!(commit("image/a:v2", 2).await, 3);
     // A blob went between the look and the push of the manifest.
-    server.script("PUT", "/manifests/", 400, error("MANIFEST_BLOB_UNKNOWN", "blob unknown"));
+    server.script(
+        "PUT",
+        "/manifests/",
+        400,
+        error("MANIFEST_BLOB_UNKNOWN", "blob unknown"),
+    );
     assert_eq!(commit("image/a:v3", 3).await, 2);
     // In chunks, a server's error between two of them: the session goes on.
     server.held.lock().body_bytes_max = Some(2 << 20);
-    assert_eq!(commit("image/a:v4", 4).await, 3, "one session went to find the size that passes");
+    assert_eq!(
+        commit("image/a:v4", 4).await,
+        3,
+        "one session went to find the size that passes"
+    );
     // The config is sent at the same time: only requests of the layer are as large as this.
-    let second = Scripted { skip: 1, body_bytes_min: 1 << 20, ..Scripted::new("PATCH", "/blobs/uploads/", 500, String::new()) };
+    let second = Scripted {
+        skip: 1,
+        body_bytes_min: 1 << 20,
+        ..Scripted::new("PATCH", "/blobs/uploads/", 500, String::new())
+    };
     server.held.lock().script.push(second);
     assert_eq!(commit("image/a:v5", 5).await, 2);
-    assert_eq!(server.held.lock().count("GET", "/blobs/uploads/"), 1, "the session was asked where it stands");
+    assert_eq!(
+        server.held.lock().count("GET", "/blobs/uploads/"),
+        1,
+        "the session was asked where it stands"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -468,10 +891,21 @@ async fn an_answer_before_the_end_of_the_body_is_heard() {
         }
     });
     let dir = tempfile::tempdir().unwrap();
-    let sink = open(Some(&sink_config(&format!("http://{address}/op"), dir.path())), dir.path()).unwrap();
-    let made = staged(sink.as_ref(), &[noise(1, 20 << 20), noise(2, 1 << 20), noise(3, 100)], &["amd64"]);
+    let sink = open(
+        Some(&sink_config(&format!("http://{address}/op"), dir.path())),
+        dir.path(),
+    )
+    .unwrap();
+    let made = staged(
+        sink.as_ref(),
+        &[noise(1, 20 << 20), noise(2, 1 << 20), noise(3, 100)],
+        &["amd64"],
+    );
     for _ in 0..20 {
-        let fault = sink.commit(&incoming("image/a:v1", &made), &made.dir).await.unwrap_err();
+        let fault = sink
+            .commit(&incoming("image/a:v1", &made), &made.dir)
+            .await
+            .unwrap_err();
         assert_eq!(fault.reason, Reason::NoSpace, "{fault}");
     }
 }
@@ -481,7 +915,9 @@ async fn a_blob_of_another_image_is_mounted() {
     let dir = tempfile::tempdir().unwrap();
     let (server, sink) = harbor(dir.path(), false).await;
     let made = staged(sink.as_ref(), &[noise(1, 10_000)], &["amd64"]);
-    sink.commit(&incoming("image/a:v1", &made), &made.dir).await.unwrap();
+    sink.commit(&incoming("image/a:v1", &made), &made.dir)
+        .await
+        .unwrap();
     let again = staged(sink.as_ref(), &[noise(1, 10_000)], &["amd64"]);
     let path = blob_path(&again.layers[0]);
     let file = file_info(&again.dir.join(path.as_str()));
@@ -489,14 +925,34 @@ async fn a_blob_of_another_image_is_mounted() {
     assert!(sink.holds(&other, &path, &file).await.unwrap());
     std::fs::remove_file(again.dir.join(path.as_str())).unwrap();
     let landed = sink.commit(&other, &again.dir).await.unwrap();
-    assert_eq!(landed.place, Place::Registry { repository: "op/b".into() });
-    assert_eq!(server.held.lock().blobs.keys().filter(|(_, digest)| *digest == again.layers[0].to_string()).count(), 2);
+    assert_eq!(
+        landed.place,
+        StorageLocation::Registry {
+            repository: "op/b".into()
+        }
+    );
+    assert_eq!(
+        server
+            .held
+            .lock()
+            .blobs
+            .keys()
+            .filter(|(_, digest)| *digest == again.layers[0].to_string())
+            .count(),
+        2
+    );
 }
 
 /// The file in docker-registry's storage that holds a blob.
 fn stored(server: &RealRegistry, digest: &Sha256) -> PathBuf {
     let hex = digest.hex();
-    server.dir.path().join("data/docker/registry/v2/blobs/sha256").join(&hex[..2]).join(&hex).join("data")
+    server
+        .dir
+        .path()
+        .join("data/docker/registry/v2/blobs/sha256")
+        .join(&hex[..2])
+        .join(&hex)
+        .join("data")
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -513,74 +969,164 @@ async fn a_flipped_bit_in_a_registry_is_found_and_replaced() {
     let look = Look::new(false, move |bytes| {
         counted.fetch_add(bytes as usize, Ordering::Relaxed);
     });
-    assert_eq!(sink.verify(&one, &landed.place, &look).await.unwrap(), Vec::<String>::new());
-    assert!(read.load(Ordering::Relaxed) > 3_001_000, "every blob was read");
+    assert_eq!(
+        sink.verify(&one, &landed.place, &look).await.unwrap(),
+        Vec::<String>::new()
+    );
+    assert!(
+        read.load(Ordering::Relaxed) > 3_001_000,
+        "every blob was read"
+    );
 
     let damaged = made.layers[0];
     let file = stored(&server, &damaged);
     let mut bytes = std::fs::read(&file).unwrap();
     bytes[1_500_000] ^= 1;
     write(&file, &bytes);
-    let found = sink.verify(&one, &landed.place, &Look::default()).await.unwrap();
-    assert!(found.len() == 1 && found[0].contains(&damaged.to_string()) && found[0].contains("damaged"), "{found:?}");
+    let found = sink
+        .verify(&one, &landed.place, &Look::default())
+        .await
+        .unwrap();
+    assert!(
+        found.len() == 1 && found[0].contains(&damaged.to_string()) && found[0].contains("damaged"),
+        "{found:?}"
+    );
     let quick = Look::new(true, |_| unreachable!("a quick look reads no blob"));
-    assert_eq!(sink.verify(&one, &landed.place, &quick).await.unwrap(), Vec::<String>::new());
-    assert!(quick.take_notes().iter().any(|note| note.contains("no blob was read")));
+    assert_eq!(
+        sink.verify(&one, &landed.place, &quick).await.unwrap(),
+        Vec::<String>::new()
+    );
+    assert!(
+        quick
+            .take_notes()
+            .iter()
+            .any(|note| note.contains("no blob was read"))
+    );
 
-    // It is fetched and sent again. This registry keeps the bytes that it has, and then nobody calls it replaced.
+    // It is fetched and sent again. This registry keeps the bytes that it has, and then nobody
+    // calls it replaced.
     let again = staged(sink.as_ref(), &layers, &["amd64"]);
     let path = blob_path(&damaged);
-    assert!(!sink.holds(&one, &path, &file_info(&again.dir.join(path.as_str()))).await.unwrap(), "what is damaged is not held");
+    assert!(
+        !sink
+            .holds(&one, &path, &file_info(&again.dir.join(path.as_str())))
+            .await
+            .unwrap(),
+        "what is damaged is not held"
+    );
     let fault = sink.commit(&one, &again.dir).await.unwrap_err();
-    assert_eq!((fault.code, fault.retry), (Code::Integrity, Retry::Never), "{fault}");
-    assert!(fault.message.contains(&damaged.to_string()) && fault.next.contains("garbage collection"), "{fault:?}");
+    assert_eq!(
+        (fault.code, fault.retry),
+        (Code::Integrity, Retry::Never),
+        "{fault}"
+    );
+    assert!(
+        fault.message.contains(&damaged.to_string()) && fault.next.contains("garbage collection"),
+        "{fault:?}"
+    );
     // A daemon that was started anew knows nothing of it, and finds it out.
     let other = open(Some(&sink_config(&server.url("op"), dir)), dir).unwrap();
-    assert_eq!(other.commit(&one, &again.dir).await.unwrap_err().code, Code::Integrity);
+    assert_eq!(
+        other.commit(&one, &again.dir).await.unwrap_err().code,
+        Code::Integrity
+    );
     std::fs::remove_dir_all(file.parent().unwrap()).unwrap();
     sink.commit(&one, &again.dir).await.unwrap();
-    assert_eq!(sink.verify(&one, &landed.place, &Look::default()).await.unwrap(), Vec::<String>::new());
+    assert_eq!(
+        sink.verify(&one, &landed.place, &Look::default())
+            .await
+            .unwrap(),
+        Vec::<String>::new()
+    );
 }
 
-const POLICY: &str = "current image without vulnerability scanning cannot be pulled due to configured policy";
+const POLICY: &str =
+    "current image without vulnerability scanning cannot be pulled due to configured policy";
 
 #[tokio::test]
 async fn an_image_that_a_policy_holds_back_has_landed() {
     let dir = tempfile::tempdir().unwrap();
     let (server, sink) = harbor(dir.path(), false).await;
     server.script_always("HEAD", "/manifests/", 412, "");
-    server.script_always("GET", "/manifests/", 412, error("PROJECTPOLICYVIOLATION", POLICY));
+    server.script_always(
+        "GET",
+        "/manifests/",
+        412,
+        error("PROJECTPOLICYVIOLATION", POLICY),
+    );
     let made = staged(sink.as_ref(), &[noise(1, 10_000)], &["amd64"]);
     let one = incoming("image/a:v1", &made);
     sink.check(&one).await.unwrap();
     let landed = sink.commit(&one, &made.dir).await.unwrap();
     assert!(landed.note.is_some_and(|note| note.contains("policy")));
-    let top = server.held.lock().manifests.get(&("op/a".to_owned(), "v1".to_owned())).cloned().unwrap();
+    let top = server
+        .held
+        .lock()
+        .manifests
+        .get(&("op/a".to_owned(), "v1".to_owned()))
+        .cloned()
+        .unwrap();
     assert_eq!(Sha256::of(&top).to_string(), made.info.digest);
     // A repeated commit, and everything that asks for it later: it is no loss.
     sink.commit(&one, &made.dir).await.unwrap();
     assert!(sink.stands(&one).await.unwrap());
     let look = Look::default();
-    assert_eq!(sink.verify(&one, &landed.place, &look).await.unwrap(), Vec::<String>::new());
-    assert!(look.take_unread().is_some_and(|why| why.contains("no blob could be read")));
+    assert_eq!(
+        sink.verify(&one, &landed.place, &look).await.unwrap(),
+        Vec::<String>::new()
+    );
+    assert!(
+        look.take_unread()
+            .is_some_and(|why| why.contains("no blob could be read"))
+    );
 
     // The tag is immutable too, and the registry does not say what it names.
     let other = staged(sink.as_ref(), &[noise(2, 10_000)], &["amd64"]);
-    server.script("PUT", "/manifests/v1", 412, error("PRECONDITION", "Failed to process request due to 'a:v1' configured as immutable."));
-    let fault = sink.commit(&incoming("image/a:v1", &other), &other.dir).await.unwrap_err();
-    assert_eq!((fault.code, fault.reason), (Code::Conflict, Reason::SinkRefused), "{fault}");
+    server.script(
+        "PUT",
+        "/manifests/v1",
+        412,
+        error(
+            "PRECONDITION",
+            "Failed to process request due to 'a:v1' configured as immutable.",
+        ),
+    );
+    let fault = sink
+        .commit(&incoming("image/a:v1", &other), &other.dir)
+        .await
+        .unwrap_err();
+    assert_eq!(
+        (fault.code, fault.reason),
+        (Code::Conflict, Reason::SinkRefused),
+        "{fault}"
+    );
     assert!(!format!("{fault:?}").contains("remove"), "{fault:?}");
     // It has ours under no name: so the tag names another image, which is not overwritten.
     let (strange, strange_sink) = harbor(dir.path(), false).await;
     strange.script_always("HEAD", "/manifests/v1", 412, "");
-    for fault in [strange_sink.check(&one).await.unwrap_err(), strange_sink.commit(&one, &other.dir).await.unwrap_err()] {
-        assert_eq!((fault.code, fault.reason), (Code::Conflict, Reason::SinkRefused), "{fault}");
+    for fault in [
+        strange_sink.check(&one).await.unwrap_err(),
+        strange_sink.commit(&one, &other.dir).await.unwrap_err(),
+    ] {
+        assert_eq!(
+            (fault.code, fault.reason),
+            (Code::Conflict, Reason::SinkRefused),
+            "{fault}"
+        );
     }
     assert_eq!(strange.held.lock().count("PUT", "/manifests/"), 0);
     // Harbor's own API says it.
     let theirs = format!(r#"{{"digest":"{}"}}"#, made.info.digest);
-    server.script_always("GET", "/projects/op/repositories/a/artifacts/v1", 200, theirs);
-    let fault = sink.check(&incoming("image/a:v1", &other)).await.unwrap_err();
+    server.script_always(
+        "GET",
+        "/projects/op/repositories/a/artifacts/v1",
+        200,
+        theirs,
+    );
+    let fault = sink
+        .check(&incoming("image/a:v1", &other))
+        .await
+        .unwrap_err();
     assert!(fault.message.contains(&made.info.digest), "{fault}");
     sink.check(&one).await.unwrap();
 }
@@ -589,26 +1135,60 @@ async fn an_image_that_a_policy_holds_back_has_landed() {
 async fn a_short_pause_is_waited_for_and_nothing_is_sent_twice() {
     let dir = tempfile::tempdir().unwrap();
     let (server, sink) = harbor(dir.path(), false).await;
-    for (method, path) in [("POST", "/blobs/uploads/"), ("HEAD", "/blobs/"), ("PUT", "/manifests/"), ("HEAD", "/manifests/")] {
+    for (method, path) in [
+        ("POST", "/blobs/uploads/"),
+        ("HEAD", "/blobs/"),
+        ("PUT", "/manifests/"),
+        ("HEAD", "/manifests/"),
+    ] {
         let pause = Scripted::new(method, path, 429, error("TOOMANYREQUESTS", "slow down"));
-        server.held.lock().script.push(Scripted { headers: vec![("retry-after", "0")], skip: 1, ..pause });
+        server.held.lock().script.push(Scripted {
+            headers: vec![("retry-after", "0")],
+            skip: 1,
+            ..pause
+        });
     }
-    let made = staged(sink.as_ref(), &[noise(1, 10_000), noise(2, 10_000)], &["amd64"]);
+    let made = staged(
+        sink.as_ref(),
+        &[noise(1, 10_000), noise(2, 10_000)],
+        &["amd64"],
+    );
     let one = incoming("image/a:v1", &made);
     sink.commit(&one, &made.dir).await.unwrap();
-    assert_eq!(server.held.lock().count("PUT", "/blobs/uploads/"), 3, "two layers and the configuration, once each");
+    assert_eq!(
+        server.held.lock().count("PUT", "/blobs/uploads/"),
+        3,
+        "two layers and the configuration, once each"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_registry_that_does_not_answer_is_reported() {
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap(); // takes connections, and never answers
     let dir = tempfile::tempdir().unwrap();
-    let sink = open(Some(&sink_config(&format!("http://{}/op", listener.local_addr().unwrap()), dir.path())), dir.path()).unwrap();
+    let sink = open(
+        Some(&sink_config(
+            &format!("http://{}/op", listener.local_addr().unwrap()),
+            dir.path(),
+        )),
+        dir.path(),
+    )
+    .unwrap();
     let made = staged(sink.as_ref(), &[noise(1, 1000)], &["amd64"]);
     let one = incoming("image/a:v1", &made);
     let mut waits = one.waits.subscribe();
     let commit = tokio::spawn(async move { sink.commit(&one, &made.dir).await });
-    let report = tokio::time::timeout(std::time::Duration::from_secs(20), waits.wait_for(Option::is_some)).await.unwrap().unwrap().clone();
-    assert_eq!(report.map(|fault| fault.reason), Some(Reason::SinkUnavailable));
+    let report = tokio::time::timeout(
+        std::time::Duration::from_secs(20),
+        waits.wait_for(Option::is_some),
+    )
+    .await
+    .unwrap()
+    .unwrap()
+    .clone();
+    assert_eq!(
+        report.map(|fault| fault.reason),
+        Some(Reason::SinkUnavailable)
+    );
     commit.abort();
 }

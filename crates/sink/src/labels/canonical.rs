@@ -1,10 +1,12 @@
-//! The canonical label files: read line by line with every row checked, and written again from rows.
+//! The canonical label files: read line by line with every row checked, and written again from
+//! rows.
 //!
-//! Reading refuses whatever an export could not give back byte for byte: each row is written again and compared with
-//! its line. It also does the joins that a database would otherwise check after the load: annotations and samples are
-//! both sorted by path, so one walk over the two files finds each annotation's sample number, and every annotation
-//! without a sample, in constant memory. Only the class ids are held at once. Called by both engines, by `verify` and
-//! by `export`; keeps nothing on disk.
+//! Reading refuses whatever an export could not give back byte for byte: each row is written again
+//! and compared with its line. It also does the joins that a database would otherwise check after
+//! the load: annotations and samples are both sorted by path, so one walk over the two files finds
+//! each annotation's sample number, and every annotation without a sample, in constant memory. Only
+//! the class ids are held at once. Called by both engines, by `verify` and by `export`; keeps
+//! nothing on disk.
 
 use std::borrow::Cow;
 use std::collections::HashSet;
@@ -21,7 +23,16 @@ use base::names::RelPath;
 use content::chunk::Hash;
 use content::label_rows::{ANNOTATIONS, CLASSES, SAMPLES};
 
-const KINDS: [&str; 8] = ["bbox", "polygon", "rle", "keypoints", "polyline", "point", "class", "other"];
+const KINDS: [&str; 8] = [
+    "bbox",
+    "polygon",
+    "rle",
+    "keypoints",
+    "polyline",
+    "point",
+    "class",
+    "other",
+];
 const READ_BUFFER_BYTES: usize = 256 << 10;
 
 /// The three files, in the order in which they are loaded and exported.
@@ -119,7 +130,10 @@ impl Annotation<'_> {
         put(out, "{\"sample\":", self.sample);
         put(out, ",\"class\":", &self.class);
         put(out, ",\"kind\":", self.kind);
-        for (key, value) in [",\"x\":", ",\"y\":", ",\"w\":", ",\"h\":"].into_iter().zip(&self.bbox) {
+        for (key, value) in [",\"x\":", ",\"y\":", ",\"w\":", ",\"h\":"]
+            .into_iter()
+            .zip(&self.bbox)
+        {
             put(out, key, value);
         }
         put_json(out, ",\"geom\":", self.geom);
@@ -180,8 +194,8 @@ struct AnnotationLine<'a> {
 }
 
 impl AnnotationLine<'_> {
-    /// serde_json's own parser may be off by the last bit unless a feature is chosen for the whole program; the
-    /// standard library's never is.
+    /// serde_json's own parser may be off by the last bit unless a feature is chosen for the whole
+    /// program; the standard library's never is.
     fn bbox(&self) -> Option<[Option<f64>; 4]> {
         let mut bbox = [None; 4];
         for (number, text) in bbox.iter_mut().zip([self.x, self.y, self.w, self.h]) {
@@ -208,20 +222,33 @@ impl Lines {
     pub(super) fn open(dir: &Path, table: Table) -> Result<Self, Fault> {
         let path = dir.join(table.file());
         let file = File::open(&path).at(format_args!("open {}", path.display()))?;
-        Ok(Self { table, reader: BufReader::with_capacity(READ_BUFFER_BYTES, file), path, line: Vec::new(), count: 0 })
+        Ok(Self {
+            table,
+            reader: BufReader::with_capacity(READ_BUFFER_BYTES, file),
+            path,
+            line: Vec::new(),
+            count: 0,
+        })
     }
 
     /// The next line with its end; `None` after the last.
     pub(super) fn next(&mut self) -> Result<Option<&str>, Fault> {
         self.line.clear();
         let limit = LABEL_LINE_BYTES_MAX as u64 + 1;
-        let read = (&mut self.reader).take(limit).read_until(b'\n', &mut self.line).at(format_args!("read {}", self.path.display()))?;
+        let read = (&mut self.reader)
+            .take(limit)
+            .read_until(b'\n', &mut self.line)
+            .at(format_args!("read {}", self.path.display()))?;
         if read == 0 {
             return Ok(None);
         }
         self.count += 1;
         if self.line.last() != Some(&b'\n') {
-            let why = if read as u64 == limit { "is longer than 2 MiB" } else { "is cut off" };
+            let why = if read as u64 == limit {
+                "is longer than 2 MiB"
+            } else {
+                "is cut off"
+            };
             return Err(self.refuse(why));
         }
         match std::str::from_utf8(&self.line) {
@@ -236,7 +263,8 @@ impl Lines {
 }
 
 fn refuse(table: Table, line: u64, why: impl std::fmt::Display) -> Fault {
-    Fault::integrity(format!("{} line {line} {why}", table.file())).with_next("publish the labels again from their source")
+    Fault::integrity(format!("{} line {line} {why}", table.file()))
+        .with_next("publish the labels again from their source")
 }
 
 /// Checks that writing the row gives the line again.
@@ -244,33 +272,58 @@ fn same(table: Table, line_no: u64, line: &str, written: &[u8]) -> Result<(), Fa
     if line.as_bytes() == written {
         return Ok(());
     }
-    Err(refuse(table, line_no, "is not in canonical form (order of keys, white space, or how a number is written)"))
+    Err(refuse(
+        table,
+        line_no,
+        "is not in canonical form (order of keys, white space, or how a number is written)",
+    ))
 }
 
 /// Reads the classes and gives back their ids.
-pub(super) fn read_classes(dir: &Path, each: &mut dyn FnMut(&Class<'_>) -> Result<(), Fault>) -> Result<HashSet<i64>, Fault> {
+pub(super) fn read_classes(
+    dir: &Path,
+    each: &mut dyn FnMut(&Class<'_>) -> Result<(), Fault>,
+) -> Result<HashSet<i64>, Fault> {
     let table = Table::Classes;
     let mut lines = Lines::open(dir, table)?;
-    let (mut ids, mut names, mut last, mut written, mut no) = (HashSet::new(), HashSet::new(), None, Vec::new(), 0);
+    let (mut ids, mut names, mut last, mut written, mut no) =
+        (HashSet::new(), HashSet::new(), None, Vec::new(), 0);
     while let Some(line) = lines.next()? {
         no += 1;
-        let row: ClassLine<'_> = serde_json::from_str(line).map_err(|e| refuse(table, no, format_args!("is not a class: {e}")))?;
-        let class = Class { id: row.id, name: &row.name, attrs: row.attrs.map(RawValue::get) };
+        let row: ClassLine<'_> = serde_json::from_str(line)
+            .map_err(|e| refuse(table, no, format_args!("is not a class: {e}")))?;
+        let class = Class {
+            id: row.id,
+            name: &row.name,
+            attrs: row.attrs.map(RawValue::get),
+        };
         written.clear();
         class.write(&mut written);
         same(table, no, line, &written)?;
         if last.is_some_and(|last| last >= class.id) {
-            return Err(refuse(table, no, format_args!("has class {} out of order or twice", class.id)));
+            return Err(refuse(
+                table,
+                no,
+                format_args!("has class {} out of order or twice", class.id),
+            ));
         }
         last = Some(class.id);
         if class.name.contains('\0') {
             return Err(refuse(table, no, "has a NUL in its name"));
         }
         if !names.insert(Hash::of(class.name.as_bytes())) {
-            return Err(refuse(table, no, format_args!("has the name {:?} of another class", class.name)));
+            return Err(refuse(
+                table,
+                no,
+                format_args!("has the name {:?} of another class", class.name),
+            ));
         }
         if ids.len() == LABEL_CLASSES_MAX {
-            return Err(refuse(table, no, format_args!("is class number {no}; {LABEL_CLASSES_MAX} is the most")));
+            return Err(refuse(
+                table,
+                no,
+                format_args!("is class number {no}; {LABEL_CLASSES_MAX} is the most"),
+            ));
         }
         ids.insert(class.id);
         each(&class)?;
@@ -279,13 +332,17 @@ pub(super) fn read_classes(dir: &Path, each: &mut dyn FnMut(&Class<'_>) -> Resul
 }
 
 /// Reads the samples, numbered from 0, and gives back how many there are.
-pub(super) fn read_samples(dir: &Path, each: &mut dyn FnMut(u64, &Sample<'_>) -> Result<(), Fault>) -> Result<u64, Fault> {
+pub(super) fn read_samples(
+    dir: &Path,
+    each: &mut dyn FnMut(u64, &Sample<'_>) -> Result<(), Fault>,
+) -> Result<u64, Fault> {
     let table = Table::Samples;
     let mut lines = Lines::open(dir, table)?;
     let (mut last, mut written, mut no): (Option<RelPath>, _, _) = (None, Vec::new(), 0);
     while let Some(line) = lines.next()? {
         no += 1;
-        let row: SampleLine<'_> = serde_json::from_str(line).map_err(|e| refuse(table, no, format_args!("is not a sample: {e}")))?;
+        let row: SampleLine<'_> = serde_json::from_str(line)
+            .map_err(|e| refuse(table, no, format_args!("is not a sample: {e}")))?;
         let sample = Sample {
             path: &row.path,
             hash: row.hash.as_deref(),
@@ -297,15 +354,26 @@ pub(super) fn read_samples(dir: &Path, each: &mut dyn FnMut(u64, &Sample<'_>) ->
         written.clear();
         sample.write(&mut written);
         same(table, no, line, &written)?;
-        let path: RelPath = sample.path.parse().map_err(|e| refuse(table, no, format_args!("has a bad path: {e}")))?;
+        let path: RelPath = sample
+            .path
+            .parse()
+            .map_err(|e| refuse(table, no, format_args!("has a bad path: {e}")))?;
         if last.is_some_and(|last| last >= path) {
-            return Err(refuse(table, no, format_args!("has {:?} out of order or twice", sample.path)));
+            return Err(refuse(
+                table,
+                no,
+                format_args!("has {:?} out of order or twice", sample.path),
+            ));
         }
         last = Some(path);
         if let Some(hash) = sample.hash
             && (hash.parse::<Hash>().is_err() || hash.bytes().any(|b| b.is_ascii_uppercase()))
         {
-            return Err(refuse(table, no, "has a hash that is not 64 lower-case hex digits"));
+            return Err(refuse(
+                table,
+                no,
+                "has a hash that is not 64 lower-case hex digits",
+            ));
         }
         if sample.split.is_some_and(|s| s.contains('\0')) {
             return Err(refuse(table, no, "has a NUL in its split"));
@@ -325,9 +393,16 @@ struct SampleWalk {
 
 impl SampleWalk {
     fn next(&mut self) -> Result<bool, Fault> {
-        let Some(line) = self.lines.next()? else { return Ok(false) };
-        let row: SampleLine<'_> =
-            serde_json::from_str(line).map_err(|e| refuse(Table::Samples, self.count + 1, format_args!("is not a sample: {e}")))?;
+        let Some(line) = self.lines.next()? else {
+            return Ok(false);
+        };
+        let row: SampleLine<'_> = serde_json::from_str(line).map_err(|e| {
+            refuse(
+                Table::Samples,
+                self.count + 1,
+                format_args!("is not a sample: {e}"),
+            )
+        })?;
         self.path.clear();
         self.path.push_str(&row.path);
         self.count += 1;
@@ -338,24 +413,38 @@ impl SampleWalk {
 /// Receives an annotation's number, its sample's number, and the row.
 pub(super) type EachAnnotation<'a> = dyn FnMut(u64, u64, &Annotation<'_>) -> Result<(), Fault> + 'a;
 
-/// Reads the annotations, and gives back how many there are and the BLAKE3 of the file. `samples.jsonl` was read
-/// before, so it is taken to be sound.
-pub(super) fn read_annotations(dir: &Path, classes: &HashSet<i64>, each: &mut EachAnnotation<'_>) -> Result<(u64, Hash), Fault> {
+/// Reads the annotations, and gives back how many there are and the BLAKE3 of the file.
+/// `samples.jsonl` was read before, so it is taken to be sound.
+pub(super) fn read_annotations(
+    dir: &Path,
+    classes: &HashSet<i64>,
+    each: &mut EachAnnotation<'_>,
+) -> Result<(u64, Hash), Fault> {
     let table = Table::Annotations;
     let mut lines = Lines::open(dir, table)?;
-    let mut samples = SampleWalk { lines: Lines::open(dir, Table::Samples)?, path: String::new(), count: 0 };
+    let mut samples = SampleWalk {
+        lines: Lines::open(dir, Table::Samples)?,
+        path: String::new(),
+        count: 0,
+    };
     let mut hasher = blake3::Hasher::new();
     let (mut written, mut no) = (Vec::new(), 0);
     while let Some(line) = lines.next()? {
         no += 1;
         hasher.update(line.as_bytes());
-        let row: AnnotationLine<'_> =
-            serde_json::from_str(line).map_err(|e| refuse(table, no, format_args!("is not an annotation: {e}")))?;
+        let row: AnnotationLine<'_> = serde_json::from_str(line)
+            .map_err(|e| refuse(table, no, format_args!("is not an annotation: {e}")))?;
         let annotation = Annotation {
             sample: &row.sample,
             class: row.class,
             kind: &row.kind,
-            bbox: row.bbox().ok_or_else(|| refuse(table, no, "is not an annotation: x, y, w and h are numbers or null"))?,
+            bbox: row.bbox().ok_or_else(|| {
+                refuse(
+                    table,
+                    no,
+                    "is not an annotation: x, y, w and h are numbers or null",
+                )
+            })?,
             geom: row.geom.map(RawValue::get),
             attrs: row.attrs.map(RawValue::get),
             raw: row.raw.get(),
@@ -364,17 +453,29 @@ pub(super) fn read_annotations(dir: &Path, classes: &HashSet<i64>, each: &mut Ea
         annotation.write(&mut written);
         same(table, no, line, &written)?;
         if !KINDS.contains(&annotation.kind) {
-            return Err(refuse(table, no, format_args!("has the unknown kind {:?}", annotation.kind)));
+            return Err(refuse(
+                table,
+                no,
+                format_args!("has the unknown kind {:?}", annotation.kind),
+            ));
         }
         if let Some(class) = annotation.class
             && !classes.contains(&class)
         {
-            return Err(refuse(table, no, format_args!("has class {class}, which is not in {CLASSES}")));
+            return Err(refuse(
+                table,
+                no,
+                format_args!("has class {class}, which is not in {CLASSES}"),
+            ));
         }
         while samples.count == 0 || samples.path != annotation.sample {
-            let ahead = samples.count > 0 && samples.path.split('/').gt(annotation.sample.split('/'));
+            let ahead =
+                samples.count > 0 && samples.path.split('/').gt(annotation.sample.split('/'));
             if ahead || !samples.next()? {
-                let why = format!("has the sample {:?}, which is not in {SAMPLES} or stands out of order", annotation.sample);
+                let why = format!(
+                    "has the sample {:?}, which is not in {SAMPLES} or stands out of order",
+                    annotation.sample
+                );
                 return Err(refuse(table, no, why));
             }
         }

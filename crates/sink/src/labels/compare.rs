@@ -8,8 +8,8 @@ use base::limits::OFFENDERS_LISTED_MAX;
 
 const EXCERPT_CHARS: usize = 160;
 
-/// Takes the rows in canonical order and collects what differs. Rows are matched by their number, so that one missing
-/// row is reported as one.
+/// Takes the rows in canonical order and collects what differs. Rows are matched by their number,
+/// so that one missing row is reported as one.
 pub(super) struct Compare {
     dir: PathBuf,
     found: Vec<String>,
@@ -26,7 +26,15 @@ pub(super) struct Compare {
 
 impl Compare {
     pub(super) fn new(dir: &Path) -> Self {
-        let mut compare = Self { dir: dir.into(), found: Vec::new(), more: 0, at: 0, lines: None, next: 0, unreadable: false };
+        let mut compare = Self {
+            dir: dir.into(),
+            found: Vec::new(),
+            more: 0,
+            at: 0,
+            lines: None,
+            next: 0,
+            unreadable: false,
+        };
         compare.open();
         compare
     }
@@ -86,27 +94,46 @@ impl Compare {
             return;
         }
         if number < self.next {
-            return self.report(format!("{file} line {}: the database holds this row twice", number + 1));
+            return self.report(format!(
+                "{file} line {}: the database holds this row twice",
+                number + 1
+            ));
         }
         while self.next < number {
             if self.kept().is_none() {
-                return self.report(format!("{file} line {}: the database holds a row that was never published", number + 1));
+                return self.report(format!(
+                    "{file} line {}: the database holds a row that was never published",
+                    number + 1
+                ));
             }
-            self.report(format!("{file} line {}: the row is missing in the database", self.next));
+            self.report(format!(
+                "{file} line {}: the row is missing in the database",
+                self.next
+            ));
         }
         match self.kept() {
             Some(kept) if kept.as_bytes() == line => {}
             Some(kept) => {
                 let (database, published) = difference(&String::from_utf8_lossy(line), &kept);
-                self.report(format!("{file} line {}: the database says {database}, published was {published}", number + 1));
+                self.report(format!(
+                    "{file} line {}: the database says {database}, published was {published}",
+                    number + 1
+                ));
             }
-            None => self.report(format!("{file} line {}: the database holds a row that was never published", number + 1)),
+            None => self.report(format!(
+                "{file} line {}: the database holds a row that was never published",
+                number + 1
+            )),
         }
     }
 
     fn end_file(&mut self) {
         while self.kept().is_some() {
-            self.report(format!("{} line {}: the row is missing in the database", Table::ALL[self.at].file(), self.next));
+            self.report(format!(
+                "{} line {}: the row is missing in the database",
+                Table::ALL[self.at].file(),
+                self.next
+            ));
         }
         if self.at + 1 < Table::ALL.len() {
             self.at += 1;
@@ -121,7 +148,8 @@ impl Compare {
         }
         self.end_file();
         if self.more > 0 {
-            self.found.push(format!("and {} more rows that differ", self.more));
+            self.found
+                .push(format!("and {} more rows that differ", self.more));
         }
         self.found
     }
@@ -132,7 +160,12 @@ fn difference(a: &str, b: &str) -> (String, String) {
     let same = a.chars().zip(b.chars()).take_while(|(a, b)| a == b).count();
     let from = same.saturating_sub(EXCERPT_CHARS / 2);
     let cut = |s: &str| {
-        let part: String = s.trim_end().chars().skip(from).take(EXCERPT_CHARS).collect();
+        let part: String = s
+            .trim_end()
+            .chars()
+            .skip(from)
+            .take(EXCERPT_CHARS)
+            .collect();
         if from > 0 { format!("…{part}") } else { part }
     };
     (cut(a), cut(b))

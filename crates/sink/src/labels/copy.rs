@@ -1,8 +1,9 @@
 //! PostgreSQL's binary COPY format, the part of it that labels need.
 //!
-//! Layout (PostgreSQL documentation, "COPY", binary format): the signature `PGCOPY\n\xff\r\n\0`, flags `i32`, length of
-//! the header extension `i32`; then per row the number of fields `i16` and per field its length `i32` (−1: null) and its
-//! bytes; at the end −1 as `i16`. All big-endian. `text` and `json` fields are their UTF-8 text.
+//! Layout (PostgreSQL documentation, "COPY", binary format): the signature `PGCOPY\n\xff\r\n\0`,
+//! flags `i32`, length of the header extension `i32`; then per row the number of fields `i16` and
+//! per field its length `i32` (−1: null) and its bytes; at the end −1 as `i16`. All big-endian.
+//! `text` and `json` fields are their UTF-8 text.
 
 const SIGNATURE: &[u8] = b"PGCOPY\n\xff\r\n\0\0\0\0\0\0\0\0\0";
 
@@ -15,7 +16,10 @@ pub(super) struct CopyRows {
 impl CopyRows {
     /// Begins with the signature.
     pub(super) fn new(batch_bytes: usize) -> Self {
-        let mut rows = Self { bytes: Vec::new(), batch_bytes };
+        let mut rows = Self {
+            bytes: Vec::new(),
+            batch_bytes,
+        };
         rows.bytes = rows.buffer();
         rows.bytes.extend_from_slice(SIGNATURE);
         rows
@@ -63,7 +67,9 @@ impl CopyRows {
 
     /// A `double precision` or null.
     pub(super) fn opt_float(&mut self, value: Option<f64>) -> &mut Self {
-        let Some(value) = value else { return self.null() };
+        let Some(value) = value else {
+            return self.null();
+        };
         self.bytes.extend_from_slice(&8i32.to_be_bytes());
         self.bytes.extend_from_slice(&value.to_be_bytes());
         self
@@ -71,7 +77,8 @@ impl CopyRows {
 
     /// A `text` or `json`. Lines are 2 MiB at most, so the length always fits.
     pub(super) fn text(&mut self, value: &str) -> &mut Self {
-        self.bytes.extend_from_slice(&(value.len() as i32).to_be_bytes());
+        self.bytes
+            .extend_from_slice(&(value.len() as i32).to_be_bytes());
         self.bytes.extend_from_slice(value.as_bytes());
         self
     }

@@ -1,8 +1,8 @@
 //! What the labels sink asks of a database, and how rows travel between files and databases.
 //!
-//! One trait with two implementations, which pass one contract test suite. Files are read and written on blocking
-//! threads, databases are spoken to on the runtime, and between the two stands a short queue of batches; so a slow side
-//! holds the other back and memory stays bounded.
+//! One trait with two implementations, which pass one contract test suite. Files are read and
+//! written on blocking threads, databases are spoken to on the runtime, and between the two stands
+//! a short queue of batches; so a slow side holds the other back and memory stays bounded.
 
 use async_trait::async_trait;
 use std::path::PathBuf;
@@ -49,14 +49,19 @@ impl NewVersion {
         if said == found {
             return Ok(());
         }
-        Err(Fault::integrity(format!("{} has {found} lines, but the manifest of {}:{} says {said}", table.file(), self.set, self.version))
-            .with_next("publish the labels again from their source"))
+        Err(Fault::integrity(format!(
+            "{} has {found} lines, but the manifest of {}:{} says {said}",
+            table.file(),
+            self.set,
+            self.version
+        ))
+        .with_next("publish the labels again from their source"))
     }
 }
 
 /// A version that the database holds.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Held {
+pub(super) struct StoredVersion {
     pub(super) digest: String,
     pub(super) classes: u64,
     pub(super) samples: u64,
@@ -64,7 +69,8 @@ pub(super) struct Held {
     pub(super) rows_digest: String,
 }
 
-/// Rows on their way out of the database: canonical lines of one file, each with its number in that file.
+/// Rows on their way out of the database: canonical lines of one file, each with its number in that
+/// file.
 #[derive(Debug)]
 pub(super) struct Rows {
     pub(super) table: Table,
@@ -77,17 +83,18 @@ pub(super) struct Rows {
 /// A database that label sets end in. Every call is idempotent.
 #[async_trait]
 pub(super) trait Engine: Send + Sync {
-    /// Whether it answers, is new enough, grants what a commit needs and has the tables; makes the tables.
-    /// `room_bytes` is what a load will need about.
+    /// Whether it answers, is new enough, grants what a commit needs and has the tables; makes the
+    /// tables. `room_bytes` is what a load will need about.
     async fn prepare(&self, room_bytes: u64) -> Result<(), Fault>;
 
     /// One line for `doctor`.
     async fn probe(&self) -> Result<String, Fault>;
 
     /// What is held of a version, when readers can see it.
-    async fn held(&self, set: &str, version: &str) -> Result<Option<Held>, Fault>;
+    async fn held(&self, set: &str, version: &str) -> Result<Option<StoredVersion>, Fault>;
 
-    /// Loads a version and makes it the active one. A version held with the same digest is left as it is.
+    /// Loads a version and makes it the active one. A version held with the same digest is left as
+    /// it is.
     async fn load(&self, new: &NewVersion) -> Result<(), Fault>;
 
     /// The active version of a set.
@@ -96,7 +103,8 @@ pub(super) trait Engine: Send + Sync {
     /// Makes a held version the active one; `false` when it is not held.
     async fn activate(&self, set: &str, version: &str) -> Result<bool, Fault>;
 
-    /// Makes room for the same version anew: readers no longer see what is held of it. Its rows may stay until a later load.
+    /// Makes room for the same version anew: readers no longer see what is held of it. Its rows may
+    /// stay until a later load.
     async fn supersede(&self, set: &str, version: &str) -> Result<(), Fault> {
         self.remove(set, version).await
     }
@@ -104,10 +112,17 @@ pub(super) trait Engine: Send + Sync {
     /// Takes a version away. When it was the active one, the newest that is left becomes it.
     async fn remove(&self, set: &str, version: &str) -> Result<(), Fault>;
 
-    /// Sends every row of a version in canonical order from one consistent snapshot: classes, samples, annotations.
-    async fn export(&self, set: &str, version: &str, out: mpsc::Sender<Rows>) -> Result<Held, Fault>;
+    /// Sends every row of a version in canonical order from one consistent snapshot: classes,
+    /// samples, annotations.
+    async fn export(
+        &self,
+        set: &str,
+        version: &str,
+        out: mpsc::Sender<Rows>,
+    ) -> Result<StoredVersion, Fault>;
 
-    /// Sends the rows of a query from one consistent snapshot, in any order. The query can only read.
+    /// Sends the rows of a query from one consistent snapshot, in any order. The query can only
+    /// read.
     async fn query(&self, sql: &str, out: mpsc::Sender<Vec<QueryRow>>) -> Result<(), Fault>;
 
     /// Where people find a version: without a password.
@@ -119,23 +134,32 @@ pub(super) fn not_held(set: &str, version: &str) -> Fault {
     Fault::not_found(format!("the label database does not hold {set}:{version}"))
 }
 
-/// Runs `work` on a thread of the sink; what it hands to its argument comes out of the receiver. When the receiver is
-/// dropped, the next hand-over fails and the work ends.
-pub(super) fn pump<T, R, W>(threads: &Threads, work: W) -> (mpsc::Receiver<T>, JoinHandle<Result<R, Fault>>)
+/// Runs `work` on a thread of the sink; what it hands to its argument comes out of the receiver.
+/// When the receiver is dropped, the next hand-over fails and the work ends.
+pub(super) fn pump<T, R, W>(
+    threads: &Threads,
+    work: W,
+) -> (mpsc::Receiver<T>, JoinHandle<Result<R, Fault>>)
 where
     T: Send + 'static,
     R: Send + 'static,
     W: FnOnce(&mut dyn FnMut(T) -> Result<(), Fault>) -> Result<R, Fault> + Send + 'static,
 {
     let (sender, receiver) = mpsc::channel(LABEL_BATCHES_QUEUED_MAX);
-    let task =
-        threads.spawn(move || work(&mut |item| sender.blocking_send(item).map_err(|_| Fault::internal("the database took no more rows"))));
+    let task = threads.spawn(move || {
+        work(&mut |item| {
+            sender
+                .blocking_send(item)
+                .map_err(|_| Fault::internal("the database took no more rows"))
+        })
+    });
     (receiver, task)
 }
 
 /// Waits for a thread of the sink.
 pub(super) async fn joined<R>(task: JoinHandle<Result<R, Fault>>) -> Result<R, Fault> {
-    task.await.map_err(|e| Fault::internal(format!("a thread of the labels sink ended early: {e}")))?
+    task.await
+        .map_err(|e| Fault::internal(format!("a thread of the labels sink ended early: {e}")))?
 }
 
 /// Collects exported rows into batches.
@@ -149,11 +173,21 @@ pub(super) struct Batcher {
 
 impl Batcher {
     pub(super) fn new(out: mpsc::Sender<Rows>) -> Self {
-        Self { out, rows: Rows::empty(Table::Classes), hasher: blake3::Hasher::new(), counts: [0; 3] }
+        Self {
+            out,
+            rows: Rows::empty(Table::Classes),
+            hasher: blake3::Hasher::new(),
+            counts: [0; 3],
+        }
     }
 
     /// Adds the line that `write` appends.
-    pub(super) async fn push(&mut self, table: Table, number: u64, write: impl FnOnce(&mut Vec<u8>)) -> Result<(), Fault> {
+    pub(super) async fn push(
+        &mut self,
+        table: Table,
+        number: u64,
+        write: impl FnOnce(&mut Vec<u8>),
+    ) -> Result<(), Fault> {
         if table != self.rows.table || self.rows.bytes.len() >= LABEL_BATCH_BYTES {
             self.flush(table).await?;
         }
@@ -173,10 +207,14 @@ impl Batcher {
         if full.numbers.is_empty() {
             return Ok(());
         }
-        self.out.send(full).await.map_err(|_| Fault::internal("the reader of the exported rows ended early"))
+        self.out
+            .send(full)
+            .await
+            .map_err(|_| Fault::internal("the reader of the exported rows ended early"))
     }
 
-    /// Sends the rest, and gives back the counts in the order of [`Table::ALL`] and the BLAKE3 of the annotation lines.
+    /// Sends the rest, and gives back the counts in the order of [`Table::ALL`] and the BLAKE3 of
+    /// the annotation lines.
     pub(super) async fn finish(mut self) -> Result<([u64; 3], Hash), Fault> {
         self.flush(Table::Classes).await?;
         Ok((self.counts, Hash(*self.hasher.finalize().as_bytes())))
@@ -185,12 +223,20 @@ impl Batcher {
 
 impl Rows {
     fn empty(table: Table) -> Self {
-        Self { table, numbers: Vec::new(), ends: Vec::new(), bytes: Vec::new() }
+        Self {
+            table,
+            numbers: Vec::new(),
+            ends: Vec::new(),
+            bytes: Vec::new(),
+        }
     }
 
     /// Each line with its number.
     pub(super) fn iter(&self) -> impl Iterator<Item = (u64, &[u8])> {
         let starts = std::iter::once(0).chain(self.ends.iter().copied());
-        self.numbers.iter().zip(starts.zip(&self.ends)).map(|(number, (start, end))| (*number, &self.bytes[start..*end]))
+        self.numbers
+            .iter()
+            .zip(starts.zip(&self.ends))
+            .map(|(number, (start, end))| (*number, &self.bytes[start..*end]))
     }
 }

@@ -1,24 +1,29 @@
 //! Labels in an SQLite file: the embedded default.
 //!
-//! A commit is one transaction (WAL, `synchronous=FULL`), so a reader sees the old version's rows or the new one's and a
-//! crash leaves the old ones. Dirty pages spill into the WAL, so memory stays bounded; the WAL is cut back afterwards.
-//! One writer at a time inside the daemon, SQLite's own lock between processes; readers are never held up. The file may
-//! not lie on a network filesystem, where SQLite's locks and its shared memory do not hold.
+//! A commit is one transaction (WAL, `synchronous=FULL`), so a reader sees the old version's rows
+//! or the new one's and a crash leaves the old ones. Dirty pages spill into the WAL, so memory
+//! stays bounded; the WAL is cut back afterwards. One writer at a time inside the daemon, SQLite's
+//! own lock between processes; readers are never held up. The file may not lie on a network
+//! filesystem, where SQLite's locks and its shared memory do not hold.
 
 use std::path::{Path, PathBuf};
 
 use async_trait::async_trait;
 use futures::TryStreamExt;
 use sqlx::migrate::MigrateError;
-use sqlx::sqlite::{SqliteArguments, SqliteConnectOptions, SqliteJournalMode, SqliteRow, SqliteSynchronous};
+use sqlx::sqlite::{
+    SqliteArguments, SqliteConnectOptions, SqliteJournalMode, SqliteRow, SqliteSynchronous,
+};
 use sqlx::{
-    AssertSqlSafe, Column as _, ConnectOptions, Connection, Executor as _, Row, SqlSafeStr as _, Sqlite as Db, SqliteConnection,
-    Statement as _, TypeInfo as _, ValueRef as _,
+    AssertSqlSafe, Column as _, ConnectOptions, Connection, Executor as _, Row, SqlSafeStr as _,
+    Sqlite as Db, SqliteConnection, Statement as _, TypeInfo as _, ValueRef as _,
 };
 use tokio::sync::mpsc;
 
-use super::canonical::{Annotation, Class, Sample, Table, read_annotations, read_classes, read_samples};
-use super::engine::{Batcher, Engine, Held, NewVersion, Rows, joined, not_held, pump};
+use super::canonical::{
+    Annotation, Class, Sample, Table, read_annotations, read_classes, read_samples,
+};
+use super::engine::{Batcher, Engine, NewVersion, Rows, StoredVersion, joined, not_held, pump};
 use super::query::{self, Batch};
 use crate::Threads;
 use base::fault::{Fault, IoContext, Reason, Retry};
@@ -26,16 +31,22 @@ use base::limits::{LABEL_BATCH_BYTES, LABEL_BATCHES_QUEUED_MAX, LABEL_WRITER_WAI
 use base::space::Space;
 use content::label_rows::QueryRow;
 
-/// Rows in one INSERT: SQLite takes 32,766 parameters at most, and more rows than this are no faster.
+/// Rows in one INSERT: SQLite takes 32,766 parameters at most, and more rows than this are no
+/// faster.
 const ROWS_AN_INSERT: usize = 100;
 /// `f_type` of statfs(2) for NFS, SMB, CIFS and SMB2 (linux/magic.h).
-const NETWORK_FILESYSTEMS: [(u32, &str); 4] = [(0x6969, "NFS"), (0x517b, "SMB"), (0xff53_4d42, "CIFS"), (0xfe53_4d42, "SMB")];
+const NETWORK_FILESYSTEMS: [(u32, &str); 4] = [
+    (0x6969, "NFS"),
+    (0x517b, "SMB"),
+    (0xff53_4d42, "CIFS"),
+    (0xfe53_4d42, "SMB"),
+];
 
 const HELD: &str = "SELECT v.manifest_digest, v.n_classes, v.n_samples, v.n_annotations, v.rows_digest, v.id
     FROM label_version v JOIN label_set s ON s.id = v.label_set_id WHERE s.name = ? AND v.version = ?";
-const EXPORT_CLASSES: &str = "SELECT class_id, name, attrs FROM label_class WHERE version_id = ? ORDER BY class_id";
-const EXPORT_SAMPLES: &str =
-    "SELECT sample_no, path, hash, width, height, split, meta FROM version_sample WHERE version_id = ? ORDER BY sample_no";
+const EXPORT_CLASSES: &str =
+    "SELECT class_id, name, attrs FROM label_class WHERE version_id = ? ORDER BY class_id";
+const EXPORT_SAMPLES: &str = "SELECT sample_no, path, hash, width, height, split, meta FROM version_sample WHERE version_id = ? ORDER BY sample_no";
 const EXPORT_ANNOTATIONS: &str = "SELECT n.ann_no, i.path, n.class_id, n.kind, n.x, n.y, n.w, n.h, n.geom, n.attrs, n.raw
     FROM annotation n JOIN version_sample i ON i.version_id = n.version_id AND i.sample_no = n.sample_no
     WHERE n.version_id = ? ORDER BY n.ann_no";
@@ -70,11 +81,18 @@ struct Values {
 impl Values {
     /// Adds a row; gives back all rows once they make a batch.
     fn row<const N: usize>(&mut self, row: [Value; N]) -> Option<Values> {
-        let text_bytes = |v: &Value| if let Value::Text(Some(text)) = v { text.len() } else { 0 };
+        let text_bytes = |v: &Value| {
+            if let Value::Text(Some(text)) = v {
+                text.len()
+            } else {
+                0
+            }
+        };
         self.bytes += row.iter().map(text_bytes).sum::<usize>();
         self.values.extend(row);
         self.rows += 1;
-        (self.rows == ROWS_AN_INSERT || self.bytes >= LABEL_BATCH_BYTES / LABEL_BATCHES_QUEUED_MAX).then(|| std::mem::take(self))
+        (self.rows == ROWS_AN_INSERT || self.bytes >= LABEL_BATCH_BYTES / LABEL_BATCHES_QUEUED_MAX)
+            .then(|| std::mem::take(self))
     }
 }
 
@@ -118,17 +136,27 @@ impl Sqlite {
             .busy_timeout(LABEL_WRITER_WAIT_MAX)
             .foreign_keys(false) // the reader of the canonical files checks more than they could
             .disable_statement_logging();
-        Self { file: file.into(), options, writer: tokio::sync::Mutex::new(()), threads }
+        Self {
+            file: file.into(),
+            options,
+            writer: tokio::sync::Mutex::new(()),
+            threads,
+        }
     }
 
     /// The file of `sqlite:///path` or `sqlite:path`.
     pub(super) fn file_of(url: &str) -> Result<PathBuf, Fault> {
-        let path = url.strip_prefix("sqlite://").or_else(|| url.strip_prefix("sqlite:")).unwrap_or("");
+        let path = url
+            .strip_prefix("sqlite://")
+            .or_else(|| url.strip_prefix("sqlite:"))
+            .unwrap_or("");
         if path.starts_with('/') && !path.contains('?') {
             return Ok(path.into());
         }
-        Err(Fault::config(format!("the url of [sink.labels], {url:?}, does not name a file"))
-            .with_next("write it as sqlite:///absolute/path/labels.db"))
+        Err(Fault::config(format!(
+            "the url of [sink.labels], {url:?}, does not name a file"
+        ))
+        .with_next("write it as sqlite:///absolute/path/labels.db"))
     }
 
     /// Refuses a network filesystem. Where the folder is missing, the next one above it is asked.
@@ -137,15 +165,22 @@ impl Sqlite {
         while !folder.exists() {
             folder = folder.parent().unwrap_or(Path::new("/"));
         }
-        let stat =
-            rustix::fs::statfs(folder).map_err(std::io::Error::from).at(format_args!("ask for the filesystem of {}", folder.display()))?;
+        let stat = rustix::fs::statfs(folder)
+            .map_err(std::io::Error::from)
+            .at(format_args!(
+                "ask for the filesystem of {}",
+                folder.display()
+            ))?;
         // The field is signed or wider on some machines; the numbers have 32 bits.
         let kind = stat.f_type as u32;
         match NETWORK_FILESYSTEMS.iter().find(|(magic, _)| *magic == kind) {
             None => Ok(()),
-            Some((_, name)) => Err(Fault::config(format!("{} lies on {name}, where SQLite's locks do not hold", self.file.display()))
-                .with_reason(Reason::SinkRefused)
-                .with_next("put the file on a local disk, or name a Postgres in [sink.labels]")),
+            Some((_, name)) => Err(Fault::config(format!(
+                "{} lies on {name}, where SQLite's locks do not hold",
+                self.file.display()
+            ))
+            .with_reason(Reason::SinkRefused)
+            .with_next("put the file on a local disk, or name a Postgres in [sink.labels]")),
         }
     }
 
@@ -153,11 +188,19 @@ impl Sqlite {
         let folder = self.file.parent().unwrap_or(Path::new("/"));
         // Each page is written to the WAL and then to the file.
         let needed = room_bytes.saturating_mul(2);
-        Space::check(folder, needed, 1, format_args!("the label database {}", self.file.display()))
+        Space::check(
+            folder,
+            needed,
+            1,
+            format_args!("the label database {}", self.file.display()),
+        )
     }
 
     async fn connect(&self) -> Result<SqliteConnection, Fault> {
-        self.options.connect().await.map_err(|e| self.fault("open", &e))
+        self.options
+            .connect()
+            .await
+            .map_err(|e| self.fault("open", &e))
     }
 
     /// A connection for reading, when there is something to read.
@@ -166,8 +209,13 @@ impl Sqlite {
             return Ok(None);
         }
         let mut conn = self.connect().await?;
-        let query = sqlx::query_scalar::<_, i64>("SELECT count(*) FROM sqlite_schema WHERE name = 'label_active'");
-        let tables = query.fetch_one(&mut conn).await.map_err(|e| self.fault("look for the tables", &e))?;
+        let query = sqlx::query_scalar::<_, i64>(
+            "SELECT count(*) FROM sqlite_schema WHERE name = 'label_active'",
+        );
+        let tables = query
+            .fetch_one(&mut conn)
+            .await
+            .map_err(|e| self.fault("look for the tables", &e))?;
         Ok((tables == 1).then_some(conn))
     }
 
@@ -176,12 +224,21 @@ impl Sqlite {
         let _ = conn.close().await;
     }
 
-    async fn run(&self, conn: &mut SqliteConnection, what: &str, sql: &'static str) -> Result<(), Fault> {
-        sqlx::raw_sql(sql).execute(conn).await.map_err(|e| self.fault(what, &e))?;
+    async fn run(
+        &self,
+        conn: &mut SqliteConnection,
+        what: &str,
+        sql: &'static str,
+    ) -> Result<(), Fault> {
+        sqlx::raw_sql(sql)
+            .execute(conn)
+            .await
+            .map_err(|e| self.fault(what, &e))?;
         Ok(())
     }
 
-    /// Classes an error by its primary result code (SQLite documentation, "Result and Error Codes").
+    /// Classes an error by its primary result code (SQLite documentation, "Result and Error
+    /// Codes").
     fn fault(&self, what: &str, error: &sqlx::Error) -> Fault {
         let place = self.file.display();
         let Some(database) = error.as_database_error() else {
@@ -193,8 +250,10 @@ impl Sqlite {
         let message = format!("{place} ({what}): {}", database.message());
         let code: u32 = database.code().and_then(|c| c.parse().ok()).unwrap_or(0);
         match code & 0xff {
-            5 | 6 => Fault::unreachable(message).with_next("another program writes to the file; this is tried again by itself"),
-            3 | 8 | 14 | 23 => Fault::not_allowed(message).with_next("give the daemon's user the right to write the file and its folder"),
+            5 | 6 => Fault::unreachable(message)
+                .with_next("another program writes to the file; this is tried again by itself"),
+            3 | 8 | 14 | 23 => Fault::not_allowed(message)
+                .with_next("give the daemon's user the right to write the file and its folder"),
             13 => Fault::no_space(message),
             10 => Fault::internal(message).with_reason(Reason::SinkUnavailable),
             11 | 26 => Fault::integrity(message)
@@ -206,25 +265,39 @@ impl Sqlite {
     }
 
     async fn migrate(&self) -> Result<(), Fault> {
-        // SQLite's lock of migrations does nothing, so a file beside the database keeps two processes apart.
+        // SQLite's lock of migrations does nothing, so a file beside the database keeps two
+        // processes apart.
         let lock_path = self.file.with_added_extension("migrate-lock");
         let what = format!("lock {} for migrations", self.file.display());
         let lock = move || {
-            let file = std::fs::File::options().create(true).truncate(false).write(true).open(&lock_path).at(&what)?;
-            rustix::fs::flock(&file, rustix::fs::FlockOperation::LockExclusive).map_err(std::io::Error::from).at(&what)?;
+            let file = std::fs::File::options()
+                .create(true)
+                .truncate(false)
+                .write(true)
+                .open(&lock_path)
+                .at(&what)?;
+            rustix::fs::flock(&file, rustix::fs::FlockOperation::LockExclusive)
+                .map_err(std::io::Error::from)
+                .at(&what)?;
             Ok(file)
         };
         let lock = self.threads.run(lock).await?;
         let mut conn = self.connect().await?;
-        match sqlx::migrate!("../../migrations/labels-sqlite").run_direct(None, &mut conn, false).await {
+        match sqlx::migrate!("../../migrations/labels-sqlite")
+            .run_direct(None, &mut conn, false)
+            .await
+        {
             Ok(()) => {}
             Err(MigrateError::Execute(error) | MigrateError::ExecuteMigration(error, _)) => {
                 return Err(self.fault("migrate", &error));
             }
             Err(error) => {
-                return Err(Fault::config(format!("{} is not this program's, or newer than it: {error}", self.file.display()))
-                    .with_retry(Retry::Never)
-                    .with_next("run the version of packhorse that made it, or a newer one"));
+                return Err(Fault::config(format!(
+                    "{} is not this program's, or newer than it: {error}",
+                    self.file.display()
+                ))
+                .with_retry(Retry::Never)
+                .with_next("run the version of packhorse that made it, or a newer one"));
             }
         }
         self.close(conn).await;
@@ -232,11 +305,21 @@ impl Sqlite {
         Ok(())
     }
 
-    async fn held_on(&self, conn: &mut SqliteConnection, set: &str, version: &str) -> Result<Option<(i64, Held)>, Fault> {
+    async fn held_on(
+        &self,
+        conn: &mut SqliteConnection,
+        set: &str,
+        version: &str,
+    ) -> Result<Option<(i64, StoredVersion)>, Fault> {
         let what = "look for the version";
-        let row = sqlx::query(HELD).bind(set).bind(version).fetch_optional(conn).await.map_err(|e| self.fault(what, &e))?;
-        let held = |row: SqliteRow| -> sqlx::Result<(i64, Held)> {
-            let held = Held {
+        let row = sqlx::query(HELD)
+            .bind(set)
+            .bind(version)
+            .fetch_optional(conn)
+            .await
+            .map_err(|e| self.fault(what, &e))?;
+        let held = |row: SqliteRow| -> sqlx::Result<(i64, StoredVersion)> {
+            let held = StoredVersion {
                 digest: row.try_get(0)?,
                 classes: row.try_get::<i64, _>(1)?.unsigned_abs(),
                 samples: row.try_get::<i64, _>(2)?.unsigned_abs(),
@@ -249,10 +332,17 @@ impl Sqlite {
     }
 
     /// Inserts what `work` reads on a thread of the sink.
-    async fn insert<R, W>(&self, conn: &mut SqliteConnection, insert: &Insert, work: W) -> Result<R, Fault>
+    async fn insert<R, W>(
+        &self,
+        conn: &mut SqliteConnection,
+        insert: &Insert,
+        work: W,
+    ) -> Result<R, Fault>
     where
         R: Send + 'static,
-        W: FnOnce(&mut Values, &mut dyn FnMut(Values) -> Result<(), Fault>) -> Result<R, Fault> + Send + 'static,
+        W: FnOnce(&mut Values, &mut dyn FnMut(Values) -> Result<(), Fault>) -> Result<R, Fault>
+            + Send
+            + 'static,
     {
         let (mut batches, task) = pump(&self.threads, move |give| {
             let mut values = Values::default();
@@ -262,20 +352,31 @@ impl Sqlite {
         });
         while let Some(batch) = batches.recv().await {
             let batch: Values = batch;
-            let (sql, values_each) =
-                if batch.rows == ROWS_AN_INSERT { (&insert.many, insert.columns * ROWS_AN_INSERT) } else { (&insert.one, insert.columns) };
+            let (sql, values_each) = if batch.rows == ROWS_AN_INSERT {
+                (&insert.many, insert.columns * ROWS_AN_INSERT)
+            } else {
+                (&insert.one, insert.columns)
+            };
             let mut values = batch.values.into_iter().peekable();
             while values.peek().is_some() {
                 let query = sqlx::query(AssertSqlSafe(sql.as_str()));
                 let query = values.by_ref().take(values_each).fold(query, bind);
-                query.execute(&mut *conn).await.map_err(|e| self.fault("insert rows", &e))?;
+                query
+                    .execute(&mut *conn)
+                    .await
+                    .map_err(|e| self.fault("insert rows", &e))?;
             }
         }
         joined(task).await
     }
 
     /// The rows of a version, inside the caller's transaction.
-    async fn fill(&self, conn: &mut SqliteConnection, new: &NewVersion, id: i64) -> Result<(), Fault> {
+    async fn fill(
+        &self,
+        conn: &mut SqliteConnection,
+        new: &NewVersion,
+        id: i64,
+    ) -> Result<(), Fault> {
         let version = move || Value::Int(Some(id));
 
         let dir = new.dir.clone();
@@ -283,7 +384,12 @@ impl Sqlite {
         let classes = self
             .insert(conn, &insert, move |rows, give| {
                 read_classes(&dir, &mut |class| {
-                    let row = [version(), Value::Int(Some(class.id)), text(Some(class.name)), text(class.attrs)];
+                    let row = [
+                        version(),
+                        Value::Int(Some(class.id)),
+                        text(Some(class.name)),
+                        text(class.attrs),
+                    ];
                     rows.row(row).map_or(Ok(()), &mut *give)
                 })
             })
@@ -291,38 +397,85 @@ impl Sqlite {
         new.check_count(Table::Classes, classes.len() as u64)?;
 
         let dir = new.dir.clone();
-        let columns = ["version_id", "sample_no", "path", "hash", "width", "height", "split", "meta"];
+        let columns = [
+            "version_id",
+            "sample_no",
+            "path",
+            "hash",
+            "width",
+            "height",
+            "split",
+            "meta",
+        ];
         let samples = self
-            .insert(conn, &Insert::new("version_sample", &columns), move |rows, give| {
-                read_samples(&dir, &mut |no, sample| {
-                    let row = [
-                        version(),
-                        Value::Int(Some(no.cast_signed())),
-                        text(Some(sample.path)),
-                        text(sample.hash),
-                        Value::Int(sample.width),
-                        Value::Int(sample.height),
-                        text(sample.split),
-                        text(sample.meta),
-                    ];
-                    rows.row(row).map_or(Ok(()), &mut *give)
-                })
-            })
+            .insert(
+                conn,
+                &Insert::new("version_sample", &columns),
+                move |rows, give| {
+                    read_samples(&dir, &mut |no, sample| {
+                        let row = [
+                            version(),
+                            Value::Int(Some(no.cast_signed())),
+                            text(Some(sample.path)),
+                            text(sample.hash),
+                            Value::Int(sample.width),
+                            Value::Int(sample.height),
+                            text(sample.split),
+                            text(sample.meta),
+                        ];
+                        rows.row(row).map_or(Ok(()), &mut *give)
+                    })
+                },
+            )
             .await?;
         new.check_count(Table::Samples, samples)?;
 
         let dir = new.dir.clone();
-        let columns = ["version_id", "ann_no", "sample_no", "class_id", "kind", "x", "y", "w", "h", "geom", "attrs", "raw"];
+        let columns = [
+            "version_id",
+            "ann_no",
+            "sample_no",
+            "class_id",
+            "kind",
+            "x",
+            "y",
+            "w",
+            "h",
+            "geom",
+            "attrs",
+            "raw",
+        ];
         let (annotations, rows_digest) = self
-            .insert(conn, &Insert::new("annotation", &columns), move |rows, give| {
-                read_annotations(&dir, &classes, &mut |no, sample_no, row| {
-                    let [x, y, w, h] = row.bbox.map(Value::Float);
-                    let (no, sample_no) = (Value::Int(Some(no.cast_signed())), Value::Int(Some(sample_no.cast_signed())));
-                    let (geom, attrs, raw) = (text(row.geom), text(row.attrs), text(Some(row.raw)));
-                    let row = [version(), no, sample_no, Value::Int(row.class), text(Some(row.kind)), x, y, w, h, geom, attrs, raw];
-                    rows.row(row).map_or(Ok(()), &mut *give)
-                })
-            })
+            .insert(
+                conn,
+                &Insert::new("annotation", &columns),
+                move |rows, give| {
+                    read_annotations(&dir, &classes, &mut |no, sample_no, row| {
+                        let [x, y, w, h] = row.bbox.map(Value::Float);
+                        let (no, sample_no) = (
+                            Value::Int(Some(no.cast_signed())),
+                            Value::Int(Some(sample_no.cast_signed())),
+                        );
+                        let (geom, attrs, raw) =
+                            (text(row.geom), text(row.attrs), text(Some(row.raw)));
+                        let row = [
+                            version(),
+                            no,
+                            sample_no,
+                            Value::Int(row.class),
+                            text(Some(row.kind)),
+                            x,
+                            y,
+                            w,
+                            h,
+                            geom,
+                            attrs,
+                            raw,
+                        ];
+                        rows.row(row).map_or(Ok(()), &mut *give)
+                    })
+                },
+            )
             .await?;
         new.check_count(Table::Annotations, annotations)?;
 
@@ -342,10 +495,18 @@ impl Sqlite {
     async fn load_in(&self, conn: &mut SqliteConnection, new: &NewVersion) -> Result<(), Fault> {
         let what = "add the version";
         if let Some((_, held)) = self.held_on(conn, &new.set, &new.version).await? {
-            return if held.digest == new.digest.hex() { Ok(()) } else { Err(new.conflict(&held.digest)) };
+            return if held.digest == new.digest.hex() {
+                Ok(())
+            } else {
+                Err(new.conflict(&held.digest))
+            };
         }
-        let set = sqlx::query("INSERT INTO label_set (name) VALUES (?) ON CONFLICT (name) DO NOTHING").bind(&new.set);
-        set.execute(&mut *conn).await.map_err(|e| self.fault(what, &e))?;
+        let set =
+            sqlx::query("INSERT INTO label_set (name) VALUES (?) ON CONFLICT (name) DO NOTHING")
+                .bind(&new.set);
+        set.execute(&mut *conn)
+            .await
+            .map_err(|e| self.fault(what, &e))?;
         let id: i64 = sqlx::query_scalar(
             "INSERT INTO label_version (label_set_id, version, manifest_digest)
              SELECT id, ?, ? FROM label_set WHERE name = ? RETURNING id",
@@ -359,12 +520,24 @@ impl Sqlite {
         self.fill(conn, new, id).await?;
         let switch = "INSERT INTO label_active (label_set_id, version_id) SELECT label_set_id, id FROM label_version WHERE id = ?
              ON CONFLICT (label_set_id) DO UPDATE SET version_id = excluded.version_id";
-        sqlx::query(switch).bind(id).execute(&mut *conn).await.map_err(|e| self.fault("switch to the new version", &e))?;
+        sqlx::query(switch)
+            .bind(id)
+            .execute(&mut *conn)
+            .await
+            .map_err(|e| self.fault("switch to the new version", &e))?;
         Ok(())
     }
 
-    async fn export_in(&self, conn: &mut SqliteConnection, set: &str, version: &str, out: mpsc::Sender<Rows>) -> Result<Held, Fault> {
-        let Some((id, held)) = self.held_on(conn, set, version).await? else { return Err(not_held(set, version)) };
+    async fn export_in(
+        &self,
+        conn: &mut SqliteConnection,
+        set: &str,
+        version: &str,
+        out: mpsc::Sender<Rows>,
+    ) -> Result<StoredVersion, Fault> {
+        let Some((id, held)) = self.held_on(conn, set, version).await? else {
+            return Err(not_held(set, version));
+        };
         let read = |e: sqlx::Error| self.fault("read the rows", &e);
         let mut batcher = Batcher::new(out);
 
@@ -372,7 +545,9 @@ impl Sqlite {
         let mut number = 0;
         while let Some(row) = rows.try_next().await.map_err(read)? {
             let class = class_of(&row).map_err(read)?;
-            batcher.push(Table::Classes, number, |out| class.write(out)).await?;
+            batcher
+                .push(Table::Classes, number, |out| class.write(out))
+                .await?;
             number += 1;
         }
         drop(rows);
@@ -380,24 +555,41 @@ impl Sqlite {
         let mut rows = sqlx::query(EXPORT_SAMPLES).bind(id).fetch(&mut *conn);
         while let Some(row) = rows.try_next().await.map_err(read)? {
             let (no, sample) = sample_of(&row).map_err(read)?;
-            batcher.push(Table::Samples, no.unsigned_abs(), |out| sample.write(out)).await?;
+            batcher
+                .push(Table::Samples, no.unsigned_abs(), |out| sample.write(out))
+                .await?;
         }
         drop(rows);
 
         let mut rows = sqlx::query(EXPORT_ANNOTATIONS).bind(id).fetch(&mut *conn);
         while let Some(row) = rows.try_next().await.map_err(read)? {
             let (no, annotation) = annotation_of(&row).map_err(read)?;
-            batcher.push(Table::Annotations, no.unsigned_abs(), |out| annotation.write(out)).await?;
+            batcher
+                .push(Table::Annotations, no.unsigned_abs(), |out| {
+                    annotation.write(out);
+                })
+                .await?;
         }
         drop(rows);
         let ([classes, samples, annotations], rows_digest) = batcher.finish().await?;
-        Ok(Held { digest: held.digest, classes, samples, annotations, rows_digest: rows_digest.hex() })
+        Ok(StoredVersion {
+            digest: held.digest,
+            classes,
+            samples,
+            annotations,
+            rows_digest: rows_digest.hex(),
+        })
     }
 }
 
-// Unchecked: a column may hold what others put there, and `verify` shall say how it differs, not that it cannot be read.
+// Unchecked: a column may hold what others put there, and `verify` shall say how it differs, not
+// that it cannot be read.
 fn class_of(row: &SqliteRow) -> sqlx::Result<Class<'_>> {
-    Ok(Class { id: row.try_get_unchecked(0)?, name: row.try_get_unchecked(1)?, attrs: row.try_get_unchecked(2)? })
+    Ok(Class {
+        id: row.try_get_unchecked(0)?,
+        name: row.try_get_unchecked(1)?,
+        attrs: row.try_get_unchecked(2)?,
+    })
 }
 
 fn sample_of(row: &SqliteRow) -> sqlx::Result<(i64, Sample<'_>)> {
@@ -417,7 +609,12 @@ fn annotation_of(row: &SqliteRow) -> sqlx::Result<(i64, Annotation<'_>)> {
         sample: row.try_get_unchecked(1)?,
         class: row.try_get_unchecked(2)?,
         kind: row.try_get_unchecked(3)?,
-        bbox: [row.try_get_unchecked(4)?, row.try_get_unchecked(5)?, row.try_get_unchecked(6)?, row.try_get_unchecked(7)?],
+        bbox: [
+            row.try_get_unchecked(4)?,
+            row.try_get_unchecked(5)?,
+            row.try_get_unchecked(6)?,
+            row.try_get_unchecked(7)?,
+        ],
         geom: row.try_get_unchecked(8)?,
         attrs: row.try_get_unchecked(9)?,
         raw: row.try_get_unchecked(10)?,
@@ -425,7 +622,8 @@ fn annotation_of(row: &SqliteRow) -> sqlx::Result<(i64, Annotation<'_>)> {
     Ok((row.try_get_unchecked(0)?, annotation))
 }
 
-/// A value as JSON, by the type that it has and not by that of its column: a cast to text would round a number.
+/// A value as JSON, by the type that it has and not by that of its column: a cast to text would
+/// round a number.
 fn value_of(row: &SqliteRow, at: usize) -> sqlx::Result<Option<String>> {
     let raw = row.try_get_raw(at)?;
     if raw.is_null() {
@@ -445,7 +643,8 @@ impl Engine for Sqlite {
     async fn prepare(&self, room_bytes: u64) -> Result<(), Fault> {
         self.check_filesystem()?;
         if let Some(folder) = self.file.parent() {
-            std::fs::create_dir_all(folder).at(format_args!("make the folder {}", folder.display()))?;
+            std::fs::create_dir_all(folder)
+                .at(format_args!("make the folder {}", folder.display()))?;
         }
         self.check_room(room_bytes)?;
         self.migrate().await
@@ -458,13 +657,18 @@ impl Engine for Sqlite {
             return Ok(format!("sqlite://{place}: made with the first commit"));
         };
         let query = sqlx::query_scalar::<_, i64>("SELECT count(*) FROM label_version");
-        let held = query.fetch_one(&mut conn).await.map_err(|e| self.fault("count the versions", &e))?;
+        let held = query
+            .fetch_one(&mut conn)
+            .await
+            .map_err(|e| self.fault("count the versions", &e))?;
         self.close(conn).await;
         Ok(format!("sqlite://{place}: {held} label versions held"))
     }
 
-    async fn held(&self, set: &str, version: &str) -> Result<Option<Held>, Fault> {
-        let Some(mut conn) = self.connect_existing().await? else { return Ok(None) };
+    async fn held(&self, set: &str, version: &str) -> Result<Option<StoredVersion>, Fault> {
+        let Some(mut conn) = self.connect_existing().await? else {
+            return Ok(None);
+        };
         let held = self.held_on(&mut conn, set, version).await?;
         self.close(conn).await;
         Ok(held.map(|(_, held)| held))
@@ -474,44 +678,71 @@ impl Engine for Sqlite {
         let _one_writer = self.writer.lock().await;
         let mut conn = self.connect().await?;
         // Dropped without a commit, by an error or because the caller went away, it is rolled back.
-        let mut transaction = conn.begin_with("BEGIN IMMEDIATE").await.map_err(|e| self.fault("begin", &e))?;
+        let mut transaction = conn
+            .begin_with("BEGIN IMMEDIATE")
+            .await
+            .map_err(|e| self.fault("begin", &e))?;
         if let Err(fault) = self.load_in(&mut transaction, new).await {
             let _ = transaction.rollback().await;
             return Err(fault);
         }
-        transaction.commit().await.map_err(|e| self.fault("commit", &e))?;
+        transaction
+            .commit()
+            .await
+            .map_err(|e| self.fault("commit", &e))?;
         // Gives the WAL's room back; when a reader is in the way, a later one will.
-        let _ = self.run(&mut conn, "cut back the WAL", "PRAGMA wal_checkpoint(TRUNCATE)").await;
+        let _ = self
+            .run(
+                &mut conn,
+                "cut back the WAL",
+                "PRAGMA wal_checkpoint(TRUNCATE)",
+            )
+            .await;
         self.close(conn).await;
         Ok(())
     }
 
     async fn active(&self, set: &str) -> Result<Option<String>, Fault> {
-        let Some(mut conn) = self.connect_existing().await? else { return Ok(None) };
+        let Some(mut conn) = self.connect_existing().await? else {
+            return Ok(None);
+        };
         let query = sqlx::query_scalar(
             "SELECT v.version FROM label_active a JOIN label_version v ON v.id = a.version_id
              JOIN label_set s ON s.id = a.label_set_id WHERE s.name = ?",
         );
-        let version = query.bind(set).fetch_optional(&mut conn).await.map_err(|e| self.fault("read the active version", &e))?;
+        let version = query
+            .bind(set)
+            .fetch_optional(&mut conn)
+            .await
+            .map_err(|e| self.fault("read the active version", &e))?;
         self.close(conn).await;
         Ok(version)
     }
 
     async fn activate(&self, set: &str, version: &str) -> Result<bool, Fault> {
         let _one_writer = self.writer.lock().await;
-        let Some(mut conn) = self.connect_existing().await? else { return Ok(false) };
+        let Some(mut conn) = self.connect_existing().await? else {
+            return Ok(false);
+        };
         let query = sqlx::query(
             "UPDATE label_active SET version_id = v.id FROM label_version v, label_set s
              WHERE s.name = ? AND v.version = ? AND v.label_set_id = s.id AND label_active.label_set_id = s.id",
         );
-        let done = query.bind(set).bind(version).execute(&mut conn).await.map_err(|e| self.fault("switch the active version", &e))?;
+        let done = query
+            .bind(set)
+            .bind(version)
+            .execute(&mut conn)
+            .await
+            .map_err(|e| self.fault("switch the active version", &e))?;
         self.close(conn).await;
         Ok(done.rows_affected() == 1)
     }
 
     async fn remove(&self, set: &str, version: &str) -> Result<(), Fault> {
         let _one_writer = self.writer.lock().await;
-        let Some(mut conn) = self.connect_existing().await? else { return Ok(()) };
+        let Some(mut conn) = self.connect_existing().await? else {
+            return Ok(());
+        };
         let failed = |e: sqlx::Error| self.fault("remove the rows", &e);
         let mut transaction = conn.begin_with("BEGIN IMMEDIATE").await.map_err(failed)?;
         if let Some((id, _)) = self.held_on(&mut transaction, set, version).await? {
@@ -527,37 +758,74 @@ impl Engine for Sqlite {
                 "DELETE FROM label_version WHERE id = ?",
             ];
             for sql in statements {
-                sqlx::query(sql).bind(id).execute(&mut *transaction).await.map_err(failed)?;
+                sqlx::query(sql)
+                    .bind(id)
+                    .execute(&mut *transaction)
+                    .await
+                    .map_err(failed)?;
             }
         }
         transaction.commit().await.map_err(failed)?;
-        let _ = self.run(&mut conn, "cut back the WAL", "PRAGMA wal_checkpoint(TRUNCATE)").await;
+        let _ = self
+            .run(
+                &mut conn,
+                "cut back the WAL",
+                "PRAGMA wal_checkpoint(TRUNCATE)",
+            )
+            .await;
         self.close(conn).await;
         Ok(())
     }
 
-    async fn export(&self, set: &str, version: &str, out: mpsc::Sender<Rows>) -> Result<Held, Fault> {
-        let Some(mut conn) = self.connect_existing().await? else { return Err(not_held(set, version)) };
+    async fn export(
+        &self,
+        set: &str,
+        version: &str,
+        out: mpsc::Sender<Rows>,
+    ) -> Result<StoredVersion, Fault> {
+        let Some(mut conn) = self.connect_existing().await? else {
+            return Err(not_held(set, version));
+        };
         // One read transaction is one snapshot.
         let mut transaction = conn.begin().await.map_err(|e| self.fault("begin", &e))?;
         let held = self.export_in(&mut transaction, set, version, out).await?;
-        transaction.commit().await.map_err(|e| self.fault("end the export", &e))?;
+        transaction
+            .commit()
+            .await
+            .map_err(|e| self.fault("end the export", &e))?;
         self.close(conn).await;
         Ok(held)
     }
 
     async fn query(&self, sql: &str, out: mpsc::Sender<Vec<QueryRow>>) -> Result<(), Fault> {
         if self.connect_existing().await?.is_none() {
-            return Err(Fault::not_found(format!("there are no labels in {} yet", self.file.display())));
+            return Err(Fault::not_found(format!(
+                "there are no labels in {} yet",
+                self.file.display()
+            )));
         }
         // Opened for reading only: whatever the query says, it writes nothing.
-        let options = self.options.clone().read_only(true).create_if_missing(false);
-        let mut conn = options.connect().await.map_err(|e| self.fault("open", &e))?;
+        let options = self
+            .options
+            .clone()
+            .read_only(true)
+            .create_if_missing(false);
+        let mut conn = options
+            .connect()
+            .await
+            .map_err(|e| self.fault("open", &e))?;
         let own = |e: sqlx::Error| query::users(self.fault("run the query", &e));
         // One read transaction is one snapshot.
         let mut transaction = conn.begin().await.map_err(|e| self.fault("begin", &e))?;
-        let prepared = (&mut *transaction).prepare(AssertSqlSafe(query::bare(sql)).into_sql_str()).await.map_err(own)?;
-        let plan = query::plan(sql, prepared.columns().iter().map(|column| column.name()), "")?;
+        let prepared = (&mut *transaction)
+            .prepare(AssertSqlSafe(query::bare(sql)).into_sql_str())
+            .await
+            .map_err(own)?;
+        let plan = query::plan(
+            sql,
+            prepared.columns().iter().map(|column| column.name()),
+            "",
+        )?;
         let mut batch = Batch::default();
         let mut rows = sqlx::query(AssertSqlSafe(plan.sql.as_str())).fetch(&mut *transaction);
         while let Some(row) = rows.try_next().await.map_err(own)? {
@@ -570,13 +838,21 @@ impl Engine for Sqlite {
             }
         }
         drop(rows);
-        out.send(batch.finish()).await.map_err(|_| query::unread())?;
-        transaction.commit().await.map_err(|e| self.fault("end the query", &e))?;
+        out.send(batch.finish())
+            .await
+            .map_err(|_| query::unread())?;
+        transaction
+            .commit()
+            .await
+            .map_err(|e| self.fault("end the query", &e))?;
         self.close(conn).await;
         Ok(())
     }
 
     fn location(&self, set: &str, version: &str) -> String {
-        format!("sqlite://{} annotations label_set={set} version={version}", self.file.display())
+        format!(
+            "sqlite://{} annotations label_set={set} version={version}",
+            self.file.display()
+        )
     }
 }

@@ -1,8 +1,10 @@
-//! What files and folders have beside names, content, links and permission bits: no artifact carries it, so it is counted.
+//! What files and folders have beside names, content, links and permission bits: no artifact
+//! carries it, so it is counted.
 //!
-//! [`super::FilesSource`] shows every entry that it reads, with its metadata. Memory is bounded, whatever the size of the tree. The extended
-//! attributes of a file are listed when its content is open: by its path it costs three times as much, which many small files notice.
-//! Holes of sparse files are not counted: they are content, and read as zeros.
+//! [`super::FilesSource`] shows every entry that it reads, with its metadata. Memory is bounded,
+//! whatever the size of the tree. The extended attributes of a file are listed when its content is
+//! open: by its path it costs three times as much, which many small files notice. Holes of sparse
+//! files are not counted: they are content, and read as zeros.
 
 use std::collections::HashSet;
 use std::fs::{File, Metadata};
@@ -18,8 +20,8 @@ use base::omitted::{Category, Omitted};
 const NAMES_BYTES: usize = 1 << 10;
 /// The bits set-user-ID, set-group-ID and sticky.
 const SPECIAL_BITS: u32 = 0o7000;
-/// Extended attributes that the system or the filesystem puts on files by itself: labels of SELinux, Smack and AppArmor, the
-/// measurements of IMA and EVM…
+/// Extended attributes that the system or the filesystem puts on files by itself: labels of
+/// SELinux, Smack and AppArmor, the measurements of IMA and EVM…
 const OF_THE_SYSTEM: [&str; 9] = [
     "security.selinux",
     "security.ima",
@@ -31,7 +33,8 @@ const OF_THE_SYSTEM: [&str; 9] = [
     "trusted.link",
     "trusted.fid",
 ];
-/// …and what NFS, SMB, NTFS, overlayfs, GlusterFS, Lustre, Ceph and Btrfs show of every file, or keep there for themselves.
+/// …and what NFS, SMB, NTFS, overlayfs, GlusterFS, Lustre, Ceph and Btrfs show of every file, or
+/// keep there for themselves.
 const PREFIXES_OF_THE_SYSTEM: [&str; 12] = [
     "security.SMACK64",
     "security.apparmor",
@@ -90,14 +93,18 @@ impl Lost {
 
     /// For a folder.
     pub(super) fn of_folder(root: &Path, meta: &Metadata) -> Self {
-        Self { in_folder: true, ..Self::of_file(".", root, meta) }
+        Self {
+            in_folder: true,
+            ..Self::of_file(".", root, meta)
+        }
     }
 
     pub(super) fn omitted(&self) -> &Omitted {
         &self.omitted
     }
 
-    /// Counts what is lost of an entry at `path` below the folder; its extended attributes wait for [`Lost::opened`] or [`Lost::settle`].
+    /// Counts what is lost of an entry at `path` below the folder; its extended attributes wait for
+    /// [`Lost::opened`] or [`Lost::settle`].
     pub(super) fn note(&mut self, path: &str, full: &Path, meta: &Metadata) {
         self.settle();
         if meta.is_symlink() {
@@ -116,11 +123,20 @@ impl Lost {
             let owner = (meta.uid(), meta.gid());
             let first = *self.owner.get_or_insert(owner);
             if owner != first {
-                self.add(Category::Owners, 1, || format!("{path}: {}:{}, the first entry has {}:{}", owner.0, owner.1, first.0, first.1));
+                self.add(Category::Owners, 1, || {
+                    format!(
+                        "{path}: {}:{}, the first entry has {}:{}",
+                        owner.0, owner.1, first.0, first.1
+                    )
+                });
             }
         }
         if self.without_xattrs != Some(meta.dev()) {
-            self.waiting = Some(Waiting { path: path.to_owned(), full: full.to_owned(), device: meta.dev() });
+            self.waiting = Some(Waiting {
+                path: path.to_owned(),
+                full: full.to_owned(),
+                device: meta.dev(),
+            });
         }
     }
 
@@ -134,7 +150,9 @@ impl Lost {
     /// Counts the extended attributes of the entry that was noted last, if nobody opened it.
     pub(super) fn settle(&mut self) {
         if let Some(waiting) = self.waiting.take() {
-            self.note_xattrs(&waiting, |names| rustix::fs::llistxattr(&waiting.full, names));
+            self.note_xattrs(&waiting, |names| {
+                rustix::fs::llistxattr(&waiting.full, names)
+            });
         }
     }
 
@@ -170,10 +188,16 @@ impl Lost {
             Ok(0) | Err(Errno::NOENT) => {}
             Ok(len) => {
                 let list = self.names.get(..len).unwrap_or_default();
-                let names: Vec<_> = list.split(|byte| *byte == 0).filter(|name| !name.is_empty() && !is_of_the_system(name)).collect();
+                let names: Vec<_> = list
+                    .split(|byte| *byte == 0)
+                    .filter(|name| !name.is_empty() && !is_of_the_system(name))
+                    .collect();
                 let count = names.len() as u64;
                 let example = || {
-                    let names: Vec<_> = names.iter().map(|name| String::from_utf8_lossy(name)).collect();
+                    let names: Vec<_> = names
+                        .iter()
+                        .map(|name| String::from_utf8_lossy(name))
+                        .collect();
                     format!("{path}: {}", names.join(", "))
                 };
                 // As `add`, which would borrow the names a second time.
@@ -181,14 +205,18 @@ impl Lost {
                 self.omitted.add_many(Category::Xattrs, count, example);
             }
             Err(Errno::NOTSUP) => self.without_xattrs = Some(of.device),
-            Err(error) => self.add(Category::Xattrs, 1, || format!("{path}: its extended attributes cannot be listed: {error}")),
+            Err(error) => self.add(Category::Xattrs, 1, || {
+                format!("{path}: its extended attributes cannot be listed: {error}")
+            }),
         }
     }
 }
 
 fn is_of_the_system(name: &[u8]) -> bool {
     OF_THE_SYSTEM.iter().any(|known| known.as_bytes() == name)
-        || PREFIXES_OF_THE_SYSTEM.iter().any(|prefix| name.starts_with(prefix.as_bytes()))
+        || PREFIXES_OF_THE_SYSTEM
+            .iter()
+            .any(|prefix| name.starts_with(prefix.as_bytes()))
 }
 
 #[cfg(test)]
@@ -206,7 +234,8 @@ mod tests {
     use crate::{Content, Source, SourceBody};
 
     fn set(path: &Path, name: &str) {
-        rustix::fs::setxattr(path, name, b"v", XattrFlags::empty()).expect("the temporary folder is on a filesystem with user attributes");
+        rustix::fs::setxattr(path, name, b"v", XattrFlags::empty())
+            .expect("the temporary folder is on a filesystem with user attributes");
     }
 
     fn put(path: &Path) {
@@ -215,18 +244,27 @@ mod tests {
         File::create(path).unwrap().write_all(b"content").unwrap();
     }
 
-    /// What is left out, counted before the content is read, with it, and without it: all must agree.
+    /// What is left out, counted before the content is read, with it, and without it: all must
+    /// agree.
     fn lost(path: &Path) -> Omitted {
         let mut first = FilesSource::open_for(path, Arc::new(Own::none()), true).unwrap();
         let mut source = FilesSource::open(path).unwrap();
         while let Some(entry) = source.next().unwrap() {
-            if let SourceBody::File { content: Content::File(file), .. } = entry.body {
+            if let SourceBody::File {
+                content: Content::File(file),
+                ..
+            } = entry.body
+            {
                 source.opened(&File::open(file).unwrap());
             }
         }
         assert_eq!(first.omitted(), source.omitted());
         while first.next().unwrap().is_some() {}
-        assert_eq!(first.omitted(), source.omitted(), "nothing is counted twice");
+        assert_eq!(
+            first.omitted(),
+            source.omitted(),
+            "nothing is counted twice"
+        );
         source.omitted()
     }
 
@@ -240,7 +278,12 @@ mod tests {
     }
 
     fn examples(omitted: &Omitted, what: Category) -> Vec<String> {
-        omitted.list().into_iter().find(|omission| omission.what == what).map(|omission| omission.examples).unwrap_or_default()
+        omitted
+            .list()
+            .into_iter()
+            .find(|omission| omission.what == what)
+            .map(|omission| omission.examples)
+            .unwrap_or_default()
     }
 
     #[test]
@@ -249,7 +292,13 @@ mod tests {
         symlink("a", root.join("link")).unwrap();
         let omitted = lost(&root);
         assert_eq!(omitted.list().len(), 1, "{omitted:?}");
-        assert_eq!((omitted.count(Category::Times), examples(&omitted, Category::Times).len()), (3, 0));
+        assert_eq!(
+            (
+                omitted.count(Category::Times),
+                examples(&omitted, Category::Times).len()
+            ),
+            (3, 0)
+        );
         assert_eq!(lost(&root.join("a")).count(Category::Times), 1);
     }
 
@@ -262,7 +311,11 @@ mod tests {
         let omitted = lost(&root);
         assert_eq!(omitted.count(Category::HardLinks), 2);
         assert_eq!(examples(&omitted, Category::HardLinks), ["a2", "sub/a3"]);
-        assert_eq!(lost(&root.join("b")).count(Category::HardLinks), 0, "a file alone has one name");
+        assert_eq!(
+            lost(&root.join("b")).count(Category::HardLinks),
+            0,
+            "a file alone has one name"
+        );
     }
 
     #[test]
@@ -275,8 +328,16 @@ mod tests {
         let omitted = lost(&root);
         assert_eq!(omitted.count(Category::Xattrs), 4);
         let found = examples(&omitted, Category::Xattrs);
-        assert_eq!((found[0].as_str(), found[2].as_str()), (".: user.root", "sub: user.k"));
-        assert!(found[1].starts_with("a: ") && found[1].contains("user.origin") && found[1].contains("user.checked"), "{found:?}");
+        assert_eq!(
+            (found[0].as_str(), found[2].as_str()),
+            (".: user.root", "sub: user.k")
+        );
+        assert!(
+            found[1].starts_with("a: ")
+                && found[1].contains("user.origin")
+                && found[1].contains("user.checked"),
+            "{found:?}"
+        );
         // More names than the usual room for them holds.
         for n in 0..8 {
             set(&root.join("b"), &format!("user.{n}{}", "x".repeat(180)));
@@ -301,7 +362,10 @@ mod tests {
         fs::set_permissions(root.join("a"), fs::Permissions::from_mode(0o4755)).unwrap();
         fs::set_permissions(root.join("sub"), fs::Permissions::from_mode(0o1777)).unwrap();
         let omitted = lost(&root);
-        assert_eq!(examples(&omitted, Category::ModeBits), ["a: mode 4755", "sub: mode 1777"]);
+        assert_eq!(
+            examples(&omitted, Category::ModeBits),
+            ["a: mode 4755", "sub: mode 1777"]
+        );
         assert_eq!(omitted.count(Category::Owners), 0);
         if !rustix::process::geteuid().is_root() {
             eprintln!("skipped: only root gives files away");
@@ -310,10 +374,17 @@ mod tests {
         chown(root.join("sub/c"), Some(12345), None).unwrap();
         let omitted = lost(&root);
         assert_eq!(omitted.count(Category::Owners), 1);
-        assert!(examples(&omitted, Category::Owners)[0].starts_with("sub/c: 12345:"), "{omitted:?}");
+        assert!(
+            examples(&omitted, Category::Owners)[0].starts_with("sub/c: 12345:"),
+            "{omitted:?}"
+        );
         for path in ["a", "b", "sub"] {
             chown(root.join(path), Some(12345), None).unwrap();
         }
-        assert_eq!(lost(&root).count(Category::Owners), 0, "one owner of all is no difference");
+        assert_eq!(
+            lost(&root).count(Category::Owners),
+            0,
+            "one owner of all is no difference"
+        );
     }
 }

@@ -1,9 +1,10 @@
 //! An index of a tar's members: what lies where, so that nothing is ever unpacked.
 //!
-//! Used by [`super::holder`] alone. Every header is read here and checked before its name is believed: members that
-//! leave the archive, links that go round or out, names that come twice with other content, and an archive that ends
-//! too early are refused, each by name. Header by header instead of with `tar::Archive`, because that reads a long
-//! name of any length into memory. Reads only, so a crash leaves nothing.
+//! Used by [`super::holder`] alone. Every header is read here and checked before its name is
+//! believed: members that leave the archive, links that go round or out, names that come twice with
+//! other content, and an archive that ends too early are refused, each by name. Header by header
+//! instead of with `tar::Archive`, because that reads a long name of any length into memory. Reads
+//! only, so a crash leaves nothing.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -14,7 +15,7 @@ use std::sync::Arc;
 use tar::{EntryType, Header, PaxExtensions};
 
 use super::refuse;
-use crate::Stamp;
+use crate::FileIdentity;
 use base::durable;
 use base::fault::{Fault, IoContext};
 use base::limits::{ARCHIVE_HEADER_BYTES_MAX, ARCHIVE_MEMBERS_MAX, ARCHIVE_NAMES_BYTES_MAX};
@@ -29,7 +30,7 @@ const HOPS_MAX: usize = 40;
 pub(super) struct TarIndex {
     pub(super) file: Arc<PathBuf>,
     /// The file before its first header was read.
-    pub(super) stamp: Stamp,
+    pub(super) identity: FileIdentity,
     members: BTreeMap<String, Member>,
 }
 
@@ -57,16 +58,28 @@ struct Extended {
 }
 
 impl TarIndex {
-    /// Reads every header of the tar at `path`. `shown` stands for the archive in messages: `path` may be a
-    /// decompressed copy that nobody knows.
+    /// Reads every header of the tar at `path`. `shown` stands for the archive in messages: `path`
+    /// may be a decompressed copy that nobody knows.
     pub(super) fn open(path: &Path, shown: &Path) -> Result<Self, Fault> {
         let file = durable::open_regular(path).at(format_args!("open {}", path.display()))?;
-        let meta = file.metadata().at(format_args!("read {}", path.display()))?;
+        let meta = file
+            .metadata()
+            .at(format_args!("read {}", path.display()))?;
         let name = Arc::new(path.to_path_buf());
-        let stamp = Stamp::new(Arc::clone(&name), &meta);
-        let mut scan = Scan { file, len: meta.len(), shown, members: BTreeMap::new(), names_bytes: 0 };
+        let identity = FileIdentity::new(Arc::clone(&name), &meta);
+        let mut scan = Scan {
+            file,
+            len: meta.len(),
+            shown,
+            members: BTreeMap::new(),
+            names_bytes: 0,
+        };
         scan.run()?;
-        let index = Self { file: name, stamp, members: scan.members };
+        let index = Self {
+            file: name,
+            identity,
+            members: scan.members,
+        };
         for (name, member) in &index.members {
             if matches!(member, Member::Link(_)) {
                 index.follow(name).map_err(|why| refuse(shown, name, why))?;
@@ -80,10 +93,14 @@ impl TarIndex {
         self.follow(&normal(name.as_bytes()).ok()?).ok().flatten()
     }
 
-    /// The folder that all members lie in, when it is not the top: what a tar made one level too high has.
+    /// The folder that all members lie in, when it is not the top: what a tar made one level too
+    /// high has.
     pub(super) fn only_folder(&self) -> Option<&str> {
         let first = self.members.keys().next()?.split('/').next()?;
-        self.members.keys().all(|name| name.split('/').next() == Some(first)).then_some(first)
+        self.members
+            .keys()
+            .all(|name| name.split('/').next() == Some(first))
+            .then_some(first)
     }
 
     fn follow<'a>(&'a self, name: &'a str) -> Result<Option<Extent>, String> {
@@ -112,17 +129,33 @@ impl Scan<'_> {
         let mut pos = 0;
         let mut extended = Extended::default();
         loop {
-            let Some(header) = self.header(pos)? else { return Ok(()) };
+            let Some(header) = self.header(pos)? else {
+                return Ok(());
+            };
             let kind = header.entry_type();
-            let shown_name = String::from_utf8_lossy(extended.path.as_deref().unwrap_or(&header.path_bytes())).into_owned();
-            let mut size = header.entry_size().map_err(|e| refuse(self.shown, &shown_name, format!("its header is damaged: {e}")))?;
+            let shown_name =
+                String::from_utf8_lossy(extended.path.as_deref().unwrap_or(&header.path_bytes()))
+                    .into_owned();
+            let mut size = header.entry_size().map_err(|e| {
+                refuse(
+                    self.shown,
+                    &shown_name,
+                    format!("its header is damaged: {e}"),
+                )
+            })?;
             let data = pos + BLOCK;
             if is_extension(kind) {
                 let bytes = self.extension(&shown_name, data, size)?;
-                extended.take(kind, &bytes).map_err(|why| refuse(self.shown, &shown_name, why))?;
+                extended
+                    .take(kind, &bytes)
+                    .map_err(|why| refuse(self.shown, &shown_name, why))?;
             } else {
                 let extended = std::mem::take(&mut extended);
-                size = if kind.is_file() || kind.is_contiguous() { extended.size.unwrap_or(size) } else { 0 };
+                size = if kind.is_file() || kind.is_contiguous() {
+                    extended.size.unwrap_or(size)
+                } else {
+                    0
+                };
                 self.check_end(&shown_name, data, size)?;
                 self.member(&header, extended, Extent { offset: data, size })?;
             }
@@ -137,17 +170,32 @@ impl Scan<'_> {
     /// The header at `pos`; `None` at the block of zeros that ends an archive.
     fn header(&self, pos: u64) -> Result<Option<Header>, Fault> {
         if pos.saturating_add(BLOCK) > self.len {
-            let why = format!("it is truncated: it ends at byte {} without the block that ends an archive", self.len);
+            let why = format!(
+                "it is truncated: it ends at byte {} without the block that ends an archive",
+                self.len
+            );
             return Err(refuse(self.shown, "the archive", why));
         }
         let mut block = [0; BLOCK as usize];
-        self.file.read_exact_at(&mut block, pos).at(format_args!("read {}", self.shown.display()))?;
+        self.file
+            .read_exact_at(&mut block, pos)
+            .at(format_args!("read {}", self.shown.display()))?;
         if block.iter().all(|b| *b == 0) {
             return Ok(None);
         }
         let header = Header::from_byte_slice(&block).clone();
         // The checksum field itself (bytes 148 to 155) counts as spaces.
-        let sum: u32 = block.iter().enumerate().map(|(i, b)| if (148..156).contains(&i) { 32 } else { u32::from(*b) }).sum();
+        let sum: u32 = block
+            .iter()
+            .enumerate()
+            .map(|(i, b)| {
+                if (148..156).contains(&i) {
+                    32
+                } else {
+                    u32::from(*b)
+                }
+            })
+            .sum();
         if header.cksum().ok() != Some(sum) {
             let why = if pos == 0 {
                 "it is not a tar archive".into()
@@ -163,50 +211,75 @@ impl Scan<'_> {
         if data.checked_add(size).is_some_and(|end| end <= self.len) {
             return Ok(());
         }
-        let why = format!("the archive is truncated: this member has {size} bytes and {} are there", self.len.saturating_sub(data));
+        let why = format!(
+            "the archive is truncated: this member has {size} bytes and {} are there",
+            self.len.saturating_sub(data)
+        );
         Err(refuse(self.shown, name, why))
     }
 
     fn extension(&self, name: &str, data: u64, size: u64) -> Result<Vec<u8>, Fault> {
         if size > ARCHIVE_HEADER_BYTES_MAX {
-            return Err(refuse(self.shown, name, format!("its extended header is larger than {ARCHIVE_HEADER_BYTES_MAX} bytes")));
+            return Err(refuse(
+                self.shown,
+                name,
+                format!("its extended header is larger than {ARCHIVE_HEADER_BYTES_MAX} bytes"),
+            ));
         }
         self.check_end(name, data, size)?;
         let mut bytes = vec![0; size as usize];
-        self.file.read_exact_at(&mut bytes, data).at(format_args!("read {}", self.shown.display()))?;
+        self.file
+            .read_exact_at(&mut bytes, data)
+            .at(format_args!("read {}", self.shown.display()))?;
         Ok(bytes)
     }
 
     fn member(&mut self, header: &Header, extended: Extended, extent: Extent) -> Result<(), Fault> {
         let kind = header.entry_type();
-        let raw = extended.path.unwrap_or_else(|| header.path_bytes().into_owned());
+        let raw = extended
+            .path
+            .unwrap_or_else(|| header.path_bytes().into_owned());
         let shown_name = String::from_utf8_lossy(&raw).into_owned();
         let refused = |why: String| refuse(self.shown, &shown_name, why);
         let name = normal(&raw).map_err(&refused)?;
-        let target = extended.link.or_else(|| header.link_name_bytes().map(|l| l.into_owned())).unwrap_or_default();
+        let target = extended
+            .link
+            .or_else(|| header.link_name_bytes().map(|l| l.into_owned()))
+            .unwrap_or_default();
         let member = if kind.is_file() || kind.is_contiguous() {
             Member::File(extent)
         } else if kind.is_dir() {
             Member::Dir
         } else if kind.is_hard_link() {
-            Member::Link(normal(&target).map_err(|why| refused(format!("it links to a name that cannot be: {why}")))?)
+            Member::Link(
+                normal(&target)
+                    .map_err(|why| refused(format!("it links to a name that cannot be: {why}")))?,
+            )
         } else if kind.is_symlink() {
             Member::Link(resolve(&name, &target).map_err(&refused)?)
         } else {
             return Err(refused("it is neither a file, a folder nor a link".into()));
         };
         if name.is_empty() {
-            return if member == Member::Dir { Ok(()) } else { Err(refused("it has no name".into())) };
+            return if member == Member::Dir {
+                Ok(())
+            } else {
+                Err(refused("it has no name".into()))
+            };
         }
         if let Some(earlier) = self.members.get(&name) {
             if !self.same(earlier, &member)? {
-                return Err(refused("the archive has this name twice with different content".into()));
+                return Err(refused(
+                    "the archive has this name twice with different content".into(),
+                ));
             }
             return Ok(());
         }
         self.names_bytes += name.len();
         if self.members.len() >= ARCHIVE_MEMBERS_MAX || self.names_bytes > ARCHIVE_NAMES_BYTES_MAX {
-            let why = format!("the archive has more than {ARCHIVE_MEMBERS_MAX} members, which no image archive has");
+            let why = format!(
+                "the archive has more than {ARCHIVE_MEMBERS_MAX} members, which no image archive has"
+            );
             return Err(refused(why));
         }
         self.members.insert(name, member);
@@ -214,7 +287,9 @@ impl Scan<'_> {
     }
 
     fn same(&self, a: &Member, b: &Member) -> Result<bool, Fault> {
-        let (Member::File(a), Member::File(b)) = (a, b) else { return Ok(a == b) };
+        let (Member::File(a), Member::File(b)) = (a, b) else {
+            return Ok(a == b);
+        };
         if a.size != b.size {
             return Ok(false);
         }
@@ -223,7 +298,9 @@ impl Scan<'_> {
         while done < a.size {
             let n = (a.size - done).min(left.len() as u64) as usize;
             for (buffer, extent) in [(&mut left, a), (&mut right, b)] {
-                self.file.read_exact_at(&mut buffer[..n], extent.offset + done).at(format_args!("read {}", self.shown.display()))?;
+                self.file
+                    .read_exact_at(&mut buffer[..n], extent.offset + done)
+                    .at(format_args!("read {}", self.shown.display()))?;
             }
             if left[..n] != right[..n] {
                 return Ok(false);
@@ -235,7 +312,10 @@ impl Scan<'_> {
 }
 
 fn is_extension(kind: EntryType) -> bool {
-    kind.is_gnu_longname() || kind.is_gnu_longlink() || kind.is_pax_local_extensions() || kind.is_pax_global_extensions()
+    kind.is_gnu_longname()
+        || kind.is_gnu_longlink()
+        || kind.is_pax_local_extensions()
+        || kind.is_pax_global_extensions()
 }
 
 impl Extended {
@@ -253,9 +333,12 @@ impl Extended {
                     b"linkpath" => self.link = Some(record.value_bytes().to_vec()),
                     b"size" => {
                         let size = record.value().ok().and_then(|v| v.parse().ok());
-                        self.size = Some(size.ok_or("the size in its extended header is not a number")?);
+                        self.size =
+                            Some(size.ok_or("the size in its extended header is not a number")?);
                     }
-                    key if key.starts_with(b"GNU.sparse.") => return Err("it is a sparse file, which no image archive has".into()),
+                    key if key.starts_with(b"GNU.sparse.") => {
+                        return Err("it is a sparse file, which no image archive has".into());
+                    }
                     _ => {}
                 }
             }
@@ -293,7 +376,9 @@ fn resolve(name: &str, target: &[u8]) -> Result<String, String> {
         match part {
             "" | "." => {}
             ".." => {
-                parts.pop().ok_or_else(|| format!("it links to {text:?}, out of the archive"))?;
+                parts
+                    .pop()
+                    .ok_or_else(|| format!("it links to {text:?}, out of the archive"))?;
             }
             part => parts.push(part),
         }

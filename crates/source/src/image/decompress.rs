@@ -1,12 +1,13 @@
 //! gzip and zstd, told by their first bytes and read with a cap.
 //!
-//! A few kilobytes can decompress to terabytes, so every decompressed byte in the program's image source passes a
-//! [`Bounded`] reader. **The rule**: input is refused as a bomb when more than [`BOMB_BYTES`] came out of it and that is
-//! more than [`BOMB_RATIO`] times what went in. So small things may be as dense as they like, and large ones must be
-//! as plausible as real files are.
+//! A few kilobytes can decompress to terabytes, so every decompressed byte in the program's image
+//! source passes a [`Bounded`] reader. **The rule**: input is refused as a bomb when more than
+//! [`BOMB_BYTES`] came out of it and that is more than [`BOMB_RATIO`] times what went in. So small
+//! things may be as dense as they like, and large ones must be as plausible as real files are.
 //!
-//! [`to_scratch`] writes one file into the scratch folder, and stops before the disk is full: the daemon's own state is on
-//! it. After a crash the file lies there half written until the next start cleans the folder.
+//! [`to_scratch`] writes one file into the scratch folder, and stops before the disk is full: the
+//! daemon's own state is on it. After a crash the file lies there half written until the next start
+//! cleans the folder.
 
 use std::cell::Cell;
 use std::fs::{self, File};
@@ -40,7 +41,8 @@ pub(super) enum Compression {
 }
 
 impl Compression {
-    /// What the first [`SNIFFED_BYTES`] of something say. A tar's own mark goes first: its first bytes are a file's name.
+    /// What the first [`SNIFFED_BYTES`] of something say. A tar's own mark goes first: its first
+    /// bytes are a file's name.
     pub(super) fn of(first: &[u8]) -> Self {
         match first {
             _ if first.get(257..262) == Some(b"ustar") => Self::None,
@@ -57,14 +59,30 @@ impl Compression {
     /// A reader of the decompressed bytes, with the cap of `caps`.
     pub(super) fn reader<'a>(self, input: impl Read + 'a, caps: Caps) -> io::Result<Bounded<'a>> {
         let taken = Rc::new(Cell::new(0));
-        let input = BufReader::with_capacity(BUFFER, Counted { input, taken: Rc::clone(&taken) });
+        let input = BufReader::with_capacity(
+            BUFFER,
+            Counted {
+                input,
+                taken: Rc::clone(&taken),
+            },
+        );
         let output: Box<dyn Read + 'a> = match self {
             Self::None => Box::new(input),
             Self::Gzip => Box::new(MultiGzDecoder::new(input)),
             Self::Zstd => Box::new(zstd::Decoder::with_buffer(input)?),
-            Self::Foreign(name) => return Err(io::Error::new(io::ErrorKind::Unsupported, format!("{name} is not supported"))),
+            Self::Foreign(name) => {
+                return Err(io::Error::new(
+                    io::ErrorKind::Unsupported,
+                    format!("{name} is not supported"),
+                ));
+            }
         };
-        Ok(Bounded { output, taken, given: 0, caps })
+        Ok(Bounded {
+            output,
+            taken,
+            given: 0,
+            caps,
+        })
     }
 }
 
@@ -77,7 +95,10 @@ pub(super) struct Caps {
 
 impl Default for Caps {
     fn default() -> Self {
-        Self { bytes: BOMB_BYTES, ratio: BOMB_RATIO }
+        Self {
+            bytes: BOMB_BYTES,
+            ratio: BOMB_RATIO,
+        }
     }
 }
 
@@ -107,7 +128,11 @@ impl Read for Bounded<'_> {
         let n = self.output.read(buffer)?;
         self.given += n as u64;
         if self.given > self.caps.bytes && self.given / self.caps.ratio > self.taken.get() {
-            let why = format!("a decompression bomb: {} bytes came out of {}", self.given, self.taken.get());
+            let why = format!(
+                "a decompression bomb: {} bytes came out of {}",
+                self.given,
+                self.taken.get()
+            );
             return Err(io::Error::new(io::ErrorKind::InvalidData, why));
         }
         Ok(n)
@@ -115,15 +140,29 @@ impl Read for Bounded<'_> {
 }
 
 /// Decompresses the archive `path` to the new file `copy` in the scratch folder.
-pub(super) fn to_scratch(path: &Path, compression: Compression, copy: &Path, caps: Caps) -> Result<(), Fault> {
+pub(super) fn to_scratch(
+    path: &Path,
+    compression: Compression,
+    copy: &Path,
+    caps: Caps,
+) -> Result<(), Fault> {
     let input = durable::open_regular(path).at(format_args!("open {}", path.display()))?;
-    let compressed = input.metadata().at(format_args!("look at {}", path.display()))?.len();
+    let compressed = input
+        .metadata()
+        .at(format_args!("look at {}", path.display()))?
+        .len();
     let output = File::create(copy).at(format_args!("create {}", copy.display()))?;
     // The next piece is reserved: of two that decompress at once, none counts the same bytes.
     let mut held: Option<Reservation> = None;
     let reserve = |bytes| -> Result<(), Fault> {
         drop(held.take()); // it is written, and counts as used
-        held = Some(Reservation::take(copy, bytes, SCRATCH_SPARE_BYTES, 0, "the rest of it")?);
+        held = Some(Reservation::take(
+            copy,
+            bytes,
+            SCRATCH_SPARE_BYTES,
+            0,
+            "the rest of it",
+        )?);
         Ok(())
     };
     // Almost nothing decompresses to less than it is: what has no room for that much is not begun.
@@ -150,7 +189,9 @@ fn copy_to(
     caps: Caps,
     mut reserve: impl FnMut(u64) -> Result<(), Fault>,
 ) -> Result<(), Fault> {
-    let mut reader = compression.reader(input, caps).map_err(|e| damaged(path, &e))?;
+    let mut reader = compression
+        .reader(input, caps)
+        .map_err(|e| damaged(path, &e))?;
     let mut buffer = vec![0; BUFFER];
     // What may be written before the room is looked at again.
     let mut sure = 0;
@@ -163,7 +204,9 @@ fn copy_to(
                     sure = SCRATCH_LOOK_BYTES as usize;
                 }
                 sure -= n;
-                output.write_all(&buffer[..n]).at("write the decompressed archive")?;
+                output
+                    .write_all(&buffer[..n])
+                    .at("write the decompressed archive")?;
             }
             Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
             Err(e) => return Err(damaged(path, &e)),
@@ -181,7 +224,9 @@ fn damaged(path: &Path, error: &io::Error) -> Fault {
 /// What a decoder's error means, in words.
 pub(super) fn why_damaged(error: &io::Error) -> String {
     match error.kind() {
-        io::ErrorKind::UnexpectedEof => "it is truncated: its compressed data ends too early".into(),
+        io::ErrorKind::UnexpectedEof => {
+            "it is truncated: its compressed data ends too early".into()
+        }
         _ => format!("it cannot be decompressed: {error}"),
     }
 }
@@ -190,7 +235,10 @@ pub(super) fn why_damaged(error: &io::Error) -> String {
 mod tests {
     use super::*;
 
-    const CAPS: Caps = Caps { bytes: 1 << 20, ratio: 64 };
+    const CAPS: Caps = Caps {
+        bytes: 1 << 20,
+        ratio: 64,
+    };
 
     #[test]
     fn both_compressions_come_back() {
@@ -198,10 +246,21 @@ mod tests {
         let mut gz = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
         gz.write_all(&text).unwrap();
         let gz = gz.finish().unwrap();
-        for bytes in [text.clone(), [gz.clone(), gz].concat(), zstd::encode_all(&text[..], 1).unwrap()] {
+        for bytes in [
+            text.clone(),
+            [gz.clone(), gz].concat(),
+            zstd::encode_all(&text[..], 1).unwrap(),
+        ] {
             let mut out = Vec::new();
-            Compression::of(&bytes).reader(&bytes[..], CAPS).unwrap().read_to_end(&mut out).unwrap();
-            assert!(out == text || out == text.repeat(2), "gzip may come in several members");
+            Compression::of(&bytes)
+                .reader(&bytes[..], CAPS)
+                .unwrap()
+                .read_to_end(&mut out)
+                .unwrap();
+            assert!(
+                out == text || out == text.repeat(2),
+                "gzip may come in several members"
+            );
         }
     }
 
@@ -209,7 +268,11 @@ mod tests {
     fn a_bomb_is_stopped_early() {
         let bomb = zstd::encode_all(io::repeat(0).take(64 << 20), 1).unwrap();
         let mut out = Vec::new();
-        let error = Compression::Zstd.reader(&bomb[..], CAPS).unwrap().read_to_end(&mut out).unwrap_err();
+        let error = Compression::Zstd
+            .reader(&bomb[..], CAPS)
+            .unwrap()
+            .read_to_end(&mut out)
+            .unwrap_err();
         assert!(error.to_string().contains("decompression bomb"), "{error}");
         assert!(out.len() < 4 << 20);
     }
@@ -219,11 +282,24 @@ mod tests {
         let whole = zstd::encode_all(&b"x".repeat(300_000)[..], 1).unwrap();
         let path = Path::new("/img.tar.zst");
         let room = |_| Ok(());
-        let cut = copy_to(path, Compression::Zstd, &whole[..whole.len() - 4], io::sink(), CAPS, room).unwrap_err();
+        let cut = copy_to(
+            path,
+            Compression::Zstd,
+            &whole[..whole.len() - 4],
+            io::sink(),
+            CAPS,
+            room,
+        )
+        .unwrap_err();
         assert_eq!(cut.code, Code::Integrity);
         assert!(cut.message.contains("truncated"), "{}", cut.message);
         let full = File::options().write(true).open("/dev/full").unwrap();
-        assert_eq!(copy_to(path, Compression::Zstd, &whole[..], full, CAPS, room).unwrap_err().code, Code::NoSpace);
+        assert_eq!(
+            copy_to(path, Compression::Zstd, &whole[..], full, CAPS, room)
+                .unwrap_err()
+                .code,
+            Code::NoSpace
+        );
     }
 
     #[test]
@@ -231,7 +307,12 @@ mod tests {
         struct Disk<'a>(&'a Cell<u64>);
         impl Write for Disk<'_> {
             fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-                self.0.set(self.0.get().checked_sub(bytes.len() as u64).ok_or(io::ErrorKind::StorageFull)?);
+                self.0.set(
+                    self.0
+                        .get()
+                        .checked_sub(bytes.len() as u64)
+                        .ok_or(io::ErrorKind::StorageFull)?,
+                );
                 Ok(bytes.len())
             }
             fn flush(&mut self) -> io::Result<()> {
@@ -241,17 +322,37 @@ mod tests {
         let archive = zstd::encode_all(io::repeat(7).take(3 * SCRATCH_LOOK_BYTES), 1).unwrap();
         let copy = |room: u64| {
             let free = Cell::new(room);
-            let no_caps = Caps { bytes: u64::MAX, ratio: 1 };
-            let result = copy_to(Path::new("/img.tar.zst"), Compression::Zstd, &archive[..], Disk(&free), no_caps, |bytes| {
-                let has_room = free.get() >= SCRATCH_SPARE_BYTES + bytes;
-                if has_room { Ok(()) } else { Err(Fault::no_space("no space left")) }
-            });
+            let no_caps = Caps {
+                bytes: u64::MAX,
+                ratio: 1,
+            };
+            let result = copy_to(
+                Path::new("/img.tar.zst"),
+                Compression::Zstd,
+                &archive[..],
+                Disk(&free),
+                no_caps,
+                |bytes| {
+                    let has_room = free.get() >= SCRATCH_SPARE_BYTES + bytes;
+                    if has_room {
+                        Ok(())
+                    } else {
+                        Err(Fault::no_space("no space left"))
+                    }
+                },
+            );
             (result, free.get())
         };
         let (copied, left) = copy(SCRATCH_SPARE_BYTES + 4 * SCRATCH_LOOK_BYTES);
-        assert_eq!((copied, left), (Ok(()), SCRATCH_SPARE_BYTES + SCRATCH_LOOK_BYTES));
+        assert_eq!(
+            (copied, left),
+            (Ok(()), SCRATCH_SPARE_BYTES + SCRATCH_LOOK_BYTES)
+        );
         let (stopped, left) = copy(SCRATCH_SPARE_BYTES + 2 * SCRATCH_LOOK_BYTES);
         assert_eq!(stopped.unwrap_err().code, Code::NoSpace);
-        assert!((SCRATCH_SPARE_BYTES..SCRATCH_SPARE_BYTES + SCRATCH_LOOK_BYTES).contains(&left), "{left} bytes are left");
+        assert!(
+            (SCRATCH_SPARE_BYTES..SCRATCH_SPARE_BYTES + SCRATCH_LOOK_BYTES).contains(&left),
+            "{left} bytes are left"
+        );
     }
 }

@@ -1,8 +1,10 @@
-//! `docker save` archives: `manifest.json`, a config and `layer.tar`s, with no registry manifest inside.
+//! `docker save` archives: `manifest.json`, a config and `layer.tar`s, with no registry manifest
+//! inside.
 //!
-//! Where the archive has OCI parts beside it (Docker 25 and later) those are taken, unless they contradict the config.
-//! Else an OCI manifest is made from the config and the layers as they are: the same archive gives the same bytes,
-//! and so the same digest, every time. Called by [`super::ImageSource`]; reads only.
+//! Where the archive has OCI parts beside it (Docker 25 and later) those are taken, unless they
+//! contradict the config. Else an OCI manifest is made from the config and the layers as they are:
+//! the same archive gives the same bytes, and so the same digest, every time. Called by
+//! [`super::ImageSource`]; reads only.
 
 use std::collections::BTreeMap;
 
@@ -45,24 +47,45 @@ pub(super) struct Saved {
     layers: Vec<String>,
 }
 
-/// Reads `manifest.json` and chooses from it; `None` when the archive has none, or when it names a config that is not
-/// there while there are OCI parts (`has_oci`): the platform it speaks of was left out.
-pub(super) fn saved(holder: &Holder, tag: Option<&str>, has_oci: bool) -> Result<Option<Saved>, Fault> {
-    let Some(piece) = holder.find("manifest.json")? else { return Ok(None) };
+/// Reads `manifest.json` and chooses from it; `None` when the archive has none, or when it names a
+/// config that is not there while there are OCI parts (`has_oci`): the platform it speaks of was
+/// left out.
+pub(super) fn saved(
+    holder: &Holder,
+    tag: Option<&str>,
+    has_oci: bool,
+) -> Result<Option<Saved>, Fault> {
+    let Some(piece) = holder.find("manifest.json")? else {
+        return Ok(None);
+    };
     let all: Vec<Listed> = holder.json(&piece)?;
-    let mut some: Vec<&Listed> = all.iter().filter(|l| tag.is_none_or(|tag| l.tags().any(|t| listing::matches(t, tag)))).collect();
-    let tags: Vec<String> = some.iter().flat_map(|listed| listed.tags()).map(str::to_owned).collect();
+    let mut some: Vec<&Listed> = all
+        .iter()
+        .filter(|l| tag.is_none_or(|tag| l.tags().any(|t| listing::matches(t, tag))))
+        .collect();
+    let tags: Vec<String> = some
+        .iter()
+        .flat_map(|listed| listed.tags())
+        .map(str::to_owned)
+        .collect();
     // The same image listed again under another name.
     some.dedup_by(|a, b| a.config == b.config && a.layers == b.layers);
     let chosen = match some.as_slice() {
         [one] => *one,
         [] => {
             return Err(match tag {
-                Some(tag) => listing::unknown(&holder.shown, tag, all.iter().flat_map(Listed::tags)),
+                Some(tag) => {
+                    listing::unknown(&holder.shown, tag, all.iter().flat_map(Listed::tags))
+                }
                 None => holder.refuse("manifest.json", "it lists no image"),
             });
         }
-        _ => return Err(listing::several(&holder.shown, some.iter().flat_map(|l| l.tags()))),
+        _ => {
+            return Err(listing::several(
+                &holder.shown,
+                some.iter().flat_map(|l| l.tags()),
+            ));
+        }
     };
     if has_oci && holder.find(&chosen.config)?.is_none() {
         return Ok(None);
@@ -73,21 +96,31 @@ pub(super) fn saved(holder: &Holder, tag: Option<&str>, has_oci: bool) -> Result
     named_right(holder, &config_piece, &config_digest)?;
     let config = holder.parse(&config_piece.name, &bytes)?;
     let layers = chosen.layers.clone().unwrap_or_default();
-    Ok(Some(Saved { config_digest, tags, config_piece, config, layers }))
+    Ok(Some(Saved {
+        config_digest,
+        tags,
+        config_piece,
+        config,
+        layers,
+    }))
 }
 
 fn needed(holder: &Holder, name: &str) -> Result<Piece, Fault> {
-    holder.find(name)?.ok_or_else(|| holder.refuse(name, "it is missing: manifest.json lists it"))
+    holder
+        .find(name)?
+        .ok_or_else(|| holder.refuse(name, "it is missing: manifest.json lists it"))
 }
 
-/// A config is named by its digest, `<hex>.json` or `blobs/sha256/<hex>`; another name says nothing.
+/// A config is named by its digest, `<hex>.json` or `blobs/sha256/<hex>`; another name says
+/// nothing.
 fn named_right(holder: &Holder, piece: &Piece, digest: &BlobDigest) -> Result<(), Fault> {
     let file = piece.name.rsplit('/').next().unwrap_or_default();
     let stem = file.strip_suffix(".json").unwrap_or(file);
     match format!("sha256:{stem}").parse::<BlobDigest>() {
-        Ok(named) if named != *digest => {
-            Err(holder.refuse(&piece.name, format!("wrong digest: by its name it should be {named} and is {digest}")))
-        }
+        Ok(named) if named != *digest => Err(holder.refuse(
+            &piece.name,
+            format!("wrong digest: by its name it should be {named} and is {digest}"),
+        )),
         _ => Ok(()),
     }
 }
@@ -96,17 +129,32 @@ impl Saved {
     /// Makes an OCI image of it. All layers are read and compared with the config.
     pub(super) fn image(self, holder: &Holder, caps: Caps) -> Result<Image, Fault> {
         let Some(diff_ids) = self.config.diff_ids() else {
-            return Err(holder.refuse(&self.config_piece.name, "the config lists no layers (rootfs.diff_ids)"));
+            return Err(holder.refuse(
+                &self.config_piece.name,
+                "the config lists no layers (rootfs.diff_ids)",
+            ));
         };
         if diff_ids.len() != self.layers.len() {
-            let why = format!("it lists {} layers and the config {} (diff_ids)", self.layers.len(), diff_ids.len());
+            let why = format!(
+                "it lists {} layers and the config {} (diff_ids)",
+                self.layers.len(),
+                diff_ids.len()
+            );
             return Err(holder.refuse("manifest.json", why));
         }
-        let pieces = self.layers.iter().map(|name| needed(holder, name)).collect::<Result<Vec<_>, _>>()?;
+        let pieces = self
+            .layers
+            .iter()
+            .map(|name| needed(holder, name))
+            .collect::<Result<Vec<_>, _>>()?;
         let checks: Vec<Check> = pieces
             .iter()
             .zip(diff_ids)
-            .map(|(piece, diff_id)| Check { piece: piece.clone(), digest: None, diff_id: Some(diff_id.clone()) })
+            .map(|(piece, diff_id)| Check {
+                piece: piece.clone(),
+                digest: None,
+                diff_id: Some(diff_id.clone()),
+            })
             .collect();
         let digests = holder.check_all(&checks, caps)?;
         let mut blobs = BTreeMap::new();
@@ -127,9 +175,20 @@ impl Saved {
             "layers": layers,
         }))?;
         blobs.insert(self.config_digest, self.config_piece);
-        let top = Top { media_type: OCI_MANIFEST.into(), digest: BlobDigest::of(&bytes), size: bytes.len() as u64 };
+        let top = Top {
+            media_type: OCI_MANIFEST.into(),
+            digest: BlobDigest::of(&bytes),
+            size: bytes.len() as u64,
+        };
         blobs.insert(top.digest.clone(), Piece::made(top.digest.member(), bytes));
         let platforms = self.config.platform().into_iter().collect();
-        Ok(Image { top, blobs, platforms, absent: Vec::new(), checks: Vec::new(), omitted: Omitted::default() })
+        Ok(Image {
+            top,
+            blobs,
+            platforms,
+            absent: Vec::new(),
+            checks: Vec::new(),
+            omitted: Omitted::default(),
+        })
     }
 }

@@ -1,7 +1,9 @@
-//! Where an image's pieces are: the members of an archive or the files of a folder, found by name, read with care.
+//! Where an image's pieces are: the members of an archive or the files of a folder, found by name,
+//! read with care.
 //!
-//! [`super::oci`] and [`super::docker`] ask here for JSON and layers and never open anything themselves. A piece is a
-//! regular file or a range of one; links inside a folder are not followed. Reads only.
+//! [`super::oci`] and [`super::docker`] ask here for JSON and layers and never open anything
+//! themselves. A piece is a regular file or a range of one; links inside a folder are not followed.
+//! Reads only.
 
 use std::collections::{HashMap, HashSet};
 use std::fmt;
@@ -19,7 +21,7 @@ use super::archive::TarIndex;
 use super::decompress::{BUFFER, Caps, Compression, SNIFFED_BYTES, why_damaged};
 use super::refuse;
 use crate::own::{self, Own};
-use crate::{Content, Stamp};
+use crate::{Content, FileIdentity};
 use base::durable;
 use base::fault::Fault;
 use base::limits::{IMAGE_CHECKS_MAX, IMAGE_JSON_BYTES_MAX};
@@ -51,9 +53,13 @@ impl FromStr for BlobDigest {
     type Err = String;
     fn from_str(s: &str) -> Result<Self, String> {
         let shown: String = s.chars().take(100).collect();
-        let hex = s.strip_prefix("sha256:").ok_or_else(|| format!("the digest {shown:?} is not a sha256"))?;
+        let hex = s
+            .strip_prefix("sha256:")
+            .ok_or_else(|| format!("the digest {shown:?} is not a sha256"))?;
         if hex.len() != 64 || !hex.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f')) {
-            return Err(format!("the digest {shown:?} is not 64 lower-case hex digits"));
+            return Err(format!(
+                "the digest {shown:?} is not 64 lower-case hex digits"
+            ));
         }
         Ok(Self(hex.into()))
     }
@@ -74,13 +80,18 @@ pub(super) struct Piece {
     pub(super) size: u64,
     pub(super) content: Content,
     /// Its file before anything was read of it.
-    pub(super) stamp: Option<Stamp>,
+    pub(super) identity: Option<FileIdentity>,
 }
 
 impl Piece {
     /// Something this program made itself.
     pub(super) fn made(name: String, bytes: Vec<u8>) -> Self {
-        Self { name, size: bytes.len() as u64, content: Content::Memory(bytes.into()), stamp: None }
+        Self {
+            name,
+            size: bytes.len() as u64,
+            content: Content::Memory(bytes.into()),
+            identity: None,
+        }
     }
 
     fn open(&self) -> io::Result<Box<dyn Read + '_>> {
@@ -97,7 +108,7 @@ impl Piece {
 }
 
 #[derive(Debug)]
-enum Place {
+enum Container {
     Folder(Arc<Own>),
     Tar(TarIndex),
 }
@@ -107,17 +118,23 @@ enum Place {
 pub(super) struct Holder {
     /// What the user named, for messages.
     pub(super) shown: PathBuf,
-    place: Place,
+    place: Container,
 }
 
 impl Holder {
     pub(super) fn folder(path: &Path, own: Arc<Own>) -> Self {
-        Self { shown: path.to_path_buf(), place: Place::Folder(own) }
+        Self {
+            shown: path.to_path_buf(),
+            place: Container::Folder(own),
+        }
     }
 
     /// The tar at `path`, which is `shown` or its decompressed copy.
     pub(super) fn tar(path: &Path, shown: &Path) -> Result<Self, Fault> {
-        Ok(Self { shown: shown.to_path_buf(), place: Place::Tar(TarIndex::open(path, shown)?) })
+        Ok(Self {
+            shown: shown.to_path_buf(),
+            place: Container::Tar(TarIndex::open(path, shown)?),
+        })
     }
 
     /// A refusal that names the archive or folder, and the member.
@@ -127,30 +144,44 @@ impl Holder {
 
     /// A read error, which is the disk's fault and not the image's.
     fn io(&self, member: &str, error: &io::Error) -> Fault {
-        Fault::io(format_args!("read {member} of {}", self.shown.display()), error)
+        Fault::io(
+            format_args!("read {member} of {}", self.shown.display()),
+            error,
+        )
     }
 
     /// The piece of this name; `None` when there is none.
     pub(super) fn find(&self, name: &str) -> Result<Option<Piece>, Fault> {
         let name = name.trim_start_matches("./");
         match &self.place {
-            Place::Tar(index) => Ok(index.find(name).map(|extent| Piece {
+            Container::Tar(index) => Ok(index.find(name).map(|extent| Piece {
                 name: name.to_owned(),
                 size: extent.size,
-                content: Content::Range { file: Arc::clone(&index.file), offset: extent.offset },
-                stamp: Some(index.stamp.clone()),
+                content: Content::Range {
+                    file: Arc::clone(&index.file),
+                    offset: extent.offset,
+                },
+                identity: Some(index.identity.clone()),
             })),
-            Place::Folder(own) => {
+            Container::Folder(own) => {
                 let rel: RelPath = name.parse().map_err(|why| self.refuse(name, why))?;
                 let path = rel.in_dir(&self.shown);
                 if let Some(link) = first_linked_folder(&self.shown, &rel) {
-                    return Err(self.refuse(name, format!("{} is a link, and no link is followed", link.display())));
+                    return Err(self.refuse(
+                        name,
+                        format!("{} is a link, and no link is followed", link.display()),
+                    ));
                 }
                 match fs::symlink_metadata(&path) {
                     Ok(meta) if meta.is_file() => {
                         own.check(&meta).map_err(|_| own::refusal(&path))?;
-                        let stamp = Some(Stamp::new(Arc::new(path.clone()), &meta));
-                        Ok(Some(Piece { name: name.to_owned(), size: meta.len(), content: Content::File(path), stamp }))
+                        let identity = Some(FileIdentity::new(Arc::new(path.clone()), &meta));
+                        Ok(Some(Piece {
+                            name: name.to_owned(),
+                            size: meta.len(),
+                            content: Content::File(path),
+                            identity,
+                        }))
                     }
                     Ok(_) => Err(self.refuse(name, "it is not a regular file")),
                     Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
@@ -163,8 +194,8 @@ impl Holder {
     /// What to say where neither `index.json` nor `manifest.json` is found.
     pub(super) fn why_no_image(&self) -> String {
         let folder = match &self.place {
-            Place::Tar(index) => index.only_folder(),
-            Place::Folder(_) => None,
+            Container::Tar(index) => index.only_folder(),
+            Container::Folder(_) => None,
         };
         match folder {
             Some(folder) => format!("it is missing: everything lies in the folder {folder:?}; make the archive from inside it"),
@@ -175,12 +206,18 @@ impl Holder {
     /// The whole of a small piece.
     pub(super) fn read_small(&self, piece: &Piece) -> Result<Vec<u8>, Fault> {
         if piece.size > IMAGE_JSON_BYTES_MAX {
-            return Err(
-                self.refuse(&piece.name, format!("this JSON has {} bytes, more than the {IMAGE_JSON_BYTES_MAX} allowed", piece.size))
-            );
+            return Err(self.refuse(
+                &piece.name,
+                format!(
+                    "this JSON has {} bytes, more than the {IMAGE_JSON_BYTES_MAX} allowed",
+                    piece.size
+                ),
+            ));
         }
         let mut bytes = Vec::with_capacity(piece.size as usize);
-        let read = piece.open().and_then(|r| r.take(IMAGE_JSON_BYTES_MAX + 1).read_to_end(&mut bytes));
+        let read = piece
+            .open()
+            .and_then(|r| r.take(IMAGE_JSON_BYTES_MAX + 1).read_to_end(&mut bytes));
         read.map_err(|e| self.io(&piece.name, &e))?;
         if bytes.len() as u64 != piece.size {
             return Err(self.refuse(&piece.name, "its size changed while it was read"));
@@ -193,27 +230,42 @@ impl Holder {
         self.parse(&piece.name, &self.read_small(piece)?)
     }
 
-    pub(super) fn parse<T: for<'a> Deserialize<'a>>(&self, member: &str, bytes: &[u8]) -> Result<T, Fault> {
-        serde_json::from_slice(bytes).map_err(|e| self.refuse(member, format!("it is not the JSON that it should be: {e}")))
+    pub(super) fn parse<T: for<'a> Deserialize<'a>>(
+        &self,
+        member: &str,
+        bytes: &[u8],
+    ) -> Result<T, Fault> {
+        serde_json::from_slice(bytes)
+            .map_err(|e| self.refuse(member, format!("it is not the JSON that it should be: {e}")))
     }
 
     /// How a piece is compressed, by its first bytes.
     pub(super) fn compression(&self, piece: &Piece) -> Result<Compression, Fault> {
         let mut first = Vec::with_capacity(SNIFFED_BYTES);
-        piece.open().and_then(|r| r.take(SNIFFED_BYTES as u64).read_to_end(&mut first)).map_err(|e| self.io(&piece.name, &e))?;
+        piece
+            .open()
+            .and_then(|r| r.take(SNIFFED_BYTES as u64).read_to_end(&mut first))
+            .map_err(|e| self.io(&piece.name, &e))?;
         Ok(Compression::of(&first))
     }
 
-    /// Reads a blob to its end and compares it with everything that was said of it. Gives its digest.
+    /// Reads a blob to its end and compares it with everything that was said of it. Gives its
+    /// digest.
     fn check(&self, check: &Check, caps: Caps) -> Result<BlobDigest, Fault> {
         let refuse = |why: String| self.refuse(&check.piece.name, why);
         let io = |e: io::Error| self.io(&check.piece.name, &e);
-        let mut blob = Hashing { input: check.piece.open().map_err(io)?, sha: Sha256::new(), bytes: 0 };
+        let mut blob = Hashing {
+            input: check.piece.open().map_err(io)?,
+            sha: Sha256::new(),
+            bytes: 0,
+        };
         let compression = self.compression(&check.piece)?;
         let mut diff = None;
         if check.diff_id.is_some() && compression != Compression::None {
             let mut raw = Sha256::new();
-            let read = compression.reader(&mut blob, caps).and_then(|reader| drain(reader, |bytes| raw.update(bytes)));
+            let read = compression
+                .reader(&mut blob, caps)
+                .and_then(|reader| drain(reader, |bytes| raw.update(bytes)));
             match read {
                 Ok(()) => diff = Some(hex::encode(raw.finalize())),
                 Err(e) if e.raw_os_error().is_some() => return Err(io(e)),
@@ -223,33 +275,53 @@ impl Holder {
         drain(&mut blob, |_| {}).map_err(io)?;
         let digest = BlobDigest(hex::encode(blob.sha.finalize()));
         if blob.bytes != check.piece.size {
-            return Err(refuse(format!("its size changed while it was read: {} bytes, not {}", blob.bytes, check.piece.size)));
+            return Err(refuse(format!(
+                "its size changed while it was read: {} bytes, not {}",
+                blob.bytes, check.piece.size
+            )));
         }
         if let Some(expected) = check.digest.as_ref().filter(|d| **d != digest) {
-            return Err(refuse(format!("wrong digest: it should be {expected} and is {digest}")));
+            return Err(refuse(format!(
+                "wrong digest: it should be {expected} and is {digest}"
+            )));
         }
         let diff = diff.unwrap_or_else(|| digest.0.clone());
         if let Some(expected) = check.diff_id.as_ref().filter(|d| d.0 != diff) {
-            return Err(refuse(format!("wrong content: the image's config says {expected} and it is sha256:{diff} (uncompressed)")));
+            return Err(refuse(format!(
+                "wrong content: the image's config says {expected} and it is sha256:{diff} (uncompressed)"
+            )));
         }
         Ok(digest)
     }
 
-    /// Runs all checks, several at once. Gives the digests in the order of the checks, or the first fault in it.
+    /// Runs all checks, several at once. Gives the digests in the order of the checks, or the first
+    /// fault in it.
     pub(super) fn check_all(&self, checks: &[Check], caps: Caps) -> Result<Vec<BlobDigest>, Fault> {
         let next = AtomicUsize::new(0);
         let done: Mutex<HashMap<usize, Result<BlobDigest, Fault>>> = Mutex::new(HashMap::new());
-        let failed = || done.lock().unwrap_or_else(PoisonError::into_inner).values().any(Result::is_err);
+        let failed = || {
+            done.lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .values()
+                .any(Result::is_err)
+        };
         let work = || {
-            while let Some((i, check)) = Some(next.fetch_add(1, Ordering::Relaxed)).and_then(|i| Some((i, checks.get(i)?))) {
+            while let Some((i, check)) =
+                Some(next.fetch_add(1, Ordering::Relaxed)).and_then(|i| Some((i, checks.get(i)?)))
+            {
                 let result = self.check(check, caps);
-                done.lock().unwrap_or_else(PoisonError::into_inner).insert(i, result);
+                done.lock()
+                    .unwrap_or_else(PoisonError::into_inner)
+                    .insert(i, result);
                 if failed() {
                     break;
                 }
             }
         };
-        let threads = std::thread::available_parallelism().map_or(1, usize::from).min(IMAGE_CHECKS_MAX).min(checks.len());
+        let threads = std::thread::available_parallelism()
+            .map_or(1, usize::from)
+            .min(IMAGE_CHECKS_MAX)
+            .min(checks.len());
         std::thread::scope(|scope| {
             for _ in 1..threads {
                 scope.spawn(work);
@@ -299,14 +371,17 @@ fn drain(mut reader: impl Read, mut each: impl FnMut(&[u8])) -> io::Result<()> {
     }
 }
 
-/// The first folder on the way to a file below `root` that is a link: what it leads to may lie anywhere.
+/// The first folder on the way to a file below `root` that is a link: what it leads to may lie
+/// anywhere.
 fn first_linked_folder(root: &Path, rel: &RelPath) -> Option<PathBuf> {
     let mut at = root.to_path_buf();
     let mut components: Vec<&str> = rel.components().collect();
     components.pop();
     components.into_iter().find_map(|name| {
         at.push(name);
-        fs::symlink_metadata(&at).is_ok_and(|meta| meta.is_symlink()).then(|| at.clone())
+        fs::symlink_metadata(&at)
+            .is_ok_and(|meta| meta.is_symlink())
+            .then(|| at.clone())
     })
 }
 

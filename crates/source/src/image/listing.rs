@@ -9,41 +9,68 @@ use base::limits::OFFENDERS_LISTED_MAX;
 /// Splits `path#tag`. A path that exists with the `#` in it is a path.
 pub fn split_tag(source: &str) -> (PathBuf, Option<&str>) {
     match source.rsplit_once('#') {
-        Some((path, tag)) if !tag.is_empty() && !Path::new(source).exists() => (path.into(), Some(tag)),
+        Some((path, tag)) if !tag.is_empty() && !Path::new(source).exists() => {
+            (path.into(), Some(tag))
+        }
         _ => (source.into(), None),
     }
 }
 
-/// Whether an image's name is what the user asked for: the whole name, or its part behind the colon.
+/// Whether an image's name is what the user asked for: the whole name, or its part behind the
+/// colon.
 pub(super) fn matches(name: &str, tag: &str) -> bool {
-    name == tag || name.rsplit_once(':').is_some_and(|(_, own)| own == tag && !own.contains('/'))
+    name == tag
+        || name
+            .rsplit_once(':')
+            .is_some_and(|(_, own)| own == tag && !own.contains('/'))
 }
 
-/// Whether two names mean one image: Docker writes `app:v1` in one place and `docker.io/library/app:v1` or `v1` in another.
+/// Whether two names mean one image: Docker writes `app:v1` in one place and
+/// `docker.io/library/app:v1` or `v1` in another.
 pub(super) fn same_image(a: &str, b: &str) -> bool {
-    let tail = |long: &str, short: &str| long.strip_suffix(short).is_some_and(|rest| rest.ends_with(['/', ':']));
+    let tail = |long: &str, short: &str| {
+        long.strip_suffix(short)
+            .is_some_and(|rest| rest.ends_with(['/', ':']))
+    };
     a == b || tail(a, b) || tail(b, a)
 }
 
 /// The refusal of an archive with several images where none was chosen.
 pub(super) fn several<'a>(shown: &Path, names: impl Iterator<Item = &'a str>) -> Fault {
-    let message = format!("image {}: it holds several images: {}", shown.display(), list(names));
+    let message = format!(
+        "image {}: it holds several images: {}",
+        shown.display(),
+        list(names)
+    );
     Fault::usage(message).with_next(format!("choose one: publish '{}#TAG'", shown.display()))
 }
 
 /// The refusal of a tag that the archive does not have.
 pub(super) fn unknown<'a>(shown: &Path, tag: &str, names: impl Iterator<Item = &'a str>) -> Fault {
-    let message = format!("image {}: it holds no image {tag:?}, but these: {}", shown.display(), list(names));
+    let message = format!(
+        "image {}: it holds no image {tag:?}, but these: {}",
+        shown.display(),
+        list(names)
+    );
     Fault::not_found(message).with_next("choose one of these behind the '#'")
 }
 
 fn list<'a>(names: impl Iterator<Item = &'a str>) -> String {
     let names: BTreeSet<&str> = names.collect();
-    let mut text = names.iter().take(OFFENDERS_LISTED_MAX).copied().collect::<Vec<_>>().join(", ");
+    let mut text = names
+        .iter()
+        .take(OFFENDERS_LISTED_MAX)
+        .copied()
+        .collect::<Vec<_>>()
+        .join(", ");
     if names.len() > OFFENDERS_LISTED_MAX {
         text.push_str(&format!(" and {} more", names.len() - OFFENDERS_LISTED_MAX));
     }
-    if text.is_empty() { "none with a name".into() } else { text }
+    if text.is_empty() {
+        "none with a name".into()
+    } else {
+        text
+    }
 }
 
 #[cfg(test)]
@@ -53,7 +80,10 @@ mod tests {
     #[test]
     fn a_tag_is_chosen_behind_a_hash() {
         assert_eq!(split_tag("/a/img.tar"), ("/a/img.tar".into(), None));
-        assert_eq!(split_tag("/a/img.tar#app:v1"), ("/a/img.tar".into(), Some("app:v1")));
+        assert_eq!(
+            split_tag("/a/img.tar#app:v1"),
+            ("/a/img.tar".into(), Some("app:v1"))
+        );
         let dir = tempfile::tempdir().unwrap();
         let odd = dir.path().join("c#x.tar");
         std::fs::File::create(&odd).unwrap();

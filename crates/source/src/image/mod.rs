@@ -1,23 +1,27 @@
-//! An operator image as a source: `docker save` archives, OCI layouts as a folder or an archive, compressed or not.
+//! An operator image as a source: `docker save` archives, OCI layouts as a folder or an archive,
+//! compressed or not.
 //!
-//! Whatever comes in goes out as one OCI image layout folder, so that the hub and every site hold the same bytes and
-//! the same digest:
+//! Whatever comes in goes out as one OCI image layout folder, so that the hub and every site hold
+//! the same bytes and the same digest:
 //! ```text
 //! blobs/sha256/<hex>   configs, layers, manifests and indexes, as they were
 //! index.json           one descriptor: the image's manifest or index; no names, so that the same image is the same artifact
 //! oci-layout           {"imageLayoutVersion":"1.0.0"}
 //! ```
-//! `ingest` drives it. All checks are done in `open`, before the first entry: structure first, then every layer is read
-//! and hashed, compressed and uncompressed. Each entry carries the stamp of its file from before that, so that nothing
-//! else is taken than what was checked. Nothing is unpacked; a compressed archive is decompressed as a whole into the
-//! scratch folder, which is all that a crash leaves, and which the next start cleans.
+//! `ingest` drives it. All checks are done in `open`, before the first entry: structure first, then
+//! every layer is read and hashed, compressed and uncompressed. Each entry carries the identity of
+//! its file from before that, so that nothing else is taken than what was checked. Nothing is
+//! unpacked; a compressed archive is decompressed as a whole into the scratch folder, which is all
+//! that a crash leaves, and which the next start cleans.
 //!
-//! `oci` knows layouts, `docker` knows `manifest.json`, `holder` finds and reads pieces, `archive` reads tar
-//! headers, `decompress` holds the rule against bombs, `listing` the choice among several images, `referrers` what refers to an image.
+//! `oci` knows layouts, `docker` knows `manifest.json`, `holder` finds and reads pieces, `archive`
+//! reads tar headers, `decompress` holds the rule against bombs, `listing` the choice among several
+//! images, `referrers` what refers to an image.
 //!
-//! What the source has of the image and the layout has not is counted ([`Source::omitted`]): platforms that are absent, the digest that
-//! changes by that, referrers, and further names. Blobs that nothing in the source names are no part of any image and do not count, nor
-//! do other images where a tag chooses one.
+//! What the source has of the image and the layout has not is counted ([`Source::omitted`]):
+//! platforms that are absent, the digest that changes by that, referrers, and further names. Blobs
+//! that nothing in the source names are no part of any image and do not count, nor do other images
+//! where a tag chooses one.
 
 mod archive;
 mod decompress;
@@ -43,7 +47,7 @@ use self::holder::{Holder, Piece};
 pub use self::listing::split_tag;
 use self::oci::{Chosen, Descriptor, Image, Trouble};
 use self::referrers::Referrers;
-use super::{Content, Source, SourceBody, SourceEntry, Stamp};
+use super::{Content, FileIdentity, Source, SourceBody, SourceEntry};
 use crate::own::Own;
 use base::durable;
 use base::fault::{Fault, IoContext};
@@ -57,8 +61,19 @@ const DECOMPRESSED: &str = "image.tar";
 
 /// The refusal of a damaged or lying image: which file, which member of it, why.
 fn refuse(shown: &Path, member: &str, why: impl fmt::Display) -> Fault {
-    let member: String = member.chars().take(300).map(|c| if base::text::is_unsafe(c) { '\u{fffd}' } else { c }).collect();
-    Fault::integrity(format!("image {}: {member}: {why}", shown.display())).with_next("make the image's archive again, then publish that")
+    let member: String = member
+        .chars()
+        .take(300)
+        .map(|c| {
+            if base::text::is_unsafe(c) {
+                '\u{fffd}'
+            } else {
+                c
+            }
+        })
+        .collect();
+    Fault::integrity(format!("image {}: {member}: {why}", shown.display()))
+        .with_next("make the image's archive again, then publish that")
 }
 
 /// Reads an image, whatever form it came in, as an OCI layout.
@@ -70,37 +85,63 @@ pub struct ImageSource {
 }
 
 impl ImageSource {
-    /// The only image of an archive or layout folder. `scratch` takes the decompressed copy of a compressed archive.
+    /// The only image of an archive or layout folder. `scratch` takes the decompressed copy of a
+    /// compressed archive.
     pub fn open(path: &Path, scratch: &Path) -> Result<Self, Fault> {
         Self::open_tag(path, scratch, None)
     }
 
-    /// The image named `tag` of an archive or layout folder: a whole name, the part of it behind the colon, or the
-    /// digest of its manifest. Without a tag there must be one image; `usage` lists the tags where there are several.
+    /// The image named `tag` of an archive or layout folder: a whole name, the part of it behind
+    /// the colon, or the digest of its manifest. Without a tag there must be one image; `usage`
+    /// lists the tags where there are several.
     pub fn open_tag(path: &Path, scratch: &Path, tag: Option<&str>) -> Result<Self, Fault> {
         open(path, scratch, tag, Caps::default(), &Arc::default())
     }
 
     /// [`ImageSource::open_tag`] for a daemon, which publishes nothing that is its own.
-    pub fn open_for(path: &Path, scratch: &Path, tag: Option<&str>, own: &Arc<Own>) -> Result<Self, Fault> {
+    pub fn open_for(
+        path: &Path,
+        scratch: &Path,
+        tag: Option<&str>,
+        own: &Arc<Own>,
+    ) -> Result<Self, Fault> {
         open(path, scratch, tag, Caps::default(), own)
     }
 
     /// The only image of a layout folder, such as a registry was read into.
     pub fn open_layout(folder: &Path) -> Result<Self, Fault> {
-        from_holder(&Holder::folder(folder, Arc::default()), None, Caps::default())
+        from_holder(
+            &Holder::folder(folder, Arc::default()),
+            None,
+            Caps::default(),
+        )
     }
 
     /// The same of a layout folder in the scratch folder: each blob is removed once it was read.
     pub fn open_scratch(folder: &Path) -> Result<Self, Fault> {
-        let Self { entries, info, omitted } = Self::open_layout(folder)?;
+        let Self {
+            entries,
+            info,
+            omitted,
+        } = Self::open_layout(folder)?;
         let owned = entries.map(|mut entry| {
-            if let SourceBody::File { content: Content::File(path), size } = entry.body {
-                entry.body = SourceBody::File { content: Content::Scratch(path), size };
+            if let SourceBody::File {
+                content: Content::File(path),
+                size,
+            } = entry.body
+            {
+                entry.body = SourceBody::File {
+                    content: Content::Scratch(path),
+                    size,
+                };
             }
             entry
         });
-        Ok(Self { entries: owned.collect::<Vec<_>>().into_iter(), info, omitted })
+        Ok(Self {
+            entries: owned.collect::<Vec<_>>().into_iter(),
+            info,
+            omitted,
+        })
     }
 
     /// The same, where whoever fetched the image left more out.
@@ -129,7 +170,13 @@ impl Source for ImageSource {
     }
 }
 
-fn open(path: &Path, scratch: &Path, tag: Option<&str>, caps: Caps, own: &Arc<Own>) -> Result<ImageSource, Fault> {
+fn open(
+    path: &Path,
+    scratch: &Path,
+    tag: Option<&str>,
+    caps: Caps,
+    own: &Arc<Own>,
+) -> Result<ImageSource, Fault> {
     let path = &fs::canonicalize(path).at(format_args!("open image {}", path.display()))?;
     own.check_path(path)?;
     let meta = fs::metadata(path).at(format_args!("open image {}", path.display()))?;
@@ -137,18 +184,28 @@ fn open(path: &Path, scratch: &Path, tag: Option<&str>, caps: Caps, own: &Arc<Ow
         return from_holder(&Holder::folder(path, own.clone()), tag, caps);
     }
     if !meta.is_file() {
-        return Err(refuse(path, "the archive", "it is neither a file nor a folder"));
+        return Err(refuse(
+            path,
+            "the archive",
+            "it is neither a file nor a folder",
+        ));
     }
     let mut first = Vec::with_capacity(SNIFFED_BYTES);
     durable::open_regular(path)
         .and_then(|f| f.take(SNIFFED_BYTES as u64).read_to_end(&mut first))
         .at(format_args!("read image {}", path.display()))?;
     let holder = match Compression::of(&first) {
-        Compression::None if first.is_empty() => return Err(refuse(path, "the archive", "it is empty")),
+        Compression::None if first.is_empty() => {
+            return Err(refuse(path, "the archive", "it is empty"));
+        }
         Compression::None => Holder::tar(path, path)?,
         Compression::Foreign(name) => {
-            return Err(refuse(path, "the archive", format!("it is compressed with {name}, which is not supported"))
-                .with_next("decompress it, or use gzip or zstd"));
+            return Err(refuse(
+                path,
+                "the archive",
+                format!("it is compressed with {name}, which is not supported"),
+            )
+            .with_next("decompress it, or use gzip or zstd"));
         }
         known => {
             let copy = scratch.join(DECOMPRESSED);
@@ -162,7 +219,10 @@ fn open(path: &Path, scratch: &Path, tag: Option<&str>, caps: Caps, own: &Arc<Ow
 fn from_holder(holder: &Holder, tag: Option<&str>, caps: Caps) -> Result<ImageSource, Fault> {
     let tops = oci::top_descriptors(holder)?;
     let saved = docker::saved(holder, tag, tops.is_some())?;
-    let referrers = tops.as_ref().map(|tops| Referrers::find(holder, tops)).unwrap_or_default();
+    let referrers = tops
+        .as_ref()
+        .map(|tops| Referrers::find(holder, tops))
+        .unwrap_or_default();
     let image = match (tops, saved) {
         (None, None) => return Err(holder.refuse("index.json", holder.why_no_image())),
         (Some(tops), None) => {
@@ -170,7 +230,10 @@ fn from_holder(holder: &Holder, tag: Option<&str>, caps: Caps) -> Result<ImageSo
             let mut image = oci::image(holder, &chosen).map_err(Trouble::fault)?;
             if let (Some(entry), None) = (chosen.entry(), tag) {
                 let of_image = tops.iter().filter(|top| top.digest == entry.digest);
-                note_names(of_image.filter_map(|top| top.names().next()), &mut image.omitted);
+                note_names(
+                    of_image.filter_map(|top| top.names().next()),
+                    &mut image.omitted,
+                );
             }
             referrers.note(&mut image, chosen.entry(), tag);
             checked(holder, image, caps)?
@@ -186,9 +249,13 @@ fn from_holder(holder: &Holder, tag: Option<&str>, caps: Caps) -> Result<ImageSo
             }
             None => {
                 let mut image = of_saved(holder, saved, tag, caps)?;
-                let stated: Vec<&Descriptor> = tops.iter().filter(|top| !referrers.has(top)).collect();
+                let stated: Vec<&Descriptor> =
+                    tops.iter().filter(|top| !referrers.has(top)).collect();
                 if let [stated] = stated.as_slice() {
-                    image.omitted.add(Category::ImageDigest, format!("{}, published as {}", stated.digest, image.top.digest));
+                    image.omitted.add(
+                        Category::ImageDigest,
+                        format!("{}, published as {}", stated.digest, image.top.digest),
+                    );
                 }
                 referrers.note(&mut image, None, tag);
                 image
@@ -199,7 +266,12 @@ fn from_holder(holder: &Holder, tag: Option<&str>, caps: Caps) -> Result<ImageSo
 }
 
 /// The image of `manifest.json`, made of its config and its layers.
-fn of_saved(holder: &Holder, saved: docker::Saved, tag: Option<&str>, caps: Caps) -> Result<Image, Fault> {
+fn of_saved(
+    holder: &Holder,
+    saved: docker::Saved,
+    tag: Option<&str>,
+    caps: Caps,
+) -> Result<Image, Fault> {
     let names = saved.tags.clone();
     let mut image = saved.image(holder, caps)?;
     if tag.is_none() {
@@ -208,7 +280,8 @@ fn of_saved(holder: &Holder, saved: docker::Saved, tag: Option<&str>, caps: Caps
     Ok(image)
 }
 
-/// Counts the names of an image beyond the first: the artifact has one name, its own. Whoever chooses a tag chooses one of them.
+/// Counts the names of an image beyond the first: the artifact has one name, its own. Whoever
+/// chooses a tag chooses one of them.
 fn note_names<'a>(names: impl Iterator<Item = &'a str>, omitted: &mut Omitted) {
     let names: BTreeSet<&str> = names.collect();
     for name in names.into_iter().skip(1) {
@@ -222,16 +295,29 @@ fn checked(holder: &Holder, image: Image, caps: Caps) -> Result<Image, Fault> {
     Ok(image)
 }
 
-/// The OCI image in `index.json` that is the chosen one of `manifest.json`: the one with the same config. `None` when
-/// no such is there or it contradicts that config, as Docker 25.0 wrote them; then `manifest.json` is what counts.
-fn oci_of_saved(holder: &Holder, tops: &[Descriptor], saved: &docker::Saved) -> Result<Option<(Descriptor, Image)>, Fault> {
+/// The OCI image in `index.json` that is the chosen one of `manifest.json`: the one with the same
+/// config. `None` when no such is there or it contradicts that config, as Docker 25.0 wrote them;
+/// then `manifest.json` is what counts.
+fn oci_of_saved(
+    holder: &Holder,
+    tops: &[Descriptor],
+    saved: &docker::Saved,
+) -> Result<Option<(Descriptor, Image)>, Fault> {
     // By name first: two names may stand for two builds of one config.
-    let named = |d: &&Descriptor| d.names().any(|n| saved.tags.iter().any(|t| listing::same_image(n, t)));
-    let candidates = tops.iter().filter(named).chain(tops.iter().filter(|d| !named(d)));
+    let named = |d: &&Descriptor| {
+        d.names()
+            .any(|n| saved.tags.iter().any(|t| listing::same_image(n, t)))
+    };
+    let candidates = tops
+        .iter()
+        .filter(named)
+        .chain(tops.iter().filter(|d| !named(d)));
     let mut why = None;
     for top in candidates {
         match oci::image(holder, &Chosen::One(top.clone())) {
-            Ok(image) if image.blobs.contains_key(&saved.config_digest) => return Ok(Some((top.clone(), image))),
+            Ok(image) if image.blobs.contains_key(&saved.config_digest) => {
+                return Ok(Some((top.clone(), image)));
+            }
             Ok(_) => {}
             Err(Trouble::Disagrees(fault)) => why = Some(fault.message),
             Err(Trouble::Refused(fault)) => return Err(fault),
@@ -245,11 +331,20 @@ fn oci_of_saved(holder: &Holder, tops: &[Descriptor], saved: &docker::Saved) -> 
     Ok(None)
 }
 
-/// The two files of the normalised layout that are no blobs. They follow from what the artifact is known by.
+/// The two files of the normalised layout that are no blobs. They follow from what the artifact is
+/// known by.
 pub fn layout_files(info: &ImageInfo) -> Result<[(&'static str, Bytes); 2], Fault> {
     let descriptor = serde_json::json!({ "mediaType": info.media_type, "digest": info.digest, "size": info.size });
-    let index = oci::to_bytes(&serde_json::json!({ "schemaVersion": 2, "mediaType": oci::OCI_INDEX, "manifests": [descriptor] }))?;
-    Ok([("index.json", index.into()), ("oci-layout", Bytes::from_static(br#"{"imageLayoutVersion":"1.0.0"}"#))])
+    let index = oci::to_bytes(
+        &serde_json::json!({ "schemaVersion": 2, "mediaType": oci::OCI_INDEX, "manifests": [descriptor] }),
+    )?;
+    Ok([
+        ("index.json", index.into()),
+        (
+            "oci-layout",
+            Bytes::from_static(br#"{"imageLayoutVersion":"1.0.0"}"#),
+        ),
+    ])
 }
 
 /// The entries of the normalised layout, in manifest order.
@@ -261,13 +356,46 @@ fn source(image: Image) -> Result<ImageSource, Fault> {
         platforms: image.platforms,
         absent: image.absent,
     };
-    let folder = |path: &str| Ok(SourceEntry { path: path.parse()?, mode: FOLDER_MODE, body: SourceBody::Dir, stamp: None });
-    let file = |path: &str, size: u64, content: Content, stamp: Option<Stamp>| {
-        Ok(SourceEntry { path: path.parse()?, mode: FILE_MODE, body: SourceBody::File { size, content }, stamp })
+    let folder = |path: &str| {
+        Ok(SourceEntry {
+            path: path.parse()?,
+            mode: FOLDER_MODE,
+            body: SourceBody::Dir,
+            identity: None,
+        })
     };
-    let mut entries: Vec<Result<SourceEntry, Fault>> = vec![folder("blobs"), folder("blobs/sha256")];
+    let file = |path: &str, size: u64, content: Content, identity: Option<FileIdentity>| {
+        Ok(SourceEntry {
+            path: path.parse()?,
+            mode: FILE_MODE,
+            body: SourceBody::File { size, content },
+            identity,
+        })
+    };
+    let mut entries: Vec<Result<SourceEntry, Fault>> =
+        vec![folder("blobs"), folder("blobs/sha256")];
     let blobs = image.blobs.into_iter();
-    entries.extend(blobs.map(|(digest, Piece { size, content, stamp, .. })| file(&digest.member(), size, content, stamp)));
-    entries.extend(layout_files(&info)?.map(|(name, bytes)| file(name, bytes.len() as u64, Content::Memory(bytes), None)));
-    Ok(ImageSource { entries: entries.into_iter().collect::<Result<Vec<_>, _>>()?.into_iter(), info, omitted: image.omitted })
+    entries.extend(blobs.map(
+        |(
+            digest,
+            Piece {
+                size,
+                content,
+                identity,
+                ..
+            },
+        )| file(&digest.member(), size, content, identity),
+    ));
+    entries.extend(
+        layout_files(&info)?
+            .map(|(name, bytes)| file(name, bytes.len() as u64, Content::Memory(bytes), None)),
+    );
+    Ok(ImageSource {
+        entries: entries
+            .into_iter()
+            .collect::<Result<Vec<_>, _>>()?
+            .into_iter(),
+        info,
+        omitted: image.omitted,
+    })
 }

@@ -1,9 +1,9 @@
 //! OCI image layouts: from `index.json` down to the layers of every platform.
 //!
-//! Owns which blobs belong to an image, and that they fit each other: every descriptor's digest and size, a config's
-//! layer count, and the order of its layers. Platforms that an index lists and the source does not hold are left out,
-//! with the indexes above them rewritten, and counted; where nothing is left out, all bytes stay as they are. Called by
-//! [`super::ImageSource`]; reads only.
+//! Owns which blobs belong to an image, and that they fit each other: every descriptor's digest and
+//! size, a config's layer count, and the order of its layers. Platforms that an index lists and the
+//! source does not hold are left out, with the indexes above them rewritten, and counted; where
+//! nothing is left out, all bytes stay as they are. Called by [`super::ImageSource`]; reads only.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::mem::take;
@@ -26,7 +26,10 @@ const DOCKER_MANIFEST: &str = "application/vnd.docker.distribution.manifest.v2+j
 const DOCKER_LIST: &str = "application/vnd.docker.distribution.manifest.list.v2+json";
 const DOCKER_CONFIG: &str = "application/vnd.docker.container.image.v1+json";
 /// The annotations that carry an image's name in `index.json`.
-const NAME_ANNOTATIONS: [&str; 2] = ["io.containerd.image.name", "org.opencontainers.image.ref.name"];
+const NAME_ANNOTATIONS: [&str; 2] = [
+    "io.containerd.image.name",
+    "org.opencontainers.image.ref.name",
+];
 /// The annotation of an attestation that names the manifest it is about.
 const ATTESTED: &str = "vnd.docker.reference.digest";
 
@@ -35,7 +38,8 @@ const ATTESTED: &str = "vnd.docker.reference.digest";
 pub(super) enum Trouble {
     /// It is to be refused.
     Refused(Fault),
-    /// The OCI parts contradict themselves in the way Docker 25 wrote them: `manifest.json` may still be right.
+    /// The OCI parts contradict themselves in the way Docker 25 wrote them: `manifest.json` may
+    /// still be right.
     Disagrees(Fault),
 }
 
@@ -70,12 +74,18 @@ impl Descriptor {
 
     /// Whether it is an attestation of Docker: a manifest beside the one that it is about.
     fn is_attestation(&self) -> bool {
-        self.annotation(ATTESTED).is_some() || self.platform.as_ref().is_some_and(|platform| platform.os == "unknown")
+        self.annotation(ATTESTED).is_some()
+            || self
+                .platform
+                .as_ref()
+                .is_some_and(|platform| platform.os == "unknown")
     }
 
     /// The names that `index.json` gives this image.
     pub(super) fn names(&self) -> impl Iterator<Item = &str> {
-        NAME_ANNOTATIONS.into_iter().filter_map(|key| self.annotation(key))
+        NAME_ANNOTATIONS
+            .into_iter()
+            .filter_map(|key| self.annotation(key))
     }
 }
 
@@ -95,7 +105,11 @@ impl Platform {
         if !known(&self.os) || !known(&self.architecture) {
             return None; // an attestation
         }
-        let variant = if self.variant.is_empty() { String::new() } else { format!("/{}", self.variant) };
+        let variant = if self.variant.is_empty() {
+            String::new()
+        } else {
+            format!("/{}", self.variant)
+        };
         Some(format!("{}/{}{variant}", self.os, self.architecture))
     }
 }
@@ -120,7 +134,9 @@ impl Config {
 
     /// The digests of the layers' uncompressed bytes, where the config lists them.
     pub(super) fn diff_ids(&self) -> Option<&[BlobDigest]> {
-        self.rootfs.as_ref().map(|r| r.diff_ids.as_deref().unwrap_or_default())
+        self.rootfs
+            .as_ref()
+            .map(|r| r.diff_ids.as_deref().unwrap_or_default())
     }
 }
 
@@ -174,36 +190,61 @@ pub(super) struct Image {
 
 /// The descriptors of `index.json`; `None` when the source has none.
 pub(super) fn top_descriptors(holder: &Holder) -> Result<Option<Vec<Descriptor>>, Fault> {
-    let Some(piece) = holder.find("index.json")? else { return Ok(None) };
+    let Some(piece) = holder.find("index.json")? else {
+        return Ok(None);
+    };
     let index: TopIndex = holder.json(&piece)?;
     if index.schema != Some(2) {
         return Err(holder.refuse("index.json", "unknown schema: its schemaVersion is not 2"));
     }
     let Some(layout) = holder.find("oci-layout")? else {
-        return Err(holder.refuse("oci-layout", "it is missing: index.json alone does not make an OCI layout"));
+        return Err(holder.refuse(
+            "oci-layout",
+            "it is missing: index.json alone does not make an OCI layout",
+        ));
     };
     let layout: LayoutFile = holder.json(&layout)?;
     if !layout.version.starts_with("1.") {
-        return Err(holder.refuse("oci-layout", format!("unknown layout version {:?}", layout.version)));
+        return Err(holder.refuse(
+            "oci-layout",
+            format!("unknown layout version {:?}", layout.version),
+        ));
     }
     Ok(Some(index.manifests.unwrap_or_default()))
 }
 
 /// Chooses the image of `index.json` that is meant. A referrer is meant only where no image is.
-pub(super) fn choose(holder: &Holder, all: &[Descriptor], tag: Option<&str>, referrers: &Referrers) -> Result<Chosen, Fault> {
-    let of_tag = |d: &&Descriptor| tag.is_none_or(|tag| d.names().any(|n| listing::matches(n, tag)) || d.digest.to_string() == tag);
-    let (others, images): (Vec<&Descriptor>, Vec<&Descriptor>) = all.iter().filter(of_tag).partition(|d| referrers.has(d));
+pub(super) fn choose(
+    holder: &Holder,
+    all: &[Descriptor],
+    tag: Option<&str>,
+    referrers: &Referrers,
+) -> Result<Chosen, Fault> {
+    let of_tag = |d: &&Descriptor| {
+        tag.is_none_or(|tag| {
+            d.names().any(|n| listing::matches(n, tag)) || d.digest.to_string() == tag
+        })
+    };
+    let (others, images): (Vec<&Descriptor>, Vec<&Descriptor>) =
+        all.iter().filter(of_tag).partition(|d| referrers.has(d));
     let some = if images.is_empty() { others } else { images };
     let names: BTreeSet<&str> = some.iter().flat_map(|d| d.names().last()).collect();
     match (distinct(some.iter().map(|d| &d.digest)).len(), some.first()) {
         (0, _) | (_, None) => Err(match tag {
-            Some(tag) => listing::unknown(&holder.shown, tag, all.iter().flat_map(Descriptor::names)),
+            Some(tag) => {
+                listing::unknown(&holder.shown, tag, all.iter().flat_map(Descriptor::names))
+            }
             None => holder.refuse("index.json", "it lists no image"),
         }),
         (1, Some(one)) => Ok(Chosen::One((*one).clone())),
         // The platforms of one image, listed at the top and not in an index of their own.
-        _ if names.len() < 2 && some.iter().all(|d| d.platform.is_some()) => Ok(Chosen::Platforms(distinct_descriptors(&some))),
-        _ if names.is_empty() => Err(holder.refuse("index.json", "it lists several images and names none of them")),
+        _ if names.len() < 2 && some.iter().all(|d| d.platform.is_some()) => {
+            Ok(Chosen::Platforms(distinct_descriptors(&some)))
+        }
+        _ if names.is_empty() => Err(holder.refuse(
+            "index.json",
+            "it lists several images and names none of them",
+        )),
         _ => Err(listing::several(&holder.shown, names.into_iter())),
     }
 }
@@ -228,7 +269,10 @@ impl Chosen {
 
 fn distinct_descriptors(some: &[&Descriptor]) -> Vec<Descriptor> {
     let mut seen = BTreeSet::new();
-    some.iter().filter(|d| seen.insert(&d.digest)).map(|d| (*d).clone()).collect()
+    some.iter()
+        .filter(|d| seen.insert(&d.digest))
+        .map(|d| (*d).clone())
+        .collect()
 }
 
 /// The image below a descriptor of `index.json`.
@@ -236,24 +280,33 @@ pub(super) fn image(holder: &Holder, chosen: &Chosen) -> Result<Image, Trouble> 
     let mut graph = Graph::new(holder);
     let top = match chosen {
         Chosen::One(top) => match graph.add(top, 0)? {
-            Found::Whole => Top { media_type: top.media_type.clone(), digest: top.digest.clone(), size: top.size },
-            Found::Rewritten(new) => {
-                graph.omitted.add(Category::ImageDigest, format!("{}, published as {}", top.digest, new.digest));
+            Resolution::Whole => Top {
+                media_type: top.media_type.clone(),
+                digest: top.digest.clone(),
+                size: top.size,
+            },
+            Resolution::Rewritten(new) => {
+                graph.omitted.add(
+                    Category::ImageDigest,
+                    format!("{}, published as {}", top.digest, new.digest),
+                );
                 new
             }
-            Found::Absent => return Err(graph.nothing_held(top).into()),
+            Resolution::Absent => return Err(graph.nothing_held(top).into()),
         },
         Chosen::Platforms(all) => {
             let mut kept = Vec::new();
             for descriptor in all {
                 match graph.add(descriptor, 1)? {
-                    Found::Absent => graph.leave_out(descriptor),
-                    Found::Whole => kept.push(index_entry(descriptor, None)),
-                    Found::Rewritten(new) => kept.push(index_entry(descriptor, Some(&new))),
+                    Resolution::Absent => graph.leave_out(descriptor),
+                    Resolution::Whole => kept.push(index_entry(descriptor, None)),
+                    Resolution::Rewritten(new) => kept.push(index_entry(descriptor, Some(&new))),
                 }
             }
             if kept.is_empty() {
-                return Err(holder.refuse("index.json", "none of the platforms that it lists is there").into());
+                return Err(holder
+                    .refuse("index.json", "none of the platforms that it lists is there")
+                    .into());
             }
             graph.keep_made(OCI_INDEX, index_bytes(&kept)?)
         }
@@ -264,8 +317,16 @@ pub(super) fn image(holder: &Holder, chosen: &Chosen) -> Result<Image, Trouble> 
 fn index_entry(descriptor: &Descriptor, new: Option<&Top>) -> Value {
     let mut entry = serde_json::Map::new();
     entry.insert("mediaType".into(), descriptor.media_type.clone().into());
-    entry.insert("digest".into(), new.map_or(&descriptor.digest, |n| &n.digest).to_string().into());
-    entry.insert("size".into(), new.map_or(descriptor.size, |n| n.size).into());
+    entry.insert(
+        "digest".into(),
+        new.map_or(&descriptor.digest, |n| &n.digest)
+            .to_string()
+            .into(),
+    );
+    entry.insert(
+        "size".into(),
+        new.map_or(descriptor.size, |n| n.size).into(),
+    );
     if let Some(p) = &descriptor.platform {
         let mut platform = serde_json::Map::new();
         platform.insert("architecture".into(), p.architecture.clone().into());
@@ -279,17 +340,20 @@ fn index_entry(descriptor: &Descriptor, new: Option<&Top>) -> Value {
 }
 
 fn index_bytes(manifests: &[Value]) -> Result<Vec<u8>, Fault> {
-    to_bytes(&serde_json::json!({ "schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": manifests }))
+    to_bytes(
+        &serde_json::json!({ "schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": manifests }),
+    )
 }
 
 /// The bytes of JSON that this program made: compact, keys in the order they were put in.
 pub(super) fn to_bytes(value: &Value) -> Result<Vec<u8>, Fault> {
-    serde_json::to_vec(value).map_err(|e| Fault::internal(format!("write the JSON of an image: {e}")))
+    serde_json::to_vec(value)
+        .map_err(|e| Fault::internal(format!("write the JSON of an image: {e}")))
 }
 
 /// What became of a descriptor.
 #[derive(Debug, Clone)]
-enum Found {
+enum Resolution {
     /// All of it is there.
     Whole,
     /// An index that lost platforms; this stands for it now.
@@ -314,7 +378,7 @@ struct Graph<'a> {
     omitted: Omitted,
     checks: BTreeMap<(BlobDigest, Option<BlobDigest>), Check>,
     partials: Vec<Partial>,
-    seen: HashMap<BlobDigest, Found>,
+    seen: HashMap<BlobDigest, Resolution>,
     json_bytes: u64,
 }
 
@@ -334,35 +398,53 @@ impl<'a> Graph<'a> {
     }
 
     /// Adds a manifest or an index, and all below it.
-    fn add(&mut self, descriptor: &Descriptor, depth: usize) -> Result<Found, Trouble> {
+    fn add(&mut self, descriptor: &Descriptor, depth: usize) -> Result<Resolution, Trouble> {
         if let Some(found) = self.seen.get(&descriptor.digest) {
             return Ok(found.clone());
         }
-        let Some(piece) = self.find(descriptor)? else { return Ok(Found::Absent) };
+        let Some(piece) = self.find(descriptor)? else {
+            return Ok(Resolution::Absent);
+        };
         let bytes = self.verified(&piece, descriptor)?;
         let document: Document = self.holder.parse(&piece.name, &bytes)?;
         self.check_document(&piece, descriptor, &document)?;
         let found = match descriptor.media_type.as_str() {
-            OCI_INDEX | DOCKER_LIST if depth < IMAGE_INDEX_DEPTH_MAX => {
-                self.index(&piece, &bytes, document.manifests.as_deref().unwrap_or_default(), depth)?
-            }
+            OCI_INDEX | DOCKER_LIST if depth < IMAGE_INDEX_DEPTH_MAX => self.index(
+                &piece,
+                &bytes,
+                document.manifests.as_deref().unwrap_or_default(),
+                depth,
+            )?,
             OCI_INDEX | DOCKER_LIST => {
                 return Err(self
                     .holder
-                    .refuse(&piece.name, format!("indexes stand in each other deeper than {IMAGE_INDEX_DEPTH_MAX}"))
+                    .refuse(
+                        &piece.name,
+                        format!("indexes stand in each other deeper than {IMAGE_INDEX_DEPTH_MAX}"),
+                    )
                     .into());
             }
             OCI_MANIFEST | DOCKER_MANIFEST => self.manifest(&piece, descriptor, document)?,
-            other => return Err(self.holder.refuse(&piece.name, format!("unknown media type {other:?}")).into()),
+            other => {
+                return Err(self
+                    .holder
+                    .refuse(&piece.name, format!("unknown media type {other:?}"))
+                    .into());
+            }
         };
-        if matches!(found, Found::Whole) {
+        if matches!(found, Resolution::Whole) {
             self.blobs.insert(descriptor.digest.clone(), piece);
         }
         self.seen.insert(descriptor.digest.clone(), found.clone());
         Ok(found)
     }
 
-    fn check_document(&self, piece: &Piece, descriptor: &Descriptor, document: &Document) -> Result<(), Fault> {
+    fn check_document(
+        &self,
+        piece: &Piece,
+        descriptor: &Descriptor,
+        document: &Document,
+    ) -> Result<(), Fault> {
         let refuse = |why: String| Err(self.holder.refuse(&piece.name, why));
         if document.schema == Some(1) || document.schema1.is_some() {
             return refuse(
@@ -372,70 +454,114 @@ impl<'a> Graph<'a> {
         if document.schema != Some(2) {
             return refuse("unknown schema: its schemaVersion is not 2".into());
         }
-        if document.manifests.is_some() && (document.layers.is_some() || document.config.is_some()) {
+        if document.manifests.is_some() && (document.layers.is_some() || document.config.is_some())
+        {
             return refuse("it says to be a manifest and an index at once".into());
         }
         match document.media_type.as_deref() {
-            Some(own) if own != descriptor.media_type => {
-                refuse(format!("it says to be {own:?} and is listed as {:?}", descriptor.media_type))
-            }
+            Some(own) if own != descriptor.media_type => refuse(format!(
+                "it says to be {own:?} and is listed as {:?}",
+                descriptor.media_type
+            )),
             _ => Ok(()),
         }
     }
 
-    fn index(&mut self, piece: &Piece, bytes: &[u8], children: &[Descriptor], depth: usize) -> Result<Found, Trouble> {
+    fn index(
+        &mut self,
+        piece: &Piece,
+        bytes: &[u8],
+        children: &[Descriptor],
+        depth: usize,
+    ) -> Result<Resolution, Trouble> {
         // Attestations last: one of an image that is not there is left out with it.
-        let mut fates = vec![Found::Absent; children.len()];
+        let mut fates = vec![Resolution::Absent; children.len()];
         let (attestations, images): (Vec<usize>, Vec<usize>) =
             (0..children.len()).partition(|i| children[*i].annotation(ATTESTED).is_some());
         for i in images {
             fates[i] = self.add(&children[i], depth + 1)?;
         }
-        let is_gone = |fates: &[Found], digest: &str| {
-            children
-                .iter()
-                .zip(fates)
-                .any(|(c, f)| matches!(f, Found::Absent) && c.annotation(ATTESTED).is_none() && c.digest.to_string() == digest)
+        let is_gone = |fates: &[Resolution], digest: &str| {
+            children.iter().zip(fates).any(|(c, f)| {
+                matches!(f, Resolution::Absent)
+                    && c.annotation(ATTESTED).is_none()
+                    && c.digest.to_string() == digest
+            })
         };
         for i in attestations {
-            if !children[i].annotation(ATTESTED).is_some_and(|about| is_gone(&fates, about)) {
+            if !children[i]
+                .annotation(ATTESTED)
+                .is_some_and(|about| is_gone(&fates, about))
+            {
                 fates[i] = self.add(&children[i], depth + 1)?;
             }
         }
-        for (child, _) in children.iter().zip(&fates).filter(|(_, fate)| matches!(fate, Found::Absent)) {
+        for (child, _) in children
+            .iter()
+            .zip(&fates)
+            .filter(|(_, fate)| matches!(fate, Resolution::Absent))
+        {
             self.leave_out(child);
         }
-        if fates.iter().all(|f| matches!(f, Found::Whole)) {
-            return Ok(if children.is_empty() { Found::Absent } else { Found::Whole });
+        if fates.iter().all(|f| matches!(f, Resolution::Whole)) {
+            return Ok(if children.is_empty() {
+                Resolution::Absent
+            } else {
+                Resolution::Whole
+            });
         }
-        if fates.iter().all(|f| matches!(f, Found::Absent)) {
-            return Ok(Found::Absent);
+        if fates.iter().all(|f| matches!(f, Resolution::Absent)) {
+            return Ok(Resolution::Absent);
         }
         let mut value: Value = self.holder.parse(&piece.name, bytes)?;
-        let media_type = value.get("mediaType").and_then(Value::as_str).unwrap_or(OCI_INDEX).to_owned();
+        let media_type = value
+            .get("mediaType")
+            .and_then(Value::as_str)
+            .unwrap_or(OCI_INDEX)
+            .to_owned();
         if let Some(Value::Array(entries)) = value.get_mut("manifests") {
-            *entries = take(entries).into_iter().zip(&fates).filter_map(|(entry, fate)| rewritten(entry, fate)).collect();
+            *entries = take(entries)
+                .into_iter()
+                .zip(&fates)
+                .filter_map(|(entry, fate)| rewritten(entry, fate))
+                .collect();
         }
-        Ok(Found::Rewritten(self.keep_made(&media_type, to_bytes(&value)?)))
+        Ok(Resolution::Rewritten(
+            self.keep_made(&media_type, to_bytes(&value)?),
+        ))
     }
 
     /// Notes a manifest or an index that is not taken.
     fn leave_out(&mut self, child: &Descriptor) {
         // Of an index that is there and holds nothing its own children count.
-        let is_counted = matches!(child.media_type.as_str(), OCI_INDEX | DOCKER_LIST) && self.seen.contains_key(&child.digest);
+        let is_counted = matches!(child.media_type.as_str(), OCI_INDEX | DOCKER_LIST)
+            && self.seen.contains_key(&child.digest);
         if !self.absent.insert(child.digest.clone()) || is_counted {
             return;
         }
         if child.is_attestation() {
-            return self.omitted.add(Category::Referrers, format!("attestation {}", child.digest));
+            return self
+                .omitted
+                .add(Category::Referrers, format!("attestation {}", child.digest));
         }
         let platform = child.platform.as_ref().and_then(Platform::text);
-        self.omitted.add(Category::Platforms, platform.unwrap_or_else(|| child.digest.to_string()));
+        self.omitted.add(
+            Category::Platforms,
+            platform.unwrap_or_else(|| child.digest.to_string()),
+        );
     }
 
-    fn manifest(&mut self, piece: &Piece, descriptor: &Descriptor, document: Document) -> Result<Found, Trouble> {
+    fn manifest(
+        &mut self,
+        piece: &Piece,
+        descriptor: &Descriptor,
+        document: Document,
+    ) -> Result<Resolution, Trouble> {
         let Some(config) = document.config else {
-            return Err(self.holder.refuse(&piece.name, "the manifest names no config").into());
+            return Err(self
+                .holder
+                .refuse(&piece.name, "the manifest names no config")
+                .into());
         };
         let layers = document.layers.unwrap_or_default();
         let config_piece = self.find(&config)?;
@@ -446,13 +572,26 @@ impl<'a> Graph<'a> {
         let missing = if config_piece.is_none() {
             Some(&config.digest)
         } else {
-            layers.iter().zip(&pieces).find(|(_, p)| p.is_none()).map(|(l, _)| &l.digest)
+            layers
+                .iter()
+                .zip(&pieces)
+                .find(|(_, p)| p.is_none())
+                .map(|(l, _)| &l.digest)
         };
         let (Some(config_piece), None) = (&config_piece, missing) else {
             let missing = missing.unwrap_or(&config.digest).clone();
-            let layers_there = layers.iter().zip(&pieces).filter(|(_, p)| p.is_some()).map(|(l, _)| l.digest.clone()).collect();
-            self.partials.push(Partial { manifest: descriptor.digest.clone(), missing, layers_there });
-            return Ok(Found::Absent);
+            let layers_there = layers
+                .iter()
+                .zip(&pieces)
+                .filter(|(_, p)| p.is_some())
+                .map(|(l, _)| l.digest.clone())
+                .collect();
+            self.partials.push(Partial {
+                manifest: descriptor.digest.clone(),
+                missing,
+                layers_there,
+            });
+            return Ok(Resolution::Absent);
         };
         let pieces: Vec<Piece> = pieces.into_iter().flatten().collect();
         let mut diff_ids = vec![None; layers.len()];
@@ -469,25 +608,42 @@ impl<'a> Graph<'a> {
             // Not an image's config (a chart, a signature…): a blob like any other.
             self.blob(&config, config_piece, None);
         }
-        self.blobs.insert(config.digest.clone(), config_piece.clone());
+        self.blobs
+            .insert(config.digest.clone(), config_piece.clone());
         for ((layer, piece), diff_id) in layers.iter().zip(&pieces).zip(diff_ids) {
             self.blob(layer, piece, diff_id);
         }
         if let Some(platform) = platform.filter(|p| !self.platforms.contains(p)) {
             self.platforms.push(platform);
         }
-        Ok(Found::Whole)
+        Ok(Resolution::Whole)
     }
 
-    /// Whether the layers are those that the config lists, as far as can be told without reading them.
-    fn fit(&self, manifest: &Piece, layers: &[Descriptor], pieces: &[Piece], diff_ids: &[BlobDigest]) -> Result<(), Trouble> {
-        let disagree = |why: String| Err(Trouble::Disagrees(self.holder.refuse(&manifest.name, why)));
+    /// Whether the layers are those that the config lists, as far as can be told without reading
+    /// them.
+    fn fit(
+        &self,
+        manifest: &Piece,
+        layers: &[Descriptor],
+        pieces: &[Piece],
+        diff_ids: &[BlobDigest],
+    ) -> Result<(), Trouble> {
+        let disagree =
+            |why: String| Err(Trouble::Disagrees(self.holder.refuse(&manifest.name, why)));
         if layers.len() != diff_ids.len() {
-            return disagree(format!("it has {} layers and the config lists {} (diff_ids)", layers.len(), diff_ids.len()));
+            return disagree(format!(
+                "it has {} layers and the config lists {} (diff_ids)",
+                layers.len(),
+                diff_ids.len()
+            ));
         }
         for (i, ((layer, piece), diff_id)) in layers.iter().zip(pieces).zip(diff_ids).enumerate() {
             if &layer.digest != diff_id && self.holder.compression(piece)? == Compression::None {
-                return disagree(format!("layer {} is {} and the config lists {diff_id} there", i + 1, layer.digest));
+                return disagree(format!(
+                    "layer {} is {} and the config lists {diff_id} there",
+                    i + 1,
+                    layer.digest
+                ));
             }
         }
         Ok(())
@@ -495,14 +651,24 @@ impl<'a> Graph<'a> {
 
     fn blob(&mut self, descriptor: &Descriptor, piece: &Piece, diff_id: Option<BlobDigest>) {
         self.blobs.insert(descriptor.digest.clone(), piece.clone());
-        let check = Check { piece: piece.clone(), digest: Some(descriptor.digest.clone()), diff_id: diff_id.clone() };
-        self.checks.insert((descriptor.digest.clone(), diff_id), check);
+        let check = Check {
+            piece: piece.clone(),
+            digest: Some(descriptor.digest.clone()),
+            diff_id: diff_id.clone(),
+        };
+        self.checks
+            .insert((descriptor.digest.clone(), diff_id), check);
     }
 
     fn find(&self, descriptor: &Descriptor) -> Result<Option<Piece>, Fault> {
-        let Some(piece) = self.holder.find(&descriptor.digest.member())? else { return Ok(None) };
+        let Some(piece) = self.holder.find(&descriptor.digest.member())? else {
+            return Ok(None);
+        };
         if piece.size != descriptor.size {
-            let why = format!("wrong size: it has {} bytes and is listed with {}", piece.size, descriptor.size);
+            let why = format!(
+                "wrong size: it has {} bytes and is listed with {}",
+                piece.size, descriptor.size
+            );
             return Err(self.holder.refuse(&piece.name, why));
         }
         Ok(Some(piece))
@@ -512,36 +678,65 @@ impl<'a> Graph<'a> {
     fn verified(&mut self, piece: &Piece, descriptor: &Descriptor) -> Result<Vec<u8>, Fault> {
         self.json_bytes += piece.size;
         if self.json_bytes > IMAGE_JSON_TOTAL_BYTES_MAX {
-            let why = format!("the image has more than {IMAGE_JSON_TOTAL_BYTES_MAX} bytes of manifests and configs");
+            let why = format!(
+                "the image has more than {IMAGE_JSON_TOTAL_BYTES_MAX} bytes of manifests and configs"
+            );
             return Err(self.holder.refuse(&piece.name, why));
         }
         let bytes = self.holder.read_small(piece)?;
         let digest = BlobDigest::of(&bytes);
         if digest != descriptor.digest {
-            return Err(self.holder.refuse(&piece.name, format!("wrong digest: it should be {} and is {digest}", descriptor.digest)));
+            return Err(self.holder.refuse(
+                &piece.name,
+                format!(
+                    "wrong digest: it should be {} and is {digest}",
+                    descriptor.digest
+                ),
+            ));
         }
         Ok(bytes)
     }
 
     fn keep_made(&mut self, media_type: &str, bytes: Vec<u8>) -> Top {
-        let top = Top { media_type: media_type.into(), digest: BlobDigest::of(&bytes), size: bytes.len() as u64 };
-        self.blobs.insert(top.digest.clone(), Piece::made(top.digest.member(), bytes));
+        let top = Top {
+            media_type: media_type.into(),
+            digest: BlobDigest::of(&bytes),
+            size: bytes.len() as u64,
+        };
+        self.blobs
+            .insert(top.digest.clone(), Piece::made(top.digest.member(), bytes));
         top
     }
 
     fn nothing_held(&self, top: &Descriptor) -> Fault {
         match self.partials.first() {
-            Some(p) => self.holder.refuse(&p.missing.member(), format!("it is missing: manifest {} needs it", p.manifest)),
-            None if self.absent.is_empty() => self.holder.refuse(&top.digest.member(), "it is missing: index.json lists it"),
-            None => self.holder.refuse(&top.digest.member(), "none of the platforms that it lists is there"),
+            Some(p) => self.holder.refuse(
+                &p.missing.member(),
+                format!("it is missing: manifest {} needs it", p.manifest),
+            ),
+            None if self.absent.is_empty() => self
+                .holder
+                .refuse(&top.digest.member(), "it is missing: index.json lists it"),
+            None => self.holder.refuse(
+                &top.digest.member(),
+                "none of the platforms that it lists is there",
+            ),
         }
     }
 
     fn finish(self, top: Top) -> Result<Image, Fault> {
-        // A platform that was left out on purpose has no layer but those it shares. One with a layer of its own is damaged.
+        // A platform that was left out on purpose has no layer but those it shares. One with a
+        // layer of its own is damaged.
         for partial in &self.partials {
-            if let Some(own) = partial.layers_there.iter().find(|l| !self.blobs.contains_key(l)) {
-                let why = format!("it is missing: manifest {} needs it, of which the layer {own} is there", partial.manifest);
+            if let Some(own) = partial
+                .layers_there
+                .iter()
+                .find(|l| !self.blobs.contains_key(l))
+            {
+                let why = format!(
+                    "it is missing: manifest {} needs it, of which the layer {own} is there",
+                    partial.manifest
+                );
                 return Err(self.holder.refuse(&partial.missing.member(), why));
             }
         }
@@ -556,11 +751,11 @@ impl<'a> Graph<'a> {
     }
 }
 
-fn rewritten(mut entry: Value, fate: &Found) -> Option<Value> {
+fn rewritten(mut entry: Value, fate: &Resolution) -> Option<Value> {
     match fate {
-        Found::Whole => Some(entry),
-        Found::Absent => None,
-        Found::Rewritten(new) => {
+        Resolution::Whole => Some(entry),
+        Resolution::Absent => None,
+        Resolution::Rewritten(new) => {
             entry["digest"] = new.digest.to_string().into();
             entry["size"] = new.size.into();
             Some(entry)

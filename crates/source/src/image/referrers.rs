@@ -1,12 +1,17 @@
-//! What stands beside an image in a layout and refers to it: signatures, SBOMs and attestations. No artifact carries it.
+//! What stands beside an image in a layout and refers to it: signatures, SBOMs and attestations. No
+//! artifact carries it.
 //!
-//! `index.json` lists it as it lists images. [`Referrers::find`] tells one from the other, so that a layout with one image and its
-//! signatures holds one image, and [`Referrers::note`] counts what refers to the image that was chosen. Known are:
+//! `index.json` lists it as it lists images. [`Referrers::find`] tells one from the other, so that
+//! a layout with one image and its signatures holds one image, and [`Referrers::note`] counts what
+//! refers to the image that was chosen. Known are:
 //! - manifests with a `subject` (OCI 1.1);
-//! - the tags of cosign, `sha256-<hex>.sig`, `.att` and `.sbom`, and the kinds that `cosign save` and hauler annotate;
-//! - the tag `sha256-<hex>` (OCI 1.1 for registries without the referrers API), an index that lists referrers.
+//! - the tags of cosign, `sha256-<hex>.sig`, `.att` and `.sbom`, and the kinds that `cosign save`
+//!   and hauler annotate;
+//! - the tag `sha256-<hex>` (OCI 1.1 for registries without the referrers API), an index that lists
+//!   referrers.
 //!
-//! Reads only. A document that cannot be read is taken for an image here: whoever chooses it gets the refusal.
+//! Reads only. A document that cannot be read is taken for an image here: whoever chooses it gets
+//! the refusal.
 
 use std::collections::BTreeSet;
 
@@ -72,13 +77,22 @@ struct Listed {
 
 impl Document {
     fn what(&self) -> String {
-        let config = self.config.as_ref().map(|config| config.media_type.as_str()).filter(|media_type| *media_type != OCI_CONFIG);
-        self.artifact_type.as_deref().or(config).unwrap_or("artifact").to_owned()
+        let config = self
+            .config
+            .as_ref()
+            .map(|config| config.media_type.as_str())
+            .filter(|media_type| *media_type != OCI_CONFIG);
+        self.artifact_type
+            .as_deref()
+            .or(config)
+            .unwrap_or("artifact")
+            .to_owned()
     }
 }
 
 impl Referrers {
-    /// The referrers among the entries of `index.json`. A single entry is the image, whatever it is.
+    /// The referrers among the entries of `index.json`. A single entry is the image, whatever it
+    /// is.
     pub(super) fn find(holder: &Holder, tops: &[Descriptor]) -> Self {
         let mut referrers = Self::default();
         if tops.len() < 2 {
@@ -96,26 +110,45 @@ impl Referrers {
         let tag = names.iter().find_map(|name| tag_of_referrer(name));
         let kind = top.annotation(KIND).and_then(kind_of_referrer);
         let document = document(holder, top, bytes_left);
-        let subject = document.as_ref().and_then(|document| document.subject.as_ref());
+        let subject = document
+            .as_ref()
+            .and_then(|document| document.subject.as_ref());
         if tag.is_none() && kind.is_none() && subject.is_none() {
             return;
         }
         self.entries.insert(top.digest.clone());
-        let about = subject.and_then(|subject| subject.digest.parse().ok()).or_else(|| tag.as_ref().map(|(about, _)| about.clone()));
-        let listed = document.as_ref().filter(|_| matches!(tag, Some((_, None)))).and_then(|document| document.manifests.as_ref());
+        let about = subject
+            .and_then(|subject| subject.digest.parse().ok())
+            .or_else(|| tag.as_ref().map(|(about, _)| about.clone()));
+        let listed = document
+            .as_ref()
+            .filter(|_| matches!(tag, Some((_, None))))
+            .and_then(|document| document.manifests.as_ref());
         if let Some(listed) = listed {
             // The fallback tag: no referrer itself, but their list.
-            self.found.extend(listed.iter().map(|entry| Referrer {
-                digest: entry.digest.clone(),
-                what: entry.artifact_type.clone().unwrap_or_else(|| "artifact".to_owned()),
-                about: about.clone(),
-                names: Vec::new(),
+            self.found.extend(listed.iter().map(|entry| {
+                Referrer {
+                    digest: entry.digest.clone(),
+                    what: entry
+                        .artifact_type
+                        .clone()
+                        .unwrap_or_else(|| "artifact".to_owned()),
+                    about: about.clone(),
+                    names: Vec::new(),
+                }
             }));
             return;
         }
         let what = tag.and_then(|(_, what)| what).or(kind).map(str::to_owned);
-        let what = what.or_else(|| document.as_ref().map(Document::what)).unwrap_or_else(|| "artifact".to_owned());
-        self.found.push(Referrer { digest: top.digest.to_string(), what, about, names });
+        let what = what
+            .or_else(|| document.as_ref().map(Document::what))
+            .unwrap_or_else(|| "artifact".to_owned());
+        self.found.push(Referrer {
+            digest: top.digest.to_string(),
+            what,
+            about,
+            names,
+        });
     }
 
     /// Whether an entry of `index.json` is a referrer.
@@ -123,24 +156,44 @@ impl Referrers {
         self.entries.contains(&entry.digest)
     }
 
-    /// Counts those of an image that are not part of it. Of a layout that is published as a whole (`tag` is `None`) all count, else those that
-    /// refer to the image, to a manifest of it, or to one of those that do. `chosen` is the image's entry in `index.json`.
+    /// Counts those of an image that are not part of it. Of a layout that is published as a whole
+    /// (`tag` is `None`) all count, else those that refer to the image, to a manifest of it, or to
+    /// one of those that do. `chosen` is the image's entry in `index.json`.
     pub(super) fn note(&self, image: &mut Image, chosen: Option<&Descriptor>, tag: Option<&str>) {
-        let mut about: BTreeSet<String> = image.blobs.keys().map(ToString::to_string).chain(image.absent.iter().cloned()).collect();
+        let mut about: BTreeSet<String> = image
+            .blobs
+            .keys()
+            .map(ToString::to_string)
+            .chain(image.absent.iter().cloned())
+            .collect();
         about.extend(chosen.map(|chosen| chosen.digest.to_string()));
         let shares_a_name = |referrer: &Referrer| {
             let of_image = || chosen.into_iter().flat_map(Descriptor::names);
-            referrer.names.is_empty() || referrer.names.iter().any(|name| of_image().any(|own| listing::same_image(name, own)))
+            referrer.names.is_empty()
+                || referrer
+                    .names
+                    .iter()
+                    .any(|name| of_image().any(|own| listing::same_image(name, own)))
         };
-        let carried = |digest: &str| digest.parse().is_ok_and(|digest: BlobDigest| image.blobs.contains_key(&digest));
-        let mut left: Vec<&Referrer> = self.found.iter().filter(|referrer| !carried(&referrer.digest)).collect();
+        let carried = |digest: &str| {
+            digest
+                .parse()
+                .is_ok_and(|digest: BlobDigest| image.blobs.contains_key(&digest))
+        };
+        let mut left: Vec<&Referrer> = self
+            .found
+            .iter()
+            .filter(|referrer| !carried(&referrer.digest))
+            .collect();
         let (mut counted, mut omitted) = (BTreeSet::new(), Omitted::default());
         loop {
-            let (of_image, others): (Vec<&Referrer>, Vec<&Referrer>) = left.into_iter().partition(|referrer| match &referrer.about {
-                _ if tag.is_none() => true,
-                Some(digest) => about.contains(&digest.to_string()),
-                None => shares_a_name(referrer),
-            });
+            let (of_image, others): (Vec<&Referrer>, Vec<&Referrer>) =
+                left.into_iter()
+                    .partition(|referrer| match &referrer.about {
+                        _ if tag.is_none() => true,
+                        Some(digest) => about.contains(&digest.to_string()),
+                        None => shares_a_name(referrer),
+                    });
             if of_image.is_empty() {
                 break;
             }
@@ -148,7 +201,10 @@ impl Referrers {
                 about.insert(referrer.digest.clone());
                 // The same object may be listed by itself and by the fallback tag.
                 if counted.insert(&referrer.digest) {
-                    omitted.add(Category::Referrers, format!("{} {}", referrer.what, referrer.digest));
+                    omitted.add(
+                        Category::Referrers,
+                        format!("{} {}", referrer.what, referrer.digest),
+                    );
                 }
             }
             left = others;
@@ -166,10 +222,16 @@ fn document(holder: &Holder, top: &Descriptor, bytes_left: &mut u64) -> Option<D
     holder.json(&piece).ok()
 }
 
-/// What a name says of a referrer: the manifest that it is about, and what it is. `None` within: a list of referrers.
+/// What a name says of a referrer: the manifest that it is about, and what it is. `None` within: a
+/// list of referrers.
 fn tag_of_referrer(name: &str) -> Option<(BlobDigest, Option<&'static str>)> {
-    let tag = name.rsplit_once(':').map_or(name, |(_, tag)| tag).strip_prefix("sha256-")?;
-    let (hex, suffix) = tag.split_once('.').map_or((tag, None), |(hex, suffix)| (hex, Some(suffix)));
+    let tag = name
+        .rsplit_once(':')
+        .map_or(name, |(_, tag)| tag)
+        .strip_prefix("sha256-")?;
+    let (hex, suffix) = tag
+        .split_once('.')
+        .map_or((tag, None), |(hex, suffix)| (hex, Some(suffix)));
     let what = match suffix {
         None => None,
         Some("sig") => Some("signature"),

@@ -1,7 +1,9 @@
-//! COCO JSON (cocodataset.org/#format-data): one object with `images`, `annotations` and `categories`.
+//! COCO JSON (cocodataset.org/#format-data): one object with `images`, `annotations` and
+//! `categories`.
 //!
-//! The three lists may come in any order and be of any length, so images and annotations first go through a sort of
-//! their own by image id, which brings each annotation to its image, and only then on to the collector.
+//! The three lists may come in any order and be of any length, so images and annotations first go
+//! through a sort of their own by image id, which brings each annotation to its image, and only
+//! then on to the collector.
 
 use std::io::BufReader;
 
@@ -10,7 +12,9 @@ use base::limits::LABEL_SORT_BYTES;
 use base::names::RelPath;
 use base::omitted::Category;
 
-use super::collect::{Annotation, AnnotationRecord, ClassRef, Collector, Extent, Sample, decode, id_text};
+use super::collect::{
+    Annotation, AnnotationRecord, ClassRef, Collector, Extent, Sample, decode, id_text,
+};
 use super::folder::Input;
 use super::json::{self, Fields, JsonReader};
 use super::refuse::Why;
@@ -28,7 +32,10 @@ struct ImageRecord<'a> {
 }
 
 pub(super) fn read(input: &Input, collector: &mut Collector) -> Result<(), Fault> {
-    let mut json = JsonReader::new(BufReader::with_capacity(256 << 10, input.file()?), input.shown().display().to_string());
+    let mut json = JsonReader::new(
+        BufReader::with_capacity(256 << 10, input.file()?),
+        input.shown().display().to_string(),
+    );
     let mut by_image = Sorter::new(&collector.scratch, LABEL_SORT_BYTES);
     let mut seen: Vec<String> = Vec::new();
     let mut record = Vec::new();
@@ -56,8 +63,12 @@ pub(super) fn read(input: &Input, collector: &mut Collector) -> Result<(), Fault
             let flags = json.capture(&mut record)?;
             let place = format!("{key}[{number}]");
             number += 1;
-            let Some(text) = json::vet(&record, flags, &place, &mut collector.refusals) else { continue };
-            let Some(fields) = Fields::parse(text, &place, &mut collector.refusals) else { continue };
+            let Some(text) = json::vet(&record, flags, &place, &mut collector.refusals) else {
+                continue;
+            };
+            let Some(fields) = Fields::parse(text, &place, &mut collector.refusals) else {
+                continue;
+            };
             match key.as_str() {
                 "images" => image(text, fields, place, collector, &mut by_image)?,
                 "annotations" => annotation(text, fields, place, collector, &mut by_image)?,
@@ -68,40 +79,74 @@ pub(super) fn read(input: &Input, collector: &mut Collector) -> Result<(), Fault
     }
     json.end()?;
     if !seen.iter().any(|key| key == "images") {
-        return Err(Fault::integrity("it has no list \"images\", so it is not COCO")
-            .with_next("give a COCO file with images, annotations and categories, or name another format"));
+        return Err(
+            Fault::integrity("it has no list \"images\", so it is not COCO").with_next(
+                "give a COCO file with images, annotations and categories, or name another format",
+            ),
+        );
     }
     join(by_image, collector)
 }
 
-fn image(text: &str, mut fields: Fields<'_>, mut place: String, collector: &mut Collector, by_image: &mut Sorter) -> Result<(), Fault> {
+fn image(
+    text: &str,
+    mut fields: Fields<'_>,
+    mut place: String,
+    collector: &mut Collector,
+    by_image: &mut Sorter,
+) -> Result<(), Fault> {
     let Some(id) = fields.take("id").and_then(id_text) else {
-        collector.refusals.add(Why::Shape, place, "its id is not a whole number or a string");
+        collector.refusals.add(
+            Why::Shape,
+            place,
+            "its id is not a whole number or a string",
+        );
         return Ok(());
     };
     place.push_str(&format!(" (id {id})"));
-    let mut sample = Sample { place: &place, declared: true, meta: Some(text), ..Sample::default() };
+    let mut sample = Sample {
+        place: &place,
+        declared: true,
+        meta: Some(text),
+        ..Sample::default()
+    };
     let split = fields.take("split").and_then(json::as_string);
     sample.split = split.as_deref();
     let path = image_path(&mut fields, &mut sample, collector);
     // A refused image is kept by its id, so that its annotations are not called orphans on top.
-    let record = ImageRecord { path: path.as_ref().map_or("", RelPath::as_str), sample };
-    let record = postcard::to_stdvec(&record).map_err(|error| Fault::internal(format!("encode an image row: {error}")))?;
+    let record = ImageRecord {
+        path: path.as_ref().map_or("", RelPath::as_str),
+        sample,
+    };
+    let record = postcard::to_stdvec(&record)
+        .map_err(|error| Fault::internal(format!("encode an image row: {error}")))?;
     by_image.push(&image_key(&id, IMAGE), &record)
 }
 
 /// The image's path and size; `None` when one of them was refused.
-fn image_path(fields: &mut Fields<'_>, sample: &mut Sample<'_>, collector: &mut Collector) -> Option<RelPath> {
+fn image_path(
+    fields: &mut Fields<'_>,
+    sample: &mut Sample<'_>,
+    collector: &mut Collector,
+) -> Option<RelPath> {
     let Some(name) = fields.take("file_name").and_then(json::as_string) else {
-        collector.refusals.add(Why::Shape, sample.place, "its file_name is not a string");
+        collector
+            .refusals
+            .add(Why::Shape, sample.place, "its file_name is not a string");
         return None;
     };
     for (slot, name) in [(&mut sample.width, "width"), (&mut sample.height, "height")] {
-        let Some(json) = fields.take(name) else { continue };
+        let Some(json) = fields.take(name) else {
+            continue;
+        };
         match json::as_integer(json) {
             Some(n) if n > 0 => *slot = Some(n),
             _ => {
-                collector.refusals.add(Why::Shape, sample.place, format_args!("its {name} is {json}, not a number of pixels"));
+                collector.refusals.add(
+                    Why::Shape,
+                    sample.place,
+                    format_args!("its {name} is {json}, not a number of pixels"),
+                );
                 return None;
             }
         }
@@ -118,14 +163,22 @@ fn annotation(
 ) -> Result<(), Fault> {
     if let Some(id) = fields.take("id") {
         let Some(id) = id_text(id) else {
-            collector.refusals.add(Why::Shape, place, "its id is not a whole number or a string");
+            collector.refusals.add(
+                Why::Shape,
+                place,
+                "its id is not a whole number or a string",
+            );
             return Ok(());
         };
         place.push_str(&format!(" (id {id})"));
         collector.annotation_id(&place, &id)?;
     }
     let Some(image) = fields.take("image_id").and_then(id_text) else {
-        collector.refusals.add(Why::Shape, place, "its image_id is not a whole number or a string");
+        collector.refusals.add(
+            Why::Shape,
+            place,
+            "its image_id is not a whole number or a string",
+        );
         return Ok(());
     };
     let class = match fields.take("category_id") {
@@ -133,7 +186,9 @@ fn annotation(
         Some(id) => match json::as_integer(id) {
             Some(id) => Some(ClassRef::Id(id)),
             None => {
-                collector.refusals.add(Why::Shape, place, "its category_id is not a whole number");
+                collector
+                    .refusals
+                    .add(Why::Shape, place, "its category_id is not a whole number");
                 return Ok(());
             }
         },
@@ -146,8 +201,15 @@ fn annotation(
         }
     };
     let attrs = fields.rest();
-    let annotation =
-        Annotation { place: &place, class, kind: shape.kind, extent: shape.extent, geom: shape.geom, attrs: attrs.as_deref(), raw: text };
+    let annotation = Annotation {
+        place: &place,
+        class,
+        kind: shape.kind,
+        extent: shape.extent,
+        geom: shape.geom,
+        attrs: attrs.as_deref(),
+        raw: text,
+    };
     if let Some(record) = collector.encode_annotation(&annotation)? {
         by_image.push(&image_key(&image, ANNOTATION), record)?;
     }
@@ -163,7 +225,9 @@ struct Shape<'a> {
 /// What kind of annotation it is, from the members that it has.
 fn shape<'a>(fields: &mut Fields<'a>, class: Option<ClassRef>) -> Result<Shape<'a>, &'static str> {
     let keypoints = fields.take("keypoints").filter(|json| *json != "[]");
-    let segmentation = fields.take("segmentation").filter(|json| !matches!(*json, "[]" | "[[]]" | "{}"));
+    let segmentation = fields
+        .take("segmentation")
+        .filter(|json| !matches!(*json, "[]" | "[[]]" | "{}"));
     let mut extent = match fields.take("bbox").map(json::as_numbers) {
         None => Extent::None,
         Some(Some(numbers)) => match numbers[..] {
@@ -177,35 +241,68 @@ fn shape<'a>(fields: &mut Fields<'a>, class: Option<ClassRef>) -> Result<Shape<'
         if json::as_numbers(json).is_none_or(|numbers| numbers.len() % 3 != 0) {
             return Err("its keypoints are not a list of x, y, v");
         }
-        return Ok(Shape { kind: "keypoints", extent, geom: Some(json) });
+        return Ok(Shape {
+            kind: "keypoints",
+            extent,
+            geom: Some(json),
+        });
     }
     match segmentation {
-        Some(json) if json.starts_with('{') => Ok(Shape { kind: "rle", extent, geom: Some(json) }),
+        Some(json) if json.starts_with('{') => Ok(Shape {
+            kind: "rle",
+            extent,
+            geom: Some(json),
+        }),
         Some(json) => {
             // The points are only parsed where they are needed: half of the file are points.
             if extent == Extent::None {
                 let points = json::as_numbers(json).filter(|points| points.len() % 2 == 0);
-                extent = points.and_then(|p| Extent::around(&p)).ok_or("its segmentation is not a list of rings of x, y")?;
+                extent = points
+                    .and_then(|p| Extent::around(&p))
+                    .ok_or("its segmentation is not a list of rings of x, y")?;
             } else if !json.starts_with("[[") {
                 return Err("its segmentation is not a list of rings of x, y");
             }
-            Ok(Shape { kind: "polygon", extent, geom: Some(json) })
+            Ok(Shape {
+                kind: "polygon",
+                extent,
+                geom: Some(json),
+            })
         }
-        None if extent != Extent::None => Ok(Shape { kind: "bbox", extent, geom: None }),
-        None => Ok(Shape { kind: if class.is_some() { "class" } else { "other" }, extent, geom: None }),
+        None if extent != Extent::None => Ok(Shape {
+            kind: "bbox",
+            extent,
+            geom: None,
+        }),
+        None => Ok(Shape {
+            kind: if class.is_some() { "class" } else { "other" },
+            extent,
+            geom: None,
+        }),
     }
 }
 
 fn category(mut fields: Fields<'_>, place: &str, collector: &mut Collector) -> Result<(), Fault> {
     let Some(id) = fields.take("id").and_then(json::as_integer) else {
-        collector.refusals.add(Why::Shape, place, "its id is not a whole number");
+        collector
+            .refusals
+            .add(Why::Shape, place, "its id is not a whole number");
         return Ok(());
     };
     let Some(name) = fields.take("name").and_then(json::as_string) else {
-        collector.refusals.add(Why::Shape, place, "its name is not a string");
+        collector
+            .refusals
+            .add(Why::Shape, place, "its name is not a string");
         return Ok(());
     };
-    collector.classes.declare(place, id, &name, fields.rest(), false, &mut collector.refusals)
+    collector.classes.declare(
+        place,
+        id,
+        &name,
+        fields.rest(),
+        false,
+        &mut collector.refusals,
+    )
 }
 
 /// The id, then 0 (which no id's text holds), then what it is.
@@ -226,10 +323,18 @@ fn join(by_image: Sorter, collector: &mut Collector) -> Result<(), Fault> {
         if what == [0, IMAGE] {
             let record: ImageRecord<'_> = decode(record)?;
             if known.is_some() {
-                collector.refusals.add(Why::DuplicateImage, record.sample.place, "another image has its id already");
+                collector.refusals.add(
+                    Why::DuplicateImage,
+                    record.sample.place,
+                    "another image has its id already",
+                );
                 continue;
             }
-            let path = if record.path.is_empty() { None } else { Some(record.path.parse::<RelPath>()?) };
+            let path = if record.path.is_empty() {
+                None
+            } else {
+                Some(record.path.parse::<RelPath>()?)
+            };
             if let Some(path) = &path {
                 collector.sample(path, &record.sample)?;
             }
@@ -242,7 +347,11 @@ fn join(by_image: Sorter, collector: &mut Collector) -> Result<(), Fault> {
             None => {
                 let place = decode::<AnnotationRecord<'_>>(record)?.place;
                 let id = String::from_utf8_lossy(id);
-                collector.refusals.add(Why::Orphan, place, format_args!("there is no image with the id {id}"));
+                collector.refusals.add(
+                    Why::Orphan,
+                    place,
+                    format_args!("there is no image with the id {id}"),
+                );
             }
         }
     }

@@ -1,8 +1,9 @@
 //! What every format reader hands its records to: samples, classes and annotations in any order.
 //!
-//! Records go into one external sort by sample, so that afterwards each sample comes with all that was said of it, in
-//! the order of the manifest and independent of the order in the input. Checks that need only the record happen here;
-//! those that need the image's size, the class list or the dataset happen when the rows are written (`write`).
+//! Records go into one external sort by sample, so that afterwards each sample comes with all that
+//! was said of it, in the order of the manifest and independent of the order in the input. Checks
+//! that need only the record happen here; those that need the image's size, the class list or the
+//! dataset happen when the rows are written (`write`).
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
@@ -20,7 +21,8 @@ use super::refuse::{Refusals, Why};
 use super::sort::Sorter;
 use super::text::json_string;
 
-/// The tags that stand behind the path in a sort key: what is said of a sample comes before its annotations.
+/// The tags that stand behind the path in a sort key: what is said of a sample comes before its
+/// annotations.
 const TAG_SAMPLE: u8 = 0;
 pub(super) const TAG_ANNOTATION: u8 = 1;
 /// The longest class name, in bytes.
@@ -65,7 +67,12 @@ impl Extent {
             (left, right) = (left.min(pair[0]), right.max(pair[0]));
             (top, bottom) = (top.min(pair[1]), bottom.max(pair[1]));
         }
-        Some(Extent::Box { x: left, y: top, w: right - left, h: bottom - top })
+        Some(Extent::Box {
+            x: left,
+            y: top,
+            w: right - left,
+            h: bottom - top,
+        })
     }
 }
 
@@ -84,7 +91,8 @@ pub(super) struct Annotation<'a> {
 #[derive(Debug, Default, Serialize, Deserialize)]
 pub(super) struct Sample<'a> {
     pub(super) place: &'a str,
-    /// The record is the sample's own: a second one is an error. Else it repeats what each row of a table says.
+    /// The record is the sample's own: a second one is an error. Else it repeats what each row of a
+    /// table says.
     pub(super) declared: bool,
     pub(super) width: Option<i64>,
     pub(super) height: Option<i64>,
@@ -147,13 +155,18 @@ impl Collector {
         }
     }
 
-    /// The sample's path in the dataset. A backslash is taken for '/', as tools on Windows write it.
+    /// The sample's path in the dataset. A backslash is taken for '/', as tools on Windows write
+    /// it.
     pub(super) fn path(&mut self, place: &str, text: &str) -> Option<RelPath> {
         let text = text.trim();
-        let text = self.rules.strip.as_deref().map_or(text, |strip| match text.strip_prefix(strip) {
-            Some(rest) => rest.trim_start_matches(['/', '\\']),
-            None => text,
-        });
+        let text =
+            self.rules
+                .strip
+                .as_deref()
+                .map_or(text, |strip| match text.strip_prefix(strip) {
+                    Some(rest) => rest.trim_start_matches(['/', '\\']),
+                    None => text,
+                });
         let mut path = text.replace('\\', "/");
         while let Some(rest) = path.strip_prefix("./") {
             path = rest.to_owned();
@@ -178,7 +191,11 @@ impl Collector {
     }
 
     /// Takes an annotation of a sample.
-    pub(super) fn annotation(&mut self, path: &RelPath, annotation: &Annotation<'_>) -> Result<(), Fault> {
+    pub(super) fn annotation(
+        &mut self,
+        path: &RelPath,
+        annotation: &Annotation<'_>,
+    ) -> Result<(), Fault> {
         if self.encode_annotation(annotation)?.is_none() {
             return Ok(());
         }
@@ -186,19 +203,32 @@ impl Collector {
         if self.by_content {
             let record: AnnotationRecord<'_> = decode(&self.record)?;
             self.key.extend_from_slice(record.tail.as_bytes());
-            self.key.extend_from_slice(record.class.map(|class| self.classes.word(class)).unwrap_or_default().as_bytes());
+            self.key.extend_from_slice(
+                record
+                    .class
+                    .map(|class| self.classes.word(class))
+                    .unwrap_or_default()
+                    .as_bytes(),
+            );
         }
         self.rows.push(&self.key, &self.record)
     }
 
     /// Takes an annotation that was encoded before, when its sample was not known yet.
-    pub(super) fn encoded_annotation(&mut self, path: &RelPath, record: &[u8]) -> Result<(), Fault> {
+    pub(super) fn encoded_annotation(
+        &mut self,
+        path: &RelPath,
+        record: &[u8],
+    ) -> Result<(), Fault> {
         row_key(path.as_str(), TAG_ANNOTATION, &mut self.key);
         self.rows.push(&self.key, record)
     }
 
     /// An annotation's record for the sort; `None` when it was refused.
-    pub(super) fn encode_annotation(&mut self, annotation: &Annotation<'_>) -> Result<Option<&[u8]>, Fault> {
+    pub(super) fn encode_annotation(
+        &mut self,
+        annotation: &Annotation<'_>,
+    ) -> Result<Option<&[u8]>, Fault> {
         let extent = match annotation.extent {
             Extent::None => None,
             // Adding zero makes 0 of -0, which would print otherwise.
@@ -206,7 +236,8 @@ impl Collector {
             Extent::Box { x, y, w, h } => Some([x + 0.0, y + 0.0, w, h]),
         };
         if extent.is_some_and(|numbers| numbers.iter().any(|n| !n.is_finite())) {
-            self.refusals.add(Why::NotFinite, annotation.place, "its box is not finite");
+            self.refusals
+                .add(Why::NotFinite, annotation.place, "its box is not finite");
             return Ok(None);
         }
         if let Extent::Box { w, h, .. } = annotation.extent
@@ -214,12 +245,24 @@ impl Collector {
             // A level line is no mistake.
             && annotation.kind != "polyline"
         {
-            self.refusals.add(Why::EmptyBox, annotation.place, format!("the box is {w} wide and {h} high"));
+            self.refusals.add(
+                Why::EmptyBox,
+                annotation.place,
+                format!("the box is {w} wide and {h} high"),
+            );
             return Ok(None);
         }
         let is_point = matches!(annotation.extent, Extent::Point { .. });
         let tail = tail(annotation, extent, is_point);
-        encode(&AnnotationRecord { place: annotation.place, class: annotation.class, extent, tail: &tail }, &mut self.record)?;
+        encode(
+            &AnnotationRecord {
+                place: annotation.place,
+                class: annotation.class,
+                extent,
+                tail: &tail,
+            },
+            &mut self.record,
+        )?;
         Ok(Some(&self.record))
     }
 
@@ -231,7 +274,8 @@ impl Collector {
 
 /// The canonical row from its `kind` on, as `labels::AnnotationRow` serialises it.
 fn tail(annotation: &Annotation<'_>, extent: Option<[f64; 4]>, is_point: bool) -> String {
-    let mut out = String::with_capacity(96 + annotation.raw.len() + annotation.geom.map_or(0, str::len));
+    let mut out =
+        String::with_capacity(96 + annotation.raw.len() + annotation.geom.map_or(0, str::len));
     out.push_str("\"kind\":\"");
     out.push_str(annotation.kind);
     out.push('"');
@@ -244,7 +288,11 @@ fn tail(annotation: &Annotation<'_>, extent: Option<[f64; 4]>, is_point: bool) -
             _ => out.push_str("null"),
         }
     }
-    for (name, json) in [("geom", annotation.geom), ("attrs", annotation.attrs), ("raw", Some(annotation.raw))] {
+    for (name, json) in [
+        ("geom", annotation.geom),
+        ("attrs", annotation.attrs),
+        ("raw", Some(annotation.raw)),
+    ] {
         out.push_str(",\"");
         out.push_str(name);
         out.push_str("\":");
@@ -277,19 +325,22 @@ pub(super) fn number_list(numbers: &[f64]) -> String {
 fn encode<T: Serialize>(value: &T, out: &mut Vec<u8>) -> Result<(), Fault> {
     let mut buffer = std::mem::take(out);
     buffer.clear();
-    *out = postcard::to_extend(value, buffer).map_err(|error| Fault::internal(format!("encode a label row: {error}")))?;
+    *out = postcard::to_extend(value, buffer)
+        .map_err(|error| Fault::internal(format!("encode a label row: {error}")))?;
     Ok(())
 }
 
 /// What [`Collector`] encoded.
 pub(super) fn decode<'a, T: Deserialize<'a>>(bytes: &'a [u8]) -> Result<T, Fault> {
-    postcard::from_bytes(bytes).map_err(|error| Fault::internal(format!("decode a label row: {error}")))
+    postcard::from_bytes(bytes)
+        .map_err(|error| Fault::internal(format!("decode a label row: {error}")))
 }
 
-/// The sort key of a row: the path with NUL for '/', two NULs, the tag; behind it whatever else orders the rows.
+/// The sort key of a row: the path with NUL for '/', two NULs, the tag; behind it whatever else
+/// orders the rows.
 ///
-/// Paths hold no NUL and no empty component, so keys compare bytewise as paths do in the manifest: component by
-/// component, and a path before those that it begins.
+/// Paths hold no NUL and no empty component, so keys compare bytewise as paths do in the manifest:
+/// component by component, and a path before those that it begins.
 pub(super) fn row_key(path: &str, tag: u8, out: &mut Vec<u8>) {
     out.clear();
     out.extend(path.bytes().map(|b| if b == b'/' { 0 } else { b }));
@@ -307,8 +358,12 @@ pub(super) fn split_key(key: &[u8]) -> (&[u8], u8) {
 
 /// The path that a key's path part stands for.
 pub(super) fn key_path(part: &[u8]) -> Result<RelPath, Fault> {
-    let bytes = part.iter().map(|b| if *b == 0 { b'/' } else { *b }).collect();
-    let path = String::from_utf8(bytes).map_err(|error| Fault::internal(format!("decode a label row's path: {error}")))?;
+    let bytes = part
+        .iter()
+        .map(|b| if *b == 0 { b'/' } else { *b })
+        .collect();
+    let path = String::from_utf8(bytes)
+        .map_err(|error| Fault::internal(format!("decode a label row's path: {error}")))?;
     Ok(path.parse()?)
 }
 
@@ -354,7 +409,8 @@ impl ClassTable {
 }
 
 impl Classes {
-    /// A class that the input lists with its id and name. The same pair may come again where `repeats` says so.
+    /// A class that the input lists with its id and name. The same pair may come again where
+    /// `repeats` says so.
     pub(super) fn declare(
         &mut self,
         place: &str,
@@ -364,27 +420,50 @@ impl Classes {
         repeats: bool,
         refusals: &mut Refusals,
     ) -> Result<(), Fault> {
-        if repeats && self.declared.get(&id).is_some_and(|class| class.name == name) {
+        if repeats
+            && self
+                .declared
+                .get(&id)
+                .is_some_and(|class| class.name == name)
+        {
             return Ok(());
         }
         if !check_name(place, name, refusals) {
             return Ok(());
         }
         if let Some(class) = self.declared.get(&id) {
-            refusals.add(Why::DuplicateClass, place, format!("class {id} is {:?} already, here it is {name:?}", class.name));
+            refusals.add(
+                Why::DuplicateClass,
+                place,
+                format!(
+                    "class {id} is {:?} already, here it is {name:?}",
+                    class.name
+                ),
+            );
             return Ok(());
         }
         if let Some(other) = self.ids.get(name) {
-            refusals.add(Why::DuplicateClass, place, format!("the name {name:?} belongs to class {other} already, here to {id}"));
+            refusals.add(
+                Why::DuplicateClass,
+                place,
+                format!("the name {name:?} belongs to class {other} already, here to {id}"),
+            );
             return Ok(());
         }
         self.make_room(name.len() + attrs.as_ref().map_or(0, String::len))?;
         self.ids.insert(name.to_owned(), id);
-        self.declared.insert(id, Class { name: name.to_owned(), attrs });
+        self.declared.insert(
+            id,
+            Class {
+                name: name.to_owned(),
+                attrs,
+            },
+        );
         Ok(())
     }
 
-    /// A class that annotations name by number only; its name is the number unless it is declared too.
+    /// A class that annotations name by number only; its name is the number unless it is declared
+    /// too.
     pub(super) fn by_id(&mut self, id: i64) -> Result<ClassRef, Fault> {
         if !self.implied.contains(&id) {
             self.make_room(size_of::<i64>())?;
@@ -394,7 +473,12 @@ impl Classes {
     }
 
     /// A class that annotations name by name only; `None` when the name was refused.
-    pub(super) fn named(&mut self, place: &str, name: &str, refusals: &mut Refusals) -> Result<Option<ClassRef>, Fault> {
+    pub(super) fn named(
+        &mut self,
+        place: &str,
+        name: &str,
+        refusals: &mut Refusals,
+    ) -> Result<Option<ClassRef>, Fault> {
         if let Some(index) = self.indices.get(name) {
             return Ok(Some(ClassRef::Named(*index)));
         }
@@ -422,12 +506,15 @@ impl Classes {
         if classes < LABEL_CLASSES_MAX && self.bytes <= CLASS_TABLE_BYTES_MAX {
             return Ok(());
         }
-        let limit = format!("more than {LABEL_CLASSES_MAX} classes, or {CLASS_TABLE_BYTES_MAX} bytes of them");
-        Err(Fault::integrity(limit).with_next("check that the class is taken from the right column or field"))
+        let limit = format!(
+            "more than {LABEL_CLASSES_MAX} classes, or {CLASS_TABLE_BYTES_MAX} bytes of them"
+        );
+        Err(Fault::integrity(limit)
+            .with_next("check that the class is taken from the right column or field"))
     }
 
-    /// Gives each class its id: those that came without one get the next free ones in the order of their names, so
-    /// that ids do not depend on the order of the records.
+    /// Gives each class its id: those that came without one get the next free ones in the order of
+    /// their names, so that ids do not depend on the order of the records.
     pub(super) fn resolve(mut self, refusals: &mut Refusals) -> ClassTable {
         for id in std::mem::take(&mut self.implied) {
             let name = id.to_string();
@@ -435,34 +522,61 @@ impl Classes {
                 continue;
             }
             if let Some(other) = self.ids.get(&name) {
-                refusals.add(Why::DuplicateClass, format!("class {id}"), format!("its number is the name of class {other}"));
+                refusals.add(
+                    Why::DuplicateClass,
+                    format!("class {id}"),
+                    format!("its number is the name of class {other}"),
+                );
                 continue;
             }
             self.ids.insert(name.clone(), id);
             self.declared.insert(id, Class { name, attrs: None });
         }
-        let mut names: Vec<&String> = self.named.iter().filter(|name| !self.ids.contains_key(*name)).collect();
+        let mut names: Vec<&String> = self
+            .named
+            .iter()
+            .filter(|name| !self.ids.contains_key(*name))
+            .collect();
         names.sort_unstable();
-        let first = self.declared.last_key_value().map_or(Some(0), |(id, _)| id.checked_add(1));
+        let first = self
+            .declared
+            .last_key_value()
+            .map_or(Some(0), |(id, _)| id.checked_add(1));
         let mut free = first.into_iter().flat_map(|first| first.max(0)..=i64::MAX);
-        let fresh: Vec<(String, Option<i64>)> = names.into_iter().map(|name| (name.clone(), free.next())).collect();
+        let fresh: Vec<(String, Option<i64>)> = names
+            .into_iter()
+            .map(|name| (name.clone(), free.next()))
+            .collect();
         for (name, id) in fresh {
             let Some(id) = id else {
-                refusals.add(Why::ClassIds, format!("class {name:?}"), "it needs an id of its own, and the largest that there is is taken");
+                refusals.add(
+                    Why::ClassIds,
+                    format!("class {name:?}"),
+                    "it needs an id of its own, and the largest that there is is taken",
+                );
                 continue;
             };
             self.ids.insert(name.clone(), id);
             self.declared.insert(id, Class { name, attrs: None });
         }
-        let named = self.named.iter().map(|name| self.ids.get(name).copied().unwrap_or(-1)).collect();
-        ClassTable { rows: self.declared, named }
+        let named = self
+            .named
+            .iter()
+            .map(|name| self.ids.get(name).copied().unwrap_or(-1))
+            .collect();
+        ClassTable {
+            rows: self.declared,
+            named,
+        }
     }
 }
 
 fn check_name(place: &str, name: &str, refusals: &mut Refusals) -> bool {
     let problem = match name.len() {
         0 => "the class's name is empty".to_owned(),
-        CLASS_NAME_BYTES_MAX.. => format!("the class's name is longer than {CLASS_NAME_BYTES_MAX} bytes"),
+        CLASS_NAME_BYTES_MAX.. => {
+            format!("the class's name is longer than {CLASS_NAME_BYTES_MAX} bytes")
+        }
         _ if name.contains('\0') => "the class's name holds a NUL".to_owned(),
         _ => return true,
     };
@@ -480,13 +594,21 @@ mod tests {
     fn names_get_ids_by_their_order_not_the_records() {
         let mut refusals = Refusals::default();
         let mut classes = Classes::default();
-        let scratch = classes.named("x", "scratch", &mut refusals).unwrap().unwrap();
+        let scratch = classes
+            .named("x", "scratch", &mut refusals)
+            .unwrap()
+            .unwrap();
         let dent = classes.named("x", "dent", &mut refusals).unwrap().unwrap();
         let seven = classes.by_id(7).unwrap();
-        classes.declare("x", 3, "stain", None, false, &mut refusals).unwrap();
+        classes
+            .declare("x", 3, "stain", None, false, &mut refusals)
+            .unwrap();
         let stain = classes.named("x", "stain", &mut refusals).unwrap().unwrap();
         let table = classes.resolve(&mut refusals);
-        assert_eq!([dent, scratch, seven, stain].map(|c| table.id(c)), [Some(8), Some(9), Some(7), Some(3)]);
+        assert_eq!(
+            [dent, scratch, seven, stain].map(|c| table.id(c)),
+            [Some(8), Some(9), Some(7), Some(3)]
+        );
         assert_eq!(table.id(ClassRef::Id(1)), None);
         assert!(refusals.check().is_ok());
     }
@@ -498,11 +620,17 @@ mod tests {
             let mut classes = Classes::default();
             let last = classes.by_id(taken).unwrap();
             let dent = classes.named("x", "dent", &mut refusals).unwrap().unwrap();
-            let scratch = classes.named("x", "scratch", &mut refusals).unwrap().unwrap();
+            let scratch = classes
+                .named("x", "scratch", &mut refusals)
+                .unwrap()
+                .unwrap();
             let table = classes.resolve(&mut refusals);
             assert_eq!(refusals.count(Why::ClassIds), refused, "{taken}");
             assert_eq!(table.rows[&taken].name, taken.to_string());
-            let ids: Vec<Option<i64>> = [last, dent, scratch].into_iter().map(|class| table.id(class)).collect();
+            let ids: Vec<Option<i64>> = [last, dent, scratch]
+                .into_iter()
+                .map(|class| table.id(class))
+                .collect();
             assert_eq!(ids[0], Some(taken));
             if refused == 0 {
                 assert_eq!(ids[1..], [Some(i64::MAX - 1), Some(i64::MAX)]);

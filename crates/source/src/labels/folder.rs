@@ -1,5 +1,5 @@
-//! What label readers read: one file, or a folder walked in no particular order and with few names in memory (rows are sorted
-//! later). Nothing outside of a folder is read: see [`Inside`].
+//! What label readers read: one file, or a folder walked in no particular order and with few names
+//! in memory (rows are sorted later). Nothing outside of a folder is read: see [`Inside`].
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -24,7 +24,8 @@ pub(super) enum Input {
 }
 
 impl Input {
-    /// Opens what is at `path`, which may itself be a link: whoever names it means what it leads to.
+    /// Opens what is at `path`, which may itself be a link: whoever names it means what it leads
+    /// to.
     pub(super) fn open(path: &Path, own: Arc<Own>) -> Result<Self, Fault> {
         let at = || format!("read labels {}", path.display());
         own.check_path(path)?;
@@ -38,10 +39,11 @@ impl Input {
     pub(super) fn file(&self) -> Result<File, Fault> {
         match self {
             Input::File(path, own) => own.open(path).map_err(|e| own::fault(path, &e)),
-            Input::Folder(folder) => {
-                Err(Fault::integrity(format!("{} is a folder, and labels of this format are one file", folder.full("").display()))
-                    .with_next("give the file, or name another format"))
-            }
+            Input::Folder(folder) => Err(Fault::integrity(format!(
+                "{} is a folder, and labels of this format are one file",
+                folder.full("").display()
+            ))
+            .with_next("give the file, or name another format")),
         }
     }
 
@@ -62,8 +64,8 @@ impl Input {
     }
 }
 
-/// The regular files under a folder by their paths in it, hidden ones left out. Links to files are given, links to folders are not
-/// entered, so that no loop can be walked.
+/// The regular files under a folder by their paths in it, hidden ones left out. Links to files are
+/// given, links to folders are not entered, so that no loop can be walked.
 pub(super) struct Walk<'a> {
     inside: &'a Inside,
     start: bool,
@@ -74,13 +76,21 @@ pub(super) struct Walk<'a> {
 
 impl<'a> Walk<'a> {
     pub(super) fn new(inside: &'a Inside) -> Self {
-        Self { inside, start: true, open: Vec::new(), omitted: Omitted::default() }
+        Self {
+            inside,
+            start: true,
+            open: Vec::new(),
+            omitted: Omitted::default(),
+        }
     }
 
     fn enter(&mut self, path: PathBuf) -> Result<(), Fault> {
         if self.open.len() >= DEPTH_MAX {
-            return Err(Fault::integrity(format!("{} lies more than {DEPTH_MAX} folders deep", self.inside.full(&path).display()))
-                .with_next("give the folder that holds the labels, not one far above it"));
+            return Err(Fault::integrity(format!(
+                "{} lies more than {DEPTH_MAX} folders deep",
+                self.inside.full(&path).display()
+            ))
+            .with_next("give the folder that holds the labels, not one far above it"));
         }
         let entries = self.inside.list(&path)?;
         self.open.push((path, entries));
@@ -102,7 +112,8 @@ impl<'a> Walk<'a> {
             let kind = entry.file_type().at(at(&path))?;
             if entry.file_name().as_encoded_bytes().starts_with(b".") {
                 if !kind.is_dir() {
-                    self.omitted.add(Category::UnreadFiles, path.display().to_string());
+                    self.omitted
+                        .add(Category::UnreadFiles, path.display().to_string());
                 }
                 continue;
             }
@@ -112,7 +123,10 @@ impl<'a> Walk<'a> {
                 return Ok(Some(path));
             } else if kind.is_symlink() {
                 match self.inside.linked_folder(&path) {
-                    Some(target) => self.omitted.add(Category::LinkedFolders, format!("{} -> {}", path.display(), target.display())),
+                    Some(target) => self.omitted.add(
+                        Category::LinkedFolders,
+                        format!("{} -> {}", path.display(), target.display()),
+                    ),
                     // One that leaves the folder is refused by whoever reads it.
                     None => return Ok(Some(path)),
                 }

@@ -27,7 +27,14 @@ pub(super) enum Format {
 }
 
 impl Format {
-    const ALL: [Format; 6] = [Format::Coco, Format::Csv, Format::Jsonl, Format::LabelStudio, Format::Voc, Format::Yolo];
+    const ALL: [Format; 6] = [
+        Format::Coco,
+        Format::Csv,
+        Format::Jsonl,
+        Format::LabelStudio,
+        Format::Voc,
+        Format::Yolo,
+    ];
 
     pub(super) fn as_str(self) -> &'static str {
         match self {
@@ -51,28 +58,48 @@ impl FromStr for Format {
     type Err = Fault;
     fn from_str(word: &str) -> Result<Self, Fault> {
         let found = Format::ALL.into_iter().find(|f| f.as_str() == word);
-        found.ok_or_else(|| Fault::usage(format!("there is no label format {word:?}")).with_next(names()))
+        found.ok_or_else(|| {
+            Fault::usage(format!("there is no label format {word:?}")).with_next(names())
+        })
     }
 }
 
 fn names() -> String {
-    format!("name one of the formats {}", Format::ALL.map(Format::as_str).join(", "))
+    format!(
+        "name one of the formats {}",
+        Format::ALL.map(Format::as_str).join(", ")
+    )
 }
 
 /// Guesses the format of the labels at `path`.
 pub(super) fn guess(input: &Input) -> Result<Format, Fault> {
     let path = &input.shown();
-    let unknown =
-        |why: &str| Fault::integrity(format!("the format of the labels {} cannot be guessed: {why}", path.display())).with_next(names());
+    let unknown = |why: &str| {
+        Fault::integrity(format!(
+            "the format of the labels {} cannot be guessed: {why}",
+            path.display()
+        ))
+        .with_next(names())
+    };
     if let Some(folder) = input.folder() {
-        return guess_folder(folder)?.ok_or_else(|| unknown("the folder holds neither YOLO names and text files nor VOC XML files"));
+        return guess_folder(folder)?.ok_or_else(|| {
+            unknown("the folder holds neither YOLO names and text files nor VOC XML files")
+        });
     }
-    if !path.metadata().at(format_args!("read labels {}", path.display()))?.is_file() {
+    if !path
+        .metadata()
+        .at(format_args!("read labels {}", path.display()))?
+        .is_file()
+    {
         return Err(unknown("it is neither a file nor a folder"));
     }
     let mut head = Vec::new();
     let at = || format!("read labels {}", path.display());
-    input.file()?.take(LOOK_BYTES).read_to_end(&mut head).at(at())?;
+    input
+        .file()?
+        .take(LOOK_BYTES)
+        .read_to_end(&mut head)
+        .at(at())?;
     if has_extension(path, &["csv", "tsv"]) {
         return Ok(Format::Csv);
     }
@@ -82,10 +109,14 @@ pub(super) fn guess(input: &Input) -> Result<Format, Fault> {
     if head.starts_with(b"PK\x03\x04") || head.starts_with(&[0x1f, 0x8b]) {
         return Err(unknown("it is an archive; unpack it first"));
     }
-    let text = head.strip_prefix(&[0xef, 0xbb, 0xbf]).unwrap_or(&head).trim_ascii_start();
+    let text = head
+        .strip_prefix(&[0xef, 0xbb, 0xbf])
+        .unwrap_or(&head)
+        .trim_ascii_start();
     match text.first() {
         Some(b'[') => Ok(Format::LabelStudio),
-        // A whole object on the first line and another one after it: no single document looks like that.
+        // A whole object on the first line and another one after it: no single document looks like
+        // that.
         Some(b'{') => match text.iter().position(|b| *b == b'\n') {
             Some(end)
                 if serde_json::from_slice::<serde::de::IgnoredAny>(&text[..end]).is_ok()
@@ -95,14 +126,20 @@ pub(super) fn guess(input: &Input) -> Result<Format, Fault> {
             }
             _ => Ok(Format::Coco),
         },
-        Some(b'<') => Err(unknown("it is one XML file; VOC labels are given as the folder that holds them")),
+        Some(b'<') => Err(unknown(
+            "it is one XML file; VOC labels are given as the folder that holds them",
+        )),
         None => Err(unknown("it is empty")),
-        Some(_) => Err(unknown("it is not JSON and its name does not end in .csv, .tsv, .jsonl or .ndjson")),
+        Some(_) => Err(unknown(
+            "it is not JSON and its name does not end in .csv, .tsv, .jsonl or .ndjson",
+        )),
     }
 }
 
 fn guess_folder(folder: &Inside) -> Result<Option<Format>, Fault> {
-    let is_names = |name: &Path| has_extension(name, &["yaml", "yml", "names"]) || name.ends_with("classes.txt");
+    let is_names = |name: &Path| {
+        has_extension(name, &["yaml", "yml", "names"]) || name.ends_with("classes.txt")
+    };
     let (mut names, mut texts) = (false, false);
     for file in Walk::new(folder).take(LOOK_FILES) {
         let file = file?;

@@ -1,8 +1,10 @@
-//! JSON of any length in a fixed amount of memory: the file is cut into records, each record checked and compacted.
+//! JSON of any length in a fixed amount of memory: the file is cut into records, each record
+//! checked and compacted.
 //!
-//! [`JsonReader`] walks the outer objects and lists and captures one value at a time, without white space, bounded in
-//! bytes and depth; what is over a bound is skipped, so that the next record can still be read. [`Fields`] takes a
-//! captured object apart without copying; its parse is the one that proves the syntax.
+//! [`JsonReader`] walks the outer objects and lists and captures one value at a time, without white
+//! space, bounded in bytes and depth; what is over a bound is skipped, so that the next record can
+//! still be read. [`Fields`] takes a captured object apart without copying; its parse is the one
+//! that proves the syntax.
 
 use std::borrow::Cow;
 use std::collections::HashSet;
@@ -37,21 +39,40 @@ pub(super) struct JsonReader<R> {
 impl<R: BufRead> JsonReader<R> {
     /// A reader; `what` names the file in errors.
     pub(super) fn new(inner: R, what: impl Into<String>) -> Self {
-        Self { inner, what: what.into(), offset: 0 }
+        Self {
+            inner,
+            what: what.into(),
+            offset: 0,
+        }
     }
 
-    /// The next byte that is not white space (nor a byte order mark at the start), left where it is.
+    /// The next byte that is not white space (nor a byte order mark at the start), left where it
+    /// is.
     pub(super) fn peek(&mut self) -> Result<Option<u8>, Fault> {
         loop {
-            let buf = self.inner.fill_buf().at(format_args!("read {}", self.what))?;
+            let buf = self
+                .inner
+                .fill_buf()
+                .at(format_args!("read {}", self.what))?;
             if buf.is_empty() {
                 return Ok(None);
             }
-            let mut skip = if self.offset == 0 && buf.starts_with(&[0xef, 0xbb, 0xbf]) { 3 } else { 0 };
-            if self.offset == 0 && (buf.starts_with(&[0xff, 0xfe]) || buf.starts_with(&[0xfe, 0xff])) {
-                return Err(self.fault("the text looks like UTF-16, not UTF-8").with_next(Why::Utf8.advice()));
+            let mut skip = if self.offset == 0 && buf.starts_with(&[0xef, 0xbb, 0xbf]) {
+                3
+            } else {
+                0
+            };
+            if self.offset == 0
+                && (buf.starts_with(&[0xff, 0xfe]) || buf.starts_with(&[0xfe, 0xff]))
+            {
+                return Err(self
+                    .fault("the text looks like UTF-16, not UTF-8")
+                    .with_next(Why::Utf8.advice()));
             }
-            skip += buf[skip..].iter().take_while(|b| b.is_ascii_whitespace()).count();
+            skip += buf[skip..]
+                .iter()
+                .take_while(|b| b.is_ascii_whitespace())
+                .count();
             let next = buf.get(skip).copied();
             self.consume(skip);
             if next.is_some() {
@@ -62,7 +83,8 @@ impl<R: BufRead> JsonReader<R> {
 
     /// A fault at this place in the file, which ends the reading.
     pub(super) fn fault(&self, why: impl fmt::Display) -> Fault {
-        Fault::integrity(format!("malformed JSON at byte {}: {why}", self.offset)).with_next(Why::Malformed.advice())
+        Fault::integrity(format!("malformed JSON at byte {}: {why}", self.offset))
+            .with_next(Why::Malformed.advice())
     }
 
     fn consume(&mut self, n: usize) {
@@ -77,14 +99,20 @@ impl<R: BufRead> JsonReader<R> {
                 self.consume(1);
                 Ok(())
             }
-            Some(found) => {
-                Err(self.fault(format!("'{}' expected, '{}' found", char::from(byte).escape_debug(), char::from(found).escape_debug())))
-            }
-            None => Err(self.fault(format!("the file ends where '{}' is expected: it is cut off", char::from(byte)))),
+            Some(found) => Err(self.fault(format!(
+                "'{}' expected, '{}' found",
+                char::from(byte).escape_debug(),
+                char::from(found).escape_debug()
+            ))),
+            None => Err(self.fault(format!(
+                "the file ends where '{}' is expected: it is cut off",
+                char::from(byte)
+            ))),
         }
     }
 
-    /// Goes on to the next member of a list or object that was opened: false when it is closed here by `close`.
+    /// Goes on to the next member of a list or object that was opened: false when it is closed here
+    /// by `close`.
     pub(super) fn more(&mut self, first: &mut bool, close: u8) -> Result<bool, Fault> {
         if self.peek()? == Some(close) {
             self.consume(1);
@@ -107,7 +135,8 @@ impl<R: BufRead> JsonReader<R> {
         let mut key = Vec::new();
         self.capture(&mut key)?;
         self.expect(b':')?;
-        serde_json::from_slice(&key).map_err(|error| self.fault(format!("a key is not a string: {error}")))
+        serde_json::from_slice(&key)
+            .map_err(|error| self.fault(format!("a key is not a string: {error}")))
     }
 
     /// Nothing but white space may follow.
@@ -118,8 +147,8 @@ impl<R: BufRead> JsonReader<R> {
         }
     }
 
-    /// Takes the next value into `out` without its white space. The syntax inside is not checked, only brackets and
-    /// quotes are followed; over a limit the rest is skipped and flagged.
+    /// Takes the next value into `out` without its white space. The syntax inside is not checked,
+    /// only brackets and quotes are followed; over a limit the rest is skipped and flagged.
     pub(super) fn capture(&mut self, out: &mut Vec<u8>) -> Result<Flags, Fault> {
         out.clear();
         if matches!(self.peek()?, None | Some(b',' | b':' | b']' | b'}')) {
@@ -127,10 +156,17 @@ impl<R: BufRead> JsonReader<R> {
         }
         let mut state = Capture::default();
         loop {
-            let buf = self.inner.fill_buf().at(format_args!("read {}", self.what))?;
+            let buf = self
+                .inner
+                .fill_buf()
+                .at(format_args!("read {}", self.what))?;
             if buf.is_empty() {
                 let whole = state.depth == 0 && !state.in_string;
-                return if whole { Ok(state.flags) } else { Err(self.fault("the file ends within a value: it is cut off")) };
+                return if whole {
+                    Ok(state.flags)
+                } else {
+                    Err(self.fault("the file ends within a value: it is cut off"))
+                };
             }
             let (used, done) = state.feed(buf, out);
             self.consume(used);
@@ -204,7 +240,8 @@ impl Capture {
                     at += word;
                     let mut before = before;
                     for byte in &buf[start..at] {
-                        self.flags.exponent |= matches!(byte, b'e' | b'E') && before.is_some_and(|b| b.is_ascii_digit());
+                        self.flags.exponent |= matches!(byte, b'e' | b'E')
+                            && before.is_some_and(|b| b.is_ascii_digit());
                         before = Some(*byte);
                     }
                 }
@@ -241,17 +278,33 @@ impl Capture {
 }
 
 fn is_word(byte: u8) -> bool {
-    !matches!(byte, b' ' | b'\n' | b'\r' | b'\t' | b',' | b':' | b'{' | b'}' | b'[' | b']' | b'"')
+    !matches!(
+        byte,
+        b' ' | b'\n' | b'\r' | b'\t' | b',' | b':' | b'{' | b'}' | b'[' | b']' | b'"'
+    )
 }
 
 /// A captured record as text that a database can hold, or a refusal.
-pub(super) fn vet<'a>(record: &'a [u8], flags: Flags, place: &str, refusals: &mut Refusals) -> Option<&'a str> {
+pub(super) fn vet<'a>(
+    record: &'a [u8],
+    flags: Flags,
+    place: &str,
+    refusals: &mut Refusals,
+) -> Option<&'a str> {
     if flags.too_large {
-        refusals.add(Why::TooLarge, place, format!("it is larger than {LABEL_RECORD_BYTES_MAX} bytes"));
+        refusals.add(
+            Why::TooLarge,
+            place,
+            format!("it is larger than {LABEL_RECORD_BYTES_MAX} bytes"),
+        );
         return None;
     }
     if flags.too_deep {
-        refusals.add(Why::TooDeep, place, format!("it is nested deeper than {LABEL_DEPTH_MAX}"));
+        refusals.add(
+            Why::TooDeep,
+            place,
+            format!("it is nested deeper than {LABEL_DEPTH_MAX}"),
+        );
         return None;
     }
     let text = text::text(record, place, refusals)?;
@@ -270,7 +323,9 @@ pub(super) fn vet<'a>(record: &'a [u8], flags: Flags, place: &str, refusals: &mu
 pub(super) fn compact(text: &str, place: &str, refusals: &mut Refusals) -> Option<String> {
     let mut out = Vec::new();
     let mut reader = JsonReader::new(text.as_bytes(), place);
-    let captured = reader.capture(&mut out).and_then(|flags| reader.end().map(|()| flags));
+    let captured = reader
+        .capture(&mut out)
+        .and_then(|flags| reader.end().map(|()| flags));
     let flags = match captured {
         Ok(flags) => flags,
         Err(fault) => {
@@ -293,7 +348,9 @@ fn check_escapes(text: &str) -> Result<(), (Why, &'static str)> {
     let bytes = text.as_bytes();
     let unit = |at: usize| {
         let digits = text.get(at + 2..at + 6)?;
-        (bytes.get(at..at + 2) == Some(br"\u")).then(|| u16::from_str_radix(digits, 16).ok()).flatten()
+        (bytes.get(at..at + 2) == Some(br"\u"))
+            .then(|| u16::from_str_radix(digits, 16).ok())
+            .flatten()
     };
     let mut at = 0;
     while let Some(found) = bytes[at..].iter().position(|b| *b == b'\\') {
@@ -311,9 +368,11 @@ fn check_escapes(text: &str) -> Result<(), (Why, &'static str)> {
     Ok(())
 }
 
-/// The first bare word that stands for no finite number: what Python writes for NaN, and numbers beyond a float.
+/// The first bare word that stands for no finite number: what Python writes for NaN, and numbers
+/// beyond a float.
 fn not_finite(text: &str, exponents: bool) -> Option<&str> {
-    // Both words hold a capital that JSON's own words do not, so most records are done after one look.
+    // Both words hold a capital that JSON's own words do not, so most records are done after one
+    // look.
     let suspicious = exponents || text.bytes().any(|b| b == b'N' || b == b'I');
     if !suspicious {
         return None;
@@ -330,7 +389,8 @@ fn not_finite(text: &str, exponents: bool) -> Option<&str> {
         } else if is_word(bytes[at]) {
             let length = bytes[at..].iter().take_while(|b| is_word(**b)).count();
             let word = &text[at..at + length];
-            // `parse` takes NaN and the infinities in every spelling, and makes an infinity of 1e999.
+            // `parse` takes NaN and the infinities in every spelling, and makes an infinity of
+            // 1e999.
             if word.parse::<f64>().is_ok_and(|n| !n.is_finite()) {
                 return Some(word);
             }
@@ -352,7 +412,11 @@ impl<'a> Fields<'a> {
         match serde_json::from_str(text) {
             Ok(fields) => Some(fields),
             Err(error) => {
-                let why = if error.is_data() { Why::Shape } else { Why::Malformed };
+                let why = if error.is_data() {
+                    Why::Shape
+                } else {
+                    Why::Malformed
+                };
                 refusals.add(why, place, error);
                 None
             }
@@ -445,10 +509,15 @@ pub(super) fn as_string(json: &str) -> Option<String> {
     serde_json::from_str(json).ok()
 }
 
-/// A JSON value that is a number. Parsed exactly, where `serde_json` may be one unit in the last place off.
+/// A JSON value that is a number. Parsed exactly, where `serde_json` may be one unit in the last
+/// place off.
 pub(super) fn as_number(json: &str) -> Option<f64> {
     let first = *json.as_bytes().first()?;
-    if first == b'-' || first.is_ascii_digit() { json.parse().ok() } else { None }
+    if first == b'-' || first.is_ascii_digit() {
+        json.parse().ok()
+    } else {
+        None
+    }
 }
 
 /// A JSON value that is a whole number; 640.0 is one.
@@ -461,12 +530,16 @@ pub(super) fn as_integer(json: &str) -> Option<i64> {
     (n.fract() == 0.0 && n.abs() <= 9_007_199_254_740_992.0).then_some(n as i64)
 }
 
-/// The numbers of a compact list, of lists in lists too, in order; `None` when there is anything else in it.
+/// The numbers of a compact list, of lists in lists too, in order; `None` when there is anything
+/// else in it.
 pub(super) fn as_numbers(json: &str) -> Option<Vec<f64>> {
     if !json.starts_with('[') {
         return None;
     }
-    json.split([',', '[', ']']).filter(|part| !part.is_empty()).map(as_number).collect()
+    json.split([',', '[', ']'])
+        .filter(|part| !part.is_empty())
+        .map(as_number)
+        .collect()
 }
 
 #[cfg(test)]
@@ -483,7 +556,10 @@ mod tests {
     #[test]
     fn values_are_cut_and_compacted_at_any_buffer_size() {
         for (text, expected) in [
-            ("  {\"a\" : [1, 2.5e3, \"x \\\" ] y\"] , \"b\":{ } } ,", "{\"a\":[1,2.5e3,\"x \\\" ] y\"],\"b\":{}}"),
+            (
+                "  {\"a\" : [1, 2.5e3, \"x \\\" ] y\"] , \"b\":{ } } ,",
+                "{\"a\":[1,2.5e3,\"x \\\" ] y\"],\"b\":{}}",
+            ),
             ("12 ,", "12"),
             ("true]", "true"),
             ("\"a\\\\\" ", "\"a\\\\\""),
@@ -492,7 +568,11 @@ mod tests {
             ("[\"缺 陷\" ]", "[\"缺 陷\"]"),
         ] {
             for buffer in [3, 4, 5, 7, 64] {
-                assert_eq!(capture(text.as_bytes(), buffer).unwrap().0, expected, "{text:?} with {buffer}");
+                assert_eq!(
+                    capture(text.as_bytes(), buffer).unwrap().0,
+                    expected,
+                    "{text:?} with {buffer}"
+                );
             }
         }
         for bad in ["", "  ", ",", "[1", "\"a", "{\"a\":\"\\\""] {
@@ -504,7 +584,9 @@ mod tests {
     fn limits_skip_the_record_and_no_more() {
         let large = format!("[\"{}\"]", "x".repeat(LABEL_RECORD_BYTES_MAX));
         let (text, flags, offset) = capture(large.as_bytes(), 4096).unwrap();
-        assert!(flags.too_large && text.len() <= LABEL_RECORD_BYTES_MAX && offset == large.len() as u64);
+        assert!(
+            flags.too_large && text.len() <= LABEL_RECORD_BYTES_MAX && offset == large.len() as u64
+        );
         let deep = "[".repeat(129) + &"]".repeat(129);
         assert!(capture(deep.as_bytes(), 4096).unwrap().1.too_deep);
         let fair = "[".repeat(128) + &"]".repeat(128);
@@ -531,11 +613,21 @@ mod tests {
             let mut refusals = Refusals::default();
             let mut out = Vec::new();
             let flags = JsonReader::new(text, "x").capture(&mut out).unwrap();
-            let ok = vet(&out, flags, "x", &mut refusals).and_then(|text| Fields::parse(text, "x", &mut refusals)).is_some();
-            assert!(!ok && refusals.count(why) == 1, "{}: {:?}", String::from_utf8_lossy(text), refusals.check());
+            let ok = vet(&out, flags, "x", &mut refusals)
+                .and_then(|text| Fields::parse(text, "x", &mut refusals))
+                .is_some();
+            assert!(
+                !ok && refusals.count(why) == 1,
+                "{}: {:?}",
+                String::from_utf8_lossy(text),
+                refusals.check()
+            );
         }
         let mut refusals = Refusals::default();
-        for good in [r#"{"NaN":"Infinity 1e999 \\u0000 \ud83d\ude00"}"#, r#"{"Info":1e3,"e":"\""}"#] {
+        for good in [
+            r#"{"NaN":"Infinity 1e999 \\u0000 \ud83d\ude00"}"#,
+            r#"{"Info":1e3,"e":"\""}"#,
+        ] {
             assert_eq!(compact(good, "x", &mut refusals).as_deref(), Some(good));
         }
     }
@@ -546,12 +638,21 @@ mod tests {
         let many: String = (0..100).map(|n| format!("\"k{n}\":{n},")).collect();
         let text = format!("{{{many}\"z\":null}}");
         let mut fields = Fields::parse(&text, "x", &mut refusals).unwrap();
-        assert_eq!((fields.take("k7"), fields.take("z"), fields.take("z")), (Some("7"), None, None));
+        assert_eq!(
+            (fields.take("k7"), fields.take("z"), fields.take("z")),
+            (Some("7"), None, None)
+        );
         assert!(fields.rest().unwrap().starts_with("{\"k0\":0,"));
         assert!(Fields::parse(&format!("{{{many}\"k0\":1}}"), "x", &mut refusals).is_none());
         assert_eq!(as_numbers("[[1,2.5],[-3e1]]"), Some(vec![1.0, 2.5, -30.0]));
-        assert_eq!((as_numbers("[1,\"a\"]"), as_numbers("1"), as_numbers("[]")), (None, None, Some(vec![])));
-        assert_eq!((as_integer("640.0"), as_integer("1.5"), as_integer("\"1\"")), (Some(640), None, None));
+        assert_eq!(
+            (as_numbers("[1,\"a\"]"), as_numbers("1"), as_numbers("[]")),
+            (None, None, Some(vec![]))
+        );
+        assert_eq!(
+            (as_integer("640.0"), as_integer("1.5"), as_integer("\"1\"")),
+            (Some(640), None, None)
+        );
         assert_eq!(as_number("0.30000000000000004"), Some(0.1 + 0.2));
     }
 }

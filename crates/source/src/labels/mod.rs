@@ -1,9 +1,11 @@
-//! Labels: reads every format that annotation tools write, and gives the canonical label files (`content::label_rows`).
+//! Labels: reads every format that annotation tools write, and gives the canonical label files
+//! (`content::label_rows`).
 //!
-//! `ingest` opens a [`LabelsSource`] on a blocking thread; all reading, checking and sorting happens in
-//! [`LabelsSource::open`], in a fixed amount of memory, with spilled rows and the three finished files in the scratch
-//! folder it was given. A crash leaves only that folder, which its owner removes. Input with any fault is refused as a
-//! whole, naming the first offenders and the number of each kind (`refuse`).
+//! `ingest` opens a [`LabelsSource`] on a blocking thread; all reading, checking and sorting
+//! happens in [`LabelsSource::open`], in a fixed amount of memory, with spilled rows and the three
+//! finished files in the scratch folder it was given. A crash leaves only that folder, which its
+//! owner removes. Input with any fault is refused as a whole, naming the first offenders and the
+//! number of each kind (`refuse`).
 //!
 //! # Formats
 //!
@@ -16,22 +18,24 @@
 //! | `voc` | a folder of Pascal VOC XML | pixels counted from 1, ends included, become left, top, width, height counted from 0 |
 //! | `yolo` | a folder of YOLO text files | normalised centre to pixels; sizes from the images beside, or from `sizes.csv` (path,width,height) |
 //!
-//! Out of a site's label database come a whole version, byte for byte as it was loaded, or the rows of a query (`sink::labels` reads
-//! them from one snapshot). A query returns `sample_path` and any of `sample_hash`, `class`, `class_id`, `kind`, `x`, `y`, `w`, `h`,
-//! `geom`, `attrs`, `raw` (the columns of the view `packhorse.annotations`), `width`, `height`, `split`; `label_set` and
-//! `version` may come too and must be the same in all rows. Rows may come in any order: those of one sample are put in the order of their
-//! content, so that the same rows give the same digest. Without `kind` it is told from what there is; without `raw` the row
-//! itself is the record; a row with nothing but its sample names one without annotations.
+//! Out of a site's label database come a whole version, byte for byte as it was loaded, or the rows
+//! of a query (`sink::labels` reads them from one snapshot). A query returns `sample_path` and any
+//! of `sample_hash`, `class`, `class_id`, `kind`, `x`, `y`, `w`, `h`, `geom`, `attrs`, `raw` (the
+//! columns of the view `packhorse.annotations`), `width`, `height`, `split`; `label_set` and
+//! `version` may come too and must be the same in all rows. Rows may come in any order: those of
+//! one sample are put in the order of their content, so that the same rows give the same digest.
+//! Without `kind` it is told from what there is; without `raw` the row itself is the record; a row
+//! with nothing but its sample names one without annotations.
 //!
-//! The format is guessed from the name and the first bytes unless it is given; [`LabelsSource::format`] and
-//! [`LabelsSource::guessed`] say what was taken.
+//! The format is guessed from the name and the first bytes unless it is given;
+//! [`LabelsSource::format`] and [`LabelsSource::guessed`] say what was taken.
 //!
 //! # `columns`
 //!
-//! For `csv` and `jsonl`, a canonical field to the column that holds it: `sample_path`, `class`, `class_id`, `id`, `x`,
-//! `y`, `w`, `h`, `x2`, `y2`, `kind`, `geom`, `split`, `width`, `height`, `attrs` (the names tried without a mapping stand in `table`). A field mapped to
-//! the empty name is not taken from any column.
-//! For every format also these settings:
+//! For `csv` and `jsonl`, a canonical field to the column that holds it: `sample_path`, `class`,
+//! `class_id`, `id`, `x`, `y`, `w`, `h`, `x2`, `y2`, `kind`, `geom`, `split`, `width`, `height`,
+//! `attrs` (the names tried without a mapping stand in `table`). A field mapped to the empty name
+//! is not taken from any column. For every format also these settings:
 //! - `path_strip`: a leading part of sample paths that is taken away (`/data/upload/1/`),
 //! - `path_prefix`: the folder of the dataset that sample paths are relative to (`images/train`),
 //! - `predictions`: `true` takes the predictions of Label Studio too.
@@ -40,14 +44,15 @@
 //!
 //! # Rules
 //!
-//! - A box may reach one pixel over its image; it is kept as it is. Sizes come from the labels; where they name none,
-//!   only the left and upper edges are checked.
+//! - A box may reach one pixel over its image; it is kept as it is. Sizes come from the labels;
+//!   where they name none, only the left and upper edges are checked.
 //! - Classes that come by name only are numbered from 0 in the order of their names (bytewise).
-//! - `geom`: `polygon` is COCO's list of rings `[[x,y,…],…]`; `rle` the object or list that the format has; `keypoints` is
-//!   `[x,y,v,…]`; a rotated box is `{"x","y","w","h","rotation"}` (degrees clockwise around its top left corner), and the row's
-//!   own x, y, w, h are the upright box around it. All in pixels.
-//! - `attrs`: what the record says beyond the other fields. `raw`: the record itself, compact; JSON keeps its number
-//!   spellings, other formats are rendered as JSON.
+//! - `geom`: `polygon` is COCO's list of rings `[[x,y,…],…]`; `rle` the object or list that the
+//!   format has; `keypoints` is `[x,y,v,…]`; a rotated box is `{"x","y","w","h","rotation"}`
+//!   (degrees clockwise around its top left corner), and the row's own x, y, w, h are the upright
+//!   box around it. All in pixels.
+//! - `attrs`: what the record says beyond the other fields. `raw`: the record itself, compact; JSON
+//!   keeps its number spellings, other formats are rendered as JSON.
 
 mod coco;
 mod collect;
@@ -79,7 +84,7 @@ use base::omitted::{Category, Omitted};
 use content::label_rows::{ANNOTATIONS, CLASSES, QueryRow, SAMPLES};
 use content::manifest::{DatasetBinding, FileInfo, KindInfo, LabelsInfo};
 
-use super::{Content, Source, SourceBody, SourceEntry, Stamp};
+use super::{Content, FileIdentity, Source, SourceBody, SourceEntry};
 use collect::{Collector, PathRules};
 use folder::Input;
 use guess::Format;
@@ -122,9 +127,15 @@ pub struct LabelsSource {
 }
 
 impl LabelsSource {
-    /// Reads the labels at `path` and writes their canonical form into the folder `scratch`, which must exist and
-    /// outlive the entries. Blocking. Fails with everything that is wrong with the input; nothing is half taken.
-    pub fn open(path: &Path, scratch: &Path, options: &LabelOptions, dataset: Option<BoundDataset>) -> Result<Self, Fault> {
+    /// Reads the labels at `path` and writes their canonical form into the folder `scratch`, which
+    /// must exist and outlive the entries. Blocking. Fails with everything that is wrong with the
+    /// input; nothing is half taken.
+    pub fn open(
+        path: &Path,
+        scratch: &Path,
+        options: &LabelOptions,
+        dataset: Option<BoundDataset>,
+    ) -> Result<Self, Fault> {
         Self::open_for(path, scratch, options, dataset, Arc::default())
     }
 
@@ -136,7 +147,11 @@ impl LabelsSource {
         dataset: Option<BoundDataset>,
         own: Arc<Own>,
     ) -> Result<Self, Fault> {
-        let format = options.format.as_deref().map(str::parse::<Format>).transpose()?;
+        let format = options
+            .format
+            .as_deref()
+            .map(str::parse::<Format>)
+            .transpose()?;
         let input = Input::open(path, own)?;
         let (format, guessed) = match format {
             Some(format) => (format, false),
@@ -152,8 +167,14 @@ impl LabelsSource {
             }
             fault
         };
-        let (info, omitted) = convert(&input, scratch, format, options, dataset).map_err(context)?;
-        Ok(Self { format: format.as_str(), guessed, omitted, ..Self::canonical(scratch, info)? })
+        let (info, omitted) =
+            convert(&input, scratch, format, options, dataset).map_err(context)?;
+        Ok(Self {
+            format: format.as_str(),
+            guessed,
+            omitted,
+            ..Self::canonical(scratch, info)?
+        })
     }
 
     /// Labels whose canonical files lie in this folder already.
@@ -164,26 +185,42 @@ impl LabelsSource {
         }
         let mut omitted = Omitted::default();
         note_empty(&info, &mut omitted);
-        Ok(Self { format: DATABASE, guessed: false, info, omitted, entries: entries.into_iter() })
+        Ok(Self {
+            format: DATABASE,
+            guessed: false,
+            info,
+            omitted,
+            entries: entries.into_iter(),
+        })
     }
 
-    /// Writes the rows of a database query in canonical form into the folder `scratch`. Rows may come in any order, and
-    /// the same rows give the same files. Blocking.
+    /// Writes the rows of a database query in canonical form into the folder `scratch`. Rows may
+    /// come in any order, and the same rows give the same files. Blocking.
     pub fn from_query(
         rows: impl Iterator<Item = Vec<QueryRow>>,
         scratch: &Path,
         options: &LabelOptions,
         dataset: Option<BoundDataset>,
     ) -> Result<Self, Fault> {
-        if let Some(name) = options.columns.keys().find(|name| !SETTINGS.contains(&name.as_str())) {
-            return Err(Fault::usage(format!("a query names its columns itself, so {name:?} cannot be mapped"))
-                .with_next("rename columns in the query by AS"));
+        if let Some(name) = options
+            .columns
+            .keys()
+            .find(|name| !SETTINGS.contains(&name.as_str()))
+        {
+            return Err(Fault::usage(format!(
+                "a query names its columns itself, so {name:?} cannot be mapped"
+            ))
+            .with_next("rename columns in the query by AS"));
         }
         let mut collector = Collector::new(scratch, rules(options));
         collector.by_content = true;
-        let info = table::read_query(rows, &mut collector).and_then(|()| finish(collector, DATABASE, options, dataset));
+        let info = table::read_query(rows, &mut collector)
+            .and_then(|()| finish(collector, DATABASE, options, dataset));
         let (info, omitted) = info.map_err(|fault| fault.context("labels out of the database"))?;
-        Ok(Self { omitted, ..Self::canonical(scratch, info)? })
+        Ok(Self {
+            omitted,
+            ..Self::canonical(scratch, info)?
+        })
     }
 
     /// The format that the labels were read as.
@@ -227,7 +264,11 @@ fn convert(
             let predictions = match setting(options, "predictions").as_deref() {
                 None | Some("false") => false,
                 Some("true") => true,
-                Some(other) => return Err(Fault::usage(format!("predictions is true or false, not {other:?}"))),
+                Some(other) => {
+                    return Err(Fault::usage(format!(
+                        "predictions is true or false, not {other:?}"
+                    )));
+                }
             };
             label_studio::read(input, predictions, &mut collector)?;
         }
@@ -238,11 +279,18 @@ fn convert(
 }
 
 fn setting(options: &LabelOptions, name: &str) -> Option<String> {
-    options.columns.get(name).filter(|value| !value.is_empty()).cloned()
+    options
+        .columns
+        .get(name)
+        .filter(|value| !value.is_empty())
+        .cloned()
 }
 
 fn rules(options: &LabelOptions) -> PathRules {
-    PathRules { strip: setting(options, "path_strip"), prefix: setting(options, "path_prefix") }
+    PathRules {
+        strip: setting(options, "path_strip"),
+        prefix: setting(options, "path_prefix"),
+    }
 }
 
 /// Writes the files from what was collected.
@@ -254,16 +302,30 @@ fn finish(
 ) -> Result<(LabelsInfo, Omitted), Fault> {
     let mut omitted = std::mem::take(&mut collector.omitted);
     let (counts, binding) = write::write(collector, dataset, options.allow_missing)?;
-    let write::Counts { samples, annotations, classes } = counts;
-    let info = LabelsInfo { dataset: binding, samples, annotations, classes, format: format.into() };
+    let write::Counts {
+        samples,
+        annotations,
+        classes,
+    } = counts;
+    let info = LabelsInfo {
+        dataset: binding,
+        samples,
+        annotations,
+        classes,
+        format: format.into(),
+    };
     note_empty(&info, &mut omitted);
     Ok((info, omitted))
 }
 
-/// A set without annotations is published, and reported: it may be a mistake, and becomes the active version where it is delivered.
+/// A set without annotations is published, and reported: it may be a mistake, and becomes the
+/// active version where it is delivered.
 fn note_empty(info: &LabelsInfo, omitted: &mut Omitted) {
     if info.annotations == 0 {
-        omitted.add(Category::NoAnnotations, format!("{} samples, 0 annotations", info.samples));
+        omitted.add(
+            Category::NoAnnotations,
+            format!("{} samples, 0 annotations", info.samples),
+        );
     }
 }
 
@@ -275,18 +337,33 @@ fn check_columns(format: Format, columns: &BTreeMap<String, String>) -> Result<(
         let known = table::field_names();
         if !known.contains(&name) {
             let next = format!("use one of {}, {}", known.join(", "), SETTINGS.join(", "));
-            return Err(Fault::usage(format!("labels have no field {name:?} that a column could hold")).with_next(next));
+            return Err(Fault::usage(format!(
+                "labels have no field {name:?} that a column could hold"
+            ))
+            .with_next(next));
         }
         if !matches!(format, Format::Csv | Format::Jsonl) {
-            return Err(Fault::usage(format!("{format} labels have no columns, so {name:?} cannot be taken from one"))
-                .with_next("leave the column mapping out, or name the format csv or jsonl"));
+            return Err(Fault::usage(format!(
+                "{format} labels have no columns, so {name:?} cannot be taken from one"
+            ))
+            .with_next("leave the column mapping out, or name the format csv or jsonl"));
         }
     }
     Ok(())
 }
 
 fn entry(name: &str, file: PathBuf) -> Result<SourceEntry, Fault> {
-    let meta = file.metadata().at(format_args!("read {}", file.display()))?;
-    let stamp = Some(Stamp::new(Arc::new(file.clone()), &meta));
-    Ok(SourceEntry { path: name.parse()?, mode: 0o644, body: SourceBody::File { size: meta.len(), content: Content::File(file) }, stamp })
+    let meta = file
+        .metadata()
+        .at(format_args!("read {}", file.display()))?;
+    let identity = Some(FileIdentity::new(Arc::new(file.clone()), &meta));
+    Ok(SourceEntry {
+        path: name.parse()?,
+        mode: 0o644,
+        body: SourceBody::File {
+            size: meta.len(),
+            content: Content::File(file),
+        },
+        identity,
+    })
 }

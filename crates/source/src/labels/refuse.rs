@@ -1,7 +1,8 @@
-//! What is wrong with the labels that are read: the first offenders, and how many there are for each reason.
+//! What is wrong with the labels that are read: the first offenders, and how many there are for
+//! each reason.
 //!
-//! A format reader reports a bad record here and goes on with the next one, so that one run of the command names all
-//! that has to be mended. Nothing is published while there is one.
+//! A format reader reports a bad record here and goes on with the next one, so that one run of the
+//! command names all that has to be mended. Nothing is published while there is one.
 
 use std::collections::BTreeMap;
 use std::fmt::Display;
@@ -44,36 +45,77 @@ impl Why {
     /// The reason in the message, and what to do about it.
     fn words(self) -> (&'static str, &'static str) {
         match self {
-            Why::Malformed => ("malformed", "correct the syntax of these records, or export them again"),
-            Why::Shape => ("wrong shape", "give the fields named the type that the format asks for"),
-            Why::NotFinite => ("not a finite number", "replace NaN and infinite numbers, or drop those annotations"),
-            Why::EmptyBox => ("zero or negative box", "drop those boxes or give them a width and a height above zero"),
-            Why::OutsideImage => {
-                ("box outside its image", "clip those boxes to the image, or correct the image's size; one pixel over is allowed")
-            }
-            Why::UnknownClass => ("unknown class", "add the class to the list of classes, or correct the annotations"),
+            Why::Malformed => (
+                "malformed",
+                "correct the syntax of these records, or export them again",
+            ),
+            Why::Shape => (
+                "wrong shape",
+                "give the fields named the type that the format asks for",
+            ),
+            Why::NotFinite => (
+                "not a finite number",
+                "replace NaN and infinite numbers, or drop those annotations",
+            ),
+            Why::EmptyBox => (
+                "zero or negative box",
+                "drop those boxes or give them a width and a height above zero",
+            ),
+            Why::OutsideImage => (
+                "box outside its image",
+                "clip those boxes to the image, or correct the image's size; one pixel over is allowed",
+            ),
+            Why::UnknownClass => (
+                "unknown class",
+                "add the class to the list of classes, or correct the annotations",
+            ),
             Why::DuplicateAnnotation => (
                 "duplicate annotation id",
                 "give each annotation an id of its own; where a table's id means something else, map id to nothing",
             ),
             Why::DuplicateImage => ("duplicate image id", "give each image an id of its own"),
             Why::DuplicateSample => ("duplicate image path", "name each image once"),
-            Why::DuplicateClass => ("duplicate class", "give each class one id and a name of its own"),
-            Why::ClassIds => ("class ids used up", "name all classes by id or all by name, or use smaller ids"),
-            Why::Orphan => ("orphan annotation", "add the image that the annotation names, or drop the annotation"),
-            Why::Nul => ("NUL in text", "remove the NUL characters: databases cannot hold them"),
-            Why::Utf8 => ("invalid UTF-8", "convert the file to UTF-8, for GBK by: iconv -f GB18030 -t UTF-8 OLD > NEW"),
+            Why::DuplicateClass => (
+                "duplicate class",
+                "give each class one id and a name of its own",
+            ),
+            Why::ClassIds => (
+                "class ids used up",
+                "name all classes by id or all by name, or use smaller ids",
+            ),
+            Why::Orphan => (
+                "orphan annotation",
+                "add the image that the annotation names, or drop the annotation",
+            ),
+            Why::Nul => (
+                "NUL in text",
+                "remove the NUL characters: databases cannot hold them",
+            ),
+            Why::Utf8 => (
+                "invalid UTF-8",
+                "convert the file to UTF-8, for GBK by: iconv -f GB18030 -t UTF-8 OLD > NEW",
+            ),
             Why::TooDeep => ("nested too deep", "flatten the records named"),
-            Why::TooLarge => ("record too large", "split the records named, or keep masks in files beside the images"),
-            Why::ColumnDrift => {
-                ("column count differs from the header's", "quote cells that hold the delimiter, and give each row every column")
-            }
+            Why::TooLarge => (
+                "record too large",
+                "split the records named, or keep masks in files beside the images",
+            ),
+            Why::ColumnDrift => (
+                "column count differs from the header's",
+                "quote cells that hold the delimiter, and give each row every column",
+            ),
             Why::NoSize => (
                 "image size unknown",
                 "put the images beside the labels, or add a sizes.csv with the columns path,width,height to the folder",
             ),
-            Why::BadPath => ("path not allowed", "use relative paths as in the dataset; the setting path_strip takes a leading part away"),
-            Why::Conflict => ("records contradict each other", "give each image one size and one split"),
+            Why::BadPath => (
+                "path not allowed",
+                "use relative paths as in the dataset; the setting path_strip takes a leading part away",
+            ),
+            Why::Conflict => (
+                "records contradict each other",
+                "give each image one size and one split",
+            ),
             Why::MissingSample => (
                 "sample not in the dataset",
                 "publish the dataset version that has them, set path_prefix or path_strip so that the paths fit, or use --allow-missing",
@@ -113,10 +155,21 @@ impl Refusals {
         }
         let mut reasons: Vec<(Why, u64)> = self.totals.iter().map(|(why, n)| (*why, *n)).collect();
         reasons.sort_by_key(|(why, n)| (std::cmp::Reverse(*n), *why));
-        let counts: Vec<String> = reasons.iter().map(|(why, n)| format!("{n} × {}", why.words().0)).collect();
-        let advice: Vec<&str> = reasons.iter().take(3).map(|(why, _)| why.advice()).collect();
+        let counts: Vec<String> = reasons
+            .iter()
+            .map(|(why, n)| format!("{n} × {}", why.words().0))
+            .collect();
+        let advice: Vec<&str> = reasons
+            .iter()
+            .take(3)
+            .map(|(why, _)| why.advice())
+            .collect();
         let records = if total == 1 { "record" } else { "records" };
-        let mut message = format!("{total} {records} refused ({}): {}", counts.join(", "), self.listed.join("; "));
+        let mut message = format!(
+            "{total} {records} refused ({}): {}",
+            counts.join(", "),
+            self.listed.join("; ")
+        );
         let unlisted = total - self.listed.len() as u64;
         if unlisted > 0 {
             message.push_str(&format!("; and {unlisted} more"));
@@ -147,7 +200,17 @@ mod tests {
         assert!(
             fault.message.starts_with("31 records refused (30 × zero or negative box, 1 × NUL in text): annotations[0]: the box is 0x4; ")
         );
-        assert!(fault.message.ends_with("annotations[19]: the box is 0x4; and 11 more"), "{}", fault.message);
-        assert!(fault.next.contains("above zero; remove the NUL"), "{}", fault.next);
+        assert!(
+            fault
+                .message
+                .ends_with("annotations[19]: the box is 0x4; and 11 more"),
+            "{}",
+            fault.message
+        );
+        assert!(
+            fault.next.contains("above zero; remove the NUL"),
+            "{}",
+            fault.next
+        );
     }
 }

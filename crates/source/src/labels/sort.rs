@@ -1,8 +1,9 @@
 //! An external merge sort: any number of `(key, value)` records, a fixed amount of memory.
 //!
-//! The collector of label rows and the join of COCO images with their annotations use it. Records are sorted by key,
-//! bytewise; records of one key keep the order in which they were pushed. What does not fit the budget is spilled as
-//! sorted runs to files that have no name (unlinked at once), so a crash leaves nothing behind.
+//! The collector of label rows and the join of COCO images with their annotations use it. Records
+//! are sorted by key, bytewise; records of one key keep the order in which they were pushed. What
+//! does not fit the budget is spilled as sorted runs to files that have no name (unlinked at once),
+//! so a crash leaves nothing behind.
 
 use std::cmp::Ordering;
 use std::collections::BinaryHeap;
@@ -13,7 +14,8 @@ use std::path::{Path, PathBuf};
 
 use base::fault::{Fault, IoContext};
 
-/// Runs of one size that are merged into one larger run: keeps the open files and the read buffers of a merge few.
+/// Runs of one size that are merged into one larger run: keeps the open files and the read buffers
+/// of a merge few.
 const FAN_IN: usize = 32;
 /// The read buffer of each run.
 const RUN_BUFFER_BYTES: usize = 64 << 10;
@@ -53,9 +55,17 @@ impl Slot {
 }
 
 impl Sorter {
-    /// A sorter that keeps about `budget` bytes (at most 1 GiB) in memory and spills into the folder `dir`.
+    /// A sorter that keeps about `budget` bytes (at most 1 GiB) in memory and spills into the
+    /// folder `dir`.
     pub(crate) fn new(dir: &Path, budget: usize) -> Self {
-        Self { dir: dir.into(), budget: budget.min(1 << 30), arena: Vec::new(), slots: Vec::new(), levels: Vec::new(), spilled: 0 }
+        Self {
+            dir: dir.into(),
+            budget: budget.min(1 << 30),
+            arena: Vec::new(),
+            slots: Vec::new(),
+            levels: Vec::new(),
+            spilled: 0,
+        }
     }
 
     /// Adds a record.
@@ -68,8 +78,12 @@ impl Sorter {
         let mut prefix = [0; 8];
         let n = key.len().min(8);
         prefix[..n].copy_from_slice(&key[..n]);
-        let slot =
-            Slot { prefix: u64::from_be_bytes(prefix), start: self.arena.len() as u32, key: key.len() as u32, value: value.len() as u32 };
+        let slot = Slot {
+            prefix: u64::from_be_bytes(prefix),
+            start: self.arena.len() as u32,
+            key: key.len() as u32,
+            value: value.len() as u32,
+        };
         self.arena.extend_from_slice(key);
         self.arena.extend_from_slice(value);
         self.slots.push(slot);
@@ -80,21 +94,28 @@ impl Sorter {
     pub(crate) fn finish(mut self) -> Result<Sorted, Fault> {
         if self.levels.is_empty() {
             self.sort();
-            return Ok(Sorted(Origin::Memory { arena: self.arena, slots: self.slots, at: 0 }));
+            return Ok(Sorted(SortedRecords::Memory {
+                arena: self.arena,
+                slots: self.slots,
+                at: 0,
+            }));
         }
         self.spill()?;
         self.arena = Vec::new();
         self.slots = Vec::new();
         let oldest_first: Vec<File> = self.levels.into_iter().rev().flatten().collect();
-        Ok(Sorted(Origin::Runs(Merge::new(oldest_first)?)))
+        Ok(Sorted(SortedRecords::Runs(Merge::new(oldest_first)?)))
     }
 
     fn sort(&mut self) {
         let arena = &self.arena;
-        // `start` grows with every push, so comparing it last keeps the order of equal keys; only an empty record has
-        // the start of the one behind it.
+        // `start` grows with every push, so comparing it last keeps the order of equal keys; only
+        // an empty record has the start of the one behind it.
         self.slots.sort_unstable_by(|a, b| {
-            let keys = a.prefix.cmp(&b.prefix).then_with(|| a.key(arena).cmp(b.key(arena)));
+            let keys = a
+                .prefix
+                .cmp(&b.prefix)
+                .then_with(|| a.key(arena).cmp(b.key(arena)));
             keys.then_with(|| (a.start, a.value).cmp(&(b.start, b.value)))
         });
     }
@@ -135,12 +156,16 @@ impl Sorter {
 }
 
 /// Records in order.
-pub(crate) struct Sorted(Origin);
+pub(crate) struct Sorted(SortedRecords);
 
-enum Origin {
+enum SortedRecords {
     /// All of them fitted the budget; `at` is the next slot.
-    Memory { arena: Vec<u8>, slots: Vec<Slot>, at: usize },
-    /// Origin runs on disk.
+    Memory {
+        arena: Vec<u8>,
+        slots: Vec<Slot>,
+        at: usize,
+    },
+    /// SortedRecords runs on disk.
     Runs(Merge),
 }
 
@@ -148,12 +173,14 @@ impl Sorted {
     /// The next record; `None` at the end.
     pub(crate) fn next(&mut self) -> Result<Option<Record<'_>>, Fault> {
         match &mut self.0 {
-            Origin::Memory { arena, slots, at } => {
-                let Some(slot) = slots.get(*at).copied() else { return Ok(None) };
+            SortedRecords::Memory { arena, slots, at } => {
+                let Some(slot) = slots.get(*at).copied() else {
+                    return Ok(None);
+                };
                 *at += 1;
                 Ok(Some((slot.key(arena), slot.value(arena))))
             }
-            Origin::Runs(merge) => merge.next(),
+            SortedRecords::Runs(merge) => merge.next(),
         }
     }
 }
@@ -163,10 +190,20 @@ struct RunWriter(BufWriter<File>);
 
 impl RunWriter {
     fn create(dir: &Path, number: u64) -> Result<Self, Fault> {
-        // Two sorters may share the folder: the name only lives until the next line, but must be free until then.
-        let path = dir.join(format!(".run-{}-{number}-{:016x}", std::process::id(), rand::random::<u64>()));
+        // Two sorters may share the folder: the name only lives until the next line, but must be
+        // free until then.
+        let path = dir.join(format!(
+            ".run-{}-{number}-{:016x}",
+            std::process::id(),
+            rand::random::<u64>()
+        ));
         let at = || format!("make the scratch file {}", path.display());
-        let file = File::options().read(true).write(true).create_new(true).open(&path).at(at())?;
+        let file = File::options()
+            .read(true)
+            .write(true)
+            .create_new(true)
+            .open(&path)
+            .at(at())?;
         std::fs::remove_file(&path).at(at())?;
         Ok(Self(BufWriter::with_capacity(256 << 10, file)))
     }
@@ -185,7 +222,10 @@ impl RunWriter {
 
     fn finish(self) -> Result<File, Fault> {
         let end = || {
-            let mut file = self.0.into_inner().map_err(std::io::IntoInnerError::into_error)?;
+            let mut file = self
+                .0
+                .into_inner()
+                .map_err(std::io::IntoInnerError::into_error)?;
             file.rewind()?;
             Ok(file)
         };
@@ -211,7 +251,8 @@ struct Head {
 impl Head {
     /// Reads the run's next record; false at its end.
     fn advance(&mut self) -> Result<bool, Fault> {
-        self.try_advance().at("read label rows back from the scratch folder")
+        self.try_advance()
+            .at("read label rows back from the scratch folder")
     }
 
     fn try_advance(&mut self) -> std::io::Result<bool> {
@@ -222,8 +263,10 @@ impl Head {
         let mut head = [0; 8];
         self.run.read_exact(&mut head)?;
         let [a, b, c, d, e, f, g, h] = head;
-        self.key.resize(u32::from_le_bytes([a, b, c, d]) as usize, 0);
-        self.value.resize(u32::from_le_bytes([e, f, g, h]) as usize, 0);
+        self.key
+            .resize(u32::from_le_bytes([a, b, c, d]) as usize, 0);
+        self.value
+            .resize(u32::from_le_bytes([e, f, g, h]) as usize, 0);
         self.run.read_exact(&mut self.key)?;
         self.run.read_exact(&mut self.value)?;
         Ok(true)
@@ -232,8 +275,12 @@ impl Head {
 
 impl Ord for Head {
     fn cmp(&self, other: &Self) -> Ordering {
-        // Reversed: the heap's top is its greatest, and the smallest key is wanted, of equal ones the oldest.
-        other.key.cmp(&self.key).then_with(|| other.age.cmp(&self.age))
+        // Reversed: the heap's top is its greatest, and the smallest key is wanted, of equal ones
+        // the oldest.
+        other
+            .key
+            .cmp(&self.key)
+            .then_with(|| other.age.cmp(&self.age))
     }
 }
 
@@ -256,7 +303,12 @@ impl Merge {
         let mut heap = BinaryHeap::with_capacity(runs.len());
         for (age, run) in runs.into_iter().enumerate() {
             let run = BufReader::with_capacity(RUN_BUFFER_BYTES, run);
-            let mut head = Head { key: Vec::new(), value: Vec::new(), age, run };
+            let mut head = Head {
+                key: Vec::new(),
+                value: Vec::new(),
+                age,
+                run,
+            };
             if head.advance()? {
                 heap.push(head);
             }
@@ -272,7 +324,10 @@ impl Merge {
             PeekMut::pop(top);
         }
         self.given = true;
-        Ok(self.heap.peek().map(|head| (head.key.as_slice(), head.value.as_slice())))
+        Ok(self
+            .heap
+            .peek()
+            .map(|head| (head.key.as_slice(), head.value.as_slice())))
     }
 }
 
@@ -288,7 +343,11 @@ mod tests {
         for (key, value) in records {
             sorter.push(key, value).unwrap();
         }
-        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0, "no run may be left behind by a crash");
+        assert_eq!(
+            std::fs::read_dir(dir.path()).unwrap().count(),
+            0,
+            "no run may be left behind by a crash"
+        );
         let mut sorted = sorter.finish().unwrap();
         let mut out = Vec::new();
         while let Some((key, value)) = sorted.next().unwrap() {
@@ -300,7 +359,14 @@ mod tests {
 
     #[test]
     fn more_runs_than_one_merge_takes() {
-        let records: Vec<_> = (0..5000u32).map(|n| ((n * 7919 % 613).to_be_bytes().to_vec(), n.to_be_bytes().to_vec())).collect();
+        let records: Vec<_> = (0..5000u32)
+            .map(|n| {
+                (
+                    (n * 7919 % 613).to_be_bytes().to_vec(),
+                    n.to_be_bytes().to_vec(),
+                )
+            })
+            .collect();
         let mut expected = records.clone();
         expected.sort_by(|a, b| a.0.cmp(&b.0));
         // 4 records a run: 1,250 runs, merged over three levels.
@@ -310,7 +376,9 @@ mod tests {
     #[test]
     fn empty_records_keep_their_place() {
         // Found by the property below: an empty record begins where the next one does.
-        let records: Vec<_> = [&b""[..], b"a", b"", b"b", b""].map(|value| (Vec::new(), value.to_vec())).to_vec();
+        let records: Vec<_> = [&b""[..], b"a", b"", b"b", b""]
+            .map(|value| (Vec::new(), value.to_vec()))
+            .to_vec();
         for budget in [1, 60, 4000] {
             assert_eq!(sort(&records, budget), records);
         }

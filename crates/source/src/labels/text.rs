@@ -9,7 +9,8 @@ use base::limits::LABEL_SIDE_FILE_BYTES_MAX;
 
 use super::refuse::{Refusals, Why};
 
-/// The bytes as text, or a refusal that names the encoding they seem to be in. Raw NULs are refused too.
+/// The bytes as text, or a refusal that names the encoding they seem to be in. Raw NULs are refused
+/// too.
 pub(super) fn text<'a>(bytes: &'a [u8], place: &str, refusals: &mut Refusals) -> Option<&'a str> {
     let text = match std::str::from_utf8(bytes) {
         Ok(text) => text,
@@ -37,7 +38,8 @@ pub(super) fn not_utf8(bytes: &[u8], valid_up_to: usize) -> String {
     format!("byte {valid_up_to} of the record is not UTF-8{guess}")
 }
 
-/// Whether all that is not ASCII comes in pairs as GBK writes them: a lead of 0x81–0xFE, then 0x40–0xFE but 0x7F.
+/// Whether all that is not ASCII comes in pairs as GBK writes them: a lead of 0x81–0xFE, then
+/// 0x40–0xFE but 0x7F.
 fn looks_like_gbk(bytes: &[u8]) -> bool {
     let mut bytes = bytes.iter();
     let mut pairs = 0;
@@ -46,28 +48,54 @@ fn looks_like_gbk(bytes: &[u8]) -> bool {
             continue;
         }
         match bytes.next() {
-            Some(&trail) if (0x81..=0xfe).contains(&lead) && (0x40..=0xfe).contains(&trail) && trail != 0x7f => pairs += 1,
+            Some(&trail)
+                if (0x81..=0xfe).contains(&lead)
+                    && (0x40..=0xfe).contains(&trail)
+                    && trail != 0x7f =>
+            {
+                pairs += 1
+            }
             _ => return false,
         }
     }
     pairs > 0
 }
 
-/// A small file beside the labels, whole, without a byte order mark. What is wrong with its text is a fault.
+/// A small file beside the labels, whole, without a byte order mark. What is wrong with its text is
+/// a fault.
 pub(super) fn side_file(inside: &Inside, path: &Path) -> Result<String, Fault> {
     let mut refusals = Refusals::default();
-    let text = one_of_many(inside, path, &inside.full(path).display().to_string(), &mut refusals)?;
+    let text = one_of_many(
+        inside,
+        path,
+        &inside.full(path).display().to_string(),
+        &mut refusals,
+    )?;
     refusals.check()?;
     Ok(text.unwrap_or_default())
 }
 
-/// The same for one of many files: what is wrong with its text is refused, and the next file can be read.
-pub(super) fn one_of_many(inside: &Inside, path: &Path, place: &str, refusals: &mut Refusals) -> Result<Option<String>, Fault> {
+/// The same for one of many files: what is wrong with its text is refused, and the next file can be
+/// read.
+pub(super) fn one_of_many(
+    inside: &Inside,
+    path: &Path,
+    place: &str,
+    refusals: &mut Refusals,
+) -> Result<Option<String>, Fault> {
     let at = || format!("read {}", inside.full(path).display());
     let mut bytes = Vec::new();
-    inside.file(path)?.take(LABEL_SIDE_FILE_BYTES_MAX + 1).read_to_end(&mut bytes).at(at())?;
+    inside
+        .file(path)?
+        .take(LABEL_SIDE_FILE_BYTES_MAX + 1)
+        .read_to_end(&mut bytes)
+        .at(at())?;
     if bytes.len() as u64 > LABEL_SIDE_FILE_BYTES_MAX {
-        refusals.add(Why::TooLarge, place, format_args!("the file is larger than {LABEL_SIDE_FILE_BYTES_MAX} bytes"));
+        refusals.add(
+            Why::TooLarge,
+            place,
+            format_args!("the file is larger than {LABEL_SIDE_FILE_BYTES_MAX} bytes"),
+        );
         return Ok(None);
     }
     let text = text(&bytes, place, refusals);

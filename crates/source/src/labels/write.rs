@@ -1,8 +1,9 @@
-//! Writes the canonical files from the sorted records, and checks what needs a whole sample in view.
+//! Writes the canonical files from the sorted records, and checks what needs a whole sample in
+//! view.
 //!
-//! One pass over samples in manifest order: it joins them with the dataset's files (which come in the same order),
-//! brings together what several records say of one sample, and holds annotations against the image's size and the list
-//! of classes.
+//! One pass over samples in manifest order: it joins them with the dataset's files (which come in
+//! the same order), brings together what several records say of one sample, and holds annotations
+//! against the image's size and the list of classes.
 
 use std::fs::File;
 use std::io::{BufWriter, Write};
@@ -16,7 +17,10 @@ use content::chunk::Hash;
 use content::label_rows::{ANNOTATIONS, CLASSES, ClassRow, SAMPLES, SampleRow};
 use content::manifest::{DatasetBinding, FileInfo};
 
-use super::collect::{AnnotationRecord, ClassRef, ClassTable, Collector, Sample, TAG_ANNOTATION, decode, key_path, split_key};
+use super::collect::{
+    AnnotationRecord, ClassRef, ClassTable, Collector, Sample, TAG_ANNOTATION, decode, key_path,
+    split_key,
+};
 use super::refuse::{Refusals, Why};
 use super::sort::Sorter;
 use super::{BoundDataset, DatasetFiles};
@@ -32,13 +36,21 @@ pub(super) struct Counts {
     pub(super) classes: u64,
 }
 
-/// Writes the three files into the collector's scratch folder, or says everything that is wrong with the input.
+/// Writes the three files into the collector's scratch folder, or says everything that is wrong
+/// with the input.
 pub(super) fn write(
     collector: Collector,
     dataset: Option<BoundDataset>,
     allow_missing: bool,
 ) -> Result<(Counts, Option<DatasetBinding>), Fault> {
-    let Collector { mut refusals, classes, scratch, rows, ids, .. } = collector;
+    let Collector {
+        mut refusals,
+        classes,
+        scratch,
+        rows,
+        ids,
+        ..
+    } = collector;
     find_duplicate_ids(ids, &mut refusals)?;
     let classes = classes.resolve(&mut refusals);
     let (files, binding) = match dataset {
@@ -51,7 +63,10 @@ pub(super) fn write(
         annotations: Lines::create(&scratch, ANNOTATIONS)?,
         samples: Lines::create(&scratch, SAMPLES)?,
         dataset: files.map(|files| Join { files, head: None }),
-        dataset_name: binding.as_ref().map(|b| b.artifact.to_string()).unwrap_or_default(),
+        dataset_name: binding
+            .as_ref()
+            .map(|b| b.artifact.to_string())
+            .unwrap_or_default(),
         allow_missing,
         open: None,
     };
@@ -65,11 +80,23 @@ pub(super) fn write(
             pass.close()?;
             pass.open(path)?;
         }
-        if tag == TAG_ANNOTATION { pass.annotation(&decode(record)?)? } else { pass.sample(&decode(record)?) }
+        if tag == TAG_ANNOTATION {
+            pass.annotation(&decode(record)?)?
+        } else {
+            pass.sample(&decode(record)?)
+        }
     }
     pass.close()?;
-    let Pass { annotations, samples, .. } = pass;
-    let counts = Counts { samples: samples.finish()?, annotations: annotations.finish()?, classes: write_classes(&classes, &scratch)? };
+    let Pass {
+        annotations,
+        samples,
+        ..
+    } = pass;
+    let counts = Counts {
+        samples: samples.finish()?,
+        annotations: annotations.finish()?,
+        classes: write_classes(&classes, &scratch)?,
+    };
     refusals.check()?;
     Ok((counts, binding))
 }
@@ -79,8 +106,15 @@ fn find_duplicate_ids(ids: Sorter, refusals: &mut Refusals) -> Result<(), Fault>
     let (mut last, mut first_place) = (Vec::new(), Vec::new());
     while let Some((id, place)) = ids.next()? {
         if last == id {
-            let detail = format!("its id is that of {} already", String::from_utf8_lossy(&first_place));
-            refusals.add(Why::DuplicateAnnotation, String::from_utf8_lossy(place), detail);
+            let detail = format!(
+                "its id is that of {} already",
+                String::from_utf8_lossy(&first_place)
+            );
+            refusals.add(
+                Why::DuplicateAnnotation,
+                String::from_utf8_lossy(place),
+                detail,
+            );
             continue;
         }
         last = id.to_vec();
@@ -92,7 +126,11 @@ fn find_duplicate_ids(ids: Sorter, refusals: &mut Refusals) -> Result<(), Fault>
 fn write_classes(classes: &ClassTable, scratch: &Path) -> Result<u64, Fault> {
     let mut lines = Lines::create(scratch, CLASSES)?;
     for (id, class) in &classes.rows {
-        lines.row(&ClassRow { id: *id, name: class.name.clone(), attrs: raw(class.attrs.as_deref())? })?;
+        lines.row(&ClassRow {
+            id: *id,
+            name: class.name.clone(),
+            attrs: raw(class.attrs.as_deref())?,
+        })?;
     }
     lines.finish()
 }
@@ -129,25 +167,48 @@ impl Pass<'_> {
         if let Some(dataset) = &mut self.dataset {
             hash = dataset.find(&path)?;
             if hash.is_none() && !self.allow_missing {
-                self.refusals.add(Why::MissingSample, &path, format!("{} has no such file", self.dataset_name));
+                self.refusals.add(
+                    Why::MissingSample,
+                    &path,
+                    format!("{} has no such file", self.dataset_name),
+                );
             }
         }
         let json = super::text::json_string(path.as_str());
-        self.open = Some(Open { path, json, hash, declared: false, width: None, height: None, split: None, meta: None });
+        self.open = Some(Open {
+            path,
+            json,
+            hash,
+            declared: false,
+            width: None,
+            height: None,
+            split: None,
+            meta: None,
+        });
         Ok(())
     }
 
     fn sample(&mut self, sample: &Sample<'_>) {
         let Some(open) = &mut self.open else { return };
         if sample.declared && open.declared {
-            self.refusals.add(Why::DuplicateSample, sample.place, format!("{:?} was named before", open.path.as_str()));
+            self.refusals.add(
+                Why::DuplicateSample,
+                sample.place,
+                format!("{:?} was named before", open.path.as_str()),
+            );
             return;
         }
         open.declared |= sample.declared;
-        for (name, known, said) in [("width", &mut open.width, sample.width), ("height", &mut open.height, sample.height)] {
+        for (name, known, said) in [
+            ("width", &mut open.width, sample.width),
+            ("height", &mut open.height, sample.height),
+        ] {
             match (*known, said) {
                 (Some(known), Some(said)) if known != said => {
-                    let detail = format!("the {name} of {:?} is {said} here and {known} before", open.path.as_str());
+                    let detail = format!(
+                        "the {name} of {:?} is {said} here and {known} before",
+                        open.path.as_str()
+                    );
                     self.refusals.add(Why::Conflict, sample.place, detail);
                 }
                 _ => *known = known.or(said),
@@ -155,7 +216,10 @@ impl Pass<'_> {
         }
         match (&open.split, sample.split) {
             (Some(known), Some(said)) if known != said => {
-                let detail = format!("{:?} is in the split {said:?} here and in {known:?} before", open.path.as_str());
+                let detail = format!(
+                    "{:?} is in the split {said:?} here and in {known:?} before",
+                    open.path.as_str()
+                );
                 self.refusals.add(Why::Conflict, sample.place, detail);
             }
             (None, Some(said)) => open.split = Some(said.to_owned()),
@@ -163,7 +227,10 @@ impl Pass<'_> {
         }
         match (open.hash, sample.hash) {
             (Some(known), Some(said)) if known != said => {
-                let detail = format!("{:?} hashes to {said} here and to {known} before", open.path.as_str());
+                let detail = format!(
+                    "{:?} hashes to {said} here and to {known} before",
+                    open.path.as_str()
+                );
                 self.refusals.add(Why::Conflict, sample.place, detail);
             }
             (None, Some(said)) if self.dataset.is_none() => open.hash = Some(said),
@@ -175,35 +242,60 @@ impl Pass<'_> {
     }
 
     fn annotation(&mut self, annotation: &AnnotationRecord<'_>) -> Result<(), Fault> {
-        let Some(open) = &self.open else { return Ok(()) };
+        let Some(open) = &self.open else {
+            return Ok(());
+        };
         let class = match annotation.class {
             None => "null".to_owned(),
             Some(class) => match self.classes.id(class) {
                 Some(id) => id.to_string(),
                 None => {
-                    let name = if let ClassRef::Id(id) = class { format!("class {id}") } else { "its class".to_owned() };
-                    self.refusals.add(Why::UnknownClass, annotation.place, format!("{name} is not in the list of classes"));
+                    let name = if let ClassRef::Id(id) = class {
+                        format!("class {id}")
+                    } else {
+                        "its class".to_owned()
+                    };
+                    self.refusals.add(
+                        Why::UnknownClass,
+                        annotation.place,
+                        format!("{name} is not in the list of classes"),
+                    );
                     return Ok(());
                 }
             },
         };
         if let Some([x, y, w, h]) = annotation.extent {
             let beyond = |start: f64, length: f64, size: Option<i64>| {
-                start < -OUTSIDE_TOLERANCE_PX || size.is_some_and(|size| start + length > size as f64 + OUTSIDE_TOLERANCE_PX)
+                start < -OUTSIDE_TOLERANCE_PX
+                    || size.is_some_and(|size| start + length > size as f64 + OUTSIDE_TOLERANCE_PX)
             };
             if beyond(x, w, open.width) || beyond(y, h, open.height) {
                 let size = |n: Option<i64>| n.map_or("?".to_owned(), |n| n.to_string());
-                let detail =
-                    format!("{w} × {h} at {x}, {y} reaches out of {:?} ({} × {})", open.path.as_str(), size(open.width), size(open.height));
-                self.refusals.add(Why::OutsideImage, annotation.place, detail);
+                let detail = format!(
+                    "{w} × {h} at {x}, {y} reaches out of {:?} ({} × {})",
+                    open.path.as_str(),
+                    size(open.width),
+                    size(open.height)
+                );
+                self.refusals
+                    .add(Why::OutsideImage, annotation.place, detail);
                 return Ok(());
             }
         }
-        self.annotations.parts(&["{\"sample\":", &open.json, ",\"class\":", &class, ",", annotation.tail])
+        self.annotations.parts(&[
+            "{\"sample\":",
+            &open.json,
+            ",\"class\":",
+            &class,
+            ",",
+            annotation.tail,
+        ])
     }
 
     fn close(&mut self) -> Result<(), Fault> {
-        let Some(open) = self.open.take() else { return Ok(()) };
+        let Some(open) = self.open.take() else {
+            return Ok(());
+        };
         self.samples.row(&SampleRow {
             path: open.path.into(),
             hash: open.hash,
@@ -218,7 +310,9 @@ impl Pass<'_> {
 /// JSON text that was checked when it was read, as a value to be written as it is.
 fn raw(json: Option<&str>) -> Result<Option<Box<RawValue>>, Fault> {
     let parse = |json: &str| RawValue::from_string(json.to_owned());
-    json.map(parse).transpose().map_err(|error| Fault::internal(format!("write a label row: {error}")))
+    json.map(parse)
+        .transpose()
+        .map_err(|error| Fault::internal(format!("write a label row: {error}")))
 }
 
 /// The dataset's files, walked beside the samples.
@@ -232,7 +326,9 @@ impl Join {
     fn find(&mut self, path: &RelPath) -> Result<Option<Hash>, Fault> {
         loop {
             match &self.head {
-                Some((head, info)) if head >= path => return Ok((head == path).then_some(info.hash)),
+                Some((head, info)) if head >= path => {
+                    return Ok((head == path).then_some(info.hash));
+                }
                 _ => match self.files.next().transpose()? {
                     Some(next) => self.head = Some(next),
                     None => return Ok(None),
@@ -253,7 +349,11 @@ impl Lines {
     fn create(scratch: &Path, name: &str) -> Result<Self, Fault> {
         let path = scratch.join(name);
         let file = File::create(&path).at(format!("make {}", path.display()))?;
-        Ok(Self { path, out: BufWriter::with_capacity(256 << 10, file), count: 0 })
+        Ok(Self {
+            path,
+            out: BufWriter::with_capacity(256 << 10, file),
+            count: 0,
+        })
     }
 
     fn parts(&mut self, parts: &[&str]) -> Result<(), Fault> {
@@ -268,12 +368,15 @@ impl Lines {
     }
 
     fn row<T: serde::Serialize>(&mut self, row: &T) -> Result<(), Fault> {
-        let line = serde_json::to_string(row).map_err(|error| Fault::internal(format!("write a label row: {error}")))?;
+        let line = serde_json::to_string(row)
+            .map_err(|error| Fault::internal(format!("write a label row: {error}")))?;
         self.parts(&[&line])
     }
 
     fn finish(mut self) -> Result<u64, Fault> {
-        self.out.flush().at(format_args!("write {}", self.path.display()))?;
+        self.out
+            .flush()
+            .at(format_args!("write {}", self.path.display()))?;
         Ok(self.count)
     }
 }

@@ -1,8 +1,9 @@
 //! Small XML documents as JSON values.
 //!
-//! An element with text alone becomes a string; one with children or attributes an object, in order, with `@name` for
-//! attributes and `#text` for text between children; a child that comes several times becomes a list. Entities beyond
-//! XML's five are refused, so no document can grow while it is read.
+//! An element with text alone becomes a string; one with children or attributes an object, in
+//! order, with `@name` for attributes and `#text` for text between children; a child that comes
+//! several times becomes a list. Entities beyond XML's five are refused, so no document can grow
+//! while it is read.
 
 use quick_xml::Reader;
 use quick_xml::escape::unescape;
@@ -56,7 +57,10 @@ pub(super) fn parse(text: &str) -> Result<(String, Value), (Why, String)> {
         match reader.read_event().map_err(|error| malformed(&error))? {
             Event::Start(tag) => {
                 if open.len() as u32 >= LABEL_DEPTH_MAX {
-                    return Err((Why::TooDeep, format!("it is nested deeper than {LABEL_DEPTH_MAX}")));
+                    return Err((
+                        Why::TooDeep,
+                        format!("it is nested deeper than {LABEL_DEPTH_MAX}"),
+                    ));
                 }
                 open.push(start(&tag)?);
             }
@@ -78,27 +82,40 @@ pub(super) fn parse(text: &str) -> Result<(String, Value), (Why, String)> {
                     && !encoding.eq_ignore_ascii_case("ascii")
                     && !encoding.eq_ignore_ascii_case("us-ascii")
                 {
-                    return Err((Why::Utf8, format!("it says that its encoding is {encoding}")));
+                    return Err((
+                        Why::Utf8,
+                        format!("it says that its encoding is {encoding}"),
+                    ));
                 }
             }
             Event::Comment(_) | Event::PI(_) | Event::DocType(_) => {}
-            Event::Eof if !open.is_empty() => return Err(malformed(&"it ends within an element: it is cut off")),
+            Event::Eof if !open.is_empty() => {
+                return Err(malformed(&"it ends within an element: it is cut off"));
+            }
             Event::Eof => return root.ok_or_else(|| malformed(&"it holds no element")),
         }
     }
 }
 
 fn start(tag: &BytesStart<'_>) -> Result<Open, (Why, String)> {
-    let mut element = Open { name: tag.name().0.to_owned(), ..Open::default() };
+    let mut element = Open {
+        name: tag.name().0.to_owned(),
+        ..Open::default()
+    };
     for attribute in tag.attributes() {
         let attribute = attribute.map_err(|error| (Why::Malformed, error.to_string()))?;
-        let value = unescape(&attribute.value).map_err(|error| (Why::Malformed, error.to_string()))?;
+        let value =
+            unescape(&attribute.value).map_err(|error| (Why::Malformed, error.to_string()))?;
         element.add(format!("@{}", attribute.key.0), Value::from(value.as_ref()));
     }
     Ok(element)
 }
 
-fn close(element: Open, open: &mut [Open], root: &mut Option<(String, Value)>) -> Result<(), (Why, String)> {
+fn close(
+    element: Open,
+    open: &mut [Open],
+    root: &mut Option<(String, Value)>,
+) -> Result<(), (Why, String)> {
     let (name, value) = element.close();
     match open.last_mut() {
         Some(parent) => parent.add(name, value),
@@ -112,7 +129,12 @@ fn add_text(text: &str, open: &mut [Open]) -> Result<(), (Why, String)> {
     match open.last_mut() {
         Some(element) => element.text.push_str(text),
         None if text.trim().is_empty() => {}
-        None => return Err((Why::Malformed, "text stands outside of the root element".into())),
+        None => {
+            return Err((
+                Why::Malformed,
+                "text stands outside of the root element".into(),
+            ));
+        }
     }
     Ok(())
 }
@@ -125,7 +147,13 @@ mod unit {
     fn elements_become_values() {
         let text = "<?xml version='1.0' encoding='UTF-8'?><!-- c --><a k='1&amp;2'><b>x &lt; &#x7f3a;</b><c/><b><![CDATA[<y>]]></b> t </a>";
         let (name, value) = parse(text).unwrap();
-        assert_eq!((name.as_str(), value.to_string().as_str()), ("a", r##"{"@k":"1&2","b":["x < 缺","<y>"],"c":"","#text":"t"}"##));
+        assert_eq!(
+            (name.as_str(), value.to_string().as_str()),
+            (
+                "a",
+                r##"{"@k":"1&2","b":["x < 缺","<y>"],"c":"","#text":"t"}"##
+            )
+        );
     }
 
     #[test]

@@ -1,4 +1,5 @@
-//! The class names of a YOLO folder: from its YAML, of which only the few keys needed are read, or from a list.
+//! The class names of a YOLO folder: from its YAML, of which only the few keys needed are read, or
+//! from a list.
 
 use std::path::{Path, PathBuf};
 
@@ -22,7 +23,11 @@ pub(super) struct Names {
 pub(super) fn find(inside: &Inside) -> Result<Names, Fault> {
     let (mut yaml, mut lists) = (Vec::new(), Vec::new());
     for entry in inside.list(Path::new(""))? {
-        let path = PathBuf::from(entry.at(format_args!("list {}", inside.full("").display()))?.file_name());
+        let path = PathBuf::from(
+            entry
+                .at(format_args!("list {}", inside.full("").display()))?
+                .file_name(),
+        );
         if has_extension(&path, &["yaml", "yml"]) {
             yaml.push(path);
         } else if has_extension(&path, &["names"]) || path.ends_with("classes.txt") {
@@ -34,34 +39,59 @@ pub(super) fn find(inside: &Inside) -> Result<Names, Fault> {
     lists.sort();
     for path in yaml {
         let place = inside.full(&path).display().to_string();
-        let problem =
-            |why: String| Fault::integrity(format!("{place}: {why}")).with_next("list the names under names:, one for each class");
+        let problem = |why: String| {
+            Fault::integrity(format!("{place}: {why}"))
+                .with_next("list the names under names:, one for each class")
+        };
         if let Some(names) = parse_yaml(&side_file(inside, &path)?).map_err(problem)? {
-            return Ok(Names { place: file_name(&path), ..names });
+            return Ok(Names {
+                place: file_name(&path),
+                ..names
+            });
         }
     }
     if let Some(path) = lists.first() {
         let text = side_file(inside, path)?;
-        // An empty line within the list would shift every class behind it: it stays, and its empty name is refused.
-        let classes = text.trim_end().lines().map(str::trim).zip(0..).map(|(name, id)| (id, name.to_owned())).collect();
-        return Ok(Names { place: file_name(path), classes, keypoints: None });
+        // An empty line within the list would shift every class behind it: it stays, and its empty
+        // name is refused.
+        let classes = text
+            .trim_end()
+            .lines()
+            .map(str::trim)
+            .zip(0..)
+            .map(|(name, id)| (id, name.to_owned()))
+            .collect();
+        return Ok(Names {
+            place: file_name(path),
+            classes,
+            keypoints: None,
+        });
     }
     Err(Fault::integrity("YOLO labels without class names: there is no YAML file with names, no classes.txt and no *.names file")
         .with_next("add a classes.txt with one name a line to the folder"))
 }
 
 fn file_name(path: &Path) -> String {
-    path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default()
+    path.file_name()
+        .map(|name| name.to_string_lossy().into_owned())
+        .unwrap_or_default()
 }
 
-/// Reads `names`, `nc` and `kpt_shape` of a data YAML; `None` when it has no names. The forms that training tools write are
-/// known: `names: [a, b]` over one or more lines, `names:` with `- a` lines, and with `0: a` lines.
+/// Reads `names`, `nc` and `kpt_shape` of a data YAML; `None` when it has no names. The forms that
+/// training tools write are known: `names: [a, b]` over one or more lines, `names:` with `- a`
+/// lines, and with `0: a` lines.
 fn parse_yaml(text: &str) -> Result<Option<Names>, String> {
     let mut names = Names::default();
     let mut count = None;
-    let mut lines = text.lines().map(without_comment).filter(|line| !line.trim().is_empty()).peekable();
+    let mut lines = text
+        .lines()
+        .map(without_comment)
+        .filter(|line| !line.trim().is_empty())
+        .peekable();
     while let Some(line) = lines.next() {
-        let Some((key, value)) = line.split_once(':') else { continue };
+        let Some((key, value)) = line.split_once(':') else {
+            continue;
+        };
         let mut value = value.trim().to_owned();
         match key {
             "nc" => count = value.parse::<usize>().ok(),
@@ -69,23 +99,33 @@ fn parse_yaml(text: &str) -> Result<Option<Names>, String> {
                 let inline = value.starts_with(['[', '{']);
                 let close = if value.starts_with('{') { '}' } else { ']' };
                 while inline && !value.ends_with(close) {
-                    let Some(next) = lines.next() else { return Err(format!("the list of {key} is not closed")) };
+                    let Some(next) = lines.next() else {
+                        return Err(format!("the list of {key} is not closed"));
+                    };
                     value.push_str(next.trim());
                 }
                 let mut items: Vec<String> = Vec::new();
                 if inline {
                     items = split_items(value[1..].trim_end_matches(close))?;
                 } else if value.is_empty() {
-                    while let Some(item) = lines.next_if(|line| line.starts_with([' ', '\t', '-'])) {
+                    while let Some(item) = lines.next_if(|line| line.starts_with([' ', '\t', '-']))
+                    {
                         items.push(item.trim().to_owned());
                     }
                 } else {
                     return Err(format!("{key} is {value:?}, not a list"));
                 }
                 if key == "names" {
-                    names.classes = items.iter().enumerate().map(|(at, item)| name_of(at, item)).collect::<Result<_, _>>()?;
+                    names.classes = items
+                        .iter()
+                        .enumerate()
+                        .map(|(at, item)| name_of(at, item))
+                        .collect::<Result<_, _>>()?;
                 } else {
-                    let numbers: Vec<usize> = items.iter().filter_map(|item| item.trim_start_matches("- ").trim().parse().ok()).collect();
+                    let numbers: Vec<usize> = items
+                        .iter()
+                        .filter_map(|item| item.trim_start_matches("- ").trim().parse().ok())
+                        .collect();
                     names.keypoints = match numbers[..] {
                         [points, values @ (2 | 3)] => Some((points, values)),
                         _ => return Err("kpt_shape is not [points, 2 or 3]".into()),
@@ -95,8 +135,13 @@ fn parse_yaml(text: &str) -> Result<Option<Names>, String> {
             _ => {}
         }
     }
-    if let Some(count) = count.filter(|count| *count != names.classes.len() && !names.classes.is_empty()) {
-        return Err(format!("nc is {count}, but there are {} names", names.classes.len()));
+    if let Some(count) =
+        count.filter(|count| *count != names.classes.len() && !names.classes.is_empty())
+    {
+        return Err(format!(
+            "nc is {count}, but there are {} names",
+            names.classes.len()
+        ));
     }
     Ok((!names.classes.is_empty()).then_some(names))
 }
@@ -125,7 +170,10 @@ fn split_items(text: &str) -> Result<Vec<String>, String> {
                 quote = None;
                 item.push(c);
             }
-            '"' | '\'' if quote.is_none() && matches!(item.trim_end().chars().last(), None | Some(':')) => {
+            '"' | '\''
+                if quote.is_none()
+                    && matches!(item.trim_end().chars().last(), None | Some(':')) =>
+            {
                 quote = Some(c);
                 item.push(c);
             }
@@ -140,19 +188,30 @@ fn split_items(text: &str) -> Result<Vec<String>, String> {
     if items.last().is_some_and(|item| item.trim().is_empty()) {
         items.pop();
     }
-    Ok(items.into_iter().map(|item| item.trim().to_owned()).collect())
+    Ok(items
+        .into_iter()
+        .map(|item| item.trim().to_owned())
+        .collect())
 }
 
 fn unquote(text: &str) -> String {
     for quote in ['"', '\''] {
-        if let Some(inner) = text.strip_prefix(quote).and_then(|rest| rest.strip_suffix(quote)) {
-            return if quote == '\'' { inner.replace("''", "'") } else { inner.replace("\\\"", "\"") };
+        if let Some(inner) = text
+            .strip_prefix(quote)
+            .and_then(|rest| rest.strip_suffix(quote))
+        {
+            return if quote == '\'' {
+                inner.replace("''", "'")
+            } else {
+                inner.replace("\\\"", "\"")
+            };
         }
     }
     text.to_owned()
 }
 
-/// The line up to a `#` that starts a comment: at its beginning or behind a space, outside of quotes.
+/// The line up to a `#` that starts a comment: at its beginning or behind a space, outside of
+/// quotes.
 fn without_comment(line: &str) -> &str {
     let (mut quote, mut before) = (None, ' ');
     for (at, c) in line.char_indices() {
@@ -182,13 +241,23 @@ mod unit {
             "names: ['scratch',\n  'a, b',\n  '划痕',\n]\n",
         ] {
             let names = parse_yaml(text).unwrap().unwrap();
-            let expected = [(0, "scratch"), (1, "a, b"), (2, "划痕")].map(|(id, name)| (id, name.to_owned()));
+            let expected =
+                [(0, "scratch"), (1, "a, b"), (2, "划痕")].map(|(id, name)| (id, name.to_owned()));
             assert_eq!(names.classes, expected, "{text}");
         }
-        let pose = parse_yaml("names: {0: panel}\nkpt_shape: [4, 3]").unwrap().unwrap();
+        let pose = parse_yaml("names: {0: panel}\nkpt_shape: [4, 3]")
+            .unwrap()
+            .unwrap();
         assert_eq!(pose.keypoints, Some((4, 3)));
         assert_eq!(parse_yaml("train: x\n").unwrap(), None);
-        for bad in ["names: [a, b]\nnc: 3", "names: [a,\n b", "names: a", "names:\n  x: a", "names: ['a]", "names: [a]\nkpt_shape: [1]"] {
+        for bad in [
+            "names: [a, b]\nnc: 3",
+            "names: [a,\n b",
+            "names: a",
+            "names:\n  x: a",
+            "names: ['a]",
+            "names: [a]\nkpt_shape: [1]",
+        ] {
             assert!(parse_yaml(bad).is_err(), "{bad}");
         }
     }

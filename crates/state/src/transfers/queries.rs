@@ -7,11 +7,19 @@ use base::names::{ArtifactRef, SiteName, TransferId};
 use content::manifest::Digest;
 use model::transfer::State;
 
-pub(super) async fn one<'e>(db: impl sqlx::SqliteExecutor<'e>, id: &str) -> Result<TransferRow, Fault> {
-    let row = sqlx::query("SELECT * FROM transfer WHERE id = ?").bind(id).fetch_optional(db).await.map_err(fault)?;
+pub(super) async fn one<'e>(
+    db: impl sqlx::SqliteExecutor<'e>,
+    id: &str,
+) -> Result<TransferRow, Fault> {
+    let row = sqlx::query("SELECT * FROM transfer WHERE id = ?")
+        .bind(id)
+        .fetch_optional(db)
+        .await
+        .map_err(fault)?;
     match row {
         Some(row) => transfer(&row),
-        None => Err(Fault::not_found(format!("there is no transfer {id}")).with_next("'packhorse status' lists them")),
+        None => Err(Fault::not_found(format!("there is no transfer {id}"))
+            .with_next("'packhorse status' lists them")),
     }
 }
 
@@ -50,12 +58,16 @@ impl Catalogue {
         .await
         .map_err(fault)?;
         if rows.is_empty() {
-            return Err(Fault::not_found(format!("there is no transfer or delivery {id}")).with_next("'packhorse status' lists them"));
+            return Err(
+                Fault::not_found(format!("there is no transfer or delivery {id}"))
+                    .with_next("'packhorse status' lists them"),
+            );
         }
         rows.iter().map(transfer).collect()
     }
 
-    /// What a site has to do: its transfers that are not ended, or that it has still to give up; oldest first.
+    /// What a site has to do: its transfers that are not ended, or that it has still to give up;
+    /// oldest first.
     pub async fn open_transfers(&self, site: &SiteName) -> Result<Vec<TransferRow>, Fault> {
         let rows = sqlx::query(
             "SELECT * FROM transfer WHERE site = ? AND (state NOT IN ('done', 'failed', 'cancelled') OR want = 'cancel')
@@ -68,8 +80,8 @@ impl Catalogue {
         rows.iter().map(transfer).collect()
     }
 
-    /// Which open transfers of a site wait for which others: what they need is on its way there, and not given up. One
-    /// that failed is still waited for, since a person will see to it.
+    /// Which open transfers of a site wait for which others: what they need is on its way there,
+    /// and not given up. One that failed is still waited for, since a person will see to it.
     pub async fn waits(&self, site: &SiteName) -> Result<Vec<(TransferId, TransferId)>, Fault> {
         let rows: Vec<(String, String)> = sqlx::query_as(
             "SELECT t.id, first.id FROM transfer t JOIN transfer first ON first.site = t.site AND first.reference = t.needs
@@ -80,10 +92,13 @@ impl Catalogue {
         .fetch_all(&self.read)
         .await
         .map_err(fault)?;
-        rows.into_iter().map(|(id, first)| Ok((id.parse()?, first.parse()?))).collect()
+        rows.into_iter()
+            .map(|(id, first)| Ok((id.parse()?, first.parse()?)))
+            .collect()
     }
 
-    /// Whether a site may read this content: it has a transfer of it that was not cancelled, nor its result removed.
+    /// Whether a site may read this content: it has a transfer of it that was not cancelled, nor
+    /// its result removed.
     pub async fn is_entitled(&self, site: &SiteName, digest: Digest) -> Result<bool, Fault> {
         let row: Option<(i64,)> =
             sqlx::query_as("SELECT 1 FROM transfer WHERE site = ? AND digest = ? AND state != 'cancelled' AND removed_ms IS NULL LIMIT 1")
@@ -96,12 +111,16 @@ impl Catalogue {
     }
 
     /// The transfers of one artifact.
-    pub async fn transfers_of_artifact(&self, artifact: &ArtifactRef) -> Result<Vec<TransferRow>, Fault> {
-        let rows = sqlx::query("SELECT * FROM transfer WHERE reference = ? ORDER BY created_ms, id")
-            .bind(artifact.to_string())
-            .fetch_all(&self.read)
-            .await
-            .map_err(fault)?;
+    pub async fn transfers_of_artifact(
+        &self,
+        artifact: &ArtifactRef,
+    ) -> Result<Vec<TransferRow>, Fault> {
+        let rows =
+            sqlx::query("SELECT * FROM transfer WHERE reference = ? ORDER BY created_ms, id")
+                .bind(artifact.to_string())
+                .fetch_all(&self.read)
+                .await
+                .map_err(fault)?;
         rows.iter().map(transfer).collect()
     }
 
@@ -110,7 +129,11 @@ impl Catalogue {
         let mut out = Vec::new();
         for part in parts {
             for site in &part.sites {
-                out.extend(standing(&self.read, &part.artifact, site).await?.filter(|row| row.state == State::Done));
+                out.extend(
+                    standing(&self.read, &part.artifact, site)
+                        .await?
+                        .filter(|row| row.state == State::Done),
+                );
             }
         }
         Ok(out)

@@ -1,4 +1,5 @@
-//! Reading and checking certificates: the holder's name, the validity, the chain, a signature. Pure functions.
+//! Reading and checking certificates: the holder's name, the validity, the chain, a signature. Pure
+//! functions.
 
 use std::str::FromStr;
 use std::sync::{Arc, OnceLock};
@@ -61,7 +62,11 @@ impl std::fmt::Display for Holder {
 impl FromStr for Holder {
     type Err = Fault;
     fn from_str(uri: &str) -> Result<Self, Fault> {
-        let unknown = || Fault::not_allowed(format!("the certificate names {uri:?}, which is no hub, no site and no publisher"));
+        let unknown = || {
+            Fault::not_allowed(format!(
+                "the certificate names {uri:?}, which is no hub, no site and no publisher"
+            ))
+        };
         let rest = uri.strip_prefix("packhorse:").ok_or_else(unknown)?;
         let (what, name) = rest.split_once(':').ok_or_else(unknown)?;
         let name = name.parse().map_err(|_| unknown())?;
@@ -77,7 +82,9 @@ impl FromStr for Holder {
 fn parse(cert_der: &[u8]) -> Result<X509Certificate<'_>, Fault> {
     match X509Certificate::from_der(cert_der) {
         Ok(([], certificate)) => Ok(certificate),
-        _ => Err(Fault::not_allowed("the certificate cannot be read: it is malformed")),
+        _ => Err(Fault::not_allowed(
+            "the certificate cannot be read: it is malformed",
+        )),
     }
 }
 
@@ -85,10 +92,13 @@ fn parse(cert_der: &[u8]) -> Result<X509Certificate<'_>, Fault> {
 pub fn holder(cert_der: &[u8]) -> Result<Holder, Fault> {
     let certificate = parse(cert_der)?;
     let names = certificate.subject_alternative_name().ok().flatten();
-    let mut uris = names.iter().flat_map(|n| &n.value.general_names).filter_map(|n| match n {
-        GeneralName::URI(uri) => Some(*uri),
-        _ => None,
-    });
+    let mut uris = names
+        .iter()
+        .flat_map(|n| &n.value.general_names)
+        .filter_map(|n| match n {
+            GeneralName::URI(uri) => Some(*uri),
+            _ => None,
+        });
     match (uris.next(), uris.next()) {
         (Some(uri), None) => uri.parse(),
         _ => Err(Fault::not_allowed("the certificate names no single holder")),
@@ -105,24 +115,37 @@ pub struct Validity {
 }
 
 impl Validity {
-    /// Refuses a moment after the end, and names the certificate's end and the clock that was asked.
+    /// Refuses a moment after the end, and names the certificate's end and the clock that was
+    /// asked.
     ///
-    /// `whose` is the holder (`site chengdu`), `clock` the machine whose time `now` is (`this machine`). A moment before the beginning
-    /// is no reason to refuse: the hub dates no certificate ahead, so it only says that one of the clocks is wrong. See
-    /// [`Validity::early`].
-    pub fn check(&self, whose: &impl std::fmt::Display, clock: &str, now: Timestamp) -> Result<(), Fault> {
+    /// `whose` is the holder (`site chengdu`), `clock` the machine whose time `now` is (`this
+    /// machine`). A moment before the beginning is no reason to refuse: the hub dates no
+    /// certificate ahead, so it only says that one of the clocks is wrong. See [`Validity::early`].
+    pub fn check(
+        &self,
+        whose: &impl std::fmt::Display,
+        clock: &str,
+        now: Timestamp,
+    ) -> Result<(), Fault> {
         if now <= self.until {
             return Ok(());
         }
         let (until, now_text) = (clock::rfc3339(self.until), clock::rfc3339(now));
-        let message = format!("the certificate of {whose} has expired: it ended at {until}, and the clock of {clock} says {now_text}");
+        let message = format!(
+            "the certificate of {whose} has expired: it ended at {until}, and the clock of {clock} says {now_text}"
+        );
         Err(Fault::not_allowed(message)
             .with_next("if the clocks are right, make a new token at the hub with 'packhorse token create' and join again"))
     }
 
-    /// What is to be said if `now` lies before the beginning: the clock of `clock` is behind, or the hub's was ahead when it issued the
-    /// certificate.
-    pub fn early(&self, whose: &impl std::fmt::Display, clock: &str, now: Timestamp) -> Option<String> {
+    /// What is to be said if `now` lies before the beginning: the clock of `clock` is behind, or
+    /// the hub's was ahead when it issued the certificate.
+    pub fn early(
+        &self,
+        whose: &impl std::fmt::Display,
+        clock: &str,
+        now: Timestamp,
+    ) -> Option<String> {
         let early = self.from.duration_since(now);
         (early.is_positive()).then(|| {
             let (from, now) = (clock::rfc3339(self.from), clock::rfc3339(now));
@@ -143,28 +166,42 @@ impl Validity {
 /// From when until when a certificate is good.
 pub fn validity(cert_der: &[u8]) -> Result<Validity, Fault> {
     let certificate = parse(cert_der)?;
-    let at =
-        |seconds: i64| Timestamp::from_second(seconds).map_err(|_| Fault::not_allowed("the certificate's validity is out of any calendar"));
-    Ok(Validity { from: at(certificate.validity().not_before.timestamp())?, until: at(certificate.validity().not_after.timestamp())? })
+    let at = |seconds: i64| {
+        Timestamp::from_second(seconds)
+            .map_err(|_| Fault::not_allowed("the certificate's validity is out of any calendar"))
+    };
+    Ok(Validity {
+        from: at(certificate.validity().not_before.timestamp())?,
+        until: at(certificate.validity().not_after.timestamp())?,
+    })
 }
 
 /// The moment nearest to `now` at which the certificate is valid.
 ///
-/// Chains are checked at that moment, so that a wrong clock is not reported as a wrong certificate; whoever checks a chain
-/// checks [`Validity`] besides and can then name both clocks.
+/// Chains are checked at that moment, so that a wrong clock is not reported as a wrong certificate;
+/// whoever checks a chain checks [`Validity`] besides and can then name both clocks.
 pub(crate) fn clamp_to_validity(cert_der: &[u8], now: UnixTime) -> UnixTime {
-    let Ok(Validity { from, until }) = validity(cert_der) else { return now };
-    let seconds = (now.as_secs() as i64).clamp(from.as_second(), until.as_second().max(from.as_second()));
+    let Ok(Validity { from, until }) = validity(cert_der) else {
+        return now;
+    };
+    let seconds =
+        (now.as_secs() as i64).clamp(from.as_second(), until.as_second().max(from.as_second()));
     UnixTime::since_unix_epoch(Duration::from_secs(seconds.max(0) as u64))
 }
 
 /// Ring, TLS 1.3 only, AES-128-GCM first: it is the fastest on every machine with AES instructions.
 pub(crate) fn crypto_provider() -> Arc<CryptoProvider> {
-    use rustls::crypto::ring::cipher_suite::{TLS13_AES_128_GCM_SHA256, TLS13_AES_256_GCM_SHA384, TLS13_CHACHA20_POLY1305_SHA256};
+    use rustls::crypto::ring::cipher_suite::{
+        TLS13_AES_128_GCM_SHA256, TLS13_AES_256_GCM_SHA384, TLS13_CHACHA20_POLY1305_SHA256,
+    };
     static PROVIDER: OnceLock<Arc<CryptoProvider>> = OnceLock::new();
     let make = || {
         let mut provider = rustls::crypto::ring::default_provider();
-        provider.cipher_suites = vec![TLS13_AES_128_GCM_SHA256, TLS13_CHACHA20_POLY1305_SHA256, TLS13_AES_256_GCM_SHA384];
+        provider.cipher_suites = vec![
+            TLS13_AES_128_GCM_SHA256,
+            TLS13_CHACHA20_POLY1305_SHA256,
+            TLS13_AES_256_GCM_SHA384,
+        ];
         Arc::new(provider)
     };
     PROVIDER.get_or_init(make).clone()
@@ -188,33 +225,52 @@ pub(crate) fn roots_of(ca_der: &[u8]) -> Result<Arc<rustls::RootCertStore>, Faul
     Ok(Arc::new(roots))
 }
 
-/// Checks that the CA signed this certificate, and for this use. Leaves the clock to [`Validity::check`].
+/// Checks that the CA signed this certificate, and for this use. Leaves the clock to
+/// [`Validity::check`].
 pub(crate) fn verify_chain(cert_der: &[u8], ca_der: &[u8], role: Role) -> Result<(), Fault> {
     let cert = CertificateDer::from(cert_der);
-    let now = clamp_to_validity(cert_der, UnixTime::since_unix_epoch(Duration::from_millis(clock::now_unix_ms())));
+    let now = clamp_to_validity(
+        cert_der,
+        UnixTime::since_unix_epoch(Duration::from_millis(clock::now_unix_ms())),
+    );
     let roots = roots_of(ca_der)?;
-    let unusable = |e: &dyn std::fmt::Display| Fault::not_allowed(format!("the hub's CA certificate cannot be used: {e}"));
+    let unusable = |e: &dyn std::fmt::Display| {
+        Fault::not_allowed(format!("the hub's CA certificate cannot be used: {e}"))
+    };
     let result = match role {
         Role::Hub => {
-            let verifier = WebPkiServerVerifier::builder_with_provider(roots, crypto_provider()).build().map_err(|e| unusable(&e))?;
+            let verifier = WebPkiServerVerifier::builder_with_provider(roots, crypto_provider())
+                .build()
+                .map_err(|e| unusable(&e))?;
             let name = ServerName::try_from(HUB_DNS_NAME).map_err(|e| unusable(&e))?;
-            verifier.verify_server_cert(&cert, &[], &name, &[], now).map(|_| ())
+            verifier
+                .verify_server_cert(&cert, &[], &name, &[], now)
+                .map(|_| ())
         }
         Role::Site => {
-            let verifier = WebPkiClientVerifier::builder_with_provider(roots, crypto_provider()).build().map_err(|e| unusable(&e))?;
+            let verifier = WebPkiClientVerifier::builder_with_provider(roots, crypto_provider())
+                .build()
+                .map_err(|e| unusable(&e))?;
             verifier.verify_client_cert(&cert, &[], now).map(|_| ())
         }
     };
-    result.map_err(|e| Fault::not_allowed(format!("the certificate does not come from the hub's CA: {e}")))
+    result.map_err(|e| {
+        Fault::not_allowed(format!(
+            "the certificate does not come from the hub's CA: {e}"
+        ))
+    })
 }
 
-/// Checks that the holder of the certificate signed `message` (ECDSA P-256, SHA-256). Says nothing of who signed the certificate.
+/// Checks that the holder of the certificate signed `message` (ECDSA P-256, SHA-256). Says nothing
+/// of who signed the certificate.
 pub fn verify_signature(cert_der: &[u8], message: &[u8], signature: &[u8]) -> Result<(), Fault> {
     let certificate = parse(cert_der)?;
     let key = &certificate.public_key().subject_public_key.data;
     ring::signature::UnparsedPublicKey::new(&ring::signature::ECDSA_P256_SHA256_ASN1, key)
         .verify(message, signature)
-        .map_err(|_| Fault::integrity("the signature is not by the certificate's holder over these bytes"))
+        .map_err(|_| {
+            Fault::integrity("the signature is not by the certificate's holder over these bytes")
+        })
 }
 
 /// The SHA-256 of a certificate, by which a join token pins the CA.

@@ -4,25 +4,34 @@ use std::path::Path;
 use std::time::Duration;
 
 use rcgen::{
-    BasicConstraints, CertificateParams, CertificateSigningRequestParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer,
-    KeyPair, KeyUsagePurpose, PKCS_ECDSA_P256_SHA256, PublicKeyData, SanType,
+    BasicConstraints, CertificateParams, CertificateSigningRequestParams, DistinguishedName,
+    DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose,
+    PKCS_ECDSA_P256_SHA256, PublicKeyData, SanType,
 };
 use rustls::pki_types::pem::PemObject;
-use rustls::pki_types::{CertificateDer, CertificateSigningRequestDer, PrivateKeyDer, PrivatePkcs8KeyDer};
+use rustls::pki_types::{
+    CertificateDer, CertificateSigningRequestDer, PrivateKeyDer, PrivatePkcs8KeyDer,
+};
 
-use super::{HUB_DNS_NAME, Holder, Role, Validity, fingerprint, holder, identity_dir, read_if_there, validity, verify_chain};
+use super::{
+    HUB_DNS_NAME, Holder, Role, Validity, fingerprint, holder, identity_dir, read_if_there,
+    validity, verify_chain,
+};
 use base::fault::Fault;
 use base::names::SiteName;
 use base::{clock, durable};
 
 const DAY: Duration = Duration::from_secs(24 * 3600);
 const CA_DAYS: u32 = 20 * 365;
-/// Long, because whoever can issue it holds the CA beside it; it is made anew at a start in its last third.
+/// Long, because whoever can issue it holds the CA beside it; it is made anew at a start in its
+/// last third.
 const HUB_DAYS: u32 = 10 * 365;
 const SITE_DAYS: u32 = 365;
-/// Certificates begin this much before they are made: a factory's clock may be behind by a wrong time zone.
+/// Certificates begin this much before they are made: a factory's clock may be behind by a wrong
+/// time zone.
 const BACKDATED: Duration = DAY;
-/// 2026-01-01: no hub was set up before. A machine without a battery begins in 1970, and a CA of that time would be of no use later.
+/// 2026-01-01: no hub was set up before. A machine without a battery begins in 1970, and a CA of
+/// that time would be of no use later.
 const EARLIEST: Duration = Duration::from_secs(1_767_225_600);
 
 /// The hub's CA and its own certificate, as they are under `<data_dir>/identity/`.
@@ -36,13 +45,15 @@ pub struct HubIdentity {
 
 impl std::fmt::Debug for HubIdentity {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("HubIdentity").field("name", &self.name).finish_non_exhaustive()
+        f.debug_struct("HubIdentity")
+            .field("name", &self.name)
+            .finish_non_exhaustive()
     }
 }
 
 impl HubIdentity {
-    /// Reads the identity, and makes what is missing: the CA only if there is none, the hub's certificate also when it is
-    /// of another name or in its last third.
+    /// Reads the identity, and makes what is missing: the CA only if there is none, the hub's
+    /// certificate also when it is of another name or in its last third.
     pub fn open_or_create(data_dir: &Path, name: &SiteName) -> Result<Self, Fault> {
         let dir = identity_dir(data_dir)?;
         let ca_path = dir.join("ca.pem");
@@ -57,33 +68,58 @@ impl HubIdentity {
         };
         let ca_key = KeyPair::from_pkcs8_der_and_sign_algo(&ca_key, &PKCS_ECDSA_P256_SHA256)
             .map_err(|e| Fault::config(format!("read the key in {}: {e}", ca_path.display())))?;
-        let issuer = Issuer::from_ca_cert_der(&ca_der, ca_key)
-            .map_err(|e| Fault::config(format!("read the certificate in {}: {e}", ca_path.display())))?;
+        let issuer = Issuer::from_ca_cert_der(&ca_der, ca_key).map_err(|e| {
+            Fault::config(format!(
+                "read the certificate in {}: {e}",
+                ca_path.display()
+            ))
+        })?;
 
         let hub_path = dir.join("hub.pem");
         let usable = |pair: &(PrivatePkcs8KeyDer<'static>, CertificateDer<'static>)| {
             let now = issuing_time(&ca_der);
-            let fresh = validity(&pair.1).is_ok_and(|v| !v.is_ending(clock::now()) && v.from.as_second() <= now.as_secs() as i64);
-            fresh && holder(&pair.1).ok() == Some(Holder::Hub(name.clone())) && verify_chain(&pair.1, &ca_der, Role::Hub).is_ok()
+            let fresh = validity(&pair.1).is_ok_and(|v| {
+                !v.is_ending(clock::now()) && v.from.as_second() <= now.as_secs() as i64
+            });
+            fresh
+                && holder(&pair.1).ok() == Some(Holder::Hub(name.clone()))
+                && verify_chain(&pair.1, &ca_der, Role::Hub).is_ok()
         };
-        let kept = read_if_there(&hub_path)?.and_then(|pem| read_pair(&hub_path, &pem).ok()).filter(usable);
+        let kept = read_if_there(&hub_path)?
+            .and_then(|pem| read_pair(&hub_path, &pem).ok())
+            .filter(usable);
         let (key_der, cert_der) = match kept {
             Some(pair) => pair,
             None => {
                 let key = generate_key()?;
-                let cert = issue(&issuer, &key, &Holder::Hub(name.clone()), lasting(issuing_time(&ca_der), HUB_DAYS))?;
+                let cert = issue(
+                    &issuer,
+                    &key,
+                    &Holder::Hub(name.clone()),
+                    lasting(issuing_time(&ca_der), HUB_DAYS),
+                )?;
                 let pair = (PrivatePkcs8KeyDer::from(key.serialize_der()), cert);
                 durable::replace_secret(&hub_path, &write_pair(&pair.0, &pair.1))?;
                 tracing::info!(path = %hub_path.display(), "made the hub's certificate");
                 pair
             }
         };
-        Ok(Self { name: name.clone(), ca_der, issuer, cert_der, key_der })
+        Ok(Self {
+            name: name.clone(),
+            ca_der,
+            issuer,
+            cert_der,
+            key_der,
+        })
     }
 
-    /// A secret that stays the same over restarts, with which the hub's endpoint says that a connection is gone.
+    /// A secret that stays the same over restarts, with which the hub's endpoint says that a
+    /// connection is gone.
     pub fn reset_key(&self) -> [u8; 32] {
-        blake3::derive_key("packhorse QUIC stateless reset v1", self.key_der.secret_pkcs8_der())
+        blake3::derive_key(
+            "packhorse QUIC stateless reset v1",
+            self.key_der.secret_pkcs8_der(),
+        )
     }
 
     /// The hub's name.
@@ -106,10 +142,12 @@ impl HubIdentity {
         fingerprint(&self.ca_der)
     }
 
-    /// Says that this machine's clock is behind, if it says a time before the hub's own certificate or its CA begins.
+    /// Says that this machine's clock is behind, if it says a time before the hub's own certificate
+    /// or its CA begins.
     pub fn clock_fault(&self) -> Option<String> {
         let now = clock::now();
-        let early = |cert: &[u8], what: &str| validity(cert).ok()?.early(&what, "this machine", now);
+        let early =
+            |cert: &[u8], what: &str| validity(cert).ok()?.early(&what, "this machine", now);
         early(&self.cert_der, "this hub").or_else(|| early(&self.ca_der, "this hub's CA"))
     }
 
@@ -118,7 +156,8 @@ impl HubIdentity {
         validity(&self.cert_der)
     }
 
-    /// What the hub shows: its certificate, then the CA, so that a joining site can compare the CA with its token.
+    /// What the hub shows: its certificate, then the CA, so that a joining site can compare the CA
+    /// with its token.
     pub(crate) fn chain(&self) -> Vec<CertificateDer<'static>> {
         vec![self.cert_der.clone(), self.ca_der.clone()]
     }
@@ -127,8 +166,9 @@ impl HubIdentity {
         PrivateKeyDer::Pkcs8(self.key_der.clone_key())
     }
 
-    /// Issues a site's certificate, good for a year, for the key in the request. Only the key is taken from the request (which
-    /// must be signed with it): the name is the caller's, from a redeemed token or from the certificate that is renewed.
+    /// Issues a site's certificate, good for a year, for the key in the request. Only the key is
+    /// taken from the request (which must be signed with it): the name is the caller's, from a
+    /// redeemed token or from the certificate that is renewed.
     pub fn issue_for(&self, site: &SiteName, csr_der: &[u8]) -> Result<Vec<u8>, Fault> {
         self.issue_as(&Holder::Site(site.clone()), csr_der)
     }
@@ -136,23 +176,42 @@ impl HubIdentity {
     /// [`HubIdentity::issue_for`] for a site or a publisher.
     pub fn issue_as(&self, holder: &Holder, csr_der: &[u8]) -> Result<Vec<u8>, Fault> {
         let request = read_csr(csr_der)?;
-        Ok(issue(&self.issuer, &request.public_key, holder, lasting(issuing_time(&self.ca_der), SITE_DAYS))?.to_vec())
+        Ok(issue(
+            &self.issuer,
+            &request.public_key,
+            holder,
+            lasting(issuing_time(&self.ca_der), SITE_DAYS),
+        )?
+        .to_vec())
     }
 
     /// A certificate of any lifetime (since 1970).
     #[cfg(test)]
-    pub(crate) fn issue_between(&self, site: &SiteName, csr_der: &[u8], lifetime: (Duration, Duration)) -> Result<Vec<u8>, Fault> {
+    pub(crate) fn issue_between(
+        &self,
+        site: &SiteName,
+        csr_der: &[u8],
+        lifetime: (Duration, Duration),
+    ) -> Result<Vec<u8>, Fault> {
         let request = read_csr(csr_der)?;
-        Ok(issue(&self.issuer, &request.public_key, &Holder::Site(site.clone()), lifetime)?.to_vec())
+        Ok(issue(
+            &self.issuer,
+            &request.public_key,
+            &Holder::Site(site.clone()),
+            lifetime,
+        )?
+        .to_vec())
     }
 
-    /// The site a certificate was issued to, if this hub's CA issued it. Says nothing of the clock: a receipt that was signed
-    /// with a certificate since expired is still good.
+    /// The site a certificate was issued to, if this hub's CA issued it. Says nothing of the clock:
+    /// a receipt that was signed with a certificate since expired is still good.
     pub fn verify_site(&self, cert_der: &[u8]) -> Result<SiteName, Fault> {
         verify_chain(cert_der, &self.ca_der, Role::Site)?;
         match holder(cert_der)? {
             Holder::Site(name) => Ok(name),
-            other => Err(Fault::not_allowed(format!("the certificate is that of {other}, not a site's"))),
+            other => Err(Fault::not_allowed(format!(
+                "the certificate is that of {other}, not a site's"
+            ))),
         }
     }
 }
@@ -162,11 +221,14 @@ pub(crate) fn key_hash(request: &CertificateSigningRequestParams) -> [u8; 32] {
     *blake3::hash(request.public_key.der_bytes()).as_bytes()
 }
 
-/// Reads a certificate request and checks that it is signed with its own key, of the one kind we use.
+/// Reads a certificate request and checks that it is signed with its own key, of the one kind we
+/// use.
 pub(crate) fn read_csr(csr_der: &[u8]) -> Result<CertificateSigningRequestParams, Fault> {
-    let refuse = |why: String| Fault::not_allowed(format!("the certificate request cannot be used: {why}"));
+    let refuse =
+        |why: String| Fault::not_allowed(format!("the certificate request cannot be used: {why}"));
     let request =
-        CertificateSigningRequestParams::from_der(&CertificateSigningRequestDer::from(csr_der)).map_err(|e| refuse(e.to_string()))?;
+        CertificateSigningRequestParams::from_der(&CertificateSigningRequestDer::from(csr_der))
+            .map_err(|e| refuse(e.to_string()))?;
     if PublicKeyData::algorithm(&request.public_key) != &PKCS_ECDSA_P256_SHA256 {
         return Err(refuse("its key is not ECDSA P-256".into()));
     }
@@ -174,16 +236,27 @@ pub(crate) fn read_csr(csr_der: &[u8]) -> Result<CertificateSigningRequestParams
 }
 
 pub(super) fn generate_key() -> Result<KeyPair, Fault> {
-    KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256).map_err(|e| Fault::internal(format!("make a key: {e}")))
+    KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)
+        .map_err(|e| Fault::internal(format!("make a key: {e}")))
 }
 
-fn make_ca(name: &SiteName) -> Result<(PrivatePkcs8KeyDer<'static>, CertificateDer<'static>), Fault> {
+fn make_ca(
+    name: &SiteName,
+) -> Result<(PrivatePkcs8KeyDer<'static>, CertificateDer<'static>), Fault> {
     let key = generate_key()?;
-    let mut params = params(&format!("packhorse CA of {name}"), lasting(now_or_earliest(), CA_DAYS));
+    let mut params = params(
+        &format!("packhorse CA of {name}"),
+        lasting(now_or_earliest(), CA_DAYS),
+    );
     params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
     params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
-    let cert = params.self_signed(&key).map_err(|e| Fault::internal(format!("make the CA's certificate: {e}")))?;
-    Ok((PrivatePkcs8KeyDer::from(key.serialize_der()), cert.der().clone()))
+    let cert = params
+        .self_signed(&key)
+        .map_err(|e| Fault::internal(format!("make the CA's certificate: {e}")))?;
+    Ok((
+        PrivatePkcs8KeyDer::from(key.serialize_der()),
+        cert.der().clone(),
+    ))
 }
 
 fn issue(
@@ -197,18 +270,25 @@ fn issue(
     params.is_ca = IsCa::ExplicitNoCa;
     params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
     params.use_authority_key_identifier_extension = true;
-    params.subject_alt_names.push(SanType::URI(holder.uri().try_into().map_err(wrong)?));
+    params
+        .subject_alt_names
+        .push(SanType::URI(holder.uri().try_into().map_err(wrong)?));
     match holder {
         Holder::Hub(_) => {
-            params.subject_alt_names.push(SanType::DnsName(HUB_DNS_NAME.try_into().map_err(wrong)?));
+            params
+                .subject_alt_names
+                .push(SanType::DnsName(HUB_DNS_NAME.try_into().map_err(wrong)?));
             params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
         }
-        Holder::Site(_) | Holder::Publisher(_) => params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth],
+        Holder::Site(_) | Holder::Publisher(_) => {
+            params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth]
+        }
     }
     Ok(params.signed_by(key, issuer).map_err(wrong)?.der().clone())
 }
 
-/// Now (since 1970); or, if this machine's clock says a time before the CA was made, the time when it was made.
+/// Now (since 1970); or, if this machine's clock says a time before the CA was made, the time when
+/// it was made.
 fn issuing_time(ca_der: &[u8]) -> Duration {
     let made = validity(ca_der).map_or(0, |v| v.from.as_second().max(0).unsigned_abs());
     now_or_earliest().max(Duration::from_secs(made) + BACKDATED)
@@ -229,7 +309,9 @@ fn params(common_name: &str, (from, until): (Duration, Duration)) -> Certificate
     params.not_before = epoch + from;
     params.not_after = epoch + until;
     params.distinguished_name = DistinguishedName::new();
-    params.distinguished_name.push(DnType::CommonName, common_name);
+    params
+        .distinguished_name
+        .push(DnType::CommonName, common_name);
     params
 }
 
@@ -240,12 +322,18 @@ fn write_pair(key: &PrivatePkcs8KeyDer<'_>, cert: &CertificateDer<'_>) -> Vec<u8
     out.into_bytes()
 }
 
-fn read_pair(path: &Path, bytes: &[u8]) -> Result<(PrivatePkcs8KeyDer<'static>, CertificateDer<'static>), Fault> {
+fn read_pair(
+    path: &Path,
+    bytes: &[u8],
+) -> Result<(PrivatePkcs8KeyDer<'static>, CertificateDer<'static>), Fault> {
     let wrong = |e: rustls::pki_types::pem::Error| {
         Fault::config(format!("read {}: {e}", path.display()))
             .with_next("restore this file from a backup; a new one would shut every site out")
     };
-    Ok((PrivatePkcs8KeyDer::from_pem_slice(bytes).map_err(wrong)?, CertificateDer::from_pem_slice(bytes).map_err(wrong)?))
+    Ok((
+        PrivatePkcs8KeyDer::from_pem_slice(bytes).map_err(wrong)?,
+        CertificateDer::from_pem_slice(bytes).map_err(wrong)?,
+    ))
 }
 
 /// One PEM section: base64 in lines of 64.

@@ -1,4 +1,5 @@
-//! The identity of a site, or of a publisher: its key, its certificate, and the CA of the hub it joined.
+//! The identity of a site, or of a publisher: its key, its certificate, and the CA of the hub it
+//! joined.
 
 use std::path::{Path, PathBuf};
 
@@ -26,7 +27,9 @@ pub struct SiteIdentity {
 
 impl std::fmt::Debug for SiteIdentity {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("SiteIdentity").field("holder", &self.holder).finish_non_exhaustive()
+        f.debug_struct("SiteIdentity")
+            .field("holder", &self.holder)
+            .finish_non_exhaustive()
     }
 }
 
@@ -39,37 +42,61 @@ impl SiteIdentity {
     /// Reads the identity; `None` when this site has not joined yet.
     pub fn load(data_dir: &Path) -> Result<Option<Self>, Fault> {
         let path = Self::path(data_dir);
-        let Some(bytes) = read_if_there(&path)? else { return Ok(None) };
+        let Some(bytes) = read_if_there(&path)? else {
+            return Ok(None);
+        };
         let wrong = |why: &dyn std::fmt::Display| {
-            Fault::config(format!("read {}: {why}", path.display())).with_next("remove this file and join again with a new token")
+            Fault::config(format!("read {}: {why}", path.display()))
+                .with_next("remove this file and join again with a new token")
         };
         let key_der = PrivatePkcs8KeyDer::from_pem_slice(&bytes).map_err(|e| wrong(&e))?;
-        let certs: Vec<_> = CertificateDer::pem_slice_iter(&bytes).collect::<Result<_, _>>().map_err(|e| wrong(&e))?;
-        let [cert_der, ca_der] = <[_; 2]>::try_from(certs).map_err(|_| wrong(&"it does not hold two certificates"))?;
-        let key = KeyPair::from_pkcs8_der_and_sign_algo(&key_der, &PKCS_ECDSA_P256_SHA256).map_err(|e| wrong(&e))?;
-        Self::assemble(key, cert_der, ca_der).map(Some).map_err(|fault| fault.context(path.display()))
+        let certs: Vec<_> = CertificateDer::pem_slice_iter(&bytes)
+            .collect::<Result<_, _>>()
+            .map_err(|e| wrong(&e))?;
+        let [cert_der, ca_der] =
+            <[_; 2]>::try_from(certs).map_err(|_| wrong(&"it does not hold two certificates"))?;
+        let key = KeyPair::from_pkcs8_der_and_sign_algo(&key_der, &PKCS_ECDSA_P256_SHA256)
+            .map_err(|e| wrong(&e))?;
+        Self::assemble(key, cert_der, ca_der)
+            .map(Some)
+            .map_err(|fault| fault.context(path.display()))
     }
 
     /// Writes the identity, whole or not at all.
     pub fn save(&self, data_dir: &Path) -> Result<(), Fault> {
         let path = identity_dir(data_dir)?.join(FILE);
-        let text = pem("PRIVATE KEY", self.key.serialized_der()) + &pem("CERTIFICATE", &self.cert_der) + &pem("CERTIFICATE", &self.ca_der);
+        let text = pem("PRIVATE KEY", self.key.serialized_der())
+            + &pem("CERTIFICATE", &self.cert_der)
+            + &pem("CERTIFICATE", &self.ca_der);
         durable::replace_secret(&path, text.as_bytes())?;
         // A key that is left here would only be used again.
         let _ = std::fs::remove_file(path.with_file_name(JOINING));
         Ok(())
     }
 
-    fn assemble(key: KeyPair, cert_der: CertificateDer<'static>, ca_der: CertificateDer<'static>) -> Result<Self, Fault> {
+    fn assemble(
+        key: KeyPair,
+        cert_der: CertificateDer<'static>,
+        ca_der: CertificateDer<'static>,
+    ) -> Result<Self, Fault> {
         verify_chain(&cert_der, &ca_der, Role::Site)?;
         let holder = holder(&cert_der)?;
         if matches!(holder, Holder::Hub(_)) {
-            return Err(Fault::not_allowed("the certificate is a hub's, not a site's"));
+            return Err(Fault::not_allowed(
+                "the certificate is a hub's, not a site's",
+            ));
         }
         if !is_for_key(&cert_der, &key) {
-            return Err(Fault::not_allowed(format!("the certificate of {holder} is for another key")));
+            return Err(Fault::not_allowed(format!(
+                "the certificate of {holder} is for another key"
+            )));
         }
-        Ok(Self { holder, key, cert_der, ca_der })
+        Ok(Self {
+            holder,
+            key,
+            cert_der,
+            ca_der,
+        })
     }
 
     /// The name the hub gave.
@@ -97,21 +124,26 @@ impl SiteIdentity {
         validity(&self.cert_der)
     }
 
-    /// Whether it is time to renew: less than a third of the certificate's life is left, or it is dated ahead of this machine's clock.
+    /// Whether it is time to renew: less than a third of the certificate's life is left, or it is
+    /// dated ahead of this machine's clock.
     pub fn needs_renewal(&self) -> bool {
         let now = clock::now();
-        self.validity().is_ok_and(|v| v.is_ending(now) || now < v.from)
+        self.validity()
+            .is_ok_and(|v| v.is_ending(now) || now < v.from)
     }
 
-    /// A new key with a request for it, to be sent over the line; the answer goes to [`CertificateRequest::complete`] with
-    /// [`SiteIdentity::ca_der`].
+    /// A new key with a request for it, to be sent over the line; the answer goes to
+    /// [`CertificateRequest::complete`] with [`SiteIdentity::ca_der`].
     pub fn make_renewal_request(&self) -> Result<CertificateRequest, Fault> {
         CertificateRequest::new()
     }
 
-    /// Signs with the certificate's key: ECDSA P-256 over SHA-256, ASN.1. [`super::verify_signature`] checks it.
+    /// Signs with the certificate's key: ECDSA P-256 over SHA-256, ASN.1.
+    /// [`super::verify_signature`] checks it.
     pub fn sign(&self, message: &[u8]) -> Result<Vec<u8>, Fault> {
-        self.key.sign(message).map_err(|e| Fault::internal(format!("sign as {}: {e}", self.holder)))
+        self.key
+            .sign(message)
+            .map_err(|e| Fault::internal(format!("sign as {}: {e}", self.holder)))
     }
 
     pub(crate) fn chain(&self) -> Vec<CertificateDer<'static>> {
@@ -141,12 +173,16 @@ impl CertificateRequest {
         Self::of(generate_key()?)
     }
 
-    /// The request of a join that has not ended yet, or a new one, whose key is kept until [`SiteIdentity::save`]: if the hub's answer is
-    /// lost, the same token is good for the same key again.
+    /// The request of a join that has not ended yet, or a new one, whose key is kept until
+    /// [`SiteIdentity::save`]: if the hub's answer is lost, the same token is good for the same key
+    /// again.
     pub fn kept(data_dir: &Path) -> Result<Self, Fault> {
         let path = identity_dir(data_dir)?.join(JOINING);
-        let kept = read_if_there(&path)?.and_then(|bytes| PrivatePkcs8KeyDer::from_pem_slice(&bytes).ok());
-        if let Some(key) = kept.and_then(|der| KeyPair::from_pkcs8_der_and_sign_algo(&der, &PKCS_ECDSA_P256_SHA256).ok()) {
+        let kept =
+            read_if_there(&path)?.and_then(|bytes| PrivatePkcs8KeyDer::from_pem_slice(&bytes).ok());
+        if let Some(key) = kept.and_then(|der| {
+            KeyPair::from_pkcs8_der_and_sign_algo(&der, &PKCS_ECDSA_P256_SHA256).ok()
+        }) {
             return Self::of(key);
         }
         let key = generate_key()?;
@@ -158,8 +194,13 @@ impl CertificateRequest {
         // The hub takes only the key from a request, so it names nobody.
         let mut params = CertificateParams::default();
         params.distinguished_name = rcgen::DistinguishedName::new();
-        let csr = params.serialize_request(&key).map_err(|e| Fault::internal(format!("make a certificate request: {e}")))?;
-        Ok(Self { csr_der: csr.der().to_vec(), key })
+        let csr = params
+            .serialize_request(&key)
+            .map_err(|e| Fault::internal(format!("make a certificate request: {e}")))?;
+        Ok(Self {
+            csr_der: csr.der().to_vec(),
+            key,
+        })
     }
 
     /// What to send to the hub.
@@ -167,8 +208,13 @@ impl CertificateRequest {
         &self.csr_der
     }
 
-    /// The identity, once the hub answered; refused unless the certificate is for this key and by this CA.
+    /// The identity, once the hub answered; refused unless the certificate is for this key and by
+    /// this CA.
     pub fn complete(self, cert_der: &[u8], ca_der: &[u8]) -> Result<SiteIdentity, Fault> {
-        SiteIdentity::assemble(self.key, CertificateDer::from(cert_der.to_vec()), CertificateDer::from(ca_der.to_vec()))
+        SiteIdentity::assemble(
+            self.key,
+            CertificateDer::from(cert_der.to_vec()),
+            CertificateDer::from(ca_der.to_vec()),
+        )
     }
 }

@@ -21,9 +21,15 @@ fn the_hub_keeps_its_ca_and_mends_its_certificate() {
     let dir = tempfile::tempdir().unwrap();
     let first = HubIdentity::open_or_create(dir.path(), &name("hub")).unwrap();
     let again = HubIdentity::open_or_create(dir.path(), &name("hub")).unwrap();
-    assert_eq!((first.ca_der(), first.cert_der()), (again.ca_der(), again.cert_der()));
+    assert_eq!(
+        (first.ca_der(), first.cert_der()),
+        (again.ca_der(), again.cert_der())
+    );
     for file in ["ca.pem", "hub.pem"] {
-        let mode = std::fs::metadata(dir.path().join("identity").join(file)).unwrap().permissions().mode();
+        let mode = std::fs::metadata(dir.path().join("identity").join(file))
+            .unwrap()
+            .permissions()
+            .mode();
         assert_eq!(mode & 0o777, 0o600, "{file}");
     }
     // A crash between the two files, and a torn second one, are both mended from the CA.
@@ -38,7 +44,10 @@ fn the_hub_keeps_its_ca_and_mends_its_certificate() {
         assert_ne!(mended.cert_der(), first.cert_der());
     }
     let renamed = HubIdentity::open_or_create(dir.path(), &name("hub2")).unwrap();
-    assert_eq!(holder(renamed.cert_der()).unwrap(), Holder::Hub(name("hub2")));
+    assert_eq!(
+        holder(renamed.cert_der()).unwrap(),
+        Holder::Hub(name("hub2"))
+    );
     assert_eq!(renamed.ca_hash(), first.ca_hash());
 }
 
@@ -49,7 +58,10 @@ fn a_damaged_ca_is_never_replaced() {
     durable::replace_secret(&dir.path().join("identity/ca.pem"), b"torn").unwrap();
     let fault = HubIdentity::open_or_create(dir.path(), &name("hub")).unwrap_err();
     assert_eq!(fault.code, Code::Config);
-    assert_eq!(std::fs::read(dir.path().join("identity/ca.pem")).unwrap(), b"torn");
+    assert_eq!(
+        std::fs::read(dir.path().join("identity/ca.pem")).unwrap(),
+        b"torn"
+    );
 }
 
 #[test]
@@ -58,22 +70,37 @@ fn the_hubs_certificate_names_the_hub_and_serves_only_as_a_server() {
     let hub = HubIdentity::open_or_create(dir.path(), &name("hub")).unwrap();
     assert_eq!(holder(hub.cert_der()).unwrap(), Holder::Hub(name("hub")));
     verify_chain(hub.cert_der(), hub.ca_der(), Role::Hub).unwrap();
-    assert_eq!(hub.verify_site(hub.cert_der()).unwrap_err().code, Code::NotAllowed);
+    assert_eq!(
+        hub.verify_site(hub.cert_der()).unwrap_err().code,
+        Code::NotAllowed
+    );
     let site = joined(&hub, "chengdu");
     // A site's certificate must not let it play the hub.
-    assert_eq!(verify_chain(site.cert_der(), hub.ca_der(), Role::Hub).unwrap_err().code, Code::NotAllowed);
+    assert_eq!(
+        verify_chain(site.cert_der(), hub.ca_der(), Role::Hub)
+            .unwrap_err()
+            .code,
+        Code::NotAllowed
+    );
 }
 
 #[test]
 fn a_site_keeps_renews_and_signs() {
-    let (hub_dir, site_dir, other_dir) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let (hub_dir, site_dir, other_dir) = (
+        tempfile::tempdir().unwrap(),
+        tempfile::tempdir().unwrap(),
+        tempfile::tempdir().unwrap(),
+    );
     let hub = HubIdentity::open_or_create(hub_dir.path(), &name("hub")).unwrap();
     assert!(SiteIdentity::load(site_dir.path()).unwrap().is_none());
     joined(&hub, "chengdu").save(site_dir.path()).unwrap();
     let site = SiteIdentity::load(site_dir.path()).unwrap().unwrap();
     assert_eq!(site.name(), &name("chengdu"));
     assert!(!site.needs_renewal());
-    let mode = std::fs::metadata(site_dir.path().join("identity/site.pem")).unwrap().permissions().mode();
+    let mode = std::fs::metadata(site_dir.path().join("identity/site.pem"))
+        .unwrap()
+        .permissions()
+        .mode();
     assert_eq!(mode & 0o777, 0o600);
 
     let request = site.make_renewal_request().unwrap();
@@ -83,12 +110,28 @@ fn a_site_keeps_renews_and_signs() {
 
     let signature = renewed.sign(b"receipt").unwrap();
     verify_signature(renewed.cert_der(), b"receipt", &signature).unwrap();
-    assert_eq!(verify_signature(renewed.cert_der(), b"receipts", &signature).unwrap_err().code, Code::Integrity);
-    assert_eq!(verify_signature(site.cert_der(), b"receipt", &signature).unwrap_err().code, Code::Integrity);
-    assert_eq!(hub.verify_site(renewed.cert_der()).unwrap(), name("chengdu"));
+    assert_eq!(
+        verify_signature(renewed.cert_der(), b"receipts", &signature)
+            .unwrap_err()
+            .code,
+        Code::Integrity
+    );
+    assert_eq!(
+        verify_signature(site.cert_der(), b"receipt", &signature)
+            .unwrap_err()
+            .code,
+        Code::Integrity
+    );
+    assert_eq!(
+        hub.verify_site(renewed.cert_der()).unwrap(),
+        name("chengdu")
+    );
 
     let other = HubIdentity::open_or_create(other_dir.path(), &name("other")).unwrap();
-    assert_eq!(other.verify_site(site.cert_der()).unwrap_err().code, Code::NotAllowed);
+    assert_eq!(
+        other.verify_site(site.cert_der()).unwrap_err().code,
+        Code::NotAllowed
+    );
 }
 
 #[test]
@@ -98,7 +141,9 @@ fn a_request_gives_only_its_key() {
     // A request that asks for another name, and to be a CA, gets the caller's name and no CA.
     let key = rcgen::KeyPair::generate_for(&rcgen::PKCS_ECDSA_P256_SHA256).unwrap();
     let mut params = rcgen::CertificateParams::new(vec![HUB_DNS_NAME.to_owned()]).unwrap();
-    params.subject_alt_names.push(rcgen::SanType::URI("packhorse:site:victim".try_into().unwrap()));
+    params.subject_alt_names.push(rcgen::SanType::URI(
+        "packhorse:site:victim".try_into().unwrap(),
+    ));
     params.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
     let csr = params.serialize_request(&key).unwrap();
     let cert = hub.issue_for(&name("chengdu"), csr.der()).unwrap();
@@ -109,16 +154,27 @@ fn a_request_gives_only_its_key() {
     let middle = torn.len() / 2;
     torn[middle] ^= 1;
     for bad in [&torn[..], b"", b"garbage"] {
-        assert_eq!(hub.issue_for(&name("chengdu"), bad).unwrap_err().code, Code::NotAllowed);
+        assert_eq!(
+            hub.issue_for(&name("chengdu"), bad).unwrap_err().code,
+            Code::NotAllowed
+        );
     }
     let other_kind = rcgen::KeyPair::generate_for(&rcgen::PKCS_ED25519).unwrap();
-    let csr = rcgen::CertificateParams::default().serialize_request(&other_kind).unwrap();
-    assert_eq!(hub.issue_for(&name("chengdu"), csr.der()).unwrap_err().code, Code::NotAllowed);
+    let csr = rcgen::CertificateParams::default()
+        .serialize_request(&other_kind)
+        .unwrap();
+    assert_eq!(
+        hub.issue_for(&name("chengdu"), csr.der()).unwrap_err().code,
+        Code::NotAllowed
+    );
 }
 
 #[test]
 fn a_wrong_clock_is_named_with_both_times() {
-    let validity = Validity { from: "2026-01-01T00:00:00Z".parse().unwrap(), until: "2027-01-01T00:00:00Z".parse().unwrap() };
+    let validity = Validity {
+        from: "2026-01-01T00:00:00Z".parse().unwrap(),
+        until: "2027-01-01T00:00:00Z".parse().unwrap(),
+    };
     let june = "2026-06-01T00:00:00Z".parse().unwrap();
     validity.check(&"site a", "this machine", june).unwrap();
     assert_eq!(validity.early(&"site a", "this machine", june), None);
@@ -126,11 +182,24 @@ fn a_wrong_clock_is_named_with_both_times() {
     let before = "2025-12-29T23:00:00Z".parse().unwrap();
     validity.check(&"site a", "the hub", before).unwrap();
     let early = validity.early(&"site a", "the hub", before).unwrap();
-    for part in ["2026-01-01T00:00:00.000Z", "2 d 1 h after the time of the hub", "2025-12-29T23:00:00.000Z"] {
+    for part in [
+        "2026-01-01T00:00:00.000Z",
+        "2 d 1 h after the time of the hub",
+        "2025-12-29T23:00:00.000Z",
+    ] {
         assert!(early.contains(part), "{early}");
     }
-    let late = validity.check(&"site a", "the hub", "2027-01-02T00:00:00Z".parse().unwrap()).unwrap_err();
-    assert!(late.message.contains("expired") && late.message.contains("the hub"), "{late}");
+    let late = validity
+        .check(
+            &"site a",
+            "the hub",
+            "2027-01-02T00:00:00Z".parse().unwrap(),
+        )
+        .unwrap_err();
+    assert!(
+        late.message.contains("expired") && late.message.contains("the hub"),
+        "{late}"
+    );
     assert!(validity.is_ending("2026-10-01T00:00:00Z".parse().unwrap()));
     assert!(!validity.is_ending("2026-06-01T00:00:00Z".parse().unwrap()));
 }
@@ -145,10 +214,20 @@ fn tokens_survive_printing_and_nothing_else() {
     assert_eq!(token.ca_hash(), &hub.ca_hash());
     assert!(!format!("{token:?}").contains(text.split('.').nth(1).unwrap()));
     assert_ne!(token.secret_hash(), JoinToken::generate(&hub).secret_hash());
-    for bad in ["", "a.b.c", &text[1..], &text[..text.len() - 3], &text.replace('.', "-"), &format!("{text}.x")] {
+    for bad in [
+        "",
+        "a.b.c",
+        &text[1..],
+        &text[..text.len() - 3],
+        &text.replace('.', "-"),
+        &format!("{text}.x"),
+    ] {
         let fault = bad.parse::<JoinToken>().unwrap_err();
         assert_eq!(fault.code, Code::NotAllowed, "{bad}");
-        assert!(fault.message.starts_with("the join token is not whole"), "{fault}");
+        assert!(
+            fault.message.starts_with("the join token is not whole"),
+            "{fault}"
+        );
     }
 }
 
@@ -163,7 +242,8 @@ fn certificates_of_sites_last_a_year() {
 
 #[test]
 fn no_certificate_begins_before_its_ca() {
-    // A CA that was made while the clock was ahead by a day or less is the earliest that this test can make; the floor is its beginning.
+    // A CA that was made while the clock was ahead by a day or less is the earliest that this test
+    // can make; the floor is its beginning.
     let dir = tempfile::tempdir().unwrap();
     let hub = HubIdentity::open_or_create(dir.path(), &name("hub")).unwrap();
     let ca = validity(hub.ca_der()).unwrap();

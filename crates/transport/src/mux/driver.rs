@@ -9,10 +9,10 @@ use std::time::{Duration, Instant};
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
-use super::Shared;
+use super::MuxShared;
 use super::frame::{HEADER_BYTES, Kind, put_header, read_header};
 use crate::{CLOSE_VIOLATION, Ended};
-use base::limits::LINE_KEEP_ALIVE;
+use base::limits::CONNECTION_KEEP_ALIVE;
 
 /// How long the goodbye may take before the connection is dropped without it.
 const GOODBYE_MAX: Duration = Duration::from_secs(2);
@@ -21,7 +21,7 @@ const LAST_WORDS_MAX: Duration = Duration::from_millis(500);
 const SLICES_MAX: usize = 64;
 
 /// Runs until the line is over, then says goodbye if it was this end that ended it.
-pub(super) async fn run<IO>(io: IO, shared: &Shared)
+pub(super) async fn run<IO>(io: IO, shared: &MuxShared)
 where
     IO: AsyncRead + AsyncWrite + Send + Unpin,
 {
@@ -47,12 +47,14 @@ where
     if let Some(ended) = recorded.filter(|e| !e.by_peer)
         && let Some(code) = ended.code
     {
-        // A frame that was cut in the middle must be completed first, or the goodbye would be taken for its body.
+        // A frame that was cut in the middle must be completed first, or the goodbye would be taken
+        // for its body.
         put_close(&mut batch, code, &ended.reason);
         let goodbye = async {
             write_all(&mut writer, &mut batch).await?;
             writer.shutdown().await?;
-            // Dropping a socket with bytes unread would reset it, and the goodbye might be lost with it.
+            // Dropping a socket with bytes unread would reset it, and the goodbye might be lost
+            // with it.
             tokio::io::copy(&mut reader, &mut tokio::io::sink()).await
         };
         let _ = tokio::time::timeout(GOODBYE_MAX, goodbye).await;
@@ -68,7 +70,11 @@ fn put_close(batch: &mut VecDeque<Bytes>, code: u32, reason: &str) {
 }
 
 /// Writes whatever there is. Returns the error, or `None` once the line was ended from this side.
-async fn write_loop(writer: &mut (impl AsyncWrite + Unpin), shared: &Shared, batch: &mut VecDeque<Bytes>) -> Option<std::io::Error> {
+async fn write_loop(
+    writer: &mut (impl AsyncWrite + Unpin),
+    shared: &MuxShared,
+    batch: &mut VecDeque<Bytes>,
+) -> Option<std::io::Error> {
     let mut ended = std::pin::pin!(ended_here(shared));
     loop {
         shared.with(|state| state.take_batch(batch));
@@ -90,13 +96,16 @@ async fn write_loop(writer: &mut (impl AsyncWrite + Unpin), shared: &Shared, bat
     }
 }
 
-async fn ended_here(shared: &Shared) {
+async fn ended_here(shared: &MuxShared) {
     let mut ended = shared.ended.subscribe();
     let _ = ended.wait_for(Option::is_some).await;
 }
 
 /// Writes the batch; what is written leaves it, so that it stays exact when this is cancelled.
-async fn write_all(writer: &mut (impl AsyncWrite + Unpin), batch: &mut VecDeque<Bytes>) -> std::io::Result<()> {
+async fn write_all(
+    writer: &mut (impl AsyncWrite + Unpin),
+    batch: &mut VecDeque<Bytes>,
+) -> std::io::Result<()> {
     while !batch.is_empty() {
         let mut written = poll_fn(|cx| {
             let mut slices = [IoSlice::new(&[]); SLICES_MAX];
@@ -122,7 +131,7 @@ async fn write_all(writer: &mut (impl AsyncWrite + Unpin), batch: &mut VecDeque<
     Ok(())
 }
 
-async fn read_loop(reader: &mut (impl AsyncRead + Unpin), shared: &Shared) -> Ended {
+async fn read_loop(reader: &mut (impl AsyncRead + Unpin), shared: &MuxShared) -> Ended {
     loop {
         match read_frame(reader, shared).await {
             Ok(None) => {}
@@ -150,7 +159,10 @@ impl From<std::io::Error> for ReadFrame {
     }
 }
 
-async fn read_frame(reader: &mut (impl AsyncRead + Unpin), shared: &Shared) -> Result<Option<Ended>, ReadFrame> {
+async fn read_frame(
+    reader: &mut (impl AsyncRead + Unpin),
+    shared: &MuxShared,
+) -> Result<Option<Ended>, ReadFrame> {
     let mut bytes = [0; HEADER_BYTES];
     reader.read_exact(&mut bytes).await?;
     let header = read_header(bytes).map_err(ReadFrame::Violation)?;
@@ -165,11 +177,16 @@ async fn read_frame(reader: &mut (impl AsyncRead + Unpin), shared: &Shared) -> R
             shared.with(|state| state.on_bytes(Instant::now()));
         }
     }
-    shared.with(|state| state.on_frame(header, body.freeze(), Instant::now())).map_err(ReadFrame::Violation)
+    shared
+        .with(|state| state.on_frame(header, body.freeze(), Instant::now()))
+        .map_err(ReadFrame::Violation)
 }
 
-async fn watch_silence(shared: &Shared) -> String {
-    let mut tick = tokio::time::interval_at(tokio::time::Instant::now() + LINE_KEEP_ALIVE, LINE_KEEP_ALIVE);
+async fn watch_silence(shared: &MuxShared) -> String {
+    let mut tick = tokio::time::interval_at(
+        tokio::time::Instant::now() + CONNECTION_KEEP_ALIVE,
+        CONNECTION_KEEP_ALIVE,
+    );
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
         tick.tick().await;

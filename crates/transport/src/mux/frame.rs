@@ -22,7 +22,7 @@
 
 use bytes::{BufMut, BytesMut};
 
-use base::limits::{LINE_REASON_BYTES_MAX, MUX_FRAME_BYTES_MAX};
+use base::limits::{CONNECTION_REASON_BYTES_MAX, MUX_FRAME_BYTES_MAX};
 
 pub(super) const HEADER_BYTES: usize = 8;
 
@@ -53,7 +53,8 @@ pub(super) fn put_header(out: &mut BytesMut, kind: Kind, stream: u32, len: usize
     out.put_u32(stream);
 }
 
-/// Reads a header, and refuses a length that its kind cannot have, so that nothing is allocated for it.
+/// Reads a header, and refuses a length that its kind cannot have, so that nothing is allocated for
+/// it.
 pub(super) fn read_header(bytes: [u8; HEADER_BYTES]) -> Result<Header, String> {
     let [kind, a, b, c, stream @ ..] = bytes;
     let len = u32::from_be_bytes([0, a, b, c]) as usize;
@@ -66,11 +67,15 @@ pub(super) fn read_header(bytes: [u8; HEADER_BYTES]) -> Result<Header, String> {
         6 => (Kind::Credit, 4..=4),
         7 => (Kind::Ping, 8..=8),
         8 => (Kind::Pong, 8..=8),
-        9 => (Kind::Close, 4..=4 + LINE_REASON_BYTES_MAX),
+        9 => (Kind::Close, 4..=4 + CONNECTION_REASON_BYTES_MAX),
         other => return Err(format!("a frame of the unknown kind {other}")),
     };
     if !allowed.contains(&len) {
         return Err(format!("a {kind:?} frame of {len} bytes"));
     }
-    Ok(Header { kind, len, stream: u32::from_be_bytes(stream) })
+    Ok(Header {
+        kind,
+        len,
+        stream: u32::from_be_bytes(stream),
+    })
 }

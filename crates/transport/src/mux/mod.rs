@@ -1,11 +1,14 @@
-//! Many streams over one ordered connection: what QUIC does for the line, on TCP + TLS where UDP is blocked.
+//! Many streams over one ordered connection: what QUIC does for the line, on TCP + TLS where UDP is
+//! blocked.
 //!
-//! Windows, limits, priorities, resets and stops are QUIC's, so that nothing above notices the difference. (The common
-//! multiplexers could not be fitted: each stream starts with 256 KiB of window, which is a fifth of a request and starves a
-//! long line; a reset looks like an end; and a reader that goes away leaves its writer waiting forever.)
+//! Windows, limits, priorities, resets and stops are QUIC's, so that nothing above notices the
+//! difference. (The common multiplexers could not be fitted: each stream starts with 256 KiB of
+//! window, which is a fifth of a request and starves a long line; a reset looks like an end; and a
+//! reader that goes away leaves its writer waiting forever.)
 //!
-//! [`State`] is the core without I/O, `driver` moves bytes between it and the connection, and [`SendStream`] and
-//! [`RecvStream`] are the two halves of a stream. Nothing here survives a crash, nor has to.
+//! [`State`] is the core without I/O, `driver` moves bytes between it and the connection, and
+//! [`SendStream`] and [`RecvStream`] are the two halves of a stream. Nothing here survives a crash,
+//! nor has to.
 
 mod driver;
 mod frame;
@@ -24,18 +27,18 @@ pub(crate) use state::End;
 use state::State;
 
 use super::{Ended, StreamEnd};
-use base::limits::{LINE_FIT_EVERY, LINE_STREAMS_MAX, MUX_FRAME_BYTES_MAX};
+use base::limits::{CONNECTION_FIT_EVERY, CONNECTION_STREAMS_MAX, MUX_FRAME_BYTES_MAX};
 
-struct Shared {
+struct MuxShared {
     state: Mutex<State>,
     to_write: Notify,
     to_accept: Notify,
-    /// Places for streams that this end opens.
+    /// ChunkIndex for streams that this end opens.
     places: Semaphore,
     ended: watch::Sender<Option<Ended>>,
 }
 
-impl Shared {
+impl MuxShared {
     fn with<R>(&self, work: impl FnOnce(&mut State) -> R) -> R {
         let mut state = self.state.lock();
         let result = work(&mut state);
@@ -63,11 +66,12 @@ impl Shared {
 }
 
 /// Closes the line when the last handle on it, and on any of its streams, is gone.
-struct Handle(Arc<Shared>);
+struct Handle(Arc<MuxShared>);
 
 impl Drop for Handle {
     fn drop(&mut self) {
-        self.0.end(Ended::by_us(super::CLOSE_DONE, "no longer used"));
+        self.0
+            .end(Ended::by_us(super::CLOSE_DONE, "no longer used"));
     }
 }
 
@@ -78,16 +82,17 @@ pub(crate) struct Mux {
 }
 
 impl Mux {
-    /// Starts the driver on a connection. `rtt` is a first guess, from the handshake; `guard` is held as long as the connection is.
+    /// Starts the driver on a connection. `rtt` is a first guess, from the handshake; `guard` is
+    /// held as long as the connection is.
     pub(crate) fn start<IO>(io: IO, end: End, rtt: Duration, guard: impl Send + 'static) -> Self
     where
         IO: AsyncRead + AsyncWrite + Send + Unpin + 'static,
     {
-        let shared = Arc::new(Shared {
+        let shared = Arc::new(MuxShared {
             state: Mutex::new(State::new(end, rtt, Instant::now())),
             to_write: Notify::new(),
             to_accept: Notify::new(),
-            places: Semaphore::new(LINE_STREAMS_MAX as usize),
+            places: Semaphore::new(CONNECTION_STREAMS_MAX as usize),
             ended: watch::Sender::new(None),
         });
         let driver = shared.clone();
@@ -95,7 +100,9 @@ impl Mux {
             driver::run(io, &driver).await;
             drop(guard);
         });
-        Self { handle: Arc::new(Handle(shared)) }
+        Self {
+            handle: Arc::new(Handle(shared)),
+        }
     }
 
     /// Says what the line may hold to be sent.
@@ -110,25 +117,34 @@ impl Mux {
             let mut ended = shared.ended.subscribe();
             loop {
                 shared.with(|state| state.hold_at_most(room()));
-                if tokio::time::timeout(LINE_FIT_EVERY, ended.wait_for(Option::is_some)).await.is_ok() {
+                if tokio::time::timeout(CONNECTION_FIT_EVERY, ended.wait_for(Option::is_some))
+                    .await
+                    .is_ok()
+                {
                     break;
                 }
             }
         });
     }
 
-    fn shared(&self) -> &Shared {
+    fn shared(&self) -> &MuxShared {
         &self.handle.0
     }
 
-    /// Opens a stream, after waiting for a place when [`LINE_STREAMS_MAX`] are open.
+    /// Opens a stream, after waiting for a place when [`CONNECTION_STREAMS_MAX`] are open.
     pub(crate) async fn open(&self, priority: i32) -> Result<(SendStream, RecvStream), StreamEnd> {
-        let place = self.shared().places.acquire().await.map_err(|_| StreamEnd::LineGone)?;
+        let place = self
+            .shared()
+            .places
+            .acquire()
+            .await
+            .map_err(|_| StreamEnd::LineGone)?;
         place.forget();
         match self.shared().with(|state| state.open(priority)) {
             Some(id) => Ok(self.halves(id)),
             None => {
-                self.shared().end(Ended::lost("every stream id was used; it is dialled anew"));
+                self.shared()
+                    .end(Ended::lost("every stream id was used; it is dialled anew"));
                 Err(StreamEnd::LineGone)
             }
         }
@@ -151,7 +167,17 @@ impl Mux {
     }
 
     fn halves(&self, id: u32) -> (SendStream, RecvStream) {
-        (SendStream { mux: self.clone(), id, over: false }, RecvStream { mux: self.clone(), id })
+        (
+            SendStream {
+                mux: self.clone(),
+                id,
+                over: false,
+            },
+            RecvStream {
+                mux: self.clone(),
+                id,
+            },
+        )
     }
 
     pub(crate) fn close(&self, code: u32, reason: &str) {
@@ -183,9 +209,15 @@ pub(crate) struct SendStream {
 }
 
 impl SendStream {
-    /// Queues the bytes, once there is room for them. Given up before that, a part of them may have been queued, as on QUIC.
+    /// Queues the bytes, once there is room for them. Given up before that, a part of them may have
+    /// been queued, as on QUIC.
     pub(crate) async fn write_bytes(&mut self, mut data: Bytes) -> Result<(), StreamEnd> {
-        poll_fn(|cx| self.mux.shared().with(|state| state.poll_write(self.id, &mut data, cx.waker()))).await
+        poll_fn(|cx| {
+            self.mux
+                .shared()
+                .with(|state| state.poll_write(self.id, &mut data, cx.waker()))
+        })
+        .await
     }
 
     pub(crate) async fn write_many(&mut self, pieces: &mut [Bytes]) -> Result<(), StreamEnd> {
@@ -213,7 +245,9 @@ impl SendStream {
     }
 
     pub(crate) fn set_priority(&self, priority: i32) {
-        self.mux.shared().with(|state| state.set_priority(self.id, priority));
+        self.mux
+            .shared()
+            .with(|state| state.set_priority(self.id, priority));
     }
 }
 
@@ -234,7 +268,12 @@ pub(crate) struct RecvStream {
 impl RecvStream {
     /// The next bytes, at most `max`, as they came; `None` at the end.
     pub(crate) async fn read_chunk(&mut self, max: usize) -> Result<Option<Bytes>, StreamEnd> {
-        poll_fn(|cx| self.mux.shared().with(|state| state.poll_read(self.id, max, cx.waker()))).await
+        poll_fn(|cx| {
+            self.mux
+                .shared()
+                .with(|state| state.poll_read(self.id, max, cx.waker()))
+        })
+        .await
     }
 
     pub(crate) fn stop(&mut self) {

@@ -1,11 +1,12 @@
 //! The core of the TCP line: streams, windows and priorities, without any I/O.
 //!
-//! Frames go in by [`State::on_frame`] and come out by [`State::take_batch`]; the halves of streams call the rest. What must
-//! happen outside (wake the writer, wake an acceptor, free a place) is gathered in [`Effects`].
+//! Frames go in by [`State::on_frame`] and come out by [`State::take_batch`]; the halves of streams
+//! call the rest. What must happen outside (wake the writer, wake an acceptor, free a place) is
+//! gathered in [`Effects`].
 //!
-//! Here stand the line itself and the life of a stream, from its opening until both directions are over; `sending` has the
-//! direction that this end writes, `receiving` the other. Each bounds the memory it takes, and control frames that a peer
-//! provokes without reading end the line.
+//! Here stand the line itself and the life of a stream, from its opening until both directions are
+//! over; `sending` has the direction that this end writes, `receiving` the other. Each bounds the
+//! memory it takes, and control frames that a peer provokes without reading end the line.
 
 mod receiving;
 mod sending;
@@ -18,7 +19,10 @@ use bytes::{Buf, BufMut, Bytes, BytesMut};
 
 use super::frame::{Header, Kind, put_header};
 use crate::Ended;
-use base::limits::{LINE_SEND_BYTES_LEAST, LINE_STREAMS_MAX, LINE_WINDOW_BYTES, MUX_CONTROL_BYTES_MAX, MUX_LINE_QUEUE_BYTES, SILENCE_MAX};
+use base::limits::{
+    CONNECTION_SEND_BYTES_LEAST, CONNECTION_STREAMS_MAX, CONNECTION_WINDOW_BYTES,
+    MUX_CONTROL_BYTES_MAX, MUX_QUEUE_BYTES, SILENCE_MAX,
+};
 
 use receiving::Incoming;
 use sending::Outgoing;
@@ -43,13 +47,18 @@ struct Stream {
     incoming: Incoming,
     /// Whether this end knows of it: it opened it or took it.
     taken: bool,
-    /// Whether it takes one of the places of [`LINE_STREAMS_MAX`].
+    /// Whether it takes one of the places of [`CONNECTION_STREAMS_MAX`].
     counted: bool,
 }
 
 impl Stream {
     fn new(priority: i32, taken: bool) -> Self {
-        Self { outgoing: Outgoing::new(priority), incoming: Incoming::new(), taken, counted: true }
+        Self {
+            outgoing: Outgoing::new(priority),
+            incoming: Incoming::new(),
+            taken,
+            counted: true,
+        }
     }
 }
 
@@ -60,7 +69,8 @@ pub(super) struct State {
     next_remote: u32,
     remote_open: u32,
     accepts: VecDeque<u32>,
-    /// Streams with something to send and room for it, by priority; within one priority they take turns.
+    /// Streams with something to send and room for it, by priority; within one priority they take
+    /// turns.
     ready: BTreeMap<Reverse<i32>, VecDeque<u32>>,
     control: BytesMut,
     headers: BytesMut,
@@ -95,9 +105,9 @@ impl State {
             control: BytesMut::new(),
             headers: BytesMut::new(),
             held: 0,
-            hold_max: MUX_LINE_QUEUE_BYTES,
-            send_credit: LINE_WINDOW_BYTES.into(),
-            window: LINE_WINDOW_BYTES,
+            hold_max: MUX_QUEUE_BYTES,
+            send_credit: CONNECTION_WINDOW_BYTES.into(),
+            window: CONNECTION_WINDOW_BYTES,
             unannounced: 0,
             last_heard: now,
             ping_sent: None,
@@ -107,16 +117,19 @@ impl State {
         }
     }
 
-    /// Says what the streams may hold to be sent; never more than [`MUX_LINE_QUEUE_BYTES`].
+    /// Says what the streams may hold to be sent; never more than [`MUX_QUEUE_BYTES`].
     pub(super) fn hold_at_most(&mut self, bytes: u64) {
-        self.hold_max = usize::try_from(bytes).unwrap_or(usize::MAX).clamp(LINE_SEND_BYTES_LEAST as usize, MUX_LINE_QUEUE_BYTES);
+        self.hold_max = usize::try_from(bytes)
+            .unwrap_or(usize::MAX)
+            .clamp(CONNECTION_SEND_BYTES_LEAST as usize, MUX_QUEUE_BYTES);
     }
 
     pub(super) fn rtt(&self) -> Duration {
         self.rtt
     }
 
-    /// Opens a stream; the caller holds one of the places. `None`: every id was used, and the line must be dialled anew.
+    /// Opens a stream; the caller holds one of the places. `None`: every id was used, and the line
+    /// must be dialled anew.
     pub(super) fn open(&mut self, priority: i32) -> Option<u32> {
         let id = self.next_local;
         self.next_local = id.checked_add(2)?;
@@ -132,8 +145,14 @@ impl State {
         Some(id)
     }
 
-    /// Takes in one frame. `Ok(Some)`: the peer closed the line. `Err`: the peer broke the protocol, and how.
-    pub(super) fn on_frame(&mut self, header: Header, mut body: Bytes, now: Instant) -> Result<Option<Ended>, String> {
+    /// Takes in one frame. `Ok(Some)`: the peer closed the line. `Err`: the peer broke the
+    /// protocol, and how.
+    pub(super) fn on_frame(
+        &mut self,
+        header: Header,
+        mut body: Bytes,
+        now: Instant,
+    ) -> Result<Option<Ended>, String> {
         self.last_heard = now;
         let id = header.stream;
         match header.kind {
@@ -170,16 +189,29 @@ impl State {
 
     /// A frame may be about a stream that is forgotten already, but not about one that never was.
     fn check_known(&self, id: u32) -> Result<(), String> {
-        let next = if self.is_local(id) { self.next_local } else { self.next_remote };
-        if id == 0 || id >= next { Err(format!("a frame about stream {id}, which never was")) } else { Ok(()) }
+        let next = if self.is_local(id) {
+            self.next_local
+        } else {
+            self.next_remote
+        };
+        if id == 0 || id >= next {
+            Err(format!("a frame about stream {id}, which never was"))
+        } else {
+            Ok(())
+        }
     }
 
     fn on_open(&mut self, id: u32) -> Result<(), String> {
         if id != self.next_remote {
-            return Err(format!("it opened stream {id} where {} is next", self.next_remote));
+            return Err(format!(
+                "it opened stream {id} where {} is next",
+                self.next_remote
+            ));
         }
-        if self.remote_open >= LINE_STREAMS_MAX {
-            return Err(format!("it opened more than {LINE_STREAMS_MAX} streams"));
+        if self.remote_open >= CONNECTION_STREAMS_MAX {
+            return Err(format!(
+                "it opened more than {CONNECTION_STREAMS_MAX} streams"
+            ));
         }
         self.next_remote = id.checked_add(2).ok_or("it has used up every stream id")?;
         self.remote_open += 1;
@@ -189,13 +221,16 @@ impl State {
         Ok(())
     }
 
-    /// Frees the stream's place once both directions are over on the wire, and forgets it once nobody reads it either.
+    /// Frees the stream's place once both directions are over on the wire, and forgets it once
+    /// nobody reads it either.
     ///
-    /// Both ends count by frames alone and frames keep their order, so a peer that opens a stream as soon as it sees one
-    /// end never finds more than [`LINE_STREAMS_MAX`] counted here.
+    /// Both ends count by frames alone and frames keep their order, so a peer that opens a stream
+    /// as soon as it sees one end never finds more than [`CONNECTION_STREAMS_MAX`] counted here.
     fn settle(&mut self, id: u32) {
         let local = self.is_local(id);
-        let Some(stream) = self.streams.get_mut(&id) else { return };
+        let Some(stream) = self.streams.get_mut(&id) else {
+            return;
+        };
         if !stream.outgoing.is_over() || stream.incoming.is_open() {
             return;
         }
@@ -211,7 +246,8 @@ impl State {
         }
     }
 
-    /// To be called every few seconds: measures the round trip, and says so when the peer has been silent too long.
+    /// To be called every few seconds: measures the round trip, and says so when the peer has been
+    /// silent too long.
     pub(super) fn on_tick(&mut self, now: Instant) -> Result<(), String> {
         let silence = now.saturating_duration_since(self.last_heard);
         if silence >= SILENCE_MAX {

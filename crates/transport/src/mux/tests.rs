@@ -9,13 +9,19 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream};
 use super::frame::{HEADER_BYTES, Kind, put_header, read_header};
 use super::*;
 use crate::{CLOSE_DONE, CLOSE_VIOLATION};
-use base::limits::{LINE_STREAM_WINDOW_BYTES, LINE_STREAMS_MAX, MUX_FRAME_BYTES_MAX, MUX_LINE_QUEUE_BYTES, MUX_STREAM_QUEUE_BYTES};
+use base::limits::{
+    CONNECTION_STREAM_WINDOW_BYTES, CONNECTION_STREAMS_MAX, MUX_FRAME_BYTES_MAX, MUX_QUEUE_BYTES,
+    MUX_STREAM_QUEUE_BYTES,
+};
 
 const RTT: Duration = Duration::from_millis(1);
 
 fn pair() -> (Mux, Mux) {
     let (a, b) = tokio::io::duplex(256 << 10);
-    (Mux::start(a, End::Dialling, RTT, ()), Mux::start(b, End::Listening, RTT, ()))
+    (
+        Mux::start(a, End::Dialling, RTT, ()),
+        Mux::start(b, End::Listening, RTT, ()),
+    )
 }
 
 async fn read_all(stream: &mut RecvStream) -> Result<Vec<u8>, StreamEnd> {
@@ -35,7 +41,10 @@ async fn both_ends_open_streams_and_see_their_ends() {
         send.finish().unwrap();
         let (mut answer, mut question) = to.accept().await.unwrap();
         assert_eq!(read_all(&mut question).await.unwrap(), b"question");
-        answer.write_bytes(Bytes::from_static(b"answer")).await.unwrap();
+        answer
+            .write_bytes(Bytes::from_static(b"answer"))
+            .await
+            .unwrap();
         answer.finish().unwrap();
         assert_eq!(read_all(&mut recv).await.unwrap(), b"answer");
         assert_eq!(send.write_all(b"more").await, Err(StreamEnd::Finished));
@@ -48,11 +57,17 @@ async fn an_unread_stream_stops_its_writer_and_no_other() {
     let (mut stuck, _unread) = a.open(0).await.unwrap();
     let piece = Bytes::from(vec![7; 64 << 10]);
     let mut written = 0;
-    while tokio::time::timeout(Duration::from_millis(200), stuck.write_bytes(piece.clone())).await.is_ok() {
+    while tokio::time::timeout(Duration::from_millis(200), stuck.write_bytes(piece.clone()))
+        .await
+        .is_ok()
+    {
         written += piece.len();
     }
     // The window, and what waits on this side.
-    assert!(written <= LINE_STREAM_WINDOW_BYTES as usize + (256 << 10), "{written}");
+    assert!(
+        written <= CONNECTION_STREAM_WINDOW_BYTES as usize + (256 << 10),
+        "{written}"
+    );
     let (_answer, mut slow) = b.accept().await.unwrap();
 
     let (mut free, _recv) = a.open(0).await.unwrap();
@@ -65,7 +80,10 @@ async fn an_unread_stream_stops_its_writer_and_no_other() {
         stuck.write_bytes(piece).await.unwrap();
         stuck.finish().unwrap();
     });
-    assert_eq!(read_all(&mut slow).await.unwrap().len(), written + (64 << 10));
+    assert_eq!(
+        read_all(&mut slow).await.unwrap().len(),
+        written + (64 << 10)
+    );
     writing.await.unwrap();
 }
 
@@ -105,13 +123,22 @@ async fn a_dropped_writer_is_no_end() {
 async fn places_are_limited_and_come_back() {
     let (a, b) = pair();
     let mut held = Vec::new();
-    for _ in 0..LINE_STREAMS_MAX {
+    for _ in 0..CONNECTION_STREAMS_MAX {
         held.push(a.open(0).await.unwrap());
     }
-    assert!(tokio::time::timeout(Duration::from_millis(50), a.open(0)).await.is_err());
-    // Given up in both directions, and not taken yet: the places come back only once the other end takes the streams.
+    assert!(
+        tokio::time::timeout(Duration::from_millis(50), a.open(0))
+            .await
+            .is_err()
+    );
+    // Given up in both directions, and not taken yet: the places come back only once the other end
+    // takes the streams.
     held.clear();
-    assert!(tokio::time::timeout(Duration::from_millis(50), a.open(0)).await.is_err());
+    assert!(
+        tokio::time::timeout(Duration::from_millis(50), a.open(0))
+            .await
+            .is_err()
+    );
     tokio::spawn(async move {
         while let Some((mut answer, mut question)) = b.accept().await {
             if let Ok(bytes) = read_all(&mut question).await {
@@ -120,8 +147,11 @@ async fn places_are_limited_and_come_back() {
             }
         }
     });
-    for round in 0..3 * LINE_STREAMS_MAX {
-        let (mut send, mut recv) = tokio::time::timeout(Duration::from_secs(5), a.open(0)).await.unwrap().unwrap();
+    for round in 0..3 * CONNECTION_STREAMS_MAX {
+        let (mut send, mut recv) = tokio::time::timeout(Duration::from_secs(5), a.open(0))
+            .await
+            .unwrap()
+            .unwrap();
         send.write_all(&round.to_be_bytes()).await.unwrap();
         send.finish().unwrap();
         assert_eq!(read_all(&mut recv).await.unwrap(), round.to_be_bytes());
@@ -150,8 +180,12 @@ async fn higher_priority_goes_first() {
     let (mut low, _r1) = mux.open(0).await.unwrap();
     let (mut high, _r2) = mux.open(5).await.unwrap();
     // The duplex takes 16 bytes, so both are queued before any data leaves.
-    low.write_bytes(Bytes::from(vec![1; 200 << 10])).await.unwrap();
-    high.write_bytes(Bytes::from(vec![2; 100 << 10])).await.unwrap();
+    low.write_bytes(Bytes::from(vec![1; 200 << 10]))
+        .await
+        .unwrap();
+    high.write_bytes(Bytes::from(vec![2; 100 << 10]))
+        .await
+        .unwrap();
     high.finish().unwrap();
     let mut peer = Peer(b);
     let mut order = Vec::new();
@@ -159,7 +193,10 @@ async fn higher_priority_goes_first() {
         let (kind, id, _) = peer.next().await;
         order.push((kind, id));
     }
-    let data: Vec<_> = order.into_iter().filter(|(kind, _)| *kind != Kind::Open).collect();
+    let data: Vec<_> = order
+        .into_iter()
+        .filter(|(kind, _)| *kind != Kind::Open)
+        .collect();
     // At most the one batch that was under way when the higher one came.
     let before = data.iter().take_while(|(_, id)| *id == 1).count();
     assert!(before * MUX_FRAME_BYTES_MAX <= 256 << 10, "{data:?}");
@@ -178,7 +215,10 @@ async fn close_tells_the_reason_and_wakes_everybody() {
     tokio::time::sleep(Duration::from_millis(20)).await;
     b.close(CLOSE_DONE, "going home");
     let ended = a.closed().await;
-    assert!(ended.by_peer && ended.code == Some(CLOSE_DONE) && ended.reason == "going home", "{ended:?}");
+    assert!(
+        ended.by_peer && ended.code == Some(CLOSE_DONE) && ended.reason == "going home",
+        "{ended:?}"
+    );
     assert_eq!(waiting.await.unwrap(), Err(StreamEnd::LineGone));
     assert!(accepting.await.unwrap());
     assert!(a.open(0).await.is_err());
@@ -212,7 +252,11 @@ struct Writer {
 
 impl Writer {
     fn new(state: &mut State, piece: Bytes) -> Self {
-        Self { id: state.open(0).unwrap(), rest: piece, woken: Arc::new(Woken(AtomicBool::new(true))) }
+        Self {
+            id: state.open(0).unwrap(),
+            rest: piece,
+            woken: Arc::new(Woken(AtomicBool::new(true))),
+        }
     }
 
     /// As a runtime does: nothing happens unless it was woken.
@@ -220,7 +264,9 @@ impl Writer {
         if self.rest.is_empty() || !self.woken.0.swap(false, Ordering::SeqCst) {
             return;
         }
-        if let Poll::Ready(result) = state.poll_write(self.id, &mut self.rest, &Waker::from(self.woken.clone())) {
+        if let Poll::Ready(result) =
+            state.poll_write(self.id, &mut self.rest, &Waker::from(self.woken.clone()))
+        {
             result.unwrap();
             state.finish(self.id).unwrap();
         }
@@ -232,7 +278,9 @@ fn carry(from: &mut State, to: &mut State) -> bool {
     let mut batch = VecDeque::new();
     from.take_batch(&mut batch);
     let mut bytes = BytesMut::new();
-    batch.iter().for_each(|piece| bytes.extend_from_slice(piece));
+    batch
+        .iter()
+        .for_each(|piece| bytes.extend_from_slice(piece));
     let any = !bytes.is_empty();
     while !bytes.is_empty() {
         let header = read_header(bytes.split_to(HEADER_BYTES)[..].try_into().unwrap()).unwrap();
@@ -247,18 +295,29 @@ fn a_peer_that_reads_nothing_has_little_held_for_it_and_all_of_it_once_it_reads(
     const STREAMS: usize = 128;
     const PIECE: usize = 1 << 20;
     let now = Instant::now();
-    let (mut hub, mut site) = (State::new(End::Listening, RTT, now), State::new(End::Dialling, RTT, now));
+    let (mut hub, mut site) = (
+        State::new(End::Listening, RTT, now),
+        State::new(End::Dialling, RTT, now),
+    );
     // Of this each stream has another part.
     let mut noise = vec![0; PIECE + STREAMS];
     blake3::Hasher::new().finalize_xof().fill(&mut noise);
     let noise = Bytes::from(noise);
-    let mut writers: Vec<Writer> = (0..STREAMS).map(|n| Writer::new(&mut hub, noise.slice(n..n + PIECE))).collect();
+    let mut writers: Vec<Writer> = (0..STREAMS)
+        .map(|n| Writer::new(&mut hub, noise.slice(n..n + PIECE)))
+        .collect();
     for _ in 0..3 {
         writers.iter_mut().for_each(|writer| writer.go_on(&mut hub));
     }
     let taken: usize = writers.iter().map(|writer| PIECE - writer.rest.len()).sum();
-    assert!(taken <= MUX_LINE_QUEUE_BYTES + PIECE + STREAMS * MUX_STREAM_QUEUE_BYTES, "{taken}");
-    assert!(writers.iter().all(|writer| writer.rest.len() < PIECE), "no stream waits for what another has queued");
+    assert!(
+        taken <= MUX_QUEUE_BYTES + PIECE + STREAMS * MUX_STREAM_QUEUE_BYTES,
+        "{taken}"
+    );
+    assert!(
+        writers.iter().all(|writer| writer.rest.len() < PIECE),
+        "no stream waits for what another has queued"
+    );
 
     let mut reading: Vec<(usize, usize)> = (0..STREAMS).map(|n| (n, 0)).collect();
     while !reading.is_empty() {
@@ -270,7 +329,10 @@ fn a_peer_that_reads_nothing_has_little_held_for_it_and_all_of_it_once_it_reads(
                 match site.poll_read(writers[*n].id, usize::MAX, Waker::noop()) {
                     Poll::Pending => return true,
                     Poll::Ready(Ok(Some(bytes))) => {
-                        assert!(bytes == noise[*n + *read..][..bytes.len()], "stream {n} at {read}");
+                        assert!(
+                            bytes == noise[*n + *read..][..bytes.len()],
+                            "stream {n} at {read}"
+                        );
                         *read += bytes.len();
                     }
                     Poll::Ready(end) => {
@@ -290,7 +352,10 @@ fn what_is_given_up_leaves_its_room_in_the_queue() {
     for round in 0..100 {
         let mut writer = Writer::new(&mut state, piece.clone());
         writer.go_on(&mut state);
-        assert!(writer.rest.is_empty(), "nothing is queued, and in round {round} a piece is not taken whole");
+        assert!(
+            writer.rest.is_empty(),
+            "nothing is queued, and in round {round} a piece is not taken whole"
+        );
         // Some of it is sent before.
         state.take_batch(&mut VecDeque::new());
         state.reset(writer.id);
@@ -302,7 +367,12 @@ fn a_silent_peer_is_given_up() {
     let now = Instant::now();
     let mut state = State::new(End::Dialling, RTT, now);
     assert!(state.on_tick(now + Duration::from_secs(29)).is_ok());
-    assert!(state.on_tick(now + Duration::from_secs(30)).unwrap_err().contains("30 s"));
+    assert!(
+        state
+            .on_tick(now + Duration::from_secs(30))
+            .unwrap_err()
+            .contains("30 s")
+    );
     state.on_bytes(now + Duration::from_secs(30));
     assert!(state.on_tick(now + Duration::from_secs(59)).is_ok());
 }
@@ -312,7 +382,11 @@ async fn the_last_handle_closes() {
     let (a, b) = pair();
     let (send, recv) = a.open(0).await.unwrap();
     drop(a);
-    assert!(tokio::time::timeout(Duration::from_millis(50), b.closed()).await.is_err());
+    assert!(
+        tokio::time::timeout(Duration::from_millis(50), b.closed())
+            .await
+            .is_err()
+    );
     drop((send, recv));
     assert_eq!(b.closed().await.reason, "no longer used");
 }
@@ -347,8 +421,14 @@ async fn violation(frames: &[(Kind, u32, Vec<u8>)]) -> String {
     for (kind, stream, body) in frames {
         peer.send(*kind, *stream, body).await;
     }
-    let ended = tokio::time::timeout(Duration::from_secs(5), mux.closed()).await.expect("the line stands");
-    assert_eq!((ended.code, ended.by_peer), (Some(CLOSE_VIOLATION), false), "{ended:?}");
+    let ended = tokio::time::timeout(Duration::from_secs(5), mux.closed())
+        .await
+        .expect("the line stands");
+    assert_eq!(
+        (ended.code, ended.by_peer),
+        (Some(CLOSE_VIOLATION), false),
+        "{ended:?}"
+    );
     // The peer is told.
     loop {
         let (kind, _, body) = peer.next().await;
@@ -363,8 +443,13 @@ async fn violation(frames: &[(Kind, u32, Vec<u8>)]) -> String {
 async fn broken_rules_end_the_line() {
     let full = vec![0; MUX_FRAME_BYTES_MAX];
     let mut too_much = vec![(Kind::Open, 1, vec![])];
-    too_much.extend((0..=LINE_STREAM_WINDOW_BYTES as usize / full.len()).map(|_| (Kind::Data, 1, full.clone())));
-    let too_many: Vec<_> = (0..=LINE_STREAMS_MAX).map(|n| (Kind::Open, 2 * n + 1, vec![])).collect();
+    too_much.extend(
+        (0..=CONNECTION_STREAM_WINDOW_BYTES as usize / full.len())
+            .map(|_| (Kind::Data, 1, full.clone())),
+    );
+    let too_many: Vec<_> = (0..=CONNECTION_STREAMS_MAX)
+        .map(|n| (Kind::Open, 2 * n + 1, vec![]))
+        .collect();
     let pings: Vec<_> = (0..40_000).map(|_| (Kind::Ping, 0, vec![0; 8])).collect();
     for (frames, word) in [
         (vec![(Kind::Data, 1, b"x".to_vec())], "not open"),
@@ -372,7 +457,14 @@ async fn broken_rules_end_the_line() {
         (vec![(Kind::Open, 2, vec![])], "where 1 is next"),
         (vec![(Kind::Reset, 9, vec![])], "never was"),
         (vec![(Kind::Credit, 2, vec![0, 0, 0, 1])], "never was"),
-        (vec![(Kind::Open, 1, vec![]), (Kind::End, 1, vec![]), (Kind::Data, 1, b"x".to_vec())], "not open"),
+        (
+            vec![
+                (Kind::Open, 1, vec![]),
+                (Kind::End, 1, vec![]),
+                (Kind::Data, 1, b"x".to_vec()),
+            ],
+            "not open",
+        ),
         (too_much, "more data than it was allowed"),
         (too_many, "more than 256 streams"),
     ] {
@@ -396,11 +488,17 @@ async fn broken_rules_end_the_line() {
 
 #[tokio::test]
 async fn garbage_ends_the_line() {
-    for garbage in [&[0u8; 64][..], &[0xff; 64], b"GET / HTTP/1.1\r\nHost: hub\r\n\r\n"] {
+    for garbage in [
+        &[0u8; 64][..],
+        &[0xff; 64],
+        b"GET / HTTP/1.1\r\nHost: hub\r\n\r\n",
+    ] {
         let (a, mut b) = tokio::io::duplex(1 << 20);
         let mux = Mux::start(a, End::Listening, RTT, ());
         b.write_all(garbage).await.unwrap();
-        let ended = tokio::time::timeout(Duration::from_secs(5), mux.closed()).await.unwrap();
+        let ended = tokio::time::timeout(Duration::from_secs(5), mux.closed())
+            .await
+            .unwrap();
         assert_eq!(ended.code, Some(CLOSE_VIOLATION), "{ended:?}");
     }
 }

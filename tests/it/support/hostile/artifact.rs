@@ -1,4 +1,5 @@
-//! Artifacts that nobody checked: manifests written byte by byte, and frames whose fields need not fit.
+//! Artifacts that nobody checked: manifests written byte by byte, and frames whose fields need not
+//! fit.
 
 use std::collections::HashMap;
 
@@ -33,7 +34,11 @@ pub(crate) struct EntryPage {
 
 impl EntryPage {
     pub(crate) fn new() -> Self {
-        Self { bytes: vec![b'E'], chunks: Vec::new(), entries: 0 }
+        Self {
+            bytes: vec![b'E'],
+            chunks: Vec::new(),
+            entries: 0,
+        }
     }
 
     fn entry(&mut self, tag: u8, path: &[u8], mode: u64) {
@@ -61,7 +66,13 @@ impl EntryPage {
     }
 
     /// A file of any size and hash.
-    pub(crate) fn file_as(mut self, path: impl AsRef<[u8]>, size: u64, hash: Hash, mode: u64) -> Self {
+    pub(crate) fn file_as(
+        mut self,
+        path: impl AsRef<[u8]>,
+        size: u64,
+        hash: Hash,
+        mode: u64,
+    ) -> Self {
         self.entry(3, path.as_ref(), mode);
         number(&mut self.bytes, size);
         self.bytes.extend_from_slice(&hash.0);
@@ -97,7 +108,12 @@ pub(crate) struct IndexPage {
 
 impl IndexPage {
     pub(crate) fn new() -> Self {
-        Self { bytes: vec![b'I'], children: Vec::new(), chunks: 0, entries: 0 }
+        Self {
+            bytes: vec![b'I'],
+            children: Vec::new(),
+            chunks: 0,
+            entries: 0,
+        }
     }
 
     pub(crate) fn child(mut self, id: Hash, len: u64, chunks: u64, entries: u64) -> Self {
@@ -131,7 +147,12 @@ impl Artifact {
             "totals": {"files": 0, "dirs": 0, "symlinks": 0, "bytes": 0, "chunks": 0},
             "depth": 0, "pages": [],
         });
-        Self { root, frames: HashMap::new(), children: HashMap::new(), listed: Vec::new() }
+        Self {
+            root,
+            frames: HashMap::new(),
+            children: HashMap::new(),
+            listed: Vec::new(),
+        }
     }
 
     /// An honest artifact of these files (paths in the manifest's order).
@@ -150,7 +171,9 @@ impl Artifact {
 
     /// Adds to one of the totals.
     pub(crate) fn add(&mut self, total: &str, n: u64) {
-        let now = self.root["totals"][total].as_u64().expect("a total is a number");
+        let now = self.root["totals"][total]
+            .as_u64()
+            .expect("a total is a number");
         self.root["totals"][total] = now.saturating_add(n).into();
     }
 
@@ -180,7 +203,13 @@ impl Artifact {
     pub(crate) fn list(&mut self, page: &EntryPage, times: usize) -> Hash {
         let id = self.hold(&page.bytes);
         self.children.insert(id, page.chunks.clone());
-        self.list_as(id, page.bytes.len() as u64, page.chunks.len() as u64, page.entries, times);
+        self.list_as(
+            id,
+            page.bytes.len() as u64,
+            page.chunks.len() as u64,
+            page.entries,
+            times,
+        );
         id
     }
 
@@ -188,7 +217,13 @@ impl Artifact {
     pub(crate) fn list_index(&mut self, page: &IndexPage, times: usize) -> Hash {
         let id = self.hold(&page.bytes);
         self.children.insert(id, page.children.clone());
-        self.list_as(id, page.bytes.len() as u64, page.chunks, page.entries, times);
+        self.list_as(
+            id,
+            page.bytes.len() as u64,
+            page.chunks,
+            page.entries,
+            times,
+        );
         id
     }
 
@@ -241,17 +276,24 @@ impl Artifact {
 
     fn give_of(&self, ids: &[Hash], ranges: &[(u32, u32)], out: &mut Vec<u8>) {
         for (first, count) in ranges {
-            ids.iter().skip(*first as usize).take(*count as usize).for_each(|id| out.extend(self.give(*id)));
+            ids.iter()
+                .skip(*first as usize)
+                .take(*count as usize)
+                .for_each(|id| out.extend(self.give(*id)));
         }
     }
 
     fn give(&self, id: Hash) -> Vec<u8> {
         let lacks = br#"{"code":"not_found","message":"it lacks this","next":"","reason":"waiting_for_source","retry":"never"}"#;
-        self.frames.get(&id).cloned().unwrap_or_else(|| frame(Hash([0; 32]), 0, 255, lacks))
+        self.frames
+            .get(&id)
+            .cloned()
+            .unwrap_or_else(|| frame(Hash([0; 32]), 0, 255, lacks))
     }
 }
 
-/// A frame with these fields and the right sum: `codec` 0 is raw, 1 zstd, 2 lanes, 254 a difference, 255 a fault.
+/// A frame with these fields and the right sum: `codec` 0 is raw, 1 zstd, 2 lanes, 254 a
+/// difference, 255 a fault.
 pub(crate) fn frame(id: Hash, raw_len: u32, codec: u8, stored: &[u8]) -> Vec<u8> {
     let mut out = id.0.to_vec();
     out.extend(raw_len.to_le_bytes());

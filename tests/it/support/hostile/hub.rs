@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use base::limits::LINE_SEND_BYTES_MAX;
+use base::limits::CONNECTION_SEND_BYTES_MAX;
 use content::manifest::Digest;
 use serde_json::{Value, json};
 use transport::identity::HubIdentity;
@@ -24,10 +24,12 @@ impl FalseHub {
     pub(crate) fn take_over(hub: &mut Hub) -> Self {
         hub.kill();
         let name = "hub".parse().expect("the hub's name");
-        let identity = Arc::new(HubIdentity::open_or_create(&hub.data_dir, &name).expect("the hub's keys"));
+        let identity =
+            Arc::new(HubIdentity::open_or_create(&hub.data_dir, &name).expect("the hub's keys"));
         let _within = RUNTIME.enter();
         let line = over(packhorse::config::Transport::Auto);
-        let listener = Listener::bind(hub.quic, identity, &line, LINE_SEND_BYTES_MAX).expect("bind where the hub did");
+        let listener = Listener::bind(hub.quic, identity, &line, CONNECTION_SEND_BYTES_MAX)
+            .expect("bind where the hub did");
         Self { listener }
     }
 

@@ -1,7 +1,9 @@
-//! Hostile peers: a site, a publisher and a hub that hold real certificates and say whatever a test wants.
+//! Hostile peers: a site, a publisher and a hub that hold real certificates and say whatever a test
+//! wants.
 //!
-//! They use the program's own transport (QUIC or TCP + TLS), and write the bytes of streams by hand: the first byte of a stream, lengths
-//! and messages are the test's. Everything is blocking and has a deadline, so that a test reads from top to bottom.
+//! They use the program's own transport (QUIC or TCP + TLS), and write the bytes of streams by
+//! hand: the first byte of a stream, lengths and messages are the test's. Everything is blocking
+//! and has a deadline, so that a test reads from top to bottom.
 
 mod artifact;
 mod hub;
@@ -18,8 +20,13 @@ use std::time::Duration;
 use packhorse::config::{Congestion, Line, Transport};
 
 /// One runtime for all hostile peers of this process.
-static RUNTIME: LazyLock<tokio::runtime::Runtime> =
-    LazyLock::new(|| tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().expect("start a runtime"));
+static RUNTIME: LazyLock<tokio::runtime::Runtime> = LazyLock::new(|| {
+    tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .expect("start a runtime")
+});
 
 /// Runs a future to its end; panics when that takes longer than `limit`.
 #[track_caller]
@@ -30,7 +37,10 @@ fn within<T>(what: &str, limit: Duration, work: impl Future<Output = T>) -> T {
 
 /// The settings of a connection over this transport and no other.
 pub(crate) fn over(transport: Transport) -> Line {
-    Line { congestion: Congestion::Auto, transport }
+    Line {
+        congestion: Congestion::Auto,
+        transport,
+    }
 }
 
 /// Both transports, for tests that must hold over each.

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use base::limits::LINE_SEND_BYTES_MAX;
+use base::limits::CONNECTION_SEND_BYTES_MAX;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use exchange::wire::{FetchRequest, Wanted};
@@ -39,7 +39,10 @@ impl Identity {
     /// Enrols a publisher.
     #[track_caller]
     pub(crate) fn publisher(hub: &Hub, name: &str, line: Line) -> Self {
-        let token = hub.cli(&["token", "create", "--publisher", name]).expect(0).out;
+        let token = hub
+            .cli(&["token", "create", "--publisher", name])
+            .expect(0)
+            .out;
         Self::join(hub, token.trim(), &Claim::Publisher, line)
     }
 
@@ -48,14 +51,34 @@ impl Identity {
         let token: JoinToken = token.parse().expect("a join token");
         let address = hub.quic.to_string();
         let request = CertificateRequest::new().expect("a key");
-        let identity = within("join the hub", secs(20), transport::join(&address, &token, claim, &line, request)).expect("join the hub");
-        Self { identity, hub: address, line }
+        let identity = within(
+            "join the hub",
+            secs(20),
+            transport::join(&address, &token, claim, &line, request),
+        )
+        .expect("join the hub");
+        Self {
+            identity,
+            hub: address,
+            line,
+        }
     }
 
     /// Connects, and fails with what the hub says.
     pub(crate) fn try_dial(&self) -> Result<Connection, String> {
-        let dialled = within("dial the hub", secs(30), transport::dial(&self.hub, &self.identity, &self.line, LINE_SEND_BYTES_MAX));
-        dialled.map(Connection::new).map_err(|fault| fault.to_string())
+        let dialled = within(
+            "dial the hub",
+            secs(30),
+            transport::dial(
+                &self.hub,
+                &self.identity,
+                &self.line,
+                CONNECTION_SEND_BYTES_MAX,
+            ),
+        );
+        dialled
+            .map(Connection::new)
+            .map_err(|fault| fault.to_string())
     }
 
     /// Connects.
@@ -126,7 +149,12 @@ impl Connection {
     /// Opens a fetch stream with this request. Its answer is read with [`Stream::read_to_end`].
     #[track_caller]
     pub(crate) fn fetch(&self, digest: content::manifest::Digest, wants: Vec<Wanted>) -> Stream {
-        let request = postcard::to_stdvec(&FetchRequest { digest, priority: 0, wants }).expect("postcard");
+        let request = postcard::to_stdvec(&FetchRequest {
+            digest,
+            priority: 0,
+            wants,
+        })
+        .expect("postcard");
         let mut stream = self.open(b"F");
         // A refusal may come before all of a request is written.
         let _ = stream.write(&framed(&request));
@@ -134,8 +162,8 @@ impl Connection {
         stream
     }
 
-    /// Answers what the other end fetches out of these artifacts, and every question with no, in the background. The counter counts
-    /// the fetch requests.
+    /// Answers what the other end fetches out of these artifacts, and every question with no, in
+    /// the background. The counter counts the fetch requests.
     pub(crate) fn serve(&self, artifacts: Vec<Artifact>) -> Arc<AtomicUsize> {
         let asked = Arc::new(AtomicUsize::new(0));
         let (link, counter, artifacts) = (self.link.clone(), asked.clone(), Arc::new(artifacts));
@@ -150,7 +178,8 @@ impl Connection {
     /// The next stream that the other end opens, with its first byte.
     #[track_caller]
     pub(crate) fn accept(&self, limit: Duration) -> (u8, Stream) {
-        let (send, recv) = within("the other end opens a stream", limit, self.link.accept()).expect("the connection is open");
+        let (send, recv) = within("the other end opens a stream", limit, self.link.accept())
+            .expect("the connection is open");
         let mut stream = Stream { send, recv };
         let kind = stream.read(1, limit).expect("a stream has a first byte")[0];
         (kind, stream)
@@ -167,15 +196,24 @@ impl Connection {
     }
 }
 
-async fn answer(mut send: SendHalf, mut recv: RecvHalf, artifacts: Arc<Vec<Artifact>>, counter: Arc<AtomicUsize>) -> Option<()> {
+async fn answer(
+    mut send: SendHalf,
+    mut recv: RecvHalf,
+    artifacts: Arc<Vec<Artifact>>,
+    counter: Arc<AtomicUsize>,
+) -> Option<()> {
     let mut kind = [0];
     recv.read_exact(&mut kind).await.ok()?;
-    let text = exchange::wire::receive_bytes(&mut recv, ANSWER_BYTES_MAX).await.ok()?;
+    let text = exchange::wire::receive_bytes(&mut recv, ANSWER_BYTES_MAX)
+        .await
+        .ok()?;
     if kind == *b"F" {
         counter.fetch_add(1, Ordering::Relaxed);
         let request: FetchRequest = postcard::from_bytes(&text).ok()?;
         let artifact = artifacts.iter().find(|a| a.digest() == request.digest)?;
-        send.write_all(&artifact.answer(&request.wants)).await.ok()?;
+        send.write_all(&artifact.answer(&request.wants))
+            .await
+            .ok()?;
     } else {
         let no = json!({"Err": {"code": "usage", "message": "no", "next": "", "reason": "internal", "retry": "never"}});
         exchange::wire::send(&mut send, &no).await.ok()?;
@@ -185,7 +223,10 @@ async fn answer(mut send: SendHalf, mut recv: RecvHalf, artifacts: Arc<Vec<Artif
 
 /// Bytes behind their length.
 pub(crate) fn framed(bytes: &[u8]) -> Vec<u8> {
-    let mut out = u32::try_from(bytes.len()).expect("a length").to_le_bytes().to_vec();
+    let mut out = u32::try_from(bytes.len())
+        .expect("a length")
+        .to_le_bytes()
+        .to_vec();
     out.extend_from_slice(bytes);
     out
 }
@@ -199,7 +240,8 @@ pub(crate) struct Stream {
 impl Stream {
     /// Writes bytes; fails when the other end stopped the stream or the connection.
     pub(crate) fn write(&mut self, bytes: &[u8]) -> Result<(), String> {
-        within("write to a stream", secs(60), self.send.write_all(bytes)).map_err(|fault| fault.to_string())
+        within("write to a stream", secs(60), self.send.write_all(bytes))
+            .map_err(|fault| fault.to_string())
     }
 
     /// Writes one message behind its length.
@@ -215,18 +257,32 @@ impl Stream {
     /// Reads so many bytes.
     pub(crate) fn read(&mut self, len: usize, limit: Duration) -> Result<Vec<u8>, String> {
         let mut bytes = vec![0; len];
-        within("read from a stream", limit, self.recv.read_exact(&mut bytes)).map_err(|fault| fault.to_string())?;
+        within(
+            "read from a stream",
+            limit,
+            self.recv.read_exact(&mut bytes),
+        )
+        .map_err(|fault| fault.to_string())?;
         Ok(bytes)
     }
 
     /// Reads one message behind its length.
     pub(crate) fn receive(&mut self, limit: Duration) -> Result<Value, String> {
-        let text = within("read a message", limit, exchange::wire::receive_bytes(&mut self.recv, ANSWER_BYTES_MAX));
+        let text = within(
+            "read a message",
+            limit,
+            exchange::wire::receive_bytes(&mut self.recv, ANSWER_BYTES_MAX),
+        );
         serde_json::from_slice(&text.map_err(|fault| fault.to_string())?).map_err(|e| e.to_string())
     }
 
     /// Reads all that comes until the end of the stream.
     pub(crate) fn read_to_end(&mut self, limit: Duration) -> Result<Vec<u8>, String> {
-        within("read a stream to its end", limit, self.recv.read_to_end(ANSWER_BYTES_MAX)).map_err(|fault| fault.to_string())
+        within(
+            "read a stream to its end",
+            limit,
+            self.recv.read_to_end(ANSWER_BYTES_MAX),
+        )
+        .map_err(|fault| fault.to_string())
     }
 }

@@ -1,4 +1,5 @@
-//! Manifests written byte by byte: each that is malformed is refused, and a survey of it still finds what it names.
+//! Manifests written byte by byte: each that is malformed is refused, and a survey of it still
+//! finds what it names.
 
 use proptest::prelude::*;
 
@@ -77,8 +78,19 @@ impl Page {
     fn put(&self, memory: &Memory) -> PageRef {
         let id = Hash::of(&self.bytes);
         memory.0.borrow_mut().insert(id, self.bytes.clone().into());
-        let Totals { files, dirs, symlinks, chunks, .. } = self.totals;
-        PageRef { id, len: self.bytes.len() as u32, chunks, entries: files + dirs + symlinks }
+        let Totals {
+            files,
+            dirs,
+            symlinks,
+            chunks,
+            ..
+        } = self.totals;
+        PageRef {
+            id,
+            len: self.bytes.len() as u32,
+            chunks,
+            entries: files + dirs + symlinks,
+        }
     }
 
     /// A manifest of this page, so many times.
@@ -92,7 +104,15 @@ impl Page {
             chunks: t.chunks * times,
         };
         let pages = vec![self.put(memory); times as usize];
-        Root { format: 1, kind: Kind::Dataset, info: KindInfo::Files, chunking: DEFAULT_CHUNKING, totals, depth: 0, pages }
+        Root {
+            format: 1,
+            kind: Kind::Dataset,
+            info: KindInfo::Files,
+            chunking: DEFAULT_CHUNKING,
+            totals,
+            depth: 0,
+            pages,
+        }
     }
 }
 
@@ -108,8 +128,15 @@ fn checked(root: &Root, memory: &Memory) -> Result<(), Fault> {
 fn refused(name: &str, root: &Root, memory: &Memory, why: &str) {
     let fault = checked(root, memory).expect_err(name);
     assert_eq!(fault.code, Code::Integrity, "{name}: {fault}");
-    assert!(fault.message.starts_with(&format!("{}/x:1: ", root.kind)) && fault.message.contains(why), "{name}: {fault}");
-    assert!(fault.message.len() < 10_000, "{name}: {} bytes", fault.message.len());
+    assert!(
+        fault.message.starts_with(&format!("{}/x:1: ", root.kind)) && fault.message.contains(why),
+        "{name}: {fault}"
+    );
+    assert!(
+        fault.message.len() < 10_000,
+        "{name}: {} bytes",
+        fault.message.len()
+    );
     // Whoever must not lose what it may need reads it all the same.
     survey(root, memory, &mut Default::default(), &mut |_| ()).unwrap();
 }
@@ -122,7 +149,11 @@ fn malformed_paths_and_orders_are_refused() {
     let too_long = vec!["d".repeat(200); 30].join("/");
     for (name, page, why) in [
         ("dotdot", page().file("../evil", 1), "contains \"..\""),
-        ("inner dotdot", page().dir("a").file("a/../../evil", 1), "contains \"..\""),
+        (
+            "inner dotdot",
+            page().dir("a").file("a/../../evil", 1),
+            "contains \"..\"",
+        ),
         ("absolute", page().file("/etc/evil", 1), "absolute"),
         ("nul", page().file("a\0b", 1), "NUL"),
         ("long", page().file(&long, 1), "longer than 255"),
@@ -132,18 +163,39 @@ fn malformed_paths_and_orders_are_refused() {
         ("dot", page().file("a/./b", 1), "contains \".\""),
         ("empty", page().file("", 1), "empty"),
         ("slash at the end", page().file("a/", 1), "empty"),
-        ("through a link", page().link("d", "x").file("d/evil", 1), "not inside a folder"),
-        ("under a file", page().file("d", 1).file("d/evil", 1), "not inside a folder"),
+        (
+            "through a link",
+            page().link("d", "x").file("d/evil", 1),
+            "not inside a folder",
+        ),
+        (
+            "under a file",
+            page().file("d", 1).file("d/evil", 1),
+            "not inside a folder",
+        ),
         ("order", page().file("b", 1).file("a", 1), "out of order"),
-        ("twice", page().file("a", 1).file("a", 1), "out of order or there twice"),
-        ("folder and file", page().dir("a").file("a", 1), "out of order or there twice"),
+        (
+            "twice",
+            page().file("a", 1).file("a", 1),
+            "out of order or there twice",
+        ),
+        (
+            "folder and file",
+            page().dir("a").file("a", 1),
+            "out of order or there twice",
+        ),
         ("mode", page().file_as("a", 1, 0o10644), "mode"),
         ("huge mode", page().file_as("a", 1, u64::MAX), "mode"),
     ] {
         refused(name, &page.times(&memory, 1), &memory, why);
     }
     // The same page many times.
-    refused("7,800 times", &page().file("a", 1).times(&memory, 7_800), &memory, "out of order or there twice");
+    refused(
+        "7,800 times",
+        &page().file("a", 1).times(&memory, 7_800),
+        &memory,
+        "out of order or there twice",
+    );
 }
 
 #[test]
@@ -157,30 +209,94 @@ fn totals_and_sizes_that_do_not_fit_are_refused() {
     };
     for (name, root) in [
         ("bytes", with(&|r| r.totals.bytes = 1 << 62)),
-        ("chunks", with(&|r| (r.totals.chunks, r.pages[0].chunks) = (1 << 63, 1 << 63))),
-        ("a page that lies", with(&|r| (r.totals.chunks, r.pages[0].chunks) = (7, 7))),
-        ("entries", with(&|r| (r.totals.files, r.pages[0].entries) = (7, 7))),
-        ("dirs for files", with(&|r| (r.totals.files, r.totals.dirs) = (0, 1))),
+        (
+            "chunks",
+            with(&|r| (r.totals.chunks, r.pages[0].chunks) = (1 << 63, 1 << 63)),
+        ),
+        (
+            "a page that lies",
+            with(&|r| (r.totals.chunks, r.pages[0].chunks) = (7, 7)),
+        ),
+        (
+            "entries",
+            with(&|r| (r.totals.files, r.pages[0].entries) = (7, 7)),
+        ),
+        (
+            "dirs for files",
+            with(&|r| (r.totals.files, r.totals.dirs) = (0, 1)),
+        ),
         ("page length", with(&|r| r.pages[0].len += 1)),
         ("large page", with(&|r| r.pages[0].len = 1 << 20)),
         ("depth", with(&|r| r.depth = 255)),
         ("an entry page as an index", with(&|r| r.depth = 1)),
         ("no page", with(&|r| r.pages.clear())),
-        ("a page that holds nothing", with(&|r| r.pages.push(PageRef { chunks: 0, entries: 0, ..r.pages[0] }))),
+        (
+            "a page that holds nothing",
+            with(&|r| {
+                r.pages.push(PageRef {
+                    chunks: 0,
+                    entries: 0,
+                    ..r.pages[0]
+                })
+            }),
+        ),
     ] {
         refused(name, &root, &memory, "");
     }
     for (name, page, why) in [
-        ("uncovered", page().file("big", 1 << 50).chunk(b"x", 1), "less than the file"),
-        ("u64max", page().file("max", u64::MAX).chunk(b"x", 1), "less than the file"),
-        ("overflow", page().file("a", u64::MAX).file("b", u64::MAX), "than the file"),
-        ("chunks of an empty file", page().file("a", 0).chunk(b"x", 1), "more than the file"),
-        ("chunk without a file", page().chunk(b"x", 1), "more than the file"),
-        ("chunk of a folder", page().dir("a").chunk(b"x", 1), "more than the file"),
-        ("empty chunk", page().file("a", 300 << 10).chunk(b"x", 0), "more than the file"),
-        ("too much", page().file("a", 300 << 10).chunk(b"x", 256 << 10).chunk(b"y", 256 << 10), "more than the file"),
-        ("large chunk", page().file("a", 300 << 10).chunk(b"x", 300 << 10), "over 262144"),
-        ("larger chunk", page().file("a", 3 << 20).chunk(b"x", 3 << 20), "over 1048576"),
+        (
+            "uncovered",
+            page().file("big", 1 << 50).chunk(b"x", 1),
+            "less than the file",
+        ),
+        (
+            "u64max",
+            page().file("max", u64::MAX).chunk(b"x", 1),
+            "less than the file",
+        ),
+        (
+            "overflow",
+            page().file("a", u64::MAX).file("b", u64::MAX),
+            "than the file",
+        ),
+        (
+            "chunks of an empty file",
+            page().file("a", 0).chunk(b"x", 1),
+            "more than the file",
+        ),
+        (
+            "chunk without a file",
+            page().chunk(b"x", 1),
+            "more than the file",
+        ),
+        (
+            "chunk of a folder",
+            page().dir("a").chunk(b"x", 1),
+            "more than the file",
+        ),
+        (
+            "empty chunk",
+            page().file("a", 300 << 10).chunk(b"x", 0),
+            "more than the file",
+        ),
+        (
+            "too much",
+            page()
+                .file("a", 300 << 10)
+                .chunk(b"x", 256 << 10)
+                .chunk(b"y", 256 << 10),
+            "more than the file",
+        ),
+        (
+            "large chunk",
+            page().file("a", 300 << 10).chunk(b"x", 300 << 10),
+            "over 262144",
+        ),
+        (
+            "larger chunk",
+            page().file("a", 3 << 20).chunk(b"x", 3 << 20),
+            "over 1048576",
+        ),
     ] {
         refused(name, &page.times(&memory, 1), &memory, why);
     }
@@ -193,10 +309,26 @@ fn links_that_leave_or_cannot_be_made_are_refused() {
     for (name, page, why) in [
         ("absolute", page().link("l", "/etc/passwd"), "absolute path"),
         ("up", page().link("l", "../x"), "leaves the folder"),
-        ("up from within", page().dir("a").link("a/l", "../../x"), "leaves the folder"),
-        ("through a link", page().link("k", ".").link("l", "k/../x"), "steps back from"),
-        ("through nothing", page().link("l", "nowhere/../x"), "steps back from"),
-        ("through a file", page().file("a", 1).link("l", "a/../x"), "steps back from"),
+        (
+            "up from within",
+            page().dir("a").link("a/l", "../../x"),
+            "leaves the folder",
+        ),
+        (
+            "through a link",
+            page().link("k", ".").link("l", "k/../x"),
+            "steps back from",
+        ),
+        (
+            "through nothing",
+            page().link("l", "nowhere/../x"),
+            "steps back from",
+        ),
+        (
+            "through a file",
+            page().file("a", 1).link("l", "a/../x"),
+            "steps back from",
+        ),
         ("no target", page().link("l", ""), "0 bytes"),
         ("nul", page().link("l", "a\0b"), "NUL"),
         ("long", page().link("l", &long), "4096 bytes"),
@@ -204,20 +336,42 @@ fn links_that_leave_or_cannot_be_made_are_refused() {
     ] {
         refused(name, &page.times(&memory, 1), &memory, why);
     }
-    let fine = page().dir("a").link("a/l", "../z/../a").link("b", "a/l").link("c", "./x\ny").dir("z");
+    let fine = page()
+        .dir("a")
+        .link("a/l", "../z/../a")
+        .link("b", "a/l")
+        .link("c", "./x\ny")
+        .dir("z");
     checked(&fine.times(&memory, 1), &memory).unwrap();
 }
 
 #[test]
 fn what_does_not_fit_the_kind_is_refused() {
     let memory = Memory::default();
-    let as_kind = |page: &Page, kind, info: &KindInfo| Root { kind, info: info.clone(), ..page.times(&memory, 1) };
+    let as_kind = |page: &Page, kind, info: &KindInfo| Root {
+        kind,
+        info: info.clone(),
+        ..page.times(&memory, 1)
+    };
     let top = Sha256::of(b"top");
     let image = |digest: &str, size| {
-        KindInfo::Image(ImageInfo { media_type: "x".into(), digest: digest.into(), size, platforms: vec![], absent: vec![] })
+        KindInfo::Image(ImageInfo {
+            media_type: "x".into(),
+            digest: digest.into(),
+            size,
+            platforms: vec![],
+            absent: vec![],
+        })
     };
     let sound = image(&top.to_string(), 3);
-    let blob = |path: &str| page().dir("blobs").dir("blobs/sha256").file(path, 3).file("index.json", 2).file("oci-layout", 2);
+    let blob = |path: &str| {
+        page()
+            .dir("blobs")
+            .dir("blobs/sha256")
+            .file(path, 3)
+            .file("index.json", 2)
+            .file("oci-layout", 2)
+    };
     let layout = blob(&top.layout_path());
     checked(&as_kind(&layout, Kind::Image, &sound), &memory).unwrap();
     let other = Sha256::of(b"other").layout_path();
@@ -229,7 +383,11 @@ fn what_does_not_fit_the_kind_is_refused() {
         ("huge", &layout, image(&top.to_string(), 1 << 40)),
         ("no top manifest", &blob(&other), sound.clone()),
         ("a stranger", &layout.clone().file("z", 1), sound.clone()),
-        ("a link", &layout.clone().link("z", "oci-layout"), sound.clone()),
+        (
+            "a link",
+            &layout.clone().link("z", "oci-layout"),
+            sound.clone(),
+        ),
         ("no blob's name", &blob("blobs/sha256/zz"), sound.clone()),
         ("of files", &layout, KindInfo::Files),
     ] {
@@ -237,16 +395,42 @@ fn what_does_not_fit_the_kind_is_refused() {
     }
     let labels = |classes, dataset| {
         let format = "csv".to_owned();
-        KindInfo::Labels(LabelsInfo { dataset, samples: 1, annotations: 1, classes, format })
+        KindInfo::Labels(LabelsInfo {
+            dataset,
+            samples: 1,
+            annotations: 1,
+            classes,
+            format,
+        })
     };
-    let bound = |name: &str| Some(DatasetBinding { artifact: name.parse().unwrap(), digest: Hash::of(b"d") });
-    let files = page().file(ANNOTATIONS, 9).file(CLASSES, 9).file(SAMPLES, 9);
-    checked(&as_kind(&files, Kind::Labels, &labels(1, bound("dataset/d:1"))), &memory).unwrap();
+    let bound = |name: &str| {
+        Some(DatasetBinding {
+            artifact: name.parse().unwrap(),
+            digest: Hash::of(b"d"),
+        })
+    };
+    let files = page()
+        .file(ANNOTATIONS, 9)
+        .file(CLASSES, 9)
+        .file(SAMPLES, 9);
+    checked(
+        &as_kind(&files, Kind::Labels, &labels(1, bound("dataset/d:1"))),
+        &memory,
+    )
+    .unwrap();
     for (name, page, info) in [
         ("bound to a model", &files, labels(1, bound("model/d:1"))),
         ("many classes", &files, labels(1 << 63, None)),
-        ("two files", &page().file(ANNOTATIONS, 9).file(CLASSES, 9), labels(1, None)),
-        ("another file", &page().file(ANNOTATIONS, 9).file(CLASSES, 9).file("x", 9), labels(1, None)),
+        (
+            "two files",
+            &page().file(ANNOTATIONS, 9).file(CLASSES, 9),
+            labels(1, None),
+        ),
+        (
+            "another file",
+            &page().file(ANNOTATIONS, 9).file(CLASSES, 9).file("x", 9),
+            labels(1, None),
+        ),
         ("of files", &files, KindInfo::Files),
     ] {
         refused(name, &as_kind(page, Kind::Labels, &info), &memory, "");
@@ -257,7 +441,10 @@ fn what_does_not_fit_the_kind_is_refused() {
     }
     let dataset = page().file("a", 1).times(&memory, 1);
     let fault = check(&"model/x:1".parse().unwrap(), &dataset, &memory).unwrap_err();
-    assert!(fault.message.contains("the manifest of a dataset"), "{fault}");
+    assert!(
+        fault.message.contains("the manifest of a dataset"),
+        "{fault}"
+    );
 }
 
 #[test]
@@ -294,7 +481,10 @@ fn a_page_that_is_listed_often_is_read_once() {
 #[test]
 fn no_more_than_the_permission_bits_are_read() {
     let memory = Memory::default();
-    let root = page().file_as("a", 1, 0o6755).file_as("b", 1, 0o7777).times(&memory, 1);
+    let root = page()
+        .file_as("a", 1, 0o6755)
+        .file_as("b", 1, 0o7777)
+        .times(&memory, 1);
     checked(&root, &memory).unwrap();
     let modes = Walk::new(&root, &memory).filter_map(|step| match step.unwrap() {
         Step::Entry { entry, .. } => Some(entry.mode),
@@ -308,25 +498,57 @@ fn a_survey_finds_what_malformed_and_torn_pages_name() {
     let memory = Memory::default();
     let named = |root: &Root| {
         let mut out = Vec::new();
-        let faults = survey(root, &memory, &mut Default::default(), &mut |named| out.push(named)).unwrap();
+        let faults = survey(root, &memory, &mut Default::default(), &mut |named| {
+            out.push(named)
+        })
+        .unwrap();
         (out, faults)
     };
-    let bad = page().file("../evil", 300 << 10).chunk(b"1", 1).chunk(b"2", 2).link("a", "/").file("/", 7);
+    let bad = page()
+        .file("../evil", 300 << 10)
+        .chunk(b"1", 1)
+        .chunk(b"2", 2)
+        .link("a", "/")
+        .file("/", 7);
     let root = bad.times(&memory, 1);
     let (found, faults) = named(&root);
-    let chunk = |id: &[u8], len| Named::Chunk(super::super::ChunkRef { id: Hash::of(id), len });
-    let file = |path: &[u8], size| Named::File { hash: Hash::of(path), size };
-    let all = [Named::Page(root.pages[0].id), file(b"../evil", 300 << 10), chunk(b"1", 1), chunk(b"2", 2), file(b"/", 7)];
+    let chunk = |id: &[u8], len| {
+        Named::Chunk(super::super::ChunkRef {
+            id: Hash::of(id),
+            len,
+        })
+    };
+    let file = |path: &[u8], size| Named::File {
+        hash: Hash::of(path),
+        size,
+    };
+    let all = [
+        Named::Page(root.pages[0].id),
+        file(b"../evil", 300 << 10),
+        chunk(b"1", 1),
+        chunk(b"2", 2),
+        file(b"/", 7),
+    ];
     assert_eq!((found.as_slice(), faults.len()), (&all[..], 0));
     // A page that breaks off, one that is gone, and one behind them.
     let mut torn = bad;
     torn.bytes.extend([3, 0, 9]);
     let mut root = torn.times(&memory, 1);
-    root.pages.push(PageRef { id: Hash::of(b"gone"), ..root.pages[0] });
+    root.pages.push(PageRef {
+        id: Hash::of(b"gone"),
+        ..root.pages[0]
+    });
     root.pages.push(page().chunk(b"3", 3).put(&memory));
     let (found, faults) = named(&root);
     assert_eq!((&found[1..5], faults.len()), (&all[1..], 2));
-    assert_eq!(found[5..], [Named::Page(Hash::of(b"gone")), Named::Page(root.pages[2].id), chunk(b"3", 3)]);
+    assert_eq!(
+        found[5..],
+        [
+            Named::Page(Hash::of(b"gone")),
+            Named::Page(root.pages[2].id),
+            chunk(b"3", 3)
+        ]
+    );
     // Nothing that was read before is read again, and whoever cannot read its disk is told.
     let mut seen = root.pages.iter().map(|page| page.id).collect();
     let mut again = 0;

@@ -20,8 +20,17 @@ struct Watched {
 fn watched() -> Watched {
     let f = fixture();
     let folder = f.dir.path().join("set").canonicalize().unwrap();
-    let published = f.publish(&folder, Some(&Place::Folder { path: folder.clone() }));
-    Watched { f, folder, published }
+    let published = f.publish(
+        &folder,
+        Some(&StorageLocation::Folder {
+            path: folder.clone(),
+        }),
+    );
+    Watched {
+        f,
+        folder,
+        published,
+    }
 }
 
 /// As if it was published now: its files are newer than what may be the difference of two clocks.
@@ -37,7 +46,10 @@ fn old() -> Mark {
 impl Watched {
     fn stopped_look(&self, mark: &mut Mark, stop: &CancellationToken) -> Option<Look> {
         let InPlace { ingested, place } = &self.published;
-        self.f.origin.look(ingested.digest, &ingested.root, place, mark, false, stop).unwrap()
+        self.f
+            .origin
+            .look(ingested.digest, &ingested.root, place, mark, false, stop)
+            .unwrap()
     }
 
     fn look(&self, mark: &mut Mark) -> Option<Look> {
@@ -46,7 +58,14 @@ impl Watched {
 
     #[track_caller]
     fn sound(&self, mark: &mut Mark, read: u64) {
-        assert_eq!(self.look(mark), Some(Look { changed: 0, first: None, read }));
+        assert_eq!(
+            self.look(mark),
+            Some(Look {
+                changed: 0,
+                first: None,
+                read
+            })
+        );
     }
 
     /// One file changed: the path that is told, and why.
@@ -54,8 +73,11 @@ impl Watched {
     fn wrong(&self, mark: &mut Mark, path: &str, why: &str) {
         let look = self.look(mark).unwrap();
         assert_eq!(look.changed, 1, "{look:?}");
-        let expected = format!("{} changed after it was published: {why}", self.folder.join(path).display());
-        assert_eq!(look.told(), Some(expected));
+        let expected = format!(
+            "{} changed after it was published: {why}",
+            self.folder.join(path).display()
+        );
+        assert_eq!(look.message(), Some(expected));
     }
 }
 
@@ -91,11 +113,20 @@ fn other_content_under_the_same_size_and_time_is_found() {
     let good = fs::read(&path).unwrap();
     let time = fs::metadata(&path).unwrap().modified().unwrap();
     fs::write(&path, random(5_000, 9)).unwrap();
-    fs::File::options().write(true).open(&path).unwrap().set_modified(time).unwrap();
+    fs::File::options()
+        .write(true)
+        .open(&path)
+        .unwrap()
+        .set_modified(time)
+        .unwrap();
     for _ in 0..2 {
         w.wrong(&mut mark, "sub/b.bin", "its content is another");
     }
-    assert_eq!(w.look(&mut mark).unwrap().read, 5_000, "and nothing but that file is read");
+    assert_eq!(
+        w.look(&mut mark).unwrap().read,
+        5_000,
+        "and nothing but that file is read"
+    );
     fs::write(&path, good).unwrap();
     w.sound(&mut mark, 5_000);
 }
@@ -103,7 +134,11 @@ fn other_content_under_the_same_size_and_time_is_found() {
 #[test]
 fn another_size_and_what_is_gone_are_found_without_reading() {
     let w = watched();
-    let (a, b, empty) = (w.folder.join("a.bin"), w.folder.join("sub/b.bin"), w.folder.join("sub/empty"));
+    let (a, b, empty) = (
+        w.folder.join("a.bin"),
+        w.folder.join("sub/b.bin"),
+        w.folder.join("sub/empty"),
+    );
     let good = fs::read(&a).unwrap();
     fs::write(&a, &good[..100]).unwrap();
     w.wrong(&mut old(), "a.bin", "it has 100 bytes now, and had 300000");
@@ -115,7 +150,11 @@ fn another_size_and_what_is_gone_are_found_without_reading() {
     fs::write(&empty, b"not any more").unwrap();
     let look = w.look(&mut old()).unwrap();
     assert_eq!((look.changed, look.read), (2, 0));
-    assert!(look.told().unwrap().ends_with("a.bin changed after it was published: it is gone; so did another file"));
+    assert!(
+        look.message()
+            .unwrap()
+            .ends_with("a.bin changed after it was published: it is gone; so did another file")
+    );
     fs::remove_dir_all(w.folder.join("sub")).unwrap();
     fs::write(w.folder.join("sub"), b"a file where a folder was").unwrap();
     assert_eq!(w.look(&mut old()).unwrap().changed, 3);
@@ -137,7 +176,11 @@ fn of_a_folder_that_is_away_nothing_is_said() {
     fs::create_dir(&w.folder).unwrap();
     assert_eq!(w.look(&mut fresh()), None, "an empty mount point");
     fs::write(w.folder.join("other.txt"), b"in use").unwrap();
-    assert_eq!(w.look(&mut fresh()).unwrap().changed, 3, "a folder with something in it is no mount point");
+    assert_eq!(
+        w.look(&mut fresh()).unwrap().changed,
+        3,
+        "a folder with something in it is no mount point"
+    );
     fs::remove_dir_all(&w.folder).unwrap();
     durable::rename_noreplace(&away, &w.folder).unwrap();
     w.sound(&mut fresh(), 305_000);
@@ -158,15 +201,25 @@ fn what_had_to_be_written_is_looked_at_too() {
     let published = f.publish(&folder, None);
     fs::remove_dir_all(&folder).unwrap();
     let kept = kept(&f, &published);
-    assert_eq!(published.place, Place::Folder { path: kept.clone() });
-    let w = Watched { f, folder: kept.clone(), published };
+    assert_eq!(
+        published.place,
+        StorageLocation::Folder { path: kept.clone() }
+    );
+    let w = Watched {
+        f,
+        folder: kept.clone(),
+        published,
+    };
     w.sound(&mut fresh(), 305_000);
     fs::remove_file(kept.join("a.bin")).unwrap();
     w.wrong(&mut old(), "a.bin", "it is gone");
 }
 
 fn kept(f: &Fixture, published: &InPlace) -> PathBuf {
-    f.dir.path().join("data/published").join(published.ingested.digest.hex())
+    f.dir
+        .path()
+        .join("data/published")
+        .join(published.ingested.digest.hex())
 }
 
 #[test]

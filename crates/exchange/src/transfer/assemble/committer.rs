@@ -1,4 +1,5 @@
-//! The group commit: syncs what was written, and only then lets the index and the journal speak of it.
+//! The group commit: syncs what was written, and only then lets the index and the journal speak of
+//! it.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -11,7 +12,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::growing::Growing;
 use super::{Counters, DIRTY_FILES_MAX, Dest, Done, Failure, SYNC_ALL_FROM};
-use crate::chunk_index::{At, Commit, Journal, Places};
+use crate::chunk_index::{At, ChunkIndex, Commit, Journal};
 use base::durable;
 use base::fault::{Fault, IoContext};
 use base::limits::{COMMIT_BYTES, COMMIT_EVERY};
@@ -31,7 +32,7 @@ pub(super) struct Fresh {
 
 pub(super) struct Committer {
     pub(super) stage: Arc<Stage>,
-    pub(super) places: Arc<Places>,
+    pub(super) chunk_index: Arc<ChunkIndex>,
     pub(super) journal: Arc<RwLock<Journal>>,
     pub(super) place: u32,
     pub(super) counters: Arc<Counters>,
@@ -63,7 +64,10 @@ impl Committer {
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => return self.flush(true),
             }
-            if self.unsynced >= COMMIT_BYTES || self.large.len() >= DIRTY_FILES_MAX || last.elapsed() >= COMMIT_EVERY {
+            if self.unsynced >= COMMIT_BYTES
+                || self.large.len() >= DIRTY_FILES_MAX
+                || last.elapsed() >= COMMIT_EVERY
+            {
                 self.flush(false)?;
                 last = Instant::now();
             }
@@ -71,18 +75,42 @@ impl Committer {
     }
 
     fn take(&mut self, done: Done) {
-        let Done { dest, chunks, bytes, written, synced, uncommitted } = done;
+        let Done {
+            dest,
+            chunks,
+            bytes,
+            written,
+            synced,
+            uncommitted,
+        } = done;
         self.shares.extend(uncommitted);
         self.unsynced += if written { bytes } else { 0 };
         let first = !dest.announced.swap(true, Ordering::Relaxed);
         if first {
-            self.commit.entries.push((dest.number, dest.path.clone(), dest.file));
+            self.commit
+                .entries
+                .push((dest.number, dest.path.clone(), dest.file));
             self.growing.begin(&dest);
         }
-        self.growing.note(&dest, chunks.iter().map(|&(_, _, offset, len)| (offset, len)));
+        self.growing.note(
+            &dest,
+            chunks.iter().map(|&(_, _, offset, len)| (offset, len)),
+        );
         for (id, ordinal, offset, len) in chunks {
-            self.rows.push((id, At { place: self.place, entry: dest.number, offset, len }));
-            self.fresh.push(Fresh { entry: dest.number, ordinal, bytes: len });
+            self.rows.push((
+                id,
+                At {
+                    place: self.place,
+                    entry: dest.number,
+                    offset,
+                    len,
+                },
+            ));
+            self.fresh.push(Fresh {
+                entry: dest.number,
+                ordinal,
+                bytes: len,
+            });
         }
         if synced {
             return;
@@ -94,13 +122,23 @@ impl Committer {
         }
     }
 
-    /// Makes durable what was written. Whatever fails is written again from its beginning: nobody knows what the file holds, and the
-    /// system reports a lost write once only.
+    /// Makes durable what was written. Whatever fails is written again from its beginning: nobody
+    /// knows what the file holds, and the system reports a lost write once only.
     fn sync(&self) -> Result<(), Fault> {
-        let whole = self.stage.syncs_whole() && self.large.len() + self.small.len() >= SYNC_ALL_FROM;
-        let handles: Vec<_> = self.large.values().map(|dest| (dest, dest.handle.lock().take())).collect();
+        let whole =
+            self.stage.syncs_whole() && self.large.len() + self.small.len() >= SYNC_ALL_FROM;
+        let handles: Vec<_> = self
+            .large
+            .values()
+            .map(|dest| (dest, dest.handle.lock().take()))
+            .collect();
         if whole && let Err(fault) = self.stage.sync_filesystem() {
-            self.counters.damaged.lock().extend(self.large.keys().copied().chain(self.small.iter().map(|dest| dest.number)));
+            self.counters.damaged.lock().extend(
+                self.large
+                    .keys()
+                    .copied()
+                    .chain(self.small.iter().map(|dest| dest.number)),
+            );
             return Err(fault);
         }
         let mut first = Ok(());
@@ -108,7 +146,10 @@ impl Committer {
             let Some(file) = handle else { continue };
             let synced = if whole { Ok(()) } else { file.sync_data() };
             let closed = durable::close(file);
-            if let Err(fault) = synced.and(closed).at_sink(format_args!("sync {}", dest.path)) {
+            if let Err(fault) = synced
+                .and(closed)
+                .at_sink(format_args!("sync {}", dest.path))
+            {
                 self.counters.damaged.lock().insert(dest.number);
                 first = first.and(Err(fault));
             }
@@ -124,17 +165,26 @@ impl Committer {
 
     /// Notes in the index and the journal what was synced.
     fn note(&mut self) -> Result<(), Fault> {
-        let Self { failure, places, journal, place, commit, .. } = self;
-        failure.patiently(|| places.commit(*place, journal, commit))
+        let Self {
+            failure,
+            chunk_index,
+            journal,
+            place,
+            commit,
+            ..
+        } = self;
+        failure.patiently(|| chunk_index.commit(*place, journal, commit))
     }
 
-    /// `all`: the index learns of every chunk; else only once there are many. What could not be synced does not count, and ends the pass;
-    /// the rest counts all the same.
+    /// `all`: the index learns of every chunk; else only once there are many. What could not be
+    /// synced does not count, and ends the pass; the rest counts all the same.
     fn flush(&mut self, all: bool) -> Result<(), Fault> {
         if self.fresh.is_empty() && (self.rows.is_empty() || !all) {
             return Ok(());
         }
-        let synced = self.sync().inspect_err(|_| self.failure.stored.store(false, Ordering::Relaxed));
+        let synced = self
+            .sync()
+            .inspect_err(|_| self.failure.stored.store(false, Ordering::Relaxed));
         self.large.clear();
         self.small.clear();
         self.unsynced = 0;
@@ -142,8 +192,12 @@ impl Committer {
         let damaged = self.counters.damaged.lock().clone();
         let good = || fresh.iter().filter(|chunk| !damaged.contains(&chunk.entry));
         let bytes = good().map(|chunk| u64::from(chunk.bytes)).sum();
-        self.commit.ordinals.extend(good().map(|chunk| chunk.ordinal));
-        self.commit.entries.retain(|(entry, ..)| !damaged.contains(entry));
+        self.commit
+            .ordinals
+            .extend(good().map(|chunk| chunk.ordinal));
+        self.commit
+            .entries
+            .retain(|(entry, ..)| !damaged.contains(entry));
         self.rows.retain(|(_, at)| !damaged.contains(&at.entry));
         if all || self.rows.len() >= ROWS_A_COMMIT {
             self.commit.chunks.append(&mut self.rows);
@@ -152,7 +206,8 @@ impl Committer {
         if synced.is_err() && !some_stored && self.commit.chunks.is_empty() {
             return synced;
         }
-        self.note().inspect_err(|_| self.failure.stored.store(false, Ordering::Relaxed))?;
+        self.note()
+            .inspect_err(|_| self.failure.stored.store(false, Ordering::Relaxed))?;
         self.shares.clear();
         if some_stored {
             // What was noted is all that would not be sent again.

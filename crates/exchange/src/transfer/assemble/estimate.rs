@@ -9,12 +9,13 @@ use base::fault::Fault;
 use base::space::Space;
 use content::chunk::Hash;
 use content::manifest::{ChunkRef, EntryBody, FileInfo, Step};
-use sink::{Place, Sink};
+use sink::{Sink, StorageLocation};
 
 /// What a delivery would move.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Estimate {
-    /// Raw bytes that the site lacks; a chunk that comes again very much later may be counted again.
+    /// Raw bytes that the site lacks; a chunk that comes again very much later may be counted
+    /// again.
     pub missing: u64,
     /// Raw bytes that would be written: of what it has, all but files that can be shared whole.
     pub needs: u64,
@@ -29,27 +30,41 @@ impl Assembly {
         // Each with the file that it is of, its number, and where it begins there.
         let mut pending: Vec<(ChunkRef, FileInfo, u64, u64)> = Vec::new();
         let mut seen = Recent::default();
-        let places = &self.shared.places;
+        let places = &self.shared.chunk_index;
         let (mut whole, mut linked, mut entries) = (None, 0, 0);
         // The index hears late of a folder that somebody took away.
         let mut gone: HashMap<u32, bool> = HashMap::new();
         let mut is_gone = |place: u32| {
-            *gone
-                .entry(place)
-                .or_insert_with(|| places.info(place).is_none_or(|i| matches!(&i.place, Place::Folder { path } if !path.is_dir())))
+            *gone.entry(place).or_insert_with(|| {
+                places.info(place).is_none_or(
+                    |i| matches!(&i.place, StorageLocation::Folder { path } if !path.is_dir()),
+                )
+            })
         };
         let mut look = |pending: &mut Vec<(ChunkRef, FileInfo, u64, u64)>| -> Result<(), Fault> {
             let ids: Vec<Hash> = pending.iter().map(|(chunk, ..)| chunk.id).collect();
-            let found: Vec<Option<At>> = places.find(&ids)?.into_iter().map(|at| at.filter(|at| !is_gone(at.place))).collect();
-            let wholes =
-                self.shareable(pending.iter().zip(&found).map(|((_, file, _, offset), at)| (*file, at.filter(|_| *offset == 0))))?;
+            let found: Vec<Option<At>> = places
+                .find(&ids)?
+                .into_iter()
+                .map(|at| at.filter(|at| !is_gone(at.place)))
+                .collect();
+            let wholes = self.shareable(
+                pending
+                    .iter()
+                    .zip(&found)
+                    .map(|((_, file, _, offset), at)| (*file, at.filter(|_| *offset == 0))),
+            )?;
             for (((chunk, _, number, _), at), local) in pending.drain(..).zip(found).zip(wholes) {
                 let len = u64::from(chunk.len);
                 if local.is_some_and(|local| local.link) && whole != Some(number) {
                     whole = Some(number);
                     linked += 1;
                 }
-                out.missing += if at.is_none() && seen.insert(chunk.id) { len } else { 0 };
+                out.missing += if at.is_none() && seen.insert(chunk.id) {
+                    len
+                } else {
+                    0
+                };
                 out.needs += if whole == Some(number) { 0 } else { len };
             }
             Ok(())
@@ -59,10 +74,18 @@ impl Assembly {
             match step? {
                 Step::Entry { number, entry, .. } => {
                     entries += 1;
-                    of = if let EntryBody::File(file) = entry.body { Some((number, file)) } else { None };
+                    of = if let EntryBody::File(file) = entry.body {
+                        Some((number, file))
+                    } else {
+                        None
+                    };
                 }
                 Step::Chunk(chunk, spot) => {
-                    let Some((number, file)) = of.filter(|_| !journal.is_some_and(|j| j.has(spot.ordinal))) else { continue };
+                    let Some((number, file)) =
+                        of.filter(|_| !journal.is_some_and(|j| j.has(spot.ordinal)))
+                    else {
+                        continue;
+                    };
                     pending.push((chunk, file, number, spot.offset));
                     if pending.len() >= LOOK_UP {
                         look(&mut pending)?;
@@ -75,24 +98,39 @@ impl Assembly {
         Ok(out)
     }
 
-    /// Where the same files lie whole: of each it is told where its first chunk was found, if what was looked for is that.
-    pub(super) fn shareable(&self, files: impl Iterator<Item = (FileInfo, Option<At>)>) -> Result<Vec<Option<Local>>, Fault> {
-        let places = &self.shared.places;
+    /// Where the same files lie whole: of each it is told where its first chunk was found, if what
+    /// was looked for is that.
+    pub(super) fn shareable(
+        &self,
+        files: impl Iterator<Item = (FileInfo, Option<At>)>,
+    ) -> Result<Vec<Option<Local>>, Fault> {
+        let places = &self.shared.chunk_index;
         let mut out: Vec<Option<Local>> = Vec::new();
         let (mut wanted, mut of) = (Vec::new(), Vec::new());
         for (number, (file, at)) in files.enumerate() {
             out.push(None);
-            let Some(at) = at.filter(|at| at.offset == 0) else { continue };
-            let Some(info) = places.info(at.place).filter(|info| info.transfer.is_none()) else { continue };
-            if matches!(info.place, Place::Folder { .. }) {
+            let Some(at) = at.filter(|at| at.offset == 0) else {
+                continue;
+            };
+            let Some(info) = places.info(at.place).filter(|info| info.transfer.is_none()) else {
+                continue;
+            };
+            if matches!(info.place, StorageLocation::Folder { .. }) {
                 wanted.push((at.place, at.entry));
                 of.push((number, file, info));
             }
         }
         for ((number, file, info), there) in of.into_iter().zip(places.entries(&wanted)?) {
-            let (Place::Folder { path }, Some((rel, _))) = (&info.place, there.filter(|(_, there)| *there == file)) else { continue };
+            let (StorageLocation::Folder { path }, Some((rel, _))) =
+                (&info.place, there.filter(|(_, there)| *there == file))
+            else {
+                continue;
+            };
             let link = self.incoming.artifact.kind.is_files() && !info.foreign;
-            out[number] = Some(Local { path: rel.in_dir(path), link });
+            out[number] = Some(Local {
+                path: rel.in_dir(path),
+                link,
+            });
         }
         Ok(out)
     }

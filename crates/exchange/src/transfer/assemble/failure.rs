@@ -1,4 +1,5 @@
-//! How a pass ends early: by the first fault of any of its threads. And what does not end it, though it fails: the chunk index.
+//! How a pass ends early: by the first fault of any of its threads. And what does not end it,
+//! though it fails: the chunk index.
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -33,7 +34,14 @@ impl Failure {
     /// Of a pass that begins.
     pub(super) fn new(stop: &CancellationToken, waits: Waits) -> Self {
         let (token, fault, stored) = (stop.child_token(), Mutex::default(), AtomicBool::new(true));
-        Self { token, stop: stop.clone(), fault, stored, waits, pause: STATE_RETRY_EVERY }
+        Self {
+            token,
+            stop: stop.clone(),
+            fault,
+            stored,
+            waits,
+            pause: STATE_RETRY_EVERY,
+        }
     }
 
     /// Ends the pass.
@@ -47,13 +55,21 @@ impl Failure {
         self.fault.lock().take()
     }
 
-    /// Uses the chunk index. While its disk is full, or fails, this waits and reports that, also in a pass that is over: what came
-    /// already need not be sent again.
-    pub(super) fn patiently<T>(&self, mut call: impl FnMut() -> Result<T, Fault>) -> Result<T, Fault> {
+    /// Uses the chunk index. While its disk is full, or fails, this waits and reports that, also in
+    /// a pass that is over: what came already need not be sent again.
+    pub(super) fn patiently<T>(
+        &self,
+        mut call: impl FnMut() -> Result<T, Fault>,
+    ) -> Result<T, Fault> {
         let mut reported = false;
         loop {
             let fault = match call() {
-                Err(fault) if fault.retry == Retry::Backoff && matches!(fault.reason, Reason::NoSpace | Reason::SinkUnavailable) => fault,
+                Err(fault)
+                    if fault.retry == Retry::Backoff
+                        && matches!(fault.reason, Reason::NoSpace | Reason::SinkUnavailable) =>
+                {
+                    fault
+                }
                 done => {
                     if reported {
                         self.waits.clear();
@@ -80,7 +96,8 @@ pub(super) struct Ending(pub(super) Arc<Failure>);
 impl Drop for Ending {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            self.0.set(Fault::internal("a thread of the transfer panicked"));
+            self.0
+                .set(Fault::internal("a thread of the transfer panicked"));
         }
     }
 }
@@ -92,21 +109,44 @@ mod tests {
     #[test]
     fn an_index_without_room_is_waited_for_until_the_transfer_is_stopped() {
         let (stop, waits) = (CancellationToken::new(), Waits::default());
-        let failure = Failure { pause: Duration::from_millis(1), ..Failure::new(&stop, waits.clone()) };
+        let failure = Failure {
+            pause: Duration::from_millis(1),
+            ..Failure::new(&stop, waits.clone())
+        };
         let mut tries = 0;
         let done = failure.patiently(|| {
             tries += 1;
-            if tries == 1 { Err(Fault::no_space("the chunk index: its disk is full")) } else { Ok(tries) }
+            if tries == 1 {
+                Err(Fault::no_space("the chunk index: its disk is full"))
+            } else {
+                Ok(tries)
+            }
         });
-        assert_eq!((done.unwrap(), waits.now()), (2, None), "it goes on by itself, and says so");
-        let damaged = failure.patiently(|| Err::<(), _>(Fault::internal("damaged"))).unwrap_err();
-        assert_eq!((damaged.reason, waits.now()), (Reason::Internal, None), "what does not pass is not waited for");
+        assert_eq!(
+            (done.unwrap(), waits.now()),
+            (2, None),
+            "it goes on by itself, and says so"
+        );
+        let damaged = failure
+            .patiently(|| Err::<(), _>(Fault::internal("damaged")))
+            .unwrap_err();
+        assert_eq!(
+            (damaged.reason, waits.now()),
+            (Reason::Internal, None),
+            "what does not pass is not waited for"
+        );
         // The line ends meanwhile: what came is still noted once there is room.
         failure.set(Fault::unreachable("the line ended"));
         let stopped = failure.patiently(|| {
             stop.cancel();
             Err::<(), _>(Fault::no_space("full"))
         });
-        assert_eq!((stopped.unwrap_err().reason, waits.now().map(|fault| fault.reason)), (Reason::NoSpace, Some(Reason::NoSpace)));
+        assert_eq!(
+            (
+                stopped.unwrap_err().reason,
+                waits.now().map(|fault| fault.reason)
+            ),
+            (Reason::NoSpace, Some(Reason::NoSpace))
+        );
     }
 }

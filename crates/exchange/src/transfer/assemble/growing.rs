@@ -1,4 +1,5 @@
-//! Large files as they grow: how much of each is in place from its beginning on, for a sink that begins with it before it is whole.
+//! Large files as they grow: how much of each is in place from its beginning on, for a sink that
+//! begins with it before it is whole.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
@@ -13,7 +14,8 @@ const LARGE_BYTES: u64 = 1 << 20;
 /// A file of which something is in place.
 pub(super) struct Arrival {
     pub(super) dest: Arc<Dest>,
-    /// Bytes that are in place from its beginning on. It closes before it says all of them when this pass does not bring the rest.
+    /// Bytes that are in place from its beginning on. It closes before it says all of them when
+    /// this pass does not bring the rest.
     pub(super) grown: watch::Receiver<u64>,
 }
 
@@ -32,7 +34,10 @@ struct Growth {
 
 impl Growing {
     pub(super) fn new(tell: mpsc::Sender<Arrival>) -> Self {
-        Self { files: HashMap::new(), tell }
+        Self {
+            files: HashMap::new(),
+            tell,
+        }
     }
 
     /// Something of this file is in place for the first time in this pass.
@@ -42,17 +47,39 @@ impl Growing {
         }
         let (grown, seen) = watch::channel(0);
         // A hint: whoever is busy with others sees it at the commit.
-        if self.tell.try_send(Arrival { dest: dest.clone(), grown: seen }).is_ok() {
-            self.files.insert(dest.number, Growth { front: 0, beyond: BTreeMap::new(), grown });
+        if self
+            .tell
+            .try_send(Arrival {
+                dest: dest.clone(),
+                grown: seen,
+            })
+            .is_ok()
+        {
+            self.files.insert(
+                dest.number,
+                Growth {
+                    front: 0,
+                    beyond: BTreeMap::new(),
+                    grown,
+                },
+            );
         }
     }
 
     /// Notes that these parts of a file are in place, each by where it begins and its bytes.
     pub(super) fn note(&mut self, dest: &Dest, parts: impl Iterator<Item = (u64, u32)>) {
-        let Some(growth) = self.files.get_mut(&dest.number) else { return };
-        growth.beyond.extend(parts.map(|(begin, len)| (begin, begin + u64::from(len))));
+        let Some(growth) = self.files.get_mut(&dest.number) else {
+            return;
+        };
+        growth
+            .beyond
+            .extend(parts.map(|(begin, len)| (begin, begin + u64::from(len))));
         let before = growth.front;
-        while let Some(next) = growth.beyond.first_entry().filter(|next| *next.key() <= growth.front) {
+        while let Some(next) = growth
+            .beyond
+            .first_entry()
+            .filter(|next| *next.key() <= growth.front)
+        {
             growth.front = growth.front.max(next.remove());
         }
         if growth.front > before {
@@ -75,7 +102,10 @@ mod tests {
     use content::manifest::FileInfo;
 
     fn dest(number: u64, size: u64) -> Arc<Dest> {
-        let file = FileInfo { size, hash: Hash([0; 32]) };
+        let file = FileInfo {
+            size,
+            hash: Hash([0; 32]),
+        };
         Arc::new(Dest {
             number,
             path: "blob".parse().unwrap(),

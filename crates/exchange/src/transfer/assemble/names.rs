@@ -14,14 +14,26 @@ const LINKS: &str = "publish a new version with files in place of the links; or 
                      restart the site's daemon, and run 'packhorse retry'";
 
 /// Refuses an artifact with names or links that its sink cannot hold, and lists them.
-pub(super) fn check<P: Pages + ?Sized>(incoming: &Incoming, walk: Walk<'_, P>, sink: &dyn Sink) -> Result<(), Fault> {
+pub(super) fn check<P: Pages + ?Sized>(
+    incoming: &Incoming,
+    walk: Walk<'_, P>,
+    sink: &dyn Sink,
+) -> Result<(), Fault> {
     let (mut listed, mut names, mut links) = (Vec::new(), 0u64, 0u64);
     let (folding, takes_links) = (sink.folding(), sink.takes_links());
-    let mut seen = (folding != Folding::default()).then(|| Seen::new(folding));
+    let mut seen = (folding != Folding::default()).then(|| SeenNames::new(folding));
     for step in walk {
-        let Step::Entry { entry, .. } = step? else { continue };
-        let twin = |seen: &mut Seen| seen.twin(&entry.path).map(|first| format!("{first:?} beside it is the same name to the NAS"));
-        let why = match sink.refuse_path(&entry.path).or_else(|| seen.as_mut().and_then(twin)) {
+        let Step::Entry { entry, .. } = step? else {
+            continue;
+        };
+        let twin = |seen: &mut SeenNames| {
+            seen.twin(&entry.path)
+                .map(|first| format!("{first:?} beside it is the same name to the NAS"))
+        };
+        let why = match sink
+            .refuse_path(&entry.path)
+            .or_else(|| seen.as_mut().and_then(twin))
+        {
             Some(why) => {
                 names += 1;
                 why
@@ -43,30 +55,46 @@ pub(super) fn check<P: Pages + ?Sized>(incoming: &Incoming, walk: Walk<'_, P>, s
         _ => format!("{RENAME}; of the links: {LINKS}"),
     };
     let total = names + links;
-    let are = if total == 1 { "1 entry".to_owned() } else { format!("{total} entries") };
-    Err(Fault::conflict(format!("{are} of {} cannot exist at this site: {}", incoming.artifact, listed.join(", ")))
-        .with_reason(Reason::SinkRefused)
-        .with_next(next))
+    let are = if total == 1 {
+        "1 entry".to_owned()
+    } else {
+        format!("{total} entries")
+    };
+    Err(Fault::conflict(format!(
+        "{are} of {} cannot exist at this site: {}",
+        incoming.artifact,
+        listed.join(", ")
+    ))
+    .with_reason(Reason::SinkRefused)
+    .with_next(next))
 }
 
-/// The names seen in the folders that are open, as a filesystem takes them that folds names. Entries come in the order of
-/// their paths, in which all of a folder stands together: what is held is no more than the folders above an entry.
-struct Seen {
+/// The names seen in the folders that are open, as a filesystem takes them that folds names.
+/// Entries come in the order of their paths, in which all of a folder stands together: what is held
+/// is no more than the folders above an entry.
+struct SeenNames {
     folding: Folding,
     /// Each folder with its names, by the hashes of what they are folded to.
     open: Vec<(String, HashMap<u64, Box<str>>)>,
 }
 
-impl Seen {
+impl SeenNames {
     fn new(folding: Folding) -> Self {
-        Self { folding, open: Vec::new() }
+        Self {
+            folding,
+            open: Vec::new(),
+        }
     }
 
     /// The name in the same folder that was there first and is the same to the filesystem.
     fn twin(&mut self, path: &RelPath) -> Option<Box<str>> {
         let parent = path.parent().unwrap_or_default();
-        let above =
-            |folder: &str| folder.is_empty() || parent.strip_prefix(folder).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'));
+        let above = |folder: &str| {
+            folder.is_empty()
+                || parent
+                    .strip_prefix(folder)
+                    .is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+        };
         while self.open.last().is_some_and(|(folder, _)| !above(folder)) {
             self.open.pop();
         }
@@ -99,15 +127,30 @@ mod tests {
     use sink::files::{FilesSink, Mount};
     use source::files::FilesSource;
 
-    const CASE: Folding = Folding { case: true, unicode: false };
-    const UNICODE: Folding = Folding { case: false, unicode: true };
-    const BOTH: Folding = Folding { case: true, unicode: true };
+    const CASE: Folding = Folding {
+        case: true,
+        unicode: false,
+    };
+    const UNICODE: Folding = Folding {
+        case: false,
+        unicode: true,
+    };
+    const BOTH: Folding = Folding {
+        case: true,
+        unicode: true,
+    };
 
     #[test]
     fn twins_are_found_in_their_folder_only() {
-        let mut seen = Seen::new(CASE);
-        let paths = ["A", "A/x.png", "B", "B/X.png", "B/x.png", "a", "a-b", "a/x.png", "b-c", "É.png", "é.png"];
-        let twins: Vec<String> = paths.into_iter().filter_map(|p| Some(format!("{p} {}", seen.twin(&p.parse().unwrap())?))).collect();
+        let mut seen = SeenNames::new(CASE);
+        let paths = [
+            "A", "A/x.png", "B", "B/X.png", "B/x.png", "a", "a-b", "a/x.png", "b-c", "É.png",
+            "é.png",
+        ];
+        let twins: Vec<String> = paths
+            .into_iter()
+            .filter_map(|p| Some(format!("{p} {}", seen.twin(&p.parse().unwrap())?)))
+            .collect();
         assert_eq!(twins, ["B/x.png X.png", "a A", "é.png É.png"]);
     }
 
@@ -122,20 +165,34 @@ mod tests {
             (BOTH, upper, true),
             (BOTH, "e", false),
         ] {
-            let mut seen = Seen::new(folding);
+            let mut seen = SeenNames::new(folding);
             assert_eq!(seen.twin(&composed.parse().unwrap()), None);
-            assert_eq!(seen.twin(&name.parse().unwrap()).as_deref(), is_twin.then_some(composed), "{folding:?} {name:?}");
+            assert_eq!(
+                seen.twin(&name.parse().unwrap()).as_deref(),
+                is_twin.then_some(composed),
+                "{folding:?} {name:?}"
+            );
         }
     }
 
     /// What is said of a dataset on its way to such a filesystem.
     fn checked(mount: Mount, fill: impl FnOnce(&Path)) -> Result<(), Fault> {
         let dir = tempfile::tempdir().unwrap();
-        let (tree, store) = (dir.path().join("tree"), Store::open(&dir.path().join("store")).unwrap());
+        let (tree, store) = (
+            dir.path().join("tree"),
+            Store::open(&dir.path().join("store")).unwrap(),
+        );
         std::fs::create_dir(&tree).unwrap();
         fill(&tree);
         let mut source = FilesSource::open(&tree).unwrap();
-        let Ingested { root, digest, .. } = ingest(&mut source, Kind::Dataset, &store, &store, &Progress::default()).unwrap();
+        let Ingested { root, digest, .. } = ingest(
+            &mut source,
+            Kind::Dataset,
+            &store,
+            &store,
+            &Progress::default(),
+        )
+        .unwrap();
         let incoming = Incoming {
             artifact: "dataset/d:v1".parse().unwrap(),
             digest,
@@ -155,7 +212,14 @@ mod tests {
     }
 
     fn fill(tree: &Path) {
-        for name in ["a/B.png", "a/b.png", "\u{e9}.png", "e\u{301}.png", "c:d.png", "fine.png"] {
+        for name in [
+            "a/B.png",
+            "a/b.png",
+            "\u{e9}.png",
+            "e\u{301}.png",
+            "c:d.png",
+            "fine.png",
+        ] {
             put(&tree.join(name));
         }
         symlink("../fine.png", tree.join("a/link")).unwrap();
@@ -165,27 +229,71 @@ mod tests {
     #[test]
     fn all_that_a_sink_cannot_hold_is_refused_together() {
         checked(Mount::default(), fill).unwrap();
-        let mount = Mount { windows_names: true, folding: BOTH, no_links: true, ..Mount::default() };
+        let mount = Mount {
+            windows_names: true,
+            folding: BOTH,
+            no_links: true,
+            ..Mount::default()
+        };
         let fault = checked(mount, fill).unwrap_err();
-        assert_eq!((fault.reason, fault.retry), (Reason::SinkRefused, Retry::Never), "{fault:?}");
-        assert!(fault.message.starts_with("5 entries of dataset/d:v1 cannot exist at this site: "), "{fault}");
+        assert_eq!(
+            (fault.reason, fault.retry),
+            (Reason::SinkRefused, Retry::Never),
+            "{fault:?}"
+        );
+        assert!(
+            fault
+                .message
+                .starts_with("5 entries of dataset/d:v1 cannot exist at this site: "),
+            "{fault}"
+        );
         for (one, other) in [("a/b.png", "B.png"), ("\u{e9}.png", "e\u{301}.png")] {
-            assert!(fault.message.contains(&format!("{one:?} ({other:?} beside it is")), "{one:?}: {fault}");
+            assert!(
+                fault
+                    .message
+                    .contains(&format!("{one:?} ({other:?} beside it is")),
+                "{one:?}: {fault}"
+            );
         }
-        for part in ["\"c:d.png\" (", "\"a/link\" (the NAS takes no links)", "\"zlink\" (the NAS takes no links)"] {
+        for part in [
+            "\"c:d.png\" (",
+            "\"a/link\" (the NAS takes no links)",
+            "\"zlink\" (the NAS takes no links)",
+        ] {
             assert!(fault.message.contains(part), "{part}: {fault}");
         }
-        assert!(fault.next.contains("rename") && fault.next.contains("mfsymlinks"), "{}", fault.next);
+        assert!(
+            fault.next.contains("rename") && fault.next.contains("mfsymlinks"),
+            "{}",
+            fault.next
+        );
     }
 
     #[test]
     fn what_to_do_is_about_what_was_found() {
-        let links = Mount { no_links: true, ..Mount::default() };
+        let links = Mount {
+            no_links: true,
+            ..Mount::default()
+        };
         let fault = checked(links, |tree| symlink("a", tree.join("b")).unwrap()).unwrap_err();
-        assert_eq!(fault.message, "1 entry of dataset/d:v1 cannot exist at this site: \"b\" (the NAS takes no links)");
-        assert!(fault.next.contains("mfsymlinks") && !fault.next.contains("rename"), "{}", fault.next);
-        let names = Mount { windows_names: true, ..Mount::default() };
+        assert_eq!(
+            fault.message,
+            "1 entry of dataset/d:v1 cannot exist at this site: \"b\" (the NAS takes no links)"
+        );
+        assert!(
+            fault.next.contains("mfsymlinks") && !fault.next.contains("rename"),
+            "{}",
+            fault.next
+        );
+        let names = Mount {
+            windows_names: true,
+            ..Mount::default()
+        };
         let fault = checked(names, |tree| put(&tree.join("a:b"))).unwrap_err();
-        assert!(fault.next.contains("rename") && !fault.next.contains("links"), "{}", fault.next);
+        assert!(
+            fault.next.contains("rename") && !fault.next.contains("links"),
+            "{}",
+            fault.next
+        );
     }
 }

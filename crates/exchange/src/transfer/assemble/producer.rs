@@ -5,9 +5,11 @@ use std::sync::Arc;
 use parking_lot::RwLock;
 use tokio::sync::mpsc;
 
-use super::ends::Held;
+use super::begin_finish::HeldBySink;
 use super::recent::Recent;
-use super::{Assembly, Batch, COPY_BYTES, Dest, Failure, Item, Job, LOOK_UP, Local, WHOLES_MAX, Whole};
+use super::{
+    Assembly, Batch, COPY_BYTES, Dest, Failure, Item, Job, LOOK_UP, Local, WHOLES_MAX, Whole,
+};
 use crate::chunk_index::{At, Journal};
 use crate::fetch::Ranges;
 use crate::wire::Wanted;
@@ -17,7 +19,8 @@ use content::chunk::Hash;
 use content::manifest::{EntryBody, Step};
 use sink::stage::Stage;
 
-/// Chunks of a file that is shared whole at the most, some 34 GiB: each takes 150 bytes of memory meanwhile.
+/// Chunks of a file that is shared whole at the most, some 34 GiB: each takes 150 bytes of memory
+/// meanwhile.
 const SHARED_CHUNKS_MAX: usize = 1 << 20;
 
 /// A file that may be shared whole: where from, and its chunks so far.
@@ -31,12 +34,13 @@ pub(super) struct Producer {
     pub(super) assembly: Assembly,
     pub(super) journal: Arc<RwLock<Journal>>,
     pub(super) stage: Arc<Stage>,
-    pub(super) held: Arc<Held>,
+    pub(super) held: Arc<HeldBySink>,
     pub(super) failure: Arc<Failure>,
     pub(super) jobs: mpsc::Sender<Job>,
     pub(super) batches: mpsc::Sender<Batch>,
     pub(super) batch: Batch,
-    /// Chunks asked for in this pass: one that is taken for another waits for the next; older ones are in the index by now.
+    /// Chunks asked for in this pass: one that is taken for another waits for the next; older ones
+    /// are in the index by now.
     pub(super) asked: Recent,
     pub(super) sharing: Option<Sharing>,
     /// What is handed over together next.
@@ -65,7 +69,14 @@ impl Producer {
                         EntryBody::Dir => self.stage.make_dir(&entry.path)?,
                         EntryBody::File(file) if !self.held.files.contains(&number) => {
                             let (handle, announced) = Default::default();
-                            dest = Some(Arc::new(Dest { number, path: entry.path, mode: entry.mode, file, handle, announced }));
+                            dest = Some(Arc::new(Dest {
+                                number,
+                                path: entry.path,
+                                mode: entry.mode,
+                                file,
+                                handle,
+                                announced,
+                            }));
                         }
                         EntryBody::File(_) | EntryBody::Symlink(_) => {}
                     }
@@ -75,14 +86,22 @@ impl Producer {
                     if self.journal.read().has(spot.ordinal) {
                         continue;
                     }
-                    pending.push(Item { dest: dest.clone(), chunk, spot });
+                    pending.push(Item {
+                        dest: dest.clone(),
+                        chunk,
+                        spot,
+                    });
                     if pending.len() >= LOOK_UP && self.look_up(&mut pending)?.is_err() {
                         return Ok(());
                     }
                 }
             }
         }
-        if self.look_up(&mut pending)?.is_ok() && self.end_sharing()?.is_ok() && self.send_copies().is_ok() && self.send_wholes().is_ok() {
+        if self.look_up(&mut pending)?.is_ok()
+            && self.end_sharing()?.is_ok()
+            && self.send_copies().is_ok()
+            && self.send_wholes().is_ok()
+        {
             let _ = self.send_batch();
         }
         Ok(())
@@ -91,15 +110,23 @@ impl Producer {
     fn look_up(&mut self, pending: &mut Vec<Item>) -> Result<Result<(), Ended>, Fault> {
         let ids: Vec<Hash> = pending.iter().map(|item| item.chunk.id).collect();
         let (found, wholes) = self.failure.patiently(|| {
-            let found = self.assembly.shared.places.find(&ids)?;
-            let firsts = pending.iter().zip(&found).map(|(item, at)| (item.dest.file, at.filter(|_| item.spot.offset == 0)));
+            let found = self.assembly.shared.chunk_index.find(&ids)?;
+            let firsts = pending
+                .iter()
+                .zip(&found)
+                .map(|(item, at)| (item.dest.file, at.filter(|_| item.spot.offset == 0)));
             let wholes = self.assembly.shareable(firsts)?;
             Ok((found, wholes))
         })?;
         for ((item, at), from) in pending.drain(..).zip(found).zip(wholes) {
-            if let Some(sharing) = self.sharing.as_mut().filter(|s| s.dest.number == item.dest.number) {
+            if let Some(sharing) = self
+                .sharing
+                .as_mut()
+                .filter(|s| s.dest.number == item.dest.number)
+            {
                 sharing.items.push(item);
-                // A file so large is not worth the memory that its chunks would take: they come one by one, from here all the same.
+                // A file so large is not worth the memory that its chunks would take: they come one
+                // by one, from here all the same.
                 if sharing.items.len() < SHARED_CHUNKS_MAX || self.end_sharing()?.is_ok() {
                     continue;
                 }
@@ -109,7 +136,11 @@ impl Producer {
                 return Ok(Err(Ended));
             }
             if let Some(from) = from {
-                self.sharing = Some(Sharing { dest: item.dest.clone(), from, items: vec![item] });
+                self.sharing = Some(Sharing {
+                    dest: item.dest.clone(),
+                    from,
+                    items: vec![item],
+                });
             } else if self.bring(item, at).is_err() {
                 return Ok(Err(Ended));
             }
@@ -122,7 +153,11 @@ impl Producer {
             Some(at) => {
                 self.copy_bytes += at.len as usize;
                 self.copies.push((item, at));
-                if self.copy_bytes >= COPY_BYTES { self.send_copies() } else { Ok(()) }
+                if self.copy_bytes >= COPY_BYTES {
+                    self.send_copies()
+                } else {
+                    Ok(())
+                }
             }
             None => self.ask(item),
         }
@@ -131,27 +166,60 @@ impl Producer {
     fn send_copies(&mut self) -> Result<(), Ended> {
         self.copy_bytes = 0;
         let copies = std::mem::take(&mut self.copies);
-        if copies.is_empty() { Ok(()) } else { self.jobs.blocking_send(Job::Copy(copies)).map_err(|_| Ended) }
+        if copies.is_empty() {
+            Ok(())
+        } else {
+            self.jobs
+                .blocking_send(Job::Copy(copies))
+                .map_err(|_| Ended)
+        }
     }
 
     fn send_wholes(&mut self) -> Result<(), Ended> {
         self.whole_bytes = 0;
         let wholes = std::mem::take(&mut self.wholes);
-        if wholes.is_empty() { Ok(()) } else { self.jobs.blocking_send(Job::Share(wholes)).map_err(|_| Ended) }
+        if wholes.is_empty() {
+            Ok(())
+        } else {
+            self.jobs
+                .blocking_send(Job::Share(wholes))
+                .map_err(|_| Ended)
+        }
     }
 
     fn end_sharing(&mut self) -> Result<Result<(), Ended>, Fault> {
-        let Some(Sharing { dest, from, items }) = self.sharing.take() else { return Ok(Ok(())) };
+        let Some(Sharing { dest, from, items }) = self.sharing.take() else {
+            return Ok(Ok(()));
+        };
         let bytes: u64 = items.iter().map(|item| u64::from(item.chunk.len)).sum();
         if bytes == dest.file.size {
-            let chunks = items.iter().map(|item| (item.chunk.id, item.spot.ordinal, item.spot.offset, item.chunk.len)).collect();
+            let chunks = items
+                .iter()
+                .map(|item| {
+                    (
+                        item.chunk.id,
+                        item.spot.ordinal,
+                        item.spot.offset,
+                        item.chunk.len,
+                    )
+                })
+                .collect();
             self.whole_bytes += bytes;
             self.wholes.push(Whole { dest, from, chunks });
-            return Ok(if self.whole_bytes >= COPY_BYTES as u64 || self.wholes.len() >= WHOLES_MAX { self.send_wholes() } else { Ok(()) });
+            return Ok(
+                if self.whole_bytes >= COPY_BYTES as u64 || self.wholes.len() >= WHOLES_MAX {
+                    self.send_wholes()
+                } else {
+                    Ok(())
+                },
+            );
         }
-        // Some of it is staged and journaled already: that must stay, so the rest comes chunk by chunk.
+        // Some of it is staged and journaled already: that must stay, so the rest comes chunk by
+        // chunk.
         let ids: Vec<Hash> = items.iter().map(|item| item.chunk.id).collect();
-        let found = self.failure.patiently(|| self.assembly.shared.places.find(&ids))?;
+        let found = self
+            .failure
+            .patiently(|| self.assembly.shared.chunk_index.find(&ids))?;
         for (item, at) in items.into_iter().zip(found) {
             if self.bring(item, at).is_err() {
                 return Ok(Err(Ended));
@@ -170,18 +238,33 @@ impl Producer {
                 runs.push(item.spot.index);
                 *ranges = runs.0;
             }
-            _ => self.batch.wants.push(Wanted::Children { page: item.spot.page, ranges: vec![(item.spot.index, 1)] }),
+            _ => self.batch.wants.push(Wanted::Children {
+                page: item.spot.page,
+                ranges: vec![(item.spot.index, 1)],
+            }),
         }
         self.batch.bytes += u64::from(item.chunk.len);
         self.batch.items.push(item);
-        if self.batch.bytes >= FETCH_BATCH_BYTES || self.batch.items.len() >= FETCH_BATCH_CHUNKS_MAX { self.send_batch() } else { Ok(()) }
+        if self.batch.bytes >= FETCH_BATCH_BYTES || self.batch.items.len() >= FETCH_BATCH_CHUNKS_MAX
+        {
+            self.send_batch()
+        } else {
+            Ok(())
+        }
     }
 
     fn send_batch(&mut self) -> Result<(), Ended> {
         if self.batch.items.is_empty() {
             return Ok(());
         }
-        let batch = std::mem::replace(&mut self.batch, Batch { wants: Vec::new(), items: Vec::new(), bytes: 0 });
+        let batch = std::mem::replace(
+            &mut self.batch,
+            Batch {
+                wants: Vec::new(),
+                items: Vec::new(),
+                bytes: 0,
+            },
+        );
         self.batches.blocking_send(batch).map_err(|_| Ended)
     }
 }

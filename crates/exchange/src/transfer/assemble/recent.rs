@@ -4,10 +4,12 @@ use std::collections::HashSet;
 
 use content::chunk::Hash;
 
-/// Names kept by each of two generations: more than are asked for until the index knows them, some 5 MB of memory each.
+/// Names kept by each of two generations: more than are asked for until the index knows them, some
+/// 5 MB of memory each.
 const GENERATION: usize = 224 << 10;
 
-/// Which chunks were named among the last [`GENERATION`] others at least, by eight bytes of their names: one may be taken for another.
+/// Which chunks were named among the last [`GENERATION`] others at least, by eight bytes of their
+/// names: one may be taken for another.
 #[derive(Debug, Default)]
 pub(super) struct Recent {
     young: HashSet<u64>,
@@ -42,7 +44,10 @@ mod tests {
         let mut recent = Recent::default();
         for n in 0..3 * GENERATION {
             assert!(recent.insert(id(n)), "{n} is new");
-            assert!(!recent.insert(id(n.saturating_sub(GENERATION - 1))), "{n}: what was named a generation ago is not");
+            assert!(
+                !recent.insert(id(n.saturating_sub(GENERATION - 1))),
+                "{n}: what was named a generation ago is not"
+            );
         }
         assert!(recent.young.len() + recent.old.len() <= 2 * GENERATION);
         assert!(recent.insert(id(0)), "what was named long ago is forgotten");

@@ -12,14 +12,14 @@ use bytes::Bytes;
 use parking_lot::Mutex;
 use tokio::sync::mpsc;
 
-use super::{Counters, Dest, Done, Failure, Item, Job, Local, Shared, Whole};
+use super::{AssemblyContext, Counters, Dest, Done, Failure, Item, Job, Local, Whole};
 use crate::chunk_index::{At, Reader};
 use base::durable;
 use base::durable::write_parts;
 use base::fault::{Code, Fault, IoContext};
 use content::chunk::Hash;
 use content::frame::{Frame, Verified};
-use content::manifest::{ChunkRef, Spot};
+use content::manifest::{ChunkPosition, ChunkRef};
 use sink::stage::{self, Stage};
 
 /// Bytes of a file that are read at once to be hashed.
@@ -31,7 +31,7 @@ const RUN_BYTES: u64 = 1 << 20;
 
 pub(super) struct Worker {
     pub(super) stage: Arc<Stage>,
-    pub(super) shared: Shared,
+    pub(super) shared: AssemblyContext,
     pub(super) counters: Arc<Counters>,
     pub(super) failure: Arc<Failure>,
     pub(super) done: SyncSender<Vec<Done>>,
@@ -83,7 +83,9 @@ impl Worker {
                     break;
                 }
             };
-            self.counters.received.fetch_add(chunk.bytes.len() as u64, Ordering::Relaxed);
+            self.counters
+                .received
+                .fetch_add(chunk.bytes.len() as u64, Ordering::Relaxed);
             if tries.note(self.put(item, chunk, &mut run, done)).is_break() {
                 break;
             }
@@ -98,12 +100,15 @@ impl Worker {
         for (item, at) in copies {
             let put = match self.local.chunk(item.chunk, at) {
                 Ok(chunk) => {
-                    self.counters.reused.fetch_add(chunk.bytes.len() as u64, Ordering::Relaxed);
+                    self.counters
+                        .reused
+                        .fetch_add(chunk.bytes.len() as u64, Ordering::Relaxed);
                     self.put(item, chunk, &mut run, done)
                 }
                 Err(fault) => {
                     tracing::info!(chunk = %item.chunk.id, error = %fault, "a local chunk is stale; fetching it instead");
-                    self.failure.patiently(|| self.shared.places.forget(item.chunk.id))
+                    self.failure
+                        .patiently(|| self.shared.chunk_index.forget(item.chunk.id))
                 }
             };
             if tries.note(put).is_break() {
@@ -118,28 +123,52 @@ impl Worker {
     fn share_all(&mut self, wholes: Vec<Whole>, done: &mut Vec<Done>) -> Result<(), Fault> {
         let mut tries = Tries::default();
         for Whole { dest, from, chunks } in wholes {
-            if tries.note(self.share_one(dest, &from, chunks, done)).is_break() {
+            if tries
+                .note(self.share_one(dest, &from, chunks, done))
+                .is_break()
+            {
                 break;
             }
         }
         tries.end()
     }
 
-    fn share_one(&mut self, dest: Arc<Dest>, from: &Local, chunks: Chunks, done: &mut Vec<Done>) -> Result<(), Fault> {
-        use stage::Shared;
+    fn share_one(
+        &mut self,
+        dest: Arc<Dest>,
+        from: &Local,
+        chunks: Chunks,
+        done: &mut Vec<Done>,
+    ) -> Result<(), Fault> {
+        use stage::Sharing;
         match self.share(&dest, from) {
-            Ok(Shared::Not) => self.copy_whole(&dest, &chunks, &from.path, done),
+            Ok(Sharing::Not) => self.copy_whole(&dest, &chunks, &from.path, done),
             Ok(how) => {
-                self.counters.reused.fetch_add(dest.file.size, Ordering::Relaxed);
-                let (written, synced) = (how == Shared::Copy, how == Shared::Link && !self.stage.syncs_whole());
-                done.push(Done { bytes: dest.file.size, dest, chunks, written, synced, uncommitted: None });
+                self.counters
+                    .reused
+                    .fetch_add(dest.file.size, Ordering::Relaxed);
+                let (written, synced) = (
+                    how == Sharing::Copy,
+                    how == Sharing::Link && !self.stage.syncs_whole(),
+                );
+                done.push(Done {
+                    bytes: dest.file.size,
+                    dest,
+                    chunks,
+                    written,
+                    synced,
+                    uncommitted: None,
+                });
                 Ok(())
             }
             Err(fault) if fault.code == Code::NoSpace => Err(fault),
             Err(fault) => {
                 tracing::info!(path = %from.path.display(), error = %fault, "a local file is stale; fetching it instead");
                 self.stage.remove_file(&dest.path)?;
-                chunks.first().map_or(Ok(()), |first| self.failure.patiently(|| self.shared.places.forget(first.0)))
+                chunks.first().map_or(Ok(()), |first| {
+                    self.failure
+                        .patiently(|| self.shared.chunk_index.forget(first.0))
+                })
             }
         }
     }
@@ -150,32 +179,63 @@ impl Worker {
     }
 
     /// Puts verified bytes at their place; those that follow each other go together.
-    fn put(&self, item: Item, chunk: Verified, run: &mut Option<Run>, done: &mut Vec<Done>) -> Result<(), Fault> {
-        let ended = if run.as_ref().is_some_and(|run| run.goes_on_with(&item)) { None } else { run.take() };
+    fn put(
+        &self,
+        item: Item,
+        chunk: Verified,
+        run: &mut Option<WriteRun>,
+        done: &mut Vec<Done>,
+    ) -> Result<(), Fault> {
+        let ended = if run.as_ref().is_some_and(|run| run.goes_on_with(&item)) {
+            None
+        } else {
+            run.take()
+        };
         let Item { dest, spot, .. } = item;
-        let run = run.get_or_insert_with(|| Run { dest, offset: spot.offset, len: 0, chunks: Vec::new(), parts: Vec::new() });
-        run.chunks.push((chunk.id, spot.ordinal, spot.offset, chunk.bytes.len() as u32));
+        let run = run.get_or_insert_with(|| WriteRun {
+            dest,
+            offset: spot.offset,
+            len: 0,
+            chunks: Vec::new(),
+            parts: Vec::new(),
+        });
+        run.chunks.push((
+            chunk.id,
+            spot.ordinal,
+            spot.offset,
+            chunk.bytes.len() as u32,
+        ));
         run.len += chunk.bytes.len() as u64;
         run.parts.push(chunk.bytes);
         self.end_run(ended, done)
     }
 
     /// Writes what was put.
-    fn end_run(&self, run: Option<Run>, done: &mut Vec<Done>) -> Result<(), Fault> {
+    fn end_run(&self, run: Option<WriteRun>, done: &mut Vec<Done>) -> Result<(), Fault> {
         let Some(run) = run else { return Ok(()) };
-        self.write(run, done).inspect_err(|_| self.failure.stored.store(false, Ordering::Relaxed))
+        self.write(run, done)
+            .inspect_err(|_| self.failure.stored.store(false, Ordering::Relaxed))
     }
 
-    fn write(&self, run: Run, done: &mut Vec<Done>) -> Result<(), Fault> {
-        let Run { dest, offset, len, chunks, parts } = run;
+    fn write(&self, run: WriteRun, done: &mut Vec<Done>) -> Result<(), Fault> {
+        let WriteRun {
+            dest,
+            offset,
+            len,
+            chunks,
+            parts,
+        } = run;
         if len == dest.file.size {
             // The whole of it: nobody needs it open any longer.
             let file = self.stage.open_file(&dest.path, 0)?;
             let written = write_parts(&file, &parts, offset);
             let closed = durable::close(file);
-            written.and(closed).at_sink(format_args!("write {}", dest.path)).inspect_err(|_| self.is_damaged(&dest))?;
+            written
+                .and(closed)
+                .at_sink(format_args!("write {}", dest.path))
+                .inspect_err(|_| self.is_damaged(&dest))?;
         } else {
-            // Held while writing: the kernel lets one in at a time, and has the others spin.
+            // HeldBySink while writing: the kernel lets one in at a time, and has the others spin.
             let mut handle = dest.handle.lock();
             let file = match &mut *handle {
                 Some(file) => file,
@@ -183,14 +243,24 @@ impl Worker {
             };
             let written = write_parts(file, &parts, offset);
             drop(handle);
-            // What is full or beyond its quota took nothing of these bytes; other errors may have cost what was written before.
-            written.at_sink(format_args!("write {}", dest.path)).inspect_err(|fault| {
-                if fault.code != Code::NoSpace {
-                    self.is_damaged(&dest);
-                }
-            })?;
+            // What is full or beyond its quota took nothing of these bytes; other errors may have
+            // cost what was written before.
+            written
+                .at_sink(format_args!("write {}", dest.path))
+                .inspect_err(|fault| {
+                    if fault.code != Code::NoSpace {
+                        self.is_damaged(&dest);
+                    }
+                })?;
         }
-        done.push(Done { dest, chunks, bytes: len, written: true, synced: false, uncommitted: None });
+        done.push(Done {
+            dest,
+            chunks,
+            bytes: len,
+            written: true,
+            synced: false,
+            uncommitted: None,
+        });
         Ok(())
     }
 
@@ -200,7 +270,7 @@ impl Worker {
     }
 
     /// Makes the staged file the same as one that lies here, and checks all bytes of that.
-    fn share(&mut self, dest: &Dest, from: &Local) -> Result<stage::Shared, Fault> {
+    fn share(&mut self, dest: &Dest, from: &Local) -> Result<stage::Sharing, Fault> {
         let Local { path: from, link } = from;
         let file = durable::open_regular_nofollow(from).at(from.display())?;
         if file.metadata().at(from.display())?.len() != dest.file.size {
@@ -212,8 +282,10 @@ impl Worker {
             return self.stage.share(from, &file, &dest.path, dest.mode, true);
         }
         // Its owner may write into it at any moment: what counts is what came of it.
-        let how = self.stage.share(from, &file, &dest.path, dest.mode, false)?;
-        if how != stage::Shared::Not {
+        let how = self
+            .stage
+            .share(from, &file, &dest.path, dest.mode, false)?;
+        if how != stage::Sharing::Not {
             let staged = dest.path.in_dir(self.stage.path());
             self.check_content(&self.stage.open_to_read(&dest.path)?, &staged, dest)?;
         }
@@ -226,27 +298,61 @@ impl Worker {
         let mut at = 0;
         while at < dest.file.size {
             let part = (dest.file.size - at).min(self.buffer.len() as u64) as usize;
-            file.read_exact_at(&mut self.buffer[..part], at).at(path.display())?;
+            file.read_exact_at(&mut self.buffer[..part], at)
+                .at(path.display())?;
             hasher.update(&self.buffer[..part]);
             at += part as u64;
         }
-        if *hasher.finalize().as_bytes() == dest.file.hash.0 { Ok(()) } else { Err(Fault::integrity("its content is another")) }
+        if *hasher.finalize().as_bytes() == dest.file.hash.0 {
+            Ok(())
+        } else {
+            Err(Fault::integrity("its content is another"))
+        }
     }
 
-    /// Copies a file's chunks from one that lies here and cannot be shared; what cannot be read is left to the next pass.
-    fn copy_whole(&self, dest: &Arc<Dest>, chunks: &[(Hash, u64, u64, u32)], from: &Path, done: &mut Vec<Done>) -> Result<(), Fault> {
+    /// Copies a file's chunks from one that lies here and cannot be shared; what cannot be read is
+    /// left to the next pass.
+    fn copy_whole(
+        &self,
+        dest: &Arc<Dest>,
+        chunks: &[(Hash, u64, u64, u32)],
+        from: &Path,
+        done: &mut Vec<Done>,
+    ) -> Result<(), Fault> {
         let source = durable::open_regular_nofollow(from).ok();
         let mut run = None;
         for &(id, ordinal, offset, len) in chunks {
             let mut out = vec![0; len as usize];
-            let read = source.as_ref().is_some_and(|source| source.read_exact_at(&mut out, offset).is_ok());
-            let Some(chunk) = Some(out).filter(|_| read).and_then(|out| Verified::check(id, out.into()).ok()) else {
-                self.failure.patiently(|| self.shared.places.forget(id))?;
+            let read = source
+                .as_ref()
+                .is_some_and(|source| source.read_exact_at(&mut out, offset).is_ok());
+            let Some(chunk) = Some(out)
+                .filter(|_| read)
+                .and_then(|out| Verified::check(id, out.into()).ok())
+            else {
+                self.failure
+                    .patiently(|| self.shared.chunk_index.forget(id))?;
                 continue;
             };
-            let spot = Spot { page: Hash([0; 32]), index: 0, ordinal, offset };
-            self.put(Item { dest: dest.clone(), chunk: ChunkRef { id, len }, spot }, chunk, &mut run, done)?;
-            self.counters.reused.fetch_add(u64::from(len), Ordering::Relaxed);
+            let spot = ChunkPosition {
+                page: Hash([0; 32]),
+                index: 0,
+                ordinal,
+                offset,
+            };
+            self.put(
+                Item {
+                    dest: dest.clone(),
+                    chunk: ChunkRef { id, len },
+                    spot,
+                },
+                chunk,
+                &mut run,
+                done,
+            )?;
+            self.counters
+                .reused
+                .fetch_add(u64::from(len), Ordering::Relaxed);
         }
         self.end_run(run, done)
     }
@@ -255,7 +361,8 @@ impl Worker {
 /// The chunks of a file: of each its hash, its ordinal, its offset and its bytes.
 type Chunks = Vec<(Hash, u64, u64, u32)>;
 
-/// The tries of one job: one file that cannot be stored does not keep the others from it, but a disk that takes none is left alone.
+/// The tries of one job: one file that cannot be stored does not keep the others from it, but a
+/// disk that takes none is left alone.
 #[derive(Default)]
 struct Tries {
     failed: usize,
@@ -273,7 +380,11 @@ impl Tries {
         if let Err(fault) = tried {
             self.failed(fault);
         }
-        if self.failed < FAILURES_A_JOB_MAX { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
+        if self.failed < FAILURES_A_JOB_MAX {
+            ControlFlow::Continue(())
+        } else {
+            ControlFlow::Break(())
+        }
     }
 
     fn end(self) -> Result<(), Fault> {
@@ -282,7 +393,7 @@ impl Tries {
 }
 
 /// Verified bytes of one file that follow each other.
-struct Run {
+struct WriteRun {
     dest: Arc<Dest>,
     offset: u64,
     len: u64,
@@ -290,8 +401,10 @@ struct Run {
     parts: Vec<Bytes>,
 }
 
-impl Run {
+impl WriteRun {
     fn goes_on_with(&self, item: &Item) -> bool {
-        Arc::ptr_eq(&self.dest, &item.dest) && self.offset + self.len == item.spot.offset && self.len < RUN_BYTES
+        Arc::ptr_eq(&self.dest, &item.dest)
+            && self.offset + self.len == item.spot.offset
+            && self.len < RUN_BYTES
     }
 }

@@ -4,15 +4,19 @@ mod at_hub;
 mod at_site;
 mod together;
 
-use super::hub::{Effect as HubEffect, Event as HubEvent, Run as HubRun, Seen as SeenTransfer};
-use super::site::{Effect, Event, Process, Run as SiteRun, Seen, Trainer};
+use super::hub::{Effect as HubEffect, Event as HubEvent, ObservedTransfer, Run as HubRun};
+use super::site::{Effect, Event, Observation, Process, Run as SiteRun, Trainer};
 use super::*;
 use crate::transfer::State;
 use base::fault::Code;
 use content::chunk::Hash;
 
 fn spec() -> Spec {
-    let input = |artifact: &str, n: u8| Input { artifact: artifact.parse().unwrap(), digest: Hash([n; 32]), bytes: 10 };
+    let input = |artifact: &str, n: u8| Input {
+        artifact: artifact.parse().unwrap(),
+        digest: Hash([n; 32]),
+        bytes: 10,
+    };
     Spec {
         name: "r".parse().unwrap(),
         id: "r-1".parse().unwrap(),
@@ -27,19 +31,36 @@ fn spec() -> Spec {
 }
 
 fn model() -> Model {
-    Model { artifact: "model/m:r".parse().unwrap(), digest: Hash([9; 32]) }
+    Model {
+        artifact: "model/m:r".parse().unwrap(),
+        digest: Hash([9; 32]),
+    }
 }
 
 fn ended(code: i32) -> Ended {
-    Ended { exit_code: Some(code), signal: None, message: format!("it ended with {code}").into(), tail: "last words".into(), ended_ms: 5 }
+    Ended {
+        exit_code: Some(code),
+        signal: None,
+        message: format!("it ended with {code}").into(),
+        tail: "last words".into(),
+        ended_ms: 5,
+    }
 }
 
-fn input(state: State, message: Option<&str>) -> SeenTransfer {
-    SeenTransfer { id: "t-1".parse().unwrap(), state, message: message.map(Into::into) }
+fn input(state: State, message: Option<&str>) -> ObservedTransfer {
+    ObservedTransfer {
+        id: "t-1".parse().unwrap(),
+        state,
+        message: message.map(Into::into),
+    }
 }
 
 fn looked(state: State) -> HubEvent {
-    HubEvent::Looked { delivered: true, inputs: vec![input(state, None)], home: None }
+    HubEvent::Looked {
+        delivered: true,
+        inputs: vec![input(state, None)],
+        home: None,
+    }
 }
 
 #[track_caller]
@@ -57,16 +78,34 @@ fn borrowed() -> Vec<Borrowed> {
 }
 
 fn removed() -> Event {
-    Event::Removed { transfer: "t-1".parse().unwrap(), stays: None }
+    Event::Removed {
+        transfer: "t-1".parse().unwrap(),
+        stays: None,
+    }
 }
 
 fn desired(want: Want) -> DesiredRun {
-    DesiredRun { spec: spec(), want, borrowed: borrowed(), model: None, ready: true }
+    DesiredRun {
+        spec: spec(),
+        want,
+        borrowed: borrowed(),
+        model: None,
+        ready: true,
+    }
 }
 
-fn seen(process: Process) -> Seen {
+fn seen(process: Process) -> Observation {
     let trainer = Trainer::Command;
-    Seen { missing: None, turn: true, trainer, process, has_output: true, offering: false, kept: None, checked: true }
+    Observation {
+        missing: None,
+        turn: true,
+        trainer,
+        process,
+        has_output: true,
+        offering: false,
+        kept: None,
+        checked: true,
+    }
 }
 
 fn site(run: &SiteRun, event: Event) -> (SiteRun, Vec<Effect>) {
@@ -76,12 +115,23 @@ fn site(run: &SiteRun, event: Event) -> (SiteRun, Vec<Effect>) {
 #[test]
 fn what_is_expected_is_a_model() {
     let any: Expect = "model/m".parse().unwrap();
-    assert!(any.accepts(&"model/m:7".parse().unwrap()) && !any.accepts(&"model/n:7".parse().unwrap()));
-    assert_eq!(any.reference(&"r".parse().unwrap()).unwrap().to_string(), "model/m:r");
+    assert!(
+        any.accepts(&"model/m:7".parse().unwrap()) && !any.accepts(&"model/n:7".parse().unwrap())
+    );
+    assert_eq!(
+        any.reference(&"r".parse().unwrap()).unwrap().to_string(),
+        "model/m:r"
+    );
     let one: Expect = "model/m:2".parse().unwrap();
-    assert!(one.accepts(&"model/m:2".parse().unwrap()) && !one.accepts(&"model/m:3".parse().unwrap()));
+    assert!(
+        one.accepts(&"model/m:2".parse().unwrap()) && !one.accepts(&"model/m:3".parse().unwrap())
+    );
     assert_eq!(one.to_string(), "model/m:2");
     for bad in ["dataset/m", "model/", "model/M", "m", "model/m:"] {
-        assert_eq!(bad.parse::<Expect>().unwrap_err().code, Code::Usage, "{bad}");
+        assert_eq!(
+            bad.parse::<Expect>().unwrap_err().code,
+            Code::Usage,
+            "{bad}"
+        );
     }
 }

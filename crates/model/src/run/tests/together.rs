@@ -1,5 +1,5 @@
-//! Both machines, and a world that does what they ask; messages are lost and repeated, and either side may at any moment
-//! begin anew from what it has written.
+//! Both machines, and a world that does what they ask; messages are lost and repeated, and either
+//! side may at any moment begin anew from what it has written.
 
 use proptest::prelude::*;
 
@@ -26,7 +26,9 @@ struct World {
 
 impl World {
     fn hub_event(&mut self, event: HubEvent) {
-        let Ok((run, effects)) = hub::step(&self.hub, event, 1) else { return };
+        let Ok((run, effects)) = hub::step(&self.hub, event, 1) else {
+            return;
+        };
         self.hub = run;
         for effect in effects {
             match effect {
@@ -36,7 +38,13 @@ impl World {
                     if self.input != State::Done {
                         self.input = State::Cancelled;
                     }
-                    self.home = self.home.map(|home| if home == State::Done { home } else { State::Cancelled });
+                    self.home = self.home.map(|home| {
+                        if home == State::Done {
+                            home
+                        } else {
+                            State::Cancelled
+                        }
+                    });
                 }
             }
         }
@@ -54,7 +62,13 @@ impl World {
                     assert!(!self.removed, "nor with data that is gone");
                     self.process = Process::Running;
                 }
-                Effect::Stop => self.process = Process::Ended(Ended { exit_code: None, signal: Some(15), ..ended(0) }),
+                Effect::Stop => {
+                    self.process = Process::Ended(Ended {
+                        exit_code: None,
+                        signal: Some(15),
+                        ..ended(0)
+                    })
+                }
                 Effect::Publish => {
                     self.hub_event(HubEvent::Published(model()));
                     if self.hub.model.is_some() {
@@ -62,14 +76,26 @@ impl World {
                     }
                 }
                 Effect::Remove(list) => {
-                    assert_ne!(self.process, Process::Running, "nothing is taken from under a trainer");
+                    assert_ne!(
+                        self.process,
+                        Process::Running,
+                        "nothing is taken from under a trainer"
+                    );
                     if std::mem::take(&mut self.stuck) {
                         for b in list {
-                            self.site_event(Event::NotRemoved { transfer: b.transfer, why: "it is held".into() });
+                            self.site_event(Event::NotRemoved {
+                                transfer: b.transfer,
+                                why: "it is held".into(),
+                            });
                         }
                     } else if matches!(self.input, State::Done | State::Cancelled) {
                         self.removed = true;
-                        list.into_iter().for_each(|b| self.site_event(Event::Removed { transfer: b.transfer, stays: None }));
+                        list.into_iter().for_each(|b| {
+                            self.site_event(Event::Removed {
+                                transfer: b.transfer,
+                                stays: None,
+                            })
+                        });
                     }
                 }
             }
@@ -80,13 +106,22 @@ impl World {
         match what % 9 {
             0 => {
                 let home = self.home.map(|state| input(state, None));
-                self.hub_event(HubEvent::Looked { delivered: self.delivered, inputs: vec![input(self.input, None)], home });
+                self.hub_event(HubEvent::Looked {
+                    delivered: self.delivered,
+                    inputs: vec![input(self.input, None)],
+                    home,
+                });
             }
             1 if self.delivered && self.input == State::Queued => self.input = State::Done,
             2 if self.home == Some(State::Queued) => self.home = Some(State::Done),
             3 => {
                 let (model, ready) = (self.hub.model.clone(), self.hub.is_ready());
-                let wanted = DesiredRun { want: self.hub.want(), model, ready, ..desired(Want::Train) };
+                let wanted = DesiredRun {
+                    want: self.hub.want(),
+                    model,
+                    ready,
+                    ..desired(Want::Train)
+                };
                 if self.site.is_none() {
                     self.site = Some(SiteRun::new(wanted.clone()));
                 }
@@ -98,12 +133,19 @@ impl World {
                 }
             }
             5 | 6 => {
-                let missing = (self.input != State::Done && !self.stale).then(|| "dataset/x:1".to_owned());
+                let missing =
+                    (self.input != State::Done && !self.stale).then(|| "dataset/x:1".to_owned());
                 let process = self.process.clone();
                 let checked = std::mem::take(&mut self.checked);
-                self.site_event(Event::Looked(Seen { missing, checked, ..seen(process) }));
+                self.site_event(Event::Looked(Observation {
+                    missing,
+                    checked,
+                    ..seen(process)
+                }));
             }
-            7 if self.process == Process::Running => self.process = Process::Ended(ended(self.exit)),
+            7 if self.process == Process::Running => {
+                self.process = Process::Ended(ended(self.exit))
+            }
             8 if self.cancelled => self.hub_event(HubEvent::Cancel),
             _ => {}
         }

@@ -1,4 +1,5 @@
-//! The steps of a commit, and the dropping of what one left behind; the parent module tells the whole story.
+//! The steps of a commit, and the dropping of what one left behind; the parent module tells the
+//! whole story.
 
 use sqlx::PgConnection;
 use tokio::sync::mpsc;
@@ -10,16 +11,20 @@ use crate::labels::canonical::{Table, read_annotations, read_classes, read_sampl
 use crate::labels::copy::CopyRows;
 use crate::labels::engine::{NewVersion, joined, pump};
 use base::fault::{Fault, Reason};
-use base::limits::{LABEL_BATCH_BYTES, LABEL_DDL_TRIES_MAX, LABEL_SILENCE_MAX, LABEL_STATEMENT_MAX};
+use base::limits::{
+    LABEL_BATCH_BYTES, LABEL_DDL_TRIES_MAX, LABEL_SILENCE_MAX, LABEL_STATEMENT_MAX,
+};
 
 /// What tables of a version end with is appended to these.
 const PARTITIONED: [&str; 2] = ["packhorse.version_sample", "packhorse.annotation"];
-/// Stands between the name of a version that is being removed and its id; no version's name holds it.
+/// Stands between the name of a version that is being removed and its id; no version's name holds
+/// it.
 const GONE: char = '~';
 /// A transaction that has been open for longer than this may find no version active.
 const PERIODS_KEPT: &str = "7 days";
-/// The statements that make a version the active one for every transaction that begins from now on. `now()` is the beginning of
-/// the transaction that they run in: later than the end of the one that attached the partitions.
+/// The statements that make a version the active one for every transaction that begins from now on.
+/// `now()` is the beginning of the transaction that they run in: later than the end of the one that
+/// attached the partitions.
 fn activation(id: i64) -> String {
     let set = format!("(SELECT label_set_id FROM packhorse.label_version WHERE id = {id})");
     format!(
@@ -33,19 +38,25 @@ fn activation(id: i64) -> String {
 
 impl Postgres {
     /// Drops the tables and the row of a version that the views do not show.
-    pub(super) async fn drop_version(&self, conn: &mut PgConnection, id: i64, tries_max: u32) -> Result<(), Fault> {
+    pub(super) async fn drop_version(
+        &self,
+        conn: &mut PgConnection,
+        id: i64,
+        tries_max: u32,
+    ) -> Result<(), Fault> {
         let sql = format!(
             "DROP TABLE IF EXISTS packhorse.annotation_v{id}, packhorse.version_sample_v{id};
              DELETE FROM packhorse.label_class WHERE version_id = {id};
              DELETE FROM packhorse.label_switch WHERE version_id = {id};
              DELETE FROM packhorse.label_version WHERE id = {id}"
         );
-        self.change_tables(conn, "drop the tables of a version", &sql, tries_max).await
+        self.change_tables(conn, "drop the tables of a version", &sql, tries_max)
+            .await
     }
 
-    /// Hides a version from readers, in one small transaction that no reader can delay. When it was the active one, the newest that
-    /// is left becomes it: for transactions from then on, and only from the end of every other period, so that none sees two. Its
-    /// name is free from then on.
+    /// Hides a version from readers, in one small transaction that no reader can delay. When it was
+    /// the active one, the newest that is left becomes it: for transactions from then on, and only
+    /// from the end of every other period, so that none sees two. Its name is free from then on.
     pub(super) async fn hide_version(&self, conn: &mut PgConnection, id: i64) -> Result<(), Fault> {
         let set = format!("(SELECT label_set_id FROM packhorse.label_version WHERE id = {id})");
         let hide = format!(
@@ -67,15 +78,22 @@ impl Postgres {
         self.run(conn, "hide the version", hide).await
     }
 
-    /// Drops what earlier commits and removals of this set left behind; what a reader holds stays hidden, for the next commit. Gives
-    /// back the version that stands attached with this digest and only waits for its switch.
+    /// Drops what earlier commits and removals of this set left behind; what a reader holds stays
+    /// hidden, for the next commit. Gives back the version that stands attached with this digest
+    /// and only waits for its switch.
     async fn clean(&self, conn: &mut PgConnection, new: &NewVersion) -> Result<Option<i64>, Fault> {
         let query = sqlx::query_as::<_, (i64, String, String, String)>(
             "SELECT v.id, v.version, v.manifest_digest, v.state FROM packhorse.label_version v
              JOIN packhorse.label_set s ON s.id = v.label_set_id WHERE s.name = $1 AND v.state <> 'ready'",
         )
         .bind(&new.set);
-        let rows = self.within("look for leftovers", LABEL_STATEMENT_MAX, query.fetch_all(&mut *conn)).await?;
+        let rows = self
+            .within(
+                "look for leftovers",
+                LABEL_STATEMENT_MAX,
+                query.fetch_all(&mut *conn),
+            )
+            .await?;
         let mut attached = None;
         for (id, version, digest, state) in rows {
             if state == "attached" && version == new.version && digest == new.digest.hex() {
@@ -83,7 +101,9 @@ impl Postgres {
             } else {
                 tracing::info!(label_set = %new.set, version = %version, state = %state, "dropping what an earlier try left in the label database");
                 match self.drop_version(conn, id, 1).await {
-                    Err(fault) if fault.reason == Reason::SinkUnavailable => self.hide_version(conn, id).await?,
+                    Err(fault) if fault.reason == Reason::SinkUnavailable => {
+                        self.hide_version(conn, id).await?;
+                    }
                     done => done?,
                 }
             }
@@ -93,8 +113,16 @@ impl Postgres {
 
     /// Steps 2 and 3 of the module's description.
     async fn copy_version(&self, conn: &mut PgConnection, new: &NewVersion) -> Result<i64, Fault> {
-        let insert_set = sqlx::query("INSERT INTO packhorse.label_set (name) VALUES ($1) ON CONFLICT (name) DO NOTHING").bind(&new.set);
-        self.within("add the label set", LABEL_STATEMENT_MAX, insert_set.execute(&mut *conn)).await?;
+        let insert_set = sqlx::query(
+            "INSERT INTO packhorse.label_set (name) VALUES ($1) ON CONFLICT (name) DO NOTHING",
+        )
+        .bind(&new.set);
+        self.within(
+            "add the label set",
+            LABEL_STATEMENT_MAX,
+            insert_set.execute(&mut *conn),
+        )
+        .await?;
         let insert = sqlx::query_scalar(
             "INSERT INTO packhorse.label_version (label_set_id, version, manifest_digest, state)
              SELECT id, $2, $3, 'loading' FROM packhorse.label_set WHERE name = $1 RETURNING id",
@@ -102,22 +130,38 @@ impl Postgres {
         .bind(&new.set)
         .bind(&new.version)
         .bind(new.digest.hex());
-        let id: i64 = self.within("add the version", LABEL_STATEMENT_MAX, insert.fetch_one(&mut *conn)).await?;
-        // In a transaction of its own: LIKE locks the partitioned table until its end, and the load may take long.
+        let id: i64 = self
+            .within(
+                "add the version",
+                LABEL_STATEMENT_MAX,
+                insert.fetch_one(&mut *conn),
+            )
+            .await?;
+        // In a transaction of its own: LIKE locks the partitioned table until its end, and the load
+        // may take long.
         let create = PARTITIONED.map(|table| {
             format!(
                 "CREATE TABLE {table}_v{id} (LIKE {table}, CONSTRAINT one_version CHECK (version_id IS NOT NULL AND version_id = {id}))"
             )
         });
-        self.change_tables(conn, "create the staging tables", &create.join("; "), LABEL_DDL_TRIES_MAX).await?;
+        self.change_tables(
+            conn,
+            "create the staging tables",
+            &create.join("; "),
+            LABEL_DDL_TRIES_MAX,
+        )
+        .await?;
         self.fill(conn, new, id).await?;
         Ok(id)
     }
 
     /// Copies the rows into the empty tables of a version.
     async fn fill(&self, conn: &mut PgConnection, new: &NewVersion, id: i64) -> Result<(), Fault> {
-        // Truncated in the same transaction, so that COPY may write rows frozen: nothing has to touch them again later.
-        let begin = format!("BEGIN; {NO_TIME_LIMITS_HERE}; TRUNCATE packhorse.version_sample_v{id}, packhorse.annotation_v{id}");
+        // Truncated in the same transaction, so that COPY may write rows frozen: nothing has to
+        // touch them again later.
+        let begin = format!(
+            "BEGIN; {NO_TIME_LIMITS_HERE}; TRUNCATE packhorse.version_sample_v{id}, packhorse.annotation_v{id}"
+        );
         self.run(conn, "begin the load", begin).await?;
 
         let dir = new.dir.clone();
@@ -125,7 +169,11 @@ impl Postgres {
         let (copied, classes) = self
             .copy(conn, "copy the classes", sql, move |rows, give| {
                 read_classes(&dir, &mut |class| {
-                    rows.row(4).int(id).int(class.id).text(class.name).opt_text(class.attrs);
+                    rows.row(4)
+                        .int(id)
+                        .int(class.id)
+                        .text(class.name)
+                        .opt_text(class.attrs);
                     rows.full().map_or(Ok(()), &mut *give)
                 })
             })
@@ -141,8 +189,15 @@ impl Postgres {
         let (copied, samples) = self
             .copy(conn, "copy the samples", &sql, move |rows, give| {
                 read_samples(&dir, &mut |no, sample| {
-                    rows.row(8).int(id).int(no.cast_signed()).text(sample.path).opt_text(sample.hash);
-                    rows.opt_int(sample.width).opt_int(sample.height).opt_text(sample.split).opt_text(sample.meta);
+                    rows.row(8)
+                        .int(id)
+                        .int(no.cast_signed())
+                        .text(sample.path)
+                        .opt_text(sample.hash);
+                    rows.opt_int(sample.width)
+                        .opt_int(sample.height)
+                        .opt_text(sample.split)
+                        .opt_text(sample.meta);
                     rows.full().map_or(Ok(()), &mut *give)
                 })
             })
@@ -158,7 +213,12 @@ impl Postgres {
         let (copied, (annotations, rows_digest)) = self
             .copy(conn, "copy the annotations", &sql, move |rows, give| {
                 read_annotations(&dir, &classes, &mut |no, sample_no, row| {
-                    rows.row(12).int(id).int(no.cast_signed()).int(sample_no.cast_signed()).opt_int(row.class).text(row.kind);
+                    rows.row(12)
+                        .int(id)
+                        .int(no.cast_signed())
+                        .int(sample_no.cast_signed())
+                        .opt_int(row.class)
+                        .text(row.kind);
                     for value in row.bbox {
                         rows.opt_float(value);
                     }
@@ -189,40 +249,66 @@ impl Postgres {
         if sent == copied {
             return Ok(());
         }
-        Err(Fault::integrity(format!("{}: of {sent} rows of {} only {copied} arrived", self.place, table.file())))
+        Err(Fault::integrity(format!(
+            "{}: of {sent} rows of {} only {copied} arrived",
+            self.place,
+            table.file()
+        )))
     }
 
-    /// One COPY, encoded on a thread of the sink. Gives back the rows that the server counted and what `work` did. On any
-    /// error the connection must be closed: the driver's COPY cannot be taken up again.
-    async fn copy<R, W>(&self, conn: &mut PgConnection, what: &str, sql: &str, work: W) -> Result<(u64, R), Fault>
+    /// One COPY, encoded on a thread of the sink. Gives back the rows that the server counted and
+    /// what `work` did. On any error the connection must be closed: the driver's COPY cannot be
+    /// taken up again.
+    async fn copy<R, W>(
+        &self,
+        conn: &mut PgConnection,
+        what: &str,
+        sql: &str,
+        work: W,
+    ) -> Result<(u64, R), Fault>
     where
         R: Send + 'static,
-        W: FnOnce(&mut CopyRows, &mut dyn FnMut(Vec<u8>) -> Result<(), Fault>) -> Result<R, Fault> + Send + 'static,
+        W: FnOnce(&mut CopyRows, &mut dyn FnMut(Vec<u8>) -> Result<(), Fault>) -> Result<R, Fault>
+            + Send
+            + 'static,
     {
-        let mut copy = self.within(what, LABEL_STATEMENT_MAX, conn.copy_in_raw(sql)).await?;
-        let (mut batches, task): (mpsc::Receiver<Vec<u8>>, JoinHandle<_>) = pump(&self.threads, move |give| {
-            let mut rows = CopyRows::new(LABEL_BATCH_BYTES);
-            let result = work(&mut rows, give)?;
-            give(rows.finish())?;
-            Ok(result)
-        });
+        let mut copy = self
+            .within(what, LABEL_STATEMENT_MAX, conn.copy_in_raw(sql))
+            .await?;
+        let (mut batches, task): (mpsc::Receiver<Vec<u8>>, JoinHandle<_>) =
+            pump(&self.threads, move |give| {
+                let mut rows = CopyRows::new(LABEL_BATCH_BYTES);
+                let result = work(&mut rows, give)?;
+                give(rows.finish())?;
+                Ok(result)
+            });
         while let Some(batch) = batches.recv().await {
-            self.within(what, LABEL_SILENCE_MAX, copy.send(batch)).await?;
+            self.within(what, LABEL_SILENCE_MAX, copy.send(batch))
+                .await?;
         }
         let result = joined(task).await?;
-        let copied = self.within(what, LABEL_STATEMENT_MAX, copy.finish()).await?;
+        let copied = self
+            .within(what, LABEL_STATEMENT_MAX, copy.finish())
+            .await?;
         Ok((copied, result))
     }
 
     /// Step 4 of the module's description.
     async fn attach(&self, conn: &mut PgConnection, id: i64) -> Result<(), Fault> {
-        let attach = PARTITIONED.map(|table| format!("ALTER TABLE {table} ATTACH PARTITION {table}_v{id} FOR VALUES IN ({id})"));
-        let sql = format!("{}; UPDATE packhorse.label_version SET state = 'attached' WHERE id = {id}", attach.join("; "));
-        self.change_tables(conn, "attach the partitions", &sql, LABEL_DDL_TRIES_MAX).await
+        let attach = PARTITIONED.map(|table| {
+            format!("ALTER TABLE {table} ATTACH PARTITION {table}_v{id} FOR VALUES IN ({id})")
+        });
+        let sql = format!(
+            "{}; UPDATE packhorse.label_version SET state = 'attached' WHERE id = {id}",
+            attach.join("; ")
+        );
+        self.change_tables(conn, "attach the partitions", &sql, LABEL_DDL_TRIES_MAX)
+            .await
     }
 
-    /// Step 5: the switch. The small tables are analysed because autovacuum leaves tables of a few rows alone, and without
-    /// that the planner does not see that one active version means one partition.
+    /// Step 5: the switch. The small tables are analysed because autovacuum leaves tables of a few
+    /// rows alone, and without that the planner does not see that one active version means one
+    /// partition.
     async fn switch(&self, conn: &mut PgConnection, id: i64) -> Result<(), Fault> {
         let sql = format!(
             "BEGIN; UPDATE packhorse.label_version SET state = 'ready', committed_at = now() WHERE id = {id}; {}; COMMIT;
@@ -233,14 +319,31 @@ impl Postgres {
     }
 
     /// Makes a version that the views show the active one.
-    pub(super) async fn activate_version(&self, conn: &mut PgConnection, id: i64) -> Result<(), Fault> {
-        self.run(conn, "switch the active version", format!("BEGIN; {}; COMMIT", activation(id))).await
+    pub(super) async fn activate_version(
+        &self,
+        conn: &mut PgConnection,
+        id: i64,
+    ) -> Result<(), Fault> {
+        self.run(
+            conn,
+            "switch the active version",
+            format!("BEGIN; {}; COMMIT", activation(id)),
+        )
+        .await
     }
 
-    pub(super) async fn load_on(&self, conn: &mut PgConnection, new: &NewVersion) -> Result<(), Fault> {
+    pub(super) async fn load_on(
+        &self,
+        conn: &mut PgConnection,
+        new: &NewVersion,
+    ) -> Result<(), Fault> {
         self.lock_set(conn, &new.set).await?;
         if let Some((_, held)) = self.held_on(conn, &new.set, &new.version).await? {
-            return if held.digest == new.digest.hex() { Ok(()) } else { Err(new.conflict(&held.digest)) };
+            return if held.digest == new.digest.hex() {
+                Ok(())
+            } else {
+                Err(new.conflict(&held.digest))
+            };
         }
         let id = match self.clean(conn, new).await? {
             Some(id) => id,
@@ -253,7 +356,8 @@ impl Postgres {
         self.switch(conn, id).await
     }
 
-    /// After a load that failed for good, on a fresh connection. Best effort: what this cannot drop, the next commit will.
+    /// After a load that failed for good, on a fresh connection. Best effort: what this cannot
+    /// drop, the next commit will.
     pub(super) async fn clean_after_failure(&self, new: &NewVersion) -> Result<(), Fault> {
         let mut conn = self.connect().await?;
         self.lock_set(&mut conn, &new.set).await?;

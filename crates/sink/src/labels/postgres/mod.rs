@@ -1,29 +1,38 @@
-//! Labels in PostgreSQL ≥ 15: one partition a version, loaded beside the readers and switched to in one row.
+//! Labels in PostgreSQL ≥ 15: one partition a version, loaded beside the readers and switched to in
+//! one row.
 //!
 //! # A commit
-//! 1. A dedicated connection takes the session advisory lock of the label set, so that one commit at a time works on
+//! 1. A dedicated connection takes the session advisory lock of the label set, so that one commit
+//!    at a time works on
 //!    it, and drops what an earlier one left behind.
-//! 2. `label_version` gets a row in the state `loading`; its id names two tables, `version_sample_v<id>` and
+//! 2. `label_version` gets a row in the state `loading`; its id names two tables,
+//!    `version_sample_v<id>` and
 //!    `annotation_v<id>`, with a CHECK on that id.
-//! 3. One transaction empties them, copies the rows in (binary, frozen), counts, builds the indexes and analyses.
-//! 4. A second attaches them as partitions: thanks to the CHECK without a scan. The views do not show them yet.
-//! 5. A third transaction sets the state to `ready` and changes the one row in `label_active`: the switch. In `label_switch` it ends the
+//! 3. One transaction empties them, copies the rows in (binary, frozen), counts, builds the indexes
+//!    and analyses.
+//! 4. A second attaches them as partitions: thanks to the CHECK without a scan. The views do not
+//!    show them yet.
+//! 5. A third transaction sets the state to `ready` and changes the one row in `label_active`: the
+//!    switch. In `label_switch` it ends the
 //!    period of the old version and begins that of the new one.
 //!
-//! **No commit waits for readers.** A session that already holds a lock on the partitioned table does not learn of a new partition
-//! before its transaction ends; it would find no rows of a version attached since. So the view of active versions compares
-//! the periods in `label_switch` with the time at which the reader's transaction began: one that began before step 5 reads the old
-//! version until it ends, every later one knows the partition. What needs a lock that readers hold, the dropping of old tables, is left to
-//! a later commit.
+//! **No commit waits for readers.** A session that already holds a lock on the partitioned table
+//! does not learn of a new partition before its transaction ends; it would find no rows of a
+//! version attached since. So the view of active versions compares the periods in `label_switch`
+//! with the time at which the reader's transaction began: one that began before step 5 reads the
+//! old version until it ends, every later one knows the partition. What needs a lock that readers
+//! hold, the dropping of old tables, is left to a later commit.
 //!
-//! A crash before step 4 leaves a `loading` row and tables that the next commit of the set drops; after it, the next
-//! commit goes on at step 5. No DEFAULT partition: with one, each attach would scan it.
+//! A crash before step 4 leaves a `loading` row and tables that the next commit of the set drops;
+//! after it, the next commit goes on at step 5. No DEFAULT partition: with one, each attach would
+//! scan it.
 //!
-//! Every operation has a connection of its own, closed afterwards: they are rare, a COPY that fails cannot poison a
-//! pool, and a changed password file is read anew. The server ends a session whose network is gone within a minute, so
-//! that its advisory lock does not outlive it.
+//! Every operation has a connection of its own, closed afterwards: they are rare, a COPY that fails
+//! cannot poison a pool, and a changed password file is read anew. The server ends a session whose
+//! network is gone within a minute, so that its advisory lock does not outlive it.
 //!
-//! Whoever reads needs `USAGE` on the schema `packhorse` and `SELECT` on its two views, nothing more.
+//! Whoever reads needs `USAGE` on the schema `packhorse` and `SELECT` on its two views, nothing
+//! more.
 
 mod connect;
 mod load;
@@ -35,19 +44,23 @@ use std::str::FromStr;
 use async_trait::async_trait;
 use futures::TryStreamExt;
 use sqlx::postgres::{PgConnectOptions, PgRow};
-use sqlx::{AssertSqlSafe, Column as _, ConnectOptions, Executor as _, PgConnection, Row, SqlSafeStr as _, Statement as _};
+use sqlx::{
+    AssertSqlSafe, Column as _, ConnectOptions, Executor as _, PgConnection, Row, SqlSafeStr as _,
+    Statement as _,
+};
 use tokio::sync::mpsc;
 
 use self::connect::NO_TIME_LIMITS_HERE;
 use super::canonical::{Annotation, Class, Sample, Table};
-use super::engine::{Batcher, Engine, Held, NewVersion, Rows, not_held};
+use super::engine::{Batcher, Engine, NewVersion, Rows, StoredVersion, not_held};
 use super::query::{self, Batch};
 use crate::Threads;
 use base::fault::{Fault, Reason};
 use base::limits::{LABEL_DDL_TRIES_MAX, LABEL_STATEMENT_MAX};
 use content::label_rows::QueryRow;
 
-const HELD: &str = "SELECT v.manifest_digest, v.n_classes, v.n_samples, v.n_annotations, v.rows_digest, v.id
+const HELD: &str =
+    "SELECT v.manifest_digest, v.n_classes, v.n_samples, v.n_annotations, v.rows_digest, v.id
     FROM packhorse.label_version v JOIN packhorse.label_set s ON s.id = v.label_set_id
     WHERE s.name = $1 AND v.version = $2 AND v.state = 'ready'";
 const EXPORT_CLASSES: &str = "SELECT class_id, name, attrs::text FROM packhorse.label_class WHERE version_id = $1 ORDER BY class_id";
@@ -68,17 +81,36 @@ pub(super) struct Postgres {
 
 /// Reads the secret that a file holds, without the line end that editors add.
 fn password(file: &Path) -> std::io::Result<String> {
-    Ok(base::durable::read_regular_text(file, base::limits::SECRET_BYTES_MAX)?.trim_end_matches(['\r', '\n']).into())
+    Ok(
+        base::durable::read_regular_text(file, base::limits::SECRET_BYTES_MAX)?
+            .trim_end_matches(['\r', '\n'])
+            .into(),
+    )
 }
 
 impl Postgres {
     /// Checks the URL and the password file; does not connect.
-    pub(super) fn new(url: &str, password_file: Option<&Path>, threads: Threads) -> Result<Self, Fault> {
-        let authority = url.split_once("://").map_or("", |(_, rest)| rest).split(['/', '?']).next().unwrap_or("");
-        let in_url = authority.rsplit_once('@').is_some_and(|(user, _)| user.contains(':')) || url.contains("password=");
+    pub(super) fn new(
+        url: &str,
+        password_file: Option<&Path>,
+        threads: Threads,
+    ) -> Result<Self, Fault> {
+        let authority = url
+            .split_once("://")
+            .map_or("", |(_, rest)| rest)
+            .split(['/', '?'])
+            .next()
+            .unwrap_or("");
+        let in_url = authority
+            .rsplit_once('@')
+            .is_some_and(|(user, _)| user.contains(':'))
+            || url.contains("password=");
         if in_url {
-            return Err(Fault::config("the url of [sink.labels] holds a password")
-                .with_next("put the password in a file of mode 0600 and name it as password_file"));
+            return Err(
+                Fault::config("the url of [sink.labels] holds a password").with_next(
+                    "put the password in a file of mode 0600 and name it as password_file",
+                ),
+            );
         }
         // The parser's own error could repeat the URL.
         let options = PgConnectOptions::from_str(url)
@@ -86,22 +118,46 @@ impl Postgres {
             .application_name("packhorse")
             .disable_statement_logging();
         if let Some(file) = password_file {
-            password(file)
-                .map_err(|e| Fault::config(format!("the password file of [sink.labels], {}, cannot be read: {e}", file.display())))?;
+            password(file).map_err(|e| {
+                Fault::config(format!(
+                    "the password file of [sink.labels], {}, cannot be read: {e}",
+                    file.display()
+                ))
+            })?;
         }
         let database = options.get_database().unwrap_or(options.get_username());
         let place = match options.get_socket() {
             Some(socket) => format!("postgres:///{database}?host={}", socket.display()),
-            None => format!("postgres://{}:{}/{database}", options.get_host(), options.get_port()),
+            None => format!(
+                "postgres://{}:{}/{database}",
+                options.get_host(),
+                options.get_port()
+            ),
         };
-        Ok(Self { place, options, password_file: password_file.map(Into::into), threads })
+        Ok(Self {
+            place,
+            options,
+            password_file: password_file.map(Into::into),
+            threads,
+        })
     }
 
-    async fn held_on(&self, conn: &mut PgConnection, set: &str, version: &str) -> Result<Option<(i64, Held)>, Fault> {
+    async fn held_on(
+        &self,
+        conn: &mut PgConnection,
+        set: &str,
+        version: &str,
+    ) -> Result<Option<(i64, StoredVersion)>, Fault> {
         let query = sqlx::query(HELD).bind(set).bind(version);
-        let row = self.within("look for the version", LABEL_STATEMENT_MAX, query.fetch_optional(conn)).await?;
-        let held = |row: PgRow| -> sqlx::Result<(i64, Held)> {
-            let held = Held {
+        let row = self
+            .within(
+                "look for the version",
+                LABEL_STATEMENT_MAX,
+                query.fetch_optional(conn),
+            )
+            .await?;
+        let held = |row: PgRow| -> sqlx::Result<(i64, StoredVersion)> {
+            let held = StoredVersion {
                 digest: row.try_get(0)?,
                 classes: row.try_get::<i64, _>(1)?.unsigned_abs(),
                 samples: row.try_get::<i64, _>(2)?.unsigned_abs(),
@@ -110,65 +166,124 @@ impl Postgres {
             };
             Ok((row.try_get(5)?, held))
         };
-        row.map(held).transpose().map_err(|e| self.fault("look for the version", &e))
+        row.map(held)
+            .transpose()
+            .map_err(|e| self.fault("look for the version", &e))
     }
 
-    async fn export_on(&self, conn: &mut PgConnection, set: &str, version: &str, out: mpsc::Sender<Rows>) -> Result<Held, Fault> {
-        // The lock comes before the snapshot: so a removal either is seen by it, or waits until the export has ended.
+    async fn export_on(
+        &self,
+        conn: &mut PgConnection,
+        set: &str,
+        version: &str,
+        out: mpsc::Sender<Rows>,
+    ) -> Result<StoredVersion, Fault> {
+        // The lock comes before the snapshot: so a removal either is seen by it, or waits until the
+        // export has ended.
         let begin = format!(
             "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; {NO_TIME_LIMITS_HERE};
              LOCK TABLE packhorse.version_sample, packhorse.annotation IN ACCESS SHARE MODE"
         );
         self.run(conn, "begin the export", begin).await?;
-        let Some((id, held)) = self.held_on(conn, set, version).await? else { return Err(not_held(set, version)) };
+        let Some((id, held)) = self.held_on(conn, set, version).await? else {
+            return Err(not_held(set, version));
+        };
         let mut batcher = Batcher::new(out);
 
         let mut rows = sqlx::query(EXPORT_CLASSES).bind(id).fetch(&mut *conn);
         let mut number = 0;
-        while let Some(row) = self.within("read the classes", LABEL_STATEMENT_MAX, rows.try_next()).await? {
+        while let Some(row) = self
+            .within("read the classes", LABEL_STATEMENT_MAX, rows.try_next())
+            .await?
+        {
             let class = class_of(&row).map_err(|e| self.fault("read the classes", &e))?;
-            batcher.push(Table::Classes, number, |out| class.write(out)).await?;
+            batcher
+                .push(Table::Classes, number, |out| class.write(out))
+                .await?;
             number += 1;
         }
         drop(rows);
 
         let mut rows = sqlx::query(EXPORT_SAMPLES).bind(id).fetch(&mut *conn);
-        while let Some(row) = self.within("read the samples", LABEL_STATEMENT_MAX, rows.try_next()).await? {
+        while let Some(row) = self
+            .within("read the samples", LABEL_STATEMENT_MAX, rows.try_next())
+            .await?
+        {
             let (no, sample) = sample_of(&row).map_err(|e| self.fault("read the samples", &e))?;
-            batcher.push(Table::Samples, no.unsigned_abs(), |out| sample.write(out)).await?;
+            batcher
+                .push(Table::Samples, no.unsigned_abs(), |out| sample.write(out))
+                .await?;
         }
         drop(rows);
 
         let mut rows = sqlx::query(EXPORT_ANNOTATIONS).bind(id).fetch(&mut *conn);
-        while let Some(row) = self.within("read the annotations", LABEL_STATEMENT_MAX, rows.try_next()).await? {
-            let (no, annotation) = annotation_of(&row).map_err(|e| self.fault("read the annotations", &e))?;
-            batcher.push(Table::Annotations, no.unsigned_abs(), |out| annotation.write(out)).await?;
+        while let Some(row) = self
+            .within("read the annotations", LABEL_STATEMENT_MAX, rows.try_next())
+            .await?
+        {
+            let (no, annotation) =
+                annotation_of(&row).map_err(|e| self.fault("read the annotations", &e))?;
+            batcher
+                .push(Table::Annotations, no.unsigned_abs(), |out| {
+                    annotation.write(out);
+                })
+                .await?;
         }
         drop(rows);
         let (counts, rows_digest) = batcher.finish().await?;
         self.run(conn, "end the export", "COMMIT".into()).await?;
         let [classes, samples, annotations] = counts;
-        Ok(Held { digest: held.digest, classes, samples, annotations, rows_digest: rows_digest.hex() })
+        Ok(StoredVersion {
+            digest: held.digest,
+            classes,
+            samples,
+            annotations,
+            rows_digest: rows_digest.hex(),
+        })
     }
 }
 
 impl Postgres {
-    async fn query_on(&self, conn: &mut PgConnection, sql: &str, out: mpsc::Sender<Vec<QueryRow>>) -> Result<(), Fault> {
+    async fn query_on(
+        &self,
+        conn: &mut PgConnection,
+        sql: &str,
+        out: mpsc::Sender<Vec<QueryRow>>,
+    ) -> Result<(), Fault> {
         let what = "run the query";
-        self.run(conn, "begin the query", "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY".into()).await?;
+        self.run(
+            conn,
+            "begin the query",
+            "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY".into(),
+        )
+        .await?;
         let prepare = (&mut *conn).prepare(AssertSqlSafe(query::bare(sql)).into_sql_str());
         let prepared = match tokio::time::timeout(LABEL_STATEMENT_MAX, prepare).await {
             Ok(prepared) => prepared.map_err(|e| self.fault_of_query(&e))?,
-            Err(_) => return Err(Fault::unreachable(format!("{} did not answer ({what})", self.place))),
+            Err(_) => {
+                return Err(Fault::unreachable(format!(
+                    "{} did not answer ({what})",
+                    self.place
+                )));
+            }
         };
         // As text, which is exact for every type, numbers included.
-        let plan = query::plan(sql, prepared.columns().iter().map(|column| column.name()), "::text")?;
+        let plan = query::plan(
+            sql,
+            prepared.columns().iter().map(|column| column.name()),
+            "::text",
+        )?;
         let mut batch = Batch::default();
         let mut rows = sqlx::query(AssertSqlSafe(plan.sql.as_str())).fetch(&mut *conn);
         loop {
             let row = match tokio::time::timeout(LABEL_STATEMENT_MAX, rows.try_next()).await {
                 Ok(row) => row.map_err(|e| self.fault_of_query(&e))?,
-                Err(_) => return Err(Fault::unreachable(format!("{} did not answer ({what})", self.place))),
+                Err(_) => {
+                    return Err(Fault::unreachable(format!(
+                        "{} did not answer ({what})",
+                        self.place
+                    )));
+                }
             };
             let Some(row) = row else { break };
             let mut cells = QueryRow::default();
@@ -181,21 +296,39 @@ impl Postgres {
             }
         }
         drop(rows);
-        out.send(batch.finish()).await.map_err(|_| query::unread())?;
+        out.send(batch.finish())
+            .await
+            .map_err(|_| query::unread())?;
         self.run(conn, "end the query", "COMMIT".into()).await
     }
 
-    /// What the user's own statement does wrong is not the server's trouble: syntax, names and rights (42), values
-    /// (22), writing (25006, 0A000), several statements in one (42601).
+    /// What the user's own statement does wrong is not the server's trouble: syntax, names and
+    /// rights (42), values (22), writing (25006, 0A000), several statements in one (42601).
     fn fault_of_query(&self, error: &sqlx::Error) -> Fault {
-        let code = error.as_database_error().and_then(|e| e.code()).unwrap_or_default().into_owned();
+        let code = error
+            .as_database_error()
+            .and_then(|e| e.code())
+            .unwrap_or_default()
+            .into_owned();
         let fault = self.fault("run the query", error);
-        if ["42", "22", "0A"].iter().any(|class| code.starts_with(class)) || code == "25006" { query::users(fault) } else { fault }
+        if ["42", "22", "0A"]
+            .iter()
+            .any(|class| code.starts_with(class))
+            || code == "25006"
+        {
+            query::users(fault)
+        } else {
+            fault
+        }
     }
 }
 
 fn class_of(row: &PgRow) -> sqlx::Result<Class<'_>> {
-    Ok(Class { id: row.try_get(0)?, name: row.try_get(1)?, attrs: row.try_get(2)? })
+    Ok(Class {
+        id: row.try_get(0)?,
+        name: row.try_get(1)?,
+        attrs: row.try_get(2)?,
+    })
 }
 
 fn sample_of(row: &PgRow) -> sqlx::Result<(i64, Sample<'_>)> {
@@ -215,7 +348,12 @@ fn annotation_of(row: &PgRow) -> sqlx::Result<(i64, Annotation<'_>)> {
         sample: row.try_get(1)?,
         class: row.try_get(2)?,
         kind: row.try_get(3)?,
-        bbox: [row.try_get(4)?, row.try_get(5)?, row.try_get(6)?, row.try_get(7)?],
+        bbox: [
+            row.try_get(4)?,
+            row.try_get(5)?,
+            row.try_get(6)?,
+            row.try_get(7)?,
+        ],
         geom: row.try_get(8)?,
         attrs: row.try_get(9)?,
         raw: row.try_get(10)?,
@@ -238,18 +376,34 @@ impl Engine for Postgres {
         self.rights(&mut conn).await?;
         let version = conn.server_version_num().unwrap_or(0);
         let held: i64 = if self.has_schema(&mut conn).await? {
-            let query = sqlx::query_scalar("SELECT count(*) FROM packhorse.label_version WHERE state = 'ready'");
-            self.within("count the versions", LABEL_STATEMENT_MAX, query.fetch_one(&mut conn)).await?
+            let query = sqlx::query_scalar(
+                "SELECT count(*) FROM packhorse.label_version WHERE state = 'ready'",
+            );
+            self.within(
+                "count the versions",
+                LABEL_STATEMENT_MAX,
+                query.fetch_one(&mut conn),
+            )
+            .await?
         } else {
             0
         };
         self.close(conn).await;
-        Ok(format!("{}: PostgreSQL {}.{}, {held} label versions held", self.place, version / 10_000, version % 10_000))
+        Ok(format!(
+            "{}: PostgreSQL {}.{}, {held} label versions held",
+            self.place,
+            version / 10_000,
+            version % 10_000
+        ))
     }
 
-    async fn held(&self, set: &str, version: &str) -> Result<Option<Held>, Fault> {
+    async fn held(&self, set: &str, version: &str) -> Result<Option<StoredVersion>, Fault> {
         let mut conn = self.connect().await?;
-        let held = if self.has_schema(&mut conn).await? { self.held_on(&mut conn, set, version).await? } else { None };
+        let held = if self.has_schema(&mut conn).await? {
+            self.held_on(&mut conn, set, version).await?
+        } else {
+            None
+        };
         self.close(conn).await;
         Ok(held.map(|(_, held)| held))
     }
@@ -257,7 +411,10 @@ impl Engine for Postgres {
     async fn load(&self, new: &NewVersion) -> Result<(), Fault> {
         let mut conn = self.connect().await?;
         let pid = self.pid(&mut conn).await?;
-        match self.watched(pid, &new.waits, self.load_on(&mut conn, new)).await {
+        match self
+            .watched(pid, &new.waits, self.load_on(&mut conn, new))
+            .await
+        {
             Ok(()) => {
                 self.close(conn).await;
                 Ok(())
@@ -283,7 +440,13 @@ impl Engine for Postgres {
              JOIN packhorse.label_set s ON s.id = a.label_set_id WHERE s.name = $1",
         )
         .bind(set);
-        let version = self.within("read the active version", LABEL_STATEMENT_MAX, query.fetch_optional(&mut conn)).await?;
+        let version = self
+            .within(
+                "read the active version",
+                LABEL_STATEMENT_MAX,
+                query.fetch_optional(&mut conn),
+            )
+            .await?;
         self.close(conn).await;
         Ok(version)
     }
@@ -325,17 +488,30 @@ impl Engine for Postgres {
         )
         .bind(set)
         .bind(version);
-        for (id, state) in self.within("look for the version", LABEL_STATEMENT_MAX, query.fetch_all(&mut conn)).await? {
+        for (id, state) in self
+            .within(
+                "look for the version",
+                LABEL_STATEMENT_MAX,
+                query.fetch_all(&mut conn),
+            )
+            .await?
+        {
             if state != "removing" {
                 self.hide_version(&mut conn, id).await?;
             }
-            self.drop_version(&mut conn, id, LABEL_DDL_TRIES_MAX).await?;
+            self.drop_version(&mut conn, id, LABEL_DDL_TRIES_MAX)
+                .await?;
         }
         self.close(conn).await;
         Ok(())
     }
 
-    async fn export(&self, set: &str, version: &str, out: mpsc::Sender<Rows>) -> Result<Held, Fault> {
+    async fn export(
+        &self,
+        set: &str,
+        version: &str,
+        out: mpsc::Sender<Rows>,
+    ) -> Result<StoredVersion, Fault> {
         let mut conn = self.connect().await?;
         if !self.has_schema(&mut conn).await? {
             return Err(not_held(set, version));
@@ -353,6 +529,9 @@ impl Engine for Postgres {
     }
 
     fn location(&self, set: &str, version: &str) -> String {
-        format!("{} packhorse.annotations label_set={set} version={version}", self.place)
+        format!(
+            "{} packhorse.annotations label_set={set} version={version}",
+            self.place
+        )
     }
 }

@@ -1,6 +1,11 @@
 //! Label databases of both engines, for the tests of this crate and of those that use it.
 
-#![expect(clippy::unwrap_used, clippy::expect_used, missing_docs, reason = "tests only")]
+#![expect(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    missing_docs,
+    reason = "tests only"
+)]
 
 pub mod server;
 pub mod set;
@@ -36,9 +41,19 @@ impl Bench {
 
     pub async fn postgres() -> Self {
         let data = tempfile::tempdir().unwrap();
-        let (server, database) = tokio::task::spawn_blocking(|| (server(), server().database())).await.unwrap();
-        let sink = open(Some(&postgres_config(server, "packhorse", &database, &data)), data.path()).unwrap();
-        Self { sink, data, db: Db::Postgres(server, database) }
+        let (server, database) = tokio::task::spawn_blocking(|| (server(), server().database()))
+            .await
+            .unwrap();
+        let sink = open(
+            Some(&postgres_config(server, "packhorse", &database, &data)),
+            data.path(),
+        )
+        .unwrap();
+        Self {
+            sink,
+            data,
+            db: Db::Postgres(server, database),
+        }
     }
 
     /// A table or view by the name that it has in this engine.
@@ -57,8 +72,14 @@ impl Bench {
                 server.psql(database, &sql);
             }
             Db::Sqlite(file) => {
-                let mut conn = sqlx::SqliteConnection::connect(&format!("sqlite://{}", file.display())).await.unwrap();
-                sqlx::raw_sql(AssertSqlSafe(sql)).execute(&mut conn).await.unwrap();
+                let mut conn =
+                    sqlx::SqliteConnection::connect(&format!("sqlite://{}", file.display()))
+                        .await
+                        .unwrap();
+                sqlx::raw_sql(AssertSqlSafe(sql))
+                    .execute(&mut conn)
+                    .await
+                    .unwrap();
                 conn.close().await.unwrap();
             }
         }
@@ -70,8 +91,14 @@ impl Bench {
         match &self.db {
             Db::Postgres(server, database) => server.psql(database, &sql).parse().unwrap(),
             Db::Sqlite(file) => {
-                let mut conn = sqlx::SqliteConnection::connect(&format!("sqlite://{}", file.display())).await.unwrap();
-                let number = sqlx::query_scalar(AssertSqlSafe(sql)).fetch_one(&mut conn).await.unwrap();
+                let mut conn =
+                    sqlx::SqliteConnection::connect(&format!("sqlite://{}", file.display()))
+                        .await
+                        .unwrap();
+                let number = sqlx::query_scalar(AssertSqlSafe(sql))
+                    .fetch_one(&mut conn)
+                    .await
+                    .unwrap();
                 conn.close().await.unwrap();
                 number
             }
@@ -80,7 +107,8 @@ impl Bench {
 
     /// Annotations in the active version.
     pub async fn current(&self) -> i64 {
-        self.number("SELECT count(*) FROM {}current_annotations WHERE label_set = 'aoi-line3'").await
+        self.number("SELECT count(*) FROM {}current_annotations WHERE label_set = 'aoi-line3'")
+            .await
     }
 
     /// Tables of versions beside those of the versions held.
@@ -100,10 +128,18 @@ impl Bench {
     }
 }
 
-pub fn postgres_config(server: &Server, user: &str, database: &str, data: &tempfile::TempDir) -> settings::LabelsSink {
+pub fn postgres_config(
+    server: &Server,
+    user: &str,
+    database: &str,
+    data: &tempfile::TempDir,
+) -> settings::LabelsSink {
     let file = data.path().join("password");
     base::durable::replace_secret(&file, format!("{PASSWORD}\n").as_bytes()).unwrap();
-    settings::LabelsSink { url: server.url(user, database), password_file: Some(file) }
+    settings::LabelsSink {
+        url: server.url(user, database),
+        password_file: Some(file),
+    }
 }
 
 /// Runs each of these tests, which take a [`Bench`], on both engines.

@@ -1,5 +1,5 @@
-//! A real PostgreSQL of the tests' own: on a free loopback port and a Unix socket, shared by the tests of a process,
-//! gone with it, its folder too.
+//! A real PostgreSQL of the tests' own: on a free loopback port and a Unix socket, shared by the
+//! tests of a process, gone with it, its folder too.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -27,12 +27,16 @@ fn newest_bin() -> PathBuf {
         .into_iter()
         .flatten()
         .flatten()
-        .filter_map(|entry| Some((entry.file_name().to_str()?.parse().ok()?, entry.path().join("bin"))))
+        .filter_map(|entry| {
+            Some((
+                entry.file_name().to_str()?.parse().ok()?,
+                entry.path().join("bin"),
+            ))
+        })
         .filter(|(version, bin)| *version >= 15 && bin.join("initdb").exists())
         .collect();
     found.sort();
-    let missing =
-        "PostgreSQL 15 or newer is not installed under /usr/lib/postgresql: install Debian's package 'postgresql' (scripts/test does)";
+    let missing = "PostgreSQL 15 or newer is not installed under /usr/lib/postgresql: install Debian's package 'postgresql' (scripts/test does)";
     found.pop().expect(missing).1
 }
 
@@ -48,46 +52,99 @@ fn as_postgres(program: &Path) -> Command {
 
 fn start() -> Server {
     let bin = newest_bin();
-    let dir = tempfile::Builder::new().prefix("packhorse-pg-").tempdir_in("/tmp").unwrap().keep();
+    let dir = tempfile::Builder::new()
+        .prefix("packhorse-pg-")
+        .tempdir_in("/tmp")
+        .unwrap()
+        .keep();
     if rustix::process::geteuid().is_root() {
-        assert!(Command::new("chown").arg("postgres:postgres").arg(&dir).status().unwrap().success(), "chown of {}", dir.display());
+        assert!(
+            Command::new("chown")
+                .arg("postgres:postgres")
+                .arg(&dir)
+                .status()
+                .unwrap()
+                .success(),
+            "chown of {}",
+            dir.display()
+        );
     }
-    let port = std::net::TcpListener::bind(("127.0.0.1", 0)).unwrap().local_addr().unwrap().port();
+    let port = std::net::TcpListener::bind(("127.0.0.1", 0))
+        .unwrap()
+        .local_addr()
+        .unwrap()
+        .port();
     let data = dir.join("data");
     let initdb = as_postgres(&bin.join("initdb"))
-        .args(["-N", "-U", "postgres", "-E", "UTF8", "--locale=C", "--auth-local=trust", "--auth-host=scram-sha-256", "-D"])
+        .args([
+            "-N",
+            "-U",
+            "postgres",
+            "-E",
+            "UTF8",
+            "--locale=C",
+            "--auth-local=trust",
+            "--auth-host=scram-sha-256",
+            "-D",
+        ])
         .arg(&data)
         .current_dir("/")
         .output()
         .unwrap();
-    assert!(initdb.status.success(), "initdb: {}", String::from_utf8_lossy(&initdb.stderr));
+    assert!(
+        initdb.status.success(),
+        "initdb: {}",
+        String::from_utf8_lossy(&initdb.stderr)
+    );
     // The shell outlives this process for a moment, to stop the server and to take its folder away.
     let script = r#"trap 'kill -INT $pid' TERM
         "$1/postgres" -D "$2/data" -k "$2" -p "$3" -c listen_addresses=127.0.0.1 -c fsync=off -c max_connections=60 \
             -c log_min_messages=fatal >"$2/log" 2>&1 & pid=$!
         wait $pid; wait $pid; rm -rf "$2""#;
     let (bin_arg, dir_arg) = (bin.clone(), dir.clone());
-    // A thread of its own: the signal of the parent's death is sent when the starting thread ends, not the process.
+    // A thread of its own: the signal of the parent's death is sent when the starting thread ends,
+    // not the process.
     std::thread::spawn(move || {
         let mut command = Command::new("setpriv");
         if rustix::process::geteuid().is_root() {
             command.args(["--reuid=postgres", "--regid=postgres", "--clear-groups"]);
         }
-        command.args(["--pdeathsig", "TERM", "sh", "-c", script, "sh"]).arg(bin_arg).arg(dir_arg).arg(port.to_string());
+        command
+            .args(["--pdeathsig", "TERM", "sh", "-c", script, "sh"])
+            .arg(bin_arg)
+            .arg(dir_arg)
+            .arg(port.to_string());
         let _ = command.current_dir("/").stdin(Stdio::null()).status();
     });
     let server = Server { dir, bin, port };
     let ready = || {
         let mut command = Command::new(server.bin.join("pg_isready"));
-        command.arg("-q").arg("-h").arg(&server.dir).args(["-p", &port.to_string()]).status().unwrap().success()
+        command
+            .arg("-q")
+            .arg("-h")
+            .arg(&server.dir)
+            .args(["-p", &port.to_string()])
+            .status()
+            .unwrap()
+            .success()
     };
     let started = (0..600).any(|_| {
         std::thread::sleep(Duration::from_millis(50));
         ready()
     });
-    assert!(started, "PostgreSQL did not start: {}", std::fs::read_to_string(server.dir.join("log")).unwrap_or_default());
-    server.psql("postgres", &format!("CREATE ROLE packhorse LOGIN PASSWORD '{PASSWORD}'"));
-    server.psql("postgres", &format!("CREATE ROLE nobody_much LOGIN PASSWORD '{PASSWORD}'"));
+    assert!(
+        started,
+        "PostgreSQL did not start: {}",
+        std::fs::read_to_string(server.dir.join("log")).unwrap_or_default()
+    );
+    server.psql(
+        "postgres",
+        &format!("CREATE ROLE packhorse LOGIN PASSWORD '{PASSWORD}'"),
+    );
+    server.psql(
+        "postgres",
+        &format!("CREATE ROLE nobody_much LOGIN PASSWORD '{PASSWORD}'"),
+    );
     server
 }
 
@@ -95,20 +152,41 @@ impl Server {
     /// Runs SQL as the superuser; gives back what psql prints, fields separated by `|`.
     pub fn psql(&self, database: &str, sql: &str) -> String {
         let output = Command::new(self.bin.join("psql"))
-            .args(["-XqAt", "-v", "ON_ERROR_STOP=1", "-U", "postgres", "-p", &self.port.to_string(), "-d", database, "-h"])
+            .args([
+                "-XqAt",
+                "-v",
+                "ON_ERROR_STOP=1",
+                "-U",
+                "postgres",
+                "-p",
+                &self.port.to_string(),
+                "-d",
+                database,
+                "-h",
+            ])
             .arg(&self.dir)
             .args(["-c", sql])
             .output()
             .unwrap();
-        assert!(output.status.success(), "psql: {sql}: {}", String::from_utf8_lossy(&output.stderr));
-        String::from_utf8(output.stdout).unwrap().trim_end().to_owned()
+        assert!(
+            output.status.success(),
+            "psql: {sql}: {}",
+            String::from_utf8_lossy(&output.stderr)
+        );
+        String::from_utf8(output.stdout)
+            .unwrap()
+            .trim_end()
+            .to_owned()
     }
 
     /// A new database that belongs to the role `packhorse`.
     pub fn database(&self) -> String {
         static NEXT: AtomicU64 = AtomicU64::new(0);
         let name = format!("labels_{}", NEXT.fetch_add(1, Ordering::Relaxed));
-        self.psql("postgres", &format!("CREATE DATABASE {name} OWNER packhorse"));
+        self.psql(
+            "postgres",
+            &format!("CREATE DATABASE {name} OWNER packhorse"),
+        );
         name
     }
 
@@ -119,6 +197,10 @@ impl Server {
 
     /// Its URL over the Unix socket, as the superuser.
     pub fn admin_url(&self, database: &str) -> String {
-        format!("postgres:///{database}?host={}&port={}&user=postgres", self.dir.display(), self.port)
+        format!(
+            "postgres:///{database}?host={}&port={}&user=postgres",
+            self.dir.display(),
+            self.port
+        )
     }
 }

@@ -1,5 +1,5 @@
-//! Label sets for the tests, in canonical form, with what is hard to carry: names in Chinese, escapes, repeated and
-//! unordered keys, numbers that a parser would rewrite, rows without a class.
+//! Label sets for the tests, in canonical form, with what is hard to carry: names in Chinese,
+//! escapes, repeated and unordered keys, numbers that a parser would rewrite, rows without a class.
 
 use std::path::{Path, PathBuf};
 
@@ -24,20 +24,34 @@ fn json(text: impl Into<String>) -> Option<Box<serde_json::value::RawValue>> {
 }
 
 fn lines<T: serde::Serialize>(rows: &[T]) -> String {
-    rows.iter().map(|row| serde_json::to_string(row).unwrap() + "\n").collect()
+    rows.iter()
+        .map(|row| serde_json::to_string(row).unwrap() + "\n")
+        .collect()
 }
 
 impl Set {
-    /// `samples` samples with about `each` annotations (some have none), each record `padding` bytes longer than need be.
+    /// `samples` samples with about `each` annotations (some have none), each record `padding`
+    /// bytes longer than need be.
     pub fn new(seed: u64, samples: usize, each: usize, padding: usize) -> Self {
         let classes: Vec<ClassRow> = ["scratch", "划痕", "a \"quoted\"\tname", "dead pixel"]
             .iter()
             .zip([-1, 0, 3, 7_000_000_000])
-            .map(|(name, id)| ClassRow { id, name: (*name).into(), attrs: (id == 3).then(|| json(r#"{"b":1,"a":[1.00,2e3]}"#)).flatten() })
+            .map(|(name, id)| ClassRow {
+                id,
+                name: (*name).into(),
+                attrs: (id == 3)
+                    .then(|| json(r#"{"b":1,"a":[1.00,2e3]}"#))
+                    .flatten(),
+            })
             .collect();
         // In bytes "line-2" stands before "line/…"; in manifest order it does not.
-        let mut paths: Vec<RelPath> =
-            (0..samples).map(|i| format!("{}/面板 {i:07}.png", ["line", "line-2", "线3"][i % 3]).parse().unwrap()).collect();
+        let mut paths: Vec<RelPath> = (0..samples)
+            .map(|i| {
+                format!("{}/面板 {i:07}.png", ["line", "line-2", "线3"][i % 3])
+                    .parse()
+                    .unwrap()
+            })
+            .collect();
         paths.sort();
         let (mut sample_rows, mut annotation_rows) = (Vec::new(), Vec::new());
         for (i, path) in paths.iter().enumerate() {
@@ -48,7 +62,9 @@ impl Set {
                 width: bound.then_some(640),
                 height: bound.then_some(480),
                 split: (i % 5 != 0).then(|| "train".into()),
-                meta: (i % 7 == 0).then(|| json(r#"{"z":"\u0000","a":1,"a":2}"#)).flatten(),
+                meta: (i % 7 == 0)
+                    .then(|| json(r#"{"z":"\u0000","a":1,"a":2}"#))
+                    .flatten(),
             });
             for n in 0..if i % 10 == 9 { 0 } else { each } {
                 let x = (seed as f64) * 0.1 + n as f64 + (i as f64) / 3.0;
@@ -60,13 +76,25 @@ impl Set {
                     y: Some(1e300),
                     w: (n % 3 != 0).then_some(12.0),
                     h: (n % 3 != 0).then_some(0.1 + 0.2),
-                    geom: (n % 2 == 1).then(|| json(format!("[[{x},1.50],[2,3E2]]"))).flatten(),
-                    attrs: (n % 5 == 0).then(|| json(r#"{"who":"检验员","q":"\u0000 \ud83d\ude00 😀"}"#)).flatten(),
-                    raw: json(format!(r#"{{"seed":{seed},"n":{n},"b":1.0,"a":-0,"a":"again","pad":"{}"}}"#, "p".repeat(padding))).unwrap(),
+                    geom: (n % 2 == 1)
+                        .then(|| json(format!("[[{x},1.50],[2,3E2]]")))
+                        .flatten(),
+                    attrs: (n % 5 == 0)
+                        .then(|| json(r#"{"who":"检验员","q":"\u0000 \ud83d\ude00 😀"}"#))
+                        .flatten(),
+                    raw: json(format!(
+                        r#"{{"seed":{seed},"n":{n},"b":1.0,"a":-0,"a":"again","pad":"{}"}}"#,
+                        "p".repeat(padding)
+                    ))
+                    .unwrap(),
                 });
             }
         }
-        Self { classes: lines(&classes), samples: lines(&sample_rows), annotations: lines(&annotation_rows) }
+        Self {
+            classes: lines(&classes),
+            samples: lines(&sample_rows),
+            annotations: lines(&annotation_rows),
+        }
     }
 
     pub fn count(&self) -> i64 {
@@ -75,10 +103,17 @@ impl Set {
 
     /// The files in the order of [`Set::of`].
     fn files(&self) -> [(&'static str, &str); 3] {
-        [(CLASSES, &self.classes), (SAMPLES, &self.samples), (ANNOTATIONS, &self.annotations)]
+        [
+            (CLASSES, &self.classes),
+            (SAMPLES, &self.samples),
+            (ANNOTATIONS, &self.annotations),
+        ]
     }
 
-    #[expect(clippy::disallowed_methods, reason = "a fixture need not survive a crash")]
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "a fixture need not survive a crash"
+    )]
     pub fn write(&self, dir: &Path) {
         std::fs::create_dir_all(dir).unwrap();
         for (name, text) in self.files() {
@@ -116,7 +151,11 @@ impl Set {
                 kind: Kind::Labels,
                 info: KindInfo::Labels(info),
                 chunking: content::chunk::DEFAULT_CHUNKING,
-                totals: Totals { files: 3, bytes: all.len() as u64, ..Totals::default() },
+                totals: Totals {
+                    files: 3,
+                    bytes: all.len() as u64,
+                    ..Totals::default()
+                },
                 depth: 0,
                 pages: Vec::new(),
             },

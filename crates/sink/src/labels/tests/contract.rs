@@ -9,7 +9,7 @@ use sqlx::Connection;
 
 use crate::labels::testing::set::Set;
 use crate::labels::testing::{Bench, Db};
-use crate::{Look, Place, Sink};
+use crate::{Look, Sink, StorageLocation};
 use base::durable;
 use base::fault::{Code, Reason, Retry};
 
@@ -30,7 +30,7 @@ crate::on_both!(
     two_sets_at_once,
 );
 
-async fn commit(bench: &Bench, set: &Set, version: &str) -> Place {
+async fn commit(bench: &Bench, set: &Set, version: &str) -> StorageLocation {
     let (incoming, staged) = set.stage(&bench.sink, version);
     bench.sink.check(&incoming).await.unwrap();
     let landed = bench.sink.commit(&incoming, &staged).await.unwrap();
@@ -43,31 +43,84 @@ async fn commits_what_the_views_show(bench: Bench) {
     let (incoming, staged) = set.stage(&bench.sink, "v1");
     bench.sink.check(&incoming).await.unwrap();
     let landed = bench.sink.commit(&incoming, &staged).await.unwrap();
-    assert_eq!(landed.place, Place::Folder { path: bench.data.path().join("labels/aoi-line3/v1") });
-    assert!(landed.location.ends_with("annotations label_set=aoi-line3 version=v1"), "{}", landed.location);
+    assert_eq!(
+        landed.place,
+        StorageLocation::Folder {
+            path: bench.data.path().join("labels/aoi-line3/v1")
+        }
+    );
+    assert!(
+        landed
+            .location
+            .ends_with("annotations label_set=aoi-line3 version=v1"),
+        "{}",
+        landed.location
+    );
     assert!(!landed.location.contains("correct horse"));
     set.assert_at(&bench.data.path().join("labels/aoi-line3/v1"));
 
     assert_eq!(bench.current().await, set.count());
-    assert_eq!(bench.number("SELECT count(*) FROM {}annotations WHERE version = 'v1'").await, set.count());
+    assert_eq!(
+        bench
+            .number("SELECT count(*) FROM {}annotations WHERE version = 'v1'")
+            .await,
+        set.count()
+    );
     let columns = "SELECT count(*) FROM (SELECT label_set, version, sample_path, sample_hash, class, kind, x, y, w, h, geom, attrs, raw
         FROM {}current_annotations WHERE class = '划痕' AND kind = 'polygon' AND sample_path LIKE 'line-2/%') AS q";
-    let expected =
-        set.annotations.lines().filter(|l| l.starts_with(r#"{"sample":"line-2/"#) && l.contains(r#""class":0,"kind":"polygon""#)).count();
+    let expected = set
+        .annotations
+        .lines()
+        .filter(|l| {
+            l.starts_with(r#"{"sample":"line-2/"#) && l.contains(r#""class":0,"kind":"polygon""#)
+        })
+        .count();
     assert!(expected > 0);
     assert_eq!(bench.number(columns).await, expected as i64);
-    assert_eq!(bench.number("SELECT count(*) FROM {}current_annotations WHERE CAST(raw ->> 'n' AS INTEGER) = 2").await, {
-        set.annotations.lines().filter(|l| l.contains(r#""n":2,"#)).count() as i64
-    });
+    assert_eq!(
+        bench
+            .number(
+                "SELECT count(*) FROM {}current_annotations WHERE CAST(raw ->> 'n' AS INTEGER) = 2"
+            )
+            .await,
+        {
+            set.annotations
+                .lines()
+                .filter(|l| l.contains(r#""n":2,"#))
+                .count() as i64
+        }
+    );
 
-    let read = bench.sink.read_at(&landed.place, &"samples.jsonl".parse().unwrap(), 5, 100).await.unwrap();
+    let read = bench
+        .sink
+        .read_at(&landed.place, &"samples.jsonl".parse().unwrap(), 5, 100)
+        .await
+        .unwrap();
     assert_eq!(&read[..], &set.samples.as_bytes()[5..105]);
-    let beyond = bench.sink.read_at(&landed.place, &"samples.jsonl".parse().unwrap(), set.samples.len() as u64, 1).await;
+    let beyond = bench
+        .sink
+        .read_at(
+            &landed.place,
+            &"samples.jsonl".parse().unwrap(),
+            set.samples.len() as u64,
+            1,
+        )
+        .await;
     assert!(beyond.is_err());
     let probed = bench.sink.probe().await.unwrap();
     assert!(probed.contains("1 label versions held"), "{probed}");
-    assert!(bench.sink.refuse_path(&"notes.txt".parse().unwrap()).is_some());
-    assert!(bench.sink.refuse_path(&"classes.jsonl".parse().unwrap()).is_none());
+    assert!(
+        bench
+            .sink
+            .refuse_path(&"notes.txt".parse().unwrap())
+            .is_some()
+    );
+    assert!(
+        bench
+            .sink
+            .refuse_path(&"classes.jsonl".parse().unwrap())
+            .is_none()
+    );
 }
 
 async fn commits_again_without_a_change(bench: Bench) {
@@ -78,10 +131,25 @@ async fn commits_again_without_a_change(bench: Bench) {
     assert_eq!(commit(&bench, &set, "v1").await, place);
     // Not staged any more, as after a crash behind the rename.
     let incoming = set.incoming("v1");
-    let landed = bench.sink.commit(&incoming, &bench.sink.staging_root().join("t-v1")).await.unwrap();
+    let landed = bench
+        .sink
+        .commit(&incoming, &bench.sink.staging_root().join("t-v1"))
+        .await
+        .unwrap();
     assert_eq!(landed.place, place);
-    assert_eq!(bench.number("SELECT count(*) FROM {}label_version").await, 2);
-    assert_eq!(bench.sink.active_version("aoi-line3").await.unwrap().as_deref(), Some("v2"));
+    assert_eq!(
+        bench.number("SELECT count(*) FROM {}label_version").await,
+        2
+    );
+    assert_eq!(
+        bench
+            .sink
+            .active_version("aoi-line3")
+            .await
+            .unwrap()
+            .as_deref(),
+        Some("v2")
+    );
     assert_eq!(bench.leftovers().await, 0);
 }
 
@@ -89,14 +157,27 @@ async fn refuses_other_content_under_the_same_version(bench: Bench) {
     let set = Set::new(1, 9, 3, 0);
     commit(&bench, &set, "v1").await;
     let (incoming, staged) = Set::new(2, 9, 3, 0).stage(&bench.sink, "v1");
-    for fault in [bench.sink.check(&incoming).await.unwrap_err(), bench.sink.commit(&incoming, &staged).await.unwrap_err()] {
-        assert_eq!((fault.code, fault.reason, fault.retry), (Code::Conflict, Reason::SinkRefused, Retry::Never), "{fault}");
+    for fault in [
+        bench.sink.check(&incoming).await.unwrap_err(),
+        bench.sink.commit(&incoming, &staged).await.unwrap_err(),
+    ] {
+        assert_eq!(
+            (fault.code, fault.reason, fault.retry),
+            (Code::Conflict, Reason::SinkRefused, Retry::Never),
+            "{fault}"
+        );
     }
     assert_eq!(bench.current().await, set.count());
     assert!(
         bench
             .sink
-            .verify(&set.incoming("v1"), &Place::Folder { path: bench.data.path().join("labels/aoi-line3/v1") }, &Look::default())
+            .verify(
+                &set.incoming("v1"),
+                &StorageLocation::Folder {
+                    path: bench.data.path().join("labels/aoi-line3/v1")
+                },
+                &Look::default()
+            )
             .await
             .unwrap()
             .is_empty()
@@ -116,7 +197,10 @@ async fn goes_on_after_a_crash(bench: Bench) {
     }
     commit(&bench, &set, "v1").await;
     assert_eq!(bench.current().await, set.count());
-    assert_eq!(bench.number("SELECT count(*) FROM {}label_version").await, 1);
+    assert_eq!(
+        bench.number("SELECT count(*) FROM {}label_version").await,
+        1
+    );
     assert_eq!(bench.leftovers().await, 0);
 }
 
@@ -128,7 +212,11 @@ async fn an_aborted_commit_leaves_the_next_one_free(bench: Bench) {
         if !staged.exists() {
             break;
         }
-        let _ = tokio::time::timeout(Duration::from_millis(ms), bench.sink.commit(&incoming, &staged)).await;
+        let _ = tokio::time::timeout(
+            Duration::from_millis(ms),
+            bench.sink.commit(&incoming, &staged),
+        )
+        .await;
     }
     bench.sink.commit(&incoming, &staged).await.unwrap();
     assert_eq!(bench.current().await, set.count());
@@ -140,7 +228,12 @@ async fn a_commit_waits_for_the_rename_of_an_aborted_one(bench: Bench) {
     let set = Set::new(1, 9, 3, 0);
     let (incoming, staged) = set.stage(&bench.sink, "v1");
     bench.sink.check(&incoming).await.unwrap();
-    bench.sink.engine.load(&bench.sink.new_version(&incoming, &staged).unwrap()).await.unwrap();
+    bench
+        .sink
+        .engine
+        .load(&bench.sink.new_version(&incoming, &staged).unwrap())
+        .await
+        .unwrap();
     let kept = bench.data.path().join("labels/aoi-line3/v1");
     let (go, told) = std::sync::mpsc::sync_channel::<()>(1);
     let (from, to) = (staged.clone(), kept.clone());
@@ -152,8 +245,14 @@ async fn a_commit_waits_for_the_rename_of_an_aborted_one(bench: Bench) {
     // Begun, and dropped.
     assert!(rename.now_or_never().is_none());
     let mut commit = bench.sink.commit(&incoming, &staged);
-    // Without the wait it takes a fraction of this, and removes and loads the rows while the files are about to go.
-    assert!(tokio::time::timeout(Duration::from_secs(1), &mut commit).await.is_err(), "it did not wait");
+    // Without the wait it takes a fraction of this, and removes and loads the rows while the files
+    // are about to go.
+    assert!(
+        tokio::time::timeout(Duration::from_secs(1), &mut commit)
+            .await
+            .is_err(),
+        "it did not wait"
+    );
     go.send(()).unwrap();
     commit.await.unwrap();
     assert!(!staged.exists());
@@ -163,11 +262,18 @@ async fn a_commit_waits_for_the_rename_of_an_aborted_one(bench: Bench) {
 }
 
 async fn readers_see_the_old_version_or_the_new(bench: Bench) {
-    let sets = [Set::new(1, 300, 4, 0), Set::new(2, 301, 7, 0), Set::new(3, 299, 5, 0), Set::new(4, 310, 6, 0)];
+    let sets = [
+        Set::new(1, 300, 4, 0),
+        Set::new(2, 301, 7, 0),
+        Set::new(3, 299, 5, 0),
+        Set::new(4, 310, 6, 0),
+    ];
     let counts: Vec<i64> = sets.iter().map(Set::count).collect();
     commit(&bench, &sets[0], "v0").await;
-    let sql =
-        format!("SELECT count(*), count(DISTINCT version), count(DISTINCT raw ->> 'seed') FROM {}", bench.table("current_annotations"));
+    let sql = format!(
+        "SELECT count(*), count(DISTINCT version), count(DISTINCT raw ->> 'seed') FROM {}",
+        bench.table("current_annotations")
+    );
     let reading = {
         let counts = counts.clone();
         let read = move |(rows, versions, seeds): (i64, i64, i64), last: &mut usize| {
@@ -187,7 +293,10 @@ async fn readers_see_the_old_version_or_the_new(bench: Bench) {
                     let (mut last, mut reads) = (0, 0);
                     loop {
                         reads += 1;
-                        let row = sqlx::query_as(sqlx::AssertSqlSafe(sql.clone())).fetch_one(&mut conn).await.unwrap();
+                        let row = sqlx::query_as(sqlx::AssertSqlSafe(sql.clone()))
+                            .fetch_one(&mut conn)
+                            .await
+                            .unwrap();
                         if read(row, &mut last) {
                             return reads;
                         }
@@ -201,7 +310,10 @@ async fn readers_see_the_old_version_or_the_new(bench: Bench) {
                     let (mut last, mut reads) = (0, 0);
                     loop {
                         reads += 1;
-                        let row = sqlx::query_as(sqlx::AssertSqlSafe(sql.clone())).fetch_one(&mut conn).await.unwrap();
+                        let row = sqlx::query_as(sqlx::AssertSqlSafe(sql.clone()))
+                            .fetch_one(&mut conn)
+                            .await
+                            .unwrap();
                         if read(row, &mut last) {
                             return reads;
                         }
@@ -213,7 +325,10 @@ async fn readers_see_the_old_version_or_the_new(bench: Bench) {
     for (n, set) in sets.iter().enumerate().skip(1) {
         commit(&bench, set, &format!("v{n}")).await;
     }
-    let reads: i32 = tokio::time::timeout(Duration::from_secs(30), reading).await.unwrap().unwrap();
+    let reads: i32 = tokio::time::timeout(Duration::from_secs(30), reading)
+        .await
+        .unwrap()
+        .unwrap();
     assert!(reads > 3, "only {reads} reads happened beside the commits");
 }
 
@@ -222,23 +337,76 @@ async fn refuses_bad_rows_and_leaves_nothing(bench: Bench) {
     commit(&bench, &good, "v1").await;
     type Spoil = fn(&mut Set);
     let spoiled: [(&str, Spoil); 17] = [
-        ("which is not in classes.jsonl", |s| s.annotations = s.annotations.replacen("\"class\":0,", "\"class\":5,", 1)),
-        ("which is not in samples.jsonl", |s| s.annotations = s.annotations.replacen("面板 0000003", "面板 9999999", 1)),
-        ("is cut off", |s| s.annotations.truncate(s.annotations.len() - 1)),
-        ("is not an annotation", |s| s.annotations.insert_str(0, "{\"sample\":\n")),
-        ("is not an annotation", |s| s.annotations = s.annotations.replacen("\"raw\"", "\"row\"", 1)),
-        ("is not in canonical form", |s| s.annotations = s.annotations.replacen("\"y\":1e+300", "\"y\":1E300", 1)),
-        ("is not in canonical form", |s| s.annotations = s.annotations.replacen(",\"kind\"", ", \"kind\"", 1)),
-        ("unknown kind", |s| s.annotations = s.annotations.replacen("\"kind\":\"bbox\"", "\"kind\":\"cube\"", 1)),
-        ("stands out of order", |s| s.annotations = s.annotations.lines().rev().map(|l| format!("{l}\n")).collect()),
-        ("lines, but the manifest", |s| s.annotations.push_str(&s.annotations.lines().last().map(|l| format!("{l}\n")).unwrap())),
-        ("longer than 2 MiB", |s| s.annotations = s.annotations.replacen("\"pad\":\"", &format!("\"pad\":\"{}", "x".repeat(3 << 20)), 1)),
-        ("out of order or twice", |s| s.samples = s.samples.lines().rev().map(|l| format!("{l}\n")).collect()),
-        ("has a bad path", |s| s.samples = s.samples.replacen("{\"path\":\"line/", "{\"path\":\"../", 1)),
-        ("hash that is not", |s| s.samples = s.samples.replacen("\"hash\":\"", "\"hash\":\"zz", 1)),
-        ("NUL in its split", |s| s.samples = s.samples.replacen("\"split\":\"", "\"split\":\"\\u0000", 1)),
-        ("name \"scratch\" of another class", |s| s.classes = s.classes.replace("划痕", "scratch")),
-        ("out of order or twice", |s| s.classes = s.classes.replacen("\"id\":3,", "\"id\":0,", 1)),
+        ("which is not in classes.jsonl", |s| {
+            s.annotations = s.annotations.replacen("\"class\":0,", "\"class\":5,", 1)
+        }),
+        ("which is not in samples.jsonl", |s| {
+            s.annotations = s.annotations.replacen("面板 0000003", "面板 9999999", 1)
+        }),
+        ("is cut off", |s| {
+            s.annotations.truncate(s.annotations.len() - 1)
+        }),
+        ("is not an annotation", |s| {
+            s.annotations.insert_str(0, "{\"sample\":\n")
+        }),
+        ("is not an annotation", |s| {
+            s.annotations = s.annotations.replacen("\"raw\"", "\"row\"", 1)
+        }),
+        ("is not in canonical form", |s| {
+            s.annotations = s.annotations.replacen("\"y\":1e+300", "\"y\":1E300", 1)
+        }),
+        ("is not in canonical form", |s| {
+            s.annotations = s.annotations.replacen(",\"kind\"", ", \"kind\"", 1)
+        }),
+        ("unknown kind", |s| {
+            s.annotations = s
+                .annotations
+                .replacen("\"kind\":\"bbox\"", "\"kind\":\"cube\"", 1)
+        }),
+        ("stands out of order", |s| {
+            s.annotations = s
+                .annotations
+                .lines()
+                .rev()
+                .map(|l| format!("{l}\n"))
+                .collect()
+        }),
+        ("lines, but the manifest", |s| {
+            s.annotations.push_str(
+                &s.annotations
+                    .lines()
+                    .last()
+                    .map(|l| format!("{l}\n"))
+                    .unwrap(),
+            )
+        }),
+        ("longer than 2 MiB", |s| {
+            s.annotations = s.annotations.replacen(
+                "\"pad\":\"",
+                &format!("\"pad\":\"{}", "x".repeat(3 << 20)),
+                1,
+            )
+        }),
+        ("out of order or twice", |s| {
+            s.samples = s.samples.lines().rev().map(|l| format!("{l}\n")).collect()
+        }),
+        ("has a bad path", |s| {
+            s.samples = s
+                .samples
+                .replacen("{\"path\":\"line/", "{\"path\":\"../", 1)
+        }),
+        ("hash that is not", |s| {
+            s.samples = s.samples.replacen("\"hash\":\"", "\"hash\":\"zz", 1)
+        }),
+        ("NUL in its split", |s| {
+            s.samples = s.samples.replacen("\"split\":\"", "\"split\":\"\\u0000", 1)
+        }),
+        ("name \"scratch\" of another class", |s| {
+            s.classes = s.classes.replace("划痕", "scratch")
+        }),
+        ("out of order or twice", |s| {
+            s.classes = s.classes.replacen("\"id\":3,", "\"id\":0,", 1)
+        }),
     ];
     for (why, spoil) in spoiled {
         let set = Set::new(2, 12, 4, 0);
@@ -249,8 +417,16 @@ async fn refuses_bad_rows_and_leaves_nothing(bench: Bench) {
         bad.write(&staged);
         let fault = bench.sink.commit(&incoming, &staged).await.unwrap_err();
         assert!(fault.message.contains(why), "{why}: {fault}");
-        assert_eq!((fault.code, fault.reason, fault.retry), (Code::Integrity, Reason::Integrity, Retry::Never), "{why}: {fault}");
-        assert_eq!(bench.number("SELECT count(*) FROM {}label_version").await, 1, "{why}");
+        assert_eq!(
+            (fault.code, fault.reason, fault.retry),
+            (Code::Integrity, Reason::Integrity, Retry::Never),
+            "{why}: {fault}"
+        );
+        assert_eq!(
+            bench.number("SELECT count(*) FROM {}label_version").await,
+            1,
+            "{why}"
+        );
         assert_eq!(bench.leftovers().await, 0, "{why}");
     }
     assert_eq!(bench.current().await, good.count());
@@ -268,8 +444,19 @@ async fn activates_and_removes(bench: Bench) {
     let (v1, v2) = (one.incoming("v1").artifact, two.incoming("v2").artifact);
     bench.sink.activate(&v1).await.unwrap();
     assert_eq!(bench.current().await, one.count());
-    assert_eq!(bench.number("SELECT count(*) FROM {}annotations").await, one.count() + two.count());
-    assert_eq!(bench.sink.activate(&one.incoming("v9").artifact).await.unwrap_err().code, Code::NotFound);
+    assert_eq!(
+        bench.number("SELECT count(*) FROM {}annotations").await,
+        one.count() + two.count()
+    );
+    assert_eq!(
+        bench
+            .sink
+            .activate(&one.incoming("v9").artifact)
+            .await
+            .unwrap_err()
+            .code,
+        Code::NotFound
+    );
     bench.sink.activate(&v2).await.unwrap();
     assert_eq!(bench.current().await, two.count());
     // The active one goes: the other takes its place.
@@ -292,22 +479,46 @@ async fn exports_the_bytes_that_came_in(bench: Bench) {
     commit(&bench, &set, "v1").await;
     commit(&bench, &Set::new(2, 5, 5, 0), "v2").await;
     let out = bench.data.path().join("out");
-    bench.sink.export_canonical("aoi-line3", "v1", &out).await.unwrap();
+    bench
+        .sink
+        .export_canonical("aoi-line3", "v1", &out)
+        .await
+        .unwrap();
     set.assert_at(&out);
-    let fault = bench.sink.export_canonical("aoi-line3", "v7", &out).await.unwrap_err();
+    let fault = bench
+        .sink
+        .export_canonical("aoi-line3", "v7", &out)
+        .await
+        .unwrap_err();
     assert_eq!(fault.code, Code::NotFound);
-    let fault = bench.sink.export_canonical("other", "v1", &out).await.unwrap_err();
+    let fault = bench
+        .sink
+        .export_canonical("other", "v1", &out)
+        .await
+        .unwrap_err();
     assert_eq!(fault.code, Code::NotFound);
     bench.sql("DELETE FROM {}annotation WHERE ann_no = 7").await;
-    let fault = bench.sink.export_canonical("aoi-line3", "v1", &out).await.unwrap_err();
+    let fault = bench
+        .sink
+        .export_canonical("aoi-line3", "v1", &out)
+        .await
+        .unwrap_err();
     assert_eq!(fault.code, Code::Integrity);
 }
 
 async fn exports_an_empty_set(bench: Bench) {
-    let set = Set { classes: String::new(), samples: String::new(), annotations: String::new() };
+    let set = Set {
+        classes: String::new(),
+        samples: String::new(),
+        annotations: String::new(),
+    };
     commit(&bench, &set, "v1").await;
     let out = bench.data.path().join("out");
-    bench.sink.export_canonical("aoi-line3", "v1", &out).await.unwrap();
+    bench
+        .sink
+        .export_canonical("aoi-line3", "v1", &out)
+        .await
+        .unwrap();
     set.assert_at(&out);
     assert_eq!(bench.current().await, 0);
 }
@@ -316,11 +527,28 @@ async fn verify_finds_what_was_tampered_with(bench: Bench) {
     let set = Set::new(1, 50, 4, 0);
     let place = commit(&bench, &set, "v1").await;
     let incoming = set.incoming("v1");
-    assert_eq!(bench.sink.verify(&incoming, &place, &Look::default()).await.unwrap(), Vec::<String>::new());
-    bench.sql("UPDATE {}annotation SET w = 13 WHERE ann_no = 17").await;
-    let found = bench.sink.verify(&incoming, &place, &Look::default()).await.unwrap();
+    assert_eq!(
+        bench
+            .sink
+            .verify(&incoming, &place, &Look::default())
+            .await
+            .unwrap(),
+        Vec::<String>::new()
+    );
+    bench
+        .sql("UPDATE {}annotation SET w = 13 WHERE ann_no = 17")
+        .await;
+    let found = bench
+        .sink
+        .verify(&incoming, &place, &Look::default())
+        .await
+        .unwrap();
     assert_eq!(found.len(), 1, "{found:?}");
-    assert!(found[0].starts_with("annotations.jsonl line 18: the database says") && found[0].contains("\"w\":13.0"), "{found:?}");
+    assert!(
+        found[0].starts_with("annotations.jsonl line 18: the database says")
+            && found[0].contains("\"w\":13.0"),
+        "{found:?}"
+    );
     bench
         .sql(
             "UPDATE {}annotation SET w = 12 WHERE ann_no = 17; DELETE FROM {}annotation WHERE ann_no IN (0, 30);
@@ -328,8 +556,15 @@ async fn verify_finds_what_was_tampered_with(bench: Bench) {
         INSERT INTO {}annotation (version_id, ann_no, sample_no, kind, raw) VALUES (1, 100000, 1, 'bbox', '1')",
         )
         .await;
-    let found = bench.sink.verify(&incoming, &place, &Look::default()).await.unwrap();
-    let begins: Vec<String> = found.iter().map(|l| l.split(" says ").next().unwrap().to_owned()).collect();
+    let found = bench
+        .sink
+        .verify(&incoming, &place, &Look::default())
+        .await
+        .unwrap();
+    let begins: Vec<String> = found
+        .iter()
+        .map(|l| l.split(" says ").next().unwrap().to_owned())
+        .collect();
     assert_eq!(
         begins,
         [
@@ -341,12 +576,31 @@ async fn verify_finds_what_was_tampered_with(bench: Bench) {
         ]
     );
     bench.sql("DELETE FROM {}annotation").await;
-    let found = bench.sink.verify(&incoming, &place, &Look::default()).await.unwrap();
-    assert_eq!(found.len(), base::limits::OFFENDERS_LISTED_MAX + 1, "{found:?}");
+    let found = bench
+        .sink
+        .verify(&incoming, &place, &Look::default())
+        .await
+        .unwrap();
+    assert_eq!(
+        found.len(),
+        base::limits::OFFENDERS_LISTED_MAX + 1,
+        "{found:?}"
+    );
     // Without the kept files the digest still tells.
     durable::remove_all(&bench.data.path().join("labels")).unwrap();
-    assert!(!bench.sink.verify(&incoming, &place, &Look::default()).await.unwrap().is_empty());
-    let found = bench.sink.verify(&set.incoming("v5"), &place, &Look::default()).await.unwrap();
+    assert!(
+        !bench
+            .sink
+            .verify(&incoming, &place, &Look::default())
+            .await
+            .unwrap()
+            .is_empty()
+    );
+    let found = bench
+        .sink
+        .verify(&set.incoming("v5"), &place, &Look::default())
+        .await
+        .unwrap();
     assert_eq!(found, ["the label database does not hold aoi-line3:v5"]);
 }
 
@@ -373,12 +627,19 @@ async fn many_rows_in_bounded_memory(bench: Bench) {
         }
     });
     bench.sink.commit(&incoming, &staged).await.unwrap();
-    bench.sink.export_canonical("aoi-line3", "v1", &bench.data.path().join("out")).await.unwrap();
+    bench
+        .sink
+        .export_canonical("aoi-line3", "v1", &bench.data.path().join("out"))
+        .await
+        .unwrap();
     watch.abort();
     assert_eq!(bench.current().await, rows);
     let grown = peak.load(Ordering::Relaxed).saturating_sub(before);
     // Other tests run beside this one, so the bound is loose.
-    assert!(grown < bytes.max(64 << 20), "grew by {grown} bytes for {bytes}");
+    assert!(
+        grown < bytes.max(64 << 20),
+        "grew by {grown} bytes for {bytes}"
+    );
 }
 
 async fn two_sets_at_once(bench: Bench) {
@@ -398,5 +659,10 @@ async fn two_sets_at_once(bench: Bench) {
     for commit in commits {
         commit.await.unwrap().unwrap();
     }
-    assert_eq!(bench.number("SELECT count(*) FROM {}current_annotations").await, 3 * set.count());
+    assert_eq!(
+        bench
+            .number("SELECT count(*) FROM {}current_annotations")
+            .await,
+        3 * set.count()
+    );
 }

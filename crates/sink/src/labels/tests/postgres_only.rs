@@ -10,7 +10,7 @@ use crate::labels::testing::server::server;
 use crate::labels::testing::set::Set;
 use crate::labels::testing::{Bench, Db, postgres_config};
 use crate::settings;
-use crate::{Look, Place, Sink, Threads};
+use crate::{Look, Sink, StorageLocation, Threads};
 use base::fault::{Code, Fault, Reason, Retry};
 
 fn class(fault: &Fault) -> (Code, Reason, Retry) {
@@ -27,7 +27,10 @@ async fn fault_of(cfg: &settings::LabelsSink, data: &tempfile::TempDir) -> Fault
     assert_eq!(class(&checked), class(&committed));
     assert_eq!(class(&checked), class(&probed));
     for fault in [&checked, &committed, &probed] {
-        assert!(!format!("{fault:?}").contains("horse battery"), "the password is in {fault:?}");
+        assert!(
+            !format!("{fault:?}").contains("horse battery"),
+            "the password is in {fault:?}"
+        );
     }
     assert!(staged.exists());
     checked
@@ -36,10 +39,21 @@ async fn fault_of(cfg: &settings::LabelsSink, data: &tempfile::TempDir) -> Fault
 #[tokio::test]
 async fn a_server_that_is_down_is_tried_again() {
     let data = tempfile::tempdir().unwrap();
-    let port = std::net::TcpListener::bind(("127.0.0.1", 0)).unwrap().local_addr().unwrap().port();
-    let cfg = settings::LabelsSink { url: format!("postgres://packhorse@127.0.0.1:{port}/labels"), password_file: None };
+    let port = std::net::TcpListener::bind(("127.0.0.1", 0))
+        .unwrap()
+        .local_addr()
+        .unwrap()
+        .port();
+    let cfg = settings::LabelsSink {
+        url: format!("postgres://packhorse@127.0.0.1:{port}/labels"),
+        password_file: None,
+    };
     let fault = fault_of(&cfg, &data).await;
-    assert_eq!(class(&fault), (Code::Unreachable, Reason::SinkUnavailable, Retry::Backoff), "{fault}");
+    assert_eq!(
+        class(&fault),
+        (Code::Unreachable, Reason::SinkUnavailable, Retry::Backoff),
+        "{fault}"
+    );
     assert!(fault.message.contains(&port.to_string()), "{fault}");
 }
 
@@ -48,12 +62,26 @@ async fn a_password_file_that_is_gone_for_a_while_is_waited_for() {
     let data = tempfile::tempdir().unwrap();
     let file = data.path().join("password");
     base::durable::replace_secret(&file, b"horse battery\n").unwrap();
-    let cfg = settings::LabelsSink { url: "postgres://packhorse@127.0.0.1:1/labels".into(), password_file: Some(file.clone()) };
+    let cfg = settings::LabelsSink {
+        url: "postgres://packhorse@127.0.0.1:1/labels".into(),
+        password_file: Some(file.clone()),
+    };
     let sink = open(Some(&cfg), data.path()).unwrap();
     std::fs::remove_file(&file).unwrap();
-    let fault = sink.check(&Set::new(1, 5, 2, 0).incoming("v1")).await.unwrap_err();
-    assert_eq!(class(&fault), (Code::NotAllowed, Reason::SinkDenied, Retry::Backoff), "{fault}");
-    assert!(fault.next.contains(file.to_str().unwrap()), "{}", fault.next);
+    let fault = sink
+        .check(&Set::new(1, 5, 2, 0).incoming("v1"))
+        .await
+        .unwrap_err();
+    assert_eq!(
+        class(&fault),
+        (Code::NotAllowed, Reason::SinkDenied, Retry::Backoff),
+        "{fault}"
+    );
+    assert!(
+        fault.next.contains(file.to_str().unwrap()),
+        "{}",
+        fault.next
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -65,7 +93,8 @@ async fn wrong_credentials_and_missing_rights_are_not() {
     let denied = (Code::NotAllowed, Reason::SinkDenied, Retry::Never);
 
     let mut cfg = postgres_config(server, "packhorse", database, &data);
-    base::durable::replace_secret(cfg.password_file.as_deref().unwrap(), b"horse battery\n").unwrap();
+    base::durable::replace_secret(cfg.password_file.as_deref().unwrap(), b"horse battery\n")
+        .unwrap();
     let fault = fault_of(&cfg, &data).await;
     assert_eq!(class(&fault), denied, "{fault}");
     assert!(fault.next.contains("password_file"), "{}", fault.next);
@@ -73,7 +102,13 @@ async fn wrong_credentials_and_missing_rights_are_not() {
     cfg = postgres_config(server, "nobody_much", database, &data);
     let fault = fault_of(&cfg, &data).await;
     assert_eq!(class(&fault), denied, "{fault}");
-    assert!(fault.next.contains("GRANT CREATE ON DATABASE … TO nobody_much"), "{}", fault.next);
+    assert!(
+        fault
+            .next
+            .contains("GRANT CREATE ON DATABASE … TO nobody_much"),
+        "{}",
+        fault.next
+    );
 
     cfg = postgres_config(server, "packhorse", "no_such_db", &data);
     let fault = fault_of(&cfg, &data).await;
@@ -86,10 +121,20 @@ async fn wrong_credentials_and_missing_rights_are_not() {
     let fault = fault_of(&cfg, &data).await;
     assert_eq!(class(&fault), denied, "{fault}");
     assert!(fault.next.contains("ON SCHEMA packhorse"), "{}", fault.next);
-    server.psql(database, "GRANT CREATE, USAGE ON SCHEMA packhorse TO packhorse");
-    open(Some(&cfg), data.path()).unwrap().check(&Set::new(1, 5, 2, 0).incoming("v1")).await.unwrap();
+    server.psql(
+        database,
+        "GRANT CREATE, USAGE ON SCHEMA packhorse TO packhorse",
+    );
+    open(Some(&cfg), data.path())
+        .unwrap()
+        .check(&Set::new(1, 5, 2, 0).incoming("v1"))
+        .await
+        .unwrap();
     // Tables that belong to another role.
-    server.psql(database, "GRANT CREATE, USAGE ON SCHEMA packhorse TO nobody_much");
+    server.psql(
+        database,
+        "GRANT CREATE, USAGE ON SCHEMA packhorse TO nobody_much",
+    );
     cfg = postgres_config(server, "nobody_much", database, &data);
     assert_eq!(class(&fault_of(&cfg, &data).await), denied);
 }
@@ -98,22 +143,36 @@ async fn wrong_credentials_and_missing_rights_are_not() {
 async fn the_config_is_checked_when_it_is_opened() {
     let data = tempfile::tempdir().unwrap();
     let open_with = |url: &str, password_file: Option<&str>| {
-        let cfg = settings::LabelsSink { url: url.into(), password_file: password_file.map(|f| data.path().join(f)) };
+        let cfg = settings::LabelsSink {
+            url: url.into(),
+            password_file: password_file.map(|f| data.path().join(f)),
+        };
         open(Some(&cfg), data.path()).err().unwrap()
     };
     let fault = open_with("postgres://packhorse@db/labels", Some("missing"));
     assert_eq!(fault.code, Code::Config);
-    assert!(fault.message.contains(data.path().join("missing").to_str().unwrap()), "{fault}");
+    assert!(
+        fault
+            .message
+            .contains(data.path().join("missing").to_str().unwrap()),
+        "{fault}"
+    );
     for (url, why) in [
         ("postgres://packhorse:secret@db/labels", "holds a password"),
-        ("postgres://packhorse@db/labels?password=secret", "holds a password"),
+        (
+            "postgres://packhorse@db/labels?password=secret",
+            "holds a password",
+        ),
         ("postgres://packhorse@db:notaport/labels", "not of the form"),
         ("mysql://db/labels", "begins with neither"),
         ("sqlite://labels.db", "does not name a file"),
     ] {
         let fault = open_with(url, None);
         assert_eq!(fault.code, Code::Config, "{url}");
-        assert!(fault.message.contains(why) && !fault.message.contains("secret"), "{url}: {fault}");
+        assert!(
+            fault.message.contains(why) && !fault.message.contains("secret"),
+            "{url}: {fault}"
+        );
     }
 }
 
@@ -121,7 +180,9 @@ async fn the_config_is_checked_when_it_is_opened() {
 async fn each_sqlstate_has_its_class() {
     let server = tokio::task::spawn_blocking(server).await.unwrap();
     let engine = Postgres::new(&server.admin_url("postgres"), None, Threads::new("test")).unwrap();
-    let mut conn = sqlx::PgConnection::connect(&server.admin_url("postgres")).await.unwrap();
+    let mut conn = sqlx::PgConnection::connect(&server.admin_url("postgres"))
+        .await
+        .unwrap();
     let tried_again = (Code::Unreachable, Reason::SinkUnavailable, Retry::Backoff);
     let denied = (Code::NotAllowed, Reason::SinkDenied, Retry::Never);
     let wrong = (Code::Integrity, Reason::Integrity, Retry::Never);
@@ -141,7 +202,10 @@ async fn each_sqlstate_has_its_class() {
         ("XX000", (Code::Internal, Reason::Internal, Retry::Backoff)),
     ] {
         let sql = format!("DO $$ BEGIN RAISE 'no way' USING ERRCODE = '{state}'; END $$");
-        let error = sqlx::raw_sql(AssertSqlSafe(sql)).execute(&mut conn).await.unwrap_err();
+        let error = sqlx::raw_sql(AssertSqlSafe(sql))
+            .execute(&mut conn)
+            .await
+            .unwrap_err();
         let fault = engine.fault("try", &error);
         assert_eq!(class(&fault), expected, "{state}: {fault}");
         assert!(fault.message.contains("(try): no way"), "{fault}");
@@ -151,7 +215,9 @@ async fn each_sqlstate_has_its_class() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_session_that_planned_before_reads_the_old_version_and_delays_nobody() {
     let bench = Bench::postgres().await;
-    let Db::Postgres(server, database) = &bench.db else { unreachable!() };
+    let Db::Postgres(server, database) = &bench.db else {
+        unreachable!()
+    };
     let (one, two) = (Set::new(1, 20, 4, 0), Set::new(2, 25, 4, 0));
     let deliver = async |set: &Set, version: &str| {
         let (incoming, staged) = set.stage(&bench.sink, version);
@@ -161,40 +227,87 @@ async fn a_session_that_planned_before_reads_the_old_version_and_delays_nobody()
     };
     let v1 = deliver(&one, "v1").await;
 
-    // A prepared statement with a generic plan, in an open transaction: it does not learn of new partitions before it ends.
-    let mut reader = sqlx::PgConnection::connect(&server.admin_url(database)).await.unwrap();
+    // A prepared statement with a generic plan, in an open transaction: it does not learn of new
+    // partitions before it ends.
+    let mut reader = sqlx::PgConnection::connect(&server.admin_url(database))
+        .await
+        .unwrap();
     let sql = "SELECT count(*) FROM packhorse.current_annotations WHERE label_set = $1";
     for _ in 0..8 {
-        let _: i64 = sqlx::query_scalar(sql).bind("aoi-line3").fetch_one(&mut reader).await.unwrap();
+        let _: i64 = sqlx::query_scalar(sql)
+            .bind("aoi-line3")
+            .fetch_one(&mut reader)
+            .await
+            .unwrap();
     }
     sqlx::raw_sql("BEGIN").execute(&mut reader).await.unwrap();
-    let read =
-        async |reader: &mut sqlx::PgConnection| -> i64 { sqlx::query_scalar(sql).bind("aoi-line3").fetch_one(reader).await.unwrap() };
+    let read = async |reader: &mut sqlx::PgConnection| -> i64 {
+        sqlx::query_scalar(sql)
+            .bind("aoi-line3")
+            .fetch_one(reader)
+            .await
+            .unwrap()
+    };
     assert_eq!(read(&mut reader).await, one.count());
 
-    // It holds its locks and does nothing: two versions are delivered, and it goes on reading the first.
+    // It holds its locks and does nothing: two versions are delivered, and it goes on reading the
+    // first.
     deliver(&two, "v2").await;
-    assert_eq!((bench.current().await, read(&mut reader).await), (two.count(), one.count()));
+    assert_eq!(
+        (bench.current().await, read(&mut reader).await),
+        (two.count(), one.count())
+    );
     let v3 = deliver(&one, "v3").await;
     bench.sink.activate(&v1.artifact).await.unwrap();
     bench.sink.activate(&v3.artifact).await.unwrap();
-    assert_eq!((bench.current().await, read(&mut reader).await), (one.count(), one.count()));
-    assert_eq!(bench.sink.active_version("aoi-line3").await.unwrap().as_deref(), Some("v3"));
+    assert_eq!(
+        (bench.current().await, read(&mut reader).await),
+        (one.count(), one.count())
+    );
+    assert_eq!(
+        bench
+            .sink
+            .active_version("aoi-line3")
+            .await
+            .unwrap()
+            .as_deref(),
+        Some("v3")
+    );
 
-    // What is delivered again, because something of it was found changed, takes the place of tables that cannot be dropped now.
+    // What is delivered again, because something of it was found changed, takes the place of tables
+    // that cannot be dropped now.
     deliver(&one, "v3").await;
     assert_eq!(bench.current().await, one.count());
-    assert_eq!(bench.number("SELECT count(*) FROM {}label_version WHERE state = 'removing'").await, 1);
+    assert_eq!(
+        bench
+            .number("SELECT count(*) FROM {}label_version WHERE state = 'removing'")
+            .await,
+        1
+    );
     deliver(&two, "v4").await;
     sqlx::raw_sql("COMMIT").execute(&mut reader).await.unwrap();
     assert_eq!(read(&mut reader).await, two.count());
     deliver(&two, "v5").await;
-    assert_eq!(bench.number("SELECT count(*) FROM {}label_version WHERE state = 'removing'").await, 0, "dropped by a later commit");
+    assert_eq!(
+        bench
+            .number("SELECT count(*) FROM {}label_version WHERE state = 'removing'")
+            .await,
+        0,
+        "dropped by a later commit"
+    );
     assert_eq!(bench.leftovers().await, 0);
 
     // A removal of the active version leaves one active, and no transaction sees two.
-    bench.sink.remove(&"labels/aoi-line3:v5".parse().unwrap()).await.unwrap();
-    bench.sink.remove(&"labels/aoi-line3:v2".parse().unwrap()).await.unwrap();
+    bench
+        .sink
+        .remove(&"labels/aoi-line3:v5".parse().unwrap())
+        .await
+        .unwrap();
+    bench
+        .sink
+        .remove(&"labels/aoi-line3:v2".parse().unwrap())
+        .await
+        .unwrap();
     assert_eq!(bench.current().await, two.count());
     let overlaps = "SELECT count(*) FROM packhorse.label_switch a JOIN packhorse.label_switch b
         ON a.label_set_id = b.label_set_id AND a.ctid <> b.ctid AND a.since < b.until AND b.since < a.until";
@@ -204,7 +317,9 @@ async fn a_session_that_planned_before_reads_the_old_version_and_delays_nobody()
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_database_of_the_previous_revision_is_migrated() {
     let bench = Bench::postgres().await;
-    let Db::Postgres(server, database) = &bench.db else { unreachable!() };
+    let Db::Postgres(server, database) = &bench.db else {
+        unreachable!()
+    };
     let set = Set::new(1, 20, 4, 0);
     let (incoming, staged) = set.stage(&bench.sink, "v1");
     bench.sink.check(&incoming).await.unwrap();
@@ -228,7 +343,13 @@ async fn a_database_of_the_previous_revision_is_migrated() {
     assert_eq!(
         bench
             .sink
-            .verify(&incoming, &Place::Folder { path: bench.data.path().join("labels/aoi-line3/v1") }, &Look::default())
+            .verify(
+                &incoming,
+                &StorageLocation::Folder {
+                    path: bench.data.path().join("labels/aoi-line3/v1")
+                },
+                &Look::default()
+            )
             .await
             .unwrap(),
         Vec::<String>::new()
@@ -238,7 +359,9 @@ async fn a_database_of_the_previous_revision_is_migrated() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn limits_of_the_role_do_not_end_a_load() {
     let bench = Bench::postgres().await;
-    let Db::Postgres(server, database) = &bench.db else { unreachable!() };
+    let Db::Postgres(server, database) = &bench.db else {
+        unreachable!()
+    };
     for limit in [
         "statement_timeout = '5ms'",
         "idle_in_transaction_session_timeout = '1ms'",
@@ -246,7 +369,10 @@ async fn limits_of_the_role_do_not_end_a_load() {
         "default_transaction_read_only = on",
         "synchronous_commit = off",
     ] {
-        server.psql("postgres", &format!("ALTER ROLE packhorse IN DATABASE {database} SET {limit}"));
+        server.psql(
+            "postgres",
+            &format!("ALTER ROLE packhorse IN DATABASE {database} SET {limit}"),
+        );
     }
     let set = Set::new(1, 2_000, 6, 200);
     let (incoming, staged) = set.stage(&bench.sink, "v1");
@@ -258,52 +384,99 @@ async fn limits_of_the_role_do_not_end_a_load() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn who_holds_a_lock_is_reported_while_the_delivery_waits() {
     let bench = Bench::postgres().await;
-    let Db::Postgres(server, database) = &bench.db else { unreachable!() };
+    let Db::Postgres(server, database) = &bench.db else {
+        unreachable!()
+    };
     let set = Set::new(1, 20, 4, 0);
     let (first, staged) = set.stage(&bench.sink, "v1");
     bench.sink.check(&first).await.unwrap();
     bench.sink.commit(&first, &staged).await.unwrap();
-    let mut holder = sqlx::PgConnection::connect(&server.admin_url(database)).await.unwrap();
+    let mut holder = sqlx::PgConnection::connect(&server.admin_url(database))
+        .await
+        .unwrap();
     let lock = "SET application_name = 'night job'; BEGIN; LOCK TABLE packhorse.annotation IN SHARE UPDATE EXCLUSIVE MODE";
     sqlx::raw_sql(lock).execute(&mut holder).await.unwrap();
-    let pid: i32 = sqlx::query_scalar("SELECT pg_backend_pid()").fetch_one(&mut holder).await.unwrap();
+    let pid: i32 = sqlx::query_scalar("SELECT pg_backend_pid()")
+        .fetch_one(&mut holder)
+        .await
+        .unwrap();
 
     let (incoming, staged) = set.stage(&bench.sink, "v2");
     let (sink, mut waits) = (bench.sink.clone(), incoming.waits.subscribe());
     let commit = tokio::spawn(async move { sink.commit(&incoming, &staged).await });
-    let report = tokio::time::timeout(Duration::from_secs(20), waits.wait_for(Option::is_some)).await.unwrap().unwrap().clone().unwrap();
-    assert_eq!(class(&report), (Code::Unreachable, Reason::SinkUnavailable, Retry::Backoff));
-    assert!(report.message.contains(&format!("server process {pid} (night job")), "{report}");
-    assert!(report.next.contains(&format!("pg_terminate_backend({pid})")), "{}", report.next);
+    let report = tokio::time::timeout(Duration::from_secs(20), waits.wait_for(Option::is_some))
+        .await
+        .unwrap()
+        .unwrap()
+        .clone()
+        .unwrap();
+    assert_eq!(
+        class(&report),
+        (Code::Unreachable, Reason::SinkUnavailable, Retry::Backoff)
+    );
+    assert!(
+        report
+            .message
+            .contains(&format!("server process {pid} (night job")),
+        "{report}"
+    );
+    assert!(
+        report
+            .next
+            .contains(&format!("pg_terminate_backend({pid})")),
+        "{}",
+        report.next
+    );
     sqlx::raw_sql("COMMIT").execute(&mut holder).await.unwrap();
     commit.await.unwrap().unwrap();
-    assert_eq!(bench.number("SELECT count(*) FROM {}label_version WHERE state = 'ready'").await, 2);
+    assert_eq!(
+        bench
+            .number("SELECT count(*) FROM {}label_version WHERE state = 'ready'")
+            .await,
+        2
+    );
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_removal_that_a_reader_holds_up_hides_the_rows_and_is_finished_later() {
     let bench = Bench::postgres().await;
-    let Db::Postgres(server, database) = &bench.db else { unreachable!() };
+    let Db::Postgres(server, database) = &bench.db else {
+        unreachable!()
+    };
     let set = Set::new(1, 20, 4, 0);
     let (incoming, staged) = set.stage(&bench.sink, "v1");
     bench.sink.check(&incoming).await.unwrap();
     bench.sink.commit(&incoming, &staged).await.unwrap();
-    let mut reader = sqlx::PgConnection::connect(&server.admin_url(database)).await.unwrap();
-    sqlx::raw_sql("BEGIN; SELECT count(*) FROM packhorse.annotations").execute(&mut reader).await.unwrap();
+    let mut reader = sqlx::PgConnection::connect(&server.admin_url(database))
+        .await
+        .unwrap();
+    sqlx::raw_sql("BEGIN; SELECT count(*) FROM packhorse.annotations")
+        .execute(&mut reader)
+        .await
+        .unwrap();
     let fault = bench.sink.remove(&incoming.artifact).await.unwrap_err();
-    assert_eq!(class(&fault), (Code::Unreachable, Reason::SinkUnavailable, Retry::Backoff), "{fault}");
+    assert_eq!(
+        class(&fault),
+        (Code::Unreachable, Reason::SinkUnavailable, Retry::Backoff),
+        "{fault}"
+    );
     assert_eq!(bench.current().await, 0);
     assert_eq!(bench.number("SELECT count(*) FROM {}annotations").await, 0);
     sqlx::raw_sql("COMMIT").execute(&mut reader).await.unwrap();
     bench.sink.remove(&incoming.artifact).await.unwrap();
-    assert_eq!(bench.number("SELECT count(*) FROM {}label_version").await, 0);
+    assert_eq!(
+        bench.number("SELECT count(*) FROM {}label_version").await,
+        0
+    );
     assert_eq!(bench.leftovers().await, 0);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_session_that_the_server_ends_is_tried_again() {
     let bench = Bench::postgres().await;
-    let Db::Postgres(server, database) = &bench.db else { unreachable!() };
+    let Db::Postgres(server, database) = &bench.db else {
+        unreachable!()
+    };
     let set = Set::new(1, 5_000, 6, 200);
     let (incoming, staged) = set.stage(&bench.sink, "v1");
     bench.sink.check(&incoming).await.unwrap();
@@ -315,19 +488,29 @@ async fn a_session_that_the_server_ends_is_tried_again() {
         assert!(!commit.is_finished(), "the copy was too quick to be hit");
     }
     let fault = commit.await.unwrap().unwrap_err();
-    assert_eq!(class(&fault), (Code::Unreachable, Reason::SinkUnavailable, Retry::Backoff), "{fault}");
+    assert_eq!(
+        class(&fault),
+        (Code::Unreachable, Reason::SinkUnavailable, Retry::Backoff),
+        "{fault}"
+    );
     bench.sink.commit(&again.0, &again.1).await.unwrap();
     assert_eq!(bench.current().await, set.count());
     assert_eq!(bench.leftovers().await, 0);
 }
 
-/// `cargo test --lib copy_beside_psql -- --ignored --nocapture`; `ROWS` sets the number of annotations.
+/// `cargo test --lib copy_beside_psql -- --ignored --nocapture`; `ROWS` sets the number of
+/// annotations.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 #[ignore = "a measurement"]
 async fn copy_beside_psql() {
     let bench = Bench::postgres().await;
-    let Db::Postgres(server, database) = &bench.db else { unreachable!() };
-    let rows: usize = std::env::var("ROWS").ok().and_then(|n| n.parse().ok()).unwrap_or(200_000);
+    let Db::Postgres(server, database) = &bench.db else {
+        unreachable!()
+    };
+    let rows: usize = std::env::var("ROWS")
+        .ok()
+        .and_then(|n| n.parse().ok())
+        .unwrap_or(200_000);
     let set = Set::new(1, rows / 9, 10, 100);
     for round in 0..3 {
         let (incoming, staged) = set.stage(&bench.sink, &format!("v{round}"));
@@ -336,11 +519,24 @@ async fn copy_beside_psql() {
         bench.sink.commit(&incoming, &staged).await.unwrap();
         let ours = began.elapsed();
 
-        let id = bench.number(&format!("SELECT id FROM {{}}label_version WHERE version = 'v{round}'")).await;
+        let id = bench
+            .number(&format!(
+                "SELECT id FROM {{}}label_version WHERE version = 'v{round}'"
+            ))
+            .await;
         let file = bench.data.path().join("rows.tsv");
         let rows_of = |name: &str| format!("packhorse.{name}_v{id}");
-        server.psql(database, &format!("\\copy {} to '{}'", rows_of("annotation"), file.display()));
-        server.psql(database, &format!("DROP TABLE IF EXISTS peer; CREATE TABLE peer (LIKE {})", rows_of("annotation")));
+        server.psql(
+            database,
+            &format!("\\copy {} to '{}'", rows_of("annotation"), file.display()),
+        );
+        server.psql(
+            database,
+            &format!(
+                "DROP TABLE IF EXISTS peer; CREATE TABLE peer (LIKE {})",
+                rows_of("annotation")
+            ),
+        );
         let began = std::time::Instant::now();
         server.psql(database, &format!("\\copy peer from '{}'", file.display()));
         let copied = began.elapsed();
@@ -359,9 +555,13 @@ async fn copy_beside_psql() {
     let began = std::time::Instant::now();
     sqlite.sink.commit(&incoming, &staged).await.unwrap();
     println!("sqlite {:.2?}", began.elapsed());
-    let mut conn = sqlx::PgConnection::connect(&server.admin_url(database)).await.unwrap();
-    let explain =
-        "EXPLAIN (ANALYZE, COSTS off) SELECT * FROM packhorse.current_annotations WHERE label_set = 'aoi-line3' AND class = '划痕'";
-    let plan: Vec<String> = sqlx::query_scalar(AssertSqlSafe(explain)).fetch_all(&mut conn).await.unwrap();
+    let mut conn = sqlx::PgConnection::connect(&server.admin_url(database))
+        .await
+        .unwrap();
+    let explain = "EXPLAIN (ANALYZE, COSTS off) SELECT * FROM packhorse.current_annotations WHERE label_set = 'aoi-line3' AND class = '划痕'";
+    let plan: Vec<String> = sqlx::query_scalar(AssertSqlSafe(explain))
+        .fetch_all(&mut conn)
+        .await
+        .unwrap();
     println!("{}", plan.join("\n"));
 }

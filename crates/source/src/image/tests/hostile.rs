@@ -19,7 +19,10 @@ fn a_truncated_archive_is_refused_wherever_it_ends() {
     }
     let packed = gzip(&tar);
     refused(case.open(&packed[..packed.len() / 2]), &["truncated"]);
-    assert!(!case.path("scratch/image.tar").exists(), "nothing is left behind");
+    assert!(
+        !case.path("scratch/image.tar").exists(),
+        "nothing is left behind"
+    );
 }
 
 #[test]
@@ -28,19 +31,49 @@ fn hostile_names_and_links_are_refused() {
     let with = |name: &str, part: Part| docker_save(&[]).put(name, part).tar();
     let file = || Part::File(b"x".to_vec());
     let link = |to: &str| Part::Symlink(to.into());
-    refused(case.open(&with("../evil", file())), &["../evil", "contains '..'"]);
+    refused(
+        case.open(&with("../evil", file())),
+        &["../evil", "contains '..'"],
+    );
     refused(case.open(&with("a/../../evil", file())), &["contains '..'"]);
-    refused(case.open(&with("/etc/passwd", file())), &["/etc/passwd", "absolute"]);
-    refused(case.open(&with("out", link("/etc/passwd"))), &["out", "out of the archive"]);
-    refused(case.open(&with("d/out", link("../../x"))), &["out of the archive"]);
-    refused(case.open(&with("hard", Part::Hardlink("/etc/passwd".into()))), &["hard", "absolute"]);
+    refused(
+        case.open(&with("/etc/passwd", file())),
+        &["/etc/passwd", "absolute"],
+    );
+    refused(
+        case.open(&with("out", link("/etc/passwd"))),
+        &["out", "out of the archive"],
+    );
+    refused(
+        case.open(&with("d/out", link("../../x"))),
+        &["out of the archive"],
+    );
+    refused(
+        case.open(&with("hard", Part::Hardlink("/etc/passwd".into()))),
+        &["hard", "absolute"],
+    );
     refused(case.open(&with("self", link("self"))), &["self", "circle"]);
-    let round = docker_save(&[]).put("one", link("two")).put("two", link("one")).tar();
+    let round = docker_save(&[])
+        .put("one", link("two"))
+        .put("two", link("one"))
+        .tar();
     refused(case.open(&round), &["one", "circle"]);
-    refused(case.open(&with("pipe", Part::Fifo)), &["pipe", "neither a file"]);
-    refused(case.open(&with("aa/layer.tar", file())), &["aa/layer.tar", "twice with different content"]);
-    let (mut twice, again) = (docker_save(&[]), docker_save(&[]).get("aa/layer.tar").clone());
-    assert!(case.open(&twice.file("aa/layer.tar", again).tar()).is_ok(), "the same content twice is no lie");
+    refused(
+        case.open(&with("pipe", Part::Fifo)),
+        &["pipe", "neither a file"],
+    );
+    refused(
+        case.open(&with("aa/layer.tar", file())),
+        &["aa/layer.tar", "twice with different content"],
+    );
+    let (mut twice, again) = (
+        docker_save(&[]),
+        docker_save(&[]).get("aa/layer.tar").clone(),
+    );
+    assert!(
+        case.open(&twice.file("aa/layer.tar", again).tar()).is_ok(),
+        "the same content twice is no lie"
+    );
 }
 
 #[test]
@@ -55,10 +88,20 @@ fn an_image_that_changes_after_its_check_is_not_taken() {
     parts.folder(&folder);
     let archive = case.file(&tar);
     let member = folder.join(BlobDigest::of(&raw).member());
-    let in_tar = tar.windows(raw.len()).position(|bytes| bytes == raw).unwrap();
+    let in_tar = tar
+        .windows(raw.len())
+        .position(|bytes| bytes == raw)
+        .unwrap();
     for (image, file, start) in [(&folder, &member, 0), (&archive, &archive, in_tar)] {
         let opened = || open(image, &case.path("none"), None, SMALL_CAPS, &Arc::default()).unwrap();
-        ingest(&mut opened(), Kind::Image, &store, &store, &Progress::default()).unwrap();
+        ingest(
+            &mut opened(),
+            Kind::Image,
+            &store,
+            &store,
+            &Progress::default(),
+        )
+        .unwrap();
         let mut source = opened();
         // Timestamps are as coarse as the kernel's tick.
         std::thread::sleep(Duration::from_millis(30));
@@ -66,9 +109,19 @@ fn an_image_that_changes_after_its_check_is_not_taken() {
         let out = fs::File::options().write(true).open(file).unwrap();
         out.write_all_at(b"2", start as u64 + 512).unwrap();
         out.set_modified(time).unwrap();
-        let fault = ingest(&mut source, Kind::Image, &store, &store, &Progress::default()).unwrap_err();
+        let fault = ingest(
+            &mut source,
+            Kind::Image,
+            &store,
+            &store,
+            &Progress::default(),
+        )
+        .unwrap_err();
         assert_eq!(fault.code, Code::Integrity, "{fault}");
-        assert!(fault.message.contains("changed while it was read"), "{fault}");
+        assert!(
+            fault.message.contains("changed while it was read"),
+            "{fault}"
+        );
     }
 }
 
@@ -76,11 +129,20 @@ fn an_image_that_changes_after_its_check_is_not_taken() {
 fn bombs_are_refused_around_and_inside() {
     let case = Case::new();
     let zeros = || std::io::repeat(0).take(64 << 20);
-    refused(case.open(&zstd::encode_all(zeros(), 1).unwrap()), &["decompression bomb"]);
+    refused(
+        case.open(&zstd::encode_all(zeros(), 1).unwrap()),
+        &["decompression bomb"],
+    );
     assert!(!case.path("scratch/image.tar").exists());
     let mut parts = Parts::default();
     let config = parts.blob(OCI_CONFIG, &config("amd64", &[b"whatever"]));
-    let layers = [parts.blob(&format!("{TAR_LAYER}+zstd"), &zstd::encode_all(zeros(), 1).unwrap())];
+    let layers = [parts.blob(
+        &format!("{TAR_LAYER}+zstd"),
+        &zstd::encode_all(zeros(), 1).unwrap(),
+    )];
     let top = manifest(&mut parts, &config, &layers);
-    refused(case.open(&parts.layout(&[top]).tar()), &["decompression bomb", "blobs/sha256/"]);
+    refused(
+        case.open(&parts.layout(&[top]).tar()),
+        &["decompression bomb", "blobs/sha256/"],
+    );
 }

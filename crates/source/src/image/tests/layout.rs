@@ -6,19 +6,28 @@ use super::*;
 fn compressed_layers_are_checked_inside_too() {
     let case = Case::new();
     let raw = layer("a", &b"x".repeat(70_000));
-    for (media, bytes) in [("+gzip", gzip(&raw)), ("+zstd", zstd::encode_all(&raw[..], 1).unwrap())] {
+    for (media, bytes) in [
+        ("+gzip", gzip(&raw)),
+        ("+zstd", zstd::encode_all(&raw[..], 1).unwrap()),
+    ] {
         let mut parts = Parts::default();
         let config = parts.blob(OCI_CONFIG, &config("arm64", &[&raw]));
         let layers = [parts.blob(&format!("{TAR_LAYER}{media}"), &bytes)];
         let top = manifest(&mut parts, &config, &layers);
         let good = parts.clone().layout(&[top]).tar();
-        assert_eq!(case.open(&good).unwrap().image_info().platforms, ["linux/arm64"]);
+        assert_eq!(
+            case.open(&good).unwrap().image_info().platforms,
+            ["linux/arm64"]
+        );
 
         let mut parts = Parts::default();
         let config = parts.blob(OCI_CONFIG, &self::config("arm64", &[b"something else"]));
         let layers = [parts.blob(&format!("{TAR_LAYER}{media}"), &bytes)];
         let top = manifest(&mut parts, &config, &layers);
-        refused(case.open(&parts.layout(&[top]).tar()), &["wrong content", "blobs/sha256/"]);
+        refused(
+            case.open(&parts.layout(&[top]).tar()),
+            &["wrong content", "blobs/sha256/"],
+        );
     }
 }
 
@@ -31,14 +40,26 @@ fn a_layout_folder_is_read_in_place_and_never_through_links() {
     parts.layout(std::slice::from_ref(&top));
     let folder = case.path("image.in");
     parts.folder(&folder);
-    assert_eq!(json!(ImageSource::open_layout(&folder).unwrap().info.digest), top["digest"]);
+    assert_eq!(
+        json!(ImageSource::open_layout(&folder).unwrap().info.digest),
+        top["digest"]
+    );
     let blob = folder.join(BlobDigest::of(&l).member());
     write(&case.path("elsewhere"), &l);
     fs::remove_file(&blob).unwrap();
     std::os::unix::fs::symlink(case.path("elsewhere"), &blob).unwrap();
-    refused(ImageSource::open(&folder, &case.path("s")), &["not a regular file"]);
+    refused(
+        ImageSource::open(&folder, &case.path("s")),
+        &["not a regular file"],
+    );
     fs::remove_file(&blob).unwrap();
-    refused(ImageSource::open(&folder, &case.path("s")), &["it is missing: manifest sha256:", &BlobDigest::of(&l).member()]);
+    refused(
+        ImageSource::open(&folder, &case.path("s")),
+        &[
+            "it is missing: manifest sha256:",
+            &BlobDigest::of(&l).member(),
+        ],
+    );
     let fault = ImageSource::open(&case.path("nothing"), &case.path("s")).unwrap_err();
     assert_eq!(fault.code, Code::NotFound);
 }
@@ -59,10 +80,16 @@ fn a_lying_oci_layout_is_refused() {
 
     let mut flipped = good.clone();
     flipped.get(&BlobDigest::of(&raw).member())[513] ^= 1;
-    refused(case.open(&flipped.tar()), &["wrong digest", &BlobDigest::of(&raw).member()]);
+    refused(
+        case.open(&flipped.tar()),
+        &["wrong digest", &BlobDigest::of(&raw).member()],
+    );
     let mut longer = good.clone();
     longer.get(&BlobDigest::of(&raw).member()).push(0);
-    refused(case.open(&longer.tar()), &["wrong size", &BlobDigest::of(&raw).member()]);
+    refused(
+        case.open(&longer.tar()),
+        &["wrong size", &BlobDigest::of(&raw).member()],
+    );
     let mut lied = good.clone();
     let member = format!("blobs/sha256/{}", hex_of(&top));
     lied.get(&member)[3] = b'X';
@@ -72,18 +99,48 @@ fn a_lying_oci_layout_is_refused() {
     refused(case.open(&missing.tar()), &["oci-layout", "missing"]);
     let mut gone = good;
     gone.remove(&member);
-    refused(case.open(&gone.tar()), &[&member, "it is missing: index.json lists it"]);
+    refused(
+        case.open(&gone.tar()),
+        &[&member, "it is missing: index.json lists it"],
+    );
 
     let odd = |media: &str, manifest: Value| {
         let (mut parts, _) = make();
         let top = parts.blob(media, manifest.to_string().as_bytes());
         parts.layout(&[top]).tar()
     };
-    refused(case.open(&odd(OCI_MANIFEST, json!({ "schemaVersion": 1, "fsLayers": [] }))), &["schema 1"]);
-    refused(case.open(&odd(OCI_MANIFEST, json!({ "schemaVersion": 3 }))), &["unknown schema"]);
-    refused(case.open(&odd("application/x-odd", json!({ "schemaVersion": 2 }))), &["unknown media type"]);
-    refused(case.open(&odd(OCI_INDEX, json!({ "schemaVersion": 2, "layers": [], "manifests": [] }))), &["at once"]);
-    refused(case.open(&odd(OCI_MANIFEST, json!({ "schemaVersion": 2, "mediaType": OCI_INDEX }))), &["is listed as"]);
+    refused(
+        case.open(&odd(
+            OCI_MANIFEST,
+            json!({ "schemaVersion": 1, "fsLayers": [] }),
+        )),
+        &["schema 1"],
+    );
+    refused(
+        case.open(&odd(OCI_MANIFEST, json!({ "schemaVersion": 3 }))),
+        &["unknown schema"],
+    );
+    refused(
+        case.open(&odd("application/x-odd", json!({ "schemaVersion": 2 }))),
+        &["unknown media type"],
+    );
+    refused(
+        case.open(&odd(
+            OCI_INDEX,
+            json!({ "schemaVersion": 2, "layers": [], "manifests": [] }),
+        )),
+        &["at once"],
+    );
+    refused(
+        case.open(&odd(
+            OCI_MANIFEST,
+            json!({ "schemaVersion": 2, "mediaType": OCI_INDEX }),
+        )),
+        &["is listed as"],
+    );
     let sha512 = json!({ "mediaType": OCI_MANIFEST, "digest": "sha512:00", "size": 1 });
-    refused(case.open(&make().0.layout(&[sha512]).tar()), &["not a sha256"]);
+    refused(
+        case.open(&make().0.layout(&[sha512]).tar()),
+        &["not a sha256"],
+    );
 }

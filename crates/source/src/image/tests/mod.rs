@@ -1,4 +1,5 @@
-//! Images made here byte by byte, as archives and as layout folders; `tools` has those that skopeo and umoci make.
+//! Images made here byte by byte, as archives and as layout folders; `tools` has those that skopeo
+//! and umoci make.
 
 mod docker_save;
 mod hostile;
@@ -18,7 +19,10 @@ use super::*;
 use base::fault::Code;
 use base::names::RelPath;
 
-const SMALL_CAPS: Caps = Caps { bytes: 1 << 20, ratio: 64 };
+const SMALL_CAPS: Caps = Caps {
+    bytes: 1 << 20,
+    ratio: 64,
+};
 const TAR_LAYER: &str = "application/vnd.oci.image.layer.v1.tar";
 
 /// An archive or a folder in the making: names and what they hold.
@@ -67,7 +71,10 @@ impl Parts {
     }
 
     fn layout(&mut self, tops: &[Value]) -> &mut Self {
-        self.file("index.json", json!({ "schemaVersion": 2, "manifests": tops }).to_string());
+        self.file(
+            "index.json",
+            json!({ "schemaVersion": 2, "manifests": tops }).to_string(),
+        );
         self.file("oci-layout", br#"{"imageLayoutVersion": "1.0.0"}"#)
     }
 
@@ -96,7 +103,9 @@ impl Parts {
 
     fn folder(&self, at: &Path) {
         for (name, part) in &self.0 {
-            let Part::File(bytes) = part else { unreachable!("files only") };
+            let Part::File(bytes) = part else {
+                unreachable!("files only")
+            };
             write(&at.join(name), bytes);
         }
     }
@@ -114,7 +123,10 @@ fn layer(name: &str, bytes: &[u8]) -> Vec<u8> {
 }
 
 fn config(arch: &str, layers: &[&[u8]]) -> Vec<u8> {
-    let ids: Vec<String> = layers.iter().map(|l| BlobDigest::of(l).to_string()).collect();
+    let ids: Vec<String> = layers
+        .iter()
+        .map(|l| BlobDigest::of(l).to_string())
+        .collect();
     json!({ "architecture": arch, "os": "linux", "config": {}, "rootfs": { "type": "layers", "diff_ids": ids } }).to_string().into_bytes()
 }
 
@@ -138,13 +150,23 @@ fn manifest(parts: &mut Parts, config: &Value, layers: &[Value]) -> Value {
 
 /// What `docker save` wrote before version 25: a shared layer is a link.
 fn docker_save(tags: &[&str]) -> Parts {
-    let (a, b) = (layer("etc/hostname", b"panel"), layer("opt/adc/run.py", b"print()"));
+    let (a, b) = (
+        layer("etc/hostname", b"panel"),
+        layer("opt/adc/run.py", b"print()"),
+    );
     let config = config("amd64", &[&a, &b, &a]);
     let name = format!("{}.json", &BlobDigest::of(&config).to_string()[7..]);
     let mut parts = Parts::default();
-    parts.file("aa/layer.tar", a).file("bb/layer.tar", b).put("cc/layer.tar", Part::Symlink("../aa/layer.tar".into())).file(&name, config);
+    parts
+        .file("aa/layer.tar", a)
+        .file("bb/layer.tar", b)
+        .put("cc/layer.tar", Part::Symlink("../aa/layer.tar".into()))
+        .file(&name, config);
     let layers = ["aa/layer.tar", "bb/layer.tar", "cc/layer.tar"];
-    parts.file("manifest.json", json!([{ "Config": name, "RepoTags": tags, "Layers": layers }]).to_string());
+    parts.file(
+        "manifest.json",
+        json!([{ "Config": name, "RepoTags": tags, "Layers": layers }]).to_string(),
+    );
     parts
 }
 
@@ -154,7 +176,9 @@ struct Case {
 
 impl Case {
     fn new() -> Self {
-        Self { dir: tempfile::tempdir().unwrap() }
+        Self {
+            dir: tempfile::tempdir().unwrap(),
+        }
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -174,7 +198,13 @@ impl Case {
     fn open_tag(&self, bytes: &[u8], tag: Option<&str>) -> Result<ImageSource, Fault> {
         let scratch = self.path("scratch");
         fs::create_dir_all(&scratch).unwrap();
-        open(&self.file(bytes), &scratch, tag, SMALL_CAPS, &Arc::default())
+        open(
+            &self.file(bytes),
+            &scratch,
+            tag,
+            SMALL_CAPS,
+            &Arc::default(),
+        )
     }
 }
 
@@ -188,7 +218,9 @@ fn contents(mut source: ImageSource) -> Vec<(RelPath, Option<Vec<u8>>)> {
             SourceBody::File { size, content } => Some(match content {
                 Content::Memory(bytes) => bytes.to_vec(),
                 Content::File(path) | Content::Scratch(path) => fs::read(path).unwrap(),
-                Content::Range { file, offset } => fs::read(&*file).unwrap()[offset as usize..(offset + size) as usize].to_vec(),
+                Content::Range { file, offset } => {
+                    fs::read(&*file).unwrap()[offset as usize..(offset + size) as usize].to_vec()
+                }
             }),
         };
         all.push((entry.path, bytes));
@@ -214,7 +246,11 @@ fn refused(result: Result<ImageSource, Fault>, parts: &[&str]) {
     let fault = result.expect_err("it must be refused");
     assert_eq!(fault.code, Code::Integrity, "{}", fault.message);
     for part in parts.iter().chain(&["image.in"]) {
-        assert!(fault.message.contains(part), "{part:?} is not in: {}", fault.message);
+        assert!(
+            fault.message.contains(part),
+            "{part:?} is not in: {}",
+            fault.message
+        );
     }
 }
 
@@ -222,7 +258,8 @@ fn refused(result: Result<ImageSource, Fault>, parts: &[&str]) {
 fn left_out(source: &ImageSource, what: Category) -> (u64, Vec<String>) {
     let list = source.omitted().list();
     let of = list.into_iter().find(|omission| omission.what == what);
-    of.map(|omission| (omission.count, omission.examples)).unwrap_or_default()
+    of.map(|omission| (omission.count, omission.examples))
+        .unwrap_or_default()
 }
 
 fn hex_of(value: &Value) -> String {

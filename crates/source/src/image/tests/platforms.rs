@@ -3,7 +3,8 @@
 use super::tools::run;
 use super::*;
 
-/// Two platforms with an attestation each, in an index that `index.json` names, as the containerd store saves them.
+/// Two platforms with an attestation each, in an index that `index.json` names, as the containerd
+/// store saves them.
 fn two_platforms(parts: &mut Parts) -> (Value, Vec<Value>) {
     let shared = layer("shared", b"s");
     let mut children = Vec::new();
@@ -15,8 +16,7 @@ fn two_platforms(parts: &mut Parts) -> (Value, Vec<Value>) {
         let statement = parts.blob("application/vnd.in-toto+json", statement.as_bytes());
         let mut attestation = manifest(parts, &config, &[statement]);
         attestation["platform"] = json!({ "architecture": "unknown", "os": "unknown" });
-        attestation["annotations"] =
-            json!({ "vnd.docker.reference.digest": image["digest"], "vnd.docker.reference.type": "attestation-manifest" });
+        attestation["annotations"] = json!({ "vnd.docker.reference.digest": image["digest"], "vnd.docker.reference.type": "attestation-manifest" });
         image["platform"] = json!({ "architecture": arch, "os": "linux" });
         children.push(image);
         children.push(attestation);
@@ -36,9 +36,13 @@ fn several_platforms_stay_and_absent_ones_are_left_out() {
     let source = case.open(&whole.tar()).unwrap();
     assert!(source.omitted().is_empty(), "{:?}", source.omitted());
     let info = source.info;
-    assert_eq!((json!(info.digest), info.platforms.len(), info.absent.len()), (top["digest"].clone(), 2, 0));
+    assert_eq!(
+        (json!(info.digest), info.platforms.len(), info.absent.len()),
+        (top["digest"].clone(), 2, 0)
+    );
 
-    // arm64's manifest is gone; or its manifest and config are there and no layer but the shared one.
+    // arm64's manifest is gone; or its manifest and config are there and no layer but the shared
+    // one.
     let mut no_manifest = whole.clone();
     no_manifest.remove(&format!("blobs/sha256/{}", hex_of(&children[2])));
     let mut no_layer = whole.clone();
@@ -49,35 +53,69 @@ fn several_platforms_stay_and_absent_ones_are_left_out() {
         assert_eq!(info.platforms, ["linux/amd64"]);
         let mut absent = vec![children[2]["digest"].clone(), children[3]["digest"].clone()];
         absent.sort_by_key(Value::to_string);
-        assert_eq!(json!(info.absent), json!(absent), "the platform, and its attestation with it");
+        assert_eq!(
+            json!(info.absent),
+            json!(absent),
+            "the platform, and its attestation with it"
+        );
         assert_ne!(json!(info.digest), top["digest"]);
-        assert_eq!(left_out(&source, Category::Platforms), (1, vec!["linux/arm64".into()]));
+        assert_eq!(
+            left_out(&source, Category::Platforms),
+            (1, vec!["linux/arm64".into()])
+        );
         let attestation = format!("attestation {}", children[3]["digest"].as_str().unwrap());
-        assert_eq!(left_out(&source, Category::Referrers), (1, vec![attestation]));
-        let digests = format!("{}, published as {}", top["digest"].as_str().unwrap(), info.digest);
+        assert_eq!(
+            left_out(&source, Category::Referrers),
+            (1, vec![attestation])
+        );
+        let digests = format!(
+            "{}, published as {}",
+            top["digest"].as_str().unwrap(),
+            info.digest
+        );
         assert_eq!(left_out(&source, Category::ImageDigest), (1, vec![digests]));
         assert_eq!(source.omitted().list().len(), 3, "{:?}", source.omitted());
         let all = contents(source);
-        let index = all.iter().find(|(p, _)| p.file_name() == &info.digest[7..]).unwrap().1.clone().unwrap();
+        let index = all
+            .iter()
+            .find(|(p, _)| p.file_name() == &info.digest[7..])
+            .unwrap()
+            .1
+            .clone()
+            .unwrap();
         let index: Value = serde_json::from_slice(&index).unwrap();
         assert_eq!(index["manifests"], json!(children[..2]));
-        assert!(!all.iter().any(|(p, _)| p.file_name() == hex_of(&children[3])), "nothing but what belongs to the image");
+        assert!(
+            !all.iter()
+                .any(|(p, _)| p.file_name() == hex_of(&children[3])),
+            "nothing but what belongs to the image"
+        );
         let out = case.path("out");
         let _ = fs::remove_dir_all(&out);
         write_out(case.open(&parts.tar()).unwrap(), &out);
-        let raw = run("skopeo", &["inspect", "--raw", &format!("oci:{}", out.display())]);
+        let raw = run(
+            "skopeo",
+            &["inspect", "--raw", &format!("oci:{}", out.display())],
+        );
         assert_eq!(BlobDigest::of(raw.as_bytes()).to_string(), info.digest);
     }
 
     // A platform with a layer of its own that lacks another is not absent but damaged.
     let mut damaged = Parts::default();
     let (a, b, c) = (layer("a", b"1"), layer("b", b"2"), layer("c", b"3"));
-    let images = [oci_image(&mut damaged, "amd64", &[&a]), oci_image(&mut damaged, "arm64", &[&b, &c])];
-    let index = json!({ "schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": images }).to_string();
+    let images = [
+        oci_image(&mut damaged, "amd64", &[&a]),
+        oci_image(&mut damaged, "arm64", &[&b, &c]),
+    ];
+    let index =
+        json!({ "schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": images }).to_string();
     let top = damaged.blob(OCI_INDEX, index.as_bytes());
     damaged.layout(&[top]);
     damaged.remove(&BlobDigest::of(&c).member());
-    refused(case.open(&damaged.tar()), &["it is missing", &BlobDigest::of(&c).member()]);
+    refused(
+        case.open(&damaged.tar()),
+        &["it is missing", &BlobDigest::of(&c).member()],
+    );
 
     // Nothing at all.
     let mut none = whole.clone();
@@ -91,14 +129,23 @@ fn several_platforms_stay_and_absent_ones_are_left_out() {
 fn platforms_listed_at_the_top_become_one_index() {
     let case = Case::new();
     let mut parts = Parts::default();
-    let mut images = vec![oci_image(&mut parts, "amd64", &[&layer("a", b"1")]), oci_image(&mut parts, "arm64", &[&layer("a", b"2")])];
+    let mut images = vec![
+        oci_image(&mut parts, "amd64", &[&layer("a", b"1")]),
+        oci_image(&mut parts, "arm64", &[&layer("a", b"2")]),
+    ];
     images[0]["platform"] = json!({ "architecture": "amd64", "os": "linux" });
     images[1]["platform"] = json!({ "architecture": "arm64", "os": "linux", "variant": "v8" });
     parts.layout(&images);
     let info = case.open(&parts.tar()).unwrap().info;
-    assert_eq!((info.media_type.as_str(), info.platforms.len()), (OCI_INDEX, 2));
+    assert_eq!(
+        (info.media_type.as_str(), info.platforms.len()),
+        (OCI_INDEX, 2)
+    );
     parts.remove(&format!("blobs/sha256/{}", hex_of(&images[1])));
-    assert_eq!(left_out(&case.open(&parts.tar()).unwrap(), Category::Platforms), (1, vec!["linux/arm64/v8".into()]));
+    assert_eq!(
+        left_out(&case.open(&parts.tar()).unwrap(), Category::Platforms),
+        (1, vec!["linux/arm64/v8".into()])
+    );
 }
 
 #[test]
@@ -113,13 +160,19 @@ fn platforms_below_an_index_in_an_index_count_once() {
             json!({ "mediaType": OCI_MANIFEST, "digest": digest, "size": 5, "platform": { "os": "linux", "architecture": arch } })
         })
         .collect();
-    let inner = json!({ "schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": gone[..2] }).to_string();
+    let inner =
+        json!({ "schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": gone[..2] }).to_string();
     let inner = parts.blob(OCI_INDEX, inner.as_bytes());
     let index = json!({ "schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": [here, inner, gone[2], gone[0]] }).to_string();
     let top = parts.blob(OCI_INDEX, index.as_bytes());
     parts.layout(&[top]);
     let source = case.open(&parts.tar()).unwrap();
-    assert_eq!(left_out(&source, Category::Platforms).0, 3, "{:?}", source.omitted());
+    assert_eq!(
+        left_out(&source, Category::Platforms).0,
+        3,
+        "{:?}",
+        source.omitted()
+    );
 }
 
 #[test]
@@ -143,7 +196,12 @@ fn one_of_several_images_is_chosen_by_its_tag() {
     for bytes in [oci, docker.tar()] {
         let fault = case.open(&bytes).unwrap_err();
         assert_eq!(fault.code, Code::Usage);
-        assert!(fault.message.contains("v1") && fault.message.contains("v2") && fault.next.contains("#TAG"), "{fault:?}");
+        assert!(
+            fault.message.contains("v1")
+                && fault.message.contains("v2")
+                && fault.next.contains("#TAG"),
+            "{fault:?}"
+        );
         let one = case.open_tag(&bytes, Some("v1")).unwrap().info.digest;
         let two = case.open_tag(&bytes, Some("v2")).unwrap().info.digest;
         assert_ne!(one, two);

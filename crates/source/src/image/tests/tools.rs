@@ -10,12 +10,19 @@ pub(super) fn run(program: &str, args: &[&str]) -> String {
         .args(args)
         .output()
         .unwrap_or_else(|e| unreachable!("this test needs {program}: apt install {program} ({e})"));
-    assert!(output.status.success(), "{program} {args:?}: {}", String::from_utf8_lossy(&output.stderr));
+    assert!(
+        output.status.success(),
+        "{program} {args:?}: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
     String::from_utf8(output.stdout).unwrap()
 }
 
 fn skopeo(from: &str, to: &str) {
-    run("skopeo", &["--insecure-policy", "copy", "--quiet", from, to]);
+    run(
+        "skopeo",
+        &["--insecure-policy", "copy", "--quiet", from, to],
+    );
 }
 
 /// An OCI layout with gzip layers, made by umoci: `<dir>/base:v1`.
@@ -26,31 +33,74 @@ fn umoci_image(case: &Case) -> String {
     run("umoci", &["new", "--image", &image]);
     write(&case.path("tree/app/模型.txt"), b"weights");
     write(&case.path("more"), &b"0123456789".repeat(5000));
-    run("umoci", &["insert", "--rootless", "--image", &image, case.path("tree").to_str().unwrap(), "/opt"]);
-    run("umoci", &["insert", "--rootless", "--image", &image, case.path("more").to_str().unwrap(), "/opt/more"]);
+    run(
+        "umoci",
+        &[
+            "insert",
+            "--rootless",
+            "--image",
+            &image,
+            case.path("tree").to_str().unwrap(),
+            "/opt",
+        ],
+    );
+    run(
+        "umoci",
+        &[
+            "insert",
+            "--rootless",
+            "--image",
+            &image,
+            case.path("more").to_str().unwrap(),
+            "/opt/more",
+        ],
+    );
     image
 }
 
 /// What umoci unpacks from a layout, and the digest that skopeo says it has.
 pub(super) fn unpacked(case: &Case, layout: &Path) -> (String, PathBuf) {
-    let inspected: Value = serde_json::from_str(&run("skopeo", &["inspect", &format!("oci:{}", layout.display())])).unwrap();
+    let inspected: Value = serde_json::from_str(&run(
+        "skopeo",
+        &["inspect", &format!("oci:{}", layout.display())],
+    ))
+    .unwrap();
     let tagged = case.path("tagged").display().to_string();
     let _ = fs::remove_dir_all(&tagged);
     let bundle = case.path("bundle");
     let _ = fs::remove_dir_all(&bundle);
-    skopeo(&format!("oci:{}", layout.display()), &format!("oci:{tagged}:t"));
-    run("umoci", &["unpack", "--rootless", "--image", &format!("{tagged}:t"), bundle.to_str().unwrap()]);
-    (inspected["Digest"].as_str().unwrap().to_owned(), bundle.join("rootfs"))
+    skopeo(
+        &format!("oci:{}", layout.display()),
+        &format!("oci:{tagged}:t"),
+    );
+    run(
+        "umoci",
+        &[
+            "unpack",
+            "--rootless",
+            "--image",
+            &format!("{tagged}:t"),
+            bundle.to_str().unwrap(),
+        ],
+    );
+    (
+        inspected["Digest"].as_str().unwrap().to_owned(),
+        bundle.join("rootfs"),
+    )
 }
 
 #[test]
 fn what_skopeo_and_umoci_make_comes_through_and_unpacks() {
     let case = Case::new();
     let image = umoci_image(&case);
-    let raw: Value = serde_json::from_str(&run("skopeo", &["inspect", &format!("oci:{image}")])).unwrap();
+    let raw: Value =
+        serde_json::from_str(&run("skopeo", &["inspect", &format!("oci:{image}")])).unwrap();
     let forms = [("oci-archive", "oci.tar"), ("docker-archive", "docker.tar")];
     for (kind, name) in forms {
-        skopeo(&format!("oci:{image}"), &format!("{kind}:{}:app:v1", case.path(name).display()));
+        skopeo(
+            &format!("oci:{image}"),
+            &format!("{kind}:{}:app:v1", case.path(name).display()),
+        );
     }
     let mut digests = BTreeMap::new();
     for name in ["base", "oci.tar", "docker.tar"] {
@@ -62,11 +112,15 @@ fn what_skopeo_and_umoci_make_comes_through_and_unpacks() {
         write_out(source, &out);
         let (digest, rootfs) = unpacked(&case, &out);
         assert_eq!(digest, info.digest);
-        assert_eq!(fs::read(rootfs.join("opt/app/模型.txt")).unwrap(), b"weights");
+        assert_eq!(
+            fs::read(rootfs.join("opt/app/模型.txt")).unwrap(),
+            b"weights"
+        );
         assert_eq!(fs::metadata(rootfs.join("opt/more")).unwrap().len(), 50_000);
         digests.insert(name, digest);
     }
-    // An OCI form keeps the maker's bytes; a docker archive gets a manifest of its own, always the same one.
+    // An OCI form keeps the maker's bytes; a docker archive gets a manifest of its own, always the
+    // same one.
     assert_eq!(digests["base"], raw["Digest"].as_str().unwrap());
     assert_eq!(digests["oci.tar"], digests["base"]);
     let again = ImageSource::open(&case.path("docker.tar"), &case.path("none")).unwrap();

@@ -4,7 +4,8 @@ use super::*;
 
 #[test]
 fn coco() {
-    // Annotations before images, white space, ids out of order, text ids, numbers that must keep their spelling.
+    // Annotations before images, white space, ids out of order, text ids, numbers that must keep
+    // their spelling.
     let text = r#"{ "info": {"year": 2026}, "annotations": [
         {"id": 7, "image_id": 20, "category_id": 3, "bbox": [1, 2.50, 3, 4e0], "area": 12, "iscrowd": 0},
         {"id": 2, "image_id": 10, "category_id": 1, "bbox": [0,0,10,10], "segmentation": [[0,0,10,0,10,10]]},
@@ -30,22 +31,47 @@ fn coco() {
             "b/图像.png 3 keypoints 1,1,2,2",
         ]
     );
-    assert_eq!(output.geoms()[4..], [r#"[[1,1,5,1,5,9],[2,2,3,2,3,10]]"#, r#"{"size":[50,40],"counts":"abc"}"#, "[1,1,2,0,0,0]"]);
-    assert_eq!(output.attrs()[1..4], [r#"{"attributes":{"缺陷":true}}"#, r#"{"caption":"two dents"}"#, r#"{"area":12,"iscrowd":0}"#]);
-    assert_eq!(output.raws()[3], r#"{"id":7,"image_id":20,"category_id":3,"bbox":[1,2.50,3,4e0],"area":12,"iscrowd":0}"#);
+    assert_eq!(
+        output.geoms()[4..],
+        [
+            r#"[[1,1,5,1,5,9],[2,2,3,2,3,10]]"#,
+            r#"{"size":[50,40],"counts":"abc"}"#,
+            "[1,1,2,0,0,0]"
+        ]
+    );
+    assert_eq!(
+        output.attrs()[1..4],
+        [
+            r#"{"attributes":{"缺陷":true}}"#,
+            r#"{"caption":"two dents"}"#,
+            r#"{"area":12,"iscrowd":0}"#
+        ]
+    );
+    assert_eq!(
+        output.raws()[3],
+        r#"{"id":7,"image_id":20,"category_id":3,"bbox":[1,2.50,3,4e0],"area":12,"iscrowd":0}"#
+    );
     assert_eq!(
         output.classes,
         "{\"id\":1,\"name\":\"dent\",\"attrs\":null}\n{\"id\":3,\"name\":\"划痕\",\"attrs\":{\"supercategory\":\"surface\"}}\n"
     );
-    assert_eq!(output.sample_rows(), ["a.png - - -", "b/图像.png 40 50 -", "c.png - - -"]);
-    assert!(output.samples.contains(r#""meta":{"id":20,"file_name":"b/图像.png","width":40,"height":50.0,"license":1}}"#));
+    assert_eq!(
+        output.sample_rows(),
+        ["a.png - - -", "b/图像.png 40 50 -", "c.png - - -"]
+    );
+    assert!(output.samples.contains(
+        r#""meta":{"id":20,"file_name":"b/图像.png","width":40,"height":50.0,"license":1}}"#
+    ));
 }
 
 #[test]
 fn boxes_may_reach_one_pixel_over() {
     let text = r#"{"images":[{"id":1,"file_name":"a","width":10,"height":10}],"categories":[],
         "annotations":[{"image_id":1,"bbox":[-1,-0.0,12,11]}]}"#;
-    assert_eq!(Input::file("a.json", text).read().unwrap().rows(), ["a - bbox -1,0,12,11"]);
+    assert_eq!(
+        Input::file("a.json", text).read().unwrap().rows(),
+        ["a - bbox -1,0,12,11"]
+    );
 }
 
 #[test]
@@ -53,7 +79,9 @@ fn csv() {
     let text = "\u{feff}filename;class;xmin;ymin;xmax;ymax;width;height;subset;operator\r\n\
         b.png;\"dent; deep\";1;2;4,;6;;;train;li\r\n";
     // A decimal comma is no number: refused below, so here with a point.
-    let output = Input::file("a.csv", text.replace("4,;", "4.5;")).read().unwrap();
+    let output = Input::file("a.csv", text.replace("4,;", "4.5;"))
+        .read()
+        .unwrap();
     assert_eq!(output.rows(), ["b.png 0 bbox 1,2,3.5,4"]);
     assert_eq!(output.attrs(), [r#"{"operator":"li"}"#]);
     assert_eq!(
@@ -70,18 +98,43 @@ fn csv() {
         a.png\tdent\t1\t2\t\t\t\tu3\t\n\n\
         0.png\t\t\t\t\t\t\t\t\n\
         b.png\t\t1\t1\t2\t2\t\tu4\tother\n";
-    let input = Input::file("a.tsv", text).column("sample_path", "IMG").column("class", "code").column("x", "px").column("y", "py");
+    let input = Input::file("a.tsv", text)
+        .column("sample_path", "IMG")
+        .column("class", "code")
+        .column("x", "px")
+        .column("y", "py");
     let output = input.read().unwrap();
-    assert_eq!(output.rows(), ["a.png 1 class -,-,-,-", "a.png 0 bbox 1,2,3,4", "a.png 0 point 1,2,-,-", "b.png - other 1,1,2,2"],);
+    assert_eq!(
+        output.rows(),
+        [
+            "a.png 1 class -,-,-,-",
+            "a.png 0 bbox 1,2,3,4",
+            "a.png 0 point 1,2,-,-",
+            "b.png - other 1,1,2,2"
+        ],
+    );
     assert_eq!(output.attrs(), [r#"{"a":[1]}"#, "-", "-", "-"]);
     assert_eq!(output.class_names(), ["0=dent", "1=scratch"]);
-    assert_eq!(output.sample_rows(), ["0.png - - -", "a.png - - -", "b.png - - -"]);
+    assert_eq!(
+        output.sample_rows(),
+        ["0.png - - -", "a.png - - -", "b.png - - -"]
+    );
 
     let text = "path,class_id,class\na,5,dent\nb,5,dent\nc,2,\n";
     let output = Input::file("a.csv", text).read().unwrap();
-    assert_eq!((output.class_names(), output.rows().len()), (vec!["2=2".to_owned(), "5=dent".to_owned()], 3));
-    let output = Input::file("a.csv", "path,id,class\na,1,x\nb,1,x\n").column("id", "").read().unwrap();
-    assert_eq!(output.rows().len(), 2, "a field mapped to nothing is not taken");
+    assert_eq!(
+        (output.class_names(), output.rows().len()),
+        (vec!["2=2".to_owned(), "5=dent".to_owned()], 3)
+    );
+    let output = Input::file("a.csv", "path,id,class\na,1,x\nb,1,x\n")
+        .column("id", "")
+        .read()
+        .unwrap();
+    assert_eq!(
+        output.rows().len(),
+        2,
+        "a field mapped to nothing is not taken"
+    );
 }
 
 #[test]
@@ -90,15 +143,23 @@ fn jsonl() {
         {\"path\":\"a.png\", \"class\":7, \"kind\":\"polygon\", \"geom\":[[0,0,1,0,1,1]], \"attrs\":{\"b\": 1}}\n\
         {\"path\":\"b.png\"}";
     let output = Input::file("a.jsonl", text).read().unwrap();
-    assert_eq!(output.rows(), ["a.png 7 polygon -,-,-,-", "b.png 8 bbox 1,2,3,4"]);
+    assert_eq!(
+        output.rows(),
+        ["a.png 7 polygon -,-,-,-", "b.png 8 bbox 1,2,3,4"]
+    );
     assert_eq!(
         (output.geoms(), output.attrs()),
-        (vec!["[[0,0,1,0,1,1]]".into(), "-".into()], vec!["{\"b\":1}".into(), "{\"score\":0.5}".into()])
+        (
+            vec!["[[0,0,1,0,1,1]]".into(), "-".into()],
+            vec!["{\"b\":1}".into(), "{\"score\":0.5}".into()]
+        )
     );
     assert_eq!(output.class_names(), ["7=7", "8=dent"]);
     assert_eq!(output.sample_rows(), ["a.png - - -", "b.png 100 80 -"]);
     // What comes out can go in again.
-    let again = Input::file("again.jsonl", &output.annotations).read().unwrap();
+    let again = Input::file("again.jsonl", &output.annotations)
+        .read()
+        .unwrap();
     assert_eq!(again.rows(), output.rows());
 }
 
@@ -126,7 +187,10 @@ fn label_studio() {
       {"id": 4, "data": {"image": "a.png"}, "annotations": []} ]"#;
     let input = Input::file("a.json", text);
     let output = input.read().unwrap();
-    assert_eq!(output.class_names(), ["0=deep", "1=dent", "2=ng", "3=scratch"]);
+    assert_eq!(
+        output.class_names(),
+        ["0=deep", "1=dent", "2=ng", "3=scratch"]
+    );
     assert_eq!(
         output.rows(),
         [
@@ -142,17 +206,32 @@ fn label_studio() {
         ]
     );
     let geoms = output.geoms();
-    assert_eq!(geoms[2], r#"{"x":100.0,"y":50.0,"w":4.0,"h":2.0,"rotation":90.0}"#);
+    assert_eq!(
+        geoms[2],
+        r#"{"x":100.0,"y":50.0,"w":4.0,"h":2.0,"rotation":90.0}"#
+    );
     assert_eq!(geoms[3], "[[0.0,0.0,20.0,0.0,20.0,10.0]]");
     assert_eq!(geoms[6], r#"{"format":"label_studio","rle":[1,2]}"#);
     let attrs = output.attrs();
-    assert_eq!(attrs[0], r#"{"annotator":1,"annotation":50,"region":"r1","from_name":"label"}"#);
-    assert_eq!(attrs[3], r#"{"annotator":{"id":2,"email":"a@b"},"annotation":51,"region":"r1"}"#);
-    assert_eq!(output.sample_rows(), ["a.png - - -", "line3/b.png 200 100 val"]);
+    assert_eq!(
+        attrs[0],
+        r#"{"annotator":1,"annotation":50,"region":"r1","from_name":"label"}"#
+    );
+    assert_eq!(
+        attrs[3],
+        r#"{"annotator":{"id":2,"email":"a@b"},"annotation":51,"region":"r1"}"#
+    );
+    assert_eq!(
+        output.sample_rows(),
+        ["a.png - - -", "line3/b.png 200 100 val"]
+    );
 
     let output = input.column("predictions", "true").read().unwrap();
     assert_eq!(output.rows().len(), 10);
-    assert_eq!(output.attrs()[9], r#"{"prediction":1,"model_version":"m1","score":0.9,"region":"p"}"#);
+    assert_eq!(
+        output.attrs()[9],
+        r#"{"prediction":1,"model_version":"m1","score":0.9,"region":"p"}"#
+    );
 }
 
 #[test]
@@ -165,7 +244,13 @@ fn voc() {
     };
     let object = "<object><name>划痕</name><pose>Left</pose><difficult>0</difficult>\
         <bndbox><xmin>1</xmin><ymin>11</ymin><xmax>100</xmax><ymax>80.0</ymax></bndbox></object>";
-    let (one, none) = (xml("b.jpg", &format!("{object}<object><name>dent</name></object>")), xml("a.jpg", ""));
+    let (one, none) = (
+        xml(
+            "b.jpg",
+            &format!("{object}<object><name>dent</name></object>"),
+        ),
+        xml("a.jpg", ""),
+    );
     let input = Input::folder(&[
         ("Annotations/b.xml", one.as_bytes()),
         ("Annotations/x/a.xml", none.as_bytes()),
@@ -173,23 +258,41 @@ fn voc() {
         ("ImageSets/Main/val.txt", b"b\nc\n"),
     ]);
     let output = input.read().unwrap();
-    assert_eq!(output.rows(), ["JPEGImages/b.jpg 1 bbox 0,10,100,70", "JPEGImages/b.jpg 0 class -,-,-,-"]);
+    assert_eq!(
+        output.rows(),
+        [
+            "JPEGImages/b.jpg 1 bbox 0,10,100,70",
+            "JPEGImages/b.jpg 0 class -,-,-,-"
+        ]
+    );
     assert_eq!(output.class_names(), ["0=dent", "1=划痕"]);
     assert_eq!(output.attrs(), [r#"{"pose":"Left","difficult":"0"}"#, "-"]);
     assert_eq!(
         output.raws()[0],
         r#"{"name":"划痕","pose":"Left","difficult":"0","bndbox":{"xmin":"1","ymin":"11","xmax":"100","ymax":"80.0"}}"#
     );
-    assert_eq!(output.sample_rows(), ["JPEGImages/b.jpg 100 80 val", "JPEGImages/x/a.jpg 100 80 -"]);
-    let beside = Input::folder(&[("Annotations/b.xml", none.as_bytes()), ("x/a.xml", one.as_bytes())]);
-    assert_eq!(beside.read().unwrap().sample_rows(), ["a.jpg 100 80 -", "x/b.jpg 100 80 -"]);
+    assert_eq!(
+        output.sample_rows(),
+        ["JPEGImages/b.jpg 100 80 val", "JPEGImages/x/a.jpg 100 80 -"]
+    );
+    let beside = Input::folder(&[
+        ("Annotations/b.xml", none.as_bytes()),
+        ("x/a.xml", one.as_bytes()),
+    ]);
+    assert_eq!(
+        beside.read().unwrap().sample_rows(),
+        ["a.jpg 100 80 -", "x/b.jpg 100 80 -"]
+    );
 }
 
 #[test]
 fn yolo() {
     let input = Input::folder(&[
         ("data.yaml", b"names: [scratch, dent]\n"),
-        ("labels/train/a.txt", b"1 0.5 0.5 0.1 0.2\r\n\r\n0 0 0 1 0 1 1\n1 0.5 0.5 0.2 0.2 0.875\n"),
+        (
+            "labels/train/a.txt",
+            b"1 0.5 0.5 0.1 0.2\r\n\r\n0 0 0 1 0 1 1\n1 0.5 0.5 0.2 0.2 0.875\n",
+        ),
         ("labels/train/c.txt", b""),
         ("images/train/a.PNG", &png(100, 50)),
         ("images/train/c.png", &png(10, 10)),
@@ -200,26 +303,46 @@ fn yolo() {
     let output = input.read().unwrap();
     assert_eq!(
         output.rows(),
-        ["images/train/a.PNG 1 bbox 45,20,10,10", "images/train/a.PNG 0 polygon 0,0,100,50", "images/train/a.PNG 1 bbox 40,20,20,10"]
+        [
+            "images/train/a.PNG 1 bbox 45,20,10,10",
+            "images/train/a.PNG 0 polygon 0,0,100,50",
+            "images/train/a.PNG 1 bbox 40,20,20,10"
+        ]
     );
     assert_eq!(output.geoms()[1], "[[0.0,0.0,100.0,0.0,100.0,50.0]]");
     assert_eq!(output.attrs(), ["-", "-", r#"{"confidence":0.875}"#]);
-    assert_eq!(output.raws()[1], r#"{"file":"labels/train/a.txt","line":3,"text":"0 0 0 1 0 1 1"}"#);
+    assert_eq!(
+        output.raws()[1],
+        r#"{"file":"labels/train/a.txt","line":3,"text":"0 0 0 1 0 1 1"}"#
+    );
     assert_eq!(output.class_names(), ["0=scratch", "1=dent"]);
     assert_eq!(
         output.sample_rows(),
-        ["images/train/a.PNG 100 50 train", "images/train/c.png 10 10 train", "images/val/b.png 64 32 val", "images/val/d.webp - - val"]
+        [
+            "images/train/a.PNG 100 50 train",
+            "images/train/c.png 10 10 train",
+            "images/val/b.png 64 32 val",
+            "images/val/d.webp - - val"
+        ]
     );
 
     // No folders: beside each other. No image at all: sizes.csv.
-    let beside = Input::folder(&[("obj.names", b"dent\n"), ("a.txt", b"0 .5 .5 1 1"), ("a.png", &png(10, 20)), ("b.png", &png(10, 20))]);
+    let beside = Input::folder(&[
+        ("obj.names", b"dent\n"),
+        ("a.txt", b"0 .5 .5 1 1"),
+        ("a.png", &png(10, 20)),
+        ("b.png", &png(10, 20)),
+    ]);
     assert_eq!(beside.read().unwrap().rows(), ["a.png 0 bbox 0,0,10,20"]);
     let sizes = Input::folder(&[
         ("classes.txt", b"dent"),
         ("labels/a.txt", b"0 .5 .5 1 1"),
         ("sizes.csv", b"path,width,height\nimages/a.tiff,30,40\n"),
     ]);
-    assert_eq!(sizes.read().unwrap().rows(), ["images/a.tiff 0 bbox 0,0,30,40"]);
+    assert_eq!(
+        sizes.read().unwrap().rows(),
+        ["images/a.tiff 0 bbox 0,0,30,40"]
+    );
     let pose = Input::folder(&[
         ("data.yaml", b"names: {0: panel}\nkpt_shape: [2, 3]"),
         ("a.txt", b"0 .5 .5 1 1 .1 .1 2 .9 .9 1"),

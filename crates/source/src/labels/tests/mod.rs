@@ -36,7 +36,11 @@ impl Input {
             std::fs::create_dir_all(path.parent().unwrap()).unwrap();
             File::create(path).unwrap().write_all(bytes).unwrap();
         }
-        Self { path: root.path().into(), root, options: LabelOptions::default() }
+        Self {
+            path: root.path().into(),
+            root,
+            options: LabelOptions::default(),
+        }
     }
 
     pub(super) fn format(mut self, word: &str) -> Self {
@@ -45,7 +49,9 @@ impl Input {
     }
 
     pub(super) fn column(mut self, field: &str, column: &str) -> Self {
-        self.options.columns.insert(field.to_owned(), column.to_owned());
+        self.options
+            .columns
+            .insert(field.to_owned(), column.to_owned());
         self
     }
 
@@ -56,28 +62,57 @@ impl Input {
     /// Reads for a dataset of these files.
     pub(super) fn read_for(&self, dataset: Option<&[&str]>) -> Result<Output, Fault> {
         let scratch = tempfile::tempdir().unwrap();
-        let mut source = LabelsSource::open(&self.path, scratch.path(), &self.options, dataset.map(bound))?;
-        let mut output = Output { format: source.format(), guessed: source.guessed(), ..Output::default() };
+        let mut source = LabelsSource::open(
+            &self.path,
+            scratch.path(),
+            &self.options,
+            dataset.map(bound),
+        )?;
+        let mut output = Output {
+            format: source.format(),
+            guessed: source.guessed(),
+            ..Output::default()
+        };
         let mut names = Vec::new();
         while let Some(entry) = source.next()? {
-            let SourceBody::File { size, content: Content::File(path) } = entry.body else { unreachable!("an entry is no file") };
+            let SourceBody::File {
+                size,
+                content: Content::File(path),
+            } = entry.body
+            else {
+                unreachable!("an entry is no file")
+            };
             let text = std::fs::read_to_string(path).unwrap();
             assert_eq!((entry.mode, size), (0o644, text.len() as u64));
             names.push(entry.path.to_string());
-            let slots = [&mut output.annotations, &mut output.classes, &mut output.samples];
+            let slots = [
+                &mut output.annotations,
+                &mut output.classes,
+                &mut output.samples,
+            ];
             if let Some(slot) = slots.into_iter().nth(names.len() - 1) {
                 *slot = text;
             }
         }
         assert_eq!(names, [ANNOTATIONS, CLASSES, SAMPLES]);
-        assert_eq!(std::fs::read_dir(scratch.path()).unwrap().count(), 3, "nothing else may be left in the scratch folder");
+        assert_eq!(
+            std::fs::read_dir(scratch.path()).unwrap().count(),
+            3,
+            "nothing else may be left in the scratch folder"
+        );
         check_canonical::<AnnotationRow>(&output.annotations);
         check_canonical::<ClassRow>(&output.classes);
         check_canonical::<SampleRow>(&output.samples);
-        let KindInfo::Labels(info) = source.info() else { unreachable!("labels have labels' info") };
+        let KindInfo::Labels(info) = source.info() else {
+            unreachable!("labels have labels' info")
+        };
         assert_eq!(info.format, output.format);
         let lines = |text: &str| text.lines().count() as u64;
-        let counted = (lines(&output.annotations), lines(&output.classes), lines(&output.samples));
+        let counted = (
+            lines(&output.annotations),
+            lines(&output.classes),
+            lines(&output.samples),
+        );
         assert_eq!((info.annotations, info.classes, info.samples), counted);
         assert_eq!(info.dataset.is_some(), dataset.is_some());
         Ok(output)
@@ -88,7 +123,8 @@ impl Input {
 fn check_canonical<T: serde::Serialize + serde::de::DeserializeOwned>(text: &str) {
     assert!(text.is_empty() || text.ends_with('\n'));
     for line in text.lines() {
-        let row: T = serde_json::from_str(line).unwrap_or_else(|error| unreachable!("{line}: {error}"));
+        let row: T =
+            serde_json::from_str(line).unwrap_or_else(|error| unreachable!("{line}: {error}"));
         assert_eq!(serde_json::to_string(&row).unwrap(), line);
     }
 }
@@ -97,12 +133,21 @@ fn check_canonical<T: serde::Serialize + serde::de::DeserializeOwned>(text: &str
 fn bound(files: &[&str]) -> BoundDataset {
     let mut paths: Vec<RelPath> = files.iter().map(|path| path.parse().unwrap()).collect();
     paths.sort();
-    let binding = DatasetBinding { artifact: "dataset/line3:v1".parse().unwrap(), digest: Hash::of(b"root") };
+    let binding = DatasetBinding {
+        artifact: "dataset/line3:v1".parse().unwrap(),
+        digest: Hash::of(b"root"),
+    };
     let files = paths.into_iter().map(|path| {
-        let info = FileInfo { size: 1, hash: Hash::of(path.as_str().as_bytes()) };
+        let info = FileInfo {
+            size: 1,
+            hash: Hash::of(path.as_str().as_bytes()),
+        };
         Ok((path, info))
     });
-    BoundDataset { binding, files: Box::new(files) }
+    BoundDataset {
+        binding,
+        files: Box::new(files),
+    }
 }
 
 /// The canonical files as text.
@@ -119,22 +164,41 @@ impl Output {
     /// Each annotation as `sample class kind x,y,w,h`.
     pub(super) fn rows(&self) -> Vec<String> {
         self.each(|row| {
-            let number = |n: Option<f64>| n.map_or("-".to_owned(), |n| ((n * 1e6).round() / 1e6).to_string());
+            let number = |n: Option<f64>| {
+                n.map_or("-".to_owned(), |n| ((n * 1e6).round() / 1e6).to_string())
+            };
             let class = row.class.map_or("-".to_owned(), |id| id.to_string());
-            format!("{} {class} {} {},{},{},{}", row.sample, row.kind, number(row.x), number(row.y), number(row.w), number(row.h))
+            format!(
+                "{} {class} {} {},{},{},{}",
+                row.sample,
+                row.kind,
+                number(row.x),
+                number(row.y),
+                number(row.w),
+                number(row.h)
+            )
         })
     }
 
     pub(super) fn each(&self, show: impl Fn(AnnotationRow) -> String) -> Vec<String> {
-        self.annotations.lines().map(|line| show(serde_json::from_str(line).unwrap())).collect()
+        self.annotations
+            .lines()
+            .map(|line| show(serde_json::from_str(line).unwrap()))
+            .collect()
     }
 
     pub(super) fn geoms(&self) -> Vec<String> {
-        self.each(|row| row.geom.map_or("-".to_owned(), |json| json.get().to_owned()))
+        self.each(|row| {
+            row.geom
+                .map_or("-".to_owned(), |json| json.get().to_owned())
+        })
     }
 
     pub(super) fn attrs(&self) -> Vec<String> {
-        self.each(|row| row.attrs.map_or("-".to_owned(), |json| json.get().to_owned()))
+        self.each(|row| {
+            row.attrs
+                .map_or("-".to_owned(), |json| json.get().to_owned())
+        })
     }
 
     pub(super) fn raws(&self) -> Vec<String> {
@@ -144,16 +208,28 @@ impl Output {
     /// The classes as `id=name`.
     pub(super) fn class_names(&self) -> Vec<String> {
         let show = |row: ClassRow| format!("{}={}", row.id, row.name);
-        self.classes.lines().map(|line| show(serde_json::from_str(line).unwrap())).collect()
+        self.classes
+            .lines()
+            .map(|line| show(serde_json::from_str(line).unwrap()))
+            .collect()
     }
 
     /// The samples as `path width height split`.
     pub(super) fn sample_rows(&self) -> Vec<String> {
         let show = |row: SampleRow| {
             let number = |n: Option<i64>| n.map_or("-".to_owned(), |n| n.to_string());
-            format!("{} {} {} {}", row.path, number(row.width), number(row.height), row.split.as_deref().unwrap_or("-"))
+            format!(
+                "{} {} {} {}",
+                row.path,
+                number(row.width),
+                number(row.height),
+                row.split.as_deref().unwrap_or("-")
+            )
         };
-        self.samples.lines().map(|line| show(serde_json::from_str(line).unwrap())).collect()
+        self.samples
+            .lines()
+            .map(|line| show(serde_json::from_str(line).unwrap()))
+            .collect()
     }
 }
 
@@ -170,18 +246,33 @@ fn formats_are_guessed_and_said() {
     let empty_coco = br#"{"images":[],"annotations":[],"categories":[]}"#;
     for (input, format) in [
         (Input::file("a.json", empty_coco), "coco"),
-        (Input::file("a.json", [&b"\xef\xbb\xbf\n"[..], empty_coco].concat()), "coco"),
+        (
+            Input::file("a.json", [&b"\xef\xbb\xbf\n"[..], empty_coco].concat()),
+            "coco",
+        ),
         (Input::file("a.json", "[]"), "label_studio"),
         (Input::file("a.TSV", "path\tclass\n"), "csv"),
         (Input::file("a.ndjson", ""), "jsonl"),
-        (Input::file("a.json", "{\"path\":\"a\"}\n{\"path\":\"b\"}\n"), "jsonl"),
+        (
+            Input::file("a.json", "{\"path\":\"a\"}\n{\"path\":\"b\"}\n"),
+            "jsonl",
+        ),
         (Input::folder(&[("classes.txt", b"a")]), "yolo"),
-        (Input::folder(&[("x/a.xml", b"<annotation><filename>a.png</filename></annotation>")]), "voc"),
+        (
+            Input::folder(&[(
+                "x/a.xml",
+                b"<annotation><filename>a.png</filename></annotation>",
+            )]),
+            "voc",
+        ),
     ] {
         let output = input.read().unwrap();
         assert_eq!((output.format, output.guessed), (format, true));
     }
-    let output = Input::file("rows.txt", "path,class\na.png,dent\n").format("csv").read().unwrap();
+    let output = Input::file("rows.txt", "path,class\na.png,dent\n")
+        .format("csv")
+        .read()
+        .unwrap();
     assert_eq!((output.format, output.guessed), ("csv", false));
 }
 
@@ -189,7 +280,9 @@ fn formats_are_guessed_and_said() {
 fn a_dataset_is_joined_by_path() {
     let text = "path,class\nb/1.png,dent\na.png,dent\nb.png,dent\n";
     let input = Input::file("a.csv", text);
-    let output = input.read_for(Some(&["a.png", "b/0.png", "b/1.png", "b.png", "c.png"])).unwrap();
+    let output = input
+        .read_for(Some(&["a.png", "b/0.png", "b/1.png", "b.png", "c.png"]))
+        .unwrap();
     let hashes: Vec<String> = output
         .samples
         .lines()
@@ -212,9 +305,25 @@ fn a_dataset_is_joined_by_path() {
     let mut input = input;
     input.options.allow_missing = true;
     let output = input.read_for(Some(&["a.png"])).unwrap();
-    assert_eq!(output.samples.lines().filter(|line| line.contains("\"hash\":null")).count(), 2);
+    assert_eq!(
+        output
+            .samples
+            .lines()
+            .filter(|line| line.contains("\"hash\":null"))
+            .count(),
+        2
+    );
 
-    let input = input.column("path_prefix", "images/").column("path_strip", "b");
+    let input = input
+        .column("path_prefix", "images/")
+        .column("path_strip", "b");
     let output = input.read().unwrap();
-    assert_eq!(output.sample_rows(), ["images/.png - - -", "images/1.png - - -", "images/a.png - - -"]);
+    assert_eq!(
+        output.sample_rows(),
+        [
+            "images/.png - - -",
+            "images/1.png - - -",
+            "images/a.png - - -"
+        ]
+    );
 }

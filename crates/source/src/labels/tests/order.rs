@@ -1,4 +1,5 @@
-//! The same labels give the same bytes, in whatever order their records come, and whether they fit the memory or not.
+//! The same labels give the same bytes, in whatever order their records come, and whether they fit
+//! the memory or not.
 
 use proptest::prelude::*;
 
@@ -8,22 +9,47 @@ use super::*;
 type Record = (u8, u8, u8);
 
 fn coco_of(records: &[Record], samples: &[u8]) -> String {
-    let images: Vec<String> =
-        samples.iter().map(|s| format!(r#"{{"id":{s},"file_name":"d{}/图{s}.png","width":400,"height":400}}"#, s % 3)).collect();
+    let images: Vec<String> = samples
+        .iter()
+        .map(|s| {
+            format!(
+                r#"{{"id":{s},"file_name":"d{}/图{s}.png","width":400,"height":400}}"#,
+                s % 3
+            )
+        })
+        .collect();
     let annotations: Vec<String> = records
         .iter()
-        .map(|(s, c, x)| format!(r#"{{"image_id":{s},"category_id":{},"bbox":[{x},0.5,10,10],"note":"划\u75d5"}}"#, c % 3))
+        .map(|(s, c, x)| {
+            format!(
+                r#"{{"image_id":{s},"category_id":{},"bbox":[{x},0.5,10,10],"note":"划\u75d5"}}"#,
+                c % 3
+            )
+        })
         .collect();
-    let categories = [r#"{"id":0,"name":"b"}"#, r#"{"id":1,"name":"a"}"#, r#"{"id":2,"name":"c"}"#].join(",");
-    format!(r#"{{"annotations":[{}],"categories":[{categories}],"images":[{}]}}"#, annotations.join(", "), images.join(",\n"))
+    let categories = [
+        r#"{"id":0,"name":"b"}"#,
+        r#"{"id":1,"name":"a"}"#,
+        r#"{"id":2,"name":"c"}"#,
+    ]
+    .join(",");
+    format!(
+        r#"{{"annotations":[{}],"categories":[{categories}],"images":[{}]}}"#,
+        annotations.join(", "),
+        images.join(",\n")
+    )
 }
 
 fn csv_of(records: &[Record]) -> String {
-    let rows: String = records.iter().map(|(s, c, x)| format!("d{}/{s}.png,c{c},{x},0.5,10,10\n", s % 3)).collect();
+    let rows: String = records
+        .iter()
+        .map(|(s, c, x)| format!("d{}/{s}.png,c{c},{x},0.5,10,10\n", s % 3))
+        .collect();
     format!("path,class,x,y,w,h\n{rows}")
 }
 
-/// Another order of the records that keeps the order within each sample: samples get new ranks, records are dealt out by them.
+/// Another order of the records that keeps the order within each sample: samples get new ranks,
+/// records are dealt out by them.
 fn reorder(records: &[Record], ranks: &[u8]) -> Vec<Record> {
     let mut out: Vec<(u8, Record)> = records.iter().map(|r| (ranks[r.0 as usize], *r)).collect();
     out.sort_by_key(|(rank, _)| *rank);
@@ -62,11 +88,18 @@ fn spilled_rows_come_back_in_order() {
     }
     text.push_str(r#"],"images":["#);
     for n in 0..IMAGES {
-        text.push_str(&format!(r#"{}{{"id":{n},"file_name":"{:05}.png"}}"#, if n > 0 { "," } else { "" }, IMAGES - n));
+        text.push_str(&format!(
+            r#"{}{{"id":{n},"file_name":"{:05}.png"}}"#,
+            if n > 0 { "," } else { "" },
+            IMAGES - n
+        ));
     }
     text.push_str(r#"],"categories":[{"id":1,"name":"dent"}]}"#);
     let output = Input::file("a.json", text).read().unwrap();
     let rows = output.each(|row| format!("{} {:06}", row.sample, row.x.unwrap_or(-1.0)));
     assert_eq!(rows.len(), ANNOTATIONS);
-    assert!(rows.is_sorted(), "rows are sorted by sample, and within one as they came");
+    assert!(
+        rows.is_sorted(),
+        "rows are sorted by sample, and within one as they came"
+    );
 }

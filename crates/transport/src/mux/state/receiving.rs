@@ -1,8 +1,8 @@
 //! What comes in: what of each stream is not yet read, and the windows that keep it within bounds.
 //!
-//! `on_frame` brings the peer's data, the reading halves take it ([`State::poll_read`]). A peer may send
-//! [`LINE_STREAM_WINDOW_BYTES`] a stream and [`LINE_WINDOW_BYTES`] in all before something is read, and small pieces are
-//! joined so that their bookkeeping cannot outgrow them.
+//! `on_frame` brings the peer's data, the reading halves take it ([`State::poll_read`]). A peer may
+//! send [`CONNECTION_STREAM_WINDOW_BYTES`] a stream and [`CONNECTION_WINDOW_BYTES`] in all before something is
+//! read, and small pieces are joined so that their bookkeeping cannot outgrow them.
 
 use std::collections::VecDeque;
 use std::task::{Poll, Waker};
@@ -12,9 +12,10 @@ use bytes::{BufMut, Bytes, BytesMut};
 use super::{State, Stream};
 use crate::StreamEnd;
 use crate::mux::frame::{Kind, put_header};
-use base::limits::{LINE_STREAM_WINDOW_BYTES, LINE_WINDOW_BYTES};
+use base::limits::{CONNECTION_STREAM_WINDOW_BYTES, CONNECTION_WINDOW_BYTES};
 
-/// Received pieces smaller than this are copied together: each piece costs some hundred bytes besides its content.
+/// Received pieces smaller than this are copied together: each piece costs some hundred bytes
+/// besides its content.
 const SMALL_PIECE_BYTES: usize = 2048;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -48,7 +49,7 @@ impl Incoming {
             pieces: VecDeque::new(),
             tail: BytesMut::new(),
             buffered: 0,
-            window: LINE_STREAM_WINDOW_BYTES,
+            window: CONNECTION_STREAM_WINDOW_BYTES,
             unannounced: 0,
             discarding: false,
             reader_gone: false,
@@ -104,17 +105,25 @@ impl Incoming {
 }
 
 impl State {
-    pub(in crate::mux) fn poll_read(&mut self, id: u32, max: usize, waker: &Waker) -> Poll<Result<Option<Bytes>, StreamEnd>> {
+    pub(in crate::mux) fn poll_read(
+        &mut self,
+        id: u32,
+        max: usize,
+        waker: &Waker,
+    ) -> Poll<Result<Option<Bytes>, StreamEnd>> {
         if self.ended.is_some() {
             return Poll::Ready(Err(StreamEnd::LineGone));
         }
-        let Some(Stream { incoming, .. }) = self.streams.get_mut(&id) else { return Poll::Ready(Err(StreamEnd::Stopped)) };
+        let Some(Stream { incoming, .. }) = self.streams.get_mut(&id) else {
+            return Poll::Ready(Err(StreamEnd::Stopped));
+        };
         if incoming.discarding {
             return Poll::Ready(Err(StreamEnd::Stopped));
         }
         if let Some(bytes) = incoming.pop(max.max(1)) {
             incoming.unannounced += bytes.len() as u32;
-            let due = incoming.is_open() && incoming.unannounced >= LINE_STREAM_WINDOW_BYTES / 2;
+            let due =
+                incoming.is_open() && incoming.unannounced >= CONNECTION_STREAM_WINDOW_BYTES / 2;
             if due {
                 let credit = std::mem::take(&mut incoming.unannounced);
                 incoming.window += credit;
@@ -135,7 +144,9 @@ impl State {
 
     /// Reads no more: what has come is dropped, and the peer is asked to stop.
     pub(in crate::mux) fn stop(&mut self, id: u32) {
-        let Some(Stream { incoming, .. }) = self.streams.get_mut(&id) else { return };
+        let Some(Stream { incoming, .. }) = self.streams.get_mut(&id) else {
+            return;
+        };
         if incoming.discarding {
             return;
         }
@@ -158,7 +169,9 @@ impl State {
 
     pub(super) fn on_data(&mut self, id: u32, body: Bytes, last: bool) -> Result<(), String> {
         let len = body.len() as u32;
-        let Some(Stream { incoming, .. }) = self.streams.get_mut(&id).filter(|s| s.incoming.is_open()) else {
+        let Some(Stream { incoming, .. }) =
+            self.streams.get_mut(&id).filter(|s| s.incoming.is_open())
+        else {
             return Err(format!("data for stream {id}, which is not open"));
         };
         if len > incoming.window || len > self.window {
@@ -183,7 +196,11 @@ impl State {
 
     pub(super) fn on_reset(&mut self, id: u32) -> Result<(), String> {
         self.check_known(id)?;
-        let Some(Stream { incoming, .. }) = self.streams.get_mut(&id).filter(|s| s.incoming.is_open()) else { return Ok(()) };
+        let Some(Stream { incoming, .. }) =
+            self.streams.get_mut(&id).filter(|s| s.incoming.is_open())
+        else {
+            return Ok(());
+        };
         incoming.receiving = Receiving::Reset;
         incoming.wake();
         let dropped = incoming.clear();
@@ -192,10 +209,11 @@ impl State {
         Ok(())
     }
 
-    /// Bytes left the buffers of the whole line; the peer hears of it a quarter of the window at a time.
+    /// Bytes left the buffers of the whole line; the peer hears of it a quarter of the window at a
+    /// time.
     fn consumed(&mut self, bytes: usize) {
         self.unannounced += bytes as u32;
-        if self.unannounced >= LINE_WINDOW_BYTES / 4 {
+        if self.unannounced >= CONNECTION_WINDOW_BYTES / 4 {
             let credit = std::mem::take(&mut self.unannounced);
             self.window += credit;
             self.put_credit(0, credit);

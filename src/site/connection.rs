@@ -1,4 +1,5 @@
-//! The site's end of the line: dials, keeps, reports, and moves from TCP to QUIC when that works again.
+//! The site's end of the line: dials, keeps, reports, and moves from TCP to QUIC when that works
+//! again.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -12,15 +13,18 @@ use crate::config::Transport;
 use base::budget::Budget;
 use base::fault::{Fault, Reason, Retry};
 use base::limits::{
-    ANSWER_BYTES_MAX, ANSWER_MAX, BACKOFF_MAX, FETCH_STREAMS_MAX, QUESTIONS_AT_ONCE_MAX, QUESTIONS_BYTES_MAX, REPORT_BYTES_MAX,
-    SILENCE_MAX, SINK_ANSWER_MAX, STATE_RETRY_EVERY,
+    ANSWER_BYTES_MAX, ANSWER_MAX, BACKOFF_MAX, FETCH_STREAMS_MAX, QUESTIONS_AT_ONCE_MAX,
+    QUESTIONS_BYTES_MAX, REPORT_BYTES_MAX, SILENCE_MAX, SINK_ANSWER_MAX, STATE_RETRY_EVERY,
 };
 use base::names::{ArtifactRef, TransferId};
 use base::text::Message;
 use content::manifest::Digest;
 use exchange::fetch::{self, Fetcher};
 use exchange::transfer::{Assembly, free_room};
-use exchange::wire::{self, AllowList, AskHub, AskSite, CONTROL, Desired, FETCH, FromHub, FromSite, Planned, QUESTION, Report, renewal};
+use exchange::wire::{
+    self, AllowList, AskHub, AskSite, CONTROL, Desired, FETCH, FromHub, FromSite, Planned,
+    QUESTION, Report, renewal,
+};
 use model::paging;
 use model::run::{DesiredRun, RunReport};
 use state::TransferRow;
@@ -62,7 +66,11 @@ impl Site {
                     redial.stood(began.elapsed());
                 }
                 Err(fault) => {
-                    let again = inner.line_fault.lock().as_ref().is_some_and(|old| says_the_same(&old.message, &fault.message));
+                    let again = inner
+                        .line_fault
+                        .lock()
+                        .as_ref()
+                        .is_some_and(|old| says_the_same(&old.message, &fault.message));
                     if !again {
                         tracing::warn!(hub = %address, error = %fault, next = %fault.next, "no line to the hub");
                     }
@@ -96,7 +104,8 @@ impl Site {
                 () = inner.stop.cancelled() => None,
             };
             if let Some(better) = better {
-                // What is being fetched over the old line ends there; new requests take the new one.
+                // What is being fetched over the old line ends there; new requests take the new
+                // one.
                 tracing::info!("moved from TCP to QUIC");
                 link = better;
                 continue;
@@ -120,7 +129,14 @@ impl Site {
         loop {
             tokio::time::sleep(QUIC_PROBE_EVERY).await;
             let identity = self.inner.identity.borrow().clone();
-            if let Ok(better) = transport::probe_quic(address, &identity, &self.inner.config.line, self.inner.memory.to_send).await {
+            if let Ok(better) = transport::probe_quic(
+                address,
+                &identity,
+                &self.inner.config.line,
+                self.inner.memory.to_send,
+            )
+            .await
+            {
                 return better;
             }
         }
@@ -133,16 +149,42 @@ impl Site {
         send.write_all(&[CONTROL]).await?;
         let congestion = inner.config.line.congestion;
         let share = inner.config.share.allow.as_deref().map(AllowList::of);
-        // Always told: a hub takes `None` for a site of an earlier version, which decides by itself.
-        let train = Some(AllowList::of(inner.config.train.as_ref().map_or(&[], |train| &train.allow)));
-        wire::send(&mut send, &FromSite::Hello { version: VERSION.into(), share, train, congestion }).await?;
+        // Always told: a hub takes `None` for a site of an earlier version, which decides by
+        // itself.
+        let train = Some(AllowList::of(
+            inner
+                .config
+                .train
+                .as_ref()
+                .map_or(&[], |train| &train.allow),
+        ));
+        wire::send(
+            &mut send,
+            &FromSite::Hello {
+                version: VERSION.into(),
+                share,
+                train,
+                congestion,
+            },
+        )
+        .await?;
         let (listed, mut asked) = mpsc::channel::<Vec<TransferId>>(4);
         let (newest, lists) = watch::channel(None);
         let read = async {
             loop {
-                let FromHub::Desired { revision, transfers, runs, manifests } = wire::receive(&mut recv).await?;
-                tracing::debug!(revision, transfers = transfers.len(), runs = runs.len(), "desired");
-                inner.runner.hear(manifests).await;
+                let FromHub::Desired {
+                    revision,
+                    transfers,
+                    runs,
+                    manifests,
+                } = wire::receive(&mut recv).await?;
+                tracing::debug!(
+                    revision,
+                    transfers = transfers.len(),
+                    runs = runs.len(),
+                    "desired"
+                );
+                inner.runner.accept_pushed(manifests).await;
                 newest.send_replace(Some(Arc::new(List { transfers, runs })));
             }
         };
@@ -150,12 +192,15 @@ impl Site {
             let mut cursor = inner.catalogue.cursor().await?;
             let mut said: Vec<RunReport> = Vec::new();
             let mut said_unwritten: Vec<TransferRow> = Vec::new();
-            // Told even when it is nothing: the hub may know of what was put back since.
+            // PushedManifest even when it is nothing: the hub may know of what was put back since.
             let mut said_changed: Option<Vec<(ArtifactRef, Message)>> = None;
             let mut renew = tokio::time::interval(RENEW_CHECK_EVERY);
             loop {
                 let changed = inner.catalogue.changed();
-                let query = crate::api::types::TransferQuery { since: Some(cursor), ..Default::default() };
+                let query = crate::api::types::TransferQuery {
+                    since: Some(cursor),
+                    ..Default::default()
+                };
                 let (rows, next) = inner.catalogue.transfers(&query).await?;
                 cursor = next;
                 if !rows.is_empty() {
@@ -163,7 +208,8 @@ impl Site {
                 }
                 let unwritten = inner.runner.unwritten();
                 if unwritten != said_unwritten {
-                    send_reports(&mut send, unwritten.iter().cloned().map(report).collect()).await?;
+                    send_reports(&mut send, unwritten.iter().cloned().map(report).collect())
+                        .await?;
                     said_unwritten = unwritten;
                 }
                 let runs = self.run_reports().await?;
@@ -174,7 +220,8 @@ impl Site {
                     said = runs;
                 }
                 let mut changed_here = inner.catalogue.changed_here().await?;
-                // The list is sent whole; what has no room in it is sent once others are as they were.
+                // The list is sent whole; what has no room in it is sent once others are as they
+                // were.
                 changed_here.truncate(paging::fitting(&changed_here, ANSWER_BYTES_MAX));
                 if said_changed.as_ref() != Some(&changed_here) {
                     wire::send(&mut send, &FromSite::Changed(changed_here.clone())).await?;
@@ -185,7 +232,8 @@ impl Site {
                     Some(ids) = asked.recv() => {
                         let mut reports = Vec::new();
                         for id in ids {
-                            // As it stands when it is told: an older word must not come behind a newer one.
+                            // As it stands when it is told: an older word must not come behind a
+                            // newer one.
                             match inner.catalogue.transfer(&id).await {
                                 Ok(row) => reports.push(report(row)),
                                 // What could not be taken over is told with what is unwritten.
@@ -211,20 +259,39 @@ impl Site {
         }
     }
 
-    /// Does what the newest list of the hub says, and tells `listed` of its transfers. What cannot be written down is tried again, here and
-    /// not over a new line, which would bring the same list. It holds up neither the rest of the list nor a newer one.
-    async fn apply_lists(&self, mut lists: watch::Receiver<Option<Arc<List>>>, listed: mpsc::Sender<Vec<TransferId>>) -> Result<(), Fault> {
+    /// Does what the newest list of the hub says, and tells `listed` of its transfers. What cannot
+    /// be written down is tried again, here and not over a new line, which would bring the same
+    /// list. It holds up neither the rest of the list nor a newer one.
+    async fn apply_lists(
+        &self,
+        mut lists: watch::Receiver<Option<Arc<List>>>,
+        listed: mpsc::Sender<Vec<TransferId>>,
+    ) -> Result<(), Fault> {
         let mut logged = None;
         while lists.changed().await.is_ok() {
-            let Some(list) = lists.borrow_and_update().clone() else { continue };
+            let Some(list) = lists.borrow_and_update().clone() else {
+                continue;
+            };
             let (mut left, mut pause) = (None, STATE_RETRY_EVERY);
             loop {
-                let unapplied = self.inner.runner.apply(&list.transfers, list.transfers.len() < DESIRED_MAX, left.as_ref()).await;
+                let unapplied = self
+                    .inner
+                    .runner
+                    .apply(
+                        &list.transfers,
+                        list.transfers.len() < DESIRED_MAX,
+                        left.as_ref(),
+                    )
+                    .await;
                 // After the transfers: a run that is over removes what they brought.
                 let runs = self.apply_runs(&list.runs, &unapplied.transfers).await;
                 let fault = unapplied.fault.or(runs.err());
                 if left.is_none() || fault.is_none() {
-                    let ids = list.transfers.iter().map(|wanted| wanted.id.clone()).collect();
+                    let ids = list
+                        .transfers
+                        .iter()
+                        .map(|wanted| wanted.id.clone())
+                        .collect();
                     if listed.send(ids).await.is_err() {
                         return Ok(());
                     }
@@ -234,7 +301,11 @@ impl Site {
                     break;
                 };
                 // Room comes back at any moment; what else is wrong may stay so.
-                pause = if fault.reason == Reason::NoSpace { STATE_RETRY_EVERY } else { pause };
+                pause = if fault.reason == Reason::NoSpace {
+                    STATE_RETRY_EVERY
+                } else {
+                    pause
+                };
                 if logged.as_ref() != Some(&fault.message) {
                     tracing::warn!(error = %fault, "what the hub wants could not be written down; tried again");
                     logged = Some(fault.message);
@@ -263,8 +334,15 @@ impl Site {
         }
         let work = async {
             let request = identity.make_renewal_request()?;
-            let answer: String = wire::ask(link, &AskHub::Renew { request: renewal(request.csr_der())? }).await?;
-            let cert = hex::decode(answer).map_err(|_| Fault::integrity("the hub sent a malformed certificate"))?;
+            let answer: String = wire::ask(
+                link,
+                &AskHub::Renew {
+                    request: renewal(request.csr_der())?,
+                },
+            )
+            .await?;
+            let cert = hex::decode(answer)
+                .map_err(|_| Fault::integrity("the hub sent a malformed certificate"))?;
             let renewed = request.complete(&cert, identity.ca_der())?;
             renewed.save(&self.inner.config.data_dir)?;
             self.inner.identity.send_replace(Arc::new(renewed));
@@ -272,7 +350,9 @@ impl Site {
         };
         match work.await {
             Ok(()) => tracing::info!("the certificate was renewed"),
-            Err(fault) => tracing::warn!(error = %fault, "the certificate could not be renewed; tried again in an hour"),
+            Err(fault) => {
+                tracing::warn!(error = %fault, "the certificate could not be renewed; tried again in an hour")
+            }
         }
     }
 
@@ -284,21 +364,29 @@ impl Site {
         // Whoever opens a stream here is the hub; the name is for the log.
         let hub = self.inner.config.name.clone();
         while let Some((send, mut recv)) = link.accept().await {
-            let (this, link, hub, fetches) = (self.clone(), link.clone(), hub.clone(), fetches.clone());
+            let (this, link, hub, fetches) =
+                (self.clone(), link.clone(), hub.clone(), fetches.clone());
             let (questions, budget) = (questions.clone(), budget.clone());
             self.inner.tasks.spawn(async move {
                 let mut kind = [0];
-                if !matches!(timeout(SILENCE_MAX, recv.read_exact(&mut kind)).await, Ok(Ok(()))) {
+                if !matches!(
+                    timeout(SILENCE_MAX, recv.read_exact(&mut kind)).await,
+                    Ok(Ok(()))
+                ) {
                     return;
                 }
                 let result = match kind[0] {
                     QUESTION => {
-                        let Ok(_turn) = questions.acquire().await else { return };
+                        let Ok(_turn) = questions.acquire().await else {
+                            return;
+                        };
                         this.question(send, recv, &link, &budget).await
                     }
                     FETCH => {
                         // A question never waits behind fetches.
-                        let Ok(_turn) = fetches.acquire().await else { return };
+                        let Ok(_turn) = fetches.acquire().await else {
+                            return;
+                        };
                         fetch::serve(send, recv, &hub, &this.inner.origin).await;
                         Ok(())
                     }
@@ -311,34 +399,69 @@ impl Site {
         }
     }
 
-    async fn question(&self, mut send: SendHalf, mut recv: RecvHalf, link: &Link, budget: &Budget) -> Result<(), Fault> {
+    async fn question(
+        &self,
+        mut send: SendHalf,
+        mut recv: RecvHalf,
+        link: &Link,
+        budget: &Budget,
+    ) -> Result<(), Fault> {
         send.set_priority(wire::PRIORITY_QUESTION);
-        let (question, _share) = wire::receive_question(&mut recv, budget, &self.inner.config.name).await?;
+        let (question, _share) =
+            wire::receive_question(&mut recv, budget, &self.inner.config.name).await?;
         let answer = async {
             match question {
-                AskSite::Plan { artifact, digest } => wire::send(&mut send, &self.plan_for(link, artifact, digest).await).await,
-                AskSite::Stands { artifact, digest } => wire::send(&mut send, &self.inner.runner.standing(&artifact, digest).await).await,
-                AskSite::Holds { artifact, digest } => wire::send(&mut send, &self.inner.runner.holds(&artifact, digest).await).await,
+                AskSite::Plan { artifact, digest } => {
+                    wire::send(&mut send, &self.plan_for(link, artifact, digest).await).await
+                }
+                AskSite::Stands { artifact, digest } => {
+                    wire::send(
+                        &mut send,
+                        &self.inner.runner.standing(&artifact, digest).await,
+                    )
+                    .await
+                }
+                AskSite::Holds { artifact, digest } => {
+                    wire::send(&mut send, &self.inner.runner.holds(&artifact, digest).await).await
+                }
             }
         };
-        timeout(ANSWER_MAX, answer).await.map_err(|_| Fault::unreachable("a question of the hub was not answered in time"))??;
+        timeout(ANSWER_MAX, answer)
+            .await
+            .map_err(|_| Fault::unreachable("a question of the hub was not answered in time"))??;
         send.finish()
     }
 
-    async fn plan_for(&self, link: &Link, artifact: ArtifactRef, digest: Digest) -> Result<Planned, Fault> {
+    async fn plan_for(
+        &self,
+        link: &Link,
+        artifact: ArtifactRef,
+        digest: Digest,
+    ) -> Result<Planned, Fault> {
         let inner = &self.inner;
         let fetcher = Fetcher::new(link.clone(), digest, Default::default());
         let root = fetcher.root().await?;
         let base = inner.catalogue.kin(&artifact).await?.map(|kin| kin.root);
-        fetcher.pages(&root, base.as_ref(), &inner.shared.store).await?;
+        fetcher
+            .pages(&root, base.as_ref(), &inner.shared.store)
+            .await?;
         let sink = inner.sinks.of(artifact.kind).clone();
         let looked = sink.clone();
-        let free = sink.threads().run_for(SINK_ANSWER_MAX, move || Ok(free_room(looked.as_ref()))).await?;
+        let free = sink
+            .threads()
+            .run_for(SINK_ANSWER_MAX, move || Ok(free_room(looked.as_ref())))
+            .await?;
         let threads = sink.threads().clone();
         let assembly = Assembly {
             shared: inner.shared.clone(),
             sink,
-            incoming: sink::Incoming { artifact, digest, root, transfer: TransferId::none(), waits: Default::default() },
+            incoming: sink::Incoming {
+                artifact,
+                digest,
+                root,
+                transfer: TransferId::none(),
+                waits: Default::default(),
+            },
             fetcher,
             priority: 0,
             counters: Default::default(),
@@ -346,18 +469,29 @@ impl Site {
             staging: None,
         };
         let estimate = threads.run(move || assembly.estimate(None)).await?;
-        Ok(Planned { missing: estimate.missing, needs: estimate.needs, free, rate: inner.runner.last_rate() })
+        Ok(Planned {
+            missing: estimate.missing,
+            needs: estimate.needs,
+            free,
+            rate: inner.runner.last_rate(),
+        })
     }
 
     /// Asks the hub.
-    pub(super) async fn ask_hub<T: serde::de::DeserializeOwned + Send + 'static>(&self, question: &AskHub) -> Result<T, Fault> {
+    pub(super) async fn ask_hub<T: serde::de::DeserializeOwned + Send + 'static>(
+        &self,
+        question: &AskHub,
+    ) -> Result<T, Fault> {
         let link = self.inner.link.borrow().clone();
         match link {
-            Some(link) if matches!(question, AskHub::Publish { .. }) => wire::ask_to_move(&link, question).await,
+            Some(link) if matches!(question, AskHub::Publish { .. }) => {
+                wire::ask_to_move(&link, question).await
+            }
             Some(link) => wire::ask(&link, question).await,
             None => {
                 let why = self.inner.line_fault.lock().clone();
-                let fault = Fault::unreachable("there is no line to the hub").with_retry(Retry::Never);
+                let fault =
+                    Fault::unreachable("there is no line to the hub").with_retry(Retry::Never);
                 Err(match why {
                     Some(why) => fault.with_next(why.next).context(why.message),
                     None => fault,
@@ -367,7 +501,8 @@ impl Site {
     }
 }
 
-/// Whether two messages differ in their numbers only: in a time, or in how often something was tried.
+/// Whether two messages differ in their numbers only: in a time, or in how often something was
+/// tried.
 fn says_the_same(a: &str, b: &str) -> bool {
     fn words(text: &str) -> impl Iterator<Item = char> {
         text.chars().filter(|c| !c.is_ascii_digit())
@@ -384,7 +519,12 @@ async fn send_reports(send: &mut SendHalf, reports: Vec<Report>) -> Result<(), F
 }
 
 fn report(row: TransferRow) -> Report {
-    Report { id: row.id, generation: row.generation, state: row.state, body: row.body }
+    Report {
+        id: row.id,
+        generation: row.generation,
+        state: row.state,
+        body: row.body,
+    }
 }
 
 #[cfg(test)]

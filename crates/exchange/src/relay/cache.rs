@@ -1,7 +1,9 @@
-//! What is kept of relayed bytes: a store of its own with a budget, and the thread that puts into it.
+//! What is kept of relayed bytes: a store of its own with a budget, and the thread that puts into
+//! it.
 //!
-//! A thread, because a disk that syncs must hold up no line: what has landed is passed on before it is kept. The queue is
-//! short, and whoever fetches waits for a place in it: a disk slower than the line slows the line.
+//! A thread, because a disk that syncs must hold up no line: what has landed is passed on before it
+//! is kept. The queue is short, and whoever fetches waits for a place in it: a disk slower than the
+//! line slows the line.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -14,13 +16,13 @@ use base::fault::{Fault, IoContext};
 use content::frame::Frame;
 use content::store::Store;
 
-use super::flight::{Flight, Flights};
+use super::inflight_fetch::{InflightFetch, InflightFetches};
 
 /// Groups that wait to be kept: some 6 MiB.
 const QUEUED_MAX: usize = 32;
 
 /// The store and its budget.
-pub(super) struct Kept {
+pub(super) struct RelayCache {
     pub(super) store: Store,
     /// Whoever reads or puts holds it for reading, an eviction for writing.
     pub(super) gate: Arc<RwLock<()>>,
@@ -32,12 +34,19 @@ pub(super) struct Kept {
     unflushed: AtomicBool,
 }
 
-impl Kept {
+impl RelayCache {
     pub(super) fn open(dir: &Path, budget: u64) -> Result<Self, Fault> {
         let store = Store::open(dir)?;
         let bytes = AtomicU64::new(store.stored_bytes()?);
         let (gate, unkept, unflushed) = Default::default();
-        Ok(Self { store, gate, budget, bytes, unkept, unflushed })
+        Ok(Self {
+            store,
+            gate,
+            budget,
+            bytes,
+            unkept,
+            unflushed,
+        })
     }
 
     pub(super) fn is_full(&self) -> bool {
@@ -64,20 +73,25 @@ impl Kept {
 
     /// Makes what was kept durable, if there is something.
     pub(super) fn flush(&self) -> Result<(), Fault> {
-        if self.unflushed.swap(false, Ordering::Relaxed) { self.store.flush() } else { Ok(()) }
+        if self.unflushed.swap(false, Ordering::Relaxed) {
+            self.store.flush()
+        } else {
+            Ok(())
+        }
     }
 }
 
 /// What landed next of a flight, to be kept. Dropped it is settled, however that went.
 pub(super) struct Group {
-    pub(super) flights: Arc<Flights>,
-    pub(super) flight: Arc<Flight>,
+    pub(super) flights: Arc<InflightFetches>,
+    pub(super) flight: Arc<InflightFetch>,
     pub(super) frames: Vec<Frame>,
 }
 
 impl Drop for Group {
     fn drop(&mut self) {
-        // In this order: whoever finds no flight finds it in the store, and whoever found one is given what it holds.
+        // In this order: whoever finds no flight finds it in the store, and whoever found one is
+        // given what it holds.
         self.flights.forget(self.frames.iter().map(Frame::id));
         self.flight.settle(self.frames.len());
     }
@@ -90,7 +104,7 @@ pub(super) struct Keeper {
 }
 
 impl Keeper {
-    pub(super) fn start(kept: Arc<Kept>) -> Result<Self, Fault> {
+    pub(super) fn start(kept: Arc<RelayCache>) -> Result<Self, Fault> {
         let (queue, mut groups) = mpsc::channel::<Group>(QUEUED_MAX);
         let work = move || {
             while let Some(group) = groups.blocking_recv() {
@@ -98,8 +112,14 @@ impl Keeper {
                 kept.put(&group.frames);
             }
         };
-        let thread = std::thread::Builder::new().name("relay-keeper".into()).spawn(work).at("start a thread")?;
-        Ok(Self { queue: Some(queue), thread: Some(thread) })
+        let thread = std::thread::Builder::new()
+            .name("relay-keeper".into())
+            .spawn(work)
+            .at("start a thread")?;
+        Ok(Self {
+            queue: Some(queue),
+            thread: Some(thread),
+        })
     }
 
     /// Has these kept, soon.

@@ -1,7 +1,8 @@
-//! The end of a transfer: what is committed is noted, signed for, and looked at again when it is wanted a second time.
+//! The end of a transfer: what is committed is noted, signed for, and looked at again when it is
+//! wanted a second time.
 //!
-//! `attempt` lands what a sink has committed, or what was here all along. The row says `done` last, with the receipt in
-//! it: a crash before that and the transfer lands again.
+//! `attempt` lands what a sink has committed, or what was here all along. The row says `done` last,
+//! with the receipt in it: a crash before that and the transfer lands again.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -9,9 +10,9 @@ use std::sync::atomic::Ordering;
 use tokio::sync::OwnedMutexGuard;
 use tokio_util::sync::CancellationToken;
 
-use super::verify::{Found, look, verify};
+use super::verify::{VerifyReport, look, verify};
 use super::{Counters, Runner, incoming, unless};
-use crate::chunk_index::PlaceInfo;
+use crate::chunk_index::LocationInfo;
 use crate::wire::{Standing, Stands};
 use base::blocking::blocking;
 use base::fault::{Code, Fault, IoContext};
@@ -29,7 +30,8 @@ impl Runner {
         self.inner.alone.lock(artifact).await
     }
 
-    /// Looks closely at what was committed before, if it was. What is sound counts as landed; what is not is brought again.
+    /// Looks closely at what was committed before, if it was. What is sound counts as landed; what
+    /// is not is brought again.
     pub(super) async fn still_here(&self, row: &TransferRow) -> Result<Option<Landed>, Fault> {
         let inner = &self.inner;
         let _alone = self.alone_with(&row.artifact).await;
@@ -39,62 +41,108 @@ impl Runner {
             _ => return Ok(None),
         };
         let sink = inner.sinks.of(row.artifact.kind);
-        let Some(place) = &there.place else { return Ok(None) };
+        let Some(place) = &there.place else {
+            return Ok(None);
+        };
         // Once something of it is staged, it was looked at.
         if self.is_staged(&row.id, sink).await? {
             return Ok(None);
         }
         let incoming = incoming(row, &there.root);
-        let Found { faults, notes, unread } =
-            match verify(sink.as_ref(), inner.shared.store.clone(), &incoming, place, &Look::default()).await {
-                // A page of the manifest is damaged: it is brought again as well.
-                Err(fault) if fault.code == Code::Integrity => Found { faults: vec![fault.to_string()], ..Found::default() },
-                other => other?,
-            };
+        let VerifyReport {
+            faults,
+            notes,
+            unread,
+        } = match verify(
+            sink.as_ref(),
+            inner.shared.store.clone(),
+            &incoming,
+            place,
+            &Look::default(),
+        )
+        .await
+        {
+            // A page of the manifest is damaged: it is brought again as well.
+            Err(fault) if fault.code == Code::Integrity => VerifyReport {
+                faults: vec![fault.to_string()],
+                ..VerifyReport::default()
+            },
+            other => other?,
+        };
         let Some(first) = faults.first() else {
             let note = notes.into_iter().next().or(unread);
             if row.artifact.kind.is_files() {
                 // A try before may have ended before the version became the active one.
-                let landed = sink.commit(&incoming, &row.id.in_dir(sink.staging_root())).await?;
-                return Ok(Some(Landed { note: landed.note.or(note), ..landed }));
+                let landed = sink
+                    .commit(&incoming, &row.id.in_dir(sink.staging_root()))
+                    .await?;
+                return Ok(Some(Landed {
+                    note: landed.note.or(note),
+                    ..landed
+                }));
             }
-            return Ok(Some(Landed { place: place.clone(), location: there.location.clone().unwrap_or_default(), note }));
+            return Ok(Some(Landed {
+                place: place.clone(),
+                location: there.location.clone().unwrap_or_default(),
+                note,
+            }));
         };
         tracing::warn!(transfer = %row.id, artifact = %row.artifact, faults = faults.len(), first, "what was here is brought again");
         sink.clear(&incoming).await?;
         Ok(None)
     }
 
-    /// Whether something of a transfer is staged: noted, and there. A commit that got as far as its rename leaves nothing there.
+    /// Whether something of a transfer is staged: noted, and there. A commit that got as far as its
+    /// rename leaves nothing there.
     async fn is_staged(&self, id: &TransferId, sink: &Arc<dyn Sink>) -> Result<bool, Fault> {
-        if self.inner.shared.places.staged_by(id).is_none() {
+        if self.inner.shared.chunk_index.staged_by(id).is_none() {
             return Ok(false);
         }
         let staged = id.in_dir(sink.staging_root());
-        sink.threads().run(move || staged.try_exists().at_sink(staged.display())).await
+        sink.threads()
+            .run(move || staged.try_exists().at_sink(staged.display()))
+            .await
     }
 
-    /// Uses what another site has committed to the same folder, or this one before it lost its state, if it is sound. The look can be
-    /// stopped; the commit is awaited, as every commit is.
-    pub(super) async fn adopted(&self, incoming: &Incoming, stop: &CancellationToken) -> Result<Option<Landed>, Fault> {
+    /// Uses what another site has committed to the same folder, or this one before it lost its
+    /// state, if it is sound. The look can be stopped; the commit is awaited, as every commit is.
+    pub(super) async fn adopted(
+        &self,
+        incoming: &Incoming,
+        stop: &CancellationToken,
+    ) -> Result<Option<Landed>, Fault> {
         let inner = &self.inner;
         let sink = inner.sinks.of(incoming.artifact.kind);
-        let Some(place) = sink.place_of(&incoming.artifact) else { return Ok(None) };
+        let Some(place) = sink.place_of(&incoming.artifact) else {
+            return Ok(None);
+        };
         let look = async {
             let alone = self.alone_with(&incoming.artifact).await;
             // What is staged is better than what stands.
             if self.is_staged(&incoming.transfer, sink).await? || !sink.stands(incoming).await? {
                 return Ok(None);
             }
-            let faults = verify(sink.as_ref(), inner.shared.store.clone(), incoming, &place, &Look::default()).await?.faults;
+            let faults = verify(
+                sink.as_ref(),
+                inner.shared.store.clone(),
+                incoming,
+                &place,
+                &Look::default(),
+            )
+            .await?
+            .faults;
             if let Some(first) = faults.first() {
                 tracing::warn!(artifact = %incoming.artifact, faults = faults.len(), first, "what is in the folder already is not whole");
                 return Ok(None);
             }
             Ok(Some(alone))
         };
-        let Some(_alone) = unless(stop, look).await? else { return Ok(None) };
-        sink.commit(incoming, &incoming.transfer.in_dir(sink.staging_root())).await.map(Some)
+        let Some(_alone) = unless(stop, look).await? else {
+            return Ok(None);
+        };
+        sink.commit(incoming, &incoming.transfer.in_dir(sink.staging_root()))
+            .await
+            .map(Some)
     }
 
     /// Whether an artifact is here still, by a quick look.
@@ -104,28 +152,52 @@ impl Runner {
             Err(fault) if fault.code != Code::NotFound => return Err(fault),
             _ => return Ok(false),
         };
-        let incoming =
-            Incoming { artifact: artifact.clone(), digest, root: there.root, transfer: TransferId::none(), waits: Default::default() };
-        if there.published { Ok(true) } else { self.inner.sinks.of(artifact.kind).stands(&incoming).await }
+        let incoming = Incoming {
+            artifact: artifact.clone(),
+            digest,
+            root: there.root,
+            transfer: TransferId::none(),
+            waits: Default::default(),
+        };
+        if there.published {
+            Ok(true)
+        } else {
+            self.inner.sinks.of(artifact.kind).stands(&incoming).await
+        }
     }
 
     /// How an artifact is here, by a look that reads no content and ends in time.
-    pub async fn standing(&self, artifact: &ArtifactRef, digest: Digest) -> Result<Standing, Fault> {
-        let plain = |state, detail: Option<String>| Standing { state, detail: detail.map(Into::into), active: None };
+    pub async fn standing(
+        &self,
+        artifact: &ArtifactRef,
+        digest: Digest,
+    ) -> Result<Standing, Fault> {
+        let plain = |state, detail: Option<String>| Standing {
+            state,
+            detail: detail.map(Into::into),
+            active: None,
+        };
         let there = match self.inner.catalogue.artifact(artifact).await {
             Ok(there) if there.digest == digest => there,
             Err(fault) if fault.code != Code::NotFound => return Err(fault),
             _ => return Ok(plain(Stands::Missing, None)),
         };
-        let Some(place) = there.place else { return Ok(plain(Stands::Missing, None)) };
+        let Some(place) = there.place else {
+            return Ok(plain(Stands::Missing, None));
+        };
         if there.published {
             return Ok(plain(Stands::Sound, None));
         }
         let sink = self.inner.sinks.of(artifact.kind).clone();
         let until = std::time::Instant::now() + STANDING_LOOK_MAX / 2;
         let look = async {
-            let incoming =
-                Incoming { artifact: artifact.clone(), digest, root: there.root, transfer: TransferId::none(), waits: Default::default() };
+            let incoming = Incoming {
+                artifact: artifact.clone(),
+                digest,
+                root: there.root,
+                transfer: TransferId::none(),
+                waits: Default::default(),
+            };
             if !sink.stands(&incoming).await? {
                 return Ok(plain(Stands::Missing, None));
             }
@@ -135,58 +207,97 @@ impl Runner {
             {
                 return Ok(plain(Stands::Damaged, Some(wrong)));
             }
-            Ok::<_, Fault>(Standing { state: Stands::Sound, detail: None, active: sink.active(artifact).await?.map(Into::into) })
+            Ok::<_, Fault>(Standing {
+                state: Stands::Sound,
+                detail: None,
+                active: sink.active(artifact).await?.map(Into::into),
+            })
         };
         Ok(match tokio::time::timeout(STANDING_LOOK_MAX, look).await {
             Ok(Ok(standing)) => standing,
             // Something else is in its place: the transfer says what to do.
-            Ok(Err(fault)) if fault.code == Code::Conflict => plain(Stands::Damaged, Some(fault.message)),
+            Ok(Err(fault)) if fault.code == Code::Conflict => {
+                plain(Stands::Damaged, Some(fault.message))
+            }
             Ok(Err(fault)) => plain(Stands::Unavailable, Some(fault.message)),
             Err(_) => {
-                let silent = format!("{} has not answered for {} s", sink.staging_root().display(), STANDING_LOOK_MAX.as_secs());
-                plain(Stands::Unavailable, Some(sink.held_up().map_or(silent, |fault| fault.message)))
+                let silent = format!(
+                    "{} has not answered for {} s",
+                    sink.staging_root().display(),
+                    STANDING_LOOK_MAX.as_secs()
+                );
+                plain(
+                    Stands::Unavailable,
+                    Some(sink.held_up().map_or(silent, |fault| fault.message)),
+                )
             }
         })
     }
 
     /// Everything is durable and visible: note where, sign, and say so.
-    pub(super) async fn land(&self, row: &mut TransferRow, counters: &Counters, incoming: &Incoming, landed: Landed) -> Result<(), Fault> {
+    pub(super) async fn land(
+        &self,
+        row: &mut TransferRow,
+        counters: &Counters,
+        incoming: &Incoming,
+        landed: Landed,
+    ) -> Result<(), Fault> {
         let inner = &self.inner;
-        let (places, id, digest) = (inner.shared.places.clone(), row.id.clone(), row.digest);
+        let (places, id, digest) = (inner.shared.chunk_index.clone(), row.id.clone(), row.digest);
         let place = landed.place.clone();
         blocking(move || {
             if let Some(number) = places.staged_by(&id) {
-                places.put(Some(number), PlaceInfo { place, digest, transfer: None, foreign: false, adopting: false })?;
+                places.put(
+                    Some(number),
+                    LocationInfo {
+                        place,
+                        digest,
+                        transfer: None,
+                        foreign: false,
+                        adopting: false,
+                    },
+                )?;
             }
             Ok(())
         })
         .await?;
-        inner.catalogue.add_artifact(&row.artifact, &incoming.root, None).await?;
-        inner.catalogue.set_place(&row.artifact, Some(&landed.place), Some(&landed.location)).await?;
-        counters.committed.store(row.body.bytes.total, Ordering::Relaxed);
+        inner
+            .catalogue
+            .add_artifact(&row.artifact, &incoming.root, None)
+            .await?;
+        inner
+            .catalogue
+            .set_place(&row.artifact, Some(&landed.place), Some(&landed.location))
+            .await?;
+        counters
+            .committed
+            .store(row.body.bytes.total, Ordering::Relaxed);
         self.note_bytes(row, counters);
         row.body.location = Some(landed.location.into());
         row.body.note = landed.note.map(Into::into);
         let identity = inner.identity.borrow().clone();
-        row.body.receipt = Some(Receipt::sign(row, identity.cert_der(), |statement| identity.sign(statement))?);
+        row.body.receipt = Some(Receipt::sign(row, identity.cert_der(), |statement| {
+            identity.sign(statement)
+        })?);
         self.enter(row, State::Done, None).await;
         tracing::info!(transfer = %row.id, artifact = %row.artifact, "a transfer is done");
         Ok(())
     }
 
-    /// A transfer that was cancelled while it was done again: whether its artifact is still here, as it was before. If so it is
-    /// `done` after all.
+    /// A transfer that was cancelled while it was done again: whether its artifact is still here,
+    /// as it was before. If so it is `done` after all.
     pub(super) async fn undone_by_cancel(&self, row: &mut TransferRow) -> Result<bool, Fault> {
         let inner = &self.inner;
         if !row.body.landed || row.removed_ms.is_some() {
             return Ok(false);
         }
-        // A sink that does not answer must not keep a cancel waiting. What it cannot tell now is as it was: nobody removed it, and it may
-        // be in use. Where something of it is staged it was looked at, and was not sound.
+        // A sink that does not answer must not keep a cancel waiting. What it cannot tell now is as
+        // it was: nobody removed it, and it may be in use. Where something of it is staged it was
+        // looked at, and was not sound.
         match tokio::time::timeout(CANCEL_LOOK_MAX, self.holds(&row.artifact, row.digest)).await {
             Ok(Ok(true)) => {}
             Ok(Ok(false)) => return Ok(false),
-            _ if inner.shared.places.staged_by(&row.id).is_some() => return Ok(false),
+            _ if inner.shared.chunk_index.staged_by(&row.id).is_some() => return Ok(false),
             unknown => {
                 tracing::warn!(transfer = %row.id, artifact = %row.artifact, ?unknown, "a sink does not tell whether it still holds this");
             }
@@ -196,7 +307,9 @@ impl Runner {
         row.body.set_fault(None);
         row.body.location = there.location.map(Into::into);
         let identity = inner.identity.borrow().clone();
-        row.body.receipt = Some(Receipt::sign(row, identity.cert_der(), |statement| identity.sign(statement))?);
+        row.body.receipt = Some(Receipt::sign(row, identity.cert_der(), |statement| {
+            identity.sign(statement)
+        })?);
         row.state = State::Done;
         self.write(row).await?;
         tracing::info!(transfer = %row.id, artifact = %row.artifact, "a transfer was cancelled while it was done again; the artifact is still here");

@@ -1,5 +1,6 @@
-//! Fetching ahead: what is on its way to sites that are away is brought to the hub meanwhile, for its source may be away when
-//! they are back. [`Hub::keep_relay`] runs it; what comes is kept like all that is relayed.
+//! Fetching ahead: what is on its way to sites that are away is brought to the hub meanwhile, for
+//! its source may be away when they are back. [`Hub::keep_relay`] runs it; what comes is kept like
+//! all that is relayed.
 
 use std::collections::{HashMap, HashSet};
 use std::time::{Duration, Instant};
@@ -30,8 +31,9 @@ const AHEAD_AGAIN_SOON: Duration = Duration::from_secs(10);
 
 impl Hub {
     /// Fetches what is on its way to sites that are away from sites that are there.
-    pub(super) async fn keep_fetching_ahead(&self) {
-        let mut running: HashMap<Digest, (CancellationToken, tokio::task::JoinHandle<()>)> = HashMap::new();
+    pub(super) async fn keep_prefetching(&self) {
+        let mut running: HashMap<Digest, (CancellationToken, tokio::task::JoinHandle<()>)> =
+            HashMap::new();
         loop {
             let changed = self.inner.catalogue.changed();
             running.retain(|_, (_, task)| !task.is_finished());
@@ -46,40 +48,60 @@ impl Hub {
                         if running.len() < AHEAD_ARTIFACTS_MAX && !running.contains_key(&digest) {
                             let (this, stop) = (self.clone(), self.inner.stop.child_token());
                             let token = stop.clone();
-                            let task = self.inner.tasks.spawn(async move { this.fetch_ahead(digest, &token).await });
+                            let task = self
+                                .inner
+                                .tasks
+                                .spawn(async move { this.fetch_ahead(digest, &token).await });
                             running.insert(digest, (stop, task));
                         }
                     }
                 }
-                Err(fault) => tracing::error!(error = %fault, "it could not be worked out what to fetch ahead"),
+                Err(fault) => {
+                    tracing::error!(error = %fault, "it could not be worked out what to fetch ahead")
+                }
             }
-            // It ends after a while too: what failed gets its next try however quiet the catalogue is.
+            // It ends after a while too: what failed gets its next try however quiet the catalogue
+            // is.
             changed.await;
         }
     }
 
-    /// What should be fetched ahead now, in its order: every target is away, one may have it, a source is there, and there is room.
+    /// What should be fetched ahead now, in its order: every target is away, one may have it, a
+    /// source is there, and there is room.
     async fn wanted_ahead(&self) -> Result<Vec<Digest>, Fault> {
         if self.inner.relay.is_full() {
             return Ok(Vec::new());
         }
         let open = self.inner.catalogue.relayed_open().await?;
         // Whoever is there asks for what he lacks, which is less than all of it.
-        let served: HashSet<Digest> = open.iter().filter(|(_, site)| self.is_online(site)).map(|(digest, _)| *digest).collect();
+        let served: HashSet<Digest> = open
+            .iter()
+            .filter(|(_, site)| self.is_online(site))
+            .map(|(digest, _)| *digest)
+            .collect();
         let known: HashSet<Digest> = open.iter().map(|(digest, _)| *digest).collect();
-        self.inner.relay_memory.lock().failed.retain(|digest, _| known.contains(digest));
+        self.inner
+            .relay_memory
+            .lock()
+            .failed
+            .retain(|digest, _| known.contains(digest));
         let mut out = Vec::new();
         for (digest, site) in open {
             let skip = {
                 let memory = self.inner.relay_memory.lock();
-                let rests = memory.failed.get(&digest).is_some_and(|(at, rests)| at.elapsed() < *rests);
+                let rests = memory
+                    .failed
+                    .get(&digest)
+                    .is_some_and(|(at, rests)| at.elapsed() < *rests);
                 rests || memory.whole.contains(&digest)
             };
             if skip || served.contains(&digest) || out.contains(&digest) {
                 continue;
             }
             // To whom it is not shared any more nothing will be given.
-            if !self.inner.upstream.sources(digest, None).await?.is_empty() && self.inner.catalogue.is_shared(&site, digest).await? {
+            if !self.inner.upstream.sources(digest, None).await?.is_empty()
+                && self.inner.catalogue.is_shared(&site, digest).await?
+            {
                 out.push(digest);
             }
         }
@@ -110,44 +132,78 @@ impl Hub {
             Err(fault) => fault,
         };
         tracing::warn!(%digest, error = %fault, "it could not be fetched ahead");
-        let rests = if fault.retry == Retry::Never || fault.code == Code::NoSpace { AHEAD_AGAIN } else { AHEAD_AGAIN_SOON };
-        // A source that is away says so when it is back; all else would be tried in vain at every change.
-        let away = self.inner.upstream.sources(digest, None).await.is_ok_and(|there| there.is_empty());
+        let rests = if fault.retry == Retry::Never || fault.code == Code::NoSpace {
+            AHEAD_AGAIN
+        } else {
+            AHEAD_AGAIN_SOON
+        };
+        // A source that is away says so when it is back; all else would be tried in vain at every
+        // change.
+        let away = self
+            .inner
+            .upstream
+            .sources(digest, None)
+            .await
+            .is_ok_and(|there| there.is_empty());
         if !away || rests == AHEAD_AGAIN {
-            self.inner.relay_memory.lock().failed.insert(digest, (Instant::now(), rests));
+            self.inner
+                .relay_memory
+                .lock()
+                .failed
+                .insert(digest, (Instant::now(), rests));
         }
     }
 
     /// Brings all of an artifact into the relay's store; `false` when there is no room for it.
     async fn fetch_whole(&self, digest: Digest) -> Result<bool, Fault> {
         let inner = &self.inner;
-        let Some(row) = inner.catalogue.by_digest(digest).await? else { return Ok(true) };
+        let Some(row) = inner.catalogue.by_digest(digest).await? else {
+            return Ok(true);
+        };
         self.note_use(digest).await;
-        let (send, receive) = tokio::sync::mpsc::channel::<Result<(Hash, Vec<Child>), Fault>>(AHEAD_QUEUED_MAX);
+        let (send, receive) =
+            tokio::sync::mpsc::channel::<Result<(Hash, Vec<Child>), Fault>>(AHEAD_QUEUED_MAX);
         let (relay, pages) = (inner.relay.clone(), inner.store.clone());
         let walking = tokio::task::spawn_blocking(move || {
             if let Err(fault) = list_lacking(&row.root, &pages, &relay, &send) {
                 let _ = send.blocking_send(Err(fault));
             }
         });
-        let requests = stream::unfold(receive, |mut receive| async move { receive.recv().await.map(|request| (request, receive)) });
+        let requests = stream::unfold(receive, |mut receive| async move {
+            receive.recv().await.map(|request| (request, receive))
+        });
         let fetched = requests
             .map(Ok)
-            .try_for_each_concurrent(AHEAD_IN_FLIGHT_MAX, |request: Result<(Hash, Vec<Child>), Fault>| async move {
-                let (page, children) = request?;
-                if inner.relay.is_full() {
-                    return Err(Fault::no_space("the relay's budget is used up"));
-                }
-                let bytes: u64 = children.iter().map(|c| u64::from(c.chunk.len)).sum();
-                // As a peer of its own, beside those that ask.
-                let _share = inner.budget.take(&inner.config.name, bytes, 0).await?;
-                let unkept = inner.relay.unkept_bytes();
-                inner.relay.bring(Of { digest, page, priority: PRIORITY_BULK }, children).await?;
-                if inner.relay.unkept_bytes() != unkept {
-                    return Err(Fault::no_space("the hub's disk takes no more relayed bytes"));
-                }
-                Ok(())
-            })
+            .try_for_each_concurrent(
+                AHEAD_IN_FLIGHT_MAX,
+                |request: Result<(Hash, Vec<Child>), Fault>| async move {
+                    let (page, children) = request?;
+                    if inner.relay.is_full() {
+                        return Err(Fault::no_space("the relay's budget is used up"));
+                    }
+                    let bytes: u64 = children.iter().map(|c| u64::from(c.chunk.len)).sum();
+                    // As a peer of its own, beside those that ask.
+                    let _share = inner.budget.take(&inner.config.name, bytes, 0).await?;
+                    let unkept = inner.relay.unkept_bytes();
+                    inner
+                        .relay
+                        .bring(
+                            Of {
+                                digest,
+                                page,
+                                priority: PRIORITY_BULK,
+                            },
+                            children,
+                        )
+                        .await?;
+                    if inner.relay.unkept_bytes() != unkept {
+                        return Err(Fault::no_space(
+                            "the hub's disk takes no more relayed bytes",
+                        ));
+                    }
+                    Ok(())
+                },
+            )
             .await;
         let _ = walking.await;
         match fetched {
@@ -158,7 +214,8 @@ impl Hub {
     }
 }
 
-/// Lists what is lacking of an artifact, in requests of about [`FETCH_BATCH_BYTES`]. Ends early when nobody listens.
+/// Lists what is lacking of an artifact, in requests of about [`FETCH_BATCH_BYTES`]. Ends early
+/// when nobody listens.
 fn list_lacking(
     root: &Root,
     pages: &Store,
@@ -168,12 +225,19 @@ fn list_lacking(
     let (mut page, mut children, mut bytes) = (None, Vec::new(), 0);
     let flush = |page: Option<Hash>, children: &mut Vec<Child>| -> Result<bool, Fault> {
         let lacking = relay.lacking(&std::mem::take(children))?;
-        let Some(page) = page.filter(|_| !lacking.is_empty()) else { return Ok(true) };
+        let Some(page) = page.filter(|_| !lacking.is_empty()) else {
+            return Ok(true);
+        };
         Ok(send.blocking_send(Ok((page, lacking))).is_ok())
     };
     for step in Walk::new(root, pages) {
-        let Step::Chunk(chunk, spot) = step? else { continue };
-        if page.is_some_and(|p| p != spot.page) || bytes >= FETCH_BATCH_BYTES || children.len() >= FETCH_BATCH_CHUNKS_MAX {
+        let Step::Chunk(chunk, spot) = step? else {
+            continue;
+        };
+        if page.is_some_and(|p| p != spot.page)
+            || bytes >= FETCH_BATCH_BYTES
+            || children.len() >= FETCH_BATCH_CHUNKS_MAX
+        {
             if !flush(page, &mut children)? {
                 return Ok(());
             }
@@ -181,7 +245,10 @@ fn list_lacking(
         }
         page = Some(spot.page);
         bytes += u64::from(chunk.len);
-        children.push(Child { index: spot.index, chunk });
+        children.push(Child {
+            index: spot.index,
+            chunk,
+        });
     }
     flush(page, &mut children).map(|_| ())
 }

@@ -1,7 +1,8 @@
 //! Fetched blobs of a publish that failed, kept for its next try.
 //!
-//! They stand in `pulled/<key>/` beside the scratch folders, one folder a repository. A publish that succeeded removes its folder, and
-//! so does one that failed for lack of room. Others go after a day, or with the start of the daemon.
+//! They stand in `pulled/<key>/` beside the scratch folders, one folder a repository. A publish
+//! that succeeded removes its folder, and so does one that failed for lack of room. Others go after
+//! a day, or with the start of the daemon.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -20,16 +21,20 @@ const MARK: &str = "kept";
 const LOCK: &str = "lock";
 
 /// A folder of kept blobs, held by one publish at a time.
-pub(super) struct Kept {
+pub(super) struct PulledBlobs {
     pub(super) path: PathBuf,
     _lock: File,
 }
 
-impl Kept {
+impl PulledBlobs {
     /// Removes what was kept. The folder and its lock stay.
     pub(super) fn empty(&self) -> Result<(), Fault> {
-        for entry in std::fs::read_dir(&self.path).at(format_args!("list {}", self.path.display()))? {
-            let path = entry.at(format_args!("list {}", self.path.display()))?.path();
+        for entry in
+            std::fs::read_dir(&self.path).at(format_args!("list {}", self.path.display()))?
+        {
+            let path = entry
+                .at(format_args!("list {}", self.path.display()))?
+                .path();
             if path.file_name().is_some_and(|name| name != LOCK) {
                 durable::remove_all(&path)?;
             }
@@ -39,21 +44,31 @@ impl Kept {
 }
 
 /// The folder for a reference; `None` while another publish has it, which then keeps its own.
-pub(super) fn open(scratch: &Path, reference: &Reference) -> Result<Option<Kept>, Fault> {
-    let Some(all) = scratch.parent().map(|parent| parent.join("pulled")) else { return Ok(None) };
-    let key = Sha256::of(format!("{}/{}", reference.origin.base(), reference.repository).as_bytes()).hex();
+pub(super) fn open(scratch: &Path, reference: &Reference) -> Result<Option<PulledBlobs>, Fault> {
+    let Some(all) = scratch.parent().map(|parent| parent.join("pulled")) else {
+        return Ok(None);
+    };
+    let key =
+        Sha256::of(format!("{}/{}", reference.origin.base(), reference.repository).as_bytes())
+            .hex();
     let path = all.join(&key[..32]);
     prune(&all, &path);
     durable::create_dir_all(&path)?;
-    let Some(lock) = lock(&path)? else { return Ok(None) };
+    let Some(lock) = lock(&path)? else {
+        return Ok(None);
+    };
     durable::replace_symlink(&scratch.join(MARK), &path.to_string_lossy())?;
-    Ok(Some(Kept { path, _lock: lock }))
+    Ok(Some(PulledBlobs { path, _lock: lock }))
 }
 
 /// What becomes of the kept blobs of a scratch folder whose publish has ended.
 pub(super) fn end<T>(scratch: &Path, result: &Result<T, Fault>) {
-    let Ok(path) = std::fs::read_link(scratch.join(MARK)) else { return };
-    let of_use = result.as_ref().is_err_and(|fault| fault.code != Code::NoSpace);
+    let Ok(path) = std::fs::read_link(scratch.join(MARK)) else {
+        return;
+    };
+    let of_use = result
+        .as_ref()
+        .is_err_and(|fault| fault.code != Code::NoSpace);
     // Whoever has the lock pulls from the same repository now, and needs them.
     if !of_use && let Ok(Some(_lock)) = lock(&path) {
         let _ = durable::remove_all(&path);
@@ -63,7 +78,9 @@ pub(super) fn end<T>(scratch: &Path, result: &Result<T, Fault>) {
 fn lock(folder: &Path) -> Result<Option<File>, Fault> {
     let path = folder.join(LOCK);
     let file = File::create(&path).at(format_args!("create {}", path.display()))?;
-    Ok(flock(&file, FlockOperation::NonBlockingLockExclusive).is_ok().then_some(file))
+    Ok(flock(&file, FlockOperation::NonBlockingLockExclusive)
+        .is_ok()
+        .then_some(file))
 }
 
 /// Removes what is too old, and the oldest of too many.
@@ -73,7 +90,18 @@ fn prune(all: &Path, but: &Path) {
         .flatten()
         .flatten()
         .filter(|entry| entry.path() != but)
-        .filter_map(|entry| Some((entry.metadata().ok()?.modified().ok()?.elapsed().unwrap_or_default(), entry.path())))
+        .filter_map(|entry| {
+            Some((
+                entry
+                    .metadata()
+                    .ok()?
+                    .modified()
+                    .ok()?
+                    .elapsed()
+                    .unwrap_or_default(),
+                entry.path(),
+            ))
+        })
         .collect();
     folders.sort();
     for (at, (age, folder)) in folders.iter().enumerate() {

@@ -1,8 +1,9 @@
 //! Who writes next to a QUIC line whose send buffer is full.
 //!
-//! quinn sends what was written in the order of the streams' places (`Inner::place_of`), but room for more goes to whoever was
-//! blocked last: an answer of 40 KB could wait for all that a large transfer had asked for, and the first of that for the last. So a
-//! write stands aside while one of a higher place is under way. That one may wait for its own stream's window instead, which keeps
+//! quinn sends what was written in the order of the streams' places (`Inner::place_of`), but room
+//! for more goes to whoever was blocked last: an answer of 40 KB could wait for all that a large
+//! transfer had asked for, and the first of that for the last. So a write stands aside while one of
+//! a higher place is under way. That one may wait for its own stream's window instead, which keeps
 //! nobody else: then there is room, and who has stood aside for a moment finds it.
 
 use std::collections::BTreeMap;
@@ -20,22 +21,27 @@ const ASIDE_MAX: Duration = Duration::from_millis(100);
 
 /// The writes of one line that are under way.
 #[derive(Default)]
-pub(super) struct Turns {
+pub(super) struct WriteOrder {
     /// How many there are of each place.
     writing: Mutex<BTreeMap<i32, usize>>,
-    /// Told when the highest of them is another.
+    /// PushedManifest when the highest of them is another.
     changed: Notify,
 }
 
 /// A write that is under way.
-struct Turn<'a> {
-    turns: &'a Turns,
+struct Writing<'a> {
+    turns: &'a WriteOrder,
     place: i32,
 }
 
-impl Turns {
+impl WriteOrder {
     /// Writes all of it, in turn.
-    pub(super) async fn write(&self, stream: &mut SendStream, place: i32, mut pieces: &mut [Bytes]) -> Result<(), WriteError> {
+    pub(super) async fn write(
+        &self,
+        stream: &mut SendStream,
+        place: i32,
+        mut pieces: &mut [Bytes],
+    ) -> Result<(), WriteError> {
         let turn = self.begin(place);
         while !pieces.is_empty() {
             let mut changed = pin!(self.changed.notified());
@@ -59,30 +65,38 @@ impl Turns {
         Ok(())
     }
 
-    fn begin(&self, place: i32) -> Turn<'_> {
+    fn begin(&self, place: i32) -> Writing<'_> {
         let mut writing = self.writing.lock();
         let highest = writing.last_key_value().map(|(highest, _)| *highest);
         *writing.entry(place).or_default() += 1;
         if highest.is_some_and(|highest| highest < place) {
             self.changed.notify_waiters();
         }
-        Turn { turns: self, place }
+        Writing { turns: self, place }
     }
 }
 
-impl Turn<'_> {
+impl Writing<'_> {
     fn is_first(&self) -> bool {
-        self.turns.writing.lock().last_key_value().is_none_or(|(highest, _)| *highest <= self.place)
+        self.turns
+            .writing
+            .lock()
+            .last_key_value()
+            .is_none_or(|(highest, _)| *highest <= self.place)
     }
 }
 
-impl Drop for Turn<'_> {
+impl Drop for Writing<'_> {
     fn drop(&mut self) {
         let mut writing = self.turns.writing.lock();
-        let Some(count) = writing.get_mut(&self.place) else { return };
+        let Some(count) = writing.get_mut(&self.place) else {
+            return;
+        };
         *count -= 1;
         if *count == 0 {
-            let was_highest = writing.last_key_value().is_some_and(|(highest, _)| *highest == self.place);
+            let was_highest = writing
+                .last_key_value()
+                .is_some_and(|(highest, _)| *highest == self.place);
             writing.remove(&self.place);
             if was_highest {
                 self.turns.changed.notify_waiters();

@@ -13,10 +13,10 @@ use content::manifest::Digest;
 
 /// Which chunk comes with which flight, at which place of it.
 #[derive(Default)]
-pub(super) struct Flights(Mutex<HashMap<Hash, (Arc<Flight>, usize)>>);
+pub(super) struct InflightFetches(Mutex<HashMap<Hash, (Arc<InflightFetch>, usize)>>);
 
-impl Flights {
-    pub(super) fn lock(&self) -> MutexGuard<'_, HashMap<Hash, (Arc<Flight>, usize)>> {
+impl InflightFetches {
+    pub(super) fn lock(&self) -> MutexGuard<'_, HashMap<Hash, (Arc<InflightFetch>, usize)>> {
         self.0.lock()
     }
 
@@ -30,43 +30,52 @@ impl Flights {
 }
 
 /// Some chunks on their way, at most as many bytes as one request asks for.
-pub(super) struct Flight {
+pub(super) struct InflightFetch {
     /// The artifact that they are fetched for; others may have them too.
     digest: Digest,
-    frames: Mutex<Vec<Held>>,
-    seen: watch::Sender<Seen>,
+    frames: Mutex<Vec<FrameSlot>>,
+    seen: watch::Sender<FetchProgress>,
     /// How many were kept, or given up being kept.
     settled: watch::Sender<usize>,
 }
 
-/// A frame is held until it is settled and all who wait for it have it: each of them has a share of the daemon's budget.
+/// A frame is held until it is settled and all who wait for it have it: each of them has a share of
+/// the daemon's budget.
 #[derive(Default)]
-struct Held {
+struct FrameSlot {
     frame: Option<Bytes>,
     waiting: u32,
 }
 
 #[derive(Debug, Clone, Default)]
-struct Seen {
+struct FetchProgress {
     landed: usize,
     fault: Option<Fault>,
 }
 
-impl Flight {
+impl InflightFetch {
     /// A flight for this artifact.
     pub(super) fn new(digest: Digest) -> Self {
         let (frames, seen, settled) = Default::default();
-        Self { digest, frames, seen, settled }
+        Self {
+            digest,
+            frames,
+            seen,
+            settled,
+        }
     }
 
     /// A place in the queue for the frame of this number.
     pub(super) fn ticket(self: &Arc<Self>, index: usize) -> Ticket {
         let mut frames = self.frames.lock();
         if frames.len() <= index {
-            frames.resize_with(index + 1, Held::default);
+            frames.resize_with(index + 1, FrameSlot::default);
         }
         frames[index].waiting += 1;
-        Ticket { flight: self.clone(), index }
+        Ticket {
+            flight: self.clone(),
+            index,
+        }
     }
 
     /// Takes in what landed next.
@@ -78,11 +87,17 @@ impl Flight {
         self.seen.send_modify(|seen| seen.landed += count);
     }
 
-    /// The next so many need not be held any longer for those who come now: they find them in the store, or nowhere.
+    /// The next so many need not be held any longer for those who come now: they find them in the
+    /// store, or nowhere.
     pub(super) fn settle(&self, count: usize) {
         let mut frames = self.frames.lock();
         let first = *self.settled.borrow();
-        for held in frames.iter_mut().skip(first).take(count).filter(|held| held.waiting == 0) {
+        for held in frames
+            .iter_mut()
+            .skip(first)
+            .take(count)
+            .filter(|held| held.waiting == 0)
+        {
             held.frame = None;
         }
         self.settled.send_modify(|settled| *settled += count);
@@ -96,7 +111,7 @@ impl Flight {
 
 /// Somebody's wait for one frame.
 pub(super) struct Ticket {
-    flight: Arc<Flight>,
+    flight: Arc<InflightFetch>,
     index: usize,
 }
 
@@ -104,7 +119,12 @@ impl Ticket {
     /// The frame, as soon as it has landed.
     pub(super) async fn frame(&self, digest: Digest) -> Result<Bytes, Fault> {
         self.landed(digest).await?;
-        let frame = self.flight.frames.lock().get(self.index).and_then(|held| held.frame.clone());
+        let frame = self
+            .flight
+            .frames
+            .lock()
+            .get(self.index)
+            .and_then(|held| held.frame.clone());
         frame.ok_or_else(|| Fault::internal("a relayed chunk that somebody waits for was let go"))
     }
 
@@ -112,20 +132,31 @@ impl Ticket {
     pub(super) async fn settled(&self, digest: Digest) -> Result<(), Fault> {
         self.landed(digest).await?;
         let mut settled = self.flight.settled.subscribe();
-        let over = settled.wait_for(|settled| *settled > self.index).await.map(|_| ());
+        let over = settled
+            .wait_for(|settled| *settled > self.index)
+            .await
+            .map(|_| ());
         over.map_err(|_| ended_early())
     }
 
-    /// What is wrong with the artifact that it is fetched for is no fault of another, nor its business: that one asks again.
+    /// What is wrong with the artifact that it is fetched for is no fault of another, nor its
+    /// business: that one asks again.
     async fn landed(&self, digest: Digest) -> Result<(), Fault> {
         let mut seen = self.flight.seen.subscribe();
-        let seen = seen.wait_for(|seen| seen.landed > self.index || seen.fault.is_some()).await.map_err(|_| ended_early())?;
+        let seen = seen
+            .wait_for(|seen| seen.landed > self.index || seen.fault.is_some())
+            .await
+            .map_err(|_| ended_early())?;
         match &seen.fault {
-            Some(fault) if seen.landed <= self.index && digest == self.flight.digest => Err(fault.clone()),
-            Some(_) if seen.landed <= self.index => Err(Fault::unreachable(format!("a chunk of {digest} did not come"))
-                .with_reason(Reason::WaitingForSource)
-                .with_retry(Retry::Backoff)
-                .with_next("nothing: it is asked for again by itself")),
+            Some(fault) if seen.landed <= self.index && digest == self.flight.digest => {
+                Err(fault.clone())
+            }
+            Some(_) if seen.landed <= self.index => Err(Fault::unreachable(format!(
+                "a chunk of {digest} did not come"
+            ))
+            .with_reason(Reason::WaitingForSource)
+            .with_retry(Retry::Backoff)
+            .with_next("nothing: it is asked for again by itself")),
             _ => Ok(()),
         }
     }

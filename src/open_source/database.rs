@@ -1,7 +1,8 @@
-//! Labels out of a site's database: `db:LABEL_SET:VERSION`, `db:LABEL_SET` (the active version), `db:SELECT …`.
+//! Labels out of a site's database: `db:LABEL_SET:VERSION`, `db:LABEL_SET` (the active version),
+//! `db:SELECT …`.
 //!
-//! The canonical files are written into the folder that the caller gave, from one snapshot. Called by publishing at a
-//! site, on a blocking thread.
+//! The canonical files are written into the folder that the caller gave, from one snapshot. Called
+//! by publishing at a site, on a blocking thread.
 
 use std::path::Path;
 
@@ -32,14 +33,19 @@ pub(super) fn open(
     runtime: &tokio::runtime::Handle,
 ) -> Result<Box<dyn Source>, Fault> {
     if kind != Kind::Labels {
-        return Err(Fault::usage(format!("the label database holds labels, and this is to be a {kind}")));
+        return Err(Fault::usage(format!(
+            "the label database holds labels, and this is to be a {kind}"
+        )));
     }
     let Some(site) = site else {
         return Err(Fault::usage("a source that begins with db: is in a site's label database, and this is not a site's daemon")
             .with_next("run it at the site, with --config of the site"));
     };
     if options.format.is_some() {
-        return Err(Fault::usage("--format is for files; rows have no other format").with_next("leave --format out"));
+        return Err(
+            Fault::usage("--format is for files; rows have no other format")
+                .with_next("leave --format out"),
+        );
     }
     let first = asked.split_whitespace().next().unwrap_or("");
     let source = if QUERIES.iter().any(|word| first.eq_ignore_ascii_case(word)) {
@@ -76,9 +82,19 @@ async fn version(asked: &str, site: &AtSite, scratch: &Path) -> Result<LabelsSou
     LabelsSource::canonical(scratch, info)
 }
 
-/// The dataset that a version was delivered for. The catalogue's row must be of the very rows in the database.
-async fn binding(site: &AtSite, name: &ArtifactRef, digest: &str) -> Result<Option<DatasetBinding>, Fault> {
-    let known = site.catalogue.artifact(name).await.ok().filter(|row| row.digest.hex() == digest);
+/// The dataset that a version was delivered for. The catalogue's row must be of the very rows in
+/// the database.
+async fn binding(
+    site: &AtSite,
+    name: &ArtifactRef,
+    digest: &str,
+) -> Result<Option<DatasetBinding>, Fault> {
+    let known = site
+        .catalogue
+        .artifact(name)
+        .await
+        .ok()
+        .filter(|row| row.digest.hex() == digest);
     Ok(match known.map(|row| row.root.info) {
         Some(KindInfo::Labels(info)) => info.dataset,
         _ => None,
@@ -96,7 +112,11 @@ fn query(
     let (send, mut rows) = mpsc::channel(LABEL_BATCHES_QUEUED_MAX);
     let (labels, sql) = (site.labels.clone(), sql.to_owned());
     let asked = runtime.spawn(async move { labels.query(&sql, send).await });
-    let options = LabelOptions { format: None, allow_missing: options.allow_missing, columns: options.columns.clone() };
+    let options = LabelOptions {
+        format: None,
+        allow_missing: options.allow_missing,
+        columns: options.columns.clone(),
+    };
     let mut all = false;
     let batches = std::iter::from_fn(|| {
         let batch = rows.blocking_recv();
@@ -105,7 +125,10 @@ fn query(
     });
     let read = LabelsSource::from_query(batches, scratch, &options, dataset);
     drop(rows);
-    let asked = runtime.block_on(asked).map_err(|e| Fault::internal(format!("the query ended early: {e}")))?;
-    // A reader that gave up before the end is the cause; else what it read of a query that failed is only a part.
+    let asked = runtime
+        .block_on(asked)
+        .map_err(|e| Fault::internal(format!("the query ended early: {e}")))?;
+    // A reader that gave up before the end is the cause; else what it read of a query that failed
+    // is only a part.
     if all { asked.and(read) } else { read }
 }

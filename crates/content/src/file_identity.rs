@@ -1,4 +1,5 @@
-//! What a file was like before it was looked at, so that whoever has read its content knows that it is what was seen.
+//! What a file was like before it was looked at, so that whoever has read its content knows that it
+//! is what was seen.
 
 use std::fs::{self, Metadata};
 use std::io::ErrorKind;
@@ -8,9 +9,10 @@ use std::sync::Arc;
 
 use base::fault::Fault;
 
-/// A file as it was at one time. It knows the file by its path: whoever copies the content first still asks about the original.
+/// A file as it was at one time. It knows the file by its path: whoever copies the content first
+/// still asks about the original.
 #[derive(Debug, Clone)]
-pub struct Stamp {
+pub struct FileIdentity {
     file: Arc<PathBuf>,
     state: State,
 }
@@ -19,20 +21,28 @@ pub struct Stamp {
 struct State {
     len: u64,
     modified: (i64, i64),
-    /// What tools that keep times (`cp -p`, `rsync`) cannot set. Not the inode's number: some network filesystems make that up.
+    /// What tools that keep times (`cp -p`, `rsync`) cannot set. Not the inode's number: some
+    /// network filesystems make that up.
     changed: (i64, i64),
 }
 
 impl State {
     fn of(meta: &Metadata) -> Self {
-        Self { len: meta.len(), modified: (meta.mtime(), meta.mtime_nsec()), changed: (meta.ctime(), meta.ctime_nsec()) }
+        Self {
+            len: meta.len(),
+            modified: (meta.mtime(), meta.mtime_nsec()),
+            changed: (meta.ctime(), meta.ctime_nsec()),
+        }
     }
 }
 
-impl Stamp {
+impl FileIdentity {
     /// `meta` must have been had before anything was read of the file.
     pub fn new(file: Arc<PathBuf>, meta: &Metadata) -> Self {
-        Self { file, state: State::of(meta) }
+        Self {
+            file,
+            state: State::of(meta),
+        }
     }
 
     /// Where the file is.
@@ -45,7 +55,10 @@ impl Stamp {
         match fs::symlink_metadata(&*self.file) {
             Ok(meta) => Ok(State::of(&meta) == self.state),
             Err(error) if error.kind() == ErrorKind::NotFound => Ok(false),
-            Err(error) => Err(Fault::io(format_args!("look at {}", self.file.display()), &error)),
+            Err(error) => Err(Fault::io(
+                format_args!("look at {}", self.file.display()),
+                &error,
+            )),
         }
     }
 }
@@ -65,8 +78,13 @@ mod tests {
         let put = |path: &Path| fs::File::create(path).unwrap().write_all(b"one").unwrap();
         put(&path);
         put(&other);
-        let stamp = || Stamp::new(Arc::new(path.clone()), &fs::symlink_metadata(&path).unwrap());
-        let (first, time) = (stamp(), fs::metadata(&path).unwrap().modified().unwrap());
+        let identity = || {
+            FileIdentity::new(
+                Arc::new(path.clone()),
+                &fs::symlink_metadata(&path).unwrap(),
+            )
+        };
+        let (first, time) = (identity(), fs::metadata(&path).unwrap().modified().unwrap());
         assert!(first.holds().unwrap());
         // Timestamps are as coarse as the kernel's tick.
         std::thread::sleep(Duration::from_millis(30));
@@ -74,7 +92,7 @@ mod tests {
         file.write_all_at(b"two", 0).unwrap();
         file.set_modified(time).unwrap();
         assert!(!first.holds().unwrap(), "written to, and its time put back");
-        let second = stamp();
+        let second = identity();
         fs::remove_file(&path).unwrap();
         assert!(!second.holds().unwrap(), "gone");
         std::thread::sleep(Duration::from_millis(30));

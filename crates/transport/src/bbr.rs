@@ -1,11 +1,15 @@
-//! The congestion control of long lines: a window of the measured bandwidth times the least round trip, and a half more.
+//! The congestion control of long lines: a window of the measured bandwidth times the least round
+//! trip, and a half more.
 //!
-//! It goes by the model of BBR (the line is what it delivers, whatever is lost on it) without pacing gains, which quinn's pacer
-//! does not know: quinn's own BBR, whose window is two to three times what the line holds, sent half of all packets into
-//! a full queue on a 200 Mbit/s, 100 ms line. A window of 1.5 keeps the line full with half a round trip in its queue, also between
-//! machines that are busy, and finds freed bandwidth by itself: a line without any queue gets a window of 2 until it has one.
+//! It goes by the model of BBR (the line is what it delivers, whatever is lost on it) without
+//! pacing gains, which quinn's pacer does not know: quinn's own BBR, whose window is two to three
+//! times what the line holds, sent half of all packets into a full queue on a 200 Mbit/s, 100 ms
+//! line. A window of 1.5 keeps the line full with half a round trip in its queue, also between
+//! machines that are busy, and finds freed bandwidth by itself: a line without any queue gets a
+//! window of 2 until it has one.
 //!
-//! All of it is arithmetic on the times and bytes that quinn reports; nothing is kept over connections.
+//! All of it is arithmetic on the times and bytes that quinn reports; nothing is kept over
+//! connections.
 
 use std::any::Any;
 use std::collections::VecDeque;
@@ -20,16 +24,18 @@ const ROUNDS: usize = 10;
 const GAIN_QUARTERS: u64 = 6;
 /// And this, in quarters, where a queue turned out to be short.
 const GAIN_QUARTERS_CAREFUL: u64 = 5;
-/// It rises to this, in quarters, while the line has no queue at all and so may carry more, and where others keep a queue: who does
-/// not hold his part of that gets nothing.
+/// It rises to this, in quarters, while the line has no queue at all and so may carry more, and
+/// where others keep a queue: who does not hold his part of that gets nothing.
 const GAIN_QUARTERS_MAX: u64 = 8;
-/// At the start it is at most this, in quarters: a last doubling would fill the queue of most lines to the brim, and more.
+/// At the start it is at most this, in quarters: a last doubling would fill the queue of most lines
+/// to the brim, and more.
 const START_QUARTERS: u64 = 7;
 /// The least round trip is measured anew when it was not seen for this long.
 const LEAST_FOR: Duration = Duration::from_secs(10);
 /// Round trips with an emptied queue that it takes.
 const DRAIN_ROUNDS: u8 = 2;
-/// Round trips without more than the usual gain after one in twelve packets was lost: the queue is short.
+/// Round trips without more than the usual gain after one in twelve packets was lost: the queue is
+/// short.
 const CAREFUL_ROUNDS: u8 = 20;
 /// Round trips without growth that end the start.
 const FLAT_ROUNDS: u8 = 2;
@@ -57,17 +63,19 @@ struct Round {
 }
 
 #[derive(Debug, Clone)]
-pub(super) struct Steady {
+pub(super) struct Bbr {
     phase: Phase,
     window: u64,
     first_window: u64,
     mtu: u64,
     gain_quarters: u64,
-    /// Whether the gain is high because the line had no queue, and not because somebody else has one.
+    /// Whether the gain is high because the line had no queue, and not because somebody else has
+    /// one.
     gain_was_for_empty: bool,
     /// Rounds in which a queue that is too short for more is still remembered.
     careful: u8,
-    /// Whether a round was measured in which there was enough to send: before that, the first window stands.
+    /// Whether a round was measured in which there was enough to send: before that, the first
+    /// window stands.
     measured: bool,
     delivered: u64,
     /// Bytes a second of the last rounds.
@@ -80,7 +88,7 @@ pub(super) struct Steady {
     smoothed: Duration,
 }
 
-impl Steady {
+impl Bbr {
     pub(super) fn new(now: Instant, window: u64, mtu: u16) -> Self {
         Self {
             phase: Phase::Start { best: 0, flat: 0 },
@@ -107,7 +115,11 @@ impl Steady {
         self.delivered += bytes;
         self.acked += bytes;
         let trip = now.saturating_duration_since(sent);
-        if trip <= self.least.saturating_add(self.least.min(Duration::from_secs(1)) / 50) {
+        if trip
+            <= self
+                .least
+                .saturating_add(self.least.min(Duration::from_secs(1)) / 50)
+        {
             self.least_seen = now;
             self.least = self.least.min(trip);
         }
@@ -125,18 +137,32 @@ impl Steady {
     fn end_acks(&mut self, now: Instant, limited: bool, smoothed: Duration) {
         let acked = std::mem::take(&mut self.acked);
         if std::mem::take(&mut self.ended) {
-            let next = Round { began: now, delivered: self.delivered, lost: 0, limited, least: Duration::MAX };
+            let next = Round {
+                began: now,
+                delivered: self.delivered,
+                lost: 0,
+                limited,
+                least: Duration::MAX,
+            };
             if let Some(round) = self.round.replace(next) {
                 self.end_round(now, &round);
             }
         }
         if let Phase::Start { .. } = self.phase {
-            let queued = smoothed > self.least.saturating_add(self.least / 4).saturating_add(JITTER);
+            let queued = smoothed
+                > self
+                    .least
+                    .saturating_add(self.least / 4)
+                    .saturating_add(JITTER);
             if queued && self.measured && !limited {
                 self.phase = Phase::Cruise;
                 self.note_part_of_round(now);
             } else if !limited {
-                let most = if !self.measured { u64::MAX } else { self.holds() / 4 * START_QUARTERS };
+                let most = if !self.measured {
+                    u64::MAX
+                } else {
+                    self.holds() / 4 * START_QUARTERS
+                };
                 self.window = (self.window + acked).min(most.max(self.window));
                 return;
             }
@@ -144,12 +170,14 @@ impl Steady {
         self.fit(acked, limited);
     }
 
-    /// The start ends in the middle of a round, and the line carries what this round shows and not what the last one did.
+    /// The start ends in the middle of a round, and the line carries what this round shows and not
+    /// what the last one did.
     fn note_part_of_round(&mut self, now: Instant) {
         let Some(round) = self.round else { return };
         let took = now.saturating_duration_since(round.began);
         if took >= self.least / 4 {
-            self.rates.push_back(per_second(self.delivered - round.delivered, took));
+            self.rates
+                .push_back(per_second(self.delivered - round.delivered, took));
         }
     }
 
@@ -180,10 +208,14 @@ impl Steady {
                 let quarters = |n: u64| self.least / 20 * (n * 5 + 7) as u32 + JITTER;
                 // More queue than this end's own: somebody else's.
                 let foreign = round.least > quarters(self.gain_quarters.max(GAIN_QUARTERS));
-                // Not even the queue that this end should have there: the line is not full, or the machines at its ends are too
-                // busy to keep it so with a window that just fits.
+                // Not even the queue that this end should have there: the line is not full, or the
+                // machines at its ends are too busy to keep it so with a window that just fits.
                 let empty = round.least < self.least + self.least / 12 + JITTER / 2;
-                self.careful = if round.lost > delivered / 12 { CAREFUL_ROUNDS } else { self.careful.saturating_sub(1) };
+                self.careful = if round.lost > delivered / 12 {
+                    CAREFUL_ROUNDS
+                } else {
+                    self.careful.saturating_sub(1)
+                };
                 self.gain_quarters = if round.lost > delivered / 12 {
                     4
                 } else if self.careful > 0 {
@@ -198,10 +230,14 @@ impl Steady {
                     self.gain_quarters.max(GAIN_QUARTERS)
                 };
                 self.gain_was_for_empty = empty;
-                let moved = foreign && self.gain_quarters == GAIN_QUARTERS_MAX && round.least > self.least * 5 / 2;
+                let moved = foreign
+                    && self.gain_quarters == GAIN_QUARTERS_MAX
+                    && round.least > self.least * 5 / 2;
                 if moved || now.saturating_duration_since(self.least_seen) > LEAST_FOR {
                     self.least = round.least;
-                    self.phase = Phase::Drain { rounds: DRAIN_ROUNDS };
+                    self.phase = Phase::Drain {
+                        rounds: DRAIN_ROUNDS,
+                    };
                 }
             }
             Phase::Drain { rounds } => {
@@ -221,7 +257,11 @@ impl Steady {
 
     /// Bytes that the line holds without a queue, as far as it is known.
     fn holds(&self) -> u64 {
-        let least = if self.least == Duration::MAX { 0 } else { self.least.as_nanos() };
+        let least = if self.least == Duration::MAX {
+            0
+        } else {
+            self.least.as_nanos()
+        };
         u64::try_from(u128::from(self.bandwidth()) * least / 1_000_000_000).unwrap_or(u64::MAX)
     }
 
@@ -253,7 +293,10 @@ impl Steady {
         }
         if persistent {
             // Nothing at all arrived for long: what was known of the line is void.
-            *self = Self { window: self.least_window(), ..Self::new(now, self.first_window, self.mtu as u16) };
+            *self = Self {
+                window: self.least_window(),
+                ..Self::new(now, self.first_window, self.mtu as u16)
+            };
         }
     }
 }
@@ -262,17 +305,36 @@ fn per_second(bytes: u64, took: Duration) -> u64 {
     u64::try_from(u128::from(bytes) * 1_000_000_000 / took.as_nanos().max(1)).unwrap_or(u64::MAX)
 }
 
-impl Controller for Steady {
-    fn on_ack(&mut self, now: Instant, sent: Instant, bytes: u64, app_limited: bool, rtt: &RttEstimator) {
+impl Controller for Bbr {
+    fn on_ack(
+        &mut self,
+        now: Instant,
+        sent: Instant,
+        bytes: u64,
+        app_limited: bool,
+        rtt: &RttEstimator,
+    ) {
         self.acked(now, sent, bytes, app_limited);
         self.smoothed = rtt.get();
     }
 
-    fn on_end_acks(&mut self, now: Instant, _in_flight: u64, app_limited: bool, _largest_packet_num_acked: Option<u64>) {
+    fn on_end_acks(
+        &mut self,
+        now: Instant,
+        _in_flight: u64,
+        app_limited: bool,
+        _largest_packet_num_acked: Option<u64>,
+    ) {
         self.end_acks(now, app_limited, self.smoothed);
     }
 
-    fn on_congestion_event(&mut self, now: Instant, _sent: Instant, is_persistent_congestion: bool, lost_bytes: u64) {
+    fn on_congestion_event(
+        &mut self,
+        now: Instant,
+        _sent: Instant,
+        is_persistent_congestion: bool,
+        lost_bytes: u64,
+    ) {
         self.lost(now, lost_bytes, is_persistent_congestion);
     }
 
@@ -301,7 +363,8 @@ impl Controller for Steady {
 mod tests {
     use super::*;
 
-    /// A line in virtual time, with a queue that drops what does not fit, and a sender as quinn is one.
+    /// A line in virtual time, with a queue that drops what does not fit, and a sender as quinn is
+    /// one.
     struct Bench {
         rate: u64,
         trip: Duration,
@@ -317,10 +380,11 @@ mod tests {
     const PACKET: u64 = 1450;
 
     impl Bench {
-        /// Sends for this long; returns the share of the line that was used, and the share of packets that the queue dropped.
+        /// Sends for this long; returns the share of the line that was used, and the share of
+        /// packets that the queue dropped.
         fn run(&self, first_window: u64, time: Duration) -> (f64, f64) {
             let start = Instant::now();
-            let mut steady = Steady::new(start, first_window, PACKET as u16);
+            let mut bbr = Bbr::new(start, first_window, PACKET as u16);
             let mut smoothed = self.trip;
             // Sent at, acknowledged at; `None` is lost. In order of sending.
             let mut flying: VecDeque<(Instant, Option<Instant>)> = VecDeque::new();
@@ -337,7 +401,12 @@ mod tests {
                 let mut acks = Vec::new();
                 let mut lost = 0;
                 while let Some(&(at, back)) = flying.front().filter(|_| steps % self.stall == 0) {
-                    let gone = back.is_none() && flying.iter().skip(3).find_map(|f| f.1).is_some_and(|b| b <= now);
+                    let gone = back.is_none()
+                        && flying
+                            .iter()
+                            .skip(3)
+                            .find_map(|f| f.1)
+                            .is_some_and(|b| b <= now);
                     match back {
                         Some(back) if back <= now => acks.push(at),
                         None if gone => lost += PACKET,
@@ -347,36 +416,47 @@ mod tests {
                     flying.pop_front();
                 }
                 if lost > 0 {
-                    steady.lost(now, lost, false);
+                    bbr.lost(now, lost, false);
                 }
                 if !acks.is_empty() {
                     for at in &acks {
                         arrived += 1;
                         smoothed = smoothed * 7 / 8 + (now - *at) / 8;
-                        steady.acked(now, *at, PACKET, false);
+                        bbr.acked(now, *at, PACKET, false);
                     }
-                    steady.end_acks(now, false, smoothed);
+                    bbr.end_acks(now, false, smoothed);
                 }
                 // quinn's pacer: a quarter more than the window in a round trip.
-                while next_send <= now && in_flight + PACKET <= steady.window {
-                    next_send = next_send.max(now - step) + smoothed.mul_f64(PACKET as f64 / (1.25 * steady.window as f64));
+                while next_send <= now && in_flight + PACKET <= bbr.window {
+                    next_send = next_send.max(now - step)
+                        + smoothed.mul_f64(PACKET as f64 / (1.25 * bbr.window as f64));
                     sent += 1;
                     in_flight += PACKET;
-                    seed = seed.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+                    seed = seed
+                        .wrapping_mul(6364136223846793005)
+                        .wrapping_add(1442695040888963407);
                     free_at = free_at.max(now);
                     let waits = (free_at - now).as_secs_f64() * self.rate as f64;
-                    let trip = if now - start > time / 2 { self.later_trip } else { self.trip };
+                    let trip = if now - start > time / 2 {
+                        self.later_trip
+                    } else {
+                        self.trip
+                    };
                     let back = if waits > self.queue as f64 {
                         dropped += 1;
                         None
                     } else {
                         free_at += Duration::from_secs_f64(PACKET as f64 / self.rate as f64);
-                        (self.loss == 0 || !(seed >> 33).is_multiple_of(self.loss)).then_some(free_at + trip)
+                        (self.loss == 0 || !(seed >> 33).is_multiple_of(self.loss))
+                            .then_some(free_at + trip)
                     };
                     flying.push_back((now, back));
                 }
             }
-            (arrived as f64 * PACKET as f64 / (self.rate as f64 * time.as_secs_f64()), dropped as f64 / sent as f64)
+            (
+                arrived as f64 * PACKET as f64 / (self.rate as f64 * time.as_secs_f64()),
+                dropped as f64 / sent as f64,
+            )
         }
     }
 
@@ -394,8 +474,14 @@ mod tests {
         for loss in [0, 1000, 100] {
             let (used, dropped) = Bench { loss, ..LINE }.run(1_250_000, Duration::from_secs(9));
             let delivers = if loss == 100 { 0.99 } else { 1.0 };
-            assert!(used > 0.96 * delivers, "one in {loss} lost: {used:.3} of the line is used");
-            assert!(dropped < 0.01, "one in {loss} lost: {dropped:.3} dropped by the queue");
+            assert!(
+                used > 0.96 * delivers,
+                "one in {loss} lost: {used:.3} of the line is used"
+            );
+            assert!(
+                dropped < 0.01,
+                "one in {loss} lost: {dropped:.3} dropped by the queue"
+            );
         }
     }
 
@@ -403,23 +489,51 @@ mod tests {
     fn a_busy_machine_keeps_the_line_full() {
         for stall in [50, 150, 250] {
             let (used, dropped) = Bench { stall, ..LINE }.run(1_250_000, Duration::from_secs(9));
-            assert!(used > 0.9 && dropped < 0.03, "a look each {} ms: {used:.3} used, {dropped:.3} dropped", stall / 5);
+            assert!(
+                used > 0.9 && dropped < 0.03,
+                "a look each {} ms: {used:.3} used, {dropped:.3} dropped",
+                stall / 5
+            );
         }
     }
 
     #[test]
     fn a_line_much_faster_or_slower_than_thought_is_found_out() {
-        let (used, _) = Bench { rate: 250_000_000, queue: 25_000_000, ..LINE }.run(1_250_000, Duration::from_secs(9));
+        let (used, _) = Bench {
+            rate: 250_000_000,
+            queue: 25_000_000,
+            ..LINE
+        }
+        .run(1_250_000, Duration::from_secs(9));
         assert!(used > 0.9, "a fast line: {used:.3}");
-        let (used, dropped) = Bench { rate: 1_250_000, queue: 125_000, ..LINE }.run(1_250_000, Duration::from_secs(20));
-        assert!(used > 0.9 && dropped < 0.1, "a slow line: {used:.3}, {dropped:.3} dropped");
+        let (used, dropped) = Bench {
+            rate: 1_250_000,
+            queue: 125_000,
+            ..LINE
+        }
+        .run(1_250_000, Duration::from_secs(20));
+        assert!(
+            used > 0.9 && dropped < 0.1,
+            "a slow line: {used:.3}, {dropped:.3} dropped"
+        );
     }
 
     #[test]
     fn a_shallow_queue_and_a_path_that_becomes_longer_are_lived_with() {
-        let (used, dropped) = Bench { queue: 250_000, ..LINE }.run(1_250_000, Duration::from_secs(20));
-        assert!(used > 0.85 && dropped < 0.1, "a shallow queue: {used:.3}, {dropped:.3} dropped");
-        let (used, _) = Bench { later_trip: Duration::from_millis(250), ..LINE }.run(1_250_000, Duration::from_secs(60));
+        let (used, dropped) = Bench {
+            queue: 250_000,
+            ..LINE
+        }
+        .run(1_250_000, Duration::from_secs(20));
+        assert!(
+            used > 0.85 && dropped < 0.1,
+            "a shallow queue: {used:.3}, {dropped:.3} dropped"
+        );
+        let (used, _) = Bench {
+            later_trip: Duration::from_millis(250),
+            ..LINE
+        }
+        .run(1_250_000, Duration::from_secs(60));
         assert!(used > 0.85, "a longer path: {used:.3}");
     }
 }

@@ -1,4 +1,5 @@
-//! The two ends of an assembly: what is there before the first pass, and what is done after the last.
+//! The two ends of an assembly: what is there before the first pass, and what is done after the
+//! last.
 
 use std::collections::HashSet;
 use std::ops::Range;
@@ -9,7 +10,7 @@ use std::sync::atomic::Ordering;
 use parking_lot::RwLock;
 
 use super::{Assembly, INODES_SPARE, ROWS_TOGETHER, SPARE_BYTES, SYNC_ALL_FROM, names};
-use crate::chunk_index::{At, Commit, Journal, PlaceInfo};
+use crate::chunk_index::{At, Commit, Journal, LocationInfo};
 use crate::transfer::stopped;
 use base::durable;
 use base::fault::{Fault, Retry};
@@ -17,21 +18,26 @@ use base::names::RelPath;
 use base::private::umask;
 use content::chunk::Hash;
 use content::manifest::{EntryBody, FileInfo, KindInfo, Step};
-use sink::Place;
+use sink::StorageLocation;
 use sink::stage::{FILE_MODE, Stage};
 
 /// What the far end holds.
 #[derive(Debug, Default)]
-pub(super) struct Held {
+pub(super) struct HeldBySink {
     pub(super) files: HashSet<u64>,
     pub(super) ordinals: Vec<Range<u64>>,
     pub(super) bytes: u64,
 }
 
-impl Held {
+impl HeldBySink {
     /// Chunks that need not be staged and were not staged either, before the far end held them.
     pub(super) fn unjournaled(&self, journal: &Journal) -> u64 {
-        self.ordinals.iter().cloned().flatten().filter(|ordinal| !journal.has(*ordinal)).count() as u64
+        self.ordinals
+            .iter()
+            .cloned()
+            .flatten()
+            .filter(|ordinal| !journal.has(*ordinal))
+            .count() as u64
     }
 }
 
@@ -39,35 +45,52 @@ impl Assembly {
     /// Opens or finds the staging folder and the journal, and makes sure that there is room.
     pub(in crate::transfer) fn begin(&self) -> Result<(u32, Journal, Arc<Stage>), Fault> {
         names::check(&self.incoming, self.walk(), self.sink.as_ref())?;
-        let (places, path) = (&self.shared.places, self.staged());
+        let (index, path) = (&self.shared.chunk_index, self.staged());
         let totals = self.incoming.root.totals;
         let root = self.sink.staging()?;
         let has_folder = root.has(&self.incoming.transfer)?;
-        let mut place = places.staged_by(&self.incoming.transfer);
+        let mut place = index.staged_by(&self.incoming.transfer);
         if let Some(old) = place
             && !has_folder
         {
             // Somebody cleaned the staging folder away: the journal speaks of nothing.
-            places.remove(old)?;
+            index.remove(old)?;
             place = None;
         }
         // After a loss of the chunk index the folder is all that is known of what was staged.
-        let begins_adopting = place.is_none() && places.loss().is_some() && has_folder;
+        let begins_adopting = place.is_none() && index.loss().is_some() && has_folder;
         if place.is_none() && !begins_adopting {
             durable::remove_all(&path).map_err(Fault::of_sink)?;
         }
-        let stage = root.stage(&self.incoming.transfer)?.with_fixed_modes(self.sink.fixed_modes());
-        let (digest, transfer) = (self.incoming.digest, Some(self.incoming.transfer.to_string()));
-        let info = PlaceInfo { place: Place::Folder { path }, digest, transfer, foreign: false, adopting: begins_adopting };
+        let stage = root
+            .stage(&self.incoming.transfer)?
+            .with_fixed_modes(self.sink.fixed_modes());
+        let (digest, transfer) = (
+            self.incoming.digest,
+            Some(self.incoming.transfer.to_string()),
+        );
+        let info = LocationInfo {
+            place: StorageLocation::Folder { path },
+            digest,
+            transfer,
+            foreign: false,
+            adopting: begins_adopting,
+        };
         let place = match place {
             Some(place) => place,
-            None => places.put(None, info)?,
+            None => index.put(None, info)?,
         };
-        let mut journal = places.journal(place, totals.chunks)?;
+        let mut journal = index.journal(place, totals.chunks)?;
         // One that was interrupted goes on.
-        if let Some(info) = places.info(place).filter(|info| info.adopting) {
+        if let Some(info) = index.info(place).filter(|info| info.adopting) {
             journal = self.adopt(&stage, place, journal)?;
-            places.put(Some(place), PlaceInfo { adopting: false, ..PlaceInfo::clone(&info) })?;
+            index.put(
+                Some(place),
+                LocationInfo {
+                    adopting: false,
+                    ..LocationInfo::clone(&info)
+                },
+            )?;
         }
         let noted = RwLock::new(journal);
         for damaged in self.take_back_damaged(place, &noted)? {
@@ -76,7 +99,7 @@ impl Assembly {
         let journal = noted.into_inner();
         let mut resumed = 0;
         if journal.count() > 0 {
-            let behind = places.is_behind(place);
+            let behind = index.is_behind(place);
             let (mut rows, mut entry) = (Vec::new(), 0);
             for step in self.walk() {
                 match step? {
@@ -84,18 +107,26 @@ impl Assembly {
                     Step::Chunk(chunk, spot) if journal.has(spot.ordinal) => {
                         resumed += u64::from(chunk.len);
                         if behind {
-                            rows.push((chunk.id, At { place, entry, offset: spot.offset, len: chunk.len }));
+                            rows.push((
+                                chunk.id,
+                                At {
+                                    place,
+                                    entry,
+                                    offset: spot.offset,
+                                    len: chunk.len,
+                                },
+                            ));
                         }
                         if rows.len() >= ROWS_TOGETHER {
-                            places.note(&mut rows, &mut Vec::new(), false)?;
+                            index.note(&mut rows, &mut Vec::new(), false)?;
                         }
                     }
                     Step::Chunk(..) => {}
                 }
             }
             if behind {
-                places.note(&mut rows, &mut Vec::new(), false)?;
-                places.caught_up(place);
+                index.note(&mut rows, &mut Vec::new(), false)?;
+                index.caught_up(place);
             }
         }
         self.counters.resumed.fetch_max(resumed, Ordering::Relaxed);
@@ -104,8 +135,12 @@ impl Assembly {
         let space = stage.space()?;
         let free = space.bytes.unwrap_or(u64::MAX).saturating_sub(SPARE_BYTES);
         if totals.bytes - resumed > free {
-            // Only now is it worth to look what the site has, for shared files take no room, and what room was taken before.
-            let need = self.estimate(Some(&journal))?.needs.saturating_sub(self.room_ahead(&stage, &journal)?);
+            // Only now is it worth to look what the site has, for shared files take no room, and
+            // what room was taken before.
+            let need = self
+                .estimate(Some(&journal))?
+                .needs
+                .saturating_sub(self.room_ahead(&stage, &journal)?);
             if need > free {
                 return Err(Fault::no_space(format!(
                     "{} needs {need} bytes more in {}, which has {free} to spare",
@@ -118,7 +153,8 @@ impl Assembly {
         Ok((place, journal, Arc::new(stage)))
     }
 
-    /// Takes into the journal what lies in the staging folder, after hashing it: which of it was durable is not known any more.
+    /// Takes into the journal what lies in the staging folder, after hashing it: which of it was
+    /// durable is not known any more.
     fn adopt(&self, stage: &Stage, place: u32, journal: Journal) -> Result<Journal, Fault> {
         let journal = RwLock::new(journal);
         let (mut commit, mut current, mut buffer) = (Commit::default(), None, Vec::new());
@@ -126,7 +162,7 @@ impl Assembly {
             if stage.syncs_whole() {
                 stage.sync_filesystem()?;
             }
-            self.shared.places.commit(place, &journal, commit)
+            self.shared.chunk_index.commit(place, &journal, commit)
         };
         for step in self.walk() {
             if self.stop.is_cancelled() {
@@ -147,10 +183,25 @@ impl Assembly {
                     };
                 }
                 Step::Chunk(chunk, spot) => {
-                    let Some((number, file)) = current.as_ref().filter(|_| !journal.read().has(spot.ordinal)) else { continue };
+                    let Some((number, file)) = current
+                        .as_ref()
+                        .filter(|_| !journal.read().has(spot.ordinal))
+                    else {
+                        continue;
+                    };
                     buffer.resize(chunk.len as usize, 0);
-                    if file.read_exact_at(&mut buffer, spot.offset).is_ok() && Hash::of(&buffer) == chunk.id {
-                        commit.chunks.push((chunk.id, At { place, entry: *number, offset: spot.offset, len: chunk.len }));
+                    if file.read_exact_at(&mut buffer, spot.offset).is_ok()
+                        && Hash::of(&buffer) == chunk.id
+                    {
+                        commit.chunks.push((
+                            chunk.id,
+                            At {
+                                place,
+                                entry: *number,
+                                offset: spot.offset,
+                                len: chunk.len,
+                            },
+                        ));
                         commit.ordinals.push(spot.ordinal);
                     }
                     if commit.chunks.len() >= ROWS_TOGETHER {
@@ -163,10 +214,18 @@ impl Assembly {
         Ok(journal.into_inner())
     }
 
-    /// Fails where the filesystem has fewer inodes than the artifact still needs: each entry that is not staged takes one.
-    fn check_inodes(&self, stage: &Stage, journal: &Journal, free: Option<u64>) -> Result<(), Fault> {
+    /// Fails where the filesystem has fewer inodes than the artifact still needs: each entry that
+    /// is not staged takes one.
+    fn check_inodes(
+        &self,
+        stage: &Stage,
+        journal: &Journal,
+        free: Option<u64>,
+    ) -> Result<(), Fault> {
         let totals = self.incoming.root.totals;
-        let Some(free) = free.filter(|free| *free < (totals.files + totals.dirs + totals.symlinks).saturating_add(INODES_SPARE)) else {
+        let Some(free) = free.filter(|free| {
+            *free < (totals.files + totals.dirs + totals.symlinks).saturating_add(INODES_SPARE)
+        }) else {
             return Ok(());
         };
         let mut staged = 0;
@@ -186,16 +245,23 @@ impl Assembly {
         )))
     }
 
-    /// Bytes of the staged files that have their room and are not journaled: large files get theirs at once.
+    /// Bytes of the staged files that have their room and are not journaled: large files get theirs
+    /// at once.
     fn room_ahead(&self, stage: &Stage, journal: &Journal) -> Result<u64, Fault> {
         let (mut ahead, mut of_file) = (0, 0u64);
         for step in self.walk() {
             match step? {
                 Step::Entry { entry, .. } => {
                     ahead += of_file;
-                    of_file = if let EntryBody::File(file) = entry.body { stage.allocated(&entry.path)?.min(file.size) } else { 0 };
+                    of_file = if let EntryBody::File(file) = entry.body {
+                        stage.allocated(&entry.path)?.min(file.size)
+                    } else {
+                        0
+                    };
                 }
-                Step::Chunk(chunk, spot) if journal.has(spot.ordinal) => of_file = of_file.saturating_sub(chunk.len.into()),
+                Step::Chunk(chunk, spot) if journal.has(spot.ordinal) => {
+                    of_file = of_file.saturating_sub(chunk.len.into())
+                }
                 Step::Chunk(..) => {}
             }
         }
@@ -203,8 +269,8 @@ impl Assembly {
     }
 
     /// Files that the far end holds already, whole.
-    pub(super) async fn held_by_sink(&self, journal: &Journal) -> Result<Held, Fault> {
-        let mut held = Held::default();
+    pub(super) async fn held_by_sink(&self, journal: &Journal) -> Result<HeldBySink, Fault> {
+        let mut held = HeldBySink::default();
         if !matches!(self.incoming.root.info, KindInfo::Image(_)) {
             return Ok(held);
         }
@@ -214,7 +280,11 @@ impl Assembly {
             let mut out: Vec<(u64, RelPath, FileInfo, Range<u64>)> = Vec::new();
             for step in this.walk() {
                 match step? {
-                    Step::Entry { number, entry, first_ordinal } => {
+                    Step::Entry {
+                        number,
+                        entry,
+                        first_ordinal,
+                    } => {
                         if let EntryBody::File(file) = entry.body {
                             out.push((number, entry.path, file, first_ordinal..first_ordinal));
                         }
@@ -237,25 +307,41 @@ impl Assembly {
             if holds {
                 held.files.insert(number);
                 // What was staged here before it went there counts as resumed.
-                held.bytes += if ordinals.clone().any(|ordinal| journal.has(ordinal)) { 0 } else { file.size };
+                held.bytes += if ordinals.clone().any(|ordinal| journal.has(ordinal)) {
+                    0
+                } else {
+                    file.size
+                };
                 held.ordinals.push(ordinals);
             }
         }
-        self.counters.reused.fetch_max(held.bytes, Ordering::Relaxed);
+        self.counters
+            .reused
+            .fetch_max(held.bytes, Ordering::Relaxed);
         Ok(held)
     }
 
-    /// Takes back all that the journal says of the staged files that could not be written, which are returned. What fails here is done by
-    /// the next try, before anything else.
-    pub(super) fn take_back_damaged(&self, place: u32, journal: &RwLock<Journal>) -> Result<Vec<RelPath>, Fault> {
+    /// Takes back all that the journal says of the staged files that could not be written, which
+    /// are returned. What fails here is done by the next try, before anything else.
+    pub(super) fn take_back_damaged(
+        &self,
+        place: u32,
+        journal: &RwLock<Journal>,
+    ) -> Result<Vec<RelPath>, Fault> {
         let damaged = std::mem::take(&mut *self.counters.damaged.lock());
         if damaged.is_empty() {
             return Ok(Vec::new());
         }
-        self.take_back(place, journal, &damaged).inspect_err(|_| self.counters.damaged.lock().extend(damaged))
+        self.take_back(place, journal, &damaged)
+            .inspect_err(|_| self.counters.damaged.lock().extend(damaged))
     }
 
-    fn take_back(&self, place: u32, journal: &RwLock<Journal>, damaged: &HashSet<u64>) -> Result<Vec<RelPath>, Fault> {
+    fn take_back(
+        &self,
+        place: u32,
+        journal: &RwLock<Journal>,
+        damaged: &HashSet<u64>,
+    ) -> Result<Vec<RelPath>, Fault> {
         let (mut paths, mut ordinals, mut bytes, mut is_one) = (Vec::new(), Vec::new(), 0, false);
         for step in self.walk() {
             match step? {
@@ -272,20 +358,26 @@ impl Assembly {
                 Step::Chunk(..) => {}
             }
         }
-        self.shared.places.uncommit(place, journal, &ordinals)?;
+        self.shared
+            .chunk_index
+            .uncommit(place, journal, &ordinals)?;
         let committed = &self.counters.committed;
-        let _ = committed.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |now| Some(now.saturating_sub(bytes)));
+        let _ = committed.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |now| {
+            Some(now.saturating_sub(bytes))
+        });
         Ok(paths)
     }
 
     /// Makes what has no chunks, sets modes, and syncs the tree.
-    pub(super) fn finish(&self, stage: &Stage, held: &Held) -> Result<(), Fault> {
+    pub(super) fn finish(&self, stage: &Stage, held: &HeldBySink) -> Result<(), Fault> {
         let mut dirs: Vec<(RelPath, u32)> = Vec::new();
         let mut loose: Vec<RelPath> = Vec::new();
         // The umask may have taken rights that the artifact gives.
         let masked = umask() & FILE_MODE != 0;
         for step in self.walk() {
-            let Step::Entry { number, entry, .. } = step? else { continue };
+            let Step::Entry { number, entry, .. } = step? else {
+                continue;
+            };
             match entry.body {
                 EntryBody::Dir => {
                     stage.make_dir(&entry.path)?;
@@ -298,13 +390,19 @@ impl Assembly {
                         stage.write_file(&entry.path, b"")?;
                     }
                     if stage.size(&entry.path)? != Some(file.size) {
-                        // Somebody reached into the staging folder: nothing that the journal says can be believed.
-                        if let Some(place) = self.shared.places.staged_by(&self.incoming.transfer) {
-                            self.shared.places.remove(place)?;
+                        // Somebody reached into the staging folder: nothing that the journal says
+                        // can be believed.
+                        if let Some(place) =
+                            self.shared.chunk_index.staged_by(&self.incoming.transfer)
+                        {
+                            self.shared.chunk_index.remove(place)?;
                         }
-                        return Err(Fault::integrity(format!("the staged file {:?} is gone or has another size", entry.path.as_str()))
-                            .with_retry(Retry::Backoff)
-                            .with_next("nothing: it is brought again by itself"));
+                        return Err(Fault::integrity(format!(
+                            "the staged file {:?} is gone or has another size",
+                            entry.path.as_str()
+                        ))
+                        .with_retry(Retry::Backoff)
+                        .with_next("nothing: it is brought again by itself"));
                     }
                     // Where modes are fixed nothing changes.
                     let sets_mode = (masked || entry.mode != FILE_MODE) && !stage.has_fixed_modes();
@@ -325,13 +423,18 @@ impl Assembly {
         if !all {
             loose.iter().try_for_each(|path| stage.sync_file(path))?;
         }
-        // Deepest first: a folder that its owner may not write to still lets its subfolders be changed by path.
+        // Deepest first: a folder that its owner may not write to still lets its subfolders be
+        // changed by path.
         for (path, mode) in dirs.iter().rev() {
             stage.set_mode(path, *mode)?;
             if !all {
                 stage.sync_dir(Some(path))?;
             }
         }
-        if all { stage.sync_filesystem() } else { stage.sync_dir(None) }
+        if all {
+            stage.sync_filesystem()
+        } else {
+            stage.sync_dir(None)
+        }
     }
 }

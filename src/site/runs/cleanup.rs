@@ -1,4 +1,5 @@
-//! Giving back what a run borrowed: what it brought here is removed, unless somebody else wants it or it is on its way again.
+//! Giving back what a run borrowed: what it brought here is removed, unless somebody else wants it
+//! or it is on its way again.
 //!
 //! Each borrowed input goes by itself, and what could not be removed is due again at the next look.
 
@@ -26,7 +27,11 @@ enum Back {
 
 impl Site {
     /// Removes what a run borrowed, each by itself, and notes what came of it.
-    pub(super) async fn give_all_back(&self, name: &RunName, list: Vec<Borrowed>) -> Result<(), Fault> {
+    pub(super) async fn give_all_back(
+        &self,
+        name: &RunName,
+        list: Vec<Borrowed>,
+    ) -> Result<(), Fault> {
         if self.is_too_soon(name, Try::GoOn) {
             return Ok(());
         }
@@ -36,16 +41,30 @@ impl Site {
             // One that cannot be removed must not keep the others here.
             let event = match self.give_back(name, &borrowed).await {
                 Ok(Back::NotNow) => continue,
-                Ok(Back::Gone) => Event::Removed { transfer: borrowed.transfer, stays: None },
+                Ok(Back::Gone) => Event::Removed {
+                    transfer: borrowed.transfer,
+                    stays: None,
+                },
                 Ok(Back::Stays(why)) => {
-                    let stays = Some(format!("{artifact} stays, and only a person can remove it: {why}"));
-                    Event::Removed { transfer: borrowed.transfer, stays }
+                    let stays = Some(format!(
+                        "{artifact} stays, and only a person can remove it: {why}"
+                    ));
+                    Event::Removed {
+                        transfer: borrowed.transfer,
+                        stays,
+                    }
                 }
                 Err(fault) => {
                     tracing::warn!(run = %name, %artifact, error = %fault, "a borrowed artifact could not be removed; tried again");
                     again = true;
-                    let why = format!("{artifact} could not be removed, which is tried again: {}", fault.message);
-                    Event::NotRemoved { transfer: borrowed.transfer, why }
+                    let why = format!(
+                        "{artifact} could not be removed, which is tried again: {}",
+                        fault.message
+                    );
+                    Event::NotRemoved {
+                        transfer: borrowed.transfer,
+                        why,
+                    }
                 }
             };
             self.take(name, event).await?;
@@ -64,14 +83,20 @@ impl Site {
             Err(fault) if fault.code == Code::NotFound => return Ok(Back::Gone),
             Err(fault) => return Err(fault),
         };
-        // Whoever waits for one that is still on its way, or is being given up, keeps the others waiting.
+        // Whoever waits for one that is still on its way, or is being given up, keeps the others
+        // waiting.
         if !stands_still(&row) {
             return Ok(Back::NotNow);
         }
-        // It may be begun again at any moment; then it lands after this, or this finds that it has landed anew.
+        // It may be begun again at any moment; then it lands after this, or this finds that it has
+        // landed anew.
         let _alone = inner.runner.alone_with(artifact).await;
         let row = inner.catalogue.transfer(&row.id).await?;
-        if !stands_still(&row) || borrowed.generation.is_some_and(|meant| meant != row.generation) {
+        if !stands_still(&row)
+            || borrowed
+                .generation
+                .is_some_and(|meant| meant != row.generation)
+        {
             // The next look knows whether it is to go again.
             return Ok(Back::NotNow);
         }
@@ -83,13 +108,17 @@ impl Site {
             Err(fault) if fault.code == Code::NotFound => None,
             Err(fault) => return Err(fault),
         };
-        // What was published here since, or brought by another transfer, is not this one's. Nor is what a cancelled one found here,
-        // unless it had landed itself before it was begun again: so had the others, though somebody gave them up since.
+        // What was published here since, or brought by another transfer, is not this one's. Nor is
+        // what a cancelled one found here, unless it had landed itself before it was begun again:
+        // so had the others, though somebody gave them up since.
         let others = inner.catalogue.transfers_of_artifact(artifact).await?;
         let stands = |other: &TransferRow| {
-            other.removed_ms.is_none() && (other.has_landed() || !matches!(other.state, State::Failed | State::Cancelled))
+            other.removed_ms.is_none()
+                && (other.has_landed() || !matches!(other.state, State::Failed | State::Cancelled))
         };
-        let others = others.iter().any(|other| other.id != row.id && stands(other));
+        let others = others
+            .iter()
+            .any(|other| other.id != row.id && stands(other));
         let ours = match &there {
             Some(there) => !there.published && row.has_landed(),
             None => row.state == State::Done,
@@ -97,9 +126,14 @@ impl Site {
         let mut stays = None;
         if ours && !others {
             {
-                // Who looks for it from here on misses it, and who has found it stands in the catalogue.
+                // Who looks for it from here on misses it, and who has found it stands in the
+                // catalogue.
                 let _turn = inner.runs.turn.lock().await;
-                if !may_go(&inner.catalogue.open_runs::<Run>(OPEN_MAX).await?, run, borrowed) {
+                if !may_go(
+                    &inner.catalogue.open_runs::<Run>(OPEN_MAX).await?,
+                    run,
+                    borrowed,
+                ) {
                     return Ok(Back::NotNow);
                 }
                 if there.is_some() && !inner.catalogue.leave(artifact).await? {
@@ -107,20 +141,24 @@ impl Site {
                 }
             }
             let sink = inner.sinks.of(artifact.kind);
-            stays = match there.as_ref().map(|there| strangers(self, sink.as_ref(), there)) {
+            stays = match there
+                .as_ref()
+                .map(|there| strangers(self, sink.as_ref(), there))
+            {
                 Some(found) => found.await?,
                 None => None,
             };
             if stays.is_none() {
                 stays = sink.remove(artifact).await?;
             }
-            let (places, digest) = (inner.shared.places.clone(), row.digest);
+            let (places, digest) = (inner.shared.chunk_index.clone(), row.digest);
             blocking(move || places.remove_digest(digest)).await?;
             // It may be published here at this moment.
             inner.catalogue.remove_left(artifact).await?;
             tracing::info!(%artifact, transfer = %row.id, stays = stays.as_deref().unwrap_or_default(), "a borrowed artifact was removed");
         }
-        // Begun again meanwhile, it waits to bring everything anew: that is not to be noted as taken away.
+        // Begun again meanwhile, it waits to bring everything anew: that is not to be noted as
+        // taken away.
         if !stands_still(&inner.catalogue.transfer(&row.id).await?) {
             return Ok(Back::NotNow);
         }
@@ -135,8 +173,14 @@ fn stands_still(row: &TransferRow) -> bool {
 }
 
 /// What users have put into the folder of an artifact, which is why it is not removed.
-async fn strangers(site: &Site, sink: &dyn Sink, there: &ArtifactRow) -> Result<Option<String>, Fault> {
-    let (Some(place), true) = (&there.place, there.artifact.kind.is_files()) else { return Ok(None) };
+async fn strangers(
+    site: &Site,
+    sink: &dyn Sink,
+    there: &ArtifactRow,
+) -> Result<Option<String>, Fault> {
+    let (Some(place), true) = (&there.place, there.artifact.kind.is_files()) else {
+        return Ok(None);
+    };
     let incoming = Incoming {
         artifact: there.artifact.clone(),
         digest: there.digest,
@@ -144,5 +188,12 @@ async fn strangers(site: &Site, sink: &dyn Sink, there: &ArtifactRow) -> Result<
         transfer: TransferId::none(),
         waits: Default::default(),
     };
-    beside(sink, site.inner.shared.store.clone(), &incoming, place, false).await
+    beside(
+        sink,
+        site.inner.shared.store.clone(),
+        &incoming,
+        place,
+        false,
+    )
+    .await
 }

@@ -20,7 +20,7 @@ use content::manifest::{DatasetBinding, EntryBody, FileInfo, Root, Step, Walk};
 use content::store::Store;
 use exchange::in_place::InPlace;
 use registry::{self, Credentials, Origin, Reference};
-use sink::Place;
+use sink::StorageLocation;
 use sink::labels::LabelsSink;
 use source::Source;
 use source::files::FilesSource;
@@ -48,7 +48,13 @@ pub struct AtSite {
 impl AtSite {
     /// The site's own registry, when the reference is in it.
     fn own(&self, reference: &Reference) -> Result<Option<&config::ImagesSink>, Fault> {
-        let Some(images) = self.registry.as_ref().filter(|images| images.url.starts_with("http")) else { return Ok(None) };
+        let Some(images) = self
+            .registry
+            .as_ref()
+            .filter(|images| images.url.starts_with("http"))
+        else {
+            return Ok(None);
+        };
         let (origin, _) = Origin::split(&images.url)?;
         Ok((origin.authority == reference.origin.authority).then_some(images))
     }
@@ -59,13 +65,19 @@ fn is_reference(source: &str) -> bool {
     source.starts_with("registry") && source.contains("://")
 }
 
-/// Where a source's bytes simply lie, each at its path in the artifact: a folder, or a repository of the site's own registry.
-/// `None`: somewhere else, or in another form.
-pub fn base_of(kind: Kind, source: &str, site: Option<&AtSite>) -> Result<Option<Place>, Fault> {
+/// Where a source's bytes simply lie, each at its path in the artifact: a folder, or a repository
+/// of the site's own registry. `None`: somewhere else, or in another form.
+pub fn base_of(
+    kind: Kind,
+    source: &str,
+    site: Option<&AtSite>,
+) -> Result<Option<StorageLocation>, Fault> {
     if kind == Kind::Image && is_reference(source) {
         let Some(site) = site else { return Ok(None) };
         let reference: Reference = source.parse()?;
-        return Ok(site.own(&reference)?.map(|_| Place::Registry { repository: reference.repository }));
+        return Ok(site.own(&reference)?.map(|_| StorageLocation::Registry {
+            repository: reference.repository,
+        }));
     }
     let (path, is_image) = match kind {
         Kind::Image => (split_tag(source).0, true),
@@ -73,11 +85,18 @@ pub fn base_of(kind: Kind, source: &str, site: Option<&AtSite>) -> Result<Option
         _ => return Ok(None),
     };
     let path = std::fs::canonicalize(&path).at(format_args!("open {source}"))?;
-    let folder = if path.is_dir() { Some(path.as_path()) } else { path.parent().filter(|_| !is_image) };
-    Ok(folder.map(|folder| Place::Folder { path: folder.to_owned() }))
+    let folder = if path.is_dir() {
+        Some(path.as_path())
+    } else {
+        path.parent().filter(|_| !is_image)
+    };
+    Ok(folder.map(|folder| StorageLocation::Folder {
+        path: folder.to_owned(),
+    }))
 }
 
-/// A folder for what a source has to spill, and the job that it is for: the job is told how much room lacks there.
+/// A folder for what a source has to spill, and the job that it is for: the job is told how much
+/// room lacks there.
 #[derive(Debug)]
 pub struct Scratch {
     /// The folder.
@@ -86,8 +105,8 @@ pub struct Scratch {
     pub progress: Arc<JobProgress>,
 }
 
-/// Does `work`, which may block, with an empty folder for what it has to spill, which is gone afterwards. What a crash leaves of
-/// it the daemon removes when it starts.
+/// Does `work`, which may block, with an empty folder for what it has to spill, which is gone
+/// afterwards. What a crash leaves of it the daemon removes when it starts.
 pub async fn with_scratch<T: Send + 'static>(
     data_dir: &Path,
     progress: &Arc<JobProgress>,
@@ -98,11 +117,19 @@ pub async fn with_scratch<T: Send + 'static>(
     blocking(move || in_scratch(&scratch, &progress, |scratch| work(scratch, &runtime))).await
 }
 
-/// The same on this thread, in a folder of the caller's choice. Beside it stands what pulls keep for a next try.
-pub fn in_scratch<T>(folder: &Path, progress: &Arc<JobProgress>, work: impl FnOnce(&Scratch) -> Result<T, Fault>) -> Result<T, Fault> {
+/// The same on this thread, in a folder of the caller's choice. Beside it stands what pulls keep
+/// for a next try.
+pub fn in_scratch<T>(
+    folder: &Path,
+    progress: &Arc<JobProgress>,
+    work: impl FnOnce(&Scratch) -> Result<T, Fault>,
+) -> Result<T, Fault> {
     durable::remove_all(folder)?;
     durable::create_dir_all(folder)?;
-    let result = work(&Scratch { folder: folder.to_owned(), progress: progress.clone() });
+    let result = work(&Scratch {
+        folder: folder.to_owned(),
+        progress: progress.clone(),
+    });
     kept::end(folder, &result);
     let _ = durable::remove_all(folder);
     result
@@ -120,10 +147,19 @@ pub async fn dataset_of(
     }
     let name: ArtifactRef = name.parse()?;
     if name.kind != Kind::Dataset {
-        return Err(Fault::usage(format!("--for takes a dataset, and {name} is a {}", name.kind)));
+        return Err(Fault::usage(format!(
+            "--for takes a dataset, and {name} is a {}",
+            name.kind
+        )));
     }
     let row = catalogue.artifact(&name).await?;
-    Ok(Some((DatasetBinding { artifact: name, digest: row.digest }, row.root)))
+    Ok(Some((
+        DatasetBinding {
+            artifact: name,
+            digest: row.digest,
+        },
+        row.root,
+    )))
 }
 
 /// What whoever reads a source has, and must not read.
@@ -133,31 +169,52 @@ pub struct Access {
     pub site: Option<AtSite>,
     /// What is never a source.
     own: Arc<Own>,
-    /// How a daemon reads registries; `None`: a process of the user who asks, which reads his files.
+    /// How a daemon reads registries; `None`: a process of the user who asks, which reads his
+    /// files.
     registries: Option<BTreeMap<String, config::Registry>>,
 }
 
 impl Access {
     /// A daemon's.
     pub fn of_daemon(config: &Config, site: Option<AtSite>) -> Self {
-        Self { site, own: Arc::new(config.own()), registries: Some(config.registry.clone()) }
+        Self {
+            site,
+            own: Arc::new(config.own()),
+            registries: Some(config.registry.clone()),
+        }
     }
 
     /// That of a process with this state folder, which reads what its user may read.
     pub fn of_user(state: &Path) -> Self {
-        Self { site: None, own: Arc::new(Own::of_state(state)), registries: None }
+        Self {
+            site: None,
+            own: Arc::new(Own::of_state(state)),
+            registries: None,
+        }
     }
 
     /// The same with what a site has.
     #[cfg(test)]
     pub(crate) fn with_site(self, site: AtSite) -> Self {
-        Self { site: Some(site), ..self }
+        Self {
+            site: Some(site),
+            ..self
+        }
     }
 
     /// The user, the password and the certificates for a registry.
-    fn to_registry(&self, reference: &Reference, options: &SourceOptions) -> Result<(Option<Credentials>, Option<PathBuf>), Fault> {
-        if let (Some(user), Some(file), None) = (&options.username, &options.password_file, &self.registries) {
-            return Ok((Some(Credentials::from_file(user, PathBuf::from(file))?), None));
+    fn to_registry(
+        &self,
+        reference: &Reference,
+        options: &SourceOptions,
+    ) -> Result<(Option<Credentials>, Option<PathBuf>), Fault> {
+        if let (Some(user), Some(file), None) =
+            (&options.username, &options.password_file, &self.registries)
+        {
+            return Ok((
+                Some(Credentials::from_file(user, PathBuf::from(file))?),
+                None,
+            ));
         }
         if options.username.is_some() || options.password_file.is_some() {
             let host = &reference.origin;
@@ -170,16 +227,40 @@ impl Access {
             });
         }
         let of = |user: Option<&str>, file: Option<&PathBuf>, hosts: &[String]| {
-            Ok::<_, Fault>(Credentials::from_config(user, file)?.map(|credentials| credentials.with_realm_hosts(hosts)))
+            Ok::<_, Fault>(
+                Credentials::from_config(user, file)?
+                    .map(|credentials| credentials.with_realm_hosts(hosts)),
+            )
         };
         let authority = &reference.origin.authority;
-        let listed = self.registries.iter().flatten().find(|(host, _)| host.eq_ignore_ascii_case(authority));
+        let listed = self
+            .registries
+            .iter()
+            .flatten()
+            .find(|(host, _)| host.eq_ignore_ascii_case(authority));
         if let Some((_, registry)) = listed {
-            let credentials = of(registry.username.as_deref(), registry.password_file.as_ref(), &registry.realm_hosts)?;
+            let credentials = of(
+                registry.username.as_deref(),
+                registry.password_file.as_ref(),
+                &registry.realm_hosts,
+            )?;
             return Ok((credentials, registry.ca_file.clone()));
         }
-        match self.site.as_ref().map(|site| site.own(reference)).transpose()?.flatten() {
-            Some(own) => Ok((of(own.username.as_deref(), own.password_file.as_ref(), &own.realm_hosts)?, own.ca_file.clone())),
+        match self
+            .site
+            .as_ref()
+            .map(|site| site.own(reference))
+            .transpose()?
+            .flatten()
+        {
+            Some(own) => Ok((
+                of(
+                    own.username.as_deref(),
+                    own.password_file.as_ref(),
+                    &own.realm_hosts,
+                )?,
+                own.ca_file.clone(),
+            )),
             None => Ok((None, None)),
         }
     }
@@ -196,11 +277,21 @@ pub fn open(
     runtime: &Handle,
 ) -> Result<Box<dyn Source>, Fault> {
     if let Some(asked) = source.strip_prefix(database::SCHEME) {
-        return database::open(kind, asked, options, dataset, access.site.as_ref(), &scratch.folder, runtime);
+        return database::open(
+            kind,
+            asked,
+            options,
+            dataset,
+            access.site.as_ref(),
+            &scratch.folder,
+            runtime,
+        );
     }
     if is_reference(source) {
         if kind != Kind::Image {
-            return Err(Fault::usage(format!("{source}: a registry holds images, and this is to be a {kind}")));
+            return Err(Fault::usage(format!(
+                "{source}: a registry holds images, and this is to be a {kind}"
+            )));
         }
         let reference: Reference = source.parse()?;
         let (credentials, ca) = access.to_registry(&reference, options)?;
@@ -208,39 +299,79 @@ pub fn open(
         let kept = kept::open(&scratch.folder, &reference)?;
         let referrers = match &kept {
             Some(kept) => {
-                let pull = registry::pull_keeping(&reference, credentials, ca.as_deref(), &layout, &kept.path, wanted);
+                let pull = registry::pull_keeping(
+                    &reference,
+                    credentials,
+                    ca.as_deref(),
+                    &layout,
+                    &kept.path,
+                    wanted,
+                );
                 runtime.block_on(scratch.progress.or_cancelled(pull))?
             }
             None => {
-                let pull = registry::pull_to_layout(&reference, credentials, ca.as_deref(), &layout, wanted);
+                let pull = registry::pull_to_layout(
+                    &reference,
+                    credentials,
+                    ca.as_deref(),
+                    &layout,
+                    wanted,
+                );
                 runtime.block_on(scratch.progress.or_cancelled(pull))?
             }
         };
         if let Some(kept) = kept {
-            // All of it is in the layout, where each blob is removed as soon as it was read: nothing is on the disk twice.
+            // All of it is in the layout, where each blob is removed as soon as it was read:
+            // nothing is on the disk twice.
             kept.empty()?;
         }
-        return Ok(Box::new(ImageSource::open_scratch(&layout)?.with_omitted(referrers)));
+        return Ok(Box::new(
+            ImageSource::open_scratch(&layout)?.with_omitted(referrers),
+        ));
     }
     let absolute = |path: &Path| {
-        if path.is_absolute() { Ok(()) } else { Err(Fault::usage(format!("the source {source:?} is not an absolute path"))) }
+        if path.is_absolute() {
+            Ok(())
+        } else {
+            Err(Fault::usage(format!(
+                "the source {source:?} is not an absolute path"
+            )))
+        }
     };
     match kind {
         Kind::Dataset | Kind::Operator | Kind::Model => {
             absolute(Path::new(source))?;
-            Ok(Box::new(FilesSource::open_for(Path::new(source), access.own.clone(), options.strict)?))
+            Ok(Box::new(FilesSource::open_for(
+                Path::new(source),
+                access.own.clone(),
+                options.strict,
+            )?))
         }
         Kind::Image => {
             let (path, tag) = split_tag(source);
             absolute(&path)?;
-            Ok(Box::new(ImageSource::open_for(&path, &scratch.folder, tag, &access.own)?))
+            Ok(Box::new(ImageSource::open_for(
+                &path,
+                &scratch.folder,
+                tag,
+                &access.own,
+            )?))
         }
         Kind::Labels => {
             let path = PathBuf::from(source);
             absolute(&path)?;
-            let options =
-                LabelOptions { format: options.format.clone(), allow_missing: options.allow_missing, columns: options.columns.clone() };
-            Ok(Box::new(LabelsSource::open_for(&path, &scratch.folder, &options, dataset, access.own.clone())?))
+            let options = LabelOptions {
+                format: options.format.clone(),
+                allow_missing: options.allow_missing,
+                columns: options.columns.clone(),
+            };
+            Ok(Box::new(LabelsSource::open_for(
+                &path,
+                &scratch.folder,
+                &options,
+                dataset,
+                access.own.clone(),
+            )?))
         }
     }
 }
@@ -263,8 +394,9 @@ impl Read for InPlace {
     }
 }
 
-/// Reads an opened source by `work`. With `strict`, an input from which something would be left out that is not accepted is refused:
-/// before its content is read where that is known by then, else before anybody hears of the artifact.
+/// Reads an opened source by `work`. With `strict`, an input from which something would be left out
+/// that is not accepted is refused: before its content is read where that is known by then, else
+/// before anybody hears of the artifact.
 pub fn read<T: Read>(
     source: &mut dyn Source,
     options: &SourceOptions,
@@ -299,5 +431,8 @@ pub fn bind(binding: DatasetBinding, root: Root, store: Store) -> BoundDataset {
             }
         }
     });
-    BoundDataset { binding, files: Box::new(files.into_iter()) }
+    BoundDataset {
+        binding,
+        files: Box::new(files.into_iter()),
+    }
 }

@@ -22,28 +22,53 @@ struct Bench {
 impl Bench {
     async fn start() -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let hub = Arc::new(HubIdentity::open_or_create(&dir.path().join("hub"), &"hub".parse().unwrap()).unwrap());
-        let listener = Listener::bind(([127, 0, 0, 1], 0).into(), hub.clone(), &config::Line::default(), 64 << 20).unwrap();
+        let hub = Arc::new(
+            HubIdentity::open_or_create(&dir.path().join("hub"), &"hub".parse().unwrap()).unwrap(),
+        );
+        let listener = Listener::bind(
+            ([127, 0, 0, 1], 0).into(),
+            hub.clone(),
+            &config::ConnectionSettings::default(),
+            64 << 20,
+        )
+        .unwrap();
         let data = dir.path().join("site");
         durable::create_dir_all(&data).unwrap();
         let request = CertificateRequest::new().unwrap();
-        let cert = hub.issue_for(&"east".parse().unwrap(), request.csr_der()).unwrap();
-        request.complete(&cert, hub.ca_der()).unwrap().save(&data).unwrap();
+        let cert = hub
+            .issue_for(&"east".parse().unwrap(), request.csr_der())
+            .unwrap();
+        request
+            .complete(&cert, hub.ca_der())
+            .unwrap()
+            .save(&data)
+            .unwrap();
         let text = format!(
             "role = \"site\"\nname = \"east\"\ndata_dir = {:?}\n[listen]\napi = \"127.0.0.1:0\"\n[hub]\naddress = \"{}\"\n",
             data.display().to_string(),
             listener.local_addr()
         );
-        let site = Site::open(config::parse(&text, "a test").unwrap(), CancellationToken::new()).await.unwrap();
+        let site = Site::open(
+            config::parse(&text, "a test").unwrap(),
+            CancellationToken::new(),
+        )
+        .await
+        .unwrap();
         let work = site.clone();
         tokio::spawn(async move { work.run().await });
-        Self { site, listener, dir }
+        Self {
+            site,
+            listener,
+            dir,
+        }
     }
 
     /// The control stream of the site's next line.
     async fn control(&self) -> (Link, SendHalf, RecvHalf) {
         let work = async {
-            let Some(Arrival::Site { link, .. }) = self.listener.accept().await else { unreachable!("somebody else came") };
+            let Some(Arrival::Site { link, .. }) = self.listener.accept().await else {
+                unreachable!("somebody else came")
+            };
             let (send, mut recv) = link.accept().await.unwrap();
             let mut kind = [0];
             recv.read_exact(&mut kind).await.unwrap();
@@ -54,7 +79,13 @@ impl Bench {
     }
 
     async fn ids(&self) -> Vec<String> {
-        let (rows, _) = self.site.inner.catalogue.transfers(&TransferQuery::default()).await.unwrap();
+        let (rows, _) = self
+            .site
+            .inner
+            .catalogue
+            .transfers(&TransferQuery::default())
+            .await
+            .unwrap();
         rows.iter().map(|row| row.id.to_string()).collect()
     }
 }
@@ -115,7 +146,10 @@ async fn a_message_with_one_bad_id_is_refused_whole() {
         desired(std::slice::from_ref(&good), &[run("r-1", &absolute)]),
     ];
     for message in &hostile {
-        assert!(serde_json::from_value::<FromHub>(message.clone()).is_err(), "{message}");
+        assert!(
+            serde_json::from_value::<FromHub>(message.clone()).is_err(),
+            "{message}"
+        );
     }
     // Each costs a pause before the next line: two are enough to see that nothing is done.
     for message in &hostile[..2] {
@@ -125,8 +159,22 @@ async fn a_message_with_one_bad_id_is_refused_whole() {
         let end = async { while wire::receive::<FromSite>(&mut recv).await.is_ok() {} };
         timeout(Duration::from_secs(30), end).await.unwrap();
         link.close("the test goes on");
-        assert_eq!((bench.ids().await, names(&victim)), (Vec::new(), before.clone()), "{message}");
-        assert!(bench.site.inner.catalogue.open_runs::<Value>(9).await.unwrap().is_empty(), "{message}");
+        assert_eq!(
+            (bench.ids().await, names(&victim)),
+            (Vec::new(), before.clone()),
+            "{message}"
+        );
+        assert!(
+            bench
+                .site
+                .inner
+                .catalogue
+                .open_runs::<Value>(9)
+                .await
+                .unwrap()
+                .is_empty(),
+            "{message}"
+        );
     }
     // The same site still does what a sound hub asks of it.
     let (_link, mut send, mut recv) = bench.control().await;
@@ -134,7 +182,9 @@ async fn a_message_with_one_bad_id_is_refused_whole() {
     let cancelled = async {
         loop {
             if let FromSite::Report(all) = wire::receive::<FromSite>(&mut recv).await.unwrap()
-                && all.iter().any(|report| report.id.as_str() == "t-good" && report.state == State::Cancelled)
+                && all.iter().any(|report| {
+                    report.id.as_str() == "t-good" && report.state == State::Cancelled
+                })
             {
                 return;
             }
@@ -156,7 +206,9 @@ async fn reported(recv: &mut RecvHalf, what: &str, is: impl Fn(&Report) -> bool)
             }
         }
     };
-    timeout(Duration::from_secs(30), work).await.unwrap_or_else(|_| unreachable!("never reported: {what}"));
+    timeout(Duration::from_secs(30), work)
+        .await
+        .unwrap_or_else(|_| unreachable!("never reported: {what}"));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -168,29 +220,78 @@ async fn a_transfer_that_cannot_be_taken_over_holds_up_nothing_else() {
         (bad["artifact"], bad["generation"]) = (json!("dataset/bad:1"), generation.into());
         bad
     };
-    wire::send(&mut send, &desired(&[bad(0)], &[])).await.unwrap();
-    reported(&mut recv, "the first", |report| report.id.as_str() == "t-bad" && report.state == State::Cancelled).await;
+    wire::send(&mut send, &desired(&[bad(0)], &[]))
+        .await
+        .unwrap();
+    reported(&mut recv, "the first", |report| {
+        report.id.as_str() == "t-bad" && report.state == State::Cancelled
+    })
+    .await;
     // Its row is damaged, and nothing can be done with it any more.
-    let options = sqlx::sqlite::SqliteConnectOptions::new().filename(bench.dir.path().join("site/catalogue.db"));
+    let options = sqlx::sqlite::SqliteConnectOptions::new()
+        .filename(bench.dir.path().join("site/catalogue.db"));
     let mut db = sqlx::ConnectOptions::connect(&options).await.unwrap();
-    let damage = "UPDATE transfer SET body = 'no JSON', state = 'failed', want = 'run' WHERE id = 't-bad'";
-    assert_eq!(sqlx::query(damage).execute(&mut db).await.unwrap().rows_affected(), 1);
+    let damage =
+        "UPDATE transfer SET body = 'no JSON', state = 'failed', want = 'run' WHERE id = 't-bad'";
+    assert_eq!(
+        sqlx::query(damage)
+            .execute(&mut db)
+            .await
+            .unwrap()
+            .rows_affected(),
+        1
+    );
     sqlx::Connection::close(db).await.unwrap();
 
-    let is_cancelled = |id: &'static str| move |report: &Report| report.id.as_str() == id && report.state == State::Cancelled;
-    wire::send(&mut send, &desired(&[bad(1), wanted("t-1", "d-1", "cancel")], &[])).await.unwrap();
+    let is_cancelled = |id: &'static str| {
+        move |report: &Report| report.id.as_str() == id && report.state == State::Cancelled
+    };
+    wire::send(
+        &mut send,
+        &desired(&[bad(1), wanted("t-1", "d-1", "cancel")], &[]),
+    )
+    .await
+    .unwrap();
     reported(&mut recv, "one behind it in the list", is_cancelled("t-1")).await;
-    wire::send(&mut send, &desired(&[bad(1), wanted("t-2", "d-1", "cancel")], &[])).await.unwrap();
-    reported(&mut recv, "one of a later list, over the same line", is_cancelled("t-2")).await;
-    assert!(bench.site.inner.runner.unwritten().iter().any(|row| row.id.as_str() == "t-bad" && row.body.message.is_some()));
+    wire::send(
+        &mut send,
+        &desired(&[bad(1), wanted("t-2", "d-1", "cancel")], &[]),
+    )
+    .await
+    .unwrap();
+    reported(
+        &mut recv,
+        "one of a later list, over the same line",
+        is_cancelled("t-2"),
+    )
+    .await;
+    assert!(
+        bench
+            .site
+            .inner
+            .runner
+            .unwritten()
+            .iter()
+            .any(|row| row.id.as_str() == "t-bad" && row.body.message.is_some())
+    );
     bench.site.inner.stop.cancel();
     bench.site.stopped().await;
 }
 
 #[test]
 fn a_refusal_that_names_the_time_is_logged_once() {
-    let refusal = |time: &str, why: &str| format!("the hub refused this site: the certificate {why}, and the clock of the hub says {time}");
+    let refusal = |time: &str, why: &str| {
+        format!(
+            "the hub refused this site: the certificate {why}, and the clock of the hub says {time}"
+        )
+    };
     let first = refusal("2028-01-04T08:28:21.142Z", "has expired");
-    assert!(says_the_same(&first, &refusal("2028-01-04T08:28:36.09Z", "has expired")));
-    assert!(!says_the_same(&first, &refusal("2028-01-04T08:28:36.09Z", "is another site's")));
+    assert!(says_the_same(
+        &first,
+        &refusal("2028-01-04T08:28:36.09Z", "has expired")
+    ));
+    assert!(!says_the_same(
+        &first,
+        &refusal("2028-01-04T08:28:36.09Z", "is another site's")
+    ));
 }
