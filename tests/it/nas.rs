@@ -286,6 +286,31 @@ fn a_nas_that_answers_no_read_is_no_damage() {
 }
 
 #[test]
+fn a_nas_that_fails_for_a_time_loses_no_content_of_earlier_versions() {
+    let _limit = limit(secs(120));
+    let Some(lab) = Lab::new() else { return };
+    let source = lab.source("one", 12, 20_000);
+    let first = lab.deliver(&source, "dataset/x:v1");
+    lab.hub.wait_done(&first, secs(30));
+    // Neither what v1 holds can be read, nor what comes in its place be stored.
+    lab.nas.set(|faults| {
+        for op in [Op::Read, Op::Open, Op::Write] {
+            faults.fail.insert(op, Errno::EHOSTDOWN);
+        }
+    });
+    std::fs::write(source.join("part-new"), "new").unwrap();
+    let second = lab.deliver(&source, "dataset/x:v2");
+    lab.waits(&second, "sink_unavailable");
+    lab.nas.heal();
+    let done = lab.hub.wait_done(&second, secs(60));
+    assert!(
+        done.bytes.reused >= 12 * 20_000,
+        "what v1 holds is taken from there: {done:#?}"
+    );
+    assert_same(&source, &lab.behind("dataset/x:v2"));
+}
+
+#[test]
 fn a_file_that_is_linked_is_not_opened_again() {
     let _limit = limit(secs(60));
     let Some(lab) = Lab::new() else { return };

@@ -109,6 +109,10 @@ pub struct Counters {
     /// The files, by their numbers, of which a write, a sync or a close failed. What they hold is
     /// not known: they are written again.
     pub(super) damaged: Mutex<HashSet<u64>>,
+    /// Storage locations, by number, that could not be read in this attempt: their chunks are
+    /// fetched. The index keeps them, because a NAS or a registry that is away for a time loses no
+    /// content.
+    unreadable: Mutex<HashSet<u32>>,
 }
 
 /// What all assemblies of a daemon share.
@@ -187,6 +191,8 @@ struct Local {
     path: PathBuf,
     /// Whether a hard link of it will do: nobody else writes into it.
     link: bool,
+    /// The number of its storage location.
+    location: u32,
 }
 
 /// What a batch holds until the last of it has come to rest.
@@ -238,6 +244,7 @@ impl Assembly {
                 () = self.given_up() => return Err(stopped()),
             }
         }
+        self.counters.unreadable.lock().clear();
         let this = self.clone();
         let (place, journal, stage) = self.on_thread(move || this.begin()).await?;
         let held = Arc::new(self.held_by_sink(&journal).await?);

@@ -117,10 +117,11 @@ impl Assembly {
             };
             if matches!(info.place, StorageLocation::Folder { .. }) {
                 wanted.push((at.place, at.entry));
-                of.push((number, file, info));
+                of.push((number, file, info, at.place));
             }
         }
-        for ((number, file, info), there) in of.into_iter().zip(places.entries(&wanted)?) {
+        for ((number, file, info, location), there) in of.into_iter().zip(places.entries(&wanted)?)
+        {
             let (StorageLocation::Folder { path }, Some((rel, _))) =
                 (&info.place, there.filter(|(_, there)| *there == file))
             else {
@@ -130,6 +131,7 @@ impl Assembly {
             out[number] = Some(Local {
                 path: rel.in_dir(path),
                 link,
+                location,
             });
         }
         Ok(out)

@@ -110,7 +110,7 @@ impl Producer {
     fn look_up(&mut self, pending: &mut Vec<Item>) -> Result<Result<(), Ended>, Fault> {
         let ids: Vec<Hash> = pending.iter().map(|item| item.chunk.id).collect();
         let (found, wholes) = self.failure.patiently(|| {
-            let found = self.assembly.shared.chunk_index.find(&ids)?;
+            let found = self.find(&ids)?;
             let firsts = pending
                 .iter()
                 .zip(&found)
@@ -146,6 +146,18 @@ impl Producer {
             }
         }
         Ok(Ok(()))
+    }
+
+    /// Where these chunks are stored at this site, except where this transfer could not read.
+    fn find(&self, ids: &[Hash]) -> Result<Vec<Option<At>>, Fault> {
+        let mut found = self.assembly.shared.chunk_index.find(ids)?;
+        let unreadable = self.assembly.counters.unreadable.lock();
+        if !unreadable.is_empty() {
+            for at in &mut found {
+                *at = at.filter(|at| !unreadable.contains(&at.place));
+            }
+        }
+        Ok(found)
     }
 
     fn bring(&mut self, item: Item, at: Option<At>) -> Result<(), Ended> {
@@ -217,9 +229,7 @@ impl Producer {
         // Some of it is staged and journaled already: that must stay, so the rest comes chunk by
         // chunk.
         let ids: Vec<Hash> = items.iter().map(|item| item.chunk.id).collect();
-        let found = self
-            .failure
-            .patiently(|| self.assembly.shared.chunk_index.find(&ids))?;
+        let found = self.failure.patiently(|| self.find(&ids))?;
         for (item, at) in items.into_iter().zip(found) {
             if self.bring(item, at).is_err() {
                 return Ok(Err(Ended));

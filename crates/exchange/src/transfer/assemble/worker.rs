@@ -105,11 +105,7 @@ impl Worker {
                         .fetch_add(chunk.bytes.len() as u64, Ordering::Relaxed);
                     self.put(item, chunk, &mut run, done)
                 }
-                Err(fault) => {
-                    tracing::info!(chunk = %item.chunk.id, error = %fault, "a local chunk is stale; fetching it instead");
-                    self.failure
-                        .patiently(|| self.shared.chunk_index.forget(item.chunk.id))
-                }
+                Err(fault) => self.give_up_local(item.chunk.id, at.place, &fault),
             };
             if tries.note(put).is_break() {
                 break;
@@ -142,7 +138,7 @@ impl Worker {
     ) -> Result<(), Fault> {
         use stage::Sharing;
         match self.share(&dest, from) {
-            Ok(Sharing::Not) => self.copy_whole(&dest, &chunks, &from.path, done),
+            Ok(Sharing::Not) => self.copy_whole(&dest, &chunks, from, done),
             Ok(how) => {
                 self.counters
                     .reused
@@ -163,14 +159,31 @@ impl Worker {
             }
             Err(fault) if fault.code == Code::NoSpace => Err(fault),
             Err(fault) => {
-                tracing::info!(path = %from.path.display(), error = %fault, "a local file is stale; fetching it instead");
                 self.stage.remove_file(&dest.path)?;
                 chunks.first().map_or(Ok(()), |first| {
-                    self.failure
-                        .patiently(|| self.shared.chunk_index.forget(first.0))
+                    self.give_up_local(first.0, from.location, &fault)
                 })
             }
         }
+    }
+
+    /// Has a chunk fetched that could not be taken from its storage location. Content that changed
+    /// or is gone leaves the index; a location that cannot be read is avoided by this transfer only.
+    fn give_up_local(&self, chunk: Hash, location: u32, fault: &Fault) -> Result<(), Fault> {
+        let is_stale = matches!(
+            fault.code,
+            Code::NotFound | Code::Integrity | Code::Conflict | Code::Usage
+        );
+        if is_stale {
+            tracing::info!(%chunk, error = %fault, "local content is stale; fetching it instead");
+            return self
+                .failure
+                .patiently(|| self.shared.chunk_index.forget(chunk));
+        }
+        if self.counters.unreadable.lock().insert(location) {
+            tracing::warn!(location, error = %fault, "local content cannot be read; fetching it instead");
+        }
+        Ok(())
     }
 
     /// Hands over what is in place. An error means that the committer failed, and says why itself.
@@ -271,7 +284,9 @@ impl Worker {
 
     /// Makes the staged file the same as one that lies here, and checks all bytes of that.
     fn share(&mut self, dest: &Dest, from: &Local) -> Result<stage::Sharing, Fault> {
-        let Local { path: from, link } = from;
+        let Local {
+            path: from, link, ..
+        } = from;
         let file = durable::open_regular_nofollow(from).at(from.display())?;
         if file.metadata().at(from.display())?.len() != dest.file.size {
             return Err(Fault::integrity("its size is another"));
@@ -316,23 +331,24 @@ impl Worker {
         &self,
         dest: &Arc<Dest>,
         chunks: &[(Hash, u64, u64, u32)],
-        from: &Path,
+        from: &Local,
         done: &mut Vec<Done>,
     ) -> Result<(), Fault> {
-        let source = durable::open_regular_nofollow(from).ok();
+        let source = durable::open_regular_nofollow(&from.path).at(from.path.display());
         let mut run = None;
         for &(id, ordinal, offset, len) in chunks {
             let mut out = vec![0; len as usize];
-            let read = source
-                .as_ref()
-                .is_some_and(|source| source.read_exact_at(&mut out, offset).is_ok());
-            let Some(chunk) = Some(out)
-                .filter(|_| read)
-                .and_then(|out| Verified::check(id, out.into()).ok())
-            else {
-                self.failure
-                    .patiently(|| self.shared.chunk_index.forget(id))?;
-                continue;
+            let read = source.as_ref().map_err(Fault::clone).and_then(|source| {
+                source
+                    .read_exact_at(&mut out, offset)
+                    .at(from.path.display())
+            });
+            let chunk = match read.and_then(|()| Ok(Verified::check(id, out.into())?)) {
+                Ok(chunk) => chunk,
+                Err(fault) => {
+                    self.give_up_local(id, from.location, &fault)?;
+                    continue;
+                }
             };
             let spot = ChunkPosition {
                 page: Hash([0; 32]),
