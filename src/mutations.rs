@@ -582,7 +582,7 @@ fn changed_state_files_and_bundles_do_no_harm() {
                 }
                 let dir = scratch();
                 let run = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-                    world.run(number, dir.path())
+                    world.run(number, dir.path());
                 }));
                 if send.send((number, run.is_ok())).is_err() {
                     return;

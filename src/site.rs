@@ -130,7 +130,7 @@ impl Site {
         };
         let shared = AssemblyContext {
             store,
-            places: Arc::new(places),
+            chunk_index: Arc::new(places),
             memory: Arc::new(transfer::Memory::new(memory.to_fetch)),
             images: sinks.images.clone(),
         };
@@ -347,7 +347,7 @@ impl Site {
                 Ok(()) => noted += 1,
                 // One artifact whose manifest is damaged must not keep the others from being noted.
                 Err(fault) => {
-                    tracing::error!(%artifact, error = %fault, "where an artifact is could not be noted again")
+                    tracing::error!(%artifact, error = %fault, "where an artifact is could not be noted again");
                 }
             }
         }

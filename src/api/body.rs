@@ -28,7 +28,7 @@ async fn read_within(body: Body, silence_max: Duration, rate_min: u64) -> Result
         match timeout_at(deadline, pieces.next()).await {
             Ok(None) => return Ok(read.into()),
             Ok(Some(Ok(piece))) if read.len() + piece.len() <= API_BODY_BYTES_MAX => {
-                read.extend_from_slice(&piece)
+                read.extend_from_slice(&piece);
             }
             Ok(Some(Ok(_))) => {
                 let fault = Fault::usage(format!(

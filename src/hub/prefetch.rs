@@ -57,7 +57,7 @@ impl Hub {
                     }
                 }
                 Err(fault) => {
-                    tracing::error!(error = %fault, "it could not be worked out what to fetch ahead")
+                    tracing::error!(error = %fault, "it could not be worked out what to fetch ahead");
                 }
             }
             // It ends after a while too: what failed gets its next try however quiet the catalogue

@@ -31,7 +31,7 @@ impl Hub {
                 tracing::error!(%site, transfer = %report.id, bad, "chunks that a site refused are bad here, and were removed from the index");
             }
             Err(fault) => {
-                tracing::error!(%site, error = %fault, "chunks that a site refused could not be read again")
+                tracing::error!(%site, error = %fault, "chunks that a site refused could not be read again");
             }
         }
     }

@@ -243,7 +243,7 @@ impl Hub {
                                     }
                                 }
                                 Err(fault) => {
-                                    tracing::warn!(%site, transfer = %id, error = %fault, "a report was refused")
+                                    tracing::warn!(%site, transfer = %id, error = %fault, "a report was refused");
                                 }
                                 Ok(()) => {}
                             }
@@ -263,7 +263,7 @@ impl Hub {
                     FromSite::Changed(all) => {
                         match self.inner.catalogue.set_changed_at(site, &all).await {
                             Ok(true) => {
-                                tracing::info!(%site, artifacts = all.len(), "a site tells what changed of what is published there")
+                                tracing::info!(%site, artifacts = all.len(), "a site tells what changed of what is published there");
                             }
                             Ok(false) => {}
                             Err(fault) => {
@@ -344,7 +344,7 @@ impl Hub {
                     unstored.push(report);
                 }
                 Err(fault) => {
-                    tracing::warn!(%site, run = %report.name, error = %fault, "a report of a run was refused")
+                    tracing::warn!(%site, run = %report.name, error = %fault, "a report of a run was refused");
                 }
                 Ok(()) => {}
             }

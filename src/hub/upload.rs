@@ -300,7 +300,7 @@ impl Hub {
                     self.inner
                         .short_of
                         .lock()
-                        .put(root.digest(), rest, SHORT_FOR)
+                        .put(root.digest(), rest, SHORT_FOR);
                 })?;
             }
             // Beside the fetching: the line does not wait for the disk's sync.

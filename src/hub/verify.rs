@@ -243,7 +243,7 @@ impl Verify<'_> {
                     found = true;
                 }
                 Step::Chunk(chunk, _) if found => {
-                    out.extend_from_slice(&self.store.read_chunk(chunk)?.bytes)
+                    out.extend_from_slice(&self.store.read_chunk(chunk)?.bytes);
                 }
                 _ => {}
             }

@@ -351,7 +351,7 @@ impl Site {
         match work.await {
             Ok(()) => tracing::info!("the certificate was renewed"),
             Err(fault) => {
-                tracing::warn!(error = %fault, "the certificate could not be renewed; tried again in an hour")
+                tracing::warn!(error = %fault, "the certificate could not be renewed; tried again in an hour");
             }
         }
     }

@@ -209,7 +209,7 @@ impl Site {
                 };
                 match self.offer(&row).await {
                     Ok(_) => {
-                        tracing::info!(artifact = %row.artifact, "the hub has heard of what was published here")
+                        tracing::info!(artifact = %row.artifact, "the hub has heard of what was published here");
                     }
                     Err(fault) if may_pass(&fault) => {
                         all_heard = false;
@@ -225,9 +225,9 @@ impl Site {
                 }
             }
             if all_heard {
-                changed.await
+                changed.await;
             } else {
-                tokio::time::sleep(OFFER_AGAIN).await
+                tokio::time::sleep(OFFER_AGAIN).await;
             }
         }
     }

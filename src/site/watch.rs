@@ -93,7 +93,7 @@ impl Site {
                     }
                 }
                 Err(fault) => {
-                    tracing::error!(error = %fault, "what was published in place cannot be listed")
+                    tracing::error!(error = %fault, "what was published in place cannot be listed");
                 }
             }
             tokio::time::sleep(self.inner.config.share.check_every).await;
@@ -221,10 +221,10 @@ impl Site {
         {
             match changed {
                 Some(how) => {
-                    tracing::warn!(artifact = %row.artifact, how, "what was published in place changed")
+                    tracing::warn!(artifact = %row.artifact, how, "what was published in place changed");
                 }
                 None => {
-                    tracing::info!(artifact = %row.artifact, "what was published in place is what it was again")
+                    tracing::info!(artifact = %row.artifact, "what was published in place is what it was again");
                 }
             }
         }

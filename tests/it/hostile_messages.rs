@@ -120,7 +120,7 @@ fn fetch_request(rng: &mut StdRng) -> Vec<u8> {
             };
             100
         ],
-        vec![Wanted::Difference {
+        vec![Wanted::Delta {
             ranges,
             base: hash,
             against: (0, u32::MAX),

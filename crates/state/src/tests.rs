@@ -320,7 +320,7 @@ async fn what_a_run_borrowed_goes_and_what_others_want_stays() {
             catalogue
                 .update_transfer(&id, 0, State::Done, &signed())
                 .await
-                .unwrap()
+                .unwrap();
         }
     };
     let before = catalogue
@@ -655,7 +655,7 @@ async fn what_is_published_while_it_is_given_back_stays() {
         catalogue
             .set_published(name, &own, "/home/m", 7, &Offer::default())
             .await
-            .unwrap()
+            .unwrap();
     };
     // Before, in between, and not at all.
     publish(&names[0]).await;

@@ -595,7 +595,7 @@ impl Admission {
         match result {
             Ok(()) => {}
             Err(fault) if fault.code == base::fault::Code::NotAllowed => {
-                self.refused.note(format_args!("{remote}: {fault}"))
+                self.refused.note(format_args!("{remote}: {fault}"));
             }
             Err(fault) => self.unfinished.note(format_args!("{remote}: {fault}")),
         }
@@ -642,7 +642,7 @@ async fn accept_quic(endpoint: Endpoint, config: quinn::ServerConfig, admission:
                     &place,
                     remote,
                 )
-                .await
+                .await;
         });
     }
 }
@@ -675,7 +675,7 @@ async fn accept_tcp(
                     &place,
                     remote,
                 )
-                .await
+                .await;
         });
     }
 }

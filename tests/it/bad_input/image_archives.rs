@@ -212,7 +212,7 @@ fn oci_layouts_that_lie() {
     let _limit = limit(secs(120));
     let world = Refusing::start();
     let refused = |layout: &Path, words: &[&str]| {
-        drop(world.hub.refuses(layout, "image/bad:v1", &[], 8, words))
+        drop(world.hub.refuses(layout, "image/bad:v1", &[], 8, words));
     };
     let digest_of =
         |manifest: &Value, i: usize| manifest["layers"][i]["digest"].as_str().unwrap().to_owned();

@@ -51,40 +51,40 @@ fn coco_faults() {
         );
     };
     case("zero-box", &["1001", "box"], &|d| {
-        d["annotations"][1]["bbox"] = json!([1, 1, 0, 5])
+        d["annotations"][1]["bbox"] = json!([1, 1, 0, 5]);
     });
     case("negative-box", &["1001", "box"], &|d| {
-        d["annotations"][1]["bbox"] = json!([1, 1, -3, 5])
+        d["annotations"][1]["bbox"] = json!([1, 1, -3, 5]);
     });
     case("outside", &["1001", "outside"], &|d| {
-        d["annotations"][1]["bbox"] = json!([90, 1, 30, 5])
+        d["annotations"][1]["bbox"] = json!([90, 1, 30, 5]);
     });
     case("short-box", &["1001", "box"], &|d| {
-        d["annotations"][1]["bbox"] = json!([90, 1, 30])
+        d["annotations"][1]["bbox"] = json!([90, 1, 30]);
     });
     case("unknown-class", &["1001", "999"], &|d| {
-        d["annotations"][1]["category_id"] = json!(999)
+        d["annotations"][1]["category_id"] = json!(999);
     });
     case("orphan", &["1001", "777"], &|d| {
-        d["annotations"][1]["image_id"] = json!(777)
+        d["annotations"][1]["image_id"] = json!(777);
     });
     case("duplicate-annotation", &["1000"], &|d| {
-        d["annotations"][1]["id"] = json!(1000)
+        d["annotations"][1]["id"] = json!(1000);
     });
     case("duplicate-image", &["5"], &|d| {
-        d["images"][1]["id"] = json!(5)
+        d["images"][1]["id"] = json!(5);
     });
     case("duplicate-class", &["划伤"], &|d| {
-        d["categories"][1]["name"] = json!("划伤")
+        d["categories"][1]["name"] = json!("划伤");
     });
     case("duplicate-class-id", &["3"], &|d| {
-        d["categories"][1]["id"] = json!(3)
+        d["categories"][1]["id"] = json!(3);
     });
     case("nul", &["nul"], &|d| {
-        d["categories"][1]["name"] = json!("par\u{0}ticle")
+        d["categories"][1]["name"] = json!("par\u{0}ticle");
     });
     case("escaping", &[".."], &|d| {
-        d["images"][1]["file_name"] = json!("../outside.png")
+        d["images"][1]["file_name"] = json!("../outside.png");
     });
 
     let text = sound.to_string();

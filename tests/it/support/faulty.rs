@@ -582,7 +582,7 @@ impl Filesystem for Passed {
         });
         match made {
             Ok((attr, handle)) => {
-                reply.created(&TTL, &attr, Generation(0), handle, FopenFlags::empty())
+                reply.created(&TTL, &attr, Generation(0), handle, FopenFlags::empty());
             }
             Err(errno) => reply.error(errno),
         }
@@ -725,7 +725,7 @@ impl Filesystem for Passed {
         });
         match size {
             Ok((blocks, free, files)) => {
-                reply.statfs(blocks, free, free, files, files / 2, 4096, 255, 4096)
+                reply.statfs(blocks, free, free, files, files / 2, 4096, 255, 4096);
             }
             Err(errno) => reply.error(errno),
         }

@@ -324,7 +324,7 @@ fn model(dir: &Path) -> Set {
                 format!("{n} {version}")
             } else {
                 n.to_string()
-            }))
+            }));
         });
         put(
             &dir.join("model").join(version).join("model.safetensors"),

@@ -62,7 +62,7 @@ impl Runner {
                     Want::Run => this.spawn(&now),
                     // Resumed and paused again.
                     Want::Pause if this.task_of(&now.id, now.generation).is_some() => {
-                        this.end(&now, Want::Pause)
+                        this.end(&now, Want::Pause);
                     }
                     _ => {}
                 }

@@ -123,7 +123,7 @@ impl Runner {
                             format!("{} must be here first: {id}", first.artifact),
                             by_itself(),
                             id,
-                        ))
+                        ));
                     }
                     Err(fault) if fault.code == Code::NotFound => {
                         waits =

@@ -156,7 +156,7 @@ impl FileProblems {
             // Gone, of another kind, or behind a link, and what is refused as no regular file.
             None
             | Some(Errno::NOENT | Errno::NOTDIR | Errno::LOOP | Errno::ISDIR | Errno::NXIO) => {
-                self.faults.push(line())
+                self.faults.push(line());
             }
             Some(Errno::IO | Errno::BADMSG | Errno::UCLEAN) => self.unread.push(line()),
             Some(_) => {

@@ -83,7 +83,7 @@ impl Runner {
                 // One that works for this long without a report is past what an earlier try waited
                 // for.
                 None if takes == Takes::ItsTime && (has_reported || is_late) => {
-                    self.show_wait(row, None).await
+                    self.show_wait(row, None).await;
                 }
                 None if shown.is_some() => self.show_again(row, &before).await,
                 None => {}

@@ -299,7 +299,7 @@ fn reported(run: &mut Run, report: RunReport, now_ms: i64) {
         match report.phase {
             Phase::Waiting | Phase::Publishing | Phase::Published => {}
             Phase::Training if matches!(run.state, RunState::Delivering | RunState::Waiting) => {
-                run.enter(RunState::Training)
+                run.enter(RunState::Training);
             }
             Phase::Training => {}
             Phase::Trained if report.has_output => run.enter(RunState::Publishing),

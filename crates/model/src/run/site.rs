@@ -407,7 +407,7 @@ fn looked(run: &mut Run, seen: &Observation, now_ms: i64) -> Vec<Effect> {
     }
     match run.phase {
         Phase::Waiting if seen.trainer == Trainer::None => {
-            run.fail("this site trains for nobody: its configuration has no [train]")
+            run.fail("this site trains for nobody: its configuration has no [train]");
         }
         Phase::Waiting if seen.trainer == Trainer::Refused => refuse(run),
         Phase::Waiting => {
@@ -416,13 +416,13 @@ fn looked(run: &mut Run, seen: &Observation, now_ms: i64) -> Vec<Effect> {
                 (Some(missing), _) => run.message = Some(format!("waits for {missing}")),
                 (None, _) if !run.ready => {
                     run.message =
-                        Some("waits for the hub to say that all of its inputs are here".into())
+                        Some("waits for the hub to say that all of its inputs are here".into());
                 }
                 (None, Some(kept)) => {
                     run.fail(format!("its folder is that of an older run of this name: {kept}, published out of it, is read there"));
                 }
                 (None, None) if !seen.turn => {
-                    run.message = Some("waits for its turn: other runs train here".into())
+                    run.message = Some("waits for its turn: other runs train here".into());
                 }
                 (None, None) if !seen.checked => return vec![Effect::Check],
                 (None, None) => return start(run, now_ms),

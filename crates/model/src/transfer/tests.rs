@@ -282,7 +282,7 @@ impl World {
                 }
             }
             8 if !self.to_hub.is_empty() => {
-                self.take_report(self.to_hub[at(self.to_hub.len())].clone())
+                self.take_report(self.to_hub[at(self.to_hub.len())].clone());
             }
             9 => self.work(pick.is_multiple_of(8)),
             10 => self.work(false),

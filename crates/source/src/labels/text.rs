@@ -53,7 +53,7 @@ fn looks_like_gbk(bytes: &[u8]) -> bool {
                     && (0x40..=0xfe).contains(&trail)
                     && trail != 0x7f =>
             {
-                pairs += 1
+                pairs += 1;
             }
             _ => return false,
         }

@@ -56,7 +56,7 @@ pub(super) fn read(input: &Input, collector: &mut Collector) -> Result<(), Fault
         };
         match xml::parse(&text) {
             Ok((name, value)) if name == "annotation" => {
-                image(place, value, has_images, &splits, collector)?
+                image(place, value, has_images, &splits, collector)?;
             }
             Ok((name, _)) => collector.refusals.add(
                 Why::Shape,

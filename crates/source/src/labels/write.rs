@@ -81,9 +81,9 @@ pub(super) fn write(
             pass.open(path)?;
         }
         if tag == TAG_ANNOTATION {
-            pass.annotation(&decode(record)?)?
+            pass.annotation(&decode(record)?)?;
         } else {
-            pass.sample(&decode(record)?)
+            pass.sample(&decode(record)?);
         }
     }
     pass.close()?;

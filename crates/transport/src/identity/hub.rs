@@ -281,7 +281,7 @@ fn issue(
             params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
         }
         Holder::Site(_) | Holder::Publisher(_) => {
-            params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth]
+            params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth];
         }
     }
     Ok(params.signed_by(key, issuer).map_err(wrong)?.der().clone())

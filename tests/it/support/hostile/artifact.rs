@@ -268,7 +268,7 @@ impl Artifact {
                     let none = Vec::new();
                     self.give_of(self.children.get(page).unwrap_or(&none), ranges, &mut out);
                 }
-                Wanted::Difference { .. } => out.extend(self.give(Hash([0; 32]))),
+                Wanted::Delta { .. } => out.extend(self.give(Hash([0; 32]))),
             }
         }
         out

@@ -17,7 +17,7 @@ use std::future::Future;
 use std::sync::LazyLock;
 use std::time::Duration;
 
-use packhorse::config::{Congestion, Line, Transport};
+use packhorse::config::{Congestion, ConnectionSettings, Transport};
 
 /// One runtime for all hostile peers of this process.
 static RUNTIME: LazyLock<tokio::runtime::Runtime> = LazyLock::new(|| {
@@ -36,8 +36,8 @@ fn within<T>(what: &str, limit: Duration, work: impl Future<Output = T>) -> T {
 }
 
 /// The settings of a connection over this transport and no other.
-pub(crate) fn over(transport: Transport) -> Line {
-    Line {
+pub(crate) fn over(transport: Transport) -> ConnectionSettings {
+    ConnectionSettings {
         congestion: Congestion::Auto,
         transport,
     }

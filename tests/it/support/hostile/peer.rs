@@ -8,7 +8,7 @@ use base::limits::CONNECTION_SEND_BYTES_MAX;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use exchange::wire::{FetchRequest, Wanted};
-use packhorse::config::Line;
+use packhorse::config::ConnectionSettings;
 use serde_json::{Value, json};
 use transport::identity::{CertificateRequest, Claim, JoinToken, SiteIdentity};
 use transport::{self, Link, PRIORITY_BULK, RecvHalf, SendHalf};
@@ -25,20 +25,20 @@ const ANSWER_BYTES_MAX: usize = 64 << 20;
 pub(crate) struct Identity {
     identity: SiteIdentity,
     hub: String,
-    line: Line,
+    line: ConnectionSettings,
 }
 
 impl Identity {
     /// Enrols a site.
     #[track_caller]
-    pub(crate) fn site(hub: &Hub, name: &str, line: Line) -> Self {
+    pub(crate) fn site(hub: &Hub, name: &str, line: ConnectionSettings) -> Self {
         let claim = Claim::Site(name.parse().expect("a site's name"));
         Self::join(hub, &hub.token(name, &[]), &claim, line)
     }
 
     /// Enrols a publisher.
     #[track_caller]
-    pub(crate) fn publisher(hub: &Hub, name: &str, line: Line) -> Self {
+    pub(crate) fn publisher(hub: &Hub, name: &str, line: ConnectionSettings) -> Self {
         let token = hub
             .cli(&["token", "create", "--publisher", name])
             .expect(0)
@@ -47,7 +47,7 @@ impl Identity {
     }
 
     #[track_caller]
-    fn join(hub: &Hub, token: &str, claim: &Claim, line: Line) -> Self {
+    fn join(hub: &Hub, token: &str, claim: &Claim, line: ConnectionSettings) -> Self {
         let token: JoinToken = token.parse().expect("a join token");
         let address = hub.quic.to_string();
         let request = CertificateRequest::new().expect("a key");

@@ -237,7 +237,7 @@ fn totals_and_sizes_that_do_not_fit_are_refused() {
                     chunks: 0,
                     entries: 0,
                     ..r.pages[0]
-                })
+                });
             }),
         ),
     ] {
@@ -499,7 +499,7 @@ fn a_survey_finds_what_malformed_and_torn_pages_name() {
     let named = |root: &Root| {
         let mut out = Vec::new();
         let faults = survey(root, &memory, &mut Default::default(), &mut |named| {
-            out.push(named)
+            out.push(named);
         })
         .unwrap();
         (out, faults)

@@ -260,7 +260,7 @@ impl Assembly {
                     };
                 }
                 Step::Chunk(chunk, spot) if journal.has(spot.ordinal) => {
-                    of_file = of_file.saturating_sub(chunk.len.into())
+                    of_file = of_file.saturating_sub(chunk.len.into());
                 }
                 Step::Chunk(..) => {}
             }

@@ -67,7 +67,7 @@ impl World {
                         exit_code: None,
                         signal: Some(15),
                         ..ended(0)
-                    })
+                    });
                 }
                 Effect::Publish => {
                     self.hub_event(HubEvent::Published(model()));
@@ -94,7 +94,7 @@ impl World {
                             self.site_event(Event::Removed {
                                 transfer: b.transfer,
                                 stays: None,
-                            })
+                            });
                         });
                     }
                 }
@@ -144,7 +144,7 @@ impl World {
                 }));
             }
             7 if self.process == Process::Running => {
-                self.process = Process::Ended(ended(self.exit))
+                self.process = Process::Ended(ended(self.exit));
             }
             8 if self.cancelled => self.hub_event(HubEvent::Cancel),
             _ => {}

@@ -338,30 +338,30 @@ async fn refuses_bad_rows_and_leaves_nothing(bench: Bench) {
     type Spoil = fn(&mut Set);
     let spoiled: [(&str, Spoil); 17] = [
         ("which is not in classes.jsonl", |s| {
-            s.annotations = s.annotations.replacen("\"class\":0,", "\"class\":5,", 1)
+            s.annotations = s.annotations.replacen("\"class\":0,", "\"class\":5,", 1);
         }),
         ("which is not in samples.jsonl", |s| {
-            s.annotations = s.annotations.replacen("面板 0000003", "面板 9999999", 1)
+            s.annotations = s.annotations.replacen("面板 0000003", "面板 9999999", 1);
         }),
         ("is cut off", |s| {
-            s.annotations.truncate(s.annotations.len() - 1)
+            s.annotations.truncate(s.annotations.len() - 1);
         }),
         ("is not an annotation", |s| {
-            s.annotations.insert_str(0, "{\"sample\":\n")
+            s.annotations.insert_str(0, "{\"sample\":\n");
         }),
         ("is not an annotation", |s| {
-            s.annotations = s.annotations.replacen("\"raw\"", "\"row\"", 1)
+            s.annotations = s.annotations.replacen("\"raw\"", "\"row\"", 1);
         }),
         ("is not in canonical form", |s| {
-            s.annotations = s.annotations.replacen("\"y\":1e+300", "\"y\":1E300", 1)
+            s.annotations = s.annotations.replacen("\"y\":1e+300", "\"y\":1E300", 1);
         }),
         ("is not in canonical form", |s| {
-            s.annotations = s.annotations.replacen(",\"kind\"", ", \"kind\"", 1)
+            s.annotations = s.annotations.replacen(",\"kind\"", ", \"kind\"", 1);
         }),
         ("unknown kind", |s| {
             s.annotations = s
                 .annotations
-                .replacen("\"kind\":\"bbox\"", "\"kind\":\"cube\"", 1)
+                .replacen("\"kind\":\"bbox\"", "\"kind\":\"cube\"", 1);
         }),
         ("stands out of order", |s| {
             s.annotations = s
@@ -369,7 +369,7 @@ async fn refuses_bad_rows_and_leaves_nothing(bench: Bench) {
                 .lines()
                 .rev()
                 .map(|l| format!("{l}\n"))
-                .collect()
+                .collect();
         }),
         ("lines, but the manifest", |s| {
             s.annotations.push_str(
@@ -378,34 +378,34 @@ async fn refuses_bad_rows_and_leaves_nothing(bench: Bench) {
                     .last()
                     .map(|l| format!("{l}\n"))
                     .unwrap(),
-            )
+            );
         }),
         ("longer than 2 MiB", |s| {
             s.annotations = s.annotations.replacen(
                 "\"pad\":\"",
                 &format!("\"pad\":\"{}", "x".repeat(3 << 20)),
                 1,
-            )
+            );
         }),
         ("out of order or twice", |s| {
-            s.samples = s.samples.lines().rev().map(|l| format!("{l}\n")).collect()
+            s.samples = s.samples.lines().rev().map(|l| format!("{l}\n")).collect();
         }),
         ("has a bad path", |s| {
             s.samples = s
                 .samples
-                .replacen("{\"path\":\"line/", "{\"path\":\"../", 1)
+                .replacen("{\"path\":\"line/", "{\"path\":\"../", 1);
         }),
         ("hash that is not", |s| {
-            s.samples = s.samples.replacen("\"hash\":\"", "\"hash\":\"zz", 1)
+            s.samples = s.samples.replacen("\"hash\":\"", "\"hash\":\"zz", 1);
         }),
         ("NUL in its split", |s| {
-            s.samples = s.samples.replacen("\"split\":\"", "\"split\":\"\\u0000", 1)
+            s.samples = s.samples.replacen("\"split\":\"", "\"split\":\"\\u0000", 1);
         }),
         ("name \"scratch\" of another class", |s| {
-            s.classes = s.classes.replace("划痕", "scratch")
+            s.classes = s.classes.replace("划痕", "scratch");
         }),
         ("out of order or twice", |s| {
-            s.classes = s.classes.replacen("\"id\":3,", "\"id\":0,", 1)
+            s.classes = s.classes.replacen("\"id\":3,", "\"id\":0,", 1);
         }),
     ];
     for (why, spoil) in spoiled {

@@ -289,9 +289,9 @@ impl State {
                 outgoing.wake();
             }
             if last {
-                self.settle(id)
+                self.settle(id);
             } else {
-                self.schedule(id)
+                self.schedule(id);
             }
         }
     }
