@@ -391,10 +391,10 @@ impl World {
             }
             Target::ChunkIndex { verified } => {
                 write(
-                    &dir.join("index.redb"),
-                    &std::fs::read(from("site/index.redb")).unwrap(),
+                    &dir.join("places.redb"),
+                    &std::fs::read(from("site/places.redb")).unwrap(),
                 );
-                mutate(&dir.join("index.redb"), &mut rng);
+                mutate(&dir.join("places.redb"), &mut rng);
                 redb_file::verified_in_this_thread(verified);
                 self.use_places(dir);
             }

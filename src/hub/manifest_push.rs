@@ -84,7 +84,7 @@ impl Hub {
                 }
                 Ok(None) => {}
                 Err(fault) => {
-                    tracing::debug!(%site, artifact = %wanted.artifact, error = %fault, "a manifest is not pushed of");
+                    tracing::debug!(%site, artifact = %wanted.artifact, error = %fault, "a manifest is not pushed");
                 }
             }
         }

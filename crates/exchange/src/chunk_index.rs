@@ -1,6 +1,6 @@
 //! Where chunks lie at a site: its own files and blobs are its chunk store.
 //!
-//! A B-tree on disk (redb) at `<data_dir>/index.redb` maps a chunk's name to a place, an entry and
+//! A B-tree on disk (redb) at `<data_dir>/places.redb` maps a chunk's name to a place, an entry and
 //! an offset. A place is one artifact's files: first its staging folder, after the commit what the
 //! sink says. What the index says is a hint: whoever reads a chunk by it hashes the bytes, and
 //! forgets the hint when they are others.
@@ -45,7 +45,7 @@ const CACHE_BYTES: usize = 16 << 20;
 /// Journal bits that are written together.
 const SEGMENT_BITS: u64 = 1 << 16;
 const SEGMENT_WORDS: usize = (SEGMENT_BITS / 64) as usize;
-const FILE: &str = "index.redb";
+const FILE: &str = "places.redb";
 
 type ChunkRow = (u32, u64, u64, u32);
 
@@ -56,7 +56,7 @@ const PLACES: TableDefinition<'_, u32, &str> = TableDefinition::new("places");
 /// The next place's number: numbers are never used again, so that no late row can be taken for
 /// another place's.
 const NEXT: TableDefinition<'_, (), u32> = TableDefinition::new("next");
-/// StorageLocation and segment → the segment's bits in words of 64, little endian, and their
+/// Location and segment → the segment's bits in words of 64, little endian, and their
 /// XXH3-64 with place and segment before them (8 bytes, little endian; rows of older versions end
 /// before it). A wrong bit would have a chunk taken as written that is not.
 const JOURNAL: TableDefinition<'_, (u32, u32), &[u8]> = TableDefinition::new("journal");

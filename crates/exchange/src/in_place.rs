@@ -98,7 +98,7 @@ struct Inner {
     buffers: Buffers,
     /// What lay here a moment ago.
     held: Mutex<ExpiringCache<Digest, ()>>,
-    /// HeldArtifact while a folder in `kept` is made or replaced.
+    /// Held while a folder in `kept` is made or replaced.
     keeping: Mutex<()>,
 }
 

@@ -145,7 +145,7 @@ pub struct Assembly {
     pub counters: Arc<Counters>,
     /// Stops it at the next chunk; what is there is kept.
     pub stop: CancellationToken,
-    /// HeldBySink as long as a thread of this may touch the staging folder, even one that nobody
+    /// Held as long as a thread of this may touch the staging folder, even one that nobody
     /// waits for any longer.
     pub staging: Option<Arc<OwnedMutexGuard<()>>>,
 }

@@ -42,7 +42,7 @@ impl Runner {
                     }
                 }
                 Err(fault) => {
-                    tracing::warn!(%digest, error = %fault, "a manifest that the hub pushed of cannot be used");
+                    tracing::warn!(%digest, error = %fault, "a manifest that the hub pushed cannot be used");
                 }
             }
         }
