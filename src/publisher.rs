@@ -46,7 +46,8 @@ use content::store::Store;
 use exchange::chunk_index::ChunkIndex;
 use exchange::fetch;
 use exchange::in_place::{HeldArtifact, Holdings, InPlaceReader};
-use exchange::wire::{self, AskHub, FETCH};
+use exchange::wire;
+use model::protocol::{AskHub, FETCH, renewal};
 use transport::identity::{
     CertificateRequest, Claim, Holder, JoinToken, SiteIdentity, fingerprint,
 };
@@ -392,7 +393,7 @@ impl Publisher {
             let answer: String = wire::ask(
                 link,
                 &AskHub::Renew {
-                    request: wire::renewal(request.csr_der())?,
+                    request: renewal(request.csr_der())?,
                 },
             )
             .await?;

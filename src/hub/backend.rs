@@ -22,8 +22,8 @@ use base::names::{ArtifactRef, DeliveryId, SiteName, SiteSelector, TransferId, c
 use base::text::Message;
 use content::bundle::{self, Member};
 use content::manifest::{Digest, Root};
-use exchange::wire::{AskSite, Planned, Standing, Stands};
 use model::paging::{Budget, Page, Pager, Room};
+use model::protocol::{AskSite, Planned, Standing, Stands};
 use state::{
     Body, Changed, DeliveryRow, Part, SiteRow, TransferRow, new_delivery_id, what_changed,
 };

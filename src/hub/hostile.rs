@@ -9,9 +9,8 @@ use base::fault::Code;
 use base::limits::{QUESTION_BYTES_MAX, SILENCE_MAX};
 use content::frame::{Frame, HEADER_BYTES, Header};
 use content::manifest::Digest;
-use exchange::wire::{
-    self, AskHub, CONTROL, FETCH, FetchRequest, FromHub, FromSite, QUESTION, Wanted,
-};
+use exchange::wire;
+use model::protocol::{AskHub, CONTROL, FETCH, FetchRequest, FromHub, FromSite, QUESTION, Wanted};
 use transport::identity::Claim;
 use transport::{Link, RecvHalf};
 

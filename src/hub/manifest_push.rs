@@ -19,7 +19,8 @@ use base::limits::{TOLD_BYTES_MAX, TOLD_MAX};
 use base::names::{SiteName, TransferId};
 use base::text::Exact;
 use exchange::fetch::{self, Library};
-use exchange::wire::{Desired, PRIORITY_MANIFEST, PushedManifest};
+use exchange::wire::PRIORITY_MANIFEST;
+use model::protocol::{Desired, PushedManifest};
 use state::Want;
 
 /// No manifest is small enough of an artifact larger than this: 36 bytes for each 256 KiB at least.

@@ -367,7 +367,8 @@ mod tests {
     use super::*;
     use crate::hub::upload::tests::Bench;
     use base::fault::Code;
-    use exchange::wire::{self, AskHub};
+    use exchange::wire;
+    use model::protocol::AskHub;
     use transport::identity::Claim;
 
     #[test]

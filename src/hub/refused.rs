@@ -12,7 +12,7 @@ use base::fault::Reason;
 use base::limits::REFUSED_CHUNKS_MAX;
 use base::names::SiteName;
 use content::chunk::Hash;
-use exchange::wire::Report;
+use model::protocol::Report;
 
 impl Hub {
     /// Looks at what a site says of a transfer that failed. The site's next report waits for it.

@@ -22,7 +22,7 @@ use content::chunk::ShortHash;
 use content::manifest::Digest;
 use exchange::fetch::Fetcher;
 use exchange::relay::{Holder, Of, Relay, Sent, TOGETHER_BYTES, Upstream};
-use exchange::wire::Wanted;
+use model::protocol::Wanted;
 use state::{Catalogue, RelayedArtifact};
 
 /// How often the relay's store is made durable.

@@ -27,8 +27,11 @@ use base::space::Space;
 use base::text::Message;
 use content::manifest::Digest;
 use exchange::fetch::{self, Fetcher};
-use exchange::wire::{self, AskHub, CONTROL, Desired, FETCH, FromHub, FromSite, QUESTION, Report};
+use exchange::wire;
 use model::paging::{self, Room};
+use model::protocol::{
+    AskHub, AskSite, CONTROL, Desired, FETCH, FromHub, FromSite, QUESTION, Report,
+};
 use model::run::{DesiredRun, RunReport};
 use state::{ArtifactRow, TransferRow, no_delivery};
 use transport::identity::{Holder, verify_signature};
@@ -828,7 +831,7 @@ impl Hub {
     pub(super) async fn ask_site<T: serde::de::DeserializeOwned + Send + 'static>(
         &self,
         site: &SiteName,
-        question: &wire::AskSite,
+        question: &AskSite,
     ) -> Result<T, Fault> {
         let link = self
             .link_of(site)

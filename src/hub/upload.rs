@@ -33,7 +33,8 @@ use content::frame::{Frame, HEADER_BYTES};
 use content::manifest::{ChunkRef, Digest, Root, Step, Walk};
 use content::store::Store;
 use exchange::fetch::{Fetcher, Library, Ranges, nothing_such};
-use exchange::wire::{self, AskHub, FETCH, QUESTION, Wanted};
+use exchange::wire;
+use model::protocol::{AskHub, FETCH, QUESTION, Wanted};
 use transport::identity::Holder;
 use transport::{Link, PRIORITY_BULK, RecvHalf, SendHalf};
 

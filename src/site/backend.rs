@@ -20,8 +20,8 @@ use base::limits::{
 };
 use base::names::{ArtifactRef, DeliveryId, RunName, TransferId, WorkId, WorkIds};
 use exchange::transfer::{VerifyReport, beside, verify};
-use exchange::wire::AskHub;
 use model::paging::{self, Budget, Page, Pager, Room};
+use model::protocol::AskHub;
 use model::run;
 use sink::{Incoming, Look};
 use state::{ArtifactRow, DeliveryRow, TransferRow};

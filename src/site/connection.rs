@@ -21,11 +21,12 @@ use base::text::Message;
 use content::manifest::Digest;
 use exchange::fetch::{self, Fetcher};
 use exchange::transfer::{Assembly, free_room};
-use exchange::wire::{
-    self, AllowList, AskHub, AskSite, CONTROL, Desired, FETCH, FromHub, FromSite, Planned,
-    QUESTION, Report, renewal,
-};
+use exchange::wire;
 use model::paging;
+use model::protocol::{
+    AllowList, AskHub, AskSite, CONTROL, Desired, FETCH, FromHub, FromSite, Planned, QUESTION,
+    Report, renewal,
+};
 use model::run::{DesiredRun, RunReport};
 use state::TransferRow;
 use transport::{self, Link, RecvHalf, Redial, SendHalf};

@@ -19,7 +19,7 @@ use base::names::ArtifactRef;
 use content::ingest;
 use content::manifest::{DatasetBinding, Digest, Root};
 use exchange::in_place::InPlace;
-use exchange::wire::AskHub;
+use model::protocol::AskHub;
 use model::run;
 use sink::StorageLocation;
 use state::{ArtifactRow, Offer};

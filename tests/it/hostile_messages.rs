@@ -9,7 +9,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use content::chunk::Hash;
-use exchange::wire::{FetchRequest, Wanted};
+use model::protocol::{FetchRequest, Wanted};
 use packhorse::config::Transport;
 use rand::Rng;
 use rand::rngs::StdRng;

@@ -1,7 +1,7 @@
 //! The hostile peers themselves: as long as they are honest, hub and sites take them for what they
 //! say they are.
 
-use exchange::wire::Wanted;
+use model::protocol::Wanted;
 use packhorse::config::Transport;
 use serde_json::json;
 

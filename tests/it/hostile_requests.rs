@@ -3,7 +3,7 @@
 
 use std::time::{Duration, Instant};
 
-use exchange::wire::Wanted;
+use model::protocol::Wanted;
 use packhorse::config::Transport;
 use serde_json::json;
 

@@ -8,6 +8,7 @@ pub mod blocking;
 pub mod budget;
 pub mod buffers;
 pub mod clock;
+pub mod congestion;
 pub mod durable;
 pub mod expiring_cache;
 pub mod fault;

@@ -21,7 +21,7 @@ use parking_lot::Mutex;
 use tokio::sync::{OnceCell, OwnedSemaphorePermit};
 use tokio::time::timeout;
 
-use crate::wire::{self, FETCH, FetchRequest, PRIORITY_MANIFEST, Peer, Wanted};
+use crate::wire::{self, PRIORITY_MANIFEST, Peer};
 use base::blocking::blocking;
 use base::budget::Share;
 use base::buffers::Buffers;
@@ -36,6 +36,7 @@ use content::manifest::{
     ChunkRef, Digest, PageRef, Pages, Root, children, entry_pages, for_each_page,
 };
 use content::store::Store;
+use model::protocol::{FETCH, FetchRequest, Wanted};
 use transport::{Link, RecvHalf, SendHalf, Want};
 
 /// Parsed pages remembered for each open artifact: about 1 MiB.
@@ -500,8 +501,7 @@ impl Fetcher {
             priority,
             wants,
         };
-        let bytes = postcard::to_stdvec(&request)
-            .map_err(|e| Fault::internal(format!("a fetch request: {e}")))?;
+        let bytes = request.to_bytes()?;
         let (mut send, recv) = self.link.open(priority).await.map_err(broken)?;
         let mut out = BytesMut::with_capacity(bytes.len() + 5);
         out.extend_from_slice(&[FETCH]);

@@ -28,7 +28,7 @@ use parking_lot::Mutex;
 
 use crate::chunk_index::{self, At, ChunkIndex, LocationInfo, Reader};
 use crate::fetch::{Child, Library, Opened, Pieces, pieces};
-use crate::wire::{Peer, Wanted};
+use crate::wire::Peer;
 use base::blocking::blocking;
 use base::budget::{Budget, Share};
 use base::buffers::Buffers;
@@ -40,6 +40,7 @@ use content::chunk::Hash;
 use content::frame::Frame;
 use content::manifest::{ChunkRef, Digest, EntryBody, FileInfo, Pages, Root, Step, Walk};
 use content::store::Store;
+use model::protocol::Wanted;
 use sink::{Sink, StorageLocation};
 use state::Catalogue;
 

@@ -25,7 +25,6 @@ use futures::StreamExt;
 use futures::stream::{self, BoxStream};
 
 use crate::fetch::{self, Child, Pieces, Ranges};
-use crate::wire::Wanted;
 use base::blocking::blocking;
 use base::buffers::Buffers;
 use base::fault::{Code, Fault, Reason, Retry};
@@ -34,6 +33,7 @@ use content::chunk::{Hash, ShortHash};
 use content::frame::{Frame, Verified};
 use content::manifest::{ChunkRef, Digest};
 use content::store::Store;
+use model::protocol::Wanted;
 
 use cache::{Group, Keeper, RelayCache};
 use inflight_fetch::{InflightFetch, InflightFetches, Ticket};

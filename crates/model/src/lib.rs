@@ -5,6 +5,7 @@
 //! socket, so nothing has to survive a crash.
 
 pub mod paging;
+pub mod protocol;
 pub mod receipt;
 pub mod run;
 pub mod transfer;

@@ -124,7 +124,7 @@ impl TryFrom<String> for Expect {
 }
 
 /// A run as it is asked for: a [`RunRequest`] whose names are parsed.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct RunOrder {
     /// Its name.
     pub name: RunName,
@@ -159,7 +159,7 @@ impl TryFrom<RunRequest> for RunOrder {
 }
 
 /// What is to be done with a run: a [`RunActionRequest`] whose name is parsed.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct RunAct {
     /// Which.
     pub name: RunName,

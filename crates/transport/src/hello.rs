@@ -1,5 +1,13 @@
-//! The few messages of the line itself: the hub's welcome, the join request and its answer. JSON,
-//! one a stream, up to its end.
+//! The messages of a connection itself: the hub's welcome, the join request and its answer.
+//!
+//! Each is JSON, the only message of its stream, and ends with the stream; it has at most
+//! [`CONNECTION_HELLO_BYTES_MAX`] bytes.
+//!
+//! ```text
+//! packhorse/1        hub → site   {"hub":NAME,"time_ms":N}
+//! packhorse-join/1   site → hub   {"token_id":ID,"secret":BASE64,"site":NAME or null,"csr":BASE64}
+//!                    hub → site   {"certificate":BASE64} or {"refused":FAULT}
+//! ```
 
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
@@ -7,6 +15,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::{RecvHalf, SendHalf};
+use crate::identity::{key_hash, read_csr};
 use base::fault::{Code, Fault};
 use base::limits::CONNECTION_HELLO_BYTES_MAX;
 use base::names::SiteName;
@@ -30,6 +39,34 @@ pub(super) struct Ask {
     pub(super) site: Option<SiteName>,
     /// Base64 (url-safe, no padding): the certificate request, DER.
     pub(super) csr: String,
+}
+
+/// A join request whose content was parsed.
+pub(super) struct Asked {
+    pub(super) token_id: String,
+    pub(super) secret: [u8; 32],
+    pub(super) site: Option<SiteName>,
+    /// The certificate request, DER.
+    pub(super) csr: Vec<u8>,
+    /// The hash of the key that it is for.
+    pub(super) key_hash: [u8; 32],
+}
+
+impl Ask {
+    /// Parses what the fields hold.
+    pub(super) fn read(self) -> Result<Asked, Fault> {
+        let csr = decode(&self.csr)?;
+        let key_hash = key_hash(&read_csr(&csr)?);
+        let secret = <[u8; 32]>::try_from(decode(&self.secret)?)
+            .map_err(|_| Fault::integrity("the token's secret is not 32 bytes"))?;
+        Ok(Asked {
+            token_id: self.token_id,
+            secret,
+            site: self.site,
+            csr,
+            key_hash,
+        })
+    }
 }
 
 /// What it gets: one of the two.
@@ -64,22 +101,50 @@ pub(super) fn encode(bytes: &[u8]) -> String {
 pub(super) fn decode(text: &str) -> Result<Vec<u8>, Fault> {
     URL_SAFE_NO_PAD
         .decode(text)
-        .map_err(|e| Fault::integrity(format!("a message of the line holds no base64: {e}")))
+        .map_err(|e| Fault::integrity(format!("a message of the connection holds no base64: {e}")))
 }
 
 /// Sends the only message of a stream.
 pub(super) async fn send(stream: &mut SendHalf, message: &impl Serialize) -> Result<(), Fault> {
     let bytes = serde_json::to_vec(message)
-        .map_err(|e| Fault::internal(format!("write a message of the line: {e}")))?;
+        .map_err(|e| Fault::internal(format!("write a message of the connection: {e}")))?;
     stream.write_all(&bytes).await?;
     stream.finish()
 }
 
 /// Reads the only message of a stream.
 pub(super) async fn receive<T: DeserializeOwned>(stream: &mut RecvHalf) -> Result<T, Fault> {
-    let bytes = stream.read_to_end(CONNECTION_HELLO_BYTES_MAX).await?;
-    text::parse_json(&bytes).map_err(|why| {
-        Fault::integrity(format!("a message of the line is not understood: {why}"))
-            .with_next("make sure that both ends run the same version")
+    parse(&stream.read_to_end(CONNECTION_HELLO_BYTES_MAX).await?)
+}
+
+/// Parses a message.
+pub(super) fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Fault> {
+    text::parse_json(bytes).map_err(|why| {
+        Fault::integrity(format!(
+            "a message of the connection is not understood: {why}"
+        ))
+        .with_next("make sure that both ends run the same version")
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// These bytes are the message, and the message is these bytes.
+    fn bytes<T: Serialize + DeserializeOwned>(text: &str) {
+        let message: T = parse(text.as_bytes()).unwrap();
+        assert_eq!(serde_json::to_string(&message).unwrap(), text);
+    }
+
+    #[test]
+    fn the_bytes_of_each_message() {
+        bytes::<Welcome>(r#"{"hub":"central","time_ms":5}"#);
+        bytes::<Ask>(r#"{"token_id":"abcdefghij","secret":"AAEC","site":"chengdu","csr":"MIHH"}"#);
+        bytes::<Ask>(r#"{"token_id":"abcdefghij","secret":"AAEC","site":null,"csr":"MIHH"}"#);
+        bytes::<Answer>(r#"{"certificate":"MIHH"}"#);
+        bytes::<Answer>(
+            r#"{"refused":{"code":"not_allowed","reason":"sink_denied","retry":"never","message":"m","next":"n"}}"#,
+        );
+    }
 }

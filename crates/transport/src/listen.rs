@@ -18,7 +18,7 @@ use super::{
     CLOSE_BUSY, CLOSE_CLOCK, CLOSE_REFUSED, FLUSH_MAX, Link, PRIORITY_CONTROL, SendHalf, Wire,
     hello, quic, tcp,
 };
-use crate::identity::{Claim, Holder, HubIdentity, Redeemer, key_hash, read_csr, secret_hash};
+use crate::identity::{Claim, Holder, HubIdentity, Redeemer, secret_hash};
 use crate::{Congestion, ConnectionSettings};
 use base::admission::{Network, Permit, Pool};
 use base::fault::{Fault, IoContext};
@@ -459,20 +459,20 @@ impl Admission {
         };
         let (mut send, request) = asked;
         match request {
-            Ok((ask, csr, secret, key_hash)) => {
+            Ok(asked) => {
                 // From here on the token may be used up: the answer must arrive.
                 place.finish();
-                let secret_hash = secret_hash(&ask.token_id, &secret);
-                let claim = ask.site.map_or(Claim::Publisher, Claim::Site);
+                let secret_hash = secret_hash(&asked.token_id, &asked.secret);
+                let claim = asked.site.map_or(Claim::Publisher, Claim::Site);
                 Ok(JoinRequest {
                     hub: self.hub.clone(),
                     link,
                     send,
-                    token_id: ask.token_id,
+                    token_id: asked.token_id,
                     secret_hash,
                     claim,
-                    csr,
-                    key_hash,
+                    csr: asked.csr,
+                    key_hash: asked.key_hash,
                     place,
                 })
             }
@@ -489,25 +489,12 @@ impl Admission {
     async fn read_request(
         &self,
         link: &Link,
-    ) -> Result<
-        (
-            SendHalf,
-            Result<(hello::Ask, Vec<u8>, [u8; 32], [u8; 32]), Fault>,
-        ),
-        Fault,
-    > {
+    ) -> Result<(SendHalf, Result<hello::Asked, Fault>), Fault> {
         let (send, mut recv) = link
             .accept()
             .await
             .ok_or_else(|| Fault::unreachable("a joining site went away before it asked"))?;
-        let read = async {
-            let ask: hello::Ask = hello::receive(&mut recv).await?;
-            let csr = hello::decode(&ask.csr)?;
-            let key_hash = key_hash(&read_csr(&csr)?);
-            let secret = <[u8; 32]>::try_from(hello::decode(&ask.secret)?)
-                .map_err(|_| Fault::integrity("the token's secret is not 32 bytes"))?;
-            Ok::<_, Fault>((ask, csr, secret, key_hash))
-        };
+        let read = async { hello::receive::<hello::Ask>(&mut recv).await?.read() };
         Ok((send, read.await))
     }
 

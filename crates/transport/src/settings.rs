@@ -1,19 +1,8 @@
 //! The settings of a connection, as `[line]` of the configuration gives them.
 
-use serde::{Deserialize, Serialize};
+use serde::Deserialize;
 
-/// Which congestion control a line uses.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, Default)]
-#[serde(rename_all = "lowercase")]
-pub enum Congestion {
-    /// By the round trip: CUBIC below 5 ms, BBR above.
-    #[default]
-    Auto,
-    /// BBR.
-    Bbr,
-    /// CUBIC.
-    Cubic,
-}
+pub use base::congestion::Congestion;
 
 /// `[line]`: how a connection is made and how it shares its path.
 #[derive(Debug, Clone, Default, Deserialize)]

@@ -13,7 +13,8 @@ use crate::publisher::{self, Asked, Uploaded};
 use base::fault::{Code, Reason};
 use content::manifest::Digest;
 use exchange::fetch::Fetcher;
-use exchange::wire::{self, AskHub, CONTROL, FromHub, FromSite};
+use exchange::wire;
+use model::protocol::{AskHub, CONTROL, FromHub, FromSite, Wanted, renewal};
 use transport::identity::{CertificateRequest, Claim, Holder, JoinToken, SiteIdentity};
 use transport::{self, Link};
 
@@ -298,7 +299,7 @@ async fn a_publisher_may_do_nothing_else() {
     let answer: String = wire::ask(
         &link,
         &AskHub::Renew {
-            request: wire::renewal(request.csr_der()).unwrap(),
+            request: renewal(request.csr_der()).unwrap(),
         },
     )
     .await
@@ -570,7 +571,7 @@ async fn a_site_that_has_another_version_is_not_told_the_manifest() {
 }
 
 /// What the hub says instead of the first frame.
-async fn refusal(link: &Link, digest: Digest, wanted: wire::Wanted) -> base::fault::Fault {
+async fn refusal(link: &Link, digest: Digest, wanted: Wanted) -> base::fault::Fault {
     let mut frames = Fetcher::new(link.clone(), digest, Arc::default())
         .ask(vec![wanted], 0)
         .await
@@ -607,11 +608,11 @@ async fn what_a_site_may_not_have_gets_the_answer_for_what_is_not_there() {
         b.root.pages[0].id,
         content::chunk::Hash::of(b"x"),
     );
-    let first_of = |page| wire::Wanted::Children {
+    let first_of = |page| Wanted::Children {
         page,
         ranges: vec![(0, 1)],
     };
-    let beside = |base| wire::Wanted::Delta {
+    let beside = |base| Wanted::Delta {
         ranges: vec![(0, 1)],
         base,
         against: (0, 1),
@@ -625,15 +626,15 @@ async fn what_a_site_may_not_have_gets_the_answer_for_what_is_not_there() {
     let link = bench.dial(&site).await;
 
     // Nothing is on its way to it. PushedManifest apart by nothing at all: class, words, advice.
-    let nothing = refusal(&link, absent, wire::Wanted::Root).await;
+    let nothing = refusal(&link, absent, Wanted::Root).await;
     assert_eq!(
         (nothing.code, nothing.reason),
         (Code::NotFound, Reason::SourceGone),
         "{nothing}"
     );
     for wanted in [
-        wire::Wanted::Root,
-        wire::Wanted::TopPages(vec![(0, 1)]),
+        Wanted::Root,
+        Wanted::TopPages(vec![(0, 1)]),
         first_of(page_of_a),
     ] {
         assert_eq!(
@@ -653,7 +654,7 @@ async fn what_a_site_may_not_have_gets_the_answer_for_what_is_not_there() {
         let fetcher = Fetcher::new(link.clone(), a.digest, Arc::default());
         fetcher.root().await.unwrap();
         fetcher
-            .ask(vec![wire::Wanted::TopPages(vec![(0, 1)])], 0)
+            .ask(vec![Wanted::TopPages(vec![(0, 1)])], 0)
             .await
             .unwrap()
             .next()
@@ -661,7 +662,7 @@ async fn what_a_site_may_not_have_gets_the_answer_for_what_is_not_there() {
             .unwrap();
         assert_eq!(refusal(&link, a.digest, first_of(page_of_a)).await, nothing);
     }
-    assert_eq!(refusal(&link, a.digest, wire::Wanted::Root).await, nothing);
+    assert_eq!(refusal(&link, a.digest, Wanted::Root).await, nothing);
 
     // Of one artifact it may read all, and by its name nothing of the other.
     bench
@@ -694,7 +695,7 @@ async fn what_a_site_may_not_have_gets_the_answer_for_what_is_not_there() {
             "{wanted:?}"
         );
     }
-    assert_eq!(refusal(&link, b.digest, wire::Wanted::Root).await, nothing);
+    assert_eq!(refusal(&link, b.digest, Wanted::Root).await, nothing);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -8,7 +8,7 @@ use base::fault::Reason;
 use content::chunk::DEFAULT_CHUNKING;
 use content::frame::Frame;
 use content::manifest::{Builder, Root};
-use exchange::wire::Report;
+use model::protocol::Report;
 use registry::image::OCI_MANIFEST;
 
 /// A hub whose store holds the content of `notes.txt` under a wrong length, and an artifact that

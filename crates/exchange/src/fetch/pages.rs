@@ -10,7 +10,7 @@ use futures::StreamExt;
 use tokio::time::timeout;
 
 use super::{Fetcher, Library, Opened, Ranges, WRITE_MAX, takes_nothing};
-use crate::wire::{PRIORITY_MANIFEST, Peer, Wanted};
+use crate::wire::{PRIORITY_MANIFEST, Peer};
 use base::blocking::blocking;
 use base::fault::{Fault, Reason};
 use base::limits::{
@@ -23,6 +23,7 @@ use content::manifest::{
     Digest, Listed, PageRef, Pages, Root, entry_pages, level_below, top_level,
 };
 use content::store::Store;
+use model::protocol::Wanted;
 use transport::SendHalf;
 
 /// Manifest requests on the way at once.

@@ -38,7 +38,6 @@ use tokio_util::sync::CancellationToken;
 
 use crate::chunk_index::{At, ChunkIndex, Commit, Journal, Reader};
 use crate::fetch::{self, Fetcher};
-use crate::wire::Wanted;
 use base::blocking::blocking;
 use base::buffers::Buffers;
 use base::fault::{Fault, Reason};
@@ -51,6 +50,7 @@ use content::chunk::Hash;
 use content::frame::Frame;
 use content::manifest::{ChunkPosition, ChunkRef, FileInfo, Walk};
 use content::store::Store;
+use model::protocol::Wanted;
 use sink::stage::Stage;
 use sink::{Incoming, Sink};
 

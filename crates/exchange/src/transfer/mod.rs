@@ -35,10 +35,10 @@ use tokio::sync::{Notify, mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
-use crate::wire::Desired;
 use base::fault::Fault;
 use base::names::{ArtifactRef, Kind, SiteName, TransferId};
 use content::manifest::{Digest, Root};
+use model::protocol::Desired;
 use model::transfer::{Bytes, Effect, State};
 use sink::{Incoming, Sink};
 use state::{Adopted, Body, Catalogue, TransferRow, Want};

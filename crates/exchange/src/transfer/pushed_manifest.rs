@@ -11,11 +11,11 @@ use base64::engine::general_purpose::STANDARD as BASE64;
 
 use super::{Counters, Runner};
 use crate::fetch::take_manifest;
-use crate::wire::PushedManifest;
 use base::blocking::blocking;
 use base::fault::Fault;
 use base::limits::PUSHED_MANIFESTS_MAX;
 use content::manifest::{Digest, Root};
+use model::protocol::PushedManifest;
 
 impl Runner {
     /// Takes in manifests that the hub tells of by itself. They are hints: what is wrong with one

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 
 use content::chunk::Hash;
 use content::manifest::Digest;
-use exchange::wire::Wanted;
+use model::protocol::Wanted;
 use serde_json::{Value, json};
 use xxhash_rust::xxh3::Xxh3;
 

@@ -7,7 +7,7 @@ use std::time::Duration;
 use base::limits::CONNECTION_SEND_BYTES_MAX;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
-use exchange::wire::{FetchRequest, Wanted};
+use model::protocol::{FetchRequest, Wanted};
 use packhorse::config::ConnectionSettings;
 use serde_json::{Value, json};
 use transport::identity::{CertificateRequest, Claim, JoinToken, SiteIdentity};

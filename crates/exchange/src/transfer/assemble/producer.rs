@@ -12,11 +12,11 @@ use super::{
 };
 use crate::chunk_index::{At, Journal};
 use crate::fetch::Ranges;
-use crate::wire::Wanted;
 use base::fault::Fault;
 use base::limits::{FETCH_BATCH_BYTES, FETCH_BATCH_CHUNKS_MAX};
 use content::chunk::Hash;
 use content::manifest::{EntryBody, Step};
+use model::protocol::Wanted;
 use sink::stage::Stage;
 
 /// Chunks of a file that is shared whole at the most, some 34 GiB: each takes 150 bytes of memory

@@ -1,0 +1,142 @@
+//! Messages of the control stream: what a site reports, and what the hub wants of it.
+//!
+//! Each is one JSON object with one member, the name of the message: `{"hello":{…}}`, `{"report":[…]}`, `{"desired":{…}}`. A message has
+//! [`base::limits::CONTROL_FRAME_BYTES_MAX`] bytes at most. Nothing depends on one of them: lists are sent whole, and a report may be
+//! lost or arrive twice.
+
+use base::congestion::Congestion;
+use base::limits::{ALLOW_ENTRIES_MAX, CONTROL_FRAME_BYTES_MAX};
+use base::names::{ArtifactRef, DeliveryId, SiteSelector, TransferId};
+use base::number;
+use base::text::{Exact, Lenient, Message, Version};
+use content::manifest::Digest;
+use serde::{Deserialize, Serialize};
+
+use crate::run::{DesiredRun, Lineage, RunReport};
+use crate::transfer::{Body, State, Want};
+
+/// From a site.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FromSite {
+    /// The first message of a connection.
+    Hello {
+        /// The version of the site's program.
+        version: Version,
+        /// The sites with which this site shares what is published at it: names or selectors; `None`: all sites.
+        #[serde(default)]
+        share: Option<AllowList>,
+        /// The sites that this site trains for: names, or `all`. `None`: an older site, which decides by itself.
+        #[serde(default)]
+        train: Option<AllowList>,
+        /// The congestion control that the site's connection is set to; the hub sends with it too.
+        #[serde(default)]
+        congestion: Congestion,
+    },
+    /// The state of transfers; any number of times for each.
+    Report(Vec<Report>),
+    /// The state of training runs at this site; any number of times for each.
+    Runs(Vec<RunReport>),
+    /// Every artifact that was published here in place and whose files have changed, and how; sent whole on connecting and whenever
+    /// it differs.
+    Changed(Vec<(ArtifactRef, Message)>),
+}
+
+/// An `allow` list of a site: the sites that it shares with, or that it trains for. An entry that is not a selection of sites is
+/// left out, and allows no site.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(from = "Vec<Lenient<SiteSelector>>")]
+pub struct AllowList(Vec<SiteSelector>);
+
+impl AllowList {
+    /// The list in a configuration.
+    pub fn of(allow: &[String]) -> Self {
+        Self(allow.iter().filter_map(|text| text.parse().ok()).collect())
+    }
+
+    /// Each entry as text.
+    pub fn texts(&self) -> Vec<String> {
+        self.0.iter().map(ToString::to_string).collect()
+    }
+}
+
+impl From<Vec<Lenient<SiteSelector>>> for AllowList {
+    fn from(list: Vec<Lenient<SiteSelector>>) -> Self {
+        Self(
+            list.into_iter()
+                .filter_map(|entry| entry.0)
+                .take(ALLOW_ENTRIES_MAX)
+                .collect(),
+        )
+    }
+}
+
+/// The state of a transfer.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Report {
+    /// The transfer.
+    pub id: TransferId,
+    /// The attempt that it is about.
+    pub generation: i64,
+    /// The state.
+    pub state: State,
+    /// Everything else.
+    pub body: Body,
+}
+
+/// From the hub.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FromHub {
+    /// The desired state of the site; sent whole whenever it changes, so that no single message matters.
+    Desired {
+        /// Increases with every change.
+        revision: u64,
+        /// The transfers that have not ended.
+        transfers: Vec<Desired>,
+        /// The training runs that this site trains, or has to clean up after.
+        #[serde(default)]
+        runs: Vec<DesiredRun>,
+        /// Manifests of new artifacts, if they are small, so that the site need not request them: this saves a round trip.
+        #[serde(default)]
+        manifests: Vec<PushedManifest>,
+    },
+}
+
+/// A manifest that the hub sends without a request.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct PushedManifest {
+    /// The artifact.
+    pub digest: Digest,
+    /// The frames of the root manifest and of the pages that it lists, one after the other, in base64.
+    pub frames: Exact<CONTROL_FRAME_BYTES_MAX>,
+}
+
+/// A transfer that the hub wants.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Desired {
+    /// Its id.
+    pub id: TransferId,
+    /// Its delivery.
+    pub delivery: DeliveryId,
+    /// The artifact.
+    pub artifact: ArtifactRef,
+    /// Its digest.
+    pub digest: Digest,
+    /// Run, pause or cancel.
+    pub want: Want,
+    /// Increased by every retry.
+    #[serde(deserialize_with = "number::generation")]
+    pub generation: i64,
+    /// Bytes of the artifact.
+    #[serde(deserialize_with = "number::count")]
+    pub total: u64,
+    /// When it was requested.
+    pub created_ms: i64,
+    /// The transfers to this site that go first: labels come after their dataset.
+    #[serde(default)]
+    pub after: Vec<TransferId>,
+    /// What the artifact was made of, where that is known.
+    #[serde(default)]
+    pub lineage: Option<Lineage>,
+}
