@@ -1,18 +1,18 @@
-//! Where chunks lie at a site: its own files and blobs are its chunk store.
+//! Where a site stores chunks: its own files and blobs are its chunk store.
 //!
-//! A B-tree on disk (redb) at `<data_dir>/places.redb` maps a chunk's name to a place, an entry and
-//! an offset. A place is one artifact's files: first its staging folder, after the commit what the
-//! sink says. What the index says is a hint: whoever reads a chunk by it hashes the bytes, and
-//! forgets the hint when they are others.
+//! A B-tree on disk (redb) at `<data_dir>/places.redb` maps the hash of a chunk to a storage
+//! location, an entry and an offset. A location holds the files of one artifact: first its staging
+//! folder, after the commit the folder or repository that the sink reports. A row of the index is a
+//! hint: the reader of a chunk hashes the bytes, and removes the row when the hash differs.
 //!
-//! It is also the journal of transfers: which chunks of a staged artifact are durable, a bit each.
-//! Rows and bits are written only after the bytes they speak of were synced, so after a kill or a
-//! power cut a transfer goes on where the last commit stood and nothing is hashed again. Bits are
-//! written at every group commit; rows, which lie all over the tree and would have most of it
-//! copied each time, once there are many. A place whose rows are behind its bits is made good when
-//! its transfer goes on (see [`ChunkIndex::is_behind`]).
+//! The same file holds the journals of transfers: one bit for each chunk of a staged artifact, set
+//! when the chunk is durable. Rows and bits are written only after their bytes were synced. After a
+//! kill or a power cut a transfer resumes from the last commit, and nothing is hashed again. Bits
+//! are written at every group commit. Rows are spread over the whole tree, and a commit copies each
+//! page that it changes, so rows are written in large batches. A location whose rows are older than
+//! its bits is completed when its transfer resumes (see [`ChunkIndex::is_behind`]).
 //!
-//! A damaged file is set aside, and a damaged or missing one is made again (see [`Loss`]).
+//! A damaged file is moved aside, and a damaged or missing file is rebuilt (see [`Loss`]).
 
 mod loss;
 mod reader;
@@ -42,7 +42,7 @@ pub use loss::Loss;
 pub use reader::{Reader, buffers};
 
 const CACHE_BYTES: usize = 16 << 20;
-/// Journal bits that are written together.
+/// Journal bits in one row.
 const SEGMENT_BITS: u64 = 1 << 16;
 const SEGMENT_WORDS: usize = (SEGMENT_BITS / 64) as usize;
 const FILE: &str = "places.redb";
@@ -53,42 +53,42 @@ const CHUNKS: TableDefinition<'_, &[u8; 32], ChunkRow> = TableDefinition::new("c
 const ENTRIES: TableDefinition<'_, (u32, u64), (&str, u64, &[u8; 32])> =
     TableDefinition::new("entries");
 const PLACES: TableDefinition<'_, u32, &str> = TableDefinition::new("places");
-/// The next place's number: numbers are never used again, so that no late row can be taken for
-/// another place's.
+/// The number of the next location. A number is never used again, so that a late row cannot be
+/// taken for a row of another location.
 const NEXT: TableDefinition<'_, (), u32> = TableDefinition::new("next");
-/// Location and segment → the segment's bits in words of 64, little endian, and their
-/// XXH3-64 with place and segment before them (8 bytes, little endian; rows of older versions end
-/// before it). A wrong bit would have a chunk taken as written that is not.
+/// Location and segment → the bits of the segment in words of 64, little endian, and their XXH3-64
+/// with location and segment before them (8 bytes, little endian; rows of older versions have no
+/// checksum). A wrong bit would mark a chunk as written that is not.
 const JOURNAL: TableDefinition<'_, (u32, u32), &[u8]> = TableDefinition::new("journal");
 
-/// Where a chunk lies.
+/// Where a chunk is stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct At {
-    /// The place.
+    /// The number of the storage location.
     pub place: u32,
-    /// The entry's number in the place's manifest.
+    /// The entry's number in the manifest of that location.
     pub entry: u64,
-    /// Where it begins in the entry's file, bytes.
+    /// Its offset in the entry's file, bytes.
     pub offset: u64,
     /// Bytes.
     pub len: u32,
 }
 
-/// One place.
+/// One storage location.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct LocationInfo {
-    /// Where.
+    /// The folder or repository.
     pub place: StorageLocation,
     /// The artifact's digest.
     pub digest: Digest,
-    /// The transfer that stages it, until it has landed.
+    /// The transfer that stages it; `None` after its commit.
     pub transfer: Option<String>,
-    /// Whether its files are somebody else's, published where they lie: he may write into them, so
-    /// none may be shared by link.
+    /// Whether its files belong to somebody else (published in place). The owner may write to them,
+    /// so they are never shared by hard link.
     #[serde(default)]
     pub foreign: bool,
-    /// Whether its journal is being made from what lies in the staging folder: what it does not
-    /// have yet may be there all the same.
+    /// Whether its journal is being rebuilt from the staging folder. The folder may hold more than
+    /// the journal lists.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub adopting: bool,
 }
@@ -107,7 +107,7 @@ fn with_sum(place: u32, segment: u32, mut bits: Vec<u8>) -> Vec<u8> {
     bits
 }
 
-/// The bits of a row of the journal that should have so many words; `None`: it is damaged.
+/// The bits of a journal row that should have so many words; `None`: the row is damaged.
 fn sound_segment(place: u32, segment: u32, row: &[u8], words: usize) -> Option<&[u8]> {
     if row.len() == words * 8 {
         return Some(row);
@@ -117,18 +117,18 @@ fn sound_segment(place: u32, segment: u32, row: &[u8], words: usize) -> Option<&
         .then_some(bits)
 }
 
-/// What one group commit makes known.
+/// What one group commit records.
 #[derive(Debug, Default)]
 pub struct Commit {
-    /// Chunks that are durable now.
+    /// Chunks that are durable.
     pub chunks: Vec<(Hash, At)>,
-    /// The files that they are in.
+    /// Their files.
     pub entries: Vec<(u64, RelPath, FileInfo)>,
     /// Their ordinals.
     pub ordinals: Vec<u64>,
 }
 
-/// A transfer's journal: a bit for every chunk of the artifact.
+/// A transfer's journal: one bit for each chunk of the artifact.
 #[derive(Debug)]
 pub struct Journal {
     bits: Vec<u64>,
@@ -157,7 +157,7 @@ impl Journal {
         }
     }
 
-    /// How many are.
+    /// The number of durable chunks.
     pub fn count(&self) -> u64 {
         self.set
     }
@@ -175,23 +175,23 @@ impl Journal {
 pub struct ChunkIndex {
     tree: Tree,
     known: RwLock<HashMap<u32, Arc<LocationInfo>>>,
-    /// Staging places that may lack rows of chunks that their journal has.
+    /// Staging locations that may lack rows of chunks that their journal lists.
     behind: Mutex<HashSet<u32>>,
     data_dir: PathBuf,
     /// The last loss of the file, if there was one.
     loss: Mutex<Option<Loss>>,
 }
 
-/// What to do when the file is damaged while it is in use.
-const RESTART: &str = "restart the daemon: it sets the damaged file aside and makes it again from the artifacts that are here";
+/// The next step when the file is damaged while it is in use.
+const RESTART: &str = "restart the daemon: it moves the damaged file aside and rebuilds it from the artifacts at this site";
 
 impl ChunkIndex {
-    /// Opens or makes it. A damaged file is set aside, and a new one is made.
+    /// Opens or creates it. A damaged file is moved aside and replaced by a new one.
     pub fn open(data_dir: &Path) -> Result<Self, Fault> {
         Self::open_expected(data_dir, false)
     }
 
-    /// The same. `expected`: the file was there before, so that its absence is a loss.
+    /// The same. `expected`: the file existed before, so its absence is a loss.
     pub fn open_expected(data_dir: &Path, expected: bool) -> Result<Self, Fault> {
         let path = data_dir.join(FILE);
         if !path.exists() {
@@ -206,7 +206,7 @@ impl ChunkIndex {
             other => {
                 let why = match other {
                     Ok(old) => {
-                        // Closed before another file has its name.
+                        // Closed before another file gets this name.
                         drop(old);
                         format!("{} was damaged", path.display())
                     }
@@ -252,7 +252,7 @@ impl ChunkIndex {
             })?;
             known.insert(number, Arc::new(info));
         }
-        // What the process before had not written, nobody knows.
+        // What the previous process had not written is unknown.
         let behind = known
             .iter()
             .filter(|(_, info): &(_, &Arc<LocationInfo>)| info.transfer.is_some())
@@ -268,13 +268,13 @@ impl ChunkIndex {
         })
     }
 
-    /// The last loss of the file: what it knew comes back from the catalogue, the manifests and the
+    /// The last loss of the file. Its content is rebuilt from the catalogue, the manifests and the
     /// staging folders.
     pub fn loss(&self) -> Option<Loss> {
         self.loss.lock().clone()
     }
 
-    /// Notes that the rows of all artifacts are back, of so many.
+    /// Records that the rows of all `artifacts` are rebuilt.
     pub fn rebuilt(&self, artifacts: u64) -> Result<(), Fault> {
         let mut loss = self.loss.lock();
         if let Some(loss) = loss.as_mut() {
@@ -283,12 +283,12 @@ impl ChunkIndex {
         Ok(())
     }
 
-    /// What is known of a place; `None` once it is gone.
+    /// A location; `None` after its removal.
     pub fn info(&self, place: u32) -> Option<Arc<LocationInfo>> {
         self.known.read().get(&place).cloned()
     }
 
-    /// The place that this transfer stages in, if it began.
+    /// The staging location of this transfer, if it has one.
     pub fn staged_by(&self, transfer: &str) -> Option<u32> {
         self.known
             .read()
@@ -297,11 +297,11 @@ impl ChunkIndex {
             .map(|(number, _)| *number)
     }
 
-    /// Makes a place known, or changes where a known one is.
+    /// Adds a location, or changes a known one.
     pub fn put(&self, number: Option<u32>, info: LocationInfo) -> Result<u32, Fault> {
         let mut known = self.known.write();
         let text = serde_json::to_string(&info)
-            .map_err(|e| Fault::internal(format!("a place as JSON: {e}")))?;
+            .map_err(|e| Fault::internal(format!("a storage location as JSON: {e}")))?;
         let number = self.tree.write(|write| {
             let number = match number {
                 Some(number) => number,
@@ -324,7 +324,7 @@ impl ChunkIndex {
         Ok(number)
     }
 
-    /// Forgets a place. Its chunks' rows stay until [`ChunkIndex::sweep`] comes to them.
+    /// Removes a location. The rows of its chunks stay until [`ChunkIndex::sweep`] removes them.
     pub fn remove(&self, number: u32) -> Result<(), Fault> {
         let mut known = self.known.write();
         self.tree.write(|write| {
@@ -342,7 +342,7 @@ impl ChunkIndex {
         Ok(())
     }
 
-    /// The landed place of an artifact that lies here, if it is known.
+    /// The committed location of an artifact at this site, if it is known.
     pub fn landed(&self, digest: Digest, place: &StorageLocation) -> Option<u32> {
         let known = self.known.read();
         known
@@ -351,8 +351,8 @@ impl ChunkIndex {
             .map(|(number, _)| *number)
     }
 
-    /// Notes where chunks of landed places lie. `anew`: even those of which another landed place is
-    /// known already.
+    /// Records chunks of committed locations. `anew`: also those for which another committed
+    /// location is known.
     pub fn note(
         &self,
         rows: &mut Vec<(Hash, At)>,
@@ -381,18 +381,18 @@ impl ChunkIndex {
         })
     }
 
-    /// Whether a staging place may lack rows of chunks that its journal has: whoever goes on with
-    /// it notes them, then says so.
+    /// Whether a staging location may lack rows of chunks that its journal lists. The task that
+    /// resumes the transfer adds them, then calls [`ChunkIndex::caught_up`].
     pub fn is_behind(&self, place: u32) -> bool {
         self.behind.lock().contains(&place)
     }
 
-    /// Every chunk that the place's journal has was noted.
+    /// Every chunk that the location's journal lists has a row.
     pub fn caught_up(&self, place: u32) {
         self.behind.lock().remove(&place);
     }
 
-    /// Forgets every place of an artifact that has landed.
+    /// Removes every committed location of an artifact.
     pub fn remove_digest(&self, digest: Digest) -> Result<(), Fault> {
         let gone: Vec<u32> = self
             .known
@@ -404,7 +404,7 @@ impl ChunkIndex {
         gone.into_iter().try_for_each(|number| self.remove(number))
     }
 
-    /// Where these chunks lie, as far as it is known.
+    /// Where these chunks are stored, as far as it is known.
     pub fn find(&self, ids: &[Hash]) -> Result<Vec<Option<At>>, Fault> {
         let known = self.known.read();
         if known.is_empty() {
@@ -428,12 +428,12 @@ impl ChunkIndex {
         })
     }
 
-    /// The file that an entry of a place is.
+    /// The file of an entry of a location.
     pub fn entry(&self, place: u32, entry: u64) -> Result<Option<(RelPath, FileInfo)>, Fault> {
         Ok(self.entries(&[(place, entry)])?.pop().flatten())
     }
 
-    /// [`ChunkIndex::entry`] for many: index, each with the number of an entry.
+    /// [`ChunkIndex::entry`] for many: locations, each with the number of an entry.
     pub fn entries(
         &self,
         wanted: &[(u32, u64)],
@@ -468,18 +468,18 @@ impl ChunkIndex {
             .collect()
     }
 
-    /// Forgets that a chunk lies there: its bytes were others.
+    /// Removes the row of a chunk whose stored bytes do not match its hash.
     pub fn forget(&self, id: Hash) -> Result<(), Fault> {
         self.tree.write(|write| {
-            // Losing this in a crash costs one more look.
+            // After a crash the row is checked once more.
             write.set_durability(redb::Durability::None)?;
             write.open_table(CHUNKS)?.remove(&id.0)?;
             Ok(())
         })
     }
 
-    /// A transfer's journal as it was last committed. A part of it that is damaged counts as empty:
-    /// its chunks are fetched again.
+    /// A transfer's journal as of its last commit. A damaged part counts as empty: its chunks are
+    /// fetched again.
     pub fn journal(&self, place: u32, chunks: u64) -> Result<Journal, Fault> {
         let rows: Vec<(u32, Vec<u8>)> = self.tree.read(|read| {
             let journal = read.open_table(JOURNAL)?;
@@ -512,7 +512,7 @@ impl ChunkIndex {
         Ok(Journal { bits, set })
     }
 
-    /// Takes back that these chunks are durable: their file is to be written again.
+    /// Clears the bits of these chunks: their file must be written again.
     pub fn uncommit(
         &self,
         place: u32,
@@ -538,8 +538,8 @@ impl ChunkIndex {
         })
     }
 
-    /// Writes a little, where there is room for more. Called after a failure, before bytes are sent
-    /// again that could not be noted.
+    /// Writes a small value. Called after a failed write, before more bytes are requested that
+    /// could not be recorded.
     pub fn trial(&self) -> Result<(), Fault> {
         let space = Space::of(&self.data_dir)?;
         if !space.has(STATE_WRITE_BYTES_MIN, 1) {
@@ -557,24 +557,24 @@ impl ChunkIndex {
         })
     }
 
-    /// Makes a group commit known. Everything in it must be synced. One without chunks leaves them
-    /// to a later one.
+    /// Records a group commit. Everything in it must be synced. A commit without chunks leaves
+    /// their rows to a later commit.
     pub fn commit(
         &self,
         place: u32,
         journal: &RwLock<Journal>,
         commit: &mut Commit,
     ) -> Result<(), Fault> {
-        // In the order of their names: neighbours share a leaf of the tree.
+        // In the order of their hashes: neighbours share a leaf of the tree.
         commit.chunks.sort_unstable_by_key(|(id, _)| *id);
         let known = self.known.read();
         if !known.contains_key(&place) {
             return Err(Fault::internal(
-                "the staging place of this transfer is gone",
+                "the staging location of this transfer is gone",
             ));
         }
-        // A row that names a version which has landed is worth more than one of a staging folder
-        // that may go away.
+        // A row of a committed version is worth more than a row of a staging folder, which may be
+        // removed.
         let keep = |row: &ChunkRow| {
             row.0 != place
                 && known
@@ -729,7 +729,7 @@ mod tests {
         let index = ChunkIndex::open(dir.path()).unwrap();
         assert!(
             index.is_behind(place),
-            "who knows what a process that ended had not written"
+            "it is unknown what the previous process had not written"
         );
         index
             .note(&mut vec![row(1), row(2)], &mut Vec::new(), false)
@@ -779,7 +779,7 @@ mod tests {
         assert_eq!(
             index.staged_by("t-1"),
             None,
-            "nothing of the damaged file is believed"
+            "nothing of the damaged file is used"
         );
         assert_eq!(
             std::fs::read(loss.aside.as_ref().unwrap()).unwrap(),

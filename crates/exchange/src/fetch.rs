@@ -1,9 +1,9 @@
-//! Fetching: one side asks for chunks by where a manifest names them, the other gives the stored
-//! frames as they are.
+//! Fetching: one side requests chunks by their position in a manifest, the other sends the stored
+//! frames unchanged.
 //!
-//! Both sides of the fetch stream live here: [`serve`] answers from a [`Library`], [`Fetcher`]
-//! asks; `pages` is what is particular to manifest pages. What comes back is not trusted: the asker
-//! verifies every frame against the name that its manifest says.
+//! Both sides of the fetch stream are here: [`serve`] answers from a [`Library`], [`Fetcher`] sends
+//! requests; `pages` holds what is specific to manifest pages. Received data is not trusted: the
+//! requester verifies every frame against the hash in its manifest.
 
 mod pages;
 
@@ -39,21 +39,21 @@ use content::store::Store;
 use model::protocol::{FETCH, FetchRequest, Wanted};
 use transport::{Link, RecvHalf, SendHalf, Want};
 
-/// Parsed pages remembered for each open artifact: about 1 MiB.
+/// Parsed pages cached for each open artifact: about 1 MiB.
 const RECENT_PAGES_MAX: usize = 64;
-/// How often a line whose answer does not come is looked at.
+/// How often a connection with an overdue answer is checked.
 const LOOK_EVERY: Duration = Duration::from_secs(5);
 /// Raw bytes that are read from the store for one answer before they are sent.
 const ANSWER_BYTES: u64 = 1 << 20;
-/// How long a peer may take for one piece of an answer: with what goes before it, at 20 KB/s.
+/// How long a peer may take for one piece of an answer: with the data before it, at 20 KB/s.
 const WRITE_MAX: Duration = Duration::from_secs(900);
-/// Pieces of a stream that are taken, a packet each at the most, or written at once.
+/// Pieces of a stream that are received (a packet each at most) or written at once.
 const PIECES: usize = 64;
-/// Room for the frame that goes beyond what was asked for.
+/// Room for the frame that exceeds the requested bytes.
 const FRAME_BYTES_USUAL: usize = HEADER_BYTES + (128 << 10);
-/// Buffers for frames that are kept while a transfer runs…
+/// Frame buffers that are kept while a transfer runs…
 const BUFFERS_KEPT: usize = 16;
-/// …each of this size at the most.
+/// …each of at most this size.
 const BUFFER_BYTES_MAX: usize = 2 << 20;
 
 /// An artifact that is open for reading by a peer.
@@ -62,16 +62,15 @@ pub struct Opened {
     pub digest: Digest,
     /// Its root manifest.
     pub root: Root,
-    /// Every page of it: what a request may name.
+    /// All its pages: a request may name these.
     pub pages: HashSet<Hash>,
     /// Its entry pages, in order.
     entry_pages: Vec<PageRef>,
-    /// Whether its bytes live elsewhere (at the hub: at a site).
+    /// Whether its bytes are at another daemon (for the hub: at a site).
     pub relayed: bool,
-    /// The children of the pages that were named last: a page is named by many requests behind each
-    /// other.
+    /// The children of the pages that were named last: consecutive requests name the same page.
     recent: Mutex<VecDeque<(Hash, Arc<Vec<ChunkRef>>)>>,
-    /// The root manifest as it is sent, made when it is first asked for.
+    /// The root manifest as it is sent, created by the first request.
     root_frame: OnceCell<Bytes>,
 }
 
@@ -95,7 +94,7 @@ impl Opened {
         })
     }
 
-    /// The same, of which the bytes live elsewhere.
+    /// The same for an artifact whose bytes are at another daemon.
     pub fn relayed(self, relayed: bool) -> Self {
         Self { relayed, ..self }
     }
@@ -119,8 +118,8 @@ impl Opened {
         self.root_frame.get_or_try_init(make).await.cloned()
     }
 
-    /// What a page of this artifact lists. A page that is not one of its own is as good as not
-    /// there.
+    /// The entries of a page of this artifact. A page of another artifact gets the same answer as a
+    /// missing page.
     async fn children(
         self: &Arc<Self>,
         peer: &Peer,
@@ -147,14 +146,14 @@ impl Opened {
     }
 }
 
-/// Gives out artifacts.
+/// Provides artifacts to peers.
 #[async_trait]
 pub trait Library: Send + Sync {
-    /// The artifact, if this peer may read it. What does not exist and what he may not see get the
-    /// same answer.
+    /// The artifact, if this peer may read it. A missing artifact and a forbidden one get the same
+    /// answer.
     async fn open(&self, peer: &Peer, digest: Digest) -> Result<Arc<Opened>, Fault>;
-    /// Waits until these can be had, or says why they cannot: asked before a share of the budget is
-    /// taken.
+    /// Waits until these chunks are available, or returns why they are not: called before a share
+    /// of the budget is taken.
     async fn ready(
         &self,
         _peer: &Peer,
@@ -164,21 +163,21 @@ pub trait Library: Send + Sync {
     ) -> Result<(), Fault> {
         Ok(())
     }
-    /// Whether this peer may read the content of what it opened, and not only its manifest.
+    /// Whether this peer may read the content of an opened artifact, and not only its manifest.
     async fn may_read_content(&self, _peer: &Peer, _opened: &Opened) -> Result<bool, Fault> {
         Ok(true)
     }
-    /// A share of the daemon's budget for this many bytes, out of what this peer may have of it.
+    /// A share of the daemon's budget for this many bytes, within this peer's part of it.
     async fn share(&self, peer: &Peer, bytes: u64, priority: i32) -> Result<Share, Fault>;
-    /// A place among the blocking work of this peer, where that is bounded; it is kept while the
-    /// work goes on, and never while anything else of the peer is waited for.
+    /// A permit for blocking work of this peer, if that is bounded. It is held during the work, and
+    /// never while waiting for anything else of the peer.
     async fn work_place(&self, _peer: &Peer) -> Option<OwnedSemaphorePermit> {
         None
     }
     /// A page's raw bytes.
     async fn page(&self, opened: &Opened, page: Hash) -> Result<Bytes, Fault>;
     /// The frames of these children of an opened artifact, in order, in any number of pieces, each
-    /// piece as soon as it is here.
+    /// as soon as it is available.
     async fn frames(
         &self,
         peer: &Peer,
@@ -189,24 +188,24 @@ pub trait Library: Send + Sync {
     ) -> Result<Pieces, Fault>;
 }
 
-/// Frames behind each other, cut anywhere.
+/// Consecutive frames, split anywhere.
 pub type Pieces = BoxStream<'static, Result<Bytes, Fault>>;
 
-/// A child of a page, or of the root's list: which one, and what.
+/// A child of a page, or of the root's list.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Child {
-    /// Its place in the list.
+    /// Its index in the list.
     pub index: u32,
     /// The chunk or page.
     pub chunk: ChunkRef,
 }
 
-/// Pieces that are here already.
+/// Pieces that are available.
 pub fn pieces(all: Vec<Bytes>) -> Pieces {
     futures::stream::iter(all.into_iter().map(Ok)).boxed()
 }
 
-/// The answer to a peer that asks for what it may not have, or what is not there.
+/// The error for a peer that requests an artifact that is forbidden or missing.
 pub fn nothing_such() -> Fault {
     Fault::not_found("the hub has no such artifact for this site").with_reason(Reason::SourceGone)
 }
@@ -247,9 +246,9 @@ fn pick(all: &[ChunkRef], ranges: &[(u32, u32)]) -> Result<Vec<Child>, Fault> {
     Ok(out)
 }
 
-/// The frames of a root manifest and of the pages that it lists, behind each other, for a peer that
-/// did not ask; `None` when they have more than `most` bytes. Of what the root says of its pages
-/// nothing is believed.
+/// The frames of a root manifest and of the pages that it lists, concatenated, for a peer that did
+/// not request them; `None` when they have more than `most` bytes. The sizes that the root states
+/// are not trusted.
 pub async fn manifest_frames(
     peer: &Peer,
     library: &dyn Library,
@@ -277,7 +276,7 @@ pub async fn manifest_frames(
     Ok((out.len() <= most).then_some(out))
 }
 
-/// Takes in what [`manifest_frames`] gave: the root comes back, and the pages go to the store.
+/// Stores the result of [`manifest_frames`]: returns the root, and puts the pages in the store.
 /// Blocks.
 pub fn take_manifest(mut frames: Bytes, digest: Digest, store: &Store) -> Result<Root, Fault> {
     let mut next = || -> Result<Frame, Fault> {
@@ -298,7 +297,7 @@ pub fn take_manifest(mut frames: Bytes, digest: Digest, store: &Store) -> Result
     }
     if !frames.is_empty() {
         return Err(Fault::integrity(
-            "a manifest that was not asked for has more frames than pages",
+            "a pushed manifest has more frames than pages",
         ));
     }
     Ok(root)
@@ -334,8 +333,8 @@ async fn answer(
     .await;
     let request = request.map_err(|_| Fault::unreachable("a fetch request did not arrive"))??;
     let mut request = FetchRequest::parse(&request)?;
-    // Manifests and small artifacts go before large ones on the way back too; control goes before
-    // all of them.
+    // Answers have the same order as requests: manifests and small artifacts before large ones;
+    // control messages before all of them.
     request.priority = request.priority.clamp(0, PRIORITY_MANIFEST);
     send.set_priority(request.priority);
     let opened = library.open(peer, request.digest).await?;
@@ -363,7 +362,7 @@ async fn answer(
             Wanted::TopPages(ranges) => pick(&listed(&opened.root), ranges)?,
             Wanted::Children { page, ranges } => {
                 let children = pick(&opened.children(peer, *page, library).await?, ranges)?;
-                // What is no page of the manifest is content.
+                // Everything that is not a page of the manifest is content.
                 let has_content = children
                     .iter()
                     .any(|child| !opened.pages.contains(&child.chunk.id));
@@ -391,9 +390,9 @@ async fn answer(
             let (now, later) = children.split_at(count);
             children = later;
             library.ready(peer, &opened, wanted, now).await?;
-            // What is read and not yet taken by the line holds a share of the daemon's budget.
+            // Bytes that were read and not yet sent hold a share of the daemon's budget.
             let _share = library.share(peer, bytes, request.priority).await?;
-            // What is here is written at once: QUIC is woken once for all of it.
+            // Available pieces are written together: QUIC is woken once for all of them.
             let mut pieces = library
                 .frames(peer, &opened, wanted, now.to_vec(), request.priority)
                 .await?
@@ -419,39 +418,39 @@ fn takes_nothing(peer: &Peer) -> Fault {
     Fault::unreachable(format!("{peer} takes nothing from this stream"))
 }
 
-/// Asks one peer for one artifact.
+/// Requests one artifact from one peer.
 #[derive(Clone)]
 pub struct Fetcher {
     link: Link,
     digest: Digest,
     wire: Arc<AtomicU64>,
-    /// How long an answer may bring nothing of its own.
+    /// How long an answer may make no progress.
     idle_max: Duration,
 }
 
-/// The frames of one request, one by one or some at a time.
+/// The frames of one request, one by one or several at a time.
 pub struct Frames {
     link: Link,
     recv: RecvHalf,
     wire: Arc<AtomicU64>,
-    /// How long this stream may bring less than [`FETCH_PROGRESS_BYTES`] while it is waited for…
+    /// How long this stream may deliver less than [`FETCH_PROGRESS_BYTES`] while it is awaited…
     idle_max: Duration,
-    /// …how long it was waited for since it last brought as much, and what it brought since.
+    /// …how long it was awaited since its last progress, and the bytes since then.
     waited: Duration,
     brought: u64,
-    /// What came and is not part of a frame yet.
+    /// Received bytes that are not part of a frame yet.
     pieces: VecDeque<Bytes>,
-    /// Why the answer ended early, to be told once the frames that came before were taken.
+    /// Why the answer ended early, reported after the frames before it were taken.
     ended: Option<Fault>,
-    /// Keeps the request's stream until the answer is read…
+    /// Holds the request's stream until the answer is read…
     _send: SendHalf,
-    /// …and the room for it.
+    /// …and its permit.
     _want: Want,
 }
 
 fn silent() -> Fault {
     Fault::unreachable(format!(
-        "the line was silent for {} s",
+        "the connection was silent for {} s",
         SILENCE_MAX.as_secs()
     ))
     .with_reason(Reason::HubUnreachable)
@@ -459,12 +458,12 @@ fn silent() -> Fault {
 
 fn stalled(idle_max: Duration) -> Fault {
     broken(Fault::unreachable(format!(
-        "an answer brought nothing for {} s, though the line stands",
+        "an answer made no progress for {} s, although the connection works",
         idle_max.as_secs()
     )))
 }
 
-/// A line that broke is no fault of the transfer: it goes on when there is another.
+/// A broken connection is not a fault of the transfer, which resumes over the next one.
 fn broken(fault: Fault) -> Fault {
     Fault {
         retry: Retry::Backoff,
@@ -473,7 +472,7 @@ fn broken(fault: Fault) -> Fault {
 }
 
 impl Fetcher {
-    /// A fetcher of this artifact over this link, which counts what crosses the line in `wire`.
+    /// A fetcher of this artifact over this link; `wire` counts the transmitted bytes.
     pub fn new(link: Link, digest: Digest, wire: Arc<AtomicU64>) -> Self {
         Self {
             link,
@@ -483,18 +482,18 @@ impl Fetcher {
         }
     }
 
-    /// The same, which gives an answer up that brings nothing of its own for so long, whatever else
-    /// the line brings.
+    /// The same, with a deadline for an answer without progress, whatever else the connection
+    /// delivers.
     pub fn with_idle_max(self, idle_max: Duration) -> Self {
         Self { idle_max, ..self }
     }
 
-    /// The round trip of the line.
+    /// The round-trip time of the connection.
     pub fn rtt(&self) -> Duration {
         self.link.rtt()
     }
 
-    /// Asks. The frames come in the order of the request.
+    /// Sends a request. The frames come in its order.
     pub async fn ask(&self, wants: Vec<Wanted>, priority: i32) -> Result<Frames, Fault> {
         let request = FetchRequest {
             digest: self.digest,
@@ -559,16 +558,16 @@ impl Fetcher {
 }
 
 impl Frames {
-    /// The next frame as the peer sent it: its sum and its name are not checked yet,
-    /// [`Frame::verify`] does.
+    /// The next frame as the peer sent it: its checksum and its hash are not verified yet;
+    /// [`Frame::verify`] does that.
     pub async fn next(&mut self) -> Result<Frame, Fault> {
         let mut bytes = Vec::new();
         let (header, _) = self.append(&mut bytes).await?;
         frame(header, bytes.into())
     }
 
-    /// The next frames, as many as `bytes` of them need and `count` at the most, in one buffer out
-    /// of `buffers`. When the answer ends early, what came before that is given first.
+    /// The next frames, up to `bytes` and at most `count`, in one buffer of `buffers`. When the
+    /// answer ends early, the frames before the end are returned first.
     pub async fn some(
         &mut self,
         count: usize,
@@ -617,8 +616,8 @@ impl Frames {
         Ok((header, start..buffer.len()))
     }
 
-    /// Moves exactly `len` bytes from the line to the end of the buffer: one copy, and nothing is
-    /// zeroed before.
+    /// Moves exactly `len` bytes from the connection to the end of the buffer: one copy, without
+    /// zeroing before.
     async fn take(&mut self, mut len: usize, buffer: &mut Vec<u8>) -> Result<(), Fault> {
         while len > 0 {
             let Some(first) = self.pieces.front_mut() else {
@@ -642,8 +641,8 @@ impl Frames {
         let count = {
             let read = self.recv.read_chunks(&mut pieces);
             tokio::pin!(read);
-            // What the streams of the line had brought in all when they last brought something, and
-            // when that was seen.
+            // The bytes of all streams of the connection at their last progress, and the time of
+            // that.
             let mut seen: Option<(u64, Instant)> = None;
             loop {
                 let look_after =
@@ -652,18 +651,18 @@ impl Frames {
                     break result.map_err(broken)?;
                 }
                 if self.waited + begun.elapsed() >= self.idle_max {
-                    // Only this answer is given up: the line may serve others.
+                    // Only this answer is given up: the connection may serve others.
                     return Err(stalled(self.idle_max));
                 }
-                // On a slow line this stream may wait long for its turn behind others: silent is a
-                // line whose streams bring nothing.
+                // On a slow connection this stream may wait long behind others: a connection is
+                // silent only if none of its streams delivers.
                 let brought = self.link.stream_bytes().1;
                 match seen {
                     Some((before, since)) if brought == before => {
                         if since.elapsed() >= SILENCE_MAX {
-                            // Packets may still be answered; whoever needs the line dials a new
-                            // one.
-                            self.link.close("it brought nothing for too long");
+                            // Packets may still be answered; the next request opens a new
+                            // connection.
+                            self.link.close("it made no progress for too long");
                             return Err(silent());
                         }
                     }
@@ -702,7 +701,7 @@ fn frame(header: Header, bytes: Bytes) -> Result<Frame, Fault> {
     }
 }
 
-/// Buffers for the frames of one transfer.
+/// Frame buffers of one transfer.
 pub fn buffers() -> Buffers {
     Buffers::new(BUFFERS_KEPT, FRAME_BYTES_USUAL, BUFFER_BYTES_MAX)
 }

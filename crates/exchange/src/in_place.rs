@@ -1,18 +1,18 @@
-//! The origin: gives out artifacts from where they were published, or landed, without a second copy
-//! of their bytes.
+//! Serves artifacts from where they were published or committed, without a second copy of their
+//! bytes.
 //!
-//! [`InPlaceReader::publish`] reads a source in and keeps nothing of it but its manifest, and a
-//! note in [`ChunkIndex`] of where each chunk lies. Entries whose content is not simply a file of
-//! the folder that was published are written to `<data_dir>/published/<digest>/`, each at its path
-//! in the artifact; so is the layout of an image that arrived, once somebody asks for it.
-//! [`fetch::serve`](crate::fetch::serve) reads the chunks from there again, hashes each, and never
-//! gives out one that changed: that is `integrity`, with the path. [`InPlaceReader::look`] finds
-//! what changed before anybody asks.
+//! [`InPlaceReader::publish`] reads a source and stores only its manifest, and a row in
+//! [`ChunkIndex`] for each chunk. Entries whose content is not simply a file of the published
+//! folder are written to `<data_dir>/published/<digest>/`, each at its path in the artifact. The
+//! same applies to the layout files of a received image when another site requests it.
+//! [`fetch::serve`](crate::fetch::serve) reads the chunks again, hashes each, and never sends a
+//! changed chunk: the error is `integrity`, with the path. [`InPlaceReader::look`] finds changed
+//! files before a request does.
 //!
-//! The site's daemon calls it, and so may whoever publishes from another machine; [`Holdings`] says
-//! what there is. The notes are hints: one that is missing, or names a place that is gone, is made
-//! anew from the manifest. A crash while publishing leaves a folder `published/p-…`, which
-//! [`InPlaceReader::clean`] takes away at the next start.
+//! The site's daemon calls it, and so does a publish from another machine; [`Holdings`] says which
+//! artifacts exist. The rows are hints: a missing or stale row is recreated from the manifest. A
+//! crash during a publish leaves a folder `published/p-…`, which [`InPlaceReader::clean`] removes
+//! at the next start.
 
 mod keep;
 mod watch;
@@ -47,36 +47,36 @@ use state::Catalogue;
 pub use keep::InPlace;
 pub use watch::{Look, Mark, RESTS};
 
-/// What to do about a file that changed after it was published.
+/// The next step for a file that changed after it was published.
 pub const CHANGED_NEXT: &str = "put the old content back and retry the transfer, or publish what is there now as a new version";
 
 /// Artifacts kept open.
 const OPENED_MAX: usize = 16;
 /// Rows of the index that are written together.
 const ROWS_TOGETHER: usize = 32 << 10;
-/// The notes of one artifact are made anew at most this often: a walk over a large manifest takes a
-/// while.
+/// The rows of one artifact are recreated at most this often: the walk over a large manifest takes
+/// time.
 const INDEX_EVERY: Duration = Duration::from_secs(30);
-/// So long it is believed that an artifact lies here.
+/// How long the answer of [`Holdings`] is cached.
 const HELD_FOR: Duration = Duration::from_secs(1);
 
-/// An artifact that lies here.
+/// An artifact at this site.
 #[derive(Debug, Clone)]
 pub struct HeldArtifact {
     /// Its root manifest.
     pub root: Root,
-    /// Every place where it lies, the best first.
+    /// Its storage locations, the best first.
     pub places: Vec<StorageLocation>,
 }
 
-/// Says what there is to give out.
+/// Says which artifacts this daemon can serve.
 #[async_trait]
 pub trait Holdings: Send + Sync {
-    /// The artifact of this digest, if it lies here.
+    /// The artifact with this digest, if this site holds it.
     async fn held(&self, digest: Digest) -> Result<Option<HeldArtifact>, Fault>;
 }
 
-/// Gives out what lies here. Cheap to clone.
+/// Serves the artifacts at this site. Cheap to clone.
 #[derive(Clone)]
 pub struct InPlaceReader {
     inner: Arc<Inner>,
@@ -89,23 +89,23 @@ struct Inner {
     /// `<data_dir>/published`
     kept: PathBuf,
     holdings: Arc<dyn Holdings>,
-    /// Reads blobs of the registry; `None` where there is none.
+    /// Reads blobs of the registry; `None`: the site has no registry.
     images: Option<Arc<dyn Sink>>,
     opened: Mutex<Vec<Arc<Opened>>>,
     budget: Budget,
-    /// The artifacts whose notes were just made anew; held while that goes on.
+    /// The artifacts whose rows were just recreated; locked while this runs.
     indexed: Mutex<ExpiringCache<Digest, ()>>,
-    /// What published files are read into.
+    /// Buffers for reading published files.
     buffers: Buffers,
-    /// What lay here a moment ago.
+    /// Recent answers of `holdings`.
     held: Mutex<ExpiringCache<Digest, ()>>,
-    /// Held while a folder in `kept` is made or replaced.
+    /// Locked while a folder in `kept` is created or replaced.
     keeping: Mutex<()>,
 }
 
 impl InPlaceReader {
-    /// An origin that keeps its pages in `store`, its notes in `places`, and what it must write
-    /// itself in `kept`. What is read and not yet sent takes no more than `memory` bytes.
+    /// A reader that stores its pages in `store`, its rows in `chunk_index`, and written content in
+    /// `kept`. Bytes that were read and not yet sent take at most `memory`.
     pub fn new(
         store: Store,
         chunk_index: Arc<ChunkIndex>,
@@ -134,7 +134,7 @@ impl InPlaceReader {
         }
     }
 
-    /// Takes away what a crash left, and what no artifact in `live` needs. Blocks.
+    /// Removes what a crash left, and what no artifact in `live` needs. Blocks.
     pub fn clean(&self, live: &[Digest]) -> Result<(), Fault> {
         let Ok(entries) = std::fs::read_dir(&self.inner.kept) else {
             return Ok(());
@@ -149,13 +149,13 @@ impl InPlaceReader {
         Ok(())
     }
 
-    /// The folder of what had to be written of an artifact.
+    /// The folder of an artifact's written content.
     fn kept_folder(&self, digest: Digest) -> PathBuf {
         self.inner.kept.join(digest.hex())
     }
 
-    /// Where the files of an artifact may lie: what had to be written of it first, the last stands
-    /// for what lies nowhere.
+    /// The possible locations of an artifact's files: its written content first. The last one is
+    /// used for files that are found nowhere.
     fn candidates(
         &self,
         digest: Digest,
@@ -190,8 +190,8 @@ impl InPlaceReader {
             .collect()
     }
 
-    /// Notes where every chunk of an artifact lies. `anew`: even where another place of it is
-    /// known. Blocks.
+    /// Records the location of every chunk of an artifact. `anew`: also where another location of
+    /// it is known. Blocks.
     pub fn index(
         &self,
         digest: Digest,
@@ -236,19 +236,19 @@ impl InPlaceReader {
         known.note(&mut rows, &mut entries, anew)
     }
 
-    /// [`InPlaceReader::index`] once more, unless that was just done. Returns whether the notes are
+    /// [`InPlaceReader::index`] once more, unless that was just done. Returns whether the rows are
     /// fresh.
     fn index_anew(&self, opened: &Opened, runtime: &tokio::runtime::Handle) -> Result<bool, Fault> {
-        // One at a time: whoever waits here finds it done.
+        // One at a time: a task that waited here finds the work done.
         let mut indexed = self.inner.indexed.lock();
         if indexed.get(&opened.digest).is_some() {
             return Ok(false);
         }
-        // Asked now: of what was taken away a moment ago nothing may be noted again.
+        // Asked again now: no rows may be written for an artifact that was removed a moment ago.
         let held = runtime
             .block_on(self.inner.holdings.held(opened.digest))?
             .ok_or_else(|| not_here(opened.digest))?;
-        tracing::info!(digest = %opened.digest, "noting anew where an artifact lies");
+        tracing::info!(digest = %opened.digest, "recreating the chunk rows of an artifact");
         self.keep_layout(opened.digest, &opened.root)?;
         self.index(opened.digest, &opened.root, &held.places, true)?;
         indexed.put(opened.digest, (), INDEX_EVERY);
@@ -264,13 +264,13 @@ impl InPlaceReader {
         .strict(self.inner.buffers.clone())
     }
 
-    /// Gives buffers back that nobody used since the last call.
+    /// Frees buffers that were not used since the last call.
     pub fn rest(&self) {
         self.inner.buffers.rest();
     }
 
-    /// Fails when an artifact does not lie here. It is asked at each request, and believed for a
-    /// moment: what is taken away is soon given no more.
+    /// Fails when this site does not hold an artifact. Asked for each request, with a short cache,
+    /// so that a removed artifact is soon not served any more.
     async fn lies_here(&self, digest: Digest) -> Result<(), Fault> {
         if self.inner.held.lock().get(&digest).is_some() {
             return Ok(());
@@ -284,7 +284,7 @@ impl InPlaceReader {
         Ok(())
     }
 
-    /// These chunks, each read where it lies and hashed. Blocks.
+    /// Reads and hashes these chunks. Blocks.
     fn read(
         &self,
         opened: &Opened,
@@ -300,7 +300,9 @@ impl InPlaceReader {
             reader.ahead(run);
             let first = match at {
                 Some(at) => reader.chunk(*chunk, at),
-                None => Err(Fault::not_found("it is not noted where this chunk lies")),
+                None => Err(Fault::not_found(
+                    "the storage location of this chunk is not recorded",
+                )),
             };
             let chunk = match first {
                 Ok(read) => read,
@@ -315,7 +317,7 @@ impl InPlaceReader {
                         .next();
                     let at = at.ok_or_else(|| {
                         Fault::internal(format!(
-                            "chunk {} of {} lies nowhere",
+                            "chunk {} of {} has no storage location",
                             chunk.id, opened.digest
                         ))
                     })?;
@@ -330,7 +332,7 @@ impl InPlaceReader {
         Ok(out)
     }
 
-    /// What is said of a chunk that cannot be given.
+    /// The error for a chunk that cannot be served.
     fn wrong(&self, opened: &Opened, at: At, fresh: bool, fault: Fault) -> Fault {
         let info = self.inner.chunk_index.info(at.place);
         let own = info
@@ -349,7 +351,7 @@ impl InPlaceReader {
                 .with_retry(Retry::Backoff);
         };
         if !own && !fresh {
-            // Another artifact's note took this one's place; in a while it is looked for again.
+            // A row of another artifact replaced this one; it is looked up again after a while.
             return fault
                 .with_reason(Reason::WaitingForSource)
                 .with_retry(Retry::Backoff);
@@ -362,14 +364,14 @@ impl InPlaceReader {
                         folder.display()
                     ))
                     .with_reason(Reason::WaitingForSource)
-                    .with_next("mount it again, or put the files back; it goes on by itself");
+                    .with_next("mount it again, or restore the files; the transfer then continues by itself");
                 }
                 unreadable(&path.in_dir(folder), fault)
             }
             StorageLocation::Registry { repository } if !path.as_str().starts_with("blobs/") => {
-                // What arrived here was made part of the registry's own answers; only where it was
-                // published it is a file.
-                Fault::not_found(format!("{path} is no blob of {repository}"))
+                // A received image is part of the registry's own data; only a published one is a
+                // file.
+                Fault::not_found(format!("{path} is not a blob of {repository}"))
                     .with_reason(Reason::WaitingForSource)
                     .with_retry(Retry::Backoff)
             }
@@ -378,14 +380,14 @@ impl InPlaceReader {
             {
                 changed(format_args!("{path} of {repository}"), &fault)
             }
-            // Whoever may not read there now may do so again.
+            // Access that is denied now may be granted later.
             StorageLocation::Registry { .. } => fault
                 .with_reason(Reason::WaitingForSource)
                 .with_retry(Retry::Backoff),
         }
     }
 
-    /// What is wrong with the files of an artifact, one line each. Reads all of them. Blocks.
+    /// Problems of an artifact's files, one line each. Reads all files. Blocks.
     pub fn verify(
         &self,
         digest: Digest,
@@ -424,7 +426,7 @@ impl InPlaceReader {
                     let Some((path, at, told)) = &mut file else {
                         continue;
                     };
-                    // Where this entry lies, not where the same chunk may lie besides.
+                    // The location of this entry, not of an equal chunk elsewhere.
                     let at = At {
                         offset: spot.offset,
                         len: chunk.len,
@@ -443,16 +445,16 @@ impl InPlaceReader {
     }
 }
 
-/// What is said of a file that cannot be read: whether it changed, or something else that may pass
-/// keeps it from being read.
+/// The error for a file that cannot be read: it changed, or a condition that may pass prevents
+/// reading.
 fn unreadable(path: &Path, fault: Fault) -> Fault {
     match fault.code {
-        // A conflict is a file where its folder was; usage is a folder or a pipe where the file
-        // was.
+        // `Conflict`: a file replaced its folder. `Usage`: a folder or a pipe replaced the file.
         Code::NotFound | Code::Integrity | Code::Conflict | Code::Usage => {
             changed(path.display(), &fault)
         }
-        // A disk or a line that fails, or a right that lacks, says nothing of the content.
+        // A failing disk, a failing connection or a missing permission says nothing about the
+        // content.
         _ => Fault {
             message: format!("{} cannot be read now: {fault}", path.display()),
             ..fault
@@ -473,7 +475,7 @@ fn changed_text(path: impl Display, why: impl Display) -> String {
     format!("{path} changed after it was published: {why}")
 }
 
-/// Of each chunk, how many bytes lie behind each other from its first on.
+/// For each chunk: the number of consecutive bytes from its start.
 fn runs(found: &[Option<At>]) -> Vec<u64> {
     let mut out = vec![0; found.len()];
     let mut next: Option<(At, u64)> = None;
@@ -491,14 +493,13 @@ fn runs(found: &[Option<At>]) -> Vec<u64> {
     out
 }
 
-/// Whether a folder is empty or not there, as a NAS is that is not mounted: that says nothing of
-/// the files.
+/// Whether a folder is empty or missing, as the mount point of an unmounted NAS is: this says
+/// nothing about the files.
 fn is_away(folder: &Path) -> bool {
     std::fs::read_dir(folder).map_or(true, |mut entries| entries.next().is_none())
 }
 
-/// The first place where such a file lies, else the last, where whoever looks for it learns its
-/// path.
+/// The first location that holds this file, else the last one, where the caller learns its path.
 fn place_of(candidates: &[(u32, StorageLocation)], path: &RelPath, file: &FileInfo) -> Option<u32> {
     let here = candidates
         .iter()
@@ -514,9 +515,9 @@ fn lies_at(place: &StorageLocation, path: &RelPath, file: &FileInfo) -> bool {
     }
 }
 
-/// The answer for what does not lie here (any more).
+/// The error for an artifact that this site does not hold.
 fn not_here(digest: Digest) -> Fault {
-    Fault::not_found(format!("no artifact {digest} lies here any more"))
+    Fault::not_found(format!("artifact {digest} is not at this site any more"))
         .with_reason(Reason::SourceGone)
 }
 
@@ -560,7 +561,7 @@ impl Library for InPlaceReader {
         children: Vec<Child>,
         _priority: i32,
     ) -> Result<Pieces, Fault> {
-        // Pages lie in the store, whether the root lists them or an index page does.
+        // Pages are in the store, whether the root lists them or an index page does.
         let store = self.inner.store.clone();
         let chunks: Vec<ChunkRef> = children.iter().map(|c| c.chunk).collect();
         let are_pages = match wanted {

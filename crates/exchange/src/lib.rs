@@ -2,8 +2,8 @@
 //! the messages between the two.
 //!
 //! Owns a site's chunk index and transfer journals (`chunk_index`), and the relay's cache. The
-//! daemons call it. A crash loses at most what was not yet committed: a transfer goes on from its
-//! journal, and everything else is asked for again.
+//! daemons call it. A crash loses at most what was not yet committed: a transfer resumes from its
+//! journal, and everything else is requested again.
 
 pub mod chunk_index;
 pub mod fetch;

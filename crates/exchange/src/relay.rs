@@ -1,15 +1,14 @@
-//! The relay: what the hub does for an artifact whose bytes live at a site. Cut-through and store
+//! The relay: how the hub serves an artifact whose bytes are at a site. It is cut-through and cache
 //! in one.
 //!
-//! A chunk that somebody asks for is taken from the hub's own store, or from the relay's, or is
-//! fetched from a site that has it: once, however many wait for it (a flight). Each frame is
-//! verified, passed on at once, and kept in a store of its own under `<data_dir>/relay` for the
-//! next who asks. That store has a budget: what it does not hold is passed on all the same and not
-//! kept.
+//! A requested chunk is taken from the hub's own store, from the relay's store, or is fetched from
+//! a site that has it: once, for any number of waiting requests (an in-flight fetch). Each frame is
+//! verified, passed on at once, and kept in a store under `<data_dir>/relay` for later requests.
+//! That store has a budget; content without room in it is passed on and not kept.
 //!
-//! The hub calls it for its sites and to fetch ahead for a site that is away. After a crash the
-//! relay's store has what its last flush had, a second or 32 MiB ago, and the whole frames behind
-//! it; the rest is fetched again.
+//! The hub calls it for its sites, and to prefetch for a site that is offline. After a crash the
+//! relay's store has the content of its last flush (at most a second or 32 MiB ago) and the whole
+//! frames behind it; the rest is fetched again.
 
 mod cache;
 mod inflight_fetch;
@@ -38,36 +37,36 @@ use model::protocol::Wanted;
 use cache::{Group, Keeper, RelayCache};
 use inflight_fetch::{InflightFetch, InflightFetches, Ticket};
 
-/// Stored bytes that are taken off the line, verified, passed on and kept together, about.
+/// Stored bytes that are received, verified, passed on and kept together, approximately.
 pub const TOGETHER_BYTES: usize = 128 << 10;
-/// How long a fetch waits for a source that went away before whoever asked is told.
+/// How long a fetch waits for a source that disconnected, before the requester gets an error.
 const PATIENCE: Duration = Duration::from_secs(2);
-/// Between two looks for a source.
+/// The interval between two checks for a source.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
-/// How often a plan is made anew because a kept chunk turned out damaged.
+/// How often a plan is made again because a kept chunk is damaged.
 const PLANS_MAX: u32 = 3;
 
-/// Frames as a site sends them, some at a time: neither sum nor name is checked yet.
+/// Frames as a site sends them: neither checksum nor hash is verified.
 pub type Sent = BoxStream<'static, Result<Vec<Frame>, Fault>>;
 
 /// A site that has an artifact.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Holder {
-    /// Which.
+    /// Its name.
     pub site: SiteName,
-    /// Whether it was published there, or has only arrived.
+    /// Whether it was published there; otherwise it was only received there.
     pub origin: bool,
 }
 
 /// The sites that have bytes.
 #[async_trait]
 pub trait Upstream: Send + Sync {
-    /// The sites that are connected and hold this artifact, the best first; never `but`.
+    /// The connected sites that hold this artifact, the best first; never `but`.
     async fn sources(&self, digest: Digest, but: Option<&SiteName>) -> Result<Vec<Holder>, Fault>;
     /// Whether any site but this one holds it, connected or not.
     async fn is_elsewhere(&self, digest: Digest, but: Option<&SiteName>) -> Result<bool, Fault>;
-    /// Asks one of them for so many frames, which come in the order of the request, in some of
-    /// these buffers.
+    /// Requests frames from one of them. They come in the order of the request, in some of these
+    /// buffers.
     async fn ask(
         &self,
         source: &SiteName,
@@ -91,7 +90,7 @@ struct Inner {
     flights: Arc<InflightFetches>,
     kept: Arc<RelayCache>,
     keeper: Keeper,
-    /// What frames are taken off the lines into.
+    /// Buffers for received frames.
     buffers: Buffers,
     fetched: AtomicU64,
 }
@@ -102,19 +101,19 @@ enum Slot {
     Coming(Ticket),
 }
 
-/// Parts of an answer, each with its place among what was asked for.
+/// Parts of an answer, each with its index in the request.
 type Slots = Vec<(usize, Slot)>;
 
 /// How a request is answered.
 struct Planned {
-    /// What comes over a line; all else is here.
+    /// Chunks that are fetched from a site; all others are here.
     coming: Slots,
     claimed: Option<Claimed>,
     /// Which chunks the hub's own store has.
     in_main: Vec<bool>,
 }
 
-/// What a request must fetch itself.
+/// The chunks that a request must fetch itself.
 struct Claimed {
     flight: Arc<InflightFetch>,
     children: Vec<Child>,
@@ -127,19 +126,19 @@ pub struct Of {
     pub digest: Digest,
     /// The page that lists what is asked for.
     pub page: Hash,
-    /// Higher is sent first, from the source as well. Who joins a flight waits as long as who began
-    /// it.
+    /// Higher is sent first, also by the source. A request that joins an in-flight fetch gets the
+    /// priority of the request that began it.
     pub priority: i32,
 }
 
-/// What is said where nobody is there to be asked. That nobody else has it at all is another code:
-/// who asks may be its origin.
+/// The error when no source is connected. That no other site has it at all is another code: the
+/// requester may be its origin.
 fn waiting(digest: Digest, elsewhere: bool) -> Fault {
     let fault = match elsewhere {
         true => Fault::unreachable(format!("no site that holds {digest} is connected"))
-            .with_next("nothing: it goes on by itself when the site that has it is back; see 'packhorse sites'"),
+            .with_next("no action is needed: the transfer resumes when the site that holds the artifact reconnects; see 'packhorse sites'"),
         false => Fault::not_found(format!("no other site holds {digest}"))
-            .with_next("nothing: it goes on by itself when another site has it, or its files are where they were"),
+            .with_next("no action is needed: the transfer resumes when another site holds the artifact, or when its files are restored"),
     };
     fault
         .with_reason(Reason::WaitingForSource)
@@ -171,17 +170,17 @@ impl Relay {
         })
     }
 
-    /// Bytes that the relay's packs take, about.
+    /// Approximate bytes of the relay's packs.
     pub fn kept_bytes(&self) -> u64 {
         self.inner.kept.bytes.load(Ordering::Relaxed)
     }
 
-    /// Bytes that sites sent for the relay since the daemon began, as stored.
+    /// Stored bytes that sites sent for the relay since the daemon's start.
     pub fn fetched_bytes(&self) -> u64 {
         self.inner.fetched.load(Ordering::Relaxed)
     }
 
-    /// Bytes of these that were passed on without being kept, for want of room.
+    /// Bytes of these that were passed on without being kept, because there was no room.
     pub fn unkept_bytes(&self) -> u64 {
         self.inner.kept.unkept.load(Ordering::Relaxed)
     }
@@ -212,7 +211,8 @@ impl Relay {
         children: &[Child],
     ) -> Result<(), Fault> {
         let mut until = None;
-        // First, because a source is there nearly always, and to look for each chunk costs more.
+        // First, because a source is nearly always connected, and a lookup of each chunk costs
+        // more.
         while self
             .inner
             .upstream
@@ -236,7 +236,7 @@ impl Relay {
         Ok(())
     }
 
-    /// The frames of these chunks, in order, each as soon as it is here.
+    /// The frames of these chunks, in order, each as soon as it is available.
     pub async fn frames(
         &self,
         peer: &SiteName,
@@ -255,7 +255,7 @@ impl Relay {
             .boxed())
     }
 
-    /// Fetches these chunks as far as they are not here, and waits until they are kept.
+    /// Fetches the chunks that are not here, and waits until they are kept.
     pub async fn bring(&self, of: Of, children: Vec<Child>) -> Result<(), Fault> {
         for slot in self.plan(None, of, children, false).await? {
             if let Slot::Coming(ticket) = slot {
@@ -265,7 +265,7 @@ impl Relay {
         Ok(())
     }
 
-    /// Reads what is here, joins what is on its way, and begins to fetch the rest.
+    /// Reads chunks that are here, joins in-flight fetches, and begins to fetch the rest.
     async fn plan(
         &self,
         peer: Option<&SiteName>,
@@ -275,7 +275,7 @@ impl Relay {
     ) -> Result<Vec<Slot>, Fault> {
         for _ in 1..PLANS_MAX {
             match self.plan_once(peer, of, children.clone(), read).await {
-                // A chunk turned out damaged and is forgotten now: it is fetched again.
+                // A chunk is damaged and was removed from the index: it is fetched again.
                 Err(fault) if fault.code == Code::Integrity => {
                     tracing::warn!(error = %fault, "a relayed chunk is fetched again");
                 }
@@ -303,8 +303,8 @@ impl Relay {
             } = this.slots(of, &children)?;
             if let Some(claimed) = claimed {
                 let this = this.clone();
-                // In a task of its own, begun at once: whoever asked may go away at any moment, and
-                // others may wait for it.
+                // In its own task, started at once: the requester may stop at any moment, and
+                // others may wait for the same chunks.
                 tokio::spawn(async move { this.fly(claimed, of, but).await });
             }
             if read {
@@ -316,8 +316,8 @@ impl Relay {
         .await
     }
 
-    /// What of these is on its way, each with its place among them, and what must be fetched for
-    /// it.
+    /// The chunks that are already in flight, each with its index, and the chunks that must be
+    /// fetched.
     fn slots(&self, of: Of, children: &[Child]) -> Result<Planned, Fault> {
         let inner = &self.inner;
         let ids: Vec<Hash> = children.iter().map(|c| c.chunk.id).collect();
@@ -326,8 +326,8 @@ impl Relay {
         let mut claimed = Vec::new();
         let flight = Arc::new(InflightFetch::new(of.digest));
         let mut flights = inner.flights.lock();
-        // Looked up with the flights held: what has landed by now is seen here, what has not is
-        // seen there.
+        // The lookup holds the lock of the in-flight fetches: a chunk that arrived is found in the
+        // store, any other in the list.
         let kept = inner.kept.store.has_many(&ids)?;
         for (index, child) in children
             .iter()
@@ -351,7 +351,7 @@ impl Relay {
         })
     }
 
-    /// Puts what is here between what comes.
+    /// Merges local chunks and fetched chunks in the order of the request.
     fn read_here(
         &self,
         children: &[Child],
@@ -388,10 +388,10 @@ impl Relay {
         Ok(out)
     }
 
-    /// Fetches what was claimed, from one site or another.
+    /// Fetches the claimed chunks, from one site or another.
     async fn fly(&self, claimed: Claimed, of: Of, but: Option<SiteName>) {
         let Claimed { flight, children } = claimed;
-        // Whatever ends this, nobody may wait for ever.
+        // However this ends, no request may wait for ever.
         let mut landing = Receiving {
             relay: self,
             flight: &flight,
@@ -416,14 +416,14 @@ impl Relay {
                     Ok(()) => return,
                     Err(fault) => {
                         tracing::info!(%source, digest = %of.digest, error = %fault, "a relayed chunk did not come");
-                        // What a site where it has only arrived no longer has may still come from
-                        // where it was published.
+                        // A site that only received the artifact may have lost it; the site that
+                        // published it may still have it.
                         let fault = if origin {
                             fault
                         } else {
                             fault.with_retry(Retry::Backoff)
                         };
-                        // What is wrong with the content says more than that another site is away.
+                        // An error of the content is more useful than the absence of another site.
                         if last
                             .as_ref()
                             .is_none_or(|old: &Fault| old.retry != Retry::Never)
@@ -437,7 +437,7 @@ impl Relay {
                 since = Instant::now();
             }
             match last {
-                // The source answers, and what it says does not pass in moments.
+                // The source answers, and its error does not pass in moments.
                 Some(fault) if fault.retry == Retry::Never => break fault,
                 Some(fault) if since.elapsed() >= PATIENCE => {
                     break fault.with_reason(Reason::WaitingForSource);
@@ -459,7 +459,7 @@ impl Relay {
         landing.fault = Some(fault);
     }
 
-    /// What is still lacking of a flight, from this site.
+    /// Requests the missing part of an in-flight fetch from this site.
     async fn pull(
         &self,
         source: &SiteName,
@@ -500,8 +500,7 @@ impl Relay {
         Ok(())
     }
 
-    /// Verifies frames, at once: they are few, and to hand them to another thread and back takes
-    /// longer.
+    /// Verifies frames in this task: they are few, and passing them to another thread takes longer.
     fn verified(&self, children: &[Child], frames: Vec<Frame>) -> Result<Vec<Frame>, Fault> {
         let mut checked = Vec::with_capacity(frames.len());
         for (child, frame) in children.iter().zip(frames) {
@@ -513,19 +512,18 @@ impl Relay {
         Ok(checked)
     }
 
-    /// Makes what was kept durable, if there is something. Blocks.
+    /// Flushes the relay's store, if there is something to flush. Blocks.
     pub fn flush(&self) -> Result<(), Fault> {
         self.inner.kept.flush()
     }
 
-    /// Gives buffers back that nobody used since the last call.
+    /// Frees buffers that were not used since the last call.
     pub fn rest(&self) {
         self.inner.kept.store.rest();
         self.inner.buffers.rest();
     }
 
-    /// A chunk as far as the hub or the relay holds it, verified; `None` where neither does.
-    /// Blocks.
+    /// A chunk of the hub's or the relay's store, verified; `None`: neither has it. Blocks.
     pub fn read(&self, chunk: ChunkRef) -> Result<Option<Verified>, Fault> {
         for store in [&self.inner.main, &self.inner.kept.store] {
             if store.has(chunk.id)? {
@@ -541,8 +539,8 @@ impl Relay {
         Ok(self.inner.main.recheck(ids)? + self.inner.kept.store.recheck(ids)?)
     }
 
-    /// Takes away all but what `live` names, which is called once nobody puts any more. Returns the
-    /// bytes freed.
+    /// Removes everything that `live` does not name; `live` is called when no put is running.
+    /// Returns the freed bytes.
     pub async fn evict<F, L>(&self, live: impl FnOnce() -> F) -> Result<u64, Fault>
     where
         F: Future<Output = Result<L, Fault>>,
@@ -562,8 +560,8 @@ impl Relay {
     }
 }
 
-/// A flight as it comes in; when it is dropped before all has landed, whoever waits for the rest is
-/// told.
+/// An in-flight fetch as it arrives. When it is dropped before everything arrived, the waiting
+/// requests get an error.
 struct Receiving<'a> {
     relay: &'a Relay,
     flight: &'a Arc<InflightFetch>,
@@ -573,7 +571,7 @@ struct Receiving<'a> {
 }
 
 impl Receiving<'_> {
-    /// Passes frames on, and has them kept.
+    /// Passes frames on, and queues them for the cache.
     async fn land(&mut self, frames: Vec<Frame>) {
         self.done += frames.len();
         self.flight

@@ -1,10 +1,10 @@
-//! What is known of a lost `places.redb`: it is made again, and that is reported.
+//! The record of a lost `places.redb`: the file is rebuilt, and this is reported.
 //!
-//! A damaged file is set aside as `places.redb.damaged-<unix ms>`. The site then notes the rows of
-//! each artifact that its catalogue says is here, from its manifest, and each transfer takes what
-//! its staging folder holds, after hashing it. The record of that is
-//! `<data_dir>/places-rebuilt.json`; it is written before the new file is made, so a crash in
-//! between loses nothing of it. It stays for `doctor` until somebody removes it.
+//! A damaged file is moved to `places.redb.damaged-<unix ms>`. The site then adds the rows of each
+//! artifact in its catalogue from the manifest, and each transfer hashes its staging folder and
+//! adds what it finds. The record is `<data_dir>/places-rebuilt.json`. It is written before the new
+//! file, so a crash between the two loses nothing. It stays for `doctor` until an operator removes
+//! it.
 
 use std::path::{Path, PathBuf};
 
@@ -27,7 +27,7 @@ pub struct Loss {
     pub why: String,
     /// Where the damaged file is; `None`: it was missing.
     pub aside: Option<PathBuf>,
-    /// The artifacts whose rows were made again; `None`: that is still going on.
+    /// The number of artifacts whose rows were rebuilt; `None`: the rebuild is not finished.
     pub artifacts: Option<u64>,
 }
 
@@ -45,12 +45,12 @@ impl Loss {
         tracing::error!(
             why,
             aside,
-            "the chunk index of this site is made again from the artifacts that are here"
+            "the chunk index of this site is rebuilt from the artifacts at this site"
         );
         loss.save(data_dir)
     }
 
-    /// The last one. A record that cannot be read counts as one that is not done.
+    /// The last loss. A record that cannot be read counts as unfinished.
     pub(super) fn load(data_dir: &Path) -> Option<Self> {
         let path = data_dir.join(FILE);
         let meta = std::fs::metadata(&path).ok()?;

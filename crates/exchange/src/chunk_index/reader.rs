@@ -1,4 +1,4 @@
-//! Reads chunks where the index says that they lie, and hashes each.
+//! Reads chunks from their storage locations, and verifies the hash of each.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -16,23 +16,24 @@ use content::frame::Verified;
 use content::manifest::ChunkRef;
 use sink::{Sink, StorageLocation};
 
-/// Bytes that are read at once of a blob in the registry, whose chunks mostly follow each other.
+/// Bytes of a registry blob that are read at once: its chunks mostly follow each other.
 const AHEAD_BYTES: u64 = 4 << 20;
-/// The same of a file, where it is known that they do.
+/// The same for a file whose chunks are known to follow each other.
 const FILE_AHEAD_BYTES: u64 = 1 << 20;
-/// The buffers that a published file is read into: so many are kept, for so many bytes.
+/// Buffers for reading published files: their number and size.
 const BUFFERS_KEPT: usize = 16;
 const BUFFER_BYTES: (usize, usize) = (128 << 10, 2 << 20);
 
-/// Reads chunks, mostly one behind the other from one file.
+/// Reads chunks, mostly consecutive ones of one file.
 pub struct Reader {
     chunk_index: Arc<ChunkIndex>,
-    /// Reads blobs of the registry; `None` where there is none.
+    /// Reads blobs of the registry; `None`: the site has no registry.
     images: Option<Arc<dyn Sink>>,
     runtime: Handle,
-    /// Whether a file of another size than noted is refused, though the chunk may be in it.
+    /// Whether a file whose size differs from the recorded size is refused, even if the chunk may
+    /// still be in it.
     strict: bool,
-    /// Bytes that will be asked for behind each other, if that is known.
+    /// The number of consecutive bytes that will be requested, if known.
     ahead: Option<u64>,
     buffers: Buffers,
     /// The file that was read last.
@@ -47,7 +48,7 @@ struct Source {
     size: u64,
     /// `None`: a blob of the registry.
     file: Option<File>,
-    /// Where the bytes that were read ahead begin, and they.
+    /// Bytes read ahead: their offset and content.
     ahead: (u64, Bytes),
 }
 
@@ -69,7 +70,7 @@ impl Reader {
         }
     }
 
-    /// The same for what was published where it lies: there a file of another size is another file.
+    /// The same for content published in place: a file with another size is a changed file.
     pub fn strict(self, buffers: Buffers) -> Self {
         Self {
             strict: true,
@@ -78,13 +79,13 @@ impl Reader {
         }
     }
 
-    /// So many bytes will be asked for one behind the other from where the next chunk lies.
+    /// Announces that so many consecutive bytes will be requested from the next chunk on.
     pub fn ahead(&mut self, bytes: u64) {
         self.ahead = Some(bytes);
     }
 
-    /// One chunk. What the index says may be stale: then it is `not_found`, or `integrity` for
-    /// other bytes.
+    /// One chunk. The index may be stale: the error is `not_found`, or `integrity` if the bytes
+    /// differ.
     pub fn chunk(&mut self, chunk: ChunkRef, at: At) -> Result<Verified, Fault> {
         let read = self.read(chunk, at);
         if read.is_err() {
@@ -95,7 +96,9 @@ impl Reader {
 
     fn read(&mut self, chunk: ChunkRef, at: At) -> Result<Verified, Fault> {
         if at.len != chunk.len {
-            return Err(Fault::integrity("its length is another"));
+            return Err(Fault::integrity(
+                "its length differs from the recorded length",
+            ));
         }
         let source = match self
             .source
@@ -109,7 +112,7 @@ impl Reader {
         let end = at.offset + u64::from(at.len);
         let (start, bytes) = &source.ahead;
         if at.offset < *start || end > *start + bytes.len() as u64 {
-            // For every chunk by itself it would be a call, of a registry a round trip.
+            // One call for each chunk would be expensive; for a registry it would be a round trip.
             let ahead = match source.file {
                 Some(_) => self.ahead.map_or(0, |ahead| ahead.min(FILE_AHEAD_BYTES)),
                 None => self
@@ -128,7 +131,7 @@ impl Reader {
                 }
                 None => {
                     let Some(images) = &self.images else {
-                        return Err(Fault::internal("there is no registry here"));
+                        return Err(Fault::internal("this site has no registry"));
                     };
                     self.runtime.block_on(images.read_at(
                         &source.info.place,
@@ -143,14 +146,15 @@ impl Reader {
         let (start, bytes) = &source.ahead;
         let from = (at.offset - start) as usize;
         if bytes.len() < from + at.len as usize {
-            return Err(Fault::integrity("it is shorter now"));
+            return Err(Fault::integrity("it is shorter than its recorded size"));
         }
         let bytes = bytes.slice(from..from + at.len as usize);
-        Verified::check(chunk.id, bytes).map_err(|_| Fault::integrity("its content is another"))
+        Verified::check(chunk.id, bytes)
+            .map_err(|_| Fault::integrity("the content does not match the recorded hash"))
     }
 
     fn open(&self, at: At) -> Result<Source, Fault> {
-        let gone = || Fault::not_found("its place is gone");
+        let gone = || Fault::not_found("its storage location is gone");
         let info = self.chunk_index.info(at.place).ok_or_else(gone)?;
         let (path, entry) = self
             .chunk_index
@@ -163,12 +167,12 @@ impl Reader {
                     durable::open_regular(&full).at(format_args!("open {}", full.display()))?;
                 if self.strict {
                     let meta = file.metadata().at(full.display())?;
-                    // A folder can be opened, and has a size.
+                    // A folder can also be opened, and has a size.
                     if !meta.is_file() {
-                        return Err(Fault::integrity("it is no regular file now"));
+                        return Err(Fault::integrity("it is not a regular file any more"));
                     }
                     if meta.len() != entry.size {
-                        return Err(Fault::integrity("its size is another"));
+                        return Err(Fault::integrity("the size differs from the recorded size"));
                     }
                 }
                 Some(file)
@@ -192,7 +196,7 @@ pub fn buffers() -> Buffers {
     Buffers::new(BUFFERS_KEPT, BUFFER_BYTES.0, BUFFER_BYTES.1)
 }
 
-/// Reads until the buffer is full or the file ends; how much that was.
+/// Reads until the buffer is full or the file ends. Returns the number of bytes.
 fn read_full(file: &File, buffer: &mut [u8], offset: u64) -> std::io::Result<usize> {
     let mut done = 0;
     while done < buffer.len() {

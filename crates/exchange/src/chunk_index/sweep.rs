@@ -1,9 +1,9 @@
-//! Removes the chunk rows of places that are gone: staging folders that were cleared away, and
-//! artifacts that were removed.
+//! Removes the chunk rows of removed locations: staging folders that were cleared, and artifacts
+//! that were removed.
 //!
-//! A place is forgotten at once, and nobody finds a chunk by a row of it any more. The rows lie all
-//! over the tree, so they are removed afterwards, a part of the tree at a time. A number in the
-//! file says that there are some; what a crash interrupts begins anew.
+//! A removed location takes effect at once: no lookup returns its rows any more. The rows are
+//! spread over the whole tree, so they are removed later, one part of the tree at a time. A number
+//! in the file counts the removed locations; an interrupted sweep starts again from the beginning.
 
 use std::ops::Bound;
 
@@ -13,11 +13,11 @@ use super::{CHUNKS, ChunkIndex};
 use base::fault::Fault;
 use content::chunk::Hash;
 
-/// How many places were removed since all rows of such were.
+/// The number of locations removed since the last complete sweep.
 const STALE: TableDefinition<'_, (), u64> = TableDefinition::new("stale");
 
-/// Notes a removed place. The table is made by the first: a start writes nothing, so that it
-/// succeeds on a full disk.
+/// Records a removed location. The first removal creates the table: a start writes nothing, so that
+/// it succeeds on a full disk.
 pub(super) fn note(write: &WriteTransaction) -> Result<(), redb::Error> {
     let mut stale = write.open_table(STALE)?;
     let before = stale.get(())?.map_or(0, |count| count.value());
@@ -26,7 +26,7 @@ pub(super) fn note(write: &WriteTransaction) -> Result<(), redb::Error> {
 }
 
 impl ChunkIndex {
-    /// How many places were removed whose rows may be here still; 0: none.
+    /// The number of removed locations whose rows may still exist; 0: none.
     pub fn stale(&self) -> Result<u64, Fault> {
         self.tree.read(|read| match read.open_table(STALE) {
             Err(TableError::TableDoesNotExist(_)) => Ok(0),
@@ -34,7 +34,7 @@ impl ChunkIndex {
         })
     }
 
-    /// Removes the rows of removed places among the next `rows` behind a chunk. Returns the last
+    /// Removes the rows of removed locations among the next `rows` after a chunk. Returns the last
     /// chunk of these; `None` at the end.
     pub fn sweep(&self, behind: Option<Hash>, rows: usize) -> Result<Option<Hash>, Fault> {
         let known = self.known.read();
@@ -60,11 +60,11 @@ impl ChunkIndex {
         })?;
         if !gone.is_empty() {
             self.tree.write(|write| {
-                // Losing this in a crash costs one more look.
+                // After a crash these rows are checked once more.
                 write.set_durability(redb::Durability::None)?;
                 let mut chunks = write.open_table(CHUNKS)?;
                 for id in &gone {
-                    // Another place may have it by now.
+                    // Another location may have it by now.
                     let is_gone = chunks
                         .get(&id.0)?
                         .is_some_and(|row| !known.contains_key(&row.value().0));
@@ -78,7 +78,7 @@ impl ChunkIndex {
         Ok(last)
     }
 
-    /// Notes that all rows were looked at since so many places had been removed.
+    /// Records that all rows were checked since so many locations were removed.
     pub fn swept(&self, stale: u64) -> Result<(), Fault> {
         self.tree.write(|write| {
             let mut table = write.open_table(STALE)?;

@@ -1,5 +1,5 @@
-//! How manifest pages travel: plain, or as a delta against the pages of another version that the
-//! asker holds.
+//! How manifest pages are transferred: plain, or as a delta against the pages of another version
+//! that the requester holds.
 
 use std::collections::HashSet;
 use std::ops::Range;
@@ -26,7 +26,7 @@ use content::store::Store;
 use model::protocol::Wanted;
 use transport::SendHalf;
 
-/// Manifest requests on the way at once.
+/// Manifest requests in flight.
 const IN_FLIGHT: usize = 8;
 /// Raw bytes of pages that one request asks for, about.
 const REQUEST_BYTES: u64 = FETCH_BATCH_BYTES / 2;
@@ -98,23 +98,22 @@ async fn read(library: &dyn Library, of: &Opened, pages: &[PageRef]) -> Result<V
     Ok(out)
 }
 
-/// A version that the asker holds, for the differences.
+/// A version that the requester holds, for deltas.
 struct Base {
     digest: Digest,
     pages: Vec<PageRef>,
     alignment: Alignment,
 }
 
-/// Fails where the store has no room for pages, before they are sent for nothing.
+/// Fails when the store has no room for pages, before they are sent in vain.
 pub(super) async fn check_room(store: &Store) -> Result<(), Fault> {
     let store = store.clone();
     blocking(move || store.check_room()).await
 }
 
 impl Fetcher {
-    /// Brings every page of the manifest that the store lacks. `base` is the root manifest of a
-    /// similar artifact, whose pages the store most likely holds: then only what differs from them
-    /// crosses the line.
+    /// Fetches every page of the manifest that the store lacks. `base` is the root manifest of a
+    /// similar artifact, whose pages the store probably holds: then only the delta is transferred.
     pub async fn pages(
         &self,
         root: &Root,
@@ -139,8 +138,8 @@ impl Fetcher {
         blocking(move || store.flush_since(losses)).await
     }
 
-    /// Brings the entry pages that the store lacks as differences. What does not come so is left to
-    /// [`Fetcher::bring`].
+    /// Fetches missing entry pages as deltas. [`Fetcher::bring`] fetches the pages that this
+    /// leaves.
     async fn differences(&self, level: &[Listed], base: &Root, store: &Store) -> Result<(), Fault> {
         let all: Vec<PageRef> = level.iter().flat_map(|(_, pages)| pages).copied().collect();
         let (root, pages) = (base.clone(), store.clone());
@@ -175,8 +174,8 @@ impl Fetcher {
             match result {
                 Ok(()) => {}
                 Err(fault) if fault.reason == Reason::HubUnreachable => return Err(fault),
-                // The hub does not give this base to us, or it is not what we hold: plain pages
-                // will do.
+                // The hub does not serve this base to this site, or the site holds another one:
+                // plain pages are fetched.
                 Err(fault) => {
                     tracing::debug!(error = %fault, "manifest pages could not be had as a delta");
                     return Ok(());
@@ -268,11 +267,11 @@ impl Fetcher {
     }
 }
 
-/// Pages to be asked for together, as numbers in the list of all.
+/// Pages that are requested together, as numbers in the list of all pages.
 struct Request {
     ranges: Ranges,
     pages: Vec<PageRef>,
-    /// From the first of them to behind the last.
+    /// From the first to behind the last.
     span: Range<usize>,
 }
 
@@ -284,7 +283,7 @@ fn requests(all: &[PageRef], lacking: &[bool]) -> Vec<Request> {
         if !lacking[number] || !seen.insert(page.id) {
             continue;
         }
-        // Pages far behind the last would stand beside other old pages.
+        // Pages far behind the last one would be compared with other old pages.
         if let Some(last) = out.last_mut()
             && bytes < REQUEST_BYTES
             && last.pages.len() < FETCH_BATCH_CHUNKS_MAX

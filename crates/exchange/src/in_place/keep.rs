@@ -1,5 +1,5 @@
-//! Publishing in place: reads a source in, and writes only what lies nowhere else. Of an image that
-//! arrived that is its layout.
+//! Publishing in place: reads a source, and writes only content that is stored nowhere else. For a
+//! received image this is the layout.
 
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
@@ -19,12 +19,12 @@ use source::image::layout_files;
 use source::{Content, Source, SourceBody, SourceEntry};
 use state::new_id;
 
-/// What was published, and where it lies.
+/// What was published, and its location.
 #[derive(Debug)]
 pub struct InPlace {
     /// Its manifest.
     pub ingested: Ingested,
-    /// Where it lies. What does not lie there lies in the folder of what was kept.
+    /// Its location. Other content is in the folder of written content.
     pub place: StorageLocation,
 }
 
@@ -45,14 +45,15 @@ impl Keeper for Nothing {
     }
 }
 
-/// A source whose entries all lie somewhere that stays: what does not is written to a folder first.
+/// A source whose entries all have a permanent location: content without one is first written to a
+/// folder.
 struct Keep<'a> {
     source: &'a mut dyn Source,
     base: Option<&'a StorageLocation>,
     folder: PathBuf,
     kept: u64,
     in_place: u64,
-    /// Whether the last file was given as the source gave it.
+    /// Whether the last file was passed on unchanged.
     gave_the_original: bool,
 }
 
@@ -62,7 +63,7 @@ impl Keep<'_> {
             (Some(StorageLocation::Folder { path: base }), Content::File(file)) => {
                 *file == path.in_dir(base)
             }
-            // Whoever names a repository has made sure that its blobs are there.
+            // The caller that names a repository has checked that its blobs are there.
             (Some(StorageLocation::Registry { .. }), _) => {
                 path.as_str().starts_with("blobs/sha256/")
             }
@@ -74,7 +75,7 @@ impl Keep<'_> {
         let to = path.in_dir(&self.folder);
         durable::create_dir_all(to.parent().unwrap_or(&self.folder))?;
         if let Content::Scratch(from) = content {
-            // It is ours: it moves, and is not on the disk twice.
+            // The file belongs to the daemon: it is moved, so it is not on the disk twice.
             durable::sync_file(from)?;
             if durable::rename_noreplace(from, &to).is_ok() {
                 return Ok(to);
@@ -127,7 +128,7 @@ impl Source for Keep<'_> {
             } else {
                 self.kept += 1;
                 if matches!(content, Content::Scratch(_)) {
-                    // The file that the identity names moves away.
+                    // The file that the identity names is moved.
                     entry.identity = None;
                 }
                 let (size, content) = (
@@ -141,7 +142,7 @@ impl Source for Keep<'_> {
     }
 
     fn opened(&mut self, file: &File) {
-        // A copy that was kept here says nothing of the original.
+        // A stored copy says nothing about the original.
         if self.gave_the_original {
             self.source.opened(file);
         }
@@ -157,9 +158,9 @@ impl Source for Keep<'_> {
 }
 
 impl InPlaceReader {
-    /// Reads a source in and notes where its content lies: at `base` for what simply lies there (a
+    /// Reads a source and records the location of its content: at `base` for unchanged files (a
     /// file of that folder at its path in the artifact, a blob of that repository), else in a
-    /// folder of its own. Blocks.
+    /// folder of written content. Blocks.
     pub fn publish(
         &self,
         kind: Kind,
@@ -196,8 +197,7 @@ impl InPlaceReader {
             keep.sync()?;
             let at = StorageLocation::Folder { path: kept.clone() };
             let places: Vec<StorageLocation> = std::iter::once(at).chain(base.cloned()).collect();
-            // What lies there from before may be being read; it is replaced only when it was
-            // damaged since.
+            // Existing content may be in use; it is replaced only when it is damaged.
             let damaged = kept.is_dir()
                 && !self
                     .verify(ingested.digest, &ingested.root, &places, |_| Ok(()))?
@@ -223,8 +223,8 @@ impl InPlaceReader {
         Ok(InPlace { ingested, place })
     }
 
-    /// Writes the two files of an image's layout that are no blobs: a registry where it arrived
-    /// does not have them, and a folder of layouts has files of its own in their place. Blocks.
+    /// Writes the two files of an image layout that are not blobs. The registry of a receiving site
+    /// does not have them, and a folder of layouts has its own. Blocks.
     pub(super) fn keep_layout(&self, digest: Digest, root: &Root) -> Result<(), Fault> {
         let KindInfo::Image(info) = &root.info else {
             return Ok(());
@@ -239,7 +239,7 @@ impl InPlaceReader {
             let EntryBody::File(file) = entry.body else {
                 continue;
             };
-            // Only what belongs to the image: what was kept in another form is not lost for this.
+            // Only blobs of the image: other stored content must not be lost.
             let own = files
                 .iter()
                 .find(|(name, bytes)| *name == entry.path.as_str() && Hash::of(bytes) == file.hash);

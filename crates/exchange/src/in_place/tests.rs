@@ -222,7 +222,10 @@ fn what_may_pass_by_itself_is_not_taken_for_a_change() {
     for fault in [
         of(Errno::NOENT),
         of(Errno::NOTDIR),
-        unreadable(path, Fault::integrity("it is shorter now")),
+        unreadable(
+            path,
+            Fault::integrity("it is shorter than its recorded size"),
+        ),
     ] {
         assert_eq!(
             (fault.reason, fault.retry),

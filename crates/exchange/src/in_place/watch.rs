@@ -1,14 +1,14 @@
-//! The look: whether what was published in place still is what it was. By stat, for inotify does
-//! not tell of a NAS.
+//! Checks whether content that was published in place is unchanged. It uses stat, because inotify
+//! does not report changes on a NAS.
 //!
-//! [`InPlaceReader::look`] walks the manifest and compares the size of each file. One that changed
-//! since it was last read is read and hashed again: that goes by the clock of its filesystem
-//! (ctime), which is not ours and which nobody can set. So a look costs a stat a file as a rule.
-//! Whatever the size of the artifact, it holds a page of each level of the manifest, and a [`Mark`]
-//! outlives it.
+//! [`InPlaceReader::look`] walks the manifest and compares the size of each file. A file that
+//! changed since it was last read is read and hashed again. This uses the clock of its filesystem
+//! (ctime), which nobody can set. A check usually costs one stat for each file. For an artifact of
+//! any size it holds one page of each level of the manifest; a [`Mark`] stays in memory between
+//! checks.
 //!
-//! The site's watch calls it. Nothing survives the daemon: a new [`Mark`] goes by the time of
-//! publishing, so the first looks read again what changed since then.
+//! The site's watch calls it. Nothing survives the daemon: a new [`Mark`] starts at the time of
+//! publishing, so the first checks read again the files that changed since then.
 
 use std::fs::{File, symlink_metadata};
 use std::io::{self, ErrorKind};
@@ -26,38 +26,37 @@ use content::chunk::Hash;
 use content::manifest::{ChunkRef, Digest, EntryBody, FileInfo, Root, Step, Walk};
 use sink::StorageLocation;
 
-/// A look that is in no hurry rests so many times as long as it works.
+/// A check without hurry pauses this many times as long as it works.
 pub const RESTS: u32 = 4;
 /// Work between two rests.
 const WORK: Duration = Duration::from_millis(100);
-/// How often a rest looks whether the daemon stops.
+/// How often a pause checks whether the daemon stops.
 const STOP_LOOK_EVERY: Duration = Duration::from_millis(50);
-/// What the clock of a NAS may be behind ours.
+/// How far the clock of a NAS may be behind the local clock.
 const SKEW_MAX: Duration = Duration::from_secs(120);
-/// The steps of the coarsest clock that a filesystem has (FAT).
+/// The resolution of the coarsest clock of a filesystem (FAT).
 const CLOCK_STEP_MAX: Duration = Duration::from_secs(2);
 
-/// A link is not followed, and nobody need write into a pipe.
+/// Links are not followed, and opening a pipe does not wait for a writer.
 const NEVER_WAITS: i32 = (OFlags::NOFOLLOW.bits() | OFlags::NONBLOCK.bits()) as i32;
 
 /// Seconds and nanoseconds since 1970, by the clock of a filesystem.
 type Time = (i64, i64);
-/// When a file changed last, or why it is another.
+/// The time of the last change of a file, or the reason why it is a different file.
 type ChangeCheck = Result<Time, String>;
 
-/// Which files of an artifact need not be read again: whatever their number, one point in time says
-/// it.
+/// Which files of an artifact need not be read again: one point in time for all files.
 #[derive(Debug, Clone, Copy)]
 pub struct Mark {
-    /// No file changed since it was read but those that bear a later time.
+    /// Only files with a later time changed since they were read.
     read: Time,
-    /// The latest time that an earlier look saw, and when that look ended: the clock there was no
-    /// earlier then.
+    /// The latest time that an earlier check saw, and when that check ended: the clock of the
+    /// filesystem was at least at that time then.
     seen: Option<(Time, Instant)>,
 }
 
 impl Mark {
-    /// Of what began to be published at this time by our clock, in milliseconds since 1970.
+    /// For content whose publish began at this time of the local clock, in milliseconds since 1970.
     pub fn new(published_ms: i64) -> Self {
         let ms = published_ms.saturating_sub(SKEW_MAX.as_millis() as i64);
         Self {
@@ -66,9 +65,9 @@ impl Mark {
         }
     }
 
-    /// A time that no file can bear which changes from now on. So it is one that was seen before:
-    /// of what a look sees itself it cannot be said, since a file that it has passed may change
-    /// before one that it comes to.
+    /// A time that no file can have that changes from now on: a time that an earlier check saw. A
+    /// time that this check sees does not qualify, because a file may change after this check
+    /// passed it.
     fn past(&self) -> Option<Time> {
         self.seen
             .filter(|(_, ended)| ended.elapsed() > CLOCK_STEP_MAX)
@@ -76,19 +75,19 @@ impl Mark {
     }
 }
 
-/// What a look saw.
+/// The result of a check.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Look {
-    /// Files that are no longer what was published.
+    /// The number of changed files.
     pub changed: u64,
-    /// The path of the first of them, and why.
+    /// The path of the first one, and the reason.
     pub first: Option<String>,
     /// Bytes that were read.
     pub read: u64,
 }
 
 impl Look {
-    /// What changed, in words; `None`: nothing.
+    /// A description of the change; `None`: nothing changed.
     pub fn message(self) -> Option<String> {
         let others = self.changed.saturating_sub(1);
         self.first.map(|first| match others {
@@ -100,9 +99,9 @@ impl Look {
 }
 
 impl InPlaceReader {
-    /// Looks at what was published at `place`. `None`: nothing can be said, because a folder is
-    /// away or `stop` came. Unless it is in a `hurry` it leaves the disk alone most of the time.
-    /// Blocks.
+    /// Checks content that was published at `place`. `None`: no result, because a folder is
+    /// unavailable or `stop` was cancelled. Without `hurry` it leaves the disk idle most of the
+    /// time. Blocks.
     pub fn look(
         &self,
         digest: Digest,
@@ -136,7 +135,7 @@ impl InPlaceReader {
                     let EntryBody::File(file) = entry.body else {
                         continue;
                     };
-                    // Blobs of a registry are named by their digests: they cannot change.
+                    // Blobs of a registry are addressed by digest: they cannot change.
                     if published.is_none() && lies_at(place, &entry.path, &file) {
                         continue;
                     }
@@ -145,8 +144,8 @@ impl InPlaceReader {
                     };
                     match seen {
                         Err(why) => Some((path, why)),
-                        // What had to be written lies under another clock, and nobody but us writes
-                        // there.
+                        // Written content is on a filesystem with another clock, and only the
+                        // daemon writes there.
                         Ok(_) if !published.is_some_and(|folder| path.starts_with(folder)) => None,
                         Ok(time) => {
                             latest = latest.max(time);
@@ -161,7 +160,9 @@ impl InPlaceReader {
                         look.read += u64::from(chunk.len);
                         let why = match file.is_still(chunk, spot.offset, &mut buffer) {
                             Ok(true) => None,
-                            Ok(false) => Some("its content is another".to_owned()),
+                            Ok(false) => {
+                                Some("the content does not match the recorded hash".to_owned())
+                            }
                             Err(error) => Some(why_not(&file.path, &error)?),
                         };
                         why.and_then(|why| suspect.take().map(|file| (file.path, why)))
@@ -169,7 +170,7 @@ impl InPlaceReader {
                 },
             };
             if let Some((path, why)) = wrong {
-                // It may have been unmounted while this looked.
+                // It may have been unmounted during the check.
                 if look.changed == 0 && away() {
                     return Ok(None);
                 }
@@ -190,7 +191,7 @@ impl InPlaceReader {
         Ok(Some(look))
     }
 
-    /// The folders in which the files of an artifact may lie: what had to be written of it first.
+    /// The folders that may hold an artifact's files: its written content first.
     fn folders(&self, digest: Digest, place: &StorageLocation) -> Vec<PathBuf> {
         let published = folder_of(place);
         let kept = Some(self.kept_folder(digest))
@@ -208,7 +209,7 @@ fn folder_of(place: &StorageLocation) -> Option<&Path> {
     }
 }
 
-/// A file that has to be read.
+/// A file that must be read.
 struct Suspect {
     path: PathBuf,
     file: Option<File>,
@@ -218,7 +219,7 @@ impl Suspect {
     fn is_still(&mut self, chunk: ChunkRef, offset: u64, buffer: &mut Vec<u8>) -> io::Result<bool> {
         let file = match &mut self.file {
             Some(file) => file,
-            // It was a file when it was looked at: nothing else may be followed, or waited for.
+            // It was a file at the stat: anything else must not be followed or waited for.
             none => none.insert(
                 File::options()
                     .read(true)
@@ -232,8 +233,8 @@ impl Suspect {
     }
 }
 
-/// The file that an entry is: where it lies first, else where it would in the last folder. `None`:
-/// there is no folder.
+/// The file of an entry: the first that exists, else its path in the last folder. `None`: there is
+/// no folder.
 fn stat(
     folders: &[PathBuf],
     path: &RelPath,
@@ -243,7 +244,7 @@ fn stat(
     for folder in folders {
         let path = path.in_dir(folder);
         let why = match symlink_metadata(&path) {
-            Ok(meta) if !meta.is_file() => "it is no regular file now".to_owned(),
+            Ok(meta) if !meta.is_file() => "it is not a regular file any more".to_owned(),
             Ok(meta) if meta.len() != file.size => {
                 format!("it has {} bytes now, and had {}", meta.len(), file.size)
             }
@@ -255,17 +256,17 @@ fn stat(
     Ok(last)
 }
 
-/// Why a file cannot be had; a fault if that says nothing of the file.
+/// Why a file is unavailable; a fault if this says nothing about the file.
 fn why_not(path: &Path, error: &io::Error) -> Result<String, Fault> {
     match error.kind() {
         ErrorKind::NotFound | ErrorKind::NotADirectory => Ok("it is gone".into()),
-        ErrorKind::UnexpectedEof => Ok("it is shorter now".into()),
+        ErrorKind::UnexpectedEof => Ok("it is shorter than its recorded size".into()),
         ErrorKind::PermissionDenied => Ok(error.to_string()),
         _ => Err(Fault::io(format_args!("look at {}", path.display()), error)),
     }
 }
 
-/// Sleeps, unless `stop` comes.
+/// Sleeps until `stop` is cancelled at the latest.
 fn rest(time: Duration, stop: &CancellationToken) {
     let until = Instant::now() + time;
     while !stop.is_cancelled() {

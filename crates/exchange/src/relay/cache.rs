@@ -1,9 +1,8 @@
-//! What is kept of relayed bytes: a store of its own with a budget, and the thread that puts into
-//! it.
+//! The cache of relayed chunks: a store with a budget, and the thread that writes to it.
 //!
-//! A thread, because a disk that syncs must hold up no line: what has landed is passed on before it
-//! is kept. The queue is short, and whoever fetches waits for a place in it: a disk slower than the
-//! line slows the line.
+//! It is a thread, because a disk sync must not delay a connection: frames are passed on before
+//! they are kept. The queue is short, and a fetch waits for a free slot: a disk slower than the
+//! connection slows the connection.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -18,18 +17,18 @@ use content::store::Store;
 
 use super::inflight_fetch::{InflightFetch, InflightFetches};
 
-/// Groups that wait to be kept: some 6 MiB.
+/// Queued groups of frames: about 6 MiB.
 const QUEUED_MAX: usize = 32;
 
 /// The store and its budget.
 pub(super) struct RelayCache {
     pub(super) store: Store,
-    /// Whoever reads or puts holds it for reading, an eviction for writing.
+    /// Held for reading by readers and writers of chunks, for writing by an eviction.
     pub(super) gate: Arc<RwLock<()>>,
     pub(super) budget: u64,
-    /// Bytes that the packs take, about.
+    /// Approximate bytes of the packs.
     pub(super) bytes: AtomicU64,
-    /// Bytes that were passed on without being kept, for want of room.
+    /// Bytes that were passed on without being kept, because there was no room.
     pub(super) unkept: AtomicU64,
     unflushed: AtomicBool,
 }
@@ -53,7 +52,7 @@ impl RelayCache {
         self.bytes.load(Ordering::Relaxed) >= self.budget
     }
 
-    /// Keeps frames that were verified and that the store lacks, if there is room.
+    /// Keeps verified frames that the store lacks, if there is room.
     fn put(&self, frames: &[Frame]) {
         let kept = (!self.is_full()).then(|| self.store.append_all(frames));
         match kept {
@@ -71,7 +70,7 @@ impl RelayCache {
         }
     }
 
-    /// Makes what was kept durable, if there is something.
+    /// Flushes the store, if there is something to flush.
     pub(super) fn flush(&self) -> Result<(), Fault> {
         if self.unflushed.swap(false, Ordering::Relaxed) {
             self.store.flush()
@@ -81,7 +80,8 @@ impl RelayCache {
     }
 }
 
-/// What landed next of a flight, to be kept. Dropped it is settled, however that went.
+/// The next frames of an in-flight fetch, to be kept. Dropping it settles them, whether or not they
+/// were kept.
 pub(super) struct Group {
     pub(super) flights: Arc<InflightFetches>,
     pub(super) flight: Arc<InflightFetch>,
@@ -90,8 +90,8 @@ pub(super) struct Group {
 
 impl Drop for Group {
     fn drop(&mut self) {
-        // In this order: whoever finds no flight finds it in the store, and whoever found one is
-        // given what it holds.
+        // In this order: a request that finds no in-flight fetch finds the chunk in the store, and
+        // a request that joined one gets its frames.
         self.flights.forget(self.frames.iter().map(Frame::id));
         self.flight.settle(self.frames.len());
     }
@@ -122,12 +122,12 @@ impl Keeper {
         })
     }
 
-    /// Has these kept, soon.
+    /// Queues frames to be kept.
     pub(super) async fn keep(&self, group: Group) {
         if let Some(queue) = &self.queue
             && queue.send(group).await.is_err()
         {
-            tracing::error!("the relay keeps nothing any more: what passes is passed on only");
+            tracing::error!("the relay's cache has stopped: chunks are passed on and not kept");
         }
     }
 }

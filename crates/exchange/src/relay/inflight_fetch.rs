@@ -1,4 +1,4 @@
-//! Chunks on their way from a site, which any number of requests may wait for.
+//! Chunks that are being fetched from a site, for any number of waiting requests.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -11,7 +11,7 @@ use base::fault::{Fault, Reason, Retry};
 use content::chunk::Hash;
 use content::manifest::Digest;
 
-/// Which chunk comes with which flight, at which place of it.
+/// The in-flight fetch of each chunk, and the chunk's index in it.
 #[derive(Default)]
 pub(super) struct InflightFetches(Mutex<HashMap<Hash, (Arc<InflightFetch>, usize)>>);
 
@@ -20,7 +20,7 @@ impl InflightFetches {
         self.0.lock()
     }
 
-    /// These come no more: they are kept, or nobody knows them.
+    /// Removes chunks that are kept or that will not arrive.
     pub(super) fn forget(&self, ids: impl Iterator<Item = Hash>) {
         let mut flights = self.lock();
         for id in ids {
@@ -29,18 +29,18 @@ impl InflightFetches {
     }
 }
 
-/// Some chunks on their way, at most as many bytes as one request asks for.
+/// Chunks in flight, at most as many bytes as one request asks for.
 pub(super) struct InflightFetch {
     /// The artifact that they are fetched for; others may have them too.
     digest: Digest,
     frames: Mutex<Vec<FrameSlot>>,
     seen: watch::Sender<FetchProgress>,
-    /// How many were kept, or given up being kept.
+    /// How many were settled: kept, or not to be kept.
     settled: watch::Sender<usize>,
 }
 
-/// A frame is held until it is settled and all who wait for it have it: each of them has a share of
-/// the daemon's budget.
+/// A frame stays in memory until it is settled and every waiting request has it: each of them has a
+/// share of the daemon's budget.
 #[derive(Default)]
 struct FrameSlot {
     frame: Option<Bytes>,
@@ -54,7 +54,7 @@ struct FetchProgress {
 }
 
 impl InflightFetch {
-    /// A flight for this artifact.
+    /// An in-flight fetch for this artifact.
     pub(super) fn new(digest: Digest) -> Self {
         let (frames, seen, settled) = Default::default();
         Self {
@@ -65,7 +65,7 @@ impl InflightFetch {
         }
     }
 
-    /// A place in the queue for the frame of this number.
+    /// A waiter for the frame of this number.
     pub(super) fn ticket(self: &Arc<Self>, index: usize) -> Ticket {
         let mut frames = self.frames.lock();
         if frames.len() <= index {
@@ -78,7 +78,7 @@ impl InflightFetch {
         }
     }
 
-    /// Takes in what landed next.
+    /// Adds the next frames.
     pub(super) fn land(&self, landed: Vec<Bytes>) {
         let (first, count) = (self.seen.borrow().landed, landed.len());
         for (held, frame) in self.frames.lock().iter_mut().skip(first).zip(landed) {
@@ -87,8 +87,7 @@ impl InflightFetch {
         self.seen.send_modify(|seen| seen.landed += count);
     }
 
-    /// The next so many need not be held any longer for those who come now: they find them in the
-    /// store, or nowhere.
+    /// The next `count` frames are settled: later requests find them in the store, or nowhere.
     pub(super) fn settle(&self, count: usize) {
         let mut frames = self.frames.lock();
         let first = *self.settled.borrow();
@@ -103,20 +102,20 @@ impl InflightFetch {
         self.settled.send_modify(|settled| *settled += count);
     }
 
-    /// The rest does not come.
+    /// The rest will not arrive.
     pub(super) fn fail(&self, fault: Fault) {
         self.seen.send_modify(|seen| seen.fault = Some(fault));
     }
 }
 
-/// Somebody's wait for one frame.
+/// One request's wait for one frame.
 pub(super) struct Ticket {
     flight: Arc<InflightFetch>,
     index: usize,
 }
 
 impl Ticket {
-    /// The frame, as soon as it has landed.
+    /// The frame, as soon as it arrives.
     pub(super) async fn frame(&self, digest: Digest) -> Result<Bytes, Fault> {
         self.landed(digest).await?;
         let frame = self
@@ -125,10 +124,12 @@ impl Ticket {
             .lock()
             .get(self.index)
             .and_then(|held| held.frame.clone());
-        frame.ok_or_else(|| Fault::internal("a relayed chunk that somebody waits for was let go"))
+        frame.ok_or_else(|| {
+            Fault::internal("a relayed chunk was freed while a request waits for it")
+        })
     }
 
-    /// Waits until the frame was kept, or given up being kept.
+    /// Waits until the frame is settled.
     pub(super) async fn settled(&self, digest: Digest) -> Result<(), Fault> {
         self.landed(digest).await?;
         let mut settled = self.flight.settled.subscribe();
@@ -139,8 +140,8 @@ impl Ticket {
         over.map_err(|_| ended_early())
     }
 
-    /// What is wrong with the artifact that it is fetched for is no fault of another, nor its
-    /// business: that one asks again.
+    /// A fault of the artifact that the chunk is fetched for does not concern requests for another
+    /// artifact: those ask again.
     async fn landed(&self, digest: Digest) -> Result<(), Fault> {
         let mut seen = self.flight.seen.subscribe();
         let seen = seen
@@ -152,11 +153,11 @@ impl Ticket {
                 Err(fault.clone())
             }
             Some(_) if seen.landed <= self.index => Err(Fault::unreachable(format!(
-                "a chunk of {digest} did not come"
+                "a chunk of {digest} did not arrive"
             ))
             .with_reason(Reason::WaitingForSource)
             .with_retry(Retry::Backoff)
-            .with_next("nothing: it is asked for again by itself")),
+            .with_next("no action is needed: it is requested again automatically")),
             _ => Ok(()),
         }
     }

@@ -1,16 +1,17 @@
-//! Assembles an artifact in its staging folder: from what the site has, and from the line for the
-//! rest.
+//! Assembles an artifact in its staging folder: from content at the site, and from the connection
+//! for the rest.
 //!
-//! One pass walks the manifest and starts what each missing chunk needs; passes go on until nothing
-//! is missing, so a local chunk that turned out stale, or one that occurs twice, is simply found by
-//! the next pass.
+//! One pass walks the manifest and starts what each missing chunk needs. Passes repeat until
+//! nothing is missing, so the next pass handles a local chunk that was stale and a chunk that
+//! occurs twice.
 //!
 //! ```text
-//! producer (walks, looks up) ──copy, share──▶ workers (verify, write) ──▶ committer (sync, journal)
-//!          └──── batches ──▶ fetches (line) ──frames──▶ ┘
+//! producer (walks, looks up) ──copy, share──▶ workers (verify, write) ──▶ committer (sync,
+//! journal)
+//!          └──── batches ──▶ fetches (connection) ──frames──▶ ┘
 //! ```
-//! The producer, the workers and the committer are threads, for they block on disks; fetches are
-//! tasks. Every arrow is a bounded queue, and the bytes of a batch hold a share of the daemon's
+//! The producer, the workers and the committer are threads, because they block on disks; fetches
+//! are tasks. Every arrow is a bounded queue, and the bytes of a batch hold a share of the daemon's
 //! budget until they are written.
 
 mod begin_finish;
@@ -67,13 +68,13 @@ use worker::{READ_BYTES, Worker};
 
 /// Chunks that are looked up together.
 const LOOK_UP: usize = 256;
-/// Chunks that are noted together.
+/// Chunks that are recorded together.
 const ROWS_TOGETHER: usize = 64 << 10;
 /// Jobs that wait for a worker.
 const JOBS_MAX: usize = 64;
-/// Large files that wait for the sink to begin with them…
+/// Large files that wait until the sink begins with them…
 const ARRIVALS_MAX: usize = 16;
-/// …and with which it is busy at once.
+/// …and that it processes at once.
 const ARRIVALS_AT_ONCE: usize = 2;
 /// Bytes of frames that are handed to a worker together.
 const JOB_BYTES: usize = 256 << 10;
@@ -85,7 +86,7 @@ const WHOLES_MAX: usize = 64;
 const DIRTY_FILES_MAX: usize = 256;
 /// From so many files on, one sync of the filesystem is cheaper than one for each.
 const SYNC_ALL_FROM: usize = 32;
-/// Room that a site keeps free on its disks.
+/// Bytes that a site keeps free on its disks.
 const SPARE_BYTES: u64 = 16 << 20;
 /// Inodes that a site keeps free on its disks, for `CURRENT` and the names of versions.
 const INODES_SPARE: u64 = 8;
@@ -93,21 +94,17 @@ const INODES_SPARE: u64 = 8;
 /// A transfer's bytes as they grow.
 #[derive(Debug, Default)]
 pub struct Counters {
-    /// See [`model::transfer::Bytes`].
+    /// See [`model::transfer::Bytes`] for these five.
     pub reused: AtomicU64,
-    /// Likewise.
     pub resumed: AtomicU64,
-    /// Likewise.
     pub received: AtomicU64,
-    /// Likewise.
     pub committed: AtomicU64,
-    /// Likewise.
     pub wire: Arc<AtomicU64>,
-    /// Whether bytes that came could not be stored, and none were since: few are asked for until
-    /// that works.
+    /// Whether received bytes could not be stored, and none were stored since: few are requested
+    /// until storing works.
     pub(super) store_failed: AtomicBool,
-    /// The files, by their numbers, of which a write, a sync or a close failed. What they hold is
-    /// not known: they are written again.
+    /// The files, by number, with a failed write, sync or close. Their content is unknown: they are
+    /// written again.
     pub(super) damaged: Mutex<HashSet<u64>>,
     /// Storage locations, by number, that could not be read in this attempt: their chunks are
     /// fetched. The index keeps them, because a NAS or a registry that is away for a time loses no
@@ -115,12 +112,12 @@ pub struct Counters {
     unreadable: Mutex<HashSet<u32>>,
 }
 
-/// What all assemblies of a daemon share.
+/// The components that all assemblies of a daemon share.
 #[derive(Clone)]
 pub struct AssemblyContext {
     /// Manifest pages.
     pub store: Store,
-    /// Where chunks lie.
+    /// Where chunks are stored.
     pub chunk_index: Arc<ChunkIndex>,
     /// The bytes in flight.
     pub memory: Arc<Memory>,
@@ -131,22 +128,22 @@ pub struct AssemblyContext {
 /// One artifact being assembled.
 #[derive(Clone)]
 pub struct Assembly {
-    /// The daemon's.
+    /// The daemon's shared components.
     pub shared: AssemblyContext,
-    /// Where it will go.
+    /// Its destination.
     pub sink: Arc<dyn Sink>,
-    /// What it is.
+    /// The artifact.
     pub incoming: Incoming,
-    /// Where the bytes come from.
+    /// The source of its bytes.
     pub fetcher: Fetcher,
     /// Higher goes first.
     pub priority: i32,
-    /// How far it is.
+    /// Its progress.
     pub counters: Arc<Counters>,
-    /// Stops it at the next chunk; what is there is kept.
+    /// Stops it at the next chunk; staged content stays.
     pub stop: CancellationToken,
-    /// Held as long as a thread of this may touch the staging folder, even one that nobody
-    /// waits for any longer.
+    /// Locked as long as a thread of this assembly may use the staging folder, even a thread that
+    /// is not awaited any more.
     pub staging: Option<Arc<OwnedMutexGuard<()>>>,
 }
 
@@ -156,7 +153,7 @@ struct Dest {
     path: RelPath,
     mode: u32,
     file: FileInfo,
-    /// Open while chunks of it are on the way; files of one chunk are opened, written and closed.
+    /// Open while chunks of it are in flight; files of one chunk are opened, written and closed.
     handle: Mutex<Option<File>>,
     announced: AtomicBool,
 }
@@ -168,39 +165,39 @@ struct Item {
 }
 
 enum Job {
-    /// Frames from the line.
+    /// Frames from the connection.
     Write {
         frames: Vec<(Item, Frame)>,
         share: Share,
     },
-    /// Chunks that lie here.
+    /// Chunks at this site.
     Copy(Vec<(Item, At)>),
-    /// Whole files that lie here.
+    /// Whole files at this site.
     Share(Vec<Whole>),
 }
 
-/// A whole file that lies here already.
+/// A whole file that this site holds.
 struct Whole {
     dest: Arc<Dest>,
     from: Local,
     chunks: Vec<(Hash, u64, u64, u32)>,
 }
 
-/// A file that lies here.
+/// A file at this site.
 struct Local {
     path: PathBuf,
-    /// Whether a hard link of it will do: nobody else writes into it.
+    /// Whether a hard link of it is safe: nobody else writes to it.
     link: bool,
     /// The number of its storage location.
     location: u32,
 }
 
-/// What a batch holds until the last of it has come to rest.
+/// The resources of a batch until its last chunk is committed.
 #[derive(Clone)]
 struct Share {
-    /// Of the daemon's memory: until it is written.
+    /// Of the daemon's memory, until the batch is written.
     _memory: Arc<OwnedSemaphorePermit>,
-    /// Of what a kill may cost: until it is committed.
+    /// Of the bytes that a kill may lose, until the batch is committed.
     uncommitted: Arc<OwnedSemaphorePermit>,
 }
 
@@ -210,16 +207,16 @@ struct Batch {
     bytes: u64,
 }
 
-/// Chunks of a file that are in place; they count once they are synced.
+/// Chunks of a file that are written; they count when they are synced.
 struct Done {
     dest: Arc<Dest>,
     chunks: Vec<(Hash, u64, u64, u32)>,
     bytes: u64,
-    /// Whether bytes were written, or only blocks shared.
+    /// Whether bytes were written; otherwise blocks were shared.
     written: bool,
-    /// Whether it is durable already.
+    /// Whether it is already durable.
     synced: bool,
-    /// Of what a kill may cost; nothing for what lies here.
+    /// Of the bytes that a kill may lose; none for local content.
     uncommitted: Option<Arc<OwnedSemaphorePermit>>,
 }
 
@@ -233,10 +230,10 @@ impl Assembly {
         Walk::new(&self.incoming.root, &self.shared.store)
     }
 
-    /// Brings everything here. Returns the staging folder, complete and durable.
+    /// Assembles everything. Returns the staging folder, complete and durable.
     pub async fn run(&self) -> Result<PathBuf, Fault> {
         if self.counters.store_failed.load(Ordering::Relaxed) {
-            // A file is written before bytes are sent again that could not be stored.
+            // A test file is written before bytes are requested again that could not be stored.
             let places = self.shared.chunk_index.clone();
             blocking(move || places.trial()).await?;
             tokio::select! {
@@ -258,8 +255,8 @@ impl Assembly {
             }
             tokio::select! {
                 done = self.pass(place, &journal, &stage, &held) => done?,
-                // A thread that hangs in the far end is left to itself. It holds `staging`, so
-                // nobody else uses the folder before it ends.
+                // A thread that hangs in the sink is abandoned. It holds `staging`, so nobody else
+                // uses the folder before it ends.
                 () = self.given_up() => return Err(stopped()),
             }
             stuck = if journal.read().count() == before {
@@ -336,7 +333,7 @@ impl Assembly {
             .map_or(2, usize::from)
             .clamp(2, 4);
         let mut threads: Vec<oneshot::Receiver<()>> = Vec::new();
-        // They wait for each other, so all of them start or none.
+        // They wait for each other, so all of them start or none does.
         let room = self.sink.threads().reserve(workers as u32 + 2).await?;
         let guard = |failure: &Arc<Failure>,
                      work: Box<dyn FnOnce() -> Result<(), Fault> + Send>| {
@@ -373,7 +370,7 @@ impl Assembly {
             true => (FETCH_IN_FLIGHT_FAR_MAX, UNCOMMITTED_BYTES_FAR_MAX),
             false => (FETCH_IN_FLIGHT_MAX, UNCOMMITTED_BYTES_MAX),
         };
-        // After a failure one batch or two, until something was stored.
+        // After a failure one or two batches, until something was stored.
         let first = if self.counters.store_failed.load(Ordering::Relaxed) {
             UNCOMMITTED_BYTES_AFTER_FAILURE_MAX
         } else {
@@ -410,7 +407,7 @@ impl Assembly {
                 break;
             };
             let units = batch.bytes.div_ceil(UNIT_BYTES).max(1) as u32;
-            // Its own limit first: a transfer that waits for its disk holds none of what the others
+            // Its own limit first: a transfer that waits for its disk holds no memory that others
             // need.
             let Ok(own) = uncommitted.clone().acquire_many_owned(units).await else {
                 break;
@@ -447,8 +444,8 @@ impl Assembly {
         for thread in threads {
             let _ = thread.await;
         }
-        // What was begun is ended here, for the commit would begin it again. What failed is begun
-        // again by the commit.
+        // Work that the sink began is ended here, because the commit begins it again. The commit
+        // repeats failed work.
         tokio::select! {
             _ = early.join_next() => {}
             () = failure.token.cancelled() => {}
@@ -470,8 +467,8 @@ impl Assembly {
 }
 
 impl Assembly {
-    /// Throws away staged files that could not be written. The journal first: after a crash in
-    /// between they are written again all the same.
+    /// Removes staged files that could not be written. The journal is changed first: after a crash
+    /// in between they are written again.
     async fn discard(&self, place: u32, journal: &Arc<RwLock<Journal>>, stage: &Arc<Stage>) {
         let (this, noted) = (self.clone(), journal.clone());
         let removed = match blocking(move || this.take_back_damaged(place, &noted)).await {
@@ -487,7 +484,7 @@ impl Assembly {
         }
     }
 
-    /// Lets the sink begin with large files while they and the rest are on their way.
+    /// Lets the sink begin with large files while their bytes and other files still arrive.
     async fn hand_on(self, arrivals: mpsc::Receiver<Arrival>) {
         let (this, staged) = (&self, &self.staged());
         stream::unfold(arrivals, |mut arrivals| async move {
@@ -513,7 +510,7 @@ async fn fetch_batch(
     let mut frames = fetcher.ask(batch.wants, priority).await?;
     let mut items = batch.items.into_iter();
     while items.len() > 0 {
-        // One hand-over for many chunks: waking another thread costs as much as writing one.
+        // One message for many chunks: waking another thread costs as much as writing one chunk.
         let some = frames.some(items.len(), JOB_BYTES, buffers).await?;
         let together = items.by_ref().take(some.len()).zip(some).collect();
         let job = Job::Write {
@@ -521,7 +518,7 @@ async fn fetch_batch(
             share: share.clone(),
         };
         if jobs.send(job).await.is_err() {
-            // A writer failed, and is about to say why: that ends this as well.
+            // A writer failed and reports the reason itself.
             std::future::pending::<()>().await;
         }
     }

@@ -1,8 +1,8 @@
-//! One try of a transfer: its turn, its manifest, its bytes, its commit.
+//! One attempt of a transfer: its slot, its manifest, its bytes, its commit.
 //!
-//! The transfer's task calls it again after each pause, and after a restart of the daemon; each
-//! time it begins at the front, and each step passes over what an earlier try left: manifest pages
-//! in the store, staged files in the journal, a commit in the sink.
+//! The transfer's task calls it again after each pause, and after a restart of the daemon. It
+//! always begins at the first step, and each step skips what an earlier attempt left: manifest
+//! pages in the store, staged files in the journal, a commit in the sink.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -24,7 +24,7 @@ use sink::{Incoming, Waits};
 use state::TransferRow;
 use transport::Link;
 
-/// How often a transfer's progress is written down.
+/// How often a transfer's progress is written to the catalogue.
 const PROGRESS_EVERY: Duration = Duration::from_secs(1);
 
 impl Runner {
@@ -46,11 +46,11 @@ impl Runner {
             .map(|known| known.root);
 
         if let (true, Some(root)) = (resumes_commit, &known) {
-            // The daemon ended in or after the commit: the sink knows which.
+            // The daemon ended during or after the commit: the sink knows which.
             let incoming = incoming(row, root);
             let staged = row.id.in_dir(sink.staging_root());
             let looked = staged.clone();
-            // A NAS that fails does not say that nothing is staged there.
+            // An error of the NAS does not mean that nothing is staged there.
             let exists = sink
                 .threads()
                 .run(move || looked.try_exists().at_sink(looked.display()));
@@ -67,9 +67,9 @@ impl Runner {
                     .await
                 {
                     Ok(landed) => return self.land(row, counters, &incoming, landed).await,
-                    // What is left of the commit has to wait, for room or for the far end.
+                    // The rest of the commit must wait, for room or for the sink.
                     Err(fault) if !sink::must_be_brought_again(&fault) => return Err(fault),
-                    // Nothing was committed, or not all of it is sound: it is brought here again.
+                    // Nothing was committed, or not all of it is intact: it is fetched again.
                     Err(fault) => {
                         tracing::info!(transfer = %row.id, error = %fault, "the commit cannot be resumed");
                     }
@@ -78,7 +78,7 @@ impl Runner {
         }
 
         self.enter(row, State::Planning, None).await;
-        // A thread of an earlier try may hang in the far end, with the folder open.
+        // A thread of an earlier attempt may hang in the sink, with the folder open.
         let staging = async { Ok(Arc::new(self.staging_of(&id).await)) };
         let staging = unless(
             stop,
@@ -106,7 +106,7 @@ impl Runner {
         {
             let Some(root) = known else {
                 return Err(Fault::internal(
-                    "an artifact that lies here is not in the catalogue",
+                    "an artifact at this site is not in the catalogue",
                 ));
             };
             return self
@@ -220,7 +220,7 @@ impl Runner {
         self.land(row, counters, &incoming, landed).await
     }
 
-    /// Waits until nobody else lands, looks at, or takes away the artifact. A commit that has not
+    /// Waits until no other task commits, checks or removes the artifact. A commit that has not
     /// begun can be stopped.
     async fn turn_with_artifact(
         &self,
@@ -237,7 +237,7 @@ impl Runner {
         .await
     }
 
-    /// The line, as soon as there is one.
+    /// The connection to the hub, as soon as there is one.
     async fn link(&self, row: &mut TransferRow) -> Result<Link, Fault> {
         let mut watch = self.inner.link.clone();
         loop {
@@ -249,7 +249,7 @@ impl Runner {
                 return Ok(link);
             }
             if row.body.reason != Some(Reason::HubUnreachable) {
-                let fault = Fault::unreachable("there is no line to the hub")
+                let fault = Fault::unreachable("there is no connection to the hub")
                     .with_reason(Reason::HubUnreachable);
                 let state = row.state;
                 self.enter(row, state, Some(fault)).await;
@@ -258,14 +258,15 @@ impl Runner {
         }
     }
 
-    /// Assembles the artifact, and writes down meanwhile how far it is. Returns the staging folder.
+    /// Assembles the artifact, and writes its progress to the catalogue. Returns the staging
+    /// folder.
     async fn staged(&self, row: &mut TransferRow, assembly: &Assembly) -> Result<PathBuf, Fault> {
         let counters = &assembly.counters;
         let run = assembly.run();
         let (mut stall, mut was_held_up) = (Stall::default(), false);
         let before = counters.received.load(Ordering::Relaxed);
         tokio::pin!(run);
-        // Not the wall clock, which may be set meanwhile.
+        // Not the wall clock, which may be changed.
         let begun = std::time::Instant::now();
         let now_ms = || begun.elapsed().as_millis() as u64;
         let mut progress_rate =

@@ -1,8 +1,8 @@
 //! How a transfer is stopped, paused and cancelled, and how its staging folder is removed.
 //!
-//! Nothing here makes the control stream wait: a sink that hangs holds up the end of its own
-//! transfers only. A commit that has begun is awaited, because what may become visible cannot be
-//! called cancelled. What cannot be removed is tried again.
+//! Nothing here delays the control stream: a sink that hangs delays only the end of its own
+//! transfers. A commit that has begun is awaited, because an artifact that may become visible must
+//! not be reported as cancelled. A failed removal is repeated.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -19,14 +19,14 @@ use model::transfer::State;
 use sink::Sink;
 use state::{TransferRow, Want};
 
-/// The pause before the catalogue is asked again to note an end.
+/// The pause before another attempt to store an end.
 const NOTE_AGAIN_AFTER: Duration = Duration::from_secs(1);
 
-/// What is removed of a staging folder.
+/// The part of a staging folder that is removed.
 enum Leftover {
-    /// What a transfer staged.
+    /// The content that a transfer staged.
     Staged(TransferId),
-    /// What a sink put aside to be removed.
+    /// The content that a sink moved aside for removal.
     Aside(PathBuf),
 }
 
@@ -43,14 +43,13 @@ impl Runner {
         let task = tokio::spawn(async move {
             this.halt(&row.id, row.generation).await;
             while let Err(fault) = this.note_end(&row, want).await {
-                tracing::warn!(transfer = %row.id, error = %fault, "the end of a transfer could not be noted; tried again");
+                tracing::warn!(transfer = %row.id, error = %fault, "the end of a transfer could not be stored; it is tried again");
                 tokio::select! {
                     () = tokio::time::sleep(NOTE_AGAIN_AFTER) => {}
                     () = this.inner.stop.cancelled() => return,
                 }
             }
-            // Whoever asks from now on begins anew; what was asked for before stands in the
-            // catalogue.
+            // A later request starts a new end; the earlier request is in the catalogue.
             this.inner.ending.lock().remove(&mine);
             if want == Want::Pause
                 && let Ok(now) = this.inner.catalogue.transfer(&row.id).await
@@ -58,7 +57,7 @@ impl Runner {
                 && !now.state.is_final()
             {
                 match now.want {
-                    // Resumed meanwhile: its new task may be the one that was stopped.
+                    // Resumed in between: its new task may be the one that was stopped.
                     Want::Run => this.spawn(&now),
                     // Resumed and paused again.
                     Want::Pause if this.task_of(&now.id, now.generation).is_some() => {
@@ -92,30 +91,30 @@ impl Runner {
     async fn note_end(&self, row: &TransferRow, want: Want) -> Result<(), Fault> {
         let mut row = loop {
             let now = self.inner.catalogue.transfer(&row.id).await?;
-            // Something else was asked for since.
+            // Another action was requested since.
             if now.generation != row.generation || want == Want::Pause && now.want != Want::Pause {
                 return Ok(());
             }
             if self.task_of(&now.id, now.generation).is_none() {
                 break now;
             }
-            // It was resumed in between, and then this was asked for again.
+            // It was resumed in between, and then this action was requested again.
             self.halt(&now.id, now.generation).await;
         };
         if want == Want::Cancel && matches!(row.state, State::Done | State::Cancelled) {
-            // Another transfer took its place: what it staged is left.
+            // Another transfer replaced it: its staged content stays.
             self.inner.leftovers.notify_waiters();
             return Ok(());
         }
         if want == Want::Cancel {
-            // As a rule nothing is left once it is cancelled. A sink that hangs is not waited for.
+            // A cancelled transfer usually leaves nothing. A sink that hangs is not waited for.
             let clean = tokio::time::timeout(
                 SINK_STOP_MAX,
                 self.remove_staged(&row.id, Some(row.generation)),
             )
             .await;
             if let Ok(Err(fault)) = clean {
-                tracing::warn!(transfer = %row.id, error = %fault, "a staging folder could not be removed; tried again");
+                tracing::warn!(transfer = %row.id, error = %fault, "a staging folder could not be removed; it is tried again");
             }
             if self.undone_by_cancel(&mut row).await? {
                 return Ok(());
@@ -130,13 +129,13 @@ impl Runner {
         Ok(())
     }
 
-    /// Waits until nobody else uses the staging folder of a transfer.
+    /// Waits until no other task uses the staging folder of a transfer.
     pub(super) async fn staging_of(&self, id: &TransferId) -> OwnedMutexGuard<()> {
         self.inner.staging.lock(id).await
     }
 
-    /// Removes what a transfer staged, if it is still of this generation. `None`: if it is of no
-    /// use any more.
+    /// Removes the staged content of a transfer, if it is still of this generation. `None`: if the
+    /// content is of no use any more.
     async fn remove_staged(&self, id: &TransferId, generation: Option<i64>) -> Result<(), Fault> {
         let guard = self.staging_of(id).await;
         let row = match self.inner.catalogue.transfer(id).await {
@@ -148,7 +147,7 @@ impl Runner {
         let place = index.staged_by(id);
         let of_no_use = match (&row, generation) {
             (Some(row), Some(generation)) => row.generation == generation,
-            // A failed transfer keeps what it has for `retry`.
+            // A failed transfer keeps its content for `retry`.
             (Some(row), None) => matches!(row.state, State::Done | State::Cancelled),
             (None, _) => place.is_none(),
         };
@@ -185,8 +184,8 @@ impl Runner {
         Ok(())
     }
 
-    /// Removes what is left in the staging folders, now and whenever a transfer was cancelled,
-    /// until the daemon stops. Each sink has a task of its own.
+    /// Removes unused content of the staging folders, now and after each cancellation, until the
+    /// daemon stops. Each sink has its own task.
     pub async fn keep_clean(&self) {
         let all: [_; SINKS] = self
             .inner
@@ -206,12 +205,12 @@ impl Runner {
             };
             let again = left.is_err();
             let renewed = sink.clone();
-            // A root that is away now is told at the next transfer.
+            // An unavailable root is reported by the next transfer.
             let _ = sink.threads().run(move || renewed.renew()).await;
             if let Err(fault) = left
                 && said.as_ref() != Some(&fault.message)
             {
-                tracing::warn!(folder = %sink.staging_root().display(), error = %fault, "a leftover could not be removed; tried again");
+                tracing::warn!(folder = %sink.staging_root().display(), error = %fault, "unused staged content could not be removed; it is tried again");
                 said = Some(fault.message);
             }
             tokio::select! {
@@ -223,7 +222,7 @@ impl Runner {
         }
     }
 
-    /// Removes each leftover of one sink. The first fault is returned after all of them were tried.
+    /// Removes the unused content of one sink. Returns the first fault after all of it was tried.
     async fn clean(&self, sink: &Arc<dyn Sink>) -> Result<(), Fault> {
         let this = sink.clone();
         let mut first = Ok(());
@@ -240,7 +239,7 @@ impl Runner {
     }
 }
 
-/// What lies in a staging folder and may be of no use.
+/// Content of a staging folder that may be of no use.
 fn leftovers(sink: &dyn Sink) -> Result<Vec<Leftover>, Fault> {
     let root = sink.staging_root();
     let entries = match std::fs::read_dir(root) {

@@ -1,8 +1,8 @@
-//! The end of a transfer: what is committed is noted, signed for, and looked at again when it is
-//! wanted a second time.
+//! The end of a transfer: records the commit, signs the receipt, and checks the committed copy when
+//! it is wanted again.
 //!
-//! `attempt` lands what a sink has committed, or what was here all along. The row says `done` last,
-//! with the receipt in it: a crash before that and the transfer lands again.
+//! `attempt` finalizes what a sink has committed or held before. The row gets the state `done`
+//! last, with the receipt in it: after a crash before that, the transfer is finalized again.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -25,13 +25,13 @@ use sink::{Incoming, Landed, Look, Sink};
 use state::TransferRow;
 
 impl Runner {
-    /// Waits until nobody else lands, looks at, or takes away this artifact.
+    /// Waits until no other task commits, checks or removes this artifact.
     pub async fn alone_with(&self, artifact: &ArtifactRef) -> OwnedMutexGuard<()> {
         self.inner.alone.lock(artifact).await
     }
 
-    /// Looks closely at what was committed before, if it was. What is sound counts as landed; what
-    /// is not is brought again.
+    /// Verifies a copy that was committed before. Intact content counts as delivered; other content
+    /// is fetched again.
     pub(super) async fn still_here(&self, row: &TransferRow) -> Result<Option<Landed>, Fault> {
         let inner = &self.inner;
         let _alone = self.alone_with(&row.artifact).await;
@@ -44,7 +44,7 @@ impl Runner {
         let Some(place) = &there.place else {
             return Ok(None);
         };
-        // Once something of it is staged, it was looked at.
+        // If something of it is staged, it was verified before.
         if self.is_staged(&row.id, sink).await? {
             return Ok(None);
         }
@@ -62,7 +62,7 @@ impl Runner {
         )
         .await
         {
-            // A page of the manifest is damaged: it is brought again as well.
+            // A damaged page of the manifest is fetched again as well.
             Err(fault) if fault.code == Code::Integrity => VerifyReport {
                 faults: vec![fault.to_string()],
                 ..VerifyReport::default()
@@ -72,7 +72,7 @@ impl Runner {
         let Some(first) = faults.first() else {
             let note = notes.into_iter().next().or(unread);
             if row.artifact.kind.is_files() {
-                // A try before may have ended before the version became the active one.
+                // An earlier attempt may have ended before the version became the active one.
                 let landed = sink
                     .commit(&incoming, &row.id.in_dir(sink.staging_root()))
                     .await?;
@@ -87,13 +87,13 @@ impl Runner {
                 note,
             }));
         };
-        tracing::warn!(transfer = %row.id, artifact = %row.artifact, faults = faults.len(), first, "what was here is brought again");
+        tracing::warn!(transfer = %row.id, artifact = %row.artifact, faults = faults.len(), first, "the committed copy is incomplete or damaged; it is delivered again");
         sink.clear(&incoming).await?;
         Ok(None)
     }
 
-    /// Whether something of a transfer is staged: noted, and there. A commit that got as far as its
-    /// rename leaves nothing there.
+    /// Whether a transfer has staged content: recorded, and present. A commit that reached its
+    /// rename leaves no staged content.
     async fn is_staged(&self, id: &TransferId, sink: &Arc<dyn Sink>) -> Result<bool, Fault> {
         if self.inner.shared.chunk_index.staged_by(id).is_none() {
             return Ok(false);
@@ -104,8 +104,9 @@ impl Runner {
             .await
     }
 
-    /// Uses what another site has committed to the same folder, or this one before it lost its
-    /// state, if it is sound. The look can be stopped; the commit is awaited, as every commit is.
+    /// Uses an intact copy that another site committed to the same folder, or that this site
+    /// committed before it lost its state. The check can be stopped; the commit is awaited, as
+    /// every commit is.
     pub(super) async fn adopted(
         &self,
         incoming: &Incoming,
@@ -118,7 +119,7 @@ impl Runner {
         };
         let look = async {
             let alone = self.alone_with(&incoming.artifact).await;
-            // What is staged is better than what stands.
+            // Staged content is better than the copy in the folder.
             if self.is_staged(&incoming.transfer, sink).await? || !sink.stands(incoming).await? {
                 return Ok(None);
             }
@@ -132,7 +133,7 @@ impl Runner {
             .await?
             .faults;
             if let Some(first) = faults.first() {
-                tracing::warn!(artifact = %incoming.artifact, faults = faults.len(), first, "what is in the folder already is not whole");
+                tracing::warn!(artifact = %incoming.artifact, faults = faults.len(), first, "the copy in the folder is incomplete or damaged");
                 return Ok(None);
             }
             Ok(Some(alone))
@@ -145,7 +146,7 @@ impl Runner {
             .map(Some)
     }
 
-    /// Whether an artifact is here still, by a quick look.
+    /// Whether the site still holds an artifact, by a quick check.
     pub async fn holds(&self, artifact: &ArtifactRef, digest: Digest) -> Result<bool, Fault> {
         let there = match self.inner.catalogue.artifact(artifact).await {
             Ok(there) if there.digest == digest && there.place.is_some() => there,
@@ -166,7 +167,8 @@ impl Runner {
         }
     }
 
-    /// How an artifact is here, by a look that reads no content and ends in time.
+    /// The condition of an artifact at this site, by a check that reads no content and ends in
+    /// time.
     pub async fn standing(
         &self,
         artifact: &ArtifactRef,
@@ -215,7 +217,7 @@ impl Runner {
         };
         Ok(match tokio::time::timeout(STANDING_LOOK_MAX, look).await {
             Ok(Ok(standing)) => standing,
-            // Something else is in its place: the transfer says what to do.
+            // Other content has replaced it: the transfer reports what to do.
             Ok(Err(fault)) if fault.code == Code::Conflict => {
                 plain(Stands::Damaged, Some(fault.message))
             }
@@ -234,7 +236,7 @@ impl Runner {
         })
     }
 
-    /// Everything is durable and visible: note where, sign, and say so.
+    /// Everything is durable and visible: records the location, signs the receipt, and reports.
     pub(super) async fn land(
         &self,
         row: &mut TransferRow,
@@ -284,22 +286,22 @@ impl Runner {
         Ok(())
     }
 
-    /// A transfer that was cancelled while it was done again: whether its artifact is still here,
-    /// as it was before. If so it is `done` after all.
+    /// Whether the artifact of a transfer that was cancelled during a `retry` is still here as
+    /// before. If so, the transfer is `done`.
     pub(super) async fn undone_by_cancel(&self, row: &mut TransferRow) -> Result<bool, Fault> {
         let inner = &self.inner;
         if !row.body.landed || row.removed_ms.is_some() {
             return Ok(false);
         }
-        // A sink that does not answer must not keep a cancel waiting. What it cannot tell now is as
-        // it was: nobody removed it, and it may be in use. Where something of it is staged it was
-        // looked at, and was not sound.
+        // A sink that does not answer must not delay a cancellation. An artifact that it cannot
+        // check now is as before: nobody removed it, and it may be in use. If something of it is
+        // staged, an earlier check found it damaged.
         match tokio::time::timeout(CANCEL_LOOK_MAX, self.holds(&row.artifact, row.digest)).await {
             Ok(Ok(true)) => {}
             Ok(Ok(false)) => return Ok(false),
             _ if inner.shared.chunk_index.staged_by(&row.id).is_some() => return Ok(false),
             unknown => {
-                tracing::warn!(transfer = %row.id, artifact = %row.artifact, ?unknown, "a sink does not tell whether it still holds this");
+                tracing::warn!(transfer = %row.id, artifact = %row.artifact, ?unknown, "a sink does not report whether it still holds this artifact");
             }
         }
         let there = inner.catalogue.artifact(&row.artifact).await?;

@@ -1,4 +1,4 @@
-//! Locks by name: whoever works on one thing works on it alone.
+//! Locks by name: one task at a time works on one thing.
 
 use std::collections::HashMap;
 use std::hash::Hash;
@@ -17,7 +17,7 @@ impl<K> Default for Locks<K> {
 }
 
 impl<K: Clone + Eq + Hash> Locks<K> {
-    /// Waits until nobody else has the lock of this name.
+    /// Waits for the lock of this name.
     pub(super) async fn lock(&self, name: &K) -> OwnedMutexGuard<()> {
         let lock = {
             let mut all = self.0.lock();

@@ -1,8 +1,8 @@
-//! The memory that bytes in flight take at a site: a pool for all transfers, and a little for each
-//! sink alone.
+//! The memory of bytes in flight at a site: a pool for all transfers, and a small reserve for each
+//! sink.
 //!
-//! A sink that hangs keeps what its transfers have taken of the pool, perhaps all of it. The
-//! transfers of the other sinks then go on with what is theirs alone.
+//! A sink that hangs keeps the part of the pool that its transfers have taken, perhaps all of it.
+//! The transfers of the other sinks then use their reserves.
 
 use std::sync::Arc;
 
@@ -15,14 +15,14 @@ use base::names::Kind;
 /// Bytes of a unit of the memory.
 pub(super) const UNIT_BYTES: u64 = 4 << 10;
 
-/// See the module.
+/// The memory; see the module.
 pub struct Memory {
     common: Arc<Semaphore>,
     own: [Arc<Semaphore>; SINKS],
 }
 
 impl Memory {
-    /// So many bytes in all.
+    /// A total of so many bytes.
     pub fn new(bytes: u64) -> Self {
         let units = |bytes: u64| Arc::new(Semaphore::new((bytes / UNIT_BYTES) as usize));
         let common = bytes
@@ -34,8 +34,7 @@ impl Memory {
         }
     }
 
-    /// Units for a batch on its way to the sink of this kind: of the pool, or of what is the sink's
-    /// alone.
+    /// Units for a batch for the sink of this kind: from the pool, or from the sink's reserve.
     pub(super) async fn take(&self, kind: Kind, units: u32) -> Option<OwnedSemaphorePermit> {
         if let Ok(taken) = self.common.clone().try_acquire_many_owned(units) {
             return Some(taken);
@@ -64,7 +63,7 @@ mod tests {
         {
             held.push(taken.unwrap());
         }
-        assert_eq!(held.len(), 12, "all but what is the others' alone");
+        assert_eq!(held.len(), 12, "all but the reserves of the others");
         assert!(memory.take(Kind::Labels, batch).await.is_some());
         assert!(memory.take(Kind::Image, batch).await.is_some());
     }

@@ -1,14 +1,15 @@
-//! Transfers at a site: each a task that goes from `queued` to `done` and survives everything
+//! Transfers at a site. Each transfer is a task from `queued` to `done`, and survives everything
 //! between.
 //!
-//! The hub says what it wants ([`Runner::apply`], level-triggered: the whole list each time); the
-//! catalogue holds where each transfer is, and is written before anything is pushed to anybody. A
-//! try that fails with a fault that may pass is made again after a growing pause; what was staged
+//! The hub sends the complete list of what it wants ([`Runner::apply`], level-triggered). The
+//! catalogue holds the state of each transfer, and is written before anything is reported. An
+//! attempt that fails with a temporary fault is repeated after a growing pause; staged content
 //! stays.
 //!
-//! This file holds which transfers have a task, and `ending` how one is stopped. `task` is what one
-//! does from its start to its end, `attempt` a single try of it, `turn` what it waits for first,
-//! `pushed` the manifests that came unasked, `landing` the end: place, receipt, and a second look.
+//! This file holds which transfers have a task; `ending` stops a task; `task` is a task from its
+//! start to its end, `attempt` one attempt, `slots` what an attempt waits for first,
+//! `pushed_manifest` the manifests that the hub pushed, `finalize` the end: commit, receipt, and
+//! later checks.
 
 mod assemble;
 mod attempt;
@@ -64,7 +65,7 @@ fn sink_number(kind: Kind) -> usize {
     }
 }
 
-/// Transfers that wait for a look at once.
+/// Queued requests for a check of published content.
 pub const LOOKS_ASKED_MAX: usize = 16;
 
 /// The sinks of a site.
@@ -90,20 +91,20 @@ impl Sinks {
     }
 }
 
-/// What of a list from the hub could not be written down.
+/// The part of a list from the hub that could not be stored.
 #[derive(Debug, Default)]
 pub struct Unapplied {
-    /// The transfers that were not taken over.
+    /// The transfers that were not stored.
     pub transfers: HashSet<TransferId>,
     /// The first fault.
     pub fault: Option<Fault>,
 }
 
-/// Asks for a look at a content that was published here in place.
+/// A request to check content that was published at this site.
 pub struct AskLook {
-    /// Which.
+    /// Its digest.
     pub digest: Digest,
-    /// Takes what changed; `None`: it is sound, or nothing can be said.
+    /// Receives the change; `None`: unchanged, or unknown.
     pub answer: oneshot::Sender<Option<String>>,
 }
 
@@ -124,18 +125,17 @@ struct Inner {
     running: Mutex<HashMap<TransferId, Running>>,
     /// Transfers that are being paused or cancelled, each with its generation.
     ending: Mutex<HashMap<(TransferId, i64, Want), JoinHandle<()>>>,
-    /// Asks for a look at what is left in the staging folders.
+    /// Asks for a cleanup of the staging folders.
     leftovers: Notify,
-    /// Who uses the staging folder of a transfer does so alone.
+    /// The user of a transfer's staging folder holds its lock.
     staging: Locks<TransferId>,
-    /// Who lands, looks at, or takes away an artifact does so alone.
+    /// A task that commits, checks or removes an artifact holds its lock.
     alone: Locks<ArtifactRef>,
-    /// Roots of manifests that the hub pushed of by itself, with the bytes that crossed the line
-    /// for each.
+    /// Root manifests that the hub pushed, each with its bytes on the wire.
     pushed: Mutex<Vec<(Digest, Root, u64)>>,
-    /// Bytes a second, as a transfer last had it.
+    /// The last rate of a transfer, bytes per second.
     last_rate: AtomicU64,
-    /// What the catalogue could not take.
+    /// Rows that the catalogue could not store.
     unwritten: Unwritten,
     stop: CancellationToken,
 }
@@ -149,7 +149,7 @@ struct Running {
     ended: CancellationToken,
 }
 
-/// Waits for what may be dropped at any moment, unless the transfer is stopped first.
+/// Waits for a future that may be dropped at any moment, unless the transfer is stopped first.
 async fn unless<T>(
     stop: &CancellationToken,
     work: impl Future<Output = Result<T, Fault>>,
@@ -160,14 +160,15 @@ async fn unless<T>(
     }
 }
 
-/// What ends a try when somebody paused or cancelled it, or the daemon stops: never shown.
+/// The fault that ends an attempt when a user paused or cancelled the transfer or the daemon stops:
+/// never shown.
 fn stopped() -> Fault {
     Fault::internal("the transfer was stopped")
 }
 
 impl Runner {
-    /// A runner with nothing to do yet. What was published here it has looked at by `looks`; `stop`
-    /// ends all of it.
+    /// A runner without transfers. `looks` receives requests to check published content; `stop`
+    /// ends all work.
     pub fn new(
         catalogue: Catalogue,
         shared: AssemblyContext,
@@ -202,19 +203,19 @@ impl Runner {
         }
     }
 
-    /// Bytes a second, as the line last went; 0 when it is not known.
+    /// The last rate of the connection, bytes per second; 0 when it is not known.
     pub fn last_rate(&self) -> u64 {
         self.inner.last_rate.load(Ordering::Relaxed)
     }
 
-    /// Transfers that are further than the catalogue says, because it cannot be written, each with
-    /// the reason.
+    /// Transfers whose state is newer than their row, because the catalogue cannot be written, each
+    /// with the reason.
     pub fn unwritten(&self) -> Vec<TransferRow> {
         self.inner.unwritten.rows()
     }
 
-    /// Does what the hub wants. What the catalogue cannot take keeps the others from nothing.
-    /// `only`: those of the list that are left of an earlier try.
+    /// Applies the hub's list. A transfer that the catalogue cannot store does not delay the
+    /// others. `only`: the part of the list that an earlier call left.
     pub async fn apply(
         &self,
         desired: &[Desired],
@@ -241,7 +242,7 @@ impl Runner {
         unapplied
     }
 
-    /// Gives up the transfers that the hub does not list any more.
+    /// Cancels the transfers that the hub does not list any more.
     async fn give_up_unlisted(&self, desired: &[Desired], site: &SiteName) -> Result<(), Fault> {
         let listed: HashSet<&str> = desired.iter().map(|wanted| wanted.id.as_str()).collect();
         for row in self.inner.catalogue.open_transfers(site).await? {
@@ -255,8 +256,8 @@ impl Runner {
         Ok(())
     }
 
-    /// Takes a transfer into the catalogue. Another one of the same artifact, of which the hub
-    /// knows nothing any more, gives way.
+    /// Stores a transfer in the catalogue. It replaces an older transfer of the same artifact that
+    /// the hub does not know any more.
     async fn adopt(&self, wanted: &Desired, site: &SiteName) -> Result<TransferRow, Fault> {
         let row = TransferRow {
             id: wanted.id.clone(),
@@ -298,7 +299,7 @@ impl Runner {
                 Ok(row)
             }
             Err(fault) => {
-                // What is known of it already stays as it is.
+                // The stored row stays as it is.
                 let known = catalogue.transfer(&row.id).await;
                 if self
                     .inner
@@ -313,7 +314,7 @@ impl Runner {
         }
     }
 
-    /// Goes on with what was open when the daemon stopped, without waiting for the hub.
+    /// Resumes the transfers that were open when the daemon stopped, without waiting for the hub.
     pub async fn start(&self) -> Result<(), Fault> {
         let site = self.inner.identity.borrow().name().clone();
         for row in self.inner.catalogue.open_transfers(&site).await? {
@@ -330,8 +331,8 @@ impl Runner {
         }
     }
 
-    /// Starts the task of a transfer, unless it runs. An earlier one is stopped, and the new one
-    /// begins once that has ended: two tasks never use one staging folder and journal.
+    /// Starts the task of a transfer, unless it runs. An earlier task is stopped, and the new one
+    /// begins after it has ended: two tasks never use one staging folder and journal.
     fn spawn(&self, row: &TransferRow) {
         let mut running = self.inner.running.lock();
         running.retain(|_, there| !there.ended.is_cancelled());

@@ -1,4 +1,4 @@
-//! When to try again, and how fast it goes: plain functions of time and events.
+//! When to try again, and the transfer rate: plain functions of time and events.
 
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -12,28 +12,28 @@ use base::limits::{
 use model::transfer::Bytes;
 use sink::rounded_secs;
 
-/// The rate is taken over this much time.
+/// The rate is an average over this time.
 const WINDOW_MS: u64 = 10_000;
 
-/// The pause before the next try: doubles from one to the next, with jitter, so that many sites do
-/// not come at once.
+/// The pause before the next attempt. It doubles with each attempt, with jitter, so that many sites
+/// do not come at once.
 #[derive(Debug, Default)]
 pub(super) struct Pause {
     tries: u32,
 }
 
 impl Pause {
-    /// How long to wait after this fault; `None`: trying again is of no use. `costs`: the try had
-    /// bytes sent.
+    /// How long to wait after this fault; `None`: another attempt is of no use. `costs`: the
+    /// attempt received bytes.
     pub(super) fn after(&mut self, fault: &Fault, costs: bool) -> Option<Duration> {
         match fault.retry {
             Retry::Never => None,
             Retry::AfterMs(ms) => Some(Duration::from_millis(ms).max(BACKOFF_FIRST)),
             Retry::Backoff => {
-                // A source comes back at any moment, and asking whether it has costs little.
+                // A source may reconnect at any moment, and the request costs little.
                 let longest = match fault.reason {
                     Reason::WaitingForSource => SOURCE_PAUSE_MAX,
-                    // As a rule the try that finds out costs no byte of the line.
+                    // The attempt that finds out usually receives no byte.
                     Reason::SinkUnavailable | Reason::SinkDenied | Reason::NoSpace if !costs => {
                         SINK_PAUSE_MAX
                     }
@@ -49,7 +49,7 @@ impl Pause {
     }
 }
 
-/// Bytes a second over the last seconds.
+/// Bytes per second over the last seconds.
 #[derive(Debug)]
 pub(super) struct ProgressRate {
     samples: VecDeque<(u64, u64)>,
@@ -57,7 +57,7 @@ pub(super) struct ProgressRate {
 }
 
 impl ProgressRate {
-    /// Begins here, with what came before already counted in `bytes`.
+    /// Starts now; earlier bytes are already counted in `bytes`.
     pub(super) fn new(now_ms: u64, bytes: u64) -> Self {
         Self {
             samples: VecDeque::from([(now_ms, bytes)]),
@@ -65,7 +65,7 @@ impl ProgressRate {
         }
     }
 
-    /// Takes the bytes so far; gives bytes a second.
+    /// Adds a sample: the bytes so far. Returns bytes per second.
     pub(super) fn rate(&mut self, now_ms: u64, bytes: u64) -> u64 {
         self.samples.push_back((now_ms, bytes));
         while self.samples.len() > 2
@@ -81,13 +81,13 @@ impl ProgressRate {
         self.last
     }
 
-    /// Seconds for this many bytes at the last rate.
+    /// The seconds that this many bytes take at the last rate.
     pub(super) fn eta(&self, bytes: u64) -> Option<u64> {
         (self.last > 0).then(|| bytes.div_ceil(self.last))
     }
 }
 
-/// Whether bytes that are here are not stored: the disk they go to does not answer.
+/// Detects that received bytes are not stored: their disk does not answer.
 #[derive(Debug, Default)]
 pub(super) struct Stall {
     last: Bytes,
@@ -95,8 +95,8 @@ pub(super) struct Stall {
 }
 
 impl Stall {
-    /// Takes the bytes so far. For how many seconds nothing has moved though something is to be
-    /// stored, if that is long.
+    /// Adds a sample: the bytes so far. Returns for how many seconds nothing was stored although
+    /// there is something to store, if that is long.
     pub(super) fn secs(&mut self, bytes: Bytes) -> Option<u64> {
         let moved = std::mem::replace(&mut self.last, bytes) != bytes;
         let waits = bytes.received + bytes.reused + bytes.resumed > bytes.committed

@@ -1,8 +1,9 @@
-//! Manifests that the hub tells of by itself: taken in when they come, given out once, to the
+//! Manifests that the hub pushes without a request: stored when they arrive, and given once to the
 //! transfer that needs them.
 //!
-//! `site::line` brings them ([`Runner::hear`]), `attempt` looks whether there is one before it
-//! asks. They lie in memory: what is not kept, or goes in a crash, is asked for.
+//! `site::connection` receives them ([`Runner::accept_pushed`]); `attempt` looks for one before it
+//! requests the manifest. They are in memory: a manifest that is not kept, or is lost in a crash,
+//! is requested.
 
 use std::sync::atomic::Ordering;
 
@@ -18,8 +19,7 @@ use content::manifest::{Digest, Root};
 use model::protocol::PushedManifest;
 
 impl Runner {
-    /// Takes in manifests that the hub tells of by itself. They are hints: what is wrong with one
-    /// shows when it is asked for.
+    /// Stores manifests that the hub pushed. They are hints: an invalid one is requested later.
     pub async fn accept_pushed(&self, manifests: Vec<PushedManifest>) {
         for PushedManifest { digest, frames } in manifests {
             let (store, wire) = (
@@ -36,7 +36,7 @@ impl Runner {
                 Ok(root) => {
                     let mut pushed = self.inner.pushed.lock();
                     pushed.retain(|(of, ..)| *of != digest);
-                    // Those before it begin sooner.
+                    // The earlier ones are needed sooner.
                     if pushed.len() < PUSHED_MANIFESTS_MAX {
                         pushed.push((digest, root, wire));
                     }
@@ -48,7 +48,7 @@ impl Runner {
         }
     }
 
-    /// The root manifest that the hub pushed of.
+    /// Takes the pushed root manifest of a digest.
     pub(super) fn take_pushed(&self, digest: Digest, counters: &Counters) -> Option<Root> {
         let mut pushed = self.inner.pushed.lock();
         let at = pushed.iter().position(|(of, ..)| *of == digest)?;

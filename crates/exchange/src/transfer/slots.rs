@@ -1,7 +1,7 @@
-//! When a transfer may work: which others go first, and how many work at once.
+//! When a transfer may work: which transfers go first, and how many work at once.
 //!
-//! `attempt` waits here before it does anything. Nothing is kept: what goes first stands in the
-//! catalogue, and slots are taken anew after a restart.
+//! `attempt` waits here before it does anything. Nothing is stored: the order is in the catalogue,
+//! and slots are taken again after a restart.
 
 use tokio::sync::{Semaphore, SemaphorePermit};
 use tokio_util::sync::CancellationToken;
@@ -14,13 +14,13 @@ use model::transfer::State;
 use sink::Waits;
 use state::TransferRow;
 
-/// Transfers of about one size. They wait neither for larger ones nor behind what those asked for.
+/// Transfers of about one size. They wait neither for larger transfers nor behind their requests.
 struct Size {
-    /// Bytes of the artifact; larger ones are of the next size.
+    /// The largest artifact of this size, bytes.
     most: u64,
     /// How many work at once.
     slots: usize,
-    /// Of what they ask for on the line; below that of manifests.
+    /// The priority of their requests on the connection; below that of manifests.
     priority: i32,
 }
 
@@ -49,12 +49,12 @@ fn size(bytes: u64) -> usize {
         .unwrap_or(SIZES.len() - 1)
 }
 
-/// The priority on the line of what an artifact of so many bytes asks for.
+/// The priority of the requests of an artifact of so many bytes.
 pub(super) fn priority(bytes: u64) -> i32 {
     SIZES[size(bytes)].priority
 }
 
-/// Room for those that work, by size.
+/// The slots of one sink, by size.
 pub(super) struct Slots([Semaphore; SIZES.len()]);
 
 impl Default for Slots {
@@ -64,18 +64,18 @@ impl Default for Slots {
 }
 
 impl Runner {
-    /// Waits until this transfer may work: what goes first is done, and fewer than so many of its
-    /// size work.
+    /// Waits until this transfer may work: the transfers that go first are done, and a slot of its
+    /// size is free.
     pub(super) async fn wait_for_slot(
         &self,
         row: &mut TransferRow,
         stop: &CancellationToken,
     ) -> Result<SemaphorePermit<'_>, Fault> {
-        // Who was committing when the daemon stopped has waited already.
+        // A transfer that was committing when the daemon stopped has waited already.
         if row.state != State::Committing {
             unless(stop, self.let_others_go_first(row)).await?;
         }
-        // Each sink has its own: one that hangs keeps no transfer of another waiting.
+        // Each sink has its own slots: a sink that hangs delays no transfer of another sink.
         let slots = &self.inner.slots[sink_number(row.artifact.kind)].0[size(row.body.bytes.total)];
         let sink = self.inner.sinks.of(row.artifact.kind).clone();
         if let Ok(turn) = slots.try_acquire() {
@@ -83,7 +83,7 @@ impl Runner {
         }
         let wait = Fault::internal("other transfers go first")
             .with_reason(Reason::WaitingForTurn)
-            .with_next("nothing: it begins by itself");
+            .with_next("no action is needed: it starts automatically");
         self.enter(row, State::Queued, Some(wait)).await;
         let turn = async { slots.acquire().await.map_err(|_| stopped()) };
         unless(
@@ -93,14 +93,14 @@ impl Runner {
         .await
     }
 
-    /// Waits until the transfers that go first are done, or given up.
+    /// Waits until the transfers that go first are done or cancelled.
     async fn let_others_go_first(&self, row: &mut TransferRow) -> Result<(), Fault> {
         let catalogue = &self.inner.catalogue;
-        let by_itself = || "nothing: it begins by itself".to_owned();
+        let by_itself = || "no action is needed: it starts automatically".to_owned();
         loop {
             let changed = catalogue.changed();
             let mut waits = None;
-            // As the hub says now: it may have been told since that nothing need go first.
+            // As the hub says now: the order may have been removed since.
             for id in catalogue.transfer(&row.id).await?.after {
                 match catalogue.transfer(&id).await {
                     Ok(first) if matches!(first.state, State::Done | State::Cancelled) => {}

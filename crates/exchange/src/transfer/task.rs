@@ -1,9 +1,8 @@
-//! One transfer's task: tries, the pauses between them, and what the catalogue says of it
-//! meanwhile.
+//! One transfer's task: its attempts, the pauses between them, and its row in the catalogue.
 //!
-//! [`Runner::spawn`] starts it, it calls `attempt` until that succeeds, is of no use any more, or
-//! the transfer is stopped. A row is written before anybody is told, so after a crash the task
-//! begins where the catalogue says.
+//! [`Runner::spawn`] starts it. It calls `attempt` until that succeeds, until another attempt is of
+//! no use, or until the transfer is stopped. A row is written before it is reported, so after a
+//! crash the task begins with the state in the catalogue.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -22,8 +21,8 @@ use sink::Waits;
 use state::TransferRow;
 
 impl Runner {
-    /// One transfer, from where it stands to its end. `before`: cancelled once the task before this
-    /// one has ended.
+    /// One transfer, from its current state to its end. `before`: cancelled when the task before
+    /// this one has ended.
     pub(super) async fn go(
         &self,
         mut row: TransferRow,
@@ -42,7 +41,7 @@ impl Runner {
         counters.reused.store(first.reused, Ordering::Relaxed);
         counters.wire.store(first.wire, Ordering::Relaxed);
         let mut link = self.inner.link.clone();
-        // The most that was ever staged here.
+        // The largest staged amount so far.
         let mut most = 0;
         loop {
             row.body.attempts += 1;
@@ -55,7 +54,7 @@ impl Runner {
                 let _ = self.write(&row).await;
                 return;
             }
-            // Of what was staged some may be lost again and again, which is no progress.
+            // Staged content may be lost again and again, which is no progress.
             let committed = counters.committed.load(Ordering::Relaxed);
             if committed > most {
                 (most, pause) = (committed, Pause::default());
@@ -75,16 +74,15 @@ impl Runner {
             self.save(&row).await;
             tokio::select! {
                 () = tokio::time::sleep(wait) => {}
-                // A new line is what most waits are for.
+                // Most waits end with a new connection.
                 _ = link.changed(), if fault.reason == Reason::HubUnreachable => {}
                 () = stop.cancelled() => return,
             }
         }
     }
 
-    /// Waits for the end of the task before this one. It waits even when this one is stopped:
-    /// whoever waits for the end of this task relies on both. Returns whether there is still
-    /// something to do.
+    /// Waits for the end of the task before this one. It waits even when this one is stopped: the
+    /// end of this task implies the end of both. Returns whether there is still something to do.
     async fn follows(
         &self,
         row: &mut TransferRow,
@@ -108,13 +106,14 @@ impl Runner {
                 true
             }
             Ok(_) => false,
-            // What is known of it does for the first try, which reads the catalogue again.
+            // The known row is enough for the first attempt, which reads the catalogue again.
             Err(_) => true,
         }
     }
 
-    /// The hub never asks a site for what it lacks itself. So what was published here, and no other
-    /// site has, is looked at: when it changed, it would wait for ever.
+    /// The hub never requests content from a site that lacks it itself. So content that was
+    /// published here, and that no other site has, is checked: if it changed, the transfer would
+    /// wait for ever.
     async fn unless_changed_here(
         &self,
         row: &mut TransferRow,
@@ -132,7 +131,7 @@ impl Runner {
         {
             return fault;
         }
-        // The look may take a while.
+        // The check may take a while.
         row.body.set_fault(Some(&fault));
         self.save(row).await;
         let (answer, answered) = oneshot::channel();
@@ -156,8 +155,7 @@ impl Runner {
         })
     }
 
-    /// Writes a transfer's row once. What could not be written of it before is older, and
-    /// forgotten.
+    /// Writes a transfer's row once. Older unwritten rows of it are discarded.
     pub(super) async fn write(&self, row: &TransferRow) -> Result<(), Fault> {
         self.inner
             .catalogue
@@ -168,7 +166,7 @@ impl Runner {
     }
 
     /// Writes a transfer's row. A final state is tried again until it is written or the daemon
-    /// stops: nobody would write it later.
+    /// stops: no later write would store it.
     pub(super) async fn save(&self, row: &TransferRow) {
         let inner = &self.inner;
         loop {
@@ -204,7 +202,7 @@ impl Runner {
 
     pub(super) async fn enter(&self, row: &mut TransferRow, state: State, wait: Option<Fault>) {
         row.state = state;
-        // Until it gets further it still waits for its source or its sink, however often it asks.
+        // Until it makes progress it still waits for its source or its sink, however often it asks.
         let waits = stays(row.body.reason)
             && matches!(
                 state,

@@ -1,9 +1,9 @@
-//! What the catalogue could not take, because its disk is full for example: kept in memory until it
-//! is written, and shown meanwhile.
+//! Rows that the catalogue could not store, for example because its disk is full: kept in memory
+//! until they are written, and shown in the meantime.
 //!
-//! A transfer is reported with the state that it had before and the reason why the new one is not
-//! written. So nothing is told that is not durable, and whoever asks sees why. A crash loses what
-//! is here: the transfer then continues from what the catalogue says.
+//! A transfer is reported with its stored state and the reason why the new state is not stored. So
+//! nothing is reported that is not durable, and a user sees the reason. A crash loses the rows in
+//! memory: the transfer then continues from the catalogue.
 
 use std::collections::HashMap;
 use std::time::Instant;
@@ -15,7 +15,7 @@ use base::limits::STATE_LOG_EVERY;
 use model::transfer::State;
 use state::TransferRow;
 
-/// The transfers of which something is not written.
+/// The transfers with an unwritten row.
 #[derive(Default)]
 pub(super) struct Unwritten {
     rows: Mutex<HashMap<String, Entry>>,
@@ -40,9 +40,9 @@ impl Unwritten {
         rows
     }
 
-    /// Notes that a transfer's row was not written. Returns whether that is to be logged.
+    /// Records that a transfer's row was not written. Returns whether to log this.
     pub(super) fn not_saved(&self, row: &TransferRow, fault: &Fault) -> bool {
-        // A state that is final counts once it is durable.
+        // A final state counts only when it is durable.
         let state = if row.state.is_final() {
             State::Committing
         } else {
@@ -58,10 +58,10 @@ impl Unwritten {
         )
     }
 
-    /// Notes that a transfer was not taken over from the hub. Returns whether that is to be logged.
+    /// Records that a transfer from the hub was not stored. Returns whether to log this.
     pub(super) fn not_adopted(&self, row: &TransferRow, fault: &Fault) -> bool {
         if row.state.is_final() {
-            // It ended here, and begins again once that can be written down.
+            // It ended here, and starts again when this can be stored.
             return self.put(
                 TransferRow {
                     state: State::Queued,
@@ -78,7 +78,7 @@ impl Unwritten {
         row.body.set_fault(Some(fault));
         row.body.receipt = None;
         let mut rows = self.rows.lock();
-        // A task that is being stopped says nothing of what was asked for since.
+        // A task that is being stopped says nothing about the newer request.
         if rows
             .get(row.id.as_str())
             .is_none_or(|there| there.row.generation <= row.generation)
@@ -99,7 +99,7 @@ impl Unwritten {
         self.forget(id, |entry| entry.row.generation <= generation);
     }
 
-    /// The transfer was taken over, as of this generation.
+    /// The transfer was stored, as of this generation.
     pub(super) fn adopted(&self, id: &str, generation: i64) {
         self.forget(id, |entry| {
             !entry.is_adopted || entry.row.generation < generation
@@ -116,7 +116,7 @@ impl Unwritten {
         }
     }
 
-    /// Forgets transfers that were not taken over and that the hub wants no more.
+    /// Removes transfers that were not stored and that the hub does not list any more.
     pub(super) fn retain(&self, wanted: impl Fn(&str) -> bool) {
         self.rows
             .lock()

@@ -1,7 +1,7 @@
-//! Compares what a site holds of an artifact with its manifest.
+//! Compares an artifact at a site with its manifest.
 //!
-//! A fault of the artifact is what is gone, of another kind, or of another content. An error of the
-//! NAS says nothing of the artifact: then the look fails, and nothing is brought again.
+//! A fault of the artifact is a missing entry, an entry of another type, or other content. An error
+//! of the NAS says nothing about the artifact: the check then fails, and nothing is fetched again.
 
 use std::io::{self, ErrorKind};
 use std::os::unix::ffi::OsStrExt;
@@ -19,19 +19,19 @@ use content::manifest::{EntryBody, FileInfo, Step, Walk};
 use content::store::Store;
 use sink::{Incoming, Look, Sink, StorageLocation};
 
-/// What a look at an artifact found, one line each.
+/// The result of a check, one line each.
 #[derive(Debug, Default)]
 pub struct VerifyReport {
-    /// What is gone or damaged, and is brought again.
+    /// Missing or damaged entries, which are delivered again.
     pub faults: Vec<String>,
-    /// What else is not as it was delivered, and is left so.
+    /// Other differences from the delivered state, which stay as they are.
     pub notes: Vec<String>,
-    /// Why the content could not be read: then nothing is known of it.
+    /// Why the content could not be read: its condition is unknown.
     pub unread: Option<String>,
 }
 
-/// Compares all that was committed of an artifact with its manifest: reads its content, unless a
-/// quick look was asked for.
+/// Compares a committed artifact with its manifest: reads its content, unless a quick check was
+/// requested.
 pub async fn verify(
     sink: &dyn Sink,
     store: Store,
@@ -41,7 +41,7 @@ pub async fn verify(
 ) -> Result<VerifyReport, Fault> {
     let place = &place_now(sink, incoming, place);
     let faults = sink.verify(incoming, place, look).await?;
-    // What is gone as a whole need not be told file by file.
+    // An artifact that is missing as a whole is not reported file by file.
     let folder = match place {
         StorageLocation::Folder { path }
             if faults.is_empty() && incoming.artifact.kind.is_files() =>
@@ -86,12 +86,13 @@ pub async fn verify(
             }
             let wrong = match entry.body {
                 EntryBody::Dir => std::fs::metadata(&path)
-                    .map(|meta| (!meta.is_dir()).then(|| "the folder is gone".to_owned())),
+                    .map(|meta| (!meta.is_dir()).then(|| "the folder is missing".to_owned())),
                 EntryBody::Symlink(_) if !there.is_symlink() => {
-                    Ok(Some("the link is gone or another".to_owned()))
+                    Ok(Some("the link is missing or has another target".to_owned()))
                 }
                 EntryBody::Symlink(target) => std::fs::read_link(&path).map(|now| {
-                    (now != Path::new(&target)).then(|| "the link is gone or another".to_owned())
+                    (now != Path::new(&target))
+                        .then(|| "the link is missing or has another target".to_owned())
                 }),
                 EntryBody::File(file) if quick => size_fault(&path, file),
                 EntryBody::File(file) => file_fault(&path, file),
@@ -116,11 +117,11 @@ pub async fn verify(
     };
     let (FileProblems { mut faults, unread }, modes) = sink.threads().run(work).await?;
     if !faults.is_empty() {
-        // A NAS that was unmounted meanwhile has lost nothing.
+        // A NAS that was unmounted in the meantime has lost nothing.
         faults.splice(0..0, sink.verify(incoming, place, look).await?);
     }
     if !unread.is_empty() {
-        // A disk that works cannot read a few files only: those are damaged.
+        // If the disk works but cannot read a few files, those files are damaged.
         sink.trial().await?;
         faults.extend(unread);
     }
@@ -131,29 +132,30 @@ pub async fn verify(
     })
 }
 
-/// Where an artifact is now: its sink may have another root than when it arrived.
+/// The current location of an artifact: the root of its sink may have changed since it was
+/// delivered.
 fn place_now(sink: &dyn Sink, incoming: &Incoming, place: &StorageLocation) -> StorageLocation {
     sink.place_of(&incoming.artifact)
         .unwrap_or_else(|| place.clone())
 }
 
-/// What is wrong with the files of an artifact.
+/// Problems of an artifact's files.
 #[derive(Default)]
 struct FileProblems {
-    /// What is gone or damaged.
+    /// Missing or damaged files.
     faults: Vec<String>,
-    /// What the disk cannot read. It is damaged if the disk works otherwise.
+    /// Files that the disk cannot read. They are damaged if the disk works otherwise.
     unread: Vec<String>,
 }
 
 impl FileProblems {
-    /// Takes an error of looking at or reading an entry. Returns it if it says nothing of the
+    /// Records an error of a stat or a read. Returns the error if it says nothing about the
     /// artifact.
     fn error(&mut self, path: &Path, error: &io::Error) -> Result<(), Fault> {
         use rustix::io::Errno;
         let line = || format!("{}: read: {error}", path.display());
         match Errno::from_io_error(error) {
-            // Gone, of another kind, or behind a link, and what is refused as no regular file.
+            // Missing, of another type, behind a link, or refused because it is not a regular file.
             None
             | Some(Errno::NOENT | Errno::NOTDIR | Errno::LOOP | Errno::ISDIR | Errno::NXIO) => {
                 self.faults.push(line());
@@ -167,9 +169,9 @@ impl FileProblems {
     }
 }
 
-/// Looks at what was committed of an artifact without reading it: presence, kinds, sizes, and
-/// whether something was written to since. Returns the first thing that is wrong. What was not
-/// looked at by `until` is believed.
+/// Checks a committed artifact without reading it: presence, types, sizes, and whether a file was
+/// written to since. Returns the first difference. Entries that were not checked by `until` count
+/// as intact.
 pub(super) async fn look(
     sink: Arc<dyn Sink>,
     store: Store,
@@ -199,11 +201,11 @@ pub(super) async fn look(
                 other => other.at_sink(path.display())?,
             };
             let wrong = match entry.body {
-                EntryBody::Dir => (!meta.is_dir()).then_some("is no folder"),
-                EntryBody::Symlink(_) if !meta.is_symlink() => Some("is another link"),
+                EntryBody::Dir => (!meta.is_dir()).then_some("is not a folder"),
+                EntryBody::Symlink(_) if !meta.is_symlink() => Some("is a link to another target"),
                 EntryBody::Symlink(target) => {
                     (std::fs::read_link(&path).at_sink(path.display())? != Path::new(&target))
-                        .then_some("is another link")
+                        .then_some("is a link to another target")
                 }
                 EntryBody::File(file) if !meta.is_file() || meta.len() != file.size => {
                     Some("has another size")
@@ -226,8 +228,8 @@ pub(super) async fn look(
     threads.run(work).await
 }
 
-/// What lies in an artifact's folder and is no part of it, as one line. `whole`: all that is part
-/// of it is there.
+/// The additional entries in an artifact's folder, as one line. `whole`: all entries of the
+/// artifact exist.
 pub async fn beside(
     sink: &dyn Sink,
     store: Store,
@@ -241,8 +243,7 @@ pub async fn beside(
     };
     let root = incoming.root.clone();
     let work = move || {
-        // As a rule there is nothing, and then counting says so; else 8 bytes are held of each
-        // name.
+        // Usually there are none, and counting is enough; otherwise 8 bytes are held for each name.
         let totals = root.totals;
         let (mut there, names) = (0, totals.files + totals.dirs + totals.symlinks);
         each(&folder, Path::new(""), &mut |_: &Path| {
@@ -270,14 +271,14 @@ pub async fn beside(
             known
         });
         Ok(strangers
-            .line(|count| format!("{} holds what is no part of it ({count})", folder.display())))
+            .line(|count| format!("{} holds additional entries ({count})", folder.display())))
     };
     sink.threads().run(work).await
 }
 
-/// Tells `see` of all that lies in `below` of a folder, by its path in there; a folder that it does
-/// not want is not looked into. Nor is one that cannot be: what lies beside an artifact is others'
-/// and may be theirs alone, or gone meanwhile.
+/// Calls `see` with each entry of `below` in a folder, by its relative path; a folder for which
+/// `see` returns false is not entered. A folder that cannot be read is skipped: additional entries
+/// belong to others, who may restrict access or remove them.
 fn each(folder: &Path, below: &Path, see: &mut impl FnMut(&Path) -> bool) {
     for entry in std::fs::read_dir(folder.join(below))
         .into_iter()
@@ -291,7 +292,7 @@ fn each(folder: &Path, below: &Path, see: &mut impl FnMut(&Path) -> bool) {
     }
 }
 
-/// The first of what is told of, and how many there are.
+/// The first entries, and how many there are.
 #[derive(Default)]
 struct Listed {
     shown: Vec<String>,
@@ -316,8 +317,7 @@ impl Listed {
     }
 }
 
-/// The bits that must be as they were published. A folder may have got its others from the folder
-/// that it is in.
+/// The permission bits that must be as published. A folder may have inherited its other bits.
 fn noted(body: &EntryBody) -> u32 {
     if *body == EntryBody::Dir {
         0o777
@@ -329,7 +329,7 @@ fn noted(body: &EntryBody) -> u32 {
 fn size_fault(path: &Path, file: FileInfo) -> io::Result<Option<String>> {
     let meta = std::fs::metadata(path)?;
     Ok(match meta.is_file() {
-        false => Some("it is no file".to_owned()),
+        false => Some("it is not a file".to_owned()),
         true => (meta.len() != file.size)
             .then(|| format!("it has {} bytes, {} were delivered", meta.len(), file.size)),
     })
@@ -339,7 +339,7 @@ fn file_fault(path: &Path, file: FileInfo) -> io::Result<Option<String>> {
     let mut hasher = blake3::Hasher::new();
     hasher.update_reader(durable::open_regular_nofollow(path)?)?;
     Ok((*hasher.finalize().as_bytes() != file.hash.0)
-        .then(|| "its content is not what was delivered".to_owned()))
+        .then(|| "the content does not match the delivered content".to_owned()))
 }
 
 #[cfg(test)]

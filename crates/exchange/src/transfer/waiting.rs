@@ -1,9 +1,9 @@
-//! What a transfer shows while a sink keeps it waiting.
+//! What a transfer shows while it waits for a sink.
 //!
-//! A sink reports through `Waits` what a running call waits for; `attempt` makes its calls through
-//! here, and the row shows the report within a moment. What a failed try waited for stays in the
-//! row until the next one gets further: somebody who looks between two tries, or in the middle of
-//! one, sees the same reason.
+//! A sink reports through `Waits` what a running call waits for. `attempt` makes its calls through
+//! this module, and the row shows the report within a moment. The reason of a failed attempt stays
+//! in the row until the next attempt makes progress: a user sees the same reason between two
+//! attempts and during one.
 
 use std::future::Future;
 use std::time::Duration;
@@ -18,21 +18,21 @@ use base::text::Message;
 use sink::{Sink, Waits};
 use state::{Body, TransferRow};
 
-/// How often a sink is asked what holds a call up.
+/// How often a sink is asked what delays a call.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 
-/// How a call on a sink goes on.
+/// The expected duration of a call to a sink.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Takes {
-    /// It answers soon; one that does not waits for the sink.
+    /// Short: a call that does not return waits for the sink.
     Moments,
-    /// It works for as long as that takes, and reports what it waits for.
+    /// Any duration: the call reports what it waits for.
     ItsTime,
-    /// The same, and the row keeps the reason that it has.
+    /// The same, and the row keeps its reason.
     AnyTime,
 }
 
-/// Whether a reason stays in a row that is tried again, until the try gets further.
+/// Whether a reason stays in a row until an attempt makes progress.
 pub(super) fn stays(reason: Option<Reason>) -> bool {
     use Reason as R;
     matches!(
@@ -42,8 +42,8 @@ pub(super) fn stays(reason: Option<Reason>) -> bool {
 }
 
 impl Runner {
-    /// Makes a call on a sink, and writes down meanwhile what it waits for: what the call reports,
-    /// or what the sink says holds it up.
+    /// Makes a call to a sink, and stores what it waits for: the report of the call, or the sink's
+    /// own explanation of the delay.
     pub(super) async fn watched<T>(
         &self,
         row: &mut TransferRow,
@@ -80,8 +80,8 @@ impl Runner {
             let report = report.or_else(|| silent.then(|| silent_fault(row.artifact.kind)));
             match &report {
                 Some(_) => self.show_wait(row, report.as_ref()).await,
-                // One that works for this long without a report is past what an earlier try waited
-                // for.
+                // A call that runs this long without a report is past what an earlier attempt
+                // waited for.
                 None if takes == Takes::ItsTime && (has_reported || is_late) => {
                     self.show_wait(row, None).await;
                 }
@@ -92,14 +92,14 @@ impl Runner {
         }
     }
 
-    /// Writes down the reason that the transfer had before a call.
+    /// Stores the reason that the transfer had before a call.
     async fn show_again(&self, row: &mut TransferRow, before: &Body) {
         (row.body.reason, row.body.message, row.body.next) =
             (before.reason, before.message.clone(), before.next.clone());
         self.save(row).await;
     }
 
-    /// Writes down what the transfer waits for now, if that is new.
+    /// Stores what the transfer waits for, if that is new.
     async fn show_wait(&self, row: &mut TransferRow, report: Option<&Fault>) {
         let (reason, message) = (
             report.map(|fault| fault.reason),

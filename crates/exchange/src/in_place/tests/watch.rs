@@ -120,7 +120,11 @@ fn other_content_under_the_same_size_and_time_is_found() {
         .set_modified(time)
         .unwrap();
     for _ in 0..2 {
-        w.wrong(&mut mark, "sub/b.bin", "its content is another");
+        w.wrong(
+            &mut mark,
+            "sub/b.bin",
+            "the content does not match the recorded hash",
+        );
     }
     assert_eq!(
         w.look(&mut mark).unwrap().read,
@@ -145,7 +149,7 @@ fn another_size_and_what_is_gone_are_found_without_reading() {
     fs::remove_file(&a).unwrap();
     w.wrong(&mut old(), "a.bin", "it is gone");
     symlink(&b, &a).unwrap();
-    w.wrong(&mut old(), "a.bin", "it is no regular file now");
+    w.wrong(&mut old(), "a.bin", "it is not a regular file any more");
     fs::remove_file(&a).unwrap();
     fs::write(&empty, b"not any more").unwrap();
     let look = w.look(&mut old()).unwrap();

@@ -1,5 +1,5 @@
-//! The two ends of an assembly: what is there before the first pass, and what is done after the
-//! last.
+//! The begin and the end of an assembly: what exists before the first pass, and what is done after
+//! the last.
 
 use std::collections::HashSet;
 use std::ops::Range;
@@ -21,7 +21,7 @@ use content::manifest::{EntryBody, FileInfo, KindInfo, Step};
 use sink::StorageLocation;
 use sink::stage::{FILE_MODE, Stage};
 
-/// What the far end holds.
+/// What the sink holds.
 #[derive(Debug, Default)]
 pub(super) struct HeldBySink {
     pub(super) files: HashSet<u64>,
@@ -30,7 +30,8 @@ pub(super) struct HeldBySink {
 }
 
 impl HeldBySink {
-    /// Chunks that need not be staged and were not staged either, before the far end held them.
+    /// Chunks that need not be staged, because the sink holds them, and that are not in the
+    /// journal.
     pub(super) fn unjournaled(&self, journal: &Journal) -> u64 {
         self.ordinals
             .iter()
@@ -42,7 +43,7 @@ impl HeldBySink {
 }
 
 impl Assembly {
-    /// Opens or finds the staging folder and the journal, and makes sure that there is room.
+    /// Creates or opens the staging folder and the journal, and checks that there is room.
     pub(in crate::transfer) fn begin(&self) -> Result<(u32, Journal, Arc<Stage>), Fault> {
         names::check(&self.incoming, self.walk(), self.sink.as_ref())?;
         let (index, path) = (&self.shared.chunk_index, self.staged());
@@ -53,11 +54,11 @@ impl Assembly {
         if let Some(old) = place
             && !has_folder
         {
-            // Somebody cleaned the staging folder away: the journal speaks of nothing.
+            // Somebody removed the staging folder: the journal is void.
             index.remove(old)?;
             place = None;
         }
-        // After a loss of the chunk index the folder is all that is known of what was staged.
+        // After a loss of the chunk index the folder is the only record of what was staged.
         let begins_adopting = place.is_none() && index.loss().is_some() && has_folder;
         if place.is_none() && !begins_adopting {
             durable::remove_all(&path).map_err(Fault::of_sink)?;
@@ -81,7 +82,7 @@ impl Assembly {
             None => index.put(None, info)?,
         };
         let mut journal = index.journal(place, totals.chunks)?;
-        // One that was interrupted goes on.
+        // An interrupted rebuild continues.
         if let Some(info) = index.info(place).filter(|info| info.adopting) {
             journal = self.adopt(&stage, place, journal)?;
             index.put(
@@ -130,13 +131,13 @@ impl Assembly {
             }
         }
         self.counters.resumed.fetch_max(resumed, Ordering::Relaxed);
-        // What an earlier try had staged may be lost.
+        // The content that an earlier attempt staged may be lost.
         self.counters.committed.store(resumed, Ordering::Relaxed);
         let space = stage.space()?;
         let free = space.bytes.unwrap_or(u64::MAX).saturating_sub(SPARE_BYTES);
         if totals.bytes - resumed > free {
-            // Only now is it worth to look what the site has, for shared files take no room, and
-            // what room was taken before.
+            // The lookup of local content starts only now, because shared files take no room, and
+            // neither does room that was reserved before.
             let need = self
                 .estimate(Some(&journal))?
                 .needs
@@ -153,8 +154,8 @@ impl Assembly {
         Ok((place, journal, Arc::new(stage)))
     }
 
-    /// Takes into the journal what lies in the staging folder, after hashing it: which of it was
-    /// durable is not known any more.
+    /// Adds the content of the staging folder to the journal, after hashing it: it is unknown which
+    /// of it is durable.
     fn adopt(&self, stage: &Stage, place: u32, journal: Journal) -> Result<Journal, Fault> {
         let journal = RwLock::new(journal);
         let (mut commit, mut current, mut buffer) = (Commit::default(), None, Vec::new());
@@ -214,8 +215,8 @@ impl Assembly {
         Ok(journal.into_inner())
     }
 
-    /// Fails where the filesystem has fewer inodes than the artifact still needs: each entry that
-    /// is not staged takes one.
+    /// Fails when the filesystem has fewer inodes than the artifact still needs: one for each entry
+    /// that is not staged.
     fn check_inodes(
         &self,
         stage: &Stage,
@@ -245,8 +246,8 @@ impl Assembly {
         )))
     }
 
-    /// Bytes of the staged files that have their room and are not journaled: large files get theirs
-    /// at once.
+    /// Bytes of staged files that are reserved and not journaled: large files are reserved when
+    /// they are created.
     fn room_ahead(&self, stage: &Stage, journal: &Journal) -> Result<u64, Fault> {
         let (mut ahead, mut of_file) = (0, 0u64);
         for step in self.walk() {
@@ -268,7 +269,7 @@ impl Assembly {
         Ok(ahead + of_file)
     }
 
-    /// Files that the far end holds already, whole.
+    /// Files that the sink already holds completely.
     pub(super) async fn held_by_sink(&self, journal: &Journal) -> Result<HeldBySink, Fault> {
         let mut held = HeldBySink::default();
         if !matches!(self.incoming.root.info, KindInfo::Image(_)) {
@@ -306,7 +307,7 @@ impl Assembly {
             };
             if holds {
                 held.files.insert(number);
-                // What was staged here before it went there counts as resumed.
+                // Content that was staged before the sink stored it counts as resumed.
                 held.bytes += if ordinals.clone().any(|ordinal| journal.has(ordinal)) {
                     0
                 } else {
@@ -321,8 +322,8 @@ impl Assembly {
         Ok(held)
     }
 
-    /// Takes back all that the journal says of the staged files that could not be written, which
-    /// are returned. What fails here is done by the next try, before anything else.
+    /// Clears the journal bits of the staged files that could not be written, and returns these
+    /// files. A failure is repeated by the next attempt, before anything else.
     pub(super) fn take_back_damaged(
         &self,
         place: u32,
@@ -368,11 +369,11 @@ impl Assembly {
         Ok(paths)
     }
 
-    /// Makes what has no chunks, sets modes, and syncs the tree.
+    /// Creates entries without chunks, sets modes, and syncs the tree.
     pub(super) fn finish(&self, stage: &Stage, held: &HeldBySink) -> Result<(), Fault> {
         let mut dirs: Vec<(RelPath, u32)> = Vec::new();
         let mut loose: Vec<RelPath> = Vec::new();
-        // The umask may have taken rights that the artifact gives.
+        // The umask may have removed permissions that the artifact has.
         let masked = umask() & FILE_MODE != 0;
         for step in self.walk() {
             let Step::Entry { number, entry, .. } = step? else {
@@ -390,8 +391,7 @@ impl Assembly {
                         stage.write_file(&entry.path, b"")?;
                     }
                     if stage.size(&entry.path)? != Some(file.size) {
-                        // Somebody reached into the staging folder: nothing that the journal says
-                        // can be believed.
+                        // Somebody changed the staging folder: the journal is not reliable.
                         if let Some(place) =
                             self.shared.chunk_index.staged_by(&self.incoming.transfer)
                         {
@@ -402,9 +402,11 @@ impl Assembly {
                             entry.path.as_str()
                         ))
                         .with_retry(Retry::Backoff)
-                        .with_next("nothing: it is brought again by itself"));
+                        .with_next(
+                            "no action is needed: the content is fetched again automatically",
+                        ));
                     }
-                    // Where modes are fixed nothing changes.
+                    // On a mount with fixed modes nothing changes.
                     let sets_mode = (masked || entry.mode != FILE_MODE) && !stage.has_fixed_modes();
                     if sets_mode {
                         stage.set_mode(&entry.path, entry.mode)?;
@@ -423,8 +425,8 @@ impl Assembly {
         if !all {
             loose.iter().try_for_each(|path| stage.sync_file(path))?;
         }
-        // Deepest first: a folder that its owner may not write to still lets its subfolders be
-        // changed by path.
+        // Deepest first: the subfolders of a folder without write permission can still be changed
+        // by path.
         for (path, mode) in dirs.iter().rev() {
             stage.set_mode(path, *mode)?;
             if !all {

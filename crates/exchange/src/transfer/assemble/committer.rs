@@ -1,5 +1,4 @@
-//! The group commit: syncs what was written, and only then lets the index and the journal speak of
-//! it.
+//! The group commit: syncs written files, and only then updates the index and the journal.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -19,10 +18,10 @@ use base::limits::{COMMIT_BYTES, COMMIT_EVERY};
 use content::chunk::Hash;
 use sink::stage::Stage;
 
-/// Chunks that wait for the index, in some 4 MB of memory.
+/// Chunks that wait for the index, in about 4 MB of memory.
 const ROWS_A_COMMIT: usize = 64 << 10;
 
-/// A chunk that is in place.
+/// A chunk that is written.
 pub(super) struct Fresh {
     /// The number of its file.
     entry: u64,
@@ -37,21 +36,22 @@ pub(super) struct Committer {
     pub(super) place: u32,
     pub(super) counters: Arc<Counters>,
     pub(super) commit: Commit,
-    /// Chunks in place since the last commit.
+    /// Chunks written since the last commit.
     pub(super) fresh: Vec<Fresh>,
-    /// Where chunks lie that were committed, or will be next, and that the index does not know yet.
+    /// Locations of chunks that are committed, or will be next, and that the index does not have
+    /// yet.
     pub(super) rows: Vec<(Hash, At)>,
-    /// Bytes that were written since the last commit, and not only shared.
+    /// Bytes that were written since the last commit, without shared ones.
     pub(super) unsynced: u64,
     /// Files of several chunks written since the last commit.
     pub(super) large: HashMap<u64, Arc<Dest>>,
     /// Files of one chunk, or shared ones.
     pub(super) small: Vec<Arc<Dest>>,
     pub(super) growing: Growing,
-    /// What may be asked for beside the first once something was stored.
+    /// The permits beyond the first, released when something was stored.
     pub(super) more: Option<(Arc<Semaphore>, usize)>,
     pub(super) failure: Arc<Failure>,
-    /// What a kill may cost, given back when it costs nothing any more.
+    /// Permits for bytes that a kill may lose, released when they are committed.
     pub(super) shares: Vec<Arc<OwnedSemaphorePermit>>,
 }
 
@@ -122,8 +122,8 @@ impl Committer {
         }
     }
 
-    /// Makes durable what was written. Whatever fails is written again from its beginning: nobody
-    /// knows what the file holds, and the system reports a lost write once only.
+    /// Makes written files durable. A file with a failure is written again from its beginning: its
+    /// content is unknown, and the system reports a lost write only once.
     fn sync(&self) -> Result<(), Fault> {
         let whole =
             self.stage.syncs_whole() && self.large.len() + self.small.len() >= SYNC_ALL_FROM;
@@ -163,7 +163,7 @@ impl Committer {
         first
     }
 
-    /// Notes in the index and the journal what was synced.
+    /// Records synced chunks in the index and the journal.
     fn note(&mut self) -> Result<(), Fault> {
         let Self {
             failure,
@@ -176,8 +176,8 @@ impl Committer {
         failure.patiently(|| chunk_index.commit(*place, journal, commit))
     }
 
-    /// `all`: the index learns of every chunk; else only once there are many. What could not be
-    /// synced does not count, and ends the pass; the rest counts all the same.
+    /// `all`: adds every chunk to the index; otherwise only when there are many. Chunks that could
+    /// not be synced do not count, and end the pass; the others count.
     fn flush(&mut self, all: bool) -> Result<(), Fault> {
         if self.fresh.is_empty() && (self.rows.is_empty() || !all) {
             return Ok(());
@@ -210,7 +210,7 @@ impl Committer {
             .inspect_err(|_| self.failure.stored.store(false, Ordering::Relaxed))?;
         self.shares.clear();
         if some_stored {
-            // What was noted is all that would not be sent again.
+            // Only recorded chunks would not be sent again.
             self.counters.store_failed.store(false, Ordering::Relaxed);
             if let Some((uncommitted, more)) = self.more.take() {
                 uncommitted.add_permits(more);

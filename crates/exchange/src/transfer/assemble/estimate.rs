@@ -1,4 +1,4 @@
-//! What it would take to bring an artifact here: for `plan`, and where room is short.
+//! The cost of delivering an artifact to this site: for `plan`, and when room is short.
 
 use std::collections::HashMap;
 
@@ -11,28 +11,27 @@ use content::chunk::Hash;
 use content::manifest::{ChunkRef, EntryBody, FileInfo, Step};
 use sink::{Sink, StorageLocation};
 
-/// What a delivery would move.
+/// The cost of a delivery.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Estimate {
-    /// Raw bytes that the site lacks; a chunk that comes again very much later may be counted
-    /// again.
+    /// Raw bytes that the site lacks. A chunk that occurs again much later may be counted twice.
     pub missing: u64,
-    /// Raw bytes that would be written: of what it has, all but files that can be shared whole.
+    /// Raw bytes that would be written: also local content, except files that can be shared whole.
     pub needs: u64,
-    /// Entries that would be created: all but files that can be shared whole by a hard link.
+    /// Entries that would be created, except files that can be shared by a hard link.
     pub inodes: u64,
 }
 
 impl Assembly {
-    /// What it would take to bring the artifact here.
+    /// The cost of delivering the artifact.
     pub fn estimate(&self, journal: Option<&Journal>) -> Result<Estimate, Fault> {
         let mut out = Estimate::default();
-        // Each with the file that it is of, its number, and where it begins there.
+        // Each with its file, the file's number, and its offset.
         let mut pending: Vec<(ChunkRef, FileInfo, u64, u64)> = Vec::new();
         let mut seen = Recent::default();
         let places = &self.shared.chunk_index;
         let (mut whole, mut linked, mut entries) = (None, 0, 0);
-        // The index hears late of a folder that somebody took away.
+        // The index learns late that a folder was removed.
         let mut gone: HashMap<u32, bool> = HashMap::new();
         let mut is_gone = |place: u32| {
             *gone.entry(place).or_insert_with(|| {
@@ -98,8 +97,7 @@ impl Assembly {
         Ok(out)
     }
 
-    /// Where the same files lie whole: of each it is told where its first chunk was found, if what
-    /// was looked for is that.
+    /// Local copies of whole files. The caller passes where the first chunk of each was found.
     pub(super) fn shareable(
         &self,
         files: impl Iterator<Item = (FileInfo, Option<At>)>,
@@ -138,7 +136,7 @@ impl Assembly {
     }
 }
 
-/// Free room in a sink's staging, for `plan`.
+/// Free bytes of a sink's staging, for `plan`.
 pub fn free_room(sink: &dyn Sink) -> Option<u64> {
     Space::of(sink.staging_root()).ok()?.bytes
 }

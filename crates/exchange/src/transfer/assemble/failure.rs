@@ -1,5 +1,5 @@
-//! How a pass ends early: by the first fault of any of its threads. And what does not end it,
-//! though it fails: the chunk index.
+//! How a pass ends early: with the first fault of any of its threads. A failure of the chunk index
+//! does not end it.
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -12,7 +12,7 @@ use base::fault::{Fault, Reason, Retry};
 use base::limits::STATE_RETRY_EVERY;
 use sink::Waits;
 
-/// How often a thread that waits for the chunk index looks whether the transfer was stopped.
+/// How often a thread that waits for the chunk index checks whether the transfer was stopped.
 const LOOK_EVERY: Duration = Duration::from_millis(50);
 
 /// The first fault of a pass ends all of it.
@@ -22,16 +22,16 @@ pub(super) struct Failure {
     /// Cancelled when the transfer is stopped.
     stop: CancellationToken,
     fault: Mutex<Option<Fault>>,
-    /// Whether what failed is to store something.
+    /// Whether the failed operation was to store something.
     pub(super) stored: AtomicBool,
-    /// Where it is reported what the pass waits for.
+    /// Receives what the pass waits for.
     waits: Waits,
-    /// Between two tries to use the chunk index.
+    /// The pause between two attempts to use the chunk index.
     pause: Duration,
 }
 
 impl Failure {
-    /// Of a pass that begins.
+    /// The state of a new pass.
     pub(super) fn new(stop: &CancellationToken, waits: Waits) -> Self {
         let (token, fault, stored) = (stop.child_token(), Mutex::default(), AtomicBool::new(true));
         Self {
@@ -55,8 +55,8 @@ impl Failure {
         self.fault.lock().take()
     }
 
-    /// Uses the chunk index. While its disk is full, or fails, this waits and reports that, also in
-    /// a pass that is over: what came already need not be sent again.
+    /// Uses the chunk index. While its disk is full or fails, this waits and reports that, also in
+    /// a pass that has ended: received bytes need not be sent again.
     pub(super) fn patiently<T>(
         &self,
         mut call: impl FnMut() -> Result<T, Fault>,
@@ -90,7 +90,7 @@ impl Failure {
     }
 }
 
-/// Notes that a thread panicked: the others would wait for it for ever.
+/// Records that a thread panicked: otherwise the others would wait for it for ever.
 pub(super) struct Ending(pub(super) Arc<Failure>);
 
 impl Drop for Ending {
@@ -125,7 +125,7 @@ mod tests {
         assert_eq!(
             (done.unwrap(), waits.now()),
             (2, None),
-            "it goes on by itself, and says so"
+            "it continues automatically, and says so"
         );
         let damaged = failure
             .patiently(|| Err::<(), _>(Fault::internal("damaged")))
@@ -133,10 +133,10 @@ mod tests {
         assert_eq!(
             (damaged.reason, waits.now()),
             (Reason::Internal, None),
-            "what does not pass is not waited for"
+            "a permanent fault is not waited for"
         );
-        // The line ends meanwhile: what came is still noted once there is room.
-        failure.set(Fault::unreachable("the line ended"));
+        // The connection ends: received chunks are still recorded when there is room.
+        failure.set(Fault::unreachable("the connection ended"));
         let stopped = failure.patiently(|| {
             stop.cancel();
             Err::<(), _>(Fault::no_space("full"))

@@ -1,5 +1,5 @@
-//! Large files as they grow: how much of each is in place from its beginning on, for a sink that
-//! begins with it before it is whole.
+//! Large files as they grow: how much of each is written from its start, for a sink that begins
+//! before the file is complete.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
@@ -8,14 +8,14 @@ use tokio::sync::{mpsc, watch};
 
 use super::Dest;
 
-/// Files of this size are worth a beginning before the rest is there.
+/// The sink begins early with files of this size.
 const LARGE_BYTES: u64 = 1 << 20;
 
-/// A file of which something is in place.
+/// A partly written file.
 pub(super) struct Arrival {
     pub(super) dest: Arc<Dest>,
-    /// Bytes that are in place from its beginning on. It closes before it says all of them when
-    /// this pass does not bring the rest.
+    /// Bytes that are written from its start. The channel closes before the last byte if this pass
+    /// does not complete the file.
     pub(super) grown: watch::Receiver<u64>,
 }
 
@@ -27,7 +27,7 @@ pub(super) struct Growing {
 
 struct Growth {
     front: u64,
-    /// Where what lies behind a gap begins and ends.
+    /// The written ranges behind a gap.
     beyond: BTreeMap<u64, u64>,
     grown: watch::Sender<u64>,
 }
@@ -40,13 +40,13 @@ impl Growing {
         }
     }
 
-    /// Something of this file is in place for the first time in this pass.
+    /// A part of this file is written for the first time in this pass.
     pub(super) fn begin(&mut self, dest: &Arc<Dest>) {
         if dest.file.size < LARGE_BYTES {
             return;
         }
         let (grown, seen) = watch::channel(0);
-        // A hint: whoever is busy with others sees it at the commit.
+        // A hint: a sink that is busy sees the file at the commit.
         if self
             .tell
             .try_send(Arrival {
@@ -66,7 +66,7 @@ impl Growing {
         }
     }
 
-    /// Notes that these parts of a file are in place, each by where it begins and its bytes.
+    /// Records written parts of a file: offset and bytes.
     pub(super) fn note(&mut self, dest: &Dest, parts: impl Iterator<Item = (u64, u32)>) {
         let Some(growth) = self.files.get_mut(&dest.number) else {
             return;
@@ -133,6 +133,6 @@ mod tests {
         check(&[(0, 1 << 10)], 1 << 10);
         check(&[(1 << 10, (1 << 20) - (1 << 10)), (0, 1 << 10)], 2 << 20);
         check(&[(2 << 20, 1 << 20)], 3 << 20);
-        assert!(growing.files.is_empty(), "what is whole is forgotten");
+        assert!(growing.files.is_empty(), "complete files are removed");
     }
 }

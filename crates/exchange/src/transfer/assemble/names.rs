@@ -1,4 +1,4 @@
-//! Names and links that the far end cannot hold: all of them are found before a byte is staged.
+//! Names and links that the sink cannot store: all of them are found before a byte is staged.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
@@ -13,7 +13,7 @@ const RENAME: &str = "rename those files and publish a new version";
 const LINKS: &str = "publish a new version with files in place of the links; or mount the NAS so that it takes links (SMB: mfsymlinks), \
                      restart the site's daemon, and run 'packhorse retry'";
 
-/// Refuses an artifact with names or links that its sink cannot hold, and lists them.
+/// Refuses an artifact with names or links that its sink cannot store, and lists them.
 pub(super) fn check<P: Pages + ?Sized>(
     incoming: &Incoming,
     walk: Walk<'_, P>,
@@ -40,7 +40,7 @@ pub(super) fn check<P: Pages + ?Sized>(
             }
             None if !takes_links && matches!(entry.body, EntryBody::Symlink(_)) => {
                 links += 1;
-                "the NAS takes no links".to_owned()
+                "the NAS does not support links".to_owned()
             }
             None => continue,
         };
@@ -69,12 +69,12 @@ pub(super) fn check<P: Pages + ?Sized>(
     .with_next(next))
 }
 
-/// The names seen in the folders that are open, as a filesystem takes them that folds names.
-/// Entries come in the order of their paths, in which all of a folder stands together: what is held
-/// is no more than the folders above an entry.
+/// The names in the folders that are open, as a filesystem that folds names compares them. Entries
+/// come in the order of their paths, so the entries of a folder are consecutive: only the folders
+/// above an entry are held in memory.
 struct SeenNames {
     folding: Folding,
-    /// Each folder with its names, by the hashes of what they are folded to.
+    /// Each folder with its names, by the hashes of their folded forms.
     open: Vec<(String, HashMap<u64, Box<str>>)>,
 }
 
@@ -86,7 +86,7 @@ impl SeenNames {
         }
     }
 
-    /// The name in the same folder that was there first and is the same to the filesystem.
+    /// The earlier name in the same folder that the filesystem takes for the same.
     fn twin(&mut self, path: &RelPath) -> Option<Box<str>> {
         let parent = path.parent().unwrap_or_default();
         let above = |folder: &str| {
@@ -175,7 +175,7 @@ mod tests {
         }
     }
 
-    /// What is said of a dataset on its way to such a filesystem.
+    /// The error for a dataset on such a filesystem.
     fn checked(mount: Mount, fill: impl FnOnce(&Path)) -> Result<(), Fault> {
         let dir = tempfile::tempdir().unwrap();
         let (tree, store) = (

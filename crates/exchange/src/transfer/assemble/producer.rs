@@ -19,11 +19,10 @@ use content::manifest::{EntryBody, Step};
 use model::protocol::Wanted;
 use sink::stage::Stage;
 
-/// Chunks of a file that is shared whole at the most, some 34 GiB: each takes 150 bytes of memory
-/// meanwhile.
+/// The most chunks of a file that is shared whole, about 34 GiB: each takes 150 bytes of memory.
 const SHARED_CHUNKS_MAX: usize = 1 << 20;
 
-/// A file that may be shared whole: where from, and its chunks so far.
+/// A file that may be shared whole: its local copy, and its chunks so far.
 pub(super) struct Sharing {
     dest: Arc<Dest>,
     from: Local,
@@ -39,18 +38,18 @@ pub(super) struct Producer {
     pub(super) jobs: mpsc::Sender<Job>,
     pub(super) batches: mpsc::Sender<Batch>,
     pub(super) batch: Batch,
-    /// Chunks asked for in this pass: one that is taken for another waits for the next; older ones
-    /// are in the index by now.
+    /// Chunks requested in this pass. A chunk that is mistaken for another waits for the next pass;
+    /// older ones are in the index by then.
     pub(super) asked: Recent,
     pub(super) sharing: Option<Sharing>,
-    /// What is handed over together next.
+    /// The next group of work.
     pub(super) copies: Vec<(Item, At)>,
     pub(super) copy_bytes: usize,
     pub(super) wholes: Vec<Whole>,
     pub(super) whole_bytes: u64,
 }
 
-/// The queue's other end is gone: somebody failed, and says what.
+/// The other end of the queue is gone: its thread failed and reports the reason.
 struct Ended;
 
 impl Producer {
@@ -125,8 +124,8 @@ impl Producer {
                 .filter(|s| s.dest.number == item.dest.number)
             {
                 sharing.items.push(item);
-                // A file so large is not worth the memory that its chunks would take: they come one
-                // by one, from here all the same.
+                // The chunks of so large a file would take too much memory: it is copied chunk by
+                // chunk.
                 if sharing.items.len() < SHARED_CHUNKS_MAX || self.end_sharing()?.is_ok() {
                     continue;
                 }
@@ -226,8 +225,7 @@ impl Producer {
                 },
             );
         }
-        // Some of it is staged and journaled already: that must stay, so the rest comes chunk by
-        // chunk.
+        // A part of it is staged and journaled and must stay, so the rest is copied chunk by chunk.
         let ids: Vec<Hash> = items.iter().map(|item| item.chunk.id).collect();
         let found = self.failure.patiently(|| self.find(&ids))?;
         for (item, at) in items.into_iter().zip(found) {
@@ -240,7 +238,7 @@ impl Producer {
 
     fn ask(&mut self, item: Item) -> Result<(), Ended> {
         if !self.asked.insert(item.chunk.id) {
-            return Ok(()); // it comes once; the next pass finds it here
+            return Ok(()); // it is fetched once; the next pass finds it here
         }
         match self.batch.wants.last_mut() {
             Some(Wanted::Children { page, ranges }) if *page == item.spot.page => {

@@ -1,15 +1,15 @@
-//! Chunks named lately, in bounded memory.
+//! Recently requested chunks, in bounded memory.
 
 use std::collections::HashSet;
 
 use content::chunk::Hash;
 
-/// Names kept by each of two generations: more than are asked for until the index knows them, some
-/// 5 MB of memory each.
+/// Hashes in each of two generations: more than are requested until the index has them. About 5 MB
+/// of memory each.
 const GENERATION: usize = 224 << 10;
 
-/// Which chunks were named among the last [`GENERATION`] others at least, by eight bytes of their
-/// names: one may be taken for another.
+/// The chunks among at least the last [`GENERATION`] ones, by eight bytes of their hashes: one may
+/// be taken for another.
 #[derive(Debug, Default)]
 pub(super) struct Recent {
     young: HashSet<u64>,
@@ -17,7 +17,7 @@ pub(super) struct Recent {
 }
 
 impl Recent {
-    /// Whether it is new, as far as is remembered; from now on it is not.
+    /// Adds a chunk. Returns whether it is new, as far as is known.
     pub(super) fn insert(&mut self, id: Hash) -> bool {
         let [a, b, c, d, e, f, g, h, ..] = id.0;
         let key = u64::from_le_bytes([a, b, c, d, e, f, g, h]);
@@ -50,6 +50,6 @@ mod tests {
             );
         }
         assert!(recent.young.len() + recent.old.len() <= 2 * GENERATION);
-        assert!(recent.insert(id(0)), "what was named long ago is forgotten");
+        assert!(recent.insert(id(0)), "old chunks are removed");
     }
 }

@@ -1,4 +1,4 @@
-//! Puts chunks in place: verifies each, whether it came over the line or lies here, and writes it.
+//! Writes chunks: verifies each, whether it was received or is local, and writes it.
 
 use std::fs::File;
 use std::ops::ControlFlow;
@@ -24,9 +24,9 @@ use sink::stage::{self, Stage};
 
 /// Bytes of a file that are read at once to be hashed.
 pub(super) const READ_BYTES: usize = 256 << 10;
-/// Files of one job that cannot be stored before the rest of it is given up.
+/// Files of one job that cannot be stored before the rest of the job is given up.
 const FAILURES_A_JOB_MAX: usize = 2;
-/// Bytes of one file that are written together at the most.
+/// The most bytes of one file that are written together.
 const RUN_BYTES: u64 = 1 << 20;
 
 pub(super) struct Worker {
@@ -35,9 +35,9 @@ pub(super) struct Worker {
     pub(super) counters: Arc<Counters>,
     pub(super) failure: Arc<Failure>,
     pub(super) done: SyncSender<Vec<Done>>,
-    /// Reads what lies here.
+    /// Reads local content.
     pub(super) local: Reader,
-    /// What files are read into to be hashed: [`READ_BYTES`].
+    /// The buffer for hashing files: [`READ_BYTES`].
     pub(super) buffer: Vec<u8>,
 }
 
@@ -59,12 +59,12 @@ impl Worker {
                 Job::Share(wholes) => self.share_all(wholes, &mut done),
             };
             let some_stored = !done.is_empty();
-            // What was stored counts, whatever failed beside it.
+            // Stored chunks count, even if others failed.
             if self.report(done).is_err() {
                 return worked;
             }
             match worked {
-                // The pass ends, and what came already is stored.
+                // The pass ends, and received chunks are stored.
                 Err(fault) if some_stored => self.failure.set(fault),
                 Err(fault) => return Err(fault),
                 Ok(()) => {}
@@ -72,7 +72,7 @@ impl Worker {
         }
     }
 
-    /// Writes what came over the line.
+    /// Writes received chunks.
     fn write_all(&self, frames: Vec<(Item, Frame)>, done: &mut Vec<Done>) -> Result<(), Fault> {
         let (mut run, mut tries) = (None, Tries::default());
         for (item, frame) in frames {
@@ -94,7 +94,7 @@ impl Worker {
         tries.end()
     }
 
-    /// Copies chunks that lie here.
+    /// Copies local chunks.
     fn copy_all(&mut self, copies: Vec<(Item, At)>, done: &mut Vec<Done>) -> Result<(), Fault> {
         let (mut run, mut tries) = (None, Tries::default());
         for (item, at) in copies {
@@ -115,7 +115,7 @@ impl Worker {
         tries.end()
     }
 
-    /// Shares whole files that lie here.
+    /// Shares whole local files.
     fn share_all(&mut self, wholes: Vec<Whole>, done: &mut Vec<Done>) -> Result<(), Fault> {
         let mut tries = Tries::default();
         for Whole { dest, from, chunks } in wholes {
@@ -186,12 +186,13 @@ impl Worker {
         Ok(())
     }
 
-    /// Hands over what is in place. An error means that the committer failed, and says why itself.
+    /// Sends written chunks to the committer. An error means that the committer failed; it reports
+    /// the reason itself.
     fn report(&self, done: Vec<Done>) -> Result<(), SendError<Vec<Done>>> {
         self.done.send(done)
     }
 
-    /// Puts verified bytes at their place; those that follow each other go together.
+    /// Writes verified bytes at their offset; consecutive ones are written together.
     fn put(
         &self,
         item: Item,
@@ -223,7 +224,7 @@ impl Worker {
         self.end_run(ended, done)
     }
 
-    /// Writes what was put.
+    /// Writes the collected bytes.
     fn end_run(&self, run: Option<WriteRun>, done: &mut Vec<Done>) -> Result<(), Fault> {
         let Some(run) = run else { return Ok(()) };
         self.write(run, done)
@@ -239,7 +240,7 @@ impl Worker {
             parts,
         } = run;
         if len == dest.file.size {
-            // The whole of it: nobody needs it open any longer.
+            // The file is complete: it need not stay open.
             let file = self.stage.open_file(&dest.path, 0)?;
             let written = write_parts(&file, &parts, offset);
             let closed = durable::close(file);
@@ -248,7 +249,8 @@ impl Worker {
                 .at_sink(format_args!("write {}", dest.path))
                 .inspect_err(|_| self.is_damaged(&dest))?;
         } else {
-            // HeldBySink while writing: the kernel lets one in at a time, and has the others spin.
+            // Locked while writing: the kernel admits one writer at a time, and the others would
+            // spin.
             let mut handle = dest.handle.lock();
             let file = match &mut *handle {
                 Some(file) => file,
@@ -256,8 +258,8 @@ impl Worker {
             };
             let written = write_parts(file, &parts, offset);
             drop(handle);
-            // What is full or beyond its quota took nothing of these bytes; other errors may have
-            // cost what was written before.
+            // A full disk or an exceeded quota wrote none of these bytes; other errors may have
+            // damaged what was written before.
             written
                 .at_sink(format_args!("write {}", dest.path))
                 .inspect_err(|fault| {
@@ -282,21 +284,21 @@ impl Worker {
         self.counters.damaged.lock().insert(dest.number);
     }
 
-    /// Makes the staged file the same as one that lies here, and checks all bytes of that.
+    /// Shares a local file as the staged file, and verifies all its bytes.
     fn share(&mut self, dest: &Dest, from: &Local) -> Result<stage::Sharing, Fault> {
         let Local {
             path: from, link, ..
         } = from;
         let file = durable::open_regular_nofollow(from).at(from.display())?;
         if file.metadata().at(from.display())?.len() != dest.file.size {
-            return Err(Fault::integrity("its size is another"));
+            return Err(Fault::integrity("the size differs from the recorded size"));
         }
         if *link {
-            // Nobody else writes there, so what is hashed is what is shared.
+            // Nobody else writes to it, so the hashed bytes are the shared bytes.
             self.check_content(&file, from, dest)?;
             return self.stage.share(from, &file, &dest.path, dest.mode, true);
         }
-        // Its owner may write into it at any moment: what counts is what came of it.
+        // Its owner may write to it at any moment: the result is verified.
         let how = self
             .stage
             .share(from, &file, &dest.path, dest.mode, false)?;
@@ -321,12 +323,14 @@ impl Worker {
         if *hasher.finalize().as_bytes() == dest.file.hash.0 {
             Ok(())
         } else {
-            Err(Fault::integrity("its content is another"))
+            Err(Fault::integrity(
+                "the content does not match the recorded hash",
+            ))
         }
     }
 
-    /// Copies a file's chunks from one that lies here and cannot be shared; what cannot be read is
-    /// left to the next pass.
+    /// Copies a file's chunks from a local file that cannot be shared; the next pass handles chunks
+    /// that cannot be read.
     fn copy_whole(
         &self,
         dest: &Arc<Dest>,
@@ -374,11 +378,11 @@ impl Worker {
     }
 }
 
-/// The chunks of a file: of each its hash, its ordinal, its offset and its bytes.
+/// The chunks of a file: hash, ordinal, offset and bytes of each.
 type Chunks = Vec<(Hash, u64, u64, u32)>;
 
-/// The tries of one job: one file that cannot be stored does not keep the others from it, but a
-/// disk that takes none is left alone.
+/// The failures of one job: a file that cannot be stored does not delay the others, but a failing
+/// disk is left alone.
 #[derive(Default)]
 struct Tries {
     failed: usize,
@@ -391,7 +395,7 @@ impl Tries {
         self.first.get_or_insert(fault);
     }
 
-    /// Whether the job goes on after this.
+    /// Whether the job continues after this.
     fn note(&mut self, tried: Result<(), Fault>) -> ControlFlow<()> {
         if let Err(fault) = tried {
             self.failed(fault);
