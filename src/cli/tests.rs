@@ -413,7 +413,7 @@ async fn jobs_end_with_their_fault() {
     d.fake
         .put_job(job("verify", Ok(json!(["a.png: the hash differs"]))));
     assert_eq!(d.code("verify dataset/line3:v1").await, Code::Integrity);
-    let notes = vec!["/nas holds what is no part of it (1): Thumbs.db".to_owned()];
+    let notes = vec!["/nas holds additional entries (1): Thumbs.db".to_owned()];
     d.fake.put_job(Job {
         notes,
         ..job("verify", Ok(json!([])))

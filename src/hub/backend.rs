@@ -78,7 +78,7 @@ impl Hub {
             view.reason = Some(Reason::SiteOffline);
             view.message = Some(format!("site {} is not connected", row.site));
             view.next = Some(
-                "nothing: it goes on by itself when the site is back; see 'packhorse sites'".into(),
+                "no action is needed: the transfer resumes when the site reconnects; see 'packhorse sites'".into(),
             );
             (view.rate, view.eta_seconds) = (0, None);
         }

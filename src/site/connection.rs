@@ -492,7 +492,7 @@ impl Site {
             None => {
                 let why = self.inner.line_fault.lock().clone();
                 let fault =
-                    Fault::unreachable("there is no line to the hub").with_retry(Retry::Never);
+                    Fault::unreachable("there is no connection to the hub").with_retry(Retry::Never);
                 Err(match why {
                     Some(why) => fault.with_next(why.next).context(why.message),
                     None => fault,

@@ -94,11 +94,15 @@ const INODES_SPARE: u64 = 8;
 /// A transfer's bytes as they grow.
 #[derive(Debug, Default)]
 pub struct Counters {
-    /// See [`model::transfer::Bytes`] for these five.
+    /// Bytes of local chunks, see [`model::transfer::Bytes`].
     pub reused: AtomicU64,
+    /// Bytes that an earlier attempt staged.
     pub resumed: AtomicU64,
+    /// Bytes of received chunks.
     pub received: AtomicU64,
+    /// Durable bytes.
     pub committed: AtomicU64,
+    /// Transmitted bytes.
     pub wire: Arc<AtomicU64>,
     /// Whether received bytes could not be stored, and none were stored since: few are requested
     /// until storing works.

@@ -257,8 +257,8 @@ mod tests {
         }
         for part in [
             "\"c:d.png\" (",
-            "\"a/link\" (the NAS takes no links)",
-            "\"zlink\" (the NAS takes no links)",
+            "\"a/link\" (the NAS does not support links)",
+            "\"zlink\" (the NAS does not support links)",
         ] {
             assert!(fault.message.contains(part), "{part}: {fault}");
         }
@@ -278,7 +278,7 @@ mod tests {
         let fault = checked(links, |tree| symlink("a", tree.join("b")).unwrap()).unwrap_err();
         assert_eq!(
             fault.message,
-            "1 entry of dataset/d:v1 cannot exist at this site: \"b\" (the NAS takes no links)"
+            "1 entry of dataset/d:v1 cannot exist at this site: \"b\" (the NAS does not support links)"
         );
         assert!(
             fault.next.contains("mfsymlinks") && !fault.next.contains("rename"),
