@@ -1,11 +1,10 @@
-//! Lists cut by bytes: what is sent as one message or answer stays within what its receiver
-//! accepts.
+//! Lists split by bytes: a message or answer stays within the limit of its receiver.
 
 use std::io;
 
 use serde::Serialize;
 
-/// Counts what is written and keeps nothing.
+/// Counts the written bytes and discards them.
 #[derive(Default)]
 struct Counter(usize);
 
@@ -22,44 +21,44 @@ impl io::Write for Counter {
 /// The bytes of a value as JSON.
 pub fn json_bytes<T: Serialize + ?Sized>(value: &T) -> usize {
     let mut counter = Counter::default();
-    // What cannot be written as JSON fails where it is sent.
+    // A value that is not valid as JSON fails when it is sent.
     let _ = serde_json::to_writer(&mut counter, value);
     counter.0
 }
 
-/// What one page of a list may take.
+/// The limits of one page of a list.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Room {
     /// Rows.
     pub rows: u32,
-    /// Bytes of JSON; one row is given even if it has more.
+    /// Bytes of JSON; a single row may exceed them.
     pub bytes: usize,
 }
 
 impl Room {
-    /// How many rows a query asks for: one more than there is room for says whether more follow.
+    /// The number of rows for a query: one more than the limit, to know whether more rows follow.
     pub fn rows_asked(self) -> i64 {
         i64::from(self.rows) + 1
     }
 }
 
-/// A page of a list, and where the next one begins.
+/// A page of a list, and the start of the next one.
 #[derive(Debug)]
 pub struct Page<T> {
     /// The rows.
     pub rows: Vec<T>,
-    /// The key to go on from; `None`: nothing follows.
+    /// The key of the next page; `None`: this is the last page.
     pub next: Option<String>,
 }
 
 impl<T> Page<T> {
-    /// A page behind which nothing follows.
+    /// A last page.
     pub fn whole(rows: Vec<T>) -> Self {
         Self { rows, next: None }
     }
 }
 
-/// Fills a page row by row, so that no more than the page is in memory.
+/// Fills a page row by row, so that only the page is in memory.
 #[derive(Debug)]
 pub struct Pager<T> {
     rows: Vec<T>,
@@ -70,7 +69,7 @@ pub struct Pager<T> {
 }
 
 impl<T: Serialize> Pager<T> {
-    /// An empty page of this room.
+    /// An empty page with these limits.
     pub fn new(room: Room) -> Self {
         let rows_max = usize::try_from(room.rows).unwrap_or(usize::MAX);
         Self {
@@ -82,8 +81,8 @@ impl<T: Serialize> Pager<T> {
         }
     }
 
-    /// Adds a row, and the key from which the list goes on behind it. `false`: there is no room for
-    /// it, and the page ends before it.
+    /// Adds a row, and the key of the row after it. `false`: the row does not fit, and the page
+    /// ends before it.
     pub fn put(&mut self, row: T, key: impl Into<String>) -> bool {
         self.is_cut = self.rows.len() >= self.rows_max || !self.budget.takes(&row);
         if !self.is_cut {
@@ -102,7 +101,7 @@ impl<T: Serialize> Pager<T> {
     }
 }
 
-/// Room for rows that are made one after the other.
+/// A byte limit for rows that are created one after another.
 #[derive(Debug)]
 pub struct Budget {
     left: usize,
@@ -110,7 +109,7 @@ pub struct Budget {
 }
 
 impl Budget {
-    /// Room for so many bytes of JSON.
+    /// A limit of so many bytes of JSON.
     pub fn new(max: usize) -> Self {
         Self {
             left: max,
@@ -118,7 +117,7 @@ impl Budget {
         }
     }
 
-    /// Whether there is room for one more; the first always has it.
+    /// Whether one more row fits; the first row always fits.
     pub fn takes<T: Serialize>(&mut self, row: &T) -> bool {
         let bytes = json_bytes(row) + 1;
         let takes = self.empty || bytes <= self.left;
@@ -127,8 +126,7 @@ impl Budget {
     }
 }
 
-/// How many of these rows, from the first, have together no more than `max` bytes as a JSON list;
-/// at least one.
+/// How many of these rows, from the first, fit in `max` bytes as a JSON list; at least one.
 pub fn fitting<T: Serialize>(rows: &[T], max: usize) -> usize {
     let mut total = 2;
     for (n, row) in rows.iter().enumerate() {
@@ -140,8 +138,7 @@ pub fn fitting<T: Serialize>(rows: &[T], max: usize) -> usize {
     rows.len()
 }
 
-/// The rows in as many lists as they need, each of at most `max` bytes as JSON. A row that is
-/// larger has a list of its own.
+/// Splits the rows into lists of at most `max` bytes as JSON. A larger row gets its own list.
 pub fn pages<T: Serialize>(mut rows: Vec<T>, max: usize) -> impl Iterator<Item = Vec<T>> {
     std::iter::from_fn(move || {
         if rows.is_empty() {

@@ -1,8 +1,8 @@
-//! Receipts: what a site signs when it has committed an artifact, and what the hub requires before
-//! a transfer is `done`.
+//! Receipts: a site signs one when it has committed an artifact, and the hub requires it before a
+//! transfer is `done`.
 //!
-//! A receipt is three texts: the statement (a JSON object), the site's signature over exactly these
-//! bytes, and the site's certificate, both in base64. It crosses the wire in a report, and stays in
+//! A receipt has three texts: the statement (a JSON object), the site's signature over exactly
+//! these bytes, and the site's certificate, both in base64. It is sent in a report, and stored in
 //! the catalogues of site and hub.
 
 use std::fmt;
@@ -35,8 +35,8 @@ pub struct Receipt {
     statement: StatementText,
 }
 
-/// What the statement says that the hub compares. It says more: where the artifact is, and since
-/// when.
+/// The fields of the statement that the hub compares. The statement also has the location of the
+/// artifact and the time.
 #[derive(Deserialize)]
 struct Statement {
     artifact: ArtifactRef,
@@ -80,10 +80,10 @@ impl Receipt {
         }
     }
 
-    /// Checks that a key of this very site signed it for this very transfer, artifact and content.
-    /// The certificate comes with the receipt, because the site may have renewed its own between
-    /// the commit and the report. `site_of` names the site that a certificate was issued to;
-    /// `verify` checks a signature: certificate, signed bytes, signature.
+    /// Checks that a key of this site signed it for this transfer, artifact and content. The
+    /// certificate comes with the receipt, because the site may have renewed its certificate
+    /// between the commit and the report. `site_of` names the site that a certificate was issued
+    /// to; `verify` checks a signature: certificate, signed bytes, signature.
     pub fn check(
         &self,
         row: &TransferRow,
@@ -112,8 +112,7 @@ impl Receipt {
         }
     }
 
-    /// Reads a receipt; `None` for anything that is none. What else a peer sent in its place takes
-    /// no memory.
+    /// Parses a receipt; `None` for any other value. Other values from a peer take no memory.
     pub fn lenient<'de, D: Deserializer<'de>>(d: D) -> Result<Option<Self>, D::Error> {
         d.deserialize_any(ReceiptVisitor)
     }

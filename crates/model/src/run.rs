@@ -1,12 +1,13 @@
-//! Cross-site training runs: site `from` borrows site `on`. Its data goes there, is trained on, and
-//! the model comes home.
+//! Cross-site training runs: site `from` borrows the trainer of site `on`. The data is delivered
+//! there, the trainer runs, and the model is returned.
 //!
-//! Two state machines without I/O: [`hub`] is the whole run, [`site`] the part of the site that
-//! trains. Each takes an event and gives the new state and what is to be done; `hub::runs` and
-//! `site::runs` do it. Nothing hangs on one message or one effect: the hub tells the site all its
-//! runs again and again ([`DesiredRun`]), the site tells how each stands ([`RunReport`]), effects
-//! that are due are given at every look until what they do is seen, and all may be done twice. Both
-//! states are rows in the catalogues, written before anything is done or told.
+//! Two state machines without I/O: [`hub`] is the whole run, [`site`] the part of the training
+//! site. Each takes an event and returns the new state and the due effects; `hub::runs` and
+//! `site::runs` perform them. Nothing depends on one message or one effect: the hub repeatedly
+//! sends the site all its runs ([`DesiredRun`]), the site reports each run ([`RunReport`]), due
+//! effects are returned at every observation until their result is observed, and every effect may
+//! be repeated. Both states are rows in the catalogues, written before anything is performed or
+//! reported.
 
 pub mod hub;
 mod request;
@@ -30,9 +31,9 @@ pub use request::{RunActionRequest, RunInput, RunRequest, RunState, RunVerb};
 /// One artifact that a run needs.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Input {
-    /// What.
+    /// The artifact.
     pub artifact: ArtifactRef,
-    /// Its digest when the run was started; the reference cannot come to mean anything else.
+    /// Its digest at the start of the run, so that the reference cannot change its meaning.
     pub digest: Digest,
     /// Its bytes.
     #[serde(deserialize_with = "number::count")]
@@ -49,17 +50,17 @@ impl From<&Input> for RunInput {
     }
 }
 
-/// The model that a run is to make: `model/NAME`, or `model/NAME:VERSION`.
+/// The expected model of a run: `model/NAME`, or `model/NAME:VERSION`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct Expect {
-    /// Its reference, with the version that it gets when none was said.
+    /// Its reference, with a default version if none was given.
     name: String,
     version: Option<String>,
 }
 
 impl Expect {
-    /// What the daemon publishes the output as.
+    /// The reference under which the daemon publishes the output.
     pub fn reference(&self, run: &RunName) -> Result<ArtifactRef, Fault> {
         Ok(ArtifactRef::new(
             Kind::Model,
@@ -123,20 +124,20 @@ impl TryFrom<String> for Expect {
     }
 }
 
-/// A run as it is asked for: a [`RunRequest`] whose names are parsed.
+/// A requested run: a [`RunRequest`] whose names are parsed.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct RunOrder {
     /// Its name.
     pub name: RunName,
-    /// Who borrows, and gets the model.
+    /// The site that borrows the trainer and receives the model.
     pub from: SiteName,
-    /// Who trains.
+    /// The site that trains.
     pub on: SiteName,
-    /// What it trains with.
+    /// Its inputs.
     pub inputs: Vec<ArtifactRef>,
-    /// What it is to make.
+    /// The expected model.
     pub expect: Expect,
-    /// How long it may take, seconds.
+    /// Its time limit, seconds.
     pub ttl_seconds: u64,
 }
 
@@ -158,14 +159,14 @@ impl TryFrom<RunRequest> for RunOrder {
     }
 }
 
-/// What is to be done with a run: a [`RunActionRequest`] whose name is parsed.
+/// A requested action on a run: a [`RunActionRequest`] whose name is parsed.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct RunAct {
-    /// Which.
+    /// The run.
     pub name: RunName,
-    /// What.
+    /// The artifact.
     pub action: RunVerb,
-    /// `finish` only: why it failed, if it did.
+    /// Only for `finish`: the reason of a failure.
     #[serde(default)]
     pub failed: Option<Message>,
 }
@@ -181,38 +182,38 @@ impl TryFrom<RunActionRequest> for RunAct {
     }
 }
 
-/// The answer for a run that does not exist, and for one that somebody may not see.
+/// The error for a run that does not exist or that the requester may not see.
 pub fn no_run(name: &str) -> Fault {
     Fault::not_found(format!("there is no run {}", name.escape_debug()))
         .with_next("'packhorse train list' lists them")
 }
 
-/// The name of a run that somebody refers to. No run has a name that does not parse.
+/// The name of a run in a request. Every run has a name that parses.
 pub fn known(name: &str) -> Result<RunName, Fault> {
     name.parse()
         .map_err(|_| no_run(&name.chars().take(NAME_BYTES_MAX).collect::<String>()))
 }
 
-/// What was asked for; never changes.
+/// The request; it never changes.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Spec {
     /// The run's name, unique at its hub.
     pub name: RunName,
-    /// Tells this run from one of the same name at another hub.
+    /// Distinguishes this run from one of the same name at another hub.
     pub id: RunId,
-    /// Who borrows, and gets the model.
+    /// The site that borrows the trainer and receives the model.
     pub from: SiteName,
-    /// Who trains.
+    /// The site that trains.
     pub on: SiteName,
-    /// What it trains with, in the order asked.
+    /// Its inputs, in the requested order.
     pub inputs: Vec<Input>,
-    /// What comes out.
+    /// The expected model.
     pub expect: Expect,
-    /// The delivery that brings the inputs.
+    /// The delivery of the inputs.
     pub delivery: DeliveryId,
-    /// When it was asked for.
+    /// The time of the request.
     pub created_ms: i64,
-    /// When it must have made its model.
+    /// The deadline for its model.
     pub deadline_ms: i64,
 }
 
@@ -225,16 +226,16 @@ pub struct Model {
     pub digest: Digest,
 }
 
-/// What a model was made of.
+/// The origin of a model.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Lineage {
-    /// The run that made it.
+    /// The run that created it.
     pub run: RunName,
-    /// For whom.
+    /// The site that receives the model.
     pub from: SiteName,
-    /// Where.
+    /// The site that trained.
     pub on: SiteName,
-    /// Of what.
+    /// The inputs.
     pub inputs: Vec<Input>,
 }
 
@@ -249,73 +250,73 @@ impl From<&Spec> for Lineage {
     }
 }
 
-/// The end of what a trainer said. A byte that is no UTF-8 takes three.
+/// The last part of a trainer's output. A byte that is not UTF-8 takes three.
 pub type Tail = Text<{ 3 * TRAINER_TAIL_BYTES }>;
 
 /// How a trainer ended.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Ended {
-    /// Its exit code; absent when a signal ended it, or it never ran.
+    /// Its exit code; absent when a signal ended it, or when it never ran.
     pub exit_code: Option<i32>,
     /// The signal that ended it.
     pub signal: Option<i32>,
-    /// What happened, in words.
+    /// A description of the end.
     pub message: Message,
-    /// The end of what it said.
+    /// The last part of its output.
     pub tail: Tail,
-    /// When.
+    /// The time.
     pub ended_ms: i64,
 }
 
 impl Ended {
-    /// Whether it ended well.
+    /// Whether it succeeded.
     pub fn is_well(&self) -> bool {
         self.exit_code == Some(0)
     }
 }
 
-/// What the hub wants of a run at the site that trains.
+/// The hub's request for a run at the training site.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Want {
-    /// Train, once the inputs are there.
+    /// Train when the inputs are committed.
     Train,
-    /// Publish what the trainer left in its output folder.
+    /// Publish the trainer's output folder.
     Publish,
-    /// The model is known: clean up once the trainer has ended.
+    /// The model is registered: clean up when the trainer has ended.
     Release,
-    /// It is over: end the trainer, clean up.
+    /// The run is over: end the trainer and clean up.
     Stop,
 }
 
 /// A borrowed input.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Borrowed {
-    /// The transfer that brought it.
+    /// The transfer that delivered it.
     pub transfer: TransferId,
-    /// What.
+    /// The artifact.
     pub artifact: ArtifactRef,
     /// Its digest.
     pub digest: Digest,
-    /// Which time the transfer brought it: what was brought anew since is not meant. `None`: an
-    /// older hub does not say.
+    /// The generation of that transfer: content that a later generation delivered is not meant.
+    /// `None`: an older hub does not send it.
     #[serde(default, deserialize_with = "number::optional_generation")]
     pub generation: Option<i64>,
 }
 
-/// A run that the hub wants of a site; sent with all others whenever one changes.
+/// A run that the hub requests from a site; every change sends the complete list of runs.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DesiredRun {
     /// The run.
     pub spec: Spec,
-    /// What the site should do.
+    /// The requested action.
     pub want: Want,
-    /// What nobody but this run wants at the site: to be removed when it ends.
+    /// Artifacts that only this run needs at the site: removed when it ends.
     pub borrowed: Vec<Borrowed>,
     /// The model, once the hub knows it.
     pub model: Option<Model>,
-    /// Whether the hub has seen every input arrive: what the site holds of them before may be about
-    /// to go, or gone. An older hub does not say, and means it.
+    /// Whether the hub has received a receipt for every input: earlier content at the site may be
+    /// about to be removed. An older hub does not send this, and means true.
     #[serde(default = "yes")]
     pub ready: bool,
 }
@@ -324,45 +325,45 @@ fn yes() -> bool {
     true
 }
 
-/// How a run stands at the site that trains.
+/// The state of a run at the training site.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RunReport {
-    /// Which.
+    /// The run.
     pub name: RunName,
-    /// Which of that name.
+    /// Its unique id.
     pub id: RunId,
-    /// How far it is.
+    /// Its phase.
     pub phase: site::Phase,
-    /// Whether a platform trains, which says itself when it is finished.
+    /// Whether a platform trains, which reports its own end.
     pub by_platform: bool,
-    /// Whether a command will train, which nobody finishes but itself. An earlier version does not
-    /// say.
+    /// Whether a command trains, which finishes only by itself. An earlier version does not send
+    /// this.
     #[serde(default)]
     pub by_command: bool,
-    /// How often the trainer was started.
+    /// The number of starts of the trainer.
     pub starts: u32,
-    /// When it was started last.
+    /// The time of the last start.
     pub started_ms: Option<i64>,
-    /// How it ended.
+    /// Its end.
     pub ended: Option<Ended>,
-    /// Whether there is something in its output folder.
+    /// Whether its output folder has content.
     pub has_output: bool,
-    /// What it published.
+    /// The published model.
     pub model: Option<Model>,
-    /// What it waits for, or why it failed.
+    /// What it waits for, or the reason of its failure.
     pub message: Option<Message>,
     /// Transfers whose artifacts were removed.
     pub removed: Vec<TransferId>,
-    /// What of the borrowed is there still though it should be gone, and why.
+    /// Borrowed artifacts that could not be removed, with reasons.
     #[serde(default)]
     pub left: Vec<Message>,
-    /// Whether nothing of it is left to be cleaned up.
+    /// Whether the cleanup is complete.
     pub released: bool,
 }
 
 impl RunReport {
-    /// What is to be said of it: how the trainer ended badly, else what the site says, else how it
-    /// ended.
+    /// The description for users: the trainer's failure, else the site's message, else the
+    /// trainer's end.
     pub fn words(&self) -> Option<&str> {
         let ended = self.ended.as_ref();
         let badly = ended

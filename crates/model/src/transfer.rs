@@ -1,5 +1,4 @@
-//! A transfer: one artifact on its way to one site. Its states, what is asked of it and what is
-//! reported of it.
+//! A transfer: the delivery of one artifact to one site. Its states, actions and reports.
 
 mod step;
 #[cfg(test)]
@@ -22,26 +21,26 @@ pub use step::{Effect, Event, Step, step};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum State {
-    /// Not begun; the reason says what it waits for.
+    /// Not started; the reason says what it waits for.
     Queued,
-    /// The site works out what it lacks.
+    /// The site determines what it lacks.
     Planning,
-    /// Bytes move.
+    /// Content is transferred.
     Transferring,
-    /// Everything is there; the sink makes it visible.
+    /// All content is staged; the sink makes it visible.
     Committing,
     /// Committed, receipt signed.
     Done,
-    /// Held by somebody.
+    /// Paused by a user.
     Paused,
-    /// Stopped by a fault that needs a person; `retry` begins again where it stood.
+    /// Stopped by a fault that needs a person; `retry` continues with the staged content.
     Failed,
-    /// Given up by somebody.
+    /// Cancelled by a user.
     Cancelled,
 }
 
 impl State {
-    /// The word in JSON and tables.
+    /// The name in JSON and tables.
     pub fn as_str(self) -> &'static str {
         match self {
             State::Queued => "queued",
@@ -55,7 +54,7 @@ impl State {
         }
     }
 
-    /// Whether nothing more happens by itself.
+    /// Whether this state is final.
     pub fn is_final(self) -> bool {
         matches!(self, State::Done | State::Failed | State::Cancelled)
     }
@@ -78,8 +77,8 @@ impl State {
     }
 }
 
-/// Bytes of a transfer, which never go backwards. What came over the line, or was reused, before an
-/// interruption is counted as resumed too.
+/// Bytes of a transfer; they never decrease. Bytes that were received or reused before an
+/// interruption also count as resumed.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(default)]
 pub struct Bytes {
@@ -89,28 +88,28 @@ pub struct Bytes {
     /// Taken from what the site already had.
     #[serde(deserialize_with = "number::count")]
     pub reused: u64,
-    /// Found in place from before an interruption.
+    /// Staged before an interruption.
     #[serde(deserialize_with = "number::count")]
     pub resumed: u64,
-    /// Raw bytes that came over the line.
+    /// Received raw bytes.
     #[serde(deserialize_with = "number::count")]
     pub received: u64,
     /// Raw bytes durable at the site.
     #[serde(deserialize_with = "number::count")]
     pub committed: u64,
-    /// What crossed the line for it, manifests and framing included.
+    /// Transmitted bytes, including manifests and framing.
     #[serde(deserialize_with = "number::count")]
     pub wire: u64,
 }
 
-/// Which transfers.
+/// A selection of transfers.
 #[derive(Debug, Clone, Default, Serialize, Deserialize, IntoParams)]
 #[serde(default)]
 #[into_params(parameter_in = Query)]
 pub struct TransferQuery {
     /// Only these (comma-separated ids of transfers or deliveries).
     pub id: Option<String>,
-    /// Only what changed after this cursor.
+    /// Only transfers that changed after this cursor.
     pub since: Option<u64>,
     /// Wait up to this many seconds for a change after `since`.
     pub wait: Option<u64>,
@@ -119,34 +118,34 @@ pub struct TransferQuery {
     pub limit: Option<u32>,
 }
 
-/// What `pause`, `resume`, `cancel` and `retry` ask for.
+/// The actions `pause`, `resume`, `cancel` and `retry`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Action {
-    /// Hold it.
+    /// Pause it.
     Pause,
-    /// Let it go on.
+    /// Continue it.
     Resume,
-    /// Give it up and clean.
+    /// Cancel it and remove its staged content.
     Cancel,
-    /// Begin a failed or cancelled one again, where it stood.
+    /// Start a failed or cancelled transfer again, with its staged content.
     Retry,
 }
 
-/// What the hub asks of a transfer.
+/// The hub's request for a transfer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Want {
-    /// Go on.
+    /// Run.
     Run,
-    /// Stand still.
+    /// Pause.
     Pause,
-    /// Give up and clean.
+    /// Cancel and remove the staged content.
     Cancel,
 }
 
 impl Want {
-    /// The word in the catalogue.
+    /// The name in the catalogue.
     pub fn as_str(self) -> &'static str {
         match self {
             Want::Run => "run",
@@ -156,43 +155,42 @@ impl Want {
     }
 }
 
-/// What a site reports of a transfer, and `status` shows.
+/// The report of a site on a transfer, shown by `status`.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Body {
-    /// Why it is where it is.
+    /// The reason of a wait or failure.
     pub reason: Option<Reason>,
-    /// In words.
+    /// A description of the reason.
     pub message: Option<Message>,
-    /// What to do next.
+    /// The next step for the user.
     pub next: Option<Next>,
-    /// The transfer that must be done first, while it waits for that.
+    /// The transfer that must be done first, if it waits for one.
     pub waits_for: Option<TransferId>,
     /// Bytes.
     pub bytes: Bytes,
-    /// Raw bytes a second.
+    /// Raw bytes per second.
     #[serde(deserialize_with = "number::count")]
     pub rate: u64,
-    /// Seconds to go.
+    /// Estimated seconds to the end.
     #[serde(deserialize_with = "number::optional_count")]
     pub eta_seconds: Option<u64>,
-    /// How often it was begun.
+    /// The number of attempts.
     pub attempts: u32,
-    /// Where it landed.
+    /// The location of the committed artifact.
     pub location: Option<Location>,
     /// The signed receipt.
     #[serde(deserialize_with = "Receipt::lenient")]
     pub receipt: Option<Receipt>,
-    /// Whether it had landed before it was begun again.
+    /// Whether it was committed before it was started again.
     pub landed: bool,
-    /// What there is to know about it although it is done.
+    /// A note on a transfer that is done.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub note: Option<Text<NOTE_BYTES_MAX>>,
 }
 
 impl Body {
-    /// Notes a fault, or with `None` that all is well. Whatever it waited for before, it waits for
-    /// no more.
+    /// Records a fault, or success with `None`. It ends an earlier wait for another transfer.
     pub fn set_fault(&mut self, fault: Option<&Fault>) {
         self.reason = fault.map(|f| f.reason);
         self.message = fault.map(|f| f.message.as_str().into());
@@ -200,11 +198,11 @@ impl Body {
         self.waits_for = None;
     }
 
-    /// As it is when a transfer that ended begins again: one that failed goes on with what it has,
-    /// one that was done or cancelled begins at nothing.
+    /// The report of an ended transfer that starts again: a failed one continues with its staged
+    /// content, a done or cancelled one starts from nothing.
     pub fn begun_again(self, from: State) -> Self {
         match from {
-            // What was cancelled was cleared away.
+            // The content of a cancelled transfer was removed.
             State::Done | State::Cancelled => Self {
                 bytes: Bytes {
                     total: self.bytes.total,
@@ -224,39 +222,39 @@ impl Body {
 pub struct TransferRow {
     /// Its id.
     pub id: TransferId,
-    /// The delivery it is part of.
+    /// Its delivery.
     pub delivery: DeliveryId,
-    /// What.
+    /// The artifact.
     pub artifact: ArtifactRef,
     /// Its digest.
     pub digest: Digest,
-    /// Where to.
+    /// The destination.
     pub site: SiteName,
-    /// What the hub asks for.
+    /// The hub's request.
     pub want: Want,
-    /// Raised by every retry.
+    /// The generation; every retry increments it.
     pub generation: i64,
-    /// Where it is.
+    /// Its state.
     pub state: State,
-    /// The rest.
+    /// The other fields of the report.
     pub body: Body,
-    /// When it was asked for.
+    /// The time of the request.
     pub created_ms: i64,
-    /// When it last changed.
+    /// The time of its last change.
     pub updated_ms: i64,
-    /// When it ended.
+    /// The time of its end.
     pub finished_ms: Option<i64>,
-    /// The event at which it last changed.
+    /// The number of the event of its last change.
     pub cursor: i64,
-    /// The transfers to this site that go first.
+    /// The transfers to this site that must be done first.
     pub after: Vec<TransferId>,
-    /// When what it brought was taken away again.
+    /// The time when its artifact was removed again.
     pub removed_ms: Option<i64>,
 }
 
 impl TransferRow {
-    /// Whether this very transfer has landed what it brings, now or before it was begun again: what
-    /// a cancelled one only found there is not its own.
+    /// Whether this transfer itself committed its artifact, now or in an earlier generation; an
+    /// artifact that a cancelled transfer only found is not its own.
     pub fn has_landed(&self) -> bool {
         self.state == State::Done || self.body.landed
     }

@@ -1,14 +1,15 @@
-//! The whole run, as the hub keeps it.
+//! The whole run, as the hub stores it.
 //!
 //! ```text
-//! delivering ─ inputs there ─▶ waiting ─ trainer began ─▶ training ─ ended well, or `finish` ─▶ publishing
+//! delivering ─ inputs there ─▶ waiting ─ trainer began ─▶ training ─ ended well, or `finish` ─▶
+//! publishing
 //!                                                            └──────── published with --run ───────┬──┘
 //!                       done ◀─ committed at `from` ─ returning ◀───────── model in the catalogue ─┘
 //! ```
-//! Each of them may end as `cancelled` by a person; as `failed` when the trainer failed, or when
-//! the time is up before there is a model. A transfer in trouble fails nothing: it is told, and the
-//! run goes on when a person has seen to it. A `finish` that comes before the hub has heard that
-//! the platform began is kept until then.
+//! Each state may end as `cancelled` by a user, or as `failed` when the trainer failed or the
+//! deadline passed before there is a model. A stalled transfer does not fail the run: its reason is
+//! reported, and the run continues when a user has fixed it. A `finish` that arrives before the hub
+//! knows that the platform has started is stored until then.
 
 use serde::{Deserialize, Serialize};
 
@@ -19,89 +20,89 @@ use crate::transfer::State as Transfer;
 use base::fault::Fault;
 use base::names::TransferId;
 
-/// What is said of a run that made nothing in its time.
+/// The message for a run without a model at its deadline.
 const LATE: &str = "its time is up, and there is no model yet";
 
 /// One run at the hub.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Run {
-    /// What was asked for.
+    /// The request.
     pub spec: Spec,
-    /// How far it is.
+    /// Its state.
     pub state: RunState,
-    /// Why it stands, or why it ended badly.
+    /// Why it is stalled, or why it failed.
     pub message: Option<String>,
-    /// What to do about it.
+    /// The next step for the user.
     pub next: Option<String>,
-    /// The model, once it is in the catalogue.
+    /// The model, when it is in the catalogue.
     pub model: Option<Model>,
-    /// The transfer that brings it home.
+    /// The transfer of the model to the requesting site.
     pub home: Option<TransferId>,
-    /// What the site said last.
+    /// The last report of the site.
     pub site: Option<RunReport>,
-    /// What the platform said of its end before the site had said that it began.
+    /// The platform's report of its end, if it came before the site reported its start.
     #[serde(default)]
     pub early: Option<Finish>,
-    /// When it ended.
+    /// The time of its end.
     pub finished_ms: Option<i64>,
-    /// Whether the site has given back all that it borrowed.
+    /// Whether the site has removed everything that it borrowed.
     pub released: bool,
 }
 
-/// How a platform says that it has finished.
+/// A platform's report that it has finished.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Finish {
-    /// Why it failed; `None`: it left a model in the output folder.
+    /// The reason of a failure; `None`: the model is in the output folder.
     pub failed: Option<String>,
 }
 
-/// A transfer as the run sees it.
+/// A transfer, as far as it concerns a run.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ObservedTransfer {
     /// Its id.
     pub id: TransferId,
-    /// How it stands.
+    /// Its state.
     pub state: Transfer,
-    /// Why, if it stands still.
+    /// The reason, if it is stalled.
     pub message: Option<String>,
 }
 
 /// What happens to a run.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Event {
-    /// Somebody looked: the transfers of the inputs (none before the delivery was begun; `None`:
-    /// lies there anyway), and the one that brings the model home.
+    /// An observation: the transfers of the inputs (none before the delivery; `None`: already at
+    /// the site), and the transfer of the model.
     Looked {
-        /// Whether the delivery was begun.
+        /// Whether the delivery has started.
         delivered: bool,
-        /// Its transfers.
+        /// The transfers of the inputs.
         inputs: Vec<ObservedTransfer>,
-        /// The transfer home.
+        /// The transfer of the model.
         home: Option<ObservedTransfer>,
     },
-    /// The site says how it stands.
+    /// A report of the site.
     Reported(Box<RunReport>),
-    /// A model was published for it.
+    /// A model was published for this run.
     Published(Model),
-    /// The platform says that it is finished, well or badly.
+    /// The platform reports its end, with success or failure.
     Finish(Finish),
-    /// A person gives it up.
+    /// A user cancels it.
     Cancel,
 }
 
-/// What is to be done for a run. Each may be done twice.
+/// An effect. Each may be performed twice.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Effect {
     /// Deliver the inputs to the site that trains.
     Borrow,
-    /// Deliver the model to the site that borrows, and note what it was made of.
+    /// Deliver the model to the requesting site, and record its lineage.
     SendHome,
-    /// Cancel the run's own transfers that are still open.
+    /// Cancel the run's own open transfers.
     Abandon,
 }
 
 impl Run {
-    /// A run that was just asked for.
+    /// A new run.
     pub fn new(spec: Spec) -> Self {
         Self {
             spec,
@@ -117,12 +118,12 @@ impl Run {
         }
     }
 
-    /// Whether something is left to do.
+    /// Whether the run still needs work.
     pub fn is_open(&self) -> bool {
         !(self.state.is_final() && self.released)
     }
 
-    /// What the site that trains should do.
+    /// The request for the training site.
     pub fn want(&self) -> Want {
         match self.state {
             RunState::Delivering | RunState::Waiting | RunState::Training => Want::Train,
@@ -132,13 +133,13 @@ impl Run {
         }
     }
 
-    /// Whether every input was seen to arrive.
+    /// Whether the hub has a receipt for every input.
     pub fn is_ready(&self) -> bool {
         self.state != RunState::Delivering
     }
 
-    /// What people are told: why it stands or how it ended, and what of the borrowed is left where
-    /// it trained.
+    /// The message for users: why it is stalled or how it ended, and which borrowed artifacts
+    /// remain at the training site.
     pub fn message(&self) -> Option<String> {
         let left = self
             .site
@@ -149,7 +150,7 @@ impl Run {
         (!all.is_empty()).then(|| all.join("; "))
     }
 
-    /// Whether there may still come a model.
+    /// Whether a model may still be published.
     fn is_making(&self) -> bool {
         matches!(
             self.state,
@@ -183,7 +184,7 @@ impl Run {
     }
 }
 
-/// Takes an event. A refusal leaves the run as it was.
+/// Processes an event. A refusal leaves the run unchanged.
 pub fn step(run: &Run, event: Event, now_ms: i64) -> Result<(Run, Vec<Effect>), Fault> {
     let mut run = run.clone();
     let effects = match event {
@@ -249,7 +250,7 @@ fn looked(
                 .as_ref()
                 .and_then(|site| site.message.as_deref())
                 .map(str::to_owned);
-            run.say(message, "nothing: it goes on by itself");
+            run.say(message, "no action is needed: it continues automatically");
         }
         RunState::Returning => match home {
             None => return vec![Effect::SendHome],
@@ -268,7 +269,7 @@ fn looked(
             }
         },
         RunState::Done | RunState::Failed | RunState::Cancelled => {
-            // A failed one keeps what it has staged until it is cancelled.
+            // A failed transfer keeps its staged content until it is cancelled.
             let left = inputs
                 .iter()
                 .chain(&home)
@@ -306,7 +307,7 @@ fn reported(run: &mut Run, report: RunReport, now_ms: i64) {
             Phase::Trained => {
                 run.fail("the trainer ended well, but left nothing in its output folder and published nothing with --run".into(), now_ms);
             }
-            // The site may notice first, and ends the trainer for it.
+            // The site may notice first and end the trainer itself.
             Phase::Failed if now_ms >= run.spec.deadline_ms => run.fail(LATE.into(), now_ms),
             Phase::Failed => {
                 run.fail(
@@ -320,7 +321,7 @@ fn reported(run: &mut Run, report: RunReport, now_ms: i64) {
     if run.state == RunState::Training
         && let Some(said) = run.early.take()
     {
-        // Of a command it was said in vain: that finishes when it ends.
+        // It has no effect on a command, which finishes when its process ends.
         let _ = finish(run, said, now_ms);
     }
 }
@@ -360,11 +361,11 @@ fn finish(run: &mut Run, said: Finish, now_ms: i64) -> Result<(), Fault> {
         || run.state == RunState::Returning
         || run.state == RunState::Done
     {
-        return Ok(()); // said before
+        return Ok(()); // a repeated report
     }
     let by_command = run.site.as_ref().is_some_and(|site| site.by_command);
     if run.state == RunState::Waiting && !by_command {
-        // A fast platform overtakes the word that it began, and that it is one.
+        // A fast platform may finish before the report of its start arrives.
         run.early = Some(said);
         return Ok(());
     }

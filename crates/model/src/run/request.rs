@@ -1,32 +1,32 @@
-//! What is asked of training runs, and the words for their states.
+//! Requests for training runs, and the names of their states.
 
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-/// Where a training run is.
+/// The state of a training run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum RunState {
-    /// Its inputs are on their way.
+    /// Its inputs are being delivered.
     Delivering,
-    /// They are there; the site has not begun yet.
+    /// The inputs are delivered; the trainer has not started.
     Waiting,
-    /// The trainer works.
+    /// The trainer runs.
     Training,
-    /// It ended well; what it made is being published.
+    /// The trainer succeeded; its output is being published.
     Publishing,
-    /// The model is on its way home.
+    /// The model is being delivered to the requesting site.
     Returning,
-    /// The model is home.
+    /// The model is delivered.
     Done,
-    /// It made no model.
+    /// It created no model.
     Failed,
-    /// Given up by somebody.
+    /// Cancelled by a user.
     Cancelled,
 }
 
 impl RunState {
-    /// The word in JSON and tables.
+    /// The name in JSON and tables.
     pub fn as_str(self) -> &'static str {
         match self {
             RunState::Delivering => "delivering",
@@ -40,7 +40,7 @@ impl RunState {
         }
     }
 
-    /// Whether nothing more happens by itself, but for cleaning up.
+    /// Whether it has ended, except for the cleanup.
     pub fn is_final(self) -> bool {
         matches!(
             self,
@@ -49,7 +49,7 @@ impl RunState {
     }
 }
 
-/// An artifact that a run trains with, or the model that it made.
+/// An input of a run, or its model.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct RunInput {
     /// `kind/name:version`.
@@ -60,43 +60,43 @@ pub struct RunInput {
     pub bytes: u64,
 }
 
-/// Ask for a training run.
+/// A request for a training run.
 #[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct RunRequest {
     /// Its name, unique: `[a-z0-9][a-z0-9._-]*`.
     pub name: String,
-    /// The site that borrows, and gets the model.
+    /// The site that borrows the trainer and receives the model.
     pub from: String,
     /// The site that trains.
     pub on: String,
-    /// What it trains with: `kind/name:version`, one or more.
+    /// Its inputs: `kind/name:version`, one or more.
     pub inputs: Vec<String>,
-    /// What it is to make: `model/NAME` or `model/NAME:VERSION`.
+    /// The expected model: `model/NAME` or `model/NAME:VERSION`.
     pub expect: String,
-    /// How long it may take to make it, seconds.
+    /// The time limit for the model, seconds.
     pub ttl_seconds: u64,
 }
 
-/// What to do with a run.
+/// An action on a run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum RunVerb {
     /// The training platform has finished.
     Finish,
-    /// Give it up.
+    /// Cancel it.
     Cancel,
 }
 
-/// Ask to finish or cancel a run.
+/// A request to finish or cancel a run.
 #[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct RunActionRequest {
-    /// Which.
+    /// The name of the run.
     pub name: String,
-    /// What.
+    /// The action.
     pub action: RunVerb,
-    /// `finish` only: why it failed, if it did.
+    /// Only for `finish`: the reason of a failure.
     #[serde(default)]
     pub failed: Option<String>,
 }

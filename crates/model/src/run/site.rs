@@ -1,12 +1,13 @@
-//! A run at the site that trains.
+//! A run at the training site.
 //!
 //! ```text
-//! waiting ─ hub says ready, inputs there, turn free ─▶ training ─ ended with 0 ─▶ trained ─ hub says publish ─▶ publishing ─▶ published
-//!     └──────────────┴─ no trainer, ended badly, time is up, stopped ─▶ failed
+//! waiting ─ hub says ready, inputs there, slot free ─▶ training ─ ended with 0 ─▶ trained ─ hub
+//! says publish ─▶ publishing ─▶ published
+//!     └──────────────┴─ no trainer, ended badly, deadline passed, stopped ─▶ failed
 //! ```
-//! Beside the phase stands whether all that was borrowed is gone (`released`): when the hub says
-//! that the run is over, or when its time is up, the hub heard or not. [`may_go`] says what of it
-//! may be taken away, whatever was said before.
+//! Independent of the phase, `released` records whether everything borrowed was removed: when the
+//! hub says that the run is over, or when its deadline has passed, even without the hub. [`may_go`]
+//! decides which artifacts may be removed now.
 
 use std::collections::BTreeMap;
 
@@ -16,162 +17,163 @@ use super::{Borrowed, DesiredRun, Ended, Model, RunReport, Spec, Want};
 use base::limits::{TRAINER_CALL_OFF_MAX, TRAINER_STARTS_MAX};
 use base::names::{ArtifactRef, RunName, TransferId};
 
-/// How far a run is at the site.
+/// The phase of a run at the site.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Phase {
-    /// For its inputs, or for its turn.
+    /// Waits for its inputs or for a slot.
     Waiting,
-    /// The trainer works.
+    /// The trainer runs.
     Training,
-    /// It ended well; once there is a model, in whatever way.
+    /// The trainer succeeded, or there is a model.
     Trained,
-    /// What it made is being published.
+    /// Its output is being published.
     Publishing,
     /// The model is registered at the hub.
     Published,
-    /// It ended badly, or was ended.
+    /// It failed or was stopped.
     Failed,
 }
 
 /// One run at the site that trains.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Run {
-    /// What was asked for.
+    /// The request.
     pub spec: Spec,
-    /// What the hub wants.
+    /// The hub's current request.
     pub want: Want,
-    /// Whether the hub has seen every input arrive.
+    /// Whether the hub has a receipt for every input.
     #[serde(default)]
     pub ready: bool,
-    /// What is to be removed in the end, as the hub said last.
+    /// The artifacts to remove at the end, from the hub's last message.
     pub borrowed: Vec<Borrowed>,
-    /// The model, here or as the hub knows it.
+    /// The model, at this site or as the hub registered it.
     pub model: Option<Model>,
-    /// How far it is.
+    /// Its phase.
     pub phase: Phase,
     /// Whether a platform trains.
     pub by_platform: bool,
-    /// Whether the platform took the call.
+    /// Whether the platform accepted the start call.
     pub called: bool,
-    /// Whether the platform has heard that the run is over without a model, or is told so no more.
+    /// Whether the platform accepted the message that the run is over without a model, or is not
+    /// called any more.
     #[serde(default)]
     pub called_off: bool,
-    /// How often the trainer was started.
+    /// The number of starts of the trainer.
     pub starts: u32,
-    /// When last.
+    /// The time of the last start.
     pub started_ms: Option<i64>,
-    /// How it ended.
+    /// The trainer's end.
     pub ended: Option<Ended>,
-    /// Whether there is something in its output folder.
+    /// Whether its output folder has content.
     pub has_output: bool,
-    /// What it waits for, or why it failed.
+    /// What it waits for, or the reason of its failure.
     pub message: Option<String>,
     /// Transfers whose artifacts were removed.
     pub removed: Vec<TransferId>,
-    /// What is there still though it should be gone, and why, by its transfer.
+    /// Artifacts that could not be removed, with reasons, by transfer.
     #[serde(default)]
     pub left: BTreeMap<TransferId, String>,
-    /// Whether nothing is left to be cleaned up.
+    /// Whether the cleanup is complete.
     pub released: bool,
 }
 
-/// Who trains here, as the config says.
+/// The trainer of this site, from the configuration.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Trainer {
-    /// Nobody: there is no `[train]`.
+    /// None: there is no `[train]`.
     None,
-    /// Not for the site that started this run: `[train] allow` does not name it.
+    /// None for the site that started this run: `[train] allow` does not name it.
     Refused,
     /// A command.
     Command,
-    /// A platform that is called.
+    /// A platform that is called over HTTP.
     Platform,
 }
 
-/// A command's process.
+/// The process of a command.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Process {
-    /// Never started, or gone without having said how it ended.
+    /// Never started, or ended without a record of its end.
     Absent,
-    /// Works.
+    /// Running.
     Running,
     /// Ended.
     Ended(Ended),
 }
 
-/// What is there, when somebody looks.
+/// An observation of the site.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Observation {
     /// The first input that is not committed yet.
     pub missing: Option<String>,
-    /// Whether another run may train beside those that do.
+    /// Whether a slot for another run is free.
     pub turn: bool,
-    /// Who trains.
+    /// The trainer.
     pub trainer: Trainer,
     /// The command's process.
     pub process: Process,
-    /// Whether there is something in its output folder.
+    /// Whether its output folder has content.
     pub has_output: bool,
-    /// Whether a model was published for it here, and the hub has not heard of that yet.
+    /// Whether a model was published for it here, and the hub does not know it yet.
     pub offering: bool,
-    /// An artifact that was published out of the run's folder and is read there: a start, which
-    /// empties that, would wipe it.
+    /// An artifact that was published in place from the run's folder: a start empties the folder
+    /// and would delete it.
     pub kept: Option<String>,
-    /// Whether the inputs themselves were looked at just now, and may be given to a trainer.
+    /// Whether the inputs were just verified and may be given to a trainer.
     pub checked: bool,
 }
 
 /// What happens to a run.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Event {
-    /// What the hub wants of it.
+    /// The hub's request.
     Wanted(Box<DesiredRun>),
-    /// The hub, who lists all its runs, does not list it.
+    /// The hub's complete list does not contain it.
     Unlisted,
-    /// Somebody looked.
+    /// An observation.
     Looked(Observation),
-    /// The command could not be started at all, or the platform not called, which is tried again.
+    /// The command could not be started, or the platform could not be called (this is tried again).
     NotStarted(String),
-    /// The inputs cannot be looked at now, for this reason; tried again.
+    /// The inputs cannot be verified now, for this reason; tried again.
     NotYet(String),
-    /// The platform took the call.
+    /// The platform accepted the start call.
     Called,
-    /// The platform has heard that the run is over.
+    /// The platform accepted the message that the run is over.
     CalledOff,
     /// The model is registered at the hub.
     Published(Model),
-    /// It could not be; tried again if so said.
+    /// The registration failed; tried again if `retry`.
     NotPublished {
-        /// Why.
+        /// The reason.
         why: String,
-        /// Whether trying again helps.
+        /// Whether another attempt may succeed.
         again: bool,
     },
-    /// A borrowed input is given back.
+    /// A borrowed input was removed.
     Removed {
-        /// The transfer that brought it.
+        /// The transfer that delivered it.
         transfer: TransferId,
-        /// Why it lies there all the same, where only a person can take it away.
+        /// Why it remains, if only a person can remove it.
         stays: Option<String>,
     },
-    /// It could not be removed, which is tried again.
+    /// The removal failed, and is tried again.
     NotRemoved {
-        /// The transfer that brought it.
+        /// The transfer that delivered it.
         transfer: TransferId,
-        /// Why.
+        /// The reason.
         why: String,
     },
 }
 
-/// What is to be done for a run. Each may be done twice.
+/// An effect. Each may be performed twice.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Effect {
-    /// Look at the inputs themselves: nothing else keeps a trainer from being started.
+    /// Verify the inputs: then a trainer can be started.
     Check,
-    /// Start the command from nothing, or call the platform.
+    /// Start the command with an empty folder, or call the platform.
     Start,
-    /// End the command; of a platform, tell it that the run is over, until it has heard.
+    /// End the command; send a platform the message that the run is over, until it accepts.
     Stop,
     /// Publish the output folder.
     Publish,
@@ -180,7 +182,7 @@ pub enum Effect {
 }
 
 impl Run {
-    /// A run that the hub was just heard of.
+    /// A new run from the hub.
     pub fn new(desired: DesiredRun) -> Self {
         Self {
             spec: desired.spec,
@@ -203,7 +205,7 @@ impl Run {
         }
     }
 
-    /// What the hub is told.
+    /// The report for the hub.
     pub fn report(&self) -> RunReport {
         RunReport {
             name: self.spec.name.clone(),
@@ -223,7 +225,7 @@ impl Run {
         }
     }
 
-    /// Whether its trainer reads this artifact, or may begin to.
+    /// Whether its trainer reads this artifact or may start to.
     fn uses(&self, artifact: &ArtifactRef) -> bool {
         let may = match self.phase {
             Phase::Waiting => self.want == Want::Train,
@@ -237,14 +239,13 @@ impl Run {
             .any(|input| input.artifact == *artifact)
     }
 
-    /// Whether something is left to do here: a platform may still have to be told when all else is
-    /// done.
+    /// Whether the run still needs work: a platform may still need a message when everything else
+    /// is done.
     pub fn is_open(&self) -> bool {
         !self.released || self.owes_word()
     }
 
-    /// Whether a platform that was called has still to hear, once the run is over, that there is no
-    /// model.
+    /// Whether a called platform still needs the message that the run is over without a model.
     fn owes_word(&self) -> bool {
         self.by_platform && self.starts > 0 && self.model.is_none() && !self.called_off
     }
@@ -262,9 +263,9 @@ impl Run {
     }
 }
 
-/// Whether a run may give this back now: the hub still says so in these very words, and no other
-/// run here has a use for it. The hub counts a run that has its model as one that needs nothing
-/// more, but a trainer that published by itself may run on.
+/// Whether a run may remove this now: the hub's current message lists exactly this, and no other
+/// run at this site uses it. The hub takes a run with a model for finished, but a trainer that
+/// published by itself may still run.
 pub fn may_go(open: &[Run], run: &RunName, borrowed: &Borrowed) -> bool {
     let (own, others): (Vec<&Run>, Vec<&Run>) =
         open.iter().partition(|other| other.spec.name == *run);
@@ -272,7 +273,7 @@ pub fn may_go(open: &[Run], run: &RunName, borrowed: &Borrowed) -> bool {
         && !others.iter().any(|other| other.uses(&borrowed.artifact))
 }
 
-/// Takes an event.
+/// Processes an event.
 pub fn step(run: &Run, event: Event, now_ms: i64) -> (Run, Vec<Effect>) {
     let mut run = run.clone();
     let effects = match event {
@@ -283,7 +284,7 @@ pub fn step(run: &Run, event: Event, now_ms: i64) -> (Run, Vec<Effect>) {
             run.model = desired.model.or(run.model);
             run.left
                 .retain(|transfer, _| run.borrowed.iter().any(|b| b.transfer == *transfer));
-            // More may be free to be removed than when it was said before.
+            // More artifacts may be removable than the last message said.
             run.released &= run
                 .borrowed
                 .iter()
@@ -354,8 +355,8 @@ fn looked(run: &mut Run, seen: &Observation, now_ms: i64) -> Vec<Effect> {
         return vec![Effect::Stop];
     }
     if over || run.want == Want::Release {
-        // A trainer that published by itself may still have something to do; its time is bounded by
-        // the run's.
+        // A trainer that published by itself may still work; the deadline of the run limits its
+        // time.
         if running {
             run.message = None;
             return Vec::new();
@@ -364,7 +365,7 @@ fn looked(run: &mut Run, seen: &Observation, now_ms: i64) -> Vec<Effect> {
         if let Process::Ended(ended) = &seen.process {
             run.ended.get_or_insert_with(|| ended.clone());
         }
-        // A platform's process is not ours to end.
+        // The site does not control a platform's process.
         if over && run.owes_word() {
             let until_ms = run
                 .spec
@@ -386,23 +387,23 @@ fn looked(run: &mut Run, seen: &Observation, now_ms: i64) -> Vec<Effect> {
             }
         }
         match run.phase {
-            // Whatever trained is gone, and reads nothing any more.
+            // The trainer has ended and reads nothing any more.
             Phase::Training => run.phase = Phase::Trained,
-            // That the hub knows a model is what publishing was for.
+            // Publishing is complete when the hub knows the model.
             Phase::Publishing => run.phase = Phase::Published,
             Phase::Waiting | Phase::Trained | Phase::Published | Phase::Failed => {}
         }
         effects.extend(release(run));
         return effects;
     }
-    // What the hub has still to hear of decides: nothing may overtake it, nor may its bytes be
-    // wiped by another start.
+    // A publish that the hub does not know yet decides: nothing may overtake it, and another start
+    // must not delete its bytes.
     if seen.offering && !running && run.is_making() {
         if let Process::Ended(ended) = &seen.process {
             run.ended = Some(ended.clone());
         }
         run.message =
-            Some("waits for the hub to hear of the model that was published for it".into());
+            Some("waits until the hub knows the model that was published for it".into());
         return Vec::new();
     }
     match run.phase {
@@ -419,7 +420,7 @@ fn looked(run: &mut Run, seen: &Observation, now_ms: i64) -> Vec<Effect> {
                         Some("waits for the hub to say that all of its inputs are here".into());
                 }
                 (None, Some(kept)) => {
-                    run.fail(format!("its folder is that of an older run of this name: {kept}, published out of it, is read there"));
+                    run.fail(format!("its folder belongs to an older run of this name: {kept} is published from it"));
                 }
                 (None, None) if !seen.turn => {
                     run.message = Some("waits for its turn: other runs train here".into());
@@ -441,11 +442,10 @@ fn looked(run: &mut Run, seen: &Observation, now_ms: i64) -> Vec<Effect> {
         Phase::Training => match &seen.process {
             Process::Running => run.message = None,
             Process::Absent => match &seen.kept {
-                // If it is the run's model, the hub knows it, and says so as soon as there is a
-                // line.
+                // If it is the run's model, the hub knows it and says so when it is connected.
                 Some(kept) => {
                     run.message = Some(format!(
-                        "its trainer is gone, and is not started anew: {kept} is read in the run's folder"
+                        "its trainer ended and is not started again: {kept} is published from the run's folder"
                     ));
                 }
                 None if seen.trainer == Trainer::Refused => refuse(run),
@@ -506,7 +506,7 @@ fn release(run: &mut Run) -> Vec<Effect> {
         .filter(|b| !run.removed.contains(&b.transfer))
         .cloned()
         .collect();
-    // Before the hub said that it is over, more may be borrowed still.
+    // Before the hub says that the run is over, more artifacts may be borrowed.
     run.released = left.is_empty() && matches!(run.want, Want::Stop | Want::Release);
     if left.is_empty() {
         Vec::new()

@@ -22,30 +22,30 @@ use super::{Action, Body, State, TransferRow, Want};
 #[derive(Debug, Clone, PartialEq)]
 pub enum Event {
     /// At the hub: a new delivery names the artifact and the site of this transfer. `lost`: the
-    /// site is known to lack what arrived.
+    /// site is known to lack the delivered content.
     Delivered {
-        /// Whether a transfer that is done begins again.
+        /// Whether a done transfer starts again.
         lost: bool,
     },
-    /// At the hub: a user asks for something.
+    /// At the hub: a user requests an action.
     Asked(Action),
     /// At the hub: the site reports. The receipt of a report that says `done` was checked before.
     Reported {
-        /// The generation that the site speaks of.
+        /// The reported generation.
         generation: i64,
-        /// Where the transfer is at the site.
+        /// The state at the site.
         state: State,
-        /// The rest of the report.
+        /// The other fields of the report.
         body: Body,
     },
-    /// At the site: the hub says what it wants. A transfer that is missing in its complete list is
-    /// to be cancelled.
+    /// At the site: the hub's request. A transfer that is missing in the hub's complete list is
+    /// cancelled.
     Wanted {
-        /// What the hub asks for.
+        /// The request.
         want: Want,
-        /// The generation that is asked for.
+        /// The requested generation.
         generation: i64,
-        /// The transfers that go first.
+        /// The transfers that must be done first.
         after: Vec<TransferId>,
     },
     /// At the site: the hub wants another transfer of the same artifact, and no longer knows this
@@ -54,43 +54,43 @@ pub enum Event {
         /// The transfer that the hub wants.
         by: TransferId,
     },
-    /// At the site: the transfer's own task got somewhere.
+    /// At the site: the transfer's own task made progress.
     Moved {
-        /// The generation that the task works for.
+        /// The generation of the task.
         generation: i64,
-        /// Where it is now.
+        /// The new state.
         state: State,
-        /// The rest.
+        /// The other fields.
         body: Body,
     },
-    /// At the site: the task of a transfer that is to pause or to be cancelled has ended, and what
-    /// it staged is removed or noted.
+    /// At the site: the task of a transfer that pauses or is cancelled has ended, and its staged
+    /// content is removed or recorded.
     Ended {
         /// The generation that was ended.
         generation: i64,
-        /// What the hub had asked for.
+        /// The hub's request.
         want: Want,
     },
 }
 
-/// What is to be done besides storing the new row.
+/// An effect besides storing the new row.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Effect {
-    /// At the hub: send the site what is wanted now.
+    /// At the hub: send the site its complete list.
     TellSite,
-    /// At the site: a task of this generation works on it. It begins when a task of an earlier
+    /// At the site: a task of this generation runs. It starts when the task of an earlier
     /// generation has ended.
     Run,
-    /// At the site: stop the task, wait for its end, clear up, and report [`Event::Ended`].
+    /// At the site: stop the task, wait for its end, clean up, and report [`Event::Ended`].
     End(Want),
 }
 
-/// What follows from an event.
+/// The result of an event.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Step {
-    /// The transfer as it is from now on; `None`: it does not change.
+    /// The new row; `None`: no change.
     pub row: Option<TransferRow>,
-    /// What is to be done.
+    /// The effects.
     pub effects: Vec<Effect>,
 }
 
@@ -110,7 +110,7 @@ impl Step {
     }
 }
 
-/// The reason and the next step of a transfer that a user holds.
+/// The reason and the next step of a paused transfer.
 fn held(id: &TransferId, reason: Reason, command: &str) -> Fault {
     Fault::internal("a user asked for this")
         .with_reason(reason)
@@ -126,8 +126,8 @@ fn cancelled(id: &TransferId) -> Fault {
 }
 
 impl TransferRow {
-    /// Whether an action makes sense now. `others_failed`: the action was asked for a delivery of
-    /// which other transfers failed, and `retry` means those.
+    /// Whether an action applies now. `others_failed`: the action was requested for a delivery with
+    /// other, failed transfers, and `retry` means those.
     pub fn takes(&self, action: Action, others_failed: bool) -> bool {
         match action {
             Action::Pause => !self.state.is_final(),
@@ -140,8 +140,8 @@ impl TransferRow {
         }
     }
 
-    /// What a site has to do about a transfer as it stands: asked after every [`Event::Wanted`],
-    /// and for each open transfer at start.
+    /// The effect that the current row of a transfer requires at a site: queried after every
+    /// [`Event::Wanted`], and for each open transfer at start.
     pub fn due(&self) -> Option<Effect> {
         match self.want {
             Want::Cancel if !matches!(self.state, State::Done | State::Cancelled) => {
@@ -161,7 +161,7 @@ impl TransferRow {
         self
     }
 
-    /// The transfer from its beginning, for the next generation.
+    /// The transfer restarted for the next generation.
     fn again(mut self, now_ms: i64) -> Self {
         self.body = self.body.begun_again(self.state);
         self.generation += 1;
@@ -170,7 +170,7 @@ impl TransferRow {
     }
 }
 
-/// What an event does to a transfer. An error is the fault of whoever sent the event, and changes
+/// Applies an event to a transfer. An error is a fault of the sender of the event, and changes
 /// nothing.
 pub fn step(row: &TransferRow, event: Event, now_ms: i64) -> Result<Step, Fault> {
     match event {
@@ -231,7 +231,7 @@ fn reported(
     if generation < 0 || generation > row.generation {
         let newest = row.generation;
         return Err(Fault::integrity(format!(
-            "generation {generation} was never asked for; the newest is {newest}"
+            "generation {generation} was never requested; the newest is {newest}"
         )));
     }
     if generation < row.generation {
@@ -245,16 +245,16 @@ fn reported(
     }
     let mut next = row.clone();
     match (row.state, state) {
-        // The commit was finished before the site learned of the cancel: the version is there, and
-        // both ends say so.
+        // The commit finished before the site received the cancellation: the version is active, and
+        // both sides say so.
         (State::Cancelled, State::Done) => next.want = Want::Run,
         (State::Cancelled, State::Cancelled) if row.want == Want::Cancel => {
-            // The site has given it up: nothing is asked of it any more.
+            // The site has cancelled it: nothing is requested any more.
             next.want = Want::Run;
             return Ok(Step::to(next, &[]));
         }
         (State::Cancelled, _) => return Ok(Step::nothing()),
-        // What a user holds stays so until the site has heard of it.
+        // A paused transfer stays paused until the site has received the new request.
         (State::Paused, state)
             if row.want == Want::Pause && state != State::Paused && !state.is_final() =>
         {
@@ -272,11 +272,11 @@ fn reported(
 
 fn wanted(row: &TransferRow, want: Want, generation: i64, after: Vec<TransferId>) -> Step {
     let mut next = row.clone();
-    // Only what has ended begins again: what runs goes on for the newer generation.
+    // Only an ended transfer restarts: a running one continues for the newer generation.
     if generation > row.generation && row.state.is_final() {
         next.body = next.body.begun_again(row.state);
-        // What was removed after a run is brought again: what may lie there meanwhile is not this
-        // transfer's own.
+        // Content that was removed after a run is delivered again: content that exists in the
+        // meantime does not belong to this transfer.
         next.body.landed &= row.removed_ms.is_none();
         (next.state, next.finished_ms, next.removed_ms) = (State::Queued, None, None);
     }
@@ -294,7 +294,7 @@ fn superseded(row: &TransferRow, by: &TransferId, now_ms: i64) -> Step {
     }
     let mut next = row.clone().at(State::Cancelled, now_ms);
     let why = Fault::internal(format!(
-        "the hub asks for {} with transfer {by}",
+        "the hub requests {} with transfer {by}",
         row.artifact
     ))
     .with_reason(Reason::CancelledByUser)
@@ -310,8 +310,8 @@ fn moved(
     body: Body,
     now_ms: i64,
 ) -> Result<Step, Fault> {
-    // A task whose transfer ended, or that a newer generation replaced, says nothing any more. What
-    // it committed is there for the newer generation too.
+    // A task whose transfer ended, or that a newer generation replaced, changes nothing. Its commit
+    // also counts for the newer generation.
     let ended = matches!(row.state, State::Done | State::Cancelled) && row.state != state;
     let replaced = generation < row.generation && (state != State::Done || row.state.is_final());
     if replaced || ended || (row.state == state && row.body == body && row.generation == generation)
@@ -331,7 +331,7 @@ fn moved(
 
 fn ended(row: &TransferRow, generation: i64, want: Want, now_ms: i64) -> Step {
     if row.generation != generation || row.want != want {
-        return Step::nothing(); // something else was asked for since
+        return Step::nothing(); // another action was requested since
     }
     let (state, why) = match want {
         Want::Pause if row.state.is_final() || row.state == State::Paused => {
