@@ -1,10 +1,10 @@
-//! The configuration: one TOML file, unknown keys refused with their line, units required, secrets
-//! by file.
+//! The configuration: one TOML file; unknown keys are refused with their line, units are required,
+//! secrets are in files.
 //!
-//! [`load`] is what a daemon starts with and what `config check` runs: the text, the rules of the
-//! role, and the surroundings (secret files, the filesystem under `data_dir`). [`read`] stops after
-//! the rules: the command line needs only the API's address, and may run as a user who cannot read
-//! the daemon's secrets. Nothing here writes, and no secret is ever held in a [`Config`], so its
+//! [`load`] is used at the start of a daemon and by `config check`: it checks the text, the rules
+//! of the role, and the surroundings (secret files, the filesystem of `data_dir`). [`read`] stops
+//! after the rules: the command line needs only the API's address, and may run as a user who cannot
+//! read the daemon's secrets. Nothing here writes, and a [`Config`] never holds a secret, so its
 //! `Debug` form may be logged.
 
 use std::collections::BTreeMap;
@@ -25,13 +25,13 @@ pub use transport::{Congestion, ConnectionSettings, Transport};
 
 mod rules;
 
-/// Which daemon this is.
+/// The role of this daemon.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Role {
-    /// The central one.
+    /// The central daemon.
     Hub,
-    /// One of many.
+    /// The daemon of one site.
     Site,
 }
 
@@ -39,43 +39,43 @@ pub enum Role {
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Config {
-    /// The file that it was read from, if it was read from one.
+    /// Its file, if it was read from one.
     #[serde(skip)]
     pub file: Option<PathBuf>,
     /// `hub` or `site`.
     pub role: Role,
-    /// This daemon's name; a site's is what its certificate says.
+    /// This daemon's name; a site's name is in its certificate.
     pub name: SiteName,
     /// State, identity, and at the hub the packs.
     pub data_dir: PathBuf,
-    /// Where to listen.
+    /// The addresses to listen on.
     #[serde(default)]
     pub listen: Listen,
     /// The hub (sites only).
     pub hub: Option<Hub>,
-    /// Where artifacts land (sites only).
+    /// The destinations of artifacts (sites only).
     #[serde(default)]
     pub sink: Sinks,
-    /// Who may have what sites publish: at a site what it publishes itself, at the hub what any
-    /// does.
+    /// Who may receive what sites publish: at a site its own artifacts, at the hub those of all
+    /// sites.
     #[serde(default)]
     pub share: Share,
-    /// What is kept of bytes that pass from site to site (hub only).
+    /// The cache for bytes between sites (hub only).
     #[serde(default)]
     pub relay: Relay,
     /// How to read registries that images are published from, by `HOST[:PORT]`.
     #[serde(default)]
     pub registry: BTreeMap<String, Registry>,
-    /// The line.
+    /// The connection.
     #[serde(default)]
     pub line: ConnectionSettings,
-    /// Bounds.
+    /// Limits.
     #[serde(default)]
     pub limits: Limits,
-    /// What each site and each publisher may take of the hub (hub only).
+    /// The quotas of sites and publishers (hub only).
     #[serde(default)]
     pub quota: Quotas,
-    /// Who trains here (sites only); without it this site trains for nobody.
+    /// The trainer (sites only); without it this site trains for nobody.
     pub train: Option<Train>,
 }
 
@@ -87,7 +87,7 @@ pub struct Listen {
     pub api: SocketAddr,
     /// Whether other machines may reach the API, which has no TLS of its own.
     pub api_without_tls: bool,
-    /// The line (hub only): UDP, and TCP for the fallback.
+    /// The transport (hub only): UDP, and TCP for the fallback.
     pub quic: SocketAddr,
 }
 
@@ -108,8 +108,8 @@ impl Listen {
     }
 }
 
-/// What an operator should know where [`Listen::api_without_tls`] applies.
-pub const API_WITHOUT_TLS: &str = "the API is served to other machines without TLS: whoever can read the network traffic can read the admin token";
+/// The warning for [`Listen::api_without_tls`].
+pub const API_WITHOUT_TLS: &str = "the API is served to other machines without TLS: anyone who can read the network traffic can read the admin token";
 
 /// `[hub]`
 #[derive(Debug, Clone, Deserialize)]
@@ -139,10 +139,10 @@ pub struct Registry {
     pub username: Option<String>,
     /// A file that holds the password.
     pub password_file: Option<PathBuf>,
-    /// A file of PEM certificates to trust besides the system's.
+    /// A file of PEM certificates that are trusted in addition to the system's.
     pub ca_file: Option<PathBuf>,
-    /// Other hosts than the registry's own that the password is sent to, where the registry names
-    /// them as its token service.
+    /// Additional hosts that may receive the password, if the registry names them as its token
+    /// service.
     pub realm_hosts: Vec<String>,
 }
 
@@ -150,10 +150,10 @@ pub struct Registry {
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Share {
-    /// Sites that may have it: names or label selectors. Default: all. Where the hub and the site
-    /// both have a list, both must allow; a site may always have its own.
+    /// Sites that may receive it: names or label selectors. Default: all. If the hub and the site
+    /// both have a list, both must allow; a site may always receive its own artifacts.
     pub allow: Option<Vec<String>>,
-    /// How often a site looks whether what it published in place changed there (sites only).
+    /// How often a site checks its content that is published in place for changes (sites only).
     #[serde(deserialize_with = "duration")]
     pub check_every: Duration,
 }
@@ -171,10 +171,10 @@ impl Default for Share {
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Relay {
-    /// What relayed bytes may take on the hub's disk.
+    /// The disk budget for relayed bytes at the hub.
     #[serde(deserialize_with = "size")]
     pub budget: u64,
-    /// How long they stay after they were last asked for.
+    /// How long they stay after their last use.
     #[serde(deserialize_with = "duration")]
     pub keep: Duration,
 }
@@ -192,7 +192,7 @@ impl Default for Relay {
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Limits {
-    /// The bytes in flight that all transfers share (`256MiB`).
+    /// The memory for bytes in flight of all transfers (`256MiB`).
     #[serde(deserialize_with = "size")]
     pub memory: u64,
 }
@@ -215,11 +215,11 @@ pub struct Quotas {
     pub publisher: Quota,
 }
 
-/// `[quota.site]` and `[quota.publisher]`: what one of them may publish.
+/// `[quota.site]` and `[quota.publisher]`: the limits of each of them.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Quota {
-    /// Bytes of all its artifacts together, as their manifests say.
+    /// Bytes of all its artifacts together, from their manifests.
     #[serde(deserialize_with = "size")]
     pub bytes: u64,
     /// Artifacts.
@@ -238,22 +238,22 @@ impl Default for Quota {
     }
 }
 
-/// `[train]`: a command or a platform, one of both.
+/// `[train]`: either a command or a platform.
 #[derive(Debug, Clone, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Train {
-    /// The trainer and its arguments; the path of the run's descriptor is put behind them.
+    /// The trainer and its arguments; the path of the run's descriptor is appended.
     pub command: Vec<String>,
-    /// A training platform: the descriptor is sent there by POST.
+    /// A training platform, which receives the descriptor by POST.
     pub url: Option<String>,
     /// Runs that train at once (1 when absent).
     pub at_once: Option<u32>,
-    /// The sites that may train here: names, or `all`. Empty: no site.
+    /// The sites that this site trains for: names, or `all`. Empty: none.
     pub allow: Vec<String>,
 }
 
 impl Train {
-    /// Whether a run that this site started may train here. The site decides by itself: labels,
+    /// Whether a run of this site may train here. The training site decides by itself: labels,
     /// which the hub assigns, do not count.
     pub fn allows(&self, site: &SiteName) -> bool {
         names_site(&self.allow, site)
@@ -334,7 +334,7 @@ pub fn parse_duration(text: &str) -> Result<Duration, String> {
 }
 
 impl Config {
-    /// Where folders land: `[sink.files]` or its default.
+    /// The destination of folders: `[sink.files]` or its default.
     pub fn files_root(&self) -> PathBuf {
         self.sink
             .files
@@ -342,7 +342,7 @@ impl Config {
             .map_or_else(|| self.data_dir.join("artifacts"), |sink| sink.root.clone())
     }
 
-    /// Where labels land: `[sink.labels]` or its default.
+    /// The destination of labels: `[sink.labels]` or its default.
     pub fn labels_sink(&self) -> LabelsSink {
         let default = || LabelsSink {
             url: format!("sqlite://{}", self.data_dir.join("labels.db").display()),
@@ -351,7 +351,7 @@ impl Config {
         self.sink.labels.clone().unwrap_or_else(default)
     }
 
-    /// Where images land: `[sink.images]` or its default.
+    /// The destination of images: `[sink.images]` or its default.
     pub fn images_sink(&self) -> ImagesSink {
         let default = || ImagesSink {
             url: format!("oci-layout:{}", self.data_dir.join("images").display()),
@@ -364,7 +364,7 @@ impl Config {
         self.sink.images.clone().unwrap_or_else(default)
     }
 
-    /// What belongs to the daemon of this configuration, and is never a source.
+    /// The paths of this daemon that are never a source.
     pub fn own(&self) -> Own {
         let images = self
             .images_sink()
@@ -375,7 +375,7 @@ impl Config {
         Own::of(&self.data_dir, &sinks, self.secret_files())
     }
 
-    /// What `config check` reports of a configuration that is valid and may not do what was meant.
+    /// The notes of `config check` on a valid configuration that may not do what was intended.
     pub fn notes(&self) -> Vec<String> {
         let mut notes = Vec::new();
         if self.role == Role::Hub && self.line.transport != Transport::Auto {
@@ -401,7 +401,7 @@ impl Config {
             .chain(self.file.as_deref())
     }
 
-    /// Every file that this configuration names and that must be there, with the key that names it.
+    /// Every file that this configuration requires, with its key.
     fn named_files(&self) -> impl Iterator<Item = (&'static str, &Path)> {
         let labels = self
             .sink
@@ -433,8 +433,8 @@ impl Config {
     }
 }
 
-/// Reads a configuration and checks all that can be checked without contacting anybody: the text,
-/// the rules of the role, the secret files, the filesystem under `data_dir`.
+/// Reads a configuration and checks everything that needs no network: the text, the rules of the
+/// role, the secret files, the filesystem of `data_dir`.
 pub fn load(path: &Path) -> Result<Config, Fault> {
     let config = read(path)?;
     for (key, file) in config.named_files() {
@@ -445,7 +445,7 @@ pub fn load(path: &Path) -> Result<Config, Fault> {
     Ok(config)
 }
 
-/// Reads a configuration and checks its text and the rules of its role, but not its surroundings.
+/// Reads a configuration and checks its text and the rules of its role, without its surroundings.
 pub fn read(path: &Path) -> Result<Config, Fault> {
     let here = path.display();
     let size = std::fs::metadata(path)
@@ -468,7 +468,7 @@ pub fn read(path: &Path) -> Result<Config, Fault> {
 /// Reads a configuration from text; `origin` is the file's name for messages.
 pub fn parse(text: &str, origin: &str) -> Result<Config, Fault> {
     let config: Config = toml::from_str(text).map_err(|e| {
-        // "field" is serde's word; people who write TOML say key.
+        // serde says "field"; TOML files have keys.
         let message = e
             .message()
             .replace("unknown field", "unknown key")
@@ -502,10 +502,10 @@ fn position(origin: &str, text: &str, offset: usize) -> String {
     format!("{origin}:{line}:{column}")
 }
 
-/// SQLite's locks and the daemon's own do not hold on network filesystems, where two daemons could
+/// Locks of SQLite and of the daemon do not work on network filesystems, where two daemons could
 /// then share a folder.
 fn refuse_network_filesystem(data_dir: &Path) -> Result<(), Fault> {
-    // The folder may not exist yet: what counts is the mount that it will be made on.
+    // The folder may not exist yet: the mount of its parent counts.
     let Some(existing) = data_dir.ancestors().find(|p| p.exists()) else {
         return Ok(());
     };

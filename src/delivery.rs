@@ -1,4 +1,4 @@
-//! What a delivery as a whole is, from what its parts are. Plain functions, called by the API's
+//! The state of a delivery from the states of its parts. Plain functions, called by the API's
 //! backends.
 
 use std::collections::HashSet;
@@ -9,8 +9,9 @@ use base::limits::{NAMES_LISTED_MAX, OFFENDERS_LISTED_MAX};
 use model::paging::{fitting, json_bytes};
 use state::DeliveryRow;
 
-/// The state of the whole. While a part is open: what moves furthest, else why it stands. Once all
-/// have ended: `failed` if one failed, else `cancelled` if one was, else `done`.
+/// The state of the whole. While a part is open: the state of the part that has progressed
+/// furthest, else the reason of the wait. When all have ended: `failed` if one failed, else
+/// `cancelled` if one was cancelled, else `done`.
 pub fn state(parts: &[State]) -> State {
     let any = |state: State| parts.contains(&state);
     if parts.iter().all(|state| state.is_final()) {
@@ -42,21 +43,21 @@ fn sum(sum: Bytes, part: Bytes) -> Bytes {
     }
 }
 
-/// Why a whole stands.
+/// Why a delivery is stalled.
 struct Stuck {
-    /// A failed part comes first, then one that waits for what is not just another part.
+    /// A failed part comes first, then one that waits for something other than another part.
     order: (bool, bool),
     reason: Option<Reason>,
     message: Option<String>,
     next: Option<String>,
 }
 
-/// A delivery as it is put together from its parts, one after the other: a long one is not in
-/// memory as a whole.
+/// A delivery that is composed from its parts, one after another: a long one is never completely in
+/// memory.
 pub struct Whole {
-    /// The bytes of JSON that it may have.
+    /// The limit of its JSON, bytes.
     max: usize,
-    /// The states that some part is in.
+    /// The states of its parts.
     states: Vec<State>,
     parts_total: u64,
     done: u64,
@@ -66,13 +67,13 @@ pub struct Whole {
     sites: Vec<String>,
     seen: HashSet<String>,
     finished_at: Option<String>,
-    /// The first parts, as many as might have room, and their bytes.
+    /// The first parts, as many as may fit, and their bytes.
     parts: Vec<Transfer>,
     listed: usize,
 }
 
 impl Whole {
-    /// A delivery that is listed with as many of its parts as `max` bytes of JSON hold.
+    /// A delivery with as many of its parts as fit in `max` bytes of JSON.
     pub fn new(max: usize) -> Self {
         Self {
             max,
@@ -90,7 +91,7 @@ impl Whole {
         }
     }
 
-    /// Adds a part, as it is shown.
+    /// Adds a part in the form that is shown.
     pub fn add(&mut self, part: Transfer) {
         self.parts_total += 1;
         if !self.states.contains(&part.state) {
@@ -114,7 +115,7 @@ impl Whole {
                 });
             }
         }
-        // A name of an artifact has a slash, one of a site has none.
+        // The name of an artifact has a slash, the name of a site has none.
         for (name, list) in [
             (part.artifact.to_string(), &mut self.artifacts),
             (part.site.to_string(), &mut self.sites),
@@ -132,7 +133,7 @@ impl Whole {
         }
     }
 
-    /// The delivery. What the parts are together is of all of them.
+    /// The delivery. Its state is computed from all parts.
     pub fn end(self, row: &DeliveryRow) -> Delivery {
         let state = state(&self.states);
         let (reason, message, next) = self.stuck.map_or((None, None, None), |stuck| {
@@ -161,8 +162,8 @@ impl Whole {
     }
 }
 
-/// The delivery with as many of the parts that it lists as `max` bytes of JSON hold. What the parts
-/// are together stays.
+/// The delivery with as many of its listed parts as fit in `max` bytes of JSON. The state of the
+/// whole does not change.
 fn cut(mut whole: Delivery, parts_total: u64, max: usize) -> Delivery {
     if whole.parts.len() as u64 == parts_total && json_bytes(&whole) <= max {
         return whole;
@@ -177,7 +178,7 @@ fn cut(mut whole: Delivery, parts_total: u64, max: usize) -> Delivery {
     let listed = if room < 2 { 0 } else { fitting(&parts, room) };
     whole.parts = parts;
     whole.parts.truncate(listed);
-    // The lists of names alone may be too long.
+    // The lists of names may already be too long.
     let names =
         |list: &mut Vec<String>| list.truncate(NAMES_LISTED_MAX.min(fitting(list, max / 4)));
     if json_bytes(&whole) > max {
@@ -196,7 +197,7 @@ pub fn view(row: &DeliveryRow, parts: Vec<Transfer>) -> Delivery {
     whole.end(row)
 }
 
-/// Who is left out, as people read it: a text for each artifact and list that leaves sites out.
+/// The excluded sites for users: one text for each artifact and list that excludes sites.
 pub fn left_out(all: &[LeftOut]) -> Vec<String> {
     let mut groups: Vec<(&LeftOut, Vec<&str>)> = Vec::new();
     for one in all {

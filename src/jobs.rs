@@ -1,5 +1,6 @@
-//! Jobs: work that a request began and that goes on after its 202. Kept in memory: a restart
-//! forgets them, and since every command may be run again, whoever waited for one runs it again.
+//! Jobs: work that a request started and that continues after the response 202. They are in memory:
+//! a restart forgets them. Every command may be repeated, so a client whose job was lost runs its
+//! command again.
 
 use std::collections::VecDeque;
 use std::future::Future;
@@ -19,14 +20,13 @@ use content::store::Store;
 use model::paging::{self, Page, Pager, Room};
 use state::{Catalogue, new_id};
 
-/// Jobs remembered; the oldest ended one is forgotten first.
+/// Jobs in memory; the oldest ended one is removed first.
 const JOBS_KEPT: usize = 256;
-/// Jobs that may run at once; where all places are taken, a collection gets one more.
+/// Jobs that may run at once; a garbage collection may run in addition.
 const JOBS_RUNNING_MAX: usize = 32;
 
-/// Does `work`; where the store's disk is full it waits for room and does it again. No lock is held
-/// meanwhile, so that room can be made by whatever means. It ends with the fault when there was
-/// none for `patience`.
+/// Runs `work`; when the store's disk is full, waits for room and runs it again. No lock is held
+/// while waiting, so that any command can make room. Ends with the fault after `patience`.
 pub async fn until_room<T, F>(
     store: &Store,
     progress: &JobProgress,
@@ -46,8 +46,8 @@ where
     };
     loop {
         let fault = match work().await {
-            // Where the store has room, another disk is full, or more is wanted at once than there
-            // will be.
+            // If the store has room, another disk is full, or the job needs more than there will
+            // be.
             Err(fault) if fault.code == Code::NoSpace && has_room().await.is_err() => fault,
             end => return end,
         };
@@ -71,18 +71,17 @@ where
     }
 }
 
-/// Ends some time after a job was cancelled whose work does not end by itself.
+/// Returns some time after the cancellation of a job that does not end by itself.
 async fn given_up(progress: &JobProgress) {
     progress.cancelled().await;
     tokio::time::sleep(JOB_CANCEL_MAX).await;
     while progress.is_ending() {
-        // It won the race against the cancel, and ends soon.
+        // It finished before the cancellation, and ends soon.
         tokio::time::sleep(JOB_CANCEL_MAX).await;
     }
 }
 
-/// A result of a job that is not too long to be kept, and answered with: of a longer list the first
-/// rows.
+/// A job result of bounded size: only the first rows of a longer list are kept.
 fn bounded(mut result: serde_json::Value) -> serde_json::Value {
     let serde_json::Value::Array(rows) = &mut result else {
         return result;
@@ -110,7 +109,7 @@ pub struct Jobs {
 }
 
 impl Jobs {
-    /// No jobs yet; news of them wake whoever waits for the catalogue.
+    /// No jobs; changes wake the tasks that wait for the catalogue.
     pub fn new(catalogue: Catalogue) -> Self {
         Self {
             entries: Arc::default(),
@@ -118,7 +117,7 @@ impl Jobs {
         }
     }
 
-    /// Begins a job.
+    /// Starts a job.
     pub fn start<T, F>(&self, work: impl FnOnce(Arc<JobProgress>) -> F) -> Result<Job, Fault>
     where
         T: Serialize + Send + 'static,
@@ -127,7 +126,7 @@ impl Jobs {
         self.start_beside(JOBS_RUNNING_MAX - 1, work)
     }
 
-    /// Begins a job that makes room: it finds a place where all others wait for that.
+    /// Starts a job that makes room: it runs even if all other jobs wait for room.
     pub fn start_collection<T, F>(
         &self,
         work: impl FnOnce(Arc<JobProgress>) -> F,
@@ -139,7 +138,7 @@ impl Jobs {
         self.start_beside(JOBS_RUNNING_MAX, work)
     }
 
-    /// Begins a job where no more than so many others run.
+    /// Starts a job if at most so many others run.
     fn start_beside<T, F>(
         &self,
         others_max: usize,
@@ -172,13 +171,12 @@ impl Jobs {
         let work = work(progress.clone());
         let (jobs, job) = (self.clone(), id.clone());
         tokio::spawn(async move {
-            // In a task of its own, so that a defect in the work ends the job and does not leave it
-            // running for ever.
+            // In its own task, so that a panic ends the job and does not leave it running for ever.
             let mut task = tokio::spawn(work);
             let ended = tokio::select! {
                 ended = &mut task => ended,
                 () = given_up(&progress) => {
-                    // A thread may hang in a read that never returns: nobody waits for it. It ends
+                    // A thread may hang in a read that never returns: it is not waited for. It ends
                     // at its next check.
                     task.abort();
                     task.await
@@ -232,8 +230,8 @@ impl Jobs {
         })
     }
 
-    /// Cancels a job: its work stops, and what it wrote for itself alone is removed. One whose
-    /// result is becoming visible ends as it is.
+    /// Cancels a job: its work stops, and its unpublished data is removed. A job whose result is
+    /// becoming visible finishes.
     pub fn cancel(&self, id: &str) -> Result<Job, Fault> {
         {
             let entries = self.entries.lock();
@@ -257,7 +255,7 @@ impl Jobs {
         self.get(id)
     }
 
-    /// A page of the jobs that are remembered, the newest first, behind this one.
+    /// A page of the jobs in memory, the newest first, after this one.
     pub fn list(&self, behind: Option<&str>, room: Room) -> Page<Job> {
         let ids: Vec<String> = self
             .entries
@@ -266,7 +264,7 @@ impl Jobs {
             .rev()
             .map(|entry| entry.id.clone())
             .collect();
-        // One that was forgotten meanwhile was the oldest: nothing comes behind it.
+        // A job that was removed in the meantime was the oldest: nothing follows.
         let from = match behind {
             Some(behind) => ids
                 .iter()

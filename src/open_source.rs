@@ -1,4 +1,4 @@
-//! Opening the source that a publish names, by the artifact's kind.
+//! Opens the source of a publish, depending on the artifact's kind.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -34,19 +34,19 @@ mod database;
 mod database_tests;
 mod kept;
 
-/// What a site has beside paths.
+/// The sources of a site besides paths.
 #[derive(Clone)]
 pub struct AtSite {
     /// Its label database.
     pub labels: Arc<LabelsSink>,
-    /// What it knows of the versions in there: which dataset they belong to.
+    /// The catalogue, which knows the datasets of the label versions.
     pub catalogue: Catalogue,
-    /// Its own registry, which is read with the site's own credentials.
+    /// Its own registry, read with the site's own credentials.
     pub registry: Option<config::ImagesSink>,
 }
 
 impl AtSite {
-    /// The site's own registry, when the reference is in it.
+    /// The site's own registry, if the reference is in it.
     fn own(&self, reference: &Reference) -> Result<Option<&config::ImagesSink>, Fault> {
         let Some(images) = self
             .registry
@@ -60,13 +60,13 @@ impl AtSite {
     }
 }
 
-/// Whether a source is a reference to a registry.
+/// Whether a source is a registry reference.
 fn is_reference(source: &str) -> bool {
     source.starts_with("registry") && source.contains("://")
 }
 
-/// Where a source's bytes simply lie, each at its path in the artifact: a folder, or a repository
-/// of the site's own registry. `None`: somewhere else, or in another form.
+/// The location of a source's bytes, each at its path in the artifact: a folder, or a repository of
+/// the site's own registry. `None`: elsewhere, or in another form.
 pub fn base_of(
     kind: Kind,
     source: &str,
@@ -95,8 +95,7 @@ pub fn base_of(
     }))
 }
 
-/// A folder for what a source has to spill, and the job that it is for: the job is told how much
-/// room lacks there.
+/// A folder for temporary data of a source, and its job, which reports missing room there.
 #[derive(Debug)]
 pub struct Scratch {
     /// The folder.
@@ -105,8 +104,8 @@ pub struct Scratch {
     pub progress: Arc<JobProgress>,
 }
 
-/// Does `work`, which may block, with an empty folder for what it has to spill, which is gone
-/// afterwards. What a crash leaves of it the daemon removes when it starts.
+/// Runs `work`, which may block, with an empty folder for temporary data, which is removed
+/// afterwards. The daemon removes leftovers of a crash at its start.
 pub async fn with_scratch<T: Send + 'static>(
     data_dir: &Path,
     progress: &Arc<JobProgress>,
@@ -117,8 +116,8 @@ pub async fn with_scratch<T: Send + 'static>(
     blocking(move || in_scratch(&scratch, &progress, |scratch| work(scratch, &runtime))).await
 }
 
-/// The same on this thread, in a folder of the caller's choice. Beside it stands what pulls keep
-/// for a next try.
+/// The same on this thread, in a folder of the caller's choice. Fetched blobs are kept beside it
+/// for the next attempt.
 pub fn in_scratch<T>(
     folder: &Path,
     progress: &Arc<JobProgress>,
@@ -135,7 +134,7 @@ pub fn in_scratch<T>(
     result
 }
 
-/// The dataset that `--for` names for labels, which the catalogue must know.
+/// The dataset of `--for`, which the catalogue must know.
 pub async fn dataset_of(
     catalogue: &Catalogue,
     artifact: &ArtifactRef,
@@ -162,20 +161,20 @@ pub async fn dataset_of(
     )))
 }
 
-/// What whoever reads a source has, and must not read.
+/// The access of the reader of a source.
 #[derive(Clone)]
 pub struct Access {
-    /// What a site has beside paths.
+    /// The sources of a site besides paths.
     pub site: Option<AtSite>,
-    /// What is never a source.
+    /// The paths that are never a source.
     own: Arc<Own>,
-    /// How a daemon reads registries; `None`: a process of the user who asks, which reads his
-    /// files.
+    /// How a daemon reads registries; `None`: a process of the requesting user, which reads that
+    /// user's files.
     registries: Option<BTreeMap<String, config::Registry>>,
 }
 
 impl Access {
-    /// A daemon's.
+    /// The access of a daemon.
     pub fn of_daemon(config: &Config, site: Option<AtSite>) -> Self {
         Self {
             site,
@@ -184,7 +183,7 @@ impl Access {
         }
     }
 
-    /// That of a process with this state folder, which reads what its user may read.
+    /// The access of a process with this state folder, which reads what its user may read.
     pub fn of_user(state: &Path) -> Self {
         Self {
             site: None,
@@ -193,7 +192,7 @@ impl Access {
         }
     }
 
-    /// The same with what a site has.
+    /// The same with the sources of a site.
     #[cfg(test)]
     pub(crate) fn with_site(self, site: AtSite) -> Self {
         Self {
@@ -220,7 +219,7 @@ impl Access {
             let host = &reference.origin;
             return Err(match self.registries {
                 None => Fault::usage("--username and --password-file go together"),
-                // Else whoever may ask the daemon could have it send any file that it can read.
+                // Otherwise a client of the daemon could make it send any file that it can read.
                 Some(_) => Fault::usage("a daemon takes a registry's password file from its configuration only").with_next(format!(
                     "write [registry.\"{host}\"] with username and password_file into the daemon's configuration, restart it, and leave --username and --password-file out"
                 )),
@@ -321,8 +320,8 @@ pub fn open(
             }
         };
         if let Some(kept) = kept {
-            // All of it is in the layout, where each blob is removed as soon as it was read:
-            // nothing is on the disk twice.
+            // Everything is in the layout, where each blob is removed after it was read: nothing is
+            // on the disk twice.
             kept.empty()?;
         }
         return Ok(Box::new(
@@ -376,9 +375,9 @@ pub fn open(
     }
 }
 
-/// What was read of a source.
+/// The content of a read source.
 pub trait Read {
-    /// What the source left out.
+    /// The omissions of the source.
     fn omitted(&self) -> &Omitted;
 }
 
@@ -394,9 +393,9 @@ impl Read for InPlace {
     }
 }
 
-/// Reads an opened source by `work`. With `strict`, an input from which something would be left out
-/// that is not accepted is refused: before its content is read where that is known by then, else
-/// before anybody hears of the artifact.
+/// Reads an opened source with `work`. With `strict`, a source with an omission that is not
+/// accepted is refused: before its content is read if the omission is known by then, otherwise
+/// before the artifact becomes visible.
 pub fn read<T: Read>(
     source: &mut dyn Source,
     options: &SourceOptions,
@@ -412,10 +411,10 @@ pub fn read<T: Read>(
     Ok(read)
 }
 
-/// The dataset that labels are bound to, its files streamed from the manifest in the store.
+/// The dataset of labels; its files are streamed from the manifest in the store.
 pub fn bind(binding: DatasetBinding, root: Root, store: Store) -> BoundDataset {
     let (send, files) = sync_channel::<Result<(RelPath, FileInfo), Fault>>(1024);
-    // A thread of its own turns the walk, which borrows, into an iterator that owns.
+    // Its own thread turns the walk, which borrows, into an iterator that owns.
     std::thread::spawn(move || {
         for step in Walk::new(&root, &store) {
             let file = match step {

@@ -1,18 +1,18 @@
-//! Publishing from another machine than the hub's: reads a source here, and gives the hub what it
-//! lacks of it.
+//! Publishing from another machine than the hub: reads a source on this machine, and sends the hub
+//! what it lacks.
 //!
-//! The command line calls [`publish`]; there is no daemon on this side. The artifact's bytes stay
-//! where they are: an [`InPlaceReader`] notes where each chunk lies, the hub is told what there is,
-//! and fetches over the line that was dialled here.
+//! The command line calls [`publish`]; this side has no daemon. The artifact's bytes stay where
+//! they are: an [`InPlaceReader`] records where each chunk is, the hub receives the manifest, and
+//! fetches over the connection that was opened from here.
 //!
-//! Under the state folder (`--state`, by default `~/.local/share/packhorse`), a folder for each
-//! hub:
-//! - `identity/site.pem`: the publisher's key and certificate, got once by a join token;
-//! - `work/<n>/`: manifest pages and notes of one publish, while it runs. A lock keeps several at
-//!   once apart.
+//! The state folder (`--state`, by default `~/.local/share/packhorse`) has a folder for each hub:
+//! - `identity/site.pem`: the publisher's key and certificate, issued once for a join token;
+//! - `work/<n>/`: manifest pages and chunk rows of one running publish. A lock separates concurrent
+//!   publishes.
 //!
-//! A crash leaves a folder of work that the next publish takes over and empties. Nothing else is
-//! needed to go on: the source is read again, and what the hub has kept by then is not sent again.
+//! A crash leaves a work folder, which the next publish takes over and empties. Nothing else is
+//! needed to resume: the source is read again, and chunks that the hub already stored are not sent
+//! again.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -53,42 +53,40 @@ use transport::identity::{
 };
 use transport::{self, Link, Redial};
 
-/// Bytes that are read and not yet given to the line; the line itself has as many to send as it
-/// ever needs.
+/// Bytes that are read and not yet given to the connection, which has its own send buffer.
 const MEMORY_TO_READ: u64 = 32 << 20;
 
-/// What is to be published, and where.
+/// A publish request.
 #[derive(Debug, Clone)]
 pub struct Asked {
     /// An absolute path, or `registry://host/repository:tag`.
     pub source: String,
-    /// What it is published as.
+    /// Its reference.
     pub artifact: ArtifactRef,
-    /// Sites to deliver to at once.
+    /// Sites that it is delivered to at once.
     pub to: Option<String>,
     /// How the source is read.
     pub options: SourceOptions,
-    /// The hub's line, `HOST:PORT`.
+    /// The hub's address, `HOST:PORT`.
     pub hub: String,
-    /// What makes this machine a publisher of that hub, where it is none yet.
+    /// The join token, if this machine has no certificate of that hub.
     pub token: Option<String>,
     /// The state folder.
     pub state: PathBuf,
 }
 
-/// What came of it.
+/// The result.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Uploaded {
-    /// As the hub answered.
+    /// The hub's answer.
     #[serde(flatten)]
     pub published: Published,
-    /// Bytes that crossed the line, both ways, with all that the transport adds; without those of
-    /// joining, once.
+    /// Transmitted bytes, both ways, including the transport's overhead; without the one-time join.
     pub wire: u64,
 }
 
-/// Publishes. Where the line breaks it is dialled again, and a hub that has no room is asked again,
-/// for a while.
+/// Publishes. A broken connection is opened again, and a hub without room is asked again, for a
+/// limited time.
 pub async fn publish(asked: Asked, progress: Arc<JobProgress>) -> Result<Uploaded, Fault> {
     if asked.options.for_dataset.is_some() {
         return Err(Fault::usage("--for needs the list of the dataset's files, and a publisher cannot read what the hub has")
@@ -100,13 +98,13 @@ pub async fn publish(asked: Asked, progress: Arc<JobProgress>) -> Result<Uploade
         .at(asked.state.display())?
         .join(folder_of(&asked.hub));
     if token.is_none() && !SiteIdentity::path(&dir).exists() {
-        // Nothing is made for an address that was mistyped.
+        // A mistyped address creates no files.
         return Err(no_publisher(&asked.hub, &dir));
     }
     durable::create_dir_all(&dir)?;
     private::tighten(&dir);
     progress.doing(format!("calling the hub at {}", asked.hub));
-    // Before the source is read, which may take hours: a hub that refuses says so at once.
+    // Before the source is read, which may take hours: a refusal of the hub is reported at once.
     let mut publisher = Publisher {
         hub: asked.hub.clone(),
         token,
@@ -130,7 +128,7 @@ pub async fn publish(asked: Asked, progress: Arc<JobProgress>) -> Result<Uploade
         })?
     };
     progress.doing(format!(
-        "giving the hub what it lacks of {}",
+        "sending the hub what it lacks of {}",
         asked.artifact
     ));
     progress.bytes.store(0, Ordering::Relaxed);
@@ -157,15 +155,15 @@ pub async fn publish(asked: Asked, progress: Arc<JobProgress>) -> Result<Uploade
 
 /// A source that was read.
 struct ReadSource {
-    /// Gives its bytes.
+    /// Provides its bytes.
     origin: InPlaceReader,
     digest: Digest,
     omitted: Omitted,
-    /// What `origin` asks for where they lie.
+    /// Answers where they are.
     _holdings: Arc<Here>,
 }
 
-/// What the line ended with, for whoever ran this: nobody tries it again by itself.
+/// The connection's final error, for the user: there is no automatic retry.
 fn given_up(fault: Fault) -> Fault {
     match fault.code {
         Code::Unreachable => {
@@ -188,8 +186,8 @@ fn folder_of(hub: &str) -> String {
         .collect()
 }
 
-/// The address again, of a folder's name: before the port a colon, and where the host stands in
-/// brackets it is a v6 address.
+/// Converts a folder name back to an address: the port follows a colon, and a host in brackets is
+/// an IPv6 address.
 fn address_of(folder: &str) -> Option<String> {
     let (host, port) = folder.rsplit_once('_')?;
     Some(
@@ -203,7 +201,7 @@ fn address_of(folder: &str) -> Option<String> {
     )
 }
 
-/// The hubs that this machine has a certificate of, by their folders.
+/// The hubs whose certificate this machine has, by folder.
 fn known_hubs(state: &Path) -> Vec<String> {
     let folders = std::fs::read_dir(state).into_iter().flatten().flatten();
     let known = folders.filter(|folder| SiteIdentity::path(&folder.path()).exists());
@@ -214,8 +212,8 @@ fn known_hubs(state: &Path) -> Vec<String> {
     hubs
 }
 
-/// The fault where there is no certificate of a hub: without one, and without a token, it cannot be
-/// called. Whoever mistyped its address sees which ones are known.
+/// The error for a missing certificate: without one, and without a token, the hub cannot be called.
+/// It lists the known hubs, in case the address was mistyped.
 fn no_publisher(hub: &str, dir: &Path) -> Fault {
     let make = "at the hub: packhorse token create --publisher NAME; then here again with --join-token TOKEN";
     let known = dir.parent().map(known_hubs).unwrap_or_default();
@@ -233,7 +231,7 @@ fn no_publisher(hub: &str, dir: &Path) -> Fault {
     fault
 }
 
-/// Reads the source in: its manifest into a store, and notes of where its content lies. Blocks.
+/// Reads the source: stores its manifest, and records where its content is. Blocks.
 fn read(
     asked: &Asked,
     folder: &Path,
@@ -286,7 +284,7 @@ fn read(
     })
 }
 
-/// The one artifact that is here.
+/// The one artifact of this process.
 #[derive(Default)]
 struct Here(Mutex<Option<(Digest, HeldArtifact)>>);
 
@@ -302,20 +300,20 @@ impl Holdings for Here {
     }
 }
 
-/// A publisher's end of the line.
+/// A publisher's side of the connection.
 struct Publisher {
     hub: String,
     token: Option<JoinToken>,
     dir: PathBuf,
     line: ConnectionSettings,
-    /// Bytes that crossed lines that are over.
+    /// Transmitted bytes of earlier connections.
     wire: u64,
     link: Option<Link>,
 }
 
 impl Publisher {
-    /// The line, dialled where there is none. A token is used where the hub does not take what is
-    /// here.
+    /// The connection, opened if there is none. A token is used if the hub does not accept the
+    /// certificate.
     async fn line(&mut self) -> Result<Link, Fault> {
         if let Some(link) = self.link.clone().filter(|link| !link.is_closed()) {
             return Ok(link);
@@ -343,7 +341,7 @@ impl Publisher {
         Ok(link)
     }
 
-    /// Closes the line, and counts what crossed it.
+    /// Closes the connection, and counts its bytes.
     async fn hang_up(&mut self) {
         if let Some(link) = self.link.take() {
             link.close_and_flush("published").await;
@@ -352,11 +350,11 @@ impl Publisher {
         }
     }
 
-    /// The certificate that is here; else one by the token, which works once. `anew`: the one that
-    /// is here is no good.
+    /// The stored certificate; else a new one for the token, which works once. `anew`: the stored
+    /// one is invalid.
     async fn identity(&mut self, anew: bool) -> Result<SiteIdentity, Fault> {
         let dir = self.dir.clone();
-        // Two that begin at once must not both use the token.
+        // Two publishes that start at once must not both use the token.
         let _turn = blocking(move || lock(&dir.join("identity.lock"), true)).await?;
         let dir = self.dir.clone();
         let kept = blocking(move || SiteIdentity::load(&dir))
@@ -385,8 +383,7 @@ impl Publisher {
         Ok(joined)
     }
 
-    /// Gets a new certificate when the old one is old. One that fails is tried again at the next
-    /// publish.
+    /// Renews an old certificate. A failed renewal is tried again at the next publish.
     async fn renew(&self, identity: &SiteIdentity, link: &Link) {
         let work = async {
             let request = identity.make_renewal_request()?;
@@ -406,8 +403,8 @@ impl Publisher {
         }
     }
 
-    /// Tells the hub what there is and answers its fetches, until it says that it has all. One that
-    /// is away or has no room is waited for.
+    /// Announces the artifact and answers the hub's fetches, until the hub has everything. A hub
+    /// that is offline or has no room is waited for.
     async fn offer(
         &mut self,
         question: &AskHub,
@@ -423,21 +420,20 @@ impl Publisher {
                 let (before, begun) = (link.bytes(), Instant::now());
                 let answer = tokio::select! {
                     answer = wire::ask_to_move(&link, question) => answer,
-                    () = serve(&link, origin) => Err(Fault::unreachable("the line to the hub ended")),
-                    () = watch(&link, progress) => Err(Fault::internal("nobody looks any more")),
+                    () = serve(&link, origin) => Err(Fault::unreachable("the connection to the hub ended")),
+                    () = watch(&link, progress) => Err(Fault::internal("the progress display ended")),
                 };
                 let sent = link.bytes().0 - before.0;
                 if answer.is_err() {
-                    link.close("gone on with anew");
+                    link.close("replaced by a new connection");
                 }
                 Ok::<_, Fault>((answer, sent, begun.elapsed()))
             };
             let fault = match tried.await {
                 Ok((Ok(published), ..)) => return Ok(published),
                 Ok((Err(fault), sent, took)) => {
-                    // A hub that took something, or heard us for so long that it must have worked,
-                    // is a hub that is there. Not one that only answers the call: it may refuse for
-                    // ever.
+                    // A hub that accepted data, or was connected for a long time, is available. A
+                    // hub that only accepts the connection is not: it may refuse for ever.
                     if sent > MOVED_BYTES || took > SILENCE_MAX {
                         (redial, away_since) = (Redial::default(), Instant::now());
                     }
@@ -446,12 +442,12 @@ impl Publisher {
                     }
                     fault
                 }
-                // The disk here: nobody would make room on it while this waits.
+                // The local disk: it is not waited for.
                 Err(fault) if fault.code == Code::NoSpace => return Err(fault),
                 Err(fault) => fault,
             };
             if fault.code == Code::NotAllowed && self.token.is_some() {
-                // The hub no longer knows who this was; the token says who it is now.
+                // The hub does not know this publisher any more; the token enrols it again.
                 self.hang_up().await;
                 self.identity(true).await?;
                 continue;
@@ -467,9 +463,9 @@ impl Publisher {
             if fault.code == Code::NoSpace {
                 away_since = Instant::now();
                 progress.doing("waiting for room at the hub");
-                tracing::warn!(error = %fault, "the hub has no room; it is asked again, and goes on where it stood");
+                tracing::warn!(error = %fault, "the hub has no room; it is asked again, and the publish resumes");
             } else {
-                tracing::warn!(error = %fault, "the line broke; it is dialled again, and goes on where it stood");
+                tracing::warn!(error = %fault, "the connection broke; it is opened again, and the publish resumes");
             }
             tokio::time::sleep(redial.pause()).await;
             progress.doing(giving.clone());
@@ -477,16 +473,16 @@ impl Publisher {
     }
 }
 
-/// More than this went out: it was not only a handshake and a question.
+/// If more than this was sent, it was not only a handshake and a question.
 const MOVED_BYTES: u64 = 1 << 20;
-/// More than this went out: the hub kept some of it, for it has half of this on the way at the
-/// most. Less may have come to a full disk.
+/// If more than this was sent, the hub stored a part, because at most half of this is in flight. A
+/// hub with a full disk may have received less.
 const KEPT_BYTES: u64 = 2 * FETCH_IN_FLIGHT_MAX as u64 * FETCH_BATCH_BYTES;
 
-/// Answers what the hub asks for.
+/// Answers the hub's requests.
 async fn serve(link: &Link, origin: &InPlaceReader) {
     let streams = Arc::new(Semaphore::new(FETCH_STREAMS_MAX));
-    // Whoever opens a stream here is the hub; the name is for the log.
+    // Only the hub opens streams here; the name is for the log.
     let hub = link
         .peer()
         .map_or_else(|| "hub".parse::<SiteName>(), |peer| Ok(peer.name().clone()));
@@ -513,7 +509,7 @@ async fn serve(link: &Link, origin: &InPlaceReader) {
     }
 }
 
-/// Says how much went out.
+/// Reports the sent bytes.
 async fn watch(link: &Link, progress: &JobProgress) {
     let before = link.bytes().0;
     loop {
@@ -524,7 +520,7 @@ async fn watch(link: &Link, progress: &JobProgress) {
     }
 }
 
-/// A folder of work that nobody else uses. Removed when it is dropped.
+/// A work folder that no other process uses. Removed when it is dropped.
 struct Work {
     folder: PathBuf,
     _lock: File,
@@ -556,7 +552,7 @@ impl Work {
 
 impl Drop for Work {
     fn drop(&mut self) {
-        // What is left, the next one empties.
+        // The next publish empties it.
         let _ = durable::remove_all(&self.folder);
     }
 }
@@ -594,7 +590,7 @@ mod tests {
         assert_ne!(first.folder, second.folder);
         let folder = first.folder.clone();
         durable::create_dir_all(&folder.join("left")).unwrap();
-        // As after a kill: the lock goes with the process, the folder stays.
+        // As after a kill: the lock ends with the process, the folder stays.
         let Work { _lock: lock, .. } = &first;
         rustix::fs::flock(lock, rustix::fs::FlockOperation::Unlock).unwrap();
         let third = Work::take(dir.path()).unwrap();
@@ -732,7 +728,7 @@ mod tests {
                 && fault.next.starts_with("at the hub: packhorse token create"),
             "{fault:?}"
         );
-        assert!(!state.exists(), "nothing is made for a mistyped address");
+        assert!(!state.exists(), "a mistyped address creates no files");
 
         // This machine is a publisher of another hub: that may be the one that was meant.
         let hub =

@@ -1,4 +1,4 @@
-//! The daemon: builds what the config says, serves, and stops clean.
+//! The daemon: builds its components from the configuration, serves, and stops cleanly.
 
 use std::fs::File;
 use std::future::Future;
@@ -22,7 +22,7 @@ use base::{durable, open_files, private};
 use content::store::{Rebuilt, rebuild_index as rebuild_index_of};
 use transport::identity::{CertificateRequest, Claim, JoinToken, SiteIdentity};
 
-/// Runs a daemon until SIGTERM or SIGINT, or, if so asked, until standard input ends.
+/// Runs a daemon until SIGTERM or SIGINT, or, if requested, until standard input ends.
 pub async fn run(config: Config, until_stdin_ends: bool) -> Result<(), Fault> {
     let stop = CancellationToken::new();
     let token = stop.clone();
@@ -35,8 +35,8 @@ pub async fn run(config: Config, until_stdin_ends: bool) -> Result<(), Fault> {
     });
     if until_stdin_ends {
         let token = stop.clone();
-        // A thread of its own: it may hang in the read when the daemon stops for another reason,
-        // and holds nothing up.
+        // Its own thread: it may hang in the read when the daemon stops for another reason, and
+        // delays nothing.
         std::thread::spawn(move || {
             let _ = std::io::copy(&mut std::io::stdin().lock(), &mut std::io::sink());
             tracing::info!("standard input ended, stopping");
@@ -46,7 +46,7 @@ pub async fn run(config: Config, until_stdin_ends: bool) -> Result<(), Fault> {
     run_until(config, stop).await
 }
 
-/// Runs a daemon until `stop`. What is under way is written down and goes on at the next start.
+/// Runs a daemon until `stop`. Unfinished work is recorded and resumes at the next start.
 pub async fn run_until(config: Config, stop: CancellationToken) -> Result<(), Fault> {
     open_files::raise();
     durable::create_dir_all(&config.data_dir)?;
@@ -64,7 +64,7 @@ pub async fn run_until(config: Config, stop: CancellationToken) -> Result<(), Fa
     if !config.listen.is_api_local() {
         tracing::warn!(api = %config.listen.api, "{}", crate::config::API_WITHOUT_TLS);
     }
-    // Without it the command line asks over TCP: some filesystems hold no sockets.
+    // Without the socket the command line uses TCP: some filesystems support no sockets.
     let local = LocalSocket::listen(&config.data_dir)
         .inspect_err(|fault| tracing::warn!(error = %fault, "no local socket for the API"))
         .ok();
@@ -101,8 +101,8 @@ pub async fn run_until(config: Config, stop: CancellationToken) -> Result<(), Fa
     }
 }
 
-/// Opens a daemon's state; where its disk is full, again and again until there is room, and
-/// meanwhile says so to `waits`. `None`: the daemon is to stop.
+/// Opens a daemon's state. While its disk is full this is repeated, and `waits` receives the
+/// reason. `None`: the daemon is asked to stop.
 async fn with_room<T, F: Future<Output = Result<T, Fault>>>(
     stop: &CancellationToken,
     pause: Duration,
@@ -121,7 +121,7 @@ async fn with_room<T, F: Future<Output = Result<T, Fault>>>(
         }
         let told = fault
             .context("the daemon has not started yet")
-            .with_next("make room on that disk; the daemon starts then by itself");
+            .with_next("make room on that disk; the daemon then starts automatically");
         waits.send_replace(Some(told));
         tokio::select! {
             () = tokio::time::sleep(pause) => {}
@@ -130,7 +130,7 @@ async fn with_room<T, F: Future<Output = Result<T, Fault>>>(
     }
 }
 
-/// Where the API is served, and the token that it wants.
+/// The address of the API, and its token.
 struct Api {
     listener: TcpListener,
     local: Option<LocalSocket>,
@@ -177,7 +177,7 @@ async fn drive(
     if tokio::time::timeout_at(deadline, stopped).await.is_err() {
         tracing::warn!(
             seconds = DRAIN_MAX.as_secs(),
-            "not everything stopped in time; it goes on at the next start"
+            "not everything stopped in time; the rest resumes at the next start"
         );
     }
     let served = tokio::time::timeout_at(deadline, api).await;
@@ -188,8 +188,7 @@ async fn drive(
     }
 }
 
-/// Enrols a site: recognises the hub by the token, and keeps the certificate it gets. Returns where
-/// that lies.
+/// Enrols a site: verifies the hub with the token, and stores the certificate. Returns its path.
 pub async fn join(config: &Config, hub: &str, token: &str) -> Result<PathBuf, Fault> {
     if config.role != Role::Site {
         return Err(Fault::usage("only a site joins; this config is a hub's"));
@@ -199,7 +198,7 @@ pub async fn join(config: &Config, hub: &str, token: &str) -> Result<PathBuf, Fa
     let _lock = Lock::take(&config.data_dir)?;
     let token: JoinToken = token.parse()?;
     if let Some(there) = SiteIdentity::load(&config.data_dir)? {
-        tracing::info!(site = %there.name(), "joining anew: the certificate that is there will be replaced");
+        tracing::info!(site = %there.name(), "joining again: the existing certificate will be replaced");
     }
     let request = CertificateRequest::kept(&config.data_dir)?;
     transport::join(
@@ -214,7 +213,7 @@ pub async fn join(config: &Config, hub: &str, token: &str) -> Result<PathBuf, Fa
     Ok(SiteIdentity::path(&config.data_dir))
 }
 
-/// Makes the index of each of a stopped daemon's stores again from their packs.
+/// Rebuilds the index of each store of a stopped daemon from its packs.
 pub async fn rebuild_index(config: &Config) -> Result<Vec<Rebuilt>, Fault> {
     if !config.data_dir.is_dir() {
         return Err(Fault::not_found(format!(
@@ -237,7 +236,7 @@ pub async fn rebuild_index(config: &Config) -> Result<Vec<Rebuilt>, Fault> {
     Ok(rebuilt)
 }
 
-/// One daemon for one data folder.
+/// Ensures one daemon for one data folder.
 struct Lock {
     _file: File,
 }
@@ -262,7 +261,7 @@ impl Lock {
     }
 }
 
-/// The fault for what this role does not do.
+/// The error for a command that this role does not support.
 pub(crate) fn wrong_role(what: &str, role: &str) -> Fault {
     Fault {
         code: Code::Usage,
@@ -380,7 +379,7 @@ mod tests {
         };
         let (opened, ()) = tokio::join!(api.while_opening(&stop, open), asking);
         assert_eq!(opened.unwrap(), Some("opened"));
-        // The listener is free for the daemon, and a connection that was kept is closed.
+        // The listener is free for the daemon, and an existing connection is closed.
         let accepted = tokio::spawn(async move { api.listener.accept().await.is_ok() });
         tokio::net::TcpStream::connect(url.strip_prefix("http://").unwrap())
             .await

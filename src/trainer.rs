@@ -1,25 +1,24 @@
-//! A trainer's process: a run's folder, and the small program that watches over the command in it.
+//! A trainer's process: a run's folder, and the small program that watches the command.
 //!
 //! ```text
-//! <data_dir>/runs/<RUN>/run.json       the descriptor that the trainer reads
+//! <data_dir>/runs/<RUN>/run.json the descriptor that the trainer reads
 //!                       job.json       what the watcher starts
-//!                       output/        what the trainer makes
-//!                       trainer.log    what it says; trainer.log.old once that was full
-//!                       lock           held by the watcher while it lives
-//!                       token          what the command presents to the daemon's API: good for this run only, mode 0600
-//!                       stop           written by the daemon: end it
-//!                       exit.json      how it ended; the watcher's last word
+//!                       output/        what the trainer creates
+//!                       trainer.log    its output; trainer.log.old when the first was full
+//!                       lock           held by the watcher while it runs
+//!                       token          what the command presents to the daemon's API: valid for this run only, mode 0600
+//!                       stop           written by the daemon: end the trainer
+//!                       exit.json      how the trainer ended; the watcher's last write
 //! ```
 //! The watcher ([`watch`], this program under a hidden command) is not the daemon: a daemon that is
-//! killed or renewed leaves training alone, and finds it again by the lock, which no other process
-//! can hold by chance, and by `exit.json`. When both watcher and trainer went down, with the
-//! machine or by a kill of the whole unit, the lock is free and there is no `exit.json`: the run
-//! then begins again from nothing, unless something published is read in the folder. The trainer
-//! dies with its watcher; what a trainer leaves running in its process group is killed when it
-//! ends.
+//! killed or upgraded does not affect training. It finds the trainer again by the lock and by
+//! `exit.json`. If both watcher and trainer were ended, by a reboot or a kill of the whole unit,
+//! the lock is free and there is no `exit.json`: the run then starts again, unless something is
+//! published in place from its folder. The trainer ends with its watcher; processes that a trainer
+//! leaves in its process group are killed when it ends.
 //!
-//! A training platform is sent the descriptor by POST until it takes it, and once more, with
-//! `"cancel": true` in it, when the run is over without a model.
+//! A training platform receives the descriptor by POST until it accepts, and once more, with
+//! `"cancel": true`, when the run is over without a model.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -43,14 +42,13 @@ use base::limits::{TRAINER_GRACE, TRAINER_LOG_BYTES_MAX, TRAINER_TAIL_BYTES};
 use model::run::Ended;
 use model::run::site::Process;
 
-/// How often the watcher looks whether it is asked to stop.
+/// How often the watcher checks for a stop request.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
 /// How long a new watcher may take to take its lock.
 const BEGIN_MAX: Duration = Duration::from_secs(10);
-/// How long a new watcher tries for its lock: whoever looks how the process is holds it for a
-/// moment.
+/// How long a new watcher tries to take its lock: a status check holds it for a moment.
 const LOCK_MAX: Duration = Duration::from_secs(2);
-/// How long the rest of the output is waited for once the trainer has ended.
+/// How long the rest of the output is awaited after the trainer has ended.
 const LAST_WORDS_MAX: Duration = Duration::from_secs(2);
 
 /// What the watcher starts.
@@ -66,12 +64,12 @@ struct Job {
 pub struct Folder(PathBuf);
 
 impl Folder {
-    /// The folder of a run. Nothing is made yet.
+    /// The folder of a run. Nothing is created yet.
     pub fn new(path: PathBuf) -> Self {
         Self(path)
     }
 
-    /// Where it is.
+    /// Its path.
     pub fn path(&self) -> &Path {
         &self.0
     }
@@ -81,7 +79,7 @@ impl Folder {
         self.0.join("run.json")
     }
 
-    /// What the trainer makes.
+    /// The trainer's output folder.
     pub fn output(&self) -> PathBuf {
         self.0.join("output")
     }
@@ -105,12 +103,12 @@ impl Folder {
         self.0.join(name)
     }
 
-    /// Whether there is something in the output folder.
+    /// Whether the output folder has content.
     pub fn has_output(&self) -> bool {
         std::fs::read_dir(self.output()).is_ok_and(|mut entries| entries.next().is_some())
     }
 
-    /// Makes the folder anew, with its descriptor: what an earlier start left is gone.
+    /// Creates the folder with its descriptor; content of an earlier start is removed.
     pub fn prepare(&self, descriptor: &serde_json::Value) -> Result<(), Fault> {
         durable::remove_all(&self.0)?;
         durable::create_dir_all(&self.output())?;
@@ -119,7 +117,7 @@ impl Folder {
         durable::replace(&self.descriptor(), &text)
     }
 
-    /// The descriptor, if the folder was made for the run of this id.
+    /// The descriptor, if the folder belongs to the run of this id.
     pub fn descriptor_of(&self, id: &str) -> Result<Option<serde_json::Value>, Fault> {
         let path = self.descriptor();
         match std::fs::read(&path) {
@@ -131,7 +129,7 @@ impl Folder {
         }
     }
 
-    /// How its process is.
+    /// The state of its process.
     pub fn process(&self) -> Result<Process, Fault> {
         let ended = || -> Result<Option<Ended>, Fault> {
             let path = self.file("exit.json");
@@ -152,7 +150,7 @@ impl Folder {
         }
         match self.lock()? {
             None => Ok(Process::Running),
-            // It may have written its last word and gone between the two looks.
+            // It may have written `exit.json` and ended between the two checks.
             Some(_free) => Ok(ended()?.map_or(Process::Absent, Process::Ended)),
         }
     }
@@ -175,7 +173,7 @@ impl Folder {
         )
     }
 
-    /// The lock for the watcher itself. `None`: another one lives.
+    /// The lock for the watcher itself. `None`: another watcher runs.
     fn lock_to_stay(&self) -> Result<Option<File>, Fault> {
         let until = Instant::now() + LOCK_MAX;
         loop {
@@ -187,8 +185,8 @@ impl Folder {
         }
     }
 
-    /// Starts the command under a watcher, and returns once that has taken over. The folder is
-    /// prepared.
+    /// Starts the command under a watcher, and returns when the watcher has taken over. The folder
+    /// is prepared.
     pub fn start(
         &self,
         command: &[String],
@@ -203,7 +201,7 @@ impl Folder {
         let text = serde_json::to_vec_pretty(&job)
             .map_err(|e| Fault::internal(format!("a job as JSON: {e}")))?;
         durable::replace(&self.file("job.json"), &text)?;
-        // Its own file even when the program was replaced since this daemon began.
+        // The running program's own file, even if it was replaced since this daemon started.
         let mut watcher = Command::new("/proc/self/exe");
         watcher
             .arg0("packhorse")
@@ -226,7 +224,7 @@ impl Folder {
                 break;
             }
             if let Some(status) = child.try_wait().at("look at the trainer's watcher")? {
-                // A short trainer may have come and gone between the two looks.
+                // A short trainer may have ended between the two checks.
                 if self.process()? != Process::Absent {
                     break;
                 }
@@ -241,7 +239,7 @@ impl Folder {
             }
             std::thread::sleep(Duration::from_millis(10));
         }
-        // Somebody must bury it; it lives as long as the trainer.
+        // The child must be reaped; it runs as long as the trainer.
         std::thread::Builder::new()
             .name("trainer".into())
             .stack_size(64 << 10)
@@ -280,7 +278,7 @@ fn is_secret(name: &str) -> bool {
     const STARTS: [&str; 3] = ["PACKHORSE_", "AWS_", "SSH_AUTH"];
     const ENDS: [&str; 3] = ["_KEY", "_PASS", "_PAT"];
     let name = name.to_ascii_uppercase();
-    // How the service manager watches the daemon is no business of a trainer either.
+    // The service manager's variables are of no use to a trainer either.
     PARTS.iter().any(|part| name.contains(part))
         || STARTS.iter().any(|start| name.starts_with(start))
         || ENDS.iter().any(|end| name.ends_with(end))
@@ -290,7 +288,7 @@ fn is_secret(name: &str) -> bool {
         )
 }
 
-/// Whether the program of `[train] command` is there and may be run by whoever runs this.
+/// Whether the program of `[train] command` exists and this user may run it.
 pub fn check_program(program: &str) -> Result<(), Fault> {
     let wrong = |why: &dyn std::fmt::Display| {
         Fault::config(format!("[train] command: {program} cannot be run: {why}"))
@@ -304,8 +302,7 @@ pub fn check_program(program: &str) -> Result<(), Fault> {
         .map_err(|e| wrong(&std::io::Error::from(e)))
 }
 
-/// The watcher: starts the command of a run's folder, keeps what it says within bounds, and writes
-/// how it ended.
+/// The watcher: starts the command of a run's folder, limits its log, and records how it ended.
 pub fn watch(folder: &Path) -> Result<(), Fault> {
     let folder = Folder::new(folder.to_owned());
     let Some(_lock) = folder.lock_to_stay()? else {
@@ -324,7 +321,7 @@ pub fn watch(folder: &Path) -> Result<(), Fault> {
     durable::replace(&folder.file("exit.json"), &text)
 }
 
-/// The last step before the trainer: it is to die with its watcher. Returns only when the command
+/// The last step before the trainer: makes it end with its watcher. Returns only when the command
 /// cannot be started.
 pub fn become_trainer(command: &[String]) -> Fault {
     let Some((program, arguments)) = command.split_first() else {
@@ -388,14 +385,14 @@ fn signal(child: &Child, signal: Signal) {
     let _ = kill_process_group(Pid::from_child(child), signal);
 }
 
-/// Whether a child has ended. Its status stays to be taken, and its number its own.
+/// Whether a child has ended. It is not reaped, so its process id stays its own.
 fn has_ended(child: &Child) -> Result<bool, Fault> {
     let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
     let ended = waitid(WaitId::Pid(Pid::from_child(child)), options).map_err(std::io::Error::from);
     Ok(ended.at("wait for the trainer")?.is_some())
 }
 
-/// Waits for the trainer's end, and brings it about when that is asked for.
+/// Waits for the trainer's end, and ends the trainer on request.
 fn wait(
     folder: &Folder,
     job: &Job,
@@ -404,8 +401,9 @@ fn wait(
     let mut stopping: Option<(Instant, &'static str)> = None;
     loop {
         if has_ended(child)? {
-            // Whatever it left behind in its group holds GPUs and the pipe. Before its status is
-            // taken: after that its number, which is the group's, may be another process's.
+            // Processes left in its group hold GPUs and the pipe. They are killed before the
+            // trainer is reaped: afterwards its process id, which is the group's id, may belong to
+            // another process.
             signal(child, Signal::KILL);
             let status = child.wait().at("wait for the trainer")?;
             return Ok((status, stopping.map(|(_, why)| why)));
@@ -431,7 +429,7 @@ fn wait(
     }
 }
 
-/// What a trainer says: a file within bounds, and its last bytes.
+/// A trainer's output: a file of bounded size, and its last bytes.
 struct Log {
     path: PathBuf,
     file: File,

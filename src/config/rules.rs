@@ -1,5 +1,4 @@
-//! The rules that the types of a [`Config`] cannot say, each with the place in the file that breaks
-//! it.
+//! Rules that the types of a [`Config`] cannot express, each with the place in the file.
 
 use std::path::Path;
 
@@ -12,11 +11,11 @@ use base::names::SiteSelector;
 pub(super) struct Broken {
     /// Byte offset in the text.
     pub(super) offset: usize,
-    /// What is wrong, and with which key.
+    /// The key and the problem.
     pub(super) message: String,
 }
 
-/// Checks all rules; `text` is what `config` was read from.
+/// Checks all rules; `text` is the text of `config`.
 pub(super) fn check(config: &Config, text: &str) -> Result<(), Broken> {
     let rules = Rules { text };
     match config.role {
@@ -46,7 +45,7 @@ struct Rules<'a> {
 }
 
 impl Rules<'_> {
-    /// Refuses with the key's place: `key: why`.
+    /// Refuses with the position of the key: `key: why`.
     fn broken<T>(&self, key: &str, why: impl std::fmt::Display) -> Result<T, Broken> {
         Err(Broken {
             offset: locate(self.text, key).unwrap_or(0),
@@ -252,7 +251,7 @@ impl Rules<'_> {
     }
 
     fn registry(&self, host: &str, registry: &super::Registry) -> Result<(), Broken> {
-        // The key holds dots and is quoted: the table is what can be pointed at.
+        // The key has dots and is quoted: the error points at the table.
         let at =
             |key: &str, why: String| self.broken("registry", format!("\"{host}\".{key}: {why}"));
         self.hosts("registry", std::slice::from_ref(&host.to_owned()))?;
@@ -306,7 +305,7 @@ impl Rules<'_> {
     }
 }
 
-/// `user@host:port` of what stands behind `scheme://`.
+/// `user@host:port` of the text after `scheme://`.
 fn authority(rest: &str) -> &str {
     rest.split(['/', '?', '#']).next().unwrap_or_default()
 }
@@ -325,7 +324,7 @@ pub(super) fn check_host_port(address: &str) -> Result<(), String> {
     }
 }
 
-/// Where `a.b.c` stands in the text, as a byte offset; `None` when it is not there.
+/// The byte offset of `a.b.c` in the text; `None` when it is absent.
 fn locate(text: &str, key: &str) -> Option<usize> {
     let document = toml::de::DeTable::parse(text).ok()?;
     let mut table = document.get_ref();

@@ -1,8 +1,8 @@
-//! Labels out of a site's database: `db:LABEL_SET:VERSION`, `db:LABEL_SET` (the active version),
+//! Labels from a site's database: `db:LABEL_SET:VERSION`, `db:LABEL_SET` (the active version),
 //! `db:SELECT …`.
 //!
-//! The canonical files are written into the folder that the caller gave, from one snapshot. Called
-//! by publishing at a site, on a blocking thread.
+//! The canonical files are written to the caller's folder, from one snapshot. A publish at a site
+//! calls this on a blocking thread.
 
 use std::path::Path;
 
@@ -17,7 +17,7 @@ use content::manifest::{DatasetBinding, KindInfo, LabelsInfo};
 use source::Source;
 use source::labels::{BoundDataset, LabelOptions, LabelsSource};
 
-/// What a source in the database begins with.
+/// The prefix of a source in the database.
 pub(super) const SCHEME: &str = "db:";
 
 /// The first words of a query.
@@ -82,8 +82,8 @@ async fn version(asked: &str, site: &AtSite, scratch: &Path) -> Result<LabelsSou
     LabelsSource::canonical(scratch, info)
 }
 
-/// The dataset that a version was delivered for. The catalogue's row must be of the very rows in
-/// the database.
+/// The dataset of a delivered version. The catalogue's row must describe exactly the rows in the
+/// database.
 async fn binding(
     site: &AtSite,
     name: &ArtifactRef,
@@ -128,7 +128,7 @@ fn query(
     let asked = runtime
         .block_on(asked)
         .map_err(|e| Fault::internal(format!("the query ended early: {e}")))?;
-    // A reader that gave up before the end is the cause; else what it read of a query that failed
+    // If the reader stopped before the end, its error is the cause; if the query failed, the result
     // is only a part.
     if all { asked.and(read) } else { read }
 }

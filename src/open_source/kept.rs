@@ -1,8 +1,8 @@
-//! Fetched blobs of a publish that failed, kept for its next try.
+//! Fetched blobs of a failed publish, kept for the next attempt.
 //!
-//! They stand in `pulled/<key>/` beside the scratch folders, one folder a repository. A publish
-//! that succeeded removes its folder, and so does one that failed for lack of room. Others go after
-//! a day, or with the start of the daemon.
+//! They are in `pulled/<key>/` beside the scratch folders, one folder for each repository. A
+//! successful publish removes its folder, and so does one that failed because of missing room.
+//! Others are removed after a day, or at the start of the daemon.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -16,7 +16,7 @@ use base::limits::{PULLED_KEPT_MAX, PULLED_REPOSITORIES_MAX};
 use registry::Reference;
 use registry::image::Sha256;
 
-/// In a scratch folder: names the folder of what its pull keeps.
+/// In a scratch folder: names the folder of its kept blobs.
 const MARK: &str = "kept";
 const LOCK: &str = "lock";
 
@@ -27,7 +27,7 @@ pub(super) struct PulledBlobs {
 }
 
 impl PulledBlobs {
-    /// Removes what was kept. The folder and its lock stay.
+    /// Removes the kept blobs. The folder and its lock stay.
     pub(super) fn empty(&self) -> Result<(), Fault> {
         for entry in
             std::fs::read_dir(&self.path).at(format_args!("list {}", self.path.display()))?
@@ -43,7 +43,7 @@ impl PulledBlobs {
     }
 }
 
-/// The folder for a reference; `None` while another publish has it, which then keeps its own.
+/// The folder for a reference; `None` while another publish uses it.
 pub(super) fn open(scratch: &Path, reference: &Reference) -> Result<Option<PulledBlobs>, Fault> {
     let Some(all) = scratch.parent().map(|parent| parent.join("pulled")) else {
         return Ok(None);
@@ -61,7 +61,7 @@ pub(super) fn open(scratch: &Path, reference: &Reference) -> Result<Option<Pulle
     Ok(Some(PulledBlobs { path, _lock: lock }))
 }
 
-/// What becomes of the kept blobs of a scratch folder whose publish has ended.
+/// Handles the kept blobs of a scratch folder whose publish has ended.
 pub(super) fn end<T>(scratch: &Path, result: &Result<T, Fault>) {
     let Ok(path) = std::fs::read_link(scratch.join(MARK)) else {
         return;
@@ -69,7 +69,7 @@ pub(super) fn end<T>(scratch: &Path, result: &Result<T, Fault>) {
     let of_use = result
         .as_ref()
         .is_err_and(|fault| fault.code != Code::NoSpace);
-    // Whoever has the lock pulls from the same repository now, and needs them.
+    // The holder of the lock pulls from the same repository now, and needs them.
     if !of_use && let Ok(Some(_lock)) = lock(&path) {
         let _ = durable::remove_all(&path);
     }
@@ -83,7 +83,7 @@ fn lock(folder: &Path) -> Result<Option<File>, Fault> {
         .then_some(file))
 }
 
-/// Removes what is too old, and the oldest of too many.
+/// Removes old folders, and the oldest if there are too many.
 fn prune(all: &Path, but: &Path) {
     let mut folders: Vec<(Duration, PathBuf)> = std::fs::read_dir(all)
         .into_iter()

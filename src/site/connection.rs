@@ -491,8 +491,8 @@ impl Site {
             Some(link) => wire::ask(&link, question).await,
             None => {
                 let why = self.inner.line_fault.lock().clone();
-                let fault =
-                    Fault::unreachable("there is no connection to the hub").with_retry(Retry::Never);
+                let fault = Fault::unreachable("there is no connection to the hub")
+                    .with_retry(Retry::Never);
                 Err(match why {
                     Some(why) => fault.with_next(why.next).context(why.message),
                     None => fault,

@@ -402,8 +402,7 @@ fn looked(run: &mut Run, seen: &Observation, now_ms: i64) -> Vec<Effect> {
         if let Process::Ended(ended) = &seen.process {
             run.ended = Some(ended.clone());
         }
-        run.message =
-            Some("waits until the hub knows the model that was published for it".into());
+        run.message = Some("waits until the hub knows the model that was published for it".into());
         return Vec::new();
     }
     match run.phase {
