@@ -36,7 +36,7 @@ use state::{Body, Catalogue, Part};
 use transport::identity::{CertificateRequest, HubIdentity, SiteIdentity};
 
 const MUTATIONS: u64 = 2_000;
-/// A mutation that is not done after this hangs.
+/// A mutation that takes longer than this hangs.
 const HANGS_AFTER: Duration = Duration::from_secs(60);
 /// Bits of the journal that are set.
 const STAGED: [u64; 4] = [0, 3, 64, 199];
@@ -73,18 +73,18 @@ const TARGETS: [Target; 12] = [
     Target::Record,
 ];
 
-/// Sound state, made once.
+/// Valid state, created once.
 struct World {
     dir: tempfile::TempDir,
     artifact: ArtifactRef,
     root: Root,
     /// Every chunk and page of the artifact.
     content: HashMap<Hash, Bytes>,
-    /// Where each chunk lies in the source.
+    /// The location of each chunk in the source.
     rows: Vec<(Hash, At)>,
 }
 
-/// Memory is enough, and no disk is worn by it.
+/// In memory, which spares the disk.
 fn scratch() -> tempfile::TempDir {
     let shm = Path::new("/dev/shm");
     if shm.is_dir() {
@@ -279,8 +279,8 @@ impl World {
         }
     }
 
-    /// Opens a store, reads all of it, writes to it and collects; each of which may fail, and none
-    /// of which may give wrong bytes.
+    /// Opens a store, reads all of it, writes to it and collects. Each of these may fail, and none
+    /// may return wrong bytes.
     fn use_store(&self, dir: &Path) {
         let Ok(store) = Store::open(dir) else { return };
         self.check(&store);
@@ -371,7 +371,7 @@ impl World {
                 mutate(&dir.join("index.redb"), &mut rng);
                 redb_file::verified_in_this_thread(verified);
                 self.use_store(dir);
-                // Whatever is wrong with the index, the packs have everything.
+                // The packs are complete, whatever the damage of the index.
                 let packs = from("hub/store/packs");
                 std::fs::remove_dir_all(dir.join("packs")).unwrap();
                 copy_dir(&packs, &dir.join("packs"));
@@ -501,8 +501,8 @@ impl World {
     }
 }
 
-/// Changes a file: single bits and bytes, zeros, noise, cuts, pages that changed index, and bytes
-/// behind its end.
+/// Changes a file: single bits and bytes, zeros, noise, cuts, exchanged pages, and bytes after its
+/// end.
 fn mutate(path: &Path, rng: &mut StdRng) {
     let mut bytes = std::fs::read(path).unwrap();
     for _ in 0..[1, 1, 1, 3][rng.random_range(0..4)] {
@@ -560,7 +560,7 @@ fn changed_state_files_and_bundles_do_no_harm() {
         number("PACKHORSE_MUTATION_FIRST", 0),
         number("PACKHORSE_MUTATIONS", MUTATIONS),
     );
-    // Of threads of libraries too; what is caught and told as a fault does not come here.
+    // Panics of library threads too; a caught panic that becomes a fault is not reported here.
     let before = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |info| {
         PANICS.fetch_add(1, Ordering::SeqCst);

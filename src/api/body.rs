@@ -1,4 +1,4 @@
-//! Reading a request's body: bounded in bytes, in silence, and in slowness.
+//! Reads a request's body with limits on its size, its silence and its slowness.
 
 use std::time::Duration;
 
@@ -16,8 +16,8 @@ pub(super) async fn read(body: Body) -> Result<Bytes, ApiError> {
     read_within(body, API_BODY_SILENCE_MAX, API_BODY_RATE_MIN).await
 }
 
-/// Reads a body that may be silent for `silence_max`, and that keeps to `rate_min` bytes a second
-/// after its first `silence_max`.
+/// Reads a body that may be silent for `silence_max`, and that must arrive at `rate_min` bytes per
+/// second after its first `silence_max`.
 async fn read_within(body: Body, silence_max: Duration, rate_min: u64) -> Result<Bytes, ApiError> {
     let mut pieces = body.into_data_stream();
     let (mut read, begun) = (Vec::new(), Instant::now());

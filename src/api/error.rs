@@ -1,4 +1,4 @@
-//! Faults as HTTP answers, and back again at the command line's end.
+//! Converts faults to HTTP answers, and back for the command line.
 
 use axum::Json;
 use axum::extract::rejection::{JsonRejection, QueryRejection};
@@ -9,7 +9,7 @@ use utoipa::ToSchema;
 
 use base::fault::{Code, Fault, Retry};
 
-/// Each class of fault, its word in JSON, its HTTP status.
+/// Each class of fault, its name in JSON, its HTTP status.
 const CLASSES: [(Code, &str, StatusCode); 11] = [
     (
         Code::Internal,
@@ -42,9 +42,9 @@ pub struct ErrorBody {
     /// The class: `internal`, `usage`, `config`, `not_allowed`, `not_found`, `conflict`, `partial`,
     /// `integrity`, `no_space`, `unreachable`, `deadline`.
     pub code: String,
-    /// What, where and why.
+    /// What happened, where and why.
     pub message: String,
-    /// What to do next.
+    /// The next step for the user.
     pub next: String,
 }
 
@@ -76,7 +76,7 @@ impl From<ErrorBody> for Fault {
     }
 }
 
-/// An answer that is an error. The status is the class's unless HTTP has a better one.
+/// An error answer. The status is that of the class unless HTTP has a better one.
 #[derive(Debug)]
 pub(super) struct ApiError {
     fault: Fault,

@@ -1,5 +1,5 @@
-//! The event stream: SSE for who can hold a stream open, a JSON array with a bounded wait for who
-//! cannot.
+//! The event stream: SSE for clients that can keep a stream open, a JSON array with a bounded wait
+//! for others.
 
 use std::collections::VecDeque;
 use std::convert::Infallible;
@@ -18,7 +18,7 @@ use super::types::{Event, EventQuery};
 use base::fault::Fault;
 use base::limits::{API_ROWS_DEFAULT, API_STREAM_EVENTS, LONG_POLL_MAX, SSE_HEARTBEAT};
 
-/// What happened, in order. A client that was away goes on with `Last-Event-ID` or `since`.
+/// Events in order. A client resumes with `Last-Event-ID` or `since`.
 #[utoipa::path(get, path = "/v1/events", tag = "events", params(EventQuery), responses(
     (status = 200, description = "a stream (`text/event-stream`; id: the event's seq, event: its what, data: the event), or with `Accept: application/json` or `format=json` an array and the header X-Packhorse-Cursor", body = Vec<Event>),
     (status = "default", description = "an error", body = ErrorBody),
@@ -50,7 +50,7 @@ pub(super) async fn events(
     let mut response = Sse::new(stream(app, since))
         .keep_alive(KeepAlive::new().interval(SSE_HEARTBEAT).text("heartbeat"))
         .into_response();
-    // nginx, which stands before many a registry and cluster, would hold the stream back.
+    // nginx, which is in front of many clusters, would buffer the stream.
     response
         .headers_mut()
         .insert("x-accel-buffering", header::HeaderValue::from_static("no"));
@@ -73,7 +73,7 @@ fn wants_json(headers: &HeaderMap, query: &EventQuery) -> Result<bool, Fault> {
     }
 }
 
-/// Where a stream stands.
+/// The position of a stream.
 struct Cursor {
     app: App,
     since: u64,
@@ -81,8 +81,8 @@ struct Cursor {
     ended: bool,
 }
 
-/// Events as they come, one batch in memory at most, until the client goes or the daemon stops. A
-/// fault is told as an event named `error`, after which the stream ends.
+/// Events as they occur, at most one batch in memory, until the client disconnects or the daemon
+/// stops. A fault is sent as an event named `error`, after which the stream ends.
 fn stream(
     app: App,
     since: u64,
@@ -132,7 +132,7 @@ fn stream(
 
 fn frame(event: &Event) -> SseEvent {
     let data = serde_json::to_string(event).unwrap_or_default();
-    // A name with a line end would be a frame of its own; ours are single words.
+    // A name with a line break would be a frame of its own; these names are single words.
     let name: String = event.what.chars().filter(|c| !c.is_control()).collect();
     SseEvent::default()
         .id(event.seq.to_string())

@@ -1,4 +1,4 @@
-//! A backend out of memory, for the tests of the API and of the command line.
+//! A backend in memory, for the tests of the API and of the command line.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -153,7 +153,7 @@ pub(crate) fn artifact(name: &str) -> Artifact {
     }
 }
 
-/// The page of these rows behind the one of this key.
+/// The page of these rows after the one with this key.
 fn page<T: serde::Serialize>(
     rows: Vec<T>,
     behind: Option<&str>,
@@ -212,7 +212,7 @@ impl Fake {
         self.changed.notify_waiters();
     }
 
-    /// Serves it on a free port; returns the base URL and what stops it.
+    /// Serves it on a free port; returns the base URL and a guard that stops it.
     pub(crate) async fn serve(
         self: &Arc<Self>,
     ) -> (

@@ -1,6 +1,6 @@
-//! Lists. Each is read and sent a page at a time, so that neither a long one nor a slow reader
-//! takes much memory: a page has [`API_PAGE_BYTES`], and a few are made at once. An answer is one
-//! JSON array all the same, or one object with an array in it.
+//! Lists. Each is read and sent a page at a time, so that neither a long list nor a slow reader
+//! takes much memory: a page has [`API_PAGE_BYTES`], and only a few are created at once. The answer
+//! is still one JSON array, or one object with an array in it.
 
 use axum::body::{Body, Bytes};
 use axum::extract::State;
@@ -19,7 +19,7 @@ use base::fault::Fault;
 use base::limits::{API_PAGE_BYTES, API_PAGE_ROWS, API_QUERY_IDS_MAX, API_ROWS_DEFAULT};
 use model::paging::{Page, Room};
 
-/// Reads the page behind a key.
+/// Reads the page after a key.
 type Read<T> =
     Box<dyn Fn(App, Option<String>, Room) -> BoxFuture<'static, Result<Page<T>, Fault>> + Send>;
 
@@ -29,18 +29,18 @@ struct List<T> {
     read: Read<T>,
     /// The next page, if it was read already.
     ready: Option<Page<T>>,
-    /// The key behind which the next page begins.
+    /// The key after which the next page begins.
     behind: Option<String>,
     /// Rows that may still be sent.
     left: u32,
-    /// What comes before the next row, and behind the last.
+    /// The text before the next row, and after the last.
     before: String,
     tail: String,
     ended: bool,
 }
 
 impl<T: Serialize + Send + 'static> List<T> {
-    /// A list of so many rows at most, as a JSON array.
+    /// A list of at most so many rows, as a JSON array.
     fn new(app: App, rows: u32, read: Read<T>) -> Self {
         Self {
             app,
@@ -54,7 +54,7 @@ impl<T: Serialize + Send + 'static> List<T> {
         }
     }
 
-    /// The same as a field of an object, which has it as an empty list.
+    /// The same as a field of an object, which contains it as an empty list.
     fn within(self, object: &impl Serialize, field: &str) -> Result<Self, Fault> {
         let json = |e: serde_json::Error| Fault::internal(format!("an answer as JSON: {e}"));
         let mut object = serde_json::to_value(object).map_err(json)?;
@@ -87,8 +87,8 @@ impl<T: Serialize + Send + 'static> List<T> {
         }
     }
 
-    /// The answer. The first page is read before it, so that what cannot be listed is an error of
-    /// the usual form; if it is all, the answer has a length.
+    /// The answer. The first page is read before the answer starts, so that a failure is an error
+    /// in the usual form. If it is the only page, the answer has a length.
     async fn into_response(mut self) -> Result<Response, ApiError> {
         let first = self.step().await?;
         if self.ended {
@@ -109,8 +109,7 @@ impl<T: Serialize + Send + 'static> List<T> {
         Ok(([(header::CONTENT_TYPE, "application/json")], body).into_response())
     }
 
-    /// The text of the next page. A fault ends the body in the middle, which a reader takes for no
-    /// whole answer.
+    /// The text of the next page. A fault ends the body early, which a reader detects.
     async fn step(&mut self) -> Result<Bytes, Fault> {
         let page = self.page().await?;
         let mut text = Vec::new();
@@ -161,7 +160,7 @@ pub(super) async fn artifacts(State(app): State<App>) -> Result<Response, ApiErr
     List::new(app, u32::MAX, read).into_response().await
 }
 
-/// One artifact and where it went.
+/// One artifact and its transfers.
 #[utoipa::path(get, path = "/v1/artifacts/show", tag = "artifacts", params(ShowQuery), responses(
     (status = 200, description = "the artifact", body = ArtifactDetail),
     (status = 404, description = "there is none", body = ErrorBody),
@@ -186,9 +185,9 @@ pub(super) async fn show(
         .await
 }
 
-/// Transfers: a snapshot, or with `since` what changed after that cursor, waiting for it up to
+/// Transfers: a snapshot, or with `since` the changes after that cursor, with a wait of up to
 /// `wait` seconds (60 at most). The header X-Packhorse-Cursor is the next `since`; with
-/// X-Packhorse-Next more has changed already.
+/// X-Packhorse-Next there are more changes already.
 #[utoipa::path(get, path = "/v1/transfers", tag = "transfers", params(TransferQuery), responses(
     (status = 200, description = "the transfers", body = Vec<Transfer>, headers(
         ("X-Packhorse-Cursor" = u64, description = "the next `since`"),
@@ -213,8 +212,8 @@ pub(super) async fn transfers(
         );
     }
     if query.since.is_none() {
-        // The answer is how things stand now: without a cursor there is nothing to wait for. Of ids
-        // it is all of them.
+        // The answer is the current state: without a cursor there is nothing to wait for. With ids
+        // it is complete.
         let limit = if query.id.is_some() { u32::MAX } else { limit };
         let mut list = List::new(app, limit, transfers_of(query.clone()));
         let (first, cursor) = list
@@ -224,7 +223,7 @@ pub(super) async fn transfers(
         list.ready = Some(first);
         return Ok(with_cursor(list.into_response().await?, cursor));
     }
-    // Who goes on from a cursor gets the rest by the next one.
+    // A client that continues from the cursor gets the rest.
     let room = Room {
         rows: limit.min(API_ROWS_DEFAULT),
         bytes: API_PAGE_BYTES,
@@ -266,8 +265,7 @@ pub(super) async fn act(
     list.into_response().await
 }
 
-/// The newest deliveries, each with its parts; of one with many, the first of them and how many
-/// there are.
+/// The newest deliveries, each with its parts; of a long one, the first parts and their number.
 #[utoipa::path(get, path = "/v1/deliveries", tag = "transfers", params(LimitQuery), responses(
     (status = 200, description = "the deliveries, newest first", body = Vec<Delivery>),
     (status = "default", description = "an error", body = ErrorBody),
@@ -284,8 +282,7 @@ pub(super) async fn deliveries(
         .await
 }
 
-/// One delivery as a whole and its parts, after its end or after `wait` seconds (60 at most),
-/// whichever is first.
+/// One delivery and its parts, at its end or after `wait` seconds (60 at most), whichever is first.
 #[utoipa::path(get, path = "/v1/deliveries/show", tag = "transfers", params(DeliveryQuery), responses(
     (status = 200, description = "the delivery", body = Delivery),
     (status = 404, description = "there is none", body = ErrorBody),
@@ -305,7 +302,7 @@ pub(super) async fn delivery(
     if whole.parts_total.is_none() {
         return Ok(Json(whole).into_response());
     }
-    // Too many for one page: they follow one page after the other.
+    // Too many for one page: further pages follow.
     let parts = TransferQuery {
         id: Some(query.id),
         ..TransferQuery::default()
@@ -322,7 +319,7 @@ pub(super) async fn delivery(
         .await
 }
 
-/// The newest training runs; at a site those that it has to do with.
+/// The newest training runs; at a site only those that involve it.
 #[utoipa::path(get, path = "/v1/runs", tag = "runs", params(LimitQuery), responses(
     (status = 200, description = "the runs, newest first", body = Vec<Run>),
     (status = "default", description = "an error", body = ErrorBody),
@@ -351,7 +348,7 @@ pub(super) async fn sites(State(app): State<App>) -> Result<Response, ApiError> 
     List::new(app, u32::MAX, read).into_response().await
 }
 
-/// The jobs that the daemon remembers, the newest first.
+/// The jobs in the daemon's memory, the newest first.
 #[utoipa::path(get, path = "/v1/jobs/list", tag = "daemon", responses(
     (status = 200, description = "the jobs", body = Vec<Job>),
     (status = "default", description = "an error", body = ErrorBody),

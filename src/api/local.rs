@@ -1,8 +1,8 @@
 //! The local socket of the API: `<data_dir>/api.sock`, for the command line on the same machine.
 //!
-//! Only the daemon's user can connect to it or put another socket there, so a client may send the
-//! token over it without asking who listens. The daemon removes the socket when it stops; one that
-//! a crash left is replaced at the next start, under the lock on `data_dir`.
+//! Only the daemon's user can connect to it or create another socket there, so a client may send
+//! the token over it without a proof. The daemon removes the socket when it stops; a socket that a
+//! crash left is replaced at the next start, under the lock of `data_dir`.
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -17,12 +17,12 @@ use base::fault::{Fault, IoContext};
 
 /// Its name in `data_dir`.
 const NAME: &str = "api.sock";
-/// The kernel takes no longer path of a socket, with the NUL at its end.
+/// The longest path of a socket in the kernel, including the NUL at its end.
 const PATH_BYTES_MAX: usize = 108;
 /// Connections that wait to be accepted.
 const BACKLOG: i32 = 128;
 
-/// Where a socket is, in a form that the kernel takes however long the path of `data_dir` is.
+/// The path of a socket, in a form that the kernel accepts for any length of `data_dir`.
 #[derive(Debug)]
 pub(crate) struct SocketPath {
     path: PathBuf,
@@ -47,19 +47,19 @@ impl SocketPath {
         })
     }
 
-    /// The socket of the daemon with this state folder, if somebody listens on it and this user may
+    /// The socket of the daemon with this state folder, if a daemon listens on it and this user may
     /// connect.
     pub(crate) fn of_running(data_dir: &Path) -> Option<Self> {
         let path = Self::of(data_dir).ok()?;
         let socket = socket().ok()?;
         match rustix::net::connect(&socket, &SocketAddrUnix::new(&path.path).ok()?) {
-            // It is there, and has many to answer.
+            // The daemon runs and has many requests.
             Ok(()) | Err(Errno::AGAIN) => Some(path),
             Err(_) => None,
         }
     }
 
-    /// The path, good as long as this value lives.
+    /// The path, valid as long as this value exists.
     pub(crate) fn path(&self) -> &Path {
         &self.path
     }
@@ -74,7 +74,7 @@ fn socket() -> rustix::io::Result<OwnedFd> {
     )
 }
 
-/// The daemon's end.
+/// The daemon's side.
 pub struct LocalSocket {
     listener: UnixListener,
     path: SocketPath,
@@ -95,7 +95,7 @@ impl LocalSocket {
         }
         let socket = socket()?;
         rustix::net::bind(&socket, &SocketAddrUnix::new(&path.path)?)?;
-        // Nobody can connect before it listens.
+        // No client can connect before it listens.
         rustix::fs::chmod(&path.path, Mode::RUSR | Mode::WUSR)?;
         rustix::net::listen(&socket, BACKLOG)?;
         Ok(Self {
@@ -138,7 +138,7 @@ mod tests {
             UnixStream::connect(running.path()).await.unwrap();
             drop(socket);
             assert!(!file.exists());
-            // What a crash left stands in nobody's way: nobody listens on it, and the next start
+            // A socket that a crash left does no harm: nobody listens on it, and the next start
             // replaces it.
             let left = SocketPath::of(&data_dir).unwrap();
             drop(std::os::unix::net::UnixListener::bind(left.path()).unwrap());

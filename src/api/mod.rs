@@ -1,10 +1,10 @@
 //! The HTTP API that every daemon serves, and the trait that a daemon implements for it.
 //!
-//! [`serve`] is called once by the daemon; the command line (`cli`), the dashboard and the
-//! platform, through Karmada's proxy, are its clients. The proxy binds the form: no redirects, no
-//! cookies, relative links, references in query or body, work answered by 202 and an id, waits
-//! bounded, errors as `{code, message, next}`, a version header on every reply. Nothing here is
-//! kept: a crash loses open connections, and a client goes on from its cursor.
+//! The daemon calls [`serve`] once. Its clients are the command line (`cli`), the dashboard and the
+//! platform, through Karmada's proxy. The proxy determines the form: no redirects, no cookies,
+//! relative links, references in query or body, work accepted with 202 and an id, bounded waits,
+//! errors as `{code, message, next}`, a version header on every reply. Nothing here is stored: a
+//! crash loses open connections, and a client resumes from its cursor.
 
 mod body;
 mod error;
@@ -51,53 +51,53 @@ use base::tally::Tally;
 use model::paging::{Page, Room};
 use types::*;
 
-/// The header in which every reply says the daemon's version.
+/// The header of every reply with the daemon's version.
 pub const VERSION_HEADER: &str = "x-packhorse-version";
-/// The header that says from where to go on: the `since` of the next question.
+/// The header with the cursor: the `since` of the next request.
 pub const CURSOR_HEADER: &str = "x-packhorse-cursor";
-/// The header that says that the answer had no room for all: the `since` that brings the rest.
+/// The header of an incomplete answer: the `since` that returns the rest.
 pub const NEXT_HEADER: &str = "x-packhorse-next";
-/// The header that carries the token where a proxy strips `Authorization`.
+/// The header for the token where a proxy removes `Authorization`.
 pub const TOKEN_HEADER: &str = "x-packhorse-token";
 /// This program's version.
 pub const VERSION: &str = env!("CARGO_PKG_VERSION");
 
-/// What a daemon, hub or site, can be asked. The HTTP handlers are a thin shell around it.
+/// The operations of a daemon, hub or site. The HTTP handlers are a thin shell around them.
 #[async_trait]
 pub trait Backend: Send + Sync {
     /// `hub` or `site`.
     fn role(&self) -> &'static str;
     /// This daemon's name.
     fn name(&self) -> String;
-    /// `Ok` once it can do its work; the fault says what is missing.
+    /// `Ok` when it can work; otherwise the fault says what is missing.
     async fn ready(&self) -> Result<(), Fault>;
-    /// Begins a publish.
+    /// Starts a publish.
     async fn publish(&self, request: PublishRequest) -> Result<Job, Fault>;
-    /// Begins a delivery.
+    /// Starts a delivery.
     async fn deliver(&self, request: DeliverRequest) -> Result<Delivered, Fault>;
-    /// What a delivery would cost.
+    /// The cost of a delivery.
     async fn plan(&self, request: DeliverRequest) -> Result<Vec<PlanRow>, Fault>;
-    // Of a list a page is asked for: `behind` is the key that the page before gave, and a page has
-    // no more than its room.
-    /// Transfers, and the cursor to go on from. Does not wait; the API does.
+    // A list is requested in pages: `behind` is the key that the previous page returned, and a page
+    // has at most its limit.
+    /// Transfers, and the next cursor. Does not wait; the API does.
     async fn transfers(
         &self,
         query: &TransferQuery,
         behind: Option<&str>,
         room: Room,
     ) -> Result<(Page<Transfer>, u64), Fault>;
-    /// Acts on a transfer (or on all of a delivery). The answer is the first page of those of this
-    /// id.
+    /// Performs an action on a transfer (or on all of a delivery). The answer is the first page of
+    /// the transfers of this id.
     async fn act(&self, id: &str, action: Action, room: Room) -> Result<Page<Transfer>, Fault>;
-    /// The newest deliveries; of one with many parts only some are listed.
+    /// The newest deliveries; of a long one only some parts are listed.
     async fn deliveries(&self, behind: Option<&str>, room: Room) -> Result<Page<Delivery>, Fault>;
-    /// One delivery, with as many of its parts as `max` bytes hold. Does not wait; the API does.
+    /// One delivery, with as many of its parts as fit in `max` bytes. Does not wait; the API does.
     async fn delivery(&self, id: &str, max: usize) -> Result<Delivery, Fault>;
     /// The newest training runs.
     async fn runs(&self, behind: Option<&str>, room: Room) -> Result<Page<Run>, Fault>;
     /// One training run. Does not wait; the API does.
     async fn run(&self, name: &str) -> Result<Run, Fault>;
-    /// Begins a training run, or finds it.
+    /// Starts a training run, or finds an equal one.
     async fn train(&self, request: RunRequest) -> Result<Run, Fault>;
     /// Finishes or cancels a training run.
     async fn act_on_run(&self, request: RunActionRequest) -> Result<Run, Fault>;
@@ -114,43 +114,43 @@ pub trait Backend: Send + Sync {
     ) -> Result<Page<Transfer>, Fault>;
     /// All sites (at a site: itself).
     async fn sites(&self, behind: Option<&str>, room: Room) -> Result<Page<Site>, Fault>;
-    /// Makes a join token (hub only).
+    /// Creates a join token (hub only).
     async fn token(&self, request: TokenRequest) -> Result<String, Fault>;
-    /// The token of a training run whose trainer works here now; `None`: there is none.
+    /// The token of a training run whose trainer runs here now; `None`: there is none.
     async fn run_token(&self, _run: &RunName) -> Option<RunToken> {
         None
     }
-    /// Begins a verify; the result is a list of lines, none when sound.
+    /// Starts a verification; the result is a list of findings, empty when the artifact is intact.
     async fn verify(&self, request: VerifyRequest) -> Result<Job, Fault>;
-    /// Keeps an artifact's relayed bytes whatever their age, or no longer (hub only).
+    /// Keeps an artifact's relayed bytes at any age, or ends that (hub only).
     async fn pin(&self, artifact: &str, pinned: bool) -> Result<Artifact, Fault>;
-    /// Begins an export of these artifacts to a file that the daemon writes.
+    /// Starts an export of these artifacts to a file that the daemon writes.
     async fn export(&self, artifacts: Vec<String>, out: String) -> Result<Job, Fault>;
-    /// Begins an import of such a file.
+    /// Starts an import of such a file.
     async fn import(&self, file: String) -> Result<Job, Fault>;
-    /// Begins a collection of what nothing refers to.
+    /// Starts a garbage collection.
     async fn gc(&self) -> Result<Job, Fault>;
     /// Checks the daemon's surroundings: one line each, `ok …` or `fault …`.
     async fn doctor(&self) -> Result<Vec<String>, Fault>;
     /// A job's state. Does not wait; the API does.
     async fn job(&self, id: &str) -> Result<Job, Fault>;
-    /// The jobs that are remembered, the newest first.
+    /// The jobs in memory, the newest first.
     async fn jobs(&self, behind: Option<&str>, room: Room) -> Result<Page<Job>, Fault>;
     /// Cancels a job.
     async fn cancel_job(&self, id: &str) -> Result<Job, Fault>;
-    /// Events after `since`, at most `limit`, in order; `since` 0 means from the oldest kept. Does
-    /// not wait.
+    /// Events after `since`, at most `limit`, in order; `since` 0 means from the oldest stored one.
+    /// Does not wait.
     async fn events(&self, since: u64, limit: u32) -> Result<Vec<Event>, Fault>;
-    /// Ends after something changed since this call (an event, a job), or after some time: a hint
-    /// to look again.
+    /// Returns after a change since this call (an event, a job), or after some time: a hint to
+    /// query again.
     fn changed(&self) -> BoxFuture<'static, ()>;
     /// The metrics in Prometheus text form.
     async fn metrics(&self) -> Result<String, Fault>;
 }
 
 /// Serves the API, over TCP and over the local socket if there is one, until `shutdown` is ready:
-/// then no new connection is taken, waiting requests are answered, event streams end, and what is
-/// left after the drain time is dropped.
+/// then no new connection is accepted, waiting requests are answered, event streams end, and
+/// everything left after the drain time is closed.
 pub async fn serve(
     listener: TcpListener,
     local: Option<LocalSocket>,

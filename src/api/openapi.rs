@@ -1,4 +1,4 @@
-//! The description of the API, made from the handlers and types themselves.
+//! The description of the API, generated from the handlers and types.
 
 use axum::Json;
 use utoipa::openapi::security::{ApiKey, ApiKeyValue, HttpAuthScheme, HttpBuilder, SecurityScheme};
@@ -9,7 +9,7 @@ use super::{error::ErrorBody, events, lists, routes, types::*};
 #[derive(OpenApi)]
 #[openapi(
     info(title = "Packhorse", description = "Carries artifacts between a hub and many sites. Every daemon serves this."),
-    // Relative to this document, so that it holds behind a proxy's prefix too.
+    // Relative to this document, so that it is also valid behind a proxy's prefix.
     servers((url = ".")),
     paths(
         routes::healthz, routes::readyz, routes::proof, routes::metrics, lists::artifacts, lists::show, routes::publish, lists::transfers,

@@ -1,15 +1,15 @@
 //! How a daemon proves that it holds the admin token, before a client sends it.
 //!
-//! The client sends 32 random bytes. The daemon answers with a keyed hash over them and over the
-//! address at which it was asked. Who listens on the daemon's port in its place cannot answer: the
-//! key comes from the token. The answer says nothing of the token.
+//! The client sends 32 random bytes. The daemon answers with a keyed hash of them and of the
+//! address of the request. A program that listens on the daemon's port in its place cannot answer,
+//! because the key is derived from the token. The answer reveals nothing about the token.
 
 use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
 
 use super::{ApiToken, RunToken};
 
-/// What a client sends.
+/// The client's request.
 #[derive(Debug, Clone, Serialize, Deserialize, IntoParams)]
 #[into_params(parameter_in = Query)]
 pub(crate) struct ProofQuery {
@@ -20,7 +20,7 @@ pub(crate) struct ProofQuery {
     pub run: Option<String>,
 }
 
-/// What the daemon answers.
+/// The daemon's answer.
 #[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
 pub(crate) struct Proof {
     /// `HOST:PORT` at which this connection reached the daemon; empty on the local socket.
@@ -37,7 +37,7 @@ impl Proof {
         Some(Self { address, proof })
     }
 
-    /// Whether it was made by a holder of this token for this challenge.
+    /// Whether a holder of this token created it for this challenge.
     pub(crate) fn is_by(&self, token: &ApiToken, query: &ProofQuery) -> bool {
         let (Some(challenge), Ok(proof)) = (
             challenge_of(&query.challenge),

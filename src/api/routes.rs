@@ -1,5 +1,5 @@
-//! The routes: each handler reads its request, asks the [`Backend`], and says the answer. No
-//! handler knows more.
+//! The routes: each handler reads its request, calls the [`Backend`], and returns the answer. A
+//! handler does nothing else.
 
 use std::future::Future;
 use std::sync::{Arc, OnceLock};
@@ -37,24 +37,23 @@ use base::limits::{
 };
 use base::tally::Tally;
 
-/// What every handler has.
+/// The state of every handler.
 #[derive(Clone)]
 pub(super) struct App {
     pub(super) backend: Arc<dyn Backend>,
     pub(super) token: Arc<ApiToken>,
-    /// The jobs that trainers began.
+    /// The jobs that trainers started.
     pub(super) run_jobs: Arc<run_token::RunJobs>,
     /// Cancelled when the daemon stops: waits end early, streams end.
     pub(super) stop: CancellationToken,
     /// Requests with a wrong token.
     pub(super) wrong_tokens: Tally,
-    /// ChunkIndex for lists that are being made: what many ask for at once takes no more memory
-    /// than what a few do.
+    /// Permits for lists in progress: many requests at once take no more memory than a few.
     pub(super) lists: Arc<Semaphore>,
 }
 
 impl App {
-    /// Makes a list, or a page of one, when it is its turn.
+    /// Creates a list, or a page of one, when a permit is free.
     pub(super) async fn listed<T>(
         &self,
         make: impl Future<Output = Result<T, Fault>>,
@@ -68,12 +67,12 @@ impl App {
     }
 }
 
-/// What a request asks to change, for the log: set when its body has been read.
+/// The change that a request asks for, for the log: set when its body has been read.
 #[derive(Clone, Default)]
 struct Asked(Arc<OnceLock<String>>);
 
-/// All routes. Everything under `/v1/` and the metrics want the token; roles will be decided in
-/// [`authenticate`], and the dashboard will take the place of [`home`].
+/// All routes. Everything under `/v1/` and the metrics require the token; [`authenticate`] will
+/// decide roles, and the dashboard will replace [`home`].
 pub(super) fn router(app: App) -> Router {
     let guarded = Router::new()
         .route("/v1/artifacts", get(lists::artifacts).post(publish))
@@ -113,7 +112,7 @@ pub(super) fn router(app: App) -> Router {
         .with_state(app)
 }
 
-/// Says the version on every reply, errors included.
+/// Adds the version to every reply, including errors.
 pub(super) async fn stamp(request: Request, next: Next) -> Response {
     let (method, path) = (request.method().clone(), request.uri().path().to_owned());
     let mut response = next.run(request).await;
@@ -124,7 +123,7 @@ pub(super) async fn stamp(request: Request, next: Next) -> Response {
     response
 }
 
-/// The token that a request carries, in either header.
+/// The token of a request, from either header.
 pub(super) fn presented(headers: &HeaderMap) -> Option<&[u8]> {
     let own = headers.get(TOKEN_HEADER).map(HeaderValue::as_bytes);
     own.or_else(|| {
@@ -134,7 +133,7 @@ pub(super) fn presented(headers: &HeaderMap) -> Option<&[u8]> {
     })
 }
 
-/// Lets a request through that carries the token, in either header.
+/// Accepts a request with the token in either header.
 async fn authenticate(
     State(app): State<App>,
     Extension(connection): Extension<Connection>,
@@ -175,8 +174,7 @@ async fn authenticate(
     Err(ApiError::with_status(fault, StatusCode::UNAUTHORIZED))
 }
 
-/// Passes a request on. What changes something is logged: who asked from where for what, and the
-/// answer's status.
+/// Passes a request on. A change is logged: who requested what from where, and the status.
 async fn log_change(
     who: &str,
     connection: &Connection,
@@ -219,7 +217,7 @@ async fn no_such_method(request: Request) -> ApiError {
     )
 }
 
-/// A query, its faults told as ours.
+/// A query; its errors have the usual form.
 pub(super) struct Q<T>(pub(super) T);
 
 impl<T: DeserializeOwned, S: Send + Sync> FromRequestParts<S> for Q<T> {
@@ -230,7 +228,7 @@ impl<T: DeserializeOwned, S: Send + Sync> FromRequestParts<S> for Q<T> {
     }
 }
 
-/// A JSON body, its faults told as ours.
+/// A JSON body; its errors have the usual form.
 pub(super) struct B<T>(pub(super) T);
 
 impl<T: DeserializeOwned + Serialize, S: Send + Sync> FromRequest<S> for B<T> {
@@ -250,18 +248,18 @@ impl<T: DeserializeOwned + Serialize, S: Send + Sync> FromRequest<S> for B<T> {
     }
 }
 
-/// How many rows a reply may have.
+/// The limit of rows in a reply.
 pub(super) fn rows(asked: Option<u32>) -> u32 {
     asked.unwrap_or(API_ROWS_DEFAULT).clamp(1, API_ROWS_MAX)
 }
 
-/// A reply with the cursor to go on from.
+/// A reply with the next cursor.
 pub(super) fn with_cursor(reply: impl IntoResponse, cursor: u64) -> Response {
     ([(CURSOR_HEADER, HeaderValue::from(cursor))], reply).into_response()
 }
 
-/// Looks, and looks again after each change, until there is enough, the wait is over or the daemon
-/// stops. The last look is the answer.
+/// Queries, and queries again after each change, until there is enough, the wait is over or the
+/// daemon stops. The last result is the answer.
 pub(super) async fn wait_for<'a, T>(
     app: &App,
     wait_seconds: Option<u64>,
@@ -271,8 +269,8 @@ pub(super) async fn wait_for<'a, T>(
     let wait = Duration::from_secs(wait_seconds.unwrap_or(0)).min(LONG_POLL_MAX);
     let deadline = Instant::now() + wait;
     loop {
-        // Begun before the look: a change between the look and the wait would else be slept
-        // through.
+        // Started before the query: otherwise a change between the query and the wait would be
+        // missed.
         let mut changed = app.backend.changed();
         let already = futures::poll!(&mut changed).is_ready();
         let answer = look().await?;
@@ -294,7 +292,7 @@ fn accepted<T: Serialize>(body: T) -> Response {
     (StatusCode::ACCEPTED, Json(body)).into_response()
 }
 
-/// What this is. The dashboard comes here.
+/// A plain page. The dashboard will be here.
 async fn home(State(app): State<App>) -> Html<String> {
     let role = app.backend.role();
     Html(format!(
@@ -310,7 +308,7 @@ pub(super) async fn healthz() -> Json<serde_json::Value> {
     Json(serde_json::json!({"status": "ok"}))
 }
 
-/// Whether it can do its work.
+/// Whether it can work.
 #[utoipa::path(get, path = "/readyz", tag = "daemon", security(()), responses(
     (status = 200, description = "`{\"status\":\"ready\"}`"),
     (status = 503, description = "what is missing", body = ErrorBody),
@@ -340,7 +338,7 @@ pub(super) async fn proof(
         .local
         .map(|address| address.to_string())
         .unwrap_or_default();
-    // Whoever has a trainer's token asks for a proof with that.
+    // A client with a trainer's token requests a proof with that token.
     let of_run = run_token::of_query(&app, &query).await;
     let token = of_run.as_ref().unwrap_or(&app.token);
     let proof = Proof::make(token, &query, address)
@@ -386,7 +384,7 @@ pub(super) async fn deliver(
     Ok(accepted(app.backend.deliver(request).await?))
 }
 
-/// One training run, after its end or after `wait` seconds (60 at most), whichever is first.
+/// One training run, at its end or after `wait` seconds (60 at most), whichever is first.
 #[utoipa::path(get, path = "/v1/runs/show", tag = "runs", params(RunQuery), responses(
     (status = 200, description = "the run", body = Run),
     (status = 404, description = "there is none", body = ErrorBody),
@@ -402,7 +400,7 @@ pub(super) async fn run(
     ))
 }
 
-/// Begins a training run. One of the same name that asks for the same is found, not begun again.
+/// Starts a training run. An existing run with the same name and the same request is returned.
 #[utoipa::path(post, path = "/v1/runs", tag = "runs", request_body = RunRequest, responses(
     (status = 202, description = "begun", body = Run),
     (status = "default", description = "an error", body = ErrorBody),
@@ -414,7 +412,7 @@ pub(super) async fn train(
     Ok(accepted(app.backend.train(request).await?))
 }
 
-/// Finishes a training run, as a training platform does when it is ready, or cancels it.
+/// Finishes a training run, as a training platform does at its end, or cancels it.
 #[utoipa::path(post, path = "/v1/runs/action", tag = "runs", request_body = RunActionRequest, responses(
     (status = 200, description = "the run after it", body = Run),
     (status = "default", description = "an error", body = ErrorBody),
@@ -426,7 +424,7 @@ pub(super) async fn act_on_run(
     Ok(Json(app.backend.act_on_run(request).await?))
 }
 
-/// What a delivery would cost. Sends nothing.
+/// The cost of a delivery. Delivers nothing.
 #[utoipa::path(post, path = "/v1/plan", tag = "transfers", request_body = DeliverRequest, responses(
     (status = 200, description = "a row for each artifact and site", body = Vec<PlanRow>),
     (status = "default", description = "an error", body = ErrorBody),
@@ -438,7 +436,7 @@ pub(super) async fn plan(
     Ok(Json(app.backend.plan(request).await?))
 }
 
-/// Makes a join token (hub only).
+/// Creates a join token (hub only).
 #[utoipa::path(post, path = "/v1/tokens", tag = "sites", request_body = TokenRequest, responses(
     (status = 200, description = "the token, which is shown this once", body = TokenReply),
     (status = "default", description = "an error", body = ErrorBody),
@@ -455,8 +453,8 @@ pub(super) async fn token(
         .into_response())
 }
 
-/// Reads an artifact again. The job's result is an array of findings, empty when it is sound; its
-/// `notes` tell of what else is not as it was delivered.
+/// Verifies an artifact. The job's result is an array of findings, empty when it is intact; its
+/// `notes` report other differences from the delivered state.
 #[utoipa::path(post, path = "/v1/verify", tag = "artifacts", request_body = VerifyRequest, responses(
     (status = 202, description = "begun", body = Job),
     (status = "default", description = "an error", body = ErrorBody),
@@ -468,7 +466,7 @@ pub(super) async fn verify(
     Ok(accepted(app.backend.verify(request).await?))
 }
 
-/// Keeps an artifact's relayed bytes whatever their age, or no longer (hub only).
+/// Keeps an artifact's relayed bytes at any age, or ends that (hub only).
 #[utoipa::path(post, path = "/v1/pin", tag = "artifacts", request_body = PinRequest, responses(
     (status = 200, description = "the artifact after it", body = Artifact),
     (status = "default", description = "an error", body = ErrorBody),
@@ -482,7 +480,7 @@ pub(super) async fn pin(
     ))
 }
 
-/// Writes artifacts to one file, to be carried by hand.
+/// Writes artifacts to one file, for transport by hand.
 #[utoipa::path(post, path = "/v1/export", tag = "artifacts", request_body = ExportRequest, responses(
     (status = 202, description = "begun", body = Job),
     (status = "default", description = "an error", body = ErrorBody),
@@ -496,7 +494,7 @@ pub(super) async fn export(
     ))
 }
 
-/// Reads such a file.
+/// Imports such a file.
 #[utoipa::path(post, path = "/v1/import", tag = "artifacts", request_body = ImportRequest, responses(
     (status = 202, description = "begun", body = Job),
     (status = "default", description = "an error", body = ErrorBody),
@@ -508,7 +506,7 @@ pub(super) async fn import(
     Ok(accepted(app.backend.import(request.file).await?))
 }
 
-/// Frees what nothing refers to.
+/// Frees unreferenced content.
 #[utoipa::path(post, path = "/v1/gc", tag = "daemon", responses(
     (status = 202, description = "begun", body = Job),
     (status = "default", description = "an error", body = ErrorBody),
@@ -526,7 +524,7 @@ pub(super) async fn doctor(State(app): State<App>) -> Result<Json<Vec<String>>, 
     Ok(Json(app.backend.doctor().await?))
 }
 
-/// A job, after its end or after `wait` seconds (60 at most), whichever is first.
+/// A job, at its end or after `wait` seconds (60 at most), whichever is first.
 #[utoipa::path(get, path = "/v1/jobs", tag = "daemon", params(JobQuery), responses(
     (status = 200, description = "the job", body = Job),
     (status = 404, description = "there is none (a restart forgets them)", body = ErrorBody),
@@ -542,7 +540,7 @@ pub(super) async fn job(
     ))
 }
 
-/// Cancels a job. The answer is the job as it is now; it may take a moment to stop.
+/// Cancels a job. The answer is its current state; it may take a moment to stop.
 #[utoipa::path(delete, path = "/v1/jobs", tag = "daemon", params(JobQuery), responses(
     (status = 200, description = "the job", body = Job),
     (status = 404, description = "there is none (a restart forgets them)", body = ErrorBody),

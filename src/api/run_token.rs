@@ -1,8 +1,8 @@
-//! What the API does for a trainer: it holds a token of its own run instead of the admin token.
+//! The API for a trainer, which holds a token of its own run instead of the admin token.
 //!
-//! The daemon writes a [`RunToken`] into the run's folder when it starts the trainer, and takes it
-//! only while that trainer works. It publishes the run's model from a path, follows that job, shows
-//! the run and finishes it. [`allow`] refuses everything else.
+//! The daemon writes a [`RunToken`] to the run's folder when it starts the trainer, and accepts it
+//! only while that trainer runs. It may publish the run's model from a path, follow that job, show
+//! the run and finish it. [`allow`] refuses everything else.
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -24,12 +24,12 @@ use base::fault::Fault;
 use base::limits::{API_BODY_BYTES_MAX, RUN_JOBS_KEPT_MAX};
 use base::names::{ArtifactRef, Kind, RunName};
 
-/// What a token begins with.
+/// The prefix of a token.
 const PREFIX: &str = "run.";
 /// Random bytes of a token.
 const SECRET_BYTES: usize = 32;
 
-/// A token that is good for one training run: `run.<RUN>.<64 hex digits>`.
+/// A token that is valid for one training run: `run.<RUN>.<64 hex digits>`.
 #[derive(Clone)]
 pub struct RunToken {
     run: RunName,
@@ -52,7 +52,7 @@ impl RunToken {
         Ok(Self { run, secret })
     }
 
-    /// The token that this text is, if it is one.
+    /// Parses a token.
     pub fn parse(text: &[u8]) -> Option<Self> {
         let (run, secret) = std::str::from_utf8(text)
             .ok()?
@@ -71,7 +71,7 @@ impl RunToken {
         format!("{PREFIX}{}.{}", self.run, hex::encode(self.secret))
     }
 
-    /// The run that it is for.
+    /// Its run.
     pub fn run(&self) -> &RunName {
         &self.run
     }
@@ -82,7 +82,7 @@ impl RunToken {
     }
 }
 
-/// The jobs that trainers began, the newest of them.
+/// The newest jobs that trainers started.
 #[derive(Default)]
 pub(super) struct RunJobs(Mutex<VecDeque<(RunName, String)>>);
 
@@ -103,14 +103,14 @@ impl RunJobs {
     }
 }
 
-/// The run whose trainer presents this token, if it works here now.
+/// The run whose trainer presents this token, if it runs here now.
 pub(super) async fn run_of(app: &App, presented: &[u8]) -> Option<RunName> {
     let presented = RunToken::parse(presented)?;
     let own = app.backend.run_token(presented.run()).await?;
     own.is(&presented).then_some(presented.run)
 }
 
-/// The token that a client asks for a proof of, where it is a trainer's.
+/// The trainer's token that a client requests a proof of.
 pub(super) async fn of_query(app: &App, query: &ProofQuery) -> Option<ApiToken> {
     let token = app
         .backend
@@ -119,7 +119,7 @@ pub(super) async fn of_query(app: &App, query: &ProofQuery) -> Option<ApiToken> 
     ApiToken::parse(&token.text()).ok()
 }
 
-/// Refuses a request that a trainer of this run may not make. Returns it as it was.
+/// Refuses a request that a trainer of this run may not make. Returns an allowed request unchanged.
 pub(super) async fn allow(app: &App, run: &RunName, request: Request) -> Result<Request, ApiError> {
     let refused = |why: String| {
         let next = format!(
@@ -162,7 +162,7 @@ pub(super) async fn allow(app: &App, run: &RunName, request: Request) -> Result<
     }
 }
 
-/// Notes the job that a trainer's publish began, so that the trainer may follow it.
+/// Records the job of a trainer's publish, so that the trainer may follow it.
 pub(super) async fn note_job(app: &App, run: &RunName, response: Response) -> Response {
     let (parts, body) = response.into_parts();
     let bytes = to_bytes(body, API_BODY_BYTES_MAX).await.unwrap_or_default();
@@ -172,7 +172,7 @@ pub(super) async fn note_job(app: &App, run: &RunName, response: Response) -> Re
     Response::from_parts(parts, Body::from(bytes))
 }
 
-/// What a trainer may publish: the model of its own run, from a path, to no site of its choice.
+/// A trainer may publish the model of its own run, from a path, without a choice of sites.
 fn may_publish(run: &RunName, asked: &PublishRequest) -> Result<(), String> {
     if asked.run.as_deref() != Some(run.as_str()) {
         return Err(format!(
@@ -209,8 +209,7 @@ async fn body<T: DeserializeOwned>(request: Request) -> Result<(Request, T), Api
     Ok((Request::from_parts(parts, Body::from(bytes)), asked))
 }
 
-/// A parameter of the request's query; its value has no escapes, or it is none that a trainer
-/// needs.
+/// A parameter of the request's query; a value with escapes is never one that a trainer needs.
 fn parameter(request: &Request, name: &str) -> Option<String> {
     let mut values = request
         .uri()
@@ -219,7 +218,7 @@ fn parameter(request: &Request, name: &str) -> Option<String> {
         .filter_map(|pair| pair.split_once('='))
         .filter(|(key, _)| *key == name);
     let (_, value) = values.next()?;
-    // Given twice, the handler might take another one than was checked.
+    // If it is given twice, the handler might use the other one.
     values.next().is_none().then(|| value.to_owned())
 }
 

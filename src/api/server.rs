@@ -1,10 +1,10 @@
-//! The connections of the API: over TCP, and over the local socket. Each has a bound, and each
-//! phase of a request has a deadline.
+//! The connections of the API: over TCP, and over the local socket. Their number is limited, and
+//! each phase of a request has a deadline.
 //!
-//! A connection counts as unfinished until it has shown the token. Of those, one address has a few,
-//! and the oldest is closed for a new one: slow or silent requests cannot keep out whoever holds
-//! the token. The head of a request has a deadline (hyper's), a body has one (`body`), and a
-//! connection on which nothing moves is closed ([`Idle`]).
+//! A connection counts as unfinished until it has presented the token. One address may have a few
+//! of those, and the oldest is closed for a new one: slow or silent requests cannot exclude a
+//! client with the token. The head of a request has a deadline (hyper's), a body has one (`body`),
+//! and a connection without progress is closed ([`Idle`]).
 
 use std::io;
 use std::net::SocketAddr;
@@ -36,24 +36,24 @@ use base::tally::Tally;
 /// After a failed accept (too many open files), the pause before the next.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
-/// The connection that a request came over.
+/// The connection of a request.
 #[derive(Clone)]
 pub(super) struct Connection {
-    /// Who is at the other end: an address, or a user of this machine.
+    /// The client: an address, or a user of this machine.
     pub(super) peer: Arc<str>,
-    /// The address of this end; none on the local socket.
+    /// The local address; none on the local socket.
     pub(super) local: Option<SocketAddr>,
     place: Arc<Permit>,
 }
 
 impl Connection {
-    /// A request over it has shown the token.
+    /// A request over it has presented the token.
     pub(super) fn finish(&self) {
         self.place.finish();
     }
 }
 
-/// What all connections share.
+/// The shared state of all connections.
 pub(super) struct Server {
     router: Router,
     stop: CancellationToken,
@@ -91,7 +91,7 @@ impl Server {
                     continue;
                 }
             };
-            // Answers are small and whole: waiting to fill a packet only delays them.
+            // Answers are small and complete: waiting to fill a packet only delays them.
             let _ = stream.set_nodelay(true);
             let place = self
                 .tcp
@@ -191,7 +191,7 @@ impl Server {
     }
 }
 
-/// A stream that fails once nothing has moved on it for long.
+/// A stream that fails after a long time without progress.
 struct Idle<T> {
     stream: T,
     idle: Pin<Box<Sleep>>,

@@ -1,5 +1,5 @@
-//! What a daemon answers while it cannot open its state for want of room: the reason, at once, to
-//! everything it is asked.
+//! The answers of a daemon that cannot open its state because there is no room: the reason, at
+//! once, for every request.
 
 use axum::extract::{Extension, State};
 use axum::http::{HeaderMap, StatusCode};
@@ -22,9 +22,8 @@ struct Starting {
     why: watch::Receiver<Option<Fault>>,
 }
 
-/// Answers every request with `why`, from the moment that there is a reason. It never ends by
-/// itself: when this future is dropped, its connections end, and the listeners are free for
-/// [`serve`](super::serve).
+/// Answers every request with `why`, when there is a reason. It never returns: when this future is
+/// dropped, its connections end, and the listeners are free for [`serve`](super::serve).
 pub async fn serve_starting(
     listener: &TcpListener,
     local: Option<&LocalSocket>,
@@ -52,7 +51,7 @@ pub async fn serve_starting(
     }
 }
 
-/// The reason for whoever holds the token, and no path of this machine for anybody else.
+/// The reason for a client with the token; no path of this machine for any other client.
 async fn answer(
     State(starting): State<Starting>,
     Extension(connection): Extension<Connection>,

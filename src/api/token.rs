@@ -1,5 +1,5 @@
-//! The admin token: 256 random bits that the daemon writes beside its state at first start and the
-//! command line reads.
+//! The admin token: 256 random bits that the daemon writes to its state folder at its first start
+//! and the command line reads.
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -9,7 +9,7 @@ use rand::TryRngCore;
 use base::durable;
 use base::fault::{Code, Fault};
 
-/// The token that the API wants with every request.
+/// The token that the API requires in every request.
 #[derive(Clone)]
 pub struct ApiToken(String);
 
@@ -20,12 +20,13 @@ impl fmt::Debug for ApiToken {
 }
 
 impl ApiToken {
-    /// Where the token of the daemon with this state folder lies.
+    /// The path of the token of the daemon with this state folder.
     pub fn path(data_dir: &Path) -> PathBuf {
         data_dir.join("api-token")
     }
 
-    /// The daemon's token; made at first start, durable and mode 0600 before it is first used.
+    /// The daemon's token; created at the first start, durable and with mode 0600 before its first
+    /// use.
     pub fn open_or_create(data_dir: &Path) -> Result<Self, Fault> {
         let path = Self::path(data_dir);
         match Self::read(&path) {
@@ -46,7 +47,7 @@ impl ApiToken {
         Self::parse(&crate::config::read_secret(path)?).map_err(|f| f.context(path.display()))
     }
 
-    /// A token from text: what a header can carry, and no shorter than 128 bits in hex.
+    /// Parses a token: valid in a header, and at least 128 bits in hex.
     pub fn parse(text: &str) -> Result<Self, Fault> {
         if text.len() < 32 || text.len() > 512 || !text.bytes().all(|b| b.is_ascii_graphic()) {
             return Err(Fault::not_allowed("this is not an API token")
@@ -60,8 +61,8 @@ impl ApiToken {
         &self.0
     }
 
-    /// Whether this is the token. Hashes are compared, in constant time, so the answer's time says
-    /// nothing of it.
+    /// Whether this is the token. Hashes are compared in constant time, so the duration reveals
+    /// nothing about it.
     pub fn is(&self, presented: &[u8]) -> bool {
         blake3::hash(self.0.as_bytes()) == blake3::hash(presented)
     }

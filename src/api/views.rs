@@ -1,4 +1,4 @@
-//! What the catalogue's rows look like in the API.
+//! Converts the catalogue's rows to the form of the API.
 
 use base::clock::rfc3339_ms;
 use content::manifest::KindInfo;
@@ -8,10 +8,10 @@ use super::types::{Artifact, Event, Site, State, Transfer};
 
 /// A row that the API shows.
 pub trait View {
-    /// What it is shown as.
+    /// Its form in the API.
     type As;
 
-    /// As the API shows it. What only the running daemon knows is left for it to fill in.
+    /// Its form in the API. The running daemon adds what only it knows.
     fn view(&self) -> Self::As;
 }
 

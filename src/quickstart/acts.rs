@@ -1,5 +1,4 @@
-//! The acts: what is done with the hub and the sites, in order. Each ends with its result on
-//! stdout.
+//! The acts: the steps with the hub and the sites, in order. Each ends with its result on stdout.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -36,7 +35,7 @@ pub(super) const SERIES: [&str; 5] = [
     "model/adc",
 ];
 const SITES: [&str; 2] = ["east", "west"];
-/// How long the sites may take to dial the hub.
+/// How long the sites may take to connect to the hub.
 const ONLINE_MAX: Duration = Duration::from_secs(60);
 /// How long one artifact may take to reach both sites.
 const ARRIVAL_MAX: Duration = Duration::from_secs(180);
@@ -191,7 +190,7 @@ impl<'a> World<'a> {
         Ok(published)
     }
 
-    /// Compares what lies at both sites with its source.
+    /// Compares the content of both sites with its source.
     async fn check(
         &self,
         set: &SampleSet,
@@ -240,7 +239,7 @@ pub(super) async fn first_delivery(world: &World<'_>) -> Result<(), Fault> {
     ))
 }
 
-/// The second version: small changes, of which little more than themselves may move.
+/// The second version: small changes; little more than the changes may be transferred.
 pub(super) async fn second_version(world: &World<'_>) -> Result<(), Fault> {
     world.show.act("A day later: some images shot again, labels corrected, a line of code, an image layer, 1 % of the weights");
     let (set, transfers) = world.deliver(2).await?;
@@ -292,9 +291,9 @@ pub(super) async fn second_version(world: &World<'_>) -> Result<(), Fault> {
     ))
 }
 
-/// The last act: east has images of its own and no trainer; west has one. What east publishes stays
-/// where it lies until west asks for it, the model comes home by itself, and west gives back what
-/// it borrowed.
+/// The last act: east has its own images and no trainer; west has a trainer. East's published
+/// images stay in place until west requests them, the model is returned automatically, and west
+/// removes what it borrowed.
 pub(super) async fn borrowed_training(world: &World<'_>) -> Result<(), Fault> {
     let [east, west] = SITES;
     world.show.act("East borrows west: its own images and labels go there, a trainer learns from them, the model comes home");
@@ -408,7 +407,7 @@ pub(super) async fn borrowed_training(world: &World<'_>) -> Result<(), Fault> {
     ))
 }
 
-/// The end: commands to look with.
+/// The end: commands to try.
 pub(super) fn farewell(world: &World<'_>, once: bool) -> Result<(), Fault> {
     if once && world.folder.is_temporary() {
         world.show.say("");

@@ -1,5 +1,5 @@
-//! Whether a site really has what was published: its folders, rows and images are read as their
-//! users read them, and compared with the source. Nothing here asks a daemon.
+//! Checks that a site has the published content: its folders, rows and images are read as their
+//! users read them, and compared with the source. No daemon is queried.
 
 use std::collections::BTreeMap;
 use std::fs::{File, Metadata};
@@ -16,7 +16,7 @@ use super::daemon::Home;
 use base::blocking::blocking;
 use base::fault::{Fault, IoContext};
 
-/// One artifact at one site, found as it was published.
+/// One artifact at one site that matches its source.
 pub(super) struct CheckedArtifact {
     /// `kind/name`.
     pub(super) series: &'static str,
@@ -26,9 +26,9 @@ pub(super) struct CheckedArtifact {
     pub(super) site: &'static str,
     /// What was compared.
     pub(super) what: String,
-    /// Where it lies.
+    /// Its location.
     pub(super) location: String,
-    /// What crossed the line for it, bytes.
+    /// Transmitted bytes.
     pub(super) wire: u64,
 }
 

@@ -1,7 +1,8 @@
-//! The daemons of a quickstart: child processes of this same program, on free loopback ports.
+//! The daemons of a quickstart: child processes of this program, on free loopback ports.
 //!
-//! Each holds one end of a pipe as its standard input and stops when the other end, which this
-//! process holds, is gone: so none is left behind, not even by a kill that gives no time to clean.
+//! Each has one end of a pipe as its standard input and stops when the other end, which this
+//! process holds, is closed: so no daemon is left behind, even after a kill without time for
+//! cleanup.
 
 use std::future::Future;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, UdpSocket};
@@ -23,12 +24,12 @@ use base::limits::DRAIN_MAX;
 
 /// How long a daemon may take until it is ready.
 const READY_MAX: Duration = Duration::from_secs(60);
-/// How long the daemons of a run that was killed may take to go away.
+/// How long the daemons of a killed run may take to stop.
 const LAST_RUN_GONE_MAX: Duration = Duration::from_secs(15);
 /// How often a start is tried that fails otherwise: another program may take a port first.
 const START_TRIES_MAX: u32 = 3;
 
-/// Where a daemon keeps what, and where it is found.
+/// The paths and addresses of a daemon.
 #[derive(Debug, Clone)]
 pub(super) struct Home {
     /// Its name.
@@ -59,7 +60,7 @@ impl Home {
     }
 }
 
-/// All that run. Dropped, they are killed.
+/// All running daemons. They are killed when this is dropped.
 #[derive(Default)]
 pub(super) struct Daemons(Vec<Daemon>);
 
@@ -76,7 +77,7 @@ pub(super) struct Ready {
     pub(super) client: Arc<Client>,
     /// Where its API listens.
     pub(super) api: SocketAddr,
-    /// Where the hub's line listens.
+    /// The address of the hub's transport.
     pub(super) line: SocketAddr,
 }
 
@@ -137,7 +138,7 @@ impl Daemons {
         }
     }
 
-    /// Stops all: the sites first, so that the hub has nobody to wait for.
+    /// Stops all daemons: the sites first, so that the hub waits for none.
     pub(super) async fn stop(mut self) {
         let sites = self.0.split_off(self.0.len().min(1));
         join_all(sites.into_iter().map(Daemon::stop)).await;

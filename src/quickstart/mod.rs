@@ -1,10 +1,9 @@
 //! `packhorse quickstart`: a hub and two sites on this machine, as real processes with embedded
 //! stores, in acts.
 //!
-//! Called by the command line alone; a client of the daemons like any other. Everything lies in one
-//! folder: what a killed run left there is taken up by the next one, because publishing, joining
-//! and delivering may all be repeated. The daemons die with this process, however it dies
-//! (`daemon`).
+//! The command line calls it; it is a client of the daemons like any other. Everything is in one
+//! folder: the next run continues with what a killed run left, because publishing, joining and
+//! delivering may all be repeated. The daemons end with this process, however it ends (`daemon`).
 
 mod acts;
 mod check;
@@ -25,8 +24,8 @@ use self::folder::Folder;
 use self::show::Show;
 use base::fault::{Code, Fault, IoContext};
 
-/// Runs it in `dir` (default: a new temporary folder), and afterwards on until Ctrl-C, or with
-/// `once` no longer than it takes to see that everything arrived.
+/// Runs it in `dir` (default: a new temporary folder), and then until Ctrl-C, or with `once` only
+/// until everything arrived.
 pub async fn run(dir: Option<PathBuf>, once: bool) -> Result<(), Fault> {
     let mut stop = Stop::listen()?;
     let folder = Folder::open(dir)?;
@@ -85,7 +84,7 @@ fn stopped_early(folder: &Folder) -> Fault {
     fault
 }
 
-/// Ctrl-C, or a polite kill.
+/// Ctrl-C or SIGTERM.
 struct Stop {
     interrupt: Signal,
     terminate: Signal,

@@ -1,4 +1,4 @@
-//! Artifacts: as they are listed, and what is asked to publish, verify, pin, export and import
+//! Artifacts: how they are listed, and the requests to publish, verify, pin, export and import
 //! them.
 
 use std::collections::BTreeMap;
@@ -16,40 +16,39 @@ pub struct Artifact {
     /// `kind/name:version`.
     #[schema(value_type = String)]
     pub artifact: ArtifactRef,
-    /// The BLAKE3 of its root manifest, hex.
+    /// The BLAKE3 hash of its root manifest, hex.
     pub digest: String,
     /// Bytes of all its files.
     pub bytes: u64,
     /// Files.
     pub files: u64,
-    /// The site whose bytes these are; absent when the hub holds them.
+    /// The site that holds its bytes; absent when the hub holds them.
     #[schema(value_type = Option<String>)]
     pub origin: Option<SiteName>,
     /// When it was published.
     pub created_at: String,
-    /// What its kind knows: the image's `sha256:` digest and platforms, the labels' dataset and
+    /// Information of its kind: the image's `sha256:` digest and platforms, the labels' dataset and
     /// counts.
     #[schema(value_type = Object)]
     pub info: serde_json::Value,
-    /// Where it lies on this daemon's sinks (at a site), if it does.
+    /// Its location on this daemon's sinks (at a site), if any.
     pub location: Option<String>,
-    /// Whether the hub keeps its relayed bytes whatever their age.
+    /// Whether the hub keeps its relayed bytes at any age.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub pinned: bool,
-    /// How it changed where it was published in place, at its origin or at this site: the first
-    /// path and why. Absent: it is sound as far as is known.
+    /// How its content changed where it was published in place, at its origin or at this site: the
+    /// first path and the reason. Absent: unchanged as far as is known.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub changed: Option<String>,
-    /// Whether it was published at this site: what lacks of it nobody else brings.
+    /// Whether it was published at this site: no other daemon can restore it.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub published_here: bool,
-    /// What its publish left out, by category. Sites that an artifact is delivered to do not know
-    /// it.
+    /// Omissions of its publish, by category. Sites that received the artifact do not know them.
     #[serde(default)]
     pub omitted: Vec<Omission>,
 }
 
-/// One artifact with where it went.
+/// One artifact with its transfers.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct ArtifactDetail {
     /// The artifact.
@@ -57,12 +56,12 @@ pub struct ArtifactDetail {
     pub artifact: Artifact,
     /// Its transfers.
     pub transfers: Vec<Transfer>,
-    /// What it was made of, for a model that a training run made.
+    /// Its lineage, for a model of a training run.
     #[serde(default)]
     pub lineage: Option<ModelLineage>,
 }
 
-/// Which artifact.
+/// The selection of an artifact.
 #[derive(Debug, Clone, Serialize, Deserialize, IntoParams)]
 #[into_params(parameter_in = Query)]
 pub struct ShowQuery {
@@ -72,7 +71,7 @@ pub struct ShowQuery {
     pub artifact: String,
 }
 
-/// Ask to publish.
+/// A request to publish.
 #[derive(Debug, Clone, Default, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct PublishRequest {
@@ -81,10 +80,10 @@ pub struct PublishRequest {
     /// `kind/name:version`.
     #[serde(rename = "as")]
     pub as_ref: String,
-    /// Sites to deliver to at once.
+    /// Sites that it is delivered to at once.
     #[serde(default)]
     pub to: Option<String>,
-    /// The training run that made it (at a site).
+    /// The training run that created it (at a site).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub run: Option<String>,
     /// How to read the source.
@@ -96,58 +95,59 @@ pub struct PublishRequest {
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct SourceOptions {
-    /// Labels: `coco`, `csv`, `jsonl`, `label_studio`, `voc`, `yolo`; guessed when absent.
+    /// Labels: `coco`, `csv`, `jsonl`, `label_studio`, `voc`, `yolo`; detected when absent.
     pub format: Option<String>,
-    /// Labels: the dataset version that they belong to.
+    /// Labels: their dataset version.
     #[serde(rename = "for")]
     pub for_dataset: Option<String>,
     /// Labels: accept samples that the dataset lacks.
     pub allow_missing: bool,
-    /// Labels from CSV or JSON Lines: which column holds what (`sample_path=image,class=defect`).
+    /// Labels from CSV or JSON Lines: the meaning of columns (`sample_path=image,class=defect`).
     pub columns: BTreeMap<String, String>,
-    /// Refuse an input from which something would be left out.
+    /// Refuse an input with omissions.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub strict: bool,
     /// Categories of [`Published::omitted`] that `strict` does not refuse.
     #[serde(skip_serializing_if = "Accepted::is_empty")]
     #[schema(value_type = Vec<Category>)]
     pub accept_omitted: Accepted,
-    /// Refused by a daemon: it takes a registry's user from its configuration, `[registry."HOST"]`.
+    /// Refused by a daemon, which takes a registry's user from its configuration,
+    /// `[registry."HOST"]`.
     pub username: Option<String>,
-    /// Refused by a daemon: it takes a registry's password file from its configuration.
+    /// Refused by a daemon, which takes a registry's password file from its configuration.
     pub password_file: Option<String>,
 }
 
-/// Published.
+/// The result of a publish.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Published {
     /// `kind/name:version`.
     pub artifact: String,
     /// Its digest, hex.
     pub digest: String,
-    /// Ids of the transfers that this began or that already stood.
+    /// Ids of the transfers that this started or that existed.
     pub transfers: Vec<String>,
     /// Bytes of all its files.
     pub bytes: u64,
-    /// Bytes that the store did not have yet, as stored.
+    /// Bytes that are new in the store, as stored.
     pub stored: u64,
-    /// Whether the same content already stood under this reference.
+    /// Whether the same content was already published under this reference.
     pub unchanged: bool,
-    /// What there is to know beside that: at a site, that the hub has still to hear of it.
+    /// A note: at a site, that the hub has not confirmed it yet.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub note: Option<String>,
-    /// What is left out of the artifact, by category.
+    /// Omissions, by category.
     #[serde(default)]
     pub omitted: Vec<Omission>,
 }
 
-/// Ask to verify.
+/// A request to verify.
 #[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct VerifyRequest {
     /// `kind/name:version`.
     pub artifact: String,
-    /// Whether to fetch again what is bad.
+    /// Whether to fetch damaged content again.
     #[serde(default)]
     pub repair: bool,
     /// Compare names and sizes only, and read no content.
@@ -155,7 +155,7 @@ pub struct VerifyRequest {
     pub quick: bool,
 }
 
-/// Ask to keep an artifact's relayed bytes whatever their age, or no longer.
+/// A request to keep an artifact's relayed bytes at any age, or to end that.
 #[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct PinRequest {
@@ -165,7 +165,7 @@ pub struct PinRequest {
     pub pinned: bool,
 }
 
-/// Ask to export.
+/// A request to export.
 #[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct ExportRequest {
@@ -175,7 +175,7 @@ pub struct ExportRequest {
     pub out: String,
 }
 
-/// Ask to import.
+/// A request to import.
 #[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct ImportRequest {

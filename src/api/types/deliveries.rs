@@ -1,4 +1,4 @@
-//! Deliveries: what is asked for as one, what that would cost, and how it stands.
+//! Deliveries: requests, costs and states.
 
 use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
@@ -13,16 +13,16 @@ use base::text;
 pub struct Delivery {
     /// Its id: `[A-Za-z0-9._-]`.
     pub id: String,
-    /// Where the whole is: what the parts that are furthest behind do, `failed` once all ended and
-    /// one failed.
+    /// The state of the whole: that of the part that is furthest behind; `failed` when all ended
+    /// and one failed.
     pub state: State,
-    /// Why it stands, if a part does.
+    /// The reason, if a part is stalled.
     #[schema(value_type = Option<String>)]
     pub reason: Option<Reason>,
-    /// The same in words.
+    /// A description of the reason.
     #[serde(default, deserialize_with = "text::optional::<_, MESSAGE_BYTES_MAX>")]
     pub message: Option<String>,
-    /// What to do next about it.
+    /// The next step for the user.
     #[serde(default, deserialize_with = "text::optional::<_, NEXT_BYTES_MAX>")]
     pub next: Option<String>,
     /// Bytes of all parts together.
@@ -33,25 +33,24 @@ pub struct Delivery {
     pub artifacts: Vec<String>,
     /// The sites, each once.
     pub sites: Vec<String>,
-    /// The training run that asked for it, if one did.
+    /// The training run that requested it, if any.
     pub run: Option<String>,
-    /// When it was asked for.
+    /// The time of the request.
     pub created_at: String,
-    /// When its last part ended.
+    /// The time of the end of its last part.
     pub finished_at: Option<String>,
-    /// What there is to know beside that: at a site, that these are only the parts that go there,
-    /// and why.
+    /// A note: at a site, that these are only the parts for this site, and why.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub note: Option<String>,
-    /// How many parts there are, where not all have room in `parts`: `/v1/transfers` with the
-    /// delivery's id lists them.
+    /// The number of parts, if `parts` does not list all: `/v1/transfers` with the delivery's id
+    /// lists them.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub parts_total: Option<u64>,
-    /// Its transfers, those that stood already when it was asked for with them.
+    /// Its transfers, including those that existed at the time of the request.
     pub parts: Vec<Transfer>,
 }
 
-/// Which delivery.
+/// The selection of a delivery.
 #[derive(Debug, Clone, Serialize, Deserialize, IntoParams)]
 #[into_params(parameter_in = Query)]
 pub struct DeliveryQuery {
@@ -61,7 +60,7 @@ pub struct DeliveryQuery {
     pub wait: Option<u64>,
 }
 
-/// Ask to deliver.
+/// A request to deliver.
 #[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct DeliverRequest {
@@ -71,62 +70,61 @@ pub struct DeliverRequest {
     pub to: String,
 }
 
-/// Delivered, or on the way.
+/// The result of a deliver request.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Delivered {
-    /// The references, as asked.
+    /// The requested references.
     pub artifact: String,
-    /// The digest (of the first, where several were asked).
+    /// The digest (of the first artifact).
     pub digest: String,
     /// The delivery's id.
     pub delivery: String,
     /// Ids of its transfers.
     pub transfers: Vec<String>,
-    /// The sites that the selection means too and that get nothing (told at the hub only).
+    /// Selected sites that receive nothing (only reported at the hub).
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub left_out: Vec<LeftOut>,
-    /// What was found at sites that had it already: what is delivered again and why, and what is
-    /// held but not active.
+    /// Findings at sites that already held it: what is delivered again and why, and versions that
+    /// are held but not active.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub notes: Vec<String>,
 }
 
-/// A site that does not get an artifact, because `[share] allow` leaves it out.
+/// A site that is excluded from an artifact by `[share] allow`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct LeftOut {
     /// `kind/name:version`.
     pub artifact: String,
     /// The site.
     pub site: String,
-    /// Whose list it is: `hub`, or `origin` for the site where the artifact was published.
+    /// The owner of the list: `hub`, or `origin` for the site that published the artifact.
     pub by: String,
-    /// The same in words.
+    /// A description of the reason.
     pub why: String,
 }
 
-/// What a delivery would cost, for one artifact and site.
+/// The cost of a delivery, for one artifact and site.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct PlanRow {
     /// `kind/name:version`.
     pub artifact: String,
     /// The site.
     pub site: String,
-    /// Whether the site answered; if not the numbers assume that it has nothing.
+    /// Whether the site answered; otherwise the numbers assume that it has nothing.
     pub asked: bool,
     /// Bytes of the artifact.
     pub total: u64,
-    /// Bytes that would cross the line.
+    /// Bytes that would be transferred.
     pub missing: u64,
-    /// Bytes that would be written at the site: what crosses the line, and what lies there and
-    /// cannot be shared.
+    /// Bytes that would be written at the site: transferred bytes, and local content that cannot be
+    /// shared.
     #[serde(default)]
     pub needs: u64,
-    /// Room at the site, bytes.
+    /// Free room at the site, bytes.
     pub free: Option<u64>,
-    /// Seconds at the line's present or last rate.
+    /// Estimated seconds at the connection's current or last rate.
     pub seconds: Option<u64>,
-    /// In the first row of an artifact: the sites that the selection means too and that would get
-    /// nothing of it.
+    /// In the first row of an artifact: selected sites that would receive nothing of it.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub left_out: Vec<LeftOut>,
 }

@@ -1,7 +1,7 @@
-//! What crosses the API: requests, answers, and the documented fields of `status`.
+//! The data of the API: requests, answers, and the documented fields of `status`.
 //!
-//! Each subject has a file; here is what belongs to none: jobs, events, how many. Times are RFC
-//! 3339 in UTC. Sizes are bytes. A field is never renamed or removed once released.
+//! Each subject has a file; this one has the common types: jobs, events, limits. Times are RFC 3339
+//! in UTC. Sizes are bytes. A released field is never renamed or removed.
 
 mod artifacts;
 mod deliveries;
@@ -25,31 +25,31 @@ pub use transfers::{ActionRequest, Transfer};
 
 use base::fault::Fault;
 
-/// Work that was accepted (202) and goes on: ask `GET /v1/jobs?id=…&wait=…`.
+/// Accepted work (202) that continues: query `GET /v1/jobs?id=…&wait=…`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Job {
     /// Its id.
     pub id: String,
     /// `running`, `done`, `failed` or `cancelled`.
     pub state: String,
-    /// Bytes worked through so far.
+    /// Processed bytes.
     pub bytes: u64,
-    /// Bytes in all, where known.
+    /// Total bytes, if known.
     pub total: Option<u64>,
-    /// What it does now, in words.
+    /// A description of its current step.
     pub doing: String,
-    /// What whoever asked should know beside the answer.
+    /// Notes for the user.
     #[serde(default)]
     pub notes: Vec<String>,
-    /// The answer, once done.
+    /// The result, when done.
     #[schema(value_type = Option<Object>)]
     pub result: Option<serde_json::Value>,
-    /// The error, once failed or cancelled.
+    /// The error, when failed or cancelled.
     #[schema(value_type = Option<Object>)]
     pub error: Option<Fault>,
 }
 
-/// Which job.
+/// The selection of a job.
 #[derive(Debug, Clone, Serialize, Deserialize, IntoParams)]
 #[into_params(parameter_in = Query)]
 pub struct JobQuery {
@@ -59,28 +59,28 @@ pub struct JobQuery {
     pub wait: Option<u64>,
 }
 
-/// One event, as the stream and `--watch` carry it.
+/// One event of the stream and of `--watch`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Event {
-    /// Rises by one or more from event to event; the SSE `id`.
+    /// Increases from event to event; the SSE `id`.
     pub seq: u64,
-    /// When.
+    /// Its time.
     pub at: String,
     /// `transfer`, `artifact` or `site`.
     pub what: String,
-    /// The thing after the change (a [`Transfer`], [`Artifact`] or [`Site`]).
+    /// The object after the change (a [`Transfer`], [`Artifact`] or [`Site`]).
     #[schema(value_type = Object)]
     pub body: serde_json::Value,
 }
 
-/// Which events.
+/// The selection of events.
 #[derive(Debug, Clone, Default, Serialize, Deserialize, IntoParams)]
 #[serde(default)]
 #[into_params(parameter_in = Query)]
 pub struct EventQuery {
-    /// Only those after this one; all that are kept when absent. `Last-Event-ID` goes before it.
+    /// Only events after this one; all stored events when absent. `Last-Event-ID` has precedence.
     pub since: Option<u64>,
-    /// JSON only: wait up to this many seconds for one.
+    /// JSON only: wait up to this many seconds for an event.
     pub wait: Option<u64>,
     /// JSON only: at most this many (1,000 when absent).
     pub limit: Option<u32>,
@@ -88,7 +88,7 @@ pub struct EventQuery {
     pub format: Option<String>,
 }
 
-/// How many.
+/// A limit.
 #[derive(Debug, Clone, Default, Serialize, Deserialize, IntoParams)]
 #[serde(default)]
 #[into_params(parameter_in = Query)]

@@ -1,4 +1,4 @@
-//! Training runs: how each stands, what is asked of one, and what a model was made of.
+//! Training runs: states, requests and lineage.
 
 use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
@@ -8,26 +8,26 @@ use base::names::{RunName, SiteName};
 use base::text;
 use model::run::{RunInput, RunState};
 
-/// How a trainer did.
+/// The state of a trainer.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct RunTrainer {
-    /// How far the run is at its site: `waiting`, `training`, `trained`, `publishing`, `published`,
-    /// `failed`.
+    /// The phase of the run at its site: `waiting`, `training`, `trained`, `publishing`,
+    /// `published`, `failed`.
     pub phase: String,
-    /// How often it was started.
+    /// The number of starts.
     pub starts: u32,
-    /// When it was started last.
+    /// The time of the last start.
     pub started_at: Option<String>,
-    /// When it ended.
+    /// The time of its end.
     pub ended_at: Option<String>,
     /// Its exit code.
     pub exit_code: Option<i32>,
     /// The signal that ended it.
     pub signal: Option<i32>,
-    /// What happened, in words.
+    /// A description of its end.
     #[serde(default, deserialize_with = "text::optional::<_, MESSAGE_BYTES_MAX>")]
     pub message: Option<String>,
-    /// The end of what it said.
+    /// The last part of its output.
     #[serde(
         default,
         deserialize_with = "text::optional::<_, { 3 * TRAINER_TAIL_BYTES }>"
@@ -35,49 +35,49 @@ pub struct RunTrainer {
     pub tail: Option<String>,
 }
 
-/// A training run: `from` borrows `on`.
+/// A training run: `from` borrows the trainer of `on`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Run {
     /// Its name.
     #[schema(value_type = String)]
     pub name: RunName,
-    /// Who borrows, and gets the model.
+    /// The site that borrows the trainer and receives the model.
     #[schema(value_type = String)]
     pub from: SiteName,
-    /// Who trains.
+    /// The site that trains.
     #[schema(value_type = String)]
     pub on: SiteName,
-    /// Where it is.
+    /// Its state.
     pub state: RunState,
-    /// Why it stands, or why it ended badly.
+    /// Why it is stalled, or why it failed.
     #[serde(default, deserialize_with = "text::optional::<_, MESSAGE_BYTES_MAX>")]
     pub message: Option<String>,
-    /// What to do next about it.
+    /// The next step for the user.
     #[serde(default, deserialize_with = "text::optional::<_, NEXT_BYTES_MAX>")]
     pub next: Option<String>,
-    /// What it trains with.
+    /// Its inputs.
     pub inputs: Vec<RunInput>,
-    /// The model that it is to make: `model/NAME` or `model/NAME:VERSION`.
+    /// The expected model: `model/NAME` or `model/NAME:VERSION`.
     pub expect: String,
-    /// The model that it made: reference and digest.
+    /// Its model: reference and digest.
     pub model: Option<RunModel>,
-    /// The delivery that brings the inputs.
+    /// The delivery of the inputs.
     pub delivery: String,
-    /// The transfer that brings the model home.
+    /// The transfer of the model to the requesting site.
     pub home: Option<String>,
-    /// The trainer, once its site has spoken of it.
+    /// The trainer, when its site has reported it.
     pub trainer: Option<RunTrainer>,
-    /// Whether the site that trains has removed all that it borrowed.
+    /// Whether the training site has removed everything that it borrowed.
     pub released: bool,
-    /// When it was asked for.
+    /// The time of the request.
     pub created_at: String,
-    /// When it must have made its model.
+    /// The deadline for its model.
     pub deadline_at: String,
-    /// When it ended.
+    /// The time of its end.
     pub finished_at: Option<String>,
 }
 
-/// A model that a run made.
+/// A model of a run.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct RunModel {
     /// `model/name:version`.
@@ -86,7 +86,7 @@ pub struct RunModel {
     pub digest: String,
 }
 
-/// Which run.
+/// The selection of a run.
 #[derive(Debug, Clone, Serialize, Deserialize, IntoParams)]
 #[into_params(parameter_in = Query)]
 pub struct RunQuery {
@@ -96,18 +96,18 @@ pub struct RunQuery {
     pub wait: Option<u64>,
 }
 
-/// What a model was made of.
+/// The lineage of a model.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct ModelLineage {
-    /// The run that made it.
+    /// The run that created it.
     #[schema(value_type = String)]
     pub run: RunName,
-    /// For whom.
+    /// The site that received it.
     #[schema(value_type = String)]
     pub from: SiteName,
-    /// Where.
+    /// The site that trained.
     #[schema(value_type = String)]
     pub on: SiteName,
-    /// Of what: data, labels, code and image, by digest.
+    /// The inputs: data, labels, code and image, by digest.
     pub inputs: Vec<RunInput>,
 }

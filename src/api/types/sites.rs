@@ -1,4 +1,4 @@
-//! Sites, and the tokens with which they and publishers join.
+//! Sites, and the join tokens of sites and publishers.
 
 use std::collections::BTreeMap;
 
@@ -23,34 +23,32 @@ pub struct Site {
     pub rtt_ms: Option<f64>,
     /// When it joined.
     pub joined_at: String,
-    /// When it was last heard of.
+    /// The time of its last message.
     pub last_seen: Option<String>,
     /// The program version it runs.
     pub version: Option<String>,
-    /// Transfers not yet ended.
+    /// Transfers that have not ended.
     pub open_transfers: u64,
 }
 
-/// A join token, made for one site or one publisher.
+/// A request for a join token for one site or one publisher.
 #[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct TokenRequest {
     /// The site it is for.
     #[serde(default)]
     pub site: Option<String>,
-    /// The publisher it is for: whoever publishes at the hub from another machine, and may do
-    /// nothing else.
+    /// The publisher: may publish at the hub from another machine, and nothing else.
     #[serde(default)]
     pub publisher: Option<String>,
     /// The labels that the site will have.
     #[serde(default)]
     pub labels: BTreeMap<String, String>,
-    /// How long it is good, seconds.
+    /// How long it is valid, seconds.
     pub ttl_seconds: u64,
 }
 
-/// A join token, to be given to `packhorse join` at the site, or to `packhorse publish --hub`. It
-/// works once.
+/// A join token, for `packhorse join` at the site, or for `packhorse publish --hub`. It works once.
 #[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
 pub struct TokenReply {
     /// The token.

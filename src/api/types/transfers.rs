@@ -1,4 +1,4 @@
-//! Transfers: where each is, and what is asked of one.
+//! Transfers: states and requests.
 
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
@@ -15,68 +15,68 @@ use model::transfer::{Action, Bytes, State};
 pub struct Transfer {
     /// Its id: `[A-Za-z0-9._-]`.
     pub id: String,
-    /// The delivery it is part of.
+    /// Its delivery.
     pub delivery: String,
     /// `kind/name:version`.
     #[schema(value_type = String)]
     pub artifact: ArtifactRef,
     /// The artifact's digest, hex.
     pub digest: String,
-    /// Where it goes.
+    /// Its destination.
     #[schema(value_type = String)]
     pub site: SiteName,
-    /// Where it is.
+    /// Its state.
     pub state: State,
-    /// Why it is there, if not by itself.
+    /// The reason of a wait or failure.
     #[schema(value_type = Option<String>)]
     pub reason: Option<Reason>,
-    /// The last error or the wait, in words.
+    /// A description of the last error or wait.
     #[serde(default, deserialize_with = "text::optional::<_, MESSAGE_BYTES_MAX>")]
     pub message: Option<String>,
-    /// What to do next about it.
+    /// The next step for the user.
     #[serde(default, deserialize_with = "text::optional::<_, NEXT_BYTES_MAX>")]
     pub next: Option<String>,
-    /// The transfer to the same site that must be done first, while it waits for that.
+    /// The transfer to the same site that must be done first, if this one waits for it.
     #[serde(default)]
     pub waits_for: Option<String>,
     /// Bytes.
     pub bytes: Bytes,
-    /// Raw bytes a second over the last seconds; 0 when it stands.
+    /// Raw bytes per second over the last seconds; 0 when it is stalled.
     pub rate: u64,
-    /// Seconds to go at this rate.
+    /// Estimated seconds to the end at this rate.
     pub eta_seconds: Option<u64>,
-    /// How often it was begun.
+    /// The number of attempts.
     pub attempts: u32,
-    /// Where it landed, once done.
+    /// The location of the artifact, when done.
     #[serde(default, deserialize_with = "text::optional::<_, LOCATION_BYTES_MAX>")]
     pub location: Option<String>,
-    /// What there is to know about it although it is done: a registry that holds the image and does
-    /// not give it out, say.
+    /// A note on a done transfer, for example that a registry holds the image but does not give it
+    /// out.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub note: Option<String>,
-    /// When it was asked for.
+    /// The time of the request.
     pub created_at: String,
-    /// When this last changed.
+    /// The time of the last change.
     pub updated_at: String,
-    /// When it ended.
+    /// The time of its end.
     pub finished_at: Option<String>,
-    /// The signed receipt, once done.
+    /// The signed receipt, when done.
     #[schema(value_type = Option<Object>)]
     #[serde(default, deserialize_with = "Receipt::lenient")]
     pub receipt: Option<Receipt>,
-    /// When what it brought was taken away again, because a run had only borrowed it.
+    /// The time when its artifact was removed again, because a run had only borrowed it.
     #[serde(default)]
     pub removed_at: Option<String>,
-    /// The event at which this last changed: give the largest one seen to `--since`.
+    /// The number of the event of the last change: pass the largest one to `--since`.
     pub cursor: u64,
 }
 
-/// Ask for `pause`, `resume`, `cancel` or `retry`.
+/// A request for `pause`, `resume`, `cancel` or `retry`.
 #[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct ActionRequest {
     /// A transfer, or a delivery: then all of its transfers.
     pub id: String,
-    /// What to do.
+    /// The action.
     pub action: Action,
 }
