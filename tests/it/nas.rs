@@ -556,7 +556,11 @@ fn what_cannot_be_removed_keeps_no_daemon_from_starting() {
     lab.site.start();
     let id = lab.deliver(&lab.source("one", 3, 1000), "dataset/x:v1");
     lab.hub.wait_done(&id, secs(30));
-    assert!(lab.site.log().contains("unused staged content could not be removed"));
+    assert!(
+        lab.site
+            .log()
+            .contains("unused staged content could not be removed")
+    );
     lab.nas.heal();
     // It is tried again when a transfer is cancelled, and each minute.
     lab.nas.set(|faults| faults.hangs = true);
