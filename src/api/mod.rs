@@ -33,7 +33,7 @@ pub(crate) use proof::{Proof, ProofQuery};
 pub use run_token::RunToken;
 pub use starting::serve_starting;
 pub use token::ApiToken;
-pub use views::View;
+pub use views::{View, malformed_lines};
 
 use std::future::Future;
 use std::sync::Arc;

@@ -2,9 +2,20 @@
 
 use base::clock::rfc3339_ms;
 use content::manifest::KindInfo;
-use state::{ArtifactRow, EventRow, SiteRow, TransferRow};
+use state::{ArtifactRow, Catalogue, EventRow, MalformedRow, SiteRow, TransferRow};
 
 use super::types::{Artifact, Event, Site, State, Transfer};
+
+/// What `doctor` says of the rows that could not be read since the daemon started.
+pub fn malformed_lines(catalogue: &Catalogue) -> Vec<String> {
+    let rows = catalogue.malformed_rows();
+    let line = |row: &MalformedRow| {
+        format!(
+            "fault catalogue: {row}; it is skipped; restore the data directory from a backup, or remove the row, then restart the daemon"
+        )
+    };
+    rows.iter().map(line).collect()
+}
 
 /// A row that the API shows.
 pub trait View {

@@ -16,7 +16,7 @@ use crate::api::types::*;
 use crate::api::{Backend, View};
 use crate::delivery::Whole;
 use base::blocking::blocking;
-use base::fault::{Fault, Reason};
+use base::fault::{Code, Fault, Reason};
 use base::limits::{API_PAGE_BYTES, DELIVERY_ARTIFACTS_MAX, DELIVERY_PARTS_MAX, PLAN_ROWS_MAX};
 use base::names::{ArtifactRef, DeliveryId, SiteName, SiteSelector, TransferId, check_label};
 use base::text::Message;
@@ -472,7 +472,16 @@ impl Backend for Hub {
             .deliveries(behind, room.rows_asked(), false)
             .await?
         {
-            if !pager.put(self.whole(&row, room.bytes).await?, &*row.id) {
+            let shown = match self.whole(&row, room.bytes).await {
+                // One of its transfers cannot be read: it is left out, so the others can be listed.
+                Err(fault) if fault.code == Code::Internal => {
+                    tracing::error!(delivery = %row.id, error = %fault, "a delivery cannot be read");
+                    pager.skip(&*row.id);
+                    continue;
+                }
+                shown => shown?,
+            };
+            if !pager.put(shown, &*row.id) {
                 break;
             }
         }
@@ -698,6 +707,7 @@ impl Backend for Hub {
         out.extend(self.share_fault(&joined));
         out.extend(self.site_list_faults(&joined).await?);
         out.extend(self.changed_lines().await?);
+        out.extend(crate::api::malformed_lines(&self.inner.catalogue));
         out.extend(self.manifest_lines().await?);
         Ok(out)
     }

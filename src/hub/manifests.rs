@@ -99,6 +99,13 @@ impl AllArtifacts {
             Err(fault) => Err(fault),
         }
     }
+
+    /// The root manifest of this digest; `None`: no artifact has it any more, or none whose row can
+    /// be read. Blocks.
+    pub(super) fn root(&self, digest: Digest) -> Result<Option<Root>, Fault> {
+        let row = self.runtime.block_on(self.catalogue.by_digest(digest))?;
+        Ok(row.map(|row| row.root))
+    }
 }
 
 /// What is wrong with an artifact's manifest. Only a store that cannot be read at all is an error.

@@ -34,8 +34,8 @@ impl Hub {
     pub(super) async fn keep_prefetching(&self) {
         let mut running: HashMap<Digest, (CancellationToken, tokio::task::JoinHandle<()>)> =
             HashMap::new();
+        let mut watch = self.inner.catalogue.watch_all();
         loop {
-            let changed = self.inner.catalogue.changed();
             running.retain(|_, (_, task)| !task.is_finished());
             match self.wanted_ahead().await {
                 Ok(wanted) => {
@@ -62,7 +62,7 @@ impl Hub {
             }
             // It ends after a while too: what failed gets its next try however quiet the catalogue
             // is.
-            changed.await;
+            watch.changed().await;
         }
     }
 

@@ -10,7 +10,7 @@ use async_trait::async_trait;
 use futures::{StreamExt, stream};
 use parking_lot::Mutex;
 
-use super::manifests::{Live, fault_of, mark};
+use super::manifests::{AllArtifacts, Live, fault_of, mark};
 use super::{Hub, Links, short};
 use base::blocking::blocking;
 use base::buffers::Buffers;
@@ -214,6 +214,7 @@ impl Hub {
             self.inner.store.clone(),
             self.inner.checked_manifests.clone(),
         );
+        let all = AllArtifacts::of(catalogue);
         let freed = self
             .inner
             .relay
@@ -229,9 +230,10 @@ impl Hub {
                 }
                 let live = blocking(move || {
                     let (mut live, mut seen) = (Live::new(), HashSet::new());
-                    for RelayedArtifact { artifact, digest, root, .. } in stay {
-                        // PushedManifest once. What cannot be read of it is not held, and is
-                        // fetched again when it is asked for.
+                    for RelayedArtifact { artifact, digest, .. } in stay {
+                        // What cannot be read is not kept, and is fetched again when it is asked
+                        // for. Each is reported once.
+                        let Some(root) = all.root(digest)? else { continue };
                         let is_new = !checked.lock().contains_key(&digest);
                         if is_new {
                             let fault = fault_of(&artifact, &root, &pages)?;

@@ -33,7 +33,7 @@ use model::protocol::{
     AskHub, AskSite, CONTROL, Desired, FETCH, FromHub, FromSite, QUESTION, Report,
 };
 use model::run::{DesiredRun, RunReport};
-use state::{ArtifactRow, TransferRow, no_delivery};
+use state::{ArtifactRow, Subject, TransferRow, no_delivery};
 use transport::identity::{Holder, verify_signature};
 use transport::{Link, RecvHalf, SendHalf};
 
@@ -285,9 +285,8 @@ impl Hub {
             let mut revision = 0;
             let mut push = ManifestPush::begin();
             let mut tried = Instant::now();
+            let mut work = self.inner.catalogue.watch(Subject::Site(site.clone()));
             loop {
-                let changed = self.inner.catalogue.changed();
-                tokio::pin!(changed);
                 if tried.elapsed() >= STATE_RETRY_EVERY {
                     tried = Instant::now();
                     if self.store_again(site, &unstored).await {
@@ -315,7 +314,7 @@ impl Hub {
                     .await?;
                     last = Some(now);
                 }
-                changed.await;
+                work.changed().await;
             }
             #[expect(unreachable_code, reason = "says the type of an endless loop's error")]
             Ok::<(), Fault>(())

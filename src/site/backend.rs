@@ -314,7 +314,16 @@ impl Backend for Site {
             .deliveries(behind, room.rows_asked(), true)
             .await?
         {
-            if !pager.put(self.own_delivery(&row, room.bytes).await?, &*row.id) {
+            let shown = match self.own_delivery(&row, room.bytes).await {
+                // One of its transfers cannot be read: it is left out, so the others can be listed.
+                Err(fault) if fault.code == Code::Internal => {
+                    tracing::error!(delivery = %row.id, error = %fault, "a delivery cannot be read");
+                    pager.skip(&*row.id);
+                    continue;
+                }
+                shown => shown?,
+            };
+            if !pager.put(shown, &*row.id) {
                 break;
             }
         }
@@ -569,6 +578,7 @@ impl Backend for Site {
                 .map(|loss| loss.report(&inner.config.data_dir)),
         );
         out.extend(self.changed_lines().await?);
+        out.extend(crate::api::malformed_lines(&inner.catalogue));
         Ok(out)
     }
 

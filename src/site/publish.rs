@@ -22,7 +22,7 @@ use exchange::in_place::InPlace;
 use model::protocol::AskHub;
 use model::run;
 use sink::StorageLocation;
-use state::{ArtifactRow, Offer};
+use state::{ArtifactRow, Offer, Subject};
 
 /// The pause before the hub is told again of what it did not take.
 const OFFER_AGAIN: Duration = Duration::from_secs(5);
@@ -195,13 +195,13 @@ impl Site {
     /// Tells the hub, while there is a line, of everything that it has not heard of. Ends with the
     /// line only.
     pub(super) async fn keep_offering(&self) -> Result<(), Fault> {
+        let mut watch = self.inner.catalogue.watch(Subject::Artifacts);
         loop {
-            let changed = self.inner.catalogue.changed();
             let mut all_heard = true;
-            for listed in self.inner.catalogue.offers().await? {
+            for (artifact, _) in self.inner.catalogue.offers().await? {
                 let _turn = self.inner.offering.lock().await;
                 // While this waited for its turn a publish may have told the hub.
-                let Ok(row) = self.inner.catalogue.artifact(&listed.artifact).await else {
+                let Ok(row) = self.inner.catalogue.artifact(&artifact).await else {
                     continue;
                 };
                 let Some(new) = row.offer.as_ref().map(|offer| offer.new) else {
@@ -225,7 +225,7 @@ impl Site {
                 }
             }
             if all_heard {
-                changed.await;
+                watch.changed().await;
             } else {
                 tokio::time::sleep(OFFER_AGAIN).await;
             }

@@ -327,13 +327,9 @@ impl Site {
         // After the process: what a trainer that has ended published, it published before.
         let name = Some(run.spec.name.as_str());
         let offers = catalogue.offers().await?;
-        let offering = offers.iter().any(|row| {
-            row.offer
-                .as_ref()
-                .and_then(|offer| offer.run.as_ref())
-                .map(RunName::as_str)
-                == name
-        });
+        let offering = offers
+            .iter()
+            .any(|(_, offer)| offer.run.as_ref().map(RunName::as_str) == name);
         let kept = match resolved {
             Some(folder) if process == Process::Absent => catalogue
                 .published_in(&folder)

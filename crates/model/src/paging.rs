@@ -65,6 +65,8 @@ pub struct Pager<T> {
     rows_max: usize,
     budget: Budget,
     last: Option<String>,
+    /// Rows that were offered, those included that had no room or were skipped.
+    read: usize,
     is_cut: bool,
 }
 
@@ -77,6 +79,7 @@ impl<T: Serialize> Pager<T> {
             rows_max,
             budget: Budget::new(room.bytes),
             last: None,
+            read: 0,
             is_cut: false,
         }
     }
@@ -84,6 +87,7 @@ impl<T: Serialize> Pager<T> {
     /// Adds a row, and the key of the row after it. `false`: the row does not fit, and the page
     /// ends before it.
     pub fn put(&mut self, row: T, key: impl Into<String>) -> bool {
+        self.read += 1;
         self.is_cut = self.rows.len() >= self.rows_max || !self.budget.takes(&row);
         if !self.is_cut {
             self.rows.push(row);
@@ -92,11 +96,24 @@ impl<T: Serialize> Pager<T> {
         !self.is_cut
     }
 
-    /// The page.
+    /// Passes over a row that cannot be shown. The list continues behind its key, if it has one.
+    /// Always `true`: a skipped row takes no room.
+    pub fn skip(&mut self, key: impl Into<String>) -> bool {
+        self.read += 1;
+        let key = key.into();
+        if !key.is_empty() {
+            self.last = Some(key);
+        }
+        true
+    }
+
+    /// The page. It is followed by another if a row had no room, or if as many rows were read as
+    /// [`Room::rows_asked`] says and some of them were skipped.
     pub fn page(self) -> Page<T> {
+        let is_cut = self.is_cut || self.read > self.rows_max;
         Page {
             rows: self.rows,
-            next: self.last.filter(|_| self.is_cut),
+            next: self.last.filter(|_| is_cut),
         }
     }
 }
@@ -189,6 +206,23 @@ mod tests {
         });
         assert_eq!(["a", "b"].map(|row| pager.put(row, row)), [true, true]);
         assert_eq!(pager.page().next, None, "nothing follows what is whole");
+        let mut pager = Pager::new(Room {
+            rows: 2,
+            bytes: 100,
+        });
+        assert!(pager.put("a", "a") && pager.skip("b") && pager.skip(""));
+        let page = pager.page();
+        assert_eq!(
+            (page.rows, page.next.as_deref()),
+            (vec!["a"], Some("b")),
+            "as many rows were read as were asked for"
+        );
+        let mut pager = Pager::new(Room {
+            rows: 3,
+            bytes: 100,
+        });
+        assert!(pager.put("a", "a") && pager.skip("b"));
+        assert_eq!(pager.page().next, None, "nothing follows a skipped row");
         let mut budget = Budget::new(8);
         assert_eq!(
             ["0123456789", ""].map(|row| budget.takes(&row)),

@@ -3,10 +3,10 @@
 
 use std::collections::HashMap;
 use std::hash::Hash;
+use std::path::Path;
 
-use super::{Catalogue, fault, note};
+use async_trait::async_trait;
 use base::fault::Fault;
-use base::limits::CHANGED_TOLD_MAX;
 use base::names::{ArtifactRef, SiteName};
 use base::text::Message;
 
@@ -58,136 +58,39 @@ pub fn what_changed<P: Eq + Hash>(
     changed.collect()
 }
 
-impl Catalogue {
+/// What was published in place, here or at a site, and how it changed since.
+#[async_trait]
+pub trait InPlace: Send + Sync {
     /// The names of what was published here, in place.
-    pub async fn published(&self) -> Result<Vec<ArtifactRef>, Fault> {
-        let rows: Vec<(String,)> = sqlx::query_as(
-            "SELECT reference FROM artifact WHERE published_ms IS NOT NULL ORDER BY reference",
-        )
-        .fetch_all(&self.read)
-        .await
-        .map_err(fault)?;
-        rows.into_iter().map(|(name,)| Ok(name.parse()?)).collect()
-    }
+    async fn published(&self) -> Result<Vec<ArtifactRef>, Fault>;
 
-    /// What was published at sites, at the hub; in place, as far as it knows.
-    pub async fn published_at_sites(&self) -> Result<Vec<PublishedInPlace<SiteName>>, Fault> {
-        let rows: Vec<(String, i64, String, Option<String>)> =
-            sqlx::query_as("SELECT origin, created_ms, reference, changed FROM artifact WHERE origin IS NOT NULL ORDER BY reference")
-                .fetch_all(&self.read)
-                .await
-                .map_err(fault)?;
-        rows.into_iter()
-            .map(|(site, at_ms, name, changed)| Ok((site.parse()?, at_ms, name.parse()?, changed)))
-            .collect()
-    }
+    /// What was published at sites, as far as this hub knows.
+    async fn published_at_sites(&self) -> Result<Vec<PublishedInPlace<SiteName>>, Fault>;
 
     /// What was published here, in place; the place as it is stored.
-    pub async fn published_here(&self) -> Result<Vec<PublishedInPlace<Option<String>>>, Fault> {
-        let rows: Vec<(Option<String>, i64, String, Option<String>)> = sqlx::query_as(
-            "SELECT place, published_ms, reference, changed FROM artifact WHERE published_ms IS NOT NULL ORDER BY reference",
-        )
-        .fetch_all(&self.read)
-        .await
-        .map_err(fault)?;
-        rows.into_iter()
-            .map(|(place, at_ms, name, changed)| Ok((place, at_ms, name.parse()?, changed)))
-            .collect()
-    }
+    async fn published_here(&self) -> Result<Vec<PublishedInPlace<Option<String>>>, Fault>;
 
-    /// Notes how an artifact of this daemon changed since it was published, or with `None` that it
-    /// is what it was. `false`: that was known.
-    pub async fn set_changed(
+    /// An artifact that was published here and is read in this folder, or below it. The folder is
+    /// resolved, as places are.
+    async fn published_in(&self, folder: &Path) -> Result<Option<ArtifactRef>, Fault>;
+
+    /// Records how an artifact of this daemon changed since it was published; `None`: it is as it
+    /// was. Returns whether that is new.
+    async fn set_changed(
         &self,
         artifact: &ArtifactRef,
         changed: Option<&str>,
-    ) -> Result<bool, Fault> {
-        let mut tx = self
-            .write
-            .begin_with("BEGIN IMMEDIATE")
-            .await
-            .map_err(fault)?;
-        let new = put(&mut tx, None, &artifact.to_string(), changed).await?;
-        tx.commit().await.map_err(fault)?;
-        if new {
-            self.notify();
-        }
-        Ok(new)
-    }
+    ) -> Result<bool, Fault>;
 
-    /// What the hub has to know of what changed here: everything that it has heard of, and how it
+    /// What the hub has to know of the changes here: what it knows the artifact of, and how that
     /// changed.
-    pub async fn changed_here(&self) -> Result<Vec<(ArtifactRef, Message)>, Fault> {
-        let rows: Vec<(String, String)> = sqlx::query_as(
-            "SELECT reference, changed FROM artifact
-             WHERE changed IS NOT NULL AND published_ms IS NOT NULL AND offer IS NULL ORDER BY reference LIMIT ?",
-        )
-        .bind(CHANGED_TOLD_MAX)
-        .fetch_all(&self.read)
-        .await
-        .map_err(fault)?;
-        rows.into_iter()
-            .map(|(name, changed)| Ok((name.parse()?, changed.into())))
-            .collect()
-    }
+    async fn changed_here(&self) -> Result<Vec<(ArtifactRef, Message)>, Fault>;
 
-    /// Notes what changed at a site, at the hub: these of what is published there, and nothing else
-    /// of it. `false`: that was known.
-    pub async fn set_changed_at(
+    /// Records what changed at a site, at the hub: `all` of what is published there, and nothing
+    /// else of it. Returns whether anything of it is new.
+    async fn set_changed_at(
         &self,
         site: &SiteName,
         all: &[(ArtifactRef, Message)],
-    ) -> Result<bool, Fault> {
-        // A site may say anything: no more is taken in than one that is sound would say.
-        let all = all.iter().take(CHANGED_TOLD_MAX as usize);
-        let all: HashMap<String, String> = all
-            .map(|(artifact, how)| (artifact.to_string(), how.to_string()))
-            .collect();
-        let mut tx = self
-            .write
-            .begin_with("BEGIN IMMEDIATE")
-            .await
-            .map_err(fault)?;
-        let before: Vec<(String,)> = sqlx::query_as(
-            "SELECT reference FROM artifact WHERE changed IS NOT NULL AND origin = ?",
-        )
-        .bind(site.as_str())
-        .fetch_all(&mut *tx)
-        .await
-        .map_err(fault)?;
-        let mut new = false;
-        for (name,) in before.iter().filter(|(name,)| !all.contains_key(name)) {
-            new |= put(&mut tx, Some(site), name, None).await?;
-        }
-        for (name, changed) in &all {
-            new |= put(&mut tx, Some(site), name, Some(changed)).await?;
-        }
-        tx.commit().await.map_err(fault)?;
-        if new {
-            self.notify();
-        }
-        Ok(new)
-    }
-}
-
-/// Writes how an artifact changed, if its bytes are those of `origin` (`None`: this daemon's own)
-/// and it was not known.
-async fn put(
-    connection: &mut sqlx::SqliteConnection,
-    origin: Option<&SiteName>,
-    name: &str,
-    changed: Option<&str>,
-) -> Result<bool, Fault> {
-    let done = sqlx::query("UPDATE artifact SET changed = ?1 WHERE reference = ?2 AND origin IS ?3 AND changed IS NOT ?1")
-        .bind(changed)
-        .bind(name)
-        .bind(origin.map(|site| site.as_str()))
-        .execute(&mut *connection)
-        .await
-        .map_err(fault)?;
-    let new = done.rows_affected() > 0;
-    if new {
-        note(connection, "artifact", name).await?;
-    }
-    Ok(new)
+    ) -> Result<bool, Fault>;
 }

@@ -1,298 +1,135 @@
-//! The catalogue: what exists, who is there, and what is on its way. SQLite by sqlx, one file
-//! `<data_dir>/catalogue.db`.
+//! The catalogue: what exists, which sites there are, and what is on its way.
 //!
-//! Every write is one transaction that is durable when its call returns; [`Catalogue::changed`]
-//! wakes whoever waits for news. The catalogue returns rows; the API makes views of them. Hub and
-//! site have the same tables: at a site the transfers are its own, as the hub asked for them.
+//! The daemons (`hub`, `site`) and `exchange` call it. Every write is one transaction, durable when
+//! its call returns, so that a crash loses nothing that a caller was told. It returns rows; the API
+//! makes views of them. Hub and site have the same tables: at a site the transfers are its own, as
+//! the hub asked for them.
+//!
+//! [`Catalogue`] has what is common to all databases: wake-ups, the calls of the transfer state
+//! machine, pages, and the meaning of rows. [`Engine`] is the database below it, one trait for each
+//! subject; its methods are those of the catalogue too.
 
 mod artifacts;
 mod changed;
+#[cfg(test)]
+mod conformance;
 mod deliveries;
+mod engine;
+mod events;
 mod lists;
+mod malformed;
 mod relay;
 mod runs;
 mod sites;
+mod sqlite;
 mod transfers;
+mod wake;
 
-use std::path::{Path, PathBuf};
+use std::ops::Deref;
+use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
 
-use parking_lot::Mutex;
-use sqlx::Connection as _;
-use sqlx::sqlite::{
-    SqliteConnectOptions, SqliteJournalMode, SqlitePool, SqlitePoolOptions, SqliteSynchronous,
-};
-use tokio::sync::Notify;
-
-pub use artifacts::no_artifact;
-pub use artifacts::{ArtifactRow, Offer};
-pub use changed::{Changed, PublishedInPlace, what_changed};
-pub use deliveries::DeliveryRow;
-pub use deliveries::no_delivery;
-pub use lists::Counted;
-pub use relay::{Forbids, RelayedArtifact};
-pub use sites::SiteRow;
-pub use transfers::{Adopted, Body, Part, TransferRow, Want};
-pub use transfers::{new_delivery_id, new_id, new_run_id};
-
-use base::clock;
 use base::fault::Fault;
 use base::names::SiteSelector;
-use base::space::Space;
+use content::manifest::Digest;
 
-/// Whoever waits for news looks again after this long, whatever he was told.
-const LOOK_AGAIN: Duration = Duration::from_secs(5);
-/// A file up to this size is checked when it is opened: that reads all of it.
-const CHECKED_BYTES_MAX: u64 = 64 << 20;
+pub use artifacts::{ArtifactRow, Artifacts, Offer, no_artifact};
+pub use changed::{Changed, InPlace, PublishedInPlace, what_changed};
+pub use deliveries::{Deliveries, DeliveryRow, no_delivery};
+pub use engine::{Engine, Listed, See};
+pub use events::{EventRow, Events};
+pub use malformed::MalformedRow;
+pub use relay::{Forbids, Relay, RelayedArtifact, ShareTerms};
+pub use runs::{RunRow, Runs};
+pub use sites::{AllowLists, SiteRow, Sites};
+pub use transfers::{Adopted, Body, Counted, Part, TransferChanges, TransferRow, Transfers, Want};
+pub use transfers::{new_delivery_id, new_id, new_run_id};
+pub use wake::{Subject, Watch};
 
-/// The catalogue. Cheap to clone.
+use engine::Common;
+use malformed::malformed;
+use sqlite::Sqlite;
+
+/// The catalogue. Cheap to clone. It has the methods of its [`Engine`].
 #[derive(Clone)]
 pub struct Catalogue {
-    /// One connection: writers take turns here and not in SQLite's busy loop.
-    write: SqlitePool,
-    read: SqlitePool,
-    changed: Arc<Notify>,
+    engine: Arc<dyn Engine>,
+    common: Arc<Common>,
     /// Who may have what sites publish, as the hub's configuration says; `None`: everybody. It is
-    /// not in the file: what counts is what the daemon was started with.
+    /// not stored: the configuration with which the daemon was started applies.
     share_policy: Option<Arc<[SiteSelector]>>,
 }
 
-/// The catalogues that this process has open, for messages: an error of SQLite does not say of
-/// which file it is. A daemon has one.
-static OPENED: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
-/// A filesystem with less than this is full for SQLite: it writes whole pages, and its log grows by
-/// some at a time.
-const FULL_BELOW_BYTES: u64 = 256 << 10;
+impl Deref for Catalogue {
+    type Target = dyn Engine;
 
-/// The open catalogue whose disk has the least room, and whether that disk is full.
-fn fullest() -> Option<(PathBuf, bool)> {
-    let room = |path: &PathBuf| {
-        path.parent()
-            .and_then(|dir| Space::of(dir).ok())
-            .and_then(|space| space.bytes)
-            .unwrap_or(u64::MAX)
-    };
-    let files = OPENED.lock();
-    let (room, path) = files.iter().map(|path| (room(path), path)).min()?;
-    Some((path.clone(), room < FULL_BELOW_BYTES))
-}
-
-/// An error of the database as a fault. A full disk and a damaged file are told from a defect.
-#[expect(
-    clippy::needless_pass_by_value,
-    reason = "every use is `map_err(fault)`, which gives it by value"
-)]
-pub fn fault(error: sqlx::Error) -> Fault {
-    let code = match &error {
-        sqlx::Error::Database(db) => db
-            .code()
-            .and_then(|code| code.parse::<i32>().ok())
-            .map_or(0, |code| code & 0xff),
-        _ => 0,
-    };
-    if code == 0 {
-        return Fault::internal(format!("the catalogue: {error}"));
+    fn deref(&self) -> &Self::Target {
+        &*self.engine
     }
-    let (path, is_full) = fullest().unwrap_or_default();
-    let what = format!("the catalogue {}", path.display());
-    match code {
-        SQLITE_FULL => Fault::no_space(format!("{what}: its disk is full")).with_next(MAKE_ROOM),
-        SQLITE_IOERR | SQLITE_CANTOPEN if is_full => {
-            Fault::no_space(format!("{what}: its disk is full: {error}")).with_next(MAKE_ROOM)
-        }
-        SQLITE_CORRUPT | SQLITE_NOTADB => damaged(&path, &error),
-        _ => Fault::internal(format!("{what}: {error}")),
-    }
-}
-
-const MAKE_ROOM: &str =
-    "make room on that disk; transfers continue by themselves, a command must be run again";
-
-// Result codes of SQLite, <https://www.sqlite.org/rescode.html>; the low byte of the extended ones.
-const SQLITE_IOERR: i32 = 10;
-const SQLITE_CORRUPT: i32 = 11;
-const SQLITE_FULL: i32 = 13;
-const SQLITE_CANTOPEN: i32 = 14;
-const SQLITE_NOTADB: i32 = 26;
-
-/// The file is damaged. What it holds is nowhere else, so it cannot be made again.
-fn damaged(path: &Path, why: impl std::fmt::Display) -> Fault {
-    let data_dir = path.parent().unwrap_or(path).display();
-    Fault::internal(format!("the catalogue {} is damaged: {why}", path.display())).with_next(format!(
-        "stop the daemon and restore the complete directory {data_dir} from a backup; without a backup, 'sqlite3 {} .recover' may \
-         save most of it into a new file",
-        path.display()
-    ))
-}
-
-/// Something that changed.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct EventRow {
-    /// Rises from event to event.
-    pub seq: u64,
-    /// When.
-    pub at_ms: i64,
-    /// `transfer`, `artifact`, `site` or `run`.
-    pub what: String,
-    /// The name or id of what changed.
-    pub name: String,
 }
 
 impl Catalogue {
-    /// Opens or makes the catalogue. A schema newer than this program's is refused.
+    /// Opens or creates the catalogue in `data_dir`. A schema newer than this program's is refused.
     pub async fn open(data_dir: &Path) -> Result<Self, Fault> {
-        let path = data_dir.join("catalogue.db");
-        let options = SqliteConnectOptions::new()
-            .filename(&path)
-            .create_if_missing(true)
-            .journal_mode(SqliteJournalMode::Wal)
-            .synchronous(SqliteSynchronous::Full)
-            .foreign_keys(true)
-            .busy_timeout(Duration::from_secs(10));
-        let length = std::fs::metadata(&path).map_or(0, |meta| meta.len());
-        {
-            let mut opened = OPENED.lock();
-            if !opened.contains(&path) {
-                opened.push(path.clone());
-            }
-        }
-        let open = |e: sqlx::Error| fault(e);
-        let write = SqlitePoolOptions::new()
-            .max_connections(1)
-            // A commit that fails, on a full disk say, leaves a connection in a transaction that it
-            // cannot end.
-            .before_acquire(|connection, _| {
-                Box::pin(async move { Ok(!connection.is_in_transaction()) })
-            })
-            .connect_with(options.clone())
-            .await
-            .map_err(open)?;
-        if (1..=CHECKED_BYTES_MAX).contains(&length) {
-            let found: (String,) = sqlx::query_as("PRAGMA quick_check(1)")
-                .fetch_one(&write)
-                .await
-                .map_err(open)?;
-            if found.0 != "ok" {
-                return Err(damaged(&path, found.0.replace('\n', " ")));
-            }
-            // sqlx panics on the name of a column that is not UTF-8.
-            let schema: Vec<(Option<Vec<u8>>,)> =
-                sqlx::query_as("SELECT CAST(sql AS BLOB) FROM sqlite_schema")
-                    .fetch_all(&write)
-                    .await
-                    .map_err(open)?;
-            if schema
-                .iter()
-                .flat_map(|(sql,)| sql)
-                .any(|sql| std::str::from_utf8(sql).is_err())
-            {
-                return Err(damaged(&path, "its schema is not UTF-8"));
-            }
-        }
-        sqlx::migrate!("../../migrations/catalogue")
-            .run(&write)
-            .await
-            .map_err(|e| match e {
-                sqlx::migrate::MigrateError::VersionMissing(_)
-                | sqlx::migrate::MigrateError::VersionMismatch(_) => Fault::config(format!(
-                    "{}: it was written by a newer packhorse",
-                    path.display()
-                ))
-                .with_next("start the newer program"),
-                sqlx::migrate::MigrateError::Execute(e)
-                | sqlx::migrate::MigrateError::ExecuteMigration(e, _) => open(e),
-                other => Fault::internal(format!("{}: {other}", path.display())),
-            })?;
-        let read = SqlitePoolOptions::new()
-            .max_connections(2)
-            .connect_with(options.read_only(true))
-            .await
-            .map_err(open)?;
-        Ok(Self {
-            write,
-            read,
-            changed: Arc::new(Notify::new()),
+        let common = Arc::<Common>::default();
+        let engine = Sqlite::open(data_dir, common.clone()).await?;
+        Ok(Self::on(Arc::new(engine), common))
+    }
+
+    /// A catalogue on an engine that was opened with `common`.
+    fn on(engine: Arc<dyn Engine>, common: Arc<Common>) -> Self {
+        Self {
+            engine,
+            common,
             share_policy: None,
-        })
+        }
     }
 
-    /// Closes the file: all of it is in `catalogue.db` then.
-    pub async fn close(&self) {
-        self.read.close().await;
-        self.write.close().await;
-    }
-
-    /// A future that ends when something changed after this call (not after its first poll), or
+    /// A future that ends when anything changed after this call (not after its first poll), or
     /// after a while.
     pub fn changed(&self) -> impl Future<Output = ()> + Send + 'static {
-        let changed = self.changed.clone().notified_owned();
-        async move {
-            let _ = tokio::time::timeout(LOOK_AGAIN, changed).await;
-        }
+        self.common.wakes.changed()
     }
 
-    /// Wakes whoever waits for news.
+    /// Watches one subject from now on. A task that looks, then waits for the watch, misses
+    /// nothing.
+    pub fn watch(&self, subject: Subject) -> Watch {
+        self.common.wakes.watch(Some(subject))
+    }
+
+    /// Watches everything from now on.
+    pub fn watch_all(&self) -> Watch {
+        self.common.wakes.watch(None)
+    }
+
+    /// Wakes those that wait for any change: something changed that is not in the catalogue.
     pub fn notify(&self) {
-        self.changed.notify_waiters();
+        self.common.wakes.wake(&[Subject::Other]);
     }
 
-    /// The newest cursor.
-    pub async fn cursor(&self) -> Result<u64, Fault> {
-        let (seq,): (i64,) = sqlx::query_as("SELECT COALESCE(MAX(seq), 0) FROM event")
-            .fetch_one(&self.read)
-            .await
-            .map_err(fault)?;
-        Ok(seq as u64)
+    /// The rows that could not be read since the catalogue was opened.
+    pub fn malformed_rows(&self) -> Vec<MalformedRow> {
+        self.common.malformed.all()
     }
 
-    /// What changed after `since`, oldest first.
-    pub async fn events(&self, since: u64, limit: u32) -> Result<Vec<EventRow>, Fault> {
-        let rows: Vec<(i64, i64, String, String)> = sqlx::query_as(
-            "SELECT seq, at_ms, what, name FROM event WHERE seq > ? ORDER BY seq LIMIT ?",
-        )
-        .bind(since as i64)
-        .bind(i64::from(limit))
-        .fetch_all(&self.read)
-        .await
-        .map_err(fault)?;
-        Ok(rows
-            .into_iter()
-            .map(|(seq, at_ms, what, name)| EventRow {
-                seq: seq as u64,
-                at_ms,
-                what,
-                name,
-            })
-            .collect())
+    /// Any artifact of this digest, if possible one that this daemon holds; the content is the same
+    /// under every name.
+    pub async fn by_digest(&self, digest: Digest) -> Result<Option<ArtifactRow>, Fault> {
+        Ok(self.all_by_digest(digest).await?.into_iter().next())
     }
 
-    /// Forgets the oldest events beyond [`base::limits::EVENTS_KEPT`].
-    pub async fn trim_events(&self) -> Result<(), Fault> {
-        sqlx::query("DELETE FROM event WHERE seq <= (SELECT seq FROM event ORDER BY seq DESC LIMIT 1 OFFSET ?)")
-            .bind(base::limits::EVENTS_KEPT)
-            .execute(&self.write)
-            .await
-            .map_err(fault)?;
-        Ok(())
+    /// All artifacts, by name, with their root manifests: too much to have in memory but in a test.
+    #[cfg(any(test, feature = "testing"))]
+    pub async fn artifacts(&self) -> Result<Vec<ArtifactRow>, Fault> {
+        let mut out = Vec::new();
+        for name in self.artifact_names().await? {
+            out.push(self.artifact(&name).await?);
+        }
+        Ok(out)
     }
 }
 
-/// Notes an event in the transaction of the change; returns its number.
-async fn note(
-    connection: &mut sqlx::SqliteConnection,
-    what: &'static str,
-    name: &str,
-) -> Result<i64, Fault> {
-    let done = sqlx::query("INSERT INTO event (at_ms, what, name) VALUES (?, ?, ?)")
-        .bind(clock::now_unix_ms() as i64)
-        .bind(what)
-        .bind(name)
-        .execute(connection)
-        .await
-        .map_err(fault)?;
-    Ok(done.last_insert_rowid())
+/// A value as JSON, for a column.
+fn json<T: serde::Serialize + ?Sized>(what: &str, value: &T) -> Result<String, Fault> {
+    serde_json::to_string(value).map_err(|e| Fault::internal(format!("{what} as JSON: {e}")))
 }
-
-#[cfg(test)]
-mod tests;

@@ -1,22 +1,63 @@
-//! Training runs in the catalogue, as JSON that `run` gives its meaning; and the lineage of models.
+//! Training runs, as JSON whose meaning is in `model::run`; and the lineage of models.
 
-use std::path::Path;
-
+use async_trait::async_trait;
+use base::fault::Fault;
+use base::names::{ArtifactRef, SiteName};
+use model::paging::{Page, Pager, Room};
+use model::run::Lineage;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use super::{Catalogue, fault, note};
-use base::clock;
-use base::fault::Fault;
-use base::names::ArtifactRef;
-use model::run::Lineage;
+use crate::engine::{Listed, See};
+use crate::{Catalogue, json, malformed};
 
-/// Name and body.
-type Columns = (String, String);
+const TABLE: &str = "run";
 
-pub(super) fn parse<T: DeserializeOwned>((name, body): Columns) -> Result<T, Fault> {
-    serde_json::from_str(&body)
-        .map_err(|e| Fault::internal(format!("the catalogue holds a malformed run {name}: {e}")))
+/// A training run as it is stored.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RunRow {
+    /// Its name.
+    pub name: String,
+    /// Its state.
+    pub state: String,
+    /// Whether it has not ended, or something of it is still to be cleaned up.
+    pub open: bool,
+    /// The run, as JSON.
+    pub body: String,
+}
+
+/// Training runs, and the lineage of models.
+#[async_trait]
+pub trait Runs: Send + Sync {
+    /// Writes a run, in which these sites take part.
+    async fn put_run(&self, run: &RunRow, sites: &[SiteName]) -> Result<(), Fault>;
+
+    /// One run.
+    async fn run_row(&self, name: &str) -> Result<Option<RunRow>, Fault>;
+
+    /// The runs that are open, oldest first.
+    async fn open_run_rows(&self, limit: u32) -> Result<Vec<RunRow>, Fault>;
+
+    /// Shows `rows` runs, the newest first: those that a site takes part in, or all; behind the run
+    /// of this name, and without the first `skip` of them.
+    async fn each_run(
+        &self,
+        of: Option<&SiteName>,
+        behind: Option<&str>,
+        skip: u32,
+        rows: i64,
+        see: See<'_, RunRow>,
+    ) -> Result<(), Fault>;
+
+    /// Records what a model was made of.
+    async fn set_lineage(&self, artifact: &ArtifactRef, lineage: &Lineage) -> Result<(), Fault>;
+
+    /// What a model was made of, where that is known.
+    async fn lineage(&self, artifact: &ArtifactRef) -> Result<Option<Lineage>, Fault>;
+}
+
+fn parsed<T: DeserializeOwned>(row: &RunRow) -> Result<T, Fault> {
+    serde_json::from_str(&row.body).map_err(|e| malformed(TABLE, &row.name, e))
 }
 
 impl Catalogue {
@@ -28,99 +69,65 @@ impl Catalogue {
         open: bool,
         run: &T,
     ) -> Result<(), Fault> {
-        let body = serde_json::to_string(run)
+        let run = serde_json::to_value(run)
             .map_err(|e| Fault::internal(format!("a run as JSON: {e}")))?;
-        let now = clock::now_unix_ms() as i64;
-        let mut tx = self
-            .write
-            .begin_with("BEGIN IMMEDIATE")
-            .await
-            .map_err(fault)?;
-        sqlx::query(
-            "INSERT INTO run (name, state, open, body, created_ms, updated_ms) VALUES (?1, ?2, ?3, ?4, ?5, ?5)
-             ON CONFLICT (name) DO UPDATE SET state = ?2, open = ?3, body = ?4, updated_ms = ?5",
-        )
-        .bind(name)
-        .bind(state)
-        .bind(open)
-        .bind(body)
-        .bind(now)
-        .execute(&mut *tx)
-        .await
-        .map_err(fault)?;
-        note(&mut tx, "run", name).await?;
-        tx.commit().await.map_err(fault)?;
-        self.notify();
-        Ok(())
+        let sites = ["/spec/from", "/spec/on"]
+            .into_iter()
+            .filter_map(|at| run.pointer(at)?.as_str()?.parse().ok())
+            .collect::<Vec<_>>();
+        let row = RunRow {
+            name: name.into(),
+            state: state.into(),
+            open,
+            body: json("a run", &run)?,
+        };
+        self.put_run(&row, &sites).await
     }
 
     /// One run.
     pub async fn run<T: DeserializeOwned>(&self, name: &str) -> Result<Option<T>, Fault> {
-        let row: Option<Columns> = sqlx::query_as("SELECT name, body FROM run WHERE name = ?")
-            .bind(name)
-            .fetch_optional(&self.read)
-            .await
-            .map_err(fault)?;
-        row.map(parse).transpose()
+        self.run_row(name).await?.as_ref().map(parsed).transpose()
     }
 
-    /// All runs that are open, oldest first.
+    /// The runs that are open, oldest first. One that cannot be read is skipped and reported.
     pub async fn open_runs<T: DeserializeOwned>(&self, limit: u32) -> Result<Vec<T>, Fault> {
-        let query = "SELECT name, body FROM run WHERE open = 1 ORDER BY created_ms, name LIMIT ?";
-        let rows: Vec<Columns> = sqlx::query_as(query)
-            .bind(i64::from(limit))
-            .fetch_all(&self.read)
-            .await
-            .map_err(fault)?;
-        rows.into_iter().map(parse).collect()
+        let rows = self.open_run_rows(limit).await?;
+        Ok(rows
+            .iter()
+            .filter_map(|row| self.common.malformed.sound(TABLE, &row.name, parsed(row)))
+            .collect())
     }
 
-    /// An artifact that was published here and is read in this folder, or below it: resolved, as
-    /// places are.
-    pub async fn published_in(&self, folder: &Path) -> Result<Option<ArtifactRef>, Fault> {
-        let row: Option<(String,)> = sqlx::query_as(
-            "SELECT reference FROM artifact WHERE published_ms IS NOT NULL
-             AND substr(json_extract(place, '$.path') || '/', 1, length(?1) + 1) = ?1 || '/' ORDER BY reference LIMIT 1",
-        )
-        .bind(folder.to_string_lossy().into_owned())
-        .fetch_optional(&self.read)
-        .await
-        .map_err(fault)?;
-        row.map(|(name,)| Ok(name.parse()?)).transpose()
+    /// The same; fails if one cannot be read: for callers that remove what no run needs.
+    pub async fn all_open_runs<T: DeserializeOwned>(&self, limit: u32) -> Result<Vec<T>, Fault> {
+        self.open_run_rows(limit)
+            .await?
+            .iter()
+            .map(parsed)
+            .collect()
     }
 
-    /// Notes what a model was made of.
-    pub async fn set_lineage(
+    /// A page of the runs, the newest first, as `show` shows them: those that a site takes part in,
+    /// or all; behind the run of this name, and without the first `skip` of them.
+    pub async fn run_page<T: DeserializeOwned, S: Serialize + Send>(
         &self,
-        artifact: &ArtifactRef,
-        lineage: &Lineage,
-    ) -> Result<(), Fault> {
-        if self.lineage(artifact).await?.as_ref() == Some(lineage) {
-            return Ok(());
-        }
-        let body = serde_json::to_string(lineage)
-            .map_err(|e| Fault::internal(format!("a lineage as JSON: {e}")))?;
-        sqlx::query("INSERT INTO lineage (reference, body) VALUES (?1, ?2) ON CONFLICT (reference) DO UPDATE SET body = ?2")
-            .bind(artifact.to_string())
-            .bind(body)
-            .execute(&self.write)
-            .await
-            .map_err(fault)?;
-        self.notify();
-        Ok(())
-    }
-
-    /// What a model was made of, where that is known.
-    pub async fn lineage(&self, artifact: &ArtifactRef) -> Result<Option<Lineage>, Fault> {
-        let row: Option<(String,)> = sqlx::query_as("SELECT body FROM lineage WHERE reference = ?")
-            .bind(artifact.to_string())
-            .fetch_optional(&self.read)
-            .await
-            .map_err(fault)?;
-        row.map(|(body,)| {
-            serde_json::from_str(&body)
-                .map_err(|e| Fault::internal(format!("a malformed lineage of {artifact}: {e}")))
-        })
-        .transpose()
+        of: Option<&SiteName>,
+        behind: Option<&str>,
+        skip: u32,
+        room: Room,
+        mut show: impl FnMut(&T) -> S + Send,
+    ) -> Result<Page<S>, Fault> {
+        let mut pager = Pager::new(room);
+        let malformed = &self.common.malformed;
+        let see = &mut |row: Listed<RunRow>| match row {
+            Listed::Malformed { key, .. } => pager.skip(key),
+            Listed::Row(row) => match malformed.sound(TABLE, &row.name, parsed(&row)) {
+                Some(run) => pager.put(show(&run), row.name),
+                None => pager.skip(row.name),
+            },
+        };
+        self.each_run(of, behind, skip, room.rows_asked(), see)
+            .await?;
+        Ok(pager.page())
     }
 }

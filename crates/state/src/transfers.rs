@@ -1,24 +1,23 @@
-//! Transfers in the catalogue: what is known of each; `changes` writes it, `queries` finds it.
+//! Transfers: what is known of each. [`changes`] passes their events to the state machine; the
+//! engine stores what it returns.
 
 mod changes;
-mod queries;
 
-use sqlx::Row;
-use sqlx::sqlite::SqliteRow;
-
-use super::{ArtifactRow, fault};
+use async_trait::async_trait;
 use base::clock;
 use base::fault::Fault;
 use base::names::{ArtifactRef, DeliveryId, RunId, SiteName, TransferId};
-use content::chunk::Hash;
 use content::manifest::{Digest, KindInfo};
-use model::transfer::State;
 pub use model::transfer::{Body, TransferRow, Want};
+use model::transfer::{State, TransferQuery};
+
+use crate::engine::See;
+use crate::{ArtifactRow, Catalogue};
 
 /// A transfer that a site took over.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Adopted {
-    /// As it stands there.
+    /// As it is there.
     pub row: TransferRow,
     /// Transfers that were cancelled for it, as they were before.
     pub superseded: Vec<TransferRow>,
@@ -59,33 +58,179 @@ impl Part {
     }
 }
 
-pub(super) fn transfer(row: &SqliteRow) -> Result<TransferRow, Fault> {
-    let malformed =
-        |what: &str| Fault::internal(format!("the catalogue holds a malformed transfer: {what}"));
-    let text = |name: &str| row.try_get::<String, _>(name).map_err(fault);
-    let number = |name: &str| row.try_get::<i64, _>(name).map_err(fault);
-    let digest: Vec<u8> = row.try_get("digest").map_err(fault)?;
-    Ok(TransferRow {
-        id: text("id")?.parse()?,
-        delivery: text("delivery")?.parse()?,
-        artifact: text("reference")?.parse()?,
-        digest: Hash(digest.try_into().map_err(|_| malformed("digest"))?),
-        site: text("site")?.parse()?,
-        want: match text("want")?.as_str() {
-            "pause" => Want::Pause,
-            "cancel" => Want::Cancel,
-            _ => Want::Run,
-        },
-        generation: number("generation")?,
-        state: State::parse(&text("state")?).ok_or_else(|| malformed("state"))?,
-        body: serde_json::from_str(&text("body")?).map_err(|_| malformed("body"))?,
-        created_ms: number("created_ms")?,
-        updated_ms: number("updated_ms")?,
-        finished_ms: row.try_get("finished_ms").map_err(fault)?,
-        cursor: number("cursor")?,
-        after: serde_json::from_str(&text("after_ids")?).map_err(|_| malformed("after_ids"))?,
-        removed_ms: row.try_get("removed_ms").map_err(fault)?,
-    })
+/// The transfers of one site in one state and for one reason, together.
+#[derive(Debug, Clone, sqlx::FromRow)]
+pub struct Counted {
+    /// The state.
+    pub state: String,
+    /// The site.
+    pub site: String,
+    /// The reason, if there is one.
+    pub reason: Option<String>,
+    /// How many there are.
+    pub transfers: i64,
+    /// Bytes.
+    pub reused: f64,
+    /// Bytes.
+    pub resumed: f64,
+    /// Bytes.
+    pub received: f64,
+    /// Bytes.
+    pub committed: f64,
+    /// Bytes.
+    pub wire: f64,
+}
+
+/// The answer for a transfer that does not exist.
+pub(crate) fn no_transfer(id: &str) -> Fault {
+    Fault::not_found(format!("there is no transfer {id}"))
+        .with_next("'packhorse status' lists them")
+}
+
+/// The answer for an id of which there is neither a transfer nor a delivery.
+pub(crate) fn no_work(id: &str) -> Fault {
+    Fault::not_found(format!("there is no transfer or delivery {id}"))
+        .with_next("'packhorse status' lists them")
+}
+
+/// Transfers: reading them.
+#[async_trait]
+pub trait Transfers: Send + Sync {
+    /// Begins a transaction that changes transfers.
+    async fn change_transfers(&self) -> Result<Box<dyn TransferChanges>, Fault>;
+
+    /// One transfer.
+    async fn transfer(&self, id: &str) -> Result<TransferRow, Fault>;
+
+    /// The transfers of an id, which may be a delivery's. Fails if one cannot be read.
+    async fn transfers_of(&self, id: &str) -> Result<Vec<TransferRow>, Fault>;
+
+    /// What a site has to do: its transfers that have not ended, or that it has still to cancel;
+    /// oldest first.
+    async fn open_transfers(&self, site: &SiteName) -> Result<Vec<TransferRow>, Fault>;
+
+    /// Which open transfers of a site wait for which others: what they need is on its way there,
+    /// and not cancelled. One that failed is still waited for, since a person will fix the cause.
+    async fn waits(&self, site: &SiteName) -> Result<Vec<(TransferId, TransferId)>, Fault>;
+
+    /// Whether a site may read this content: it has a transfer of it that was not cancelled, nor
+    /// its result removed.
+    async fn is_entitled(&self, site: &SiteName, digest: Digest) -> Result<bool, Fault>;
+
+    /// The transfers of one artifact. Fails if one cannot be read.
+    async fn transfers_of_artifact(
+        &self,
+        artifact: &ArtifactRef,
+    ) -> Result<Vec<TransferRow>, Fault>;
+
+    /// The current transfer of an artifact to a site: not cancelled, nor its result removed.
+    async fn current_transfer(
+        &self,
+        artifact: &ArtifactRef,
+        site: &SiteName,
+    ) -> Result<Option<TransferRow>, Fault>;
+
+    /// Shows the transfers that a query means, `rows` of them at most: what changed since a cursor
+    /// in that order, the transfers of ids as they were begun, else the newest first. `behind`: the
+    /// transfer behind which it continues, where there is no cursor. Fails if one that was named by
+    /// its id cannot be read.
+    async fn each_transfer(
+        &self,
+        query: &TransferQuery,
+        behind: Option<&str>,
+        rows: i64,
+        see: See<'_, TransferRow>,
+    ) -> Result<(), Fault>;
+
+    /// Shows `rows` transfers of an artifact, in the order in which they were begun, behind this
+    /// one.
+    async fn each_transfer_of_artifact(
+        &self,
+        artifact: &ArtifactRef,
+        behind: Option<&str>,
+        rows: i64,
+        see: See<'_, TransferRow>,
+    ) -> Result<(), Fault>;
+
+    /// How many transfers there are, and their bytes.
+    async fn counted_transfers(&self) -> Result<Vec<Counted>, Fault>;
+}
+
+/// A transaction that changes transfers. No other one changes those that it read before it has
+/// ended; it has no effect unless it is committed.
+#[async_trait]
+pub trait TransferChanges: Send {
+    /// One transfer.
+    async fn transfer(&mut self, id: &str) -> Result<Option<TransferRow>, Fault>;
+
+    /// The current transfer of an artifact to a site: not cancelled, nor its result removed.
+    async fn current(
+        &mut self,
+        artifact: &ArtifactRef,
+        site: &SiteName,
+    ) -> Result<Option<TransferRow>, Fault>;
+
+    /// The other transfers of the same artifact to the same site that are neither done nor
+    /// cancelled.
+    async fn rivals(&mut self, of: &TransferRow) -> Result<Vec<TransferRow>, Fault>;
+
+    /// Whether a site may be removing at this moment what this transfer brought: only runs need it
+    /// that have ended, or whose deadline has passed, which a site may notice first; and one of
+    /// them has not removed everything yet.
+    async fn may_be_going(&mut self, id: &TransferId, now_ms: i64) -> Result<bool, Fault>;
+
+    /// Stores a delivery.
+    async fn add_delivery(
+        &mut self,
+        id: &DeliveryId,
+        run: Option<&str>,
+        created_ms: i64,
+    ) -> Result<(), Fault>;
+
+    /// Stores that a transfer to this site is part of a delivery.
+    async fn add_part(
+        &mut self,
+        delivery: &DeliveryId,
+        transfer: &TransferId,
+        site: &SiteName,
+    ) -> Result<(), Fault>;
+
+    /// Stores a transfer that is new here.
+    async fn insert(&mut self, row: &TransferRow, needs: Option<&ArtifactRef>)
+    -> Result<(), Fault>;
+
+    /// Stores a transfer as it is after a step. `shows`: whether users see a difference, which is
+    /// an event.
+    async fn store(&mut self, row: &TransferRow, shows: bool) -> Result<(), Fault>;
+
+    /// Makes the changes durable.
+    async fn commit(self: Box<Self>) -> Result<(), Fault>;
+}
+
+/// The refusal of a second open transfer of an artifact to a site.
+pub(crate) fn second_transfer(row: &TransferRow) -> Fault {
+    Fault::conflict(format!(
+        "another transfer of {} to {} exists already, so {} cannot begin again",
+        row.artifact, row.site, row.id
+    ))
+    .with_next("see 'packhorse status'")
+}
+
+impl Catalogue {
+    /// The transfers of these parts that are done.
+    pub async fn done_already(&self, parts: &[Part]) -> Result<Vec<TransferRow>, Fault> {
+        let mut out = Vec::new();
+        for part in parts {
+            for site in &part.sites {
+                out.extend(
+                    self.current_transfer(&part.artifact, site)
+                        .await?
+                        .filter(|row| row.state == State::Done),
+                );
+            }
+        }
+        Ok(out)
+    }
 }
 
 /// A new id: sorts by time, and cannot be guessed from another.

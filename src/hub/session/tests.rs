@@ -413,3 +413,71 @@ fn the_longest_list_of_what_a_site_has_to_do_is_one_message() {
     let others = LINEAGE_BYTES_MAX + (1 << 20) + (256 << 10) + base::limits::TOLD_BYTES_MAX / 3 * 4;
     assert!(paging::json_bytes(&transfers) + others < base::limits::CONTROL_FRAME_BYTES_MAX);
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_change_for_one_site_is_read_for_that_site_only() {
+    const SITES: usize = 8;
+    const CHANGES: u64 = 20;
+    let bench = crate::hub::upload::tests::Bench::start().await;
+    let catalogue = &bench.hub.inner.catalogue;
+    let mut connected = Vec::new();
+    for n in 0..SITES {
+        let name: SiteName = format!("site-{n}").parse().unwrap();
+        let token = bench.token(Some(name.as_str()), None).await;
+        let identity = bench.join(&token, &Claim::Site(name.clone())).await;
+        let link = bench.dial(&identity).await;
+        let (mut send, mut recv) = link.open(wire::PRIORITY_CONTROL).await.unwrap();
+        send.write_all(&[CONTROL]).await.unwrap();
+        wire::receive::<FromHub>(&mut recv).await.unwrap();
+        connected.push((name, link, send, recv));
+    }
+    let (name, _, _, recv) = &mut connected[3];
+    let root = Root {
+        format: 1,
+        kind: Kind::Model,
+        info: KindInfo::Files,
+        chunking: DEFAULT_CHUNKING,
+        totals: Totals::default(),
+        depth: 0,
+        pages: vec![],
+    };
+    let artifact: ArtifactRef = "model/m:1".parse().unwrap();
+    catalogue
+        .add_artifact(&artifact, &root, None)
+        .await
+        .unwrap();
+    let part = Part {
+        artifact,
+        digest: root.digest(),
+        total: 0,
+        needs: None,
+        sites: vec![name.clone()],
+    };
+    let id = catalogue
+        .deliver(&state::new_delivery_id(), None, &[part], &[])
+        .await
+        .unwrap()
+        .remove(0);
+    let mut listed = async |want: Want| {
+        let list = async {
+            loop {
+                let FromHub::Desired { transfers, .. } = wire::receive(recv).await.unwrap();
+                if transfers.iter().any(|wanted| wanted.want == want) {
+                    return;
+                }
+            }
+        };
+        timeout(Duration::from_secs(30), list).await.unwrap();
+    };
+    listed(Want::Run).await;
+    let before = catalogue.reads();
+    for _ in 0..CHANGES / 2 {
+        catalogue.act(&id, Action::Pause).await.unwrap();
+        listed(Want::Pause).await;
+        catalogue.act(&id, Action::Resume).await.unwrap();
+        listed(Want::Run).await;
+    }
+    let each = (catalogue.reads() - before) / CHANGES;
+    // Three for the site, and a few for the hub's own work; were each site's read, 24 and those.
+    assert!((3..16).contains(&each), "{each} reads for a change");
+}

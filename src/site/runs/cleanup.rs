@@ -130,7 +130,7 @@ impl Site {
                 // catalogue.
                 let _turn = inner.runs.turn.lock().await;
                 if !may_go(
-                    &inner.catalogue.open_runs::<Run>(OPEN_MAX).await?,
+                    &inner.catalogue.all_open_runs::<Run>(OPEN_MAX).await?,
                     run,
                     borrowed,
                 ) {

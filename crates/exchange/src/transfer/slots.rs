@@ -12,7 +12,7 @@ use base::fault::{Code, Fault, Reason};
 use base::text::Message;
 use model::transfer::State;
 use sink::Waits;
-use state::TransferRow;
+use state::{Subject, TransferRow};
 
 /// Transfers of about one size. They wait neither for larger transfers nor behind their requests.
 struct Size {
@@ -97,8 +97,8 @@ impl Runner {
     async fn let_others_go_first(&self, row: &mut TransferRow) -> Result<(), Fault> {
         let catalogue = &self.inner.catalogue;
         let by_itself = || "no action is needed: it starts automatically".to_owned();
+        let mut watch = catalogue.watch(Subject::Site(row.site.clone()));
         loop {
-            let changed = catalogue.changed();
             let mut waits = None;
             // As the hub says now: the order may have been removed since.
             for id in catalogue.transfer(&row.id).await?.after {
@@ -146,7 +146,7 @@ impl Runner {
                 row.body.waits_for = Some(id);
                 self.save(row).await;
             }
-            changed.await;
+            watch.changed().await;
         }
     }
 }

@@ -1,0 +1,244 @@
+//! Event numbers, and who is woken by which change.
+
+use futures::poll;
+
+use super::{join, part, root, signed};
+use crate::{Catalogue, Offer, Subject, Watch};
+use base::names::{ArtifactRef, SiteName};
+use model::transfer::{Action, State};
+
+pub(crate) async fn event_numbers_have_no_gap_and_a_reader_misses_none(catalogue: Catalogue) {
+    const WRITERS: u64 = 8;
+    const EACH: u64 = 12;
+    let before = catalogue.cursor().await.unwrap();
+    let artifact: ArtifactRef = "model/m:1".parse().unwrap();
+    catalogue
+        .add_artifact(&artifact, &root(1), None)
+        .await
+        .unwrap();
+    let writers: Vec<_> = (0..WRITERS)
+        .map(|writer| {
+            let (catalogue, artifact) = (catalogue.clone(), artifact.clone());
+            tokio::spawn(async move {
+                for n in 0..EACH {
+                    catalogue
+                        .save_run(&format!("run-{writer}-{n}"), "training", true, &1)
+                        .await
+                        .unwrap();
+                    // What is refused, and what is not committed, takes no number.
+                    catalogue
+                        .add_artifact(&artifact, &root(2), None)
+                        .await
+                        .unwrap_err();
+                    let mut changes = catalogue.change_transfers().await.unwrap();
+                    changes
+                        .insert(
+                            &super::wanted(&format!("t-{writer}-{n}"), "model/m:1", 0),
+                            None,
+                        )
+                        .await
+                        .unwrap();
+                }
+            })
+        })
+        .collect();
+    let (mut since, mut names) = (before, Vec::new());
+    while (names.len() as u64) < WRITERS * EACH + 1 {
+        for event in catalogue.events(since, 5).await.unwrap() {
+            assert_eq!(event.seq, since + 1, "{event:?}");
+            since = event.seq;
+            names.push(event.name);
+        }
+        assert!(catalogue.cursor().await.unwrap() >= since);
+        tokio::task::yield_now().await;
+    }
+    for writer in writers {
+        writer.await.unwrap();
+    }
+    assert!(catalogue.events(since, 5).await.unwrap().is_empty());
+    assert_eq!(catalogue.cursor().await.unwrap(), since);
+    names.sort();
+    names.dedup();
+    assert_eq!(names.len() as u64, WRITERS * EACH + 1, "each once");
+}
+
+async fn is_woken(watch: &mut Watch) -> bool {
+    let changed = std::pin::pin!(watch.changed());
+    poll!(changed).is_ready()
+}
+
+pub(crate) async fn a_change_wakes_only_those_that_wait_for_its_subject(catalogue: Catalogue) {
+    let sites: Vec<SiteName> = vec![
+        join(&catalogue, "a", &[]).await,
+        join(&catalogue, "b", &[]).await,
+    ];
+    let names: Vec<ArtifactRef> = ["model/m:1", "model/m:2"]
+        .iter()
+        .map(|name| name.parse().unwrap())
+        .collect();
+    for name in &names {
+        catalogue
+            .add_artifact(name, &root(1), Some(&sites[1]))
+            .await
+            .unwrap();
+    }
+    let ids = catalogue
+        .deliver(
+            &"d-1".parse().unwrap(),
+            None,
+            &[part("model/m:1", &sites[..1])],
+            &[],
+        )
+        .await
+        .unwrap();
+    let place = sink::StorageLocation::Folder {
+        path: "/nas".into(),
+    };
+    // Whether the work of a and b, and artifacts, changed.
+    macro_rules! check {
+        ($expected:expr, $what:literal, $change:expr) => {
+            let mut watches = [
+                catalogue.watch(Subject::Site(sites[0].clone())),
+                catalogue.watch(Subject::Site(sites[1].clone())),
+                catalogue.watch(Subject::Artifacts),
+            ];
+            let mut all = catalogue.watch_all();
+            assert!(!is_woken(&mut all).await, "before: {}", $what);
+            $change.await.map(drop).unwrap();
+            for (watch, expected) in watches.iter_mut().zip($expected) {
+                assert_eq!(is_woken(watch).await, expected, "{}", $what);
+            }
+            assert!(is_woken(&mut all).await, "watching everything: {}", $what);
+        };
+    }
+    let (a, b, artifacts, none) = (
+        [true, false, false],
+        [false, true, false],
+        [false, false, true],
+        [false; 3],
+    );
+    check!(a, "a user pauses", catalogue.act(&ids[0], Action::Pause));
+    check!(a, "a user resumes", catalogue.act(&ids[0], Action::Resume));
+    check!(
+        a,
+        "a site reports",
+        catalogue.update_transfer(&ids[0], 0, State::Done, &signed())
+    );
+    let deliver = async |id: &str, name: &str, to: &[SiteName]| {
+        catalogue
+            .deliver(&id.parse().unwrap(), None, &[part(name, to)], &[])
+            .await
+    };
+    check!(
+        a,
+        "it is part of one more delivery",
+        deliver("d-2", "model/m:1", &sites[..1])
+    );
+    check!(
+        b,
+        "a delivery to b",
+        deliver("d-3", "model/m:2", &sites[1..])
+    );
+    check!(
+        [true, true, false],
+        "a delivery to both",
+        deliver("d-4", "model/m:3", &sites)
+    );
+    check!(
+        a,
+        "what it brought is removed",
+        catalogue.set_removed(&ids[0], 7)
+    );
+    let run = serde_json::json!({ "spec": { "from": "b", "on": "a" } });
+    check!(
+        [true, true, false],
+        "a run of b at a",
+        catalogue.save_run("r", "training", true, &run)
+    );
+    check!(
+        none,
+        "a site connects",
+        catalogue.site_seen(&sites[0], None)
+    );
+    let offer = Offer::default();
+    check!(
+        artifacts,
+        "a publish",
+        catalogue.set_published(&names[0], &place, "/nas", 7, &offer)
+    );
+    let gone = [(names[0].clone(), "gone".into())];
+    check!(
+        artifacts,
+        "a file is gone",
+        catalogue.set_changed_at(&sites[1], &gone)
+    );
+    check!(artifacts, "a pin", catalogue.set_pinned(&names[0], true));
+    check!(
+        artifacts,
+        "it is removed",
+        catalogue.remove_artifact(&names[1])
+    );
+    let mut all = catalogue.watch_all();
+    assert!(catalogue.act("t-none", Action::Pause).await.is_err());
+    catalogue
+        .report(&ids[0], 0, State::Done, signed())
+        .await
+        .unwrap();
+    assert!(!is_woken(&mut all).await, "nothing changed");
+    catalogue.notify();
+    assert!(is_woken(&mut all).await);
+}
+
+pub(crate) async fn with_many_sites_a_change_for_one_is_read_by_one(catalogue: Catalogue) {
+    const SITES: usize = 20;
+    let mut sites = Vec::new();
+    for n in 0..SITES {
+        sites.push(join(&catalogue, &format!("site-{n}"), &[]).await);
+    }
+    catalogue
+        .add_artifact(&"model/m:1".parse().unwrap(), &root(1), None)
+        .await
+        .unwrap();
+    let ids = catalogue
+        .deliver(
+            &"d-1".parse().unwrap(),
+            None,
+            &[part("model/m:1", &sites)],
+            &[],
+        )
+        .await
+        .unwrap();
+    let mut watches: Vec<Watch> = sites
+        .iter()
+        .map(|site| catalogue.watch(Subject::Site(site.clone())))
+        .collect();
+    // As the hub does for each connected site.
+    let look_if_woken = async |watches: &mut Vec<Watch>| {
+        let before = catalogue.reads();
+        let mut looked = Vec::new();
+        for (n, watch) in watches.iter_mut().enumerate() {
+            if is_woken(watch).await {
+                looked.push(n);
+                assert_eq!(catalogue.open_transfers(&sites[n]).await.unwrap().len(), 1);
+                catalogue.waits(&sites[n]).await.unwrap();
+                catalogue.open_runs::<serde_json::Value>(9).await.unwrap();
+                // The next wake-up is not held back.
+                *watch = catalogue.watch(Subject::Site(sites[n].clone()));
+            }
+        }
+        (looked, catalogue.reads() - before)
+    };
+    assert_eq!(look_if_woken(&mut watches).await, (vec![], 0));
+    catalogue
+        .update_transfer(&ids[3], 0, State::Planning, &Default::default())
+        .await
+        .unwrap();
+    assert_eq!(look_if_woken(&mut watches).await, (vec![3], 3));
+    // Changes that come together are read once.
+    for _ in 0..5 {
+        catalogue.act(&ids[7], Action::Pause).await.unwrap();
+        catalogue.act(&ids[7], Action::Resume).await.unwrap();
+    }
+    assert_eq!(look_if_woken(&mut watches).await.0, [7]);
+    assert_eq!(look_if_woken(&mut watches).await, (vec![], 0));
+}

@@ -1,0 +1,347 @@
+//! Transfers and deliveries.
+
+use base::names::{ArtifactRef, SiteName, TransferId};
+use model::transfer::{State, TransferQuery};
+
+use super::{root, signed, wanted};
+use crate::{Body, Catalogue, Part, TransferRow};
+
+pub(crate) async fn delivering_twice_is_one_transfer_and_a_cursor_shows_what_is_new(
+    catalogue: Catalogue,
+) {
+    let name: ArtifactRef = "model/m:1".parse().unwrap();
+    let sites: Vec<SiteName> = vec!["a".parse().unwrap(), "b".parse().unwrap()];
+    let part = || {
+        [Part {
+            artifact: name.clone(),
+            digest: root(1).digest(),
+            total: 1,
+            needs: None,
+            sites: sites.clone(),
+        }]
+    };
+    let first = catalogue
+        .deliver(&"d-1".parse().unwrap(), None, &part(), &[])
+        .await
+        .unwrap();
+    assert_eq!(
+        catalogue
+            .deliver(&"d-2".parse().unwrap(), None, &part(), &[])
+            .await
+            .unwrap(),
+        first
+    );
+    let mut parts = 0;
+    catalogue
+        .each_part(&catalogue.delivery("d-2").await.unwrap().id, |_| parts += 1)
+        .await
+        .unwrap();
+    assert_eq!(
+        parts, 2,
+        "what stood already is part of the second delivery too"
+    );
+    let (all, cursor) = catalogue
+        .transfers(&TransferQuery::default())
+        .await
+        .unwrap();
+    assert_eq!(all.len(), 2);
+    let since = |c| TransferQuery {
+        since: Some(c),
+        ..Default::default()
+    };
+    assert!(
+        catalogue
+            .transfers(&since(cursor))
+            .await
+            .unwrap()
+            .0
+            .is_empty()
+    );
+    catalogue
+        .update_transfer(&first[1], 0, State::Done, &signed())
+        .await
+        .unwrap();
+    let (news, _) = catalogue.transfers(&since(cursor)).await.unwrap();
+    assert_eq!(news.iter().map(|t| &t.id).collect::<Vec<_>>(), [&first[1]]);
+    catalogue
+        .update_transfer(&first[1], 0, State::Planning, &Body::default())
+        .await
+        .unwrap();
+    assert_eq!(
+        catalogue.transfer(&first[1]).await.unwrap().state,
+        State::Done,
+        "what is done stays done"
+    );
+    assert!(
+        catalogue
+            .is_entitled(&sites[0], root(1).digest())
+            .await
+            .unwrap()
+    );
+    assert!(
+        !catalogue
+            .is_entitled(&sites[0], root(2).digest())
+            .await
+            .unwrap()
+    );
+}
+
+pub(crate) async fn labels_wait_for_their_dataset_at_the_same_site(catalogue: Catalogue) {
+    let sites: Vec<SiteName> = vec!["a".parse().unwrap(), "b".parse().unwrap()];
+    let part = |name: &str, needs: Option<&str>| Part {
+        sites: sites.clone(),
+        artifact: name.parse().unwrap(),
+        digest: root(name.len() as u64).digest(),
+        total: 1,
+        needs: needs.map(|n| n.parse().unwrap()),
+    };
+    let parts = [
+        part("labels/l:1", Some("dataset/d:1")),
+        part("dataset/d:1", None),
+    ];
+    let ids = catalogue
+        .deliver(&"d-1".parse().unwrap(), None, &parts, &[])
+        .await
+        .unwrap();
+    let at_a = |ids: &[TransferId]| vec![(ids[0].clone(), ids[2].clone())];
+    assert_eq!(catalogue.waits(&sites[0]).await.unwrap(), at_a(&ids));
+    catalogue
+        .update_transfer(&ids[2], 0, State::Failed, &Body::default())
+        .await
+        .unwrap();
+    assert_eq!(
+        catalogue.waits(&sites[0]).await.unwrap(),
+        at_a(&ids),
+        "a failed one will be retried"
+    );
+    catalogue
+        .act(&ids[2], model::transfer::Action::Retry)
+        .await
+        .unwrap();
+    catalogue
+        .update_transfer(&ids[2], 1, State::Done, &signed())
+        .await
+        .unwrap();
+    assert!(catalogue.waits(&sites[0]).await.unwrap().is_empty());
+    assert_eq!(
+        catalogue.waits(&sites[1]).await.unwrap().len(),
+        1,
+        "each site waits for its own"
+    );
+}
+
+pub(crate) async fn what_a_run_borrowed_goes_and_what_others_want_stays(catalogue: Catalogue) {
+    let sites: Vec<SiteName> = vec!["b".parse().unwrap()];
+    let part = |name: &str| Part {
+        artifact: name.parse().unwrap(),
+        digest: root(1).digest(),
+        total: 1,
+        needs: None,
+        sites: sites.clone(),
+    };
+    let done = |id: TransferId| {
+        let catalogue = catalogue.clone();
+        async move {
+            catalogue
+                .update_transfer(&id, 0, State::Done, &signed())
+                .await
+                .unwrap();
+        }
+    };
+    let before = catalogue
+        .deliver(&"d-1".parse().unwrap(), None, &[part("model/had:1")], &[])
+        .await
+        .unwrap();
+    let all = [
+        part("model/had:1"),
+        part("model/one:1"),
+        part("model/two:1"),
+    ];
+    let one = catalogue
+        .deliver(&"d-2".parse().unwrap(), Some("one"), &all, &[])
+        .await
+        .unwrap();
+    catalogue
+        .deliver(
+            &"d-3".parse().unwrap(),
+            Some("two"),
+            &[part("model/two:1")],
+            &[],
+        )
+        .await
+        .unwrap();
+    for id in &one {
+        done(id.clone()).await;
+    }
+    assert_eq!(one[0], before[0]);
+    let borrowed = |run: &'static str| {
+        let (catalogue, site) = (catalogue.clone(), sites[0].clone());
+        async move {
+            let rows = catalogue.only_borrowed(run, &site).await.unwrap();
+            rows.into_iter()
+                .map(|row| row.artifact.to_string())
+                .collect::<Vec<_>>()
+        }
+    };
+    catalogue
+        .save_run("one", "training", true, &1)
+        .await
+        .unwrap();
+    catalogue
+        .save_run("two", "training", true, &1)
+        .await
+        .unwrap();
+    assert_eq!(borrowed("one").await, ["model/one:1"]);
+    assert!(borrowed("two").await.is_empty(), "run one still needs it");
+    catalogue.save_run("one", "failed", true, &1).await.unwrap();
+    assert_eq!(borrowed("two").await, ["model/two:1"]);
+    catalogue
+        .deliver(&"d-4".parse().unwrap(), None, &[part("model/two:1")], &[])
+        .await
+        .unwrap();
+    assert!(
+        borrowed("two").await.is_empty(),
+        "somebody asked for it since"
+    );
+
+    catalogue.set_removed(&one[1], 7).await.unwrap();
+    let other = root(1).digest();
+    assert!(
+        catalogue.is_entitled(&sites[0], other).await.unwrap(),
+        "by the others"
+    );
+    let again = catalogue
+        .deliver(&"d-5".parse().unwrap(), None, &[part("model/one:1")], &[])
+        .await
+        .unwrap();
+    assert_ne!(again[0], one[1], "what was given back is sent again");
+}
+
+pub(crate) async fn what_a_run_may_be_giving_back_is_brought_again(catalogue: Catalogue) {
+    let sites: Vec<SiteName> = vec!["b".parse().unwrap()];
+    let part = |name: &str| Part {
+        artifact: name.parse().unwrap(),
+        digest: root(1).digest(),
+        total: 1,
+        needs: None,
+        sites: sites.clone(),
+    };
+    let (shared, own) = (part("model/shared:1"), part("model/own:1"));
+    catalogue
+        .deliver(
+            &"d-1".parse().unwrap(),
+            None,
+            std::slice::from_ref(&shared),
+            &[],
+        )
+        .await
+        .unwrap();
+    let ids = catalogue
+        .deliver(
+            &"d-2".parse().unwrap(),
+            Some("one"),
+            &[shared.clone(), own.clone()],
+            &[],
+        )
+        .await
+        .unwrap();
+    for id in &ids {
+        catalogue
+            .update_transfer(id, 0, State::Done, &signed())
+            .await
+            .unwrap();
+    }
+    // For a run that is over at once, so that it wants nothing.
+    let deliver = async |run: &str, part: &Part| {
+        catalogue
+            .save_run(run, "cancelled", false, &1)
+            .await
+            .unwrap();
+        let id = catalogue
+            .deliver(
+                &run.parse().unwrap(),
+                Some(run),
+                std::slice::from_ref(part),
+                &[],
+            )
+            .await
+            .unwrap()
+            .remove(0);
+        let row = catalogue.transfer(&id).await.unwrap();
+        assert!(ids.contains(&id), "it stands");
+        catalogue
+            .update_transfer(&id, row.generation, State::Done, &signed())
+            .await
+            .unwrap();
+        row.generation
+    };
+    catalogue
+        .save_run("one", "training", true, &1)
+        .await
+        .unwrap();
+    assert_eq!(deliver("two", &own).await, 0);
+    catalogue.save_run("one", "done", true, &1).await.unwrap();
+    assert_eq!(deliver("three", &own).await, 1, "it is over and gives back");
+    assert_eq!(
+        deliver("four", &shared).await,
+        0,
+        "somebody wants it, so nobody takes it away"
+    );
+    catalogue.save_run("one", "done", false, &1).await.unwrap();
+    assert_eq!(
+        deliver("five", &own).await,
+        1,
+        "it has given back what it had to"
+    );
+    let late = serde_json::json!({ "spec": { "deadline_ms": 1000 } });
+    catalogue
+        .save_run("one", "training", true, &late)
+        .await
+        .unwrap();
+    assert_eq!(
+        deliver("six", &own).await,
+        2,
+        "its site may give back before the hub sees that its time is up"
+    );
+}
+
+pub(crate) async fn a_transfer_knows_whether_it_landed_before_it_was_begun_again(
+    catalogue: Catalogue,
+) {
+    let adopt = async |id: &str, generation| {
+        catalogue
+            .adopt(&wanted(id, "model/m:1", generation))
+            .await
+            .unwrap()
+            .row
+    };
+    let enter = async |row: &TransferRow, state| {
+        let body = Body {
+            receipt: signed().receipt,
+            ..row.body.clone()
+        };
+        catalogue
+            .update_transfer(&row.id, row.generation, state, &body)
+            .await
+            .unwrap();
+        catalogue.transfer(&row.id).await.unwrap()
+    };
+    let row = adopt("t-0", 0).await;
+    assert!(!row.has_landed());
+    assert!(enter(&row, State::Done).await.has_landed());
+    let row = adopt("t-0", 1).await;
+    assert_eq!((row.state, row.has_landed()), (State::Queued, true));
+    // Given up while it waits for its turn: what it brought lies there.
+    assert!(enter(&row, State::Cancelled).await.has_landed());
+    // One that finds that there, and is given up as well, has brought nothing.
+    let other = adopt("t-1", 0).await;
+    assert!(!enter(&other, State::Cancelled).await.has_landed());
+    let row = adopt("t-0", 2).await;
+    assert!(row.has_landed(), "however often");
+    enter(&row, State::Done).await;
+    catalogue.set_removed("t-0", 7).await.unwrap();
+    assert!(
+        !adopt("t-0", 3).await.has_landed(),
+        "it was given back since"
+    );
+}

@@ -1,0 +1,346 @@
+//! Sites, publishers and join tokens in SQLite.
+
+use std::collections::BTreeMap;
+
+use async_trait::async_trait;
+use base::clock;
+use base::fault::Fault;
+use base::names::{SiteName, SiteSelector};
+use futures::TryStreamExt as _;
+use transport::identity::{Claim, Holder};
+
+use super::{Sqlite, fault, json, malformed};
+use crate::engine::{Listed, See};
+use crate::sites::{AllowLists, PUBLISHER, SITE, SiteRow, Sites, TokenRow};
+use crate::wake::Subject;
+
+type TokenColumns = (
+    Vec<u8>,
+    String,
+    String,
+    i64,
+    Option<i64>,
+    String,
+    Option<Vec<u8>>,
+    Option<i64>,
+);
+type SiteColumns = (String, String, i64, Option<i64>, Option<String>, i64);
+
+const TABLE: &str = "site";
+/// The sites behind a name; and one of them.
+const SITES: &str = "SELECT name, labels, joined_ms, seen_ms, version,
+        (SELECT COUNT(*) FROM transfer t WHERE t.site = site.name AND t.state NOT IN ('done', 'failed', 'cancelled'))
+     FROM site WHERE $1 IS NULL OR name > $1 ORDER BY name LIMIT $2";
+const ONE_SITE: &str = "SELECT name, labels, joined_ms, seen_ms, version,
+        (SELECT COUNT(*) FROM transfer t WHERE t.site = site.name AND t.state NOT IN ('done', 'failed', 'cancelled'))
+     FROM site WHERE name = $1";
+/// A token, and when its holder last connected.
+const TOKEN: &str = "SELECT secret_hash, site, labels, expires_ms, used_ms, role, key_hash,
+        CASE role WHEN 'site' THEN (SELECT seen_ms FROM site WHERE name = token.site)
+                  ELSE (SELECT seen_ms FROM publisher WHERE name = token.site) END
+     FROM token WHERE id = $1";
+/// Entries of a site's `[train] allow` that are stored.
+const TRAIN_ALLOW_MAX: usize = 10_000;
+
+fn token(
+    (secret_hash, name, labels, expires_ms, used_ms, role, key_hash, seen_ms): TokenColumns,
+) -> TokenRow {
+    TokenRow {
+        secret_hash,
+        name,
+        labels,
+        expires_ms,
+        used_ms,
+        role,
+        key_hash,
+        seen_ms,
+    }
+}
+
+impl Sqlite {
+    /// A row of [`SITES`]. A site whose labels cannot be read has none, and is reported.
+    fn site_row(
+        &self,
+        (name, labels, joined_ms, seen_ms, version, open): SiteColumns,
+    ) -> Result<SiteRow, Fault> {
+        let labels = serde_json::from_str(&labels).map_err(|e| malformed(TABLE, &name, e));
+        Ok(SiteRow {
+            labels: self
+                .sound("labels of site", &name, labels)
+                .unwrap_or_default(),
+            name: name.parse().map_err(|e| malformed(TABLE, &name, e))?,
+            joined_ms,
+            seen_ms,
+            version,
+            open_transfers: open as u64,
+        })
+    }
+
+    /// Writes one value (`$1`) of a site (`$2`).
+    pub(super) async fn set_of_site(
+        &self,
+        sql: &'static str,
+        value: Option<String>,
+        site: &SiteName,
+    ) -> Result<(), Fault> {
+        let mut write = self.begin().await?;
+        sqlx::query(sql)
+            .bind(value)
+            .bind(site.as_str())
+            .execute(write.db())
+            .await
+            .map_err(fault)?;
+        write.commit().await
+    }
+}
+
+#[async_trait]
+impl Sites for Sqlite {
+    async fn add_token(
+        &self,
+        id: &str,
+        secret_hash: &[u8; 32],
+        holder: &Holder,
+        labels: &BTreeMap<String, String>,
+        ttl_seconds: u64,
+    ) -> Result<(), Fault> {
+        let now = clock::now_unix_ms() as i64;
+        let (role, taken) = match holder {
+            Holder::Publisher(_) => (PUBLISHER, "SELECT 'a site' FROM site WHERE name = $1"),
+            Holder::Site(_) => (SITE, "SELECT 'a publisher' FROM publisher WHERE name = $1"),
+            Holder::Hub(_) => return Err(Fault::usage("a hub joins nothing")),
+        };
+        let mut write = self.begin().await?;
+        let taken: Option<(String,)> = sqlx::query_as(taken)
+            .bind(holder.name().as_str())
+            .fetch_optional(write.db())
+            .await
+            .map_err(fault)?;
+        if let Some((what,)) = taken {
+            return Err(
+                Fault::conflict(format!("{} is {what} already", holder.name()))
+                    .with_next("choose another name"),
+            );
+        }
+        sqlx::query("INSERT INTO token (id, secret_hash, role, site, labels, expires_ms) VALUES ($1, $2, $3, $4, $5, $6)")
+            .bind(id)
+            .bind(&secret_hash[..])
+            .bind(role)
+            .bind(holder.name().as_str())
+            .bind(json("labels", labels)?)
+            .bind(now.saturating_add((ttl_seconds as i64).saturating_mul(1000)))
+            .execute(write.db())
+            .await
+            .map_err(fault)?;
+        write.commit().await
+    }
+
+    async fn redeem_token(
+        &self,
+        id: &str,
+        secret_hash: &[u8; 32],
+        claim: &Claim,
+        key_hash: &[u8; 32],
+    ) -> Result<Holder, Fault> {
+        let now = clock::now_unix_ms() as i64;
+        let mut write = self.begin().await?;
+        let row: Option<TokenColumns> = sqlx::query_as(TOKEN)
+            .bind(id)
+            .fetch_optional(write.db())
+            .await
+            .map_err(fault)?;
+        let row = row.map(token);
+        let holder = TokenRow::redeemed(row.as_ref(), id, secret_hash, claim, key_hash, now)?;
+        sqlx::query("UPDATE token SET used_ms = $1, key_hash = $2 WHERE id = $3")
+            .bind(now)
+            .bind(&key_hash[..])
+            .bind(id)
+            .execute(write.db())
+            .await
+            .map_err(fault)?;
+        let name = holder.name().as_str();
+        match &holder {
+            Holder::Site(_) => {
+                // A token without labels says nothing of them.
+                let labels = row.map_or_else(|| "{}".into(), |row| row.labels);
+                sqlx::query(
+                    "INSERT INTO site (name, labels, joined_ms) VALUES ($1, $2, $3)
+                     ON CONFLICT (name) DO UPDATE SET joined_ms = excluded.joined_ms,
+                         labels = CASE excluded.labels WHEN '{}' THEN site.labels ELSE excluded.labels END",
+                )
+                .bind(name)
+                .bind(labels)
+                .bind(now)
+                .execute(write.db())
+                .await
+                .map_err(fault)?;
+                write.note("site", name, Subject::Other).await?;
+            }
+            Holder::Publisher(_) | Holder::Hub(_) => {
+                sqlx::query(
+                    "INSERT INTO publisher (name, joined_ms) VALUES ($1, $2)
+                     ON CONFLICT (name) DO UPDATE SET joined_ms = excluded.joined_ms",
+                )
+                .bind(name)
+                .bind(now)
+                .execute(write.db())
+                .await
+                .map_err(fault)?;
+                write.changes(Subject::Other);
+            }
+        }
+        write.commit().await?;
+        Ok(holder)
+    }
+
+    async fn publisher_seen(&self, name: &SiteName) -> Result<bool, Fault> {
+        let mut write = self.begin().await?;
+        let done = sqlx::query("UPDATE publisher SET seen_ms = $1 WHERE name = $2")
+            .bind(clock::now_unix_ms() as i64)
+            .bind(name.as_str())
+            .execute(write.db())
+            .await
+            .map_err(fault)?;
+        write.commit().await?;
+        Ok(done.rows_affected() == 1)
+    }
+
+    async fn site_seen(&self, site: &SiteName, version: Option<&str>) -> Result<(), Fault> {
+        let mut write = self.begin().await?;
+        sqlx::query(
+            "UPDATE site SET seen_ms = $1, version = COALESCE($2, version) WHERE name = $3",
+        )
+        .bind(clock::now_unix_ms() as i64)
+        .bind(version)
+        .bind(site.as_str())
+        .execute(write.db())
+        .await
+        .map_err(fault)?;
+        // Each transfer gets a number of its own, so that a page of what changed can end behind any
+        // of them. The event has that of the last.
+        let (open,): (i64,) =
+            sqlx::query_as("SELECT COUNT(*) FROM transfer WHERE site = $1 AND state NOT IN ('done', 'failed', 'cancelled')")
+                .bind(site.as_str())
+                .fetch_one(write.db())
+                .await
+                .map_err(fault)?;
+        let count = open.max(1);
+        let last = write.take_numbers(count).await?;
+        sqlx::query(
+            "UPDATE transfer SET cursor = $1 + open.number FROM (
+                SELECT id, ROW_NUMBER() OVER (ORDER BY cursor, id) AS number FROM transfer
+                WHERE site = $2 AND state NOT IN ('done', 'failed', 'cancelled')) AS open
+             WHERE transfer.id = open.id",
+        )
+        .bind(last - count)
+        .bind(site.as_str())
+        .execute(write.db())
+        .await
+        .map_err(fault)?;
+        // What the site has to do is the same as before.
+        write
+            .note_as(last, "site", site.as_str(), Subject::Other)
+            .await?;
+        write.commit().await
+    }
+
+    async fn set_train_allow(
+        &self,
+        site: &SiteName,
+        allow: Option<&[String]>,
+    ) -> Result<(), Fault> {
+        // Only what can be parsed counts, and no more than a list of all sites that a hub can have.
+        let list: Option<Vec<&String>> = allow.map(|list| {
+            list.iter()
+                .take(TRAIN_ALLOW_MAX)
+                .filter(|text| text.parse::<SiteSelector>().is_ok())
+                .collect()
+        });
+        let list = list
+            .map(|list| json("whom a site trains for", &list))
+            .transpose()?;
+        self.set_of_site(
+            "UPDATE site SET train_allow = $1 WHERE name = $2",
+            list,
+            site,
+        )
+        .await
+    }
+
+    async fn train_allow(&self, site: &SiteName) -> Result<Option<String>, Fault> {
+        let row: Option<(Option<String>,)> =
+            sqlx::query_as("SELECT train_allow FROM site WHERE name = $1")
+                .bind(site.as_str())
+                .fetch_optional(self.read())
+                .await
+                .map_err(fault)?;
+        Ok(row.and_then(|(allow,)| allow))
+    }
+
+    async fn allow_lists(&self) -> Result<Vec<AllowLists>, Fault> {
+        let rows: Vec<(String, Option<String>, Option<String>)> =
+            sqlx::query_as("SELECT name, share, train_allow FROM site WHERE share IS NOT NULL OR train_allow IS NOT NULL ORDER BY name")
+                .fetch_all(self.read())
+                .await
+                .map_err(fault)?;
+        let list = |text: Option<String>| {
+            text.and_then(|text| serde_json::from_str(&text).ok())
+                .unwrap_or_default()
+        };
+        let read = |(name, share, train): (String, Option<String>, Option<String>)| {
+            let site = self.sound(
+                TABLE,
+                &name,
+                name.parse().map_err(|e| malformed(TABLE, &name, e)),
+            )?;
+            Some(AllowLists {
+                site,
+                share: list(share),
+                train: list(train),
+            })
+        };
+        Ok(rows.into_iter().filter_map(read).collect())
+    }
+
+    async fn sites(&self) -> Result<Vec<SiteRow>, Fault> {
+        let rows: Vec<SiteColumns> = sqlx::query_as(SITES)
+            .bind(None::<&str>)
+            .bind(i64::MAX)
+            .fetch_all(self.read())
+            .await
+            .map_err(fault)?;
+        Ok(rows
+            .into_iter()
+            .filter_map(|row| self.sound(TABLE, &row.0.clone(), self.site_row(row)))
+            .collect())
+    }
+
+    async fn site(&self, name: &str) -> Result<Option<SiteRow>, Fault> {
+        let row: Option<SiteColumns> = sqlx::query_as(ONE_SITE)
+            .bind(name)
+            .fetch_optional(self.read())
+            .await
+            .map_err(fault)?;
+        row.map(|row| self.site_row(row)).transpose()
+    }
+
+    async fn each_site(
+        &self,
+        behind: Option<&str>,
+        rows: i64,
+        see: See<'_, SiteRow>,
+    ) -> Result<(), Fault> {
+        let mut found = sqlx::query_as::<_, SiteColumns>(SITES)
+            .bind(behind)
+            .bind(rows)
+            .fetch(self.read());
+        while let Some(row) = found.try_next().await.map_err(fault)? {
+            let key = row.0.clone();
+            let row = self.sound(TABLE, &key, self.site_row(row));
+            if !see(row.map_or(Listed::Malformed { key, cursor: 0 }, Listed::Row)) {
+                break;
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,198 @@
+//! Wake-ups: a task that waits for a change is woken when its subject changed, and only then.
+//!
+//! [`Catalogue`](crate::Catalogue) owns them. The engine reports the subjects of a transaction
+//! after its commit. A wake-up is a hint: each waiter also polls every [`POLL_EVERY`]. Nothing here
+//! survives a restart, nor needs to: a task looks once before it waits.
+
+use std::collections::HashMap;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use base::names::SiteName;
+use parking_lot::Mutex;
+use tokio::sync::Notify;
+use tokio::sync::futures::OwnedNotified;
+use tokio::time::{Instant, sleep_until, timeout};
+
+/// Each waiter polls at this interval, even without a wake-up.
+pub(crate) const POLL_EVERY: Duration = Duration::from_secs(5);
+/// Changes that follow each other faster than this wake a [`Watch`] once.
+const COALESCE: Duration = Duration::from_millis(10);
+
+/// What changed, as far as waiters distinguish it.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub enum Subject {
+    /// The work of one site: its transfers, and the training runs that it takes part in.
+    Site(SiteName),
+    /// An artifact.
+    Artifacts,
+    /// Anything else: a connection, a job, a site that connected.
+    Other,
+}
+
+/// The tasks that wait for changes.
+#[derive(Debug, Default)]
+pub(crate) struct Wakes {
+    /// Those that wait for any change.
+    all: Arc<Notify>,
+    /// Those that wait for one subject. An entry is removed when it is woken, so there is at most
+    /// one for each subject.
+    subjects: Mutex<HashMap<Subject, Arc<Notify>>>,
+}
+
+impl Wakes {
+    /// Wakes those that wait for these subjects, and those that wait for any change.
+    pub(crate) fn wake(&self, changed: &[Subject]) {
+        if changed.is_empty() {
+            return;
+        }
+        {
+            let mut subjects = self.subjects.lock();
+            for waiting in changed
+                .iter()
+                .filter_map(|subject| subjects.remove(subject))
+            {
+                waiting.notify_waiters();
+            }
+        }
+        self.all.notify_waiters();
+    }
+
+    /// Completes at the first change of `subject` (`None`: of anything) after this call.
+    fn wait(&self, subject: Option<&Subject>) -> OwnedNotified {
+        let notify = match subject {
+            None => self.all.clone(),
+            Some(subject) => self
+                .subjects
+                .lock()
+                .entry(subject.clone())
+                .or_default()
+                .clone(),
+        };
+        notify.notified_owned()
+    }
+
+    /// Completes at the first change of anything after this call, not after its first poll; or
+    /// after [`POLL_EVERY`].
+    pub(crate) fn changed(&self) -> impl Future<Output = ()> + Send + 'static {
+        let changed = self.wait(None);
+        async move {
+            let _ = timeout(POLL_EVERY, changed).await;
+        }
+    }
+
+    /// Watches a subject, or with `None` everything, from now on.
+    pub(crate) fn watch(self: &Arc<Self>, subject: Option<Subject>) -> Watch {
+        let next = Box::pin(self.wait(subject.as_ref()));
+        Watch {
+            wakes: self.clone(),
+            subject,
+            next,
+            is_woken: false,
+            returned: None,
+        }
+    }
+}
+
+/// Waits for the changes of one subject, again and again.
+pub struct Watch {
+    wakes: Arc<Wakes>,
+    subject: Option<Subject>,
+    next: Pin<Box<OwnedNotified>>,
+    /// Whether `next` has completed.
+    is_woken: bool,
+    returned: Option<Instant>,
+}
+
+impl Watch {
+    /// Returns when the subject changed after the previous return (the first time: after the watch
+    /// began), or after [`POLL_EVERY`]. So a caller that looks, then calls this, misses nothing.
+    /// Many changes in a short time are one. May be dropped at any time.
+    pub async fn changed(&mut self) {
+        if !self.is_woken {
+            let _ = timeout(POLL_EVERY, &mut self.next).await;
+            self.is_woken = true;
+        }
+        if let Some(returned) = self.returned {
+            sleep_until(returned + COALESCE).await;
+        }
+        self.next = Box::pin(self.wakes.wait(self.subject.as_ref()));
+        self.is_woken = false;
+        self.returned = Some(Instant::now());
+    }
+}
+
+impl Subject {
+    /// The work of the site of this name, as a row has it.
+    pub(crate) fn of_site(name: &str) -> Self {
+        name.parse().map_or(Self::Other, Self::Site)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn site(name: &str) -> Subject {
+        Subject::of_site(name)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn changes_that_follow_each_other_fast_are_one() {
+        let wakes = Arc::<Wakes>::default();
+        let mut watch = wakes.watch(Some(site("a")));
+        let (waker, begun) = (wakes.clone(), Instant::now());
+        let changing = tokio::spawn(async move {
+            for _ in 0..1000 {
+                waker.wake(&[site("a"), site("b")]);
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+        });
+        let mut woken = 0;
+        while begun.elapsed() < Duration::from_secs(1) {
+            watch.changed().await;
+            woken += 1;
+        }
+        assert!((80..=102).contains(&woken), "{woken}");
+        changing.await.unwrap();
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn nothing_is_missed_while_a_task_looks_and_the_first_change_is_not_held_back() {
+        let wakes = Arc::<Wakes>::default();
+        let mut watch = wakes.watch(Some(site("a")));
+        let begun = Instant::now();
+        // Before the first wait, and between two.
+        wakes.wake(&[site("a")]);
+        watch.changed().await;
+        assert_eq!(begun.elapsed(), Duration::ZERO);
+        wakes.wake(&[site("a")]);
+        // Given up while it is held back.
+        assert!(
+            timeout(Duration::from_millis(1), watch.changed())
+                .await
+                .is_err()
+        );
+        watch.changed().await;
+        assert_eq!(begun.elapsed(), COALESCE);
+        // Of another subject; then it polls.
+        wakes.wake(&[site("b"), Subject::Artifacts, Subject::Other]);
+        watch.changed().await;
+        assert_eq!(begun.elapsed(), COALESCE + POLL_EVERY);
+        assert!(wakes.subjects.lock().len() <= 1);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn whoever_waits_for_anything_counts_from_the_call() {
+        let wakes = Arc::<Wakes>::default();
+        let begun = Instant::now();
+        let changed = wakes.changed();
+        wakes.wake(&[Subject::Artifacts]);
+        changed.await;
+        assert_eq!(begun.elapsed(), Duration::ZERO);
+        wakes.wake(&[]);
+        wakes.changed().await;
+        assert_eq!(begun.elapsed(), POLL_EVERY);
+    }
+}
