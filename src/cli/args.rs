@@ -210,7 +210,7 @@ pub(super) enum Command {
     /// differences.
     #[command(after_help = "Examples:
   packhorse verify dataset/line3:v1
-  packhorse verify dataset/line3:v1 --repair")]
+  packhorse verify dataset/line3:v1 --repair --config /etc/packhorse/site.toml")]
     Verify {
         /// KIND/NAME:VERSION.
         #[arg(value_name = "REF")]

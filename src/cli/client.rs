@@ -281,8 +281,17 @@ impl Client {
             .query(&query)
             .timeout(API_REPLY_MAX);
         let response = request.send().await.map_err(|e| self.unreachable(&e))?;
+        let version = response.headers().get(VERSION_HEADER).is_some();
         let body = response.bytes().await.map_err(|e| self.unreachable(&e))?;
         let Ok(proof) = serde_json::from_slice::<Proof>(&body) else {
+            if version {
+                // A daemon before the proof existed, whose program was replaced while it ran.
+                return Err(Fault::unreachable(format!(
+                    "the daemon at {} is of an earlier revision than this program; the token was not sent to it",
+                    self.base
+                ))
+                .with_next("restart the daemon, so that it runs the same program as this command"));
+            }
             return Err(Fault::unreachable(format!(
                 "the program that answers at {} is not this daemon; the token was not sent to it",
                 self.base

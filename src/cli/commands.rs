@@ -160,11 +160,11 @@ pub(super) fn published_text(p: &Published) -> String {
 /// Reports on stderr what a publish left out, in every output format.
 pub(super) fn note_omitted(published: &Published) {
     for omission in &published.omitted {
-        eprintln!(
+        output::note(&format!(
             "note: left out of {}: {}",
             published.artifact,
             human::clean(&omission.line())
-        );
+        ));
     }
 }
 
@@ -268,11 +268,11 @@ pub(super) async fn status(global: &Global, args: Status) -> Result<(), Fault> {
         }
     })?;
     match args.since {
-        Some(_) => eprintln!("cursor: {cursor}"),
-        None if cut && args.transfer.is_none() => eprintln!(
+        Some(_) => output::note(&format!("cursor: {cursor}")),
+        None if cut && args.transfer.is_none() => output::note(&format!(
             "only the newest {} transfers are shown; --limit shows more",
             args.limit
-        ),
+        )),
         None => {}
     }
     Ok(())

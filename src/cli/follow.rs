@@ -12,8 +12,8 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use tokio::time::Instant;
 
 use super::client::Client;
-use super::human;
 use super::tracker::Tracker;
+use super::{human, output};
 use crate::api::types::{Job, Transfer, TransferQuery};
 use base::fault::{Code, Fault};
 use base::limits::{API_IDS_MAX, API_ROWS_MAX, DAEMON_AWAY_MAX, JOB_AWAY_MAX, PROGRESS_LINE_EVERY};
@@ -54,15 +54,15 @@ impl Progress {
             bar.set_position(done.min(total));
         } else if Instant::now() >= self.next_line {
             self.next_line = Instant::now() + PROGRESS_LINE_EVERY;
-            eprintln!("{}", text());
+            output::note(&text());
         }
     }
 
     /// Prints a line at once.
     pub(super) fn say(&self, line: &str) {
         match &self.bar {
-            Some(bar) => bar.suspend(|| eprintln!("{line}")),
-            None => eprintln!("{line}"),
+            Some(bar) => bar.suspend(|| output::note(line)),
+            None => output::note(line),
         }
     }
 

@@ -64,7 +64,9 @@ pub fn init_log(args: &Args) {
         &wanted
     }));
     let filter = filter.unwrap_or_else(|error| {
-        eprintln!("warning: PACKHORSE_LOG is not a valid filter ({error}); it is ignored");
+        output::note(&format!(
+            "warning: PACKHORSE_LOG is not a valid filter ({error}); it is ignored"
+        ));
         tracing_subscriber::EnvFilter::new(log_filter(default))
     });
     let colour = std::io::stderr().is_terminal() && human::colour_wanted();
@@ -110,7 +112,7 @@ pub async fn run(args: Args) -> ExitCode {
     match dispatch(args).await {
         Ok(()) => ExitCode::SUCCESS,
         Err(fault) => {
-            eprint!("{}", render_error(&fault, format));
+            output::note(render_error(&fault, format).trim_end_matches('\n'));
             ExitCode::from(fault.code.exit())
         }
     }

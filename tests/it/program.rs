@@ -2,7 +2,7 @@
 //! man pages.
 
 use super::support::command::tool_in;
-use super::support::daemon::packhorse;
+use super::support::daemon::{PACKHORSE, packhorse};
 use super::support::{Scratch, limit, secs};
 
 #[path = "../../build.rs"]
@@ -136,4 +136,21 @@ fn man_pages_are_written_into_a_directory() {
             .says(&[&file, "name a directory that you can write to"]);
     }
     packhorse(&["man"]).expect(2);
+}
+
+#[test]
+fn a_closed_stderr_does_not_change_the_exit_code() {
+    let _limit = limit(secs(60));
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let status = std::process::Command::new(PACKHORSE)
+        .args(["status", "--api", "http://127.0.0.1:1"])
+        .env("PACKHORSE_LOG", "no=such=filter")
+        .stderr(writer)
+        .status()
+        .unwrap();
+    assert!(
+        matches!(status.code(), Some(code) if code != 0 && code < 100),
+        "{status}"
+    );
 }
