@@ -1,4 +1,5 @@
-//! The acts: the steps with the hub and the sites, in order. Each ends with its result on stdout.
+//! The steps of the quickstart with the hub and the sites, in order. Each step ("act") prints its
+//! result to stdout.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -26,7 +27,7 @@ use base::durable;
 use base::fault::{Code, Fault};
 use transport::identity::SiteIdentity;
 
-/// What is published, one of each kind; labels come after the dataset that they are bound to.
+/// The published series, one of each kind. The labels follow the dataset that they are bound to.
 pub(super) const SERIES: [&str; 5] = [
     "dataset/panels",
     "labels/panels",
@@ -44,25 +45,25 @@ const RUN_MAX: Duration = Duration::from_secs(120);
 const LOOK_EVERY: Duration = Duration::from_millis(100);
 const JOB_WAIT: Duration = Duration::from_secs(10);
 
-/// The stage: a hub and sites that are connected to it.
+/// A hub and the sites that are connected to it.
 pub(super) struct World<'a> {
     folder: &'a Folder,
     show: Show,
     hub: Home,
     client: Arc<Client>,
     sites: Vec<Home>,
-    /// The sites' APIs, as [`SITES`] has them.
+    /// The clients of the sites' APIs, in the order of [`SITES`].
     clients: Vec<Arc<Client>>,
 }
 
 impl<'a> World<'a> {
-    /// Starts the hub and the sites, and enrols those that have not joined yet.
+    /// Starts the hub and the sites, and enrols each site that has not joined yet.
     pub(super) async fn raise(
         folder: &'a Folder,
         daemons: &mut Daemons,
         show: &Show,
     ) -> Result<Self, Fault> {
-        show.act("A hub and two sites start");
+        show.act("Starting a hub and two sites");
         let hub = Home::new(folder.path(), "hub");
         let ready = daemons
             .start(&hub, async |api, line| {
@@ -71,7 +72,7 @@ impl<'a> World<'a> {
             .await?;
         let (client, line) = (ready.client, ready.line.to_string());
         show.say(&format!(
-            "   hub is ready: API at http://{}, line at {line}, log in {}",
+            "   hub is ready: API at http://{}, address for sites {line}, log in {}",
             ready.api,
             hub.log.display()
         ));
@@ -85,9 +86,9 @@ impl<'a> World<'a> {
                 })
                 .await?;
             let how = if joined {
-                "had joined before"
+                "joined in an earlier run"
             } else {
-                "has joined with a token from the hub"
+                "joined with a token from the hub"
             };
             show.say(&format!(
                 "   {name} {how}: API at http://{}, log in {}",
@@ -116,14 +117,14 @@ impl<'a> World<'a> {
             let online: Vec<String> = sites.iter().filter(|s| s.online).map(said_of).collect();
             if online.len() == SITES.len() {
                 self.show.say(&format!(
-                    "   connected to the hub, which nobody but they dialled: {}",
+                    "   each site opened its connection to the hub: {}",
                     online.join(", ")
                 ));
                 return Ok(());
             }
             if Instant::now() >= until {
                 return Err(Fault::unreachable(format!(
-                    "of the {} sites only {} reached the hub",
+                    "of the {} sites, only {} connected to the hub",
                     SITES.len(),
                     online.len()
                 ))
@@ -133,8 +134,8 @@ impl<'a> World<'a> {
         }
     }
 
-    /// Makes a version of each kind, publishes all to both sites, and waits until they have
-    /// arrived.
+    /// Creates a version of each kind, publishes all of them to both sites, and waits until they
+    /// have arrived.
     async fn deliver(&self, version: u32) -> Result<(SampleSet, Vec<Transfer>), Fault> {
         let set = self.folder.sample(version).await?;
         let mut arrivals = JoinSet::new();
@@ -179,7 +180,7 @@ impl<'a> World<'a> {
         );
         self.show.say(&match published.unchanged {
             true => format!(
-                "   {} is published already, with this content: {size}",
+                "   {} was published before with the same content: {size}",
                 published.artifact
             ),
             false => format!(
@@ -190,7 +191,7 @@ impl<'a> World<'a> {
         Ok(published)
     }
 
-    /// Compares the content of both sites with its source.
+    /// Compares the content at both sites with its source.
     async fn check(
         &self,
         set: &SampleSet,
@@ -209,11 +210,11 @@ impl<'a> World<'a> {
     }
 }
 
-/// The first delivery: one of each kind to both sites, from nothing.
+/// The first delivery: one artifact of each kind to both sites, which have no earlier version.
 pub(super) async fn first_delivery(world: &World<'_>) -> Result<(), Fault> {
     world
         .show
-        .act("One of each kind is published at the hub, to both sites");
+        .act("Publishing one artifact of each kind at the hub, to both sites");
     let (set, transfers) = world.deliver(1).await?;
     let found = world.check(&set, &transfers, 1).await?;
     let mut table = Table::new(&[
@@ -234,14 +235,14 @@ pub(super) async fn first_delivery(world: &World<'_>) -> Result<(), Fault> {
         ]);
     }
     emit(&format!(
-        "\nWhat lies where, read again and compared:\n\n{}",
+        "\nThe delivered content was read at each site and compared with the source:\n\n{}",
         table.render(false)
     ))
 }
 
-/// The second version: small changes; little more than the changes may be transferred.
+/// The second version has small changes. Little more than the changes may be transmitted.
 pub(super) async fn second_version(world: &World<'_>) -> Result<(), Fault> {
-    world.show.act("A day later: some images shot again, labels corrected, a line of code, an image layer, 1 % of the weights");
+    world.show.act("Publishing version 2: some photos replaced, labels corrected, one line of code, one image layer and 1 % of the weights changed");
     let (set, transfers) = world.deliver(2).await?;
     let found = world.check(&set, &transfers, 2).await?;
     let mut table = Table::new(&[
@@ -286,17 +287,18 @@ pub(super) async fn second_version(world: &World<'_>) -> Result<(), Fault> {
             .collect(),
     );
     emit(&format!(
-        "\nHow little of version 2 crossed the line (manifests and framing included):\n\n{}",
+        "\nBytes transmitted for version 2 (manifests and framing included):\n\n{}",
         table.render(false)
     ))
 }
 
-/// The last act: east has its own images and no trainer; west has a trainer. East's published
-/// images stay in place until west requests them, the model is returned automatically, and west
-/// removes what it borrowed.
+/// The last act. The site east has its own photos and no trainer; the site west has a trainer. East
+/// publishes its photos in place. The hub requests them from east when west needs them. West trains
+/// a model, the hub delivers the model to east, and west removes the inputs that only the run
+/// needed.
 pub(super) async fn borrowed_training(world: &World<'_>) -> Result<(), Fault> {
     let [east, west] = SITES;
-    world.show.act("East borrows west: its own images and labels go there, a trainer learns from them, the model comes home");
+    world.show.act("Training east's model at west: west fetches east's photos and labels, trains a model, and east receives the model");
     let set = world.folder.own_sample().await?;
     let [images, labels, model] = [
         "dataset/east-line:v1",
@@ -316,7 +318,7 @@ pub(super) async fn borrowed_training(world: &World<'_>) -> Result<(), Fault> {
         };
         let published = publish_by(&world.clients[0], &request).await?;
         world.show.say(&format!(
-            "   {name} is published at {east}: {}, which stay where they lie",
+            "   {name} is published in place at {east}, without a copy: {}",
             human::bytes(published.bytes)
         ));
     }
@@ -379,17 +381,19 @@ pub(super) async fn borrowed_training(world: &World<'_>) -> Result<(), Fault> {
         .join(images.replace(':', "/"))
         .exists()
     {
-        return Err(Fault::internal(format!("{images} still lies at {west}")));
+        return Err(Fault::internal(format!(
+            "{images} was not removed from {west}"
+        )));
     }
     if let Some(left) = [images, labels].into_iter().find(|name| is_listed(name)) {
-        return Err(Fault::internal(format!("{left} is still listed at {west}")));
+        return Err(Fault::internal(format!("{west} still lists {left}")));
     }
-    let mut table = Table::new(&["MADE OF", "DIGEST", "AT WEST NOW"]);
+    let mut table = Table::new(&["INPUT", "DIGEST", "AT WEST NOW"]);
     for input in &run.inputs {
         let now = if is_listed(&input.artifact) {
-            "stays: it was there before"
+            "kept: delivered before the run"
         } else {
-            "given back"
+            "removed"
         };
         table.row(vec![
             input.artifact.as_str().into(),
@@ -398,7 +402,7 @@ pub(super) async fn borrowed_training(world: &World<'_>) -> Result<(), Fault> {
         ]);
     }
     emit(&format!(
-        "\nThe model {} came home to {}; of {} boxes that it never saw it tells {} right:\n\n{}",
+        "\nThe model {} was delivered to {}. Of {} test boxes that were not used for training, it classifies {} correctly. The run's inputs:\n\n{}",
         made.artifact,
         home.display(),
         found["tried_on"],
@@ -411,7 +415,7 @@ pub(super) async fn borrowed_training(world: &World<'_>) -> Result<(), Fault> {
 pub(super) fn farewell(world: &World<'_>, once: bool) -> Result<(), Fault> {
     if once && world.folder.is_temporary() {
         world.show.say("");
-        world.show.say("All arrived, and all is as it was published. Without --once it keeps running, for you to look around");
+        world.show.say("All artifacts arrived, and their content matches the source. Without --once, the daemons keep running after this");
         return Ok(());
     }
     let program = program();
@@ -425,7 +429,7 @@ pub(super) fn farewell(world: &World<'_>, once: bool) -> Result<(), Fault> {
         check::layout(site, SERIES[3]).display()
     ));
     let mut lines = format!(
-        "\nAll arrived, and all is as it was published. To look at what lies there:\n\n  \
+        "\nAll artifacts arrived, and their content matches the source. To look at the delivered content:\n\n  \
          ls {folder}; cat {current}\n  \
          sqlite3 {labels} 'SELECT class, count(*) FROM current_annotations GROUP BY class'\n  \
          skopeo inspect {image}\n"
@@ -437,21 +441,21 @@ pub(super) fn farewell(world: &World<'_>, once: bool) -> Result<(), Fault> {
         ));
     } else {
         lines.push_str(&format!(
-            "\nTo ask the daemons:\n\n  \
+            "\nTo query the daemons:\n\n  \
              {program} status --config {hub}\n  \
              {program} sites --config {hub}\n  \
              {program} show dataset/panels:v2 --config {hub}\n  \
              {program} artifacts --config {east}\n  \
              {program} verify model/adc:v2 --config {east}\n\n\
-             To send something of your own:\n\n  \
+             To publish and deliver a folder of your own:\n\n  \
              {program} publish FOLDER --as dataset/mine:v1 --to region=east --wait --config {hub}\n\n\
-             It runs on until Ctrl-C.\n"
+             The daemons run until you press Ctrl-C.\n"
         ));
     }
     emit(&lines)
 }
 
-/// Waits for the transfers of one artifact, and shows how far they are.
+/// Waits for the transfers of one artifact, and shows their progress.
 async fn follow(
     client: &Client,
     show: &Show,
@@ -479,7 +483,7 @@ async fn follow(
         }
         if Instant::now() >= until {
             return Err(Fault::deadline(format!(
-                "{} has not arrived everywhere after {ARRIVAL_MAX:?}: {}",
+                "{} has not arrived at every site after {ARRIVAL_MAX:?}: {}",
                 published.artifact,
                 tracker.summary()
             )));
@@ -488,7 +492,7 @@ async fn follow(
     }
 }
 
-/// Publishes through a daemon, and waits for it.
+/// Publishes through a daemon, and waits until its job ends.
 async fn publish_by(client: &Client, request: &PublishRequest) -> Result<Published, Fault> {
     let mut job: Job = client.post("/v1/artifacts", request).await?;
     loop {
@@ -510,7 +514,7 @@ async fn publish_by(client: &Client, request: &PublishRequest) -> Result<Publish
     }
 }
 
-/// Writes a site's configuration, and joins it to the hub if it has not joined yet.
+/// Writes a site's configuration, and enrols the site at the hub if it has not joined yet.
 async fn enrol(
     client: &Client,
     site: &Home,
@@ -591,12 +595,11 @@ fn of<'t>(transfers: &'t [Transfer], series: &str, site: &str) -> Option<&'t Tra
 
 fn refused(error: Option<Fault>, artifact: &str) -> Fault {
     let fault = error
-        .unwrap_or_else(|| Fault::internal("the hub does not say why"))
+        .unwrap_or_else(|| Fault::internal("the daemon reports no reason"))
         .context(format_args!("publish {artifact}"));
     match fault.code {
-        Code::Conflict => {
-            fault.with_next("another version of this program made that folder: choose a new --dir")
-        }
+        Code::Conflict => fault
+            .with_next("another version of this program created that folder: choose a new --dir"),
         _ => fault,
     }
 }

@@ -90,11 +90,10 @@ fn name_of(series: &str) -> &str {
 }
 
 fn differs(what: impl Into<String>) -> Fault {
-    Fault::integrity(what)
-        .with_next("this is a defect of packhorse: please report it with the logs")
+    Fault::integrity(what).with_next("this is a defect of packhorse: report it with the logs")
 }
 
-/// In a folder that was used before, a later version may be the active one already.
+/// If an earlier run used this folder, a later version may already be the active one.
 fn check_active(active: &str, version: &str) -> Result<(), Fault> {
     if active >= version {
         Ok(())
@@ -103,7 +102,7 @@ fn check_active(active: &str, version: &str) -> Result<(), Fault> {
     }
 }
 
-/// A folder on the NAS: names, modes, links and bytes.
+/// Compares a folder on the NAS with its source: names, modes, links and bytes.
 fn files(source: &Path, series: &Path, version: &str) -> Result<(String, String), Fault> {
     let folder = series.join(version);
     let (mut there, mut here) = (BTreeMap::new(), BTreeMap::new());
@@ -119,7 +118,7 @@ fn files(source: &Path, series: &Path, version: &str) -> Result<(String, String)
             .find(|(path, item)| here.get(*path) != Some(item))
             .or_else(|| here.iter().find(|(p, _)| !there.contains_key(*p)));
         return Err(differs(format!(
-            "{:?} is not as in the source",
+            "{:?} differs from the source in its presence, type, mode or size",
             odd.map(|(path, _)| path)
         )));
     }
@@ -135,7 +134,7 @@ fn files(source: &Path, series: &Path, version: &str) -> Result<(String, String)
     {
         if !same_bytes(&base.join(path), &folder.join(path))? {
             return Err(differs(format!(
-                "{path:?} has other bytes than in the source"
+                "the content of {path:?} differs from the source"
             )));
         }
         count += 1;
@@ -217,7 +216,8 @@ fn same_bytes(one: &Path, other: &Path) -> Result<bool, Fault> {
     }
 }
 
-/// Rows in SQLite, through the views that readers use: as many of each class as the COCO file says.
+/// Counts the rows of each class in SQLite, through the views that readers use, and compares the
+/// counts with the COCO file.
 async fn labels(
     site: &Home,
     series: &str,
@@ -264,7 +264,7 @@ async fn labels(
     let found: BTreeMap<String, i64> = rows.into_iter().collect();
     if found != expected {
         return Err(differs(format!(
-            "rows by class are {found:?}, and in the source {expected:?}"
+            "the database has these rows by class: {found:?}, the source has {expected:?}"
         )));
     }
     Ok((
@@ -283,7 +283,7 @@ fn read_json(path: &Path) -> Result<Value, Fault> {
         .map_err(|e| differs(format!("{} is not JSON: {e}", path.display())))
 }
 
-/// How many annotations of each class a COCO file holds.
+/// Counts the annotations of each class in a COCO file.
 fn coco_classes(path: &Path) -> Result<BTreeMap<String, i64>, Fault> {
     let coco = read_json(path)?;
     let list = |key: &str| coco[key].as_array().into_iter().flatten();
@@ -302,14 +302,14 @@ fn coco_classes(path: &Path) -> Result<BTreeMap<String, i64>, Fault> {
     Ok(counts)
 }
 
-/// An image in an OCI layout: the same digest under the version's name, and every blob hashes to
-/// its own.
+/// Compares an image in an OCI layout with its source: both have the same digest under the
+/// version's name, and each blob matches its own digest.
 fn image(source: &Path, layout: &Path, version: &str) -> Result<(String, String), Fault> {
     let digest = top(source, version)?;
     let found = top(layout, version)?;
     if found != digest {
         return Err(differs(format!(
-            "its digest is {found}, and in the source {digest}"
+            "its digest is {found}, the digest of the source is {digest}"
         )));
     }
     let manifest = read_json(&hashed(layout, &digest)?)?;
@@ -327,7 +327,7 @@ fn image(source: &Path, layout: &Path, version: &str) -> Result<(String, String)
     ))
 }
 
-/// The digest that a layout's index has under a name.
+/// The digest of the entry with this name in a layout's index.
 fn top(layout: &Path, version: &str) -> Result<String, Fault> {
     let index = read_json(&layout.join("index.json"))?;
     let named = |m: &&Value| m["annotations"]["org.opencontainers.image.ref.name"] == version;
@@ -339,17 +339,17 @@ fn top(layout: &Path, version: &str) -> Result<String, Fault> {
     let digest = entry.and_then(|m| m["digest"].as_str());
     digest
         .map(str::to_owned)
-        .ok_or_else(|| differs(format!("{} does not name {version}", layout.display())))
+        .ok_or_else(|| differs(format!("{} has no entry for {version}", layout.display())))
 }
 
-/// A blob's path, once its bytes are found to be what its digest says.
+/// The path of a blob, after its content was checked against its digest.
 fn hashed(layout: &Path, digest: &str) -> Result<PathBuf, Fault> {
     let path = layout.join("blobs").join(digest.replace(':', "/"));
     let mut hasher = Sha256::new();
     std::io::copy(&mut File::open(&path).at(path.display())?, &mut hasher).at(path.display())?;
     if format!("sha256:{}", hex::encode(hasher.finalize())) != digest {
         return Err(differs(format!(
-            "the blob {} has other bytes than its name says",
+            "the content of the blob {} does not match its digest",
             path.display()
         )));
     }
@@ -372,7 +372,7 @@ mod tests {
     }
 
     #[test]
-    fn a_folder_that_differs_in_anything_is_seen() {
+    fn each_difference_of_a_folder_is_found() {
         let dir = tempfile::tempdir().unwrap();
         let (source, series) = (dir.path().join("source"), dir.path().join("nas/dataset/x"));
         for base in [&source, &series.join("v1")] {
@@ -388,7 +388,7 @@ mod tests {
         assert_eq!(check().as_deref(), Ok("1 file, byte for byte"));
         let landed = series.join("v1/a/b.png");
         put(&landed, "two");
-        assert!(check().unwrap_err().contains("other bytes"));
+        assert!(check().unwrap_err().contains("the content of"));
         put(&landed, "one");
         std::fs::set_permissions(&landed, Permissions::from_mode(0o600)).unwrap();
         assert!(check().unwrap_err().contains("a/b.png"));

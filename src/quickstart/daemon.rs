@@ -1,8 +1,8 @@
 //! The daemons of a quickstart: child processes of this program, on free loopback ports.
 //!
-//! Each has one end of a pipe as its standard input and stops when the other end, which this
-//! process holds, is closed: so no daemon is left behind, even after a kill without time for
-//! cleanup.
+//! The standard input of each daemon is one end of a pipe. This process holds the other end. When
+//! this process ends, even after a kill without time for cleanup, the pipe is closed and the daemon
+//! stops. So no daemon remains.
 
 use std::future::Future;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, UdpSocket};
@@ -22,11 +22,12 @@ use base::durable;
 use base::fault::{Code, Fault, IoContext};
 use base::limits::DRAIN_MAX;
 
-/// How long a daemon may take until it is ready.
+/// How long a daemon may take to become ready.
 const READY_MAX: Duration = Duration::from_secs(60);
 /// How long the daemons of a killed run may take to stop.
 const LAST_RUN_GONE_MAX: Duration = Duration::from_secs(15);
-/// How often a start is tried that fails otherwise: another program may take a port first.
+/// The number of attempts to start a daemon, other than waiting for a killed run: another program
+/// may take a chosen port first.
 const START_TRIES_MAX: u32 = 3;
 
 /// The paths and addresses of a daemon.
@@ -43,7 +44,7 @@ pub(super) struct Home {
 }
 
 impl Home {
-    /// The home of this daemon in a quickstart's folder.
+    /// The paths of this daemon in a quickstart's folder.
     pub(super) fn new(folder: &Path, name: &'static str) -> Self {
         let file = |end: &str| folder.join(format!("{name}.{end}"));
         Self {
@@ -67,22 +68,23 @@ pub(super) struct Daemons(Vec<Daemon>);
 struct Daemon {
     home: Home,
     child: Child,
-    /// The pipe's other end: see the module.
+    /// This process's end of the pipe: see the module.
     lifeline: ChildStdin,
 }
 
-/// A daemon that is ready, as its clients see it.
+/// A client and the addresses of a daemon that is ready.
 pub(super) struct Ready {
     /// Its API.
     pub(super) client: Arc<Client>,
-    /// Where its API listens.
+    /// The address of its API.
     pub(super) api: SocketAddr,
     /// The address of the hub's transport.
     pub(super) line: SocketAddr,
 }
 
 impl Daemons {
-    /// Starts one: `prepare` is given the ports for API and line, and writes the configuration.
+    /// Starts a daemon. `prepare` receives the addresses for the API and for the hub's transport,
+    /// and writes the configuration.
     pub(super) async fn start<F>(
         &mut self,
         home: &Home,
@@ -111,7 +113,7 @@ impl Daemons {
                 }
                 Err(fault) => fault,
             };
-            // A conflict is a daemon of a killed run that still drains.
+            // A conflict means that a daemon of a killed run is still draining.
             let again = if fault.code == Code::Conflict {
                 began.elapsed() < LAST_RUN_GONE_MAX
             } else {
@@ -124,7 +126,7 @@ impl Daemons {
         }
     }
 
-    /// Waits until one ends by itself, which none should.
+    /// Waits until a daemon ends without a request to stop, which is an error.
     pub(super) async fn one_ended(&mut self) -> Fault {
         let waits = self.0.iter_mut().map(|daemon| {
             Box::pin(async {
@@ -138,7 +140,7 @@ impl Daemons {
         }
     }
 
-    /// Stops all daemons: the sites first, so that the hub waits for none.
+    /// Stops all daemons: the sites first, so that the hub has no connections to drain.
     pub(super) async fn stop(mut self) {
         let sites = self.0.split_off(self.0.len().min(1));
         join_all(sites.into_iter().map(Daemon::stop)).await;
@@ -164,7 +166,8 @@ impl Daemon {
             .stdin(Stdio::piped())
             .stdout(log.try_clone().at(home.log.display())?)
             .stderr(log);
-        // A group of its own: Ctrl-C is for this process, which then stops them in order.
+        // A separate process group: Ctrl-C reaches only this process, which then stops the daemons
+        // in order.
         command.process_group(0).kill_on_drop(true).current_dir("/");
         let mut child = command
             .spawn()
@@ -185,7 +188,7 @@ impl Daemon {
             if let Some(status) = daemon
                 .child
                 .try_wait()
-                .at(format_args!("look at the daemon {}", home.name))?
+                .at(format_args!("check the daemon {}", home.name))?
             {
                 return Err(home.ended(Some(status)));
             }
@@ -208,7 +211,8 @@ impl Daemon {
 }
 
 impl Home {
-    /// The fault for a daemon that ended by itself: what it said last is the reason.
+    /// The fault for a daemon that ended without a request to stop. Its last logged error is the
+    /// reason.
     fn ended(&self, status: Option<ExitStatus>) -> Fault {
         let log = std::fs::read(&self.log).unwrap_or_default();
         let log = String::from_utf8_lossy(&log);
@@ -246,7 +250,7 @@ impl Home {
     }
 }
 
-/// A client of the daemon, once it is ready.
+/// Connects to the daemon, and fails while it is not ready.
 async fn client(home: &Home, api: SocketAddr) -> Result<Client, Fault> {
     let client = Client::to_daemon(
         &home.state(),
@@ -257,7 +261,7 @@ async fn client(home: &Home, api: SocketAddr) -> Result<Client, Fault> {
     Ok(client)
 }
 
-/// A loopback port that neither TCP nor UDP uses now.
+/// A loopback port that is free for both TCP and UDP at this moment.
 fn free_port() -> Result<SocketAddr, Fault> {
     for _ in 0..16 {
         let tcp = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).at("find a free port")?;
@@ -268,7 +272,7 @@ fn free_port() -> Result<SocketAddr, Fault> {
     }
     Err(
         Fault::internal("there is no loopback port that is free for both TCP and UDP")
-            .with_next("stop what uses them"),
+            .with_next("stop a program that uses loopback ports"),
     )
 }
 

@@ -1,4 +1,4 @@
-//! The folder of a quickstart: who may use it, what lies where in it, and whether it stays.
+//! The folder of a quickstart: its lock, its contents, and its removal.
 
 use std::fs::{DirBuilder, File};
 use std::os::unix::fs::DirBuilderExt;
@@ -11,12 +11,13 @@ use crate::sample::{self, SampleSet};
 use base::durable;
 use base::fault::{Fault, IoContext};
 
-/// The file that says that a quickstart made this folder; locked while one runs in it.
+/// The file that marks a folder as created by a quickstart. It is locked while a quickstart runs in
+/// the folder.
 const MARK: &str = "quickstart.lock";
-/// What the sample is made from: the same bytes in every quickstart.
+/// The seed of the sample data: each quickstart has the same bytes.
 const SEED: u64 = 7;
 
-/// One quickstart's folder, while it runs there.
+/// The folder of a running quickstart.
 pub(super) struct Folder {
     path: PathBuf,
     temporary: bool,
@@ -24,8 +25,8 @@ pub(super) struct Folder {
 }
 
 impl Folder {
-    /// Takes the folder, which is made if it is missing. One that holds anything else is refused:
-    /// files in it would be overwritten.
+    /// Opens and locks the folder, and creates it if it is missing. A folder that no quickstart
+    /// created and that is not empty is refused, because its files could be overwritten.
     pub(super) fn open(dir: Option<PathBuf>) -> Result<Self, Fault> {
         let temporary = dir.is_none();
         let path = match dir {
@@ -36,7 +37,7 @@ impl Folder {
                 path
             }
         };
-        // Configurations are text.
+        // The path is written into configuration files, which are text.
         if path.to_str().is_none() {
             return Err(Fault::usage(format!(
                 "the path of the folder {} is not UTF-8",
@@ -48,10 +49,10 @@ impl Folder {
         let mut others = std::fs::read_dir(&path).at(path.display())?;
         if !mark.exists() && others.next().is_some() {
             return Err(Fault::conflict(format!(
-                "{} is not empty, and no quickstart made it",
+                "{} is not empty and was not created by a quickstart",
                 path.display()
             ))
-            .with_next("choose an empty folder, or one that is not there yet"));
+            .with_next("choose an empty folder, or a path that does not exist yet"));
         }
         let lock = File::options()
             .create(true)
@@ -72,36 +73,36 @@ impl Folder {
         })
     }
 
-    /// Where it is.
+    /// Its path.
     pub(super) fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Whether it was made for this run alone.
+    /// Whether this run created it as a temporary folder.
     pub(super) fn is_temporary(&self) -> bool {
         self.temporary
     }
 
-    /// Makes (again) what is published as this version.
+    /// Creates the source files of this version; a repeated call creates the same files.
     pub(super) async fn sample(&self, version: u32) -> Result<SampleSet, Fault> {
         let dir = self.path.join("source").join(format!("v{version}"));
         base::blocking::blocking(move || sample::make(&dir, SEED, version)).await
     }
 
-    /// Makes (again) what site east has of its own.
+    /// Creates the source files of the site east; a repeated call creates the same files.
     pub(super) async fn own_sample(&self) -> Result<SampleSet, Fault> {
         let dir = self.path.join("source").join("east");
         base::blocking::blocking(move || sample::make(&dir, SEED + 1, 1)).await
     }
 
-    /// Ends the use: a temporary folder is removed when nobody needs it any more.
+    /// Ends the use of the folder. A temporary folder is removed if `done_with` is set.
     pub(super) fn leave(self, done_with: bool, show: &Show) -> Result<(), Fault> {
         if self.temporary && done_with {
             return std::fs::remove_dir_all(&self.path)
                 .at(format_args!("remove {}", self.path.display()));
         }
         if self.temporary {
-            show.say("Everything is still there. To go on with it:");
+            show.say("The files were not removed. To continue with them:");
             show.say(&format!(
                 "   {} quickstart --dir {}",
                 show::program(),
@@ -123,6 +124,6 @@ fn new_temporary() -> Result<PathBuf, Fault> {
     DirBuilder::new()
         .mode(0o700)
         .create(&path)
-        .at(format_args!("make the folder {}", path.display()))?;
+        .at(format_args!("create the folder {}", path.display()))?;
     Ok(path)
 }

@@ -1,9 +1,10 @@
-//! `packhorse quickstart`: a hub and two sites on this machine, as real processes with embedded
-//! stores, in acts.
+//! `packhorse quickstart`: a hub and two sites on this machine, as separate processes with embedded
+//! stores.
 //!
-//! The command line calls it; it is a client of the daemons like any other. Everything is in one
-//! folder: the next run continues with what a killed run left, because publishing, joining and
-//! delivering may all be repeated. The daemons end with this process, however it ends (`daemon`).
+//! The command line calls this module. The module is a client of the daemons, like any other
+//! client. All files are in one folder. After a kill, the next run in this folder continues,
+//! because publishing, joining and delivering may be repeated. The daemons end together with this
+//! process, even after a kill (`daemon`).
 
 mod acts;
 mod check;
@@ -24,14 +25,14 @@ use self::folder::Folder;
 use self::show::Show;
 use base::fault::{Code, Fault, IoContext};
 
-/// Runs it in `dir` (default: a new temporary folder), and then until Ctrl-C, or with `once` only
-/// until everything arrived.
+/// Runs the quickstart in `dir` (default: a new temporary folder). With `once` it ends when all
+/// acts are complete, otherwise at Ctrl-C.
 pub async fn run(dir: Option<PathBuf>, once: bool) -> Result<(), Fault> {
     let mut stop = Stop::listen()?;
     let folder = Folder::open(dir)?;
     let show = Show::new();
     show.say(&format!(
-        "Packhorse on this machine: everything lies in {}",
+        "Packhorse quickstart: all files are in {}",
         folder.path().display()
     ));
     let mut daemons = Daemons::default();
@@ -55,7 +56,7 @@ pub async fn run(dir: Option<PathBuf>, once: bool) -> Result<(), Fault> {
     result
 }
 
-/// All acts, one after the other.
+/// Runs all acts in order.
 async fn play(
     folder: &Folder,
     daemons: &mut Daemons,
@@ -76,8 +77,8 @@ async fn play(
 }
 
 fn stopped_early(folder: &Folder) -> Fault {
-    let mut fault = Fault::internal("stopped before everything had arrived").with_next(format!(
-        "run it again with --dir {}: it goes on where it stood",
+    let mut fault = Fault::internal("stopped before all artifacts had arrived").with_next(format!(
+        "run it again with --dir {}: it resumes",
         show::quoted(folder.path())
     ));
     fault.code = Code::Partial;

@@ -1,5 +1,5 @@
-//! What a quickstart says: progress on stderr (live bars on a terminal, a line per event
-//! elsewhere), results on stdout.
+//! The output of the quickstart: progress on stderr (progress bars on a terminal, otherwise one
+//! line per event), results on stdout.
 
 use std::collections::HashMap;
 use std::io::IsTerminal;
@@ -10,14 +10,14 @@ use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use crate::api::types::Transfer;
 use crate::cli::human;
 
-/// Says things. Cheap to clone.
+/// Prints progress. Cheap to clone.
 #[derive(Clone)]
 pub(super) struct Show {
     bars: Option<MultiProgress>,
 }
 
 impl Show {
-    /// Looks whether stderr is a terminal.
+    /// Uses progress bars if stderr is a terminal.
     pub(super) fn new() -> Self {
         let terminal = std::io::stderr().is_terminal()
             && std::env::var_os("TERM").is_none_or(|term| term != "dumb");
@@ -26,7 +26,7 @@ impl Show {
         }
     }
 
-    /// Says a line, above the bars where there are some.
+    /// Prints a line to stderr, above any progress bars.
     pub(super) fn say(&self, line: &str) {
         let line = human::clean(line);
         match &self.bars {
@@ -35,7 +35,7 @@ impl Show {
         }
     }
 
-    /// Says which act begins.
+    /// Prints the title of an act that starts.
     pub(super) fn act(&self, title: &str) {
         self.say("");
         self.say(&format!("== {title}"));
@@ -50,14 +50,14 @@ impl Show {
     }
 }
 
-/// A bar for each transfer under way.
+/// The progress bars of the unfinished transfers.
 pub(super) struct Bars {
     show: Show,
     bars: HashMap<String, ProgressBar>,
 }
 
 impl Bars {
-    /// Shows how far a transfer is.
+    /// Shows the progress of a transfer.
     pub(super) fn update(&mut self, transfer: &Transfer) {
         let Some(all) = &self.show.bars else { return };
         if transfer.state.is_final() {
@@ -76,7 +76,7 @@ impl Bars {
             bar
         });
         bar.set_length(transfer.bytes.total.max(1));
-        // What is at hand moves before what is durable does, which comes in large steps.
+        // The received bytes grow steadily. The committed bytes grow in large steps.
         let bytes = &transfer.bytes;
         bar.set_position(
             (bytes.reused + bytes.resumed + bytes.received)
@@ -97,29 +97,29 @@ impl Drop for Bars {
     }
 }
 
-/// The line for a transfer that arrived; where all is as an earlier run left it, that is said.
+/// The output line for a completed transfer. `unchanged`: an earlier run had already delivered it.
 pub(super) fn arrived(transfer: &Transfer, unchanged: bool) -> String {
     let (artifact, site, bytes) = (&transfer.artifact, &transfer.site, &transfer.bytes);
     let (size, wire) = (human::bytes(bytes.total), human::bytes(bytes.wire));
     match unchanged {
-        true => format!("   {artifact} is at {site}: {size}, {wire} crossed the line for it once"),
-        false => format!("   {artifact} arrived at {site}: {size}, {wire} over the line"),
+        true => format!("   {artifact} is at {site}: {size}, {wire} transmitted in an earlier run"),
+        false => format!("   {artifact} arrived at {site}: {size}, {wire} transmitted"),
     }
 }
 
-/// How this program was called, for commands to copy.
+/// The name under which this program was called, for commands that the user can copy.
 pub(super) fn program() -> String {
     std::env::args_os()
         .next()
         .map_or_else(|| "packhorse".to_owned(), |name| quoted(Path::new(&name)))
 }
 
-/// A path as a shell takes it.
+/// A path, quoted for a shell.
 pub(super) fn quoted(path: &Path) -> String {
     quoted_text(&path.to_string_lossy())
 }
 
-/// A word as a shell takes it.
+/// A word, quoted for a shell.
 pub(super) fn quoted_text(text: &str) -> String {
     let plain = |c: char| c.is_alphanumeric() || "/._-:=,+@".contains(c);
     if !text.is_empty() && text.chars().all(plain) {

@@ -1,7 +1,9 @@
-//! The trainer of the quickstart's last act: this same program, since nothing else may be there. It
-//! learns for real, if little: what a defect of each class looks like in the pixels of its box, by
-//! the mean of a few features, from three quarters of the boxes; on the rest it tries what it
-//! learned. The site's daemon starts it as it would any other.
+//! The trainer of the quickstart's last act. It is part of this program, so that the quickstart
+//! needs no other software.
+//!
+//! It trains a small classifier: for each class of defects it computes the mean of a few features
+//! of the pixels in a box, from three quarters of the boxes. It tests the classifier on the other
+//! boxes. The site's daemon starts it like any other trainer.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -15,9 +17,9 @@ use base::durable;
 use base::fault::{Fault, IoContext};
 use content::label_rows::{ANNOTATIONS, AnnotationRow, CLASSES, ClassRow};
 
-/// The largest picture that is read, in pixels.
+/// The largest accepted picture, in pixels.
 const PIXELS_MAX: usize = 64 << 20;
-/// Numbers that a box is described by.
+/// The number of features of a box.
 const FEATURES: usize = 5;
 
 /// A grey picture.
@@ -26,7 +28,7 @@ struct Picture {
     levels: Vec<u8>,
 }
 
-/// Trains as the descriptor says.
+/// Trains with the inputs of the descriptor, and writes the model to its output folder.
 pub(crate) fn run(descriptor: &Path) -> Result<(), Fault> {
     let text = std::fs::read(descriptor).at(descriptor.display())?;
     let run: Value = serde_json::from_slice(&text).map_err(|e| malformed(descriptor, &e))?;
@@ -57,7 +59,7 @@ pub(crate) fn run(descriptor: &Path) -> Result<(), Fault> {
         else {
             continue;
         };
-        // Rows of one picture stand together.
+        // The rows of one picture are adjacent.
         let picture = match open.take() {
             Some((path, picture)) if path == row.sample => picture,
             _ => png(&images.join(&row.sample))?,
@@ -72,7 +74,7 @@ pub(crate) fn run(descriptor: &Path) -> Result<(), Fault> {
     let (tests, lessons): (Vec<_>, Vec<_>) =
         examples.iter().enumerate().partition(|(i, _)| i % 4 == 0);
     if lessons.is_empty() {
-        return Err(Fault::usage("there are too few boxes to learn from"));
+        return Err(Fault::usage("there are too few boxes to train with"));
     }
     let scale = spread(&lessons.iter().map(|(_, (_, features))| features));
     let mut means: BTreeMap<&str, ([f64; FEATURES], f64)> = BTreeMap::new();
@@ -108,7 +110,7 @@ pub(crate) fn run(descriptor: &Path) -> Result<(), Fault> {
     let out = PathBuf::from(run["output"].as_str().unwrap_or_default()).join("model.json");
     durable::replace(&out, &serde_json::to_vec_pretty(&model).unwrap_or_default())?;
     println!(
-        "learned from {} boxes; of {} others {right} told right",
+        "trained with {} boxes; of {} test boxes, {right} were classified correctly",
         lessons.len(),
         tests.len()
     );
@@ -127,7 +129,8 @@ fn lines<T: serde::de::DeserializeOwned>(path: &Path) -> Result<Vec<T>, Fault> {
     Ok(out)
 }
 
-/// What a box looks like: its shape, its size, and how its levels differ from what is around it.
+/// The features of a box: its size, its shape, and how its grey levels differ from the mean of the
+/// whole picture.
 fn features(picture: &Picture, [x, y, w, h]: [f64; 4]) -> [f64; FEATURES] {
     let height = picture.levels.len() / picture.width.max(1);
     let (left, top) = (x.max(0.0) as usize, y.max(0.0) as usize);
@@ -169,7 +172,7 @@ fn spread<'a>(all: &(impl Iterator<Item = &'a [f64; FEATURES]> + Clone)) -> [f64
     })
 }
 
-/// Reads a PNG as the sample has them: 8-bit grey, no filter, one IDAT.
+/// Reads a PNG in the form that the sample data has: 8-bit grey, no filter, one IDAT chunk.
 fn png(path: &Path) -> Result<Picture, Fault> {
     let bytes = std::fs::read(path).at(path.display())?;
     let odd = |why: &str| malformed(path, &why);
@@ -181,14 +184,15 @@ fn png(path: &Path) -> Result<Picture, Fault> {
             .map(|b| u32::from_be_bytes([b[0], b[1], b[2], b[3]]) as usize)
     };
     let (width, height) = (word(8).unwrap_or(0), word(12).unwrap_or(0));
-    let length = word(25).ok_or_else(|| odd("it ends early"))?;
+    let length = word(25).ok_or_else(|| odd("the file is truncated"))?;
     let data = body
         .get(33..33usize.saturating_add(length))
         .filter(|_| body.get(29..33) == Some(b"IDAT"));
-    let data = data.ok_or_else(|| odd("its pixels are not where the sample has them"))?;
+    let data =
+        data.ok_or_else(|| odd("its pixel data is not at the offset that the sample data uses"))?;
     if width == 0 || width.saturating_mul(height) > PIXELS_MAX || body.get(16..18) != Some(&[8, 0])
     {
-        return Err(odd("not 8-bit grey, or too large"));
+        return Err(odd("it is not 8-bit grey, or too large"));
     }
     let mut rows = Vec::new();
     ZlibDecoder::new(data)
@@ -203,7 +207,7 @@ fn png(path: &Path) -> Result<Picture, Fault> {
     if levels.len() == width * height {
         Ok(Picture { width, levels })
     } else {
-        Err(odd("it ends early"))
+        Err(odd("the file is truncated"))
     }
 }
 
@@ -212,7 +216,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn it_learns_from_a_sample() {
+    fn the_trainer_learns_from_the_sample_data() {
         let dir = tempfile::tempdir().unwrap();
         let set = crate::sample::make(dir.path(), 3, 1).unwrap();
         let coco: Value = serde_json::from_slice(&std::fs::read(&set.labels).unwrap()).unwrap();

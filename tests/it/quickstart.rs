@@ -1,4 +1,4 @@
-//! The newcomer's first command.
+//! `packhorse quickstart`.
 
 use std::path::Path;
 
@@ -9,7 +9,7 @@ use crate::support::daemon::PACKHORSE;
 use crate::support::postgres::sqlite_rows;
 use crate::support::{Scratch, limit, secs};
 
-/// The cells of the row of a table that begins with this word, as words.
+/// The words of the table row that begins with this word.
 #[track_caller]
 fn row<'a>(table: &'a str, first: &str) -> Vec<&'a str> {
     let mut rows = table
@@ -19,7 +19,7 @@ fn row<'a>(table: &'a str, first: &str) -> Vec<&'a str> {
         .unwrap_or_else(|| panic!("no row {first} in:\n{table}"))
 }
 
-/// What of an artifact crossed the line, in percent of its size.
+/// The transmitted bytes of an artifact, in percent of its size.
 #[track_caller]
 fn percent(table: &str, artifact: &str) -> f64 {
     let words = row(table, artifact);
@@ -32,11 +32,11 @@ fn percent(table: &str, artifact: &str) -> f64 {
         .unwrap_or_else(|_| panic!("no number of percents in {words:?}"))
 }
 
-/// Little of the second versions crossed the line, as the table says. The labels and the project
-/// are so small that their manifests are a part of them.
+/// Few bytes were transmitted for the second versions. The manifests are a large part of the labels
+/// and of the project, because both are small.
 fn check_second_version(said: &str) {
     let (_, table) = said
-        .split_once("How little of version 2 crossed the line")
+        .split_once("Bytes transmitted for version 2")
         .expect("the table of the second version");
     for (artifact, most) in [
         ("dataset/panels:v2", 10.0),
@@ -47,7 +47,7 @@ fn check_second_version(said: &str) {
         let part = percent(table, artifact);
         assert!(
             part > 0.0 && part < most,
-            "{part} % of {artifact} crossed the line, {most} % is too much:\n{table}"
+            "{part} % of {artifact} were transmitted, the limit is {most} %:\n{table}"
         );
     }
     for artifact in [
@@ -60,21 +60,22 @@ fn check_second_version(said: &str) {
         let words = row(table, artifact);
         assert!(
             words.contains(&"both:"),
-            "{artifact} is compared at both sites: {words:?}"
+            "{artifact} was compared at both sites: {words:?}"
         );
         assert!(percent(table, artifact) < 50.0, "{words:?}");
     }
 }
 
-/// The model came home, it is good for something, and what it was made of is said and given back.
+/// East received the model, the model classifies correctly, and the output lists the run's inputs
+/// and whether west removed them.
 fn check_training(said: &str, dir: &Path) {
     let (_, act) = said
-        .split_once("The model model/east-judge:first came home to ")
-        .expect("the model came home");
+        .split_once("The model model/east-judge:first was delivered to ")
+        .expect("the output names the model's path");
     let home = dir.join("east/nas/model/east-judge/first/model.json");
     let (path, rest) = act
-        .split_once("; of ")
-        .expect("where it came to, and what it tells");
+        .split_once(". Of ")
+        .expect("the output has a path and a test result");
     assert!(
         path.ends_with("east/nas/model/east-judge/first/model.json"),
         "{path}"
@@ -86,18 +87,18 @@ fn check_training(said: &str, dir: &Path) {
     );
     assert!(
         tried >= 20 && right * 100 >= tried * 80,
-        "it tells {right} of {tried}"
+        "{right} of {tried} are correct"
     );
     assert!(
         rest.starts_with(&format!(
-            "{tried} boxes that it never saw it tells {right} right"
+            "{tried} test boxes that were not used for training, it classifies {right} correctly"
         )),
         "{rest}"
     );
     for (input, now) in [
-        ("dataset/east-line:v1", "given"),
-        ("labels/east-line:v1", "given"),
-        ("operator/adc:v2", "stays:"),
+        ("dataset/east-line:v1", "removed"),
+        ("labels/east-line:v1", "removed"),
+        ("operator/adc:v2", "kept:"),
     ] {
         let words = row(rest, input);
         assert!(
@@ -108,11 +109,11 @@ fn check_training(said: &str, dir: &Path) {
     }
     assert!(
         !dir.join("west/nas/dataset/east-line/v1").exists(),
-        "what was borrowed is given back"
+        "the borrowed files are removed"
     );
     assert!(
         dir.join("west/nas/operator/adc/v2").is_dir(),
-        "what was there before stays"
+        "artifacts that were there before the run are kept"
     );
     let rows = |set: &str| {
         let sql = format!("SELECT count(*) AS n FROM annotations WHERE label_set = '{set}'");
@@ -120,21 +121,20 @@ fn check_training(said: &str, dir: &Path) {
             .as_u64()
             .unwrap()
     };
-    assert_eq!(
-        rows("east-line"),
-        0,
-        "rows that were borrowed are given back"
+    assert_eq!(rows("east-line"), 0, "the borrowed rows are removed");
+    assert!(
+        rows("panels") > 0,
+        "rows that were there before the run are kept"
     );
-    assert!(rows("panels") > 0, "rows that were there before stay");
 }
 
 #[test]
-fn quickstart_shows_every_kind_arrive_and_ends() {
+fn quickstart_delivers_every_kind_and_ends() {
     let _limit = limit(secs(240));
     let scratch = Scratch::new();
     let dir = scratch.join("quickstart");
     let quickstart = || {
-        // Nothing but the program: an empty environment, no home.
+        // Nothing but the program: an empty environment, no home directory.
         let mut command = bound("/usr/bin/env");
         command
             .args([
@@ -161,16 +161,16 @@ fn quickstart_shows_every_kind_arrive_and_ends() {
     ] {
         assert!(
             said.contains(word),
-            "{word:?} is not in what quickstart said:\n{said}"
+            "{word:?} is not in the output of quickstart:\n{said}"
         );
     }
     assert!(
         !output.out.contains('\u{1b}'),
-        "no colours where there is no terminal"
+        "no colours without a terminal"
     );
     check_second_version(&output.out);
     check_training(&output.out, &dir);
 
-    // Re-running is safe, and finds the same.
+    // A second run in the same folder has the same result.
     check_training(&quickstart().out, &dir);
 }
