@@ -1,4 +1,4 @@
-//! What the hub does in jobs: publish, import, collect. `verify` has a module of its own.
+//! The jobs of the hub: publish, import, and garbage collection. `verify` has its own module.
 
 use std::collections::HashSet;
 use std::path::PathBuf;
@@ -30,7 +30,7 @@ impl Hub {
     ) -> Result<Published, Fault> {
         let inner = &self.inner;
         let artifact: ArtifactRef = request.as_ref.parse()?;
-        // Whatever can be refused is refused before a byte is read.
+        // All checks that can refuse the request come before the first byte is read.
         let sites = match &request.to {
             Some(to) => Some((to, inner.catalogue.select_sites(&to.parse()?).await?)),
             None => None,
@@ -87,8 +87,8 @@ impl Hub {
         })
     }
 
-    /// Reads a source into the store. Until the leased store that it returns is dropped no
-    /// collection takes it away.
+    /// Reads a source into the store. No garbage collection removes its content until the returned
+    /// store, which holds a lease, is dropped.
     async fn read_in(
         &self,
         artifact: &ArtifactRef,
@@ -125,7 +125,7 @@ impl Hub {
         Ok((leased, ingested))
     }
 
-    /// Takes in what a bundle holds. Returns the artifacts' names.
+    /// Imports all artifacts of a bundle. Returns their names.
     pub(super) async fn import_now(
         &self,
         file: String,
@@ -155,35 +155,35 @@ impl Hub {
             .collect())
     }
 
-    /// Removes chunks that no artifact names. A malformed manifest counts as holding all that can
-    /// be read of it, and is reported.
+    /// Removes the chunks that no artifact names. A malformed manifest is reported; the content
+    /// that can be read from it is kept.
     pub(super) async fn collect_now(
         &self,
         progress: Arc<JobProgress>,
     ) -> Result<serde_json::Value, Fault> {
         progress.doing("waiting for another collection to end");
         let alone = self.inner.collecting.clone().lock_owned().await;
-        progress.doing("making what was written durable");
+        progress.doing("flushing the store");
         let unfinished = self.unfinished();
         let store = self.inner.store.clone();
         let collection = blocking(move || store.begin_collection()).await?;
-        // Only now: what is published from here on the collection leaves alone. What a publish is
-        // committing at this moment is waited for: it may have been given up since, and its lease
-        // with it.
+        // The names are read only now, because the collection does not touch content that is
+        // published from here on. A publish that is committing at this moment is waited for: if it
+        // was cancelled, its lease may already have ended.
         let names = self.inner.catalogue.artifact_names_settled().await?;
         let all = AllArtifacts::of(&self.inner.catalogue);
         let store = self.inner.store.clone();
-        progress.doing("marking what is named");
+        progress.doing("marking the content in use");
         let result = blocking(move || {
-            // A thread cannot be ended: another collection begins only once this one has, even if
-            // its job was given up.
+            // A thread cannot be cancelled. So the next collection starts only when this thread has
+            // ended, even if its job was cancelled.
             let _alone = alone;
             let lost = store.lost_packs()?;
             if !lost.is_empty() || store.is_damaged() {
-                // Chunks below a page that cannot be read now would be freed, and a pack that comes
-                // back would not help any more.
+                // The chunks below an unreadable page would be removed, and would be missing if the
+                // lost pack were restored later.
                 return Err(Fault::integrity("the store has lost packs or its index is damaged: nothing is collected")
-                    .with_next("see 'packhorse doctor'; restore the packs from a backup, or publish again what 'packhorse verify' names"));
+                    .with_next("see 'packhorse doctor'; restore the packs from a backup, or publish again the artifacts that 'packhorse verify' reports"));
             }
             let (mut live, mut pages, mut malformed) = (Live::new(), HashSet::new(), Vec::new());
             for name in &names {
@@ -206,7 +206,8 @@ impl Hub {
         })
         .await?;
         self.forget_collected(unfinished);
-        // What was taken for fetched ahead may have lain in chunks that nothing named.
+        // The artifacts that count as prefetched may have used chunks of the store that no artifact
+        // named.
         self.inner.relay_memory.lock().whole.clear();
         Ok(result)
     }

@@ -1,9 +1,9 @@
-//! The manifests of the catalogue as a whole: which of them are malformed, and what all of them
-//! name.
+//! All manifests of the catalogue: finds the malformed ones, and collects the names of all content
+//! that they use.
 //!
-//! An earlier version took malformed manifests into the catalogue. Whoever works on all of them
-//! (`gc`, eviction, `doctor`) reports such an artifact by its name and goes on: it counts as
-//! holding all that can be read of it.
+//! An earlier version accepted malformed manifests. Each task that reads all manifests (`gc`,
+//! eviction, `doctor`) reports such an artifact by name and continues. Everything that can be read
+//! from such a manifest counts as in use.
 
 use std::collections::{HashMap, HashSet};
 use std::time::Instant;
@@ -18,9 +18,9 @@ use content::manifest::{self, Digest, Named, Root};
 use content::store::Store;
 use state::{ArtifactRow, Catalogue};
 
-/// What is alive of a store: eight bytes of each name.
+/// The content of a store that is in use: eight bytes of each hash.
 pub(super) type Live = HashSet<u64>;
-/// Manifests that were checked, and whether they were sound.
+/// The manifests that were checked, and whether each is valid.
 pub(super) type Checked = HashMap<Digest, bool>;
 
 impl Hub {
@@ -34,8 +34,8 @@ impl Hub {
         blocking(move || manifest::check(&artifact, &root, &store)).await
     }
 
-    /// What `doctor` says of the manifests. Each is checked once while the daemon runs; a long list
-    /// takes more than one call.
+    /// The lines of `doctor` about the manifests. A valid manifest is checked once while the daemon
+    /// runs. One call checks for a limited time, so a long list needs several calls.
     pub(super) async fn manifest_lines(&self) -> Result<Vec<String>, Fault> {
         let names = self.inner.catalogue.artifacts_by_digest().await?;
         let all = AllArtifacts::of(&self.inner.catalogue);
@@ -48,7 +48,7 @@ impl Hub {
             let there: HashSet<Digest> = names.iter().map(|(_, digest)| *digest).collect();
             checked.lock().retain(|digest, _| there.contains(digest));
             for (name, digest) in &names {
-                // One that was not may have been repaired.
+                // A manifest that was invalid is checked again: it may have been repaired.
                 if checked.lock().get(digest) == Some(&true) {
                     continue;
                 }
@@ -75,15 +75,15 @@ impl Hub {
     }
 }
 
-/// Reads the artifacts of the catalogue one by one where it may block, so that their root manifests
-/// are not in memory together.
+/// Reads the artifacts of the catalogue one by one on a blocking thread, so that memory never holds
+/// all root manifests.
 pub(super) struct AllArtifacts {
     catalogue: Catalogue,
     runtime: tokio::runtime::Handle,
 }
 
 impl AllArtifacts {
-    /// To be called within the runtime.
+    /// Must be called within the tokio runtime.
     pub(super) fn of(catalogue: &Catalogue) -> Self {
         Self {
             catalogue: catalogue.clone(),
@@ -91,7 +91,7 @@ impl AllArtifacts {
         }
     }
 
-    /// One of them; `None`: it was removed meanwhile. Blocks.
+    /// The row of an artifact. `None`: it was removed since the names were listed. Blocks.
     pub(super) fn row(&self, name: &ArtifactRef) -> Result<Option<ArtifactRow>, Fault> {
         match self.runtime.block_on(self.catalogue.artifact(name)) {
             Ok(row) => Ok(Some(row)),
@@ -100,7 +100,7 @@ impl AllArtifacts {
         }
     }
 
-    /// The root manifest of this digest; `None`: no artifact has it any more, or none whose row can
+    /// The root manifest with this digest. `None`: no artifact has this digest, or its row cannot
     /// be read. Blocks.
     pub(super) fn root(&self, digest: Digest) -> Result<Option<Root>, Fault> {
         let row = self.runtime.block_on(self.catalogue.by_digest(digest))?;
@@ -108,7 +108,8 @@ impl AllArtifacts {
     }
 }
 
-/// What is wrong with an artifact's manifest. Only a store that cannot be read at all is an error.
+/// The fault of an artifact's manifest, if it has one. Returns an error only if the store cannot be
+/// read.
 pub(super) fn fault_of(
     artifact: &ArtifactRef,
     root: &Root,
@@ -121,7 +122,7 @@ pub(super) fn fault_of(
     }
 }
 
-/// One line for people: the fault names the artifact.
+/// One line for a user. The text of the fault names the artifact.
 pub(super) fn malformed_line(row: &ArtifactRow, fault: &Fault) -> String {
     let what = match &row.origin {
         Some(site) => format!(
@@ -133,8 +134,8 @@ pub(super) fn malformed_line(row: &ArtifactRow, fault: &Fault) -> String {
     format!("{fault}; it cannot be delivered; {what}")
 }
 
-/// Marks all that can be read of a manifest. `pages`: the pages that were read before, of this
-/// manifest or of another.
+/// Marks everything that can be read from a manifest as in use. `pages`: the pages that were read
+/// before, for this manifest or another.
 pub(super) fn mark(
     root: &Root,
     store: &Store,

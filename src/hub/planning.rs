@@ -1,5 +1,5 @@
-//! What sites are asked to plan at this moment: until the answer is here they may read the manifest
-//! of it, and nothing else.
+//! The plan questions that sites are answering at this moment. Until its answer has arrived, a site
+//! may read the manifest of the planned artifact, and nothing else of it.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -9,14 +9,14 @@ use parking_lot::Mutex;
 use base::names::SiteName;
 use content::manifest::Digest;
 
-/// Who plans what, and how often at once. Clones share it.
+/// The number of open plan questions for each site and digest. Clones share the same state.
 #[derive(Clone, Default)]
 pub(super) struct Planning {
     book: Arc<Mutex<HashMap<(SiteName, Digest), usize>>>,
 }
 
 impl Planning {
-    /// Notes that a site plans this, for as long as what is returned is kept.
+    /// Records that a site plans this digest, until the returned value is dropped.
     pub(super) fn begin(&self, site: &SiteName, digest: Digest) -> Plan {
         let key = (site.clone(), digest);
         *self.book.lock().entry(key.clone()).or_default() += 1;
@@ -26,13 +26,13 @@ impl Planning {
         }
     }
 
-    /// Whether a site plans this.
+    /// Whether a site plans this digest at this moment.
     pub(super) fn has(&self, site: &SiteName, digest: Digest) -> bool {
         self.book.lock().contains_key(&(site.clone(), digest))
     }
 }
 
-/// One question that is being answered.
+/// One open plan question.
 pub(super) struct Plan {
     key: (SiteName, Digest),
     planning: Planning,

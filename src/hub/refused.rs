@@ -1,9 +1,10 @@
-//! Chunks that a site refused: the hub reads its own copies of them again.
+//! Verifies the hub's copies of the chunks that a site refused.
 //!
-//! A copy that does not verify is removed from the index of its store, so that publishing the
-//! content again stores it anew, and what lives at a site is fetched from there again. The names of
-//! the chunks are taken from the message of the report, because sites of earlier versions name them
-//! only there. Whatever a site claims, the hub does no more than verify a few of its own chunks.
+//! A copy that does not verify is removed from the index of its store. Publishing the content again
+//! then stores it again, and content of a site is fetched again from that site. The names of the
+//! chunks are taken from the message of the report, because sites of earlier versions name them
+//! only there. A false report has no other effect than that the hub verifies a few of its own
+//! chunks.
 
 use super::Hub;
 use crate::api::types::State;
@@ -15,7 +16,7 @@ use content::chunk::Hash;
 use model::protocol::Report;
 
 impl Hub {
-    /// Looks at what a site says of a transfer that failed. The site's next report waits for it.
+    /// Handles a site's report of a failed transfer. The site's next report is handled after it.
     pub(super) async fn recheck_refused(&self, site: &SiteName, report: &Report) {
         if report.state != State::Failed || report.body.reason != Some(Reason::Integrity) {
             return;
@@ -28,16 +29,16 @@ impl Hub {
         match blocking(move || relay.recheck(&named)).await {
             Ok(0) => {}
             Ok(bad) => {
-                tracing::error!(%site, transfer = %report.id, bad, "chunks that a site refused are bad here, and were removed from the index");
+                tracing::error!(%site, transfer = %report.id, bad, "chunks that a site refused are damaged at the hub; they were removed from the index");
             }
             Err(fault) => {
-                tracing::error!(%site, error = %fault, "chunks that a site refused could not be read again");
+                tracing::error!(%site, error = %fault, "the chunks that a site refused could not be verified");
             }
         }
     }
 }
 
-/// The names of chunks in a text: the first few words of 64 hex digits.
+/// The hashes of chunks in a text: the first few words of 64 hexadecimal digits.
 fn named_chunks(text: &str) -> Vec<Hash> {
     let words = text
         .split(|c: char| !c.is_ascii_hexdigit())

@@ -1,12 +1,12 @@
-//! `verify` at the hub: reads an artifact as a delivery would send it, and checks all that a site
-//! would check.
+//! `verify` at the hub: reads an artifact as a delivery would send it, and performs all checks that
+//! a site would perform.
 //!
-//! The manifest is walked with the same checks as at a site. Each chunk is read, decoded and
-//! hashed, and compared with the length that the manifest names; each file is compared with its
-//! hash, and a blob of an image with the SHA-256 in its name as well; of an image all that its
-//! manifests name must be there. Of an artifact that lives at a site only that is read which the
-//! hub holds. What does not verify is removed from the index of its store, so that publishing the
-//! content again stores it anew.
+//! The manifest is walked with the same checks as at a site. Each chunk is read, decoded, hashed,
+//! and compared with the length in the manifest. Each file is compared with its hash; a blob of an
+//! image is also compared with the SHA-256 in its name. An image must have everything that its
+//! manifests name. If the content of an artifact is at a site, only the part that the hub holds is
+//! read. Content that does not verify is removed from the index of its store, so that publishing it
+//! again stores it again.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
@@ -33,8 +33,8 @@ use registry::image::{Descriptor, Sha256, walk};
 use state::ArtifactRow;
 
 impl Hub {
-    /// Re-reads every page and chunk of an artifact; of a quick look the pages only. One line a
-    /// fault.
+    /// Reads every page and chunk of an artifact, or with `quick` only the pages. Returns one line
+    /// for each fault.
     pub(super) async fn verify_now(
         &self,
         artifact: ArtifactRef,
@@ -51,12 +51,12 @@ impl Hub {
                 Verify { row: &row, quick, store: &store, relay: &relay, progress: &progress, found: Vec::new(), damaged: HashSet::new() };
             verify.read_all()?;
             if quick {
-                progress.note("quick check: the manifest was read and the index was asked for each chunk; no chunk was read");
+                progress.note("quick check: the manifest was read, and each chunk was looked up in the index; no chunk was read");
             }
             let Verify { mut found, damaged, .. } = verify;
             for name in others.iter().filter(|other| !damaged.is_empty() && **other != artifact) {
                 let Some(other) = all.row(name)? else { continue };
-                // A manifest that cannot be read is found by the verify of its own artifact.
+                // An unreadable manifest is reported when its own artifact is verified.
                 let mut hit = 0;
                 let mut take = |named| {
                     hit += usize::from(match named {
@@ -66,7 +66,7 @@ impl Hub {
                 };
                 manifest::survey(&other.root, &store, &mut HashSet::new(), &mut take)?;
                 if hit > 0 {
-                    found.push(format!("{}: {hit} of the damaged chunks are its too", other.artifact));
+                    found.push(format!("{}: it contains {hit} of the damaged chunks too", other.artifact));
                 }
             }
             Ok(found)
@@ -77,7 +77,7 @@ impl Hub {
 
 struct Verify<'a> {
     row: &'a ArtifactRow,
-    /// Whether no chunk is read, and the index is asked for each.
+    /// Whether each chunk is only looked up in the index and not read.
     quick: bool,
     store: &'a Store,
     relay: &'a Relay,
@@ -88,7 +88,7 @@ struct Verify<'a> {
 }
 
 impl Verify<'_> {
-    /// A malformed manifest is a fault by itself; what it names is read all the same.
+    /// Records the fault of a malformed manifest, and reads the chunks that it names.
     fn read_malformed(&mut self, fault: &Fault) -> Result<(), Fault> {
         self.found.push(fault.to_string());
         let (row, store) = (self.row, self.store);
@@ -148,7 +148,7 @@ impl Verify<'_> {
         }
         self.end(file);
         match &self.row.root.info {
-            // Of what lives at a site some may not be here.
+            // If the content is at a site, the hub may hold only a part of it.
             KindInfo::Image(info)
                 if self.found.is_empty() && self.row.origin.is_none() && !self.quick =>
             {
@@ -158,7 +158,7 @@ impl Verify<'_> {
         }
     }
 
-    /// Follows an image from its top manifest to its blobs, as a site does.
+    /// Checks an image from its top manifest to its blobs, as a site does.
     fn check_image(&mut self, info: &ImageInfo) -> Result<(), Fault> {
         let digest = info.digest.parse().map_err(Fault::integrity)?;
         let top = Descriptor {
@@ -187,7 +187,7 @@ impl Verify<'_> {
             .iter()
             .filter(|digest| !info.absent.contains(&digest.to_string()));
         self.found.extend(
-            absent.map(|digest| format!("{}: manifest {digest} is not in it", self.row.artifact)),
+            absent.map(|digest| format!("{}: manifest {digest} is missing", self.row.artifact)),
         );
         let needed = tree.blobs.iter().filter(|blob| !blob.is_foreign());
         let mut needed: HashMap<String, u64> = needed
@@ -210,7 +210,7 @@ impl Verify<'_> {
         }
         let lacking = needed.into_iter().map(|(path, size)| {
             format!(
-                "{}: it needs {path} of {size} bytes, which is not in it",
+                "{}: the file {path} of {size} bytes, which its manifests name, is missing",
                 self.row.artifact
             )
         });
@@ -218,8 +218,8 @@ impl Verify<'_> {
         Ok(())
     }
 
-    /// A file of the artifact that is small enough for an image's manifest; `None` when there is
-    /// none of that path.
+    /// The content of a file of the artifact, which must not be larger than an image manifest may
+    /// be. `None`: there is no file at this path.
     fn small_file(&self, wanted: &str) -> Result<Option<Bytes>, Fault> {
         let (mut out, mut found) = (Vec::new(), false);
         for step in Walk::new(&self.row.root, self.store) {
@@ -236,7 +236,7 @@ impl Verify<'_> {
                 } if path.as_str() == wanted => {
                     if file.size > IMAGE_MANIFEST_BYTES_MAX as u64 {
                         return Err(Fault::integrity(format!(
-                            "{wanted}: {} bytes are too many for an image manifest",
+                            "{wanted}: an image manifest of {} bytes is too large",
                             file.size
                         )));
                     }
@@ -251,7 +251,8 @@ impl Verify<'_> {
         Ok(found.then(|| out.into()))
     }
 
-    /// `None`: the hub does not hold it, and need not.
+    /// Reads a chunk, or with `quick` looks it up. `None`: the chunk was not read; the hub need not
+    /// hold it, or this is a quick check.
     fn read(&self, chunk: ChunkRef) -> Result<Option<Verified>, Fault> {
         match (self.quick, self.row.origin.is_some()) {
             (true, true) => return Ok(None),
@@ -290,9 +291,9 @@ struct OpenFile {
     path: RelPath,
     info: FileInfo,
     content: blake3::Hasher,
-    /// Of a blob of an image.
+    /// The expected SHA-256 and the hasher, for a blob of an image.
     blob: Option<(Sha256, sha2::Sha256)>,
-    /// Whether all of it was there and sound so far.
+    /// Whether every chunk so far was read and verified.
     is_whole: bool,
 }
 
@@ -311,7 +312,7 @@ impl OpenFile {
     }
 
     fn take(&mut self, chunk: &Verified) {
-        // A file of one chunk is named by its hash: that was compared.
+        // The hash of a file of one chunk is the chunk's hash, which was compared.
         if chunk.id != self.info.hash {
             self.content.update(&chunk.bytes);
         }
@@ -336,7 +337,9 @@ impl OpenFile {
         if let Some((name, content)) = self.blob {
             let found = Sha256(content.finalize().into());
             if found != name {
-                out.push(format!("it is an image blob, and its content is {found}"));
+                out.push(format!(
+                    "the digest of this image blob is {found}, which differs from its name"
+                ));
             }
         }
         out

@@ -206,6 +206,10 @@ fn what_is_not_what_its_name_says_lands_nowhere() {
     // Once the relay has kept what passed.
     wait_for("verify at the hub finds it too", secs(30), || {
         let found = hub.cli(&["verify", "image/adc:1"]);
-        (found.code == 8 && found.out.contains("its content is sha256:")).then_some(())
+        (found.code == 8
+            && found
+                .out
+                .contains("the digest of this image blob is sha256:"))
+        .then_some(())
     });
 }

@@ -1,4 +1,4 @@
-//! A hub whose catalogue has malformed manifests that an earlier version took in.
+//! A hub whose catalogue has malformed manifests that an earlier version accepted.
 
 use std::sync::Arc;
 
@@ -11,7 +11,8 @@ use content::chunk::DEFAULT_CHUNKING;
 use content::frame::{Frame, Verified};
 use content::manifest::{KindInfo, PageRef, Totals};
 
-/// A manifest of one file that has this path and content; its page and its chunk go to the store.
+/// A manifest of one file with this path and content. Its page and its chunk are written to the
+/// store.
 fn manifest_of(store: &Store, path: &str, content: &Verified) -> Root {
     let mut page = vec![b'E', 3, 0, path.len() as u8];
     page.extend(path.as_bytes());
@@ -59,7 +60,7 @@ fn noise(seed: u8, len: usize) -> Verified {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_malformed_manifest_is_reported_and_stops_nothing() {
+async fn a_malformed_manifest_is_reported_and_other_work_continues() {
     let bench = Bench::start().await;
     let inner = &bench.hub.inner;
     let (catalogue, store) = (&inner.catalogue, &inner.store);
@@ -70,7 +71,7 @@ async fn a_malformed_manifest_is_reported_and_stops_nothing() {
         manifest_of(store, "/abs", &content[2]),
         manifest_of(store, "b", &content[3]),
     );
-    // Its only page is gone.
+    // Its only page is missing.
     let lost = Root {
         pages: vec![PageRef {
             id: Hash::of(b"gone"),
@@ -108,7 +109,7 @@ async fn a_malformed_manifest_is_reported_and_stops_nothing() {
     }
     assert!(
         content.iter().all(|chunk| store.read(chunk.id).is_ok()),
-        "what they name is held"
+        "the content that they name is kept"
     );
 
     for (name, says) in [
@@ -147,7 +148,7 @@ async fn a_malformed_manifest_is_reported_and_stops_nothing() {
         );
     }
 
-    // The relay holds what the malformed one names, and frees the rest.
+    // The relay keeps the content that the malformed manifest names, and removes the rest.
     for root in [&relayed, &old] {
         catalogue.relay_used(root.digest()).await.unwrap();
     }

@@ -1,5 +1,5 @@
-//! A hub with content that an earlier version took in, and what `verify`, a report of a site and a
-//! second publish make of it.
+//! A hub with invalid content that an earlier version stored. Tests how `verify`, a site's report
+//! and a second publish handle it.
 
 use super::super::upload::tests::Bench;
 use super::*;
@@ -11,8 +11,8 @@ use content::manifest::{Builder, Root};
 use model::protocol::Report;
 use registry::image::OCI_MANIFEST;
 
-/// A hub whose store holds the content of `notes.txt` under a wrong length, and an artifact that
-/// was published against it.
+/// A hub whose store holds the content of `notes.txt` with a wrong length, and an artifact that was
+/// published with this chunk.
 async fn poisoned() -> (Bench, std::path::PathBuf, Verified) {
     let bench = Bench::start().await;
     let source = bench.source("a", 1 << 20, 1);
@@ -31,7 +31,7 @@ async fn poisoned() -> (Bench, std::path::PathBuf, Verified) {
     assert_eq!(
         store.raw_len(notes.id).unwrap(),
         Some(notes.bytes.len() as u32 + 777),
-        "it was taken for the content that is here"
+        "the publish used the stored chunk"
     );
     (bench, source, notes)
 }
@@ -77,7 +77,7 @@ async fn a_chunk_that_a_site_refused_is_stored_again() {
     bench.hub.recheck_refused(&site, &report).await;
     assert!(
         bench.hub.inner.store.has(notes.id).unwrap(),
-        "it was no fault of the content"
+        "the failure had another reason than the content"
     );
     report.body.reason = Some(Reason::Integrity);
     bench.hub.recheck_refused(&site, &report).await;
@@ -92,12 +92,12 @@ async fn a_chunk_that_a_site_refused_is_stored_again() {
             > 0
     );
     assert_eq!(verify(&bench).await, Vec::<String>::new());
-    // Sound chunks stay, whatever is claimed of them.
+    // Valid chunks remain, although the report names them.
     bench.hub.recheck_refused(&site, &report).await;
     assert!(bench.hub.inner.store.has(notes.id).unwrap());
 }
 
-/// An image in the store, of these blobs under these names.
+/// The root of an image with these blobs under these names, all in the store.
 fn image(store: &Store, top: &[u8], blobs: &[(Sha256, &[u8])]) -> Root {
     let mut sink = |page: Verified| store.put(&Frame::encode(&page)).map(|_| ());
     let mut builder = Builder::new(DEFAULT_CHUNKING, &mut sink);
@@ -134,7 +134,7 @@ fn image(store: &Store, top: &[u8], blobs: &[(Sha256, &[u8])]) -> Root {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn verify_finds_what_no_site_would_land_of_an_image() {
+async fn verify_finds_each_fault_of_an_image_that_a_site_would_refuse() {
     let bench = Bench::start().await;
     let (config, layer, evil) = (&b"{}"[..], &[1; 1000][..], &[2; 1000][..]);
     let blob = |content: &[u8]| serde_json::json!({"mediaType": "x", "digest": Sha256::of(content), "size": content.len()});
@@ -148,17 +148,17 @@ async fn verify_finds_what_no_site_would_land_of_an_image() {
         (
             "lacking",
             vec![named(config), named(top)],
-            Some("it needs blobs/sha256/"),
+            Some("the file blobs/sha256/"),
         ),
         (
             "short",
             vec![named(config), named(top), (Sha256::of(layer), &layer[1..])],
-            Some("its content is sha256:"),
+            Some("the digest of this image blob is sha256:"),
         ),
         (
             "evil",
             vec![named(config), named(top), (Sha256::of(layer), evil)],
-            Some("its content is sha256:"),
+            Some("the digest of this image blob is sha256:"),
         ),
         (
             "no manifest",
