@@ -1,5 +1,5 @@
-//! What a site lost, or had damaged, is brought again: by `retry`, by `deliver`, by `verify
-//! --repair`. What is sound stays where it is, and only what lacks crosses the line.
+//! Content that a site lost, or that was damaged there, is restored by `retry`, `deliver` and
+//! `verify --repair`. Intact content is kept, and only missing content is transmitted.
 
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
@@ -16,7 +16,7 @@ use crate::support::{Scratch, find, limit, secs};
 const REFERENCE: &str = "dataset/panels:v1";
 
 #[test]
-fn files_that_were_damaged_or_deleted_at_a_site() {
+fn damaged_or_deleted_files_of_a_site_are_restored() {
     let _limit = limit(secs(200));
     let scratch = Scratch::new();
     let hub = Hub::start_new(scratch.path());
@@ -32,14 +32,15 @@ fn files_that_were_damaged_or_deleted_at_a_site() {
     let folder = site.folder(REFERENCE);
     let inode = |name: &str| fs::metadata(folder.join(name)).unwrap().ino();
 
-    // Sound: it is looked at and stays.
+    // Intact content is verified and kept.
     let (before, was) = (inode("weights.bin"), line.down());
     hub.cli(&["retry", &transfer]).expect(0);
     hub.wait_done(&transfer, secs(60));
     assert_eq!(inode("weights.bin"), before);
     assert!(line.down() - was < 100_000, "{}", line.down() - was);
 
-    // What lies beside it, and other permission bits, are told of; it is sound all the same.
+    // Additional entries and changed permission bits are reported as notes; the artifact is still
+    // intact.
     let photo = find(&folder, &|path| {
         path.extension().is_some_and(|e| e == "png")
     })
@@ -61,12 +62,12 @@ fn files_that_were_damaged_or_deleted_at_a_site() {
     assert_eq!(
         (said["sound"].as_bool(), count("findings"), count("notes")),
         (Some(true), Some(0), Some(2)),
-        "nothing is asked for: {said}"
+        "no repair is requested: {said}"
     );
     fs::remove_dir_all(folder.join("@eaDir")).unwrap();
     fs::set_permissions(&photo, mode).unwrap();
 
-    // One bit of one file, and a file gone.
+    // One flipped bit in a file, and one deleted file.
     let mut bytes = fs::read(folder.join("weights.bin")).unwrap();
     bytes[5 << 20] ^= 1;
     fs::write(folder.join("weights.bin"), &bytes).unwrap();
@@ -88,7 +89,7 @@ fn files_that_were_damaged_or_deleted_at_a_site() {
     site.cli(&["verify", REFERENCE]).expect(0);
     assert!(
         line.down() - was < 2 << 20,
-        "{} bytes crossed the line for one chunk and one photo",
+        "{} bytes were transmitted for one chunk and one photo",
         line.down() - was
     );
     assert!(
@@ -98,7 +99,7 @@ fn files_that_were_damaged_or_deleted_at_a_site() {
     );
     assert_eq!(site.leftovers(), Vec::<std::path::PathBuf>::new());
 
-    // All of it gone, killed in the middle of bringing it again.
+    // The whole folder is deleted, and the daemon is killed during the repeated delivery.
     fs::remove_dir_all(&folder).unwrap();
     let gone = site.cli(&["verify", REFERENCE]).expect(8);
     assert!(
@@ -112,7 +113,7 @@ fn files_that_were_damaged_or_deleted_at_a_site() {
     assert_eq!(
         hub.deliver(&[REFERENCE], "chengdu"),
         std::slice::from_ref(&transfer),
-        "the transfer that stands begins again"
+        "the existing transfer starts again"
     );
     hub.wait_transfer(&transfer, "on its way", secs(60), |t| {
         t.bytes.received > 1 << 20
@@ -126,7 +127,7 @@ fn files_that_were_damaged_or_deleted_at_a_site() {
 }
 
 #[test]
-fn rows_and_an_image_that_were_deleted_at_a_site() {
+fn deleted_rows_and_a_damaged_image_of_a_site_are_restored() {
     let _limit = limit(secs(200));
     let scratch = Scratch::new();
     let postgres = Postgres::start_new(&scratch);
@@ -157,7 +158,7 @@ fn rows_and_an_image_that_were_deleted_at_a_site() {
     };
     let all = count();
 
-    // Rows that somebody deleted: verify sees it, and asks for them.
+    // Deleted rows: `verify` finds them, and `--repair` requests them.
     postgres.query("labels", "DELETE FROM packhorse.annotation WHERE true");
     assert_ne!(count(), all);
     site.cli(&["verify", labels]).expect(8);
@@ -166,7 +167,7 @@ fn rows_and_an_image_that_were_deleted_at_a_site() {
     assert_eq!(count(), all);
     site.cli(&["verify", labels]).expect(0);
 
-    // An image's blob, in a layout on a disk.
+    // A flipped bit in a blob of an image in an OCI layout.
     let blobs = find(&scratch.join("hefei-images"), &|path| {
         path.parent().is_some_and(|p| p.ends_with("sha256"))
     });
@@ -182,7 +183,7 @@ fn rows_and_an_image_that_were_deleted_at_a_site() {
     hub.deliver_and_wait(image, "hefei", secs(60));
     plain.cli(&["verify", image]).expect(0);
 
-    // One bit of it in the registry's storage.
+    // A flipped bit in the registry's storage.
     let stored = find(&scratch.join("registry"), &|path| {
         path.is_file() && path.ends_with("data")
     });
@@ -214,7 +215,7 @@ fn rows_and_an_image_that_were_deleted_at_a_site() {
     flip();
     site.cli(&["verify", image]).expect(0);
 
-    // A tag that was deleted in the registry: the next delivery finds that out by itself.
+    // A tag that was deleted in the registry: the next delivery restores it.
     registry.skopeo("delete", &["{}/operators/tool:v1"]);
     hub.deliver_and_wait(image, "chengdu", secs(60));
     site.cli(&["verify", image]).expect(0);

@@ -1,6 +1,6 @@
-//! A whole borrowing with real servers: a PostgreSQL and a docker-registry at each site, all five
-//! kinds from A to B by the hub, which has none of their bytes, a model made of them at B, and home
-//! again.
+//! A complete training run with real servers. Each site has a PostgreSQL and a docker-registry. All
+//! five kinds go from site a to site b through the hub, which stores none of their content before.
+//! Site b trains a model, and the hub delivers it to site a.
 
 use std::path::{Path, PathBuf};
 
@@ -24,15 +24,15 @@ const KINDS: [&str; 5] = [
     "model/base:v1",
 ];
 
-/// What the hub fetched from sites.
+/// The metric of the bytes that the hub fetched from sites.
 const FETCHED: &str = "packhorse_relay_fetched_bytes";
 
-/// The labels, out of the table that [`mark`] makes.
+/// The labels, read from the table that [`mark`] creates.
 const MARKS: &str = "db:SELECT image AS sample_path, defect AS class, CASE WHEN shape IS NULL THEN 'bbox' ELSE 'polygon' END AS kind, \
                      x, y, w, h, shape AS geom, json_build_object('inspector', inspector) AS attrs FROM marks";
 
 #[test]
-fn all_five_kinds_are_borrowed_by_way_of_the_hub_and_given_back() {
+fn all_five_kinds_are_borrowed_through_the_hub_and_removed_after_the_run() {
     let _limit = limit(secs(300));
     let scratch = Scratch::new();
     let scratch_b = Scratch::new();
@@ -85,8 +85,8 @@ fn all_five_kinds_are_borrowed_by_way_of_the_hub_and_given_back() {
         },
     );
 
-    // Everything lies at a and nowhere else: folders on its NAS, an image in its registry, labels
-    // as rows in its database.
+    // Only site a has the content: folders on its NAS, an image in its registry, labels as rows in
+    // its database.
     let (images_root, csv) = dataset(&scratch, "panels", 60);
     let expected = mark(&postgres_a, &csv, &images_root);
     let (project, base) = (scratch.join("project"), scratch.join("base"));
@@ -104,8 +104,8 @@ fn all_five_kinds_are_borrowed_by_way_of_the_hub_and_given_back() {
     a.json(&["publish", &reference, "--as", KINDS[3]]);
     a.publish(&base, KINDS[4], &[]);
 
-    // The hub has nothing of these rows but what it fetches from a. A third site gets them alone,
-    // so that it can be told.
+    // The hub has none of these rows and fetches them from a. They are delivered to a third site
+    // alone, so that the metric shows the fetch.
     let c = Site::start_new(scratch.path(), &hub, "c", &SiteSpec::default());
     let fetched = hub.metric(FETCHED);
     hub.deliver_and_wait(KINDS[1], "c", secs(60));
@@ -114,9 +114,9 @@ fn all_five_kinds_are_borrowed_by_way_of_the_hub_and_given_back() {
         &expected,
     );
     let fetched = hub.metric(FETCHED) - fetched;
-    assert!(fetched > 1000, "of the labels {fetched} bytes came from a");
+    assert!(fetched > 1000, "{fetched} bytes of the labels came from a");
 
-    // b has the project already: that stays.
+    // Site b had the project before the run, so it keeps it.
     hub.deliver_and_wait(KINDS[2], "b", secs(60));
     let mut args = vec![
         "train",
@@ -133,13 +133,13 @@ fn all_five_kinds_are_borrowed_by_way_of_the_hub_and_given_back() {
     ];
     args.extend(KINDS);
     a.cli(&args).expect(0);
-    wait_for("the trainer has begun", secs(120), || {
+    wait_for("the trainer has started", secs(120), || {
         std::fs::read_to_string(folder.join("pid"))
             .ok()
             .filter(|pid| !pid.is_empty())
     });
 
-    // All five lie at b as they lay at a.
+    // All five artifacts at b equal those at a.
     for (reference, source) in [
         (KINDS[0], &images_root),
         (KINDS[2], &project),
@@ -179,7 +179,10 @@ fn all_five_kinds_are_borrowed_by_way_of_the_hub_and_given_back() {
         Some(hub.json(&["train", "show", "r1"])).filter(|run| run["state"] == "done")
     });
     let right = score(&a.folder("model/judge:r1"));
-    assert!(right >= 90, "the model at a tells {right} of 100 right");
+    assert!(
+        right >= 90,
+        "the model at a classifies {right} of 100 correctly"
+    );
     let lineage = a.json(&["show", "model/judge:r1"])["lineage"]["inputs"].clone();
     for (i, reference) in KINDS.iter().enumerate() {
         assert_eq!(lineage[i]["artifact"], *reference);
@@ -190,7 +193,7 @@ fn all_five_kinds_are_borrowed_by_way_of_the_hub_and_given_back() {
         );
     }
 
-    wait_for("all is given back", secs(60), || {
+    wait_for("all borrowed content is removed", secs(60), || {
         (hub.json(&["train", "show", "r1"])["released"] == true).then_some(())
     });
     assert!(!b.folder(KINDS[0]).exists() && !b.folder(KINDS[4]).exists());
@@ -207,9 +210,9 @@ fn all_five_kinds_are_borrowed_by_way_of_the_hub_and_given_back() {
     assert_eq!(b.leftovers(), Vec::<PathBuf>::new());
 }
 
-/// Puts marks into a table of somebody's own, and of no form that packhorse knows: boxes of their
-/// own, some a shape and all an attribute, so that no column can pass for another. Returns the rows
-/// that must come of them, without their records.
+/// Writes marks into a table of a third party, in a form that packhorse does not know. The boxes
+/// differ from each other, some have a shape, and all have an attribute, so that no column can be
+/// confused with another. Returns the expected rows, without their records.
 fn mark(postgres: &Postgres, csv: &Path, images: &Path) -> Vec<Row> {
     let text = std::fs::read_to_string(csv).unwrap();
     let (mut values, mut rows) = (Vec::new(), Vec::new());
@@ -255,7 +258,7 @@ fn mark(postgres: &Postgres, csv: &Path, images: &Path) -> Vec<Row> {
     rows
 }
 
-/// Checks every column; the record is the row of the query.
+/// Checks every column. The record is the row of the query.
 fn check(rows: &[Row], expected: &[Row]) {
     for row in rows {
         assert!(

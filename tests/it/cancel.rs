@@ -1,4 +1,4 @@
-//! What is said of a transfer that somebody gives up while its site makes it visible.
+//! The state of a transfer that is cancelled while its site makes it visible.
 
 use std::io::{BufRead, BufReader};
 use std::process::{Child, Command, Stdio};
@@ -44,7 +44,7 @@ impl Drop for Writer {
 }
 
 #[test]
-fn a_version_that_became_active_is_never_said_to_be_cancelled() {
+fn a_transfer_whose_version_became_active_is_never_cancelled() {
     let _limit = limit(secs(120));
     let scratch = Scratch::new();
     let hub = Hub::start_new(scratch.path());
@@ -62,7 +62,8 @@ fn a_version_that_became_active_is_never_said_to_be_cancelled() {
     hub.cli(&["cancel", &id]).expect(0);
     drop(writer);
 
-    // Whichever came first there, both must say the same of it in the end.
+    // Whether the commit or the cancellation came first, both daemons must report the same state in
+    // the end.
     let there = site.wait_transfer(&id, "ended at the site", secs(60), |t| t.is_final());
     hub.wait_transfer(
         &id,
@@ -72,20 +73,20 @@ fn a_version_that_became_active_is_never_said_to_be_cancelled() {
     );
     assert_eq!(
         there.state, "done",
-        "the commit had begun: it is not given up"
+        "the commit had started, so it was not cancelled"
     );
     hub.cli(&["cancel", &id]).expect(6);
     assert!(hub.json(&["status", &id])[0]["receipt"].is_object());
 
-    // One that is given up while it is looked at again: the version is there as before, so it is
-    // done as before.
+    // A cancellation while the site verifies a committed version: the version is unchanged, so the
+    // transfer is done.
     site.stop();
     for (command, state) in [("retry", "queued"), ("cancel", "cancelled")] {
         hub.cli(&[command, &id]).expect(0);
         assert_eq!(hub.transfer(&id).state, state);
     }
     site.start();
-    // Until the site has looked, the hub shows what was asked for.
+    // Until the site has verified it, the hub shows the requested state.
     wait_for("the transfer is done again", secs(30), || {
         (hub.transfer(&id).state == "done").then_some(())
     });

@@ -1,5 +1,5 @@
-//! Damage in the hub's store: nothing wrong is ever given out, it is said what is hit, and
-//! publishing the same content again mends it.
+//! Damage in the hub's store. The hub never sends damaged content, names the affected artifacts,
+//! and stores the content again when it is published again.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -11,10 +11,10 @@ use crate::support::tree::assert_same;
 use crate::support::{Scratch, find, limit, secs, wait_for};
 
 const REFERENCE: &str = "model/yolo:v1";
-/// Several requests long, so that some of it is sound.
+/// The length of several requests, so that some of them have no damage.
 const SIZE: usize = 6 << 20;
 
-/// A hub with one artifact in one pack, and a site that has nothing.
+/// A hub with one artifact in one pack, and an empty site.
 struct World {
     hub: Hub,
     site: Site,
@@ -42,7 +42,7 @@ impl World {
         }
     }
 
-    /// Does something to the only pack while the hub is down.
+    /// Changes the only pack while the hub is stopped.
     fn damage(&mut self, how: impl FnOnce(&Path)) {
         self.hub.stop();
         let packs = find(&self.hub.data_dir.join("store/packs"), &|path| {
@@ -54,8 +54,8 @@ impl World {
         self.hub.wait_online("chengdu", true, secs(75));
     }
 
-    /// Delivers what must not arrive: it fails, says why and what to do, and nothing of it is
-    /// visible. The transfer.
+    /// Delivers a damaged artifact. The transfer fails with a reason and a next step, and the site
+    /// shows none of the content. Returns the transfer.
     fn refused(&self) -> String {
         let id = self.hub.deliver(&[REFERENCE], "chengdu").remove(0);
         let failed = self
@@ -80,11 +80,11 @@ impl World {
         let root = &self.site.root;
         let hidden = root.join(".packhorse");
         let visible = find(root, &|path| path.is_file() && !path.starts_with(&hidden));
-        assert_eq!(visible, Vec::<PathBuf>::new(), "something lies at the site");
+        assert_eq!(visible, Vec::<PathBuf>::new(), "the site has visible files");
         id
     }
 
-    /// `verify` at the hub finds it and names the artifact. What it said of it.
+    /// `verify` at the hub finds the damage and names the artifact. Returns the output.
     fn found(&self) -> String {
         let found = self
             .hub
@@ -99,7 +99,7 @@ impl World {
         found.out
     }
 
-    /// Publishes the same content again, at most so often, until `verify` finds nothing.
+    /// Publishes the same content again until `verify` finds no damage, at most `rounds` times.
     fn mend(&self, rounds: usize) {
         for _ in 0..rounds {
             let again = self.hub.publish(&self.source, REFERENCE, &[]);
@@ -108,10 +108,10 @@ impl World {
                 return;
             }
         }
-        panic!("still damaged after it was published {rounds} times again");
+        panic!("still damaged after {rounds} repeated publishes");
     }
 
-    /// Takes the transfer up again, which arrives now.
+    /// Retries the transfer, which must now succeed.
     fn arrives(&self, transfer: &str) {
         self.hub.cli(&["retry", transfer]).expect(0);
         self.hub.wait_done(transfer, secs(60));
@@ -121,8 +121,8 @@ impl World {
     }
 }
 
-/// Where some bytes of a file lie in a pack: noise is stored as it is. A few places are tried,
-/// since one may lie on a cut.
+/// The offset of some bytes of a file in a pack. The pack stores noise uncompressed. Several
+/// positions are tried, because one may be on a chunk boundary.
 fn place_in(pack: &Path, of: &Path) -> u64 {
     let (pack, content) = (std::fs::read(pack).unwrap(), std::fs::read(of).unwrap());
     let look_for = |needle: &[u8]| {
@@ -132,7 +132,7 @@ fn place_in(pack: &Path, of: &Path) -> u64 {
     let found = [3, 5, 7]
         .into_iter()
         .find_map(|part| look_for(&content[content.len() / part..][..16]));
-    found.expect("the content lies in the pack") as u64
+    found.expect("the pack has the content") as u64
 }
 
 /// Flips a bit of some bytes of a file in a pack.
@@ -145,7 +145,7 @@ fn flip(pack: &Path, of: &Path) {
 }
 
 #[test]
-fn one_flipped_byte_in_a_pack_is_never_given_out() {
+fn a_flipped_bit_in_a_pack_is_never_sent() {
     let _limit = limit(secs(180));
     let mut world = World::start();
     let weights = world.source.join("weights.bin");
@@ -156,7 +156,7 @@ fn one_flipped_byte_in_a_pack_is_never_given_out() {
         found.lines().count() == 1 && found.contains("weights.bin"),
         "one chunk of one file: {found}"
     );
-    // Retrying alone does not help, and does no harm.
+    // A retry without a new publish fails again and has no side effect.
     world.hub.cli(&["retry", &transfer]).expect(0);
     assert_eq!(world.refused(), transfer);
     world.mend(1);
@@ -164,7 +164,7 @@ fn one_flipped_byte_in_a_pack_is_never_given_out() {
 }
 
 #[test]
-fn a_pack_cut_in_half_is_never_given_out() {
+fn a_truncated_pack_is_never_sent() {
     let _limit = limit(secs(180));
     let mut world = World::start();
     world.damage(|pack| {
@@ -173,14 +173,14 @@ fn a_pack_cut_in_half_is_never_given_out() {
     });
     let transfer = world.refused();
     world.found();
-    // What nobody has read since is not known to be gone, and so not stored anew: the list of the
-    // chunks first, then they.
+    // The hub detects a lost chunk only when it reads it, and stores it again only then: first the
+    // page with the list of chunks, then the chunks.
     world.mend(4);
     world.arrives(&transfer);
 }
 
 #[test]
-fn every_artifact_that_damage_hits_is_named() {
+fn verify_names_every_affected_artifact() {
     let _limit = limit(secs(120));
     let mut world = World::start();
     let weights = world.source.join("weights.bin");
@@ -195,7 +195,7 @@ fn every_artifact_that_damage_hits_is_named() {
 }
 
 #[test]
-fn a_hub_that_lost_its_store_does_not_start_and_lost_packs_are_told() {
+fn a_hub_without_its_store_does_not_start_and_doctor_reports_lost_packs() {
     let _limit = limit(secs(120));
     let mut world = World::start();
     world.damage(|pack| std::fs::remove_file(pack).unwrap());
@@ -216,9 +216,9 @@ fn a_hub_that_lost_its_store_does_not_start_and_lost_packs_are_told() {
         .says(&["index.redb", "backup"]);
     assert!(
         !world.hub.data_dir.join("store").exists(),
-        "nothing is begun beside what is left"
+        "no new store is created"
     );
-    // No packs, and an identity: an empty catalogue beside it would lock every site out.
+    // There are no packs, but an identity. A new, empty catalogue would refuse every enrolled site.
     std::fs::remove_file(world.hub.data_dir.join("catalogue.db")).unwrap();
     world
         .hub
@@ -227,7 +227,7 @@ fn a_hub_that_lost_its_store_does_not_start_and_lost_packs_are_told() {
         .says(&["catalogue.db is missing", "identity"]);
 }
 
-/// Replaces a page in the middle of a file by noise.
+/// Overwrites a page in the middle of a file with noise.
 fn spoil(file: &Path, page: u64) {
     let length = file.metadata().unwrap().len();
     assert!(
@@ -245,11 +245,11 @@ fn spoil(file: &Path, page: u64) {
 }
 
 #[test]
-fn a_damaged_or_missing_chunk_index_is_made_again_by_the_command() {
+fn the_command_rebuilds_a_damaged_or_missing_chunk_index() {
     let _limit = limit(secs(120));
     let mut world = World::start();
     let index = world.hub.data_dir.join("store/index.redb");
-    // The daemon uses the store.
+    // The command is refused while the daemon uses the store.
     world.hub.cli(&["store", "rebuild-index"]).expect(6);
     world.hub.stop();
     File::options()
@@ -281,7 +281,7 @@ fn a_damaged_or_missing_chunk_index_is_made_again_by_the_command() {
         .cli(&["serve"])
         .expect(3)
         .says(&["index.redb is missing", "packhorse store rebuild-index"]);
-    assert!(!index.exists(), "no empty one is begun");
+    assert!(!index.exists(), "no empty index is created");
     world.hub.cli(&["store", "rebuild-index"]).expect(0);
     world.hub.start();
     world.hub.cli(&["verify", REFERENCE]).expect(0);
@@ -292,7 +292,7 @@ fn a_damaged_or_missing_chunk_index_is_made_again_by_the_command() {
 }
 
 #[test]
-fn a_lost_index_of_a_site_comes_back_from_its_folders() {
+fn a_site_rebuilds_a_lost_index_from_its_folders() {
     let _limit = limit(secs(180));
     let scratch = Scratch::new();
     let hub = Hub::start_new(scratch.path());
@@ -327,7 +327,7 @@ fn a_lost_index_of_a_site_comes_back_from_its_folders() {
     assert_same(&new, &site.folder("model/new:v1"));
     assert!(
         done.bytes.resumed >= seen.bytes.committed,
-        "what was staged is used: {:?}",
+        "the staged content is used: {:?}",
         done.bytes
     );
     assert_eq!(site.leftovers(), Vec::<PathBuf>::new());
@@ -338,19 +338,19 @@ fn a_lost_index_of_a_site_comes_back_from_its_folders() {
             .find(|line| line.contains("places: made again on"))
             .map(str::to_owned)
     };
-    let line = wait_for("the rows are back", secs(30), || told(&site));
+    let line = wait_for("the rows are rebuilt", secs(30), || told(&site));
     assert!(
         line.starts_with("ok places") && line.contains("places.redb"),
         "{line}"
     );
-    assert!(site.log().contains("made again"), "the log says so as well");
+    assert!(site.log().contains("made again"), "the log reports it too");
     assert!(!site.log().contains("panicked"), "{}", site.log());
 
-    // What is here is a source of chunks again.
+    // The delivered content is a source of chunks again.
     site.stop();
     std::fs::remove_file(&places).unwrap();
     site.start();
-    let line = wait_for("the rows are back", secs(30), || {
+    let line = wait_for("the rows are rebuilt", secs(30), || {
         told(&site).filter(|line| line.contains("was missing"))
     });
     assert!(line.contains("2 artifacts"), "{line}");
@@ -363,7 +363,7 @@ fn a_lost_index_of_a_site_comes_back_from_its_folders() {
 }
 
 #[test]
-fn a_damaged_catalogue_says_what_to_do() {
+fn the_error_of_a_damaged_catalogue_has_a_next_step() {
     let _limit = limit(secs(90));
     let scratch = Scratch::new();
     let mut hub = Hub::start_new(scratch.path());
@@ -371,7 +371,7 @@ fn a_damaged_catalogue_says_what_to_do() {
     let catalogue = hub.data_dir.join("catalogue.db");
     let log = hub.data_dir.join("catalogue.db-wal");
     let sound = [&catalogue, &log].map(|file| std::fs::read(file).unwrap());
-    // SQLite would read what it needs from its log.
+    // SQLite would restore the content from its log.
     std::fs::remove_file(&log).unwrap();
     data::write(
         &catalogue,

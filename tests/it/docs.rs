@@ -83,7 +83,7 @@ impl Page {
         }
     }
 
-    /// The path for messages.
+    /// The path, for messages.
     fn name(&self) -> String {
         self.path
             .strip_prefix(root())
@@ -140,7 +140,7 @@ impl Page {
             .1
     }
 
-    /// The anchors that its headings get: lower case, words joined by dashes, no punctuation.
+    /// The anchors of its headings: lower case, words joined by dashes, no punctuation.
     fn anchors(&self) -> BTreeSet<String> {
         let mut seen: BTreeMap<String, usize> = BTreeMap::new();
         let mut out = BTreeSet::new();
@@ -232,7 +232,7 @@ fn words(line: &str) -> Vec<String> {
 }
 
 #[test]
-fn words_are_split_as_a_shell_does() {
+fn a_command_line_is_split_like_in_a_shell() {
     assert_eq!(
         words("packhorse a 'b c' \"\" d='e f' > g"),
         ["packhorse", "a", "b c", "", "d=e f"]
@@ -498,7 +498,7 @@ fn every_configuration_key_is_documented() {
     let sections = page.sections(2);
     let mut count = 0;
     for path in ["config/hub.toml", "config/site.toml"] {
-        // A block is a table: its comment, its header, its keys. Defaults and further keys are in
+        // A block is a table with its comment, header and keys. Defaults and further keys are in
         // comments.
         for block in read(path).split("\n\n") {
             let lines = || {
@@ -507,7 +507,7 @@ fn every_configuration_key_is_documented() {
                     .map(|line| line.trim_start_matches('#').trim())
             };
             let table = lines().find_map(|line| line.strip_prefix('[')?.strip_suffix(']'));
-            // The name of a registry is the reader's own.
+            // The user chooses the name of a registry.
             let heading = match table {
                 None => "Top level".to_owned(),
                 Some(table) if table.starts_with("registry.") => "`[registry.".to_owned(),

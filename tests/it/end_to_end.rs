@@ -1,8 +1,9 @@
-//! The whole job: a hub and three sites, all five kinds, then the next version of each.
+//! The complete path: a hub delivers all five kinds, and then the next version of each, to three
+//! sites.
 //!
-//! Site `chengdu` has PostgreSQL and a registry with passwords, `wuhan` PostgreSQL and a registry
-//! with tokens, `hefei` what is embedded: SQLite and an OCI layout. Each dials through a line of
-//! its own that counts what really crosses.
+//! Site `chengdu` has PostgreSQL and a registry with passwords, `wuhan` has PostgreSQL and a
+//! registry with tokens, `hefei` has the embedded sinks: SQLite and an OCI layout. Each site
+//! connects through its own test proxy, which counts the transmitted bytes.
 
 use std::path::{Path, PathBuf};
 
@@ -28,7 +29,7 @@ const SERIES: [&str; 5] = [
     "model/yolo",
 ];
 
-/// One version of all five kinds, as the sources have it and as it must be found.
+/// One version of all five kinds: the sources and the expected content.
 struct Edition {
     version: &'static str,
     dataset: Dataset,
@@ -37,11 +38,11 @@ struct Edition {
     operator: PathBuf,
     model: PathBuf,
     image: PathBuf,
-    /// What `/app` in the image holds.
+    /// The expected content of `/app` in the image.
     app: PathBuf,
 }
 
-/// Bytes that are in a version and not in the one before, by [`SERIES`].
+/// The bytes of a version that the version before does not have, in the order of [`SERIES`].
 type NewBytes = [u64; 5];
 
 impl Edition {
@@ -62,7 +63,7 @@ impl Edition {
         let coco = scratch.join("source/coco-1.json");
         labels::write_json(&coco, &document);
         let rows = coco_rows(&document, &marks, &dataset.root, "line3-defects:v1");
-        // Beside the code what no compressor makes smaller, in a large file and in many small ones.
+        // Incompressible data besides the code, in one large file and in many small ones.
         let operator = scratch.join("source/operator-1");
         data::operator(&operator);
         let mut rng = data::rng("operator assets");
@@ -95,7 +96,7 @@ impl Edition {
         let (dataset, new_in_dataset) =
             data::next_dataset(&v1.dataset, &scratch.join("source/dataset-2"));
 
-        // The same dataset, looked at again: one box corrected, one added at the end.
+        // The same dataset with changed labels: one box corrected, one added at the end.
         let mut marks = labels::marks(&v1.dataset.photos, 60);
         let middle = marks.len() / 2;
         marks[middle].w += 1.0;
@@ -113,8 +114,8 @@ impl Edition {
         let changed = b"def step(image):\n    return image\n";
         data::write(&operator.join("src/detect/module_3.py"), changed);
 
-        // A byte string put in at the front and another overwritten in the middle: nothing else
-        // moves by itself.
+        // One byte string is inserted at the front, and another is overwritten in the middle. No
+        // other byte changes.
         let model = scratch.join("source/model-2");
         data::copy_tree(&v1.model, &model);
         let mut weights = std::fs::read(model.join("model.safetensors")).unwrap();
@@ -147,8 +148,7 @@ impl Edition {
     }
 }
 
-/// Labels whose rows each hold something of their own, so that no compressor makes little of all of
-/// them.
+/// Labels whose rows are all different, so that they do not compress well together.
 fn coco(photos: &[Photo], marks: &[Mark]) -> Value {
     let mut document = labels::coco(photos, marks);
     for (i, annotation) in document["annotations"]
@@ -162,7 +162,7 @@ fn coco(photos: &[Photo], marks: &[Mark]) -> Value {
     document
 }
 
-/// Bytes of the blobs of the image's version 2 that version 1 does not have.
+/// The size of the blobs that version 2 of the image has and version 1 does not have.
 fn new_layer_bytes(layout: &Path) -> u64 {
     let parts = |tag: &str| -> Vec<String> {
         let raw = tool(
@@ -261,7 +261,7 @@ impl World {
     fn publish(&self, edition: &Edition) {
         for series in SERIES {
             let reference = format!("{series}:{}", edition.version);
-            // Both versions of the labels speak of the first version of the dataset.
+            // Both versions of the labels belong to the first version of the dataset.
             let more: &[&str] = if series.starts_with("labels/") {
                 &["--for", "dataset/line3:v1"]
             } else {
@@ -272,12 +272,12 @@ impl World {
             assert_eq!(
                 published["digest"].as_str().map(str::len),
                 Some(64),
-                "a BLAKE3 in hex: {published}"
+                "a hexadecimal BLAKE3 hash: {published}"
             );
         }
     }
 
-    /// Delivers all five kinds to all sites by one command that waits; the transfers.
+    /// Delivers all five kinds to all sites with one command that waits. Returns the transfers.
     fn deliver(&self, version: &str) -> Vec<Transfer> {
         let references: Vec<String> = SERIES.iter().map(|s| format!("{s}:{version}")).collect();
         let mut args = vec!["deliver"];
@@ -302,7 +302,7 @@ impl World {
         transfers
     }
 
-    /// Checks that a version lies at every site as it was published.
+    /// Checks that every site has the published content of a version.
     fn check(&self, edition: &Edition) {
         let version = edition.version;
         for site in &self.sites {
@@ -318,8 +318,8 @@ impl World {
         }
     }
 
-    /// The registry (or layout) of a site has the image with the digest that the hub recorded, and
-    /// umoci finds the right files in it.
+    /// Checks that the registry (or layout) of a site has the image with the digest that the hub
+    /// recorded, and that umoci finds the right files in it.
     fn check_image(&self, site: &Site, edition: &Edition) {
         let version = edition.version;
         let recorded =
@@ -422,24 +422,24 @@ fn assert_rows(site: &str, found: &[Row], expected: &[Row]) {
     }
 }
 
-/// The most bytes that may cross the line for a kind's next version, from the bytes that are new in
-/// it.
+/// The most bytes that may be transmitted for the next version of a kind, computed from its new
+/// bytes.
 fn most_wire(kind: &str, new_bytes: u64) -> u64 {
     const MANIFEST_AND_FRAMES: u64 = 192 << 10;
     match kind {
-        // Two rows of one image: the chunks that they stand in, of 64 KiB at the most, and those up
-        // to where the cuts agree again.
+        // Two rows of one image: the chunks that contain them, of at most 64 KiB each, and the
+        // chunks up to the next common cut.
         "labels" => 128 << 10,
-        // Two places of one large file: likewise.
+        // Two positions of one large file: the same.
         "model" => new_bytes + (512 << 10),
-        // Small files are whole chunks, nothing but the new ones moves; a layer is compressed, and
-        // a new one shares nothing with the old.
+        // Small files are whole chunks, so only new files are transmitted. A layer is compressed,
+        // and a new layer shares no bytes with the old one.
         _ => new_bytes + new_bytes / 20 + MANIFEST_AND_FRAMES,
     }
 }
 
 #[test]
-fn all_kinds_reach_three_sites_and_the_next_version_moves_only_what_is_new() {
+fn all_kinds_reach_three_sites_and_a_new_version_transmits_only_new_content() {
     let _limit = limit(secs(460));
     let world = World::start();
     let v1 = Edition::first(&world.scratch);
@@ -459,11 +459,11 @@ fn all_kinds_reach_three_sites_and_the_next_version_moves_only_what_is_new() {
             .filter(|t| t.site == *site)
             .map(|t| t.bytes.wire)
             .sum();
-        // The line's own count holds packet headers, acknowledgements and what is not about a
-        // transfer.
+        // The count of the test proxy includes packet headers, acknowledgements, and traffic that
+        // belongs to no transfer.
         assert!(
             crossed >= wire && crossed <= wire + wire / 4 + (1 << 20),
-            "{site}: wire says {wire} bytes, {crossed} crossed the line"
+            "{site}: `wire` is {wire} bytes, the proxy counted {crossed}"
         );
     }
     for t in &transfers {
@@ -474,21 +474,21 @@ fn all_kinds_reach_three_sites_and_the_next_version_moves_only_what_is_new() {
         let most = most_wire(SERIES[series].split('/').next().unwrap(), new_bytes[series]);
         assert!(
             t.bytes.wire <= most,
-            "{} at {}: {} bytes crossed, {most} would do: {:?}",
+            "{} at {}: {} bytes were transmitted, the limit is {most}: {:?}",
             t.artifact,
             t.site,
             t.bytes.wire,
             t.bytes
         );
-        // What the first version cost, all of the second would cost again: the bound must be far
-        // from that to say anything.
+        // A full transfer of the second version would cost as much as the first. The bound must be
+        // far below that to prove anything.
         let before = |o: &&Transfer| {
             o.site == t.site && o.artifact.starts_with(&format!("{}:", SERIES[series]))
         };
         let whole = from_nothing.iter().find(before).unwrap().bytes.wire;
         assert!(
             most <= whole / 2,
-            "{}: the bound of {most} bytes is too loose, all of it takes {whole}",
+            "{}: the bound of {most} bytes is too high, a full transfer takes {whole}",
             t.artifact
         );
     }
@@ -503,11 +503,14 @@ fn all_kinds_reach_three_sites_and_the_next_version_moves_only_what_is_new() {
             site.cli(&["verify", &reference]).expect(0);
         }
     }
-    // Asking again changes nothing and moves nothing.
+    // A repeated delivery changes nothing and transmits no content.
     let before: u64 = world.lines.iter().map(Line::down).sum();
     world.deliver("v2");
     let crossed = world.lines.iter().map(Line::down).sum::<u64>() - before;
-    assert!(crossed < 1 << 20, "delivering again moved {crossed} bytes");
+    assert!(
+        crossed < 1 << 20,
+        "a repeated delivery transmitted {crossed} bytes"
+    );
     for daemon in world.sites.iter().map(|site| &**site).chain([&*world.hub]) {
         let peak = daemon.memory("VmHWM");
         assert!(
@@ -519,7 +522,7 @@ fn all_kinds_reach_three_sites_and_the_next_version_moves_only_what_is_new() {
 }
 
 #[test]
-fn a_receipt_names_what_was_committed_where() {
+fn a_receipt_names_the_artifact_and_its_location() {
     let _limit = limit(secs(90));
     let scratch = Scratch::new();
     let hub = Hub::start_new(scratch.path());
@@ -533,7 +536,10 @@ fn a_receipt_names_what_was_committed_where() {
     let id = &ids(&published)[0];
     let shown = hub.json(&["status", id]);
     let receipt = &shown[0]["receipt"];
-    assert!(receipt.is_object(), "what is done has a receipt: {shown:#}");
+    assert!(
+        receipt.is_object(),
+        "a completed transfer has a receipt: {shown:#}"
+    );
     let text = receipt.to_string();
     for part in [
         "model/yolo:v1",

@@ -1,5 +1,5 @@
-//! Fair shares of what many use: on a line what is small goes before what is large, and at the hub
-//! a site that is stuck holds its own part and nobody else's.
+//! Fair shares of common resources: small artifacts go before large ones on a connection, and a
+//! stalled site holds only its own share of the hub.
 
 use crate::support::daemon::{Hub, Site, SiteSpec};
 use crate::support::data;
@@ -7,11 +7,11 @@ use crate::support::line::Line;
 use crate::support::tree::assert_same;
 use crate::support::{Scratch, limit, secs, wait_for};
 
-/// Larger than all that is small: `SIZES` in `transfer/turn.rs`.
+/// A size in the largest class: `SIZES` in `transfer/slots.rs`.
 const LARGE: u64 = (256 << 20) + 1;
 
 #[test]
-fn what_is_small_does_not_wait_behind_what_is_large() {
+fn a_small_artifact_does_not_wait_for_a_large_one() {
     let _limit = limit(secs(120));
     let scratch = Scratch::new();
     let hub = Hub::start_new(scratch.path());
@@ -22,7 +22,7 @@ fn what_is_small_does_not_wait_behind_what_is_large() {
         &large.join("weights.bin"),
         &data::noise(&mut data::rng("large"), 64 << 20),
     );
-    // A hole behind what crosses the line while this lasts: it costs nothing.
+    // The rest of the file is a hole that is never transmitted during this test: it costs nothing.
     std::fs::File::options()
         .write(true)
         .open(large.join("weights.bin"))
@@ -36,8 +36,9 @@ fn what_is_small_does_not_wait_behind_what_is_large() {
     hub.publish(&large, "model/large:v1", &[]);
     hub.publish(&small, "dataset/small:v1", &[]);
 
-    // Of the large one 32 MiB are asked for at once, 12 are read and 8 wait to be sent: what waits
-    // behind any of that comes too late. By bytes, and slowly, for a busy machine loses seconds.
+    // For the large artifact, 32 MiB are requested at once, 12 MiB are read, and 8 MiB wait in the
+    // send buffer. A small artifact that waits behind any of these arrives too late. The test
+    // counts bytes and uses a slow connection, because a busy machine may pause for seconds.
     line.throttle(1 << 20);
     let transfer = hub.deliver(&["model/large:v1"], "chengdu").remove(0);
     hub.wait_transfer(&transfer, "on its way", secs(60), |t| {
@@ -47,13 +48,13 @@ fn what_is_small_does_not_wait_behind_what_is_large() {
     hub.deliver_and_wait("dataset/small:v1", "chengdu", secs(60));
     let overtaken = line.down() - before;
     assert_same(&small, &site.folder("dataset/small:v1"));
-    assert!(overtaken < 6 << 20, "{overtaken} bytes went before it");
+    assert!(overtaken < 6 << 20, "{overtaken} bytes were sent before it");
     assert_eq!(hub.transfer(&transfer).state, "transferring");
     hub.cli(&["cancel", &transfer]).expect(0);
 }
 
 #[test]
-fn what_is_tiny_does_not_wait_behind_all_that_is_small() {
+fn a_tiny_artifact_does_not_wait_for_many_small_ones() {
     let _limit = limit(secs(150));
     let scratch = Scratch::new();
     let hub = Hub::start_new(scratch.path());
@@ -83,15 +84,15 @@ fn what_is_tiny_does_not_wait_behind_all_that_is_small() {
         .iter()
         .filter(|id| !hub.transfer(id).is_final())
         .count();
-    assert_eq!(going_on, MODELS.len(), "it was to be here before them");
+    assert_eq!(going_on, MODELS.len(), "it must arrive before them");
     line.throttle(0);
     for id in &begun {
         hub.wait_done(id, secs(60));
     }
 }
 
-/// All that a site asks for at once of one artifact. Four of them, which is how many it brings at
-/// once, are 128 MiB: without a bound they would take the whole of the hub's budget, or wait in its
+/// The bytes of one artifact that a site requests at once. A site fetches four artifacts at once,
+/// which makes 128 MiB: without a bound they would take the hub's whole budget, or wait in its
 /// memory.
 const SIZE: usize = 32 << 20;
 const MODELS: [&str; 4] = [
@@ -100,12 +101,12 @@ const MODELS: [&str; 4] = [
     "model/three:v1",
     "model/four:v1",
 ];
-/// What the hub's memory may grow by for a stuck site: 12 MiB of its budget, 8 MiB that the line
-/// holds to send, and as much again.
+/// The allowed growth of the hub's memory for a stalled site: 12 MiB of its budget, 8 MiB of send
+/// buffer, and the same again.
 const GROWTH: u64 = 48 << 20;
 
 #[test]
-fn a_stuck_site_holds_its_part_of_the_hub_and_no_more() {
+fn a_stalled_site_holds_only_its_own_share_of_the_hub() {
     let _limit = limit(secs(200));
     let scratch = Scratch::new();
     let mut hub = Hub::start_new(scratch.path());
@@ -129,7 +130,7 @@ fn a_stuck_site_holds_its_part_of_the_hub_and_no_more() {
         );
         hub.publish(&source(model), model, &[]);
     }
-    // The peak of a process that has published nothing, and that has sent a whole model before.
+    // The peak memory of a process that has published nothing and has sent a whole model.
     hub.stop();
     hub.start();
     for name in ["chengdu", "wuhan", "hefei"] {
@@ -152,10 +153,10 @@ fn a_stuck_site_holds_its_part_of_the_hub_and_no_more() {
         for id in &open {
             hub.wait_transfer(id, "begun", secs(30), |t| t.state == "transferring");
         }
-        wait_for("they are on their way", secs(30), || {
+        wait_for("the transfers are running", secs(30), || {
             (line.down() - carried > 2 << 20).then_some(())
         });
-        // From here on hardly anything, for longer than this test lasts.
+        // From here on the connection carries almost nothing, for longer than this test lasts.
         line.throttle(64 << 10);
         hub.deliver_and_wait(model, "chengdu", secs(30));
         assert_same(&source(model), &well.folder(model));
@@ -163,14 +164,14 @@ fn a_stuck_site_holds_its_part_of_the_hub_and_no_more() {
             let transfer = hub.transfer(id);
             assert!(
                 !transfer.is_final(),
-                "{name} was to be stuck: {transfer:#?}"
+                "{name} must be stalled: {transfer:#?}"
             );
         }
         let grown = hub.memory("VmHWM").saturating_sub(peak);
         println!("{name}, {transport}: the hub's memory grew by {grown} bytes");
         assert!(
             grown <= GROWTH,
-            "the hub's memory grew by {grown} bytes while {name}, on {transport}, was stuck"
+            "the hub's memory grew by {grown} bytes while {name}, on {transport}, was stalled"
         );
     }
 }

@@ -1,13 +1,13 @@
-//! Harbor's answers: quota, immutable tag, missing project, read-only, expired token, 429, a
-//! proxy's 413. For each the right state, reason and next step, and the right end once the cause is
-//! gone.
+//! Harbor's answers: quota, immutable tag, missing project, read-only mode, expired token, 429, and
+//! a proxy's 413. Each must lead to the right state, reason and next step, and to success once its
+//! cause is removed.
 
 use crate::support::daemon::{Hub, Site, SiteSpec, Transfer};
 use crate::support::harbor::{Harbor, Seen, error, is_manifest_put, is_manifest_read, is_push};
 use crate::support::images;
 use crate::support::{Scratch, limit, secs};
 
-/// A hub and a site whose images go to the stand-in.
+/// A hub and a site whose images go to the Harbor simulator.
 struct World {
     hub: Hub,
     _site: Site,
@@ -20,7 +20,7 @@ impl World {
         Self::start_with("operators", "")
     }
 
-    /// With this project in the URL, and more lines in `[sink.images]`.
+    /// Starts with this project in the URL, and with additional lines in `[sink.images]`.
     fn start_with(project: &str, more: &str) -> Self {
         let scratch = Scratch::new();
         let harbor = Harbor::start();
@@ -36,7 +36,7 @@ impl World {
             },
         );
         site.join(&hub, &[]);
-        // Not ready is fine: a missing project may well say so.
+        // The site need not be ready: a missing project may make it not ready.
         site.start_alive();
         hub.wait_online("chengdu", true, secs(20));
         hub.publish(&images::small().join("docker.tar"), "image/app:v1", &[]);
@@ -59,7 +59,7 @@ impl World {
             .to_owned()
     }
 
-    /// Waits until the transfer shows one of these reasons, with words for a person.
+    /// Waits until the transfer has one of these reasons, with a message for the user.
     #[track_caller]
     fn wait_reason(&self, id: &str, reasons: &[&str]) -> Transfer {
         let limit = secs(60);
@@ -77,7 +77,7 @@ impl World {
         seen
     }
 
-    /// Waits for the end, and compares what the registry has.
+    /// Waits for the end, and checks the image in the registry.
     #[track_caller]
     fn check_done(&self, id: &str, limit: u64) -> Transfer {
         let done = self.hub.wait_done(id, secs(limit));
@@ -91,14 +91,17 @@ fn says(t: &Transfer, word: &str) -> bool {
 }
 
 #[test]
-fn a_full_quota_holds_the_transfer_until_there_is_room() {
+fn a_full_quota_delays_the_transfer_until_there_is_room() {
     let _limit = limit(secs(200));
     let world = World::start();
     let quota = "adding 2.3 MiB of storage resource, which when updated to current usage of 9.9 MiB will exceed the configured upper limit of 10.0 MiB.";
     world.harbor.always(is_push, 403, &error("DENIED", quota));
     let id = world.deliver();
     let held = world.wait_reason(&id, &["no_space"]);
-    assert_ne!(held.state, "failed", "it is held, not failed: {held:#?}");
+    assert_ne!(
+        held.state, "failed",
+        "the transfer waits and has not failed: {held:#?}"
+    );
     assert!(says(&held, "upper limit"), "{held:#?}");
     world.harbor.heal();
     world.check_done(&id, 120);
@@ -131,7 +134,7 @@ fn an_immutable_tag_with_the_same_image_is_a_success() {
     let first = world.deliver();
     world.check_done(&first, 60);
     world.harbor.make_immutable();
-    // A second site with the same registry meets the tag that the first one pushed.
+    // A second site with the same registry finds the tag that the first site pushed.
     let second = Site::start_new(
         &world.scratch.folder("second"),
         &world.hub,
@@ -147,13 +150,13 @@ fn an_immutable_tag_with_the_same_image_is_a_success() {
     assert_eq!(done.site, second.name);
     assert!(
         done.bytes.wire < done.bytes.total / 2,
-        "the registry has the blobs: they need not come: {:?}",
+        "the registry has the blobs, so they are not transmitted: {:?}",
         done.bytes
     );
 }
 
 #[test]
-fn a_policy_that_holds_the_image_back_is_no_failure() {
+fn a_policy_that_blocks_pulls_causes_no_failure() {
     let _limit = limit(secs(120));
     let world = World::start();
     let why =
@@ -179,7 +182,7 @@ fn a_policy_that_holds_the_image_back_is_no_failure() {
 }
 
 #[test]
-fn a_missing_project_is_named_and_not_made() {
+fn a_missing_project_is_reported_and_not_created() {
     let _limit = limit(secs(120));
     let world = World::start_with("nowhere", "");
     let id = world.deliver();
@@ -192,13 +195,13 @@ fn a_missing_project_is_named_and_not_made() {
     );
     assert!(
         failed.next.is_some_and(|n| n.contains("project")),
-        "it says to make it"
+        "the next step is to create it"
     );
     assert!(!world.harbor.has_project("nowhere"));
 }
 
 #[test]
-fn a_missing_project_is_made_where_that_is_allowed() {
+fn a_missing_project_is_created_if_the_configuration_allows_it() {
     let _limit = limit(secs(120));
     let world = World::start_with("nowhere", "create_project = true");
     let id = world.deliver();
@@ -208,7 +211,7 @@ fn a_missing_project_is_made_where_that_is_allowed() {
 }
 
 #[test]
-fn read_only_is_waited_out() {
+fn the_site_waits_while_the_registry_is_read_only() {
     let _limit = limit(secs(240));
     let world = World::start();
     world.harbor.always(
@@ -230,13 +233,16 @@ fn read_only_is_waited_out() {
 }
 
 #[test]
-fn an_expired_token_is_renewed_on_the_way() {
+fn an_expired_token_is_renewed_during_the_transfer() {
     let _limit = limit(secs(120));
     let world = World::start();
     world.harbor.expire_tokens_at(is_manifest_put);
     let id = world.deliver();
     let done = world.check_done(&id, 60);
-    assert_eq!(done.attempts, 1, "nobody need notice: {done:#?}");
+    assert_eq!(
+        done.attempts, 1,
+        "the renewal is not visible to the user: {done:#?}"
+    );
     assert!(
         world
             .harbor
@@ -247,7 +253,7 @@ fn an_expired_token_is_renewed_on_the_way() {
 }
 
 #[test]
-fn too_many_requests_are_not_repeated_before_their_time() {
+fn a_request_refused_with_429_is_repeated_only_after_retry_after() {
     let _limit = limit(secs(150));
     let world = World::start();
     world.harbor.times(
@@ -263,20 +269,20 @@ fn too_many_requests_are_not_repeated_before_their_time() {
     let refused = pushes
         .iter()
         .find(|s| s.status == 429)
-        .expect("it was refused once");
-    // Blobs that were on their way beside it may still have come; the one refused waits.
+        .expect("a request was refused once");
+    // Concurrent uploads of other blobs may still arrive; the refused one waits.
     let again = pushes
         .iter()
         .find(|s| s.at > refused.at && s.path == refused.path && s.method == refused.method);
-    let pause = again.expect("it came again").at - refused.at;
+    let pause = again.expect("the request was repeated").at - refused.at;
     assert!(
         pause >= secs(4),
-        "Retry-After was 4 s, it came again after {pause:?}"
+        "Retry-After was 4 s, the request was repeated after {pause:?}"
     );
 }
 
 #[test]
-fn a_proxy_with_a_size_limit_gets_smaller_pieces() {
+fn a_proxy_with_a_size_limit_receives_smaller_pieces() {
     let _limit = limit(secs(180));
     let world = World::start();
     const MOST: usize = 1_500_000;
@@ -287,7 +293,7 @@ fn a_proxy_with_a_size_limit_gets_smaller_pieces() {
     let took = |s: &Seen| s.status < 300 && s.body_len > 0;
     assert!(
         !world.harbor.seen(|s| s.status == 413).is_empty(),
-        "the limit was never met: the image is too small for this test"
+        "the limit was never reached: the image is too small for this test"
     );
     assert!(
         world
@@ -298,7 +304,7 @@ fn a_proxy_with_a_size_limit_gets_smaller_pieces() {
 }
 
 #[test]
-fn a_proxy_that_takes_nothing_is_named() {
+fn a_proxy_that_refuses_every_upload_is_reported() {
     let _limit = limit(secs(180));
     let world = World::start();
     world.harbor.always(
@@ -322,7 +328,7 @@ fn a_proxy_that_takes_nothing_is_named() {
 }
 
 #[test]
-fn an_error_page_now_and_then_is_no_failure() {
+fn an_occasional_error_page_causes_no_failure() {
     let _limit = limit(secs(150));
     let world = World::start();
     let page = "<html><body><h1>504 Gateway Time-out</h1></body></html>";
@@ -334,7 +340,7 @@ fn an_error_page_now_and_then_is_no_failure() {
 }
 
 #[test]
-fn a_full_disk_of_the_registry_holds_the_transfer() {
+fn a_full_disk_of_the_registry_delays_the_transfer() {
     let _limit = limit(secs(200));
     let world = World::start();
     world

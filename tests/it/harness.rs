@@ -1,4 +1,5 @@
-//! The harness itself: its servers serve, its fixtures are what they say, its line cuts.
+//! Tests of the test support: its servers work, its fixtures have the stated content, and its proxy
+//! counts, throttles and cuts.
 
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
@@ -48,7 +49,7 @@ fn sqlite_is_read_by_python() {
 }
 
 #[test]
-fn registries_take_an_image_and_refuse_strangers() {
+fn registries_accept_an_image_and_refuse_a_wrong_password() {
     let _limit = limit(secs(180));
     let scratch = Scratch::new();
     let layout = images::small().join("layout");
@@ -75,7 +76,7 @@ fn registries_take_an_image_and_refuse_strangers() {
 }
 
 #[test]
-fn harbor_stand_in_is_a_registry_to_skopeo() {
+fn skopeo_works_with_the_harbor_simulator() {
     let _limit = limit(secs(180));
     let harbor = Harbor::start();
     let scratch = Scratch::new();
@@ -128,14 +129,14 @@ fn harbor_stand_in_is_a_registry_to_skopeo() {
     assert_ne!(
         push("operators/other:v1").code,
         0,
-        "the script goes before all"
+        "the scripted answer takes precedence"
     );
     harbor.heal();
     push("operators/other:v1").expect(0);
 }
 
 #[test]
-fn small_images_are_what_they_say() {
+fn small_images_have_the_stated_content() {
     let _limit = limit(secs(180));
     let dir = images::small();
     let scratch = Scratch::new();
@@ -182,7 +183,7 @@ fn the_large_image_has_a_large_base() {
 }
 
 #[test]
-fn trees_differ_when_anything_does() {
+fn every_difference_between_trees_is_found() {
     let _limit = limit(secs(60));
     let scratch = Scratch::new();
     let v1 = dataset(&scratch.join("v1"), 40);
@@ -193,12 +194,12 @@ fn trees_differ_when_anything_does() {
     chmod(&again.root.join("说明.txt"), 0o640);
     assert!(
         std::panic::catch_unwind(|| assert_same(&v1.root, &again.root)).is_err(),
-        "a changed mode must be seen"
+        "a changed mode must be found"
     );
 }
 
 #[test]
-fn the_line_carries_counts_slows_and_cuts() {
+fn the_proxy_forwards_counts_throttles_and_cuts() {
     let _limit = limit(secs(60));
     let address = SocketAddr::from(([127, 0, 0, 1], free_port()));
     let end = UdpSocket::bind(address).unwrap();
@@ -221,7 +222,7 @@ fn the_line_carries_counts_slows_and_cuts() {
     end.send_to(b"lost", peer).unwrap();
     assert!(
         site.recv(&mut buffer).is_err(),
-        "a cut line must carry nothing"
+        "a cut connection must carry no bytes"
     );
     line.mend();
 
@@ -234,13 +235,13 @@ fn the_line_carries_counts_slows_and_cuts() {
     near.read_exact(&mut received).unwrap();
     assert!(
         began.elapsed() > Duration::from_millis(400),
-        "half a megabyte at one a second took {:?}",
+        "half a megabyte at one megabyte per second took {:?}",
         began.elapsed()
     );
 }
 
 #[test]
-fn a_started_process_dies_with_the_thread_that_started_it() {
+fn a_child_process_ends_with_the_thread_that_started_it() {
     let _limit = limit(secs(60));
     let starter = std::thread::spawn(|| {
         let pid = bound("sleep").arg("1000").spawn().unwrap().id();
@@ -248,12 +249,12 @@ fn a_started_process_dies_with_the_thread_that_started_it() {
             std::fs::read_to_string(format!("/proc/{pid}/comm"))
                 .is_ok_and(|name| name.trim() == "sleep")
         };
-        wait_for("the process has asked for the signal", secs(10), || {
+        wait_for("the process has requested the signal", secs(10), || {
             runs().then_some(pid)
         })
     });
     let pid = starter.join().unwrap();
-    wait_for("the process is gone or a zombie", secs(10), || {
+    wait_for("the process has ended or is a zombie", secs(10), || {
         let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
         (stat.is_empty() || stat.contains(") Z ")).then_some(())
     });

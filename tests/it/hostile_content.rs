@@ -1,5 +1,5 @@
-//! What hostile origins publish: malformed manifests are refused where they enter, and content that
-//! is not what it is named by lands nowhere and harms nobody else's.
+//! Content from hostile publishers: the hub refuses malformed manifests, and no site commits
+//! content that does not match its hash. Other artifacts are not affected.
 
 use std::os::unix::fs::PermissionsExt;
 
@@ -13,7 +13,7 @@ use crate::support::data;
 use crate::support::hostile::{Artifact, EntryPage, Identity, TRANSPORTS, frame, over};
 use crate::support::{Scratch, limit, secs, wait_for};
 
-/// A dataset of this page, which has one file of one byte and perhaps a link.
+/// A dataset with this page, which has one file of one byte and optionally a link.
 fn one_file(page: &EntryPage, links: u64) -> Artifact {
     let mut artifact = Artifact::new("dataset");
     artifact.hold(b"x");
@@ -59,7 +59,7 @@ fn malformed() -> Vec<(&'static str, Artifact)> {
             ),
         ),
     ];
-    // Wrong, and below every quota.
+    // Invalid manifests that are below every quota.
     let mut bytes = one_file(&file("a"), 0);
     bytes.add("bytes", 1 << 40);
     out.push(("huge", bytes));
@@ -77,7 +77,7 @@ fn malformed() -> Vec<(&'static str, Artifact)> {
 }
 
 #[test]
-fn malformed_manifests_are_refused_where_they_enter() {
+fn the_hub_refuses_malformed_manifests() {
     let _limit = limit(secs(120));
     let scratch = Scratch::new();
     let hub = Hub::start_new(scratch.path());
@@ -108,7 +108,7 @@ fn malformed_manifests_are_refused_where_they_enter() {
 }
 
 #[test]
-fn what_is_not_what_its_name_says_lands_nowhere() {
+fn content_that_does_not_match_its_hash_is_never_committed() {
     let _limit = limit(secs(180));
     let scratch = Scratch::new();
     let hub = Hub::start_new(scratch.path());
@@ -118,7 +118,7 @@ fn what_is_not_what_its_name_says_lands_nowhere() {
     hub.wait_online("mal", true, secs(20));
 
     let special = one_file(&EntryPage::new().file("run", b"x", 0o6755), 0);
-    // A chunk under its right name, that its frame and its manifest give a wrong length.
+    // A chunk with its right hash, but with a wrong length in its frame and its manifest.
     let known = b"content that everybody knows ".repeat(100);
     let (name, lie) = (Hash::of(&known), known.len() as u64 + 777);
     let mut poison = Artifact::new("dataset");
@@ -135,7 +135,7 @@ fn what_is_not_what_its_name_says_lands_nowhere() {
         ),
     );
     poison.list(&EntryPage::new().file_as("x", lie, name, 0o644), 1);
-    // An image whose layer has the right size and other content.
+    // An image whose layer has the right size and wrong content.
     let (layer, evil) = ([1u8; 1000], [2u8; 1000]);
     let config = br#"{"architecture":"amd64","os":"linux"}"#.to_vec();
     let descriptor =
@@ -203,7 +203,7 @@ fn what_is_not_what_its_name_says_lands_nowhere() {
         !layout.join("index.json").exists()
             && !layout.join(Sha256::of(&layer).layout_path()).exists()
     );
-    // Once the relay has kept what passed.
+    // The relay must first have stored the transmitted content.
     wait_for("verify at the hub finds it too", secs(30), || {
         let found = hub.cli(&["verify", "image/adc:1"]);
         (found.code == 8

@@ -1,5 +1,5 @@
-//! A hub that names transfers by paths: the site does nothing of what it says, and still works with
-//! a sound hub.
+//! A hub that sends paths as transfer ids: the site refuses its messages, and still works with an
+//! honest hub.
 
 use std::path::Path;
 
@@ -28,7 +28,7 @@ fn no_transfer_id_reaches_a_path() {
     std::fs::write(victim.join("id_rsa"), b"old key").unwrap();
     let before = contents(&victim);
     let absolute = victim.to_str().unwrap();
-    // Out of every directory that could be the staging directory, whatever its depth.
+    // A path that leads out of any possible staging directory, whatever its depth.
     let relative = format!("{}{}", "../".repeat(30), &absolute[1..]);
 
     let false_hub = FalseHub::take_over(&mut hub);
@@ -43,13 +43,14 @@ fn no_transfer_id_reaches_a_path() {
                 &[good, wanted(id, "dataset/y:1", artifact.digest(), want)],
             ))
             .unwrap();
-        // The site closes the connection instead of doing a part of it, and dials again.
+        // The site closes the connection and executes no part of the message. Then it connects
+        // again.
         while control.receive(secs(30)).is_ok() {}
         assert!(site.is_running());
         assert_eq!(contents(&victim), before, "{id}");
         assert!(
             site.transfers(&[]).is_empty(),
-            "no part of the message was done"
+            "no part of the message was executed"
         );
     }
     let (connection, mut control) = false_hub.site(secs(30));

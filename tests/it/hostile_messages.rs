@@ -1,9 +1,9 @@
-//! Any bytes on any stream: whatever an enrolled site, a publisher or a hub sends, the daemon at
-//! the other end stays within that peer's share of memory, writes nothing outside of its folders,
-//! and answers everybody else within a second.
+//! Random bytes and malformed messages on any stream. The daemon that receives them from an
+//! enrolled site, a publisher or a hub stays within that peer's share of memory, writes nothing
+//! outside its folders, and answers all other peers within a second.
 //!
-//! Messages are real ones that a seeded generator made wrong: a value replaced by an extreme one,
-//! bytes flipped, cut or repeated.
+//! The messages are real ones that a seeded generator changed: a value is replaced by an extreme
+//! one, or bytes are flipped, cut or repeated.
 
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -23,16 +23,16 @@ use crate::support::hostile::{
 };
 use crate::support::{Scratch, limit, secs, tree};
 
-/// How many messages each peer sends over each transport.
+/// The number of messages that each peer sends over each transport.
 const MESSAGES: usize = 150;
-/// How often a false hub accepts its site.
+/// The number of connections that a hostile hub accepts from its site.
 const HUB_CONNECTIONS: usize = 6;
-/// What a peer may cost: its share of the budget, and 8 MiB.
+/// The memory that a peer may cost: its share of the budget, and 8 MiB.
 const MEMORY_MAX: u64 = (12 + 8) << 20;
-/// How long anybody else may wait for an answer.
+/// How long another peer may wait for an answer.
 const ANSWER_MAX: Duration = Duration::from_secs(1);
 
-/// Values that no honest peer sends.
+/// A value that no honest peer sends.
 fn extreme(rng: &mut StdRng, victim: &Path) -> Value {
     let deep = (0..100).fold(json!([]), |inner, _| json!([inner]));
     let values = [
@@ -55,10 +55,10 @@ fn extreme(rng: &mut StdRng, victim: &Path) -> Value {
         json!(vec![0; 10_000]),
         deep,
     ];
-    values.choose(rng).expect("there are some").clone()
+    values.choose(rng).expect("the list is not empty").clone()
 }
 
-/// Replaces one value somewhere inside.
+/// Replaces one random value inside `value`.
 fn spoil(value: &mut Value, rng: &mut StdRng, victim: &Path) {
     let inner: Option<&mut Value> = match value {
         Value::Array(list) if !list.is_empty() && rng.random_ratio(9, 10) => {
@@ -90,7 +90,7 @@ fn garble(bytes: &mut Vec<u8>, rng: &mut StdRng) {
     }
 }
 
-/// One message, made wrong in one way or another, behind a length that is right, or not.
+/// One message with a random defect, with a correct or a wrong length in front.
 fn message(templates: &[Value], rng: &mut StdRng, victim: &Path) -> Vec<u8> {
     let mut value = templates.choose(rng).expect("there are templates").clone();
     (0..rng.random_range(0..3)).for_each(|_| spoil(&mut value, rng, victim));
@@ -126,7 +126,7 @@ fn fetch_request(rng: &mut StdRng) -> Vec<u8> {
             against: (0, u32::MAX),
         }],
     ];
-    let wants = wants.choose(rng).expect("there are some").clone();
+    let wants = wants.choose(rng).expect("the list is not empty").clone();
     let mut bytes = postcard::to_stdvec(&FetchRequest {
         digest: hash,
         priority: rng.random(),
@@ -139,7 +139,7 @@ fn fetch_request(rng: &mut StdRng) -> Vec<u8> {
     framed(&bytes)
 }
 
-/// What a site or a publisher asks a hub.
+/// The questions of a site or a publisher to a hub.
 fn questions() -> Vec<Value> {
     let digest = Hash::of(b"anything").hex();
     vec![
@@ -159,7 +159,7 @@ fn questions() -> Vec<Value> {
     ]
 }
 
-/// What a site tells a hub on its control stream.
+/// The messages of a site on its control stream.
 fn tellings() -> Vec<Value> {
     vec![
         json!({"hello": {"version": "0.1.0", "share": ["all"], "congestion": "auto"}}),
@@ -173,7 +173,7 @@ fn tellings() -> Vec<Value> {
     ]
 }
 
-/// Sends all of it, and checks after each how long somebody else waits.
+/// Sends all messages, and measures after each how long another peer waits for an answer.
 fn bombard(
     connection: &Connection,
     rng: &mut StdRng,
@@ -213,13 +213,13 @@ fn answers(daemon: &Daemon) {
     assert_eq!(code, 200);
     assert!(
         began.elapsed() < ANSWER_MAX,
-        "somebody else waited {:?}",
+        "another peer waited {:?}",
         began.elapsed()
     );
 }
 
 #[test]
-fn a_hub_bears_whatever_a_site_or_a_publisher_says() {
+fn a_hub_withstands_malformed_messages_of_sites_and_publishers() {
     let _limit = limit(secs(240));
     let scratch = Scratch::new();
     let victim = scratch.folder("victim");
@@ -261,7 +261,7 @@ fn a_hub_bears_whatever_a_site_or_a_publisher_says() {
 }
 
 #[test]
-fn a_site_bears_whatever_a_hub_says() {
+fn a_site_withstands_malformed_messages_of_a_hub() {
     let _limit = limit(secs(240));
     let scratch = Scratch::new();
     let victim = scratch.folder("victim");
@@ -297,8 +297,8 @@ fn a_site_bears_whatever_a_hub_says() {
         json!({"holds": {"artifact": "dataset/x:1", "digest": digest.hex()}}),
     ];
     let before = site.memory("VmRSS");
-    // A control message that it cannot read ends the connection, and the pause before the site
-    // dials again grows: few connections, with many questions each.
+    // An unreadable control message ends the connection, and the site pauses longer before each new
+    // connection. So the test uses few connections with many questions each.
     for _ in 0..HUB_CONNECTIONS {
         let (connection, mut control) = false_hub.site(secs(60));
         for _ in 0..MESSAGES / HUB_CONNECTIONS {

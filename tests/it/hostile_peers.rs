@@ -1,5 +1,4 @@
-//! The hostile peers themselves: as long as they are honest, hub and sites take them for what they
-//! say they are.
+//! Tests of the hostile peers themselves: while they behave honestly, hub and sites accept them.
 
 use model::protocol::Wanted;
 use packhorse::config::Transport;
@@ -12,7 +11,7 @@ use crate::support::hostile::{
 use crate::support::{Scratch, limit, secs};
 
 #[test]
-fn an_honest_false_site_publishes_and_reads_back() {
+fn a_simulated_site_that_behaves_honestly_publishes_and_reads_back() {
     let _limit = limit(secs(120));
     let scratch = Scratch::new();
     let hub = Hub::start_new(scratch.path());
@@ -46,7 +45,7 @@ fn an_honest_false_site_publishes_and_reads_back() {
 }
 
 #[test]
-fn an_honest_false_hub_delivers() {
+fn a_simulated_hub_that_behaves_honestly_delivers() {
     let _limit = limit(secs(120));
     let scratch = Scratch::new();
     let mut hub = Hub::start_new(scratch.path());
@@ -77,14 +76,14 @@ fn an_honest_false_hub_delivers() {
 }
 
 #[test]
-fn a_false_site_offers_manifests_of_every_shape() {
+fn a_simulated_site_offers_manifests_of_every_shape() {
     let _limit = limit(secs(120));
     let scratch = Scratch::new();
     let hub = Hub::start_new(scratch.path());
     let site = Identity::site(&hub, "mal", over(Transport::Quic)).dial();
     let _control = site.control();
 
-    // An honest one of two levels, with a folder, a link and a file of two chunks.
+    // A valid manifest of two levels, with a folder, a link and a file of two chunks.
     let mut deep = Artifact::new("dataset");
     let halves = [vec![1u8; 200 << 10], vec![2u8; 100 << 10]];
     let whole = content::chunk::Hash::of(&halves.concat());
@@ -108,8 +107,7 @@ fn a_false_site_offers_manifests_of_every_shape() {
         deep.add(total, n);
     }
 
-    // Ones that are none: a page that ends in the middle, one under the name of another, one that
-    // never comes.
+    // Invalid manifests: a truncated page, a page with a wrong hash, and a page that never arrives.
     let mut cut = Artifact::new("dataset");
     cut.list(&EntryPage::new().file("a", b"x", 0o644).raw(&[3, 0]), 1);
     let mut other = Artifact::of_files("dataset", &[("a", b"x")]);
@@ -132,7 +130,7 @@ fn a_false_site_offers_manifests_of_every_shape() {
     for (name, artifact) in [("other", &other), ("lacking", &lacking)] {
         offer(name, artifact).unwrap_err();
     }
-    // Whatever the hub says of it, it goes on.
+    // The test continues with any answer of the hub.
     let _ = offer("cut", &cut);
     assert!(hub.artifacts().contains(&"dataset/deep:1".to_owned()));
     site.close();
@@ -140,7 +138,7 @@ fn a_false_site_offers_manifests_of_every_shape() {
 }
 
 #[test]
-fn a_false_site_cannot_report_without_a_receipt() {
+fn a_simulated_site_cannot_report_done_without_a_receipt() {
     let _limit = limit(secs(60));
     let scratch = Scratch::new();
     let hub = Hub::start_new(scratch.path());
@@ -164,13 +162,13 @@ fn a_false_site_cannot_report_without_a_receipt() {
         .receipt(&json!({"artifact": "dataset/b:1", "site": "mal", "digest": "00"}).to_string());
     control.message(&report(wrong)).unwrap();
     control.message(&report(serde_json::Value::Null)).unwrap();
-    // Its questions are answered behind what it reported.
+    // Its questions are answered after its reports were handled.
     site.ask(&json!({"list_runs": {"limit": 1}})).unwrap();
     assert_ne!(hub.transfer(&id).state, "done");
 }
 
 #[test]
-fn a_false_publisher_is_welcomed() {
+fn a_simulated_publisher_is_accepted() {
     let _limit = limit(secs(60));
     let scratch = Scratch::new();
     let hub = Hub::start_new(scratch.path());

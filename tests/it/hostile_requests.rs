@@ -1,5 +1,5 @@
-//! Peers that ask for too much, send what nobody can hold, or begin and say nothing: a hub goes on
-//! serving the others.
+//! Peers that request too much, send oversized data, or start a request and then send nothing: the
+//! hub continues to serve the others.
 
 use std::time::{Duration, Instant};
 
@@ -11,11 +11,11 @@ use crate::support::daemon::{Hub, Site, SiteSpec};
 use crate::support::hostile::{Artifact, Connection, EntryPage, Identity, TRANSPORTS, over};
 use crate::support::{Scratch, limit, secs, wait_for};
 
-/// What an honest client waits for at most.
+/// How long an honest client may wait.
 const SOON: Duration = Duration::from_secs(10);
 
-/// What the hub may take beside what it took before, whatever one peer does: its share of the
-/// memory, and a little.
+/// The allowed growth of the hub's memory, whatever one peer does: the peer's share of the budget,
+/// and a reserve.
 const GROWN_MAX: u64 = 64 << 20;
 
 fn offer(reference: &str, artifact: &Artifact) -> serde_json::Value {
@@ -27,11 +27,15 @@ fn answers_soon(hub: &Hub) {
     let begun = Instant::now();
     assert_eq!(hub.get("/healthz").0, 200);
     hub.artifacts();
-    assert!(begun.elapsed() < SOON, "the hub took {:?}", begun.elapsed());
+    assert!(
+        begun.elapsed() < SOON,
+        "the hub needed {:?}",
+        begun.elapsed()
+    );
 }
 
 #[test]
-fn many_roots_in_one_request_cost_the_hub_nothing() {
+fn a_request_for_many_roots_costs_the_hub_nothing() {
     let _limit = limit(secs(180));
     let scratch = Scratch::new();
     let hub = Hub::start_new(scratch.path());
@@ -39,7 +43,7 @@ fn many_roots_in_one_request_cost_the_hub_nothing() {
         let site = Identity::site(&hub, &format!("mal-{name}"), over(transport)).dial();
         let _control = site.control();
         hub.wait_online(&format!("mal-{name}"), true, secs(20));
-        // A root manifest as large as may be: many pages of one file each.
+        // A root manifest of the maximum size: many pages of one file each.
         let mut large = Artifact::new("dataset");
         for n in 0..4_000 {
             large.list(
@@ -50,7 +54,7 @@ fn many_roots_in_one_request_cost_the_hub_nothing() {
         }
         site.serve(vec![large.clone()]);
         let reference = format!("dataset/large-{name}:1");
-        // Whether the hub takes such a manifest is not what this is about.
+        // This test does not depend on whether the hub accepts such a manifest.
         let digest = if site.ask(&offer(&reference, &large)).is_ok() {
             hub.deliver(&[&reference], &format!("mal-{name}"));
             large.digest()
@@ -75,7 +79,7 @@ fn many_roots_in_one_request_cost_the_hub_nothing() {
             let answer = stream.read_to_end(secs(20)).unwrap_or_default();
             assert!(
                 answer.len() < 4 << 10,
-                "a refusal and no root: {} bytes",
+                "the answer is a refusal without a root: {} bytes",
                 answer.len()
             );
         }
@@ -85,12 +89,12 @@ fn many_roots_in_one_request_cost_the_hub_nothing() {
                 .unwrap()
                 .len()
                 > 32,
-            "one root is given"
+            "one root is sent"
         );
     }
 }
 
-/// Begins so many questions of this length, each without its last byte.
+/// Starts `count` questions of this length, each without its last byte.
 fn begin_questions(
     peer: &Connection,
     count: usize,
@@ -103,7 +107,7 @@ fn begin_questions(
 }
 
 #[test]
-fn questions_that_never_end_take_no_more_than_a_share() {
+fn unfinished_questions_take_no_more_than_their_peers_share() {
     let _limit = limit(secs(180));
     let scratch = Scratch::new();
     let hub = Hub::start_new(scratch.path());
@@ -111,7 +115,7 @@ fn questions_that_never_end_take_no_more_than_a_share() {
     let before = hub.memory("VmHWM");
     for (transport, name) in TRANSPORTS.into_iter().zip(["quic", "tcp"]) {
         let site = Identity::site(&hub, &format!("mal-{name}"), over(transport)).dial();
-        // A question that is too long ends at once.
+        // A question that is too long is refused at once.
         let mut long = site.open(b"");
         long.write(&[&[b'Q'][..], &(4_u32 << 20).to_le_bytes()].concat())
             .unwrap();
@@ -125,7 +129,7 @@ fn questions_that_never_end_take_no_more_than_a_share() {
             begun.elapsed()
         );
         answers_soon(&hub);
-        // A first control stream ends when there is a second.
+        // A second control stream ends the first.
         let mut first = site.control();
         first.receive(secs(20)).unwrap();
         let mut second = site.control();
@@ -134,11 +138,15 @@ fn questions_that_never_end_take_no_more_than_a_share() {
         assert!(!site.is_closed());
     }
     let grown = hub.memory("VmHWM").saturating_sub(before);
-    assert!(grown < GROWN_MAX, "the hub took {} MiB more", grown >> 20);
+    assert!(
+        grown < GROWN_MAX,
+        "the hub's memory grew by {} MiB",
+        grown >> 20
+    );
 }
 
 #[test]
-fn gc_and_publishes_wait_for_no_silent_peer_and_no_pipe() {
+fn gc_and_publish_do_not_wait_for_a_silent_peer_or_a_pipe() {
     let _limit = limit(secs(180));
     let scratch = Scratch::new();
     let hub = Hub::start_new(scratch.path());
@@ -154,8 +162,11 @@ fn gc_and_publishes_wait_for_no_silent_peer_and_no_pipe() {
         .write(&crate::support::hostile::framed(&question))
         .unwrap();
     let (kind, _root_wanted) = silent.accept(secs(20));
-    assert_eq!(kind, b'F', "the hub fetches the manifest, and gets nothing");
-    // A pipe is no bundle, and the job that would read it ends.
+    assert_eq!(
+        kind, b'F',
+        "the hub requests the manifest and receives nothing"
+    );
+    // A pipe is not a bundle: the job that should read it fails.
     let pipe = scratch.path().join("pipe");
     crate::support::command::tool("mkfifo", &[&pipe.display().to_string()]);
     hub.cli_within(&["import", &pipe.display().to_string()], secs(20))

@@ -1,4 +1,4 @@
-//! Two daemons with nothing to do: what they cost.
+//! The memory and processor time of two idle daemons.
 
 use std::path::PathBuf;
 use std::time::Instant;
@@ -6,15 +6,14 @@ use std::time::Instant;
 use crate::support::daemon::{Daemon, Hub, PACKHORSE, Site, SiteSpec};
 use crate::support::{Scratch, data, limit, secs, skipped, wait_for};
 
-/// Seconds of idling, and what the environment may set it to: `PACKHORSE_IDLE_SECONDS=600` is the
-/// whole test.
+/// The measured time in seconds. `PACKHORSE_IDLE_SECONDS=600` runs the full test.
 const SECONDS: u64 = 20;
-/// Resident memory of an idle daemon.
+/// The largest resident memory of an idle daemon.
 const RESIDENT_MAX: u64 = 40 << 20;
 
 /// The program whose memory is measured: `PACKHORSE_IDLE_PROGRAM`, which `scripts/test` builds with
-/// its own code optimised, else the one under test. The code pages of an unoptimised build alone
-/// are 28 MiB: they say nothing of the program that people run.
+/// optimised code of its own, or the program under test. The code pages of an unoptimised build
+/// alone take 28 MiB and do not represent the released program.
 fn program() -> Option<PathBuf> {
     match std::env::var_os("PACKHORSE_IDLE_PROGRAM") {
         Some(path) => Some(path.into()),
@@ -28,11 +27,11 @@ fn program() -> Option<PathBuf> {
     }
 }
 
-/// Clock ticks of processor time that a daemon has used, its threads together.
+/// The clock ticks of processor time that all threads of a daemon have used.
 fn ticks(daemon: &Daemon) -> u64 {
     let stat = std::fs::read_to_string(format!("/proc/{}/stat", daemon.pid())).unwrap();
-    // The name in brackets may hold spaces; user and system time are fields 14 and 15, 3 is the
-    // first after it.
+    // The name in brackets may contain spaces. User and system time are fields 14 and 15; field 3
+    // is the first after the name.
     let fields: Vec<&str> = stat
         .rsplit_once(')')
         .unwrap()
@@ -43,7 +42,7 @@ fn ticks(daemon: &Daemon) -> u64 {
 }
 
 #[test]
-fn two_idle_daemons_cost_next_to_nothing() {
+fn two_idle_daemons_use_little_memory_and_processor_time() {
     let seconds = std::env::var("PACKHORSE_IDLE_SECONDS").map_or(SECONDS, |s| {
         s.parse().expect("PACKHORSE_IDLE_SECONDS is a number")
     });
@@ -57,7 +56,7 @@ fn two_idle_daemons_cost_next_to_nothing() {
         daemon.run_program(&program);
         daemon.start();
     }
-    // After some work: what a daemon took for it must be given back.
+    // The daemons first do some work: they must release the memory that they used for it.
     data::model(&scratch.join("model"), 8 << 20);
     hub.publish(
         &scratch.join("model"),
@@ -71,7 +70,7 @@ fn two_idle_daemons_cost_next_to_nothing() {
         .unwrap();
     let began = Instant::now();
     let before = [ticks(&hub), ticks(&site)];
-    wait_for("the time of idling is over", secs(seconds + 5), || {
+    wait_for("the measured time is over", secs(seconds + 5), || {
         (began.elapsed() >= secs(seconds)).then_some(())
     });
     let after = [ticks(&hub), ticks(&site)];

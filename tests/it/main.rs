@@ -1,10 +1,10 @@
-//! The black-box tests: real `packhorse` processes, real PostgreSQL, real registries, driven by the
-//! command line only.
+//! The black-box tests: real `packhorse` processes, real PostgreSQL and real registries, tested from
+//! outside.
 //!
-//! One module a subject. What the tests stand on is in `support`, and `harness` tests that. Every
-//! test begins with [`support::limit`], its hard time limit, and works in a [`support::Scratch`]
-//! folder of its own; nothing is shared between tests but the image fixtures, which are made once
-//! under the target folder.
+//! There is one module for each subject. `support` has the servers, fixtures and helpers; `harness`
+//! tests `support`. Every test begins with [`support::limit`], its hard time limit, and works in
+//! its own [`support::Scratch`] folder. Tests share only the image fixtures, which are created once
+//! below the target folder.
 #![expect(
     clippy::unwrap_used,
     clippy::expect_used,
